@@ -1,0 +1,1 @@
+"""The coordinator daemon: plans jobs, keeps the journal, routes inference. `daemon.py` puts it together."""

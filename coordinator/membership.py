@@ -1,0 +1,133 @@
+"""Who is in the cluster: pure transitions over births, wills and telemetry. Time is an argument.
+
+A member is `online` while it is heard of, `suspect` after half of the timeout in silence (it gets no new work),
+and `offline` after the whole, or at once by its will.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from potluck.messages import Capacity, NodeCapacity, NodeInfo, NodeStatus, NodeTelemetry
+
+MemberState = Literal["online", "suspect", "offline"]
+_UNKNOWN = Capacity(hostname="", system="", cores=1, memory_bytes=0)
+
+
+@dataclass(frozen=True)
+class Member:
+    node_id: str
+    session: str
+    state: MemberState
+    seen_at: float
+    http: tuple[str, ...] = ()
+    capacity: Capacity = _UNKNOWN
+    telemetry: NodeTelemetry | None = None
+
+
+@dataclass(frozen=True)
+class NodeJoined:
+    node_id: str
+
+
+@dataclass(frozen=True)
+class NodeLost:
+    """The node is gone, or is here again in a new session: what its old session held is lost."""
+
+    node_id: str
+    reason: str
+
+
+Change = NodeJoined | NodeLost
+
+
+@dataclass
+class Membership:
+    """The members by node id. Every method returns what changed, for others to act upon."""
+
+    timeout_seconds: float
+    members: dict[str, Member] = field(default_factory=dict)
+
+    def online(self) -> list[Member]:
+        """Members that may be given work, in the order of their ids."""
+        return sorted((m for m in self.members.values() if m.state == "online"), key=lambda m: m.node_id)
+
+    def get(self, node_id: str) -> Member | None:
+        return self.members.get(node_id)
+
+    def on_status(self, status: NodeStatus, now: float) -> list[Change]:
+        """A birth or a will. A stale will, of a session that is not the present one, changes nothing."""
+        known = self.members.get(status.node_id)
+        if status.state == "offline":
+            if known is None or known.session != status.session or known.state == "offline":
+                return []
+            self.members[status.node_id] = replace(known, state="offline")
+            return [NodeLost(status.node_id, "it went offline")]
+        changes: list[Change] = []
+        if known is not None and known.session == status.session and known.state == "online":
+            self.members[status.node_id] = replace(known, http=status.http, seen_at=now)
+            return []
+        if known is not None and known.session != status.session and known.state != "offline":
+            changes.append(NodeLost(status.node_id, "it was started again"))
+        capacity = known.capacity if known else _UNKNOWN
+        self.members[status.node_id] = Member(
+            status.node_id, status.session, "online", now, http=status.http, capacity=capacity
+        )
+        return [*changes, NodeJoined(status.node_id)]
+
+    def on_capacity(self, message: NodeCapacity) -> list[Change]:
+        known = self.members.get(message.node_id)
+        if known is not None:
+            self.members[message.node_id] = replace(known, capacity=message.capacity)
+        else:  # retained capacity may arrive before the birth
+            self.members[message.node_id] = Member(message.node_id, "", "offline", 0.0, capacity=message.capacity)
+        return []
+
+    def on_telemetry(self, telemetry: NodeTelemetry, now: float) -> list[Change]:
+        """Any sign of life of the present session brings a silent member back."""
+        known = self.members.get(telemetry.node_id)
+        if known is None or known.session != telemetry.session:
+            return []
+        self.members[telemetry.node_id] = replace(known, state="online", seen_at=now, telemetry=telemetry)
+        return [NodeJoined(telemetry.node_id)] if known.state == "offline" else []
+
+    def heard(self, node_id: str, now: float) -> list[Change]:
+        """Any message of a node is a sign of life, unless its will said otherwise."""
+        known = self.members.get(node_id)
+        if known is not None and known.state != "offline":
+            self.members[node_id] = replace(known, state="online", seen_at=now)
+        return []
+
+    def tick(self, now: float) -> list[Change]:
+        """Let time pass: silence makes suspects, and then losses."""
+        changes: list[Change] = []
+        for member in list(self.members.values()):
+            silent = now - member.seen_at
+            if member.state != "offline" and silent > self.timeout_seconds:
+                self.members[member.node_id] = replace(member, state="offline")
+                changes.append(NodeLost(member.node_id, f"nothing was heard of it for {silent:.0f} s"))
+            elif member.state == "online" and silent > self.timeout_seconds / 2:
+                self.members[member.node_id] = replace(member, state="suspect")
+        return changes
+
+    def infos(self) -> tuple[NodeInfo, ...]:
+        """The members as clients see them."""
+        return tuple(
+            _info(member) for member in sorted(self.members.values(), key=lambda m: m.node_id) if member.session
+        )
+
+
+def _info(member: Member) -> NodeInfo:
+    telemetry = member.telemetry
+    return NodeInfo(
+        node_id=member.node_id,
+        state=member.state,
+        capacity=member.capacity,
+        http=member.http,
+        seen_at=member.seen_at,
+        cpu_percent=telemetry.cpu_percent if telemetry else 0.0,
+        memory_used_bytes=telemetry.memory_used_bytes if telemetry else 0,
+        leases=len(telemetry.attempts) if telemetry else 0,
+        replicas=telemetry.replicas if telemetry else (),
+    )

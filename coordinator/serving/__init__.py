@@ -1,0 +1,1 @@
+"""The registry of models and data sets, deployments, and the router of inference requests."""

@@ -1,0 +1,1 @@
+"""The node daemon: one per machine. `daemon.py` puts it together."""

@@ -1,0 +1,1 @@
+"""The engine: a supervised child process, and the only place where TensorFlow is imported."""

@@ -1,0 +1,105 @@
+"""Bytes <-> messages: msgpack or JSON, told apart by the first byte, checked against `potluck.messages`.
+
+msgpack maps begin with 0x80-0x8F, 0xDE or 0xDF, JSON objects with `{` (0x7B), so neither needs a label.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from typing import Any, Literal, TypeVar
+
+import msgpack
+import msgspec
+
+from potluck.errors import BadMessage, TooLarge
+from potluck.messages import INLINE_LIMIT_BYTES, AnyMessage, Message
+
+Encoding = Literal["msgpack", "json"]
+CONTENT_TYPES: dict[Encoding, str] = {"msgpack": "application/msgpack", "json": "application/json"}
+
+_NATIVE = {"msgpack": (bytes,), "json": ()}
+T = TypeVar("T")
+
+
+def encode(message: Message, encoding: Encoding = "msgpack", *, limit: int = INLINE_LIMIT_BYTES) -> bytes:
+    """The payload of `message`. Raises TooLarge above `limit` bytes."""
+    payload = pack(message, encoding)
+    if len(payload) > limit:
+        raise TooLarge(
+            f"{type(message).__name__} is {len(payload)} bytes; the limit on the bus is {limit}: send what is large as a blob"
+        )
+    return payload
+
+
+def decode(payload: bytes, *, limit: int = INLINE_LIMIT_BYTES) -> tuple[Message, Encoding]:
+    """The message in `payload` and how it was encoded. Raises TooLarge or BadMessage, naming the field."""
+    if len(payload) > limit:
+        raise TooLarge(f"a message of {len(payload)} bytes is over the limit of {limit}: send what is large as a blob")
+    value, encoding = _parse(payload)
+    return _convert(value, AnyMessage, encoding), encoding
+
+
+def salvage(payload: bytes) -> tuple[str, str, Encoding | None]:
+    """`(id, reply_to, encoding)` of a payload that did not decode, so that it can be answered; empty where unknown."""
+    try:
+        value, encoding = _parse(payload)
+    except BadMessage:
+        return "", "", None
+    texts = (value.get("id"), value.get("reply_to"))
+    return (*(text if isinstance(text, str) else "" for text in texts), encoding)  # type: ignore[return-value]
+
+
+def pack(value: Any, encoding: Encoding = "msgpack") -> bytes:
+    """Any struct or plain value as bytes, without a size limit: for files and for frames between our own processes."""
+    plain = msgspec.to_builtins(value, builtin_types=_NATIVE[encoding])
+    if encoding == "json":
+        return json.dumps(plain, separators=(",", ":"), ensure_ascii=False, allow_nan=True).encode()
+    packed: bytes = msgpack.packb(plain)
+    return packed
+
+
+def unpack(payload: bytes, kind: type[T]) -> T:
+    """The value of type `kind` in `payload`, which `pack` wrote. Raises BadMessage."""
+    value, encoding = _parse(payload)
+    converted: T = _convert(value, kind, encoding)
+    return converted
+
+
+def _parse(payload: bytes) -> tuple[dict[Any, Any], Encoding]:
+    if not payload:
+        raise BadMessage("the payload is empty: expected a msgpack or JSON map")
+    first = payload[0]
+    encoding: Encoding
+    try:
+        if first == 0x7B or first in b" \t\r\n\xef":
+            encoding = "json"
+            value = json.loads(payload.decode("utf-8-sig"))
+        elif 0x80 <= first <= 0x8F or first in (0xDE, 0xDF):
+            encoding = "msgpack"
+            size = len(payload)
+            value = msgpack.unpackb(
+                payload, strict_map_key=False, max_str_len=size, max_bin_len=size, max_array_len=size, max_map_len=size
+            )
+        else:
+            raise BadMessage(f"the payload is neither a msgpack nor a JSON map: its first byte is 0x{first:02x}")
+    except (ValueError, RecursionError, msgpack.exceptions.UnpackException) as error:
+        raise BadMessage(f"the payload is not valid {encoding}: {error or type(error).__name__}") from error
+    if not isinstance(value, dict):
+        raise BadMessage(f"the payload is a {type(value).__name__}: expected a map")
+    return value, encoding
+
+
+@cache
+def _known_types() -> frozenset[str]:
+    return frozenset(kind.__name__ for kind in AnyMessage.__args__)
+
+
+def _convert(value: dict[Any, Any], kind: Any, encoding: Encoding) -> Any:
+    try:
+        return msgspec.convert(value, kind, builtin_types=_NATIVE[encoding])
+    except (msgspec.ValidationError, RecursionError, ValueError) as error:
+        if kind is AnyMessage and value.get("type") not in _known_types():
+            raise BadMessage(f"unknown message type {value.get('type')!r}: see docs/protocol.md") from error
+        label = value.get("type") or getattr(kind, "__name__", "message")
+        raise BadMessage(f"{label}: {error}") from error

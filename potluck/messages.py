@@ -1,0 +1,709 @@
+"""Every message on the wire: read this first.
+
+A message is a plain map whose `type` is the class name below: commands in the imperative (`LeaseShard`), events in the
+past tense (`ShardFinished`). Unknown fields are ignored, new fields have defaults, types never change; the golden files in
+`tests/contract/golden` freeze the wire. A message is complete without MQTT 5: `id`, `reply_to` and `expires` stand in
+the body. An answer carries the `id` of its question.
+
+Units: `*_seconds` are seconds, `*_bytes` bytes, `*_at` and `expires` Unix time in seconds.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta, Struct
+
+PROTOCOL_VERSION = 1
+INLINE_LIMIT_BYTES = 256 * 1024
+"""Largest message on the bus; larger tensors and files travel as blobs."""
+
+Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+"""A name that a user gives to a model or data set."""
+Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
+Count = Annotated[int, Meta(ge=0)]
+Positive = Annotated[int, Meta(ge=1)]
+Seconds = Annotated[float, Meta(ge=0)]
+
+
+class Part(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A map inside a message."""
+
+
+class Message(Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="type", tag=True):
+    """What every message may carry. `expires` 0 means never."""
+
+    id: str = ""
+    reply_to: str = ""
+    expires: float = 0.0
+
+
+# --- values ----------------------------------------------------------------------------------------------------------
+
+
+class BlobRef(Part, frozen=True):
+    """Bytes named by their SHA-256, and the base URLs of those who hold them (`GET <holder>/blobs/<sha256>`)."""
+
+    sha256: Sha256
+    size: Count
+    holders: tuple[str, ...] = ()
+
+
+class Tensor(Part, frozen=True):
+    """A tensor as the Open Inference Protocol names it. `data` is bytes (little-endian, C order), a (nested) list, or a blob."""
+
+    name: str
+    datatype: str
+    shape: tuple[Count, ...]
+    data: bytes | list[Any] | BlobRef
+
+
+class TensorSpec(Part, frozen=True):
+    """One input or output of a model; -1 in `shape` is the batch or another free dimension."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+
+
+class Signature(Part, frozen=True):
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+class ErrorInfo(Part, frozen=True):
+    """An error on the wire; `code` is one of `potluck.errors`."""
+
+    code: str
+    message: str
+    retryable: bool = False
+    retry_after_seconds: float | None = None
+
+
+class Gpu(Part, frozen=True):
+    name: str
+    memory_bytes: Count
+
+
+class Capacity(Part, frozen=True):
+    """What a node has, and how fast that was measured to be (`gflops`: float32 matrix product, 0 until measured)."""
+
+    hostname: str
+    system: str
+    cores: Positive
+    memory_bytes: Count
+    gpus: tuple[Gpu, ...] = ()
+    runtimes: dict[str, str] = {}
+    gflops: float = 0.0
+
+
+class ImageOptions(Part, frozen=True):
+    """How images become tensors: decoded to `channels`, resized bilinearly to height x width, multiplied by `scale`."""
+
+    height: Positive
+    width: Positive
+    channels: Literal[1, 3, 4] = 3
+    scale: float = 1.0 / 255.0
+
+
+class DataShard(Part, frozen=True):
+    """One content-addressed piece of a data set: `count` items, shuffled by class when it was packed."""
+
+    blob: BlobRef
+    count: Positive
+
+
+class DataFormat(Part, frozen=True):
+    """How the items of a data set's shards are read.
+
+    `images`: a WebDataset tar with `<key>.<png|jpg|...>` and `<key>.cls` (class index as text).
+    `arrays`: a safetensors file with one tensor per input name and, when there is a target, one under `target`.
+    """
+
+    kind: Literal["images", "arrays"]
+    classes: tuple[str, ...] = ()
+    inputs: tuple[str, ...] = ()
+    target: str = ""
+
+
+class Dataset(Part, frozen=True):
+    """A data set as the coordinator keeps it. Item order is that of `shards`; `keys` names each item (a blob of JSON)."""
+
+    name: Name
+    format: DataFormat
+    count: Count
+    shards: tuple[DataShard, ...]
+    class_counts: tuple[Count, ...] = ()
+    skipped: tuple[str, ...] = ()
+    keys: BlobRef | None = None
+
+
+class DataSlice(Part, frozen=True):
+    """Items `start` to `stop` (exclusive) of one data shard."""
+
+    blob: BlobRef
+    start: Count
+    stop: Count
+
+
+# --- jobs: what a user asks for ---------------------------------------------------------------------------------------
+
+
+class JobSpec(Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="kind"):
+    """Base of the four kinds of job. `model` is a registry name (`digits` or `digits:1`) or the blob of a `.keras` file."""
+
+
+class Train(JobSpec, frozen=True, tag="train"):
+    """Train `model` on `dataset`; the result is a `.keras` file, registered as `register` when that is given."""
+
+    model: str | BlobRef
+    dataset: Name
+    validation: Name | None = None
+    epochs: Positive = 1
+    batch_size: Positive = 32
+    image: ImageOptions | None = None
+    register: Name | None = None
+    strategy: Literal["auto", "local"] = "auto"
+    round_seconds: Annotated[float, Meta(gt=0)] = 5.0
+    seed: int = 0
+
+
+class Evaluate(JobSpec, frozen=True, tag="evaluate"):
+    model: str | BlobRef
+    dataset: Name
+    batch_size: Positive = 32
+    image: ImageOptions | None = None
+
+
+class Predict(JobSpec, frozen=True, tag="predict"):
+    model: str | BlobRef
+    dataset: Name
+    batch_size: Positive = 32
+    image: ImageOptions | None = None
+
+
+class Deploy(JobSpec, frozen=True, tag="deploy"):
+    """Keep a registered model loaded on `replicas` nodes (0: on every node). Succeeds when all are ready."""
+
+    model: str
+    replicas: Count = 1
+
+
+AnyJobSpec = Train | Evaluate | Predict | Deploy
+JobState = Literal["queued", "running", "succeeded", "failed", "cancelled"]
+
+
+class EpochMetrics(Part, frozen=True):
+    """One epoch of a training job; metrics as Keras names them, validation ones with `val_`."""
+
+    epoch: int
+    metrics: dict[str, float]
+    samples: int = 0
+    seconds: float = 0.0
+
+
+class JobProgress(Part, frozen=True):
+    """What a person would want to see while a job runs. `done` and `total` count items (samples, for training)."""
+
+    done: Count = 0
+    total: Count = 0
+    epoch: int = 0
+    epochs: int = 0
+    round: int = 0
+    metrics: dict[str, float] = {}
+    items_per_second: float = 0.0
+    nodes: dict[str, float] = {}
+    """Items per second of each node at work."""
+    message: str = ""
+
+
+class ClassScore(Part, frozen=True):
+    label: str
+    precision: float
+    recall: float
+    f1: float
+    support: int
+
+
+class Evaluation(Part, frozen=True):
+    """Metrics merged from counts. `confusion[i][j]` counts items of class i predicted as j."""
+
+    count: int
+    metrics: dict[str, float]
+    confusion: tuple[tuple[int, ...], ...] = ()
+    classes: tuple[ClassScore, ...] = ()
+
+
+# --- client <-> coordinator ------------------------------------------------------------------------------------------
+
+
+class SubmitJob(Message, frozen=True):
+    """On `jobs/submit`. Answered by `JobAccepted`. The same non-empty `id` and `reply_to` submitted twice is one job."""
+
+    job: AnyJobSpec
+
+
+class JobAccepted(Message, frozen=True):
+    job_id: str
+
+
+class CancelJob(Message, frozen=True):
+    """Answered by `JobChanged` with the state it is in then."""
+
+    job_id: str
+
+
+class GetJob(Message, frozen=True):
+    """Answered by `JobChanged`, or by `JobEnded` when it has ended."""
+
+    job_id: str
+
+
+class ListJobs(Message, frozen=True):
+    pass
+
+
+class JobChanged(Message, frozen=True):
+    """Retained on `jobs/<id>/status`, and in order on `jobs/<id>/events`."""
+
+    job_id: str
+    kind: str
+    state: JobState
+    created_at: float
+    started_at: float = 0.0
+    ended_at: float = 0.0
+    progress: JobProgress = JobProgress()
+    error: ErrorInfo | None = None
+
+
+class JobEnded(Message, frozen=True):
+    """Retained on `jobs/<id>/result`; which fields are set depends on the kind of job."""
+
+    job_id: str
+    kind: str
+    state: JobState
+    created_at: float
+    started_at: float
+    ended_at: float
+    error: ErrorInfo | None = None
+    model: BlobRef | None = None
+    registered: str = ""
+    history: tuple[EpochMetrics, ...] = ()
+    evaluation: Evaluation | None = None
+    outputs: tuple[Tensor, ...] = ()
+    """Predictions of the whole data set in item order; large ones as blobs."""
+    classes: tuple[str, ...] = ()
+    keys: BlobRef | None = None
+    deployment: str = ""
+
+
+class JobsListed(Message, frozen=True):
+    jobs: tuple[JobChanged, ...]
+
+
+class NodeInfo(Part, frozen=True):
+    node_id: str
+    state: Literal["online", "suspect", "offline"]
+    capacity: Capacity
+    http: tuple[str, ...] = ()
+    cpu_percent: float = 0.0
+    memory_used_bytes: Count = 0
+    leases: Count = 0
+    replicas: tuple[str, ...] = ()
+    seen_at: float = 0.0
+
+
+class ListNodes(Message, frozen=True):
+    pass
+
+
+class NodesListed(Message, frozen=True):
+    nodes: tuple[NodeInfo, ...]
+
+
+class AddDataset(Message, frozen=True):
+    """Register a data set whose blobs the coordinator's store holds; `manifest` is the blob of a msgpack `Dataset` map."""
+
+    name: Name
+    manifest: BlobRef
+
+
+class DatasetInfo(Part, frozen=True):
+    name: str
+    kind: str
+    count: int
+    shards: int
+    size_bytes: int
+    classes: tuple[str, ...] = ()
+    skipped: int = 0
+
+
+class DatasetAdded(Message, frozen=True):
+    dataset: DatasetInfo
+
+
+class ListDatasets(Message, frozen=True):
+    pass
+
+
+class DatasetsListed(Message, frozen=True):
+    datasets: tuple[DatasetInfo, ...]
+
+
+class RegisterModel(Message, frozen=True):
+    """Register a `.keras` blob as the next version of `name`; the same bytes registered twice keep their version."""
+
+    name: Name
+    model: BlobRef
+    image: ImageOptions | None = None
+    classes: tuple[str, ...] = ()
+
+
+class ModelInfo(Part, frozen=True):
+    name: str
+    version: int
+    model: BlobRef
+    created_at: float
+    signature: Signature | None = None
+    image: ImageOptions | None = None
+    classes: tuple[str, ...] = ()
+    metrics: dict[str, float] = {}
+    job_id: str = ""
+
+
+class ModelRegistered(Message, frozen=True):
+    model: ModelInfo
+
+
+class GetModel(Message, frozen=True):
+    """`model` is `name` (the newest version) or `name:version`. Answered by `ModelRegistered`."""
+
+    model: str
+
+
+class ListModels(Message, frozen=True):
+    pass
+
+
+class ModelsListed(Message, frozen=True):
+    models: tuple[ModelInfo, ...]
+
+
+class ReplicaInfo(Part, frozen=True):
+    replica_id: str
+    node_id: str
+    state: Literal["loading", "ready", "failed"]
+    error: ErrorInfo | None = None
+
+
+class DeploymentInfo(Part, frozen=True):
+    name: str
+    """`name:version` of the model."""
+    wanted: int
+    replicas: tuple[ReplicaInfo, ...]
+    queued: int = 0
+    served: int = 0
+
+
+class ListDeployments(Message, frozen=True):
+    pass
+
+
+class DeploymentsListed(Message, frozen=True):
+    deployments: tuple[DeploymentInfo, ...]
+
+
+class Undeploy(Message, frozen=True):
+    """`model` is `name` (every version) or `name:version`."""
+
+    model: str
+
+
+class Undeployed(Message, frozen=True):
+    deployments: tuple[str, ...]
+
+
+class Infer(Message, frozen=True):
+    """On `models/<name>/infer` (`name` or `name:version`). Answered by `Inferred`."""
+
+    inputs: tuple[Tensor, ...]
+
+
+class Inferred(Message, frozen=True):
+    model: str
+    """`name:version`."""
+    outputs: tuple[Tensor, ...]
+
+
+class RequestFailed(Message, frozen=True):
+    """The answer to any question that could not be answered otherwise."""
+
+    error: ErrorInfo
+
+
+# --- retained births and wills ----------------------------------------------------------------------------------------
+
+
+class CoordinatorStatus(Message, frozen=True):
+    """Retained on `coordinator/status`; the will carries the same `session` and state `offline`."""
+
+    session: str
+    epoch: int
+    state: Literal["online", "offline"]
+    http: tuple[str, ...] = ()
+    version: int = PROTOCOL_VERSION
+
+
+class NodeStatus(Message, frozen=True):
+    """Retained on `nodes/<id>/status`. A stale will never kills a live node: its `session` differs."""
+
+    node_id: str
+    session: str
+    state: Literal["online", "offline"]
+    http: tuple[str, ...] = ()
+    version: int = PROTOCOL_VERSION
+
+
+class NodeCapacity(Message, frozen=True):
+    """Retained on `nodes/<id>/capacity`."""
+
+    node_id: str
+    capacity: Capacity
+
+
+class NodeTelemetry(Message, frozen=True):
+    """JSON, QoS 0, on `nodes/<id>/telemetry`, every few seconds."""
+
+    node_id: str
+    session: str
+    cpu_percent: float
+    memory_used_bytes: Count
+    memory_available_bytes: Count
+    attempts: tuple[str, ...] = ()
+    replicas: tuple[str, ...] = ()
+    gpu_percent: tuple[float, ...] = ()
+
+
+# --- shards: what one node does ---------------------------------------------------------------------------------------
+
+
+class Task(Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="kind"):
+    """Base of what an engine is asked to do for a shard."""
+
+
+class TrainTask(Task, frozen=True, tag="train"):
+    """One node's part of a round: train on `data` from `weights` until `samples` are seen or `seconds` are over.
+
+    The engine keeps model, optimizer and position in the data between the rounds of a job. `weights` None: the model's own.
+    """
+
+    model: BlobRef
+    weights: BlobRef | None
+    data: tuple[DataShard, ...]
+    format: DataFormat
+    image: ImageOptions | None
+    round: Count
+    samples: Positive
+    seconds: Seconds
+    batch_size: Positive
+    seed: int = 0
+
+
+class EvaluateTask(Task, frozen=True, tag="evaluate"):
+    model: BlobRef
+    weights: BlobRef | None
+    slices: tuple[DataSlice, ...]
+    format: DataFormat
+    image: ImageOptions | None
+    batch_size: Positive
+
+
+class PredictTask(Task, frozen=True, tag="predict"):
+    model: BlobRef
+    slices: tuple[DataSlice, ...]
+    format: DataFormat
+    image: ImageOptions | None
+    batch_size: Positive
+
+
+class ExportTask(Task, frozen=True, tag="export"):
+    """Write `model` with `weights` as a `.keras` file."""
+
+    model: BlobRef
+    weights: BlobRef
+
+
+AnyTask = TrainTask | EvaluateTask | PredictTask | ExportTask
+
+
+class TaskResult(Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="kind"):
+    """Base of what an engine answers. `seconds` is the time computing, without loading."""
+
+    seconds: float = 0.0
+
+
+class TrainResult(TaskResult, frozen=True, tag="train"):
+    """`weights` is a safetensors file of the weights after the round (keys `w00000`, ... in the order of `model.weights`).
+
+    `metrics` are sums over `samples` divided by `samples`, named as Keras names them.
+    """
+
+    weights: BlobRef
+    samples: Count
+    steps: Count
+    metrics: dict[str, float] = {}
+
+
+class EvaluateResult(TaskResult, frozen=True, tag="evaluate"):
+    """Sums and counts, so that results of several nodes merge exactly: `sums[name] / count` is a mean metric."""
+
+    count: Count
+    sums: dict[str, float] = {}
+    confusion: tuple[tuple[int, ...], ...] = ()
+
+
+class PredictResult(TaskResult, frozen=True, tag="predict"):
+    count: Count
+    outputs: tuple[Tensor, ...] = ()
+
+
+class ExportResult(TaskResult, frozen=True, tag="export"):
+    model: BlobRef
+    signature: Signature
+
+
+AnyTaskResult = TrainResult | EvaluateResult | PredictResult | ExportResult
+
+
+# --- coordinator -> node, on nodes/<id>/inbox -------------------------------------------------------------------------
+
+
+class LeaseShard(Message, frozen=True):
+    """Do this shard; renew within `lease_seconds`, or it is given to another. Resent until `LeaseTaken` or its result comes."""
+
+    epoch: int
+    job_id: str
+    shard_id: str
+    attempt_id: str
+    lease_seconds: Seconds
+    task: AnyTask
+
+
+class WithdrawLease(Message, frozen=True):
+    epoch: int
+    attempt_id: str
+    reason: str
+
+
+class AcknowledgeResult(Message, frozen=True):
+    """The coordinator has `ShardFinished` or `ShardFailed` of this attempt in its journal; the node stops resending."""
+
+    attempt_id: str
+
+
+class ForgetJob(Message, frozen=True):
+    """The job has ended: the engine may drop what it keeps for it."""
+
+    job_id: str
+
+
+class LoadModel(Message, frozen=True):
+    """Become a replica. Resent until `ModelLoaded` or `ModelLoadFailed` comes."""
+
+    epoch: int
+    replica_id: str
+    name: str
+    model: BlobRef
+
+
+class UnloadModel(Message, frozen=True):
+    epoch: int
+    replica_id: str
+
+
+class RunInference(Message, frozen=True):
+    """A batch for a replica: several requests, run together and answered apart. `id` names the batch."""
+
+    replica_id: str
+    requests: tuple[tuple[Tensor, ...], ...]
+
+
+# --- node -> coordinator, on nodes/<id>/outbox -----------------------------------------------------------------------
+
+
+class LeaseTaken(Message, frozen=True):
+    attempt_id: str
+
+
+class LeaseRefused(Message, frozen=True):
+    attempt_id: str
+    error: ErrorInfo
+
+
+class LeaseRenewed(Message, frozen=True):
+    """Still at it: `done` items so far of this attempt, and the metrics until now."""
+
+    attempt_id: str
+    done: Count = 0
+    metrics: dict[str, float] = {}
+
+
+class ShardFinished(Message, frozen=True):
+    attempt_id: str
+    result: AnyTaskResult
+
+
+class ShardFailed(Message, frozen=True):
+    attempt_id: str
+    error: ErrorInfo
+
+
+class ModelLoaded(Message, frozen=True):
+    replica_id: str
+    signature: Signature
+    resident_bytes: Count = 0
+
+
+class ModelLoadFailed(Message, frozen=True):
+    replica_id: str
+    error: ErrorInfo
+
+
+class ModelUnloaded(Message, frozen=True):
+    """Asked for, or the serving engine died: `error` says why in that case."""
+
+    replica_id: str
+    error: ErrorInfo | None = None
+
+
+class RequestOutcome(Part, frozen=True):
+    """What became of one request of a batch: its outputs, or its error."""
+
+    outputs: tuple[Tensor, ...] = ()
+    error: ErrorInfo | None = None
+
+
+class InferenceFinished(Message, frozen=True):
+    """`id` is that of `RunInference`; `outcomes` in the order of its requests. `seconds` is the engine's time."""
+
+    replica_id: str
+    outcomes: tuple[RequestOutcome, ...]
+    seconds: float = 0.0
+
+
+class BlobsStored(Message, frozen=True):
+    """This node now holds these blobs and serves them to its peers."""
+
+    blobs: tuple[Sha256, ...]
+
+
+AnyMessage = (
+    SubmitJob | JobAccepted | CancelJob | GetJob | ListJobs | JobChanged | JobEnded | JobsListed
+    | ListNodes | NodesListed | AddDataset | DatasetAdded | ListDatasets | DatasetsListed
+    | RegisterModel | ModelRegistered | GetModel | ListModels | ModelsListed
+    | ListDeployments | DeploymentsListed | Undeploy | Undeployed | Infer | Inferred | RequestFailed
+    | CoordinatorStatus | NodeStatus | NodeCapacity | NodeTelemetry
+    | LeaseShard | WithdrawLease | AcknowledgeResult | ForgetJob | LoadModel | UnloadModel | RunInference
+    | LeaseTaken | LeaseRefused | LeaseRenewed | ShardFinished | ShardFailed
+    | ModelLoaded | ModelLoadFailed | ModelUnloaded | InferenceFinished | BlobsStored
+)  # fmt: skip

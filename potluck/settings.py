@@ -1,0 +1,203 @@
+"""Settings, read once: defaults, then a TOML file, then `POTLUCK_*` environment variables, then flags.
+
+Unknown keys are errors. Timings are settings, so that tests shrink them. Nothing reads the environment later.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import tomllib
+from collections.abc import Mapping
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta, Struct
+
+from potluck.errors import InvalidSettings
+
+Port = Annotated[int, Meta(ge=0, le=65535)]
+PositiveSeconds = Annotated[float, Meta(gt=0)]
+
+
+class Section(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A table of a settings file."""
+
+
+class BusTimings(Section, frozen=True):
+    """How the bus connects and notices that it is cut off."""
+
+    keepalive_seconds: Annotated[int, Meta(ge=1)] = 10
+    connect_timeout_seconds: PositiveSeconds = 5.0
+    reconnect_min_seconds: PositiveSeconds = 0.2
+    reconnect_max_seconds: PositiveSeconds = 5.0
+
+
+class Listen(Section, frozen=True):
+    """Where a daemon listens, and whether it may do so beyond loopback without encryption (`insecure`)."""
+
+    host: str = "127.0.0.1"
+    port: Port = 0
+    insecure: bool = False
+
+
+class BrokerSettings(Section, frozen=True):
+    """`mode`: `auto` takes a seed or a discovered broker, else a private mosquitto, else the embedded amqtt."""
+
+    mode: Literal["auto", "external", "mosquitto", "embedded"] = "auto"
+    port: Port = 1883
+
+
+class Discovery(Section, frozen=True):
+    """mDNS. It is a hint: `seeds` in `NetworkSettings` work without it."""
+
+    enabled: bool = True
+    window_seconds: PositiveSeconds = 3.0
+
+
+class NetworkSettings(Section, frozen=True):
+    """What every daemon and client needs to find the others. `seeds` are broker addresses, `host` or `host:port`."""
+
+    cluster: str = "default"
+    seeds: tuple[str, ...] = ()
+    discovery: Discovery = Discovery()
+    bus: BusTimings = BusTimings()
+
+
+class NodeSettings(NetworkSettings, frozen=True):
+    """The node daemon. `node_id` empty: made once and kept in `state_dir`."""
+
+    node_id: str = ""
+    state_dir: str = ""
+    listen: Listen = Listen()
+    log_level: str = "INFO"
+    telemetry_seconds: PositiveSeconds = 5.0
+    resend_seconds: PositiveSeconds = 1.0
+    renew_seconds: PositiveSeconds = 1.0
+    engine_idle_seconds: PositiveSeconds = 120.0
+    engine_start_seconds: PositiveSeconds = 120.0
+    engine_silence_seconds: PositiveSeconds = 20.0
+    blob_limit_bytes: Annotated[int, Meta(ge=1)] = 20 * 2**30
+    threads: Annotated[int, Meta(ge=0)] = 0
+    """Threads TensorFlow may use; 0: one for each core that the process may run on."""
+
+
+class CoordinatorSettings(NetworkSettings, frozen=True):
+    """The coordinator daemon."""
+
+    state_dir: str = ""
+    listen: Listen = Listen()
+    broker: BrokerSettings = BrokerSettings()
+    log_level: str = "INFO"
+    lease_seconds: PositiveSeconds = 10.0
+    resend_seconds: PositiveSeconds = 1.0
+    node_timeout_seconds: PositiveSeconds = 20.0
+    attempts_limit: Annotated[int, Meta(ge=1)] = 3
+    """How often a shard may fail by an error (not by a lost node) before its job fails with that error."""
+    queue_limit: Annotated[int, Meta(ge=1)] = 1000
+    batch_limit: Annotated[int, Meta(ge=1)] = 64
+    inference_seconds: PositiveSeconds = 30.0
+    blob_limit_bytes: Annotated[int, Meta(ge=1)] = 200 * 2**30
+
+
+class ClientSettings(NetworkSettings, frozen=True):
+    """A client or the command line. `timeout_seconds` bounds each question."""
+
+    timeout_seconds: PositiveSeconds = 30.0
+
+
+S = TypeVar("S", bound=NetworkSettings)
+
+
+def load(kind: type[S], path: str | Path | None = None, flags: Mapping[str, Any] | None = None) -> S:
+    """Settings of `kind` from the file at `path`, the environment, and `flags` (dotted keys; None means not given).
+
+    `POTLUCK_LISTEN__PORT=9000` sets `listen.port`; a list is written with commas. Raises InvalidSettings.
+    """
+    table: dict[str, Any] = {}
+    if path is not None:
+        table = _read(Path(path))
+    for key, text in os.environ.items():
+        if key.startswith("POTLUCK_") and len(key) > len("POTLUCK_"):
+            keys = key[len("POTLUCK_") :].lower().split("__")
+            if keys[0] in kind.__struct_fields__:
+                value = [item for item in text.split(",") if item] if keys == ["seeds"] else text
+                _put(table, keys, value)
+    for dotted, value in (flags or {}).items():
+        if value is not None:
+            _put(table, dotted.split("."), value)
+    try:
+        return msgspec.convert(table, kind, strict=False)
+    except msgspec.ValidationError as error:
+        where = f" in {path}" if path else ""
+        raise InvalidSettings(f"settings{where}: {error}") from error
+
+
+def check_listen(listen: Listen) -> None:
+    """Raises InvalidSettings for listening beyond loopback without `--insecure`."""
+    if not listen.insecure and not is_loopback(listen.host):
+        raise InvalidSettings(
+            f"listening on {listen.host} opens this machine to the network without encryption or identities: "
+            "add --insecure if this network is trusted, or listen on 127.0.0.1"
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether `host` names this machine alone."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def parse_address(text: str, default_port: int = 1883) -> tuple[str, int]:
+    """`host`, `host:port`, `[v6]:port` or `mqtt://host:port` as (host, port). Raises InvalidSettings."""
+    rest = text.removeprefix("mqtt://").rstrip("/")
+    host, port = rest, ""
+    if rest.startswith("["):
+        host, _, tail = rest[1:].partition("]")
+        port = tail.removeprefix(":")
+    elif rest.count(":") == 1:
+        host, _, port = rest.partition(":")
+    if not host or (port and not (port.isdigit() and 0 < int(port) < 65536)):
+        raise InvalidSettings(f"address {text!r}: write it as host or host:port")
+    return host, int(port) if port else default_port
+
+
+def state_folder(configured: str, daemon: str) -> Path:
+    """The daemon's folder, made if need be: as configured, systemd's StateDirectory, or below XDG_STATE_HOME (XDG base dir spec)."""
+    folder = configured or os.environ.get("STATE_DIRECTORY", "").split(":")[0]
+    if not folder:
+        base = os.environ.get("XDG_STATE_HOME") or str(Path("~/.local/state").expanduser())
+        folder = str(Path(base) / "potluck" / daemon)
+    path = Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise InvalidSettings(
+            f"the state folder {path} cannot be made: {error.strerror}: choose one with --state-dir"
+        ) from error
+    return path
+
+
+def short_hostname() -> str:
+    """This machine's name as it may stand in a topic or an mDNS name: lower case letters, digits and '-', at most 20."""
+    name = socket.gethostname().split(".")[0].lower()
+    return "".join(sign if sign.isalnum() and sign.isascii() else "-" for sign in name).strip("-")[:20] or "node"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InvalidSettings(f"the settings file {path} cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InvalidSettings(f"the settings file {path} is not valid TOML: {error}") from error
+
+
+def _put(table: dict[str, Any], keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        table = table.setdefault(key, {})
+    table[keys[-1]] = value

@@ -1,0 +1,110 @@
+"""Tensors on the wire <-> numpy, with the datatypes of the Open Inference Protocol (V2)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from potluck.errors import InvalidRequest
+from potluck.messages import Tensor
+
+DTYPES: dict[str, np.dtype[Any]] = {
+    "BOOL": np.dtype("?"),
+    "UINT8": np.dtype("<u1"),
+    "UINT16": np.dtype("<u2"),
+    "UINT32": np.dtype("<u4"),
+    "UINT64": np.dtype("<u8"),
+    "INT8": np.dtype("<i1"),
+    "INT16": np.dtype("<i2"),
+    "INT32": np.dtype("<i4"),
+    "INT64": np.dtype("<i8"),
+    "FP16": np.dtype("<f2"),
+    "FP32": np.dtype("<f4"),
+    "FP64": np.dtype("<f8"),
+}
+_DATATYPES = {(dtype.kind, dtype.itemsize): name for name, dtype in DTYPES.items()}
+
+
+def datatype_of(dtype: np.dtype[Any]) -> str:
+    """The protocol's name of a numpy dtype; BYTES for text. Raises InvalidRequest for one that it cannot carry."""
+    if dtype.kind in "SUO":
+        return "BYTES"
+    try:
+        return _DATATYPES[(dtype.kind, dtype.itemsize)]
+    except KeyError:
+        raise InvalidRequest(
+            f"arrays of dtype {dtype} cannot be sent: use one of {', '.join(DTYPES)} or text"
+        ) from None
+
+
+def from_numpy(name: str, array: np.ndarray[Any, Any]) -> Tensor:
+    """A tensor with its data inline as bytes; text as a list of strings."""
+    datatype = datatype_of(array.dtype)
+    if datatype == "BYTES":
+        flat = [item.decode() if isinstance(item, bytes) else str(item) for item in array.ravel().tolist()]
+        return Tensor(name=name, datatype=datatype, shape=array.shape, data=flat)
+    data = np.ascontiguousarray(array, dtype=DTYPES[datatype]).tobytes()
+    return Tensor(name=name, datatype=datatype, shape=array.shape, data=data)
+
+
+def as_lists(tensor: Tensor) -> Tensor:
+    """The same tensor with its data as a flat list, for answers in JSON."""
+    if isinstance(tensor.data, bytes):
+        return Tensor(
+            name=tensor.name, datatype=tensor.datatype, shape=tensor.shape, data=to_numpy(tensor).ravel().tolist()
+        )
+    return tensor
+
+
+def to_numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
+    """The array of `tensor.shape`; read-only when the data came as bytes.
+
+    Raises InvalidRequest when the datatype is unknown, or when data and shape do not agree, and for data that is a blob
+    reference: whoever needs it pulls the blob first.
+    """
+    label, data, count = tensor.name, tensor.data, math.prod(tensor.shape)
+    if tensor.datatype == "BYTES":
+        if not isinstance(data, list):
+            raise InvalidRequest(f"tensor '{label}': BYTES data must be a list of strings")
+        array = np.array(_flatten(data), dtype=object)
+        return _shaped(array, tensor)
+    if tensor.datatype not in DTYPES:
+        raise InvalidRequest(
+            f"tensor '{label}': unknown datatype '{tensor.datatype}': use one of {', '.join(DTYPES)}, BYTES"
+        )
+    dtype = DTYPES[tensor.datatype]
+    if isinstance(data, bytes):
+        if len(data) != count * dtype.itemsize:
+            raise InvalidRequest(
+                f"tensor '{label}': {tensor.datatype} of shape {list(tensor.shape)} is {count * dtype.itemsize} bytes, "
+                f"but data has {len(data)}"
+            )
+        return np.frombuffer(data, dtype=dtype).reshape(tensor.shape)
+    if isinstance(data, list):
+        try:
+            array = np.asarray(data, dtype=dtype)
+        except (ValueError, TypeError, OverflowError) as error:
+            raise InvalidRequest(f"tensor '{label}': data does not fit {tensor.datatype}: {error}") from error
+        return _shaped(array, tensor)
+    raise InvalidRequest(f"tensor '{label}': its data is a blob, which must be pulled first")
+
+
+def _shaped(array: np.ndarray[Any, Any], tensor: Tensor) -> np.ndarray[Any, Any]:
+    count = math.prod(tensor.shape)
+    if array.size != count:
+        raise InvalidRequest(
+            f"tensor '{tensor.name}': shape {list(tensor.shape)} needs {count} values, but data has {array.size}"
+        )
+    return array.reshape(tensor.shape)
+
+
+def _flatten(data: list[Any]) -> list[Any]:
+    flat: list[Any] = []
+    for item in data:
+        if isinstance(item, list):
+            flat.extend(_flatten(item))
+        else:
+            flat.append(item)
+    return flat

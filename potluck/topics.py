@@ -1,0 +1,83 @@
+"""Every topic: who publishes to it, at what QoS, retained or not. Root: `potluck/v1/<cluster>/`.
+
+| topic                 | publisher   | QoS | retained | messages                                             |
+|-----------------------|-------------|-----|----------|------------------------------------------------------|
+| coordinator/status    | coordinator | 1   | yes      | CoordinatorStatus (also its will)                    |
+| coordinator/inbox     | clients     | 1   | no       | List*, Get*, CancelJob, AddDataset, RegisterModel, Undeploy |
+| nodes/<id>/status     | node        | 1   | yes      | NodeStatus (also its will)                           |
+| nodes/<id>/capacity   | node        | 1   | yes      | NodeCapacity                                         |
+| nodes/<id>/telemetry  | node        | 0   | no       | NodeTelemetry, always JSON                           |
+| nodes/<id>/inbox      | coordinator | 1/0 | no       | commands to the node (RunInference at QoS 0)         |
+| nodes/<id>/outbox     | node        | 1/0 | no       | events of the node (InferenceFinished at QoS 0)      |
+| jobs/submit           | clients     | 1   | no       | SubmitJob                                            |
+| jobs/<id>/status      | coordinator | 1   | expires  | JobChanged                                           |
+| jobs/<id>/events      | coordinator | 0   | no       | JobChanged, as often as there is something new       |
+| jobs/<id>/result      | coordinator | 1   | expires  | JobEnded                                             |
+| models/<name>/infer   | clients     | any | no       | Infer                                                |
+| clients/<id>/inbox    | coordinator | any | no       | answers                                              |
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from potluck.errors import InvalidRequest, InvalidSettings
+
+ROOT = "potluck/v1"
+_SEGMENT = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,160}$")
+
+
+@dataclass(frozen=True)
+class Topics:
+    """The topics of one cluster. Raises InvalidSettings for a cluster name that cannot stand in a topic."""
+
+    cluster: str
+
+    def __post_init__(self) -> None:
+        if not _SEGMENT.match(self.cluster):
+            raise InvalidSettings(f"cluster name {self.cluster!r}: use letters, digits, '.', '_' and '-'")
+
+    @property
+    def root(self) -> str:
+        return f"{ROOT}/{self.cluster}"
+
+    @property
+    def coordinator_status(self) -> str:
+        return f"{self.root}/coordinator/status"
+
+    @property
+    def coordinator_inbox(self) -> str:
+        return f"{self.root}/coordinator/inbox"
+
+    @property
+    def jobs_submit(self) -> str:
+        return f"{self.root}/jobs/submit"
+
+    def node(self, node_id: str, leaf: str) -> str:
+        """`leaf` is status, capacity, telemetry, inbox or outbox; `node_id` may be `+` in a filter."""
+        return f"{self.root}/nodes/{node_id}/{leaf}"
+
+    def job(self, job_id: str, leaf: str) -> str:
+        """`leaf` is status, events or result; `job_id` may be `+` in a filter."""
+        return f"{self.root}/jobs/{job_id}/{leaf}"
+
+    def infer(self, name: str) -> str:
+        return f"{self.root}/models/{name}/infer"
+
+    def client_inbox(self, client_id: str) -> str:
+        return f"{self.root}/clients/{client_id}/inbox"
+
+    def segment(self, topic: str, index: int) -> str:
+        """The `index`-th segment below the cluster's root: `segment('.../nodes/n1/inbox', 1)` is `n1`."""
+        return topic[len(self.root) + 1 :].split("/")[index]
+
+    def check_reply_to(self, topic: str) -> str:
+        """`topic`, when an answer may go there. Raises InvalidRequest: nobody may make the coordinator speak to a node."""
+        if not topic or any(sign in topic for sign in "+#\0") or len(topic.encode()) > 1024 or topic.startswith("$"):
+            raise InvalidRequest(f"reply_to {topic[:80]!r} is not a topic that can be published to")
+        if topic.startswith(f"{ROOT}/") and not topic.startswith(f"{self.root}/clients/"):
+            raise InvalidRequest(
+                f"reply_to {topic[:80]!r}: below {ROOT}/ only {self.root}/clients/<id>/... may be used"
+            )
+        return topic
