@@ -1,0 +1,539 @@
+"""Performs what the plans of jobs decide: journals events, leases shards, collects results, tells clients.
+
+Level-triggered: whenever something changed, and at every tick, each active job plans again from its state. What a plan
+asks for twice is done once, and what was lost on the way (a message, a node, this process) is asked for again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any
+
+from coordinator.collecting import Collector, locate
+from coordinator.jobs import (
+    AnyEvent,
+    AttemptEnded,
+    AttemptFinished,
+    AttemptLeased,
+    CloseEpoch,
+    CloseRound,
+    Complete,
+    Decision,
+    EpochEnded,
+    Job,
+    JobFinished,
+    JobStarted,
+    Lease,
+    Withdraw,
+)
+from coordinator.jobstore import JobStore
+from coordinator.membership import Membership
+from coordinator.outbox import Outbox, error_info
+from coordinator.placement import ClusterView, NodeView
+from coordinator.serving.registry import Registry
+from coordinator.serving.serving import Serving
+from potluck.errors import Cancelled, NotFound, PotluckError, Unavailable
+from potluck.logs import fields
+from potluck.messages import (
+    AcknowledgeResult,
+    AnyJobSpec,
+    BlobRef,
+    BlobsStored,
+    Deploy,
+    ErrorInfo,
+    ForgetJob,
+    JobChanged,
+    JobEnded,
+    LeaseRefused,
+    LeaseRenewed,
+    LeaseShard,
+    LeaseTaken,
+    Message,
+    ShardFailed,
+    ShardFinished,
+    Train,
+    WithdrawLease,
+)
+from potluck.settings import CoordinatorSettings
+from potluck.topics import Topics
+
+log = logging.getLogger(__name__)
+
+SLOTS = 2
+"""Attempts that a node holds at most: one running, one prefetched."""
+PROGRESS_SECONDS = 0.5
+RETAIN_SECONDS = 24 * 3600.0
+
+
+@dataclass
+class _Open:
+    """An attempt under lease: when its node was last heard of it, and what it said."""
+
+    job_id: str
+    node_id: str
+    message: LeaseShard
+    heard_at: float
+    sent_at: float
+    taken: bool = False
+    collecting: bool = False
+    done: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+class Dispatcher:
+    """All jobs of the coordinator. `run` must be under way for anything to happen."""
+
+    def __init__(
+        self,
+        *,
+        topics: Topics,
+        outbox: Outbox,
+        membership: Membership,
+        registry: Registry,
+        serving: Serving,
+        jobs: JobStore,
+        collector: Collector,
+        settings: CoordinatorSettings,
+        epoch: int,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._topics = topics
+        self._outbox = outbox
+        self._membership = membership
+        self._registry = registry
+        self._serving = serving
+        self._store = jobs
+        self._collector = collector
+        self._settings = settings
+        self._epoch = epoch
+        self._clock = clock
+        self._open: dict[str, _Open] = {}
+        self._load: Counter[str] = Counter()
+        self._holders: dict[str, set[str]] = {}
+        self._actions: dict[tuple[str, str], asyncio.Task[None]] = {}
+        self._dirty: dict[str, None] = {}
+        self._unpublished: dict[str, None] = {}
+        self._published_at: dict[str, float] = {}
+        self._wake = asyncio.Event()
+        self._tasks: asyncio.TaskGroup | None = None
+
+    # --- what clients ask ---------------------------------------------------------------------------------------------
+
+    def submit(self, spec: AnyJobSpec, request_id: str) -> Job:
+        """A new job, or the one that this request made before. Raises NotFound, InvalidRequest."""
+        known = self._store.by_request(request_id)
+        if known is not None:
+            return known
+        submitted = self._store.resolve(spec, request_id, uuid.uuid4().hex[:12], self._clock())
+        job = self._store.add(submitted)
+        log.info("job submitted %s", fields(job=job.job_id, kind=job.kind))
+        self._changed(job)
+        return job
+
+    def cancel(self, job_id: str) -> Job:
+        """End a job that has not ended yet. Raises NotFound."""
+        job = self.job(job_id)
+        if job.active:
+            self._finish(job, "cancelled", error=error_info(Cancelled(f"job {job_id} was cancelled")))
+        return job
+
+    def job(self, job_id: str) -> Job:
+        """Raises NotFound."""
+        job = self._store.jobs.get(job_id)
+        if job is None:
+            raise NotFound(f"there is no job {job_id!r}: `potluck jobs` lists them")
+        return job
+
+    def described(self, job: Job) -> JobChanged:
+        running = {
+            attempt_id: (attempt, self._open[attempt_id].done, self._open[attempt_id].metrics)
+            for attempt_id, attempt in job.attempts.items()
+            if attempt_id in self._open
+        }
+        return self._store.described(job, running, waiting=not self._view().nodes)
+
+    def ended(self, job: Job) -> JobEnded | None:
+        """The result of a job that has ended, its blobs to be had from here."""
+        return locate(job.ended, lambda _: self._collector.urls) if job.ended is not None else None
+
+    def all_described(self) -> tuple[JobChanged, ...]:
+        return tuple(self.described(job) for job in self._store.jobs.values())
+
+    def republish(self) -> None:
+        """Say again what is retained: after a reconnect, perhaps to a broker that forgot."""
+        for job in self._store.recent():
+            self._publish_state(job)
+
+    # --- what nodes say -----------------------------------------------------------------------------------------------
+
+    def on_node_message(self, node_id: str, message: Message) -> None:
+        """Any event of a node that concerns shards or blobs; others are not ours."""
+        match message:
+            case BlobsStored():
+                for sha256 in message.blobs:
+                    self._holders.setdefault(sha256, set()).add(node_id)
+            case LeaseTaken():
+                if (held := self._heard(node_id, message.attempt_id)) is not None:
+                    held.taken = True
+            case LeaseRenewed():
+                if (held := self._heard(node_id, message.attempt_id)) is not None:
+                    held.taken, held.done, held.metrics = True, message.done, message.metrics
+                    self._unpublished[held.job_id] = None
+                elif message.attempt_id not in self._open:
+                    # We have given it up (or were started anew without it): the node must not work in vain.
+                    self._command(
+                        node_id, WithdrawLease(epoch=self._epoch, attempt_id=message.attempt_id, reason="unknown")
+                    )
+            case LeaseRefused() | ShardFailed():
+                held = self._heard(node_id, message.attempt_id)
+                self._command(node_id, AcknowledgeResult(attempt_id=message.attempt_id))
+                if held is not None and not held.collecting:
+                    self._end_attempt(message.attempt_id, "the node reported an error", message.error)
+            case ShardFinished():
+                held = self._heard(node_id, message.attempt_id)
+                if held is None:
+                    self._command(node_id, AcknowledgeResult(attempt_id=message.attempt_id))
+                elif not held.collecting:
+                    held.collecting = True
+                    self._act(held.job_id, f"collect {message.attempt_id}", self._collect(message))
+            case _:
+                pass
+
+    def node_joined(self) -> None:
+        self._dirty.update(dict.fromkeys(self._store.active))
+        self._wake.set()
+
+    def node_lost(self, node_id: str, reason: str) -> None:
+        """What the node held under lease goes back, at once."""
+        for attempt_id in [key for key, held in self._open.items() if held.node_id == node_id and not held.collecting]:
+            self._end_attempt(attempt_id, f"node {node_id} was lost: {reason}", None)
+
+    # --- the loop -----------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Plan and act until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            self._tasks = tasks
+            self._resume()
+            ticked_at = 0.0
+            while True:
+                try:
+                    async with asyncio.timeout(min(PROGRESS_SECONDS, self._settings.resend_seconds) / 2):
+                        await self._wake.wait()
+                except TimeoutError:
+                    pass  # time to tick
+                self._wake.clear()
+                now = self._clock()
+                if now - ticked_at >= self._settings.resend_seconds / 2:
+                    ticked_at = now
+                    self._tick(now)
+                for job_id in list(self._dirty):
+                    self._dirty.pop(job_id, None)
+                    self._plan(self._store.jobs[job_id])
+                self._publish(now)
+
+    def _resume(self) -> None:
+        """Take up what the journal says is under way; nodes that still work on it go on."""
+        now = self._clock()
+        for job_id in self._store.active:
+            job = self._store.jobs[job_id]
+            for attempt in job.attempts.values():
+                task = self._store.task_of(job, attempt)
+                self._hold(job, attempt.attempt_id, attempt.shard_id, attempt.node_id, task, now)
+            log.info("job resumed %s", fields(job=job_id, kind=job.kind, attempts=len(job.attempts)))
+            self._changed(job)
+
+    def _tick(self, now: float) -> None:
+        for attempt_id, held in list(self._open.items()):
+            if held.collecting:
+                continue
+            if now - held.heard_at > self._settings.lease_seconds:
+                reason = f"nothing was heard of it for {now - held.heard_at:.0f} s"
+                self._withdraw(held, attempt_id, reason)
+                self._end_attempt(attempt_id, reason, None)
+            elif not held.taken and now - held.sent_at >= self._settings.resend_seconds:
+                self._send(held, now)
+        self._dirty.update(dict.fromkeys(self._store.active))
+
+    def _plan(self, job: Job) -> None:
+        # A defect in one job's plan or state must not stop the others, nor the coordinator again at each start.
+        try:
+            self._plan_guarded(job)
+        except PotluckError as error:
+            self._finish(job, "failed", error=error_info(error))
+        except Exception as error:
+            log.exception("planning failed %s", fields(job=job.job_id))
+            if job.active:
+                self._finish(job, "failed", error=ErrorInfo(code="internal", message=f"planning failed: {error!r}"))
+
+    def _plan_guarded(self, job: Job) -> None:
+        if not job.active:
+            return
+        error = job.error(self._settings.attempts_limit)
+        if error is not None:
+            self._finish(job, "failed", error=error)
+            return
+        if isinstance(job.submitted.spec, Deploy):
+            self._act(job.job_id, "deploy", self._deploy(job, job.submitted.spec))
+            return
+        for decision in job.plan(self._view()):
+            self._perform(job, decision)
+
+    def _perform(self, job: Job, decision: Decision) -> None:
+        now = self._clock()
+        match decision:
+            case Lease():
+                attempt_id = uuid.uuid4().hex[:16]
+                self._record(
+                    job,
+                    AttemptLeased(
+                        at=now,
+                        attempt_id=attempt_id,
+                        shard_id=decision.shard_id,
+                        node_id=decision.node_id,
+                        task=decision.task,
+                    ),
+                )
+                held = self._hold(job, attempt_id, decision.shard_id, decision.node_id, decision.task, now)
+                self._send(held, now)
+            case Withdraw():
+                held_or_none = self._open.get(decision.attempt_id)
+                if held_or_none is not None:
+                    self._withdraw(held_or_none, decision.attempt_id, decision.reason)
+                self._end_attempt(decision.attempt_id, decision.reason, None)
+            case CloseRound():
+                self._act(job.job_id, f"round {decision.round}", self._close_round(job, decision))
+            case CloseEpoch():
+                self._record(job, EpochEnded(at=now, epoch=decision.epoch))
+                log.info("epoch ended %s", fields(job=job.job_id, epoch=decision.epoch.epoch, **decision.epoch.metrics))
+                self._changed(job)
+            case Complete():
+                self._act(job.job_id, "complete", self._complete(job))
+
+    # --- actions: what takes time ---------------------------------------------------------------------------------------
+
+    def _act(self, job_id: str, name: str, action: Coroutine[Any, Any, None]) -> None:
+        """Start an action of a job, unless the same one is under way."""
+        key = (job_id, name)
+        if key in self._actions or self._tasks is None:
+            action.close()
+            return
+        task = self._tasks.create_task(self._guard(job_id, action), name=f"{job_id} {name}")
+        self._actions[key] = task
+        task.add_done_callback(lambda _: self._actions.pop(key, None))
+
+    async def _guard(self, job_id: str, action: Coroutine[Any, Any, None]) -> None:
+        job = self._store.jobs[job_id]
+        try:
+            await action
+        except PotluckError as error:
+            if job.active:
+                self._finish(job, "failed", error=error_info(error))
+        except Exception as error:  # the same boundary as in _plan: one job's defect stays its own
+            log.exception("action failed %s", fields(job=job_id))
+            if job.active:
+                self._finish(job, "failed", error=ErrorInfo(code="internal", message=f"internal error: {error!r}"))
+
+    async def _collect(self, message: ShardFinished) -> None:
+        attempt_id = message.attempt_id
+        held = self._open[attempt_id]
+        job = self._store.jobs[held.job_id]
+        try:
+            result = await self._collector.collect(message.result)
+        except Unavailable as error:
+            held.collecting = False
+            self._end_attempt(attempt_id, f"its result could not be fetched: {error.message}", None)
+            return
+        except PotluckError as error:
+            held.collecting = False
+            self._end_attempt(attempt_id, "its result cannot be used", error_info(error))
+            return
+        if attempt_id in self._open:
+            self._record(job, AttemptFinished(at=self._clock(), attempt_id=attempt_id, result=result))
+            self._drop(attempt_id)
+        self._command(held.node_id, AcknowledgeResult(attempt_id=attempt_id))
+        self._changed(job)
+
+    async def _close_round(self, job: Job, decision: CloseRound) -> None:
+        closed = await self._collector.average(decision, self._clock)
+        if job.active:
+            before = self._store.checkpoint(job)
+            self._record(job, closed)
+            self._collector.drop_round(decision, before, keep=closed.weights)
+            log.info(
+                "round closed %s", fields(job=job.job_id, round=closed.round, samples=closed.samples, **closed.metrics)
+            )
+            self._changed(job)
+
+    async def _deploy(self, job: Job, spec: Deploy) -> None:
+        if job.state == "queued":
+            self._record(job, JobStarted(at=self._clock()))
+            self._changed(job)
+        name = await self._serving.deploy(spec.model, spec.replicas)
+        if job.active:
+            self._finish(job, "succeeded", deployment=name)
+
+    async def _complete(self, job: Job) -> None:
+        parts = await self._collector.result(job)
+        spec = job.submitted.spec
+        if not job.active:
+            return
+        if isinstance(spec, Train) and spec.register is not None and isinstance(parts.get("model"), BlobRef):
+            info = self._registry.add_model(
+                spec.register,
+                parts["model"],
+                signature=parts.pop("signature", None),
+                image=job.submitted.image,
+                classes=parts.get("classes", ()),
+                metrics=dict(job.history[-1].metrics) if job.history else {},
+                job_id=job.job_id,
+                now=self._clock(),
+            )
+            self._collector.pin(info.model)
+            parts["registered"] = f"{info.name}:{info.version}"
+        parts.pop("signature", None)
+        self._finish(job, "succeeded", **parts)
+
+    # --- bookkeeping ----------------------------------------------------------------------------------------------------
+
+    def _finish(self, job: Job, state: Any, **parts: Any) -> None:
+        """End a job: journal, take leases back, tell everybody."""
+        if not job.active:
+            return
+        now = self._clock()
+        result = JobEnded(
+            job_id=job.job_id,
+            kind=job.kind,
+            state=state,
+            created_at=job.submitted.at,
+            started_at=job.started_at,
+            ended_at=now,
+            history=tuple(job.history),
+            **parts,
+        )
+        for attempt_id in list(job.attempts):
+            held = self._open.get(attempt_id)
+            if held is not None:
+                self._withdraw(held, attempt_id, f"the job has {state}")
+                self._drop(attempt_id)
+        participants = set(job.participants)
+        final = self.described(job).progress
+        self._record(job, JobFinished(at=now, result=result))
+        for node_id in participants:
+            self._command(node_id, ForgetJob(job_id=job.job_id))
+        for forgotten in self._store.ended(job, final):
+            for leaf in ("status", "result"):
+                self._outbox.clear(self._topics.job(forgotten, leaf))
+        reason = result.error.message if result.error else None
+        log.info("job ended %s", fields(job=job.job_id, state=state, error=reason))
+        self._publish_state(job)
+        self._dirty.update(dict.fromkeys(self._store.active))
+        self._wake.set()
+
+    def _record(self, job: Job, event: AnyEvent) -> None:
+        self._store.record(job, event)
+
+    def _hold(self, job: Job, attempt_id: str, shard_id: str, node_id: str, task: Any, now: float) -> _Open:
+        message = LeaseShard(
+            epoch=self._epoch,
+            job_id=job.job_id,
+            shard_id=shard_id,
+            attempt_id=attempt_id,
+            lease_seconds=self._settings.lease_seconds,
+            task=task,
+        )
+        held = self._open[attempt_id] = _Open(job.job_id, node_id, message, heard_at=now, sent_at=0.0)
+        self._load[node_id] += 1
+        return held
+
+    def _heard(self, node_id: str, attempt_id: str) -> _Open | None:
+        held = self._open.get(attempt_id)
+        if held is None or held.node_id != node_id:
+            return None
+        held.heard_at = self._clock()
+        return held
+
+    def _send(self, held: _Open, now: float) -> None:
+        held.sent_at = now
+        member = self._membership.get(held.node_id)
+        if member is not None and member.state != "offline":
+            self._command(held.node_id, locate(held.message, self._holders_of))
+
+    def _holders_of(self, sha256: str) -> tuple[str, ...]:
+        """Base URLs of who has a blob: the nodes first, so that the coordinator's link is the last resort."""
+        members = (self._membership.get(node_id) for node_id in sorted(self._holders.get(sha256, ()))[:8])
+        peers = tuple(url for member in members if member and member.state == "online" for url in member.http[:1])
+        return peers + self._collector.urls
+
+    def _withdraw(self, held: _Open, attempt_id: str, reason: str) -> None:
+        self._command(held.node_id, WithdrawLease(epoch=self._epoch, attempt_id=attempt_id, reason=reason))
+
+    def _end_attempt(self, attempt_id: str, reason: str, error: ErrorInfo | None) -> None:
+        held = self._open.get(attempt_id)
+        if held is None:
+            return
+        job = self._store.jobs[held.job_id]
+        log.info(
+            "attempt ended %s",
+            fields(job=job.job_id, attempt=attempt_id, node=held.node_id, reason=error.message if error else reason),
+        )
+        self._record(job, AttemptEnded(at=self._clock(), attempt_id=attempt_id, reason=reason, error=error))
+        self._drop(attempt_id)
+        self._changed(job)
+
+    def _drop(self, attempt_id: str) -> None:
+        held = self._open.pop(attempt_id)
+        self._load[held.node_id] -= 1
+        if self._load[held.node_id] <= 0:
+            del self._load[held.node_id]
+        # A free slot may serve any job.
+        self._dirty.update(dict.fromkeys(self._store.active))
+        self._wake.set()
+
+    def _view(self) -> ClusterView:
+        nodes = tuple(
+            NodeView(
+                member.node_id,
+                member.capacity.gflops,
+                free_slots=SLOTS - self._load[member.node_id],
+                idle=self._load[member.node_id] == 0,
+            )
+            for member in self._membership.online()
+            if "tensorflow" in member.capacity.runtimes
+        )
+        return ClusterView(nodes, self._clock())
+
+    def _command(self, node_id: str, message: Message) -> None:
+        self._outbox.publish(self._topics.node(node_id, "inbox"), message)
+
+    def _changed(self, job: Job) -> None:
+        if job.active:
+            self._dirty[job.job_id] = None
+        self._unpublished[job.job_id] = None
+        self._wake.set()
+
+    def _publish(self, now: float) -> None:
+        """Tell of jobs that changed, each at most every PROGRESS_SECONDS."""
+        for job_id in list(self._unpublished):
+            job = self._store.jobs.get(job_id)
+            if job is None or not job.active:
+                del self._unpublished[job_id]
+                self._published_at.pop(job_id, None)
+            elif now - self._published_at.get(job_id, 0.0) >= PROGRESS_SECONDS:
+                del self._unpublished[job_id]
+                self._published_at[job_id] = now
+                self._publish_state(job)
+
+    def _publish_state(self, job: Job) -> None:
+        changed = self.described(job)
+        topics = self._topics
+        self._outbox.publish(topics.job(job.job_id, "events"), changed, qos=0)
+        self._outbox.publish(topics.job(job.job_id, "status"), changed, retain=True, expiry_seconds=RETAIN_SECONDS)
+        if (ended := self.ended(job)) is not None:
+            self._outbox.publish(topics.job(job.job_id, "result"), ended, retain=True, expiry_seconds=RETAIN_SECONDS)

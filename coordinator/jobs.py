@@ -1,0 +1,274 @@
+"""Jobs as pure transitions: events change the state, `plan` reads it and decides what to do next.
+
+Every event is journaled before its effects happen; replaying a job's events gives its state back, and planning again from
+there repeats the effects that a killed coordinator did not come to. So nothing else needs to be remembered.
+Pure: no clock, no randomness, no input or output.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from msgspec import Struct
+
+from coordinator.placement import ClusterView
+from potluck.messages import (
+    AnyJobSpec,
+    AnyTask,
+    AnyTaskResult,
+    BlobRef,
+    Dataset,
+    EpochMetrics,
+    ErrorInfo,
+    ImageOptions,
+    JobChanged,
+    JobEnded,
+    JobProgress,
+    JobState,
+)
+
+# --- events: what is in the journal -----------------------------------------------------------------------------------
+
+
+class Event(Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="event", tag=True):
+    """`at` is Unix time in seconds."""
+
+    at: float
+
+
+class JobSubmitted(Event, frozen=True):
+    """The job with every name resolved: what it works on does not change when a name is given away again."""
+
+    job_id: str
+    request_id: str
+    spec: AnyJobSpec
+    model: BlobRef | None = None
+    image: ImageOptions | None = None
+    dataset: BlobRef | None = None
+    validation: BlobRef | None = None
+
+
+class JobStarted(Event, frozen=True):
+    """A job without shards is at work; others start with their first lease."""
+
+
+class AttemptLeased(Event, frozen=True):
+    attempt_id: str
+    shard_id: str
+    node_id: str
+    task: AnyTask
+
+
+class AttemptFinished(Event, frozen=True):
+    """Its result's blobs are in the coordinator's store."""
+
+    attempt_id: str
+    result: AnyTaskResult
+
+
+class AttemptEnded(Event, frozen=True):
+    """Ended without a result. `error` is set when the node reported one, not when the node or the lease was lost."""
+
+    attempt_id: str
+    reason: str
+    error: ErrorInfo | None = None
+
+
+class RoundClosed(Event, frozen=True):
+    """The weights of a round are averaged, and are a checkpoint in the store."""
+
+    round: int
+    weights: BlobRef
+    samples: int
+    metrics: dict[str, float] = {}
+
+
+class EpochEnded(Event, frozen=True):
+    epoch: EpochMetrics
+
+
+class JobFinished(Event, frozen=True):
+    result: JobEnded
+
+
+AnyEvent = (
+    JobSubmitted | JobStarted | AttemptLeased | AttemptFinished | AttemptEnded | RoundClosed | EpochEnded | JobFinished
+)
+
+
+# --- decisions: what a plan asks the dispatcher to do --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Lease:
+    """Give this shard to this node."""
+
+    shard_id: str
+    node_id: str
+    task: AnyTask
+
+
+@dataclass(frozen=True)
+class Withdraw:
+    """Take an attempt back, whose result is no longer wanted."""
+
+    attempt_id: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class CloseRound:
+    """Average these results by their samples; answered by `RoundClosed`."""
+
+    round: int
+    results: tuple[AnyTaskResult, ...]
+
+
+@dataclass(frozen=True)
+class CloseEpoch:
+    """Answered by `EpochEnded`."""
+
+    epoch: EpochMetrics
+
+
+@dataclass(frozen=True)
+class Complete:
+    """All the work is done: put the result together and end the job as succeeded."""
+
+
+Decision = Lease | Withdraw | CloseRound | CloseEpoch | Complete
+
+
+# --- state -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Attempt:
+    attempt_id: str
+    shard_id: str
+    node_id: str
+    leased_at: float
+
+
+class Strategy(Protocol):
+    """How one kind of job is cut into shards. The job tells it of attempts; it decides."""
+
+    def plan(self, view: ClusterView, attempts: dict[str, Attempt]) -> list[Decision]: ...
+
+    def leased(self, attempt: Attempt, task: AnyTask) -> None: ...
+
+    def finished(self, attempt: Attempt, result: AnyTaskResult, at: float) -> None: ...
+
+    def ended(self, attempt: Attempt) -> None: ...
+
+    def closed_round(self, event: RoundClosed) -> None: ...
+
+    def ended_epoch(self, event: EpochEnded) -> None: ...
+
+    def progress(self, running: dict[str, tuple[Attempt, int, dict[str, float]]]) -> JobProgress:
+        """`running`: for each open attempt what it has reported: items done, and metrics."""
+        ...
+
+
+@dataclass
+class Job:
+    """One job: its strategy's state, and the attempts that are open."""
+
+    submitted: JobSubmitted
+    strategy: Strategy | None
+    dataset: Dataset | None = None
+    state: JobState = "queued"
+    started_at: float = 0.0
+    ended: JobEnded | None = None
+    attempts: dict[str, Attempt] = field(default_factory=dict)
+    failures: int = 0
+    last_error: ErrorInfo | None = None
+    fatal: ErrorInfo | None = None
+    participants: set[str] = field(default_factory=set)
+    history: list[EpochMetrics] = field(default_factory=list)
+
+    @property
+    def job_id(self) -> str:
+        return self.submitted.job_id
+
+    @property
+    def kind(self) -> str:
+        return str(self.submitted.spec.__struct_config__.tag)
+
+    @property
+    def active(self) -> bool:
+        return self.state in ("queued", "running")
+
+    def apply(self, event: AnyEvent) -> None:
+        """Change the state. Events of attempts that are not open any more are ignored: a result counts once."""
+        match event:
+            case AttemptLeased():
+                attempt = Attempt(event.attempt_id, event.shard_id, event.node_id, event.at)
+                self.attempts[attempt.attempt_id] = attempt
+                self.participants.add(attempt.node_id)
+                if self.state == "queued":
+                    self.state, self.started_at = "running", event.at
+                self._strategy.leased(attempt, event.task)
+            case AttemptFinished():
+                finished = self.attempts.pop(event.attempt_id, None)
+                if finished is not None:
+                    self.failures = 0
+                    self._strategy.finished(finished, event.result, event.at)
+            case AttemptEnded():
+                ended = self.attempts.pop(event.attempt_id, None)
+                if ended is not None:
+                    self._strategy.ended(ended)
+                    if event.error is not None:
+                        self._failed(event.error)
+            case RoundClosed():
+                self._strategy.closed_round(event)
+            case EpochEnded():
+                self.history.append(event.epoch)
+                self._strategy.ended_epoch(event)
+            case JobFinished():
+                self.ended = event.result
+                self.state = event.result.state
+                self.attempts.clear()
+            case JobStarted():
+                self.state, self.started_at = "running", event.at
+            case JobSubmitted():
+                raise ValueError("a job is submitted once")
+
+    def plan(self, view: ClusterView) -> list[Decision]:
+        """What to do next. The same state and view give the same decisions."""
+        if not self.active or self.strategy is None:
+            return []
+        return self.strategy.plan(view, self.attempts)
+
+    def error(self, attempts_limit: int) -> ErrorInfo | None:
+        """The error this job must end with: one that trying again cannot mend, or too many in a row."""
+        if self.fatal is not None:
+            return self.fatal
+        return self.last_error if self.failures >= attempts_limit else None
+
+    def changed(self, progress: JobProgress) -> JobChanged:
+        """The job as clients see it."""
+        ended = self.ended
+        return JobChanged(
+            job_id=self.job_id,
+            kind=self.kind,
+            state=self.state,
+            created_at=self.submitted.at,
+            started_at=self.started_at or (ended.started_at if ended else 0.0),
+            ended_at=ended.ended_at if ended else 0.0,
+            progress=progress,
+            error=ended.error if ended else None,
+        )
+
+    @property
+    def _strategy(self) -> Strategy:
+        if self.strategy is None:
+            raise ValueError(f"job {self.job_id} has no shards")
+        return self.strategy
+
+    def _failed(self, error: ErrorInfo) -> None:
+        self.last_error = error
+        self.failures += 1
+        if not error.retryable:
+            self.fatal = error

@@ -1,0 +1,214 @@
+"""All jobs, in memory as the journal gives them: submitting resolves names, ending compacts the stream."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from msgspec.structs import replace
+
+from coordinator.jobs import (
+    AnyEvent,
+    Attempt,
+    AttemptEnded,
+    AttemptFinished,
+    AttemptLeased,
+    Job,
+    JobFinished,
+    JobSubmitted,
+)
+from coordinator.journal import Journal
+from coordinator.serving.registry import Registry
+from coordinator.strategies import strategy_for
+from potluck import codec
+from potluck.blobs.store import BlobStore
+from potluck.errors import InvalidRequest, PotluckError
+from potluck.logs import fields
+from potluck.messages import (
+    AnyJobSpec,
+    AnyTask,
+    BlobRef,
+    Dataset,
+    Deploy,
+    ImageOptions,
+    JobChanged,
+    JobProgress,
+    Train,
+)
+
+log = logging.getLogger(__name__)
+
+JOBS_KEPT = 1000
+"""Ended jobs that are remembered."""
+JOBS_REPUBLISHED = 100
+
+
+class JobStore:
+    """Jobs by id, oldest first."""
+
+    def __init__(
+        self, journal: Journal, registry: Registry, store: BlobStore, urls: Callable[[], tuple[str, ...]]
+    ) -> None:
+        self._journal = journal
+        self._registry = registry
+        self._blobs = store
+        self._urls = urls
+        self._requests: dict[str, str] = {}
+        self._tasks: dict[str, AnyTask] = {}
+        self._final: dict[str, JobProgress] = {}
+        self.jobs: dict[str, Job] = {}
+        self.active: dict[str, None] = {}
+        for stream in journal.streams("job/"):
+            try:
+                self._replay(stream)
+            except (PotluckError, ValueError) as error:
+                log.error("job cannot be resumed %s", fields(stream=stream, reason=error))
+
+    def resolve(self, spec: AnyJobSpec, request_id: str, job_id: str, now: float) -> JobSubmitted:
+        """The job with its names looked up. Raises NotFound, InvalidRequest."""
+        if isinstance(spec, Deploy):
+            info = self._registry.model(spec.model)
+            named = Deploy(model=f"{info.name}:{info.version}", replicas=spec.replicas)
+            return JobSubmitted(at=now, job_id=job_id, request_id=request_id, spec=named, model=info.model)
+        model, image = self._model(spec.model)
+        dataset = self._registry.dataset(spec.dataset)
+        validation = None
+        if isinstance(spec, Train) and spec.validation is not None:
+            held_out = self._registry.dataset(spec.validation)
+            if held_out.format.classes != dataset.format.classes:
+                raise InvalidRequest(
+                    f"data sets {spec.dataset!r} and {spec.validation!r} have other classes: "
+                    f"{_listed(dataset.format.classes)} and {_listed(held_out.format.classes)}"
+                )
+            validation = self._manifest(held_out)
+        return JobSubmitted(
+            at=now,
+            job_id=job_id,
+            request_id=request_id,
+            spec=spec,
+            model=model,
+            image=spec.image or image,
+            dataset=self._manifest(dataset),
+            validation=validation,
+        )
+
+    def add(self, submitted: JobSubmitted) -> Job:
+        """Journal a new job."""
+        job = self._make(submitted)
+        self._journal.append(f"job/{job.job_id}", submitted)
+        self._insert(job)
+        self.active[job.job_id] = None
+        return job
+
+    def by_request(self, request_id: str) -> Job | None:
+        return self.jobs.get(self._requests.get(request_id, "")) if request_id else None
+
+    def record(self, job: Job, event: AnyEvent) -> None:
+        """Journal an event, and then let it happen."""
+        self._journal.append(f"job/{job.job_id}", event)
+        self._apply(job, event)
+
+    def ended(self, job: Job, final: JobProgress) -> list[str]:
+        """Shorten the stream of a job that has ended; returns ids of old jobs that are forgotten for it."""
+        assert job.ended is not None
+        self.active.pop(job.job_id, None)
+        self._final[job.job_id] = final
+        self._journal.rewrite(
+            f"job/{job.job_id}", [job.submitted, JobFinished(at=job.ended.ended_at, result=job.ended)]
+        )
+        for sha256 in self._pinned(job.submitted):
+            self._blobs.unpin(sha256)
+        old = [job_id for job_id in self.jobs if job_id not in self.active][:-JOBS_KEPT]
+        for job_id in old:
+            forgotten = self.jobs.pop(job_id)
+            self._requests.pop(forgotten.submitted.request_id, None)
+            self._final.pop(job_id, None)
+            self._journal.rewrite(f"job/{job_id}", [])
+        return old
+
+    def recent(self) -> list[Job]:
+        """The jobs whose state is worth saying again."""
+        ended = [job for job in self.jobs.values() if not job.active][-JOBS_REPUBLISHED:]
+        return [*ended, *(self.jobs[job_id] for job_id in self.active)]
+
+    def task_of(self, job: Job, attempt: Attempt) -> AnyTask:
+        """The task of an open attempt that was replayed."""
+        return self._tasks[attempt.attempt_id]
+
+    def checkpoint(self, job: Job) -> BlobRef | None:
+        """The weights that a training job stands at."""
+        return getattr(job.strategy, "weights", None)
+
+    def described(
+        self, job: Job, running: dict[str, tuple[Attempt, int, dict[str, float]]], *, waiting: bool
+    ) -> JobChanged:
+        """`waiting`: no node can compute now."""
+        progress = self._final.get(job.job_id) or JobProgress()
+        if job.active and job.strategy is not None:
+            progress = job.strategy.progress(running)
+        if job.active and waiting:
+            progress = replace(progress, message="waiting for a node that has TensorFlow")
+        return job.changed(progress)
+
+    def _replay(self, stream: str) -> None:
+        job: Job | None = None
+        for event in self._journal.replay(stream, AnyEvent):  # type: ignore[arg-type]
+            if isinstance(event, JobSubmitted):
+                job = self._make(event)
+            elif job is not None:
+                self._apply(job, event)
+        if job is None:
+            return
+        if job.active:
+            self.active[job.job_id] = None
+        self._insert(job)
+
+    def _apply(self, job: Job, event: AnyEvent) -> None:
+        if isinstance(event, AttemptLeased):
+            self._tasks[event.attempt_id] = event.task
+        job.apply(event)
+        if isinstance(event, AttemptFinished | AttemptEnded):
+            self._tasks.pop(event.attempt_id, None)
+
+    def _make(self, submitted: JobSubmitted) -> Job:
+        # Ended jobs need no strategy; whether this one has ended is only known later, so its data sets may be gone.
+        dataset = self._load(submitted.dataset)
+        strategy = None
+        if dataset is not None or submitted.dataset is None:
+            strategy = strategy_for(submitted, dataset, self._load(submitted.validation))
+        return Job(submitted=submitted, strategy=strategy, dataset=dataset)
+
+    def _insert(self, job: Job) -> None:
+        self.jobs[job.job_id] = job
+        if job.submitted.request_id:
+            self._requests[job.submitted.request_id] = job.job_id
+        if job.active:
+            for sha256 in self._pinned(job.submitted):
+                self._blobs.pin(sha256)
+
+    def _pinned(self, submitted: JobSubmitted) -> list[str]:
+        refs = (submitted.model, submitted.dataset, submitted.validation)
+        return [ref.sha256 for ref in refs if ref is not None]
+
+    def _model(self, model: str | BlobRef) -> tuple[BlobRef, ImageOptions | None]:
+        if isinstance(model, str):
+            info = self._registry.model(model)
+            return info.model, info.image
+        if not self._blobs.has(model.sha256):
+            raise InvalidRequest(
+                f"the model blob {model.sha256[:12]} is not in the coordinator's store: "
+                f"PUT it to {(self._urls() or ('<coordinator>',))[0]}/blobs/{model.sha256} first"
+            )
+        return model, None
+
+    def _manifest(self, dataset: Dataset) -> BlobRef:
+        return self._blobs.put_bytes(codec.pack(dataset))
+
+    def _load(self, manifest: BlobRef | None) -> Dataset | None:
+        if manifest is None or not self._blobs.has(manifest.sha256):
+            return None
+        return codec.unpack(self._blobs.read(manifest.sha256), Dataset)
+
+
+def _listed(classes: tuple[str, ...]) -> str:
+    return ", ".join(classes[:12]) + (", ..." if len(classes) > 12 else "") if classes else "none"

@@ -1,0 +1,94 @@
+"""Who does how much: pure functions from measured speed to shares of the work.
+
+A node's speed is what it was measured to do in this very job; before that, its float32 product rate stands in, scaled to
+those nodes that were measured. Data distribution is proportional to speed, so that all finish together: the
+makespan-optimal split of divisible work when the cost of communication is left out (divisible load theory, Bharadwaj et al., 1996).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class NodeView:
+    """A node that may be given work now: `free_slots` more attempts fit into its queue, `idle` when it has none at all."""
+
+    node_id: str
+    gflops: float
+    free_slots: int
+    idle: bool = True
+
+
+@dataclass(frozen=True)
+class ClusterView:
+    """What a plan may depend on: the nodes that can compute, and the time."""
+
+    nodes: tuple[NodeView, ...]
+    now: float
+
+    @property
+    def node_ids(self) -> set[str]:
+        return {node.node_id for node in self.nodes}
+
+
+def speeds(nodes: Sequence[NodeView], measured: Mapping[str, float]) -> dict[str, float]:
+    """Items per second of each node; relative figures when none was measured. Always positive."""
+    rates = {node.node_id: max(node.gflops, 0.0) for node in nodes}
+    known = [rate for rate in rates.values() if rate > 0]
+    typical = sum(known) / len(known) if known else 1.0
+    rates = {node_id: rate if rate > 0 else typical for node_id, rate in rates.items()}
+    both = [node_id for node_id in rates if measured.get(node_id, 0.0) > 0]
+    factor = sum(measured[node_id] for node_id in both) / sum(rates[node_id] for node_id in both) if both else 1.0
+    return {node_id: measured[node_id] if node_id in both else rate * factor for node_id, rate in rates.items()}
+
+
+def split(total: int, rates: Mapping[str, float]) -> dict[str, int]:
+    """`total` items by speed, in whole items that add up to `total` (largest remainder); nodes that get none are left out."""
+    if not rates or total <= 0:
+        return {}
+    whole = sum(rates.values())
+    exact = {node_id: total * rate / whole for node_id, rate in rates.items()}
+    parts = {node_id: int(share) for node_id, share in exact.items()}
+    by_remainder = sorted(exact, key=lambda node_id: (parts[node_id] - exact[node_id], node_id))
+    for node_id in by_remainder[: total - sum(parts.values())]:
+        parts[node_id] += 1
+    return {node_id: part for node_id, part in sorted(parts.items()) if part > 0}
+
+
+def assign(
+    counts: Sequence[int], rates: Mapping[str, float], before: Mapping[str, Sequence[int]]
+) -> dict[str, tuple[int, ...]]:
+    """Data shards (by index, with their item counts) to nodes, in proportion to speed, moving as few as need be.
+
+    A node keeps what it had (`before`) up to its share; what is over, and what lost nodes had, goes to whoever is
+    furthest below its share. With fewer shards than nodes, the nodes left over share the largest shards with others.
+    """
+    if not rates or not counts:
+        return {}
+    total, whole = sum(counts), sum(rates.values())
+    goal = {node_id: total * rate / whole for node_id, rate in rates.items()}
+    held: dict[str, list[int]] = {node_id: [] for node_id in sorted(rates)}
+    load = dict.fromkeys(held, 0)
+    taken: set[int] = set()
+    for node_id in held:
+        for index in before.get(node_id, ()):
+            fits = load[node_id] + counts[index] / 2 <= goal[node_id]
+            if index < len(counts) and index not in taken and fits:
+                held[node_id].append(index)
+                load[node_id] += counts[index]
+                taken.add(index)
+    loose = sorted(
+        (index for index in range(len(counts)) if index not in taken), key=lambda index: (-counts[index], index)
+    )
+    for index in loose:
+        # Lowest load in proportion to the goal: greedy list scheduling on uniform machines (Graham, 1969).
+        node_id = min(held, key=lambda name: ((load[name] + counts[index]) / goal[name], name))
+        held[node_id].append(index)
+        load[node_id] += counts[index]
+    empty = [node_id for node_id in held if not held[node_id]]
+    largest = sorted(range(len(counts)), key=lambda index: (-counts[index], index))
+    for number, node_id in enumerate(empty):
+        held[node_id].append(largest[number % len(largest)])
+    return {node_id: tuple(sorted(indexes)) for node_id, indexes in held.items()}

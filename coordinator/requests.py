@@ -1,0 +1,170 @@
+"""Questions of clients on the bus: each message type to the part that answers it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+
+from coordinator.dispatcher import Dispatcher
+from coordinator.membership import Membership
+from coordinator.outbox import Outbox
+from coordinator.serving.registry import Registry
+from coordinator.serving.serving import Serving
+from potluck import codec
+from potluck.blobs.store import BlobStore
+from potluck.bus import Envelope
+from potluck.errors import BadMessage, InvalidData, InvalidRequest, PotluckError
+from potluck.messages import (
+    AddDataset,
+    BlobRef,
+    CancelJob,
+    Dataset,
+    DatasetAdded,
+    DatasetsListed,
+    DeploymentsListed,
+    GetJob,
+    GetModel,
+    JobAccepted,
+    JobsListed,
+    ListDatasets,
+    ListDeployments,
+    ListJobs,
+    ListModels,
+    ListNodes,
+    Message,
+    ModelRegistered,
+    ModelsListed,
+    NodesListed,
+    RegisterModel,
+    SubmitJob,
+    Undeploy,
+    Undeployed,
+)
+
+log = logging.getLogger(__name__)
+
+
+class Requests:
+    """Answers what comes on `coordinator/inbox` and `jobs/submit`. `run` must be under way."""
+
+    def __init__(
+        self,
+        *,
+        outbox: Outbox,
+        dispatcher: Dispatcher,
+        registry: Registry,
+        serving: Serving,
+        membership: Membership,
+        store: BlobStore,
+        urls: tuple[str, ...],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._outbox = outbox
+        self._dispatcher = dispatcher
+        self._registry = registry
+        self._serving = serving
+        self._membership = membership
+        self._store = store
+        self._urls = urls
+        self._clock = clock
+        self._undeploys: asyncio.Queue[Envelope] = asyncio.Queue(100)
+
+    def on_request(self, envelope: Envelope) -> None:
+        """Handler for the bus."""
+        message = envelope.message
+        if message.expires and message.expires < self._clock():
+            return
+        try:
+            if isinstance(message, Undeploy):
+                self._undeploys.put_nowait(envelope)  # the only question whose answer takes time
+                return
+            self._outbox.reply(envelope, self._answer(envelope, message))
+        except PotluckError as error:
+            self._outbox.refuse(envelope, error)
+
+    async def run(self) -> None:
+        """Answer the questions that take time, until cancelled."""
+        while True:
+            envelope = await self._undeploys.get()
+            assert isinstance(envelope.message, Undeploy)
+            try:
+                gone = await self._serving.undeploy(envelope.message.model)
+                self._outbox.reply(envelope, Undeployed(deployments=gone))
+            except PotluckError as error:
+                self._outbox.refuse(envelope, error)
+
+    def _answer(self, envelope: Envelope, message: Message) -> Message:
+        match message:
+            case SubmitJob():
+                # The same question asked twice (QoS 1, or a client that tries again) is one job.
+                request_id = f"{envelope.reply_to} {message.id}" if envelope.reply_to and message.id else ""
+                return JobAccepted(job_id=self._dispatcher.submit(message.job, request_id).job_id)
+            case CancelJob():
+                return self._dispatcher.described(self._dispatcher.cancel(message.job_id))
+            case GetJob():
+                job = self._dispatcher.job(message.job_id)
+                return self._dispatcher.ended(job) or self._dispatcher.described(job)
+            case ListJobs():
+                return JobsListed(jobs=self._dispatcher.all_described())
+            case ListNodes():
+                return NodesListed(nodes=self._membership.infos())
+            case ListModels():
+                return ModelsListed(models=self._registry.models())
+            case GetModel():
+                return ModelRegistered(model=self._registry.model(message.model))
+            case RegisterModel():
+                self._need(message.model, "model")
+                info = self._registry.add_model(
+                    message.name, message.model, image=message.image, classes=message.classes, now=self._clock()
+                )
+                self._store.pin(info.model.sha256)
+                return ModelRegistered(model=info)
+            case ListDatasets():
+                return DatasetsListed(datasets=self._registry.datasets())
+            case AddDataset():
+                return self._add_dataset(message)
+            case ListDeployments():
+                return DeploymentsListed(deployments=self._serving.deployments())
+            case _:
+                raise InvalidRequest(
+                    f"{type(message).__name__} is not a question to the coordinator: see docs/protocol.md"
+                )
+
+    def _add_dataset(self, message: AddDataset) -> Message:
+        self._need(message.manifest, "manifest")
+        try:
+            dataset = codec.unpack(self._store.read(message.manifest.sha256), Dataset)
+        except BadMessage as error:
+            raise InvalidData(f"the manifest of data set {message.name!r} is not one: {error.message}") from error
+        missing = [shard.blob.sha256 for shard in dataset.shards if not self._store.has(shard.blob.sha256)]
+        if missing:
+            raise InvalidData(
+                f"{len(missing)} of {len(dataset.shards)} shards of data set {message.name!r} are not in the "
+                f"coordinator's store (first: {missing[0][:12]}): PUT them to {self._where()}/blobs/<sha256> first"
+            )
+        if sum(shard.count for shard in dataset.shards) != dataset.count or not dataset.count:
+            raise InvalidData(
+                f"the manifest of data set {message.name!r} counts {dataset.count} items, its shards do not"
+            )
+        info = self._registry.add_dataset(message.name, message.manifest, dataset)
+        for ref in dataset_blobs(message.manifest, dataset):
+            self._store.pin(ref.sha256)
+        return DatasetAdded(dataset=info)
+
+    def _need(self, ref: BlobRef, what: str) -> None:
+        if not self._store.has(ref.sha256):
+            raise InvalidRequest(
+                f"the {what} blob {ref.sha256[:12]} is not in the coordinator's store: "
+                f"PUT it to {self._where()}/blobs/{ref.sha256} first"
+            )
+
+    def _where(self) -> str:
+        return self._urls[0] if self._urls else "<coordinator>"
+
+
+def dataset_blobs(manifest: BlobRef, dataset: Dataset) -> list[BlobRef]:
+    """Every blob that a registered data set needs."""
+    keys = [dataset.keys] if dataset.keys else []
+    return [manifest, *keys, *(shard.blob for shard in dataset.shards)]

@@ -1,0 +1,74 @@
+"""From the parts that nodes sent to what the user gets: merged metrics, predictions in order."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from coordinator.training.rounds import evaluation_metrics
+from potluck.blobs.store import BlobStore
+from potluck.messages import ClassScore, EvaluateResult, Evaluation, PredictResult, Tensor
+from potluck.tensors import DTYPES
+
+INLINE_OUTPUT_BYTES = 64 * 1024
+"""Predictions up to this size stand in the result itself."""
+
+
+def evaluation(merged: EvaluateResult, labels: Sequence[str]) -> Evaluation:
+    """Metrics from sums and counts. Precision, recall and F1 are 0 where they are not defined (no such prediction or item),
+    as scikit-learn's `zero_division=0`; their means over classes are unweighted (`macro`).
+    """
+    metrics = evaluation_metrics(merged)
+    table = merged.confusion
+    scores: list[ClassScore] = []
+    for i, row in enumerate(table):
+        hit, support, predicted = row[i], sum(row), sum(other[i] for other in table)
+        precision = hit / predicted if predicted else 0.0
+        recall = hit / support if support else 0.0
+        f1 = 2 * hit / (predicted + support) if predicted + support else 0.0
+        label = labels[i] if i < len(labels) else str(i)
+        scores.append(ClassScore(label=label, precision=precision, recall=recall, f1=f1, support=support))
+    if scores:
+        for name in ("precision", "recall", "f1"):
+            metrics[name] = math.fsum(getattr(score, name) for score in scores) / len(scores)
+    return Evaluation(count=merged.count, metrics=metrics, confusion=table, classes=tuple(scores))
+
+
+def predictions(parts: Sequence[PredictResult], store: BlobStore) -> tuple[Tensor, ...]:
+    """The outputs of all parts, joined along the first axis in the order given; large ones as blobs of the store.
+
+    Each part's data is a blob of the store already (raw little-endian bytes). Blocks on files: call it in a thread.
+    """
+    joined: list[Tensor] = []
+    for number, first in enumerate(parts[0].outputs if parts else ()):
+        rows = sum(part.outputs[number].shape[0] for part in parts)
+        shape = (rows, *first.shape[1:])
+        datatype = first.datatype
+        if datatype == "BYTES":
+            texts = [text for part in parts for text in _list(part.outputs[number])]
+            joined.append(Tensor(name=first.name, datatype=datatype, shape=shape, data=texts))
+            continue
+        size = math.prod(shape) * DTYPES[datatype].itemsize
+        if size <= INLINE_OUTPUT_BYTES:
+            data = b"".join(_bytes(part.outputs[number], store) for part in parts)
+            joined.append(Tensor(name=first.name, datatype=datatype, shape=shape, data=data))
+            continue
+        with store.new_file() as file:
+            for part in parts:
+                file.write(_bytes(part.outputs[number], store))
+            file.flush()
+            ref = store.put_file(file.path, move=True)
+        joined.append(Tensor(name=first.name, datatype=datatype, shape=shape, data=ref))
+    return tuple(joined)
+
+
+def _bytes(tensor: Tensor, store: BlobStore) -> bytes:
+    if isinstance(tensor.data, bytes):
+        return tensor.data
+    if isinstance(tensor.data, list):
+        raise ValueError(f"output {tensor.name} was not stored as bytes")
+    return store.read(tensor.data.sha256)
+
+
+def _list(tensor: Tensor) -> list[str]:
+    return tensor.data if isinstance(tensor.data, list) else []

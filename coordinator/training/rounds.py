@@ -1,0 +1,276 @@
+"""Training by rounds, the `local` strategy in its plain form: pure.
+
+In a round each node trains on its own data shards, from the same weights, for a time budget; the weights are then
+averaged by samples (FedAvg, McMahan et al., 2017; local SGD with time-budgeted rounds). Epochs count samples over the
+whole cluster. A node that is lost costs its own round; nodes that join take part from the next round on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from coordinator.batch import BatchStrategy, merge
+from coordinator.jobs import (
+    Attempt,
+    CloseEpoch,
+    CloseRound,
+    Complete,
+    Decision,
+    EpochEnded,
+    Lease,
+    RoundClosed,
+    Withdraw,
+)
+from coordinator.placement import ClusterView, assign, speeds, split
+from potluck.messages import (
+    AnyTask,
+    AnyTaskResult,
+    BlobRef,
+    Dataset,
+    EpochMetrics,
+    EvaluateResult,
+    ExportResult,
+    ExportTask,
+    ImageOptions,
+    JobProgress,
+    Train,
+    TrainResult,
+    TrainTask,
+)
+
+ROUNDS_PER_EPOCH = 2
+"""At least so many rounds an epoch: on a small data set many short rounds reach an accuracy in fewer samples."""
+STRAGGLER_FACTOR = 4.0
+STRAGGLER_SECONDS = 60.0
+"""A round waits for its last node at most this long: the larger of so many seconds and so many round times."""
+
+
+@dataclass
+class RoundsStrategy:
+    """State of one training job between events.
+
+    Phases: train rounds until the epoch's samples are seen, validate (when asked), next epoch; after the last, export.
+    """
+
+    spec: Train
+    model: BlobRef
+    image: ImageOptions | None
+    dataset: Dataset
+    validation: Callable[[BlobRef | None, int], BatchStrategy] | None
+    """Makes the evaluation of (weights, epoch)."""
+    round: int = 0
+    samples: int = 0
+    epochs_ended: int = 0
+    weights: BlobRef | None = None
+    contributions: dict[str, TrainResult] = field(default_factory=dict)
+    """Results of the open round by node."""
+    opened_at: float = 0.0
+    assigned: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    shares: dict[str, float] = field(default_factory=dict)
+    measured: dict[str, float] = field(default_factory=dict)
+    round_metrics: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    validating: BatchStrategy | None = None
+    validated: EvaluateResult | None = None
+    exported: ExportResult | None = None
+    last_epoch: EpochMetrics | None = None
+    epoch_started_at: float = 0.0
+
+    @property
+    def total(self) -> int:
+        return self.spec.epochs * self.dataset.count
+
+    @property
+    def epoch_full(self) -> bool:
+        """Whether the samples of the present epoch are seen, up to less than one batch."""
+        goal = (self.epochs_ended + 1) * self.dataset.count
+        return goal - self.samples < min(self.spec.batch_size, self.dataset.count)
+
+    def plan(self, view: ClusterView, attempts: dict[str, Attempt]) -> list[Decision]:
+        if self.epochs_ended == self.spec.epochs:
+            return self._plan_export(view, attempts)
+        if self.epoch_full:
+            return self._plan_validation(view, attempts)
+        open_attempts = [attempt for attempt in attempts.values() if attempt.shard_id == self._shard_id]
+        if open_attempts:
+            return self._plan_stragglers(view, open_attempts)
+        if self.contributions:
+            results = tuple(self.contributions[node_id] for node_id in sorted(self.contributions))
+            return [CloseRound(self.round, results)]
+        return self._open_round(view)
+
+    def leased(self, attempt: Attempt, task: AnyTask) -> None:
+        if isinstance(task, TrainTask):
+            if not self.contributions and attempt.shard_id == self._shard_id:
+                self.opened_at = attempt.leased_at
+            indexes = {shard.blob.sha256: index for index, shard in enumerate(self.dataset.shards)}
+            self.assigned[attempt.node_id] = tuple(indexes[shard.blob.sha256] for shard in task.data)
+            self.epoch_started_at = self.epoch_started_at or attempt.leased_at
+        elif self._of_validation(attempt):
+            self._validation.leased(attempt, task)
+
+    def finished(self, attempt: Attempt, result: AnyTaskResult, at: float) -> None:
+        if isinstance(result, TrainResult):
+            if result.seconds > 0:
+                self.measured[attempt.node_id] = result.samples / result.seconds
+            if attempt.shard_id == self._shard_id and result.samples:
+                self.contributions[attempt.node_id] = result
+        elif isinstance(result, ExportResult):
+            self.exported = result
+        elif self._of_validation(attempt):
+            self._validation.finished(attempt, result, at)
+            if self._validation.complete:
+                parts = [part for part in self._validation.in_order() if isinstance(part, EvaluateResult)]
+                self.validated = merge(parts)
+
+    def ended(self, attempt: Attempt) -> None:
+        if self._of_validation(attempt):
+            self._validation.ended(attempt)
+
+    def closed_round(self, event: RoundClosed) -> None:
+        if event.round != self.round:
+            return
+        self.weights = event.weights
+        self.samples += event.samples
+        self.round += 1
+        self.round_metrics.append((event.samples, event.metrics))
+        self.contributions = {}
+
+    def ended_epoch(self, event: EpochEnded) -> None:
+        self.epochs_ended += 1
+        self.last_epoch = event.epoch
+        self.epoch_started_at = event.at
+        self.round_metrics = []
+        self.validating = None
+        self.validated = None
+
+    def progress(self, running: dict[str, tuple[Attempt, int, dict[str, float]]]) -> JobProgress:
+        at_work = {attempt.node_id for attempt, _, _ in running.values()}
+        nodes = {node_id: rate for node_id, rate in self.measured.items() if node_id in at_work}
+        training = sum(done for attempt, done, _ in running.values() if attempt.shard_id == self._shard_id)
+        training += sum(result.samples for result in self.contributions.values())
+        metrics = dict(self.last_epoch.metrics) if self.last_epoch else {}
+        live = [(done, seen) for attempt, done, seen in running.values() if attempt.shard_id == self._shard_id and done]
+        metrics.update(weighted([*self.round_metrics, *live]))
+        if self.epochs_ended == self.spec.epochs:
+            message = "writing the model"
+        else:
+            message = "validating" if self.epoch_full else "training"
+        return JobProgress(
+            done=min(self.samples + training, self.total),
+            total=self.total,
+            epoch=min(self.epochs_ended + 1, self.spec.epochs),
+            epochs=self.spec.epochs,
+            round=self.round,
+            metrics=metrics,
+            items_per_second=sum(nodes.values()),
+            nodes=nodes,
+            message=message,
+        )
+
+    def _open_round(self, view: ClusterView) -> list[Decision]:
+        free = [node for node in view.nodes if node.free_slots]
+        if not free:
+            return []
+        rates = speeds(free, self.measured)
+        goal = (self.epochs_ended + 1) * self.dataset.count
+        wanted = min(goal - self.samples, -(-self.dataset.count // ROUNDS_PER_EPOCH))
+        if self.measured:
+            wanted = min(wanted, max(1, round(sum(rates.values()) * self.spec.round_seconds)))
+        data = self._assignment(rates)
+        decisions: list[Decision] = []
+        for node_id, samples in split(wanted, rates).items():
+            # Whole batches, so that no step trains on a few items only, and every node takes part.
+            batches = max(1, round(samples / self.spec.batch_size))
+            task = TrainTask(
+                model=self.model,
+                weights=self.weights,
+                data=tuple(self.dataset.shards[index] for index in data[node_id]),
+                format=self.dataset.format,
+                image=self.image,
+                round=self.round,
+                samples=batches * self.spec.batch_size,
+                seconds=self.spec.round_seconds,
+                batch_size=self.spec.batch_size,
+                seed=self.spec.seed,
+            )
+            decisions.append(Lease(self._shard_id, node_id, task))
+        return decisions
+
+    def _assignment(self, rates: dict[str, float]) -> dict[str, tuple[int, ...]]:
+        """Data shards by speed; kept as they are while the same nodes hold them and no share has moved by a third."""
+        total = sum(rates.values())
+        shares = {node_id: rate / total for node_id, rate in rates.items()}
+        same_nodes = self.shares.keys() == shares.keys()
+        if not same_nodes or any(abs(shares[name] - self.shares[name]) > self.shares[name] / 3 for name in shares):
+            counts = [shard.count for shard in self.dataset.shards]
+            self.assigned = assign(counts, rates, self.assigned)
+            self.shares = shares
+        return self.assigned
+
+    def _plan_stragglers(self, view: ClusterView, open_attempts: list[Attempt]) -> list[Decision]:
+        if not self.contributions:
+            return []
+        patience = max(STRAGGLER_SECONDS, STRAGGLER_FACTOR * self.spec.round_seconds)
+        late = view.now - self.opened_at > patience
+        return [Withdraw(attempt.attempt_id, "the round went on without it") for attempt in open_attempts if late]
+
+    def _plan_validation(self, view: ClusterView, attempts: dict[str, Attempt]) -> list[Decision]:
+        if self.validation is not None and self.validated is None:
+            if self.validating is None:
+                self.validating = self.validation(self.weights, self.epochs_ended + 1)
+            decisions = self.validating.plan(view, attempts)
+            return [decision for decision in decisions if not isinstance(decision, Complete)]
+        metrics = weighted(self.round_metrics)
+        if self.validated is not None:
+            metrics |= {f"val_{name}": value for name, value in evaluation_metrics(self.validated).items()}
+        seconds = max(0.0, view.now - self.epoch_started_at) if self.epoch_started_at else 0.0
+        epoch = EpochMetrics(epoch=self.epochs_ended + 1, metrics=metrics, samples=self.samples, seconds=seconds)
+        return [CloseEpoch(epoch)]
+
+    def _plan_export(self, view: ClusterView, attempts: dict[str, Attempt]) -> list[Decision]:
+        if self.exported is not None:
+            return [Complete()]
+        if any(attempt.shard_id == "export" for attempt in attempts.values()) or self.weights is None:
+            return []
+        rates = speeds(view.nodes, self.measured)
+        free = [node.node_id for node in view.nodes if node.free_slots]
+        if not free:
+            return []
+        fastest = max(free, key=lambda node_id: (rates[node_id], node_id))
+        return [Lease("export", fastest, ExportTask(model=self.model, weights=self.weights))]
+
+    def _of_validation(self, attempt: Attempt) -> bool:
+        if self.validating is None and self.validation is not None and attempt.shard_id.startswith("validation-"):
+            # Replaying: the plan that made it is not in the journal, but it follows from the state.
+            self.validating = self.validation(self.weights, self.epochs_ended + 1)
+        return self.validating is not None and attempt.shard_id.startswith(self.validating.prefix + "-")
+
+    @property
+    def _validation(self) -> BatchStrategy:
+        if self.validating is None:
+            raise ValueError("no validation is under way")
+        return self.validating
+
+    @property
+    def _shard_id(self) -> str:
+        return f"round-{self.round}"
+
+
+def weighted(parts: list[tuple[int, dict[str, float]]]) -> dict[str, float]:
+    """Mean metrics of parts of (samples, metrics), by samples."""
+    total: dict[str, float] = {}
+    weight: dict[str, int] = {}
+    for samples, metrics in parts:
+        for name, value in metrics.items():
+            total[name] = total.get(name, 0.0) + samples * value
+            weight[name] = weight.get(name, 0) + samples
+    return {name: total[name] / weight[name] for name in total if weight[name]}
+
+
+def evaluation_metrics(result: EvaluateResult) -> dict[str, float]:
+    """Mean metrics from sums and counts; accuracy from the confusion matrix."""
+    metrics = {name: value / result.count for name, value in result.sums.items()} if result.count else {}
+    if result.confusion and result.count:
+        metrics["accuracy"] = sum(row[i] for i, row in enumerate(result.confusion)) / result.count
+    return metrics
