@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 
 from msgspec.structs import replace
 
@@ -46,9 +45,7 @@ JOBS_REPUBLISHED = 100
 class JobStore:
     """Jobs by id, oldest first."""
 
-    def __init__(
-        self, journal: Journal, registry: Registry, store: BlobStore, urls: Callable[[], tuple[str, ...]]
-    ) -> None:
+    def __init__(self, journal: Journal, registry: Registry, store: BlobStore, urls: tuple[str, ...]) -> None:
         self._journal = journal
         self._registry = registry
         self._blobs = store

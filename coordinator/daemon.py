@@ -1,0 +1,277 @@
+"""The coordinator daemon's composition root: broker, bus, journal, dispatcher, serving, gateway, advertisement."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Iterable
+from contextlib import AsyncExitStack
+
+from aiohttp import web
+
+from coordinator.collecting import Collector
+from coordinator.dispatcher import Dispatcher
+from coordinator.gateway import routes as gateway
+from coordinator.jobstore import JobStore
+from coordinator.journal import Journal
+from coordinator.membership import Change, Membership, NodeJoined, NodeLost
+from coordinator.outbox import Outbox
+from coordinator.requests import Requests, dataset_blobs
+from coordinator.serving.registry import Registry
+from coordinator.serving.serving import Serving
+from potluck import lifecycle
+from potluck.blobs import server as blob_server
+from potluck.blobs.download import Downloader
+from potluck.blobs.store import BlobStore
+from potluck.broker import Broker, start_broker
+from potluck.bus import Addresses, Envelope, MqttBus, Will
+from potluck.discovery import Discovery, Service
+from potluck.errors import Unavailable
+from potluck.logs import fields
+from potluck.messages import CoordinatorStatus, NodeCapacity, NodeStatus, NodeTelemetry
+from potluck.network import base_urls, bind, reachable_addresses
+from potluck.settings import CoordinatorSettings, check_listen, parse_address, short_hostname, state_folder
+from potluck.topics import Topics
+
+log = logging.getLogger(__name__)
+
+TICK_SECONDS = 0.5
+UPLOAD_LIMIT_BYTES = 16 * 2**30
+
+
+class Coordinator:
+    """One coordinator. `run` returns after `stop` is set and everything is put down in order.
+
+    Raises InvalidSettings for a listen address that is not allowed or taken, Conflict when another coordinator uses the
+    same state folder, Unavailable when there is no broker to be had or it died.
+    """
+
+    def __init__(self, settings: CoordinatorSettings) -> None:
+        check_listen(settings.listen)
+        self.settings = settings
+        self.topics = Topics(settings.cluster)
+        self.session = uuid.uuid4().hex
+        self.folder = state_folder(settings.state_dir, "coordinator")
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Start, say ready, serve until `stop`, and stop in reverse order."""
+        settings = self.settings
+        async with AsyncExitStack() as stack:
+            journal = Journal(self.folder / "journal.sqlite")
+            stack.callback(journal.close)
+            store = BlobStore(self.folder / "blobs", settings.blob_limit_bytes)
+            broker, addresses = await self._broker(stack)
+            sock = bind(settings.listen)
+            stack.callback(sock.close)
+            port = sock.getsockname()[1]
+            urls = base_urls(settings.listen.host, port)
+            downloader = await stack.enter_async_context(Downloader(store))
+
+            offline = CoordinatorStatus(session=self.session, epoch=journal.epoch, state="offline")
+            online = CoordinatorStatus(session=self.session, epoch=journal.epoch, state="online", http=urls)
+            status_topic = self.topics.coordinator_status
+            bus = MqttBus(
+                addresses,
+                self.topics,
+                client_id=f"coordinator-{self.session[:12]}",
+                will=Will(status_topic, offline),
+                timings=settings.bus,
+            )
+            self._outbox = Outbox(bus)
+            self._membership = Membership(settings.node_timeout_seconds)
+            registry = Registry(journal)
+            self._serving = Serving(
+                bus, self.topics, self._membership, registry, journal, settings, blobs_url=urls, epoch=journal.epoch
+            )
+            jobs = JobStore(journal, registry, store, urls)
+            self._dispatcher = Dispatcher(
+                topics=self.topics,
+                outbox=self._outbox,
+                membership=self._membership,
+                registry=registry,
+                serving=self._serving,
+                jobs=jobs,
+                collector=Collector(store, downloader, urls),
+                settings=settings,
+                epoch=journal.epoch,
+            )
+            requests = Requests(
+                outbox=self._outbox,
+                dispatcher=self._dispatcher,
+                registry=registry,
+                serving=self._serving,
+                membership=self._membership,
+                store=store,
+                urls=urls,
+            )
+            _pin_registered(registry, store)
+            self._subscribe(bus, requests)
+
+            async def announce() -> None:
+                await bus.publish(status_topic, online, retain=True)
+                self._dispatcher.republish()
+
+            bus.on_connect(announce)
+
+            async with asyncio.TaskGroup() as tasks:
+                running = [
+                    tasks.create_task(part, name=name)
+                    for name, part in (
+                        ("bus", bus.run()),
+                        ("outbox", self._outbox.run()),
+                        ("dispatcher", self._dispatcher.run()),
+                        ("serving", self._serving.run()),
+                        ("requests", requests.run()),
+                        ("ticks", self._tick()),
+                    )
+                ]
+                if broker is not None:
+                    running.append(tasks.create_task(_watch(broker), name="broker watch"))
+                routes = [
+                    *blob_server.routes(store, writable=True, max_bytes=UPLOAD_LIMIT_BYTES),
+                    *gateway.routes(self._serving, registry, self._membership),
+                ]
+                async with _http(sock, routes), AsyncExitStack() as advertisement:
+                    await bus.connected(settings.bus.connect_timeout_seconds * 4)
+                    await self._advertise(advertisement, port, broker)
+                    broker_at = f"{broker.host}:{broker.port}" if broker else "external"
+                    log.info(
+                        "coordinator ready %s",
+                        fields(cluster=settings.cluster, http=urls[0], broker=broker_at, epoch=journal.epoch),
+                    )
+                    lifecycle.notify("READY=1")
+                    await stop.wait()
+                    lifecycle.notify("STOPPING=1")
+                    log.info("coordinator stopping")
+                    await advertisement.aclose()
+                    try:
+                        await bus.publish(status_topic, offline, retain=True)
+                    except Unavailable as error:
+                        log.info("offline status not published %s", fields(reason=error.message))
+                for task in running:
+                    task.cancel()
+
+    async def _broker(self, stack: AsyncExitStack) -> tuple[Broker | None, Addresses]:
+        """The configured broker, or one of our own."""
+        settings = self.settings
+        if settings.seeds or settings.broker.mode == "external":
+            seeds = [parse_address(seed) for seed in settings.seeds] or [("127.0.0.1", settings.broker.port)]
+            return None, _cycle(seeds)
+        broker = await start_broker(settings.broker, settings.listen, self.folder)
+        stack.push_async_callback(broker.stop)
+        host = "127.0.0.1" if broker.host in ("0.0.0.0", "::", "") else broker.host  # noqa: S104 - recognised, not bound
+        return broker, _cycle([(host, broker.port)])
+
+    def _subscribe(self, bus: MqttBus, requests: Requests) -> None:
+        topics = self.topics
+        bus.subscribe(topics.coordinator_inbox, requests.on_request)
+        bus.subscribe(topics.jobs_submit, requests.on_request)
+        bus.subscribe(topics.infer("+"), self._serving.on_infer)
+        bus.subscribe(topics.node("+", "outbox"), self._on_outbox)
+        bus.subscribe(topics.node("+", "status"), self._on_presence)
+        bus.subscribe(topics.node("+", "capacity"), self._on_presence)
+        bus.subscribe(topics.node("+", "telemetry"), self._on_presence, qos=0)
+
+    def _on_outbox(self, envelope: Envelope) -> None:
+        node_id = self.topics.segment(envelope.topic, 1)
+        self._notice(self._membership.heard(node_id, time.time()))
+        self._serving.on_node_event(node_id, envelope.message)
+        self._dispatcher.on_node_message(node_id, envelope.message)
+
+    def _on_presence(self, envelope: Envelope) -> None:
+        message, now = envelope.message, time.time()
+        node_id = self.topics.segment(envelope.topic, 1)
+        if getattr(message, "node_id", None) != node_id:
+            log.warning("message of another node ignored %s", fields(topic=envelope.topic))
+            return
+        match message:
+            case NodeStatus():
+                self._notice(self._membership.on_status(message, now))
+            case NodeCapacity():
+                self._notice(self._membership.on_capacity(message))
+            case NodeTelemetry():
+                self._notice(self._membership.on_telemetry(message, now))
+            case _:
+                pass
+
+    def _notice(self, changes: Iterable[Change]) -> None:
+        for change in changes:
+            match change:
+                case NodeLost():
+                    log.info("node lost %s", fields(node=change.node_id, reason=change.reason))
+                    self._dispatcher.node_lost(change.node_id, change.reason)
+                    self._serving.node_lost(change.node_id)
+                case NodeJoined():
+                    log.info("node joined %s", fields(node=change.node_id))
+                    self._dispatcher.node_joined()
+                    self._serving.node_joined(change.node_id)
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_SECONDS)
+            self._notice(self._membership.tick(time.time()))
+
+    async def _advertise(self, stack: AsyncExitStack, port: int, broker: Broker | None) -> None:
+        settings = self.settings
+        if not settings.discovery.enabled:
+            return
+        if broker is not None:
+            broker_port = broker.port
+        else:
+            seeds = [parse_address(seed) for seed in settings.seeds]
+            broker_port = seeds[0][1] if seeds else settings.broker.port
+        discovery = await stack.enter_async_context(Discovery(settings.cluster, listen_host=settings.listen.host))
+        await discovery.advertise(
+            Service(
+                id=f"{short_hostname()}-{self.session[:6]}",
+                cluster=settings.cluster,
+                role="coordinator",
+                host=reachable_addresses(settings.listen.host)[0],
+                port=port,
+                broker_port=broker_port,
+            )
+        )
+
+
+class _http:  # noqa: N801 - used as a function
+    """The HTTP server on a bound socket, as an async context manager."""
+
+    def __init__(self, sock: object, routes: list[web.RouteDef]) -> None:
+        self._sock = sock
+        app = web.Application(client_max_size=gateway.BODY_LIMIT_BYTES)
+        app.add_routes(routes)
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=2.0)
+
+    async def __aenter__(self) -> None:
+        await self._runner.setup()
+        await web.SockSite(self._runner, self._sock).start()  # type: ignore[arg-type]
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._runner.cleanup()
+
+
+async def _watch(broker: Broker) -> None:
+    await broker.wait()
+    raise Unavailable("the broker process ended: the coordinator stops, so that its supervisor starts both again")
+
+
+def _cycle(addresses: list[tuple[str, int]]) -> Addresses:
+    position = -1
+
+    async def following() -> tuple[str, int]:
+        nonlocal position
+        position = (position + 1) % len(addresses)
+        return addresses[position]
+
+    return following
+
+
+def _pin_registered(registry: Registry, store: BlobStore) -> None:
+    for info in registry.models():
+        store.pin(info.model.sha256)
+    for listed in registry.datasets():
+        dataset, manifest = registry.dataset(listed.name), registry.manifest(listed.name)
+        for ref in dataset_blobs(manifest, dataset):
+            store.pin(ref.sha256)
