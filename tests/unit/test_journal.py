@@ -1,0 +1,49 @@
+"""The journal: what is appended is there after a crash, once, in order; and each opening is a new epoch."""
+
+from pathlib import Path
+
+import pytest
+
+from coordinator.jobs import AnyEvent, AttemptEnded, JobStarted
+from coordinator.journal import Journal
+from potluck.errors import Conflict
+
+
+def test_events_come_back_in_order_and_by_stream(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "j")
+    journal.append("job/1", JobStarted(at=1.0), AttemptEnded(at=2.0, attempt_id="a", reason="r"))
+    journal.append("job/2", JobStarted(at=3.0))
+    journal.close()
+    again = Journal(tmp_path / "j")
+    assert list(again.replay("job/1", AnyEvent)) == [  # type: ignore[arg-type]
+        JobStarted(at=1.0),
+        AttemptEnded(at=2.0, attempt_id="a", reason="r"),
+    ]
+    assert again.streams("job/") == ["job/1", "job/2"]
+    again.close()
+
+
+def test_each_opening_raises_the_epoch(tmp_path: Path) -> None:
+    epochs = []
+    for _ in range(3):
+        journal = Journal(tmp_path / "j")
+        epochs.append(journal.epoch)
+        journal.close()
+    assert epochs == [1, 2, 3]
+
+
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "j")
+    with pytest.raises(Conflict, match="another coordinator"):
+        Journal(tmp_path / "j")
+    journal.close()
+
+
+def test_rewriting_replaces_a_stream(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "j")
+    journal.append("job/1", JobStarted(at=1.0), JobStarted(at=2.0))
+    journal.rewrite("job/1", [JobStarted(at=3.0)])
+    assert [event.at for event in journal.replay("job/1", AnyEvent)] == [3.0]  # type: ignore[arg-type]
+    journal.rewrite("job/1", [])
+    assert journal.streams("job/") == []
+    journal.close()

@@ -1,0 +1,51 @@
+"""Births, wills, silence: who is in the cluster."""
+
+from coordinator.membership import Membership, NodeJoined, NodeLost
+from potluck.messages import Capacity, NodeCapacity, NodeStatus, NodeTelemetry
+
+
+def birth(session: str, state: str = "online") -> NodeStatus:
+    return NodeStatus(node_id="n", session=session, state=state)  # type: ignore[arg-type]
+
+
+def telemetry(session: str) -> NodeTelemetry:
+    return NodeTelemetry(node_id="n", session=session, cpu_percent=1.0, memory_used_bytes=1, memory_available_bytes=1)
+
+
+def test_a_birth_joins_and_its_will_loses() -> None:
+    members = Membership(timeout_seconds=10)
+    assert members.on_status(birth("1"), 0) == [NodeJoined("n")]
+    assert members.on_status(birth("1"), 1) == []
+    assert [type(change) for change in members.on_status(birth("1", "offline"), 2)] == [NodeLost]
+    assert members.on_status(birth("1", "offline"), 2) == []
+    assert members.online() == []
+
+
+def test_a_stale_will_does_not_kill_a_live_node() -> None:
+    members = Membership(timeout_seconds=10)
+    members.on_status(birth("old"), 0)
+    assert [type(change) for change in members.on_status(birth("new"), 1)] == [NodeLost, NodeJoined]
+    assert members.on_status(birth("old", "offline"), 2) == []
+    assert [member.session for member in members.online()] == ["new"]
+
+
+def test_silence_makes_a_suspect_and_then_a_loss_and_telemetry_brings_it_back() -> None:
+    members = Membership(timeout_seconds=10)
+    members.on_status(birth("1"), 0)
+    assert members.tick(6) == []
+    assert members.online() == []  # suspect: no new work
+    members.heard("n", 7)
+    assert len(members.online()) == 1
+    assert [type(change) for change in members.tick(20)] == [NodeLost]
+    assert members.tick(30) == []
+    assert members.on_telemetry(telemetry("other"), 31) == []
+    assert members.on_telemetry(telemetry("1"), 31) == [NodeJoined("n")]
+
+
+def test_capacity_may_arrive_before_the_birth() -> None:
+    members = Membership(timeout_seconds=10)
+    members.on_capacity(NodeCapacity(node_id="n", capacity=Capacity(hostname="h", system="s", cores=4, memory_bytes=1)))
+    assert members.infos() == ()
+    members.on_status(birth("1"), 0)
+    (info,) = members.infos()
+    assert info.capacity.cores == 4

@@ -1,0 +1,245 @@
+"""Training rounds: samples counted over the cluster, lost nodes, validation, export, and replay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from coordinator.jobs import (
+    AnyEvent,
+    AttemptEnded,
+    AttemptFinished,
+    AttemptLeased,
+    CloseEpoch,
+    CloseRound,
+    Complete,
+    EpochEnded,
+    Job,
+    JobSubmitted,
+    Lease,
+    RoundClosed,
+    Withdraw,
+)
+from coordinator.placement import ClusterView, NodeView
+from coordinator.strategies import strategy_for
+from coordinator.training.rounds import RoundsStrategy
+from potluck.messages import (
+    BlobRef,
+    DataFormat,
+    Dataset,
+    DataShard,
+    ErrorInfo,
+    EvaluateResult,
+    EvaluateTask,
+    ExportResult,
+    ExportTask,
+    Signature,
+    Train,
+    TrainResult,
+    TrainTask,
+)
+
+
+def blob(number: int) -> BlobRef:
+    return BlobRef(sha256=f"{number:064x}", size=1)
+
+
+def dataset(name: str, first: int, *counts: int) -> Dataset:
+    shards = tuple(DataShard(blob=blob(first + number), count=count) for number, count in enumerate(counts))
+    return Dataset(name=name, format=DataFormat(kind="images", classes=("a", "b")), count=sum(counts), shards=shards)
+
+
+class Simulation:
+    """Plays the dispatcher and the nodes; keeps every event, so that it can be replayed."""
+
+    def __init__(self, epochs: int = 2, validation: bool = True) -> None:
+        spec = Train(model="m", dataset="d", validation="v" if validation else None, epochs=epochs, batch_size=10)
+        self.submitted = JobSubmitted(at=0.0, job_id="j", request_id="", spec=spec, model=blob(1))
+        self.validation = dataset("v", 100, 50) if validation else None
+        self.job = self.new_job()
+        self.events: list[AnyEvent] = []
+        self.now = 0.0
+        self.number = 1000
+        self.tasks: dict[str, TrainTask | EvaluateTask | ExportTask] = {}
+        self.complete = False
+
+    def new_job(self) -> Job:
+        data = dataset("d", 10, *[40] * 8)
+        return Job(submitted=self.submitted, strategy=strategy_for(self.submitted, data, self.validation), dataset=data)
+
+    @property
+    def strategy(self) -> RoundsStrategy:
+        assert isinstance(self.job.strategy, RoundsStrategy)
+        return self.job.strategy
+
+    def record(self, event: AnyEvent) -> None:
+        self.events.append(event)
+        self.job.apply(event)
+
+    def plan(self, *nodes: str) -> None:
+        """Plan as often as planning changes something."""
+        for _ in range(10):
+            busy = {attempt.node_id for attempt in self.job.attempts.values()}
+            views = tuple(
+                NodeView(name, 1.0, free_slots=1 if name in busy else 2, idle=name not in busy) for name in nodes
+            )
+            decisions = self.job.plan(ClusterView(views, self.now))
+            for decision in decisions:
+                self.perform(decision)
+            if not decisions or self.complete:
+                return
+
+    def perform(self, decision: object) -> None:
+        self.number += 1
+        match decision:
+            case Lease():
+                attempt_id = str(self.number)
+                self.tasks[attempt_id] = decision.task  # type: ignore[assignment]
+                self.record(
+                    AttemptLeased(
+                        at=self.now,
+                        attempt_id=attempt_id,
+                        shard_id=decision.shard_id,
+                        node_id=decision.node_id,
+                        task=decision.task,
+                    )
+                )
+            case Withdraw():
+                self.record(AttemptEnded(at=self.now, attempt_id=decision.attempt_id, reason=decision.reason))
+            case CloseRound():
+                samples = sum(result.samples for result in decision.results)  # type: ignore[union-attr]
+                weights, metrics = blob(self.number), {"loss": 0.5}
+                self.record(
+                    RoundClosed(at=self.now, round=decision.round, weights=weights, samples=samples, metrics=metrics)
+                )
+            case CloseEpoch():
+                self.record(EpochEnded(at=self.now, epoch=decision.epoch))
+            case Complete():
+                self.complete = True
+
+    def finish(self, attempt_id: str) -> None:
+        self.now += 0.1
+        self.number += 1
+        task = self.tasks[attempt_id]
+        match task:
+            case TrainTask():
+                result: TrainResult | EvaluateResult | ExportResult = TrainResult(
+                    weights=blob(self.number), samples=task.samples, steps=1, seconds=1.0, metrics={"loss": 0.5}
+                )
+            case EvaluateTask():
+                count = sum(part.stop - part.start for part in task.slices)
+                result = EvaluateResult(count=count, sums={"loss": float(count)}, seconds=0.1)
+            case ExportTask():
+                result = ExportResult(model=blob(self.number), signature=Signature(inputs=(), outputs=()))
+        self.record(AttemptFinished(at=self.now, attempt_id=attempt_id, result=result))
+
+    def lose(self, node_id: str) -> None:
+        for attempt in [attempt for attempt in self.job.attempts.values() if attempt.node_id == node_id]:
+            self.record(AttemptEnded(at=self.now, attempt_id=attempt.attempt_id, reason="lost"))
+
+    def run(self, *nodes: str, steps: int = 500, each: Callable[[], None] = lambda: None) -> None:
+        for _ in range(steps):
+            self.plan(*nodes)
+            if self.complete:
+                return
+            for attempt_id in list(self.job.attempts):
+                if attempt_id in self.job.attempts:
+                    self.finish(attempt_id)
+                    each()
+        raise AssertionError("the job did not come to an end")
+
+
+def test_a_job_runs_its_epochs_and_validates_each() -> None:
+    play = Simulation(epochs=3)
+    play.run("a", "b")
+    assert [epoch.epoch for epoch in play.job.history] == [1, 2, 3]
+    assert all(epoch.metrics["val_loss"] == 1.0 and epoch.metrics["loss"] == 0.5 for epoch in play.job.history)
+    total = 3 * 320
+    assert total - 10 < play.strategy.samples < total + 40
+    assert play.strategy.exported is not None
+
+
+def test_nodes_train_on_disjoint_shards() -> None:
+    play = Simulation()
+    play.plan("a", "b", "c")
+    held = [{shard.blob.sha256 for shard in task.data} for task in play.tasks.values() if isinstance(task, TrainTask)]
+    assert len(held) == 3
+    assert len(set.union(*held)) == sum(map(len, held)) == 8
+
+
+def test_a_lost_node_costs_its_own_round_only() -> None:
+    play = Simulation(epochs=1, validation=False)
+    play.plan("a", "b")
+    play.lose("b")
+    (left,) = play.job.attempts
+    play.finish(left)
+    play.plan("a")
+    assert play.strategy.round == 1
+    assert 0 < play.strategy.samples < 160
+    play.run("a")
+    assert play.complete
+    assert play.strategy.samples >= 310
+
+
+def test_all_nodes_lost_and_the_round_is_opened_again() -> None:
+    play = Simulation(epochs=1, validation=False)
+    play.plan("a", "b")
+    play.lose("a")
+    play.lose("b")
+    play.plan()
+    assert not play.job.attempts
+    play.run("c")
+    assert play.complete
+
+
+def test_a_straggler_is_left_behind_after_a_while() -> None:
+    play = Simulation(epochs=1, validation=False)
+    play.plan("a", "b")
+    first = next(iter(play.job.attempts))
+    play.finish(first)
+    play.plan("a", "b")
+    assert play.strategy.round == 0
+    play.now += 1000
+    play.plan("a", "b")
+    assert play.strategy.round == 1
+
+
+def test_an_error_that_trying_again_cannot_mend_ends_the_job_and_others_only_in_a_row() -> None:
+    play = Simulation()
+    play.plan("a", "b")
+    one, two = play.job.attempts
+    flaky = ErrorInfo(code="engine_failed", message="died", retryable=True)
+    play.record(AttemptEnded(at=0, attempt_id=one, reason="", error=flaky))
+    assert play.job.error(attempts_limit=3) is None
+    assert play.job.error(attempts_limit=1) == flaky
+    fatal = ErrorInfo(code="invalid_model", message="no")
+    play.record(AttemptEnded(at=0, attempt_id=two, reason="", error=fatal))
+    assert play.job.error(attempts_limit=3) == fatal
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(["finish", "lose", "plan"]), st.sampled_from("abc")), max_size=40))
+def test_replaying_the_events_gives_the_state_back(steps: list[tuple[str, str]]) -> None:
+    play = Simulation()
+    for action, node_id in steps:
+        if action == "plan":
+            play.plan("a", "b", "c")
+        elif action == "lose":
+            play.lose(node_id)
+        else:
+            held = [key for key, attempt in play.job.attempts.items() if attempt.node_id == node_id]
+            if held:
+                play.finish(held[0])
+    again = play.new_job()
+    for event in play.events:
+        again.apply(event)
+    assert again.attempts == play.job.attempts
+    assert again.history == play.job.history
+    assert isinstance(again.strategy, RoundsStrategy)
+    for name in ("round", "samples", "epochs_ended", "weights", "contributions", "validated", "exported"):
+        assert getattr(again.strategy, name) == getattr(play.strategy, name), name
+    play.job = again  # and it can be finished from there
+    play.run("b", "c")
+    assert [epoch.epoch for epoch in play.job.history] == [1, 2]
