@@ -1,0 +1,422 @@
+"""The bus over MQTT: connect, publish, subscribe, connect again. The only import of aiomqtt."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import socket
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, Literal
+
+import aiomqtt
+from paho.mqtt.client import (
+    MQTT_CLEAN_START_FIRST_ONLY,
+    MQTT_ERR_QUEUE_SIZE,
+    MQTT_ERR_SUCCESS,
+    MQTTMessage,
+    MQTTMessageInfo,
+)
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+from paho.mqtt.subscribeoptions import SubscribeOptions
+
+from potluck import codec
+from potluck.errors import Overloaded, PotluckError, Unavailable
+from potluck.exchange import Bus, Envelope, Handler, Mirrored, Will, request_failed
+from potluck.logs import fields
+from potluck.settings import BusTimings
+from potluck.topics import Topics
+
+__all__ = ["Addresses", "Bus", "Envelope", "Handler", "MqttBus", "Will", "request_failed"]
+
+log = logging.getLogger(__name__)
+
+Addresses = Callable[[], Awaitable[tuple[str, int]]]
+"""Where to connect next: asked before each attempt. Raises Unavailable while there is nowhere to go."""
+
+_QUEUED_LIMIT = 10_000
+
+
+class MqttBus(Bus):
+    """The bus over MQTT 5, or 3.1.1 where the broker speaks nothing newer."""
+
+    def __init__(
+        self,
+        addresses: Addresses,
+        topics: Topics,
+        *,
+        client_id: str,
+        will: Will | None = None,
+        timings: BusTimings = BusTimings(),  # noqa: B008 - frozen
+        highest_version: Literal[4, 5] = 5,
+    ) -> None:
+        super().__init__(topics, client_id)
+        self._addresses = addresses
+        self._will = will
+        self._timings = timings
+        self._highest_version = highest_version
+        self._versions: dict[tuple[str, int], aiomqtt.ProtocolVersion] = {}
+        self._tried: dict[str, str] = {}
+        self._callbacks: list[Callable[[], Awaitable[None]]] = []
+        self._link: _Link | None = None
+        self._ready = asyncio.Event()
+
+    def on_connect(self, callback: Callable[[], Awaitable[None]]) -> None:
+        self._callbacks.append(callback)
+
+    async def connected(self, timeout_seconds: float) -> None:
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                await self._ready.wait()
+        except TimeoutError:
+            raise self._unavailable(f"no connection to the bus within {timeout_seconds:g} s") from None
+
+    async def run(self) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._answer_malformed(), name="bus-answer-malformed")
+            tasks.create_task(self._stay_connected(), name="bus-connect")
+
+    async def _stay_connected(self) -> None:
+        delay = self._timings.reconnect_min_seconds
+        while True:
+            address: tuple[str, int] | None = None
+            started = time.monotonic()
+            try:
+                address = await self._addresses()
+                link = await self._open(address)
+                await self._serve(link, address)
+            except (PotluckError, OSError, aiomqtt.MqttError) as error:
+                self._note(address, error)
+            if time.monotonic() - started > self._timings.reconnect_max_seconds:
+                delay = self._timings.reconnect_min_seconds  # it held for a while: this is a new trouble
+            await asyncio.sleep(random.uniform(delay / 2, delay))
+            delay = min(2 * delay, self._timings.reconnect_max_seconds)
+
+    async def _open(self, address: tuple[str, int]) -> _Link:
+        known = self._versions.pop(address, None)  # kept only when it worked
+        version = await self._find_version(address, known)
+        link = _Link(self, address, version, self._will, self._timings)
+        await link.open()
+        self._versions[address] = version
+        return link
+
+    async def _serve(self, link: _Link, address: tuple[str, int]) -> None:
+        """Use `link` until it is lost, which raises, or until cancelled."""
+        try:
+            await link.subscribe_all(
+                [(key, value[0]) for key in self._subscriptions if (value := self._subscriptions.get(key))]
+            )
+            self._link = link
+            self._tried.clear()
+            self.counters["connects"] += 1
+            self._ready.set()
+            log.info("connected %s", fields(broker=f"{address[0]}:{address[1]}", mqtt=link.version_name))
+            try:
+                async with asyncio.TaskGroup() as tasks:
+                    tasks.create_task(link.lost(), name="bus-link")
+                    tasks.create_task(self._call_back(), name="bus-on-connect")
+            except* (PotluckError, OSError, aiomqtt.MqttError) as group:
+                raise _first(group) from None
+        finally:
+            self._link = None
+            self._ready.clear()
+            await link.close()
+
+    async def _call_back(self) -> None:
+        for callback in self._callbacks:
+            await callback()
+
+    def _note(self, address: tuple[str, int] | None, error: Exception) -> None:
+        place = f"{address[0]}:{address[1]}" if address else "discovery"
+        reason = error.message if isinstance(error, PotluckError) else str(error) or type(error).__name__
+        if self._tried.get(place) != reason:
+            log.warning("not connected %s", fields(broker=place, reason=reason))
+        self._tried[place] = reason
+        while len(self._tried) > 8:
+            del self._tried[next(iter(self._tried))]
+
+    def _unavailable(self, what: str) -> Unavailable:
+        tried = "; ".join(f"{place}: {reason}" for place, reason in self._tried.items())
+        return Unavailable(f"{what} ({tried or 'nothing has been tried yet'}): check that a broker runs there")
+
+    async def _send(self, topic: str, payload: bytes, qos: int, retain: bool, mirrored: Mirrored | None = None) -> None:
+        link = self._link
+        if link is not None and qos == 0 and link.send_now(topic, payload, retain, mirrored):
+            self.counters["published"] += 1
+            return
+        limit_seconds = self._timings.connect_timeout_seconds
+        deadline = time.monotonic() + limit_seconds
+        while True:
+            await self.connected(max(0.0, deadline - time.monotonic()))
+            link = self._link
+            assert link is not None
+            try:
+                async with asyncio.timeout_at(asyncio.get_running_loop().time() + deadline - time.monotonic()):
+                    await link.send(topic, payload, qos, retain, mirrored)
+            except TimeoutError:
+                raise self._unavailable(f"the broker did not take a message within {limit_seconds:g} s") from None
+            except (OSError, aiomqtt.MqttError) as error:
+                log.info("sending again %s", fields(topic=topic, reason=str(error)))
+                await asyncio.sleep(0)
+                if link is self._link:
+                    self._ready.clear()  # lost, and noticed here first
+                    self._link = None
+                continue
+            self.counters["published"] += 1
+            return
+
+    def _subscribe_now(self, topic_filter: str, qos: int) -> None:
+        if self._link is not None:
+            self._link.subscribe_soon([(topic_filter, qos)])
+
+    def _unsubscribe_now(self, topic_filter: str) -> None:
+        if self._link is not None:
+            self._link.unsubscribe_soon(topic_filter)
+
+    async def _find_version(
+        self, address: tuple[str, int], known: aiomqtt.ProtocolVersion | None
+    ) -> aiomqtt.ProtocolVersion:
+        """Reach the broker, and where its version is not known ask with a bare MQTT 5 CONNECT.
+
+        This waits in asyncio, where it can be cancelled; aiomqtt connects in a thread, which cannot. A 3.1.1 broker answers
+        with a CONNACK of two bytes or hangs up (amqtt may do neither when the CONNECT has a will).
+        """
+        writer = None
+        try:
+            async with asyncio.timeout(self._timings.connect_timeout_seconds):
+                reader, writer = await asyncio.open_connection(*address)
+                if self._highest_version < 5:
+                    return aiomqtt.ProtocolVersion.V311
+                if known is not None:
+                    return known
+                writer.write(_PROBE)
+                try:
+                    kind, length = await reader.readexactly(2)
+                except (asyncio.IncompleteReadError, ConnectionError):
+                    return aiomqtt.ProtocolVersion.V311
+                if kind != 0x20:
+                    raise Unavailable(f"what answers at {address[0]}:{address[1]} does not speak MQTT")
+                return aiomqtt.ProtocolVersion.V5 if length > 2 else aiomqtt.ProtocolVersion.V311
+        except TimeoutError:
+            raise Unavailable(f"no answer within {self._timings.connect_timeout_seconds:g} s") from None
+        finally:
+            if writer is not None:
+                writer.close()
+
+
+_PROBE = bytes((0x10, 13, 0, 4)) + b"MQTT" + bytes((5, 2, 0, 5, 0, 0, 0))
+"""CONNECT: MQTT 5, clean start, keep alive 5 s, no properties, empty client id."""
+
+
+def _first(group: BaseExceptionGroup[Any]) -> BaseException:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+class _Link(aiomqtt.Client):
+    """One connection. Hands messages to the bus as they are read, and writes as soon as it can.
+
+    aiomqtt queues each message, makes a task for each, and wakes the loop through a pipe for each write; the overrides below
+    spare that (half of an echo's time). They rest on aiomqtt 2.5's private names, which the contract tests hold in place.
+    """
+
+    def __init__(
+        self,
+        bus: MqttBus,
+        address: tuple[str, int],
+        version: aiomqtt.ProtocolVersion,
+        will: Will | None,
+        timings: BusTimings,
+    ) -> None:
+        self._bus = bus
+        self._v5 = version is aiomqtt.ProtocolVersion.V5
+        self._receipts: dict[int, asyncio.Future[None]] = {}
+        self._grants: dict[int, asyncio.Future[None] | None] = {}
+        self._flush_handle: asyncio.Handle | None = None
+        self._in_loop = False
+        super().__init__(
+            *address,
+            identifier=bus.client_id,
+            protocol=version,
+            clean_session=None if self._v5 else True,
+            clean_start=True if self._v5 else MQTT_CLEAN_START_FIRST_ONLY,
+            # paho asks after one interval and gives up after the second: together they are the keepalive that was set
+            keepalive=max(1, timings.keepalive_seconds // 2),
+            timeout=timings.connect_timeout_seconds,
+            will=None if will is None else aiomqtt.Will(will.topic, codec.encode(will.message), 1, True),
+            socket_options=[(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)],
+            max_queued_outgoing_messages=_QUEUED_LIMIT,
+            max_inflight_messages=20,  # the receive maximum of an unconfigured mosquitto
+            logger=log.getChild("paho"),
+        )
+        self._client.connect_timeout = timings.connect_timeout_seconds
+
+    @property
+    def version_name(self) -> str:
+        return "5" if self._v5 else "3.1.1"
+
+    async def open(self) -> None:
+        """Raises MqttError or OSError; nothing is left behind then, nor when cancelled."""
+        opening = asyncio.create_task(self.__aenter__(), name="bus-open")
+        try:
+            await asyncio.shield(opening)
+        except BaseException:
+            # The thread that connects cannot be cancelled; the probe before it made sure that it will not take long.
+            await asyncio.wait([opening])
+            self._drop()
+            raise
+        self._in_loop = True
+
+    async def lost(self) -> None:
+        """Wait until the connection ends; raises why."""
+        await asyncio.shield(self._disconnected)
+        raise Unavailable("the broker closed the connection")
+
+    async def close(self) -> None:
+        """Say goodbye, unless the connection is gone already."""
+        try:
+            await self.__aexit__(None, None, None)
+        except aiomqtt.MqttError as error:
+            log.info("no clean goodbye %s", fields(reason=str(error)))
+        finally:
+            self._drop()
+
+    def _drop(self) -> None:
+        self._client._sock_close()
+        if self._flush_handle is not None:
+            self._flush_handle.cancel()
+        if self._disconnected.done() and not self._disconnected.cancelled():
+            self._disconnected.exception()  # retrieved: asyncio need not complain
+        if self._connected.done() and not self._connected.cancelled():
+            self._connected.exception()
+        lost = ConnectionError("the connection was lost")
+        for waiter in (*self._receipts.values(), *self._grants.values()):
+            if waiter is not None and not waiter.done():
+                waiter.set_exception(lost)
+                waiter.exception()
+
+    # sending
+
+    def send_now(self, topic: str, payload: bytes, retain: bool, mirrored: Mirrored | None) -> bool:
+        """Write a QoS 0 message if the socket takes it now. False when nothing was sent: then `send` must."""
+        if self._client.want_write() or self._disconnected.done():
+            return False
+        info = self._publish(topic, payload, 0, retain, mirrored)
+        return info.rc == MQTT_ERR_SUCCESS
+
+    async def send(self, topic: str, payload: bytes, qos: int, retain: bool, mirrored: Mirrored | None) -> None:
+        """Write, and wait until the broker has it (QoS 1) or the socket has taken it (QoS 0). Raises OSError, Overloaded."""
+        info = self._publish(topic, payload, qos, retain, mirrored)
+        if info.rc == MQTT_ERR_QUEUE_SIZE:
+            raise Overloaded(f"{_QUEUED_LIMIT} messages wait for the broker: try again later", retry_after_seconds=1.0)
+        if info.rc != MQTT_ERR_SUCCESS:
+            raise ConnectionError("the connection is lost")
+        if info.is_published():
+            return
+        receipt = self._loop.create_future()
+        self._receipts[info.mid] = receipt
+        try:
+            await receipt
+        finally:
+            self._receipts.pop(info.mid, None)
+
+    def _publish(
+        self, topic: str, payload: bytes, qos: int, retain: bool, mirrored: Mirrored | None
+    ) -> MQTTMessageInfo:
+        properties = _properties(mirrored) if self._v5 and mirrored is not None else None
+        info = self._client.publish(topic, payload, qos, retain, properties)
+        self._flush()
+        return info
+
+    def _flush(self) -> None:
+        try:
+            self._client.loop_write()
+        except Exception as error:  # noqa: BLE001 - as aiomqtt does: whatever paho raises here, the connection is broken
+            if not self._disconnected.done():
+                self._disconnected.set_exception(error)
+            return
+        sock = self._client.socket()
+        if sock is not None and self._client.want_write():
+            self._loop.add_writer(sock.fileno(), self._flush)
+
+    def _on_socket_register_write(self, client: Any, userdata: Any, sock: Any) -> None:
+        if self._in_loop:  # no pipe, no poll: write when this turn of the loop is over
+            self._flush_handle = self._loop.call_soon(self._flush)
+        else:
+            super()._on_socket_register_write(client, userdata, sock)
+
+    def _on_socket_unregister_write(self, client: Any, userdata: Any, sock: Any) -> None:
+        if self._flush_handle is not None:
+            self._flush_handle.cancel()
+            self._flush_handle = None
+        super()._on_socket_unregister_write(client, userdata, sock)
+
+    def _on_publish(self, client: Any, userdata: Any, mid: int, reason_code: Any, properties: Any) -> None:
+        receipt = self._receipts.get(mid)
+        if receipt is None or receipt.done():
+            return
+        if getattr(reason_code, "is_failure", False):
+            receipt.set_exception(Unavailable(f"the broker refused the message: {reason_code}"))
+        else:
+            receipt.set_result(None)
+
+    # subscribing
+
+    async def subscribe_all(self, filters: list[tuple[str, int]]) -> None:
+        """Returns when the broker has granted them all. Raises Unavailable when it refuses one."""
+        if filters:
+            granted = self._loop.create_future()
+            self.subscribe_soon(filters, granted)
+            await self._wait_for(granted, timeout=None)
+
+    def subscribe_soon(self, filters: list[tuple[str, int]], granted: asyncio.Future[None] | None = None) -> None:
+        wanted = [(key, SubscribeOptions(qos=qos) if self._v5 else qos) for key, qos in filters]
+        result, mid = self._client.subscribe(wanted)  # type: ignore[arg-type]
+        if result == MQTT_ERR_SUCCESS and mid is not None:
+            self._grants[mid] = granted
+        elif granted is not None:
+            granted.set_exception(ConnectionError("the connection is lost"))
+
+    def unsubscribe_soon(self, topic_filter: str) -> None:
+        self._client.unsubscribe(topic_filter)
+
+    def _on_subscribe(self, client: Any, userdata: Any, mid: int, reason_codes: Any, properties: Any = None) -> None:
+        granted = self._grants.pop(mid, None)
+        refused = [code for code in reason_codes if code.is_failure]
+        if refused:
+            log.error("subscription refused %s", fields(reason=str(refused[0])))
+        if granted is not None and not granted.done():
+            if refused:
+                granted.set_exception(Unavailable(f"the broker refused a subscription: {refused[0]}"))
+            else:
+                granted.set_result(None)
+
+    def _on_unsubscribe(self, client: Any, userdata: Any, mid: int, reason_codes: Any, properties: Any = None) -> None:
+        pass
+
+    # receiving
+
+    def _on_message(self, client: Any, userdata: Any, message: MQTTMessage) -> None:
+        response_topic, correlation = "", None
+        if self._v5 and (properties := message.properties) is not None:
+            response_topic = getattr(properties, "ResponseTopic", "")
+            correlation = getattr(properties, "CorrelationData", None)
+        self._bus._dispatch(
+            message.topic, bytes(message.payload), message.qos, message.retain, response_topic, correlation
+        )
+
+
+def _properties(mirrored: Mirrored) -> Properties:
+    properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
+    properties.ContentType = mirrored.content_type
+    if mirrored.response_topic:
+        properties.ResponseTopic = mirrored.response_topic
+    if mirrored.correlation is not None:
+        properties.CorrelationData = mirrored.correlation
+    if mirrored.expiry_seconds is not None:
+        properties.MessageExpiryInterval = mirrored.expiry_seconds
+    return properties

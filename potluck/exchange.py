@@ -1,0 +1,316 @@
+"""What is said on the bus, over whatever transport: envelopes, questions and answers, and what was not understood."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import msgspec
+
+from potluck import codec, errors
+from potluck.codec import CONTENT_TYPES, Encoding
+from potluck.errors import BadMessage, Conflict, InvalidRequest, Overloaded, PotluckError, TimedOut, TooLarge
+from potluck.filters import FilterTable
+from potluck.logs import fields
+from potluck.messages import ErrorInfo, Inferred, JobEnded, Message, RequestFailed
+from potluck.topics import Topics
+
+log = logging.getLogger(__name__)
+
+_SALVAGE_LIMIT_BYTES = 2 * 2**20
+_MALFORMED_LOG_SECONDS = 5.0
+_PENDING_LIMIT = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """A message as it came. `reply_to` and `message.id` come from the body, else from the MQTT 5 properties."""
+
+    topic: str
+    message: Message
+    encoding: Encoding = "msgpack"
+    retained: bool = False
+    reply_to: str = ""
+    correlation: bytes | None = None
+    qos: int = 1
+
+
+@dataclass(frozen=True)
+class Will:
+    """What the broker publishes (retained, QoS 1) when this client goes without a goodbye."""
+
+    topic: str
+    message: Message
+
+
+Handler = Callable[[Envelope], None]
+"""Synchronous and quick, called in the order of arrival. What it raises is logged. May see a message twice."""
+
+
+def request_failed(error: PotluckError, request_id: str = "") -> RequestFailed:
+    """The answer that says `error`."""
+    info = ErrorInfo(
+        code=error.code,
+        message=error.message,
+        retryable=error.retryable,
+        retry_after_seconds=error.retry_after_seconds,
+    )
+    return RequestFailed(id=request_id, error=info)
+
+
+class Bus(ABC):
+    """What every part of a daemon or client gets to speak with the others; transports fill in the abstract methods."""
+
+    def __init__(self, topics: Topics, client_id: str) -> None:
+        self.topics = topics
+        self.client_id = client_id
+        self.counters: dict[str, int] = dict.fromkeys(
+            (
+                "received",
+                "published",
+                "malformed",
+                "handler_errors",
+                "unexpected_answers",
+                "refused_replies",
+                "connects",
+            ),
+            0,
+        )
+        self._subscriptions: FilterTable[tuple[int, tuple[Handler, ...]]] = FilterTable()
+        self._pending: dict[str, asyncio.Future[Message]] = {}
+        self._failures: asyncio.Queue[tuple[Envelope, PotluckError]] = asyncio.Queue(100)
+        self._next_malformed_log = 0.0
+        self._unlogged = 0
+
+    @abstractmethod
+    async def run(self) -> None:
+        """Connect, dispatch and reconnect until cancelled; then leave cleanly, without the will."""
+
+    @abstractmethod
+    async def connected(self, timeout_seconds: float) -> None:
+        """Return once connected and subscribed. Raises Unavailable, naming what was tried and why it failed."""
+
+    @abstractmethod
+    def on_connect(self, callback: Callable[[], Awaitable[None]]) -> None:
+        """Call `callback` after each (re)connect, subscriptions already made: births go here."""
+
+    @abstractmethod
+    async def _send(
+        self, topic: str, payload: bytes, qos: int, retain: bool, mirrored: Mirrored | None = None
+    ) -> None: ...
+
+    @abstractmethod
+    def _subscribe_now(self, topic_filter: str, qos: int) -> None: ...
+
+    @abstractmethod
+    def _unsubscribe_now(self, topic_filter: str) -> None: ...
+
+    def subscribe(self, topic_filter: str, handler: Handler, *, qos: int = 1) -> None:
+        """At any time; kept over reconnects. Several handlers may share a filter. Raises ValueError for a bad filter."""
+        _, handlers = self._subscriptions.get(topic_filter) or (0, ())
+        self._subscriptions[topic_filter] = (qos, (*handlers, handler))
+        self._subscribe_now(topic_filter, qos)
+
+    def unsubscribe(self, topic_filter: str) -> None:
+        """Forget the filter and all of its handlers."""
+        if self._subscriptions.pop(topic_filter) is not None:
+            self._unsubscribe_now(topic_filter)
+
+    async def publish(
+        self,
+        topic: str,
+        message: Message,
+        *,
+        qos: int = 1,
+        retain: bool = False,
+        encoding: Encoding = "msgpack",
+        expiry_seconds: float | None = None,
+    ) -> None:
+        """Send `message`. Waits for the connection, and at QoS 1 for the broker's receipt, for a bounded time.
+
+        `expiry_seconds` also fills in `expires` in the body. Raises Unavailable, TooLarge, and Overloaded when too much waits
+        to be sent.
+        """
+        if expiry_seconds is not None and not message.expires:
+            message = msgspec.structs.replace(message, expires=time.time() + expiry_seconds)
+        payload = codec.encode(message, encoding)
+        await self._send(topic, payload, qos, retain, _mirror(message, encoding, expiry_seconds))
+
+    async def clear(self, topic: str) -> None:
+        """Remove the retained message of `topic`."""
+        await self._send(topic, b"", 1, True)
+
+    async def reply(self, to: Envelope, message: Message, *, qos: int | None = None) -> None:
+        """Answer in the encoding of the question, with its id and QoS. Nothing happens when no answer was asked for.
+
+        An answer that is too large becomes RequestFailed; a `reply_to` that may not be used is logged and counted.
+        """
+        if not to.reply_to:
+            return
+        try:
+            self.topics.check_reply_to(to.reply_to)
+        except InvalidRequest as error:
+            self.counters["refused_replies"] += 1
+            log.warning("answer withheld %s", fields(topic=to.topic, reason=error.message))
+            return
+        if message.id != to.message.id:
+            message = msgspec.structs.replace(message, id=to.message.id)
+        if to.encoding == "json" and isinstance(message, Inferred | JobEnded):
+            message = _readable(message)
+        try:
+            payload = codec.encode(message, to.encoding)
+        except TooLarge as error:
+            message = request_failed(error, to.message.id)
+            payload = codec.encode(message, to.encoding)
+        mirrored = _mirror(message, to.encoding, None, to.correlation)
+        await self._send(to.reply_to, payload, to.qos if qos is None else qos, False, mirrored)
+
+    async def request(
+        self, topic: str, message: Message, *, timeout_seconds: float, qos: int = 1, encoding: Encoding = "msgpack"
+    ) -> Message:
+        """The answer to `message`, which comes to this client's inbox; an empty `id` gets a fresh one.
+
+        Raises the error that the answer carries, TimedOut, Unavailable, TooLarge, or Conflict when `id` is being asked.
+        """
+        inbox = self.topics.client_inbox(self.client_id)
+        if self._subscriptions.get(inbox) is None:
+            self.subscribe(inbox, self._on_answer)
+        request_id = message.id or uuid.uuid4().hex
+        if request_id in self._pending:
+            raise Conflict(f"a request with the id {request_id!r} is under way: use a fresh one")
+        if len(self._pending) >= _PENDING_LIMIT:
+            raise Overloaded(f"{len(self._pending)} requests wait for their answers: try again later")
+        message = msgspec.structs.replace(message, id=request_id, reply_to=inbox)
+        answered: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+        self._pending[request_id] = answered
+        mirrored = _mirror(message, encoding, timeout_seconds)
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                await self._send(topic, codec.encode(message, encoding), qos, False, mirrored)
+                answer = await answered
+        except TimeoutError:
+            kind = type(message).__name__
+            raise TimedOut(
+                f"no answer to {kind} on {topic} within {timeout_seconds:g} s: is whoever serves it running?"
+            ) from None
+        finally:
+            self._pending.pop(request_id, None)
+        if isinstance(answer, RequestFailed):
+            failed = answer.error
+            raise errors.from_code(failed.code, failed.message, failed.retry_after_seconds)
+        return answer
+
+    def _on_answer(self, envelope: Envelope) -> None:
+        answered = self._pending.pop(envelope.message.id, None)
+        if answered is None or answered.done():
+            self.counters["unexpected_answers"] += 1
+        else:
+            answered.set_result(envelope.message)
+
+    def _dispatch(
+        self, topic: str, payload: bytes, qos: int, retained: bool, response_topic: str, correlation: bytes | None
+    ) -> None:
+        """Decode what arrived and call the handlers. Never raises."""
+        subscribed = self._subscriptions.find(topic)
+        if not payload or not subscribed:  # a retained message was cleared, or we just unsubscribed
+            return
+        self.counters["received"] += 1
+        try:
+            message, encoding = codec.decode(payload)
+        except (BadMessage, TooLarge) as error:
+            self._on_malformed(
+                Envelope(topic, Message(), "msgpack", retained, response_topic, correlation), payload, error
+            )
+            return
+        if correlation is not None and not message.id:
+            message = msgspec.structs.replace(message, id=_text(correlation))
+        envelope = Envelope(topic, message, encoding, retained, message.reply_to or response_topic, correlation, qos)
+        for _, handlers in subscribed:
+            for handler in handlers:
+                try:
+                    handler(envelope)
+                except Exception:
+                    self.counters["handler_errors"] += 1
+                    log.exception("handler failed %s", fields(topic=topic, type=type(message).__name__))
+
+    def _on_malformed(self, envelope: Envelope, payload: bytes, error: PotluckError) -> None:
+        self.counters["malformed"] += 1
+        now = time.monotonic()
+        if now >= self._next_malformed_log:
+            self._next_malformed_log = now + _MALFORMED_LOG_SECONDS
+            shown = fields(topic=envelope.topic, bytes=len(payload), error=error.message, more=self._unlogged or None)
+            log.warning("message refused %s", shown)
+            self._unlogged = 0
+        else:
+            self._unlogged += 1
+        request_id, reply_to, encoding = "", "", None
+        if len(payload) <= _SALVAGE_LIMIT_BYTES:
+            request_id, reply_to, encoding = codec.salvage(payload)
+        if envelope.correlation is not None and not request_id:
+            request_id = _text(envelope.correlation)
+        if encoding is None:  # JSON can be read by people, and by whoever meant to send JSON
+            encoding = "json" if not 0x80 <= payload[0] <= 0xDF else "msgpack"
+        answer_to = Envelope(
+            envelope.topic,
+            Message(id=request_id),
+            encoding,
+            reply_to=reply_to or envelope.reply_to,
+            correlation=envelope.correlation,
+        )
+        if answer_to.reply_to and not self._failures.full():
+            self._failures.put_nowait((answer_to, error))
+
+    async def _answer_malformed(self) -> None:
+        """Send the answers that `_on_malformed` queued, until cancelled."""
+        while True:
+            envelope, error = await self._failures.get()
+            try:
+                await self.reply(envelope, request_failed(error))
+            except PotluckError as failure:
+                log.warning("answer lost %s", fields(topic=envelope.reply_to, reason=failure.message))
+
+
+@dataclass(frozen=True, slots=True)
+class Mirrored:
+    """What MQTT 5 properties repeat from the body."""
+
+    content_type: str
+    response_topic: str = ""
+    correlation: bytes | None = None
+    expiry_seconds: int | None = None
+
+
+_PLAIN: dict[Encoding, Mirrored] = {encoding: Mirrored(kind) for encoding, kind in CONTENT_TYPES.items()}
+
+
+def _mirror(
+    message: Message, encoding: Encoding, expiry_seconds: float | None, correlation: bytes | None = None
+) -> Mirrored:
+    if expiry_seconds is None and message.expires:
+        expiry_seconds = message.expires - time.time()
+    if correlation is None and message.id:
+        correlation = message.id.encode()
+    if expiry_seconds is None and correlation is None and not message.reply_to:
+        return _PLAIN[encoding]
+    expiry = None if expiry_seconds is None else max(1, min(0xFFFFFFFE, math.ceil(expiry_seconds)))
+    return Mirrored(CONTENT_TYPES[encoding], message.reply_to, correlation, expiry)
+
+
+def _text(correlation: bytes) -> str:
+    try:
+        return correlation.decode()
+    except UnicodeDecodeError:
+        return correlation.hex()
+
+
+def _readable(message: Inferred | JobEnded) -> Message:
+    """The message with its tensors as lists, for JSON."""
+    from potluck.tensors import as_lists  # numpy, which a daemon at rest does without
+
+    return msgspec.structs.replace(message, outputs=tuple(as_lists(tensor) for tensor in message.outputs))
