@@ -1,0 +1,276 @@
+"""`potluck demo`: a broker, a coordinator and three nodes on this machine do the main job, and one of them is killed on the way."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+from potluck.cli import output
+from potluck.client import Client, Job
+from potluck.errors import NotFound, PotluckError, TimedOut
+from potluck.local_cluster import LocalCluster
+from potluck.messages import JobProgress, NodeInfo
+
+if TYPE_CHECKING:
+    import numpy as np
+
+IMAGE_SIZE = 32
+EPOCHS = 14
+NODES = 3
+WANTED_ACCURACY = 0.97
+
+console = Console()
+
+
+def demo(
+    epochs: int = typer.Option(EPOCHS, min=1, help="Epochs to train."),
+    keep: Path | None = typer.Option(None, help="Keep the data, the model and the logs in this folder."),
+) -> None:
+    """Run the main job on this machine: discover, train, survive a kill, evaluate, deploy, ask."""
+    started = time.monotonic()
+    with ExitStack() as stack, _terminated_as_interrupt():
+        folder = keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="potluck-demo-")))
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            Demo(folder, epochs, stack).run()
+        except KeyboardInterrupt:
+            console.print("\n[yellow]Interrupted: stopping the cluster.[/]")
+            raise typer.Exit(130) from None
+        finally:
+            with console.status("stopping the cluster"):
+                stack.close()
+    console.print(f"[bold green]Done[/] in {time.monotonic() - started:.0f} s; every process is gone, and the folder too.")
+
+
+class Demo:
+    """The steps in order; what one finds out the next ones use."""
+
+    def __init__(self, folder: Path, epochs: int, stack: ExitStack) -> None:
+        self.folder = folder
+        self.epochs = epochs
+        self.stack = stack
+
+    def run(self) -> None:
+        _require_packages()
+        self._start()
+        self._show_nodes()
+        self._write_digits()
+        self._train()
+        self._evaluate()
+        self._deploy()
+        self._ask()
+
+    def _start(self) -> None:
+        _title(1, "Start a broker, a coordinator and three nodes; nobody is told an address")
+        cluster = f"demo-{uuid.uuid4().hex[:8]}"
+        with console.status("starting the processes, and looking for them by mDNS"):
+            self.cluster = self.stack.enter_context(LocalCluster(self.folder / "cluster", cluster=cluster, nodes=NODES))
+            self.client = self.stack.enter_context(Client(cluster=cluster))
+            _wait(lambda: len(self._measured()) == NODES, 60, f"{NODES} nodes to join", self.cluster)
+
+    def _measured(self) -> list[NodeInfo]:
+        return [node for node in self.client.nodes() if node.state == "online" and node.capacity.gflops > 0]
+
+    def _show_nodes(self) -> None:
+        console.print(output.nodes_table(self.client.nodes()))
+
+    def _write_digits(self) -> None:
+        _title(2, "Write 1,797 real handwritten digits as PNG files, a folder a class")
+        self.train_folder, self.test_folder = write_digits(self.folder)
+        for folder in (self.train_folder, self.test_folder):
+            count = sum(1 for _ in folder.glob("*/*.png"))
+            console.print(f"  {folder.name}/0 ... {folder.name}/9   {count:>5} images of {IMAGE_SIZE}x{IMAGE_SIZE}")
+
+    def _train(self) -> None:
+        _title(3, f"Train a CNN on all nodes for {self.epochs} epochs, and kill one of them half-way")
+        with console.status("building the model, and packing the images into content-addressed shards"):
+            self.model = build_model(IMAGE_SIZE, 10)
+            self.job = self.client.train(
+                self.model,
+                self.train_folder,
+                validation=self.test_folder,
+                epochs=self.epochs,
+                batch_size=32,
+                image=(IMAGE_SIZE, IMAGE_SIZE),
+                name="digits",
+            )
+        console.print(f"  model of {self.model.count_params():,} weights, job {self.job.id}")
+        victim = self.cluster.nodes[-1]
+        killed = False
+        for progress in _shown(self.job):
+            if not killed and progress.total and progress.done >= progress.total / 2:
+                victim.kill()
+                killed = True
+                console.print(f"  [bold red]SIGKILL[/] to node {victim.node_id} at epoch {progress.epoch}: the rest go on")
+        self.job.wait(timeout=30)
+        last = {name: values[-1] for name, values in self.job.history.items()}
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in last.items())
+        console.print(f"  finished all {self.epochs} epochs{' without the killed node' if killed else ''}: {shown}")
+
+    def _evaluate(self) -> None:
+        _title(4, "Evaluate on the nodes that are left")
+        job = self.client.evaluate("digits:1", self.test_folder, image=(IMAGE_SIZE, IMAGE_SIZE))
+        for _ in _shown(job):
+            pass
+        job.wait(timeout=30)
+        evaluation = job.evaluation
+        console.print(output.evaluation_report(evaluation))
+        accuracy = evaluation.metrics["accuracy"]
+        if accuracy < WANTED_ACCURACY:
+            raise PotluckError(
+                f"the model reached an accuracy of {accuracy:.4f}; with {EPOCHS} epochs at least {WANTED_ACCURACY} is "
+                f"expected: was it trained for fewer (--epochs {self.epochs})?"
+            )
+
+    def _deploy(self) -> None:
+        _title(5, "Deploy digits:1 on two nodes")
+        with console.status("loading the model on two nodes"):
+            self.client.deploy("digits:1", replicas=2).wait(timeout=120)
+        console.print(output.deployments_table(self.client.deployments()))
+
+    def _ask(self) -> None:
+        _title(6, "Ask it in three ways")
+        pictures, truth = _samples(self.test_folder)
+        scores = self.client.infer("digits", pictures)
+        assert not isinstance(scores, dict)
+        _answers("Python client", "client.infer('digits', images)", scores.argmax(axis=1).tolist(), truth)
+
+        one = pictures[:1]
+        request = {"inputs": [{"name": _input_name(self.client), "datatype": "FP32", "shape": list(one.shape)}]}
+        request["inputs"][0]["data"] = one.ravel().round(4).tolist()  # type: ignore[index]
+        command = [sys.executable, "-I", str(Path(__file__).with_name("plain_mqtt.py"))]
+        address = [self.cluster.broker_host, str(self.cluster.broker_port), self.client.cluster, "digits"]
+        answer = subprocess.run(
+            [*command, *address], input=json.dumps(request), capture_output=True, text=True, timeout=60, check=True
+        )
+        _answers("plain MQTT, JSON", "publish to models/digits/infer", [_best(json.loads(answer.stdout))], truth[:1])
+
+        url = f"{self.cluster.http_url}/v2/models/digits/infer"
+        http = urllib.request.Request(url, json.dumps(request).encode(), {"Content-Type": "application/json"})  # noqa: S310
+        with urllib.request.urlopen(http, timeout=60) as response:  # noqa: S310 - our own gateway on loopback
+            _answers("HTTP", "POST /v2/models/digits/infer", [_best(json.load(response))], truth[:1])
+
+
+def build_model(size: int, classes: int) -> Any:
+    """The founding example's network, compiled: Conv 32, 64, 128 with max-pooling, Dense 512, softmax."""
+    import keras  # here, not above: the command line must not wait for TensorFlow
+
+    model = keras.Sequential([keras.Input((size, size, 3))])
+    for filters in (32, 64, 128):
+        model.add(keras.layers.Conv2D(filters, 3, activation="relu"))
+        model.add(keras.layers.MaxPooling2D(2))
+    model.add(keras.layers.Flatten())
+    model.add(keras.layers.Dense(512, activation="relu"))
+    model.add(keras.layers.Dense(classes, activation="softmax"))
+    model.compile(optimizer="adam", loss="categorical_crossentropy", metrics=["accuracy"])
+    return model
+
+
+def write_digits(folder: Path) -> tuple[Path, Path]:
+    """scikit-learn's `load_digits` (1,797 images of 8x8, 17 grey levels) as PNG files; every fifth one goes to `test`."""
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    for number, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
+        target = folder / ("test" if number % 5 == 4 else "train") / str(label) / f"{number:04}.png"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        small = Image.fromarray((pixels * (255 / 16)).round().astype("uint8"))
+        small.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC).save(target)
+    return folder / "train", folder / "test"
+
+
+def _shown(job: Job) -> Iterator[JobProgress]:
+    """The job's progress, drawn as a live bar while it is passed on."""
+    columns = (TextColumn("  {task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[rest]}"))
+    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bar:
+        task = bar.add_task("waiting", total=None, rest="")
+        for progress in job.progress():
+            epoch = f"epoch {progress.epoch}/{progress.epochs}" if progress.epochs else "items"
+            metrics = "  ".join(f"{name} {value:.3f}" for name, value in progress.metrics.items())
+            rest = f"{progress.items_per_second:,.0f}/s on {len(progress.nodes)} nodes  {metrics}"
+            described = f"{epoch}  {progress.message}"
+            bar.update(task, completed=progress.done, total=progress.total or None, description=described, rest=rest)
+            yield progress
+
+
+def _samples(folder: Path) -> tuple[np.ndarray[Any, Any], list[int]]:
+    """The first test image of each class, as the model wants them: float32 in 0..1."""
+    import numpy as np
+    from PIL import Image
+
+    pictures, truth = [], []
+    for label in range(10):
+        file = sorted((folder / str(label)).iterdir())[0]
+        pictures.append(np.asarray(Image.open(file).convert("RGB"), dtype=np.float32) / 255)
+        truth.append(label)
+    return np.stack(pictures), truth
+
+
+def _answers(way: str, how: str, said: list[int], truth: list[int]) -> None:
+    right = sum(a == b for a, b in zip(said, truth, strict=True))
+    console.print(f"  {way:<17} [dim]{how:<32}[/] said {said}, {right} of {len(truth)} right")
+
+
+def _best(answer: dict[str, Any]) -> int:
+    data = answer["outputs"][0]["data"]
+    return int(max(range(len(data)), key=data.__getitem__))
+
+
+def _input_name(client: Client) -> str:
+    for info in client.models():
+        if info.name == "digits" and info.signature is not None:
+            return info.signature.inputs[0].name
+    raise NotFound("the model digits has no signature: was it deployed?")
+
+
+def _title(number: int, text: str) -> None:
+    console.print()
+    console.print(Panel.fit(f"[bold]{number}[/]  {text}", border_style="cyan"))
+
+
+def _wait(check: Callable[[], bool], seconds: float, what: str, cluster: LocalCluster) -> None:
+    deadline = time.monotonic() + seconds
+    while not check():
+        cluster.check()
+        if time.monotonic() > deadline:
+            raise TimedOut(f"waited {seconds:.0f} s for {what}; the logs end:\n{cluster.log_tails()}")
+        time.sleep(0.1)
+
+
+def _require_packages() -> None:
+    from importlib.util import find_spec
+
+    missing = [name for name in ("tensorflow", "keras", "sklearn") if find_spec(name) is None]
+    if missing:
+        raise NotFound(f"the demo needs {', '.join(missing)}: pip install 'potluck[engine,broker,demo]'")
+
+
+@contextmanager
+def _terminated_as_interrupt() -> Iterator[None]:
+    """SIGTERM ends the demo as Ctrl-C does: in order."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

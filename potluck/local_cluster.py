@@ -1,0 +1,200 @@
+"""A whole cluster on this machine, as real processes: for the demo, the tests and the benchmarks."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from potluck import lifecycle
+from potluck.errors import TimedOut, Unavailable
+
+STOP_SECONDS = 10.0
+READY_SECONDS = 30.0
+
+
+@dataclass
+class Daemon:
+    """One daemon's process. Its output goes to `log_path`."""
+
+    name: str
+    command: list[str]
+    log_path: Path
+    environment: dict[str, str]
+    cores: frozenset[int] | None = None
+    process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
+
+    @property
+    def node_id(self) -> str:
+        return self.name
+
+    @property
+    def pid(self) -> int:
+        assert self.process is not None
+        return self.process.pid
+
+    @property
+    def running(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    def start(self) -> None:
+        """Start it, or start it again, on its cores."""
+        died_with_us = lifecycle.die_with_parent()
+        cores = self.cores
+
+        def prepare() -> None:
+            if died_with_us is not None:
+                died_with_us()
+            if cores is not None:
+                os.sched_setaffinity(0, cores)
+
+        with self.log_path.open("ab") as log:
+            # A session of its own: Ctrl-C reaches us alone, and we stop the daemons in order.
+            self.process = subprocess.Popen(
+                self.command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=self.environment,
+                start_new_session=True, preexec_fn=prepare,  # noqa: PLW1509 - prctl and sched_setaffinity only
+            )  # fmt: skip
+
+    def kill(self) -> None:
+        """SIGKILL: as a power cut would have it."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
+    def terminate(self) -> None:
+        if self.running and self.process is not None:
+            self.process.send_signal(signal.SIGTERM)
+
+    def wait(self, seconds: float) -> int | None:
+        """Its exit status; killed when it does not end in time (None)."""
+        if self.process is None:
+            return None
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            return None
+
+    def log_tail(self, lines: int = 15) -> str:
+        text = self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
+        return "\n".join(text.splitlines()[-lines:])
+
+
+class LocalCluster:
+    """A coordinator (with its broker) and `nodes` nodes below `folder`, on loopback with free ports; a context manager.
+
+    The nodes find the coordinator by mDNS, as on a network; or, with `discovery=False`, by its address. `cores` pins
+    node i to the CPU `cores[i]`. Raises TimedOut or Unavailable, with the logs' ends, when it does not start.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        cluster: str,
+        nodes: int = 2,
+        discovery: bool = True,
+        cores: Sequence[int] | None = None,
+        broker: str = "auto",
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self.folder = folder
+        self.cluster = cluster
+        self.broker_host = "127.0.0.1"
+        self.broker_port = 0
+        self.http_url = ""
+        self._discovery = discovery
+        self._cores = cores
+        self._broker = broker
+        clean = {key: value for key, value in os.environ.items() if not key.startswith("POTLUCK_")}
+        share = max(1, len(os.sched_getaffinity(0)) // max(1, nodes))
+        self._environment = clean | {"POTLUCK_THREADS": str(share), "PYTHONUNBUFFERED": "1"} | dict(environment or {})
+        self._count = nodes
+        self.nodes: list[Daemon] = []
+        self.coordinator = self._daemon(
+            "coordinator", "coordinator", "--port", "0", "--broker-port", "0", "--broker", broker
+        )
+
+    def __enter__(self) -> Self:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.coordinator.start()
+            if self._discovery:
+                for _ in range(self._count):
+                    self.add_node()
+            self._wait_ready()
+            if not self._discovery:
+                for _ in range(self._count):
+                    self.add_node()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def add_node(self, *arguments: str) -> Daemon:
+        """Start one more node."""
+        number = len(self.nodes)
+        seeds = [] if self._discovery else ["--seed", f"{self.broker_host}:{self.broker_port}", "--no-discovery"]
+        node = self._daemon(f"node-{number + 1}", "node", "--node-id", f"node-{number + 1}", *seeds, *arguments)
+        if self._cores is not None:
+            node.cores = frozenset({self._cores[number]})
+        node.start()
+        self.nodes.append(node)
+        return node
+
+    def restart_coordinator(self) -> None:
+        """Start it again where it was: same state, same broker port."""
+        at = self.coordinator.command.index("--broker-port") + 1
+        self.coordinator.command[at] = str(self.broker_port)
+        self.coordinator.log_path.rename(self.coordinator.log_path.with_suffix(f".{time.monotonic_ns()}.log"))
+        self.coordinator.start()
+        self._wait_ready()
+
+    def check(self) -> None:
+        """Raises Unavailable when a daemon ended that nobody stopped."""
+        if not self.coordinator.running:
+            raise Unavailable(f"the coordinator ended; its log ends:\n{self.coordinator.log_tail()}")
+
+    def log_tails(self) -> str:
+        return "\n".join(f"--- {daemon.name}\n{daemon.log_tail()}" for daemon in (self.coordinator, *self.nodes))
+
+    def stop(self) -> None:
+        """Stop nodes, then the coordinator; kill what does not end in time."""
+        for node in self.nodes:
+            node.terminate()
+        for node in self.nodes:
+            node.wait(STOP_SECONDS)
+        self.coordinator.terminate()
+        self.coordinator.wait(STOP_SECONDS)
+
+    def _daemon(self, name: str, module: str, *arguments: str) -> Daemon:
+        state = self.folder / name
+        command = [sys.executable, "-m", module, "--cluster", self.cluster, "--state-dir", str(state), *arguments]
+        return Daemon(name, command, self.folder / f"{name}.log", self._environment)
+
+    def _wait_ready(self) -> None:
+        """Until the coordinator's log says that it is ready, and where."""
+        deadline = time.monotonic() + READY_SECONDS
+        while True:
+            self.check()
+            for line in self.coordinator.log_path.read_text(errors="replace").splitlines():
+                if "coordinator ready " in line:
+                    said = dict(part.split("=", 1) for part in line.split() if "=" in part)
+                    self.http_url = said["http"]
+                    self.broker_port = int(said["broker"].rsplit(":", 1)[1])
+                    return
+            if time.monotonic() > deadline:
+                raise TimedOut(f"the coordinator was not ready in {READY_SECONDS:.0f} s:\n{self.log_tails()}")
+            time.sleep(0.05)
