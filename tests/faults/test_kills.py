@@ -1,0 +1,109 @@
+"""Whoever kills a process sees the job finish, with the same result: nothing twice, nothing missing."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from support.digits import mlp, split
+
+from potluck.client import Client
+from potluck.local_cluster import LocalCluster
+from potluck.messages import JobProgress
+
+pytestmark = [pytest.mark.tensorflow, pytest.mark.timeout(300)]
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[LocalCluster]:
+    with LocalCluster(tmp_path, cluster="faults", nodes=2, discovery=False) as running:
+        yield running
+
+
+@pytest.fixture
+def client(cluster: LocalCluster) -> Iterator[Client]:
+    with Client(f"{cluster.broker_host}:{cluster.broker_port}", cluster=cluster.cluster) as connected:
+        yield connected
+
+
+def half_way(job: Any) -> JobProgress:
+    for progress in job.progress():
+        if progress.total and progress.done >= progress.total * 0.3:
+            return progress
+    raise AssertionError("the job ended before it was half-way")
+
+
+def training(client: Client, epochs: int = 60) -> Any:
+    data = split()
+    return client.train(mlp(), (data["x_train"], data["y_train"]), epochs=epochs, batch_size=32, name="mlp")
+
+
+def test_a_killed_node_does_not_stop_training(cluster: LocalCluster, client: Client) -> None:
+    job = training(client)
+    half_way(job)
+    cluster.nodes[1].kill()
+    job.wait(timeout=200)
+    assert len(job.history["loss"]) == 60
+    assert job.history["accuracy"][-1] > 0.95
+
+
+def test_a_killed_coordinator_resumes_training_with_no_hole_in_the_history(cluster: LocalCluster, client: Client) -> None:
+    job = training(client)
+    half_way(job)
+    cluster.coordinator.kill()
+    cluster.restart_coordinator()
+    job.wait(timeout=200)
+    assert len(job.history["loss"]) == 60
+    assert job.history["accuracy"][-1] > 0.95
+
+
+@pytest.mark.parametrize("victim", ["node", "engine", "coordinator"])
+def test_predictions_are_complete_whoever_dies(cluster: LocalCluster, client: Client, victim: str) -> None:
+    data = split()
+    model = client.train(mlp(), (data["x_train"], data["y_train"]), epochs=1, name="mlp").wait(timeout=200).model()
+    rows = np.tile(data["x_test"], (1500, 1))
+    job = client.predict("mlp", rows, batch_size=32)
+    half_way(job)
+    if victim == "node":
+        cluster.nodes[0].kill()
+    elif victim == "engine":
+        engines = psutil.Process(cluster.nodes[0].pid).children(recursive=True)
+        assert engines
+        for engine in engines:
+            os.kill(engine.pid, signal.SIGKILL)
+    else:
+        cluster.coordinator.kill()
+        cluster.restart_coordinator()
+    found = job.wait(timeout=200).predictions
+    assert found.shape == (len(rows), 10)
+    expected = np.tile(model.predict(data["x_test"], verbose=0), (1500, 1))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_replica_that_dies_is_replaced_and_no_request_fails(cluster: LocalCluster, client: Client) -> None:
+    data = split()
+    client.train(mlp(), (data["x_train"], data["y_train"]), epochs=1, name="mlp").wait(timeout=200)
+    client.deploy("mlp", replicas=2).wait(timeout=100)
+    row = data["x_test"][:1]
+    first = client.infer("mlp", row)
+    cluster.nodes[0].kill()
+    for _ in range(200):
+        np.testing.assert_allclose(client.infer("mlp", row), first, rtol=1e-4)
+
+
+def test_nothing_is_left_behind(tmp_path: Path) -> None:
+    before = {process.pid for process in psutil.process_iter()}
+    with LocalCluster(tmp_path, cluster="leftovers", nodes=1, discovery=False) as running:
+        with Client(f"{running.broker_host}:{running.broker_port}", cluster="leftovers") as client:
+            data = split()
+            client.train(mlp(), (data["x_train"], data["y_train"]), epochs=1).wait(timeout=200)
+        mine = psutil.Process().children(recursive=True)
+        assert len(mine) >= 4  # coordinator, broker, node, engine
+    left = [p for p in mine if p.is_running() and p.pid not in before and p.status() != psutil.STATUS_ZOMBIE]
+    assert left == []
