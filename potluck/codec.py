@@ -37,7 +37,10 @@ def decode(payload: bytes, *, limit: int = INLINE_LIMIT_BYTES) -> tuple[Message,
     if len(payload) > limit:
         raise TooLarge(f"a message of {len(payload)} bytes is over the limit of {limit}: send what is large as a blob")
     value, encoding = _parse(payload)
-    return _convert(value, AnyMessage, encoding), encoding
+    name = value.get("type")
+    # Converting to the one class, not to the union of all: msgspec would build that union anew for each message.
+    kind = _kinds().get(name) if isinstance(name, str) else None
+    return _convert(value, kind or AnyMessage, encoding), encoding
 
 
 def salvage(payload: bytes) -> tuple[str, str, Encoding | None]:
@@ -75,6 +78,8 @@ def _parse(payload: bytes) -> tuple[dict[Any, Any], Encoding]:
         if first == 0x7B or first in b" \t\r\n\xef":
             encoding = "json"
             value = json.loads(payload.decode("utf-8-sig"))
+            if b"\\ud" in payload or b"\\uD" in payload:
+                json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text, and could not be sent on
         elif 0x80 <= first <= 0x8F or first in (0xDE, 0xDF):
             encoding = "msgpack"
             size = len(payload)
@@ -91,15 +96,15 @@ def _parse(payload: bytes) -> tuple[dict[Any, Any], Encoding]:
 
 
 @cache
-def _known_types() -> frozenset[str]:
-    return frozenset(kind.__name__ for kind in AnyMessage.__args__)
+def _kinds() -> dict[str, type[Message]]:
+    return {kind.__name__: kind for kind in AnyMessage.__args__}
 
 
 def _convert(value: dict[Any, Any], kind: Any, encoding: Encoding) -> Any:
     try:
         return msgspec.convert(value, kind, builtin_types=_NATIVE[encoding])
     except (msgspec.ValidationError, RecursionError, ValueError) as error:
-        if kind is AnyMessage and value.get("type") not in _known_types():
-            raise BadMessage(f"unknown message type {value.get('type')!r}: see docs/protocol.md") from error
+        if kind is AnyMessage:
+            raise BadMessage(f"unknown message type {str(value.get('type'))[:80]!r}: see docs/protocol.md") from error
         label = value.get("type") or getattr(kind, "__name__", "message")
         raise BadMessage(f"{label}: {error}") from error

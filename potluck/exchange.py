@@ -168,7 +168,8 @@ class Bus(ABC):
         except TooLarge as error:
             message = request_failed(error, to.message.id)
             payload = codec.encode(message, to.encoding)
-        mirrored = _mirror(message, to.encoding, None, to.correlation)
+        correlation = message.id.encode() if to.correlation is None else to.correlation
+        mirrored = _mirror(message, to.encoding, correlation=correlation)
         await self._send(to.reply_to, payload, to.qos if qos is None else qos, False, mirrored)
 
     async def request(
@@ -244,7 +245,9 @@ class Bus(ABC):
         now = time.monotonic()
         if now >= self._next_malformed_log:
             self._next_malformed_log = now + _MALFORMED_LOG_SECONDS
-            shown = fields(topic=envelope.topic, bytes=len(payload), error=error.message, more=self._unlogged or None)
+            shown = fields(
+                topic=envelope.topic, bytes=len(payload), error=error.message[:300], more=self._unlogged or None
+            )
             log.warning("message refused %s", shown)
             self._unlogged = 0
         else:
@@ -290,13 +293,14 @@ _PLAIN: dict[Encoding, Mirrored] = {encoding: Mirrored(kind) for encoding, kind 
 
 
 def _mirror(
-    message: Message, encoding: Encoding, expiry_seconds: float | None, correlation: bytes | None = None
+    message: Message, encoding: Encoding, expiry_seconds: float | None = None, correlation: bytes | None = None
 ) -> Mirrored:
+    """`correlation` is mirrored when given, and the id of a question (it has `reply_to`) is."""
     if expiry_seconds is None and message.expires:
         expiry_seconds = message.expires - time.time()
-    if correlation is None and message.id:
+    if correlation is None and message.reply_to:
         correlation = message.id.encode()
-    if expiry_seconds is None and correlation is None and not message.reply_to:
+    if expiry_seconds is None and correlation is None:
         return _PLAIN[encoding]
     expiry = None if expiry_seconds is None else max(1, min(0xFFFFFFFE, math.ceil(expiry_seconds)))
     return Mirrored(CONTENT_TYPES[encoding], message.reply_to, correlation, expiry)

@@ -74,7 +74,9 @@ class Topics:
 
     def check_reply_to(self, topic: str) -> str:
         """`topic`, when an answer may go there. Raises InvalidRequest: nobody may make the coordinator speak to a node."""
-        if not topic or any(sign in topic for sign in "+#\0") or len(topic.encode()) > 1024 or topic.startswith("$"):
+        # brokers hang up on whoever publishes to a topic with control characters or hundreds of levels
+        usable = topic.isprintable() and topic.count("/") < 100 and not any(sign in topic for sign in "+#")
+        if not topic or not usable or len(topic.encode()) > 1024 or topic.startswith("$"):
             raise InvalidRequest(f"reply_to {topic[:80]!r} is not a topic that can be published to")
         if topic.startswith(f"{ROOT}/") and not topic.startswith(f"{self.root}/clients/"):
             raise InvalidRequest(
