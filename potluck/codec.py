@@ -79,7 +79,7 @@ def _parse(payload: bytes) -> tuple[dict[Any, Any], Encoding]:
             encoding = "json"
             value = json.loads(payload.decode("utf-8-sig"))
             if b"\\ud" in payload or b"\\uD" in payload:
-                json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text, and could not be sent on
+                json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair cannot be sent on
         elif 0x80 <= first <= 0x8F or first in (0xDE, 0xDF):
             encoding = "msgpack"
             size = len(payload)
