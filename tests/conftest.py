@@ -1,0 +1,39 @@
+"""What every test gets: it fails when it leaves a thread or a child process behind."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import psutil
+import pytest
+
+_SHARED_THREADS = ("asyncio_", "ThreadPoolExecutor", "pydevd", "tqdm", "tf_")
+"""Pools that live as long as their loop or process: they hold no work of a test."""
+_GRACE_SECONDS = 3.0
+
+
+@pytest.fixture(autouse=True)
+def leaves_nothing_behind() -> Iterator[None]:
+    """Fails a test after which a thread or a child process is left that was not there before."""
+    children_before = {child.pid for child in psutil.Process().children(recursive=True)}
+    threads_before = set(threading.enumerate())
+    yield
+    deadline = time.monotonic() + _GRACE_SECONDS
+    while True:
+        threads = [
+            thread.name
+            for thread in threading.enumerate()
+            if thread not in threads_before and not thread.name.startswith(_SHARED_THREADS)
+        ]
+        children = [
+            f"{child.pid} {child.name()}"
+            for child in psutil.Process().children(recursive=True)
+            if child.pid not in children_before and child.is_running() and child.status() != psutil.STATUS_ZOMBIE
+        ]
+        if not threads and not children:
+            return
+        if time.monotonic() > deadline:
+            pytest.fail(f"left behind: threads {threads}, processes {children}")
+        time.sleep(0.02)
