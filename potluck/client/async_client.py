@@ -1,0 +1,366 @@
+"""The client for asyncio: everything that one may ask of a cluster."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+import msgspec
+import numpy as np
+from msgspec.structs import replace
+
+from potluck import tensors
+from potluck.bus import Bus
+from potluck.client import sources
+from potluck.client.connection import Connection, client_settings
+from potluck.client.jobs import AsyncJob, Predictions, as_arrays, fetch_tensor
+from potluck.client.models import ModelFile, image_options, is_keras_model, is_model_path, model_file
+from potluck.errors import InvalidRequest, NotFound
+from potluck.messages import (
+    INLINE_LIMIT_BYTES,
+    AnyJobSpec,
+    BlobRef,
+    CancelJob,
+    DatasetInfo,
+    DatasetsListed,
+    Deploy,
+    DeploymentInfo,
+    DeploymentsListed,
+    Evaluate,
+    GetJob,
+    GetModel,
+    ImageOptions,
+    Infer,
+    JobAccepted,
+    JobChanged,
+    JobsListed,
+    ListDatasets,
+    ListDeployments,
+    ListJobs,
+    ListModels,
+    ListNodes,
+    Message,
+    ModelInfo,
+    ModelRegistered,
+    ModelsListed,
+    Name,
+    NodeInfo,
+    NodesListed,
+    Predict,
+    RegisterModel,
+    SubmitJob,
+    Tensor,
+    Train,
+    Undeploy,
+    Undeployed,
+)
+
+Image = ImageOptions | tuple[int, ...]
+Inputs = Any
+"""An array, nested lists, or a map of them by input name."""
+
+_INLINE_INPUT_BYTES = INLINE_LIMIT_BYTES * 3 // 4
+
+M = TypeVar("M", bound=Message)
+
+
+class AsyncClient:
+    """A client of one cluster.
+
+    `seed` is a broker address (`host` or `host:port`), or several; without one, `POTLUCK_SEEDS` or the settings file name it, or the
+    cluster is found by mDNS. `timeout` bounds each question, in seconds; jobs take as long as they take.
+    Use it as an async context manager, or call `aclose`. It connects when entered or first asked. All methods raise
+    subclasses of `potluck.errors.PotluckError`, also Unavailable and TimedOut.
+    """
+
+    def __init__(
+        self,
+        seed: str | Sequence[str] | None = None,
+        *,
+        cluster: str | None = None,
+        timeout: float | None = None,
+        bus: Bus | None = None,
+    ) -> None:
+        self._settings = client_settings(seed, cluster, timeout)
+        self._bus = bus
+        self._connection: Connection | None = None
+        self._opening = asyncio.Lock()
+
+    async def __aenter__(self) -> AsyncClient:
+        await self._connected()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Disconnect, and remove temporary files. May be called twice."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            await connection.__aexit__(None, None, None)
+
+    @property
+    def cluster(self) -> str:
+        """The cluster's name."""
+        return self._settings.cluster
+
+    # --- the cluster ----------------------------------------------------------------------------------------------------
+
+    async def nodes(self) -> tuple[NodeInfo, ...]:
+        """Every node that the coordinator knows, also those that are offline."""
+        return (await self._ask(ListNodes(), NodesListed)).nodes
+
+    async def jobs(self) -> tuple[JobChanged, ...]:
+        """Every job that the coordinator remembers, oldest first."""
+        return (await self._ask(ListJobs(), JobsListed)).jobs
+
+    async def job(self, job_id: str) -> AsyncJob:
+        """A job by its id. Raises NotFound."""
+        await self._ask(GetJob(job_id=job_id), Message)
+        return AsyncJob(await self._connected(), job_id)
+
+    async def cancel(self, job_id: str) -> JobChanged:
+        """End a job. Raises NotFound."""
+        return await self._ask(CancelJob(job_id=job_id), JobChanged)
+
+    # --- jobs -----------------------------------------------------------------------------------------------------------
+
+    async def train(
+        self,
+        model: object,
+        data: object,
+        *,
+        validation: object = None,
+        epochs: int = 1,
+        batch_size: int = 32,
+        image: Image | None = None,
+        name: str | None = None,
+        target: str | None = None,
+        round_seconds: float = 5.0,
+        seed: int = 0,
+    ) -> AsyncJob:
+        """Train a compiled keras.Model, a `.keras` file or a registered model on all nodes.
+
+        `data` and `validation` are registered names, paths, or arrays `(x, y)`; `target` names a table's label column. `image` says
+        how images become tensors, None: as the model's input is. The result is registered as `name` when that is given.
+        Raises InvalidModel and InvalidData before a job is made.
+        """
+        sent, options = await self._model(model, image, compiled=True)
+        return await self._submit(
+            Train(
+                model=sent,
+                dataset=await self._data(data, target),
+                validation=None if validation is None else await self._data(validation, target),
+                epochs=_at_least_one("epochs", epochs),
+                batch_size=_at_least_one("batch_size", batch_size),
+                image=options,
+                register=None if name is None else _checked(name),
+                round_seconds=round_seconds,
+                seed=seed,
+            )
+        )
+
+    async def evaluate(
+        self,
+        model: object,
+        data: object,
+        *,
+        batch_size: int = 32,
+        image: Image | None = None,
+        target: str | None = None,
+    ) -> AsyncJob:
+        """Metrics of a model over labelled data: `job.evaluation` after `job.wait()`."""
+        sent, options = await self._model(model, image, compiled=True)
+        dataset = await self._data(data, target)
+        batch = _at_least_one("batch_size", batch_size)
+        return await self._submit(Evaluate(model=sent, dataset=dataset, batch_size=batch, image=options))
+
+    async def predict(
+        self,
+        model: object,
+        data: object,
+        *,
+        batch_size: int = 32,
+        image: Image | None = None,
+        target: str | None = None,
+    ) -> AsyncJob:
+        """A model's outputs for a whole data set or array: `job.predictions()`. `target` names a column to leave out."""
+        sent, options = await self._model(model, image, compiled=False)
+        dataset = await self._data(data, target, shuffle=False)
+        batch = _at_least_one("batch_size", batch_size)
+        return await self._submit(Predict(model=sent, dataset=dataset, batch_size=batch, image=options))
+
+    # --- models and deployments -----------------------------------------------------------------------------------------
+
+    async def deploy(
+        self, model: object, replicas: int = 1, *, name: str | None = None, wait: bool = False
+    ) -> AsyncJob:
+        """Keep a model loaded on `replicas` nodes (0: on all). The job succeeds when all are ready; `wait` waits for that.
+
+        A keras.Model or a `.keras` file is registered first, as `name` or its own name.
+        """
+        if replicas < 0:
+            raise InvalidRequest(f"replicas must be 0 (every node) or more, not {replicas}")
+        if is_keras_model(model) or is_model_path(model):
+            info = await self.register(model, name)
+            model = f"{info.name}:{info.version}"
+        job = await self._submit(Deploy(model=str(model), replicas=replicas))
+        return await job.wait() if wait else job
+
+    async def undeploy(self, model: str) -> tuple[str, ...]:
+        """Unload `name` (every version) or `name:version` from all nodes; what was unloaded. Raises NotFound."""
+        return (await self._ask(Undeploy(model=model), Undeployed)).deployments
+
+    async def deployments(self) -> tuple[DeploymentInfo, ...]:
+        return (await self._ask(ListDeployments(), DeploymentsListed)).deployments
+
+    async def models(self) -> tuple[ModelInfo, ...]:
+        """Every version of every registered model."""
+        return (await self._ask(ListModels(), ModelsListed)).models
+
+    async def get_model(self, model: str) -> ModelInfo:
+        """The registered `name` (its newest version) or `name:version`. Raises NotFound."""
+        return (await self._ask(GetModel(model=model), ModelRegistered)).model
+
+    async def register(
+        self, model: object, name: str | None = None, *, image: Image | None = None, classes: Sequence[str] = ()
+    ) -> ModelInfo:
+        """Register a keras.Model or a `.keras` file as the next version of `name` (by default its own name)."""
+        file, ref = await self._push_model(model, compiled=False)
+        question = RegisterModel(
+            name=_checked(name) if name is not None else sources.plain_name(file.name),
+            model=ref,
+            image=image_options(image, file.input_shape),
+            classes=tuple(classes),
+        )
+        return (await self._ask(question, ModelRegistered)).model
+
+    async def infer(self, model: str, inputs: Inputs, *, timeout: float | None = None) -> Predictions:
+        """The outputs of a deployed model for a batch of inputs: one array, or one for each output by its name.
+
+        `inputs` is one array (with the batch as first axis) or a map of arrays by input name. Lists of numbers
+        become float32. Raises NotFound, InvalidRequest (a shape that does not fit), Overloaded, TimedOut.
+        """
+        connection = await self._connected()
+        named = inputs if isinstance(inputs, Mapping) else {"": inputs}
+        sent = [tensors.from_numpy(str(name), _as_array(value)) for name, value in named.items()]
+        if sum(len(tensor.data) for tensor in sent if isinstance(tensor.data, bytes)) > _INLINE_INPUT_BYTES:
+            sent = [await _as_blob(connection, tensor) for tensor in sent]
+        answer = await connection.infer(_topic_name(model), Infer(inputs=tuple(sent)), timeout)
+        return as_arrays([await fetch_tensor(connection, tensor) for tensor in answer.outputs])
+
+    # --- data -----------------------------------------------------------------------------------------------------------
+
+    async def datasets(self) -> tuple[DatasetInfo, ...]:
+        return (await self._ask(ListDatasets(), DatasetsListed)).datasets
+
+    async def add_data(
+        self,
+        data: object,
+        name: str | None = None,
+        *,
+        target: str | None = None,
+        progress: sources.Progress | None = None,
+    ) -> DatasetInfo:
+        """Register a folder of class folders, an `.npz`, `.csv` or TFRecord file, or arrays `(x, y)`; see docs/data.md.
+
+        Without a name: the file's or folder's own. What the coordinator has already is not sent again.
+        """
+        if name is None and isinstance(data, str | Path):
+            name = sources.path_name(data)
+        checked = None if name is None else _checked(name)
+        return await sources.add(await self._connected(), data, name=checked, target=target, progress=progress)
+
+    # ------------------------------------------------------------------------------------------------------------------
+
+    async def _connected(self) -> Connection:
+        if self._connection is None:
+            async with self._opening:
+                if self._connection is None:
+                    connection = Connection(self._settings, bus=self._bus)
+                    await connection.__aenter__()
+                    self._connection = connection
+        return self._connection
+
+    async def _ask(self, question: Message, answer: type[M]) -> M:
+        return await (await self._connected()).ask(question, answer)
+
+    async def _submit(self, spec: AnyJobSpec) -> AsyncJob:
+        connection = await self._connected()
+        accepted = await connection.ask(SubmitJob(job=spec), JobAccepted, topic=connection.topics.jobs_submit)
+        return AsyncJob(connection, accepted.job_id)
+
+    async def _model(
+        self, model: object, image: Image | None, *, compiled: bool
+    ) -> tuple[str | BlobRef, ImageOptions | None]:
+        """What a job's `model` says, and its image options."""
+        if isinstance(model, str) and not is_model_path(model):
+            shape = None
+            if image is not None and not isinstance(image, ImageOptions):
+                signature = (await self.get_model(model)).signature
+                if signature is not None and len(signature.inputs) == 1:
+                    shape = signature.inputs[0].shape
+            return model, image_options(image, shape)
+        file, ref = await self._push_model(model, compiled=compiled)
+        return ref, image_options(image, file.input_shape)
+
+    async def _push_model(self, model: object, *, compiled: bool) -> tuple[ModelFile, BlobRef]:
+        """Check a model, and only then connect and push it."""
+        with tempfile.TemporaryDirectory(prefix="potluck-") as folder:
+            file = await asyncio.to_thread(model_file, model, Path(folder), compiled=compiled)
+            ref = await (await self._connected()).push(file.path)
+        return file, BlobRef(sha256=ref.sha256, size=ref.size)
+
+    async def _data(self, data: object, target: str | None, *, shuffle: bool = True) -> str:
+        """The name of a data set, registered now where it was not."""
+        name = sources.as_name(data)
+        if name is not None:
+            return _checked(name)
+        connection = await self._connected()
+        return (await sources.add(connection, data, name=None, target=target, shuffle=shuffle)).name
+
+
+def _at_least_one(what: str, number: int) -> int:
+    if number < 1:
+        raise InvalidRequest(f"{what} must be at least 1, not {number}")
+    return int(number)
+
+
+def _checked(name: str) -> str:
+    try:
+        return msgspec.convert(name, Name)
+    except msgspec.ValidationError:
+        raise InvalidRequest(
+            f"{name!r} is not a name: use letters, digits, '.', '_' and '-', at most 128, a letter or digit first"
+        ) from None
+
+
+def _topic_name(model: str) -> str:
+    if not model or any(sign in model for sign in "/+#\0"):
+        raise NotFound(f"there is no deployed model {model!r}: `potluck deployments` lists them")
+    return model
+
+
+def _as_array(value: Any) -> np.ndarray[Any, Any]:
+    """Lists of Python floats as float32, which models work in; an array stays what it is."""
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        raise InvalidRequest(f"the input is not an array: {error}") from error
+    if array.dtype == np.float64 and isinstance(value, list | tuple | float):
+        return array.astype(np.float32)
+    return array
+
+
+async def _as_blob(connection: Connection, tensor: Tensor) -> Tensor:
+    if not isinstance(tensor.data, bytes):
+        return tensor
+    ref = await connection.push(tensor.data)
+    holders = ref.holders or (await connection.coordinator()).http
+    return replace(tensor, data=BlobRef(sha256=ref.sha256, size=ref.size, holders=holders))

@@ -1,0 +1,274 @@
+"""A client's link to one cluster: bus, discovery, the coordinator's status, and the blobs it pushes and pulls."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import TypeVar
+
+from msgspec.structs import replace
+
+from potluck.blobs.download import Downloader
+from potluck.blobs.store import BlobStore
+from potluck.bus import Addresses, Bus, Envelope, Handler, MqttBus
+from potluck.discovery import Discovery, broker_addresses
+from potluck.errors import InvalidRequest, PotluckError, TimedOut, Unavailable
+from potluck.messages import BlobRef, CoordinatorStatus, Infer, Inferred, Message, Undeploy
+from potluck.settings import ClientSettings, load, parse_address
+from potluck.topics import Topics
+
+M = TypeVar("M", bound=Message)
+
+_PUSHES_AT_ONCE = 4
+_STORE_LIMIT_BYTES = 1 << 50
+"""The store is a temporary folder: only the disk limits it."""
+_FIND_SECONDS = 10.0
+"""Finding a cluster takes this long at most, however patient the questions are."""
+_ASK_AGAIN_SECONDS = 5.0
+"""A question without an answer is asked again after this time, with its id: a coordinator that was started anew gets it too."""
+
+
+class Connection:
+    """Open from `__aenter__` to `__aexit__`. Raises Unavailable when no broker or no coordinator is found in time."""
+
+    def __init__(self, settings: ClientSettings, *, bus: Bus | None = None) -> None:
+        self.settings = settings
+        self.topics = Topics(settings.cluster)
+        self._given_bus = bus
+        self._status: CoordinatorStatus | None = None
+        self._online = asyncio.Event()
+        self._followers: dict[str, list[Handler]] = {}
+        self._stack = AsyncExitStack()
+        self._running: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Connection:
+        try:
+            await self._open()
+        except BaseException:
+            await self._close()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self._close()
+
+    async def _open(self) -> None:
+        self.folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="potluck-")))
+        self.store = BlobStore(self.folder / "blobs", _STORE_LIMIT_BYTES)
+        self.downloader = await self._stack.enter_async_context(Downloader(self.store))
+        if self._given_bus is not None:
+            self.bus = self._given_bus
+        else:
+            addresses = await self._addresses()
+            self.bus = MqttBus(
+                addresses, self.topics, client_id=f"client-{uuid.uuid4().hex[:12]}", timings=self.settings.bus
+            )
+        self.bus.subscribe(self.topics.coordinator_status, self._on_status)
+        self._running = asyncio.create_task(self.bus.run(), name="client bus")
+        limit_seconds = min(self.settings.timeout_seconds, _FIND_SECONDS)
+        deadline = time.monotonic() + limit_seconds
+        try:
+            await self.bus.connected(limit_seconds)
+        except Unavailable as error:
+            if self.settings.seeds:
+                raise
+            raise Unavailable(
+                f"no cluster {self.settings.cluster!r} was found by mDNS within {limit_seconds:g} s ({error.message}): "
+                "start one with `potluck up`, or name its broker with --seed HOST"
+            ) from error
+        await self.coordinator(max(1.0, deadline - time.monotonic()))
+
+    async def _close(self) -> None:
+        running, self._running = self._running, None
+        if running is not None:
+            running.cancel()
+            await asyncio.wait([running])
+            if not running.cancelled():
+                running.exception()  # it ended before: whoever asked was told that there is no connection
+        await self._stack.aclose()
+
+    async def _addresses(self) -> Addresses:
+        """Where the broker is: the seeds, else mDNS on loopback and on the network, whichever answers first."""
+        settings = self.settings
+        if settings.seeds or not settings.discovery.enabled:
+            return broker_addresses(settings, None)
+        found = [
+            await self._stack.enter_async_context(Discovery(settings.cluster, listen_host=host))
+            for host in ("127.0.0.1", "0.0.0.0")  # noqa: S104 - where to look, nothing is served
+        ]
+        sources = [broker_addresses(settings, discovery) for discovery in found]
+
+        async def following() -> tuple[str, int]:
+            asked = [asyncio.ensure_future(source()) for source in sources]
+            try:
+                reasons: list[Unavailable] = []
+                for first in asyncio.as_completed(asked):
+                    try:
+                        return await first
+                    except Unavailable as error:
+                        reasons.append(error)
+                raise reasons[-1]
+            finally:
+                for task in asked:
+                    task.cancel()
+                await asyncio.wait(asked)
+
+        return following
+
+    def _on_status(self, envelope: Envelope) -> None:
+        message = envelope.message
+        if not isinstance(message, CoordinatorStatus):
+            return
+        if message.state == "online":
+            self._status = message
+            self._online.set()
+        elif self._status is None or self._status.session == message.session:
+            self._online.clear()
+
+    async def coordinator(self, timeout_seconds: float | None = None) -> CoordinatorStatus:
+        """The status of the coordinator, once it is online. Raises Unavailable."""
+        if not self._online.is_set():
+            limit = self.settings.timeout_seconds if timeout_seconds is None else timeout_seconds
+            try:
+                async with asyncio.timeout(limit):
+                    await self._online.wait()
+            except TimeoutError:
+                raise Unavailable(
+                    f"the broker answers, but no coordinator of cluster {self.settings.cluster!r} is online: "
+                    "start one with `potluck up` (or potluck-coordinator), or name another --cluster"
+                ) from None
+        assert self._status is not None
+        return self._status
+
+    # --- questions ------------------------------------------------------------------------------------------------------
+
+    async def ask(self, question: Message, answer: type[M], *, topic: str | None = None) -> M:
+        """The coordinator's answer. Raises the error it carries, TimedOut, Unavailable.
+
+        A question may be asked more than once, with the same id; the coordinator answers each alike.
+        """
+        deadline = time.monotonic() + self.settings.timeout_seconds
+        question_id = uuid.uuid4().hex
+        if not self._online.is_set():
+            await self.coordinator()
+        while True:
+            left = deadline - time.monotonic()
+            again = not isinstance(question, Undeploy) and left > 2 * _ASK_AGAIN_SECONDS
+            try:
+                got = await self.bus.request(
+                    topic or self.topics.coordinator_inbox,
+                    replace(question, id=question_id),
+                    timeout_seconds=_ASK_AGAIN_SECONDS if again else max(0.05, left),
+                )
+            except TimedOut:
+                if not again:
+                    raise
+                continue
+            return expect(got, answer)
+
+    async def infer(self, name: str, question: Infer, timeout_seconds: float | None = None) -> Inferred:
+        """One inference, asked once: an overloaded cluster is not helped by asking again."""
+        if not self._online.is_set():
+            await self.coordinator()
+        limit_seconds = self.settings.timeout_seconds if timeout_seconds is None else timeout_seconds
+        got = await self.bus.request(self.topics.infer(name), question, timeout_seconds=limit_seconds, qos=0)
+        return expect(got, Inferred)
+
+    def follow(self, job_id: str, handler: Handler) -> Callable[[], None]:
+        """Have `handler` called with what the bus says of a job, until what is returned is called."""
+        followers = self._followers.setdefault(job_id, [])
+        followers.append(handler)
+        topics = [self.topics.job(job_id, leaf) for leaf in ("status", "result")]
+        if len(followers) == 1:
+
+            def on_message(envelope: Envelope) -> None:
+                for follower in tuple(self._followers.get(job_id, ())):
+                    follower(envelope)
+
+            for topic in topics:
+                self.bus.subscribe(topic, on_message)
+
+        def leave() -> None:
+            followers.remove(handler)
+            if not followers and self._followers.pop(job_id, None) is not None:
+                for topic in topics:
+                    self.bus.unsubscribe(topic)
+
+        return leave
+
+    # --- blobs ----------------------------------------------------------------------------------------------------------
+
+    async def push(self, source: bytes | Path) -> BlobRef:
+        """Bring bytes or a file to the coordinator's store, unless it is there. Raises Unavailable, TooLarge."""
+        status = await self.coordinator()
+        if not status.http:
+            raise Unavailable("the coordinator names no HTTP address to push blobs to: is it listening?")
+        return await self.downloader.push(source, status.http)
+
+    async def push_blobs(self, refs: Sequence[BlobRef], sent: Callable[[BlobRef], None]) -> None:
+        """Push blobs of the local store, a few at a time, and tell of each; the first error ends it."""
+        slots = asyncio.Semaphore(_PUSHES_AT_ONCE)
+
+        async def one(ref: BlobRef) -> None:
+            async with slots:
+                await self.push(self.store.path(ref.sha256))
+            sent(ref)
+
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for ref in refs:
+                    tasks.create_task(one(ref), name=f"push {ref.sha256[:12]}")
+        except* PotluckError as group:
+            raise first_error(group) from None
+
+    async def fetch(self, ref: BlobRef) -> Path:
+        """A local file with the bytes of `ref`. Raises Unavailable, CorruptBlob."""
+        if not ref.holders:
+            ref = BlobRef(sha256=ref.sha256, size=ref.size, holders=(await self.coordinator()).http)
+        return await self.downloader.fetch(ref)
+
+
+def expect(message: Message, kind: type[M]) -> M:
+    """`message`, when it is of the kind that answers the question."""
+    if not isinstance(message, kind):
+        raise InvalidRequest(
+            f"the coordinator answered with {type(message).__name__} where {kind.__name__} was expected: "
+            "its version differs from this client's"
+        )
+    return message
+
+
+def first_error(group: BaseExceptionGroup[PotluckError]) -> PotluckError:
+    """The first error of a group."""
+    found: BaseException = group
+    while isinstance(found, BaseExceptionGroup):
+        found = found.exceptions[0]
+    assert isinstance(found, PotluckError)
+    return found
+
+
+def client_settings(seed: str | Sequence[str] | None, cluster: str | None, timeout: float | None) -> ClientSettings:
+    """Settings from `client.toml` in the user's configuration folder where there is one (XDG base directory specification),
+    from `POTLUCK_*`, and from what is given here. Raises InvalidSettings.
+    """
+    base = os.environ.get("XDG_CONFIG_HOME") or str(Path("~/.config").expanduser())
+    path = Path(base) / "potluck" / "client.toml"
+    seeds = None if not seed else [seed] if isinstance(seed, str) else list(seed)
+    settings = load(
+        ClientSettings,
+        path if path.is_file() else None,
+        {"seeds": seeds, "cluster": cluster, "timeout_seconds": timeout},
+    )
+    Topics(settings.cluster)
+    for address in settings.seeds:
+        parse_address(address)
+    return settings

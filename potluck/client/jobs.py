@@ -1,0 +1,317 @@
+"""A job as a client follows it: its state as the bus tells it, with questions to the coordinator in between."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from msgspec.structs import replace
+
+from potluck import errors, tensors
+from potluck.bus import Envelope
+from potluck.client.connection import Connection
+from potluck.client.models import load_model
+from potluck.errors import Conflict, NotFound, PotluckError, TimedOut
+from potluck.messages import (
+    BlobRef,
+    CancelJob,
+    Evaluation,
+    GetJob,
+    JobChanged,
+    JobEnded,
+    JobProgress,
+    Message,
+    Tensor,
+)
+
+ENDED = ("succeeded", "failed", "cancelled")
+_POLL_SECONDS = 2.0
+"""How long the bus may say nothing of a job before the coordinator is asked."""
+
+Predictions = np.ndarray[Any, Any] | dict[str, np.ndarray[Any, Any]]
+
+
+class JobFeed:
+    """The newest state of one job. States that are passed over while nobody looks are not kept."""
+
+    def __init__(self) -> None:
+        self.state: JobChanged | None = None
+        self.ended: JobEnded | None = None
+        self.news = asyncio.Event()
+
+    def on_message(self, envelope: Envelope) -> None:
+        """Handler for the bus."""
+        self.take(envelope.message)
+
+    def take(self, message: Message) -> None:
+        """What a message says. A job that has ended stays so."""
+        if isinstance(message, JobEnded):
+            self.ended = message
+        elif isinstance(message, JobChanged):
+            if self.state is not None and self.state.state in ENDED:
+                return
+            self.state = message
+        else:
+            return
+        self.news.set()
+
+
+class AsyncJob:
+    """One job of the cluster, by its id."""
+
+    def __init__(self, connection: Connection, job_id: str) -> None:
+        self.id = job_id
+        self._connection = connection
+        self._ended: JobEnded | None = None
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.id}>"
+
+    async def status(self) -> JobChanged:
+        """Its state now. Raises NotFound."""
+        answer = await self._get()
+        if isinstance(answer, JobChanged):
+            return answer
+        async with self._feed() as feed:
+            # The last progress stands in the retained status; a result has none.
+            await _news(feed, 0.2)
+            return feed.state or state_of(answer)
+
+    async def progress(self) -> AsyncGenerator[JobProgress, None]:
+        """Each new progress until the job ends, whichever way: `wait` tells how."""
+        seen: JobProgress | None = None
+        async with aclosing(self.states()) as states:
+            async for state in states:
+                if state.progress != seen:
+                    seen = state.progress
+                    yield seen
+
+    async def states(self) -> AsyncGenerator[JobChanged, None]:
+        """Each new state, the final one last. Goes on over lost connections and coordinators that are started anew."""
+        seen: JobChanged | None = None
+        async with self._feed() as feed:
+            heard_at = time.monotonic()
+            await self._poll(feed, heard_at)  # the bus may have forgotten, and an unknown job is known at once
+            while True:
+                if not await _news(feed, _POLL_SECONDS):
+                    await self._poll(feed, heard_at)
+                    if not feed.news.is_set():
+                        continue
+                feed.news.clear()
+                heard_at = time.monotonic()
+                if feed.state is not None and feed.state != seen:
+                    seen = feed.state
+                    yield seen
+                if feed.ended is not None and (seen is None or seen.state not in ENDED):
+                    seen = state_of(feed.ended, seen.progress if seen else JobProgress())
+                    yield seen
+                if seen is not None and seen.state in ENDED:
+                    return
+
+    async def wait(self, timeout: float | None = None) -> AsyncJob:
+        """Wait until the job has succeeded. Raises the job's error when it failed or was cancelled, TimedOut otherwise."""
+        try:
+            async with asyncio.timeout(timeout):
+                ended = await self.result()
+        except TimeoutError:
+            raise TimedOut(f"job {self.id} has not ended within {timeout:g} s: it goes on") from None
+        if ended.state != "succeeded":
+            raise job_error(ended)
+        return self
+
+    async def result(self) -> JobEnded:
+        """What the job ended with, once it has, whether it succeeded or not."""
+        if self._ended is None:
+            async for _ in self.states():
+                pass
+            answer = await self._get()
+            if not isinstance(answer, JobEnded):
+                raise Conflict(f"job {self.id} is {answer.state} again: ask once more")
+            self._ended = answer
+        return self._ended
+
+    async def cancel(self) -> JobChanged:
+        """End the job. Nothing happens to one that has ended."""
+        return await self._connection.ask(CancelJob(job_id=self.id), JobChanged)
+
+    @property
+    def history(self) -> dict[str, list[float]]:
+        """Metrics of each epoch, as Keras' `History.history`. Raises Conflict before `wait`."""
+        return history_of(self._known())
+
+    @property
+    def evaluation(self) -> Evaluation:
+        """Merged metrics of an evaluation. Raises Conflict before `wait`, and for another kind of job."""
+        return evaluation_of(self._known())
+
+    @property
+    def registered(self) -> str:
+        """The `name:version` under which the model was registered; empty where it was not. Raises Conflict before `wait`."""
+        return self._known().registered
+
+    async def model(self, path: str | Path | None = None) -> Any:
+        """The trained model, loaded as a keras.Model (safe mode: no code of its file runs). With `path`: the file is saved
+        there instead, Keras is not needed, and the path returned.
+        """
+        await self.wait()
+        ref = model_of(self._known())
+        file = await self._connection.fetch(ref)
+        if path is not None:
+            target = Path(path)
+            try:
+                await asyncio.to_thread(shutil.copyfile, file, target)
+            except OSError as error:
+                raise errors.InvalidRequest(f"the model cannot be saved as {target}: {error.strerror}") from error
+            return target
+        return await asyncio.to_thread(load_model, file)
+
+    async def predictions(self) -> Predictions:
+        """The outputs of a predict job in input order: one array, or one for each output by its name.
+
+        Items of a packed data set stand in it in any order; their keys say which is which. Rows come back in the order of
+        their numbers, files in the order of their paths.
+        """
+        await self.wait()
+        known = self._known()
+        if not known.outputs:
+            raise Conflict(f"job {self.id} is a job of kind {known.kind!r}: it has no predictions")
+        outputs = as_arrays([await fetch_tensor(self._connection, tensor) for tensor in known.outputs])
+        order = input_order(await self._keys())
+        if order is None:
+            return outputs
+        if isinstance(outputs, dict):
+            return {name: array[order] for name, array in outputs.items()}
+        return outputs[order]
+
+    async def keys(self) -> list[str]:
+        """The name of each item of a predict job, in the order of the predictions; empty where the data set has none."""
+        await self.wait()
+        keys = await self._keys()
+        order = input_order(keys)
+        return keys if order is None else [keys[index] for index in order]
+
+    # ------------------------------------------------------------------------------------------------------------------
+
+    def _known(self) -> JobEnded:
+        if self._ended is None:
+            raise Conflict(f"job {self.id} has not been waited for: call wait() first")
+        return self._ended
+
+    async def _keys(self) -> list[str]:
+        ref = self._known().keys
+        if ref is None:
+            return []
+        file = await self._connection.fetch(ref)
+        return [str(key) for key in json.loads(await asyncio.to_thread(file.read_bytes))]
+
+    async def _get(self) -> JobChanged | JobEnded:
+        answer = await self._connection.ask(GetJob(job_id=self.id), Message)
+        if isinstance(answer, JobChanged | JobEnded):
+            return answer
+        raise Conflict(f"the coordinator answered GetJob with {type(answer).__name__}")
+
+    async def _poll(self, feed: JobFeed, heard_at: float) -> None:
+        """Ask for the state. A coordinator that is away for less than the timeout is waited for."""
+        try:
+            feed.take(await self._get())
+        except NotFound:
+            raise
+        except PotluckError as error:
+            if not error.retryable or time.monotonic() - heard_at > max(
+                60.0, self._connection.settings.timeout_seconds
+            ):
+                raise
+
+    @asynccontextmanager
+    async def _feed(self) -> AsyncIterator[JobFeed]:
+        """What the bus says of the job while the context lasts."""
+        feed = JobFeed()
+        leave = self._connection.follow(self.id, feed.on_message)
+        try:
+            yield feed
+        finally:
+            leave()
+
+
+async def _news(feed: JobFeed, timeout_seconds: float) -> bool:
+    try:
+        async with asyncio.timeout(timeout_seconds):
+            await feed.news.wait()
+    except TimeoutError:
+        return False
+    return True
+
+
+def state_of(ended: JobEnded, progress: JobProgress = JobProgress()) -> JobChanged:  # noqa: B008 - frozen
+    """The final state that a result implies."""
+    return JobChanged(
+        job_id=ended.job_id,
+        kind=ended.kind,
+        state=ended.state,
+        created_at=ended.created_at,
+        started_at=ended.started_at,
+        ended_at=ended.ended_at,
+        progress=progress,
+        error=ended.error,
+    )
+
+
+def job_error(ended: JobEnded) -> PotluckError:
+    """The error of a job that did not succeed."""
+    if ended.error is None:
+        return errors.from_code(
+            "cancelled" if ended.state == "cancelled" else "internal", f"job {ended.job_id}: {ended.state}"
+        )
+    return errors.from_code(ended.error.code, ended.error.message, ended.error.retry_after_seconds)
+
+
+def history_of(ended: JobEnded) -> dict[str, list[float]]:
+    """As Keras' `History.history`; an epoch without some metric has NaN there."""
+    names = dict.fromkeys(name for epoch in ended.history for name in epoch.metrics)
+    return {name: [epoch.metrics.get(name, float("nan")) for epoch in ended.history] for name in names}
+
+
+def evaluation_of(ended: JobEnded) -> Evaluation:
+    """Raises Conflict for another kind of job."""
+    if ended.evaluation is None:
+        raise Conflict(f"job {ended.job_id} ({ended.kind}, {ended.state}) has no evaluation")
+    return ended.evaluation
+
+
+def model_of(ended: JobEnded) -> BlobRef:
+    """Raises Conflict for another kind of job."""
+    if ended.model is None:
+        raise Conflict(f"job {ended.job_id} ({ended.kind}, {ended.state}) has no model")
+    return ended.model
+
+
+async def fetch_tensor(connection: Connection, tensor: Tensor) -> Tensor:
+    """The tensor with its data inline."""
+    if not isinstance(tensor.data, BlobRef):
+        return tensor
+    file = await connection.fetch(tensor.data)
+    return replace(tensor, data=await asyncio.to_thread(file.read_bytes))
+
+
+def as_arrays(outputs: list[Tensor]) -> Predictions:
+    """One output as an array, several by their names."""
+    arrays = {tensor.name: tensors.to_numpy(tensor) for tensor in outputs}
+    if len(arrays) == 1:
+        return next(iter(arrays.values()))
+    return arrays
+
+
+def input_order(keys: list[str]) -> list[int] | None:
+    """The position of each item in the order of its keys, by number where all are numbers; None where they stand so already."""
+    if all(key.isdecimal() for key in keys):
+        order = sorted(range(len(keys)), key=lambda index: int(keys[index]))
+    else:
+        order = sorted(range(len(keys)), key=keys.__getitem__)
+    return None if order == list(range(len(keys))) else order

@@ -1,0 +1,143 @@
+"""Keras models on the client's side: checked and saved before anything is sent, loaded when they come back.
+
+A `.keras` file is a zip with `config.json`, which is read here without Keras; only a keras.Model needs it, and that is there then.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from potluck.errors import InvalidModel
+from potluck.messages import ImageOptions
+
+SUFFIX = ".keras"
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """A `.keras` file to be sent. `input_shape` is that of a single input, None where it has several or does not say."""
+
+    path: Path
+    name: str
+    input_shape: tuple[int | None, ...] | None
+
+
+def is_keras_model(value: object) -> bool:
+    """Whether it is a keras.Model: it can only be one where its maker imported Keras."""
+    keras = sys.modules.get("keras")
+    return keras is not None and isinstance(value, keras.Model)
+
+
+def is_model_path(value: object) -> bool:
+    """Whether it names a file rather than a model of the registry."""
+    return isinstance(value, Path) or (isinstance(value, str) and (value.endswith(SUFFIX) or "/" in value))
+
+
+def model_file(model: object, folder: Path, *, compiled: bool) -> ModelFile:
+    """The file of a keras.Model (saved in `folder`) or of a path. Raises InvalidModel; blocks."""
+    if is_keras_model(model):
+        path = save_model(model, folder)
+    elif isinstance(model, str | Path):
+        path = Path(model)
+    else:
+        raise InvalidModel(
+            f"a {type(model).__name__} is not a model: give a keras.Model, a {SUFFIX} file, or a name of the registry"
+        )
+    config = _read_config(path)
+    name = str((config.get("config") or {}).get("name") or path.stem) if is_keras_model(model) else path.stem
+    if compiled and not config.get("compile_config"):
+        raise InvalidModel(
+            f"model {name!r} is not compiled: call model.compile(optimizer=..., loss=...) before sending it"
+        )
+    return ModelFile(path, name, _input_shape(config))
+
+
+def save_model(model: Any, folder: Path) -> Path:
+    """`model` as a `.keras` file in `folder`. Raises InvalidModel."""
+    if not model.built:
+        raise InvalidModel(
+            f"model {model.name!r} has no weights yet: give it an input shape (keras.Input) or call it once before sending it"
+        )
+    path = folder / f"model-{id(model):x}{SUFFIX}"
+    try:
+        model.save(path)
+    except (ValueError, TypeError, OSError, NotImplementedError) as error:
+        raise InvalidModel(f"model {model.name!r} cannot be saved: {error}") from error
+    return path
+
+
+def load_model(path: Path) -> Any:
+    """The keras.Model of a file, in safe mode. Raises InvalidModel."""
+    try:
+        import keras
+    except ImportError as error:
+        raise InvalidModel(
+            "Keras is not installed here, so the model cannot be loaded: pip install 'potluck[engine]', or save it with model(path)"
+        ) from error
+    # Keras tells the format by the suffix, and a blob has none.
+    named = path.with_name(f"{path.name}{SUFFIX}")
+    if not named.exists():
+        named.hardlink_to(path)
+    try:
+        return keras.saving.load_model(named, safe_mode=True)
+    except (ValueError, TypeError, OSError, KeyError) as error:
+        raise InvalidModel(f"the model cannot be loaded here: {error}") from error
+    finally:
+        named.unlink(missing_ok=True)
+
+
+def image_options(
+    image: ImageOptions | tuple[int, ...] | None, shape: tuple[int | None, ...] | None
+) -> ImageOptions | None:
+    """How images become the model's input: as given, `(height, width[, channels])` completed from its input shape.
+
+    None stays None: the nodes read it from the model then. Raises InvalidModel for a pair that does not fit the model.
+    """
+    if image is None or isinstance(image, ImageOptions):
+        return image
+    known = shape is not None and len(shape) == 4
+    channels = shape[3] if known and shape is not None else None
+    if len(image) not in (2, 3):
+        raise InvalidModel(f"image size {image!r}: give (height, width) or (height, width, channels)")
+    height, width = int(image[0]), int(image[1])
+    asked = int(image[2]) if len(image) == 3 else channels if channels in (1, 3, 4) else 3
+    if height < 1 or width < 1 or asked not in (1, 3, 4):
+        raise InvalidModel(f"image size {image!r}: height and width are at least 1, channels are 1, 3 or 4")
+    return ImageOptions(height=height, width=width, channels=asked)  # type: ignore[arg-type]
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            config = json.loads(archive.read("config.json"))
+    except FileNotFoundError as error:
+        raise InvalidModel(f"there is no model file {path}") from error
+    except IsADirectoryError as error:
+        raise InvalidModel(f"{path} is a folder: give a {SUFFIX} file") from error
+    except OSError as error:
+        raise InvalidModel(f"the model file {path} cannot be read: {error.strerror}") from error
+    except (zipfile.BadZipFile, KeyError, ValueError) as error:
+        raise InvalidModel(
+            f"{path} is not a {SUFFIX} file ({error}): save the model with model.save('name{SUFFIX}')"
+        ) from error
+    if not isinstance(config, dict):
+        raise InvalidModel(f"{path} is not a {SUFFIX} file: its config.json is not a map")
+    return config
+
+
+def _input_shape(config: dict[str, Any]) -> tuple[int | None, ...] | None:
+    """The one input's shape with its batch axis, from what Keras recorded when the model was built."""
+    build = config.get("build_config")
+    shape = build.get("input_shape") if isinstance(build, dict) else None
+    if shape is None:
+        layers = (config.get("config") or {}).get("layers") or []
+        inputs = [layer["config"].get("batch_shape") for layer in layers if layer.get("class_name") == "InputLayer"]
+        shape = inputs[0] if len(inputs) == 1 else None
+    if not isinstance(shape, list) or not all(size is None or isinstance(size, int) for size in shape):
+        return None
+    return tuple(shape)

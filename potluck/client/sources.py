@@ -1,0 +1,128 @@
+"""Data as a user has it (a registered name, files, arrays) made into a data set of the cluster."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import re
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from msgspec.structs import replace
+
+from potluck import codec
+from potluck.client.connection import Connection
+from potluck.data.pack import pack
+from potluck.errors import Cancelled, InvalidData
+from potluck.messages import AddDataset, BlobRef, DatasetAdded, DatasetInfo
+
+Arrays = Mapping[str, np.ndarray[Any, Any]]
+Progress = Callable[[str, int, int], None]
+"""`(what, done, total)`: "packing" counts items, "sending" bytes. May be called in another thread."""
+
+_FILE_SUFFIXES = (".npz", ".csv", ".tfrecord", ".tfrecords", ".npy")
+_PACKED_NAME = "data"
+
+
+def as_name(data: object) -> str | None:
+    """`data`, when it is the name of a registered data set rather than files or arrays: text that is no path here."""
+    if not isinstance(data, str) or "/" in data or data.startswith(".") or data.endswith(_FILE_SUFFIXES):
+        return None
+    return None if Path(data).exists() else data
+
+
+def as_arrays(data: object, target: str | None) -> tuple[Arrays, str | None]:
+    """Named arrays and the name of the target among them, from `(x, y)`, `x`, or a map. Raises InvalidData."""
+    if isinstance(data, Mapping):
+        return {str(name): np.asarray(array) for name, array in data.items()}, target
+    if isinstance(data, tuple) and len(data) == 2:
+        inputs, labels = data
+        named = (
+            {str(k): np.asarray(v) for k, v in inputs.items()}
+            if isinstance(inputs, Mapping)
+            else {"x": np.asarray(inputs)}
+        )
+        name = next(name for name in ("y", "target", "potluck.target") if name not in named)
+        return {**named, name: np.asarray(labels)}, name
+    if isinstance(data, np.ndarray) or hasattr(data, "__array__"):
+        return {"x": np.asarray(data)}, None
+    raise InvalidData(
+        f"a {type(data).__name__} is not data: give the name of a registered data set, a path, an array, or arrays (x, y)"
+    )
+
+
+async def add(
+    connection: Connection,
+    data: object,
+    *,
+    name: str | None,
+    target: str | None = None,
+    shuffle: bool = True,
+    progress: Progress | None = None,
+) -> DatasetInfo:
+    """Pack `data`, push what the coordinator does not have, and register it; without a name it gets one from its content."""
+    source: Path | Arrays
+    if isinstance(data, str | Path):
+        source, stem = existing(data), path_name(data)
+    else:
+        (source, target), stem = as_arrays(data, target), "arrays"
+    tell = progress or (lambda what, done, total: None)
+    cancelled = threading.Event()
+
+    def packing(done: int, total: int) -> None:
+        if cancelled.is_set():
+            raise Cancelled("packing was cancelled")
+        tell("packing", done, total)
+
+    try:
+        dataset = await asyncio.to_thread(
+            pack, source, _PACKED_NAME, connection.store, target=target, shuffle=shuffle, progress=packing
+        )
+    except asyncio.CancelledError:
+        cancelled.set()  # a thread cannot be cancelled: it looks at this
+        raise
+    if name is None:
+        digest = hashlib.sha256(codec.pack(dataset)).hexdigest()[:12]
+        name = f"{stem}-{digest}"
+    dataset = replace(dataset, name=name)
+    refs = [*(shard.blob for shard in dataset.shards), *([dataset.keys] if dataset.keys else [])]
+    await _push(connection, refs, tell)
+    manifest = await connection.push(codec.pack(dataset))
+    added = await connection.ask(AddDataset(name=name, manifest=manifest), DatasetAdded)
+    return added.dataset
+
+
+async def _push(connection: Connection, refs: list[BlobRef], tell: Progress) -> None:
+    """Push the blobs of the local store, and drop each from it once it is there."""
+    total = sum(ref.size for ref in refs)
+    done = 0
+    tell("sending", 0, total)
+
+    def sent(ref: BlobRef) -> None:
+        nonlocal done
+        done += ref.size
+        connection.store.delete(ref.sha256)
+        tell("sending", done, total)
+
+    await connection.push_blobs(list(dict.fromkeys(refs)), sent)
+
+
+def existing(data: str | Path) -> Path:
+    """Raises InvalidData where nothing is."""
+    if not Path(data).exists():
+        raise InvalidData(f"there is no file or folder {str(data)!r} here")
+    return Path(data)
+
+
+def path_name(data: str | Path) -> str:
+    """A name for what lies at a path: its own, without the suffix of a file."""
+    path = Path(data).resolve()
+    return plain_name(path.stem if path.suffix in _FILE_SUFFIXES else path.name)
+
+
+def plain_name(text: str) -> str:
+    """`text` as a name may be written: letters, digits, '.', '_' and '-', at most 100."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-._")[:100] or "data"

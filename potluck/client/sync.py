@@ -1,0 +1,319 @@
+"""The client for programs without asyncio: the same one, on an event loop in a thread of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+from potluck.client.async_client import AsyncClient, Image, Inputs
+from potluck.client.jobs import AsyncJob, Predictions, evaluation_of, history_of
+from potluck.client.sources import Progress
+from potluck.errors import InvalidRequest
+from potluck.messages import (
+    DatasetInfo,
+    DeploymentInfo,
+    Evaluation,
+    JobChanged,
+    JobEnded,
+    JobProgress,
+    ModelInfo,
+    NodeInfo,
+)
+
+T = TypeVar("T")
+
+_LEAVE_SECONDS = 10.0
+
+
+class Portal:
+    """An event loop in a daemon thread. `call` runs a coroutine there; what interrupts the caller cancels it."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name="potluck client", daemon=True)
+        self._thread.start()
+
+    def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Its result. KeyboardInterrupt comes through at once, and the coroutine has ended by then or is being cancelled."""
+        if self._loop.is_closed() or threading.current_thread() is self._thread:
+            coroutine.close()
+            raise InvalidRequest("the client is closed, or was called from its own thread: make a new one")
+        future: Future[T] = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    @property
+    def closed(self) -> bool:
+        return self._loop.is_closed()
+
+    def close(self) -> None:
+        """End the thread; what still runs there is cancelled, and waited for within bounds."""
+        if self._loop.is_closed():
+            return
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(_LEAVE_SECONDS)
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_forever()
+        finally:
+            left = asyncio.all_tasks(self._loop)
+            for task in left:
+                task.cancel()
+            if left:
+                self._loop.run_until_complete(asyncio.wait(left, timeout=_LEAVE_SECONDS / 2))
+            self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+            self._loop.close()
+
+
+class Job:
+    """One job of the cluster, by its id."""
+
+    def __init__(self, portal: Portal, job: AsyncJob) -> None:
+        self.id = job.id
+        self._portal = portal
+        self._job = job
+
+    def __repr__(self) -> str:
+        return f"<Job {self.id}>"
+
+    def status(self) -> JobChanged:
+        """Its state now. Raises NotFound."""
+        return self._portal.call(self._job.status())
+
+    def progress(self) -> Iterator[JobProgress]:
+        """Each new progress until the job ends, whichever way: `wait` tells how."""
+        return self._each(self._job.progress())
+
+    def states(self) -> Iterator[JobChanged]:
+        """Each new state, the final one last."""
+        return self._each(self._job.states())
+
+    def wait(self, timeout: float | None = None) -> Job:
+        """Wait until the job has succeeded. Raises the job's error when it failed or was cancelled, TimedOut otherwise."""
+        self._portal.call(self._job.wait(timeout))
+        return self
+
+    def result(self) -> JobEnded:
+        """What the job ended with, once it has, whether it succeeded or not."""
+        return self._portal.call(self._job.result())
+
+    def cancel(self) -> JobChanged:
+        """End the job. Nothing happens to one that has ended."""
+        return self._portal.call(self._job.cancel())
+
+    @property
+    def history(self) -> dict[str, list[float]]:
+        """Metrics of each epoch, as Keras' `History.history`, once the job has ended: this waits for it."""
+        return history_of(self.result())
+
+    @property
+    def evaluation(self) -> Evaluation:
+        """Merged metrics of an evaluation; waits for it. Raises the job's error, or Conflict for another kind of job."""
+        self.wait()
+        return evaluation_of(self.result())
+
+    @property
+    def predictions(self) -> Predictions:
+        """The outputs of a predict job in input order: one array, or one for each output by its name. Waits for it."""
+        return self._portal.call(self._job.predictions())
+
+    @property
+    def keys(self) -> list[str]:
+        """The name of each item of a predict job (a file's path, a row's number), in the order of the predictions."""
+        return self._portal.call(self._job.keys())
+
+    @property
+    def registered(self) -> str:
+        """The `name:version` under which the trained model was registered; empty where it was not. Waits for the job."""
+        return self.result().registered
+
+    def model(self, path: str | Path | None = None) -> Any:
+        """The trained model, loaded as a keras.Model (safe mode: no code of its file runs). With `path`: the file is saved
+        there instead, Keras is not needed, and the path returned. Waits for the job.
+        """
+        return self._portal.call(self._job.model(path))
+
+    def _each(self, source: AsyncGenerator[T, None]) -> Iterator[T]:
+        try:
+            while (value := self._portal.call(_next(source))) is not None:
+                yield value
+        finally:
+            self._portal.call(source.aclose())
+
+
+async def _next(source: AsyncGenerator[T, None]) -> T | None:
+    return await anext(source, None)
+
+
+class Client:
+    """A client of one cluster; `AsyncClient` has the same for asyncio, and says more of each method.
+
+    `seed` is a broker address (`host` or `host:port`), or several; without one, `POTLUCK_SEEDS` or the settings file name it, or the
+    cluster is found by mDNS. `timeout` bounds each question, in seconds; jobs take as long as they take.
+    Use it as a context manager, or call `close`. All methods raise subclasses of `potluck.errors.PotluckError`, also
+    Unavailable and TimedOut. Threads may share it.
+    """
+
+    def __init__(
+        self,
+        seed: str | Sequence[str] | None = None,
+        *,
+        cluster: str | None = None,
+        timeout: float | None = None,
+        make: Callable[..., AsyncClient] = AsyncClient,
+    ) -> None:
+        self._client = make(seed, cluster=cluster, timeout=timeout)
+        self._portal = Portal()
+
+    def __enter__(self) -> Client:
+        try:
+            self._portal.call(self._client.__aenter__())
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Disconnect, and remove temporary files. May be called twice."""
+        if self._portal.closed:
+            return
+        try:
+            self._portal.call(self._client.aclose())
+        finally:
+            self._portal.close()
+
+    @property
+    def cluster(self) -> str:
+        """The cluster's name."""
+        return self._client.cluster
+
+    def nodes(self) -> tuple[NodeInfo, ...]:
+        """Every node that the coordinator knows, also those that are offline."""
+        return self._portal.call(self._client.nodes())
+
+    def jobs(self) -> tuple[JobChanged, ...]:
+        """Every job that the coordinator remembers, oldest first."""
+        return self._portal.call(self._client.jobs())
+
+    def job(self, job_id: str) -> Job:
+        """A job by its id. Raises NotFound."""
+        return self._job(self._client.job(job_id))
+
+    def cancel(self, job_id: str) -> JobChanged:
+        """End a job. Raises NotFound."""
+        return self._portal.call(self._client.cancel(job_id))
+
+    def train(
+        self,
+        model: object,
+        data: object,
+        *,
+        validation: object = None,
+        epochs: int = 1,
+        batch_size: int = 32,
+        image: Image | None = None,
+        name: str | None = None,
+        target: str | None = None,
+        round_seconds: float = 5.0,
+        seed: int = 0,
+    ) -> Job:
+        """Train a compiled keras.Model, a `.keras` file or a registered model on all nodes. See `AsyncClient.train`."""
+        return self._job(
+            self._client.train(
+                model,
+                data,
+                validation=validation,
+                epochs=epochs,
+                batch_size=batch_size,
+                image=image,
+                name=name,
+                target=target,
+                round_seconds=round_seconds,
+                seed=seed,
+            )
+        )
+
+    def evaluate(
+        self,
+        model: object,
+        data: object,
+        *,
+        batch_size: int = 32,
+        image: Image | None = None,
+        target: str | None = None,
+    ) -> Job:
+        """Metrics of a model over labelled data: `job.evaluation`."""
+        return self._job(self._client.evaluate(model, data, batch_size=batch_size, image=image, target=target))
+
+    def predict(
+        self,
+        model: object,
+        data: object,
+        *,
+        batch_size: int = 32,
+        image: Image | None = None,
+        target: str | None = None,
+    ) -> Job:
+        """A model's outputs for a whole data set or array: `job.predictions`."""
+        return self._job(self._client.predict(model, data, batch_size=batch_size, image=image, target=target))
+
+    def deploy(self, model: object, replicas: int = 1, *, name: str | None = None, wait: bool = False) -> Job:
+        """Keep a model loaded on `replicas` nodes (0: on all). See `AsyncClient.deploy`."""
+        return self._job(self._client.deploy(model, replicas, name=name, wait=wait))
+
+    def undeploy(self, model: str) -> tuple[str, ...]:
+        """Unload `name` (every version) or `name:version` from all nodes; what was unloaded. Raises NotFound."""
+        return self._portal.call(self._client.undeploy(model))
+
+    def deployments(self) -> tuple[DeploymentInfo, ...]:
+        return self._portal.call(self._client.deployments())
+
+    def models(self) -> tuple[ModelInfo, ...]:
+        """Every version of every registered model."""
+        return self._portal.call(self._client.models())
+
+    def get_model(self, model: str) -> ModelInfo:
+        """The registered `name` (its newest version) or `name:version`. Raises NotFound."""
+        return self._portal.call(self._client.get_model(model))
+
+    def register(
+        self, model: object, name: str | None = None, *, image: Image | None = None, classes: Sequence[str] = ()
+    ) -> ModelInfo:
+        """Register a keras.Model or a `.keras` file as the next version of `name` (by default its own name)."""
+        return self._portal.call(self._client.register(model, name, image=image, classes=classes))
+
+    def infer(self, model: str, inputs: Inputs, *, timeout: float | None = None) -> Predictions:
+        """The outputs of a deployed model for a batch of inputs. See `AsyncClient.infer`."""
+        return self._portal.call(self._client.infer(model, inputs, timeout=timeout))
+
+    def datasets(self) -> tuple[DatasetInfo, ...]:
+        return self._portal.call(self._client.datasets())
+
+    def add_data(
+        self,
+        data: object,
+        name: str | None = None,
+        *,
+        target: str | None = None,
+        progress: Progress | None = None,
+    ) -> DatasetInfo:
+        """Register a folder of class folders, a file, or arrays `(x, y)` as a data set. See `AsyncClient.add_data`."""
+        return self._portal.call(self._client.add_data(data, name, target=target, progress=progress))
+
+    def _job(self, asked: Coroutine[Any, Any, AsyncJob]) -> Job:
+        return Job(self._portal, self._portal.call(asked))
