@@ -74,7 +74,7 @@ def main() -> None:
         asyncio.run(serve(settings))
     except* PotluckError as group:
         error = _first(group)
-        print(f"potluck-coordinator: {error.message}", file=sys.stderr)
+        sys.stderr.write(f"potluck-coordinator: {error.message}\n")
         sys.exit(error.exit_code)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 
 from msgspec.structs import replace
 
@@ -149,7 +150,8 @@ class JobStore:
 
     def _replay(self, stream: str) -> None:
         job: Job | None = None
-        for event in self._journal.replay(stream, AnyEvent):  # type: ignore[arg-type]
+        events: Iterator[AnyEvent] = self._journal.replay(stream, AnyEvent)  # type: ignore[arg-type]
+        for event in events:
             if isinstance(event, JobSubmitted):
                 job = self._make(event)
             elif job is not None:
@@ -194,7 +196,7 @@ class JobStore:
         if not self._blobs.has(model.sha256):
             raise InvalidRequest(
                 f"the model blob {model.sha256[:12]} is not in the coordinator's store: "
-                f"PUT it to {(self._urls() or ('<coordinator>',))[0]}/blobs/{model.sha256} first"
+                f"PUT it to {(self._urls or ('<coordinator>',))[0]}/blobs/{model.sha256} first"
             )
         return model, None
 
