@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import random
 import socket
 import time
@@ -37,7 +38,7 @@ log = logging.getLogger(__name__)
 Addresses = Callable[[], Awaitable[tuple[str, int]]]
 """Where to connect next: asked before each attempt. Raises Unavailable while there is nowhere to go."""
 
-_QUEUED_LIMIT = 10_000
+_QUEUED_LIMIT = 2000
 
 
 class MqttBus(Bus):
@@ -88,7 +89,7 @@ class MqttBus(Bus):
                 address = await self._addresses()
                 link = await self._open(address)
                 await self._serve(link, address)
-            except (PotluckError, OSError, aiomqtt.MqttError) as error:
+            except (PotluckError, OSError, UnicodeError, aiomqtt.MqttError) as error:  # UnicodeError: a host name
                 self._note(address, error)
             if time.monotonic() - started > self._timings.reconnect_max_seconds:
                 delay = self._timings.reconnect_min_seconds  # it held for a while: this is a new trouble
@@ -106,24 +107,31 @@ class MqttBus(Bus):
     async def _serve(self, link: _Link, address: tuple[str, int]) -> None:
         """Use `link` until it is lost, which raises, or until cancelled."""
         try:
-            await link.subscribe_all(
-                [(key, value[0]) for key in self._subscriptions if (value := self._subscriptions.get(key))]
-            )
+            wanted = self._wanted()
+            await link.subscribe_all(wanted)
+            link.subscribe_soon([pair for pair in self._wanted() if pair not in wanted])  # asked for in the meantime
             self._link = link
             self._tried.clear()
             self.counters["connects"] += 1
             self._ready.set()
             log.info("connected %s", fields(broker=f"{address[0]}:{address[1]}", mqtt=link.version_name))
+            births = asyncio.create_task(self._call_back(), name="bus-on-connect")
             try:
-                async with asyncio.TaskGroup() as tasks:
-                    tasks.create_task(link.lost(), name="bus-link")
-                    tasks.create_task(self._call_back(), name="bus-on-connect")
-            except* (PotluckError, OSError, aiomqtt.MqttError) as group:
-                raise _first(group) from None
+                await asyncio.wait({births, link.lost}, return_when=asyncio.FIRST_COMPLETED)
+                if births.done():
+                    births.result()
+                await asyncio.wait({link.lost})
+                raise Unavailable(f"the connection was lost: {link.lost.exception() or 'the broker closed it'}")
+            finally:
+                births.cancel()
+                await asyncio.wait({births})
         finally:
             self._link = None
             self._ready.clear()
             await link.close()
+
+    def _wanted(self) -> list[tuple[str, int]]:
+        return [(key, value[0]) for key in self._subscriptions if (value := self._subscriptions.get(key))]
 
     async def _call_back(self) -> None:
         for callback in self._callbacks:
@@ -131,7 +139,10 @@ class MqttBus(Bus):
 
     def _note(self, address: tuple[str, int] | None, error: Exception) -> None:
         place = f"{address[0]}:{address[1]}" if address else "discovery"
-        reason = error.message if isinstance(error, PotluckError) else str(error) or type(error).__name__
+        if isinstance(error, OSError) and error.errno and error.errno > 0:
+            reason = os.strerror(error.errno)
+        else:
+            reason = str(error) or type(error).__name__
         if self._tried.get(place) != reason:
             log.warning("not connected %s", fields(broker=place, reason=reason))
         self._tried[place] = reason
@@ -160,9 +171,9 @@ class MqttBus(Bus):
                 raise self._unavailable(f"the broker did not take a message within {limit_seconds:g} s") from None
             except (OSError, aiomqtt.MqttError) as error:
                 log.info("sending again %s", fields(topic=topic, reason=str(error)))
-                await asyncio.sleep(0)
-                if link is self._link:
-                    self._ready.clear()  # lost, and noticed here first
+                link.give_up(error)
+                if link is self._link:  # noticed here first
+                    self._ready.clear()
                     self._link = None
                 continue
             self.counters["published"] += 1
@@ -209,13 +220,6 @@ class MqttBus(Bus):
 
 _PROBE = bytes((0x10, 13, 0, 4)) + b"MQTT" + bytes((5, 2, 0, 5, 0, 0, 0))
 """CONNECT: MQTT 5, clean start, keep alive 5 s, no properties, empty client id."""
-
-
-def _first(group: BaseExceptionGroup[Any]) -> BaseException:
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
 
 
 class _Link(aiomqtt.Client):
@@ -272,10 +276,15 @@ class _Link(aiomqtt.Client):
             raise
         self._in_loop = True
 
-    async def lost(self) -> None:
-        """Wait until the connection ends; raises why."""
-        await asyncio.shield(self._disconnected)
-        raise Unavailable("the broker closed the connection")
+    @property
+    def lost(self) -> asyncio.Future[None]:
+        """Done when the connection has ended, with the reason as its exception. Not to be awaited: that would cancel it."""
+        return self._disconnected
+
+    def give_up(self, reason: Exception) -> None:
+        """Treat the connection as lost."""
+        if not self._disconnected.done():
+            self._disconnected.set_exception(reason)
 
     async def close(self) -> None:
         """Say goodbye, unless the connection is gone already."""
@@ -290,10 +299,9 @@ class _Link(aiomqtt.Client):
         self._client._sock_close()
         if self._flush_handle is not None:
             self._flush_handle.cancel()
-        if self._disconnected.done() and not self._disconnected.cancelled():
-            self._disconnected.exception()  # retrieved: asyncio need not complain
-        if self._connected.done() and not self._connected.cancelled():
-            self._connected.exception()
+        for future in (self._disconnected, self._connected):
+            if future.done() and not future.cancelled():
+                future.exception()  # retrieved: asyncio need not complain
         lost = ConnectionError("the connection was lost")
         for waiter in (*self._receipts.values(), *self._grants.values()):
             if waiter is not None and not waiter.done():
@@ -337,8 +345,7 @@ class _Link(aiomqtt.Client):
         try:
             self._client.loop_write()
         except Exception as error:  # noqa: BLE001 - as aiomqtt does: whatever paho raises here, the connection is broken
-            if not self._disconnected.done():
-                self._disconnected.set_exception(error)
+            self.give_up(error)
             return
         sock = self._client.socket()
         if sock is not None and self._client.want_write():
@@ -375,6 +382,8 @@ class _Link(aiomqtt.Client):
             await self._wait_for(granted, timeout=None)
 
     def subscribe_soon(self, filters: list[tuple[str, int]], granted: asyncio.Future[None] | None = None) -> None:
+        if not filters:
+            return
         wanted = [(key, SubscribeOptions(qos=qos) if self._v5 else qos) for key, qos in filters]
         result, mid = self._client.subscribe(wanted)  # type: ignore[arg-type]
         if result == MQTT_ERR_SUCCESS and mid is not None:
@@ -402,13 +411,16 @@ class _Link(aiomqtt.Client):
     # receiving
 
     def _on_message(self, client: Any, userdata: Any, message: MQTTMessage) -> None:
+        try:
+            topic = message.topic
+        except UnicodeDecodeError:
+            self._bus.counters["malformed"] += 1
+            return
         response_topic, correlation = "", None
         if self._v5 and (properties := message.properties) is not None:
             response_topic = getattr(properties, "ResponseTopic", "")
             correlation = getattr(properties, "CorrelationData", None)
-        self._bus._dispatch(
-            message.topic, bytes(message.payload), message.qos, message.retain, response_topic, correlation
-        )
+        self._bus._dispatch(topic, bytes(message.payload), message.qos, message.retain, response_topic, correlation)
 
 
 @dataclass(frozen=True, slots=True)
