@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from potluck.errors import InvalidRequest, InvalidSettings
 
 ROOT = "potluck/v1"
-_SEGMENT = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,160}$")
+_SEGMENT = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,160}\Z")
 
 
 @dataclass(frozen=True)

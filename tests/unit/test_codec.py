@@ -1,0 +1,161 @@
+"""Bytes <-> messages, in both encodings, and what is refused."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from typing import Any
+
+import msgpack
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from potluck import codec
+from potluck.errors import BadMessage, TooLarge
+from potluck.messages import (
+    INLINE_LIMIT_BYTES,
+    BlobRef,
+    CancelJob,
+    Infer,
+    Inferred,
+    JobSpec,
+    ListJobs,
+    RunInference,
+    SubmitJob,
+    Tensor,
+    Train,
+)
+
+text = st.text(st.characters(codec="utf-8"), max_size=50)
+tensors = st.builds(
+    Tensor,
+    name=text,
+    datatype=text,
+    shape=st.lists(st.integers(0, 2**40), max_size=4).map(tuple),
+    data=st.binary(max_size=64),
+)
+
+
+@given(text, text, st.lists(tensors, max_size=4).map(tuple))
+def test_msgpack_keeps_everything(request_id: str, reply_to: str, inputs: tuple[Tensor, ...]) -> None:
+    message = Infer(id=request_id, reply_to=reply_to, inputs=inputs)
+    assert codec.decode(codec.encode(message)) == (message, "msgpack")
+
+
+@given(text, st.floats(0, 1e12), text)
+def test_json_keeps_everything(request_id: str, expires: float, job_id: str) -> None:
+    message = CancelJob(id=request_id, expires=expires, job_id=job_id)
+    assert codec.decode(codec.encode(message, "json")) == (message, "json")
+
+
+@given(st.one_of(st.binary(max_size=200), st.binary(max_size=200).map(lambda tail: b"{" + tail)))
+def test_any_bytes_are_a_message_or_a_bad_message(payload: bytes) -> None:
+    with contextlib.suppress(BadMessage):
+        codec.decode(payload)
+    codec.salvage(payload)
+
+
+plain = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(st.sampled_from(sorted(codec._kinds())), st.dictionaries(st.text(max_size=8), plain, max_size=4))
+def test_any_map_is_a_message_or_a_bad_message(name: str, fields: dict[str, Any]) -> None:
+    for payload in (json.dumps({**fields, "type": name}).encode(), json.dumps({"type": fields}).encode()):
+        try:
+            message, _ = codec.decode(payload)
+        except BadMessage:
+            continue
+        assert type(message).__name__ == name
+
+
+def test_a_union_field_is_told_by_its_kind() -> None:
+    payload = b'{"type":"SubmitJob","job":{"kind":"train","model":{"sha256":"%s","size":1},"dataset":"d"}}' % (
+        b"a" * 64
+    )
+    message, _ = codec.decode(payload)
+    assert isinstance(message, SubmitJob)
+    assert isinstance(message.job, JobSpec)
+    assert message.job == Train(model=BlobRef(sha256="a" * 64, size=1), dataset="d")
+
+
+def test_unknown_fields_are_ignored_and_defaults_filled_in() -> None:
+    assert codec.decode(b'{"type": "ListJobs", "new": {"x": 1}}')[0] == ListJobs()
+
+
+def test_spaces_and_a_byte_order_mark_before_json() -> None:
+    assert codec.decode(b'\xef\xbb\xbf\n {"type": "ListJobs"}') == (ListJobs(), "json")
+
+
+@pytest.mark.parametrize(
+    ("payload", "told"),
+    [
+        (b"", "empty"),
+        (b"\xff", "0xff"),
+        (b"hello", "0x68"),
+        (b"[]", "0x5b"),
+        (b"{", "not valid json"),
+        (b"\x82", "not valid msgpack"),
+        (b"\x80rest", "not valid msgpack"),
+        (b"{" * 100_000, "not valid json"),
+        (b"\x81\xa1a" * 50_000, "not valid msgpack"),
+        (b'{"type": "Nope"}', "unknown message type 'Nope'"),
+        (b"{}", "unknown message type 'None'"),
+        (b'{"type": 5}', "unknown message type '5'"),
+        (b'{"type": ["ListJobs"]}', "unknown message type"),
+        (b'{"type": "CancelJob"}', "job_id"),
+        (b'{"type": "CancelJob", "job_id": 5}', r"CancelJob: Expected `str`, got `int` - at `\$.job_id`"),
+        (b'{"type": "ListJobs", "id": "\\ud800"}', "surrogates"),
+        (b'{"type": "AddDataset", "name": "a\\n", "manifest": {}}', r"\$.name"),
+        (b'{"type": "AddDataset", "name": "a b", "manifest": {"sha256": "x", "size": 1}}', r"\$.name"),
+        (msgpack.packb({"type": "ListJobs", "id": msgpack.ExtType(1, b"x")}), "ListJobs"),
+    ],
+)
+def test_what_is_refused_is_named(payload: bytes, told: str) -> None:
+    with pytest.raises(BadMessage, match=told) as refused:
+        codec.decode(payload)
+    assert len(str(refused.value)) < 400
+
+
+def test_the_limit_holds_in_both_directions() -> None:
+    message = CancelJob(job_id="x" * INLINE_LIMIT_BYTES)
+    with pytest.raises(TooLarge, match="CancelJob is 2621"):
+        codec.encode(message)
+    with pytest.raises(TooLarge, match="limit of 262144"):
+        codec.decode(codec.pack(message))
+    assert codec.decode(codec.encode(message, limit=2**20), limit=2**20)[0] == message
+
+
+def test_salvage_finds_where_to_answer() -> None:
+    assert codec.salvage(b'{"id": "1", "reply_to": "a", "type": 5}') == ("1", "a", "json")
+    assert codec.salvage(msgpack.packb({"id": 1, "reply_to": "a"})) == ("", "a", "msgpack")
+    assert codec.salvage(b"rubbish") == ("", "", None)
+
+
+def test_a_number_stands_for_a_float_but_a_float_for_no_int() -> None:
+    tensor = {"name": "x", "datatype": "FP32", "shape": [2], "data": [1, 2]}
+    message, _ = codec.decode(json.dumps({"type": "Infer", "inputs": [tensor]}).encode())
+    assert isinstance(message, Infer)
+    assert message.inputs[0].data == [1, 2]
+    with pytest.raises(BadMessage, match="shape"):
+        codec.decode(json.dumps({"type": "Infer", "inputs": [{**tensor, "shape": [2.5]}]}).encode())
+
+
+def test_tensors_nest_in_requests() -> None:
+    tensor = Tensor(name="x", datatype="UINT8", shape=(2,), data=b"ab")
+    message = RunInference(id="b", replica_id="r", requests=((tensor,), (tensor, tensor)))
+    assert codec.decode(codec.encode(message))[0] == message
+
+
+def test_files_have_no_limit_and_may_be_any_struct() -> None:
+    ref = BlobRef(sha256="a" * 64, size=5, holders=("http://h",))
+    assert codec.unpack(codec.pack(ref), BlobRef) == ref
+    assert codec.unpack(codec.pack(ref, "json"), BlobRef) == ref
+    large = Inferred(model="m", outputs=(Tensor(name="x", datatype="UINT8", shape=(1,), data=bytes(2**20)),))
+    assert codec.unpack(codec.pack(large), Inferred) == large
+    with pytest.raises(BadMessage, match="BlobRef"):
+        codec.unpack(codec.pack({"sha256": "short", "size": 1}), BlobRef)

@@ -1,0 +1,88 @@
+"""Tensors <-> numpy, and what does not fit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from potluck import codec
+from potluck.errors import InvalidRequest
+from potluck.messages import BlobRef, Inferred, Tensor
+from potluck.tensors import DTYPES, as_lists, datatype_of, from_numpy, to_numpy
+
+any_array = st.sampled_from(list(DTYPES.values())).flatmap(
+    lambda dtype: arrays.arrays(dtype, arrays.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4))
+)
+
+
+@given(any_array)
+def test_every_array_survives_as_bytes_and_as_lists(array: np.ndarray[Any, Any]) -> None:
+    tensor = from_numpy("x", array)
+    assert isinstance(tensor.data, bytes)
+    for sent in (tensor, as_lists(tensor)):
+        back = to_numpy(sent)
+        assert back.dtype == array.dtype
+        assert back.shape == array.shape
+        np.testing.assert_array_equal(back, array)
+
+
+@given(any_array)
+def test_every_array_survives_both_encodings(array: np.ndarray[Any, Any]) -> None:
+    tensor = from_numpy("x", array)
+    for encoding, sent in (("msgpack", tensor), ("json", as_lists(tensor))):
+        message, _ = codec.decode(codec.encode(Inferred(model="m", outputs=(sent,)), encoding))  # type: ignore[arg-type]
+        assert isinstance(message, Inferred)
+        np.testing.assert_array_equal(to_numpy(message.outputs[0]), array)
+
+
+def test_big_endian_and_strided_arrays_are_sent_little_endian_in_c_order() -> None:
+    array = np.arange(12, dtype=">f4").reshape(3, 4).T
+    tensor = from_numpy("x", array)
+    assert tensor.data == array.astype("<f4").tobytes(order="C")
+    np.testing.assert_array_equal(to_numpy(tensor), array)
+
+
+def test_text_travels_as_a_list() -> None:
+    tensor = from_numpy("t", np.array([["a", "b"], ["c", "é"]]))
+    assert tensor.datatype == "BYTES"
+    assert tensor.data == ["a", "b", "c", "é"]
+    assert to_numpy(tensor).tolist() == [["a", "b"], ["c", "é"]]
+    assert to_numpy(Tensor(name="t", datatype="BYTES", shape=(2,), data=[["a"], ["b"]])).tolist() == ["a", "b"]
+
+
+def test_nested_lists_are_welcome() -> None:
+    tensor = Tensor(name="x", datatype="FP32", shape=(2, 2), data=[[1, 2], [3, 4.5]])
+    np.testing.assert_array_equal(to_numpy(tensor), np.array([[1, 2], [3, 4.5]], dtype="<f4"))
+
+
+@pytest.mark.parametrize(
+    ("datatype", "shape", "data", "told"),
+    [
+        ("FP32", (2,), b"1234", "is 8 bytes, but data has 4"),
+        ("FP32", (2,), [1.0], "needs 2 values, but data has 1"),
+        ("FP32", (2, 2), [[1.0, 2.0], [3.0]], "does not fit FP32"),
+        ("UINT8", (1,), [300], "does not fit UINT8"),
+        ("UINT8", (1,), [-1], "does not fit UINT8"),
+        ("FP32", (1,), ["a"], "does not fit FP32"),
+        ("FP32", (1,), [{"a": 1}], "does not fit FP32"),
+        ("FLOAT", (1,), [1.0], "unknown datatype 'FLOAT'"),
+        ("BYTES", (1,), b"a", "must be a list of strings"),
+        ("FP32", (1,), BlobRef(sha256="a" * 64, size=4), "is a blob"),
+        ("FP32", (2**40, 2**40), b"", "but data has 0"),
+    ],
+)
+def test_data_that_does_not_fit_is_named(datatype: str, shape: tuple[int, ...], data: Any, told: str) -> None:
+    with pytest.raises(InvalidRequest, match=told) as refused:
+        to_numpy(Tensor(name="pixels", datatype=datatype, shape=shape, data=data))
+    assert "tensor 'pixels'" in str(refused.value)
+
+
+def test_dtypes_that_no_client_could_read_are_refused() -> None:
+    for dtype in (np.complex64, "datetime64[s]", np.longdouble):
+        with pytest.raises(InvalidRequest, match="cannot be sent"):
+            datatype_of(np.dtype(dtype))
