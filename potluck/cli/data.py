@@ -1,0 +1,58 @@
+"""`potluck data add|list`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from potluck.cli.session import Json, session
+
+data = typer.Typer(no_args_is_help=True, help="Add data sets to the cluster, and list them.")
+
+
+@data.command("add")
+def add(
+    context: typer.Context,
+    path: Annotated[str, typer.Argument(help="A folder of class folders, an .npz, .csv or TFRecord file.")],
+    name: Annotated[str | None, typer.Option(help="The data set's name (default: the file's or folder's).")] = None,
+    target: Annotated[str | None, typer.Option(help="The label's column or array, for tables and .npz.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Pack a data set into shards, and bring it to the coordinator."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from potluck.cli import output
+
+    with session(context).client() as client:
+        hidden = as_json or not sys.stderr.isatty()
+        with Progress(console=Console(stderr=True), transient=True, disable=hidden) as bar:
+            tasks = {what: bar.add_task(what, total=None) for what in ("packing", "sending")}
+
+            def tell(what: str, done: int, total: int) -> None:
+                bar.update(tasks[what], completed=done, total=total or None)
+
+            info = client.add_data(path, name, target=target, progress=tell)
+    if as_json:
+        output.emit(info)
+        return
+    output.show(output.datasets_table([info]))
+    if info.skipped:
+        output.note(f"{info.skipped} items could not be read and were left out")
+
+
+@data.command("list")
+def list_data(context: typer.Context, as_json: Json = False) -> None:
+    """List the registered data sets."""
+    from potluck.cli import output
+
+    with session(context).client() as client:
+        found = client.datasets()
+    if as_json:
+        output.emit(found)
+    elif found:
+        output.show(output.datasets_table(found))
+    else:
+        output.note("no data sets yet: `potluck data add PATH` adds one")

@@ -1,0 +1,32 @@
+"""`potluck evaluate`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from potluck.cli.session import ImageSize, Json, image_size, session
+
+
+def evaluate(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="A compiled .keras file, or a registered model.")],
+    data: Annotated[str, typer.Argument(help="A folder, .npz, .csv, TFRecord file, or a registered data set.")],
+    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    image: ImageSize = None,
+    target: Annotated[str | None, typer.Option(help="The label's column or array, for tables and .npz.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a model over the nodes: accuracy, precision, recall, F1, confusion matrix."""
+    from potluck.cli import following, output
+
+    with session(context).client() as client:
+        with following.waiting("packing and sending the data", quiet=as_json):
+            job = client.evaluate(model, data, batch_size=batch_size, image=image_size(image), target=target)
+        following.follow(job, quiet=as_json)
+        evaluation = job.evaluation
+    if as_json:
+        output.emit(evaluation)
+    else:
+        output.show(output.evaluation_report(evaluation))

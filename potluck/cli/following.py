@@ -1,0 +1,128 @@
+"""A job's progress as a person wants to see it: one live picture on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import typer
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+from potluck.cli.output import metrics_text, note, seconds_text
+
+if TYPE_CHECKING:
+    from potluck.client import Job
+    from potluck.messages import JobChanged, JobProgress
+
+PLAIN_SECONDS = 5.0
+"""On a log, how often a line is worth it when the epoch has not changed."""
+
+
+def follow(job: Job, *, quiet: bool = False) -> None:
+    """Show a job until it ends, on standard error. Raises the job's error. Ctrl-C leaves the job running and says so."""
+    try:
+        if quiet:
+            job.wait()
+        elif sys.stderr.isatty():
+            _live(job)
+        else:
+            for line in plain_lines(job.states(), time.monotonic):
+                note(line)
+        job.wait()
+    except KeyboardInterrupt:
+        note(f"interrupted: job {job.id} goes on; `potluck job {job.id}` shows it, `potluck cancel {job.id}` ends it")
+        raise typer.Exit(130) from None
+
+
+def plain_lines(states: Iterable[JobChanged], clock: Callable[[], float]) -> Iterator[str]:
+    """A line when the state or the epoch changes, and every few seconds between."""
+    said_at = float("-inf")
+    key: tuple[object, ...] | None = None
+    for state in states:
+        now, new_key = clock(), (state.state, state.progress.epoch, state.progress.message)
+        if new_key == key and now - said_at < PLAIN_SECONDS:
+            continue
+        said_at, key = now, new_key
+        yield f"{state.kind} {state.job_id} {state.state}  {progress_text(state.progress)}".rstrip()
+
+
+def progress_text(progress: JobProgress) -> str:
+    """Everything in one line."""
+    parts = []
+    if progress.epochs:
+        parts.append(f"epoch {progress.epoch}/{progress.epochs}")
+    if progress.total:
+        parts.append(f"{progress.done}/{progress.total} items ({progress.done / progress.total:.0%})")
+    if progress.items_per_second:
+        parts.append(f"{progress.items_per_second:,.0f} items/s on {len(progress.nodes)} nodes")
+    if (left := seconds_left(progress)) is not None:
+        parts.append(f"{seconds_text(left)} left")
+    if progress.metrics:
+        parts.append(metrics_text(progress.metrics))
+    if progress.message:
+        parts.append(progress.message)
+    return "  ".join(parts)
+
+
+def seconds_left(progress: JobProgress) -> float | None:
+    """At the present speed; None when there is none."""
+    if not progress.items_per_second or progress.done >= progress.total:
+        return None
+    return (progress.total - progress.done) / progress.items_per_second
+
+
+def picture(state: JobChanged) -> RenderableType:
+    """A job as it stands: a bar, what remains, the metrics, and each node's speed."""
+    progress = state.progress
+    head = Table.grid(padding=(0, 2))
+    share = f"{progress.done / progress.total:4.0%}" if progress.total else ""
+    epoch = f"epoch {progress.epoch}/{progress.epochs}" if progress.epochs else ""
+    left = seconds_left(progress)
+    head.add_row(
+        Text(f"{state.kind} {state.job_id}", style="bold"),
+        state.state,
+        epoch,
+        ProgressBar(total=progress.total or None, completed=progress.done, width=30, pulse=not progress.total),
+        share,
+        f"{seconds_text(left)} left" if left is not None else "",
+    )
+    lines: list[RenderableType] = [head]
+    if progress.metrics:
+        lines.append(Text(f"  {metrics_text(progress.metrics)}", style="cyan"))
+    if progress.items_per_second:
+        lines.append(Text(f"  {progress.items_per_second:,.0f} items/s"))
+    lines += [Text(f"    {node:<24} {speed:>10,.0f} items/s", style="dim") for node, speed in progress.nodes.items()]
+    if progress.message:
+        lines.append(Text(f"  {progress.message}", style="yellow"))
+    return Group(*lines)
+
+
+def _live(job: Job) -> None:
+    console = Console(stderr=True)
+    epoch = 0
+    shown: JobChanged | None = None
+    with Live(Spinner("dots", f"job {job.id}"), console=console, refresh_per_second=8) as live:
+        for state in job.states():
+            before, shown = shown, state
+            if before is not None and state.progress.epoch > epoch > 0:
+                live.console.print(f"epoch {epoch}/{before.progress.epochs}  {metrics_text(before.progress.metrics)}")
+            epoch = state.progress.epoch
+            live.update(picture(state))
+
+
+@contextmanager
+def waiting(text: str, *, quiet: bool = False) -> Iterator[None]:
+    """A spinner on a terminal while something takes a moment."""
+    if quiet or not sys.stderr.isatty():
+        yield
+        return
+    with Console(stderr=True).status(text):
+        yield

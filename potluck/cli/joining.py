@@ -1,0 +1,245 @@
+"""How a machine joins: who starts the coordinator where there is none, and how the daemons are kept running."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import signal
+import sys
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from potluck import lifecycle
+from potluck.discovery import Discovery, Service
+from potluck.errors import Unavailable
+from potluck.logs import fields
+from potluck.network import reachable_addresses
+from potluck.settings import Listen, NetworkSettings
+
+log = logging.getLogger(__name__)
+
+WAIT_FOR_ELECTED_SECONDS = 15.0
+STOP_SECONDS = 15.0
+CLAIM = "0-"
+"""Ids that begin so sort before every random id, which are hexadecimal."""
+CLAIM_SECONDS = 1.0
+BACKOFF_SECONDS = (0.5, 30.0)
+STEADY_SECONDS = 60.0
+"""A daemon that ran this long has its back-off forgiven."""
+PERMANENT = (2,)
+"""Exit codes of daemons that starting again cannot help (wrong settings)."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was asked for."""
+
+    network: NetworkSettings
+    listen: Listen
+    state_dir: Path | None
+    broker_port: int | None
+    log_level: str
+
+    def flags(self, daemon: str) -> list[str]:
+        """The command line of a daemon, after its module's name."""
+        flags = ["--cluster", self.network.cluster, "--listen", self.listen.host, "--log-level", self.log_level]
+        for seed in self.network.seeds:
+            flags += ["--seed", seed]
+        if self.listen.insecure:
+            flags.append("--insecure")
+        if self.state_dir is not None:
+            flags += ["--state-dir", str(self.state_dir / daemon)]
+        if daemon == "coordinator" and self.broker_port is not None:
+            flags += ["--broker-port", str(self.broker_port)]
+        return flags
+
+
+def elected(own_id: str, others: Sequence[str]) -> bool:
+    """Whether this candidate starts the coordinator: the smallest id does."""
+    return all(own_id <= other for other in others)
+
+
+class Joining:
+    """One machine's daemons. `say` gets a line for people."""
+
+    def __init__(self, plan: Plan, say: Callable[[str], None]) -> None:
+        self._plan = plan
+        self._say = say
+        self._children: list[Child] = []
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Join or start a cluster, keep the daemons running until `stop`, then end them in order.
+
+        Raises Unavailable when a daemon cannot be kept running.
+        """
+        stopping = asyncio.create_task(stop.wait(), name="stop")
+        working = asyncio.create_task(self._work(), name="daemons")
+        try:
+            await asyncio.wait((stopping, working), return_when=asyncio.FIRST_COMPLETED)
+            if not working.done():
+                self._say("stopping")
+        finally:
+            working.cancel()
+            stopping.cancel()
+            # The node first: it gives its leases back while somebody is there to take them.
+            for child in reversed(self._children):
+                await child.stop()
+            await asyncio.wait((working, stopping))
+        if not working.cancelled() and (error := working.exception()) is not None:
+            raise first_of(error)
+
+    async def _work(self) -> None:
+        network = self._plan.network
+        async with AsyncExitStack() as claims, asyncio.TaskGroup() as tasks:
+            starts_coordinator = False
+            if network.seeds:
+                self._say(f"joining cluster {network.cluster!r} at {', '.join(network.seeds)}")
+            else:
+                self._say(f"looking for cluster {network.cluster!r} ({network.discovery.window_seconds:g} s)")
+                starts_coordinator = await self._settle(claims)
+            if starts_coordinator:
+                tasks.create_task(self._child("coordinator").run(), name="coordinator")
+                found = await self._coordinator_service()
+                await claims.aclose()
+                self._say(
+                    f"started a broker at {found.host}:{found.broker_port} and a coordinator at http://{found.host}:{found.port}"
+                )
+            tasks.create_task(self._child("node").run(), name="node")
+            self._say("this machine's node is started: `potluck nodes` shows who is there; Ctrl-C leaves")
+
+    def _child(self, daemon: str) -> Child:
+        child = Child(daemon, [sys.executable, "-m", daemon, *self._plan.flags(daemon)])
+        self._children.append(child)
+        return child
+
+    async def _coordinator_service(self) -> Service:
+        async with self._discovery() as discovery:
+            found = await discovery.wait_for(_is_coordinator, WAIT_FOR_ELECTED_SECONDS)
+        if found is None:
+            raise Unavailable(
+                f"the coordinator that was started is not to be seen within {WAIT_FOR_ELECTED_SECONDS:g} s: "
+                "its log above says why; --log-level INFO says more"
+            )
+        return found
+
+    async def _settle(self, claims: AsyncExitStack) -> bool:
+        """Whether this machine shall start the coordinator; False when one is there.
+
+        Everybody who looks says so (a candidate with a random id). After the window the smallest id wins; it claims the place
+        (a candidate whose id sorts before all others) for as long as `claims` lasts, so that whoever comes while its
+        coordinator starts waits for that; of two claims at once the smaller holds.
+        """
+        own_id = uuid.uuid4().hex[:12]
+        window = self._plan.network.discovery.window_seconds
+        given_up: set[str] = set()
+        async with self._discovery() as discovery:
+            await discovery.advertise(self._candidate(own_id))
+            while True:
+                if await self._found(discovery, window):
+                    return False
+                rivals = self._rivals(discovery, own_id, given_up)
+                if elected(own_id, rivals):
+                    claim_id = f"{CLAIM}{own_id}"
+                    claim = await claims.enter_async_context(self._discovery())
+                    await claim.advertise(self._candidate(claim_id))
+                    if await self._found(discovery, CLAIM_SECONDS):
+                        return False
+                    rivals = [rival for rival in self._rivals(discovery, own_id, given_up) if rival.startswith(CLAIM)]
+                    if elected(claim_id, rivals):
+                        self._say("found none: this machine starts a broker and a coordinator")
+                        return True
+                    await claim.withdraw()
+                self._say("found none yet; another machine is about to start it: waiting")
+                if await self._found(discovery, WAIT_FOR_ELECTED_SECONDS):
+                    return False
+                given_up.update(rivals)  # they may have gone without a word: choose again without them
+
+    def _rivals(self, discovery: Discovery, own_id: str, given_up: set[str]) -> list[str]:
+        ours = {own_id, f"{CLAIM}{own_id}"}
+        return [found.id for found in discovery.services("candidate") if found.id not in ours | given_up]
+
+    async def _found(self, discovery: Discovery, seconds: float) -> bool:
+        found = await discovery.wait_for(_is_coordinator, seconds)
+        if found is not None:
+            self._say(f"found its coordinator at {found.host} (broker {found.host}:{found.broker_port})")
+        return found is not None
+
+    def _discovery(self) -> Discovery:
+        return Discovery(self._plan.network.cluster, listen_host=self._plan.listen.host)
+
+    def _candidate(self, own_id: str) -> Service:
+        return Service(
+            id=own_id,
+            cluster=self._plan.network.cluster,
+            role="candidate",
+            host=reachable_addresses(self._plan.listen.host)[0],
+            port=0,
+            broker_port=0,
+        )
+
+
+class Child:
+    """A daemon's process: started again with back-off when it ends, told to end by `stop`. It dies with us."""
+
+    def __init__(self, name: str, command: list[str]) -> None:
+        self._name = name
+        self._command = command
+        self._process: asyncio.subprocess.Process | None = None
+        self._stopping = asyncio.Event()
+
+    async def run(self) -> None:
+        """Keep it running until `stop` or cancelled. Raises Unavailable when it says that its settings are wrong."""
+        delay = BACKOFF_SECONDS[0]
+        while not self._stopping.is_set():
+            started = time.monotonic()
+            # A session of its own: Ctrl-C reaches us alone, and we end the daemons in order.
+            self._process = await asyncio.create_subprocess_exec(
+                *self._command,
+                stdin=asyncio.subprocess.DEVNULL,
+                preexec_fn=lifecycle.die_with_parent(),
+                start_new_session=True,
+            )
+            status = await self._process.wait()
+            if self._stopping.is_set():
+                return
+            if status in PERMANENT:
+                raise Unavailable(f"the {self._name} cannot run: what it wrote above says why")
+            if time.monotonic() - started > STEADY_SECONDS:
+                delay = BACKOFF_SECONDS[0]
+            log.warning("daemon ended %s", fields(daemon=self._name, status=status, again_seconds=round(delay, 1)))
+            await asyncio.sleep(random.uniform(delay / 2, delay))
+            delay = min(2 * delay, BACKOFF_SECONDS[1])
+
+    async def stop(self) -> None:
+        """SIGTERM, a while to end in order, then SIGKILL."""
+        self._stopping.set()
+        process = self._process
+        if process is None or process.returncode is not None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(signal.SIGTERM)
+        try:
+            async with asyncio.timeout(STOP_SECONDS):
+                await process.wait()
+        except TimeoutError:
+            log.warning("daemon killed %s", fields(daemon=self._name, reason=f"no end within {STOP_SECONDS:g} s"))
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+
+
+def first_of(error: BaseException) -> BaseException:
+    """The first error of a group."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def _is_coordinator(service: Service) -> bool:
+    return service.role == "coordinator" and service.broker_port > 0

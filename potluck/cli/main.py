@@ -1,0 +1,103 @@
+"""The command line: `potluck COMMAND`. Heavy imports happen inside the commands, so that help is quick."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from importlib.util import find_spec
+from typing import Annotated
+
+import typer
+
+from potluck import __version__
+from potluck.cli.data import data
+from potluck.cli.evaluate import evaluate
+from potluck.cli.infer import infer
+from potluck.cli.jobs import cancel, job, jobs
+from potluck.cli.models import deploy, deployments, models, undeploy
+from potluck.cli.nodes import nodes
+from potluck.cli.predict import predict
+from potluck.cli.session import Session, global_options_first
+from potluck.cli.train import train
+from potluck.cli.up import up
+from potluck.errors import PotluckError
+
+app = typer.Typer(
+    name="potluck",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Machines on a network train, deploy and serve Keras models together.",
+    epilog="--seed, --cluster, --timeout and --debug may stand before or after the command.",
+)
+for command in (
+    up, nodes, train, evaluate, predict, jobs, job, cancel, models, deploy, undeploy, deployments, infer,
+):  # fmt: skip
+    app.command()(command)
+app.add_typer(data, name="data")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"potluck {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    context: typer.Context,
+    seed: Annotated[
+        str | None, typer.Option(metavar="HOST[:PORT]", help="The cluster's broker (default: found by mDNS).")
+    ] = None,
+    cluster: Annotated[str | None, typer.Option(metavar="NAME", help="The cluster's name (default: default).")] = None,
+    timeout: Annotated[
+        float | None, typer.Option(min=0.1, metavar="SECONDS", help="How long to wait for an answer (default: 30).")
+    ] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Log, and show where an error came from.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and leave.")
+    ] = False,
+) -> None:
+    context.obj = Session(seed, cluster, timeout)
+    if debug:
+        from potluck import logs
+
+        logs.configure("DEBUG")
+    else:
+        logging.getLogger("potluck").setLevel(logging.ERROR)  # what goes wrong is said in one sentence instead
+
+
+def main() -> None:
+    """Run the command line. Exit codes are those of `potluck.errors`; 130 after Ctrl-C."""
+    arguments = global_options_first(sys.argv[1:])
+    _add_demo(arguments)
+    try:
+        app(arguments, prog_name="potluck")
+    except PotluckError as error:
+        if "--debug" in arguments:
+            raise
+        from potluck.cli.output import error_line
+
+        sys.stderr.write(error_line(error))
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _add_demo(arguments: list[str]) -> None:
+    """The demo imports much, so it is loaded only when it is asked for."""
+    if find_spec("potluck.cli.demo") is None:
+        return
+    if "demo" in arguments:
+        from potluck.cli.demo import demo
+
+        app.command()(demo)
+        return
+
+    @app.command("demo")
+    def stub() -> None:
+        """Run the main job on this machine: discover, train, survive a kill, evaluate, deploy, ask."""
+
+
+if __name__ == "__main__":
+    main()

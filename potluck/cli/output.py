@@ -1,0 +1,214 @@
+"""How answers look: tables for people, JSON for programs, one sentence for an error."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from msgspec import Struct
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from potluck.errors import PotluckError
+from potluck.messages import (
+    DatasetInfo,
+    DeploymentInfo,
+    Evaluation,
+    JobChanged,
+    ModelInfo,
+    NodeInfo,
+    TensorSpec,
+)
+
+_COLORS = {
+    "online": "green", "ready": "green", "succeeded": "green", "running": "cyan", "loading": "cyan", "queued": "yellow",
+    "suspect": "yellow", "offline": "red", "failed": "red", "cancelled": "magenta",
+}  # fmt: skip
+
+
+def show(renderable: RenderableType) -> None:
+    """Print for people, on standard output."""
+    Console(soft_wrap=not sys.stdout.isatty()).print(renderable)
+
+
+def note(text: str) -> None:
+    """A remark for people, on standard error, so that standard output stays what was asked for."""
+    Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(text)
+
+
+def emit(value: Any) -> None:
+    """Print as JSON, on standard output."""
+    sys.stdout.write(json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def error_line(error: PotluckError) -> str:
+    """One clear sentence, for standard error."""
+    return f"potluck: {error.message}\n"
+
+
+def plain(value: Any) -> Any:
+    """Structs, tuples and numpy values as JSON has them, every field present; what is not a finite number is null."""
+    if isinstance(value, Struct):
+        return {name: plain(getattr(value, name)) for name in value.__struct_fields__}
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if hasattr(value, "tolist"):  # numpy
+        return plain(value.tolist())
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, bytes):
+        return value.hex()
+    return value
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[RenderableType]], *, right: Sequence[str] = ()) -> Table:
+    """A plain table; the columns named in `right` hold numbers."""
+    made = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        made.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
+def colored(state: str) -> Text:
+    return Text(state, style=_COLORS.get(state, ""))
+
+
+def bytes_text(count: float) -> str:
+    """As people read it: `1.5 GiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def seconds_text(seconds: float) -> str:
+    """As people read it: `1 h 05 min`, `2 min 03 s`, `4 s`."""
+    whole = max(0, round(seconds))
+    if whole >= 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+    return f"{whole // 60} min {whole % 60:02} s" if whole >= 60 else f"{whole} s"
+
+
+def metrics_text(metrics: Mapping[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+
+
+def nodes_table(nodes: Iterable[NodeInfo]) -> Table:
+    def row(node: NodeInfo) -> tuple[RenderableType, ...]:
+        has = node.capacity
+        gpus = ", ".join(f"{gpu.name} {bytes_text(gpu.memory_bytes)}" for gpu in has.gpus) or "-"
+        return (
+            node.node_id, colored(node.state), has.hostname, str(has.cores), bytes_text(has.memory_bytes), gpus,
+            f"{has.gflops:.0f}" if has.gflops else "?",
+            ", ".join(f"{name} {version}" for name, version in has.runtimes.items()) or "-",
+            f"{node.cpu_percent:.0f} %", str(node.leases), ", ".join(node.replicas) or "-",
+        )  # fmt: skip
+
+    columns = ("node", "state", "host", "cores", "memory", "GPUs", "GFLOP/s", "runtimes", "cpu", "leases", "replicas")
+    return table(columns, map(row, nodes), right=("cores", "memory", "GFLOP/s", "cpu", "leases"))
+
+
+def jobs_table(jobs: Iterable[JobChanged]) -> Table:
+    def row(job: JobChanged) -> tuple[RenderableType, ...]:
+        progress = job.progress
+        share = f"{progress.done / progress.total:.0%}" if progress.total else "-"
+        end = job.ended_at or time.time()
+        took = seconds_text(end - job.started_at) if job.started_at else "-"
+        told = job.error.message if job.error else progress.message or metrics_text(progress.metrics)
+        return job.job_id, job.kind, colored(job.state), share, took, ago_text(job.created_at), Text(told)
+
+    columns = ("job", "kind", "state", "done", "took", "asked", "")
+    return table(columns, map(row, jobs), right=("done", "took"))
+
+
+def ago_text(at: float) -> str:
+    return f"{seconds_text(time.time() - at)} ago" if at else "-"
+
+
+def models_table(models: Iterable[ModelInfo]) -> Table:
+    def row(model: ModelInfo) -> tuple[RenderableType, ...]:
+        signature = model.signature
+        return (
+            f"{model.name}:{model.version}",
+            bytes_text(model.model.size),
+            ", ".join(map(spec_text, signature.inputs)) if signature else "?",
+            ", ".join(map(spec_text, signature.outputs)) if signature else "?",
+            str(len(model.classes) or "-"),
+            ago_text(model.created_at),
+            metrics_text(model.metrics),
+        )
+
+    columns = ("model", "size", "inputs", "outputs", "classes", "made", "metrics")
+    return table(columns, map(row, models), right=("size", "classes"))
+
+
+def spec_text(spec: TensorSpec) -> str:
+    """`images FP32 [?, 32, 32, 3]`."""
+    return f"{spec.name} {spec.datatype} [{', '.join('?' if size < 0 else str(size) for size in spec.shape)}]"
+
+
+def deployments_table(deployments: Iterable[DeploymentInfo]) -> Table:
+    def row(found: DeploymentInfo) -> tuple[RenderableType, ...]:
+        ready = sum(replica.state == "ready" for replica in found.replicas)
+        where = Text("\n").join(
+            Text.assemble(
+                replica.node_id, " ", colored(replica.state), f" {replica.error.message}" if replica.error else ""
+            )
+            for replica in found.replicas
+        )
+        return found.name, f"{ready}/{found.wanted or 'all'}", where, str(found.queued), str(found.served)
+
+    columns = ("deployment", "ready", "replicas", "queued", "served")
+    return table(columns, map(row, deployments), right=("ready", "queued", "served"))
+
+
+def datasets_table(datasets: Iterable[DatasetInfo]) -> Table:
+    def row(data: DatasetInfo) -> tuple[RenderableType, ...]:
+        classes = ", ".join(data.classes[:10]) + (", ..." if len(data.classes) > 10 else "")
+        size = bytes_text(data.size_bytes)
+        return data.name, data.kind, str(data.count), str(data.shards), size, classes or "-", str(data.skipped)
+
+    columns = ("data set", "kind", "items", "shards", "size", "classes", "skipped")
+    return table(columns, map(row, datasets), right=("items", "shards", "size", "skipped"))
+
+
+def evaluation_report(evaluation: Evaluation) -> Group:
+    """Metrics, precision, recall and F1 for each class, and the confusion matrix (rows: the truth)."""
+    parts: list[RenderableType] = [Text(f"{evaluation.count} items  {metrics_text(evaluation.metrics)}", style="bold")]
+    if evaluation.classes:
+        rows = [
+            (score.label, f"{score.precision:.4f}", f"{score.recall:.4f}", f"{score.f1:.4f}", str(score.support))
+            for score in evaluation.classes
+        ]
+        columns = ("class", "precision", "recall", "F1", "items")
+        parts += ["", table(columns, rows, right=columns[1:])]
+    if evaluation.confusion:
+        parts += ["", confusion_table(evaluation)]
+    return Group(*parts)
+
+
+def confusion_table(evaluation: Evaluation) -> Table:
+    """Rows are the truth, columns what was said; the diagonal is right."""
+    labels = [score.label for score in evaluation.classes]
+    labels += [str(index) for index in range(len(labels), len(evaluation.confusion))]
+    made = Table(box=None, pad_edge=False, header_style="bold", title="confusion (rows: truth)", title_justify="left")
+    made.add_column("")
+    for label in labels:
+        made.add_column(label, justify="right")
+    for index, row in enumerate(evaluation.confusion):
+        cells = [
+            Text(str(count), style="bold green" if column == index else "red" if count else "dim")
+            for column, count in enumerate(row)
+        ]
+        made.add_row(Text(labels[index], style="bold"), *cells)
+    return made

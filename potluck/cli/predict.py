@@ -1,0 +1,130 @@
+"""`potluck predict`: outputs for a whole data set, as CSV, JSON or numpy."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from potluck.cli.session import ImageSize, Json, image_size, session
+
+if TYPE_CHECKING:
+    import numpy as np
+
+SUFFIXES = (".csv", ".json", ".npy", ".npz")
+
+
+def predict(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="A .keras file, or a registered model.")],
+    data: Annotated[str, typer.Argument(help="A folder, .npy, .npz, .csv, TFRecord file, or a registered data set.")],
+    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    image: ImageSize = None,
+    target: Annotated[str | None, typer.Option(help="A column or array to leave out of the inputs.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Write a .csv, .json, .npy or .npz file (default: CSV, printed)."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Predict over the nodes, each item once, in input order."""
+    from potluck.cli import following
+    from potluck.cli import output as out
+    from potluck.errors import InvalidRequest
+
+    if output is not None and output.suffix not in SUFFIXES:
+        raise InvalidRequest(f"--output {output}: the file's name must end with {', '.join(SUFFIXES)}")
+    source: Any = data
+    if data.endswith(".npy"):
+        source = read_array(Path(data))
+    with session(context).client() as client:
+        with following.waiting("packing and sending the data", quiet=as_json):
+            job = client.predict(model, source, batch_size=batch_size, image=image_size(image), target=target)
+        following.follow(job, quiet=as_json)
+        found, keys, classes = job.predictions, job.keys, job.result().classes
+    outputs = found if isinstance(found, dict) else {"": found}
+    if output is not None:
+        write(output, outputs, keys, classes)
+    if as_json:
+        out.emit(as_map(outputs, keys, classes) if output is None else {"job_id": job.id, "output": str(output)})
+    elif output is None:
+        sys.stdout.write(as_csv(outputs, keys, classes))
+    else:
+        out.show(f"{len(next(iter(outputs.values())))} predictions written to {output}")
+
+
+def read_array(path: Path) -> np.ndarray[Any, Any]:
+    """A `.npy` file. Raises InvalidData."""
+    import numpy as np
+
+    from potluck.errors import InvalidData
+
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InvalidData(f"{path} cannot be read as a numpy array: {error}") from error
+    if not isinstance(array, np.ndarray):
+        raise InvalidData(f"{path} holds several arrays: give a .npy file with one")
+    return array
+
+
+def write(path: Path, outputs: dict[str, np.ndarray[Any, Any]], keys: list[str], classes: tuple[str, ...]) -> None:
+    """Write predictions as the suffix says. Raises InvalidRequest."""
+    import numpy as np
+
+    from potluck.cli.output import plain
+    from potluck.errors import InvalidRequest
+
+    try:
+        if path.suffix == ".npy":
+            if len(outputs) > 1:
+                raise InvalidRequest(
+                    f"the model has {len(outputs)} outputs and a .npy file holds one: write .npz, .csv or .json"
+                )
+            np.save(path, next(iter(outputs.values())))
+        elif path.suffix == ".npz":
+            np.savez(path, **{name or "predictions": array for name, array in outputs.items()})  # type: ignore[arg-type]
+        elif path.suffix == ".json":
+            path.write_text(json.dumps(plain(as_map(outputs, keys, classes)), allow_nan=False), encoding="utf-8")
+        else:
+            path.write_text(as_csv(outputs, keys, classes), encoding="utf-8", newline="")
+    except OSError as error:
+        raise InvalidRequest(f"--output {path} cannot be written: {error.strerror}") from error
+
+
+def as_map(outputs: dict[str, np.ndarray[Any, Any]], keys: list[str], classes: tuple[str, ...]) -> dict[str, Any]:
+    """Everything, for JSON: `predictions` is a list, or a map of lists for a model with several outputs."""
+    found: Any = outputs if len(outputs) > 1 else next(iter(outputs.values()))
+    return {"keys": keys, "classes": list(classes), "predicted": labels(outputs, classes), "predictions": found}
+
+
+def as_csv(outputs: dict[str, np.ndarray[Any, Any]], keys: list[str], classes: tuple[str, ...]) -> str:
+    """A row an item: its key, the predicted class where there are classes, then every number."""
+    count = len(next(iter(outputs.values())))
+    predicted = labels(outputs, classes)
+    flat = {name: array.reshape(count, -1) for name, array in outputs.items()}
+    header = ["key", *(["predicted"] if predicted else [])]
+    for name, array in flat.items():
+        columns = classes if len(flat) == 1 and array.shape[1] == len(classes) else range(array.shape[1])
+        header += [f"{name}_{column}" if len(flat) > 1 else str(column) for column in columns]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    for row in range(count):
+        key = keys[row] if row < len(keys) else str(row)
+        numbers = [value for array in flat.values() for value in array[row].tolist()]
+        writer.writerow([key, *([predicted[row]] if predicted else []), *numbers])
+    return text.getvalue()
+
+
+def labels(outputs: dict[str, np.ndarray[Any, Any]], classes: tuple[str, ...]) -> list[str]:
+    """The class with the highest score of each item; empty where the outputs are not scores of these classes."""
+    scores = next(iter(outputs.values()))
+    if len(outputs) != 1 or scores.ndim != 2 or scores.shape[1] != len(classes) or not classes:
+        return []
+    return [classes[index] for index in scores.argmax(axis=1).tolist()]

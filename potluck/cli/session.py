@@ -1,0 +1,78 @@
+"""What every command shares: the options before the command, and the client made from them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from potluck.client import Client
+    from potluck.messages import ImageOptions
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON to standard output, and nothing else.")]
+ImageSize = Annotated[
+    str | None, typer.Option("--image", metavar="HxW", help="Resize images to this size (default: the model's input).")
+]
+
+_WITH_VALUE = ("--seed", "--cluster", "--timeout")
+_OWN_OPTIONS = ("up", "demo")
+
+
+@dataclass(frozen=True)
+class Session:
+    """The options before the command. None: not given."""
+
+    seed: str | None = None
+    cluster: str | None = None
+    timeout: float | None = None
+
+    def client(self) -> Client:
+        """A client, to be entered. Its import is heavy, so it is here."""
+        from potluck.client import Client
+
+        return Client(self.seed, cluster=self.cluster, timeout=self.timeout)
+
+
+def session(context: typer.Context) -> Session:
+    found = context.find_object(Session)
+    assert found is not None
+    return found
+
+
+def global_options_first(arguments: Sequence[str]) -> list[str]:
+    """The same command line with the options that hold for every command before the command, wherever they stood.
+
+    `up` and `demo` have such options of their own, which stay; nothing after `--` is touched.
+    """
+    ours: list[str] = []
+    rest: list[str] = []
+    waiting = list(arguments)
+    while waiting:
+        argument = waiting.pop(0)
+        name, has_value, _ = argument.partition("=")
+        if argument == "--" or (not argument.startswith("-") and argument in _OWN_OPTIONS and not rest):
+            rest += [argument, *waiting]
+            break
+        if argument == "--debug" or (name in _WITH_VALUE and has_value):
+            ours.append(argument)
+        elif name in _WITH_VALUE:
+            ours += [argument, *waiting[:1]]
+            del waiting[:1]
+        else:
+            rest.append(argument)
+    return ours + rest
+
+
+def image_size(text: str | None) -> tuple[int, ...] | ImageOptions | None:
+    """`--image`: `HxW` or `HxWxC`. Raises InvalidRequest."""
+    if text is None:
+        return None
+    parts = text.lower().split("x")
+    if len(parts) not in (2, 3) or not all(part.isdigit() and int(part) for part in parts):
+        from potluck.errors import InvalidRequest
+
+        raise InvalidRequest(f"--image {text!r}: write height x width, as in 128x128 (or 128x128x1)")
+    return tuple(int(part) for part in parts)

@@ -1,0 +1,75 @@
+"""`potluck train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from potluck.cli.session import ImageSize, Json, image_size, session
+
+
+def train(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="A compiled .keras file, or a registered model.")],
+    data: Annotated[str, typer.Argument(help="A folder, .npz, .csv, TFRecord file, or a registered data set.")],
+    validation: Annotated[str | None, typer.Option(help="Data to measure each epoch on.")] = None,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the data, over the whole cluster.")] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples in a step, on each node.")] = 32,
+    image: ImageSize = None,
+    target: Annotated[str | None, typer.Option(help="The label's column or array, for tables and .npz.")] = None,
+    name: Annotated[str | None, typer.Option(help="Register the result under this name.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Save the result as this .keras file.")] = None,
+    round_seconds: Annotated[float, typer.Option(min=0.1, help="Time between two exchanges of weights.")] = 5.0,
+    seed_number: Annotated[int, typer.Option("--random-seed", help="For shuffling and initial state.")] = 0,
+    detach: Annotated[bool, typer.Option("--detach", help="Print the job's id and leave.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a Keras model on all nodes."""
+    from potluck.cli import following
+    from potluck.cli import output as out
+    from potluck.errors import InvalidRequest
+
+    if output is not None and (detach or not output.resolve().parent.is_dir()):
+        raise InvalidRequest(
+            "--output needs the end of the job, --detach does not wait for it: leave out one of them"
+            if detach
+            else f"--output {output}: there is no folder {output.resolve().parent}"
+        )
+    with session(context).client() as client:
+        with following.waiting("packing and sending the data", quiet=as_json):
+            job = client.train(
+                model,
+                data,
+                validation=validation,
+                epochs=epochs,
+                batch_size=batch_size,
+                image=image_size(image),
+                name=name,
+                target=target,
+                round_seconds=round_seconds,
+                seed=seed_number,
+            )
+        if detach:
+            if as_json:
+                out.emit({"job_id": job.id})
+            else:
+                out.show(job.id)
+            return
+        following.follow(job, quiet=as_json)
+        ended = job.result()
+        if output is not None:
+            job.model(output)
+        if as_json:
+            out.emit(ended)
+            return
+        last = ended.history[-1].metrics if ended.history else {}
+        took = out.seconds_text(ended.ended_at - ended.started_at)
+        out.show(f"trained {len(ended.history)} epochs in {took}: {out.metrics_text(last)}")
+        if ended.registered:
+            out.show(f"registered as {ended.registered}")
+        if output is not None:
+            out.show(f"saved as {output}")
+        elif not ended.registered:
+            out.show(f"the model is job {job.id}'s result: give --output or --name to keep it longer")

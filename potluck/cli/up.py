@@ -1,0 +1,60 @@
+"""`potluck up`: this machine joins the cluster it finds, or starts one; its daemons are looked after until Ctrl-C."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from potluck.cli.session import Session, session
+
+
+def up(
+    context: typer.Context,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Listen on the network, without encryption or identities.")
+    ] = False,
+    listen: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Listen here (default: 127.0.0.1; with --insecure every interface)."),
+    ] = None,
+    seed: Annotated[
+        str | None, typer.Option(metavar="HOST[:PORT]", help="Join the cluster whose broker this is; start none.")
+    ] = None,
+    cluster: Annotated[str | None, typer.Option(metavar="NAME", help="The cluster's name (default: default).")] = None,
+    state_dir: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Where journal, blobs and the node's identity are kept.")
+    ] = None,
+    broker_port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Port of the broker, where one is started (default: 1883).")
+    ] = None,
+    log_level: Annotated[str, typer.Option(metavar="LEVEL", help="Of the daemons' logs.")] = "WARNING",
+) -> None:
+    """Join the cluster on this network, or start one: run this on every machine."""
+    import asyncio
+
+    from potluck import lifecycle, logs
+    from potluck.cli.joining import Joining, Plan
+    from potluck.cli.output import note
+    from potluck.settings import Listen, NetworkSettings, check_listen, load
+    from potluck.topics import Topics
+
+    given: Session = session(context)
+    seeds = [text] if (text := seed or given.seed) else None
+    settings = load(NetworkSettings, None, {"cluster": cluster or given.cluster, "seeds": seeds})
+    Topics(settings.cluster)
+    where = Listen(host=listen or ("0.0.0.0" if insecure else "127.0.0.1"), insecure=insecure)  # noqa: S104 - asked for
+    check_listen(where)
+    logs.configure(log_level)
+    if insecure:
+        note(
+            "WARNING: --insecure: whoever reaches this machine over the network can use its computing power and read its "
+            "models and data; nothing is encrypted. Use it on networks that you trust."
+        )
+    plan = Plan(settings, where, state_dir, broker_port, log_level)
+
+    async def run() -> None:
+        await Joining(plan, say=note).run(lifecycle.stop_event(asyncio.get_running_loop()))
+
+    asyncio.run(run())
