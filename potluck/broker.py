@@ -112,6 +112,7 @@ async def start_broker(settings: BrokerSettings, listen: Listen, state_dir: Path
     """
     kind = _choose(settings.mode)
     port = settings.port
+    _free_port(listen.host)  # is the address ours at all?
     if port and _taken(listen.host, port):
         if settings.mode != "auto":
             raise InvalidSettings(
@@ -220,7 +221,10 @@ def _family(host: str) -> socket.AddressFamily:
 
 def _free_port(host: str) -> int:
     with socket.socket(_family(host)) as sock:
-        sock.bind((host, 0))
+        try:
+            sock.bind((host, 0))
+        except OSError as error:
+            raise InvalidSettings(f"the broker cannot listen on {host}: {error.strerror or error}") from error
         port: int = sock.getsockname()[1]
         return port
 

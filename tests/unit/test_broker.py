@@ -1,0 +1,143 @@
+"""Brokers of our own: which one is chosen, and that it starts, stops, and dies with its parent."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from potluck import broker
+from potluck.broker import find_mosquitto, start_broker
+from potluck.errors import InvalidSettings, Unavailable
+from potluck.settings import BrokerSettings, Listen
+from support.eventually import eventually
+
+KINDS = ["mosquitto", "embedded"]
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+def accepts(host: str, port: int) -> bool:
+    with socket.socket() as sock:
+        sock.settimeout(1)
+        return sock.connect_ex((host, port)) == 0
+
+
+async def test_a_broker_listens_when_it_is_started_and_not_after_it_was_stopped(kind: Any, tmp_path: Path) -> None:
+    started = await start_broker(BrokerSettings(mode=kind, port=0), Listen(), tmp_path)
+    assert (started.kind, started.host) == (kind, "127.0.0.1")
+    assert accepts("127.0.0.1", started.port)
+    await started.stop()
+    await started.stop()
+    assert not accepts("127.0.0.1", started.port)
+    assert not psutil.pid_exists(started.pid)
+    assert not os.listdir(tmp_path), "nothing is left in the state folder"
+
+
+async def test_wait_returns_when_the_broker_dies(kind: Any, tmp_path: Path) -> None:
+    started = await start_broker(BrokerSettings(mode=kind, port=0), Listen(), tmp_path)
+    waiting = asyncio.create_task(started.wait())
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    os.kill(started.pid, signal.SIGKILL)
+    await asyncio.wait_for(waiting, 5)
+    await started.stop()
+
+
+async def test_two_brokers_live_side_by_side(kind: Any, tmp_path: Path) -> None:
+    one, two = await asyncio.gather(
+        *(start_broker(BrokerSettings(mode=kind, port=0), Listen(), tmp_path) for _ in range(2))
+    )
+    assert one.port != two.port
+    await asyncio.gather(one.stop(), two.stop())
+
+
+async def test_a_frozen_broker_is_killed(kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(broker, "_STOP_SECONDS", 0.2)
+    started = await start_broker(BrokerSettings(mode=kind, port=0), Listen(), tmp_path)
+    os.kill(started.pid, signal.SIGSTOP)
+    await asyncio.wait_for(started.stop(), 5)
+    assert not psutil.pid_exists(started.pid)
+
+
+async def test_it_dies_with_its_parent(kind: Any, tmp_path: Path) -> None:
+    script = f"""
+import asyncio, sys
+from pathlib import Path
+from potluck.broker import start_broker
+from potluck.settings import BrokerSettings, Listen
+async def main():
+    started = await start_broker(BrokerSettings(mode={kind!r}, port=0), Listen(), Path({str(tmp_path)!r}))
+    print(started.pid, started.port, flush=True)
+    await started.wait()
+asyncio.run(main())
+"""
+    parent = await asyncio.create_subprocess_exec(sys.executable, "-c", script, stdout=asyncio.subprocess.PIPE)
+    assert parent.stdout is not None
+    pid, port = map(int, (await asyncio.wait_for(parent.stdout.readline(), 20)).split())
+    assert accepts("127.0.0.1", port)
+    parent.kill()
+    await parent.wait()
+
+    def dead() -> bool:
+        try:
+            return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+        except psutil.NoSuchProcess:
+            return True
+
+    await eventually(dead)
+    assert not accepts("127.0.0.1", port)
+
+
+async def test_a_taken_port_is_an_error_or_in_auto_mode_a_free_one(tmp_path: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        for mode in KINDS:
+            with pytest.raises(InvalidSettings, match=f"port {port} on 127.0.0.1 is taken"):
+                await start_broker(BrokerSettings(mode=mode, port=port), Listen(), tmp_path)  # type: ignore[arg-type]
+        started = await start_broker(BrokerSettings(mode="auto", port=port), Listen(), tmp_path)
+        assert started.port != port
+        await started.stop()
+
+
+async def test_auto_prefers_mosquitto_then_the_embedded_one_then_names_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert find_mosquitto() in ("/usr/sbin/mosquitto", "/usr/local/sbin/mosquitto")
+    assert broker._choose("auto") == "mosquitto"
+    monkeypatch.setattr(broker, "_SYSTEM_FOLDERS", ())
+    caplog.set_level("INFO")
+    assert broker._choose("auto") == "embedded"
+    assert "embedded broker" in caplog.text
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for mode in ("auto", "embedded", "mosquitto"):
+        with pytest.raises(Unavailable, match="apt install mosquitto"):
+            await start_broker(BrokerSettings(mode=mode, port=0), Listen(), tmp_path)
+    with pytest.raises(InvalidSettings, match="external"):
+        await start_broker(BrokerSettings(mode="external"), Listen(), tmp_path)
+
+
+async def test_a_broker_that_dies_at_its_start_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(broker, "_MOSQUITTO_CONF", "listener {port} {host}\nnonsense true\n")
+    with pytest.raises(Unavailable, match="nonsense"):
+        await start_broker(BrokerSettings(mode="mosquitto", port=0), Listen(), tmp_path)
+
+
+async def test_an_address_that_is_not_ours_is_refused(tmp_path: Path) -> None:
+    for port in (0, 1883):
+        with pytest.raises(InvalidSettings, match="cannot listen on 192.0.2.1"):
+            await start_broker(BrokerSettings(port=port), Listen(host="192.0.2.1"), tmp_path)
