@@ -272,7 +272,10 @@ class _Link(aiomqtt.Client):
         except BaseException:
             # The thread that connects cannot be cancelled; the probe before it made sure that it will not take long.
             await asyncio.wait([opening])
-            self._drop()
+            if opening.exception() is None:
+                await self.close()  # cancelled, but connected by now: a goodbye keeps the will from being sent
+            else:
+                self._drop()
             raise
         self._in_loop = True
 

@@ -492,6 +492,50 @@ async def test_after_a_broker_restart_subscriptions_are_back_and_births_are_sent
     await eventually(lambda: any(envelope.message.epoch == 2 for envelope in got))  # type: ignore[attr-defined]
 
 
+async def test_a_birth_that_fails_is_tried_again_on_a_new_connection(bench: Bench) -> None:
+    bus = bench.bus("alice")
+    tried = 0
+
+    async def birth() -> None:
+        nonlocal tried
+        tried += 1
+        if tried == 1:
+            raise Unavailable("not yet")
+
+    bus.on_connect(birth)
+    await eventually(lambda: tried == 2)
+    assert bus.counters["connects"] == 2
+
+
+async def test_subscribing_at_any_moment_of_connecting_is_heard(bench: Bench) -> None:
+    (alice,) = await bench.connected("alice")
+    status = NodeStatus(node_id="n", session="s", state="online")
+    for number in range(30):
+        await alice.publish(TOPICS.node(f"n{number}", "status"), status, retain=True)
+    bob = bench.bus("bob")
+    got, handler = inbox()
+    for number in range(30):
+        bob.subscribe(TOPICS.node(f"n{number}", "status"), handler)
+        await asyncio.sleep(0.0005)
+    await eventually(lambda: len({envelope.topic for envelope in got}) == 30)
+
+
+async def test_stopping_while_connecting_leaves_nothing(bench: Bench) -> None:
+    for turns in range(0, 40, 3):
+        bus = bench.bus("brief")
+        for _ in range(turns):
+            await asyncio.sleep(0.0003)
+        await bench.leave(bus)
+
+
+async def test_two_with_one_name_do_not_both_stay(bench: Bench) -> None:
+    first, second = bench.bus("same"), bench.bus("same")
+    await eventually(lambda: first.counters["connects"] + second.counters["connects"] >= 2)
+    await bench.leave(first)
+    await second.connected(5)
+    await second.publish(TOPICS.jobs_submit, ListNodes())
+
+
 async def test_a_cut_connection_is_made_again(bench: Bench) -> None:
     alice, bob = await bench.connected("alice", "bob")
     got, handler = inbox()

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 from potluck import codec
-from potluck.errors import Unavailable
+from potluck.errors import PotluckError, Unavailable
 from potluck.exchange import Bus, Mirrored, Will
 from potluck.filters import matches
 from potluck.messages import Message
@@ -124,6 +124,8 @@ class FakeBus(Bus):
                     for callback in self._callbacks:
                         await callback()
                     await self._lost.wait()
+                except PotluckError:
+                    pass  # as MqttBus does: a birth that cannot be sent is a connection that does not work
                 finally:
                     self._ready.clear()
                     self._filters.clear()
