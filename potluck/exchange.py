@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import time
 import uuid
 from abc import ABC, abstractmethod
@@ -14,11 +13,12 @@ from dataclasses import dataclass
 import msgspec
 
 from potluck import codec, errors
-from potluck.codec import CONTENT_TYPES, Encoding
+from potluck.codec import Encoding
 from potluck.errors import BadMessage, Conflict, InvalidRequest, Overloaded, PotluckError, TimedOut, TooLarge
 from potluck.filters import FilterTable
 from potluck.logs import fields
 from potluck.messages import ErrorInfo, Inferred, JobEnded, Message, RequestFailed
+from potluck.mirror import Mirrored, mirror
 from potluck.topics import Topics
 
 log = logging.getLogger(__name__)
@@ -140,7 +140,7 @@ class Bus(ABC):
         if expiry_seconds is not None and not message.expires:
             message = msgspec.structs.replace(message, expires=time.time() + expiry_seconds)
         payload = codec.encode(message, encoding)
-        await self._send(topic, payload, qos, retain, _mirror(message, encoding, expiry_seconds))
+        await self._send(topic, payload, qos, retain, mirror(message, encoding, expiry_seconds))
 
     async def clear(self, topic: str) -> None:
         """Remove the retained message of `topic`."""
@@ -169,7 +169,7 @@ class Bus(ABC):
             message = request_failed(error, to.message.id)
             payload = codec.encode(message, to.encoding)
         correlation = message.id.encode() if to.correlation is None else to.correlation
-        mirrored = _mirror(message, to.encoding, correlation=correlation)
+        mirrored = mirror(message, to.encoding, correlation=correlation)
         await self._send(to.reply_to, payload, to.qos if qos is None else qos, False, mirrored)
 
     async def request(
@@ -190,7 +190,7 @@ class Bus(ABC):
         message = msgspec.structs.replace(message, id=request_id, reply_to=inbox)
         answered: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
         self._pending[request_id] = answered
-        mirrored = _mirror(message, encoding, timeout_seconds)
+        mirrored = mirror(message, encoding, timeout_seconds)
         try:
             async with asyncio.timeout(timeout_seconds):
                 await self._send(topic, codec.encode(message, encoding), qos, False, mirrored)
@@ -277,33 +277,6 @@ class Bus(ABC):
                 await self.reply(envelope, request_failed(error))
             except PotluckError as failure:
                 log.warning("answer lost %s", fields(topic=envelope.reply_to, reason=failure.message))
-
-
-@dataclass(frozen=True, slots=True)
-class Mirrored:
-    """What MQTT 5 properties repeat from the body."""
-
-    content_type: str
-    response_topic: str = ""
-    correlation: bytes | None = None
-    expiry_seconds: int | None = None
-
-
-_PLAIN: dict[Encoding, Mirrored] = {encoding: Mirrored(kind) for encoding, kind in CONTENT_TYPES.items()}
-
-
-def _mirror(
-    message: Message, encoding: Encoding, expiry_seconds: float | None = None, correlation: bytes | None = None
-) -> Mirrored:
-    """`correlation` is mirrored when given, and the id of a question (it has `reply_to`) is."""
-    if expiry_seconds is None and message.expires:
-        expiry_seconds = message.expires - time.time()
-    if correlation is None and message.reply_to:
-        correlation = message.id.encode()
-    if expiry_seconds is None and correlation is None:
-        return _PLAIN[encoding]
-    expiry = None if expiry_seconds is None else max(1, min(0xFFFFFFFE, math.ceil(expiry_seconds)))
-    return Mirrored(CONTENT_TYPES[encoding], message.reply_to, correlation, expiry)
 
 
 def _text(correlation: bytes) -> str:

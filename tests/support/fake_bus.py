@@ -7,9 +7,10 @@ from collections.abc import Awaitable, Callable
 
 from potluck import codec
 from potluck.errors import PotluckError, Unavailable
-from potluck.exchange import Bus, Mirrored, Will
+from potluck.exchange import Bus, Will
 from potluck.filters import matches
 from potluck.messages import Message
+from potluck.mirror import Mirrored
 from potluck.settings import BusTimings
 from potluck.topics import Topics
 
