@@ -1,0 +1,291 @@
+"""The engine as its node sees it: a child process that is started, asked, watched, and stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import os
+import signal
+import socket
+import sys
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from node.engine import frames
+from potluck import codec, errors
+from potluck.errors import BadMessage, EngineFailed
+from potluck.lifecycle import die_with_parent
+from potluck.messages import AnyTask, AnyTaskResult, RequestOutcome, Signature, Tensor
+
+log = logging.getLogger(__name__)
+
+OnProgress = Callable[[int, dict[str, float]], None]
+STDERR_LINES = 12
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    runtimes: dict[str, str]
+    gpus: tuple[str, ...]
+
+
+class Engine:
+    """One child process. Made anew after each death: an object is started once."""
+
+    def __init__(self, scratch: Path, *, threads: int, start_seconds: float, silence_seconds: float) -> None:
+        self._scratch = scratch
+        self._threads = threads
+        self._start_seconds = start_seconds
+        self._silence_seconds = silence_seconds
+        self._process: asyncio.subprocess.Process | None = None
+        self._link: _Link | None = None
+        self._numbers = itertools.count(1)
+        self._stderr: deque[str] = deque(maxlen=STDERR_LINES)
+        self._dead: asyncio.Future[EngineFailed] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._stopping = False
+
+    @property
+    def alive(self) -> bool:
+        return self._link is not None and self._dead is not None and not self._dead.done()
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process else None
+
+    async def start(self) -> EngineInfo:
+        """Raises EngineFailed, with the child's last words, when it does not come up within `start_seconds`."""
+        self._scratch.mkdir(parents=True, exist_ok=True)
+        loop = asyncio.get_running_loop()
+        self._dead = loop.create_future()
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        for sock in (ours, theirs):
+            for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+                sock.setsockopt(socket.SOL_SOCKET, option, 1 << 20)
+        threads = self._threads or len(os.sched_getaffinity(0))
+        environment = os.environ | {
+            "TF_CPP_MIN_LOG_LEVEL": "3",
+            "KERAS_BACKEND": "tensorflow",
+            "OMP_NUM_THREADS": str(threads),
+            "PYTHONUNBUFFERED": "1",
+        }
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "node.engine", str(theirs.fileno()), str(threads), str(self._scratch),
+                pass_fds=(theirs.fileno(),), stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL,
+                stderr=asyncio.subprocess.PIPE, env=environment, start_new_session=True, preexec_fn=die_with_parent(),
+            )  # fmt: skip
+        finally:
+            theirs.close()
+        started: asyncio.Future[EngineInfo] = loop.create_future()
+        _, self._link = await loop.create_connection(lambda: _Link(started), sock=ours)
+        self._tasks = [
+            asyncio.create_task(self._read_stderr(), name="engine stderr"),
+            asyncio.create_task(self._watch(), name="engine watch"),
+        ]
+        either: list[asyncio.Future[Any]] = [started, self._dead]
+        done, _ = await asyncio.wait(either, timeout=self._start_seconds, return_when=asyncio.FIRST_COMPLETED)
+        if started.done():
+            return started.result()
+        reason = "it ended" if done else f"it was not ready within {self._start_seconds:g} s"
+        await self.stop(grace_seconds=0)
+        raise EngineFailed(f"the engine did not start: {reason}{self._last_words()}")
+
+    async def wait_dead(self) -> EngineFailed:
+        """Why it died, once it has."""
+        assert self._dead is not None
+        return await asyncio.shield(self._dead)
+
+    async def run_task(
+        self, job_id: str, task: AnyTask, files: dict[str, Path], on_progress: OnProgress
+    ) -> AnyTaskResult:
+        """Run one task; its result's blobs are files `scratch/<sha256>`. Raises what the engine reports, or EngineFailed."""
+        paths = {sha256: str(path) for sha256, path in files.items()}
+        frame = frames.RunTask(number=next(self._numbers), job_id=job_id, task=task, files=paths)
+        answer = await self._ask(frame, on_progress)
+        assert isinstance(answer, frames.TaskDone)
+        return answer.result
+
+    async def cancel_task(self) -> None:
+        """Stop the present task at its next step: `run_task` raises Cancelled."""
+        if self.alive:
+            self._send(frames.CancelTask())
+
+    async def load_model(self, replica_id: str, path: Path) -> tuple[Signature, int]:
+        answer = await self._ask(frames.LoadReplica(number=next(self._numbers), replica_id=replica_id, path=str(path)))
+        assert isinstance(answer, frames.ReplicaLoaded)
+        return answer.signature, answer.resident_bytes
+
+    async def unload_model(self, replica_id: str) -> None:
+        await self._ask(frames.UnloadReplica(number=next(self._numbers), replica_id=replica_id))
+
+    async def infer(self, replica_id: str, requests: Sequence[Sequence[Tensor]]) -> tuple[list[RequestOutcome], float]:
+        """One outcome for each request, and the engine's seconds."""
+        packed = tuple(tuple(request) for request in requests)
+        answer = await self._ask(frames.Infer(number=next(self._numbers), replica_id=replica_id, requests=packed))
+        assert isinstance(answer, frames.Inferred)
+        return list(answer.outcomes), answer.seconds
+
+    async def forget_job(self, job_id: str) -> None:
+        if self.alive:
+            self._send(frames.ForgetJob(job_id=job_id))
+
+    async def stop(self, grace_seconds: float = 2.0) -> None:
+        """End the child: closing its socket asks it to go, SIGKILL makes it."""
+        self._stopping = True
+        if self._link is not None:
+            self._link.close()
+        if self._process is not None:
+            try:
+                async with asyncio.timeout(grace_seconds):
+                    await self._process.wait()
+            except TimeoutError:
+                self._kill()
+                await self._process.wait()
+        for task in self._tasks:
+            if task is not asyncio.current_task():
+                task.cancel()
+        await asyncio.gather(*(t for t in self._tasks if t is not asyncio.current_task()), return_exceptions=True)
+
+    async def _ask(self, frame: frames.Frame, on_progress: OnProgress | None = None) -> frames.Frame:
+        if not self.alive or self._link is None:
+            raise EngineFailed("the engine is not running")
+        waiter = self._link.expect(frame.number, on_progress)
+        self._send(frame)
+        try:
+            answer = await waiter
+        finally:
+            self._link.forget(frame.number)
+        if isinstance(answer, frames.Failed):
+            info = answer.error
+            raise errors.from_code(info.code, info.message, info.retry_after_seconds)
+        return answer
+
+    def _send(self, frame: frames.Frame) -> None:
+        assert self._link is not None
+        self._link.send(frames.encode(frame))
+
+    async def _read_stderr(self) -> None:
+        assert self._process is not None
+        assert self._process.stderr is not None
+        while chunk := await self._process.stderr.read(4096):
+            for line in chunk.decode(errors="replace").splitlines():
+                if line.strip():
+                    self._stderr.append(line)
+                    log.debug("engine: %s", line)
+
+    async def _watch(self) -> None:
+        """Wait for its end, and bring that about when it is silent for too long."""
+        assert self._process is not None
+        assert self._dead is not None
+        assert self._link is not None
+        loop = asyncio.get_running_loop()
+        ended = asyncio.create_task(self._process.wait(), name="engine end")
+        silent = False
+        limit = self._start_seconds
+        try:
+            while not ended.done():
+                await asyncio.wait({ended}, timeout=1.0)
+                if self._link.started.done():
+                    limit = self._silence_seconds
+                if not ended.done() and loop.time() - self._link.heard_at > limit:
+                    silent = True
+                    self._kill()
+                    await ended
+        finally:
+            ended.cancel()
+        reason = f"was silent for {limit:g} s and was killed" if silent else _how(self._process.returncode)
+        await asyncio.wait({self._tasks[0]}, timeout=1.0)  # its last words
+        failure = EngineFailed(f"the engine {reason}{self._last_words()}")
+        self._dead.set_result(failure)
+        self._link.fail(failure)
+        self._link.close()
+
+    def _kill(self) -> None:
+        if self._process is not None and self._process.returncode is None:
+            self._process.send_signal(signal.SIGKILL)
+
+    def _last_words(self) -> str:
+        return f"; its last words: {' | '.join(list(self._stderr)[-3:])}" if self._stderr else ""
+
+
+class _Link(asyncio.Protocol):
+    """The socket to the child: cuts the stream into frames and hands them to who waits."""
+
+    def __init__(self, started: asyncio.Future[EngineInfo]) -> None:
+        self.started = started
+        self.heard_at = asyncio.get_running_loop().time()
+        self._transport: asyncio.Transport | None = None
+        self._buffer = bytearray()
+        self._waiting: dict[int, tuple[asyncio.Future[frames.Frame], OnProgress | None]] = {}
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self.heard_at = asyncio.get_running_loop().time()
+        self._buffer += data
+        while len(self._buffer) >= 4:
+            (length,) = frames.LENGTH.unpack_from(self._buffer)
+            if length > frames.FRAME_LIMIT_BYTES:
+                self.fail(EngineFailed(f"the engine announced a frame of {length} bytes"))
+                self.close()
+                return
+            if len(self._buffer) < 4 + length:
+                return
+            body = bytes(self._buffer[4 : 4 + length])
+            del self._buffer[: 4 + length]
+            try:
+                self._dispatch(codec.unpack(body, frames.FromEngine))  # type: ignore[arg-type]
+            except BadMessage as error:
+                self.fail(EngineFailed(f"the engine sent a frame that cannot be read: {error.message}"))
+
+    def _dispatch(self, frame: frames.Frame) -> None:
+        match frame:
+            case frames.Heartbeat():
+                return
+            case frames.Started():
+                if not self.started.done():
+                    self.started.set_result(EngineInfo(frame.runtimes, frame.gpus))
+                return
+            case _:
+                pass
+        waiter, on_progress = self._waiting.get(frame.number, (None, None))
+        if isinstance(frame, frames.TaskProgressed):
+            if on_progress is not None:
+                on_progress(frame.done, frame.metrics)
+        elif waiter is not None and not waiter.done():
+            waiter.set_result(frame)
+
+    def expect(self, number: int, on_progress: OnProgress | None) -> asyncio.Future[frames.Frame]:
+        waiter: asyncio.Future[frames.Frame] = asyncio.get_running_loop().create_future()
+        self._waiting[number] = (waiter, on_progress)
+        return waiter
+
+    def forget(self, number: int) -> None:
+        self._waiting.pop(number, None)
+
+    def fail(self, error: EngineFailed) -> None:
+        for waiter, _ in self._waiting.values():
+            if not waiter.done():
+                waiter.set_exception(error)
+
+    def send(self, data: bytes) -> None:
+        if self._transport is not None:
+            self._transport.write(data)
+
+    def close(self) -> None:
+        if self._transport is not None:
+            self._transport.close()
+
+
+def _how(returncode: int | None) -> str:
+    if returncode is not None and returncode < 0:
+        return f"was ended by {signal.Signals(-returncode).name}"
+    return f"ended with status {returncode}"
