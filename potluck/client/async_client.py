@@ -151,16 +151,18 @@ class AsyncClient:
         how images become tensors, None: as the model's input is. The result is registered as `name` when that is given.
         Raises InvalidModel and InvalidData before a job is made.
         """
+        epochs, batch_size = _at_least_one("epochs", epochs), _at_least_one("batch_size", batch_size)
+        register = None if name is None else _checked(name)
         sent, options = await self._model(model, image, compiled=True)
         return await self._submit(
             Train(
                 model=sent,
                 dataset=await self._data(data, target),
                 validation=None if validation is None else await self._data(validation, target),
-                epochs=_at_least_one("epochs", epochs),
-                batch_size=_at_least_one("batch_size", batch_size),
+                epochs=epochs,
+                batch_size=batch_size,
                 image=options,
-                register=None if name is None else _checked(name),
+                register=register,
                 round_seconds=round_seconds,
                 seed=seed,
             )
@@ -176,10 +178,10 @@ class AsyncClient:
         target: str | None = None,
     ) -> AsyncJob:
         """Metrics of a model over labelled data: `job.evaluation` after `job.wait()`."""
+        batch_size = _at_least_one("batch_size", batch_size)
         sent, options = await self._model(model, image, compiled=True)
         dataset = await self._data(data, target)
-        batch = _at_least_one("batch_size", batch_size)
-        return await self._submit(Evaluate(model=sent, dataset=dataset, batch_size=batch, image=options))
+        return await self._submit(Evaluate(model=sent, dataset=dataset, batch_size=batch_size, image=options))
 
     async def predict(
         self,
@@ -191,10 +193,10 @@ class AsyncClient:
         target: str | None = None,
     ) -> AsyncJob:
         """A model's outputs for a whole data set or array: `job.predictions()`. `target` names a column to leave out."""
+        batch_size = _at_least_one("batch_size", batch_size)
         sent, options = await self._model(model, image, compiled=False)
         dataset = await self._data(data, target, shuffle=False)
-        batch = _at_least_one("batch_size", batch_size)
-        return await self._submit(Predict(model=sent, dataset=dataset, batch_size=batch, image=options))
+        return await self._submit(Predict(model=sent, dataset=dataset, batch_size=batch_size, image=options))
 
     # --- models and deployments -----------------------------------------------------------------------------------------
 

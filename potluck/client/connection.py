@@ -18,7 +18,6 @@ from msgspec.structs import replace
 from potluck.blobs.download import Downloader
 from potluck.blobs.store import BlobStore
 from potluck.bus import Addresses, Bus, Envelope, Handler, MqttBus
-from potluck.discovery import Discovery, broker_addresses
 from potluck.errors import InvalidRequest, PotluckError, TimedOut, Unavailable
 from potluck.messages import BlobRef, CoordinatorStatus, Infer, Inferred, Message, Undeploy
 from potluck.settings import ClientSettings, load, parse_address
@@ -98,6 +97,11 @@ class Connection:
 
     async def _addresses(self) -> Addresses:
         """Where the broker is: the seeds, else mDNS on loopback and on the network, whichever answers first."""
+        from potluck.discovery import (
+            Discovery,
+            broker_addresses,
+        )  # here: it takes time that a job's client need not spend
+
         settings = self.settings
         if settings.seeds or not settings.discovery.enabled:
             return broker_addresses(settings, None)

@@ -15,7 +15,6 @@ from msgspec.structs import replace
 
 from potluck import codec
 from potluck.client.connection import Connection
-from potluck.data.pack import pack
 from potluck.errors import Cancelled, InvalidData
 from potluck.messages import AddDataset, BlobRef, DatasetAdded, DatasetInfo
 
@@ -69,6 +68,8 @@ async def add(
         source, stem = existing(data), path_name(data)
     else:
         (source, target), stem = as_arrays(data, target), "arrays"
+    from potluck.data.pack import pack  # here: it reads images and tables, which most clients do not need
+
     tell = progress or (lambda what, done, total: None)
     cancelled = threading.Event()
 

@@ -1,0 +1,331 @@
+"""The client against a coordinator that answers as it is told: on the fake bus, and once on a real mosquitto."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import zipfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from potluck.bus import MqttBus
+from potluck.client import AsyncClient, Client
+from potluck.client import connection as connection_module
+from potluck.errors import (
+    Cancelled,
+    Conflict,
+    InvalidData,
+    InvalidModel,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    TimedOut,
+    Unavailable,
+)
+from potluck.messages import (
+    BlobRef,
+    EpochMetrics,
+    ErrorInfo,
+    Evaluation,
+    Infer,
+    Inferred,
+    ListNodes,
+    NodesListed,
+    SubmitJob,
+    Tensor,
+    Train,
+)
+from potluck.topics import Topics
+from support.brokers import TestBroker
+from support.eventually import eventually
+from support.fake_bus import FakeBroker, FakeBus
+from support.scripted_coordinator import ScriptedCoordinator
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(connection_module, "_ASK_AGAIN_SECONDS", 0.1)
+    monkeypatch.setattr(connection_module, "_FIND_SECONDS", 1.0)
+    monkeypatch.setattr("potluck.client.jobs._POLL_SECONDS", 0.1)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+
+
+@pytest.fixture
+def broker() -> FakeBroker:
+    return FakeBroker()
+
+
+@pytest.fixture
+async def coordinator(broker: FakeBroker, tmp_path: Path) -> AsyncIterator[ScriptedCoordinator]:
+    async with ScriptedCoordinator(FakeBus(broker, client_id="coordinator"), tmp_path / "store") as running:
+        yield running
+
+
+@pytest.fixture
+async def client(broker: FakeBroker, coordinator: ScriptedCoordinator) -> AsyncIterator[AsyncClient]:
+    async with AsyncClient(timeout=2, bus=FakeBus(broker, client_id="client")) as connected:
+        yield connected
+
+
+def keras_file(path: Path, *, compiled: bool = True) -> Path:
+    """What Keras writes, as far as a client looks into it."""
+    layers = [{"class_name": "InputLayer", "config": {"batch_shape": [None, 32, 32, 1]}}]
+    config = {"class_name": "Functional", "config": {"name": "net", "layers": layers}}
+    if compiled:
+        config["compile_config"] = {"optimizer": "adam", "loss": "mse"}
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("config.json", json.dumps(config))
+    return path
+
+
+def jobs_of(coordinator: ScriptedCoordinator) -> list[Any]:
+    return [asked.job for asked in coordinator.asked if isinstance(asked, SubmitJob)]
+
+
+async def test_a_question_is_asked_again_until_it_is_answered(
+    client: AsyncClient, coordinator: ScriptedCoordinator
+) -> None:
+    answers = iter([None, None, NodesListed(nodes=())])
+    coordinator.answers[ListNodes] = lambda asked: next(answers)
+    assert await client.nodes() == ()
+    assert len({asked.id for asked in coordinator.asked}) == 1, "the same id, so that nothing is done twice"
+
+
+async def test_silence_ends_in_a_timeout(client: AsyncClient, coordinator: ScriptedCoordinator) -> None:
+    coordinator.answers[ListNodes] = lambda asked: None
+    with pytest.raises(TimedOut, match="ListNodes"):
+        await client.nodes()
+
+
+async def test_without_a_coordinator_the_error_says_so(broker: FakeBroker) -> None:
+    with pytest.raises(Unavailable, match="no coordinator of cluster 'default' is online"):
+        await AsyncClient(timeout=1, bus=FakeBus(broker, client_id="client")).nodes()
+
+
+async def test_a_coordinator_that_starts_anew_is_waited_for(
+    client: AsyncClient, coordinator: ScriptedCoordinator
+) -> None:
+    coordinator.answers[ListNodes] = lambda asked: NodesListed(nodes=())
+    await coordinator.online("offline")
+    await eventually(lambda: not client._connection._online.is_set())
+    asking = asyncio.create_task(client.nodes())
+    await coordinator.online()
+    assert await asking == ()
+
+
+async def test_training_sends_the_file_and_the_job(
+    client: AsyncClient, coordinator: ScriptedCoordinator, tmp_path: Path
+) -> None:
+    file = keras_file(tmp_path / "net.keras")
+    job = await client.train(file, "images", validation="held-out", epochs=3, image=(32, 32), name="net")
+    (spec,) = jobs_of(coordinator)
+    assert isinstance(spec, Train)
+    assert (spec.dataset, spec.validation, spec.epochs, spec.register) == ("images", "held-out", 3, "net")
+    assert spec.image is not None
+    assert spec.image.channels == 1, "as the model's input has it"
+    assert coordinator.store.read(spec.model.sha256) == file.read_bytes()
+    assert job.id == "job-1"
+
+
+async def test_bad_models_and_options_are_refused_before_anything_is_sent(
+    client: AsyncClient, coordinator: ScriptedCoordinator, tmp_path: Path
+) -> None:
+    with pytest.raises(InvalidModel, match="not compiled"):
+        await client.train(keras_file(tmp_path / "raw.keras", compiled=False), "images")
+    with pytest.raises(InvalidModel, match="no model file"):
+        await client.train("nowhere.keras", "images")
+    (tmp_path / "text.keras").write_text("hello")
+    with pytest.raises(InvalidModel, match=r"not a \.keras file"):
+        await client.predict(tmp_path / "text.keras", "images")
+    with pytest.raises(InvalidModel, match="a int is not a model"):
+        await client.train(3, "images")
+    with pytest.raises(InvalidRequest, match="epochs"):
+        await client.train("net", "images", epochs=0)
+    with pytest.raises(InvalidRequest, match="is not a name"):
+        await client.train("net", "images", name="a b")
+    with pytest.raises(InvalidData, match="nowhere"):
+        await client.train("net", tmp_path / "nowhere")
+    with pytest.raises(InvalidData, match="a int is not data"):
+        await client.train("net", 3)
+    assert coordinator.asked == []
+
+
+async def test_arrays_become_a_data_set_named_by_its_content(
+    client: AsyncClient, coordinator: ScriptedCoordinator
+) -> None:
+    x, y = np.arange(20, dtype=np.float32).reshape(10, 2), np.arange(10) % 2
+    for _ in range(2):
+        await client.train("net", (x, y))
+    await client.train("net", (x + 1, y))
+    names = [spec.dataset for spec in jobs_of(coordinator)]
+    assert names[0] == names[1] != names[2]
+    assert names[0].startswith("arrays-")
+
+
+async def test_progress_ends_with_the_job_and_the_result_is_read(
+    client: AsyncClient, coordinator: ScriptedCoordinator, tmp_path: Path
+) -> None:
+    job = await client.train("net", "images")
+    seen: list[int] = []
+
+    async def follow() -> None:
+        async for progress in job.progress():
+            seen.append(progress.done)
+
+    following = asyncio.create_task(follow())
+    for done in (1, 2):
+        await coordinator.state(job.id, "running", done=done, total=2)
+        await eventually(lambda done=done: done in seen)
+    model = coordinator.store.put_bytes(b"a model")
+    history = tuple(EpochMetrics(epoch=n, metrics={"loss": 1 / n, "val_loss": 2 / n}) for n in (1, 2))
+    await coordinator.end(job.id, history=history, model=BlobRef(sha256=model.sha256, size=model.size))
+    await asyncio.wait_for(following, 5)
+    with pytest.raises(Conflict, match="wait"):
+        _ = job.history
+    await job.wait(5)
+    assert job.history == {"loss": [1.0, 0.5], "val_loss": [2.0, 1.0]}
+    saved = await job.model(tmp_path / "saved.keras")
+    assert saved.read_bytes() == b"a model"
+    with pytest.raises(Conflict, match="evaluation"):
+        _ = job.evaluation
+
+
+async def test_a_lost_result_is_asked_for(client: AsyncClient, coordinator: ScriptedCoordinator) -> None:
+    job = await client.evaluate("net", "images")
+    waiting = asyncio.create_task(job.wait(5))
+    await coordinator.end(job.id, say=False, evaluation=Evaluation(count=3, metrics={"accuracy": 1.0}))
+    assert (await waiting).evaluation.count == 3
+
+
+async def test_following_goes_on_after_a_lost_connection(
+    broker: FakeBroker, client: AsyncClient, coordinator: ScriptedCoordinator
+) -> None:
+    job = await client.train("net", "images")
+    waiting = asyncio.create_task(job.wait(5))
+    await eventually(lambda: len(coordinator.asked) > 1)
+    client._connection.bus.kill()
+    await coordinator.end(job.id)
+    assert (await waiting).id == job.id
+
+
+@pytest.mark.parametrize(
+    ("state", "error", "kind"),
+    [
+        ("failed", ErrorInfo(code="invalid_model", message="does not fit"), InvalidModel),
+        ("cancelled", ErrorInfo(code="cancelled", message="was cancelled"), Cancelled),
+        ("cancelled", None, Cancelled),
+    ],
+)
+async def test_waiting_raises_the_jobs_error(
+    client: AsyncClient, coordinator: ScriptedCoordinator, state: str, error: ErrorInfo | None, kind: type[Exception]
+) -> None:
+    job = await client.train("net", "images")
+    await coordinator.end(job.id, state, error=error)
+    with pytest.raises(kind):
+        await job.wait(5)
+    async for _ in job.progress():
+        pass  # the iterator ends all the same
+
+
+async def test_waiting_is_bounded_and_unknown_jobs_are_not_found(
+    client: AsyncClient, coordinator: ScriptedCoordinator
+) -> None:
+    job = await client.train("net", "images")
+    with pytest.raises(TimedOut, match="it goes on"):
+        await job.wait(0.2)
+    with pytest.raises(NotFound):
+        await client.job("job-9")
+
+
+async def test_predictions_come_back_in_input_order(client: AsyncClient, coordinator: ScriptedCoordinator) -> None:
+    job = await client.predict("net", "images")
+    rows = np.array([[2.0], [0.0], [10.0], [1.0]], dtype="<f4")
+    keys = coordinator.store.put_bytes(json.dumps(["2", "0", "10", "1"]).encode())
+    data = coordinator.store.put_bytes(rows.tobytes())
+    await coordinator.end(
+        job.id, outputs=(Tensor(name="y", datatype="FP32", shape=(4, 1), data=data),), keys=keys, classes=("a",)
+    )
+    assert (await job.predictions()).ravel().tolist() == [0.0, 1.0, 2.0, 10.0]
+    assert await job.keys() == ["0", "1", "2", "10"]
+
+
+async def test_inference_inline_and_by_blob(client: AsyncClient, coordinator: ScriptedCoordinator) -> None:
+    small = await client.infer("m", [[1.0, 2.0]])
+    assert small.dtype == np.float32
+    assert small.tolist() == [[1.0, 2.0]]
+    large = np.random.default_rng(0).random((300, 300), dtype=np.float32)
+    assert np.array_equal(await client.infer("m:1", large), large)
+    assert isinstance(coordinator.asked[-1].inputs[0].data, BlobRef)
+    two = await client.infer("m", {"a": np.zeros(2, np.int32), "b": np.ones(2, np.uint8)})
+    assert {name: array.dtype for name, array in two.items()} == {"a": np.dtype("i4"), "b": np.dtype("u1")}
+
+
+async def test_inference_is_asked_once_and_its_errors_are_raised(
+    client: AsyncClient, coordinator: ScriptedCoordinator
+) -> None:
+    def refuse(asked: Infer) -> Inferred:
+        raise Overloaded("too much", retry_after_seconds=0.5)
+
+    coordinator.answers[Infer] = refuse
+    with pytest.raises(Overloaded) as caught:
+        await client.infer("m", [1.0])
+    assert caught.value.retry_after_seconds == 0.5
+    coordinator.answers[Infer] = lambda asked: None
+    coordinator.asked.clear()
+    with pytest.raises(TimedOut):
+        await client.infer("m", [1.0], timeout=0.3)
+    assert len(coordinator.asked) == 1
+    with pytest.raises(NotFound):
+        await client.infer("a/b", [1.0])
+    with pytest.raises(InvalidRequest, match="not an array"):
+        await client.infer("m", [[1.0], [2.0, 3.0]])
+
+
+async def test_models_are_registered_from_files(
+    client: AsyncClient, coordinator: ScriptedCoordinator, tmp_path: Path
+) -> None:
+    info = await client.register(keras_file(tmp_path / "my net.keras", compiled=False), classes=["a", "b"])
+    assert (info.name, info.classes) == ("my-net", ("a", "b"))
+    await client.deploy(tmp_path / "my net.keras", replicas=2)
+    assert jobs_of(coordinator)[-1].model == "my-net:1"
+
+
+async def test_the_synchronous_client_on_a_real_broker(tmp_path: Path) -> None:
+    mosquitto = TestBroker("mosquitto", tmp_path)
+    await mosquitto.start()
+    bus = MqttBus(mosquitto.address, Topics("home"), client_id="coordinator")
+
+    def use() -> None:
+        with Client(f"127.0.0.1:{mosquitto.port}", cluster="home", timeout=5) as client:
+            assert client.cluster == "home"
+            job = client.train("net", "images")
+            loop.call_soon_threadsafe(started.set)
+            assert [progress.done for progress in job.progress()][-1] == 4
+            assert job.wait().history == {}
+            assert client.infer("m", np.ones((1, 2), np.float32)).tolist() == [[1.0, 1.0]]
+        client.close()  # twice is fine
+        with pytest.raises(InvalidRequest, match="closed"):
+            client.nodes()
+
+    loop, started = asyncio.get_running_loop(), asyncio.Event()
+    try:
+        async with ScriptedCoordinator(bus, tmp_path / "store") as coordinator:
+            using = asyncio.create_task(asyncio.to_thread(use))
+            await asyncio.wait_for(started.wait(), 10)
+            await coordinator.state("job-1", "running", done=4, total=4)
+            await asyncio.sleep(0)
+            await eventually(lambda: len(coordinator.asked) > 1)
+            await coordinator.end("job-1")
+            await asyncio.wait_for(using, 20)
+    finally:
+        await mosquitto.stop()
+
+
+async def test_no_broker_is_said_clearly(unused_tcp_port: int) -> None:
+    with pytest.raises(Unavailable, match=str(unused_tcp_port)):
+        async with AsyncClient(f"127.0.0.1:{unused_tcp_port}", timeout=1):
+            pass
