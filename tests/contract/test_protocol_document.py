@@ -1,0 +1,65 @@
+"""docs/protocol.md says what is so: its messages decode, its tables name what there is."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from potluck import codec, errors, messages, topics
+from potluck.cli.output import plain
+from potluck.messages import INLINE_LIMIT_BYTES, AnyMessage
+
+TEXT = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"```json\n(.*?)```", TEXT, flags=re.DOTALL)
+EXAMPLES += re.findall(r"-m '(\{.*?\})'", TEXT, flags=re.DOTALL)
+
+
+def check_fields(example: object, decoded: object) -> None:
+    """Every key of the example is one that the message has: a misspelt one would be ignored when it is decoded."""
+    if isinstance(example, dict) and isinstance(decoded, dict):
+        unknown = set(example) - set(decoded) - {"type", "kind"}
+        assert not unknown, unknown
+        for key in set(example) & set(decoded):
+            check_fields(example[key], decoded[key])
+    elif isinstance(example, list) and isinstance(decoded, list):
+        for item, other in zip(example, decoded, strict=True):
+            check_fields(item, other)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda text: json.loads(text)["type"])
+def test_every_example_decodes(example: str) -> None:
+    message, encoding = codec.decode(example.encode())
+    assert encoding == "json"
+    check_fields(json.loads(example), plain(message))
+
+
+def test_the_error_codes_are_all_there() -> None:
+    table = TEXT.split("| code | meaning | retryable |")[1].split("\n\n")[0]
+    rows = re.findall(r"^\| (`.*?`) \|.*\| (yes|no) \|$", table, flags=re.MULTILINE)
+    documented = {code: retry == "yes" for codes, retry in rows for code in re.findall(r"`(\w+)`", codes)}
+    known = {code: kind.retryable for code, kind in errors.BY_CODE.items()}
+    assert known.items() <= documented.items()
+
+
+def test_every_question_of_clients_is_there() -> None:
+    for kind in AnyMessage.__args__:
+        name = kind.__name__
+        if name.startswith(("List", "Get")) or name in {
+            "CancelJob",
+            "AddDataset",
+            "RegisterModel",
+            "Undeploy",
+            "Infer",
+        }:
+            assert f"`{name}`" in TEXT, name
+    for field in messages.Train.__struct_fields__:
+        assert f"`{field}`" in TEXT, field
+    assert f"{INLINE_LIMIT_BYTES:,}" in TEXT
+
+
+def test_the_topics_are_those_of_the_code() -> None:
+    for topic in re.findall(r"^\| ([a-z]+/\S+)", topics.__doc__ or "", flags=re.MULTILINE):
+        assert topic in TEXT, topic
