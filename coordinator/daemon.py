@@ -9,15 +9,12 @@ import uuid
 from collections.abc import Iterable
 from contextlib import AsyncExitStack
 
-from aiohttp import web
-
 from coordinator.collecting import Collector
 from coordinator.dispatcher import Dispatcher
 from coordinator.gateway import routes as gateway
 from coordinator.jobstore import JobStore
 from coordinator.journal import Journal
 from coordinator.membership import Change, Membership, NodeJoined, NodeLost
-from coordinator.outbox import Outbox
 from coordinator.requests import Requests, dataset_blobs
 from coordinator.serving.registry import Registry
 from coordinator.serving.serving import Serving
@@ -29,9 +26,11 @@ from potluck.broker import Broker, start_broker
 from potluck.bus import Addresses, Envelope, MqttBus, Will
 from potluck.discovery import Discovery, Service
 from potluck.errors import Unavailable
+from potluck.http import serve_http
 from potluck.logs import fields
 from potluck.messages import CoordinatorStatus, NodeCapacity, NodeStatus, NodeTelemetry
 from potluck.network import base_urls, bind, reachable_addresses
+from potluck.outbox import Outbox
 from potluck.settings import CoordinatorSettings, check_listen, parse_address, short_hostname, state_folder
 from potluck.topics import Topics
 
@@ -133,7 +132,7 @@ class Coordinator:
                     *blob_server.routes(store, writable=True, max_bytes=UPLOAD_LIMIT_BYTES),
                     *gateway.routes(self._serving, registry, self._membership),
                 ]
-                async with _http(sock, routes), AsyncExitStack() as advertisement:
+                async with serve_http(sock, routes, gateway.BODY_LIMIT_BYTES), AsyncExitStack() as advertisement:
                     await bus.connected(settings.bus.connect_timeout_seconds * 4)
                     await self._advertise(advertisement, port, broker)
                     broker_at = f"{broker.host}:{broker.port}" if broker else "external"
@@ -233,23 +232,6 @@ class Coordinator:
                 broker_port=broker_port,
             )
         )
-
-
-class _http:  # noqa: N801 - used as a function
-    """The HTTP server on a bound socket, as an async context manager."""
-
-    def __init__(self, sock: object, routes: list[web.RouteDef]) -> None:
-        self._sock = sock
-        app = web.Application(client_max_size=gateway.BODY_LIMIT_BYTES)
-        app.add_routes(routes)
-        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=2.0)
-
-    async def __aenter__(self) -> None:
-        await self._runner.setup()
-        await web.SockSite(self._runner, self._sock).start()  # type: ignore[arg-type]
-
-    async def __aexit__(self, *_: object) -> None:
-        await self._runner.cleanup()
 
 
 async def _watch(broker: Broker) -> None:

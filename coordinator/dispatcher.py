@@ -34,7 +34,6 @@ from coordinator.jobs import (
 )
 from coordinator.jobstore import JobStore
 from coordinator.membership import Membership
-from coordinator.outbox import Outbox, error_info
 from coordinator.placement import ClusterView, NodeView
 from coordinator.serving.registry import Registry
 from coordinator.serving.serving import Serving
@@ -60,6 +59,7 @@ from potluck.messages import (
     Train,
     WithdrawLease,
 )
+from potluck.outbox import Outbox, error_info
 from potluck.settings import CoordinatorSettings
 from potluck.topics import Topics
 
@@ -190,7 +190,11 @@ class Dispatcher:
                     self._command(
                         node_id, WithdrawLease(epoch=self._epoch, attempt_id=message.attempt_id, reason="unknown")
                     )
-            case LeaseRefused() | ShardFailed():
+            case LeaseRefused():
+                if self._heard(node_id, message.attempt_id) is not None:
+                    # Not the shard's fault: it is given to another, and does not count as a failure.
+                    self._end_attempt(message.attempt_id, f"refused: {message.error.message}", None)
+            case ShardFailed():
                 held = self._heard(node_id, message.attempt_id)
                 self._command(node_id, AcknowledgeResult(attempt_id=message.attempt_id))
                 if held is not None and not held.collecting:

@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 from coordinator.dispatcher import Dispatcher
 from coordinator.membership import Membership
-from coordinator.outbox import Outbox
 from coordinator.serving.registry import Registry
 from coordinator.serving.serving import Serving
 from potluck import codec
@@ -42,6 +41,7 @@ from potluck.messages import (
     Undeploy,
     Undeployed,
 )
+from potluck.outbox import Outbox
 
 log = logging.getLogger(__name__)
 

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import ctypes
+import logging
 import os
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+from potluck import logs
+from potluck.errors import PotluckError
+from potluck.settings import CoordinatorSettings, NodeSettings
+
+log = logging.getLogger(__name__)
+
+S = TypeVar("S", NodeSettings, CoordinatorSettings)
 
 _PR_SET_PDEATHSIG = 1
 
@@ -55,3 +66,47 @@ def die_with_parent() -> Callable[[], None] | None:
             os._exit(1)
 
     return set_death_signal
+
+
+def add_daemon_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that all daemons have."""
+    parser.add_argument("--config", metavar="FILE", help="settings in TOML (examples in configs/)")
+    parser.add_argument("--cluster", metavar="NAME", help="the cluster's name (default: default)")
+    parser.add_argument("--listen", metavar="ADDRESS", help="address to listen on (default: 127.0.0.1)")
+    parser.add_argument("--port", type=int, help="HTTP port (default: any free one)")
+    parser.add_argument(
+        "--insecure", action="store_true", default=None, help="allow --listen beyond loopback, unencrypted"
+    )
+    parser.add_argument("--state-dir", metavar="FOLDER", help="where everything that must last is kept")
+    parser.add_argument("--no-discovery", dest="discovery", action="store_false", default=None, help="do not use mDNS")
+    parser.add_argument("--log-level", metavar="LEVEL", help="DEBUG, INFO, WARNING or ERROR (default: INFO)")
+
+
+def daemon_flags(arguments: argparse.Namespace) -> dict[str, object]:
+    """Their values by the names of the settings; None where a flag was not given."""
+    return {
+        "cluster": arguments.cluster,
+        "listen.host": arguments.listen,
+        "listen.port": arguments.port,
+        "listen.insecure": arguments.insecure,
+        "state_dir": arguments.state_dir,
+        "discovery.enabled": arguments.discovery,
+        "log_level": arguments.log_level,
+    }
+
+
+def run_daemon(name: str, read_settings: Callable[[], S], serve: Callable[[S], Coroutine[Any, Any, None]]) -> None:
+    """Read the settings, configure the logs, serve, and exit: with the code of the PotluckError that ended it, if one did."""
+    try:
+        settings = read_settings()
+        logs.configure(settings.log_level)
+        if settings.listen.insecure:
+            log.warning("INSECURE: %s listens on %s without encryption or identities", name, settings.listen.host)
+        asyncio.run(serve(settings))
+    except* PotluckError as group:
+        found: BaseException = group
+        while isinstance(found, BaseExceptionGroup):
+            found = found.exceptions[0]
+        assert isinstance(found, PotluckError)
+        sys.stderr.write(f"{name}: {found.message}\n")
+        sys.exit(found.exit_code)

@@ -59,7 +59,7 @@ class Daemon:
             # A session of its own: Ctrl-C reaches us alone, and we stop the daemons in order.
             self.process = subprocess.Popen(
                 self.command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=self.environment,
-                start_new_session=True, preexec_fn=prepare,  # noqa: PLW1509 - prctl and sched_setaffinity only
+                start_new_session=True, preexec_fn=prepare,
             )  # fmt: skip
 
     def kill(self) -> None:

@@ -1,4 +1,4 @@
-"""What the coordinator says on the bus: one bounded queue and one sender, so that nobody who decides has to wait.
+"""What a daemon says on the bus: one bounded queue and one sender, so that nobody who decides has to wait.
 
 Nothing here is relied upon for delivery: commands are resent until acknowledged, retained states are published again after
 every reconnect, and a question whose answer is lost is asked again by its client.
@@ -49,6 +49,12 @@ class Outbox:
             except PotluckError as error:
                 self.dropped += 1
                 log.info("message dropped %s", fields(code=error.code, reason=error.message))
+            finally:
+                self._queue.task_done()
+
+    async def drained(self) -> None:
+        """Return when everything that was published before has been sent or dropped."""
+        await self._queue.join()
 
     def _put(self, send: Callable[[], Awaitable[None]]) -> None:
         try:

@@ -1,0 +1,49 @@
+"""`potluck-node`: the node daemon on the command line."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+
+from node.daemon import Node
+from potluck import __version__, lifecycle
+from potluck.settings import NodeSettings, load
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="potluck-node",
+        description="Brings this machine to the cluster: advertises its capacity, computes shards, serves models.",
+    )
+    lifecycle.add_daemon_arguments(parser)
+    parser.add_argument("--node-id", metavar="ID", help="this node's id (default: made once, kept in the state folder)")
+    parser.add_argument(
+        "--seed", metavar="HOST[:PORT]", action="append", help="address of the broker (default: found by mDNS)"
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="threads TensorFlow may use (default: one a core)")
+    parser.add_argument("--version", action="version", version=f"potluck {__version__}")
+    return parser
+
+
+def settings_from(arguments: argparse.Namespace) -> NodeSettings:
+    """Settings from file, environment and flags. Raises InvalidSettings."""
+    flags = lifecycle.daemon_flags(arguments) | {
+        "node_id": arguments.node_id,
+        "seeds": arguments.seed,
+        "threads": arguments.threads,
+    }
+    return load(NodeSettings, arguments.config, flags)
+
+
+async def serve(settings: NodeSettings) -> None:
+    stop = lifecycle.stop_event(asyncio.get_running_loop())
+    await Node(settings).run(stop)
+
+
+def main() -> None:
+    """Run until SIGTERM or SIGINT. Exit codes are those of `potluck.errors`."""
+    lifecycle.run_daemon("potluck-node", lambda: settings_from(parser().parse_args()), serve)
+
+
+if __name__ == "__main__":
+    main()

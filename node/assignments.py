@@ -1,0 +1,190 @@
+"""The leases that this node holds: pure transitions `(event) -> effects`. No clock, no input or output.
+
+A lease is queued, then running, then its outcome is reported until the coordinator acknowledges it. Every event may come
+twice (QoS 1, resends), and commands of an older coordinator than one that was seen are ignored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from potluck.messages import (
+    AcknowledgeResult,
+    ErrorInfo,
+    LeaseRefused,
+    LeaseRenewed,
+    LeaseShard,
+    LeaseTaken,
+    ShardFailed,
+    ShardFinished,
+    WithdrawLease,
+)
+
+QUEUE_LIMIT = 3
+"""Leases held and not reported yet: one runs, the blobs of the others are fetched meanwhile."""
+
+LeaseState = Literal["queued", "running", "reporting"]
+Outcome = ShardFinished | ShardFailed
+
+
+@dataclass(frozen=True)
+class Send:
+    """Publish on the node's outbox."""
+
+    message: LeaseTaken | LeaseRefused | LeaseRenewed | ShardFinished | ShardFailed
+
+
+@dataclass(frozen=True)
+class Prefetch:
+    """Begin to fetch the blobs of a lease that was queued."""
+
+    lease: LeaseShard
+
+
+@dataclass(frozen=True)
+class Run:
+    """Give this lease to the engine: no other is running."""
+
+    lease: LeaseShard
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Stop what is running: its lease was withdrawn."""
+
+    attempt_id: str
+
+
+Effect = Send | Prefetch | Run | Stop
+
+
+@dataclass
+class _Held:
+    lease: LeaseShard
+    state: LeaseState = "queued"
+    done: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    outcome: Outcome | None = None
+
+
+@dataclass
+class Assignments:
+    """All leases by attempt, in the order they came."""
+
+    epoch: int = 0
+    draining: bool = False
+    held: dict[str, _Held] = field(default_factory=dict)
+    stopping: str = ""
+    """The attempt whose engine work is being stopped: the next one waits for its end."""
+
+    @property
+    def attempt_ids(self) -> tuple[str, ...]:
+        return tuple(self.held)
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything is queued, running, or being stopped."""
+        return bool(self.stopping) or any(held.state != "reporting" for held in self.held.values())
+
+    def on_epoch(self, epoch: int) -> None:
+        """A coordinator was heard of."""
+        self.epoch = max(self.epoch, epoch)
+
+    def on_lease(self, lease: LeaseShard) -> list[Effect]:
+        """Take a lease, say again that we have it, or refuse it."""
+        if lease.epoch < self.epoch:
+            return []  # of a coordinator that has been replaced
+        self.epoch = lease.epoch
+        known = self.held.get(lease.attempt_id)
+        if known is not None:
+            return [Send(known.outcome or LeaseTaken(attempt_id=lease.attempt_id))]
+        refusal = self._refusal()
+        if refusal is not None:
+            return [Send(LeaseRefused(attempt_id=lease.attempt_id, error=refusal))]
+        self.held[lease.attempt_id] = _Held(lease)
+        return [Send(LeaseTaken(attempt_id=lease.attempt_id)), Prefetch(lease), *self._next()]
+
+    def on_withdrawn(self, message: WithdrawLease) -> list[Effect]:
+        if message.epoch < self.epoch:
+            return []
+        held = self.held.pop(message.attempt_id, None)
+        if held is None or held.state != "running":
+            return []
+        self.stopping = message.attempt_id
+        return [Stop(message.attempt_id)]
+
+    def on_progress(self, attempt_id: str, done: int, metrics: dict[str, float]) -> None:
+        held = self.held.get(attempt_id)
+        if held is not None:
+            held.done, held.metrics = done, metrics
+
+    def on_outcome(self, outcome: Outcome) -> list[Effect]:
+        """The engine is through with an attempt, one way or another; what was withdrawn meanwhile is not reported."""
+        if self.stopping == outcome.attempt_id:
+            self.stopping = ""
+        effects: list[Effect] = []
+        held = self.held.get(outcome.attempt_id)
+        if held is not None and held.state != "reporting":
+            held.state, held.outcome = "reporting", outcome
+            effects.append(Send(outcome))
+        return [*effects, *self._next()]
+
+    def on_acknowledged(self, message: AcknowledgeResult) -> list[Effect]:
+        held = self.held.get(message.attempt_id)
+        if held is not None and held.state == "reporting":
+            del self.held[message.attempt_id]
+        return []
+
+    def on_renewal_due(self) -> list[Effect]:
+        """Tell the coordinator that we are still at it."""
+        return [
+            Send(LeaseRenewed(attempt_id=attempt_id, done=held.done, metrics=held.metrics))
+            for attempt_id, held in self.held.items()
+            if held.state != "reporting"
+        ]
+
+    def on_resend_due(self) -> list[Effect]:
+        """Report again what was not acknowledged."""
+        return [Send(held.outcome) for held in self.held.values() if held.outcome is not None]
+
+    def on_drain(self) -> list[Effect]:
+        """This node stops: give everything back that is not done, and take nothing new."""
+        self.draining = True
+        error = self._refusal()
+        assert error is not None
+        effects: list[Effect] = []
+        for attempt_id, held in list(self.held.items()):
+            if held.state == "running":
+                self.stopping = attempt_id
+                effects.append(Stop(attempt_id))
+            if held.state != "reporting":
+                del self.held[attempt_id]
+                effects.append(Send(LeaseRefused(attempt_id=attempt_id, error=error)))
+        return effects
+
+    def check_invariants(self) -> None:
+        """At most one runs, nothing runs while another is being stopped, and what is reported has an outcome."""
+        running = [held for held in self.held.values() if held.state == "running"]
+        assert len(running) + bool(self.stopping) <= 1
+        assert all((held.outcome is not None) == (held.state == "reporting") for held in self.held.values())
+        assert self.stopping not in self.held or self.held[self.stopping].state != "running"
+        waiting = [held for held in self.held.values() if held.state != "reporting"]
+        assert len(waiting) <= QUEUE_LIMIT
+        assert running or self.stopping or not waiting  # nobody waits for nothing
+
+    def _refusal(self) -> ErrorInfo | None:
+        if self.draining:
+            return ErrorInfo(code="unavailable", message="the node is stopping", retryable=True)
+        if sum(held.state != "reporting" for held in self.held.values()) >= QUEUE_LIMIT:
+            return ErrorInfo(code="overloaded", message=f"the node holds {QUEUE_LIMIT} leases already", retryable=True)
+        return None
+
+    def _next(self) -> list[Effect]:
+        if self.stopping or any(held.state == "running" for held in self.held.values()):
+            return []
+        for held in self.held.values():
+            if held.state == "queued":
+                held.state = "running"
+                return [Run(held.lease)]
+        return []

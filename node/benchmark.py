@@ -1,0 +1,32 @@
+"""How fast this machine multiplies float32 matrices: run as a process of its own, prints GFLOP/s.
+
+It stands in for the speed of a model until one has been measured on this node.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+SIZE = 768
+SECONDS = 0.3
+
+
+def measure() -> float:
+    """Best GFLOP/s of several products of SIZE x SIZE matrices, about SECONDS long in all."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    a = rng.random((SIZE, SIZE), np.float32)
+    b = rng.random((SIZE, SIZE), np.float32)
+    best = float("inf")
+    deadline = time.perf_counter() + SECONDS
+    while time.perf_counter() < deadline:
+        started = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - started)
+    return 2 * SIZE**3 / best / 1e9
+
+
+if __name__ == "__main__":
+    sys.stdout.write(f"{measure():.1f}\n")

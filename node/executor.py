@@ -1,0 +1,219 @@
+"""Runs leased shards on the work engine: fetch the blobs, run the task, keep the result's blobs for those who need them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from node.engine.process import Engine
+from node.slot import EngineSlot
+from potluck import codec
+from potluck.blobs.download import Downloader
+from potluck.blobs.store import BlobStore
+from potluck.errors import Cancelled, PotluckError
+from potluck.logs import fields
+from potluck.messages import (
+    AnyTaskResult,
+    BlobRef,
+    ExportResult,
+    LeaseShard,
+    PredictResult,
+    ShardFailed,
+    ShardFinished,
+    Tensor,
+    TrainResult,
+)
+from potluck.outbox import error_info
+
+log = logging.getLogger(__name__)
+
+INLINE_RESULT_BYTES = 128 * 1024
+FETCHES_AT_ONCE = 4
+STOP_SECONDS = 10.0
+"""How long an engine may take to stop a withdrawn task before it is killed."""
+
+OnProgress = Callable[[str, int, dict[str, float]], None]
+OnOutcome = Callable[[ShardFinished | ShardFailed], None]
+OnStored = Callable[[tuple[str, ...]], None]
+
+
+class Executor:
+    """One shard at a time; the next one's blobs are fetched meanwhile. Tell it of `Run`, `Prefetch` and `Stop`."""
+
+    def __init__(
+        self,
+        *,
+        store: BlobStore,
+        downloader: Downloader,
+        slot: EngineSlot,
+        scratch: Path,
+        urls: tuple[str, ...],
+        on_progress: OnProgress,
+        on_outcome: OnOutcome,
+        on_stored: OnStored,
+    ) -> None:
+        self._store = store
+        self._downloader = downloader
+        self._slot = slot
+        self._scratch = scratch
+        self._urls = urls
+        self._on_progress = on_progress
+        self._on_outcome = on_outcome
+        self._on_stored = on_stored
+        self._tasks: asyncio.TaskGroup | None = None
+        self._running: asyncio.Task[None] | None = None
+        self._fetching = asyncio.Semaphore(FETCHES_AT_ONCE)
+        self._computing = False
+        self._withdrawn = asyncio.Event()
+
+    async def run(self) -> None:
+        """Must be under way for anything to happen; until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            self._tasks = tasks
+            await asyncio.get_running_loop().create_future()
+
+    def prefetch(self, lease: LeaseShard) -> None:
+        assert self._tasks is not None
+        self._tasks.create_task(self._prefetch(lease), name=f"prefetch {lease.attempt_id}")
+
+    def start(self, lease: LeaseShard) -> None:
+        """Work on this lease; its outcome is told to `on_outcome`, whatever happens."""
+        assert self._tasks is not None
+        self._withdrawn = asyncio.Event()
+        self._running = self._tasks.create_task(self._work(lease), name=f"attempt {lease.attempt_id}")
+
+    def stop(self) -> None:
+        """Stop what is running, at its next step."""
+        assert self._tasks is not None
+        if self._running is not None and not self._running.done():
+            self._tasks.create_task(self._stop(self._running), name="stop attempt")
+
+    def forget(self, job_id: str) -> None:
+        """The job has ended: the engine may drop what it keeps for it."""
+        assert self._tasks is not None
+        if (engine := self._slot.engine) is not None:
+            self._tasks.create_task(engine.forget_job(job_id), name=f"forget {job_id}")
+
+    async def _work(self, lease: LeaseShard) -> None:
+        attempt_id = lease.attempt_id
+        try:
+            result = await self._compute(lease)
+            outcome: ShardFinished | ShardFailed = await self._report(attempt_id, result)
+        except PotluckError as error:
+            log.info(
+                "shard failed %s", fields(job=lease.job_id, attempt=attempt_id, code=error.code, reason=error.message)
+            )
+            outcome = ShardFailed(attempt_id=attempt_id, error=error_info(error))
+        self._on_outcome(outcome)
+
+    async def _compute(self, lease: LeaseShard) -> AnyTaskResult:
+        refs = list(blob_refs(lease.task))
+        for ref in refs:
+            self._store.pin(ref.sha256)
+        try:
+            files = await self._fetch_unless(self._withdrawn, refs)
+
+            def progress(done: int, metrics: dict[str, float]) -> None:
+                self._on_progress(lease.attempt_id, done, metrics)
+
+            async def run(engine: Engine) -> AnyTaskResult:
+                if self._withdrawn.is_set():
+                    raise Cancelled("the attempt was withdrawn")
+                self._computing = True
+                try:
+                    return await engine.run_task(lease.job_id, lease.task, files, progress)
+                finally:
+                    self._computing = False
+
+            return await self._slot.use(run)
+        finally:
+            for ref in refs:
+                self._store.unpin(ref.sha256)
+
+    async def _fetch(self, refs: list[BlobRef]) -> dict[str, Path]:
+        """Files of all blobs; the coordinator learns which ones are new here."""
+        missing = tuple({ref.sha256 for ref in refs if not self._store.has(ref.sha256)})
+
+        async def one(ref: BlobRef) -> tuple[str, Path]:
+            async with self._fetching:
+                return ref.sha256, await self._downloader.fetch(ref)
+
+        files: dict[str, Path] = {}
+        for done in asyncio.as_completed([one(ref) for ref in {ref.sha256: ref for ref in refs}.values()]):
+            sha256, path = await done
+            files[sha256] = path
+        if missing:
+            self._on_stored(missing)
+        return files
+
+    async def _prefetch(self, lease: LeaseShard) -> None:
+        try:
+            await self._fetch(list(blob_refs(lease.task)))
+        except PotluckError as error:
+            # The attempt itself will meet the same trouble, and report it.
+            log.info("prefetch failed %s", fields(attempt=lease.attempt_id, reason=error.message))
+
+    async def _report(self, attempt_id: str, result: AnyTaskResult) -> ShardFinished:
+        """The result with its blobs in our store and us as their holder; small predictions stay inline."""
+        if isinstance(result, TrainResult):
+            result = replace(result, weights=await self._adopt(result.weights))
+        elif isinstance(result, ExportResult):
+            result = replace(result, model=await self._adopt(result.model))
+        elif isinstance(result, PredictResult):
+            message = ShardFinished(attempt_id=attempt_id, result=result)
+            if len(codec.pack(message)) > INLINE_RESULT_BYTES:
+                result = replace(result, outputs=tuple([await self._as_blob(tensor) for tensor in result.outputs]))
+        return ShardFinished(attempt_id=attempt_id, result=result)
+
+    async def _adopt(self, ref: BlobRef) -> BlobRef:
+        kept = await asyncio.to_thread(self._store.adopt, self._scratch / ref.sha256, ref.sha256)
+        return replace(kept, holders=self._urls)
+
+    async def _as_blob(self, tensor: Tensor) -> Tensor:
+        if not isinstance(tensor.data, bytes):
+            return tensor
+        kept = await asyncio.to_thread(self._store.put_bytes, tensor.data)
+        return replace(tensor, data=replace(kept, holders=self._urls))
+
+    async def _fetch_unless(self, withdrawn: asyncio.Event, refs: list[BlobRef]) -> dict[str, Path]:
+        """`_fetch`, but Cancelled at once when the attempt is withdrawn."""
+        fetch = asyncio.create_task(self._fetch(refs), name="fetch")
+        given_up = asyncio.create_task(withdrawn.wait(), name="withdrawn")
+        both: set[asyncio.Task[Any]] = {fetch, given_up}
+        try:
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+            if not fetch.done():
+                raise Cancelled("the attempt was withdrawn")
+            return fetch.result()
+        finally:
+            for task in both:
+                task.cancel()
+            await asyncio.wait(both)
+
+    async def _stop(self, running: asyncio.Task[None]) -> None:
+        self._withdrawn.set()
+        engine = self._slot.engine
+        if self._computing and engine is not None:
+            await engine.cancel_task()
+            done, _ = await asyncio.wait({running}, timeout=STOP_SECONDS)
+            if not done:
+                log.warning("engine did not stop its task in time, so it is ended")
+                await engine.stop(grace_seconds=0)
+
+
+def blob_refs(value: Any) -> Iterator[BlobRef]:
+    """Every blob that a task names."""
+    if isinstance(value, BlobRef):
+        yield value
+    elif isinstance(value, Struct):
+        for name in value.__struct_fields__:
+            yield from blob_refs(getattr(value, name))
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from blob_refs(item)

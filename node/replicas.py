@@ -1,0 +1,177 @@
+"""The models that this node keeps loaded for deployments, on an engine of their own: a poisonous job cannot take them down."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import Any
+
+from msgspec.structs import replace
+
+from node.slot import EngineSlot
+from potluck.blobs.download import Downloader
+from potluck.blobs.store import BlobStore
+from potluck.errors import EngineFailed, NotFound, Overloaded, PotluckError
+from potluck.logs import fields
+from potluck.messages import (
+    BlobRef,
+    InferenceFinished,
+    LoadModel,
+    ModelLoaded,
+    ModelLoadFailed,
+    ModelUnloaded,
+    RequestOutcome,
+    RunInference,
+    Tensor,
+    UnloadModel,
+)
+from potluck.outbox import Outbox, error_info
+
+log = logging.getLogger(__name__)
+
+BATCHES_LIMIT = 256
+"""Batches that may wait for the engine; the coordinator sends two to a replica, so more is a fault of somebody."""
+
+
+class Replicas:
+    """Replicas by id. `run` must be under way. Events go to `outbox`, answers to `fast`, both on `topic`."""
+
+    def __init__(
+        self,
+        *,
+        store: BlobStore,
+        downloader: Downloader,
+        slot: EngineSlot,
+        outbox: Outbox,
+        fast: Outbox,
+        topic: str,
+    ) -> None:
+        self._store = store
+        self._downloader = downloader
+        self._slot = slot
+        self._outbox = outbox
+        self._fast = fast
+        self._topic = topic
+        self._loaded: dict[str, ModelLoaded] = {}
+        self._models: dict[str, str] = {}
+        self._loading: dict[str, asyncio.Task[None]] = {}
+        self._batches = 0
+        self._tasks: asyncio.TaskGroup | None = None
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        return tuple(self._loaded)
+
+    @property
+    def needed(self) -> bool:
+        """Whether the engine holds anything, or is about to."""
+        return bool(self._loaded or self._loading)
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            self._tasks = tasks
+            await asyncio.get_running_loop().create_future()
+
+    def load(self, command: LoadModel) -> None:
+        """Become a replica; says again that it is one when it is."""
+        known = self._loaded.get(command.replica_id)
+        if known is not None:
+            self._outbox.publish(self._topic, known)
+        elif command.replica_id not in self._loading:
+            assert self._tasks is not None
+            task = self._tasks.create_task(self._load(command), name=f"load {command.replica_id}")
+            self._loading[command.replica_id] = task
+            task.add_done_callback(lambda _: self._loading.pop(command.replica_id, None))
+
+    def unload(self, command: UnloadModel) -> None:
+        assert self._tasks is not None
+        self._tasks.create_task(self._unload(command.replica_id), name=f"unload {command.replica_id}")
+
+    def infer(self, command: RunInference) -> None:
+        """Run a batch, unless it is too late; the answer is `InferenceFinished`."""
+        if command.expires and command.expires < time.time():
+            return
+        if command.replica_id not in self._loaded or self._batches >= BATCHES_LIMIT:
+            error: PotluckError = NotFound(f"replica {command.replica_id} is not loaded on this node")
+            if self._batches >= BATCHES_LIMIT:
+                error = Overloaded(f"{BATCHES_LIMIT} batches wait on this node", retry_after_seconds=1.0)
+            self._answer(command, error)
+            return
+        assert self._tasks is not None
+        self._batches += 1
+        self._tasks.create_task(self._infer(command), name="batch")
+
+    def on_engine_death(self, failure: EngineFailed) -> None:
+        """All replicas are gone with their engine; the coordinator decides what comes instead."""
+        lost, self._loaded = list(self._loaded), {}
+        for replica_id in lost:
+            self._release(replica_id)
+            self._outbox.publish(self._topic, ModelUnloaded(replica_id=replica_id, error=error_info(failure)))
+
+    async def _load(self, command: LoadModel) -> None:
+        replica_id, sha256 = command.replica_id, command.model.sha256
+        self._models[replica_id] = sha256
+        self._store.pin(sha256)
+        try:
+            path = await self._downloader.fetch(command.model)
+            signature, resident = await self._slot.use(lambda engine: engine.load_model(replica_id, path))
+        except PotluckError as error:
+            self._release(replica_id)
+            log.info("model not loaded %s", fields(model=command.name, replica=replica_id, reason=error.message))
+            self._outbox.publish(self._topic, ModelLoadFailed(replica_id=replica_id, error=error_info(error)))
+            return
+        loaded = ModelLoaded(replica_id=replica_id, signature=signature, resident_bytes=resident)
+        self._loaded[replica_id] = loaded
+        log.info("model loaded %s", fields(model=command.name, replica=replica_id, resident_bytes=resident))
+        self._outbox.publish(self._topic, loaded)
+
+    async def _unload(self, replica_id: str) -> None:
+        loading = self._loading.get(replica_id)
+        if loading is not None:
+            await asyncio.wait([loading])
+        if self._loaded.pop(replica_id, None) is not None:
+            self._release(replica_id)
+            engine = self._slot.engine
+            if engine is not None:
+                try:
+                    await engine.unload_model(replica_id)
+                except EngineFailed as error:
+                    log.info("engine ended while unloading %s", fields(reason=error.message))
+        self._outbox.publish(self._topic, ModelUnloaded(replica_id=replica_id))
+
+    async def _infer(self, command: RunInference) -> None:
+        try:
+            requests = command.requests
+            if any(isinstance(tensor.data, BlobRef) for request in requests for tensor in request):
+                requests = tuple([tuple([await self._inline(tensor) for tensor in request]) for request in requests])
+            outcomes, seconds = await self._slot.use(lambda engine: engine.infer(command.replica_id, requests))
+        except PotluckError as error:
+            self._answer(command, error)
+            return
+        finally:
+            self._batches -= 1
+        self._fast.publish(
+            self._topic,
+            InferenceFinished(id=command.id, replica_id=command.replica_id, outcomes=tuple(outcomes), seconds=seconds),
+            qos=0,
+        )
+
+    async def _inline(self, tensor: Tensor) -> Tensor:
+        if not isinstance(tensor.data, BlobRef):
+            return tensor
+        path = await self._downloader.fetch(tensor.data)
+        return replace(tensor, data=await asyncio.to_thread(path.read_bytes))
+
+    def _answer(self, command: RunInference, error: PotluckError) -> None:
+        outcome = RequestOutcome(error=error_info(error))
+        finished = InferenceFinished(
+            id=command.id, replica_id=command.replica_id, outcomes=(outcome,) * len(command.requests)
+        )
+        self._fast.publish(self._topic, finished, qos=0)
+
+    def _release(self, replica_id: str) -> None:
+        sha256: Any = self._models.pop(replica_id, None)
+        if sha256 is not None:
+            self._store.unpin(sha256)

@@ -1,0 +1,27 @@
+"""An aiohttp server on a socket that is bound already, as an async context manager."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+from aiohttp import web
+
+SHUTDOWN_SECONDS = 2.0
+
+
+@asynccontextmanager
+async def serve_http(
+    sock: socket.socket, routes: Sequence[web.RouteDef], body_limit_bytes: int = 1 << 20
+) -> AsyncIterator[None]:
+    """Serve `routes` within the block; requests under way get SHUTDOWN_SECONDS at its end."""
+    app = web.Application(client_max_size=body_limit_bytes)
+    app.add_routes(routes)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_SECONDS)
+    await runner.setup()
+    try:
+        await web.SockSite(runner, sock).start()
+        yield
+    finally:
+        await runner.cleanup()
