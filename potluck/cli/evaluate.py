@@ -21,9 +21,10 @@ def evaluate(
     """Measure a model over the nodes: accuracy, precision, recall, F1, confusion matrix."""
     from potluck.cli import following, output
 
+    size = image_size(image)
     with session(context).client() as client:
         with following.waiting("packing and sending the data", quiet=as_json):
-            job = client.evaluate(model, data, batch_size=batch_size, image=image_size(image), target=target)
+            job = client.evaluate(model, data, batch_size=batch_size, image=size, target=target)
         following.follow(job, quiet=as_json)
         evaluation = job.evaluation
     if as_json:

@@ -36,9 +36,10 @@ def infer(
     from potluck.cli import output
     from potluck.client.models import image_options
 
+    size = image_size(image)
     with session(context).client() as client:
         info = client.get_model(model)
-        asked = image_options(image_size(image), _input_shape(info))
+        asked = image_options(size, _input_shape(info))
         inputs = read_input(source, info, asked)
         found = client.infer(model, inputs)
     outputs = found if isinstance(found, dict) else {"": found}

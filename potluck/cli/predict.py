@@ -42,9 +42,10 @@ def predict(
     source: Any = data
     if data.endswith(".npy"):
         source = read_array(Path(data))
+    size = image_size(image)
     with session(context).client() as client:
         with following.waiting("packing and sending the data", quiet=as_json):
-            job = client.predict(model, source, batch_size=batch_size, image=image_size(image), target=target)
+            job = client.predict(model, source, batch_size=batch_size, image=size, target=target)
         following.follow(job, quiet=as_json)
         found, keys, classes = job.predictions, job.keys, job.result().classes
     outputs = found if isinstance(found, dict) else {"": found}

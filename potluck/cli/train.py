@@ -37,6 +37,7 @@ def train(
             if detach
             else f"--output {output}: there is no folder {output.resolve().parent}"
         )
+    size = image_size(image)
     with session(context).client() as client:
         with following.waiting("packing and sending the data", quiet=as_json):
             job = client.train(
@@ -45,7 +46,7 @@ def train(
                 validation=validation,
                 epochs=epochs,
                 batch_size=batch_size,
-                image=image_size(image),
+                image=size,
                 name=name,
                 target=target,
                 round_seconds=round_seconds,

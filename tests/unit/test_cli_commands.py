@@ -1,0 +1,110 @@
+"""The command line's own rules: where options stand, exit codes, errors as one sentence, quick help."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from potluck.cli.infer import read_image, read_input
+from potluck.cli.joining import CLAIM, elected
+from potluck.cli.session import global_options_first, image_size
+from potluck.errors import InvalidData, InvalidRequest
+from potluck.messages import BlobRef, ImageOptions, ModelInfo, Signature, TensorSpec
+
+
+def model(shape: tuple[int, ...]) -> ModelInfo:
+    spec = TensorSpec(name="x", datatype="FP32", shape=shape)
+    return ModelInfo(
+        name="m",
+        version=1,
+        model=BlobRef(sha256="0" * 64, size=1),
+        created_at=0.0,
+        signature=Signature(inputs=(spec,), outputs=()),
+    )
+
+
+def potluck(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "potluck.cli.main", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ("nodes --seed h --json", "--seed h nodes --json"),
+        ("--cluster=a train m d --timeout 3", "--cluster=a --timeout 3 train m d"),
+        ("up --seed h --insecure", "up --seed h --insecure"),
+        ("--debug up --cluster c", "--debug up --cluster c"),
+        ("infer m -- --seed", "infer m -- --seed"),
+        ("evaluate up --seed h", "--seed h evaluate up"),
+    ],
+)
+def test_common_options_stand_anywhere(given: str, wanted: str) -> None:
+    assert global_options_first(given.split()) == wanted.split()
+
+
+def test_image_sizes() -> None:
+    assert image_size("128x96") == (128, 96)
+    assert image_size("28X28x1") == (28, 28, 1)
+    for wrong in ("128", "0x3", "ax3", "1x2x3x4"):
+        with pytest.raises(InvalidRequest, match="height x width"):
+            image_size(wrong)
+
+
+def test_the_smallest_candidate_is_elected_and_a_claim_comes_before_all() -> None:
+    assert elected("aa", [])
+    assert elected("aa", ["ab"])
+    assert not elected("0f", [f"{CLAIM}ff"])
+
+
+def test_images_are_resized_as_the_nodes_do_it(tmp_path: Path) -> None:
+    path = tmp_path / "p.png"
+    Image.fromarray(np.array([[0, 100], [200, 100]], np.uint8)).save(path)
+    pixels = read_image(path, ImageOptions(height=4, width=1, channels=1, scale=1.0))
+    assert pixels.shape == (4, 1, 1)
+    assert pixels.ravel().tolist() == [50.0, 75.0, 125.0, 150.0], "half-pixel centres, edges repeated"
+    assert read_input(str(path), model((-1, 2, 2, 3)), None).shape == (1, 2, 2, 3)
+    with pytest.raises(InvalidRequest, match="--image"):
+        read_input(str(path), model((-1, 4)), None)
+    with pytest.raises(InvalidData, match="no file"):
+        read_input("nowhere.png", model((-1, 2, 2, 3)), None)
+
+
+def test_json_and_arrays_get_their_batch_axis(tmp_path: Path) -> None:
+    assert read_input("[1, 2]", model((-1, 2)), None).tolist() == [[1.0, 2.0]]
+    assert read_input('{"a": [[1, 2]], "b": [0.5]}', model((-1, 2)), None)["a"].dtype.kind == "i"
+    np.save(tmp_path / "rows.npy", np.zeros((3, 2), np.float32))
+    assert read_input(str(tmp_path / "rows.npy"), model((-1, 2)), None).shape == (3, 2)
+    with pytest.raises(InvalidData, match="JSON"):
+        read_input("[1,", model((-1, 2)), None)
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from potluck.cli import main\n"
+        "heavy = {'numpy', 'aiohttp', 'zeroconf', 'aiomqtt', 'tensorflow', 'keras'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    shown = potluck("--help")
+    assert shown.returncode == 0
+    for command in ("up", "nodes", "train", "evaluate", "predict", "jobs", "cancel", "deploy", "infer", "data", "demo"):
+        assert command in shown.stdout
+
+
+def test_errors_are_one_sentence_with_their_exit_code(unused_tcp_port: int) -> None:
+    refused = potluck("nodes", "--seed", f"127.0.0.1:{unused_tcp_port}", "--timeout", "0.5")
+    assert (refused.returncode, refused.stdout) == (4, "")
+    assert refused.stderr.startswith("potluck: no connection")
+    assert refused.stderr.count("\n") == 1
+    assert potluck("train", "m.keras", "d", "--image", "5").returncode == 2, "said before anything is looked for"
+    assert potluck("nodes", "--seed", "h:99999").returncode == 2
+    open_to_all = potluck("up", "--listen", "0.0.0.0")
+    assert open_to_all.returncode == 2
+    assert "--insecure" in open_to_all.stderr
+    assert potluck("nonsense").returncode == 2

@@ -1,0 +1,91 @@
+"""What the command line writes: JSON with every field, tables, CSV, plain lines of progress."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from potluck.cli import following, output, predict
+from potluck.messages import Capacity, ClassScore, Evaluation, Gpu, JobChanged, JobProgress, NodeInfo
+
+NODE = NodeInfo(
+    node_id="n1",
+    state="online",
+    capacity=Capacity(
+        hostname="kitchen", system="Linux", cores=4, memory_bytes=8 << 30, gpus=(Gpu(name="T4", memory_bytes=16 << 30),),
+        runtimes={"keras": "3.15"}, gflops=120.4,
+    ),
+)  # fmt: skip
+
+
+def text_of(renderable: object) -> str:
+    console = Console(file=io.StringIO(), width=200)
+    console.print(renderable)
+    return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+
+
+def test_json_has_every_field_and_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
+    output.emit([JobProgress(metrics={"loss": float("nan")}), np.float32(2.5)])
+    progress, number = json.loads(capsys.readouterr().out)
+    assert progress["metrics"] == {"loss": None}
+    assert progress["done"] == 0
+    assert progress["nodes"] == {}
+    assert number == 2.5
+
+
+def test_nodes_show_what_they_have() -> None:
+    shown = text_of(output.nodes_table([NODE]))
+    for part in ("n1", "online", "kitchen", "4", "8.0 GiB", "T4 16.0 GiB", "120", "keras 3.15"):
+        assert part in shown, part
+
+
+def test_an_evaluation_shows_scores_and_confusion() -> None:
+    score = ClassScore(label="cat", precision=0.5, recall=1.0, f1=2 / 3, support=2)
+    other = ClassScore(label="dog", precision=0.0, recall=0.0, f1=0.0, support=2)
+    shown = text_of(
+        output.evaluation_report(
+            Evaluation(count=4, metrics={"accuracy": 0.5}, confusion=((2, 0), (2, 0)), classes=(score, other))
+        )
+    )
+    for part in ("4 items", "accuracy 0.5000", "precision", "cat", "0.6667", "confusion"):
+        assert part in shown, part
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"), [(0.4, "0 s"), (59.6, "1 min 00 s"), (125, "2 min 05 s"), (3661, "1 h 01 min")]
+)
+def test_seconds_as_people_read_them(seconds: float, shown: str) -> None:
+    assert output.seconds_text(seconds) == shown
+
+
+def test_plain_lines_come_with_changes_and_now_and_then() -> None:
+    def state(done: int, epoch: int) -> JobChanged:
+        progress = JobProgress(done=done, total=100, epoch=epoch, epochs=2, items_per_second=10.0, nodes={"n1": 10.0})
+        return JobChanged(job_id="j", kind="train", state="running", created_at=0.0, progress=progress)
+
+    times = iter([0.0, 1.0, 2.0, 8.0])
+    lines = list(following.plain_lines([state(1, 1), state(2, 1), state(3, 2), state(4, 2)], lambda: next(times)))
+    assert len(lines) == 3
+    assert lines[0] == "train j running  epoch 1/2  1/100 items (1%)  10 items/s on 1 nodes  10 s left"
+
+
+def test_csv_names_classes_and_keys() -> None:
+    scores = {"": np.array([[0.25, 0.75], [1.0, 0.0]], np.float32)}
+    assert predict.as_csv(scores, ["a.png", "b.png"], ("cat", "dog")).splitlines() == [
+        "key,predicted,cat,dog",
+        "a.png,dog,0.25,0.75",
+        "b.png,cat,1.0,0.0",
+    ]
+    two = {"x": np.zeros((1, 1)), "y": np.ones((1, 2))}
+    assert predict.as_csv(two, [], ()).splitlines() == ["key,x_0,y_0,y_1", "0,0.0,1.0,1.0"]
+
+
+@given(st.floats(0, 1e16))
+def test_sizes_are_short(count: float) -> None:
+    assert len(output.bytes_text(count)) <= 12
