@@ -82,7 +82,15 @@ class Coordinator:
             self._membership = Membership(settings.node_timeout_seconds)
             registry = Registry(journal)
             self._serving = Serving(
-                bus, self.topics, self._membership, registry, journal, settings, blobs_url=urls, epoch=journal.epoch
+                bus=bus,
+                topics=self.topics,
+                outbox=self._outbox,
+                membership=self._membership,
+                registry=registry,
+                journal=journal,
+                settings=settings,
+                urls=urls,
+                epoch=journal.epoch,
             )
             jobs = JobStore(journal, registry, store, urls)
             self._dispatcher = Dispatcher(
@@ -130,7 +138,7 @@ class Coordinator:
                     running.append(tasks.create_task(_watch(broker), name="broker watch"))
                 routes = [
                     *blob_server.routes(store, writable=True, max_bytes=UPLOAD_LIMIT_BYTES),
-                    *gateway.routes(self._serving, registry, self._membership),
+                    *gateway.routes(self._serving, registry, self._membership, settings),
                 ]
                 async with serve_http(sock, routes, gateway.BODY_LIMIT_BYTES), AsyncExitStack() as advertisement:
                     await bus.connected(settings.bus.connect_timeout_seconds * 4)

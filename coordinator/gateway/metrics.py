@@ -1,0 +1,54 @@
+"""Metrics in Prometheus's text format (exposition format 0.0.4)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import accumulate
+
+from coordinator.membership import Membership
+from coordinator.serving.metrics import BUCKETS_SECONDS
+from coordinator.serving.serving import Serving
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+def exposition(serving: Serving, membership: Membership) -> str:
+    """The page for `/metrics`."""
+    lines: list[str] = []
+
+    def family(name: str, kind: str, text: str) -> None:
+        lines.extend((f"# HELP {name} {text}", f"# TYPE {name} {kind}"))
+
+    family("potluck_nodes", "gauge", "Nodes by state.")
+    states = Counter(member.state for member in membership.members.values() if member.session)
+    for state in ("online", "suspect", "offline"):
+        lines.append(f'potluck_nodes{{state="{state}"}} {states[state]}')
+
+    family("potluck_replicas", "gauge", "Replicas by deployment and state.")
+    deployments = serving.deployments()
+    for deployment in deployments:
+        found = Counter(replica.state for replica in deployment.replicas)
+        for replica_state in ("loading", "ready", "failed"):
+            labels = f'model="{_escaped(deployment.name)}",state="{replica_state}"'
+            lines.append(f"potluck_replicas{{{labels}}} {found[replica_state]}")
+
+    family("potluck_queue_length", "gauge", "Requests that wait for a replica.")
+    for deployment in deployments:
+        lines.append(f'potluck_queue_length{{model="{_escaped(deployment.name)}"}} {deployment.queued}')
+
+    family("potluck_requests_total", "counter", "Inference requests answered, by error code (none: ok).")
+    for (name, failure), count in sorted(serving.metrics.answers.items()):
+        lines.append(f'potluck_requests_total{{model="{_escaped(name)}",code="{failure or "ok"}"}} {count}')
+
+    family("potluck_request_seconds", "histogram", "Time from a request's arrival to its answer.")
+    for name, histogram in sorted(serving.metrics.latency.items()):
+        label = f'model="{_escaped(name)}"'
+        for bound, total in zip((*BUCKETS_SECONDS, "+Inf"), accumulate(histogram.counts), strict=True):
+            lines.append(f'potluck_request_seconds_bucket{{{label},le="{bound}"}} {total}')
+        lines.append(f"potluck_request_seconds_sum{{{label}}} {histogram.sum_seconds}")
+        lines.append(f"potluck_request_seconds_count{{{label}}} {sum(histogram.counts)}")
+    return "\n".join(lines) + "\n"
+
+
+def _escaped(value: str) -> str:
+    return value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")

@@ -1,0 +1,152 @@
+"""Deployments: which replicas there should be, and where. Pure; time is an argument.
+
+A deployment wants a number of replicas, each on a node of its own. A replica that is lost or fails is replaced on the
+fastest node that has fewest; one that cannot be loaded three times in a row anywhere fails its deployment, with the error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from potluck.messages import BlobRef, ErrorInfo, ReplicaInfo, Signature
+
+FAILURES_LIMIT = 3
+RETRY_SECONDS = 5.0
+"""A node whose replica failed is left alone for so long, doubled with each failure."""
+
+ReplicaState = Literal["loading", "ready", "failed"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A node that could hold a replica."""
+
+    node_id: str
+    gflops: float
+
+
+@dataclass
+class Replica:
+    replica_id: str
+    node_id: str
+    state: ReplicaState = "loading"
+    error: ErrorInfo | None = None
+    asked_at: float = 0.0
+
+    def info(self) -> ReplicaInfo:
+        return ReplicaInfo(replica_id=self.replica_id, node_id=self.node_id, state=self.state, error=self.error)
+
+
+@dataclass(frozen=True)
+class Load:
+    """Ask the node to load (again): the command is idempotent."""
+
+    name: str
+    replica_id: str
+    node_id: str
+    model: BlobRef
+
+
+@dataclass(frozen=True)
+class Unload:
+    replica_id: str
+    node_id: str
+
+
+@dataclass
+class Deployment:
+    """`name` is `model:version`; `wanted` 0 means one on every node."""
+
+    name: str
+    model: BlobRef
+    wanted: int
+    signature: Signature | None = None
+    replicas: dict[str, Replica] = field(default_factory=dict)
+    failures: int = 0
+    error: ErrorInfo | None = None
+    made: int = 0
+    resting: dict[str, float] = field(default_factory=dict)
+    """Nodes that failed, and until when they are left alone."""
+
+    @property
+    def ready(self) -> list[Replica]:
+        return [replica for replica in self.replicas.values() if replica.state == "ready"]
+
+    @property
+    def failed(self) -> bool:
+        """Whether loading was given up."""
+        return self.failures >= FAILURES_LIMIT
+
+    def target(self, places: Sequence[Place]) -> int:
+        return len(places) if self.wanted == 0 else self.wanted
+
+    def complete(self, places: Sequence[Place]) -> bool:
+        """Whether all wanted replicas are ready."""
+        return len(self.ready) >= max(1, self.target(places))
+
+    def plan(
+        self, places: Sequence[Place], load: dict[str, int], now: float, resend_seconds: float
+    ) -> list[Load | Unload]:
+        """Commands that bring the replicas nearer to what is wanted. `load`: replicas of all deployments by node."""
+        commands: list[Load | Unload] = []
+        here = {replica.node_id for replica in self.replicas.values()}
+        missing = self.target(places) - len(self.replicas)
+        if missing > 0 and not self.failed:
+            free = [
+                place for place in places if place.node_id not in here and self.resting.get(place.node_id, 0.0) <= now
+            ]
+            free.sort(key=lambda place: (load.get(place.node_id, 0), -place.gflops, place.node_id))
+            for place in free[:missing]:
+                self.made += 1
+                replica = Replica(f"{self.name}/{place.node_id}/{self.made}", place.node_id)
+                self.replicas[replica.replica_id] = replica
+        elif missing < 0:
+            surplus = sorted(self.replicas.values(), key=lambda replica: (replica.state == "ready", replica.replica_id))
+            for replica in surplus[:-missing]:
+                del self.replicas[replica.replica_id]
+                commands.append(Unload(replica.replica_id, replica.node_id))
+        for replica in self.replicas.values():
+            if replica.state == "loading" and (not replica.asked_at or now - replica.asked_at >= resend_seconds):
+                replica.asked_at = now
+                commands.append(Load(self.name, replica.replica_id, replica.node_id, self.model))
+        return commands
+
+    def loaded(self, replica_id: str, signature: Signature) -> bool:
+        """Whether it is one of ours that became ready just now."""
+        replica = self.replicas.get(replica_id)
+        self.signature = self.signature or signature
+        if replica is None or replica.state == "ready":
+            return False
+        replica.state, replica.error = "ready", None
+        self.failures, self.error = 0, None
+        return True
+
+    def lost(self, replica_id: str, error: ErrorInfo | None, now: float) -> bool:
+        """A replica is gone. With an `error` its node rests for a while, and it counts as a failure while it was loading."""
+        replica = self.replicas.pop(replica_id, None)
+        if replica is None:
+            return False
+        if error is not None:
+            if replica.state == "loading":
+                self.failures += 1
+                self.error = error
+                if not error.retryable:
+                    self.failures = FAILURES_LIMIT  # the model itself is at fault: elsewhere it would be the same
+            self.resting[replica.node_id] = now + RETRY_SECONDS * 2 ** max(0, self.failures - 1)
+        return True
+
+    def node_lost(self, node_id: str) -> list[str]:
+        """The replicas that were on it."""
+        gone = [replica.replica_id for replica in self.replicas.values() if replica.node_id == node_id]
+        for replica_id in gone:
+            del self.replicas[replica_id]
+        self.resting.pop(node_id, None)
+        return gone
+
+    def check_invariants(self) -> None:
+        """One replica a node, and never more than wanted plus those about to be taken away."""
+        nodes = [replica.node_id for replica in self.replicas.values()]
+        assert len(nodes) == len(set(nodes))
+        assert all(replica.replica_id == key for key, replica in self.replicas.items())

@@ -1,0 +1,31 @@
+"""Counts and latencies of inference requests, for Prometheus. Pure."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+BUCKETS_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+
+
+@dataclass
+class _Histogram:
+    counts: list[int] = field(default_factory=lambda: [0] * (len(BUCKETS_SECONDS) + 1))
+    sum_seconds: float = 0.0
+
+    def observe(self, seconds: float) -> None:
+        place = next((i for i, bound in enumerate(BUCKETS_SECONDS) if seconds <= bound), len(BUCKETS_SECONDS))
+        self.counts[place] += 1
+        self.sum_seconds += seconds
+
+
+@dataclass
+class ServingMetrics:
+    """By deployment: answers by error code ("" when there was none), and the latency of each."""
+
+    answers: Counter[tuple[str, str]] = field(default_factory=Counter)
+    latency: dict[str, _Histogram] = field(default_factory=dict)
+
+    def answered(self, name: str, seconds: float, failure: str) -> None:
+        self.answers[name, failure] += 1
+        self.latency.setdefault(name, _Histogram()).observe(seconds)
