@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -39,8 +40,8 @@ console = Console()
 
 
 def demo(
-    epochs: int = typer.Option(EPOCHS, min=1, help="Epochs to train."),
-    keep: Path | None = typer.Option(None, help="Keep the data, the model and the logs in this folder."),
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs to train.")] = EPOCHS,
+    keep: Annotated[Path | None, typer.Option(help="Keep the data, the model and the logs in this folder.")] = None,
 ) -> None:
     """Run the main job on this machine: discover, train, survive a kill, evaluate, deploy, ask."""
     started = time.monotonic()
@@ -55,7 +56,10 @@ def demo(
         finally:
             with console.status("stopping the cluster"):
                 stack.close()
-    console.print(f"[bold green]Done[/] in {time.monotonic() - started:.0f} s; every process is gone, and the folder too.")
+    where = f"kept in {keep}" if keep else "removed"
+    console.print(
+        f"[bold green]Done[/] in {time.monotonic() - started:.0f} s: every process has ended, the folder is {where}."
+    )
 
 
 class Demo:
@@ -117,11 +121,13 @@ class Demo:
             if not killed and progress.total and progress.done >= progress.total / 2:
                 victim.kill()
                 killed = True
-                console.print(f"  [bold red]SIGKILL[/] to node {victim.node_id} at epoch {progress.epoch}: the rest go on")
+                console.print(
+                    f"  [bold red]SIGKILL[/] to node {victim.node_id} at epoch {progress.epoch}: the rest go on"
+                )
         self.job.wait(timeout=30)
         last = {name: values[-1] for name, values in self.job.history.items()}
         shown = "  ".join(f"{name} {value:.4f}" for name, value in last.items())
-        console.print(f"  finished all {self.epochs} epochs{' without the killed node' if killed else ''}: {shown}")
+        console.print(f"  all {self.epochs} epochs done{' without it' if killed else ''}: {shown}", soft_wrap=True)
 
     def _evaluate(self) -> None:
         _title(4, "Evaluate on the nodes that are left")
@@ -149,17 +155,17 @@ class Demo:
         pictures, truth = _samples(self.test_folder)
         scores = self.client.infer("digits", pictures)
         assert not isinstance(scores, dict)
-        _answers("Python client", "client.infer('digits', images)", scores.argmax(axis=1).tolist(), truth)
+        _answers("Python client", "client.infer('digits', x)", scores.argmax(axis=1).tolist(), truth)
 
         one = pictures[:1]
-        request = {"inputs": [{"name": _input_name(self.client), "datatype": "FP32", "shape": list(one.shape)}]}
-        request["inputs"][0]["data"] = one.ravel().round(4).tolist()  # type: ignore[index]
+        tensor = {"name": _input_name(self.client), "datatype": "FP32", "shape": list(one.shape)}
+        request = {"inputs": [tensor | {"data": one.ravel().round(4).tolist()}]}
         command = [sys.executable, "-I", str(Path(__file__).with_name("plain_mqtt.py"))]
         address = [self.cluster.broker_host, str(self.cluster.broker_port), self.client.cluster, "digits"]
         answer = subprocess.run(
             [*command, *address], input=json.dumps(request), capture_output=True, text=True, timeout=60, check=True
         )
-        _answers("plain MQTT, JSON", "publish to models/digits/infer", [_best(json.loads(answer.stdout))], truth[:1])
+        _answers("MQTT, JSON", "publish models/digits/infer", [_best(json.loads(answer.stdout))], truth[:1])
 
         url = f"{self.cluster.http_url}/v2/models/digits/infer"
         http = urllib.request.Request(url, json.dumps(request).encode(), {"Content-Type": "application/json"})  # noqa: S310
@@ -169,7 +175,8 @@ class Demo:
 
 def build_model(size: int, classes: int) -> Any:
     """The founding example's network, compiled: Conv 32, 64, 128 with max-pooling, Dense 512, softmax."""
-    import keras  # here, not above: the command line must not wait for TensorFlow
+    with _quiet_stderr():
+        import keras  # here, not above: the command line must not wait for TensorFlow
 
     model = keras.Sequential([keras.Input((size, size, 3))])
     for filters in (32, 64, 128):
@@ -225,7 +232,9 @@ def _samples(folder: Path) -> tuple[np.ndarray[Any, Any], list[int]]:
 
 def _answers(way: str, how: str, said: list[int], truth: list[int]) -> None:
     right = sum(a == b for a, b in zip(said, truth, strict=True))
-    console.print(f"  {way:<17} [dim]{how:<32}[/] said {said}, {right} of {len(truth)} right")
+    console.print(
+        f"  {way:<14} [dim]{how:<29}[/] {''.join(map(str, said)):<10} {right} of {len(truth)} right", highlight=False
+    )
 
 
 def _best(answer: dict[str, Any]) -> int:
@@ -260,6 +269,20 @@ def _require_packages() -> None:
     missing = [name for name in ("tensorflow", "keras", "sklearn") if find_spec(name) is None]
     if missing:
         raise NotFound(f"the demo needs {', '.join(missing)}: pip install 'potluck[engine,broker,demo]'")
+
+
+@contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """TensorFlow's greetings go nowhere: they come from C++ before any log level holds."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    kept = os.dup(2)
+    with Path(os.devnull).open("w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 @contextmanager

@@ -72,7 +72,8 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[RenderableType]], *, r
     """A plain table; the columns named in `right` hold numbers."""
     made = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        made.add_column(column, justify="right" if column in right else "left", overflow="fold")
+        # Words wrap, but a number or a heading that is cut in two cannot be read.
+        made.add_column(column, justify="right" if column in right else "left", overflow="fold", min_width=len(column))
     for row in rows:
         made.add_row(*row)
     return made
@@ -110,12 +111,11 @@ def nodes_table(nodes: Iterable[NodeInfo]) -> Table:
         return (
             node.node_id, colored(node.state), has.hostname, str(has.cores), bytes_text(has.memory_bytes), gpus,
             f"{has.gflops:.0f}" if has.gflops else "?",
-            ", ".join(f"{name} {version}" for name, version in has.runtimes.items()) or "-",
-            f"{node.cpu_percent:.0f} %", str(node.leases), ", ".join(node.replicas) or "-",
+            has.runtimes.get("tensorflow", "none"), f"{node.cpu_percent:.0f} %", str(len(node.replicas)),
         )  # fmt: skip
 
-    columns = ("node", "state", "host", "cores", "memory", "GPUs", "GFLOP/s", "runtimes", "cpu", "leases", "replicas")
-    return table(columns, map(row, nodes), right=("cores", "memory", "GFLOP/s", "cpu", "leases"))
+    columns = ("node", "state", "host", "cores", "memory", "GPUs", "GFLOP/s", "TensorFlow", "cpu", "replicas")
+    return table(columns, map(row, nodes), right=("cores", "memory", "GFLOP/s", "cpu", "replicas"))
 
 
 def jobs_table(jobs: Iterable[JobChanged]) -> Table:

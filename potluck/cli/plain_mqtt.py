@@ -10,6 +10,7 @@ import threading
 import uuid
 
 from paho.mqtt import client as mqtt
+from paho.mqtt.enums import CallbackAPIVersion
 
 host, port, cluster, model = sys.argv[1:5]
 name = uuid.uuid4().hex
@@ -28,7 +29,7 @@ def on_subscribe(client, userdata, mid, codes, properties):  # type: ignore[no-u
     client.publish(f"potluck/v1/{cluster}/models/{model}/infer", json.dumps(question), qos=1)
 
 
-client = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2, client_id=name, protocol=mqtt.MQTTv311)
+client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id=name, protocol=mqtt.MQTTv311)
 client.on_message = on_message
 client.on_subscribe = on_subscribe
 client.on_connect = lambda client, *_: client.subscribe(inbox, qos=1)
