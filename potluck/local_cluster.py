@@ -133,6 +133,8 @@ class LocalCluster:
             if not self._discovery:
                 for _ in range(self._count):
                     self.add_node()
+            for node in self.nodes:
+                self._wait_joined(node)
         except BaseException:
             self.stop()
             raise
@@ -186,15 +188,22 @@ class LocalCluster:
 
     def _wait_ready(self) -> None:
         """Until the coordinator's log says that it is ready, and where."""
+        said = self._wait_said(self.coordinator, "coordinator ready ")
+        self.http_url = said["http"]
+        self.broker_port = int(said["broker"].rsplit(":", 1)[1])
+
+    def _wait_joined(self, node: Daemon) -> None:
+        self._wait_said(node, "node joined ")
+
+    def _wait_said(self, daemon: Daemon, words: str) -> dict[str, str]:
+        """The `key=value` fields of the first line in the daemon's log that has these words."""
         deadline = time.monotonic() + READY_SECONDS
         while True:
-            self.check()
-            for line in self.coordinator.log_path.read_text(errors="replace").splitlines():
-                if "coordinator ready " in line:
-                    said = dict(part.split("=", 1) for part in line.split() if "=" in part)
-                    self.http_url = said["http"]
-                    self.broker_port = int(said["broker"].rsplit(":", 1)[1])
-                    return
+            for line in daemon.log_path.read_text(errors="replace").splitlines():
+                if words in line:
+                    return dict(part.split("=", 1) for part in line.split() if "=" in part)
+            if not daemon.running:
+                raise Unavailable(f"{daemon.name} ended; its log ends:\n{daemon.log_tail()}")
             if time.monotonic() > deadline:
-                raise TimedOut(f"the coordinator was not ready in {READY_SECONDS:.0f} s:\n{self.log_tails()}")
+                raise TimedOut(f"{daemon.name} was not there in {READY_SECONDS:.0f} s:\n{self.log_tails()}")
             time.sleep(0.05)

@@ -1,0 +1,46 @@
+"""What every benchmark prints: a table for people, and one JSON object as its last line."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclass
+class Report:
+    """Figures, and checks of them against what must hold."""
+
+    benchmark: str
+    figures: dict[str, Any] = field(default_factory=dict)
+    checks: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[tuple[str, ...]] = field(default_factory=list)
+    columns: tuple[str, ...] = ()
+
+    def check(self, name: str, value: float, *, at_least: float | None = None, at_most: float | None = None) -> None:
+        bound = {"at_least": at_least} if at_least is not None else {"at_most": at_most}
+        holds = value >= at_least if at_least is not None else value <= (at_most or 0.0)
+        self.checks.append({"name": name, "value": round(value, 4), **bound, "holds": holds})
+
+    def show(self) -> None:
+        console = Console()
+        table = Table(*self.columns, title=self.benchmark, title_justify="left", box=None)
+        for row in self.rows:
+            table.add_row(*row)
+        console.print(table)
+        for check in self.checks:
+            bound = f"at least {check['at_least']}" if "at_least" in check else f"at most {check['at_most']}"
+            mark = "[green]holds[/]" if check["holds"] else "[red]does not hold[/]"
+            console.print(f"{check['name']}: {check['value']:.3f} ({bound}): {mark}")
+        print(json.dumps({"benchmark": self.benchmark, "figures": self.figures, "checks": self.checks}))
+
+
+def percentiles(seconds: Sequence[float]) -> dict[str, float]:
+    """p50, p95 and p99 in milliseconds."""
+    cuts = statistics.quantiles(seconds, n=100)
+    return {f"p{p}_ms": round(cuts[p - 1] * 1000, 3) for p in (50, 95, 99)}
