@@ -69,7 +69,11 @@ class Connection:
         else:
             addresses = await self._addresses()
             self.bus = MqttBus(
-                addresses, self.topics, client_id=f"client-{uuid.uuid4().hex[:12]}", timings=self.settings.bus
+                addresses,
+                self.topics,
+                client_id=f"client-{uuid.uuid4().hex[:12]}",
+                timings=self.settings.bus,
+                highest_version=4,  # as in the node: our messages are complete without MQTT 5, and this is faster
             )
         self.bus.subscribe(self.topics.coordinator_status, self._on_status)
         self._running = asyncio.create_task(self.bus.run(), name="client bus")
