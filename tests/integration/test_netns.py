@@ -1,0 +1,129 @@
+"""Several hosts on a bridge: `potluck up` on each, nobody is told an address, and the machines work together."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from potluck.lifecycle import die_with_parent
+from support import netns
+from support.digits import mlp, split
+
+pytestmark = [
+    pytest.mark.netns,
+    pytest.mark.timeout(240),
+    pytest.mark.skipif(bool(netns.available()), reason=netns.available() or "available"),
+]
+
+POTLUCK = [sys.executable, "-m", "potluck.cli.main"]
+CLUSTER = "bridge"
+
+
+class Hosts:
+    """Three hosts where `potluck up` runs, and a fourth one for people."""
+
+    def __init__(self, network: netns.Network, folder: Path) -> None:
+        self.network = network
+        self.folder = folder
+        self.machines = network.hosts[:3]
+        self.desk = network.hosts[3]
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+
+    def up(self, host: str) -> None:
+        command = self.network.command(
+            host, *POTLUCK, "up", "--insecure", "--cluster", CLUSTER, "--state-dir", str(self.folder / host)
+        )
+        with self.log(host).open("wb") as log:
+            self.processes[host] = subprocess.Popen(command, stdout=log, stderr=log, preexec_fn=die_with_parent())
+
+    def ask(self, *arguments: str, seconds: float = 60) -> subprocess.CompletedProcess[str]:
+        """A `potluck` command at the desk."""
+        command = self.network.command(self.desk, *POTLUCK, "--cluster", CLUSTER, *arguments)
+        return subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
+
+    def online(self) -> int:
+        answer = self.ask("nodes", "--json")
+        if answer.returncode:
+            return 0
+        return sum(node["state"] == "online" for node in json.loads(answer.stdout))
+
+    def log(self, host: str) -> Path:
+        return self.folder / f"{host}.log"
+
+    def logs(self) -> str:
+        return "\n".join(f"--- {host}\n{self.log(host).read_text()}" for host in self.machines)
+
+    def coordinator(self) -> str:
+        """The host that started the coordinator."""
+        return next(host for host in self.machines if "started a broker" in self.log(host).read_text())
+
+    def stop(self) -> None:
+        for process in self.processes.values():
+            process.send_signal(signal.SIGTERM)
+        for host, process in self.processes.items():
+            assert process.wait(20) == 0, f"{host} did not end well:\n{self.log(host).read_text()}"
+
+
+def wait_until(check: Callable[[], bool], hosts: Hosts, what: str, seconds: float = 40) -> None:
+    deadline = time.monotonic() + seconds
+    while not check():  # each check is a command of its own, which takes its time
+        assert time.monotonic() < deadline, f"{what} did not happen:\n{hosts.logs()}"
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
+    with netns.Network(4) as network:
+        made = Hosts(network, tmp_path_factory.mktemp("hosts"))
+        for host in made.machines:
+            made.up(host)
+        try:
+            yield made
+        finally:
+            made.stop()
+
+
+def test_three_machines_find_each_other_and_start_one_coordinator(hosts: Hosts) -> None:
+    wait_until(lambda: hosts.online() == 3, hosts, "three nodes online")
+    started = [host for host in hosts.machines if "started a broker" in hosts.log(host).read_text()]
+    assert len(started) == 1
+    assert "INSECURE" in hosts.log(started[0]).read_text()
+
+
+@pytest.mark.tensorflow
+def test_they_train_and_evaluate_together_and_survive_a_pulled_cable(hosts: Hosts, tmp_path: Path) -> None:
+    wait_until(lambda: hosts.online() == 3, hosts, "three nodes online")
+    model, train, test = tmp_path / "mlp.keras", tmp_path / "train.npz", tmp_path / "test.npz"
+    mlp().save(model)
+    data = split()
+    np.savez(train, x=data["x_train"], y=data["y_train"])
+    np.savez(test, x=data["x_test"], y=data["y_test"])
+    added = hosts.ask("data", "add", str(train), "--name", "digits")
+    assert added.returncode == 0, added.stderr
+    submitted = hosts.ask("train", str(model), "digits", "--epochs", "200", "--name", "mlp", "--detach", "--json")
+    assert submitted.returncode == 0, submitted.stderr
+    job_id = json.loads(submitted.stdout)["job_id"]
+
+    def epoch() -> int:
+        job = json.loads(hosts.ask("job", job_id, "--json").stdout)
+        return int(job["progress"]["epoch"]) if job["state"] == "running" else 1000 * (job["state"] == "succeeded")
+
+    wait_until(lambda: epoch() > 20, hosts, "the first epochs", seconds=90)
+    unplugged = next(host for host in hosts.machines if host != hosts.coordinator())
+    hosts.network.cut(unplugged)
+    ended = hosts.ask("job", job_id, "--wait", "--json", seconds=150)
+    assert ended.returncode == 0, ended.stderr + hosts.logs()
+    assert json.loads(ended.stdout)["state"] == "succeeded"
+    evaluated = hosts.ask("evaluate", "mlp", str(test), "--json", seconds=100)
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert json.loads(evaluated.stdout)["metrics"]["accuracy"] > 0.9
+
+    hosts.network.mend(unplugged)
+    wait_until(lambda: hosts.online() == 3, hosts, "the node's return")

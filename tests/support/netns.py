@@ -1,0 +1,89 @@
+"""Several hosts on one machine: network namespaces joined by a bridge (needs root; Linux)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import uuid
+from types import TracebackType
+from typing import Self
+
+
+def run(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=20).stdout
+
+
+class Network:
+    """`hosts` namespaces with the addresses 10.77.0.1, .2, ... on one bridge of their own; gone after the block."""
+
+    def __init__(self, hosts: int) -> None:
+        tag = uuid.uuid4().hex[:5]
+        self._bridge_host = f"pl{tag}b"
+        self.hosts = [f"pl{tag}h{number}" for number in range(1, hosts + 1)]
+
+    def __enter__(self) -> Self:
+        try:
+            # The bridge lives in a namespace too: the machine's own network is left alone.
+            run("ip", "netns", "add", self._bridge_host)
+            run("ip", "-n", self._bridge_host, "link", "add", "br0", "type", "bridge", "mcast_snooping", "0")
+            run("ip", "-n", self._bridge_host, "link", "set", "br0", "up")
+            for number, host in enumerate(self.hosts, 1):
+                run("ip", "netns", "add", host)
+                run(
+                    "ip",
+                    "link",
+                    "add",
+                    "eth0",
+                    "netns",
+                    host,
+                    "type",
+                    "veth",
+                    "peer",
+                    "name",
+                    f"p{number}",
+                    "netns",
+                    self._bridge_host,
+                )
+                run("ip", "-n", self._bridge_host, "link", "set", f"p{number}", "master", "br0", "up")
+                run("ip", "-n", host, "link", "set", "lo", "up")
+                run("ip", "-n", host, "link", "set", "eth0", "up")
+                run("ip", "-n", host, "address", "add", f"{self.address(host)}/24", "dev", "eth0")
+        except BaseException:
+            self.remove()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    def remove(self) -> None:
+        for name in (*self.hosts, self._bridge_host):
+            subprocess.run(("ip", "netns", "delete", name), capture_output=True, check=False, timeout=20)
+
+    def address(self, host: str) -> str:
+        return f"10.77.0.{self.hosts.index(host) + 1}"
+
+    def command(self, host: str, *command: str) -> list[str]:
+        """`command`, to be run on that host."""
+        return ["ip", "netns", "exec", host, *command]
+
+    def cut(self, host: str) -> None:
+        """Pull the host's cable."""
+        run("ip", "-n", host, "link", "set", "eth0", "down")
+
+    def mend(self, host: str) -> None:
+        run("ip", "-n", host, "link", "set", "eth0", "up")
+
+
+def available() -> str:
+    """Why namespaces cannot be used here; empty when they can."""
+    if os.geteuid() != 0:
+        return "network namespaces need root"
+    try:
+        run("ip", "netns", "add", "pl-try")
+    except (OSError, subprocess.CalledProcessError) as error:
+        return f"network namespaces cannot be made here: {error}"
+    run("ip", "netns", "delete", "pl-try")
+    return ""
