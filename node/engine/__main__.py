@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import queue
 import socket
 import sys
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from node.engine import frames
-from potluck import codec
-from potluck.errors import InvalidModel, PotluckError
+from node.engine.wording import one_line
+from potluck.errors import EngineFailed, InvalidModel, Overloaded, PotluckError
 from potluck.messages import ErrorInfo
 
 HEARTBEAT_SECONDS = 1.0
+QUEUE_LIMIT = 64
+RECEIVE_BYTES = 1 << 16
 
 
 class Channel:
@@ -25,32 +31,27 @@ class Channel:
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._lock = threading.Lock()
-        self._buffer = bytearray()
+        self._splitter = frames.Splitter()
+        self._bodies: deque[bytes] = deque()
 
     def send(self, frame: frames.Frame) -> None:
+        """Raises TooLarge before anything is sent, and OSError when the parent is gone."""
         data = frames.encode(frame)
         with self._lock:
             self._sock.sendall(data)
 
-    def receive(self) -> frames.Frame | None:
+    def receive(self) -> frames.ToEngine | None:
         """The next frame; None when the parent has closed its end."""
-        head = self._read(4)
-        body = self._read(frames.LENGTH.unpack(head)[0]) if head else b""
-        return codec.unpack(body, frames.ToEngine) if body else None  # type: ignore[arg-type]
-
-    def _read(self, count: int) -> bytes:
-        while len(self._buffer) < count:
-            data = self._sock.recv(max(65536, count - len(self._buffer)))
+        while not self._bodies:
+            data = self._sock.recv(max(RECEIVE_BYTES, self._splitter.missing))
             if not data:
-                return b""
-            self._buffer += data
-        found = bytes(self._buffer[:count])
-        del self._buffer[:count]
-        return found
+                return None
+            self._bodies.extend(self._splitter.feed(data))
+        return frames.to_engine(self._bodies.popleft())
 
 
 class Server:
-    """Answers frames: inference on the main thread, where nothing waits for it; tasks one after the other on another."""
+    """Answers frames: inference on the main thread, where nothing waits for it; what takes long one by one on another."""
 
     def __init__(self, channel: Channel, scratch: Path) -> None:
         # TensorFlow is imported with these, and takes seconds.
@@ -60,7 +61,8 @@ class Server:
         self._channel = channel
         self._replicas = Replicas(scratch)
         self._tasks = Tasks(scratch)
-        self._queue: queue.Queue[Callable[[], None]] = queue.Queue(16)
+        self._cancels: dict[int, threading.Event] = {}
+        self._queue: queue.Queue[Callable[[], None]] = queue.Queue(QUEUE_LIMIT)
         threading.Thread(target=self._work, name="tasks", daemon=True).start()
 
     def serve(self) -> None:
@@ -68,45 +70,70 @@ class Server:
         while (frame := self._channel.receive()) is not None:
             match frame:
                 case frames.Infer():
-                    self._answer(frame.number, self._infer, frame)
+                    self._answer(self._infer, frame)
                 case frames.RunTask():
-                    self._tasks.cancelled.clear()
-                    self._queue.put(lambda frame=frame: self._answer(frame.number, self._run, frame))  # type: ignore[misc]
+                    self._cancels[frame.number] = threading.Event()
+                    self._later(self._run, frame)
                 case frames.CancelTask():
-                    self._tasks.cancelled.set()
+                    for cancel in list(self._cancels.values()):
+                        cancel.set()
                 case frames.ForgetJob():
-                    self._queue.put(lambda job_id=frame.job_id: self._tasks.forget(job_id))  # type: ignore[misc]
+                    self._later(self._forget, frame)
                 case frames.LoadReplica():
-                    self._answer(frame.number, self._load, frame)
+                    self._later(self._load, frame)
                 case frames.UnloadReplica():
-                    self._replicas.unload(frame.replica_id)
-                    self._channel.send(frames.Done(number=frame.number))
-                case _:
-                    raise ValueError(f"unexpected frame {type(frame).__name__}")
+                    self._later(self._unload, frame)
 
-    def _answer(self, number: int, work: Callable[..., frames.Frame], frame: frames.Frame) -> None:
+    def _later(self, work: Callable[[Any], frames.Frame | None], frame: frames.Frame) -> None:
+        try:
+            self._queue.put_nowait(lambda: self._answer(work, frame))
+        except queue.Full:
+            self._cancels.pop(frame.number, None)
+            error = Overloaded(f"{QUEUE_LIMIT} tasks wait for this engine", retry_after_seconds=1.0)
+            self._channel.send(_failed(frame.number, error))
+
+    def _answer(self, work: Callable[[Any], frames.Frame | None], frame: frames.Frame) -> None:
         """Whatever the user's model or data raises goes to the user, and the engine goes on."""
+        number = frame.number
         try:
             answer = work(frame)
+            if answer is not None:
+                self._channel.send(answer)
+            return
+        except ConnectionError:
+            return  # the parent is gone, and the main thread sees that too
         except PotluckError as error:
-            answer = _failed(number, error)
+            failure = _failed(number, error)
         except MemoryError:
-            answer = _failed(number, InvalidModel("this node has not enough memory for the model and its data"))
+            failure = _failed(number, InvalidModel("this node has not enough memory for the model and its data"))
+        except OSError as error:
+            failure = _failed(number, EngineFailed(f"the engine could not read or write a file: {error}"))
         except Exception as error:  # noqa: BLE001 - the engine's boundary: see the docstring
             traceback.print_exc()
-            answer = _failed(number, InvalidModel(f"{type(error).__name__}: {_short(str(error))}"))
-        self._channel.send(answer)
+            failure = _failed(number, InvalidModel(f"{type(error).__name__}: {one_line(error, 600)}"))
+        self._channel.send(failure)
 
     def _run(self, frame: frames.RunTask) -> frames.Frame:
         def progress(done: int, metrics: dict[str, float]) -> None:
             self._channel.send(frames.TaskProgressed(number=frame.number, done=done, metrics=metrics))
 
-        result = self._tasks.run(frame.job_id, frame.task, frame.files, progress)
+        cancelled = self._cancels[frame.number]
+        try:
+            result = self._tasks.run(frame.job_id, frame.task, frame.files, cancelled, progress)
+        finally:
+            del self._cancels[frame.number]
         return frames.TaskDone(number=frame.number, result=result)
+
+    def _forget(self, frame: frames.ForgetJob) -> None:
+        self._tasks.forget(frame.job_id)
 
     def _load(self, frame: frames.LoadReplica) -> frames.Frame:
         signature, resident = self._replicas.load(frame.replica_id, Path(frame.path))
         return frames.ReplicaLoaded(number=frame.number, signature=signature, resident_bytes=resident)
+
+    def _unload(self, frame: frames.UnloadReplica) -> frames.Frame:
+        self._replicas.unload(frame.replica_id)
+        return frames.Done(number=frame.number)
 
     def _infer(self, frame: frames.Infer) -> frames.Frame:
         started = time.perf_counter()
@@ -119,15 +146,13 @@ class Server:
 
 
 def _failed(number: int, error: PotluckError) -> frames.Failed:
-    return frames.Failed(
-        number=number, error=ErrorInfo(code=error.code, message=error.message, retryable=error.retryable)
+    info = ErrorInfo(
+        code=error.code,
+        message=error.message,
+        retryable=error.retryable,
+        retry_after_seconds=error.retry_after_seconds,
     )
-
-
-def _short(text: str, limit: int = 600) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    joined = " ".join(lines)
-    return joined if len(joined) <= limit else f"{joined[:limit]}..."
+    return frames.Failed(number=number, error=info)
 
 
 def _beat(channel: Channel) -> None:
@@ -147,11 +172,16 @@ def main() -> None:
 
     runtimes, gpus = runtime.prepare(threads)
     server = Server(channel, scratch)
-    channel.send(frames.Started(runtimes=runtimes, gpus=gpus))
+    # A full collection over all that TensorFlow made takes longer than a hundred inferences: leave that out from now on.
+    gc.collect()
+    gc.freeze()
     try:
+        channel.send(frames.Started(runtimes=runtimes, gpus=gpus))
         server.serve()
-    except (ConnectionError, BrokenPipeError):
-        return  # the parent is gone
+    except ConnectionError:
+        pass  # the parent is gone
+    sys.stderr.flush()
+    os._exit(0)  # without waiting for threads of TensorFlow or for a task that nobody wants any more
 
 
 if __name__ == "__main__":

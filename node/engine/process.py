@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from node.engine import frames
-from potluck import codec, errors
+from potluck import errors
 from potluck.errors import BadMessage, EngineFailed
 from potluck.lifecycle import die_with_parent
 from potluck.messages import AnyTask, AnyTaskResult, RequestOutcome, Signature, Tensor
@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 OnProgress = Callable[[int, dict[str, float]], None]
 STDERR_LINES = 12
+SOCKET_BUFFER_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,6 @@ class Engine:
         self._stderr: deque[str] = deque(maxlen=STDERR_LINES)
         self._dead: asyncio.Future[EngineFailed] | None = None
         self._tasks: list[asyncio.Task[None]] = []
-        self._stopping = False
 
     @property
     def alive(self) -> bool:
@@ -59,6 +59,15 @@ class Engine:
 
     async def start(self) -> EngineInfo:
         """Raises EngineFailed, with the child's last words, when it does not come up within `start_seconds`."""
+        try:
+            return await self._start()
+        except OSError as error:
+            raise EngineFailed(f"the engine did not start: {error}") from error
+        except BaseException:
+            await self.stop(grace_seconds=0)
+            raise
+
+    async def _start(self) -> EngineInfo:
         self._scratch.mkdir(parents=True, exist_ok=True)
         loop = asyncio.get_running_loop()
         self._dead = loop.create_future()
@@ -66,7 +75,7 @@ class Engine:
         ours.setblocking(False)
         for sock in (ours, theirs):
             for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-                sock.setsockopt(socket.SOL_SOCKET, option, 1 << 20)
+                sock.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER_BYTES)
         threads = self._threads or len(os.sched_getaffinity(0))
         environment = os.environ | {
             "TF_CPP_MIN_LOG_LEVEL": "3",
@@ -75,11 +84,15 @@ class Engine:
             "PYTHONUNBUFFERED": "1",
         }
         try:
+            # -P: a folder named `keras` where the daemon was started is not Keras.
             self._process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "node.engine", str(theirs.fileno()), str(threads), str(self._scratch),
+                sys.executable, "-P", "-m", "node.engine", str(theirs.fileno()), str(threads), str(self._scratch),
                 pass_fds=(theirs.fileno(),), stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL,
                 stderr=asyncio.subprocess.PIPE, env=environment, start_new_session=True, preexec_fn=die_with_parent(),
             )  # fmt: skip
+        except BaseException:
+            ours.close()
+            raise
         finally:
             theirs.close()
         started: asyncio.Future[EngineInfo] = loop.create_future()
@@ -93,7 +106,6 @@ class Engine:
         if started.done():
             return started.result()
         reason = "it ended" if done else f"it was not ready within {self._start_seconds:g} s"
-        await self.stop(grace_seconds=0)
         raise EngineFailed(f"the engine did not start: {reason}{self._last_words()}")
 
     async def wait_dead(self) -> EngineFailed:
@@ -107,7 +119,11 @@ class Engine:
         """Run one task; its result's blobs are files `scratch/<sha256>`. Raises what the engine reports, or EngineFailed."""
         paths = {sha256: str(path) for sha256, path in files.items()}
         frame = frames.RunTask(number=next(self._numbers), job_id=job_id, task=task, files=paths)
-        answer = await self._ask(frame, on_progress)
+        try:
+            answer = await self._ask(frame, on_progress)
+        except asyncio.CancelledError:
+            await self.cancel_task()  # nobody waits for it any more
+            raise
         assert isinstance(answer, frames.TaskDone)
         return answer.result
 
@@ -136,8 +152,7 @@ class Engine:
             self._send(frames.ForgetJob(job_id=job_id))
 
     async def stop(self, grace_seconds: float = 2.0) -> None:
-        """End the child: closing its socket asks it to go, SIGKILL makes it."""
-        self._stopping = True
+        """End the child: closing its socket asks it to go, SIGKILL makes it. Whoever waits for an answer gets EngineFailed."""
         if self._link is not None:
             self._link.close()
         if self._process is not None:
@@ -151,13 +166,14 @@ class Engine:
             if task is not asyncio.current_task():
                 task.cancel()
         await asyncio.gather(*(t for t in self._tasks if t is not asyncio.current_task()), return_exceptions=True)
+        self._end(EngineFailed("the engine was stopped"))
 
     async def _ask(self, frame: frames.Frame, on_progress: OnProgress | None = None) -> frames.Frame:
         if not self.alive or self._link is None:
             raise EngineFailed("the engine is not running")
         waiter = self._link.expect(frame.number, on_progress)
-        self._send(frame)
         try:
+            self._send(frame)
             answer = await waiter
         finally:
             self._link.forget(frame.number)
@@ -202,9 +218,15 @@ class Engine:
         reason = f"was silent for {limit:g} s and was killed" if silent else _how(self._process.returncode)
         await asyncio.wait({self._tasks[0]}, timeout=1.0)  # its last words
         failure = EngineFailed(f"the engine {reason}{self._last_words()}")
-        self._dead.set_result(failure)
-        self._link.fail(failure)
-        self._link.close()
+        self._end(failure)
+
+    def _end(self, failure: EngineFailed) -> None:
+        """From now on it is dead, for this reason unless there was one before."""
+        if self._dead is not None and not self._dead.done():
+            self._dead.set_result(failure)
+        if self._link is not None:
+            self._link.fail(failure)
+            self._link.close()
 
     def _kill(self) -> None:
         if self._process is not None and self._process.returncode is None:
@@ -221,7 +243,7 @@ class _Link(asyncio.Protocol):
         self.started = started
         self.heard_at = asyncio.get_running_loop().time()
         self._transport: asyncio.Transport | None = None
-        self._buffer = bytearray()
+        self._splitter = frames.Splitter()
         self._waiting: dict[int, tuple[asyncio.Future[frames.Frame], OnProgress | None]] = {}
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -230,23 +252,14 @@ class _Link(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self.heard_at = asyncio.get_running_loop().time()
-        self._buffer += data
-        while len(self._buffer) >= 4:
-            (length,) = frames.LENGTH.unpack_from(self._buffer)
-            if length > frames.FRAME_LIMIT_BYTES:
-                self.fail(EngineFailed(f"the engine announced a frame of {length} bytes"))
-                self.close()
-                return
-            if len(self._buffer) < 4 + length:
-                return
-            body = bytes(self._buffer[4 : 4 + length])
-            del self._buffer[: 4 + length]
-            try:
-                self._dispatch(codec.unpack(body, frames.FromEngine))  # type: ignore[arg-type]
-            except BadMessage as error:
-                self.fail(EngineFailed(f"the engine sent a frame that cannot be read: {error.message}"))
+        try:
+            for body in self._splitter.feed(data):
+                self._dispatch(frames.from_engine(body))
+        except BadMessage as error:
+            self.fail(EngineFailed(f"the engine sent what cannot be read: {error.message}"))
+            self.close()
 
-    def _dispatch(self, frame: frames.Frame) -> None:
+    def _dispatch(self, frame: frames.FromEngine) -> None:
         match frame:
             case frames.Heartbeat():
                 return

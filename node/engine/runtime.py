@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import re
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from potluck.errors import InvalidModel
+from node.engine.wording import one_line
+from potluck.errors import InvalidData, InvalidModel
 from potluck.messages import Signature, TensorSpec
 from potluck.tensors import datatype_of
 
@@ -28,32 +35,35 @@ def prepare(threads: int) -> tuple[dict[str, str], tuple[str, ...]]:
 
 def load_model(path: Path, scratch: Path, *, compiled: bool) -> Any:
     """A model from a `.keras` file, in safe mode: no code of the user's runs. Raises InvalidModel."""
-    link = scratch / f"{path.name}.keras"  # Keras goes by the suffix, and a blob has none
-    if not link.exists():
-        link.symlink_to(path)
-    try:
-        model = keras.saving.load_model(link, compile=compiled, safe_mode=True)
-    except Exception as error:
-        raise InvalidModel(_reason(error)) from error
-    finally:
-        link.unlink(missing_ok=True)
+    if not zipfile.is_zipfile(path):
+        raise InvalidModel("the model is not a .keras file (Keras 3): save it with model.save('name.keras')")
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        link = Path(folder) / "model.keras"  # Keras goes by the suffix, and a blob has none
+        link.symlink_to(path.absolute())
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # an optimizer that was not saved with its state is no news
+                model = keras.saving.load_model(link, compile=compiled, safe_mode=True)
+        except Exception as error:
+            raise InvalidModel(_reason(error)) from error
     if not getattr(model, "inputs", None):
         raise InvalidModel("the model has no defined inputs: build it (keras.Input, or call it once) before saving")
     return model
 
 
 def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    if "zip" in text.lower() or "not found" in text.lower():
-        return "the model is not a .keras file (Keras 3): save it with model.save('name.keras')"
-    if "lambda" in text.lower() or "unsafe" in text.lower():
-        return f"the model holds a Lambda layer, which is code, and nodes run no code of users: use keras.ops layers. {text[:300]}"
-    if "Could not locate" in text or "registered" in text:
+    text = one_line(error, 10_000)  # what went wrong stands at the end of it, after the model's whole configuration
+    if "Lambda" in text and ("lambda" in text or "unsafe" in text.lower()):
+        return "the model holds a Lambda layer, which is code, and nodes run no code of users: use keras.ops or other layers"
+    own = re.search(r"Could not locate (class|function) '([^']*)'", text)
+    if own:
         return (
-            "the model has a custom class, which is code, and nodes run no code of users: build it of Keras's own layers "
-            f"(Sequential or Functional). {text[:300]}"
+            f"the model has a {own[1]} of its own, '{own[2]}', which is code, and nodes run no code of users: "
+            "build it of Keras's own layers, losses and metrics (Sequential or Functional)"
         )
-    return f"the model cannot be loaded: {type(error).__name__}: {text[:500]}"
+    if isinstance(error, zipfile.BadZipFile | KeyError):
+        return f"the model file is damaged: {type(error).__name__}: {text[:300]}: save it again"
+    return f"the model cannot be loaded: {type(error).__name__}: {text[:200]} ... {text[-200:]}"
 
 
 def need_compiled(model: Any) -> None:
@@ -65,29 +75,56 @@ def need_compiled(model: Any) -> None:
 
 
 def signature(model: Any) -> Signature:
-    """Inputs and outputs by name; -1 for free dimensions."""
+    """Inputs and outputs by name, the same in every process that loads the file; -1 for free dimensions."""
     outputs = model.outputs
-    names = list(getattr(model, "output_names", [])) or [f"output_{i}" for i in range(len(outputs))]
+    names = list(getattr(model, "output_names", None) or [f"output_{i}" for i in range(len(outputs))])
+    if len(set(names)) < len(names):  # one layer with several outputs
+        names = [f"{name}_{i}" for i, name in enumerate(names)]
     return Signature(
-        inputs=tuple(_spec(tensor.name, tensor) for tensor in model.inputs),
+        inputs=tuple(_spec(_input_name(tensor), tensor) for tensor in model.inputs),
         outputs=tuple(_spec(name, tensor) for name, tensor in zip(names, outputs, strict=True)),
     )
 
 
+def packed(model: Any, tensors: Sequence[Any]) -> Any:
+    """Tensors in the order of `model.inputs` as the model is called with: alone, or in its own list or map."""
+    struct = getattr(model, "_inputs_struct", None)
+    if struct is None:
+        return tensors[0] if len(tensors) == 1 else tuple(tensors)
+    if isinstance(struct, list):
+        return tuple(tensors)  # in tf.data, a list would become one tensor
+    return keras.tree.pack_sequence_as(struct, list(tensors))
+
+
+def flat(outputs: Any) -> list[Any]:
+    """What a model answers, in the order of `model.outputs`; bfloat16, which the wire has not, as float32."""
+    return [
+        tf.cast(output, tf.float32) if output.dtype == tf.bfloat16 else output for output in keras.tree.flatten(outputs)
+    ]
+
+
+def _input_name(tensor: Any) -> str:
+    """That of its input layer: unlike the tensor's, it stands in the file."""
+    history = getattr(tensor, "_keras_history", None)
+    return str(history.operation.name if history is not None else tensor.name)
+
+
 def _spec(name: str, tensor: Any) -> TensorSpec:
     dtype = keras.backend.standardize_dtype(tensor.dtype)
-    datatype = "BYTES" if dtype == "string" else datatype_of(np.dtype(dtype))
+    datatype = {"string": "BYTES", "bfloat16": "FP32"}.get(dtype) or datatype_of(np.dtype(dtype))
     return TensorSpec(name=name, datatype=datatype, shape=tuple(-1 if d is None else int(d) for d in tensor.shape))
 
 
 def set_weights(model: Any, path: Path) -> None:
     """Weights from a safetensors file in the order of `model.weights`. Raises InvalidModel when they do not fit."""
-    stored = load_file(path)
-    values = [stored[name] for name in sorted(stored)]
     try:
-        model.set_weights(values)
+        stored = load_file(path)
+    except SafetensorError as error:
+        raise InvalidData(f"the weights {path.name[:12]} cannot be read: {error}") from error
+    try:
+        model.set_weights([stored[name] for name in sorted(stored)])
     except ValueError as error:
-        raise InvalidModel(f"the weights do not fit the model: {' '.join(str(error).split())[:300]}") from error
+        raise InvalidModel(f"the weights do not fit the model: {one_line(error)}") from error
 
 
 def save_weights(model: Any, path: Path) -> None:

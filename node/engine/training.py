@@ -11,15 +11,24 @@ from typing import Any
 
 import keras
 import numpy as np
+import psutil
 import tensorflow as tf
 
-from node.engine import inputs
-from potluck.errors import Cancelled, InvalidData, InvalidModel
-from potluck.messages import ImageOptions, TrainTask
+from node.engine import inputs, runtime, shards, targets
+from node.engine.inputs import Source
+from node.engine.loaded import FAILURES
+from node.engine.shards import Part
+from node.engine.wording import one_line
+from potluck.errors import Cancelled, InvalidData, InvalidModel, PotluckError
+from potluck.messages import TrainTask
 
 PROGRESS_SECONDS = 1.0
+MEMORY_LIMIT_BYTES = 512 * 2**20
+"""Decoded images are kept in memory up to this size, or a quarter of what is free; beyond, they are decoded in each epoch."""
 SHUFFLE_ITEMS = 4096
 """Window of the shuffle over images that are not kept decoded."""
+GPU_CHECK_STEPS = 20
+"""A look at the loss waits for the GPU, so not each step has one; on a CPU it costs nothing."""
 
 
 @dataclass(frozen=True)
@@ -35,39 +44,45 @@ class Session:
 
     def __init__(self, model: Any, seed: int) -> None:
         keras.utils.set_random_seed(seed)
+        model.steps_per_execution = 1  # rounds end by the clock, after any step
         self.model = model
         self._seed = seed
         self._data_key: tuple[Any, ...] = ()
         self._iterator: Any = None
         self._batch = 0
         self._traced = False
+        self._check_every = GPU_CHECK_STEPS if tf.config.list_logical_devices("GPU") else 1
 
-    def use_data(self, task: TrainTask, parts: Sequence[inputs.Part]) -> None:
-        """Train on these shards from now on; nothing happens when they are the same as before."""
-        key = (tuple(shard.blob.sha256 for shard in task.data), task.batch_size)
+    def use_data(self, task: TrainTask, parts: Sequence[Part]) -> None:
+        """Train on these shards from now on; nothing happens when they are the same as before.
+
+        Raises InvalidData, InvalidRequest, InvalidModel.
+        """
+        key = (tuple(shard.blob.sha256 for shard in task.data), task.batch_size, task.image)
         if key == self._data_key:
             return
-        labels = inputs.labels_for(self.model, task.format.classes)
-        count = sum(shard.count for shard in task.data)
+        self._data_key, self._iterator = (), None
+        labels = targets.labels_for(self.model, task.format.classes)
+        source = inputs.source_for(self.model, task.format, task.image)
+        target = source.targets(parts)
+        if target is None:
+            raise InvalidData(
+                "the data set has no targets to train on: add it with class folders, or name its --target"
+            )
+        wanted = targets.encode(target, labels, tuple(self.model.outputs[0].shape))
+        count = len(wanted)
         batch = min(task.batch_size, count)
-        if task.format.kind == "images":
-            options = inputs.options_for(self.model, task.image)
-            if inputs.bytes_of(parts, options, [shard.count for shard in task.data]) > inputs.MEMORY_LIMIT_BYTES:
-                dataset = self._streamed(parts, options, labels)
-                dataset = dataset.batch(batch, drop_remainder=True).prefetch(2)
-                self._begin(dataset, batch, key)
-                return
-            images, classes = inputs.load_images(parts, options)
-            if int(classes.min(initial=0)) < 0:
-                raise InvalidData("the data set has no labels to train on")
-            arrays, target = [images], classes
+        limit = min(MEMORY_LIMIT_BYTES, psutil.virtual_memory().available // 4)
+        if source.options is not None and count * source.item_bytes() > limit:
+            dataset = self._streamed(source, parts, wanted)
         else:
-            named, found = inputs.load_arrays(parts, task.format)
-            if found is None:
-                raise InvalidData("the data set has no target to train on: name one with --target when adding it")
-            arrays, target = inputs.fit_inputs(self.model, named), found
-        wanted = inputs.encode_targets(target, labels)
-        self._begin(self._gathered(arrays, wanted, batch), batch, key)
+            dataset = self._gathered(source.load(parts), wanted)
+        # A batch is always whole: batches run on from one pass over the data into the next.
+        dataset = dataset(batch).prefetch(2)
+        self._iterator = iter(dataset)
+        self._data_key = key
+        self._traced = self._traced and batch == self._batch
+        self._batch = batch
 
     def train(
         self,
@@ -76,101 +91,95 @@ class Session:
         cancelled: threading.Event,
         progress: Callable[[int, dict[str, float]], None],
     ) -> Outcome:
-        """Steps until `samples` are seen or `seconds` are over, one at least. Tracing the first step is not counted."""
+        """Steps until `samples` are seen or `seconds` are over, one at least. Tracing the first step is not counted.
+
+        Raises InvalidModel where the loss is no number any more, and Cancelled at the step after `cancelled` was set.
+        """
         model, batch = self.model, self._batch
         steps_wanted = max(1, math.ceil(samples / batch))
         if not self._traced:
             self._trace()
         model.reset_metrics()
-        steps = 0
-        started = told = time.perf_counter()
+        steps, told_at = 0, -math.inf
+        started = time.perf_counter()
         while steps < steps_wanted:
             if cancelled.is_set():
                 raise Cancelled("the attempt was withdrawn")
-            self._step()
+            logs = self._step()
             steps += 1
+            if steps % self._check_every == 0 and not math.isfinite(loss := float(logs["loss"])):
+                raise _diverged(loss, steps)
             now = time.perf_counter()
-            if now - told > PROGRESS_SECONDS:
-                told = now
-                progress(steps * batch, self._read(steps))
+            if now - told_at >= PROGRESS_SECONDS:
+                told_at = now
+                progress(steps * batch, self._metrics(steps))
             if now - started >= seconds:
                 break
-        metrics = self._read(steps)
+        metrics = self._metrics(steps)
         elapsed = time.perf_counter() - started
         return Outcome(samples=steps * batch, steps=steps, seconds=elapsed, metrics=metrics)
 
-    def _begin(self, dataset: Any, batch: int, key: tuple[Any, ...]) -> None:
-        options = tf.data.Options()
-        options.autotune.enabled = True
-        self._iterator = iter(dataset.with_options(options))
-        self._data_key = key
-        self._traced = self._traced and batch == self._batch
-        self._batch = batch
-
     def _trace(self) -> None:
         """Compile the step, and take it once without keeping what it did: the first step of a round costs no more than others."""
-        self.model.make_train_function(force=True)
-        if not self.model.optimizer.built:
-            self.model.optimizer.build(self.model.trainable_variables)
-        kept = [variable.numpy() for variable in (*self.model.variables, *self.model.optimizer.variables)]
+        model = self.model
+        model.make_train_function(force=True)
+        if not model.optimizer.built:
+            model.optimizer.build(model.trainable_variables)
+        variables = [*model.variables, *model.optimizer.variables]
+        kept = [variable.numpy() for variable in variables]
         self._step()
-        for variable, value in zip((*self.model.variables, *self.model.optimizer.variables), kept, strict=True):
+        for variable, value in zip(variables, kept, strict=True):
             variable.assign(value)
         self._traced = True
 
-    def _step(self) -> None:
+    def _step(self) -> Any:
         try:
-            self.model.train_function(self._iterator)
-        except (ValueError, tf.errors.InvalidArgumentError) as error:
-            raise InvalidModel(
-                f"the model cannot be trained on this data: {' '.join(str(error).split())[:400]}"
-            ) from error
+            return self.model.train_function(self._iterator)
+        except PotluckError:
+            raise
+        except FAILURES as error:
+            if "decode" in str(error) and "DecodeImage" in str(error):
+                raise inputs.undecodable(error, "while training") from error
+            raise InvalidModel(f"the model cannot be trained on this data: {one_line(error, 400)}") from error
 
-    def _read(self, steps: int) -> dict[str, float]:
-        metrics = {name: float(value) for name, value in _flat(self.model.get_metrics_result())}
+    def _metrics(self, steps: int) -> dict[str, float]:
+        """By name; those that report several values (per class) are left out."""
+        results = {name: np.asarray(value) for name, value in self.model.get_metrics_result().items()}
+        metrics = {name: float(value) for name, value in results.items() if value.ndim == 0}
         if not math.isfinite(metrics.get("loss", 0.0)):
-            raise InvalidModel(
-                f"training diverged: the loss is {metrics['loss']} after {steps} steps of this round; "
-                "lower the learning rate, or look for values that are not finite in the data"
-            )
+            raise _diverged(metrics["loss"], steps)
         return metrics
 
-    def _gathered(self, arrays: Sequence[Any], target: Any, batch: int) -> Any:
+    def _gathered(self, arrays: Sequence[Any], target: Any) -> Callable[[int], Any]:
         """Batches by index from arrays in memory, shuffled anew in each pass."""
         held = [tf.constant(array) for array in arrays]
         wanted = tf.constant(target)
-        count = len(target)
 
         def pick(index: Any) -> tuple[Any, Any]:
-            picked = [tf.gather(array, index) for array in held]
-            return (picked[0] if len(picked) == 1 else tuple(picked)), tf.gather(wanted, index)
+            return runtime.packed(self.model, [tf.gather(array, index) for array in held]), tf.gather(wanted, index)
 
-        order = tf.data.Dataset.range(count).shuffle(count, seed=self._seed, reshuffle_each_iteration=True)
-        return order.repeat().batch(batch, drop_remainder=True).map(pick, tf.data.AUTOTUNE).prefetch(2)
+        order = tf.data.Dataset.range(len(target)).shuffle(len(target), seed=self._seed).repeat()
+        return lambda batch: order.batch(batch, drop_remainder=True).map(pick, tf.data.AUTOTUNE)
 
-    def _streamed(self, parts: Sequence[inputs.Part], options: ImageOptions, labels: inputs.Labels) -> Any:
+    def _streamed(self, source: Source, parts: Sequence[Part], target: Any) -> Callable[[int], Any]:
         """Items decoded as they are needed, for data that does not fit into memory."""
+        starts = np.cumsum([0, *(part.count for part in parts)])
+        passes = np.random.default_rng(self._seed)
 
         def items() -> Any:
-            order = np.random.default_rng(self._seed).permutation(len(parts))
-            for number in order:
-                yield from inputs.read_images(parts[number])
+            for number in passes.permutation(len(parts)):
+                labels = target[starts[number] : starts[number + 1]]
+                yield from zip(shards.encoded_images(parts[number]), labels, strict=True)
 
-        signature = (tf.TensorSpec((), tf.string), tf.TensorSpec((), tf.int64))
+        signature = (tf.TensorSpec((), tf.string), tf.TensorSpec(target.shape[1:], target.dtype))
         dataset = tf.data.Dataset.from_generator(items, output_signature=signature).repeat()
         dataset = dataset.shuffle(SHUFFLE_ITEMS, seed=self._seed)
-
-        def ready(data: Any, label: Any) -> tuple[Any, Any]:
-            image = inputs.decode(data, options)
-            if labels.kind == "one_hot":
-                return image, tf.one_hot(label, labels.units)
-            if labels.kind == "binary":
-                return image, tf.cast(tf.reshape(label, (1,)), tf.float32)
-            return image, label
-
-        return dataset.map(ready, tf.data.AUTOTUNE)
+        dataset = dataset.map(lambda data, label: (source.decode(data), label), tf.data.AUTOTUNE, deterministic=False)
+        return lambda batch: dataset.batch(batch, drop_remainder=True)
 
 
-def _flat(metrics: dict[str, Any]) -> list[tuple[str, Any]]:
-    """Metrics by name; those of a metric that reports several values (per class) are left out."""
-    return [(name, value) for name, value in metrics.items() if np.ndim(value) == 0]
+def _diverged(loss: float, steps: int) -> InvalidModel:
+    return InvalidModel(
+        f"training diverged: the loss became {loss} at step {steps} of this round; lower the learning rate, "
+        "or look for values in the data that are not finite"
+    )

@@ -1,0 +1,128 @@
+"""Data shards as files: tars of images and safetensors of arrays, read no further than the items that are wanted."""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from potluck.errors import InvalidData
+from potluck.messages import DataFormat
+
+Array = np.ndarray[Any, Any]
+NO_CLASS = -1
+INDEXES_KEPT = 64
+
+
+@dataclass(frozen=True)
+class Part:
+    """Items `start` to `stop` (exclusive) of the shard at `path`."""
+
+    path: Path
+    start: int
+    stop: int
+
+    @property
+    def count(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def label(self) -> str:
+        return f"data shard {self.path.name[:12]}"
+
+
+@dataclass(frozen=True)
+class ImageIndex:
+    """Where the images of a tar lie in it, and their class indexes (NO_CLASS without one)."""
+
+    offsets: Array
+    sizes: Array
+    classes: Array
+
+
+@lru_cache(maxsize=INDEXES_KEPT)
+def image_index(path: Path) -> ImageIndex:
+    """Reads the tar's headers and its `.cls` members. Raises InvalidData. A shard's name is its hash, so it never changes."""
+    places: list[tuple[int, int]] = []
+    classes: list[int] = []
+    key: str | None = None
+    size = path.stat().st_size
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if not member.isfile():
+                    continue
+                stem, _, suffix = member.name.rpartition(".")
+                if stem != key:
+                    key = stem
+                    places.append((0, 0))
+                    classes.append(NO_CLASS)
+                if suffix == "cls":
+                    file = tar.extractfile(member)
+                    classes[-1] = int(file.read(20) if file else b"")
+                elif places[-1][1]:
+                    raise ValueError(f"item '{stem}' has two images")
+                elif member.offset_data + member.size > size:
+                    raise ValueError(f"it ends in the middle of '{member.name}'")
+                else:
+                    places[-1] = (member.offset_data, member.size)
+    except (tarfile.TarError, OSError, ValueError) as error:
+        raise InvalidData(f"data shard {path.name[:12]} cannot be read: {error}: add the data set again") from error
+    if any(not length for _, length in places):
+        raise InvalidData(f"data shard {path.name[:12]} has an item without an image: add the data set again")
+    table = np.array(places, np.int64).reshape(-1, 2)
+    return ImageIndex(table[:, 0], table[:, 1], np.array(classes, np.int64))
+
+
+def image_classes(part: Part) -> Array:
+    """Class indexes of its items. Raises InvalidData, also when the shard has fewer items."""
+    index = image_index(part.path)
+    _check_count(part, len(index.classes))
+    return index.classes[part.start : part.stop]
+
+
+def encoded_images(part: Part) -> Iterator[bytes]:
+    """The items' image files, one after the other. Raises InvalidData."""
+    index = image_index(part.path)
+    _check_count(part, len(index.classes))
+    with part.path.open("rb") as file:
+        for offset, size in zip(
+            index.offsets[part.start : part.stop].tolist(), index.sizes[part.start : part.stop].tolist(), strict=True
+        ):
+            file.seek(offset)
+            yield file.read(size)
+
+
+def load_arrays(parts: Sequence[Part], data: DataFormat) -> tuple[dict[str, Array], Array | None]:
+    """Inputs by name and the target (None without one), joined over the parts. Raises InvalidData."""
+    names = [*data.inputs, *([data.target] if data.target else [])]
+    found: dict[str, list[Array]] = {name: [] for name in names}
+    for part in parts:
+        try:
+            with safe_open(part.path, framework="numpy") as file:
+                missing = set(names) - set(file.keys())
+                if missing:
+                    raise InvalidData(f"{part.label} has no array {', '.join(sorted(missing))}")
+                for name in names:
+                    piece = file.get_slice(name)
+                    _check_count(part, (piece.get_shape() or [0])[0])
+                    found[name].append(piece[part.start : part.stop])
+        except (SafetensorError, OSError) as error:
+            raise InvalidData(f"{part.label} cannot be read: {error}: add the data set again") from error
+    joined = {
+        name: arrays[0] if len(arrays) == 1 else np.concatenate(arrays) for name, arrays in found.items() if arrays
+    }
+    return {name: joined[name] for name in data.inputs}, joined[data.target] if data.target else None
+
+
+def _check_count(part: Part, count: int) -> None:
+    if part.stop > count or part.start > part.stop:
+        raise InvalidData(
+            f"{part.label} has {count} items, but items {part.start} to {part.stop} are wanted: add the data set again"
+        )

@@ -1,0 +1,454 @@
+"""The engine with real TensorFlow: its tasks, and what it says to models and data that do not fit."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import pytest_asyncio
+from msgspec.structs import replace
+from safetensors.numpy import load_file, save
+
+from node.engine.process import Engine
+from potluck.errors import Cancelled, InvalidData, InvalidModel, InvalidRequest
+from potluck.messages import (
+    DataFormat,
+    EvaluateResult,
+    EvaluateTask,
+    ExportResult,
+    ExportTask,
+    ImageOptions,
+    PredictResult,
+    PredictTask,
+    TrainResult,
+    TrainTask,
+)
+from potluck.tensors import to_numpy
+from support import models
+from support.models import Files, blobs, dense, whole
+
+pytestmark = [pytest.mark.tensorflow, pytest.mark.asyncio(loop_scope="module")]
+
+Progress = list[tuple[int, dict[str, float]]]
+
+
+@dataclasses.dataclass
+class Lab:
+    """An engine, the blobs it is given, and what it told of its progress."""
+
+    engine: Engine
+    files: Files
+    scratch: Path
+    progress: Progress = dataclasses.field(default_factory=list)
+
+    async def run(self, task: Any, job_id: str = "job") -> Any:
+        self.progress.clear()
+        return await asyncio.wait_for(
+            self.engine.run_task(
+                job_id, task, self.files.paths, lambda done, metrics: self.progress.append((done, metrics))
+            ),
+            120,
+        )
+
+    def weights(self, result: TrainResult) -> list[np.ndarray[Any, Any]]:
+        path = self.scratch / result.weights.sha256
+        assert path.stat().st_size == result.weights.size
+        self.files.paths[result.weights.sha256] = path
+        stored = load_file(path)
+        return [stored[name] for name in sorted(stored)]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def lab(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Lab]:
+    folder = tmp_path_factory.mktemp("engine")
+    engine = Engine(folder / "scratch", threads=0, start_seconds=120, silence_seconds=20)
+    info = await engine.start()
+    assert info.runtimes["tensorflow"]
+    assert info.runtimes["keras"].startswith("3.")
+    yield Lab(engine, Files(folder / "blobs"), folder / "scratch")
+    await engine.stop()
+
+
+def training(model: Any, data: Any, **changes: Any) -> TrainTask:
+    task = TrainTask(
+        model=model,
+        weights=None,
+        data=data,
+        format=models.ARRAYS,
+        image=None,
+        round=0,
+        samples=600,
+        seconds=30,
+        batch_size=32,
+    )
+    return replace(task, **changes)
+
+
+def evaluation(model: Any, slices: Any, **changes: Any) -> EvaluateTask:
+    task = EvaluateTask(model=model, weights=None, slices=slices, format=models.ARRAYS, image=None, batch_size=32)
+    return replace(task, **changes)
+
+
+def prediction(model: Any, slices: Any, **changes: Any) -> PredictTask:
+    return replace(PredictTask(model=model, slices=slices, format=models.ARRAYS, image=None, batch_size=32), **changes)
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+async def test_rounds_learn_and_keep_their_optimizer(lab: Lab) -> None:
+    x, y = blobs()
+    model, data = dense(), lab.files.arrays(3, x=x, y=y)
+    first = await lab.run(training(lab.files.model(model), data), "learn")
+    assert isinstance(first, TrainResult)
+    assert first.samples == 608  # 19 batches of 32: whole batches until the 600 are seen
+    assert first.steps == 19
+    assert set(first.metrics) == {"loss", "accuracy"}
+    assert lab.progress[0][0] == 32  # told at the first step
+    before, losses = lab.weights(first), [first.metrics["loss"]]
+    assert [array.shape for array in before] == [tuple(weight.shape) for weight in model.weights]
+    blob = first.weights
+    for number in range(1, 4):
+        result = await lab.run(training(lab.files.model(model), data, weights=blob, round=number), "learn")
+        lab.weights(result)
+        blob = result.weights
+        losses.append(result.metrics["loss"])
+    assert losses[-1] < losses[0] / 2
+    assert losses == sorted(losses, reverse=True)
+
+
+async def test_the_same_seed_gives_the_same_weights_as_keras_would(lab: Lab) -> None:
+    """One batch of all the data, plain SGD, no dropout: a round is then as many steps of `fit`."""
+    import keras
+
+    x, y = blobs(64)
+    keras.utils.set_random_seed(5)
+    model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(3, activation="softmax")])
+    model.compile(optimizer=keras.optimizers.SGD(0.1, momentum=0.9), loss="sparse_categorical_crossentropy")
+    task = training(lab.files.model(model), lab.files.arrays(1, x=x, y=y), samples=64 * 5, batch_size=500)
+    first = await lab.run(task, "same")
+    assert (first.samples, first.steps) == (320, 5)
+    lab.weights(first)
+    second = await lab.run(replace(task, weights=first.weights, round=1), "same")
+    model.fit(x, y, batch_size=64, epochs=10, shuffle=False, verbose=0)
+    for ours, theirs in zip(lab.weights(second), model.get_weights(), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+async def test_weights_that_are_given_are_the_ones_trained(lab: Lab) -> None:
+    x, y = blobs(64)
+    model = dense(optimizer="sgd")
+    zeros = {f"w{i:05}": np.zeros(weight.shape, np.float32) for i, weight in enumerate(model.weights)}
+    task = training(
+        lab.files.model(model), lab.files.arrays(1, x=x, y=y), weights=lab.files.put(save(zeros)), samples=1
+    )
+    result = await lab.run(task, "given")
+    assert result.steps == 1
+    assert result.metrics["loss"] == pytest.approx(np.log(3), abs=1e-5)
+    assert max(np.abs(array).max() for array in lab.weights(result)) < 0.1
+
+
+async def test_a_round_ends_by_the_clock(lab: Lab) -> None:
+    x, y = blobs()
+    task = training(lab.files.model(dense()), lab.files.arrays(1, x=x, y=y), samples=10**9, seconds=0.3)
+    result = await lab.run(task, "clock")
+    assert 0.3 <= result.seconds < 1.0
+    assert result.samples == result.steps * 32 > 32
+
+
+async def test_a_task_is_cancelled_at_its_next_step(lab: Lab) -> None:
+    x, y = blobs()
+    task = training(lab.files.model(dense()), lab.files.arrays(1, x=x, y=y), samples=10**9, seconds=100)
+    started = asyncio.Event()
+    running = asyncio.create_task(
+        lab.engine.run_task("cancel", task, lab.files.paths, lambda done, metrics: started.set()), name="running"
+    )
+    await asyncio.wait_for(started.wait(), 60)
+    await lab.engine.cancel_task()
+    with pytest.raises(Cancelled):
+        await asyncio.wait_for(running, 10)
+    assert isinstance(await lab.run(replace(task, samples=32), "cancel"), TrainResult)  # and goes on with the next
+
+
+async def test_a_loss_that_is_no_number_ends_the_round(lab: Lab) -> None:
+    x, y = blobs()
+    model = dense(units=1, activation="linear", loss="mse", optimizer=_sgd(1e30))
+    with pytest.raises(InvalidModel, match=r"the loss became (nan|inf) at step \d+.*lower the learning rate"):
+        await lab.run(training(lab.files.model(model), lab.files.arrays(1, x=x, y=y), samples=10**6), "nan")
+
+
+async def test_several_inputs_by_name(lab: Lab) -> None:
+    import keras
+
+    x, y = blobs()
+    left, right = keras.Input((3,), name="left"), keras.Input((5,), name="right")
+    joined = keras.layers.Concatenate()([right, left])
+    data = lab.files.arrays(2, right=x[:, :5], left=x[:, 5:], y=y)
+    form = DataFormat(kind="arrays", inputs=("right", "left"), target="y")
+    for inputs in ([left, right], {"right": right, "left": left}):
+        model = keras.Model(inputs, keras.layers.Dense(3, activation="softmax")(joined))
+        model.compile(optimizer="adam", loss="sparse_categorical_crossentropy", metrics=["accuracy"])
+        blob = lab.files.model(model)
+        result = await lab.run(training(blob, data, format=form), f"inputs {type(inputs)}")
+        assert result.steps == 19
+        predicted = await lab.run(prediction(blob, whole(data), format=form))
+        given = {"left": x[:, 5:], "right": x[:, :5]}
+        expected = model.predict(given if isinstance(inputs, dict) else [given["left"], given["right"]], verbose=0)
+        np.testing.assert_allclose(to_numpy(predicted.outputs[0]), expected, atol=1e-6)
+    renamed = lab.files.arrays(1, a=x[:, :5], b=x[:, 5:], y=y)
+    with pytest.raises(InvalidRequest, match="left, right, the data's a, b"):
+        await lab.run(training(blob, renamed, format=replace(form, inputs=("a", "b"))), "renamed")
+
+
+# --- evaluation and prediction ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("units", "activation", "loss", "metrics"),
+    [
+        (3, "softmax", "sparse_categorical_crossentropy", ["accuracy"]),
+        (3, "softmax", "categorical_crossentropy", ["accuracy", "mae"]),
+        (1, "sigmoid", "binary_crossentropy", ["accuracy"]),
+        (1, "linear", "mse", ["mae"]),
+    ],
+)
+async def test_slices_merge_into_what_keras_evaluates(
+    lab: Lab, units: int, activation: str, loss: str, metrics: list[str]
+) -> None:
+    x, y = blobs(250)
+    if units == 1:
+        y = (y > 0).astype(np.int64) if "binary" in loss else (y * 1.7 - 0.3).astype(np.float32)
+    model = dense(units=units, activation=activation, loss=loss, metrics=metrics, penalty=0.01)
+    shown = np.eye(3, dtype=np.float32)[y] if loss.startswith("categorical") else y
+    expected = model.evaluate(x, shown.reshape(len(y), -1), batch_size=16, return_dict=True, verbose=0)
+    blob, shards = lab.files.model(model), lab.files.arrays(2, x=x, y=y)
+    all_items = await lab.run(evaluation(blob, whole(shards)))
+    assert isinstance(all_items, EvaluateResult)
+    cuts = [whole(shards)[0], replace(whole(shards)[1], stop=70), replace(whole(shards)[1], start=70)]
+    parts = [
+        await lab.run(evaluation(blob, (cut,), batch_size=size)) for cut, size in zip(cuts, (32, 7, 50), strict=True)
+    ]
+    assert sum(part.count for part in parts) == all_items.count == 250
+    for name, value in expected.items():
+        assert all_items.sums[name] / 250 == pytest.approx(value, abs=1e-6)
+        assert sum(part.sums[name] for part in parts) / 250 == pytest.approx(value, abs=1e-6)
+    if loss == "mse":
+        assert all_items.confusion == ()
+        return
+    table = sum(np.array(part.confusion) for part in parts)
+    assert np.array_equal(table, all_items.confusion)
+    assert np.array_equal(table.sum(axis=1), np.bincount(y))
+    assert np.trace(table) / 250 == pytest.approx(expected["accuracy"], abs=1e-6)
+
+
+async def test_a_loss_that_sums_is_counted_an_item(lab: Lab) -> None:
+    import keras
+
+    x, y = blobs(100)
+    model = dense(loss=keras.losses.SparseCategoricalCrossentropy(reduction="sum"), penalty=0.01)
+    expected = model.evaluate(x, y, batch_size=1, return_dict=True, verbose=0)["loss"]
+    blob, shards = lab.files.model(model), lab.files.arrays(1, x=x, y=y)
+    for size in (100, 7):
+        result = await lab.run(evaluation(blob, whole(shards), batch_size=size))
+        assert result.sums["loss"] / 100 == pytest.approx(expected, abs=1e-5)
+
+
+async def test_sequences_have_no_confusion_but_their_metrics(lab: Lab) -> None:
+    import keras
+
+    tokens = np.random.default_rng(0).integers(0, 5, (40, 6))
+    model = keras.Sequential(
+        [keras.Input((6,)), keras.layers.Embedding(5, 4), keras.layers.Dense(5, activation="softmax")]
+    )
+    model.compile(optimizer="adam", loss="sparse_categorical_crossentropy", metrics=["accuracy"])
+    expected = model.evaluate(tokens, tokens, return_dict=True, verbose=0)
+    result = await lab.run(evaluation(lab.files.model(model), whole(lab.files.arrays(1, x=tokens, y=tokens))))
+    assert result.confusion == ()
+    assert {name: value / 40 for name, value in result.sums.items()} == pytest.approx(expected, abs=1e-6)
+
+
+async def test_other_weights_and_then_its_own_again(lab: Lab) -> None:
+    x, y = blobs(50)
+    model = dense()
+    zeros = {f"w{i:05}": np.zeros(weight.shape, np.float32) for i, weight in enumerate(model.weights)}
+    blob, slices = lab.files.model(model), whole(lab.files.arrays(1, x=x, y=y))
+    own = await lab.run(evaluation(blob, slices))
+    other = await lab.run(evaluation(blob, slices, weights=lab.files.put(save(zeros))))
+    again = await lab.run(evaluation(blob, slices))
+    assert own.sums == again.sums
+    assert other.sums["loss"] / 50 == pytest.approx(np.log(3), abs=1e-5)
+
+
+async def test_predictions_are_those_of_keras_in_the_order_of_the_slices(lab: Lab) -> None:
+    x, y = blobs(100)
+    model = dense(compiled=False)
+    first, second = whole(lab.files.arrays(2, x=x, y=y))
+    slices = (replace(second, start=10, stop=33), first)
+    result = await lab.run(prediction(lab.files.model(model), slices, batch_size=16))
+    assert isinstance(result, PredictResult)
+    assert result.count == 73
+    expected = model.predict(np.concatenate([x[60:83], x[:50]]), verbose=0)
+    np.testing.assert_allclose(to_numpy(result.outputs[0]), expected, atol=1e-6)
+
+
+async def test_an_export_is_the_model_with_other_weights(lab: Lab) -> None:
+    import keras
+
+    model = dense()
+    ones = {f"w{i:05}": np.full(weight.shape, 0.5, np.float32) for i, weight in enumerate(model.weights)}
+    result = await lab.run(ExportTask(model=lab.files.model(model), weights=lab.files.put(save(ones))))
+    assert isinstance(result, ExportResult)
+    assert [spec.shape for spec in result.signature.inputs] == [(-1, 8)]
+    target = lab.files.folder / "exported.keras"
+    target.write_bytes((lab.scratch / result.model.sha256).read_bytes())
+    exported = keras.saving.load_model(target)
+    assert exported.compiled
+    assert all((value == 0.5).all() for value in exported.get_weights())
+
+
+# --- images -----------------------------------------------------------------------------------------------------------
+
+IMAGES = DataFormat(kind="images", classes=("dark", "light"))
+
+
+def _pictures(count: int, size: int = 12) -> list[tuple[bytes, int | None]]:
+    random = np.random.default_rng(0)
+    labels = [number % 2 for number in range(count)]
+    return [
+        (models.png(random.integers(120 * label, 120 * label + 100, (size, size, 3), np.uint8)), label)
+        for label in labels
+    ]
+
+
+async def test_images_are_decoded_resized_and_scaled(lab: Lab) -> None:
+    import keras
+    import tensorflow as tf
+
+    items = _pictures(9)
+    shard = lab.files.images(items)
+    model = keras.Sequential([keras.Input((6, 8, 3)), keras.layers.Flatten()])
+    result = await lab.run(prediction(lab.files.model(model), whole([shard]), format=IMAGES, batch_size=4))
+    expected = [
+        tf.image.resize(tf.io.decode_png(data, channels=3), (6, 8)).numpy().reshape(-1) / 255.0 for data, _ in items
+    ]
+    np.testing.assert_allclose(to_numpy(result.outputs[0]), expected, atol=1e-6)
+    grey = keras.Sequential([keras.Input((None, None, 1)), keras.layers.GlobalAveragePooling2D()])
+    options = ImageOptions(height=5, width=5, channels=1, scale=1.0)
+    result = await lab.run(prediction(lab.files.model(grey), whole([shard]), format=IMAGES, image=options))
+    assert to_numpy(result.outputs[0]).shape == (9, 1)
+    assert to_numpy(result.outputs[0]).max() > 100
+
+
+@pytest.mark.parametrize(("units", "loss"), [(2, "categorical_crossentropy"), (1, "binary_crossentropy")])
+async def test_images_train_and_evaluate(lab: Lab, units: int, loss: str) -> None:
+    import keras
+
+    keras.utils.set_random_seed(1)
+    layers = [keras.layers.Flatten(), keras.layers.Dense(units, activation="softmax" if units > 1 else "sigmoid")]
+    model = keras.Sequential([keras.Input((6, 6, 3)), *layers])
+    model.compile(optimizer=keras.optimizers.Adam(0.01), loss=loss, metrics=["accuracy"])
+    blob, shard = lab.files.model(model), lab.files.images(_pictures(60))
+    task = training(blob, (shard,), format=IMAGES, batch_size=16, samples=1600)
+    result = await lab.run(task, loss)
+    lab.weights(result)
+    scored = await lab.run(evaluation(blob, whole([shard]), weights=result.weights, format=IMAGES))
+    assert np.trace(np.array(scored.confusion)) >= 57
+    assert np.array(scored.confusion).sum(axis=1).tolist() == [30, 30]
+
+
+# --- what does not fit ------------------------------------------------------------------------------------------------
+
+
+async def test_a_model_that_is_not_compiled(lab: Lab) -> None:
+    x, y = blobs(40)
+    data = lab.files.arrays(1, x=x, y=y)
+    blob = lab.files.model(dense(compiled=False))
+    for task in (training(blob, data), evaluation(blob, whole(data))):
+        with pytest.raises(InvalidModel, match=r"not compiled: call model.compile"):
+            await lab.run(task, "not compiled")
+
+
+async def test_a_lambda_layer_is_refused(lab: Lab) -> None:
+    import keras
+
+    model = keras.Sequential([keras.Input((8,)), keras.layers.Lambda(lambda x: x * 2)])
+    with pytest.raises(InvalidModel, match="Lambda layer, which is code"):
+        await lab.run(prediction(lab.files.model(model), whole(lab.files.arrays(1, x=blobs(9)[0], y=blobs(9)[1]))))
+
+
+async def test_a_class_of_the_users_own_is_refused(lab: Lab) -> None:
+    import keras
+
+    class Twice(keras.layers.Layer):  # type: ignore[misc]
+        def call(self, x: Any) -> Any:
+            return x * 2
+
+    model = keras.Sequential([keras.Input((8,)), Twice()])
+    with pytest.raises(InvalidModel, match="run no code of users"):
+        await lab.run(prediction(lab.files.model(model), whole(lab.files.arrays(1, x=blobs(9)[0], y=blobs(9)[1]))))
+
+
+async def test_what_is_no_keras_file(lab: Lab) -> None:
+    slices = whole(lab.files.arrays(1, x=blobs(9)[0], y=blobs(9)[1]))
+    with pytest.raises(InvalidModel, match=r"not a \.keras file"):
+        await lab.run(prediction(lab.files.put(b"\x89HDF\r\n"), slices))
+    damaged = bytearray(lab.files.paths[lab.files.model(dense()).sha256].read_bytes())
+    damaged[200:1200] = bytes(1000)
+    with pytest.raises(InvalidModel):
+        await lab.run(prediction(lab.files.put(bytes(damaged)), slices))
+
+
+async def test_shapes_that_do_not_fit_are_both_named(lab: Lab) -> None:
+    x, y = blobs(40, features=7)
+    with pytest.raises(InvalidRequest, match=r"shape \(8\), but the data has \(7\)"):
+        await lab.run(training(lab.files.model(dense()), lab.files.arrays(1, x=x, y=y)), "shape")
+    x, y = blobs(40, classes=5)
+    with pytest.raises(InvalidRequest, match=r"classes 0 to 4, but the model's output has 3 units"):
+        await lab.run(training(lab.files.model(dense()), lab.files.arrays(1, x=x, y=y)), "classes")
+    named = replace(models.ARRAYS, classes=("a", "b", "c", "d"))
+    with pytest.raises(InvalidModel, match=r"the data has 4 classes, but the model takes 3"):
+        await lab.run(training(lab.files.model(dense()), lab.files.arrays(1, x=x, y=y), format=named), "names")
+    with pytest.raises(InvalidRequest, match=r"targets have shape \(\) per item, but the model's output is \(3\)"):
+        await lab.run(training(lab.files.model(dense(loss="mse")), lab.files.arrays(1, x=x, y=y)), "plain")
+    shard = lab.files.images(_pictures(4))
+    with pytest.raises(InvalidModel, match=r"the data is images, but the model takes .*\(8\)"):
+        await lab.run(training(lab.files.model(dense()), (shard,), format=IMAGES), "images")
+    options = ImageOptions(height=10, width=10)
+    model = lab.files.model(models.convolutional(classes=2))
+    with pytest.raises(InvalidRequest, match=r"\(10, 10, 3\) do not fit the model's input of shape \(32, 32, 3\)"):
+        await lab.run(training(model, (shard,), format=IMAGES, image=options), "size")
+
+
+async def test_data_that_cannot_be_read(lab: Lab) -> None:
+    model = lab.files.model(models.convolutional(classes=2))
+    shard = lab.files.images(_pictures(6))
+    tar = lab.files.paths[shard.blob.sha256].read_bytes()
+    for bad in (b"no tar", tar[: len(tar) // 2]):
+        with pytest.raises(InvalidData, match="data shard"):
+            await lab.run(prediction(model, whole([replace(shard, blob=lab.files.put(bad))]), format=IMAGES), "corrupt")
+    undecodable = lab.files.images([*_pictures(3), (b"\x89PNG\r\n\x1a\nbroken", 0)])
+    with pytest.raises(InvalidData, match="cannot be decoded"):
+        await lab.run(prediction(model, whole([undecodable]), format=IMAGES), "undecodable")
+    unlabelled = lab.files.images([(data, None) for data, _ in _pictures(3)])
+    with pytest.raises(InvalidData, match="no targets"):
+        await lab.run(training(model, (unlabelled,), format=IMAGES), "unlabelled")
+    x, y = blobs(10)
+    arrays = lab.files.arrays(1, x=x, y=y)
+    form = DataFormat(kind="arrays", inputs=("z",), target="y")
+    with pytest.raises(InvalidData, match="has no array z"):
+        await lab.run(prediction(lab.files.model(dense()), whole(arrays), format=form))
+    with pytest.raises(InvalidData, match="has 10 items, but items 0 to 11"):
+        await lab.run(prediction(lab.files.model(dense()), (replace(whole(arrays)[0], stop=11),)))
+    with pytest.raises(InvalidData, match="cannot be read"):
+        await lab.run(prediction(lab.files.model(dense()), whole([replace(arrays[0], blob=lab.files.put(b"no"))])))
+
+
+def _sgd(rate: float) -> Any:
+    import keras
+
+    return keras.optimizers.SGD(rate)

@@ -1,0 +1,133 @@
+"""Tiny Keras models and data shards, made on the fly: what an engine is given, without a cluster around it."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from safetensors.numpy import save
+
+from potluck.messages import BlobRef, DataFormat, DataShard, DataSlice
+
+Array = np.ndarray[Any, Any]
+
+
+class Files:
+    """Blobs in a folder, by hash: what `Engine.run_task` takes as `files`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.paths: dict[str, Path] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def put(self, data: bytes) -> BlobRef:
+        sha256 = hashlib.sha256(data).hexdigest()
+        path = self.folder / sha256
+        path.write_bytes(data)
+        self.paths[sha256] = path
+        return BlobRef(sha256=sha256, size=len(data))
+
+    def model(self, model: Any) -> BlobRef:
+        """The `.keras` file of a model."""
+        path = self.folder / "model.keras"
+        model.save(path)
+        return self.put(path.read_bytes())
+
+    def arrays(self, shards: int = 1, **arrays: Array) -> tuple[DataShard, ...]:
+        """Safetensors shards of about equal size."""
+        count = len(next(iter(arrays.values())))
+        bounds = np.linspace(0, count, shards + 1).astype(int)
+        return tuple(
+            DataShard(
+                blob=self.put(save({name: np.ascontiguousarray(array[start:stop]) for name, array in arrays.items()})),
+                count=int(stop - start),
+            )
+            for start, stop in itertools.pairwise(bounds)
+        )
+
+    def images(self, items: Sequence[tuple[bytes, int | None]]) -> DataShard:
+        """A WebDataset tar of encoded images and class indexes (None: no `.cls`)."""
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            for number, (image, label) in enumerate(items):
+                members = [("png", image)] + ([] if label is None else [("cls", str(label).encode())])
+                for suffix, data in members:
+                    info = tarfile.TarInfo(f"{number:09}.{suffix}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+        return DataShard(blob=self.put(buffer.getvalue()), count=len(items))
+
+
+def png(pixels: Array) -> bytes:
+    """uint8 pixels (h x w, or h x w x 3) as a PNG file."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def whole(shards: Sequence[DataShard]) -> tuple[DataSlice, ...]:
+    """All items of the shards, in order."""
+    return tuple(DataSlice(blob=shard.blob, start=0, stop=shard.count) for shard in shards)
+
+
+def blobs(count: int = 300, features: int = 8, classes: int = 3, seed: int = 0) -> tuple[Array, Array]:
+    """Points around one centre a class: float32 rows, and int64 labels. A small network separates them within a few passes."""
+    random = np.random.default_rng(seed)
+    centres = np.random.default_rng(1).normal(0, 2, (classes, features))
+    labels = random.integers(0, classes, count)
+    return (centres[labels] + random.normal(0, 0.7, (count, features))).astype(np.float32), labels.astype(np.int64)
+
+
+ARRAYS = DataFormat(kind="arrays", inputs=("x",), target="y")
+
+
+def dense(
+    *,
+    features: int = 8,
+    units: int = 3,
+    activation: str = "softmax",
+    loss: Any = "sparse_categorical_crossentropy",
+    metrics: Sequence[Any] = ("accuracy",),
+    optimizer: Any = "adam",
+    penalty: float = 0.0,
+    compiled: bool = True,
+) -> Any:
+    """features - 16 - units, with batch normalisation and dropout between."""
+    import keras
+
+    keras.utils.set_random_seed(3)
+    model = keras.Sequential(
+        [
+            keras.Input((features,)),
+            keras.layers.Dense(16, activation="relu", kernel_regularizer=keras.regularizers.L2(penalty)),
+            keras.layers.BatchNormalization(),
+            keras.layers.Dropout(0.1),
+            keras.layers.Dense(units, activation=activation),
+        ]
+    )
+    if compiled:
+        model.compile(optimizer=optimizer, loss=loss, metrics=list(metrics))
+    return model
+
+
+def convolutional(size: int = 32, channels: int = 3, classes: int = 10) -> Any:
+    """The founding example's network, at a smaller size."""
+    import keras
+
+    keras.utils.set_random_seed(3)
+    model = keras.Sequential([keras.Input((size, size, channels))])
+    for filters in (32, 64, 128):
+        model.add(keras.layers.Conv2D(filters, 3, activation="relu"))
+        model.add(keras.layers.MaxPooling2D(2))
+    model.add(keras.layers.Flatten())
+    model.add(keras.layers.Dense(512, activation="relu"))
+    model.add(keras.layers.Dense(classes, activation="softmax"))
+    model.compile(optimizer="adam", loss="categorical_crossentropy", metrics=["accuracy"])
+    return model
