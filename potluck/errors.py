@@ -117,6 +117,13 @@ class CorruptBlob(PotluckError):
     retryable = True
 
 
+class DiskFull(PotluckError):
+    """No room for a blob: on the disk, or within the store's limit beside what is pinned."""
+
+    code = "disk_full"
+    retryable = True
+
+
 def _all_errors(base: type[PotluckError]) -> list[type[PotluckError]]:
     return [base, *(found for sub in base.__subclasses__() for found in _all_errors(sub))]
 

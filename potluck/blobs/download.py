@@ -3,164 +3,206 @@
 from __future__ import annotations
 
 import asyncio
-import os
+import hashlib
+import json
+import logging
+import time
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import aiohttp
+from aiohttp import hdrs
 
-from potluck.blobs.store import BlobStore
-from potluck.errors import CorruptBlob, InvalidRequest, TooLarge, Unavailable
+from potluck.blobs.store import BlobStore, hash_file
+from potluck.blobs.transfer import TIMINGS, Timings, Transfer, explained
+from potluck.errors import DiskFull, InvalidRequest, NotFound, TooLarge, Unavailable
+from potluck.logs import fields
 from potluck.messages import BlobRef
 
-CHUNK_BYTES = 4 * 2**20
-CONNECT_SECONDS = 3.0
-CHUNK_SECONDS = 30.0
+log = logging.getLogger(__name__)
+
+_SEND_BYTES = 1 << 18
+_EXPECT_BYTES = 1 << 20
+"""From this size on, whether the blob is wanted is settled before it is sent."""
+_ANSWER_SECONDS = 60.0
+"""The receiver hashes and stores before it answers."""
+
+
+@dataclass(eq=False)
+class _UnderWay:
+    transfer: Transfer
+    task: asyncio.Task[Path]
+    waiting: int = 0
+    given_up: bool = False
 
 
 class Downloader:
-    """Fetches into `store`; a context manager. Two fetches of one blob are one."""
+    """Fetches into `store`; an async context manager. Two fetches of one blob are one."""
 
-    def __init__(self, store: BlobStore) -> None:
+    def __init__(self, store: BlobStore, timings: Timings = TIMINGS) -> None:
         self._store = store
-        self._under_way: dict[str, asyncio.Task[Path]] = {}
+        self._timings = timings
+        self._under_way: dict[str, _UnderWay] = {}
+        self._distrusted_until: dict[str, float] = {}
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
-        timeout = aiohttp.ClientTimeout(total=None, connect=CONNECT_SECONDS, sock_read=CHUNK_SECONDS)
-        self._session = aiohttp.ClientSession(timeout=timeout)
+        timeout = aiohttp.ClientTimeout(
+            total=None, sock_connect=self._timings.connect_seconds, sock_read=self._timings.idle_seconds
+        )
+        self._session = aiohttp.ClientSession(timeout=timeout, auto_decompress=False, read_bufsize=1 << 18)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for task in self._under_way.values():
+        tasks = [one.task for one in self._under_way.values()]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._under_way.values(), return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         if self._session is not None:
             await self._session.close()
 
     async def fetch(self, ref: BlobRef) -> Path:
-        """The blob's file in the store. Raises Unavailable or CorruptBlob, naming holders and reasons."""
-        if self._store.has(ref.sha256):
-            return self._store.path(ref.sha256)
-        task = self._under_way.get(ref.sha256)
-        if task is None:
-            task = asyncio.create_task(self._fetch(ref), name=f"fetch {ref.sha256[:12]}")
-            self._under_way[ref.sha256] = task
-            task.add_done_callback(lambda _: self._under_way.pop(ref.sha256, None))
-        return await asyncio.shield(task)
+        """The blob's file in the store, its hash checked. A fetch that nobody waits for any more ends, and can be resumed.
+
+        Raises Unavailable or CorruptBlob, naming holders and reasons; DiskFull.
+        """
+        while True:
+            if self._store.has(ref.sha256):
+                try:
+                    return self._store.path(ref.sha256)
+                except NotFound:
+                    pass  # thrown away just now
+            found = self._under_way.get(ref.sha256)
+            if found is None or not found.given_up:
+                break
+            await asyncio.wait([found.task])
+        if found is None:
+            found = self._begin(ref)
+        else:
+            found.transfer.offer(ref.holders)
+        found.waiting += 1
+        try:
+            return await asyncio.shield(found.task)
+        finally:
+            found.waiting -= 1
+            if not found.waiting and not found.task.done():
+                found.given_up = True
+                found.task.cancel()
 
     async def push(self, source: bytes | Path, base_urls: tuple[str, ...]) -> BlobRef:
-        """Put bytes or a file where it can be written to; nothing is sent when it is there already."""
-        ref = await asyncio.to_thread(
-            lambda: self._store.put_bytes(source) if isinstance(source, bytes) else self._store.put_file(source)
-        )
-        reasons = []
-        for base in base_urls:
-            url = f"{base}/blobs/{ref.sha256}"
-            try:
-                async with self._http.head(url) as there:
-                    if there.status == 200:
-                        return BlobRef(sha256=ref.sha256, size=ref.size, holders=(base,))
-                with self._store.path(ref.sha256).open("rb") as file:
-                    async with self._http.put(url, data=file) as response:
-                        if response.status in (200, 201):
-                            return BlobRef(sha256=ref.sha256, size=ref.size, holders=(base,))
-                        text = await response.text()
-                        if response.status == 413:
-                            raise TooLarge(f"{base} refused a blob of {ref.size} bytes: {text}")
-                        if response.status < 500:
-                            raise InvalidRequest(f"{base} refused a blob of {ref.size} bytes: {text}")
-                        reasons.append(f"{base}: {response.status} {text}")
-            except (aiohttp.ClientError, TimeoutError, OSError) as error:
-                reasons.append(f"{base}: {error or type(error).__name__}")
-        raise Unavailable(f"a blob of {ref.size} bytes could not be sent: {'; '.join(reasons) or 'nowhere to send it'}")
+        """Put bytes or a file where it can be written to; nothing is sent when it is there already.
+
+        Raises Unavailable, naming addresses and reasons; TooLarge, DiskFull or InvalidRequest when it was refused.
+        """
+        ref = await asyncio.to_thread(self._describe, source)
+        if not base_urls:
+            raise Unavailable(f"a blob of {ref.size} bytes could not be sent: there is no address to send it to")
+        reasons: dict[str, str] = {}
+        for round_ in range(self._timings.failures_limit):
+            if round_:
+                await asyncio.sleep(self._timings.rest_seconds * 2 ** (round_ - 1))
+            for base in base_urls:
+                reason = await self._put(ref, source, base)
+                if reason is None:
+                    return BlobRef(sha256=ref.sha256, size=ref.size, holders=(base,))
+                reasons[base] = reason
+        shown = "; ".join(f"{base}: {reason}" for base, reason in reasons.items())
+        raise Unavailable(f"a blob of {ref.size} bytes could not be sent: {shown}")
 
     @property
     def _http(self) -> aiohttp.ClientSession:
-        assert self._session is not None
+        assert self._session is not None, "a Downloader is used in its own `async with` block"
         return self._session
 
-    async def _fetch(self, ref: BlobRef) -> Path:
-        reasons: dict[str, str] = {}
-        holders = list(dict.fromkeys(ref.holders))
-        if holders:
-            try:
-                return await self._fetch_from(ref, holders, reasons)
-            except CorruptBlob as error:
-                # Somebody lies: ask one after the other, until the bytes are right.
-                for holder in holders:
-                    if holder in reasons:
-                        continue
-                    try:
-                        return await self._fetch_from(ref, [holder], reasons)
-                    except CorruptBlob:
-                        reasons[holder] = "sent other bytes"
-                raise CorruptBlob(f"{error.message}; holders: {_listed(reasons)}") from error
-        raise Unavailable(f"blob {ref.sha256[:12]} has no holder: whoever made it has not said where it is")
+    def _begin(self, ref: BlobRef) -> _UnderWay:
+        transfer = Transfer(
+            ref, self._store, self._http, self._timings, distrusted=self._is_distrusted, on_liar=self._on_liar
+        )
+        task = asyncio.create_task(transfer.run(), name=f"fetch {ref.sha256[:12]}")
+        found = self._under_way[ref.sha256] = _UnderWay(transfer, task)
+        task.add_done_callback(lambda _: self._under_way.pop(ref.sha256, None))
+        return found
 
-    async def _fetch_from(self, ref: BlobRef, holders: list[str], reasons: dict[str, str]) -> Path:
-        with self._store.new_file() as file:
-            os.truncate(file.path, ref.size)
-            waiting = asyncio.Queue[int]()
-            for start in range(0, ref.size, CHUNK_BYTES):
-                waiting.put_nowait(start)
-            left = waiting.qsize()
-            done = asyncio.Event()
-            if not left:
-                done.set()
+    def _is_distrusted(self, url: str) -> bool:
+        return self._distrusted_until.get(url, 0.0) > time.monotonic()
 
-            async def pull(holder: str) -> None:
-                nonlocal left
-                while not done.is_set():
-                    start = await waiting.get()
-                    stop = min(start + CHUNK_BYTES, ref.size)
-                    try:
-                        await self._chunk(f"{holder}/blobs/{ref.sha256}", file.path, start, stop)
-                    except (aiohttp.ClientError, TimeoutError, OSError, Unavailable) as error:
-                        waiting.put_nowait(start)
-                        reasons[holder] = str(error) or type(error).__name__
-                        return
-                    left -= 1
-                    if not left:
-                        done.set()
+    def _on_liar(self, url: str) -> None:
+        log.warning("holder sent wrong bytes %s", fields(holder=url, distrusted_seconds=self._timings.distrust_seconds))
+        now = time.monotonic()
+        self._distrusted_until = {known: until for known, until in self._distrusted_until.items() if until > now}
+        self._distrusted_until[url] = now + self._timings.distrust_seconds
 
-            pullers = [asyncio.create_task(pull(holder), name=f"pull {holder}") for holder in holders for _ in (0, 1)]
-            finished = asyncio.create_task(done.wait(), name="all chunks")
-            try:
-                while not finished.done():
-                    alive = [task for task in pullers if not task.done()]
-                    if not alive:
-                        break
-                    await asyncio.wait([finished, *alive], return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                for task in (*pullers, finished):
-                    task.cancel()
-                await asyncio.gather(*pullers, finished, return_exceptions=True)
-            if not done.is_set():
-                raise Unavailable(f"blob {ref.sha256[:12]} could not be had: {_listed(reasons)}")
-            await asyncio.to_thread(self._store.verify, file.path, ref)
-            return self._store.path(ref.sha256)
+    def _describe(self, source: bytes | Path) -> BlobRef:
+        if isinstance(source, bytes):
+            return BlobRef(sha256=hashlib.sha256(source).hexdigest(), size=len(source))
+        if source.parent == self._store.folder and self._store.has(source.name):
+            return BlobRef(sha256=source.name, size=source.stat().st_size)
+        try:
+            sha256, size = hash_file(source)
+        except OSError as error:
+            raise InvalidRequest(f"{source} cannot be sent, since it cannot be read: {error.strerror}") from error
+        return BlobRef(sha256=sha256, size=size)
 
-    async def _chunk(self, url: str, target: Path, start: int, stop: int) -> None:
-        async with self._http.get(url, headers={"Range": f"bytes={start}-{stop - 1}"}) as response:
-            if response.status not in (200, 206):
-                raise Unavailable(f"{response.status} {response.reason}")
-            data = await response.read()
-        if response.status == 200:
-            data = data[start:stop]
-        if len(data) != stop - start:
-            raise Unavailable(f"sent {len(data)} bytes of {stop - start}")
-        await asyncio.to_thread(_write_at, target, start, data)
+    async def _put(self, ref: BlobRef, source: bytes | Path, base: str) -> str | None:
+        """None when it is there now, else why not. Raises when trying again cannot help."""
+        url = f"{base.rstrip('/')}/blobs/{ref.sha256}"
+        try:
+            async with self._http.head(url, allow_redirects=False) as there:
+                if there.status == 200:
+                    return None
+            async with asyncio.timeout(_ANSWER_SECONDS) as limit:
+
+                async def body() -> AsyncIterator[bytes]:
+                    async for data in _pieces(source):
+                        with suppress(RuntimeError):  # it was refused before all was sent, and nobody waits any more
+                            limit.reschedule(asyncio.get_running_loop().time() + _ANSWER_SECONDS)
+                        yield data
+
+                async with self._http.put(
+                    url,
+                    data=body(),
+                    headers={hdrs.CONTENT_LENGTH: str(ref.size)},
+                    expect100=ref.size >= _EXPECT_BYTES,
+                    timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._timings.connect_seconds),
+                    allow_redirects=False,
+                ) as response:
+                    if response.status in (200, 201):
+                        return None
+                    reason = _told(await response.content.read(4096)) or f"{response.status} {response.reason}"
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            return explained(error, self._timings)
+        if response.status == 413:
+            raise TooLarge(f"{base} refused a blob of {ref.size} bytes: {reason}")
+        if response.status == 507:
+            raise DiskFull(f"{base} has no room for a blob of {ref.size} bytes: {reason}")
+        if response.status < 500 and response.status != 408:
+            raise InvalidRequest(f"{base} refused a blob of {ref.size} bytes: {reason}")
+        return reason
 
 
-def _write_at(path: Path, start: int, data: bytes) -> None:
-    with path.open("r+b") as file:
-        file.seek(start)
-        file.write(data)
+async def _pieces(source: bytes | Path) -> AsyncIterator[bytes]:
+    if isinstance(source, bytes):
+        for start in range(0, len(source), _SEND_BYTES):
+            yield source[start : start + _SEND_BYTES]
+        return
+    file = await asyncio.to_thread(source.open, "rb")
+    try:
+        while data := await asyncio.to_thread(file.read, _SEND_BYTES):
+            yield data
+    finally:
+        file.close()
 
 
-def _listed(reasons: dict[str, str]) -> str:
-    return "; ".join(f"{holder}: {reason}" for holder, reason in reasons.items()) or "no holder answered"
+def _told(body: bytes) -> str:
+    """The text of a refusal by our own server."""
+    try:
+        found = json.loads(body)
+        return str(found["error"])
+    except (ValueError, KeyError, TypeError):
+        return ""

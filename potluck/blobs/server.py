@@ -4,53 +4,121 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import re
+from collections.abc import Awaitable, Callable
+from pathlib import Path
 
-from aiohttp import web
+from aiohttp import ETag, hdrs, web
 
-from potluck.blobs.store import BlobStore
-from potluck.errors import PotluckError
+from potluck.blobs.store import BlobStore, NewFile, is_sha256
+from potluck.errors import DiskFull, NotFound
 
-_SHA256 = re.compile(r"^[0-9a-f]{64}$")
+IDLE_SECONDS = 30.0
+"""An upload of which no byte arrives for so long is given up."""
 
 
-def routes(store: BlobStore, *, writable: bool, max_bytes: int) -> list[web.RouteDef]:
-    """Routes for an aiohttp application. `GET` answers Range requests (RFC 9110, 14) and carries the hash as ETag."""
+def routes(
+    store: BlobStore, *, writable: bool, max_bytes: int, idle_seconds: float = IDLE_SECONDS
+) -> list[web.RouteDef]:
+    """Routes for an aiohttp application. `GET` answers Range requests (RFC 9110, 14) and carries the hash as ETag.
+
+    `PUT` takes at most `max_bytes` and keeps nothing that has not the hash which names it. With `Expect: 100-continue` what
+    is not wanted is refused before it is sent.
+    """
 
     async def get(request: web.Request) -> web.StreamResponse:
         sha256 = request.match_info["sha256"]
-        if not store.has(sha256):
-            return _problem(404, f"there is no blob {sha256[:12]} here")
-        headers = {"Content-Type": "application/octet-stream", "ETag": f'"{sha256}"', "Cache-Control": "immutable"}
-        return web.FileResponse(store.path(sha256), headers=headers)
+        try:
+            path = store.path(sha256)
+        except NotFound as error:
+            return _problem(404, error.message)
+        if any(tag.value in (sha256, "*") for tag in request.if_none_match or ()):
+            return web.Response(status=304, headers={hdrs.ETAG: f'"{sha256}"'})
+        return _BlobResponse(path, sha256)
 
-    async def put(request: web.Request) -> web.StreamResponse:
+    def settled(request: web.Request) -> web.Response | None:
+        """The answer, where it does not depend on the bytes."""
         sha256 = request.match_info["sha256"]
-        if not _SHA256.match(sha256):
+        if not is_sha256(sha256):
             return _problem(400, "a blob is named by its SHA-256: 64 lower-case hexadecimal digits")
         if store.has(sha256):
             return web.Response(status=200)
         if (request.content_length or 0) > max_bytes:
-            return _problem(413, f"a blob may have {max_bytes} bytes here")
-        digest, size = hashlib.sha256(), 0
+            return _too_large()
+        try:
+            store.check_room(request.content_length or 0)
+        except DiskFull as error:
+            return _problem(507, error.message)
+        return None
+
+    async def on_expect(request: web.Request) -> web.StreamResponse | None:
+        answer = settled(request)
+        if answer is not None:
+            answer.force_close()  # the body that was announced will not come
+        else:
+            await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            request.writer.output_size = 0  # as aiohttp's own handler has it: the answer has not begun
+        return answer
+
+    async def put(request: web.Request) -> web.StreamResponse:
+        answer = settled(request)
+        if answer is not None:
+            return answer
         try:
             with store.new_file() as file:
-                async for chunk in request.content.iter_chunked(1 << 20):
-                    size += len(chunk)
-                    if size > max_bytes:
-                        return _problem(413, f"a blob may have {max_bytes} bytes here")
-                    digest.update(chunk)
-                    await asyncio.to_thread(file.write, chunk)
-                file.flush()
-                if digest.hexdigest() != sha256:
-                    return _problem(409, f"the {size} bytes sent have the SHA-256 {digest.hexdigest()}")
-                store.adopt(file.path, sha256)
-        except PotluckError as error:
+                return await receive(request, file)
+        except DiskFull as error:
             return _problem(507, error.message)
+        except TimeoutError:
+            return _problem(408, f"no byte arrived for {idle_seconds:g} s")
+
+    async def receive(request: web.Request, file: NewFile) -> web.Response:
+        sha256 = request.match_info["sha256"]
+        digest, size = hashlib.sha256(), 0
+
+        def add(data: bytes) -> None:
+            digest.update(data)
+            file.write(data)
+
+        while True:
+            async with asyncio.timeout(idle_seconds):
+                data = await request.content.readany()
+            if not data:
+                break
+            size += len(data)
+            if size > max_bytes:
+                return _too_large()
+            await asyncio.to_thread(add, data)
+        file.flush()
+        if digest.hexdigest() != sha256:
+            return _problem(409, f"the {size} bytes sent have the SHA-256 {digest.hexdigest()}")
+        await asyncio.to_thread(store.adopt, file.path, sha256)
         return web.Response(status=201)
 
+    def _too_large() -> web.Response:
+        return _problem(413, f"a blob may have {max_bytes} bytes here")
+
     found = [web.get("/blobs/{sha256}", get)]
-    return [*found, web.put("/blobs/{sha256}", put)] if writable else found
+    if writable:
+        expect: Callable[[web.Request], Awaitable[web.StreamResponse | None]] = on_expect
+        found.append(web.put("/blobs/{sha256}", put, expect_handler=expect))
+    return found
+
+
+class _BlobResponse(web.FileResponse):
+    """A file whose ETag is its hash; aiohttp would make one of its time."""
+
+    def __init__(self, path: Path, sha256: str) -> None:
+        self._sha256 = sha256
+        headers = {hdrs.CONTENT_TYPE: "application/octet-stream", hdrs.CACHE_CONTROL: "max-age=31536000, immutable"}
+        super().__init__(path, headers=headers)
+
+    @property
+    def etag(self) -> ETag | None:
+        return ETag(self._sha256)
+
+    @etag.setter
+    def etag(self, value: ETag | str | None) -> None:
+        self.headers[hdrs.ETAG] = f'"{self._sha256}"'
 
 
 def _problem(status: int, text: str) -> web.Response:

@@ -6,73 +6,101 @@ import errno
 import hashlib
 import os
 import re
+import shutil
 import tempfile
+import threading
+import time
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from potluck.errors import CorruptBlob, InvalidRequest, NotFound, PotluckError
+from potluck.blobs.partial import CHUNKS_SUFFIX, PARTIAL_PREFIX, Partial
+from potluck.errors import CorruptBlob, DiskFull, InvalidRequest, NotFound
 from potluck.messages import BlobRef
 
-_SHA256 = re.compile(r"^[0-9a-f]{64}$")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_NEW_PREFIX = "new-"
 _READ_BYTES = 1 << 20
-
-
-class DiskFull(PotluckError):
-    """No room for a blob: on the disk, or within the store's limit beside what is pinned."""
-
-    code = "disk_full"
-    retryable = True
+_PARTIAL_SECONDS = 24 * 3600.0
+_PARTIALS_KEPT = 8
 
 
 class NewFile:
-    """A file in the store's folder that is not a blob yet."""
+    """A file in the store's folder that is not a blob yet. Raises DiskFull."""
 
     def __init__(self, path: Path, file: IO[bytes]) -> None:
         self.path = path
         self._file = file
 
     def write(self, data: bytes) -> None:
-        self._file.write(data)
+        with no_room():
+            self._file.write(data)
 
     def flush(self) -> None:
-        self._file.flush()
+        with no_room():
+            self._file.flush()
 
 
 class BlobStore:
-    """Blobs below `folder`, `limit_bytes` in all. Its methods block on files: large ones belong into a thread."""
+    """Blobs below `folder`, `limit_bytes` in all; one process to a folder.
+
+    Its methods may be called in any thread. They block on files: large ones belong into a thread. What was put survives the
+    death of the process.
+    """
 
     def __init__(self, folder: Path, limit_bytes: int) -> None:
+        """Take over what lies in `folder`, and sweep what a process that was killed left unfinished."""
         self.folder = folder
         self.limit_bytes = limit_bytes
+        self._lock = threading.RLock()
         self._sizes: OrderedDict[str, int] = OrderedDict()
+        """The least used first."""
+        self._total = 0
         self._pins: Counter[str] = Counter()
+        self._partials_open: set[str] = set()
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         found: list[tuple[float, str, int]] = []
+        empty = hashlib.sha256().hexdigest()
         for path in folder.iterdir():
-            if _SHA256.match(path.name):
-                stat = path.stat()
-                found.append((stat.st_mtime, path.name, stat.st_size))
-            elif path.name.startswith("new-"):
-                path.unlink(missing_ok=True)
+            stat = path.stat()
+            if is_sha256(path.name) and (stat.st_size or path.name == empty):
+                found.append((max(stat.st_atime, stat.st_mtime), path.name, stat.st_size))
+            elif is_sha256(path.name) or path.name.startswith(_NEW_PREFIX):
+                path.unlink(missing_ok=True)  # an empty file is what a power cut leaves of a blob
         for _, name, size in sorted(found):
             self._sizes[name] = size
+            self._total += size
+        self._sweep_partials(kept=_PARTIALS_KEPT)
 
     @property
     def size_bytes(self) -> int:
-        return sum(self._sizes.values())
+        return self._total
 
     def has(self, sha256: str) -> bool:
-        return sha256 in self._sizes
+        """Whether the blob is here; a file that somebody else removed is not."""
+        with self._lock:
+            if sha256 not in self._sizes:
+                return False
+            if not (self.folder / sha256).exists():
+                self._forget(sha256)
+                return False
+            return True
 
     def path(self, sha256: str) -> Path:
-        """Raises NotFound."""
-        if sha256 not in self._sizes:
-            raise NotFound(f"there is no blob {sha256[:12]} here")
-        self._sizes.move_to_end(sha256)
-        return self.folder / sha256
+        """The blob's file, which counts as used now. Pin it before you wait for anything. Raises NotFound."""
+        with self._lock:
+            path = self.folder / sha256
+            if sha256 in self._sizes:
+                self._sizes.move_to_end(sha256)
+                try:
+                    os.utime(path, (time.time(), path.stat().st_mtime))  # so that the order outlives this process
+                except FileNotFoundError:
+                    self._forget(sha256)
+                else:
+                    return path
+        raise NotFound(f"there is no blob {sha256[:12]} here")
 
     def size(self, sha256: str) -> int:
         self.path(sha256)
@@ -82,74 +110,69 @@ class BlobStore:
         return self.path(sha256).read_bytes()
 
     def put_bytes(self, data: bytes) -> BlobRef:
+        """Raises DiskFull, as all that puts."""
         sha256 = hashlib.sha256(data).hexdigest()
         if not self.has(sha256):
             with self.new_file() as file:
-                with _no_room():
-                    file.write(data)
-                    file.flush()
+                file.write(data)
+                file.flush()
                 self._take(file.path, sha256, len(data))
         return BlobRef(sha256=sha256, size=len(data))
 
     def put_file(self, path: Path, *, move: bool = False) -> BlobRef:
-        """The bytes of `path`, copied, or moved when it lies on the same file system."""
-        sha256, size = _hash(path)
-        if self.has(sha256):
-            if move:
-                path.unlink(missing_ok=True)
-        elif move and path.stat().st_dev == self.folder.stat().st_dev:
-            self._take(path, sha256, size)
-        else:
-            with self.new_file() as file:
-                with _no_room(), path.open("rb") as source:
-                    while chunk := source.read(_READ_BYTES):
-                        file.write(chunk)
-                    file.flush()
-                self._take(file.path, sha256, size)
-            if move:
-                path.unlink(missing_ok=True)
-        return BlobRef(sha256=sha256, size=size)
+        """The bytes of `path`, copied or moved."""
+        if move:
+            sha256, size = hash_file(path)
+            return self._move(path, sha256, size)
+        digest, size = hashlib.sha256(), 0
+        with self.new_file() as file:
+            # Hashed while copied: what is put is what was hashed, though somebody writes to the file meanwhile.
+            with path.open("rb") as source:
+                while chunk := source.read(_READ_BYTES):
+                    digest.update(chunk)
+                    size += len(chunk)
+                    file.write(chunk)
+            file.flush()
+            return self._move(file.path, digest.hexdigest(), size)
 
     def adopt(self, path: Path, sha256: str) -> BlobRef:
-        """A file that a trusted child of ours wrote and hashed: moved, not read again."""
-        if not _SHA256.match(sha256):
+        """A file that a trusted child of ours wrote and hashed: moved, not read again. Raises InvalidRequest."""
+        if not is_sha256(sha256):
             raise InvalidRequest(f"{sha256!r} is not a SHA-256 in hexadecimal")
-        size = path.stat().st_size
-        if self.has(sha256):
-            path.unlink()
-        else:
-            self._take(path, sha256, size)
-        return BlobRef(sha256=sha256, size=size)
+        return self._move(path, sha256, path.stat().st_size)
 
     def verify(self, file: Path, ref: BlobRef) -> BlobRef:
         """Take a downloaded file as `ref`. Raises CorruptBlob when its bytes are others."""
-        sha256, size = _hash(file)
+        sha256, size = hash_file(file)
         if sha256 != ref.sha256:
             raise CorruptBlob(f"blob {ref.sha256[:12]} arrived as {sha256[:12]}: {size} bytes of {ref.size}")
-        self._take(file, sha256, size)
-        return BlobRef(sha256=sha256, size=size)
+        return self._move(file, sha256, size)
 
     def delete(self, sha256: str) -> bool:
         """Whether it was there and not pinned."""
-        if sha256 not in self._sizes or self._pins[sha256] > 0:
-            return False
-        del self._sizes[sha256]
-        (self.folder / sha256).unlink(missing_ok=True)
-        return True
+        with self._lock:
+            if sha256 not in self._sizes or self._pins[sha256] > 0:
+                return False
+            self._forget(sha256)
+            (self.folder / sha256).unlink(missing_ok=True)
+            return True
 
     def pin(self, sha256: str) -> None:
-        self._pins[sha256] += 1
+        """Keep the blob, which need not be here yet, until it is unpinned as often."""
+        with self._lock:
+            self._pins[sha256] += 1
 
     def unpin(self, sha256: str) -> None:
-        self._pins[sha256] -= 1
-        if self._pins[sha256] <= 0:
-            del self._pins[sha256]
+        with self._lock:
+            self._pins[sha256] -= 1
+            if self._pins[sha256] <= 0:
+                del self._pins[sha256]
 
     @contextmanager
     def new_file(self) -> Iterator[NewFile]:
         """A temporary file beside the blobs; gone after the block, unless it was put."""
-        with _no_room():
-            descriptor, name = tempfile.mkstemp(prefix="new-", dir=self.folder)
+        with no_room():
+            descriptor, name = tempfile.mkstemp(prefix=_NEW_PREFIX, dir=self.folder)
         path = Path(name)
         try:
             with os.fdopen(descriptor, "wb") as file:
@@ -157,35 +180,100 @@ class BlobStore:
         finally:
             path.unlink(missing_ok=True)
 
-    def _take(self, path: Path, sha256: str, size: int) -> None:
-        self._make_room(size)
-        path.replace(self.folder / sha256)
-        self._sizes[sha256] = size
-        self._sizes.move_to_end(sha256)
+    @contextmanager
+    def partial(self, ref: BlobRef, chunk_bytes: int) -> Iterator[Partial]:
+        """The chunks of a blob that are here already; what is still missing after the block can be had next time.
 
-    def _make_room(self, size: int) -> None:
-        used = self.size_bytes
-        for sha256 in list(self._sizes):
-            if used + size <= self.limit_bytes:
-                return
-            if not self._pins[sha256]:
-                used -= self._sizes[sha256]
-                self.delete(sha256)
-        if used + size > self.limit_bytes:
+        Raises DiskFull where the blob could not be put anyway.
+        """
+        self.check_room(ref.size)
+        with self._lock:
+            self._partials_open.add(ref.sha256)
+        partial = Partial(self.folder / f"{PARTIAL_PREFIX}{ref.sha256}", ref.size, chunk_bytes)
+        try:
+            with no_room():
+                partial.open()
+            yield partial
+        except DiskFull:
+            partial.discard()
+            raise
+        finally:
+            with self._lock:
+                self._partials_open.discard(ref.sha256)
+                if partial.path.exists():
+                    self._sweep_partials(kept=_PARTIALS_KEPT)
+
+    def check_room(self, size: int) -> None:
+        """Raises DiskFull when `size` bytes do not fit beside what is pinned."""
+        with self._lock:
+            pinned = sum(self._sizes.get(sha256, 0) for sha256 in self._pins)
+        if pinned + size > self.limit_bytes:
             raise DiskFull(
-                f"a blob of {size} bytes does not fit beside the {used} bytes in use (limit {self.limit_bytes}): "
+                f"a blob of {size} bytes does not fit beside the {pinned} bytes in use (limit {self.limit_bytes}): "
                 "raise blob_limit_bytes, or delete models and data sets"
             )
 
+    def _move(self, path: Path, sha256: str, size: int) -> BlobRef:
+        if self.has(sha256):
+            path.unlink(missing_ok=True)
+        elif path.stat().st_dev == self.folder.stat().st_dev:
+            self._take(path, sha256, size)
+        else:
+            with self.new_file() as file:
+                with no_room():
+                    shutil.copyfile(path, file.path)
+                self._take(file.path, sha256, size)
+            path.unlink(missing_ok=True)
+        return BlobRef(sha256=sha256, size=size)
 
-def _hash(path: Path) -> tuple[str, int]:
+    def _take(self, path: Path, sha256: str, size: int) -> None:
+        """Name a whole file of this file system as a blob."""
+        with self._lock:
+            self._make_room(size)
+            path.replace(self.folder / sha256)
+            self._total += size - self._sizes.get(sha256, 0)
+            self._sizes[sha256] = size
+            self._sizes.move_to_end(sha256)
+
+    def _make_room(self, size: int) -> None:
+        if self._total + size <= self.limit_bytes:
+            return
+        self.check_room(size)
+        for sha256 in list(self._sizes):
+            if self._total + size <= self.limit_bytes:
+                return
+            self.delete(sha256)
+
+    def _forget(self, sha256: str) -> None:
+        self._total -= self._sizes.pop(sha256)
+
+    def _sweep_partials(self, kept: int) -> None:
+        """Throw away unfinished downloads: those of long ago, and all but the newest `kept`."""
+        files = [path for path in self.folder.glob(f"{PARTIAL_PREFIX}*") if not path.name.endswith(CHUNKS_SUFFIX)]
+        idle = [path for path in files if path.name.removeprefix(PARTIAL_PREFIX) not in self._partials_open]
+        idle.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+        for place, path in enumerate(idle):
+            if place >= kept or time.time() - path.stat().st_mtime > _PARTIAL_SECONDS:
+                Partial(path, 0, 1).discard()
+        for log in self.folder.glob(f"{PARTIAL_PREFIX}*{CHUNKS_SUFFIX}"):
+            if not log.with_suffix("").exists():
+                log.unlink(missing_ok=True)
+
+
+def is_sha256(text: str) -> bool:
+    return _SHA256.fullmatch(text) is not None
+
+
+def hash_file(path: Path) -> tuple[str, int]:
+    """(SHA-256 in hexadecimal, size) of a file."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256")
         return digest.hexdigest(), file.tell()
 
 
 @contextmanager
-def _no_room() -> Iterator[None]:
+def no_room() -> Iterator[None]:
+    """Raises DiskFull for an OSError that means it."""
     try:
         yield
     except OSError as error:

@@ -1,0 +1,329 @@
+"""One blob on its way here: chunks from all holders at once; the dead, the slow and the lying are given up."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import aiohttp
+from aiohttp import hdrs
+
+from potluck.blobs.partial import Partial
+from potluck.blobs.store import BlobStore, no_room
+from potluck.errors import CorruptBlob, Unavailable
+from potluck.logs import fields
+from potluck.messages import BlobRef
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+CHUNK_BYTES = 4 * 2**20
+REQUESTS_PER_HOLDER = 2
+REQUESTS_LIMIT = 6
+_TICK_SECONDS = 0.25
+
+
+@dataclass(frozen=True)
+class Timings:
+    """How long whom is waited for. A chunk may take `idle_seconds`, and what its size takes at `slowest_bytes_per_second`."""
+
+    connect_seconds: float = 3.0
+    idle_seconds: float = 10.0
+    slowest_bytes_per_second: float = 16 * 1024.0
+    hedge_seconds: float = 2.0
+    """A chunk under way for so long is asked of a second holder as well, once no others are left to ask for."""
+    rest_seconds: float = 0.2
+    """A holder that failed is left alone for so long, doubled each time."""
+    failures_limit: int = 3
+    """A holder that failed so often in a row is asked no more."""
+    distrust_seconds: float = 600.0
+    """Whoever sent wrong bytes is asked only when nobody else is left, for so long."""
+
+
+TIMINGS = Timings()
+
+
+class HolderFailed(Unavailable):
+    """Why a request to one holder came to nothing; `final` when asking again cannot help. Never leaves this module."""
+
+    def __init__(self, reason: str, *, final: bool = False) -> None:
+        super().__init__(reason)
+        self.final = final
+
+
+@dataclass(eq=False)
+class Holder:
+    url: str
+    trusted: bool = True
+    active: int = 0
+    failures: int = 0
+    rests_until: float = 0.0
+    bytes_per_second: float = float("inf")
+    """Unknown is taken for fast, so that everyone is tried."""
+    gone: str = ""
+    """Why it is asked no more."""
+    lied: bool = False
+
+
+@dataclass(eq=False)
+class _Request:
+    holder: Holder
+    chunk: int
+    began: float = field(default_factory=time.monotonic)
+
+
+class Transfer:
+    """Fetches `ref` into `store`: run it once. `offer` names more holders at any time."""
+
+    def __init__(
+        self,
+        ref: BlobRef,
+        store: BlobStore,
+        http: aiohttp.ClientSession,
+        timings: Timings,
+        *,
+        distrusted: Callable[[str], bool],
+        on_liar: Callable[[str], None],
+    ) -> None:
+        self._ref = ref
+        self._store = store
+        self._http = http
+        self._timings = timings
+        self._distrusted = distrusted
+        self._on_liar = on_liar
+        self._holders: dict[str, Holder] = {}
+        self._running: dict[asyncio.Task[bytearray], _Request] = {}
+        self._senders: set[Holder] = set()
+        """Whose chunks are in the file."""
+        self._one_by_one = False
+        """Somebody lies, and nobody knows who: all the chunks from one holder, and then from the next."""
+        self._sole: Holder | None = None
+        self._chunk_seconds = 0.0
+        """About how long a chunk takes."""
+        self.offer(ref.holders)
+
+    def offer(self, urls: Iterable[str]) -> None:
+        """Those not known yet may be asked too."""
+        new = [url for url in dict.fromkeys(url.rstrip("/") for url in urls) if url not in self._holders]
+        random.shuffle(new)  # not everyone begins with the same one
+        for url in new:
+            self._holders[url] = Holder(url, trusted=not self._distrusted(url))
+
+    async def run(self) -> Path:
+        """The blob's file in the store. Raises Unavailable or CorruptBlob, naming holders and reasons; DiskFull."""
+        with self._store.partial(self._ref, CHUNK_BYTES) as partial:
+            while True:
+                await self._gather(partial)
+                try:
+                    await unbroken(self._store.verify, partial.path, self._ref)
+                except CorruptBlob:
+                    self._blame(partial)
+                    continue
+                partial.discard()
+                for holder in self._holders.values():
+                    if holder.lied:
+                        self._on_liar(holder.url)
+                return self._store.path(self._ref.sha256)
+
+    def _blame(self, partial: Partial) -> None:
+        """The whole has another hash: find out whose fault that is."""
+        if not partial.resumed:
+            if len(self._senders) == 1:
+                (liar,) = self._senders
+                liar.lied = True
+                liar.gone = "sent other bytes"
+            else:
+                self._one_by_one = True
+        self._begin_again(partial)
+
+    def _begin_again(self, partial: Partial) -> None:
+        partial.clear()
+        self._senders.clear()
+
+    async def _gather(self, partial: Partial) -> None:
+        """Until no chunk is missing. Raises Unavailable or CorruptBlob when nobody is left to ask."""
+        try:
+            while partial.missing:
+                usable = self._usable(partial)
+                if not usable and not self._running:
+                    raise self._failure()
+                while (request := self._next(partial, usable)) is not None:
+                    self._start(request, partial)
+                if not self._running:  # all rest after a failure
+                    await asyncio.sleep(_TICK_SECONDS / 5)
+                    continue
+                done, _ = await asyncio.wait(self._running, timeout=_TICK_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    if task in self._running:
+                        await self._finished(task, partial)
+        finally:
+            await self._stop(list(self._running))
+
+    def _usable(self, partial: Partial) -> list[Holder]:
+        left = [holder for holder in self._holders.values() if not holder.gone]
+        left = [holder for holder in left if holder.trusted] or left
+        if not self._one_by_one or not left:
+            return left
+        if self._sole is None or self._sole.gone:
+            self._sole = left[0]
+            self._begin_again(partial)
+        return [self._sole]
+
+    def _next(self, partial: Partial, usable: list[Holder]) -> _Request | None:
+        """What to ask of whom now: a chunk that nobody was asked for; at the end, one that takes long, of somebody else."""
+        if len(self._running) >= REQUESTS_LIMIT:
+            return None
+        now = time.monotonic()
+        free = [holder for holder in usable if holder.active < REQUESTS_PER_HOLDER and holder.rests_until <= now]
+        if not free:
+            return None
+        asked: dict[int, list[_Request]] = {}
+        for request in self._running.values():
+            asked.setdefault(request.chunk, []).append(request)
+        chunk = min((chunk for chunk in partial.missing if chunk not in asked), default=None)
+        if chunk is not None:
+            return _Request(min(free, key=lambda holder: (holder.active, -holder.bytes_per_second)), chunk)
+        patience = max(self._timings.hedge_seconds, 2 * self._chunk_seconds)
+        for chunk, requests in asked.items():
+            others = [holder for holder in free if holder is not requests[0].holder]
+            if len(requests) == 1 and others and now - requests[0].began > patience:
+                return _Request(max(others, key=lambda holder: holder.bytes_per_second), chunk)
+        return None
+
+    def _start(self, request: _Request, partial: Partial) -> None:
+        holder = request.holder
+        holder.active += 1
+        task = asyncio.create_task(
+            self._request(holder.url, *partial.span(request.chunk)), name=f"chunk {request.chunk} of {holder.url}"
+        )
+        self._running[task] = request
+
+    async def _finished(self, task: asyncio.Task[bytearray], partial: Partial) -> None:
+        request = self._running.pop(task)
+        holder = request.holder
+        holder.active -= 1
+        try:
+            data = task.result()
+        except HolderFailed as error:
+            self._failed(holder, error)
+            return
+        if holder.gone or request.chunk not in partial.missing or (self._one_by_one and holder is not self._sole):
+            return
+        seconds = max(time.monotonic() - request.began, 1e-6)
+        holder.bytes_per_second = len(data) / seconds
+        holder.failures = 0
+        self._chunk_seconds = seconds if not self._chunk_seconds else 0.7 * self._chunk_seconds + 0.3 * seconds
+        self._senders.add(holder)
+        with no_room():
+            await unbroken(partial.write, request.chunk, data)
+        await self._stop([task for task, other in self._running.items() if other.chunk == request.chunk])
+
+    def _failed(self, holder: Holder, error: HolderFailed) -> None:
+        holder.failures += 1
+        holder.rests_until = time.monotonic() + self._timings.rest_seconds * 2 ** (holder.failures - 1)
+        if not holder.gone and (error.final or holder.failures >= self._timings.failures_limit):
+            holder.gone = error.message
+            log.info("holder given up %s", fields(blob=self._ref.sha256[:12], holder=holder.url, reason=error.message))
+
+    async def _stop(self, tasks: list[asyncio.Task[bytearray]]) -> None:
+        for task in tasks:
+            self._running.pop(task).holder.active -= 1
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _failure(self) -> Unavailable | CorruptBlob:
+        name = f"blob {self._ref.sha256[:12]} ({self._ref.size} bytes)"
+        if not self._holders:
+            return Unavailable(f"{name} has no holder: whoever made it has not said where it is")
+        reasons = "; ".join(f"{holder.url}: {holder.gone}" for holder in self._holders.values())
+        if any(holder.lied for holder in self._holders.values()):
+            return CorruptBlob(f"{name} could not be had, since the bytes that came were others: {reasons}")
+        return Unavailable(f"{name} could not be had from anyone: {reasons}")
+
+    async def _request(self, base_url: str, start: int, stop: int) -> bytearray:
+        """The bytes from `start` to `stop`. Raises HolderFailed."""
+        timings = self._timings
+        limit_seconds = (
+            timings.connect_seconds + timings.idle_seconds + (stop - start) / timings.slowest_bytes_per_second
+        )
+        headers = {hdrs.RANGE: f"bytes={start}-{stop - 1}", hdrs.ACCEPT_ENCODING: "identity"}
+        url = f"{base_url}/blobs/{self._ref.sha256}"
+        try:
+            async with asyncio.timeout(limit_seconds):
+                async with self._http.get(url, headers=headers, allow_redirects=False) as response:
+                    return await self._read(response, start, stop)
+        except TimeoutError as error:
+            raise HolderFailed(explained(error, timings)) from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise HolderFailed(explained(error, timings), final=isinstance(error, aiohttp.InvalidURL)) from error
+
+    async def _read(self, response: aiohttp.ClientResponse, start: int, stop: int) -> bytearray:
+        """Never more than was asked for, whatever is sent."""
+        if response.status not in (200, 206):
+            busy = response.status >= 500 or response.status in (408, 425, 429)
+            raise HolderFailed(f"answered {response.status} {response.reason}", final=not busy)
+        total = _total_size(response)
+        if total is not None and total != self._ref.size:
+            raise HolderFailed(f"has it with {total} bytes instead of {self._ref.size}", final=True)
+        skip = start if response.status == 200 else 0  # a server without Range sends all
+        found = bytearray()
+        async for data in response.content.iter_chunked(1 << 18):
+            if skip >= len(data):
+                skip -= len(data)
+                continue
+            found += data[skip:]
+            skip = 0
+            if len(found) >= stop - start:
+                break
+        if len(found) < stop - start:
+            raise HolderFailed(f"sent {len(found)} bytes where {stop - start} were asked for")
+        del found[stop - start :]
+        return found
+
+
+def explained(error: Exception, timings: Timings) -> str:
+    """Why a connection failed, in words."""
+    if isinstance(error, aiohttp.ConnectionTimeoutError):
+        return f"no connection within {timings.connect_seconds:g} s"
+    if isinstance(error, aiohttp.ServerTimeoutError):
+        return f"no byte came for {timings.idle_seconds:g} s"
+    if isinstance(error, TimeoutError):
+        return f"slower than {timings.slowest_bytes_per_second:g} bytes a second"
+    if isinstance(error, aiohttp.InvalidURL):
+        return "is not an http:// address"
+    if isinstance(error, aiohttp.ClientConnectorDNSError):
+        return "its name is not known here"
+    if isinstance(error, ConnectionRefusedError) or isinstance(
+        getattr(error, "os_error", None), ConnectionRefusedError
+    ):
+        return "nothing listens there (connection refused)"
+    if isinstance(error, aiohttp.ServerDisconnectedError | aiohttp.ClientPayloadError | ConnectionResetError):
+        return "broke off the connection"
+    return str(error) or type(error).__name__
+
+
+async def unbroken(call: Callable[..., T], *args: Any) -> T:
+    """`call` in a thread, waited for to its end even when cancelled: nothing goes on writing behind our back."""
+    task = asyncio.ensure_future(asyncio.to_thread(call, *args))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        if not task.cancelled():
+            task.exception()
+        raise
+
+
+def _total_size(response: aiohttp.ClientResponse) -> int | None:
+    """Size of the whole, when the answer tells it (RFC 9110, 14.4)."""
+    if response.status == 200:
+        return response.content_length
+    text = response.headers.get(hdrs.CONTENT_RANGE, "").rpartition("/")[2]
+    return int(text) if text.isascii() and text.isdigit() else None

@@ -1,0 +1,325 @@
+"""The store: whole blobs or none, the least used go first, pinned ones stay, leftovers are swept."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from potluck.blobs.store import BlobStore
+from potluck.errors import CorruptBlob, DiskFull, InvalidRequest, NotFound, from_code
+from potluck.messages import BlobRef
+
+
+def sha(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> BlobStore:
+    return BlobStore(tmp_path / "blobs", 1000)
+
+
+def names(store: BlobStore) -> set[str]:
+    return {path.name for path in store.folder.iterdir()}
+
+
+def test_bytes_come_back_under_their_hash(store: BlobStore) -> None:
+    ref = store.put_bytes(b"soup")
+    assert ref == BlobRef(sha256=sha(b"soup"), size=4)
+    assert store.has(ref.sha256)
+    assert store.read(ref.sha256) == b"soup"
+    assert store.size(ref.sha256) == 4
+    assert store.put_bytes(b"soup") == ref
+    assert store.size_bytes == 4
+
+
+def test_the_empty_blob_is_a_blob(store: BlobStore) -> None:
+    ref = store.put_bytes(b"")
+    assert store.read(ref.sha256) == b""
+    assert BlobStore(store.folder, 10).has(ref.sha256)
+
+
+def test_a_file_is_copied_or_moved(store: BlobStore, tmp_path: Path) -> None:
+    file = tmp_path / "soup"
+    file.write_bytes(b"soup")
+    ref = store.put_file(file)
+    assert file.exists()
+    assert store.put_file(file, move=True) == ref
+    assert not file.exists()
+    file.write_bytes(b"salad")
+    moved = store.put_file(file, move=True)
+    assert not file.exists()
+    assert store.read(moved.sha256) == b"salad"
+
+
+def test_a_file_moves_between_file_systems(store: BlobStore) -> None:
+    if not os.access("/dev/shm", os.W_OK) or Path("/dev/shm").stat().st_dev == store.folder.stat().st_dev:
+        pytest.skip("needs a second file system at /dev/shm")
+    for number, take in enumerate((lambda p: store.put_file(p, move=True), lambda p: store.adopt(p, sha(b"far 1")))):
+        file = Path(f"/dev/shm/potluck-test-{os.getpid()}")
+        file.write_bytes(f"far {number}".encode())
+        assert store.read(take(file).sha256) == f"far {number}".encode()
+        assert not file.exists()
+
+
+def test_an_adopted_file_is_taken_at_its_word(store: BlobStore, tmp_path: Path) -> None:
+    file = tmp_path / "weights"
+    file.write_bytes(b"weights")
+    assert store.adopt(file, sha(b"weights")).size == 7
+    assert not file.exists()
+    file.write_bytes(b"weights")
+    with pytest.raises(InvalidRequest, match="SHA-256"):
+        store.adopt(file, "../../etc/passwd")
+
+
+def test_wrong_bytes_are_not_taken(store: BlobStore, tmp_path: Path) -> None:
+    file = tmp_path / "weights"
+    file.write_bytes(b"weights")
+    with pytest.raises(CorruptBlob, match="7 bytes of 5"):
+        store.verify(file, BlobRef(sha256=sha(b"other"), size=5))
+    assert names(store) == set()
+
+
+@pytest.mark.parametrize("name", ["", "..", "a" * 64 + "\n", "A" * 64, "new-x"])
+def test_what_is_no_hash_is_not_found(store: BlobStore, name: str) -> None:
+    assert not store.has(name)
+    with pytest.raises(NotFound):
+        store.path(name)
+
+
+def test_a_file_that_somebody_removed_is_gone(store: BlobStore) -> None:
+    ref = store.put_bytes(b"soup")
+    store.path(ref.sha256).unlink()
+    with pytest.raises(NotFound):
+        store.path(ref.sha256)
+    assert not store.has(ref.sha256)
+    assert store.size_bytes == 0
+    store.put_bytes(b"soup")
+    assert store.read(ref.sha256) == b"soup"
+
+
+def test_leftovers_of_a_crash_are_swept_and_blobs_taken_over(store: BlobStore) -> None:
+    ref = store.put_bytes(b"soup")
+    (store.folder / "new-abc").write_bytes(b"half")
+    (store.folder / sha(b"lost in a power cut")).write_bytes(b"")
+    (store.folder / "part-gone.chunks").write_bytes(b"")
+    old = store.folder / f"part-{sha(b'old')}"
+    old.write_bytes(b"half")
+    os.utime(old, (0, time.time() - 48 * 3600))
+    again = BlobStore(store.folder, 1000)
+    assert names(again) == {ref.sha256}
+    assert again.size_bytes == 4
+
+
+def test_a_process_killed_while_putting_leaves_nothing_that_counts(tmp_path: Path) -> None:
+    code = f"""
+import os, pathlib
+from potluck.blobs.store import BlobStore
+store = BlobStore(pathlib.Path({str(tmp_path)!r}), 1 << 30)
+store.put_bytes(b"whole")
+with store.new_file() as file:
+    file.write(b"x" * 1000000)
+    file.flush()
+    os.kill(os.getpid(), 9)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == -9
+    assert len(list(tmp_path.iterdir())) == 2
+    store = BlobStore(tmp_path, 1 << 30)
+    assert names(store) == {sha(b"whole")}
+
+
+def test_the_least_used_goes_first(store: BlobStore) -> None:
+    one, two, three = (store.put_bytes(bytes([n]) * 400) for n in (1, 2, 3))
+    # the third made room for itself: the first went
+    assert not store.has(one.sha256)
+    store.path(two.sha256)
+    store.put_bytes(b"4" * 400)
+    assert store.has(two.sha256)
+    assert not store.has(three.sha256)
+    assert store.size_bytes == 800
+
+
+def test_use_outlives_the_process(store: BlobStore) -> None:
+    refs = [store.put_bytes(bytes([n]) * 300) for n in (1, 2, 3)]
+    for place, ref in enumerate(refs):
+        os.utime(store.folder / ref.sha256, (1000 + place, 1000 + place))
+    store.path(refs[0].sha256)
+    again = BlobStore(store.folder, 1000)
+    again.put_bytes(b"4" * 300)
+    assert [again.has(ref.sha256) for ref in refs] == [True, False, True]
+
+
+def test_pins_are_counted_and_keep(store: BlobStore) -> None:
+    kept = store.put_bytes(b"1" * 600)
+    store.pin(kept.sha256)
+    store.pin(kept.sha256)
+    store.unpin(kept.sha256)
+    with pytest.raises(DiskFull, match="600 bytes in use") as caught:
+        store.put_bytes(b"2" * 600)
+    assert isinstance(from_code(caught.value.code, ""), DiskFull)
+    assert not store.delete(kept.sha256)
+    assert names(store) == {kept.sha256}
+    store.unpin(kept.sha256)
+    other = store.put_bytes(b"2" * 600)
+    assert names(store) == {other.sha256}
+
+
+def test_what_can_never_fit_throws_nothing_away(store: BlobStore) -> None:
+    kept = store.put_bytes(b"1" * 600)
+    with pytest.raises(DiskFull):
+        store.put_bytes(b"2" * 1001)
+    assert store.has(kept.sha256)
+
+
+def test_a_blob_may_be_pinned_before_it_is_here(store: BlobStore) -> None:
+    store.pin(sha(b"1" * 600))
+    kept = store.put_bytes(b"1" * 600)
+    assert not store.delete(kept.sha256)
+
+
+def test_a_full_disk_is_said(store: BlobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("potluck.blobs.store.tempfile.mkstemp", full)
+    with pytest.raises(DiskFull, match="disk is full"):
+        store.put_bytes(b"soup")
+
+
+def test_a_disk_that_is_really_full_is_said_and_nothing_stays(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to mount a small file system")
+    mount = tmp_path / "small"
+    mount.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(mount)], check=False).returncode:
+        pytest.skip("may not mount here")
+    try:
+        small = BlobStore(mount / "blobs", 1 << 30)
+        with pytest.raises(DiskFull, match="disk is full"):
+            small.put_bytes(b"x" * (1 << 20))
+        assert names(small) == set()
+        assert small.put_bytes(b"soup").size == 4
+    finally:
+        subprocess.run(["umount", str(mount)], check=True)
+
+
+def test_an_unfinished_download_is_gone_on_with(store: BlobStore) -> None:
+    ref = BlobRef(sha256=sha(b"abcdefgh"), size=8)
+    with store.partial(ref, 3) as partial:
+        assert (partial.missing, partial.resumed) == ({0, 1, 2}, False)
+        partial.write(2, b"gh")
+    again = BlobStore(store.folder, 1000)
+    with again.partial(ref, 3) as partial:
+        assert (partial.missing, partial.resumed) == ({0, 1}, True)
+        partial.write(0, b"abc")
+        partial.write(1, b"def")
+        again.verify(partial.path, ref)
+        partial.discard()
+    assert again.read(ref.sha256) == b"abcdefgh"
+    assert names(again) == {ref.sha256}
+
+
+def test_few_unfinished_downloads_are_kept(store: BlobStore) -> None:
+    for number in range(20):
+        ref = BlobRef(sha256=sha(b"%d" % number), size=8)
+        with store.partial(ref, 4) as partial:
+            partial.write(0, b"half")
+    assert len(names(store)) == 2 * 8
+
+
+def test_threads_may_put_at_once(tmp_path: Path) -> None:
+    store = BlobStore(tmp_path, 5_000)
+    items = [bytes([n % 50]) * (n % 50 + 100) for n in range(400)]
+    with ThreadPoolExecutor(8) as pool:
+        refs = list(pool.map(store.put_bytes, items))
+    assert [ref.sha256 for ref in refs] == [sha(item) for item in items]
+    files = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+    assert sum(files.values()) == store.size_bytes <= 5_000
+    assert all(sha((tmp_path / name).read_bytes()) == name for name in files)
+
+
+@given(st.binary(max_size=5000), st.integers(1, 700), st.randoms())
+def test_chunks_in_any_order_make_the_whole(
+    tmp_path_factory: pytest.TempPathFactory, data: bytes, chunk_bytes: int, random: object
+) -> None:
+    store = BlobStore(tmp_path_factory.mktemp("blobs"), 10_000)
+    ref = BlobRef(sha256=sha(data), size=len(data))
+    with store.partial(ref, chunk_bytes) as partial:
+        order = sorted(partial.missing)
+        random.shuffle(order)  # type: ignore[attr-defined]
+        for number in order:
+            start, stop = partial.span(number)
+            partial.write(number, data[start:stop])
+        assert not partial.missing
+        store.verify(partial.path, ref)
+    assert store.read(ref.sha256) == data
+
+
+class StoreAgainstModel(RuleBasedStateMachine):
+    """Whatever is done to it: within its limit, pinned blobs here, its account true."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        import tempfile
+
+        self.folder = tempfile.TemporaryDirectory()
+        self.store = BlobStore(Path(self.folder.name), 100)
+        self.pins: dict[str, int] = {}
+
+    def teardown(self) -> None:
+        self.folder.cleanup()
+
+    @rule(size=st.integers(0, 60), letter=st.sampled_from("abc"))
+    def put(self, size: int, letter: str) -> None:
+        pinned = sum(self.store.size(one) for one in self.pins if self.store.has(one))
+        data = letter.encode() * size
+        try:
+            ref = self.store.put_bytes(data)
+        except DiskFull:
+            assert pinned + size > 100
+        else:
+            assert self.store.read(ref.sha256) == data
+
+    @rule(size=st.integers(0, 60), letter=st.sampled_from("abc"))
+    def pin(self, size: int, letter: str) -> None:
+        name = sha(letter.encode() * size)
+        if self.store.has(name):
+            self.store.pin(name)
+            self.pins[name] = self.pins.get(name, 0) + 1
+
+    @rule(data=st.data())
+    def unpin(self, data: st.DataObject) -> None:
+        if self.pins:
+            name = data.draw(st.sampled_from(sorted(self.pins)))
+            self.store.unpin(name)
+            self.pins[name] -= 1
+            if not self.pins[name]:
+                del self.pins[name]
+
+    @rule()
+    def restart(self) -> None:
+        self.store = BlobStore(self.store.folder, 100)
+        for name, count in self.pins.items():
+            for _ in range(count):
+                self.store.pin(name)
+
+    @invariant()
+    def holds(self) -> None:
+        files = {path.name: path.stat().st_size for path in self.store.folder.iterdir()}
+        assert sum(files.values()) == self.store.size_bytes <= 100
+        assert set(self.pins) <= set(files)
+        assert all(self.store.has(name) for name in files)
+
+
+TestStoreAgainstModel = StoreAgainstModel.TestCase
