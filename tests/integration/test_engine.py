@@ -1,101 +1,38 @@
-"""The engine with real TensorFlow: its tasks, and what it says to models and data that do not fit."""
+"""The engine with real TensorFlow: training, evaluation, prediction, export."""
 
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import pytest_asyncio
 from msgspec.structs import replace
-from safetensors.numpy import load_file, save
+from safetensors.numpy import save
 
-from node.engine.process import Engine
-from potluck.errors import Cancelled, InvalidData, InvalidModel, InvalidRequest
+from potluck.errors import Cancelled, InvalidModel, InvalidRequest
 from potluck.messages import (
     DataFormat,
     EvaluateResult,
-    EvaluateTask,
     ExportResult,
     ExportTask,
     ImageOptions,
     PredictResult,
-    PredictTask,
     TrainResult,
-    TrainTask,
 )
 from potluck.tensors import to_numpy
-from support import models
-from support.models import Files, blobs, dense, whole
+from support.engine_lab import IMAGES, Lab, engine_lab, evaluation, pictures, prediction, training
+from support.models import blobs, dense, whole
 
 pytestmark = [pytest.mark.tensorflow, pytest.mark.asyncio(loop_scope="module")]
-
-Progress = list[tuple[int, dict[str, float]]]
-
-
-@dataclasses.dataclass
-class Lab:
-    """An engine, the blobs it is given, and what it told of its progress."""
-
-    engine: Engine
-    files: Files
-    scratch: Path
-    progress: Progress = dataclasses.field(default_factory=list)
-
-    async def run(self, task: Any, job_id: str = "job") -> Any:
-        self.progress.clear()
-        return await asyncio.wait_for(
-            self.engine.run_task(
-                job_id, task, self.files.paths, lambda done, metrics: self.progress.append((done, metrics))
-            ),
-            120,
-        )
-
-    def weights(self, result: TrainResult) -> list[np.ndarray[Any, Any]]:
-        path = self.scratch / result.weights.sha256
-        assert path.stat().st_size == result.weights.size
-        self.files.paths[result.weights.sha256] = path
-        stored = load_file(path)
-        return [stored[name] for name in sorted(stored)]
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def lab(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Lab]:
-    folder = tmp_path_factory.mktemp("engine")
-    engine = Engine(folder / "scratch", threads=0, start_seconds=120, silence_seconds=20)
-    info = await engine.start()
-    assert info.runtimes["tensorflow"]
-    assert info.runtimes["keras"].startswith("3.")
-    yield Lab(engine, Files(folder / "blobs"), folder / "scratch")
-    await engine.stop()
-
-
-def training(model: Any, data: Any, **changes: Any) -> TrainTask:
-    task = TrainTask(
-        model=model,
-        weights=None,
-        data=data,
-        format=models.ARRAYS,
-        image=None,
-        round=0,
-        samples=600,
-        seconds=30,
-        batch_size=32,
-    )
-    return replace(task, **changes)
-
-
-def evaluation(model: Any, slices: Any, **changes: Any) -> EvaluateTask:
-    task = EvaluateTask(model=model, weights=None, slices=slices, format=models.ARRAYS, image=None, batch_size=32)
-    return replace(task, **changes)
-
-
-def prediction(model: Any, slices: Any, **changes: Any) -> PredictTask:
-    return replace(PredictTask(model=model, slices=slices, format=models.ARRAYS, image=None, batch_size=32), **changes)
+    async with engine_lab(tmp_path_factory.mktemp("engine")) as lab:
+        yield lab
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -313,23 +250,12 @@ async def test_an_export_is_the_model_with_other_weights(lab: Lab) -> None:
 
 # --- images -----------------------------------------------------------------------------------------------------------
 
-IMAGES = DataFormat(kind="images", classes=("dark", "light"))
-
-
-def _pictures(count: int, size: int = 12) -> list[tuple[bytes, int | None]]:
-    random = np.random.default_rng(0)
-    labels = [number % 2 for number in range(count)]
-    return [
-        (models.png(random.integers(120 * label, 120 * label + 100, (size, size, 3), np.uint8)), label)
-        for label in labels
-    ]
-
 
 async def test_images_are_decoded_resized_and_scaled(lab: Lab) -> None:
     import keras
     import tensorflow as tf
 
-    items = _pictures(9)
+    items = pictures(9)
     shard = lab.files.images(items)
     model = keras.Sequential([keras.Input((6, 8, 3)), keras.layers.Flatten()])
     result = await lab.run(prediction(lab.files.model(model), whole([shard]), format=IMAGES, batch_size=4))
@@ -352,100 +278,13 @@ async def test_images_train_and_evaluate(lab: Lab, units: int, loss: str) -> Non
     layers = [keras.layers.Flatten(), keras.layers.Dense(units, activation="softmax" if units > 1 else "sigmoid")]
     model = keras.Sequential([keras.Input((6, 6, 3)), *layers])
     model.compile(optimizer=keras.optimizers.Adam(0.01), loss=loss, metrics=["accuracy"])
-    blob, shard = lab.files.model(model), lab.files.images(_pictures(60))
+    blob, shard = lab.files.model(model), lab.files.images(pictures(60))
     task = training(blob, (shard,), format=IMAGES, batch_size=16, samples=1600)
     result = await lab.run(task, loss)
     lab.weights(result)
     scored = await lab.run(evaluation(blob, whole([shard]), weights=result.weights, format=IMAGES))
     assert np.trace(np.array(scored.confusion)) >= 57
     assert np.array(scored.confusion).sum(axis=1).tolist() == [30, 30]
-
-
-# --- what does not fit ------------------------------------------------------------------------------------------------
-
-
-async def test_a_model_that_is_not_compiled(lab: Lab) -> None:
-    x, y = blobs(40)
-    data = lab.files.arrays(1, x=x, y=y)
-    blob = lab.files.model(dense(compiled=False))
-    for task in (training(blob, data), evaluation(blob, whole(data))):
-        with pytest.raises(InvalidModel, match=r"not compiled: call model.compile"):
-            await lab.run(task, "not compiled")
-
-
-async def test_a_lambda_layer_is_refused(lab: Lab) -> None:
-    import keras
-
-    model = keras.Sequential([keras.Input((8,)), keras.layers.Lambda(lambda x: x * 2)])
-    with pytest.raises(InvalidModel, match="Lambda layer, which is code"):
-        await lab.run(prediction(lab.files.model(model), whole(lab.files.arrays(1, x=blobs(9)[0], y=blobs(9)[1]))))
-
-
-async def test_a_class_of_the_users_own_is_refused(lab: Lab) -> None:
-    import keras
-
-    class Twice(keras.layers.Layer):  # type: ignore[misc]
-        def call(self, x: Any) -> Any:
-            return x * 2
-
-    model = keras.Sequential([keras.Input((8,)), Twice()])
-    with pytest.raises(InvalidModel, match="run no code of users"):
-        await lab.run(prediction(lab.files.model(model), whole(lab.files.arrays(1, x=blobs(9)[0], y=blobs(9)[1]))))
-
-
-async def test_what_is_no_keras_file(lab: Lab) -> None:
-    slices = whole(lab.files.arrays(1, x=blobs(9)[0], y=blobs(9)[1]))
-    with pytest.raises(InvalidModel, match=r"not a \.keras file"):
-        await lab.run(prediction(lab.files.put(b"\x89HDF\r\n"), slices))
-    damaged = bytearray(lab.files.paths[lab.files.model(dense()).sha256].read_bytes())
-    damaged[200:1200] = bytes(1000)
-    with pytest.raises(InvalidModel):
-        await lab.run(prediction(lab.files.put(bytes(damaged)), slices))
-
-
-async def test_shapes_that_do_not_fit_are_both_named(lab: Lab) -> None:
-    x, y = blobs(40, features=7)
-    with pytest.raises(InvalidRequest, match=r"shape \(8\), but the data has \(7\)"):
-        await lab.run(training(lab.files.model(dense()), lab.files.arrays(1, x=x, y=y)), "shape")
-    x, y = blobs(40, classes=5)
-    with pytest.raises(InvalidRequest, match=r"classes 0 to 4, but the model's output has 3 units"):
-        await lab.run(training(lab.files.model(dense()), lab.files.arrays(1, x=x, y=y)), "classes")
-    named = replace(models.ARRAYS, classes=("a", "b", "c", "d"))
-    with pytest.raises(InvalidModel, match=r"the data has 4 classes, but the model takes 3"):
-        await lab.run(training(lab.files.model(dense()), lab.files.arrays(1, x=x, y=y), format=named), "names")
-    with pytest.raises(InvalidRequest, match=r"targets have shape \(\) per item, but the model's output is \(3\)"):
-        await lab.run(training(lab.files.model(dense(loss="mse")), lab.files.arrays(1, x=x, y=y)), "plain")
-    shard = lab.files.images(_pictures(4))
-    with pytest.raises(InvalidModel, match=r"the data is images, but the model takes .*\(8\)"):
-        await lab.run(training(lab.files.model(dense()), (shard,), format=IMAGES), "images")
-    options = ImageOptions(height=10, width=10)
-    model = lab.files.model(models.convolutional(classes=2))
-    with pytest.raises(InvalidRequest, match=r"\(10, 10, 3\) do not fit the model's input of shape \(32, 32, 3\)"):
-        await lab.run(training(model, (shard,), format=IMAGES, image=options), "size")
-
-
-async def test_data_that_cannot_be_read(lab: Lab) -> None:
-    model = lab.files.model(models.convolutional(classes=2))
-    shard = lab.files.images(_pictures(6))
-    tar = lab.files.paths[shard.blob.sha256].read_bytes()
-    for bad in (b"no tar", tar[: len(tar) // 2]):
-        with pytest.raises(InvalidData, match="data shard"):
-            await lab.run(prediction(model, whole([replace(shard, blob=lab.files.put(bad))]), format=IMAGES), "corrupt")
-    undecodable = lab.files.images([*_pictures(3), (b"\x89PNG\r\n\x1a\nbroken", 0)])
-    with pytest.raises(InvalidData, match="cannot be decoded"):
-        await lab.run(prediction(model, whole([undecodable]), format=IMAGES), "undecodable")
-    unlabelled = lab.files.images([(data, None) for data, _ in _pictures(3)])
-    with pytest.raises(InvalidData, match="no targets"):
-        await lab.run(training(model, (unlabelled,), format=IMAGES), "unlabelled")
-    x, y = blobs(10)
-    arrays = lab.files.arrays(1, x=x, y=y)
-    form = DataFormat(kind="arrays", inputs=("z",), target="y")
-    with pytest.raises(InvalidData, match="has no array z"):
-        await lab.run(prediction(lab.files.model(dense()), whole(arrays), format=form))
-    with pytest.raises(InvalidData, match="has 10 items, but items 0 to 11"):
-        await lab.run(prediction(lab.files.model(dense()), (replace(whole(arrays)[0], stop=11),)))
-    with pytest.raises(InvalidData, match="cannot be read"):
-        await lab.run(prediction(lab.files.model(dense()), whole([replace(arrays[0], blob=lab.files.put(b"no"))])))
 
 
 def _sgd(rate: float) -> Any:

@@ -1,0 +1,93 @@
+"""An engine to try things on: the blobs it is given, what it told of its progress, and tasks with few words."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from msgspec.structs import replace
+from safetensors.numpy import load_file
+
+from node.engine.process import Engine
+from potluck.messages import DataFormat, EvaluateTask, PredictTask, TrainResult, TrainTask
+from support import models
+from support.models import Files
+
+IMAGES = DataFormat(kind="images", classes=("dark", "light"))
+Progress = list[tuple[int, dict[str, float]]]
+
+
+@dataclasses.dataclass
+class Lab:
+    """An engine, the blobs it is given, and what it told of its progress."""
+
+    engine: Engine
+    files: Files
+    scratch: Path
+    progress: Progress = dataclasses.field(default_factory=list)
+
+    async def run(self, task: Any, job_id: str = "job") -> Any:
+        self.progress.clear()
+        return await asyncio.wait_for(
+            self.engine.run_task(
+                job_id, task, self.files.paths, lambda done, metrics: self.progress.append((done, metrics))
+            ),
+            120,
+        )
+
+    def weights(self, result: TrainResult) -> list[np.ndarray[Any, Any]]:
+        path = self.scratch / result.weights.sha256
+        assert path.stat().st_size == result.weights.size
+        self.files.paths[result.weights.sha256] = path
+        stored = load_file(path)
+        return [stored[name] for name in sorted(stored)]
+
+
+@asynccontextmanager
+async def engine_lab(folder: Path) -> AsyncIterator[Lab]:
+    """A running engine, stopped at the end."""
+    engine = Engine(folder / "scratch", threads=0, start_seconds=120, silence_seconds=20)
+    await engine.start()
+    try:
+        yield Lab(engine, Files(folder / "blobs"), folder / "scratch")
+    finally:
+        await engine.stop()
+
+
+def training(model: Any, data: Any, **changes: Any) -> TrainTask:
+    task = TrainTask(
+        model=model,
+        weights=None,
+        data=data,
+        format=models.ARRAYS,
+        image=None,
+        round=0,
+        samples=600,
+        seconds=30,
+        batch_size=32,
+    )
+    return replace(task, **changes)
+
+
+def evaluation(model: Any, slices: Any, **changes: Any) -> EvaluateTask:
+    task = EvaluateTask(model=model, weights=None, slices=slices, format=models.ARRAYS, image=None, batch_size=32)
+    return replace(task, **changes)
+
+
+def prediction(model: Any, slices: Any, **changes: Any) -> PredictTask:
+    return replace(PredictTask(model=model, slices=slices, format=models.ARRAYS, image=None, batch_size=32), **changes)
+
+
+def pictures(count: int, size: int = 12) -> list[tuple[bytes, int | None]]:
+    """Noise in PNG files: dark (class 0) and light (class 1) by turns."""
+    random = np.random.default_rng(0)
+    labels = [number % 2 for number in range(count)]
+    return [
+        (models.png(random.integers(120 * label, 120 * label + 100, (size, size, 3), np.uint8)), label)
+        for label in labels
+    ]
