@@ -25,18 +25,20 @@ from potluck.blobs.store import BlobStore
 from potluck.broker import Broker, start_broker
 from potluck.bus import Addresses, Envelope, MqttBus, Will
 from potluck.discovery import Discovery, Service
-from potluck.errors import Unavailable
+from potluck.errors import Conflict, Unavailable
 from potluck.http import serve_http
 from potluck.logs import fields
 from potluck.messages import CoordinatorStatus, NodeCapacity, NodeStatus, NodeTelemetry
 from potluck.network import base_urls, bind, reachable_addresses
 from potluck.outbox import Outbox
-from potluck.settings import CoordinatorSettings, check_listen, parse_address, short_hostname, state_folder
+from potluck.settings import CoordinatorSettings, check_listen, is_loopback, parse_address, short_hostname, state_folder
 from potluck.topics import Topics
 
 log = logging.getLogger(__name__)
 
 TICK_SECONDS = 0.5
+RETAINED_SECONDS = 0.3
+"""A retained message follows its subscription at once; so long we wait for one of another coordinator."""
 UPLOAD_LIMIT_BYTES = 16 * 2**30
 
 
@@ -53,6 +55,9 @@ class Coordinator:
         self.topics = Topics(settings.cluster)
         self.session = uuid.uuid4().hex
         self.folder = state_folder(settings.state_dir, "coordinator")
+        self._rival: CoordinatorStatus | None = None
+        self._rival_seen = asyncio.Event()
+        self._announced = asyncio.Event()
 
     async def run(self, stop: asyncio.Event) -> None:
         """Start, say ready, serve until `stop`, and stop in reverse order."""
@@ -117,7 +122,9 @@ class Coordinator:
             self._subscribe(bus, requests)
 
             async def announce() -> None:
+                await self._stand_alone()
                 await bus.publish(status_topic, online, retain=True)
+                self._announced.set()
                 self._dispatcher.republish()
 
             bus.on_connect(announce)
@@ -141,7 +148,7 @@ class Coordinator:
                     *gateway.routes(self._serving, registry, self._membership, settings),
                 ]
                 async with serve_http(sock, routes, gateway.BODY_LIMIT_BYTES), AsyncExitStack() as advertisement:
-                    await bus.connected(settings.bus.connect_timeout_seconds * 4)
+                    await self._join(bus)
                     await self._advertise(advertisement, port, broker)
                     broker_at = f"{broker.host}:{broker.port}" if broker else "external"
                     log.info(
@@ -160,6 +167,18 @@ class Coordinator:
                 for task in running:
                     task.cancel()
 
+    async def _join(self, bus: MqttBus) -> None:
+        """Return once we are announced. Raises Unavailable without a bus, Conflict when it has a coordinator that stays."""
+        limit_seconds = self.settings.bus.connect_timeout_seconds * 4
+        await bus.connected(limit_seconds)
+        try:
+            async with asyncio.timeout(limit_seconds):
+                await self._announced.wait()
+        except TimeoutError:
+            if self._rival is not None:
+                raise self._conflict(self._rival) from None
+            raise Unavailable(f"the bus did not take our birth within {limit_seconds:g} s") from None
+
     async def _broker(self, stack: AsyncExitStack) -> tuple[Broker | None, Addresses]:
         """The configured broker, or one of our own."""
         settings = self.settings
@@ -176,10 +195,45 @@ class Coordinator:
         bus.subscribe(topics.coordinator_inbox, requests.on_request)
         bus.subscribe(topics.jobs_submit, requests.on_request)
         bus.subscribe(topics.infer("+"), self._serving.on_infer)
+        bus.subscribe(topics.coordinator_status, self._on_coordinator)
         bus.subscribe(topics.node("+", "outbox"), self._on_outbox)
         bus.subscribe(topics.node("+", "status"), self._on_presence)
         bus.subscribe(topics.node("+", "capacity"), self._on_presence)
         bus.subscribe(topics.node("+", "telemetry"), self._on_presence, qos=0)
+
+    def _on_coordinator(self, envelope: Envelope) -> None:
+        """Notice whether another coordinator is on this bus."""
+        message = envelope.message
+        if not isinstance(message, CoordinatorStatus) or message.session == self.session:
+            return
+        if message.state == "offline":
+            if self._rival is not None and self._rival.session == message.session:
+                self._rival = None
+        else:
+            self._rival = message
+            self._rival_seen.set()
+            if self._announced.is_set():
+                where = fields(cluster=self.settings.cluster, http=",".join(message.http))
+                log.error("another coordinator is on this bus: stop one %s", where)
+
+    async def _stand_alone(self) -> None:
+        """Raises Conflict, before we say a word, when another coordinator of this cluster is on the bus."""
+        if not self._announced.is_set() and self.settings.seeds:
+            try:
+                async with asyncio.timeout(RETAINED_SECONDS):
+                    await self._rival_seen.wait()
+            except TimeoutError:
+                log.debug("no other coordinator is on this bus")
+        self._rival_seen.clear()
+        if self._rival is not None:
+            raise self._conflict(self._rival)
+
+    def _conflict(self, rival: CoordinatorStatus) -> Conflict:
+        where = ", ".join(rival.http)
+        return Conflict(
+            f"cluster {self.settings.cluster!r} has a coordinator on this bus already ({where}): "
+            "stop it, or choose another --cluster"
+        )
 
     def _on_outbox(self, envelope: Envelope) -> None:
         node_id = self.topics.segment(envelope.topic, 1)
@@ -224,11 +278,11 @@ class Coordinator:
         settings = self.settings
         if not settings.discovery.enabled:
             return
-        if broker is not None:
-            broker_port = broker.port
-        else:
-            seeds = [parse_address(seed) for seed in settings.seeds]
-            broker_port = seeds[0][1] if seeds else settings.broker.port
+        broker_host, broker_port = "", broker.port if broker is not None else settings.broker.port
+        if broker is None and settings.seeds:
+            broker_host, broker_port = parse_address(settings.seeds[0])
+            if is_loopback(broker_host):
+                broker_host = ""
         discovery = await stack.enter_async_context(Discovery(settings.cluster, listen_host=settings.listen.host))
         await discovery.advertise(
             Service(
@@ -238,6 +292,7 @@ class Coordinator:
                 host=reachable_addresses(settings.listen.host)[0],
                 port=port,
                 broker_port=broker_port,
+                broker_host=broker_host,
             )
         )
 

@@ -292,7 +292,8 @@ class _Link(aiomqtt.Client):
         """Say goodbye, unless the connection is gone already."""
         try:
             await self.__aexit__(None, None, None)
-        except aiomqtt.MqttError as error:
+        except (aiomqtt.MqttError, OSError, PotluckError) as error:
+            # aiomqtt raises again what ended the connection; from here it would take the place of a CancelledError.
             log.info("no clean goodbye %s", fields(reason=str(error)))
         finally:
             self._drop()

@@ -33,7 +33,10 @@ Role = Literal["node", "coordinator", "candidate"]
 
 @dataclass(frozen=True)
 class Service:
-    """What a daemon says of itself. `port` is that of its HTTP server, `broker_port` that of the bus (0: it has none)."""
+    """What a daemon says of itself. `port` is that of its HTTP server, `broker_port` that of the bus (0: it has none).
+
+    `broker_host` is empty when the broker runs where the daemon does.
+    """
 
     id: str
     cluster: str
@@ -41,6 +44,7 @@ class Service:
     host: str
     port: int
     broker_port: int = 0
+    broker_host: str = ""
     cores: int = 0
     memory_bytes: int = 0
     gpus: int = 0
@@ -170,7 +174,7 @@ def broker_addresses(network: NetworkSettings, discovery: Discovery | None) -> C
                 raise Unavailable("no broker is known: name one with --seed HOST, or do not turn discovery off")
             return seeds[position % len(seeds)]
         found = [
-            (service.host, service.broker_port) for service in discovery.services("coordinator") if service.broker_port
+            (service.broker_host or service.host, service.broker_port) for service in discovery.services("coordinator") if service.broker_port
         ]
         choices = [*seeds, *found]
         if choices:
@@ -178,7 +182,7 @@ def broker_addresses(network: NetworkSettings, discovery: Discovery | None) -> C
         service = await discovery.wait_for(lambda one: one.role == "coordinator" and one.broker_port > 0, FIND_SECONDS)
         if service is None:
             raise Unavailable(f"no coordinator of cluster {network.cluster!r} is found by mDNS yet")
-        return service.host, service.broker_port
+        return service.broker_host or service.host, service.broker_port
 
     return following
 
@@ -190,6 +194,7 @@ def _info(service: Service, label: str, listen_host: str) -> AsyncServiceInfo:
         "role": service.role,
         "port": str(service.port),
         "broker": str(service.broker_port),
+        "broker_host": service.broker_host,
         "cores": str(service.cores),
         "memory": str(service.memory_bytes),
         "gpus": str(service.gpus),
@@ -225,6 +230,7 @@ def _service(info: AsyncServiceInfo) -> Service | None:
             host=_nearest(addresses),
             port=int(facts.get("port") or 0),
             broker_port=int(facts.get("broker") or 0),
+            broker_host=facts.get("broker_host") or "",
             cores=int(facts.get("cores") or 0),
             memory_bytes=int(facts.get("memory") or 0),
             gpus=int(facts.get("gpus") or 0),

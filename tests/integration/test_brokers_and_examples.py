@@ -1,0 +1,72 @@
+"""The main job without mosquitto, and the founding example as it stands in `examples/`."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from potluck.client import Client
+from potluck.local_cluster import LocalCluster
+from support.digits import mlp, split, write_png_folder
+
+pytestmark = [pytest.mark.tensorflow, pytest.mark.timeout(300)]
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "image_classification.py"
+
+
+def test_everything_works_over_the_embedded_broker(tmp_path: Path) -> None:
+    data = split()
+    with (
+        LocalCluster(tmp_path, cluster="embedded", nodes=2, discovery=False, broker="embedded") as cluster,
+        Client(f"{cluster.broker_host}:{cluster.broker_port}", cluster=cluster.cluster) as client,
+    ):
+        assert "amqtt" in cluster.coordinator.log_path.read_text()
+        job = client.train(mlp(), (data["x_train"], data["y_train"]), epochs=5, name="mlp").wait(timeout=200)
+        assert job.history["loss"][-1] < job.history["loss"][0]
+        client.deploy("mlp", replicas=2).wait(timeout=100)
+        expected = job.model().predict(data["x_test"], verbose=0)
+        np.testing.assert_allclose(client.infer("mlp", data["x_test"]), expected, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(
+            client.predict("mlp", data["x_test"]).wait(timeout=100).predictions, expected, rtol=1e-5, atol=1e-6
+        )
+        cluster.coordinator.kill()
+        cluster.restart_coordinator()
+        assert [info.name for info in client.models()] == ["mlp"]
+
+
+def test_the_founding_example_runs_against_a_cluster_that_it_finds_itself(tmp_path: Path) -> None:
+    train = write_png_folder(tmp_path / "train", count=120, size=128)
+    test = write_png_folder(tmp_path / "test", count=40, size=128)
+    with LocalCluster(tmp_path / "cluster", cluster="example", nodes=2) as cluster:
+        environment = os.environ | {"POTLUCK_CLUSTER": cluster.cluster, "TF_CPP_MIN_LOG_LEVEL": "3"}
+        ended = subprocess.run(
+            [sys.executable, str(EXAMPLE), str(train), str(test)],
+            cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280, check=False,
+        )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert "epoch 10/10" in ended.stdout
+    assert "accuracy" in ended.stdout
+    assert (tmp_path / "model.keras").exists()
+
+
+def test_a_node_holds_only_the_shards_that_it_trains_on(tmp_path: Path) -> None:
+    data = split()
+    with (
+        LocalCluster(tmp_path, cluster="shards", nodes=2, discovery=False) as cluster,
+        Client(f"{cluster.broker_host}:{cluster.broker_port}", cluster=cluster.cluster) as client,
+    ):
+        client.add_data({"x": data["x_train"], "y": data["y_train"]}, "digits")
+        (info,) = client.datasets()
+        assert info.shards >= 16
+        packed = {path.name for path in (tmp_path / "coordinator" / "blobs").iterdir()}
+        client.train(mlp(), "digits", epochs=3).wait(timeout=200)
+        held = [{path.name for path in (tmp_path / node.name / "blobs").iterdir()} & packed for node in cluster.nodes]
+    # `packed` is the shards, the manifest and the keys, of which no node needs the last two.
+    assert sum(map(len, held)) == info.shards
+    assert not held[0] & held[1]
+    assert all(held)
