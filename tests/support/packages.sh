@@ -1,0 +1,27 @@
+#!/bin/sh
+# Installs what the tests use of the system, when that may be done; else says which tests cannot run, and why.
+PATH=$PATH:/usr/sbin:/sbin
+missing=""
+need() { # program, Debian package, tests that need it
+	command -v "$1" >/dev/null 2>&1 || { missing="$missing $2"; echo "$1 is not installed: $3 need it"; }
+}
+need mosquitto mosquitto "the bus contract on mosquitto, and every test that names it,"
+need ip iproute2 "the tests of several hosts in network namespaces"
+need node nodejs "the tests of the JavaScript client"
+need npm npm "the tests of the JavaScript client"
+need systemd-analyze systemd "the checks of the systemd units"
+[ -z "$missing" ] && exit 0
+if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then
+	echo "installing with apt-get:$missing"
+	export DEBIAN_FRONTEND=noninteractive
+	# A service that apt starts would take the broker's port: nothing is to be started.
+	policy=/usr/sbin/policy-rc.d
+	[ -e "$policy" ] || { printf '#!/bin/sh\nexit 101\n' >"$policy" && chmod +x "$policy" && made=1; }
+	apt-get update -qq && apt-get install -y -qq --no-install-recommends $missing >/dev/null
+	status=$?
+	[ -n "$made" ] && rm -f "$policy"
+	[ $status -eq 0 ] || echo "apt-get could not install all of it: the tests named above are skipped"
+else
+	echo "without root on Debian or Ubuntu it is not installed: the tests named above are skipped, each with its reason"
+fi
+exit 0
