@@ -36,7 +36,7 @@ def evaluate(
     output = tuple(model.outputs[0].shape)
     wanted = encode(target, labels, output)
     sum_loss = getattr(model.loss, "reduction", None) == "sum"
-    counted = labels.kind != "plain" and len(model.outputs) == 1 and len(output) == 2
+    counted = labels.kind != "plain" and len(output) == 2
     classes = max(2, labels.units) if counted and labels.units <= CONFUSION_CLASSES else 0
     table = np.zeros((classes, classes), np.int64)
     sums = {"loss": 0.0}
@@ -49,7 +49,7 @@ def evaluate(
         sums["loss"] += (loss - penalty) * (1 if sum_loss else size) + penalty * size
         if classes:
             np.add.at(table, _decided(truth, outputs[0], labels), 1)
-        if labels.kind == "plain" and len(outputs) == 1 and outputs[0].shape == truth.shape:
+        if labels.kind == "plain" and outputs[0].shape == truth.shape:
             _add_errors(sums, outputs[0], truth)
         done += size
         step(done)

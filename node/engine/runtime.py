@@ -48,6 +48,11 @@ def load_model(path: Path, scratch: Path, *, compiled: bool) -> Any:
             raise InvalidModel(_reason(error)) from error
     if not getattr(model, "inputs", None):
         raise InvalidModel("the model has no defined inputs: build it (keras.Input, or call it once) before saving")
+    fixed = [tensor.shape[0] for tensor in model.inputs if tensor.shape[0] is not None]
+    if fixed:
+        raise InvalidModel(
+            f"the model takes exactly {fixed[0]} items at once: give its inputs a shape without a batch size (keras.Input(shape))"
+        )
     return model
 
 
@@ -129,4 +134,5 @@ def set_weights(model: Any, path: Path) -> None:
 
 def save_weights(model: Any, path: Path) -> None:
     """`model.weights` (seeds of random layers are not among them) as w00000, w00001, ..."""
-    save_file({f"w{i:05}": np.ascontiguousarray(value) for i, value in enumerate(model.get_weights())}, path)
+    # Not np.ascontiguousarray, which makes a number (the count of a Normalization layer) a row of one.
+    save_file({f"w{i:05}": np.asarray(value, order="C") for i, value in enumerate(model.get_weights())}, path)

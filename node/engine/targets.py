@@ -30,6 +30,10 @@ class Labels:
 
 def labels_for(model: Any, classes: Sequence[str]) -> Labels:
     """From the compiled loss and the output's shape. Raises InvalidModel when the data's classes do not fit the output."""
+    if len(model.outputs) > 1:
+        raise InvalidModel(
+            f"the model has {len(model.outputs)} outputs, but the items of a data set have one target: give it one output"
+        )
     output = tuple(model.outputs[0].shape)
     units = int(output[-1] or 0) if len(output) > 1 else 1
     name = loss_name(model.loss)

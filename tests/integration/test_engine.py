@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +26,7 @@ from potluck.messages import (
 )
 from potluck.tensors import to_numpy
 from support.engine_lab import IMAGES, Lab, engine_lab, evaluation, pictures, prediction, training
-from support.models import blobs, dense, whole
+from support.models import Files, blobs, dense, whole
 
 pytestmark = [pytest.mark.tensorflow, pytest.mark.asyncio(loop_scope="module")]
 
@@ -88,6 +90,20 @@ async def test_weights_that_are_given_are_the_ones_trained(lab: Lab) -> None:
     assert result.steps == 1
     assert result.metrics["loss"] == pytest.approx(np.log(3), abs=1e-5)
     assert max(np.abs(array).max() for array in lab.weights(result)) < 0.1
+
+
+async def test_weights_that_are_numbers_stay_numbers(lab: Lab) -> None:
+    import keras
+
+    x, y = blobs(64)
+    scaling = keras.layers.Normalization()
+    scaling.adapt(x)
+    model = keras.Sequential([keras.Input((8,)), scaling, keras.layers.Dense(3, activation="softmax")])
+    model.compile(optimizer="adam", loss="sparse_categorical_crossentropy")
+    task = training(lab.files.model(model), lab.files.arrays(1, x=x, y=y), samples=64)
+    first = await lab.run(task, "numbers")
+    assert [array.shape for array in lab.weights(first)] == [tuple(weight.shape) for weight in model.weights]
+    assert (await lab.run(replace(task, weights=first.weights, round=1), "numbers")).steps == 2
 
 
 async def test_a_round_ends_by_the_clock(lab: Lab) -> None:
@@ -285,6 +301,27 @@ async def test_images_train_and_evaluate(lab: Lab, units: int, loss: str) -> Non
     scored = await lab.run(evaluation(blob, whole([shard]), weights=result.weights, format=IMAGES))
     assert np.trace(np.array(scored.confusion)) >= 57
     assert np.array(scored.confusion).sum(axis=1).tolist() == [30, 30]
+
+
+async def test_images_that_do_not_fit_into_memory_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process, where the limit can be lowered."""
+    import keras
+
+    from node.engine import training as engine_training
+    from node.engine.shards import Part
+
+    monkeypatch.setattr(engine_training, "MEMORY_LIMIT_BYTES", 0)
+    files = Files(tmp_path)
+    shards = (files.images(pictures(30)), files.images(pictures(34)))
+    layers = [keras.layers.Flatten(), keras.layers.Dense(2, activation="softmax")]
+    model = keras.Sequential([keras.Input((6, 6, 3)), *layers])
+    model.compile(optimizer=keras.optimizers.Adam(0.01), loss="categorical_crossentropy", metrics=["accuracy"])
+    session = engine_training.Session(model, seed=0)
+    task = training(shards[0].blob, shards, format=IMAGES, batch_size=16)
+    session.use_data(task, [Part(files.paths[shard.blob.sha256], 0, shard.count) for shard in shards])
+    outcomes = [session.train(640, 60, threading.Event(), lambda done, metrics: None) for _ in range(3)]
+    assert [outcome.samples for outcome in outcomes] == [640] * 3
+    assert outcomes[-1].metrics["accuracy"] > 0.9
 
 
 def _sgd(rate: float) -> Any:

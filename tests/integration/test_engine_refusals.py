@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Any
 
+import numpy as np
 import pytest
 import pytest_asyncio
 from msgspec.structs import replace
@@ -109,3 +110,21 @@ async def test_data_that_cannot_be_read(lab: Lab) -> None:
         await lab.run(prediction(lab.files.model(dense()), (replace(whole(arrays)[0], stop=11),)))
     with pytest.raises(InvalidData, match="cannot be read"):
         await lab.run(prediction(lab.files.model(dense()), whole([replace(arrays[0], blob=lab.files.put(b"no"))])))
+
+
+async def test_models_that_no_data_set_fits(lab: Lab) -> None:
+    import keras
+
+    x, y = blobs(40)
+    data = lab.files.arrays(1, x=x, y=y)
+    given = keras.Input((8,))
+    two = keras.Model(given, [keras.layers.Dense(3)(given), keras.layers.Dense(1)(given)])
+    two.compile(optimizer="adam", loss=["mse", "mse"])
+    with pytest.raises(InvalidModel, match="has 2 outputs, but the items of a data set have one target"):
+        await lab.run(training(lab.files.model(two), data), "two outputs")
+    fixed = keras.Sequential([keras.Input((8,), batch_size=16), keras.layers.Dense(3)])
+    with pytest.raises(InvalidModel, match="takes exactly 16 items at once"):
+        await lab.run(prediction(lab.files.model(fixed), whole(data)))
+    labels = np.eye(3, dtype=np.float32)[y]
+    with pytest.raises(InvalidRequest, match="use categorical_crossentropy for one-hot"):
+        await lab.run(training(lab.files.model(dense()), lab.files.arrays(1, x=x, y=labels)), "one-hot")
