@@ -3,106 +3,122 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors.numpy import save
 
-from potluck import codec
-from potluck.blobs.store import BlobStore
-from potluck.data.order import cuts, shuffled
+from potluck.data.packing import CLASSES_LIMIT, Array, Packing, class_indexes
 from potluck.errors import InvalidData
 from potluck.messages import DataFormat, Dataset, DataShard
 
-Array = np.ndarray[Any, Any]
-Progress = Callable[[int, int], None]
-
-TARGET_NAMES = ("y", "y_train", "y_test", "target", "targets", "label", "labels")
+TARGET_NAMES = ("y", "y_train", "y_test", "y_val", "target", "targets", "label", "labels")
 """Names that are taken for the target when none is named."""
-CLASSES_LIMIT = 10_000
+PARTS = ("train", "test", "val")
+"""An `.npz` may hold several sets, told apart by `_train`, `_test` and `_val` at the end of the names."""
+
+_MAGIC = (b"PK", b"\x93NUMPY")
 
 
-def pack(
-    source: Mapping[str, Array],
-    name: str,
-    store: BlobStore,
-    target: str | None,
-    shuffle: bool,
-    seed: int,
-    shard_bytes: int,
-    progress: Progress,
-    *,
-    classes: Sequence[str] = (),
-) -> Dataset:
-    """Raises InvalidData for arrays of unequal lengths, of objects or text, or without rows; and for an unknown target."""
-    found = {key: _plain(key, np.asarray(array)) for key, array in source.items()}
+def pack(source: Mapping[str, Array], target: str | None, packing: Packing, *, classes: Sequence[str] = ()) -> Dataset:
+    """Raises InvalidData for arrays of unequal lengths, of objects, or without rows; and for an unknown target."""
+    found = {key: np.asarray(array) for key, array in source.items()}
+    if not found:
+        raise InvalidData("there are no arrays")
     if target is not None and target not in found:
         raise InvalidData(f"there is no array {target!r} to learn: the arrays are {', '.join(found)}")
     if target is None and len(found) > 1:
         target = next((key for key in TARGET_NAMES if key in found), None)
+    if target is not None and not classes and found[target].dtype.kind in "US" and found[target].ndim == 1:
+        texts = [text.decode(errors="replace") if isinstance(text, bytes) else text for text in found[target].tolist()]
+        found[target], classes = class_indexes(texts, f"target {target!r}")
+    found = {key: _plain(key, array) for key, array in found.items()}
     inputs = tuple(key for key in found if key != target)
     if not inputs:
-        raise InvalidData("there is no input array, only the target")
+        raise InvalidData(f"there is no input array, only the target {target!r}")
     lengths = {key: len(array) for key, array in found.items()}
-    if len(set(lengths.values())) != 1:
-        shown = ", ".join(f"{key} has {length}" for key, length in lengths.items())
-        raise InvalidData(f"the arrays differ in their number of rows: {shown}")
     count = next(iter(lengths.values()))
+    if len(set(lengths.values())) != 1:
+        shown = ", ".join(f"{key!r} has {length}" for key, length in lengths.items())
+        raise InvalidData(f"the arrays differ in their number of rows: {shown}")
     if not count:
         raise InvalidData("the arrays have no rows")
-    labels = _labels(found[target]) if target is not None else None
-    order = shuffled(labels, count, seed) if shuffle else np.arange(count)
-    row_bytes = sum(max(1, array.nbytes // count) for array in found.values())
+    labels = _labels(found[target], bool(classes)) if target is not None else None
+    order = packing.order(labels, count)
+    row_bytes = max(1, sum(array.nbytes for array in found.values()) // count)
     shards: list[DataShard] = []
-    for start, stop in cuts(np.full(count, row_bytes), shard_bytes):
-        rows = order[start:stop]
-        part = {key: np.ascontiguousarray(array[rows]) for key, array in found.items()}
-        shards.append(DataShard(blob=store.put_bytes(save(part)), count=stop - start))
-        progress(stop, count)
-    counts: tuple[int, ...] = ()
-    if classes and labels is not None:
-        counts = tuple(int((labels == index).sum()) for index in range(len(classes)))
-    return Dataset(
-        name=name,
-        format=DataFormat(kind="arrays", inputs=inputs, target=target or "", classes=tuple(classes)),
-        count=count,
-        shards=tuple(shards),
-        class_counts=counts,
-        keys=store.put_bytes(codec.pack(order.tolist(), "json")),
-    )
+    for start, stop in packing.cuts(np.full(count, row_bytes)):
+        part = {key: np.ascontiguousarray(array[order[start:stop]]) for key, array in found.items()}
+        shards.append(DataShard(blob=packing.put(save(part)), count=stop - start))
+        packing.progress(stop, count)
+    described = DataFormat(kind="arrays", inputs=inputs, target=target or "", classes=tuple(classes))
+    return packing.dataset(described, shards, order.tolist(), labels)
 
 
-def read_npz(path: Path) -> dict[str, Array]:
-    """The arrays of an `.npz` file; pickled objects in it are refused, since they are code. Raises InvalidData."""
+def read_file(path: Path, target: str | None) -> tuple[dict[str, Array], str | None]:
+    """The arrays of an `.npz` or `.npy` file and the target's name among them; pickled objects are refused: they are code.
+
+    Of several sets in one file (`x_train`, `y_train`, `x_test`, ...) the one is taken that `target` is of, without the ending
+    of its names. Raises InvalidData.
+    """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return {key: file[key] for key in file.files}
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+        with path.open("rb") as file:
+            if not file.peek(6).startswith(_MAGIC):
+                raise InvalidData(f"{path} is not an {path.suffix} file: numpy.savez writes such")
+            loaded = np.load(file, allow_pickle=False)
+            if isinstance(loaded, np.ndarray):
+                return {"x": loaded}, target
+            names = list(loaded.files)
+            part = _part(path, names, target)
+            return (
+                {name.removesuffix(part): loaded[name] for name in names if name.endswith(part)},
+                target.removesuffix(part) if target else None,
+            )
+    except (OSError, ValueError, zipfile.BadZipFile, EOFError, KeyError) as error:
         if "pickle" in str(error):
-            raise InvalidData(f"{path} holds Python objects, which are code: save plain arrays of numbers") from error
-        raise InvalidData(f"{path} is not an .npz file that can be read: {error}") from error
+            raise InvalidData(
+                f"{path} holds Python objects, which are code: save plain arrays of numbers instead"
+            ) from error
+        raise InvalidData(f"{path} is not an {path.suffix} file that can be read: {error}") from error
+
+
+def _part(path: Path, names: Sequence[str], target: str | None) -> str:
+    """The ending of the names to take: empty for all of them."""
+    endings = [f"_{part}" for part in PARTS]
+    found = [ending for ending in endings if any(name.endswith(ending) for name in names)]
+    if not found or not all(name.endswith(tuple(endings)) for name in names):
+        return ""
+    if len(found) == 1:
+        return found[0]
+    chosen = next((ending for ending in found if target is not None and target.endswith(ending)), None)
+    if chosen is None:
+        choices = " or ".join(repr(name) for name in names if name.startswith(("y_", "label"))) or repr(names[0])
+        raise InvalidData(
+            f"{path} holds several sets ({', '.join(names)}): say which one by naming its target, {choices}"
+        )
+    return chosen
 
 
 def _plain(key: str, array: Array) -> Array:
-    if array.dtype.kind not in "fiub":
-        raise InvalidData(f"array {key!r} has dtype {array.dtype}: numbers are needed (classes as 0, 1, 2, ...)")
+    if array.dtype.kind not in "fiub" or array.dtype.itemsize > 8:
+        raise InvalidData(f"array {key!r} has dtype {array.dtype}: numbers of at most 64 bits are needed")
     if not array.ndim:
         raise InvalidData(f"array {key!r} is a single value: the first axis must be the rows")
-    return array
+    return array.astype(array.dtype.newbyteorder("<"), copy=False)
 
 
-def _labels(target: Array) -> Array | None:
-    """Class indexes to stratify by, where the target is such."""
-    if (
-        target.ndim == 2
-        and target.shape[1] > 1
-        and ((target == 0) | (target == 1)).all()
-        and (target.sum(1) == 1).all()
-    ):
-        return np.asarray(target.argmax(axis=1))
-    flat = target.reshape(len(target), -1)
-    if flat.shape[1] == 1 and flat.dtype.kind in "iub" and len(np.unique(flat)) <= CLASSES_LIMIT:
-        return np.asarray(flat[:, 0])
-    return None
+def _labels(target: Array, are_classes: bool) -> Array | None:
+    """Class indexes to stratify by, where the target is such: few whole numbers, or one of several columns hot."""
+    columns = target.reshape(len(target), -1) if target.size else target
+    if columns.ndim != 2 or not columns.shape[1]:
+        return None
+    if columns.shape[1] > 1:
+        hot = target.ndim == 2 and ((target == 0) | (target == 1)).all() and (target.sum(axis=1) == 1).all()
+        return np.asarray(target.argmax(axis=1)) if hot else None
+    values = columns[:, 0]
+    if values.dtype.kind == "f" and not (np.isfinite(values).all() and (values == np.round(values)).all()):
+        return None
+    found = np.unique(values)
+    few = len(found) <= min(CLASSES_LIMIT, max(2, len(values) // 2))
+    return values.astype(np.int64) if few or are_classes else None

@@ -1,6 +1,6 @@
 """Packs a data set into content-addressed shards, each with about the class mixture of the whole.
 
-What may be packed: a folder of class folders with images, `.npz`, `.csv`, TFRecord files, and arrays in memory.
+What may be packed: a folder of class folders with images, `.npz`, `.npy`, `.csv`, TFRecord files, and arrays in memory.
 The formats of shards are those of `potluck.messages.DataFormat`; docs/data.md describes them for other programs.
 """
 
@@ -14,8 +14,9 @@ import numpy as np
 
 from potluck.blobs.store import BlobStore
 from potluck.data import arrays, images, tables, tfrecords
+from potluck.data.packing import Packing, reading
 from potluck.errors import InvalidData
-from potluck.messages import Dataset
+from potluck.messages import BlobRef, Dataset
 
 SHARD_BYTES = 8 * 2**20
 Progress = Callable[[int, int], None]
@@ -35,26 +36,47 @@ def pack(
 ) -> Dataset:
     """Write the shards of `source` to `store`; the same input gives the same shards.
 
-    `target` names the array or column to learn. `shuffle` spreads the classes over all shards; without it the input's order
-    is kept. `labels` False allows images without class folders, for prediction. `progress` gets (items done, items in all).
-    Raises InvalidData, saying what is wrong with which file, row or array.
+    `target` names the array, column or feature to learn. `shuffle` spreads the classes over all shards; without it the
+    input's order is kept. `labels` False allows images without class folders, for prediction. `progress` gets (items done,
+    items in all). Raises InvalidData, saying what is wrong with which file, row or array; DiskFull.
     """
-    tell = progress or (lambda done, total: None)
-    if isinstance(source, Mapping):
-        return arrays.pack(source, name, store, target, shuffle, seed, shard_bytes, tell)
+    pinned: list[str] = []
+
+    def put(data: bytes) -> BlobRef:
+        ref = store.put_bytes(data)
+        store.pin(ref.sha256)  # or a later shard might push it out
+        pinned.append(ref.sha256)
+        return ref
+
+    packing = Packing(name, put, progress or (lambda done, total: None), shuffle, seed, shard_bytes)
+    try:
+        if isinstance(source, Mapping):
+            return arrays.pack(source, target, packing)
+        return _pack_path(Path(source), target, labels, packing)
+    finally:
+        for sha256 in pinned:
+            store.unpin(sha256)
+
+
+def _pack_path(source: Path, target: str | None, labels: bool, packing: Packing) -> Dataset:
     if not source.exists():
         raise InvalidData(f"{source} does not exist: give a folder of images, or an .npz, .csv or .tfrecord file")
     suffix = source.suffix.lower()
     if source.is_dir():
-        records = tfrecords.files_in(source)
+        with reading(source):
+            records = tfrecords.files_in(source)
         if records:
-            return tfrecords.pack(records, name, store, target, shuffle, seed, shard_bytes, tell)
-        return images.pack_folder(source, name, store, shuffle, labels, seed, shard_bytes, tell)
-    if suffix == ".npz":
-        return arrays.pack(arrays.read_npz(source), name, store, target, shuffle, seed, shard_bytes, tell)
+            return tfrecords.pack(records, target, packing)
+        return images.pack_folder(source, labels, packing)
+    if suffix in (".npz", ".npy"):
+        found, target = arrays.read_file(source, target)
+        return arrays.pack(found, target, packing)
     if suffix == ".csv":
-        columns, classes, column = tables.read_csv(source, target)
-        return arrays.pack(columns, name, store, column, shuffle, seed, shard_bytes, tell, classes=classes)
-    if suffix in tfrecords.SUFFIXES:
-        return tfrecords.pack([source], name, store, target, shuffle, seed, shard_bytes, tell)
-    raise InvalidData(f"{source} is not a data set that can be packed: a folder of images, .npz, .csv or .tfrecord is")
+        table = tables.read_csv(source, target)
+        return arrays.pack(table.columns, table.target, packing, classes=table.classes)
+    if suffix in tfrecords.SUFFIXES or ".tfrecord-" in source.name:
+        return tfrecords.pack([source], target, packing)
+    raise InvalidData(
+        f"{source} is not a data set that can be packed: give a folder of class folders with images, an .npz, .npy or "
+        ".csv file, or TFRecords"
+    )

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from potluck.blobs.store import BlobStore
 from potluck.data import arrays, images
+from potluck.data.packing import CLASSES_LIMIT, Packing, class_indexes, reading
 from potluck.errors import InvalidData
 from potluck.messages import Dataset
 
@@ -25,83 +26,144 @@ _LABEL = ("image/class/label", "label", "class", "y", "target")
 _TEXT = ("image/class/text", "label_name", "class_name")
 _NEEDS = "needs protobuf and google-crc32c: pip install 'potluck[tfrecord]'"
 
-Progress = Callable[[int, int], None]
+Features = dict[str, Any]
+"""By name: a list of bytes, or an array of numbers."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """Where a record's data lies in its file. `where` names it in messages and keys."""
+
+    path: Path
+    number: int
+    offset: int
+    length: int
+
+    @property
+    def where(self) -> str:
+        return f"{self.path.name}#{self.number}"
+
+    def read(self) -> bytes:
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            return file.read(self.length)
 
 
 def files_in(folder: Path) -> list[Path]:
     """TFRecord files directly in `folder`; also those named `name.tfrecord-00000-of-00010`."""
     return sorted(
-        path for path in folder.iterdir() if path.is_file() and (path.suffix in SUFFIXES or ".tfrecord-" in path.name)
+        path
+        for path in folder.iterdir()
+        if path.is_file()
+        and not path.name.startswith(".")
+        and (path.suffix.lower() in SUFFIXES or ".tfrecord-" in path.name)
     )
 
 
-def pack(
-    files: Sequence[Path],
-    name: str,
-    store: BlobStore,
-    target: str | None,
-    shuffle: bool,
-    seed: int,
-    shard_bytes: int,
-    progress: Progress,
-) -> Dataset:
-    """Records with an encoded image become images, records of numbers arrays. Raises InvalidData."""
-    examples = [
-        (f"{path.name}#{number}", _features(data, path, number)) for path in files for number, data in _records(path)
-    ]
-    if not examples:
+def pack(files: Sequence[Path], target: str | None, packing: Packing) -> Dataset:
+    """Records with an encoded image become images, records of numbers arrays. Raises InvalidData, naming file and record."""
+    found = ((record, _features(data, record)) for path in files for record, data in _records(path))
+    first = next(found, None)
+    if first is None:
         raise InvalidData(f"{files[0]} has no records")
-    first = examples[0][1]
-    image = next((key for key in _IMAGE if key in first and isinstance(first[key], list)), None)
-    label = target or next((key for key in _LABEL if key in first), None)
+    image = next((key for key in _IMAGE if isinstance(first[1].get(key), list)), None)
+    label = target or next((key for key in _LABEL if key in first[1]), None)
+    if target is not None and target not in first[1]:
+        raise InvalidData(f"{first[0].where} has no feature {target!r}: its features are {', '.join(first[1])}")
     if image is not None:
-        return _pack_images(examples, image, label, name, store, shuffle, seed, shard_bytes, progress)
-    columns: dict[str, Any] = {}
-    for key in first:
-        if isinstance(first[key], list):
-            continue  # bytes that are no image: nothing to compute with
-        rows = [features.get(key) for _, features in examples]
-        shapes = {None if row is None or isinstance(row, list) else row.shape for row in rows}
-        if len(shapes) != 1 or None in shapes:
-            raise InvalidData(f"feature {key!r} has not the same number of values in every record")
-        stacked = np.stack([row for row in rows if isinstance(row, np.ndarray)])
-        columns[key] = stacked[:, 0] if key == label and stacked.shape[1] == 1 else stacked
-    if not columns:
-        raise InvalidData(f"{files[0]}: records have neither an encoded image ({', '.join(_IMAGE)}) nor numbers")
-    return arrays.pack(columns, name, store, label, shuffle, seed, shard_bytes, progress)
+        return _pack_images(_chained(first, found), image, label, packing)
+    return _pack_arrays(_chained(first, found), label, packing)
+
+
+def _chained(
+    first: tuple[Record, Features], rest: Iterator[tuple[Record, Features]]
+) -> Iterator[tuple[Record, Features]]:
+    yield first
+    yield from rest
+
+
+def _pack_arrays(records: Iterator[tuple[Record, Features]], label: str | None, packing: Packing) -> Dataset:
+    columns: dict[str, list[Any]] = {}
+    for number, (record, features) in enumerate(records):
+        if not number:  # features of bytes that are no image: nothing to compute with, unless they are the labels
+            columns = {key: [] for key, value in features.items() if key == label or not isinstance(value, list)}
+        for key, column in columns.items():
+            value = features.get(key)
+            if key == label and isinstance(value, list):
+                value = np.asarray([_label(record, features, key)])
+            if not isinstance(value, np.ndarray) or (column and value.shape != column[0].shape):
+                wanted = f"{len(column[0])} numbers, as in the records before" if column else "numbers"
+                raise InvalidData(f"{record.where}: feature {key!r} has not {wanted}")
+            column.append(value)
+    if not set(columns) - {label}:
+        raise InvalidData(f"the records have neither an encoded image ({', '.join(_IMAGE)}) nor numbers")
+    stacked = {key: np.stack(column) for key, column in columns.items()}
+    if label is not None and stacked[label].shape[1] == 1:
+        stacked[label] = stacked[label][:, 0]
+    return arrays.pack(stacked, label, packing)
 
 
 def _pack_images(
-    examples: Sequence[tuple[str, dict[str, Any]]],
-    image: str,
-    label: str | None,
-    name: str,
-    store: BlobStore,
-    shuffle: bool,
-    seed: int,
-    shard_bytes: int,
-    progress: Progress,
+    records: Iterator[tuple[Record, Features]], image: str, label: str | None, packing: Packing
 ) -> Dataset:
-    names: dict[int, str] = {}
-    items: list[images.Item] = []
-    numbers = sorted({int(features[label][0]) for _, features in examples if label and label in features})
-    index_of = {number: index for index, number in enumerate(numbers)}
-    for key, features in examples:
-        if image not in features or not features[image]:
-            raise InvalidData(f"{key} has no image in feature {image!r}")
-        index = index_of[int(features[label][0])] if label and label in features else -1
-        text = next((features[one] for one in _TEXT if features.get(one)), None)
-        if index >= 0:
-            names[index] = text[0].decode(errors="replace") if text else str(numbers[index])
-        items.append(images.Item(key, index, data=features[image][0]))
-    classes = [names[index] for index in range(len(numbers))]
-    return images.pack_items(items, classes, name, store, shuffle, seed, shard_bytes, progress)
+    """The images themselves stay in their files until they are packed."""
+    kept: list[Record] = []
+    labels: list[int | str] = []
+    names: dict[int | str, str] = {}
+    for record, features in records:
+        if not isinstance(features.get(image), list) or not features[image]:
+            raise InvalidData(f"{record.where} has no image in feature {image!r}")
+        kept.append(record)
+        if label is None:
+            continue
+        labels.append(_label(record, features, label))
+        text = next((features[key] for key in _TEXT if isinstance(features.get(key), list) and features[key]), None)
+        if text is not None:
+            names[labels[-1]] = text[0].decode(errors="replace")
+    indexes, classes = _classes(labels, names)
+    items = [
+        images.Item(record.where, indexes[place] if indexes else -1, partial(_image_in, record, image))
+        for place, record in enumerate(kept)
+    ]
+    return images.pack_items(items, classes, packing)
 
 
-def _records(path: Path) -> Iterator[tuple[int, bytes]]:
-    with path.open("rb") as file:
-        number = 0
+def _classes(labels: Sequence[int | str], names: dict[int | str, str]) -> tuple[list[int], tuple[str, ...]]:
+    """Numbers are class indexes as they stand, so that a training and a test set agree; texts in the order of the alphabet."""
+    if not labels:
+        return [], ()
+    if any(isinstance(label, str) for label in labels):
+        found, classes = class_indexes([str(label) for label in labels], "the label")
+        return found.tolist(), classes
+    numbers = [int(label) for label in labels]
+    if min(numbers) < 0 or max(numbers) >= CLASSES_LIMIT:
+        raise InvalidData(
+            f"labels run from {min(numbers)} to {max(numbers)}: class indexes from 0 to {CLASSES_LIMIT - 1} are needed"
+        )
+    return numbers, tuple(names.get(number, str(number)) for number in range(max(numbers) + 1))
+
+
+def _label(record: Record, features: Features, key: str) -> int | str:
+    """A class index, or the text of a class."""
+    value = features.get(key)
+    if isinstance(value, list) and len(value) == 1:
+        return str(value[0].decode(errors="replace"))
+    if isinstance(value, np.ndarray) and len(value) == 1 and value.dtype.kind == "i":
+        return int(value[0])
+    raise InvalidData(f"{record.where}: label {key!r} is not one whole number or text")
+
+
+def _image_in(record: Record, feature: str) -> bytes:
+    data: bytes = _features(record.read(), record)[feature][0]
+    return data
+
+
+def _records(path: Path) -> Iterator[tuple[Record, bytes]]:
+    with reading(path), path.open("rb") as file:
+        number = offset = 0
         while head := file.read(12):
+            if not offset and head.startswith(b"\x1f\x8b"):
+                raise InvalidData(f"{path} is compressed: unpack it with gunzip first")
             if len(head) < 12 or _masked_crc(head[:8]) != struct.unpack("<I", head[8:])[0]:
                 raise InvalidData(f"{path}: record {number} is damaged, or the file is no TFRecord file")
             (length,) = struct.unpack("<Q", head[:8])
@@ -110,18 +172,18 @@ def _records(path: Path) -> Iterator[tuple[int, bytes]]:
             data, foot = file.read(length), file.read(4)
             if len(data) < length or len(foot) < 4 or _masked_crc(data) != struct.unpack("<I", foot)[0]:
                 raise InvalidData(f"{path}: record {number} is damaged or cut off")
-            yield number, data
-            number += 1
+            yield Record(path, number, offset + 12, length), data
+            number, offset = number + 1, offset + length + 16
 
 
-def _features(data: bytes, path: Path, number: int) -> dict[str, Any]:
+def _features(data: bytes, record: Record) -> Features:
     """Features by name: bytes as a list, numbers as an array."""
     message, decode_error = _example()
     example = message()
     try:
         example.ParseFromString(data)
     except decode_error as error:
-        raise InvalidData(f"{path}: record {number} is not a tf.train.Example: {error}") from error
+        raise InvalidData(f"{record.where} is not a tf.train.Example: {error}") from error
     found: dict[str, Any] = {}
     for key, feature in sorted(example.features.feature.items()):
         kind = feature.WhichOneof("kind")

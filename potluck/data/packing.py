@@ -1,0 +1,80 @@
+"""What packing is the same for every source: where shards go, in which order, how large, and who is told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from potluck import codec
+from potluck.data.order import cuts, shuffled
+from potluck.errors import InvalidData
+from potluck.messages import BlobRef, DataFormat, Dataset, DataShard
+
+Array = np.ndarray[Any, Any]
+CLASSES_LIMIT = 10_000
+"""More classes than that are taken for something else than classes."""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How a data set is packed. `put` stores a blob, `progress` gets (items done, items in all)."""
+
+    name: str
+    put: Callable[[bytes], BlobRef]
+    progress: Callable[[int, int], None]
+    shuffle: bool
+    seed: int
+    shard_bytes: int
+
+    def order(self, labels: Array | None, count: int) -> Array:
+        """Indexes of the items in the order in which they are packed."""
+        return shuffled(labels, count, self.seed) if self.shuffle else np.arange(count)
+
+    def cuts(self, sizes: Sequence[int] | Array) -> list[tuple[int, int]]:
+        """(start, stop) of each shard, for the sizes in bytes of items in packing order."""
+        return cuts(sizes, self.shard_bytes)
+
+    def dataset(
+        self,
+        format: DataFormat,
+        shards: Sequence[DataShard],
+        keys: Sequence[str | int],
+        labels: Array | None,
+        skipped: Sequence[str] = (),
+    ) -> Dataset:
+        """The manifest. `keys` in packing order; `labels` are class indexes of all items in any order, where they have classes."""
+        counts: tuple[int, ...] = ()
+        if format.classes and labels is not None:
+            counts = tuple(np.bincount(labels[labels >= 0], minlength=len(format.classes)).tolist())
+        return Dataset(
+            name=self.name,
+            format=format,
+            count=sum(shard.count for shard in shards),
+            shards=tuple(shards),
+            class_counts=counts,
+            skipped=tuple(skipped),
+            keys=self.put(codec.pack(list(keys), "json")),
+        )
+
+
+def class_indexes(texts: Sequence[str], what: str) -> tuple[Array, tuple[str, ...]]:
+    """(index of each text, the classes in the order of the alphabet). Raises InvalidData for too many; `what` names them."""
+    classes = tuple(sorted(set(texts)))
+    if len(classes) > CLASSES_LIMIT:
+        raise InvalidData(f"{what} has {len(classes)} different texts (first: {classes[0]!r}): these are no classes")
+    index_of = {label: index for index, label in enumerate(classes)}
+    return np.fromiter((index_of[text] for text in texts), np.int64, len(texts)), classes
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Raises InvalidData, naming the file, for an OSError within."""
+    try:
+        yield
+    except OSError as error:
+        raise InvalidData(f"{error.filename or path} cannot be read: {error.strerror or error}") from error

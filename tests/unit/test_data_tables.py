@@ -1,0 +1,135 @@
+"""CSV files: what becomes of columns, and errors that name line and column."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sklearn.datasets import load_iris
+
+from potluck.blobs.store import BlobStore
+from potluck.data.pack import pack
+from potluck.errors import InvalidData
+from support.shards import arrays_of, check_manifest, keys_of, new_store
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> BlobStore:
+    return new_store(tmp_path)
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "table.csv"
+    path.write_text(text, encoding="utf-8", newline="")
+    return path
+
+
+def test_iris_with_names_as_classes(tmp_path: Path, store: BlobStore) -> None:
+    iris = load_iris()
+    lines = [
+        ",".join([*map(str, row), iris.target_names[label]]) for row, label in zip(iris.data, iris.target, strict=True)
+    ]
+    path = write(tmp_path, "\n".join(["sepal length,sepal width,petal length,petal width,species", *lines, ""]))
+    dataset = pack(path, "iris", store, target="species")
+    check_manifest(dataset, store)
+    assert (dataset.format.inputs, dataset.format.target) == (("x",), "y")
+    assert dataset.format.classes == ("setosa", "versicolor", "virginica")
+    assert dataset.class_counts == (50, 50, 50)
+    found, keys = arrays_of(dataset, store), keys_of(dataset, store)
+    assert found["x"].dtype == np.float32
+    assert np.array_equal(found["x"], iris.data[keys].astype(np.float32))
+    assert np.array_equal(found["y"], iris.target[keys])
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype"),
+    [(["0", "1", "2"], np.int64), (["1.0", "2.0", "3.0"], np.int64), (["0.5", "1", "2"], np.float32)],
+)
+def test_targets_of_numbers(tmp_path: Path, store: BlobStore, values: list[str], dtype: type) -> None:
+    path = write(tmp_path, "a,Label\n" + "".join(f"1,{value}\n" for value in values))
+    dataset = pack(path, "t", store, shuffle=False)
+    y = arrays_of(dataset, store)["y"]
+    assert y.dtype == dtype
+    assert y.tolist() == [float(value) for value in values]
+    assert dataset.format.classes == ()
+
+
+def test_without_a_target(tmp_path: Path, store: BlobStore) -> None:
+    dataset = pack(write(tmp_path, "a,b\r\n1,2\r\n\r\n3,4e1\r\n"), "t", store, shuffle=False)
+    assert arrays_of(dataset, store)["x"].tolist() == [[1, 2], [3, 40]]
+    assert dataset.format.target == ""
+
+
+def test_byte_order_mark_quotes_and_spaces(tmp_path: Path, store: BlobStore) -> None:
+    path = write(tmp_path, '\ufeff"a", b ,y\n"1", 2 ,"Katze, groß"\n3,4,Hund\n')
+    dataset = pack(path, "t", store, shuffle=False)
+    assert arrays_of(dataset, store)["x"].tolist() == [[1, 2], [3, 4]]
+    assert dataset.format.classes == ("Hund", "Katze, groß")
+
+
+@pytest.mark.parametrize(
+    ("text", "target", "message"),
+    [
+        ("", None, "needs a header line and at least one row"),
+        ("a,b\n", None, "needs a header line and at least one row"),
+        ("1,2\n3,4\n", None, "has no header"),
+        ("a,a\n1,2\n", None, "two columns have the name 'a'"),
+        ("a;b\n1;2\n", None, "not separated by commas"),
+        ("a,b\n1,2\n3\n", None, "line 3: 1 values for 2 columns"),
+        ("a,b\n1,2\n\n3,\n", None, "line 4: column 'b' is missing"),
+        ("a,b\n1,2\n3,NaN\n", None, "line 3: column 'b' is missing"),
+        ("a,b\n1,2\n3,red\n", None, "line 3: column 'b' is 'red', not a number"),
+        ("a,b\n1,1e50\n", None, "line 2: column 'b' is '1e50', which is more than float32 holds"),
+        ('a,b\n1,"x\ny"\n', None, "line 3: column 'b'"),
+        ("a,y\n1,cat\n2,\n", None, "line 3: the target 'y' is missing"),
+        ("a,b\n1,2\n", "c", "no column 'c': its columns are a, b"),
+        ("y\n1\n", None, "no columns beside the target 'y'"),
+        ('a,b\n1,"2\n', None, "cannot be read as CSV"),
+    ],
+)
+def test_errors_name_line_and_column(
+    tmp_path: Path, store: BlobStore, text: str, target: str | None, message: str
+) -> None:
+    with pytest.raises(InvalidData, match=message) as caught:
+        pack(write(tmp_path, text), "t", store, target=target)
+    assert "table.csv" in caught.value.message
+
+
+def test_other_encodings_and_unreadable_files(tmp_path: Path, store: BlobStore) -> None:
+    path = tmp_path / "table.csv"
+    path.write_bytes("a,y\n1,größer\n".encode("latin-1"))
+    with pytest.raises(InvalidData, match="cannot be read as CSV in UTF-8"):
+        pack(path, "t", store)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(InvalidData, match="no class folders"):
+        pack(path, "t", store)
+
+
+def test_a_target_of_many_texts_is_no_class(tmp_path: Path, store: BlobStore) -> None:
+    rows = "".join(f"1,name{number}\n" for number in range(10_001))
+    with pytest.raises(InvalidData, match="the target 'y' has 10001 different texts"):
+        pack(write(tmp_path, "a,y\n" + rows), "t", store)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(
+        st.tuples(st.floats(width=32, allow_nan=False, allow_infinity=False), st.integers(-(2**24), 2**24)), min_size=1
+    )
+)
+def test_any_finite_numbers_come_through(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[float, int]]
+) -> None:
+    buffer = io.StringIO(newline="")
+    writer = csv.writer(buffer)
+    writer.writerow(["a", "b"])
+    writer.writerows(rows)
+    store = BlobStore(tmp_path_factory.mktemp("store"), 1 << 30)
+    dataset = pack(write(tmp_path, buffer.getvalue()), "t", store, shuffle=False)
+    assert np.array_equal(arrays_of(dataset, store)["x"], np.asarray(rows, np.float32))
