@@ -40,7 +40,8 @@ from potluck.messages import (
 )
 
 ROUNDS_PER_EPOCH = 2
-"""At least so many rounds an epoch: on a small data set many short rounds reach an accuracy in fewer samples."""
+"""At least so many rounds an epoch, where a round computes for longer than it exchanges weights: on a small data set
+many short rounds reach an accuracy in fewer samples."""
 STRAGGLER_FACTOR = 4.0
 STRAGGLER_SECONDS = 60.0
 """A round waits for its last node at most this long: the larger of so many seconds and so many round times."""
@@ -66,6 +67,8 @@ class RoundsStrategy:
     contributions: dict[str, TrainResult] = field(default_factory=dict)
     """Results of the open round by node."""
     opened_at: float = 0.0
+    overhead_seconds: float = 0.0
+    """What a round has cost beside computing (fetching, averaging, setting weights): the least that was measured."""
     assigned: dict[str, tuple[int, ...]] = field(default_factory=dict)
     shares: dict[str, float] = field(default_factory=dict)
     measured: dict[str, float] = field(default_factory=dict)
@@ -130,6 +133,10 @@ class RoundsStrategy:
     def closed_round(self, event: RoundClosed) -> None:
         if event.round != self.round:
             return
+        computing = max((result.seconds for result in self.contributions.values()), default=0.0)
+        overhead = max(0.0, event.at - self.opened_at - computing)
+        if self.round:  # the first one also starts engines
+            self.overhead_seconds = min(self.overhead_seconds or overhead, overhead)
         self.weights = event.weights
         self.samples += event.samples
         self.round += 1
@@ -174,9 +181,12 @@ class RoundsStrategy:
             return []
         rates = speeds(free, self.measured)
         goal = (self.epochs_ended + 1) * self.dataset.count
-        wanted = min(goal - self.samples, -(-self.dataset.count // ROUNDS_PER_EPOCH))
+        wanted = -(-self.dataset.count // ROUNDS_PER_EPOCH)
         if self.measured:
-            wanted = min(wanted, max(1, round(sum(rates.values()) * self.spec.round_seconds)))
+            together = sum(rates.values())
+            wanted = max(wanted, round(together * self.overhead_seconds))
+            wanted = min(wanted, max(1, round(together * self.spec.round_seconds)))
+        wanted = min(wanted, goal - self.samples)
         data = self._assignment(rates)
         decisions: list[Decision] = []
         for node_id, samples in split(wanted, rates).items():

@@ -66,7 +66,7 @@ def test_a_node_holds_only_the_shards_that_it_trains_on(tmp_path: Path) -> None:
         packed = {path.name for path in (tmp_path / "coordinator" / "blobs").iterdir()}
         client.train(mlp(), "digits", epochs=3).wait(timeout=200)
         held = [{path.name for path in (tmp_path / node.name / "blobs").iterdir()} & packed for node in cluster.nodes]
-    # `packed` is the shards, the manifest and the keys, of which no node needs the last two.
-    assert sum(map(len, held)) == info.shards
-    assert not held[0] & held[1]
-    assert all(held)
+    # `packed` is the shards, the manifest and the keys, of which no node needs the last two. Shards move when the first
+    # measured speeds differ from what was assumed, but nobody ever needs all of them.
+    assert len(held[0] | held[1]) == info.shards
+    assert all(0 < len(shards) < info.shards for shards in held)

@@ -161,6 +161,23 @@ def test_a_job_runs_its_epochs_and_validates_each() -> None:
     assert play.strategy.exported is not None
 
 
+def test_rounds_grow_when_exchanging_weights_takes_longer_than_computing() -> None:
+    def samples_of_a_round(exchange_seconds: float) -> int:
+        play = Simulation(epochs=4, validation=False)
+        for _ in range(2):  # the first round also starts engines, and is not measured
+            play.plan("a", "b")
+            for attempt_id in list(play.job.attempts):
+                play.finish(attempt_id)  # 80 samples in a second each
+            play.now = play.strategy.opened_at + 1.0 + exchange_seconds
+        play.plan("a", "b")
+        play.plan("a", "b")
+        return sum(task.samples for key, task in play.tasks.items() if key in play.job.attempts)  # type: ignore[union-attr]
+
+    assert samples_of_a_round(exchange_seconds=0.2) == 160  # half an epoch
+    assert samples_of_a_round(exchange_seconds=1.5) == 240  # as long as the exchange: 1.5 s of 160 samples/s
+    assert samples_of_a_round(exchange_seconds=60.0) == 320  # an epoch at most
+
+
 def test_nodes_train_on_disjoint_shards() -> None:
     play = Simulation()
     play.plan("a", "b", "c")
@@ -238,7 +255,16 @@ def test_replaying_the_events_gives_the_state_back(steps: list[tuple[str, str]])
     assert again.attempts == play.job.attempts
     assert again.history == play.job.history
     assert isinstance(again.strategy, RoundsStrategy)
-    for name in ("round", "samples", "epochs_ended", "weights", "contributions", "validated", "exported"):
+    for name in (
+        "round",
+        "samples",
+        "epochs_ended",
+        "weights",
+        "contributions",
+        "validated",
+        "exported",
+        "overhead_seconds",
+    ):
         assert getattr(again.strategy, name) == getattr(play.strategy, name), name
     play.job = again  # and it can be finished from there
     play.run("b", "c")
