@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 IMAGE_SIZE = 32
-EPOCHS = 14
+EPOCHS = 20
 NODES = 3
 WANTED_ACCURACY = 0.97
 

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from support.digits import mlp, split
 
 from potluck.client import Client
 from potluck.local_cluster import LocalCluster
 from potluck.messages import JobProgress
+from support.digits import mlp, split
 
 pytestmark = [pytest.mark.tensorflow, pytest.mark.timeout(300)]
 
@@ -53,7 +53,9 @@ def test_a_killed_node_does_not_stop_training(cluster: LocalCluster, client: Cli
     assert job.history["accuracy"][-1] > 0.95
 
 
-def test_a_killed_coordinator_resumes_training_with_no_hole_in_the_history(cluster: LocalCluster, client: Client) -> None:
+def test_a_killed_coordinator_resumes_training_with_no_hole_in_the_history(
+    cluster: LocalCluster, client: Client
+) -> None:
     job = training(client)
     half_way(job)
     cluster.coordinator.kill()

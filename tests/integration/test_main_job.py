@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.digits import mlp, split, write_png_folder
 
 import potluck
 from potluck.client import Client
 from potluck.errors import InvalidData, InvalidModel, InvalidRequest, NotFound
 from potluck.local_cluster import LocalCluster
+from support.digits import mlp, split, write_png_folder
 
 pytestmark = [pytest.mark.tensorflow, pytest.mark.timeout(300)]
 
