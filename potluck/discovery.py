@@ -174,7 +174,9 @@ def broker_addresses(network: NetworkSettings, discovery: Discovery | None) -> C
                 raise Unavailable("no broker is known: name one with --seed HOST, or do not turn discovery off")
             return seeds[position % len(seeds)]
         found = [
-            (service.broker_host or service.host, service.broker_port) for service in discovery.services("coordinator") if service.broker_port
+            (service.broker_host or service.host, service.broker_port)
+            for service in discovery.services("coordinator")
+            if service.broker_port
         ]
         choices = [*seeds, *found]
         if choices:
