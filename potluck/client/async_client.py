@@ -195,7 +195,7 @@ class AsyncClient:
         """A model's outputs for a whole data set or array: `job.predictions()`. `target` names a column to leave out."""
         batch_size = _at_least_one("batch_size", batch_size)
         sent, options = await self._model(model, image, compiled=False)
-        dataset = await self._data(data, target, shuffle=False)
+        dataset = await self._data(data, target, for_prediction=True)
         return await self._submit(Predict(model=sent, dataset=dataset, batch_size=batch_size, image=options))
 
     # --- models and deployments -----------------------------------------------------------------------------------------
@@ -319,13 +319,16 @@ class AsyncClient:
             ref = await (await self._connected()).push(file.path)
         return file, BlobRef(sha256=ref.sha256, size=ref.size)
 
-    async def _data(self, data: object, target: str | None, *, shuffle: bool = True) -> str:
-        """The name of a data set, registered now where it was not."""
+    async def _data(self, data: object, target: str | None, *, for_prediction: bool = False) -> str:
+        """The name of a data set, registered now where it was not; for prediction in its own order, labelled or not."""
         name = sources.as_name(data)
         if name is not None:
             return _checked(name)
         connection = await self._connected()
-        return (await sources.add(connection, data, name=None, target=target, shuffle=shuffle)).name
+        added = await sources.add(
+            connection, data, name=None, target=target, shuffle=not for_prediction, labels=not for_prediction
+        )
+        return added.name
 
 
 def _at_least_one(what: str, number: int) -> int:

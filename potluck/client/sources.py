@@ -60,9 +60,13 @@ async def add(
     name: str | None,
     target: str | None = None,
     shuffle: bool = True,
+    labels: bool = True,
     progress: Progress | None = None,
 ) -> DatasetInfo:
-    """Pack `data`, push what the coordinator does not have, and register it; without a name it gets one from its content."""
+    """Pack `data`, push what the coordinator does not have, and register it; without a name it gets one from its content.
+
+    `labels` False takes images without class folders, too.
+    """
     source: Path | Arrays
     if isinstance(data, str | Path):
         source, stem = existing(data), path_name(data)
@@ -80,7 +84,14 @@ async def add(
 
     try:
         dataset = await asyncio.to_thread(
-            pack, source, _PACKED_NAME, connection.store, target=target, shuffle=shuffle, progress=packing
+            pack,
+            source,
+            _PACKED_NAME,
+            connection.store,
+            target=target,
+            shuffle=shuffle,
+            labels=labels,
+            progress=packing,
         )
     except asyncio.CancelledError:
         cancelled.set()  # a thread cannot be cancelled: it looks at this

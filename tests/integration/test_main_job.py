@@ -121,6 +121,11 @@ def test_images_from_folders(client: Client, tmp_path: Path) -> None:
     model.compile(optimizer="adam", loss="categorical_crossentropy", metrics=["accuracy"])
     job = client.train(model, folder, epochs=3, batch_size=16, name="pictures").wait(timeout=200)
     assert job.history["loss"][-1] < job.history["loss"][0]
+    flat = tmp_path / "unsorted"
+    flat.mkdir()
+    for file in sorted(folder.glob("*/*.png"))[:20]:
+        (flat / file.name).write_bytes(file.read_bytes())
+    assert client.predict("pictures", flat).wait(timeout=100).predictions.shape == (20, 10)
     found = client.evaluate("pictures", folder).wait(timeout=100).evaluation
     assert {score.label for score in found.classes} >= {"zero", "nine"}
     assert found.count == 300
