@@ -14,6 +14,7 @@ from coordinator.dispatcher import Dispatcher
 from coordinator.gateway import routes as gateway
 from coordinator.jobstore import JobStore
 from coordinator.journal import Journal
+from coordinator.leases import Leases
 from coordinator.membership import Change, Membership, NodeJoined, NodeLost
 from coordinator.requests import Requests, dataset_blobs
 from coordinator.serving.registry import Registry
@@ -101,13 +102,19 @@ class Coordinator:
             self._dispatcher = Dispatcher(
                 topics=self.topics,
                 outbox=self._outbox,
-                membership=self._membership,
                 registry=registry,
                 serving=self._serving,
                 jobs=jobs,
+                leases=Leases(
+                    topics=self.topics,
+                    outbox=self._outbox,
+                    membership=self._membership,
+                    settings=settings,
+                    epoch=journal.epoch,
+                    urls=urls,
+                ),
                 collector=Collector(store, downloader, urls),
                 settings=settings,
-                epoch=journal.epoch,
             )
             requests = Requests(
                 outbox=self._outbox,

@@ -10,9 +10,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections import Counter
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field
 from typing import Any
 
 from coordinator.collecting import Collector, locate
@@ -33,8 +31,7 @@ from coordinator.jobs import (
     Withdraw,
 )
 from coordinator.jobstore import JobStore
-from coordinator.membership import Membership
-from coordinator.placement import ClusterView, NodeView
+from coordinator.leases import Held, Leases
 from coordinator.serving.registry import Registry
 from coordinator.serving.serving import Serving
 from potluck.errors import Cancelled, NotFound, PotluckError, Unavailable
@@ -46,18 +43,15 @@ from potluck.messages import (
     BlobsStored,
     Deploy,
     ErrorInfo,
-    ForgetJob,
     JobChanged,
     JobEnded,
     LeaseRefused,
     LeaseRenewed,
-    LeaseShard,
     LeaseTaken,
     Message,
     ShardFailed,
     ShardFinished,
     Train,
-    WithdrawLease,
 )
 from potluck.outbox import Outbox, error_info
 from potluck.settings import CoordinatorSettings
@@ -65,25 +59,8 @@ from potluck.topics import Topics
 
 log = logging.getLogger(__name__)
 
-SLOTS = 2
-"""Attempts that a node holds at most: one running, one prefetched."""
 PROGRESS_SECONDS = 0.5
 RETAIN_SECONDS = 24 * 3600.0
-
-
-@dataclass
-class _Open:
-    """An attempt under lease: when its node was last heard of it, and what it said."""
-
-    job_id: str
-    node_id: str
-    message: LeaseShard
-    heard_at: float
-    sent_at: float
-    taken: bool = False
-    collecting: bool = False
-    done: int = 0
-    metrics: dict[str, float] = field(default_factory=dict)
 
 
 class Dispatcher:
@@ -94,28 +71,23 @@ class Dispatcher:
         *,
         topics: Topics,
         outbox: Outbox,
-        membership: Membership,
         registry: Registry,
         serving: Serving,
         jobs: JobStore,
+        leases: Leases,
         collector: Collector,
         settings: CoordinatorSettings,
-        epoch: int,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._topics = topics
         self._outbox = outbox
-        self._membership = membership
         self._registry = registry
         self._serving = serving
         self._store = jobs
+        self._leases = leases
         self._collector = collector
         self._settings = settings
-        self._epoch = epoch
         self._clock = clock
-        self._open: dict[str, _Open] = {}
-        self._load: Counter[str] = Counter()
-        self._holders: dict[str, set[str]] = {}
         self._actions: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._dirty: dict[str, None] = {}
         self._unpublished: dict[str, None] = {}
@@ -151,12 +123,8 @@ class Dispatcher:
         return job
 
     def described(self, job: Job) -> JobChanged:
-        running = {
-            attempt_id: (attempt, self._open[attempt_id].done, self._open[attempt_id].metrics)
-            for attempt_id, attempt in job.attempts.items()
-            if attempt_id in self._open
-        }
-        return self._store.described(job, running, waiting=not self._view().nodes)
+        waiting = not self._leases.view(self._clock()).nodes
+        return self._store.described(job, self._leases.running(job), waiting=waiting)
 
     def ended(self, job: Job) -> JobEnded | None:
         """The result of a job that has ended, its blobs to be had from here."""
@@ -176,8 +144,7 @@ class Dispatcher:
         """Any event of a node that concerns shards or blobs; others are not ours."""
         match message:
             case BlobsStored():
-                for sha256 in message.blobs:
-                    self._holders.setdefault(sha256, set()).add(node_id)
+                self._leases.stored(node_id, message.blobs)
             case LeaseTaken():
                 if (held := self._heard(node_id, message.attempt_id)) is not None:
                     held.taken = True
@@ -185,24 +152,22 @@ class Dispatcher:
                 if (held := self._heard(node_id, message.attempt_id)) is not None:
                     held.taken, held.done, held.metrics = True, message.done, message.metrics
                     self._unpublished[held.job_id] = None
-                elif message.attempt_id not in self._open:
+                elif message.attempt_id not in self._leases:
                     # We have given it up (or were started anew without it): the node must not work in vain.
-                    self._command(
-                        node_id, WithdrawLease(epoch=self._epoch, attempt_id=message.attempt_id, reason="unknown")
-                    )
+                    self._leases.withdraw(node_id, message.attempt_id, "unknown")
             case LeaseRefused():
                 if self._heard(node_id, message.attempt_id) is not None:
                     # Not the shard's fault: it is given to another, and does not count as a failure.
                     self._end_attempt(message.attempt_id, f"refused: {message.error.message}", None)
             case ShardFailed():
                 held = self._heard(node_id, message.attempt_id)
-                self._command(node_id, AcknowledgeResult(attempt_id=message.attempt_id))
+                self._leases.command(node_id, AcknowledgeResult(attempt_id=message.attempt_id))
                 if held is not None and not held.collecting:
                     self._end_attempt(message.attempt_id, "the node reported an error", message.error)
             case ShardFinished():
                 held = self._heard(node_id, message.attempt_id)
                 if held is None:
-                    self._command(node_id, AcknowledgeResult(attempt_id=message.attempt_id))
+                    self._leases.command(node_id, AcknowledgeResult(attempt_id=message.attempt_id))
                 elif not held.collecting:
                     held.collecting = True
                     self._act(held.job_id, f"collect {message.attempt_id}", self._collect(message))
@@ -215,7 +180,7 @@ class Dispatcher:
 
     def node_lost(self, node_id: str, reason: str) -> None:
         """What the node held under lease goes back, at once."""
-        for attempt_id in [key for key, held in self._open.items() if held.node_id == node_id and not held.collecting]:
+        for attempt_id in self._leases.of_node(node_id):
             self._end_attempt(attempt_id, f"node {node_id} was lost: {reason}", None)
 
     # --- the loop -----------------------------------------------------------------------------------------------------
@@ -248,21 +213,16 @@ class Dispatcher:
         for job_id in self._store.active:
             job = self._store.jobs[job_id]
             for attempt in job.attempts.values():
-                task = self._store.task_of(job, attempt)
-                self._hold(job, attempt.attempt_id, attempt.shard_id, attempt.node_id, task, now)
+                self._leases.hold(job, attempt, self._store.task_of(attempt), now)
             log.info("job resumed %s", fields(job=job_id, kind=job.kind, attempts=len(job.attempts)))
             self._changed(job)
 
     def _tick(self, now: float) -> None:
-        for attempt_id, held in list(self._open.items()):
-            if held.collecting:
-                continue
-            if now - held.heard_at > self._settings.lease_seconds:
-                reason = f"nothing was heard of it for {now - held.heard_at:.0f} s"
-                self._withdraw(held, attempt_id, reason)
-                self._end_attempt(attempt_id, reason, None)
-            elif not held.taken and now - held.sent_at >= self._settings.resend_seconds:
-                self._send(held, now)
+        for attempt_id, held in self._leases.expired(now):
+            reason = f"nothing was heard of it for {now - held.heard_at:.0f} s"
+            self._leases.withdraw(held.node_id, attempt_id, reason)
+            self._end_attempt(attempt_id, reason, None)
+        self._leases.send_due(now)
         self._dirty.update(dict.fromkeys(self._store.active))
 
     def _plan(self, job: Job) -> None:
@@ -286,7 +246,7 @@ class Dispatcher:
         if isinstance(job.submitted.spec, Deploy):
             self._act(job.job_id, "deploy", self._deploy(job, job.submitted.spec))
             return
-        for decision in job.plan(self._view()):
+        for decision in job.plan(self._leases.view(self._clock())):
             self._perform(job, decision)
 
     def _perform(self, job: Job, decision: Decision) -> None:
@@ -304,12 +264,10 @@ class Dispatcher:
                         task=decision.task,
                     ),
                 )
-                held = self._hold(job, attempt_id, decision.shard_id, decision.node_id, decision.task, now)
-                self._send(held, now)
+                self._leases.send(self._leases.hold(job, job.attempts[attempt_id], decision.task, now), now)
             case Withdraw():
-                held_or_none = self._open.get(decision.attempt_id)
-                if held_or_none is not None:
-                    self._withdraw(held_or_none, decision.attempt_id, decision.reason)
+                if (held := self._leases.get(decision.attempt_id)) is not None:
+                    self._leases.withdraw(held.node_id, decision.attempt_id, decision.reason)
                 self._end_attempt(decision.attempt_id, decision.reason, None)
             case CloseRound():
                 self._act(job.job_id, f"round {decision.round}", self._close_round(job, decision))
@@ -346,7 +304,9 @@ class Dispatcher:
 
     async def _collect(self, message: ShardFinished) -> None:
         attempt_id = message.attempt_id
-        held = self._open[attempt_id]
+        held = self._leases.get(attempt_id)
+        if held is None:
+            return
         job = self._store.jobs[held.job_id]
         try:
             result = await self._collector.collect(message.result)
@@ -358,10 +318,10 @@ class Dispatcher:
             held.collecting = False
             self._end_attempt(attempt_id, "its result cannot be used", error_info(error))
             return
-        if attempt_id in self._open:
+        if attempt_id in self._leases:
             self._record(job, AttemptFinished(at=self._clock(), attempt_id=attempt_id, result=result))
             self._drop(attempt_id)
-        self._command(held.node_id, AcknowledgeResult(attempt_id=attempt_id))
+        self._leases.command(held.node_id, AcknowledgeResult(attempt_id=attempt_id))
         self._changed(job)
 
     async def _close_round(self, job: Job, decision: CloseRound) -> None:
@@ -422,15 +382,13 @@ class Dispatcher:
             **parts,
         )
         for attempt_id in list(job.attempts):
-            held = self._open.get(attempt_id)
+            held = self._leases.get(attempt_id)
             if held is not None:
-                self._withdraw(held, attempt_id, f"the job has {state}")
+                self._leases.withdraw(held.node_id, attempt_id, f"the job has {state}")
                 self._drop(attempt_id)
-        participants = set(job.participants)
         final = self.described(job).progress
         self._record(job, JobFinished(at=now, result=result))
-        for node_id in participants:
-            self._command(node_id, ForgetJob(job_id=job.job_id))
+        self._leases.forget(job)
         for forgotten in self._store.ended(job, final):
             for leaf in ("status", "result"):
                 self._outbox.clear(self._topics.job(forgotten, leaf))
@@ -443,43 +401,11 @@ class Dispatcher:
     def _record(self, job: Job, event: AnyEvent) -> None:
         self._store.record(job, event)
 
-    def _hold(self, job: Job, attempt_id: str, shard_id: str, node_id: str, task: Any, now: float) -> _Open:
-        message = LeaseShard(
-            epoch=self._epoch,
-            job_id=job.job_id,
-            shard_id=shard_id,
-            attempt_id=attempt_id,
-            lease_seconds=self._settings.lease_seconds,
-            task=task,
-        )
-        held = self._open[attempt_id] = _Open(job.job_id, node_id, message, heard_at=now, sent_at=0.0)
-        self._load[node_id] += 1
-        return held
-
-    def _heard(self, node_id: str, attempt_id: str) -> _Open | None:
-        held = self._open.get(attempt_id)
-        if held is None or held.node_id != node_id:
-            return None
-        held.heard_at = self._clock()
-        return held
-
-    def _send(self, held: _Open, now: float) -> None:
-        held.sent_at = now
-        member = self._membership.get(held.node_id)
-        if member is not None and member.state != "offline":
-            self._command(held.node_id, locate(held.message, self._holders_of))
-
-    def _holders_of(self, sha256: str) -> tuple[str, ...]:
-        """Base URLs of who has a blob: the nodes first, so that the coordinator's link is the last resort."""
-        members = (self._membership.get(node_id) for node_id in sorted(self._holders.get(sha256, ()))[:8])
-        peers = tuple(url for member in members if member and member.state == "online" for url in member.http[:1])
-        return peers + self._collector.urls
-
-    def _withdraw(self, held: _Open, attempt_id: str, reason: str) -> None:
-        self._command(held.node_id, WithdrawLease(epoch=self._epoch, attempt_id=attempt_id, reason=reason))
+    def _heard(self, node_id: str, attempt_id: str) -> Held | None:
+        return self._leases.heard(node_id, attempt_id, self._clock())
 
     def _end_attempt(self, attempt_id: str, reason: str, error: ErrorInfo | None) -> None:
-        held = self._open.get(attempt_id)
+        held = self._leases.get(attempt_id)
         if held is None:
             return
         job = self._store.jobs[held.job_id]
@@ -492,29 +418,10 @@ class Dispatcher:
         self._changed(job)
 
     def _drop(self, attempt_id: str) -> None:
-        held = self._open.pop(attempt_id)
-        self._load[held.node_id] -= 1
-        if self._load[held.node_id] <= 0:
-            del self._load[held.node_id]
+        self._leases.drop(attempt_id)
         # A free slot may serve any job.
         self._dirty.update(dict.fromkeys(self._store.active))
         self._wake.set()
-
-    def _view(self) -> ClusterView:
-        nodes = tuple(
-            NodeView(
-                member.node_id,
-                member.capacity.gflops,
-                free_slots=SLOTS - self._load[member.node_id],
-                idle=self._load[member.node_id] == 0,
-            )
-            for member in self._membership.online()
-            if "tensorflow" in member.capacity.runtimes
-        )
-        return ClusterView(nodes, self._clock())
-
-    def _command(self, node_id: str, message: Message) -> None:
-        self._outbox.publish(self._topics.node(node_id, "inbox"), message)
 
     def _changed(self, job: Job) -> None:
         if job.active:

@@ -129,7 +129,7 @@ class JobStore:
         ended = [job for job in self.jobs.values() if not job.active][-JOBS_REPUBLISHED:]
         return [*ended, *(self.jobs[job_id] for job_id in self.active)]
 
-    def task_of(self, job: Job, attempt: Attempt) -> AnyTask:
+    def task_of(self, attempt: Attempt) -> AnyTask:
         """The task of an open attempt that was replayed."""
         return self._tasks[attempt.attempt_id]
 

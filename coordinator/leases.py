@@ -1,0 +1,164 @@
+"""The leases that are out: which node holds which attempt, when it was last heard of, and what must be said again.
+
+In memory only: a coordinator that starts again holds the attempts of its journal anew, and learns from the nodes' renewals.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from coordinator.collecting import locate
+from coordinator.jobs import Attempt, Job
+from coordinator.membership import Membership
+from coordinator.placement import ClusterView, NodeView
+from potluck.messages import AnyTask, ForgetJob, LeaseShard, Message, WithdrawLease
+from potluck.outbox import Outbox
+from potluck.settings import CoordinatorSettings
+from potluck.topics import Topics
+
+SLOTS = 2
+"""Attempts that a node holds at most: one running, one prefetched."""
+PEERS_NAMED = 8
+"""Nodes named as holders of a blob, beside ourselves."""
+HOLDERS_LIMIT = 100_000
+"""Blobs whose holders are remembered, the newest; others are still to be had from us."""
+
+
+@dataclass
+class Held:
+    """An attempt under lease: when its node was last heard of it, and what it said."""
+
+    job_id: str
+    node_id: str
+    message: LeaseShard
+    heard_at: float
+    sent_at: float = 0.0
+    taken: bool = False
+    collecting: bool = False
+    """Its result is being fetched: nothing else can end it now."""
+    done: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+class Leases:
+    """All of them by attempt, and the commands that concern them. `urls`: where blobs are to be had from us."""
+
+    def __init__(
+        self,
+        *,
+        topics: Topics,
+        outbox: Outbox,
+        membership: Membership,
+        settings: CoordinatorSettings,
+        epoch: int,
+        urls: tuple[str, ...],
+    ) -> None:
+        self._topics = topics
+        self._outbox = outbox
+        self._membership = membership
+        self._settings = settings
+        self._epoch = epoch
+        self._urls = urls
+        self._held: dict[str, Held] = {}
+        self._load: Counter[str] = Counter()
+        self._holders: dict[str, set[str]] = {}
+
+    def __contains__(self, attempt_id: str) -> bool:
+        return attempt_id in self._held
+
+    def get(self, attempt_id: str) -> Held | None:
+        return self._held.get(attempt_id)
+
+    def of_node(self, node_id: str) -> list[str]:
+        """Attempts that end when this node is lost."""
+        return [key for key, held in self._held.items() if held.node_id == node_id and not held.collecting]
+
+    def hold(self, job: Job, attempt: Attempt, task: AnyTask, now: float) -> Held:
+        """A lease begins (or goes on, after a restart); it is sent with the next `send_due`."""
+        message = LeaseShard(
+            epoch=self._epoch,
+            job_id=job.job_id,
+            shard_id=attempt.shard_id,
+            attempt_id=attempt.attempt_id,
+            lease_seconds=self._settings.lease_seconds,
+            task=task,
+        )
+        held = self._held[attempt.attempt_id] = Held(job.job_id, attempt.node_id, message, heard_at=now)
+        self._load[attempt.node_id] += 1
+        return held
+
+    def drop(self, attempt_id: str) -> None:
+        """A lease ends."""
+        held = self._held.pop(attempt_id)
+        self._load[held.node_id] -= 1
+        if self._load[held.node_id] <= 0:
+            del self._load[held.node_id]
+
+    def heard(self, node_id: str, attempt_id: str, now: float) -> Held | None:
+        """The lease that its node spoke of; None when it is not out to that node."""
+        held = self._held.get(attempt_id)
+        if held is None or held.node_id != node_id:
+            return None
+        held.heard_at = now
+        return held
+
+    def expired(self, now: float) -> list[tuple[str, Held]]:
+        """Leases that were not renewed in time."""
+        limit = self._settings.lease_seconds
+        return [(key, held) for key, held in self._held.items() if not held.collecting and now - held.heard_at > limit]
+
+    def send_due(self, now: float) -> None:
+        """Send, or send again, what its node has not said that it took."""
+        for held in self._held.values():
+            if not held.taken and now - held.sent_at >= self._settings.resend_seconds:
+                self.send(held, now)
+
+    def send(self, held: Held, now: float) -> None:
+        held.sent_at = now
+        member = self._membership.get(held.node_id)
+        if member is not None and member.state != "offline":
+            self.command(held.node_id, locate(held.message, self._holders_of))
+
+    def withdraw(self, node_id: str, attempt_id: str, reason: str) -> None:
+        self.command(node_id, WithdrawLease(epoch=self._epoch, attempt_id=attempt_id, reason=reason))
+
+    def forget(self, job: Job) -> None:
+        """Nodes that took part in a job may drop what they keep for it."""
+        for node_id in job.participants:
+            self.command(node_id, ForgetJob(job_id=job.job_id))
+
+    def command(self, node_id: str, message: Message) -> None:
+        self._outbox.publish(self._topics.node(node_id, "inbox"), message)
+
+    def stored(self, node_id: str, blobs: tuple[str, ...]) -> None:
+        """A node now holds these blobs."""
+        for sha256 in blobs:
+            self._holders.setdefault(sha256, set()).add(node_id)
+        while len(self._holders) > HOLDERS_LIMIT:
+            del self._holders[next(iter(self._holders))]
+
+    def running(self, job: Job) -> dict[str, tuple[Attempt, int, dict[str, float]]]:
+        """What the open attempts of a job have reported."""
+        return {
+            attempt_id: (attempt, self._held[attempt_id].done, self._held[attempt_id].metrics)
+            for attempt_id, attempt in job.attempts.items()
+            if attempt_id in self._held
+        }
+
+    def view(self, now: float) -> ClusterView:
+        """The nodes that can compute, and how much more each may be given."""
+        return ClusterView(tuple(self._nodes()), now)
+
+    def _nodes(self) -> Iterator[NodeView]:
+        for member in self._membership.online():
+            if "tensorflow" in member.capacity.runtimes:
+                load = self._load[member.node_id]
+                yield NodeView(member.node_id, member.capacity.gflops, free_slots=SLOTS - load, idle=load == 0)
+
+    def _holders_of(self, sha256: str) -> tuple[str, ...]:
+        """Base URLs of who has a blob: the nodes first, so that the coordinator's link is the last resort."""
+        members = (self._membership.get(node_id) for node_id in sorted(self._holders.get(sha256, ()))[:PEERS_NAMED])
+        peers = tuple(url for member in members if member and member.state == "online" for url in member.http[:1])
+        return peers + self._urls
