@@ -1,7 +1,7 @@
 """The leases that this node holds: pure transitions `(event) -> effects`. No clock, no input or output.
 
 A lease is queued, then running, then its outcome is reported until the coordinator acknowledges it. Every event may come
-twice (QoS 1, resends), and commands of an older coordinator than one that was seen are ignored.
+twice (QoS 1, resends), and commands of an older coordinator than one that was seen on this connection are ignored.
 """
 
 from __future__ import annotations
@@ -87,15 +87,24 @@ class Assignments:
         """Whether anything is queued, running, or being stopped."""
         return bool(self.stopping) or any(held.state != "reporting" for held in self.held.values())
 
-    def on_epoch(self, epoch: int) -> None:
-        """A coordinator was heard of."""
-        self.epoch = max(self.epoch, epoch)
+    def accepts(self, epoch: int) -> bool:
+        """Whether a coordinator of this epoch may command us: no newer one was heard of. A newer one is remembered."""
+        if epoch < self.epoch:
+            return False
+        self.epoch = epoch
+        return True
+
+    def on_disconnected(self) -> None:
+        """The bus is gone. What comes next may be another one, whose coordinator counts its epochs from the start.
+
+        Leases stay: the same coordinator may come back to them, and another one will withdraw them.
+        """
+        self.epoch = 0
 
     def on_lease(self, lease: LeaseShard) -> list[Effect]:
         """Take a lease, say again that we have it, or refuse it."""
-        if lease.epoch < self.epoch:
-            return []  # of a coordinator that has been replaced
-        self.epoch = lease.epoch
+        if not self.accepts(lease.epoch) or lease.attempt_id == self.stopping:
+            return []  # of a coordinator that has been replaced; or a late copy of what was withdrawn
         known = self.held.get(lease.attempt_id)
         if known is not None:
             return [Send(known.outcome or LeaseTaken(attempt_id=lease.attempt_id))]
@@ -106,7 +115,7 @@ class Assignments:
         return [Send(LeaseTaken(attempt_id=lease.attempt_id)), Prefetch(lease), *self._next()]
 
     def on_withdrawn(self, message: WithdrawLease) -> list[Effect]:
-        if message.epoch < self.epoch:
+        if not self.accepts(message.epoch):
             return []
         held = self.held.pop(message.attempt_id, None)
         if held is None or held.state != "running":
@@ -168,9 +177,10 @@ class Assignments:
         running = [held for held in self.held.values() if held.state == "running"]
         assert len(running) + bool(self.stopping) <= 1
         assert all((held.outcome is not None) == (held.state == "reporting") for held in self.held.values())
-        assert self.stopping not in self.held or self.held[self.stopping].state != "running"
+        assert self.stopping not in self.held
         waiting = [held for held in self.held.values() if held.state != "reporting"]
         assert len(waiting) <= QUEUE_LIMIT
+        assert not (self.draining and waiting)
         assert running or self.stopping or not waiting  # nobody waits for nothing
 
     def _refusal(self) -> ErrorInfo | None:

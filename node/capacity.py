@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib.metadata
 import logging
+import math
 import os
 import platform
 import socket
@@ -15,6 +16,7 @@ from typing import Any
 
 import psutil
 
+from node.cgroup import Cgroup, read_text
 from potluck.lifecycle import die_with_parent
 from potluck.logs import fields
 from potluck.messages import Capacity, Gpu, NodeTelemetry
@@ -38,49 +40,50 @@ def read(gflops: float = 0.0) -> Capacity:
     )
 
 
-def cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Cores that this process may run on: affinity, and the CPU quota of its cgroup (v2 or v1), rounded up; one at least."""
+def cores(cgroup: Cgroup = Cgroup()) -> int:  # noqa: B008 - frozen
+    """Cores that this process may run on: affinity, and the CPU quota of its cgroups, rounded up; one at least."""
     count = len(os.sched_getaffinity(0))
-    quota = _cgroup_quota(cgroup)
-    return max(1, min(count, -(-quota[0] // quota[1])) if quota else count)
+    return max(1, math.ceil(min(count, cgroup.cpus())))
 
 
-def memory_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Memory of the machine, or the limit of the cgroup when that is lower."""
-    total = int(psutil.virtual_memory().total)
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):
-        text = _text(cgroup / name)
-        if text.isdigit():
-            total = min(total, int(text))
-    return total
+def memory_bytes(cgroup: Cgroup = Cgroup()) -> int:  # noqa: B008 - frozen
+    """Memory of the machine, or the limit of the process's cgroups when that is lower."""
+    return int(min(psutil.virtual_memory().total, cgroup.memory_bytes()))
 
 
-async def measure(kept_in: Path) -> float:
-    """GFLOP/s, measured in a short-lived process so that numpy stays out of this one; kept in the file `kept_in` for this machine.
+async def measure(kept_in: Path, threads: int = 0) -> float:
+    """GFLOP/s on `threads` (0: all cores), measured in a short-lived process so that numpy stays out of this one.
 
-    0 when it cannot be measured: then placement takes this node for an average one.
+    Kept in the file `kept_in`. 0 when it cannot be measured: then placement takes this node for an average one.
     """
-    key = f"{platform.processor() or platform.machine()} {cores()}"
-    kept = _text(kept_in).split("\t")
-    if len(kept) == 2 and kept[0] == key:
-        return float(kept[1])
+    threads = threads or cores()
+    key = f"{platform.machine()} {threads} threads"
+    kept = read_text(kept_in).rpartition("\t")
+    if kept[0] == key and (known := _positive(kept[2])):
+        return known
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "node.benchmark", stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-        env=os.environ | {"OMP_NUM_THREADS": str(cores()), "OPENBLAS_NUM_THREADS": str(cores())},
+        env=os.environ | dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(threads)),
         preexec_fn=die_with_parent(),
     )  # fmt: skip
+    out, err = b"", b""
     try:
         async with asyncio.timeout(MEASURE_SECONDS):
             out, err = await process.communicate()
-        gflops = float(out)
-    except (TimeoutError, ValueError) as error:
+    except TimeoutError:
+        err = f"it took more than {MEASURE_SECONDS:g} s".encode()
+    finally:
         if process.returncode is None:
             process.kill()
             await process.wait()
-            err = b""
-        log.warning("speed not measured %s", fields(reason=err.decode(errors="replace")[-200:] or error))
+    gflops = _positive(out.decode(errors="replace"))
+    if not gflops:
+        log.warning("speed not measured %s", fields(reason=" ".join(err.decode(errors="replace").split())[-200:]))
         return 0.0
-    await asyncio.to_thread(kept_in.write_text, f"{key}\t{gflops}")
+    try:
+        await asyncio.to_thread(kept_in.write_text, f"{key}\t{gflops}")
+    except OSError as error:  # then it is measured again next time
+        log.warning("speed not kept %s", fields(reason=error))
     return gflops
 
 
@@ -107,8 +110,12 @@ class Telemetry:
     def _gpu_percent(self) -> tuple[float, ...]:
         if self._nvml is None:
             return ()
-        handles = map(self._nvml.nvmlDeviceGetHandleByIndex, range(self._nvml.nvmlDeviceGetCount()))
-        return tuple(float(self._nvml.nvmlDeviceGetUtilizationRates(handle).gpu) for handle in handles)
+        try:
+            handles = map(self._nvml.nvmlDeviceGetHandleByIndex, range(self._nvml.nvmlDeviceGetCount()))
+            return tuple(float(self._nvml.nvmlDeviceGetUtilizationRates(handle).gpu) for handle in handles)
+        except self._nvml.NVMLError as error:  # a GPU that is cut in parts does not tell; one that is lost says so here
+            log.debug("no GPU readings %s", fields(reason=error))
+            return ()
 
 
 def _gpus() -> tuple[Gpu, ...]:
@@ -116,11 +123,14 @@ def _gpus() -> tuple[Gpu, ...]:
     if nvml is None:
         return ()
     found = []
-    for index in range(nvml.nvmlDeviceGetCount()):
-        handle = nvml.nvmlDeviceGetHandleByIndex(index)
-        name = nvml.nvmlDeviceGetName(handle)
-        text = name.decode() if isinstance(name, bytes) else str(name)
-        found.append(Gpu(name=text, memory_bytes=int(nvml.nvmlDeviceGetMemoryInfo(handle).total)))
+    try:
+        for index in range(nvml.nvmlDeviceGetCount()):
+            handle = nvml.nvmlDeviceGetHandleByIndex(index)
+            name = nvml.nvmlDeviceGetName(handle)
+            text = name.decode() if isinstance(name, bytes) else str(name)
+            found.append(Gpu(name=text, memory_bytes=int(nvml.nvmlDeviceGetMemoryInfo(handle).total)))
+    except nvml.NVMLError as error:
+        log.warning("not all GPUs could be asked %s", fields(found=len(found), reason=error))
     return tuple(found)
 
 
@@ -152,18 +162,10 @@ def _runtimes() -> dict[str, str]:
     return found
 
 
-def _cgroup_quota(cgroup: Path) -> tuple[int, int] | None:
-    v2 = _text(cgroup / "cpu.max").split()
-    if len(v2) == 2 and v2[0].isdigit():
-        return int(v2[0]), int(v2[1])
-    quota, period = _text(cgroup / "cpu/cpu.cfs_quota_us"), _text(cgroup / "cpu/cpu.cfs_period_us")
-    if quota.isdigit() and period.isdigit() and int(quota) > 0:
-        return int(quota), int(period)
-    return None
-
-
-def _text(path: Path) -> str:
+def _positive(text: str) -> float:
+    """The number in `text`; 0 for what is not a finite number above it."""
     try:
-        return path.read_text().strip()
-    except OSError:
-        return ""
+        value = float(text)
+    except ValueError:
+        return 0.0
+    return value if 0 < value < float("inf") else 0.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from node.slot import EngineSlot
 from potluck import codec
 from potluck.blobs.download import Downloader
 from potluck.blobs.store import BlobStore
-from potluck.errors import Cancelled, PotluckError
+from potluck.errors import Cancelled, PotluckError, TooLarge, Unavailable
 from potluck.logs import fields
 from potluck.messages import (
+    INLINE_LIMIT_BYTES,
     AnyTaskResult,
     BlobRef,
+    EvaluateResult,
     ExportResult,
     LeaseShard,
     PredictResult,
@@ -34,6 +37,7 @@ from potluck.outbox import error_info
 log = logging.getLogger(__name__)
 
 INLINE_RESULT_BYTES = 128 * 1024
+RESULT_LIMIT_BYTES = INLINE_LIMIT_BYTES - 4096
 FETCHES_AT_ONCE = 4
 STOP_SECONDS = 10.0
 """How long an engine may take to stop a withdrawn task before it is killed."""
@@ -41,6 +45,16 @@ STOP_SECONDS = 10.0
 OnProgress = Callable[[str, int, dict[str, float]], None]
 OnOutcome = Callable[[ShardFinished | ShardFailed], None]
 OnStored = Callable[[tuple[str, ...]], None]
+
+
+@dataclass
+class _Attempt:
+    """What runs. `engine` while it computes there."""
+
+    lease: LeaseShard
+    withdrawn: asyncio.Event = field(default_factory=asyncio.Event)
+    engine: Engine | None = None
+    task: asyncio.Task[None] | None = None
 
 
 class Executor:
@@ -53,7 +67,7 @@ class Executor:
         downloader: Downloader,
         slot: EngineSlot,
         scratch: Path,
-        urls: tuple[str, ...],
+        urls: Callable[[], tuple[str, ...]],
         on_progress: OnProgress,
         on_outcome: OnOutcome,
         on_stored: OnStored,
@@ -67,10 +81,8 @@ class Executor:
         self._on_outcome = on_outcome
         self._on_stored = on_stored
         self._tasks: asyncio.TaskGroup | None = None
-        self._running: asyncio.Task[None] | None = None
+        self._running: _Attempt | None = None
         self._fetching = asyncio.Semaphore(FETCHES_AT_ONCE)
-        self._computing = False
-        self._withdrawn = asyncio.Event()
 
     async def run(self) -> None:
         """Must be under way for anything to happen; until cancelled."""
@@ -85,14 +97,16 @@ class Executor:
     def start(self, lease: LeaseShard) -> None:
         """Work on this lease; its outcome is told to `on_outcome`, whatever happens."""
         assert self._tasks is not None
-        self._withdrawn = asyncio.Event()
-        self._running = self._tasks.create_task(self._work(lease), name=f"attempt {lease.attempt_id}")
+        attempt = self._running = _Attempt(lease)
+        attempt.task = self._tasks.create_task(self._work(attempt), name=f"attempt {lease.attempt_id}")
 
-    def stop(self) -> None:
-        """Stop what is running, at its next step."""
+    def stop(self, attempt_id: str) -> None:
+        """Stop this attempt, if it is what is running, at its next step."""
         assert self._tasks is not None
-        if self._running is not None and not self._running.done():
-            self._tasks.create_task(self._stop(self._running), name="stop attempt")
+        attempt = self._running
+        if attempt is not None and attempt.lease.attempt_id == attempt_id:
+            attempt.withdrawn.set()
+            self._tasks.create_task(self._stop(attempt), name=f"stop {attempt_id}")
 
     def forget(self, job_id: str) -> None:
         """The job has ended: the engine may drop what it keeps for it."""
@@ -100,11 +114,12 @@ class Executor:
         if (engine := self._slot.engine) is not None:
             self._tasks.create_task(engine.forget_job(job_id), name=f"forget {job_id}")
 
-    async def _work(self, lease: LeaseShard) -> None:
+    async def _work(self, attempt: _Attempt) -> None:
+        lease = attempt.lease
         attempt_id = lease.attempt_id
+        outcome: ShardFinished | ShardFailed
         try:
-            result = await self._compute(lease)
-            outcome: ShardFinished | ShardFailed = await self._report(attempt_id, result)
+            outcome = await self._report(attempt_id, await self._compute(attempt))
         except PotluckError as error:
             log.info(
                 "shard failed %s", fields(job=lease.job_id, attempt=attempt_id, code=error.code, reason=error.message)
@@ -112,24 +127,25 @@ class Executor:
             outcome = ShardFailed(attempt_id=attempt_id, error=error_info(error))
         self._on_outcome(outcome)
 
-    async def _compute(self, lease: LeaseShard) -> AnyTaskResult:
+    async def _compute(self, attempt: _Attempt) -> AnyTaskResult:
+        lease = attempt.lease
         refs = list(blob_refs(lease.task))
         for ref in refs:
             self._store.pin(ref.sha256)
         try:
-            files = await self._fetch_unless(self._withdrawn, refs)
+            files = await self._fetch_unless(attempt.withdrawn, refs)
 
             def progress(done: int, metrics: dict[str, float]) -> None:
                 self._on_progress(lease.attempt_id, done, metrics)
 
             async def run(engine: Engine) -> AnyTaskResult:
-                if self._withdrawn.is_set():
+                if attempt.withdrawn.is_set():
                     raise Cancelled("the attempt was withdrawn")
-                self._computing = True
+                attempt.engine = engine
                 try:
                     return await engine.run_task(lease.job_id, lease.task, files, progress)
                 finally:
-                    self._computing = False
+                    attempt.engine = None
 
             return await self._slot.use(run)
         finally:
@@ -138,16 +154,24 @@ class Executor:
 
     async def _fetch(self, refs: list[BlobRef]) -> dict[str, Path]:
         """Files of all blobs; the coordinator learns which ones are new here."""
-        missing = tuple({ref.sha256 for ref in refs if not self._store.has(ref.sha256)})
+        distinct = {ref.sha256: ref for ref in refs}
+        missing = tuple(sha256 for sha256 in distinct if not self._store.has(sha256))
 
-        async def one(ref: BlobRef) -> tuple[str, Path]:
+        async def one(ref: BlobRef) -> Path:
             async with self._fetching:
-                return ref.sha256, await self._downloader.fetch(ref)
+                return await self._downloader.fetch(ref)
 
-        files: dict[str, Path] = {}
-        for done in asyncio.as_completed([one(ref) for ref in {ref.sha256: ref for ref in refs}.values()]):
-            sha256, path = await done
-            files[sha256] = path
+        fetches = {sha256: asyncio.create_task(one(ref), name=f"fetch {sha256}") for sha256, ref in distinct.items()}
+        try:
+            if fetches:
+                await asyncio.wait(fetches.values(), return_when=asyncio.FIRST_EXCEPTION)
+            files = {sha256: fetch.result() for sha256, fetch in fetches.items() if fetch.done()}
+        except OSError as error:
+            raise _disk_trouble(error) from error
+        finally:
+            for fetch in fetches.values():
+                fetch.cancel()
+            await asyncio.gather(*fetches.values(), return_exceptions=True)
         if missing:
             self._on_stored(missing)
         return files
@@ -160,26 +184,38 @@ class Executor:
             log.info("prefetch failed %s", fields(attempt=lease.attempt_id, reason=error.message))
 
     async def _report(self, attempt_id: str, result: AnyTaskResult) -> ShardFinished:
-        """The result with its blobs in our store and us as their holder; small predictions stay inline."""
-        if isinstance(result, TrainResult):
-            result = replace(result, weights=await self._adopt(result.weights))
-        elif isinstance(result, ExportResult):
-            result = replace(result, model=await self._adopt(result.model))
-        elif isinstance(result, PredictResult):
-            message = ShardFinished(attempt_id=attempt_id, result=result)
-            if len(codec.pack(message)) > INLINE_RESULT_BYTES:
-                result = replace(result, outputs=tuple([await self._as_blob(tensor) for tensor in result.outputs]))
-        return ShardFinished(attempt_id=attempt_id, result=result)
+        """The result with its blobs in our store and us as their holder; small predictions stay inline. Raises TooLarge."""
+        try:
+            if isinstance(result, TrainResult):
+                result = replace(result, weights=await self._adopt(result.weights))
+            elif isinstance(result, ExportResult):
+                result = replace(result, model=await self._adopt(result.model))
+            elif isinstance(result, PredictResult):
+                message = ShardFinished(attempt_id=attempt_id, result=result)
+                if len(codec.pack(message)) > INLINE_RESULT_BYTES:
+                    result = replace(result, outputs=tuple([await self._as_blob(tensor) for tensor in result.outputs]))
+        except OSError as error:
+            raise _disk_trouble(error) from error
+        message = ShardFinished(attempt_id=attempt_id, result=result)
+        size = len(codec.pack(message))
+        if size > RESULT_LIMIT_BYTES and isinstance(result, EvaluateResult) and result.confusion:
+            # Of many hundred classes: the metrics are what matters, and every shard leaves it out alike.
+            log.warning("confusion matrix left out %s", fields(attempt=attempt_id, classes=len(result.confusion)))
+            message = ShardFinished(attempt_id=attempt_id, result=replace(result, confusion=()))
+            size = len(codec.pack(message))
+        if size > RESULT_LIMIT_BYTES:
+            raise TooLarge(f"the shard's result is {size} bytes; {RESULT_LIMIT_BYTES} can be sent")
+        return message
 
     async def _adopt(self, ref: BlobRef) -> BlobRef:
         kept = await asyncio.to_thread(self._store.adopt, self._scratch / ref.sha256, ref.sha256)
-        return replace(kept, holders=self._urls)
+        return replace(kept, holders=self._urls())
 
     async def _as_blob(self, tensor: Tensor) -> Tensor:
         if not isinstance(tensor.data, bytes):
             return tensor
         kept = await asyncio.to_thread(self._store.put_bytes, tensor.data)
-        return replace(tensor, data=replace(kept, holders=self._urls))
+        return replace(tensor, data=replace(kept, holders=self._urls()))
 
     async def _fetch_unless(self, withdrawn: asyncio.Event, refs: list[BlobRef]) -> dict[str, Path]:
         """`_fetch`, but Cancelled at once when the attempt is withdrawn."""
@@ -196,15 +232,19 @@ class Executor:
                 task.cancel()
             await asyncio.wait(both)
 
-    async def _stop(self, running: asyncio.Task[None]) -> None:
-        self._withdrawn.set()
-        engine = self._slot.engine
-        if self._computing and engine is not None:
-            await engine.cancel_task()
-            done, _ = await asyncio.wait({running}, timeout=STOP_SECONDS)
-            if not done:
-                log.warning("engine did not stop its task in time, so it is ended")
-                await engine.stop(grace_seconds=0)
+    async def _stop(self, attempt: _Attempt) -> None:
+        engine, task = attempt.engine, attempt.task
+        if engine is None or task is None:
+            return  # it is fetching, which it gives up by itself, or it waits for the engine to start, or it is done
+        await engine.cancel_task()
+        done, _ = await asyncio.wait({task}, timeout=STOP_SECONDS)
+        if not done and attempt.engine is engine:
+            log.warning("engine did not stop its task in time, so it is ended %s", fields(pid=engine.pid))
+            await engine.stop(grace_seconds=0)
+
+
+def _disk_trouble(error: OSError) -> PotluckError:
+    return Unavailable(f"this node's disk fails: {error}")
 
 
 def blob_refs(value: Any) -> Iterator[BlobRef]:

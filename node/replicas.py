@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from msgspec.structs import replace
@@ -12,7 +13,7 @@ from msgspec.structs import replace
 from node.slot import EngineSlot
 from potluck.blobs.download import Downloader
 from potluck.blobs.store import BlobStore
-from potluck.errors import EngineFailed, NotFound, Overloaded, PotluckError
+from potluck.errors import EngineFailed, NotFound, Overloaded, PotluckError, TooLarge, Unavailable
 from potluck.logs import fields
 from potluck.messages import (
     BlobRef,
@@ -32,6 +33,10 @@ log = logging.getLogger(__name__)
 
 BATCHES_LIMIT = 256
 """Batches that may wait for the engine; the coordinator sends two to a replica, so more is a fault of somebody."""
+INLINE_OUTPUT_BYTES = 192 * 1024
+"""What the outputs of a batch may be in a message; larger tensors become blobs."""
+INPUT_LIMIT_BYTES = 64 * 2**20
+"""Largest tensor that is pulled as a blob for one request."""
 
 
 class Replicas:
@@ -46,6 +51,7 @@ class Replicas:
         outbox: Outbox,
         fast: Outbox,
         topic: str,
+        urls: Callable[[], tuple[str, ...]],
     ) -> None:
         self._store = store
         self._downloader = downloader
@@ -53,6 +59,7 @@ class Replicas:
         self._outbox = outbox
         self._fast = fast
         self._topic = topic
+        self._urls = urls
         self._loaded: dict[str, ModelLoaded] = {}
         self._models: dict[str, str] = {}
         self._loading: dict[str, asyncio.Task[None]] = {}
@@ -146,7 +153,12 @@ class Replicas:
             requests = command.requests
             if any(isinstance(tensor.data, BlobRef) for request in requests for tensor in request):
                 requests = tuple([tuple([await self._inline(tensor) for tensor in request]) for request in requests])
-            outcomes, seconds = await self._slot.use(lambda engine: engine.infer(command.replica_id, requests))
+            engine = self._slot.engine
+            if engine is None:  # it died just now; a fresh one would not have the model
+                raise EngineFailed("the engine that held the replica is gone")
+            outcomes, seconds = await engine.infer(command.replica_id, requests)
+            if _bytes_of(outcomes) > INLINE_OUTPUT_BYTES:
+                outcomes = await self._as_blobs(outcomes)
         except PotluckError as error:
             self._answer(command, error)
             return
@@ -159,10 +171,38 @@ class Replicas:
         )
 
     async def _inline(self, tensor: Tensor) -> Tensor:
-        if not isinstance(tensor.data, BlobRef):
+        ref = tensor.data
+        if not isinstance(ref, BlobRef):
             return tensor
-        path = await self._downloader.fetch(tensor.data)
-        return replace(tensor, data=await asyncio.to_thread(path.read_bytes))
+        if ref.size > INPUT_LIMIT_BYTES:
+            raise TooLarge(f"input '{tensor.name}' is a blob of {ref.size} bytes; {INPUT_LIMIT_BYTES} is the limit")
+        self._store.pin(ref.sha256)
+        try:
+            path = await self._downloader.fetch(ref)
+            return replace(tensor, data=await asyncio.to_thread(path.read_bytes))
+        except OSError as error:
+            raise Unavailable(f"input '{tensor.name}' cannot be read on this node: {error}") from error
+        finally:
+            self._store.unpin(ref.sha256)
+
+    async def _as_blobs(self, outcomes: list[RequestOutcome]) -> list[RequestOutcome]:
+        """The outcomes with the tensors that make them too large for a message in our store."""
+        count = sum(len(outcome.outputs) for outcome in outcomes)
+        share = INLINE_OUTPUT_BYTES // max(1, count)
+
+        async def kept(tensor: Tensor) -> Tensor:
+            if not isinstance(tensor.data, bytes) or len(tensor.data) <= share:
+                return tensor
+            ref = await asyncio.to_thread(self._store.put_bytes, tensor.data)
+            return replace(tensor, data=replace(ref, holders=self._urls()))
+
+        try:
+            return [
+                replace(outcome, outputs=tuple([await kept(tensor) for tensor in outcome.outputs]))
+                for outcome in outcomes
+            ]
+        except OSError as error:
+            raise Unavailable(f"outputs cannot be kept on this node: {error}") from error
 
     def _answer(self, command: RunInference, error: PotluckError) -> None:
         outcome = RequestOutcome(error=error_info(error))
@@ -175,3 +215,7 @@ class Replicas:
         sha256: Any = self._models.pop(replica_id, None)
         if sha256 is not None:
             self._store.unpin(sha256)
+
+
+def _bytes_of(outcomes: Iterable[RequestOutcome]) -> int:
+    return sum(len(tensor.data) for outcome in outcomes for tensor in outcome.outputs if isinstance(tensor.data, bytes))

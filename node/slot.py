@@ -83,7 +83,8 @@ class EngineSlot:
         engine, self._engine = self._engine, None
         watch, self._watch = self._watch, None
         if watch is not None:
-            watch.cancel()
+            if engine is not None and engine.alive:
+                watch.cancel()  # it ends because we say so: nobody need hear of it
             await asyncio.wait([watch])
         if engine is not None:
             await engine.stop()

@@ -6,6 +6,7 @@ It is a hint, never identity: what answers is checked by the bus it leads to, an
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import socket
 from collections.abc import Awaitable, Callable
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Self
 
+from zeroconf import Error as ZeroconfError
 from zeroconf import IPVersion, NonUniqueNameException, ServiceStateChange, Zeroconf
 from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo, AsyncZeroconf
 
@@ -27,6 +29,8 @@ log = logging.getLogger(__name__)
 SERVICE_TYPE = "_potluck._tcp.local."
 RESOLVE_MILLISECONDS = 3000
 FIND_SECONDS = 5.0
+NAMES = 5
+"""Names that are tried before an advertisement is given up."""
 
 Role = Literal["node", "coordinator", "candidate"]
 
@@ -54,68 +58,70 @@ class Service:
 class Discovery:
     """Browses for the services of one cluster, and advertises one of our own; an async context manager.
 
-    Works on loopback alone when `listen_host` is a loopback address, else on the interfaces of the network.
+    Works on loopback alone when `listen_host` is a loopback address, else on the interfaces of the network, which `refresh`
+    looks at anew.
     """
 
     def __init__(self, cluster: str, *, listen_host: str = "127.0.0.1") -> None:
         self._cluster = cluster
-        self._interfaces = ["127.0.0.1"] if is_loopback(listen_host) else lan_addresses() or ["127.0.0.1"]
         self._listen_host = listen_host
+        self._interfaces: list[str] = []
         self._zeroconf: AsyncZeroconf | None = None
         self._browser: AsyncServiceBrowser | None = None
         self._found: dict[str, Service] = {}
         self._changed = asyncio.Event()
-        self._resolving: set[asyncio.Task[None]] = set()
+        self._resolving: dict[str, asyncio.Task[None]] = {}
+        self._service: Service | None = None
         self._info: AsyncServiceInfo | None = None
+        self._lock = asyncio.Lock()
 
     async def __aenter__(self) -> Self:
-        # IPv4 alone: beside another responder, IPv6 sockets end in EADDRINUSE, and every link here has IPv4.
-        try:
-            self._zeroconf = AsyncZeroconf(interfaces=self._interfaces, ip_version=IPVersion.V4Only)
-        except OSError as error:
-            raise Unavailable(
-                f"mDNS cannot be used on {', '.join(self._interfaces)} ({error}): name the broker with --seed HOST"
-            ) from error
-        self._browser = AsyncServiceBrowser(self._zeroconf.zeroconf, SERVICE_TYPE, handlers=[self._on_change])
+        """Raises Unavailable where there is no multicast."""
+        self._open(self._usable())
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self.withdraw()
-        for task in list(self._resolving):
-            task.cancel()
-        await asyncio.gather(*self._resolving, return_exceptions=True)
-        if self._browser is not None:
-            await self._browser.async_cancel()
-        if self._zeroconf is not None:
-            await self._zeroconf.async_close()
+        async with self._lock:
+            await self._close()
 
     async def advertise(self, service: Service) -> None:
-        """Let others find us, under another name when ours is taken."""
-        for attempt in range(5):
-            label = service.id if attempt == 0 else f"{service.id}-{attempt + 1}"
-            info = _info(service, label, self._listen_host)
-            try:
-                # Unique by its random id, so that the probes (750 ms) tell nothing new.
-                await self._open_zeroconf().async_register_service(info, cooperating_responders=True)
-            except NonUniqueNameException:
-                log.info("mDNS name taken %s", fields(name=label))
-                continue
-            self._info = info
-            return
-        raise Unavailable(f"mDNS names like {service.id} are all taken on this network")
+        """Let others find us, under another name when ours is taken. Raises Unavailable."""
+        async with self._lock:
+            self._service = service
+            await self._register(service)
 
     async def update(self, service: Service) -> None:
         """Say something else of ourselves: withdraw, and advertise anew (a role may have changed)."""
-        await self.withdraw()
-        await self.advertise(service)
+        async with self._lock:
+            await self._unregister()
+            self._service = service
+            await self._register(service)
 
     async def withdraw(self) -> None:
         """Take the advertisement back, so that nobody has to wait for its time to live."""
-        info, self._info = self._info, None
-        if info is not None:
-            await (await self._open_zeroconf().async_unregister_service(info))
+        async with self._lock:
+            self._service = None
+            await self._unregister()
+
+    async def refresh(self) -> bool:
+        """Use the network as it is now, and whether it had changed: a cable was plugged in, an address came late.
+
+        What was found before must be found anew. Raises Unavailable.
+        """
+        interfaces = self._usable()
+        if interfaces == self._interfaces:
+            return False
+        async with self._lock:
+            log.info("mDNS moves %s", fields(before=",".join(self._interfaces) or None, now=",".join(interfaces)))
+            self._interfaces = []
+            await self._close()
+            self._found.clear()
+            self._open(interfaces)
+            if self._service is not None:
+                await self._register(self._service)
+        return True
 
     def services(self, role: Role | None = None) -> list[Service]:
         """What is known now, by id."""
@@ -135,18 +141,65 @@ class Discovery:
         except TimeoutError:
             return None
 
-    def _open_zeroconf(self) -> AsyncZeroconf:
-        assert self._zeroconf is not None
-        return self._zeroconf
+    def _usable(self) -> list[str]:
+        return ["127.0.0.1"] if is_loopback(self._listen_host) else lan_addresses() or ["127.0.0.1"]
+
+    def _open(self, interfaces: list[str]) -> None:
+        # IPv4 alone: beside another responder, IPv6 sockets end in EADDRINUSE, and every link here has IPv4.
+        try:
+            self._zeroconf = AsyncZeroconf(interfaces=list(interfaces), ip_version=IPVersion.V4Only)
+        except OSError as error:
+            raise Unavailable(
+                f"mDNS cannot be used on {', '.join(interfaces)} ({error}): name the broker with --seed HOST"
+            ) from error
+        self._interfaces = interfaces
+        self._browser = AsyncServiceBrowser(self._zeroconf.zeroconf, SERVICE_TYPE, handlers=[self._on_change])
+
+    async def _close(self) -> None:
+        await self._unregister()
+        for task in self._resolving.values():
+            task.cancel()
+        await asyncio.gather(*self._resolving.values(), return_exceptions=True)
+        browser, self._browser = self._browser, None
+        opened, self._zeroconf = self._zeroconf, None
+        if browser is not None:
+            await browser.async_cancel()
+        if opened is not None:
+            await opened.async_close()
+
+    async def _register(self, service: Service) -> None:
+        if self._zeroconf is None:
+            raise Unavailable("mDNS is not usable now: the network went away")
+        for attempt in range(NAMES):
+            info = _info(service, _label(service, attempt), self._listen_host)
+            try:
+                # A random id needs no probes (750 ms); that of a node may have been given to two machines by hand.
+                await self._zeroconf.async_register_service(info, cooperating_responders=service.role != "node")
+            except NonUniqueNameException:
+                log.info("mDNS name taken %s", fields(name=info.name))
+                continue
+            except ZeroconfError as error:
+                raise Unavailable(f"{service.id} cannot be advertised by mDNS: {error!r}") from error
+            self._info = info
+            return
+        raise Unavailable(f"mDNS names like {service.id} are all taken on this network")
+
+    async def _unregister(self) -> None:
+        info, self._info = self._info, None
+        if info is not None and self._zeroconf is not None:
+            await (await self._zeroconf.async_unregister_service(info))
 
     def _on_change(self, zeroconf: Zeroconf, service_type: str, name: str, state_change: ServiceStateChange) -> None:
+        resolving = self._resolving.pop(name, None)
+        if resolving is not None:
+            resolving.cancel()
         if state_change is ServiceStateChange.Removed:
             if self._found.pop(name, None) is not None:
                 self._changed.set()
             return
         task = asyncio.create_task(self._resolve(zeroconf, name), name=f"resolve {name}")
-        self._resolving.add(task)
-        task.add_done_callback(self._resolving.discard)
+        self._resolving[name] = task
+        task.add_done_callback(lambda done: self._resolving.get(name) is done and self._resolving.pop(name))
 
     async def _resolve(self, zeroconf: Zeroconf, name: str) -> None:
         info = AsyncServiceInfo(SERVICE_TYPE, name)
@@ -164,29 +217,41 @@ def broker_addresses(network: NetworkSettings, discovery: Discovery | None) -> C
     Raises Unavailable when there is nothing to try within a few seconds, saying what was looked for.
     """
     seeds = [parse_address(seed) for seed in network.seeds]
-    position = -1
+    tried_at: dict[tuple[str, int], int] = {}
+    attempts = 0
+
+    def found() -> list[tuple[str, int]]:
+        services = discovery.services("coordinator") if discovery is not None else []
+        return [(one.broker_host or one.host, one.broker_port) for one in services if one.broker_port]
 
     async def following() -> tuple[str, int]:
-        nonlocal position
-        position += 1
-        if discovery is None:
-            if not seeds:
-                raise Unavailable("no broker is known: name one with --seed HOST, or do not turn discovery off")
-            return seeds[position % len(seeds)]
-        found = [
-            (service.broker_host or service.host, service.broker_port)
-            for service in discovery.services("coordinator")
-            if service.broker_port
-        ]
-        choices = [*seeds, *found]
-        if choices:
-            return choices[position % len(choices)]
-        service = await discovery.wait_for(lambda one: one.role == "coordinator" and one.broker_port > 0, FIND_SECONDS)
-        if service is None:
+        nonlocal attempts
+        if discovery is not None:
+            await discovery.refresh()
+        elif not seeds:
+            raise Unavailable("no broker is known: name one with --seed HOST, or do not turn discovery off")
+        choices = [*seeds, *found()]
+        if not choices and discovery is not None:
+            await discovery.wait_for(lambda one: one.role == "coordinator" and one.broker_port > 0, FIND_SECONDS)
+            choices = found()
+        if not choices:
             raise Unavailable(f"no coordinator of cluster {network.cluster!r} is found by mDNS yet")
-        return service.broker_host or service.host, service.broker_port
+        # What was tried longest ago, or never: a coordinator that moved comes before its own stale record.
+        address = min(choices, key=lambda choice: tried_at.get(choice, 0))
+        attempts += 1
+        tried_at[address] = attempts
+        for gone in tried_at.keys() - set(choices):
+            del tried_at[gone]
+        return address
 
     return following
+
+
+def _label(service: Service, attempt: int) -> str:
+    """The instance's name (RFC 6763, section 4.1.1: at most 63 bytes): nodes of two clusters may have the same id."""
+    told_apart = hashlib.sha256(f"{service.cluster} {service.role} {service.id}".encode()).hexdigest()[:6]
+    readable = "".join(sign if sign.isalnum() else "-" for sign in service.id[:40])
+    return f"{readable}-{told_apart}" + (f"-{attempt + 1}" if attempt else "")
 
 
 def _info(service: Service, label: str, listen_host: str) -> AsyncServiceInfo:
@@ -218,28 +283,31 @@ def _ipv4(listen_host: str) -> list[str]:
 
 
 def _service(info: AsyncServiceInfo) -> Service | None:
-    """None for what is not ours, or speaks another version of the protocol's TXT record."""
+    """None for what is not ours, or cannot be read."""
     facts = info.decoded_properties
     addresses = info.parsed_addresses(IPVersion.V4Only)
-    role = facts.get("role")
-    if not addresses or role not in ("node", "coordinator", "candidate"):
+    id, role = facts.get("id"), facts.get("role")
+    if not addresses or not id or role not in ("node", "coordinator", "candidate"):
         return None
     try:
-        return Service(
-            id=facts.get("id") or "",
-            cluster=facts.get("cluster") or "",
-            role=role,  # type: ignore[arg-type]
-            host=_nearest(addresses),
-            port=int(facts.get("port") or 0),
-            broker_port=int(facts.get("broker") or 0),
-            broker_host=facts.get("broker_host") or "",
-            cores=int(facts.get("cores") or 0),
-            memory_bytes=int(facts.get("memory") or 0),
-            gpus=int(facts.get("gpus") or 0),
-            version=int(facts.get("v") or 0),
-        )
+        numbers = {key: int(facts.get(key) or 0) for key in ("port", "broker", "cores", "memory", "gpus", "v")}
     except ValueError:
         return None
+    if min(numbers.values()) < 0 or max(numbers["port"], numbers["broker"]) > 65535:
+        return None
+    return Service(
+        id=id,
+        cluster=facts.get("cluster") or "",
+        role=role,  # type: ignore[arg-type]
+        host=_nearest(addresses),
+        port=numbers["port"],
+        broker_port=numbers["broker"],
+        broker_host=facts.get("broker_host") or "",
+        cores=numbers["cores"],
+        memory_bytes=numbers["memory"],
+        gpus=numbers["gpus"],
+        version=numbers["v"],
+    )
 
 
 def _nearest(addresses: list[str]) -> str:

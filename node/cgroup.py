@@ -1,0 +1,61 @@
+"""The limits that the kernel sets to this process: its control group and those above it (cgroups(7), v2 and v1)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+
+@dataclass(frozen=True)
+class Cgroup:
+    """Read where the kernel shows it; in a container the root of the tree is the container's own group."""
+
+    root: Path = Path("/sys/fs/cgroup")
+    membership: Path = Path("/proc/self/cgroup")
+
+    def cpus(self) -> float:
+        """CPUs' worth of time that may be used: the lowest quota on the way up; infinite where there is none."""
+        lowest = math.inf
+        for folder in self._folders("cpu"):
+            quota, _, period = read_text(folder / "cpu.max").partition(" ")
+            if not quota:
+                quota, period = read_text(folder / "cpu.cfs_quota_us"), read_text(folder / "cpu.cfs_period_us")
+            if quota.isdigit() and period.isdigit() and int(quota) and int(period):
+                lowest = min(lowest, int(quota) / int(period))
+        return lowest
+
+    def memory_bytes(self) -> float:
+        """The lowest memory limit on the way up; infinite where there is none."""
+        lowest = math.inf
+        for folder in self._folders("memory"):
+            for name in ("memory.max", "memory.limit_in_bytes"):
+                text = read_text(folder / name)
+                if text.isdigit():
+                    lowest = min(lowest, int(text))
+        return lowest
+
+    def _folders(self, controller: str) -> Iterator[Path]:
+        """This process's folders for a controller and all folders above them, in each tree that may be mounted."""
+        paths = {"": "/", controller: "/"}  # by the controllers' names; v2 has one tree without a name
+        for line in read_text(self.membership).splitlines():
+            _, _, rest = line.partition(":")
+            names, _, path = rest.partition(":")
+            paths.update(dict.fromkeys((name for name in names.split(",") if name in paths), path))
+        for tree, path in (
+            (self.root, paths[""]),
+            (self.root / "unified", paths[""]),
+            (self.root / controller, paths[controller]),
+        ):
+            own = PurePosixPath("/") / path
+            for folder in (own, *own.parents):
+                yield tree / folder.relative_to("/")
+
+
+def read_text(path: Path) -> str:
+    """What stands in a file, without white space around it; empty when it cannot be read."""
+    try:
+        return path.read_text(errors="replace").strip()
+    except (OSError, ValueError):
+        return ""

@@ -1,0 +1,63 @@
+"""Who this node is, from one start to the next, and that it is there once."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from potluck.errors import Conflict, InvalidSettings
+from potluck.settings import short_hostname
+
+_NODE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def node_id(configured: str, folder: Path) -> str:
+    """As configured; else the id kept in the state folder, made once of the machine's name and something random.
+
+    Raises InvalidSettings for one that cannot stand in a topic.
+    """
+    if configured:
+        if not _NODE_ID.fullmatch(configured):
+            raise InvalidSettings(
+                f"node id {configured!r}: use letters, digits, '.', '_' and '-', beginning with a letter or digit, at most 64"
+            )
+        return configured
+    file = folder / "node-id"
+    try:
+        if file.exists() and _NODE_ID.fullmatch(kept := file.read_text(errors="replace").strip()):
+            return kept
+        made = f"{short_hostname()}-{uuid.uuid4().hex[:6]}"
+        temporary = file.with_suffix(f".{os.getpid()}")
+        temporary.write_text(made)
+        temporary.replace(file)
+    except OSError as error:
+        raise InvalidSettings(
+            f"the state folder {folder} cannot be used: {error.strerror}: choose one with --state-dir"
+        ) from error
+    return made
+
+
+@contextmanager
+def sole_use(folder: Path) -> Iterator[None]:
+    """Keep a state folder for ourselves: two nodes in one would delete each other's files. Raises Conflict."""
+    try:
+        descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise InvalidSettings(
+            f"the state folder {folder} cannot be written to: {error.strerror}: choose one with --state-dir"
+        ) from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise Conflict(
+                f"another node uses the state folder {folder}: choose another one with --state-dir"
+            ) from error
+        yield
+    finally:
+        os.close(descriptor)

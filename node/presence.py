@@ -1,0 +1,134 @@
+"""What the cluster knows of this node: births and goodbyes, capacity, telemetry, the mDNS advertisement."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from msgspec.structs import replace
+
+from node import capacity as capacities
+from potluck import lifecycle
+from potluck.bus import Bus, Envelope
+from potluck.discovery import Discovery, Service
+from potluck.errors import PotluckError, Unavailable
+from potluck.logs import fields
+from potluck.messages import NodeCapacity, NodeStatus
+from potluck.network import base_urls, reachable_addresses
+from potluck.outbox import Outbox
+from potluck.settings import NodeSettings
+from potluck.topics import Topics
+
+log = logging.getLogger(__name__)
+
+GOODBYE_SECONDS = 2.0
+
+
+class Presence:
+    """One session of a node in its cluster. `joined`: the broker has had our birth, on the connection of now."""
+
+    def __init__(self, settings: NodeSettings, topics: Topics, node_id: str, session: str, port: int) -> None:
+        self._settings = settings
+        self._topics = topics
+        self._node_id = node_id
+        self._session = session
+        self._port = port
+        self._capacity = capacities.read()
+        self._rivals: set[str] = set()
+        self.urls = base_urls(settings.listen.host, port)
+        """Where this node's blobs are to be had now: a machine's addresses come and go."""
+        self.status_topic = topics.node(node_id, "status")
+        self.joined = False
+
+    def status(self, state: Literal["online", "offline"]) -> NodeStatus:
+        """A birth, or a goodbye (also the will)."""
+        urls = self.urls if state == "online" else ()
+        return NodeStatus(node_id=self._node_id, session=self._session, state=state, http=urls)
+
+    def watch(self, bus: Bus, outbox: Outbox) -> None:
+        """Keep our retained birth in place: the will of an earlier session may come after it, and would hide us.
+
+        (The broker sends a will only when it notices the loss, long after a node that died has been started again.)
+        """
+
+        def on_status(envelope: Envelope) -> None:
+            message = envelope.message
+            if not isinstance(message, NodeStatus) or message.session == self._session or not self.joined:
+                return
+            if message.state == "offline":
+                log.info("will of an earlier session put right %s", fields(node=self._node_id))
+                outbox.publish(self.status_topic, self.status("online"), retain=True)
+            elif message.session not in self._rivals:
+                self._rivals.add(message.session)
+                where = fields(node=self._node_id, http=",".join(message.http) or None)
+                log.error("another node uses this id: give one of them another --node-id or --state-dir %s", where)
+
+        bus.subscribe(self.status_topic, on_status)
+
+    async def birth(self, bus: Bus) -> None:
+        """After each connect: the broker may have forgotten us, or published our will."""
+        self.urls = base_urls(self._settings.listen.host, self._port)
+        await bus.publish(self.status_topic, self.status("online"), retain=True)
+        self.joined = True
+        await self._publish_capacity(bus)
+        log.info("node joined %s", fields(node=self._node_id, cluster=self._settings.cluster))
+        lifecycle.notify(f"STATUS=node {self._node_id} is in cluster {self._settings.cluster}")
+
+    async def goodbye(self, bus: Bus, outbox: Outbox) -> None:
+        """Send what waits in `outbox`, and that we are gone; for GOODBYE_SECONDS at most, and only where somebody listens."""
+        if not self.joined:
+            return
+        self.joined = False
+        try:
+            async with asyncio.timeout(GOODBYE_SECONDS):
+                await outbox.drained()
+                await bus.publish(self.status_topic, self.status("offline"), retain=True)
+        except (TimeoutError, PotluckError) as error:
+            log.info("no goodbye %s", fields(reason=str(error) or "the bus did not take it in time"))
+
+    async def measure(self, bus: Bus, kept_in: Path) -> None:
+        """Find out how fast this machine is, after the birth, which must not wait for it."""
+        gflops = await capacities.measure(kept_in, self._settings.threads)
+        self._capacity = replace(self._capacity, gflops=gflops)
+        log.info("speed known %s", fields(node=self._node_id, gflops=gflops))
+        if self.joined:
+            try:
+                await self._publish_capacity(bus)
+            except Unavailable as error:  # the next birth will tell
+                log.debug("capacity not published yet %s", fields(reason=error.message))
+
+    async def telemetry(
+        self, outbox: Outbox, attempts: Callable[[], tuple[str, ...]], replicas: Callable[[], tuple[str, ...]]
+    ) -> None:
+        """Say how busy this machine is, every `telemetry_seconds`, until cancelled."""
+        readings = capacities.Telemetry()
+        topic = self._topics.node(self._node_id, "telemetry")
+        while True:
+            await asyncio.sleep(self._settings.telemetry_seconds)
+            if self.joined:
+                reading = readings.read(self._node_id, self._session, attempts(), replicas())
+                outbox.publish(topic, reading, qos=0, encoding="json")
+
+    async def advertise(self, discovery: Discovery) -> None:
+        """Say by mDNS what does not change. The bus is what counts: this is for people and tools, and may fail."""
+        service = Service(
+            id=self._node_id,
+            cluster=self._settings.cluster,
+            role="node",
+            host=reachable_addresses(self._settings.listen.host)[0],
+            port=self._port,
+            cores=self._capacity.cores,
+            memory_bytes=self._capacity.memory_bytes,
+            gpus=len(self._capacity.gpus),
+        )
+        try:
+            await discovery.advertise(service)
+        except Unavailable as error:
+            log.warning("not advertised %s", fields(reason=error.message))
+
+    async def _publish_capacity(self, bus: Bus) -> None:
+        message = NodeCapacity(node_id=self._node_id, capacity=self._capacity)
+        await bus.publish(self._topics.node(self._node_id, "capacity"), message, retain=True)
