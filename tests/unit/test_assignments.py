@@ -1,0 +1,294 @@
+"""The leases of a node: whatever comes in whatever order, one runs at a time, and each is answered for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
+
+from node.assignments import QUEUE_LIMIT, Assignments, Effect, Outcome, Prefetch, Run, Send, Stop
+from potluck.messages import (
+    AcknowledgeResult,
+    BlobRef,
+    ErrorInfo,
+    EvaluateResult,
+    ExportTask,
+    LeaseRefused,
+    LeaseRenewed,
+    LeaseShard,
+    LeaseTaken,
+    ShardFailed,
+    ShardFinished,
+    WithdrawLease,
+)
+
+TASK = ExportTask(model=BlobRef(sha256="a" * 64, size=1), weights=BlobRef(sha256="b" * 64, size=1))
+CANCELLED = ErrorInfo(code="cancelled", message="withdrawn")
+
+
+def lease(attempt_id: str, epoch: int = 1) -> LeaseShard:
+    return LeaseShard(epoch=epoch, job_id="job", shard_id="shard", attempt_id=attempt_id, lease_seconds=10, task=TASK)
+
+
+def withdrawal(attempt_id: str, epoch: int = 1) -> WithdrawLease:
+    return WithdrawLease(epoch=epoch, attempt_id=attempt_id, reason="test")
+
+
+def finished(attempt_id: str) -> ShardFinished:
+    return ShardFinished(attempt_id=attempt_id, result=EvaluateResult(count=1))
+
+
+def sent(effects: Iterable[Effect]) -> list[object]:
+    return [effect.message for effect in effects if isinstance(effect, Send)]
+
+
+def ran(effects: Iterable[Effect]) -> list[str]:
+    return [effect.lease.attempt_id for effect in effects if isinstance(effect, Run)]
+
+
+class Machine(RuleBasedStateMachine):
+    """The assignments with an executor and a coordinator around them that do what they are told, in any order."""
+
+    attempts = Bundle("attempts")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.assignments = Assignments()
+        self.count = 0
+        self.epoch = 1
+        self.executing: str | None = None
+        self.stopped = False
+        self.started: list[str] = []
+        self.taken: list[str] = []
+        self.withdrawn: set[str] = set()
+        self.outcomes: dict[str, Outcome] = {}
+        self.acknowledged: set[str] = set()
+
+    def perform(self, effects: Iterable[Effect]) -> list[object]:
+        effects = list(effects)
+        for effect in effects:
+            match effect:
+                case Run(lease=run):
+                    assert self.executing is None, "two at once"
+                    assert run.attempt_id not in self.started, "the same attempt twice"
+                    self.executing, self.stopped = run.attempt_id, False
+                    self.started.append(run.attempt_id)
+                case Stop(attempt_id=attempt_id):
+                    assert attempt_id == self.executing
+                    assert not self.stopped
+                    self.stopped = True
+                case Prefetch(lease=ahead):
+                    assert ahead.attempt_id not in self.started
+                case Send(message=ShardFinished() | ShardFailed() as message):
+                    assert self.outcomes[message.attempt_id] == message
+                    assert message.attempt_id not in self.acknowledged | self.withdrawn
+                case Send(message=LeaseTaken() | LeaseRenewed() as message):
+                    assert message.attempt_id in self.assignments.held
+                case _:
+                    pass
+        return sent(effects)
+
+    @rule(target=attempts)
+    def a_new_lease(self) -> str:
+        self.count += 1
+        attempt_id = f"a{self.count}"
+        waiting = sum(held.state != "reporting" for held in self.assignments.held.values())
+        told = self.perform(self.assignments.on_lease(lease(attempt_id, self.epoch)))
+        if self.assignments.draining or waiting >= QUEUE_LIMIT:
+            assert isinstance(told[0], LeaseRefused)
+            assert told[0].error.retryable
+        else:
+            assert told == [LeaseTaken(attempt_id=attempt_id)]
+            self.taken.append(attempt_id)
+        return attempt_id
+
+    @rule(attempt_id=attempts)
+    def the_same_lease_again(self, attempt_id: str) -> None:
+        if attempt_id not in self.assignments.held and attempt_id != self.assignments.stopping:
+            return  # a coordinator does not resend what it knows to have ended, except as below
+        before = list(self.assignments.held)
+        told = self.perform(self.assignments.on_lease(lease(attempt_id, self.epoch)))
+        assert list(self.assignments.held) == before
+        if attempt_id in self.outcomes and attempt_id in before:
+            assert told == [self.outcomes[attempt_id]]
+        elif attempt_id in before:
+            assert told == [LeaseTaken(attempt_id=attempt_id)]
+        else:
+            assert told == []
+
+    @rule(attempt_id=attempts, back=st.integers(1, 3))
+    def commands_of_an_older_coordinator(self, attempt_id: str, back: int) -> None:
+        if not self.assignments.epoch:
+            return
+        before = repr(self.assignments)
+        assert self.assignments.on_lease(lease(attempt_id, self.assignments.epoch - back)) == []
+        assert self.assignments.on_lease(lease("never seen", self.assignments.epoch - back)) == []
+        assert self.assignments.on_withdrawn(withdrawal(attempt_id, self.assignments.epoch - back)) == []
+        assert not self.assignments.accepts(self.assignments.epoch - back)
+        assert repr(self.assignments) == before
+
+    @rule(raised=st.integers(0, 2))
+    def a_coordinator_announces_itself(self, raised: int) -> None:
+        self.epoch += raised
+        assert self.assignments.accepts(self.epoch)
+        assert self.assignments.epoch == self.epoch
+
+    @rule(epoch=st.integers(1, 5))
+    def another_bus(self, epoch: int) -> None:
+        """Whose coordinator has a journal of its own: its epochs may be lower."""
+        held = list(self.assignments.held)
+        self.assignments.on_disconnected()
+        self.epoch = epoch
+        assert self.assignments.accepts(epoch)
+        assert list(self.assignments.held) == held
+
+    @rule(attempt_id=consumes(attempts))
+    def a_lease_is_withdrawn(self, attempt_id: str) -> None:
+        held = self.assignments.held.get(attempt_id)
+        state = held.state if held else None
+        effects = self.assignments.on_withdrawn(withdrawal(attempt_id, self.epoch))
+        assert effects == ([Stop(attempt_id)] if state == "running" else [])
+        self.perform(effects)
+        if held is not None:
+            self.withdrawn.add(attempt_id)
+        assert attempt_id not in self.assignments.held
+        assert self.assignments.on_withdrawn(withdrawal(attempt_id, self.epoch)) == []
+
+    @precondition(lambda self: self.executing)
+    @rule(done=st.integers(0, 9))
+    def progress(self, done: int) -> None:
+        assert self.executing is not None
+        self.assignments.on_progress(self.executing, done, {"loss": 1.0})
+        if self.executing in self.assignments.held:
+            renewal = LeaseRenewed(attempt_id=self.executing, done=done, metrics={"loss": 1.0})
+            assert renewal in sent(self.assignments.on_renewal_due())
+
+    @precondition(lambda self: self.executing)
+    @rule(well=st.booleans())
+    def the_engine_is_through(self, well: bool) -> None:
+        attempt_id, self.executing = self.executing, None
+        assert attempt_id is not None
+        # One that was stopped may have finished just before.
+        outcome: Outcome = finished(attempt_id) if well else ShardFailed(attempt_id=attempt_id, error=CANCELLED)
+        wanted = attempt_id in self.assignments.held
+        if wanted:
+            self.outcomes[attempt_id] = outcome
+        told = self.perform(self.assignments.on_outcome(outcome))
+        assert told == ([outcome] if wanted else [])
+
+    @rule(attempt_id=attempts)
+    def an_acknowledgement(self, attempt_id: str) -> None:
+        assert self.assignments.on_acknowledged(AcknowledgeResult(attempt_id=attempt_id)) == []
+        if attempt_id in self.outcomes:
+            self.acknowledged.add(attempt_id)
+            assert attempt_id not in self.assignments.held
+
+    @rule()
+    def time_passes(self) -> None:
+        renewed = [message.attempt_id for message in self.perform(self.assignments.on_renewal_due())]  # type: ignore[attr-defined]
+        resent = [message.attempt_id for message in self.perform(self.assignments.on_resend_due())]  # type: ignore[attr-defined]
+        assert sorted(renewed + resent) == sorted(self.assignments.attempt_ids)
+
+    @precondition(lambda self: not self.assignments.draining)
+    @rule()
+    def the_node_stops(self) -> None:
+        waiting = [key for key, held in self.assignments.held.items() if held.state != "reporting"]
+        told = self.perform(self.assignments.on_drain())
+        assert [message.attempt_id for message in told] == waiting  # type: ignore[attr-defined]
+        assert all(isinstance(message, LeaseRefused) and message.error.code == "unavailable" for message in told)
+        self.withdrawn.update(waiting)
+
+    @invariant()
+    def invariants_hold(self) -> None:
+        self.assignments.check_invariants()
+        assert self.assignments.busy == bool(self.executing)
+        order = [self.taken.index(attempt_id) for attempt_id in self.started]
+        assert order == sorted(order), "not in the order they came"
+
+    def teardown(self) -> None:
+        """Everything that was taken is run or was withdrawn, and when it is acknowledged nothing is left."""
+        while self.executing:
+            self.the_engine_is_through(True)
+        for attempt_id in self.taken:
+            assert (attempt_id in self.outcomes) != (attempt_id in self.withdrawn - self.outcomes.keys())
+            self.assignments.on_acknowledged(AcknowledgeResult(attempt_id=attempt_id))
+        assert not self.assignments.held
+        assert not self.assignments.busy
+
+
+TestMachine = Machine.TestCase
+TestMachine.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+
+
+def test_one_runs_and_the_next_are_prefetched() -> None:
+    assignments = Assignments()
+    first = assignments.on_lease(lease("a"))
+    assert first == [Send(LeaseTaken(attempt_id="a")), Prefetch(lease("a")), Run(lease("a"))]
+    second = assignments.on_lease(lease("b"))
+    assert second == [Send(LeaseTaken(attempt_id="b")), Prefetch(lease("b"))]
+    assert assignments.on_outcome(finished("a")) == [Send(finished("a")), Run(lease("b"))]
+
+
+def test_a_full_node_refuses_and_keeps_what_it_has() -> None:
+    assignments = Assignments()
+    for attempt_id in "abc":
+        assignments.on_lease(lease(attempt_id))
+    (refused,) = sent(assignments.on_lease(lease("d")))
+    assert isinstance(refused, LeaseRefused)
+    assert refused.error.code == "overloaded"
+    assert assignments.attempt_ids == ("a", "b", "c")
+    assignments.on_outcome(finished("a"))  # reported, not acknowledged yet: there is room again
+    assert sent(assignments.on_lease(lease("d"))) == [LeaseTaken(attempt_id="d")]
+
+
+def test_the_next_waits_until_the_withdrawn_one_has_stopped() -> None:
+    assignments = Assignments()
+    for attempt_id in "ab":
+        assignments.on_lease(lease(attempt_id))
+    assert assignments.on_withdrawn(withdrawal("a")) == [Stop("a")]
+    assert sent(assignments.on_lease(lease("c"))) == [LeaseTaken(attempt_id="c")]
+    assert assignments.on_outcome(ShardFailed(attempt_id="a", error=CANCELLED)) == [Run(lease("b"))]
+
+
+def test_a_late_copy_of_a_withdrawn_lease_is_not_taken_for_a_new_one() -> None:
+    assignments = Assignments()
+    assignments.on_lease(lease("a"))
+    assignments.on_withdrawn(withdrawal("a"))
+    assert assignments.on_lease(lease("a")) == []
+    assert assignments.on_outcome(ShardFailed(attempt_id="a", error=CANCELLED)) == []
+    assert not assignments.held
+
+
+def test_a_result_is_reported_until_it_is_acknowledged() -> None:
+    assignments = Assignments()
+    assignments.on_lease(lease("a"))
+    assignments.on_outcome(finished("a"))
+    for _ in range(3):
+        assert sent(assignments.on_resend_due()) == [finished("a")]
+    assert sent(assignments.on_lease(lease("a"))) == [finished("a")]  # not done twice
+    assignments.on_acknowledged(AcknowledgeResult(attempt_id="a"))
+    assert assignments.on_resend_due() == []
+
+
+def test_a_stopping_node_gives_back_what_is_not_done_and_keeps_what_is() -> None:
+    assignments = Assignments()
+    for attempt_id in "abc":
+        assignments.on_lease(lease(attempt_id))
+    assignments.on_outcome(finished("a"))
+    effects = assignments.on_drain()
+    assert Stop("b") in effects
+    assert [message.attempt_id for message in sent(effects)] == ["b", "c"]  # type: ignore[attr-defined]
+    assert sent(assignments.on_resend_due()) == [finished("a")]
+    (refused,) = sent(assignments.on_lease(lease("d")))
+    assert isinstance(refused, LeaseRefused)
+    assert refused.error.message == "the node is stopping"
+
+
+def test_acknowledging_what_still_runs_changes_nothing() -> None:
+    assignments = Assignments()
+    assignments.on_lease(lease("a"))
+    assignments.on_acknowledged(AcknowledgeResult(attempt_id="a"))
+    assert ran(assignments.on_outcome(finished("a"))) == []
+    assert sent(assignments.on_resend_due()) == [finished("a")]
