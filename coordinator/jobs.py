@@ -28,6 +28,9 @@ from potluck.messages import (
     JobState,
 )
 
+REST_SECONDS = 1.0
+"""A node that reported an error rests for twice as long, and twice that after the next in a row."""
+
 # --- events: what is in the journal -----------------------------------------------------------------------------------
 
 
@@ -186,6 +189,8 @@ class Job:
     last_error: ErrorInfo | None = None
     fatal: ErrorInfo | None = None
     participants: set[str] = field(default_factory=set)
+    resting: dict[str, float] = field(default_factory=dict)
+    """Nodes that reported an error, and until when they get nothing of this job."""
     history: list[EpochMetrics] = field(default_factory=list)
 
     @property
@@ -220,7 +225,7 @@ class Job:
                 if ended is not None:
                     self._strategy.ended(ended)
                     if event.error is not None:
-                        self._failed(event.error)
+                        self._failed(event.error, ended.node_id, event.at)
             case RoundClosed():
                 self._strategy.closed_round(event)
             case EpochEnded():
@@ -239,7 +244,8 @@ class Job:
         """What to do next. The same state and view give the same decisions."""
         if not self.active or self.strategy is None:
             return []
-        return self.strategy.plan(view, self.attempts)
+        rested = tuple(node for node in view.nodes if self.resting.get(node.node_id, 0.0) <= view.now)
+        return self.strategy.plan(ClusterView(rested, view.now), self.attempts)
 
     def error(self, attempts_limit: int) -> ErrorInfo | None:
         """The error this job must end with: one that trying again cannot mend, or too many in a row."""
@@ -267,8 +273,10 @@ class Job:
             raise ValueError(f"job {self.job_id} has no shards")
         return self.strategy
 
-    def _failed(self, error: ErrorInfo) -> None:
+    def _failed(self, error: ErrorInfo, node_id: str, at: float) -> None:
         self.last_error = error
         self.failures += 1
+        # It rests, so that a node at which everything fails at once does not use up the attempts of all.
+        self.resting[node_id] = at + REST_SECONDS * 2**self.failures
         if not error.retryable:
             self.fatal = error

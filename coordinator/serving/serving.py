@@ -53,6 +53,8 @@ _STREAM = "deployments"
 TICK_SECONDS = 0.25
 DEPLOY_SECONDS = 300.0
 """How long all replicas of a new deployment may take to become ready."""
+JOIN_SECONDS = 5.0
+"""How long a deployment waits for nodes that may be about to join."""
 BATCH_SECONDS = 10.0
 """A batch that is away for longer is asked again elsewhere: it runs at QoS 0, and a node may be frozen."""
 
@@ -119,12 +121,7 @@ class Serving:
         """
         info = self._registry.model(model)
         name = f"{info.name}:{info.version}"
-        places = self._places()
-        if replicas > len(places):
-            raise InvalidRequest(
-                f"{replicas} replicas were asked for, but {len(places)} nodes with TensorFlow are online "
-                "(each holds one replica): start more nodes, or ask for fewer"
-            )
+        await self._wait_for_nodes(max(1, replicas))
         known = self._deployments.get(name)
         if known is None or known.wanted != replicas or known.failed:
             self._record(Deployed(name=name, model=info.model, wanted=replicas))
@@ -139,14 +136,28 @@ class Serving:
             if self._clock() > deadline:
                 ready = len(deployment.ready)
                 raise TimedOut(f"{ready} of {deployment.target(self._places())} replicas of {name} are ready so far")
-            self._changed.clear()
-            try:
-                async with asyncio.timeout(TICK_SECONDS):
-                    await self._changed.wait()
-            except TimeoutError:
-                continue  # time passes, too
+            await self._wait_for_change()
         log.info("deployed %s", fields(model=name, replicas=len(deployment.ready)))
         return name
+
+    async def _wait_for_nodes(self, count: int) -> None:
+        """Return once so many nodes can hold a replica; nodes may be about to join, after a restart of ours above all."""
+        deadline = self._clock() + JOIN_SECONDS
+        while len(self._places()) < count:
+            if self._clock() > deadline:
+                raise InvalidRequest(
+                    f"{count} replicas were asked for, but {len(self._places())} nodes with TensorFlow are online "
+                    "(each holds one replica): start more nodes, or ask for fewer"
+                )
+            await self._wait_for_change()
+
+    async def _wait_for_change(self) -> None:
+        self._changed.clear()
+        try:
+            async with asyncio.timeout(TICK_SECONDS):
+                await self._changed.wait()
+        except TimeoutError:
+            return  # time passes, too
 
     async def undeploy(self, model: str) -> tuple[str, ...]:
         """Take down `name:version`, or every version of `name`. Raises NotFound."""
@@ -287,6 +298,7 @@ class Serving:
                 self._pump(self._routers[deployment.name])
 
     def node_joined(self, node_id: str) -> None:
+        self._changed.set()
         for deployment in self._deployments.values():
             self._reconcile(deployment)
 

@@ -236,6 +236,21 @@ def test_an_error_that_trying_again_cannot_mend_ends_the_job_and_others_only_in_
     assert play.job.error(attempts_limit=3) == fatal
 
 
+def test_a_node_that_fails_rests_while_the_others_go_on() -> None:
+    play = Simulation(epochs=1, validation=False)
+    play.plan("a", "b")
+    broken = next(attempt for attempt in play.job.attempts.values() if attempt.node_id == "b")
+    flaky = ErrorInfo(code="engine_failed", message="died", retryable=True)
+    play.record(AttemptEnded(at=0.0, attempt_id=broken.attempt_id, reason="", error=flaky))
+    play.finish(next(iter(play.job.attempts)))
+    play.plan("a", "b")
+    assert {attempt.node_id for attempt in play.job.attempts.values()} == {"a"}
+    play.finish(next(iter(play.job.attempts)))
+    play.now += 10
+    play.plan("a", "b")
+    assert {attempt.node_id for attempt in play.job.attempts.values()} == {"a", "b"}
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(["finish", "lose", "plan"]), st.sampled_from("abc")), max_size=40))
 def test_replaying_the_events_gives_the_state_back(steps: list[tuple[str, str]]) -> None:
