@@ -113,6 +113,10 @@ class Dispatcher:
         job = self.job(job_id)
         if job.active:
             self._finish(job, "cancelled", error=error_info(Cancelled(f"job {job_id} was cancelled")))
+            if (deploying := self._actions.get((job_id, "deploy"))) is not None:
+                deploying.cancel()
+            if isinstance(job.submitted.spec, Deploy):
+                self._serving.give_up(job.submitted.spec.model)
         return job
 
     def job(self, job_id: str) -> Job:

@@ -168,6 +168,12 @@ class Serving:
             self._remove(name)
         return names
 
+    def give_up(self, name: str) -> None:
+        """Take a deployment down of which nothing is ready: whoever asked for it does not want it any more."""
+        deployment = self._deployments.get(name)
+        if deployment is not None and not deployment.ready:
+            self._remove(name)
+
     def deployments(self) -> tuple[DeploymentInfo, ...]:
         return tuple(self._info(deployment) for _, deployment in sorted(self._deployments.items()))
 
