@@ -33,7 +33,7 @@ class Replica:
     node_id: str
     state: ReplicaState = "loading"
     error: ErrorInfo | None = None
-    asked_at: float = 0.0
+    asked_at: float | None = None
 
     def info(self) -> ReplicaInfo:
         return ReplicaInfo(replica_id=self.replica_id, node_id=self.node_id, state=self.state, error=self.error)
@@ -108,7 +108,7 @@ class Deployment:
                 del self.replicas[replica.replica_id]
                 commands.append(Unload(replica.replica_id, replica.node_id))
         for replica in self.replicas.values():
-            if replica.state == "loading" and (not replica.asked_at or now - replica.asked_at >= resend_seconds):
+            if replica.state == "loading" and (replica.asked_at is None or now - replica.asked_at >= resend_seconds):
                 replica.asked_at = now
                 commands.append(Load(self.name, replica.replica_id, replica.node_id, self.model))
         return commands

@@ -15,7 +15,7 @@ from potluck.errors import InvalidRequest, NotFound
 from potluck.messages import BlobRef, Dataset, DatasetInfo, ImageOptions, ModelInfo, Signature
 
 _STREAM = "registry"
-_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
+_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")
 
 
 class RegistryEvent(Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="event", tag=True):

@@ -1,0 +1,134 @@
+"""Deployments: replicas come to what is wanted, whatever nodes and engines do."""
+
+from __future__ import annotations
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from coordinator.serving.deployments import FAILURES_LIMIT, Deployment, Load, Place, Unload
+from potluck.messages import BlobRef, ErrorInfo, Signature
+
+MODEL = BlobRef(sha256="0" * 64, size=1)
+SIGNATURE = Signature(inputs=(), outputs=())
+DIED = ErrorInfo(code="engine_failed", message="died", retryable=True)
+BROKEN = ErrorInfo(code="invalid_model", message="no", retryable=False)
+
+
+def places(**gflops: float) -> list[Place]:
+    return [Place(name, speed) for name, speed in gflops.items()]
+
+
+def loads(deployment: Deployment, where: list[Place], now: float = 0.0) -> list[Load]:
+    return [command for command in deployment.plan(where, {}, now, 1.0) if isinstance(command, Load)]
+
+
+def test_the_fastest_nodes_that_hold_least_come_first() -> None:
+    deployment = Deployment("m:1", MODEL, 2)
+    commands = deployment.plan(places(slow=1, fast=9, full=99), {"full": 1}, 0.0, 1.0)
+    assert [command.node_id for command in commands] == ["fast", "slow"]
+
+
+def test_loading_is_asked_again_until_it_is_answered() -> None:
+    deployment = Deployment("m:1", MODEL, 1)
+    (first,) = loads(deployment, places(a=1), 0.0)
+    assert loads(deployment, places(a=1), 0.5) == []
+    assert loads(deployment, places(a=1), 1.5) == [first]
+    assert deployment.loaded(first.replica_id, SIGNATURE)
+    assert not deployment.loaded(first.replica_id, SIGNATURE)
+    assert loads(deployment, places(a=1), 9.0) == []
+    assert deployment.complete(places(a=1))
+
+
+def test_a_lost_node_is_replaced() -> None:
+    deployment = Deployment("m:1", MODEL, 1)
+    (first,) = loads(deployment, places(a=9, b=1))
+    deployment.loaded(first.replica_id, SIGNATURE)
+    assert deployment.node_lost("a") == [first.replica_id]
+    (second,) = loads(deployment, places(b=1))
+    assert second.node_id == "b"
+
+
+def test_on_every_node_means_also_on_those_that_join() -> None:
+    deployment = Deployment("m:1", MODEL, 0)
+    assert len(loads(deployment, places(a=1, b=1))) == 2
+    assert [load.node_id for load in loads(deployment, places(a=1, b=1, c=1), 0.5)] == ["c"]
+
+
+def test_a_model_that_cannot_be_loaded_fails_the_deployment_at_once() -> None:
+    deployment = Deployment("m:1", MODEL, 1)
+    (first,) = loads(deployment, places(a=1, b=1))
+    deployment.lost(first.replica_id, BROKEN, 0.0)
+    assert deployment.failed
+    assert deployment.error == BROKEN
+    assert loads(deployment, places(a=1, b=1), 100.0) == []
+
+
+def test_a_node_that_fails_rests_and_others_are_tried() -> None:
+    deployment = Deployment("m:1", MODEL, 1)
+    tried = []
+    for _ in range(2):
+        (load,) = loads(deployment, places(a=9, b=1))
+        tried.append(load.node_id)
+        deployment.lost(load.replica_id, DIED, 0.0)
+    assert tried == ["a", "b"]
+    assert loads(deployment, places(a=9, b=1), 1.0) == []
+    assert [load.node_id for load in loads(deployment, places(a=9, b=1), 60.0)] == ["a"]
+
+
+def test_fewer_wanted_takes_away_those_that_are_not_ready_first() -> None:
+    deployment = Deployment("m:1", MODEL, 2)
+    one, two = loads(deployment, places(a=2, b=1))
+    deployment.loaded(two.replica_id, SIGNATURE)
+    deployment.wanted = 1
+    commands = deployment.plan(places(a=2, b=1), {}, 0.5, 1.0)
+    assert [command for command in commands if isinstance(command, Unload)] == [Unload(one.replica_id, "a")]
+
+
+class Life(RuleBasedStateMachine):
+    """Nodes come and go, loads succeed, fail and are lost."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.deployment = Deployment("m:1", MODEL, 2)
+        self.nodes: dict[str, float] = {"a": 1.0}
+        self.now = 0.0
+
+    @rule(name=st.sampled_from("abcd"))
+    def join(self, name: str) -> None:
+        self.nodes[name] = 1.0
+
+    @rule(name=st.sampled_from("abcd"))
+    def leave(self, name: str) -> None:
+        if self.nodes.pop(name, None):
+            self.deployment.node_lost(name)
+
+    @rule(seconds=st.floats(0, 30))
+    def plan(self, seconds: float) -> None:
+        self.now += seconds
+        for command in self.deployment.plan(places(**self.nodes), {}, self.now, 1.0):
+            assert isinstance(command, Unload) or command.node_id in self.nodes
+
+    @precondition(lambda self: self.deployment.replicas)
+    @rule(data=st.data())
+    def load(self, data: st.DataObject) -> None:
+        self.deployment.loaded(data.draw(st.sampled_from(sorted(self.deployment.replicas))), SIGNATURE)
+
+    @precondition(lambda self: self.deployment.replicas)
+    @rule(data=st.data())
+    def die(self, data: st.DataObject) -> None:
+        self.deployment.lost(data.draw(st.sampled_from(sorted(self.deployment.replicas))), DIED, self.now)
+
+    @rule(wanted=st.integers(0, 4))
+    def ask(self, wanted: int) -> None:
+        self.deployment.wanted, self.deployment.failures = wanted, 0
+
+    @invariant()
+    def holds(self) -> None:
+        self.deployment.check_invariants()
+        assert self.deployment.failures <= FAILURES_LIMIT
+        assert all(replica.node_id in self.nodes for replica in self.deployment.replicas.values())
+
+
+TestLife = Life.TestCase
+TestLife.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)

@@ -1,0 +1,186 @@
+"""The router: no request is lost, none is answered twice, the queue is bounded, lost batches are asked again."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from coordinator.serving.router import ATTEMPTS_LIMIT, BATCHES_IN_FLIGHT, Batch, Request, Router
+from potluck.errors import Overloaded, PotluckError, TimedOut, Unavailable
+from potluck.messages import ErrorInfo, RequestOutcome
+
+OK = RequestOutcome()
+Answers = list[RequestOutcome | PotluckError]
+
+
+def router(queue_limit: int = 100, batch_limit: int = 4) -> Router:
+    return Router("m:1", queue_limit=queue_limit, batch_limit=batch_limit, rng=random.Random(0))
+
+
+def ask(to: Router, deadline: float = 1000.0, size_bytes: int = 10) -> Answers:
+    answers: Answers = []
+    to.submit(Request((), answers.append, deadline, size_bytes))
+    return answers
+
+
+def test_a_request_goes_out_at_once_and_others_wait_and_leave_together() -> None:
+    one = router()
+    one.add_replica("r", "n")
+    first = ask(one)
+    (batch,) = one.dispatch(0.0)
+    assert len(batch.requests) == 1
+    ask(one)
+    (second,) = one.dispatch(0.0)  # one to compute, one to begin with at once
+    waiting = [ask(one) for _ in range(6)]
+    assert one.dispatch(0.0) == []
+    one.finished("r", batch.batch_id, (OK,), 0.1)
+    assert first == [OK]
+    (together,) = one.dispatch(0.1)
+    assert len(together.requests) == 4  # the batch limit
+    one.finished("r", together.batch_id, (OK,) * 4, 0.2)
+    assert [len(answers) for answers in waiting] == [1, 1, 1, 1, 0, 0]
+    assert second.batch_id != together.batch_id
+
+
+def test_a_batch_fits_into_a_message() -> None:
+    one = router(batch_limit=64)
+    one.add_replica("r", "n")
+    for _ in range(4):
+        ask(one, size_bytes=100_000)
+    assert [len(batch.requests) for batch in one.dispatch(0.0)] == [1, 1]
+
+
+def test_a_full_queue_says_when_to_come_back() -> None:
+    one = router(queue_limit=2)
+    ask(one)
+    ask(one)
+    with pytest.raises(Overloaded) as refused:
+        ask(one)
+    assert refused.value.retry_after_seconds
+
+
+def test_what_was_on_its_way_to_a_lost_replica_is_asked_elsewhere_in_order() -> None:
+    one = router()
+    one.add_replica("a", "n1")
+    answers = [ask(one) for _ in range(3)]
+    one.dispatch(0.0)
+    one.remove_replica("a", 1.0)
+    assert all(not answer for answer in answers)
+    one.add_replica("b", "n2")
+    batches = one.dispatch(1.0)
+    for batch in batches:
+        one.finished("b", batch.batch_id, (OK,) * len(batch.requests), 2.0)
+    assert all(answer == [OK] for answer in answers)
+
+
+def test_a_late_answer_of_a_batch_that_was_asked_again_does_not_count() -> None:
+    one = router()
+    one.add_replica("a", "n1")
+    answers = ask(one)
+    (batch,) = one.dispatch(0.0)
+    one.expire(20.0, batch_seconds=10.0)
+    (again,) = one.dispatch(20.0)
+    one.finished("a", batch.batch_id, (OK,), 21.0)
+    assert answers == []
+    one.finished("a", again.batch_id, (OK,), 22.0)
+    assert answers == [OK]
+
+
+def test_a_request_that_no_replica_answers_is_given_up() -> None:
+    one = router()
+    one.add_replica("a", "n1")
+    answers = ask(one)
+    for number in range(ATTEMPTS_LIMIT):
+        assert not answers
+        (batch,) = one.dispatch(float(number))
+        dead = RequestOutcome(error=ErrorInfo(code="engine_failed", message="died", retryable=True))
+        one.finished("a", batch.batch_id, (dead,), float(number))
+    assert isinstance(answers[0], Unavailable)
+
+
+def test_an_error_of_the_request_itself_is_its_answer() -> None:
+    one = router()
+    one.add_replica("a", "n1")
+    good, bad = ask(one), ask(one)
+    wrong = RequestOutcome(error=ErrorInfo(code="invalid_request", message="shape"))
+    batches = one.dispatch(0.0)
+    outcomes = {1: (OK, wrong), 0: ()}
+    if len(batches) == 1:
+        one.finished("a", batches[0].batch_id, outcomes[1], 1.0)
+    else:
+        one.finished("a", batches[0].batch_id, (OK,), 1.0)
+        one.finished("a", batches[1].batch_id, (wrong,), 1.0)
+    assert (good, bad) == ([OK], [wrong])
+
+
+class Traffic(RuleBasedStateMachine):
+    """Requests, replicas that come and go, answers early, late and wrong."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = router(queue_limit=20, batch_limit=3)
+        self.now = 0.0
+        self.asked: list[Answers] = []
+        self.out: list[Batch] = []
+
+    @rule(seconds=st.floats(0.1, 40))
+    def submit(self, seconds: float) -> None:
+        try:
+            self.asked.append(ask(self.router, deadline=self.now + seconds))
+        except Overloaded:
+            assert len(self.router.queue) == 20
+        self.out += self.router.dispatch(self.now)
+
+    @rule(replica=st.sampled_from("abc"))
+    def come(self, replica: str) -> None:
+        self.router.add_replica(replica, f"node-{replica}")
+        self.out += self.router.dispatch(self.now)
+
+    @rule(replica=st.sampled_from("abc"))
+    def go(self, replica: str) -> None:
+        self.router.remove_replica(replica, self.now)
+        self.out += self.router.dispatch(self.now)
+
+    @precondition(lambda self: self.out)
+    @rule(data=st.data(), right=st.booleans())
+    def answer(self, data: st.DataObject, right: bool) -> None:
+        batch = data.draw(st.sampled_from(self.out))  # again and again: messages may come twice
+        outcomes = (OK,) * (len(batch.requests) - (not right))
+        self.router.finished(batch.replica_id, batch.batch_id, outcomes, self.now)
+        self.out += self.router.dispatch(self.now)
+
+    @rule(seconds=st.floats(0, 15))
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+        self.router.expire(self.now, batch_seconds=10.0)
+        self.out += self.router.dispatch(self.now)
+
+    @invariant()
+    def every_request_is_somewhere_or_answered_once(self) -> None:
+        assert all(len(answers) <= 1 for answers in self.asked)
+        open_requests = sum(not answers for answers in self.asked)
+        assert open_requests == len(self.router.queue) + self.router.in_flight
+        for lane in self.router.lanes.values():
+            assert len(lane.batches) <= BATCHES_IN_FLIGHT
+            assert lane.requests == sum(len(batch.requests) for batch in lane.batches.values())
+
+    def teardown(self) -> None:
+        self.router.close(Unavailable("gone"))
+        assert all(len(answers) == 1 for answers in self.asked)
+
+
+TestTraffic = Traffic.TestCase
+TestTraffic.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+
+
+def test_time_is_up() -> None:
+    one = router()
+    answers = ask(one, deadline=5.0)
+    one.expire(4.0, 10.0)
+    assert answers == []
+    one.expire(5.0, 10.0)
+    assert isinstance(answers[0], TimedOut)
