@@ -19,7 +19,7 @@ NODE = NodeInfo(
     state="online",
     capacity=Capacity(
         hostname="kitchen", system="Linux", cores=4, memory_bytes=8 << 30, gpus=(Gpu(name="T4", memory_bytes=16 << 30),),
-        runtimes={"keras": "3.15"}, gflops=120.4,
+        runtimes={"tensorflow": "2.21.0", "keras": "3.15.1"}, gflops=120.4,
     ),
 )  # fmt: skip
 
@@ -41,7 +41,7 @@ def test_json_has_every_field_and_no_nan(capsys: pytest.CaptureFixture[str]) -> 
 
 def test_nodes_show_what_they_have() -> None:
     shown = text_of(output.nodes_table([NODE]))
-    for part in ("n1", "online", "kitchen", "4", "8.0 GiB", "T4 16.0 GiB", "120", "keras 3.15"):
+    for part in ("n1", "online", "kitchen", "4", "8.0 GiB", "T4 16.0 GiB", "120", "2.21.0"):
         assert part in shown, part
 
 
