@@ -37,7 +37,7 @@ class Send:
 
 @dataclass(frozen=True)
 class Prefetch:
-    """Begin to fetch the blobs of a lease that was queued."""
+    """Begin to fetch the blobs of a lease that waits for another to end."""
 
     lease: LeaseShard
 
@@ -112,7 +112,7 @@ class Assignments:
         if refusal is not None:
             return [Send(LeaseRefused(attempt_id=lease.attempt_id, error=refusal))]
         self.held[lease.attempt_id] = _Held(lease)
-        return [Send(LeaseTaken(attempt_id=lease.attempt_id)), Prefetch(lease), *self._next()]
+        return [Send(LeaseTaken(attempt_id=lease.attempt_id)), *(self._next() or [Prefetch(lease)])]
 
     def on_withdrawn(self, message: WithdrawLease) -> list[Effect]:
         if not self.accepts(message.epoch):

@@ -225,7 +225,7 @@ TestMachine.settings = settings(max_examples=150, stateful_step_count=40, deadli
 def test_one_runs_and_the_next_are_prefetched() -> None:
     assignments = Assignments()
     first = assignments.on_lease(lease("a"))
-    assert first == [Send(LeaseTaken(attempt_id="a")), Prefetch(lease("a")), Run(lease("a"))]
+    assert first == [Send(LeaseTaken(attempt_id="a")), Run(lease("a"))]
     second = assignments.on_lease(lease("b"))
     assert second == [Send(LeaseTaken(attempt_id="b")), Prefetch(lease("b"))]
     assert assignments.on_outcome(finished("a")) == [Send(finished("a")), Run(lease("b"))]

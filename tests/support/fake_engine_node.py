@@ -1,0 +1,137 @@
+"""`potluck-node` with engines that only play: what a job's or an input's name says, they do. Takes the daemon's arguments."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import node.daemon
+import node.executor
+from node.__main__ import main
+from node.engine.process import EngineInfo
+from potluck.errors import Cancelled, EngineFailed, InvalidModel, NotFound
+from potluck.messages import (
+    AnyTask,
+    AnyTaskResult,
+    BlobRef,
+    EvaluateResult,
+    PredictResult,
+    RequestOutcome,
+    Signature,
+    Tensor,
+    TrainResult,
+)
+
+BIG = 300_000
+SIGNATURE = Signature(inputs=(), outputs=())
+
+
+class FakeEngine:
+    """Has the methods of `node.engine.process.Engine`, and no process."""
+
+    count = 0
+
+    def __init__(self, scratch: Path, *, threads: int, start_seconds: float, silence_seconds: float) -> None:
+        FakeEngine.count += 1
+        self.pid = FakeEngine.count
+        self._scratch = scratch
+        self._replicas: set[str] = set()
+        self._dead: asyncio.Future[EngineFailed] = asyncio.get_running_loop().create_future()
+        self._cancelled = asyncio.Event()
+        self.alive = False
+
+    async def start(self) -> EngineInfo:
+        self._scratch.mkdir(parents=True, exist_ok=True)
+        self.alive = True
+        return EngineInfo({"fake": "1"}, ())
+
+    async def wait_dead(self) -> EngineFailed:
+        return await asyncio.shield(self._dead)
+
+    async def run_task(
+        self,
+        job_id: str,
+        task: AnyTask,
+        files: dict[str, Path],
+        on_progress: Callable[[int, dict[str, float]], None],
+    ) -> AnyTaskResult:
+        match job_id.partition("-")[0]:
+            case "join":
+                data = b"".join(files[sha256].read_bytes() for sha256 in sorted(files))
+                sha256 = hashlib.sha256(data).hexdigest()
+                (self._scratch / sha256).write_bytes(data)
+                return TrainResult(weights=BlobRef(sha256=sha256, size=len(data)), samples=1, steps=1)
+            case "predict":
+                data = bytes(BIG if "big" in job_id else 8)
+                return PredictResult(
+                    count=1, outputs=(Tensor(name="y", datatype="UINT8", shape=(1, len(data)), data=data),)
+                )
+            case "evaluate":
+                return EvaluateResult(count=1, sums={"loss": 1.0}, confusion=((0,) * 600,) * 600)
+            case "crash":
+                raise self._die("the engine was ended by SIGSEGV")
+            case "bad":
+                raise InvalidModel("no optimizer: compile the model")
+            case "slow":
+                for done in range(10_000):
+                    on_progress(done + 1, {"loss": 0.5})
+                    if self._cancelled.is_set():
+                        self._cancelled.clear()
+                        raise Cancelled("stopped at a step")
+                    if self._dead.done():
+                        break
+                    await asyncio.sleep(0.01)
+                raise EngineFailed("the engine was stopped")
+            case "deaf":
+                raise await self.wait_dead()
+            case other:
+                raise AssertionError(other)
+
+    async def cancel_task(self) -> None:
+        self._cancelled.set()
+
+    async def load_model(self, replica_id: str, path: Path) -> tuple[Signature, int]:
+        if await asyncio.to_thread(path.read_bytes) == b"bad":
+            raise InvalidModel("this is not a .keras file")
+        self._replicas.add(replica_id)
+        return SIGNATURE, 123
+
+    async def unload_model(self, replica_id: str) -> None:
+        self._replicas.discard(replica_id)
+
+    async def infer(self, replica_id: str, requests: Sequence[Sequence[Tensor]]) -> tuple[list[RequestOutcome], float]:
+        if replica_id not in self._replicas:
+            raise NotFound(f"replica {replica_id} is not loaded")
+        match requests[0][0].name:
+            case "crash":
+                raise self._die("the engine was ended by SIGSEGV")
+            case "slow":
+                await asyncio.sleep(1.0)
+            case "grow":
+                big = Tensor(name="y", datatype="UINT8", shape=(1, BIG), data=bytes(BIG))
+                small = Tensor(name="z", datatype="UINT8", shape=(1, 1), data=b"\1")
+                return [RequestOutcome(outputs=(big, small))], 0.0
+            case _:
+                pass
+        return [RequestOutcome(outputs=tuple(request)) for request in requests], 0.001
+
+    async def forget_job(self, job_id: str) -> None:
+        pass
+
+    async def stop(self, grace_seconds: float = 2.0) -> None:
+        self._die("the engine was stopped")
+
+    def _die(self, reason: str) -> EngineFailed:
+        self.alive = False
+        failure = EngineFailed(reason)
+        if not self._dead.done():
+            self._dead.set_result(failure)
+        return failure
+
+
+if __name__ == "__main__":
+    node.daemon.Engine = FakeEngine  # type: ignore[attr-defined, assignment, misc]
+    node.executor.STOP_SECONDS = 0.5
+    main()
