@@ -140,6 +140,7 @@ class Replicas:
             await asyncio.wait([loading])
         if self._loaded.pop(replica_id, None) is not None:
             self._release(replica_id)
+            self._slot.touch()
             engine = self._slot.engine
             if engine is not None:
                 try:

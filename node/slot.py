@@ -65,6 +65,10 @@ class EngineSlot:
             self._in_use -= 1
             self._used_at = asyncio.get_running_loop().time()
 
+    def touch(self) -> None:
+        """What was held until now counts as use: only from here on it is idle."""
+        self._used_at = asyncio.get_running_loop().time()
+
     async def stop_idle(self, *, needed: bool) -> None:
         """Stop the engine when it has been idle for long and is not `needed` for anything."""
         idle = asyncio.get_running_loop().time() - self._used_at
