@@ -6,6 +6,7 @@ msgpack maps begin with 0x80-0x8F, 0xDE or 0xDF, JSON objects with `{` (0x7B), s
 from __future__ import annotations
 
 import json
+import re
 from functools import cache
 from typing import Any, Literal, TypeVar
 
@@ -18,6 +19,7 @@ from potluck.messages import INLINE_LIMIT_BYTES, AnyMessage, Message
 Encoding = Literal["msgpack", "json"]
 CONTENT_TYPES: dict[Encoding, str] = {"msgpack": "application/msgpack", "json": "application/json"}
 
+_LONG_NUMBER = re.compile(rb"[0-9]{19}")
 _NATIVE = {"msgpack": (bytes,), "json": ()}
 T = TypeVar("T")
 
@@ -54,11 +56,17 @@ def salvage(payload: bytes) -> tuple[str, str, Encoding | None]:
 
 
 def pack(value: Any, encoding: Encoding = "msgpack") -> bytes:
-    """Any struct or plain value as bytes, without a size limit: for files and for frames between our own processes."""
-    plain = msgspec.to_builtins(value, builtin_types=_NATIVE[encoding])
-    if encoding == "json":
-        return json.dumps(plain, separators=(",", ":"), ensure_ascii=False, allow_nan=True).encode()
-    packed: bytes = msgpack.packb(plain)
+    """Any struct or plain value as bytes, without a size limit: for files and for frames between our own processes.
+
+    Raises BadMessage for what an encoding cannot carry.
+    """
+    try:
+        plain = msgspec.to_builtins(value, builtin_types=_NATIVE[encoding])
+        if encoding == "json":
+            return json.dumps(plain, separators=(",", ":"), ensure_ascii=False, allow_nan=True).encode()
+        packed: bytes = msgpack.packb(plain)
+    except (OverflowError, RecursionError, ValueError) as error:
+        raise BadMessage(f"{type(value).__name__} cannot be sent as {encoding}: {error}") from error
     return packed
 
 
@@ -77,7 +85,9 @@ def _parse(payload: bytes) -> tuple[dict[Any, Any], Encoding]:
     try:
         if first == 0x7B or first in b" \t\r\n\xef":
             encoding = "json"
-            value = json.loads(payload.decode("utf-8-sig"))
+            # Only where there may be one: the check costs as much as the rest.
+            parse_int = _number if _LONG_NUMBER.search(payload) else None
+            value = json.loads(payload.decode("utf-8-sig"), parse_int=parse_int)
             if b"\\ud" in payload or b"\\uD" in payload:
                 json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair cannot be sent on
         elif 0x80 <= first <= 0x8F or first in (0xDE, 0xDF):
@@ -93,6 +103,12 @@ def _parse(payload: bytes) -> tuple[dict[Any, Any], Encoding]:
     if not isinstance(value, dict):
         raise BadMessage(f"the payload is a {type(value).__name__}: expected a map")
     return value, encoding
+
+
+def _number(text: str) -> int | float:
+    """JSON has whole numbers of any size, msgpack of 64 bits: what is larger is a float, as in JavaScript."""
+    value = int(text)
+    return value if -(2**63) <= value < 2**64 else float(text)
 
 
 @cache

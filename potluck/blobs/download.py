@@ -175,7 +175,7 @@ class Downloader:
                     if response.status in (200, 201):
                         return None
                     reason = _told(await response.content.read(4096)) or f"{response.status} {response.reason}"
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
             return explained(error, self._timings)
         if response.status == 413:
             raise TooLarge(f"{base} refused a blob of {ref.size} bytes: {reason}")

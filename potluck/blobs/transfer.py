@@ -28,6 +28,8 @@ CHUNK_BYTES = 4 * 2**20
 REQUESTS_PER_HOLDER = 2
 REQUESTS_LIMIT = 6
 _TICK_SECONDS = 0.25
+_NO_ADDRESS = (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError, UnicodeError)
+"""What an URL leads to that cannot be one; a host's name with labels too long for the DNS is a UnicodeError."""
 
 
 @dataclass(frozen=True)
@@ -261,8 +263,9 @@ class Transfer:
                     return await self._read(response, start, stop)
         except TimeoutError as error:
             raise HolderFailed(explained(error, timings)) from error
-        except (aiohttp.ClientError, OSError) as error:
-            raise HolderFailed(explained(error, timings), final=isinstance(error, aiohttp.InvalidURL)) from error
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            # ValueError: an address, or an answer, that aiohttp and the resolver do not expect to be so odd.
+            raise HolderFailed(explained(error, timings), final=isinstance(error, _NO_ADDRESS)) from error
 
     async def _read(self, response: aiohttp.ClientResponse, start: int, stop: int) -> bytearray:
         """Never more than was asked for, whatever is sent."""
@@ -296,7 +299,7 @@ def explained(error: Exception, timings: Timings) -> str:
         return f"no byte came for {timings.idle_seconds:g} s"
     if isinstance(error, TimeoutError):
         return f"slower than {timings.slowest_bytes_per_second:g} bytes a second"
-    if isinstance(error, aiohttp.InvalidURL):
+    if isinstance(error, _NO_ADDRESS):
         return "is not an http:// address"
     if isinstance(error, aiohttp.ClientConnectorDNSError):
         return "its name is not known here"

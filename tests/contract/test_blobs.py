@@ -360,6 +360,36 @@ async def test_connection_errors_are_explained(hold: Hold, downloader: Downloade
     assert len(broken.asked) == QUICK.failures_limit
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        "", "nonsense", "ftp://127.0.0.1", "file:///etc/passwd", "http://[::1", "http://127.0.0.1:99999", "http://a..b",
+        f"http://{'a' * 70}", "http://\udc80", "http://1.2.3.4.5:1", "http://us\u00e9r:\u20ac@127.0.0.1:1",
+    ],
+)  # fmt: skip
+async def test_addresses_that_are_none_are_named(hold: Hold, downloader: Downloader, url: str) -> None:
+    data = noise(1000)
+    with pytest.raises(Unavailable, match="is not an http:// address"):
+        await downloader.fetch(ref_of(data, url))
+    with pytest.raises(Unavailable, match="is not an http:// address"):
+        await downloader.push(data, (url,))
+    assert (await downloader.fetch(ref_of(data, url, (await hold(data)).url))).read_bytes() == data
+
+
+@pytest.mark.parametrize("total", ["9" * 5000, "", "*", "-1", "\u0663", "x"])
+async def test_a_holder_that_talks_nonsense_harms_nobody(hold: Hold, downloader: Downloader, total: str) -> None:
+    data = noise(1000)
+
+    async def nonsense(request: web.Request, data: bytes) -> web.StreamResponse:
+        headers = {"Content-Range": f"bytes 0-9/{total}"}
+        return web.Response(status=206, body=b"nonsense", headers=headers)
+
+    odd, good = await hold(data, spoil=nonsense), await hold(data)
+    assert (await downloader.fetch(ref_of(data, odd.url, good.url))).read_bytes() == data
+    with pytest.raises(Unavailable, match="could not be had from anyone"):
+        await downloader.fetch(ref_of(noise(1000, 1), odd.url))
+
+
 async def test_a_holder_that_trickles_alone_is_given_up(hold: Hold, tmp_path: Path) -> None:
     data = noise(100_000)
 

@@ -145,6 +145,33 @@ def test_a_number_stands_for_a_float_but_a_float_for_no_int() -> None:
         codec.decode(json.dumps({"type": "Infer", "inputs": [{**tensor, "shape": [2.5]}]}).encode())
 
 
+def test_whole_numbers_that_msgpack_cannot_carry_are_floats() -> None:
+    """A client could end whoever had to send them on."""
+    numbers = [2**64, -(2**63) - 1, 10**30, 2**64 - 1, -(2**63)]
+    tensor = {"name": "x", "datatype": "FP32", "shape": [5], "data": numbers}
+    message, _ = codec.decode(json.dumps({"type": "Infer", "id": "1", "inputs": [tensor]}).encode())
+    again, _ = codec.decode(codec.encode(message))
+    assert isinstance(again, Infer)
+    assert again.inputs[0].data == [2.0**64, -(2.0**63), 1e30, 2**64 - 1, -(2**63)]
+    payload = json.dumps({"type": "CancelJob", "id": "1", "reply_to": "a", "job_id": 2**64}).encode()
+    with pytest.raises(BadMessage, match="job_id"):
+        codec.decode(payload)
+    assert codec.salvage(payload) == ("1", "a", "json")
+
+
+@pytest.mark.parametrize("encoding", ["msgpack", "json"])
+def test_what_cannot_be_encoded_is_an_error_of_ours(encoding: Any) -> None:
+    deep: list[Any] = []
+    for _ in range(2000):
+        deep = [deep]
+    tensor = Tensor(name="x", datatype="FP32", shape=(1,), data=deep)
+    with pytest.raises(BadMessage, match="Infer cannot be sent"):
+        codec.encode(Infer(inputs=(tensor,)), encoding)
+    if encoding == "msgpack":
+        with pytest.raises(BadMessage, match="CancelJob cannot be sent"):
+            codec.encode(CancelJob(job_id=2**64))  # type: ignore[arg-type]
+
+
 def test_tensors_nest_in_requests() -> None:
     tensor = Tensor(name="x", datatype="UINT8", shape=(2,), data=b"ab")
     message = RunInference(id="b", replica_id="r", requests=((tensor,), (tensor, tensor)))
