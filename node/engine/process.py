@@ -82,6 +82,8 @@ class Engine:
             "KERAS_BACKEND": "tensorflow",
             "OMP_NUM_THREADS": str(threads),
             "PYTHONUNBUFFERED": "1",
+            # AutoGraph writes files there, and an engine that is killed does not remove them: the scratch folder goes with us.
+            "TMPDIR": str(self._scratch),
         }
         try:
             # -P: a folder named `keras` where the daemon was started is not Keras.

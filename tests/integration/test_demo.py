@@ -1,0 +1,68 @@
+"""`potluck demo` does the main job, and leaves nothing behind: no process, no folder, no open port; also after Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from potluck.lifecycle import die_with_parent
+
+pytestmark = [pytest.mark.tensorflow, pytest.mark.timeout(300)]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """Where the demo keeps its temporary folders; empty again when it is over."""
+    yield tmp_path
+    assert not list(tmp_path.iterdir())
+
+
+def start(folder: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "potluck.cli.main", "demo"],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=os.environ | {"TMPDIR": str(folder), "COLUMNS": "100"}, preexec_fn=die_with_parent(),
+    )  # fmt: skip
+
+
+def still_running(started: list[psutil.Process]) -> list[psutil.Process]:
+    return [one for one in started if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_the_demo_does_the_main_job(folder: Path) -> None:
+    demo = start(folder)
+    said, _ = demo.communicate(timeout=280)
+    assert demo.returncode == 0, said
+    assert "SIGKILL to node node-3" in said
+    accuracy = re.search(r"359 items.*?accuracy (\d\.\d+)", said, re.DOTALL)
+    assert accuracy is not None
+    assert float(accuracy[1]) >= 0.97
+    assert said.count("1 of 1 right") + said.count("10 of 10 right") >= 2
+    assert said.rstrip().endswith("removed.")
+
+
+@pytest.mark.parametrize(("number", "seconds"), [(signal.SIGINT, 2.0), (signal.SIGINT, 12.0), (signal.SIGTERM, 12.0)])
+def test_an_interrupted_demo_leaves_nothing(folder: Path, number: signal.Signals, seconds: float) -> None:
+    demo = start(folder)
+    assert demo.stdout is not None
+    deadline = time.monotonic() + seconds
+    seen: dict[int, psutil.Process] = {}
+    process = psutil.Process(demo.pid)
+    while time.monotonic() < deadline:  # somewhere on its way; whatever it has started by then is noted
+        seen |= {child.pid: child for child in process.children(recursive=True)}
+        time.sleep(0.1)
+    assert demo.poll() is None
+    demo.send_signal(number)
+    said, _ = demo.communicate(timeout=60)
+    assert demo.returncode == 130, said
+    assert "Interrupted" in said
+    assert still_running(list(seen.values())) == []
