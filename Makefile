@@ -1,10 +1,12 @@
-# Everything a newcomer needs: `make demo`, `make test`, `make check`. Nothing but Python 3.11 or newer, pip and git is assumed.
+# Everything a newcomer needs: `make demo`, `make test`, `make check`. Nothing but Python 3.11 or newer and pip is assumed.
 
-PYTHON := $(shell for p in python3 python3.13 python3.12 python3.11; do \
-	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { command -v $$p; break; }; done)
+# The first of these that is new enough; 3.14 and newer come last, because TensorFlow is late with packages for them.
+PYTHON := $(shell for try in "python3 14" "python3.13 14" "python3.12 14" "python3.11 14" "python3 99"; do set -- $$try; \
+	$$1 -c "import sys; sys.exit(not (3, 11) <= sys.version_info < (3, $$2))" 2>/dev/null && { command -v $$1; break; }; done)
 VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS := engine,broker,tfrecord,demo
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: help demo test check bench packages clean
 
@@ -14,10 +16,10 @@ help:  ## Say what there is
 demo: $(VENV)/.demo  ## Start a broker, a coordinator and three nodes here, and let them do the main job
 	@$(BIN)/potluck demo
 
-test: $(VENV)/.dev packages  ## Run all tests
+test: $(VENV)/.dev packages  ## Run all tests; PYTEST="tests/unit -k rounds" runs a part
 	@$(BIN)/python -m pytest $(PYTEST)
 
-check: $(VENV)/.dev  ## Lint, types, and the rules of who imports whom
+check: $(VENV)/.dev  ## Lint, format, types, and the rules of who imports whom
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -27,22 +29,29 @@ bench: $(VENV)/.dev  ## Run the benchmarks in full
 	@for file in latency scaling; do $(BIN)/python benchmarks/$$file.py || exit 1; done
 
 clean:  ## Remove what make made
-	rm -rf $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
+# Debian's python3-pip comes without python3-venv: then pip itself puts a pip into the environment.
 $(VENV)/bin/python:
-	@test -n "$(PYTHON)" || { echo "potluck needs Python 3.11 or newer: install it (Debian: apt install python3 python3-venv)"; exit 1; }
+	@test -n "$(PYTHON)" || { echo "potluck needs Python 3.11 or newer, and found none: apt install python3 python3-venv" >&2; exit 1; }
 	@echo "making $(VENV) with $(PYTHON)"
-	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
-		echo "python3 cannot make virtual environments: apt install python3-venv"; exit 1; }
+	@rm -rf $(VENV)
+	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || { \
+		$(PYTHON) -m venv --clear --without-pip $(VENV) && \
+		$(PYTHON) -m pip --quiet --disable-pip-version-check --python $(VENV)/bin/python install pip; } || { \
+		rm -rf $(VENV); \
+		echo "$(PYTHON) can neither make virtual environments nor run pip: apt install python3-venv, then try again" >&2; exit 1; }
 
-$(VENV)/.demo: $(VENV)/bin/python pyproject.toml
+# A stamp for each set of packages: they are installed again only when pyproject.toml has changed.
+$(VENV)/.demo: pyproject.toml | $(VENV)/bin/python
 	@echo "installing potluck with TensorFlow (about 1 GB, once)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]'
+	@$(INSTALL) --editable '.[$(EXTRAS)]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS),dev]'
+	@echo "installing what tests and checks need"
+	@$(INSTALL) --editable '.[$(EXTRAS),dev]'
 	@touch $@
 
 # What the tests use of the system. With root on Debian or Ubuntu it is installed; elsewhere we say what cannot run.

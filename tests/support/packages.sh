@@ -16,10 +16,9 @@ if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then
 	export DEBIAN_FRONTEND=noninteractive
 	# A service that apt starts would take the broker's port: nothing is to be started.
 	policy=/usr/sbin/policy-rc.d
-	[ -e "$policy" ] || { printf '#!/bin/sh\nexit 101\n' >"$policy" && chmod +x "$policy" && made=1; }
+	[ -e "$policy" ] || { trap 'rm -f "$policy"' EXIT; trap 'exit 1' INT TERM; printf '#!/bin/sh\nexit 101\n' >"$policy"; chmod +x "$policy"; }
 	apt-get update -qq && apt-get install -y -qq --no-install-recommends $missing >/dev/null
 	status=$?
-	[ -n "$made" ] && rm -f "$policy"
 	[ $status -eq 0 ] || echo "apt-get could not install all of it: the tests named above are skipped"
 else
 	echo "without root on Debian or Ubuntu it is not installed: the tests named above are skipped, each with its reason"
