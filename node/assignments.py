@@ -56,7 +56,14 @@ class Stop:
     attempt_id: str
 
 
-Effect = Send | Prefetch | Run | Stop
+@dataclass(frozen=True)
+class GiveUp:
+    """Fetch no more for this lease: it was withdrawn while it waited."""
+
+    attempt_id: str
+
+
+Effect = Send | Prefetch | Run | Stop | GiveUp
 
 
 @dataclass
@@ -118,8 +125,10 @@ class Assignments:
         if not self.accepts(message.epoch):
             return []
         held = self.held.pop(message.attempt_id, None)
-        if held is None or held.state != "running":
+        if held is None or held.state == "reporting":
             return []
+        if held.state == "queued":
+            return [GiveUp(message.attempt_id)]
         self.stopping = message.attempt_id
         return [Stop(message.attempt_id)]
 

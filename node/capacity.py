@@ -61,11 +61,15 @@ async def measure(kept_in: Path, threads: int = 0) -> float:
     kept = read_text(kept_in).rpartition("\t")
     if kept[0] == key and (known := _positive(kept[2])):
         return known
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "node.benchmark", stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-        env=os.environ | dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(threads)),
-        preexec_fn=die_with_parent(),
-    )  # fmt: skip
+    try:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "node.benchmark", stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+            env=os.environ | dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(threads)),
+            preexec_fn=die_with_parent(),
+        )  # fmt: skip
+    except OSError as error:  # no memory, or no more processes allowed
+        log.warning("speed not measured %s", fields(reason=error))
+        return 0.0
     out, err = b"", b""
     try:
         async with asyncio.timeout(MEASURE_SECONDS):

@@ -11,7 +11,7 @@ from contextlib import AsyncExitStack
 
 from node import capacity as capacities
 from node import identity
-from node.assignments import Assignments, Effect, Prefetch, Run, Send, Stop
+from node.assignments import Assignments, Effect, GiveUp, Prefetch, Run, Send, Stop
 from node.engine.process import Engine
 from node.executor import Executor
 from node.presence import Presence
@@ -202,6 +202,8 @@ class Node:
                 self._executor.start(lease)
             case Stop(attempt_id):
                 self._executor.stop(attempt_id)
+            case GiveUp(attempt_id):
+                self._executor.give_up(attempt_id)
 
     # --- parts ----------------------------------------------------------------------------------------------------------
 

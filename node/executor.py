@@ -82,7 +82,10 @@ class Executor:
         self._on_stored = on_stored
         self._tasks: asyncio.TaskGroup | None = None
         self._running: _Attempt | None = None
+        self._prefetches: dict[str, asyncio.Task[None]] = {}
+        # Apart, so that what runs never waits for what is only fetched ahead, from holders that may be slow.
         self._fetching = asyncio.Semaphore(FETCHES_AT_ONCE)
+        self._prefetching = asyncio.Semaphore(FETCHES_AT_ONCE)
 
     async def run(self) -> None:
         """Must be under way for anything to happen; until cancelled."""
@@ -91,8 +94,16 @@ class Executor:
             await asyncio.get_running_loop().create_future()
 
     def prefetch(self, lease: LeaseShard) -> None:
+        """Fetch the blobs of a lease that waits for its turn."""
         assert self._tasks is not None
-        self._tasks.create_task(self._prefetch(lease), name=f"prefetch {lease.attempt_id}")
+        task = self._tasks.create_task(self._prefetch(lease), name=f"prefetch {lease.attempt_id}")
+        self._prefetches[lease.attempt_id] = task
+        task.add_done_callback(self._prefetched)
+
+    def give_up(self, attempt_id: str) -> None:
+        """The lease was withdrawn before its turn came: nobody wants its blobs now."""
+        if (prefetch := self._prefetches.pop(attempt_id, None)) is not None:
+            prefetch.cancel()
 
     def start(self, lease: LeaseShard) -> None:
         """Work on this lease; its outcome is told to `on_outcome`, whatever happens."""
@@ -103,6 +114,7 @@ class Executor:
     def stop(self, attempt_id: str) -> None:
         """Stop this attempt, if it is what is running, at its next step."""
         assert self._tasks is not None
+        self.give_up(attempt_id)
         attempt = self._running
         if attempt is not None and attempt.lease.attempt_id == attempt_id:
             attempt.withdrawn.set()
@@ -152,13 +164,13 @@ class Executor:
             for ref in refs:
                 self._store.unpin(ref.sha256)
 
-    async def _fetch(self, refs: list[BlobRef]) -> dict[str, Path]:
+    async def _fetch(self, refs: list[BlobRef], places: asyncio.Semaphore) -> dict[str, Path]:
         """Files of all blobs; the coordinator learns which ones are new here."""
         distinct = {ref.sha256: ref for ref in refs}
         missing = tuple(sha256 for sha256 in distinct if not self._store.has(sha256))
 
         async def one(ref: BlobRef) -> Path:
-            async with self._fetching:
+            async with places:
                 return await self._downloader.fetch(ref)
 
         fetches = {sha256: asyncio.create_task(one(ref), name=f"fetch {sha256}") for sha256, ref in distinct.items()}
@@ -178,10 +190,13 @@ class Executor:
 
     async def _prefetch(self, lease: LeaseShard) -> None:
         try:
-            await self._fetch(list(blob_refs(lease.task)))
+            await self._fetch(list(blob_refs(lease.task)), self._prefetching)
         except PotluckError as error:
             # The attempt itself will meet the same trouble, and report it.
             log.info("prefetch failed %s", fields(attempt=lease.attempt_id, reason=error.message))
+
+    def _prefetched(self, task: asyncio.Task[None]) -> None:
+        self._prefetches = {key: other for key, other in self._prefetches.items() if other is not task}
 
     async def _report(self, attempt_id: str, result: AnyTaskResult) -> ShardFinished:
         """The result with its blobs in our store and us as their holder; small predictions stay inline. Raises TooLarge."""
@@ -219,7 +234,7 @@ class Executor:
 
     async def _fetch_unless(self, withdrawn: asyncio.Event, refs: list[BlobRef]) -> dict[str, Path]:
         """`_fetch`, but Cancelled at once when the attempt is withdrawn."""
-        fetch = asyncio.create_task(self._fetch(refs), name="fetch")
+        fetch = asyncio.create_task(self._fetch(refs, self._fetching), name="fetch")
         given_up = asyncio.create_task(withdrawn.wait(), name="withdrawn")
         both: set[asyncio.Task[Any]] = {fetch, given_up}
         try:

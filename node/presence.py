@@ -97,7 +97,7 @@ class Presence:
         if self.joined:
             try:
                 await self._publish_capacity(bus)
-            except Unavailable as error:  # the next birth will tell
+            except PotluckError as error:  # the next birth will tell
                 log.debug("capacity not published yet %s", fields(reason=error.message))
 
     async def telemetry(

@@ -10,6 +10,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from node.engine.process import Engine
 from node.slot import EngineSlot
 from potluck.blobs.download import Downloader
 from potluck.blobs.store import BlobStore
@@ -24,6 +25,7 @@ from potluck.messages import (
     ModelUnloaded,
     RequestOutcome,
     RunInference,
+    Signature,
     Tensor,
     UnloadModel,
 )
@@ -31,6 +33,8 @@ from potluck.outbox import Outbox, error_info
 
 log = logging.getLogger(__name__)
 
+REPLICAS_LIMIT = 256
+"""Replicas that are loaded or being loaded; memory ends long before, so more is a fault of somebody."""
 BATCHES_LIMIT = 256
 """Batches that may wait for the engine; the coordinator sends two to a replica, so more is a fault of somebody."""
 INLINE_OUTPUT_BYTES = 192 * 1024
@@ -86,13 +90,22 @@ class Replicas:
         known = self._loaded.get(command.replica_id)
         if known is not None:
             self._outbox.publish(self._topic, known)
-        elif command.replica_id not in self._loading:
+        elif command.replica_id in self._loading:
+            return
+        elif len(self._loaded) + len(self._loading) >= REPLICAS_LIMIT:
+            error = Overloaded(f"this node has {REPLICAS_LIMIT} replicas already", retry_after_seconds=1.0)
+            self._outbox.publish(self._topic, ModelLoadFailed(replica_id=command.replica_id, error=error_info(error)))
+        else:
             assert self._tasks is not None
             task = self._tasks.create_task(self._load(command), name=f"load {command.replica_id}")
             self._loading[command.replica_id] = task
             task.add_done_callback(lambda _: self._loading.pop(command.replica_id, None))
 
     def unload(self, command: UnloadModel) -> None:
+        """Be a replica no more; says again that it is none when it is none."""
+        if command.replica_id not in self._loaded and command.replica_id not in self._loading:
+            self._outbox.publish(self._topic, ModelUnloaded(replica_id=command.replica_id))
+            return
         assert self._tasks is not None
         self._tasks.create_task(self._unload(command.replica_id), name=f"unload {command.replica_id}")
 
@@ -122,8 +135,17 @@ class Replicas:
         self._models[replica_id] = sha256
         self._store.pin(sha256)
         try:
-            path = await self._downloader.fetch(command.model)
-            signature, resident = await self._slot.use(lambda engine: engine.load_model(replica_id, path))
+            try:
+                path = await self._downloader.fetch(command.model)
+            except OSError as error:
+                raise Unavailable(f"the model cannot be kept on this node: {error}") from error
+
+            async def load(engine: Engine) -> tuple[Engine, Signature, int]:
+                return engine, *await engine.load_model(replica_id, path)
+
+            engine, signature, resident = await self._slot.use(load)
+            if self._slot.engine is not engine:  # its death was told before the replica counted as one that it held
+                raise EngineFailed("the engine ended just after it had loaded the model")
         except PotluckError as error:
             self._release(replica_id)
             log.info("model not loaded %s", fields(model=command.name, replica=replica_id, reason=error.message))
@@ -145,8 +167,8 @@ class Replicas:
             if engine is not None:
                 try:
                     await engine.unload_model(replica_id)
-                except EngineFailed as error:
-                    log.info("engine ended while unloading %s", fields(reason=error.message))
+                except PotluckError as error:  # it died, or has too much to do: it keeps the memory until it ends
+                    log.info("engine did not unload %s", fields(replica=replica_id, reason=error.message))
         self._outbox.publish(self._topic, ModelUnloaded(replica_id=replica_id))
 
     async def _infer(self, command: RunInference) -> None:

@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
 
-from node.assignments import QUEUE_LIMIT, Assignments, Effect, Outcome, Prefetch, Run, Send, Stop
+from node.assignments import QUEUE_LIMIT, Assignments, Effect, GiveUp, Outcome, Prefetch, Run, Send, Stop
 from potluck.messages import (
     AcknowledgeResult,
     BlobRef,
@@ -149,7 +149,8 @@ class Machine(RuleBasedStateMachine):
         held = self.assignments.held.get(attempt_id)
         state = held.state if held else None
         effects = self.assignments.on_withdrawn(withdrawal(attempt_id, self.epoch))
-        assert effects == ([Stop(attempt_id)] if state == "running" else [])
+        expected = {"running": [Stop(attempt_id)], "queued": [GiveUp(attempt_id)]}
+        assert effects == expected.get(state or "", [])
         self.perform(effects)
         if held is not None:
             self.withdrawn.add(attempt_id)

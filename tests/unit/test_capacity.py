@@ -185,3 +185,6 @@ async def test_what_cannot_be_measured_is_zero(
     monkeypatch.setattr(capacity, "MEASURE_SECONDS", 0.2)
     assert await capacity.measure(tmp_path / "speed") == 0
     assert "more than 0.2 s" in caplog.text
+    broken.unlink()
+    assert await capacity.measure(tmp_path / "speed") == 0
+    assert "No such file" in caplog.text
