@@ -158,6 +158,7 @@ async def test_an_engine_that_dies_takes_its_replicas_and_says_so(lab: Lab) -> N
     await lab.heard(ModelLoaded, after=2)
     await lab.infer("again", REPLICA, X)
     assert code(await answer(lab, "again")) == ""
+    await lab.heard(LeaseRenewed)
     done = max(one.done for one in lab.all(LeaseRenewed))
     await lab.heard(LeaseRenewed, lambda one: one.done > done)  # the shard had an engine of its own
     assert node.log().count("engine started engine=serve") == 2
