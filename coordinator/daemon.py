@@ -64,7 +64,7 @@ class Coordinator:
         """Start, say ready, serve until `stop`, and stop in reverse order."""
         settings = self.settings
         async with AsyncExitStack() as stack:
-            journal = Journal(self.folder / "journal.sqlite")
+            journal = Journal(self.folder / "journal.sqlite", least_epoch=int(time.time()))
             stack.callback(journal.close)
             store = BlobStore(self.folder / "blobs", settings.blob_limit_bytes)
             broker, addresses = await self._broker(stack)

@@ -26,9 +26,13 @@ CREATE TABLE IF NOT EXISTS facts (key TEXT PRIMARY KEY, value INTEGER NOT NULL);
 
 
 class Journal:
-    """An open journal. One process at a time: opening it twice raises Conflict."""
+    """An open journal. One process at a time: opening it twice raises Conflict.
 
-    def __init__(self, path: Path) -> None:
+    The epoch is one more than the last, and at least `least_epoch`: given the time, a coordinator whose journal was lost is
+    still newer than what its nodes have seen.
+    """
+
+    def __init__(self, path: Path, *, least_epoch: int = 0) -> None:
         self._db = sqlite3.connect(path, isolation_level=None, timeout=1.0)
         try:
             # EXCLUSIVE keeps the file lock for as long as we live: two coordinators on one journal would undo each other.
@@ -38,7 +42,7 @@ class Journal:
             self._db.executescript(_SCHEMA)
             self._db.execute("BEGIN IMMEDIATE")
             self._db.execute("INSERT OR IGNORE INTO facts VALUES ('epoch', 0)")
-            self._db.execute("UPDATE facts SET value = value + 1 WHERE key = 'epoch'")
+            self._db.execute("UPDATE facts SET value = max(value + 1, ?) WHERE key = 'epoch'", (least_epoch,))
             self._db.execute("COMMIT")
         except sqlite3.OperationalError as error:
             self._db.close()

@@ -20,6 +20,7 @@ from potluck.errors import InvalidSettings
 
 Port = Annotated[int, Meta(ge=0, le=65535)]
 PositiveSeconds = Annotated[float, Meta(gt=0)]
+LogLevel = Annotated[str, Meta(pattern=r"(?i)^(debug|info|warning|error)\Z")]
 
 
 class Section(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -72,7 +73,7 @@ class NodeSettings(NetworkSettings, frozen=True):
     node_id: str = ""
     state_dir: str = ""
     listen: Listen = Listen()
-    log_level: str = "INFO"
+    log_level: LogLevel = "INFO"
     telemetry_seconds: PositiveSeconds = 5.0
     resend_seconds: PositiveSeconds = 1.0
     renew_seconds: PositiveSeconds = 1.0
@@ -90,7 +91,7 @@ class CoordinatorSettings(NetworkSettings, frozen=True):
     state_dir: str = ""
     listen: Listen = Listen()
     broker: BrokerSettings = BrokerSettings()
-    log_level: str = "INFO"
+    log_level: LogLevel = "INFO"
     lease_seconds: PositiveSeconds = 10.0
     resend_seconds: PositiveSeconds = 1.0
     node_timeout_seconds: PositiveSeconds = 20.0

@@ -30,6 +30,10 @@ def test_each_opening_raises_the_epoch(tmp_path: Path) -> None:
         epochs.append(journal.epoch)
         journal.close()
     assert epochs == [1, 2, 3]
+    for least, expected in ((100, 100), (50, 101)):
+        journal = Journal(tmp_path / "j", least_epoch=least)
+        assert journal.epoch == expected
+        journal.close()
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:
