@@ -101,8 +101,11 @@ _FROM_ENGINE: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(FromEngine)
 
 
 def encode(frame: Frame) -> bytes:
-    """Length and body. Raises TooLarge for a frame over the limit."""
-    body = _ENCODER.encode(frame)
+    """Length and body. Raises TooLarge for a frame over the limit, BadMessage for what a frame cannot carry."""
+    try:
+        body = _ENCODER.encode(frame)
+    except (OverflowError, RecursionError, TypeError, ValueError) as error:
+        raise BadMessage(f"{type(frame).__name__} cannot be given to the engine: {error}") from error
     if len(body) > FRAME_LIMIT_BYTES:
         raise TooLarge(
             f"{type(frame).__name__} of {len(body)} bytes is over the limit of {FRAME_LIMIT_BYTES} between a node and its "

@@ -125,7 +125,10 @@ class Transfer:
                 await self._gather(partial)
                 try:
                     await unbroken(self._store.verify, partial.path, self._ref)
-                except CorruptBlob:
+                except CorruptBlob as error:
+                    if not self._ref.size:  # nobody sent anything: whoever named it was wrong
+                        partial.discard()
+                        raise CorruptBlob(f"no blob of 0 bytes has the hash {self._ref.sha256}") from error
                     self._blame(partial)
                     continue
                 partial.discard()

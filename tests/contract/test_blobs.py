@@ -461,6 +461,15 @@ async def test_a_wrong_size_is_said(hold: Hold, downloader: Downloader) -> None:
         await downloader.fetch(ref)
 
 
+async def test_nothing_has_one_hash(hold: Hold, downloader: Downloader) -> None:
+    assert (await downloader.fetch(ref_of(b""))).read_bytes() == b""
+    holder = await hold(b"soup")
+    async with asyncio.timeout(5):
+        with pytest.raises(CorruptBlob, match=f"no blob of 0 bytes has the hash {sha(b'soup')}"):
+            await downloader.fetch(BlobRef(sha256=sha(b"soup"), size=0, holders=(holder.url,)))
+    assert leftovers(store_of(downloader)) == []
+
+
 async def test_what_does_not_fit_is_not_fetched(hold: Hold, tmp_path: Path) -> None:
     data = noise(2000)
     holder = await hold(data)

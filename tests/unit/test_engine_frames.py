@@ -46,6 +46,14 @@ def test_answers_come_back(frame: frames.Frame) -> None:
     assert frames.from_engine(body) == frame
 
 
+def test_what_does_not_fit_a_frame_is_an_error_of_ours() -> None:
+    """It would end the daemon."""
+    for data in ([2**64], [2**64, "x"], [object()]):
+        tensor = Tensor(name="x", datatype="INT64", shape=(1,), data=data)
+        with pytest.raises(BadMessage, match="Infer cannot be given to the engine"):
+            frames.encode(frames.Infer(number=1, replica_id="r", requests=((tensor,),)))
+
+
 @given(st.lists(st.sampled_from(ANSWERS), max_size=8), st.lists(st.integers(1, 40)))
 def test_a_stream_may_be_cut_anywhere(sent: list[frames.Frame], cuts: list[int]) -> None:
     stream = b"".join(frames.encode(frame) for frame in sent)
