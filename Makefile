@@ -6,7 +6,7 @@ PYTHON := $(shell for try in "python3 14" "python3.13 14" "python3.12 14" "pytho
 VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS := engine,broker,tfrecord,demo
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+INSTALL := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: help demo test check bench packages clean
 

@@ -1,0 +1,76 @@
+"""The systemd units are valid, without a warning, and keep what the daemons need."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "systemd"
+NAMES = ("potluck-coordinator", "potluck-node")
+BACKOFF_SINCE = 254
+"""The systemd that first knows RestartSteps."""
+
+needs_systemd = pytest.mark.skipif(
+    shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed (apt install systemd)"
+)
+
+
+def verify(unit: Path) -> str:
+    """What `systemd-analyze verify` has to say of a unit; nothing, when all is well."""
+    command = ["systemd-analyze", "verify", "--man=no", str(unit)]
+    verified = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    said = [line for line in verified.stderr.splitlines() if "potluck" in line or str(unit.parent) in line]
+    assert verified.returncode == 0 or said, verified.stderr
+    return "\n".join(said)
+
+
+def copied(name: str, folder: Path) -> Path:
+    """The unit with a program that is there: potluck is not installed in /opt/potluck where tests run, and
+    `systemd-analyze verify` looks for it. Everything else is verified as it stands.
+    """
+    text = (FOLDER / f"{name}.service").read_text()
+    assert f"ExecStart=/opt/potluck/bin/{name} --config /etc/potluck/{name.removeprefix('potluck-')}.toml\n" in text
+    copy = folder / f"{name}.service"
+    copy.write_text(text.replace(f"/opt/potluck/bin/{name}", "/bin/true"))
+    return copy
+
+
+@needs_systemd
+@pytest.mark.parametrize("name", NAMES)
+def test_units_are_valid(tmp_path: Path, name: str) -> None:
+    assert verify(copied(name, tmp_path)) == ""
+
+
+@needs_systemd
+@pytest.mark.parametrize("name", NAMES)
+def test_a_mistake_in_a_unit_would_be_found(tmp_path: Path, name: str) -> None:
+    copy = copied(name, tmp_path)
+    copy.write_text(copy.read_text().replace("DynamicUser=yes", "DynamicUsers=yes"))
+    assert "DynamicUsers" in verify(copy)
+
+
+@needs_systemd
+@pytest.mark.parametrize("name", NAMES)
+def test_the_backoff_goes_with_both(tmp_path: Path, name: str) -> None:
+    unit = copied(name, tmp_path)
+    text = unit.read_text() + (FOLDER / "restart-backoff.conf").read_text()
+    unit.write_text(text)
+    said = verify(unit).splitlines()
+    version = subprocess.run(["systemd-analyze", "--version"], capture_output=True, text=True, check=True).stdout
+    if int(version.split()[1].split(".")[0]) < BACKOFF_SINCE:
+        said = [line for line in said if not re.search(r"Unknown key '(RestartSteps|RestartMaxDelaySec)'", line)]
+    assert said == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_units_keep_what_the_daemons_need(name: str) -> None:
+    lines = (FOLDER / f"{name}.service").read_text().splitlines()
+    for line in ("Type=notify", "DynamicUser=yes", f"StateDirectory={name}", "Restart=on-failure", "ProcSubset=all"):
+        assert line in lines
+    # TensorFlow writes machine code while it runs; mDNS asks the kernel for the interfaces.
+    assert not any(line.startswith("MemoryDenyWriteExecute") for line in lines)
+    assert "RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX AF_NETLINK" in lines
