@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import struct
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -19,6 +22,23 @@ PARTS = ("train", "test", "val")
 """An `.npz` may hold several sets, told apart by `_train`, `_test` and `_val` at the end of the names."""
 
 _MAGIC = (b"PK", b"\x93NUMPY")
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    EOFError,
+    LookupError,
+    TypeError,
+    ArithmeticError,
+    AttributeError,
+    RuntimeError,
+    SyntaxError,
+    MemoryError,
+    struct.error,
+    tokenize.TokenError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+"""What numpy and zipfile raise for damaged files, and for zip files of kinds that are not known."""
 
 
 def pack(source: Mapping[str, Array], target: str | None, packing: Packing, *, classes: Sequence[str] = ()) -> Dataset:
@@ -75,7 +95,7 @@ def read_file(path: Path, target: str | None) -> tuple[dict[str, Array], str | N
                 {name.removesuffix(part): loaded[name] for name in names if name.endswith(part)},
                 target.removesuffix(part) if target else None,
             )
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError, KeyError) as error:
+    except _UNREADABLE as error:
         if "pickle" in str(error):
             raise InvalidData(
                 f"{path} holds Python objects, which are code: save plain arrays of numbers instead"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,24 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path: Path, store: BlobStore) -> 
     np.savez(file, x=np.asarray([{}, []], dtype=object))
     with pytest.raises(InvalidData, match="holds Python objects, which are code"):
         pack(file, "d", store)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed, np.save])
+def test_a_damaged_file_is_said_to_be_one_wherever_the_damage_is(
+    tmp_path: Path, store: BlobStore, save: Callable[..., None]
+) -> None:
+    file = tmp_path / ("bad.npy" if save is np.save else "bad.npz")
+    save(file, np.arange(400, dtype=np.float32).reshape(100, 4))
+    whole = file.read_bytes()
+    refused = 0
+    for place in range(len(whole)):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << place % 8)]) + whole[place + 1 :])
+        try:
+            pack(file, "d", store)
+        except InvalidData as error:
+            refused += 1
+            assert file.name in error.message or "array" in error.message  # noqa: PT017 - either is right
+    assert refused > 50
 
 
 @pytest.mark.parametrize(
