@@ -45,7 +45,7 @@ $(VENV)/bin/python:
 
 # A stamp for each set of packages: they are installed again only when pyproject.toml has changed.
 $(VENV)/.demo: pyproject.toml | $(VENV)/bin/python
-	@echo "installing potluck with TensorFlow (about 1 GB, once)"
+	@echo "installing potluck with TensorFlow (once; about 2 GB on disk)"
 	@$(INSTALL) --editable '.[$(EXTRAS)]'
 	@touch $@
 
