@@ -17,9 +17,12 @@ if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then
 	# A service that apt starts would take the broker's port: nothing is to be started.
 	policy=/usr/sbin/policy-rc.d
 	[ -e "$policy" ] || { trap 'rm -f "$policy"' EXIT; trap 'exit 1' INT TERM; printf '#!/bin/sh\nexit 101\n' >"$policy"; chmod +x "$policy"; }
-	apt-get update -qq && apt-get install -y -qq --no-install-recommends $missing >/dev/null
-	status=$?
-	[ $status -eq 0 ] || echo "apt-get could not install all of it: the tests named above are skipped"
+	apt-get update -qq || echo "apt-get update failed: trying with the lists that are there"
+	# One by one: what one of them lacks must not cost the others.
+	for package in $missing; do
+		apt-get -o DPkg::Lock::Timeout=120 install -y -qq --no-install-recommends "$package" >/dev/null ||
+			echo "apt-get could not install $package: the tests named above that need it are skipped"
+	done
 else
 	echo "without root on Debian or Ubuntu it is not installed: the tests named above are skipped, each with its reason"
 fi
