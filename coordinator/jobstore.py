@@ -114,7 +114,7 @@ class JobStore:
         self._journal.rewrite(
             f"job/{job.job_id}", [job.submitted, JobFinished(at=job.ended.ended_at, result=job.ended)]
         )
-        for sha256 in self._pinned(job.submitted):
+        for sha256 in self._pinned(job):
             self._blobs.unpin(sha256)
         old = [job_id for job_id in self.jobs if job_id not in self.active][:-JOBS_KEPT]
         for job_id in old:
@@ -182,12 +182,15 @@ class JobStore:
         if job.submitted.request_id:
             self._requests[job.submitted.request_id] = job.job_id
         if job.active:
-            for sha256 in self._pinned(job.submitted):
+            for sha256 in self._pinned(job):
                 self._blobs.pin(sha256)
 
-    def _pinned(self, submitted: JobSubmitted) -> list[str]:
-        refs = (submitted.model, submitted.dataset, submitted.validation)
-        return [ref.sha256 for ref in refs if ref is not None]
+    def _pinned(self, job: Job) -> list[str]:
+        """Blobs that must stay while the job is under way, also when its data set's name goes to another."""
+        submitted = job.submitted
+        refs = [ref for ref in (submitted.model, submitted.dataset, submitted.validation) if ref is not None]
+        shards = job.dataset.shards if job.dataset is not None else ()
+        return [ref.sha256 for ref in refs] + [shard.blob.sha256 for shard in shards]
 
     def _model(self, model: str | BlobRef) -> tuple[BlobRef, ImageOptions | None]:
         if isinstance(model, str):

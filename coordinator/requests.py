@@ -14,7 +14,7 @@ from coordinator.serving.serving import Serving
 from potluck import codec
 from potluck.blobs.store import BlobStore
 from potluck.bus import Envelope
-from potluck.errors import BadMessage, InvalidData, InvalidRequest, PotluckError
+from potluck.errors import BadMessage, InvalidData, InvalidRequest, NotFound, PotluckError
 from potluck.messages import (
     AddDataset,
     BlobRef,
@@ -148,10 +148,19 @@ class Requests:
             raise InvalidData(
                 f"the manifest of data set {message.name!r} counts {dataset.count} items, its shards do not"
             )
-        info = self._registry.add_dataset(message.name, message.manifest, dataset)
+        # Pinned before the one it replaces is let go, since they may share shards.
         for ref in dataset_blobs(message.manifest, dataset):
             self._store.pin(ref.sha256)
-        return DatasetAdded(dataset=info)
+        for ref in self._blobs_of(message.name):
+            self._store.unpin(ref.sha256)
+        return DatasetAdded(dataset=self._registry.add_dataset(message.name, message.manifest, dataset))
+
+    def _blobs_of(self, name: str) -> list[BlobRef]:
+        """The blobs of the data set that has this name now, if one has."""
+        try:
+            return dataset_blobs(self._registry.manifest(name), self._registry.dataset(name))
+        except NotFound:
+            return []
 
     def _need(self, ref: BlobRef, what: str) -> None:
         if not self._store.has(ref.sha256):

@@ -1,7 +1,8 @@
 """Deployments: which replicas there should be, and where. Pure; time is an argument.
 
 A deployment wants a number of replicas, each on a node of its own. A replica that is lost or fails is replaced on the
-fastest node that has fewest; one that cannot be loaded three times in a row anywhere fails its deployment, with the error.
+fastest node that has fewest. A new deployment that cannot be loaded three times in a row anywhere fails, with the error;
+one that has been ready once is never given up.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from potluck.messages import BlobRef, ErrorInfo, ReplicaInfo, Signature
 
 FAILURES_LIMIT = 3
 RETRY_SECONDS = 5.0
-"""A node whose replica failed is left alone for so long, doubled with each failure."""
+"""A node whose replica failed is left alone for so long, doubled with each failure up to FAILURES_LIMIT."""
 
 ReplicaState = Literal["loading", "ready", "failed"]
 
@@ -67,6 +68,8 @@ class Deployment:
     failures: int = 0
     error: ErrorInfo | None = None
     made: int = 0
+    settled: bool = False
+    """Whether a replica was ready once: from then on loading is tried again for ever."""
     resting: dict[str, float] = field(default_factory=dict)
     """Nodes that failed, and until when they are left alone."""
 
@@ -75,9 +78,14 @@ class Deployment:
         return [replica for replica in self.replicas.values() if replica.state == "ready"]
 
     @property
+    def failing(self) -> bool:
+        """Whether loading fails again and again, with `error`."""
+        return self.failures >= FAILURES_LIMIT
+
+    @property
     def failed(self) -> bool:
         """Whether loading was given up."""
-        return self.failures >= FAILURES_LIMIT
+        return self.failing and not self.settled
 
     def target(self, places: Sequence[Place]) -> int:
         return len(places) if self.wanted == 0 else self.wanted
@@ -120,7 +128,17 @@ class Deployment:
         if replica is None or replica.state == "ready":
             return False
         replica.state, replica.error = "ready", None
-        self.failures, self.error = 0, None
+        self.failures, self.error, self.settled = 0, None, True
+        return True
+
+    def adopt(self, replica_id: str, node_id: str, places: Sequence[Place]) -> bool:
+        """Whether a replica that a node holds is one of ours, or may be one: then it is asked to be, and is at once."""
+        if replica_id in self.replicas:
+            return self.replicas[replica_id].node_id == node_id
+        taken = any(replica.node_id == node_id for replica in self.replicas.values())
+        if taken or len(self.replicas) >= self.target(places) or self.failed:
+            return False
+        self.replicas[replica_id] = Replica(replica_id, node_id)
         return True
 
     def lost(self, replica_id: str, error: ErrorInfo | None, now: float) -> bool:
@@ -130,10 +148,9 @@ class Deployment:
             return False
         if error is not None:
             if replica.state == "loading":
-                self.failures += 1
+                # A model that is itself at fault would be so elsewhere.
+                self.failures = min(FAILURES_LIMIT, self.failures + 1) if error.retryable else FAILURES_LIMIT
                 self.error = error
-                if not error.retryable:
-                    self.failures = FAILURES_LIMIT  # the model itself is at fault: elsewhere it would be the same
             self.resting[replica.node_id] = now + RETRY_SECONDS * 2 ** max(0, self.failures - 1)
         return True
 

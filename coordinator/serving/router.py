@@ -2,7 +2,8 @@
 
 A request goes out at once when a replica has room; while all are busy, requests wait and leave together (natural
 batching). Of two replicas picked at random the one with less expected wait gets the batch (the power of two choices,
-Mitzenmacher, 2001). A batch that is lost is put back at the head of the queue; a request is answered once.
+Mitzenmacher, 2001). A batch that is lost is put back at the head of the queue; a request is answered once, by its
+deadline. A replica that answers with failures rests for a moment: failing is quick, and would draw everything to it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ BATCHES_IN_FLIGHT = 2
 BATCH_BYTES = 160 * 1024
 """Inline tensors of a batch: it must fit into a message."""
 ATTEMPTS_LIMIT = 4
+REST_SECONDS = 0.5
 SMOOTHING = 0.2
 
 Answer = Callable[[RequestOutcome | PotluckError], None]
@@ -32,6 +34,15 @@ class Request:
     deadline: float
     size_bytes: int
     attempts: int = 0
+    failure: str = ""
+    """What the last attempt failed with."""
+    answered: bool = False
+
+    def settle(self, outcome: RequestOutcome | PotluckError) -> None:
+        """Answer it, unless that was done."""
+        if not self.answered:
+            self.answered = True
+            self.answer(outcome)
 
 
 @dataclass(eq=False, slots=True)
@@ -52,6 +63,12 @@ class _Lane:
     batches: dict[str, Batch] = field(default_factory=dict)
     requests: int = 0
     seconds_each: float = 0.0
+    rests_until: float = 0.0
+
+    @property
+    def wait(self) -> tuple[float, int]:
+        """Expected until one more request is answered. A new replica counts as quick, so that it is tried."""
+        return (self.requests + 1) * (self.seconds_each or 1e-3), self.requests
 
 
 class Router:
@@ -95,7 +112,7 @@ class Router:
         """Batches to send now."""
         batches: list[Batch] = []
         while self.queue:
-            lane = self._pick()
+            lane = self._pick(now)
             if lane is None:
                 break
             requests = self._take(now)
@@ -116,21 +133,23 @@ class Router:
             return
         lane.requests -= len(batch.requests)
         if len(outcomes) != len(batch.requests):
+            lane.rests_until = now + REST_SECONDS
             self._put_back(batch, now)
             return
-        each = (now - batch.sent_at) / len(batch.requests)
-        lane.seconds_each = (
-            each if not lane.seconds_each else lane.seconds_each + SMOOTHING * (each - lane.seconds_each)
-        )
         retried: list[Request] = []
         for request, outcome in zip(batch.requests, outcomes, strict=True):
             if outcome.error is not None and (outcome.error.retryable or outcome.error.code == "not_found"):
+                request.failure = outcome.error.message
                 retried.append(request)
             else:
-                self.served += 1
-                request.answer(outcome)
+                self.served += not request.answered
+                request.settle(outcome)
         if retried:
+            lane.rests_until = now + REST_SECONDS
             self._put_back(Batch(batch_id, replica_id, lane.node_id, retried, now), now)
+            return
+        each = (now - batch.sent_at) / len(batch.requests)
+        lane.seconds_each += (SMOOTHING if lane.seconds_each else 1.0) * (each - lane.seconds_each)
 
     def expire(self, now: float, batch_seconds: float) -> None:
         """Answer requests whose time is up, and ask those elsewhere whose batch has not come back."""
@@ -142,27 +161,35 @@ class Router:
             for request in late:
                 self._time_out(request)
         for lane in self.lanes.values():
-            for batch in [batch for batch in lane.batches.values() if now - batch.sent_at > batch_seconds]:
-                del lane.batches[batch.batch_id]
-                lane.requests -= len(batch.requests)
-                self._put_back(batch, now)
+            for batch in list(lane.batches.values()):
+                if now - batch.sent_at > batch_seconds:
+                    del lane.batches[batch.batch_id]
+                    lane.requests -= len(batch.requests)
+                    lane.seconds_each = max(lane.seconds_each, batch_seconds)  # others come first now
+                    self._put_back(batch, now)
+                else:
+                    for request in batch.requests:
+                        if request.deadline <= now:
+                            self._time_out(request)
 
     def close(self, error: PotluckError) -> None:
         """Answer everything with `error`: the deployment is gone."""
         for lane in self.lanes.values():
             for batch in lane.batches.values():
                 for request in batch.requests:
-                    request.answer(error)
+                    request.settle(error)
         self.lanes.clear()
         while self.queue:
-            self.queue.popleft().answer(error)
+            self.queue.popleft().settle(error)
 
-    def _pick(self) -> _Lane | None:
-        open_lanes = [lane for lane in self.lanes.values() if len(lane.batches) < BATCHES_IN_FLIGHT]
+    def _pick(self, now: float) -> _Lane | None:
+        open_lanes = [
+            lane for lane in self.lanes.values() if len(lane.batches) < BATCHES_IN_FLIGHT and lane.rests_until <= now
+        ]
         if len(open_lanes) <= 1:
             return open_lanes[0] if open_lanes else None
         one, other = self._rng.sample(open_lanes, 2)
-        return min(one, other, key=lambda lane: (lane.requests * (lane.seconds_each or 1e-3), lane.requests))
+        return min(one, other, key=lambda lane: lane.wait)
 
     def _take(self, now: float) -> list[Request]:
         taken: list[Request] = []
@@ -182,18 +209,23 @@ class Router:
 
     def _put_back(self, batch: Batch, now: float) -> None:
         for request in reversed(batch.requests):
+            if request.answered:
+                continue
             if request.deadline <= now:
                 self._time_out(request)
             elif request.attempts >= ATTEMPTS_LIMIT:
-                request.answer(
-                    Unavailable(f"{self.name} did not answer in {request.attempts} attempts on its replicas")
+                reason = f": {request.failure}" if request.failure else ""
+                request.settle(
+                    Unavailable(f"{self.name} did not answer in {request.attempts} attempts on its replicas{reason}")
                 )
             else:
                 self.queue.appendleft(request)
 
     def _time_out(self, request: Request) -> None:
-        waiting = "" if self.lanes else ": no replica is ready"
-        request.answer(TimedOut(f"{self.name} gave no answer in time{waiting}"))
+        reason = "" if self.lanes else ": no replica is ready"
+        if request.failure:
+            reason = f": {request.failure}"
+        request.settle(TimedOut(f"{self.name} gave no answer in time{reason}"))
 
     def _expected_seconds(self) -> float:
         rates = [1 / lane.seconds_each for lane in self.lanes.values() if lane.seconds_each > 0]
