@@ -200,5 +200,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _put(table: dict[str, Any], keys: list[str], value: Any) -> None:
     for key in keys[:-1]:
-        table = table.setdefault(key, {})
+        inner = table.setdefault(key, {})
+        if not isinstance(inner, dict):
+            raise InvalidSettings(f"settings: {key} is {inner!r}, and no table: {'.'.join(keys)} has no place there")
+        table = inner
     table[keys[-1]] = value

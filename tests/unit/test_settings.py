@@ -1,5 +1,6 @@
 """Settings: defaults, file, environment, flags, in this order; and what is wrong is named."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,37 @@ def test_what_is_wrong_in_a_file_is_named(tmp_path: Path, text: str, said: str) 
     file.write_text(text)
     with pytest.raises(InvalidSettings, match=said):
         load(CoordinatorSettings, file)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("POTLUCK_THREADS", "many", "threads"),
+        ("POTLUCK_LOG_LEVEL", "LOUD", "log_level"),
+        ("POTLUCK_LISTEN", "0.0.0.0", "listen"),
+        ("POTLUCK_LISTEN__INSECURE", "perhaps", "listen.insecure"),
+        ("POTLUCK_LISTEN__PROT", "1", "prot"),
+        ("POTLUCK_THREADS__PORT", "1", "threads is 1, and no table"),
+    ],
+)
+def test_what_is_wrong_in_the_environment_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: str, said: str
+) -> None:
+    file = tmp_path / "node.toml"
+    file.write_text("threads = 1\n")
+    monkeypatch.setenv(name, text)
+    with pytest.raises(InvalidSettings, match=re.escape(said)):
+        load(NodeSettings, file)
+
+
+def test_the_environment_speaks_of_every_kind_of_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POTLUCK_LISTEN__INSECURE", "true")
+    monkeypatch.setenv("POTLUCK_LISTEN__PORT", "9000")
+    monkeypatch.setenv("POTLUCK_RENEW_SECONDS", "0.5")
+    monkeypatch.setenv("POTLUCK_LOG_LEVEL", "debug")
+    settings = load(NodeSettings)
+    assert settings.listen == Listen(port=9000, insecure=True)
+    assert (settings.renew_seconds, settings.log_level) == (0.5, "debug")
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
