@@ -22,11 +22,12 @@ log = logging.getLogger(__name__)
 S = TypeVar("S", NodeSettings, CoordinatorSettings)
 
 _PR_SET_PDEATHSIG = 1
+_notify_address = ""
 
 
 def notify(state: str) -> None:
     """Tell systemd `READY=1`, `STOPPING=1`, `STATUS=...` (sd_notify(3)); nothing happens outside of a unit."""
-    address = os.environ.get("NOTIFY_SOCKET")
+    address = _notify_address or os.environ.get("NOTIFY_SOCKET", "")
     if not address:
         return
     if address.startswith("@"):
@@ -34,6 +35,12 @@ def notify(state: str) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
         sock.connect(address)
         sock.sendall(state.encode())
+
+
+def _keep_notify_socket() -> None:
+    """Take NOTIFY_SOCKET out of the environment: our children (a broker, an engine) are not to speak to systemd for us."""
+    global _notify_address
+    _notify_address = os.environ.pop("NOTIFY_SOCKET", "")
 
 
 def stop_event(loop: asyncio.AbstractEventLoop) -> asyncio.Event:
@@ -100,6 +107,7 @@ def run_daemon(name: str, read_settings: Callable[[], S], serve: Callable[[S], C
     try:
         settings = read_settings()
         logs.configure(settings.log_level)
+        _keep_notify_socket()
         if settings.listen.insecure:
             log.warning("INSECURE: %s listens on %s without encryption or identities", name, settings.listen.host)
         asyncio.run(serve(settings))
