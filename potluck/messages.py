@@ -21,9 +21,13 @@ INLINE_LIMIT_BYTES = 256 * 1024
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")]
 """A name that a user gives to a model or data set."""
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
-Count = Annotated[int, Meta(ge=0)]
-Positive = Annotated[int, Meta(ge=1)]
+Count = Annotated[int, Meta(ge=0, le=2**53)]
+"""Up to what JavaScript holds: sums of counts stay within the 64 bits of msgpack."""
+Positive = Annotated[int, Meta(ge=1, le=2**53)]
 Seconds = Annotated[float, Meta(ge=0)]
+Epochs = Annotated[int, Meta(ge=1, le=1_000_000)]
+"""With a limit, so that a job's samples can be counted in 64 bits."""
+Seed = Annotated[int, Meta(ge=0, le=2**32 - 1)]
 
 
 class Part(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -159,13 +163,13 @@ class Train(JobSpec, frozen=True, tag="train"):
     model: str | BlobRef
     dataset: Name
     validation: Name | None = None
-    epochs: Positive = 1
+    epochs: Epochs = 1
     batch_size: Positive = 32
     image: ImageOptions | None = None
     register: Name | None = None
     strategy: Literal["auto", "local"] = "auto"
     round_seconds: Annotated[float, Meta(gt=0)] = 5.0
-    seed: int = 0
+    seed: Seed = 0
 
 
 class Evaluate(JobSpec, frozen=True, tag="evaluate"):

@@ -15,6 +15,7 @@ from potluck.local_cluster import LocalCluster
 
 pytestmark = pytest.mark.timeout(120)
 
+TRAIN = {"kind": "train", "model": "none", "dataset": "none"}
 INBOX = "potluck/v1/hostile/clients/me/inbox"
 
 
@@ -55,6 +56,10 @@ def topic(leaf: str) -> str:
         ),
         ("jobs/submit", {"type": "SubmitJob", "job": {"kind": "dance"}}, "bad_message", "kind"),
         ("jobs/submit", {"type": "SubmitJob"}, "bad_message", "job"),
+        ("jobs/submit", {"type": "SubmitJob", "job": {**TRAIN, "epochs": 2**63}}, "bad_message", "epochs"),
+        ("jobs/submit", {"type": "SubmitJob", "job": {**TRAIN, "epochs": 10**400}}, "bad_message", "epochs"),
+        ("jobs/submit", {"type": "SubmitJob", "job": {**TRAIN, "seed": -1}}, "bad_message", "seed"),
+        ("jobs/submit", {"type": "SubmitJob", "job": {**TRAIN, "batch_size": 2**60}}, "bad_message", "batch_size"),
         ("jobs/submit", {"type": "Nonsense"}, "bad_message", "Nonsense"),
         ("coordinator/inbox", {"type": "GetJob", "job_id": "none"}, "not_found", "none"),
         ("coordinator/inbox", {"type": "GetJob", "job_id": 7}, "bad_message", "job_id"),

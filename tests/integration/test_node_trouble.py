@@ -151,7 +151,7 @@ async def test_addresses_that_are_none_end_no_node(lab: Lab) -> None:
     ("ref", "code"),
     [
         (BlobRef(sha256="b" * 64, size=0), "corrupt_blob"),
-        (BlobRef(sha256="b" * 64, size=2**63), "disk_full"),
+        (BlobRef(sha256="b" * 64, size=2**53), "disk_full"),
         (BlobRef(sha256="b" * 64, size=5), "unavailable"),
     ],
 )
