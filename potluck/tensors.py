@@ -68,7 +68,11 @@ def to_numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
     if tensor.datatype == "BYTES":
         if not isinstance(data, list):
             raise InvalidRequest(f"tensor '{label}': BYTES data must be a list of strings")
-        array = np.array(_flatten(data), dtype=object)
+        flat = _flatten(data)
+        if not all(isinstance(item, str | bytes) for item in flat):
+            raise InvalidRequest(f"tensor '{label}': BYTES data must be a list of strings, and this one has others")
+        array = np.empty(len(flat), dtype=object)
+        array[:] = flat
         return _shaped(array, tensor)
     if tensor.datatype not in DTYPES:
         raise InvalidRequest(
@@ -81,12 +85,15 @@ def to_numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
                 f"tensor '{label}': {tensor.datatype} of shape {list(tensor.shape)} is {count * dtype.itemsize} bytes, "
                 f"but data has {len(data)}"
             )
-        return np.frombuffer(data, dtype=dtype).reshape(tensor.shape)
+        return _shaped(np.frombuffer(data, dtype=dtype), tensor)
     if isinstance(data, list):
         try:
             array = np.asarray(data, dtype=dtype)
+            exact = dtype.kind == "f" or not array.size or np.asarray(data).dtype.kind in "iub"
         except (ValueError, TypeError, OverflowError) as error:
             raise InvalidRequest(f"tensor '{label}': data does not fit {tensor.datatype}: {error}") from error
+        if not exact and not np.array_equal(array, np.asarray(data)):  # numpy would cut off what it cannot hold
+            raise InvalidRequest(f"tensor '{label}': data does not fit {tensor.datatype}: it has other numbers")
         return _shaped(array, tensor)
     raise InvalidRequest(f"tensor '{label}': its data is a blob, which must be pulled first")
 
@@ -97,14 +104,16 @@ def _shaped(array: np.ndarray[Any, Any], tensor: Tensor) -> np.ndarray[Any, Any]
         raise InvalidRequest(
             f"tensor '{tensor.name}': shape {list(tensor.shape)} needs {count} values, but data has {array.size}"
         )
-    return array.reshape(tensor.shape)
+    try:
+        return array.reshape(tensor.shape)
+    except ValueError as error:  # more dimensions than numpy has, or an empty one beside one that is too long
+        raise InvalidRequest(
+            f"tensor '{tensor.name}': it cannot have shape {list(tensor.shape)[:9]}: {error}"
+        ) from error
 
 
 def _flatten(data: list[Any]) -> list[Any]:
-    flat: list[Any] = []
-    for item in data:
-        if isinstance(item, list):
-            flat.extend(_flatten(item))
-        else:
-            flat.append(item)
-    return flat
+    """All that is in the list and its lists, in order, however deep."""
+    while any(isinstance(item, list) for item in data):
+        data = [part for item in data for part in (item if isinstance(item, list) else [item])]
+    return data

@@ -24,15 +24,14 @@ from potluck.errors import (
     TooLarge,
     Unavailable,
 )
-from potluck.messages import INLINE_LIMIT_BYTES, Tensor, TensorSpec
+from potluck.messages import BlobRef, Count, Tensor, TensorSpec
 from potluck.settings import CoordinatorSettings
-from potluck.tensors import as_lists, to_numpy
+from potluck.tensors import as_lists
 
 log = logging.getLogger(__name__)
 
 BODY_LIMIT_BYTES = 4 * 2**20
 STATUS: dict[type[PotluckError], int] = {NotFound: 404, Overloaded: 429, TooLarge: 413, TimedOut: 504, Unavailable: 503}
-_TENSOR_BYTES = INLINE_LIMIT_BYTES - 16 * 1024
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -41,9 +40,16 @@ class _RequestTensor(msgspec.Struct):
     """A tensor of an inference request: V2, "$request_input"."""
 
     name: str
-    shape: tuple[int, ...]
+    shape: tuple[Count, ...]
     datatype: str
     data: list[Any]
+    parameters: dict[str, Any] = {}
+
+
+class _RequestOutput(msgspec.Struct):
+    """An output that is asked for: V2, "$request_output"."""
+
+    name: str
     parameters: dict[str, Any] = {}
 
 
@@ -51,7 +57,7 @@ class _InferRequest(msgspec.Struct):
     inputs: list[_RequestTensor]
     id: str = ""
     parameters: dict[str, Any] = {}
-    outputs: list[dict[str, Any]] = []
+    outputs: list[_RequestOutput] = []
 
 
 def routes(
@@ -114,16 +120,19 @@ class _Gateway:
         if "Inference-Header-Content-Length" in request.headers:
             raise InvalidRequest("the binary tensor extension is not supported yet: send `data` as lists")
         asked = _decode(await request.read())
-        inputs = tuple(_tensor(tensor) for tensor in asked.inputs)
-        if sum(len(tensor.data) for tensor in inputs if isinstance(tensor.data, bytes)) > _TENSOR_BYTES:
-            raise TooLarge(f"the inputs are over {_TENSOR_BYTES} bytes: send them in several requests")
+        inputs = tuple(
+            Tensor(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape, data=tensor.data)
+            for tensor in asked.inputs
+        )
         answer = await self._serving.infer(_name(request), inputs, self._settings.inference_seconds)
         name, _, version = answer.model.partition(":")
-        wanted = {output.get("name") for output in asked.outputs}
+        wanted = {output.name for output in asked.outputs}
         outputs = [as_lists(tensor) for tensor in answer.outputs if not wanted or tensor.name in wanted]
         if wanted and len(outputs) != len(wanted):
             have = ", ".join(tensor.name for tensor in answer.outputs)
             raise InvalidRequest(f"the model's outputs are {have}, but others were asked for")
+        if any(isinstance(tensor.data, BlobRef) for tensor in outputs):
+            raise TooLarge("the answer does not fit into a message: send fewer rows at once, or ask over MQTT")
         body = {
             "model_name": name,
             "model_version": version,
@@ -142,15 +151,6 @@ def _decode(body: bytes) -> _InferRequest:
         return msgspec.convert(json.loads(body), _InferRequest)
     except (ValueError, RecursionError) as error:  # msgspec.ValidationError is a ValueError
         raise InvalidRequest(f"the body is not an inference request: {error}") from error
-
-
-def _tensor(tensor: _RequestTensor) -> Tensor:
-    """With its data as bytes, checked: what is wrong is said before anything is sent on."""
-    plain = Tensor(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape, data=tensor.data)
-    array = to_numpy(plain)
-    if tensor.datatype == "BYTES":
-        return plain
-    return Tensor(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape, data=array.tobytes())
 
 
 def _name(request: web.Request) -> str:

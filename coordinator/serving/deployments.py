@@ -88,7 +88,10 @@ class Deployment:
         return self.failing and not self.settled
 
     def target(self, places: Sequence[Place]) -> int:
-        return len(places) if self.wanted == 0 else self.wanted
+        """A node that is silent for a moment is no place, but what it holds counts until it is lost."""
+        if self.wanted:
+            return self.wanted
+        return len({place.node_id for place in places} | {replica.node_id for replica in self.replicas.values()})
 
     def complete(self, places: Sequence[Place]) -> bool:
         """Whether all wanted replicas are ready."""

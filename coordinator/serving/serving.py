@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from coordinator.journal import Journal
 from coordinator.membership import Membership
@@ -17,15 +18,18 @@ from coordinator.serving.registry import Registry
 from coordinator.serving.router import Batch, Request, Router
 from potluck.bus import Bus, Envelope
 from potluck.errors import (
+    Cancelled,
     InvalidRequest,
     NotFound,
     PotluckError,
     TimedOut,
+    TooLarge,
     Unavailable,
     from_code,
 )
 from potluck.logs import fields
 from potluck.messages import (
+    INLINE_LIMIT_BYTES,
     BlobRef,
     DeploymentInfo,
     ErrorInfo,
@@ -37,6 +41,7 @@ from potluck.messages import (
     ModelLoaded,
     ModelLoadFailed,
     ModelUnloaded,
+    NodeTelemetry,
     RequestOutcome,
     RunInference,
     Signature,
@@ -45,6 +50,7 @@ from potluck.messages import (
 )
 from potluck.outbox import Outbox
 from potluck.settings import CoordinatorSettings
+from potluck.tensors import to_numpy
 from potluck.topics import Topics
 
 log = logging.getLogger(__name__)
@@ -55,6 +61,8 @@ DEPLOY_SECONDS = 300.0
 """How long all replicas of a new deployment may take to become ready."""
 JOIN_SECONDS = 5.0
 """How long a deployment waits for nodes that may be about to join."""
+INPUT_LIMIT_BYTES = INLINE_LIMIT_BYTES - 16 * 1024
+"""Inputs of one request: with what goes around them they fit into a message."""
 BATCH_SECONDS = 10.0
 """A batch that is away for longer is asked again elsewhere: it runs at QoS 0, and a node may be frozen."""
 
@@ -70,11 +78,15 @@ class Deployed(DeploymentEvent, frozen=True):
     wanted: int
 
 
+class Settled(DeploymentEvent, frozen=True):
+    """A replica was ready for the first time."""
+
+
 class Undeployed(DeploymentEvent, frozen=True):
     pass
 
 
-AnyDeploymentEvent = Deployed | Undeployed
+AnyDeploymentEvent = Deployed | Settled | Undeployed
 
 
 class Serving:
@@ -108,6 +120,7 @@ class Serving:
         self._routers: dict[str, Router] = {}
         self._newest: dict[str, str] = {}
         self._changed = asyncio.Event()
+        self._seen: dict[str, NodeTelemetry] = {}
         self.metrics = ServingMetrics()
         for event in journal.replay(_STREAM, AnyDeploymentEvent):  # type: ignore[arg-type, var-annotated]
             self._apply(event)
@@ -117,25 +130,38 @@ class Serving:
     async def deploy(self, model: str, replicas: int) -> str:
         """Deploy, or change the number of replicas; returns the deployment's name once all are ready.
 
-        Raises NotFound, InvalidRequest (more replicas than nodes), and what made loading fail.
+        Raises NotFound, InvalidRequest (more replicas than nodes), Unavailable (nodes were lost meanwhile), and what made
+        loading fail; a deployment that was ready before goes on with what it has.
         """
         info = self._registry.model(model)
         name = f"{info.name}:{info.version}"
         await self._wait_for_nodes(max(1, replicas))
         known = self._deployments.get(name)
-        if known is None or known.wanted != replicas or known.failed:
+        if known is None or known.wanted != replicas or known.failing:
             self._record(Deployed(name=name, model=info.model, wanted=replicas))
         deployment = self._deployments[name]
         self._reconcile(deployment)
         deadline = self._clock() + DEPLOY_SECONDS
-        while not deployment.complete(self._places()):
-            if deployment.failed or name not in self._deployments:
-                error = deployment.error or ErrorInfo(code="cancelled", message=f"{name} was undeployed")
-                self._remove(name)
-                raise from_code(error.code, f"{name} could not be loaded: {error.message}")
-            if self._clock() > deadline:
-                ready = len(deployment.ready)
-                raise TimedOut(f"{ready} of {deployment.target(self._places())} replicas of {name} are ready so far")
+        enough_at = self._clock()
+        while not deployment.complete(places := self._places()):
+            now, ready, wanted = self._clock(), len(deployment.ready), max(1, deployment.target(places))
+            if self._deployments.get(name) is not deployment:
+                raise Cancelled(f"{name} was undeployed before it was ready")
+            if deployment.failing and deployment.error is not None:
+                if deployment.failed:
+                    self._remove(name)
+                left = f"; {ready} of {wanted} replicas are ready" if ready else ""
+                raise from_code(deployment.error.code, f"{name} could not be loaded: {deployment.error.message}{left}")
+            if now > deadline:
+                raise TimedOut(f"{ready} of {wanted} replicas of {name} are ready so far")
+            if len(places) >= wanted:
+                enough_at = now
+            elif now - enough_at > JOIN_SECONDS:
+                self.give_up(name)
+                raise Unavailable(
+                    f"{ready} of {wanted} replicas of {name} are ready, and only {len(places)} nodes with TensorFlow are "
+                    "online any more: start more nodes, or ask for fewer"
+                )
             await self._wait_for_change()
         log.info("deployed %s", fields(model=name, replicas=len(deployment.ready)))
         return name
@@ -210,7 +236,7 @@ class Serving:
             else:
                 self._fast.reply(envelope, Inferred(model=name, outputs=outcome.outputs))
 
-        name = model
+        name = ""  # names that are not deployed are whatever is asked for: they are counted as one
         try:
             router = self._find(model)
             name = router.name
@@ -235,7 +261,10 @@ class Serving:
             else:
                 answered.set_result(outcome)
 
-        self._submit(router, inputs, answer, now + timeout_seconds)
+        try:
+            self._submit(router, inputs, answer, now + timeout_seconds)
+        except PotluckError as error:
+            answer(error)
         outcome = await answered
         return Inferred(model=router.name, outputs=outcome.outputs)
 
@@ -248,7 +277,14 @@ class Serving:
     ) -> None:
         if not inputs:
             raise InvalidRequest("a request needs at least one input tensor")
-        router.submit(Request(inputs, answer, deadline, sum(_size(tensor) for tensor in inputs)))
+        # Lists as bytes: they are checked here, where only their own request can fail, and do not grow on their way.
+        inputs = tuple([_plain(tensor) if isinstance(tensor.data, list) else tensor for tensor in inputs])
+        size = sum([_size(tensor) for tensor in inputs])
+        if size > INPUT_LIMIT_BYTES:
+            raise TooLarge(
+                f"the inputs are {size} bytes, and {INPUT_LIMIT_BYTES} go into a message: send fewer rows at once, or a blob"
+            )
+        router.submit(Request(inputs, answer, deadline, size))
         self._pump(router)
 
     def _pump(self, router: Router) -> None:
@@ -280,19 +316,26 @@ class Serving:
                 router = self._routers.get(_name_of(message.replica_id))
                 if router is not None:
                     router.finished(message.replica_id, message.id, message.outcomes, self._clock())
+                    for outcome in message.outcomes:
+                        if outcome.error is not None and outcome.error.code == "not_found":
+                            self._replica_gone(node_id, message.replica_id, outcome.error)
+                            break
                     self._pump(router)
             case ModelLoaded():
                 self._on_loaded(node_id, message)
             case ModelLoadFailed() | ModelUnloaded():
-                deployment = self._deployments.get(_name_of(message.replica_id))
-                if deployment is not None and deployment.lost(message.replica_id, message.error, self._clock()):
-                    self._routers[deployment.name].remove_replica(message.replica_id, self._clock())
-                    reason = message.error.message if message.error else "asked for"
-                    log.info("replica gone %s", fields(replica=message.replica_id, node=node_id, reason=reason))
-                    self._reconcile(deployment)
-                    self._pump(self._routers[deployment.name])
+                self._replica_gone(node_id, message.replica_id, message.error)
             case _:
                 pass
+
+    def _replica_gone(self, node_id: str, replica_id: str, error: ErrorInfo | None) -> None:
+        deployment = self._deployments.get(_name_of(replica_id))
+        if deployment is not None and deployment.lost(replica_id, error, self._clock()):
+            self._routers[deployment.name].remove_replica(replica_id, self._clock())
+            reason = error.message if error else "asked for"
+            log.info("replica gone %s", fields(replica=replica_id, node=node_id, reason=reason))
+            self._reconcile(deployment)
+            self._pump(self._routers[deployment.name])
 
     def node_lost(self, node_id: str) -> None:
         for deployment in self._deployments.values():
@@ -305,8 +348,25 @@ class Serving:
 
     def node_joined(self, node_id: str) -> None:
         self._changed.set()
+        self._take_stock(node_id)
         for deployment in self._deployments.values():
             self._reconcile(deployment)
+
+    def _take_stock(self, node_id: str) -> None:
+        """Adopt what a node says it holds and a deployment misses; what nobody wants is to go.
+
+        That is left over from before a restart of ours, or from a time when the node could not be reached.
+        """
+        member = self._membership.get(node_id)
+        telemetry = member.telemetry if member is not None else None
+        if telemetry is None or self._seen.get(node_id) is telemetry:
+            return
+        self._seen[node_id] = telemetry
+        places = self._places()
+        for replica_id in telemetry.replicas:
+            deployment = self._deployments.get(_name_of(replica_id))
+            if deployment is None or not deployment.adopt(replica_id, node_id, places):
+                self._command(node_id, UnloadModel(epoch=self._epoch, replica_id=replica_id))
 
     def _on_loaded(self, node_id: str, message: ModelLoaded) -> None:
         name = _name_of(message.replica_id)
@@ -315,7 +375,10 @@ class Serving:
             # Of before a restart, or not wanted any more: the node need not hold it.
             self._command(node_id, UnloadModel(epoch=self._epoch, replica_id=message.replica_id))
             return
+        settled = deployment.settled
         if deployment.loaded(message.replica_id, message.signature):
+            if not settled:
+                self._record(Settled(name=name))
             log.info("replica ready %s", fields(model=name, node=node_id))
             self._registry.describe(name, message.signature)
             router = self._routers[name]
@@ -332,6 +395,8 @@ class Serving:
             while True:
                 await asyncio.sleep(TICK_SECONDS)
                 now = self._clock()
+                for member in self._membership.online():
+                    self._take_stock(member.node_id)
                 for deployment in list(self._deployments.values()):
                     self._reconcile(deployment)
                 for router in list(self._routers.values()):
@@ -387,15 +452,14 @@ class Serving:
                     )
                 else:
                     known.wanted, known.failures, known.error = event.wanted, 0, None
+            case Settled():
+                self._deployments[event.name].settled = True
             case Undeployed():
                 self._deployments.pop(event.name, None)
                 self._routers.pop(event.name, None)
-        self._newest = {}
-        for name in self._deployments:
-            plain, _, version = name.partition(":")
-            newest = self._newest.get(plain, ":0").partition(":")[2]
-            if int(version) > int(newest):
-                self._newest[plain] = name
+        # The plain name means the newest version that was ready once: while the next one loads, the one before answers.
+        order = sorted(self._deployments.values(), key=lambda one: (one.settled, int(one.name.partition(":")[2])))
+        self._newest = {deployment.name.partition(":")[0]: deployment.name for deployment in order}
 
     def _command(self, node_id: str, message: Message) -> None:
         self._outbox.publish(self._topics.node(node_id, "inbox"), message)
@@ -415,11 +479,21 @@ def _name_of(replica_id: str) -> str:
     return replica_id.split("/", 1)[0]
 
 
+def _plain(tensor: Tensor) -> Tensor:
+    """With its list as bytes (texts: as a flat list). Raises InvalidRequest where data, datatype and shape do not agree."""
+    array = to_numpy(tensor)
+    data = array.ravel().tolist() if tensor.datatype == "BYTES" else array.tobytes()
+    return replace(tensor, data=data)
+
+
 def _size(tensor: Tensor) -> int:
-    data = tensor.data
+    """What it takes in a message, about."""
+    data, rest = tensor.data, len(tensor.name) + 64
     if isinstance(data, bytes):
-        return len(data)
-    return 9 * len(data) if isinstance(data, list) else 200  # a msgpack float, or a reference
+        return len(data) + rest
+    if isinstance(data, list):
+        return sum([5 + len(text if isinstance(text, bytes) else text.encode()) for text in data]) + rest
+    return rest + sum([len(holder) for holder in data.holders]) + 100
 
 
 def _failure(outcome: RequestOutcome | PotluckError) -> str:

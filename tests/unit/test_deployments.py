@@ -85,6 +85,46 @@ def test_fewer_wanted_takes_away_those_that_are_not_ready_first() -> None:
     assert [command for command in commands if isinstance(command, Unload)] == [Unload(one.replica_id, "a")]
 
 
+def test_one_that_was_ready_once_is_never_given_up() -> None:
+    deployment = Deployment("m:1", MODEL, 1)
+    (first,) = loads(deployment, places(a=1))
+    deployment.loaded(first.replica_id, SIGNATURE)
+    deployment.node_lost("a")
+    now = 0.0
+    for number in range(10):
+        now += 100.0
+        (load,) = loads(deployment, places(b=1), now)
+        deployment.lost(load.replica_id, BROKEN if number % 2 else DIED, now)
+        assert not deployment.failed
+        assert max(deployment.resting.values()) <= now + 20
+    assert deployment.failing
+    (load,) = loads(deployment, places(b=1), now + 100)
+    assert deployment.loaded(load.replica_id, SIGNATURE)
+    assert not deployment.failing
+
+
+def test_on_every_node_takes_nothing_from_others_when_one_is_silent_for_a_moment() -> None:
+    deployment = Deployment("m:1", MODEL, 0)
+    for load in loads(deployment, places(a=1, b=1, c=1)):
+        deployment.loaded(load.replica_id, SIGNATURE)
+    assert deployment.plan(places(a=1, b=1), {}, 1.0, 1.0) == []
+    assert len(deployment.ready) == 3
+    deployment.node_lost("c")
+    assert deployment.complete(places(a=1, b=1))
+
+
+def test_what_a_node_holds_is_adopted_where_it_is_missed() -> None:
+    deployment = Deployment("m:1", MODEL, 1)
+    where = places(a=1, b=1)
+    assert deployment.adopt("m:1/b/7", "b", where)
+    assert [load.replica_id for load in loads(deployment, where)] == ["m:1/b/7"]  # it is asked, and says yes at once
+    assert deployment.adopt("m:1/b/7", "b", where)
+    assert not deployment.adopt("m:1/b/7", "a", where)
+    assert not deployment.adopt("m:1/a/1", "a", where)  # one is enough
+    deployment.wanted = 2
+    assert not deployment.adopt("m:1/b/8", "b", where)  # and one a node
+
+
 class Life(RuleBasedStateMachine):
     """Nodes come and go, loads succeed, fail and are lost."""
 
@@ -118,6 +158,11 @@ class Life(RuleBasedStateMachine):
     @rule(data=st.data())
     def die(self, data: st.DataObject) -> None:
         self.deployment.lost(data.draw(st.sampled_from(sorted(self.deployment.replicas))), DIED, self.now)
+
+    @rule(name=st.sampled_from("abcd"), number=st.integers(1, 3))
+    def hold(self, name: str, number: int) -> None:
+        if name in self.nodes:
+            self.deployment.adopt(f"m:1/{name}/{number}", name, places(**self.nodes))
 
     @rule(wanted=st.integers(0, 4))
     def ask(self, wanted: int) -> None:

@@ -14,6 +14,7 @@ from potluck.errors import Overloaded, PotluckError, TimedOut, Unavailable
 from potluck.messages import ErrorInfo, RequestOutcome
 
 OK = RequestOutcome()
+DIED = RequestOutcome(error=ErrorInfo(code="engine_failed", message="died", retryable=True))
 Answers = list[RequestOutcome | PotluckError]
 
 
@@ -97,9 +98,62 @@ def test_a_request_that_no_replica_answers_is_given_up() -> None:
     for number in range(ATTEMPTS_LIMIT):
         assert not answers
         (batch,) = one.dispatch(float(number))
-        dead = RequestOutcome(error=ErrorInfo(code="engine_failed", message="died", retryable=True))
-        one.finished("a", batch.batch_id, (dead,), float(number))
+        one.finished("a", batch.batch_id, (DIED,), float(number))
     assert isinstance(answers[0], Unavailable)
+    assert "died" in answers[0].message
+
+
+def test_a_replica_that_fails_quickly_does_not_draw_the_traffic() -> None:
+    one = router()
+    one.add_replica("good", "n1")
+    one.add_replica("dead", "n2")
+    now, asked, tried = 0.0, [], 0
+    for _ in range(200):
+        asked.append(ask(one))
+        for _ in range(8):
+            batches = one.dispatch(now)
+            for batch in batches:
+                dead = batch.replica_id == "dead"
+                tried += dead
+                now += 0.0001 if dead else 0.01
+                one.finished(batch.replica_id, batch.batch_id, ((DIED if dead else OK),) * len(batch.requests), now)
+    assert all(answers == [OK] for answers in asked)
+    assert tried <= 10  # about every REST_SECONDS
+
+
+def test_an_idle_slow_replica_is_not_better_than_a_quick_one_at_work() -> None:
+    one = router()
+    for name, seconds in (("quick", 0.001), ("slow", 1.0)):
+        one.add_replica(name, name)
+        one.lanes[name].seconds_each = seconds
+    went = []
+    for _ in range(3):
+        ask(one)
+        went += [batch.replica_id for batch in one.dispatch(0.0)]
+    assert went == ["quick", "quick", "slow"]  # that one where nothing else has room
+
+
+def test_a_frozen_replica_is_asked_last_from_then_on() -> None:
+    one = router()
+    for name in ("frozen", "well"):
+        one.add_replica(name, name)
+    while "frozen" not in [batch.replica_id for batch in (ask(one), one.dispatch(0.0))[1]]:
+        for batch in list(one.lanes["well"].batches.values()):
+            one.finished("well", batch.batch_id, (OK,) * len(batch.requests), 0.0)
+    one.expire(11.0, batch_seconds=10.0)
+    assert {batch.replica_id for batch in one.dispatch(11.0)} <= {"well"}
+
+
+def test_a_request_on_its_way_is_answered_by_its_deadline() -> None:
+    one = router()
+    one.add_replica("a", "n1")
+    answers = ask(one, deadline=2.0)
+    (batch,) = one.dispatch(0.0)
+    one.expire(2.0, batch_seconds=10.0)
+    assert isinstance(answers[0], TimedOut)
+    one.finished("a", batch.batch_id, (OK,), 3.0)
+    assert len(answers) == 1
+    assert one.served == 0
 
 
 def test_an_error_of_the_request_itself_is_its_answer() -> None:
@@ -125,12 +179,14 @@ class Traffic(RuleBasedStateMachine):
         self.router = router(queue_limit=20, batch_limit=3)
         self.now = 0.0
         self.asked: list[Answers] = []
+        self.deadlines: list[float] = []
         self.out: list[Batch] = []
 
     @rule(seconds=st.floats(0.1, 40))
     def submit(self, seconds: float) -> None:
         try:
             self.asked.append(ask(self.router, deadline=self.now + seconds))
+            self.deadlines.append(self.now + seconds)
         except Overloaded:
             assert len(self.router.queue) == 20
         self.out += self.router.dispatch(self.now)
@@ -146,10 +202,12 @@ class Traffic(RuleBasedStateMachine):
         self.out += self.router.dispatch(self.now)
 
     @precondition(lambda self: self.out)
-    @rule(data=st.data(), right=st.booleans())
-    def answer(self, data: st.DataObject, right: bool) -> None:
+    @rule(data=st.data(), kind=st.sampled_from(["right", "short", "died", "mixed"]))
+    def answer(self, data: st.DataObject, kind: str) -> None:
         batch = data.draw(st.sampled_from(self.out))  # again and again: messages may come twice
-        outcomes = (OK,) * (len(batch.requests) - (not right))
+        outcomes = (OK,) * (len(batch.requests) - (kind == "short"))
+        if kind in ("died", "mixed"):
+            outcomes = (DIED, *outcomes[1:]) if kind == "mixed" else (DIED,) * len(outcomes)
         self.router.finished(batch.replica_id, batch.batch_id, outcomes, self.now)
         self.out += self.router.dispatch(self.now)
 
@@ -157,13 +215,25 @@ class Traffic(RuleBasedStateMachine):
     def wait(self, seconds: float) -> None:
         self.now += seconds
         self.router.expire(self.now, batch_seconds=10.0)
+        # Nobody waits past the deadline, wherever the request is.
+        assert all(
+            answers for answers, deadline in zip(self.asked, self.deadlines, strict=True) if deadline <= self.now
+        )
         self.out += self.router.dispatch(self.now)
 
     @invariant()
     def every_request_is_somewhere_or_answered_once(self) -> None:
         assert all(len(answers) <= 1 for answers in self.asked)
         open_requests = sum(not answers for answers in self.asked)
-        assert open_requests == len(self.router.queue) + self.router.in_flight
+        out = [
+            request
+            for lane in self.router.lanes.values()
+            for batch in lane.batches.values()
+            for request in batch.requests
+        ]
+        assert open_requests == len(self.router.queue) + sum(not request.answered for request in out)
+        assert not any(request.answered for request in self.router.queue)
+        assert self.router.in_flight == len(out)
         for lane in self.router.lanes.values():
             assert len(lane.batches) <= BATCHES_IN_FLIGHT
             assert lane.requests == sum(len(batch.requests) for batch in lane.batches.values())
