@@ -1,165 +1,22 @@
-"""Serving on a bus in memory, with scripted nodes: deploy, ask, lose, replace; and the gateway over a real socket."""
+"""Serving on a bus in memory, with scripted nodes: deploy, ask, lose, replace."""
 
 from __future__ import annotations
 
 import asyncio
-import io
-import json
-import socket
+import time
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import numpy as np
 import pytest
 
-from coordinator.gateway import routes as gateway
-from coordinator.journal import Journal
-from coordinator.membership import Membership
-from coordinator.serving.registry import Registry
-from coordinator.serving.serving import Serving
 from potluck import tensors
-from potluck.errors import InvalidModel, InvalidRequest, NotFound, Unavailable
-from potluck.exchange import Envelope
-from potluck.http import serve_http
-from potluck.messages import (
-    BlobRef,
-    Capacity,
-    ErrorInfo,
-    Infer,
-    InferenceFinished,
-    Inferred,
-    LoadModel,
-    ModelLoaded,
-    ModelLoadFailed,
-    NodeCapacity,
-    NodeStatus,
-    RequestOutcome,
-    RunInference,
-    Signature,
-    TensorSpec,
-    UnloadModel,
-)
-from potluck.outbox import Outbox
-from potluck.settings import CoordinatorSettings
-from potluck.topics import Topics
+from potluck.errors import Cancelled, InvalidModel, InvalidRequest, NotFound, TimedOut, TooLarge, Unavailable
+from potluck.messages import ErrorInfo, Infer, ListNodes, Tensor
 from support.eventually import eventually
-from support.fake_bus import FakeBroker, FakeBus
-
-TOPICS = Topics("serve")
-SIGNATURE = Signature(
-    inputs=(TensorSpec(name="x", datatype="FP32", shape=(-1, 2)),),
-    outputs=(TensorSpec(name="y", datatype="FP32", shape=(-1, 2)),),
-)
-BROKEN = ErrorInfo(code="invalid_model", message="it has a Lambda layer")
-
-
-class Node:
-    """Says yes to every model (or `broken`), and answers each request with twice its input (unless `mute`)."""
-
-    def __init__(self, broker: FakeBroker, node_id: str) -> None:
-        self.node_id = node_id
-        self.bus = FakeBus(broker, TOPICS, client_id=node_id)
-        self.broken = False
-        self.mute = False
-        self.loaded: list[str] = []
-        self.batches: list[int] = []
-        self.outbox = Outbox(self.bus)
-        self.bus.subscribe(TOPICS.node(node_id, "inbox"), self.on_command)
-
-    def on_command(self, envelope: Envelope) -> None:
-        topic = TOPICS.node(self.node_id, "outbox")
-        match envelope.message:
-            case LoadModel(replica_id=replica_id):
-                if self.broken:
-                    self.outbox.publish(topic, ModelLoadFailed(replica_id=replica_id, error=BROKEN))
-                else:
-                    self.loaded.append(replica_id)
-                    self.outbox.publish(topic, ModelLoaded(replica_id=replica_id, signature=SIGNATURE))
-            case UnloadModel(replica_id=replica_id):
-                self.loaded = [one for one in self.loaded if one != replica_id]
-            case RunInference() as batch if not self.mute:
-                self.batches.append(len(batch.requests))
-                outcomes = tuple(
-                    RequestOutcome(outputs=(tensors.from_numpy("y", 2 * tensors.to_numpy(request[0])),))
-                    for request in batch.requests
-                )
-                finished = InferenceFinished(id=batch.id, replica_id=batch.replica_id, outcomes=outcomes)
-                self.outbox.publish(topic, finished, qos=0)
-
-
-class Lab:
-    """A Serving with its surroundings; `join` and `leave` are what births and wills do in the daemon."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.broker = FakeBroker()
-        self.nodes: dict[str, Node] = {}
-        self.settings = CoordinatorSettings(resend_seconds=1.0, queue_limit=50)
-
-    async def open(self, stack: AsyncExitStack, name: str = "coordinator") -> None:
-        self.journal = Journal(self.folder / "journal")
-        self.bus = FakeBus(self.broker, TOPICS, client_id=name)
-        self.outbox = Outbox(self.bus)
-        self.membership = Membership(1000.0)
-        self.registry = Registry(self.journal)
-        self.serving = Serving(
-            bus=self.bus, topics=TOPICS, outbox=self.outbox, membership=self.membership, registry=self.registry,
-            journal=self.journal, settings=self.settings, urls=("http://here",), epoch=self.journal.epoch,
-        )  # fmt: skip
-        self.bus.subscribe(TOPICS.infer("+"), self.serving.on_infer)
-        self.bus.subscribe(TOPICS.node("+", "outbox"), self._on_outbox)
-        self.running = asyncio.create_task(self._run(), name="lab")
-        stack.push_async_callback(self.close)
-        await self.bus.connected(5)
-        for node_id in self.nodes:
-            self._born(node_id)
-
-    async def close(self) -> None:
-        if not self.running.done():
-            self.running.cancel()
-            await asyncio.wait([self.running])
-            self.journal.close()
-
-    async def join(self, stack: AsyncExitStack, node_id: str) -> Node:
-        node = self.nodes[node_id] = Node(self.broker, node_id)
-        tasks = [asyncio.create_task(part, name=node_id) for part in (node.bus.run(), node.outbox.run())]
-
-        async def stop() -> None:
-            for task in tasks:
-                task.cancel()
-            await asyncio.wait(tasks)
-
-        stack.push_async_callback(stop)
-        await node.bus.connected(5)
-        self._born(node_id)
-        return node
-
-    def leave(self, node_id: str) -> None:
-        status = NodeStatus(node_id=node_id, session="1", state="offline")
-        self.membership.on_status(status, 0.0)
-        self.serving.node_lost(node_id)
-
-    def add_model(self, number: int = 1) -> None:
-        self.registry.add_model("m", BlobRef(sha256=f"{number:064x}", size=1), now=1.0)
-
-    def _born(self, node_id: str) -> None:
-        capacity = Capacity(
-            hostname=node_id, system="", cores=1, memory_bytes=1, runtimes={"tensorflow": "2"}, gflops=1.0
-        )
-        self.membership.on_capacity(NodeCapacity(node_id=node_id, capacity=capacity))
-        self.membership.on_status(NodeStatus(node_id=node_id, session="1", state="online"), 0.0)
-        self.serving.node_joined(node_id)
-
-    def _on_outbox(self, envelope: Envelope) -> None:
-        self.serving.on_node_event(TOPICS.segment(envelope.topic, 1), envelope.message)
-
-    async def _run(self) -> None:
-        async with asyncio.TaskGroup() as tasks:
-            for part in (self.bus.run(), self.outbox.run(), self.serving.run()):
-                tasks.create_task(part)
+from support.serving_lab import SIGNATURE, TOPICS, Lab, ask, client, question
 
 
 @pytest.fixture
@@ -173,28 +30,6 @@ async def lab(tmp_path: Path, stack: AsyncExitStack) -> Lab:
     made = Lab(tmp_path)
     await made.open(stack)
     return made
-
-
-@asynccontextmanager
-async def client(lab: Lab) -> AsyncIterator[FakeBus]:
-    bus = FakeBus(lab.broker, TOPICS, client_id="client")
-    running = asyncio.create_task(bus.run(), name="client")
-    await bus.connected(5)
-    try:
-        yield bus
-    finally:
-        running.cancel()
-        await asyncio.wait([running])
-
-
-def question(*rows: float) -> Infer:
-    return Infer(inputs=(tensors.from_numpy("x", np.float32([rows])),))
-
-
-async def ask(bus: FakeBus, message: Infer, model: str = "m", **options: Any) -> Inferred:
-    answer = await bus.request(TOPICS.infer(model), message, timeout_seconds=10, **options)
-    assert isinstance(answer, Inferred)
-    return answer
 
 
 async def test_deploy_and_ask_in_both_encodings(lab: Lab, stack: AsyncExitStack) -> None:
@@ -296,98 +131,154 @@ async def test_deployments_are_taken_up_again_after_a_restart(lab: Lab, stack: A
         assert (await ask(bus, question(1, 1))).model == "m:1"
 
 
-@pytest.fixture
-async def http(lab: Lab, stack: AsyncExitStack) -> tuple[str, aiohttp.ClientSession]:
+async def test_an_upgrade_leaves_no_gap(lab: Lab, stack: AsyncExitStack) -> None:
+    """The plain name goes on to mean the old version until the new one has been ready."""
+    node = await lab.join(stack, "a")
+    lab.add_model(1)
+    lab.add_model(2)
+    await lab.serving.deploy("m:1", 1)
+    node.slow_to_load = True
+    async with client(lab) as bus:
+        upgrading = asyncio.create_task(lab.serving.deploy("m:2", 1))
+        await eventually(lambda: len(lab.serving.deployments()) == 2)
+        assert (await ask(bus, question(1, 1))).model == "m:1"
+        node.slow_to_load = False
+        assert await upgrading == "m:2"
+        assert (await ask(bus, question(1, 1))).model == "m:2"
+        await lab.serving.undeploy("m:2")
+        assert (await ask(bus, question(1, 1))).model == "m:1"
+
+
+async def test_a_failed_change_leaves_what_works(lab: Lab, stack: AsyncExitStack) -> None:
     await lab.join(stack, "a")
     lab.add_model()
     await lab.serving.deploy("m", 1)
-    sock = socket.create_server(("127.0.0.1", 0))
-    found = gateway.routes(lab.serving, lab.registry, lab.membership, lab.settings)
-    await stack.enter_async_context(serve_http(sock, found, gateway.BODY_LIMIT_BYTES))
-    session = await stack.enter_async_context(aiohttp.ClientSession())
-    return f"http://127.0.0.1:{sock.getsockname()[1]}", session
+    second = await lab.join(stack, "b")
+    second.broken = True
+    with pytest.raises(InvalidModel, match=r"Lambda.*; 1 of 2 replicas are ready"):
+        await lab.serving.deploy("m", 2)
+    async with client(lab) as bus:
+        assert (await ask(bus, question(1, 1))).model == "m:1"
+    second.broken = False
+    assert await lab.serving.deploy("m", 1) == "m:1"
 
 
-Http = tuple[str, aiohttp.ClientSession]
-GOOD = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 2], "data": [1, 2]}]}
-
-
-async def test_open_inference_protocol(http: Http) -> None:
-    base, session = http
-    for path, wanted in (
-        ("/v2", {"name": "potluck"}),
-        ("/v2/health/live", {"live": True}),
-        ("/v2/health/ready", {"ready": True}),
-        ("/v2/models/m/ready", {"name": "m", "ready": True}),
-        ("/v2/models/m/versions/1/ready", {"ready": True}),
-        (
-            "/v2/models/m",
-            {"name": "m", "versions": ["1"], "inputs": [{"name": "x", "datatype": "FP32", "shape": [-1, 2]}]},
-        ),
-    ):
-        async with session.get(base + path) as response:
-            assert response.status == 200, path
-            said = await response.json()
-        assert {key: said[key] for key in wanted} == wanted
-    for path in ("/v2/models/m/infer", "/v2/models/m/versions/1/infer"):
-        async with session.post(base + path, json=GOOD | {"id": "7", "outputs": [{"name": "y"}]}) as response:
-            assert response.status == 200
-            assert await response.json() == {
-                "id": "7", "model_name": "m", "model_version": "1",
-                "outputs": [{"name": "y", "datatype": "FP32", "shape": [1, 2], "data": [2.0, 4.0]}],
-            }  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("path", "body", "status", "said"),
-    [
-        ("/v2/models/none/infer", json.dumps(GOOD), 404, "none"),
-        ("/v2/models/m/versions/9/infer", json.dumps(GOOD), 404, "9"),
-        ("/v2/models/m/infer", "{", 400, "not an inference request"),
-        ("/v2/models/m/infer", "[]", 400, "not an inference request"),
-        ("/v2/models/m/infer", json.dumps({"inputs": []}), 400, "input"),
-        ("/v2/models/m/infer", json.dumps({"inputs": [{"name": "x"}]}), 400, "shape"),
-        ("/v2/models/m/infer", json.dumps({"inputs": [GOOD["inputs"][0] | {"shape": [1, 3]}]}), 400, "3 values"),
-        ("/v2/models/m/infer", json.dumps({"inputs": [GOOD["inputs"][0] | {"datatype": "FP31"}]}), 400, "FP31"),
-        ("/v2/models/m/infer", json.dumps({"inputs": [GOOD["inputs"][0] | {"data": ["a", "b"]}]}), 400, "FP32"),
-        ("/v2/models/m/infer", json.dumps(GOOD | {"outputs": [{"name": "z"}]}), 400, "outputs are y"),
-        ("/v2/models/m/infer", "x" * (gateway.BODY_LIMIT_BYTES + 1), 413, "body"),
-    ],
-)
-async def test_what_is_wrong_has_its_status_and_is_named(
-    http: Http, path: str, body: str, status: int, said: str
+async def test_nodes_that_are_lost_while_it_loads(
+    lab: Lab, stack: AsyncExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base, session = http
-    async with session.post(base + path, data=io.BytesIO(body.encode())) as response:
-        assert response.status == status
-        assert said in (await response.json())["error"]
+    monkeypatch.setattr("coordinator.serving.serving.JOIN_SECONDS", 0.3)
+    await lab.join(stack, "a")
+    second = await lab.join(stack, "b")
+    second.slow_to_load = True
+    lab.add_model()
+    deploying = asyncio.create_task(lab.serving.deploy("m", 2))
+    await eventually(lambda: lab.serving.deployments() and lab.serving.ready("m"))
+    lab.leave("b")
+    with pytest.raises(Unavailable, match="1 of 2 replicas of m:1 are ready, and only 1 nodes"):
+        await deploying
+    assert lab.serving.ready("m")  # what there is stays, and another node completes it
+    await lab.join(stack, "c")
+    await eventually(lambda: len(lab.serving._routers["m:1"].lanes) == 2)
 
 
-async def test_overload_says_when_to_come_back(lab: Lab, http: Http) -> None:
-    base, session = http
-    lab.nodes["a"].mute = True
-    asked = [
-        asyncio.create_task(lab.serving.infer("m", question(1, 1).inputs, 30))
-        for _ in range(lab.settings.queue_limit + 2)
-    ]
-    await eventually(lambda: len(lab.serving._routers["m:1"].queue) == lab.settings.queue_limit)
-    async with session.post(f"{base}/v2/models/m/infer", json=GOOD) as response:
-        assert response.status == 429
-        assert int(response.headers["Retry-After"]) >= 1
+async def test_undeployed_while_it_loads(lab: Lab, stack: AsyncExitStack) -> None:
+    node = await lab.join(stack, "a")
+    node.slow_to_load = True
+    lab.add_model()
+    deploying = asyncio.create_task(lab.serving.deploy("m", 1))
+    await eventually(lab.serving.deployments)
     await lab.serving.undeploy("m")
-    assert all(isinstance(error, Unavailable) for error in await asyncio.gather(*asked, return_exceptions=True))
+    node.slow_to_load = False
+    again = asyncio.create_task(lab.serving.deploy("m", 1))
+    with pytest.raises(Cancelled, match="undeployed"):
+        await deploying
+    assert await again == "m:1"
 
 
-async def test_metrics_are_prometheus_text(http: Http) -> None:
-    base, session = http
-    async with session.post(f"{base}/v2/models/m/infer", json=GOOD) as response:
-        assert response.status == 200
-    async with session.get(f"{base}/metrics") as response:
-        assert response.headers["Content-Type"].startswith("text/plain; version=0.0.4")
-        lines = (await response.text()).splitlines()
-    assert 'potluck_requests_total{model="m:1",code="ok"} 1' in lines
-    assert 'potluck_nodes{state="online"} 1' in lines
-    assert 'potluck_request_seconds_count{model="m:1"} 1' in lines
-    for line in lines:
-        if not line.startswith("#"):
-            float(line.rsplit(" ", 1)[1])
+async def test_a_replica_that_its_node_does_not_know_is_replaced(lab: Lab, stack: AsyncExitStack) -> None:
+    first = await lab.join(stack, "a")
+    lab.add_model()
+    await lab.serving.deploy("m", 1)
+    await lab.join(stack, "b")
+    first.forgetful = True
+    async with client(lab) as bus:
+        answer = await ask(bus, question(1, 2))
+    np.testing.assert_array_equal(tensors.to_numpy(answer.outputs[0]), [[2, 4]])
+    assert [replica.node_id for replica in lab.serving.deployments()[0].replicas] == ["b"]
+
+
+async def test_what_a_replica_fails_with_is_told(lab: Lab, stack: AsyncExitStack) -> None:
+    node = await lab.join(stack, "a")
+    lab.add_model()
+    await lab.serving.deploy("m", 1)
+    node.failing = ErrorInfo(code="unavailable", message="no holder has the blob", retryable=True)
+    with pytest.raises(Unavailable, match="4 attempts on its replicas: no holder has the blob"):
+        await lab.serving.infer("m", question(1, 2).inputs, 30)
+
+
+async def test_what_a_node_holds_after_a_restart_is_adopted_and_the_rest_goes(lab: Lab, stack: AsyncExitStack) -> None:
+    node = await lab.join(stack, "a")
+    lab.add_model()
+    await lab.serving.deploy("m", 1)
+    await lab.close()
+    node.loaded = ["m:1/a/7", "gone:3/a/1"]
+    lab.nodes.clear()
+    await lab.open(stack, "coordinator-again")
+    lab.nodes["a"] = node
+    lab.report("a", ("m:1/a/7", "gone:3/a/1"))
+    await eventually(lambda: lab.serving.deployments() and lab.serving.ready("m"))
+    await eventually(lambda: node.loaded == ["m:1/a/7", "m:1/a/7"])  # asked whether it holds it, it said so
+    lab.report("a", ("m:1/a/7", "m:1/a/3"))  # and one that is too many
+    await eventually(lambda: "m:1/a/3" in node.unloaded)
+    assert "m:1/a/7" not in node.unloaded
+
+
+async def test_requests_that_cannot_be_are_refused_at_the_door(lab: Lab, stack: AsyncExitStack) -> None:
+    node = await lab.join(stack, "a")
+    lab.add_model()
+    await lab.serving.deploy("m", 1)
+
+    def listed(datatype: str, shape: tuple[int, ...], data: list[Any]) -> Infer:
+        return Infer(inputs=(Tensor(name="x", datatype=datatype, shape=shape, data=data),))
+
+    async with client(lab) as bus:
+        for message, error, said in (
+            (Infer(inputs=()), InvalidRequest, "at least one"),
+            (listed("FP31", (1,), [1]), InvalidRequest, "FP31"),
+            (listed("INT32", (1, 2), [1.5, 2]), InvalidRequest, "does not fit INT32"),
+            (listed("FP32", (2**53, 2**53, 0), []), InvalidRequest, "cannot have shape"),
+            (listed("FP32", (1,) * 70, [1.0]), InvalidRequest, "cannot have shape"),
+            (listed("BYTES", (2,), ["a", 1]), InvalidRequest, "list of strings"),
+            (listed("FP64", (1, 50_000), [0] * 50_000), TooLarge, "send fewer rows"),
+        ):
+            with pytest.raises(error, match=said):
+                await ask(bus, message)
+        assert node.batches == []
+        # What is short as text and long as msgpack numbers: both fit as bytes.
+        asked = [ask(bus, listed("FP32", (1, 30_000), [[0.5] * 30_000]), encoding="json") for _ in range(6)]
+        answers = await asyncio.gather(*asked)
+        assert {answer.outputs[0].shape for answer in answers} == {(1, 30_000)}
+        with pytest.raises(InvalidRequest, match="ListNodes"):
+            await bus.request(TOPICS.infer("m"), ListNodes(), timeout_seconds=10)
+
+
+async def test_time_is_up_for_who_is_on_the_way_too(lab: Lab, stack: AsyncExitStack) -> None:
+    node = await lab.join(stack, "a")
+    lab.add_model()
+    await lab.serving.deploy("m", 1)
+    node.mute = True
+    async with client(lab) as bus:
+        started = time.monotonic()
+        with pytest.raises(TimedOut, match="no answer in time"):
+            await bus.request(
+                TOPICS.infer("m"), Infer(inputs=question(1, 2).inputs, expires=time.time() + 0.3), timeout_seconds=10
+            )
+        assert time.monotonic() - started < 3
+
+
+async def test_names_that_nobody_knows_do_not_fill_the_metrics(lab: Lab, stack: AsyncExitStack) -> None:
+    async with client(lab) as bus:
+        for number in range(20):
+            with pytest.raises(NotFound):
+                await ask(bus, question(1), f"nothing-{number}")
+    assert list(lab.serving.metrics.answers) == [("", "not_found")]

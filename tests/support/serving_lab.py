@@ -1,0 +1,210 @@
+"""A Serving on a bus in memory, and scripted nodes that hold replicas."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from coordinator.journal import Journal
+from coordinator.membership import Membership
+from coordinator.serving.registry import Registry
+from coordinator.serving.serving import Serving
+from potluck import tensors
+from potluck.exchange import Envelope
+from potluck.messages import (
+    BlobRef,
+    Capacity,
+    ErrorInfo,
+    Infer,
+    InferenceFinished,
+    Inferred,
+    LoadModel,
+    ModelLoaded,
+    ModelLoadFailed,
+    NodeCapacity,
+    NodeStatus,
+    NodeTelemetry,
+    RequestOutcome,
+    RunInference,
+    Signature,
+    Tensor,
+    TensorSpec,
+    UnloadModel,
+)
+from potluck.outbox import Outbox
+from potluck.settings import CoordinatorSettings
+from potluck.topics import Topics
+from support.fake_bus import FakeBroker, FakeBus
+
+TOPICS = Topics("serve")
+SIGNATURE = Signature(
+    inputs=(TensorSpec(name="x", datatype="FP32", shape=(-1, 2)),),
+    outputs=(TensorSpec(name="y", datatype="FP32", shape=(-1, 2)),),
+)
+BROKEN = ErrorInfo(code="invalid_model", message="it has a Lambda layer")
+
+
+class Node:
+    """Says yes to every model (or `broken`), and answers each request with twice its input (unless `mute`)."""
+
+    def __init__(self, broker: FakeBroker, node_id: str) -> None:
+        self.node_id = node_id
+        self.bus = FakeBus(broker, TOPICS, client_id=node_id)
+        self.broken = False
+        self.mute = False
+        self.slow_to_load = False
+        self.forgetful = False
+        self.bulky = False
+        self.failing: ErrorInfo | None = None
+        self.unloaded: list[str] = []
+        self.loaded: list[str] = []
+        self.batches: list[int] = []
+        self.outbox = Outbox(self.bus)
+        self.bus.subscribe(TOPICS.node(node_id, "inbox"), self.on_command)
+
+    def on_command(self, envelope: Envelope) -> None:
+        topic = TOPICS.node(self.node_id, "outbox")
+        match envelope.message:
+            case LoadModel(replica_id=replica_id):
+                if self.slow_to_load:
+                    return  # it will be asked again
+                if self.broken:
+                    self.outbox.publish(topic, ModelLoadFailed(replica_id=replica_id, error=BROKEN))
+                else:
+                    self.loaded.append(replica_id)
+                    self.outbox.publish(topic, ModelLoaded(replica_id=replica_id, signature=SIGNATURE))
+            case UnloadModel(replica_id=replica_id):
+                self.unloaded.append(replica_id)
+                self.loaded = [one for one in self.loaded if one != replica_id]
+            case RunInference() as batch if self.forgetful or self.failing is not None:
+                error = self.failing or ErrorInfo(code="not_found", message="replica is not loaded on this node")
+                outcomes = (RequestOutcome(error=error),) * len(batch.requests)
+                finished = InferenceFinished(id=batch.id, replica_id=batch.replica_id, outcomes=outcomes)
+                self.outbox.publish(topic, finished, qos=0)
+            case RunInference() as batch if not self.mute:
+                self.batches.append(len(batch.requests))
+                outcomes = tuple(
+                    RequestOutcome(outputs=(tensors.from_numpy("y", 2 * tensors.to_numpy(request[0])),))
+                    for request in batch.requests
+                )
+                if self.bulky:
+                    ref = BlobRef(sha256="0" * 64, size=2**20, holders=("http://there",))
+                    big = RequestOutcome(outputs=(Tensor(name="y", datatype="UINT8", shape=(2**20,), data=ref),))
+                    outcomes = (big,) * len(batch.requests)
+                finished = InferenceFinished(id=batch.id, replica_id=batch.replica_id, outcomes=outcomes)
+                self.outbox.publish(topic, finished, qos=0)
+
+
+class Lab:
+    """A Serving with its surroundings; `join` and `leave` are what births and wills do in the daemon."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.broker = FakeBroker()
+        self.nodes: dict[str, Node] = {}
+        self.settings = CoordinatorSettings(resend_seconds=1.0, queue_limit=50)
+
+    async def open(self, stack: AsyncExitStack, name: str = "coordinator") -> None:
+        self.journal = Journal(self.folder / "journal")
+        self.bus = FakeBus(self.broker, TOPICS, client_id=name)
+        self.outbox = Outbox(self.bus)
+        self.membership = Membership(1000.0)
+        self.registry = Registry(self.journal)
+        self.serving = Serving(
+            bus=self.bus, topics=TOPICS, outbox=self.outbox, membership=self.membership, registry=self.registry,
+            journal=self.journal, settings=self.settings, urls=("http://here",), epoch=self.journal.epoch,
+        )  # fmt: skip
+        self.bus.subscribe(TOPICS.infer("+"), self.serving.on_infer)
+        self.bus.subscribe(TOPICS.node("+", "outbox"), self._on_outbox)
+        self.running = asyncio.create_task(self._run(), name="lab")
+        stack.push_async_callback(self.close)
+        await self.bus.connected(5)
+        for node_id in self.nodes:
+            self._born(node_id)
+
+    async def close(self) -> None:
+        if not self.running.done():
+            self.running.cancel()
+            await asyncio.wait([self.running])
+            self.journal.close()
+
+    async def join(self, stack: AsyncExitStack, node_id: str) -> Node:
+        node = self.nodes[node_id] = Node(self.broker, node_id)
+        tasks = [asyncio.create_task(part, name=node_id) for part in (node.bus.run(), node.outbox.run())]
+
+        async def stop() -> None:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+
+        stack.push_async_callback(stop)
+        await node.bus.connected(5)
+        self._born(node_id)
+        return node
+
+    def leave(self, node_id: str) -> None:
+        status = NodeStatus(node_id=node_id, session="1", state="offline")
+        self.membership.on_status(status, 0.0)
+        self.serving.node_lost(node_id)
+
+    def report(self, node_id: str, replicas: tuple[str, ...]) -> None:
+        """What telemetry says of the replicas that a node holds."""
+        if self.membership.get(node_id) is None:
+            self._born(node_id, join=False)
+        telemetry = NodeTelemetry(
+            node_id=node_id,
+            session="1",
+            cpu_percent=0,
+            memory_used_bytes=0,
+            memory_available_bytes=0,
+            replicas=replicas,
+        )
+        self.membership.on_telemetry(telemetry, 0.0)
+        self.serving.node_joined(node_id)
+
+    def add_model(self, number: int = 1) -> None:
+        self.registry.add_model("m", BlobRef(sha256=f"{number:064x}", size=1), now=1.0)
+
+    def _born(self, node_id: str, join: bool = True) -> None:
+        capacity = Capacity(
+            hostname=node_id, system="", cores=1, memory_bytes=1, runtimes={"tensorflow": "2"}, gflops=1.0
+        )
+        self.membership.on_capacity(NodeCapacity(node_id=node_id, capacity=capacity))
+        self.membership.on_status(NodeStatus(node_id=node_id, session="1", state="online"), 0.0)
+        if join:
+            self.serving.node_joined(node_id)
+
+    def _on_outbox(self, envelope: Envelope) -> None:
+        self.serving.on_node_event(TOPICS.segment(envelope.topic, 1), envelope.message)
+
+    async def _run(self) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            for part in (self.bus.run(), self.outbox.run(), self.serving.run()):
+                tasks.create_task(part)
+
+
+@asynccontextmanager
+async def client(lab: Lab) -> AsyncIterator[FakeBus]:
+    bus = FakeBus(lab.broker, TOPICS, client_id="client")
+    running = asyncio.create_task(bus.run(), name="client")
+    await bus.connected(5)
+    try:
+        yield bus
+    finally:
+        running.cancel()
+        await asyncio.wait([running])
+
+
+def question(*rows: float) -> Infer:
+    return Infer(inputs=(tensors.from_numpy("x", np.float32([rows])),))
+
+
+async def ask(bus: FakeBus, message: Infer, model: str = "m", **options: Any) -> Inferred:
+    answer = await bus.request(TOPICS.infer(model), message, timeout_seconds=10, **options)
+    assert isinstance(answer, Inferred)
+    return answer
