@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import statistics
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import psutil
 from rich.console import Console
 from rich.table import Table
 
@@ -44,3 +46,28 @@ def percentiles(seconds: Sequence[float]) -> dict[str, float]:
     """p50, p95 and p99 in milliseconds."""
     cuts = statistics.quantiles(seconds, n=100)
     return {f"p{p}_ms": round(cuts[p - 1] * 1000, 3) for p in (50, 95, 99)}
+
+
+class OtherLoad:
+    """How busy other programs kept this machine since it was made: on a busy machine a check that fails says little."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+        self._busy, self._ours = _machine_seconds(), _own_seconds()
+
+    def cores(self) -> float:
+        """Cores that they used on average."""
+        theirs = (_machine_seconds() - self._busy) - (_own_seconds() - self._ours)
+        return max(0.0, theirs / (time.monotonic() - self._started))
+
+
+def _machine_seconds() -> float:
+    """CPU time that all programs (and other guests of the host: steal) have used."""
+    times = psutil.cpu_times()
+    return float(sum(times[:-2]) - times.idle - times.iowait)  # the last two, guest times, are in user and nice
+
+
+def _own_seconds() -> float:
+    """CPU time of this process and what it started."""
+    this = psutil.Process()
+    return float(sum(sum(process.cpu_times()[:4]) for process in (this, *this.children(recursive=True))))
