@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import uuid
@@ -77,13 +78,17 @@ class Network:
         run("ip", "-n", host, "link", "set", "eth0", "up")
 
 
+@functools.cache
 def available() -> str:
     """Why namespaces cannot be used here; empty when they can."""
     if os.geteuid() != 0:
         return "network namespaces need root"
+    tried = f"pl{uuid.uuid4().hex[:5]}try"  # a name of its own: test runs side by side do not disturb each other
     try:
-        run("ip", "netns", "add", "pl-try")
-    except (OSError, subprocess.CalledProcessError) as error:
-        return f"network namespaces cannot be made here: {error}"
-    run("ip", "netns", "delete", "pl-try")
+        run("ip", "netns", "add", tried)
+    except OSError as error:
+        return f"network namespaces cannot be made here (apt install iproute2): {error}"
+    except subprocess.CalledProcessError as error:
+        return f"network namespaces cannot be made here: {error.stderr.strip()}"
+    run("ip", "netns", "delete", tried)
     return ""
