@@ -1,9 +1,10 @@
 """The router of one deployment: a bounded queue, batches, and the replica with the least expected wait. Pure.
 
 A request goes out at once when a replica has room; while all are busy, requests wait and leave together (natural
-batching). Of two replicas picked at random the one with less expected wait gets the batch (the power of two choices,
-Mitzenmacher, 2001). A batch that is lost is put back at the head of the queue; a request is answered once, by its
-deadline. A replica that answers with failures rests for a moment: failing is quick, and would draw everything to it.
+batching), no more of them than the replica computes in BATCH_TARGET_SECONDS. Of two replicas picked at random the one with
+less expected wait gets the batch (the power of two choices, Mitzenmacher, 2001). A batch that is lost is put back at the head
+of the queue, and whichever answer comes first counts: a request is answered once, by its deadline. A replica that answers
+with failures rests for a moment: failing is quick, and would draw everything to it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,10 @@ BATCHES_IN_FLIGHT = 2
 """A replica has one batch to compute and one to begin with at once."""
 BATCH_BYTES = 160 * 1024
 """Inline tensors of a batch: it must fit into a message."""
+BATCH_TARGET_SECONDS = 1.0
+"""A slow model gets smaller batches: nobody waits long behind one, and what runs is not taken for lost."""
+PATIENCE = 4
+"""A batch is lost when it takes so many times what its replica needs for all it has; at most so many times the usual limit."""
 ATTEMPTS_LIMIT = 4
 REST_SECONDS = 0.5
 SMOOTHING = 0.2
@@ -61,14 +66,39 @@ class _Lane:
     replica_id: str
     node_id: str
     batches: dict[str, Batch] = field(default_factory=dict)
+    overdue: dict[str, Batch] = field(default_factory=dict)
+    """Batches that are asked again elsewhere, but may still come back."""
     requests: int = 0
     seconds_each: float = 0.0
+    seconds_last: float = 0.0
+    """The same, of the last batch alone: after a slow start the mean is too high for a while."""
+    finished_at: float = 0.0
+    open_at: int = -1
+    """Where it is in the router's list of lanes with room; -1: it has none."""
+    silent: bool = False
+    """A batch was lost here, and nothing was heard since."""
     rests_until: float = 0.0
 
     @property
-    def wait(self) -> tuple[float, int]:
+    def wait(self) -> tuple[bool, float, int]:
         """Expected until one more request is answered. A new replica counts as quick, so that it is tried."""
-        return (self.requests + 1) * (self.seconds_each or 1e-3), self.requests
+        return self.silent, (self.requests + 1) * (self.seconds_each or 1e-3), self.requests
+
+    def batch_limit(self, at_most: int) -> int:
+        """Requests that make a batch of BATCH_TARGET_SECONDS here."""
+        if self.seconds_each * at_most <= BATCH_TARGET_SECONDS:
+            return at_most
+        return max(1, int(BATCH_TARGET_SECONDS / self.seconds_each))
+
+    def patience_seconds(self, usual: float) -> float:
+        """How long a batch may be away."""
+        return min(max(usual, PATIENCE * self.seconds_each * self.requests), PATIENCE * usual)
+
+    def learn(self, batch: Batch, now: float) -> None:
+        """How long a request takes here, from a batch that came back. It began when the one before it was done."""
+        each = max(0.0, now - max(batch.sent_at, self.finished_at)) / len(batch.requests)
+        self.seconds_each += (SMOOTHING if self.seconds_each else 1.0) * (each - self.seconds_each)
+        self.seconds_last, self.finished_at = each, now
 
 
 class Router:
@@ -78,6 +108,9 @@ class Router:
         self.name = name
         self.queue: deque[Request] = deque()
         self.lanes: dict[str, _Lane] = {}
+        self._open: list[_Lane] = []
+        """Lanes with room for a batch, in no order: a message costs the same with three replicas as with a thousand."""
+        self._requests_per_second = 0.0
         self.served = 0
         self._queue_limit = queue_limit
         self._batch_limit = batch_limit
@@ -89,12 +122,13 @@ class Router:
         return sum(lane.requests for lane in self.lanes.values())
 
     def add_replica(self, replica_id: str, node_id: str) -> None:
-        self.lanes.setdefault(replica_id, _Lane(replica_id, node_id))
+        self._note_room(self.lanes.setdefault(replica_id, _Lane(replica_id, node_id)))
 
     def remove_replica(self, replica_id: str, now: float) -> None:
         """It is gone: what was on its way to it is asked again elsewhere."""
         lane = self.lanes.pop(replica_id, None)
         if lane is not None:
+            self._shut(lane)
             for batch in reversed(lane.batches.values()):
                 self._put_back(batch, now)
 
@@ -115,23 +149,29 @@ class Router:
             lane = self._pick(now)
             if lane is None:
                 break
-            requests = self._take(now)
+            requests = self._take(now, lane)
             if not requests:
                 break
             self._number += 1
             batch = Batch(f"{self.name}/{self._number}", lane.replica_id, lane.node_id, requests, now)
             lane.batches[batch.batch_id] = batch
             lane.requests += len(requests)
+            self._note_room(lane)
             batches.append(batch)
         return batches
 
     def finished(self, replica_id: str, batch_id: str, outcomes: tuple[RequestOutcome, ...], now: float) -> None:
-        """Answer a batch. Outcomes of a batch that is not on its way any more are ignored: others answer it."""
+        """Answer a batch. One that is asked again elsewhere by now is as good, if it did not fail; others are ignored."""
         lane = self.lanes.get(replica_id)
-        batch = lane.batches.pop(batch_id, None) if lane is not None else None
-        if lane is None or batch is None:
+        if lane is None:
+            return
+        lane.silent = False
+        batch = lane.batches.pop(batch_id, None)
+        if batch is None:
+            self._finished_late(lane, batch_id, outcomes, now)
             return
         lane.requests -= len(batch.requests)
+        self._note_room(lane)
         if len(outcomes) != len(batch.requests):
             lane.rests_until = now + REST_SECONDS
             self._put_back(batch, now)
@@ -148,8 +188,19 @@ class Router:
             lane.rests_until = now + REST_SECONDS
             self._put_back(Batch(batch_id, replica_id, lane.node_id, retried, now), now)
             return
-        each = (now - batch.sent_at) / len(batch.requests)
-        lane.seconds_each += (SMOOTHING if lane.seconds_each else 1.0) * (each - lane.seconds_each)
+        lane.learn(batch, now)
+
+    def _finished_late(self, lane: _Lane, batch_id: str, outcomes: tuple[RequestOutcome, ...], now: float) -> None:
+        batch = lane.overdue.pop(batch_id, None)
+        if batch is None or len(outcomes) != len(batch.requests):
+            return
+        lane.learn(batch, now)
+        for request, outcome in zip(batch.requests, outcomes, strict=True):
+            if outcome.error is None and not request.answered:
+                self.served += 1
+                request.settle(outcome)
+        if any(request.answered for request in self.queue):
+            self.queue = deque(request for request in self.queue if not request.answered)
 
     def expire(self, now: float, batch_seconds: float) -> None:
         """Answer requests whose time is up, and ask those elsewhere whose batch has not come back."""
@@ -161,16 +212,23 @@ class Router:
             for request in late:
                 self._time_out(request)
         for lane in self.lanes.values():
+            patience = lane.patience_seconds(batch_seconds)
+            for batch in list(lane.overdue.values()):
+                if all(request.answered for request in batch.requests):
+                    del lane.overdue[batch.batch_id]
             for batch in list(lane.batches.values()):
-                if now - batch.sent_at > batch_seconds:
+                if now - batch.sent_at > patience:
                     del lane.batches[batch.batch_id]
                     lane.requests -= len(batch.requests)
-                    lane.seconds_each = max(lane.seconds_each, batch_seconds)  # others come first now
+                    lane.silent = True  # others come first now
+                    lane.overdue[batch.batch_id] = batch
                     self._put_back(batch, now)
                 else:
                     for request in batch.requests:
                         if request.deadline <= now:
                             self._time_out(request)
+            self._note_room(lane)
+        self._requests_per_second = sum(1 / lane.seconds_each for lane in self.lanes.values() if lane.seconds_each > 0)
 
     def close(self, error: PotluckError) -> None:
         """Answer everything with `error`: the deployment is gone."""
@@ -179,24 +237,45 @@ class Router:
                 for request in batch.requests:
                     request.settle(error)
         self.lanes.clear()
+        self._open.clear()
         while self.queue:
             self.queue.popleft().settle(error)
 
     def _pick(self, now: float) -> _Lane | None:
-        open_lanes = [
-            lane for lane in self.lanes.values() if len(lane.batches) < BATCHES_IN_FLIGHT and lane.rests_until <= now
-        ]
-        if len(open_lanes) <= 1:
-            return open_lanes[0] if open_lanes else None
-        one, other = self._rng.sample(open_lanes, 2)
-        return min(one, other, key=lambda lane: lane.wait)
+        if len(self._open) > 8:
+            pair = [lane for lane in self._rng.sample(self._open, 2) if lane.rests_until <= now]
+            if pair:
+                return min(pair, key=lambda lane: lane.wait)
+        awake = [lane for lane in self._open if lane.rests_until <= now]
+        if len(awake) > 1:
+            awake = self._rng.sample(awake, 2)
+        return min(awake, key=lambda lane: lane.wait, default=None)
 
-    def _take(self, now: float) -> list[Request]:
+    def _note_room(self, lane: _Lane) -> None:
+        """Keep the list of lanes with room after something was sent to this one or came back."""
+        if len(lane.batches) >= BATCHES_IN_FLIGHT:
+            self._shut(lane)
+        elif lane.open_at < 0:
+            lane.open_at = len(self._open)
+            self._open.append(lane)
+
+    def _shut(self, lane: _Lane) -> None:
+        if lane.open_at >= 0:
+            last = self._open.pop()
+            if last is not lane:
+                self._open[lane.open_at], last.open_at = last, lane.open_at
+            lane.open_at = -1
+
+    def _take(self, now: float, lane: _Lane) -> list[Request]:
         taken: list[Request] = []
         size = 0
-        while self.queue and len(taken) < self._batch_limit:
+        limit = lane.batch_limit(self._batch_limit)
+        # Those of a batch are answered together, when all of it is computed.
+        done_at = now + (lane.requests + min(limit, len(self.queue))) * min(lane.seconds_each, lane.seconds_last)
+        while self.queue and len(taken) < limit:
             request = self.queue[0]
-            if request.deadline <= now:
+            # Computing what comes too late is a waste; an idle replica gets one to try, lest the estimate never mends.
+            if request.deadline <= now or (request.deadline < done_at and (taken or lane.requests)):
                 self._time_out(self.queue.popleft())
                 continue
             if taken and size + request.size_bytes > BATCH_BYTES:
@@ -228,5 +307,5 @@ class Router:
         request.settle(TimedOut(f"{self.name} gave no answer in time{reason}"))
 
     def _expected_seconds(self) -> float:
-        rates = [1 / lane.seconds_each for lane in self.lanes.values() if lane.seconds_each > 0]
-        return max(0.1, len(self.queue) / sum(rates)) if rates else 1.0
+        rate = self._requests_per_second
+        return max(0.1, len(self.queue) / rate) if rate else 1.0

@@ -64,7 +64,10 @@ JOIN_SECONDS = 5.0
 INPUT_LIMIT_BYTES = INLINE_LIMIT_BYTES - 16 * 1024
 """Inputs of one request: with what goes around them they fit into a message."""
 BATCH_SECONDS = 10.0
-"""A batch that is away for longer is asked again elsewhere: it runs at QoS 0, and a node may be frozen."""
+"""A batch that is away for longer is asked again elsewhere: it runs at QoS 0, and a node may be frozen.
+
+Where requests may take longer than usual (`inference_seconds`), a third of that: there are two tries more.
+"""
 
 
 class DeploymentEvent(Struct, frozen=True, kw_only=True, tag_field="event", tag=True):
@@ -400,7 +403,7 @@ class Serving:
                 for deployment in list(self._deployments.values()):
                     self._reconcile(deployment)
                 for router in list(self._routers.values()):
-                    router.expire(now, BATCH_SECONDS)
+                    router.expire(now, max(BATCH_SECONDS, self._settings.inference_seconds / 3))
                     self._pump(router)
 
     def _reconcile(self, deployment: Deployment) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from contextlib import suppress
 
 import pytest
 from hypothesis import settings
@@ -78,7 +79,7 @@ def test_what_was_on_its_way_to_a_lost_replica_is_asked_elsewhere_in_order() -> 
     assert all(answer == [OK] for answer in answers)
 
 
-def test_a_late_answer_of_a_batch_that_was_asked_again_does_not_count() -> None:
+def test_whichever_answer_of_a_batch_that_was_asked_again_comes_first_counts_once() -> None:
     one = router()
     one.add_replica("a", "n1")
     answers = ask(one)
@@ -86,9 +87,93 @@ def test_a_late_answer_of_a_batch_that_was_asked_again_does_not_count() -> None:
     one.expire(20.0, batch_seconds=10.0)
     (again,) = one.dispatch(20.0)
     one.finished("a", batch.batch_id, (OK,), 21.0)
+    assert answers == [OK]
+    one.finished("a", again.batch_id, (OK,), 22.0)
+    one.finished("a", batch.batch_id, (OK,), 23.0)
+    assert answers == [OK]
+    assert one.served == 1
+
+
+def test_a_late_failure_leaves_the_request_to_the_replica_that_has_it_now() -> None:
+    one = router()
+    one.add_replica("a", "n1")
+    answers = ask(one)
+    (batch,) = one.dispatch(0.0)
+    one.expire(20.0, batch_seconds=10.0)
+    (again,) = one.dispatch(20.0)
+    one.finished("a", batch.batch_id, (DIED,), 21.0)
     assert answers == []
     one.finished("a", again.batch_id, (OK,), 22.0)
     assert answers == [OK]
+
+
+class Machine:
+    """Replicas that compute one batch after the other at a fixed pace, in a time of our own."""
+
+    def __init__(self, seconds_each: float, replicas: int = 1) -> None:
+        self.router = router(queue_limit=1000, batch_limit=64)
+        self.seconds_each = seconds_each
+        self.answered = self.computed = 0
+        self.free_at = {f"r{number}": 0.0 for number in range(replicas)}
+        self.busy: list[tuple[float, Batch]] = []
+        for replica_id in self.free_at:
+            self.router.add_replica(replica_id, f"node of {replica_id}")
+
+    def run(self, requests_per_second: float, seconds: int, deadline_seconds: float = 30.0) -> None:
+        for tick in range(seconds * 10):
+            now = tick / 10
+            for batch in [batch for done_at, batch in self.busy if done_at <= now]:
+                self.router.finished(batch.replica_id, batch.batch_id, (OK,) * len(batch.requests), now)
+            self.busy = [(done_at, batch) for done_at, batch in self.busy if done_at > now]
+            for _ in range(int((tick + 1) / 10 * requests_per_second) - int(tick / 10 * requests_per_second)):
+                with suppress(Overloaded):  # who is refused knows at once
+                    self.router.submit(Request((), self._answer, now + deadline_seconds, 10))
+            self.router.expire(now, batch_seconds=10.0)
+            for batch in self.router.dispatch(now):
+                self.computed += len(batch.requests)
+                start = max(now, self.free_at[batch.replica_id])
+                self.free_at[batch.replica_id] = start + self.seconds_each * len(batch.requests)
+                self.busy.append((self.free_at[batch.replica_id], batch))
+
+    def _answer(self, outcome: RequestOutcome | PotluckError) -> None:
+        self.answered += isinstance(outcome, RequestOutcome)
+
+
+@pytest.mark.parametrize("seconds_each", [0.1, 0.5, 2.0])
+@pytest.mark.parametrize("replicas", [1, 3])
+def test_more_than_a_slow_model_can_do_does_not_keep_it_from_what_it_can(seconds_each: float, replicas: int) -> None:
+    """Work under way is not taken for lost and done again, and what would be too late is not computed."""
+    machine = Machine(seconds_each, replicas)
+    machine.run(2 * replicas / seconds_each, seconds=200)
+    assert machine.answered >= 0.85 * 200 * replicas / seconds_each
+    assert machine.computed <= 1.1 * machine.answered + 2 * replicas
+
+
+def test_a_request_that_takes_longer_than_a_lost_one_is_answered() -> None:
+    machine = Machine(seconds_each=12.0)
+    machine.run(1 / 40, seconds=400)
+    assert machine.answered >= 9
+    assert machine.computed <= machine.answered + 2
+
+
+def test_one_slow_answer_does_not_turn_away_requests_that_a_quick_replica_can_do() -> None:
+    one = router(batch_limit=64)
+    one.add_replica("a", "n1")
+    first = ask(one)
+    (batch,) = one.dispatch(0.0)
+    one.finished("a", batch.batch_id, (OK,), 8.0)  # traced anew, say
+    answers = [ask(one, deadline=10.0)]
+    (batch,) = one.dispatch(8.0)
+    one.finished("a", batch.batch_id, (OK,), 8.001)
+    for _ in range(40):
+        answers.append(ask(one, deadline=10.0))
+    now = 8.001
+    while batches := one.dispatch(now):
+        for batch in batches:
+            now += 0.001
+            one.finished("a", batch.batch_id, (OK,) * len(batch.requests), now)
+    assert first == [OK]
+    assert all(found == [OK] for found in answers)
 
 
 def test_a_request_that_no_replica_answers_is_given_up() -> None:
@@ -191,12 +276,12 @@ class Traffic(RuleBasedStateMachine):
             assert len(self.router.queue) == 20
         self.out += self.router.dispatch(self.now)
 
-    @rule(replica=st.sampled_from("abc"))
+    @rule(replica=st.sampled_from("abcdefghijklmno"))
     def come(self, replica: str) -> None:
         self.router.add_replica(replica, f"node-{replica}")
         self.out += self.router.dispatch(self.now)
 
-    @rule(replica=st.sampled_from("abc"))
+    @rule(replica=st.sampled_from("abcdefghijklmno"))
     def go(self, replica: str) -> None:
         self.router.remove_replica(replica, self.now)
         self.out += self.router.dispatch(self.now)
@@ -237,6 +322,9 @@ class Traffic(RuleBasedStateMachine):
         for lane in self.router.lanes.values():
             assert len(lane.batches) <= BATCHES_IN_FLIGHT
             assert lane.requests == sum(len(batch.requests) for batch in lane.batches.values())
+            assert (lane.open_at >= 0) == (len(lane.batches) < BATCHES_IN_FLIGHT)
+            assert lane.open_at < 0 or self.router._open[lane.open_at] is lane
+        assert len(self.router._open) == sum(lane.open_at >= 0 for lane in self.router.lanes.values())
 
     def teardown(self) -> None:
         self.router.close(Unavailable("gone"))
