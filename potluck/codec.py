@@ -6,6 +6,7 @@ msgpack maps begin with 0x80-0x8F, 0xDE or 0xDF, JSON objects with `{` (0x7B), s
 from __future__ import annotations
 
 import json
+import math
 import re
 from functools import cache
 from typing import Any, Literal, TypeVar
@@ -63,11 +64,30 @@ def pack(value: Any, encoding: Encoding = "msgpack") -> bytes:
     try:
         plain = msgspec.to_builtins(value, builtin_types=_NATIVE[encoding])
         if encoding == "json":
-            return json.dumps(plain, separators=(",", ":"), ensure_ascii=False, allow_nan=True).encode()
+            return _json(plain).encode()
         packed: bytes = msgpack.packb(plain)
     except (OverflowError, RecursionError, ValueError) as error:
         raise BadMessage(f"{type(value).__name__} cannot be sent as {encoding}: {error}") from error
     return packed
+
+
+def _json(plain: Any) -> str:
+    """JSON as RFC 8259 has it: there are no numbers that are not finite, so they are null."""
+    try:
+        return json.dumps(plain, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        return json.dumps(finite(plain), separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def finite(plain: Any) -> Any:
+    """The same plain value with None for each number that is not finite."""
+    if isinstance(plain, float):
+        return plain if math.isfinite(plain) else None
+    if isinstance(plain, dict):
+        return {key: finite(value) for key, value in plain.items()}
+    if isinstance(plain, list | tuple):
+        return [finite(value) for value in plain]
+    return plain
 
 
 def unpack(payload: bytes, kind: type[T]) -> T:

@@ -168,7 +168,7 @@ class Train(JobSpec, frozen=True, tag="train"):
     image: ImageOptions | None = None
     register: Name | None = None
     strategy: Literal["auto", "local"] = "auto"
-    round_seconds: Annotated[float, Meta(gt=0)] = 5.0
+    round_seconds: Annotated[float, Meta(gt=0, le=86_400)] = 5.0
     seed: Seed = 0
 
 

@@ -15,6 +15,7 @@ from coordinator.membership import Membership
 from coordinator.serving.registry import Registry
 from coordinator.serving.serving import Serving
 from potluck import __version__
+from potluck.codec import finite
 from potluck.errors import (
     InvalidRequest,
     NotFound,
@@ -143,7 +144,7 @@ class _Gateway:
         }
         if asked.id:
             body["id"] = asked.id
-        return web.json_response(body)
+        return web.json_response(finite(body))  # JSON knows no NaN
 
 
 def _decode(body: bytes) -> _InferRequest:

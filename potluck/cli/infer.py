@@ -69,12 +69,18 @@ def read_input(source: str, info: ModelInfo, image: ImageOptions | None) -> Any:
             )
         except (ValueError, OSError) as error:
             raise InvalidData(f"the input is not JSON: {error}") from error
-        if isinstance(value, dict):
-            return {
-                name: np.asarray(array, dtype=np.float32) if _is_float(array) else np.asarray(array)
-                for name, array in value.items()
-            }
-        return _with_batch(np.asarray(value, dtype=np.float32), info)
+        try:
+            if isinstance(value, dict):
+                return {
+                    name: np.asarray(array, dtype=np.float32) if _is_float(array) else np.asarray(array)
+                    for name, array in value.items()
+                }
+            with np.errstate(over="ignore"):  # too large for float32 is infinite, as on a node
+                return _with_batch(np.asarray(value, dtype=np.float32), info)
+        except (ValueError, TypeError) as error:
+            raise InvalidData(f"the input is not an array of numbers: {error}") from error
+    if not path.exists():
+        raise InvalidData(f"there is no file {path}: give an image, .npy, .json, or JSON itself")
     return read_image(path, image or info.image or _image_of(info))[np.newaxis]
 
 

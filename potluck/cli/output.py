@@ -30,10 +30,15 @@ _COLORS = {
     "suspect": "yellow", "offline": "red", "failed": "red", "cancelled": "magenta",
 }  # fmt: skip
 
+PIPE_COLUMNS = 400
+
 
 def show(renderable: RenderableType) -> None:
-    """Print for people, on standard output."""
-    Console(soft_wrap=not sys.stdout.isatty()).print(renderable)
+    """Print for people, on standard output. A pipe has no width: nothing is broken to fit into one."""
+    if sys.stdout.isatty():
+        Console().print(renderable)
+    else:
+        Console(soft_wrap=True, width=PIPE_COLUMNS).print(renderable)
 
 
 def note(text: str) -> None:

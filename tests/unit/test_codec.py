@@ -186,3 +186,7 @@ def test_files_have_no_limit_and_may_be_any_struct() -> None:
     assert codec.unpack(codec.pack(large), Inferred) == large
     with pytest.raises(BadMessage, match="BlobRef"):
         codec.unpack(codec.pack({"sha256": "short", "size": 1}), BlobRef)
+
+
+def test_json_has_null_for_numbers_that_are_not_finite() -> None:
+    assert codec.pack({"a": [float("nan"), 1.5], "b": float("-inf")}, "json") == b'{"a":[null,1.5],"b":null}'
