@@ -17,7 +17,7 @@ from typing import Any
 
 from node.engine import frames
 from node.engine.wording import one_line
-from potluck.errors import EngineFailed, InvalidModel, Overloaded, PotluckError
+from potluck.errors import BadMessage, EngineFailed, InvalidModel, Overloaded, PotluckError
 from potluck.messages import ErrorInfo
 
 HEARTBEAT_SECONDS = 1.0
@@ -42,12 +42,17 @@ class Channel:
 
     def receive(self) -> frames.ToEngine | None:
         """The next frame; None when the parent has closed its end."""
-        while not self._bodies:
-            data = self._sock.recv(max(RECEIVE_BYTES, self._splitter.missing))
-            if not data:
-                return None
-            self._bodies.extend(self._splitter.feed(data))
-        return frames.to_engine(self._bodies.popleft())
+        while True:
+            while not self._bodies:
+                data = self._sock.recv(max(RECEIVE_BYTES, self._splitter.missing))
+                if not data:
+                    return None
+                self._bodies.extend(self._splitter.feed(data))
+            body = self._bodies.popleft()
+            try:
+                return frames.to_engine(body)
+            except BadMessage as error:  # the question fails, and not the engine with all it holds
+                self.send(_failed(frames.number_of(body), error))
 
 
 class Server:

@@ -100,6 +100,13 @@ _TO_ENGINE: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(ToEngine)
 _FROM_ENGINE: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(FromEngine)
 
 
+class _Numbered(Struct, frozen=True):
+    number: int = 0
+
+
+_NUMBERED = msgspec.msgpack.Decoder(_Numbered)
+
+
 def encode(frame: Frame) -> bytes:
     """Length and body. Raises TooLarge for a frame over the limit, BadMessage for what a frame cannot carry."""
     try:
@@ -117,6 +124,14 @@ def encode(frame: Frame) -> bytes:
 def to_engine(body: bytes) -> ToEngine:
     """Raises BadMessage."""
     return _decoded(_TO_ENGINE, body)  # type: ignore[no-any-return]
+
+
+def number_of(body: bytes) -> int:
+    """Of a frame that cannot be read otherwise, so that who waits for its answer is told; 0 where that cannot be read either."""
+    try:
+        return _NUMBERED.decode(body).number
+    except (msgspec.DecodeError, RecursionError):
+        return 0
 
 
 def from_engine(body: bytes) -> FromEngine:

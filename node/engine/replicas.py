@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import time
@@ -112,7 +113,8 @@ class Replicas:
         return replica.signature, max(0, psutil.Process().memory_info().rss - before)
 
     def unload(self, replica_id: str) -> None:
-        self._replicas.pop(replica_id, None)
+        if self._replicas.pop(replica_id, None) is not None:
+            gc.collect()  # models are full of cycles, and nothing else here would collect them soon
 
     def infer(self, replica_id: str, requests: Sequence[Sequence[Tensor]]) -> tuple[RequestOutcome, ...]:
         """One outcome a request; those that fit together run together, and a bad one fails alone. Raises NotFound."""

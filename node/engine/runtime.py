@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from node.engine.wording import one_line
+from node.engine.wording import shape as shown
 from potluck.errors import InvalidData, InvalidModel
 from potluck.messages import Signature, TensorSpec
 from potluck.tensors import datatype_of
@@ -121,13 +122,25 @@ def _spec(name: str, tensor: Any) -> TensorSpec:
 
 
 def set_weights(model: Any, path: Path) -> None:
-    """Weights from a safetensors file in the order of `model.weights`. Raises InvalidModel when they do not fit."""
+    """Weights from a safetensors file in the order of `model.weights`. Raises InvalidModel when they do not fit.
+
+    Then the model is as it was: Keras would have set those before the first that does not fit.
+    """
     try:
         stored = load_file(path)
     except SafetensorError as error:
         raise InvalidData(f"the weights {path.name[:12]} cannot be read: {error}") from error
+    values = [stored[name] for name in sorted(stored)]
+    if len(values) != len(model.weights):
+        raise InvalidModel(f"the weights do not fit the model: they are {len(values)}, and it has {len(model.weights)}")
+    for weight, value in zip(model.weights, values, strict=True):
+        if tuple(weight.shape) != value.shape:
+            raise InvalidModel(
+                f"the weights do not fit the model: '{weight.path}' has shape {shown(tuple(weight.shape))}, "
+                f"and they have {shown(value.shape)} there"
+            )
     try:
-        model.set_weights([stored[name] for name in sorted(stored)])
+        model.set_weights(values)
     except ValueError as error:
         raise InvalidModel(f"the weights do not fit the model: {one_line(error)}") from error
 

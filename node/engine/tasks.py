@@ -78,7 +78,8 @@ class Tasks:
     def _train(
         self, job_id: str, task: TrainTask, paths: Paths, cancelled: threading.Event, progress: Progress
     ) -> TrainResult:
-        session = self._sessions.get(job_id)
+        # Without weights, training begins at those of the model's file: what an earlier attempt made of them is not wanted.
+        session = self._sessions.get(job_id) if task.weights is not None else None
         if session is None:
             model = runtime.load_model(paths[task.model.sha256], self._scratch, compiled=True)
             runtime.need_compiled(model)

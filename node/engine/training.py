@@ -127,9 +127,11 @@ class Session:
             model.optimizer.build(model.trainable_variables)
         variables = [*model.variables, *model.optimizer.variables]
         kept = [variable.numpy() for variable in variables]
-        self._step()
-        for variable, value in zip(variables, kept, strict=True):
-            variable.assign(value)
+        try:
+            self._step()
+        finally:
+            for variable, value in zip(variables, kept, strict=True):
+                variable.assign(value)
         self._traced = True
 
     def _step(self) -> Any:

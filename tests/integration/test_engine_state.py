@@ -1,0 +1,277 @@
+"""What an engine keeps, and what it does not: optimizer, statistics and seeds over rounds, memory after jobs and replicas."""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import pytest_asyncio
+from PIL import Image
+from safetensors.numpy import save
+
+from node.engine import frames
+from potluck.errors import BadMessage, InvalidData, InvalidModel
+from potluck.messages import ImageOptions, Tensor
+from potluck.tensors import from_numpy, to_numpy
+from support.engine_lab import IMAGES, Lab, engine_lab, evaluation, pictures, prediction, training
+from support.models import Files, blobs, dense, whole
+
+pytestmark = [pytest.mark.tensorflow, pytest.mark.asyncio(loop_scope="module")]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def lab(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Lab]:
+    async with engine_lab(tmp_path_factory.mktemp("engine")) as lab:
+        yield lab
+
+
+# --- what training leaves alone ---------------------------------------------------------------------------------------
+
+
+async def test_tracing_leaves_no_trace(tmp_path: Path) -> None:
+    """In this process, where all variables can be looked at: weights, statistics, dropout's seeds, optimizer, metrics."""
+    import keras
+
+    from node.engine.shards import Part
+    from node.engine.training import Session
+
+    x, y = blobs(96)
+    files = Files(tmp_path)
+    for optimizer in ("adam", keras.optimizers.SGD(0.1, momentum=0.9, use_ema=True, ema_momentum=0.9)):
+        model = dense(optimizer=optimizer)
+        (shard,) = files.arrays(1, x=x, y=y)
+        session = Session(model, seed=0)
+        session.use_data(training(shard.blob, (shard,)), [Part(files.paths[shard.blob.sha256], 0, 96)])
+        model.optimizer.build(model.trainable_variables)
+        assert any("seed" in variable.path for variable in model.variables)
+        state = {variable.path: variable.numpy() for variable in (*model.variables, *model.optimizer.variables)}
+        session._trace()
+        model.reset_metrics()
+        now = {variable.path: variable.numpy() for variable in (*model.variables, *model.optimizer.variables)}
+        assert state.keys() <= now.keys()  # metrics are made with the first step, and are at 0 now
+        for path, value in now.items():
+            np.testing.assert_array_equal(value, state.get(path, np.zeros_like(value)), err_msg=path)
+        outcome = session.train(96, 60, threading.Event(), lambda done, metrics: None)
+        assert outcome.steps == 3
+        assert int(model.optimizer.iterations.numpy()) == 3
+
+
+async def test_two_rounds_are_as_good_as_one(lab: Lab) -> None:
+    """With everything that has a state: Adam's moments, batch statistics, dropout's seeds, the position in the data."""
+    x, y = blobs(200)
+    blob, data = lab.files.model(dense()), lab.files.arrays(2, x=x, y=y)
+    # The first training of a process comes out otherwise in the third decimal: all that are compared come after it.
+    await lab.run(training(blob, data, samples=32), "first of the process")
+    at_once = await lab.run(training(blob, data, samples=32 * 20), "at once")
+    first = await lab.run(training(blob, data, samples=32 * 8), "in parts")
+    lab.weights(first)
+    second = await lab.run(training(blob, data, samples=32 * 12, weights=first.weights, round=1), "in parts")
+    for ours, theirs in zip(lab.weights(second), lab.weights(at_once), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+async def test_the_first_round_asked_again_begins_where_it_began(lab: Lab) -> None:
+    """An attempt that was withdrawn, or another share of the same round: not from weights that have moved on."""
+    x, y = blobs(64)
+    task = training(lab.files.model(dense()), lab.files.arrays(1, x=x, y=y), samples=64)
+    first = await lab.run(task, "again")
+    lab.weights(first)
+    again = await lab.run(task, "again")
+    for ours, theirs in zip(lab.weights(again), lab.weights(first), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
+async def test_a_batch_larger_than_the_data(lab: Lab) -> None:
+    x, y = blobs(10)
+    result = await lab.run(
+        training(lab.files.model(dense()), lab.files.arrays(3, x=x, y=y), batch_size=512, samples=25)
+    )
+    assert (result.samples, result.steps) == (30, 3)
+
+
+async def test_other_data_and_other_batches_in_the_next_round(lab: Lab) -> None:
+    x, y = blobs(300)
+    blob, data = lab.files.model(dense()), lab.files.arrays(3, x=x, y=y)
+    first = await lab.run(training(blob, data[:1], samples=320), "moved")
+    lab.weights(first)
+    task = training(blob, data[1:], samples=320, weights=first.weights, round=1, batch_size=16)
+    second = await lab.run(task, "moved")
+    assert (second.samples, second.steps) == (320, 20)
+    assert second.metrics["loss"] < first.metrics["loss"]
+
+
+async def test_weights_of_another_model_are_refused_and_change_nothing(lab: Lab) -> None:
+    x, y = blobs(50)
+    model = dense()
+    blob, slices = lab.files.model(model), whole(lab.files.arrays(1, x=x, y=y))
+    own = await lab.run(evaluation(blob, slices))
+    shapes = [weight.shape for weight in model.weights]
+    wrong = [{f"w{i:05}": np.zeros(shape, np.float32) for i, shape in enumerate(shapes[:-1])}]
+    wrong.append(wrong[0] | {f"w{len(shapes) - 1:05}": np.zeros((7,), np.float32)})
+    for arrays in wrong:
+        with pytest.raises((InvalidModel, InvalidData), match="weights"):
+            await lab.run(evaluation(blob, slices, weights=lab.files.put(save(arrays))))
+        with pytest.raises((InvalidModel, InvalidData), match="weights"):
+            await lab.run(evaluation(blob, slices, weights=lab.files.put(b"nothing")))
+        assert (await lab.run(evaluation(blob, slices))).sums == own.sums
+
+
+async def test_regression_learns_with_other_targets_than_classes(lab: Lab) -> None:
+    x, _ = blobs(256)
+    y = (x @ np.arange(8)).astype(np.float64)
+    model = dense(units=1, activation="linear", loss="mse", metrics=["mae"], optimizer=_adam(0.01))
+    blob, data = lab.files.model(model), lab.files.arrays(2, x=x.astype(np.float64), y=y)
+    first = await lab.run(training(blob, data, samples=256 * 4), "regression")
+    lab.weights(first)
+    second = await lab.run(training(blob, data, samples=256 * 40, weights=first.weights, round=1), "regression")
+    assert second.metrics["mae"] < first.metrics["mae"] / 2
+
+
+async def test_words_as_numbers(lab: Lab) -> None:
+    """Token ids in int64 for an Embedding, a label a text."""
+    import keras
+
+    random = np.random.default_rng(0)
+    y = random.integers(0, 2, 200)
+    x = np.where(random.random((200, 12)) < 0.7, y[:, None] * 20 + random.integers(0, 20, (200, 12)), 45)
+    model = keras.Sequential(
+        [keras.Input((12,), dtype="int32"), keras.layers.Embedding(50, 8), keras.layers.GlobalAveragePooling1D(),
+         keras.layers.Dense(1, activation="sigmoid")]
+    )  # fmt: skip
+    model.compile(optimizer=keras.optimizers.Adam(0.05), loss="binary_crossentropy", metrics=["accuracy"])
+    blob, data = lab.files.model(model), lab.files.arrays(2, x=x, y=y)
+    result = await lab.run(training(blob, data, samples=200 * 20), "words")
+    lab.weights(result)
+    scored = await lab.run(evaluation(blob, whole(data), weights=result.weights))
+    assert np.trace(np.array(scored.confusion)) >= 195
+
+
+# --- images of all kinds ----------------------------------------------------------------------------------------------
+
+
+def encoded(image: Image.Image, form: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format=form, **options)
+    return buffer.getvalue()
+
+
+async def test_whatever_kind_of_image_becomes_what_the_model_takes(lab: Lab) -> None:
+    import keras
+
+    pixels = np.full((10, 14, 3), (200, 100, 50), np.uint8)
+    colour = Image.fromarray(pixels)
+    items = [
+        encoded(colour, "PNG"), encoded(colour, "JPEG", quality=95), encoded(colour, "BMP"), encoded(colour, "GIF"),
+        encoded(colour.convert("RGBA"), "PNG"), encoded(colour.convert("P"), "PNG"), encoded(colour.convert("L"), "PNG"),
+        encoded(colour.convert("L"), "JPEG"), encoded(colour.convert("1"), "PNG"),
+    ]  # fmt: skip
+    shard = lab.files.images([(data, None) for data in items])
+    for channels in (3, 1):
+        readable = [0, 1, 4, 5, 6, 7, 8] if channels == 1 else range(len(items))
+        shard = lab.files.images([(items[number], None) for number in readable])
+        model = keras.Sequential([keras.Input((5, 7, channels)), keras.layers.GlobalAveragePooling2D()])
+        result = await lab.run(prediction(lab.files.model(model), whole([shard]), format=IMAGES))
+        means = to_numpy(result.outputs[0])
+        assert means.shape == (len(readable), channels)
+        grey = np.dot([0.299, 0.587, 0.114], [200, 100, 50]) / 255
+        expected = np.array([200, 100, 50]) / 255 if channels == 3 else [grey]
+        np.testing.assert_allclose(means[:2], [expected] * 2, atol=0.02)
+        assert means.min() >= 0
+        assert means.max() <= 1
+
+
+async def test_an_image_of_another_size_for_a_model_that_takes_any(lab: Lab) -> None:
+    import keras
+
+    model = keras.Sequential([keras.Input((None, None, 3)), keras.layers.GlobalAveragePooling2D()])
+    shard = lab.files.images(pictures(5))
+    options = ImageOptions(height=9, width=4)
+    blob = lab.files.model(model)
+    result = await lab.run(prediction(blob, whole([shard]), format=IMAGES, image=options))
+    assert to_numpy(result.outputs[0]).shape == (5, 3)
+
+
+# --- replicas ---------------------------------------------------------------------------------------------------------
+
+
+async def test_texts_as_inputs(lab: Lab) -> None:
+    import keras
+
+    model = keras.Sequential(
+        [
+            keras.Input((2,), dtype="string"),
+            keras.layers.StringLookup(vocabulary=["a", "b"]),
+            keras.layers.Embedding(3, 2),
+        ]
+    )
+    path = lab.files.paths[lab.files.model(model).sha256]
+    signature, _ = await lab.engine.load_model("texts", path)
+    assert signature.inputs[0].datatype == "BYTES"
+    words = Tensor(name="x", datatype="BYTES", shape=(1, 2), data=["a", "b"])
+    numbers = Tensor(name="x", datatype="BYTES", shape=(1, 2), data=["a", 3])
+    outcomes, _ = await lab.engine.infer("texts", [(words,), (numbers,), (words,)])
+    assert [outcome.error is None for outcome in outcomes] == [True, False, True]
+    np.testing.assert_allclose(
+        to_numpy(outcomes[2].outputs[0]), model(np.array([["a", "b"]], dtype=object)).numpy(), atol=1e-6
+    )
+
+
+async def test_shapes_that_no_array_has_fail_alone(lab: Lab) -> None:
+    await lab.engine.load_model("shapes", lab.files.paths[lab.files.model(dense()).sha256])
+    good = (from_numpy("x", np.zeros((1, 8), np.float32)),)
+    bad = [
+        Tensor(name="x", datatype="FP32", shape=(2**53, 0), data=b""),
+        Tensor(name="x", datatype="FP32", shape=(2**53, 2**53, 0), data=[]),
+        Tensor(name="x", datatype="FP32", shape=(1,) * 70, data=[1.0]),
+        Tensor(name="x", datatype="INT32", shape=(1, 8), data=[1.5] * 8),
+        Tensor(name="x", datatype="BYTES", shape=(1,), data=nested(400)),
+        Tensor(name="x", datatype="FP32", shape=(1, 8), data=nested(400)),
+    ]
+    outcomes, _ = await lab.engine.infer("shapes", [good, *((tensor,) for tensor in bad), good])
+    assert [outcome.error is None for outcome in outcomes] == [True, *[False] * len(bad), True]
+    assert {outcome.error.code for outcome in outcomes if outcome.error} == {"invalid_request"}
+
+
+def nested(depth: int) -> list[Any]:
+    found: list[Any] = ["a"]
+    for _ in range(depth):
+        found = [found]
+    return found
+
+
+async def test_a_question_that_cannot_be_read_fails_and_not_the_engine(lab: Lab) -> None:
+    await lab.engine.load_model("there", lab.files.paths[lab.files.model(dense()).sha256])
+    odd = Tensor(name="x", datatype="FP32", shape=(-1, -8), data=[0.0] * 8)  # made here, so nobody has checked it
+    with pytest.raises(BadMessage, match="cannot be read"):
+        await lab.engine.infer("there", [(odd,)])
+    outcomes, _ = await lab.engine.infer("there", [(from_numpy("x", np.zeros((1, 8), np.float32)),)])
+    assert outcomes[0].error is None
+    assert frames.number_of(b"nothing") == 0
+
+
+async def test_memory_of_replicas_comes_back(lab: Lab) -> None:
+    """Of models of 40 MB that are loaded and unloaded one after the other."""
+    import keras
+
+    assert lab.engine.pid is not None
+    process = psutil.Process(lab.engine.pid)
+    model = keras.Sequential([keras.Input((1000,)), keras.layers.Dense(10_000)])
+    path = lab.files.paths[lab.files.model(model).sha256]
+    used = []
+    for number in range(8):
+        await lab.engine.load_model(f"large {number}", path)
+        await lab.engine.unload_model(f"large {number}")
+        used.append(process.memory_info().rss // 2**20)
+    assert used[-1] - used[1] < 100, used
+
+
+def _adam(rate: float) -> Any:
+    import keras
+
+    return keras.optimizers.Adam(rate)
