@@ -149,7 +149,10 @@ class _Gateway:
 
 def _decode(body: bytes) -> _InferRequest:
     try:
-        return msgspec.convert(json.loads(body), _InferRequest)
+        value = json.loads(body.decode("utf-8-sig"))
+        if b"\\ud" in body or b"\\uD" in body:
+            json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair cannot be sent on
+        return msgspec.convert(value, _InferRequest)
     except (ValueError, RecursionError) as error:  # msgspec.ValidationError is a ValueError
         raise InvalidRequest(f"the body is not an inference request: {error}") from error
 

@@ -490,13 +490,14 @@ def _plain(tensor: Tensor) -> Tensor:
 
 
 def _size(tensor: Tensor) -> int:
-    """What it takes in a message, about."""
-    data, rest = tensor.data, len(tensor.name) + 64
+    """What it takes in a message, at most: a batch that is too large would be lost with all who are in it."""
+    data = tensor.data
+    rest = 64 + len(tensor.name.encode()) + len(tensor.datatype.encode()) + 9 * len(tensor.shape)
     if isinstance(data, bytes):
         return len(data) + rest
     if isinstance(data, list):
         return sum([5 + len(text if isinstance(text, bytes) else text.encode()) for text in data]) + rest
-    return rest + sum([len(holder) for holder in data.holders]) + 100
+    return rest + sum([5 + len(holder.encode()) for holder in data.holders]) + 120
 
 
 def _failure(outcome: RequestOutcome | PotluckError) -> str:

@@ -104,6 +104,13 @@ async def test_open_inference_protocol(http: Http) -> None:
         ),
         ("/v2/models/m/infer", '{"inputs": ' + "[" * 100_000, 400, "not an inference request"),
         ("/v2/models/m/infer", "\x00\x01", 400, "not an inference request"),
+        ("/v2/models/m/infer", json.dumps({"inputs": [GOOD["inputs"][0] | {"name": "\ud800"}]}), 400, "surrogate"),
+        (
+            "/v2/models/m/infer",
+            '{"inputs": [{"name": "x", "datatype": "BYTES", "shape": [1], "data": ["\\uDFFF"]}]}',
+            400,
+            "surrogate",
+        ),
         ("/v2/models/m:1/versions/1/infer", json.dumps(GOOD), 404, "no version"),
         ("/v2/models/m/infer", "x" * (gateway.BODY_LIMIT_BYTES + 1), 413, "body"),
     ],

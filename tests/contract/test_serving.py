@@ -11,10 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from potluck import tensors
+from coordinator.serving.serving import _size
+from potluck import codec, tensors
 from potluck.errors import Cancelled, InvalidModel, InvalidRequest, NotFound, TimedOut, TooLarge, Unavailable
-from potluck.messages import ErrorInfo, Infer, ListNodes, Tensor
+from potluck.messages import BlobRef, ErrorInfo, Infer, ListNodes, Tensor
 from support.eventually import eventually
 from support.serving_lab import SIGNATURE, TOPICS, Lab, ask, client, question
 
@@ -260,6 +263,25 @@ async def test_requests_that_cannot_be_are_refused_at_the_door(lab: Lab, stack: 
         assert {answer.outputs[0].shape for answer in answers} == {(1, 30_000)}
         with pytest.raises(InvalidRequest, match="ListNodes"):
             await bus.request(TOPICS.infer("m"), ListNodes(), timeout_seconds=10)
+
+
+_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=50)
+
+
+@given(
+    name=_TEXT,
+    datatype=_TEXT,
+    shape=st.lists(st.integers(0, 2**53), max_size=40),
+    data=st.binary(max_size=300)
+    | st.lists(_TEXT, max_size=20)
+    | st.builds(BlobRef, sha256=st.just("0" * 64), size=st.integers(0, 2**53), holders=st.tuples(_TEXT, _TEXT, _TEXT)),
+)
+def test_no_tensor_takes_more_than_it_is_counted_for(
+    name: str, datatype: str, shape: list[int], data: bytes | list[str] | BlobRef
+) -> None:
+    """A batch that grew beyond a message would be lost, with the requests of others in it."""
+    tensor = Tensor(name=name, datatype=datatype, shape=tuple(shape), data=data)
+    assert len(codec.pack(tensor)) <= _size(tensor)
 
 
 async def test_time_is_up_for_who_is_on_the_way_too(lab: Lab, stack: AsyncExitStack) -> None:
