@@ -26,11 +26,23 @@ def folder(tmp_path: Path) -> Iterator[Path]:
     assert not list(tmp_path.iterdir())
 
 
+def interruptible() -> None:
+    """What runs in the background of a shell inherits an ignored SIGINT, and Python respects that; a terminal has it not so."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start(folder: Path) -> subprocess.Popen[str]:
+    dies_with_us = die_with_parent()
+
+    def prepare() -> None:
+        interruptible()
+        if dies_with_us is not None:
+            dies_with_us()
+
     return subprocess.Popen(
         [sys.executable, "-m", "potluck.cli.main", "demo"],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env=os.environ | {"TMPDIR": str(folder), "COLUMNS": "100"}, preexec_fn=die_with_parent(),
+        env=os.environ | {"TMPDIR": str(folder), "COLUMNS": "100"}, preexec_fn=prepare,
     )  # fmt: skip
 
 
