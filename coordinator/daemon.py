@@ -17,6 +17,7 @@ from coordinator.journal import Journal
 from coordinator.leases import Leases
 from coordinator.membership import Change, Membership, NodeJoined, NodeLost
 from coordinator.requests import Requests, dataset_blobs
+from coordinator.serving.inference import Inference
 from coordinator.serving.registry import Registry
 from coordinator.serving.serving import Serving
 from potluck import lifecycle
@@ -87,10 +88,11 @@ class Coordinator:
             self._outbox = Outbox(bus)
             self._membership = Membership(settings.node_timeout_seconds)
             registry = Registry(journal)
+            self._inference = Inference(bus=bus, topics=self.topics, registry=registry, settings=settings)
             self._serving = Serving(
-                bus=bus,
                 topics=self.topics,
                 outbox=self._outbox,
+                inference=self._inference,
                 membership=self._membership,
                 registry=registry,
                 journal=journal,
@@ -144,6 +146,7 @@ class Coordinator:
                         ("outbox", self._outbox.run()),
                         ("dispatcher", self._dispatcher.run()),
                         ("serving", self._serving.run()),
+                        ("inference", self._inference.run()),
                         ("requests", requests.run()),
                         ("ticks", self._tick()),
                     )
@@ -152,7 +155,7 @@ class Coordinator:
                     running.append(tasks.create_task(_watch(broker), name="broker watch"))
                 routes = [
                     *blob_server.routes(store, writable=True, max_bytes=UPLOAD_LIMIT_BYTES),
-                    *gateway.routes(self._serving, registry, self._membership, settings),
+                    *gateway.routes(self._serving, self._inference, registry, self._membership, settings),
                 ]
                 async with serve_http(sock, routes, gateway.BODY_LIMIT_BYTES), AsyncExitStack() as advertisement:
                     await self._join(bus)
@@ -201,7 +204,7 @@ class Coordinator:
         topics = self.topics
         bus.subscribe(topics.coordinator_inbox, requests.on_request)
         bus.subscribe(topics.jobs_submit, requests.on_request)
-        bus.subscribe(topics.infer("+"), self._serving.on_infer)
+        bus.subscribe(topics.infer("+"), self._inference.on_infer)
         bus.subscribe(topics.coordinator_status, self._on_coordinator)
         bus.subscribe(topics.node("+", "outbox"), self._on_outbox)
         bus.subscribe(topics.node("+", "status"), self._on_presence)

@@ -6,13 +6,14 @@ from collections import Counter
 from itertools import accumulate
 
 from coordinator.membership import Membership
+from coordinator.serving.inference import Inference
 from coordinator.serving.metrics import BUCKETS_SECONDS
 from coordinator.serving.serving import Serving
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
-def exposition(serving: Serving, membership: Membership) -> str:
+def exposition(serving: Serving, inference: Inference, membership: Membership) -> str:
     """The page for `/metrics`."""
     lines: list[str] = []
 
@@ -37,11 +38,11 @@ def exposition(serving: Serving, membership: Membership) -> str:
         lines.append(f'potluck_queue_length{{model="{_escaped(deployment.name)}"}} {deployment.queued}')
 
     family("potluck_requests_total", "counter", "Inference requests answered, by error code (none: ok).")
-    for (name, failure), count in sorted(serving.metrics.answers.items()):
+    for (name, failure), count in sorted(inference.metrics.answers.items()):
         lines.append(f'potluck_requests_total{{model="{_escaped(name)}",code="{failure or "ok"}"}} {count}')
 
     family("potluck_request_seconds", "histogram", "Time from a request's arrival to its answer.")
-    for name, histogram in sorted(serving.metrics.latency.items()):
+    for name, histogram in sorted(inference.metrics.latency.items()):
         label = f'model="{_escaped(name)}"'
         for bound, total in zip((*BUCKETS_SECONDS, "+Inf"), accumulate(histogram.counts), strict=True):
             lines.append(f'potluck_request_seconds_bucket{{{label},le="{bound}"}} {total}')

@@ -12,6 +12,7 @@ from aiohttp import web
 
 from coordinator.gateway import metrics
 from coordinator.membership import Membership
+from coordinator.serving.inference import Inference
 from coordinator.serving.registry import Registry
 from coordinator.serving.serving import Serving
 from potluck import __version__
@@ -62,13 +63,13 @@ class _InferRequest(msgspec.Struct):
 
 
 def routes(
-    serving: Serving, registry: Registry, membership: Membership, settings: CoordinatorSettings
+    serving: Serving, inference: Inference, registry: Registry, membership: Membership, settings: CoordinatorSettings
 ) -> list[web.RouteDef]:
     """Routes for the coordinator's HTTP application."""
-    gateway = _Gateway(serving, registry, settings)
+    gateway = _Gateway(serving, inference, registry, settings)
 
     async def prometheus(request: web.Request) -> web.Response:
-        text = metrics.exposition(serving, membership)
+        text = metrics.exposition(serving, inference, membership)
         return web.Response(text=text, headers={"Content-Type": metrics.CONTENT_TYPE})
 
     found = [web.get("/metrics", prometheus)]
@@ -86,8 +87,11 @@ def routes(
 
 
 class _Gateway:
-    def __init__(self, serving: Serving, registry: Registry, settings: CoordinatorSettings) -> None:
+    def __init__(
+        self, serving: Serving, inference: Inference, registry: Registry, settings: CoordinatorSettings
+    ) -> None:
         self._serving = serving
+        self._inference = inference
         self._registry = registry
         self._settings = settings
 
@@ -125,7 +129,7 @@ class _Gateway:
             Tensor(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape, data=tensor.data)
             for tensor in asked.inputs
         )
-        answer = await self._serving.infer(_name(request), inputs, self._settings.inference_seconds)
+        answer = await self._inference.infer(_name(request), inputs, self._settings.inference_seconds)
         name, _, version = answer.model.partition(":")
         wanted = {output.name for output in asked.outputs}
         outputs = [as_lists(tensor) for tensor in answer.outputs if not wanted or tensor.name in wanted]

@@ -1,4 +1,4 @@
-"""Serving: deployments kept as wanted, and requests routed to their replicas."""
+"""Serving: deployments kept as wanted on the nodes; `inference` routes requests to their replicas."""
 
 from __future__ import annotations
 
@@ -8,49 +8,37 @@ import time
 from collections.abc import Callable
 
 from msgspec import Struct
-from msgspec.structs import replace
 
 from coordinator.journal import Journal
 from coordinator.membership import Membership
 from coordinator.serving.deployments import Deployment, Load, Place
-from coordinator.serving.metrics import ServingMetrics
+from coordinator.serving.inference import Inference
 from coordinator.serving.registry import Registry
-from coordinator.serving.router import Batch, Request, Router
-from potluck.bus import Bus, Envelope
 from potluck.errors import (
     Cancelled,
     InvalidRequest,
     NotFound,
-    PotluckError,
     TimedOut,
-    TooLarge,
     Unavailable,
     from_code,
 )
 from potluck.logs import fields
 from potluck.messages import (
-    INLINE_LIMIT_BYTES,
     BlobRef,
     DeploymentInfo,
     ErrorInfo,
-    Infer,
     InferenceFinished,
-    Inferred,
     LoadModel,
     Message,
     ModelLoaded,
     ModelLoadFailed,
     ModelUnloaded,
     NodeTelemetry,
-    RequestOutcome,
-    RunInference,
     Signature,
-    Tensor,
     UnloadModel,
 )
 from potluck.outbox import Outbox
 from potluck.settings import CoordinatorSettings
-from potluck.tensors import to_numpy
 from potluck.topics import Topics
 
 log = logging.getLogger(__name__)
@@ -61,13 +49,6 @@ DEPLOY_SECONDS = 300.0
 """How long all replicas of a new deployment may take to become ready."""
 JOIN_SECONDS = 5.0
 """How long a deployment waits for nodes that may be about to join."""
-INPUT_LIMIT_BYTES = INLINE_LIMIT_BYTES - 16 * 1024
-"""Inputs of one request: with what goes around them they fit into a message."""
-BATCH_SECONDS = 10.0
-"""A batch that is away for longer is asked again elsewhere: it runs at QoS 0, and a node may be frozen.
-
-Where requests may take longer than usual (`inference_seconds`), a third of that: there are two tries more.
-"""
 
 
 class DeploymentEvent(Struct, frozen=True, kw_only=True, tag_field="event", tag=True):
@@ -98,9 +79,9 @@ class Serving:
     def __init__(
         self,
         *,
-        bus: Bus,
         topics: Topics,
         outbox: Outbox,
+        inference: Inference,
         membership: Membership,
         registry: Registry,
         journal: Journal,
@@ -111,7 +92,7 @@ class Serving:
     ) -> None:
         self._topics = topics
         self._outbox = outbox
-        self._fast = Outbox(bus)
+        self._inference = inference
         self._membership = membership
         self._registry = registry
         self._journal = journal
@@ -120,11 +101,8 @@ class Serving:
         self._epoch = epoch
         self._clock = clock
         self._deployments: dict[str, Deployment] = {}
-        self._routers: dict[str, Router] = {}
-        self._newest: dict[str, str] = {}
         self._changed = asyncio.Event()
         self._seen: dict[str, NodeTelemetry] = {}
-        self.metrics = ServingMetrics()
         for event in journal.replay(_STREAM, AnyDeploymentEvent):  # type: ignore[arg-type, var-annotated]
             self._apply(event)
 
@@ -208,107 +186,15 @@ class Serving:
 
     def signature(self, model: str) -> Signature | None:
         """Of a deployed model (`name` or `name:version`). Raises NotFound."""
-        return self._deployments[self._find(model).name].signature
+        return self._deployments[self._inference.router(model).name].signature
 
     def ready(self, model: str) -> bool:
         """Whether a replica of it can answer now. Raises NotFound."""
-        return bool(self._find(model).lanes)
+        return bool(self._inference.router(model).lanes)
 
     def versions(self, name: str) -> tuple[str, ...]:
         """The deployed versions of `name`."""
         return tuple(key.partition(":")[2] for key in self._deployments if key.partition(":")[0] == name)
-
-    # --- requests -------------------------------------------------------------------------------------------------------
-
-    def on_infer(self, envelope: Envelope) -> None:
-        """Handler for `models/<name>/infer`."""
-        message = envelope.message
-        if not isinstance(message, Infer):
-            self._fast.refuse(envelope, InvalidRequest(f"{type(message).__name__} is not Infer: see docs/protocol.md"))
-            return
-        model = self._topics.segment(envelope.topic, 1)
-        now = self._clock()
-        deadline = min(message.expires or float("inf"), now + self._settings.inference_seconds)
-
-        def answer(outcome: RequestOutcome | PotluckError) -> None:
-            self.metrics.answered(name, self._clock() - now, _failure(outcome))
-            if isinstance(outcome, PotluckError):
-                self._fast.refuse(envelope, outcome)
-            elif outcome.error is not None:
-                self._fast.refuse(envelope, from_code(outcome.error.code, outcome.error.message))
-            else:
-                self._fast.reply(envelope, Inferred(model=name, outputs=outcome.outputs))
-
-        name = ""  # names that are not deployed are whatever is asked for: they are counted as one
-        try:
-            router = self._find(model)
-            name = router.name
-            self._submit(router, message.inputs, answer, deadline)
-        except PotluckError as error:
-            answer(error)
-
-    async def infer(self, model: str, inputs: tuple[Tensor, ...], timeout_seconds: float) -> Inferred:
-        """One request of the gateway. Raises NotFound, InvalidRequest, Overloaded, TimedOut, Unavailable."""
-        router = self._find(model)
-        now = self._clock()
-        answered: asyncio.Future[RequestOutcome] = asyncio.get_running_loop().create_future()
-
-        def answer(outcome: RequestOutcome | PotluckError) -> None:
-            self.metrics.answered(router.name, self._clock() - now, _failure(outcome))
-            if answered.done():
-                return
-            if isinstance(outcome, PotluckError):
-                answered.set_exception(outcome)
-            elif outcome.error is not None:
-                answered.set_exception(from_code(outcome.error.code, outcome.error.message))
-            else:
-                answered.set_result(outcome)
-
-        try:
-            self._submit(router, inputs, answer, now + timeout_seconds)
-        except PotluckError as error:
-            answer(error)
-        outcome = await answered
-        return Inferred(model=router.name, outputs=outcome.outputs)
-
-    def _submit(
-        self,
-        router: Router,
-        inputs: tuple[Tensor, ...],
-        answer: Callable[[RequestOutcome | PotluckError], None],
-        deadline: float,
-    ) -> None:
-        if not inputs:
-            raise InvalidRequest("a request needs at least one input tensor")
-        # Lists as bytes: they are checked here, where only their own request can fail, and do not grow on their way.
-        inputs = tuple([_plain(tensor) if isinstance(tensor.data, list) else tensor for tensor in inputs])
-        size = sum([_size(tensor) for tensor in inputs])
-        if size > INPUT_LIMIT_BYTES:
-            raise TooLarge(
-                f"the inputs are {size} bytes, and {INPUT_LIMIT_BYTES} go into a message: send fewer rows at once, or a blob"
-            )
-        router.submit(Request(inputs, answer, deadline, size))
-        self._pump(router)
-
-    def _pump(self, router: Router) -> None:
-        for batch in router.dispatch(self._clock()):
-            self._send(batch)
-
-    def _send(self, batch: Batch) -> None:
-        message = RunInference(
-            id=batch.batch_id,
-            replica_id=batch.replica_id,
-            expires=max(request.deadline for request in batch.requests),
-            requests=tuple(request.inputs for request in batch.requests),
-        )
-        self._fast.publish(self._topics.node(batch.node_id, "inbox"), message, qos=0)
-
-    def _find(self, model: str) -> Router:
-        router = self._routers.get(self._newest.get(model, model))
-        if router is None:
-            self._registry.model(model)  # a name that is not even registered has its own answer
-            raise NotFound(f"{model} is not deployed: deploy it with `potluck deploy {model}`")
-        return router
 
     # --- what nodes say -----------------------------------------------------------------------------------------------
 
@@ -316,14 +202,11 @@ class Serving:
         """Any event of a node that concerns replicas; others are not ours."""
         match message:
             case InferenceFinished():
-                router = self._routers.get(_name_of(message.replica_id))
-                if router is not None:
-                    router.finished(message.replica_id, message.id, message.outcomes, self._clock())
-                    for outcome in message.outcomes:
-                        if outcome.error is not None and outcome.error.code == "not_found":
-                            self._replica_gone(node_id, message.replica_id, outcome.error)
-                            break
-                    self._pump(router)
+                self._inference.finished(_name_of(message.replica_id), message)
+                for outcome in message.outcomes:
+                    if outcome.error is not None and outcome.error.code == "not_found":
+                        self._replica_gone(node_id, message.replica_id, outcome.error)
+                        break
             case ModelLoaded():
                 self._on_loaded(node_id, message)
             case ModelLoadFailed() | ModelUnloaded():
@@ -334,20 +217,18 @@ class Serving:
     def _replica_gone(self, node_id: str, replica_id: str, error: ErrorInfo | None) -> None:
         deployment = self._deployments.get(_name_of(replica_id))
         if deployment is not None and deployment.lost(replica_id, error, self._clock()):
-            self._routers[deployment.name].remove_replica(replica_id, self._clock())
+            self._inference.remove_replica(deployment.name, replica_id)
             reason = error.message if error else "asked for"
             log.info("replica gone %s", fields(replica=replica_id, node=node_id, reason=reason))
             self._reconcile(deployment)
-            self._pump(self._routers[deployment.name])
 
     def node_lost(self, node_id: str) -> None:
         for deployment in self._deployments.values():
             gone = deployment.node_lost(node_id)
             for replica_id in gone:
-                self._routers[deployment.name].remove_replica(replica_id, self._clock())
+                self._inference.remove_replica(deployment.name, replica_id)
             if gone:
                 self._reconcile(deployment)
-                self._pump(self._routers[deployment.name])
 
     def node_joined(self, node_id: str) -> None:
         self._changed.set()
@@ -384,27 +265,20 @@ class Serving:
                 self._record(Settled(name=name))
             log.info("replica ready %s", fields(model=name, node=node_id))
             self._registry.describe(name, message.signature)
-            router = self._routers[name]
-            router.add_replica(message.replica_id, node_id)
+            self._inference.add_replica(name, message.replica_id, node_id)
             self._changed.set()
-            self._pump(router)
 
     # --- keeping things as wanted -----------------------------------------------------------------------------------------
 
     async def run(self) -> None:
         """Let time pass for deployments and requests, until cancelled."""
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._fast.run(), name="inference outbox")
-            while True:
-                await asyncio.sleep(TICK_SECONDS)
-                now = self._clock()
-                for member in self._membership.online():
-                    self._take_stock(member.node_id)
-                for deployment in list(self._deployments.values()):
-                    self._reconcile(deployment)
-                for router in list(self._routers.values()):
-                    router.expire(now, max(BATCH_SECONDS, self._settings.inference_seconds / 3))
-                    self._pump(router)
+        while True:
+            await asyncio.sleep(TICK_SECONDS)
+            for member in self._membership.online():
+                self._take_stock(member.node_id)
+            for deployment in list(self._deployments.values()):
+                self._reconcile(deployment)
+            self._inference.expire()
 
     def _reconcile(self, deployment: Deployment) -> None:
         load: dict[str, int] = {}
@@ -418,7 +292,7 @@ class Serving:
                 message = LoadModel(epoch=self._epoch, replica_id=command.replica_id, name=command.name, model=ref)
                 self._command(command.node_id, message)
             else:
-                self._routers[deployment.name].remove_replica(command.replica_id, self._clock())
+                self._inference.remove_replica(deployment.name, command.replica_id)
                 self._command(command.node_id, UnloadModel(epoch=self._epoch, replica_id=command.replica_id))
         self._changed.set()
 
@@ -433,9 +307,7 @@ class Serving:
         deployment = self._deployments.get(name)
         if deployment is None:
             return
-        router = self._routers[name]
         self._record(Undeployed(name=name))
-        router.close(Unavailable(f"{name} was undeployed"))
         for replica in deployment.replicas.values():
             self._command(replica.node_id, UnloadModel(epoch=self._epoch, replica_id=replica.replica_id))
         log.info("undeployed %s", fields(model=name))
@@ -450,25 +322,23 @@ class Serving:
                 known = self._deployments.get(event.name)
                 if known is None:
                     self._deployments[event.name] = Deployment(event.name, event.model, event.wanted)
-                    self._routers[event.name] = Router(
-                        event.name, queue_limit=self._settings.queue_limit, batch_limit=self._settings.batch_limit
-                    )
+                    self._inference.open(event.name)
                 else:
                     known.wanted, known.failures, known.error = event.wanted, 0, None
             case Settled():
                 self._deployments[event.name].settled = True
             case Undeployed():
                 self._deployments.pop(event.name, None)
-                self._routers.pop(event.name, None)
+                self._inference.close(event.name, Unavailable(f"{event.name} was undeployed"))
         # The plain name means the newest version that was ready once: while the next one loads, the one before answers.
         order = sorted(self._deployments.values(), key=lambda one: (one.settled, int(one.name.partition(":")[2])))
-        self._newest = {deployment.name.partition(":")[0]: deployment.name for deployment in order}
+        self._inference.prefer({deployment.name.partition(":")[0]: deployment.name for deployment in order})
 
     def _command(self, node_id: str, message: Message) -> None:
         self._outbox.publish(self._topics.node(node_id, "inbox"), message)
 
     def _info(self, deployment: Deployment) -> DeploymentInfo:
-        router = self._routers[deployment.name]
+        router = self._inference.router(deployment.name)
         return DeploymentInfo(
             name=deployment.name,
             wanted=deployment.wanted,
@@ -480,27 +350,3 @@ class Serving:
 
 def _name_of(replica_id: str) -> str:
     return replica_id.split("/", 1)[0]
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    """With its list as bytes (texts: as a flat list). Raises InvalidRequest where data, datatype and shape do not agree."""
-    array = to_numpy(tensor)
-    data = array.ravel().tolist() if tensor.datatype == "BYTES" else array.tobytes()
-    return replace(tensor, data=data)
-
-
-def _size(tensor: Tensor) -> int:
-    """What it takes in a message, at most: a batch that is too large would be lost with all who are in it."""
-    data = tensor.data
-    rest = 64 + len(tensor.name.encode()) + len(tensor.datatype.encode()) + 9 * len(tensor.shape)
-    if isinstance(data, bytes):
-        return len(data) + rest
-    if isinstance(data, list):
-        return sum([5 + len(text if isinstance(text, bytes) else text.encode()) for text in data]) + rest
-    return rest + sum([5 + len(holder.encode()) for holder in data.holders]) + 120
-
-
-def _failure(outcome: RequestOutcome | PotluckError) -> str:
-    if isinstance(outcome, PotluckError):
-        return outcome.code
-    return outcome.error.code if outcome.error is not None else ""

@@ -40,7 +40,7 @@ async def http(lab: Lab, stack: AsyncExitStack) -> tuple[str, aiohttp.ClientSess
     lab.add_model()
     await lab.serving.deploy("m", 1)
     sock = socket.create_server(("127.0.0.1", 0))
-    found = gateway.routes(lab.serving, lab.registry, lab.membership, lab.settings)
+    found = gateway.routes(lab.serving, lab.inference, lab.registry, lab.membership, lab.settings)
     await stack.enter_async_context(serve_http(sock, found, gateway.BODY_LIMIT_BYTES))
     session = await stack.enter_async_context(aiohttp.ClientSession())
     return f"http://127.0.0.1:{sock.getsockname()[1]}", session
@@ -128,10 +128,10 @@ async def test_overload_says_when_to_come_back(lab: Lab, http: Http) -> None:
     base, session = http
     lab.nodes["a"].mute = True
     asked = [
-        asyncio.create_task(lab.serving.infer("m", question(1, 1).inputs, 30))
+        asyncio.create_task(lab.inference.infer("m", question(1, 1).inputs, 30))
         for _ in range(lab.settings.queue_limit + 2)
     ]
-    await eventually(lambda: len(lab.serving._routers["m:1"].queue) == lab.settings.queue_limit)
+    await eventually(lambda: len(lab.inference.router("m:1").queue) == lab.settings.queue_limit)
     async with session.post(f"{base}/v2/models/m/infer", json=GOOD) as response:
         assert response.status == 429
         assert int(response.headers["Retry-After"]) >= 1

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.serving.serving import _size
+from coordinator.serving.inference import _size
 from potluck import codec, tensors
 from potluck.errors import Cancelled, InvalidModel, InvalidRequest, NotFound, TimedOut, TooLarge, Unavailable
 from potluck.messages import BlobRef, ErrorInfo, Infer, ListNodes, Tensor
@@ -70,7 +70,7 @@ async def test_a_lost_replica_is_replaced_and_its_questions_are_asked_again(lab:
     first.mute = True
     async with client(lab) as bus:
         asked = asyncio.create_task(ask(bus, question(3, 4)))
-        await eventually(lambda: lab.serving._routers["m:1"].in_flight)
+        await eventually(lambda: lab.inference.router("m:1").in_flight)
         lab.leave("a")
         np.testing.assert_array_equal(tensors.to_numpy((await asked).outputs[0]), [[6, 8]])
     assert second.loaded
@@ -100,7 +100,7 @@ async def test_undeploy_answers_who_waits(lab: Lab, stack: AsyncExitStack) -> No
     node.mute = True
     async with client(lab) as bus:
         asked = asyncio.create_task(ask(bus, question(1, 1)))
-        await eventually(lambda: lab.serving._routers["m:1"].in_flight)
+        await eventually(lambda: lab.inference.router("m:1").in_flight)
         assert await lab.serving.undeploy("m") == ("m:1",)
         with pytest.raises(Unavailable, match="undeployed"):
             await asked
@@ -181,7 +181,7 @@ async def test_nodes_that_are_lost_while_it_loads(
         await deploying
     assert lab.serving.ready("m")  # what there is stays, and another node completes it
     await lab.join(stack, "c")
-    await eventually(lambda: len(lab.serving._routers["m:1"].lanes) == 2)
+    await eventually(lambda: len(lab.inference.router("m:1").lanes) == 2)
 
 
 async def test_undeployed_while_it_loads(lab: Lab, stack: AsyncExitStack) -> None:
@@ -216,7 +216,7 @@ async def test_what_a_replica_fails_with_is_told(lab: Lab, stack: AsyncExitStack
     await lab.serving.deploy("m", 1)
     node.failing = ErrorInfo(code="unavailable", message="no holder has the blob", retryable=True)
     with pytest.raises(Unavailable, match="4 attempts on its replicas: no holder has the blob"):
-        await lab.serving.infer("m", question(1, 2).inputs, 30)
+        await lab.inference.infer("m", question(1, 2).inputs, 30)
 
 
 async def test_what_a_node_holds_after_a_restart_is_adopted_and_the_rest_goes(lab: Lab, stack: AsyncExitStack) -> None:
@@ -303,4 +303,4 @@ async def test_names_that_nobody_knows_do_not_fill_the_metrics(lab: Lab, stack: 
         for number in range(20):
             with pytest.raises(NotFound):
                 await ask(bus, question(1), f"nothing-{number}")
-    assert list(lab.serving.metrics.answers) == [("", "not_found")]
+    assert list(lab.inference.metrics.answers) == [("", "not_found")]

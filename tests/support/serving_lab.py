@@ -12,6 +12,7 @@ import numpy as np
 
 from coordinator.journal import Journal
 from coordinator.membership import Membership
+from coordinator.serving.inference import Inference
 from coordinator.serving.registry import Registry
 from coordinator.serving.serving import Serving
 from potluck import tensors
@@ -115,11 +116,13 @@ class Lab:
         self.outbox = Outbox(self.bus)
         self.membership = Membership(1000.0)
         self.registry = Registry(self.journal)
+        self.inference = Inference(bus=self.bus, topics=TOPICS, registry=self.registry, settings=self.settings)
         self.serving = Serving(
-            bus=self.bus, topics=TOPICS, outbox=self.outbox, membership=self.membership, registry=self.registry,
-            journal=self.journal, settings=self.settings, urls=("http://here",), epoch=self.journal.epoch,
+            topics=TOPICS, outbox=self.outbox, inference=self.inference, membership=self.membership,
+            registry=self.registry, journal=self.journal, settings=self.settings, urls=("http://here",),
+            epoch=self.journal.epoch,
         )  # fmt: skip
-        self.bus.subscribe(TOPICS.infer("+"), self.serving.on_infer)
+        self.bus.subscribe(TOPICS.infer("+"), self.inference.on_infer)
         self.bus.subscribe(TOPICS.node("+", "outbox"), self._on_outbox)
         self.running = asyncio.create_task(self._run(), name="lab")
         stack.push_async_callback(self.close)
@@ -184,7 +187,7 @@ class Lab:
 
     async def _run(self) -> None:
         async with asyncio.TaskGroup() as tasks:
-            for part in (self.bus.run(), self.outbox.run(), self.serving.run()):
+            for part in (self.bus.run(), self.outbox.run(), self.serving.run(), self.inference.run()):
                 tasks.create_task(part)
 
 

@@ -1,0 +1,224 @@
+"""Inference requests: from the bus and the gateway through the routers of deployments to replicas, and their answers."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+from msgspec.structs import replace
+
+from coordinator.serving.metrics import ServingMetrics
+from coordinator.serving.registry import Registry
+from coordinator.serving.router import Batch, Request, Router
+from potluck.bus import Bus, Envelope
+from potluck.errors import InvalidRequest, NotFound, PotluckError, TooLarge, from_code
+from potluck.messages import (
+    INLINE_LIMIT_BYTES,
+    Infer,
+    InferenceFinished,
+    Inferred,
+    RequestOutcome,
+    RunInference,
+    Tensor,
+)
+from potluck.outbox import Outbox
+from potluck.settings import CoordinatorSettings
+from potluck.tensors import to_numpy
+from potluck.topics import Topics
+
+INPUT_LIMIT_BYTES = INLINE_LIMIT_BYTES - 16 * 1024
+"""Inputs of one request: with what goes around them they fit into a message."""
+BATCH_SECONDS = 10.0
+"""A batch that is away for longer is asked again elsewhere: it runs at QoS 0, and a node may be frozen.
+
+Where requests may take longer than usual (`inference_seconds`), a third of that: there are two tries more.
+"""
+
+
+class Inference:
+    """One router for each deployment. `run` must be under way."""
+
+    def __init__(
+        self,
+        *,
+        bus: Bus,
+        topics: Topics,
+        registry: Registry,
+        settings: CoordinatorSettings,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._topics = topics
+        self._outbox = Outbox(bus)
+        """Of its own: nothing of control goes before an answer."""
+        self._registry = registry
+        self._settings = settings
+        self._clock = clock
+        self._routers: dict[str, Router] = {}
+        self._newest: dict[str, str] = {}
+        self.metrics = ServingMetrics()
+
+    async def run(self) -> None:
+        """Send answers, until cancelled."""
+        await self._outbox.run()
+
+    # --- deployments come and go ----------------------------------------------------------------------------------------
+
+    def open(self, name: str) -> None:
+        """Take requests for this deployment, `name:version`."""
+        settings = self._settings
+        self._routers[name] = Router(name, queue_limit=settings.queue_limit, batch_limit=settings.batch_limit)
+
+    def close(self, name: str, error: PotluckError) -> None:
+        """Answer what waits for this deployment with the error, and take no more."""
+        router = self._routers.pop(name, None)
+        if router is not None:
+            router.close(error)
+
+    def prefer(self, newest: dict[str, str]) -> None:
+        """Which deployment a plain name means, by name."""
+        self._newest = newest
+
+    def add_replica(self, name: str, replica_id: str, node_id: str) -> None:
+        """A replica is ready."""
+        router = self._routers[name]
+        router.add_replica(replica_id, node_id)
+        self._pump(router)
+
+    def remove_replica(self, name: str, replica_id: str) -> None:
+        """A replica is gone: what is on its way to it is asked again elsewhere."""
+        router = self._routers[name]
+        router.remove_replica(replica_id, self._clock())
+        self._pump(router)
+
+    def expire(self) -> None:
+        """Time passes: late batches are asked again elsewhere, and requests past their deadline answered."""
+        for router in list(self._routers.values()):
+            router.expire(self._clock(), max(BATCH_SECONDS, self._settings.inference_seconds / 3))
+            self._pump(router)
+
+    def router(self, model: str) -> Router:
+        """That of a deployed model (`name` or `name:version`). Raises NotFound."""
+        router = self._routers.get(self._newest.get(model, model))
+        if router is None:
+            self._registry.model(model)  # a name that is not even registered has its own answer
+            raise NotFound(f"{model} is not deployed: deploy it with `potluck deploy {model}`")
+        return router
+
+    # --- requests -------------------------------------------------------------------------------------------------------
+
+    def on_infer(self, envelope: Envelope) -> None:
+        """Handler for `models/<name>/infer`."""
+        message = envelope.message
+        if not isinstance(message, Infer):
+            self._outbox.refuse(
+                envelope, InvalidRequest(f"{type(message).__name__} is not Infer: see docs/protocol.md")
+            )
+            return
+        model = self._topics.segment(envelope.topic, 1)
+        now = self._clock()
+        deadline = min(message.expires or float("inf"), now + self._settings.inference_seconds)
+
+        def answer(outcome: RequestOutcome | PotluckError) -> None:
+            self.metrics.answered(name, self._clock() - now, _failure(outcome))
+            if isinstance(outcome, PotluckError):
+                self._outbox.refuse(envelope, outcome)
+            elif outcome.error is not None:
+                self._outbox.refuse(envelope, from_code(outcome.error.code, outcome.error.message))
+            else:
+                self._outbox.reply(envelope, Inferred(model=name, outputs=outcome.outputs))
+
+        name = ""  # names that are not deployed are whatever is asked for: they are counted as one
+        try:
+            router = self.router(model)
+            name = router.name
+            self._submit(router, message.inputs, answer, deadline)
+        except PotluckError as error:
+            answer(error)
+
+    async def infer(self, model: str, inputs: tuple[Tensor, ...], timeout_seconds: float) -> Inferred:
+        """One request of the gateway. Raises NotFound, InvalidRequest, Overloaded, TimedOut, Unavailable."""
+        router = self.router(model)
+        now = self._clock()
+        answered: asyncio.Future[RequestOutcome] = asyncio.get_running_loop().create_future()
+
+        def answer(outcome: RequestOutcome | PotluckError) -> None:
+            self.metrics.answered(router.name, self._clock() - now, _failure(outcome))
+            if answered.done():
+                return
+            if isinstance(outcome, PotluckError):
+                answered.set_exception(outcome)
+            elif outcome.error is not None:
+                answered.set_exception(from_code(outcome.error.code, outcome.error.message))
+            else:
+                answered.set_result(outcome)
+
+        try:
+            self._submit(router, inputs, answer, now + timeout_seconds)
+        except PotluckError as error:
+            answer(error)
+        outcome = await answered
+        return Inferred(model=router.name, outputs=outcome.outputs)
+
+    def finished(self, name: str, message: InferenceFinished) -> None:
+        """A batch of this deployment came back."""
+        router = self._routers.get(name)
+        if router is not None:
+            router.finished(message.replica_id, message.id, message.outcomes, self._clock())
+            self._pump(router)
+
+    def _submit(
+        self,
+        router: Router,
+        inputs: tuple[Tensor, ...],
+        answer: Callable[[RequestOutcome | PotluckError], None],
+        deadline: float,
+    ) -> None:
+        if not inputs:
+            raise InvalidRequest("a request needs at least one input tensor")
+        # Lists as bytes: they are checked here, where only their own request can fail, and do not grow on their way.
+        inputs = tuple([_plain(tensor) if isinstance(tensor.data, list) else tensor for tensor in inputs])
+        size = sum([_size(tensor) for tensor in inputs])
+        if size > INPUT_LIMIT_BYTES:
+            raise TooLarge(
+                f"the inputs are {size} bytes, and {INPUT_LIMIT_BYTES} go into a message: send fewer rows at once, or a blob"
+            )
+        router.submit(Request(inputs, answer, deadline, size))
+        self._pump(router)
+
+    def _pump(self, router: Router) -> None:
+        for batch in router.dispatch(self._clock()):
+            self._send(batch)
+
+    def _send(self, batch: Batch) -> None:
+        message = RunInference(
+            id=batch.batch_id,
+            replica_id=batch.replica_id,
+            expires=max(request.deadline for request in batch.requests),
+            requests=tuple(request.inputs for request in batch.requests),
+        )
+        self._outbox.publish(self._topics.node(batch.node_id, "inbox"), message, qos=0)
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """With its list as bytes (texts: as a flat list). Raises InvalidRequest where data, datatype and shape do not agree."""
+    array = to_numpy(tensor)
+    data = array.ravel().tolist() if tensor.datatype == "BYTES" else array.tobytes()
+    return replace(tensor, data=data)
+
+
+def _size(tensor: Tensor) -> int:
+    """What it takes in a message, at most: a batch that is too large would be lost with all who are in it."""
+    data = tensor.data
+    rest = 64 + len(tensor.name.encode()) + len(tensor.datatype.encode()) + 9 * len(tensor.shape)
+    if isinstance(data, bytes):
+        return len(data) + rest
+    if isinstance(data, list):
+        return sum([5 + len(text if isinstance(text, bytes) else text.encode()) for text in data]) + rest
+    return rest + sum([5 + len(holder.encode()) for holder in data.holders]) + 120
+
+
+def _failure(outcome: RequestOutcome | PotluckError) -> str:
+    if isinstance(outcome, PotluckError):
+        return outcome.code
+    return outcome.error.code if outcome.error is not None else ""
