@@ -78,7 +78,7 @@ class Source:
         """One encoded image as a float32 tensor; to be used inside tf.data."""
         assert self.options is not None
         height, width, channels = self.options.height, self.options.width, self.options.channels
-        image = tf.io.decode_image(data, channels=channels, expand_animations=False)
+        image = _decoded_to(data, channels)
         image = tf.image.resize(image, (height, width), method="bilinear")
         return tf.ensure_shape(image * self.options.scale, (height, width, channels))
 
@@ -141,6 +141,23 @@ def fit(model: Any, inputs: dict[str, Array]) -> list[Array]:
 def undecodable(error: Exception, where: str) -> InvalidData:
     reason = one_line(getattr(error, "message", error), 200)
     return InvalidData(f"an image cannot be decoded ({where}): {reason}: TensorFlow reads PNG, JPEG, GIF and BMP")
+
+
+def _decoded_to(data: Any, channels: int) -> Any:
+    """Pixels of an encoded image; TensorFlow decodes to 1 channel from PNG and JPEG only, and to 4 from PNG only."""
+    if channels == 3:
+        return tf.io.decode_image(data, 3, expand_animations=False)
+    known = tf.equal(tf.strings.substr(data, 0, 4), b"\x89PNG")
+    if channels == 1:
+        known = known | tf.io.is_jpeg(data)
+
+    def converted() -> Any:
+        image = tf.io.decode_image(data, 3, expand_animations=False)
+        if channels == 1:
+            return tf.image.rgb_to_grayscale(image)
+        return tf.concat([image, tf.fill([*tf.unstack(tf.shape(image)[:2]), 1], tf.constant(255, tf.uint8))], axis=-1)
+
+    return tf.cond(known, lambda: tf.io.decode_image(data, channels, expand_animations=False), converted)
 
 
 def _groups(parts: Sequence[Part]) -> Iterator[list[bytes]]:

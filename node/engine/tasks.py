@@ -71,21 +71,28 @@ class Tasks:
 
     def forget(self, job_id: str) -> None:
         """Drop what is kept for a job."""
-        self._sessions.pop(job_id, None)
+        self._close(job_id)
         self._models.clear()
         gc.collect()  # Keras models are full of cycles
+
+    def _close(self, job_id: str) -> None:
+        session = self._sessions.pop(job_id, None)
+        if session is not None:
+            session.close()
 
     def _train(
         self, job_id: str, task: TrainTask, paths: Paths, cancelled: threading.Event, progress: Progress
     ) -> TrainResult:
         # Without weights, training begins at those of the model's file: what an earlier attempt made of them is not wanted.
-        session = self._sessions.get(job_id) if task.weights is not None else None
+        if task.weights is None:
+            self._close(job_id)
+        session = self._sessions.get(job_id)
         if session is None:
             model = runtime.load_model(paths[task.model.sha256], self._scratch, compiled=True)
             runtime.need_compiled(model)
             session = self._sessions[job_id] = Session(model, seed=task.seed)
             while len(self._sessions) > SESSIONS_KEPT:
-                self._sessions.popitem(last=False)
+                self._close(next(iter(self._sessions)))
         self._sessions.move_to_end(job_id)
         if task.weights is not None:
             runtime.set_weights(session.model, paths[task.weights.sha256])

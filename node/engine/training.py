@@ -119,6 +119,15 @@ class Session:
         elapsed = time.perf_counter() - started
         return Outcome(samples=steps * batch, steps=steps, seconds=elapsed, metrics=metrics)
 
+    def close(self) -> None:
+        """Give its memory back; it cannot be used any more.
+
+        TensorFlow keeps the variables that an optimizer has assigned in a graph (tensorflow#62854), so they are emptied.
+        """
+        for variable in [*self.model.variables, *self.model.optimizer.variables]:
+            empty = tf.zeros((0,), variable.value.dtype)
+            tf.raw_ops.AssignVariableOp(resource=variable.value.handle, value=empty)
+
     def _trace(self) -> None:
         """Compile the step, and take it once without keeping what it did: the first step of a round costs no more than others."""
         model = self.model
