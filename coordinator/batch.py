@@ -19,6 +19,7 @@ from potluck.messages import (
     AnyTaskResult,
     DataShard,
     DataSlice,
+    ErrorInfo,
     EvaluateResult,
     EvaluateTask,
     JobProgress,
@@ -141,7 +142,7 @@ class BatchStrategy:
         self.results[chunk.items[0]] = result
         self.done_items += chunk.count
 
-    def ended(self, attempt: Attempt) -> None:
+    def ended(self, attempt: Attempt, error: ErrorInfo | None) -> None:
         chunk = self.chunks.get(attempt.shard_id)
         if chunk is not None:
             chunk.attempts.discard(attempt.attempt_id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, TypeVar
 
 from msgspec import Struct
@@ -12,11 +13,12 @@ from msgspec.structs import replace
 from coordinator import results
 from coordinator.batch import BatchStrategy, merge
 from coordinator.jobs import CloseRound, Job, RoundClosed
-from coordinator.training.averaging import average
+from coordinator.training import outer
 from coordinator.training.rounds import RoundsStrategy, weighted
+from potluck import updates
 from potluck.blobs.download import Downloader
 from potluck.blobs.store import BlobStore
-from potluck.errors import InvalidModel
+from potluck.errors import EngineFailed, InvalidModel
 from potluck.messages import (
     AnyTaskResult,
     BlobRef,
@@ -25,7 +27,9 @@ from potluck.messages import (
     ExportResult,
     Predict,
     PredictResult,
+    Step,
     Tensor,
+    Train,
     TrainResult,
 )
 
@@ -44,7 +48,8 @@ class Collector:
         """The same result with all its blobs in our store. Raises Unavailable when nobody has one any more, CorruptBlob."""
         match result:
             case TrainResult():
-                return replace(result, weights=await self._fetch(result.weights))
+                base, update = await self._fetch(result.base), await self._fetch(result.update)
+                return replace(result, base=base, update=update, norm=await asyncio.to_thread(self._norm, update, base))
             case ExportResult():
                 return replace(result, model=await self._fetch(result.model))
             case PredictResult():
@@ -52,19 +57,31 @@ class Collector:
             case EvaluateResult():
                 return result
 
-    async def average(self, decision: CloseRound, clock: Callable[[], float]) -> RoundClosed:
-        """Average a round's weights. Raises InvalidModel when they are not finite."""
-        parts = [part for part in decision.results if isinstance(part, TrainResult)]
-        weights = await asyncio.to_thread(self._average, parts)
-        samples = sum(part.samples for part in parts)
-        metrics = weighted([(part.samples, part.metrics) for part in parts])
-        return RoundClosed(at=clock(), round=decision.round, weights=weights, samples=samples, metrics=metrics)
+    async def close_round(self, decision: CloseRound, spec: Train, clock: Callable[[], float]) -> RoundClosed:
+        """Take a round's outer step. Raises InvalidModel, Diverged."""
+        base = decision.results[0].base
+        step, weights, velocity, taken = await asyncio.to_thread(self._take_step, decision, base, spec)
+        return RoundClosed(
+            at=clock(),
+            round=decision.round,
+            base=base,
+            step=step,
+            weights=weights,
+            velocity=velocity,
+            samples=sum(part.samples for part in decision.results),
+            learning_rate=taken.learning_rate,
+            momentum=taken.momentum,
+            metrics=weighted([(part.samples, part.metrics) for part in decision.results]),
+            rejected=decision.rejected,
+        )
 
-    def drop_round(self, decision: CloseRound, before: BlobRef | None, keep: BlobRef) -> None:
-        """Throw away the updates of a closed round, and the checkpoint that its average replaces."""
-        old = [part.weights for part in decision.results if isinstance(part, TrainResult)]
-        for ref in [*old, *([before] if before else [])]:
-            if ref.sha256 != keep.sha256:
+    def drop_round(self, decision: CloseRound, before: Step | None, closed: RoundClosed) -> None:
+        """Throw away what a closed round has used up: its updates, and the weights and state that it began from."""
+        used = [part.update for part in decision.results]
+        used += [closed.base, *([decision.velocity] if decision.velocity else []), *([before.update] if before else [])]
+        kept = {ref.sha256 for ref in (closed.step, closed.weights, closed.velocity)}
+        for ref in used:
+            if ref.sha256 not in kept:
                 self._store.delete(ref.sha256)
 
     def pin(self, ref: BlobRef) -> None:
@@ -86,10 +103,30 @@ class Collector:
             return {"outputs": outputs, "classes": labels, "keys": dataset.keys if dataset else None}
         raise InvalidModel(f"job {job.job_id} has no result")
 
-    def _average(self, parts: list[TrainResult]) -> BlobRef:
-        with self._store.new_file() as file:
-            average([(self._store.path(part.weights.sha256), part.samples) for part in parts], file.path)
-            return self._store.put_file(file.path, move=True)
+    def _take_step(
+        self, decision: CloseRound, base: BlobRef, spec: Train
+    ) -> tuple[BlobRef, BlobRef, BlobRef, outer.Taken]:
+        with ExitStack() as stack:
+            mean, step, after, moving = (stack.enter_context(self._store.new_file()).path for _ in range(4))
+            taken = outer.combine(
+                self._store.path(base.sha256),
+                [(self._store.path(part.update.sha256), part.samples) for part in decision.results],
+                self._store.path(decision.velocity.sha256) if decision.velocity else None,
+                outer.rule(spec.outer_learning_rate, spec.outer_momentum),
+                spec.compression,
+                mean=mean,
+                step=step,
+                after=after,
+                velocity_after=moving,
+            )
+            put = [self._store.put_file(path, move=True) for path in (step, after, moving)]
+            return put[0], put[1], put[2], taken
+
+    def _norm(self, update: BlobRef, base: BlobRef) -> float:
+        try:
+            return updates.norm(self._store.path(update.sha256), self._store.path(base.sha256))
+        except InvalidModel as error:
+            raise EngineFailed(f"the node's update cannot be used: {error.message}") from error
 
     async def _output(self, tensor: Tensor) -> Tensor:
         if isinstance(tensor.data, BlobRef):

@@ -34,6 +34,7 @@ from coordinator.jobstore import JobStore
 from coordinator.leases import Held, Leases
 from coordinator.serving.registry import Registry
 from coordinator.serving.serving import Serving
+from coordinator.training.rounds import RoundsStrategy
 from potluck.errors import Cancelled, NotFound, PotluckError, Unavailable
 from potluck.logs import fields
 from potluck.messages import (
@@ -329,13 +330,26 @@ class Dispatcher:
         self._changed(job)
 
     async def _close_round(self, job: Job, decision: CloseRound) -> None:
-        closed = await self._collector.average(decision, self._clock)
+        spec, strategy = job.submitted.spec, job.strategy
+        assert isinstance(spec, Train)
+        assert isinstance(strategy, RoundsStrategy)
+        closed = await self._collector.close_round(decision, spec, self._clock)
         if job.active:
-            before = self._store.checkpoint(job)
+            before = strategy.step
             self._record(job, closed)
-            self._collector.drop_round(decision, before, keep=closed.weights)
+            self._collector.drop_round(decision, before, closed)
+            outer = {"outer_learning_rate": closed.learning_rate, "outer_momentum": round(closed.momentum, 3)}
+            rejected = ",".join(closed.rejected) or None
             log.info(
-                "round closed %s", fields(job=job.job_id, round=closed.round, samples=closed.samples, **closed.metrics)
+                "round closed %s",
+                fields(
+                    job=job.job_id,
+                    round=closed.round,
+                    samples=closed.samples,
+                    rejected=rejected,
+                    **outer,
+                    **closed.metrics,
+                ),
             )
             self._changed(job)
 

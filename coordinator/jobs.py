@@ -26,6 +26,7 @@ from potluck.messages import (
     JobEnded,
     JobProgress,
     JobState,
+    TrainResult,
 )
 
 REST_SECONDS = 1.0
@@ -79,12 +80,21 @@ class AttemptEnded(Event, frozen=True):
 
 
 class RoundClosed(Event, frozen=True):
-    """The weights of a round are averaged, and are a checkpoint in the store."""
+    """The outer step of a round is taken, and its weights are a checkpoint in the store.
+
+    `step` led there from `base`; `velocity` is the outer optimizer's state. `rejected`: nodes whose update was left out.
+    """
 
     round: int
+    base: BlobRef
+    step: BlobRef
     weights: BlobRef
+    velocity: BlobRef
     samples: int
+    learning_rate: float
+    momentum: float
     metrics: dict[str, float] = {}
+    rejected: dict[str, str] = {}
 
 
 class EpochEnded(Event, frozen=True):
@@ -122,10 +132,12 @@ class Withdraw:
 
 @dataclass(frozen=True)
 class CloseRound:
-    """Average these results by their samples; answered by `RoundClosed`."""
+    """Take the outer step with these results; answered by `RoundClosed`. `rejected`: nodes left out, and why."""
 
     round: int
-    results: tuple[AnyTaskResult, ...]
+    results: tuple[TrainResult, ...]
+    velocity: BlobRef | None
+    rejected: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -163,7 +175,7 @@ class Strategy(Protocol):
 
     def finished(self, attempt: Attempt, result: AnyTaskResult, at: float) -> None: ...
 
-    def ended(self, attempt: Attempt) -> None: ...
+    def ended(self, attempt: Attempt, error: ErrorInfo | None) -> None: ...
 
     def closed_round(self, event: RoundClosed) -> None: ...
 
@@ -223,7 +235,7 @@ class Job:
             case AttemptEnded():
                 ended = self.attempts.pop(event.attempt_id, None)
                 if ended is not None:
-                    self._strategy.ended(ended)
+                    self._strategy.ended(ended, event.error)
                     if event.error is not None:
                         self._failed(event.error, ended.node_id, event.at)
             case RoundClosed():

@@ -133,10 +133,6 @@ class JobStore:
         """The task of an open attempt that was replayed."""
         return self._tasks[attempt.attempt_id]
 
-    def checkpoint(self, job: Job) -> BlobRef | None:
-        """The weights that a training job stands at."""
-        return getattr(job.strategy, "weights", None)
-
     def described(
         self, job: Job, running: dict[str, tuple[Attempt, int, dict[str, float]]], *, waiting: bool
     ) -> JobChanged:

@@ -15,6 +15,7 @@ from potluck.messages import (
     ImageOptions,
     Predict,
     PredictTask,
+    Step,
     Train,
 )
 
@@ -31,21 +32,33 @@ def strategy_for(job: JobSubmitted, dataset: Dataset | None, validation: Dataset
         if validation is not None:
             held_out = validation
 
-            def make(weights: BlobRef | None, epoch: int) -> BatchStrategy:
-                return _evaluation(model, weights, held_out, image, spec.batch_size, f"validation-{epoch}")
+            def make(weights: BlobRef | None, step: Step | None, epoch: int) -> BatchStrategy:
+                return _evaluation(model, weights, step, held_out, image, spec.batch_size, f"validation-{epoch}")
 
         return RoundsStrategy(spec=spec, model=model, image=image, dataset=dataset, validation=make)
     if isinstance(spec, Evaluate):
-        return _evaluation(model, None, dataset, image, spec.batch_size, "evaluate")
+        return _evaluation(model, None, None, dataset, image, spec.batch_size, "evaluate")
     return _prediction(model, dataset, image, spec)
 
 
 def _evaluation(
-    model: BlobRef, weights: BlobRef | None, dataset: Dataset, image: ImageOptions | None, batch_size: int, prefix: str
+    model: BlobRef,
+    weights: BlobRef | None,
+    step: Step | None,
+    dataset: Dataset,
+    image: ImageOptions | None,
+    batch_size: int,
+    prefix: str,
 ) -> BatchStrategy:
     def task_for(slices: tuple[DataSlice, ...]) -> EvaluateTask:
         return EvaluateTask(
-            model=model, weights=weights, slices=slices, format=dataset.format, image=image, batch_size=batch_size
+            model=model,
+            weights=weights,
+            slices=slices,
+            format=dataset.format,
+            image=image,
+            batch_size=batch_size,
+            step=step,
         )
 
     return BatchStrategy(ItemIndex(dataset.shards), batch_size, task_for, prefix=prefix)

@@ -16,19 +16,22 @@ from node.engine.process import Engine
 from node.slot import EngineSlot
 from potluck import codec
 from potluck.blobs.download import Downloader
-from potluck.blobs.store import BlobStore
-from potluck.errors import Cancelled, PotluckError, TooLarge, Unavailable
+from potluck.blobs.store import BlobStore, no_room
+from potluck.errors import Cancelled, InvalidModel, PotluckError, TooLarge, Unavailable
 from potluck.logs import fields
 from potluck.messages import (
     INLINE_LIMIT_BYTES,
+    AnyTask,
     AnyTaskResult,
     BlobRef,
     EvaluateResult,
     ExportResult,
     LeaseShard,
     PredictResult,
+    PredictTask,
     ShardFailed,
     ShardFinished,
+    Step,
     Tensor,
     TrainResult,
 )
@@ -141,7 +144,7 @@ class Executor:
 
     async def _compute(self, attempt: _Attempt) -> AnyTaskResult:
         lease = attempt.lease
-        refs = list(blob_refs(lease.task))
+        refs = self._needed(lease.task)
         for ref in refs:
             self._store.pin(ref.sha256)
         try:
@@ -155,6 +158,7 @@ class Executor:
                     raise Cancelled("the attempt was withdrawn")
                 attempt.engine = engine
                 try:
+                    await self._complete(engine, lease.task, files)
                     return await engine.run_task(lease.job_id, lease.task, files, progress)
                 finally:
                     attempt.engine = None
@@ -163,6 +167,36 @@ class Executor:
         finally:
             for ref in refs:
                 self._store.unpin(ref.sha256)
+            weights, step = _way(lease.task)
+            if weights is not None and step is not None and self._store.has(weights.sha256):
+                self._store.delete(step.base.sha256)  # nobody goes back to the round before
+
+    def _needed(self, task: AnyTask) -> list[BlobRef]:
+        """The blobs that must be here: of two ways to a round's weights, the one for which less is missing."""
+        weights, step = _way(task)
+        if weights is None or step is None:
+            return list(blob_refs(task))
+        short = self._store.has(step.base.sha256) and not self._store.has(weights.sha256)
+        left_out = {weights.sha256} if short else {step.base.sha256, step.update.sha256}
+        return [ref for ref in blob_refs(task) if ref.sha256 not in left_out]
+
+    async def _complete(self, engine: Engine, task: AnyTask, files: dict[str, Path]) -> None:
+        """Make the round's weights of those before, where they were not fetched; fetch them after all where that fails."""
+        weights, step = _way(task)
+        if weights is None or step is None or weights.sha256 in files:
+            return
+        try:
+            made = await engine.apply_step(files[step.base.sha256], files[step.update.sha256])
+            reason = "" if made.sha256 == weights.sha256 else "it gives other bytes"
+        except InvalidModel as error:
+            reason = error.message
+        if reason:
+            log.warning("step does not lead to the weights, so they are fetched %s", fields(reason=reason))
+            files |= await self._fetch([weights], self._fetching)
+            return
+        await self._adopt(made)
+        files[weights.sha256] = self._store.path(weights.sha256)
+        self._on_stored((weights.sha256,))
 
     async def _fetch(self, refs: list[BlobRef], places: asyncio.Semaphore) -> dict[str, Path]:
         """Files of all blobs; the coordinator learns which ones are new here."""
@@ -190,7 +224,7 @@ class Executor:
 
     async def _prefetch(self, lease: LeaseShard) -> None:
         try:
-            await self._fetch(list(blob_refs(lease.task)), self._prefetching)
+            await self._fetch(self._needed(lease.task), self._prefetching)
         except PotluckError as error:
             # The attempt itself will meet the same trouble, and report it.
             log.info("prefetch failed %s", fields(attempt=lease.attempt_id, reason=error.message))
@@ -202,7 +236,9 @@ class Executor:
         """The result with its blobs in our store and us as their holder; small predictions stay inline. Raises TooLarge."""
         try:
             if isinstance(result, TrainResult):
-                result = replace(result, weights=await self._adopt(result.weights))
+                base = await self._adopt(result.base)
+                result = replace(result, base=base, update=await self._adopt(result.update))
+                self._on_stored((base.sha256,))
             elif isinstance(result, ExportResult):
                 result = replace(result, model=await self._adopt(result.model))
             elif isinstance(result, PredictResult):
@@ -223,8 +259,12 @@ class Executor:
         return message
 
     async def _adopt(self, ref: BlobRef) -> BlobRef:
-        kept = await asyncio.to_thread(self._store.adopt, self._scratch / ref.sha256, ref.sha256)
-        return replace(kept, holders=self._urls())
+        """A blob that the engine has written, or that was here before; others get it from us."""
+        path = self._scratch / ref.sha256
+        if path.exists():
+            with no_room():
+                ref = await asyncio.to_thread(self._store.adopt, path, ref.sha256)
+        return replace(ref, holders=self._urls())
 
     async def _as_blob(self, tensor: Tensor) -> Tensor:
         if not isinstance(tensor.data, bytes):
@@ -256,6 +296,11 @@ class Executor:
         if not done and attempt.engine is engine:
             log.warning("engine did not stop its task in time, so it is ended %s", fields(pid=engine.pid))
             await engine.stop(grace_seconds=0)
+
+
+def _way(task: AnyTask) -> tuple[BlobRef | None, Step | None]:
+    """The weights that a task is about, and the other way to them."""
+    return (None, None) if isinstance(task, PredictTask) else (task.weights, task.step)
 
 
 def _disk_trouble(error: OSError) -> PotluckError:

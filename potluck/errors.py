@@ -47,6 +47,13 @@ class InvalidModel(PotluckError):
     exit_code = 2
 
 
+class Diverged(PotluckError):
+    """Training whose loss or weights are no numbers any more, or went far away from those of the other nodes."""
+
+    code = "diverged"
+    retryable = True
+
+
 class InvalidData(PotluckError):
     """A data set that is missing, empty, or has too many items that cannot be read."""
 

@@ -30,6 +30,9 @@ Epochs = Annotated[int, Meta(ge=1, le=1_000_000)]
 Seed = Annotated[int, Meta(ge=0, le=2**32 - 1)]
 
 
+Compression = Literal["auto", "none", "int8", "int4"]
+
+
 class Part(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A map inside a message."""
 
@@ -142,6 +145,16 @@ class Dataset(Part, frozen=True):
     keys: BlobRef | None = None
 
 
+class Step(Part, frozen=True):
+    """Another way to the weights of a round, for who has those of the round before: what `update` makes of `base`.
+
+    `update` is a file as `potluck.updates` describes it; the result is the same to the bit as the file of the weights.
+    """
+
+    base: BlobRef
+    update: BlobRef
+
+
 class DataSlice(Part, frozen=True):
     """Items `start` to `stop` (exclusive) of one data shard."""
 
@@ -158,7 +171,12 @@ class JobSpec(Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="
 
 
 class Train(JobSpec, frozen=True, tag="train"):
-    """Train `model` on `dataset`; the result is a `.keras` file, registered as `register` when that is given."""
+    """Train `model` on `dataset`; the result is a `.keras` file, registered as `register` when that is given.
+
+    `round_seconds` 0: as long as measured bandwidth and speed suggest. `compression` is that of updates on the network: `auto`
+    takes 4 bits a weight, or 8 where the measured error of 4 is large. `outer_learning_rate` and `outer_momentum` (Nesterov)
+    are those of the step that is taken with the mean of a round's updates; None: by rule (docs/training.md).
+    """
 
     model: str | BlobRef
     dataset: Name
@@ -168,8 +186,11 @@ class Train(JobSpec, frozen=True, tag="train"):
     image: ImageOptions | None = None
     register: Name | None = None
     strategy: Literal["auto", "local"] = "auto"
-    round_seconds: Annotated[float, Meta(gt=0, le=86_400)] = 5.0
+    round_seconds: Annotated[float, Meta(ge=0, le=86_400)] = 0.0
     seed: Seed = 0
+    compression: Compression = "auto"
+    outer_learning_rate: Annotated[float, Meta(gt=0, le=10)] | None = None
+    outer_momentum: Annotated[float, Meta(ge=0, lt=1)] | None = None
 
 
 class Evaluate(JobSpec, frozen=True, tag="evaluate"):
@@ -219,6 +240,8 @@ class JobProgress(Part, frozen=True):
     nodes: dict[str, float] = {}
     """Items per second of each node at work."""
     message: str = ""
+    quarantined: dict[str, str] = {}
+    """Nodes that are left out of training, and why."""
 
 
 class ClassScore(Part, frozen=True):
@@ -499,6 +522,7 @@ class TrainTask(Task, frozen=True, tag="train"):
     """One node's part of a round: train on `data` from `weights` until `samples` are seen or `seconds` are over.
 
     The engine keeps model, optimizer and position in the data between the rounds of a job. `weights` None: the model's own.
+    `seen` counts the samples that the whole cluster has trained on before this round: a schedule of the learning rate follows it.
     """
 
     model: BlobRef
@@ -511,6 +535,9 @@ class TrainTask(Task, frozen=True, tag="train"):
     seconds: Seconds
     batch_size: Positive
     seed: int = 0
+    compression: Compression = "auto"
+    seen: Count = 0
+    step: Step | None = None
 
 
 class EvaluateTask(Task, frozen=True, tag="evaluate"):
@@ -520,6 +547,7 @@ class EvaluateTask(Task, frozen=True, tag="evaluate"):
     format: DataFormat
     image: ImageOptions | None
     batch_size: Positive
+    step: Step | None = None
 
 
 class PredictTask(Task, frozen=True, tag="predict"):
@@ -535,6 +563,7 @@ class ExportTask(Task, frozen=True, tag="export"):
 
     model: BlobRef
     weights: BlobRef
+    step: Step | None = None
 
 
 AnyTask = TrainTask | EvaluateTask | PredictTask | ExportTask
@@ -547,15 +576,19 @@ class TaskResult(Struct, frozen=True, kw_only=True, omit_defaults=True, tag_fiel
 
 
 class TrainResult(TaskResult, frozen=True, tag="train"):
-    """`weights` is a safetensors file of the weights after the round (keys `w00000`, ... in the order of `model.weights`).
+    """`base` is a safetensors file of the weights before the round, in the order of `model.weights` (keys `w00000`, ... for
+    those that are trained, `s00001`, ... for other state), and `update` leads to those after it (`potluck.updates`).
 
-    `metrics` are sums over `samples` divided by `samples`, named as Keras names them.
+    `metrics` are sums over `samples` divided by `samples`, named as Keras names them. `norm` is that of the update (L2, of
+    all floating-point weights); the coordinator measures it anew.
     """
 
-    weights: BlobRef
+    base: BlobRef
+    update: BlobRef
     samples: Count
     steps: Count
     metrics: dict[str, float] = {}
+    norm: float = 0.0
 
 
 class EvaluateResult(TaskResult, frozen=True, tag="evaluate"):

@@ -1,12 +1,13 @@
-"""Training by rounds, the `local` strategy in its plain form: pure.
+"""Training by rounds, the `local` strategy: pure.
 
-In a round each node trains on its own data shards, from the same weights, for a time budget; the weights are then
-averaged by samples (FedAvg, McMahan et al., 2017; local SGD with time-budgeted rounds). Epochs count samples over the
-whole cluster. A node that is lost costs its own round; nodes that join take part from the next round on.
+In a round each node trains on its own data shards, from the same weights, for a time budget; the outer step (`outer`) makes
+the next round's weights of their updates. Epochs count samples over the whole cluster. A node that is lost costs its own
+round; nodes that join take part from the next round on. A node whose updates are no use three times in a row is left out.
 """
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -23,17 +24,20 @@ from coordinator.jobs import (
     Withdraw,
 )
 from coordinator.placement import ClusterView, assign, speeds, split
+from potluck.errors import Diverged
 from potluck.messages import (
     AnyTask,
     AnyTaskResult,
     BlobRef,
     Dataset,
     EpochMetrics,
+    ErrorInfo,
     EvaluateResult,
     ExportResult,
     ExportTask,
     ImageOptions,
     JobProgress,
+    Step,
     Train,
     TrainResult,
     TrainTask,
@@ -42,6 +46,20 @@ from potluck.messages import (
 ROUNDS_PER_EPOCH = 2
 """At least so many rounds an epoch, where a round computes for longer than it exchanges weights: on a small data set
 many short rounds reach an accuracy in fewer samples."""
+PROBE_SECONDS = 5.0
+"""The first round's budget, before anything is measured."""
+COMPUTING_FACTOR = 9.0
+"""A round computes for so many times what it costs beside (90 % of the time) ..."""
+PATIENT_FACTOR = 4.5
+PATIENT_SECONDS = 10.0
+"""... but where that makes it longer than so many seconds, for this factor (82 %): rare rounds cost samples."""
+OVERHEADS_KEPT = 5
+BUDGET_FACTOR = 1.25
+BUDGET_SECONDS = 0.5
+"""A node that got slower stops so much after the others: this factor of the planned time, and so many seconds."""
+EXPLODED = 10.0
+"""An update is left out when it is so many times as large as is usual among the others, for its samples."""
+REJECTIONS_LIMIT = 3
 STRAGGLER_FACTOR = 4.0
 STRAGGLER_SECONDS = 60.0
 """A round waits for its last node at most this long: the larger of so many seconds and so many round times."""
@@ -58,17 +76,24 @@ class RoundsStrategy:
     model: BlobRef
     image: ImageOptions | None
     dataset: Dataset
-    validation: Callable[[BlobRef | None, int], BatchStrategy] | None
-    """Makes the evaluation of (weights, epoch)."""
+    validation: Callable[[BlobRef | None, Step | None, int], BatchStrategy] | None
+    """Makes the evaluation of (weights, another way to them, epoch)."""
     round: int = 0
     samples: int = 0
     epochs_ended: int = 0
     weights: BlobRef | None = None
+    step: Step | None = None
+    """What led to `weights`, for the nodes that have those before."""
+    velocity: BlobRef | None = None
+    rejections: dict[str, int] = field(default_factory=dict)
+    """Updates in a row that were of no use, by node."""
+    quarantined: dict[str, str] = field(default_factory=dict)
+    """Nodes that are left out, and why."""
     contributions: dict[str, TrainResult] = field(default_factory=dict)
     """Results of the open round by node."""
     opened_at: float = 0.0
-    overhead_seconds: float = 0.0
-    """What a round has cost beside computing (fetching, averaging, setting weights): the least that was measured."""
+    overheads: list[float] = field(default_factory=list)
+    """Seconds that the last rounds have cost beside computing: transfers, the outer step, setting weights."""
     assigned: dict[str, tuple[int, ...]] = field(default_factory=dict)
     shares: dict[str, float] = field(default_factory=dict)
     measured: dict[str, float] = field(default_factory=dict)
@@ -98,8 +123,7 @@ class RoundsStrategy:
         if open_attempts:
             return self._plan_stragglers(view, open_attempts)
         if self.contributions:
-            results = tuple(self.contributions[node_id] for node_id in sorted(self.contributions))
-            return [CloseRound(self.round, results)]
+            return [self._close_round()]
         return self._open_round(view)
 
     def leased(self, attempt: Attempt, task: AnyTask) -> None:
@@ -126,9 +150,11 @@ class RoundsStrategy:
                 parts = [part for part in self._validation.in_order() if isinstance(part, EvaluateResult)]
                 self.validated = merge(parts)
 
-    def ended(self, attempt: Attempt) -> None:
+    def ended(self, attempt: Attempt, error: ErrorInfo | None) -> None:
         if self._of_validation(attempt):
-            self._validation.ended(attempt)
+            self._validation.ended(attempt, error)
+        elif error is not None and error.code == Diverged.code:
+            self._reject(attempt.node_id, error.message)
 
     def closed_round(self, event: RoundClosed) -> None:
         if event.round != self.round:
@@ -136,8 +162,13 @@ class RoundsStrategy:
         computing = max((result.seconds for result in self.contributions.values()), default=0.0)
         overhead = max(0.0, event.at - self.opened_at - computing)
         if self.round:  # the first one also starts engines
-            self.overhead_seconds = min(self.overhead_seconds or overhead, overhead)
-        self.weights = event.weights
+            self.overheads = [*self.overheads, overhead][-OVERHEADS_KEPT:]
+        for node_id in self.contributions.keys() - event.rejected.keys():
+            self.rejections.pop(node_id, None)
+        for node_id, reason in event.rejected.items():
+            self._reject(node_id, reason)
+        self.weights, self.velocity = event.weights, event.velocity
+        self.step = Step(base=event.base, update=event.step)
         self.samples += event.samples
         self.round += 1
         self.round_metrics.append((event.samples, event.metrics))
@@ -173,20 +204,17 @@ class RoundsStrategy:
             items_per_second=sum(nodes.values()),
             nodes=nodes,
             message=message,
+            quarantined=self.quarantined,
         )
 
     def _open_round(self, view: ClusterView) -> list[Decision]:
         free = [node for node in view.nodes if node.free_slots]
+        # Better a round with a node that went wrong before than none at all.
+        free = [node for node in free if node.node_id not in self.quarantined] or free
         if not free:
             return []
         rates = speeds(free, self.measured)
-        goal = (self.epochs_ended + 1) * self.dataset.count
-        wanted = -(-self.dataset.count // ROUNDS_PER_EPOCH)
-        if self.measured:
-            together = sum(rates.values())
-            wanted = max(wanted, round(together * self.overhead_seconds))
-            wanted = min(wanted, max(1, round(together * self.spec.round_seconds)))
-        wanted = min(wanted, goal - self.samples)
+        wanted, seconds = self._round_size(rates)
         data = self._assignment(rates)
         decisions: list[Decision] = []
         for node_id, samples in split(wanted, rates).items():
@@ -200,12 +228,46 @@ class RoundsStrategy:
                 image=self.image,
                 round=self.round,
                 samples=batches * self.spec.batch_size,
-                seconds=self.spec.round_seconds,
+                seconds=seconds,
                 batch_size=self.spec.batch_size,
                 seed=self.spec.seed,
+                compression=self.spec.compression,
+                seen=self.samples,
+                step=self.step,
             )
             decisions.append(Lease(self._shard_id, node_id, task))
         return decisions
+
+    def _round_size(self, rates: dict[str, float]) -> tuple[int, float]:
+        """(Samples of a round, seconds that a node may take for its part)."""
+        wanted = -(-self.dataset.count // ROUNDS_PER_EPOCH)
+        left = (self.epochs_ended + 1) * self.dataset.count - self.samples
+        if not self.measured:
+            return min(wanted, left), self.spec.round_seconds or PROBE_SECONDS
+        together = sum(rates.values())
+        overhead = statistics.median(self.overheads) if self.overheads else 0.0
+        patient = min(COMPUTING_FACTOR * overhead, max(PATIENT_FACTOR * overhead, PATIENT_SECONDS))
+        budget = self.spec.round_seconds or patient or PROBE_SECONDS
+        wanted = min(max(wanted, round(together * overhead)), max(1, round(together * budget)), left)
+        return wanted, self.spec.round_seconds or wanted / together * BUDGET_FACTOR + BUDGET_SECONDS
+
+    def _close_round(self) -> CloseRound:
+        """With all that can be used of what the nodes have sent."""
+        found = self.contributions
+        base = self.weights or max(found.values(), key=lambda result: result.samples).base
+        wrong = {
+            node_id: f"it began from other weights ({result.base.sha256[:12]}) than the round ({base.sha256[:12]})"
+            for node_id, result in found.items()
+            if result.base.sha256 != base.sha256
+        }
+        wrong |= exploded({key: (one.norm, one.samples) for key, one in found.items() if key not in wrong})
+        results = tuple(found[node_id] for node_id in sorted(found.keys() - wrong.keys()))
+        return CloseRound(self.round, results, self.velocity, wrong)
+
+    def _reject(self, node_id: str, reason: str) -> None:
+        self.rejections[node_id] = self.rejections.get(node_id, 0) + 1
+        if self.rejections[node_id] >= REJECTIONS_LIMIT:
+            self.quarantined[node_id] = reason
 
     def _assignment(self, rates: dict[str, float]) -> dict[str, tuple[int, ...]]:
         """Data shards by speed; kept as they are while the same nodes hold them and no share has moved by a third."""
@@ -228,7 +290,7 @@ class RoundsStrategy:
     def _plan_validation(self, view: ClusterView, attempts: dict[str, Attempt]) -> list[Decision]:
         if self.validation is not None and self.validated is None:
             if self.validating is None:
-                self.validating = self.validation(self.weights, self.epochs_ended + 1)
+                self.validating = self.validation(self.weights, self.step, self.epochs_ended + 1)
             decisions = self.validating.plan(view, attempts)
             return [decision for decision in decisions if not isinstance(decision, Complete)]
         metrics = weighted(self.round_metrics)
@@ -248,12 +310,12 @@ class RoundsStrategy:
         if not free:
             return []
         fastest = max(free, key=lambda node_id: (rates[node_id], node_id))
-        return [Lease("export", fastest, ExportTask(model=self.model, weights=self.weights))]
+        return [Lease("export", fastest, ExportTask(model=self.model, weights=self.weights, step=self.step))]
 
     def _of_validation(self, attempt: Attempt) -> bool:
         if self.validating is None and self.validation is not None and attempt.shard_id.startswith("validation-"):
             # Replaying: the plan that made it is not in the journal, but it follows from the state.
-            self.validating = self.validation(self.weights, self.epochs_ended + 1)
+            self.validating = self.validation(self.weights, self.step, self.epochs_ended + 1)
         return self.validating is not None and attempt.shard_id.startswith(self.validating.prefix + "-")
 
     @property
@@ -265,6 +327,25 @@ class RoundsStrategy:
     @property
     def _shard_id(self) -> str:
         return f"round-{self.round}"
+
+
+def exploded(norms: dict[str, tuple[float, int]]) -> dict[str, str]:
+    """Of updates by node, as (norm, samples): those that went too far, and why. Never all of them.
+
+    An update grows with its samples, at most in proportion; so each is compared with what the median of the others would be
+    for as many samples.
+    """
+    found: dict[str, str] = {}
+    for node_id, (norm, samples) in norms.items():
+        others = sorted(
+            other * max(1.0, samples / count)
+            for key, (other, count) in norms.items()
+            if key != node_id and other > 0 and count > 0
+        )
+        if others and norm > EXPLODED * others[len(others) // 2]:
+            times = norm / others[len(others) // 2]
+            found[node_id] = f"its update was {times:.0f} times as large as those of the other nodes"
+    return found if len(found) < len(norms) else {}
 
 
 def weighted(parts: list[tuple[int, dict[str, float]]]) -> dict[str, float]:

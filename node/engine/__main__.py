@@ -82,6 +82,8 @@ class Server:
                 case frames.CancelTask():
                     for cancel in list(self._cancels.values()):
                         cancel.set()
+                case frames.ApplyStep():
+                    self._later(self._apply_step, frame)
                 case frames.ForgetJob():
                     self._later(self._forget, frame)
                 case frames.LoadReplica():
@@ -128,6 +130,10 @@ class Server:
         finally:
             del self._cancels[frame.number]
         return frames.TaskDone(number=frame.number, result=result)
+
+    def _apply_step(self, frame: frames.ApplyStep) -> frames.Frame:
+        made = self._tasks.apply_step(Path(frame.weights), Path(frame.update))
+        return frames.StepApplied(number=frame.number, weights=made)
 
     def _forget(self, frame: frames.ForgetJob) -> None:
         self._tasks.forget(frame.job_id)

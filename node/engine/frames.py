@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Struct
 
 from potluck.errors import BadMessage, TooLarge
-from potluck.messages import AnyTask, AnyTaskResult, ErrorInfo, RequestOutcome, Signature, Tensor
+from potluck.messages import AnyTask, AnyTaskResult, BlobRef, ErrorInfo, RequestOutcome, Signature, Tensor
 
 FRAME_LIMIT_BYTES = 256 * 2**20
 LENGTH = struct.Struct(">I")
@@ -39,6 +39,18 @@ class CancelTask(Frame, frozen=True):
 
 class ForgetJob(Frame, frozen=True):
     job_id: str
+
+
+class ApplyStep(Frame, frozen=True):
+    """Make the file of the weights that the update at `update` makes of those at `weights`; answered by `StepApplied`."""
+
+    weights: str
+    update: str
+
+
+class StepApplied(Frame, frozen=True):
+    weights: BlobRef
+    """In the scratch folder, named by its hash."""
 
 
 class LoadReplica(Frame, frozen=True):
@@ -91,8 +103,8 @@ class Failed(Frame, frozen=True):
     error: ErrorInfo
 
 
-ToEngine = RunTask | CancelTask | ForgetJob | LoadReplica | UnloadReplica | Infer
-FromEngine = Started | Heartbeat | TaskProgressed | TaskDone | ReplicaLoaded | Done | Inferred | Failed
+ToEngine = RunTask | CancelTask | ForgetJob | ApplyStep | LoadReplica | UnloadReplica | Infer
+FromEngine = Started | Heartbeat | TaskProgressed | TaskDone | StepApplied | ReplicaLoaded | Done | Inferred | Failed
 
 
 _ENCODER = msgspec.msgpack.Encoder()

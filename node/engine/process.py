@@ -19,7 +19,7 @@ from node.engine import frames
 from potluck import errors
 from potluck.errors import BadMessage, EngineFailed
 from potluck.lifecycle import die_with_parent
-from potluck.messages import AnyTask, AnyTaskResult, RequestOutcome, Signature, Tensor
+from potluck.messages import AnyTask, AnyTaskResult, BlobRef, RequestOutcome, Signature, Tensor
 
 log = logging.getLogger(__name__)
 
@@ -128,6 +128,13 @@ class Engine:
             raise
         assert isinstance(answer, frames.TaskDone)
         return answer.result
+
+    async def apply_step(self, weights: Path, update: Path) -> BlobRef:
+        """The file (`scratch/<sha256>`) of the weights that an update makes of others. Raises InvalidModel, EngineFailed."""
+        frame = frames.ApplyStep(number=next(self._numbers), weights=str(weights), update=str(update))
+        answer = await self._ask(frame)
+        assert isinstance(answer, frames.StepApplied)
+        return answer.weights
 
     async def cancel_task(self) -> None:
         """Stop the present task at its next step: `run_task` raises Cancelled."""

@@ -13,12 +13,11 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 
 from node.engine.wording import one_line
 from node.engine.wording import shape as shown
-from potluck.errors import InvalidData, InvalidModel
+from potluck import weights
+from potluck.errors import InvalidModel
 from potluck.messages import Signature, TensorSpec
 from potluck.tensors import datatype_of
 
@@ -126,11 +125,8 @@ def set_weights(model: Any, path: Path) -> None:
 
     Then the model is as it was: Keras would have set those before the first that does not fit.
     """
-    try:
-        stored = load_file(path)
-    except SafetensorError as error:
-        raise InvalidData(f"the weights {path.name[:12]} cannot be read: {error}") from error
-    values = [stored[name] for name in sorted(stored)]
+    stored = dict(weights.load(path))
+    values = [stored[name] for name in sorted(stored, key=lambda name: name[1:])]
     if len(values) != len(model.weights):
         raise InvalidModel(f"the weights do not fit the model: they are {len(values)}, and it has {len(model.weights)}")
     for weight, value in zip(model.weights, values, strict=True):
@@ -146,6 +142,17 @@ def set_weights(model: Any, path: Path) -> None:
 
 
 def save_weights(model: Any, path: Path) -> None:
-    """`model.weights` (seeds of random layers are not among them) as w00000, w00001, ..."""
-    # Not np.ascontiguousarray, which makes a number (the count of a Normalization layer) a row of one.
-    save_file({f"w{i:05}": np.asarray(value, order="C") for i, value in enumerate(model.get_weights())}, path)
+    """`model.weights` (seeds of random layers are not among them) in order: w00000 is trained, s00001 is state that is not."""
+    trained = {id(weight) for weight in model.trainable_weights}
+    names = ["w" if id(weight) in trained else "s" for weight in model.weights]
+    weights.save(
+        path, ((f"{kind}{i:05}", value) for i, (kind, value) in enumerate(zip(names, weights_of(model), strict=True)))
+    )
+
+
+def weights_of(model: Any) -> list[Any]:
+    """Its weights in order; those of 16 bits as float32, which holds them exactly."""
+    return [
+        value.astype(np.float32) if value.dtype.itemsize == 2 and value.dtype.kind not in "iu" else value
+        for value in model.get_weights()
+    ]

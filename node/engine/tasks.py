@@ -19,6 +19,7 @@ from node.engine.inputs import source_for
 from node.engine.loaded import Loaded
 from node.engine.shards import Part
 from node.engine.training import Session
+from potluck import updates
 from potluck.errors import Cancelled
 from potluck.messages import (
     AnyTask,
@@ -37,7 +38,7 @@ from potluck.messages import (
 from potluck.tensors import from_numpy
 
 Progress = Callable[[int, dict[str, float]], None]
-Paths = Mapping[str, Path]
+Paths = dict[str, Path]
 PROGRESS_SECONDS = 1.0
 MODELS_KEPT = 2
 SESSIONS_KEPT = 3
@@ -95,18 +96,38 @@ class Tasks:
                 self._close(next(iter(self._sessions)))
         self._sessions.move_to_end(job_id)
         if task.weights is not None:
-            runtime.set_weights(session.model, paths[task.weights.sha256])
+            base = task.weights
+            runtime.set_weights(session.model, paths[base.sha256])
+        else:
+            target = self._scratch / "weights.new"
+            runtime.save_weights(session.model, target)
+            base = self._blob(target)
+            paths[base.sha256] = self._scratch / base.sha256
         session.use_data(task, [Part(paths[shard.blob.sha256], 0, shard.count) for shard in task.data])
         outcome = session.train(task.samples, task.seconds, cancelled, progress)
-        target = self._scratch / "weights.new"
-        runtime.save_weights(session.model, target)
+        update, norm = self._update(session, base, paths, task)
         return TrainResult(
-            weights=self._blob(target),
+            base=base,
+            update=update,
+            norm=norm,
             samples=outcome.samples,
             steps=outcome.steps,
             metrics=outcome.metrics,
             seconds=outcome.seconds,
         )
+
+    def _update(self, session: Session, base: BlobRef, paths: Paths, task: TrainTask) -> tuple[BlobRef, float]:
+        """What the session has made of the weights `base`, and its norm."""
+        target = self._scratch / "update.new"
+        after = runtime.weights_of(session.model)
+        norm = updates.write_update(target, paths[base.sha256], after, task.compression)
+        return self._blob(target), norm
+
+    def apply_step(self, before: Path, update: Path) -> BlobRef:
+        """The file of the weights that an update makes of others. Raises InvalidModel."""
+        target = self._scratch / "weights.new"
+        updates.apply_update(before, update, target)
+        return self._blob(target)
 
     def _evaluate(self, task: EvaluateTask, paths: Paths, reporter: _Reporter) -> EvaluateResult:
         loaded = self._loaded(paths[task.model.sha256], compiled=True)

@@ -21,7 +21,10 @@ def train(
     target: Annotated[str | None, typer.Option(help="The label's column or array, for tables and .npz.")] = None,
     name: Annotated[str | None, typer.Option(help="Register the result under this name.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Save the result as this .keras file.")] = None,
-    round_seconds: Annotated[float, typer.Option(min=0.1, help="Time between two exchanges of weights.")] = 5.0,
+    round_seconds: Annotated[
+        float,
+        typer.Option(min=0.0, help="Seconds of computing between two exchanges; 0: as measured bandwidth suggests."),
+    ] = 0.0,
     seed_number: Annotated[int, typer.Option("--random-seed", help="For shuffling and initial state.")] = 0,
     detach: Annotated[bool, typer.Option("--detach", help="Print the job's id and leave.")] = False,
     as_json: Json = False,

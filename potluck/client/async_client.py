@@ -142,7 +142,7 @@ class AsyncClient:
         image: Image | None = None,
         name: str | None = None,
         target: str | None = None,
-        round_seconds: float = 5.0,
+        round_seconds: float = 0.0,
         seed: int = 0,
     ) -> AsyncJob:
         """Train a compiled keras.Model, a `.keras` file or a registered model on all nodes.

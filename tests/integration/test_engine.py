@@ -51,11 +51,10 @@ async def test_rounds_learn_and_keep_their_optimizer(lab: Lab) -> None:
     assert lab.progress[0][0] == 32  # told at the first step
     before, losses = lab.weights(first), [first.metrics["loss"]]
     assert [array.shape for array in before] == [tuple(weight.shape) for weight in model.weights]
-    blob = first.weights
+    blob = lab.after(first)
     for number in range(1, 4):
         result = await lab.run(training(lab.files.model(model), data, weights=blob, round=number), "learn")
-        lab.weights(result)
-        blob = result.weights
+        blob = lab.after(result)
         losses.append(result.metrics["loss"])
     assert losses[-1] < losses[0] / 2
     assert losses == sorted(losses, reverse=True)
@@ -72,8 +71,7 @@ async def test_the_same_seed_gives_the_same_weights_as_keras_would(lab: Lab) -> 
     task = training(lab.files.model(model), lab.files.arrays(1, x=x, y=y), samples=64 * 5, batch_size=500)
     first = await lab.run(task, "same")
     assert (first.samples, first.steps) == (320, 5)
-    lab.weights(first)
-    second = await lab.run(replace(task, weights=first.weights, round=1), "same")
+    second = await lab.run(replace(task, weights=lab.after(first), round=1), "same")
     model.fit(x, y, batch_size=64, epochs=10, shuffle=False, verbose=0)
     for ours, theirs in zip(lab.weights(second), model.get_weights(), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
@@ -103,7 +101,7 @@ async def test_weights_that_are_numbers_stay_numbers(lab: Lab) -> None:
     task = training(lab.files.model(model), lab.files.arrays(1, x=x, y=y), samples=64)
     first = await lab.run(task, "numbers")
     assert [array.shape for array in lab.weights(first)] == [tuple(weight.shape) for weight in model.weights]
-    assert (await lab.run(replace(task, weights=first.weights, round=1), "numbers")).steps == 2
+    assert (await lab.run(replace(task, weights=lab.after(first), round=1), "numbers")).steps == 2
 
 
 async def test_a_round_ends_by_the_clock(lab: Lab) -> None:
@@ -297,8 +295,7 @@ async def test_images_train_and_evaluate(lab: Lab, units: int, loss: str) -> Non
     blob, shard = lab.files.model(model), lab.files.images(pictures(60))
     task = training(blob, (shard,), format=IMAGES, batch_size=16, samples=1600)
     result = await lab.run(task, loss)
-    lab.weights(result)
-    scored = await lab.run(evaluation(blob, whole([shard]), weights=result.weights, format=IMAGES))
+    scored = await lab.run(evaluation(blob, whole([shard]), weights=lab.after(result), format=IMAGES))
     assert np.trace(np.array(scored.confusion)) >= 57
     assert np.array(scored.confusion).sum(axis=1).tolist() == [30, 30]
 

@@ -70,8 +70,7 @@ async def test_two_rounds_are_as_good_as_one(lab: Lab) -> None:
     await lab.run(training(blob, data, samples=32), "first of the process")
     at_once = await lab.run(training(blob, data, samples=32 * 20), "at once")
     first = await lab.run(training(blob, data, samples=32 * 8), "in parts")
-    lab.weights(first)
-    second = await lab.run(training(blob, data, samples=32 * 12, weights=first.weights, round=1), "in parts")
+    second = await lab.run(training(blob, data, samples=32 * 12, weights=lab.after(first), round=1), "in parts")
     for ours, theirs in zip(lab.weights(second), lab.weights(at_once), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
@@ -81,7 +80,6 @@ async def test_the_first_round_asked_again_begins_where_it_began(lab: Lab) -> No
     x, y = blobs(64)
     task = training(lab.files.model(dense()), lab.files.arrays(1, x=x, y=y), samples=64)
     first = await lab.run(task, "again")
-    lab.weights(first)
     again = await lab.run(task, "again")
     for ours, theirs in zip(lab.weights(again), lab.weights(first), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
@@ -99,8 +97,7 @@ async def test_other_data_and_other_batches_in_the_next_round(lab: Lab) -> None:
     x, y = blobs(300)
     blob, data = lab.files.model(dense()), lab.files.arrays(3, x=x, y=y)
     first = await lab.run(training(blob, data[:1], samples=320), "moved")
-    lab.weights(first)
-    task = training(blob, data[1:], samples=320, weights=first.weights, round=1, batch_size=16)
+    task = training(blob, data[1:], samples=320, weights=lab.after(first), round=1, batch_size=16)
     second = await lab.run(task, "moved")
     assert (second.samples, second.steps) == (320, 20)
     assert second.metrics["loss"] < first.metrics["loss"]
@@ -128,8 +125,7 @@ async def test_regression_learns_with_other_targets_than_classes(lab: Lab) -> No
     model = dense(units=1, activation="linear", loss="mse", metrics=["mae"], optimizer=_adam(0.01))
     blob, data = lab.files.model(model), lab.files.arrays(2, x=x.astype(np.float64), y=y)
     first = await lab.run(training(blob, data, samples=256 * 4), "regression")
-    lab.weights(first)
-    second = await lab.run(training(blob, data, samples=256 * 40, weights=first.weights, round=1), "regression")
+    second = await lab.run(training(blob, data, samples=256 * 40, weights=lab.after(first), round=1), "regression")
     assert second.metrics["mae"] < first.metrics["mae"] / 2
 
 
@@ -147,8 +143,7 @@ async def test_words_as_numbers(lab: Lab) -> None:
     model.compile(optimizer=keras.optimizers.Adam(0.05), loss="binary_crossentropy", metrics=["accuracy"])
     blob, data = lab.files.model(model), lab.files.arrays(2, x=x, y=y)
     result = await lab.run(training(blob, data, samples=200 * 20), "words")
-    lab.weights(result)
-    scored = await lab.run(evaluation(blob, whole(data), weights=result.weights))
+    scored = await lab.run(evaluation(blob, whole(data), weights=lab.after(result)))
     assert np.trace(np.array(scored.confusion)) >= 195
 
 

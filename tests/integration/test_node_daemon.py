@@ -266,8 +266,7 @@ async def test_a_shard_is_done_once_and_its_result_told_until_it_is_acknowledged
     lab.acknowledging = True
     await lab.heard(ShardFinished, after=len(lab.all(ShardFinished)))
     assert isinstance(finished.result, TrainResult)
-    weights = finished.result.weights
-    assert sorted(await lab.fetch(weights)) == sorted(b"modelweights")
+    assert sorted(await lab.fetch(finished.result.update)) == sorted(b"modelweights")
     await lab.lease("a2", "join")
     await lab.heard(ShardFinished, lambda one: one.attempt_id == "a2")
     said = len(lab.all(ShardFinished))

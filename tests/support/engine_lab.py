@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 from msgspec.structs import replace
-from safetensors.numpy import load_file
 
 from node.engine.process import Engine
-from potluck.messages import DataFormat, EvaluateTask, PredictTask, TrainResult, TrainTask
+from potluck.messages import BlobRef, DataFormat, EvaluateTask, PredictTask, TrainResult, TrainTask
+from potluck.updates import apply_update
+from potluck.weights import load
 from support import models
 from support.models import Files
 
@@ -40,12 +41,17 @@ class Lab:
             120,
         )
 
+    def after(self, result: TrainResult) -> BlobRef:
+        """The weights after a round, as a blob that tasks may name."""
+        base = self.files.paths.get(result.base.sha256, self.scratch / result.base.sha256)
+        update = self.scratch / result.update.sha256
+        assert update.stat().st_size == result.update.size
+        apply_update(base, update, self.scratch / "after")
+        return self.files.put((self.scratch / "after").read_bytes())
+
     def weights(self, result: TrainResult) -> list[np.ndarray[Any, Any]]:
-        path = self.scratch / result.weights.sha256
-        assert path.stat().st_size == result.weights.size
-        self.files.paths[result.weights.sha256] = path
-        stored = load_file(path)
-        return [stored[name] for name in sorted(stored)]
+        stored = dict(load(self.files.paths[self.after(result).sha256]))
+        return [stored[name] for name in sorted(stored, key=lambda name: name[1:])]
 
 
 @asynccontextmanager
@@ -70,6 +76,7 @@ def training(model: Any, data: Any, **changes: Any) -> TrainTask:
         samples=600,
         seconds=30,
         batch_size=32,
+        compression="none",
     )
     return replace(task, **changes)
 

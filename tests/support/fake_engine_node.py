@@ -62,7 +62,8 @@ class FakeEngine:
                 data = b"".join(files[sha256].read_bytes() for sha256 in sorted(files))
                 sha256 = hashlib.sha256(data).hexdigest()
                 (self._scratch / sha256).write_bytes(data)
-                return TrainResult(weights=BlobRef(sha256=sha256, size=len(data)), samples=1, steps=1)
+                made = BlobRef(sha256=sha256, size=len(data))
+                return TrainResult(base=made, update=made, samples=1, steps=1)
             case "predict":
                 data = bytes(BIG if "big" in job_id else 8)
                 return PredictResult(

@@ -94,7 +94,7 @@ class Cluster(RuleBasedStateMachine):
                 self.attempts[attempt.attempt_id] = attempt
                 self.strategy.leased(attempt, decision.task)
             elif isinstance(decision, Withdraw):
-                self.strategy.ended(self.attempts.pop(decision.attempt_id))
+                self.strategy.ended(self.attempts.pop(decision.attempt_id), None)
 
     @precondition(lambda self: self.attempts)
     @rule(data=st.data(), seconds=st.floats(0.001, 5))
@@ -106,7 +106,7 @@ class Cluster(RuleBasedStateMachine):
     @precondition(lambda self: self.attempts)
     @rule(data=st.data())
     def fail(self, data: st.DataObject) -> None:
-        self.strategy.ended(self.attempts.pop(data.draw(st.sampled_from(sorted(self.attempts)))))
+        self.strategy.ended(self.attempts.pop(data.draw(st.sampled_from(sorted(self.attempts)))), None)
 
     @invariant()
     def nothing_is_lost_or_doubled(self) -> None:

@@ -109,11 +109,15 @@ class Simulation:
             case Withdraw():
                 self.record(AttemptEnded(at=self.now, attempt_id=decision.attempt_id, reason=decision.reason))
             case CloseRound():
-                samples = sum(result.samples for result in decision.results)  # type: ignore[union-attr]
-                weights, metrics = blob(self.number), {"loss": 0.5}
+                samples = sum(result.samples for result in decision.results)
+                made = {name: blob(self.number + place) for place, name in enumerate(("step", "weights", "velocity"))}
+                self.number += 3
                 self.record(
-                    RoundClosed(at=self.now, round=decision.round, weights=weights, samples=samples, metrics=metrics)
-                )
+                    RoundClosed(
+                        at=self.now, round=decision.round, base=decision.results[0].base, samples=samples,
+                        learning_rate=1.0, momentum=0.0, metrics={"loss": 0.5}, rejected=decision.rejected, **made,
+                    )
+                )  # fmt: skip
             case CloseEpoch():
                 self.record(EpochEnded(at=self.now, epoch=decision.epoch))
             case Complete():
@@ -126,7 +130,13 @@ class Simulation:
         match task:
             case TrainTask():
                 result: TrainResult | EvaluateResult | ExportResult = TrainResult(
-                    weights=blob(self.number), samples=task.samples, steps=1, seconds=1.0, metrics={"loss": 0.5}
+                    base=task.weights or blob(7),
+                    update=blob(self.number),
+                    samples=task.samples,
+                    steps=1,
+                    seconds=1.0,
+                    metrics={"loss": 0.5},
+                    norm=1.0,
                 )
             case EvaluateTask():
                 count = sum(part.stop - part.start for part in task.slices)
@@ -278,7 +288,11 @@ def test_replaying_the_events_gives_the_state_back(steps: list[tuple[str, str]])
         "contributions",
         "validated",
         "exported",
-        "overhead_seconds",
+        "overheads",
+        "step",
+        "velocity",
+        "rejections",
+        "quarantined",
     ):
         assert getattr(again.strategy, name) == getattr(play.strategy, name), name
     play.job = again  # and it can be finished from there

@@ -1,0 +1,152 @@
+"""The outer step: numpy's mean where nothing is quantised, Nesterov momentum, and the same bits as the nodes will have."""
+
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from coordinator.training.outer import Taken, combine, rule
+from coordinator.training.rounds import exploded
+from potluck import weights
+from potluck.errors import Diverged, InvalidModel
+from potluck.updates import apply_update, write_update
+
+Array = np.ndarray[Any, Any]
+PLAIN = rule(1.0, 0.0)
+
+
+class Lab:
+    """A model's weights, nodes that move away from them, and outer steps."""
+
+    def __init__(self, folder: Path, start: list[tuple[str, Array]]) -> None:
+        self.folder = folder
+        self.weights = folder / "weights-0"
+        self.velocity: Path | None = None
+        self.number = 0
+        weights.save(self.weights, start)
+
+    def step(self, after: list[tuple[list[Array], int]], decide: Any = PLAIN, compression: Any = "none") -> Taken:
+        self.number += 1
+        parts = []
+        for place, (arrays, samples) in enumerate(after):
+            path = self.folder / f"update-{place}"
+            write_update(path, self.weights, arrays, compression)
+            parts.append((path, samples))
+        new, moving = self.folder / f"weights-{self.number}", self.folder / f"velocity-{self.number}"
+        step = self.folder / "step"
+        taken = combine(
+            self.weights, parts, self.velocity, decide, compression,
+            mean=self.folder / "mean", step=step, after=new, velocity_after=moving,
+        )  # fmt: skip
+        apply_update(self.weights, step, self.folder / "replica")
+        assert (self.folder / "replica").read_bytes() == new.read_bytes()  # nodes and coordinator have the same bits
+        self.weights, self.velocity = new, moving
+        return taken
+
+    @property
+    def values(self) -> dict[str, Array]:
+        return dict(weights.load(self.weights))
+
+
+def test_full_steps_without_momentum_are_the_mean_by_samples(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    start = [
+        ("w00000", rng.normal(size=(30, 40)).astype(np.float32)),
+        ("s00001", rng.normal(size=5)),
+        ("s00002", np.int64(0)),
+    ]
+    lab = Lab(tmp_path, start)
+    nodes = [
+        ([rng.normal(size=(30, 40)).astype(np.float32), rng.normal(size=5), np.int64(number)], samples)
+        for number, samples in enumerate((10, 30, 60))
+    ]
+    taken = lab.step(nodes)
+    assert taken == Taken(1.0, 0.0, 0.0)
+    for place, name in enumerate(("w00000", "s00001")):
+        mean = sum(
+            arrays[place].astype(np.float64) * share for (arrays, _), share in zip(nodes, (0.1, 0.3, 0.6), strict=True)
+        )
+        np.testing.assert_allclose(lab.values[name], mean, atol=1e-6)
+    assert lab.values["s00002"] == 2  # of the node with most samples
+
+
+def test_one_node_alone_goes_where_it_went(tmp_path: Path) -> None:
+    start = np.float32([0.1, 1e-8, 3e8])
+    lab = Lab(tmp_path, [("w00000", start)])
+    lab.step([([start * 2], 7)])
+    np.testing.assert_allclose(lab.values["w00000"], start * 2, rtol=1e-6)
+
+
+def test_nesterov_momentum_is_that_of_keras(tmp_path: Path) -> None:
+    """And state that is not trained has none."""
+    lab = Lab(tmp_path, [("w00000", np.zeros(3)), ("s00001", np.zeros(3))])
+    w, v = np.zeros(3), np.zeros(3)
+    for number in range(1, 5):
+        change = np.full(3, 1.0 / number)
+        now = lab.values
+        lab.step([([now["w00000"] + change, now["s00001"] + change], 1)], rule(0.7, 0.9))
+        # keras.optimizers.SGD(0.7, momentum=0.9, nesterov=True) with the gradient -change
+        v = 0.9 * v + 0.7 * change
+        w = w + 0.9 * v + 0.7 * change
+        np.testing.assert_allclose(lab.values["w00000"], w, rtol=1e-12)
+    np.testing.assert_allclose(lab.values["s00001"], np.full(3, 1 + 1 / 2 + 1 / 3 + 1 / 4), rtol=1e-12)
+
+
+def test_the_rule_takes_as_much_momentum_as_rounds_agree(tmp_path: Path) -> None:
+    lab = Lab(tmp_path, [("w00000", np.zeros(4))])
+    decide = rule(None, None)
+
+    def go(*change: float) -> Taken:
+        return lab.step([([lab.values["w00000"] + np.array(change)], 1)], decide)
+
+    assert go(1, 0, 0, 0) == Taken(1.0, 0.0, 0.0)
+    assert go(0, 1, 0, 0).momentum == 0.0  # at right angles
+    assert go(0, -1, 0, 0).momentum == 0.0  # back again
+    assert rule(0.5, 0.3)(0.9) == (0.5, 0.3)
+
+
+def test_quantised_steps_stay_near_the_mean(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    lab = Lab(tmp_path, [("w00000", rng.normal(size=(200, 100)).astype(np.float32))])
+    start = lab.values["w00000"]
+    nodes = [([start + rng.normal(size=start.shape).astype(np.float32)], 1) for _ in range(4)]
+    lab.step(nodes, compression="int4")
+    mean = sum(arrays[0] - start for arrays, _ in nodes) / 4
+    assert np.linalg.norm(lab.values["w00000"] - start - mean) < 0.25 * np.linalg.norm(mean)
+
+
+def test_memory_does_not_grow_with_the_nodes(tmp_path: Path) -> None:
+    """Nor with the model: that of the pieces of one tensor."""
+    size = 4 * 2**20
+    start = np.zeros(size, np.float32)
+    weights.save(tmp_path / "weights", [("w00000", start)])
+    write_update(tmp_path / "update", tmp_path / "weights", [start + 1], "int4")
+    peaks = []
+    for nodes in (2, 12):
+        tracemalloc.start()
+        combine(
+            tmp_path / "weights", [(tmp_path / "update", 1)] * nodes, None, rule(None, None), "auto",
+            mean=tmp_path / "mean", step=tmp_path / "step", after=tmp_path / "after", velocity_after=tmp_path / "velocity",
+        )  # fmt: skip
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < peaks[0] * 1.1
+    assert peaks[1] < 3 * start.nbytes
+
+
+def test_nothing_to_average_and_weights_that_run_away(tmp_path: Path) -> None:
+    lab = Lab(tmp_path, [("w00000", np.float32([3e38]))])
+    with pytest.raises(InvalidModel, match="no samples"):
+        lab.step([])
+    with pytest.raises(Diverged, match="lower the learning rate"):
+        lab.step([([np.float32([3.3e38])], 1)], rule(10.0, 0.0))
+
+
+def test_updates_that_went_too_far_are_told_from_those_of_faster_nodes() -> None:
+    assert exploded({"a": (1.0, 10), "b": (8.0, 80), "c": (2.0, 20)}) == {}
+    assert exploded({"a": (100.0, 10), "b": (1.0, 10), "c": (1.1, 10)}).keys() == {"a"}
+    assert exploded({"a": (100.0, 10)}) == {}
+    assert exploded({"a": (0.0, 10), "b": (5.0, 10)}) == {}
+    assert "100 times" in exploded({"a": (100.0, 10), "b": (1.0, 10)})["a"]
