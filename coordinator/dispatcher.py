@@ -277,8 +277,18 @@ class Dispatcher:
             case CloseRound():
                 self._act(job.job_id, f"round {decision.round}", self._close_round(job, decision))
             case CloseEpoch():
+                epoch = decision.epoch
                 self._record(job, EpochEnded(at=now, epoch=decision.epoch))
-                log.info("epoch ended %s", fields(job=job.job_id, epoch=decision.epoch.epoch, **decision.epoch.metrics))
+                log.info(
+                    "epoch ended %s",
+                    fields(
+                        job=job.job_id,
+                        epoch=epoch.epoch,
+                        rounds=epoch.rounds,
+                        computing=round(epoch.computing, 3),
+                        **epoch.metrics,
+                    ),
+                )
                 self._changed(job)
             case Complete():
                 self._act(job.job_id, "complete", self._complete(job))

@@ -219,12 +219,19 @@ JobState = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 
 
 class EpochMetrics(Part, frozen=True):
-    """One epoch of a training job; metrics as Keras names them, validation ones with `val_`."""
+    """One epoch of a training job; metrics as Keras names them, validation ones with `val_`.
+
+    `samples` counts from the job's beginning. `computing` is the share of the rounds' time in which nodes computed: the rest
+    went into exchanging weights. `exchanged_bytes` are those of the updates and steps of its rounds.
+    """
 
     epoch: int
     metrics: dict[str, float]
     samples: int = 0
     seconds: float = 0.0
+    rounds: int = 0
+    computing: float = 0.0
+    exchanged_bytes: int = 0
 
 
 class JobProgress(Part, frozen=True):
@@ -242,6 +249,8 @@ class JobProgress(Part, frozen=True):
     message: str = ""
     quarantined: dict[str, str] = {}
     """Nodes that are left out of training, and why."""
+    exchanged_bytes: Count = 0
+    """Of updates and steps, until now."""
 
 
 class ClassScore(Part, frozen=True):

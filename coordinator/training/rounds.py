@@ -98,6 +98,12 @@ class RoundsStrategy:
     shares: dict[str, float] = field(default_factory=dict)
     measured: dict[str, float] = field(default_factory=dict)
     round_metrics: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    computing_seconds: float = 0.0
+    """What the nodes computed in this epoch, and the time that its rounds took them, summed over nodes."""
+    round_seconds: float = 0.0
+    exchanged_bytes: int = 0
+    exchanged_before: int = 0
+    """Until the beginning of this epoch."""
     validating: BatchStrategy | None = None
     validated: EvaluateResult | None = None
     exported: ExportResult | None = None
@@ -163,6 +169,10 @@ class RoundsStrategy:
         overhead = max(0.0, event.at - self.opened_at - computing)
         if self.round:  # the first one also starts engines
             self.overheads = [*self.overheads, overhead][-OVERHEADS_KEPT:]
+        self.computing_seconds += sum(result.seconds for result in self.contributions.values())
+        self.round_seconds += len(self.contributions) * max(0.0, event.at - self.opened_at)
+        sent = sum(result.update.size for result in self.contributions.values())
+        self.exchanged_bytes += sent + len(self.contributions) * event.step.size
         for node_id in self.contributions.keys() - event.rejected.keys():
             self.rejections.pop(node_id, None)
         for node_id, reason in event.rejected.items():
@@ -179,6 +189,8 @@ class RoundsStrategy:
         self.last_epoch = event.epoch
         self.epoch_started_at = event.at
         self.round_metrics = []
+        self.computing_seconds = self.round_seconds = 0.0
+        self.exchanged_before = self.exchanged_bytes
         self.validating = None
         self.validated = None
 
@@ -205,6 +217,7 @@ class RoundsStrategy:
             nodes=nodes,
             message=message,
             quarantined=self.quarantined,
+            exchanged_bytes=self.exchanged_bytes,
         )
 
     def _open_round(self, view: ClusterView) -> list[Decision]:
@@ -297,7 +310,15 @@ class RoundsStrategy:
         if self.validated is not None:
             metrics |= {f"val_{name}": value for name, value in evaluation_metrics(self.validated).items()}
         seconds = max(0.0, view.now - self.epoch_started_at) if self.epoch_started_at else 0.0
-        epoch = EpochMetrics(epoch=self.epochs_ended + 1, metrics=metrics, samples=self.samples, seconds=seconds)
+        epoch = EpochMetrics(
+            epoch=self.epochs_ended + 1,
+            metrics=metrics,
+            samples=self.samples,
+            seconds=seconds,
+            rounds=len(self.round_metrics),
+            computing=min(1.0, self.computing_seconds / self.round_seconds) if self.round_seconds else 0.0,
+            exchanged_bytes=self.exchanged_bytes - self.exchanged_before,
+        )
         return [CloseEpoch(epoch)]
 
     def _plan_export(self, view: ClusterView, attempts: dict[str, Attempt]) -> list[Decision]:

@@ -19,15 +19,15 @@ class Network:
 
     def __init__(self, hosts: int) -> None:
         tag = uuid.uuid4().hex[:5]
-        self._bridge_host = f"pl{tag}b"
+        self.bridge_host = f"pl{tag}b"
         self.hosts = [f"pl{tag}h{number}" for number in range(1, hosts + 1)]
 
     def __enter__(self) -> Self:
         try:
             # The bridge lives in a namespace too: the machine's own network is left alone.
-            run("ip", "netns", "add", self._bridge_host)
-            run("ip", "-n", self._bridge_host, "link", "add", "br0", "type", "bridge", "mcast_snooping", "0")
-            run("ip", "-n", self._bridge_host, "link", "set", "br0", "up")
+            run("ip", "netns", "add", self.bridge_host)
+            run("ip", "-n", self.bridge_host, "link", "add", "br0", "type", "bridge", "mcast_snooping", "0")
+            run("ip", "-n", self.bridge_host, "link", "set", "br0", "up")
             for number, host in enumerate(self.hosts, 1):
                 run("ip", "netns", "add", host)
                 run(
@@ -43,9 +43,9 @@ class Network:
                     "name",
                     f"p{number}",
                     "netns",
-                    self._bridge_host,
+                    self.bridge_host,
                 )
-                run("ip", "-n", self._bridge_host, "link", "set", f"p{number}", "master", "br0", "up")
+                run("ip", "-n", self.bridge_host, "link", "set", f"p{number}", "master", "br0", "up")
                 run("ip", "-n", host, "link", "set", "lo", "up")
                 run("ip", "-n", host, "link", "set", "eth0", "up")
                 run("ip", "-n", host, "address", "add", f"{self.address(host)}/24", "dev", "eth0")
@@ -60,7 +60,7 @@ class Network:
         self.remove()
 
     def remove(self) -> None:
-        for name in (*self.hosts, self._bridge_host):
+        for name in (*self.hosts, self.bridge_host):
             subprocess.run(("ip", "netns", "delete", name), capture_output=True, check=False, timeout=20)
 
     def address(self, host: str) -> str:
