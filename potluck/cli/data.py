@@ -40,7 +40,8 @@ def add(
         return
     output.show(output.datasets_table([info]))
     if info.skipped:
-        output.note(f"{info.skipped} items could not be read and were left out")
+        were = "was" if info.skipped == 1 else "were"
+        output.note(f"{output.counted(info.skipped, 'item')} could not be read and {were} left out")
 
 
 @data.command("list")

@@ -16,7 +16,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from potluck.cli.output import metrics_text, note, seconds_text
+from potluck.cli.output import counted, metrics_text, note, rate_text, seconds_text, share
 
 if TYPE_CHECKING:
     from potluck.client import Job
@@ -60,9 +60,9 @@ def progress_text(progress: JobProgress) -> str:
     if progress.epochs:
         parts.append(f"epoch {progress.epoch}/{progress.epochs}")
     if progress.total:
-        parts.append(f"{progress.done}/{progress.total} items ({progress.done / progress.total:.0%})")
+        parts.append(f"{progress.done:,}/{counted(progress.total, 'item')} ({progress.done / progress.total:.0%})")
     if progress.items_per_second:
-        parts.append(f"{progress.items_per_second:,.0f} items/s on {len(progress.nodes)} nodes")
+        parts.append(f"{rate_text(progress.items_per_second)} on {counted(len(progress.nodes), 'node')}")
     if (left := seconds_left(progress)) is not None:
         parts.append(f"{seconds_text(left)} left")
     if progress.metrics:
@@ -83,23 +83,23 @@ def picture(state: JobChanged) -> RenderableType:
     """A job as it stands: a bar, what remains, the metrics, and each node's speed."""
     progress = state.progress
     head = Table.grid(padding=(0, 2))
-    share = f"{progress.done / progress.total:4.0%}" if progress.total else ""
+    done = share(state)
     epoch = f"epoch {progress.epoch}/{progress.epochs}" if progress.epochs else ""
     left = seconds_left(progress)
     head.add_row(
         Text(f"{state.kind} {state.job_id}", style="bold"),
         state.state,
         epoch,
-        ProgressBar(total=progress.total or None, completed=progress.done, width=30, pulse=not progress.total),
-        share,
+        ProgressBar(total=1.0, completed=done or 0.0, width=30, pulse=done is None),
+        "" if done is None else f"{done:4.0%}",
         f"{seconds_text(left)} left" if left is not None else "",
     )
     lines: list[RenderableType] = [head]
     if progress.metrics:
         lines.append(Text(f"  {metrics_text(progress.metrics)}", style="cyan"))
     if progress.items_per_second:
-        lines.append(Text(f"  {progress.items_per_second:,.0f} items/s"))
-    lines += [Text(f"    {node:<24} {speed:>10,.0f} items/s", style="dim") for node, speed in progress.nodes.items()]
+        lines.append(Text(f"  {rate_text(progress.items_per_second)}"))
+    lines += [Text(f"    {node:<24} {rate_text(speed):>18}", style="dim") for node, speed in progress.nodes.items()]
     if progress.message:
         lines.append(Text(f"  {progress.message}", style="yellow"))
     return Group(*lines)

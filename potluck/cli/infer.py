@@ -54,15 +54,18 @@ def infer(
 
 
 def read_input(source: str, info: ModelInfo, image: ImageOptions | None) -> Any:
-    """What to ask: an array with its batch axis, or a map of them. Raises InvalidData."""
+    """What to ask: an array with its batch axis, or a map of them. Raises InvalidData; InvalidRequest for `image` with arrays."""
     import numpy as np
 
-    from potluck.errors import InvalidData
+    from potluck.errors import InvalidData, InvalidRequest
 
     path = Path(source)
-    if source.endswith(".npy"):
+    is_json = source == "-" or source.lstrip()[:1] in ("[", "{") or path.suffix == ".json"
+    if image is not None and (is_json or path.suffix == ".npy"):
+        raise InvalidRequest("--image says how an image becomes a tensor, and the input is an array: leave it out")
+    if path.suffix == ".npy":
         return _with_batch(read_array(path), info)
-    if source == "-" or source.lstrip()[:1] in ("[", "{") or path.suffix == ".json":
+    if is_json:
         try:
             value = json.loads(
                 sys.stdin.read() if source == "-" else path.read_text() if path.suffix == ".json" else source
@@ -79,7 +82,11 @@ def read_input(source: str, info: ModelInfo, image: ImageOptions | None) -> Any:
                 return _with_batch(np.asarray(value, dtype=np.float32), info)
         except (ValueError, TypeError) as error:
             raise InvalidData(f"the input is not an array of numbers: {error}") from error
-    if not path.exists():
+    try:
+        there = path.is_file()
+    except OSError:  # too long for a name, or in a folder that may not be read
+        there = False
+    if not there:
         raise InvalidData(f"there is no file {path}: give an image, .npy, .json, or JSON itself")
     return read_image(path, image or info.image or _image_of(info))[np.newaxis]
 

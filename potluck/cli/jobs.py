@@ -54,7 +54,8 @@ def job(
             return
         for epoch in ended.history:
             took = output.seconds_text(epoch.seconds)
-            output.show(f"epoch {epoch.epoch}  {output.metrics_text(epoch.metrics)}  {epoch.samples} samples in {took}")
+            samples = output.counted(epoch.samples, "sample")
+            output.show(f"epoch {epoch.epoch}  {output.metrics_text(epoch.metrics)}  {samples} in {took}")
         if ended.evaluation is not None:
             output.show(output.evaluation_report(ended.evaluation))
         for label, text in (("registered", ended.registered), ("deployment", ended.deployment)):

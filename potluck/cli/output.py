@@ -105,6 +105,24 @@ def seconds_text(seconds: float) -> str:
     return f"{whole // 60} min {whole % 60:02} s" if whole >= 60 else f"{whole} s"
 
 
+def counted(count: float, one: str) -> str:
+    """As people say it: `1 node`, `1,200 items`."""
+    number = f"{count:,.0f}"
+    return f"{number} {one}" if number == "1" else f"{number} {one}s"
+
+
+def rate_text(items_per_second: float) -> str:
+    """`1,200 items/s`."""
+    return f"{counted(items_per_second, 'item')}/s"
+
+
+def share(job: JobChanged) -> float | None:
+    """How much of a job is done, 0 to 1; None where that is not known."""
+    if job.state == "succeeded":
+        return 1.0  # also where the coordinator was started anew, and remembers no counts
+    return job.progress.done / job.progress.total if job.progress.total else None
+
+
 def metrics_text(metrics: Mapping[str, float]) -> str:
     return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
 
@@ -126,11 +144,12 @@ def nodes_table(nodes: Iterable[NodeInfo]) -> Table:
 def jobs_table(jobs: Iterable[JobChanged]) -> Table:
     def row(job: JobChanged) -> tuple[RenderableType, ...]:
         progress = job.progress
-        share = f"{progress.done / progress.total:.0%}" if progress.total else "-"
+        done = share(job)
         end = job.ended_at or time.time()
         took = seconds_text(end - job.started_at) if job.started_at else "-"
         told = job.error.message if job.error else progress.message or metrics_text(progress.metrics)
-        return job.job_id, job.kind, colored(job.state), share, took, ago_text(job.created_at), Text(told)
+        shown = "-" if done is None else f"{done:.0%}"
+        return job.job_id, job.kind, colored(job.state), shown, took, ago_text(job.created_at), Text(told)
 
     columns = ("job", "kind", "state", "done", "took", "asked", "")
     return table(columns, map(row, jobs), right=("done", "took"))
@@ -189,7 +208,9 @@ def datasets_table(datasets: Iterable[DatasetInfo]) -> Table:
 
 def evaluation_report(evaluation: Evaluation) -> Group:
     """Metrics, precision, recall and F1 for each class, and the confusion matrix (rows: the truth)."""
-    parts: list[RenderableType] = [Text(f"{evaluation.count} items  {metrics_text(evaluation.metrics)}", style="bold")]
+    parts: list[RenderableType] = [
+        Text(f"{counted(evaluation.count, 'item')}  {metrics_text(evaluation.metrics)}", style="bold")
+    ]
     if evaluation.classes:
         rows = [
             (score.label, f"{score.precision:.4f}", f"{score.recall:.4f}", f"{score.f1:.4f}", str(score.support))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from potluck.cli.session import ImageSize, Json, image_size, session
+from potluck.cli.session import ImageSize, Json, check_output, image_size, session
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,8 +37,10 @@ def predict(
     from potluck.cli import output as out
     from potluck.errors import InvalidRequest
 
-    if output is not None and output.suffix not in SUFFIXES:
-        raise InvalidRequest(f"--output {output}: the file's name must end with {', '.join(SUFFIXES)}")
+    if output is not None:
+        if output.suffix not in SUFFIXES:
+            raise InvalidRequest(f"--output {output}: the file's name must end with {', '.join(SUFFIXES)}")
+        check_output(output)
     source: Any = data
     if data.endswith(".npy"):
         source = read_array(Path(data))
@@ -56,7 +58,7 @@ def predict(
     elif output is None:
         sys.stdout.write(as_csv(outputs, keys, classes))
     else:
-        out.show(f"{len(next(iter(outputs.values())))} predictions written to {output}")
+        out.show(f"{out.counted(len(next(iter(outputs.values()))), 'prediction')} written to {output}")
 
 
 def read_array(path: Path) -> np.ndarray[Any, Any]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -76,3 +78,16 @@ def image_size(text: str | None) -> tuple[int, ...] | ImageOptions | None:
 
         raise InvalidRequest(f"--image {text!r}: write height x width, as in 128x128 (or 128x128x1)")
     return tuple(int(part) for part in parts)
+
+
+def check_output(path: Path) -> None:
+    """`--output`, before the work is done that it is for. Raises InvalidRequest where a file cannot be written."""
+    from potluck.errors import InvalidRequest
+
+    folder = path.resolve().parent
+    if not folder.is_dir():
+        raise InvalidRequest(f"--output {path}: there is no folder {folder}")
+    if path.is_dir():
+        raise InvalidRequest(f"--output {path}: this is a folder: name a file")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise InvalidRequest(f"--output {path}: {path if path.exists() else folder} may not be written to")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from potluck.cli.session import ImageSize, Json, image_size, session
+from potluck.cli.session import ImageSize, Json, check_output, image_size, session
 
 
 def train(
@@ -34,12 +34,12 @@ def train(
     from potluck.cli import output as out
     from potluck.errors import InvalidRequest
 
-    if output is not None and (detach or not output.resolve().parent.is_dir()):
-        raise InvalidRequest(
-            "--output needs the end of the job, --detach does not wait for it: leave out one of them"
-            if detach
-            else f"--output {output}: there is no folder {output.resolve().parent}"
-        )
+    if output is not None:
+        if detach:
+            raise InvalidRequest(
+                "--output needs the end of the job, --detach does not wait for it: leave out one of them"
+            )
+        check_output(output)
     size = image_size(image)
     with session(context).client() as client:
         with following.waiting("packing and sending the data", quiet=as_json):
@@ -70,7 +70,7 @@ def train(
             return
         last = ended.history[-1].metrics if ended.history else {}
         took = out.seconds_text(ended.ended_at - ended.started_at)
-        out.show(f"trained {len(ended.history)} epochs in {took}: {out.metrics_text(last)}")
+        out.show(f"trained {out.counted(len(ended.history), 'epoch')} in {took}: {out.metrics_text(last)}")
         if ended.registered:
             out.show(f"registered as {ended.registered}")
         if output is not None:

@@ -7,29 +7,31 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-import msgspec
 import numpy as np
+from msgspec import Meta
 from msgspec.structs import replace
 
 from potluck import tensors
 from potluck.bus import Bus
-from potluck.client import sources
+from potluck.client import arguments, sources
 from potluck.client.connection import Connection, client_settings
-from potluck.client.jobs import AsyncJob, Predictions, as_arrays, fetch_tensor
-from potluck.client.models import ModelFile, image_options, is_keras_model, is_model_path, model_file
-from potluck.errors import InvalidRequest, NotFound
+from potluck.client.jobs import AsyncJob, Predictions, as_arrays, completed, fetch_tensor
+from potluck.client.models import ModelFile, image_argument, image_options, is_model_path, model_file
+from potluck.errors import InvalidData, InvalidRequest, NotFound
 from potluck.messages import (
     INLINE_LIMIT_BYTES,
     AnyJobSpec,
     BlobRef,
     CancelJob,
+    Count,
     DatasetInfo,
     DatasetsListed,
     Deploy,
     DeploymentInfo,
     DeploymentsListed,
+    Epochs,
     Evaluate,
     GetJob,
     GetModel,
@@ -47,11 +49,11 @@ from potluck.messages import (
     ModelInfo,
     ModelRegistered,
     ModelsListed,
-    Name,
     NodeInfo,
     NodesListed,
     Predict,
     RegisterModel,
+    Seed,
     SubmitJob,
     Tensor,
     Train,
@@ -64,6 +66,9 @@ Inputs = Any
 """An array, nested lists, or a map of them by input name."""
 
 _INLINE_INPUT_BYTES = INLINE_LIMIT_BYTES * 3 // 4
+
+_RoundSeconds = Annotated[float, Meta(gt=0, le=86_400)]  # as `Train` has it
+_NAMED = "the `name` or `name:version` of a model"
 
 M = TypeVar("M", bound=Message)
 
@@ -118,16 +123,17 @@ class AsyncClient:
 
     async def jobs(self) -> tuple[JobChanged, ...]:
         """Every job that the coordinator remembers, oldest first."""
-        return (await self._ask(ListJobs(), JobsListed)).jobs
+        return tuple(map(completed, (await self._ask(ListJobs(), JobsListed)).jobs))
 
     async def job(self, job_id: str) -> AsyncJob:
         """A job by its id. Raises NotFound."""
+        job_id = arguments.text("job_id", job_id, "a job's id")
         await self._ask(GetJob(job_id=job_id), Message)
         return AsyncJob(await self._connected(), job_id)
 
     async def cancel(self, job_id: str) -> JobChanged:
         """End a job. Raises NotFound."""
-        return await self._ask(CancelJob(job_id=job_id), JobChanged)
+        return await self._ask(CancelJob(job_id=arguments.text("job_id", job_id, "a job's id")), JobChanged)
 
     # --- jobs -----------------------------------------------------------------------------------------------------------
 
@@ -149,16 +155,24 @@ class AsyncClient:
 
         `data` and `validation` are registered names, paths, or arrays `(x, y)`; `target` names a table's label column. `image` says
         how images become tensors, None: as the model's input is. The result is registered as `name` when that is given.
-        Raises InvalidModel and InvalidData before a job is made.
+        Raises InvalidModel, InvalidData and InvalidRequest before a job is made.
         """
-        epochs, batch_size = _at_least_one("epochs", epochs), _at_least_one("batch_size", batch_size)
-        register = None if name is None else _checked(name)
+        epochs = arguments.checked("epochs", epochs, Epochs, "a whole number from 1 to 1,000,000")
+        batch_size = arguments.at_least_one("batch_size", batch_size)
+        register = arguments.name("name", name)
+        target = _used_target(target, data, validation)
+        round_seconds = arguments.checked(
+            "round_seconds", round_seconds, _RoundSeconds, "a number of seconds above 0, at most 86,400"
+        )
+        seed = arguments.checked("seed", seed, Seed, "a whole number from 0 to 4,294,967,295")
         sent, options = await self._model(model, image, compiled=True)
+        dataset = await self._data("data", data, target, image)
+        held_out = None if validation is None else await self._data("validation", validation, target, image)
         return await self._submit(
             Train(
                 model=sent,
-                dataset=await self._data(data, target),
-                validation=None if validation is None else await self._data(validation, target),
+                dataset=dataset,
+                validation=held_out,
                 epochs=epochs,
                 batch_size=batch_size,
                 image=options,
@@ -178,9 +192,9 @@ class AsyncClient:
         target: str | None = None,
     ) -> AsyncJob:
         """Metrics of a model over labelled data: `job.evaluation` after `job.wait()`."""
-        batch_size = _at_least_one("batch_size", batch_size)
+        batch_size, target = arguments.at_least_one("batch_size", batch_size), _used_target(target, data)
         sent, options = await self._model(model, image, compiled=True)
-        dataset = await self._data(data, target)
+        dataset = await self._data("data", data, target, image)
         return await self._submit(Evaluate(model=sent, dataset=dataset, batch_size=batch_size, image=options))
 
     async def predict(
@@ -193,9 +207,9 @@ class AsyncClient:
         target: str | None = None,
     ) -> AsyncJob:
         """A model's outputs for a whole data set or array: `job.predictions()`. `target` names a column to leave out."""
-        batch_size = _at_least_one("batch_size", batch_size)
+        batch_size, target = arguments.at_least_one("batch_size", batch_size), _used_target(target, data)
         sent, options = await self._model(model, image, compiled=False)
-        dataset = await self._data(data, target, for_prediction=True)
+        dataset = await self._data("data", data, target, image, for_prediction=True)
         return await self._submit(Predict(model=sent, dataset=dataset, batch_size=batch_size, image=options))
 
     # --- models and deployments -----------------------------------------------------------------------------------------
@@ -207,17 +221,20 @@ class AsyncClient:
 
         A keras.Model or a `.keras` file is registered first, as `name` or its own name.
         """
-        if replicas < 0:
-            raise InvalidRequest(f"replicas must be 0 (every node) or more, not {replicas}")
-        if is_keras_model(model) or is_model_path(model):
+        replicas = arguments.checked("replicas", replicas, Count, "a whole number: 0 (every node) or more")
+        if isinstance(model, str) and not is_model_path(model):
+            if name is not None:
+                raise InvalidRequest(f"name is for a keras.Model or a file, and {model!r} has its name: leave name out")
+            registered = model
+        else:
             info = await self.register(model, name)
-            model = f"{info.name}:{info.version}"
-        job = await self._submit(Deploy(model=str(model), replicas=replicas))
+            registered = f"{info.name}:{info.version}"
+        job = await self._submit(Deploy(model=registered, replicas=replicas))
         return await job.wait() if wait else job
 
     async def undeploy(self, model: str) -> tuple[str, ...]:
         """Unload `name` (every version) or `name:version` from all nodes; what was unloaded. Raises NotFound."""
-        return (await self._ask(Undeploy(model=model), Undeployed)).deployments
+        return (await self._ask(Undeploy(model=arguments.text("model", model, _NAMED)), Undeployed)).deployments
 
     async def deployments(self) -> tuple[DeploymentInfo, ...]:
         return (await self._ask(ListDeployments(), DeploymentsListed)).deployments
@@ -228,18 +245,20 @@ class AsyncClient:
 
     async def get_model(self, model: str) -> ModelInfo:
         """The registered `name` (its newest version) or `name:version`. Raises NotFound."""
-        return (await self._ask(GetModel(model=model), ModelRegistered)).model
+        return (await self._ask(GetModel(model=arguments.text("model", model, _NAMED)), ModelRegistered)).model
 
     async def register(
         self, model: object, name: str | None = None, *, image: Image | None = None, classes: Sequence[str] = ()
     ) -> ModelInfo:
         """Register a keras.Model or a `.keras` file as the next version of `name` (by default its own name)."""
+        given, image = arguments.name("name", name), image_argument(image)
+        labels = arguments.checked("classes", classes, tuple[str, ...], "a list of the classes' names")
         file, ref = await self._push_model(model, compiled=False)
         question = RegisterModel(
-            name=_checked(name) if name is not None else sources.plain_name(file.name),
+            name=given or sources.plain_name(file.name),
             model=ref,
             image=image_options(image, file.input_shape),
-            classes=tuple(classes),
+            classes=labels,
         )
         return (await self._ask(question, ModelRegistered)).model
 
@@ -249,12 +268,13 @@ class AsyncClient:
         `inputs` is one array (with the batch as first axis) or a map of arrays by input name. Lists of numbers
         become float32. Raises NotFound, InvalidRequest (a shape that does not fit), Overloaded, TimedOut.
         """
-        connection = await self._connected()
+        topic_name, limit_seconds = _topic_name(arguments.text("model", model, _NAMED)), arguments.timeout(timeout)
         named = inputs if isinstance(inputs, Mapping) else {"": inputs}
         sent = [tensors.from_numpy(str(name), _as_array(value)) for name, value in named.items()]
+        connection = await self._connected()
         if sum(len(tensor.data) for tensor in sent if isinstance(tensor.data, bytes)) > _INLINE_INPUT_BYTES:
             sent = [await _as_blob(connection, tensor) for tensor in sent]
-        answer = await connection.infer(_topic_name(model), Infer(inputs=tuple(sent)), timeout)
+        answer = await connection.infer(topic_name, Infer(inputs=tuple(sent)), limit_seconds)
         return as_arrays([await fetch_tensor(connection, tensor) for tensor in answer.outputs])
 
     # --- data -----------------------------------------------------------------------------------------------------------
@@ -276,8 +296,8 @@ class AsyncClient:
         """
         if name is None and isinstance(data, str | Path):
             name = sources.path_name(data)
-        checked = None if name is None else _checked(name)
-        return await sources.add(await self._connected(), data, name=checked, target=target, progress=progress)
+        name, target = arguments.name("name", name), _used_target(target, data)
+        return await sources.add(await self._connected(), data, name=name, target=target, progress=progress)
 
     # ------------------------------------------------------------------------------------------------------------------
 
@@ -302,6 +322,7 @@ class AsyncClient:
         self, model: object, image: Image | None, *, compiled: bool
     ) -> tuple[str | BlobRef, ImageOptions | None]:
         """What a job's `model` says, and its image options."""
+        image = image_argument(image)
         if isinstance(model, str) and not is_model_path(model):
             shape = None
             if image is not None and not isinstance(image, ImageOptions):
@@ -319,31 +340,43 @@ class AsyncClient:
             ref = await (await self._connected()).push(file.path)
         return file, BlobRef(sha256=ref.sha256, size=ref.size)
 
-    async def _data(self, data: object, target: str | None, *, for_prediction: bool = False) -> str:
-        """The name of a data set, registered now where it was not; for prediction in its own order, labelled or not."""
+    async def _data(
+        self, argument: str, data: object, target: str | None, image: Image | None, *, for_prediction: bool = False
+    ) -> str:
+        """The name of a data set, registered now where it was not; for prediction in its own order, labelled or not.
+
+        With `image` the data must be images. Errors call the data `argument`.
+        """
         name = sources.as_name(data)
-        if name is not None:
-            return _checked(name)
-        connection = await self._connected()
-        added = await sources.add(
-            connection, data, name=None, target=target, shuffle=not for_prediction, labels=not for_prediction
-        )
-        return added.name
+        if name is None:
+            added = await sources.add(
+                await self._connected(),
+                data,
+                name=None,
+                target=target,
+                shuffle=not for_prediction,
+                labels=not for_prediction,
+                only_images=image is not None,
+                argument=argument,
+            )
+            return added.name
+        try:
+            arguments.name(argument, name)
+        except InvalidRequest as error:
+            raise InvalidData(f"there is no file or folder {name!r} here, and no data set has such a name") from error
+        if image is not None and any(info.name == name and info.kind != "images" for info in await self.datasets()):
+            raise sources.no_images(argument)
+        return name
 
 
-def _at_least_one(what: str, number: int) -> int:
-    if number < 1:
-        raise InvalidRequest(f"{what} must be at least 1, not {number}")
-    return int(number)
-
-
-def _checked(name: str) -> str:
-    try:
-        return msgspec.convert(name, Name)
-    except msgspec.ValidationError:
+def _used_target(target: object, *given: object) -> str | None:
+    """The argument `target`. Raises InvalidRequest where no data would be packed with it: it would change nothing."""
+    found = arguments.target(target)
+    if found is not None and not any(map(sources.takes_target, given)):
         raise InvalidRequest(
-            f"{name!r} is not a name: use letters, digits, '.', '_' and '-', at most 128, a letter or digit first"
-        ) from None
+            f"target {found!r} names a column or array of a file or a map, and the data is neither: leave out target (--target)"
+        )
+    return found
 
 
 def _topic_name(model: str) -> str:
@@ -356,8 +389,13 @@ def _as_array(value: Any) -> np.ndarray[Any, Any]:
     """Lists of Python floats as float32, which models work in; an array stays what it is."""
     try:
         array = np.asarray(value)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise InvalidRequest(f"the input is not an array: {error}") from error
+    if array.dtype == object and not all(isinstance(item, str | bytes) for item in array.flat):
+        raise InvalidRequest(
+            "inputs must be an array, nested lists of numbers or text, or a map of them by input name, "
+            f"not {arguments.shown(value)}"
+        )
     if array.dtype == np.float64 and isinstance(value, list | tuple | float):
         return array.astype(np.float32)
     return array

@@ -7,7 +7,7 @@ import os
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 from types import TracebackType
@@ -18,18 +18,21 @@ from msgspec.structs import replace
 from potluck.blobs.download import Downloader
 from potluck.blobs.store import BlobStore
 from potluck.bus import Addresses, Bus, Envelope, Handler, MqttBus
+from potluck.client.arguments import checked
 from potluck.errors import InvalidRequest, PotluckError, TimedOut, Unavailable
 from potluck.messages import BlobRef, CoordinatorStatus, Infer, Inferred, Message, Undeploy
-from potluck.settings import ClientSettings, load, parse_address
+from potluck.network import lan_addresses
+from potluck.settings import ClientSettings, PositiveSeconds, load, parse_address
 from potluck.topics import Topics
 
 M = TypeVar("M", bound=Message)
+T = TypeVar("T")
 
 _PUSHES_AT_ONCE = 4
 _STORE_LIMIT_BYTES = 1 << 50
 """The store is a temporary folder: only the disk limits it."""
-_FIND_SECONDS = 10.0
-"""Finding a cluster takes this long at most, however patient the questions are."""
+_FIND_SECONDS = 4.0
+"""A cluster that is there is seen within this time, however patient the questions are: `potluck up` looks for three seconds."""
 _ASK_AGAIN_SECONDS = 5.0
 """A question without an answer is asked again after this time, with its id: a coordinator that was started anew gets it too."""
 
@@ -61,13 +64,14 @@ class Connection:
         await self._close()
 
     async def _open(self) -> None:
+        limit_seconds = min(self.settings.timeout_seconds, _FIND_SECONDS)
         self.folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="potluck-")))
         self.store = BlobStore(self.folder / "blobs", _STORE_LIMIT_BYTES)
         self.downloader = await self._stack.enter_async_context(Downloader(self.store))
         if self._given_bus is not None:
             self.bus = self._given_bus
         else:
-            addresses = await self._addresses()
+            addresses = await self._addresses(limit_seconds)
             self.bus = MqttBus(
                 addresses,
                 self.topics,
@@ -77,18 +81,9 @@ class Connection:
             )
         self.bus.subscribe(self.topics.coordinator_status, self._on_status)
         self._running = asyncio.create_task(self.bus.run(), name="client bus")
-        limit_seconds = min(self.settings.timeout_seconds, _FIND_SECONDS)
-        deadline = time.monotonic() + limit_seconds
-        try:
-            await self.bus.connected(limit_seconds)
-        except Unavailable as error:
-            if self.settings.seeds:
-                raise
-            raise Unavailable(
-                f"no cluster {self.settings.cluster!r} was found by mDNS within {limit_seconds:g} s ({error.message}): "
-                "start one with `potluck up`, or name its broker with --seed HOST"
-            ) from error
-        await self.coordinator(max(1.0, deadline - time.monotonic()))
+        # One attempt, and a moment more, so that the bus knows by then why it failed.
+        await self.bus.connected(min(self.settings.timeout_seconds, self.settings.bus.connect_timeout_seconds + 1.0))
+        await self.coordinator(limit_seconds)
 
     async def _close(self) -> None:
         running, self._running = self._running, None
@@ -99,20 +94,34 @@ class Connection:
                 running.exception()  # it ended before: whoever asked was told that there is no connection
         await self._stack.aclose()
 
-    async def _addresses(self) -> Addresses:
-        """Where the broker is: the seeds, else mDNS on loopback and on the network, whichever answers first."""
-        from potluck.discovery import (
-            Discovery,
-            broker_addresses,
-        )  # here: it takes time that a job's client need not spend
+    async def _addresses(self, limit_seconds: float) -> Addresses:
+        """Where the broker is: the seeds, else mDNS on loopback and on the network, whichever answers first.
+
+        Raises Unavailable when nothing answers in time, and at once when every seed refuses: a client is not a daemon, which
+        would rather wait.
+        """
+        # here: it takes time that a job's client need not spend
+        from potluck.discovery import Discovery, broker_addresses
 
         settings = self.settings
         if settings.seeds or not settings.discovery.enabled:
-            return broker_addresses(settings, None)
+            answering = await _knock([parse_address(seed) for seed in settings.seeds], limit_seconds)
+            first = sorted(settings.seeds, key=lambda seed: parse_address(seed) != answering)
+            return broker_addresses(replace(settings, seeds=tuple(first)), None)
         found = [
             await self._stack.enter_async_context(Discovery(settings.cluster, listen_host=host))
             for host in ("127.0.0.1", "0.0.0.0")  # noqa: S104 - where to look, nothing is served
         ]
+        seen = [
+            discovery.wait_for(lambda one: one.role == "coordinator" and one.broker_port > 0, limit_seconds)
+            for discovery in found
+        ]
+        if await _first_found(seen) is None:
+            raise Unavailable(
+                f"no cluster {settings.cluster!r} is found: within {limit_seconds:g} s no coordinator answered by mDNS on "
+                f"{', '.join(dict.fromkeys(['127.0.0.1', *lan_addresses()]))}: start one with `potluck up`, or name its "
+                "broker with --seed HOST[:PORT]"
+            )
         sources = [broker_addresses(settings, discovery) for discovery in found]
 
         async def following() -> tuple[str, int]:
@@ -245,6 +254,53 @@ class Connection:
         return await self.downloader.fetch(ref)
 
 
+async def _knock(brokers: Sequence[tuple[str, int]], limit_seconds: float) -> tuple[str, int]:
+    """The first of the brokers that takes a connection. Raises Unavailable as soon as none will, with each one's reason."""
+    reasons: dict[str, str] = {}
+
+    async def knock(host: str, port: int) -> tuple[str, int] | None:
+        place = f"{host}:{port}"
+        try:
+            async with asyncio.timeout(limit_seconds):
+                _, writer = await asyncio.open_connection(host, port)
+        except TimeoutError:
+            reasons[place] = f"no answer within {limit_seconds:g} s"
+            return None
+        except UnicodeError:
+            reasons[place] = "not the name of a host"
+            return None
+        except OSError as error:
+            # asyncio's own text repeats the address; that of several addresses of one host has no number.
+            known = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
+            reasons[place] = known or "no connection"
+            return None
+        writer.close()
+        return host, port
+
+    if not brokers:
+        raise Unavailable("no broker is known: name one with --seed HOST[:PORT], or do not turn discovery off")
+    if (answering := await _first_found([knock(*broker) for broker in brokers])) is not None:
+        return answering
+    where = "; ".join(f"{place} ({reason})" for place, reason in reasons.items())
+    raise Unavailable(
+        f"no broker answers at {where}: start a cluster there with `potluck up`, or name another one with --seed HOST[:PORT]"
+    )
+
+
+async def _first_found(asked: Sequence[Awaitable[T | None]]) -> T | None:
+    """The first result that is not None; what still runs then is cancelled. None when there is none."""
+    running = [asyncio.ensure_future(one) for one in asked]
+    try:
+        for first in asyncio.as_completed(running):
+            if (found := await first) is not None:
+                return found
+        return None
+    finally:
+        for task in running:
+            task.cancel()
+        await asyncio.wait(running)
+
+
 def expect(message: Message, kind: type[M]) -> M:
     """`message`, when it is of the kind that answers the question."""
     if not isinstance(message, kind):
@@ -266,15 +322,18 @@ def first_error(group: BaseExceptionGroup[PotluckError]) -> PotluckError:
 
 def client_settings(seed: str | Sequence[str] | None, cluster: str | None, timeout: float | None) -> ClientSettings:
     """Settings from `client.toml` in the user's configuration folder where there is one (XDG base directory specification),
-    from `POTLUCK_*`, and from what is given here. Raises InvalidSettings.
+    from `POTLUCK_*`, and from what is given here. Raises InvalidSettings, and InvalidRequest for arguments of wrong types.
     """
+    given = (seed,) if isinstance(seed, str) else seed or ()
+    seeds = checked("seed", given, tuple[str, ...], "a broker address (`host` or `host:port`), or several")
+    checked("cluster", cluster, str | None, "the name of a cluster")
+    checked("timeout", timeout, PositiveSeconds | None, "a number of seconds above 0")
     base = os.environ.get("XDG_CONFIG_HOME") or str(Path("~/.config").expanduser())
     path = Path(base) / "potluck" / "client.toml"
-    seeds = None if not seed else [seed] if isinstance(seed, str) else list(seed)
     settings = load(
         ClientSettings,
         path if path.is_file() else None,
-        {"seeds": seeds, "cluster": cluster, "timeout_seconds": timeout},
+        {"seeds": [one for one in seeds if one] or None, "cluster": cluster, "timeout_seconds": timeout},
     )
     Topics(settings.cluster)
     for address in settings.seeds:

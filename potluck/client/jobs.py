@@ -16,6 +16,7 @@ from msgspec.structs import replace
 
 from potluck import errors, tensors
 from potluck.bus import Envelope
+from potluck.client import arguments
 from potluck.client.connection import Connection
 from potluck.client.models import load_model
 from potluck.errors import Conflict, NotFound, PotluckError, TimedOut
@@ -57,7 +58,7 @@ class JobFeed:
         elif isinstance(message, JobChanged):
             if self.state is not None and self.state.state in ENDED:
                 return
-            self.state = message
+            self.state = completed(message)
         else:
             return
         self.news.set()
@@ -78,7 +79,7 @@ class AsyncJob:
         """Its state now. Raises NotFound."""
         answer = await self._get()
         if isinstance(answer, JobChanged):
-            return answer
+            return completed(answer)
         async with self._feed() as feed:
             # The last progress stands in the retained status; a result has none.
             await _news(feed, 0.2)
@@ -117,11 +118,12 @@ class AsyncJob:
 
     async def wait(self, timeout: float | None = None) -> AsyncJob:
         """Wait until the job has succeeded. Raises the job's error when it failed or was cancelled, TimedOut otherwise."""
+        limit_seconds = arguments.timeout(timeout)
         try:
-            async with asyncio.timeout(timeout):
+            async with asyncio.timeout(limit_seconds):
                 ended = await self.result()
         except TimeoutError:
-            raise TimedOut(f"job {self.id} has not ended within {timeout:g} s: it goes on") from None
+            raise TimedOut(f"job {self.id} has not ended within {limit_seconds:g} s: it goes on") from None
         if ended.state != "succeeded":
             raise job_error(ended)
         return self
@@ -160,11 +162,11 @@ class AsyncJob:
         """The trained model, loaded as a keras.Model (safe mode: no code of its file runs). With `path`: the file is saved
         there instead, Keras is not needed, and the path returned.
         """
+        target = arguments.path("path", path)
         await self.wait()
         ref = model_of(self._known())
         file = await self._connection.fetch(ref)
-        if path is not None:
-            target = Path(path)
+        if target is not None:
             try:
                 await asyncio.to_thread(shutil.copyfile, file, target)
             except OSError as error:
@@ -251,16 +253,25 @@ async def _news(feed: JobFeed, timeout_seconds: float) -> bool:
 
 def state_of(ended: JobEnded, progress: JobProgress = JobProgress()) -> JobChanged:  # noqa: B008 - frozen
     """The final state that a result implies."""
-    return JobChanged(
-        job_id=ended.job_id,
-        kind=ended.kind,
-        state=ended.state,
-        created_at=ended.created_at,
-        started_at=ended.started_at,
-        ended_at=ended.ended_at,
-        progress=progress,
-        error=ended.error,
+    return completed(
+        JobChanged(
+            job_id=ended.job_id,
+            kind=ended.kind,
+            state=ended.state,
+            created_at=ended.created_at,
+            started_at=ended.started_at,
+            ended_at=ended.ended_at,
+            progress=progress,
+            error=ended.error,
+        )
     )
+
+
+def completed(state: JobChanged) -> JobChanged:
+    """The same state, with all of the work done where the job succeeded: the last count is from before the end."""
+    if state.state != "succeeded":
+        return state
+    return replace(state, progress=replace(state.progress, done=state.progress.total, message=""))
 
 
 def job_error(ended: JobEnded) -> PotluckError:

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from potluck.errors import InvalidModel
-from potluck.messages import ImageOptions
+from potluck.client.arguments import checked, shown
+from potluck.errors import InvalidModel, InvalidRequest
+from potluck.messages import ImageOptions, Positive
 
 SUFFIX = ".keras"
 
@@ -46,7 +47,7 @@ def model_file(model: object, folder: Path, *, compiled: bool) -> ModelFile:
         path = Path(model)
     else:
         raise InvalidModel(
-            f"a {type(model).__name__} is not a model: give a keras.Model, a {SUFFIX} file, or a name of the registry"
+            f"model must be a keras.Model, a {SUFFIX} file, or a name of the registry, not {shown(model)}"
         )
     config = _read_config(path)
     name = str((config.get("config") or {}).get("name") or path.stem) if is_keras_model(model) else path.stem
@@ -91,24 +92,30 @@ def load_model(path: Path) -> Any:
         named.unlink(missing_ok=True)
 
 
+def image_argument(image: object) -> ImageOptions | tuple[int, ...] | None:
+    """The argument `image` as it may be. Raises InvalidRequest."""
+    takes = "(height, width), (height, width, channels) with 1, 3 or 4 channels, or ImageOptions"
+    found: ImageOptions | tuple[int, ...] | None
+    found = checked("image", image, ImageOptions | tuple[Positive, ...] | None, takes)
+    if isinstance(found, tuple) and (len(found) not in (2, 3) or found[2:] not in ((), (1,), (3,), (4,))):
+        raise InvalidRequest(f"image must be {takes}, not {shown(image)}")
+    return found
+
+
 def image_options(
     image: ImageOptions | tuple[int, ...] | None, shape: tuple[int | None, ...] | None
 ) -> ImageOptions | None:
     """How images become the model's input: as given, `(height, width[, channels])` completed from its input shape.
 
-    None stays None: the nodes read it from the model then. Raises InvalidModel for a pair that does not fit the model.
+    None stays None: the nodes read it from the model then. Raises InvalidRequest.
     """
+    image = image_argument(image)
     if image is None or isinstance(image, ImageOptions):
         return image
     known = shape is not None and len(shape) == 4
     channels = shape[3] if known and shape is not None else None
-    if len(image) not in (2, 3):
-        raise InvalidModel(f"image size {image!r}: give (height, width) or (height, width, channels)")
-    height, width = int(image[0]), int(image[1])
-    asked = int(image[2]) if len(image) == 3 else channels if channels in (1, 3, 4) else 3
-    if height < 1 or width < 1 or asked not in (1, 3, 4):
-        raise InvalidModel(f"image size {image!r}: height and width are at least 1, channels are 1, 3 or 4")
-    return ImageOptions(height=height, width=width, channels=asked)  # type: ignore[arg-type]
+    asked = image[2] if len(image) == 3 else channels if channels in (1, 3, 4) else 3
+    return ImageOptions(height=image[0], width=image[1], channels=asked)  # type: ignore[arg-type]
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -14,8 +14,9 @@ import numpy as np
 from msgspec.structs import replace
 
 from potluck import codec
+from potluck.client.arguments import shown
 from potluck.client.connection import Connection
-from potluck.errors import Cancelled, InvalidData
+from potluck.errors import Cancelled, InvalidData, InvalidRequest
 from potluck.messages import AddDataset, BlobRef, DatasetAdded, DatasetInfo
 
 Arrays = Mapping[str, np.ndarray[Any, Any]]
@@ -30,26 +31,45 @@ def as_name(data: object) -> str | None:
     """`data`, when it is the name of a registered data set rather than files or arrays: text that is no path here."""
     if not isinstance(data, str) or "/" in data or data.startswith(".") or data.endswith(_FILE_SUFFIXES):
         return None
-    return None if Path(data).exists() else data
+    try:
+        return None if Path(data).exists() else data
+    except OSError:  # too long, or in a folder that may not be read: `existing` says so
+        return None
 
 
-def as_arrays(data: object, target: str | None) -> tuple[Arrays, str | None]:
+def takes_target(data: object) -> bool:
+    """Whether a target may be named for `data`: a registered data set has its own, `(x, y)` says it, and `x` alone has none."""
+    return isinstance(data, Path | Mapping) or (isinstance(data, str) and as_name(data) is None)
+
+
+def as_arrays(data: object, target: str | None, argument: str = "data") -> tuple[Arrays, str | None]:
     """Named arrays and the name of the target among them, from `(x, y)`, `x`, or a map. Raises InvalidData."""
-    if isinstance(data, Mapping):
-        return {str(name): np.asarray(array) for name, array in data.items()}, target
-    if isinstance(data, tuple) and len(data) == 2:
-        inputs, labels = data
-        named = (
-            {str(k): np.asarray(v) for k, v in inputs.items()}
-            if isinstance(inputs, Mapping)
-            else {"x": np.asarray(inputs)}
-        )
-        name = next(name for name in ("y", "target", "potluck.target") if name not in named)
-        return {**named, name: np.asarray(labels)}, name
-    if isinstance(data, np.ndarray) or hasattr(data, "__array__"):
-        return {"x": np.asarray(data)}, None
+    try:
+        if isinstance(data, Mapping):
+            return {str(name): np.asarray(array) for name, array in data.items()}, target
+        if isinstance(data, tuple) and len(data) == 2:
+            inputs, labels = data
+            named = (
+                {str(k): np.asarray(v) for k, v in inputs.items()}
+                if isinstance(inputs, Mapping)
+                else {"x": np.asarray(inputs)}
+            )
+            name = next(name for name in ("y", "target", "potluck.target") if name not in named)
+            return {**named, name: np.asarray(labels)}, name
+        if isinstance(data, np.ndarray) or hasattr(data, "__array__"):
+            return {"x": np.asarray(data)}, None
+    except (ValueError, TypeError) as error:
+        raise InvalidData(f"{argument} cannot be made into arrays: {error}") from error
     raise InvalidData(
-        f"a {type(data).__name__} is not data: give the name of a registered data set, a path, an array, or arrays (x, y)"
+        f"{argument} must be the name of a registered data set, a path, an array, arrays (x, y), or a map of arrays, "
+        f"not {shown(data)}"
+    )
+
+
+def no_images(argument: str) -> InvalidRequest:
+    """The error for image options with data that has no images: they would change nothing."""
+    return InvalidRequest(
+        f"image says how images become tensors, and {argument} holds arrays: leave out image (--image), or give images"
     )
 
 
@@ -61,17 +81,20 @@ async def add(
     target: str | None = None,
     shuffle: bool = True,
     labels: bool = True,
+    only_images: bool = False,
     progress: Progress | None = None,
+    argument: str = "data",
 ) -> DatasetInfo:
     """Pack `data`, push what the coordinator does not have, and register it; without a name it gets one from its content.
 
-    `labels` False takes images without class folders, too.
+    `labels` False takes images without class folders, too; `only_images` refuses arrays before anything is sent. Errors call
+    the data `argument`. Raises InvalidData, InvalidRequest.
     """
     source: Path | Arrays
     if isinstance(data, str | Path):
         source, stem = existing(data), path_name(data)
     else:
-        (source, target), stem = as_arrays(data, target), "arrays"
+        (source, target), stem = as_arrays(data, target, argument), "arrays"
     from potluck.data.pack import pack  # here: it reads images and tables, which most clients do not need
 
     tell = progress or (lambda what, done, total: None)
@@ -96,6 +119,8 @@ async def add(
     except asyncio.CancelledError:
         cancelled.set()  # a thread cannot be cancelled: it looks at this
         raise
+    if only_images and dataset.format.kind != "images":
+        raise no_images(argument)
     if name is None:
         digest = hashlib.sha256(codec.pack(dataset)).hexdigest()[:12]
         name = f"{stem}-{digest}"
@@ -123,9 +148,12 @@ async def _push(connection: Connection, refs: list[BlobRef], tell: Progress) -> 
 
 
 def existing(data: str | Path) -> Path:
-    """Raises InvalidData where nothing is."""
-    if not Path(data).exists():
-        raise InvalidData(f"there is no file or folder {str(data)!r} here")
+    """Raises InvalidData where nothing is, or may be looked at."""
+    try:
+        if not Path(data).exists():
+            raise InvalidData(f"there is no file or folder {str(data)!r} here")
+    except OSError as error:
+        raise InvalidData(f"the file or folder {str(data)[:100]!r} cannot be read: {error.strerror}") from error
     return Path(data)
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 import zipfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,23 @@ from potluck.errors import (
     InvalidRequest,
     NotFound,
     Overloaded,
+    PotluckError,
     TimedOut,
     Unavailable,
 )
 from potluck.messages import (
     BlobRef,
+    DatasetInfo,
+    DatasetsListed,
     EpochMetrics,
     ErrorInfo,
     Evaluation,
+    ImageOptions,
     Infer,
     Inferred,
+    JobsListed,
+    ListDatasets,
+    ListJobs,
     ListNodes,
     NodesListed,
     SubmitJob,
@@ -82,6 +90,15 @@ def keras_file(path: Path, *, compiled: bool = True) -> Path:
     return path
 
 
+def datasets(**kinds: str) -> DatasetsListed:
+    """Registered data sets of these kinds."""
+    return DatasetsListed(
+        datasets=tuple(
+            DatasetInfo(name=name, kind=kind, count=1, shards=1, size_bytes=1) for name, kind in kinds.items()
+        )
+    )
+
+
 def jobs_of(coordinator: ScriptedCoordinator) -> list[Any]:
     return [asked.job for asked in coordinator.asked if isinstance(asked, SubmitJob)]
 
@@ -121,6 +138,7 @@ async def test_training_sends_the_file_and_the_job(
     client: AsyncClient, coordinator: ScriptedCoordinator, tmp_path: Path
 ) -> None:
     file = keras_file(tmp_path / "net.keras")
+    coordinator.answers[ListDatasets] = lambda asked: datasets(images="images")
     job = await client.train(file, "images", validation="held-out", epochs=3, image=(32, 32), name="net")
     (spec,) = jobs_of(coordinator)
     assert isinstance(spec, Train)
@@ -141,17 +159,104 @@ async def test_bad_models_and_options_are_refused_before_anything_is_sent(
     (tmp_path / "text.keras").write_text("hello")
     with pytest.raises(InvalidModel, match=r"not a \.keras file"):
         await client.predict(tmp_path / "text.keras", "images")
-    with pytest.raises(InvalidModel, match="a int is not a model"):
+    with pytest.raises(InvalidModel, match=r"model must be a keras\.Model.*not 3"):
         await client.train(3, "images")
     with pytest.raises(InvalidRequest, match="epochs"):
         await client.train("net", "images", epochs=0)
-    with pytest.raises(InvalidRequest, match="is not a name"):
+    with pytest.raises(InvalidRequest, match="name must be made of letters"):
         await client.train("net", "images", name="a b")
     with pytest.raises(InvalidData, match="nowhere"):
         await client.train("net", tmp_path / "nowhere")
-    with pytest.raises(InvalidData, match="a int is not data"):
-        await client.train("net", 3)
+    with pytest.raises(InvalidData, match="no data set has such a name"):
+        await client.train("net", "my pictures")
     assert coordinator.asked == []
+
+
+X = np.zeros((2, 2), np.float32)
+WRONG: dict[str, tuple[type[PotluckError], Callable[[AsyncClient], Awaitable[object]]]] = {
+    "model must be": (InvalidModel, lambda client: client.train(5, "d")),
+    "model must be a keras": (InvalidModel, lambda client: client.deploy(object())),
+    "model must be the `name`": (InvalidRequest, lambda client: client.infer(5, X)),
+    "model must be the `name` or": (InvalidRequest, lambda client: client.undeploy(None)),
+    "epochs must be a whole number": (InvalidRequest, lambda client: client.train("m", "d", epochs="x")),
+    "epochs must be .*not 0": (InvalidRequest, lambda client: client.train("m", "d", epochs=0)),
+    "epochs must be .*not 1.5": (InvalidRequest, lambda client: client.train("m", "d", epochs=1.5)),
+    "batch_size must be .*not -1": (InvalidRequest, lambda client: client.train("m", "d", batch_size=-1)),
+    "batch_size must be .*not None": (InvalidRequest, lambda client: client.evaluate("m", "d", batch_size=None)),
+    "round_seconds must be .*86,400": (InvalidRequest, lambda client: client.train("m", "d", round_seconds=1e9)),
+    "round_seconds must be": (InvalidRequest, lambda client: client.train("m", "d", round_seconds="fast")),
+    "seed must be": (InvalidRequest, lambda client: client.train("m", "d", seed=2**70)),
+    "name must be .*not 5": (InvalidRequest, lambda client: client.train("m", "d", name=5)),
+    "target must be": (InvalidRequest, lambda client: client.predict("m", "d", target=b"y")),
+    "target 'y' names": (InvalidRequest, lambda client: client.train("m", "d", validation=(X, X), target="y")),
+    "target 'y' names a": (InvalidRequest, lambda client: client.predict("m", X, target="y")),
+    "image must be .*not 'big'": (InvalidRequest, lambda client: client.predict("m", "d", image="big")),
+    "image must be .*not 28": (InvalidRequest, lambda client: client.predict("m", "d", image=28)),
+    "image must be .*2, 2, 2": (InvalidRequest, lambda client: client.predict("m", "d", image=(2, 2, 2))),
+    "image must be .*height=0": (
+        InvalidRequest,
+        lambda client: client.predict("m", "d", image=ImageOptions(height=0, width=1)),
+    ),
+    "data must be .*not None": (InvalidData, lambda client: client.evaluate("m", data=None)),
+    "data must be .*not 3": (InvalidData, lambda client: client.train("m", 3)),
+    "data cannot be made into arrays": (InvalidData, lambda client: client.train("m", ([[1], [1, 2]], [0, 1]))),
+    "the file or folder .* cannot be read: File name too long": (
+        InvalidData,
+        lambda client: client.train("m", "d" * 300),
+    ),
+    "validation must be .*not 3": (InvalidData, lambda client: client.train("m", "d", validation=3)),
+    "replicas must be .*not 'two'": (InvalidRequest, lambda client: client.deploy("m", replicas="two")),
+    "replicas must be .*not -1": (InvalidRequest, lambda client: client.deploy("m", replicas=-1)),
+    "name is for": (InvalidRequest, lambda client: client.deploy("m", name="other")),
+    "inputs must be .*object": (InvalidRequest, lambda client: client.infer("m", object())),
+    "inputs must be .*None": (InvalidRequest, lambda client: client.infer("m", {"a": None})),
+    "timeout must be": (InvalidRequest, lambda client: client.infer("m", X, timeout="soon")),
+    "classes must be": (InvalidRequest, lambda client: client.register("m.keras", classes="cat")),
+    "job_id must be": (InvalidRequest, lambda client: client.cancel(7)),
+    "job_id must be a job": (InvalidRequest, lambda client: client.job(object())),
+    "name must be .*not \\['d'\\]": (InvalidRequest, lambda client: client.add_data((X, X), ["d"])),
+}
+
+
+@pytest.mark.parametrize("said", WRONG)
+async def test_wrong_arguments_are_named_before_a_job_is_made(
+    client: AsyncClient, coordinator: ScriptedCoordinator, said: str
+) -> None:
+    kind, call = WRONG[said]
+    with pytest.raises(kind, match=said):
+        await call(client)
+    assert coordinator.asked == []
+
+
+async def test_the_clients_and_jobs_own_arguments_are_named_too(
+    client: AsyncClient, coordinator: ScriptedCoordinator
+) -> None:
+    with pytest.raises(InvalidRequest, match=r"seed must be .*not 5"):
+        AsyncClient(5)
+    with pytest.raises(InvalidRequest, match=r"timeout must be .*not 'soon'"):
+        AsyncClient("h", timeout="soon")
+    with pytest.raises(InvalidRequest, match=r"cluster must be .*not 3"):
+        AsyncClient("h", cluster=3)
+    job = await client.train("net", "images", epochs=np.int64(2), batch_size=np.int32(8))
+    assert (jobs_of(coordinator)[0].epochs, jobs_of(coordinator)[0].batch_size) == (2, 8), "numpy's numbers are numbers"
+    with pytest.raises(InvalidRequest, match="timeout must be"):
+        await job.wait("soon")
+    with pytest.raises(InvalidRequest, match="path must be"):
+        await job.model(5)
+
+
+async def test_image_options_for_arrays_are_refused(
+    client: AsyncClient, coordinator: ScriptedCoordinator, tmp_path: Path
+) -> None:
+    coordinator.answers[ListDatasets] = lambda asked: datasets(table="arrays", pictures="images")
+    (tmp_path / "table.csv").write_text("a,b\n1,2\n3,4\n")
+    for data in ((X, X), tmp_path / "table.csv", "table"):
+        with pytest.raises(InvalidRequest, match="data holds arrays"):
+            await client.predict("net", data, image=ImageOptions(height=8, width=8))
+    with pytest.raises(InvalidRequest, match="validation holds arrays"):
+        await client.train("net", "pictures", validation="table", image=ImageOptions(height=8, width=8))
+    assert not [asked for asked in coordinator.asked if not isinstance(asked, ListDatasets)], "nothing was sent"
+    await client.predict("net", "pictures", image=ImageOptions(height=8, width=8))
 
 
 async def test_arrays_become_a_data_set_named_by_its_content(
@@ -192,6 +297,18 @@ async def test_progress_ends_with_the_job_and_the_result_is_read(
     assert saved.read_bytes() == b"a model"
     with pytest.raises(Conflict, match="evaluation"):
         _ = job.evaluation
+
+
+async def test_the_last_progress_of_a_job_that_succeeded_is_all_of_it(
+    client: AsyncClient, coordinator: ScriptedCoordinator
+) -> None:
+    job = await client.train("net", "images")
+    await coordinator.state(job.id, "running", done=98, total=100, message="writing the model")
+    await coordinator.state(job.id, "succeeded", done=99, total=100, message="writing the model")
+    coordinator.answers[ListJobs] = lambda asked: JobsListed(jobs=(coordinator.jobs[job.id],))
+    last = [progress async for progress in job.progress()][-1]
+    for progress in (last, (await job.status()).progress, (await client.jobs())[0].progress):
+        assert (progress.done, progress.total, progress.message) == (100, 100, "")
 
 
 async def test_a_lost_result_is_asked_for(client: AsyncClient, coordinator: ScriptedCoordinator) -> None:
@@ -325,7 +442,41 @@ async def test_the_synchronous_client_on_a_real_broker(tmp_path: Path) -> None:
         await mosquitto.stop()
 
 
-async def test_no_broker_is_said_clearly(unused_tcp_port: int) -> None:
-    with pytest.raises(Unavailable, match=str(unused_tcp_port)):
-        async with AsyncClient(f"127.0.0.1:{unused_tcp_port}", timeout=1):
-            pass
+async def test_brokers_that_refuse_are_said_at_once(unused_tcp_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection_module, "_FIND_SECONDS", 30.0)
+    started = time.monotonic()
+    with pytest.raises(Unavailable) as caught:
+        await AsyncClient([f"127.0.0.1:{unused_tcp_port}", f"localhost:{unused_tcp_port}"]).nodes()
+    assert time.monotonic() - started < 3
+    for place in ("127.0.0.1", "localhost"):
+        assert f"{place}:{unused_tcp_port} (Connection refused)" in caught.value.message
+    assert "potluck up" in caught.value.message
+
+
+async def test_of_several_brokers_the_one_that_answers_is_taken(tmp_path: Path, unused_tcp_port: int) -> None:
+    mosquitto = TestBroker("mosquitto", tmp_path)
+    await mosquitto.start()
+    try:
+        bus = MqttBus(mosquitto.address, Topics("default"), client_id="coordinator")
+        async with ScriptedCoordinator(bus, tmp_path / "store") as coordinator:
+            coordinator.answers[ListNodes] = lambda asked: NodesListed(nodes=())
+            seeds = [f"127.0.0.1:{unused_tcp_port}", f"127.0.0.1:{mosquitto.port}"]
+            async with AsyncClient(seeds, timeout=5) as client:
+                assert await client.nodes() == ()
+    finally:
+        await mosquitto.stop()
+
+
+async def test_where_no_cluster_is_found_the_error_says_where_it_looked() -> None:
+    started = time.monotonic()
+    with pytest.raises(Unavailable) as caught:
+        await AsyncClient(cluster="nobody-is-there").nodes()
+    assert time.monotonic() - started < 4
+    for part in ("no cluster 'nobody-is-there' is found", "mDNS on 127.0.0.1", "`potluck up`", "--seed HOST"):
+        assert part in caught.value.message, part
+
+
+async def test_discovery_turned_off_without_a_seed_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POTLUCK_DISCOVERY__ENABLED", "false")
+    with pytest.raises(Unavailable, match="no broker is known"):
+        await AsyncClient().nodes()

@@ -12,7 +12,7 @@ from PIL import Image
 
 from potluck.cli.infer import read_image, read_input
 from potluck.cli.joining import CLAIM, elected
-from potluck.cli.session import global_options_first, image_size
+from potluck.cli.session import check_output, global_options_first, image_size
 from potluck.errors import InvalidData, InvalidRequest
 from potluck.messages import BlobRef, ImageOptions, ModelInfo, Signature, TensorSpec
 
@@ -80,6 +80,13 @@ def test_json_and_arrays_get_their_batch_axis(tmp_path: Path) -> None:
     assert read_input('{"a": [[1, 2]], "b": [0.5]}', model((-1, 2)), None)["a"].dtype.kind == "i"
     np.save(tmp_path / "rows.npy", np.zeros((3, 2), np.float32))
     assert read_input(str(tmp_path / "rows.npy"), model((-1, 2)), None).shape == (3, 2)
+    for array in ("[1, 2]", str(tmp_path / "rows.npy")):
+        with pytest.raises(InvalidRequest, match="--image"):
+            read_input(array, model((-1, 2)), ImageOptions(height=2, width=1))
+    with pytest.raises(InvalidData, match="no file"):
+        read_input("x" * 300, model((-1, 2)), None)
+    with pytest.raises(InvalidData, match="no file"):
+        read_input("", model((-1, 2)), None)
     with pytest.raises(InvalidData, match="JSON"):
         read_input("[1,", model((-1, 2)), None)
 
@@ -100,7 +107,7 @@ def test_help_imports_nothing_heavy() -> None:
 def test_errors_are_one_sentence_with_their_exit_code(unused_tcp_port: int) -> None:
     refused = potluck("nodes", "--seed", f"127.0.0.1:{unused_tcp_port}", "--timeout", "0.5")
     assert (refused.returncode, refused.stdout) == (4, "")
-    assert refused.stderr.startswith("potluck: no connection")
+    assert refused.stderr.startswith("potluck: no broker answers")
     assert refused.stderr.count("\n") == 1
     assert potluck("train", "m.keras", "d", "--image", "5").returncode == 2, "said before anything is looked for"
     assert potluck("nodes", "--seed", "h:99999").returncode == 2
@@ -108,3 +115,19 @@ def test_errors_are_one_sentence_with_their_exit_code(unused_tcp_port: int) -> N
     assert open_to_all.returncode == 2
     assert "--insecure" in open_to_all.stderr
     assert potluck("nonsense").returncode == 2
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(
+    tmp_path: Path, unused_tcp_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for command, suffix in (("predict", "csv"), ("train", "keras")):
+        nowhere = tmp_path / "nowhere" / f"o.{suffix}"
+        refused = potluck(command, "m", "d", "--output", str(nowhere), "--seed", f"127.0.0.1:{unused_tcp_port}")
+        assert (refused.returncode, refused.stdout) == (2, "")
+        assert refused.stderr == f"potluck: --output {nowhere}: there is no folder {nowhere.parent}\n"
+    with pytest.raises(InvalidRequest, match="this is a folder"):
+        check_output(tmp_path)
+    check_output(tmp_path / "o.csv")
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write everywhere
+    with pytest.raises(InvalidRequest, match=f"o.csv: {tmp_path} may not be written"):
+        check_output(tmp_path / "o.csv")

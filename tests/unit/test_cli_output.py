@@ -72,7 +72,25 @@ def test_plain_lines_come_with_changes_and_now_and_then() -> None:
     times = iter([0.0, 1.0, 2.0, 8.0])
     lines = list(following.plain_lines([state(1, 1), state(2, 1), state(3, 2), state(4, 2)], lambda: next(times)))
     assert len(lines) == 3
-    assert lines[0] == "train j running  epoch 1/2  1/100 items (1%)  10 items/s on 1 nodes  10 s left"
+    assert lines[0] == "train j running  epoch 1/2  1/100 items (1%)  10 items/s on 1 node  10 s left"
+
+
+def test_one_of_a_thing_is_singular() -> None:
+    assert [output.counted(count, "node") for count in (0, 0.7, 1, 2, 1200)] == [
+        "0 nodes", "1 node", "1 node", "2 nodes", "1,200 nodes",
+    ]  # fmt: skip
+    one = JobProgress(done=0, total=1, items_per_second=1.2, nodes={"n1": 1.2})
+    assert following.progress_text(one).startswith("0/1 item (0%)  1 item/s on 1 node  ")
+    assert "1 item " in text_of(output.evaluation_report(Evaluation(count=1, metrics={"accuracy": 1.0})))
+
+
+def test_a_job_that_succeeded_is_shown_as_done() -> None:
+    """Also where the coordinator was started anew, and remembers no counts."""
+    state = JobChanged(job_id="j", kind="train", state="succeeded", created_at=0.0)
+    assert "100%" in text_of(following.picture(state))
+    assert "100%" in text_of(output.jobs_table([state]))
+    running = JobChanged(job_id="j", kind="train", state="running", created_at=0.0, progress=JobProgress(total=4))
+    assert "0%" in text_of(following.picture(running))
 
 
 def test_csv_names_classes_and_keys() -> None:

@@ -1,0 +1,78 @@
+"""What a caller gives, checked before anything is sent: an error says which argument, what it takes, and what it got."""
+
+from __future__ import annotations
+
+import reprlib
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from potluck.errors import InvalidRequest
+from potluck.messages import Name, Positive, Seconds
+
+_SHORT = reprlib.Repr()
+_SHORT.maxother = _SHORT.maxstring = 80
+
+
+def checked(argument: str, value: object, kind: Any, takes: str) -> Any:
+    """`value` as `kind`, which is the wire's own type with its limits; numpy's numbers are numbers. Raises InvalidRequest."""
+    try:
+        return msgspec.convert(msgspec.to_builtins(value, builtin_types=(bytes,), enc_hook=_number), kind)
+    except (msgspec.ValidationError, TypeError, OverflowError):
+        raise InvalidRequest(f"{argument} must be {takes}, not {shown(value)}") from None
+
+
+def at_least_one(argument: str, value: object) -> int:
+    """Raises InvalidRequest."""
+    number: int = checked(argument, value, Positive, "a whole number of at least 1")
+    return number
+
+
+def text(argument: str, value: object, takes: str) -> str:
+    """Raises InvalidRequest for what is no text."""
+    found: str = checked(argument, value, str, takes)
+    return found
+
+
+def name(argument: str, value: object) -> str | None:
+    """A name that a user gives, or None. Raises InvalidRequest."""
+    found: str | None = checked(
+        argument,
+        value,
+        Name | None,
+        "made of letters, digits, '.', '_' and '-', at most 128, a letter or digit first",
+    )
+    return found
+
+
+def path(argument: str, value: Any) -> Path | None:
+    """Raises InvalidRequest."""
+    try:
+        return None if value is None else Path(value)
+    except TypeError:
+        raise InvalidRequest(f"{argument} must be the path of a file, not {shown(value)}") from None
+
+
+def target(value: object) -> str | None:
+    """Raises InvalidRequest."""
+    found: str | None = checked("target", value, str | None, "the name of a column or array")
+    return found
+
+
+def timeout(value: object) -> float | None:
+    """Raises InvalidRequest."""
+    seconds: float | None = checked("timeout", value, Seconds | None, "a number of seconds, or None")
+    return seconds
+
+
+def shown(value: object) -> str:
+    """`value` as an error shows it: in one line, and short."""
+    return " ".join(_SHORT.repr(value).split())
+
+
+def _number(value: object) -> object:
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError
