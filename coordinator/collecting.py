@@ -75,11 +75,11 @@ class Collector:
             rejected=decision.rejected,
         )
 
-    def drop_round(self, decision: CloseRound, before: Step | None, closed: RoundClosed) -> None:
+    def drop_round(self, decision: CloseRound, before: Step | None, closed: RoundClosed, keep: set[str]) -> None:
         """Throw away what a closed round has used up: its updates, and the weights and state that it began from."""
         used = [part.update for part in decision.results]
         used += [closed.base, *([decision.velocity] if decision.velocity else []), *([before.update] if before else [])]
-        kept = {ref.sha256 for ref in (closed.step, closed.weights, closed.velocity)}
+        kept = keep | {closed.step.sha256, closed.velocity.sha256}
         for ref in used:
             if ref.sha256 not in kept:
                 self._store.delete(ref.sha256)
@@ -93,7 +93,8 @@ class Collector:
         labels = dataset.format.classes if dataset else ()
         if isinstance(strategy, RoundsStrategy) and strategy.exported is not None:
             exported = strategy.exported
-            return {"model": exported.model, "signature": exported.signature, "classes": labels}
+            best = strategy.best.epoch if strategy.best else 0
+            return {"model": exported.model, "signature": exported.signature, "classes": labels, "best_epoch": best}
         if isinstance(strategy, BatchStrategy) and isinstance(spec, Evaluate):
             merged = merge([part for part in strategy.in_order() if isinstance(part, EvaluateResult)])
             return {"evaluation": results.evaluation(merged, labels), "classes": labels}

@@ -347,7 +347,7 @@ class Dispatcher:
         if job.active:
             before = strategy.step
             self._record(job, closed)
-            self._collector.drop_round(decision, before, closed)
+            self._collector.drop_round(decision, before, closed, strategy.kept)
             outer = {"outer_learning_rate": closed.learning_rate, "outer_momentum": round(closed.momentum, 3)}
             rejected = ",".join(closed.rejected) or None
             log.info(
@@ -407,6 +407,7 @@ class Dispatcher:
             started_at=job.started_at,
             ended_at=now,
             history=tuple(job.history),
+            checkpoint=strategy.weights if isinstance(strategy := job.strategy, RoundsStrategy) else None,
             **parts,
         )
         for attempt_id in list(job.attempts):

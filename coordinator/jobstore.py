@@ -22,7 +22,7 @@ from coordinator.serving.registry import Registry
 from coordinator.strategies import strategy_for
 from potluck import codec
 from potluck.blobs.store import BlobStore
-from potluck.errors import InvalidRequest, PotluckError
+from potluck.errors import InvalidRequest, NotFound, PotluckError
 from potluck.logs import fields
 from potluck.messages import (
     AnyJobSpec,
@@ -71,6 +71,8 @@ class JobStore:
         model, image = self._model(spec.model)
         dataset = self._registry.dataset(spec.dataset)
         validation = None
+        if isinstance(spec, Train):
+            self._check_training(spec, dataset)
         if isinstance(spec, Train) and spec.validation is not None:
             held_out = self._registry.dataset(spec.validation)
             if held_out.format.classes != dataset.format.classes:
@@ -184,9 +186,28 @@ class JobStore:
     def _pinned(self, job: Job) -> list[str]:
         """Blobs that must stay while the job is under way, also when its data set's name goes to another."""
         submitted = job.submitted
-        refs = [ref for ref in (submitted.model, submitted.dataset, submitted.validation) if ref is not None]
+        begun = submitted.spec.weights if isinstance(submitted.spec, Train) else None
+        refs = [ref for ref in (submitted.model, submitted.dataset, submitted.validation, begun) if ref is not None]
         shards = job.dataset.shards if job.dataset is not None else ()
         return [ref.sha256 for ref in refs] + [shard.blob.sha256 for shard in shards]
+
+    def _check_training(self, spec: Train, dataset: Dataset) -> None:
+        if spec.initial_epoch >= spec.epochs:
+            raise InvalidRequest(
+                f"initial_epoch {spec.initial_epoch} leaves nothing to train: epochs is {spec.epochs} in all"
+            )
+        if spec.patience is not None and not spec.monitor:
+            raise InvalidRequest("patience needs a metric to monitor, such as val_loss")
+        if spec.monitor.startswith("val_") and spec.validation is None:
+            raise InvalidRequest(f"monitor {spec.monitor!r} needs validation data")
+        classes = dataset.format.classes
+        unknown = [label for label in spec.class_weight if classes and label not in classes]
+        if unknown:
+            raise InvalidRequest(
+                f"class_weight names {_listed(tuple(unknown))}, but the classes are {_listed(classes)}"
+            )
+        if spec.weights is not None and not self._blobs.has(spec.weights.sha256):
+            raise NotFound(f"the checkpoint {spec.weights.sha256[:12]} is not in the coordinator's store any more")
 
     def _model(self, model: str | BlobRef) -> tuple[BlobRef, ImageOptions | None]:
         if isinstance(model, str):

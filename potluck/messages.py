@@ -174,8 +174,14 @@ class Train(JobSpec, frozen=True, tag="train"):
     """Train `model` on `dataset`; the result is a `.keras` file, registered as `register` when that is given.
 
     `round_seconds` 0: as long as measured bandwidth and speed suggest. `compression` is that of updates on the network: `auto`
-    takes 4 bits a weight, or 8 where the measured error of 4 is large. `outer_learning_rate` and `outer_momentum` (Nesterov)
+    takes 4 bits a weight, or 8 where the measured error of 4 is large. With `overlap` nodes train on while updates travel.
+    `outer_learning_rate` and `outer_momentum` (Nesterov)
     are those of the step that is taken with the mean of a round's updates; None: by rule (docs/training.md).
+
+    `weights` begins from a checkpoint of an earlier job (`JobEnded.checkpoint`) instead of the model's own, and `initial_epoch`
+    counts on from there, to `epochs` in all. `class_weight` weighs the loss by a class's label. `monitor` names a metric of epochs
+    (`val_loss`): the result is the model as it was after the best epoch, and with `patience` training ends after so
+    many epochs that were not better than that by more than `min_delta`.
     """
 
     model: str | BlobRef
@@ -189,8 +195,15 @@ class Train(JobSpec, frozen=True, tag="train"):
     round_seconds: Annotated[float, Meta(ge=0, le=86_400)] = 0.0
     seed: Seed = 0
     compression: Compression = "auto"
+    overlap: bool = True
     outer_learning_rate: Annotated[float, Meta(gt=0, le=10)] | None = None
     outer_momentum: Annotated[float, Meta(ge=0, lt=1)] | None = None
+    weights: BlobRef | None = None
+    initial_epoch: Annotated[int, Meta(ge=0, le=1_000_000)] = 0
+    class_weight: dict[str, Annotated[float, Meta(ge=0)]] = {}
+    monitor: str = ""
+    patience: Epochs | None = None
+    min_delta: Annotated[float, Meta(ge=0)] = 0.0
 
 
 class Evaluate(JobSpec, frozen=True, tag="evaluate"):
@@ -323,6 +336,10 @@ class JobEnded(Message, frozen=True):
     ended_at: float
     error: ErrorInfo | None = None
     model: BlobRef | None = None
+    checkpoint: BlobRef | None = None
+    """Of a training job, also of one that failed or was cancelled: the weights after its last round."""
+    best_epoch: int = 0
+    """Where a metric was monitored: the epoch that `model` is of."""
     registered: str = ""
     history: tuple[EpochMetrics, ...] = ()
     evaluation: Evaluation | None = None
@@ -546,6 +563,9 @@ class TrainTask(Task, frozen=True, tag="train"):
     seed: int = 0
     compression: Compression = "auto"
     seen: Count = 0
+    class_weight: dict[str, float] = {}
+    overlap: bool = False
+    """After the result, go on with what comes next until the next task: it counts for the next round."""
     step: Step | None = None
 
 
@@ -589,7 +609,7 @@ class TrainResult(TaskResult, frozen=True, tag="train"):
     those that are trained, `s00001`, ... for other state), and `update` leads to those after it (`potluck.updates`).
 
     `metrics` are sums over `samples` divided by `samples`, named as Keras names them. `norm` is that of the update (L2, of
-    all floating-point weights); the coordinator measures it anew.
+    all floating-point weights); the coordinator measures it anew. `seconds_ahead` were computed before the lease began.
     """
 
     base: BlobRef
@@ -598,6 +618,7 @@ class TrainResult(TaskResult, frozen=True, tag="train"):
     steps: Count
     metrics: dict[str, float] = {}
     norm: float = 0.0
+    seconds_ahead: float = 0.0
 
 
 class EvaluateResult(TaskResult, frozen=True, tag="evaluate"):

@@ -7,6 +7,7 @@ round; nodes that join take part from the next round on. A node whose updates ar
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from coordinator.jobs import (
     Withdraw,
 )
 from coordinator.placement import ClusterView, assign, speeds, split
-from potluck.errors import Diverged
+from potluck.errors import Diverged, InvalidRequest
 from potluck.messages import (
     AnyTask,
     AnyTaskResult,
@@ -60,6 +61,8 @@ BUDGET_SECONDS = 0.5
 EXPLODED = 10.0
 """An update is left out when it is so many times as large as is usual among the others, for its samples."""
 REJECTIONS_LIMIT = 3
+SMALL_IS_GOOD = ("loss", "error", "mae", "mse", "rmse", "divergence", "crossentropy", "perplexity", "logcosh", "hinge")
+"""Words in the names of Keras's losses and metrics that are better when they are smaller; all others are to be large."""
 STRAGGLER_FACTOR = 4.0
 STRAGGLER_SECONDS = 60.0
 """A round waits for its last node at most this long: the larger of so many seconds and so many round times."""
@@ -85,6 +88,8 @@ class RoundsStrategy:
     step: Step | None = None
     """What led to `weights`, for the nodes that have those before."""
     velocity: BlobRef | None = None
+    best: Best | None = None
+    """Where a metric is monitored."""
     rejections: dict[str, int] = field(default_factory=dict)
     """Updates in a row that were of no use, by node."""
     quarantined: dict[str, str] = field(default_factory=dict)
@@ -101,6 +106,8 @@ class RoundsStrategy:
     computing_seconds: float = 0.0
     """What the nodes computed in this epoch, and the time that its rounds took them, summed over nodes."""
     round_seconds: float = 0.0
+    closed_at: float = 0.0
+    """When the round before was closed, in this epoch."""
     exchanged_bytes: int = 0
     exchanged_before: int = 0
     """Until the beginning of this epoch."""
@@ -110,9 +117,30 @@ class RoundsStrategy:
     last_epoch: EpochMetrics | None = None
     epoch_started_at: float = 0.0
 
+    def __post_init__(self) -> None:
+        self.weights = self.spec.weights
+
+    @property
+    def epochs(self) -> int:
+        """How many are to be trained at most."""
+        return self.spec.epochs - self.spec.initial_epoch
+
     @property
     def total(self) -> int:
-        return self.spec.epochs * self.dataset.count
+        return self.epochs * self.dataset.count
+
+    @property
+    def all_trained(self) -> bool:
+        """Whether the last epoch has ended, or nothing has got better for too long."""
+        patience, best = self.spec.patience, self.best
+        late = patience is not None and best is not None and self.epochs_ended - best.epochs_ended >= patience
+        return self.epochs_ended >= self.epochs or late
+
+    @property
+    def kept(self) -> set[str]:
+        """Blobs that must stay when a round is thrown away."""
+        found = (self.weights, self.spec.weights, self.best.weights if self.best else None)
+        return {ref.sha256 for ref in found if ref is not None}
 
     @property
     def epoch_full(self) -> bool:
@@ -121,7 +149,7 @@ class RoundsStrategy:
         return goal - self.samples < min(self.spec.batch_size, self.dataset.count)
 
     def plan(self, view: ClusterView, attempts: dict[str, Attempt]) -> list[Decision]:
-        if self.epochs_ended == self.spec.epochs:
+        if self.all_trained:
             return self._plan_export(view, attempts)
         if self.epoch_full:
             return self._plan_validation(view, attempts)
@@ -144,8 +172,9 @@ class RoundsStrategy:
 
     def finished(self, attempt: Attempt, result: AnyTaskResult, at: float) -> None:
         if isinstance(result, TrainResult):
-            if result.seconds > 0:
-                self.measured[attempt.node_id] = result.samples / result.seconds
+            seconds = result.seconds + result.seconds_ahead
+            if seconds > 0:
+                self.measured[attempt.node_id] = result.samples / seconds
             if attempt.shard_id == self._shard_id and result.samples:
                 self.contributions[attempt.node_id] = result
         elif isinstance(result, ExportResult):
@@ -169,8 +198,9 @@ class RoundsStrategy:
         overhead = max(0.0, event.at - self.opened_at - computing)
         if self.round:  # the first one also starts engines
             self.overheads = [*self.overheads, overhead][-OVERHEADS_KEPT:]
-        self.computing_seconds += sum(result.seconds for result in self.contributions.values())
-        self.round_seconds += len(self.contributions) * max(0.0, event.at - self.opened_at)
+        self.computing_seconds += sum(result.seconds + result.seconds_ahead for result in self.contributions.values())
+        self.round_seconds += len(self.contributions) * max(0.0, event.at - (self.closed_at or self.opened_at))
+        self.closed_at = event.at
         sent = sum(result.update.size for result in self.contributions.values())
         self.exchanged_bytes += sent + len(self.contributions) * event.step.size
         for node_id in self.contributions.keys() - event.rejected.keys():
@@ -187,9 +217,12 @@ class RoundsStrategy:
     def ended_epoch(self, event: EpochEnded) -> None:
         self.epochs_ended += 1
         self.last_epoch = event.epoch
+        value = event.epoch.metrics.get(self.spec.monitor, math.nan)
+        if self.weights is not None and is_better(self.spec, value, self.best):
+            self.best = Best(value, self.epochs_ended, event.epoch.epoch, self.weights)
         self.epoch_started_at = event.at
         self.round_metrics = []
-        self.computing_seconds = self.round_seconds = 0.0
+        self.computing_seconds = self.round_seconds = self.closed_at = 0.0
         self.exchanged_before = self.exchanged_bytes
         self.validating = None
         self.validated = None
@@ -202,14 +235,11 @@ class RoundsStrategy:
         metrics = dict(self.last_epoch.metrics) if self.last_epoch else {}
         live = [(done, seen) for attempt, done, seen in running.values() if attempt.shard_id == self._shard_id and done]
         metrics.update(weighted([*self.round_metrics, *live]))
-        if self.epochs_ended == self.spec.epochs:
-            message = "writing the model"
-        else:
-            message = "validating" if self.epoch_full else "training"
+        message = "writing the model" if self.all_trained else "validating" if self.epoch_full else "training"
         return JobProgress(
             done=min(self.samples + training, self.total),
             total=self.total,
-            epoch=min(self.epochs_ended + 1, self.spec.epochs),
+            epoch=min(self.spec.initial_epoch + self.epochs_ended + 1, self.spec.epochs),
             epochs=self.spec.epochs,
             round=self.round,
             metrics=metrics,
@@ -245,7 +275,9 @@ class RoundsStrategy:
                 batch_size=self.spec.batch_size,
                 seed=self.spec.seed,
                 compression=self.spec.compression,
-                seen=self.samples,
+                seen=self.samples + self.spec.initial_epoch * self.dataset.count,
+                class_weight=self.spec.class_weight,
+                overlap=self.spec.overlap,
                 step=self.step,
             )
             decisions.append(Lease(self._shard_id, node_id, task))
@@ -261,7 +293,10 @@ class RoundsStrategy:
         overhead = statistics.median(self.overheads) if self.overheads else 0.0
         patient = min(COMPUTING_FACTOR * overhead, max(PATIENT_FACTOR * overhead, PATIENT_SECONDS))
         budget = self.spec.round_seconds or patient or PROBE_SECONDS
-        wanted = min(max(wanted, round(together * overhead)), max(1, round(together * budget)), left)
+        wanted = min(max(wanted, round(together * overhead)), max(1, round(together * budget)))
+        wanted = -(
+            -left // max(1, round(left / wanted))
+        )  # rounds of one length, and no short one at the end of an epoch
         return wanted, self.spec.round_seconds or wanted / together * BUDGET_FACTOR + BUDGET_SECONDS
 
     def _close_round(self) -> CloseRound:
@@ -310,8 +345,13 @@ class RoundsStrategy:
         if self.validated is not None:
             metrics |= {f"val_{name}": value for name, value in evaluation_metrics(self.validated).items()}
         seconds = max(0.0, view.now - self.epoch_started_at) if self.epoch_started_at else 0.0
+        monitor = self.spec.monitor
+        if monitor and monitor not in metrics:
+            raise InvalidRequest(
+                f"there is no metric {monitor!r} to monitor: this job has {', '.join(sorted(metrics))}"
+            )
         epoch = EpochMetrics(
-            epoch=self.epochs_ended + 1,
+            epoch=self.spec.initial_epoch + self.epochs_ended + 1,
             metrics=metrics,
             samples=self.samples,
             seconds=seconds,
@@ -330,8 +370,10 @@ class RoundsStrategy:
         free = [node.node_id for node in view.nodes if node.free_slots]
         if not free:
             return []
+        best = self.best.weights if self.best is not None else self.weights
+        task = ExportTask(model=self.model, weights=best, step=self.step if best == self.weights else None)
         fastest = max(free, key=lambda node_id: (rates[node_id], node_id))
-        return [Lease("export", fastest, ExportTask(model=self.model, weights=self.weights, step=self.step))]
+        return [Lease("export", fastest, task)]
 
     def _of_validation(self, attempt: Attempt) -> bool:
         if self.validating is None and self.validation is not None and attempt.shard_id.startswith("validation-"):
@@ -348,6 +390,26 @@ class RoundsStrategy:
     @property
     def _shard_id(self) -> str:
         return f"round-{self.round}"
+
+
+@dataclass(frozen=True)
+class Best:
+    """The epoch with the best value of what is monitored, and the weights after it."""
+
+    value: float
+    epochs_ended: int
+    epoch: int
+    weights: BlobRef
+
+
+def is_better(spec: Train, value: float, best: Best | None) -> bool:
+    """Whether a value of what is monitored is the best until now. Losses and errors are to be small, other metrics large."""
+    if not spec.monitor or math.isnan(value):
+        return False
+    if best is None:
+        return True
+    falls = any(word in spec.monitor.lower() for word in SMALL_IS_GOOD)
+    return value < best.value - spec.min_delta if falls else value > best.value + spec.min_delta
 
 
 def exploded(norms: dict[str, tuple[float, int]]) -> dict[str, str]:

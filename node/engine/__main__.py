@@ -154,6 +154,7 @@ class Server:
     def _work(self) -> None:
         while True:
             self._queue.get()()
+            self._tasks.train_ahead(until=lambda: not self._queue.empty())
 
 
 def _failed(number: int, error: PotluckError) -> frames.Failed:

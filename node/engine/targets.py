@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -91,6 +91,27 @@ def encode(target: Array, labels: Labels, output: Sequence[int | None]) -> Array
             return target.reshape(len(target), -1).astype(np.float32)
         case _:
             return _plain(target, labels, output)
+
+
+def item_weights(
+    encoded: Array, labels: Labels, classes: Sequence[str], class_weight: Mapping[str, float]
+) -> Array | None:
+    """A weight for each item, by the label of its class (1 where none is given); None without weights.
+
+    A class without a label goes by its number. Raises InvalidRequest for targets that are no classes.
+    """
+    if not class_weight:
+        return None
+    if labels.kind == "plain" or (labels.kind != "one_hot" and encoded.size != len(encoded)):
+        raise InvalidRequest("class_weight needs one class for each item, and the targets are no classes")
+    numbers = encoded.argmax(axis=-1) if labels.kind == "one_hot" else encoded.reshape(len(encoded)).astype(np.int64)
+    names = [classes[i] if i < len(classes) else str(i) for i in range(max(2, labels.units))]
+    unknown = sorted(set(class_weight) - set(names))
+    if unknown:
+        raise InvalidRequest(f"class_weight names {', '.join(unknown)}, but the classes are {', '.join(names[:12])}")
+    table = np.array([class_weight.get(name, 1.0) for name in names], np.float32)
+    weights: Array = table[numbers]
+    return weights
 
 
 def _one_hot(target: Array, labels: Labels) -> Array:

@@ -52,6 +52,7 @@ class Tasks:
         self._scratch = scratch
         self._sessions: OrderedDict[str, Session] = OrderedDict()
         self._models: OrderedDict[tuple[str, bool], Loaded] = OrderedDict()
+        self._ahead: Session | None = None
 
     def run(
         self, job_id: str, task: AnyTask, files: Mapping[str, str], cancelled: threading.Event, progress: Progress
@@ -69,6 +70,12 @@ class Tasks:
                 return self._predict(task, paths, _Reporter(cancelled, progress))
             case ExportTask():
                 return self._export(task, paths)
+
+    def train_ahead(self, until: Callable[[], bool]) -> None:
+        """After a round whose result is on its way: go on with the next, until there is something to do."""
+        session, self._ahead = self._ahead, None
+        if session is not None:
+            session.train_ahead(until)
 
     def forget(self, job_id: str) -> None:
         """Drop what is kept for a job."""
@@ -97,31 +104,28 @@ class Tasks:
         self._sessions.move_to_end(job_id)
         if task.weights is not None:
             base = task.weights
-            runtime.set_weights(session.model, paths[base.sha256])
+            session.begin(paths[base.sha256])
         else:
             target = self._scratch / "weights.new"
             runtime.save_weights(session.model, target)
             base = self._blob(target)
             paths[base.sha256] = self._scratch / base.sha256
         session.use_data(task, [Part(paths[shard.blob.sha256], 0, shard.count) for shard in task.data])
-        outcome = session.train(task.samples, task.seconds, cancelled, progress)
-        update, norm = self._update(session, base, paths, task)
+        session.follow(task.seen)
+        outcome = session.train(task.samples, task.seconds, cancelled, progress, overlap=task.overlap)
+        target = self._scratch / "update.new"
+        norm = updates.write_update(target, paths[base.sha256], outcome.weights, task.compression)
+        self._ahead = session if task.overlap else None
         return TrainResult(
             base=base,
-            update=update,
+            update=self._blob(target),
             norm=norm,
             samples=outcome.samples,
             steps=outcome.steps,
             metrics=outcome.metrics,
             seconds=outcome.seconds,
+            seconds_ahead=outcome.seconds_ahead,
         )
-
-    def _update(self, session: Session, base: BlobRef, paths: Paths, task: TrainTask) -> tuple[BlobRef, float]:
-        """What the session has made of the weights `base`, and its norm."""
-        target = self._scratch / "update.new"
-        after = runtime.weights_of(session.model)
-        norm = updates.write_update(target, paths[base.sha256], after, task.compression)
-        return self._blob(target), norm
 
     def apply_step(self, before: Path, update: Path) -> BlobRef:
         """The file of the weights that an update makes of others. Raises InvalidModel."""

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -31,12 +32,28 @@ GPU_CHECK_STEPS = 20
 """A look at the loss waits for the GPU, so not each step has one; on a CPU it costs nothing."""
 
 
+AHEAD_SHARE = 0.2
+"""A node trains ahead for at most this share of a round: those steps begin from weights that are not the newest."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     samples: int
     steps: int
     seconds: float
+    seconds_ahead: float
     metrics: dict[str, float]
+    weights: list[Any]
+
+
+@dataclass
+class _Ahead:
+    """Steps after the end of a round, which count for the next: from `weights`, which were those of the result."""
+
+    weights: list[Any]
+    steps_limit: int
+    steps: int = 0
+    seconds: float = 0.0
 
 
 class Session:
@@ -51,6 +68,7 @@ class Session:
         self._iterator: Any = None
         self._batch = 0
         self._traced = False
+        self._ahead: _Ahead | None = None
         self._check_every = GPU_CHECK_STEPS if tf.config.list_logical_devices("GPU") else 1
 
     def use_data(self, task: TrainTask, parts: Sequence[Part]) -> None:
@@ -58,7 +76,12 @@ class Session:
 
         Raises InvalidData, InvalidRequest, InvalidModel.
         """
-        key = (tuple(shard.blob.sha256 for shard in task.data), task.batch_size, task.image)
+        key = (
+            tuple(shard.blob.sha256 for shard in task.data),
+            task.batch_size,
+            task.image,
+            tuple(task.class_weight.items()),
+        )
         if key == self._data_key:
             return
         self._data_key, self._iterator = (), None
@@ -70,13 +93,14 @@ class Session:
                 "the data set has no targets to train on: add it with class folders, or name its --target"
             )
         wanted = targets.encode(target, labels, tuple(self.model.outputs[0].shape))
+        weights = targets.item_weights(wanted, labels, task.format.classes, task.class_weight)
         count = len(wanted)
         batch = min(task.batch_size, count)
         limit = min(MEMORY_LIMIT_BYTES, psutil.virtual_memory().available // 4)
         if source.options is not None and count * source.item_bytes() > limit:
-            dataset = self._streamed(source, parts, wanted)
+            dataset = self._streamed(source, parts, wanted, weights)
         else:
-            dataset = self._gathered(source.load(parts), wanted)
+            dataset = self._gathered(source.load(parts), wanted, weights)
         # A batch is always whole: batches run on from one pass over the data into the next.
         dataset = dataset(batch).prefetch(2)
         self._iterator = iter(dataset)
@@ -84,12 +108,49 @@ class Session:
         self._traced = self._traced and batch == self._batch
         self._batch = batch
 
+    def begin(self, path: Path) -> None:
+        """Begin a round from the weights in a file; what was trained ahead is added to them.
+
+        So updates travel while nodes compute (CoCoD-SGD, Shen et al., 2019). Raises InvalidModel.
+        """
+        ahead = self._ahead
+        now = runtime.weights_of(self.model) if ahead is not None and ahead.steps else []
+        runtime.set_weights(self.model, path)
+        if ahead is None or not ahead.steps:
+            return
+        for weight, before, after in zip(self.model.weights, ahead.weights, now, strict=True):
+            if weight.trainable:
+                weight.assign_add(after - before)
+
+    def train_ahead(self, until: Callable[[], bool]) -> None:
+        """Go on after a round that was asked to, until `until()` or for the share of it that may be ahead."""
+        ahead = self._ahead
+        if ahead is None:
+            return
+        self.model.reset_metrics()
+        started = time.perf_counter()
+        try:
+            while ahead.steps < ahead.steps_limit and not until():
+                self._step()
+                ahead.steps += 1
+        except PotluckError:
+            self._ahead = None  # the next round will meet the same, and tell
+        ahead.seconds = time.perf_counter() - started
+
+    def follow(self, seen: int) -> None:
+        """Set a schedule of the learning rate to where the whole cluster is, which has trained on `seen` samples."""
+        optimizer = self.model.optimizer
+        if isinstance(getattr(optimizer, "_learning_rate", None), keras.optimizers.schedules.LearningRateSchedule):
+            optimizer.iterations.assign(seen // self._batch)
+
     def train(
         self,
         samples: int,
         seconds: float,
         cancelled: threading.Event,
         progress: Callable[[int, dict[str, float]], None],
+        *,
+        overlap: bool = False,
     ) -> Outcome:
         """Steps until `samples` are seen or `seconds` are over, one at least. Tracing the first step is not counted.
 
@@ -99,8 +160,11 @@ class Session:
         steps_wanted = max(1, math.ceil(samples / batch))
         if not self._traced:
             self._trace()
-        model.reset_metrics()
-        steps, told_at = 0, -math.inf
+        ahead, self._ahead = self._ahead, None
+        if ahead is None or not ahead.steps:
+            ahead = _Ahead([], 0)
+            model.reset_metrics()
+        steps, told_at = ahead.steps, -math.inf
         started = time.perf_counter()
         while steps < steps_wanted:
             if cancelled.is_set():
@@ -117,7 +181,17 @@ class Session:
                 break
         metrics = self._metrics(steps)
         elapsed = time.perf_counter() - started
-        return Outcome(samples=steps * batch, steps=steps, seconds=elapsed, metrics=metrics)
+        weights = runtime.weights_of(model)
+        if overlap:
+            self._ahead = _Ahead(weights, int(steps * AHEAD_SHARE))
+        return Outcome(
+            samples=steps * batch,
+            steps=steps,
+            seconds=elapsed,
+            seconds_ahead=ahead.seconds,
+            metrics=metrics,
+            weights=weights,
+        )
 
     def close(self) -> None:
         """Give its memory back; it cannot be used any more.
@@ -161,31 +235,34 @@ class Session:
             raise _diverged(metrics["loss"], steps)
         return metrics
 
-    def _gathered(self, arrays: Sequence[Any], target: Any) -> Callable[[int], Any]:
+    def _gathered(self, arrays: Sequence[Any], target: Any, weights: Any) -> Callable[[int], Any]:
         """Batches by index from arrays in memory, shuffled anew in each pass."""
         held = [tf.constant(array) for array in arrays]
-        wanted = tf.constant(target)
+        # What follows the inputs: the target, and a weight for each item where there is one.
+        rest = [tf.constant(target), *([] if weights is None else [tf.constant(weights)])]
 
-        def pick(index: Any) -> tuple[Any, Any]:
-            return runtime.packed(self.model, [tf.gather(array, index) for array in held]), tf.gather(wanted, index)
+        def pick(index: Any) -> tuple[Any, ...]:
+            inputs = runtime.packed(self.model, [tf.gather(array, index) for array in held])
+            return (inputs, *(tf.gather(array, index) for array in rest))
 
         order = tf.data.Dataset.range(len(target)).shuffle(len(target), seed=self._seed).repeat()
         return lambda batch: order.batch(batch, drop_remainder=True).map(pick, tf.data.AUTOTUNE)
 
-    def _streamed(self, source: Source, parts: Sequence[Part], target: Any) -> Callable[[int], Any]:
+    def _streamed(self, source: Source, parts: Sequence[Part], target: Any, weights: Any) -> Callable[[int], Any]:
         """Items decoded as they are needed, for data that does not fit into memory."""
         starts = np.cumsum([0, *(part.count for part in parts)])
+        rest = [target, *([] if weights is None else [weights])]
         passes = np.random.default_rng(self._seed)
 
         def items() -> Any:
             for number in passes.permutation(len(parts)):
-                labels = target[starts[number] : starts[number + 1]]
-                yield from zip(shards.encoded_images(parts[number]), labels, strict=True)
+                columns = [array[starts[number] : starts[number + 1]] for array in rest]
+                yield from zip(shards.encoded_images(parts[number]), *columns, strict=True)
 
-        signature = (tf.TensorSpec((), tf.string), tf.TensorSpec(target.shape[1:], target.dtype))
+        signature = (tf.TensorSpec((), tf.string), *(tf.TensorSpec(array.shape[1:], array.dtype) for array in rest))
         dataset = tf.data.Dataset.from_generator(items, output_signature=signature).repeat()
         dataset = dataset.shuffle(SHUFFLE_ITEMS, seed=self._seed)
-        dataset = dataset.map(lambda data, label: (source.decode(data), label), tf.data.AUTOTUNE, deterministic=False)
+        dataset = dataset.map(lambda data, *rest: (source.decode(data), *rest), tf.data.AUTOTUNE, deterministic=False)
         return lambda batch: dataset.batch(batch, drop_remainder=True)
 
 
