@@ -25,6 +25,19 @@ def train(
         float,
         typer.Option(min=0.0, help="Seconds of computing between two exchanges; 0: as measured bandwidth suggests."),
     ] = 0.0,
+    monitor: Annotated[
+        str | None, typer.Option(help="A metric (val_loss): keep the model of its best epoch, not of the last.")
+    ] = None,
+    patience: Annotated[
+        int | None, typer.Option(min=1, help="End after so many epochs in which --monitor got no better.")
+    ] = None,
+    class_weight: Annotated[
+        list[str] | None, typer.Option(metavar="CLASS=WEIGHT", help="Weigh a class in the loss; may be repeated.")
+    ] = None,
+    resume: Annotated[
+        str | None, typer.Option(metavar="JOB", help="Go on where this ended job stands, to --epochs in all.")
+    ] = None,
+    compression: Annotated[str, typer.Option(help="Of updates on the network: auto, none, int8 or int4.")] = "auto",
     seed_number: Annotated[int, typer.Option("--random-seed", help="For shuffling and initial state.")] = 0,
     detach: Annotated[bool, typer.Option("--detach", help="Print the job's id and leave.")] = False,
     as_json: Json = False,
@@ -54,6 +67,11 @@ def train(
                 target=target,
                 round_seconds=round_seconds,
                 seed=seed_number,
+                monitor=monitor,
+                patience=patience,
+                class_weight=class_weights(class_weight or []),
+                resume=resume,
+                compression=compression,  # type: ignore[arg-type]  # checked by the client
             )
         if detach:
             if as_json:
@@ -77,3 +95,19 @@ def train(
             out.show(f"saved as {output}")
         elif not ended.registered:
             out.show(f"the model is job {job.id}'s result: give --output or --name to keep it longer")
+
+
+def class_weights(texts: list[str]) -> dict[str, float]:
+    """`cat=2.5` for each class. Raises InvalidRequest."""
+    from potluck.errors import InvalidRequest
+
+    found: dict[str, float] = {}
+    for text in texts:
+        label, _, weight = text.rpartition("=")
+        try:
+            found[label] = float(weight)
+        except ValueError:
+            label = ""
+        if not label:
+            raise InvalidRequest(f"--class-weight {text!r}: write CLASS=WEIGHT, as in cat=2.5")
+    return found

@@ -7,19 +7,19 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar, Unpack
 
 import numpy as np
-from msgspec import Meta
 from msgspec.structs import replace
 
 from potluck import tensors
 from potluck.bus import Bus
-from potluck.client import arguments, sources
+from potluck.client import arguments, sources, training
 from potluck.client.connection import Connection, client_settings
 from potluck.client.jobs import AsyncJob, Predictions, as_arrays, completed, fetch_tensor
 from potluck.client.models import ModelFile, image_argument, image_options, is_model_path, model_file
-from potluck.errors import InvalidData, InvalidRequest, NotFound
+from potluck.client.training import TrainOptions
+from potluck.errors import Conflict, InvalidData, InvalidRequest, NotFound
 from potluck.messages import (
     INLINE_LIMIT_BYTES,
     AnyJobSpec,
@@ -39,6 +39,7 @@ from potluck.messages import (
     Infer,
     JobAccepted,
     JobChanged,
+    JobEnded,
     JobsListed,
     ListDatasets,
     ListDeployments,
@@ -53,7 +54,6 @@ from potluck.messages import (
     NodesListed,
     Predict,
     RegisterModel,
-    Seed,
     SubmitJob,
     Tensor,
     Train,
@@ -67,7 +67,6 @@ Inputs = Any
 
 _INLINE_INPUT_BYTES = INLINE_LIMIT_BYTES * 3 // 4
 
-_RoundSeconds = Annotated[float, Meta(gt=0, le=86_400)]  # as `Train` has it
 _NAMED = "the `name` or `name:version` of a model"
 
 M = TypeVar("M", bound=Message)
@@ -148,24 +147,22 @@ class AsyncClient:
         image: Image | None = None,
         name: str | None = None,
         target: str | None = None,
-        round_seconds: float = 0.0,
-        seed: int = 0,
+        **options: Unpack[TrainOptions],
     ) -> AsyncJob:
         """Train a compiled keras.Model, a `.keras` file or a registered model on all nodes.
 
         `data` and `validation` are registered names, paths, or arrays `(x, y)`; `target` names a table's label column. `image` says
         how images become tensors, None: as the model's input is. The result is registered as `name` when that is given.
-        Raises InvalidModel, InvalidData and InvalidRequest before a job is made.
+        `options` are those of `TrainOptions`. Raises InvalidModel, InvalidData and InvalidRequest before a job is made.
         """
         epochs = arguments.checked("epochs", epochs, Epochs, "a whole number from 1 to 1,000,000")
         batch_size = arguments.at_least_one("batch_size", batch_size)
         register = arguments.name("name", name)
         target = _used_target(target, data, validation)
-        round_seconds = arguments.checked(
-            "round_seconds", round_seconds, _RoundSeconds, "a number of seconds above 0, at most 86,400"
-        )
-        seed = arguments.checked("seed", seed, Seed, "a whole number from 0 to 4,294,967,295")
-        sent, options = await self._model(model, image, compiled=True)
+        fields = training.fields(options)
+        if options.get("resume") is not None:
+            fields |= await self._resumed(options["resume"])
+        sent, size = await self._model(model, image, compiled=True)
         dataset = await self._data("data", data, target, image)
         held_out = None if validation is None else await self._data("validation", validation, target, image)
         return await self._submit(
@@ -175,10 +172,9 @@ class AsyncClient:
                 validation=held_out,
                 epochs=epochs,
                 batch_size=batch_size,
-                image=options,
+                image=size,
                 register=register,
-                round_seconds=round_seconds,
-                seed=seed,
+                **fields,
             )
         )
 
@@ -339,6 +335,16 @@ class AsyncClient:
             file = await asyncio.to_thread(model_file, model, Path(folder), compiled=compiled)
             ref = await (await self._connected()).push(file.path)
         return file, BlobRef(sha256=ref.sha256, size=ref.size)
+
+    async def _resumed(self, job: object) -> dict[str, Any]:
+        """Where a training job that has ended stands, as fields of `Train`. Raises NotFound, Conflict."""
+        found = await self.job(getattr(job, "id", None) or arguments.text("resume", job, "a job or its id"))
+        answer = await self._ask(GetJob(job_id=found.id), Message)
+        if not isinstance(answer, JobEnded):
+            raise Conflict(f"job {found.id} has not ended: cancel it, or wait for it, before you resume it")
+        if answer.checkpoint is None:
+            raise Conflict(f"job {found.id} ({answer.kind}) has no checkpoint to go on from")
+        return {"weights": replace(answer.checkpoint, holders=()), "initial_epoch": len(answer.history)}
 
     async def _data(
         self, argument: str, data: object, target: str | None, image: Image | None, *, for_prediction: bool = False

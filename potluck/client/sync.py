@@ -8,11 +8,12 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Seque
 from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Unpack
 
 from potluck.client.async_client import AsyncClient, Image, Inputs
 from potluck.client.jobs import AsyncJob, Predictions, evaluation_of, history_of
 from potluck.client.sources import Progress
+from potluck.client.training import TrainOptions
 from potluck.errors import InvalidRequest
 from potluck.messages import (
     DatasetInfo,
@@ -229,8 +230,7 @@ class Client:
         image: Image | None = None,
         name: str | None = None,
         target: str | None = None,
-        round_seconds: float = 0.0,
-        seed: int = 0,
+        **options: Unpack[TrainOptions],
     ) -> Job:
         """Train a compiled keras.Model, a `.keras` file or a registered model on all nodes. See `AsyncClient.train`."""
         return self._job(
@@ -243,8 +243,7 @@ class Client:
                 image=image,
                 name=name,
                 target=target,
-                round_seconds=round_seconds,
-                seed=seed,
+                **options,
             )
         )
 

@@ -1,0 +1,69 @@
+"""The finer options of `train`, checked one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, TypedDict
+
+from msgspec import Meta
+
+from potluck.client import arguments
+from potluck.errors import InvalidRequest
+from potluck.messages import Compression, Epochs, Seed
+
+_SECONDS = "a number of seconds above 0, at most 86,400 (0: as measured speed and bandwidth suggest)"
+_KINDS: dict[str, tuple[Any, str]] = {
+    "round_seconds": (Annotated[float, Meta(ge=0, le=86_400)], _SECONDS),
+    "seed": (Seed, "a whole number from 0 to 4,294,967,295"),
+    "compression": (Compression, "'auto', 'none', 'int8' or 'int4'"),
+    "overlap": (bool, "True or False"),
+    "outer_learning_rate": (Annotated[float, Meta(gt=0, le=10)] | None, "a number above 0, at most 10, or None"),
+    "outer_momentum": (Annotated[float, Meta(ge=0, lt=1)] | None, "a number from 0 to below 1, or None"),
+    "class_weight": (dict[str, Annotated[float, Meta(ge=0)]] | None, "a map from classes to numbers of at least 0"),
+    "monitor": (str | None, "the name of a metric, such as 'val_loss'"),
+    "patience": (Epochs | None, "a whole number of epochs, or None"),
+    "min_delta": (Annotated[float, Meta(ge=0)], "a number of at least 0"),
+}
+
+
+class TrainOptions(TypedDict, total=False):
+    """Options of `train` that are seldom needed.
+
+    - `seed`: for shuffling and initial state.
+    - `monitor`: a metric of epochs; the result is the model after the best of them. `patience`: end after so many epochs that
+      were not better by more than `min_delta`. Losses and errors count as better when they fall, other metrics when they rise.
+    - `class_weight`: from class labels (numbers, where classes have no label) to their weight in the loss; 1 where none is given.
+    - `resume`: a training job (or its id) that has ended; go on from its last round, up to `epochs` in all.
+    - `round_seconds`: how long nodes compute between two exchanges; 0: as measured speed and bandwidth suggest.
+    - `compression`: of updates on the network, `"auto"`, `"none"`, `"int8"` or `"int4"`. `overlap`: nodes compute while they travel.
+    - `outer_learning_rate`, `outer_momentum`: of the step that is taken with a round's mean update; None: by rule.
+    """
+
+    seed: int
+    monitor: str | None
+    patience: int | None
+    min_delta: float
+    class_weight: Mapping[Any, float] | None
+    resume: Any
+    round_seconds: float
+    compression: Compression
+    overlap: bool
+    outer_learning_rate: float | None
+    outer_momentum: float | None
+
+
+def fields(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options as fields of `Train`, but for `resume`. Raises InvalidRequest."""
+    found: dict[str, Any] = {}
+    for name, value in options.items():
+        if name == "resume":
+            continue
+        if name not in _KINDS:
+            raise InvalidRequest(f"train has no option {name!r}: it takes {', '.join((*_KINDS, 'resume'))}")
+        if name == "class_weight" and isinstance(value, Mapping):
+            value = {str(key): weight for key, weight in value.items()}  # numbers are classes without labels
+        kind, takes = _KINDS[name]
+        checked = arguments.checked(name, value, kind, takes)
+        if checked is not None:
+            found[name] = checked
+    return found
