@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,7 +26,8 @@ from coordinator.jobs import (
 )
 from coordinator.placement import ClusterView, NodeView
 from coordinator.strategies import strategy_for
-from coordinator.training.rounds import RoundsStrategy
+from coordinator.training.rounds import Best, RoundsStrategy, is_better
+from potluck.errors import InvalidRequest
 from potluck.messages import (
     BlobRef,
     DataFormat,
@@ -54,8 +57,13 @@ def dataset(name: str, first: int, *counts: int) -> Dataset:
 class Simulation:
     """Plays the dispatcher and the nodes; keeps every event, so that it can be replayed."""
 
-    def __init__(self, epochs: int = 2, validation: bool = True) -> None:
-        spec = Train(model="m", dataset="d", validation="v" if validation else None, epochs=epochs, batch_size=10)
+    def __init__(self, epochs: int = 2, validation: bool = True, **options: Any) -> None:
+        spec = Train(
+            model="m", dataset="d", validation="v" if validation else None, epochs=epochs, batch_size=10, **options
+        )
+        self.validation_losses: dict[int, float] = {}
+        """By epoch; 1 where none is set."""
+        self.norms: dict[str, float] = {}
         self.submitted = JobSubmitted(at=0.0, job_id="j", request_id="", spec=spec, model=blob(1))
         self.validation = dataset("v", 100, 50) if validation else None
         self.job = self.new_job()
@@ -136,11 +144,12 @@ class Simulation:
                     steps=1,
                     seconds=1.0,
                     metrics={"loss": 0.5},
-                    norm=1.0,
+                    norm=self.norms.get(self.job.attempts[attempt_id].node_id, 1.0),
                 )
             case EvaluateTask():
                 count = sum(part.stop - part.start for part in task.slices)
-                result = EvaluateResult(count=count, sums={"loss": float(count)}, seconds=0.1)
+                loss = self.validation_losses.get(self.strategy.epochs_ended + 1, 1.0)
+                result = EvaluateResult(count=count, sums={"loss": loss * count}, seconds=0.1)
             case ExportTask():
                 result = ExportResult(model=blob(self.number), signature=Signature(inputs=(), outputs=()))
         self.record(AttemptFinished(at=self.now, attempt_id=attempt_id, result=result))
@@ -260,6 +269,123 @@ def test_a_node_that_fails_rests_while_the_others_go_on() -> None:
     play.now += 10
     play.plan("a", "b")
     assert {attempt.node_id for attempt in play.job.attempts.values()} == {"a", "b"}
+
+
+def test_the_model_of_the_best_epoch_is_kept_and_training_ends_when_nothing_gets_better() -> None:
+    play = Simulation(epochs=50, monitor="val_loss", patience=3, min_delta=0.05)
+    play.validation_losses = {1: 0.9, 2: 0.5, 3: 0.49, 4: 0.8, 5: 0.6}
+    weights: dict[int, BlobRef | None] = {}
+
+    def note() -> None:
+        weights.setdefault(play.strategy.epochs_ended, play.strategy.weights)
+
+    play.run("a", "b", each=note)
+    assert len(play.job.history) == 5  # the third is better by less than min_delta
+    assert play.strategy.best is not None
+    assert (play.strategy.best.epoch, play.strategy.best.value) == (2, 0.5)
+    (export,) = (task for task in play.tasks.values() if isinstance(task, ExportTask))
+    assert export.weights == play.strategy.best.weights != play.strategy.weights
+    assert export.weights.sha256 in play.strategy.kept
+    assert export.step is None
+
+
+def test_a_metric_that_rises_is_better() -> None:
+    spec = Train(model="m", dataset="d", monitor="val_accuracy")
+    best = Best(0.5, 1, 1, blob(1))
+    assert is_better(spec, 0.6, best)
+    assert not is_better(spec, 0.4, best)
+    assert not is_better(spec, float("nan"), None)
+    assert is_better(spec, 0.1, None)
+    assert not is_better(Train(model="m", dataset="d"), 0.6, None)
+
+
+def test_a_metric_that_is_not_there_ends_the_job_with_those_that_are() -> None:
+    play = Simulation(monitor="val_auc")
+    with pytest.raises(InvalidRequest, match=r"'val_auc'.*loss, val_loss"):
+        play.run("a")
+
+
+def test_a_resumed_job_goes_on_from_the_checkpoint_and_counts_on() -> None:
+    play = Simulation(epochs=5, weights=blob(77), initial_epoch=3)
+    play.plan("a")
+    (task,) = play.tasks.values()
+    assert isinstance(task, TrainTask)
+    assert (task.weights, task.step, task.seen) == (blob(77), None, 3 * 320)
+    assert blob(77).sha256 in play.strategy.kept
+    play.run("a")
+    assert [epoch.epoch for epoch in play.job.history] == [4, 5]
+    assert play.strategy.total == 2 * 320
+
+
+def test_every_round_tells_how_to_get_to_its_weights_from_those_before() -> None:
+    play = Simulation(epochs=2, validation=True)
+    play.run("a", "b")
+    tasks = [task for task in play.tasks.values() if isinstance(task, TrainTask | EvaluateTask)]
+    assert isinstance(tasks[0], TrainTask)
+    assert tasks[0].weights is tasks[0].step is None
+    later = [task for task in tasks if task.weights is not None]
+    assert len(later) > 4
+    assert all(task.step is not None and task.step.base != task.weights for task in later)
+    seen = [task.seen for task in tasks if isinstance(task, TrainTask)]
+    assert seen == sorted(seen)
+
+
+def test_updates_that_go_too_far_are_left_out_and_their_node_after_three() -> None:
+    play = Simulation(epochs=30, validation=False)
+    play.norms = {"c": 1000.0}
+    for expected in (1, 2, 3):
+        play.plan("a", "b", "c")
+        for attempt_id in list(play.job.attempts):
+            play.finish(attempt_id)
+        before = play.strategy.samples
+        play.plan("a", "b", "c")
+        assert play.strategy.samples - before < 320
+        assert play.strategy.rejections["c"] == expected
+    assert "times as large" in play.strategy.quarantined["c"]
+    assert play.strategy.progress({}).quarantined == play.strategy.quarantined
+    held = {attempt.node_id for attempt in play.job.attempts.values()}
+    for _ in range(4):
+        for attempt_id in list(play.job.attempts):
+            play.finish(attempt_id)
+        play.plan("a", "b", "c")
+        held = {attempt.node_id for attempt in play.job.attempts.values()}
+    assert held == {"a", "b"}
+    play.lose("a")
+    play.lose("b")
+    play.plan("c")  # better than none
+    assert {attempt.node_id for attempt in play.job.attempts.values()} == {"c"}
+
+
+def test_a_good_round_forgives_and_weights_that_are_not_finite_count_as_no_use() -> None:
+    play = Simulation(epochs=30, validation=False)
+    diverged = ErrorInfo(code="diverged", message="the loss became nan", retryable=True)
+    play.plan("a", "b")
+    attempt = next(key for key, one in play.job.attempts.items() if one.node_id == "b")
+    play.record(AttemptEnded(at=play.now, attempt_id=attempt, reason="", error=diverged))
+    assert play.strategy.rejections == {"b": 1}
+    play.now += 100
+    play.finish(next(iter(play.job.attempts)))
+    play.plan("a", "b")
+    for attempt_id in list(play.job.attempts):
+        play.finish(attempt_id)
+    play.plan("a", "b")
+    assert play.strategy.rejections == {}
+
+
+def test_a_node_that_began_from_other_weights_is_left_out() -> None:
+    play = Simulation(epochs=3, validation=False)
+    play.plan("a", "b")
+    for number, (attempt_id, attempt) in enumerate(list(play.job.attempts.items())):
+        task = play.tasks[attempt_id]
+        assert isinstance(task, TrainTask)
+        result = TrainResult(
+            base=blob(500 + number), update=blob(600 + number), samples=100 - number, steps=1, seconds=1.0, norm=1.0
+        )
+        play.record(AttemptFinished(at=play.now, attempt_id=attempt_id, result=result))
+        assert attempt.node_id == "ab"[number]
+    play.plan("a", "b")
+    assert play.strategy.samples == 100
+    assert play.strategy.rejections == {"b": 1}
 
 
 @settings(max_examples=60, deadline=None)
