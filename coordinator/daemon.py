@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Iterable
 from contextlib import AsyncExitStack
 
+from coordinator.announcer import Announcer
 from coordinator.collecting import Collector
 from coordinator.dispatcher import Dispatcher
 from coordinator.gateway import routes as gateway
@@ -101,20 +102,20 @@ class Coordinator:
                 epoch=journal.epoch,
             )
             jobs = JobStore(journal, registry, store, urls)
-            self._dispatcher = Dispatcher(
+            leases = Leases(
                 topics=self.topics,
                 outbox=self._outbox,
+                membership=self._membership,
+                settings=settings,
+                epoch=journal.epoch,
+                urls=urls,
+            )
+            self._dispatcher = Dispatcher(
+                announcer=Announcer(self.topics, self._outbox, jobs, leases, urls),
                 registry=registry,
                 serving=self._serving,
                 jobs=jobs,
-                leases=Leases(
-                    topics=self.topics,
-                    outbox=self._outbox,
-                    membership=self._membership,
-                    settings=settings,
-                    epoch=journal.epoch,
-                    urls=urls,
-                ),
+                leases=leases,
                 collector=Collector(store, downloader, urls),
                 settings=settings,
             )

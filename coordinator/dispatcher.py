@@ -13,7 +13,8 @@ import uuid
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from coordinator.collecting import Collector, locate
+from coordinator.announcer import PROGRESS_SECONDS, Announcer
+from coordinator.collecting import Collector
 from coordinator.jobs import (
     AnyEvent,
     AttemptEnded,
@@ -54,14 +55,10 @@ from potluck.messages import (
     ShardFinished,
     Train,
 )
-from potluck.outbox import Outbox, error_info
+from potluck.outbox import error_info
 from potluck.settings import CoordinatorSettings
-from potluck.topics import Topics
 
 log = logging.getLogger(__name__)
-
-PROGRESS_SECONDS = 0.5
-RETAIN_SECONDS = 24 * 3600.0
 
 
 class Dispatcher:
@@ -70,8 +67,7 @@ class Dispatcher:
     def __init__(
         self,
         *,
-        topics: Topics,
-        outbox: Outbox,
+        announcer: Announcer,
         registry: Registry,
         serving: Serving,
         jobs: JobStore,
@@ -80,8 +76,7 @@ class Dispatcher:
         settings: CoordinatorSettings,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._topics = topics
-        self._outbox = outbox
+        self._announcer = announcer
         self._registry = registry
         self._serving = serving
         self._store = jobs
@@ -91,8 +86,6 @@ class Dispatcher:
         self._clock = clock
         self._actions: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._dirty: dict[str, None] = {}
-        self._unpublished: dict[str, None] = {}
-        self._published_at: dict[str, float] = {}
         self._wake = asyncio.Event()
         self._tasks: asyncio.TaskGroup | None = None
 
@@ -128,20 +121,18 @@ class Dispatcher:
         return job
 
     def described(self, job: Job) -> JobChanged:
-        waiting = not self._leases.view(self._clock()).nodes
-        return self._store.described(job, self._leases.running(job), waiting=waiting)
+        return self._announcer.described(job, self._clock())
 
     def ended(self, job: Job) -> JobEnded | None:
         """The result of a job that has ended, its blobs to be had from here."""
-        return locate(job.ended, lambda _: self._collector.urls) if job.ended is not None else None
+        return self._announcer.ended(job)
 
     def all_described(self) -> tuple[JobChanged, ...]:
         return tuple(self.described(job) for job in self._store.jobs.values())
 
     def republish(self) -> None:
         """Say again what is retained: after a reconnect, perhaps to a broker that forgot."""
-        for job in self._store.recent():
-            self._publish_state(job)
+        self._announcer.tell_all(self._clock())
 
     # --- what nodes say -----------------------------------------------------------------------------------------------
 
@@ -156,7 +147,7 @@ class Dispatcher:
             case LeaseRenewed():
                 if (held := self._heard(node_id, message.attempt_id)) is not None:
                     held.taken, held.done, held.metrics = True, message.done, message.metrics
-                    self._unpublished[held.job_id] = None
+                    self._announcer.changed(held.job_id)
                 elif message.attempt_id not in self._leases:
                     # We have given it up (or were started anew without it): the node must not work in vain.
                     self._leases.withdraw(node_id, message.attempt_id, "unknown")
@@ -210,7 +201,7 @@ class Dispatcher:
                 for job_id in list(self._dirty):
                     self._dirty.pop(job_id, None)
                     self._plan(self._store.jobs[job_id])
-                self._publish(now)
+                self._announcer.tell_due(now)
 
     def _resume(self) -> None:
         """Take up what the journal says is under way; nodes that still work on it go on."""
@@ -419,11 +410,10 @@ class Dispatcher:
         self._record(job, JobFinished(at=now, result=result))
         self._leases.forget(job)
         for forgotten in self._store.ended(job, final):
-            for leaf in ("status", "result"):
-                self._outbox.clear(self._topics.job(forgotten, leaf))
+            self._announcer.forget(forgotten)
         reason = result.error.message if result.error else None
         log.info("job ended %s", fields(job=job.job_id, state=state, error=reason))
-        self._publish_state(job)
+        self._announcer.tell(job, now)
         self._dirty.update(dict.fromkeys(self._store.active))
         self._wake.set()
 
@@ -455,25 +445,5 @@ class Dispatcher:
     def _changed(self, job: Job) -> None:
         if job.active:
             self._dirty[job.job_id] = None
-        self._unpublished[job.job_id] = None
+        self._announcer.changed(job.job_id)
         self._wake.set()
-
-    def _publish(self, now: float) -> None:
-        """Tell of jobs that changed, each at most every PROGRESS_SECONDS."""
-        for job_id in list(self._unpublished):
-            job = self._store.jobs.get(job_id)
-            if job is None or not job.active:
-                del self._unpublished[job_id]
-                self._published_at.pop(job_id, None)
-            elif now - self._published_at.get(job_id, 0.0) >= PROGRESS_SECONDS:
-                del self._unpublished[job_id]
-                self._published_at[job_id] = now
-                self._publish_state(job)
-
-    def _publish_state(self, job: Job) -> None:
-        changed = self.described(job)
-        topics = self._topics
-        self._outbox.publish(topics.job(job.job_id, "events"), changed, qos=0)
-        self._outbox.publish(topics.job(job.job_id, "status"), changed, retain=True, expiry_seconds=RETAIN_SECONDS)
-        if (ended := self.ended(job)) is not None:
-            self._outbox.publish(topics.job(job.job_id, "result"), ended, retain=True, expiry_seconds=RETAIN_SECONDS)
