@@ -15,10 +15,9 @@ from contextlib import ExitStack
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from support.netns import Network, available, run
-
 from potluck.errors import TimedOut, Unavailable
 from potluck.local_cluster import Daemon
+from support.netns import Network, available, run
 
 __all__ = ["Hosts", "available"]
 
@@ -74,6 +73,16 @@ class Hosts:
     def address(self) -> str:
         """Of the broker."""
         return f"{self._network.address(self._network.hosts[0])}:{BROKER_PORT}"
+
+    def host_address(self, number: int) -> str:
+        return self._network.address(self._network.hosts[number])
+
+    def rest(self) -> None:
+        """Stop the nodes: their cores and links are for somebody else now."""
+        for node in self.nodes:
+            node.terminate()
+        for node in self.nodes:
+            node.wait(10)
 
     def start_node(self, number: int) -> Daemon:
         """Node `number` (from 1), on its host, core and share."""

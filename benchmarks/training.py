@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from hosts import Hosts, available
 from report import OtherLoad, Report
 
 SIZE = 128
+BATCH = 32
 
 
 class Lab:
@@ -32,18 +34,19 @@ class Lab:
         self.quick = quick
         self._clusters = 0
 
-    def digits(self, images: int) -> Path:
-        """Handwritten digits (scikit-learn), each moved by a few pixels, as PNG files in class folders."""
+    def digits(self, images: int, *, held_out: bool = False) -> Path:
+        """Handwritten digits (scikit-learn), moved by a few pixels, as PNG files in class folders; every fifth is held out."""
         from PIL import Image
         from support.digits import digits
 
-        folder = self.folder / f"digits-{images}"
+        folder = self.folder / f"digits-{images}{'-held-out' if held_out else ''}"
         if not folder.exists():
             x, y = digits()
+            pool = np.flatnonzero((np.arange(len(x)) % 5 == 4) == held_out)
             rng = np.random.default_rng(0)
             for number in range(images):
-                row, label = x[number % len(x)].reshape(8, 8), y[number % len(x)]
-                moved = np.roll(np.pad(row, 2), tuple(rng.integers(-1, 2, 2)), (0, 1)) if number >= len(x) else np.pad(row, 2)
+                row, label = x[pool[number % len(pool)]].reshape(8, 8), y[pool[number % len(pool)]]
+                moved = np.roll(np.pad(row, 2), tuple(rng.integers(-1, 2, 2)), (0, 1))
                 path = folder / str(label) / f"{number:05}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray((moved * 255).astype(np.uint8)).resize((SIZE, SIZE)).save(path)
@@ -73,17 +76,22 @@ class Lab:
         return stack.enter_context(Hosts(self.folder / name, name, shares, megabits))
 
 
-def train(hosts: Hosts, model: Path, data: Path, epochs: int, *options: str) -> dict[str, Any]:
-    """A training job by the command line on the coordinator's host; what `--json` prints of it."""
+def potluck(hosts: Hosts, *arguments: str) -> dict[str, Any]:
+    """The command line on the coordinator's host; what `--json` prints."""
     command = hosts.inside(
         0, sys.executable, "-m", "potluck.cli.main", "--seed", hosts.address, "--cluster", hosts.cluster,
-        "train", str(model), str(data), "--epochs", str(epochs), "--json", *options,
+        *arguments, "--json",
     )  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=3600, check=False)
     if done.returncode:
-        raise RuntimeError(f"training failed: {done.stderr[-2000:]}\n{hosts.coordinator.log_tail()}")
+        raise RuntimeError(f"{arguments[0]} failed: {done.stderr[-2000:]}\n{hosts.coordinator.log_tail()}")
     found: dict[str, Any] = json.loads(done.stdout)
     return found
+
+
+def train(hosts: Hosts, model: Path, data: Path, epochs: int, *options: str) -> dict[str, Any]:
+    """A training job."""
+    return potluck(hosts, "train", str(model), str(data), "--epochs", str(epochs), "--batch-size", str(BATCH), *options)
 
 
 def steady(ended: dict[str, Any]) -> dict[str, float]:
@@ -114,7 +122,9 @@ def two_nodes(lab: Lab, report: Report) -> None:
     for nodes, runs in found.items():
         rate = statistics.median(run["samples_per_second"] for run in runs)
         computing = statistics.median(run["computing"] for run in runs)
-        report.rows.append((f"{nodes} node(s), a core each, 1 Gbit/s", f"{rate:.1f} images/s", f"{computing:.1%} computing"))
+        report.rows.append(
+            (f"{nodes} node(s), a core each, 1 Gbit/s", f"{rate:.1f} images/s", f"{computing:.1%} computing")
+        )
     report.rows.append((f"cores that other programs kept busy meanwhile: {busy:.2f}", "", ""))
     report.figures["two_nodes"] = {str(nodes): runs for nodes, runs in found.items()}
     ratio = statistics.median(
@@ -125,17 +135,91 @@ def two_nodes(lab: Lab, report: Report) -> None:
 
 
 def slow_link(lab: Lab, report: Report) -> None:
-    """Two nodes on links of 100 Mbit/s."""
-    data, model = lab.digits(600 if lab.quick else 6000), lab.cnn(64 if lab.quick else SIZE)
+    """Two nodes on links of 100 Mbit/s, against MultiWorkerMirroredStrategy on the same: the same epochs over the same images.
+
+    The rival's steps all cost the same; so it takes some of them on the slow links, for seconds and bytes a step, and all
+    of them on free links, for the accuracy that it ends at.
+    """
+    images, epochs = (600, 2) if lab.quick else (6000, 10)
+    data, held_out, model = lab.digits(images), lab.digits(350, held_out=True), lab.cnn(64 if lab.quick else SIZE)
+    rival_steps = epochs * images // (2 * BATCH)
     with ExitStack() as stack:
         hosts = lab.hosts(stack, [1.0, 1.0], 100)
+        potluck(hosts, "data", "add", str(held_out), "--name", "held-out")
         before = hosts.bytes_on_wire()
-        found = steady(train(hosts, model, data, 2 if lab.quick else 3))
+        ended = train(hosts, model, data, epochs, "--name", "cnn")
+        found = steady(ended)
+        found["seconds"] = ended["ended_at"] - ended["started_at"]
         found["wire_mb"] = (hosts.bytes_on_wire() - before) / 1e6
-    shown = f"{found['samples_per_second']:.1f} images/s", f"{found['computing']:.1%} computing"
-    report.rows.append(("2 nodes, a core each, 100 Mbit/s", *shown))
-    report.figures["slow_link"] = found
+        found["accuracy"] = potluck(hosts, "evaluate", "cnn", "held-out")["evaluation"]["metrics"]["accuracy"]
+        hosts.rest()
+        before = hosts.bytes_on_wire()
+        slow = multiworker(lab, hosts, model, data, 6 if lab.quick else 10, BATCH)
+        step_mb = (hosts.bytes_on_wire() - before) / 1e6 / len(slow["seconds"])
+        step_seconds = statistics.median(slow["seconds"][2:])
+    with ExitStack() as stack:
+        hosts = lab.hosts(stack, [1.0, 1.0], None)
+        free = multiworker(lab, hosts, model, data, rival_steps, BATCH, "--accuracy", str(held_out))
+    rival = {
+        "step_seconds": step_seconds,
+        "step_mb": step_mb,
+        "steps": rival_steps,
+        "seconds": rival_steps * step_seconds,
+        "wire_mb": rival_steps * step_mb,
+        "accuracy": free["accuracy"],
+    }
+    for name, run in (("potluck", found), ("MultiWorkerMirroredStrategy", rival)):
+        speed = f"{run['seconds']:.0f} s, {run['wire_mb']:,.0f} MB"
+        report.rows.append(
+            (f"{epochs} epochs on 2 nodes, 100 Mbit/s: {name}", speed, f"accuracy {run['accuracy']:.3f}")
+        )
+    report.figures["slow_link"] = {"potluck": found, "multiworker": rival}
     report.check("utilisation_100m", found["computing"], at_least=0.8)
+    report.check("slow_link_accuracy", rival["accuracy"] - found["accuracy"], at_most=0.005)
+    report.check("slow_link_time", rival["seconds"] / found["seconds"], at_least=10)
+    report.check("slow_link_bytes", rival["wire_mb"] / found["wire_mb"], at_least=100)
+
+
+RIVAL_PORT = 23450
+
+
+def multiworker(
+    lab: Lab, hosts: Hosts, model: Path, data: Path, steps: int, batch: int, *options: str
+) -> dict[str, Any]:
+    """MultiWorkerMirroredStrategy on the hosts' nodes, whose own engines rest; what its first worker printed."""
+    numbers = range(1, len(hosts.shares) + 1)
+    addresses = ",".join(f"{hosts.host_address(number)}:{RIVAL_PORT}" for number in numbers)
+    cores = sorted(os.sched_getaffinity(0))
+    script = str(Path(__file__).with_name("multiworker.py"))
+    with ExitStack() as stack:
+        workers: list[subprocess.Popen[str]] = []
+        for number in numbers:
+            command = hosts.inside(
+                number, sys.executable, script, str(number - 1), addresses, str(model), str(data), str(steps), str(batch),
+                *options,
+            )  # fmt: skip
+            core = {cores[(number - 1) % len(cores)]}
+            log = stack.enter_context((lab.folder / f"rival-{number}.log").open("w"))
+            worker = subprocess.Popen(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                preexec_fn=lambda core=core: os.sched_setaffinity(0, core),
+            )
+            stack.callback(_end, worker)
+            workers.append(worker)
+        shown = [worker.communicate(timeout=3000)[0] for worker in workers]
+        if any(worker.returncode for worker in workers):
+            raise RuntimeError(f"the rival failed: {(lab.folder / 'rival-1.log').read_text()[-2000:]}")
+    found: dict[str, Any] = json.loads(shown[0].strip().splitlines()[-1])
+    return found
+
+
+def _end(worker: subprocess.Popen[str]) -> None:
+    if worker.poll() is None:
+        worker.kill()
+        worker.wait()
 
 
 def unequal(lab: Lab, report: Report) -> None:
@@ -152,14 +236,16 @@ def unequal(lab: Lab, report: Report) -> None:
             part = lab.digits(max(200, int(len(list(data.glob("*/*"))) * share)))
             alone.append(steady(train(hosts, model, part, 2))["samples_per_second"])
     rates = " + ".join(f"{rate:.1f}" for rate in alone)
-    report.rows.append((f"4 nodes at 8:4:2:1 of a core; alone {rates}", f"{found['samples_per_second']:.1f} images/s", ""))
+    report.rows.append(
+        (f"4 nodes at 8:4:2:1 of a core; alone {rates}", f"{found['samples_per_second']:.1f} images/s", "")
+    )
     report.figures["unequal"] = {"alone": alone, "together": found}
     report.check("unequal_nodes", found["samples_per_second"] / sum(alone), at_least=0.9)
 
 
 PARTS: dict[Callable[[Lab, Report], None], tuple[str, ...]] = {
     two_nodes: ("two_nodes_speed", "utilisation_1g"),
-    slow_link: ("utilisation_100m",),
+    slow_link: ("utilisation_100m", "slow_link_accuracy", "slow_link_time", "slow_link_bytes"),
     unequal: ("unequal_nodes",),
 }
 
@@ -173,6 +259,7 @@ def main() -> None:
     if reason := available():
         sys.exit(f"training benchmark: {reason}")
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that namespaces and quotas are taken down
     report = Report("training", columns=("local training", "speed", ""))
     with tempfile.TemporaryDirectory(prefix="potluck-bench-") as folder:
         lab = Lab(Path(folder), arguments.quick)

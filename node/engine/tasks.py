@@ -167,6 +167,9 @@ class Tasks:
         started = time.perf_counter()
         model = runtime.load_model(paths[task.model.sha256], self._scratch, compiled=True)
         runtime.set_weights(model, paths[task.weights.sha256])
+        if model.optimizer is not None:
+            # Loading gave it state of zeros, twice the size of the model for Adam: the file needs only its settings.
+            model.optimizer = type(model.optimizer).from_config(model.optimizer.get_config())
         target = self._scratch / "export.keras"
         model.save(target)
         return ExportResult(

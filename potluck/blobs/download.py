@@ -121,6 +121,7 @@ class Downloader:
         return self._session
 
     def _begin(self, ref: BlobRef) -> _UnderWay:
+        log.debug("fetch begun %s", fields(blob=ref.sha256[:12], size=ref.size, holders=len(ref.holders)))
         transfer = Transfer(
             ref, self._store, self._http, self._timings, distrusted=self._is_distrusted, on_liar=self._on_liar
         )

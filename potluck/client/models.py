@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +86,10 @@ def load_model(path: Path) -> Any:
     if not named.exists():
         named.hardlink_to(path)
     try:
-        return keras.saving.load_model(named, safe_mode=True)
+        with warnings.catch_warnings():
+            # Results come with the optimizer's settings, and without its state.
+            warnings.filterwarnings("ignore", message="Skipping variable loading for optimizer")
+            return keras.saving.load_model(named, safe_mode=True)
     except (ValueError, TypeError, OSError, KeyError) as error:
         raise InvalidModel(f"the model cannot be loaded here: {error}") from error
     finally:
