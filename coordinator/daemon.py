@@ -156,7 +156,7 @@ class Coordinator:
                     running.append(tasks.create_task(_watch(broker), name="broker watch"))
                 routes = [
                     *blob_server.routes(store, writable=True, max_bytes=UPLOAD_LIMIT_BYTES),
-                    *gateway.routes(self._serving, self._inference, registry, self._membership, settings),
+                    *gateway.routes(self._serving, self._inference, registry, self._membership, settings, bus),
                 ]
                 async with serve_http(sock, routes, gateway.BODY_LIMIT_BYTES), AsyncExitStack() as advertisement:
                     await self._join(bus)

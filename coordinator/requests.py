@@ -14,14 +14,16 @@ from coordinator.serving.serving import Serving
 from potluck import codec
 from potluck.blobs.store import BlobStore
 from potluck.bus import Envelope
-from potluck.errors import BadMessage, InvalidData, InvalidRequest, NotFound, PotluckError
+from potluck.errors import BadMessage, Conflict, InvalidData, InvalidRequest, NotFound, Overloaded, PotluckError
 from potluck.messages import (
     AddDataset,
+    AnyJobSpec,
     BlobRef,
     CancelJob,
     Dataset,
     DatasetAdded,
     DatasetsListed,
+    Deploy,
     DeploymentsListed,
     GetJob,
     GetModel,
@@ -78,6 +80,8 @@ class Requests:
             return
         try:
             if isinstance(message, Undeploy):
+                if self._undeploys.full():
+                    raise Overloaded("too many questions wait to undeploy: try again later", retry_after_seconds=1.0)
                 self._undeploys.put_nowait(envelope)  # the only question whose answer takes time
                 return
             self._outbox.reply(envelope, self._answer(envelope, message))
@@ -100,7 +104,13 @@ class Requests:
             case SubmitJob():
                 # The same question asked twice (QoS 1, or a client that tries again) is one job.
                 request_id = f"{envelope.reply_to} {message.id}" if envelope.reply_to and message.id else ""
-                return JobAccepted(job_id=self._dispatcher.submit(message.job, request_id).job_id)
+                job = self._dispatcher.submit(message.job, request_id)
+                if not _is_same(job.submitted.spec, message.job):
+                    raise Conflict(
+                        f"the id {message.id[:80]!r} was used for job {job.job_id}, which is another one: "
+                        "submit each job with an id of its own"
+                    )
+                return JobAccepted(job_id=job.job_id)
             case CancelJob():
                 return self._dispatcher.described(self._dispatcher.cancel(message.job_id))
             case GetJob():
@@ -138,12 +148,19 @@ class Requests:
             dataset = codec.unpack(self._store.read(message.manifest.sha256), Dataset)
         except BadMessage as error:
             raise InvalidData(f"the manifest of data set {message.name!r} is not one: {error.message}") from error
-        missing = [shard.blob.sha256 for shard in dataset.shards if not self._store.has(shard.blob.sha256)]
+        _, *parts = dataset_blobs(message.manifest, dataset)
+        missing = [ref.sha256 for ref in parts if not self._store.has(ref.sha256)]
         if missing:
             raise InvalidData(
-                f"{len(missing)} of {len(dataset.shards)} shards of data set {message.name!r} are not in the "
+                f"{len(missing)} of {len(parts)} blobs of data set {message.name!r} are not in the "
                 f"coordinator's store (first: {missing[0][:12]}): PUT them to {self._where()}/blobs/<sha256> first"
             )
+        for ref in parts:
+            if (size := self._store.size(ref.sha256)) != ref.size:
+                raise InvalidData(
+                    f"the manifest of data set {message.name!r} says that blob {ref.sha256[:12]} has {ref.size} bytes: "
+                    f"it has {size}"
+                )
         if sum(shard.count for shard in dataset.shards) != dataset.count or not dataset.count:
             raise InvalidData(
                 f"the manifest of data set {message.name!r} counts {dataset.count} items, its shards do not"
@@ -163,11 +180,15 @@ class Requests:
             return []
 
     def _need(self, ref: BlobRef, what: str) -> None:
+        """Raises NotFound when the blob is not here, InvalidRequest when it has another size than its reference says."""
         if not self._store.has(ref.sha256):
-            raise InvalidRequest(
+            raise NotFound(
                 f"the {what} blob {ref.sha256[:12]} is not in the coordinator's store: "
                 f"PUT it to {self._where()}/blobs/{ref.sha256} first"
             )
+        size = self._store.size(ref.sha256)
+        if size != ref.size:
+            raise InvalidRequest(f"the {what} blob {ref.sha256[:12]} has {size} bytes, not {ref.size}")
 
     def _where(self) -> str:
         return self._urls[0] if self._urls else "<coordinator>"
@@ -177,3 +198,11 @@ def dataset_blobs(manifest: BlobRef, dataset: Dataset) -> list[BlobRef]:
     """Every blob that a registered data set needs."""
     keys = [dataset.keys] if dataset.keys else []
     return [manifest, *keys, *(shard.blob for shard in dataset.shards)]
+
+
+def _is_same(kept: AnyJobSpec, asked: AnyJobSpec) -> bool:
+    """Whether a job that is kept is the one asked for: a deployment is kept with the version that its name stood for."""
+    if isinstance(kept, Deploy) and isinstance(asked, Deploy):
+        named = kept.model if ":" in asked.model else kept.model.partition(":")[0]
+        return (named, kept.replicas) == (asked.model, asked.replicas)
+    return kept == asked

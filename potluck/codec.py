@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
 from typing import Any, Literal, TypeVar
 
@@ -21,6 +23,9 @@ Encoding = Literal["msgpack", "json"]
 CONTENT_TYPES: dict[Encoding, str] = {"msgpack": "application/msgpack", "json": "application/json"}
 
 _LONG_NUMBER = re.compile(rb"[0-9]{19}")
+_IN_JSON = {key: re.compile(rb'"%s"\s*:\s*("(?:[^"\\]|\\.)*")' % key.encode(), re.DOTALL) for key in ("id", "reply_to")}
+_UNREADABLE = (ValueError, TypeError, RecursionError, msgpack.exceptions.UnpackException)
+"""What the parsers raise. TypeError: a map in msgpack may have a list for a key, which none of ours can."""
 _NATIVE = {"msgpack": (bytes,), "json": ()}
 T = TypeVar("T")
 
@@ -47,13 +52,43 @@ def decode(payload: bytes, *, limit: int = INLINE_LIMIT_BYTES) -> tuple[Message,
 
 
 def salvage(payload: bytes) -> tuple[str, str, Encoding | None]:
-    """`(id, reply_to, encoding)` of a payload that did not decode, so that it can be answered; empty where unknown."""
+    """`(id, reply_to, encoding)` of a payload that did not decode, so that it can be answered; empty where unknown.
+
+    They are found beside what cannot be read, too: whoever made a mistake in one field should hear of it.
+    """
+    encoding = _encoding_of(payload)
+    found: dict[str, str] = {}
+    if encoding is not None:
+        for key, text in (_fields_of_json if encoding == "json" else _fields_of_msgpack)(payload):
+            found.setdefault(key, text)
+    return found.get("id", ""), found.get("reply_to", ""), encoding
+
+
+def _fields_of_json(payload: bytes) -> Iterator[tuple[str, str]]:
     try:
-        value, encoding = _parse(payload)
+        value, _ = _parse(payload)
     except BadMessage:
-        return "", "", None
-    texts = (value.get("id"), value.get("reply_to"))
-    return (*(text if isinstance(text, str) else "" for text in texts), encoding)  # type: ignore[return-value]
+        for key, pattern in _IN_JSON.items():
+            if (match := pattern.search(payload)) is not None:
+                with suppress(*_UNREADABLE):  # a text that cannot be sent back is as good as none
+                    text = json.loads(match[1])
+                    text.encode()
+                    yield key, text
+        return
+    yield from ((key, value[key]) for key in _IN_JSON if isinstance(value.get(key), str))
+
+
+def _fields_of_msgpack(payload: bytes) -> Iterator[tuple[str, str]]:
+    """The texts among the fields up to one that cannot be read. Libraries that know one kind of string write them as `bin`."""
+    # Texts as bytes and maps as lists: neither bad UTF-8 nor an odd key stands in the way of the next field.
+    unpacker = msgpack.Unpacker(raw=True, strict_map_key=False, object_pairs_hook=list, max_buffer_size=len(payload))
+    with suppress(*_UNREADABLE):
+        unpacker.feed(payload)
+        for _ in range(unpacker.read_map_header()):
+            key, text = unpacker.unpack(), unpacker.unpack()
+            if key in (b"id", b"reply_to") and isinstance(text, bytes):
+                with suppress(UnicodeDecodeError):
+                    yield key.decode(), text.decode()
 
 
 def pack(value: Any, encoding: Encoding = "msgpack") -> bytes:
@@ -100,29 +135,34 @@ def unpack(payload: bytes, kind: type[T]) -> T:
 def _parse(payload: bytes) -> tuple[dict[Any, Any], Encoding]:
     if not payload:
         raise BadMessage("the payload is empty: expected a msgpack or JSON map")
-    first = payload[0]
-    encoding: Encoding
+    encoding = _encoding_of(payload)
+    if encoding is None:
+        raise BadMessage(f"the payload is neither a msgpack nor a JSON map: its first byte is 0x{payload[0]:02x}")
     try:
-        if first == 0x7B or first in b" \t\r\n\xef":
-            encoding = "json"
+        if encoding == "json":
             # Only where there may be one: the check costs as much as the rest.
             parse_int = _number if _LONG_NUMBER.search(payload) else None
             value = json.loads(payload.decode("utf-8-sig"), parse_int=parse_int)
             if b"\\ud" in payload or b"\\uD" in payload:
                 json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair cannot be sent on
-        elif 0x80 <= first <= 0x8F or first in (0xDE, 0xDF):
-            encoding = "msgpack"
+        else:
             size = len(payload)
             value = msgpack.unpackb(
                 payload, strict_map_key=False, max_str_len=size, max_bin_len=size, max_array_len=size, max_map_len=size
             )
-        else:
-            raise BadMessage(f"the payload is neither a msgpack nor a JSON map: its first byte is 0x{first:02x}")
-    except (ValueError, RecursionError, msgpack.exceptions.UnpackException) as error:
+    except _UNREADABLE as error:
         raise BadMessage(f"the payload is not valid {encoding}: {error or type(error).__name__}") from error
     if not isinstance(value, dict):
         raise BadMessage(f"the payload is a {type(value).__name__}: expected a map")
     return value, encoding
+
+
+def _encoding_of(payload: bytes) -> Encoding | None:
+    """As the first byte tells it."""
+    first = payload[0] if payload else 0
+    if first == 0x7B or first in b" \t\r\n\xef":
+        return "json"
+    return "msgpack" if 0x80 <= first <= 0x8F or first in (0xDE, 0xDF) else None
 
 
 def _number(text: str) -> int | float:

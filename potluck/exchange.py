@@ -226,7 +226,7 @@ class Bus(ABC):
             message, encoding = codec.decode(payload)
         except (BadMessage, TooLarge) as error:
             self._on_malformed(
-                Envelope(topic, Message(), "msgpack", retained, response_topic, correlation), payload, error
+                Envelope(topic, Message(), "msgpack", retained, response_topic, correlation, qos), payload, error
             )
             return
         if correlation is not None and not message.id:
@@ -239,6 +239,8 @@ class Bus(ABC):
                 except Exception:
                     self.counters["handler_errors"] += 1
                     log.exception("handler failed %s", fields(topic=topic, type=type(message).__name__))
+                    fault = PotluckError(f"{type(message).__name__} met a fault of {self.client_id}: its log says more")
+                    self._answer_later(envelope, fault)
 
     def _on_malformed(self, envelope: Envelope, payload: bytes, error: PotluckError) -> None:
         self.counters["malformed"] += 1
@@ -265,12 +267,17 @@ class Bus(ABC):
             encoding,
             reply_to=reply_to or envelope.reply_to,
             correlation=envelope.correlation,
+            qos=envelope.qos,
         )
-        if answer_to.reply_to and not self._failures.full():
-            self._failures.put_nowait((answer_to, error))
+        self._answer_later(answer_to, error)
+
+    def _answer_later(self, envelope: Envelope, error: PotluckError) -> None:
+        """Refuse a question that no handler answers; one too many at a time goes unanswered."""
+        if envelope.reply_to and not self._failures.full():
+            self._failures.put_nowait((envelope, error))
 
     async def _answer_malformed(self) -> None:
-        """Send the answers that `_on_malformed` queued, until cancelled."""
+        """Send the answers that `_answer_later` queued, until cancelled."""
         while True:
             envelope, error = await self._failures.get()
             try:

@@ -1,4 +1,4 @@
-"""The gateway's routes: Open Inference Protocol V2 (REST, JSON), and metrics for Prometheus."""
+"""The gateway's routes: Open Inference Protocol V2 (REST) with its binary tensor extension, and metrics for Prometheus."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from coordinator.gateway import metrics
+from coordinator.gateway import binary, metrics
 from coordinator.membership import Membership
 from coordinator.serving.inference import Inference
 from coordinator.serving.registry import Registry
 from coordinator.serving.serving import Serving
 from potluck import __version__
+from potluck.bus import Bus
 from potluck.codec import finite
 from potluck.errors import (
+    Conflict,
     InvalidRequest,
+    InvalidSettings,
     NotFound,
     Overloaded,
     PotluckError,
@@ -28,12 +31,15 @@ from potluck.errors import (
 )
 from potluck.messages import BlobRef, Count, Tensor, TensorSpec
 from potluck.settings import CoordinatorSettings
-from potluck.tensors import as_lists
+from potluck.tensors import as_lists, to_numpy
 
 log = logging.getLogger(__name__)
 
 BODY_LIMIT_BYTES = 4 * 2**20
-STATUS: dict[type[PotluckError], int] = {NotFound: 404, Overloaded: 429, TooLarge: 413, TimedOut: 504, Unavailable: 503}
+STATUS: dict[type[PotluckError], int] = {NotFound: 404, Conflict: 409, TooLarge: 413, Overloaded: 429, TimedOut: 504}
+"""Of errors with a status of their own; see `_status`."""
+_CONNECTED_SECONDS = 0.05
+"""What a probe waits for the bus: a reconnect that is about to succeed is none of its business."""
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -44,7 +50,7 @@ class _RequestTensor(msgspec.Struct):
     name: str
     shape: tuple[Count, ...]
     datatype: str
-    data: list[Any]
+    data: list[Any] | None = None
     parameters: dict[str, Any] = {}
 
 
@@ -63,10 +69,17 @@ class _InferRequest(msgspec.Struct):
 
 
 def routes(
-    serving: Serving, inference: Inference, registry: Registry, membership: Membership, settings: CoordinatorSettings
+    serving: Serving,
+    inference: Inference,
+    registry: Registry,
+    membership: Membership,
+    settings: CoordinatorSettings,
+    bus: Bus | None = None,
 ) -> list[web.RouteDef]:
-    """Routes for the coordinator's HTTP application."""
-    gateway = _Gateway(serving, inference, registry, settings)
+    """Routes for the coordinator's HTTP application. While `bus` is not connected nothing is ready; without it that shows
+    only once the nodes count as lost.
+    """
+    gateway = _Gateway(serving, inference, registry, settings, bus)
 
     async def prometheus(request: web.Request) -> web.Response:
         text = metrics.exposition(serving, inference, membership)
@@ -76,7 +89,7 @@ def routes(
     for path, handler in (
         ("/v2", gateway.server),
         ("/v2/health/live", gateway.live),
-        ("/v2/health/ready", gateway.live),
+        ("/v2/health/ready", gateway.server_ready),
     ):
         found.append(web.get(path, _guarded(handler)))
     for base in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
@@ -88,19 +101,35 @@ def routes(
 
 class _Gateway:
     def __init__(
-        self, serving: Serving, inference: Inference, registry: Registry, settings: CoordinatorSettings
+        self,
+        serving: Serving,
+        inference: Inference,
+        registry: Registry,
+        settings: CoordinatorSettings,
+        bus: Bus | None,
     ) -> None:
         self._serving = serving
         self._inference = inference
         self._registry = registry
         self._settings = settings
+        self._bus = bus
 
     async def server(self, request: web.Request) -> web.Response:
-        return web.json_response({"name": "potluck", "version": __version__, "extensions": []})
+        return web.json_response({"name": "potluck", "version": __version__, "extensions": [binary.EXTENSION]})
 
     async def live(self, request: web.Request) -> web.Response:
-        key = request.path.rsplit("/", 1)[1]
-        return web.json_response({key: True})
+        return web.json_response({"live": True})
+
+    async def server_ready(self, request: web.Request) -> web.Response:
+        """All models that are deployed are ready (the protocol's "server ready"); with none, nothing could be answered."""
+        names = sorted({deployment.name.partition(":")[0] for deployment in self._serving.deployments()})
+        waiting = [name for name in names if not self._serving.ready(name)]
+        reason = await self._disconnected()
+        if not reason and not names:
+            reason = "no model is deployed"
+        if not reason and waiting:
+            reason = f"no replica is ready of {', '.join(waiting[:12])}"
+        return _readiness({}, reason)
 
     async def model(self, request: web.Request) -> web.Response:
         info = self._registry.model(_name(request))
@@ -117,38 +146,55 @@ class _Gateway:
 
     async def ready(self, request: web.Request) -> web.Response:
         name = _name(request)
-        if not self._serving.ready(name):
-            raise Unavailable(f"no replica of {name} is ready")
-        return web.json_response({"name": request.match_info["model"], "ready": True})
+        ready = self._serving.ready(name)
+        reason = await self._disconnected()
+        if not reason and not ready:
+            reason = f"no replica of {name} is ready"
+        return _readiness({"name": request.match_info["model"]}, reason)
+
+    async def _disconnected(self) -> str:
+        """Why no node can be reached; empty when the bus is connected."""
+        try:
+            if self._bus is not None:
+                await self._bus.connected(_CONNECTED_SECONDS)
+        except Unavailable as error:
+            return error.message
+        return ""
 
     async def infer(self, request: web.Request) -> web.Response:
-        if "Inference-Header-Content-Length" in request.headers:
-            raise InvalidRequest("the binary tensor extension is not supported yet: send `data` as lists")
-        asked = _decode(await request.read())
-        inputs = tuple(
-            Tensor(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape, data=tensor.data)
-            for tensor in asked.inputs
-        )
+        text, tail = binary.split(await request.read(), request.headers.get(binary.HEADER))
+        asked = _decode(text)
+        as_bytes = _wanted_as_bytes(asked)
+        inputs = _inputs(asked, tail)
         answer = await self._inference.infer(_name(request), inputs, self._settings.inference_seconds)
         name, _, version = answer.model.partition(":")
         wanted = {output.name for output in asked.outputs}
-        outputs = [as_lists(tensor) for tensor in answer.outputs if not wanted or tensor.name in wanted]
+        outputs = [tensor for tensor in answer.outputs if not wanted or tensor.name in wanted]
         if wanted and len(outputs) != len(wanted):
             have = ", ".join(tensor.name for tensor in answer.outputs)
             raise InvalidRequest(f"the model's outputs are {have}, but others were asked for")
         if any(isinstance(tensor.data, BlobRef) for tensor in outputs):
             raise TooLarge("the answer does not fit into a message: send fewer rows at once, or ask over MQTT")
-        body = {
-            "model_name": name,
-            "model_version": version,
-            "outputs": [
-                {"name": tensor.name, "datatype": tensor.datatype, "shape": list(tensor.shape), "data": tensor.data}
-                for tensor in outputs
-            ],
-        }
+        body: dict[str, Any] = {"model_name": name, "model_version": version, "outputs": []}
         if asked.id:
             body["id"] = asked.id
-        return web.json_response(finite(body))  # JSON knows no NaN
+        behind: list[bytes] = []
+        for tensor in outputs:
+            told: dict[str, Any] = {"name": tensor.name, "datatype": tensor.datatype, "shape": list(tensor.shape)}
+            if as_bytes(tensor.name):
+                behind.append(binary.packed(tensor))
+                told["parameters"] = {binary.SIZE: len(behind[-1])}
+            else:
+                told["data"] = finite(as_lists(tensor).data)  # JSON knows no NaN
+            body["outputs"].append(told)
+        if not behind:
+            return web.json_response(body)
+        head = json.dumps(body).encode()
+        return web.Response(
+            body=head + b"".join(behind),
+            headers={binary.HEADER: str(len(head))},
+            content_type="application/octet-stream",
+        )
 
 
 def _decode(body: bytes) -> _InferRequest:
@@ -159,6 +205,38 @@ def _decode(body: bytes) -> _InferRequest:
         return msgspec.convert(value, _InferRequest)
     except (ValueError, RecursionError) as error:  # msgspec.ValidationError is a ValueError
         raise InvalidRequest(f"the body is not an inference request: {error}") from error
+
+
+def _inputs(asked: _InferRequest, tail: bytes) -> tuple[Tensor, ...]:
+    """The input tensors, their data from the JSON or from what is behind it. Raises InvalidRequest."""
+    reader = binary.Reader(tail)
+    inputs = []
+    for one in asked.inputs:
+        data: list[Any] | bytes | None = one.data
+        if (binary.SIZE in one.parameters) != (data is None):
+            raise InvalidRequest(f"tensor '{one.name}' needs either data or the parameter {binary.SIZE}")
+        if data is None:
+            data = reader.take(one.name, one.datatype, one.parameters[binary.SIZE])
+        tensor = Tensor(name=one.name, datatype=one.datatype, shape=one.shape, data=data)
+        if isinstance(data, bytes):
+            to_numpy(tensor)  # as lists are, bytes are checked here, where only their own request can fail
+        inputs.append(tensor)
+    reader.close()
+    return tuple(inputs)
+
+
+def _wanted_as_bytes(asked: _InferRequest) -> Callable[[str], bool]:
+    """Whether an output is asked for in binary, by its name. Raises InvalidRequest."""
+
+    def flag(parameters: dict[str, Any], key: str, default: bool) -> bool:
+        value = parameters.get(key, default)
+        if not isinstance(value, bool):
+            raise InvalidRequest(f"the parameter {key} is {value!r:.40}: expected true or false")
+        return value
+
+    all_of_them = flag(asked.parameters, "binary_data_output", False)
+    each = {output.name: flag(output.parameters, "binary_data", all_of_them) for output in asked.outputs}
+    return lambda name: each.get(name, all_of_them)
 
 
 def _name(request: web.Request) -> str:
@@ -179,10 +257,26 @@ def _guarded(handler: Handler) -> Handler:
         except web.HTTPRequestEntityTooLarge:
             return _problem(413, f"the body is over {BODY_LIMIT_BYTES} bytes", None)
         except PotluckError as error:
-            status = next((code for kind, code in STATUS.items() if isinstance(error, kind)), 400)
-            return _problem(status, error.message, error.retry_after_seconds)
+            return _problem(_status(error), error.message, error.retry_after_seconds)
 
     return guarded
+
+
+def _status(error: PotluckError) -> int:
+    """503 for what may go better another time, 500 for our own fault (also codes that are not known here), else 400."""
+    for kind, status in STATUS.items():
+        if isinstance(error, kind):
+            return status
+    if error.retryable:
+        return 503
+    return 500 if type(error) is PotluckError or isinstance(error, InvalidSettings) else 400
+
+
+def _readiness(said: dict[str, Any], reason: str) -> web.Response:
+    """`reason`: why it is not ready."""
+    if reason:
+        return web.json_response(said | {"ready": False, "error": reason}, status=503)
+    return web.json_response(said | {"ready": True})
 
 
 def _problem(status: int, text: str, retry_after_seconds: float | None) -> web.Response:

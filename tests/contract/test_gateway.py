@@ -6,17 +6,20 @@ import asyncio
 import io
 import json
 import socket
+import struct
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
 
 from coordinator.gateway import routes as gateway
+from coordinator.serving.inference import INPUT_LIMIT_BYTES
 from potluck.errors import Unavailable
 from potluck.http import serve_http
-from potluck.messages import ErrorInfo
+from potluck.messages import BlobRef, ErrorInfo
 from support.eventually import eventually
 from support.serving_lab import Lab, question
 
@@ -40,7 +43,7 @@ async def http(lab: Lab, stack: AsyncExitStack) -> tuple[str, aiohttp.ClientSess
     lab.add_model()
     await lab.serving.deploy("m", 1)
     sock = socket.create_server(("127.0.0.1", 0))
-    found = gateway.routes(lab.serving, lab.inference, lab.registry, lab.membership, lab.settings)
+    found = gateway.routes(lab.serving, lab.inference, lab.registry, lab.membership, lab.settings, lab.bus)
     await stack.enter_async_context(serve_http(sock, found, gateway.BODY_LIMIT_BYTES))
     session = await stack.enter_async_context(aiohttp.ClientSession())
     return f"http://127.0.0.1:{sock.getsockname()[1]}", session
@@ -53,7 +56,7 @@ GOOD = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 2], "data": [1
 async def test_open_inference_protocol(http: Http) -> None:
     base, session = http
     for path, wanted in (
-        ("/v2", {"name": "potluck"}),
+        ("/v2", {"name": "potluck", "extensions": ["binary_tensor_data"]}),
         ("/v2/health/live", {"live": True}),
         ("/v2/health/ready", {"ready": True}),
         ("/v2/models/m/ready", {"name": "m", "ready": True}),
@@ -111,6 +114,13 @@ async def test_open_inference_protocol(http: Http) -> None:
             400,
             "surrogate",
         ),
+        (
+            "/v2/models/m/infer",
+            json.dumps({"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 2]}]}),
+            400,
+            "data",
+        ),
+        ("/v2/models/m/infer", json.dumps(GOOD | {"parameters": {"binary_data_output": 1}}), 400, "binary_data_output"),
         ("/v2/models/m:1/versions/1/infer", json.dumps(GOOD), 404, "no version"),
         ("/v2/models/m/infer", "x" * (gateway.BODY_LIMIT_BYTES + 1), 413, "body"),
     ],
@@ -164,8 +174,11 @@ async def test_an_answer_that_is_a_blob_is_too_large_here(lab: Lab, http: Http) 
 
 async def test_what_goes_wrong_at_a_replica_has_its_status(lab: Lab, http: Http) -> None:
     base, session = http
-    for code, status in (("invalid_request", 400), ("invalid_model", 400), ("engine_failed", 503)):
-        lab.nodes["a"].failing = ErrorInfo(code=code, message="what the node said", retryable=status == 503)
+    for code, retryable, status in (
+        ("invalid_request", False, 400), ("invalid_model", False, 400), ("conflict", False, 409), ("engine_failed", True, 503),
+        ("internal", False, 500), ("internal", True, 503), ("of_a_later_version", False, 500), ("disk_full", True, 503),
+    ):  # fmt: skip
+        lab.nodes["a"].failing = ErrorInfo(code=code, message="what the node said", retryable=retryable)
         async with session.post(f"{base}/v2/models/m/infer", json=GOOD) as response:
             assert response.status == status
             assert "what the node said" in (await response.json())["error"]
@@ -176,6 +189,7 @@ async def test_a_model_that_is_not_ready_or_not_deployed(lab: Lab, http: Http) -
     lab.leave("a")
     async with session.get(f"{base}/v2/models/m/ready") as response:
         assert response.status == 503
+        assert await response.json() == {"name": "m", "ready": False, "error": "no replica of m is ready"}
     await lab.serving.undeploy("m")
     async with session.get(f"{base}/v2/models/m/ready") as response:
         assert response.status == 404
@@ -194,3 +208,163 @@ async def test_who_goes_away_leaves_nothing(lab: Lab, http: Http) -> None:
     lab.nodes["a"].mute = False
     async with session.post(f"{base}/v2/models/m/versions/1/infer", json=GOOD) as response:
         assert response.status == 200
+
+
+async def readiness(http: Http, path: str = "/v2/health/ready") -> tuple[int, str]:
+    base, session = http
+    async with session.get(base + path) as response:
+        said = await response.json()
+        assert said["ready"] is (response.status == 200)
+        return response.status, said.get("error", "")
+
+
+async def test_the_server_is_ready_when_all_that_is_deployed_is(lab: Lab, stack: AsyncExitStack, http: Http) -> None:
+    assert await readiness(http) == (200, "")
+    node = await lab.join(stack, "b")
+    node.slow_to_load = True
+    lab.registry.add_model("other", BlobRef(sha256="9" * 64, size=1), now=1.0)
+    loading = asyncio.create_task(lab.serving.deploy("other", 1))
+    await eventually(lambda: len(lab.serving.deployments()) == 2)
+    assert await readiness(http) == (503, "no replica is ready of other")
+    assert (await readiness(http, "/v2/models/m/ready"))[0] == 200
+    node.slow_to_load = False
+    await loading
+    assert await readiness(http) == (200, "")
+    await lab.serving.undeploy("m")
+    await lab.serving.undeploy("other")
+    assert await readiness(http) == (503, "no model is deployed")
+
+
+async def test_a_new_version_that_still_loads_takes_nothing_away(lab: Lab, stack: AsyncExitStack, http: Http) -> None:
+    node = await lab.join(stack, "b")
+    node.slow_to_load = True
+    lab.add_model(2)
+    loading = asyncio.create_task(lab.serving.deploy("m", 1))
+    await eventually(lambda: len(lab.serving.deployments()) == 2)
+    assert await readiness(http) == (200, "")
+    assert (await readiness(http, "/v2/models/m/versions/2/ready"))[0] == 503
+    node.slow_to_load = False
+    await loading
+
+
+async def test_nothing_is_ready_without_the_bus(lab: Lab, http: Http) -> None:
+    lab.broker.stop()
+    for path in ("/v2/health/ready", "/v2/models/m/ready"):
+        status, said = await readiness(http, path)
+        assert status == 503
+        assert "bus" in said
+    base, session = http
+    async with session.get(f"{base}/v2/health/live") as response:
+        assert response.status == 200
+    lab.broker.start()
+    await lab.bus.connected(5)
+    assert await readiness(http) == (200, "")
+
+
+async def test_the_protocol_document_names_routes_and_limits(lab: Lab) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text(encoding="utf-8")
+    for route in gateway.routes(lab.serving, lab.inference, lab.registry, lab.membership, lab.settings):
+        path = route.path.replace("{model}", "<name>").replace("/versions/{version}", "")
+        assert f"`{route.method} {path}`" in text
+    for limit in (gateway.BODY_LIMIT_BYTES, INPUT_LIMIT_BYTES):
+        assert f"{limit:,} bytes" in text
+    assert "`/versions/<version>`" in text
+
+
+# --- the binary tensor extension --------------------------------------------------------------------------------------
+
+
+def with_tail(request: dict[str, Any], tail: bytes) -> tuple[bytes, dict[str, str]]:
+    """(body, headers)"""
+    head = json.dumps(request).encode()
+    return head + tail, {"Inference-Header-Content-Length": str(len(head))}
+
+
+def binary_input(
+    size: object, datatype: str = "FP32", shape: tuple[int, ...] = (1, 2), **more: object
+) -> dict[str, Any]:
+    return {"name": "x", "datatype": datatype, "shape": shape, "parameters": {"binary_data_size": size}, **more}
+
+
+@pytest.mark.parametrize(
+    ("asked", "binary"),
+    [
+        ({}, False),
+        ({"parameters": {"binary_data_output": True}}, True),
+        ({"outputs": [{"name": "y", "parameters": {"binary_data": True}}]}, True),
+        (
+            {
+                "parameters": {"binary_data_output": True},
+                "outputs": [{"name": "y", "parameters": {"binary_data": False}}],
+            },
+            False,
+        ),
+    ],
+)
+async def test_tensors_travel_as_bytes(http: Http, asked: dict[str, Any], binary: bool) -> None:
+    base, session = http
+    for body, headers in (
+        with_tail({"inputs": [binary_input(8)], "id": "7", **asked}, struct.pack("<2f", 1, 2)),
+        (json.dumps(GOOD | {"id": "7"} | asked).encode(), {}),
+    ):
+        async with session.post(f"{base}/v2/models/m/infer", data=body, headers=headers) as response:
+            assert response.status == 200
+            said = await response.read()
+            length = int(response.headers.get("Inference-Header-Content-Length", len(said)))
+            assert response.content_type == ("application/octet-stream" if binary else "application/json")
+        told = json.loads(said[:length])
+        assert (told["id"], told["model_name"]) == ("7", "m")
+        (output,) = told["outputs"]
+        if binary:
+            assert output == {"name": "y", "datatype": "FP32", "shape": [1, 2], "parameters": {"binary_data_size": 8}}
+            assert struct.unpack("<2f", said[length:]) == (2, 4)
+        else:
+            assert output == {"name": "y", "datatype": "FP32", "shape": [1, 2], "data": [2, 4]}
+
+
+async def test_texts_as_bytes_have_their_lengths_before_them(http: Http) -> None:
+    base, session = http
+    tail = b"".join(struct.pack("<I", len(text)) + text for text in ("ä".encode(), b""))
+    request = {"inputs": [binary_input(len(tail), "BYTES")], "parameters": {"binary_data_output": True}}
+    body, headers = with_tail(request, tail)
+    async with session.post(f"{base}/v2/models/m/infer", data=body, headers=headers) as response:
+        assert response.status == 200
+        said = (await response.read())[int(response.headers["Inference-Header-Content-Length"]) :]
+    assert said == struct.pack("<I", 4) + "ää".encode() + struct.pack("<I", 0)  # the node doubles what it gets
+
+
+@pytest.mark.parametrize(
+    ("request_", "tail", "said"),
+    [
+        ({"inputs": [binary_input(8)]}, b"1234567", "7 bytes are left"),
+        ({"inputs": [binary_input(8)]}, b"123456789", "1 bytes behind the JSON"),
+        ({"inputs": [binary_input(4)]}, b"1234", "8 bytes, but data has 4"),
+        ({"inputs": [binary_input(-1)]}, b"", "binary_data_size is -1"),
+        ({"inputs": [binary_input("8")]}, b"12345678", "binary_data_size is '8'"),
+        ({"inputs": [binary_input(True)]}, b"1", "binary_data_size is True"),
+        ({"inputs": [binary_input(8, data=[1, 2])]}, b"12345678", "either data or"),
+        ({"inputs": [binary_input(8, "FP31")]}, b"12345678", "FP31"),
+        ({"inputs": [binary_input(8, "BYTES")]}, struct.pack("<I", 5) + b"1234", "ends behind"),
+        ({"inputs": [binary_input(5, "BYTES")]}, struct.pack("<I", 1) + b"\xff", "UTF-8"),
+        (
+            {"inputs": [binary_input(8)], "outputs": [{"name": "y", "parameters": {"binary_data": 1}}]},
+            b"12345678",
+            "true",
+        ),
+    ],
+)
+async def test_bytes_that_do_not_fit_are_named(http: Http, request_: dict[str, Any], tail: bytes, said: str) -> None:
+    base, session = http
+    body, headers = with_tail(request_, tail)
+    async with session.post(f"{base}/v2/models/m/infer", data=body, headers=headers) as response:
+        assert response.status == 400
+        assert said in (await response.json())["error"]
+
+
+@pytest.mark.parametrize("length", ["", "x", "-1", "1e3", "99999", "9" * 5000])
+async def test_a_length_that_cannot_be_is_refused(http: Http, length: str) -> None:
+    base, session = http
+    headers = {"Inference-Header-Content-Length": length}
+    async with session.post(f"{base}/v2/models/m/infer", json=GOOD, headers=headers) as response:
+        assert response.status == 400
+        assert "Inference-Header-Content-Length" in (await response.json())["error"]

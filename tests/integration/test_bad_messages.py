@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import aiomqtt
+import msgpack
 import pytest
 
 from potluck.local_cluster import LocalCluster
@@ -33,11 +36,13 @@ async def bus(cluster: LocalCluster) -> AsyncIterator[aiomqtt.Client]:
         yield client
 
 
-async def answer(bus: aiomqtt.Client) -> dict[str, Any]:
-    async with asyncio.timeout(10):
+async def answer(bus: aiomqtt.Client, seconds: float = 10) -> dict[str, Any]:
+    async with asyncio.timeout(seconds):
         message = await anext(aiter(bus.messages))
     assert isinstance(message.payload, bytes)
-    found: dict[str, Any] = json.loads(message.payload)
+    found: dict[str, Any] = (
+        json.loads(message.payload) if message.payload[:1] == b"{" else msgpack.unpackb(message.payload)
+    )
     return found
 
 
@@ -98,6 +103,7 @@ async def test_noise_on_every_topic_leaves_everything_running(cluster: LocalClus
         b"null",
         b'{"type":"LeaseShard"}',
         b"\xdf\xff\xff\xff\xff",
+        b"\x81\x90\x01",
         b"x" * 300_000,
     ]
     leaves = [
@@ -127,27 +133,132 @@ async def test_nobody_makes_the_coordinator_speak_to_a_node(cluster: LocalCluste
     assert (found["type"], found["id"]) == ("JobsListed", "j")
 
 
+@pytest.mark.parametrize("encode", [json.dumps, msgpack.packb])
+@pytest.mark.parametrize(
+    ("leaf", "message"),
+    [
+        ("coordinator/inbox", {"type": "GetJob", "job_id": {"a": 1}}),
+        ("coordinator/inbox", {"type": "GetJob", "job_id": "j", "expires": "soon"}),
+        ("coordinator/inbox", {"type": ["ListNodes"]}),
+        ("coordinator/inbox", {}),
+        ("jobs/submit", {"type": "SubmitJob", "job": ["train"]}),
+        ("models/m/infer", {"type": "Infer", "inputs": [{"name": "x", "datatype": "FP32", "shape": "1"}]}),
+        ("models/m/infer", {"type": "Infer", "inputs": "none"}),
+    ],
+)
+async def test_a_field_of_another_type_is_answered_in_both_encodings(
+    bus: aiomqtt.Client, leaf: str, message: dict[str, Any], encode: Callable[[Any], str | bytes]
+) -> None:
+    await bus.publish(topic(leaf), encode({**message, "id": "q", "reply_to": INBOX}), qos=1)
+    found = await answer(bus)
+    assert (found["type"], found["id"], found["error"]["code"]) == ("RequestFailed", "q", "bad_message")
+
+
+TO = {"id": "q", "reply_to": INBOX}
+
+
+@pytest.mark.parametrize(
+    ("payload", "said"),
+    [
+        (json.dumps({"type": "ListNodes", **TO})[:-1] + ",}", "not valid json"),
+        (json.dumps({"type": "GetJob", "job_id": "\ud800", **TO}), "surrogates"),
+        (b'{"type": "GetJob", "job_id": "\xff", ' + json.dumps(TO).encode()[1:], "not valid json"),
+        (msgpack.packb({**TO, "type": "ListNodes"})[:-1], "not valid msgpack"),
+        (b"\x83\x90\x01" + msgpack.packb(TO)[1:], "unhashable"),
+        (msgpack.packb({b"type": b"ListNodes", b"id": b"q", b"reply_to": INBOX.encode()}), "unknown message type"),
+    ],
+)
+async def test_what_cannot_be_read_is_answered_where_it_says_whom_to_answer(
+    bus: aiomqtt.Client, payload: str | bytes, said: str
+) -> None:
+    await bus.publish(topic("coordinator/inbox"), payload, qos=1)
+    found = await answer(bus)
+    assert (found["type"], found["id"], found["error"]["code"]) == ("RequestFailed", "q", "bad_message")
+    assert said in found["error"]["message"]
+
+
+async def put(cluster: LocalCluster, data: bytes) -> dict[str, Any]:
+    """Bring a blob to the coordinator; its reference."""
+    sha256 = hashlib.sha256(data).hexdigest()
+    async with aiohttp.ClientSession() as http:
+        async with http.put(f"{cluster.http_url}/blobs/{sha256}", data=data) as response:
+            assert response.status in (200, 201)
+    return {"sha256": sha256, "size": len(data)}
+
+
+async def ask(bus: aiomqtt.Client, leaf: str, message: dict[str, Any], request_id: str = "q") -> dict[str, Any]:
+    await bus.publish(topic(leaf), json.dumps({"id": request_id, "reply_to": INBOX, **message}), qos=1)
+    return await answer(bus)
+
+
+async def register(cluster: LocalCluster, bus: aiomqtt.Client, name: str) -> dict[str, Any]:
+    """Register some bytes that are no model; their reference."""
+    model = await put(cluster, f"not the model {name}, but a blob".encode())
+    found = await ask(bus, "coordinator/inbox", {"type": "RegisterModel", "name": name, "model": model})
+    assert found["model"]["version"] == 1
+    return model
+
+
 async def test_the_same_submission_twice_is_one_job(cluster: LocalCluster, bus: aiomqtt.Client) -> None:
-    import hashlib
+    await register(cluster, bus, "odd")
+    submit = {"type": "SubmitJob", "job": {"kind": "deploy", "model": "odd"}}
+    first, second = [await ask(bus, "jobs/submit", submit, "s") for _ in range(2)]
+    assert first["job_id"] == second["job_id"]
 
-    from aiohttp import ClientSession
 
-    model = b"not a model, but a blob"
-    sha256 = hashlib.sha256(model).hexdigest()
-    async with ClientSession() as http, http.put(f"{cluster.http_url}/blobs/{sha256}", data=model) as response:
-        assert response.status == 201
-    register = {
-        "type": "RegisterModel",
-        "id": "r",
-        "reply_to": INBOX,
-        "name": "odd",
-        "model": {"sha256": sha256, "size": 23},
-    }
-    await bus.publish(topic("coordinator/inbox"), json.dumps(register), qos=1)
-    assert (await answer(bus))["model"]["version"] == 1
-    submit = {"type": "SubmitJob", "id": "s", "reply_to": INBOX, "job": {"kind": "deploy", "model": "odd"}}
-    ids = set()
-    for _ in range(2):
-        await bus.publish(topic("jobs/submit"), json.dumps(submit), qos=1)
-        ids.add((await answer(bus))["job_id"])
-    assert len(ids) == 1
+async def test_another_job_under_the_id_of_one_is_refused(cluster: LocalCluster, bus: aiomqtt.Client) -> None:
+    model = await register(cluster, bus, "plain")
+    data = json.dumps(
+        {"count": 1, "format": {"kind": "arrays"}, "name": "one"} | {"shards": [{"blob": model, "count": 1}]}
+    )
+    manifest = await put(cluster, data.encode())
+    found = await ask(bus, "coordinator/inbox", {"type": "AddDataset", "name": "one", "manifest": manifest})
+    assert found["type"] == "DatasetAdded"
+    evaluate = {"kind": "evaluate", "model": model, "dataset": "one"}
+    deploy = {"kind": "deploy", "model": "plain"}
+    for request_id, job, same, others in (
+        ("evaluate", evaluate, [evaluate | {"batch_size": 32}], [evaluate | {"batch_size": 8}, deploy]),
+        ("deploy", deploy, [deploy | {"model": "plain:1"}], [deploy | {"replicas": 2}, deploy | {"model": "plain:2"}]),
+    ):
+        made = await ask(bus, "jobs/submit", {"type": "SubmitJob", "job": job}, request_id)
+        for again in (job, *same):
+            found = await ask(bus, "jobs/submit", {"type": "SubmitJob", "job": again}, request_id)
+            assert found["job_id"] == made["job_id"]
+        for other in others:
+            found = await ask(bus, "jobs/submit", {"type": "SubmitJob", "job": other}, request_id)
+            assert (found["type"], found["error"]["code"]) == ("RequestFailed", "conflict")
+            assert made["job_id"] in found["error"]["message"]
+
+
+async def test_blobs_that_are_not_as_their_reference_says(cluster: LocalCluster, bus: aiomqtt.Client) -> None:
+    model = await put(cluster, b"a model of 21 bytes..")
+    wrong, nowhere = model | {"size": 22}, {"sha256": "0" * 64, "size": 5, "holders": ["http://127.0.0.1:9"]}
+
+    async def manifest(shard: dict[str, Any], **more: Any) -> dict[str, Any]:
+        dataset = {"count": 1, "format": {"kind": "arrays"}, "name": "d", "shards": [{"blob": shard, "count": 1}]}
+        return await put(cluster, json.dumps(dataset | more).encode())
+
+    good = await manifest(model)
+    for question, code, said in (
+        ({"type": "RegisterModel", "model": wrong}, "invalid_request", "has 21 bytes, not 22"),
+        ({"type": "RegisterModel", "model": nowhere}, "not_found", "PUT it to"),
+        ({"type": "AddDataset", "manifest": nowhere}, "not_found", "manifest blob 000000000000"),
+        ({"type": "AddDataset", "manifest": good | {"size": 1}}, "invalid_request", "not 1"),
+        ({"type": "AddDataset", "manifest": await manifest(wrong)}, "invalid_data", "has 22 bytes: it has 21"),
+        ({"type": "AddDataset", "manifest": await manifest(nowhere)}, "invalid_data", "1 of 1 blobs"),
+        ({"type": "AddDataset", "manifest": await manifest(model, keys=nowhere)}, "invalid_data", "1 of 2 blobs"),
+    ):
+        found = await ask(bus, "coordinator/inbox", {"name": "d", **question})
+        assert (found["type"], found["error"]["code"]) == ("RequestFailed", code), question
+        assert said in found["error"]["message"]
+
+
+async def test_a_deployment_names_the_blob_that_could_not_be_had(cluster: LocalCluster, bus: aiomqtt.Client) -> None:
+    model = await register(cluster, bus, "lost")
+    (cluster.folder / "coordinator" / "blobs" / model["sha256"]).unlink()
+    made = await ask(bus, "jobs/submit", {"type": "SubmitJob", "job": {"kind": "deploy", "model": "lost"}})
+    await bus.subscribe(topic(f"jobs/{made['job_id']}/result"), qos=1)
+    found = await answer(bus, 60)  # it is tried three times, with a rest between
+    assert found["error"]["code"] == "unavailable"
+    for part in ("lost:1", model["sha256"][:12], f"{cluster.http_url}: answered 404"):
+        assert part in found["error"]["message"]

@@ -56,6 +56,14 @@ def test_any_bytes_are_a_message_or_a_bad_message(payload: bytes) -> None:
     codec.salvage(payload)
 
 
+@given(st.binary(max_size=60), st.sampled_from([0x81, 0x83, 0x8F, 0xDE, 0xDF]))
+def test_any_msgpack_map_is_a_message_or_a_bad_message(tail: bytes, first: int) -> None:
+    payload = bytes([first]) + tail
+    with contextlib.suppress(BadMessage):
+        codec.decode(payload)
+    codec.salvage(payload)
+
+
 plain = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
@@ -112,6 +120,8 @@ def test_spaces_and_a_byte_order_mark_before_json() -> None:
         (b'{"type": "ListJobs", "id": "\\ud800"}', "surrogates"),
         (b'{"type": "AddDataset", "name": "a\\n", "manifest": {}}', r"\$.name"),
         (b'{"type": "AddDataset", "name": "a b", "manifest": {"sha256": "x", "size": 1}}', r"\$.name"),
+        (b"\x81\x90\x01", "not valid msgpack: unhashable"),  # a list for a key
+        (b"\x81\xa1a\x81\x80\x01", "not valid msgpack: unhashable"),
         (msgpack.packb({"type": "ListJobs", "id": msgpack.ExtType(1, b"x")}), "ListJobs"),
     ],
 )
@@ -134,6 +144,48 @@ def test_salvage_finds_where_to_answer() -> None:
     assert codec.salvage(b'{"id": "1", "reply_to": "a", "type": 5}') == ("1", "a", "json")
     assert codec.salvage(msgpack.packb({"id": 1, "reply_to": "a"})) == ("", "a", "msgpack")
     assert codec.salvage(b"rubbish") == ("", "", None)
+    assert codec.salvage(b"") == ("", "", None)
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b'{"id": "q", "reply_to": "a/b", "type": "Infer",}',
+        b'{"type": "Infer", "inputs": [{"data": [1, 2, "id": "q" , "reply_to" : "a/b"}',
+        b'{"type": "Infer", "name": "\xff\xfe", "id": "q", "reply_to": "a/b"}',
+        b'{"type": "Infer", "name": "\\ud800", "id": "q", "reply_to": "a\\/b"}',
+        b'{"type": "GetJob", "job_id": "a \\"id\\": \\"x\\"", "id": "q", "reply_to": "a/b",,}',
+        b'{"id": "q", "reply_to": "a/b", "n": ' + b"9" * 5000 + b"}",
+        b'{"n": ' + b"[" * 100_000 + b', "id": "q", "reply_to": "a/b"}',
+        b'\xef\xbb\xbf {"id": "q", "reply_to": "a/b"',
+        msgpack.packb({"id": "q", "reply_to": "a/b", "type": "Infer"})[:-3],
+        msgpack.packb({"type": b"\xff", "name": b"\xff\xfe", "id": "q", "reply_to": "a/b"}, use_bin_type=False),
+        b"\x83\x90\x01" + msgpack.packb({"id": "q", "reply_to": "a/b"})[1:],
+        b"\x83\x01\x81\x90\x01" + msgpack.packb({"id": "q", "reply_to": "a/b"})[1:],
+        msgpack.packb({b"id": b"q", b"reply_to": b"a/b", b"type": b"ListNodes"}),
+        msgpack.packb({"id": "q", "reply_to": "a/b", "type": msgpack.ExtType(5, b"x")}) + b"more",
+        b"\x83" + msgpack.packb({"id": "q", "reply_to": "a/b"})[1:] + b"\xc1",
+    ],
+)
+def test_salvage_finds_them_beside_what_cannot_be_read(payload: bytes) -> None:
+    with pytest.raises(BadMessage):
+        codec.decode(payload)
+    encoding = "msgpack" if payload[0] >= 0x80 and payload[0] != 0xEF else "json"
+    assert codec.salvage(payload) == ("q", "a/b", encoding)
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b'{"id": "\\ud800", "reply_to": "\\udfff",}',
+        b'{"id": 5, "reply_to": ["a"],}',
+        b'{"id": "q',
+        msgpack.packb({"id": b"\xff", "reply_to": 7, "type": "x"}, use_bin_type=False),
+        b"\xdf\xff\xff\xff\xff",
+    ],
+)
+def test_salvage_takes_only_texts_that_can_be_sent_back(payload: bytes) -> None:
+    assert codec.salvage(payload)[:2] == ("", "")
 
 
 def test_a_number_stands_for_a_float_but_a_float_for_no_int() -> None:

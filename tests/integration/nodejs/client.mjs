@@ -1,10 +1,13 @@
-// A potluck client written from docs/protocol.md alone: pushes a model, registers it, submits a job, follows it to its end,
-// infers in msgpack and in JSON over MQTT 3.1.1 or 5, and provokes errors. Prints what it saw as one JSON object.
+// A potluck client written from docs/protocol.md alone, against a running cluster over MQTT 3.1.1 or 5: packs a data set, pushes
+// a model, trains and evaluates it, deploys what was trained, infers in msgpack, in JSON and over HTTP, and provokes errors.
+// Arguments: broker's URL, cluster, MQTT version (4 or 5), a compiled .keras file (4 inputs, 3 classes), a name for what is made
+// here. Prints what it saw as one JSON object.
 import mqtt from 'mqtt'
 import { decode, encode } from '@msgpack/msgpack'
 import { createHash, randomUUID } from 'node:crypto'
+import { readFile } from 'node:fs/promises'
 
-const [url, cluster, protocolVersion] = process.argv.slice(2)
+const [url, cluster, protocolVersion, modelFile, name] = process.argv.slice(2)
 const root = `potluck/v1/${cluster}`
 const inbox = `${root}/clients/js-${randomUUID()}/inbox`
 const waiting = new Map()
@@ -19,63 +22,143 @@ client.on('message', (topic, payload) => {
 })
 await client.subscribeAsync(inbox, { qos: 1 })
 
-function within(promise, what) {
+function within(promise, what, seconds = 10) {
   let timer
-  const late = new Promise((_, reject) => { timer = setTimeout(() => reject(new Error(`no ${what}`)), 10_000) })
+  const late = new Promise((_, reject) => { timer = setTimeout(() => reject(new Error(`no ${what}`)), seconds * 1000) })
   return Promise.race([promise, late]).finally(() => clearTimeout(timer))
 }
 
-async function first(topic, wanted) {
+async function first(topic, wanted, seconds) {
   const found = new Promise((resolve) => heard.set(topic, (message) => wanted(message) && resolve(message)))
   await client.subscribeAsync(topic, { qos: 1 })
-  return within(found, `message on ${topic}`)
+  return within(found, `message on ${topic}`, seconds)
 }
 
-async function ask(topic, question, encoded = encode) {
-  const id = randomUUID()
+async function ask(topic, question, encoded = encode, id = randomUUID()) {
   const answer = new Promise((resolve) => waiting.set(id, resolve))
   await client.publishAsync(`${root}/${topic}`, encoded({ ...question, id, reply_to: inbox }), { qos: 1 })
   return within(answer, `answer to ${question.type}`)
 }
 
+const told = (message) => (message.type === 'RequestFailed' ? `${message.error.code}: ${message.error.message}` : message.type)
+
+async function askFor(type, topic, question, encoded, id) {
+  const message = await ask(topic, question, encoded, id)
+  if (message.type !== type) throw new Error(`${question.type} was answered with ${told(message)}`)
+  return message
+}
+
+// A job's states as they came, and its end.
+async function follow(jobId) {
+  const states = []
+  await client.subscribeAsync(`${root}/jobs/${jobId}/status`, { qos: 1 })
+  heard.set(`${root}/jobs/${jobId}/status`, (message) => states.push(message.state))
+  const ended = await first(`${root}/jobs/${jobId}/result`, () => true, 120)
+  if (ended.state !== 'succeeded') throw new Error(`job ${jobId} ${ended.state}: ${ended.error?.message}`)
+  return { states, ended }
+}
+
+async function run(job, encoded) {
+  const { job_id: jobId } = await askFor('JobAccepted', 'jobs/submit', { type: 'SubmitJob', job }, encoded)
+  return follow(jobId)
+}
+
 const saw = {}
-const status = await first(`${root}/coordinator/status`, (message) => message.state === 'online')
+const [http] = (await first(`${root}/coordinator/status`, (message) => message.state === 'online')).http
+const { nodes } = await askFor('NodesListed', 'coordinator/inbox', { type: 'ListNodes' }, JSON.stringify)
+saw.nodes = nodes.map((node) => `${node.node_id} ${node.state}`)
 
-const model = Buffer.from('a model file')
-const sha256 = createHash('sha256').update(model).digest('hex')
-const put = await fetch(`${status.http[0]}/blobs/${sha256}`, { method: 'PUT', body: model })
-saw.put = put.status
-const got = await fetch(`${status.http[0]}/blobs/${sha256}`, { headers: { Range: 'bytes=2-6' } })
-saw.range = await got.text()
+// --- blobs: the model, and a data set packed here
 
-const reference = { sha256, size: model.length }
-saw.registered = (await ask('coordinator/inbox', { type: 'RegisterModel', name: 'js', model: reference })).model.version
-saw.nodes = (await ask('coordinator/inbox', { type: 'ListNodes' }, JSON.stringify)).nodes ?? []
+async function put(bytes) {
+  const sha256 = createHash('sha256').update(bytes).digest('hex')
+  const response = await fetch(`${http}/blobs/${sha256}`, { method: 'PUT', body: bytes })
+  if (!response.ok) throw new Error(`PUT answered ${response.status}`)
+  return { sha256, size: bytes.length }
+}
 
-const job = { kind: 'evaluate', model: reference, dataset: 'plants', batch_size: 8 }
-const { job_id: jobId } = await ask('jobs/submit', { type: 'SubmitJob', job })
-saw.state = (await first(`${root}/jobs/${jobId}/status`, (message) => message.state === 'running')).progress
-saw.result = (await first(`${root}/jobs/${jobId}/result`, () => true)).evaluation.metrics
+const model = await put(await readFile(modelFile))
+const part = await fetch(`${http}/blobs/${model.sha256}`, { headers: { Range: 'bytes=0-1' } })
+saw.range = `${part.status} ${await part.text()}` // a .keras file is a zip
 
-const row = new Float32Array([5.5, -3, 1.25, 0])
-const bytes = { name: 'x', datatype: 'FP32', shape: [1, 4], data: new Uint8Array(row.buffer) }
-const binary = await ask('models/iris/infer', { type: 'Infer', inputs: [bytes] })
-const { data } = binary.outputs[0]
-saw.binary = [...new Float32Array(data.buffer.slice(data.byteOffset, data.byteOffset + data.byteLength))]
-const list = { name: 'x', datatype: 'FP32', shape: [1, 4], data: [...row] }
-const text = await ask('models/iris/infer', { type: 'Infer', inputs: [list] }, JSON.stringify)
+// A safetensors file: the length of the header as a 64-bit integer, the header as JSON, and the tensors.
+function safetensors(x, y, count) {
+  const header = Buffer.from(JSON.stringify({
+    x: { dtype: 'F32', shape: [count, 4], data_offsets: [0, x.byteLength] },
+    y: { dtype: 'I64', shape: [count], data_offsets: [x.byteLength, x.byteLength + y.byteLength] },
+  }))
+  const length = Buffer.alloc(8)
+  length.writeBigUInt64LE(BigInt(header.length))
+  return Buffer.concat([length, header, Buffer.from(x.buffer), Buffer.from(y.buffer)])
+}
+
+const count = 300
+const labels = Array.from({ length: count }, (_, row) => row % 3)
+const rows = labels.flatMap((label) => [0, 1, 2, 3].map((column) => (column === label ? 3 : 0) + Math.random()))
+const shard = await put(safetensors(new Float32Array(rows), new BigInt64Array(labels.map(BigInt)), count))
+const classes = ['setosa', 'versicolor', 'virginica']
+const format = { kind: 'arrays', inputs: ['x'], target: 'y', classes }
+const manifest = await put(encode({ name, count, format, shards: [{ blob: shard, count }] }))
+saw.dataset = (await askFor('DatasetAdded', 'coordinator/inbox', { type: 'AddDataset', name, manifest })).dataset
+
+// --- jobs
+
+const submission = randomUUID()
+const training = { kind: 'train', model, dataset: name, epochs: 4, batch_size: 16, register: name }
+const submit = (job) => ask('jobs/submit', { type: 'SubmitJob', job }, encode, submission)
+const { job_id: jobId } = await submit(training)
+saw.again = (await submit(training)).job_id === jobId
+saw.other = told(await submit({ ...training, epochs: 5 }))
+const trained = await follow(jobId)
+saw.states = trained.states
+saw.trained = { registered: trained.ended.registered, epochs: trained.ended.history.length }
+const evaluated = await run({ kind: 'evaluate', model: name, dataset: name }, JSON.stringify)
+saw.evaluation = { count: evaluated.ended.evaluation.count, accuracy: evaluated.ended.evaluation.metrics.accuracy }
+saw.deployed = (await run({ kind: 'deploy', model: name, replicas: 1 })).ended.deployment
+
+// --- inference
+
+const floats = (data) => [...new Float32Array(data.buffer.slice(data.byteOffset, data.byteOffset + data.byteLength))]
+const row = new Float32Array([0.5, 3.5, 0.25, 0.75])
+const tensor = { name: 'x', datatype: 'FP32', shape: [1, 4] }
+const infer = `models/${name}/infer`
+const packed = { type: 'Infer', inputs: [{ ...tensor, data: new Uint8Array(row.buffer) }] }
+const listed = { type: 'Infer', inputs: [{ ...tensor, data: [...row] }] }
+const binary = await askFor('Inferred', infer, packed)
+const text = await askFor('Inferred', infer, listed, JSON.stringify)
+saw.binary = floats(binary.outputs[0].data)
 saw.text = text.outputs[0].data
 saw.encodings = [binary.encoding, text.encoding]
+
+const question = JSON.stringify({
+  inputs: [{ ...tensor, parameters: { binary_data_size: row.byteLength } }], parameters: { binary_data_output: true },
+})
+const response = await fetch(`${http}/v2/models/${name}/infer`, {
+  method: 'POST',
+  headers: { 'Inference-Header-Content-Length': String(Buffer.byteLength(question)) },
+  body: Buffer.concat([Buffer.from(question), Buffer.from(row.buffer)]),
+})
+const body = Buffer.from(await response.arrayBuffer())
+saw.http = floats(body.subarray(Number(response.headers.get('Inference-Header-Content-Length'))))
+
+// --- what is wrong is refused
 
 saw.errors = []
 for (const [topic, question] of [
   ['coordinator/inbox', { type: 'GetJob', job_id: 'nothing' }],
   ['coordinator/inbox', { type: 'Nonsense' }],
   ['coordinator/inbox', { type: 'GetJob', job_id: 5 }],
+  ['coordinator/inbox', { type: 'RegisterModel', name, model: { ...model, size: model.size + 1 } }],
+  ['jobs/submit', { type: 'SubmitJob', job: { kind: 'deploy', model: `not-${name}` } }],
+  [infer, { type: 'Infer', inputs: [{ ...tensor, shape: [1, 3], data: [1, 2, 3] }] }],
+  ['models/nothing/infer', listed],
 ]) {
-  const failed = await ask(topic, question, JSON.stringify)
-  saw.errors.push(`${failed.type} ${failed.error.code}`)
+  for (const encoded of [JSON.stringify, encode]) {
+    const failed = await ask(topic, question, encoded)
+    saw.errors.push(`${question.type} ${failed.encoding} ${failed.error?.code}`)
+  }
 }
+saw.undeployed = (await askFor('Undeployed', 'coordinator/inbox', { type: 'Undeploy', model: name })).deployments
 
 await client.endAsync()
 console.log(JSON.stringify(saw))

@@ -1,0 +1,78 @@
+"""The binary tensor extension of the Open Inference Protocol: tensors as bytes behind the JSON of a request or an answer.
+
+As KServe and Triton have it: `Inference-Header-Content-Length` is the length of the JSON; the tensors follow in its order, each
+as long as its parameter `binary_data_size` says, little-endian in C order. An item of BYTES has its length as 4 bytes before it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from potluck.errors import InvalidRequest
+from potluck.messages import Tensor
+from potluck.tensors import to_numpy
+
+EXTENSION = "binary_tensor_data"
+HEADER = "Inference-Header-Content-Length"
+SIZE = "binary_data_size"
+_LENGTH_BYTES = 4
+
+
+def split(body: bytes, header_length: str | None) -> tuple[bytes, bytes]:
+    """(the JSON, the tensors behind it); all is JSON where the header is not there. Raises InvalidRequest."""
+    if header_length is None:
+        return body, b""
+    digits = header_length.isascii() and header_length.isdigit() and len(header_length) <= 12
+    length = int(header_length) if digits else -1
+    if not 0 <= length <= len(body):
+        raise InvalidRequest(
+            f"{HEADER} is {header_length[:20]!r}: expected a number up to {len(body)}, the body's length"
+        )
+    return body[:length], body[length:]
+
+
+class Reader:
+    """Hands out the tensors behind the JSON, in order. Raises InvalidRequest where a size is not one of theirs."""
+
+    def __init__(self, tail: bytes) -> None:
+        self._tail = tail
+        self._at = 0
+
+    def take(self, name: str, datatype: str, size: Any) -> bytes | list[str]:
+        """The data of an input tensor as `Tensor` has it."""
+        left = len(self._tail) - self._at
+        if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= left:
+            raise InvalidRequest(f"tensor '{name}': {SIZE} is {size!r:.40}, and {left} bytes are left behind the JSON")
+        data = self._tail[self._at : self._at + size]
+        self._at += size
+        return _texts(name, data) if datatype == "BYTES" else data
+
+    def close(self) -> None:
+        """Raises InvalidRequest when something is left."""
+        if self._at != len(self._tail):
+            raise InvalidRequest(f"{len(self._tail) - self._at} bytes behind the JSON belong to no input ({SIZE})")
+
+
+def packed(tensor: Tensor) -> bytes:
+    """The data of an output tensor, which is no blob, as it goes behind the JSON."""
+    if isinstance(tensor.data, bytes):
+        return tensor.data
+    array = to_numpy(tensor)
+    if tensor.datatype != "BYTES":
+        return array.tobytes()
+    items = [item if isinstance(item, bytes) else str(item).encode() for item in array.ravel().tolist()]
+    return b"".join(len(item).to_bytes(_LENGTH_BYTES, "little") + item for item in items)
+
+
+def _texts(name: str, data: bytes) -> list[str]:
+    texts, at = [], 0
+    while at < len(data):
+        start = at + _LENGTH_BYTES
+        at = start + int.from_bytes(data[at:start], "little")
+        if at > len(data):
+            raise InvalidRequest(f"tensor '{name}': an item of BYTES ends behind the tensor's {len(data)} bytes")
+        try:
+            texts.append(data[start:at].decode())
+        except UnicodeDecodeError as error:
+            raise InvalidRequest(f"tensor '{name}': items of BYTES are texts in UTF-8: {error}") from error
+    return texts

@@ -1,0 +1,66 @@
+"""Questions that no handler answers are answered by the bus: what cannot be read, and what a handler fails at."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+
+import pytest
+
+from potluck import codec
+from potluck.errors import PotluckError
+from potluck.exchange import Envelope
+from potluck.messages import GetJob, ListNodes, Message, NodesListed, RequestFailed
+from potluck.topics import Topics
+from support.eventually import eventually
+from support.fake_bus import FakeBroker, FakeBus
+
+TOPICS = Topics("refusals")
+
+
+class Two:
+    def __init__(self) -> None:
+        self.broker = FakeBroker()
+        self.server = FakeBus(self.broker, TOPICS, client_id="server")
+        self.client = FakeBus(self.broker, TOPICS, client_id="client")
+
+
+@pytest.fixture
+async def two() -> AsyncIterator[Two]:
+    made = Two()
+    async with AsyncExitStack() as stack:
+        for bus in (made.server, made.client):
+            running = asyncio.create_task(bus.run())
+            stack.callback(running.cancel)
+            await bus.connected(5)
+        yield made
+
+
+async def test_who_asked_hears_of_a_fault(two: Two, caplog: pytest.LogCaptureFixture) -> None:
+    def handler(envelope: Envelope) -> None:
+        if isinstance(envelope.message, GetJob):
+            raise RuntimeError("a bug")
+        two.broker.publish(
+            envelope.reply_to, codec.encode(NodesListed(id=envelope.message.id, nodes=())), 1, False, None
+        )
+
+    two.server.subscribe(TOPICS.coordinator_inbox, handler)
+    with pytest.raises(PotluckError, match="GetJob met a fault of server") as failed:
+        await two.client.request(TOPICS.coordinator_inbox, GetJob(job_id="j"), timeout_seconds=5)
+    assert failed.value.code == "internal"
+    assert "a bug" in caplog.text
+    assert isinstance(await two.client.request(TOPICS.coordinator_inbox, ListNodes(), timeout_seconds=5), NodesListed)
+
+
+@pytest.mark.parametrize("payload", [b'{"id": "q", "reply_to": "answers", "type": "GetJob", }', b"\x81\x90\x01"])
+async def test_what_cannot_be_read_ends_nothing(two: Two, payload: bytes) -> None:
+    heard: list[Message] = []
+    two.client.subscribe("answers", lambda envelope: heard.append(envelope.message))
+    two.server.subscribe(TOPICS.coordinator_inbox, lambda envelope: None)
+    await two.client.publish_raw(TOPICS.coordinator_inbox, payload)
+    await eventually(lambda: two.server.counters["malformed"] == 1)
+    if b"reply_to" in payload:
+        await eventually(lambda: len(heard) == 1)
+        assert isinstance(heard[0], RequestFailed)
+        assert (heard[0].id, heard[0].error.code) == ("q", "bad_message")

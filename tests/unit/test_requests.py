@@ -1,0 +1,58 @@
+"""Questions to the coordinator that are not answered with what was asked for: told apart here, without a cluster."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coordinator.requests import Requests, _is_same
+from potluck.blobs.store import BlobStore
+from potluck.exchange import Envelope
+from potluck.messages import AnyJobSpec, Deploy, Evaluate, Message, Train, Undeploy
+
+
+class Replies:
+    def __init__(self) -> None:
+        self.refused: list[str] = []
+
+    def reply(self, question: Envelope, answer: Message) -> None:
+        raise AssertionError(answer)
+
+    def refuse(self, question: Envelope, error: Any) -> None:
+        self.refused.append(error.code)
+
+
+def test_too_many_questions_at_a_time_are_refused(tmp_path: Path) -> None:
+    replies: Any = Replies()
+    nothing: Any = None
+    requests = Requests(
+        outbox=replies, dispatcher=nothing, registry=nothing, serving=nothing, membership=nothing,
+        store=BlobStore(tmp_path, 1), urls=(),
+    )  # fmt: skip
+    for number in range(102):
+        requests.on_request(Envelope("t", Undeploy(id=str(number), model="m"), reply_to="a"))
+    assert replies.refused == ["overloaded", "overloaded"]
+
+
+EVALUATE = Evaluate(model="m", dataset="d")
+DEPLOY = Deploy(model="m:3", replicas=2)
+
+
+@pytest.mark.parametrize(
+    ("kept", "asked", "same"),
+    [
+        (EVALUATE, Evaluate(model="m", dataset="d", batch_size=32), True),
+        (EVALUATE, Evaluate(model="m:1", dataset="d"), False),
+        (EVALUATE, Train(model="m", dataset="d"), False),
+        (DEPLOY, Deploy(model="m", replicas=2), True),
+        (DEPLOY, Deploy(model="m:3", replicas=2), True),
+        (DEPLOY, Deploy(model="m:4", replicas=2), False),
+        (DEPLOY, Deploy(model="n", replicas=2), False),
+        (DEPLOY, Deploy(model="m"), False),
+        (DEPLOY, EVALUATE, False),
+    ],
+)
+def test_a_job_is_the_same_when_it_was_asked_for_alike(kept: AnyJobSpec, asked: AnyJobSpec, same: bool) -> None:
+    assert _is_same(kept, asked) is same
