@@ -37,6 +37,7 @@ class Lab:
     def digits(self, images: int, *, held_out: bool = False) -> Path:
         """Handwritten digits (scikit-learn), moved by a few pixels, as PNG files in class folders; every fifth is held out."""
         from PIL import Image
+
         from support.digits import digits
 
         folder = self.folder / f"digits-{images}{'-held-out' if held_out else ''}"

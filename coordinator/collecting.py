@@ -113,7 +113,7 @@ class Collector:
                 self._store.path(base.sha256),
                 [(self._store.path(part.update.sha256), part.samples) for part in decision.results],
                 self._store.path(decision.velocity.sha256) if decision.velocity else None,
-                outer.rule(spec.outer_learning_rate, spec.outer_momentum),
+                outer.rule(spec.outer_learning_rate, spec.outer_momentum, len(decision.results)),
                 spec.compression,
                 mean=mean,
                 step=step,

@@ -40,6 +40,8 @@ from potluck.topics import Topics
 log = logging.getLogger(__name__)
 
 TICK_SECONDS = 0.5
+STATUS_SECONDS = 5.0
+"""How often the retained status is said again."""
 RETAINED_SECONDS = 0.3
 """A retained message follows its subscription at once; so long we wait for one of another coordinator."""
 UPLOAD_LIMIT_BYTES = 16 * 2**30
@@ -150,6 +152,7 @@ class Coordinator:
                         ("inference", self._inference.run()),
                         ("requests", requests.run()),
                         ("ticks", self._tick()),
+                        ("status", self._say_again(online)),
                     )
                 ]
                 if broker is not None:
@@ -279,6 +282,13 @@ class Coordinator:
                     log.info("node joined %s", fields(node=change.node_id))
                     self._dispatcher.node_joined()
                     self._serving.node_joined(change.node_id)
+
+    async def _say_again(self, online: CoordinatorStatus) -> None:
+        """Whatever was put on our topic meanwhile, by a tool that clears what is retained or a will that came late."""
+        while True:
+            await asyncio.sleep(STATUS_SECONDS)
+            if self._announced.is_set():
+                self._outbox.publish(self.topics.coordinator_status, online, retain=True)
 
     async def _tick(self) -> None:
         while True:

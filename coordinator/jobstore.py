@@ -28,6 +28,7 @@ from potluck.messages import (
     AnyJobSpec,
     AnyTask,
     BlobRef,
+    DataFormat,
     Dataset,
     Deploy,
     ImageOptions,
@@ -75,6 +76,7 @@ class JobStore:
             self._check_training(spec, dataset)
         if isinstance(spec, Train) and spec.validation is not None:
             held_out = self._registry.dataset(spec.validation)
+            _check_alike(spec, dataset.format, held_out.format)
             if held_out.format.classes != dataset.format.classes:
                 raise InvalidRequest(
                     f"data sets {spec.dataset!r} and {spec.validation!r} have other classes: "
@@ -227,6 +229,21 @@ class JobStore:
         if manifest is None or not self._blobs.has(manifest.sha256):
             return None
         return codec.unpack(self._blobs.read(manifest.sha256), Dataset)
+
+
+def _check_alike(spec: Train, data: DataFormat, held_out: DataFormat) -> None:
+    """Before a whole epoch is trained. Raises InvalidRequest."""
+    if held_out.kind != data.kind:
+        raise InvalidRequest(
+            f"data set {spec.dataset!r} holds {data.kind}, and {spec.validation!r} {held_out.kind}: a model takes one of them"
+        )
+    if sorted(held_out.inputs) != sorted(data.inputs):
+        raise InvalidRequest(
+            f"data set {spec.dataset!r} has the inputs {', '.join(data.inputs)}, and {spec.validation!r} "
+            f"{', '.join(held_out.inputs)}: validation data needs the same"
+        )
+    if data.target and not held_out.target:
+        raise InvalidRequest(f"data set {spec.validation!r} has no target to validate against: name its --target")
 
 
 def _listed(classes: tuple[str, ...]) -> str:

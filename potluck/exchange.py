@@ -207,6 +207,12 @@ class Bus(ABC):
             raise errors.from_code(failed.code, failed.message, failed.retry_after_seconds)
         return answer
 
+    def give_up(self, request_id: str, error: PotluckError) -> None:
+        """Let a request that waits for its answer end with this error; nothing happens when it waits no more."""
+        pending = self._pending.get(request_id)
+        if pending is not None and not pending.done():
+            pending.set_exception(error)
+
     def _on_answer(self, envelope: Envelope) -> None:
         answered = self._pending.pop(envelope.message.id, None)
         if answered is None or answered.done():

@@ -36,11 +36,14 @@ class Taken:
     cosine: float
 
 
-def rule(learning_rate: float | None, momentum: float | None) -> Rule:
-    """Values that the user has set; else full steps, with as much momentum as successive rounds agree (docs/training.md)."""
+def rule(learning_rate: float | None, momentum: float | None, nodes: int) -> Rule:
+    """Values that the user has set; else full steps, with as much momentum as successive rounds agree (docs/training.md).
+
+    A node that is alone in a round needs none: its own optimizer has gone all the way.
+    """
 
     def chosen(cosine: float) -> tuple[float, float]:
-        agreed = min(MOMENTUM_LIMIT, max(0.0, cosine))
+        agreed = min(MOMENTUM_LIMIT, max(0.0, cosine)) if nodes > 1 else 0.0
         return 1.0 if learning_rate is None else learning_rate, agreed if momentum is None else momentum
 
     return chosen

@@ -151,7 +151,7 @@ class RoundsStrategy:
     def plan(self, view: ClusterView, attempts: dict[str, Attempt]) -> list[Decision]:
         if self.all_trained:
             return self._plan_export(view, attempts)
-        if self.epoch_full:
+        if self.epoch_full and self.round_metrics:
             return self._plan_validation(view, attempts)
         open_attempts = [attempt for attempt in attempts.values() if attempt.shard_id == self._shard_id]
         if open_attempts:
@@ -257,6 +257,10 @@ class RoundsStrategy:
         if not free:
             return []
         rates = speeds(free, self.measured)
+        # As many as can have a whole batch each: on fewer items than that, more nodes would repeat some and blur the step.
+        room = max(1, self.dataset.count // self.spec.batch_size)
+        fastest = sorted(rates, key=lambda node_id: (-rates[node_id], node_id))[:room]
+        rates = {node_id: rates[node_id] for node_id in sorted(fastest)}
         wanted, seconds = self._round_size(rates)
         data = self._assignment(rates)
         decisions: list[Decision] = []
@@ -270,7 +274,7 @@ class RoundsStrategy:
                 format=self.dataset.format,
                 image=self.image,
                 round=self.round,
-                samples=batches * self.spec.batch_size,
+                samples=samples if samples < self.spec.batch_size else batches * self.spec.batch_size,
                 seconds=seconds,
                 batch_size=self.spec.batch_size,
                 seed=self.spec.seed,
@@ -285,8 +289,8 @@ class RoundsStrategy:
 
     def _round_size(self, rates: dict[str, float]) -> tuple[int, float]:
         """(Samples of a round, seconds that a node may take for its part)."""
-        wanted = -(-self.dataset.count // ROUNDS_PER_EPOCH)
-        left = (self.epochs_ended + 1) * self.dataset.count - self.samples
+        wanted = max(-(-self.dataset.count // ROUNDS_PER_EPOCH), len(rates) * self.spec.batch_size)
+        left = max(1, (self.epochs_ended + 1) * self.dataset.count - self.samples)
         if not self.measured:
             return min(wanted, left), self.spec.round_seconds or PROBE_SECONDS
         together = sum(rates.values())

@@ -8,9 +8,16 @@ from collections.abc import Sequence
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
+_GRAPH_ERROR = re.compile(r"^Node: '[^']*'\n(.+?)(?:\n\t ?\[\[|\Z)", re.MULTILINE | re.DOTALL)
+"""In an error of a graph: what is wrong stands after the whole stack."""
+
+
 def one_line(error: BaseException | str, limit: int = 300) -> str:
-    """The text without line breaks and colours, cut at `limit`."""
-    text = " ".join(_COLOURS.sub("", str(error)).split())
+    """The text without line breaks and colours, cut at `limit`; of an error in a TensorFlow graph, what is wrong."""
+    text = _COLOURS.sub("", str(error))
+    if "Graph execution error" in text and (found := _GRAPH_ERROR.search(text)) is not None:
+        text = found[1]
+    text = " ".join(text.split())
     return text if len(text) <= limit else f"{text[:limit]}..."
 
 

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 _SHOWN_CLASSES = 5
 
 
+NO_IMAGES = (".npz", ".csv", ".parquet", ".tfrecord", ".txt", ".wav", ".keras", ".h5", ".pkl", ".zip")
+"""Files that people try, and that are no images whatever is in them."""
+
+
 def infer(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="A deployed `name` or `name:version`.")],
@@ -79,7 +83,7 @@ def read_input(source: str, info: ModelInfo, image: ImageOptions | None) -> Any:
                     for name, array in value.items()
                 }
             with np.errstate(over="ignore"):  # too large for float32 is infinite, as on a node
-                return _with_batch(np.asarray(value, dtype=np.float32), info)
+                return _with_batch(np.asarray(value, dtype=_dtype_of(info)), info)
         except (ValueError, TypeError) as error:
             raise InvalidData(f"the input is not an array of numbers: {error}") from error
     try:
@@ -88,7 +92,22 @@ def read_input(source: str, info: ModelInfo, image: ImageOptions | None) -> Any:
         there = False
     if not there:
         raise InvalidData(f"there is no file {path}: give an image, .npy, .json, or JSON itself")
+    if path.suffix.lower() in NO_IMAGES:
+        raise InvalidData(
+            f"{path} is no image: give an image, .npy, or JSON (for several inputs a map of them by name)"
+        )
     return read_image(path, image or info.image or _image_of(info))[np.newaxis]
+
+
+def _dtype_of(info: ModelInfo) -> Any:
+    """What numbers in JSON become: the datatype of the model's only input where that is whole numbers, else float32."""
+    import numpy as np
+
+    from potluck.tensors import DTYPES
+
+    inputs = info.signature.inputs if info.signature is not None else ()
+    wanted = DTYPES.get(inputs[0].datatype) if len(inputs) == 1 else None
+    return wanted if wanted is not None and wanted.kind in "iub" else np.dtype(np.float32)
 
 
 def read_image(path: Path, options: ImageOptions) -> np.ndarray[Any, Any]:

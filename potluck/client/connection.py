@@ -37,6 +37,10 @@ _ASK_AGAIN_SECONDS = 5.0
 """A question without an answer is asked again after this time, with its id: a coordinator that was started anew gets it too."""
 
 
+class _StartedAnew(Unavailable):
+    """There is another coordinator than the one that was asked. Never leaves this module."""
+
+
 class Connection:
     """Open from `__aenter__` to `__aexit__`. Raises Unavailable when no broker or no coordinator is found in time."""
 
@@ -46,6 +50,8 @@ class Connection:
         self._given_bus = bus
         self._status: CoordinatorStatus | None = None
         self._online = asyncio.Event()
+        self._inferring: set[str] = set()
+        """Ids of the inferences that wait for their answers."""
         self._followers: dict[str, list[Handler]] = {}
         self._stack = AsyncExitStack()
         self._running: asyncio.Task[None] | None = None
@@ -146,8 +152,12 @@ class Connection:
         if not isinstance(message, CoordinatorStatus):
             return
         if message.state == "online":
+            anew = self._status is not None and self._status.session != message.session
             self._status = message
             self._online.set()
+            if anew:  # what the one before was asked, it took with it
+                for question_id in tuple(self._inferring):
+                    self.bus.give_up(question_id, _StartedAnew("the coordinator was started anew"))
         elif self._status is None or self._status.session == message.session:
             self._online.clear()
 
@@ -193,12 +203,24 @@ class Connection:
             return expect(got, answer)
 
     async def infer(self, name: str, question: Infer, timeout_seconds: float | None = None) -> Inferred:
-        """One inference, asked once: an overloaded cluster is not helped by asking again."""
-        if not self._online.is_set():
-            await self.coordinator()
+        """One inference, asked once, and again only where that was lost: an overloaded cluster is not helped by more questions."""
         limit_seconds = self.settings.timeout_seconds if timeout_seconds is None else timeout_seconds
-        got = await self.bus.request(self.topics.infer(name), question, timeout_seconds=limit_seconds, qos=0)
-        return expect(got, Inferred)
+        deadline = time.monotonic() + limit_seconds
+        question_id = uuid.uuid4().hex
+        while True:
+            left = max(0.05, deadline - time.monotonic())
+            if not self._online.is_set():
+                await self.coordinator(left)
+            self._inferring.add(question_id)
+            try:
+                got = await self.bus.request(
+                    self.topics.infer(name), replace(question, id=question_id), timeout_seconds=left, qos=0
+                )
+            except _StartedAnew:
+                continue
+            finally:
+                self._inferring.discard(question_id)
+            return expect(got, Inferred)
 
     def follow(self, job_id: str, handler: Handler) -> Callable[[], None]:
         """Have `handler` called with what the bus says of a job, until what is returned is called."""

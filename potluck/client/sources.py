@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import re
 import threading
 from collections.abc import Callable, Mapping
@@ -25,6 +26,12 @@ Progress = Callable[[str, int, int], None]
 
 _FILE_SUFFIXES = (".npz", ".csv", ".tfrecord", ".tfrecords", ".npy")
 _PACKED_NAME = "data"
+
+
+log = logging.getLogger(__name__)
+
+_NAMED = 5
+"""Items that a warning names."""
 
 
 def as_name(data: object) -> str | None:
@@ -124,6 +131,14 @@ async def add(
     if name is None:
         digest = hashlib.sha256(codec.pack(dataset)).hexdigest()[:12]
         name = f"{stem}-{digest}"
+    if dataset.skipped:
+        shown = ", ".join(dataset.skipped[:_NAMED]) + (", ..." if len(dataset.skipped) > _NAMED else "")
+        log.warning(
+            "%d of %d items cannot be read and are left out: %s",
+            len(dataset.skipped),
+            dataset.count + len(dataset.skipped),
+            shown,
+        )
     dataset = replace(dataset, name=name)
     refs = [*(shard.blob for shard in dataset.shards), *([dataset.keys] if dataset.keys else [])]
     await _push(connection, refs, tell)

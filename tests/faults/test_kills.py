@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 import pytest
+from paho.mqtt import publish
 
 from potluck.client import Client
+from potluck.errors import PotluckError
 from potluck.local_cluster import LocalCluster
 from potluck.messages import JobProgress
 from support.digits import mlp, split
@@ -109,3 +113,60 @@ def test_nothing_is_left_behind(tmp_path: Path) -> None:
         assert len(mine) >= 4  # coordinator, broker, node, engine
     left = [p for p in mine if p.is_running() and p.pid not in before and p.status() != psutil.STATUS_ZOMBIE]
     assert left == []
+
+
+def test_an_inference_that_the_coordinator_took_with_it_is_asked_again(cluster: LocalCluster, client: Client) -> None:
+    data = split()
+    client.train(mlp(), (data["x_train"], data["y_train"]), epochs=1, name="mlp").wait(timeout=200)
+    client.deploy("mlp", replicas=2).wait(timeout=100)
+    row = data["x_test"][:1]
+    expected = client.infer("mlp", row)
+    found: list[Any] = []
+    stop = threading.Event()
+
+    def ask() -> None:
+        with Client(f"{cluster.broker_host}:{cluster.broker_port}", cluster=cluster.cluster) as own:
+            while not stop.is_set():
+                try:
+                    found.append(own.infer("mlp", row, timeout=30))
+                except PotluckError as error:
+                    found.append(error)
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    try:
+        _until(lambda: len(found) > 50)
+        cluster.coordinator.kill()
+        cluster.restart_coordinator()
+        after = len(found)
+        _until(lambda: len(found) > after + 50)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(60)
+    errors = [one for one in found if isinstance(one, PotluckError)]
+    assert not errors, errors[:3]
+    np.testing.assert_allclose(np.concatenate(found), np.repeat(expected, len(found), axis=0), rtol=1e-4, atol=1e-6)
+
+
+def test_clients_find_the_coordinator_again_when_its_status_was_cleared(cluster: LocalCluster, client: Client) -> None:
+    topic = f"potluck/v1/{cluster.cluster}/coordinator/status"
+    for payload in ("garbage", None):
+        publish.single(topic, payload, retain=True, hostname=cluster.broker_host, port=cluster.broker_port)
+
+    def found() -> bool:
+        try:
+            with Client(f"{cluster.broker_host}:{cluster.broker_port}", cluster=cluster.cluster) as another:
+                return len(another.nodes()) == 2
+        except PotluckError:
+            return False
+
+    _until(found)
+
+
+def _until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

@@ -131,3 +131,17 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(
     monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write everywhere
     with pytest.raises(InvalidRequest, match=f"o.csv: {tmp_path} may not be written"):
         check_output(tmp_path / "o.csv")
+
+
+def test_numbers_in_json_become_what_the_model_takes(tmp_path: Path) -> None:
+    def info(datatype: str) -> ModelInfo:
+        spec = TensorSpec(name="x", datatype=datatype, shape=(-1, 3))
+        blob = BlobRef(sha256="0" * 64, size=1)
+        signature = Signature(inputs=(spec,), outputs=(spec,))
+        return ModelInfo(name="m", version=1, model=blob, created_at=0.0, signature=signature)
+
+    for datatype, dtype in (("INT64", np.int64), ("INT32", np.int32), ("FP32", np.float32), ("FP16", np.float32)):
+        assert read_input("[1, 2, 3]", info(datatype), None).dtype == dtype
+    (tmp_path / "a.npz").write_bytes(b"")
+    with pytest.raises(InvalidData, match="is no image: give an image"):
+        read_input(str(tmp_path / "a.npz"), info("FP32"), None)

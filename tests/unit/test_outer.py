@@ -14,7 +14,7 @@ from potluck.errors import Diverged, InvalidModel
 from potluck.updates import apply_update, write_update
 
 Array = np.ndarray[Any, Any]
-PLAIN = rule(1.0, 0.0)
+PLAIN = rule(1.0, 0.0, 2)
 
 
 class Lab:
@@ -86,7 +86,7 @@ def test_nesterov_momentum_is_that_of_keras(tmp_path: Path) -> None:
     for number in range(1, 5):
         change = np.full(3, 1.0 / number)
         now = lab.values
-        lab.step([([now["w00000"] + change, now["s00001"] + change], 1)], rule(0.7, 0.9))
+        lab.step([([now["w00000"] + change, now["s00001"] + change], 1)], rule(0.7, 0.9, 2))
         # keras.optimizers.SGD(0.7, momentum=0.9, nesterov=True) with the gradient -change
         v = 0.9 * v + 0.7 * change
         w = w + 0.9 * v + 0.7 * change
@@ -96,7 +96,7 @@ def test_nesterov_momentum_is_that_of_keras(tmp_path: Path) -> None:
 
 def test_the_rule_takes_as_much_momentum_as_rounds_agree(tmp_path: Path) -> None:
     lab = Lab(tmp_path, [("w00000", np.zeros(4))])
-    decide = rule(None, None)
+    decide = rule(None, None, 2)
 
     def go(*change: float) -> Taken:
         return lab.step([([lab.values["w00000"] + np.array(change)], 1)], decide)
@@ -104,7 +104,9 @@ def test_the_rule_takes_as_much_momentum_as_rounds_agree(tmp_path: Path) -> None
     assert go(1, 0, 0, 0) == Taken(1.0, 0.0, 0.0)
     assert go(0, 1, 0, 0).momentum == 0.0  # at right angles
     assert go(0, -1, 0, 0).momentum == 0.0  # back again
-    assert rule(0.5, 0.3)(0.9) == (0.5, 0.3)
+    assert rule(0.5, 0.3, 2)(0.9) == (0.5, 0.3)
+    assert rule(None, None, 2)(0.3) == (1.0, 0.3)
+    assert rule(None, None, 1)(0.9) == (1.0, 0.0)  # alone
 
 
 def test_quantised_steps_stay_near_the_mean(tmp_path: Path) -> None:
@@ -127,7 +129,7 @@ def test_memory_does_not_grow_with_the_nodes(tmp_path: Path) -> None:
     for nodes in (2, 12):
         tracemalloc.start()
         combine(
-            tmp_path / "weights", [(tmp_path / "update", 1)] * nodes, None, rule(None, None), "auto",
+            tmp_path / "weights", [(tmp_path / "update", 1)] * nodes, None, rule(None, None, 2), "auto",
             mean=tmp_path / "mean", step=tmp_path / "step", after=tmp_path / "after", velocity_after=tmp_path / "velocity",
         )  # fmt: skip
         peaks.append(tracemalloc.get_traced_memory()[1])
@@ -141,7 +143,7 @@ def test_nothing_to_average_and_weights_that_run_away(tmp_path: Path) -> None:
     with pytest.raises(InvalidModel, match="no samples"):
         lab.step([])
     with pytest.raises(Diverged, match="lower the learning rate"):
-        lab.step([([np.float32([3.3e38])], 1)], rule(10.0, 0.0))
+        lab.step([([np.float32([3.3e38])], 1)], rule(10.0, 0.0, 2))
 
 
 def test_updates_that_went_too_far_are_told_from_those_of_faster_nodes() -> None:

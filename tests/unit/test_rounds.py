@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -57,7 +57,10 @@ def dataset(name: str, first: int, *counts: int) -> Dataset:
 class Simulation:
     """Plays the dispatcher and the nodes; keeps every event, so that it can be replayed."""
 
-    def __init__(self, epochs: int = 2, validation: bool = True, **options: Any) -> None:
+    def __init__(
+        self, epochs: int = 2, validation: bool = True, shards: Sequence[int] = (40,) * 8, **options: Any
+    ) -> None:
+        self.shards = shards
         spec = Train(
             model="m", dataset="d", validation="v" if validation else None, epochs=epochs, batch_size=10, **options
         )
@@ -74,7 +77,7 @@ class Simulation:
         self.complete = False
 
     def new_job(self) -> Job:
-        data = dataset("d", 10, *[40] * 8)
+        data = dataset("d", 10, *self.shards)
         return Job(submitted=self.submitted, strategy=strategy_for(self.submitted, data, self.validation), dataset=data)
 
     @property
@@ -204,6 +207,21 @@ def test_nodes_train_on_disjoint_shards() -> None:
     held = [{shard.blob.sha256 for shard in task.data} for task in play.tasks.values() if isinstance(task, TrainTask)]
     assert len(held) == 3
     assert len(set.union(*held)) == sum(map(len, held)) == 8
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=4), st.integers(1, 5), st.integers(1, 6))
+def test_every_epoch_is_trained_however_small_the_data(shards: list[int], nodes: int, epochs: int) -> None:
+    play = Simulation(epochs=epochs, validation=False, shards=shards)
+    play.run(*"abcde"[:nodes])
+    count = sum(shards)
+    assert [set(epoch.metrics) for epoch in play.job.history] == [{"loss"}] * epochs
+    assert all(epoch.rounds > 0 for epoch in play.job.history)
+    at_once = min(nodes, max(1, count // 10)) * 10
+    assert play.strategy.samples <= count * epochs + max(at_once, 10)
+    if count < 10:  # fewer than a batch: one node, one step an epoch, as Keras
+        assert [epoch.samples for epoch in play.job.history] == [count * (epoch + 1) for epoch in range(epochs)]
+        assert len({task.samples for task in play.tasks.values() if isinstance(task, TrainTask)}) == 1
 
 
 def test_a_lost_node_costs_its_own_round_only() -> None:

@@ -1,0 +1,142 @@
+"""Training on a real cluster: small data as Keras would, the options of `train`, resuming, and equality of one node with Keras."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from potluck.client import Client
+from potluck.errors import Conflict, InvalidRequest, PotluckError
+from potluck.local_cluster import LocalCluster
+from support.digits import mlp, split
+
+pytestmark = [pytest.mark.tensorflow, pytest.mark.timeout(300)]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
+    with LocalCluster(tmp_path_factory.mktemp("cluster"), cluster="options", nodes=2, discovery=False) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(cluster: LocalCluster) -> Iterator[Client]:
+    with Client(f"{cluster.broker_host}:{cluster.broker_port}", cluster=cluster.cluster) as connected:
+        yield connected
+
+
+def regression() -> Any:
+    import keras
+
+    keras.utils.set_random_seed(3)
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(8, activation="tanh"), keras.layers.Dense(1)])
+    model.compile(keras.optimizers.SGD(0.05), "mse")
+    return model
+
+
+@pytest.mark.parametrize("rows", [1, 3, 20, 32])
+def test_data_smaller_than_a_batch_is_trained_as_keras_does(client: Client, rows: int) -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(rows, 4)).astype(np.float32), rng.normal(size=rows).astype(np.float32)
+    job = client.train(regression(), (x, y), epochs=6, compression="none").wait(timeout=120)
+    model = regression()
+    plain = model.fit(x, y, epochs=6, verbose=0).history["loss"]
+    np.testing.assert_allclose(job.history["loss"], plain, rtol=1e-4)
+    for ours, theirs in zip(job.model().get_weights(), model.get_weights(), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    assert [epoch.samples for epoch in job.result().history] == [rows * (epoch + 1) for epoch in range(6)]
+
+
+@pytest.mark.parametrize("rows", [33, 64, 100, 200])
+def test_every_epoch_of_a_small_data_set_is_trained_and_measured(client: Client, rows: int) -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(rows, 4)).astype(np.float32), rng.normal(size=rows).astype(np.float32)
+    job = client.train(regression(), (x, y), validation=(x, y), epochs=4).wait(timeout=120)
+    assert np.isfinite(job.history["loss"]).all()
+    assert job.history["val_loss"][-1] < job.history["val_loss"][0]
+    assert rows * 4 - 4 * 32 <= job.result().history[-1].samples <= rows * 4 + 64
+
+
+def test_early_stopping_gives_the_model_of_the_best_epoch(client: Client) -> None:
+    data = split()
+    few = (data["x_train"][:64], data["y_train"][:64])
+    job = client.train(
+        mlp(), few, validation=(data["x_test"], data["y_test"]), epochs=400, monitor="val_loss", patience=4
+    ).wait(timeout=200)
+    ended = job.result()
+    losses = job.history["val_loss"]
+    assert len(losses) < 400
+    assert ended.best_epoch == int(np.argmin(losses)) + 1 == len(losses) - 4
+    loss, _ = job.model().evaluate(data["x_test"], data["y_test"], verbose=0)
+    assert loss == pytest.approx(min(losses), rel=1e-3)
+
+
+def test_a_cancelled_job_is_resumed_where_it_stood(client: Client) -> None:
+    data = split()
+    xy = (data["x_train"], data["y_train"])
+    job = client.train(mlp(), xy, epochs=10_000)
+    with pytest.raises(Conflict, match="has not ended"):
+        client.train(mlp(), xy, epochs=20_000, resume=job)
+    for progress in job.progress():
+        if progress.epoch > 8:
+            break
+    job.cancel()
+    before = job.result()
+    assert before.checkpoint is not None
+    done = len(before.history)
+    again = client.train(mlp(), xy, epochs=done + 2, resume=job.id).wait(timeout=120)
+    assert [epoch.epoch for epoch in again.result().history] == [done + 1, done + 2]
+    assert again.history["loss"][0] < before.history[0].metrics["loss"] / 2
+
+
+def test_class_weights_by_label_or_number(client: Client) -> None:
+    data = split()
+    xy = (data["x_train"], data["y_train"])
+    weights = dict.fromkeys(range(1, 10), 0.0)
+    job = client.train(mlp(), xy, epochs=2, class_weight=weights).wait(timeout=120)
+    outputs = job.model().predict(data["x_test"], verbose=0)
+    assert (outputs.argmax(axis=1) == 0).mean() > 0.99  # nothing else was worth learning
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"patience": 3}, "patience needs a metric"),
+        ({"monitor": "val_loss"}, "needs validation data"),
+        ({"monitor": "f1"}, "no metric 'f1' to monitor.*accuracy, loss"),
+        ({"class_weight": {"x": 1.0}}, "class_weight names x"),
+        ({"compression": "zip"}, "compression must be 'auto'"),
+        ({"outer_momentum": 1.5}, "outer_momentum must be"),
+        ({"speed": 9}, "no option 'speed'"),
+        ({"resume": "nothing"}, "no job 'nothing'"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(client: Client, options: Any, words: str) -> None:
+    data = split()
+    with pytest.raises(PotluckError, match=words):
+        client.train(mlp(), (data["x_train"], data["y_train"]), **options).wait(timeout=60)
+
+
+def test_validation_data_of_another_kind_is_refused_before_anything_is_trained(client: Client, tmp_path: Path) -> None:
+    data = split()
+    xy = (data["x_train"], data["y_train"])
+    with pytest.raises(InvalidRequest, match="validation data needs the same"):
+        client.train(mlp(), xy, validation=({"a": data["x_test"], "b": data["x_test"]}, data["y_test"]))
+
+
+def test_updates_in_four_bits_learn_as_those_in_full(client: Client) -> None:
+    data = split()
+    found = {}
+    for compression in ("none", "int4"):
+        job = client.train(
+            mlp(), (data["x_train"], data["y_train"]), validation=(data["x_test"], data["y_test"]), epochs=12,
+            compression=compression,
+        ).wait(timeout=200)  # fmt: skip
+        found[compression] = job.history["val_accuracy"][-1]
+        sizes = [epoch.exchanged_bytes / epoch.rounds for epoch in job.result().history]
+        assert max(sizes) < (200_000 if compression == "none" else 60_000)
+    assert found["int4"] > found["none"] - 0.03
