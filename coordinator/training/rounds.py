@@ -259,8 +259,9 @@ class RoundsStrategy:
         rates = speeds(free, self.measured)
         # As many as can have a whole batch each: on fewer items than that, more nodes would repeat some and blur the step.
         room = max(1, self.dataset.count // self.spec.batch_size)
-        fastest = sorted(rates, key=lambda node_id: (-rates[node_id], node_id))[:room]
-        rates = {node_id: rates[node_id] for node_id in sorted(fastest)}
+        # Those of the round before first: they have the data, and their optimizers know the way.
+        chosen = sorted(rates, key=lambda node_id: (node_id not in self.shares, -rates[node_id], node_id))[:room]
+        rates = {node_id: rates[node_id] for node_id in sorted(chosen)}
         wanted, seconds = self._round_size(rates)
         data = self._assignment(rates)
         decisions: list[Decision] = []
@@ -298,9 +299,8 @@ class RoundsStrategy:
         patient = min(COMPUTING_FACTOR * overhead, max(PATIENT_FACTOR * overhead, PATIENT_SECONDS))
         budget = self.spec.round_seconds or patient or PROBE_SECONDS
         wanted = min(max(wanted, round(together * overhead)), max(1, round(together * budget)))
-        wanted = -(
-            -left // max(1, round(left / wanted))
-        )  # rounds of one length, and no short one at the end of an epoch
+        rounds = max(1, round(left / wanted))  # of one length: no short one at the end of an epoch
+        wanted = math.ceil(left / rounds)
         return wanted, self.spec.round_seconds or wanted / together * BUDGET_FACTOR + BUDGET_SECONDS
 
     def _close_round(self) -> CloseRound:
