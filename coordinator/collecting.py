@@ -22,6 +22,7 @@ from potluck.errors import EngineFailed, InvalidModel
 from potluck.messages import (
     AnyTaskResult,
     BlobRef,
+    Compression,
     Evaluate,
     EvaluateResult,
     ExportResult,
@@ -60,7 +61,10 @@ class Collector:
     async def close_round(self, decision: CloseRound, spec: Train, clock: Callable[[], float]) -> RoundClosed:
         """Take a round's outer step. Raises InvalidModel, Diverged."""
         base = decision.results[0].base
-        step, weights, velocity, taken = await asyncio.to_thread(self._take_step, decision, base, spec)
+        settings = outer.outer_for(
+            decision.round, decision.done, len(decision.results), spec.outer_learning_rate, spec.outer_momentum
+        )
+        step, weights, velocity = await asyncio.to_thread(self._take_step, decision, base, settings, spec.compression)
         return RoundClosed(
             at=clock(),
             round=decision.round,
@@ -69,8 +73,8 @@ class Collector:
             weights=weights,
             velocity=velocity,
             samples=sum(part.samples for part in decision.results),
-            learning_rate=taken.learning_rate,
-            momentum=taken.momentum,
+            learning_rate=settings.learning_rate,
+            momentum=settings.momentum,
             metrics=weighted([(part.samples, part.metrics) for part in decision.results]),
             rejected=decision.rejected,
         )
@@ -105,23 +109,22 @@ class Collector:
         raise InvalidModel(f"job {job.job_id} has no result")
 
     def _take_step(
-        self, decision: CloseRound, base: BlobRef, spec: Train
-    ) -> tuple[BlobRef, BlobRef, BlobRef, outer.Taken]:
+        self, decision: CloseRound, base: BlobRef, settings: outer.Outer, compression: Compression
+    ) -> tuple[BlobRef, BlobRef, BlobRef]:
         with ExitStack() as stack:
-            mean, step, after, moving = (stack.enter_context(self._store.new_file()).path for _ in range(4))
-            taken = outer.combine(
+            step, after, moving = (stack.enter_context(self._store.new_file()).path for _ in range(3))
+            outer.combine(
                 self._store.path(base.sha256),
                 [(self._store.path(part.update.sha256), part.samples) for part in decision.results],
                 self._store.path(decision.velocity.sha256) if decision.velocity else None,
-                outer.rule(spec.outer_learning_rate, spec.outer_momentum, len(decision.results)),
-                spec.compression,
-                mean=mean,
+                settings,
+                compression,
                 step=step,
                 after=after,
                 velocity_after=moving,
             )
             put = [self._store.put_file(path, move=True) for path in (step, after, moving)]
-            return put[0], put[1], put[2], taken
+            return put[0], put[1], put[2]
 
     def _norm(self, update: BlobRef, base: BlobRef) -> float:
         try:

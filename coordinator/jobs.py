@@ -132,10 +132,14 @@ class Withdraw:
 
 @dataclass(frozen=True)
 class CloseRound:
-    """Take the outer step with these results; answered by `RoundClosed`. `rejected`: nodes left out, and why."""
+    """Take the outer step with these results; answered by `RoundClosed`.
+
+    `done`: the share of the job that is done with it. `rejected`: nodes left out, and why.
+    """
 
     round: int
     results: tuple[TrainResult, ...]
+    done: float
     velocity: BlobRef | None
     rejected: dict[str, str]
 

@@ -314,7 +314,8 @@ class RoundsStrategy:
         }
         wrong |= exploded({key: (one.norm, one.samples) for key, one in found.items() if key not in wrong})
         results = tuple(found[node_id] for node_id in sorted(found.keys() - wrong.keys()))
-        return CloseRound(self.round, results, self.velocity, wrong)
+        done = min(1.0, (self.samples + sum(result.samples for result in results)) / self.total)
+        return CloseRound(self.round, results, done, self.velocity, wrong)
 
     def _reject(self, node_id: str, reason: str) -> None:
         self.rejections[node_id] = self.rejections.get(node_id, 0) + 1

@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from coordinator.training.outer import Taken, combine, rule
+from coordinator.training.outer import MOMENTUM_LIMIT, Outer, combine, outer_for
 from coordinator.training.rounds import exploded
 from potluck import weights
 from potluck.errors import Diverged, InvalidModel
 from potluck.updates import apply_update, write_update
 
 Array = np.ndarray[Any, Any]
-PLAIN = rule(1.0, 0.0, 2)
+PLAIN = Outer(1.0, 0.0)
 
 
 class Lab:
@@ -27,7 +27,7 @@ class Lab:
         self.number = 0
         weights.save(self.weights, start)
 
-    def step(self, after: list[tuple[list[Array], int]], decide: Any = PLAIN, compression: Any = "none") -> Taken:
+    def step(self, after: list[tuple[list[Array], int]], outer: Outer = PLAIN, compression: Any = "none") -> None:
         self.number += 1
         parts = []
         for place, (arrays, samples) in enumerate(after):
@@ -36,14 +36,12 @@ class Lab:
             parts.append((path, samples))
         new, moving = self.folder / f"weights-{self.number}", self.folder / f"velocity-{self.number}"
         step = self.folder / "step"
-        taken = combine(
-            self.weights, parts, self.velocity, decide, compression,
-            mean=self.folder / "mean", step=step, after=new, velocity_after=moving,
+        combine(
+            self.weights, parts, self.velocity, outer, compression, step=step, after=new, velocity_after=moving,
         )  # fmt: skip
         apply_update(self.weights, step, self.folder / "replica")
         assert (self.folder / "replica").read_bytes() == new.read_bytes()  # nodes and coordinator have the same bits
         self.weights, self.velocity = new, moving
-        return taken
 
     @property
     def values(self) -> dict[str, Array]:
@@ -62,8 +60,7 @@ def test_full_steps_without_momentum_are_the_mean_by_samples(tmp_path: Path) -> 
         ([rng.normal(size=(30, 40)).astype(np.float32), rng.normal(size=5), np.int64(number)], samples)
         for number, samples in enumerate((10, 30, 60))
     ]
-    taken = lab.step(nodes)
-    assert taken == Taken(1.0, 0.0, 0.0)
+    lab.step(nodes)
     for place, name in enumerate(("w00000", "s00001")):
         mean = sum(
             arrays[place].astype(np.float64) * share for (arrays, _), share in zip(nodes, (0.1, 0.3, 0.6), strict=True)
@@ -86,7 +83,7 @@ def test_nesterov_momentum_is_that_of_keras(tmp_path: Path) -> None:
     for number in range(1, 5):
         change = np.full(3, 1.0 / number)
         now = lab.values
-        lab.step([([now["w00000"] + change, now["s00001"] + change], 1)], rule(0.7, 0.9, 2))
+        lab.step([([now["w00000"] + change, now["s00001"] + change], 1)], Outer(0.7, 0.9))
         # keras.optimizers.SGD(0.7, momentum=0.9, nesterov=True) with the gradient -change
         v = 0.9 * v + 0.7 * change
         w = w + 0.9 * v + 0.7 * change
@@ -94,19 +91,19 @@ def test_nesterov_momentum_is_that_of_keras(tmp_path: Path) -> None:
     np.testing.assert_allclose(lab.values["s00001"], np.full(3, 1 + 1 / 2 + 1 / 3 + 1 / 4), rtol=1e-12)
 
 
-def test_the_rule_takes_as_much_momentum_as_rounds_agree(tmp_path: Path) -> None:
-    lab = Lab(tmp_path, [("w00000", np.zeros(4))])
-    decide = rule(None, None, 2)
-
-    def go(*change: float) -> Taken:
-        return lab.step([([lab.values["w00000"] + np.array(change)], 1)], decide)
-
-    assert go(1, 0, 0, 0) == Taken(1.0, 0.0, 0.0)
-    assert go(0, 1, 0, 0).momentum == 0.0  # at right angles
-    assert go(0, -1, 0, 0).momentum == 0.0  # back again
-    assert rule(0.5, 0.3, 2)(0.9) == (0.5, 0.3)
-    assert rule(None, None, 2)(0.3) == (1.0, 0.3)
-    assert rule(None, None, 1)(0.9) == (1.0, 0.0)  # alone
+def test_momentum_rises_and_falls_to_nothing_at_the_end() -> None:
+    rounds = [outer_for(number, (number + 1) / 100, 3) for number in range(100)]
+    momenta = [one.momentum for one in rounds]
+    assert {one.learning_rate for one in rounds} == {1.0}
+    assert momenta[:4] == [0.0, 0.25, 0.4, 0.5]
+    top = momenta.index(max(momenta))
+    assert momenta[:top] == sorted(momenta[:top])
+    assert max(momenta) == MOMENTUM_LIMIT
+    assert momenta[70:] == sorted(momenta[70:], reverse=True)
+    assert momenta[-1] == 0.0
+    assert outer_for(50, 0.5, 1) == Outer(1.0, 0.0)  # alone
+    assert outer_for(50, 0.99, 1, 0.7, 0.9) == Outer(0.7, 0.9)  # as the user says
+    assert outer_for(50, 1.2, 4).momentum == 0.0
 
 
 def test_quantised_steps_stay_near_the_mean(tmp_path: Path) -> None:
@@ -129,8 +126,8 @@ def test_memory_does_not_grow_with_the_nodes(tmp_path: Path) -> None:
     for nodes in (2, 12):
         tracemalloc.start()
         combine(
-            tmp_path / "weights", [(tmp_path / "update", 1)] * nodes, None, rule(None, None, 2), "auto",
-            mean=tmp_path / "mean", step=tmp_path / "step", after=tmp_path / "after", velocity_after=tmp_path / "velocity",
+            tmp_path / "weights", [(tmp_path / "update", 1)] * nodes, None, Outer(1.0, 0.5), "auto",
+            step=tmp_path / "step", after=tmp_path / "after", velocity_after=tmp_path / "velocity",
         )  # fmt: skip
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
@@ -143,7 +140,7 @@ def test_nothing_to_average_and_weights_that_run_away(tmp_path: Path) -> None:
     with pytest.raises(InvalidModel, match="no samples"):
         lab.step([])
     with pytest.raises(Diverged, match="lower the learning rate"):
-        lab.step([([np.float32([3.3e38])], 1)], rule(10.0, 0.0, 2))
+        lab.step([([np.float32([3.3e38])], 1)], Outer(10.0, 0.0))
 
 
 def test_updates_that_went_too_far_are_told_from_those_of_faster_nodes() -> None:
