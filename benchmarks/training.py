@@ -244,10 +244,45 @@ def unequal(lab: Lab, report: Report) -> None:
     report.check("unequal_nodes", found["samples_per_second"] / sum(alone), at_least=0.9)
 
 
+def learning(lab: Lab, report: Report) -> None:
+    """Rounds against exact synchronous training at equal samples: a language model, and the digits; and lost updates."""
+    from learning import Trial, handwriting, language
+
+    seeds = range(1 if lab.quick else 5)
+    epochs, rounds = (1, 6) if lab.quick else (3, 40)
+    found: dict[str, list[float]] = {"local": [], "sync": [], "lossy": []}
+    digits: dict[str, list[float]] = {"local": [], "sync": []}
+    for seed in seeds:
+        with tempfile.TemporaryDirectory(dir=lab.folder) as folder:
+            trial = Trial(Path(folder), language(seed), WORKERS)
+            found["sync"].append(trial.sync(WORKERS, epochs)["loss"])
+            found["local"].append(trial.local(WORKERS, epochs, rounds)["loss"])
+        with tempfile.TemporaryDirectory(dir=lab.folder) as folder:
+            trial = Trial(Path(folder), language(seed), WORKERS)
+            found["lossy"].append(trial.local(WORKERS, epochs, rounds, lost=0.3, seed=seed)["loss"])
+        with tempfile.TemporaryDirectory(dir=lab.folder) as folder:
+            trial = Trial(Path(folder), handwriting(seed), WORKERS)
+            digits["sync"].append(trial.sync(WORKERS, 4 * epochs)["accuracy"])
+            digits["local"].append(trial.local(WORKERS, 4 * epochs, rounds)["accuracy"])
+    median = {name: statistics.median(losses) for name, losses in found.items()}
+    score = {name: statistics.median(accuracies) for name, accuracies in digits.items()}
+    report.rows.append((f"language model, {WORKERS} nodes: sync", f"loss {median['sync']:.4f}", ""))
+    report.rows.append((f"language model, {WORKERS} nodes: local", f"loss {median['local']:.4f}", f"{rounds} rounds"))
+    report.rows.append(("the same, 30 % of the updates lost", f"loss {median['lossy']:.4f}", ""))
+    report.rows.append(("digits: sync, local", f"accuracy {score['sync']:.4f}", f"{score['local']:.4f}"))
+    report.figures["learning"] = {"language": found, "digits": digits}
+    report.check("local_loss", median["local"] / median["sync"], at_most=1.02)
+    report.check("local_accuracy", 100 * (score["sync"] - score["local"]), at_most=0.5)
+    report.check("lost_updates", median["lossy"] / median["local"], at_most=1.05)
+
+
+WORKERS = 2
+
 PARTS: dict[Callable[[Lab, Report], None], tuple[str, ...]] = {
     two_nodes: ("two_nodes_speed", "utilisation_1g"),
     slow_link: ("utilisation_100m", "slow_link_accuracy", "slow_link_time", "slow_link_bytes"),
     unequal: ("unequal_nodes",),
+    learning: ("local_loss", "local_accuracy", "lost_updates"),
 }
 
 
