@@ -236,9 +236,11 @@ class Executor:
         """The result with its blobs in our store and us as their holder; small predictions stay inline. Raises TooLarge."""
         try:
             if isinstance(result, TrainResult):
+                made = not self._store.has(result.base.sha256)  # in the first round, of the model's own weights
                 base = await self._adopt(result.base)
                 result = replace(result, base=base, update=await self._adopt(result.update))
-                self._on_stored((base.sha256,))
+                if made:
+                    self._on_stored((base.sha256,))
             elif isinstance(result, ExportResult):
                 result = replace(result, model=await self._adopt(result.model))
             elif isinstance(result, PredictResult):

@@ -42,9 +42,11 @@ Up = Callable[[str], Awaitable[asyncio.subprocess.Process]]
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Where `python -m coordinator` and `python -m node` are stand-ins that tell of their start and end."""
+    """Where stand-ins of the daemons tell of their start and end, and what lies beside them by chance would, too."""
     for daemon in ("coordinator", "node"):
-        (tmp_path / f"{daemon}.py").write_text(STAND_IN % (daemon, daemon, daemon))
+        (tmp_path / f"{daemon}.py").write_text(STAND_IN % ("by-chance", "by-chance", "by-chance"))
+        (tmp_path / "installed").mkdir(exist_ok=True)
+        (tmp_path / "installed" / f"{daemon}.py").write_text(STAND_IN % (daemon, daemon, daemon))
     return tmp_path
 
 
@@ -54,9 +56,11 @@ def lines(path: Path) -> list[str]:
 
 @asynccontextmanager
 async def started(folder: Path, cluster: str, *options: str) -> AsyncIterator[asyncio.subprocess.Process]:
-    command = [sys.executable, "-m", "potluck.cli.main", "up", "--cluster", cluster, *options]
+    command = [sys.executable, "-P", "-m", "potluck.cli.main", "up", "--cluster", cluster, *options]
     with (folder / "log").open("ab") as log:
-        process = await asyncio.create_subprocess_exec(*command, cwd=folder, stdout=log, stderr=log)
+        process = await asyncio.create_subprocess_exec(
+            *command, cwd=folder, stdout=log, stderr=log, env=os.environ | {"PYTHONPATH": str(folder / "installed")}
+        )
     try:
         yield process
     finally:
