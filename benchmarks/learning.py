@@ -18,7 +18,7 @@ import numpy as np
 
 from coordinator.training import outer
 from node.engine.tasks import Tasks
-from potluck.messages import BlobRef, Compression, DataFormat, DataShard, EvaluateTask, TrainTask
+from potluck.messages import BlobRef, Compression, DataFormat, DataShard, EvaluateTask, TrainResult, TrainTask
 from potluck.updates import apply_update
 from support.models import Files, whole
 
@@ -120,19 +120,22 @@ class Trial:
         each = [max(1, round(epochs * self.count * speed / sum(speeds) / rounds / BATCH)) * BATCH for speed in speeds]
         weights: Path | None = None
         velocity: Path | None = None
+        agreement: float | None = None
         for number in range(rounds):
-            updates: list[tuple[Path, int]] = []
+            updates: list[tuple[Path, int, float]] = []
             for place, node in enumerate(nodes):
                 data = self.shards[place : place + 1]
-                update, base, samples = self._round(node, data, weights, number, each[place], BATCH, "auto")
-                updates.append((update.replace(self.folder / f"update-{place}"), samples))
+                update, base, result = self._round(node, data, weights, number, each[place], BATCH, "auto")
+                updates.append((update.replace(self.folder / f"update-{place}"), result.samples, result.norm))
             arrived = [one for one in updates if rng.random() >= lost] or updates[:1]
             after, moving = self.folder / f"weights-{number % 2}", self.folder / f"velocity-{number % 2}"
-            settings = outer.outer_for(number, (number + 1) / rounds, len(arrived))
-            outer.combine(
-                weights or base, arrived, velocity, settings, "auto",
+            alone = agreement is None or len(arrived) == 1
+            settings = outer.outer_for(number, (number + 1) / rounds, 1.0 if alone else agreement)
+            square = outer.combine(
+                weights or base, [(path, samples) for path, samples, _ in arrived], velocity, settings, "auto",
                 step=self.folder / "step", after=after, velocity_after=moving,
             )  # fmt: skip
+            agreement = outer.agreement_of(square, [(norm, samples) for _, samples, norm in arrived], agreement)
             weights, velocity = after, moving
         assert weights is not None
         return self._measured(nodes[0], weights)
@@ -140,8 +143,8 @@ class Trial:
     def _round(
         self, worker: Worker, data: tuple[DataShard, ...], weights: Path | None, number: int, samples: int, batch: int,
         compression: Compression,
-    ) -> tuple[Path, Path, int]:  # fmt: skip
-        """(Update, weights before, samples)."""
+    ) -> tuple[Path, Path, TrainResult]:  # fmt: skip
+        """(Update, weights before, result)."""
         ref = self._put(weights)
         task = TrainTask(
             model=self.model, weights=ref, data=data, format=ARRAYS, image=None, round=number, samples=samples,
@@ -149,7 +152,7 @@ class Trial:
         )  # fmt: skip
         result = worker.run(task, self.files)
         base = weights or worker.scratch / result.base.sha256
-        return worker.scratch / result.update.sha256, base, result.samples
+        return worker.scratch / result.update.sha256, base, result
 
     def _measured(self, worker: Worker, weights: Path) -> dict[str, float]:
         task = EvaluateTask(

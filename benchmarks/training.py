@@ -141,7 +141,7 @@ def slow_link(lab: Lab, report: Report) -> None:
     The rival's steps all cost the same; so it takes some of them on the slow links, for seconds and bytes a step, and all
     of them on free links, for the accuracy that it ends at.
     """
-    images, epochs = (600, 2) if lab.quick else (6000, 10)
+    images, epochs = (600, 2) if lab.quick else (6000, 8)
     data, held_out, model = lab.digits(images), lab.digits(350, held_out=True), lab.cnn(64 if lab.quick else SIZE)
     rival_steps = epochs * images // (2 * BATCH)
     with ExitStack() as stack:

@@ -62,9 +62,15 @@ class Collector:
         """Take a round's outer step. Raises InvalidModel, Diverged."""
         base = decision.results[0].base
         settings = outer.outer_for(
-            decision.round, decision.done, len(decision.results), spec.outer_learning_rate, spec.outer_momentum
+            decision.round,
+            decision.done,
+            1.0 if decision.agreement is None or len(decision.results) == 1 else decision.agreement,
+            spec.outer_learning_rate,
+            spec.outer_momentum,
         )
-        step, weights, velocity = await asyncio.to_thread(self._take_step, decision, base, settings, spec.compression)
+        step, weights, velocity, square = await asyncio.to_thread(
+            self._take_step, decision, base, settings, spec.compression
+        )
         return RoundClosed(
             at=clock(),
             round=decision.round,
@@ -75,6 +81,9 @@ class Collector:
             samples=sum(part.samples for part in decision.results),
             learning_rate=settings.learning_rate,
             momentum=settings.momentum,
+            agreement=outer.agreement_of(
+                square, [(part.norm, part.samples) for part in decision.results], decision.agreement
+            ),
             metrics=weighted([(part.samples, part.metrics) for part in decision.results]),
             rejected=decision.rejected,
         )
@@ -110,10 +119,10 @@ class Collector:
 
     def _take_step(
         self, decision: CloseRound, base: BlobRef, settings: outer.Outer, compression: Compression
-    ) -> tuple[BlobRef, BlobRef, BlobRef]:
+    ) -> tuple[BlobRef, BlobRef, BlobRef, float]:
         with ExitStack() as stack:
             step, after, moving = (stack.enter_context(self._store.new_file()).path for _ in range(3))
-            outer.combine(
+            square = outer.combine(
                 self._store.path(base.sha256),
                 [(self._store.path(part.update.sha256), part.samples) for part in decision.results],
                 self._store.path(decision.velocity.sha256) if decision.velocity else None,
@@ -124,7 +133,7 @@ class Collector:
                 velocity_after=moving,
             )
             put = [self._store.put_file(path, move=True) for path in (step, after, moving)]
-            return put[0], put[1], put[2]
+            return put[0], put[1], put[2], square
 
     def _norm(self, update: BlobRef, base: BlobRef) -> float:
         try:

@@ -82,7 +82,8 @@ class AttemptEnded(Event, frozen=True):
 class RoundClosed(Event, frozen=True):
     """The outer step of a round is taken, and its weights are a checkpoint in the store.
 
-    `step` led there from `base`; `velocity` is the outer optimizer's state. `rejected`: nodes whose update was left out.
+    `step` led there from `base`; `velocity` is the outer optimizer's state, `agreement` says how alike the nodes' updates have been
+    (1: all the same). `rejected`: nodes whose update was left out.
     """
 
     round: int
@@ -93,6 +94,7 @@ class RoundClosed(Event, frozen=True):
     samples: int
     learning_rate: float
     momentum: float
+    agreement: float = 1.0
     metrics: dict[str, float] = {}
     rejected: dict[str, str] = {}
 
@@ -134,12 +136,13 @@ class Withdraw:
 class CloseRound:
     """Take the outer step with these results; answered by `RoundClosed`.
 
-    `done`: the share of the job that is done with it. `rejected`: nodes left out, and why.
+    `done`: the share of the job that is done with it. `agreement`: of the rounds before. `rejected`: nodes left out, and why.
     """
 
     round: int
     results: tuple[TrainResult, ...]
     done: float
+    agreement: float | None
     velocity: BlobRef | None
     rejected: dict[str, str]
 

@@ -216,10 +216,12 @@ class JobStore:
             info = self._registry.model(model)
             return info.model, info.image
         if not self._blobs.has(model.sha256):
-            raise InvalidRequest(
+            raise NotFound(
                 f"the model blob {model.sha256[:12]} is not in the coordinator's store: "
                 f"PUT it to {(self._urls or ('<coordinator>',))[0]}/blobs/{model.sha256} first"
             )
+        if (size := self._blobs.size(model.sha256)) != model.size:
+            raise InvalidRequest(f"the model blob {model.sha256[:12]} has {size} bytes, not {model.size}")
         return model, None
 
     def _manifest(self, dataset: Dataset) -> BlobRef:

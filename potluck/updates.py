@@ -29,7 +29,7 @@ PIECE = 4096 * BLOCK
 """Values that are worked on at once: memory does not depend on the size of the model."""
 SMALL = 4096
 """A tensor of fewer values is not worth its error."""
-ERROR_LIMIT = 0.25
+ERROR_LIMIT = 0.3
 """Relative error of 4 bits (root of the mean square over that of the values) above which `auto` takes 8."""
 SAMPLED_BLOCKS = 512
 _DIVERGED = "training diverged: the update holds values that are not finite; lower the learning rate"

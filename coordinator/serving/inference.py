@@ -15,6 +15,7 @@ from potluck.bus import Bus, Envelope
 from potluck.errors import InvalidRequest, NotFound, PotluckError, TooLarge, from_code
 from potluck.messages import (
     INLINE_LIMIT_BYTES,
+    ErrorInfo,
     Infer,
     InferenceFinished,
     Inferred,
@@ -124,7 +125,7 @@ class Inference:
             if isinstance(outcome, PotluckError):
                 self._outbox.refuse(envelope, outcome)
             elif outcome.error is not None:
-                self._outbox.refuse(envelope, from_code(outcome.error.code, outcome.error.message))
+                self._outbox.refuse(envelope, _error_of(outcome.error))
             else:
                 self._outbox.reply(envelope, Inferred(model=name, outputs=outcome.outputs))
 
@@ -149,7 +150,7 @@ class Inference:
             if isinstance(outcome, PotluckError):
                 answered.set_exception(outcome)
             elif outcome.error is not None:
-                answered.set_exception(from_code(outcome.error.code, outcome.error.message))
+                answered.set_exception(_error_of(outcome.error))
             else:
                 answered.set_result(outcome)
 
@@ -216,6 +217,10 @@ def _size(tensor: Tensor) -> int:
     if isinstance(data, list):
         return sum([5 + len(text if isinstance(text, bytes) else text.encode()) for text in data]) + rest
     return rest + sum([5 + len(holder.encode()) for holder in data.holders]) + 120
+
+
+def _error_of(info: ErrorInfo) -> PotluckError:
+    return from_code(info.code, info.message, info.retry_after_seconds)
 
 
 def _failure(outcome: RequestOutcome | PotluckError) -> str:

@@ -8,6 +8,7 @@ statistics) is averaged only. Memory is that of a few pieces, whatever the model
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,12 +18,14 @@ import numpy as np
 
 from potluck.errors import Diverged, InvalidModel
 from potluck.messages import Compression
-from potluck.updates import UpdateReader, UpdateWriter, applied, choose, spans
+from potluck.updates import UpdateReader, UpdateWriter, applied, choose, spans, square
 from potluck.weights import Array, Reader, Spec, Writer
 
 MOMENTUM_LIMIT = 0.9
 COOLING = 0.3
 """The last part of a job, in which momentum falls to nothing."""
+AGREEMENT_KEPT = 0.8
+"""Of the smoothed agreement, in each round."""
 
 
 @dataclass(frozen=True)
@@ -34,17 +37,31 @@ class Outer:
 
 
 def outer_for(
-    round: int, done: float, nodes: int, learning_rate: float | None = None, momentum: float | None = None
+    round: int, done: float, agreement: float, learning_rate: float | None = None, momentum: float | None = None
 ) -> Outer:
-    """The settings of `round` (from 0), after which the share `done` of the job is done, with updates of so many nodes.
+    """The settings of `round` (from 0), after which the share `done` of the job is done; `agreement` is that of the rounds before.
 
     What the user has set; else full steps, and momentum that rises as in Nesterov's accelerated gradient (1983; k / (k + 3), as
-    Beck and Teboulle write it, 2009) to MOMENTUM_LIMIT, and falls to nothing at the end: docs/training.md has the
-    evidence. A node that is alone needs none: its own optimizer has gone all the way.
+    Beck and Teboulle write it, 2009), falls to nothing at the end, and is less the more the nodes agree: the mean of updates
+    that agree is a full step already, of others it is shorter than each. docs/training.md has the evidence.
     """
-    rising = min(round / (round + 3), MOMENTUM_LIMIT)
-    ruled = rising * min(1.0, max(0.0, 1 - done) / COOLING) if nodes > 1 else 0.0
+    agreed = min(1.0, max(0.0, agreement))
+    rising = min(round / (round + 3), MOMENTUM_LIMIT, 1 - agreed**2)
+    ruled = rising * min(1.0, max(0.0, 1 - done) / COOLING)
     return Outer(1.0 if learning_rate is None else learning_rate, ruled if momentum is None else momentum)
+
+
+def agreement_of(square: float, updates: Sequence[tuple[float, int]], before: float | None) -> float:
+    """How much a round's nodes agree, smoothed over the rounds: the mean cosine between two updates; 1 for a node alone.
+
+    `square` is that of the mean update's norm, `updates` are (norm, samples).
+    """
+    total = sum(samples for _, samples in updates)
+    shares = [samples / total for _, samples in updates]
+    parts = sum(share * norm**2 for share, (norm, _) in zip(shares, updates, strict=True))
+    alone = sum(share**2 for share in shares)  # what is left of the square where nobody agrees
+    now = 1.0 if parts <= 0 or alone > 0.999 else (square / parts - alone) / (1 - alone)
+    return now if before is None else AGREEMENT_KEPT * before + (1 - AGREEMENT_KEPT) * now
 
 
 def combine(
@@ -57,11 +74,11 @@ def combine(
     step: Path,
     after: Path,
     velocity_after: Path,
-) -> None:
+) -> float:
     """Take the outer step of a round from `weights`, with `updates` as (file, samples) and the `velocity` of the round before.
 
-    Writes `step` (what is added, as it goes to the nodes), `after` (the weights with it) and `velocity_after`. Raises
-    InvalidModel where files do not fit the weights, Diverged where values are not finite.
+    Writes `step` (what is added, as it goes to the nodes), `after` (the weights with it) and `velocity_after`; returns the square
+    of the norm of the mean update. Raises InvalidModel where files do not fit the weights, Diverged where values are not finite.
     """
     if not updates or sum(samples for _, samples in updates) <= 0:
         raise InvalidModel("no samples were trained on in this round, so there is nothing to average")
@@ -70,14 +87,15 @@ def combine(
         before = stack.enter_context(Reader(velocity)) if velocity is not None else None
         parts = [(stack.enter_context(UpdateReader(path, base)), samples) for path, samples in updates]
 
-        def pushed(spec: Spec, start: int, stop: int) -> tuple[Array, Array]:
-            """(What is to be added, the velocity): of a piece."""
+        def pushed(spec: Spec, start: int, stop: int) -> tuple[Array, Array, float]:
+            """(What is to be added, the velocity, the mean's square): of a piece."""
             mean = _mean(parts, spec, start, stop)
+            found = square(mean)
             if not _is_trained(spec):
-                return mean, np.zeros_like(mean)
+                return mean, np.zeros_like(mean), found
             old = before.read(spec.name, start, stop) if before is not None else np.zeros_like(mean)
             fast = mean.dtype.type(outer.momentum) * old + mean
-            return mean.dtype.type(outer.learning_rate) * (mean + mean.dtype.type(outer.momentum) * fast), fast
+            return mean.dtype.type(outer.learning_rate) * (mean + mean.dtype.type(outer.momentum) * fast), fast, found
 
         specs = list(base.specs.values())
         plan = [
@@ -87,13 +105,15 @@ def combine(
         writer = stack.enter_context(UpdateWriter(step, plan))
         target = stack.enter_context(Writer(after, specs))
         moving = stack.enter_context(Writer(velocity_after, specs))
+        squares: list[float] = []
         for spec, kind in plan:
             # In step with the quantised pieces that come back: what is made for one is not made again for the other.
             made: list[Array] = []
 
             def pieces(spec: Spec = spec, made: list[Array] = made) -> Iterator[Array]:
                 for start, stop in spans(spec):
-                    wanted, fast = pushed(spec, start, stop)
+                    wanted, fast, found = pushed(spec, start, stop)
+                    squares.append(found)
                     moving.write(fast)
                     made.append(base.read(spec.name, start, stop))
                     yield wanted
@@ -105,6 +125,7 @@ def combine(
                         f"training diverged: weight {spec.name} is not finite any more; lower the learning rate"
                     )
                 target.write(new)
+        return math.fsum(squares)
 
 
 def _mean(parts: Sequence[tuple[UpdateReader, int]], spec: Spec, start: int, stop: int) -> Array:

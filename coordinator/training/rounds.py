@@ -88,6 +88,8 @@ class RoundsStrategy:
     step: Step | None = None
     """What led to `weights`, for the nodes that have those before."""
     velocity: BlobRef | None = None
+    agreement: float | None = None
+    """How alike the nodes' updates have been until now."""
     best: Best | None = None
     """Where a metric is monitored."""
     rejections: dict[str, int] = field(default_factory=dict)
@@ -207,7 +209,7 @@ class RoundsStrategy:
             self.rejections.pop(node_id, None)
         for node_id, reason in event.rejected.items():
             self._reject(node_id, reason)
-        self.weights, self.velocity = event.weights, event.velocity
+        self.weights, self.velocity, self.agreement = event.weights, event.velocity, event.agreement
         self.step = Step(base=event.base, update=event.step)
         self.samples += event.samples
         self.round += 1
@@ -315,7 +317,7 @@ class RoundsStrategy:
         wrong |= exploded({key: (one.norm, one.samples) for key, one in found.items() if key not in wrong})
         results = tuple(found[node_id] for node_id in sorted(found.keys() - wrong.keys()))
         done = min(1.0, (self.samples + sum(result.samples for result in results)) / self.total)
-        return CloseRound(self.round, results, done, self.velocity, wrong)
+        return CloseRound(self.round, results, done, self.agreement, self.velocity, wrong)
 
     def _reject(self, node_id: str, reason: str) -> None:
         self.rejections[node_id] = self.rejections.get(node_id, 0) + 1

@@ -6,8 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from coordinator.training.outer import MOMENTUM_LIMIT, Outer, combine, outer_for
+from coordinator.training.outer import MOMENTUM_LIMIT, Outer, agreement_of, combine, outer_for
 from coordinator.training.rounds import exploded
 from potluck import weights
 from potluck.errors import Diverged, InvalidModel
@@ -36,7 +38,7 @@ class Lab:
             parts.append((path, samples))
         new, moving = self.folder / f"weights-{self.number}", self.folder / f"velocity-{self.number}"
         step = self.folder / "step"
-        combine(
+        self.square = combine(
             self.weights, parts, self.velocity, outer, compression, step=step, after=new, velocity_after=moving,
         )  # fmt: skip
         apply_update(self.weights, step, self.folder / "replica")
@@ -67,6 +69,8 @@ def test_full_steps_without_momentum_are_the_mean_by_samples(tmp_path: Path) -> 
         )
         np.testing.assert_allclose(lab.values[name], mean, atol=1e-6)
     assert lab.values["s00002"] == 2  # of the node with most samples
+    change = sum(float(np.sum((lab.values[name] - array) ** 2)) for name, array in start[:2])
+    assert lab.square == pytest.approx(change, rel=1e-5)
 
 
 def test_one_node_alone_goes_where_it_went(tmp_path: Path) -> None:
@@ -92,7 +96,7 @@ def test_nesterov_momentum_is_that_of_keras(tmp_path: Path) -> None:
 
 
 def test_momentum_rises_and_falls_to_nothing_at_the_end() -> None:
-    rounds = [outer_for(number, (number + 1) / 100, 3) for number in range(100)]
+    rounds = [outer_for(number, (number + 1) / 100, 0.1) for number in range(100)]
     momenta = [one.momentum for one in rounds]
     assert {one.learning_rate for one in rounds} == {1.0}
     assert momenta[:4] == [0.0, 0.25, 0.4, 0.5]
@@ -101,9 +105,32 @@ def test_momentum_rises_and_falls_to_nothing_at_the_end() -> None:
     assert max(momenta) == MOMENTUM_LIMIT
     assert momenta[70:] == sorted(momenta[70:], reverse=True)
     assert momenta[-1] == 0.0
-    assert outer_for(50, 0.5, 1) == Outer(1.0, 0.0)  # alone
-    assert outer_for(50, 0.99, 1, 0.7, 0.9) == Outer(0.7, 0.9)  # as the user says
-    assert outer_for(50, 1.2, 4).momentum == 0.0
+    assert outer_for(50, 1.2, 0.0).momentum == 0.0
+
+
+def test_nodes_that_agree_need_no_momentum_and_the_user_has_the_last_word() -> None:
+    assert outer_for(50, 0.5, 1.0) == Outer(1.0, 0.0)
+    assert outer_for(50, 0.5, 0.8).momentum == pytest.approx(0.36)
+    assert outer_for(50, 0.5, -0.5).momentum == MOMENTUM_LIMIT
+    assert outer_for(50, 0.99, 1.0, 0.7, 0.9) == Outer(0.7, 0.9)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(2, 6), st.integers(0, 10_000), st.sampled_from([0.0, 0.5, 1.0]))
+def test_agreement_is_the_mean_cosine_of_updates_of_one_length(nodes: int, seed: int, common: float) -> None:
+    rng = np.random.default_rng(seed)
+    vectors = common * rng.normal(size=300) + (1 - common) * rng.normal(size=(nodes, 300))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    mean = vectors.mean(axis=0)
+    cosines = [float(vectors[i] @ vectors[j]) for i in range(nodes) for j in range(nodes) if i != j]
+    found = agreement_of(float(mean @ mean), [(1.0, 10)] * nodes, None)
+    assert found == pytest.approx(np.mean(cosines), abs=1e-9)
+    assert agreement_of(float(mean @ mean), [(1.0, 10)] * nodes, 0.5) == pytest.approx(0.4 + 0.2 * found)
+
+
+def test_a_node_alone_agrees_with_itself() -> None:
+    assert agreement_of(4.0, [(2.0, 10)], None) == 1.0
+    assert agreement_of(0.0, [(0.0, 10), (0.0, 10)], None) == 1.0
 
 
 def test_quantised_steps_stay_near_the_mean(tmp_path: Path) -> None:

@@ -436,6 +436,7 @@ def test_replaying_the_events_gives_the_state_back(steps: list[tuple[str, str]])
         "overheads",
         "step",
         "velocity",
+        "agreement",
         "rejections",
         "quarantined",
     ):
