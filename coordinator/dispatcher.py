@@ -398,6 +398,7 @@ class Dispatcher:
             started_at=job.started_at,
             ended_at=now,
             history=tuple(job.history),
+            rounds=tuple(job.rounds),
             checkpoint=strategy.weights if isinstance(strategy := job.strategy, RoundsStrategy) else None,
             **parts,
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from msgspec import Struct
+from msgspec import Struct, json
 
 from coordinator.placement import ClusterView
 from potluck.messages import (
@@ -26,11 +26,14 @@ from potluck.messages import (
     JobEnded,
     JobProgress,
     JobState,
+    RoundMetrics,
     TrainResult,
 )
 
 REST_SECONDS = 1.0
 """A node that reported an error rests for twice as long, and twice that after the next in a row."""
+ROUNDS_LIMIT_BYTES = 64 * 1024
+"""What a job's rounds take in its result, at most: the whole of it must fit into one message."""
 
 # --- events: what is in the journal -----------------------------------------------------------------------------------
 
@@ -211,6 +214,9 @@ class Job:
     resting: dict[str, float] = field(default_factory=dict)
     """Nodes that reported an error, and until when they get nothing of this job."""
     history: list[EpochMetrics] = field(default_factory=list)
+    rounds: list[RoundMetrics] = field(default_factory=list)
+    rounds_stride: int = 1
+    """Of so many rounds one is kept: a power of two."""
 
     @property
     def job_id(self) -> str:
@@ -247,6 +253,7 @@ class Job:
                         self._failed(event.error, ended.node_id, event.at)
             case RoundClosed():
                 self._strategy.closed_round(event)
+                self._keep(event)
             case EpochEnded():
                 self.history.append(event.epoch)
                 self._strategy.ended_epoch(event)
@@ -285,6 +292,24 @@ class Job:
             progress=progress,
             error=ended.error if ended else None,
         )
+
+    def _keep(self, closed: RoundClosed) -> None:
+        """Add a round to those that the result tells of. When they grow too many, every second goes."""
+        if closed.round % self.rounds_stride == 0:
+            self.rounds.append(
+                RoundMetrics(
+                    round=closed.round,
+                    samples=closed.samples,
+                    metrics=closed.metrics,
+                    outer_learning_rate=closed.learning_rate,
+                    outer_momentum=closed.momentum,
+                    closed_at=closed.at,
+                    rejected=closed.rejected,
+                )
+            )
+        while len(json.encode(self.rounds)) > ROUNDS_LIMIT_BYTES and len(self.rounds) > 1:
+            self.rounds_stride *= 2
+            self.rounds = [kept for kept in self.rounds if kept.round % self.rounds_stride == 0]
 
     @property
     def _strategy(self) -> Strategy:

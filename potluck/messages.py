@@ -247,6 +247,21 @@ class EpochMetrics(Part, frozen=True):
     exchanged_bytes: int = 0
 
 
+class RoundMetrics(Part, frozen=True):
+    """One round of a training job: metrics in training as Keras names them, and the outer step that was taken with its updates.
+
+    `samples` are this round's own. `rejected`: nodes whose update was left out, and why.
+    """
+
+    round: int
+    samples: int
+    metrics: dict[str, float]
+    outer_learning_rate: float
+    outer_momentum: float
+    closed_at: float = 0.0
+    rejected: dict[str, str] = {}
+
+
 class JobProgress(Part, frozen=True):
     """What a person would want to see while a job runs. `done` and `total` count items (samples, for training)."""
 
@@ -342,6 +357,8 @@ class JobEnded(Message, frozen=True):
     """Where a metric was monitored: the epoch that `model` is of."""
     registered: str = ""
     history: tuple[EpochMetrics, ...] = ()
+    rounds: tuple[RoundMetrics, ...] = ()
+    """Of a training job, evenly thinned where there were very many."""
     evaluation: Evaluation | None = None
     outputs: tuple[Tensor, ...] = ()
     """Predictions of the whole data set in item order; large ones as blobs."""

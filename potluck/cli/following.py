@@ -16,7 +16,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from potluck.cli.output import counted, metrics_text, note, rate_text, seconds_text, share
+from potluck.cli.output import bytes_text, counted, metrics_text, note, rate_text, seconds_text, share
 
 if TYPE_CHECKING:
     from potluck.client import Job
@@ -47,11 +47,12 @@ def plain_lines(states: Iterable[JobChanged], clock: Callable[[], float]) -> Ite
     said_at = float("-inf")
     key: tuple[object, ...] | None = None
     for state in states:
-        now, new_key = clock(), (state.state, state.progress.epoch, state.progress.message)
+        progress = state.progress
+        now, new_key = clock(), (state.state, progress.epoch, progress.message, *progress.quarantined)
         if new_key == key and now - said_at < PLAIN_SECONDS:
             continue
         said_at, key = now, new_key
-        yield f"{state.kind} {state.job_id} {state.state}  {progress_text(state.progress)}".rstrip()
+        yield f"{state.kind} {state.job_id} {state.state}  {progress_text(progress)}".rstrip()
 
 
 def progress_text(progress: JobProgress) -> str:
@@ -67,9 +68,16 @@ def progress_text(progress: JobProgress) -> str:
         parts.append(f"{seconds_text(left)} left")
     if progress.metrics:
         parts.append(metrics_text(progress.metrics))
+    if progress.exchanged_bytes:
+        parts.append(f"{bytes_text(progress.exchanged_bytes)} exchanged")
     if progress.message:
         parts.append(progress.message)
-    return "  ".join(parts)
+    return "  ".join([*parts, *left_out(progress)])
+
+
+def left_out(progress: JobProgress) -> list[str]:
+    """A sentence for each quarantined node."""
+    return [f"{node} is left out: {reason}" for node, reason in progress.quarantined.items()]
 
 
 def seconds_left(progress: JobProgress) -> float | None:
@@ -97,11 +105,15 @@ def picture(state: JobChanged) -> RenderableType:
     lines: list[RenderableType] = [head]
     if progress.metrics:
         lines.append(Text(f"  {metrics_text(progress.metrics)}", style="cyan"))
-    if progress.items_per_second:
-        lines.append(Text(f"  {rate_text(progress.items_per_second)}"))
+    totals = [rate_text(progress.items_per_second)] if progress.items_per_second else []
+    if progress.exchanged_bytes:
+        totals.append(f"{bytes_text(progress.exchanged_bytes)} exchanged")
+    if totals:
+        lines.append(Text(f"  {'  '.join(totals)}"))
     lines += [Text(f"    {node:<24} {rate_text(speed):>18}", style="dim") for node, speed in progress.nodes.items()]
     if progress.message:
         lines.append(Text(f"  {progress.message}", style="yellow"))
+    lines += [Text(f"  {reason}", style="red") for reason in left_out(progress)]
     return Group(*lines)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -31,18 +32,39 @@ def job(
     wait: Annotated[
         bool, typer.Option("--wait", help="Follow it until it ends; its error becomes the exit code.")
     ] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw loss and metrics over the epochs, to this .png, .svg or .pdf."),
+    ] = None,
+    tensorboard: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Write event files for TensorBoard below this folder.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show one job: its state, and its result when it has ended."""
     from potluck.cli import following, output
+    from potluck.client import event_files, plots
     from potluck.client.jobs import ENDED, job_error
+    from potluck.errors import Conflict
 
+    if plot is not None:
+        plots.check_path(plot)
+    if tensorboard is not None:
+        event_files.check_folder(tensorboard, job_id)
     with session(context).client() as client:
         found = client.job(job_id)
         if wait and not as_json:
             following.follow(found)
         state = found.status()
         ended = found.result() if wait or state.state in ENDED else None
+        if ended is None and (plot or tensorboard):
+            raise Conflict(
+                f"job {job_id} is {state.state}, and is drawn when it has ended: add --wait to wait for that"
+            )
+        if plot is not None:
+            output.note(f"drawn: {found.plot(plot)}")
+        if tensorboard is not None:
+            output.note(f"event files are there: tensorboard --logdir {found.tensorboard(tensorboard)}")
         if as_json:
             output.emit(ended or state)
             if wait and ended is not None and ended.state != "succeeded":
@@ -52,10 +74,12 @@ def job(
         if ended is None:
             output.show(following.picture(state))
             return
-        for epoch in ended.history:
-            took = output.seconds_text(epoch.seconds)
-            samples = output.counted(epoch.samples, "sample")
-            output.show(f"epoch {epoch.epoch}  {output.metrics_text(epoch.metrics)}  {samples} in {took}")
+        if ended.history:
+            output.show(output.epochs_table(ended.history))
+        if ended.best_epoch:
+            output.show(f"best epoch: {ended.best_epoch}, and the model is the one after it")
+        for reason in following.left_out(state.progress):
+            output.show(reason)
         if ended.evaluation is not None:
             output.show(output.evaluation_report(ended.evaluation))
         for label, text in (("registered", ended.registered), ("deployment", ended.deployment)):

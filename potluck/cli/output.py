@@ -18,6 +18,7 @@ from potluck.errors import PotluckError
 from potluck.messages import (
     DatasetInfo,
     DeploymentInfo,
+    EpochMetrics,
     Evaluation,
     JobChanged,
     ModelInfo,
@@ -153,6 +154,20 @@ def jobs_table(jobs: Iterable[JobChanged]) -> Table:
 
     columns = ("job", "kind", "state", "done", "took", "asked", "")
     return table(columns, map(row, jobs), right=("done", "took"))
+
+
+def epochs_table(history: Iterable[EpochMetrics]) -> Table:
+    def row(epoch: EpochMetrics, samples: int) -> tuple[RenderableType, ...]:
+        return (
+            str(epoch.epoch), f"{samples:,}", seconds_text(epoch.seconds), str(epoch.rounds), f"{epoch.computing:.0%}",
+            bytes_text(epoch.exchanged_bytes), metrics_text(epoch.metrics),
+        )  # fmt: skip
+
+    epochs = list(history)
+    before = [0, *(epoch.samples for epoch in epochs)]
+    columns = ("epoch", "samples", "took", "rounds", "computing", "exchanged", "metrics")
+    rows = (row(epoch, epoch.samples - count) for epoch, count in zip(epochs, before, strict=False))
+    return table(columns, rows, right=columns[:-1])
 
 
 def ago_text(at: float) -> str:

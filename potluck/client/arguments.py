@@ -55,6 +55,14 @@ def path(argument: str, value: Any) -> Path | None:
         raise InvalidRequest(f"{argument} must be the path of a file, not {shown(value)}") from None
 
 
+def given_path(argument: str, value: Any) -> Path:
+    """Raises InvalidRequest."""
+    found = path(argument, value)
+    if found is None:
+        raise InvalidRequest(f"{argument} must be the path of a file or folder, not None")
+    return found
+
+
 def target(value: object) -> str | None:
     """Raises InvalidRequest."""
     found: str | None = checked("target", value, str | None, "the name of a column or array")

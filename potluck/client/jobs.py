@@ -16,7 +16,7 @@ from msgspec.structs import replace
 
 from potluck import errors, tensors
 from potluck.bus import Envelope
-from potluck.client import arguments
+from potluck.client import arguments, event_files, plots
 from potluck.client.connection import Connection
 from potluck.client.models import load_model
 from potluck.errors import Conflict, NotFound, PotluckError, TimedOut
@@ -29,6 +29,7 @@ from potluck.messages import (
     JobEnded,
     JobProgress,
     Message,
+    RoundMetrics,
     Tensor,
 )
 
@@ -149,6 +150,11 @@ class AsyncJob:
         return history_of(self._known())
 
     @property
+    def rounds(self) -> tuple[RoundMetrics, ...]:
+        """The rounds of a training job, evenly thinned where there were very many. Raises Conflict before `wait`."""
+        return self._known().rounds
+
+    @property
     def evaluation(self) -> Evaluation:
         """Merged metrics of an evaluation. Raises Conflict before `wait`, and for another kind of job."""
         return evaluation_of(self._known())
@@ -173,6 +179,27 @@ class AsyncJob:
                 raise errors.InvalidRequest(f"the model cannot be saved as {target}: {error.strerror}") from error
             return target
         return await asyncio.to_thread(load_model, file)
+
+    async def plot(self, path: str | Path) -> Path:
+        """Draw loss and metrics over the epochs, once the job has ended, as a .png, .svg or .pdf; the path. Needs matplotlib.
+
+        Raises InvalidRequest, and Conflict for a job without epochs.
+        """
+        target = plots.check_path(arguments.given_path("path", path))
+        ended = trained(await self.result())
+        await asyncio.to_thread(plots.save, ended, target)
+        return target
+
+    async def tensorboard(self, folder: str | Path) -> Path:
+        """Write event files that TensorBoard opens, once the job has ended: the runs `train` and `validation` below `folder`,
+        with scalars as Keras' callback names them, and those of rounds. The folder. Needs tensorboardX.
+
+        Raises InvalidRequest, and Conflict for a job without epochs.
+        """
+        target = event_files.check_folder(arguments.given_path("folder", folder), self.id)
+        ended = trained(await self.result())
+        await asyncio.to_thread(event_files.save, ended, target)
+        return target
 
     async def predictions(self) -> Predictions:
         """The outputs of a predict job in input order: one array, or one for each output by its name.
@@ -287,6 +314,13 @@ def history_of(ended: JobEnded) -> dict[str, list[float]]:
     """As Keras' `History.history`; an epoch without some metric has NaN there."""
     names = dict.fromkeys(name for epoch in ended.history for name in epoch.metrics)
     return {name: [epoch.metrics.get(name, float("nan")) for epoch in ended.history] for name in names}
+
+
+def trained(ended: JobEnded) -> JobEnded:
+    """The same. Raises Conflict for a job without epochs."""
+    if not any(epoch.metrics for epoch in ended.history):
+        raise Conflict(f"job {ended.job_id} ({ended.kind}, {ended.state}) has no epochs to show")
+    return ended
 
 
 def evaluation_of(ended: JobEnded) -> Evaluation:

@@ -24,6 +24,7 @@ from potluck.messages import (
     JobProgress,
     ModelInfo,
     NodeInfo,
+    RoundMetrics,
 )
 
 T = TypeVar("T")
@@ -118,6 +119,11 @@ class Job:
         return history_of(self.result())
 
     @property
+    def rounds(self) -> tuple[RoundMetrics, ...]:
+        """The rounds of a training job, evenly thinned where there were very many. Waits for it."""
+        return self.result().rounds
+
+    @property
     def evaluation(self) -> Evaluation:
         """Merged metrics of an evaluation; waits for it. Raises the job's error, or Conflict for another kind of job."""
         self.wait()
@@ -143,6 +149,16 @@ class Job:
         there instead, Keras is not needed, and the path returned. Waits for the job.
         """
         return self._portal.call(self._job.model(path))
+
+    def plot(self, path: str | Path) -> Path:
+        """Draw loss and metrics over the epochs, once the job has ended, as a .png, .svg or .pdf; the path. Needs matplotlib."""
+        return self._portal.call(self._job.plot(path))
+
+    def tensorboard(self, folder: str | Path) -> Path:
+        """Write event files that TensorBoard opens, once the job has ended: the runs `train` and `validation` below `folder`,
+        with scalars as Keras' callback names them, and those of rounds. The folder. Needs tensorboardX.
+        """
+        return self._portal.call(self._job.tensorboard(folder))
 
     def _each(self, source: AsyncGenerator[T, None]) -> Iterator[T]:
         try:
