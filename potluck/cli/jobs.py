@@ -57,17 +57,18 @@ def job(
             following.follow(found)
         state = found.status()
         ended = found.result() if wait or state.state in ENDED else None
+        failed = wait and ended is not None and ended.state != "succeeded"
         if ended is None and (plot or tensorboard):
             raise Conflict(
-                f"job {job_id} is {state.state}, and is drawn when it has ended: add --wait to wait for that"
+                f"job {job_id} is {state.state}: it can be drawn when it has ended, and --wait waits for that"
             )
-        if plot is not None:
+        if plot is not None and not failed:
             output.note(f"drawn: {found.plot(plot)}")
-        if tensorboard is not None:
-            output.note(f"event files are there: tensorboard --logdir {found.tensorboard(tensorboard)}")
+        if tensorboard is not None and not failed:
+            output.note(f"written: see it with tensorboard --logdir {found.tensorboard(tensorboard)}")
         if as_json:
             output.emit(ended or state)
-            if wait and ended is not None and ended.state != "succeeded":
+            if ended is not None and failed:
                 raise job_error(ended)
             return
         output.show(output.jobs_table([state]))

@@ -81,7 +81,7 @@ def _figure(ended: JobEnded) -> Any:
         if place + columns >= len(drawn):
             axis.set_xlabel("epoch", color=_INK)
             axis.tick_params(labelbottom=True)
-        axis.xaxis.set_major_locator(whole_numbers(integer=True, min_n_ticks=1))
+        axis.xaxis.set_major_locator(whole_numbers(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
         axis.legend(frameon=False, labelcolor=_INK, fontsize="small")
     return figure
 

@@ -43,6 +43,7 @@ from potluck.messages import (
     ListJobs,
     ListNodes,
     NodesListed,
+    RoundMetrics,
     SubmitJob,
     Tensor,
     Train,
@@ -299,6 +300,26 @@ async def test_progress_ends_with_the_job_and_the_result_is_read(
         _ = job.evaluation
 
 
+async def test_a_job_is_drawn_when_it_has_ended(
+    client: AsyncClient, coordinator: ScriptedCoordinator, tmp_path: Path
+) -> None:
+    job = await client.train("net", "images")
+    with pytest.raises(InvalidRequest, match=r"must end in \.png"):
+        await job.plot(tmp_path / "loss.txt")
+    with pytest.raises(InvalidRequest, match="folder must be"):
+        await job.tensorboard(None)
+    drawing = asyncio.create_task(job.plot(tmp_path / "loss.svg"))
+    rounds = (RoundMetrics(round=0, samples=8, metrics={"loss": 1.0}, outer_learning_rate=1.0, outer_momentum=0.5),)
+    await coordinator.end(job.id, "failed", history=(EpochMetrics(epoch=1, metrics={"loss": 1.0}),), rounds=rounds)
+    assert (await drawing).read_text().startswith("<?xml"), "also of a job that failed"
+    assert job.rounds == rounds
+    assert list((await job.tensorboard(tmp_path / "logs")).glob("train/*tfevents*"))
+    empty = await client.train("net", "images")
+    await coordinator.end(empty.id)
+    with pytest.raises(Conflict, match="no epochs"):
+        await empty.plot(str(tmp_path / "empty.png"))
+
+
 async def test_the_last_progress_of_a_job_that_succeeded_is_all_of_it(
     client: AsyncClient, coordinator: ScriptedCoordinator
 ) -> None:
@@ -423,6 +444,10 @@ async def test_the_synchronous_client_on_a_real_broker(tmp_path: Path) -> None:
             loop.call_soon_threadsafe(started.set)
             assert [progress.done for progress in job.progress()][-1] == 4
             assert job.wait().history == {}
+            assert job.rounds == ()
+            for draw in (job.plot, job.tensorboard):
+                with pytest.raises(Conflict, match="no epochs"):
+                    draw(tmp_path / "out.png")
             assert client.infer("m", np.ones((1, 2), np.float32)).tolist() == [[1.0, 1.0]]
         client.close()  # twice is fine
         with pytest.raises(InvalidRequest, match="closed"):

@@ -66,6 +66,8 @@ def test_a_killed_coordinator_resumes_training_with_no_hole_in_the_history(
     cluster.restart_coordinator()
     job.wait(timeout=200)
     assert len(job.history["loss"]) == 60
+    assert [kept.round for kept in job.rounds] == list(range(len(job.rounds)))
+    assert sum(kept.samples for kept in job.rounds) == job.result().history[-1].samples
     assert job.history["accuracy"][-1] > 0.95
 
 

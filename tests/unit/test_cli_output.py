@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from potluck.cli import following, output, predict
-from potluck.messages import Capacity, ClassScore, Evaluation, Gpu, JobChanged, JobProgress, NodeInfo
+from potluck.messages import (
+    Capacity,
+    ClassScore,
+    EpochMetrics,
+    Evaluation,
+    Gpu,
+    JobChanged,
+    JobProgress,
+    NodeInfo,
+)
 
 NODE = NodeInfo(
     node_id="n1",
@@ -73,6 +82,34 @@ def test_plain_lines_come_with_changes_and_now_and_then() -> None:
     lines = list(following.plain_lines([state(1, 1), state(2, 1), state(3, 2), state(4, 2)], lambda: next(times)))
     assert len(lines) == 3
     assert lines[0] == "train j running  epoch 1/2  1/100 items (1%)  10 items/s on 1 node  10 s left"
+
+
+def test_what_was_exchanged_and_who_is_left_out_is_told() -> None:
+    progress = JobProgress(exchanged_bytes=3 << 20, message="training", quarantined={"n3": "its loss became nan"})
+    assert following.progress_text(progress) == "3.0 MiB exchanged  training  n3 is left out: its loss became nan"
+    state = JobChanged(job_id="j", kind="train", state="running", created_at=0.0, progress=progress)
+    shown = text_of(following.picture(state))
+    assert "3.0 MiB exchanged" in shown
+    assert "n3 is left out: its loss became nan" in shown
+    before = JobChanged(
+        job_id="j", kind="train", state="running", created_at=0.0, progress=JobProgress(message="training")
+    )
+    assert len(list(following.plain_lines([before, state, state], lambda: 0.0))) == 2, "said at once, and once"
+
+
+def test_epochs_show_what_they_took() -> None:
+    history = [
+        EpochMetrics(
+            epoch=number, metrics={"loss": 0.5, "val_loss": 0.75}, samples=1437 * (number - 2), seconds=65.0, rounds=3,
+            computing=0.874, exchanged_bytes=5 << 20,
+        )
+        for number in (3, 4)
+    ]  # fmt: skip
+    lines = text_of(output.epochs_table(history)).splitlines()
+    assert lines[0].split() == ["epoch", "samples", "took", "rounds", "computing", "exchanged", "metrics"]
+    assert lines[2].split("  ")[-2:] == ["loss 0.5000", "val_loss 0.7500"]
+    for part in ("4 ", " 1,437 ", "1 min 05 s", " 3 ", "87%", "5.0 MiB"):
+        assert part in lines[2], part
 
 
 def test_one_of_a_thing_is_singular() -> None:

@@ -424,6 +424,7 @@ def test_replaying_the_events_gives_the_state_back(steps: list[tuple[str, str]])
         again.apply(event)
     assert again.attempts == play.job.attempts
     assert again.history == play.job.history
+    assert again.rounds == play.job.rounds
     assert isinstance(again.strategy, RoundsStrategy)
     for name in (
         "round",
