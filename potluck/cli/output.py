@@ -157,17 +157,19 @@ def jobs_table(jobs: Iterable[JobChanged]) -> Table:
 
 
 def epochs_table(history: Iterable[EpochMetrics]) -> Table:
-    def row(epoch: EpochMetrics, samples: int) -> tuple[RenderableType, ...]:
-        return (
-            str(epoch.epoch), f"{samples:,}", seconds_text(epoch.seconds), str(epoch.rounds), f"{epoch.computing:.0%}",
-            bytes_text(epoch.exchanged_bytes), metrics_text(epoch.metrics),
-        )  # fmt: skip
-
-    epochs = list(history)
-    before = [0, *(epoch.samples for epoch in epochs)]
-    columns = ("epoch", "samples", "took", "rounds", "computing", "exchanged", "metrics")
-    rows = (row(epoch, epoch.samples - count) for epoch, count in zip(epochs, before, strict=False))
-    return table(columns, rows, right=columns[:-1])
+    """Two lines an epoch: its metrics, and what it took."""
+    rows: list[tuple[RenderableType, ...]] = []
+    samples = 0
+    for epoch in history:
+        took = (
+            f"{counted(epoch.samples - samples, 'sample')} in {seconds_text(epoch.seconds)}",
+            counted(epoch.rounds, "round"),
+            f"{epoch.computing:.0%} computing",
+            f"{bytes_text(epoch.exchanged_bytes)} exchanged",
+        )
+        samples = epoch.samples
+        rows.append((str(epoch.epoch), Text.assemble(metrics_text(epoch.metrics), "\n", ("  ".join(took), "dim"))))
+    return table(("epoch", ""), rows, right=("epoch",))
 
 
 def ago_text(at: float) -> str:
