@@ -34,6 +34,8 @@ REST_SECONDS = 1.0
 """A node that reported an error rests for twice as long, and twice that after the next in a row."""
 ROUNDS_LIMIT_BYTES = 64 * 1024
 """What a job's rounds take in its result, at most: the whole of it must fit into one message."""
+HISTORY_LIMIT_BYTES = 160 * 1024
+"""Rounds and epochs together: beside very many epochs fewer rounds are kept."""
 
 # --- events: what is in the journal -----------------------------------------------------------------------------------
 
@@ -217,6 +219,8 @@ class Job:
     rounds: list[RoundMetrics] = field(default_factory=list)
     rounds_stride: int = 1
     """Of so many rounds one is kept: a power of two."""
+    rounds_bytes: int = 0
+    history_bytes: int = 0
 
     @property
     def job_id(self) -> str:
@@ -256,6 +260,7 @@ class Job:
                 self._keep(event)
             case EpochEnded():
                 self.history.append(event.epoch)
+                self.history_bytes += _size(event.epoch)
                 self._strategy.ended_epoch(event)
             case JobFinished():
                 self.ended = event.result
@@ -307,9 +312,12 @@ class Job:
                     rejected=closed.rejected,
                 )
             )
-        while len(json.encode(self.rounds)) > ROUNDS_LIMIT_BYTES and len(self.rounds) > 1:
+            self.rounds_bytes += _size(self.rounds[-1])
+        room = min(ROUNDS_LIMIT_BYTES, HISTORY_LIMIT_BYTES - self.history_bytes)
+        while self.rounds_bytes > room and len(self.rounds) > 1:
             self.rounds_stride *= 2
             self.rounds = [kept for kept in self.rounds if kept.round % self.rounds_stride == 0]
+            self.rounds_bytes = sum(map(_size, self.rounds))
 
     @property
     def _strategy(self) -> Strategy:
@@ -324,3 +332,8 @@ class Job:
         self.resting[node_id] = at + REST_SECONDS * 2**self.failures
         if not error.retryable:
             self.fatal = error
+
+
+def _size(part: RoundMetrics | EpochMetrics) -> int:
+    """Bytes in a JSON message; less in msgpack."""
+    return len(json.encode(part)) + 1

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from PIL import Image
 from typer.testing import CliRunner
 
-from coordinator.jobs import ROUNDS_LIMIT_BYTES, Job, JobSubmitted, RoundClosed
+from coordinator.jobs import ROUNDS_LIMIT_BYTES, EpochEnded, Job, JobSubmitted, RoundClosed
 from potluck import codec
 from potluck.cli.main import app
 from potluck.cli.session import Session
@@ -67,13 +67,15 @@ def job_after(rounds: int, metrics: dict[str, float]) -> Job:
     strategy: Any = SimpleNamespace(closed_round=lambda event: None)
     job = Job(JobSubmitted(at=0.0, job_id="j", request_id="", spec=spec), strategy)
     for number in range(rounds):
-        job.apply(
-            RoundClosed(
-                at=float(number), round=number, base=BLOB, step=BLOB, weights=BLOB, velocity=BLOB, samples=10 + number,
-                learning_rate=1.0, momentum=0.9, metrics=metrics, rejected={"b": "it was late"} if number == 1 else {},
-            )
-        )  # fmt: skip
+        job.apply(closed(number, metrics))
     return job
+
+
+def closed(number: int, metrics: dict[str, float]) -> RoundClosed:
+    return RoundClosed(
+        at=float(number), round=number, base=BLOB, step=BLOB, weights=BLOB, velocity=BLOB, samples=10 + number,
+        learning_rate=1.0, momentum=0.9, metrics=metrics, rejected={"b": "it was late"} if number == 1 else {},
+    )  # fmt: skip
 
 
 def test_rounds_are_kept_as_they_were_closed() -> None:
@@ -96,6 +98,23 @@ def test_however_many_rounds_they_fit_into_a_message_evenly(rounds: int, names: 
         assert size < ROUNDS_LIMIT_BYTES + 1024 < INLINE_LIMIT_BYTES / 3
     if job.rounds_stride > 1:
         assert size > ROUNDS_LIMIT_BYTES / 5, "no more are left out than must be"
+
+
+def test_beside_very_many_epochs_fewer_rounds_are_kept() -> None:
+    metrics = dict.fromkeys(("loss", "accuracy", "val_loss", "val_accuracy"), 1 / 3)
+    strategy: Any = SimpleNamespace(closed_round=lambda event: None, ended_epoch=lambda event: None)
+    job = job_after(0, {})
+    job.strategy = strategy
+    kept = []
+    for number in range(1000):
+        job.apply(closed(number, metrics))
+        epoch = EpochMetrics(epoch=number + 1, metrics=metrics, samples=number, seconds=1.5, rounds=1, computing=0.5)
+        job.apply(EpochEnded(at=float(number), epoch=epoch))
+        kept.append(len(job.rounds))
+    assert max(kept) > 200
+    assert kept[-1] < 20
+    ended = job_ended(1, history=tuple(job.history), rounds=tuple(job.rounds))
+    assert codec.encode(ended, "json")
 
 
 # --- the plot ----------------------------------------------------------------------------------------------------------
