@@ -152,7 +152,7 @@ def slow_link(lab: Lab, report: Report) -> None:
         found = steady(ended)
         found["seconds"] = ended["ended_at"] - ended["started_at"]
         found["wire_mb"] = (hosts.bytes_on_wire() - before) / 1e6
-        found["accuracy"] = potluck(hosts, "evaluate", "cnn", "held-out")["evaluation"]["metrics"]["accuracy"]
+        found["accuracy"] = potluck(hosts, "evaluate", "cnn", "held-out")["metrics"]["accuracy"]
         hosts.rest()
         before = hosts.bytes_on_wire()
         slow = multiworker(lab, hosts, model, data, 6 if lab.quick else 10, BATCH)
