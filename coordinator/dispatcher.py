@@ -397,7 +397,7 @@ class Dispatcher:
             created_at=job.submitted.at,
             started_at=job.started_at,
             ended_at=now,
-            history=tuple(job.history),
+            history=job.told_history,
             rounds=tuple(job.rounds),
             checkpoint=strategy.weights if isinstance(strategy := job.strategy, RoundsStrategy) else None,
             **parts,

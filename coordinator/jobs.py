@@ -298,6 +298,16 @@ class Job:
             error=ended.error if ended else None,
         )
 
+    @property
+    def told_history(self) -> tuple[EpochMetrics, ...]:
+        """The epochs as the result tells them: every second, fourth, ... of very many, and always the last."""
+        stride = 1
+        while True:
+            kept = self.history[::-1][::stride][::-1]
+            if len(kept) < 2 or sum(map(_size, kept)) <= HISTORY_LIMIT_BYTES:
+                return tuple(kept)
+            stride *= 2
+
     def _keep(self, closed: RoundClosed) -> None:
         """Add a round to those that the result tells of. When they grow too many, every second goes."""
         if closed.round % self.rounds_stride == 0:

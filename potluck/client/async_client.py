@@ -344,7 +344,8 @@ class AsyncClient:
             raise Conflict(f"job {found.id} has not ended: cancel it, or wait for it, before you resume it")
         if answer.checkpoint is None:
             raise Conflict(f"job {found.id} ({answer.kind}) has no checkpoint to go on from")
-        return {"weights": replace(answer.checkpoint, holders=()), "initial_epoch": len(answer.history)}
+        done = answer.history[-1].epoch if answer.history else 0
+        return {"weights": replace(answer.checkpoint, holders=()), "initial_epoch": done}
 
     async def _data(
         self, argument: str, data: object, target: str | None, image: Image | None, *, for_prediction: bool = False

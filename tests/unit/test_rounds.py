@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,12 +28,14 @@ from coordinator.jobs import (
 from coordinator.placement import ClusterView, NodeView
 from coordinator.strategies import strategy_for
 from coordinator.training.rounds import Best, RoundsStrategy, is_better
+from potluck import codec
 from potluck.errors import InvalidRequest
 from potluck.messages import (
     BlobRef,
     DataFormat,
     Dataset,
     DataShard,
+    EpochMetrics,
     ErrorInfo,
     EvaluateResult,
     EvaluateTask,
@@ -305,6 +308,20 @@ def test_the_model_of_the_best_epoch_is_kept_and_training_ends_when_nothing_gets
     assert export.weights == play.strategy.best.weights != play.strategy.weights
     assert export.weights.sha256 in play.strategy.kept
     assert export.step is None
+
+
+def test_the_history_of_very_many_epochs_fits_into_a_message() -> None:
+    play = Simulation(epochs=50_000, validation=False)
+    for number in range(1, 5001):
+        play.record(
+            EpochEnded(at=0.0, epoch=EpochMetrics(epoch=number, metrics={"loss": 0.123456789, "accuracy": 0.5}))
+        )
+    told = play.job.told_history
+    assert 500 < len(told) < 5000
+    assert len({after.epoch - before.epoch for before, after in itertools.pairwise(told)}) == 1
+    assert told[-1].epoch == 5000
+    assert len(codec.pack(told)) < 200_000
+    assert Simulation().job.told_history == ()
 
 
 def test_a_metric_that_rises_is_better() -> None:
