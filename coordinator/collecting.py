@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any, TypeVar
 
@@ -29,6 +29,7 @@ from potluck.messages import (
     Predict,
     PredictResult,
     Step,
+    SyncResult,
     Tensor,
     Train,
     TrainResult,
@@ -55,6 +56,11 @@ class Collector:
                 return replace(result, model=await self._fetch(result.model))
             case PredictResult():
                 return replace(result, outputs=tuple([await self._output(tensor) for tensor in result.outputs]))
+            case SyncResult():
+                if result.weights is None or result.optimizer is None:
+                    return result
+                kept, state = await self._fetch(result.weights), await self._fetch(result.optimizer)
+                return replace(result, weights=kept, optimizer=state)
             case EvaluateResult():
                 return result
 
@@ -90,11 +96,15 @@ class Collector:
 
     def drop_round(self, decision: CloseRound, before: Step | None, closed: RoundClosed, keep: set[str]) -> None:
         """Throw away what a closed round has used up: its updates, and the weights and state that it began from."""
-        used = [part.update for part in decision.results]
-        used += [closed.base, *([decision.velocity] if decision.velocity else []), *([before.update] if before else [])]
-        kept = keep | {closed.step.sha256, closed.velocity.sha256}
+        found = (*(part.update for part in decision.results), closed.base, decision.velocity)
+        used = [ref for ref in (*found, before.update if before else None) if ref is not None]
+        new = {ref.sha256 for ref in (closed.step, closed.velocity) if ref is not None}
+        self.drop(used, keep | new)
+
+    def drop(self, used: Iterable[BlobRef], keep: set[str]) -> None:
+        """Throw away what is no longer needed, but not what is in `keep`."""
         for ref in used:
-            if ref.sha256 not in kept:
+            if ref.sha256 not in keep:
                 self._store.delete(ref.sha256)
 
     def pin(self, ref: BlobRef) -> None:

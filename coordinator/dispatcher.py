@@ -22,6 +22,7 @@ from coordinator.jobs import (
     AttemptLeased,
     CloseEpoch,
     CloseRound,
+    CloseSync,
     Complete,
     Decision,
     EpochEnded,
@@ -29,6 +30,7 @@ from coordinator.jobs import (
     JobFinished,
     JobStarted,
     Lease,
+    RoundClosed,
     Withdraw,
 )
 from coordinator.jobstore import JobStore
@@ -36,6 +38,7 @@ from coordinator.leases import Held, Leases
 from coordinator.serving.registry import Registry
 from coordinator.serving.serving import Serving
 from coordinator.training.rounds import RoundsStrategy
+from coordinator.training.sync import SyncStrategy
 from potluck.errors import Cancelled, NotFound, PotluckError, Unavailable
 from potluck.logs import fields
 from potluck.messages import (
@@ -267,6 +270,8 @@ class Dispatcher:
                 self._end_attempt(decision.attempt_id, decision.reason, None)
             case CloseRound():
                 self._act(job.job_id, f"round {decision.round}", self._close_round(job, decision))
+            case CloseSync():
+                self._close_sync(job, decision)
             case CloseEpoch():
                 epoch = decision.epoch
                 self._record(job, EpochEnded(at=now, epoch=decision.epoch))
@@ -353,6 +358,25 @@ class Dispatcher:
                 ),
             )
             self._changed(job)
+
+    def _close_sync(self, job: Job, decision: CloseSync) -> None:
+        strategy = job.strategy
+        assert isinstance(strategy, SyncStrategy)
+        used = [ref for ref in (strategy.weights, strategy.optimizer) if ref is not None]
+        closed = RoundClosed(
+            at=self._clock(),
+            round=decision.round,
+            weights=decision.weights,
+            optimizer=decision.optimizer,
+            samples=decision.samples,
+            metrics=decision.metrics,
+        )
+        self._record(job, closed)
+        self._collector.drop(used, strategy.kept)
+        log.info(
+            "round closed %s", fields(job=job.job_id, round=closed.round, samples=closed.samples, **closed.metrics)
+        )
+        self._changed(job)
 
     async def _deploy(self, job: Job, spec: Deploy) -> None:
         if job.state == "queued":

@@ -13,6 +13,7 @@ from typing import Protocol
 from msgspec import Struct, json
 
 from coordinator.placement import ClusterView
+from potluck.errors import PeerLost
 from potluck.messages import (
     AnyJobSpec,
     AnyTask,
@@ -84,21 +85,22 @@ class AttemptEnded(Event, frozen=True):
     error: ErrorInfo | None = None
 
 
-class RoundClosed(Event, frozen=True):
+class RoundClosed(Event, frozen=True, kw_only=True):
     """The outer step of a round is taken, and its weights are a checkpoint in the store.
 
     `step` led there from `base`; `velocity` is the outer optimizer's state, `agreement` says how alike the nodes' updates have been
-    (1: all the same). `rejected`: nodes whose update was left out.
+    (1: all the same). `rejected`: nodes whose update was left out. Of synchronous training there is `optimizer`, its state, instead.
     """
 
     round: int
-    base: BlobRef
-    step: BlobRef
+    base: BlobRef | None = None
+    step: BlobRef | None = None
     weights: BlobRef
-    velocity: BlobRef
+    velocity: BlobRef | None = None
+    optimizer: BlobRef | None = None
     samples: int
-    learning_rate: float
-    momentum: float
+    learning_rate: float = 1.0
+    momentum: float = 0.0
     agreement: float = 1.0
     metrics: dict[str, float] = {}
     rejected: dict[str, str] = {}
@@ -153,6 +155,17 @@ class CloseRound:
 
 
 @dataclass(frozen=True)
+class CloseSync:
+    """A stretch of synchronous training is done, and this is its checkpoint; answered by `RoundClosed`."""
+
+    round: int
+    weights: BlobRef
+    optimizer: BlobRef
+    samples: int
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
 class CloseEpoch:
     """Answered by `EpochEnded`."""
 
@@ -164,7 +177,7 @@ class Complete:
     """All the work is done: put the result together and end the job as succeeded."""
 
 
-Decision = Lease | Withdraw | CloseRound | CloseEpoch | Complete
+Decision = Lease | Withdraw | CloseRound | CloseSync | CloseEpoch | Complete
 
 
 # --- state -----------------------------------------------------------------------------------------------------------
@@ -253,7 +266,7 @@ class Job:
                 ended = self.attempts.pop(event.attempt_id, None)
                 if ended is not None:
                     self._strategy.ended(ended, event.error)
-                    if event.error is not None:
+                    if event.error is not None and event.error.code != PeerLost.code:
                         self._failed(event.error, ended.node_id, event.at)
             case RoundClosed():
                 self._strategy.closed_round(event)

@@ -155,7 +155,13 @@ class Leases:
         for member in self._membership.online():
             if "tensorflow" in member.capacity.runtimes:
                 load = self._load[member.node_id]
-                yield NodeView(member.node_id, member.capacity.gflops, free_slots=SLOTS - load, idle=load == 0)
+                yield NodeView(
+                    member.node_id,
+                    member.capacity.gflops,
+                    free_slots=SLOTS - load,
+                    idle=load == 0,
+                    collective=member.collective,
+                )
 
     def _holders_of(self, sha256: str) -> tuple[str, ...]:
         """Base URLs of who has a blob: the nodes first, so that the coordinator's link is the last resort."""

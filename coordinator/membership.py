@@ -22,6 +22,7 @@ class Member:
     state: MemberState
     seen_at: float
     http: tuple[str, ...] = ()
+    collective: str = ""
     capacity: Capacity = _UNKNOWN
     telemetry: NodeTelemetry | None = None
 
@@ -66,13 +67,19 @@ class Membership:
             return [NodeLost(status.node_id, "it went offline")]
         changes: list[Change] = []
         if known is not None and known.session == status.session and known.state == "online":
-            self.members[status.node_id] = replace(known, http=status.http, seen_at=now)
+            self.members[status.node_id] = replace(known, http=status.http, collective=status.collective, seen_at=now)
             return []
         if known is not None and known.session != status.session and known.state != "offline":
             changes.append(NodeLost(status.node_id, "it was started again"))
         capacity = known.capacity if known else _UNKNOWN
         self.members[status.node_id] = Member(
-            status.node_id, status.session, "online", now, http=status.http, capacity=capacity
+            status.node_id,
+            status.session,
+            "online",
+            now,
+            http=status.http,
+            collective=status.collective,
+            capacity=capacity,
         )
         return [*changes, NodeJoined(status.node_id)]
 

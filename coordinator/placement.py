@@ -19,6 +19,8 @@ class NodeView:
     gflops: float
     free_slots: int
     idle: bool = True
+    collective: str = ""
+    """`host:port` at which it may take part in synchronous training."""
 
 
 @dataclass(frozen=True)

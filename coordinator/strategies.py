@@ -5,6 +5,7 @@ from __future__ import annotations
 from coordinator.batch import BatchStrategy, ItemIndex
 from coordinator.jobs import JobSubmitted, Strategy
 from coordinator.training.rounds import RoundsStrategy
+from coordinator.training.sync import SyncStrategy
 from potluck.messages import (
     BlobRef,
     Dataset,
@@ -35,7 +36,8 @@ def strategy_for(job: JobSubmitted, dataset: Dataset | None, validation: Dataset
             def make(weights: BlobRef | None, step: Step | None, epoch: int) -> BatchStrategy:
                 return _evaluation(model, weights, step, held_out, image, spec.batch_size, f"validation-{epoch}")
 
-        return RoundsStrategy(spec=spec, model=model, image=image, dataset=dataset, validation=make)
+        kind = RoundsStrategy if spec.strategy == "local" else SyncStrategy
+        return kind(spec=spec, model=model, image=image, dataset=dataset, validation=make)
     if isinstance(spec, Evaluate):
         return _evaluation(model, None, None, dataset, image, spec.batch_size, "evaluate")
     return _prediction(model, dataset, image, spec)

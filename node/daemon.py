@@ -9,6 +9,8 @@ import uuid
 from collections.abc import Callable, Iterable
 from contextlib import AsyncExitStack
 
+from msgspec.structs import replace
+
 from node import capacity as capacities
 from node import identity
 from node.assignments import Assignments, Effect, GiveUp, Prefetch, Run, Send, Stop
@@ -37,7 +39,7 @@ from potluck.messages import (
     UnloadModel,
     WithdrawLease,
 )
-from potluck.network import bind
+from potluck.network import bind, reachable_addresses
 from potluck.outbox import Outbox
 from potluck.settings import NodeSettings, check_listen, state_folder
 from potluck.topics import Topics
@@ -71,7 +73,14 @@ class Node:
             stack.enter_context(identity.sole_use(self.folder))
             sock = bind(settings.listen)
             stack.callback(sock.close)
-            self._presence = Presence(settings, self.topics, self.node_id, self.session, sock.getsockname()[1])
+            collective = ""
+            if settings.listen.insecure:  # TensorFlow's own server has no protection, and listens at all addresses
+                place = stack.enter_context(bind(replace(settings.listen, port=settings.sync_port)))
+                host = reachable_addresses(settings.listen.host)[0]
+                collective = f"[{host}]:{place.getsockname()[1]}" if ":" in host else f"{host}:{place.getsockname()[1]}"
+            self._presence = Presence(
+                settings, self.topics, self.node_id, self.session, sock.getsockname()[1], collective
+            )
             store = BlobStore(self.folder / "blobs", settings.blob_limit_bytes)
             downloader = await stack.enter_async_context(Downloader(store))
             discovery = await self._discovery(stack)

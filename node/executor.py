@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,8 @@ from potluck.messages import (
     ShardFailed,
     ShardFinished,
     Step,
+    SyncResult,
+    SyncTask,
     Tensor,
     TrainResult,
 )
@@ -147,8 +150,13 @@ class Executor:
         refs = self._needed(lease.task)
         for ref in refs:
             self._store.pin(ref.sha256)
+        missing = sum(ref.size for ref in {ref.sha256: ref for ref in refs}.values() if not self._store.has(ref.sha256))
+        started = time.perf_counter()
         try:
             files = await self._fetch_unless(attempt.withdrawn, refs)
+            fetch_seconds = time.perf_counter() - started
+            if isinstance(lease.task, SyncTask) and lease.task.begins:
+                await self._slot.stop()  # TensorFlow takes the members of a group at its start only
 
             def progress(done: int, metrics: dict[str, float]) -> None:
                 self._on_progress(lease.attempt_id, done, metrics)
@@ -163,7 +171,8 @@ class Executor:
                 finally:
                     attempt.engine = None
 
-            return await self._slot.use(run)
+            result = await self._slot.use(run)
+            return replace(result, fetched_bytes=missing, fetch_seconds=fetch_seconds)
         finally:
             for ref in refs:
                 self._store.unpin(ref.sha256)
@@ -241,6 +250,11 @@ class Executor:
                 result = replace(result, base=base, update=await self._adopt(result.update))
                 if made:
                     self._on_stored((base.sha256,))
+            elif isinstance(result, SyncResult):
+                if result.weights is not None and result.optimizer is not None:
+                    kept, state = await self._adopt(result.weights), await self._adopt(result.optimizer)
+                    result = replace(result, weights=kept, optimizer=state)
+                    self._on_stored((kept.sha256, state.sha256))
             elif isinstance(result, ExportResult):
                 result = replace(result, model=await self._adopt(result.model))
             elif isinstance(result, PredictResult):
@@ -293,6 +307,9 @@ class Executor:
         engine, task = attempt.engine, attempt.task
         if engine is None or task is None:
             return  # it is fetching, which it gives up by itself, or it waits for the engine to start, or it is done
+        if isinstance(attempt.lease.task, SyncTask):  # it may wait for a member that is gone, and no group comes back
+            await engine.stop(grace_seconds=0)
+            return
         await engine.cancel_task()
         done, _ = await asyncio.wait({task}, timeout=STOP_SECONDS)
         if not done and attempt.engine is engine:
@@ -302,7 +319,7 @@ class Executor:
 
 def _way(task: AnyTask) -> tuple[BlobRef | None, Step | None]:
     """The weights that a task is about, and the other way to them."""
-    return (None, None) if isinstance(task, PredictTask) else (task.weights, task.step)
+    return (None, None) if isinstance(task, PredictTask | SyncTask) else (task.weights, task.step)
 
 
 def _disk_trouble(error: OSError) -> PotluckError:

@@ -30,7 +30,9 @@ GOODBYE_SECONDS = 2.0
 class Presence:
     """One session of a node in its cluster. `joined`: the broker has had our birth, on the connection of now."""
 
-    def __init__(self, settings: NodeSettings, topics: Topics, node_id: str, session: str, port: int) -> None:
+    def __init__(
+        self, settings: NodeSettings, topics: Topics, node_id: str, session: str, port: int, collective: str
+    ) -> None:
         self._settings = settings
         self._topics = topics
         self._node_id = node_id
@@ -41,12 +43,14 @@ class Presence:
         self.urls = base_urls(settings.listen.host, port)
         """Where this node's blobs are to be had now: a machine's addresses come and go."""
         self.status_topic = topics.node(node_id, "status")
+        self.collective = collective
         self.joined = False
 
     def status(self, state: Literal["online", "offline"]) -> NodeStatus:
         """A birth, or a goodbye (also the will)."""
         urls = self.urls if state == "online" else ()
-        return NodeStatus(node_id=self._node_id, session=self._session, state=state, http=urls)
+        collective = self.collective if state == "online" else ""
+        return NodeStatus(node_id=self._node_id, session=self._session, state=state, http=urls, collective=collective)
 
     def watch(self, bus: Bus, outbox: Outbox) -> None:
         """Keep our retained birth in place: the will of an earlier session may come after it, and would hide us.

@@ -104,6 +104,13 @@ class TimedOut(PotluckError):
     exit_code = 4
 
 
+class PeerLost(PotluckError):
+    """Another member of a group that trains synchronously is gone: what is left of the group forms anew."""
+
+    code = "peer_lost"
+    retryable = True
+
+
 class Cancelled(PotluckError):
     """The job or request was cancelled by its user."""
 

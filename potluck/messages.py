@@ -31,6 +31,7 @@ Seed = Annotated[int, Meta(ge=0, le=2**32 - 1)]
 
 
 Compression = Literal["auto", "none", "int8", "int4"]
+Strategy = Literal["auto", "local", "sync"]
 
 
 class Part(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -178,7 +179,8 @@ class Train(JobSpec, frozen=True, tag="train"):
     `outer_learning_rate` and `outer_momentum` (Nesterov)
     are those of the step that is taken with the mean of a round's updates; None: by rule (docs/training.md).
 
-    `weights` begins from a checkpoint of an earlier job (`JobEnded.checkpoint`) instead of the model's own, and `initial_epoch`
+    `strategy`: `local` trains in rounds, apart; `sync` takes every step together, with `batch_size` items over all nodes; `auto`
+    begins like `local`, and chooses by what was measured. `weights` begins from a checkpoint of an earlier job (`JobEnded.checkpoint`) instead of the model's own, and `initial_epoch`
     counts on from there, to `epochs` in all. `class_weight` weighs the loss by a class's label. `monitor` names a metric of epochs
     (`val_loss`): the result is the model as it was after the best epoch, and with `patience` training ends after so
     many epochs that were not better than that by more than `min_delta`.
@@ -191,7 +193,7 @@ class Train(JobSpec, frozen=True, tag="train"):
     batch_size: Positive = 32
     image: ImageOptions | None = None
     register: Name | None = None
-    strategy: Literal["auto", "local"] = "auto"
+    strategy: Strategy = "auto"
     round_seconds: Annotated[float, Meta(ge=0, le=86_400)] = 0.0
     seed: Seed = 0
     compression: Compression = "auto"
@@ -279,6 +281,8 @@ class JobProgress(Part, frozen=True):
     """Nodes that are left out of training, and why."""
     exchanged_bytes: Count = 0
     """Of updates and steps, until now."""
+    strategy: str = ""
+    """Of a training job: what `auto` chose, and the figures that it rests on."""
 
 
 class ClassScore(Part, frozen=True):
@@ -532,6 +536,8 @@ class NodeStatus(Message, frozen=True):
     state: Literal["online", "offline"]
     http: tuple[str, ...] = ()
     version: int = PROTOCOL_VERSION
+    collective: str = ""
+    """`host:port` at which its engine takes part in synchronous training; empty where it may not."""
 
 
 class NodeCapacity(Message, frozen=True):
@@ -586,6 +592,32 @@ class TrainTask(Task, frozen=True, tag="train"):
     step: Step | None = None
 
 
+class SyncTask(Task, frozen=True, tag="sync"):
+    """One member's part of synchronous training: `steps` steps together with all other `members` (`host:port`).
+
+    Of each step's items, `batches[i]` are those of member i; this node is member `rank`, and member 0 writes the checkpoint.
+    Step s (counted from `first_step`) takes the items from s times their sum on, of all of `data` in the order that `seed` gives.
+    `begins`: form the group and start from `weights` (None: the model's own) and the state of the optimizer in `optimizer`; else
+    the group `formation` goes on from where it is.
+    """
+
+    model: BlobRef
+    data: tuple[DataShard, ...]
+    format: DataFormat
+    image: ImageOptions | None
+    formation: str
+    members: tuple[str, ...]
+    batches: tuple[Positive, ...]
+    rank: Count
+    first_step: Count
+    steps: Positive
+    begins: bool = False
+    weights: BlobRef | None = None
+    optimizer: BlobRef | None = None
+    seed: int = 0
+    class_weight: dict[str, float] = {}
+
+
 class EvaluateTask(Task, frozen=True, tag="evaluate"):
     model: BlobRef
     weights: BlobRef | None
@@ -612,13 +644,18 @@ class ExportTask(Task, frozen=True, tag="export"):
     step: Step | None = None
 
 
-AnyTask = TrainTask | EvaluateTask | PredictTask | ExportTask
+AnyTask = TrainTask | EvaluateTask | PredictTask | ExportTask | SyncTask
 
 
 class TaskResult(Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="kind"):
-    """Base of what an engine answers. `seconds` is the time computing, without loading."""
+    """Base of what an engine answers. `seconds` is the time computing, without loading.
+
+    `fetched_bytes` is what the node fetched for it, in `fetch_seconds`: so much its link has shown to carry.
+    """
 
     seconds: float = 0.0
+    fetched_bytes: Count = 0
+    fetch_seconds: float = 0.0
 
 
 class TrainResult(TaskResult, frozen=True, tag="train"):
@@ -636,6 +673,20 @@ class TrainResult(TaskResult, frozen=True, tag="train"):
     metrics: dict[str, float] = {}
     norm: float = 0.0
     seconds_ahead: float = 0.0
+
+
+class SyncResult(TaskResult, frozen=True, tag="sync"):
+    """`samples` are this member's own, of all `steps`; `seconds` includes waiting for the others, `rate` (items/s) does not.
+
+    Member 0 adds the checkpoint: `weights` as in training by rounds, and the `optimizer`'s variables (keys `o00000`, ...).
+    """
+
+    samples: Count
+    steps: Count
+    metrics: dict[str, float] = {}
+    rate: float = 0.0
+    weights: BlobRef | None = None
+    optimizer: BlobRef | None = None
 
 
 class EvaluateResult(TaskResult, frozen=True, tag="evaluate"):
@@ -656,7 +707,7 @@ class ExportResult(TaskResult, frozen=True, tag="export"):
     signature: Signature
 
 
-AnyTaskResult = TrainResult | EvaluateResult | PredictResult | ExportResult
+AnyTaskResult = TrainResult | EvaluateResult | PredictResult | ExportResult | SyncResult
 
 
 # --- coordinator -> node, on nodes/<id>/inbox -------------------------------------------------------------------------

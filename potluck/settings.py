@@ -83,6 +83,8 @@ class NodeSettings(NetworkSettings, frozen=True):
     blob_limit_bytes: Annotated[int, Meta(ge=1)] = 20 * 2**30
     threads: Annotated[int, Meta(ge=0)] = 0
     """Threads TensorFlow may use; 0: one for each core that the process may run on."""
+    sync_port: Port = 0
+    """Where the engine meets others in synchronous training; 0: any free port. Only with `listen.insecure`."""
 
 
 class CoordinatorSettings(NetworkSettings, frozen=True):

@@ -204,6 +204,8 @@ class RoundsStrategy:
         self.round_seconds += len(self.contributions) * max(0.0, event.at - (self.closed_at or self.opened_at))
         self.closed_at = event.at
         sent = sum(result.update.size for result in self.contributions.values())
+        assert event.base is not None
+        assert event.step is not None
         self.exchanged_bytes += sent + len(self.contributions) * event.step.size
         for node_id in self.contributions.keys() - event.rejected.keys():
             self.rejections.pop(node_id, None)

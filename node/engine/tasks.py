@@ -18,9 +18,10 @@ from node.engine.evaluating import evaluate
 from node.engine.inputs import source_for
 from node.engine.loaded import Loaded
 from node.engine.shards import Part
+from node.engine.synchronous import Member
 from node.engine.training import Session
 from potluck import updates
-from potluck.errors import Cancelled
+from potluck.errors import Cancelled, PeerLost
 from potluck.messages import (
     AnyTask,
     AnyTaskResult,
@@ -32,6 +33,8 @@ from potluck.messages import (
     ExportTask,
     PredictResult,
     PredictTask,
+    SyncResult,
+    SyncTask,
     TrainResult,
     TrainTask,
 )
@@ -53,6 +56,8 @@ class Tasks:
         self._sessions: OrderedDict[str, Session] = OrderedDict()
         self._models: OrderedDict[tuple[str, bool], Loaded] = OrderedDict()
         self._ahead: Session | None = None
+        self._member: Member | None = None
+        self._formation = ""
 
     def run(
         self, job_id: str, task: AnyTask, files: Mapping[str, str], cancelled: threading.Event, progress: Progress
@@ -70,6 +75,8 @@ class Tasks:
                 return self._predict(task, paths, _Reporter(cancelled, progress))
             case ExportTask():
                 return self._export(task, paths)
+            case SyncTask():
+                return self._sync(job_id, task, paths, cancelled, progress)
 
     def train_ahead(self, until: Callable[[], bool]) -> None:
         """After a round whose result is on its way: go on with the next, until there is something to do."""
@@ -80,6 +87,8 @@ class Tasks:
     def forget(self, job_id: str) -> None:
         """Drop what is kept for a job."""
         self._close(job_id)
+        if self._formation.startswith(f"{job_id} "):
+            self._member = None
         self._models.clear()
         gc.collect()  # Keras models are full of cycles
 
@@ -125,6 +134,32 @@ class Tasks:
             metrics=outcome.metrics,
             seconds=outcome.seconds,
             seconds_ahead=outcome.seconds_ahead,
+        )
+
+    def _sync(
+        self, job_id: str, task: SyncTask, paths: Paths, cancelled: threading.Event, progress: Progress
+    ) -> SyncResult:
+        formation = f"{job_id} {task.formation}"
+        if task.begins:
+            self._member = Member(task, paths, self._scratch)
+            self._formation = formation
+        if self._member is None or self._formation != formation:
+            raise PeerLost("this engine was started anew, and is no member of the group any more")
+        member = self._member
+        seconds, metrics = member.train(task, cancelled, progress)
+        saved: list[BlobRef] = []
+        if task.rank == 0:
+            files = self._scratch / "weights.new", self._scratch / "optimizer.new"
+            member.save(*files)
+            saved = [self._blob(path) for path in files]
+        return SyncResult(
+            samples=task.steps * task.batches[task.rank],
+            steps=task.steps,
+            metrics=metrics,
+            rate=member.rate,
+            weights=saved[0] if saved else None,
+            optimizer=saved[1] if saved else None,
+            seconds=seconds,
         )
 
     def apply_step(self, before: Path, update: Path) -> BlobRef:

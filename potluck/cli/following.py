@@ -46,8 +46,12 @@ def plain_lines(states: Iterable[JobChanged], clock: Callable[[], float]) -> Ite
     """A line when the state or the epoch changes, and every few seconds between."""
     said_at = float("-inf")
     key: tuple[object, ...] | None = None
+    strategy = ""
     for state in states:
         progress = state.progress
+        if progress.strategy != strategy:
+            strategy = progress.strategy
+            yield f"{state.kind} {state.job_id} strategy {strategy}"
         now, new_key = clock(), (state.state, progress.epoch, progress.message, *progress.quarantined)
         if new_key == key and now - said_at < PLAIN_SECONDS:
             continue

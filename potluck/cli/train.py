@@ -21,6 +21,12 @@ def train(
     target: Annotated[str | None, typer.Option(help="The label's column or array, for tables and .npz.")] = None,
     name: Annotated[str | None, typer.Option(help="Register the result under this name.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Save the result as this .keras file.")] = None,
+    strategy: Annotated[
+        str,
+        typer.Option(
+            help="local: in rounds; sync: each step together, exactly; auto: by measured speed and bandwidth."
+        ),
+    ] = "auto",
     round_seconds: Annotated[
         float,
         typer.Option(min=0.0, help="Seconds of computing between two exchanges; 0: as measured bandwidth suggests."),
@@ -65,6 +71,7 @@ def train(
                 image=size,
                 name=name,
                 target=target,
+                strategy=strategy,  # type: ignore[arg-type]  # checked by the client
                 round_seconds=round_seconds,
                 seed=seed_number,
                 monitor=monitor,

@@ -9,10 +9,11 @@ from msgspec import Meta
 
 from potluck.client import arguments
 from potluck.errors import InvalidRequest
-from potluck.messages import Compression, Epochs, Seed
+from potluck.messages import Compression, Epochs, Seed, Strategy
 
 _SECONDS = "a number of seconds above 0, at most 86,400 (0: as measured speed and bandwidth suggest)"
 _KINDS: dict[str, tuple[Any, str]] = {
+    "strategy": (Strategy, "'auto', 'local' or 'sync'"),
     "round_seconds": (Annotated[float, Meta(ge=0, le=86_400)], _SECONDS),
     "seed": (Seed, "a whole number from 0 to 4,294,967,295"),
     "compression": (Compression, "'auto', 'none', 'int8' or 'int4'"),
@@ -29,6 +30,8 @@ _KINDS: dict[str, tuple[Any, str]] = {
 class TrainOptions(TypedDict, total=False):
     """Options of `train` that are seldom needed.
 
+    - `strategy`: `"local"` trains in rounds; `"sync"` takes every step on all nodes together, with `batch_size` items over all
+      of them, exactly as one machine would; `"auto"` measures, and takes `"sync"` where the network is fast enough for it.
     - `seed`: for shuffling and initial state.
     - `monitor`: a metric of epochs; the result is the model after the best of them. `patience`: end after so many epochs that
       were not better by more than `min_delta`. Losses and errors count as better when they fall, other metrics when they rise.
@@ -39,6 +42,7 @@ class TrainOptions(TypedDict, total=False):
     - `outer_learning_rate`, `outer_momentum`: of the step that is taken with a round's mean update; None: by rule.
     """
 
+    strategy: Strategy
     seed: int
     monitor: str | None
     patience: int | None

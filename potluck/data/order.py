@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -40,3 +40,14 @@ def cuts(sizes: Sequence[int] | np.ndarray[Any, Any], shard_bytes: int) -> list[
     edges = np.searchsorted(ends, ends[-1] * np.arange(1, wanted) / wanted, side="left") + 1
     bounds = [0, *np.unique(edges[edges < count]).tolist(), count]
     return list(pairwise(bounds))
+
+
+def passes(count: int, seed: int, skip: int = 0) -> Iterator[int]:
+    """Item numbers for training, pass after pass without an end, each in an order of its own; the first `skip` are left out.
+
+    The same on every machine, so members that take steps together need not tell each other what comes next.
+    """
+    number, first = divmod(skip, count)
+    while True:
+        yield from np.random.default_rng((seed, number)).permutation(count)[first:].tolist()
+        number, first = number + 1, 0

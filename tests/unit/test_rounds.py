@@ -64,6 +64,7 @@ class Simulation:
         self, epochs: int = 2, validation: bool = True, shards: Sequence[int] = (40,) * 8, **options: Any
     ) -> None:
         self.shards = shards
+        options = {"strategy": "local", **options}
         spec = Train(
             model="m", dataset="d", validation="v" if validation else None, epochs=epochs, batch_size=10, **options
         )

@@ -1,0 +1,250 @@
+"""Synchronous training, the strategy `sync`, and the choice that `auto` makes: pure.
+
+The members of a group take every step together, so the result is that of one machine with the same batches. A round is here the
+stretch of steps between two checkpoints, which member 0 writes. When a member is lost, what is left forms a new group and goes
+on from the last checkpoint; nodes that join take part from the next round on.
+"""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass, field
+
+from msgspec.structs import replace
+
+from coordinator.jobs import Attempt, CloseSync, Decision, Lease, RoundClosed, Withdraw
+from coordinator.placement import ClusterView, NodeView, speeds, split
+from coordinator.training.costs import Costs, Prediction, predict
+from coordinator.training.rounds import (
+    COMPUTING_FACTOR,
+    OVERHEADS_KEPT,
+    PATIENT_FACTOR,
+    PATIENT_SECONDS,
+    PROBE_SECONDS,
+    RoundsStrategy,
+    weighted,
+)
+from potluck.errors import Unavailable
+from potluck.messages import AnyTask, AnyTaskResult, BlobRef, ErrorInfo, JobProgress, SyncResult, SyncTask
+
+FIRST_STEPS = 8
+"""Of the first round, before anything is measured."""
+TRIES_LIMIT = 5
+"""So often in a row a round may break off."""
+STUCK_FACTOR = 4.0
+STUCK_SECONDS = 60.0
+"""A round that takes longer than this factor of what was expected, and so many seconds, is broken off: its members wait for each other."""
+FORMING_SECONDS = 180.0
+"""The same for a round that begins with engines to start, data to load and a group to form."""
+WORTH_JOINING = 0.1
+"""A node that joins is taken in when it adds at least this share to the speed: forming anew costs some seconds."""
+MEASURABLE_BYTES = 1_000_000
+"""A transfer of so many bytes says something of a link's bandwidth."""
+
+
+@dataclass
+class SyncStrategy(RoundsStrategy):
+    """`chosen` is empty while `auto` has not measured enough; until then, and when it is `local`, rounds are as there."""
+
+    chosen: str = ""
+    optimizer: BlobRef | None = None
+    members: tuple[str, ...] = ()
+    """Of the group, in the order of their ranks."""
+    formed: int = 0
+    formation: str = ""
+    steps_done: int = 0
+    parts: dict[str, SyncResult] = field(default_factory=dict)
+    """Results of the open round by node."""
+    broken: str = ""
+    """Why the open round can have no result."""
+    tries: int = 0
+    begins: bool = False
+    """Whether the open round formed its group."""
+    planned_seconds: float = 0.0
+    """Of the open round."""
+    step_seconds: float = 0.0
+    bandwidths: dict[str, float] = field(default_factory=dict)
+    """Bytes a second that nodes have fetched with."""
+    prediction: Prediction | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.spec.strategy != "auto":
+            self.chosen = self.spec.strategy
+
+    @property
+    def batch(self) -> int:
+        """Items of a step, over all members."""
+        return min(self.spec.batch_size, self.dataset.count)
+
+    @property
+    def synchronous(self) -> bool:
+        return self.chosen == "sync"
+
+    def leased(self, attempt: Attempt, task: AnyTask) -> None:
+        if not isinstance(task, SyncTask):
+            super().leased(attempt, task)
+            return
+        if task.rank == 0 and attempt.shard_id == self._shard_id:
+            self.opened_at = attempt.leased_at
+            self.begins = task.begins
+            self.planned_seconds = task.steps * self.step_seconds
+            if task.begins:
+                self.formed += 1
+                self.tries += bool(self.broken)
+                self.broken, self.formation, self.parts = "", task.formation, {}
+                self.members = ("",) * len(task.members)
+        if task.begins:
+            self.members = (*self.members[: task.rank], attempt.node_id, *self.members[task.rank + 1 :])
+        self.epoch_started_at = self.epoch_started_at or attempt.leased_at
+
+    def finished(self, attempt: Attempt, result: AnyTaskResult, at: float) -> None:
+        if result.fetched_bytes >= MEASURABLE_BYTES and result.fetch_seconds > 0:
+            self.bandwidths[attempt.node_id] = result.fetched_bytes / result.fetch_seconds
+        if not isinstance(result, SyncResult):
+            super().finished(attempt, result, at)
+        elif attempt.shard_id == self._shard_id:
+            self.parts[attempt.node_id] = result
+            if result.rate > 0:
+                self.measured[attempt.node_id] = result.rate
+
+    def ended(self, attempt: Attempt, error: ErrorInfo | None) -> None:
+        if self.synchronous and attempt.shard_id == self._shard_id:
+            self.broken = self.broken or (error.message if error is not None else f"node {attempt.node_id} was lost")
+        super().ended(attempt, error)
+
+    def closed_round(self, event: RoundClosed) -> None:
+        if event.step is not None:
+            super().closed_round(event)
+            if not self.chosen:
+                self._choose()
+            return
+        if event.round != self.round:
+            return
+        computing = max((part.seconds for part in self.parts.values()), default=0.0)
+        overhead = max(0.0, event.at - self.opened_at - computing)
+        if not self.begins:  # forming a group is no part of what a round costs
+            self.overheads = [*self.overheads, overhead][-OVERHEADS_KEPT:]
+        steps = max((part.steps for part in self.parts.values()), default=0)
+        if steps:
+            self.step_seconds = computing / steps
+        self.computing_seconds += computing * len(self.parts)
+        self.round_seconds += len(self.parts) * max(0.0, event.at - (self.closed_at or self.opened_at))
+        self.closed_at = event.at
+        self.exchanged_bytes += steps * 2 * (len(self.members) - 1) * event.weights.size
+        self.weights, self.optimizer, self.step = event.weights, event.optimizer, None
+        self.samples += event.samples
+        self.steps_done += event.samples // self.batch
+        self.round += 1
+        self.round_metrics.append((event.samples, event.metrics))
+        if self.broken:
+            self.members = ()
+        self.parts, self.broken, self.tries = {}, "", 0
+
+    def plan(self, view: ClusterView, attempts: dict[str, Attempt]) -> list[Decision]:
+        if self.synchronous and not self.epoch_full and not self.all_trained:
+            mine = [attempt for attempt in attempts.values() if attempt.shard_id == self._shard_id]
+            if mine:
+                return self._watch(view, mine)
+            if closing := self._close_sync():
+                return closing
+        return super().plan(view, attempts)
+
+    def progress(self, running: dict[str, tuple[Attempt, int, dict[str, float]]]) -> JobProgress:
+        text = self.prediction.words(self.chosen) if self.prediction is not None else self.chosen
+        return replace(super().progress(running), strategy=text)
+
+    def _choose(self) -> None:
+        """By the cost model, from what the first round has measured."""
+        rates = {node_id: rate for node_id, rate in self.measured.items() if node_id in self.shares}
+        assert self.weights is not None
+        self.prediction = predict(
+            Costs(
+                rates=tuple(rates.values()),
+                weights_bytes=self.weights.size,
+                data_bytes=sum(shard.blob.size for shard in self.dataset.shards),
+                samples=max(1, self.total - self.samples),
+                batch_size=self.batch,
+                bandwidth=statistics.median(self.bandwidths.values()) if self.bandwidths else None,
+            )
+        )
+        self.chosen = self.prediction.choice
+
+    def _open_round(self, view: ClusterView) -> list[Decision]:
+        if not self.synchronous:
+            return super()._open_round(view)
+        if self.broken and self.tries + 1 >= TRIES_LIMIT:
+            raise Unavailable(f"synchronous training broke off {self.tries + 1} times in a row: {self.broken}")
+        candidates = self._candidates(view)
+        if not candidates:
+            return []
+        rates = speeds(candidates, self.measured)
+        here = view.node_ids
+        whole = all(node_id in here for node_id in self.members) and bool(self.members)
+        added = sum(rate for node_id, rate in rates.items() if node_id not in self.members) / sum(rates.values())
+        begins = not whole or (added >= WORTH_JOINING and len(rates) > len(self.members))
+        if not begins:
+            rates = {node_id: rates.get(node_id, 0.0) or self.measured.get(node_id, 1.0) for node_id in self.members}
+        shares = split(self.batch, rates)
+        if not begins and len(shares) < len(self.members):
+            begins = True  # one is so slow that it gets nothing
+        ranked = list(shares) if begins else list(self.members)
+        addresses = {node.node_id: node.collective for node in view.nodes}
+        steps = self._steps()
+        return [
+            Lease(
+                self._shard_id,
+                node_id,
+                SyncTask(
+                    model=self.model,
+                    data=self.dataset.shards,
+                    format=self.dataset.format,
+                    image=self.image,
+                    formation=self.formation if not begins else f"{self.round}.{self.formed}",
+                    members=tuple(addresses.get(name, "") for name in ranked),
+                    batches=tuple(shares[name] for name in ranked),
+                    rank=rank,
+                    first_step=self.steps_done,
+                    steps=steps,
+                    begins=begins,
+                    weights=self.weights if begins else None,
+                    optimizer=self.optimizer if begins else None,
+                    seed=self.spec.seed,
+                    class_weight=self.spec.class_weight,
+                ),
+            )
+            for rank, node_id in enumerate(ranked)
+        ]
+
+    def _candidates(self, view: ClusterView) -> list[NodeView]:
+        """Nodes that may be members now; of those that can take part in no group, the fastest, alone."""
+        free = [node for node in view.nodes if node.idle]
+        able = [node for node in free if node.collective]
+        if able or not free:
+            return able[: self.batch]
+        rates = speeds(free, self.measured)
+        return [max(free, key=lambda node: (rates[node.node_id], node.node_id))]
+
+    def _steps(self) -> int:
+        left = max(1, ((self.epochs_ended + 1) * self.dataset.count - self.samples) // self.batch)
+        if not self.step_seconds:
+            return min(left, FIRST_STEPS)
+        overhead = statistics.median(self.overheads) if self.overheads else 0.0
+        patient = min(COMPUTING_FACTOR * overhead, max(PATIENT_FACTOR * overhead, PATIENT_SECONDS))
+        budget = self.spec.round_seconds or max(patient, PROBE_SECONDS)
+        return min(left, max(1, round(budget / self.step_seconds)))
+
+    def _watch(self, view: ClusterView, mine: list[Attempt]) -> list[Decision]:
+        patience = FORMING_SECONDS if self.begins else STUCK_SECONDS
+        late = view.now - self.opened_at > max(patience, STUCK_FACTOR * self.planned_seconds)
+        if not self.broken and not late:
+            return []
+        reason = self.broken or "its members wait for each other: can all of them reach the others' addresses?"
+        return [Withdraw(attempt.attempt_id, f"the group is no more: {reason}") for attempt in mine]
+
+    def _close_sync(self) -> list[Decision]:
+        checkpoint = next((part for part in self.parts.values() if part.weights is not None), None)
+        if checkpoint is None or checkpoint.weights is None or checkpoint.optimizer is None:
+            return []
+        metrics = weighted([(part.samples, part.metrics) for part in self.parts.values()])
+        return [CloseSync(self.round, checkpoint.weights, checkpoint.optimizer, checkpoint.steps * self.batch, metrics)]

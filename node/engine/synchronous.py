@@ -1,0 +1,228 @@
+"""Synchronous data parallelism in an engine: every step is one step of the whole group's batch.
+
+The group is TensorFlow's own (`tf.distribute.MultiWorkerMirroredStrategy`), and so is the all-reduce of the gradients. Each member
+applies their sum to a model of its own, so all hold the same weights after each step. A group is formed once in a process:
+TensorFlow takes its members at its start only, so an engine that is to be a member of another group is started anew.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import psutil
+import tensorflow as tf
+
+from node.engine import inputs, runtime, shards, targets
+from node.engine.shards import Part
+from node.engine.training import MEMORY_LIMIT_BYTES, PROGRESS_SECONDS
+from node.engine.wording import one_line
+from potluck import weights
+from potluck.data.order import passes
+from potluck.errors import Cancelled, InvalidData, InvalidModel, PeerLost
+from potluck.messages import SyncTask
+
+MEANS = ("sum_over_batch_size",)
+"""Reductions of a loss whose parts, weighted by items, add up to that of the whole batch."""
+
+
+class Member:
+    """One member of a group that trains a compiled model. Raises what `begin` does."""
+
+    def __init__(self, task: SyncTask, paths: dict[str, Path], scratch: Path) -> None:
+        self._strategy = _form(task)
+        keras.utils.set_random_seed(task.seed)
+        self.model = runtime.load_model(paths[task.model.sha256], scratch, compiled=True)
+        runtime.need_compiled(self.model)
+        _need_mean(self.model)
+        if not self.model.optimizer.built:
+            self.model.optimizer.build(self.model.trainable_variables)
+        if task.weights is not None:
+            runtime.set_weights(self.model, paths[task.weights.sha256])
+        if task.optimizer is not None:
+            _set_optimizer(self.model.optimizer, paths[task.optimizer.sha256])
+        self._load(task, [Part(paths[shard.blob.sha256], 0, shard.count) for shard in task.data])
+        self._batches: tuple[int, ...] = ()
+        self._step: Any = None
+        self.rate = 0.0
+
+    def train(
+        self,
+        task: SyncTask,
+        cancelled: threading.Event,
+        progress: Callable[[int, dict[str, float]], None],
+    ) -> tuple[float, dict[str, float]]:
+        """All steps of the task; (seconds, metrics of this member's items).
+
+        Raises PeerLost when another member is gone, InvalidModel where the loss is no number any more, Cancelled.
+        """
+        mine = task.batches[task.rank]
+        batches = self._fetched(task)
+        if task.batches != self._batches:
+            self._compile(task, next(batches))
+        self.model.reset_metrics()
+        started, told_at = time.perf_counter(), -math.inf
+        for step in range(1, task.steps + 1):
+            if cancelled.is_set():
+                raise Cancelled("the attempt was withdrawn")
+            loss = _together(self._step, next(batches))
+            if not math.isfinite(loss):
+                raise InvalidModel(
+                    f"training diverged: the loss became {loss} at step {task.first_step + step}; lower the learning rate, "
+                    "or look for values in the data that are not finite"
+                )
+            now = time.perf_counter()
+            if now - told_at >= PROGRESS_SECONDS:
+                told_at = now
+                progress(step * mine, self._metrics())
+        return time.perf_counter() - started, self._metrics()
+
+    def save(self, weights_path: Path, optimizer_path: Path) -> None:
+        """The checkpoint of the group."""
+        runtime.save_weights(self.model, weights_path)
+        variables = self.model.optimizer.variables
+        weights.save(optimizer_path, ((f"o{i:05}", np.asarray(value)) for i, value in enumerate(variables)))
+
+    def _load(self, task: SyncTask, parts: Sequence[Part]) -> None:
+        """All of the data: any member may come to any item."""
+        labels = targets.labels_for(self.model, task.format.classes)
+        source = inputs.source_for(self.model, task.format, task.image)
+        target = source.targets(parts)
+        if target is None:
+            raise InvalidData(
+                "the data set has no targets to train on: add it with class folders, or name its --target"
+            )
+        wanted = targets.encode(target, labels, tuple(self.model.outputs[0].shape))
+        by_item = targets.item_weights(wanted, labels, task.format.classes, task.class_weight)
+        self._count = len(wanted)
+        limit = min(MEMORY_LIMIT_BYTES, psutil.virtual_memory().available // 4)
+        self._decode: Callable[[Any], Any] | None = None
+        if source.options is not None and self._count * source.item_bytes() > limit:
+            encoded = [image for part in parts for image in shards.encoded_images(part)]
+            self._decode = source.decode
+            columns: list[Any] = [tf.constant(encoded)]
+        else:
+            columns = [tf.constant(array) for array in source.load(parts)]
+        self._columns = columns
+        self._rest = [tf.constant(wanted), *([] if by_item is None else [tf.constant(by_item)])]
+
+    def _fetched(self, task: SyncTask) -> Iterator[Any]:
+        """This member's items of each step, from `first_step` on."""
+        whole, mine = sum(task.batches), task.batches[task.rank]
+        before = sum(task.batches[: task.rank])
+
+        def indexes() -> Iterator[Any]:
+            order = passes(self._count, task.seed, skip=task.first_step * whole)
+            while True:
+                yield np.fromiter(order, np.int64, whole)[before : before + mine]
+
+        def pick(index: Any) -> tuple[Any, ...]:
+            columns = [tf.gather(column, index) for column in self._columns]
+            if self._decode is not None:
+                columns = [tf.map_fn(self._decode, columns[0], fn_output_signature=tf.float32)]
+            return (runtime.packed(self.model, columns), *(tf.gather(column, index) for column in self._rest))
+
+        dataset = tf.data.Dataset.from_generator(indexes, output_signature=tf.TensorSpec((mine,), tf.int64))
+        return iter(dataset.map(pick, tf.data.AUTOTUNE, deterministic=True).prefetch(2))
+
+    def _compile(self, task: SyncTask, batch: Any) -> None:
+        """The step for these shares; and how fast this member is when it waits for nobody."""
+        model, strategy = self.model, self._strategy
+        share = task.batches[task.rank] / sum(task.batches)
+        state = [variable for variable in model.non_trainable_weights if variable.dtype.startswith(("float", "bfloat"))]
+
+        def gradients(x: Any, y: Any, weight: Any = None) -> tuple[list[Any], Any]:
+            with tf.GradientTape() as tape:
+                predicted = model(x, training=True)
+                loss = model.compute_loss(x, y, predicted, weight, training=True)
+                scaled = model.optimizer.scale_loss(loss) * tf.cast(share, loss.dtype)
+            model._loss_tracker.update_state(loss, sample_weight=tf.shape(y)[0])
+            model.compute_metrics(x, y, predicted, weight)
+            found = tape.gradient(scaled, [variable.value for variable in model.trainable_variables])
+            return [
+                tf.zeros_like(variable.value) if gradient is None else tf.convert_to_tensor(gradient)
+                for gradient, variable in zip(found, model.trainable_variables, strict=True)
+            ], loss
+
+        def summed(batch: Any) -> tuple[Any, Any]:
+            found, loss = gradients(*batch)
+            # Moving statistics by items: members have seen different ones.
+            means = [tf.cast(variable.value, tf.float32) * share for variable in state]
+            parts = [*found, *means, tf.cast(loss, tf.float32) * share]
+            if strategy is not None:
+                parts = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, parts)
+            return parts[: len(found)], parts[len(found) :]
+
+        def step(batch: Any) -> Any:
+            found, rest = strategy.run(summed, args=(batch,)) if strategy is not None else summed(batch)
+            model.optimizer.apply(found, model.trainable_variables)
+            for variable, mean in zip(state, rest[:-1], strict=True):
+                variable.assign(tf.cast(mean, variable.dtype))
+            return rest[-1]
+
+        alone = tf.function(gradients)
+        kept = [variable.numpy() for variable in model.variables]
+        alone(*batch)
+        started = time.perf_counter()
+        _, loss = alone(*batch)
+        float(loss)
+        self.rate = task.batches[task.rank] / max(1e-9, time.perf_counter() - started)
+        for variable, value in zip(model.variables, kept, strict=True):
+            variable.assign(value)
+        self._step, self._batches = tf.function(step), task.batches
+
+    def _metrics(self) -> dict[str, float]:
+        results = {name: np.asarray(value) for name, value in self.model.get_metrics_result().items()}
+        return {name: float(value) for name, value in results.items() if value.ndim == 0}
+
+
+def _form(task: SyncTask) -> Any:
+    """TensorFlow's group of these members; None for a member alone, which needs none. Waits until all are there."""
+    if len(task.members) == 1:
+        return None
+    resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(
+        tf.train.ClusterSpec({"worker": list(task.members)}), task_type="worker", task_id=task.rank, rpc_layer="grpc"
+    )
+    try:
+        return tf.distribute.MultiWorkerMirroredStrategy(cluster_resolver=resolver)
+    except tf.errors.OpError as error:
+        raise PeerLost(f"the group could not be formed: {one_line(error, 300)}") from error
+
+
+def _together(step: Any, batch: Any) -> float:
+    """One step; its loss."""
+    try:
+        return float(step(batch))
+    except (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.DeadlineExceededError) as error:
+        raise PeerLost(f"another member of the group is gone: {one_line(error, 300)}") from error
+    except tf.errors.OpError as error:
+        if "ollective" in str(error) or "worker" in str(error):
+            raise PeerLost(f"another member of the group is gone: {one_line(error, 300)}") from error
+        raise InvalidModel(f"the model cannot be trained on this data: {one_line(error, 400)}") from error
+
+
+def _need_mean(model: Any) -> None:
+    losses = [model.loss] if not isinstance(model.loss, list | tuple | dict) else keras.tree.flatten(model.loss)
+    for loss in losses:
+        reduction = getattr(loss, "reduction", "sum_over_batch_size")
+        if reduction not in MEANS:
+            raise InvalidModel(
+                f"strategy 'sync' needs losses that are means over a batch, and {type(loss).__name__} has "
+                f"reduction={reduction!r}: compile it with 'sum_over_batch_size', or train with strategy 'local'"
+            )
+
+
+def _set_optimizer(optimizer: Any, path: Path) -> None:
+    stored = [value for _, value in sorted(dict(weights.load(path)).items())]
+    if len(stored) != len(optimizer.variables):
+        raise InvalidModel(
+            f"the optimizer's state does not fit: it has {len(stored)} parts, and the optimizer {len(optimizer.variables)}"
+        )
+    for variable, value in zip(optimizer.variables, stored, strict=True):
+        variable.assign(value.reshape(variable.shape))

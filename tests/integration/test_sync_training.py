@@ -1,0 +1,138 @@
+"""Synchronous training on real nodes: the same numbers as in one process, also when members are lost on the way."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+from potluck.client import Client
+from potluck.data.order import passes
+from potluck.errors import PotluckError
+from potluck.local_cluster import LocalCluster
+from support.digits import split
+
+pytestmark = [pytest.mark.tensorflow, pytest.mark.timeout(400)]
+INSECURE = {"POTLUCK_LISTEN__INSECURE": "true"}  # TensorFlow's server listens beyond loopback
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[LocalCluster]:
+    with LocalCluster(tmp_path, cluster="sync", nodes=2, discovery=False, environment=INSECURE) as running:
+        yield running
+
+
+@pytest.fixture
+def client(cluster: LocalCluster) -> Iterator[Client]:
+    with Client(f"{cluster.broker_host}:{cluster.broker_port}", cluster=cluster.cluster) as connected:
+        yield connected
+
+
+def network(optimizer: Any) -> Any:
+    import keras
+
+    keras.utils.set_random_seed(3)
+    model = keras.Sequential(
+        [keras.Input((64,)), keras.layers.Dense(32, activation="relu"), keras.layers.Dense(10, activation="softmax")]
+    )
+    model.compile(optimizer, "sparse_categorical_crossentropy", metrics=["accuracy"])
+    return model
+
+
+def plainly(model: Any, x: Any, y: Any, epochs: int, batch: int) -> Any:
+    """The same batches in this process: those of `passes`, over the items as the data set keeps them."""
+    steps = 0
+    for epoch in range(1, epochs + 1):
+        while epoch * len(x) - steps * batch >= batch:
+            order = passes(len(x), 0, skip=steps * batch)
+            index = np.fromiter(order, np.int64, batch)
+            model.train_on_batch(x[index], y[index])
+            steps += 1
+    return model
+
+
+def stored(client: Client, x: Any, y: Any) -> tuple[Any, Any]:
+    """The items in the order in which the data set of this name keeps them: packing shuffles them."""
+    from potluck.data.order import shuffled
+
+    order = shuffled(y, len(y), 0)
+    return x[order], y[order]
+
+
+def relative(ours: Any, theirs: Any) -> float:
+    """The largest difference of any weight tensor, relative to its norm."""
+    return max(
+        float(np.linalg.norm(a - b) / max(1e-12, np.linalg.norm(b)))
+        for a, b in zip(ours.get_weights(), theirs.get_weights(), strict=True)
+    )
+
+
+def reach(job: Any, rounds: int) -> None:
+    for progress in job.progress():
+        if progress.round >= rounds:
+            return
+    raise AssertionError(f"the job ended before round {rounds}")
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+def test_two_nodes_give_the_weights_of_one_process(client: Client, kind: str) -> None:
+    import keras
+
+    def optimizer() -> Any:
+        return keras.optimizers.SGD(0.1) if kind == "sgd" else keras.optimizers.Adam(1e-3)
+
+    data = split()
+    x, y = data["x_train"].reshape(-1, 64)[:640], data["y_train"][:640]
+    job = client.train(network(optimizer()), (x, y), validation=(x, y), epochs=3, strategy="sync").wait(timeout=200)
+    ended = job.result()
+    assert [epoch.samples for epoch in ended.history] == [640, 1280, 1920]
+    model = plainly(network(optimizer()), *stored(client, x, y), epochs=3, batch=32)
+    assert relative(job.model(), model) < (1e-6 if kind == "sgd" else 1e-4)
+    assert job.history["val_loss"][-1] == pytest.approx(float(model.evaluate(x, y, verbose=0)[0]), rel=1e-4)
+
+
+@pytest.mark.parametrize("how", ["kill", "freeze"])
+def test_the_rest_goes_on_when_a_member_is_lost(cluster: LocalCluster, client: Client, how: str) -> None:
+    import keras
+
+    data = split()
+    x, y = data["x_train"].reshape(-1, 64)[:640], data["y_train"][:640]
+    job = client.train(network(keras.optimizers.SGD(0.1)), (x, y), epochs=40, strategy="sync", round_seconds=0.2)
+    reach(job, 3)
+    if how == "kill":
+        cluster.nodes[1].kill()
+    else:
+        frozen = psutil.Process(cluster.nodes[1].pid)
+        for process in [frozen, *frozen.children(recursive=True)]:
+            os.kill(process.pid, signal.SIGSTOP)
+    rounds = job.status().progress.round
+    lost_at = time.monotonic()
+    try:
+        reach(job, rounds + 2)
+        assert time.monotonic() - lost_at < 45
+        job.wait(timeout=200)
+    finally:
+        if how == "freeze":
+            for process in [frozen, *frozen.children(recursive=True)]:
+                os.kill(process.pid, signal.SIGCONT)
+    ended = job.result()
+    assert [epoch.epoch for epoch in ended.history] == list(range(1, 41))
+    model = plainly(network(keras.optimizers.SGD(0.1)), *stored(client, x, y), epochs=40, batch=32)
+    assert relative(job.model(), model) < 1e-4
+
+
+def test_a_loss_that_is_no_mean_is_refused(client: Client) -> None:
+    import keras
+
+    model = network("sgd")
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(reduction="sum"))
+    data = split()
+    with pytest.raises(PotluckError, match="reduction='sum'"):
+        client.train(model, (data["x_train"].reshape(-1, 64), data["y_train"]), strategy="sync").wait(timeout=100)
