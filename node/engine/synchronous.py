@@ -7,6 +7,7 @@ TensorFlow takes its members at its start only, so an engine that is to be a mem
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 import time
@@ -65,7 +66,9 @@ class Member:
         mine = task.batches[task.rank]
         batches = self._fetched(task)
         if task.batches != self._batches:
-            self._compile(task, next(batches))
+            first = next(batches)
+            self._compile(task, first)
+            batches = itertools.chain([first], batches)
         self.model.reset_metrics()
         started, told_at = time.perf_counter(), -math.inf
         for step in range(1, task.steps + 1):
@@ -150,18 +153,20 @@ class Member:
                 for gradient, variable in zip(found, model.trainable_variables, strict=True)
             ], loss
 
-        def summed(batch: Any) -> tuple[Any, Any]:
+        def summed(parts: list[Any]) -> Any:
+            here = [tf.identity(part) for part in parts]  # on this member's device, which the reduction asks for
+            return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, here)
+
+        def step(batch: Any) -> Any:
+            # In the strategy's own context Keras would divide losses by the number of members, which share unequally here.
             found, loss = gradients(*batch)
             # Moving statistics by items: members have seen different ones.
             means = [tf.cast(variable.value, tf.float32) * share for variable in state]
             parts = [*found, *means, tf.cast(loss, tf.float32) * share]
             if strategy is not None:
-                parts = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, parts)
-            return parts[: len(found)], parts[len(found) :]
-
-        def step(batch: Any) -> Any:
-            found, rest = strategy.run(summed, args=(batch,)) if strategy is not None else summed(batch)
-            model.optimizer.apply(found, model.trainable_variables)
+                parts = strategy.run(summed, args=(parts,))
+            model.optimizer.apply(parts[: len(found)], model.trainable_variables)
+            rest = parts[len(found) :]
             for variable, mean in zip(state, rest[:-1], strict=True):
                 variable.assign(tf.cast(mean, variable.dtype))
             return rest[-1]
