@@ -22,6 +22,10 @@ QUANTISE_SECONDS_PER_BYTE = 8.5e-9
 ROUND_SECONDS = 0.15
 """Of a round, whatever the model's size: leases, results, files."""
 COMPUTING_FACTOR, PATIENT_FACTOR, PATIENT_SECONDS = 9.0, 4.5, 10.0
+FORMING_SECONDS = 8.0
+"""To start engines anew and form a group of them."""
+DATA_LIMIT_BYTES = 2 * 2**30
+"""Members of a group hold all of the data in memory, so larger sets are for rounds."""
 PREFERENCE = 1.1
 """Exact training may take so many times as long as rounds."""
 
@@ -36,6 +40,8 @@ class Costs:
     samples: int
     batch_size: int
     bandwidth: float | None
+    together: bool = True
+    """Whether all of the nodes may take part in synchronous training."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +77,9 @@ def predict(costs: Costs) -> Prediction:
     local = computing * (length + overhead) / length
     steps = math.ceil(costs.samples / costs.batch_size)
     data = (1 - 1 / nodes) * costs.data_bytes / bandwidth
-    sync = computing + steps * step_exchange(nodes, costs.weights_bytes, bandwidth) + data
-    return Prediction(costs, local, sync, "sync" if sync <= PREFERENCE * local else "local")
+    sync = FORMING_SECONDS + data + computing + steps * step_exchange(nodes, costs.weights_bytes, bandwidth)
+    possible = costs.together and costs.data_bytes <= DATA_LIMIT_BYTES
+    return Prediction(costs, local, sync, "sync" if possible and sync <= PREFERENCE * local else "local")
 
 
 def round_overhead(nodes: int, weights_bytes: float, bandwidth: float) -> float:

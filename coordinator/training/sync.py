@@ -25,7 +25,7 @@ from coordinator.training.rounds import (
     weighted,
 )
 from potluck.errors import Unavailable
-from potluck.messages import AnyTask, AnyTaskResult, BlobRef, ErrorInfo, JobProgress, SyncResult, SyncTask
+from potluck.messages import AnyTask, AnyTaskResult, BlobRef, ErrorInfo, JobProgress, SyncResult, SyncTask, TrainTask
 
 FIRST_STEPS = 8
 """Of the first round, before anything is measured."""
@@ -83,8 +83,11 @@ class SyncStrategy(RoundsStrategy):
 
     def leased(self, attempt: Attempt, task: AnyTask) -> None:
         if not isinstance(task, SyncTask):
+            if self.round and isinstance(task, TrainTask):
+                self.chosen = "local"  # replaying: what was chosen then holds
             super().leased(attempt, task)
             return
+        self.chosen = "sync"
         if task.rank == 0 and attempt.shard_id == self._shard_id:
             self.opened_at = attempt.leased_at
             self.begins = task.begins
@@ -116,8 +119,6 @@ class SyncStrategy(RoundsStrategy):
     def closed_round(self, event: RoundClosed) -> None:
         if event.step is not None:
             super().closed_round(event)
-            if not self.chosen:
-                self._choose()
             return
         if event.round != self.round:
             return
@@ -142,6 +143,8 @@ class SyncStrategy(RoundsStrategy):
         self.parts, self.broken, self.tries = {}, "", 0
 
     def plan(self, view: ClusterView, attempts: dict[str, Attempt]) -> list[Decision]:
+        if not self.chosen and self.round:
+            self._choose(view)
         if self.synchronous and not self.epoch_full and not self.all_trained:
             mine = [attempt for attempt in attempts.values() if attempt.shard_id == self._shard_id]
             if mine:
@@ -154,10 +157,12 @@ class SyncStrategy(RoundsStrategy):
         text = self.prediction.words(self.chosen) if self.prediction is not None else self.chosen
         return replace(super().progress(running), strategy=text)
 
-    def _choose(self) -> None:
-        """By the cost model, from what the first round has measured."""
-        rates = {node_id: rate for node_id, rate in self.measured.items() if node_id in self.shares}
-        assert self.weights is not None
+    def _choose(self, view: ClusterView) -> None:
+        """By the cost model, from what the first round has measured of the nodes that are here."""
+        nodes = [node for node in view.nodes if node.node_id in self.measured]
+        rates = {node.node_id: self.measured[node.node_id] for node in nodes}
+        if self.weights is None or not nodes:
+            return
         self.prediction = predict(
             Costs(
                 rates=tuple(rates.values()),
@@ -166,6 +171,7 @@ class SyncStrategy(RoundsStrategy):
                 samples=max(1, self.total - self.samples),
                 batch_size=self.batch,
                 bandwidth=statistics.median(self.bandwidths.values()) if self.bandwidths else None,
+                together=all(node.collective for node in nodes),
             )
         )
         self.chosen = self.prediction.choice
@@ -180,7 +186,7 @@ class SyncStrategy(RoundsStrategy):
             return []
         rates = speeds(candidates, self.measured)
         here = view.node_ids
-        whole = all(node_id in here for node_id in self.members) and bool(self.members)
+        whole = bool(self.members) and not self.broken and all(node_id in here for node_id in self.members)
         added = sum(rate for node_id, rate in rates.items() if node_id not in self.members) / sum(rates.values())
         begins = not whole or (added >= WORTH_JOINING and len(rates) > len(self.members))
         if not begins:
@@ -239,8 +245,8 @@ class SyncStrategy(RoundsStrategy):
         late = view.now - self.opened_at > max(patience, STUCK_FACTOR * self.planned_seconds)
         if not self.broken and not late:
             return []
-        reason = self.broken or "its members wait for each other: can all of them reach the others' addresses?"
-        return [Withdraw(attempt.attempt_id, f"the group is no more: {reason}") for attempt in mine]
+        self.broken = self.broken or "its members wait for each other: can all of them reach the others' addresses?"
+        return [Withdraw(attempt.attempt_id, f"the group is no more: {self.broken}") for attempt in mine]
 
     def _close_sync(self) -> list[Decision]:
         checkpoint = next((part for part in self.parts.values() if part.weights is not None), None)

@@ -115,6 +115,8 @@ def picture(state: JobChanged) -> RenderableType:
     if totals:
         lines.append(Text(f"  {'  '.join(totals)}"))
     lines += [Text(f"    {node:<24} {rate_text(speed):>18}", style="dim") for node, speed in progress.nodes.items()]
+    if progress.strategy:
+        lines.append(Text(f"  {progress.strategy}", style="dim"))
     if progress.message:
         lines.append(Text(f"  {progress.message}", style="yellow"))
     lines += [Text(f"  {reason}", style="red") for reason in left_out(progress)]

@@ -1,0 +1,313 @@
+"""Synchronous training's plan: one group, exact epochs, members lost and joined, replay; and the choice of `auto`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from coordinator.jobs import (
+    AnyEvent,
+    AttemptEnded,
+    AttemptFinished,
+    AttemptLeased,
+    CloseEpoch,
+    CloseSync,
+    Complete,
+    EpochEnded,
+    Job,
+    JobSubmitted,
+    Lease,
+    RoundClosed,
+    Withdraw,
+)
+from coordinator.placement import ClusterView, NodeView
+from coordinator.strategies import strategy_for
+from coordinator.training import costs
+from coordinator.training.costs import Costs, predict
+from coordinator.training.sync import FORMING_SECONDS, TRIES_LIMIT, SyncStrategy
+from potluck.data.order import passes
+from potluck.errors import Unavailable
+from potluck.messages import (
+    BlobRef,
+    DataFormat,
+    Dataset,
+    DataShard,
+    ErrorInfo,
+    ExportResult,
+    Signature,
+    SyncResult,
+    SyncTask,
+    Train,
+)
+
+LOST = ErrorInfo(code="peer_lost", message="another member of the group is gone", retryable=True)
+
+
+def blob(number: int) -> BlobRef:
+    return BlobRef(sha256=f"{number:064x}", size=1000)
+
+
+class Simulation:
+    """Plays the dispatcher and the nodes, which take what they are leased; keeps all events."""
+
+    def __init__(self, items: int = 320, batch: int = 32, epochs: int = 2, **options: Any) -> None:
+        spec = Train(model="m", dataset="d", epochs=epochs, batch_size=batch, strategy="sync", **options)
+        self.data = Dataset(
+            name="d", format=DataFormat(kind="arrays"), count=items, shards=(DataShard(blob=blob(7), count=items),)
+        )
+        self.submitted = JobSubmitted(at=0.0, job_id="j", request_id="", spec=spec, model=blob(1))
+        self.job = self.new_job()
+        self.events: list[AnyEvent] = []
+        self.now = 0.0
+        self.number = 100
+        self.tasks: dict[str, SyncTask] = {}
+        self.complete = False
+
+    def new_job(self) -> Job:
+        return Job(submitted=self.submitted, strategy=strategy_for(self.submitted, self.data, None), dataset=self.data)
+
+    @property
+    def strategy(self) -> SyncStrategy:
+        assert isinstance(self.job.strategy, SyncStrategy)
+        return self.job.strategy
+
+    def record(self, event: AnyEvent) -> None:
+        self.events.append(event)
+        self.job.apply(event)
+
+    def plan(self, *nodes: str, **speeds: float) -> list[object]:
+        self.now += 1.0
+        busy = {attempt.node_id for attempt in self.job.attempts.values()}
+        views = tuple(
+            NodeView(name, speeds.get(name, 1.0), free_slots=2, idle=name not in busy, collective=f"{name}:1")
+            for name in nodes
+        )
+        decisions = self.job.plan(ClusterView(views, self.now))
+        for decision in decisions:
+            self.number += 1
+            match decision:
+                case Lease(shard_id, node_id, task):
+                    attempt_id = f"a{self.number}"
+                    self.record(
+                        AttemptLeased(at=self.now, attempt_id=attempt_id, shard_id=shard_id, node_id=node_id, task=task)
+                    )
+                    if isinstance(task, SyncTask):
+                        self.tasks[attempt_id] = task
+                case Withdraw(attempt_id, reason):
+                    self.record(AttemptEnded(at=self.now, attempt_id=attempt_id, reason=reason))
+                case CloseSync(round, weights, optimizer, samples, metrics):
+                    self.record(
+                        RoundClosed(
+                            at=self.now,
+                            round=round,
+                            weights=weights,
+                            optimizer=optimizer,
+                            samples=samples,
+                            metrics=metrics,
+                        )
+                    )
+                case CloseEpoch(epoch):
+                    self.record(EpochEnded(at=self.now, epoch=epoch))
+                case Complete():
+                    self.complete = True
+        return list(decisions)
+
+    def open_tasks(self) -> dict[str, SyncTask]:
+        return {key: self.tasks[key] for key in self.job.attempts if key in self.tasks}
+
+    def finish(self, attempt_id: str, rate: float = 10.0) -> None:
+        task = self.tasks.get(attempt_id)
+        self.number += 1
+        result: Any = ExportResult(model=blob(self.number), signature=Signature(inputs=(), outputs=()))
+        if task is not None:
+            result = SyncResult(
+                samples=task.steps * task.batches[task.rank],
+                steps=task.steps,
+                metrics={"loss": 1.0},
+                rate=rate,
+                weights=blob(self.number) if task.rank == 0 else None,
+                optimizer=blob(self.number + 10_000) if task.rank == 0 else None,
+                seconds=task.steps * 0.1,
+            )
+        self.record(AttemptFinished(at=self.now, attempt_id=attempt_id, result=result))
+
+    def finish_all(self) -> None:
+        for attempt_id in list(self.job.attempts):
+            self.finish(attempt_id)
+
+    def run(self, *nodes: str, limit: int = 300) -> None:
+        for _ in range(limit):
+            self.plan(*nodes)
+            if self.complete:
+                return
+            self.finish_all()
+        raise AssertionError("the job did not end")
+
+
+@given(nodes=st.integers(1, 5), items=st.integers(1, 500), batch=st.integers(1, 64), epochs=st.integers(1, 4))
+@settings(max_examples=60, deadline=None)
+def test_every_step_is_taken_once_by_the_whole_group(nodes: int, items: int, batch: int, epochs: int) -> None:
+    simulation = Simulation(items, batch, epochs)
+    simulation.run(*(f"n{number}" for number in range(nodes)))
+    whole = min(batch, items)
+    taken: list[int] = []
+    for task in simulation.tasks.values():
+        assert sum(task.batches) == whole
+        assert len(task.batches) == len(task.members) == min(nodes, whole)
+        if task.rank == 0:
+            taken += range(task.first_step, task.first_step + task.steps)
+    assert taken == list(range(len(taken)))
+    assert len(simulation.job.history) == epochs
+    assert abs(simulation.job.history[-1].samples - epochs * items) < whole
+
+
+def test_only_the_first_round_of_a_group_begins_from_a_file() -> None:
+    simulation = Simulation()
+    simulation.run("a", "b")
+    first = [task for task in simulation.tasks.values() if task.begins]
+    assert {task.rank for task in first} == {0, 1}
+    assert len(simulation.tasks) > 2
+    assert all(task.weights is None for task in simulation.tasks.values() if not task.begins)
+    assert len({task.formation for task in simulation.tasks.values()}) == 1
+
+
+def test_the_rest_forms_a_group_anew_from_the_last_checkpoint() -> None:
+    simulation = Simulation()
+    simulation.plan("a", "b", "c")
+    simulation.finish_all()
+    simulation.plan("a", "b", "c")  # closes the round, and then opens the next
+    simulation.plan("a", "b", "c")
+    before = simulation.open_tasks()
+    assert {task.first_step for task in before.values()} == {8}
+    lost = next(key for key, attempt in simulation.job.attempts.items() if attempt.node_id == "b")
+    simulation.record(AttemptEnded(at=simulation.now, attempt_id=lost, reason="node b was lost"))
+    assert {type(decision) for decision in simulation.plan("a", "c")} == {Withdraw}
+    simulation.plan("a", "c")
+    anew = list(simulation.open_tasks().values())
+    assert [task.members for task in anew] == [("a:1", "c:1")] * 2
+    assert all(task.begins and task.first_step == 8 and task.weights and task.optimizer for task in anew)
+    assert len({task.formation for task in (*anew, *before.values())}) == 2
+    simulation.run("a", "c")
+    assert [epoch.samples for epoch in simulation.job.history] == [320, 640]
+
+
+def test_a_checkpoint_counts_when_a_member_is_lost_after_the_last_step() -> None:
+    simulation = Simulation()
+    simulation.plan("a", "b")
+    for attempt_id, task in simulation.open_tasks().items():
+        if task.rank == 0:
+            simulation.finish(attempt_id)
+        else:
+            simulation.record(AttemptEnded(at=1.0, attempt_id=attempt_id, reason="lost", error=LOST))
+    assert {type(decision) for decision in simulation.plan("a")} == {CloseSync}
+    simulation.plan("a")
+    (task,) = simulation.open_tasks().values()
+    assert task.begins
+    assert task.first_step == 8
+
+
+def test_a_group_whose_members_wait_for_each_other_is_broken_off_and_not_for_ever() -> None:
+    simulation = Simulation()
+    for _ in range(TRIES_LIMIT):
+        assert {type(decision) for decision in simulation.plan("a", "b")} == {Lease}
+        simulation.now += FORMING_SECONDS
+        assert {type(decision) for decision in simulation.plan("a", "b")} == {Withdraw}
+    with pytest.raises(Unavailable, match=f"broke off {TRIES_LIMIT} times in a row: its members wait for each other"):
+        simulation.plan("a", "b")
+
+
+def test_lost_peers_are_nobodys_failure() -> None:
+    simulation = Simulation()
+    simulation.plan("a", "b")
+    for attempt_id in simulation.open_tasks():
+        simulation.record(AttemptEnded(at=1.0, attempt_id=attempt_id, reason="lost", error=LOST))
+    assert simulation.job.failures == 0
+    assert not simulation.job.resting
+
+
+def test_a_node_that_joins_is_taken_in_at_the_next_round() -> None:
+    simulation = Simulation()
+    simulation.plan("a")
+    simulation.finish_all()
+    simulation.plan("a", "b")
+    simulation.plan("a", "b")
+    tasks = list(simulation.open_tasks().values())
+    assert len(tasks) == 2
+    assert all(task.begins for task in tasks)
+
+
+def test_items_of_a_step_go_by_the_speed_that_was_measured() -> None:
+    simulation = Simulation(items=6000, batch=60)
+    simulation.plan("a", "b")
+    for attempt_id, attempt in list(simulation.job.attempts.items()):
+        simulation.finish(attempt_id, rate=20.0 if attempt.node_id == "a" else 10.0)
+    simulation.plan("a", "b")
+    simulation.plan("a", "b")
+    assert {task.batches for task in simulation.open_tasks().values()} == {(40, 20)}
+
+
+@given(stops=st.lists(st.integers(0, 10_000), max_size=3))
+@settings(max_examples=30, deadline=None)
+def test_replaying_gives_the_same_state(stops: list[int]) -> None:
+    simulation = Simulation()
+    simulation.run("a", "b")
+    for stop in [*(stop % (len(simulation.events) + 1) for stop in stops), len(simulation.events)]:
+        once, again = simulation.new_job(), simulation.new_job()
+        for event in simulation.events[:stop]:
+            once.apply(event)
+            again.apply(event)
+        view = ClusterView((NodeView("a", 1.0, 2, collective="a:1"), NodeView("b", 1.0, 2, collective="b:1")), 1e6)
+        assert once.plan(view) == again.plan(view)
+    replayed = simulation.new_job()
+    for event in simulation.events:
+        replayed.apply(event)
+    assert isinstance(replayed.strategy, SyncStrategy)
+    assert (replayed.strategy.members, replayed.strategy.steps_done, replayed.strategy.weights) == (
+        simulation.strategy.members,
+        simulation.strategy.steps_done,
+        simulation.strategy.weights,
+    )
+
+
+@given(count=st.integers(1, 50), seed=st.integers(0, 5), skip=st.integers(0, 200))
+def test_passes_see_every_item_once_each_and_can_be_entered_anywhere(count: int, seed: int, skip: int) -> None:
+    stream = passes(count, seed)
+    whole = [next(stream) for _ in range(skip + count)]
+    assert sorted(whole[:count]) == list(range(count))
+    later = passes(count, seed, skip)
+    assert [next(later) for _ in range(count)] == whole[skip:]
+
+
+CNN = Costs((100.0, 100.0), 51_600_000, 100_000_000, 60_000, 64, 12.5e6)
+
+
+def test_slow_links_make_rounds_and_fast_ones_synchronous_steps() -> None:
+    assert predict(CNN).choice == "local"
+    small = Costs((100.0, 100.0), 400_000, 1_000_000, 60_000, 64, 125e6)
+    assert predict(small).choice == "sync"
+    assert predict(Costs((100.0,), 400_000, 1_000_000, 60_000, 64, 125e6)).choice == "local"
+    closed = Costs((100.0, 100.0), 400_000, 1_000_000, 60_000, 64, 125e6, together=False)
+    assert predict(closed).choice == "local"
+    large = Costs((100.0, 100.0), 400_000, 2 * costs.DATA_LIMIT_BYTES, 10**9, 64, 1e12)
+    assert predict(large).choice == "local"
+
+
+def test_the_choice_is_told_with_its_figures() -> None:
+    words = predict(CNN).words("local")
+    assert words.startswith("local: 100 + 100 samples/s, 51.6 MB of weights, 12 MB/s: local ")
+    assert ", sync " in words
+
+
+@given(
+    rates=st.lists(st.floats(1, 1000), min_size=2, max_size=6),
+    weights=st.integers(1000, 10**9),
+    fast=st.floats(1e6, 1e9),
+)
+def test_more_bandwidth_never_makes_anything_slower(rates: list[float], weights: int, fast: float) -> None:
+    slow = predict(Costs(tuple(rates), weights, 0, 10_000, 32, fast))
+    fast_one = predict(Costs(tuple(rates), weights, 0, 10_000, 32, 2 * fast))
+    assert fast_one.sync_seconds <= slow.sync_seconds
+    assert fast_one.local_seconds <= slow.local_seconds * 1.0001
