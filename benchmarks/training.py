@@ -276,12 +276,73 @@ def learning(lab: Lab, report: Report) -> None:
     report.check("lost_updates", median["lossy"] / median["local"], at_most=1.05)
 
 
+def synchronous(lab: Lab, report: Report) -> None:
+    """Every step on two nodes together, against one process with the same batches."""
+    import keras
+
+    from support.digits import split
+    from support.plain import plainly, relative
+
+    found = split()
+    x, y = found["x_train"].reshape(-1, 64), found["y_train"]
+    data, start, end = lab.folder / "rows.npz", lab.folder / "start.keras", lab.folder / "end.keras"
+    np.savez(data, x=x, y=y)
+    keras.utils.set_random_seed(3)
+    layers = [keras.Input((64,)), keras.layers.Dense(64, "relu"), keras.layers.Dense(10, "softmax")]
+    model = keras.Sequential(layers)
+    model.compile(keras.optimizers.SGD(0.1), "sparse_categorical_crossentropy")
+    model.save(start)
+    epochs = 2 if lab.quick else 5
+    with ExitStack() as stack:
+        hosts = lab.hosts(stack, [1.0, 1.0], 1000)
+        train(hosts, start, data, epochs, "--strategy", "sync", "--target", "y", "--output", str(end))
+    difference = relative(keras.saving.load_model(end), plainly(model, x, y, epochs, BATCH))
+    report.rows.append((f"sync on 2 nodes against one process, {epochs} epochs, SGD", f"{difference:.1e}", "relative"))
+    report.check("sync_exact", difference, at_most=1e-6)
+
+
+def predicted(lab: Lab, report: Report) -> None:
+    """What the cost model says of both strategies on two nodes, against what they took: a model of 2.4 million weights."""
+    from coordinator.training.costs import Costs, predict
+
+    size, megabits = 64, 1000
+    data, model = lab.digits(600 if lab.quick else 3000), lab.cnn(size)
+    with ExitStack() as stack:
+        alone = steady(train(lab.hosts(stack, [1.0], megabits), model, data, 2 if lab.quick else 3))
+    rate = alone["samples_per_second"]
+    errors: dict[str, float] = {}
+    with ExitStack() as stack:
+        hosts = lab.hosts(stack, [1.0, 1.0], megabits)
+        for strategy in ("local", "sync"):
+            options = ("--strategy", strategy, "--name", strategy)
+            run = steady(train(hosts, model, data, 3, *options))
+            samples = 1_000_000  # so many that starting does not count, as it does not in `steady`
+            costs = Costs((rate, rate), weights_bytes(model), 0, samples, BATCH, megabits / 8 * 1e6)
+            said = predict(costs)
+            seconds = said.local_seconds if strategy == "local" else said.sync_seconds
+            measured = run["samples_per_second"]
+            errors[strategy] = abs(samples / seconds - measured) / measured
+            report.rows.append(
+                (f"{strategy} on 2 nodes, 1 Gbit/s", f"{measured:.1f} images/s", f"predicted {samples / seconds:.1f}")
+            )
+    report.figures["predicted"] = {"alone": rate, "errors": errors}
+    report.check("cost_model", max(errors.values()), at_most=0.2)
+
+
+def weights_bytes(model: Path) -> int:
+    import keras
+
+    return 4 * int(keras.saving.load_model(model).count_params())
+
+
 WORKERS = 2
 
 PARTS: dict[Callable[[Lab, Report], None], tuple[str, ...]] = {
     two_nodes: ("two_nodes_speed", "utilisation_1g"),
     slow_link: ("utilisation_100m", "slow_link_accuracy", "slow_link_time", "slow_link_bytes"),
     unequal: ("unequal_nodes",),
+    synchronous: ("sync_exact",),
+    predicted: ("cost_model",),
     learning: ("local_loss", "local_accuracy", "lost_updates"),
 }
 

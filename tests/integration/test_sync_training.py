@@ -9,15 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import pytest
 
 from potluck.client import Client
-from potluck.data.order import passes
 from potluck.errors import PotluckError
 from potluck.local_cluster import LocalCluster
 from support.digits import split
+from support.plain import plainly, relative
 
 pytestmark = [pytest.mark.tensorflow, pytest.mark.timeout(400)]
 INSECURE = {"POTLUCK_LISTEN__INSECURE": "true"}  # TensorFlow's server listens beyond loopback
@@ -46,34 +45,6 @@ def network(optimizer: Any) -> Any:
     return model
 
 
-def plainly(model: Any, x: Any, y: Any, epochs: int, batch: int) -> Any:
-    """The same batches in this process: those of `passes`, over the items as the data set keeps them."""
-    steps = 0
-    for epoch in range(1, epochs + 1):
-        while epoch * len(x) - steps * batch >= batch:
-            order = passes(len(x), 0, skip=steps * batch)
-            index = np.fromiter(order, np.int64, batch)
-            model.train_on_batch(x[index], y[index])
-            steps += 1
-    return model
-
-
-def stored(client: Client, x: Any, y: Any) -> tuple[Any, Any]:
-    """The items in the order in which the data set of this name keeps them: packing shuffles them."""
-    from potluck.data.order import shuffled
-
-    order = shuffled(y, len(y), 0)
-    return x[order], y[order]
-
-
-def relative(ours: Any, theirs: Any) -> float:
-    """The largest difference of any weight tensor, relative to its norm."""
-    return max(
-        float(np.linalg.norm(a - b) / max(1e-12, np.linalg.norm(b)))
-        for a, b in zip(ours.get_weights(), theirs.get_weights(), strict=True)
-    )
-
-
 def reach(job: Any, rounds: int) -> None:
     for progress in job.progress():
         if progress.round >= rounds:
@@ -93,7 +64,7 @@ def test_two_nodes_give_the_weights_of_one_process(client: Client, kind: str) ->
     job = client.train(network(optimizer()), (x, y), validation=(x, y), epochs=3, strategy="sync").wait(timeout=200)
     ended = job.result()
     assert [epoch.samples for epoch in ended.history] == [640, 1280, 1920]
-    model = plainly(network(optimizer()), *stored(client, x, y), epochs=3, batch=32)
+    model = plainly(network(optimizer()), x, y, epochs=3, batch=32)
     assert relative(job.model(), model) < (1e-6 if kind == "sgd" else 1e-4)
     assert job.history["val_loss"][-1] == pytest.approx(float(model.evaluate(x, y, verbose=0)[0]), rel=1e-4)
 
@@ -124,7 +95,7 @@ def test_the_rest_goes_on_when_a_member_is_lost(cluster: LocalCluster, client: C
                 os.kill(process.pid, signal.SIGCONT)
     ended = job.result()
     assert [epoch.epoch for epoch in ended.history] == list(range(1, 41))
-    model = plainly(network(keras.optimizers.SGD(0.1)), *stored(client, x, y), epochs=40, batch=32)
+    model = plainly(network(keras.optimizers.SGD(0.1)), x, y, epochs=40, batch=32)
     assert relative(job.model(), model) < 1e-4
 
 
