@@ -27,7 +27,7 @@ class Report:
     def check(self, name: str, value: float, *, at_least: float | None = None, at_most: float | None = None) -> None:
         bound = {"at_least": at_least} if at_least is not None else {"at_most": at_most}
         holds = value >= at_least if at_least is not None else value <= (at_most or 0.0)
-        self.checks.append({"name": name, "value": round(value, 4), **bound, "holds": holds})
+        self.checks.append({"name": name, "value": float(f"{value:.4g}"), **bound, "holds": holds})
 
     def show(self) -> None:
         console = Console()
@@ -38,7 +38,7 @@ class Report:
         for check in self.checks:
             bound = f"at least {check['at_least']}" if "at_least" in check else f"at most {check['at_most']}"
             mark = "[green]holds[/]" if check["holds"] else "[red]does not hold[/]"
-            console.print(f"{check['name']}: {check['value']:.3f} ({bound}): {mark}")
+            console.print(f"{check['name']}: {check['value']:.4g} ({bound}): {mark}")
         print(json.dumps({"benchmark": self.benchmark, "figures": self.figures, "checks": self.checks}))
 
 

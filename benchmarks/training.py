@@ -305,7 +305,7 @@ def predicted(lab: Lab, report: Report) -> None:
     """What the cost model says of both strategies on two nodes, against what they took: a model of 2.4 million weights."""
     from coordinator.training.costs import Costs, predict
 
-    size, megabits = 64, 1000
+    size, megabits = 64, 1000  # of a step together, a third is computing, a third the wire, a third packing
     data, model = lab.digits(600 if lab.quick else 3000), lab.cnn(size)
     with ExitStack() as stack:
         alone = steady(train(lab.hosts(stack, [1.0], megabits), model, data, 2 if lab.quick else 3))

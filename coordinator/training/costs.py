@@ -19,6 +19,12 @@ PACKED = 1 / 8
 """An update of 4 bits a weight, against its 32."""
 QUANTISE_SECONDS_PER_BYTE = 8.5e-9
 """Quantising, averaging and applying, for each byte of float32 weights: 0.44 s for 51.6 MB on a core of 2020 or so."""
+WIRE = 1.1
+"""What an all-reduce sends, against the gradients in it: frames, headers, acknowledgements."""
+REDUCE_SECONDS_PER_BYTE = 9e-9
+"""Copying and packing of each byte of gradients in an all-reduce over gRPC, on a core that computes as well."""
+CHECKPOINT = 3
+"""Weights and the state of Adam, against the weights."""
 ROUND_SECONDS = 0.15
 """Of a round, whatever the model's size: leases, results, files."""
 COMPUTING_FACTOR, PATIENT_FACTOR, PATIENT_SECONDS = 9.0, 4.5, 10.0
@@ -73,11 +79,12 @@ def predict(costs: Costs) -> Prediction:
     if nodes < 2:
         return Prediction(costs, computing, computing, "local")
     overhead = round_overhead(nodes, costs.weights_bytes, bandwidth)
-    length = min(COMPUTING_FACTOR * overhead, max(PATIENT_FACTOR * overhead, PATIENT_SECONDS))
-    local = computing * (length + overhead) / length
+    local = computing * with_overhead(overhead)
     steps = math.ceil(costs.samples / costs.batch_size)
     data = (1 - 1 / nodes) * costs.data_bytes / bandwidth
-    sync = FORMING_SECONDS + data + computing + steps * step_exchange(nodes, costs.weights_bytes, bandwidth)
+    together_seconds = computing + steps * step_exchange(nodes, costs.weights_bytes, bandwidth)
+    checkpoint = ROUND_SECONDS + CHECKPOINT * costs.weights_bytes / bandwidth
+    sync = FORMING_SECONDS + data + together_seconds * with_overhead(checkpoint)
     possible = costs.together and costs.data_bytes <= DATA_LIMIT_BYTES
     return Prediction(costs, local, sync, "sync" if possible and sync <= PREFERENCE * local else "local")
 
@@ -87,9 +94,16 @@ def round_overhead(nodes: int, weights_bytes: float, bandwidth: float) -> float:
     return ROUND_SECONDS + QUANTISE_SECONDS_PER_BYTE * weights_bytes + 2 * nodes * PACKED * weights_bytes / bandwidth
 
 
+def with_overhead(overhead: float) -> float:
+    """How much longer work takes in rounds that each cost `overhead` seconds beside, for the length that they are given."""
+    length = min(COMPUTING_FACTOR * overhead, max(PATIENT_FACTOR * overhead, PATIENT_SECONDS))
+    return (length + overhead) / length
+
+
 def step_exchange(nodes: int, weights_bytes: float, bandwidth: float) -> float:
     """Seconds of a ring all-reduce of the gradients."""
-    return 2 * (nodes - 1) * (weights_bytes / nodes / bandwidth + LATENCY_SECONDS)
+    wire = 2 * (nodes - 1) * (WIRE * weights_bytes / nodes / bandwidth + LATENCY_SECONDS)
+    return wire + REDUCE_SECONDS_PER_BYTE * weights_bytes
 
 
 def _rate(costs: Costs, seconds: float) -> str:
