@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any, TypeVar
 
@@ -12,6 +12,7 @@ from msgspec.structs import replace
 
 from coordinator import results
 from coordinator.batch import BatchStrategy, merge
+from coordinator.federated import NodesEvaluation
 from coordinator.jobs import CloseRound, Job, RoundClosed
 from coordinator.training import outer
 from coordinator.training.rounds import RoundsStrategy, weighted
@@ -74,8 +75,11 @@ class Collector:
             spec.outer_learning_rate,
             spec.outer_momentum,
         )
+        parts = decision.results
+        counts = [part.items if decision.by_items else part.samples for part in parts]
+        scales = outer.nova_scales(counts, [part.steps for part in parts]) if decision.by_items else [1.0] * len(parts)
         step, weights, velocity, square = await asyncio.to_thread(
-            self._take_step, decision, base, settings, spec.compression
+            self._take_step, decision, base, settings, spec.compression, counts, scales
         )
         return RoundClosed(
             at=clock(),
@@ -84,13 +88,15 @@ class Collector:
             step=step,
             weights=weights,
             velocity=velocity,
-            samples=sum(part.samples for part in decision.results),
+            samples=sum(part.samples for part in parts),
             learning_rate=settings.learning_rate,
             momentum=settings.momentum,
             agreement=outer.agreement_of(
-                square, [(part.norm, part.samples) for part in decision.results], decision.agreement
+                square,
+                [(part.norm * scale, count) for part, scale, count in zip(parts, scales, counts, strict=True)],
+                decision.agreement,
             ),
-            metrics=weighted([(part.samples, part.metrics) for part in decision.results]),
+            metrics=weighted([(count, part.metrics) for count, part in zip(counts, parts, strict=True)]),
             rejected=decision.rejected,
         )
 
@@ -118,7 +124,7 @@ class Collector:
             exported = strategy.exported
             best = strategy.best.epoch if strategy.best else 0
             return {"model": exported.model, "signature": exported.signature, "classes": labels, "best_epoch": best}
-        if isinstance(strategy, BatchStrategy) and isinstance(spec, Evaluate):
+        if isinstance(strategy, BatchStrategy | NodesEvaluation) and isinstance(spec, Evaluate):
             merged = merge([part for part in strategy.in_order() if isinstance(part, EvaluateResult)])
             return {"evaluation": results.evaluation(merged, labels), "classes": labels}
         if isinstance(strategy, BatchStrategy) and isinstance(spec, Predict):
@@ -128,16 +134,26 @@ class Collector:
         raise InvalidModel(f"job {job.job_id} has no result")
 
     def _take_step(
-        self, decision: CloseRound, base: BlobRef, settings: outer.Outer, compression: Compression
+        self,
+        decision: CloseRound,
+        base: BlobRef,
+        settings: outer.Outer,
+        compression: Compression,
+        counts: Sequence[int],
+        scales: Sequence[float],
     ) -> tuple[BlobRef, BlobRef, BlobRef, float]:
         with ExitStack() as stack:
             step, after, moving = (stack.enter_context(self._store.new_file()).path for _ in range(3))
             square = outer.combine(
                 self._store.path(base.sha256),
-                [(self._store.path(part.update.sha256), part.samples) for part in decision.results],
+                [
+                    (self._store.path(part.update.sha256), count)
+                    for part, count in zip(decision.results, counts, strict=True)
+                ],
                 self._store.path(decision.velocity.sha256) if decision.velocity else None,
                 settings,
                 compression,
+                scales=scales,
                 step=step,
                 after=after,
                 velocity_after=moving,

@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Iterable
 from contextlib import AsyncExitStack
 
+from coordinator import federated
 from coordinator.announcer import Announcer
 from coordinator.collecting import Collector
 from coordinator.dispatcher import Dispatcher
@@ -103,7 +104,13 @@ class Coordinator:
                 urls=urls,
                 epoch=journal.epoch,
             )
-            jobs = JobStore(journal, registry, store, urls)
+            jobs = JobStore(
+                journal,
+                registry,
+                store,
+                urls,
+                lambda name: federated.joined(name, self._membership.data().get(name, {})),
+            )
             leases = Leases(
                 topics=self.topics,
                 outbox=self._outbox,

@@ -144,6 +144,7 @@ class CloseRound:
     """Take the outer step with these results; answered by `RoundClosed`.
 
     `done`: the share of the job that is done with it. `agreement`: of the rounds before. `rejected`: nodes left out, and why.
+    `by_items`: each result stands for the data that live on its node, not for the samples that it has seen.
     """
 
     round: int
@@ -152,6 +153,7 @@ class CloseRound:
     agreement: float | None
     velocity: BlobRef | None
     rejected: dict[str, str]
+    by_items: bool = False
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from msgspec.structs import replace
 
@@ -20,11 +20,13 @@ from coordinator.jobs import (
 from coordinator.journal import Journal
 from coordinator.serving.registry import Registry
 from coordinator.strategies import strategy_for
+from coordinator.training import privacy
 from potluck import codec
 from potluck.blobs.store import BlobStore
 from potluck.errors import InvalidRequest, NotFound, PotluckError
 from potluck.logs import fields
 from potluck.messages import (
+    NODE_DATA,
     AnyJobSpec,
     AnyTask,
     BlobRef,
@@ -34,6 +36,7 @@ from potluck.messages import (
     ImageOptions,
     JobChanged,
     JobProgress,
+    Predict,
     Train,
 )
 
@@ -47,11 +50,20 @@ JOBS_REPUBLISHED = 100
 class JobStore:
     """Jobs by id, oldest first."""
 
-    def __init__(self, journal: Journal, registry: Registry, store: BlobStore, urls: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        journal: Journal,
+        registry: Registry,
+        store: BlobStore,
+        urls: tuple[str, ...],
+        node_data: Callable[[str], Dataset],
+    ) -> None:
+        """`node_data` gives the data set of a name that lives on the nodes; it raises NotFound, InvalidRequest."""
         self._journal = journal
         self._registry = registry
         self._blobs = store
         self._urls = urls
+        self._node_data = node_data
         self._requests: dict[str, str] = {}
         self._tasks: dict[str, AnyTask] = {}
         self._final: dict[str, JobProgress] = {}
@@ -70,12 +82,16 @@ class JobStore:
             named = Deploy(model=f"{info.name}:{info.version}", replicas=spec.replicas)
             return JobSubmitted(at=now, job_id=job_id, request_id=request_id, spec=named, model=info.model)
         model, image = self._model(spec.model)
-        dataset = self._registry.dataset(spec.dataset)
+        if isinstance(spec, Predict) and spec.dataset.startswith(NODE_DATA):
+            raise InvalidRequest(
+                f"{spec.dataset} stays on its nodes, and so would predictions for it: evaluate it instead"
+            )
+        dataset = self._dataset(spec.dataset)
         validation = None
         if isinstance(spec, Train):
             self._check_training(spec, dataset)
         if isinstance(spec, Train) and spec.validation is not None:
-            held_out = self._registry.dataset(spec.validation)
+            held_out = self._dataset(spec.validation)
             _check_alike(spec, dataset.format, held_out.format)
             if held_out.format.classes != dataset.format.classes:
                 raise InvalidRequest(
@@ -202,6 +218,7 @@ class JobStore:
             raise InvalidRequest("patience needs a metric to monitor, such as val_loss")
         if spec.monitor.startswith("val_") and spec.validation is None:
             raise InvalidRequest(f"monitor {spec.monitor!r} needs validation data")
+        _check_private(spec, dataset)
         classes = dataset.format.classes
         unknown = [label for label in spec.class_weight if classes and label not in classes]
         if unknown:
@@ -210,6 +227,11 @@ class JobStore:
             )
         if spec.weights is not None and not self._blobs.has(spec.weights.sha256):
             raise NotFound(f"the checkpoint {spec.weights.sha256[:12]} is not in the coordinator's store any more")
+
+    def _dataset(self, name: str) -> Dataset:
+        if name.startswith(NODE_DATA):
+            return self._node_data(name.removeprefix(NODE_DATA))
+        return self._registry.dataset(name)
 
     def _model(self, model: str | BlobRef) -> tuple[BlobRef, ImageOptions | None]:
         if isinstance(model, str):
@@ -231,6 +253,37 @@ class JobStore:
         if manifest is None or not self._blobs.has(manifest.sha256):
             return None
         return codec.unpack(self._blobs.read(manifest.sha256), Dataset)
+
+
+def _check_private(spec: Train, dataset: Dataset) -> None:
+    """What holds for data that live on nodes, and only for them. Raises InvalidRequest."""
+    stays, rules = spec.dataset.startswith(NODE_DATA), spec.privacy
+    if stays and spec.strategy == "sync":
+        raise InvalidRequest(
+            f"{spec.dataset} stays on its nodes, and strategy 'sync' gives every node all data: use 'local' or 'auto'"
+        )
+    if rules is None:
+        return
+    if not stays:
+        raise InvalidRequest(
+            f"l2_norm_clip and noise_multiplier hide data that live on nodes, and {spec.dataset!r} does not: "
+            "name it under [data] in the nodes' settings and train on node:NAME, or leave them out"
+        )
+    if not rules.noise_multiplier:
+        return
+    privacy.check()
+    if (spec.validation or "").startswith(NODE_DATA):
+        raise InvalidRequest(
+            f"validation on {spec.validation} would tell of data that noise is to hide: give a data set that may be known"
+        )
+    if spec.monitor and not spec.monitor.startswith("val_"):
+        raise InvalidRequest(
+            f"monitor {spec.monitor!r}: with noise, metrics of training are left out: monitor a val_ metric"
+        )
+    if rules.unit == "example" and rules.delta * dataset.count >= 1:
+        raise InvalidRequest(
+            f"delta {rules.delta:g} says nothing for {dataset.count} items: it must be well below {1 / dataset.count:.1g}"
+        )
 
 
 def _check_alike(spec: Train, data: DataFormat, held_out: DataFormat) -> None:

@@ -161,6 +161,7 @@ class Leases:
                     free_slots=SLOTS - load,
                     idle=load == 0,
                     collective=member.collective,
+                    data=member.data,
                 )
 
     def _holders_of(self, sha256: str) -> tuple[str, ...]:

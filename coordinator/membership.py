@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from potluck.messages import Capacity, NodeCapacity, NodeInfo, NodeStatus, NodeTelemetry
+from potluck.messages import Capacity, NodeCapacity, NodeData, NodeInfo, NodeStatus, NodeTelemetry
 
 MemberState = Literal["online", "suspect", "offline"]
 _UNKNOWN = Capacity(hostname="", system="", cores=1, memory_bytes=0)
@@ -24,6 +24,7 @@ class Member:
     http: tuple[str, ...] = ()
     collective: str = ""
     capacity: Capacity = _UNKNOWN
+    data: tuple[NodeData, ...] = ()
     telemetry: NodeTelemetry | None = None
 
 
@@ -57,6 +58,14 @@ class Membership:
     def get(self, node_id: str) -> Member | None:
         return self.members.get(node_id)
 
+    def data(self) -> dict[str, dict[str, NodeData]]:
+        """The data sets that live on members which may be given work: by name and node."""
+        found: dict[str, dict[str, NodeData]] = {}
+        for member in self.online():
+            for data in member.data:
+                found.setdefault(data.name, {})[member.node_id] = data
+        return found
+
     def on_status(self, status: NodeStatus, now: float) -> list[Change]:
         """A birth or a will. A stale will, of a session that is not the present one, changes nothing."""
         known = self.members.get(status.node_id)
@@ -71,7 +80,7 @@ class Membership:
             return []
         if known is not None and known.session != status.session and known.state != "offline":
             changes.append(NodeLost(status.node_id, "it was started again"))
-        capacity = known.capacity if known else _UNKNOWN
+        capacity, data = (known.capacity, known.data) if known else (_UNKNOWN, ())
         self.members[status.node_id] = Member(
             status.node_id,
             status.session,
@@ -80,15 +89,18 @@ class Membership:
             http=status.http,
             collective=status.collective,
             capacity=capacity,
+            data=data,
         )
         return [*changes, NodeJoined(status.node_id)]
 
     def on_capacity(self, message: NodeCapacity) -> list[Change]:
         known = self.members.get(message.node_id)
         if known is not None:
-            self.members[message.node_id] = replace(known, capacity=message.capacity)
+            self.members[message.node_id] = replace(known, capacity=message.capacity, data=message.data)
         else:  # retained capacity may arrive before the birth
-            self.members[message.node_id] = Member(message.node_id, "", "offline", 0.0, capacity=message.capacity)
+            self.members[message.node_id] = Member(
+                message.node_id, "", "offline", 0.0, capacity=message.capacity, data=message.data
+            )
         return []
 
     def on_telemetry(self, telemetry: NodeTelemetry, now: float) -> list[Change]:
@@ -137,4 +149,5 @@ def _info(member: Member) -> NodeInfo:
         memory_used_bytes=telemetry.memory_used_bytes if telemetry else 0,
         leases=len(telemetry.attempts) if telemetry else 0,
         replicas=telemetry.replicas if telemetry else (),
+        data=member.data,
     )

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from potluck.messages import NodeData
+
 
 @dataclass(frozen=True)
 class NodeView:
@@ -21,6 +23,12 @@ class NodeView:
     idle: bool = True
     collective: str = ""
     """`host:port` at which it may take part in synchronous training."""
+    data: tuple[NodeData, ...] = ()
+    """Data sets that live on it."""
+
+    def holds(self, name: str) -> NodeData | None:
+        """What it says of its data set of that name; None where it has none."""
+        return next((one for one in self.data if one.name == name), None)
 
 
 @dataclass(frozen=True)

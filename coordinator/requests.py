@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable
 
+from coordinator import federated
 from coordinator.dispatcher import Dispatcher
 from coordinator.membership import Membership
 from coordinator.serving.registry import Registry
@@ -132,7 +133,8 @@ class Requests:
                 self._store.pin(info.model.sha256)
                 return ModelRegistered(model=info)
             case ListDatasets():
-                return DatasetsListed(datasets=self._registry.datasets())
+                living = federated.described(self._membership.data())
+                return DatasetsListed(datasets=(*self._registry.datasets(), *living))
             case AddDataset():
                 return self._add_dataset(message)
             case ListDeployments():

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from msgspec.structs import replace
+
 from coordinator.batch import BatchStrategy, ItemIndex
+from coordinator.federated import NodesEvaluation
 from coordinator.jobs import JobSubmitted, Strategy
-from coordinator.training.rounds import RoundsStrategy
+from coordinator.training.federated import FederatedStrategy
+from coordinator.training.rounds import Evaluation, RoundsStrategy
 from coordinator.training.sync import SyncStrategy
 from potluck.messages import (
+    NODE_DATA,
     BlobRef,
     Dataset,
     DataSlice,
@@ -31,15 +36,19 @@ def strategy_for(job: JobSubmitted, dataset: Dataset | None, validation: Dataset
     if isinstance(spec, Train):
         make = None
         if validation is not None:
-            held_out = validation
+            held_out, stays = validation, (spec.validation or "").startswith(NODE_DATA)
 
-            def make(weights: BlobRef | None, step: Step | None, epoch: int) -> BatchStrategy:
-                return _evaluation(model, weights, step, held_out, image, spec.batch_size, f"validation-{epoch}")
+            def make(weights: BlobRef | None, step: Step | None, epoch: int) -> Evaluation:
+                prefix = f"validation-{epoch}"
+                return _evaluation(model, weights, step, held_out, image, spec.batch_size, prefix, stays)
 
-        kind = RoundsStrategy if spec.strategy == "local" else SyncStrategy
+        kind: type[RoundsStrategy] = RoundsStrategy if spec.strategy == "local" else SyncStrategy
+        if spec.dataset.startswith(NODE_DATA):
+            kind = FederatedStrategy
         return kind(spec=spec, model=model, image=image, dataset=dataset, validation=make)
     if isinstance(spec, Evaluate):
-        return _evaluation(model, None, None, dataset, image, spec.batch_size, "evaluate")
+        stays = spec.dataset.startswith(NODE_DATA)
+        return _evaluation(model, None, None, dataset, image, spec.batch_size, "evaluate", stays)
     return _prediction(model, dataset, image, spec)
 
 
@@ -51,7 +60,10 @@ def _evaluation(
     image: ImageOptions | None,
     batch_size: int,
     prefix: str,
-) -> BatchStrategy:
+    stays: bool,
+) -> Evaluation:
+    """`stays`: the data live on the nodes."""
+
     def task_for(slices: tuple[DataSlice, ...]) -> EvaluateTask:
         return EvaluateTask(
             model=model,
@@ -63,6 +75,8 @@ def _evaluation(
             step=step,
         )
 
+    if stays:
+        return NodesEvaluation(dataset, replace(task_for(()), node_data=dataset.name), prefix)
     return BatchStrategy(ItemIndex(dataset.shards), batch_size, task_for, prefix=prefix)
 
 

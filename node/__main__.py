@@ -21,8 +21,23 @@ def parser() -> argparse.ArgumentParser:
         "--seed", metavar="HOST[:PORT]", action="append", help="address of the broker (default: found by mDNS)"
     )
     parser.add_argument("--threads", type=int, metavar="N", help="threads TensorFlow may use (default: one a core)")
+    parser.add_argument(
+        "--data",
+        metavar="NAME=PATH",
+        action="append",
+        type=data_set,
+        help="a data set that lives on this node and never leaves it: train on it as node:NAME; may be repeated",
+    )
     parser.add_argument("--version", action="version", version=f"potluck {__version__}")
     return parser
+
+
+def data_set(text: str) -> tuple[str, str]:
+    """`NAME=PATH`. Raises ArgumentTypeError, which argparse shows."""
+    name, _, path = text.partition("=")
+    if not name or not path:
+        raise argparse.ArgumentTypeError(f"{text!r}: write NAME=PATH, as in photos=/srv/photos")
+    return name, path
 
 
 def settings_from(arguments: argparse.Namespace) -> NodeSettings:
@@ -31,6 +46,7 @@ def settings_from(arguments: argparse.Namespace) -> NodeSettings:
         "node_id": arguments.node_id,
         "seeds": arguments.seed,
         "threads": arguments.threads,
+        "data": dict(arguments.data) if arguments.data else None,
     }
     return load(NodeSettings, arguments.config, flags)
 

@@ -16,6 +16,7 @@ from node import identity
 from node.assignments import Assignments, Effect, GiveUp, Prefetch, Run, Send, Stop
 from node.engine.process import Engine
 from node.executor import Executor
+from node.own_data import OwnData
 from node.presence import Presence
 from node.replicas import Replicas
 from node.slot import EngineSlot
@@ -95,7 +96,8 @@ class Node:
             )
             self._outbox = Outbox(self._bus)
             fast = Outbox(self._bus)
-            self._make_engines(store, downloader, fast)
+            own_data = OwnData(self.folder / "data", settings.data)
+            self._make_engines(store, downloader, fast, own_data)
             stack.push_async_callback(self._work_slot.stop)
             stack.push_async_callback(self._serve_slot.stop)
             self._bus.subscribe(self.topics.node(self.node_id, "inbox"), self._on_command)
@@ -117,6 +119,7 @@ class Node:
                     ),
                     "idle": self._stop_idle(),
                     "measure": self._presence.measure(self._bus, self.folder / "speed"),
+                    "data": self._pack(own_data),
                 }
                 if discovery is not None:
                     parts["advertise"] = self._presence.advertise(discovery)
@@ -216,7 +219,7 @@ class Node:
 
     # --- parts ----------------------------------------------------------------------------------------------------------
 
-    def _make_engines(self, store: BlobStore, downloader: Downloader, fast: Outbox) -> None:
+    def _make_engines(self, store: BlobStore, downloader: Downloader, fast: Outbox, own_data: OwnData) -> None:
         settings = self.settings
         scratch = self.folder / "scratch"
         shutil.rmtree(scratch, ignore_errors=True)
@@ -239,6 +242,7 @@ class Node:
         self._executor = Executor(
             store=store,
             downloader=downloader,
+            own_data=own_data,
             slot=self._work_slot,
             scratch=scratch / "work",
             urls=urls,
@@ -255,6 +259,12 @@ class Node:
             topic=self._outbox_topic,
             urls=urls,
         )
+
+    async def _pack(self, own_data: OwnData) -> None:
+        """Make the data that live here ready for training; each is announced as soon as it is."""
+        for name in own_data.names:
+            if await asyncio.to_thread(own_data.pack, name):
+                await self._presence.announce(self._bus, own_data.announced)
 
     def _on_serve_death(self, failure: EngineFailed) -> None:
         self._replicas.on_engine_death(failure)

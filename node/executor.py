@@ -14,6 +14,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from node.engine.process import Engine
+from node.own_data import OwnData
 from node.slot import EngineSlot
 from potluck import codec
 from potluck.blobs.download import Downloader
@@ -71,6 +72,7 @@ class Executor:
         *,
         store: BlobStore,
         downloader: Downloader,
+        own_data: OwnData,
         slot: EngineSlot,
         scratch: Path,
         urls: Callable[[], tuple[str, ...]],
@@ -80,6 +82,7 @@ class Executor:
     ) -> None:
         self._store = store
         self._downloader = downloader
+        self._own_data = own_data
         self._slot = slot
         self._scratch = scratch
         self._urls = urls
@@ -148,6 +151,7 @@ class Executor:
     async def _compute(self, attempt: _Attempt) -> AnyTaskResult:
         lease = attempt.lease
         refs = self._needed(lease.task)
+        task, own_files = self._own_data.filled_in(lease.task)
         for ref in refs:
             self._store.pin(ref.sha256)
         missing = sum(ref.size for ref in {ref.sha256: ref for ref in refs}.values() if not self._store.has(ref.sha256))
@@ -166,8 +170,8 @@ class Executor:
                     raise Cancelled("the attempt was withdrawn")
                 attempt.engine = engine
                 try:
-                    await self._complete(engine, lease.task, files)
-                    return await engine.run_task(lease.job_id, lease.task, files, progress)
+                    await self._complete(engine, task, files)
+                    return await engine.run_task(lease.job_id, task, files | own_files, progress)
                 finally:
                     attempt.engine = None
 

@@ -16,7 +16,7 @@ from potluck.bus import Bus, Envelope
 from potluck.discovery import Discovery, Service
 from potluck.errors import PotluckError, Unavailable
 from potluck.logs import fields
-from potluck.messages import NodeCapacity, NodeStatus
+from potluck.messages import NodeCapacity, NodeData, NodeStatus
 from potluck.network import base_urls, reachable_addresses
 from potluck.outbox import Outbox
 from potluck.settings import NodeSettings
@@ -39,6 +39,7 @@ class Presence:
         self._session = session
         self._port = port
         self._capacity = capacities.read()
+        self._data: tuple[NodeData, ...] = ()
         self._rivals: set[str] = set()
         self.urls = base_urls(settings.listen.host, port)
         """Where this node's blobs are to be had now: a machine's addresses come and go."""
@@ -98,11 +99,12 @@ class Presence:
         gflops = await capacities.measure(kept_in, self._settings.threads)
         self._capacity = replace(self._capacity, gflops=gflops)
         log.info("speed known %s", fields(node=self._node_id, gflops=gflops))
-        if self.joined:
-            try:
-                await self._publish_capacity(bus)
-            except PotluckError as error:  # the next birth will tell
-                log.debug("capacity not published yet %s", fields(reason=error.message))
+        await self._tell_capacity(bus)
+
+    async def announce(self, bus: Bus, data: tuple[NodeData, ...]) -> None:
+        """Say which data sets live here."""
+        self._data = data
+        await self._tell_capacity(bus)
 
     async def telemetry(
         self, outbox: Outbox, attempts: Callable[[], tuple[str, ...]], replicas: Callable[[], tuple[str, ...]]
@@ -133,6 +135,13 @@ class Presence:
         except Unavailable as error:
             log.warning("not advertised %s", fields(reason=error.message))
 
+    async def _tell_capacity(self, bus: Bus) -> None:
+        if self.joined:
+            try:
+                await self._publish_capacity(bus)
+            except PotluckError as error:  # the next birth will tell
+                log.debug("capacity not published yet %s", fields(reason=error.message))
+
     async def _publish_capacity(self, bus: Bus) -> None:
-        message = NodeCapacity(node_id=self._node_id, capacity=self._capacity)
+        message = NodeCapacity(node_id=self._node_id, capacity=self._capacity, data=self._data)
         await bus.publish(self._topics.node(self._node_id, "capacity"), message, retain=True)

@@ -20,6 +20,9 @@ INLINE_LIMIT_BYTES = 256 * 1024
 
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")]
 """A name that a user gives to a model or data set."""
+NODE_DATA = "node:"
+DataName = Annotated[str, Meta(pattern=r"^(node:)?[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")]
+"""A registered data set, or with `node:` before its name data that live on the nodes and stay there."""
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Count = Annotated[int, Meta(ge=0, le=2**53)]
 """Up to what JavaScript holds: sums of counts stay within the 64 bits of msgpack."""
@@ -132,6 +135,8 @@ class DataFormat(Part, frozen=True):
     classes: tuple[str, ...] = ()
     inputs: tuple[str, ...] = ()
     target: str = ""
+    places: tuple[Count, ...] = ()
+    """Where these shards count classes otherwise: their class i is class `places[i]` of `classes`."""
 
 
 class Dataset(Part, frozen=True):
@@ -144,6 +149,28 @@ class Dataset(Part, frozen=True):
     class_counts: tuple[Count, ...] = ()
     skipped: tuple[str, ...] = ()
     keys: BlobRef | None = None
+
+
+class NodeData(Part, frozen=True):
+    """What a node says of a data set that it holds for itself: everything but the items."""
+
+    name: Name
+    format: DataFormat
+    count: Positive
+
+
+class Privacy(Part, frozen=True):
+    """What hides single examples, or whole nodes, in training on data of the nodes (differential privacy).
+
+    `unit` `example`: the gradient of each example is cut to the norm `l2_norm_clip`, and normal noise of `noise_multiplier` times that
+    is added to their sum (DP-SGD, Abadi et al., 2016); `node`: the same is done to the update of each node in each round
+    (McMahan et al., 2018). `delta` is that of (epsilon, delta).
+    """
+
+    l2_norm_clip: Annotated[float, Meta(gt=0)]
+    noise_multiplier: Annotated[float, Meta(ge=0)] = 0.0
+    unit: Literal["example", "node"] = "example"
+    delta: Annotated[float, Meta(gt=0, lt=1)] = 1e-5
 
 
 class Step(Part, frozen=True):
@@ -183,12 +210,12 @@ class Train(JobSpec, frozen=True, tag="train"):
     begins like `local`, and chooses by what was measured. `weights` begins from a checkpoint of an earlier job (`JobEnded.checkpoint`) instead of the model's own, and `initial_epoch`
     counts on from there, to `epochs` in all. `class_weight` weighs the loss by a class's label. `monitor` names a metric of epochs
     (`val_loss`): the result is the model as it was after the best epoch, and with `patience` training ends after so
-    many epochs that were not better than that by more than `min_delta`.
+    many epochs that were not better than that by more than `min_delta`. `privacy` is for a `dataset` that lives on the nodes.
     """
 
     model: str | BlobRef
-    dataset: Name
-    validation: Name | None = None
+    dataset: DataName
+    validation: DataName | None = None
     epochs: Epochs = 1
     batch_size: Positive = 32
     image: ImageOptions | None = None
@@ -206,11 +233,12 @@ class Train(JobSpec, frozen=True, tag="train"):
     monitor: str = ""
     patience: Epochs | None = None
     min_delta: Annotated[float, Meta(ge=0)] = 0.0
+    privacy: Privacy | None = None
 
 
 class Evaluate(JobSpec, frozen=True, tag="evaluate"):
     model: str | BlobRef
-    dataset: Name
+    dataset: DataName
     batch_size: Positive = 32
     image: ImageOptions | None = None
 
@@ -385,6 +413,8 @@ class NodeInfo(Part, frozen=True):
     leases: Count = 0
     replicas: tuple[str, ...] = ()
     seen_at: float = 0.0
+    data: tuple[NodeData, ...] = ()
+    """Data sets that live on it."""
 
 
 class ListNodes(Message, frozen=True):
@@ -410,6 +440,8 @@ class DatasetInfo(Part, frozen=True):
     size_bytes: int
     classes: tuple[str, ...] = ()
     skipped: int = 0
+    nodes: tuple[str, ...] = ()
+    """Those that hold it, of data that live on nodes."""
 
 
 class DatasetAdded(Message, frozen=True):
@@ -545,6 +577,8 @@ class NodeCapacity(Message, frozen=True):
 
     node_id: str
     capacity: Capacity
+    data: tuple[NodeData, ...] = ()
+    """Data sets that live on it, and stay there."""
 
 
 class NodeTelemetry(Message, frozen=True):
@@ -590,6 +624,9 @@ class TrainTask(Task, frozen=True, tag="train"):
     overlap: bool = False
     """After the result, go on with what comes next until the next task: it counts for the next round."""
     step: Step | None = None
+    node_data: Name | None = None
+    """Train on the data set that the node holds by this name, all of it; `data` is empty."""
+    privacy: Privacy | None = None
 
 
 class SyncTask(Task, frozen=True, tag="sync"):
@@ -626,6 +663,8 @@ class EvaluateTask(Task, frozen=True, tag="evaluate"):
     image: ImageOptions | None
     batch_size: Positive
     step: Step | None = None
+    node_data: Name | None = None
+    """Evaluate on all of the data set that the node holds by this name; `slices` is empty."""
 
 
 class PredictTask(Task, frozen=True, tag="predict"):
@@ -661,6 +700,7 @@ class TaskResult(Struct, frozen=True, kw_only=True, omit_defaults=True, tag_fiel
 class TrainResult(TaskResult, frozen=True, tag="train"):
     """`base` is a safetensors file of the weights before the round, in the order of `model.weights` (keys `w00000`, ... for
     those that are trained, `s00001`, ... for other state), and `update` leads to those after it (`potluck.updates`).
+    `items` are those of the data that it was trained on, however many of them this round has seen.
 
     `metrics` are sums over `samples` divided by `samples`, named as Keras names them. `norm` is that of the update (L2, of
     all floating-point weights); the coordinator measures it anew. `seconds_ahead` were computed before the lease began.
@@ -673,6 +713,7 @@ class TrainResult(TaskResult, frozen=True, tag="train"):
     metrics: dict[str, float] = {}
     norm: float = 0.0
     seconds_ahead: float = 0.0
+    items: Count = 0
 
 
 class SyncResult(TaskResult, frozen=True, tag="sync"):

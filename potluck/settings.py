@@ -17,6 +17,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from potluck.errors import InvalidSettings
+from potluck.messages import Name
 
 Port = Annotated[int, Meta(ge=0, le=65535)]
 PositiveSeconds = Annotated[float, Meta(gt=0)]
@@ -67,6 +68,13 @@ class NetworkSettings(Section, frozen=True):
     bus: BusTimings = BusTimings()
 
 
+class NodeDataSettings(Section, frozen=True):
+    """A data set that lives on this node: a folder or file, and for a table the column or array to learn."""
+
+    path: str
+    target: str | None = None
+
+
 class NodeSettings(NetworkSettings, frozen=True):
     """The node daemon. `node_id` empty: made once and kept in `state_dir`."""
 
@@ -85,6 +93,8 @@ class NodeSettings(NetworkSettings, frozen=True):
     """Threads TensorFlow may use; 0: one for each core that the process may run on."""
     sync_port: Port = 0
     """Where the engine meets others in synchronous training; 0: any free port. Only with `listen.insecure`."""
+    data: dict[Name, str | NodeDataSettings] = {}
+    """Data sets that live on this node and never leave it, by name: the path of each, or a table of its settings."""
 
 
 class CoordinatorSettings(NetworkSettings, frozen=True):

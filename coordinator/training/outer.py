@@ -1,6 +1,6 @@
 """The outer step: from the updates of a round's nodes to the weights of the next round, piece by piece.
 
-The mean of the updates by samples (FedAvg, McMahan et al., 2017) is taken as a gradient of the outer optimizer, which is
+The mean of the updates by samples (FedAvg, McMahan et al., 2017; FedNova, Wang et al., 2020, for data that live on the nodes) is taken as a gradient of the outer optimizer, which is
 SGD with Nesterov momentum (DiLoCo, Douillard et al., 2023): v <- m v + d, w <- w + lr (d + m v). What is added to the weights is
 quantised first, and the same update goes to the nodes, so that all have the same bits. State that is not trained (moving
 statistics) is averaged only. Memory is that of a few pieces, whatever the model's size and the number of nodes.
@@ -51,13 +51,23 @@ def outer_for(
     return Outer(1.0 if learning_rate is None else learning_rate, ruled if momentum is None else momentum)
 
 
+def nova_scales(items: Sequence[int], steps: Sequence[int]) -> list[float]:
+    """FedNova's (Wang et al., 2020): by what each node's update is multiplied before the mean by `items`, the data it stands for.
+
+    A node that took more steps has gone further towards its own data's optimum, and would pull all others there; so each update
+    counts per step, and the mean is as long as the mean number of steps (equation 7 there, for SGD's steps of equal weight).
+    """
+    mean = sum(count * taken for count, taken in zip(items, steps, strict=True)) / sum(items)
+    return [mean / taken for taken in steps]
+
+
 def agreement_of(square: float, updates: Sequence[tuple[float, int]], before: float | None) -> float:
     """How much a round's nodes agree, smoothed over the rounds: the mean cosine between two updates; 1 for a node alone.
 
-    `square` is that of the mean update's norm, `updates` are (norm, samples).
+    `square` is that of the mean update's norm, `updates` are (norm, weight in the mean).
     """
-    total = sum(samples for _, samples in updates)
-    shares = [samples / total for _, samples in updates]
+    total = sum(weight for _, weight in updates)
+    shares = [weight / total for _, weight in updates]
     parts = sum(share * norm**2 for share, (norm, _) in zip(shares, updates, strict=True))
     alone = sum(share**2 for share in shares)  # what is left of the square where nobody agrees
     now = 1.0 if parts <= 0 or alone > 0.999 else (square / parts - alone) / (1 - alone)
@@ -71,21 +81,27 @@ def combine(
     outer: Outer,
     compression: Compression,
     *,
+    scales: Sequence[float] | None = None,
     step: Path,
     after: Path,
     velocity_after: Path,
 ) -> float:
-    """Take the outer step of a round from `weights`, with `updates` as (file, samples) and the `velocity` of the round before.
+    """Take the outer step of a round from `weights`, with `updates` as (file, weight in the mean) and the `velocity` of the round before.
 
+    The mean is by samples, or for data that live on the nodes by items; `scales` multiply updates of what is trained before it.
     Writes `step` (what is added, as it goes to the nodes), `after` (the weights with it) and `velocity_after`; returns the square
     of the norm of the mean update. Raises InvalidModel where files do not fit the weights, Diverged where values are not finite.
     """
-    if not updates or sum(samples for _, samples in updates) <= 0:
+    if not updates or sum(weight for _, weight in updates) <= 0:
         raise InvalidModel("no samples were trained on in this round, so there is nothing to average")
     with ExitStack() as stack:
         base = stack.enter_context(Reader(weights))
         before = stack.enter_context(Reader(velocity)) if velocity is not None else None
-        parts = [(stack.enter_context(UpdateReader(path, base)), samples) for path, samples in updates]
+        total = sum(weight for _, weight in updates)
+        parts = [
+            _Part(stack.enter_context(UpdateReader(path, base)), weight / total, scale)
+            for (path, weight), scale in zip(updates, scales or [1.0] * len(updates), strict=True)
+        ]
 
         def pushed(spec: Spec, start: int, stop: int) -> tuple[Array, Array, float]:
             """(What is to be added, the velocity, the mean's square): of a piece."""
@@ -128,14 +144,23 @@ def combine(
         return math.fsum(squares)
 
 
-def _mean(parts: Sequence[tuple[UpdateReader, int]], spec: Spec, start: int, stop: int) -> Array:
-    """Of a piece, by samples; of what is no floating-point number, that of the largest part."""
+@dataclass(frozen=True)
+class _Part:
+    """An update, its share of the mean, and what it is multiplied by there, where it is of weights that are trained."""
+
+    update: UpdateReader
+    share: float
+    scale: float
+
+
+def _mean(parts: Sequence[_Part], spec: Spec, start: int, stop: int) -> Array:
+    """Of a piece; of what is no floating-point number, that of the largest part."""
     if spec.dtype.kind != "f":
-        return max(parts, key=lambda part: part[1])[0].read(spec.name, start, stop)
-    total = sum(samples for _, samples in parts)
+        return max(parts, key=lambda part: part.share).update.read(spec.name, start, stop)
+    trained = _is_trained(spec)
     sums = np.zeros(stop - start, np.float64)
-    for part, samples in parts:
-        sums += part.read(spec.name, start, stop) * (samples / total)
+    for part in parts:
+        sums += part.update.read(spec.name, start, stop) * (part.share * (part.scale if trained else 1.0))
     return sums.astype(spec.dtype)
 
 

@@ -12,7 +12,10 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from msgspec.structs import replace
+
 from coordinator.batch import BatchStrategy, merge
+from coordinator.federated import NodesEvaluation
 from coordinator.jobs import (
     Attempt,
     CloseEpoch,
@@ -68,6 +71,9 @@ STRAGGLER_SECONDS = 60.0
 """A round waits for its last node at most this long: the larger of so many seconds and so many round times."""
 
 
+Evaluation = BatchStrategy | NodesEvaluation
+
+
 @dataclass
 class RoundsStrategy:
     """State of one training job between events.
@@ -79,7 +85,7 @@ class RoundsStrategy:
     model: BlobRef
     image: ImageOptions | None
     dataset: Dataset
-    validation: Callable[[BlobRef | None, Step | None, int], BatchStrategy] | None
+    validation: Callable[[BlobRef | None, Step | None, int], Evaluation] | None
     """Makes the evaluation of (weights, another way to them, epoch)."""
     round: int = 0
     samples: int = 0
@@ -113,8 +119,7 @@ class RoundsStrategy:
     exchanged_bytes: int = 0
     exchanged_before: int = 0
     """Until the beginning of this epoch."""
-    validating: BatchStrategy | None = None
-    validated: EvaluateResult | None = None
+    validating: Evaluation | None = None
     exported: ExportResult | None = None
     last_epoch: EpochMetrics | None = None
     epoch_started_at: float = 0.0
@@ -183,9 +188,6 @@ class RoundsStrategy:
             self.exported = result
         elif self._of_validation(attempt):
             self._validation.finished(attempt, result, at)
-            if self._validation.complete:
-                parts = [part for part in self._validation.in_order() if isinstance(part, EvaluateResult)]
-                self.validated = merge(parts)
 
     def ended(self, attempt: Attempt, error: ErrorInfo | None) -> None:
         if self._of_validation(attempt):
@@ -229,7 +231,6 @@ class RoundsStrategy:
         self.computing_seconds = self.round_seconds = self.closed_at = 0.0
         self.exchanged_before = self.exchanged_bytes
         self.validating = None
-        self.validated = None
 
     def progress(self, running: dict[str, tuple[Attempt, int, dict[str, float]]]) -> JobProgress:
         at_work = {attempt.node_id for attempt, _, _ in running.values()}
@@ -272,25 +273,32 @@ class RoundsStrategy:
         for node_id, samples in split(wanted, rates).items():
             # Whole batches, so that no step trains on a few items only, and every node takes part.
             batches = max(1, round(samples / self.spec.batch_size))
-            task = TrainTask(
-                model=self.model,
-                weights=self.weights,
-                data=tuple(self.dataset.shards[index] for index in data[node_id]),
-                format=self.dataset.format,
-                image=self.image,
-                round=self.round,
-                samples=samples if samples < self.spec.batch_size else batches * self.spec.batch_size,
-                seconds=seconds,
-                batch_size=self.spec.batch_size,
-                seed=self.spec.seed,
-                compression=self.spec.compression,
-                seen=self.samples + self.spec.initial_epoch * self.dataset.count,
-                class_weight=self.spec.class_weight,
-                overlap=self.spec.overlap,
-                step=self.step,
+            samples = samples if samples < self.spec.batch_size else batches * self.spec.batch_size
+            task = replace(
+                self._task(samples, seconds), data=tuple(self.dataset.shards[index] for index in data[node_id])
             )
             decisions.append(Lease(self._shard_id, node_id, task))
         return decisions
+
+    def _task(self, samples: int, seconds: float) -> TrainTask:
+        """A part of the round that opens, without its data."""
+        return TrainTask(
+            model=self.model,
+            weights=self.weights,
+            data=(),
+            format=self.dataset.format,
+            image=self.image,
+            round=self.round,
+            samples=samples,
+            seconds=seconds,
+            batch_size=self.spec.batch_size,
+            seed=self.spec.seed,
+            compression=self.spec.compression,
+            seen=self.samples + self.spec.initial_epoch * self.dataset.count,
+            class_weight=self.spec.class_weight,
+            overlap=self.spec.overlap,
+            step=self.step,
+        )
 
     def _round_size(self, rates: dict[str, float]) -> tuple[int, float]:
         """(Samples of a round, seconds that a node may take for its part)."""
@@ -345,14 +353,17 @@ class RoundsStrategy:
         return [Withdraw(attempt.attempt_id, "the round went on without it") for attempt in open_attempts if late]
 
     def _plan_validation(self, view: ClusterView, attempts: dict[str, Attempt]) -> list[Decision]:
-        if self.validation is not None and self.validated is None:
+        metrics = self._epoch_metrics()
+        decisions: list[Decision] = []
+        if self.validation is not None:
             if self.validating is None:
                 self.validating = self.validation(self.weights, self.step, self.epochs_ended + 1)
             decisions = self.validating.plan(view, attempts)
-            return [decision for decision in decisions if not isinstance(decision, Complete)]
-        metrics = weighted(self.round_metrics)
-        if self.validated is not None:
-            metrics |= {f"val_{name}": value for name, value in evaluation_metrics(self.validated).items()}
+            if Complete() not in decisions:
+                return decisions
+            decisions.remove(Complete())
+            parts = [part for part in self.validating.in_order() if isinstance(part, EvaluateResult)]
+            metrics |= {f"val_{name}": value for name, value in evaluation_metrics(merge(parts)).items()}
         seconds = max(0.0, view.now - self.epoch_started_at) if self.epoch_started_at else 0.0
         monitor = self.spec.monitor
         if monitor and monitor not in metrics:
@@ -368,7 +379,11 @@ class RoundsStrategy:
             computing=min(1.0, self.computing_seconds / self.round_seconds) if self.round_seconds else 0.0,
             exchanged_bytes=self.exchanged_bytes - self.exchanged_before,
         )
-        return [CloseEpoch(epoch)]
+        return [*decisions, CloseEpoch(epoch)]
+
+    def _epoch_metrics(self) -> dict[str, float]:
+        """Of training, in the epoch that ends."""
+        return weighted(self.round_metrics)
 
     def _plan_export(self, view: ClusterView, attempts: dict[str, Attempt]) -> list[Decision]:
         if self.exported is not None:
@@ -391,7 +406,7 @@ class RoundsStrategy:
         return self.validating is not None and attempt.shard_id.startswith(self.validating.prefix + "-")
 
     @property
-    def _validation(self) -> BatchStrategy:
+    def _validation(self) -> Evaluation:
         if self.validating is None:
             raise ValueError("no validation is under way")
         return self.validating

@@ -35,7 +35,11 @@ class Source:
         return self.options.height * self.options.width * self.options.channels * 4
 
     def targets(self, parts: Sequence[Part]) -> Array | None:
-        """The targets as stored; None where there are none, or not for each item."""
+        """The targets, class numbers as `data` counts classes; None where there are none, or not for each item."""
+        found = self._stored_targets(parts)
+        return found if found is None or not self.data.places else np.array(self.data.places, np.int64)[found]
+
+    def _stored_targets(self, parts: Sequence[Part]) -> Array | None:
         if self.options is None:
             return shards.load_arrays(parts, self.data)[1]
         classes = np.concatenate([shards.image_classes(part) for part in parts]) if parts else np.zeros(0, np.int64)

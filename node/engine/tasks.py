@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from node.engine import runtime
+from node.engine import privacy, runtime
 from node.engine.evaluating import evaluate
 from node.engine.inputs import source_for
 from node.engine.loaded import Loaded
@@ -119,11 +119,13 @@ class Tasks:
             runtime.save_weights(session.model, target)
             base = self._blob(target)
             paths[base.sha256] = self._scratch / base.sha256
-        session.use_data(task, [Part(paths[shard.blob.sha256], 0, shard.count) for shard in task.data])
+        parts = [Part(paths[shard.blob.sha256], 0, shard.count) for shard in task.data]
+        session.use_data(task, parts)
         session.follow(task.seen)
         outcome = session.train(task.samples, task.seconds, cancelled, progress, overlap=task.overlap)
         target = self._scratch / "update.new"
-        norm = updates.write_update(target, paths[base.sha256], outcome.weights, task.compression)
+        after = privacy.protected(paths[base.sha256], outcome.weights, task.privacy)
+        norm = updates.write_update(target, paths[base.sha256], after, task.compression)
         self._ahead = session if task.overlap else None
         return TrainResult(
             base=base,
@@ -132,6 +134,7 @@ class Tasks:
             samples=outcome.samples,
             steps=outcome.steps,
             metrics=outcome.metrics,
+            items=sum(part.count for part in parts),
             seconds=outcome.seconds,
             seconds_ahead=outcome.seconds_ahead,
         )

@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 import tensorflow as tf
 
-from node.engine import inputs, runtime, shards, targets
+from node.engine import inputs, privacy, runtime, shards, targets
 from node.engine.inputs import Source
 from node.engine.loaded import FAILURES
 from node.engine.shards import Part
@@ -67,6 +67,9 @@ class Session:
         self._data_key: tuple[Any, ...] = ()
         self._iterator: Any = None
         self._batch = 0
+        self._noisy: privacy.NoisyStep | None = None
+        self._hidden = False
+        """Whether nothing but the update may be known of the data."""
         self._traced = False
         self._ahead: _Ahead | None = None
         self._check_every = GPU_CHECK_STEPS if tf.config.list_logical_devices("GPU") else 1
@@ -81,6 +84,7 @@ class Session:
             task.batch_size,
             task.image,
             tuple(task.class_weight.items()),
+            task.privacy,
         )
         if key == self._data_key:
             return
@@ -97,6 +101,14 @@ class Session:
         count = len(wanted)
         batch = min(task.batch_size, count)
         limit = min(MEMORY_LIMIT_BYTES, psutil.virtual_memory().available // 4)
+        self._noisy, self._hidden = None, task.privacy is not None and task.privacy.noise_multiplier > 0
+        if task.privacy is not None:
+            privacy.check(self.model)
+        if task.privacy is not None and task.privacy.unit == "example":
+            arrays = source.load(parts)
+            self._noisy = privacy.NoisyStep(self.model, task.privacy, batch, arrays, wanted, weights)
+            self._data_key, self._traced, self._batch = key, False, batch
+            return
         if source.options is not None and count * source.item_bytes() > limit:
             dataset = self._streamed(source, parts, wanted, weights)
         else:
@@ -205,7 +217,8 @@ class Session:
     def _trace(self) -> None:
         """Compile the step, and take it once without keeping what it did: the first step of a round costs no more than others."""
         model = self.model
-        model.make_train_function(force=True)
+        if self._noisy is None:
+            model.make_train_function(force=True)
         if not model.optimizer.built:
             model.optimizer.build(model.trainable_variables)
         variables = [*model.variables, *model.optimizer.variables]
@@ -219,6 +232,8 @@ class Session:
 
     def _step(self) -> Any:
         try:
+            if self._noisy is not None:
+                return {"loss": self._noisy()}
             return self.model.train_function(self._iterator)
         except PotluckError:
             raise
@@ -228,12 +243,14 @@ class Session:
             raise InvalidModel(f"the model cannot be trained on this data: {one_line(error, 400)}") from error
 
     def _metrics(self, steps: int) -> dict[str, float]:
-        """By name; those that report several values (per class) are left out."""
+        """By name; those that report several values (per class) are left out, and all where they would tell too much."""
+        if self._noisy is not None:
+            return self._noisy.metrics()
         results = {name: np.asarray(value) for name, value in self.model.get_metrics_result().items()}
         metrics = {name: float(value) for name, value in results.items() if value.ndim == 0}
         if not math.isfinite(metrics.get("loss", 0.0)):
             raise _diverged(metrics["loss"], steps)
-        return metrics
+        return {} if self._hidden else metrics
 
     def _gathered(self, arrays: Sequence[Any], target: Any, weights: Any) -> Callable[[int], Any]:
         """Batches by index from arrays in memory, shuffled anew in each pass."""

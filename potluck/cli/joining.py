@@ -45,6 +45,8 @@ class Plan:
     state_dir: Path | None
     broker_port: int | None
     log_level: str
+    data: tuple[str, ...] = ()
+    """`NAME=PATH` of the data that live here."""
 
     def flags(self, daemon: str) -> list[str]:
         """The command line of a daemon, after its module's name."""
@@ -57,6 +59,9 @@ class Plan:
             flags += ["--state-dir", str(self.state_dir / daemon)]
         if daemon == "coordinator" and self.broker_port is not None:
             flags += ["--broker-port", str(self.broker_port)]
+        if daemon == "node":
+            for data in self.data:
+                flags += ["--data", data]
         return flags
 
 

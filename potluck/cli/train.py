@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,7 +13,9 @@ from potluck.cli.session import ImageSize, Json, check_output, image_size, sessi
 def train(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="A compiled .keras file, or a registered model.")],
-    data: Annotated[str, typer.Argument(help="A folder, .npz, .csv, TFRecord file, or a registered data set.")],
+    data: Annotated[
+        str, typer.Argument(help="A folder, .npz, .csv, TFRecord file, a registered data set, or node:NAME.")
+    ],
     validation: Annotated[str | None, typer.Option(help="Data to measure each epoch on.")] = None,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the data, over the whole cluster.")] = 1,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples in a step, on each node.")] = 32,
@@ -44,6 +46,17 @@ def train(
         str | None, typer.Option(metavar="JOB", help="Go on where this ended job stands, to --epochs in all.")
     ] = None,
     compression: Annotated[str, typer.Option(help="Of updates on the network: auto, none, int8 or int4.")] = "auto",
+    l2_norm_clip: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="On node:NAME: cut the gradient of each example (DP-SGD) to this norm."),
+    ] = None,
+    noise_multiplier: Annotated[
+        float, typer.Option(min=0.0, help="Noise, as a multiple of --l2-norm-clip; epochs tell its epsilon.")
+    ] = 0.0,
+    private_unit: Annotated[
+        str, typer.Option(help="What is hidden: each example, or each node (its update is cut instead).")
+    ] = "example",
+    delta: Annotated[float, typer.Option(help="Of (epsilon, delta): well below 1 / examples.")] = 1e-5,
     seed_number: Annotated[int, typer.Option("--random-seed", help="For shuffling and initial state.")] = 0,
     detach: Annotated[bool, typer.Option("--detach", help="Print the job's id and leave.")] = False,
     as_json: Json = False,
@@ -60,6 +73,14 @@ def train(
             )
         check_output(output)
     size = image_size(image)
+    hiding: dict[str, Any] = {}
+    if l2_norm_clip is not None or noise_multiplier:
+        hiding = {
+            "l2_norm_clip": l2_norm_clip,
+            "noise_multiplier": noise_multiplier,
+            "private_unit": private_unit,
+            "delta": delta,
+        }
     with session(context).client() as client:
         with following.waiting("packing and sending the data", quiet=as_json):
             job = client.train(
@@ -79,6 +100,7 @@ def train(
                 class_weight=class_weights(class_weight or []),
                 resume=resume,
                 compression=compression,  # type: ignore[arg-type]  # checked by the client
+                **hiding,
             )
         if detach:
             if as_json:

@@ -29,6 +29,10 @@ def up(
     broker_port: Annotated[
         int | None, typer.Option(min=0, max=65535, help="Port of the broker, where one is started (default: 1883).")
     ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=PATH", help="Data that live here and never leave: train on node:NAME. Repeatable."),
+    ] = None,
     log_level: Annotated[str, typer.Option(metavar="LEVEL", help="Of the daemons' logs.")] = "WARNING",
 ) -> None:
     """Join the cluster on this network, or start one: run this on every machine."""
@@ -52,7 +56,7 @@ def up(
             "WARNING: --insecure: whoever reaches this machine over the network can use its computing power and read its "
             "models and data; nothing is encrypted. Use it on networks that you trust."
         )
-    plan = Plan(settings, where, state_dir, broker_port, log_level)
+    plan = Plan(settings, where, state_dir, broker_port, log_level, tuple(data or ()))
 
     async def run() -> None:
         await Joining(plan, say=note).run(lifecycle.stop_event(asyncio.get_running_loop()))

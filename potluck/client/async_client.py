@@ -22,6 +22,7 @@ from potluck.client.training import TrainOptions
 from potluck.errors import Conflict, InvalidData, InvalidRequest, NotFound
 from potluck.messages import (
     INLINE_LIMIT_BYTES,
+    NODE_DATA,
     AnyJobSpec,
     BlobRef,
     CancelJob,
@@ -151,7 +152,7 @@ class AsyncClient:
     ) -> AsyncJob:
         """Train a compiled keras.Model, a `.keras` file or a registered model on all nodes.
 
-        `data` and `validation` are registered names, paths, or arrays `(x, y)`; `target` names a table's label column. `image` says
+        `data` and `validation` are registered names, paths, arrays `(x, y)`, or `"node:name"` for data that live on the nodes; `target` names a table's label column. `image` says
         how images become tensors, None: as the model's input is. The result is registered as `name` when that is given.
         `options` are those of `TrainOptions`. Raises InvalidModel, InvalidData and InvalidRequest before a job is made.
         """
@@ -368,7 +369,7 @@ class AsyncClient:
             )
             return added.name
         try:
-            arguments.name(argument, name)
+            arguments.name(argument, name.removeprefix(NODE_DATA))
         except InvalidRequest as error:
             raise InvalidData(f"there is no file or folder {name!r} here, and no data set has such a name") from error
         if image is not None and any(info.name == name and info.kind != "images" for info in await self.datasets()):

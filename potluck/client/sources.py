@@ -18,7 +18,7 @@ from potluck import codec
 from potluck.client.arguments import shown
 from potluck.client.connection import Connection
 from potluck.errors import Cancelled, InvalidData, InvalidRequest
-from potluck.messages import AddDataset, BlobRef, DatasetAdded, DatasetInfo
+from potluck.messages import NODE_DATA, AddDataset, BlobRef, DatasetAdded, DatasetInfo
 
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 Progress = Callable[[str, int, int], None]
@@ -35,7 +35,9 @@ _NAMED = 5
 
 
 def as_name(data: object) -> str | None:
-    """`data`, when it is the name of a registered data set rather than files or arrays: text that is no path here."""
+    """`data`, when it names a data set (registered, or `node:name`) rather than files or arrays: text that is no path here."""
+    if isinstance(data, str) and data.startswith(NODE_DATA):
+        return data
     if not isinstance(data, str) or "/" in data or data.startswith(".") or data.endswith(_FILE_SUFFIXES):
         return None
     try:

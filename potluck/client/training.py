@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any, Literal, TypedDict
 
 from msgspec import Meta
 
 from potluck.client import arguments
 from potluck.errors import InvalidRequest
-from potluck.messages import Compression, Epochs, Seed, Strategy
+from potluck.messages import Compression, Epochs, Privacy, Seed, Strategy
 
 _SECONDS = "a number of seconds above 0, at most 86,400 (0: as measured speed and bandwidth suggest)"
 _KINDS: dict[str, tuple[Any, str]] = {
@@ -24,7 +24,18 @@ _KINDS: dict[str, tuple[Any, str]] = {
     "monitor": (str | None, "the name of a metric, such as 'val_loss'"),
     "patience": (Epochs | None, "a whole number of epochs, or None"),
     "min_delta": (Annotated[float, Meta(ge=0)], "a number of at least 0"),
+    "l2_norm_clip": (Annotated[float, Meta(gt=0)] | None, "a number above 0, or None"),
+    "noise_multiplier": (Annotated[float, Meta(ge=0)], "a number of at least 0"),
+    "private_unit": (Literal["example", "node"], "'example' or 'node'"),
+    "delta": (Annotated[float, Meta(gt=0, lt=1)], "a number between 0 and 1"),
 }
+_PRIVACY = {
+    "l2_norm_clip": "l2_norm_clip",
+    "noise_multiplier": "noise_multiplier",
+    "private_unit": "unit",
+    "delta": "delta",
+}
+"""Options that are fields of `Privacy`."""
 
 
 class TrainOptions(TypedDict, total=False):
@@ -40,6 +51,8 @@ class TrainOptions(TypedDict, total=False):
     - `round_seconds`: how long nodes compute between two exchanges; 0: as measured speed and bandwidth suggest.
     - `compression`: of updates on the network, `"auto"`, `"none"`, `"int8"` or `"int4"`. `overlap`: nodes compute while they travel.
     - `outer_learning_rate`, `outer_momentum`: of the step that is taken with a round's mean update; None: by rule.
+    - `l2_norm_clip`, `noise_multiplier`: for data that live on nodes: hide each example (`private_unit="example"`, DP-SGD) or each
+      node (`"node"`) behind noise; epochs then tell `epsilon`, for `delta`, instead of metrics of training. docs/federated.md.
     """
 
     strategy: Strategy
@@ -54,6 +67,10 @@ class TrainOptions(TypedDict, total=False):
     overlap: bool
     outer_learning_rate: float | None
     outer_momentum: float | None
+    l2_norm_clip: float | None
+    noise_multiplier: float
+    private_unit: Literal["example", "node"]
+    delta: float
 
 
 def fields(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,4 +87,7 @@ def fields(options: Mapping[str, Any]) -> dict[str, Any]:
         checked = arguments.checked(name, value, kind, takes)
         if checked is not None:
             found[name] = checked
-    return found
+    hiding = {field: found.pop(name) for name, field in _PRIVACY.items() if name in found}
+    if hiding and "l2_norm_clip" not in hiding:
+        raise InvalidRequest("noise is a multiple of the norm that gradients are cut to: give l2_norm_clip too")
+    return found | ({"privacy": Privacy(**hiding)} if hiding else {})

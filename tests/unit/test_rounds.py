@@ -450,7 +450,6 @@ def test_replaying_the_events_gives_the_state_back(steps: list[tuple[str, str]])
         "epochs_ended",
         "weights",
         "contributions",
-        "validated",
         "exported",
         "overheads",
         "step",

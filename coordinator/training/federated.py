@@ -1,0 +1,72 @@
+"""Training on data that live on the nodes (`node:name`), in rounds as `local` has them: pure.
+
+Each node trains on its own data, for as long as the others do; so a fast one takes more steps, and the outer step heeds that as
+FedNova does (`outer.nova_scales`): what counts is how much data a node holds. With noise, nothing that depends on single items
+leaves a node but the noisy updates: metrics of training are left out, and the epsilon that was spent takes their place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from msgspec.structs import replace as changed
+
+from coordinator.federated import fits
+from coordinator.jobs import Attempt, CloseRound, Decision, Lease
+from coordinator.placement import ClusterView, speeds, split
+from coordinator.training import privacy
+from coordinator.training.rounds import RoundsStrategy
+from potluck.messages import AnyTaskResult, JobProgress, TrainResult
+
+
+@dataclass
+class FederatedStrategy(RoundsStrategy):
+    """`spent`: by node, how often its data were looked at for updates that came here."""
+
+    spent: dict[str, privacy.Spent] = field(default_factory=dict)
+
+    def finished(self, attempt: Attempt, result: AnyTaskResult, at: float) -> None:
+        super().finished(attempt, result, at)
+        if isinstance(result, TrainResult):
+            before = self.spent.get(attempt.node_id, privacy.Spent(result.items))
+            self.spent[attempt.node_id] = replace(before, steps=before.steps + result.steps, rounds=before.rounds + 1)
+
+    def progress(self, running: dict[str, tuple[Attempt, int, dict[str, float]]]) -> JobProgress:
+        found = super().progress(running)
+        idle = not running and not self.all_trained and not self.contributions
+        message = f"waiting for a node that holds {self.spec.dataset}" if idle else found.message
+        return changed(found, strategy="local, since the data stay on the nodes", message=message)
+
+    def _open_round(self, view: ClusterView) -> list[Decision]:
+        held = {node.node_id: node.holds(self.dataset.name) for node in view.nodes}
+        free = [node for node in view.nodes if node.free_slots and fits(held[node.node_id], self.dataset.format)]
+        free = [node for node in free if node.node_id not in self.quarantined] or free
+        if not free:
+            return []
+        rates = speeds(free, self.measured)
+        wanted, seconds = self._round_size(rates)
+        decisions: list[Decision] = []
+        for node_id, samples in split(wanted, rates).items():
+            data = held[node_id]
+            assert data is not None
+            batch = min(self.spec.batch_size, data.count)
+            # One pass over its own data at most: a node with few items would only learn them by heart.
+            batches = max(1, round(min(samples, data.count) / batch))
+            task = changed(
+                self._task(batches * batch, seconds),
+                node_data=self.dataset.name,
+                privacy=self.spec.privacy,
+                overlap=self.spec.overlap and self.spec.privacy is None,
+            )
+            decisions.append(Lease(self._shard_id, node_id, task))
+        return decisions
+
+    def _close_round(self) -> CloseRound:
+        return replace(super()._close_round(), by_items=True)
+
+    def _epoch_metrics(self) -> dict[str, float]:
+        found = super()._epoch_metrics()
+        rules = self.spec.privacy
+        if rules is not None and rules.noise_multiplier:
+            found["epsilon"] = privacy.epsilon(rules, self.spent.values(), self.spec.batch_size)
+        return found

@@ -1,0 +1,52 @@
+"""How much training tells of the data: epsilon of (epsilon, delta)-differential privacy, by an accountant (dp-accounting)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from potluck.errors import InvalidRequest
+from potluck.messages import Privacy
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What was done with one node's data: `items` that it holds, training `steps` on them, and `rounds` whose update it sent."""
+
+    items: int
+    steps: int = 0
+    rounds: int = 0
+
+
+def check() -> None:
+    """Raises InvalidRequest where there is no accountant here."""
+    try:
+        import dp_accounting  # noqa: F401
+    except ImportError as error:
+        raise InvalidRequest(
+            "noise needs an accountant that says what it is worth, and the coordinator has none: "
+            "pip install 'potluck[privacy]' there"
+        ) from error
+
+
+def epsilon(rules: Privacy, spent: Iterable[Spent], batch_size: int) -> float:
+    """Of the node whose data are known best: each item lives on one node, so what others did tells nothing of it.
+
+    By Renyi differential privacy (Mironov, 2017; of the Poisson-sampled Gaussian mechanism, Mironov et al., 2019). For `example`
+    each step takes every item with the probability batch_size / items; for `node` each round takes all of them.
+    Neighbouring data sets differ by one item, or by all the items of one node, that are there or not.
+    """
+    import dp_accounting
+    from dp_accounting import rdp
+
+    found = 0.0
+    noise = dp_accounting.GaussianDpEvent(rules.noise_multiplier)
+    for node in set(spent):
+        accountant = rdp.RdpAccountant()
+        if rules.unit == "example":
+            rate = min(1.0, batch_size / node.items)
+            accountant.compose(dp_accounting.PoissonSampledDpEvent(rate, noise), node.steps)
+        else:
+            accountant.compose(noise, node.rounds)
+        found = max(found, float(accountant.get_epsilon(rules.delta)))
+    return found

@@ -1,0 +1,143 @@
+"""Training that hides single items, or this node as a whole, behind noise (differential privacy): see `messages.Privacy`.
+
+Samples and noise come from the operating system's entropy, never from a job's seed: whoever knows them can take them away.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from node.engine import runtime
+from potluck import weights
+from potluck.errors import InvalidModel
+from potluck.messages import Privacy
+
+AT_ONCE = 16
+GRADIENTS_BYTES = 64 * 2**20
+"""Gradients of so many items are in memory together, or of as many as fit into so much."""
+
+
+def check(model: Any) -> None:
+    """Raises InvalidModel for a model whose training cannot hide items."""
+    for layer in model._flatten_layers():
+        if isinstance(layer, keras.layers.BatchNormalization) and layer.trainable:
+            raise InvalidModel(
+                f"layer '{layer.name}' (BatchNormalization) mixes the items of a batch, so that none can be hidden: "
+                "use GroupNormalization or LayerNormalization"
+            )
+    if isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer):
+        raise InvalidModel("gradients are cut to a norm, which float16's loss scale would change: use mixed_bfloat16")
+
+
+class NoisyStep:
+    """A step of DP-SGD (Abadi et al., 2016, algorithm 1) with the model's own loss and optimizer, on items held in memory.
+
+    Each item is taken with the probability `batch` / items, independently of all others (Poisson sampling, which the accountant
+    assumes), so a step has a number of items of its own; the sum of their gradients is divided by `batch`.
+    """
+
+    def __init__(
+        self, model: Any, rules: Privacy, batch: int, arrays: Sequence[Any], target: Any, item_weights: Any
+    ) -> None:
+        """`arrays` in the order of the model's inputs. Raises InvalidModel."""
+        check(model)
+        self._model = model
+        self._rules = rules
+        self._batch = batch
+        self._count = len(arrays[0])
+        self._held = keras.tree.map_structure(tf.constant, (list(arrays), target, item_weights), none_is_leaf=False)
+        size = sum(4 * math.prod(variable.shape) for variable in model.trainable_variables)
+        self._at_once = max(1, min(AT_ONCE, GRADIENTS_BYTES // max(1, size)))
+        self._choice = np.random.default_rng()
+        self._noise = tf.random.Generator.from_non_deterministic_state()
+        self._step = tf.function(
+            self._apply, input_signature=[tf.TensorSpec([None], tf.int64), tf.TensorSpec([], tf.int64)]
+        )
+        self._loss, self._taken = 0.0, 0
+
+    def __call__(self) -> float:
+        """Take a step; the sum of the items' losses."""
+        taken = int(self._choice.binomial(self._count, min(1.0, self._batch / self._count)))
+        index = np.zeros(-(-max(1, taken) // self._at_once) * self._at_once, np.int64)
+        index[:taken] = self._choice.choice(self._count, taken, replace=False, shuffle=False)
+        loss = float(self._step(tf.constant(index), tf.constant(taken, tf.int64)))
+        self._loss, self._taken = self._loss + loss, self._taken + taken
+        return loss
+
+    def metrics(self) -> dict[str, float]:
+        """The mean loss since the last time; nothing where there is noise, which this would undo."""
+        loss, self._loss = self._loss / max(1, self._taken), 0.0
+        self._taken = 0
+        return {} if self._rules.noise_multiplier else {"loss": loss}
+
+    def _apply(self, index: Any, taken: Any) -> Any:
+        """`index`: the items, and more than these, so that their number is one that `_at_once` divides."""
+        variables = self._model.trainable_variables
+        sums = [tf.zeros(variable.shape, variable.dtype) for variable in variables]
+        total = tf.constant(0.0)
+        for start in tf.range(0, tf.size(index, tf.int64), self._at_once):
+            place = start + tf.range(self._at_once, dtype=tf.int64)
+            some = tf.gather(index, place)
+            items = keras.tree.map_structure(lambda held: tf.gather(held, some), self._held, none_is_leaf=False)  # noqa: B023
+            gradients, losses = tf.vectorized_map(self._cut, (items, tf.cast(place < taken, tf.float32)))
+            sums = [before + tf.reduce_sum(parts, axis=0) for before, parts in zip(sums, gradients, strict=True)]
+            total += tf.reduce_sum(losses)
+        deviation = self._rules.noise_multiplier * self._rules.l2_norm_clip
+        noisy = [
+            (part + self._noise.normal(tf.shape(part), stddev=deviation, dtype=part.dtype)) / self._batch
+            for part in sums
+        ]
+        self._model.optimizer.apply(noisy, variables)
+        return total
+
+    def _cut(self, given: Any) -> Any:
+        """(The gradient of one item, cut to the norm, and its loss): both nothing for an item that only fills up."""
+        (arrays, target, weight), counts = given
+        alone = keras.tree.map_structure(lambda part: part[None], (arrays, target, weight), none_is_leaf=False)
+        model = self._model
+        with tf.GradientTape() as tape:
+            x = runtime.packed(model, alone[0])
+            outputs = model(x, training=True)
+            loss = model.compute_loss(x=x, y=alone[1], y_pred=outputs, sample_weight=alone[2], training=True)
+        found = tape.gradient(loss, model.trainable_variables, unconnected_gradients="zero")
+        gradients = [tf.convert_to_tensor(part) for part in found]
+        norm = tf.linalg.global_norm(gradients)
+        factor = tf.minimum(1.0, self._rules.l2_norm_clip / tf.maximum(norm, 1e-12))
+        factor = tf.where(tf.math.is_finite(norm), factor * counts, 0.0)  # an item that breaks the model tells nothing
+        return [tf.math.multiply_no_nan(part, tf.cast(factor, part.dtype)) for part in gradients], tf.cast(
+            loss, tf.float32
+        ) * counts
+
+
+def protected(before: Path, after: Sequence[Any], rules: Privacy | None) -> list[Any]:
+    """The weights `after` a round, as they may leave this node; in the order of `model.weights`, as those in the file `before`.
+
+    For the unit `node` what was learnt is cut and noise added (McMahan et al., 2018, with noise at each node). State that is
+    not trained stays as it was: it would tell of the data without noise.
+    """
+    if rules is None:
+        return list(after)
+    stored = dict(weights.load(before))
+    names = sorted(stored, key=lambda name: name[1:])
+    kept = [value if name.startswith("w") else stored[name] for name, value in zip(names, after, strict=True)]
+    if rules.unit == "example":
+        return kept
+    learnt = {
+        place: kept[place].astype(np.float64) - stored[name]
+        for place, name in enumerate(names)
+        if name.startswith("w") and kept[place].dtype.kind == "f"
+    }
+    norm = math.sqrt(math.fsum(float(np.vdot(part, part)) for part in learnt.values()))
+    factor = min(1.0, rules.l2_norm_clip / norm) if norm else 1.0
+    noise = np.random.default_rng()
+    for place, part in learnt.items():
+        moved = part * factor + noise.normal(0.0, rules.noise_multiplier * rules.l2_norm_clip, part.shape)
+        kept[place] = (stored[names[place]] + moved).astype(after[place].dtype)
+    return kept

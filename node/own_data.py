@@ -1,0 +1,80 @@
+"""Data sets that live on this node and never leave it: packed for the engine in a store that nobody else is served from."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from msgspec.structs import replace
+
+from potluck.blobs.store import BlobStore
+from potluck.data.pack import pack
+from potluck.errors import PotluckError, Unavailable
+from potluck.logs import fields
+from potluck.messages import AnyTask, Dataset, DataSlice, EvaluateTask, NodeData, TrainTask
+from potluck.settings import NodeDataSettings
+
+log = logging.getLogger(__name__)
+
+NO_LIMIT = 1 << 62
+
+
+class OwnData:
+    """What the settings name under `[data]`. `folder` is made anew, readable by this user only."""
+
+    def __init__(self, folder: Path, settings: Mapping[str, str | NodeDataSettings]) -> None:
+        shutil.rmtree(folder, ignore_errors=True)  # the files may have changed since
+        folder.mkdir(mode=0o700)
+        self._store = BlobStore(folder, NO_LIMIT)
+        self._settings = {
+            name: NodeDataSettings(path=given) if isinstance(given, str) else given for name, given in settings.items()
+        }
+        self._packed: dict[str, Dataset] = {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._settings)
+
+    @property
+    def announced(self) -> tuple[NodeData, ...]:
+        """What others may know of the data that are ready."""
+        return tuple(
+            NodeData(name=name, format=data.format, count=data.count) for name, data in sorted(self._packed.items())
+        )
+
+    def pack(self, name: str) -> bool:
+        """Make a data set ready; False, and a line in the log, where that fails. Blocks: for a thread."""
+        given = self._settings[name]
+        path = Path(given.path).expanduser()
+        try:
+            data = pack(path, name, self._store, target=given.target)
+        except PotluckError as error:
+            log.error("data not available %s", fields(data=name, path=path, reason=error.message))
+            return False
+        self._packed = {**self._packed, name: data}
+        log.info("data ready %s", fields(data=name, items=data.count, skipped=len(data.skipped)))
+        return True
+
+    def filled_in(self, task: AnyTask) -> tuple[AnyTask, dict[str, Path]]:
+        """A task about data of this node with its shards, and their files; any other task as it is. Raises Unavailable."""
+        if not isinstance(task, TrainTask | EvaluateTask) or task.node_data is None:
+            return task, {}
+        data = self._packed.get(task.node_data)
+        if data is None:
+            raise Unavailable(f"no data named {task.node_data!r} live on this node, or they are not ready yet")
+        unknown = set(data.format.classes) - set(task.format.classes)
+        if unknown:
+            raise Unavailable(f"the data {task.node_data!r} of this node have classes that the job does not know")
+        number = {label: index for index, label in enumerate(task.format.classes)}
+        format = replace(
+            data.format,
+            classes=task.format.classes,
+            places=tuple(number[label] for label in data.format.classes),
+        )
+        files = {shard.blob.sha256: self._store.path(shard.blob.sha256) for shard in data.shards}
+        if isinstance(task, TrainTask):
+            return replace(task, data=data.shards, format=format), files
+        slices = tuple(DataSlice(blob=shard.blob, start=0, stop=shard.count) for shard in data.shards)
+        return replace(task, slices=slices, format=format), files
