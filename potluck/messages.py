@@ -245,7 +245,7 @@ class Evaluate(JobSpec, frozen=True, tag="evaluate"):
 
 class Predict(JobSpec, frozen=True, tag="predict"):
     model: str | BlobRef
-    dataset: Name
+    dataset: DataName
     batch_size: Positive = 32
     image: ImageOptions | None = None
 
