@@ -244,6 +244,11 @@ def _check_alike(spec: Train, data: DataFormat, held_out: DataFormat) -> None:
             f"data set {spec.dataset!r} has the inputs {', '.join(data.inputs)}, and {spec.validation!r} "
             f"{', '.join(held_out.inputs)}: validation data needs the same"
         )
+    if sorted(held_out.targets) != sorted(data.targets):
+        raise InvalidRequest(
+            f"data set {spec.dataset!r} has the targets {', '.join(data.targets) or data.target or 'none'}, and "
+            f"{spec.validation!r} {', '.join(held_out.targets) or held_out.target or 'none'}: validation data needs the same"
+        )
     if data.target and not held_out.target:
         raise InvalidRequest(f"data set {spec.validation!r} has no target to validate against: name its --target")
 

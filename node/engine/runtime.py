@@ -81,14 +81,34 @@ def need_compiled(model: Any) -> None:
 
 def signature(model: Any) -> Signature:
     """Inputs and outputs by name, the same in every process that loads the file; -1 for free dimensions."""
-    outputs = model.outputs
-    names = list(getattr(model, "output_names", None) or [f"output_{i}" for i in range(len(outputs))])
-    if len(set(names)) < len(names):  # one layer with several outputs
-        names = [f"{name}_{i}" for i, name in enumerate(names)]
+    names = output_names(model)
     return Signature(
         inputs=tuple(_spec(_input_name(tensor), tensor) for tensor in model.inputs),
-        outputs=tuple(_spec(name, tensor) for name, tensor in zip(names, outputs, strict=True)),
+        outputs=tuple(_spec(name, tensor) for name, tensor in zip(names, model.outputs, strict=True)),
     )
+
+
+def output_names(model: Any) -> list[str]:
+    """In the order of `model.outputs`: the keys of a model that answers a map, else the names of the layers."""
+    count = len(model.outputs)
+    struct = getattr(model, "_outputs_struct", None)
+    if isinstance(struct, dict) and len(struct) == count:
+        keys = {id(tensor): str(key) for key, tensor in struct.items()}
+        return [keys[id(tensor)] for tensor in model.outputs]
+    names = list(getattr(model, "output_names", None) or [f"output_{i}" for i in range(count)])
+    if len(set(names)) < len(names):  # one layer with several outputs
+        names = [f"{name}_{i}" for i, name in enumerate(names)]
+    return names
+
+
+def output_losses(model: Any) -> list[Any]:
+    """The compiled loss of each output, in the order of `model.outputs`; None where it has none."""
+    loss, names = model.loss, output_names(model)
+    if isinstance(loss, dict):
+        return [loss.get(name) for name in names]
+    if isinstance(loss, list | tuple):
+        return list(loss) if len(loss) == len(names) else [loss[0]] * len(names)
+    return [loss] * len(names)
 
 
 def packed(model: Any, tensors: Sequence[Any]) -> Any:
@@ -99,6 +119,16 @@ def packed(model: Any, tensors: Sequence[Any]) -> Any:
     if isinstance(struct, list):
         return tuple(tensors)  # in tf.data, a list would become one tensor
     return keras.tree.pack_sequence_as(struct, list(tensors))
+
+
+def packed_targets(model: Any, tensors: Sequence[Any]) -> Any:
+    """Targets in the order of `model.outputs` as the compiled loss takes them: alone, or in the model's own list or map."""
+    if len(tensors) == 1:
+        return tensors[0]
+    struct = getattr(model, "_outputs_struct", None)
+    if struct is None or isinstance(struct, list):
+        return tuple(tensors)
+    return keras.tree.pack_sequence_as(keras.tree.lists_to_tuples(struct), list(tensors))
 
 
 def flat(outputs: Any) -> list[Any]:

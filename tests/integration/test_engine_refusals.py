@@ -120,7 +120,9 @@ async def test_models_that_no_data_set_fits(lab: Lab) -> None:
     given = keras.Input((8,))
     two = keras.Model(given, [keras.layers.Dense(3)(given), keras.layers.Dense(1)(given)])
     two.compile(optimizer="adam", loss=["mse", "mse"])
-    with pytest.raises(InvalidModel, match="has 2 outputs, but the items of a data set have one target"):
+    with pytest.raises(
+        InvalidRequest, match=r"has 2 outputs .*, and the data 1 target \(y\): give a target for each output"
+    ):
         await lab.run(training(lab.files.model(two), data), "two outputs")
     fixed = keras.Sequential([keras.Input((8,), batch_size=16), keras.layers.Dense(3)])
     with pytest.raises(InvalidModel, match="takes exactly 16 items at once"):
