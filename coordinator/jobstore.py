@@ -144,6 +144,8 @@ class JobStore:
         progress = self._final.get(job.job_id) or JobProgress()
         if job.active and job.strategy is not None:
             progress = job.strategy.progress(running)
+            if job.refused:
+                progress = replace(progress, quarantined=progress.quarantined | job.refused)
         if job.active and waiting:
             progress = replace(progress, message="waiting for a node that has TensorFlow")
         return job.changed(progress)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import tempfile
 import warnings
 import zipfile
@@ -14,6 +13,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from node.engine import code
 from node.engine.wording import one_line
 from node.engine.wording import shape as shown
 from potluck import weights
@@ -34,7 +34,7 @@ def prepare(threads: int) -> tuple[dict[str, str], tuple[str, ...]]:
 
 
 def load_model(path: Path, scratch: Path, *, compiled: bool) -> Any:
-    """A model from a `.keras` file, in safe mode: no code of the user's runs. Raises InvalidModel."""
+    """A model from a `.keras` file, without code of users but what the node allows. Raises InvalidModel, CodeNotAllowed."""
     if not zipfile.is_zipfile(path):
         raise InvalidModel("the model is not a .keras file (Keras 3): save it with model.save('name.keras')")
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
@@ -43,9 +43,11 @@ def load_model(path: Path, scratch: Path, *, compiled: bool) -> Any:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # an optimizer that was not saved with its state is no news
-                model = keras.saving.load_model(link, compile=compiled, safe_mode=True)
+                model = keras.saving.load_model(link, compile=compiled, safe_mode=code.safe_mode())
+            code.describe(model)
         except Exception as error:
-            raise InvalidModel(_reason(error)) from error
+            # What went wrong stands at the end of it, after the model's whole configuration.
+            raise code.refusal(one_line(error, 10_000)) or InvalidModel(_reason(error)) from error
     if not getattr(model, "inputs", None):
         raise InvalidModel("the model has no defined inputs: build it (keras.Input, or call it once) before saving")
     fixed = [tensor.shape[0] for tensor in model.inputs if tensor.shape[0] is not None]
@@ -57,15 +59,7 @@ def load_model(path: Path, scratch: Path, *, compiled: bool) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    text = one_line(error, 10_000)  # what went wrong stands at the end of it, after the model's whole configuration
-    if "Lambda" in text and ("lambda" in text or "unsafe" in text.lower()):
-        return "the model holds a Lambda layer, which is code, and nodes run no code of users: use keras.ops or other layers"
-    own = re.search(r"Could not locate (class|function) '([^']*)'", text)
-    if own:
-        return (
-            f"the model has a {own[1]} of its own, '{own[2]}', which is code, and nodes run no code of users: "
-            "build it of Keras's own layers, losses and metrics (Sequential or Functional)"
-        )
+    text = one_line(error, 10_000)
     if isinstance(error, zipfile.BadZipFile | KeyError):
         return f"the model file is damaged: {type(error).__name__}: {text[:300]}: save it again"
     return f"the model cannot be loaded: {type(error).__name__}: {text[:200]} ... {text[-200:]}"

@@ -43,6 +43,7 @@ class Member:
         self.model = runtime.load_model(paths[task.model.sha256], scratch, compiled=True)
         runtime.need_compiled(self.model)
         _need_mean(self.model)
+        _need_keras_step(self.model)
         if not self.model.optimizer.built:
             self.model.optimizer.build(self.model.trainable_variables)
         if task.weights is not None:
@@ -216,6 +217,14 @@ def _need_mean(model: Any) -> None:
                 f"strategy 'sync' needs losses that are means over a batch, and {type(loss).__name__} has "
                 f"reduction={reduction!r}: compile it with 'sum_over_batch_size', or train with strategy 'local'"
             )
+
+
+def _need_keras_step(model: Any) -> None:
+    if type(model).train_step is not keras.Model.train_step:
+        raise InvalidModel(
+            f"strategy 'sync' takes Keras's own steps, and {type(model).__name__} has a train_step of its own: train with "
+            "strategy 'local', or move what it does into layers, loss and metrics"
+        )
 
 
 def _set_optimizer(optimizer: Any, path: Path) -> None:

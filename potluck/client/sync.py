@@ -145,11 +145,11 @@ class Job:
         """The `name:version` under which the trained model was registered; empty where it was not. Waits for the job."""
         return self.result().registered
 
-    def model(self, path: str | Path | None = None) -> Any:
-        """The trained model, loaded as a keras.Model (safe mode: no code of its file runs). With `path`: the file is saved
-        there instead, Keras is not needed, and the path returned. Waits for the job.
+    def model(self, path: str | Path | None = None, *, safe_mode: bool = True) -> Any:
+        """The trained model, loaded as a keras.Model (in `safe_mode` no code of its file runs, as Keras has it). With `path`:
+        the file is saved there instead, Keras is not needed, and the path returned. Waits for the job.
         """
-        return self._portal.call(self._job.model(path))
+        return self._portal.call(self._job.model(path, safe_mode=safe_mode))
 
     def plot(self, path: str | Path) -> Path:
         """Draw loss and metrics over the epochs, once the job has ended, as a .png, .svg or .pdf; the path. Needs matplotlib."""

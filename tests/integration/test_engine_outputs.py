@@ -12,12 +12,12 @@ from msgspec.structs import replace
 
 from coordinator.batch import merge
 from coordinator.training.rounds import evaluation_metrics
-from potluck.errors import InvalidModel, InvalidRequest
+from potluck.errors import InvalidRequest
 from potluck.messages import DataFormat, SyncTask
 from potluck.tensors import to_numpy
 from potluck.weights import load
 from support.engine_lab import Lab, engine_lab, evaluation, prediction, training
-from support.models import Files, whole
+from support.models import whole
 
 pytestmark = [pytest.mark.tensorflow, pytest.mark.asyncio(loop_scope="module")]
 
@@ -73,18 +73,20 @@ COMPILED: dict[str, dict[str, Any]] = {
 }
 
 
-async def assert_trains_as_keras(lab: Lab, model: Any, arrays: dict[str, Array], y: Any, form: DataFormat) -> None:
+async def assert_trains_as_keras(
+    lab: Lab, model: Any, arrays: dict[str, Array], y: Any, form: DataFormat, tolerance: float = 2e-5
+) -> None:
     """Steps over the whole data at once, and then what it is worth: in slices, in batches of other sizes."""
     blob, data = lab.files.model(model), lab.files.arrays(2, **arrays)
     weight = arrays.get("sample_weight")
     task = training(blob, data, samples=ROWS * STEPS, batch_size=ROWS, format=form)
     result = await lab.run(task, str(id(model)))
     x = arrays["x"]
-    log = [model.train_on_batch(x, y, sample_weight=weight, return_dict=True) for _ in range(STEPS)][-1]
+    logs = [model.train_on_batch(x, y, sample_weight=weight, return_dict=True) for _ in range(STEPS)]
     for ours, theirs in zip(lab.weights(result), model.get_weights(), strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=2e-5)
-    assert set(result.metrics) == set(log)
-    assert result.metrics["loss"] == pytest.approx(log["loss"], rel=1e-4)
+        np.testing.assert_allclose(ours, theirs, atol=tolerance)
+    means = {name: np.mean([log[name] for log in logs]) for name in logs[0]}
+    assert result.metrics == pytest.approx(means, rel=tolerance * 10)
     after = lab.after(result)
     expected = model.evaluate(x, y, sample_weight=weight, batch_size=ROWS, return_dict=True, verbose=0)
     first, second = whole(data)
@@ -96,7 +98,7 @@ async def assert_trains_as_keras(lab: Lab, model: Any, arrays: dict[str, Array],
     merged = merge(parts)
     assert merged.count == ROWS
     found = evaluation_metrics(merged)
-    assert {name: found.get(name) for name in expected} == pytest.approx(expected, abs=2e-5)
+    assert {name: found.get(name) for name in expected} == pytest.approx(expected, abs=tolerance, rel=tolerance)
     predicted = await lab.run(prediction(blob, whole(data), format=form))
     assert [tensor.name for tensor in predicted.outputs] == [spec.name for spec in _outputs(model)]
     await lab.engine.forget_job(str(id(model)))
@@ -175,7 +177,7 @@ async def test_synchronous_steps_of_two_outputs(lab: Lab, weighted: bool) -> Non
 def one_output(*layers: Any, loss: Any, inputs: Any = None, optimizer: Any = None, metrics: Any = ()) -> Any:
     import keras
 
-    model = keras.Sequential([inputs or keras.Input((6,)), *layers])
+    model = keras.Sequential([keras.Input((6,)) if inputs is None else inputs, *layers])
     optimizer = optimizer or keras.optimizers.SGD(0.05)
     model.compile(optimizer, loss, metrics=list(metrics), weighted_metrics=list(metrics))
     return model
@@ -232,7 +234,7 @@ LOSSES = {
     "poisson": (1, np.abs(SIZE[:, :1])), "log_cosh": (2, SIZE), "squared_hinge": (1, whole_numbers(2) * 2 - 1),
     "binary_focal_crossentropy": (1, whole_numbers(2)), "categorical_focal_crossentropy": (3, KIND),
     "crossentropy": (3, np.eye(3, dtype=np.float32)[KIND]), "kl_divergence": (3, np.eye(3, dtype=np.float32)[KIND]),
-    "cosine_similarity": (2, SIZE), "dice": (3, whole_numbers(2, 3)), "mape": (2, SIZE + 9),
+    "cosine_similarity": (2, SIZE), "mape": (2, SIZE + 9),
 }  # fmt: skip
 KINDS: dict[str, Callable[[], tuple[Any, Array, Array]]] = {
     "multi-label": multi_label,
@@ -252,7 +254,8 @@ async def test_kinds_of_targets_and_optimizers_give_the_numbers_of_keras(lab: La
     model, x, y = KINDS[kind]()
     arrays = {"x": x, "y": y} | ({"sample_weight": WEIGHTS} if weighted else {})
     form = replace(ONE, weight="sample_weight" if weighted else "", classes=("a", "b", "c") if "label" in kind else ())
-    await assert_trains_as_keras(lab, model, arrays, y, form)
+    tolerance = 1e-2 if kind == "mixed precision" else 2e-5  # bfloat16 has 8 bits, and the items come in another order
+    await assert_trains_as_keras(lab, model, arrays, y, form, tolerance)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -261,10 +264,8 @@ async def test_losses_give_the_numbers_of_keras(lab: Lab, loss: str) -> None:
 
     units, y = LOSSES[loss]
     activation = {"poisson": "softplus", "log_cosh": "linear", "cosine_similarity": "linear", "mape": "linear"}
-    last = activation.get(loss, "softmax" if units == 3 and loss != "dice" else "sigmoid")
+    last = activation.get(loss, "softmax" if units == 3 else "sigmoid")
     model = one_output(keras.layers.Dense(units, activation=last), loss=loss)
-    if loss == "dice":  # one figure for a batch, and no mean over its items
-        pytest.skip("evaluated by batches, as Keras does")
     shown = np.eye(3, dtype=np.float32)[y] if loss == "categorical_focal_crossentropy" else y.reshape(ROWS, -1)
     await assert_trains_as_keras(lab, model, {"x": X, "y": y}, shown, ONE)
 
