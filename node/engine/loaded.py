@@ -73,7 +73,7 @@ class Loaded:
         return [
             (
                 metric.name,
-                1.0 if part.weight is None else float(part.weight),
+                1.0 if part.loss_weights is None else float(part.loss_weights),
                 getattr(part.loss, "reduction", None) == "sum",
             )
             for metric, part in zip(compiled.metrics, compiled._flat_losses, strict=True)

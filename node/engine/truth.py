@@ -72,7 +72,12 @@ def truth_of(
                 "multiply them into the data's own"
             )
         weights = item_weights(encoded[0], labels[0], classes, class_weight)
-    return Truth(model, labels, encoded, None if weights is None else weights.astype(np.float32, copy=False))
+    if weights is not None:
+        weights = weights.astype(np.float32, copy=False)
+        rank = max(map(len, shapes)) - 1
+        if weights.ndim == 1 < rank:  # of sequences: that of an item is that of each of its steps
+            weights = weights.reshape(-1, *[1] * (rank - 1))
+    return Truth(model, labels, encoded, weights)
 
 
 def _by_output(model: Any, stored: dict[str, Array]) -> list[Array]:

@@ -79,6 +79,8 @@ async def assert_trains_as_keras(
     """Steps over the whole data at once, and then what it is worth: in slices, in batches of other sizes."""
     blob, data = lab.files.model(model), lab.files.arrays(2, **arrays)
     weight = arrays.get("sample_weight")
+    if weight is not None and weight.ndim == 1 and len(model.outputs[0].shape) == 3:
+        weight = weight[:, None]  # Keras wants it so for sequences
     task = training(blob, data, samples=ROWS * STEPS, batch_size=ROWS, format=form)
     result = await lab.run(task, str(id(model)))
     x = arrays["x"]
@@ -256,6 +258,13 @@ async def test_kinds_of_targets_and_optimizers_give_the_numbers_of_keras(lab: La
     form = replace(ONE, weight="sample_weight" if weighted else "", classes=("a", "b", "c") if "label" in kind else ())
     tolerance = 1e-2 if kind == "mixed precision" else 2e-5  # bfloat16 has 8 bits, and the items come in another order
     await assert_trains_as_keras(lab, model, arrays, y, form, tolerance)
+
+
+async def test_steps_of_time_have_weights_of_their_own(lab: Lab) -> None:
+    model, x, y = recurrent()
+    weights = np.random.default_rng(4).integers(0, 2, y.shape).astype(np.float32)
+    arrays = {"x": x, "y": y, "sample_weight": weights}
+    await assert_trains_as_keras(lab, model, arrays, y, replace(ONE, weight="sample_weight"))
 
 
 @pytest.mark.parametrize("loss", LOSSES)
