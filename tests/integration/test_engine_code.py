@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,32 +12,20 @@ import pytest_asyncio
 from msgspec.structs import replace
 
 from node.engine.process import Engine
-from potluck.client import Client
 from potluck.errors import CodeNotAllowed, EngineFailed, InvalidModel
-from potluck.local_cluster import LocalCluster
 from potluck.messages import ExportTask, SyncTask
 from potluck.tensors import to_numpy
+from support.allowing import ROWS, X, Y, compiled, dense, own_code
 from support.engine_lab import Lab, engine_lab, evaluation, prediction, training
 from support.models import whole
 
 pytestmark = [pytest.mark.tensorflow, pytest.mark.asyncio(loop_scope="module")]
 
-SUPPORT = Path(__file__).parents[1] / "support"
-ROWS = 32
-X = np.random.default_rng(0).normal(size=(ROWS, 6)).astype(np.float32)
-Y = X.mean(axis=1)
-
 
 @pytest.fixture(scope="module")
 def own() -> Iterator[Any]:
-    """The module `own_code`, imported by that name here as in engines."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", f"{SUPPORT}:{Path(__file__).parents[2]}")
-        patch.syspath_prepend(str(SUPPORT))
-        import own_code
-
-        yield own_code
-        sys.modules.pop("own_code", None)
+    with own_code() as module:
+        yield module
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -53,25 +40,10 @@ async def strict(own: Any, tmp_path_factory: pytest.TempPathFactory) -> AsyncIte
         yield lab
 
 
-def compiled(model: Any, loss: Any = "mse", metrics: Any = ("mae",)) -> Any:
-    import keras
-
-    model(X[:1])
-    model.compile(keras.optimizers.SGD(0.05), loss, metrics=list(metrics))
-    return model
-
-
-def layered(own: Any, loss: Any = "mse", metrics: Any = ("mae",)) -> Any:
-    import keras
-
-    keras.utils.set_random_seed(5)
-    return compiled(keras.Sequential([keras.Input((6,)), own.Scale(), keras.layers.Dense(1)]), loss, metrics)
-
-
 MODELS = {
-    "layer": layered,
-    "loss": lambda own: layered(own, loss=own.cubed_error),
-    "metric": lambda own: layered(own, metrics=["mae", own.Largest()]),
+    "layer": lambda own: dense(own.Scale()),
+    "loss": lambda own: dense(loss=own.cubed_error),
+    "metric": lambda own: dense(metrics=["mae", own.Largest()]),
     "subclassed model": lambda own: compiled(own.Network(5)),
     "step of its own": lambda own: compiled(own.Stepping(5)),
 }
@@ -88,7 +60,6 @@ async def test_code_that_is_allowed_gives_the_numbers_of_keras(own: Any, allowin
     for ours, theirs in zip(allowing.weights(result), model.get_weights(), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
     assert ("largest" in result.metrics) == (kind == "metric")
-    assert ("steps_of_mine" in result.metrics) == (kind == "step of its own")
     after = allowing.after(result)
     scored = await allowing.run(evaluation(blob, whole(data), weights=after))
     expected = model.evaluate(X, Y[:, None], return_dict=True, verbose=0)
@@ -149,34 +120,3 @@ async def test_a_module_that_is_not_there_is_named(tmp_path: Path) -> None:
     )
     with pytest.raises(EngineFailed, match="allow_code names the module 'no_such_module', which cannot be imported"):
         await engine.start()
-
-
-@pytest.mark.timeout(300)
-def test_a_node_that_does_not_allow_it_is_left_out_of_the_job(own: Any, tmp_path: Path) -> None:
-    import keras
-
-    allowing = tmp_path / "allowing.toml"
-    allowing.write_text('allow_code = ["own_code"]\n')
-    with LocalCluster(tmp_path / "cluster", cluster="code", nodes=1, discovery=False) as cluster:
-        with Client(f"{cluster.broker_host}:{cluster.broker_port}", cluster="code") as client:
-            with pytest.raises(CodeNotAllowed, match=r"no node runs this model.*'Scale'"):
-                client.train(layered(own), (X, Y), epochs=2).wait(timeout=120)
-            with pytest.raises(CodeNotAllowed, match="'Scale'"):
-                client.deploy(layered(own), name="scaled").wait(timeout=120)
-
-            @keras.saving.register_keras_serializable(package="elsewhere")
-            class Known(keras.layers.Layer):  # type: ignore[misc]
-                pass
-
-            class Unknown(keras.layers.Layer):  # type: ignore[misc]
-                pass
-
-            with pytest.raises(InvalidModel, match="'Unknown', that is not registered"):
-                client.train(compiled(keras.Sequential([keras.Input((6,)), Known(), Unknown()])), (X, X))
-            cluster.add_node("--config", str(allowing))
-            trained = client.train(layered(own), (X, Y), epochs=2, batch_size=8).wait(timeout=120)
-            assert len(trained.history["loss"]) == 2
-            assert isinstance(trained.model().layers[0], own.Scale)
-            assert client.deploy(layered(own), name="scaled", replicas=0).wait(timeout=120)
-            (deployment,) = client.deployments()
-            assert [replica.node_id for replica in deployment.replicas] == ["node-2"]

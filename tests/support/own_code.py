@@ -57,7 +57,8 @@ class Network(keras.Model):  # type: ignore[misc]
 
 @keras.saving.register_keras_serializable(package="own")
 class Stepping(Network):
-    """With a step of its own, which reports one thing more."""
+    """With a step of its own: it learns the double of its targets."""
 
     def train_step(self, data: Any) -> Any:
-        return super().train_step(data) | {"steps_of_mine": 1.0}
+        x, y = data
+        return super().train_step((x, 2 * y))
