@@ -76,14 +76,17 @@ def describe(model: Any) -> None:
     model.outputs = keras.tree.flatten(model._outputs_struct)
 
 
-def _tensors(shapes: Any, name: str | None = None) -> Any:
-    """Symbolic inputs in the structure in which the shapes are; None for what are no shapes with a free batch axis."""
+def _tensors(shapes: Any, name: str = "input") -> Any:
+    """Symbolic inputs in the structure in which the shapes are; None for what are no shapes.
+
+    Those of a map have its keys as names, those of a list `input_0`, `input_1`, ...
+    """
     if isinstance(shapes, dict):
         found = {key: _tensors(shape, str(key)) for key, shape in shapes.items()}
         return None if None in found.values() else found
     if not isinstance(shapes, list | tuple) or not shapes:
         return None
     if isinstance(shapes[0], list | tuple):
-        several = [_tensors(shape) for shape in shapes]
+        several = [_tensors(shape, f"{name}_{place}") for place, shape in enumerate(shapes)]
         return None if None in several else several
     return keras.Input(tuple(shapes[1:]), name=name)

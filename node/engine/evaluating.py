@@ -69,10 +69,13 @@ def _add_losses(sums: dict[str, float], loaded: Loaded, scored: Scored, size: in
         sums["loss"] += (scored.loss - scored.penalty) * (1 if summed else size) + scored.penalty * size
         return
     sums["loss"] += scored.penalty * size
+    values: dict[str, float] = {}
     for (name, weight, summed), part in zip(loaded.parts, scored.parts, strict=True):
-        value = part * (1 if summed else size)
+        # Outputs of one layer share its name: of those, the last is told, as Keras does it.
+        values[name] = part * (1 if summed else size)
+        sums["loss"] += weight * values[name]
+    for name, value in values.items():
         sums[name] = sums.get(name, 0.0) + value
-        sums["loss"] += weight * value
 
 
 def _decided(truth: Any, output: Any, labels: Labels) -> tuple[Any, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from potluck.client import Client
+from potluck.client.models import model_file
 from potluck.errors import CodeNotAllowed, InvalidModel
 from potluck.local_cluster import LocalCluster
 from support.allowing import X, Y, dense, own_code
@@ -38,18 +39,16 @@ def test_a_node_that_does_not_allow_it_is_left_out(tmp_path: Path) -> None:
         assert [(replica.node_id, replica.state) for replica in deployment.replicas] == [("node-2", "ready")]
 
 
-def test_a_class_that_is_not_registered_is_refused_before_anything_is_sent() -> None:
+def test_a_class_that_is_not_registered_is_refused_before_anything_is_sent(tmp_path: Path) -> None:
     import keras
 
     @keras.saving.register_keras_serializable(package="elsewhere")
-    class Known(keras.layers.Layer):  # type: ignore[misc]
+    class Known(keras.layers.ReLU):  # type: ignore[misc]
         pass
 
-    class Unknown(keras.layers.Layer):  # type: ignore[misc]
+    class Unknown(keras.layers.ReLU):  # type: ignore[misc]
         pass
 
-    with (
-        Client("127.0.0.1:9", cluster="nowhere") as client,
-        pytest.raises(InvalidModel, match=r"'Unknown', that is not registered.*register_keras_serializable\(\)"),
-    ):
-        client.train(dense(Known(), Unknown()), (X, Y))
+    with pytest.raises(InvalidModel, match=r"'Unknown', that is not registered.*register_keras_serializable\(\)"):
+        model_file(dense(Known(), Unknown()), tmp_path, compiled=True)
+    assert model_file(dense(Known()), tmp_path, compiled=True).path.exists()

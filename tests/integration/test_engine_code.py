@@ -11,9 +11,10 @@ import pytest
 import pytest_asyncio
 from msgspec.structs import replace
 
+from coordinator.training.rounds import evaluation_metrics
 from node.engine.process import Engine
 from potluck.errors import CodeNotAllowed, EngineFailed, InvalidModel
-from potluck.messages import ExportTask, SyncTask
+from potluck.messages import DataFormat, ExportTask, SyncTask
 from potluck.tensors import to_numpy
 from support.allowing import ROWS, X, Y, compiled, dense, own_code
 from support.engine_lab import Lab, engine_lab, evaluation, prediction, training
@@ -71,9 +72,34 @@ async def test_code_that_is_allowed_gives_the_numbers_of_keras(own: Any, allowin
     assert to_numpy(predicted.outputs[0]).shape == (ROWS, 1)
 
 
+@pytest.mark.parametrize("names", [("input_0", "input_1"), ("left", "right")])
+async def test_a_subclassed_model_of_two_inputs_and_outputs(own: Any, allowing: Lab, names: tuple[str, str]) -> None:
+    import keras
+
+    keras.utils.set_random_seed(5)
+    given: Any = {name: X[:, place::2] for place, name in enumerate(names)}
+    shown = list(given.values()) if names[0] == "input_0" else given
+    model = own.Pair()
+    model(shown)
+    model.compile(keras.optimizers.SGD(0.05), {"sum": "mse", "difference": "mae"}, metrics={"sum": ["mae"]})
+    data = allowing.files.arrays(2, **given, sum=Y, difference=-Y)
+    form = DataFormat(kind="arrays", inputs=names, targets=("sum", "difference"))
+    blob = allowing.files.model(model)
+    result = await allowing.run(training(blob, data, samples=ROWS * 2, batch_size=ROWS, format=form), "pair")
+    y = {"sum": Y[:, None], "difference": -Y[:, None]}
+    for _ in range(2):
+        model.train_on_batch(shown, y)
+    for ours, theirs in zip(allowing.weights(result), model.get_weights(), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    task = evaluation(blob, whole(data), weights=allowing.after(result), format=form)
+    expected = model.evaluate(shown, y, batch_size=ROWS, return_dict=True, verbose=0)
+    assert evaluation_metrics(await allowing.run(task)) == pytest.approx(expected, abs=1e-5)
+    await allowing.engine.forget_job("pair")
+
+
 @pytest.mark.parametrize(
     ("kind", "name"),
-    [("layer", "class of its own, 'Scale'"), ("loss", "function of its own, 'cubed_error'"),
+    [("layer", "class of its own, 'Scale'"), ("loss", "function of its own, 'own>cubed_error'"),
      ("metric", "class of its own, 'Largest'"), ("subclassed model", "class of its own, 'Network'")],
 )  # fmt: skip
 async def test_code_that_is_not_allowed_is_refused_and_says_what_to_do(
