@@ -70,10 +70,14 @@ def describe(model: Any) -> None:
     struct = _tensors(shapes)
     if struct is None:
         return
-    model.inputs = keras.tree.flatten(struct)
-    model._inputs_struct = struct
-    model._outputs_struct = model(struct)
-    model.outputs = keras.tree.flatten(model._outputs_struct)
+    outputs = model(struct)
+    # Not by setattr: Keras would track them as parts of the model, in lists and maps of its own.
+    vars(model).update(
+        inputs=keras.tree.flatten(struct),
+        outputs=keras.tree.flatten(outputs),
+        _inputs_struct=struct,
+        _outputs_struct=outputs,
+    )
 
 
 def _tensors(shapes: Any, name: str = "input") -> Any:
