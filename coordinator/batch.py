@@ -224,13 +224,22 @@ def merge(results: list[EvaluateResult]) -> EvaluateResult:
     """The sum of the parts: exact, since parts are counts and sums."""
     count = sum(result.count for result in results)
     sums: dict[str, float] = {}
+    counts: dict[str, float] = {}
     for result in results:
         for name, value in result.sums.items():
-            sums[name] = sums.get(name, 0.0) + value
+            weight = result.counts.get(name, float(result.count))
+            sums[name] = sums.get(name, 0.0) + (value / result.count * weight if result.count else 0.0)
+            counts[name] = counts.get(name, 0.0) + weight
+    # Each a sum of means by weight: as if over the items again, which is what `sums` are.
+    sums = {name: value / counts[name] * count if counts[name] else 0.0 for name, value in sums.items()}
     tables = [result.confusion for result in results if result.confusion]
     confusion: tuple[tuple[int, ...], ...] = ()
     if tables:
         confusion = tuple(tuple(sum(cells) for cells in zip(*rows, strict=True)) for rows in zip(*tables, strict=True))
     return EvaluateResult(
-        count=count, sums=sums, confusion=confusion, seconds=sum(result.seconds for result in results)
+        count=count,
+        sums=sums,
+        confusion=confusion,
+        counts={name: value for name, value in counts.items() if value != count},
+        seconds=sum(result.seconds for result in results),
     )

@@ -43,7 +43,12 @@ def joined(name: str, held: Mapping[str, NodeData]) -> Dataset:
             )
     classes = sorted({label for data in held.values() for label in data.format.classes})
     format = DataFormat(
-        kind=first.format.kind, classes=tuple(classes), inputs=first.format.inputs, target=first.format.target
+        kind=first.format.kind,
+        classes=tuple(classes),
+        inputs=first.format.inputs,
+        target=first.format.target,
+        targets=first.format.targets,
+        weight=first.format.weight,
     )
     return Dataset(name=name, format=format, count=sum(data.count for data in held.values()), shards=())
 
@@ -120,10 +125,12 @@ class NodesEvaluation:
 
 def _kind(format: DataFormat) -> tuple[object, ...]:
     """What the parts of one data set must have in common."""
-    return format.kind, sorted(format.inputs), format.target, bool(format.classes)
+    learnt = format.target, sorted(format.targets), format.weight
+    return format.kind, sorted(format.inputs), learnt, bool(format.classes)
 
 
 def _words(format: DataFormat) -> str:
-    target = f" and target {format.target}" if format.target else ""
+    learnt = ", ".join(format.targets) or format.target
+    target = f" and target {learnt}" if learnt else ""
     inputs = f" of {', '.join(format.inputs)}" if format.inputs else ""
     return f"{format.kind}{inputs}{target}{'' if format.classes else ' without classes'}"

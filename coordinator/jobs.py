@@ -13,7 +13,7 @@ from typing import Protocol
 from msgspec import Struct, json
 
 from coordinator.placement import ClusterView
-from potluck.errors import PeerLost
+from potluck.errors import CodeNotAllowed, PeerLost
 from potluck.messages import (
     AnyJobSpec,
     AnyTask,
@@ -230,6 +230,8 @@ class Job:
     participants: set[str] = field(default_factory=set)
     resting: dict[str, float] = field(default_factory=dict)
     """Nodes that reported an error, and until when they get nothing of this job."""
+    refused: dict[str, str] = field(default_factory=dict)
+    """Nodes that do not allow the model's code, and what they said: they get nothing of this job."""
     history: list[EpochMetrics] = field(default_factory=list)
     rounds: list[RoundMetrics] = field(default_factory=list)
     rounds_stride: int = 1
@@ -287,10 +289,16 @@ class Job:
                 raise ValueError("a job is submitted once")
 
     def plan(self, view: ClusterView) -> list[Decision]:
-        """What to do next. The same state and view give the same decisions."""
+        """What to do next. The same state and view give the same decisions.
+
+        Raises CodeNotAllowed when that is what all nodes say.
+        """
         if not self.active or self.strategy is None:
             return []
-        rested = tuple(node for node in view.nodes if self.resting.get(node.node_id, 0.0) <= view.now)
+        nodes = [node for node in view.nodes if node.node_id not in self.refused]
+        if view.nodes and not nodes and self.participants <= self.refused.keys():
+            raise CodeNotAllowed(f"no node runs this model: {self.refused[view.nodes[0].node_id]}")
+        rested = tuple(node for node in nodes if self.resting.get(node.node_id, 0.0) <= view.now)
         return self.strategy.plan(ClusterView(rested, view.now), self.attempts)
 
     def error(self, attempts_limit: int) -> ErrorInfo | None:
@@ -351,6 +359,9 @@ class Job:
         return self.strategy
 
     def _failed(self, error: ErrorInfo, node_id: str, at: float) -> None:
+        if error.code == CodeNotAllowed.code:
+            self.refused[node_id] = error.message
+            return
         self.last_error = error
         self.failures += 1
         # It rests, so that a node at which everything fails at once does not use up the attempts of all.

@@ -160,6 +160,8 @@ class JobStore:
         progress = self._final.get(job.job_id) or JobProgress()
         if job.active and job.strategy is not None:
             progress = job.strategy.progress(running)
+            if job.refused:
+                progress = replace(progress, quarantined=progress.quarantined | job.refused)
         if job.active and waiting:
             progress = replace(progress, message="waiting for a node that has TensorFlow")
         return job.changed(progress)
@@ -296,6 +298,11 @@ def _check_alike(spec: Train, data: DataFormat, held_out: DataFormat) -> None:
         raise InvalidRequest(
             f"data set {spec.dataset!r} has the inputs {', '.join(data.inputs)}, and {spec.validation!r} "
             f"{', '.join(held_out.inputs)}: validation data needs the same"
+        )
+    if sorted(held_out.targets) != sorted(data.targets):
+        raise InvalidRequest(
+            f"data set {spec.dataset!r} has the targets {', '.join(data.targets) or data.target or 'none'}, and "
+            f"{spec.validation!r} {', '.join(held_out.targets) or held_out.target or 'none'}: validation data needs the same"
         )
     if data.target and not held_out.target:
         raise InvalidRequest(f"data set {spec.validation!r} has no target to validate against: name its --target")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+from importlib.util import find_spec
 
 from node.daemon import Node
 from potluck import __version__, lifecycle
-from potluck.settings import NodeSettings, load
+from potluck.errors import InvalidSettings
+from potluck.settings import LAMBDA, NodeSettings, load
 
 
 def parser() -> argparse.ArgumentParser:
@@ -48,7 +50,14 @@ def settings_from(arguments: argparse.Namespace) -> NodeSettings:
         "threads": arguments.threads,
         "data": dict(arguments.data) if arguments.data else None,
     }
-    return load(NodeSettings, arguments.config, flags)
+    settings = load(NodeSettings, arguments.config, flags)
+    for name in settings.allow_code:
+        if name != LAMBDA and find_spec(name.partition(".")[0]) is None:
+            raise InvalidSettings(
+                f"allow_code names the module {name!r}, which Python does not find: install it in potluck's environment, put "
+                "its folder on PYTHONPATH, or take it out of allow_code"
+            )
+    return settings
 
 
 async def serve(settings: NodeSettings) -> None:

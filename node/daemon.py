@@ -234,6 +234,7 @@ class Node:
                 threads=settings.threads or capacities.cores(),
                 start_seconds=settings.engine_start_seconds,
                 silence_seconds=settings.engine_silence_seconds,
+                allow_code=settings.allow_code,
             )
 
         idle = settings.engine_idle_seconds

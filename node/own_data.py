@@ -49,7 +49,7 @@ class OwnData:
         given = self._settings[name]
         path = Path(given.path).expanduser()
         try:
-            data = pack(path, name, self._store, target=given.target)
+            data = pack(path, name, self._store, target=given.target, sample_weight=given.sample_weight)
         except PotluckError as error:
             log.error("data not available %s", fields(data=name, path=path, reason=error.message))
             return False

@@ -47,6 +47,13 @@ class InvalidModel(PotluckError):
     exit_code = 2
 
 
+class CodeNotAllowed(PotluckError):
+    """A model holds code of its users', and this node does not allow it. Another node may."""
+
+    code = "code_not_allowed"
+    exit_code = 2
+
+
 class Diverged(PotluckError):
     """Training whose loss or weights are no numbers any more, or went far away from those of the other nodes."""
 

@@ -129,12 +129,16 @@ class DataFormat(Part, frozen=True):
 
     `images`: a WebDataset tar with `<key>.<png|jpg|...>` and `<key>.cls` (class index as text).
     `arrays`: a safetensors file with one tensor per input name and, when there is a target, one under `target`.
+    For a model with several outputs there is one under each name of `targets` instead: the names of the outputs, or
+    `y_0`, `y_1`, ... for targets in their order. `weight` names a tensor with the weight of each item in the loss.
     """
 
     kind: Literal["images", "arrays"]
     classes: tuple[str, ...] = ()
     inputs: tuple[str, ...] = ()
     target: str = ""
+    targets: tuple[str, ...] = ()
+    weight: str = ""
     places: tuple[Count, ...] = ()
     """Where these shards count classes otherwise: their class i is class `places[i]` of `classes`."""
 
@@ -731,11 +735,16 @@ class SyncResult(TaskResult, frozen=True, tag="sync"):
 
 
 class EvaluateResult(TaskResult, frozen=True, tag="evaluate"):
-    """Sums and counts, so that results of several nodes merge exactly: `sums[name] / count` is a mean metric."""
+    """Sums and counts, so that results of several nodes merge exactly: `sums[name] / count` is a mean metric.
+
+    Metrics in `counts` are means over something else than items (by their weights, or over steps of time): results
+    merge as means of `sums[name] / count` weighted by `counts[name]`.
+    """
 
     count: Count
     sums: dict[str, float] = {}
     confusion: tuple[tuple[int, ...], ...] = ()
+    counts: dict[str, float] = {}
 
 
 class PredictResult(TaskResult, frozen=True, tag="predict"):

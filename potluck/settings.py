@@ -24,6 +24,11 @@ PositiveSeconds = Annotated[float, Meta(gt=0)]
 LogLevel = Annotated[str, Meta(pattern=r"(?i)^(debug|info|warning|error)\Z")]
 
 
+LAMBDA = "lambda"
+"""In `allow_code`: code that stands in models themselves. No module can have this name."""
+ModuleName = Annotated[str, Meta(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*\Z")]
+
+
 class Section(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A table of a settings file."""
 
@@ -69,10 +74,11 @@ class NetworkSettings(Section, frozen=True):
 
 
 class NodeDataSettings(Section, frozen=True):
-    """A data set that lives on this node: a folder or file, and for a table the column or array to learn."""
+    """A data set that lives on this node: a folder or file, and for tables the columns or arrays to learn, and with the items' weights."""
 
     path: str
-    target: str | None = None
+    target: str | tuple[str, ...] | None = None
+    sample_weight: str | None = None
 
 
 class NodeSettings(NetworkSettings, frozen=True):
@@ -91,6 +97,8 @@ class NodeSettings(NetworkSettings, frozen=True):
     blob_limit_bytes: Annotated[int, Meta(ge=1)] = 20 * 2**30
     threads: Annotated[int, Meta(ge=0)] = 0
     """Threads TensorFlow may use; 0: one for each core that the process may run on."""
+    allow_code: tuple[ModuleName, ...] = ()
+    """Python modules with layers, losses and metrics of users, which engines import; `lambda` allows code within models."""
     sync_port: Port = 0
     """Where the engine meets others in synchronous training; 0: any free port. Only with `listen.insecure`."""
     data: dict[Name, str | NodeDataSettings] = {}
@@ -121,6 +129,8 @@ class ClientSettings(NetworkSettings, frozen=True):
     timeout_seconds: PositiveSeconds = 30.0
 
 
+LISTS = (["seeds"], ["allow_code"])
+"""Settings that are written with commas in the environment."""
 S = TypeVar("S", bound=NetworkSettings)
 
 
@@ -136,7 +146,7 @@ def load(kind: type[S], path: str | Path | None = None, flags: Mapping[str, Any]
         if key.startswith("POTLUCK_") and len(key) > len("POTLUCK_"):
             keys = key[len("POTLUCK_") :].lower().split("__")
             if keys[0] in kind.__struct_fields__:
-                value = [item for item in text.split(",") if item] if keys == ["seeds"] else text
+                value = [item for item in text.split(",") if item] if keys in LISTS else text
                 _put(table, keys, value)
     for dotted, value in (flags or {}).items():
         if value is not None:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from potluck.errors import CodeNotAllowed
 from potluck.messages import BlobRef, ErrorInfo, ReplicaInfo, Signature
 
 FAILURES_LIMIT = 3
@@ -72,6 +73,8 @@ class Deployment:
     """Whether a replica was ready once: from then on loading is tried again for ever."""
     resting: dict[str, float] = field(default_factory=dict)
     """Nodes that failed, and until when they are left alone."""
+    refused: set[str] = field(default_factory=set)
+    """Nodes that do not allow the model's code."""
 
     @property
     def ready(self) -> list[Replica]:
@@ -91,7 +94,8 @@ class Deployment:
         """A node that is silent for a moment is no place, but what it holds counts until it is lost."""
         if self.wanted:
             return self.wanted
-        return len({place.node_id for place in places} | {replica.node_id for replica in self.replicas.values()})
+        held = {replica.node_id for replica in self.replicas.values()}
+        return len({place.node_id for place in places} - self.refused | held)
 
     def complete(self, places: Sequence[Place]) -> bool:
         """Whether all wanted replicas are ready."""
@@ -103,6 +107,10 @@ class Deployment:
         """Commands that bring the replicas nearer to what is wanted. `load`: replicas of all deployments by node."""
         commands: list[Load | Unload] = []
         here = {replica.node_id for replica in self.replicas.values()}
+        allowed = [place for place in places if place.node_id not in self.refused]
+        if places and not allowed and not self.replicas:
+            self.failures = FAILURES_LIMIT
+        places = allowed
         missing = self.target(places) - len(self.replicas)
         if missing > 0 and not self.failed:
             free = [
@@ -149,7 +157,10 @@ class Deployment:
         replica = self.replicas.pop(replica_id, None)
         if replica is None:
             return False
-        if error is not None:
+        if error is not None and error.code == CodeNotAllowed.code:
+            self.refused.add(replica.node_id)
+            self.error = error
+        elif error is not None:
             if replica.state == "loading":
                 # A model that is itself at fault would be so elsewhere.
                 self.failures = min(FAILURES_LIMIT, self.failures + 1) if error.retryable else FAILURES_LIMIT
@@ -163,6 +174,7 @@ class Deployment:
         for replica_id in gone:
             del self.replicas[replica_id]
         self.resting.pop(node_id, None)
+        self.refused.discard(node_id)
         return gone
 
     def check_invariants(self) -> None:

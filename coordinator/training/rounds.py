@@ -467,8 +467,8 @@ def weighted(parts: list[tuple[int, dict[str, float]]]) -> dict[str, float]:
 
 
 def evaluation_metrics(result: EvaluateResult) -> dict[str, float]:
-    """Mean metrics from sums and counts; accuracy from the confusion matrix."""
+    """Mean metrics from sums and counts; accuracy from the confusion matrix, unless it is weighted."""
     metrics = {name: value / result.count for name, value in result.sums.items()} if result.count else {}
-    if result.confusion and result.count:
+    if result.confusion and result.count and "accuracy" not in result.counts:
         metrics["accuracy"] = sum(row[i] for i, row in enumerate(result.confusion)) / result.count
     return metrics

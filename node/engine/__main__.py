@@ -1,4 +1,4 @@
-"""The engine's process: `python -m node.engine FD THREADS SCRATCH`, started by `node.engine.process` alone."""
+"""The engine's process: `python -m node.engine FD THREADS SCRATCH [ALLOWED CODE...]`, started by `node.engine.process` alone."""
 
 from __future__ import annotations
 
@@ -177,12 +177,13 @@ def _beat(channel: Channel) -> None:
 
 
 def main() -> None:
-    descriptor, threads, scratch = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    descriptor, threads, scratch, allowed = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:]
     channel = Channel(socket.socket(fileno=descriptor))
     threading.Thread(target=_beat, args=(channel,), name="heartbeat", daemon=True).start()
-    from node.engine import runtime
+    from node.engine import code, runtime
 
     runtimes, gpus = runtime.prepare(threads)
+    code.allow(allowed)
     server = Server(channel, scratch)
     # A full collection over all that TensorFlow made takes longer than a hundred inferences: leave that out from now on.
     gc.collect()

@@ -1,7 +1,7 @@
 """Evaluation of slices as sums and counts, so that the parts of several nodes merge into what one process would have got.
 
-The loss is the mean over items of what was compiled: where the loss reduces by sum, the sum of a batch counts for its
-items, and does not grow with the batch. Regularization is in it, as Keras has it.
+The loss is the mean over items of what was compiled: where a loss reduces by sum, the sum of a batch counts for its
+items, and does not grow with the batch. Regularization is in it, as Keras has it. Metrics have the names that Keras prints.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from node.engine import runtime
 from node.engine.inputs import Source
-from node.engine.loaded import Loaded
+from node.engine.loaded import Loaded, Scored
 from node.engine.shards import Part
-from node.engine.targets import Labels, encode, labels_for
-from potluck.errors import InvalidData
+from node.engine.targets import Labels
+from node.engine.truth import truth_of
+from potluck.messages import EvaluateResult
 
 CONFUSION_CLASSES = 200
 """With more classes, the confusion matrix would be larger than a message may be."""
@@ -24,19 +26,13 @@ CONFUSION_CLASSES = 200
 Step = Callable[[int], None]
 
 
-def evaluate(
-    loaded: Loaded, source: Source, parts: Sequence[Part], batch_size: int, step: Step
-) -> tuple[int, dict[str, float], tuple[tuple[int, ...], ...]]:
-    """Items, sums, and confusion matrix (empty unless each item has one class). `step` is told the items so far."""
+def evaluate(loaded: Loaded, source: Source, parts: Sequence[Part], batch_size: int, step: Step) -> EvaluateResult:
+    """`step` is told the items so far. The confusion matrix is empty unless the model has one output, and each item one class."""
     model = loaded.model
-    labels = labels_for(model, source.data.classes)
-    target = source.targets(parts)
-    if target is None:
-        raise InvalidData("the data set has no targets to evaluate against")
-    output = tuple(model.outputs[0].shape)
-    wanted = encode(target, labels, output)
-    sum_loss = getattr(model.loss, "reduction", None) == "sum"
-    counted = labels.kind != "plain" and len(output) == 2
+    truth = truth_of(source, parts, "to evaluate against")
+    alone = len(truth.targets) == 1
+    labels, shape = truth.labels[0], tuple(model.outputs[0].shape)
+    counted = alone and labels.kind != "plain" and len(shape) == 2
     classes = max(2, labels.units) if counted and labels.units <= CONFUSION_CLASSES else 0
     table = np.zeros((classes, classes), np.int64)
     sums = {"loss": 0.0}
@@ -44,19 +40,42 @@ def evaluate(
     done = 0
     for batch in source.batches(parts, batch_size):
         size = len(batch[0])
-        truth = wanted[done : done + size]
-        loss, penalty, outputs = loaded.evaluate(batch, truth)
-        sums["loss"] += (loss - penalty) * (1 if sum_loss else size) + penalty * size
+        columns = [column[done : done + size] for column in truth.columns]
+        scored = loaded.evaluate(batch, truth, columns)
+        _add_losses(sums, loaded, scored, size)
         if classes:
-            np.add.at(table, _decided(truth, outputs[0], labels), 1)
-        if labels.kind == "plain" and outputs[0].shape == truth.shape:
-            _add_errors(sums, outputs[0], truth)
+            np.add.at(table, _decided(columns[0], scored.outputs[0], labels), 1)
+        if alone and labels.kind == "plain" and truth.weights is None and scored.outputs[0].shape == columns[0].shape:
+            _add_errors(sums, scored.outputs[0], columns[0])
         done += size
         step(done)
-    sums = {name: value * done for name, value in loaded.mean_metrics().items()} | sums
+    means = loaded.mean_metrics()
+    sums = {name: mean * done for name, (mean, _) in means.items()} | sums
     if not math.isfinite(sums["loss"]):
         sums["loss"] = math.nan
-    return done, sums, tuple(tuple(row) for row in table.tolist())
+    return EvaluateResult(
+        count=done,
+        sums=sums,
+        confusion=tuple(tuple(row) for row in table.tolist()),
+        counts={name: weight for name, (_, weight) in means.items() if name in sums and weight != done},
+    )
+
+
+def _add_losses(sums: dict[str, float], loaded: Loaded, scored: Scored, size: int) -> None:
+    """The losses of a batch, each by its items."""
+    if not scored.parts:
+        losses = [loss for loss in runtime.output_losses(loaded.model) if loss is not None]
+        summed = bool(losses) and getattr(losses[0], "reduction", None) == "sum"
+        sums["loss"] += (scored.loss - scored.penalty) * (1 if summed else size) + scored.penalty * size
+        return
+    sums["loss"] += scored.penalty * size
+    values: dict[str, float] = {}
+    for (name, weight, summed), part in zip(loaded.parts, scored.parts, strict=True):
+        # Outputs of one layer share its name: of those, the last is told, as Keras does it.
+        values[name] = part * (1 if summed else size)
+        sums["loss"] += weight * values[name]
+    for name, value in values.items():
+        sums[name] = sums.get(name, 0.0) + value
 
 
 def _decided(truth: Any, output: Any, labels: Labels) -> tuple[Any, Any]:

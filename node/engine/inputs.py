@@ -34,16 +34,25 @@ class Source:
         assert self.options is not None
         return self.options.height * self.options.width * self.options.channels * 4
 
-    def targets(self, parts: Sequence[Part]) -> Array | None:
-        """The targets, class numbers as `data` counts classes; None where there are none, or not for each item."""
-        found = self._stored_targets(parts)
-        return found if found is None or not self.data.places else np.array(self.data.places, np.int64)[found]
+    def targets(self, parts: Sequence[Part]) -> dict[str, Array]:
+        """The targets by name, class numbers as `data` counts classes; none where there are none, or not for each item.
 
-    def _stored_targets(self, parts: Sequence[Part]) -> Array | None:
+        Raises InvalidData.
+        """
+        places = np.array(self.data.places, np.int64)
+        found = self._stored_targets(parts)
+        return {name: places[target] for name, target in found.items()} if len(places) else found
+
+    def _stored_targets(self, parts: Sequence[Part]) -> dict[str, Array]:
         if self.options is None:
-            return shards.load_arrays(parts, self.data)[1]
+            names = self.data.targets or ((self.data.target,) if self.data.target else ())
+            return shards.load_arrays(parts, names)
         classes = np.concatenate([shards.image_classes(part) for part in parts]) if parts else np.zeros(0, np.int64)
-        return None if len(classes) and classes.min() < 0 else classes
+        return {} if len(classes) and classes.min() < 0 else {"class": classes}
+
+    def weights(self, parts: Sequence[Part]) -> Array | None:
+        """Weights of the items in the loss, where the data has such. Raises InvalidData."""
+        return shards.load_arrays(parts, [self.data.weight])[self.data.weight] if self.data.weight else None
 
     def batches(self, parts: Sequence[Part], batch_size: int) -> Iterator[list[Any]]:
         """Tensors in the order of the model's inputs, `batch_size` items at a time (the last may be fewer). Raises InvalidData."""
@@ -51,14 +60,14 @@ class Source:
             for encoded in _groups(parts):
                 yield from ([images] for images in self._decoded(encoded, batch_size))
             return
-        arrays = fit(self.model, shards.load_arrays(parts, self.data)[0])
+        arrays = fit(self.model, shards.load_arrays(parts, self.data.inputs))
         for start in range(0, len(arrays[0]), batch_size):
             yield [tf.convert_to_tensor(array[start : start + batch_size]) for array in arrays]
 
     def load(self, parts: Sequence[Part]) -> list[Array]:
         """All items, in the order of the model's inputs. Raises InvalidData, InvalidRequest."""
         if self.options is None:
-            return fit(self.model, shards.load_arrays(parts, self.data)[0])
+            return fit(self.model, shards.load_arrays(parts, self.data.inputs))
         count = sum(part.count for part in parts)
         images = np.empty((count, self.options.height, self.options.width, self.options.channels), np.float32)
         position = 0

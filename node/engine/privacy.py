@@ -15,7 +15,8 @@ import numpy as np
 import tensorflow as tf
 
 from node.engine import runtime
-from potluck import weights
+from node.engine.truth import Truth
+from potluck import weights as files
 from potluck.errors import InvalidModel
 from potluck.messages import Privacy
 
@@ -43,16 +44,15 @@ class NoisyStep:
     assumes), so a step has a number of items of its own; the sum of their gradients is divided by `batch`.
     """
 
-    def __init__(
-        self, model: Any, rules: Privacy, batch: int, arrays: Sequence[Any], target: Any, item_weights: Any
-    ) -> None:
+    def __init__(self, model: Any, rules: Privacy, batch: int, arrays: Sequence[Any], truth: Truth) -> None:
         """`arrays` in the order of the model's inputs. Raises InvalidModel."""
         check(model)
         self._model = model
         self._rules = rules
         self._batch = batch
         self._count = len(arrays[0])
-        self._held = keras.tree.map_structure(tf.constant, (list(arrays), target, item_weights), none_is_leaf=False)
+        self._truth = truth
+        self._held = [tf.constant(array) for array in arrays], [tf.constant(column) for column in truth.columns]
         size = sum(4 * math.prod(variable.shape) for variable in model.trainable_variables)
         self._at_once = max(1, min(AT_ONCE, GRADIENTS_BYTES // max(1, size)))
         self._choice = np.random.default_rng()
@@ -85,7 +85,7 @@ class NoisyStep:
         for start in tf.range(0, tf.size(index, tf.int64), self._at_once):
             place = start + tf.range(self._at_once, dtype=tf.int64)
             some = tf.gather(index, place)
-            items = keras.tree.map_structure(lambda held: tf.gather(held, some), self._held, none_is_leaf=False)  # noqa: B023
+            items = [[tf.gather(array, some) for array in held] for held in self._held]
             gradients, losses = tf.vectorized_map(self._cut, (items, tf.cast(place < taken, tf.float32)))
             sums = [before + tf.reduce_sum(parts, axis=0) for before, parts in zip(sums, gradients, strict=True)]
             total += tf.reduce_sum(losses)
@@ -99,13 +99,16 @@ class NoisyStep:
 
     def _cut(self, given: Any) -> Any:
         """(The gradient of one item, cut to the norm, and its loss): both nothing for an item that only fills up."""
-        (arrays, target, weight), counts = given
-        alone = keras.tree.map_structure(lambda part: part[None], (arrays, target, weight), none_is_leaf=False)
+        items, counts = given
+        arrays, columns = ([array[None] for array in held] for held in items)
         model = self._model
         with tf.GradientTape() as tape:
-            x = runtime.packed(model, alone[0])
+            x = runtime.packed(model, arrays)
+            y, *weights = self._truth.packed(columns)
             outputs = model(x, training=True)
-            loss = model.compute_loss(x=x, y=alone[1], y_pred=outputs, sample_weight=alone[2], training=True)
+            loss = model.compute_loss(
+                x=x, y=y, y_pred=outputs, sample_weight=weights[0] if weights else None, training=True
+            )
         found = tape.gradient(loss, model.trainable_variables, unconnected_gradients="zero")
         gradients = [tf.convert_to_tensor(part) for part in found]
         norm = tf.linalg.global_norm(gradients)
@@ -124,7 +127,7 @@ def protected(before: Path, after: Sequence[Any], rules: Privacy | None) -> list
     """
     if rules is None:
         return list(after)
-    stored = dict(weights.load(before))
+    stored = dict(files.load(before))
     names = sorted(stored, key=lambda name: name[1:])
     kept = [value if name.startswith("w") else stored[name] for name, value in zip(names, after, strict=True)]
     if rules.unit == "example":

@@ -37,8 +37,17 @@ class EngineInfo:
 class Engine:
     """One child process. Made anew after each death: an object is started once."""
 
-    def __init__(self, scratch: Path, *, threads: int, start_seconds: float, silence_seconds: float) -> None:
+    def __init__(
+        self,
+        scratch: Path,
+        *,
+        threads: int,
+        start_seconds: float,
+        silence_seconds: float,
+        allow_code: Sequence[str] = (),
+    ) -> None:
         self._scratch = scratch
+        self._allow_code = allow_code
         self._threads = threads
         self._start_seconds = start_seconds
         self._silence_seconds = silence_seconds
@@ -88,7 +97,7 @@ class Engine:
         try:
             # -P: a folder named `keras` where the daemon was started is not Keras.
             self._process = await asyncio.create_subprocess_exec(
-                sys.executable, "-P", "-m", "node.engine", str(theirs.fileno()), str(threads), str(self._scratch),
+                sys.executable, "-P", "-m", "node.engine", str(theirs.fileno()), str(threads), str(self._scratch), *self._allow_code,
                 pass_fds=(theirs.fileno(),), stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL,
                 stderr=asyncio.subprocess.PIPE, env=environment, start_new_session=True, preexec_fn=die_with_parent(),
             )  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import tempfile
 import warnings
 import zipfile
@@ -14,6 +13,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from node.engine import code
 from node.engine.wording import one_line
 from node.engine.wording import shape as shown
 from potluck import weights
@@ -34,7 +34,7 @@ def prepare(threads: int) -> tuple[dict[str, str], tuple[str, ...]]:
 
 
 def load_model(path: Path, scratch: Path, *, compiled: bool) -> Any:
-    """A model from a `.keras` file, in safe mode: no code of the user's runs. Raises InvalidModel."""
+    """A model from a `.keras` file, without code of users but what the node allows. Raises InvalidModel, CodeNotAllowed."""
     if not zipfile.is_zipfile(path):
         raise InvalidModel("the model is not a .keras file (Keras 3): save it with model.save('name.keras')")
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
@@ -43,9 +43,11 @@ def load_model(path: Path, scratch: Path, *, compiled: bool) -> Any:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # an optimizer that was not saved with its state is no news
-                model = keras.saving.load_model(link, compile=compiled, safe_mode=True)
+                model = keras.saving.load_model(link, compile=compiled, safe_mode=code.safe_mode())
+            code.describe(model)
         except Exception as error:
-            raise InvalidModel(_reason(error)) from error
+            # What went wrong stands at the end of it, after the model's whole configuration.
+            raise code.refusal(one_line(error, 10_000)) or InvalidModel(_reason(error)) from error
     if not getattr(model, "inputs", None):
         raise InvalidModel("the model has no defined inputs: build it (keras.Input, or call it once) before saving")
     fixed = [tensor.shape[0] for tensor in model.inputs if tensor.shape[0] is not None]
@@ -57,15 +59,7 @@ def load_model(path: Path, scratch: Path, *, compiled: bool) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    text = one_line(error, 10_000)  # what went wrong stands at the end of it, after the model's whole configuration
-    if "Lambda" in text and ("lambda" in text or "unsafe" in text.lower()):
-        return "the model holds a Lambda layer, which is code, and nodes run no code of users: use keras.ops or other layers"
-    own = re.search(r"Could not locate (class|function) '([^']*)'", text)
-    if own:
-        return (
-            f"the model has a {own[1]} of its own, '{own[2]}', which is code, and nodes run no code of users: "
-            "build it of Keras's own layers, losses and metrics (Sequential or Functional)"
-        )
+    text = one_line(error, 10_000)
     if isinstance(error, zipfile.BadZipFile | KeyError):
         return f"the model file is damaged: {type(error).__name__}: {text[:300]}: save it again"
     return f"the model cannot be loaded: {type(error).__name__}: {text[:200]} ... {text[-200:]}"
@@ -81,14 +75,34 @@ def need_compiled(model: Any) -> None:
 
 def signature(model: Any) -> Signature:
     """Inputs and outputs by name, the same in every process that loads the file; -1 for free dimensions."""
-    outputs = model.outputs
-    names = list(getattr(model, "output_names", None) or [f"output_{i}" for i in range(len(outputs))])
-    if len(set(names)) < len(names):  # one layer with several outputs
-        names = [f"{name}_{i}" for i, name in enumerate(names)]
+    names = output_names(model)
     return Signature(
         inputs=tuple(_spec(_input_name(tensor), tensor) for tensor in model.inputs),
-        outputs=tuple(_spec(name, tensor) for name, tensor in zip(names, outputs, strict=True)),
+        outputs=tuple(_spec(name, tensor) for name, tensor in zip(names, model.outputs, strict=True)),
     )
+
+
+def output_names(model: Any) -> list[str]:
+    """In the order of `model.outputs`: the keys of a model that answers a map, else the names of the layers."""
+    count = len(model.outputs)
+    struct = getattr(model, "_outputs_struct", None)
+    if isinstance(struct, dict) and len(struct) == count:
+        keys = {id(tensor): str(key) for key, tensor in struct.items()}
+        return [keys[id(tensor)] for tensor in model.outputs]
+    names = list(getattr(model, "output_names", None) or [f"output_{i}" for i in range(count)])
+    if len(set(names)) < len(names):  # one layer with several outputs
+        names = [f"{name}_{i}" for i, name in enumerate(names)]
+    return names
+
+
+def output_losses(model: Any) -> list[Any]:
+    """The compiled loss of each output, in the order of `model.outputs`; None where it has none."""
+    loss, names = model.loss, output_names(model)
+    if isinstance(loss, dict):
+        return [loss.get(name) for name in names]
+    if isinstance(loss, list | tuple):
+        return list(loss) if len(loss) == len(names) else [loss[0]] * len(names)
+    return [loss] * len(names)
 
 
 def packed(model: Any, tensors: Sequence[Any]) -> Any:
@@ -99,6 +113,16 @@ def packed(model: Any, tensors: Sequence[Any]) -> Any:
     if isinstance(struct, list):
         return tuple(tensors)  # in tf.data, a list would become one tensor
     return keras.tree.pack_sequence_as(struct, list(tensors))
+
+
+def packed_targets(model: Any, tensors: Sequence[Any]) -> Any:
+    """Targets in the order of `model.outputs` as the compiled loss takes them: alone, or in the model's own list or map."""
+    if len(tensors) == 1:
+        return tensors[0]
+    struct = getattr(model, "_outputs_struct", None)
+    if struct is None or isinstance(struct, list):
+        return tuple(tensors)
+    return keras.tree.pack_sequence_as(keras.tree.lists_to_tuples(struct), list(tensors))
 
 
 def flat(outputs: Any) -> list[Any]:

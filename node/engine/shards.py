@@ -13,7 +13,6 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from potluck.errors import InvalidData
-from potluck.messages import DataFormat
 
 Array = np.ndarray[Any, Any]
 NO_CLASS = -1
@@ -99,9 +98,8 @@ def encoded_images(part: Part) -> Iterator[bytes]:
             yield file.read(size)
 
 
-def load_arrays(parts: Sequence[Part], data: DataFormat) -> tuple[dict[str, Array], Array | None]:
-    """Inputs by name and the target (None without one), joined over the parts. Raises InvalidData."""
-    names = [*data.inputs, *([data.target] if data.target else [])]
+def load_arrays(parts: Sequence[Part], names: Sequence[str]) -> dict[str, Array]:
+    """Arrays by name, joined over the parts. Raises InvalidData."""
     found: dict[str, list[Array]] = {name: [] for name in names}
     for part in parts:
         try:
@@ -115,10 +113,7 @@ def load_arrays(parts: Sequence[Part], data: DataFormat) -> tuple[dict[str, Arra
                     found[name].append(piece[part.start : part.stop])
         except (SafetensorError, OSError) as error:
             raise InvalidData(f"{part.label} cannot be read: {error}: add the data set again") from error
-    joined = {
-        name: arrays[0] if len(arrays) == 1 else np.concatenate(arrays) for name, arrays in found.items() if arrays
-    }
-    return {name: joined[name] for name in data.inputs}, joined[data.target] if data.target else None
+    return {name: arrays[0] if len(arrays) == 1 else np.concatenate(arrays) for name, arrays in found.items() if arrays}
 
 
 def _check_count(part: Part, count: int) -> None:

@@ -20,13 +20,14 @@ import numpy as np
 import psutil
 import tensorflow as tf
 
-from node.engine import inputs, runtime, shards, targets
+from node.engine import inputs, runtime, shards
 from node.engine.shards import Part
 from node.engine.training import MEMORY_LIMIT_BYTES, PROGRESS_SECONDS
+from node.engine.truth import truth_of
 from node.engine.wording import one_line
 from potluck import weights
 from potluck.data.order import passes
-from potluck.errors import Cancelled, InvalidData, InvalidModel, PeerLost
+from potluck.errors import Cancelled, InvalidModel, PeerLost
 from potluck.messages import SyncTask
 
 MEANS = ("sum_over_batch_size",)
@@ -42,6 +43,7 @@ class Member:
         self.model = runtime.load_model(paths[task.model.sha256], scratch, compiled=True)
         runtime.need_compiled(self.model)
         _need_mean(self.model)
+        _need_keras_step(self.model)
         if not self.model.optimizer.built:
             self.model.optimizer.build(self.model.trainable_variables)
         if task.weights is not None:
@@ -94,16 +96,9 @@ class Member:
 
     def _load(self, task: SyncTask, parts: Sequence[Part]) -> None:
         """All of the data: any member may come to any item."""
-        labels = targets.labels_for(self.model, task.format.classes)
         source = inputs.source_for(self.model, task.format, task.image)
-        target = source.targets(parts)
-        if target is None:
-            raise InvalidData(
-                "the data set has no targets to train on: add it with class folders, or name its --target"
-            )
-        wanted = targets.encode(target, labels, tuple(self.model.outputs[0].shape))
-        by_item = targets.item_weights(wanted, labels, task.format.classes, task.class_weight)
-        self._count = len(wanted)
+        self._truth = truth_of(source, parts, "to train on", task.class_weight)
+        self._count = len(self._truth)
         limit = min(MEMORY_LIMIT_BYTES, psutil.virtual_memory().available // 4)
         self._decode: Callable[[Any], Any] | None = None
         if source.options is not None and self._count * source.item_bytes() > limit:
@@ -113,7 +108,7 @@ class Member:
         else:
             columns = [tf.constant(array) for array in source.load(parts)]
         self._columns = columns
-        self._rest = [tf.constant(wanted), *([] if by_item is None else [tf.constant(by_item)])]
+        self._rest = [tf.constant(column) for column in self._truth.columns]
 
     def _fetched(self, task: SyncTask) -> Iterator[Any]:
         """This member's items of each step, from `first_step` on."""
@@ -129,7 +124,8 @@ class Member:
             columns = [tf.gather(column, index) for column in self._columns]
             if self._decode is not None:
                 columns = [tf.map_fn(self._decode, columns[0], fn_output_signature=tf.float32)]
-            return (runtime.packed(self.model, columns), *(tf.gather(column, index) for column in self._rest))
+            rest = [tf.gather(column, index) for column in self._rest]
+            return (runtime.packed(self.model, columns), *self._truth.packed(rest))
 
         dataset = tf.data.Dataset.from_generator(indexes, output_signature=tf.TensorSpec((mine,), tf.int64))
         return iter(dataset.map(pick, tf.data.AUTOTUNE, deterministic=True).prefetch(2))
@@ -137,7 +133,8 @@ class Member:
     def _compile(self, task: SyncTask, batch: Any) -> None:
         """The step for these shares; and how fast this member is when it waits for nobody."""
         model, strategy = self.model, self._strategy
-        share = task.batches[task.rank] / sum(task.batches)
+        mine = task.batches[task.rank]
+        share = mine / sum(task.batches)
         state = [variable for variable in model.non_trainable_weights if variable.dtype.startswith(("float", "bfloat"))]
 
         def gradients(x: Any, y: Any, weight: Any = None) -> tuple[list[Any], Any]:
@@ -145,7 +142,7 @@ class Member:
                 predicted = model(x, training=True)
                 loss = model.compute_loss(x, y, predicted, weight, training=True)
                 scaled = model.optimizer.scale_loss(loss) * tf.cast(share, loss.dtype)
-            model._loss_tracker.update_state(loss, sample_weight=tf.shape(y)[0])
+            model._loss_tracker.update_state(loss, sample_weight=mine)
             model.compute_metrics(x, y, predicted, weight)
             found = tape.gradient(scaled, [variable.value for variable in model.trainable_variables])
             return [
@@ -213,14 +210,21 @@ def _together(step: Any, batch: Any) -> float:
 
 
 def _need_mean(model: Any) -> None:
-    losses = [model.loss] if not isinstance(model.loss, list | tuple | dict) else keras.tree.flatten(model.loss)
-    for loss in losses:
+    for loss in runtime.output_losses(model):
         reduction = getattr(loss, "reduction", "sum_over_batch_size")
         if reduction not in MEANS:
             raise InvalidModel(
                 f"strategy 'sync' needs losses that are means over a batch, and {type(loss).__name__} has "
                 f"reduction={reduction!r}: compile it with 'sum_over_batch_size', or train with strategy 'local'"
             )
+
+
+def _need_keras_step(model: Any) -> None:
+    if type(model).train_step is not keras.Model.train_step:
+        raise InvalidModel(
+            f"strategy 'sync' takes Keras's own steps, and {type(model).__name__} has a train_step of its own: train with "
+            "strategy 'local', or move what it does into layers, loss and metrics"
+        )
 
 
 def _set_optimizer(optimizer: Any, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Targets as the compiled loss wants them, found from the loss and the output's shape."""
+"""The target of one output as its compiled loss wants it, found from the loss and the output's shape."""
 
 from __future__ import annotations
 
@@ -19,32 +19,37 @@ Kind = Literal["one_hot", "sparse", "binary", "plain"]
 class Labels:
     """`one_hot`: float rows of `units`; `sparse`: class numbers; `binary`: 0.0 or 1.0; `plain`: as they are stored.
 
-    `threshold` is the output from which a binary item counts as class 1.
+    `threshold` is the output from which a binary item counts as class 1. `shaped`: the loss compares value by value, so
+    target and output have the same shape.
     """
 
     kind: Kind
     units: int
     loss: str = ""
     threshold: float = 0.5
+    shaped: bool = True
 
 
-def labels_for(model: Any, classes: Sequence[str]) -> Labels:
-    """From the compiled loss and the output's shape. Raises InvalidModel when the data's classes do not fit the output."""
-    if len(model.outputs) > 1:
-        raise InvalidModel(
-            f"the model has {len(model.outputs)} outputs, but the items of a data set have one target: give it one output"
-        )
-    output = tuple(model.outputs[0].shape)
+def labels_for(loss: Any, output: Sequence[int | None], rank: int, classes: Sequence[str]) -> Labels:
+    """From the compiled loss of an output, its shape, and the rank of the target (items first).
+
+    Raises InvalidModel when the data's classes do not fit the output.
+    """
+    output = tuple(output)
     units = int(output[-1] or 0) if len(output) > 1 else 1
-    name = loss_name(model.loss)
+    name = loss_name(loss)
+    rows = rank == len(output) > 1 and units > 1
+    """Whether the target has a value for each unit (or one class number in their place)."""
     kind: Kind = "plain"
     if "sparse" in name:
         kind = "sparse"
     elif "categorical" in name or "kl_divergence" in name or "kullback" in name:
         kind = "one_hot"
-    elif "binary" in name and units == 1:
+    elif name.split()[:1] in (["crossentropy"], ["ce"]):  # Keras chooses by the shape of the target
+        kind = "binary" if units == 1 else "one_hot"
+    elif "binary" in name and units == 1 and len(output) == 2:
         kind = "binary"
-    elif classes and len(classes) == units > 1:
+    elif classes and len(classes) == units > 1 and not ("binary" in name and rows):
         kind = "one_hot"
     room = 2 if kind == "binary" else units
     if kind != "plain" and len(classes) > room:
@@ -52,17 +57,25 @@ def labels_for(model: Any, classes: Sequence[str]) -> Labels:
         raise InvalidModel(
             f"the data has {len(classes)} classes, but the model takes {takes}: make its last layer {len(classes)} units"
         )
-    return Labels(kind, units, name, 0.0 if from_logits(model.loss) else 0.5)
+    return Labels(kind, units, name, 0.0 if from_logits(loss) else 0.5, _compares(loss, name))
 
 
 def loss_name(loss: Any) -> str:
-    """Of a name, function or Loss object; empty for several losses."""
+    """Of a name, function or Loss object; empty for none."""
     if isinstance(loss, str):
         return loss.lower()
-    if loss is None or isinstance(loss, list | tuple | dict):
+    if loss is None:
         return ""
     kind = "".join(f"_{sign.lower()}" if sign.isupper() else sign for sign in type(loss).__name__)
     return f"{getattr(loss, 'name', '') or ''} {getattr(loss, '__name__', '')} {kind.lstrip('_')}".lower()
+
+
+def _compares(loss: Any, name: str) -> bool:
+    """Whether a loss of Keras's own takes a value for each unit of the output; of other losses nothing is known."""
+    known = isinstance(loss, str) or type(loss).__module__.startswith("keras")
+    if known and hasattr(loss, "fn"):
+        known = loss.fn.__module__.startswith("keras")
+    return known and "circle" not in name and "ctc" not in name
 
 
 def from_logits(loss: Any) -> bool:
@@ -75,7 +88,7 @@ def encode(target: Array, labels: Labels, output: Sequence[int | None]) -> Array
     """`target` (items first) for the loss; `output` is the shape of the model's output. Raises InvalidRequest."""
     match labels.kind:
         case "one_hot":
-            return _one_hot(target, labels)
+            return _one_hot(target, labels, output)
         case "sparse":
             if target.ndim > 1 and target.ndim == len(output) and target.shape[-1] not in (1, output[-2]):
                 raise InvalidRequest(
@@ -114,14 +127,11 @@ def item_weights(
     return weights
 
 
-def _one_hot(target: Array, labels: Labels) -> Array:
-    if target.ndim == 2 and target.shape[1] == 1 and labels.units > 1:
-        target = target[:, 0]
-    if target.ndim == 1:
-        numbers = _class_numbers(target, labels)
-        rows = np.zeros((len(numbers), labels.units), np.float32)
-        rows[np.arange(len(numbers)), numbers] = 1.0
-        return rows
+def _one_hot(target: Array, labels: Labels, output: Sequence[int | None]) -> Array:
+    if target.ndim == len(output) and target.shape[-1] == 1 and labels.units > 1:
+        target = target[..., 0]
+    if target.ndim == len(output) - 1:
+        return np.eye(labels.units, dtype=np.float32)[_class_numbers(target, labels)]
     if target.shape[-1] != labels.units:
         raise InvalidRequest(
             f"the targets have shape {shown(target.shape[1:])} per item, but the model's output has {labels.units} units"
@@ -143,11 +153,13 @@ def _class_numbers(target: Array, labels: Labels) -> Array:
 def _plain(target: Array, labels: Labels, output: Sequence[int | None]) -> Array:
     if target.dtype.kind in "iub" or target.dtype == np.float64:
         target = target.astype(np.float32)
-    if len(output) == 2 and output[1] is not None:
-        if target.ndim == 1 and output[1] == 1:
-            return target[:, None]
-        if target.ndim <= 2 and (target.ndim == 1 or target.shape[1] != output[1]):
-            raise InvalidRequest(
-                f"the targets have shape {shown(target.shape[1:])} per item, but the model's output is {shown(output[1:])}"
-            )
+    if target.ndim == len(output) - 1 and output[-1] == 1:  # one value, with or without an axis of its own
+        return target[..., None]
+    fits = target.ndim == len(output) and all(
+        want is None or want == have for want, have in zip(output[1:], target.shape[1:], strict=True)
+    )
+    if labels.shaped and not fits:
+        raise InvalidRequest(
+            f"the targets have shape {shown(target.shape[1:])} per item, but the model's output is {shown(output[1:])}"
+        )
     return target

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 
 from node.engine import privacy, runtime
 from node.engine.evaluating import evaluate
@@ -182,8 +183,8 @@ class Tasks:
             loaded.weights = wanted
         source = source_for(loaded.model, task.format, task.image)
         started = time.perf_counter()
-        count, sums, confusion = evaluate(loaded, source, _parts(task.slices, paths), task.batch_size, reporter.step)
-        return EvaluateResult(count=count, sums=sums, confusion=confusion, seconds=time.perf_counter() - started)
+        result = evaluate(loaded, source, _parts(task.slices, paths), task.batch_size, reporter.step)
+        return replace(result, seconds=time.perf_counter() - started)
 
     def _predict(self, task: PredictTask, paths: Paths, reporter: _Reporter) -> PredictResult:
         loaded = self._loaded(paths[task.model.sha256], compiled=False)

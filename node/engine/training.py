@@ -15,12 +15,13 @@ import numpy as np
 import psutil
 import tensorflow as tf
 
-from node.engine import inputs, privacy, runtime, shards, targets
+from node.engine import inputs, privacy, runtime, shards
 from node.engine.inputs import Source
 from node.engine.loaded import FAILURES
 from node.engine.shards import Part
+from node.engine.truth import Truth, truth_of
 from node.engine.wording import one_line
-from potluck.errors import Cancelled, InvalidData, InvalidModel, PotluckError
+from potluck.errors import Cancelled, InvalidModel, PotluckError
 from potluck.messages import TrainTask
 
 PROGRESS_SECONDS = 1.0
@@ -83,36 +84,29 @@ class Session:
             tuple(shard.blob.sha256 for shard in task.data),
             task.batch_size,
             task.image,
+            task.format,
             tuple(task.class_weight.items()),
             task.privacy,
         )
         if key == self._data_key:
             return
         self._data_key, self._iterator = (), None
-        labels = targets.labels_for(self.model, task.format.classes)
         source = inputs.source_for(self.model, task.format, task.image)
-        target = source.targets(parts)
-        if target is None:
-            raise InvalidData(
-                "the data set has no targets to train on: add it with class folders, or name its --target"
-            )
-        wanted = targets.encode(target, labels, tuple(self.model.outputs[0].shape))
-        weights = targets.item_weights(wanted, labels, task.format.classes, task.class_weight)
-        count = len(wanted)
+        truth = truth_of(source, parts, "to train on", task.class_weight)
+        count = len(truth)
         batch = min(task.batch_size, count)
         limit = min(MEMORY_LIMIT_BYTES, psutil.virtual_memory().available // 4)
         self._noisy, self._hidden = None, task.privacy is not None and task.privacy.noise_multiplier > 0
         if task.privacy is not None:
             privacy.check(self.model)
         if task.privacy is not None and task.privacy.unit == "example":
-            arrays = source.load(parts)
-            self._noisy = privacy.NoisyStep(self.model, task.privacy, batch, arrays, wanted, weights)
+            self._noisy = privacy.NoisyStep(self.model, task.privacy, batch, source.load(parts), truth)
             self._data_key, self._traced, self._batch = key, False, batch
             return
         if source.options is not None and count * source.item_bytes() > limit:
-            dataset = self._streamed(source, parts, wanted, weights)
+            dataset = self._streamed(source, parts, truth)
         else:
-            dataset = self._gathered(source.load(parts), wanted, weights)
+            dataset = self._gathered(source.load(parts), truth)
         # A batch is always whole: batches run on from one pass over the data into the next.
         dataset = dataset(batch).prefetch(2)
         self._iterator = iter(dataset)
@@ -252,23 +246,22 @@ class Session:
             raise _diverged(metrics["loss"], steps)
         return {} if self._hidden else metrics
 
-    def _gathered(self, arrays: Sequence[Any], target: Any, weights: Any) -> Callable[[int], Any]:
+    def _gathered(self, arrays: Sequence[Any], truth: Truth) -> Callable[[int], Any]:
         """Batches by index from arrays in memory, shuffled anew in each pass."""
         held = [tf.constant(array) for array in arrays]
-        # What follows the inputs: the target, and a weight for each item where there is one.
-        rest = [tf.constant(target), *([] if weights is None else [tf.constant(weights)])]
+        rest = [tf.constant(column) for column in truth.columns]
 
         def pick(index: Any) -> tuple[Any, ...]:
             inputs = runtime.packed(self.model, [tf.gather(array, index) for array in held])
-            return (inputs, *(tf.gather(array, index) for array in rest))
+            return (inputs, *truth.packed([tf.gather(column, index) for column in rest]))
 
-        order = tf.data.Dataset.range(len(target)).shuffle(len(target), seed=self._seed).repeat()
+        order = tf.data.Dataset.range(len(truth)).shuffle(len(truth), seed=self._seed).repeat()
         return lambda batch: order.batch(batch, drop_remainder=True).map(pick, tf.data.AUTOTUNE)
 
-    def _streamed(self, source: Source, parts: Sequence[Part], target: Any, weights: Any) -> Callable[[int], Any]:
+    def _streamed(self, source: Source, parts: Sequence[Part], truth: Truth) -> Callable[[int], Any]:
         """Items decoded as they are needed, for data that does not fit into memory."""
         starts = np.cumsum([0, *(part.count for part in parts)])
-        rest = [target, *([] if weights is None else [weights])]
+        rest = truth.columns
         passes = np.random.default_rng(self._seed)
 
         def items() -> Any:
@@ -279,7 +272,9 @@ class Session:
         signature = (tf.TensorSpec((), tf.string), *(tf.TensorSpec(array.shape[1:], array.dtype) for array in rest))
         dataset = tf.data.Dataset.from_generator(items, output_signature=signature).repeat()
         dataset = dataset.shuffle(SHUFFLE_ITEMS, seed=self._seed)
-        dataset = dataset.map(lambda data, *rest: (source.decode(data), *rest), tf.data.AUTOTUNE, deterministic=False)
+        dataset = dataset.map(
+            lambda data, *rest: (source.decode(data), *truth.packed(rest)), tf.data.AUTOTUNE, deterministic=False
+        )
         return lambda batch: dataset.batch(batch, drop_remainder=True)
 
 

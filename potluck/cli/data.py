@@ -17,7 +17,10 @@ def add(
     context: typer.Context,
     path: Annotated[str, typer.Argument(help="A folder of class folders, an .npz, .csv or TFRecord file.")],
     name: Annotated[str | None, typer.Option(help="The data set's name (default: the file's or folder's).")] = None,
-    target: Annotated[str | None, typer.Option(help="The label's column or array, for tables and .npz.")] = None,
+    target: Annotated[
+        list[str] | None, typer.Option(help="The label's column or array, for tables and .npz; again for more outputs.")
+    ] = None,
+    sample_weight: Annotated[str | None, typer.Option(help="The column or array with the weight of each item.")] = None,
     as_json: Json = False,
 ) -> None:
     """Pack a data set into shards, and bring it to the coordinator."""
@@ -34,7 +37,7 @@ def add(
             def tell(what: str, done: int, total: int) -> None:
                 bar.update(tasks[what], completed=done, total=total or None)
 
-            info = client.add_data(path, name, target=target, progress=tell)
+            info = client.add_data(path, name, target=target or None, sample_weight=sample_weight, progress=tell)
     if as_json:
         output.emit(info)
         return

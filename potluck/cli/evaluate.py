@@ -15,7 +15,10 @@ def evaluate(
     data: Annotated[str, typer.Argument(help="A folder, .npz, .csv, TFRecord file, or a registered data set.")],
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     image: ImageSize = None,
-    target: Annotated[str | None, typer.Option(help="The label's column or array, for tables and .npz.")] = None,
+    target: Annotated[
+        list[str] | None, typer.Option(help="The label's column or array, for tables and .npz; again for more outputs.")
+    ] = None,
+    sample_weight: Annotated[str | None, typer.Option(help="The column or array with the weight of each item.")] = None,
     as_json: Json = False,
 ) -> None:
     """Measure a model over the nodes: accuracy, precision, recall, F1, confusion matrix."""
@@ -24,7 +27,9 @@ def evaluate(
     size = image_size(image)
     with session(context).client() as client:
         with following.waiting("packing and sending the data", quiet=as_json):
-            job = client.evaluate(model, data, batch_size=batch_size, image=size, target=target)
+            job = client.evaluate(
+                model, data, batch_size=batch_size, image=size, target=target or None, sample_weight=sample_weight
+            )
         following.follow(job, quiet=as_json)
         evaluation = job.evaluation
     if as_json:

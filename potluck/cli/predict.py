@@ -25,7 +25,9 @@ def predict(
     data: Annotated[str, typer.Argument(help="A folder, .npy, .npz, .csv, TFRecord file, or a registered data set.")],
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     image: ImageSize = None,
-    target: Annotated[str | None, typer.Option(help="A column or array to leave out of the inputs.")] = None,
+    target: Annotated[
+        list[str] | None, typer.Option(help="A column or array to leave out of the inputs; again for more.")
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Write a .csv, .json, .npy or .npz file (default: CSV, printed)."),
@@ -47,7 +49,7 @@ def predict(
     size = image_size(image)
     with session(context).client() as client:
         with following.waiting("packing and sending the data", quiet=as_json):
-            job = client.predict(model, source, batch_size=batch_size, image=size, target=target)
+            job = client.predict(model, source, batch_size=batch_size, image=size, target=target or None)
         following.follow(job, quiet=as_json)
         found, keys, classes = job.predictions, job.keys, job.result().classes
     outputs = found if isinstance(found, dict) else {"": found}

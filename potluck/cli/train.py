@@ -20,7 +20,10 @@ def train(
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the data, over the whole cluster.")] = 1,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples in a step, on each node.")] = 32,
     image: ImageSize = None,
-    target: Annotated[str | None, typer.Option(help="The label's column or array, for tables and .npz.")] = None,
+    target: Annotated[
+        list[str] | None, typer.Option(help="The label's column or array, for tables and .npz; again for more outputs.")
+    ] = None,
+    sample_weight: Annotated[str | None, typer.Option(help="The column or array with the weight of each item.")] = None,
     name: Annotated[str | None, typer.Option(help="Register the result under this name.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Save the result as this .keras file.")] = None,
     strategy: Annotated[
@@ -91,7 +94,8 @@ def train(
                 batch_size=batch_size,
                 image=size,
                 name=name,
-                target=target,
+                target=target or None,
+                sample_weight=sample_weight,
                 strategy=strategy,  # type: ignore[arg-type]  # checked by the client
                 round_seconds=round_seconds,
                 seed=seed_number,

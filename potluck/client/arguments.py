@@ -63,9 +63,16 @@ def given_path(argument: str, value: Any) -> Path:
     return found
 
 
-def target(value: object) -> str | None:
+def target(value: object) -> str | tuple[str, ...] | None:
     """Raises InvalidRequest."""
-    found: str | None = checked("target", value, str | None, "the name of a column or array")
+    found: str | tuple[str, ...] | None
+    found = checked("target", value, str | tuple[str, ...] | None, "the name of a column or array, or several names")
+    return found
+
+
+def sample_weight(value: object) -> str | None:
+    """Raises InvalidRequest."""
+    found: str | None = checked("sample_weight", value, str | None, "the name of a column or array")
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar, Unpack
@@ -19,6 +20,7 @@ from potluck.client.connection import Connection, client_settings
 from potluck.client.jobs import AsyncJob, Predictions, as_arrays, completed, fetch_tensor
 from potluck.client.models import ModelFile, image_argument, image_options, is_model_path, model_file
 from potluck.client.training import TrainOptions
+from potluck.data.packing import Target
 from potluck.errors import Conflict, InvalidData, InvalidRequest, NotFound
 from potluck.messages import (
     INLINE_LIMIT_BYTES,
@@ -147,25 +149,28 @@ class AsyncClient:
         batch_size: int = 32,
         image: Image | None = None,
         name: str | None = None,
-        target: str | None = None,
+        target: Target = None,
+        sample_weight: str | None = None,
         **options: Unpack[TrainOptions],
     ) -> AsyncJob:
         """Train a compiled keras.Model, a `.keras` file or a registered model on all nodes.
 
-        `data` and `validation` are registered names, paths, arrays `(x, y)`, or `"node:name"` for data that live on the nodes; `target` names a table's label column. `image` says
+        `data` and `validation` are registered names, paths, `"node:name"` for data that live on the nodes, or arrays `(x, y)` or
+        `(x, y, sample_weight)`. For a model with several outputs, `y` is a map by their names or a list. In files `target` names
+        the column or array to learn (or several), and `sample_weight` the one with the weight of each item in the loss. `image` says
         how images become tensors, None: as the model's input is. The result is registered as `name` when that is given.
         `options` are those of `TrainOptions`. Raises InvalidModel, InvalidData and InvalidRequest before a job is made.
         """
         epochs = arguments.checked("epochs", epochs, Epochs, "a whole number from 1 to 1,000,000")
         batch_size = arguments.at_least_one("batch_size", batch_size)
         register = arguments.name("name", name)
-        target = _used_target(target, data, validation)
+        roles = _Roles.of(target, sample_weight, data, validation)
         fields = training.fields(options)
         if options.get("resume") is not None:
             fields |= await self._resumed(options["resume"])
         sent, size = await self._model(model, image, compiled=True)
-        dataset = await self._data("data", data, target, image)
-        held_out = None if validation is None else await self._data("validation", validation, target, image)
+        dataset = await self._data("data", data, roles, image)
+        held_out = None if validation is None else await self._data("validation", validation, roles, image)
         return await self._submit(
             Train(
                 model=sent,
@@ -186,12 +191,13 @@ class AsyncClient:
         *,
         batch_size: int = 32,
         image: Image | None = None,
-        target: str | None = None,
+        target: Target = None,
+        sample_weight: str | None = None,
     ) -> AsyncJob:
         """Metrics of a model over labelled data: `job.evaluation` after `job.wait()`."""
-        batch_size, target = arguments.at_least_one("batch_size", batch_size), _used_target(target, data)
+        batch_size, roles = arguments.at_least_one("batch_size", batch_size), _Roles.of(target, sample_weight, data)
         sent, options = await self._model(model, image, compiled=True)
-        dataset = await self._data("data", data, target, image)
+        dataset = await self._data("data", data, roles, image)
         return await self._submit(Evaluate(model=sent, dataset=dataset, batch_size=batch_size, image=options))
 
     async def predict(
@@ -201,12 +207,12 @@ class AsyncClient:
         *,
         batch_size: int = 32,
         image: Image | None = None,
-        target: str | None = None,
+        target: Target = None,
     ) -> AsyncJob:
-        """A model's outputs for a whole data set or array: `job.predictions()`. `target` names a column to leave out."""
-        batch_size, target = arguments.at_least_one("batch_size", batch_size), _used_target(target, data)
+        """A model's outputs for a whole data set or array: `job.predictions()`. `target` names columns to leave out."""
+        batch_size, roles = arguments.at_least_one("batch_size", batch_size), _Roles.of(target, None, data)
         sent, options = await self._model(model, image, compiled=False)
-        dataset = await self._data("data", data, target, image, for_prediction=True)
+        dataset = await self._data("data", data, roles, image, for_prediction=True)
         return await self._submit(Predict(model=sent, dataset=dataset, batch_size=batch_size, image=options))
 
     # --- models and deployments -----------------------------------------------------------------------------------------
@@ -284,7 +290,8 @@ class AsyncClient:
         data: object,
         name: str | None = None,
         *,
-        target: str | None = None,
+        target: Target = None,
+        sample_weight: str | None = None,
         progress: sources.Progress | None = None,
     ) -> DatasetInfo:
         """Register a folder of class folders, an `.npz`, `.csv` or TFRecord file, or arrays `(x, y)`; see docs/data.md.
@@ -293,8 +300,11 @@ class AsyncClient:
         """
         if name is None and isinstance(data, str | Path):
             name = sources.path_name(data)
-        name, target = arguments.name("name", name), _used_target(target, data)
-        return await sources.add(await self._connected(), data, name=name, target=target, progress=progress)
+        name, roles = arguments.name("name", name), _Roles.of(target, sample_weight, data)
+        connection = await self._connected()
+        return await sources.add(
+            connection, data, name=name, target=roles.target, sample_weight=roles.sample_weight, progress=progress
+        )
 
     # ------------------------------------------------------------------------------------------------------------------
 
@@ -349,7 +359,7 @@ class AsyncClient:
         return {"weights": replace(answer.checkpoint, holders=()), "initial_epoch": done}
 
     async def _data(
-        self, argument: str, data: object, target: str | None, image: Image | None, *, for_prediction: bool = False
+        self, argument: str, data: object, roles: _Roles, image: Image | None, *, for_prediction: bool = False
     ) -> str:
         """The name of a data set, registered now where it was not; for prediction in its own order, labelled or not.
 
@@ -361,7 +371,8 @@ class AsyncClient:
                 await self._connected(),
                 data,
                 name=None,
-                target=target,
+                target=roles.target,
+                sample_weight=roles.sample_weight,
                 shuffle=not for_prediction,
                 labels=not for_prediction,
                 only_images=image is not None,
@@ -377,14 +388,25 @@ class AsyncClient:
         return name
 
 
-def _used_target(target: object, *given: object) -> str | None:
-    """The argument `target`. Raises InvalidRequest where no data would be packed with it: it would change nothing."""
-    found = arguments.target(target)
-    if found is not None and not any(map(sources.takes_target, given)):
-        raise InvalidRequest(
-            f"target {found!r} names a column or array of a file or a map, and the data is neither: leave out target (--target)"
-        )
-    return found
+@dataclass(frozen=True)
+class _Roles:
+    """What `target` and `sample_weight` name in files and maps."""
+
+    target: Target
+    sample_weight: str | None
+
+    @classmethod
+    def of(cls, target: object, sample_weight: object, *given: object) -> _Roles:
+        """The arguments. Raises InvalidRequest where no data would be packed with one: it would change nothing."""
+        found = cls(arguments.target(target), arguments.sample_weight(sample_weight))
+        if not any(map(sources.takes_target, given)):
+            for name, value in (("target", found.target), ("sample_weight", found.sample_weight)):
+                if value is not None:
+                    raise InvalidRequest(
+                        f"{name} {value!r} names a column or array of a file or a map, and the data is neither: "
+                        f"leave out {name} (--{name.replace('_', '-')})"
+                    )
+        return found
 
 
 def _topic_name(model: str) -> str:

@@ -164,9 +164,9 @@ class AsyncJob:
         """The `name:version` under which the model was registered; empty where it was not. Raises Conflict before `wait`."""
         return self._known().registered
 
-    async def model(self, path: str | Path | None = None) -> Any:
-        """The trained model, loaded as a keras.Model (safe mode: no code of its file runs). With `path`: the file is saved
-        there instead, Keras is not needed, and the path returned.
+    async def model(self, path: str | Path | None = None, *, safe_mode: bool = True) -> Any:
+        """The trained model, loaded as a keras.Model (in `safe_mode` no code of its file runs, as Keras has it). With `path`:
+        the file is saved there instead, Keras is not needed, and the path returned.
         """
         target = arguments.path("path", path)
         await self.wait()
@@ -178,7 +178,7 @@ class AsyncJob:
             except OSError as error:
                 raise errors.InvalidRequest(f"the model cannot be saved as {target}: {error.strerror}") from error
             return target
-        return await asyncio.to_thread(load_model, file)
+        return await asyncio.to_thread(load_model, file, safe_mode=safe_mode)
 
     async def plot(self, path: str | Path) -> Path:
         """Draw loss and metrics over the epochs, once the job has ended, as a .png, .svg or .pdf; the path. Needs matplotlib.

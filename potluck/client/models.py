@@ -18,6 +18,8 @@ from potluck.errors import InvalidModel, InvalidRequest
 from potluck.messages import ImageOptions, Positive
 
 SUFFIX = ".keras"
+_KNOWN_PACKAGES = ("builtins", "keras", "keras_hub", "keras_cv", "keras_nlp")
+"""Whose classes Keras finds without being told."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,11 @@ def model_file(model: object, folder: Path, *, compiled: bool) -> ModelFile:
         raise InvalidModel(
             f"model {name!r} is not compiled: call model.compile(optimizer=..., loss=...) before sending it"
         )
+    if own := _unregistered(config):
+        raise InvalidModel(
+            f"model {name!r} has a class of its own, {own!r}, that is not registered, so no node could load it: decorate it with "
+            "@keras.saving.register_keras_serializable(), and name its module in allow_code of the nodes' configuration"
+        )
     return ModelFile(path, name, _input_shape(config))
 
 
@@ -73,8 +80,8 @@ def save_model(model: Any, folder: Path) -> Path:
     return path
 
 
-def load_model(path: Path) -> Any:
-    """The keras.Model of a file, in safe mode. Raises InvalidModel."""
+def load_model(path: Path, *, safe_mode: bool = True) -> Any:
+    """The keras.Model of a file; in `safe_mode`, no code that stands in it runs. Raises InvalidModel."""
     try:
         import keras
     except ImportError as error:
@@ -89,7 +96,7 @@ def load_model(path: Path) -> Any:
         with warnings.catch_warnings():
             # Results come with the optimizer's settings, and without its state.
             warnings.filterwarnings("ignore", message="Skipping variable loading for optimizer")
-            return keras.saving.load_model(named, safe_mode=True)
+            return keras.saving.load_model(named, safe_mode=safe_mode)
     except (ValueError, TypeError, OSError, KeyError) as error:
         raise InvalidModel(f"the model cannot be loaded here: {error}") from error
     finally:
@@ -139,6 +146,20 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise InvalidModel(f"{path} is not a {SUFFIX} file: its config.json is not a map")
     return config
+
+
+def _unregistered(config: Any) -> str | None:
+    """The first class in a model's configuration that is neither of Keras's own packages nor registered (`package>name`)."""
+    if isinstance(config, list):
+        return next((found for item in config if (found := _unregistered(item))), None)
+    if not isinstance(config, dict):
+        return None
+    module, name, registered = (config.get(key) for key in ("module", "class_name", "registered_name"))
+    if isinstance(module, str) and isinstance(registered, str) and isinstance(name, str):
+        package = module.partition(".")[0]
+        if package not in _KNOWN_PACKAGES and ">" not in registered:
+            return name
+    return _unregistered(list(config.values()))
 
 
 def _input_shape(config: dict[str, Any]) -> tuple[int | None, ...] | None:

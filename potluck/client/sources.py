@@ -8,6 +8,7 @@ import logging
 import re
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from msgspec.structs import replace
 from potluck import codec
 from potluck.client.arguments import shown
 from potluck.client.connection import Connection
+from potluck.data.packing import WEIGHT_NAME, Target
 from potluck.errors import Cancelled, InvalidData, InvalidRequest
 from potluck.messages import NODE_DATA, AddDataset, BlobRef, DatasetAdded, DatasetInfo
 
@@ -51,28 +53,60 @@ def takes_target(data: object) -> bool:
     return isinstance(data, Path | Mapping) or (isinstance(data, str) and as_name(data) is None)
 
 
-def as_arrays(data: object, target: str | None, argument: str = "data") -> tuple[Arrays, str | None]:
-    """Named arrays and the name of the target among them, from `(x, y)`, `x`, or a map. Raises InvalidData."""
+@dataclass(frozen=True)
+class Given:
+    """Data as it was given, and what in it has which part."""
+
+    source: Path | Arrays
+    target: Target
+    sample_weight: str | None
+
+
+def as_arrays(data: object, target: Target, sample_weight: str | None = None, argument: str = "data") -> Given:
+    """Named arrays, from `(x, y)`, `(x, y, sample_weight)`, `x`, or a map. Raises InvalidData.
+
+    `y` may be several: a map by the names of a model's outputs, or a list of arrays in their order.
+    """
     try:
         if isinstance(data, Mapping):
-            return {str(name): np.asarray(array) for name, array in data.items()}, target
-        if isinstance(data, tuple) and len(data) == 2:
-            inputs, labels = data
-            named = (
-                {str(k): np.asarray(v) for k, v in inputs.items()}
-                if isinstance(inputs, Mapping)
-                else {"x": np.asarray(inputs)}
-            )
-            name = next(name for name in ("y", "target", "potluck.target") if name not in named)
-            return {**named, name: np.asarray(labels)}, name
+            return Given(_named(data), target, sample_weight)
+        if isinstance(data, tuple) and len(data) in (2, 3):
+            inputs, labels = data[:2]
+            named = _named(inputs) if isinstance(inputs, Mapping) else {"x": np.asarray(inputs)}
+            targets = _targets(labels, named)
+            if both := sorted(set(targets) & set(named)):
+                raise InvalidData(f"{argument} has {both[0]!r} both as input and as target: name one of them otherwise")
+            found, weight = named | targets, None
+            if len(data) == 3 and data[2] is not None:
+                weight = next(name for name in (WEIGHT_NAME, f"potluck.{WEIGHT_NAME}") if name not in found)
+                found[weight] = np.asarray(data[2])
+                if found[weight].dtype.kind not in "fiub":
+                    raise InvalidData(
+                        f"the third of {argument} is sample_weight, one array with the weight of each item, not {shown(data[2])}"
+                    )
+            return Given(found, tuple(targets), weight)
         if isinstance(data, np.ndarray) or hasattr(data, "__array__"):
-            return {"x": np.asarray(data)}, None
+            return Given({"x": np.asarray(data)}, None, None)
     except (ValueError, TypeError) as error:
         raise InvalidData(f"{argument} cannot be made into arrays: {error}") from error
     raise InvalidData(
-        f"{argument} must be the name of a registered data set, a path, an array, arrays (x, y), or a map of arrays, "
-        f"not {shown(data)}"
+        f"{argument} must be the name of a registered data set, a path, an array, arrays (x, y) or (x, y, sample_weight), "
+        f"or a map of arrays, not {shown(data)}"
     )
+
+
+def _named(arrays: Mapping[Any, Any]) -> dict[str, np.ndarray[Any, Any]]:
+    return {str(name): np.asarray(array) for name, array in arrays.items()}
+
+
+def _targets(y: object, inputs: Mapping[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
+    """By name: those of outputs, `y_0`, `y_1`, ... of several in order, or one that no input has."""
+    if isinstance(y, Mapping):
+        return _named(y)
+    if isinstance(y, list | tuple) and len(y) > 1 and all(getattr(each, "ndim", 0) for each in y):
+        return {f"y_{place}": np.asarray(each) for place, each in enumerate(y)}
+    name = next(name for name in ("y", "target", "potluck.target") if name not in inputs)
+    return {name: np.asarray(y)}
 
 
 def no_images(argument: str) -> InvalidRequest:
@@ -87,7 +121,8 @@ async def add(
     data: object,
     *,
     name: str | None,
-    target: str | None = None,
+    target: Target = None,
+    sample_weight: str | None = None,
     shuffle: bool = True,
     labels: bool = True,
     only_images: bool = False,
@@ -99,11 +134,10 @@ async def add(
     `labels` False takes images without class folders, too; `only_images` refuses arrays before anything is sent. Errors call
     the data `argument`. Raises InvalidData, InvalidRequest.
     """
-    source: Path | Arrays
     if isinstance(data, str | Path):
-        source, stem = existing(data), path_name(data)
+        given, stem = Given(existing(data), target, sample_weight), path_name(data)
     else:
-        (source, target), stem = as_arrays(data, target, argument), "arrays"
+        given, stem = as_arrays(data, target, sample_weight, argument), "arrays"
     from potluck.data.pack import pack  # here: it reads images and tables, which most clients do not need
 
     tell = progress or (lambda what, done, total: None)
@@ -117,10 +151,11 @@ async def add(
     try:
         dataset = await asyncio.to_thread(
             pack,
-            source,
+            given.source,
             _PACKED_NAME,
             connection.store,
-            target=target,
+            target=given.target,
+            sample_weight=given.sample_weight,
             shuffle=shuffle,
             labels=labels,
             progress=packing,

@@ -14,6 +14,7 @@ from potluck.client.async_client import AsyncClient, Image, Inputs
 from potluck.client.jobs import AsyncJob, Predictions, evaluation_of, history_of
 from potluck.client.sources import Progress
 from potluck.client.training import TrainOptions
+from potluck.data.packing import Target
 from potluck.errors import InvalidRequest
 from potluck.messages import (
     DatasetInfo,
@@ -144,11 +145,11 @@ class Job:
         """The `name:version` under which the trained model was registered; empty where it was not. Waits for the job."""
         return self.result().registered
 
-    def model(self, path: str | Path | None = None) -> Any:
-        """The trained model, loaded as a keras.Model (safe mode: no code of its file runs). With `path`: the file is saved
-        there instead, Keras is not needed, and the path returned. Waits for the job.
+    def model(self, path: str | Path | None = None, *, safe_mode: bool = True) -> Any:
+        """The trained model, loaded as a keras.Model (in `safe_mode` no code of its file runs, as Keras has it). With `path`:
+        the file is saved there instead, Keras is not needed, and the path returned. Waits for the job.
         """
-        return self._portal.call(self._job.model(path))
+        return self._portal.call(self._job.model(path, safe_mode=safe_mode))
 
     def plot(self, path: str | Path) -> Path:
         """Draw loss and metrics over the epochs, once the job has ended, as a .png, .svg or .pdf; the path. Needs matplotlib."""
@@ -245,7 +246,8 @@ class Client:
         batch_size: int = 32,
         image: Image | None = None,
         name: str | None = None,
-        target: str | None = None,
+        target: Target = None,
+        sample_weight: str | None = None,
         **options: Unpack[TrainOptions],
     ) -> Job:
         """Train a compiled keras.Model, a `.keras` file or a registered model on all nodes. See `AsyncClient.train`."""
@@ -259,6 +261,7 @@ class Client:
                 image=image,
                 name=name,
                 target=target,
+                sample_weight=sample_weight,
                 **options,
             )
         )
@@ -270,10 +273,15 @@ class Client:
         *,
         batch_size: int = 32,
         image: Image | None = None,
-        target: str | None = None,
+        target: Target = None,
+        sample_weight: str | None = None,
     ) -> Job:
         """Metrics of a model over labelled data: `job.evaluation`."""
-        return self._job(self._client.evaluate(model, data, batch_size=batch_size, image=image, target=target))
+        return self._job(
+            self._client.evaluate(
+                model, data, batch_size=batch_size, image=image, target=target, sample_weight=sample_weight
+            )
+        )
 
     def predict(
         self,
@@ -282,7 +290,7 @@ class Client:
         *,
         batch_size: int = 32,
         image: Image | None = None,
-        target: str | None = None,
+        target: Target = None,
     ) -> Job:
         """A model's outputs for a whole data set or array: `job.predictions`."""
         return self._job(self._client.predict(model, data, batch_size=batch_size, image=image, target=target))
@@ -324,11 +332,14 @@ class Client:
         data: object,
         name: str | None = None,
         *,
-        target: str | None = None,
+        target: Target = None,
+        sample_weight: str | None = None,
         progress: Progress | None = None,
     ) -> DatasetInfo:
         """Register a folder of class folders, a file, or arrays `(x, y)` as a data set. See `AsyncClient.add_data`."""
-        return self._portal.call(self._client.add_data(data, name, target=target, progress=progress))
+        return self._portal.call(
+            self._client.add_data(data, name, target=target, sample_weight=sample_weight, progress=progress)
+        )
 
     def _job(self, asked: Coroutine[Any, Any, AsyncJob]) -> Job:
         return Job(self._portal, self._portal.call(asked))

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save
 
-from potluck.data.packing import CLASSES_LIMIT, Array, Packing, class_indexes
+from potluck.data.packing import CLASSES_LIMIT, WEIGHT_NAME, Array, Packing, Target, class_indexes, target_names
 from potluck.errors import InvalidData
 from potluck.messages import DataFormat, Dataset, DataShard
 
@@ -41,22 +41,38 @@ _UNREADABLE = (
 """What numpy and zipfile raise for damaged files, and for zip files of kinds that are not known."""
 
 
-def pack(source: Mapping[str, Array], target: str | None, packing: Packing, *, classes: Sequence[str] = ()) -> Dataset:
-    """Raises InvalidData for arrays of unequal lengths, of objects, or without rows; and for an unknown target."""
+def pack(
+    source: Mapping[str, Array],
+    target: Target,
+    packing: Packing,
+    *,
+    sample_weight: str | None = None,
+    classes: Sequence[str] = (),
+) -> Dataset:
+    """Raises InvalidData for arrays of unequal lengths, of objects, or without rows; for an unknown target or weight."""
     found = {key: np.asarray(array) for key, array in source.items()}
     if not found:
         raise InvalidData("there are no arrays")
-    if target is not None and target not in found:
-        raise InvalidData(f"there is no array {target!r} to learn: the arrays are {', '.join(found)}")
-    if target is None and len(found) > 1:
-        target = next((key for key in TARGET_NAMES if key in found), None)
-    if target is not None and not classes and found[target].dtype.kind in "US" and found[target].ndim == 1:
-        texts = [text.decode(errors="replace") if isinstance(text, bytes) else text for text in found[target].tolist()]
-        found[target], classes = class_indexes(texts, f"target {target!r}")
+    targets = target_names(target)
+    for name in (*targets, *([sample_weight] if sample_weight else [])):
+        if name not in found:
+            use = "to learn" if name in targets else "of weights"
+            raise InvalidData(f"there is no array {name!r} {use}: the arrays are {', '.join(found)}")
+    if not targets and len(found) > 1:
+        targets = tuple([key for key in TARGET_NAMES if key in found][:1])
+    weight = sample_weight or (WEIGHT_NAME if targets and WEIGHT_NAME in found and WEIGHT_NAME not in targets else "")
+    for key in targets:
+        if not classes and found[key].dtype.kind in "US" and found[key].ndim == 1:
+            if len(targets) > 1:
+                raise InvalidData(f"target {key!r} is text, and there are {len(targets)} targets: number its classes")
+            texts = [text.decode(errors="replace") if isinstance(text, bytes) else text for text in found[key].tolist()]
+            found[key], classes = class_indexes(texts, f"target {key!r}")
     found = {key: _plain(key, array) for key, array in found.items()}
-    inputs = tuple(key for key in found if key != target)
+    if weight:
+        found[weight] = _weights(weight, found[weight])
+    inputs = tuple(key for key in found if key not in targets and key != weight)
     if not inputs:
-        raise InvalidData(f"there is no input array, only the target {target!r}")
+        raise InvalidData(f"there is no input array, only the target {', '.join(map(repr, targets))}")
     lengths = {key: len(array) for key, array in found.items()}
     count = next(iter(lengths.values()))
     if len(set(lengths.values())) != 1:
@@ -64,7 +80,7 @@ def pack(source: Mapping[str, Array], target: str | None, packing: Packing, *, c
         raise InvalidData(f"the arrays differ in their number of rows: {shown}")
     if not count:
         raise InvalidData("the arrays have no rows")
-    labels = _labels(found[target], bool(classes)) if target is not None else None
+    labels = _labels(found[targets[0]], bool(classes)) if targets else None
     order = packing.order(labels, count)
     row_bytes = max(1, sum(array.nbytes for array in found.values()) // count)
     shards: list[DataShard] = []
@@ -72,28 +88,39 @@ def pack(source: Mapping[str, Array], target: str | None, packing: Packing, *, c
         part = {key: np.ascontiguousarray(array[order[start:stop]]) for key, array in found.items()}
         shards.append(DataShard(blob=packing.put(save(part)), count=stop - start))
         packing.progress(stop, count)
-    described = DataFormat(kind="arrays", inputs=inputs, target=target or "", classes=tuple(classes))
+    described = DataFormat(
+        kind="arrays",
+        inputs=inputs,
+        target=targets[0] if len(targets) == 1 else "",
+        targets=targets if len(targets) > 1 else (),
+        weight=weight,
+        classes=tuple(classes),
+    )
     return packing.dataset(described, shards, order.tolist(), labels)
 
 
-def read_file(path: Path, target: str | None) -> tuple[dict[str, Array], str | None]:
-    """The arrays of an `.npz` or `.npy` file and the target's name among them; pickled objects are refused: they are code.
+def read_file(
+    path: Path, target: Target, sample_weight: str | None = None
+) -> tuple[dict[str, Array], tuple[str, ...], str | None]:
+    """The arrays of an `.npz` or `.npy` file, and the names of targets and weights among them.
 
-    Of several sets in one file (`x_train`, `y_train`, `x_test`, ...) the one is taken that `target` is of, without the ending
-    of its names. Raises InvalidData.
+    Pickled objects are refused: they are code. Of several sets in one file (`x_train`, `y_train`, `x_test`, ...) the one is
+    taken that `target` is of, without the ending of its names. Raises InvalidData.
     """
+    targets = target_names(target)
     try:
         with path.open("rb") as file:
             if not file.peek(6).startswith(_MAGIC):
                 raise InvalidData(f"{path} is not an {path.suffix} file: numpy.savez writes such")
             loaded = np.load(file, allow_pickle=False)
             if isinstance(loaded, np.ndarray):
-                return {"x": loaded}, target
+                return {"x": loaded}, targets, sample_weight
             names = list(loaded.files)
-            part = _part(path, names, target)
+            part = _part(path, names, targets[0] if targets else None)
             return (
                 {name.removesuffix(part): loaded[name] for name in names if name.endswith(part)},
-                target.removesuffix(part) if target else None,
+                tuple(name.removesuffix(part) for name in targets),
+                sample_weight.removesuffix(part) if sample_weight else None,
             )
     except _UNREADABLE as error:
         if "pickle" in str(error):
@@ -126,6 +153,13 @@ def _plain(key: str, array: Array) -> Array:
     if not array.ndim:
         raise InvalidData(f"array {key!r} is a single value: the first axis must be the rows")
     return array.astype(array.dtype.newbyteorder("<"), copy=False)
+
+
+def _weights(key: str, array: Array) -> Array:
+    """Weights of items: a number each, or one for each step of time."""
+    if not np.isfinite(array).all():
+        raise InvalidData(f"the weights {key!r} are not all finite numbers: give each item a weight, 0 to leave it out")
+    return array.astype(np.float32)
 
 
 def _labels(target: Array, are_classes: bool) -> Array | None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from potluck.blobs.store import BlobStore
 from potluck.data import arrays, images, tables, tfrecords
-from potluck.data.packing import Packing, reading
+from potluck.data.packing import Packing, Target, reading, target_names
 from potluck.errors import InvalidData
 from potluck.messages import BlobRef, Dataset
 
@@ -27,7 +27,8 @@ def pack(
     name: str,
     store: BlobStore,
     *,
-    target: str | None = None,
+    target: Target = None,
+    sample_weight: str | None = None,
     shuffle: bool = True,
     labels: bool = True,
     seed: int = 0,
@@ -36,7 +37,8 @@ def pack(
 ) -> Dataset:
     """Write the shards of `source` to `store`; the same input gives the same shards.
 
-    `target` names the array, column or feature to learn. `shuffle` spreads the classes over all shards; without it the
+    `target` names the array, column or feature to learn, or several arrays or columns: one for each output of a model.
+    `sample_weight` names the array or column with the weight of each item in the loss. `shuffle` spreads the classes over all shards; without it the
     input's order is kept. `labels` False allows images without class folders, for prediction. `progress` gets (items done,
     items in all). Raises InvalidData, saying what is wrong with which file, row or array; DiskFull.
     """
@@ -51,31 +53,37 @@ def pack(
     packing = Packing(name, put, progress or (lambda done, total: None), shuffle, seed, shard_bytes)
     try:
         if isinstance(source, Mapping):
-            return arrays.pack(source, target, packing)
-        return _pack_path(Path(source), target, labels, packing)
+            return arrays.pack(source, target, packing, sample_weight=sample_weight)
+        return _pack_path(Path(source), target, sample_weight, labels, packing)
     finally:
         for sha256 in pinned:
             store.unpin(sha256)
 
 
-def _pack_path(source: Path, target: str | None, labels: bool, packing: Packing) -> Dataset:
+def _pack_path(source: Path, target: Target, sample_weight: str | None, labels: bool, packing: Packing) -> Dataset:
     if not source.exists():
         raise InvalidData(f"{source} does not exist: give a folder of images, or an .npz, .csv or .tfrecord file")
     suffix = source.suffix.lower()
+    is_file = not source.is_dir()
+    if is_file and suffix in (".npz", ".npy"):
+        found, targets, weight = arrays.read_file(source, target, sample_weight)
+        return arrays.pack(found, targets, packing, sample_weight=weight)
+    if is_file and suffix == ".csv":
+        table = tables.read_csv(source, target, sample_weight)
+        weight = table.sample_weight
+        return arrays.pack(table.columns, table.target, packing, sample_weight=weight, classes=table.classes)
+    if sample_weight is not None or len(target_names(target)) > 1:
+        what = "weights of items are" if sample_weight is not None else "several targets are"
+        raise InvalidData(f"{source}: {what} read from .npz, .csv and arrays only: make it one of these")
+    named = next(iter(target_names(target)), None)
     if source.is_dir():
         with reading(source):
             records = tfrecords.files_in(source)
         if records:
-            return tfrecords.pack(records, target, packing)
+            return tfrecords.pack(records, named, packing)
         return images.pack_folder(source, labels, packing)
-    if suffix in (".npz", ".npy"):
-        found, target = arrays.read_file(source, target)
-        return arrays.pack(found, target, packing)
-    if suffix == ".csv":
-        table = tables.read_csv(source, target)
-        return arrays.pack(table.columns, table.target, packing, classes=table.classes)
     if suffix in tfrecords.SUFFIXES or ".tfrecord-" in source.name:
-        return tfrecords.pack([source], target, packing)
+        return tfrecords.pack([source], named, packing)
     raise InvalidData(
         f"{source} is not a data set that can be packed: give a folder of class folders with images, an .npz, .npy or "
         ".csv file, or TFRecords"

@@ -16,6 +16,10 @@ from potluck.errors import InvalidData
 from potluck.messages import BlobRef, DataFormat, Dataset, DataShard
 
 Array = np.ndarray[Any, Any]
+Target = str | Sequence[str] | None
+"""The name of what is to be learned, or several of them; None: what has one of the usual names."""
+WEIGHT_NAME = "sample_weight"
+"""The name of what holds the weights of the items in the loss, when none is named."""
 CLASSES_LIMIT = 10_000
 """More classes than that are taken for something else than classes."""
 
@@ -60,6 +64,11 @@ class Packing:
             skipped=tuple(skipped),
             keys=self.put(codec.pack(list(keys), "json")),
         )
+
+
+def target_names(target: Target) -> tuple[str, ...]:
+    """The names of a target: none where it is None."""
+    return (target,) if isinstance(target, str) else tuple(dict.fromkeys(target or ()))
 
 
 def class_indexes(texts: Sequence[str], what: str) -> tuple[Array, tuple[str, ...]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from potluck.data.packing import Array, class_indexes, reading
+from potluck.data.packing import WEIGHT_NAME, Array, Target, class_indexes, reading, target_names
 from potluck.errors import InvalidData
 
 TARGET_NAMES = ("y", "target", "label", "class")
@@ -20,44 +20,65 @@ _WHOLE_LIMIT = 2.0**53
 
 @dataclass(frozen=True)
 class Table:
-    """`columns` are `x` and, with a target, `y`; `classes` where the target was text."""
+    """`columns` are `x`, with a target `y` (several targets have their columns' names), and with weights `sample_weight`.
+
+    `classes` where the target was text.
+    """
 
     columns: dict[str, Array]
-    target: str | None
+    target: Target
     classes: tuple[str, ...] = ()
+    sample_weight: str | None = None
 
 
-def read_csv(path: Path, target: str | None) -> Table:
+def read_csv(path: Path, target: Target, sample_weight: str | None = None) -> Table:
     """A target of text becomes class indexes in the order of the alphabet; whole numbers become int64, others float32.
 
     Raises InvalidData, naming line and column: for text, missing, infinite or not-a-number values, and for ragged lines.
     """
     header, rows, lines = _read(path)
-    column = _target_column(path, header, target)
-    inputs = [index for index, name in enumerate(header) if name != column]
+    targets = _target_columns(path, header, target)
+    if sample_weight is not None and sample_weight not in header:
+        raise InvalidData(f"{path} has no column {sample_weight!r}: its columns are {', '.join(header)}")
+    weight = sample_weight or (WEIGHT_NAME if targets and WEIGHT_NAME in header else None)
+    inputs = [index for index, name in enumerate(header) if name not in targets and name != weight]
     if not inputs:
-        raise InvalidData(f"{path} has no columns beside the target {column!r}")
-    x = np.empty((len(rows), len(inputs)), np.float32)
-    for place, index in enumerate(inputs):
-        values = _numbers([row[index] for row in rows])
-        with np.errstate(over="ignore"):  # found below
-            x[:, place] = values
-        bad = ~np.isfinite(x[:, place])
-        if bad.any():
-            row = int(bad.argmax())
-            raise InvalidData(f"{path}, line {lines[row]}: column {header[index]!r} {_fault(rows[row][index])}")
-    if column is None:
-        return Table({"x": x}, None)
-    texts = [row[header.index(column)].strip() for row in rows]
-    missing = next((line for line, text in zip(lines, texts, strict=True) if _is_missing(text)), None)
-    if missing is not None:
-        raise InvalidData(f"{path}, line {missing}: the target {column!r} is missing")
-    numbers = _numbers(texts)
-    if not np.isfinite(numbers).all():
-        y, classes = class_indexes(texts, f"{path}: the target {column!r}")
-        return Table({"x": x, "y": y}, "y", classes)
-    whole = bool((numbers == np.round(numbers)).all() and (np.abs(numbers) < _WHOLE_LIMIT).all())
-    return Table({"x": x, "y": numbers.astype(np.int64 if whole else np.float32)}, "y")
+        raise InvalidData(f"{path} has no columns beside the target {', '.join(map(repr, targets))}")
+
+    def floats(indexes: Sequence[int]) -> Array:
+        found = np.empty((len(rows), len(indexes)), np.float32)
+        for place, index in enumerate(indexes):
+            values = _numbers([row[index] for row in rows])
+            with np.errstate(over="ignore"):  # found below
+                found[:, place] = values
+            bad = ~np.isfinite(found[:, place])
+            if bad.any():
+                row = int(bad.argmax())
+                raise InvalidData(f"{path}, line {lines[row]}: column {header[index]!r} {_fault(rows[row][index])}")
+        return found
+
+    several = len(targets) > 1
+    name = next(name for name in ("x", "inputs", "potluck.x") if not several or name not in targets)
+    columns, classes = {name: floats(inputs)}, tuple[str, ...]()
+    for column in targets:
+        texts = [row[header.index(column)].strip() for row in rows]
+        missing = next((line for line, text in zip(lines, texts, strict=True) if _is_missing(text)), None)
+        if missing is not None:
+            raise InvalidData(f"{path}, line {missing}: the target {column!r} is missing")
+        numbers = _numbers(texts)
+        if np.isfinite(numbers).all():
+            whole = bool((numbers == np.round(numbers)).all() and (np.abs(numbers) < _WHOLE_LIMIT).all())
+            columns[column if several else "y"] = numbers.astype(np.int64 if whole else np.float32)
+        elif several:
+            raise InvalidData(
+                f"{path}: the target {column!r} is text, and there are {len(targets)}: number its classes"
+            )
+        else:
+            columns["y"], classes = class_indexes(texts, f"{path}: the target {column!r}")
+    if weight is not None:
+        columns[WEIGHT_NAME] = floats([header.index(weight)])[:, 0]
+    found: Target = targets if several else "y" if targets else None
+    return Table(columns, found, classes, WEIGHT_NAME if weight is not None else None)
 
 
 def _read(path: Path) -> tuple[list[str], list[list[str]], list[int]]:
@@ -89,10 +110,12 @@ def _read(path: Path) -> tuple[list[str], list[list[str]], list[int]]:
     return header, rows, lines
 
 
-def _target_column(path: Path, header: Sequence[str], target: str | None) -> str | None:
-    if target is not None and target not in header:
-        raise InvalidData(f"{path} has no column {target!r}: its columns are {', '.join(header)}")
-    return target or next((name for name in header if name.lower() in TARGET_NAMES), None)
+def _target_columns(path: Path, header: Sequence[str], target: Target) -> tuple[str, ...]:
+    targets = target_names(target)
+    for name in targets:
+        if name not in header:
+            raise InvalidData(f"{path} has no column {name!r}: its columns are {', '.join(header)}")
+    return targets or tuple([name for name in header if name.lower() in TARGET_NAMES][:1])
 
 
 def _numbers(texts: Sequence[str]) -> Array:

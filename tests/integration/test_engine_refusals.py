@@ -10,7 +10,7 @@ import pytest
 import pytest_asyncio
 from msgspec.structs import replace
 
-from potluck.errors import InvalidData, InvalidModel, InvalidRequest
+from potluck.errors import CodeNotAllowed, InvalidData, InvalidModel, InvalidRequest
 from potluck.messages import (
     DataFormat,
     ImageOptions,
@@ -41,7 +41,7 @@ async def test_a_lambda_layer_is_refused(lab: Lab) -> None:
     import keras
 
     model = keras.Sequential([keras.Input((8,)), keras.layers.Lambda(lambda x: x * 2)])
-    with pytest.raises(InvalidModel, match="Lambda layer, which is code"):
+    with pytest.raises(CodeNotAllowed, match="Lambda layer, which is code"):
         await lab.run(prediction(lab.files.model(model), whole(lab.files.arrays(1, x=blobs(9)[0], y=blobs(9)[1]))))
 
 
@@ -53,7 +53,7 @@ async def test_a_class_of_the_users_own_is_refused(lab: Lab) -> None:
             return x * 2
 
     model = keras.Sequential([keras.Input((8,)), Twice()])
-    with pytest.raises(InvalidModel, match="run no code of users"):
+    with pytest.raises(CodeNotAllowed, match="a class of its own, 'Twice', which this node does not know"):
         await lab.run(prediction(lab.files.model(model), whole(lab.files.arrays(1, x=blobs(9)[0], y=blobs(9)[1]))))
 
 
@@ -120,7 +120,9 @@ async def test_models_that_no_data_set_fits(lab: Lab) -> None:
     given = keras.Input((8,))
     two = keras.Model(given, [keras.layers.Dense(3)(given), keras.layers.Dense(1)(given)])
     two.compile(optimizer="adam", loss=["mse", "mse"])
-    with pytest.raises(InvalidModel, match="has 2 outputs, but the items of a data set have one target"):
+    with pytest.raises(
+        InvalidRequest, match=r"has 2 outputs .*, and the data 1 target \(y\): give a target for each output"
+    ):
         await lab.run(training(lab.files.model(two), data), "two outputs")
     fixed = keras.Sequential([keras.Input((8,), batch_size=16), keras.layers.Dense(3)])
     with pytest.raises(InvalidModel, match="takes exactly 16 items at once"):

@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 
 from potluck.client import Client
+from potluck.data.order import passes, shuffled
 from potluck.errors import PotluckError
 from potluck.local_cluster import LocalCluster
 from support.digits import split
@@ -67,6 +69,32 @@ def test_two_nodes_give_the_weights_of_one_process(client: Client, kind: str) ->
     model = plainly(network(optimizer()), x, y, epochs=3, batch=32)
     assert relative(job.model(), model) < (1e-6 if kind == "sgd" else 1e-4)
     assert job.history["val_loss"][-1] == pytest.approx(float(model.evaluate(x, y, verbose=0)[0]), rel=1e-4)
+
+
+def test_two_outputs_and_weights_of_items_give_the_weights_of_one_process(client: Client) -> None:
+    import keras
+
+    def make() -> Any:
+        keras.utils.set_random_seed(3)
+        given = keras.Input((64,))
+        digit = keras.layers.Dense(10, activation="softmax", name="digit")(given)
+        model = keras.Model(given, [digit, keras.layers.Dense(1, name="ink")(given)])
+        model.compile(
+            keras.optimizers.SGD(0.1, global_clipnorm=1.0), ["sparse_categorical_crossentropy", "mse"],
+            loss_weights=[1.0, 0.1], metrics=[["accuracy"], ["mae"]],
+        )  # fmt: skip
+        return model
+
+    data = split()
+    x, digit = data["x_train"].reshape(-1, 64)[:640], data["y_train"][:640]
+    ink, weights = x.mean(axis=1), np.random.default_rng(0).uniform(0, 2, len(x)).astype(np.float32)
+    job = client.train(make(), (x, {"digit": digit, "ink": ink}, weights), epochs=2, strategy="sync").wait(timeout=200)
+    model, order = make(), shuffled(digit, len(digit), 0)
+    for step in range(2 * 20):
+        index = order[np.fromiter(passes(len(x), 0, skip=step * 32), np.int64, 32)]
+        model.train_on_batch(x[index], [digit[index], ink[index][:, None]], sample_weight=weights[index])
+    assert relative(job.model(), model) < 1e-5
+    assert set(job.history) == {"loss", "digit_loss", "ink_loss", "digit_accuracy", "ink_mae"}
 
 
 @pytest.mark.parametrize("how", ["kill", "freeze"])

@@ -51,6 +51,81 @@ def test_data_smaller_than_a_batch_is_trained_as_keras_does(client: Client, rows
     assert [epoch.samples for epoch in job.result().history] == [rows * (epoch + 1) for epoch in range(6)]
 
 
+def two_outputs() -> Any:
+    import keras
+
+    keras.utils.set_random_seed(3)
+    given = keras.Input((4,))
+    hidden = keras.layers.Dense(8, activation="tanh")(given)
+    kind = keras.layers.Dense(3, activation="softmax", name="kind")(hidden)
+    model = keras.Model(given, [kind, keras.layers.Dense(2, name="size")(hidden)])
+    model.compile(
+        keras.optimizers.SGD(0.05),
+        loss={"kind": "sparse_categorical_crossentropy", "size": "mse"},
+        loss_weights={"kind": 1.0, "size": 0.3},
+        metrics={"kind": ["accuracy"]},
+        weighted_metrics={"size": ["mae"]},
+    )
+    return model
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_two_outputs_with_weights_are_trained_and_validated_as_keras_does(client: Client, by_name: bool) -> None:
+    rng = np.random.default_rng(0)
+
+    def made(rows: int) -> tuple[Any, Any, Any]:
+        x, size = rng.normal(size=(rows, 4)).astype(np.float32), rng.normal(size=(rows, 2)).astype(np.float32)
+        kind = rng.integers(0, 3, rows)
+        y = {"size": size, "kind": kind} if by_name else [kind, size]
+        return x, y, rng.uniform(0, 3, rows).astype(np.float32)
+
+    (x, y, weights), held_out = made(20), made(100)
+    job = client.train(two_outputs(), (x, y, weights), validation=held_out, epochs=4, compression="none")
+    job.wait(timeout=120)
+    model = two_outputs()
+    targets = [y["kind"], y["size"]] if by_name else y
+    wanted = [held_out[1]["kind"], held_out[1]["size"]] if by_name else held_out[1]
+    validation = (held_out[0], wanted, held_out[2])
+    plain = model.fit(x, targets, sample_weight=weights, validation_data=validation, validation_batch_size=100,
+                      epochs=4, verbose=0).history  # fmt: skip
+    assert set(job.history) == set(plain)
+    for name, values in plain.items():
+        np.testing.assert_allclose(job.history[name], values, rtol=1e-4, err_msg=name)
+    scored = client.evaluate(job.model(), held_out).wait(timeout=120).evaluation
+    expected = model.evaluate(*validation[:2], sample_weight=held_out[2], batch_size=100, return_dict=True, verbose=0)
+    assert scored.metrics == pytest.approx(expected, rel=1e-4)
+    predicted = client.predict(job.model(), held_out[0]).wait(timeout=120).predictions
+    for name, theirs in zip(("kind", "size"), model.predict(held_out[0], verbose=0), strict=True):
+        np.testing.assert_allclose(predicted[name], theirs, atol=1e-5)
+
+
+def test_a_table_with_two_targets_and_a_column_of_weights(client: Client, tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    table = rng.normal(size=(24, 7)).round(4)
+    table[:, 4] = rng.integers(0, 3, 24)
+    table[:, 6] = np.abs(table[:, 6])
+    path = tmp_path / "table.csv"
+    np.savetxt(path, table, delimiter=",", header="a,b,c,d,kind,size,importance", comments="", fmt="%g")
+    import keras
+
+    def make() -> Any:
+        keras.utils.set_random_seed(3)
+        given = keras.Input((4,))
+        outputs = {"kind": keras.layers.Dense(3, activation="softmax")(given), "size": keras.layers.Dense(1)(given)}
+        model = keras.Model(given, outputs)
+        model.compile("sgd", {"kind": "sparse_categorical_crossentropy", "size": "mse"})
+        return model
+
+    job = client.train(
+        make(), path, target=["kind", "size"], sample_weight="importance", epochs=3, compression="none"
+    ).wait(timeout=120)
+    y = {"kind": table[:, 4], "size": table[:, 5:6]}
+    plain = make().fit(table[:, :4], y, sample_weight=table[:, 6], epochs=3, verbose=0).history
+    assert set(job.history) == {"loss", "kind_loss", "size_loss"}
+    for name, values in plain.items():
+        np.testing.assert_allclose(job.history[name], values, rtol=1e-4, err_msg=name)
+
+
 @pytest.mark.parametrize("rows", [33, 64, 100, 200])
 def test_every_epoch_of_a_small_data_set_is_trained_and_measured(client: Client, rows: int) -> None:
     rng = np.random.default_rng(0)
@@ -113,6 +188,7 @@ def test_class_weights_by_label_or_number(client: Client) -> None:
         ({"compression": "zip"}, "compression must be 'auto'"),
         ({"outer_momentum": 1.5}, "outer_momentum must be"),
         ({"speed": 9}, "no option 'speed'"),
+        ({"sample_weight": "w"}, "sample_weight 'w' names a column or array of a file"),
         ({"resume": "nothing"}, "no job 'nothing'"),
     ],
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -55,9 +55,9 @@ class Lab:
 
 
 @asynccontextmanager
-async def engine_lab(folder: Path) -> AsyncIterator[Lab]:
+async def engine_lab(folder: Path, allow_code: Sequence[str] = ()) -> AsyncIterator[Lab]:
     """A running engine, stopped at the end."""
-    engine = Engine(folder / "scratch", threads=0, start_seconds=120, silence_seconds=20)
+    engine = Engine(folder / "scratch", threads=0, start_seconds=120, silence_seconds=20, allow_code=allow_code)
     await engine.start()
     try:
         yield Lab(engine, Files(folder / "blobs"), folder / "scratch")

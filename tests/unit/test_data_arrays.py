@@ -81,6 +81,28 @@ def test_several_inputs_and_a_named_target(store: BlobStore) -> None:
     assert pack({"left": rows, "right": rows}, "d", store).format.target == ""
 
 
+def test_several_targets_and_weights_of_items(store: BlobStore, tmp_path: Path) -> None:
+    rows = np.arange(100)
+    source = {"x": rows, "kind": rows % 3, "size": rows / 2, "sample_weight": rows / 7}
+    dataset = pack(source, "d", store, target=["kind", "size"])
+    check_manifest(dataset, store)
+    assert (dataset.format.inputs, dataset.format.target) == (("x",), "")
+    assert (dataset.format.targets, dataset.format.weight) == (("kind", "size"), "sample_weight")
+    found = arrays_of(dataset, store)
+    assert found["sample_weight"].dtype == np.float32
+    assert np.allclose(found["sample_weight"], found["x"] / 7)
+    assert np.array_equal(found["kind"], found["x"] % 3)
+    one = pack(source, "d", store, target=["kind"], sample_weight="size").format
+    assert (one.target, one.targets, one.weight) == ("kind", (), "size")
+    assert one.inputs == ("x", "sample_weight")
+    np.savez(
+        tmp_path / "sets.npz", **{f"{key}_{end}": value for key, value in source.items() for end in ("train", "test")}
+    )
+    for end in ("train", "test"):
+        again = pack(tmp_path / "sets.npz", "d", store, target=[f"kind_{end}", f"size_{end}"])
+        assert again.format == dataset.format
+
+
 @pytest.mark.parametrize("kind", ["U", "S"])
 def test_labels_of_text_become_classes(store: BlobStore, kind: str) -> None:
     y = np.asarray(["dog", "cat", "dog", "emu"], dtype=kind)
@@ -162,6 +184,9 @@ def test_a_damaged_file_is_said_to_be_one_wherever_the_damage_is(
         ({"x": np.asarray(["a", "b"])}, None, "'x' has dtype <U1"),
         ({"x": np.asarray([object()])}, None, "'x' has dtype object"),
         ({"x": np.zeros(3, np.complex64)}, None, "dtype complex64"),
+        ({"x": np.zeros(2), "a": np.asarray(["s", "t"]), "b": np.zeros(2)}, ["a", "b"], "'a' is text, and there are 2"),
+        ({"x": np.zeros(2), "y": np.zeros(2), "sample_weight": np.asarray([1, np.nan])}, None, "not all finite"),
+        ({"x": np.zeros(2), "y": np.zeros(2)}, ["y", "z"], "no array 'z' to learn"),
         ({"x": np.zeros(3, np.longdouble)}, None, "at most 64 bits"),
         ({"x": np.float32(3)}, None, "'x' is a single value"),
         ({"x": np.zeros(20_000), "y": np.arange(20_000).astype("U")}, None, "20000 different texts"),

@@ -59,6 +59,33 @@ def test_targets_of_numbers(tmp_path: Path, store: BlobStore, values: list[str],
     assert dataset.format.classes == ()
 
 
+def test_several_targets_and_a_column_of_weights(tmp_path: Path, store: BlobStore) -> None:
+    path = write(tmp_path, "a,x,y,w\n1,2,0.5,3\n4,5,1.5,0\n")
+    dataset = pack(path, "t", store, target=["x", "y"], sample_weight="w", shuffle=False)
+    check_manifest(dataset, store)
+    assert (dataset.format.inputs, dataset.format.targets) == (("inputs",), ("x", "y"))
+    found = arrays_of(dataset, store)
+    assert found[dataset.format.weight].tolist() == [3, 0]
+    assert found["inputs"].tolist() == [[1], [4]]
+    assert (found["x"].tolist(), found["y"].tolist()) == ([2, 5], [0.5, 1.5])
+    usual = write(tmp_path, "a,y,sample_weight\n1,cat,3\n4,dog,0\n")
+    form = pack(usual, "t", store).format
+    assert (form.inputs, form.target, form.weight, form.classes) == (("x",), "y", "sample_weight", ("cat", "dog"))
+
+
+def test_what_is_wrong_with_targets_and_weights_is_said(tmp_path: Path, store: BlobStore) -> None:
+    path = write(tmp_path, "a,b,y,w\n1,cat,2,3\n4,dog,5,x\n")
+    with pytest.raises(InvalidData, match="'b' is text, and there are 2: number its classes"):
+        pack(path, "t", store, target=["b", "w"])
+    with pytest.raises(InvalidData, match="line 3: column 'w' is 'x', not a number"):
+        pack(path, "t", store, target="b", sample_weight="w")
+    with pytest.raises(InvalidData, match="has no column 'v'"):
+        pack(path, "t", store, target="b", sample_weight="v")
+    (tmp_path / "cat").mkdir()
+    with pytest.raises(InvalidData, match="weights of items are read from"):
+        pack(tmp_path, "t", store, sample_weight="w")
+
+
 def test_without_a_target(tmp_path: Path, store: BlobStore) -> None:
     dataset = pack(write(tmp_path, "a,b\r\n1,2\r\n\r\n3,4e1\r\n"), "t", store, shuffle=False)
     assert arrays_of(dataset, store)["x"].tolist() == [[1, 2], [3, 40]]

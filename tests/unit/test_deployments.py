@@ -64,6 +64,23 @@ def test_a_model_that_cannot_be_loaded_fails_the_deployment_at_once() -> None:
     assert loads(deployment, places(a=1, b=1), 100.0) == []
 
 
+def test_nodes_that_do_not_allow_the_code_are_left_out() -> None:
+    refusal = ErrorInfo(code="code_not_allowed", message="own layer")
+    deployment = Deployment("m:1", MODEL, wanted=0)
+    where = places(a=1, b=2)
+    first, second = loads(deployment, where)
+    assert deployment.lost(first.replica_id, refusal, 0)
+    assert deployment.loaded(second.replica_id, SIGNATURE)
+    assert not loads(deployment, where, now=1000)
+    assert deployment.complete(where)
+    alone = Deployment("m:1", MODEL, wanted=1)
+    (only,) = loads(alone, places(a=1))
+    assert alone.lost(only.replica_id, refusal, 0)
+    assert not loads(alone, places(a=1), now=1000)
+    assert alone.failed
+    assert alone.error == refusal
+
+
 def test_a_node_that_fails_rests_and_others_are_tried() -> None:
     deployment = Deployment("m:1", MODEL, 1)
     tried = []

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from node.__main__ import parser, settings_from
 from potluck.errors import InvalidSettings
 from potluck.settings import (
     CoordinatorSettings,
@@ -85,6 +86,19 @@ def test_the_environment_speaks_of_every_kind_of_value(monkeypatch: pytest.Monke
     settings = load(NodeSettings)
     assert settings.listen == Listen(port=9000, insecure=True)
     assert (settings.renew_seconds, settings.log_level) == (0.5, "debug")
+
+
+def test_modules_of_allowed_code_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POTLUCK_ALLOW_CODE", "json.tool,lambda")
+    assert settings_from(parser().parse_args([])).allow_code == ("json.tool", "lambda")
+    monkeypatch.setenv("POTLUCK_ALLOW_CODE", "json,no_such_module")
+    with pytest.raises(
+        InvalidSettings, match="allow_code names the module 'no_such_module', which Python does not find"
+    ):
+        settings_from(parser().parse_args([]))
+    monkeypatch.setenv("POTLUCK_ALLOW_CODE", "../layers.py")
+    with pytest.raises(InvalidSettings, match="allow_code"):
+        settings_from(parser().parse_args([]))
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:

@@ -1,0 +1,96 @@
+"""Code of users: what this node's configuration (`allow_code`) lets its engine run, and how the rest is refused."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+
+from potluck.errors import CodeNotAllowed, PotluckError
+from potluck.settings import LAMBDA
+
+_OWN = re.compile(r"Could not locate (class|function) '([^']*)'")
+
+_allowed: tuple[str, ...] = ()
+
+
+def allow(names: Sequence[str]) -> None:
+    """Import modules, so that what they register is known to Keras; `lambda` is no module, but allows Lambda layers.
+
+    Ends the process, with words for the log, where one cannot be imported.
+    """
+    global _allowed  # one engine, one configuration
+    for name in names:
+        if name == LAMBDA:
+            continue
+        try:
+            importlib.import_module(name)
+        except Exception as error:
+            raise SystemExit(
+                f"allow_code names the module {name!r}, which cannot be imported: {type(error).__name__}: {error}: "
+                "install it in potluck's environment, or take it out of allow_code"
+            ) from error
+    _allowed = tuple(names)
+
+
+def safe_mode() -> bool:
+    """Whether Keras must refuse code that stands in a model's file."""
+    return LAMBDA not in _allowed
+
+
+def refusal(text: str) -> PotluckError | None:
+    """The refusal of a model for whose loading Keras raised an error of these words; None where code is not the reason."""
+    if safe_mode() and "Lambda" in text and ("lambda" in text or "unsafe" in text.lower()):
+        return CodeNotAllowed(
+            "the model holds a Lambda layer, which is code, and this node does not allow that: use keras.ops or other layers, or "
+            f'let nodes run any code that models bring ("{LAMBDA}" in allow_code of their configuration)'
+        )
+    own = _OWN.search(text)
+    if own is None:
+        return None
+    modules = ", ".join(name for name in _allowed if name != LAMBDA)
+    return CodeNotAllowed(
+        f"the model has a {own[1]} of its own, '{own[2]}', which this node does not know (its allow_code is {modules or 'empty'}): "
+        "decorate it with @keras.saving.register_keras_serializable() in a module, install that on the nodes, and name it in "
+        "allow_code of their configuration; or build the model of Keras's own layers, losses and metrics"
+    )
+
+
+def describe(model: Any) -> None:
+    """Give a subclassed model that was loaded the `inputs` and `outputs` of a Functional one, from how it was built.
+
+    Does nothing where that is not known.
+    """
+    if getattr(model, "inputs", None) or not isinstance(model, keras.Model):
+        return
+    shapes = (model.get_build_config() or {}).get("input_shape")
+    struct = _tensors(shapes)
+    if struct is None:
+        return
+    outputs = model(struct)
+    # Not by setattr: Keras would track them as parts of the model, in lists and maps of its own.
+    vars(model).update(
+        inputs=keras.tree.flatten(struct),
+        outputs=keras.tree.flatten(outputs),
+        _inputs_struct=struct,
+        _outputs_struct=outputs,
+    )
+
+
+def _tensors(shapes: Any, name: str = "input") -> Any:
+    """Symbolic inputs in the structure in which the shapes are; None for what are no shapes.
+
+    Those of a map have its keys as names, those of a list `input_0`, `input_1`, ...
+    """
+    if isinstance(shapes, dict):
+        found = {key: _tensors(shape, str(key)) for key, shape in shapes.items()}
+        return None if None in found.values() else found
+    if not isinstance(shapes, list | tuple) or not shapes:
+        return None
+    if isinstance(shapes[0], list | tuple):
+        several = [_tensors(shape, f"{name}_{place}") for place, shape in enumerate(shapes)]
+        return None if None in several else several
+    return keras.Input(tuple(shapes[1:]), name=name)
