@@ -124,14 +124,16 @@ class DataShard(Part, frozen=True):
 class DataFormat(Part, frozen=True):
     """How the items of a data set's shards are read.
 
-    `images`: a WebDataset tar with `<key>.<png|jpg|...>` and `<key>.cls` (class index as text).
+    `images`, `texts`, `audio`: a WebDataset tar with `<key>.<png|jpg|...>`, `<key>.txt` (UTF-8) or `<key>.wav` (16-bit PCM, at
+    `rate` samples a second), and `<key>.cls` (class index as text).
     `arrays`: a safetensors file with one tensor per input name and, when there is a target, one under `target`.
     """
 
-    kind: Literal["images", "arrays"]
+    kind: Literal["images", "arrays", "texts", "audio"]
     classes: tuple[str, ...] = ()
     inputs: tuple[str, ...] = ()
     target: str = ""
+    rate: Count = 0
 
 
 class Dataset(Part, frozen=True):

@@ -21,6 +21,7 @@ import psutil
 import tensorflow as tf
 
 from node.engine import inputs, runtime, shards, targets
+from node.engine.decoders import Decoder
 from node.engine.shards import Part
 from node.engine.training import MEMORY_LIMIT_BYTES, PROGRESS_SECONDS
 from node.engine.wording import one_line
@@ -105,10 +106,10 @@ class Member:
         by_item = targets.item_weights(wanted, labels, task.format.classes, task.class_weight)
         self._count = len(wanted)
         limit = min(MEMORY_LIMIT_BYTES, psutil.virtual_memory().available // 4)
-        self._decode: Callable[[Any], Any] | None = None
-        if source.options is not None and self._count * source.item_bytes() > limit:
-            encoded = [image for part in parts for image in shards.encoded_images(part)]
-            self._decode = source.decode
+        self._decoder: Decoder | None = None
+        if source.decoded_bytes(parts) > limit:
+            encoded = [file for part in parts for file in shards.item_files(part)]
+            self._decoder = source.decoder
             columns: list[Any] = [tf.constant(encoded)]
         else:
             columns = [tf.constant(array) for array in source.load(parts)]
@@ -127,8 +128,8 @@ class Member:
 
         def pick(index: Any) -> tuple[Any, ...]:
             columns = [tf.gather(column, index) for column in self._columns]
-            if self._decode is not None:
-                columns = [tf.map_fn(self._decode, columns[0], fn_output_signature=tf.float32)]
+            if self._decoder is not None:
+                columns = [tf.map_fn(self._decoder.decode, columns[0], fn_output_signature=self._decoder.dtype)]
             return (runtime.packed(self.model, columns), *(tf.gather(column, index) for column in self._rest))
 
         dataset = tf.data.Dataset.from_generator(indexes, output_signature=tf.TensorSpec((mine,), tf.int64))

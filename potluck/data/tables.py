@@ -1,4 +1,4 @@
-"""CSV files (RFC 4180, with a header) as arrays: numeric columns are one input `x`, the target column is `y`."""
+"""Tables as arrays: numeric columns are one input `x`, the target column is `y`. CSV files (RFC 4180, with a header) are read here."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -27,37 +28,82 @@ class Table:
     classes: tuple[str, ...] = ()
 
 
-def read_csv(path: Path, target: str | None) -> Table:
+class Columns(Protocol):
+    """The columns of a table as its file has them; both methods raise InvalidData, naming row and column."""
+
+    @property
+    def names(self) -> Sequence[str]: ...
+
+    def floats(self, names: Sequence[str]) -> Array:
+        """float32 of shape (rows, len(names)), all finite."""
+
+    def target(self, name: str) -> Array:
+        """Numbers, all finite, or texts as objects, none missing."""
+
+
+def table_of(path: Path, columns: Columns, target: str | None) -> Table:
     """A target of text becomes class indexes in the order of the alphabet; whole numbers become int64, others float32.
 
-    Raises InvalidData, naming line and column: for text, missing, infinite or not-a-number values, and for ragged lines.
+    Raises InvalidData: no such target, nothing beside it, a name twice, and what `columns` raises.
     """
-    header, rows, lines = _read(path)
-    column = _target_column(path, header, target)
-    inputs = [index for index, name in enumerate(header) if name != column]
+    names = columns.names
+    if len(set(names)) != len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InvalidData(f"{path}: two columns have the name {twice!r}")
+    if target is not None and target not in names:
+        raise InvalidData(f"{path} has no column {target!r}: its columns are {', '.join(names)}")
+    target = target or next((name for name in names if name.lower() in TARGET_NAMES), None)
+    inputs = [name for name in names if name != target]
     if not inputs:
-        raise InvalidData(f"{path} has no columns beside the target {column!r}")
-    x = np.empty((len(rows), len(inputs)), np.float32)
-    for place, index in enumerate(inputs):
-        values = _numbers([row[index] for row in rows])
-        with np.errstate(over="ignore"):  # found below
-            x[:, place] = values
-        bad = ~np.isfinite(x[:, place])
-        if bad.any():
-            row = int(bad.argmax())
-            raise InvalidData(f"{path}, line {lines[row]}: column {header[index]!r} {_fault(rows[row][index])}")
-    if column is None:
+        raise InvalidData(f"{path} has no columns beside the target {target!r}")
+    x = columns.floats(inputs)
+    if target is None:
         return Table({"x": x}, None)
-    texts = [row[header.index(column)].strip() for row in rows]
-    missing = next((line for line, text in zip(lines, texts, strict=True) if _is_missing(text)), None)
-    if missing is not None:
-        raise InvalidData(f"{path}, line {missing}: the target {column!r} is missing")
-    numbers = _numbers(texts)
-    if not np.isfinite(numbers).all():
-        y, classes = class_indexes(texts, f"{path}: the target {column!r}")
+    y = columns.target(target)
+    if y.dtype.kind == "O":
+        y, classes = class_indexes(y.tolist(), f"{path}: the target {target!r}")
         return Table({"x": x, "y": y}, "y", classes)
-    whole = bool((numbers == np.round(numbers)).all() and (np.abs(numbers) < _WHOLE_LIMIT).all())
-    return Table({"x": x, "y": numbers.astype(np.int64 if whole else np.float32)}, "y")
+    whole = y.dtype.kind in "ib" or bool((y == np.round(y)).all() and (np.abs(y) < _WHOLE_LIMIT).all())
+    return Table({"x": x, "y": y.astype(np.int64 if whole else np.float32)}, "y")
+
+
+def read_csv(path: Path, target: str | None) -> Table:
+    """Raises InvalidData, naming line and column: for text, missing, infinite or not-a-number values, and for ragged lines."""
+    return table_of(path, _CsvColumns(path, *_read(path)), target)
+
+
+@dataclass(frozen=True)
+class _CsvColumns:
+    """`lines` has the line at which each row ends."""
+
+    path: Path
+    names: Sequence[str]
+    rows: list[list[str]]
+    lines: list[int]
+
+    def floats(self, names: Sequence[str]) -> Array:
+        found = np.empty((len(self.rows), len(names)), np.float32)
+        for place, name in enumerate(names):
+            index = self.names.index(name)
+            values = _numbers([row[index] for row in self.rows])
+            with np.errstate(over="ignore"):  # found below
+                found[:, place] = values
+            bad = ~np.isfinite(found[:, place])
+            if bad.any():
+                row = int(bad.argmax())
+                raise InvalidData(
+                    f"{self.path}, line {self.lines[row]}: column {name!r} {_fault(self.rows[row][index])}"
+                )
+        return found
+
+    def target(self, name: str) -> Array:
+        index = self.names.index(name)
+        texts = [row[index].strip() for row in self.rows]
+        missing = next((line for line, text in zip(self.lines, texts, strict=True) if _is_missing(text)), None)
+        if missing is not None:
+            raise InvalidData(f"{self.path}, line {missing}: the target {name!r} is missing")
+        numbers = _numbers(texts)
+        return numbers if np.isfinite(numbers).all() else np.asarray(texts, object)
 
 
 def _read(path: Path) -> tuple[list[str], list[list[str]], list[int]]:
@@ -78,21 +124,12 @@ def _read(path: Path) -> tuple[list[str], list[list[str]], list[int]]:
         raise InvalidData(f"{path} needs a header line and at least one row")
     if len(header) == 1 and any(sign in header[0] for sign in ";\t|"):
         raise InvalidData(f"{path}: its columns are not separated by commas: write it anew with ','")
-    if len(set(header)) != len(header):
-        twice = next(name for name in header if header.count(name) > 1)
-        raise InvalidData(f"{path}: two columns have the name {twice!r}")
     if np.isfinite(_numbers(header)).all():
         raise InvalidData(f"{path} has no header: its first line must name the columns")
     for row, line in zip(rows, lines, strict=True):
         if len(row) != len(header):
             raise InvalidData(f"{path}, line {line}: {len(row)} values for {len(header)} columns")
     return header, rows, lines
-
-
-def _target_column(path: Path, header: Sequence[str], target: str | None) -> str | None:
-    if target is not None and target not in header:
-        raise InvalidData(f"{path} has no column {target!r}: its columns are {', '.join(header)}")
-    return target or next((name for name in header if name.lower() in TARGET_NAMES), None)
 
 
 def _numbers(texts: Sequence[str]) -> Array:
