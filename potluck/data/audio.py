@@ -111,6 +111,20 @@ def encode(values: Array, rate: int) -> bytes:
     )
 
 
+def fitted(data: bytes, shape: tuple[int, ...]) -> Array:
+    """float32 of `shape`, (samples,) or (samples, channels), as the nodes make it of a recording (docs/data.md). Raises Unusable."""
+    wave = read(data)
+    values = samples(wave)[: shape[0]] / np.float32(32768)
+    channels = shape[1] if len(shape) > 1 else 1
+    if channels == 1:
+        values = values.mean(axis=1, keepdims=True)
+    else:
+        values = values[:, np.minimum(np.arange(channels), wave.channels - 1)]
+    found = np.zeros((shape[0], channels), np.float32)
+    found[: len(values)] = values
+    return found.reshape(shape)
+
+
 def check(data: bytes) -> Checked:
     """Raises Unusable."""
     wave = read(data)

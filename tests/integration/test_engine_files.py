@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import pytest_asyncio
 
+from potluck.data.audio import fitted
 from potluck.data.pack import pack
 from potluck.errors import InvalidData, InvalidModel, InvalidRequest
-from potluck.messages import DataFormat, Dataset, ExportTask
+from potluck.messages import DataFormat, Dataset, ExportTask, SyncTask
 from potluck.tensors import to_numpy
 from support.engine_lab import Lab, engine_lab, evaluation, prediction, training
 from support.models import Files, blobs, dense, whole
@@ -88,8 +89,8 @@ async def test_recordings_give_the_numbers_of_keras(
     dataset = packed(lab.files, folder, tmp_path)
     x, y = by_keras(folder, "audio", output_sequence_length=640)
     assert dataset.format == AUDIO
-    x = x.numpy().reshape(-1, *shape)
-    await _same_as_keras(lab, audio_model(shape, _sgd()), dataset, x, y, f"audio {shape}")
+    model = audio_model(shape, _sgd())
+    await _same_as_keras(lab, model, dataset, reshaped(x, model), y, f"audio {shape}")
 
 
 async def test_channels_are_averaged_or_repeated(lab: Lab) -> None:
@@ -104,6 +105,8 @@ async def test_channels_are_averaged_or_repeated(lab: Lab) -> None:
         model = keras.Sequential([keras.Input(shape), keras.layers.Flatten()])
         found = await lab.run(prediction(lab.files.model(model), whole([stereo]), format=AUDIO), "channels")
         np.testing.assert_allclose(to_numpy(found.outputs[0])[0], expected, atol=1e-4)
+        at_a_client = fitted(lab.files.paths[stereo.blob.sha256].read_bytes()[512:], shape)
+        np.testing.assert_allclose(to_numpy(found.outputs[0])[0], at_a_client.ravel(), atol=1e-7)
 
 
 async def test_an_export_keeps_the_vocabulary(lab: Lab, tmp_path: Path) -> None:
@@ -141,6 +144,45 @@ async def test_files_that_do_not_fit_into_memory_are_streamed(
     outcomes = [session.train(640, 60, threading.Event(), lambda done, metrics: None) for _ in range(3)]
     assert [outcome.samples for outcome in outcomes] == [640] * 3
     assert outcomes[-1].metrics["accuracy"] > 0.9
+
+
+@pytest.mark.parametrize("limit", [2**30, 0])
+@pytest.mark.parametrize("kind", ["texts", "audio"])
+async def test_a_group_of_one_takes_the_steps_of_keras(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, limit: int
+) -> None:
+    """In this process, where the limit can be lowered: below it, files are decoded for each step."""
+    from node.engine import synchronous
+
+    monkeypatch.setattr(synchronous, "MEMORY_LIMIT_BYTES", limit)
+    files = Files(tmp_path / "blobs")
+    folder = (write_texts if kind == "texts" else write_tones)(tmp_path / "data", 64)
+    dataset = packed(files, folder, tmp_path)
+    model = text_model(folder, optimizer=_sgd()) if kind == "texts" else audio_model(optimizer=_sgd())
+    x, y = by_keras(folder, kind, **({} if kind == "texts" else {"output_sequence_length": 640}))
+    task = SyncTask(
+        model=files.model(model),
+        data=dataset.shards,
+        format=dataset.format,
+        image=None,
+        formation="f",
+        members=("alone:1",),
+        batches=(64,),
+        rank=0,
+        first_step=0,
+        steps=5,
+        begins=True,
+    )
+    member = synchronous.Member(task, files.paths, tmp_path)
+    member.train(task, threading.Event(), lambda done, metrics: None)
+    model.fit(reshaped(x, model), y, batch_size=64, epochs=5, shuffle=False, verbose=0)
+    for ours, theirs in zip(member.model.get_weights(), model.get_weights(), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def reshaped(x: Any, model: Any) -> Any:
+    """Inputs as Keras read them, in the shape that the model takes."""
+    return x if x.dtype == "string" else x.numpy().reshape(-1, *model.input_shape[1:])
 
 
 async def test_models_and_data_that_do_not_fit_are_named(lab: Lab, tmp_path: Path) -> None:
