@@ -13,7 +13,12 @@ from potluck.cli.session import ImageSize, Json, check_output, image_size, sessi
 def train(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="A compiled .keras file, or a registered model.")],
-    data: Annotated[str, typer.Argument(help="A folder, .npz, .csv, TFRecord file, or a registered data set.")],
+    data: Annotated[
+        str,
+        typer.Argument(
+            help="A folder of images, .txt or .wav files, an .npz, .csv, .parquet or TFRecord file, or a registered data set."
+        ),
+    ],
     validation: Annotated[str | None, typer.Option(help="Data to measure each epoch on.")] = None,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the data, over the whole cluster.")] = 1,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples in a step, on each node.")] = 32,

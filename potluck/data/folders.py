@@ -183,10 +183,10 @@ def _usable(
 def _checked(kind: Kind, items: Sequence[Item], pool: ThreadPoolExecutor) -> Iterator[tuple[Item, Checked | str]]:
     rest = iter(items)
     while some := list(islice(rest, _CHECKS_AT_ONCE)):
-        yield from zip(some, pool.map(lambda item: check(kind, item), some), strict=True)
+        yield from zip(some, pool.map(lambda item: _check(kind, item), some), strict=True)
 
 
-def check(kind: Kind, item: Item) -> Checked | str:
+def _check(kind: Kind, item: Item) -> Checked | str:
     """What it takes in a shard, when it can be used; else why not."""
     try:
         data = item.read()
