@@ -49,6 +49,7 @@ def joined(name: str, held: Mapping[str, NodeData]) -> Dataset:
         target=first.format.target,
         targets=first.format.targets,
         weight=first.format.weight,
+        rate=first.format.rate,
     )
     return Dataset(name=name, format=format, count=sum(data.count for data in held.values()), shards=())
 
@@ -126,11 +127,12 @@ class NodesEvaluation:
 def _kind(format: DataFormat) -> tuple[object, ...]:
     """What the parts of one data set must have in common."""
     learnt = format.target, sorted(format.targets), format.weight
-    return format.kind, sorted(format.inputs), learnt, bool(format.classes)
+    return format.kind, format.rate, sorted(format.inputs), learnt, bool(format.classes)
 
 
 def _words(format: DataFormat) -> str:
     learnt = ", ".join(format.targets) or format.target
     target = f" and target {learnt}" if learnt else ""
     inputs = f" of {', '.join(format.inputs)}" if format.inputs else ""
-    return f"{format.kind}{inputs}{target}{'' if format.classes else ' without classes'}"
+    rate = f" at {format.rate} Hz" if format.rate else ""
+    return f"{format.kind}{rate}{inputs}{target}{'' if format.classes else ' without classes'}"

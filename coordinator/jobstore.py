@@ -294,6 +294,10 @@ def _check_alike(spec: Train, data: DataFormat, held_out: DataFormat) -> None:
         raise InvalidRequest(
             f"data set {spec.dataset!r} holds {data.kind}, and {spec.validation!r} {held_out.kind}: a model takes one of them"
         )
+    if held_out.rate != data.rate:
+        raise InvalidRequest(
+            f"data set {spec.dataset!r} has {data.rate} samples a second, and {spec.validation!r} {held_out.rate}: resample one"
+        )
     if sorted(held_out.inputs) != sorted(data.inputs):
         raise InvalidRequest(
             f"data set {spec.dataset!r} has the inputs {', '.join(data.inputs)}, and {spec.validation!r} "

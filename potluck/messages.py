@@ -127,13 +127,14 @@ class DataShard(Part, frozen=True):
 class DataFormat(Part, frozen=True):
     """How the items of a data set's shards are read.
 
-    `images`: a WebDataset tar with `<key>.<png|jpg|...>` and `<key>.cls` (class index as text).
+    `images`, `texts`, `audio`: a WebDataset tar with `<key>.<png|jpg|...>`, `<key>.txt` (UTF-8) or `<key>.wav` (16-bit PCM, at
+    `rate` samples a second), and `<key>.cls` (class index as text).
     `arrays`: a safetensors file with one tensor per input name and, when there is a target, one under `target`.
     For a model with several outputs there is one under each name of `targets` instead: the names of the outputs, or
     `y_0`, `y_1`, ... for targets in their order. `weight` names a tensor with the weight of each item in the loss.
     """
 
-    kind: Literal["images", "arrays"]
+    kind: Literal["images", "arrays", "texts", "audio"]
     classes: tuple[str, ...] = ()
     inputs: tuple[str, ...] = ()
     target: str = ""
@@ -141,6 +142,7 @@ class DataFormat(Part, frozen=True):
     weight: str = ""
     places: tuple[Count, ...] = ()
     """Where these shards count classes otherwise: their class i is class `places[i]` of `classes`."""
+    rate: Count = 0
 
 
 class Dataset(Part, frozen=True):

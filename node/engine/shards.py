@@ -1,4 +1,4 @@
-"""Data shards as files: tars of images and safetensors of arrays, read no further than the items that are wanted."""
+"""Data shards as files: tars of images, texts or recordings, and safetensors of arrays, read no further than the items that are wanted."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class Part:
 
 
 @dataclass(frozen=True)
-class ImageIndex:
-    """Where the images of a tar lie in it, and their class indexes (NO_CLASS without one)."""
+class FileIndex:
+    """Where the items' files lie in a tar, and their class indexes (NO_CLASS without one)."""
 
     offsets: Array
     sizes: Array
@@ -46,7 +46,7 @@ class ImageIndex:
 
 
 @lru_cache(maxsize=INDEXES_KEPT)
-def image_index(path: Path) -> ImageIndex:
+def file_index(path: Path) -> FileIndex:
     """Reads the tar's headers and its `.cls` members. Raises InvalidData. A shard's name is its hash, so it never changes."""
     places: list[tuple[int, int]] = []
     classes: list[int] = []
@@ -65,30 +65,30 @@ def image_index(path: Path) -> ImageIndex:
                 if suffix == "cls":
                     file = tar.extractfile(member)
                     classes[-1] = int(file.read(20) if file else b"")
-                elif places[-1][1]:
-                    raise ValueError(f"item '{stem}' has two images")
+                elif places[-1][0]:  # never 0: a header stands before it
+                    raise ValueError(f"item '{stem}' has two files")
                 elif member.offset_data + member.size > size:
                     raise ValueError(f"it ends in the middle of '{member.name}'")
                 else:
                     places[-1] = (member.offset_data, member.size)
     except (tarfile.TarError, OSError, ValueError) as error:
         raise InvalidData(f"data shard {path.name[:12]} cannot be read: {error}: add the data set again") from error
-    if any(not length for _, length in places):
-        raise InvalidData(f"data shard {path.name[:12]} has an item without an image: add the data set again")
+    if any(not offset for offset, _ in places):
+        raise InvalidData(f"data shard {path.name[:12]} has an item without a file: add the data set again")
     table = np.array(places, np.int64).reshape(-1, 2)
-    return ImageIndex(table[:, 0], table[:, 1], np.array(classes, np.int64))
+    return FileIndex(table[:, 0], table[:, 1], np.array(classes, np.int64))
 
 
-def image_classes(part: Part) -> Array:
+def item_classes(part: Part) -> Array:
     """Class indexes of its items. Raises InvalidData, also when the shard has fewer items."""
-    index = image_index(part.path)
+    index = file_index(part.path)
     _check_count(part, len(index.classes))
     return index.classes[part.start : part.stop]
 
 
-def encoded_images(part: Part) -> Iterator[bytes]:
-    """The items' image files, one after the other. Raises InvalidData."""
-    index = image_index(part.path)
+def item_files(part: Part) -> Iterator[bytes]:
+    """The items' files, one after the other. Raises InvalidData."""
+    index = file_index(part.path)
     _check_count(part, len(index.classes))
     with part.path.open("rb") as file:
         for offset, size in zip(
@@ -96,6 +96,11 @@ def encoded_images(part: Part) -> Iterator[bytes]:
         ):
             file.seek(offset)
             yield file.read(size)
+
+
+def files_bytes(part: Part) -> int:
+    """The size of its items' files. Raises InvalidData."""
+    return int(file_index(part.path).sizes[part.start : part.stop].sum())
 
 
 def load_arrays(parts: Sequence[Part], names: Sequence[str]) -> dict[str, Array]:

@@ -21,6 +21,7 @@ import psutil
 import tensorflow as tf
 
 from node.engine import inputs, runtime, shards
+from node.engine.decoders import Decoder
 from node.engine.shards import Part
 from node.engine.training import MEMORY_LIMIT_BYTES, PROGRESS_SECONDS
 from node.engine.truth import truth_of
@@ -100,10 +101,10 @@ class Member:
         self._truth = truth_of(source, parts, "to train on", task.class_weight)
         self._count = len(self._truth)
         limit = min(MEMORY_LIMIT_BYTES, psutil.virtual_memory().available // 4)
-        self._decode: Callable[[Any], Any] | None = None
-        if source.options is not None and self._count * source.item_bytes() > limit:
-            encoded = [image for part in parts for image in shards.encoded_images(part)]
-            self._decode = source.decode
+        self._decoder: Decoder | None = None
+        if source.decoded_bytes(parts) > limit:
+            encoded = [file for part in parts for file in shards.item_files(part)]
+            self._decoder = source.decoder
             columns: list[Any] = [tf.constant(encoded)]
         else:
             columns = [tf.constant(array) for array in source.load(parts)]
@@ -122,8 +123,8 @@ class Member:
 
         def pick(index: Any) -> tuple[Any, ...]:
             columns = [tf.gather(column, index) for column in self._columns]
-            if self._decode is not None:
-                columns = [tf.map_fn(self._decode, columns[0], fn_output_signature=tf.float32)]
+            if self._decoder is not None:
+                columns = [tf.map_fn(self._decoder.decode, columns[0], fn_output_signature=self._decoder.dtype)]
             rest = [tf.gather(column, index) for column in self._rest]
             return (runtime.packed(self.model, columns), *self._truth.packed(rest))
 

@@ -15,8 +15,8 @@ import numpy as np
 import psutil
 import tensorflow as tf
 
-from node.engine import inputs, privacy, runtime, shards
-from node.engine.inputs import Source
+from node.engine import decoders, inputs, privacy, runtime, shards
+from node.engine.decoders import Decoder
 from node.engine.loaded import FAILURES
 from node.engine.shards import Part
 from node.engine.truth import Truth, truth_of
@@ -26,9 +26,9 @@ from potluck.messages import TrainTask
 
 PROGRESS_SECONDS = 1.0
 MEMORY_LIMIT_BYTES = 512 * 2**20
-"""Decoded images are kept in memory up to this size, or a quarter of what is free; beyond, they are decoded in each epoch."""
+"""Decoded items are kept in memory up to this size, or a quarter of what is free; beyond, they are decoded in each epoch."""
 SHUFFLE_ITEMS = 4096
-"""Window of the shuffle over images that are not kept decoded."""
+"""Window of the shuffle over items that are not kept decoded."""
 GPU_CHECK_STEPS = 20
 """A look at the loss waits for the GPU, so not each step has one; on a CPU it costs nothing."""
 
@@ -103,8 +103,8 @@ class Session:
             self._noisy = privacy.NoisyStep(self.model, task.privacy, batch, source.load(parts), truth)
             self._data_key, self._traced, self._batch = key, False, batch
             return
-        if source.options is not None and count * source.item_bytes() > limit:
-            dataset = self._streamed(source, parts, truth)
+        if source.decoder is not None and source.decoded_bytes(parts) > limit:
+            dataset = self._streamed(source.decoder, parts, truth)
         else:
             dataset = self._gathered(source.load(parts), truth)
         # A batch is always whole: batches run on from one pass over the data into the next.
@@ -232,8 +232,8 @@ class Session:
         except PotluckError:
             raise
         except FAILURES as error:
-            if "decode" in str(error) and "DecodeImage" in str(error):
-                raise inputs.undecodable(error, "while training") from error
+            if decoders.is_undecodable(error):
+                raise decoders.undecodable(error, "while training") from error
             raise InvalidModel(f"the model cannot be trained on this data: {one_line(error, 400)}") from error
 
     def _metrics(self, steps: int) -> dict[str, float]:
@@ -258,7 +258,7 @@ class Session:
         order = tf.data.Dataset.range(len(truth)).shuffle(len(truth), seed=self._seed).repeat()
         return lambda batch: order.batch(batch, drop_remainder=True).map(pick, tf.data.AUTOTUNE)
 
-    def _streamed(self, source: Source, parts: Sequence[Part], truth: Truth) -> Callable[[int], Any]:
+    def _streamed(self, decoder: Decoder, parts: Sequence[Part], truth: Truth) -> Callable[[int], Any]:
         """Items decoded as they are needed, for data that does not fit into memory."""
         starts = np.cumsum([0, *(part.count for part in parts)])
         rest = truth.columns
@@ -267,13 +267,13 @@ class Session:
         def items() -> Any:
             for number in passes.permutation(len(parts)):
                 columns = [array[starts[number] : starts[number + 1]] for array in rest]
-                yield from zip(shards.encoded_images(parts[number]), *columns, strict=True)
+                yield from zip(shards.item_files(parts[number]), *columns, strict=True)
 
         signature = (tf.TensorSpec((), tf.string), *(tf.TensorSpec(array.shape[1:], array.dtype) for array in rest))
         dataset = tf.data.Dataset.from_generator(items, output_signature=signature).repeat()
         dataset = dataset.shuffle(SHUFFLE_ITEMS, seed=self._seed)
         dataset = dataset.map(
-            lambda data, *rest: (source.decode(data), *truth.packed(rest)), tf.data.AUTOTUNE, deterministic=False
+            lambda data, *rest: (decoder.decode(data), *truth.packed(rest)), tf.data.AUTOTUNE, deterministic=False
         )
         return lambda batch: dataset.batch(batch, drop_remainder=True)
 

@@ -15,7 +15,12 @@ data = typer.Typer(no_args_is_help=True, help="Add data sets to the cluster, and
 @data.command("add")
 def add(
     context: typer.Context,
-    path: Annotated[str, typer.Argument(help="A folder of class folders, an .npz, .csv or TFRecord file.")],
+    path: Annotated[
+        str,
+        typer.Argument(
+            help="A folder of class folders with images, .txt or .wav files, or an .npz, .csv, .parquet or TFRecord file."
+        ),
+    ],
     name: Annotated[str | None, typer.Option(help="The data set's name (default: the file's or folder's).")] = None,
     target: Annotated[
         list[str] | None, typer.Option(help="The label's column or array, for tables and .npz; again for more outputs.")

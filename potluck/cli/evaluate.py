@@ -12,7 +12,12 @@ from potluck.cli.session import ImageSize, Json, image_size, session
 def evaluate(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="A compiled .keras file, or a registered model.")],
-    data: Annotated[str, typer.Argument(help="A folder, .npz, .csv, TFRecord file, or a registered data set.")],
+    data: Annotated[
+        str,
+        typer.Argument(
+            help="A folder of images, .txt or .wav files, an .npz, .csv, .parquet or TFRecord file, or a registered data set."
+        ),
+    ],
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     image: ImageSize = None,
     target: Annotated[

@@ -1,4 +1,4 @@
-"""`potluck infer`: ask a deployed model about an image, an array, or JSON."""
+"""`potluck infer`: ask a deployed model about an image, a text, a recording, an array, or JSON."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _SHOWN_CLASSES = 5
 
 
-NO_IMAGES = (".npz", ".csv", ".parquet", ".tfrecord", ".txt", ".wav", ".keras", ".h5", ".pkl", ".zip")
+NO_IMAGES = (".npz", ".csv", ".parquet", ".tfrecord", ".keras", ".h5", ".pkl", ".zip")
 """Files that people try, and that are no images whatever is in them."""
 
 
@@ -30,7 +30,8 @@ def infer(
     source: Annotated[
         str,
         typer.Argument(
-            metavar="INPUT", help="An image file, .npy, .json, JSON itself, or - for JSON on standard input."
+            metavar="INPUT",
+            help="An image, .txt or .wav file, .npy, .json, JSON itself, or - for JSON on standard input.",
         ),
     ],
     image: ImageSize = None,
@@ -65,8 +66,8 @@ def read_input(source: str, info: ModelInfo, image: ImageOptions | None) -> Any:
 
     path = Path(source)
     is_json = source == "-" or source.lstrip()[:1] in ("[", "{") or path.suffix == ".json"
-    if image is not None and (is_json or path.suffix == ".npy"):
-        raise InvalidRequest("--image says how an image becomes a tensor, and the input is an array: leave it out")
+    if image is not None and (is_json or path.suffix.lower() in (".npy", ".txt", ".wav")):
+        raise InvalidRequest("--image says how an image becomes a tensor, and the input is no image: leave it out")
     if path.suffix == ".npy":
         return _with_batch(read_array(path), info)
     if is_json:
@@ -85,13 +86,17 @@ def read_input(source: str, info: ModelInfo, image: ImageOptions | None) -> Any:
             with np.errstate(over="ignore"):  # too large for float32 is infinite, as on a node
                 return _with_batch(np.asarray(value, dtype=_dtype_of(info)), info)
         except (ValueError, TypeError) as error:
-            raise InvalidData(f"the input is not an array of numbers: {error}") from error
+            raise InvalidData(f"the input is not an array that the model takes: {error}") from error
     try:
         there = path.is_file()
     except OSError:  # too long for a name, or in a folder that may not be read
         there = False
     if not there:
-        raise InvalidData(f"there is no file {path}: give an image, .npy, .json, or JSON itself")
+        raise InvalidData(f"there is no file {path}: give an image, .txt, .wav, .npy, .json, or JSON itself")
+    if path.suffix.lower() == ".txt":
+        return read_text(path, info)
+    if path.suffix.lower() == ".wav":
+        return read_recording(path, info)
     if path.suffix.lower() in NO_IMAGES:
         raise InvalidData(
             f"{path} is no image: give an image, .npy, or JSON (for several inputs a map of them by name)"
@@ -100,14 +105,55 @@ def read_input(source: str, info: ModelInfo, image: ImageOptions | None) -> Any:
 
 
 def _dtype_of(info: ModelInfo) -> Any:
-    """What numbers in JSON become: the datatype of the model's only input where that is whole numbers, else float32."""
+    """What JSON becomes: the datatype of the model's only input where that is whole numbers or text, else float32."""
     import numpy as np
 
     from potluck.tensors import DTYPES
 
     inputs = info.signature.inputs if info.signature is not None else ()
+    if _takes_text(info):
+        return np.dtype(object)
     wanted = DTYPES.get(inputs[0].datatype) if len(inputs) == 1 else None
     return wanted if wanted is not None and wanted.kind in "iub" else np.dtype(np.float32)
+
+
+def _takes_text(info: ModelInfo) -> bool:
+    return info.signature is not None and [spec.datatype for spec in info.signature.inputs] == ["BYTES"]
+
+
+def read_text(path: Path, info: ModelInfo) -> np.ndarray[Any, Any]:
+    """The whole file as one item. Raises InvalidData, InvalidRequest."""
+    import numpy as np
+
+    from potluck.errors import InvalidData, InvalidRequest
+
+    if not _takes_text(info):
+        raise InvalidRequest(f"{path} is text, and model {info.name}:{info.version} takes none")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidData(f"{path} cannot be read as text in UTF-8: {error}") from error
+    return np.asarray([text], object).reshape([1] * len(_input_shape(info) or (1,)))
+
+
+def read_recording(path: Path, info: ModelInfo) -> np.ndarray[Any, Any]:
+    """A WAV file as the nodes make it: cut or padded to the model's input. Raises InvalidData, InvalidRequest."""
+    import numpy as np
+
+    from potluck.data.audio import fitted
+    from potluck.data.folders import Unusable
+    from potluck.errors import InvalidData, InvalidRequest
+
+    shape = _input_shape(info)
+    sizes = [size for size in shape[1:] if size is not None] if shape is not None else []
+    if shape is None or len(shape) not in (2, 3) or len(sizes) != len(shape) - 1 or _takes_text(info):
+        raise InvalidRequest(
+            f"{path} is a recording, and model {info.name}:{info.version} does not take (samples,) or (samples, channels)"
+        )
+    try:
+        return fitted(path.read_bytes(), tuple(sizes))[np.newaxis]
+    except (OSError, Unusable) as error:
+        raise InvalidData(f"{path} cannot be read as a recording: {error}") from error
 
 
 def read_image(path: Path, options: ImageOptions) -> np.ndarray[Any, Any]:

@@ -22,7 +22,12 @@ SUFFIXES = (".csv", ".json", ".npy", ".npz")
 def predict(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="A .keras file, or a registered model.")],
-    data: Annotated[str, typer.Argument(help="A folder, .npy, .npz, .csv, TFRecord file, or a registered data set.")],
+    data: Annotated[
+        str,
+        typer.Argument(
+            help="A folder of images, .txt or .wav files, an .npy, .npz, .csv, .parquet or TFRecord file, or a registered data set."
+        ),
+    ],
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     image: ImageSize = None,
     target: Annotated[

@@ -14,7 +14,10 @@ def train(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="A compiled .keras file, or a registered model.")],
     data: Annotated[
-        str, typer.Argument(help="A folder, .npz, .csv, TFRecord file, a registered data set, or node:NAME.")
+        str,
+        typer.Argument(
+            help="A folder of images, .txt or .wav files, an .npz, .csv, .parquet or TFRecord file, a registered data set, or node:NAME."
+        ),
     ],
     validation: Annotated[str | None, typer.Option(help="Data to measure each epoch on.")] = None,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the data, over the whole cluster.")] = 1,

@@ -294,7 +294,7 @@ class AsyncClient:
         sample_weight: str | None = None,
         progress: sources.Progress | None = None,
     ) -> DatasetInfo:
-        """Register a folder of class folders, an `.npz`, `.csv` or TFRecord file, or arrays `(x, y)`; see docs/data.md.
+        """Register a folder of class folders, an `.npz`, `.csv`, Parquet or TFRecord file, or arrays `(x, y)`; see docs/data.md.
 
         Without a name: the file's or folder's own. What the coordinator has already is not sent again.
         """

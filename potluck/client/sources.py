@@ -26,7 +26,7 @@ Arrays = Mapping[str, np.ndarray[Any, Any]]
 Progress = Callable[[str, int, int], None]
 """`(what, done, total)`: "packing" counts items, "sending" bytes. May be called in another thread."""
 
-_FILE_SUFFIXES = (".npz", ".csv", ".tfrecord", ".tfrecords", ".npy")
+_FILE_SUFFIXES = (".npz", ".csv", ".parquet", ".tfrecord", ".tfrecords", ".npy")
 _PACKED_NAME = "data"
 
 
@@ -112,7 +112,7 @@ def _targets(y: object, inputs: Mapping[str, Any]) -> dict[str, np.ndarray[Any, 
 def no_images(argument: str) -> InvalidRequest:
     """The error for image options with data that has no images: they would change nothing."""
     return InvalidRequest(
-        f"image says how images become tensors, and {argument} holds arrays: leave out image (--image), or give images"
+        f"image says how images become tensors, and {argument} holds no images: leave out image (--image), or give some"
     )
 
 

@@ -1,6 +1,7 @@
 """Packs a data set into content-addressed shards, each with about the class mixture of the whole.
 
-What may be packed: a folder of class folders with images, `.npz`, `.npy`, `.csv`, TFRecord files, and arrays in memory.
+What may be packed: a folder of class folders with images, texts or recordings, `.npz`, `.npy`, `.csv`, Parquet and TFRecord
+files, and arrays in memory.
 The formats of shards are those of `potluck.messages.DataFormat`; docs/data.md describes them for other programs.
 """
 
@@ -13,12 +14,14 @@ from typing import Any
 import numpy as np
 
 from potluck.blobs.store import BlobStore
-from potluck.data import arrays, images, tables, tfrecords
+from potluck.data import arrays, audio, folders, images, parquet, tables, texts, tfrecords
 from potluck.data.packing import Packing, Target, reading, target_names
 from potluck.errors import InvalidData
 from potluck.messages import BlobRef, Dataset
 
 SHARD_BYTES = 8 * 2**20
+FILES = (images.KIND, texts.KIND, audio.KIND)
+"""What class folders may hold."""
 Progress = Callable[[int, int], None]
 
 
@@ -39,7 +42,7 @@ def pack(
 
     `target` names the array, column or feature to learn, or several arrays or columns: one for each output of a model.
     `sample_weight` names the array or column with the weight of each item in the loss. `shuffle` spreads the classes over all shards; without it the
-    input's order is kept. `labels` False allows images without class folders, for prediction. `progress` gets (items done,
+    input's order is kept. `labels` False allows files without class folders, for prediction. `progress` gets (items done,
     items in all). Raises InvalidData, saying what is wrong with which file, row or array; DiskFull.
     """
     pinned: list[str] = []
@@ -62,29 +65,45 @@ def pack(
 
 def _pack_path(source: Path, target: Target, sample_weight: str | None, labels: bool, packing: Packing) -> Dataset:
     if not source.exists():
-        raise InvalidData(f"{source} does not exist: give a folder of images, or an .npz, .csv or .tfrecord file")
+        raise InvalidData(
+            f"{source} does not exist: give a folder of images, texts or recordings, or an .npz, .csv, .parquet or "
+            ".tfrecord file"
+        )
     suffix = source.suffix.lower()
-    is_file = not source.is_dir()
-    if is_file and suffix in (".npz", ".npy"):
-        found, targets, weight = arrays.read_file(source, target, sample_weight)
-        return arrays.pack(found, targets, packing, sample_weight=weight)
-    if is_file and suffix == ".csv":
-        table = tables.read_csv(source, target, sample_weight)
-        weight = table.sample_weight
-        return arrays.pack(table.columns, table.target, packing, sample_weight=weight, classes=table.classes)
-    if sample_weight is not None or len(target_names(target)) > 1:
-        what = "weights of items are" if sample_weight is not None else "several targets are"
-        raise InvalidData(f"{source}: {what} read from .npz, .csv and arrays only: make it one of these")
-    named = next(iter(target_names(target)), None)
     if source.is_dir():
         with reading(source):
-            records = tfrecords.files_in(source)
+            records, parts = tfrecords.files_in(source), parquet.files_in(source)
+        if records and parts:
+            raise InvalidData(f"{source} has TFRecord and Parquet files: a data set is of one kind, so move the others")
+        if parts:
+            return _pack_table(parquet.read(parts, target, sample_weight), packing)
+        only = _only_target(source, target, sample_weight)
         if records:
-            return tfrecords.pack(records, named, packing)
-        return images.pack_folder(source, labels, packing)
+            return tfrecords.pack(records, only, packing)
+        return folders.pack_folder(source, labels, packing, FILES)
+    if suffix in (".npz", ".npy"):
+        found, targets, weight = arrays.read_file(source, target, sample_weight)
+        return arrays.pack(found, targets, packing, sample_weight=weight)
+    if suffix == ".csv":
+        return _pack_table(tables.read_csv(source, target, sample_weight), packing)
+    if suffix in parquet.SUFFIXES:
+        return _pack_table(parquet.read([source], target, sample_weight), packing)
     if suffix in tfrecords.SUFFIXES or ".tfrecord-" in source.name:
-        return tfrecords.pack([source], named, packing)
+        return tfrecords.pack([source], _only_target(source, target, sample_weight), packing)
     raise InvalidData(
-        f"{source} is not a data set that can be packed: give a folder of class folders with images, an .npz, .npy or "
-        ".csv file, or TFRecords"
+        f"{source} is not a data set that can be packed: give a folder of class folders with images, texts or "
+        "recordings, an .npz, .npy, .csv or .parquet file, or TFRecords"
     )
+
+
+def _pack_table(table: tables.Table, packing: Packing) -> Dataset:
+    weight = table.sample_weight
+    return arrays.pack(table.columns, table.target, packing, sample_weight=weight, classes=table.classes)
+
+
+def _only_target(source: Path, target: Target, sample_weight: str | None) -> str | None:
+    """The target of a kind of data that has one at most, and no weights. Raises InvalidData."""
+    if sample_weight is not None or len(target_names(target)) > 1:
+        what = "weights of items are" if sample_weight is not None else "several targets are"
+        raise InvalidData(f"{source}: {what} read from .npz, tables and arrays only: make it one of these")
+    return next(iter(target_names(target)), None)

@@ -1,4 +1,4 @@
-"""CSV files (RFC 4180, with a header) as arrays: numeric columns are one input `x`, the target column is `y`."""
+"""Tables as arrays: numeric columns are one input `x`, the target column is `y`. CSV files (RFC 4180, with a header) are read here."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -31,54 +32,92 @@ class Table:
     sample_weight: str | None = None
 
 
-def read_csv(path: Path, target: Target, sample_weight: str | None = None) -> Table:
+class Columns(Protocol):
+    """The columns of a table as its file has them; both methods raise InvalidData, naming row and column."""
+
+    @property
+    def names(self) -> Sequence[str]: ...
+
+    def floats(self, names: Sequence[str]) -> Array:
+        """float32 of shape (rows, len(names)), all finite."""
+
+    def target(self, name: str) -> Array:
+        """Numbers, all finite, or texts as objects, none missing."""
+
+
+def table_of(path: Path, columns: Columns, target: Target, sample_weight: str | None = None) -> Table:
     """A target of text becomes class indexes in the order of the alphabet; whole numbers become int64, others float32.
 
-    Raises InvalidData, naming line and column: for text, missing, infinite or not-a-number values, and for ragged lines.
+    Raises InvalidData: no such target, nothing beside it, a name twice, and what `columns` raises.
     """
-    header, rows, lines = _read(path)
-    targets = _target_columns(path, header, target)
-    if sample_weight is not None and sample_weight not in header:
-        raise InvalidData(f"{path} has no column {sample_weight!r}: its columns are {', '.join(header)}")
-    weight = sample_weight or (WEIGHT_NAME if targets and WEIGHT_NAME in header else None)
-    inputs = [index for index, name in enumerate(header) if name not in targets and name != weight]
+    names = columns.names
+    if len(set(names)) != len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InvalidData(f"{path}: two columns have the name {twice!r}")
+    targets = _target_columns(path, names, target)
+    if sample_weight is not None and sample_weight not in names:
+        raise InvalidData(f"{path} has no column {sample_weight!r}: its columns are {', '.join(names)}")
+    weight = sample_weight or (WEIGHT_NAME if targets and WEIGHT_NAME in names else None)
+    inputs = [name for name in names if name not in targets and name != weight]
     if not inputs:
         raise InvalidData(f"{path} has no columns beside the target {', '.join(map(repr, targets))}")
+    several = len(targets) > 1
+    x = next(name for name in ("x", "inputs", "potluck.x") if not several or name not in targets)
+    found, classes = {x: columns.floats(inputs)}, tuple[str, ...]()
+    for name in targets:
+        values = columns.target(name)
+        if values.dtype.kind != "O":
+            whole = values.dtype.kind in "ib" or bool(
+                (values == np.round(values)).all() and (np.abs(values) < _WHOLE_LIMIT).all()
+            )
+            found[name if several else "y"] = values.astype(np.int64 if whole else np.float32)
+        elif several:
+            raise InvalidData(f"{path}: the target {name!r} is text, and there are {len(targets)}: number its classes")
+        else:
+            found["y"], classes = class_indexes(values.tolist(), f"{path}: the target {name!r}")
+    if weight is not None:
+        found[WEIGHT_NAME] = columns.floats([weight])[:, 0]
+    learnt: Target = targets if several else "y" if targets else None
+    return Table(found, learnt, classes, WEIGHT_NAME if weight is not None else None)
 
-    def floats(indexes: Sequence[int]) -> Array:
-        found = np.empty((len(rows), len(indexes)), np.float32)
-        for place, index in enumerate(indexes):
-            values = _numbers([row[index] for row in rows])
+
+def read_csv(path: Path, target: Target, sample_weight: str | None = None) -> Table:
+    """Raises InvalidData, naming line and column: for text, missing, infinite or not-a-number values, and for ragged lines."""
+    return table_of(path, _CsvColumns(path, *_read(path)), target, sample_weight)
+
+
+@dataclass(frozen=True)
+class _CsvColumns:
+    """`lines` has the line at which each row ends."""
+
+    path: Path
+    names: Sequence[str]
+    rows: list[list[str]]
+    lines: list[int]
+
+    def floats(self, names: Sequence[str]) -> Array:
+        found = np.empty((len(self.rows), len(names)), np.float32)
+        for place, name in enumerate(names):
+            index = self.names.index(name)
+            values = _numbers([row[index] for row in self.rows])
             with np.errstate(over="ignore"):  # found below
                 found[:, place] = values
             bad = ~np.isfinite(found[:, place])
             if bad.any():
                 row = int(bad.argmax())
-                raise InvalidData(f"{path}, line {lines[row]}: column {header[index]!r} {_fault(rows[row][index])}")
+                raise InvalidData(
+                    f"{self.path}, line {self.lines[row]}: column {name!r} {_fault(self.rows[row][index])}"
+                )
         return found
 
-    several = len(targets) > 1
-    name = next(name for name in ("x", "inputs", "potluck.x") if not several or name not in targets)
-    columns, classes = {name: floats(inputs)}, tuple[str, ...]()
-    for column in targets:
-        texts = [row[header.index(column)].strip() for row in rows]
-        missing = next((line for line, text in zip(lines, texts, strict=True) if _is_missing(text)), None)
+    def target(self, name: str) -> Array:
+        index = self.names.index(name)
+        texts = [row[index].strip() for row in self.rows]
+        missing = next((line for line, text in zip(self.lines, texts, strict=True) if _is_missing(text)), None)
         if missing is not None:
-            raise InvalidData(f"{path}, line {missing}: the target {column!r} is missing")
+            raise InvalidData(f"{self.path}, line {missing}: the target {name!r} is missing")
         numbers = _numbers(texts)
-        if np.isfinite(numbers).all():
-            whole = bool((numbers == np.round(numbers)).all() and (np.abs(numbers) < _WHOLE_LIMIT).all())
-            columns[column if several else "y"] = numbers.astype(np.int64 if whole else np.float32)
-        elif several:
-            raise InvalidData(
-                f"{path}: the target {column!r} is text, and there are {len(targets)}: number its classes"
-            )
-        else:
-            columns["y"], classes = class_indexes(texts, f"{path}: the target {column!r}")
-    if weight is not None:
-        columns[WEIGHT_NAME] = floats([header.index(weight)])[:, 0]
-    found: Target = targets if several else "y" if targets else None
-    return Table(columns, found, classes, WEIGHT_NAME if weight is not None else None)
+        return numbers if np.isfinite(numbers).all() else np.asarray(texts, object)
 
 
 def _read(path: Path) -> tuple[list[str], list[list[str]], list[int]]:
@@ -99,9 +138,6 @@ def _read(path: Path) -> tuple[list[str], list[list[str]], list[int]]:
         raise InvalidData(f"{path} needs a header line and at least one row")
     if len(header) == 1 and any(sign in header[0] for sign in ";\t|"):
         raise InvalidData(f"{path}: its columns are not separated by commas: write it anew with ','")
-    if len(set(header)) != len(header):
-        twice = next(name for name in header if header.count(name) > 1)
-        raise InvalidData(f"{path}: two columns have the name {twice!r}")
     if np.isfinite(_numbers(header)).all():
         raise InvalidData(f"{path} has no header: its first line must name the columns")
     for row, line in zip(rows, lines, strict=True):
@@ -110,12 +146,12 @@ def _read(path: Path) -> tuple[list[str], list[list[str]], list[int]]:
     return header, rows, lines
 
 
-def _target_columns(path: Path, header: Sequence[str], target: Target) -> tuple[str, ...]:
+def _target_columns(path: Path, names: Sequence[str], target: Target) -> tuple[str, ...]:
     targets = target_names(target)
     for name in targets:
-        if name not in header:
-            raise InvalidData(f"{path} has no column {name!r}: its columns are {', '.join(header)}")
-    return targets or tuple([name for name in header if name.lower() in TARGET_NAMES][:1])
+        if name not in names:
+            raise InvalidData(f"{path} has no column {name!r}: its columns are {', '.join(names)}")
+    return targets or tuple([name for name in names if name.lower() in TARGET_NAMES][:1])
 
 
 def _numbers(texts: Sequence[str]) -> Array:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from potluck.data import arrays, images
+from potluck.data import arrays, folders, images
 from potluck.data.packing import CLASSES_LIMIT, Packing, class_indexes, reading
 from potluck.errors import InvalidData
 from potluck.messages import Dataset
@@ -122,10 +122,10 @@ def _pack_images(
             names[labels[-1]] = text[0].decode(errors="replace")
     indexes, classes = _classes(labels, names)
     items = [
-        images.Item(record.where, indexes[place] if indexes else -1, partial(_image_in, record, image))
+        folders.Item(record.where, indexes[place] if indexes else -1, partial(_image_in, record, image))
         for place, record in enumerate(kept)
     ]
-    return images.pack_items(items, classes, packing)
+    return folders.pack_items(images.KIND, items, classes, packing)
 
 
 def _classes(labels: Sequence[int | str], names: dict[int | str, str]) -> tuple[list[int], tuple[str, ...]]:

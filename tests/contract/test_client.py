@@ -252,9 +252,9 @@ async def test_image_options_for_arrays_are_refused(
     coordinator.answers[ListDatasets] = lambda asked: datasets(table="arrays", pictures="images")
     (tmp_path / "table.csv").write_text("a,b\n1,2\n3,4\n")
     for data in ((X, X), tmp_path / "table.csv", "table"):
-        with pytest.raises(InvalidRequest, match="data holds arrays"):
+        with pytest.raises(InvalidRequest, match="data holds no images"):
             await client.predict("net", data, image=ImageOptions(height=8, width=8))
-    with pytest.raises(InvalidRequest, match="validation holds arrays"):
+    with pytest.raises(InvalidRequest, match="validation holds no images"):
         await client.train("net", "pictures", validation="table", image=ImageOptions(height=8, width=8))
     assert not [asked for asked in coordinator.asked if not isinstance(asked, ListDatasets)], "nothing was sent"
     await client.predict("net", "pictures", image=ImageOptions(height=8, width=8))

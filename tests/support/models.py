@@ -52,14 +52,14 @@ class Files:
             for start, stop in itertools.pairwise(bounds)
         )
 
-    def images(self, items: Sequence[tuple[bytes, int | None]]) -> DataShard:
-        """A WebDataset tar of encoded images and class indexes (None: no `.cls`)."""
+    def images(self, items: Sequence[tuple[bytes, int | None]], suffix: str = "png") -> DataShard:
+        """A WebDataset tar of files and class indexes (None: no `.cls`)."""
         buffer = io.BytesIO()
         with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            for number, (image, label) in enumerate(items):
-                members = [("png", image)] + ([] if label is None else [("cls", str(label).encode())])
-                for suffix, data in members:
-                    info = tarfile.TarInfo(f"{number:09}.{suffix}")
+            for number, (file, label) in enumerate(items):
+                members = [(suffix, file)] + ([] if label is None else [("cls", str(label).encode())])
+                for ending, data in members:
+                    info = tarfile.TarInfo(f"{number:09}.{ending}")
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))
         return DataShard(blob=self.put(buffer.getvalue()), count=len(items))

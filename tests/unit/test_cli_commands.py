@@ -15,10 +15,11 @@ from potluck.cli.joining import CLAIM, elected
 from potluck.cli.session import check_output, global_options_first, image_size
 from potluck.errors import InvalidData, InvalidRequest
 from potluck.messages import BlobRef, ImageOptions, ModelInfo, Signature, TensorSpec
+from support.recordings import wav
 
 
-def model(shape: tuple[int, ...]) -> ModelInfo:
-    spec = TensorSpec(name="x", datatype="FP32", shape=shape)
+def model(shape: tuple[int, ...], datatype: str = "FP32") -> ModelInfo:
+    spec = TensorSpec(name="x", datatype=datatype, shape=shape)
     return ModelInfo(
         name="m",
         version=1,
@@ -89,6 +90,45 @@ def test_json_and_arrays_get_their_batch_axis(tmp_path: Path) -> None:
         read_input("", model((-1, 2)), None)
     with pytest.raises(InvalidData, match="JSON"):
         read_input("[1,", model((-1, 2)), None)
+
+
+def test_texts_get_the_shape_of_the_input(tmp_path: Path) -> None:
+    path = tmp_path / "film.txt"
+    path.write_text("größer\nthan life", encoding="utf-8")
+    assert read_input(str(path), model((-1,), "BYTES"), None).tolist() == ["größer\nthan life"]
+    assert read_input(str(path), model((-1, 1), "BYTES"), None).tolist() == [["größer\nthan life"]]
+    assert read_input('["a", "b"]', model((-1,), "BYTES"), None).tolist() == ["a", "b"]
+    assert read_input('["a"]', model((-1, 1), "BYTES"), None).tolist() == [["a"]]
+    with pytest.raises(InvalidRequest, match="is text, and model m:1 takes none"):
+        read_input(str(path), model((-1, 4)), None)
+    with pytest.raises(InvalidRequest, match="--image"):
+        read_input(str(path), model((-1,), "BYTES"), ImageOptions(height=2, width=1))
+    path.write_bytes(b"\xff")
+    with pytest.raises(InvalidData, match="cannot be read as text in UTF-8"):
+        read_input(str(path), model((-1,), "BYTES"), None)
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 1), (2,), (4, 2), (3, 3)])
+def test_recordings_are_cut_and_padded(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    path = tmp_path / "a.wav"
+    left, right = [0.5, -0.25, 0.125], [0.25, 0.25, -0.125]
+    path.write_bytes(wav(np.stack([left, right], axis=1)))
+    found = read_input(str(path), model((-1, *shape)), None)
+    channels = [left, right, right][: shape[1]] if shape[1:] not in ((), (1,)) else [np.mean([left, right], axis=0)]
+    expected = np.zeros((shape[0], len(channels)))
+    expected[:3] = np.transpose(channels)[: shape[0]]
+    np.testing.assert_allclose(found, expected.reshape(1, *shape), atol=1e-4)
+    assert found.dtype == np.float32
+
+
+def test_recordings_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.wav"
+    path.write_bytes(b"RIFF")
+    for info in (model((-1, -1)), model((-1, 2, 2, 3)), model((-1,)), model((-1, 4), "BYTES")):
+        with pytest.raises(InvalidRequest, match=r"model m:1 does not take \(samples,\)"):
+            read_input(str(path), info, None)
+    with pytest.raises(InvalidData, match="cannot be read as a recording: not a WAV file"):
+        read_input(str(path), model((-1, 4)), None)
 
 
 def test_help_imports_nothing_heavy() -> None:

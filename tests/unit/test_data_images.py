@@ -211,7 +211,9 @@ def test_what_is_wrong_with_a_folder_is_said(tmp_path: Path, store: BlobStore) -
         pack(tmp_path / "missing", "x", store)
     folder = tmp_path / "data"
     folder.mkdir()
-    with pytest.raises(InvalidData, match=r"data has no class folders with images: expected .*data/<class>/<image>"):
+    with pytest.raises(
+        InvalidData, match=r"data has no class folders with images, .*expected .*data/<class>/<file> .*\.wav"
+    ):
         pack(folder, "x", store)
     (folder / "a.png").write_bytes(encoded(photo(), "PNG"))
     with pytest.raises(InvalidData, match="has 1 images but no class folders"):

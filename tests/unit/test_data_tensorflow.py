@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from potluck.data.images import Item as ImageItem
-from potluck.data.images import _check, _Checked, _shard_file
+from potluck.data import images
+from potluck.data.folders import Unusable
 from potluck.data.pack import pack
 from support.digits import digits
 from support.shards import arrays_of, images_of, new_store
@@ -50,9 +50,10 @@ def variants() -> dict[str, bytes]:
 
 def in_shard(data: bytes) -> bytes | None:
     """As it stands in a shard; None when it is refused."""
-    item = ImageItem("x", 0, lambda: data)
-    checked = _check(item)
-    return _shard_file((item, checked))[1] if isinstance(checked, _Checked) else None
+    try:
+        return images.write(data, images.check(data))[1]
+    except Unusable:
+        return None
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -1,0 +1,180 @@
+"""Files of shards as tensors, inside tf.data: images resized, texts as they are, recordings cut or padded."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import tensorflow as tf
+
+from node.engine import runtime
+from node.engine.wording import one_line
+from node.engine.wording import shape as shown
+from potluck.errors import InvalidData, InvalidModel, InvalidRequest
+from potluck.messages import DataFormat, ImageOptions
+
+
+class Decoder(Protocol):
+    """`decode` makes one file of an item into a tensor of `shape` and `dtype`, in a graph."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> Any: ...
+
+    def decode(self, data: Any) -> Any: ...
+
+
+@dataclass(frozen=True)
+class ImageDecoder:
+    """float32 (height, width, channels): pixels times `scale`."""
+
+    options: ImageOptions
+    dtype: Any = tf.float32
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.options.height, self.options.width, self.options.channels)
+
+    def decode(self, data: Any) -> Any:
+        image = tf.image.resize(_pixels(data, self.options.channels), self.shape[:2], method="bilinear")
+        return tf.ensure_shape(image * self.options.scale, self.shape)
+
+
+@dataclass(frozen=True)
+class TextDecoder:
+    """The text itself, of shape () or (1,)."""
+
+    shape: tuple[int, ...]
+    dtype: Any = tf.string
+
+    def decode(self, data: Any) -> Any:
+        return tf.reshape(data, self.shape)
+
+
+@dataclass(frozen=True)
+class AudioDecoder:
+    """float32 (samples,) or (samples, channels) from -1 to 1: the beginning of a longer recording, zeros after a shorter one.
+
+    One channel is the mean of those of the recording; for more, the last one there is repeated, and those beyond are left out.
+    """
+
+    shape: tuple[int, ...]
+    dtype: Any = tf.float32
+
+    def decode(self, data: Any) -> Any:
+        channels = self.shape[1] if len(self.shape) > 1 else 1
+        samples, _ = tf.audio.decode_wav(data, -1 if channels == 1 else channels, self.shape[0])
+        if channels == 1:
+            samples = tf.reduce_mean(samples, axis=1)
+        return tf.reshape(samples, self.shape)
+
+
+def decoder_for(model: Any, data: DataFormat, image: ImageOptions | None) -> Decoder | None:
+    """None for arrays, which need none. Raises InvalidModel and InvalidRequest where data and model do not fit."""
+    match data.kind:
+        case "images":
+            return ImageDecoder(options_for(model, image))
+        case "texts":
+            return TextDecoder(_text_shape(model))
+        case "audio":
+            return AudioDecoder(_audio_shape(model))
+        case "arrays":
+            return None
+
+
+def item_bytes(decoder: Decoder) -> int:
+    """Memory of one decoded item; 0 where it is that of its file."""
+    return 0 if decoder.dtype == tf.string else math.prod(decoder.shape) * int(decoder.dtype.size)
+
+
+def options_for(model: Any, image: ImageOptions | None) -> ImageOptions:
+    """As asked, else the size of the model's own input. Raises InvalidModel where that says nothing, or something else."""
+    shape = _only_input(model)
+    if shape is None or len(shape) != 3:
+        raise _unfit(model, "images", "(height, width, channels)")
+    if image is None:
+        if None in shape:
+            raise InvalidRequest(
+                f"the model's input has shape {shown(shape)}: say the size of the images (--image HxW)"
+            )
+        asked = shape
+    else:
+        asked = (image.height, image.width, shape[2] or image.channels)
+    if any(want is not None and want != have for want, have in zip(shape, asked, strict=True)):
+        raise InvalidRequest(f"images of shape {shown(asked)} do not fit the model's input of shape {shown(shape)}")
+    if asked[2] not in (1, 3, 4):
+        raise InvalidModel(
+            f"the model's input has shape {shown(shape)}: images have 1, 3 or 4 channels, in the last place"
+        )
+    scale = {} if image is None else {"scale": image.scale}
+    return ImageOptions(height=asked[0], width=asked[1], channels=asked[2], **scale)
+
+
+def undecodable(error: Exception, where: str) -> InvalidData:
+    text = str(error)
+    what, reads = (
+        ("a recording", "WAV files of 16-bit PCM") if "DecodeWav" in text else ("an image", "PNG, JPEG, GIF and BMP")
+    )
+    reason = one_line(getattr(error, "message", error), 200)
+    return InvalidData(f"{what} cannot be decoded ({where}): {reason}: TensorFlow reads {reads}")
+
+
+def is_undecodable(error: Exception) -> bool:
+    """Whether a step failed at the decoding of an item."""
+    return any(operation in str(error) for operation in ("DecodeImage", "DecodeWav"))
+
+
+def _text_shape(model: Any) -> tuple[int, ...]:
+    shape = _only_input(model, text=True)
+    if shape not in ((), (1,)):
+        raise _unfit(
+            model, "texts", "of text, keras.Input((), dtype='string'), with a TextVectorization layer behind it"
+        )
+    return shape
+
+
+def _audio_shape(model: Any) -> tuple[int, ...]:
+    shape = _only_input(model)
+    if shape is None or len(shape) not in (1, 2):
+        raise _unfit(model, "recordings", "(samples,) or (samples, channels)")
+    if None in shape:
+        raise InvalidModel(
+            f"the model's input has shape {shown(shape)}: recordings are cut or padded to one length, so build the model "
+            "with keras.Input((samples,)) or keras.Input((samples, channels))"
+        )
+    return shape
+
+
+def _only_input(model: Any, *, text: bool = False) -> tuple[Any, ...] | None:
+    """The shape of an item; None where the model has several inputs, or one of another kind than asked for."""
+    if len(model.inputs) > 1 or (runtime.signature(model).inputs[0].datatype == "BYTES") != text:
+        return None
+    return tuple(model.inputs[0].shape)[1:]
+
+
+def _unfit(model: Any, items: str, expected: str) -> InvalidModel:
+    names = ", ".join(
+        f"{spec.name} {shown(spec.shape[1:])}{' of text' if spec.datatype == 'BYTES' else ''}"
+        for spec in runtime.signature(model).inputs
+    )
+    return InvalidModel(f"the data is {items}, but the model takes {names}: expected one {expected}")
+
+
+def _pixels(data: Any, channels: int) -> Any:
+    """Of an encoded image; TensorFlow decodes to 1 channel from PNG and JPEG only, and to 4 from PNG only."""
+    if channels == 3:
+        return tf.io.decode_image(data, 3, expand_animations=False)
+    known = tf.equal(tf.strings.substr(data, 0, 4), b"\x89PNG")
+    if channels == 1:
+        known = known | tf.io.is_jpeg(data)
+
+    def converted() -> Any:
+        image = tf.io.decode_image(data, 3, expand_animations=False)
+        if channels == 1:
+            return tf.image.rgb_to_grayscale(image)
+        return tf.concat([image, tf.fill([*tf.unstack(tf.shape(image)[:2]), 1], tf.constant(255, tf.uint8))], axis=-1)
+
+    return tf.cond(known, lambda: tf.io.decode_image(data, channels, expand_animations=False), converted)

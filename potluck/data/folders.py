@@ -1,0 +1,248 @@
+"""Folders of files, a sub-folder a class, as WebDataset tars: `<key>.<suffix>` and `<key>.cls` (class index as text).
+
+What is particular to a kind of file stands in `images.py`, `texts.py` and `audio.py`, each with a `Kind`.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from potluck.data.packing import Array, Packing, reading
+from potluck.errors import InvalidData
+from potluck.messages import DataFormat, Dataset, DataShard
+
+BAD_SHARE_LIMIT = 0.01
+NAMED_LIMIT = 1000
+"""So many skipped items are named in a manifest."""
+_CHECKS_AT_ONCE = 1024
+
+
+class Unusable(Exception):
+    """Why a file cannot be an item."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """A file to pack: its name among the set's keys, its class (-1: none), and how to get its bytes."""
+
+    key: str
+    label: int
+    read: Callable[[], bytes]
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A file that can be used: about its size in a shard, its suffix there (empty: it is written anew), and for sound its rate."""
+
+    size: int
+    suffix: str
+    rate: int = 0
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of file. `check` looks at a whole file, `write` gives (suffix, bytes) as in a shard; both raise Unusable."""
+
+    name: Literal["images", "texts", "audio"]
+    one: str
+    many: str
+    suffixes: frozenset[str]
+    check: Callable[[bytes], Checked]
+    write: Callable[[bytes, Checked], tuple[str, bytes]]
+
+
+def pack_folder(folder: Path, labels: bool, packing: Packing, kinds: Sequence[Kind]) -> Dataset:
+    """Class folders with files of one of `kinds`. With `labels` False and such files directly in `folder`: all below it, without classes.
+
+    Raises InvalidData: no class folders, an empty class, nothing to pack, several kinds, or too much that cannot be used.
+    """
+    with reading(folder):
+        entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+        files = {path: _files_in(path, kinds) for path in entries if path.is_dir()}
+    direct = [path for path in entries if _is_of(path, kinds) and path.is_file()]
+    below = [path for found in files.values() for path in found]
+    kind, others = _kind_of(folder, (direct + below) if not labels else (below or direct), kinds)
+    beside = [path for path in direct if _is_of(path, [kind])]
+    if beside and not labels:
+        return pack_items(kind, [_item(path, folder, -1) for path in sorted(set(beside + below) - others)], (), packing)
+    items: list[Item] = []
+    classes: list[str] = []
+    for class_folder, found in files.items():
+        of_class = [_item(path, folder, len(classes)) for path in found if path not in others]
+        if not of_class:
+            raise InvalidData(
+                f"class folder {class_folder} has no {kind.many} ({_suffixes([kind])}): add some, or remove the folder"
+            )
+        classes.append(_text(class_folder.name))
+        items += of_class
+    if not items:
+        raise InvalidData(
+            f"{folder} has {len(beside)} {kind.many} but no class folders: put each {kind.one} into a folder named for its class"
+        )
+    skipped = [f"{_text(path.name)}: lies beside the class folders, in none of them" for path in beside]
+    return pack_items(kind, items, classes, packing, skipped)
+
+
+def pack_items(
+    kind: Kind, items: Sequence[Item], classes: Sequence[str], packing: Packing, skipped: Sequence[str] = ()
+) -> Dataset:
+    """Check every file, and pack those that can be used. Raises InvalidData when more than 1 % cannot."""
+    total = len(items)
+    threads = min(8, (os.cpu_count() or 1) + 2)
+    with ThreadPoolExecutor(threads, thread_name_prefix="ThreadPoolExecutor-files") as pool:
+        kept: list[tuple[Item, Checked]] = []
+        bad = list(skipped)
+        for done, (item, result) in enumerate(_checked(kind, items, pool), 1):
+            if isinstance(result, Checked):
+                kept.append((item, result))
+            else:
+                bad.append(f"{item.key}: {result}")
+            if done % 100 == 0 or done == total:
+                packing.progress(done // 2, total)
+        kept, rate = _at_one_rate(kept, bad)
+        labels = _usable(kind, items, kept, bad, classes)
+        order = packing.order(labels, len(kept)).tolist()
+        shards: list[DataShard] = []
+        for start, stop in packing.cuts([kept[place][1].size for place in order]):
+            part = [kept[place] for place in order[start:stop]]
+            files = pool.map(lambda pair: _shard_file(kind, *pair), part)
+            shards.append(
+                DataShard(blob=packing.put(_tar(files, [item.label for item, _ in part], start)), count=len(part))
+            )
+            packing.progress(total // 2 + (total - total // 2) * stop // len(order), total)
+    described = DataFormat(kind=kind.name, classes=tuple(classes), rate=rate)
+    return packing.dataset(described, shards, [kept[place][0].key for place in order], labels, bad[:NAMED_LIMIT])
+
+
+def _kind_of(folder: Path, files: Sequence[Path], kinds: Sequence[Kind]) -> tuple[Kind, set[Path]]:
+    """The kind of most of the files, and those of others. Raises InvalidData without files, and for a mixture.
+
+    A file of notes in a folder of images is no mixture: one of another kind is left out, and up to 1 %.
+    """
+    found = {kind.name: [path for path in files if _is_of(path, [kind])] for kind in kinds}
+    kind = max(kinds, key=lambda kind: len(found[kind.name]))
+    if not found[kind.name]:
+        raise InvalidData(
+            f"{folder} has no class folders with {', '.join(kind.many for kind in kinds)}: "
+            f"expected {folder}/<class>/<file> ({_suffixes(kinds)})"
+        )
+    others = {path for name, paths in found.items() if name != kind.name for path in paths}
+    if len(others) > max(1, len(files) * BAD_SHARE_LIMIT) or 2 * len(others) >= len(files):
+        counts = ", ".join(
+            f"{len(found[kind.name])} {kind.many} (such as {_text(found[kind.name][0].relative_to(folder).as_posix())})"
+            for kind in kinds
+            if found[kind.name]
+        )
+        raise InvalidData(f"{folder} is a mixture of {counts}: a data set holds one kind, so move the others elsewhere")
+    return kind, others
+
+
+def _at_one_rate(kept: list[tuple[Item, Checked]], bad: list[str]) -> tuple[list[tuple[Item, Checked]], int]:
+    """The items with the rate that most have, and that rate; the others are added to `bad`."""
+    rates = Counter(checked.rate for _, checked in kept)
+    if len(rates) < 2:
+        return kept, next(iter(rates), 0)
+    rate = max(rates, key=lambda rate: (rates[rate], -rate))
+    bad += [
+        f"{item.key}: has {checked.rate} samples a second, and most have {rate}: resample it"
+        for item, checked in kept
+        if checked.rate != rate
+    ]
+    return [(item, checked) for item, checked in kept if checked.rate == rate], rate
+
+
+def _usable(
+    kind: Kind,
+    items: Sequence[Item],
+    kept: Sequence[tuple[Item, Checked]],
+    bad: Sequence[str],
+    classes: Sequence[str],
+) -> Array:
+    """The labels of the items to pack. Raises InvalidData when those are too few."""
+    count = len(kept) + len(bad)
+    if len(bad) > count * BAD_SHARE_LIMIT:
+        shown = "; ".join(bad[:5]) + ("; ..." if len(bad) > 5 else "")
+        raise InvalidData(f"{len(bad)} of {count} {kind.many} cannot be used (1 % may be skipped): {shown}")
+    left = {item.label for item, _ in kept}
+    for label in sorted({item.label for item in items} - left):
+        raise InvalidData(f"class {classes[label]!r} has no {kind.one} that can be decoded")
+    return np.asarray([item.label for item, _ in kept], np.int64)
+
+
+def _checked(kind: Kind, items: Sequence[Item], pool: ThreadPoolExecutor) -> Iterator[tuple[Item, Checked | str]]:
+    rest = iter(items)
+    while some := list(islice(rest, _CHECKS_AT_ONCE)):
+        yield from zip(some, pool.map(lambda item: _check(kind, item), some), strict=True)
+
+
+def _check(kind: Kind, item: Item) -> Checked | str:
+    """What it takes in a shard, when it can be used; else why not."""
+    try:
+        data = item.read()
+        return kind.check(data) if data else "an empty file"
+    except (Unusable, OSError, LookupError) as error:
+        return str(error) or type(error).__name__
+
+
+def _shard_file(kind: Kind, item: Item, checked: Checked) -> tuple[str, bytes]:
+    """(suffix, bytes) as in the shard. Raises InvalidData for a file that was changed meanwhile."""
+    try:
+        return kind.write(item.read(), checked)
+    except (Unusable, OSError, LookupError) as error:
+        raise InvalidData(f"{item.key} changed while it was packed: {error}") from error
+
+
+def _tar(files: Iterator[tuple[str, bytes]], labels: Sequence[int], first: int) -> bytes:
+    """A tar that depends on its items alone: no times, no owners."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+
+        def add(name: str, data: bytes) -> None:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+        for number, ((suffix, data), label) in enumerate(zip(files, labels, strict=True), first):
+            add(f"{number:09}.{suffix}", data)
+            if label >= 0:
+                add(f"{number:09}.cls", str(label).encode())
+    return buffer.getvalue()
+
+
+def _is_of(path: Path, kinds: Sequence[Kind]) -> bool:
+    return any(path.suffix.lower() in kind.suffixes for kind in kinds)
+
+
+def _files_in(folder: Path, kinds: Sequence[Kind]) -> list[Path]:
+    """All below `folder` of these kinds, nested ones too; hidden files and folders are left out."""
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if _is_of(path, kinds)
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and path.is_file()
+    )
+
+
+def _item(path: Path, folder: Path, label: int) -> Item:
+    return Item(_text(path.relative_to(folder).as_posix()), label, path.read_bytes)
+
+
+def _text(name: str) -> str:
+    """A file's name as text, though it be no UTF-8."""
+    return os.fsencode(name).decode(errors="replace")
+
+
+def _suffixes(kinds: Sequence[Kind]) -> str:
+    return ", ".join(sorted(suffix for kind in kinds for suffix in kind.suffixes))

@@ -1,0 +1,163 @@
+"""Parquet files as tables, with pyarrow: what becomes of columns is the same as for CSV."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from potluck.data.packing import Array, Target
+from potluck.data.tables import Table, table_of
+from potluck.errors import InvalidData
+
+SUFFIXES = frozenset({".parquet"})
+BATCH_ROWS = 65_536
+READ_BYTES = 1 << 20
+"""So much of a column is read from the file at once."""
+_PANDAS_INDEX = re.compile(r"__index_level_\d+__")
+
+
+def files_in(folder: Path) -> list[Path]:
+    """Parquet files directly in `folder`, in the order of their names: the parts of one table."""
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith((".", "_")) and path.is_file()
+    )
+
+
+def read(files: Sequence[Path], target: Target, sample_weight: str | None = None) -> Table:
+    """The rows of all files, one after the other.
+
+    Memory holds the table as float32, and one batch of rows beside it. Raises InvalidData, naming file, row (from 1) and
+    column: for columns that are not numbers, missing, infinite or not-a-number values, files whose columns differ, and
+    damaged ones; and where pyarrow is missing.
+    """
+    names = _names(files[0])
+    for path in files[1:]:
+        if sorted(others := _names(path)) != sorted(names):
+            raise InvalidData(f"{path} has other columns than {files[0].name}: {', '.join(others)}")
+    return table_of(files[0], _ParquetColumns(files, names), target, sample_weight)
+
+
+@dataclass(frozen=True)
+class _ParquetColumns:
+    files: Sequence[Path]
+    names: Sequence[str]
+
+    def floats(self, names: Sequence[str]) -> Array:
+        parts: list[Array] = []
+        for where, first, batch in self._batches(names):
+            part = np.empty((batch.num_rows, len(names)), np.float32)
+            for place, name in enumerate(names):
+                part[:, place] = _float32(where, f"column {name!r}", first, batch.column(name))
+            parts.append(part)
+        return self._joined(parts)
+
+    def target(self, name: str) -> Array:
+        import pyarrow as pa
+
+        parts: list[Array] = []
+        for where, first, batch in self._batches([name]):
+            column = _decoded(batch.column(name))
+            if column.null_count == 0 and _is_text(pa, column.type):
+                texts = [text.strip() for text in column.to_pylist()]
+                if "" in texts:
+                    raise _missing(where, first + texts.index(""), f"the target {name!r}")
+                parts.append(np.asarray(texts, object))
+            else:
+                _float32(where, f"the target {name!r}", first, column)
+                parts.append(_numbers(where, f"the target {name!r}", first, column))
+        if len({part.dtype.kind == "O" for part in parts}) > 1:
+            raise InvalidData(
+                f"{self.files[0].parent}: the target {name!r} is text in some files, and numbers in others"
+            )
+        return self._joined(parts)
+
+    def _joined(self, parts: Sequence[Array]) -> Array:
+        if not sum(map(len, parts)):
+            raise InvalidData(f"{self.files[0]} has no rows")
+        return np.concatenate(parts)
+
+    def _batches(self, names: Sequence[str]) -> Iterator[tuple[str, int, Any]]:
+        """(file, number of the first row, rows) of each batch, with these columns at least."""
+        for path in self.files:
+            first = 1
+            with _opened(path) as file:
+                # A name with a dot would stand for what is nested in another column.
+                columns = None if any("." in name for name in names) else list(names)
+                for batch in file.iter_batches(BATCH_ROWS, columns=columns):
+                    yield str(path), first, batch
+                    first += batch.num_rows
+
+
+def _names(path: Path) -> list[str]:
+    """Its columns, without an index that pandas wrote beside them."""
+    with _opened(path) as file:
+        return [name for name in file.schema_arrow.names if not _PANDAS_INDEX.fullmatch(name)]
+
+
+def _decoded(column: Any) -> Any:
+    """A column of categories as their values."""
+    import pyarrow as pa
+
+    return column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+
+
+def _is_text(pa: Any, kind: Any) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def _numbers(where: str, name: str, first: int, column: Any) -> Array:
+    """A column's numbers without missing ones; `first` is the number of its first row. Raises InvalidData."""
+    import pyarrow as pa
+    from pyarrow import compute
+
+    column = _decoded(column)
+    kind = column.type
+    if column.null_count:
+        raise _missing(where, first + compute.index(column.is_null(), True).as_py(), name)
+    if pa.types.is_decimal(kind):
+        column = column.cast(pa.float64())
+    elif not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
+        raise InvalidData(f"{where}: {name} holds {kind}, not numbers: leave the column out, or write numbers for it")
+    found: Array = column.to_numpy(zero_copy_only=False)
+    return found
+
+
+def _float32(where: str, name: str, first: int, column: Any) -> Array:
+    """The same as float32. Raises InvalidData, also for what that does not hold."""
+    numbers = _numbers(where, name, first, column)
+    with np.errstate(over="ignore"):  # found below
+        found = numbers.astype(np.float32)
+    bad = ~np.isfinite(found)
+    if bad.any():
+        row = int(bad.argmax())
+        if np.isnan(numbers[row]):
+            raise _missing(where, first + row, name)
+        raise InvalidData(f"{where}, row {first + row}: {name} is {numbers[row]}, which is more than float32 holds")
+    return found
+
+
+def _missing(where: str, row: int, name: str) -> InvalidData:
+    return InvalidData(f"{where}, row {row}: {name} is missing: fill it in, or leave the row out")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A `pyarrow.parquet.ParquetFile`. Raises InvalidData, naming the file, for what pyarrow raises within."""
+    try:
+        import pyarrow as pa
+        from pyarrow import parquet
+    except ImportError:
+        raise InvalidData(f"{path}: reading Parquet files needs pyarrow: pip install 'potluck[parquet]'") from None
+    try:
+        with parquet.ParquetFile(path, buffer_size=READ_BYTES) as file:
+            yield file
+    except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
+        raise InvalidData(f"{path} is not a Parquet file that can be read: {error}") from error

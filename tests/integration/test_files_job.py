@@ -1,0 +1,122 @@
+"""Folders of texts and recordings, and Parquet tables, from client and command line through a real cluster of processes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from potluck.client import Client
+from potluck.errors import InvalidRequest
+from potluck.local_cluster import LocalCluster
+from support.digits import mlp, split
+from support.recordings import audio_model, text_model, write_texts, write_tones
+
+pytestmark = [pytest.mark.tensorflow, pytest.mark.timeout(300)]
+INSECURE = {"POTLUCK_LISTEN__INSECURE": "true"}  # TensorFlow's server listens beyond loopback
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
+    folder = tmp_path_factory.mktemp("cluster")
+    with LocalCluster(folder, cluster="files", nodes=2, discovery=False, environment=INSECURE) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(cluster: LocalCluster) -> Iterator[Client]:
+    with Client(f"{cluster.broker_host}:{cluster.broker_port}", cluster=cluster.cluster) as connected:
+        yield connected
+
+
+def potluck(cluster: LocalCluster, *arguments: str) -> str:
+    where = ("--seed", f"{cluster.broker_host}:{cluster.broker_port}", "--cluster", cluster.cluster)
+    command = [sys.executable, "-m", "potluck.cli.main", *where, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("strategy", ["local", "sync"])
+def test_texts_from_training_to_answers(cluster: LocalCluster, client: Client, tmp_path: Path, strategy: str) -> None:
+    train, held_out = write_texts(tmp_path / "train", 256), write_texts(tmp_path / "test", 40)
+    name = f"films-{strategy}"
+    job = client.train(
+        text_model(train),
+        train,
+        validation=held_out,
+        epochs=4,
+        strategy=strategy,
+        name=name,  # type: ignore[arg-type]
+    ).wait(timeout=200)
+    assert job.history["val_loss"][-1] < job.history["val_loss"][0]
+    model = job.model()
+    files = sorted(held_out.rglob("*.txt"))
+    texts = np.array([path.read_text() for path in files], object)
+    expected = model.predict(np.array(texts), verbose=0)
+    labels = np.array([path.parent.name == "good" for path in files], np.float32)
+    found = client.evaluate(name, held_out).wait(timeout=100).evaluation
+    loss, accuracy = model.evaluate(texts, labels, verbose=0)
+    assert found.metrics["loss"] == pytest.approx(loss, rel=1e-5)
+    assert found.metrics["accuracy"] == pytest.approx(accuracy, abs=1e-6)
+    assert {score.label for score in found.classes} == {"bad", "good"}
+
+    flat = tmp_path / "new"
+    flat.mkdir()
+    for number, text in enumerate(texts):
+        (flat / f"{number:02}.txt").write_text(text)
+    np.testing.assert_allclose(client.predict(name, flat).wait(timeout=100).predictions, expected, atol=1e-6)
+
+    client.deploy(name, replicas=1).wait(timeout=100)
+    np.testing.assert_allclose(client.infer(name, texts[:3]), expected[:3], atol=1e-6)
+    tensor = {"name": "any", "datatype": "BYTES", "shape": [3], "data": texts[:3].tolist()}
+    request = urllib.request.Request(
+        f"{cluster.http_url}/v2/models/{name}/infer", json.dumps({"inputs": [tensor]}).encode()
+    )
+    with urllib.request.urlopen(request, timeout=30) as response:
+        np.testing.assert_allclose(json.load(response)["outputs"][0]["data"], expected[:3, 0], atol=1e-6)
+    answer = json.loads(potluck(cluster, "infer", name, str(flat / "00.txt"), "--json"))
+    np.testing.assert_allclose(answer["outputs"], expected[:1], atol=1e-6)
+
+
+def test_recordings_from_the_command_line(cluster: LocalCluster, client: Client, tmp_path: Path) -> None:
+    train, held_out = write_tones(tmp_path / "train", 120), write_tones(tmp_path / "test", 20)
+    audio_model().save(tmp_path / "tones.keras")
+    potluck(
+        cluster, "train", str(tmp_path / "tones.keras"), str(train), "--validation", str(held_out), "--epochs", "3",
+        "--name", "tones", "--output", str(tmp_path / "trained.keras"),
+    )  # fmt: skip
+    found = json.loads(potluck(cluster, "evaluate", "tones", str(held_out), "--json"))
+    assert found["metrics"]["accuracy"] > 0.9
+    potluck(cluster, "predict", "tones", str(held_out), "--output", str(tmp_path / "scores.npy"))
+    scores = np.load(tmp_path / "scores.npy")
+    client.deploy("tones", replicas=1).wait(timeout=100)
+    first = sorted(held_out.rglob("*.wav"))[0]
+    answer = json.loads(potluck(cluster, "infer", "tones", str(first), "--json"))
+    np.testing.assert_allclose(answer["outputs"], scores[:1], atol=1e-6)
+    other = write_tones(tmp_path / "other", 20, rate=16000)
+    with pytest.raises(InvalidRequest, match=r"has 8000 samples a second, and .* 16000: resample one"):
+        client.train("tones", train, validation=other)
+
+
+def test_a_parquet_table_gives_what_the_arrays_give(client: Client, tmp_path: Path) -> None:
+    data = split()
+    path = tmp_path / "digits.parquet"
+    columns = {f"pixel{place}": data["x_train"][:, place] for place in range(64)}
+    parquet.write_table(pa.table(columns | {"digit": data["y_train"]}), path)
+    options = {"epochs": 2, "strategy": "local", "compression": "none", "batch_size": len(data["x_train"])}
+    from_table = client.train(mlp(), path, target="digit", validation=path, **options).wait(timeout=200)
+    from_arrays = client.train(mlp(), (data["x_train"], data["y_train"]), **options).wait(timeout=200)
+    np.testing.assert_allclose(from_table.history["loss"], from_arrays.history["loss"], rtol=1e-4)
+    inputs = tmp_path / "inputs.parquet"
+    parquet.write_table(pa.table(columns), inputs)
+    found = client.predict(from_table.model(), inputs).wait(timeout=100).predictions
+    np.testing.assert_allclose(found, from_table.model().predict(data["x_train"], verbose=0), atol=1e-5)

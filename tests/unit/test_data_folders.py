@@ -1,0 +1,238 @@
+"""Folders of texts and recordings: what is kept, what is refused and why, and which kind a folder is of."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from potluck.blobs.store import BlobStore
+from potluck.data import audio
+from potluck.data.folders import Unusable
+from potluck.data.pack import pack
+from potluck.errors import InvalidData
+from support.digits import write_png_folder
+from support.recordings import FLOAT, RATE, chunk, tone, wav, write_files, write_texts, write_tones
+from support.shards import check_manifest, images_of, keys_of, new_store
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> BlobStore:
+    return new_store(tmp_path)
+
+
+# --- texts ------------------------------------------------------------------------------------------------------------
+
+
+def test_every_text_is_there_byte_for_byte_under_its_class_and_key(tmp_path: Path, store: BlobStore) -> None:
+    folder = write_texts(tmp_path / "films", 100)
+    odd = {"bad/deep/er/a.TXT": "größer\r\n日本".encode(), "good/bom.txt": b"\xef\xbb\xbfgood", "good/notes.md": b"x"}
+    write_files(folder, odd | {"good/.hidden.txt": b"\xff", "README.md": b"films"})
+    dataset = pack(folder, "films", store)
+    check_manifest(dataset, store)
+    assert (dataset.format.kind, dataset.format.classes) == ("texts", ("bad", "good"))
+    assert (dataset.count, dataset.class_counts, dataset.skipped) == (102, (51, 51), ())
+    for key, (suffix, data, label) in zip(keys_of(dataset, store), images_of(dataset, store), strict=True):
+        assert suffix == "txt"
+        assert data == (folder / key).read_bytes()
+        assert key.startswith(("bad/", "good/")[label])
+    assert pack(folder, "films", store) == dataset
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "an empty file"),
+        (b" \n\t\r\n", "an empty file"),
+        ("größer".encode("latin-1"), "not UTF-8 (invalid start byte at byte 2): write it anew in UTF-8"),
+        ("hello".encode("utf-16"), "not UTF-8"),
+    ],
+)
+def test_a_text_that_cannot_be_used_is_named_counted_and_skipped(
+    tmp_path: Path, store: BlobStore, data: bytes, reason: str
+) -> None:
+    folder = write_files(write_texts(tmp_path / "films", 100), {"bad/odd.txt": data})
+    dataset = pack(folder, "films", store)
+    assert dataset.count == 100
+    (skipped,) = dataset.skipped
+    assert skipped.startswith("bad/odd.txt: ")
+    assert reason in skipped
+
+
+def test_more_than_one_text_in_a_hundred_is_refused(tmp_path: Path, store: BlobStore) -> None:
+    folder = write_files(write_texts(tmp_path / "films", 100), {"bad/a.txt": b"\xff", "good/b.txt": b""})
+    with pytest.raises(
+        InvalidData, match=r"2 of 102 texts cannot be used \(1 % may be skipped\): bad/a.txt: not UTF-8"
+    ):
+        pack(folder, "films", store)
+
+
+def test_texts_without_classes_are_for_prediction(tmp_path: Path, store: BlobStore) -> None:
+    folder = write_files(tmp_path / "new", {"b.txt": b"two", "a.txt": b"one", "more/c.txt": b"three"})
+    dataset = pack(folder, "new", store, labels=False, shuffle=False)
+    assert dataset.format.classes == ()
+    assert keys_of(dataset, store) == ["a.txt", "b.txt", "more/c.txt"]
+    assert [(data, label) for _, data, label in images_of(dataset, store)] == [
+        (b"one", -1),
+        (b"two", -1),
+        (b"three", -1),
+    ]
+    with pytest.raises(InvalidData, match=r"2 of 3 texts cannot be used .* a.txt: lies beside the class folders"):
+        pack(folder, "new", store)
+
+
+def test_hostile_names_become_keys_and_nothing_else(tmp_path: Path, store: BlobStore) -> None:
+    names = ["a\\..\\etc.txt", "a\nb.txt", "-rf.txt", "x" * 200 + ".txt", "%s{0}.txt", os.fsdecode(b"\xff.txt")]
+    folder = tmp_path / "odd" / "cls; rm *"
+    folder.mkdir(parents=True)
+    for name in names:
+        (folder / name).write_bytes(b"text")
+    dataset = pack(tmp_path / "odd", "odd", store)
+    check_manifest(dataset, store)
+    assert dataset.format.classes == ("cls; rm *",)
+    assert sorted(keys_of(dataset, store)) == sorted(
+        f"cls; rm */{os.fsencode(name).decode(errors='replace')}" for name in names
+    )
+
+
+# --- recordings -------------------------------------------------------------------------------------------------------
+
+
+def test_recordings_keep_their_samples_class_and_rate(tmp_path: Path, store: BlobStore) -> None:
+    folder = write_tones(tmp_path / "tones", 100)
+    dataset = pack(folder, "tones", store)
+    check_manifest(dataset, store)
+    assert (dataset.format.kind, dataset.format.classes, dataset.format.rate) == ("audio", ("high", "low"), RATE)
+    assert dataset.class_counts == (50, 50)
+    for key, (suffix, data, label) in zip(keys_of(dataset, store), images_of(dataset, store), strict=True):
+        assert suffix == "wav"
+        assert data == (folder / key).read_bytes()  # whose header is the plainest already
+        assert key.startswith(("high/", "low/")[label])
+
+
+@pytest.mark.parametrize("channels", [1, 2, 6])
+@pytest.mark.parametrize("extensible", [False, True])
+@pytest.mark.parametrize(
+    ("bits", "code", "step"),
+    [(8, 1, 2**-7), (16, 1, 2**-15), (24, 1, 2**-15), (32, 1, 2**-15), (32, FLOAT, 2**-15), (64, FLOAT, 2**-15)],
+)
+def test_every_coding_becomes_16_bit_pcm(channels: int, extensible: bool, bits: int, code: int, step: float) -> None:
+    values = np.random.default_rng(bits).uniform(-1, 1, (50, channels))
+    data = wav(
+        values, bits=bits, code=code, extensible=extensible, before=chunk(b"LIST", b"abc"), after=chunk(b"id3 ", b"x")
+    )
+    checked = audio.check(data)
+    suffix, written = audio.write(data, checked)
+    assert (suffix, checked.rate, checked.size) == ("wav", RATE, len(written))
+    assert len(written) == 44 + 50 * channels * 2
+    found = audio.samples(audio.read(written))
+    assert found.shape == (50, channels)
+    np.testing.assert_allclose(found / 32768, values, atol=1.5 * step)
+    assert audio.write(written, checked)[1] == written
+
+
+def test_floats_beyond_the_range_are_clipped() -> None:
+    found = audio.samples(audio.read(wav(np.array([3e38, 1.0, 0.5, -1.0, -7.0]), bits=32, code=FLOAT)))
+    assert found[:, 0].tolist() == [32767, 32767, 16384, -32768, -32768]
+
+
+@pytest.mark.parametrize("announced", [0xFFFFFFFF, 0x7FFFF000])
+def test_a_length_that_was_not_known_runs_to_the_end(announced: int) -> None:
+    assert audio.read(wav(tone(300, 100), announced=announced)).frames == 100
+
+
+GOOD = wav(tone(300, 100))
+BAD = {
+    "empty": (b"", "an empty file"),
+    "mp3": (b"ID3\x03" + bytes(100), "not a WAV file"),
+    "header alone": (GOOD[:12], "cut off: it has no samples"),
+    "cut": (GOOD[:-50], "cut off: 200 bytes of samples are announced, and 150 are there"),
+    "cut in its format": (GOOD[:30], "cut off"),
+    "silent": (wav(np.zeros(0)), "without samples"),
+    "samples first": (GOOD[:12] + chunk(b"data", bytes(8)) + GOOD[12:], "its samples come before their format"),
+    "coded": (wav(tone(300, 10), bits=8, code=7), "coded as format 7 of 8 bits: write it anew as 16-bit PCM"),
+    "no channels": (GOOD[:22] + bytes(2) + GOOD[24:], "damaged: 0 channels"),
+    "no rate": (GOOD[:24] + bytes(4) + GOOD[28:], "at 0 samples a second"),
+    "nan": (wav(np.full(8, np.nan), bits=32, code=FLOAT), "no finite numbers"),
+    "another rate": (wav(tone(300, 100), rate=16000), "has 16000 samples a second, and most have 8000: resample it"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_recording_that_cannot_be_used_is_named_counted_and_skipped(
+    tmp_path: Path, store: BlobStore, name: str
+) -> None:
+    data, reason = BAD[name]
+    folder = write_files(write_tones(tmp_path / "tones", 100), {"low/odd.wav": data})
+    dataset = pack(folder, "tones", store)
+    assert (dataset.count, dataset.format.rate) == (100, RATE)
+    (skipped,) = dataset.skipped
+    assert skipped.startswith("low/odd.wav: ")
+    assert reason in skipped
+
+
+def test_rates_that_differ_are_refused(tmp_path: Path, store: BlobStore) -> None:
+    folder = write_tones(tmp_path / "tones", 20)
+    write_tones(folder / "low" / "more", 4, rate=44100)
+    with pytest.raises(InvalidData, match=r"4 of 24 recordings cannot be used .*has 44100 samples a second, and most"):
+        pack(folder, "tones", store)
+
+
+@given(st.lists(st.tuples(st.integers(0, len(GOOD) - 1), st.integers(0, 255)), max_size=8), st.integers(0, len(GOOD)))
+def test_damaged_recordings_are_refused_or_read_whole(changes: list[tuple[int, int]], length: int) -> None:
+    data = bytearray(GOOD)
+    for place, value in changes:
+        data[place] = value
+    try:
+        checked = audio.check(bytes(data[:length]))
+    except Unusable:
+        return
+    _, written = audio.write(bytes(data[:length]), checked)
+    again = audio.read(written)
+    assert (again.bits, again.floats, again.rate, len(written)) == (16, False, checked.rate, checked.size)
+
+
+# --- which kind -------------------------------------------------------------------------------------------------------
+
+
+def test_a_mixture_of_kinds_is_refused(tmp_path: Path, store: BlobStore) -> None:
+    folder = write_png_folder(tmp_path / "all", 20)
+    write_texts(folder, 4)
+    write_tones(folder, 2)
+    with pytest.raises(InvalidData) as caught:
+        pack(folder, "all", store)
+    message = caught.value.message
+    assert "all is a mixture of 20 images (such as " in message
+    assert "4 texts (such as bad/0000.txt), 2 recordings (such as high/0000.wav)" in message
+    assert "a data set holds one kind" in message
+    with pytest.raises(InvalidData, match="is a mixture"):
+        pack(write_files(tmp_path / "flat", {"a.txt": b"a", "b.wav": GOOD}), "flat", store, labels=False)
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_a_note_among_files_of_another_kind_is_no_mixture(tmp_path: Path, store: BlobStore, labels: bool) -> None:
+    folder = write_files(write_tones(tmp_path / "tones", 20), {"low/notes.txt": b"low tones", "README.txt": b"tones"})
+    if not labels:
+        (folder / "README.txt").unlink()
+    dataset = pack(folder, "tones", store, labels=labels)
+    assert (dataset.format.kind, dataset.count, dataset.skipped) == ("audio", 20, ())
+
+
+@pytest.mark.parametrize(("suffix", "many"), [("txt", "texts"), ("wav", "recordings")])
+def test_what_is_wrong_with_a_folder_is_said(tmp_path: Path, store: BlobStore, suffix: str, many: str) -> None:
+    data = {"txt": b"text", "wav": GOOD}[suffix]
+    folder = write_files(tmp_path / "data", {f"a.{suffix}": data})
+    with pytest.raises(InvalidData, match=f"has 1 {many} but no class folders"):
+        pack(folder, "x", store)
+    write_files(folder, {f"cat/a.{suffix}": data, "dog/a.mp3": b""})
+    with pytest.raises(
+        InvalidData, match=rf"class folder .*data/dog has no {many} \(\.{suffix}\): add some, or remove"
+    ):
+        pack(folder, "x", store)
+    write_files(folder, {f"dog/a.{suffix}": b"\xff"})
+    with pytest.raises(InvalidData, match=f"2 of 3 {many} cannot be used"):
+        pack(folder, "x", store)
