@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import csv
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ from potluck.client import Client
 from potluck.errors import InvalidModel, InvalidRequest, NotFound
 from potluck.local_cluster import LocalCluster
 from support.digits import mlp, split
-from support.eventually import eventually
+from support.eventually import eventually_now
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 IN_ORDER = sorted(WORDS)
@@ -60,7 +59,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
 @pytest.fixture(scope="module")
 def client(cluster: LocalCluster) -> Iterator[Client]:
     with Client(f"{cluster.broker_host}:{cluster.broker_port}", cluster=cluster.cluster) as connected:
-        asyncio.run(eventually(lambda: [info for info in connected.datasets() if len(info.nodes) == 2], 60))
+        eventually_now(lambda: [info for info in connected.datasets() if len(info.nodes) == 2], 60)
         yield connected
 
 

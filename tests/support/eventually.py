@@ -39,3 +39,8 @@ def _described(check: Callable[[], object]) -> str:
         return " ".join(inspect.getsource(check).split())
     except (OSError, TypeError):
         return repr(check)
+
+
+def eventually_now(check: Callable[[], T], timeout_seconds: float = 10, every: float = 0.05) -> T:
+    """`eventually`, for tests without a loop of their own."""
+    return asyncio.run(eventually(check, timeout_seconds, every))
