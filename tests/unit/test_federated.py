@@ -1,0 +1,208 @@
+"""Data that live on nodes: what is known of them, rounds over their holders, FedNova's mean, evaluation, what noise spends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from coordinator.federated import NodesEvaluation, described, fits, joined
+from coordinator.jobs import Attempt, CloseEpoch, CloseRound, Complete, JobSubmitted, Lease, RoundClosed
+from coordinator.placement import ClusterView, NodeView
+from coordinator.strategies import strategy_for
+from coordinator.training import privacy
+from coordinator.training.federated import FederatedStrategy
+from coordinator.training.outer import nova_scales
+from potluck.errors import InvalidRequest, NotFound
+from potluck.messages import (
+    BlobRef,
+    DataFormat,
+    EvaluateResult,
+    EvaluateTask,
+    NodeData,
+    Privacy,
+    Train,
+    TrainResult,
+    TrainTask,
+)
+
+
+def held(count: int, *classes: str, **format: Any) -> NodeData:
+    return NodeData(name="d", format=DataFormat(kind="images", classes=classes, **format), count=count)
+
+
+def node(name: str, data: NodeData | None, **changes: Any) -> NodeView:
+    return NodeView(name, 10.0, free_slots=2, data=() if data is None else (data,), **changes)
+
+
+def blob(number: int) -> BlobRef:
+    return BlobRef(sha256=f"{number:064x}", size=1)
+
+
+def test_parts_are_joined_with_every_class_in_the_order_of_the_alphabet() -> None:
+    data = joined("d", {"n2": held(5, "cat", "ant"), "n1": held(7, "bee", "cat")})
+    assert (data.name, data.count, data.shards) == ("d", 12, ())
+    assert data.format.classes == ("ant", "bee", "cat")
+
+
+def test_parts_of_another_form_are_refused_by_name() -> None:
+    with pytest.raises(InvalidRequest, match=r"images on n1, images of a on n2"):
+        joined("d", {"n1": held(5, "a"), "n2": held(5, "a", inputs=("a",))})
+    with pytest.raises(InvalidRequest, match="without classes"):
+        joined("d", {"n1": held(5, "a"), "n2": held(5)})
+    with pytest.raises(NotFound, match="holds data named 'd'"):
+        joined("d", {})
+
+
+def test_a_node_may_lack_classes_but_not_add_any() -> None:
+    format = joined("d", {"n1": held(5, "a", "b")}).format
+    assert fits(held(3, "a"), format)
+    assert not fits(held(3, "a", "c"), format)
+    assert not fits(None, format)
+
+
+def test_clients_see_what_there_is_without_bytes() -> None:
+    (info,) = described({"d": {"n2": held(5, "b"), "n1": held(7, "a")}})
+    assert (info.name, info.count, info.nodes, info.classes, info.size_bytes) == (
+        "node:d", 12, ("n1", "n2"), ("a", "b"), 0,
+    )  # fmt: skip
+
+
+def test_updates_count_per_step_and_by_items() -> None:
+    """FedNova's mean of updates that are as long as their steps goes along each node's direction by its items alone."""
+    items, steps = [300, 100], [40, 10]
+    scales = nova_scales(items, steps)
+    directions = np.eye(2)
+    updates = [directions[0] * 40, directions[1] * 10]
+    mean = sum(count / 400 * scale * update for count, scale, update in zip(items, scales, updates, strict=True))
+    assert mean[0] / mean[1] == pytest.approx(3)
+    assert mean.sum() == pytest.approx(0.75 * 40 + 0.25 * 10)
+    assert nova_scales([10, 20], [7, 7]) == pytest.approx([1, 1])
+
+
+class Play:
+    """One job on the data of nodes `counts`; the test plays dispatcher and nodes."""
+
+    def __init__(self, counts: dict[str, int], **options: Any) -> None:
+        self.views = {name: node(name, held(count, "a", "b")) for name, count in counts.items()}
+        spec = Train(model="m", dataset="node:d", epochs=2, batch_size=10, **options)
+        data = joined("d", {name: held(count, "a", "b") for name, count in counts.items()})
+        validation = data if spec.validation else None
+        submitted = JobSubmitted(at=0.0, job_id="j", request_id="", spec=spec, model=blob(1))
+        strategy = strategy_for(submitted, data, validation)
+        assert isinstance(strategy, FederatedStrategy)
+        self.strategy = strategy
+        self.attempts: dict[str, Attempt] = {}
+        self.now = 0.0
+
+    def plan(self, *names: str) -> list[Any]:
+        view = ClusterView(tuple(self.views[name] for name in names or self.views), self.now)
+        decisions = self.strategy.plan(view, self.attempts)
+        for decision in decisions:
+            if isinstance(decision, Lease):
+                attempt = Attempt(f"a{len(self.attempts)}-{self.now}", decision.shard_id, decision.node_id, self.now)
+                self.attempts[attempt.attempt_id] = attempt
+                self.strategy.leased(attempt, decision.task)
+        return decisions
+
+    def finish(self, node_id: str, samples: int, steps: int, items: int) -> None:
+        attempt = next(one for one in self.attempts.values() if one.node_id == node_id)
+        del self.attempts[attempt.attempt_id]
+        self.now += 1
+        result = TrainResult(
+            base=blob(2), update=blob(3), samples=samples, steps=steps, items=items, norm=1.0, seconds=1.0,
+            metrics={} if self.strategy.spec.privacy else {"loss": 1.0},
+        )  # fmt: skip
+        self.strategy.finished(attempt, result, self.now)
+
+    def close(self, samples: int) -> None:
+        self.strategy.closed_round(
+            RoundClosed(
+                at=self.now, round=self.strategy.round, base=blob(2), step=blob(4), weights=blob(5), velocity=blob(6),
+                samples=samples, metrics={},
+            )
+        )  # fmt: skip
+
+
+def test_each_holder_trains_on_its_own_and_nobody_gets_shards() -> None:
+    play = Play({"n1": 1000, "n2": 30})
+    play.views["n3"] = node("n3", None)
+    leases = play.plan()
+    assert [lease.node_id for lease in leases] == ["n1", "n2"]
+    for lease in leases:
+        assert isinstance(lease.task, TrainTask)
+        assert (lease.task.node_data, lease.task.data) == ("d", ())
+    assert leases[1].task.samples == 30, "one pass over its own data at most"
+    play.finish("n1", 500, 50, 1000)
+    play.finish("n2", 30, 3, 30)
+    (closing,) = play.plan()
+    assert isinstance(closing, CloseRound)
+    assert closing.by_items
+
+
+def test_a_node_with_fewer_items_than_a_batch_trains_on_all_of_them() -> None:
+    play = Play({"n1": 1000, "n2": 4})
+    assert {lease.node_id: lease.task.samples for lease in play.plan()}["n2"] == 4
+
+
+def test_the_job_waits_while_no_holder_is_there_and_goes_on_with_one() -> None:
+    play = Play({"n1": 100, "n2": 100})
+    play.views["n3"] = node("n3", None)
+    assert play.plan("n3") == []
+    assert play.strategy.progress({}).message == "waiting for a node that holds node:d"
+    assert [lease.node_id for lease in play.plan("n2", "n3")] == ["n2"]
+
+
+def test_noise_turns_overlap_off_and_epochs_tell_epsilon() -> None:
+    play = Play({"n1": 100, "n2": 50}, privacy=Privacy(l2_norm_clip=1.0, noise_multiplier=1.0))
+    for lease in play.plan():
+        assert lease.task.privacy == play.strategy.spec.privacy
+        assert not lease.task.overlap
+    play.finish("n1", 100, 10, 100)
+    play.finish("n2", 50, 5, 50)
+    play.close(150)
+    (closing,) = play.plan()
+    assert isinstance(closing, CloseEpoch)
+    spent = [privacy.Spent(100, 10, 1), privacy.Spent(50, 5, 1)]
+    assert closing.epoch.metrics == {"epsilon": privacy.epsilon(play.strategy.spec.privacy, spent, 10)}
+    assert closing.epoch.metrics["epsilon"] > 0
+
+
+def test_epsilon_is_that_of_the_node_known_best() -> None:
+    rules = Privacy(l2_norm_clip=1.0, noise_multiplier=1.0)
+    few, many = privacy.Spent(100, 50, 5), privacy.Spent(10_000, 50, 5)
+    assert privacy.epsilon(rules, [few, many], 10) == privacy.epsilon(rules, [few], 10)
+    assert privacy.epsilon(rules, [many], 10) < privacy.epsilon(rules, [few], 10)
+    # One Gaussian mechanism of noise 1 has, by Renyi's bound, min over orders of order / 2 + log(1e5) / (order - 1) at most.
+    once = privacy.epsilon(Privacy(l2_norm_clip=1.0, noise_multiplier=1.0, unit="node"), [privacy.Spent(9, 9, 1)], 10)
+    orders = np.linspace(1.1, 60, 1000)
+    assert 3.0 < once <= (orders / 2 + np.log(1e5) / (orders - 1)).min()
+
+
+def evaluation() -> NodesEvaluation:
+    data = joined("d", {"n1": held(5, "a"), "n2": held(7, "a")})
+    task = EvaluateTask(
+        model=blob(1), weights=None, slices=(), format=data.format, image=None, batch_size=4, node_data="d"
+    )
+    return NodesEvaluation(data, task, "evaluate")
+
+
+def test_every_holder_evaluates_its_own_once_and_the_lost_are_left_out() -> None:
+    play = evaluation()
+    nodes = (node("n1", held(5, "a")), node("n2", held(7, "a")), node("n3", None))
+    first, second = play.plan(ClusterView(nodes, 0.0), {})
+    assert isinstance(first, Lease)
+    assert isinstance(second, Lease)
+    assert (first.shard_id, second.shard_id) == ("evaluate-n1", "evaluate-n2")
+    attempts = {"a1": Attempt("a1", first.shard_id, "n1", 0.0), "a2": Attempt("a2", second.shard_id, "n2", 0.0)}
+    assert play.plan(ClusterView(nodes, 0.0), attempts) == []
+    play.finished(attempts.pop("a1"), EvaluateResult(count=5), 1.0)
+    assert play.plan(ClusterView(nodes, 0.0), attempts) == []
+    play.ended(attempts.pop("a2"), None)
+    assert [lease.node_id for lease in play.plan(ClusterView(nodes, 0.0), attempts)] == ["n2"]  # type: ignore[union-attr]
+    assert play.plan(ClusterView((nodes[0], nodes[2]), 0.0), attempts) == [Complete()]
+
+
+def test_without_any_result_the_evaluation_waits() -> None:
+    assert evaluation().plan(ClusterView((node("n3", None),), 0.0), {}) == []

@@ -1,0 +1,97 @@
+"""Data that live on a node: packed in a store of their own, announced without items, filled into tasks."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from node.own_data import OwnData
+from potluck.errors import Unavailable
+from potluck.messages import BlobRef, DataFormat, EvaluateTask, ExportTask, TrainTask
+from potluck.settings import NodeDataSettings
+
+MODEL = BlobRef(sha256="a" * 64, size=1)
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> OwnData:
+    path = tmp_path / "table.csv"
+    path.write_text("a,b,kind\n1,2,cat\n3,4,dog\n5,6,cat\n")
+    np.savez(tmp_path / "plain.npz", x=np.zeros((4, 2), np.float32), y=np.arange(4))
+    return OwnData(
+        tmp_path / "data",
+        {
+            "pets": NodeDataSettings(path=str(path), target="kind"),
+            "plain": str(tmp_path / "plain.npz"),
+            "gone": str(tmp_path / "nothing.npz"),
+        },
+    )
+
+
+def training(name: str, *classes: str) -> TrainTask:
+    return TrainTask(
+        model=MODEL, weights=None, data=(), format=DataFormat(kind="arrays", classes=classes, inputs=("x",), target="y"),
+        image=None, round=0, samples=2, seconds=1.0, batch_size=2, node_data=name,
+    )  # fmt: skip
+
+
+def test_what_is_ready_is_announced_and_what_fails_is_logged(own: OwnData, caplog: pytest.LogCaptureFixture) -> None:
+    assert own.names == ("pets", "plain", "gone")
+    assert own.announced == ()
+    assert own.pack("pets")
+    assert own.pack("plain")
+    assert not own.pack("gone")
+    assert "nothing.npz does not exist" in caplog.text
+    assert [(data.name, data.count, data.format.classes) for data in own.announced] == [
+        ("pets", 3, ("cat", "dog")),
+        ("plain", 4, ()),
+    ]
+
+
+def test_a_task_is_filled_in_with_shards_and_the_jobs_numbers_of_classes(own: OwnData) -> None:
+    own.pack("pets")
+    task, files = own.filled_in(training("pets", "ant", "cat", "cow", "dog"))
+    assert isinstance(task, TrainTask)
+    assert task.format.classes == ("ant", "cat", "cow", "dog")
+    assert task.format.places == (1, 3)
+    assert sum(shard.count for shard in task.data) == 3
+    assert {shard.blob.sha256 for shard in task.data} == set(files)
+    assert all(path.is_file() for path in files.values())
+
+
+def test_an_evaluation_is_always_of_all_items(own: OwnData) -> None:
+    own.pack("plain")
+    wanted = EvaluateTask(
+        model=MODEL, weights=None, slices=(), image=None, batch_size=2, node_data="plain",
+        format=DataFormat(kind="arrays", inputs=("x",), target="y"),
+    )  # fmt: skip
+    task, files = own.filled_in(wanted)
+    assert isinstance(task, EvaluateTask)
+    assert [(part.start, part.stop) for part in task.slices] == [(0, 4)]
+    assert len(files) == 1
+
+
+def test_other_tasks_stay_what_they_are(own: OwnData) -> None:
+    task = ExportTask(model=MODEL, weights=MODEL)
+    assert own.filled_in(task) == (task, {})
+
+
+def test_data_that_are_not_there_and_classes_that_the_job_does_not_know(own: OwnData) -> None:
+    with pytest.raises(Unavailable, match="no data named 'pets'"):
+        own.filled_in(training("pets", "cat", "dog"))
+    own.pack("pets")
+    with pytest.raises(Unavailable, match="classes that the job does not know"):
+        own.filled_in(training("pets", "cat"))
+
+
+def test_the_store_is_made_anew_and_for_its_user_alone(own: OwnData, tmp_path: Path) -> None:
+    own.pack("pets")
+    folder = tmp_path / "data"
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    before = set(folder.iterdir())
+    assert before
+    OwnData(folder, {})
+    assert not before & set(folder.iterdir())
