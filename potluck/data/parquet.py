@@ -38,26 +38,37 @@ def read(files: Sequence[Path], target: Target, sample_weight: str | None = None
     column: for columns that are not numbers, missing, infinite or not-a-number values, files whose columns differ, and
     damaged ones; and where pyarrow is missing.
     """
-    names = _names(files[0])
+    names, rows = _described(files[0])
     for path in files[1:]:
-        if sorted(others := _names(path)) != sorted(names):
+        others, more = _described(path)
+        if sorted(others) != sorted(names):
             raise InvalidData(f"{path} has other columns than {files[0].name}: {', '.join(others)}")
-    return table_of(files[0], _ParquetColumns(files, names), target, sample_weight)
+        rows += more
+    if not rows:
+        raise InvalidData(f"{files[0]} has no rows")
+    return table_of(files[0], _ParquetColumns(files, names, rows), target, sample_weight)
 
 
 @dataclass(frozen=True)
 class _ParquetColumns:
+    """`rows` is what the files say: they are not trusted to have so many."""
+
     files: Sequence[Path]
     names: Sequence[str]
+    rows: int
 
     def floats(self, names: Sequence[str]) -> Array:
-        parts: list[Array] = []
+        try:
+            found = np.empty((self.rows, len(names)), np.float32)
+        except (MemoryError, ValueError) as error:
+            raise InvalidData(f"{self.files[0]}: {self.rows} rows of {len(names)} columns are too large") from error
+        done = 0
         for where, first, batch in self._batches(names):
-            part = np.empty((batch.num_rows, len(names)), np.float32)
             for place, name in enumerate(names):
-                part[:, place] = _float32(where, f"column {name!r}", first, batch.column(name))
-            parts.append(part)
-        return self._joined(parts)
+                values = _float32(where, f"column {name!r}", first, batch.column(name))
+                found[done : done + len(values), place] = values
+            done += batch.num_rows
+        return found
 
     def target(self, name: str) -> Array:
         import pyarrow as pa
@@ -77,29 +88,32 @@ class _ParquetColumns:
             raise InvalidData(
                 f"{self.files[0].parent}: the target {name!r} is text in some files, and numbers in others"
             )
-        return self._joined(parts)
-
-    def _joined(self, parts: Sequence[Array]) -> Array:
-        if not sum(map(len, parts)):
-            raise InvalidData(f"{self.files[0]} has no rows")
         return np.concatenate(parts)
 
     def _batches(self, names: Sequence[str]) -> Iterator[tuple[str, int, Any]]:
-        """(file, number of the first row, rows) of each batch, with these columns at least."""
+        """(file, number of the first row, rows) of each batch that has any, with these columns at least."""
+        # A name with a dot would stand for what is nested in another column.
+        columns = None if any("." in name for name in names) else list(names)
+        done = 0
         for path in self.files:
             first = 1
             with _opened(path) as file:
-                # A name with a dot would stand for what is nested in another column.
-                columns = None if any("." in name for name in names) else list(names)
                 for batch in file.iter_batches(BATCH_ROWS, columns=columns):
-                    yield str(path), first, batch
+                    done += batch.num_rows
+                    if done > self.rows:
+                        raise InvalidData(f"{path} is damaged: it has more rows than it says")
+                    if batch.num_rows:
+                        yield str(path), first, batch
                     first += batch.num_rows
+        if done < self.rows:
+            raise InvalidData(f"{self.files[-1]} is damaged: it has fewer rows than it says")
 
 
-def _names(path: Path) -> list[str]:
-    """Its columns, without an index that pandas wrote beside them."""
+def _described(path: Path) -> tuple[list[str], int]:
+    """(its columns, without an index that pandas wrote beside them; how many rows it says it has)."""
     with _opened(path) as file:
-        return [name for name in file.schema_arrow.names if not _PANDAS_INDEX.fullmatch(name)]
+        names = [name for name in file.schema_arrow.names if not _PANDAS_INDEX.fullmatch(name)]
+        return names, max(0, file.metadata.num_rows)
 
 
 def _decoded(column: Any) -> Any:
@@ -157,7 +171,7 @@ def _opened(path: Path) -> Iterator[Any]:
     except ImportError:
         raise InvalidData(f"{path}: reading Parquet files needs pyarrow: pip install 'potluck[parquet]'") from None
     try:
-        with parquet.ParquetFile(path, buffer_size=READ_BYTES) as file:
+        with parquet.ParquetFile(path, buffer_size=READ_BYTES, pre_buffer=False) as file:
             yield file
     except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
         raise InvalidData(f"{path} is not a Parquet file that can be read: {error}") from error

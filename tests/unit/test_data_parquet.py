@@ -48,6 +48,21 @@ def test_iris_is_the_same_as_from_csv(tmp_path: Path, store: BlobStore) -> None:
     assert np.array_equal(found["y"], iris.target[keys])
 
 
+def test_several_targets_and_weights_are_the_same_as_from_csv(tmp_path: Path, store: BlobStore) -> None:
+    columns = {"a": [1.5, 2.0, 3.0], "left": [0, 1, 0], "right": [0.5, 1.5, 2.5], "sure": [1.0, 0.5, 0.0]}
+    path = write(tmp_path / "t.parquet", **columns)
+    table = tmp_path / "t.csv"
+    rows = [",".join(map(str, row)) for row in zip(*columns.values(), strict=True)]
+    table.write_text("\n".join([",".join(columns), *rows, ""]))
+    dataset = pack(path, "t", store, target=("left", "right"), sample_weight="sure")
+    assert dataset == pack(table, "t", store, target=("left", "right"), sample_weight="sure")
+    assert (dataset.format.targets, dataset.format.weight) == (("left", "right"), "sample_weight")
+    found, keys = arrays_of(dataset, store), keys_of(dataset, store)
+    assert found["sample_weight"].tolist() == [columns["sure"][key] for key in keys]
+    with pytest.raises(InvalidData, match="no column 'weight'"):
+        pack(path, "t", store, sample_weight="weight")
+
+
 @pytest.mark.parametrize(
     ("values", "dtype"),
     [
