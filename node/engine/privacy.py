@@ -57,25 +57,38 @@ class NoisyStep:
         self._at_once = max(1, min(AT_ONCE, GRADIENTS_BYTES // max(1, size)))
         self._choice = np.random.default_rng()
         self._noise = tf.random.Generator.from_non_deterministic_state()
-        self._step = tf.function(
-            self._apply, input_signature=[tf.TensorSpec([None], tf.int64), tf.TensorSpec([], tf.int64)]
-        )
+        self._step = self._traced()
         self._loss, self._taken = 0.0, 0
 
     def __call__(self) -> float:
         """Take a step; the sum of the items' losses."""
         taken = int(self._choice.binomial(self._count, min(1.0, self._batch / self._count)))
-        index = np.zeros(-(-max(1, taken) // self._at_once) * self._at_once, np.int64)
-        index[:taken] = self._choice.choice(self._count, taken, replace=False, shuffle=False)
-        loss = float(self._step(tf.constant(index), tf.constant(taken, tf.int64)))
+        chosen = self._choice.choice(self._count, taken, replace=False, shuffle=False)
+        try:
+            loss = self._taken_with(chosen)
+        except (TypeError, ValueError, NotImplementedError):
+            if self._at_once == 1:
+                raise
+            # TensorFlow cannot trace every layer for several items side by side (recurrent ones: their loops).
+            self._at_once, self._step = 1, self._traced()
+            loss = self._taken_with(chosen)
         self._loss, self._taken = self._loss + loss, self._taken + taken
         return loss
 
+    def reset_metrics(self) -> None:
+        self._loss, self._taken = 0.0, 0
+
     def metrics(self) -> dict[str, float]:
-        """The mean loss since the last time; nothing where there is noise, which this would undo."""
-        loss, self._loss = self._loss / max(1, self._taken), 0.0
-        self._taken = 0
-        return {} if self._rules.noise_multiplier else {"loss": loss}
+        """The mean loss since the last reset; nothing where there is noise, which this would undo."""
+        return {} if self._rules.noise_multiplier else {"loss": self._loss / max(1, self._taken)}
+
+    def _traced(self) -> Any:
+        return tf.function(self._apply, input_signature=[tf.TensorSpec([None], tf.int64), tf.TensorSpec([], tf.int64)])
+
+    def _taken_with(self, chosen: Any) -> float:
+        index = np.zeros(-(-max(1, len(chosen)) // self._at_once) * self._at_once, np.int64)
+        index[: len(chosen)] = chosen
+        return float(self._step(tf.constant(index), tf.constant(len(chosen), tf.int64)))
 
     def _apply(self, index: Any, taken: Any) -> Any:
         """`index`: the items, and more than these, so that their number is one that `_at_once` divides."""
@@ -86,7 +99,12 @@ class NoisyStep:
             place = start + tf.range(self._at_once, dtype=tf.int64)
             some = tf.gather(index, place)
             items = [[tf.gather(array, some) for array in held] for held in self._held]
-            gradients, losses = tf.vectorized_map(self._cut, (items, tf.cast(place < taken, tf.float32)))
+            counts = tf.cast(place < taken, tf.float32)
+            if self._at_once > 1:
+                gradients, losses = tf.vectorized_map(self._cut, (items, counts))
+            else:
+                alone = self._cut(([[array[0] for array in held] for held in items], counts[0]))
+                gradients, losses = [part[None] for part in alone[0]], alone[1]
             sums = [before + tf.reduce_sum(parts, axis=0) for before, parts in zip(sums, gradients, strict=True)]
             total += tf.reduce_sum(losses)
         deviation = self._rules.noise_multiplier * self._rules.l2_norm_clip

@@ -170,6 +170,8 @@ class Session:
         if ahead is None or not ahead.steps:
             ahead = _Ahead([], 0)
             model.reset_metrics()
+            if self._noisy is not None:  # which trains nothing ahead
+                self._noisy.reset_metrics()
         steps, told_at = ahead.steps, -math.inf
         started = time.perf_counter()
         while steps < steps_wanted:

@@ -95,9 +95,11 @@ def test_skewed_data_on_two_nodes_teach_what_they_hold_together(client: Client) 
     assert "stay on the nodes" in job.status().progress.strategy
 
 
-def test_whole_batches_on_each_node_are_gradient_descent_on_all_data(client: Client) -> None:
+@pytest.mark.parametrize("clip", [{}, {"l2_norm_clip": 1e6}, {"l2_norm_clip": 1e6, "private_unit": "node"}], ids=str)
+def test_whole_batches_on_each_node_are_gradient_descent_on_all_data(client: Client, clip: Any) -> None:
+    """Also where gradients are taken one by one, and cut to a norm that none of them has."""
     x, y = plain_data()
-    options: Any = {"compression": "none", "outer_momentum": 0.0, "overlap": False}
+    options: Any = {"compression": "none", "outer_momentum": 0.0, "overlap": False, **clip}
     job = client.train(softmax(), "node:digits", epochs=4, batch_size=2000, **options).wait(timeout=120)
     model = softmax()
     history = model.fit(x, y, epochs=4, batch_size=len(x), verbose=0).history
@@ -156,6 +158,30 @@ def test_noise_leaves_epsilon_and_no_metrics_of_training(client: Client, unit: A
     if unit == "example":
         x, y = plain_data()
         assert job.model().evaluate(x, y, verbose=0, return_dict=True)["accuracy"] > 0.5
+
+
+def recurrent() -> Any:
+    """Rows of pixels as a sequence: TensorFlow cannot compute the gradients of several items of it side by side."""
+    import keras
+
+    model = keras.Sequential(
+        [
+            keras.Input((64,)),
+            keras.layers.Reshape((8, 8)),
+            keras.layers.LSTM(8),
+            keras.layers.Dense(10, activation="softmax"),
+        ]
+    )
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    return model
+
+
+def test_recurrent_models_are_trained_with_noise(client: Client) -> None:
+    job = client.train(recurrent(), "node:digits", batch_size=128, l2_norm_clip=1.0, noise_multiplier=1.0).wait(
+        timeout=120
+    )
+    assert job.history["epsilon"][0] > 0
+    assert all(np.isfinite(weights).all() for weights in job.model().get_weights())
 
 
 def batch_normalised() -> Any:
