@@ -221,6 +221,11 @@ class JobStore:
         if spec.monitor.startswith("val_") and spec.validation is None:
             raise InvalidRequest(f"monitor {spec.monitor!r} needs validation data")
         _check_private(spec, dataset)
+        if spec.deterministic and (spec.strategy == "sync" or spec.dataset.startswith(NODE_DATA)):
+            what = "strategy 'sync'" if spec.strategy == "sync" else spec.dataset
+            raise InvalidRequest(
+                f"deterministic is for rounds over data that any node may take, and {what} is not: leave one of them out"
+            )
         classes = dataset.format.classes
         unknown = [label for label in spec.class_weight if classes and label not in classes]
         if unknown:

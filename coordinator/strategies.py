@@ -8,6 +8,7 @@ from coordinator.batch import BatchStrategy, ItemIndex
 from coordinator.federated import NodesEvaluation
 from coordinator.jobs import JobSubmitted, Strategy
 from coordinator.training.federated import FederatedStrategy
+from coordinator.training.fixed import FixedStrategy
 from coordinator.training.rounds import Evaluation, RoundsStrategy
 from coordinator.training.sync import SyncStrategy
 from potluck.messages import (
@@ -45,6 +46,8 @@ def strategy_for(job: JobSubmitted, dataset: Dataset | None, validation: Dataset
         kind: type[RoundsStrategy] = RoundsStrategy if spec.strategy == "local" else SyncStrategy
         if spec.dataset.startswith(NODE_DATA):
             kind = FederatedStrategy
+        elif spec.deterministic:
+            kind = FixedStrategy
         return kind(spec=spec, model=model, image=image, dataset=dataset, validation=make)
     if isinstance(spec, Evaluate):
         stays = spec.dataset.startswith(NODE_DATA)

@@ -240,6 +240,8 @@ class Train(JobSpec, frozen=True, tag="train"):
     patience: Epochs | None = None
     min_delta: Annotated[float, Meta(ge=0)] = 0.0
     privacy: Privacy | None = None
+    deterministic: bool = False
+    """Rounds of a fixed number of steps, parts that depend on nothing but their tasks: the same nodes give the same bits again."""
 
 
 class Evaluate(JobSpec, frozen=True, tag="evaluate"):
@@ -633,6 +635,10 @@ class TrainTask(Task, frozen=True, tag="train"):
     node_data: Name | None = None
     """Train on the data set that the node holds by this name, all of it; `data` is empty."""
     privacy: Privacy | None = None
+    part: Count = 0
+    parts: Count = 0
+    """Above 0: this is part `part` of so many, and its result depends on nothing but this task: the optimizer begins as in the model's
+    file, and the order of items with `seed` and `round`; `seconds` is no limit."""
 
 
 class SyncTask(Task, frozen=True, tag="sync"):

@@ -160,7 +160,7 @@ class RoundsStrategy:
             return self._plan_export(view, attempts)
         if self.epoch_full and self.round_metrics:
             return self._plan_validation(view, attempts)
-        open_attempts = [attempt for attempt in attempts.values() if attempt.shard_id == self._shard_id]
+        open_attempts = [attempt for attempt in attempts.values() if self._of_round(attempt)]
         if open_attempts:
             return self._plan_stragglers(view, open_attempts)
         if self.contributions:
@@ -169,7 +169,7 @@ class RoundsStrategy:
 
     def leased(self, attempt: Attempt, task: AnyTask) -> None:
         if isinstance(task, TrainTask):
-            if not self.contributions and attempt.shard_id == self._shard_id:
+            if not self.contributions and self._of_round(attempt):
                 self.opened_at = attempt.leased_at
             indexes = {shard.blob.sha256: index for index, shard in enumerate(self.dataset.shards)}
             self.assigned[attempt.node_id] = tuple(indexes[shard.blob.sha256] for shard in task.data)
@@ -182,8 +182,8 @@ class RoundsStrategy:
             seconds = result.seconds + result.seconds_ahead
             if seconds > 0:
                 self.measured[attempt.node_id] = result.samples / seconds
-            if attempt.shard_id == self._shard_id and result.samples:
-                self.contributions[attempt.node_id] = result
+            if self._of_round(attempt) and result.samples:
+                self.contributions[self._contributor(attempt)] = result
         elif isinstance(result, ExportResult):
             self.exported = result
         elif self._of_validation(attempt):
@@ -235,10 +235,10 @@ class RoundsStrategy:
     def progress(self, running: dict[str, tuple[Attempt, int, dict[str, float]]]) -> JobProgress:
         at_work = {attempt.node_id for attempt, _, _ in running.values()}
         nodes = {node_id: rate for node_id, rate in self.measured.items() if node_id in at_work}
-        training = sum(done for attempt, done, _ in running.values() if attempt.shard_id == self._shard_id)
+        training = sum(done for attempt, done, _ in running.values() if self._of_round(attempt))
         training += sum(result.samples for result in self.contributions.values())
         metrics = dict(self.last_epoch.metrics) if self.last_epoch else {}
-        live = [(done, seen) for attempt, done, seen in running.values() if attempt.shard_id == self._shard_id and done]
+        live = [(done, seen) for attempt, done, seen in running.values() if self._of_round(attempt) and done]
         metrics.update(weighted([*self.round_metrics, *live]))
         message = "writing the model" if self.all_trained else "validating" if self.epoch_full else "training"
         return JobProgress(
@@ -398,6 +398,14 @@ class RoundsStrategy:
         task = ExportTask(model=self.model, weights=best, step=self.step if best == self.weights else None)
         fastest = max(free, key=lambda node_id: (rates[node_id], node_id))
         return [Lease("export", fastest, task)]
+
+    def _of_round(self, attempt: Attempt) -> bool:
+        """Whether an attempt is a part of the open round."""
+        return attempt.shard_id == self._shard_id
+
+    def _contributor(self, attempt: Attempt) -> str:
+        """By what a round's results are told apart."""
+        return attempt.node_id
 
     def _of_validation(self, attempt: Attempt) -> bool:
         if self.validating is None and self.validation is not None and attempt.shard_id.startswith("validation-"):

@@ -6,6 +6,7 @@ Samples and noise come from the operating system's entropy, never from a job's s
 from __future__ import annotations
 
 import math
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,8 @@ class NoisyStep:
         size = sum(4 * math.prod(variable.shape) for variable in model.trainable_variables)
         self._at_once = max(1, min(AT_ONCE, GRADIENTS_BYTES // max(1, size)))
         self._choice = np.random.default_rng()
-        self._noise = tf.random.Generator.from_non_deterministic_state()
+        # `from_non_deterministic_state` is refused once an engine was asked for deterministic operations.
+        self._noise = tf.random.Generator.from_seed(secrets.randbits(63))
         self._step = self._traced()
         self._loss, self._taken = 0.0, 0
 

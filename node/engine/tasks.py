@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import math
 import threading
 import time
 from collections import OrderedDict
@@ -122,8 +123,11 @@ class Tasks:
             paths[base.sha256] = self._scratch / base.sha256
         parts = [Part(paths[shard.blob.sha256], 0, shard.count) for shard in task.data]
         session.use_data(task, parts)
+        if task.parts:
+            session.begin_anew(task.seed, task.round, task.part)
         session.follow(task.seen)
-        outcome = session.train(task.samples, task.seconds, cancelled, progress, overlap=task.overlap)
+        seconds = math.inf if task.parts else task.seconds
+        outcome = session.train(task.samples, seconds, cancelled, progress, overlap=task.overlap)
         target = self._scratch / "update.new"
         after = privacy.protected(paths[base.sha256], outcome.weights, task.privacy)
         norm = updates.write_update(target, paths[base.sha256], after, task.compression)

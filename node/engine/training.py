@@ -65,7 +65,9 @@ class Session:
         model.steps_per_execution = 1  # rounds end by the clock, after any step
         self.model = model
         self._seed = seed
+        self._beginning: list[Any] = []
         self._data_key: tuple[Any, ...] = ()
+        self._batches: Callable[[], Any] = list
         self._iterator: Any = None
         self._batch = 0
         self._noisy: privacy.NoisyStep | None = None
@@ -108,11 +110,31 @@ class Session:
         else:
             dataset = self._gathered(source.load(parts), truth)
         # A batch is always whole: batches run on from one pass over the data into the next.
-        dataset = dataset(batch).prefetch(2)
-        self._iterator = iter(dataset)
+        self._batches = lambda: dataset(batch).prefetch(2)
+        self._iterator = iter(self._batches())
         self._data_key = key
         self._traced = self._traced and batch == self._batch
         self._batch = batch
+
+    def begin_anew(self, seed: int, round: int, part: int) -> None:
+        """Forget all that earlier rounds have left but weights and data: what follows depends on these numbers and on the task.
+
+        To be called when the data are in use.
+        """
+        tf.config.experimental.enable_op_determinism()
+        if not self._traced:
+            self._trace()
+        model = self.model
+        random = [variable for variable in model.variables if variable.name == "seed_generator_state"]
+        self._beginning = self._beginning or [variable.numpy() for variable in model.optimizer.variables]
+        for variable, value in zip(model.optimizer.variables, self._beginning, strict=True):
+            variable.assign(value)
+        own, *drawn = np.random.SeedSequence([seed, round, part]).generate_state(1 + len(random)).tolist()
+        for variable, number in zip(random, drawn, strict=True):
+            variable.assign(np.full(variable.shape, number).astype(variable.dtype))
+        self._seed, self._ahead = own, None
+        keras.utils.set_random_seed(own)
+        self._iterator = iter(self._batches())
 
     def begin(self, path: Path) -> None:
         """Begin a round from the weights in a file; what was trained ahead is added to them.
@@ -257,27 +279,34 @@ class Session:
             inputs = runtime.packed(self.model, [tf.gather(array, index) for array in held])
             return (inputs, *truth.packed([tf.gather(column, index) for column in rest]))
 
-        order = tf.data.Dataset.range(len(truth)).shuffle(len(truth), seed=self._seed).repeat()
-        return lambda batch: order.batch(batch, drop_remainder=True).map(pick, tf.data.AUTOTUNE)
+        def batches(batch: int) -> Any:
+            order = tf.data.Dataset.range(len(truth)).shuffle(len(truth), seed=self._seed).repeat()
+            return order.batch(batch, drop_remainder=True).map(pick, tf.data.AUTOTUNE)
+
+        return batches
 
     def _streamed(self, decoder: Decoder, parts: Sequence[Part], truth: Truth) -> Callable[[int], Any]:
         """Items decoded as they are needed, for data that does not fit into memory."""
         starts = np.cumsum([0, *(part.count for part in parts)])
         rest = truth.columns
-        passes = np.random.default_rng(self._seed)
 
-        def items() -> Any:
+        def items(passes: Any) -> Any:
             for number in passes.permutation(len(parts)):
                 columns = [array[starts[number] : starts[number + 1]] for array in rest]
                 yield from zip(shards.item_files(parts[number]), *columns, strict=True)
 
         signature = (tf.TensorSpec((), tf.string), *(tf.TensorSpec(array.shape[1:], array.dtype) for array in rest))
-        dataset = tf.data.Dataset.from_generator(items, output_signature=signature).repeat()
-        dataset = dataset.shuffle(SHUFFLE_ITEMS, seed=self._seed)
-        dataset = dataset.map(
-            lambda data, *rest: (decoder.decode(data), *truth.packed(rest)), tf.data.AUTOTUNE, deterministic=False
-        )
-        return lambda batch: dataset.batch(batch, drop_remainder=True)
+
+        def batches(batch: int) -> Any:
+            passes = np.random.default_rng(self._seed)
+            dataset = tf.data.Dataset.from_generator(lambda: items(passes), output_signature=signature).repeat()
+            dataset = dataset.shuffle(SHUFFLE_ITEMS, seed=self._seed)
+            dataset = dataset.map(
+                lambda data, *rest: (decoder.decode(data), *truth.packed(rest)), tf.data.AUTOTUNE, deterministic=False
+            )
+            return dataset.batch(batch, drop_remainder=True)
+
+        return batches
 
 
 def _diverged(loss: float, steps: int) -> InvalidModel:

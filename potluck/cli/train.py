@@ -52,6 +52,9 @@ def train(
         str | None, typer.Option(metavar="JOB", help="Go on where this ended job stands, to --epochs in all.")
     ] = None,
     compression: Annotated[str, typer.Option(help="Of updates on the network: auto, none, int8 or int4.")] = "auto",
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="The same nodes give the same bits again; no time budgets.")
+    ] = False,
     l2_norm_clip: Annotated[
         float | None,
         typer.Option(min=0.0, help="On node:NAME: cut the gradient of each example (DP-SGD) to this norm."),
@@ -107,6 +110,7 @@ def train(
                 class_weight=class_weights(class_weight or []),
                 resume=resume,
                 compression=compression,  # type: ignore[arg-type]  # checked by the client
+                deterministic=deterministic,
                 **hiding,
             )
         if detach:

@@ -24,6 +24,7 @@ _KINDS: dict[str, tuple[Any, str]] = {
     "monitor": (str | None, "the name of a metric, such as 'val_loss'"),
     "patience": (Epochs | None, "a whole number of epochs, or None"),
     "min_delta": (Annotated[float, Meta(ge=0)], "a number of at least 0"),
+    "deterministic": (bool, "True or False"),
     "l2_norm_clip": (Annotated[float, Meta(gt=0)] | None, "a number above 0, or None"),
     "noise_multiplier": (Annotated[float, Meta(ge=0)], "a number of at least 0"),
     "private_unit": (Literal["example", "node"], "'example' or 'node'"),
@@ -51,6 +52,8 @@ class TrainOptions(TypedDict, total=False):
     - `round_seconds`: how long nodes compute between two exchanges; 0: as measured speed and bandwidth suggest.
     - `compression`: of updates on the network, `"auto"`, `"none"`, `"int8"` or `"int4"`. `overlap`: nodes compute while they travel.
     - `outer_learning_rate`, `outer_momentum`: of the step that is taken with a round's mean update; None: by rule.
+    - `deterministic`: a fixed number of steps a round and every order fixed: the same nodes give the same bits again, also when some of
+      them were killed on the way. Rounds then last as long as the slowest node takes.
     - `l2_norm_clip`, `noise_multiplier`: for data that live on nodes: hide each example (`private_unit="example"`, DP-SGD) or each
       node (`"node"`) behind noise; epochs then tell `epsilon`, for `delta`, instead of metrics of training. docs/federated.md.
     """
@@ -67,6 +70,7 @@ class TrainOptions(TypedDict, total=False):
     overlap: bool
     outer_learning_rate: float | None
     outer_momentum: float | None
+    deterministic: bool
     l2_norm_clip: float | None
     noise_multiplier: float
     private_unit: Literal["example", "node"]

@@ -1,0 +1,114 @@
+"""`deterministic=True` on a real cluster: the same nodes give the same bits again, also when one, or the coordinator, is killed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from potluck.client import Client
+from potluck.client.sync import Job
+from potluck.errors import InvalidRequest
+from potluck.local_cluster import LocalCluster
+from support.digits import split
+
+pytestmark = [pytest.mark.tensorflow, pytest.mark.timeout(300)]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
+    with LocalCluster(tmp_path_factory.mktemp("cluster"), cluster="fixed", nodes=2, discovery=False) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(cluster: LocalCluster) -> Iterator[Client]:
+    with Client(f"{cluster.broker_host}:{cluster.broker_port}", cluster=cluster.cluster) as connected:
+        yield connected
+
+
+def network() -> Any:
+    """With all that may differ from run to run: random layers, an optimizer with state, moving statistics."""
+    import keras
+
+    keras.utils.set_random_seed(1)
+    model = keras.Sequential(
+        [
+            keras.Input((64,)),
+            keras.layers.GaussianNoise(0.1),
+            keras.layers.Dense(64, activation="relu"),
+            keras.layers.BatchNormalization(),
+            keras.layers.Dropout(0.3),
+            keras.layers.Dense(10, activation="softmax"),
+        ]
+    )
+    model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
+    return model
+
+
+def begin(client: Client, **options: Any) -> Job:
+    data = split()
+    return client.train(
+        network(), (data["x_train"], data["y_train"]), epochs=6, batch_size=16, deterministic=True, **options
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(client: Client) -> Job:
+    return begin(client).wait(timeout=120)
+
+
+def checkpoint(job: Job) -> str:
+    """The hash of the last weights: of all their bits."""
+    found = job.result().checkpoint
+    assert found is not None
+    return found.sha256
+
+
+def in_round(job: Job, number: int) -> None:
+    for progress in job.progress():
+        if progress.round >= number:
+            return
+    raise AssertionError(f"the job ended before round {number}")
+
+
+def test_the_same_nodes_give_the_same_bits_again_and_learn(client: Client, undisturbed: Job) -> None:
+    again = begin(client).wait(timeout=120)
+    assert checkpoint(again) == checkpoint(undisturbed)
+    assert again.history == undisturbed.history
+    assert checkpoint(begin(client, seed=1).wait(timeout=120)) != checkpoint(undisturbed)
+    data = split()
+    assert (undisturbed.model().predict(data["x_test"], verbose=0).argmax(axis=1) == data["y_test"]).mean() > 0.9
+
+
+def test_a_killed_node_changes_no_bit(client: Client, cluster: LocalCluster, undisturbed: Job) -> None:
+    job = begin(client)
+    in_round(job, 2)
+    cluster.nodes[1].kill()
+    in_round(job, 4)
+    cluster.nodes[1].start()
+    job.wait(timeout=150)
+    assert checkpoint(job) == checkpoint(undisturbed)
+    losses = [job.history["loss"], undisturbed.history["loss"]]
+    np.testing.assert_array_equal(*losses)
+
+
+def test_a_killed_coordinator_changes_no_bit(client: Client, cluster: LocalCluster, undisturbed: Job) -> None:
+    deadline = time.monotonic() + 60
+    while sum(node.state == "online" for node in client.nodes()) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    job = begin(client)
+    in_round(job, 3)
+    cluster.coordinator.kill()
+    cluster.restart_coordinator()
+    job.wait(timeout=150)
+    assert checkpoint(job) == checkpoint(undisturbed)
+
+
+def test_what_cannot_be_deterministic_is_refused(client: Client) -> None:
+    with pytest.raises(InvalidRequest, match="rounds over data that any node may take"):
+        begin(client, strategy="sync")
