@@ -216,10 +216,13 @@ def deployments_table(deployments: Iterable[DeploymentInfo]) -> Table:
 def datasets_table(datasets: Iterable[DatasetInfo]) -> Table:
     def row(data: DatasetInfo) -> tuple[RenderableType, ...]:
         classes = ", ".join(data.classes[:10]) + (", ..." if len(data.classes) > 10 else "")
-        size = bytes_text(data.size_bytes)
-        return data.name, data.kind, str(data.count), str(data.shards), size, classes or "-", str(data.skipped)
+        here = not data.nodes  # of what lives on nodes, neither size nor what was left out is known
+        sizes = (str(data.shards), bytes_text(data.size_bytes)) if here else ("-", "-")
+        where = "coordinator" if here else ", ".join(data.nodes)
+        skipped = str(data.skipped) if here else "-"
+        return data.name, data.kind, str(data.count), *sizes, classes or "-", skipped, where
 
-    columns = ("data set", "kind", "items", "shards", "size", "classes", "skipped")
+    columns = ("data set", "kind", "items", "shards", "size", "classes", "skipped", "lives on")
     return table(columns, map(row, datasets), right=("items", "shards", "size", "skipped"))
 
 
