@@ -9,6 +9,7 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
+from potluck import codec
 from potluck.blobs.store import BlobStore
 from potluck.data.pack import pack
 from potluck.errors import PotluckError, Unavailable
@@ -19,6 +20,8 @@ from potluck.settings import NodeDataSettings
 log = logging.getLogger(__name__)
 
 NO_LIMIT = 1 << 62
+ANNOUNCED_LIMIT_BYTES = 128 * 1024
+"""What others may know of the data must fit into one message, beside this node's capacity."""
 
 
 class OwnData:
@@ -53,7 +56,13 @@ class OwnData:
         except PotluckError as error:
             log.error("data not available %s", fields(data=name, path=path, reason=error.message))
             return False
-        self._packed = {**self._packed, name: data}
+        packed = {**self._packed, name: data}
+        size = len(codec.pack([data.format for data in packed.values()]))
+        if size > ANNOUNCED_LIMIT_BYTES:
+            reason = f"with it, the names of classes take {size} bytes, and {ANNOUNCED_LIMIT_BYTES} can be announced"
+            log.error("data not available %s", fields(data=name, path=path, reason=reason))
+            return False
+        self._packed = packed
         log.info("data ready %s", fields(data=name, items=data.count, skipped=len(data.skipped)))
         return True
 

@@ -51,6 +51,17 @@ def test_what_is_ready_is_announced_and_what_fails_is_logged(own: OwnData, caplo
     ]
 
 
+def test_more_names_of_classes_than_fit_into_a_message_are_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "many.csv"
+    path.write_text("a,kind\n" + "".join(f"{i},{'long name ' * 20}{i}\n" for i in range(1000)))
+    own = OwnData(tmp_path / "data", {"many": NodeDataSettings(path=str(path), target="kind")})
+    assert not own.pack("many")
+    assert own.announced == ()
+    assert "can be announced" in caplog.text
+
+
 def test_a_task_is_filled_in_with_shards_and_the_jobs_numbers_of_classes(own: OwnData) -> None:
     own.pack("pets")
     task, files = own.filled_in(training("pets", "ant", "cat", "cow", "dog"))
