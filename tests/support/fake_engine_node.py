@@ -33,7 +33,9 @@ class FakeEngine:
 
     count = 0
 
-    def __init__(self, scratch: Path, *, threads: int, start_seconds: float, silence_seconds: float) -> None:
+    def __init__(
+        self, scratch: Path, *, threads: int, start_seconds: float, silence_seconds: float, allow_code: Sequence[str]
+    ) -> None:
         FakeEngine.count += 1
         self.pid = FakeEngine.count
         self._scratch = scratch
