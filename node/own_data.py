@@ -11,7 +11,6 @@ from msgspec.structs import replace
 
 from potluck import codec
 from potluck.blobs.store import BlobStore
-from potluck.data.pack import pack
 from potluck.errors import PotluckError, Unavailable
 from potluck.logs import fields
 from potluck.messages import AnyTask, Dataset, DataSlice, EvaluateTask, NodeData, TrainTask
@@ -49,6 +48,8 @@ class OwnData:
 
     def pack(self, name: str) -> bool:
         """Make a data set ready; False, and a line in the log, where that fails. Blocks: for a thread."""
+        from potluck.data.pack import pack  # here: it reads images and tables, which most nodes do not need
+
         given = self._settings[name]
         path = Path(given.path).expanduser()
         try:
