@@ -353,8 +353,8 @@ class RoundsStrategy:
         return [Withdraw(attempt.attempt_id, "the round went on without it") for attempt in open_attempts if late]
 
     def _plan_validation(self, view: ClusterView, attempts: dict[str, Attempt]) -> list[Decision]:
-        metrics = self._epoch_metrics()
         decisions: list[Decision] = []
+        validated: dict[str, float] = {}
         if self.validation is not None:
             if self.validating is None:
                 self.validating = self.validation(self.weights, self.step, self.epochs_ended + 1)
@@ -363,7 +363,8 @@ class RoundsStrategy:
                 return decisions
             decisions.remove(Complete())
             parts = [part for part in self.validating.in_order() if isinstance(part, EvaluateResult)]
-            metrics |= {f"val_{name}": value for name, value in evaluation_metrics(merge(parts)).items()}
+            validated = {f"val_{name}": value for name, value in evaluation_metrics(merge(parts)).items()}
+        metrics = self._epoch_metrics() | validated
         seconds = max(0.0, view.now - self.epoch_started_at) if self.epoch_started_at else 0.0
         monitor = self.spec.monitor
         if monitor and monitor not in metrics:
