@@ -6,6 +6,7 @@ The search is shown to find: the same data, trained on as a registered data set,
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ pytestmark = [
     pytest.mark.tensorflow,
     pytest.mark.timeout(300),
     pytest.mark.skipif(bool(netns.available()), reason=netns.available() or "available"),
+    pytest.mark.skipif(shutil.which("tcpdump") is None, reason="tcpdump is not installed (apt install tcpdump)"),
 ]
 
 POTLUCK = [sys.executable, "-m", "potluck.cli.main"]

@@ -7,6 +7,7 @@ need() { # program, Debian package, tests that need it
 }
 need mosquitto mosquitto "the bus contract on mosquitto, and every test that names it,"
 need ip iproute2 "the tests of several hosts in network namespaces"
+need tcpdump tcpdump "the test that looks at the wire for data that live on nodes"
 need node nodejs "the tests of the JavaScript client"
 need npm npm "the tests of the JavaScript client"
 need systemd-analyze systemd "the checks of the systemd units"
