@@ -41,10 +41,9 @@ def joined(name: str, held: Mapping[str, NodeData]) -> Dataset:
                 f"the nodes hold different data under the name {name!r}: {_words(first.format)} on {first_id}, "
                 f"{_words(data.format)} on {node_id}: give them the same form, or another name"
             )
-    classes = sorted({label for data in held.values() for label in data.format.classes})
     format = DataFormat(
         kind=first.format.kind,
-        classes=tuple(classes),
+        classes=_classes(held),
         inputs=first.format.inputs,
         target=first.format.target,
         targets=first.format.targets,
@@ -68,7 +67,7 @@ def described(held: Mapping[str, Mapping[str, NodeData]]) -> tuple[DatasetInfo, 
             count=sum(data.count for data in parts.values()),
             shards=0,
             size_bytes=0,
-            classes=tuple(sorted({label for data in parts.values() for label in data.format.classes})),
+            classes=_classes(parts),
             nodes=tuple(sorted(parts)),
         )
         for name, parts in sorted(held.items())
@@ -89,7 +88,7 @@ class NodesEvaluation:
     """By node."""
 
     def plan(self, view: ClusterView, attempts: dict[str, Attempt]) -> list[Decision]:
-        mine = [attempt for attempt in attempts.values() if attempt.shard_id.startswith(self.prefix)]
+        mine = [attempt for attempt in attempts.values() if attempt.shard_id.startswith(f"{self.prefix}-")]
         busy = {attempt.node_id for attempt in mine}
         missing = [node for node in self._holders(view) if node.node_id not in self.results.keys() | busy]
         if self.results and not missing and not busy:
@@ -122,6 +121,11 @@ class NodesEvaluation:
 
     def _holders(self, view: ClusterView) -> list[NodeView]:
         return [node for node in view.nodes if fits(node.holds(self.data.name), self.data.format)]
+
+
+def _classes(held: Mapping[str, NodeData]) -> tuple[str, ...]:
+    """Every class that one of the nodes has, in the order of the alphabet."""
+    return tuple(sorted({label for data in held.values() for label in data.format.classes}))
 
 
 def _kind(format: DataFormat) -> tuple[object, ...]:
