@@ -30,7 +30,7 @@ class Hosts:
     """A coordinator's host and one for each node below `folder`; a context manager.
 
     `megabits`: rate of each host's link, both ways; None: as fast as the kernel. `shares`: the part of a core that each
-    node has; node i is pinned to core i (modulo those there are).
+    node has; each is pinned to the core of which least is taken, the largest first.
     """
 
     def __init__(self, folder: Path, cluster: str, shares: Sequence[float], megabits: float | None = None) -> None:
@@ -51,7 +51,7 @@ class Hosts:
                     self._shape(host, self._megabits)
             self.coordinator = self._daemon(0, "coordinator", "coordinator", "--broker-port", str(BROKER_PORT))
             self._start(self.coordinator, "coordinator ready ")
-            self._cores = sorted(os.sched_getaffinity(0))
+            self._cores = cores_for(self.shares, sorted(os.sched_getaffinity(0)))
             for number in range(1, len(self.shares) + 1):
                 self.start_node(number)
         except BaseException:
@@ -89,7 +89,7 @@ class Hosts:
         node = self._daemon(
             number, "node", f"node-{number}", "--node-id", f"node-{number}", "--seed", self.address, "--no-discovery"
         )
-        node.cores = frozenset({self._cores[(number - 1) % len(self._cores)]})
+        node.cores = frozenset({self._cores[number - 1]})
         share = self.shares[number - 1]
         if share < 1:
             node.command = self._quota(share) + node.command
@@ -153,6 +153,16 @@ class Hosts:
             if time.monotonic() > deadline:
                 raise TimedOut(f"{daemon.name} was not ready in {READY_SECONDS:.0f} s:\n{daemon.log_tail()}")
             time.sleep(0.05)
+
+
+def cores_for(shares: Sequence[float], cores: Sequence[int]) -> list[int]:
+    """The core of each share: two that do not fit onto one core together are kept apart where there is room."""
+    taken = dict.fromkeys(cores, 0.0)
+    found: dict[int, int] = {}
+    for number in sorted(range(len(shares)), key=lambda number: -shares[number]):
+        found[number] = min(taken, key=lambda core: taken[core])
+        taken[found[number]] += shares[number]
+    return [found[number] for number in range(len(shares))]
 
 
 def _remove_group(group: Path) -> None:
