@@ -111,20 +111,27 @@ def steady(ended: dict[str, Any]) -> dict[str, float]:
 def two_nodes(lab: Lab, report: Report) -> None:
     """Two nodes with a core each against one of them, in turns, on links of 1 Gbit/s."""
     data, model = lab.digits(600 if lab.quick else 3000), lab.cnn(64 if lab.quick else SIZE)
-    turns = 1 if lab.quick else 2
+    turns, epochs = (1, 3) if lab.quick else (2, 4)
     found: dict[int, list[dict[str, float]]] = {1: [], 2: []}
     with ExitStack() as stack:
         clusters = {nodes: lab.hosts(stack, [1.0] * nodes, 1000) for nodes in (1, 2)}
         others = OtherLoad()
         for _ in range(turns):
             for nodes, hosts in clusters.items():
-                found[nodes].append(steady(train(hosts, model, data, 3)))
+                ended = train(hosts, model, data, epochs)
+                found[nodes].append(steady(ended) | {"seconds": ended["ended_at"] - ended["started_at"]})
         busy = others.cores()
     for nodes, runs in found.items():
-        rate = statistics.median(run["samples_per_second"] for run in runs)
-        computing = statistics.median(run["computing"] for run in runs)
+        rate, computing, seconds, loss = (
+            statistics.median(run[key] for run in runs)
+            for key in ("samples_per_second", "computing", "seconds", "loss")
+        )
         report.rows.append(
-            (f"{nodes} node(s), a core each, 1 Gbit/s", f"{rate:.1f} images/s", f"{computing:.1%} computing")
+            (
+                f"{nodes} node(s), a core each, 1 Gbit/s, {epochs} epochs",
+                f"{rate:.1f} images/s",
+                f"{computing:.1%} computing, {seconds:.0f} s, training loss {loss:.4f}",
+            )
         )
     report.rows.append((f"cores that other programs kept busy meanwhile: {busy:.2f}", "", ""))
     report.figures["two_nodes"] = {str(nodes): runs for nodes, runs in found.items()}
@@ -132,6 +139,8 @@ def two_nodes(lab: Lab, report: Report) -> None:
         two["samples_per_second"] / one["samples_per_second"] for one, two in zip(found[1], found[2], strict=True)
     )
     report.check("two_nodes_speed", ratio, at_least=1.85)
+    times = [two["seconds"] / one["seconds"] for one, two in zip(found[1], found[2], strict=True)]
+    report.check("two_nodes_time", statistics.median(times), at_most=0.55)
     report.check("utilisation_1g", statistics.median(run["computing"] for run in found[2]), at_least=0.9)
 
 
@@ -335,15 +344,47 @@ def weights_bytes(model: Path) -> int:
     return 4 * int(keras.saving.load_model(model).count_params())
 
 
+def aggregation(lab: Lab, report: Report) -> None:
+    """Memory of a whole process that takes the outer step of 2 and of 12 nodes' updates, against the model's size."""
+    from potluck.updates import write_update
+    from potluck.weights import save
+
+    shapes = [(3, 3, 64, 128), (1024, 1024)] if lab.quick else [(3, 3, 64, 128), (25088, 512), (512, 10)]
+    rng = np.random.default_rng(0)
+    start = [rng.normal(0, 0.05, shape).astype(np.float32) for shape in shapes]
+    weights = lab.folder / "aggregated"
+    save(weights, [(f"w{number:05}", array) for number, array in enumerate(start)])
+    size = sum(array.nbytes for array in start)
+    for number in range(12):
+        moved = [array + rng.normal(0, 1e-3, array.shape).astype(np.float32) for array in start]
+        write_update(lab.folder / f"update-{number}", weights, moved, "auto")
+    peaks: dict[int, int] = {}
+    for nodes in (0, 2, 12):
+        command = [sys.executable, str(Path(__file__).with_name("aggregate.py")), str(lab.folder), str(nodes)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=600)
+        peaks[nodes] = int(done.stdout)
+        if nodes:
+            report.rows.append(
+                (
+                    f"outer step of {nodes} updates of {size / 1e6:.1f} MB of weights",
+                    f"{peaks[nodes] / 1e6:.0f} MB",
+                    f"{peaks[0] / 1e6:.0f} MB before",
+                )
+            )
+    report.figures["aggregation"] = {"model_bytes": size, "peak_bytes": {str(key): peaks[key] for key in peaks}}
+    report.check("aggregation_memory", (max(peaks.values()) - peaks[0]) / size, at_most=3)
+
+
 WORKERS = 2
 
 PARTS: dict[Callable[[Lab, Report], None], tuple[str, ...]] = {
-    two_nodes: ("two_nodes_speed", "utilisation_1g"),
+    two_nodes: ("two_nodes_speed", "two_nodes_time", "utilisation_1g"),
     slow_link: ("utilisation_100m", "slow_link_accuracy", "slow_link_time", "slow_link_bytes"),
     unequal: ("unequal_nodes",),
     synchronous: ("sync_exact",),
     predicted: ("cost_model",),
     learning: ("local_loss", "local_accuracy", "lost_updates"),
+    aggregation: ("aggregation_memory",),
 }
 
 

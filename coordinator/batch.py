@@ -221,7 +221,7 @@ class BatchStrategy:
 
 
 def merge(results: list[EvaluateResult]) -> EvaluateResult:
-    """The sum of the parts: exact, since parts are counts and sums."""
+    """The sum of the parts: counts exactly, sums to the rounding of float64 (they are weighed anew)."""
     count = sum(result.count for result in results)
     sums: dict[str, float] = {}
     counts: dict[str, float] = {}

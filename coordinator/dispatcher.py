@@ -398,6 +398,7 @@ class Dispatcher:
                 signature=parts.pop("signature", None),
                 image=job.submitted.image,
                 classes=parts.get("classes", ()),
+                rate=job.dataset.format.rate if job.dataset else 0,
                 metrics=dict(job.history[-1].metrics) if job.history else {},
                 job_id=job.job_id,
                 now=self._clock(),

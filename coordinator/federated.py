@@ -23,6 +23,9 @@ from potluck.messages import (
     TaskResult,
 )
 
+TRIES = 3
+"""A node that reported so many errors is left out of an evaluation that others could do."""
+
 
 def joined(name: str, held: Mapping[str, NodeData]) -> Dataset:
     """The data set that the parts of the nodes make together: no shards, all their items, every class that one of them has.
@@ -78,7 +81,8 @@ def described(held: Mapping[str, Mapping[str, NodeData]]) -> tuple[DatasetInfo, 
 class NodesEvaluation:
     """Evaluation of data that live on nodes: each evaluates all of its own, and only sums and counts leave it.
 
-    A node that is lost is left out; one that comes while others are at it is taken in.
+    A node that is lost is left out, and one that reported an error several times; one that comes while others are at it is
+    taken in.
     """
 
     data: Dataset
@@ -86,12 +90,18 @@ class NodesEvaluation:
     prefix: str
     results: dict[str, EvaluateResult] = field(default_factory=dict)
     """By node."""
+    errors: dict[str, int] = field(default_factory=dict)
+    """How many each node has reported."""
 
     def plan(self, view: ClusterView, attempts: dict[str, Attempt]) -> list[Decision]:
         mine = [attempt for attempt in attempts.values() if attempt.shard_id.startswith(f"{self.prefix}-")]
         busy = {attempt.node_id for attempt in mine}
-        missing = [node for node in self._holders(view) if node.node_id not in self.results.keys() | busy]
-        if self.results and not missing and not busy:
+        done = self.results.keys() | busy
+        if self.results:  # else the job ends with what the nodes report
+            done |= {node_id for node_id, errors in self.errors.items() if errors >= TRIES}
+        missing = [node for node in self._holders(view) if node.node_id not in done]
+        awaited = view.resting & self.errors.keys() - done
+        if self.results and not missing and not busy and not awaited:
             return [Complete()]
         return [Lease(f"{self.prefix}-{node.node_id}", node.node_id, self.task) for node in missing if node.free_slots]
 
@@ -103,7 +113,8 @@ class NodesEvaluation:
             self.results[attempt.node_id] = result
 
     def ended(self, attempt: Attempt, error: ErrorInfo | None) -> None:
-        """Nothing to keep: the node is missing again."""
+        if error is not None:
+            self.errors[attempt.node_id] = self.errors.get(attempt.node_id, 0) + 1
 
     def closed_round(self, event: RoundClosed) -> None:
         raise ValueError("only training has rounds")

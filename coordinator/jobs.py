@@ -298,8 +298,9 @@ class Job:
         nodes = [node for node in view.nodes if node.node_id not in self.refused]
         if view.nodes and not nodes and self.participants <= self.refused.keys():
             raise CodeNotAllowed(f"no node runs this model: {self.refused[view.nodes[0].node_id]}")
-        rested = tuple(node for node in nodes if self.resting.get(node.node_id, 0.0) <= view.now)
-        return self.strategy.plan(ClusterView(rested, view.now), self.attempts)
+        resting = frozenset(node.node_id for node in nodes if self.resting.get(node.node_id, 0.0) > view.now)
+        rested = tuple(node for node in nodes if node.node_id not in resting)
+        return self.strategy.plan(ClusterView(rested, view.now, resting), self.attempts)
 
     def error(self, attempts_limit: int) -> ErrorInfo | None:
         """The error this job must end with: one that trying again cannot mend, or too many in a row."""

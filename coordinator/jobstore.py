@@ -33,9 +33,11 @@ from potluck.messages import (
     DataFormat,
     Dataset,
     Deploy,
+    Evaluate,
     ImageOptions,
     JobChanged,
     JobProgress,
+    ModelInfo,
     Predict,
     Train,
 )
@@ -87,6 +89,8 @@ class JobStore:
                 f"{spec.dataset} stays on its nodes, and so would predictions for it: evaluate it instead"
             )
         dataset = self._dataset(spec.dataset)
+        if isinstance(spec, Predict | Evaluate) and isinstance(spec.model, str):
+            _check_rate(self._registry.model(spec.model), dataset)
         validation = None
         if isinstance(spec, Train):
             self._check_training(spec, dataset)
@@ -290,6 +294,15 @@ def _check_private(spec: Train, dataset: Dataset) -> None:
     if rules.unit == "example" and rules.delta * dataset.count >= 1:
         raise InvalidRequest(
             f"delta {rules.delta:g} says nothing for {dataset.count} items: it must be well below {1 / dataset.count:.1g}"
+        )
+
+
+def _check_rate(model: ModelInfo, dataset: Dataset) -> None:
+    """To a model, recordings at another rate are other sounds. Raises InvalidRequest."""
+    if model.rate and dataset.format.rate not in (0, model.rate):
+        raise InvalidRequest(
+            f"model {model.name}:{model.version} was trained on {model.rate} samples a second, and data set "
+            f"{dataset.name!r} has {dataset.format.rate}: resample the recordings"
         )
 
 

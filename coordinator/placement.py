@@ -37,6 +37,8 @@ class ClusterView:
 
     nodes: tuple[NodeView, ...]
     now: float
+    resting: frozenset[str] = frozenset()
+    """Nodes that reported an error and are not among `nodes` for some seconds."""
 
     @property
     def node_ids(self) -> set[str]:

@@ -481,6 +481,8 @@ class ModelInfo(Part, frozen=True):
     signature: Signature | None = None
     image: ImageOptions | None = None
     classes: tuple[str, ...] = ()
+    rate: Count = 0
+    """Samples a second of the recordings that it was trained on; 0 for other data."""
     metrics: dict[str, float] = {}
     job_id: str = ""
 

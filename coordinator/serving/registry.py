@@ -58,6 +58,7 @@ class Registry:
         signature: Signature | None = None,
         image: ImageOptions | None = None,
         classes: Sequence[str] = (),
+        rate: int = 0,
         metrics: dict[str, float] | None = None,
         job_id: str = "",
         now: float,
@@ -79,6 +80,7 @@ class Registry:
             signature=signature,
             image=image,
             classes=tuple(classes),
+            rate=rate,
             metrics=metrics or {},
             job_id=job_id,
         )

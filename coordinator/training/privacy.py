@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -19,14 +22,16 @@ class Spent:
 
 
 def check() -> None:
-    """Raises InvalidRequest where there is no accountant here."""
-    try:
-        import dp_accounting  # noqa: F401
-    except ImportError as error:
+    """Raises InvalidRequest where there is no accountant here; else has it at hand soon."""
+    if importlib.util.find_spec("dp_accounting") is None:
         raise InvalidRequest(
             "noise needs an accountant that says what it is worth, and the coordinator has none: "
             "pip install 'potluck[privacy]' there"
-        ) from error
+        )
+    # It takes seconds to import (SciPy), in which nothing else would be answered.
+    threading.Thread(
+        target=importlib.import_module, args=("dp_accounting.rdp",), name="accountant", daemon=True
+    ).start()
 
 
 def epsilon(rules: Privacy, spent: Iterable[Spent], batch_size: int) -> float:

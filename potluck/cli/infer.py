@@ -151,7 +151,7 @@ def read_recording(path: Path, info: ModelInfo) -> np.ndarray[Any, Any]:
             f"{path} is a recording, and model {info.name}:{info.version} does not take (samples,) or (samples, channels)"
         )
     try:
-        return fitted(path.read_bytes(), tuple(sizes))[np.newaxis]
+        return fitted(path.read_bytes(), tuple(sizes), info.rate)[np.newaxis]
     except (OSError, Unusable) as error:
         raise InvalidData(f"{path} cannot be read as a recording: {error}") from error
 

@@ -111,9 +111,14 @@ def encode(values: Array, rate: int) -> bytes:
     )
 
 
-def fitted(data: bytes, shape: tuple[int, ...]) -> Array:
-    """float32 of `shape`, (samples,) or (samples, channels), as the nodes make it of a recording (docs/data.md). Raises Unusable."""
+def fitted(data: bytes, shape: tuple[int, ...], rate: int = 0) -> Array:
+    """float32 of `shape`, (samples,) or (samples, channels), as the nodes make it of a recording (docs/data.md).
+
+    Raises Unusable, also where it does not have `rate` samples a second (0: any will do).
+    """
     wave = read(data)
+    if rate not in (0, wave.rate):
+        raise Unusable(f"it has {wave.rate} samples a second, and the model was trained on {rate}: resample it")
     values = samples(wave)[: shape[0]] / np.float32(32768)
     channels = shape[1] if len(shape) > 1 else 1
     if channels == 1:

@@ -37,10 +37,14 @@ def client(cluster: LocalCluster) -> Iterator[Client]:
         yield connected
 
 
-def potluck(cluster: LocalCluster, *arguments: str) -> str:
+def invoked(cluster: LocalCluster, *arguments: str) -> subprocess.CompletedProcess[str]:
     where = ("--seed", f"{cluster.broker_host}:{cluster.broker_port}", "--cluster", cluster.cluster)
     command = [sys.executable, "-m", "potluck.cli.main", *where, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+
+
+def potluck(cluster: LocalCluster, *arguments: str) -> str:
+    done = invoked(cluster, *arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -105,6 +109,15 @@ def test_recordings_from_the_command_line(cluster: LocalCluster, client: Client,
     other = write_tones(tmp_path / "other", 20, rate=16000)
     with pytest.raises(InvalidRequest, match=r"has 8000 samples a second, and .* 16000: resample one"):
         client.train("tones", train, validation=other)
+    with pytest.raises(
+        InvalidRequest, match=r"tones:1 was trained on 8000 samples a second, and .* has 16000: resample"
+    ):
+        client.predict("tones", other)
+    with pytest.raises(InvalidRequest, match=r"trained on 8000 .* resample"):
+        client.evaluate("tones", other)
+    refused = invoked(cluster, "infer", "tones", str(next(other.rglob("*.wav"))))
+    assert refused.returncode != 0
+    assert "it has 16000 samples a second, and the model was trained on 8000" in " ".join(refused.stderr.split())
 
 
 def test_a_parquet_table_gives_what_the_arrays_give(client: Client, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from potluck.errors import InvalidRequest, NotFound
 from potluck.messages import (
     BlobRef,
     DataFormat,
+    ErrorInfo,
     EvaluateResult,
     EvaluateTask,
     NodeData,
@@ -202,6 +203,26 @@ def test_every_holder_evaluates_its_own_once_and_the_lost_are_left_out() -> None
     play.ended(attempts.pop("a2"), None)
     assert [lease.node_id for lease in play.plan(ClusterView(nodes, 0.0), attempts)] == ["n2"]  # type: ignore[union-attr]
     assert play.plan(ClusterView((nodes[0], nodes[2]), 0.0), attempts) == [Complete()]
+
+
+def test_a_node_that_rests_after_an_error_is_waited_for_and_left_out_after_three() -> None:
+    play = evaluation()
+    nodes = (node("n1", held(5, "a")), node("n2", held(7, "a")))
+    play.finished(Attempt("a1", "evaluate-n1", "n1", 0.0), EvaluateResult(count=5), 1.0)
+    for number in range(3):
+        assert [lease.node_id for lease in play.plan(ClusterView(nodes, 0.0), {})] == ["n2"]  # type: ignore[union-attr]
+        play.ended(Attempt(f"b{number}", "evaluate-n2", "n2", 0.0), ErrorInfo(code="internal", message="no memory"))
+        alone = ClusterView(nodes[:1], 0.0, resting=frozenset({"n2"}))
+        assert play.plan(alone, {}) == ([Complete()] if number == 2 else [])
+    assert play.plan(ClusterView(nodes, 0.0), {}) == [Complete()]
+
+
+def test_where_no_node_has_a_result_they_are_asked_until_the_job_ends() -> None:
+    play = evaluation()
+    view = ClusterView((node("n1", held(5, "a")),), 0.0)
+    for number in range(5):
+        play.ended(Attempt(f"a{number}", "evaluate-n1", "n1", 0.0), ErrorInfo(code="internal", message="no memory"))
+        assert [lease.node_id for lease in play.plan(view, {})] == ["n1"]  # type: ignore[union-attr]
 
 
 def test_without_any_result_the_evaluation_waits() -> None:
