@@ -234,7 +234,7 @@ def _end(worker: subprocess.Popen[str]) -> None:
 
 def unequal(lab: Lab, report: Report) -> None:
     """Four nodes with 1/8, 1/4, 1/2 and all of a core (two cores in all), against what each does alone."""
-    data, model = lab.digits(600 if lab.quick else 3000), lab.cnn(64)
+    data, model = lab.digits(600 if lab.quick else 12_000), lab.cnn(64)
     shares = [1.0, 0.5, 0.25, 0.125]
     alone: list[float] = []
     with ExitStack() as stack:

@@ -69,6 +69,23 @@ def split(total: int, rates: Mapping[str, float]) -> dict[str, int]:
     return {node_id: part for node_id, part in sorted(parts.items()) if part > 0}
 
 
+def split_in_time(total: int, rates: Mapping[str, float], delays: Mapping[str, float]) -> dict[str, int]:
+    """As `split`, so that all end together where node i takes `delays[i]` seconds beside its items.
+
+    Divisible load with costs to start (affine cost model; Beaumont et al., 2005): n_i = v_i (T - o_i), with T such that they
+    add up to `total`; nodes that would not have started by then are left out. `rates` in items a second.
+    """
+    taking = set(rates)
+    while taking:
+        whole = sum(rates[node_id] for node_id in taking)
+        end = (total + sum(rates[node_id] * delays.get(node_id, 0.0) for node_id in taking)) / whole
+        late = {node_id for node_id in taking if delays.get(node_id, 0.0) >= end}
+        if not late:
+            return split(total, {node_id: rates[node_id] * (end - delays.get(node_id, 0.0)) for node_id in taking})
+        taking -= late
+    return {}
+
+
 def assign(
     counts: Sequence[int], rates: Mapping[str, float], before: Mapping[str, Sequence[int]]
 ) -> dict[str, tuple[int, ...]]:

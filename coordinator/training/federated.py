@@ -13,7 +13,7 @@ from msgspec.structs import replace as changed
 
 from coordinator.federated import fits
 from coordinator.jobs import Attempt, CloseRound, Decision, Lease
-from coordinator.placement import ClusterView, speeds, split
+from coordinator.placement import ClusterView, speeds
 from coordinator.training import privacy
 from coordinator.training.rounds import RoundsStrategy
 from potluck.messages import AnyTaskResult, JobProgress, TrainResult
@@ -44,16 +44,15 @@ class FederatedStrategy(RoundsStrategy):
         if not free:
             return []
         rates = speeds(free, self.measured)
-        wanted, seconds = self._round_size(rates)
         decisions: list[Decision] = []
-        for node_id, samples in split(wanted, rates).items():
+        for node_id, samples in self._parts(rates).items():
             data = held[node_id]
             assert data is not None
             batch = min(self.spec.batch_size, data.count)
             # One pass over its own data at most: a node with few items would only learn them by heart.
             batches = max(1, round(min(samples, data.count) / batch))
             task = changed(
-                self._task(batches * batch, seconds),
+                self._task(batches * batch, self._budget(batches * batch, rates[node_id])),
                 node_data=self.dataset.name,
                 privacy=self.spec.privacy,
                 overlap=self.spec.overlap and self.spec.privacy is None,

@@ -27,7 +27,7 @@ from coordinator.jobs import (
     RoundClosed,
     Withdraw,
 )
-from coordinator.placement import ClusterView, assign, speeds, split
+from coordinator.placement import ClusterView, assign, speeds, split, split_in_time
 from potluck.errors import Diverged, InvalidRequest
 from potluck.messages import (
     AnyTask,
@@ -110,6 +110,8 @@ class RoundsStrategy:
     assigned: dict[str, tuple[int, ...]] = field(default_factory=dict)
     shares: dict[str, float] = field(default_factory=dict)
     measured: dict[str, float] = field(default_factory=dict)
+    delays: dict[str, list[float]] = field(default_factory=dict)
+    """Seconds that each node's last parts have taken beside computing: setting weights, quantising, sending."""
     round_metrics: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     computing_seconds: float = 0.0
     """What the nodes computed in this epoch, and the time that its rounds took them, summed over nodes."""
@@ -180,6 +182,9 @@ class RoundsStrategy:
     def finished(self, attempt: Attempt, result: AnyTaskResult, at: float) -> None:
         if isinstance(result, TrainResult):
             seconds = result.seconds + result.seconds_ahead
+            if attempt.node_id in self.measured:  # its first part also starts an engine
+                kept = [*self.delays.get(attempt.node_id, ()), at - attempt.leased_at - seconds]
+                self.delays[attempt.node_id] = kept[-OVERHEADS_KEPT:]
             if seconds > 0:
                 self.measured[attempt.node_id] = result.samples / seconds
             if self._of_round(attempt) and result.samples:
@@ -267,15 +272,16 @@ class RoundsStrategy:
         # Those of the round before first: they have the data, and their optimizers know the way.
         chosen = sorted(rates, key=lambda node_id: (node_id not in self.shares, -rates[node_id], node_id))[:room]
         rates = {node_id: rates[node_id] for node_id in sorted(chosen)}
-        wanted, seconds = self._round_size(rates)
-        data = self._assignment(rates)
+        parts = self._parts(rates)
+        data = self._assignment({node_id: float(samples) for node_id, samples in parts.items()})
         decisions: list[Decision] = []
-        for node_id, samples in split(wanted, rates).items():
+        for node_id, samples in parts.items():
             # Whole batches, so that no step trains on a few items only, and every node takes part.
             batches = max(1, round(samples / self.spec.batch_size))
             samples = samples if samples < self.spec.batch_size else batches * self.spec.batch_size
             task = replace(
-                self._task(samples, seconds), data=tuple(self.dataset.shards[index] for index in data[node_id])
+                self._task(samples, self._budget(samples, rates[node_id])),
+                data=tuple(self.dataset.shards[index] for index in data[node_id]),
             )
             decisions.append(Lease(self._shard_id, node_id, task))
         return decisions
@@ -300,20 +306,35 @@ class RoundsStrategy:
             step=self.step,
         )
 
-    def _round_size(self, rates: dict[str, float]) -> tuple[int, float]:
-        """(Samples of a round, seconds that a node may take for its part)."""
+    def _parts(self, rates: dict[str, float]) -> dict[str, int]:
+        """The samples of each node in the round that opens: such that all end together, and each has some."""
+        wanted = self._round_size(rates)
+        if not self.measured:
+            return split(wanted, rates)
+        delays = {node_id: max(0.0, statistics.median(kept)) for node_id, kept in self.delays.items()}
+        found = split_in_time(wanted, rates, delays)
+        few = min(self.spec.batch_size, max(1, wanted // len(rates)))
+        return {node_id: max(found.get(node_id, 0), few) for node_id in rates}
+
+    def _budget(self, samples: int, rate: float) -> float:
+        """Seconds that a node may compute for its part."""
+        if self.spec.round_seconds or not self.measured:
+            return self.spec.round_seconds or PROBE_SECONDS
+        return samples / rate * BUDGET_FACTOR + BUDGET_SECONDS
+
+    def _round_size(self, rates: dict[str, float]) -> int:
+        """Samples of a round."""
         wanted = max(-(-self.dataset.count // ROUNDS_PER_EPOCH), len(rates) * self.spec.batch_size)
         left = max(1, (self.epochs_ended + 1) * self.dataset.count - self.samples)
         if not self.measured:
-            return min(wanted, left), self.spec.round_seconds or PROBE_SECONDS
+            return min(wanted, left)
         together = sum(rates.values())
         overhead = statistics.median(self.overheads) if self.overheads else 0.0
         patient = min(COMPUTING_FACTOR * overhead, max(PATIENT_FACTOR * overhead, PATIENT_SECONDS))
         budget = self.spec.round_seconds or patient or PROBE_SECONDS
         wanted = min(max(wanted, round(together * overhead)), max(1, round(together * budget)))
         rounds = max(1, round(left / wanted))  # of one length: no short one at the end of an epoch
-        wanted = math.ceil(left / rounds)
-        return wanted, self.spec.round_seconds or wanted / together * BUDGET_FACTOR + BUDGET_SECONDS
+        return math.ceil(left / rounds)
 
     def _close_round(self) -> CloseRound:
         """With all that can be used of what the nodes have sent."""

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.placement import NodeView, assign, speeds, split
+from coordinator.placement import NodeView, assign, speeds, split, split_in_time
 
 rates_by_node = st.dictionaries(st.sampled_from("abcdefgh"), st.floats(0.01, 1000), min_size=1)
 
@@ -29,6 +29,25 @@ def test_split_adds_up_and_follows_speed(total: int, rates: dict[str, float]) ->
     assert sum(parts.values()) == total
     for node_id, part in parts.items():
         assert abs(part - total * rates[node_id] / sum(rates.values())) < 1 + 1e-6 * total
+
+
+@given(st.integers(1, 100_000), rates_by_node, st.dictionaries(st.sampled_from("abcdefgh"), st.floats(0, 100)))
+def test_parts_end_together_whatever_each_node_needs_beside(
+    total: int, rates: dict[str, float], delays: dict[str, float]
+) -> None:
+    parts = split_in_time(total, rates, delays)
+    assert sum(parts.values()) == total
+    end = min((part - 1) / rates[node_id] + delays.get(node_id, 0.0) for node_id, part in parts.items())
+    for node_id, part in parts.items():
+        assert (part - 1) / rates[node_id] + delays.get(node_id, 0.0) <= end + 2 / min(rates.values()) + 1e-6 * total
+    for node_id in rates.keys() - parts.keys():  # it could not have done more than an item by then
+        assert delays.get(node_id, 0.0) + 1 / rates[node_id] >= end - 1e-6 * total
+
+
+def test_without_delays_parts_follow_speed() -> None:
+    assert split_in_time(100, {"a": 3.0, "b": 1.0}, {}) == {"a": 75, "b": 25}
+    assert split_in_time(100, {"a": 10.0, "b": 10.0}, {"b": 2.0}) == {"a": 60, "b": 40}
+    assert split_in_time(10, {"a": 10.0, "b": 10.0}, {"b": 2.0}) == {"a": 10}
 
 
 @given(st.lists(st.integers(1, 500), min_size=1, max_size=40), rates_by_node, rates_by_node)

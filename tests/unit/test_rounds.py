@@ -205,6 +205,23 @@ def test_rounds_grow_when_exchanging_weights_takes_longer_than_computing() -> No
     assert samples_of_a_round(exchange_seconds=60.0) == 320  # an epoch at most
 
 
+def test_a_node_that_takes_long_beside_computing_gets_less_of_the_next_round() -> None:
+    play = Simulation(epochs=8, validation=False)
+    for _ in range(2):  # 80 samples in a second each, and b needs half a second more
+        play.plan("a", "b")
+        for attempt_id in sorted(play.job.attempts, key=lambda attempt_id: play.job.attempts[attempt_id].node_id):
+            late = play.job.attempts[attempt_id].node_id == "b"
+            play.now = play.strategy.opened_at + (1.4 if late else 0.9)
+            play.finish(attempt_id)
+        play.plan("a", "b")
+    given = {
+        play.job.attempts[key].node_id: task.samples  # type: ignore[union-attr]
+        for key, task in play.tasks.items()
+        if key in play.job.attempts
+    }
+    assert given == {"a": 100, "b": 60}  # 1.25 s each, with what b needs beside
+
+
 def test_nodes_train_on_disjoint_shards() -> None:
     play = Simulation()
     play.plan("a", "b", "c")
