@@ -15,7 +15,8 @@ from coordinator.batch import BatchStrategy, merge
 from coordinator.federated import NodesEvaluation
 from coordinator.jobs import CloseRound, Job, RoundClosed
 from coordinator.training import outer
-from coordinator.training.rounds import RoundsStrategy, weighted
+from coordinator.training.rounds import RoundsStrategy
+from coordinator.training.scores import weighted
 from potluck import updates
 from potluck.blobs.download import Downloader
 from potluck.blobs.store import BlobStore

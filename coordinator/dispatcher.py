@@ -37,6 +37,7 @@ from coordinator.jobstore import JobStore
 from coordinator.leases import Held, Leases
 from coordinator.serving.registry import Registry
 from coordinator.serving.serving import Serving
+from coordinator.training import privacy
 from coordinator.training.rounds import RoundsStrategy
 from coordinator.training.sync import SyncStrategy
 from potluck.errors import Cancelled, NotFound, PotluckError, Unavailable
@@ -340,6 +341,8 @@ class Dispatcher:
         assert isinstance(spec, Train)
         assert isinstance(strategy, RoundsStrategy)
         closed = await self._collector.close_round(decision, spec, self._clock)
+        if spec.privacy is not None and spec.privacy.noise_multiplier:
+            await asyncio.to_thread(privacy.load)  # in the loop, nothing else would be answered meanwhile
         if job.active:
             before = strategy.step
             self._record(job, closed)

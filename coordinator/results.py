@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from coordinator.training.rounds import evaluation_metrics
+from coordinator.training.scores import evaluation_metrics
 from potluck.blobs.store import BlobStore
 from potluck.messages import ClassScore, EvaluateResult, Evaluation, PredictResult, Tensor
 from potluck.tensors import DTYPES

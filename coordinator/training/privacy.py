@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
-import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -22,16 +20,17 @@ class Spent:
 
 
 def check() -> None:
-    """Raises InvalidRequest where there is no accountant here; else has it at hand soon."""
+    """Raises InvalidRequest where there is no accountant here."""
     if importlib.util.find_spec("dp_accounting") is None:
         raise InvalidRequest(
             "noise needs an accountant that says what it is worth, and the coordinator has none: "
             "pip install 'potluck[privacy]' there"
         )
-    # It takes seconds to import (SciPy), in which nothing else would be answered.
-    threading.Thread(
-        target=importlib.import_module, args=("dp_accounting.rdp",), name="accountant", daemon=True
-    ).start()
+
+
+def load() -> None:
+    """Import the accountant, once: it takes seconds (SciPy), so do it in a thread before `epsilon` is asked for."""
+    import dp_accounting.rdp  # noqa: F401
 
 
 def epsilon(rules: Privacy, spent: Iterable[Spent], batch_size: int) -> float:

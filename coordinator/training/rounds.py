@@ -28,6 +28,7 @@ from coordinator.jobs import (
     Withdraw,
 )
 from coordinator.placement import ClusterView, assign, speeds, split, split_in_time
+from coordinator.training.scores import Best, evaluation_metrics, is_better, weighted
 from potluck.errors import Diverged, InvalidRequest
 from potluck.messages import (
     AnyTask,
@@ -64,8 +65,6 @@ BUDGET_SECONDS = 0.5
 EXPLODED = 10.0
 """An update is left out when it is so many times as large as is usual among the others, for its samples."""
 REJECTIONS_LIMIT = 3
-SMALL_IS_GOOD = ("loss", "error", "mae", "mse", "rmse", "divergence", "crossentropy", "perplexity", "logcosh", "hinge")
-"""Words in the names of Keras's losses and metrics that are better when they are smaller; all others are to be large."""
 STRAGGLER_FACTOR = 4.0
 STRAGGLER_SECONDS = 60.0
 """A round waits for its last node at most this long: the larger of so many seconds and so many round times."""
@@ -446,26 +445,6 @@ class RoundsStrategy:
         return f"round-{self.round}"
 
 
-@dataclass(frozen=True)
-class Best:
-    """The epoch with the best value of what is monitored, and the weights after it."""
-
-    value: float
-    epochs_ended: int
-    epoch: int
-    weights: BlobRef
-
-
-def is_better(spec: Train, value: float, best: Best | None) -> bool:
-    """Whether a value of what is monitored is the best until now. Losses and errors are to be small, other metrics large."""
-    if not spec.monitor or math.isnan(value):
-        return False
-    if best is None:
-        return True
-    falls = any(word in spec.monitor.lower() for word in SMALL_IS_GOOD)
-    return value < best.value - spec.min_delta if falls else value > best.value + spec.min_delta
-
-
 def exploded(norms: dict[str, tuple[float, int]]) -> dict[str, str]:
     """Of updates by node, as (norm, samples): those that went too far, and why. Never all of them.
 
@@ -483,22 +462,3 @@ def exploded(norms: dict[str, tuple[float, int]]) -> dict[str, str]:
             times = norm / others[len(others) // 2]
             found[node_id] = f"its update was {times:.0f} times as large as those of the other nodes"
     return found if len(found) < len(norms) else {}
-
-
-def weighted(parts: list[tuple[int, dict[str, float]]]) -> dict[str, float]:
-    """Mean metrics of parts of (samples, metrics), by samples."""
-    total: dict[str, float] = {}
-    weight: dict[str, int] = {}
-    for samples, metrics in parts:
-        for name, value in metrics.items():
-            total[name] = total.get(name, 0.0) + samples * value
-            weight[name] = weight.get(name, 0) + samples
-    return {name: total[name] / weight[name] for name in total if weight[name]}
-
-
-def evaluation_metrics(result: EvaluateResult) -> dict[str, float]:
-    """Mean metrics from sums and counts; accuracy from the confusion matrix, unless it is weighted."""
-    metrics = {name: value / result.count for name, value in result.sums.items()} if result.count else {}
-    if result.confusion and result.count and "accuracy" not in result.counts:
-        metrics["accuracy"] = sum(row[i] for i, row in enumerate(result.confusion)) / result.count
-    return metrics

@@ -22,8 +22,8 @@ from coordinator.training.rounds import (
     PATIENT_SECONDS,
     PROBE_SECONDS,
     RoundsStrategy,
-    weighted,
 )
+from coordinator.training.scores import weighted
 from potluck.errors import Unavailable
 from potluck.messages import AnyTask, AnyTaskResult, BlobRef, ErrorInfo, JobProgress, SyncResult, SyncTask, TrainTask
 

@@ -11,7 +11,7 @@ import pytest
 import pytest_asyncio
 from msgspec.structs import replace
 
-from coordinator.training.rounds import evaluation_metrics
+from coordinator.training.scores import evaluation_metrics
 from node.engine.process import Engine
 from potluck.errors import CodeNotAllowed, EngineFailed, InvalidModel
 from potluck.messages import DataFormat, ExportTask, SyncTask

@@ -11,7 +11,7 @@ import pytest_asyncio
 from msgspec.structs import replace
 
 from coordinator.batch import merge
-from coordinator.training.rounds import evaluation_metrics
+from coordinator.training.scores import evaluation_metrics
 from potluck.errors import InvalidRequest
 from potluck.messages import DataFormat, SyncTask
 from potluck.tensors import to_numpy

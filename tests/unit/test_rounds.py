@@ -27,7 +27,8 @@ from coordinator.jobs import (
 )
 from coordinator.placement import ClusterView, NodeView
 from coordinator.strategies import strategy_for
-from coordinator.training.rounds import Best, RoundsStrategy, is_better
+from coordinator.training.rounds import RoundsStrategy
+from coordinator.training.scores import Best, is_better
 from potluck import codec
 from potluck.errors import InvalidRequest
 from potluck.messages import (

@@ -1,0 +1,62 @@
+"""A node whose disk is full in the middle of training gives its part back and says why; the others end the job."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from potluck.client import Client
+from potluck.local_cluster import LocalCluster
+from support.digits import mlp, split
+from support.eventually import eventually_now
+
+pytestmark = [pytest.mark.tensorflow, pytest.mark.timeout(300)]
+MEBIBYTE = 2**20
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """The state of node 2, on a file system of 32 MiB."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to mount a small file system")
+    mount = tmp_path / "cluster" / "node-2"
+    mount.mkdir(parents=True)
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(mount)], check=False).returncode:
+        pytest.skip("may not mount here")
+    try:
+        yield mount
+    finally:
+        subprocess.run(["umount", "--lazy", str(mount)], check=True)
+
+
+def test_a_disk_that_fills_up_while_training(small_disk: Path) -> None:
+    data = split()
+    with LocalCluster(small_disk.parent, cluster="disk", nodes=2, discovery=False) as cluster:
+
+        def coordinator_said(*words: str) -> bool:
+            lines = cluster.coordinator.log_path.read_text().splitlines()
+            return any(all(word in line for word in words) for line in lines)
+
+        with Client(f"{cluster.broker_host}:{cluster.broker_port}", cluster=cluster.cluster) as client:
+            job = client.train(
+                mlp(width=4000), (data["x_train"], data["y_train"]), epochs=12, strategy="local", round_seconds=1.0
+            )
+            eventually_now(lambda: job.status().progress.round >= 2, 100)
+            free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
+            (small_disk / "something-else").write_bytes(b"x" * (free - 64 * 1024))
+            eventually_now(lambda: coordinator_said("node-2", "disk"), 100)
+            job.wait(timeout=200)
+            assert len(job.result().history) == 12
+            found = client.evaluate(job.model(), (data["x_test"], data["y_test"])).wait(timeout=100)
+            assert found.result().evaluation.metrics["accuracy"] > 0.9
+            # With room again it takes part again.
+            (small_disk / "something-else").unlink()
+            again = client.train(mlp(), (data["x_train"], data["y_train"]), epochs=3, strategy="local")
+            eventually_now(lambda: "node-2" in again.status().progress.nodes, 100)
+            again.wait(timeout=100)
+            assert np.isfinite(again.history["loss"]).all()
