@@ -272,7 +272,7 @@ class RoundsStrategy:
         chosen = sorted(rates, key=lambda node_id: (node_id not in self.shares, -rates[node_id], node_id))[:room]
         rates = {node_id: rates[node_id] for node_id in sorted(chosen)}
         parts = self._parts(rates)
-        data = self._assignment({node_id: float(samples) for node_id, samples in parts.items()})
+        data = self._assignment(rates)
         decisions: list[Decision] = []
         for node_id, samples in parts.items():
             # Whole batches, so that no step trains on a few items only, and every node takes part.
@@ -310,7 +310,8 @@ class RoundsStrategy:
         wanted = self._round_size(rates)
         if not self.measured:
             return split(wanted, rates)
-        delays = {node_id: max(0.0, statistics.median(kept)) for node_id, kept in self.delays.items()}
+        # The lower median: what is done once, as reading data that are new to a node, is no reason to give it less.
+        delays = {node_id: max(0.0, statistics.median_low(kept)) for node_id, kept in self.delays.items()}
         found = split_in_time(wanted, rates, delays)
         few = min(self.spec.batch_size, max(1, wanted // len(rates)))
         return {node_id: max(found.get(node_id, 0), few) for node_id in rates}
