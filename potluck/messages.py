@@ -35,6 +35,8 @@ Seed = Annotated[int, Meta(ge=0, le=2**32 - 1)]
 
 Compression = Literal["auto", "none", "int8", "int4"]
 Strategy = Literal["auto", "local", "sync"]
+ModelFormat = Literal["keras", "h5", "savedmodel", "tflite"]
+"""What a model's blob is: a `.keras` or `.h5` file, a tar of a SavedModel folder, or a LiteRT `.tflite` file."""
 
 
 class Part(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -465,10 +467,11 @@ class DatasetsListed(Message, frozen=True):
 
 
 class RegisterModel(Message, frozen=True):
-    """Register a `.keras` blob as the next version of `name`; the same bytes registered twice keep their version."""
+    """Register a blob as the next version of `name`; the same bytes registered twice keep their version."""
 
     name: Name
     model: BlobRef
+    format: ModelFormat = "keras"
     image: ImageOptions | None = None
     classes: tuple[str, ...] = ()
 
@@ -485,6 +488,7 @@ class ModelInfo(Part, frozen=True):
     """Samples a second of the recordings that it was trained on; 0 for other data."""
     metrics: dict[str, float] = {}
     job_id: str = ""
+    format: ModelFormat = "keras"
 
 
 class ModelRegistered(Message, frozen=True):
@@ -809,6 +813,7 @@ class LoadModel(Message, frozen=True):
     replica_id: str
     name: str
     model: BlobRef
+    format: ModelFormat = "keras"
 
 
 class UnloadModel(Message, frozen=True):
