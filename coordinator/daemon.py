@@ -14,6 +14,7 @@ from coordinator.announcer import Announcer
 from coordinator.collecting import Collector
 from coordinator.dispatcher import Dispatcher
 from coordinator.gateway import routes as gateway
+from coordinator.gateway.problems import BODY_LIMIT_BYTES
 from coordinator.jobstore import JobStore
 from coordinator.journal import Journal
 from coordinator.leases import Leases
@@ -168,7 +169,7 @@ class Coordinator:
                     *blob_server.routes(store, writable=True, max_bytes=UPLOAD_LIMIT_BYTES),
                     *gateway.routes(self._serving, self._inference, registry, self._membership, settings, bus),
                 ]
-                async with serve_http(sock, routes, gateway.BODY_LIMIT_BYTES), AsyncExitStack() as advertisement:
+                async with serve_http(sock, routes, BODY_LIMIT_BYTES), AsyncExitStack() as advertisement:
                     await self._join(bus)
                     await self._advertise(advertisement, port, broker)
                     broker_at = f"{broker.host}:{broker.port}" if broker else "external"

@@ -16,6 +16,7 @@ import aiohttp
 import pytest
 
 from coordinator.gateway import routes as gateway
+from coordinator.gateway.problems import BODY_LIMIT_BYTES
 from coordinator.serving.inference import INPUT_LIMIT_BYTES
 from potluck.errors import Unavailable
 from potluck.http import serve_http
@@ -44,7 +45,7 @@ async def http(lab: Lab, stack: AsyncExitStack) -> tuple[str, aiohttp.ClientSess
     await lab.serving.deploy("m", 1)
     sock = socket.create_server(("127.0.0.1", 0))
     found = gateway.routes(lab.serving, lab.inference, lab.registry, lab.membership, lab.settings, lab.bus)
-    await stack.enter_async_context(serve_http(sock, found, gateway.BODY_LIMIT_BYTES))
+    await stack.enter_async_context(serve_http(sock, found, BODY_LIMIT_BYTES))
     session = await stack.enter_async_context(aiohttp.ClientSession())
     return f"http://127.0.0.1:{sock.getsockname()[1]}", session
 
@@ -122,7 +123,7 @@ async def test_open_inference_protocol(http: Http) -> None:
         ),
         ("/v2/models/m/infer", json.dumps(GOOD | {"parameters": {"binary_data_output": 1}}), 400, "binary_data_output"),
         ("/v2/models/m:1/versions/1/infer", json.dumps(GOOD), 404, "no version"),
-        ("/v2/models/m/infer", "x" * (gateway.BODY_LIMIT_BYTES + 1), 413, "body"),
+        ("/v2/models/m/infer", "x" * (BODY_LIMIT_BYTES + 1), 413, "body"),
     ],
 )
 async def test_what_is_wrong_has_its_status_and_is_named(
@@ -266,7 +267,7 @@ async def test_the_protocol_document_names_routes_and_limits(lab: Lab) -> None:
     for route in gateway.routes(lab.serving, lab.inference, lab.registry, lab.membership, lab.settings):
         path = route.path.replace("{model}", "<name>").replace("/versions/{version}", "")
         assert f"`{route.method} {path}`" in text
-    for limit in (gateway.BODY_LIMIT_BYTES, INPUT_LIMIT_BYTES):
+    for limit in (BODY_LIMIT_BYTES, INPUT_LIMIT_BYTES):
         assert f"{limit:,} bytes" in text
     assert "`/versions/<version>`" in text
 
