@@ -114,9 +114,6 @@ class Collector:
             if ref.sha256 not in keep:
                 self._store.delete(ref.sha256)
 
-    def pin(self, ref: BlobRef) -> None:
-        self._store.pin(ref.sha256)
-
     async def result(self, job: Job) -> dict[str, Any]:
         """What the result of a job with all its work done holds, as fields of `JobEnded` (and a `signature`)."""
         spec, strategy, dataset = job.submitted.spec, job.strategy, job.dataset

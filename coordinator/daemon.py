@@ -12,14 +12,16 @@ from contextlib import AsyncExitStack
 from coordinator import federated
 from coordinator.announcer import Announcer
 from coordinator.collecting import Collector
+from coordinator.deletion import Deletion
 from coordinator.dispatcher import Dispatcher
 from coordinator.gateway import routes as gateway
 from coordinator.gateway.problems import BODY_LIMIT_BYTES
 from coordinator.jobstore import JobStore
 from coordinator.journal import Journal
+from coordinator.keeping import Keeping
 from coordinator.leases import Leases
 from coordinator.membership import Change, Membership, NodeJoined, NodeLost
-from coordinator.requests import Requests, dataset_blobs
+from coordinator.requests import Requests
 from coordinator.serving.inference import Inference
 from coordinator.serving.registry import Registry
 from coordinator.serving.serving import Serving
@@ -93,6 +95,7 @@ class Coordinator:
             self._outbox = Outbox(bus)
             self._membership = Membership(settings.node_timeout_seconds)
             registry = Registry(journal)
+            Keeping(registry, store)
             self._inference = Inference(bus=bus, topics=self.topics, registry=registry, settings=settings)
             self._serving = Serving(
                 topics=self.topics,
@@ -135,10 +138,10 @@ class Coordinator:
                 registry=registry,
                 serving=self._serving,
                 membership=self._membership,
+                deletion=Deletion(registry, self._serving, jobs, store),
                 store=store,
                 urls=urls,
             )
-            _pin_registered(registry, store)
             self._subscribe(bus, requests)
 
             async def announce() -> None:
@@ -340,12 +343,3 @@ def _cycle(addresses: list[tuple[str, int]]) -> Addresses:
         return addresses[position]
 
     return following
-
-
-def _pin_registered(registry: Registry, store: BlobStore) -> None:
-    for info in registry.models():
-        store.pin(info.model.sha256)
-    for listed in registry.datasets():
-        dataset, manifest = registry.dataset(listed.name), registry.manifest(listed.name)
-        for ref in dataset_blobs(manifest, dataset):
-            store.pin(ref.sha256)

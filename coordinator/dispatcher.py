@@ -402,11 +402,11 @@ class Dispatcher:
                 image=job.submitted.image,
                 classes=parts.get("classes", ()),
                 rate=job.dataset.format.rate if job.dataset else 0,
-                metrics=dict(job.history[-1].metrics) if job.history else {},
+                metrics=_metrics_of(job, parts.get("best_epoch", 0)),
+                source=f"job {job.job_id}",
                 job_id=job.job_id,
                 now=self._clock(),
             )
-            self._collector.pin(info.model)
             parts["registered"] = f"{info.name}:{info.version}"
         parts.pop("signature", None)
         self._finish(job, "succeeded", **parts)
@@ -476,3 +476,9 @@ class Dispatcher:
             self._dirty[job.job_id] = None
         self._announcer.changed(job.job_id)
         self._wake.set()
+
+
+def _metrics_of(job: Job, best_epoch: int) -> dict[str, float]:
+    """Those of the epoch that a training job's model is of: the best one where a metric was monitored, else the last."""
+    found = [epoch for epoch in job.history if epoch.epoch == best_epoch] or job.history[-1:]
+    return dict(found[0].metrics) if found else {}

@@ -125,6 +125,11 @@ class JobStore:
     def by_request(self, request_id: str) -> Job | None:
         return self.jobs.get(self._requests.get(request_id, "")) if request_id else None
 
+    def results(self) -> set[str]:
+        """The blobs of models and keys in results that are remembered: they may still be asked for."""
+        ended = [job.ended for job in self.jobs.values() if job.ended is not None]
+        return {ref.sha256 for one in ended for ref in (one.model, one.keys) if ref is not None}
+
     def record(self, job: Job, event: AnyEvent) -> None:
         """Journal an event, and then let it happen."""
         self._journal.append(f"job/{job.job_id}", event)

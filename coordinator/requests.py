@@ -8,7 +8,9 @@ import time
 from collections.abc import Callable
 
 from coordinator import federated
+from coordinator.deletion import Deletion
 from coordinator.dispatcher import Dispatcher
+from coordinator.keeping import dataset_blobs
 from coordinator.membership import Membership
 from coordinator.serving.registry import Registry
 from coordinator.serving.serving import Serving
@@ -23,7 +25,9 @@ from potluck.messages import (
     CancelJob,
     Dataset,
     DatasetAdded,
+    DatasetRemoved,
     DatasetsListed,
+    DeleteModel,
     Deploy,
     DeploymentsListed,
     GetJob,
@@ -36,17 +40,26 @@ from potluck.messages import (
     ListModels,
     ListNodes,
     Message,
+    ModelChanged,
     ModelRegistered,
+    ModelsDeleted,
     ModelsListed,
     NodesListed,
     RegisterModel,
+    RemoveAlias,
+    RemoveDataset,
+    SetAlias,
     SubmitJob,
+    TagModel,
     Undeploy,
     Undeployed,
 )
 from potluck.outbox import Outbox
 
 log = logging.getLogger(__name__)
+
+ANSWERS_KEPT = 256
+"""Answers to questions that take something away: asked again, they would find nothing."""
 
 
 class Requests:
@@ -60,6 +73,7 @@ class Requests:
         registry: Registry,
         serving: Serving,
         membership: Membership,
+        deletion: Deletion,
         store: BlobStore,
         urls: tuple[str, ...],
         clock: Callable[[], float] = time.time,
@@ -69,10 +83,12 @@ class Requests:
         self._registry = registry
         self._serving = serving
         self._membership = membership
+        self._deletion = deletion
         self._store = store
         self._urls = urls
         self._clock = clock
         self._undeploys: asyncio.Queue[Envelope] = asyncio.Queue(100)
+        self._answered: dict[tuple[str, str], Message] = {}
 
     def on_request(self, envelope: Envelope) -> None:
         """Handler for the bus."""
@@ -85,7 +101,7 @@ class Requests:
                     raise Overloaded("too many questions wait to undeploy: try again later", retry_after_seconds=1.0)
                 self._undeploys.put_nowait(envelope)  # the only question whose answer takes time
                 return
-            self._outbox.reply(envelope, self._answer(envelope, message))
+            self._outbox.reply(envelope, self._once(envelope, message))
         except PotluckError as error:
             self._outbox.refuse(envelope, error)
 
@@ -95,10 +111,21 @@ class Requests:
             envelope = await self._undeploys.get()
             assert isinstance(envelope.message, Undeploy)
             try:
-                gone = await self._serving.undeploy(envelope.message.model)
+                gone = await self._serving.undeploy(self._registry.version_of(envelope.message.model))
                 self._outbox.reply(envelope, Undeployed(deployments=gone))
             except PotluckError as error:
                 self._outbox.refuse(envelope, error)
+
+    def _once(self, envelope: Envelope, message: Message) -> Message:
+        """The answer; a question that takes something away, asked again with the same id, has the answer that it had."""
+        if not isinstance(message, RemoveAlias | DeleteModel | RemoveDataset) or not (envelope.reply_to and message.id):
+            return self._answer(envelope, message)
+        asked = (envelope.reply_to, message.id)
+        if asked not in self._answered:
+            self._answered[asked] = self._answer(envelope, message)
+            if len(self._answered) > ANSWERS_KEPT:
+                del self._answered[next(iter(self._answered))]
+        return self._answered[asked]
 
     def _answer(self, envelope: Envelope, message: Message) -> Message:
         match message:
@@ -126,23 +153,43 @@ class Requests:
             case GetModel():
                 return ModelRegistered(model=self._registry.model(message.model))
             case RegisterModel():
-                self._need(message.model, "model")
-                info = self._registry.add_model(
-                    message.name, message.model, image=message.image, classes=message.classes, now=self._clock()
-                )
-                self._store.pin(info.model.sha256)
-                return ModelRegistered(model=info)
+                return self._register(message)
+            case SetAlias():
+                return ModelChanged(model=self._registry.set_alias(message.model, message.alias))
+            case RemoveAlias():
+                return ModelChanged(model=self._registry.remove_alias(message.model))
+            case TagModel():
+                return ModelChanged(model=self._registry.tag(message.model, message.tags, message.remove))
+            case DeleteModel():
+                return ModelsDeleted(models=self._deletion.delete_models(message.model, every=message.every_version))
             case ListDatasets():
                 living = federated.described(self._membership.data())
                 return DatasetsListed(datasets=(*self._registry.datasets(), *living))
             case AddDataset():
                 return self._add_dataset(message)
+            case RemoveDataset():
+                self._deletion.remove_dataset(message.name)
+                return DatasetRemoved(name=message.name)
             case ListDeployments():
                 return DeploymentsListed(deployments=self._serving.deployments())
             case _:
                 raise InvalidRequest(
                     f"{type(message).__name__} is not a question to the coordinator: see docs/protocol.md"
                 )
+
+    def _register(self, message: RegisterModel) -> Message:
+        self._need(message.model, "model")
+        info = self._registry.add_model(
+            message.name,
+            message.model,
+            format=message.format,
+            image=message.image,
+            classes=message.classes,
+            tags=message.tags,
+            source=message.source,
+            now=self._clock(),
+        )
+        return ModelRegistered(model=info)
 
     def _add_dataset(self, message: AddDataset) -> Message:
         self._need(message.manifest, "manifest")
@@ -167,19 +214,7 @@ class Requests:
             raise InvalidData(
                 f"the manifest of data set {message.name!r} counts {dataset.count} items, its shards do not"
             )
-        # Pinned before the one it replaces is let go, since they may share shards.
-        for ref in dataset_blobs(message.manifest, dataset):
-            self._store.pin(ref.sha256)
-        for ref in self._blobs_of(message.name):
-            self._store.unpin(ref.sha256)
         return DatasetAdded(dataset=self._registry.add_dataset(message.name, message.manifest, dataset))
-
-    def _blobs_of(self, name: str) -> list[BlobRef]:
-        """The blobs of the data set that has this name now, if one has."""
-        try:
-            return dataset_blobs(self._registry.manifest(name), self._registry.dataset(name))
-        except NotFound:
-            return []
 
     def _need(self, ref: BlobRef, what: str) -> None:
         """Raises NotFound when the blob is not here, InvalidRequest when it has another size than its reference says."""
@@ -196,15 +231,10 @@ class Requests:
         return self._urls[0] if self._urls else "<coordinator>"
 
 
-def dataset_blobs(manifest: BlobRef, dataset: Dataset) -> list[BlobRef]:
-    """Every blob that a registered data set needs."""
-    keys = [dataset.keys] if dataset.keys else []
-    return [manifest, *keys, *(shard.blob for shard in dataset.shards)]
-
-
 def _is_same(kept: AnyJobSpec, asked: AnyJobSpec) -> bool:
-    """Whether a job that is kept is the one asked for: a deployment is kept with the version that its name stood for."""
+    """Whether a job that is kept is the one asked for: a deployment is kept with the version that its name or alias stood for."""
     if isinstance(kept, Deploy) and isinstance(asked, Deploy):
-        named = kept.model if ":" in asked.model else kept.model.partition(":")[0]
-        return (named, kept.replicas) == (asked.model, asked.replicas)
+        name, _, version = asked.model.partition(":")
+        named = kept.model if version.isdigit() else kept.model.partition(":")[0]
+        return (named, kept.replicas) == (asked.model if version.isdigit() else name, asked.replicas)
     return kept == asked

@@ -20,6 +20,11 @@ INLINE_LIMIT_BYTES = 256 * 1024
 
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")]
 """A name that a user gives to a model or data set."""
+Alias = Annotated[str, Meta(pattern=r"^(?!latest\Z|v[0-9]+\Z)[A-Za-z][A-Za-z0-9._-]{0,63}\Z")]
+"""A name for one version of a model, `prod` in `digits:prod`; it looks like no version (`3`, `v3`), and `latest` is the plain name."""
+TagKey = Annotated[str, Meta(min_length=1, max_length=64)]
+TagValue = Annotated[str, Meta(max_length=256)]
+Source = Annotated[str, Meta(max_length=256)]
 NODE_DATA = "node:"
 DataName = Annotated[str, Meta(pattern=r"^(node:)?[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")]
 """A registered data set, or with `node:` before its name data that live on the nodes and stay there."""
@@ -458,6 +463,16 @@ class DatasetAdded(Message, frozen=True):
     dataset: DatasetInfo
 
 
+class RemoveDataset(Message, frozen=True):
+    """Forget a registered data set; refused with `conflict` while a job under way uses it. Answered by `DatasetRemoved`."""
+
+    name: Name
+
+
+class DatasetRemoved(Message, frozen=True):
+    name: str
+
+
 class ListDatasets(Message, frozen=True):
     pass
 
@@ -474,9 +489,14 @@ class RegisterModel(Message, frozen=True):
     format: ModelFormat = "keras"
     image: ImageOptions | None = None
     classes: tuple[str, ...] = ()
+    tags: dict[TagKey, TagValue] = {}
+    source: Source = ""
+    """Where it came from, for people."""
 
 
 class ModelInfo(Part, frozen=True):
+    """A version of a model. Nothing of it ever changes but its tags and aliases, and a signature that is learnt later."""
+
     name: str
     version: int
     model: BlobRef
@@ -489,6 +509,10 @@ class ModelInfo(Part, frozen=True):
     metrics: dict[str, float] = {}
     job_id: str = ""
     format: ModelFormat = "keras"
+    tags: dict[str, str] = {}
+    aliases: tuple[str, ...] = ()
+    source: str = ""
+    """Where it came from, for people: `job 4be1c06f2a9d`, `imported from model.h5`."""
 
 
 class ModelRegistered(Message, frozen=True):
@@ -496,9 +520,51 @@ class ModelRegistered(Message, frozen=True):
 
 
 class GetModel(Message, frozen=True):
-    """`model` is `name` (the newest version) or `name:version`. Answered by `ModelRegistered`."""
+    """`model` is `name` (the newest version), `name:version` or `name:alias`, here as everywhere. Answered by `ModelRegistered`."""
 
     model: str
+
+
+class SetAlias(Message, frozen=True):
+    """From now on `name:alias` is the version that `model` is now. Answered by `ModelChanged`."""
+
+    model: str
+    alias: Alias
+
+
+class RemoveAlias(Message, frozen=True):
+    """`model` is `name:alias`. Answered by `ModelChanged` with the version that it was."""
+
+    model: str
+
+
+class TagModel(Message, frozen=True):
+    """Set `tags` of a version, and take away those whose keys are in `remove`. Answered by `ModelChanged`."""
+
+    model: str
+    tags: dict[TagKey, TagValue] = {}
+    remove: tuple[str, ...] = ()
+
+
+class ModelChanged(Message, frozen=True):
+    """What people call a version, or say of it, is now so."""
+
+    model: ModelInfo
+
+
+class DeleteModel(Message, frozen=True):
+    """Delete a version, or with `every_version` all of the name `model`; their numbers are never given again.
+
+    Refused with `conflict` while a deployment, an alias or a job under way uses one. Answered by `ModelsDeleted`.
+    """
+
+    model: str
+    every_version: bool = False
+
+
+class ModelsDeleted(Message, frozen=True):
+    models: tuple[str, ...]
+    """Each `name:version`."""
 
 
 class ListModels(Message, frozen=True):
@@ -899,8 +965,9 @@ class BlobsStored(Message, frozen=True):
 
 AnyMessage = (
     SubmitJob | JobAccepted | CancelJob | GetJob | ListJobs | JobChanged | JobEnded | JobsListed
-    | ListNodes | NodesListed | AddDataset | DatasetAdded | ListDatasets | DatasetsListed
+    | ListNodes | NodesListed | AddDataset | DatasetAdded | RemoveDataset | DatasetRemoved | ListDatasets | DatasetsListed
     | RegisterModel | ModelRegistered | GetModel | ListModels | ModelsListed
+    | SetAlias | RemoveAlias | TagModel | ModelChanged | DeleteModel | ModelsDeleted
     | ListDeployments | DeploymentsListed | Undeploy | Undeployed | Infer | Inferred | RequestFailed
     | CoordinatorStatus | NodeStatus | NodeCapacity | NodeTelemetry
     | LeaseShard | WithdrawLease | AcknowledgeResult | ForgetJob | LoadModel | UnloadModel | RunInference

@@ -99,10 +99,12 @@ class Inference:
             self._pump(router)
 
     def router(self, model: str) -> Router:
-        """That of a deployed model (`name` or `name:version`). Raises NotFound."""
+        """That of a deployed model (`name`, `name:version` or `name:alias`). Raises NotFound."""
         router = self._routers.get(self._newest.get(model, model))
         if router is None:
-            self._registry.model(model)  # a name that is not even registered has its own answer
+            info = self._registry.model(model)  # a name that is not even registered has its own answer
+            router = self._routers.get(f"{info.name}:{info.version}") if ":" in model else None
+        if router is None:
             raise NotFound(f"{model} is not deployed: deploy it with `potluck deploy {model}`")
         return router
 

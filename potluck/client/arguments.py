@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 
 from potluck.errors import InvalidRequest
-from potluck.messages import Name, Positive, Seconds
+from potluck.messages import Name, Positive, Seconds, TagKey, TagValue
 
 _SHORT = reprlib.Repr()
 _SHORT.maxother = _SHORT.maxstring = 80
@@ -73,6 +73,17 @@ def target(value: object) -> str | tuple[str, ...] | None:
 def sample_weight(value: object) -> str | None:
     """Raises InvalidRequest."""
     found: str | None = checked("sample_weight", value, str | None, "the name of a column or array")
+    return found
+
+
+def tags(value: object) -> dict[str, str]:
+    """Raises InvalidRequest."""
+    found: dict[str, str] = checked(
+        "tags",
+        {} if value is None else value,
+        dict[TagKey, TagValue],
+        "a map of texts of at most 64 and 256 characters",
+    )
     return found
 
 

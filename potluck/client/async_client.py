@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -25,12 +25,15 @@ from potluck.errors import Conflict, InvalidData, InvalidRequest, NotFound
 from potluck.messages import (
     INLINE_LIMIT_BYTES,
     NODE_DATA,
+    Alias,
     AnyJobSpec,
     BlobRef,
     CancelJob,
     Count,
     DatasetInfo,
+    DatasetRemoved,
     DatasetsListed,
+    DeleteModel,
     Deploy,
     DeploymentInfo,
     DeploymentsListed,
@@ -50,14 +53,20 @@ from potluck.messages import (
     ListModels,
     ListNodes,
     Message,
+    ModelChanged,
     ModelInfo,
     ModelRegistered,
+    ModelsDeleted,
     ModelsListed,
     NodeInfo,
     NodesListed,
     Predict,
     RegisterModel,
+    RemoveAlias,
+    RemoveDataset,
+    SetAlias,
     SubmitJob,
+    TagModel,
     Tensor,
     Train,
     Undeploy,
@@ -70,7 +79,7 @@ Inputs = Any
 
 _INLINE_INPUT_BYTES = INLINE_LIMIT_BYTES * 3 // 4
 
-_NAMED = "the `name` or `name:version` of a model"
+_NAMED = "the `name`, `name:version` or `name:alias` of a model"
 
 M = TypeVar("M", bound=Message)
 
@@ -247,7 +256,7 @@ class AsyncClient:
         return (await self._ask(ListModels(), ModelsListed)).models
 
     async def get_model(self, model: str) -> ModelInfo:
-        """The registered `name` (its newest version) or `name:version`. Raises NotFound."""
+        """The registered `name` (its newest version), `name:version` or `name:alias`. Raises NotFound."""
         return (await self._ask(GetModel(model=arguments.text("model", model, _NAMED)), ModelRegistered)).model
 
     async def register(
@@ -264,6 +273,40 @@ class AsyncClient:
             classes=labels,
         )
         return (await self._ask(question, ModelRegistered)).model
+
+    async def set_alias(self, model: str, alias: str) -> ModelInfo:
+        """From now on `name:alias` is the version that `model` is now: `set_alias("digits:3", "prod")` makes `digits:prod`.
+
+        Raises NotFound, InvalidRequest for an alias that looks like a version.
+        """
+        takes = "made of letters, digits, '.', '_' and '-', at most 64, a letter first; not latest or v3, which look like a version"
+        question = SetAlias(
+            model=arguments.text("model", model, _NAMED), alias=arguments.checked("alias", alias, Alias, takes)
+        )
+        return (await self._ask(question, ModelChanged)).model
+
+    async def remove_alias(self, model: str) -> ModelInfo:
+        """Forget an alias, `name:alias`; the version that it was. Raises NotFound, InvalidRequest."""
+        return (await self._ask(RemoveAlias(model=arguments.text("model", model, _NAMED)), ModelChanged)).model
+
+    async def tag_model(
+        self, model: str, tags: Mapping[str, str] | None = None, *, remove: Iterable[str] = ()
+    ) -> ModelInfo:
+        """Set tags of a version, and take away those named in `remove`. Raises NotFound, InvalidRequest."""
+        question = TagModel(
+            model=arguments.text("model", model, _NAMED),
+            tags=arguments.tags(tags),
+            remove=arguments.checked("remove", remove, tuple[str, ...], "a list of keys of tags"),
+        )
+        return (await self._ask(question, ModelChanged)).model
+
+    async def delete_model(self, model: str, *, every_version: bool = False) -> tuple[str, ...]:
+        """Delete a version, or with `every_version` all of a name; what was deleted. Its number is never given again.
+
+        Raises NotFound, and Conflict while a deployment, an alias or a job uses one.
+        """
+        question = DeleteModel(model=arguments.text("model", model, _NAMED), every_version=bool(every_version))
+        return (await self._ask(question, ModelsDeleted)).models
 
     async def infer(self, model: str, inputs: Inputs, *, timeout: float | None = None) -> Predictions:
         """The outputs of a deployed model for a batch of inputs: one array, or one for each output by its name.
@@ -305,6 +348,11 @@ class AsyncClient:
         return await sources.add(
             connection, data, name=name, target=roles.target, sample_weight=roles.sample_weight, progress=progress
         )
+
+    async def remove_data(self, name: str) -> None:
+        """Forget a registered data set. Raises NotFound, and Conflict while a job uses it."""
+        asked = arguments.name("name", arguments.text("name", name, "the name of a registered data set"))
+        await self._ask(RemoveDataset(name=asked or ""), DatasetRemoved)
 
     # ------------------------------------------------------------------------------------------------------------------
 

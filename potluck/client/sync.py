@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
@@ -311,7 +311,7 @@ class Client:
         return self._portal.call(self._client.models())
 
     def get_model(self, model: str) -> ModelInfo:
-        """The registered `name` (its newest version) or `name:version`. Raises NotFound."""
+        """The registered `name` (its newest version), `name:version` or `name:alias`. Raises NotFound."""
         return self._portal.call(self._client.get_model(model))
 
     def register(
@@ -319,6 +319,22 @@ class Client:
     ) -> ModelInfo:
         """Register a keras.Model or a `.keras` file as the next version of `name` (by default its own name)."""
         return self._portal.call(self._client.register(model, name, image=image, classes=classes))
+
+    def set_alias(self, model: str, alias: str) -> ModelInfo:
+        """From now on `name:alias` is the version that `model` is now. See `AsyncClient.set_alias`."""
+        return self._portal.call(self._client.set_alias(model, alias))
+
+    def remove_alias(self, model: str) -> ModelInfo:
+        """Forget an alias, `name:alias`; the version that it was. Raises NotFound, InvalidRequest."""
+        return self._portal.call(self._client.remove_alias(model))
+
+    def tag_model(self, model: str, tags: Mapping[str, str] | None = None, *, remove: Iterable[str] = ()) -> ModelInfo:
+        """Set tags of a version, and take away those named in `remove`. Raises NotFound, InvalidRequest."""
+        return self._portal.call(self._client.tag_model(model, tags, remove=remove))
+
+    def delete_model(self, model: str, *, every_version: bool = False) -> tuple[str, ...]:
+        """Delete a version, or all of a name; what was deleted. See `AsyncClient.delete_model`."""
+        return self._portal.call(self._client.delete_model(model, every_version=every_version))
 
     def infer(self, model: str, inputs: Inputs, *, timeout: float | None = None) -> Predictions:
         """The outputs of a deployed model for a batch of inputs. See `AsyncClient.infer`."""
@@ -340,6 +356,10 @@ class Client:
         return self._portal.call(
             self._client.add_data(data, name, target=target, sample_weight=sample_weight, progress=progress)
         )
+
+    def remove_data(self, name: str) -> None:
+        """Forget a registered data set. Raises NotFound, and Conflict while a job uses it."""
+        self._portal.call(self._client.remove_data(name))
 
     def _job(self, asked: Coroutine[Any, Any, AsyncJob]) -> Job:
         return Job(self._portal, self._portal.call(asked))

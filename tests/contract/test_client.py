@@ -178,7 +178,7 @@ WRONG: dict[str, tuple[type[PotluckError], Callable[[AsyncClient], Awaitable[obj
     "model must be": (InvalidModel, lambda client: client.train(5, "d")),
     "model must be a keras": (InvalidModel, lambda client: client.deploy(object())),
     "model must be the `name`": (InvalidRequest, lambda client: client.infer(5, X)),
-    "model must be the `name` or": (InvalidRequest, lambda client: client.undeploy(None)),
+    "model must be the `name`,": (InvalidRequest, lambda client: client.undeploy(None)),
     "epochs must be a whole number": (InvalidRequest, lambda client: client.train("m", "d", epochs="x")),
     "epochs must be .*not 0": (InvalidRequest, lambda client: client.train("m", "d", epochs=0)),
     "epochs must be .*not 1.5": (InvalidRequest, lambda client: client.train("m", "d", epochs=1.5)),

@@ -50,7 +50,12 @@ def test_every_question_of_clients_is_there() -> None:
         if name.startswith(("List", "Get")) or name in {
             "CancelJob",
             "AddDataset",
+            "RemoveDataset",
             "RegisterModel",
+            "SetAlias",
+            "RemoveAlias",
+            "TagModel",
+            "DeleteModel",
             "Undeploy",
             "Infer",
         }:

@@ -44,8 +44,10 @@ async def test_deploy_and_ask_in_both_encodings(lab: Lab, stack: AsyncExitStack)
     assert [replica.state for replica in info.replicas] == ["ready", "ready"]
     assert lab.registry.model("m").signature == SIGNATURE
     async with client(lab) as bus:
-        for model in ("m", "m:1"):
+        lab.registry.set_alias("m:1", "prod")
+        for model in ("m", "m:1", "m:prod"):
             answer = await ask(bus, question(1, 2), model)
+            assert answer.model == "m:1"
             np.testing.assert_array_equal(tensors.to_numpy(answer.outputs[0]), [[2, 4]])
         spoken = await ask(bus, question(1, 2), encoding="json")
         assert spoken.outputs[0].data == [2.0, 4.0]

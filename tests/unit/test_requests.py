@@ -28,7 +28,7 @@ def test_too_many_questions_at_a_time_are_refused(tmp_path: Path) -> None:
     replies: Any = Replies()
     nothing: Any = None
     requests = Requests(
-        outbox=replies, dispatcher=nothing, registry=nothing, serving=nothing, membership=nothing,
+        outbox=replies, dispatcher=nothing, registry=nothing, serving=nothing, membership=nothing, deletion=nothing,
         store=BlobStore(tmp_path, 1), urls=(),
     )  # fmt: skip
     for number in range(102):
@@ -49,6 +49,9 @@ DEPLOY = Deploy(model="m:3", replicas=2)
         (DEPLOY, Deploy(model="m", replicas=2), True),
         (DEPLOY, Deploy(model="m:3", replicas=2), True),
         (DEPLOY, Deploy(model="m:4", replicas=2), False),
+        (DEPLOY, Deploy(model="m:prod", replicas=2), True),
+        (DEPLOY, Deploy(model="n:prod", replicas=2), False),
+        (DEPLOY, Deploy(model="m:prod"), False),
         (DEPLOY, Deploy(model="n", replicas=2), False),
         (DEPLOY, Deploy(model="m"), False),
         (DEPLOY, EVALUATE, False),

@@ -1,0 +1,94 @@
+"""Deleting models and data sets: only what nothing uses goes, and its bytes go with it where nothing else refers to them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+from coordinator.jobs import Job
+from coordinator.jobstore import JobStore
+from coordinator.keeping import dataset_blobs
+from coordinator.serving.registry import Registry
+from coordinator.serving.serving import Serving
+from potluck.blobs.store import BlobStore
+from potluck.errors import Conflict, InvalidRequest
+from potluck.logs import fields
+from potluck.messages import Deploy, ModelInfo
+
+log = logging.getLogger(__name__)
+
+
+class Deletion:
+    """Checks for use, forgets, and frees the store."""
+
+    def __init__(self, registry: Registry, serving: Serving, jobs: JobStore, store: BlobStore) -> None:
+        self._registry = registry
+        self._serving = serving
+        self._jobs = jobs
+        self._store = store
+
+    def delete_models(self, model: str, *, every: bool) -> tuple[str, ...]:
+        """Delete a version, or `every` one of a name; what was deleted. All or none.
+
+        Raises NotFound; InvalidRequest where it is not said which version; Conflict, naming the use, where one is in use.
+        """
+        if every:
+            models = self._registry.versions(model)
+        else:
+            models = (self._registry.model(model),)
+            versions = self._registry.versions(models[0].name)
+            if ":" not in model and len(versions) > 1:
+                raise InvalidRequest(
+                    f"model {model!r} has {len(versions)} versions: name one, as in {_named(versions[-1])}, or delete them all"
+                )
+        for info in models:
+            self._check_model(info)
+        self._registry.delete_models(models)
+        deleted = tuple(map(_named, models))
+        self._free([info.model.sha256 for info in models])
+        log.info("models deleted %s", fields(models=",".join(deleted)))
+        return deleted
+
+    def remove_dataset(self, name: str) -> None:
+        """Forget a data set. Raises NotFound; Conflict where a job under way uses it."""
+        blobs = dataset_blobs(self._registry.manifest(name), self._registry.dataset(name))
+        for job in self._active():
+            spec = job.submitted.spec
+            if not isinstance(spec, Deploy) and name in (spec.dataset, getattr(spec, "validation", None)):
+                raise Conflict(
+                    f"job {job.job_id} ({job.kind}) uses data set {name!r}: wait for it, or `potluck cancel {job.job_id}` first"
+                )
+        self._registry.remove_dataset(name)
+        self._free(ref.sha256 for ref in blobs)
+        log.info("data set removed %s", fields(dataset=name))
+
+    def _check_model(self, info: ModelInfo) -> None:
+        named = _named(info)
+        if any(deployment.name == named for deployment in self._serving.deployments()):
+            raise Conflict(f"model {named} is deployed: `potluck undeploy {named}` first")
+        if info.aliases:
+            alias = f"{info.name}:{info.aliases[0]}"
+            raise Conflict(
+                f"model {named} is what {alias} means: give the alias to another version, or remove it, before you delete this one"
+            )
+        for job in self._active():
+            asked = job.submitted.spec.model
+            its_name = isinstance(asked, str) and asked.partition(":")[0] == info.name
+            if its_name and job.submitted.model is not None and job.submitted.model.sha256 == info.model.sha256:
+                raise Conflict(
+                    f"job {job.job_id} ({job.kind}) uses model {named}: wait for it, or `potluck cancel {job.job_id}` first"
+                )
+
+    def _active(self) -> list[Job]:
+        return [self._jobs.jobs[job_id] for job_id in self._jobs.active]
+
+    def _free(self, blobs: Iterable[str]) -> None:
+        """Throw blobs away that are not pinned, and that no job which is remembered could still be asked for."""
+        results = self._jobs.results()
+        for sha256 in blobs:
+            if sha256 not in results:
+                self._store.delete(sha256)
+
+
+def _named(info: ModelInfo) -> str:
+    return f"{info.name}:{info.version}"

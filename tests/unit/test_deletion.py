@@ -1,0 +1,188 @@
+"""Deleting: refused while something uses it, with the use named; else the bytes go too, unless something refers to them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coordinator.deletion import Deletion
+from coordinator.jobs import Job, JobFinished
+from coordinator.jobstore import JobStore
+from coordinator.journal import Journal
+from coordinator.keeping import Keeping
+from coordinator.serving.registry import Registry
+from potluck import codec
+from potluck.blobs.store import BlobStore
+from potluck.errors import Conflict, InvalidRequest, NotFound
+from potluck.messages import (
+    AnyJobSpec,
+    DataFormat,
+    Dataset,
+    DataShard,
+    Deploy,
+    DeploymentInfo,
+    Evaluate,
+    JobEnded,
+    JobProgress,
+    Train,
+)
+
+
+@dataclass
+class Deployed:
+    """What of a Serving matters here."""
+
+    names: list[str] = field(default_factory=list)
+
+    def deployments(self) -> tuple[DeploymentInfo, ...]:
+        return tuple(DeploymentInfo(name=name, wanted=1, replicas=()) for name in self.names)
+
+
+class Lab:
+    def __init__(self, folder: Path) -> None:
+        self.journal = Journal(folder / "journal")
+        self.store = BlobStore(folder / "blobs", 10_000)
+        self.registry = Registry(self.journal)
+        Keeping(self.registry, self.store)
+        self.jobs = JobStore(self.journal, self.registry, self.store, (), node_data)
+        self.serving: Any = Deployed()
+        self.deletion = Deletion(self.registry, self.serving, self.jobs, self.store)
+
+    def model(self, text: str, name: str = "m") -> str:
+        """Registers it; its blob's hash."""
+        ref = self.store.put_bytes(text.encode())
+        self.registry.add_model(name, ref, now=1.0)
+        return ref.sha256
+
+    def data(self, name: str, text: str) -> list[str]:
+        """Registers a data set of one shard; the hashes of its manifest and its shard."""
+        shard = self.store.put_bytes(text.encode())
+        dataset = Dataset(
+            name=name,
+            format=DataFormat(kind="arrays", inputs=("x",), target="y"),
+            count=1,
+            shards=(DataShard(blob=shard, count=1),),
+        )
+        manifest = self.store.put_bytes(codec.pack(dataset))
+        self.registry.add_dataset(name, manifest, dataset)
+        return [manifest.sha256, shard.sha256]
+
+    def fill_beside(self, *kept: str) -> None:
+        """Puts so much that nothing but these blobs has room beside it."""
+        self.store.put_bytes(b"x" * (self.store.limit_bytes - sum(map(self.store.size, kept))))
+
+    def job(self, spec: AnyJobSpec) -> Job:
+        return self.jobs.add(self.jobs.resolve(spec, "", f"job{len(self.jobs.jobs)}", 1.0))
+
+    def end(self, job: Job, **parts: Any) -> None:
+        result = JobEnded(
+            job_id=job.job_id, kind=job.kind, state="succeeded", created_at=1, started_at=1, ended_at=2, **parts
+        )
+        self.jobs.record(job, JobFinished(at=2.0, result=result))
+        self.jobs.ended(job, JobProgress())
+
+
+def node_data(name: str) -> Dataset:
+    raise NotFound(name)
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Iterator[Lab]:
+    made = Lab(tmp_path)
+    yield made
+    made.journal.close()
+
+
+def test_a_version_goes_with_its_bytes(lab: Lab) -> None:
+    first, second = lab.model("one"), lab.model("two")
+    assert lab.deletion.delete_models("m:1", every=False) == ("m:1",)
+    assert (lab.store.has(first), lab.store.has(second)) == (False, True)
+    assert lab.deletion.delete_models("m", every=False) == ("m:2",)
+    assert not lab.store.has(second)
+    with pytest.raises(NotFound):
+        lab.deletion.delete_models("m", every=True)
+
+
+def test_all_versions_go_or_none(lab: Lab) -> None:
+    blobs = [lab.model("one"), lab.model("two"), lab.model("three")]
+    with pytest.raises(InvalidRequest, match="has 3 versions: name one, as in m:3"):
+        lab.deletion.delete_models("m", every=False)
+    lab.serving.names.append("m:2")
+    with pytest.raises(Conflict, match="m:2 is deployed: `potluck undeploy m:2` first"):
+        lab.deletion.delete_models("m", every=True)
+    assert all(map(lab.store.has, blobs))
+    lab.serving.names.clear()
+    assert lab.deletion.delete_models("m", every=True) == ("m:1", "m:2", "m:3")
+    assert not any(map(lab.store.has, blobs))
+
+
+def test_what_an_alias_means_stays(lab: Lab) -> None:
+    lab.model("one")
+    lab.registry.set_alias("m:1", "prod")
+    for model in ("m", "m:1", "m:prod"):
+        with pytest.raises(Conflict, match="is what m:prod means"):
+            lab.deletion.delete_models(model, every=False)
+    lab.registry.remove_alias("m:prod")
+    assert lab.deletion.delete_models("m:1", every=False) == ("m:1",)
+
+
+@pytest.mark.parametrize(
+    "spec", [Evaluate(model="m:1", dataset="d"), Deploy(model="m:prod"), Train(model="m:prod", dataset="d")]
+)
+def test_what_a_job_under_way_uses_stays(lab: Lab, spec: AnyJobSpec) -> None:
+    lab.model("one")
+    lab.model("one", name="other")
+    lab.registry.set_alias("m:1", "prod")
+    lab.data("d", "items")
+    job = lab.job(spec)
+    lab.registry.remove_alias("m:prod")
+    with pytest.raises(Conflict, match=rf"job {job.job_id} \({job.kind}\) uses model m:1.*potluck cancel"):
+        lab.deletion.delete_models("m:1", every=False)
+    assert lab.deletion.delete_models("other", every=False) == (
+        "other:1",
+    )  # the same bytes, but not what the job named
+    lab.end(job)
+    lab.deletion.delete_models("m:1", every=False)
+
+
+def test_bytes_stay_while_something_else_refers_to_them(lab: Lab) -> None:
+    blob = lab.model("one")
+    lab.model("one", name="other")
+    lab.deletion.delete_models("m", every=False)
+    assert lab.store.has(blob)
+    data = lab.data("d", "items")
+    job = lab.job(Train(model="other", dataset="d"))
+    result = lab.store.put_bytes(b"trained")
+    lab.registry.add_model("trained", result, now=1.0)
+    lab.end(job, model=result)
+    lab.deletion.delete_models("trained", every=False)
+    assert lab.store.has(result.sha256)  # the job may still be asked for it
+    lab.fill_beside(blob, *data)  # but it goes when room is needed
+    assert not lab.store.has(result.sha256)
+    assert lab.store.has(blob)
+
+
+def test_a_data_set_goes_when_no_job_uses_it(lab: Lab) -> None:
+    lab.model("one")
+    blobs, validation = lab.data("d", "items"), lab.data("v", "others")
+    job = lab.job(Train(model="m", dataset="d", validation="v"))
+    for name in ("d", "v"):
+        with pytest.raises(Conflict, match=rf"job {job.job_id} \(train\) uses data set '{name}'"):
+            lab.deletion.remove_dataset(name)
+    lab.end(job)
+    lab.deletion.remove_dataset("d")
+    lab.deletion.remove_dataset("v")
+    assert not any(map(lab.store.has, blobs + validation))
+    with pytest.raises(NotFound):
+        lab.deletion.remove_dataset("d")
+
+
+def test_a_data_set_that_is_replaced_lets_go_of_what_only_it_had(lab: Lab) -> None:
+    before, after = lab.data("d", "items"), lab.data("d", "other items")
+    lab.fill_beside(*after)
+    assert not any(map(lab.store.has, before))
+    assert all(map(lab.store.has, after))
