@@ -155,6 +155,9 @@ class BatchStrategy:
     def ended_epoch(self, event: EpochEnded) -> None:
         raise ValueError("only training has epochs")
 
+    def stop(self) -> None:
+        raise ValueError("only training can stop before its end")
+
     def progress(self, running: dict[str, tuple[Attempt, int, dict[str, float]]]) -> JobProgress:
         best: dict[str, int] = {}
         for attempt, done, _ in running.values():

@@ -31,6 +31,7 @@ from coordinator.jobs import (
     JobStarted,
     Lease,
     RoundClosed,
+    StopAsked,
     Withdraw,
 )
 from coordinator.jobstore import JobStore
@@ -40,7 +41,7 @@ from coordinator.serving.serving import Serving
 from coordinator.training import privacy
 from coordinator.training.rounds import RoundsStrategy
 from coordinator.training.sync import SyncStrategy
-from potluck.errors import Cancelled, NotFound, PotluckError, Unavailable
+from potluck.errors import Cancelled, Conflict, NotFound, PotluckError, Unavailable
 from potluck.logs import fields
 from potluck.messages import (
     AcknowledgeResult,
@@ -115,6 +116,18 @@ class Dispatcher:
                 deploying.cancel()
             if isinstance(job.submitted.spec, Deploy):
                 self._serving.give_up(job.submitted.spec.model)
+        return job
+
+    def stop(self, job_id: str) -> Job:
+        """End a training job after the epoch that is under way. Raises NotFound, and Conflict for a job of another kind."""
+        job = self.job(job_id)
+        if not isinstance(job.submitted.spec, Train):
+            raise Conflict(
+                f"job {job_id} is of kind {job.kind!r}: only training can end early; `potluck cancel` ends others"
+            )
+        if job.active:
+            self._record(job, StopAsked(at=self._clock()))
+            self._changed(job)
         return job
 
     def job(self, job_id: str) -> Job:

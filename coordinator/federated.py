@@ -122,6 +122,9 @@ class NodesEvaluation:
     def ended_epoch(self, event: EpochEnded) -> None:
         raise ValueError("only training has epochs")
 
+    def stop(self) -> None:
+        raise ValueError("only training can stop before its end")
+
     def progress(self, running: dict[str, tuple[Attempt, int, dict[str, float]]]) -> JobProgress:
         done = sum(result.count for result in self.results.values()) + sum(done for _, done, _ in running.values())
         return JobProgress(done=min(done, self.data.count), total=self.data.count)

@@ -110,12 +110,24 @@ class EpochEnded(Event, frozen=True):
     epoch: EpochMetrics
 
 
+class StopAsked(Event, frozen=True):
+    """Training is to end after the epoch that is under way."""
+
+
 class JobFinished(Event, frozen=True):
     result: JobEnded
 
 
 AnyEvent = (
-    JobSubmitted | JobStarted | AttemptLeased | AttemptFinished | AttemptEnded | RoundClosed | EpochEnded | JobFinished
+    JobSubmitted
+    | JobStarted
+    | AttemptLeased
+    | AttemptFinished
+    | AttemptEnded
+    | RoundClosed
+    | EpochEnded
+    | StopAsked
+    | JobFinished
 )
 
 
@@ -208,6 +220,8 @@ class Strategy(Protocol):
 
     def ended_epoch(self, event: EpochEnded) -> None: ...
 
+    def stop(self) -> None: ...
+
     def progress(self, running: dict[str, tuple[Attempt, int, dict[str, float]]]) -> JobProgress:
         """`running`: for each open attempt what it has reported: items done, and metrics."""
         ...
@@ -279,6 +293,8 @@ class Job:
                 self.history.append(event.epoch)
                 self.history_bytes += _size(event.epoch)
                 self._strategy.ended_epoch(event)
+            case StopAsked():
+                self._strategy.stop()
             case JobFinished():
                 self.ended = event.result
                 self.state = event.result.state
@@ -331,6 +347,19 @@ class Job:
             if len(kept) < 2 or sum(map(_size, kept)) <= HISTORY_LIMIT_BYTES:
                 return tuple(kept)
             stride *= 2
+
+    def epochs_after(self, number: int) -> tuple[EpochMetrics, ...]:
+        """The epochs above `number`, as many as fit into a message; of a job that has ended, as its result tells them."""
+        known = self.ended.history if self.ended is not None else self.history
+        kept: list[EpochMetrics] = []
+        size = 0
+        for epoch in known:
+            if epoch.epoch > number:
+                size += _size(epoch)
+                if kept and size > HISTORY_LIMIT_BYTES:
+                    break
+                kept.append(epoch)
+        return tuple(kept)
 
     def _keep(self, closed: RoundClosed) -> None:
         """Add a round to those that the result tells of. When they grow too many, every second goes."""

@@ -30,8 +30,10 @@ from potluck.messages import (
     DeleteModel,
     Deploy,
     DeploymentsListed,
+    GetHistory,
     GetJob,
     GetModel,
+    HistoryListed,
     JobAccepted,
     JobsListed,
     ListDatasets,
@@ -49,6 +51,7 @@ from potluck.messages import (
     RemoveAlias,
     RemoveDataset,
     SetAlias,
+    StopTraining,
     SubmitJob,
     TagModel,
     Undeploy,
@@ -141,6 +144,11 @@ class Requests:
                 return JobAccepted(job_id=job.job_id)
             case CancelJob():
                 return self._dispatcher.described(self._dispatcher.cancel(message.job_id))
+            case StopTraining():
+                return self._dispatcher.described(self._dispatcher.stop(message.job_id))
+            case GetHistory():
+                job = self._dispatcher.job(message.job_id)
+                return HistoryListed(job_id=job.job_id, epochs=job.epochs_after(message.after))
             case GetJob():
                 job = self._dispatcher.job(message.job_id)
                 return self._dispatcher.ended(job) or self._dispatcher.described(job)

@@ -364,10 +364,24 @@ class CancelJob(Message, frozen=True):
     job_id: str
 
 
+class StopTraining(Message, frozen=True):
+    """End a training job after the epoch that is under way, as if it had been the last. Answered by `JobChanged`."""
+
+    job_id: str
+
+
 class GetJob(Message, frozen=True):
     """Answered by `JobChanged`, or by `JobEnded` when it has ended."""
 
     job_id: str
+
+
+class GetHistory(Message, frozen=True):
+    """The epochs of a training job that ended so far, also while it runs. Answered by `HistoryListed`."""
+
+    job_id: str
+    after: Count = 0
+    """Those above this number only."""
 
 
 class ListJobs(Message, frozen=True):
@@ -416,6 +430,13 @@ class JobEnded(Message, frozen=True):
 
 class JobsListed(Message, frozen=True):
     jobs: tuple[JobChanged, ...]
+
+
+class HistoryListed(Message, frozen=True):
+    """The next epochs, as many as fit into a message; with none there is none yet."""
+
+    job_id: str
+    epochs: tuple[EpochMetrics, ...] = ()
 
 
 class NodeInfo(Part, frozen=True):
@@ -964,7 +985,8 @@ class BlobsStored(Message, frozen=True):
 
 
 AnyMessage = (
-    SubmitJob | JobAccepted | CancelJob | GetJob | ListJobs | JobChanged | JobEnded | JobsListed
+    SubmitJob | JobAccepted | CancelJob | StopTraining | GetJob | GetHistory | HistoryListed | ListJobs | JobChanged
+    | JobEnded | JobsListed
     | ListNodes | NodesListed | AddDataset | DatasetAdded | RemoveDataset | DatasetRemoved | ListDatasets | DatasetsListed
     | RegisterModel | ModelRegistered | GetModel | ListModels | ModelsListed
     | SetAlias | RemoveAlias | TagModel | ModelChanged | DeleteModel | ModelsDeleted

@@ -122,6 +122,8 @@ class RoundsStrategy:
     """Until the beginning of this epoch."""
     validating: Evaluation | None = None
     exported: ExportResult | None = None
+    stop_after: int | None = None
+    """Of the epochs that are to be trained, where somebody asked for an earlier end."""
     last_epoch: EpochMetrics | None = None
     epoch_started_at: float = 0.0
 
@@ -131,7 +133,8 @@ class RoundsStrategy:
     @property
     def epochs(self) -> int:
         """How many are to be trained at most."""
-        return self.spec.epochs - self.spec.initial_epoch
+        wanted = self.spec.epochs - self.spec.initial_epoch
+        return wanted if self.stop_after is None else min(wanted, self.stop_after)
 
     @property
     def total(self) -> int:
@@ -236,6 +239,11 @@ class RoundsStrategy:
         self.exchanged_before = self.exchanged_bytes
         self.validating = None
 
+    def stop(self) -> None:
+        """The epoch that is under way is the last."""
+        if self.stop_after is None:
+            self.stop_after = self.epochs_ended + 1
+
     def progress(self, running: dict[str, tuple[Attempt, int, dict[str, float]]]) -> JobProgress:
         at_work = {attempt.node_id for attempt, _, _ in running.values()}
         nodes = {node_id: rate for node_id, rate in self.measured.items() if node_id in at_work}
@@ -248,8 +256,8 @@ class RoundsStrategy:
         return JobProgress(
             done=min(self.samples + training, self.total),
             total=self.total,
-            epoch=min(self.spec.initial_epoch + self.epochs_ended + 1, self.spec.epochs),
-            epochs=self.spec.epochs,
+            epoch=min(self.spec.initial_epoch + self.epochs_ended + 1, self.spec.initial_epoch + self.epochs),
+            epochs=self.spec.initial_epoch + self.epochs,
             round=self.round,
             metrics=metrics,
             items_per_second=sum(nodes.values()),

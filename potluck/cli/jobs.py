@@ -88,6 +88,20 @@ def job(
                 output.show(f"{label}: {text}")
 
 
+def stop(context: typer.Context, job_id: JobId, as_json: Json = False) -> None:
+    """End training after the epoch that is under way, and keep what it has learnt."""
+    from potluck.cli import output
+
+    with session(context).client() as client:
+        state = client.job(job_id).stop()
+    if as_json:
+        output.emit(state)
+    elif state.state in ("queued", "running"):
+        output.show(f"job {state.job_id} ends after epoch {state.progress.epoch}")
+    else:
+        output.show(f"job {state.job_id} is {state.state}")
+
+
 def cancel(context: typer.Context, job_id: JobId, as_json: Json = False) -> None:
     """End a job."""
     from potluck.cli import output

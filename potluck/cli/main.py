@@ -13,7 +13,7 @@ from potluck import __version__
 from potluck.cli.data import data
 from potluck.cli.evaluate import evaluate
 from potluck.cli.infer import infer
-from potluck.cli.jobs import cancel, job, jobs
+from potluck.cli.jobs import cancel, job, jobs, stop
 from potluck.cli.models import deploy, deployments, models, undeploy
 from potluck.cli.nodes import nodes
 from potluck.cli.predict import predict
@@ -31,7 +31,7 @@ app = typer.Typer(
     epilog="--seed, --cluster, --timeout and --debug may stand before or after the command.",
 )
 for command in (
-    up, nodes, train, evaluate, predict, jobs, job, cancel, models, deploy, undeploy, deployments, infer,
+    up, nodes, train, evaluate, predict, jobs, job, stop, cancel, models, deploy, undeploy, deployments, infer,
 ):  # fmt: skip
     app.command()(command)
 app.add_typer(data, name="data")

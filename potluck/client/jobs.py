@@ -17,19 +17,24 @@ from msgspec.structs import replace
 from potluck import errors, tensors
 from potluck.bus import Envelope
 from potluck.client import arguments, event_files, plots
+from potluck.client.callbacks import Callbacks
 from potluck.client.connection import Connection
 from potluck.client.models import load_model
 from potluck.errors import Conflict, NotFound, PotluckError, TimedOut
 from potluck.messages import (
     BlobRef,
     CancelJob,
+    EpochMetrics,
     Evaluation,
+    GetHistory,
     GetJob,
+    HistoryListed,
     JobChanged,
     JobEnded,
     JobProgress,
     Message,
     RoundMetrics,
+    StopTraining,
     Tensor,
 )
 
@@ -117,6 +122,43 @@ class AsyncJob:
                 if seen is not None and seen.state in ENDED:
                     return
 
+    async def epochs(self) -> AsyncGenerator[EpochMetrics, None]:
+        """Each epoch of a training job once, in order, as it ends, from the first; until the job ends, whichever way."""
+        after, at = 0, 0
+        async with aclosing(self.states()) as states:
+            async for state in states:
+                if state.progress.epoch != at or state.state in ENDED:
+                    at = state.progress.epoch
+                    async with aclosing(self._epochs_after(after)) as found:
+                        async for epoch in found:
+                            after = epoch.epoch
+                            yield epoch
+
+    async def _epochs_after(self, number: int) -> AsyncGenerator[EpochMetrics, None]:
+        while True:
+            answer = await self._connection.ask(GetHistory(job_id=self.id, after=number), HistoryListed)
+            for epoch in answer.epochs:
+                number = epoch.epoch
+                yield epoch
+            if not answer.epochs:
+                return
+
+    async def follow(self, callbacks: object = ()) -> dict[str, list[float]]:
+        """Wait for a training job like `wait`, and tell Keras callbacks of each epoch as it ends; the history.
+
+        They have the logs of epochs, which count from 0; their `model` has nothing but `stop_training`, which ends the job after
+        the epoch that is under way then. What a callback raises ends the following, and the job goes on.
+        """
+        told = Callbacks(callbacks)
+        told.begin((await self.status()).progress.epochs)
+        async with aclosing(self.epochs()) as epochs:
+            async for epoch in epochs:
+                if told.epoch(epoch):
+                    await self.stop()
+        told.end()
+        await self.wait()
+        return self.history
+
     async def wait(self, timeout: float | None = None) -> AsyncJob:
         """Wait until the job has succeeded. Raises the job's error when it failed or was cancelled, TimedOut otherwise."""
         limit_seconds = arguments.timeout(timeout)
@@ -139,6 +181,10 @@ class AsyncJob:
                 raise Conflict(f"job {self.id} is {answer.state} again: ask once more")
             self._ended = answer
         return self._ended
+
+    async def stop(self) -> JobChanged:
+        """End training after the epoch that is under way, as if it had been the last. Raises Conflict for another kind of job."""
+        return await self._connection.ask(StopTraining(job_id=self.id), JobChanged)
 
     async def cancel(self) -> JobChanged:
         """End the job. Nothing happens to one that has ended."""

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, TypeVar, Unpack
 
 from potluck.client.async_client import AsyncClient, Image, Inputs
+from potluck.client.callbacks import Callbacks
 from potluck.client.jobs import AsyncJob, Predictions, evaluation_of, history_of
 from potluck.client.sources import Progress
 from potluck.client.training import TrainOptions
@@ -19,6 +20,7 @@ from potluck.errors import InvalidRequest
 from potluck.messages import (
     DatasetInfo,
     DeploymentInfo,
+    EpochMetrics,
     Evaluation,
     JobChanged,
     JobEnded,
@@ -101,6 +103,24 @@ class Job:
         """Each new state, the final one last."""
         return self._each(self._job.states())
 
+    def epochs(self) -> Iterator[EpochMetrics]:
+        """Each epoch of a training job once, in order, as it ends, from the first; until the job ends, whichever way."""
+        return self._each(self._job.epochs())
+
+    def follow(self, callbacks: object = ()) -> dict[str, list[float]]:
+        """Wait for a training job like `wait`, and tell Keras callbacks of each epoch as it ends; the history.
+
+        They have the logs of epochs, which count from 0; their `model` has nothing but `stop_training`, which ends the job after
+        the epoch that is under way then. What a callback raises ends the following, and the job goes on.
+        """
+        told = Callbacks(callbacks)
+        told.begin(self.status().progress.epochs)
+        for epoch in self.epochs():  # not in the client's thread: a callback may ask the client something
+            if told.epoch(epoch):
+                self.stop()
+        told.end()
+        return self.wait().history
+
     def wait(self, timeout: float | None = None) -> Job:
         """Wait until the job has succeeded. Raises the job's error when it failed or was cancelled, TimedOut otherwise."""
         self._portal.call(self._job.wait(timeout))
@@ -109,6 +129,10 @@ class Job:
     def result(self) -> JobEnded:
         """What the job ended with, once it has, whether it succeeded or not."""
         return self._portal.call(self._job.result())
+
+    def stop(self) -> JobChanged:
+        """End training after the epoch that is under way, as if it had been the last. Raises Conflict for another kind of job."""
+        return self._portal.call(self._job.stop())
 
     def cancel(self) -> JobChanged:
         """End the job. Nothing happens to one that has ended."""

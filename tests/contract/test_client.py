@@ -35,6 +35,8 @@ from potluck.messages import (
     EpochMetrics,
     ErrorInfo,
     Evaluation,
+    GetHistory,
+    HistoryListed,
     ImageOptions,
     Infer,
     Inferred,
@@ -44,6 +46,7 @@ from potluck.messages import (
     ListNodes,
     NodesListed,
     RoundMetrics,
+    StopTraining,
     SubmitJob,
     Tensor,
     Train,
@@ -298,6 +301,59 @@ async def test_progress_ends_with_the_job_and_the_result_is_read(
     assert saved.read_bytes() == b"a model"
     with pytest.raises(Conflict, match="evaluation"):
         _ = job.evaluation
+
+
+class Recorder:
+    """A callback as Keras has them; ends training after `epochs` of them."""
+
+    def __init__(self, epochs: int) -> None:
+        self.told: list[Any] = []
+        self._epochs = epochs
+
+    def set_params(self, params: dict[str, Any]) -> None:
+        self.told.append(params["epochs"])
+
+    def set_model(self, model: Any) -> None:
+        self.model = model
+        assert not hasattr(model, "optimizer")
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
+        self.told.append((epoch, logs))
+        self.model.stop_training = epoch + 1 >= self._epochs
+
+    def on_train_end(self, logs: dict[str, float]) -> None:
+        self.told.append(logs)
+
+
+async def test_callbacks_hear_of_each_epoch_once_and_may_end_training(
+    client: AsyncClient, coordinator: ScriptedCoordinator
+) -> None:
+    epochs = tuple(EpochMetrics(epoch=number, metrics={"loss": 1 / number}) for number in (1, 2, 3))
+    ended: list[EpochMetrics] = []
+
+    def history(asked: GetHistory) -> HistoryListed:
+        left = [epoch for epoch in ended if epoch.epoch > asked.after]
+        return HistoryListed(job_id=asked.job_id, epochs=tuple(left[:1]))
+
+    coordinator.answers[GetHistory] = history
+    coordinator.answers[StopTraining] = lambda asked: coordinator.jobs[asked.job_id]
+    job = await client.train("net", "images", epochs=9)
+    await coordinator.state(job.id, "running", epoch=1, epochs=9)
+    recorder = Recorder(epochs=2)
+    following = asyncio.create_task(job.follow([recorder]))
+    await eventually(lambda: recorder.told == [9])
+    ended += epochs[:2]
+    await coordinator.state(job.id, "running", epoch=3, epochs=9)
+    await eventually(lambda: any(isinstance(asked, StopTraining) for asked in coordinator.asked))
+    ended += epochs[2:]
+    await coordinator.end(job.id, history=epochs)
+    assert await asyncio.wait_for(following, 5) == {"loss": [1.0, 0.5, 1 / 3]}
+    assert recorder.told == [9, *((epoch.epoch - 1, epoch.metrics) for epoch in epochs), epochs[-1].metrics]
+    assert sum(isinstance(asked, StopTraining) for asked in coordinator.asked) == 1
+    with pytest.raises(InvalidRequest, match="on_epoch_end"):
+        await job.follow([3])
+    with pytest.raises(InvalidRequest, match="on_epoch_end"):
+        await job.follow(Recorder)
 
 
 async def test_a_job_is_drawn_when_it_has_ended(

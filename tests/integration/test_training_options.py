@@ -217,3 +217,21 @@ def test_updates_in_four_bits_learn_as_those_in_full(client: Client) -> None:
         sizes = [epoch.exchanged_bytes / epoch.rounds for epoch in job.result().history]
         assert max(sizes) < (200_000 if compression == "none" else 60_000)
     assert found["int4"] > found["none"] - 0.03
+
+
+def test_keras_callbacks_follow_a_job_and_end_it(client: Client, tmp_path: Path) -> None:
+    import keras
+
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(64, 4)).astype(np.float32), rng.normal(size=64).astype(np.float32)
+    log = tmp_path / "log.csv"
+    stopper = keras.callbacks.EarlyStopping("loss", patience=2, min_delta=10.0)  # nothing ever gets so much better
+    job = client.train(regression(), (x, y), epochs=500)
+    history = job.follow([keras.callbacks.CSVLogger(str(log)), stopper])
+    epochs = len(history["loss"])
+    assert 3 <= epochs < 500, "the epoch under way when the third had ended was the last"
+    assert job.model().count_params() == regression().count_params()
+    rows = log.read_text().splitlines()
+    assert rows[0].startswith("epoch,loss")
+    assert [float(row.split(",")[1]) for row in rows[1:]] == history["loss"]
+    assert [epoch.epoch for epoch in job.epochs()] == list(range(1, epochs + 1)), "to be had again, from the first"

@@ -23,6 +23,7 @@ from coordinator.jobs import (
     JobSubmitted,
     Lease,
     RoundClosed,
+    StopAsked,
     Withdraw,
 )
 from coordinator.placement import ClusterView, NodeView
@@ -341,6 +342,30 @@ def test_the_history_of_very_many_epochs_fits_into_a_message() -> None:
     assert told[-1].epoch == 5000
     assert len(codec.pack(told)) < 200_000
     assert Simulation().job.told_history == ()
+    listed: list[int] = []
+    while part := play.job.epochs_after(listed[-1] if listed else 0):
+        assert len(codec.pack(part)) < 200_000
+        listed += [epoch.epoch for epoch in part]
+    assert listed == list(range(1, 5001)), "of a job that runs, all of them"
+
+
+def test_training_that_is_to_stop_ends_after_the_epoch_under_way() -> None:
+    play = Simulation(epochs=5)
+
+    def stop_in_the_second() -> None:
+        if play.strategy.epochs_ended in (1, 2):
+            play.record(StopAsked(at=play.now))
+
+    play.run("a", "b", each=stop_in_the_second)
+    assert [epoch.epoch for epoch in play.job.history] == [1, 2]
+    assert play.strategy.exported is not None
+    assert play.strategy.progress({}).epochs == 2
+    again = play.new_job()
+    for event in play.events:
+        again.apply(event)
+    assert isinstance(again.strategy, RoundsStrategy)
+    assert again.strategy.stop_after == 2
+    assert again.strategy.all_trained
 
 
 def test_a_metric_that_rises_is_better() -> None:
