@@ -8,9 +8,11 @@ from collections.abc import Callable
 
 from msgspec.structs import replace
 
+from coordinator.serving.lanes import Batch
 from coordinator.serving.metrics import ServingMetrics
+from coordinator.serving.queueing import Request
 from coordinator.serving.registry import Registry
-from coordinator.serving.router import Batch, Request, Router
+from coordinator.serving.router import Router
 from potluck.bus import Bus, Envelope
 from potluck.errors import InvalidRequest, NotFound, PotluckError, TooLarge, from_code
 from potluck.messages import (
@@ -35,6 +37,8 @@ BATCH_SECONDS = 10.0
 
 Where requests may take longer than usual (`inference_seconds`), a third of that: there are two tries more.
 """
+ROWS_COUNTED = 1024
+"""A request counts for at most so many rows: what it claims of a blob is seen to be true only by whoever has fetched it."""
 
 
 class Inference:
@@ -135,7 +139,7 @@ class Inference:
         try:
             router = self.router(model)
             name = router.name
-            self._submit(router, message.inputs, answer, deadline)
+            self._submit(router, message.inputs, answer, now, deadline)
         except PotluckError as error:
             answer(error)
 
@@ -157,7 +161,7 @@ class Inference:
                 answered.set_result(outcome)
 
         try:
-            self._submit(router, inputs, answer, now + timeout_seconds)
+            self._submit(router, inputs, answer, now, now + timeout_seconds)
         except PotluckError as error:
             answer(error)
         outcome = await answered
@@ -167,7 +171,7 @@ class Inference:
         """A batch of this deployment came back."""
         router = self._routers.get(name)
         if router is not None:
-            router.finished(message.replica_id, message.id, message.outcomes, self._clock())
+            router.finished(message.replica_id, message.id, message.outcomes, self._clock(), message.seconds)
             self._pump(router)
 
     def _submit(
@@ -175,6 +179,7 @@ class Inference:
         router: Router,
         inputs: tuple[Tensor, ...],
         answer: Callable[[RequestOutcome | PotluckError], None],
+        now: float,
         deadline: float,
     ) -> None:
         if not inputs:
@@ -186,7 +191,7 @@ class Inference:
             raise TooLarge(
                 f"the inputs are {size} bytes, and {INPUT_LIMIT_BYTES} go into a message: send fewer rows at once, or a blob"
             )
-        router.submit(Request(inputs, answer, deadline, size))
+        router.submit(Request(inputs, answer, deadline, size, _rows(inputs[0])), now)
         self._pump(router)
 
     def _pump(self, router: Router) -> None:
@@ -219,6 +224,13 @@ def _size(tensor: Tensor) -> int:
     if isinstance(data, list):
         return sum([5 + len(text if isinstance(text, bytes) else text.encode()) for text in data]) + rest
     return rest + sum([5 + len(holder.encode()) for holder in data.holders]) + 120
+
+
+def _rows(tensor: Tensor) -> int:
+    """How many it counts for, whatever its shape claims: others wait by that."""
+    data = tensor.data
+    most = len(data) if isinstance(data, bytes | list) else data.size
+    return min(tensor.shape[0], most, ROWS_COUNTED) or 1 if tensor.shape else 1
 
 
 def _error_of(info: ErrorInfo) -> PotluckError:

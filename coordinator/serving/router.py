@@ -1,116 +1,63 @@
 """The router of one deployment: a bounded queue, batches, and the replica with the least expected wait. Pure.
 
 A request goes out at once when a replica has room; while all are busy, requests wait and leave together (natural
-batching), no more of them than the replica computes in BATCH_TARGET_SECONDS. Of two replicas picked at random the one with
-less expected wait gets the batch (the power of two choices, Mitzenmacher, 2001). A batch that is lost is put back at the head
-of the queue, and whichever answer comes first counts: a request is answered once, by its deadline. A replica that answers
-with failures rests for a moment: failing is quick, and would draw everything to it.
+batching), no more of them than the replica computes in time: with an objective in a third of it, for while a batch is computed
+one waits at the replica and one gathers here. Of two replicas picked at random the one with less expected wait gets the batch
+(the power of two choices, Mitzenmacher, 2001). What cannot be answered by its deadline, or within the objective, is refused
+when it comes, with the time after which the queue will be short. A batch that is lost is put back at the head of the queue, and
+whichever answer comes first counts: a request is answered once, by its deadline. A replica that answers with failures
+rests for a moment: failing is quick, and would draw everything to it.
 """
 
 from __future__ import annotations
 
 import random
-from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
 
+from coordinator.serving.lanes import Batch, Lane
+from coordinator.serving.queueing import Request, RequestQueue
 from potluck.errors import Overloaded, PotluckError, TimedOut, Unavailable
-from potluck.messages import RequestOutcome, Tensor
+from potluck.messages import RequestOutcome
 
-BATCHES_IN_FLIGHT = 2
-"""A replica has one batch to compute and one to begin with at once."""
 BATCH_BYTES = 160 * 1024
 """Inline tensors of a batch: it must fit into a message."""
 BATCH_TARGET_SECONDS = 1.0
 """A slow model gets smaller batches: nobody waits long behind one, and what runs is not taken for lost."""
-PATIENCE = 4
-"""A batch is lost when it takes so many times what its replica needs for all it has; at most so many times the usual limit."""
+BATCHES_AHEAD = 3
+"""Batches that a request may wait for, its own among them: one computed, one that waits at the replica, one that gathers here."""
 ATTEMPTS_LIMIT = 4
 REST_SECONDS = 0.5
-SMOOTHING = 0.2
-
-Answer = Callable[[RequestOutcome | PotluckError], None]
-
-
-@dataclass(eq=False, slots=True)
-class Request:
-    inputs: tuple[Tensor, ...]
-    answer: Answer
-    deadline: float
-    size_bytes: int
-    attempts: int = 0
-    failure: str = ""
-    """What the last attempt failed with."""
-    answered: bool = False
-
-    def settle(self, outcome: RequestOutcome | PotluckError) -> None:
-        """Answer it, unless that was done."""
-        if not self.answered:
-            self.answered = True
-            self.answer(outcome)
-
-
-@dataclass(eq=False, slots=True)
-class Batch:
-    batch_id: str
-    replica_id: str
-    node_id: str
-    requests: list[Request]
-    sent_at: float
-
-
-@dataclass(slots=True)
-class _Lane:
-    """A ready replica: what is on its way to it, and how long a request takes there."""
-
-    replica_id: str
-    node_id: str
-    batches: dict[str, Batch] = field(default_factory=dict)
-    overdue: dict[str, Batch] = field(default_factory=dict)
-    """Batches that are asked again elsewhere, but may still come back."""
-    requests: int = 0
-    seconds_each: float = 0.0
-    seconds_last: float = 0.0
-    """The same, of the last batch alone: after a slow start the mean is too high for a while."""
-    finished_at: float = 0.0
-    open_at: int = -1
-    """Where it is in the router's list of lanes with room; -1: it has none."""
-    silent: bool = False
-    """A batch was lost here, and nothing was heard since."""
-    rests_until: float = 0.0
-
-    @property
-    def wait(self) -> tuple[bool, float, int]:
-        """Expected until one more request is answered. A new replica counts as quick, so that it is tried."""
-        return self.silent, (self.requests + 1) * (self.seconds_each or 1e-3), self.requests
-
-    def batch_limit(self, at_most: int) -> int:
-        """Requests that make a batch of BATCH_TARGET_SECONDS here."""
-        if self.seconds_each * at_most <= BATCH_TARGET_SECONDS:
-            return at_most
-        return max(1, int(BATCH_TARGET_SECONDS / self.seconds_each))
-
-    def patience_seconds(self, usual: float) -> float:
-        """How long a batch may be away."""
-        return min(max(usual, PATIENCE * self.seconds_each * self.requests), PATIENCE * usual)
-
-    def learn(self, batch: Batch, now: float) -> None:
-        """How long a request takes here, from a batch that came back. It began when the one before it was done."""
-        each = max(0.0, now - max(batch.sent_at, self.finished_at)) / len(batch.requests)
-        self.seconds_each += (SMOOTHING if self.seconds_each else 1.0) * (each - self.seconds_each)
-        self.seconds_last, self.finished_at = each, now
+LEAST_RETRY_SECONDS = 0.1
+HEADROOM = 0.8
+"""Expected within so much of its time, a request is taken: what is expected errs, and the way back takes a moment too."""
+WORTH_WAITING = 2.0
+"""A replica that takes so many times longer than waiting for the others would stays idle."""
 
 
 class Router:
-    """`pick` chooses among lanes (for tests, not at random)."""
+    """`objective_seconds`: how long an answer may take; 0 where nobody said. `rng` chooses among lanes."""
 
-    def __init__(self, name: str, *, queue_limit: int, batch_limit: int, rng: random.Random | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        *,
+        queue_limit: int,
+        batch_limit: int,
+        objective_seconds: float = 0.0,
+        rng: random.Random | None = None,
+    ) -> None:
         self.name = name
-        self.queue: deque[Request] = deque()
-        self.lanes: dict[str, _Lane] = {}
-        self._open: list[_Lane] = []
+        self.objective_seconds = objective_seconds
+        self.queue = RequestQueue()
+        self.lanes: dict[str, Lane] = {}
+        self._open: list[Lane] = []
         """Lanes with room for a batch, in no order: a message costs the same with three replicas as with a thousand."""
-        self._requests_per_second = 0.0
+        self._rows_out = 0
+        self._rows_per_second = 0.0
+        """Of all lanes together, as is `_rows_at_once`: of each lane's next batch."""
+        self._rows_at_once = 0
+        self._quickest_seconds = 0.0
+        """What a row takes on the quickest replica, and whether another is so slow that it may be better to wait."""
+        self._uneven = False
         self.served = 0
         self._queue_limit = queue_limit
         self._batch_limit = batch_limit
@@ -119,98 +66,117 @@ class Router:
 
     @property
     def in_flight(self) -> int:
-        return sum(lane.requests for lane in self.lanes.values())
+        """Requests on their way."""
+        return sum(len(batch.requests) for lane in self.lanes.values() for batch in lane.batches.values())
+
+    def set_objective(self, seconds: float) -> None:
+        self.objective_seconds = seconds
+        for lane in self.lanes.values():
+            self._measure(lane)
 
     def add_replica(self, replica_id: str, node_id: str) -> None:
-        self._note_room(self.lanes.setdefault(replica_id, _Lane(replica_id, node_id)))
+        if replica_id not in self.lanes:
+            lane = self.lanes[replica_id] = Lane(replica_id, node_id, limit=0)
+            self._measure(lane)
+            self._note_room(lane)
 
     def remove_replica(self, replica_id: str, now: float) -> None:
         """It is gone: what was on its way to it is asked again elsewhere."""
         lane = self.lanes.pop(replica_id, None)
         if lane is not None:
             self._shut(lane)
+            self._count(lane, 0, 0.0)
+            self._rows_out -= lane.rows
             for batch in reversed(lane.batches.values()):
-                self._put_back(batch, now)
+                self._put_back(batch.requests, now)
 
-    def submit(self, request: Request) -> None:
-        """Queue a request. Raises Overloaded when the queue is full."""
-        if len(self.queue) >= self._queue_limit:
-            seconds = self._expected_seconds()
-            raise Overloaded(
-                f"{len(self.queue)} requests wait for {self.name} already: try again in {seconds:.1f} s",
-                retry_after_seconds=seconds,
-            )
-        self.queue.append(request)
+    def submit(self, request: Request, now: float) -> None:
+        """Queue a request. Raises Overloaded when there is no room, or no time, for it; a lower priority makes room for a higher."""
+        request.asked_at = now
+        if self.queue.rows:
+            self._admit(request, now)
+        self.queue.push(request)
 
     def dispatch(self, now: float) -> list[Batch]:
         """Batches to send now."""
         batches: list[Batch] = []
-        while self.queue:
+        while self._open and self.queue.rows:
             lane = self._pick(now)
-            if lane is None:
+            if lane is None or (self._uneven and self._better_wait(lane, now)):
                 break
-            requests = self._take(now, lane)
+            requests, rows = self._take(now, lane)
             if not requests:
                 break
             self._number += 1
-            batch = Batch(f"{self.name}/{self._number}", lane.replica_id, lane.node_id, requests, now)
-            lane.batches[batch.batch_id] = batch
-            lane.requests += len(requests)
+            batch = Batch(f"{self.name}/{self._number}", lane.replica_id, lane.node_id, requests, rows, now)
+            lane.sent(batch)
+            self._rows_out += rows
             self._note_room(lane)
             batches.append(batch)
         return batches
 
-    def finished(self, replica_id: str, batch_id: str, outcomes: tuple[RequestOutcome, ...], now: float) -> None:
+    def finished(
+        self,
+        replica_id: str,
+        batch_id: str,
+        outcomes: tuple[RequestOutcome, ...],
+        now: float,
+        engine_seconds: float = 0.0,
+    ) -> None:
         """Answer a batch. One that is asked again elsewhere by now is as good, if it did not fail; others are ignored."""
         lane = self.lanes.get(replica_id)
         if lane is None:
             return
-        lane.silent = False
-        batch = lane.batches.pop(batch_id, None)
+        if lane.silent:
+            lane.silent = False
+            self._measure(lane)
+        batch = lane.came_back(batch_id)
         if batch is None:
-            self._finished_late(lane, batch_id, outcomes, now)
+            self._finished_late(lane, batch_id, outcomes, now, engine_seconds)
             return
-        lane.requests -= len(batch.requests)
+        self._rows_out -= batch.rows
         self._note_room(lane)
         if len(outcomes) != len(batch.requests):
             lane.rests_until = now + REST_SECONDS
-            self._put_back(batch, now)
+            self._put_back(batch.requests, now)
             return
+        failed = False
         retried: list[Request] = []
         for request, outcome in zip(batch.requests, outcomes, strict=True):
-            if outcome.error is not None and (outcome.error.retryable or outcome.error.code == "not_found"):
-                request.failure = outcome.error.message
-                retried.append(request)
-            else:
-                self.served += not request.answered
-                request.settle(outcome)
+            error = outcome.error
+            if error is not None:
+                failed = True
+                if error.retryable or error.code == "not_found":
+                    request.failure = error.message
+                    retried.append(request)
+                    continue
+            self.served += not request.answered
+            request.settle(outcome)
         if retried:
             lane.rests_until = now + REST_SECONDS
-            self._put_back(Batch(batch_id, replica_id, lane.node_id, retried, now), now)
-            return
-        lane.learn(batch, now)
+            self._put_back(retried, now)
+        if not failed:  # to fail is quick
+            self._learn(lane, batch, now, engine_seconds)
+        lane.finished_at = now
 
-    def _finished_late(self, lane: _Lane, batch_id: str, outcomes: tuple[RequestOutcome, ...], now: float) -> None:
+    def _finished_late(
+        self, lane: Lane, batch_id: str, outcomes: tuple[RequestOutcome, ...], now: float, engine_seconds: float
+    ) -> None:
         batch = lane.overdue.pop(batch_id, None)
         if batch is None or len(outcomes) != len(batch.requests):
             return
-        lane.learn(batch, now)
+        self._learn(lane, batch, now, engine_seconds)
+        lane.finished_at = now
         for request, outcome in zip(batch.requests, outcomes, strict=True):
             if outcome.error is None and not request.answered:
                 self.served += 1
                 request.settle(outcome)
-        if any(request.answered for request in self.queue):
-            self.queue = deque(request for request in self.queue if not request.answered)
+                self.queue.remove(request)
 
     def expire(self, now: float, batch_seconds: float) -> None:
         """Answer requests whose time is up, and ask those elsewhere whose batch has not come back."""
-        while self.queue and self.queue[0].deadline <= now:
-            self._time_out(self.queue.popleft())
-        if any(request.deadline <= now for request in self.queue):
-            late = [request for request in self.queue if request.deadline <= now]
-            self.queue = deque(request for request in self.queue if request.deadline > now)
-            for request in late:
-                self._time_out(request)
+        for request in self.queue.remove_if(lambda request: request.deadline <= now):
+            self._time_out(request)
         for lane in self.lanes.values():
             patience = lane.patience_seconds(batch_seconds)
             for batch in list(lane.overdue.values()):
@@ -218,17 +184,20 @@ class Router:
                     del lane.overdue[batch.batch_id]
             for batch in list(lane.batches.values()):
                 if now - batch.sent_at > patience:
-                    del lane.batches[batch.batch_id]
-                    lane.requests -= len(batch.requests)
+                    lane.came_back(batch.batch_id)
+                    self._rows_out -= batch.rows
                     lane.silent = True  # others come first now
+                    self._count(lane, lane.limit, 0.0)
                     lane.overdue[batch.batch_id] = batch
-                    self._put_back(batch, now)
+                    self._put_back(batch.requests, now)
                 else:
                     for request in batch.requests:
                         if request.deadline <= now:
                             self._time_out(request)
             self._note_room(lane)
-        self._requests_per_second = sum(1 / lane.seconds_each for lane in self.lanes.values() if lane.seconds_each > 0)
+        each = [lane.time.seconds(1) for lane in self.lanes.values() if lane.rows_per_second > 0.0]
+        self._quickest_seconds = min(each, default=0.0)
+        self._uneven = max(each, default=0.0) > WORTH_WAITING * BATCHES_AHEAD * self._quickest_seconds
 
     def close(self, error: PotluckError) -> None:
         """Answer everything with `error`: the deployment is gone."""
@@ -238,56 +207,108 @@ class Router:
                     request.settle(error)
         self.lanes.clear()
         self._open.clear()
-        while self.queue:
-            self.queue.popleft().settle(error)
+        while len(self.queue):
+            self.queue.pop().settle(error)
 
-    def _pick(self, now: float) -> _Lane | None:
-        if len(self._open) > 8:
-            pair = [lane for lane in self._rng.sample(self._open, 2) if lane.rests_until <= now]
-            if pair:
-                return min(pair, key=lambda lane: lane.wait)
-        awake = [lane for lane in self._open if lane.rests_until <= now]
-        if len(awake) > 1:
-            awake = self._rng.sample(awake, 2)
-        return min(awake, key=lambda lane: lane.wait, default=None)
+    # --- who may wait ---------------------------------------------------------------------------------------------------
 
-    def _note_room(self, lane: _Lane) -> None:
-        """Keep the list of lanes with room after something was sent to this one or came back."""
-        if len(lane.batches) >= BATCHES_IN_FLIGHT:
-            self._shut(lane)
-        elif lane.open_at < 0:
-            lane.open_at = len(self._open)
-            self._open.append(lane)
+    def _admit(self, request: Request, now: float) -> None:
+        """Raises Overloaded for one that must not join those who wait."""
+        rows = self._rows_out + self.queue.rows_before(request.priority) + request.rows
+        if rows > self._rows_per_second * HEADROOM * (request.deadline - now) and self._rows_per_second > 0.0:
+            raise self._overloaded("cannot be answered by its deadline")
+        if self._has_room(request):
+            return
+        crowded_out = self.queue.crowd_out(request.priority)
+        if crowded_out is None:
+            raise self._overloaded("cannot be taken")
+        crowded_out.settle(self._overloaded("had to make room for higher priorities"))
 
-    def _shut(self, lane: _Lane) -> None:
-        if lane.open_at >= 0:
-            last = self._open.pop()
-            if last is not lane:
-                self._open[lane.open_at], last.open_at = last, lane.open_at
-            lane.open_at = -1
+    def _has_room(self, request: Request) -> bool:
+        """Of an objective that cannot be held at all as many may wait as leave together next."""
+        queue = self.queue
+        if len(queue) >= self._queue_limit:
+            return False
+        rows = queue.rows + request.rows
+        objective = self.objective_seconds
+        return (
+            not objective
+            or rows <= self._rows_at_once
+            or self._seconds_for(self._rows_out + rows) <= HEADROOM * objective
+        )
 
-    def _take(self, now: float, lane: _Lane) -> list[Request]:
+    def _seconds_for(self, rows: int) -> float:
+        """How long all replicas together take for so many rows; 0 while nothing is known."""
+        return rows / self._rows_per_second if self._rows_per_second > 0.0 else 0.0
+
+    def _overloaded(self, what: str) -> Overloaded:
+        seconds = self._seconds_for(self.queue.rows) or 1.0
+        seconds = max(LEAST_RETRY_SECONDS, seconds)
+        return Overloaded(
+            f"{len(self.queue)} requests wait for {self.name} already, and this one {what}: try again in {seconds:.1f} s",
+            retry_after_seconds=seconds,
+        )
+
+    # --- which replica, and what it gets --------------------------------------------------------------------------------
+
+    def _pick(self, now: float) -> Lane | None:
+        lanes = self._open
+        count = len(lanes)
+        if count == 1:
+            return lanes[0] if lanes[0].rests_until <= now else None
+        first, second = 0, 1
+        if count > 2:
+            first, second = int(self._rng.random() * count), int(self._rng.random() * (count - 1))
+            second += second >= first
+        one, other = lanes[first], lanes[second]
+        if one.rests_until > now or other.rests_until > now:
+            return min(
+                (lane for lane in lanes if lane.rests_until <= now), key=lambda lane: lane.wait(now), default=None
+            )
+        return one if one.wait(now) <= other.wait(now) else other
+
+    def _better_wait(self, lane: Lane, now: float) -> bool:
+        """Whether the others, all busy, will be done with everything long before this slow replica would be with its first."""
+        others = self._rows_per_second - lane.rows_per_second
+        if others <= 0.0 or not lane.time.known:
+            return False
+        alone = lane.busy_seconds(now) + lane.time.seconds(1)
+        if now - self.queue.head().asked_at > alone:  # what it waited for did not come
+            return False
+        waiting = BATCHES_AHEAD * self._quickest_seconds + (self._rows_out - lane.rows + self.queue.rows) / others
+        return alone > WORTH_WAITING * waiting
+
+    def _take(self, now: float, lane: Lane) -> tuple[list[Request], int]:
+        """The next batch, and its rows."""
+        queue = self.queue
         taken: list[Request] = []
-        size = 0
-        limit = lane.batch_limit(self._batch_limit)
+        rows = size = 0
+        limit = lane.limit
         # Those of a batch are answered together, when all of it is computed.
-        done_at = now + (lane.requests + min(limit, len(self.queue))) * min(lane.seconds_each, lane.seconds_last)
-        while self.queue and len(taken) < limit:
-            request = self.queue[0]
+        done_at = now
+        if lane.time.known and (lane.batches or len(queue) > 1):
+            done_at += lane.busy_seconds(now) + lane.time.seconds(min(limit, queue.rows))
+        while queue.rows:
+            request = queue.head()
             # Computing what comes too late is a waste; an idle replica gets one to try, lest the estimate never mends.
-            if request.deadline <= now or (request.deadline < done_at and (taken or lane.requests)):
-                self._time_out(self.queue.popleft())
+            if request.deadline <= now or (request.deadline < done_at and (taken or lane.batches)):
+                queue.pop()
+                if request.deadline <= now:
+                    self._time_out(request)
+                else:
+                    request.settle(self._overloaded("cannot be answered by its deadline any more"))
                 continue
-            if taken and size + request.size_bytes > BATCH_BYTES:
+            if taken and (rows + request.rows > limit or size + request.size_bytes > BATCH_BYTES):
                 break
-            self.queue.popleft()
+            queue.pop()
             request.attempts += 1
+            rows += request.rows
             size += request.size_bytes
             taken.append(request)
-        return taken
+        return taken, rows
 
-    def _put_back(self, batch: Batch, now: float) -> None:
-        for request in reversed(batch.requests):
+    def _put_back(self, requests: list[Request], now: float) -> None:
+        for request in reversed(requests):
             if request.answered:
                 continue
             if request.deadline <= now:
@@ -298,7 +319,7 @@ class Router:
                     Unavailable(f"{self.name} did not answer in {request.attempts} attempts on its replicas{reason}")
                 )
             else:
-                self.queue.appendleft(request)
+                self.queue.push_front(request)
 
     def _time_out(self, request: Request) -> None:
         reason = "" if self.lanes else ": no replica is ready"
@@ -306,6 +327,37 @@ class Router:
             reason = f": {request.failure}"
         request.settle(TimedOut(f"{self.name} gave no answer in time{reason}"))
 
-    def _expected_seconds(self) -> float:
-        rate = self._requests_per_second
-        return max(0.1, len(self.queue) / rate) if rate else 1.0
+    # --- what is known of the lanes -------------------------------------------------------------------------------------
+
+    def _learn(self, lane: Lane, batch: Batch, now: float, engine_seconds: float) -> None:
+        lane.learn(batch, now, engine_seconds)
+        self._measure(lane)
+
+    def _measure(self, lane: Lane) -> None:
+        """How much it gets at once, and does in a second."""
+        seconds = BATCH_TARGET_SECONDS
+        if self.objective_seconds:
+            seconds = min(seconds, HEADROOM * self.objective_seconds / BATCHES_AHEAD)
+        limit = lane.time.rows_within(seconds, self._batch_limit)
+        needed = lane.time.seconds(limit)
+        self._count(lane, limit, limit / needed if lane.time.known and needed > 0.0 else 0.0)
+
+    def _count(self, lane: Lane, limit: int, rows_per_second: float) -> None:
+        self._rows_at_once += limit - lane.limit
+        self._rows_per_second += rows_per_second - lane.rows_per_second
+        lane.limit, lane.rows_per_second = limit, rows_per_second
+
+    def _note_room(self, lane: Lane) -> None:
+        """Keep the list of lanes with room after something was sent to this one or came back."""
+        if lane.full:
+            self._shut(lane)
+        elif lane.open_at < 0:
+            lane.open_at = len(self._open)
+            self._open.append(lane)
+
+    def _shut(self, lane: Lane) -> None:
+        if lane.open_at >= 0:
+            last = self._open.pop()
+            if last is not lane:
+                self._open[lane.open_at], last.open_at = last, lane.open_at
+            lane.open_at = -1

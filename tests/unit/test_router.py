@@ -10,7 +10,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from coordinator.serving.router import ATTEMPTS_LIMIT, BATCHES_IN_FLIGHT, Batch, Request, Router
+from coordinator.serving.lanes import BATCHES_IN_FLIGHT, Batch
+from coordinator.serving.queueing import Request
+from coordinator.serving.router import ATTEMPTS_LIMIT, Router
 from potluck.errors import Overloaded, PotluckError, TimedOut, Unavailable
 from potluck.messages import ErrorInfo, RequestOutcome
 
@@ -23,9 +25,11 @@ def router(queue_limit: int = 100, batch_limit: int = 4) -> Router:
     return Router("m:1", queue_limit=queue_limit, batch_limit=batch_limit, rng=random.Random(0))
 
 
-def ask(to: Router, deadline: float = 1000.0, size_bytes: int = 10) -> Answers:
+def ask(
+    to: Router, deadline: float = 1000.0, size_bytes: int = 10, rows: int = 1, priority: int = 0, now: float = 0.0
+) -> Answers:
     answers: Answers = []
-    to.submit(Request((), answers.append, deadline, size_bytes))
+    to.submit(Request((), answers.append, deadline, size_bytes, rows, priority), now)
     return answers
 
 
@@ -127,7 +131,7 @@ class Machine:
             self.busy = [(done_at, batch) for done_at, batch in self.busy if done_at > now]
             for _ in range(int((tick + 1) / 10 * requests_per_second) - int(tick / 10 * requests_per_second)):
                 with suppress(Overloaded):  # who is refused knows at once
-                    self.router.submit(Request((), self._answer, now + deadline_seconds, 10))
+                    self.router.submit(Request((), self._answer, now + deadline_seconds, 10), now)
             self.router.expire(now, batch_seconds=10.0)
             for batch in self.router.dispatch(now):
                 self.computed += len(batch.requests)
@@ -210,7 +214,7 @@ def test_an_idle_slow_replica_is_not_better_than_a_quick_one_at_work() -> None:
     one = router()
     for name, seconds in (("quick", 0.001), ("slow", 1.0)):
         one.add_replica(name, name)
-        one.lanes[name].seconds_each = seconds
+        one.lanes[name].time.learn(1, seconds, alone=True)
     went = []
     for _ in range(3):
         ask(one)
@@ -267,13 +271,13 @@ class Traffic(RuleBasedStateMachine):
         self.deadlines: list[float] = []
         self.out: list[Batch] = []
 
-    @rule(seconds=st.floats(0.1, 40))
-    def submit(self, seconds: float) -> None:
+    @rule(seconds=st.floats(0.1, 40), rows=st.integers(1, 4), priority=st.sampled_from([0, 0, 0, 3, -3]))
+    def submit(self, seconds: float, rows: int, priority: int) -> None:
         try:
-            self.asked.append(ask(self.router, deadline=self.now + seconds))
+            self.asked.append(ask(self.router, deadline=self.now + seconds, rows=rows, priority=priority, now=self.now))
             self.deadlines.append(self.now + seconds)
         except Overloaded:
-            assert len(self.router.queue) == 20
+            assert len(self.router.queue)
         self.out += self.router.dispatch(self.now)
 
     @rule(replica=st.sampled_from("abcdefghijklmno"))
@@ -295,6 +299,10 @@ class Traffic(RuleBasedStateMachine):
             outcomes = (DIED, *outcomes[1:]) if kind == "mixed" else (DIED,) * len(outcomes)
         self.router.finished(batch.replica_id, batch.batch_id, outcomes, self.now)
         self.out += self.router.dispatch(self.now)
+
+    @rule(seconds=st.sampled_from([0.0, 0.01, 1.0]))
+    def choose(self, seconds: float) -> None:
+        self.router.set_objective(seconds)
 
     @rule(seconds=st.floats(0, 15))
     def wait(self, seconds: float) -> None:
@@ -319,11 +327,16 @@ class Traffic(RuleBasedStateMachine):
         assert open_requests == len(self.router.queue) + sum(not request.answered for request in out)
         assert not any(request.answered for request in self.router.queue)
         assert self.router.in_flight == len(out)
+        self.router.queue.check_invariants()
         for lane in self.router.lanes.values():
             assert len(lane.batches) <= BATCHES_IN_FLIGHT
-            assert lane.requests == sum(len(batch.requests) for batch in lane.batches.values())
+            assert lane.rows == sum(batch.rows for batch in lane.batches.values())
             assert (lane.open_at >= 0) == (len(lane.batches) < BATCHES_IN_FLIGHT)
             assert lane.open_at < 0 or self.router._open[lane.open_at] is lane
+        lanes = self.router.lanes.values()
+        assert self.router._rows_out == sum(lane.rows for lane in lanes)
+        assert self.router._rows_at_once == sum(lane.limit for lane in lanes)
+        assert self.router._rows_per_second == pytest.approx(sum(lane.rows_per_second for lane in lanes), abs=1e-3)
         assert len(self.router._open) == sum(lane.open_at >= 0 for lane in self.router.lanes.values())
 
     def teardown(self) -> None:

@@ -1,0 +1,167 @@
+"""The requests of one deployment that wait for a replica: higher priorities first, first come first served within one. Pure.
+
+Strict order would let low priorities starve: one in SHARE goes to whoever has waited longest, and a class keeps that share of the
+queue when higher ones crowd the others out.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from potluck.errors import PotluckError
+from potluck.messages import RequestOutcome, Tensor
+
+SHARE = 8
+
+Answer = Callable[[RequestOutcome | PotluckError], None]
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    inputs: tuple[Tensor, ...]
+    answer: Answer
+    deadline: float
+    size_bytes: int
+    rows: int = 1
+    priority: int = 0
+    asked_at: float = 0.0
+    attempts: int = 0
+    failure: str = ""
+    """What the last attempt failed with."""
+    answered: bool = False
+
+    def settle(self, outcome: RequestOutcome | PotluckError) -> None:
+        """Answer it, unless that was done."""
+        if not self.answered:
+            self.answered = True
+            self.answer(outcome)
+
+
+@dataclass(eq=False, slots=True)
+class _Class:
+    """Those of one priority."""
+
+    priority: int
+    requests: deque[Request] = field(default_factory=deque)
+    rows: int = 0
+
+
+class RequestQueue:
+    """`rows` are those of all requests together; `len` counts requests."""
+
+    __slots__ = ("_classes", "_size", "_turn", "rows")
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self._size = 0
+        self._classes = [_Class(0)]
+        """Highest first; none is empty unless it is the only one."""
+        self._turn = 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __iter__(self) -> Iterator[Request]:
+        """Highest priority first; the queue may not change meanwhile."""
+        for one in self._classes:
+            yield from one.requests
+
+    def push(self, request: Request) -> None:
+        """To the end of its class."""
+        own = self._class(request.priority)
+        own.requests.append(request)
+        own.rows += request.rows
+        self.rows += request.rows
+        self._size += 1
+
+    def push_front(self, request: Request) -> None:
+        """To the head of its class: it has had its turn, and was not answered."""
+        own = self._class(request.priority)
+        own.requests.appendleft(request)
+        own.rows += request.rows
+        self.rows += request.rows
+        self._size += 1
+
+    def head(self) -> Request:
+        """Whose turn it is. The queue may not be empty."""
+        own = self._classes[0] if len(self._classes) == 1 else self._next()
+        return own.requests[0]
+
+    def pop(self) -> Request:
+        """Take the head out."""
+        own = self._classes[0] if len(self._classes) == 1 else self._next()
+        request = own.requests.popleft()
+        self._turn += 1
+        self._taken(own, request)
+        return request
+
+    def remove(self, request: Request) -> bool:
+        """Whether it was here, and is out now."""
+        for own in self._classes:
+            if own.priority == request.priority and request in own.requests:
+                own.requests.remove(request)
+                self._taken(own, request)
+                return True
+        return False
+
+    def remove_if(self, unwanted: Callable[[Request], bool]) -> list[Request]:
+        """Take out all that are unwanted."""
+        found = [request for request in self if unwanted(request)]
+        for request in found:
+            self.remove(request)
+        return found
+
+    def crowd_out(self, priority: int) -> Request | None:
+        """The newest request of the lowest class below this priority, taken out; None where those have no more than their share."""
+        for own in reversed(self._classes):
+            if own.priority >= priority:
+                break
+            if len(own.requests) * SHARE > self._size:
+                request = own.requests.pop()
+                self._taken(own, request)
+                return request
+        return None
+
+    def rows_before(self, priority: int) -> int:
+        """Rows that come before a new request of this priority, as long as no more come."""
+        if len(self._classes) == 1:
+            return self.rows if self._classes[0].priority >= priority else 0
+        return sum([own.rows for own in self._classes if own.priority >= priority])
+
+    def check_invariants(self) -> None:
+        assert self._size == sum(len(own.requests) for own in self._classes)
+        assert self.rows == sum(own.rows for own in self._classes)
+        for own in self._classes:
+            assert own.rows == sum(request.rows for request in own.requests)
+            assert all(request.priority == own.priority and not request.answered for request in own.requests)
+            assert own.requests or len(self._classes) == 1
+        priorities = [own.priority for own in self._classes]
+        assert priorities == sorted(set(priorities), reverse=True)
+
+    def _next(self) -> _Class:
+        if self._turn % SHARE == SHARE - 1:
+            return min(self._classes, key=lambda own: own.requests[0].asked_at)
+        return self._classes[0]
+
+    def _class(self, priority: int) -> _Class:
+        first = self._classes[0]
+        if first.priority == priority:
+            return first
+        if not self._size:
+            self._classes[0] = own = _Class(priority)
+            return own
+        place = sum([own.priority > priority for own in self._classes])
+        if place < len(self._classes) and self._classes[place].priority == priority:
+            return self._classes[place]
+        own = _Class(priority)
+        self._classes.insert(place, own)
+        return own
+
+    def _taken(self, own: _Class, request: Request) -> None:
+        own.rows -= request.rows
+        self.rows -= request.rows
+        self._size -= 1
+        if not own.requests and len(self._classes) > 1:
+            self._classes.remove(own)

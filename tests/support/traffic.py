@@ -1,0 +1,149 @@
+"""Requests as they come, and replicas that take their time over them: a router in a time of its own."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import random
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from coordinator.serving.lanes import Batch
+from coordinator.serving.queueing import Request
+from coordinator.serving.router import Router
+from potluck.errors import Overloaded, PotluckError
+from potluck.messages import RequestOutcome
+
+OK = RequestOutcome()
+TICK_SECONDS = 0.25
+
+
+@dataclass
+class Replica:
+    """Computes one batch after the other: `fixed_seconds`, and `row_seconds` for each row, give or take a fifth."""
+
+    fixed_seconds: float
+    row_seconds: float
+    pauses: Sequence[tuple[float, float]] = ()
+    """From when to when it does nothing."""
+    free_at: float = 0.0
+    rows: int = 0
+
+    def done_at(self, now: float, rows: int, rng: random.Random) -> float:
+        start = max(now, self.free_at)
+        for begin, end in self.pauses:
+            if begin <= start < end:
+                start = end
+        done = start + (self.fixed_seconds + self.row_seconds * rows) * rng.uniform(0.8, 1.2)
+        for begin, end in self.pauses:
+            if start < begin < done:
+                done += end - begin
+        self.free_at = done
+        self.rows += rows
+        return done
+
+    def rows_per_second(self, rows: int) -> float:
+        """What it does with batches of so many."""
+        return rows / (self.fixed_seconds + self.row_seconds * rows)
+
+
+@dataclass
+class Answers:
+    """What became of requests: `seconds` of each that got its outputs, in the order of their answers."""
+
+    asked: int = 0
+    seconds: list[float] = field(default_factory=list)
+    failures: Counter[str] = field(default_factory=Counter)
+    retry_after: list[float | None] = field(default_factory=list)
+
+    def percentile(self, percent: float) -> float:
+        found = sorted(self.seconds)
+        return found[min(len(found) - 1, int(len(found) * percent / 100))]
+
+    @property
+    def answered(self) -> int:
+        return len(self.seconds) + self.failures.total()
+
+
+class Traffic:
+    """A router with these replicas. `run` may be called again: time goes on."""
+
+    def __init__(
+        self, replicas: Mapping[str, Replica], *, objective_seconds: float = 0.0, queue_limit: int = 1000, seed: int = 1
+    ) -> None:
+        self.rng = random.Random(seed)
+        self.router = Router(
+            "m:1", queue_limit=queue_limit, batch_limit=64, objective_seconds=objective_seconds, rng=random.Random(seed)
+        )
+        self.replicas = dict(replicas)
+        self.now = 0.0
+        self.longest_queue = 0
+        self._events: list[tuple[float, int, Callable[[], None]]] = []
+        self._numbers = itertools.count()
+        for replica_id in replicas:
+            self.router.add_replica(replica_id, f"node of {replica_id}")
+
+    def run(
+        self,
+        requests_per_second: float,
+        seconds: float,
+        *,
+        deadline_seconds: float = 30.0,
+        rows: Sequence[int] = (1,),
+        priorities: Sequence[int] = (0,),
+    ) -> Mapping[int, Answers]:
+        """What became of those that came in this time, by priority; all of them have been answered when it returns."""
+        found = {priority: Answers() for priority in priorities}
+        end = self.now + seconds
+        at = self.now
+        while (at := at + self.rng.expovariate(requests_per_second)) < end:
+            self._at(at, self._ask(found, rows, priorities, deadline_seconds))
+        for tick in range(int((seconds + deadline_seconds) / TICK_SECONDS) + 2):
+            self._at(self.now + tick * TICK_SECONDS, self._tick)
+        while self._events and not (self.now > end and all(one.answered == one.asked for one in found.values())):
+            self.now, _, event = heapq.heappop(self._events)
+            event()
+            self._send()
+            self.longest_queue = max(self.longest_queue, len(self.router.queue))
+        return found
+
+    def _at(self, time: float, event: Callable[[], None]) -> None:
+        heapq.heappush(self._events, (time, next(self._numbers), event))
+
+    def _ask(
+        self, found: Mapping[int, Answers], rows: Sequence[int], priorities: Sequence[int], deadline_seconds: float
+    ) -> Callable[[], None]:
+        def ask() -> None:
+            priority, asked_at = self.rng.choice(priorities), self.now
+            answers = found[priority]
+            answers.asked += 1
+
+            def answer(outcome: RequestOutcome | PotluckError) -> None:
+                if isinstance(outcome, PotluckError):
+                    answers.failures[outcome.code] += 1
+                    answers.retry_after.append(outcome.retry_after_seconds)
+                else:
+                    answers.seconds.append(self.now - asked_at)
+
+            request = Request((), answer, asked_at + deadline_seconds, 10, self.rng.choice(rows), priority)
+            try:
+                self.router.submit(request, self.now)
+            except Overloaded as error:
+                answer(error)
+
+        return ask
+
+    def _tick(self) -> None:
+        self.router.expire(self.now, batch_seconds=10.0)
+
+    def _send(self) -> None:
+        for batch in self.router.dispatch(self.now):
+            done_at = self.replicas[batch.replica_id].done_at(self.now, batch.rows, self.rng)
+            self._at(done_at, self._done(batch))
+
+    def _done(self, batch: Batch) -> Callable[[], None]:
+        def done() -> None:
+            self.router.finished(batch.replica_id, batch.batch_id, (OK,) * len(batch.requests), self.now)
+
+        return done

@@ -1,0 +1,98 @@
+"""The router under load, in a time of its own: objective, overload, replicas that differ, priorities."""
+
+from __future__ import annotations
+
+import pytest
+
+from support.traffic import Answers, Replica, Traffic
+
+MODELS = {"network": (0.002, 0.0005), "image": (0.0001, 0.01), "accelerator": (0.02, 0.0002)}
+"""What a batch takes at once, and for each row: a small network, an image model on a core, a model on an accelerator."""
+
+
+def at_load(
+    kind: str, load: float, *, objective: float = 0.0, deadline: float = 30.0
+) -> tuple[Traffic, Answers, float]:
+    """Two seconds of traffic after one to warm up, at so many times what the replica can do; and what that is."""
+    capacity = Replica(*MODELS[kind]).rows_per_second(64)
+    traffic = Traffic({"a": Replica(*MODELS[kind])}, objective_seconds=objective)
+    traffic.run(capacity * load, 1.0, deadline_seconds=deadline)
+    return traffic, traffic.run(capacity * load, 2.0, deadline_seconds=deadline)[0], capacity
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_at_seven_tenths_of_capacity_the_tail_is_short(kind: str) -> None:
+    _, answers, _ = at_load(kind, 0.7)
+    assert len(answers.seconds) == answers.asked
+    assert answers.percentile(99) <= 5 * answers.percentile(50)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("objective", [0.0, 0.1])
+def test_at_three_times_capacity_as_much_is_answered_in_time_as_at_the_peak(kind: str, objective: float) -> None:
+    def goodput(load: float) -> int:
+        _, answers, _ = at_load(kind, load, objective=objective, deadline=0.25)
+        return sum(seconds <= 0.25 for seconds in answers.seconds)
+
+    assert goodput(3.0) >= 0.9 * max(goodput(0.9), goodput(1.2))
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_who_is_refused_is_told_at_once_and_when_to_come_back(kind: str) -> None:
+    traffic, answers, _ = at_load(kind, 3.0, deadline=0.25)
+    assert answers.answered == answers.asked
+    assert answers.failures["overloaded"] > 0.5 * answers.asked
+    assert answers.failures["timed_out"] <= 0.01 * answers.asked
+    assert all(answers.retry_after)
+    assert traffic.longest_queue < 1000
+
+
+@pytest.mark.parametrize(("kind", "objective"), [("network", 0.05), ("image", 0.06), ("accelerator", 0.12)])
+def test_what_is_answered_stays_within_the_objective_however_much_is_asked(kind: str, objective: float) -> None:
+    _, answers, capacity = at_load(kind, 3.0, objective=objective)
+    assert answers.percentile(90) <= objective
+    assert answers.percentile(99) <= 1.3 * objective
+    assert len(answers.seconds) >= 0.8 * 2 * capacity
+
+
+def test_an_objective_that_cannot_be_held_costs_no_throughput() -> None:
+    _, answers, capacity = at_load("accelerator", 1.5, objective=0.01)
+    assert len(answers.seconds) >= 0.85 * 2 * capacity
+
+
+def test_requests_of_many_rows_count_for_so_many() -> None:
+    traffic = Traffic({"a": Replica(0.002, 0.001)}, objective_seconds=0.1)
+    asked = traffic.run(100, 3.0, rows=(1, 1, 1, 16), deadline_seconds=1.0)[0]
+    assert asked.failures.total() <= 0.05 * asked.asked
+    assert traffic.router.lanes["a"].time.row_seconds == pytest.approx(0.001, rel=0.3)
+    assert traffic.router.lanes["a"].limit <= 40
+
+
+@pytest.mark.parametrize("times", [2, 4, 20])
+def test_unequal_replicas_share_by_their_speed(times: int) -> None:
+    quick, slow = Replica(0.001, 0.001), Replica(0.001 * times, 0.001 * times)
+    traffic = Traffic({"quick": quick, "slow": slow})
+    both = quick.rows_per_second(64) + slow.rows_per_second(64)
+    traffic.run(1.2 * both, 3.0, deadline_seconds=0.5)
+    assert quick.rows / slow.rows == pytest.approx(times, rel=0.25)
+
+
+def test_a_replica_that_is_far_too_slow_is_left_alone_while_the_quick_one_suffices() -> None:
+    quick, slow = Replica(0.001, 0.001), Replica(0.3, 0.3)
+    traffic = Traffic({"quick": quick, "slow": slow})
+    traffic.run(200, 2.0)
+    before = slow.rows
+    answers = traffic.run(200, 3.0)[0]
+    assert slow.rows <= before + 2
+    assert answers.percentile(99) <= 0.05
+
+
+def test_under_overload_low_priorities_are_refused_first_and_keep_a_share() -> None:
+    traffic = Traffic({"a": Replica(0.002, 0.0005)}, objective_seconds=0.05)
+    found = traffic.run(2 * 1700, 3.0, priorities=(5, 0))
+    high, low = found[5], found[0]
+    assert high.answered == high.asked
+    assert low.answered == low.asked
+    assert len(high.seconds) >= 0.85 * high.asked
+    assert 0 < len(low.seconds) < 0.5 * low.asked
+    assert low.failures["overloaded"] >= 0.5 * low.asked
