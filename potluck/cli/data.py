@@ -1,4 +1,4 @@
-"""`potluck data add|list`."""
+"""`potluck data add|list|remove`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 
 from potluck.cli.session import Json, session
 
-data = typer.Typer(no_args_is_help=True, help="Add data sets to the cluster, and list them.")
+data = typer.Typer(no_args_is_help=True, help="Add data sets to the cluster, list and remove them.")
 
 
 @data.command("add")
@@ -65,3 +65,20 @@ def list_data(context: typer.Context, as_json: Json = False) -> None:
         output.show(output.datasets_table(found))
     else:
         output.note("no data sets yet: `potluck data add PATH` adds one")
+
+
+@data.command("remove")
+def remove(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="A registered data set.")],
+    as_json: Json = False,
+) -> None:
+    """Forget a data set that no job uses."""
+    from potluck.cli import output
+
+    with session(context).client() as client:
+        client.remove_data(name)
+    if as_json:
+        output.emit({"removed": name})
+    else:
+        output.show(f"removed {name}")

@@ -1,4 +1,4 @@
-"""`potluck models`, `deploy`, `undeploy`, `deployments`."""
+"""`potluck deploy`, `undeploy`, `deployments`."""
 
 from __future__ import annotations
 
@@ -9,25 +9,11 @@ import typer
 from potluck.cli.session import Json, session
 
 
-def models(context: typer.Context, as_json: Json = False) -> None:
-    """List the registered models."""
-    from potluck.cli import output
-
-    with session(context).client() as client:
-        found = client.models()
-    if as_json:
-        output.emit(found)
-    elif found:
-        output.show(output.models_table(found))
-    else:
-        output.note(
-            "no models yet: `potluck train --name NAME` registers one, `potluck deploy FILE.keras --name NAME` too"
-        )
-
-
 def deploy(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="A registered `name` or `name:version`, or a .keras file.")],
+    model: Annotated[
+        str, typer.Argument(help="A registered `name`, `name:version` or `name:alias`, or a model's file.")
+    ],
     replicas: Annotated[int, typer.Option(min=0, help="On how many nodes; 0: on all.")] = 1,
     name: Annotated[str | None, typer.Option(help="For a file: register it under this name.")] = None,
     as_json: Json = False,
@@ -48,7 +34,7 @@ def deploy(
 
 def undeploy(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="`name` (every version) or `name:version`.")],
+    model: Annotated[str, typer.Argument(help="`name` (every version), `name:version` or `name:alias`.")],
     as_json: Json = False,
 ) -> None:
     """Unload a model from all nodes."""

@@ -181,6 +181,8 @@ def models_table(models: Iterable[ModelInfo]) -> Table:
         signature = model.signature
         return (
             f"{model.name}:{model.version}",
+            ", ".join(model.aliases) or "-",
+            model.format,
             bytes_text(model.model.size),
             ", ".join(map(spec_text, signature.inputs)) if signature else "?",
             ", ".join(map(spec_text, signature.outputs)) if signature else "?",
@@ -189,8 +191,48 @@ def models_table(models: Iterable[ModelInfo]) -> Table:
             metrics_text(model.metrics),
         )
 
-    columns = ("model", "size", "inputs", "outputs", "classes", "made", "metrics")
+    columns = ("model", "aliases", "format", "size", "inputs", "outputs", "classes", "made", "metrics")
     return table(columns, map(row, models), right=("size", "classes"))
+
+
+def model_report(model: ModelInfo) -> Table:
+    """Everything that the registry knows of a version."""
+    signature, size, ref = model.signature, model.image, model.model
+    images = f"{size.height}x{size.width}x{size.channels}, times {size.scale:g}" if size else ""
+    rows: list[tuple[str, str]] = [
+        ("model", f"{model.name}:{model.version}"),
+        ("aliases", ", ".join(f"{model.name}:{alias}" for alias in model.aliases)),
+        ("tags", tags_text(model.tags)),
+        ("format", model.format),
+        ("from", model.source),
+        (
+            "made",
+            f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(model.created_at))} ({ago_text(model.created_at)})",
+        ),
+        ("size", f"{bytes_text(ref.size)} ({ref.size:,} bytes)"),
+        ("sha256", ref.sha256),
+        (
+            "inputs",
+            "\n".join(map(spec_text, signature.inputs)) if signature else "not known before it is deployed once",
+        ),
+        ("outputs", "\n".join(map(spec_text, signature.outputs)) if signature else ""),
+        ("images", images),
+        ("recordings", f"{model.rate:,} samples a second" if model.rate else ""),
+        ("classes", ", ".join(model.classes)),
+        ("metrics", metrics_text(model.metrics)),
+        ("held by", "\n".join(ref.holders)),
+    ]
+    made = Table(box=None, pad_edge=False, show_header=False)
+    made.add_column("", style="bold")
+    made.add_column("", overflow="fold")
+    for what, said in rows:
+        if said:
+            made.add_row(what, Text(said))
+    return made
+
+
+def tags_text(tags: Mapping[str, str]) -> str:
+    return "  ".join(f"{key}={value}" for key, value in sorted(tags.items()))
 
 
 def spec_text(spec: TensorSpec) -> str:

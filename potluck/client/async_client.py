@@ -15,10 +15,10 @@ from msgspec.structs import replace
 
 from potluck import tensors
 from potluck.bus import Bus
-from potluck.client import arguments, sources, training
+from potluck.client import arguments, formats, sources, training
 from potluck.client.connection import Connection, client_settings
 from potluck.client.jobs import AsyncJob, Predictions, as_arrays, completed, fetch_tensor
-from potluck.client.models import ModelFile, image_argument, image_options, is_model_path, model_file
+from potluck.client.models import ModelFile, image_argument, image_options, is_model_path, keras_file, model_file
 from potluck.client.training import TrainOptions
 from potluck.data.packing import Target
 from potluck.errors import Conflict, InvalidData, InvalidRequest, NotFound
@@ -65,6 +65,7 @@ from potluck.messages import (
     RemoveAlias,
     RemoveDataset,
     SetAlias,
+    Source,
     SubmitJob,
     TagModel,
     Tensor,
@@ -231,7 +232,7 @@ class AsyncClient:
     ) -> AsyncJob:
         """Keep a model loaded on `replicas` nodes (0: on all). The job succeeds when all are ready; `wait` waits for that.
 
-        A keras.Model or a `.keras` file is registered first, as `name` or its own name.
+        A keras.Model or a model's file or folder is registered first, as `name` or its own name.
         """
         replicas = arguments.checked("replicas", replicas, Count, "a whole number: 0 (every node) or more")
         if isinstance(model, str) and not is_model_path(model):
@@ -260,19 +261,49 @@ class AsyncClient:
         return (await self._ask(GetModel(model=arguments.text("model", model, _NAMED)), ModelRegistered)).model
 
     async def register(
-        self, model: object, name: str | None = None, *, image: Image | None = None, classes: Sequence[str] = ()
+        self,
+        model: object,
+        name: str | None = None,
+        *,
+        image: Image | None = None,
+        classes: Sequence[str] = (),
+        tags: Mapping[str, str] | None = None,
+        source: str | None = None,
     ) -> ModelInfo:
-        """Register a keras.Model or a `.keras` file as the next version of `name` (by default its own name)."""
+        """Register a model as the next version of `name` (by default its own name): a keras.Model, the path of a `.keras`, `.h5` or
+        `.tflite` file, or of a SavedModel's folder. The same bytes again keep their version.
+
+        `classes` are the labels of its scores in their order, `source` says to people where it came from (by default the file's name).
+        Raises InvalidModel, saying what is wrong with a file that is none of these.
+        """
         given, image = arguments.name("name", name), image_argument(image)
         labels = arguments.checked("classes", classes, tuple[str, ...], "a list of the classes' names")
-        file, ref = await self._push_model(model, compiled=False)
+        said = arguments.checked("source", source, Source | None, "a text of at most 256 characters")
+        tags = arguments.tags(tags)
+        file, ref = await self._push_model(model)
         question = RegisterModel(
             name=given or sources.plain_name(file.name),
             model=ref,
+            format=file.format,
             image=image_options(image, file.input_shape),
             classes=labels,
+            tags=tags,
+            source=file.source if said is None else said,
         )
         return (await self._ask(question, ModelRegistered)).model
+
+    async def export(self, model: str, path: str | Path) -> Path:
+        """Write a registered model to `path`, as the file or folder that it was registered from; where it is then.
+
+        In a folder that is there a file gets the model's own name. A SavedModel becomes a folder, which must be new or empty.
+        Raises NotFound, InvalidRequest where that cannot be written.
+        """
+        target = arguments.given_path("path", path)
+        info = await self.get_model(model)
+        target = formats.export_path(info, target)
+        blob = await (await self._connected()).fetch(info.model)
+        await asyncio.to_thread(formats.write, blob, info, target)
+        return target
 
     async def set_alias(self, model: str, alias: str) -> ModelInfo:
         """From now on `name:alias` is the version that `model` is now: `set_alias("digits:3", "prod")` makes `digits:prod`.
@@ -385,13 +416,18 @@ class AsyncClient:
                 if signature is not None and len(signature.inputs) == 1:
                     shape = signature.inputs[0].shape
             return model, image_options(image, shape)
-        file, ref = await self._push_model(model, compiled=compiled)
+        file, ref = await self._push_model(model, for_jobs=True, compiled=compiled)
         return ref, image_options(image, file.input_shape)
 
-    async def _push_model(self, model: object, *, compiled: bool) -> tuple[ModelFile, BlobRef]:
+    async def _push_model(
+        self, model: object, *, for_jobs: bool = False, compiled: bool = False
+    ) -> tuple[ModelFile, BlobRef]:
         """Check a model, and only then connect and push it."""
         with tempfile.TemporaryDirectory(prefix="potluck-") as folder:
-            file = await asyncio.to_thread(model_file, model, Path(folder), compiled=compiled)
+            if for_jobs:
+                file = await asyncio.to_thread(keras_file, model, Path(folder), compiled=compiled)
+            else:
+                file = await asyncio.to_thread(model_file, model, Path(folder))
             ref = await (await self._connected()).push(file.path)
         return file, BlobRef(sha256=ref.sha256, size=ref.size)
 

@@ -1,6 +1,7 @@
-"""Keras models on the client's side: checked and saved before anything is sent, loaded when they come back.
+"""Models on the client's side: checked and saved before anything is sent, loaded when they come back.
 
 A `.keras` file is a zip with `config.json`, which is read here without Keras; only a keras.Model needs it, and that is there then.
+Files of other formats go as they are, and the nodes look into them.
 """
 
 from __future__ import annotations
@@ -9,26 +10,33 @@ import json
 import sys
 import warnings
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from potluck import savedmodels
 from potluck.client.arguments import checked, shown
+from potluck.client.formats import SUFFIXES, WORDS, format_of
 from potluck.errors import InvalidModel, InvalidRequest
-from potluck.messages import ImageOptions, Positive
+from potluck.messages import ImageOptions, ModelFormat, Positive
 
-SUFFIX = ".keras"
+SUFFIX = SUFFIXES["keras"]
 _KNOWN_PACKAGES = ("builtins", "keras", "keras_hub", "keras_cv", "keras_nlp")
 """Whose classes Keras finds without being told."""
 
 
 @dataclass(frozen=True)
 class ModelFile:
-    """A `.keras` file to be sent. `input_shape` is that of a single input, None where it has several or does not say."""
+    """A file to be sent. `input_shape` is that of a single input, None where it has several or does not say.
+
+    `source` says to people where the model came from.
+    """
 
     path: Path
     name: str
     input_shape: tuple[int | None, ...] | None
+    format: ModelFormat = "keras"
+    source: str = ""
 
 
 def is_keras_model(value: object) -> bool:
@@ -39,19 +47,37 @@ def is_keras_model(value: object) -> bool:
 
 def is_model_path(value: object) -> bool:
     """Whether it names a file rather than a model of the registry."""
-    return isinstance(value, Path) or (isinstance(value, str) and (value.endswith(SUFFIX) or "/" in value))
+    return isinstance(value, Path) or (
+        isinstance(value, str) and (value.endswith(tuple(SUFFIXES.values())) or "/" in value)
+    )
 
 
-def model_file(model: object, folder: Path, *, compiled: bool) -> ModelFile:
-    """The file of a keras.Model (saved in `folder`) or of a path. Raises InvalidModel; blocks."""
+def model_file(model: object, folder: Path) -> ModelFile:
+    """The file of a keras.Model (saved in `folder`) or of a path; a SavedModel's folder is packed there. Raises InvalidModel; blocks."""
     if is_keras_model(model):
-        path = save_model(model, folder)
-    elif isinstance(model, str | Path):
-        path = Path(model)
+        return keras_file(model, folder, compiled=False)
+    path = _path(model)
+    found, source = format_of(path), f"imported from {path.resolve().name}"[:256]
+    if found == "keras":
+        return replace(keras_file(path, folder, compiled=False), source=source)
+    if found == "savedmodel":
+        tar = folder / "savedmodel.tar"
+        savedmodels.pack(path, tar)
+        return ModelFile(tar, path.resolve().name, None, found, source)
+    return ModelFile(path, path.stem, None, found, source)
+
+
+def keras_file(model: object, folder: Path, *, compiled: bool) -> ModelFile:
+    """The same for what is trained, evaluated or predicted with: a keras.Model or a `.keras` file. Raises InvalidModel; blocks."""
+    if is_keras_model(model):
+        path, source = save_model(model, folder), "a keras.Model"
     else:
-        raise InvalidModel(
-            f"model must be a keras.Model, a {SUFFIX} file, or a name of the registry, not {shown(model)}"
-        )
+        path, source = _path(model), ""
+        if (found := format_of(path)) != "keras":
+            raise InvalidModel(
+                f"{path} is a {WORDS[found]}, and this takes a {SUFFIX} file: load it with Keras and save it as one, or register "
+                "and deploy it as it is"
+            )
     config = _read_config(path)
     name = str((config.get("config") or {}).get("name") or path.stem) if is_keras_model(model) else path.stem
     if compiled and not config.get("compile_config"):
@@ -63,7 +89,13 @@ def model_file(model: object, folder: Path, *, compiled: bool) -> ModelFile:
             f"model {name!r} has a class of its own, {own!r}, that is not registered, so no node could load it: decorate it with "
             "@keras.saving.register_keras_serializable(), and name its module in allow_code of the nodes' configuration"
         )
-    return ModelFile(path, name, _input_shape(config))
+    return ModelFile(path, name, _input_shape(config), source=source)
+
+
+def _path(model: object) -> Path:
+    if isinstance(model, str | Path):
+        return Path(model)
+    raise InvalidModel(f"model must be a keras.Model, a {SUFFIX} file, or a name of the registry, not {shown(model)}")
 
 
 def save_model(model: Any, folder: Path) -> Path:
@@ -133,10 +165,6 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(path) as archive:
             config = json.loads(archive.read("config.json"))
-    except FileNotFoundError as error:
-        raise InvalidModel(f"there is no model file {path}") from error
-    except IsADirectoryError as error:
-        raise InvalidModel(f"{path} is a folder: give a {SUFFIX} file") from error
     except OSError as error:
         raise InvalidModel(f"the model file {path} cannot be read: {error.strerror}") from error
     except (zipfile.BadZipFile, KeyError, ValueError) as error:

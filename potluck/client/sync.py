@@ -339,10 +339,23 @@ class Client:
         return self._portal.call(self._client.get_model(model))
 
     def register(
-        self, model: object, name: str | None = None, *, image: Image | None = None, classes: Sequence[str] = ()
+        self,
+        model: object,
+        name: str | None = None,
+        *,
+        image: Image | None = None,
+        classes: Sequence[str] = (),
+        tags: Mapping[str, str] | None = None,
+        source: str | None = None,
     ) -> ModelInfo:
-        """Register a keras.Model or a `.keras` file as the next version of `name` (by default its own name)."""
-        return self._portal.call(self._client.register(model, name, image=image, classes=classes))
+        """Register a keras.Model, a model's file, or a SavedModel's folder. See `AsyncClient.register`."""
+        return self._portal.call(
+            self._client.register(model, name, image=image, classes=classes, tags=tags, source=source)
+        )
+
+    def export(self, model: str, path: str | Path) -> Path:
+        """Write a registered model to a file or folder; where it is then. See `AsyncClient.export`."""
+        return self._portal.call(self._client.export(model, path))
 
     def set_alias(self, model: str, alias: str) -> ModelInfo:
         """From now on `name:alias` is the version that `model` is now. See `AsyncClient.set_alias`."""

@@ -216,6 +216,13 @@ WRONG: dict[str, tuple[type[PotluckError], Callable[[AsyncClient], Awaitable[obj
     "inputs must be .*None": (InvalidRequest, lambda client: client.infer("m", {"a": None})),
     "timeout must be": (InvalidRequest, lambda client: client.infer("m", X, timeout="soon")),
     "classes must be": (InvalidRequest, lambda client: client.register("m.keras", classes="cat")),
+    "tags must be": (InvalidRequest, lambda client: client.register("m.keras", tags={"a": 1})),
+    "tags must be a map": (InvalidRequest, lambda client: client.tag_model("m", ["a"])),
+    "alias must be .*not 'v3'": (InvalidRequest, lambda client: client.set_alias("m", "v3")),
+    "alias must be .*not '3'": (InvalidRequest, lambda client: client.set_alias("m", "3")),
+    "alias must be .*not 'latest'": (InvalidRequest, lambda client: client.set_alias("m", "latest")),
+    "path must be the path": (InvalidRequest, lambda client: client.export("m", None)),
+    "name must be the name of a": (InvalidRequest, lambda client: client.remove_data(None)),
     "job_id must be": (InvalidRequest, lambda client: client.cancel(7)),
     "job_id must be a job": (InvalidRequest, lambda client: client.job(object())),
     "name must be .*not \\['d'\\]": (InvalidRequest, lambda client: client.add_data((X, X), ["d"])),
@@ -486,6 +493,23 @@ async def test_models_are_registered_from_files(
     assert (info.name, info.classes) == ("my-net", ("a", "b"))
     await client.deploy(tmp_path / "my net.keras", replicas=2)
     assert jobs_of(coordinator)[-1].model == "my-net:1"
+
+
+async def test_models_come_back_as_they_were_given(
+    client: AsyncClient, coordinator: ScriptedCoordinator, tmp_path: Path
+) -> None:
+    folder = tmp_path / "net"
+    (folder / "variables").mkdir(parents=True)
+    (folder / "saved_model.pb").write_bytes(b"graph")
+    (folder / "variables" / "variables.index").write_bytes(b"index")
+    info = await client.register(folder, "digits", tags={"team": "garden"}, classes=("a", "b"))
+    assert (info.format, info.tags, info.source) == ("savedmodel", {"team": "garden"}, "imported from net")
+    assert await client.export("digits:1", tmp_path / "back") == tmp_path / "back"
+    assert (tmp_path / "back" / "variables" / "variables.index").read_bytes() == b"index"
+    given = keras_file(tmp_path / "m.keras")
+    assert (await client.register(given, source="made by hand")).source == "made by hand"
+    assert await client.export("m", tmp_path / "back") == tmp_path / "back" / "m-1.keras"
+    assert (tmp_path / "back" / "m-1.keras").read_bytes() == given.read_bytes()
 
 
 async def test_the_synchronous_client_on_a_real_broker(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from potluck.messages import (
     DatasetAdded,
     DatasetInfo,
     GetJob,
+    GetModel,
     Infer,
     Inferred,
     JobAccepted,
@@ -51,13 +52,13 @@ class ScriptedCoordinator:
         self.asked: list[Message] = []
         self.jobs: dict[str, JobChanged | JobEnded] = {}
         self.submitted: dict[str, str] = {}
+        self.models: dict[str, ModelInfo] = {}
         self.urls: tuple[str, ...] = ()
         self.answers: dict[type[Message], Answer] = {
             SubmitJob: self._submit,
             GetJob: self._job,
-            RegisterModel: lambda asked: ModelRegistered(
-                model=ModelInfo(name=asked.name, version=1, model=asked.model, created_at=1.0, classes=asked.classes)
-            ),
+            RegisterModel: self._register,
+            GetModel: lambda asked: ModelRegistered(model=self.models[asked.model.partition(":")[0]]),
             AddDataset: lambda asked: DatasetAdded(
                 dataset=DatasetInfo(name=asked.name, kind="arrays", count=1, shards=1, size_bytes=asked.manifest.size)
             ),
@@ -114,6 +115,14 @@ class ScriptedCoordinator:
         self.jobs[job_id] = ended
         if say:
             await self.bus.publish(self.bus.topics.job(job_id, "result"), ended, retain=True)
+
+    def _register(self, asked: RegisterModel) -> Message:
+        info = ModelInfo(
+            name=asked.name, version=1, model=asked.model, created_at=1.0, classes=asked.classes, format=asked.format,
+            tags=asked.tags, source=asked.source,
+        )  # fmt: skip
+        self.models[asked.name] = info
+        return ModelRegistered(model=info)
 
     def _submit(self, asked: SubmitJob) -> Message:
         job_id = self.submitted.setdefault(asked.id, f"job-{len(self.submitted) + 1}")

@@ -12,6 +12,7 @@ from PIL import Image
 
 from potluck.cli.infer import read_image, read_input
 from potluck.cli.joining import CLAIM, elected
+from potluck.cli.registry import read_labels, read_tags
 from potluck.cli.session import check_output, global_options_first, image_size
 from potluck.errors import InvalidData, InvalidRequest
 from potluck.messages import BlobRef, ImageOptions, ModelInfo, Signature, TensorSpec
@@ -55,6 +56,23 @@ def test_image_sizes() -> None:
     for wrong in ("128", "0x3", "ax3", "1x2x3x4"):
         with pytest.raises(InvalidRequest, match="height x width"):
             image_size(wrong)
+
+
+def test_tags_and_labels(tmp_path: Path) -> None:
+    assert read_tags(["team=garden", "note=a=b", "empty="]) == {"team": "garden", "note": "a=b", "empty": ""}
+    for wrong in ("team", "=x"):
+        with pytest.raises(InvalidRequest, match="write KEY=VALUE"):
+            read_tags([wrong])
+    (tmp_path / "labels.txt").write_text("cat\n\n größer dog \n", encoding="utf-8")
+    assert read_labels(str(tmp_path / "labels.txt")) == ("cat", "größer dog")
+    assert read_labels("cat, dog") == ("cat", "dog")
+    assert read_labels(None) == ()
+    for wrong in ("cat", "cat,,dog", str(tmp_path / "nowhere")):
+        with pytest.raises(InvalidRequest, match="write the classes as a,b,c"):
+            read_labels(wrong)
+    (tmp_path / "labels.txt").write_bytes(b"\xff")
+    with pytest.raises(InvalidRequest, match="UTF-8"):
+        read_labels(str(tmp_path / "labels.txt"))
 
 
 def test_the_smallest_candidate_is_elected_and_a_claim_comes_before_all() -> None:
@@ -140,7 +158,20 @@ def test_help_imports_nothing_heavy() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
     shown = potluck("--help")
     assert shown.returncode == 0
-    for command in ("up", "nodes", "train", "evaluate", "predict", "jobs", "cancel", "deploy", "infer", "data", "demo"):
+    for command in (
+        "up",
+        "nodes",
+        "train",
+        "evaluate",
+        "predict",
+        "jobs",
+        "cancel",
+        "deploy",
+        "infer",
+        "models",
+        "data",
+        "demo",
+    ):
         assert command in shown.stdout
 
 

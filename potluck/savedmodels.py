@@ -1,0 +1,78 @@
+"""A SavedModel folder as one file, a tar, and back: the same folder gives the same bytes on every machine."""
+
+from __future__ import annotations
+
+import shutil
+import tarfile
+import tempfile
+from pathlib import Path, PurePosixPath
+
+from potluck.errors import InvalidModel, InvalidRequest
+
+GRAPH = "saved_model.pb"
+"""What makes a folder a SavedModel."""
+ENTRIES_LIMIT = 10_000
+
+
+def pack(folder: Path, tar: Path) -> None:
+    """Write the files of `folder` as `tar`, `saved_model.pb` at its top: in the order of their names, without owners or times.
+
+    Raises InvalidModel for a folder that is no SavedModel, or that cannot be read. Blocks.
+    """
+    if not (folder / GRAPH).is_file():
+        raise InvalidModel(
+            f"{folder} is a folder without {GRAPH}, so it is no SavedModel: give a folder that model.export(folder) has written"
+        )
+    try:
+        files = sorted((path.relative_to(folder).as_posix(), path) for path in folder.rglob("*") if path.is_file())
+        if len(files) > ENTRIES_LIMIT:
+            raise InvalidModel(f"{folder} has {len(files)} files: a SavedModel may have {ENTRIES_LIMIT}")
+        with tarfile.open(tar, "w:", format=tarfile.PAX_FORMAT) as archive:
+            for name, path in files:
+                entry = tarfile.TarInfo(name)
+                entry.size, entry.mode = path.stat().st_size, 0o644
+                with path.open("rb") as file:
+                    archive.addfile(entry, file)
+    except OSError as error:
+        raise InvalidModel(f"the SavedModel {folder} cannot be read: {error}") from error
+
+
+def unpack(tar: Path, folder: Path) -> None:
+    """Unpack `tar` as the new folder `folder`, whole or not at all.
+
+    Raises InvalidModel for a tar with anything but files and folders, or with one that would lie outside; InvalidRequest where
+    `folder` is there and not empty, or cannot be written. Blocks.
+    """
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise InvalidRequest(f"{folder} is there already: name a folder that is new, or empty")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+            whole = Path(scratch) / "whole"
+            whole.mkdir()
+            _extract(tar, whole)
+            whole.replace(folder)
+    except OSError as error:
+        raise InvalidRequest(f"{folder} cannot be written: {error.strerror or error}") from error
+
+
+def _extract(tar: Path, folder: Path) -> None:
+    try:
+        with tarfile.open(tar, "r:") as archive:
+            for number, entry in enumerate(archive):
+                name = PurePosixPath(entry.name)
+                if name.is_absolute() or ".." in name.parts or number >= ENTRIES_LIMIT:
+                    raise InvalidModel(f"the SavedModel's tar has an entry that may not be there: {entry.name[:100]!r}")
+                if entry.isdir():
+                    (folder / name).mkdir(parents=True, exist_ok=True)
+                    continue
+                content = archive.extractfile(entry) if entry.isreg() and not entry.issparse() else None
+                if content is None:
+                    raise InvalidModel(
+                        f"the SavedModel's tar has an entry that is no file or folder: {entry.name[:100]!r}"
+                    )
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                with content, (folder / name).open("wb") as file:
+                    shutil.copyfileobj(content, file)
+    except tarfile.TarError as error:
+        raise InvalidModel(f"the SavedModel is not a tar of its folder ({error}): register it again") from error
