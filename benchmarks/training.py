@@ -109,9 +109,13 @@ def steady(ended: dict[str, Any]) -> dict[str, float]:
 
 
 def two_nodes(lab: Lab, report: Report) -> None:
-    """Two nodes with a core each against one of them, in turns, on links of 1 Gbit/s."""
-    data, model = lab.digits(600 if lab.quick else 3000), lab.cnn(64 if lab.quick else SIZE)
-    turns, epochs = (1, 3) if lab.quick else (2, 4)
+    """Two nodes with a core each against one of them, in turns, on links of 1 Gbit/s.
+
+    Beside them bare TensorFlow, in one process with a core and in two that know nothing of each other: what this machine's second core adds.
+    """
+    data, model = lab.digits(600 if lab.quick else 6000), lab.cnn(64 if lab.quick else SIZE)
+    turns, epochs = (1, 3) if lab.quick else (2, 3)
+    bare: dict[int, list[float]] = {1: [], 2: []}
     found: dict[int, list[dict[str, float]]] = {1: [], 2: []}
     with ExitStack() as stack:
         clusters = {nodes: lab.hosts(stack, [1.0] * nodes, 1000) for nodes in (1, 2)}
@@ -120,6 +124,9 @@ def two_nodes(lab: Lab, report: Report) -> None:
             for nodes, hosts in clusters.items():
                 ended = train(hosts, model, data, epochs)
                 found[nodes].append(steady(ended) | {"seconds": ended["ended_at"] - ended["started_at"]})
+                steps = 12 if lab.quick else 30
+                runs = multiworker(lab, hosts, model, lab.digits(600), steps, BATCH, together=False)
+                bare[nodes].append(sum(BATCH / statistics.median(run["seconds"][2:]) for run in runs))
         busy = others.cores()
     for nodes, runs in found.items():
         rate, computing, seconds, loss = (
@@ -133,8 +140,11 @@ def two_nodes(lab: Lab, report: Report) -> None:
                 f"{computing:.1%} computing, {seconds:.0f} s, training loss {loss:.4f}",
             )
         )
+    rates = {nodes: statistics.median(runs) for nodes, runs in bare.items()}
+    report.rows.append(("bare TensorFlow in 1 and in 2 processes", f"{rates[1]:.1f}, {rates[2]:.1f} images/s", ""))
     report.rows.append((f"cores that other programs kept busy meanwhile: {busy:.2f}", "", ""))
     report.figures["two_nodes"] = {str(nodes): runs for nodes, runs in found.items()}
+    report.figures["bare_two_over_one"] = rates[2] / rates[1]
     ratio = statistics.median(
         two["samples_per_second"] / one["samples_per_second"] for one, two in zip(found[1], found[2], strict=True)
     )
@@ -164,12 +174,12 @@ def slow_link(lab: Lab, report: Report) -> None:
         found["accuracy"] = potluck(hosts, "evaluate", "cnn", "held-out")["metrics"]["accuracy"]
         hosts.rest()
         before = hosts.bytes_on_wire()
-        slow = multiworker(lab, hosts, model, data, 6 if lab.quick else 10, BATCH)
+        slow, *_ = multiworker(lab, hosts, model, data, 6 if lab.quick else 10, BATCH)
         step_mb = (hosts.bytes_on_wire() - before) / 1e6 / len(slow["seconds"])
         step_seconds = statistics.median(slow["seconds"][2:])
     with ExitStack() as stack:
         hosts = lab.hosts(stack, [1.0, 1.0], None)
-        free = multiworker(lab, hosts, model, data, rival_steps, BATCH, "--accuracy", str(held_out))
+        free, *_ = multiworker(lab, hosts, model, data, rival_steps, BATCH, "--accuracy", str(held_out))
     rival = {
         "step_seconds": step_seconds,
         "step_mb": step_mb,
@@ -194,19 +204,23 @@ RIVAL_PORT = 23450
 
 
 def multiworker(
-    lab: Lab, hosts: Hosts, model: Path, data: Path, steps: int, batch: int, *options: str
-) -> dict[str, Any]:
-    """MultiWorkerMirroredStrategy on the hosts' nodes, whose own engines rest; what its first worker printed."""
+    lab: Lab, hosts: Hosts, model: Path, data: Path, steps: int, batch: int, *options: str, together: bool = True
+) -> list[dict[str, Any]]:
+    """MultiWorkerMirroredStrategy on the hosts' nodes, whose own engines rest; what each worker printed.
+
+    Not `together`: each is alone in a group of its own, so it is plain TensorFlow.
+    """
     numbers = range(1, len(hosts.shares) + 1)
-    addresses = ",".join(f"{hosts.host_address(number)}:{RIVAL_PORT}" for number in numbers)
+    addresses = {number: f"{hosts.host_address(number)}:{RIVAL_PORT}" for number in numbers}
     cores = sorted(os.sched_getaffinity(0))
     script = str(Path(__file__).with_name("multiworker.py"))
     with ExitStack() as stack:
         workers: list[subprocess.Popen[str]] = []
         for number in numbers:
             command = hosts.inside(
-                number, sys.executable, script, str(number - 1), addresses, str(model), str(data), str(steps), str(batch),
-                *options,
+                number, sys.executable, script, str(number - 1 if together else 0),
+                ",".join(addresses.values()) if together else addresses[number],
+                str(model), str(data), str(steps), str(batch), *options,
             )  # fmt: skip
             core = {cores[(number - 1) % len(cores)]}
             log = stack.enter_context((lab.folder / f"rival-{number}.log").open("w"))
@@ -222,8 +236,7 @@ def multiworker(
         shown = [worker.communicate(timeout=3000)[0] for worker in workers]
         if any(worker.returncode for worker in workers):
             raise RuntimeError(f"the rival failed: {(lab.folder / 'rival-1.log').read_text()[-2000:]}")
-    found: dict[str, Any] = json.loads(shown[0].strip().splitlines()[-1])
-    return found
+    return [json.loads(printed.strip().splitlines()[-1]) for printed in shown]
 
 
 def _end(worker: subprocess.Popen[str]) -> None:

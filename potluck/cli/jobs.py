@@ -73,6 +73,8 @@ def job(
             return
         output.show(output.jobs_table([state]))
         if ended is None:
+            if state.kind == "train" and (epochs := found.epochs_so_far()):
+                output.show(output.epochs_table(epochs))
             output.show(following.picture(state))
             return
         if ended.history:

@@ -134,6 +134,10 @@ class AsyncJob:
                             after = epoch.epoch
                             yield epoch
 
+    async def epochs_so_far(self) -> tuple[EpochMetrics, ...]:
+        """The epochs that have ended by now; of a job that trains nothing, none."""
+        return tuple([epoch async for epoch in self._epochs_after(0)])
+
     async def _epochs_after(self, number: int) -> AsyncGenerator[EpochMetrics, None]:
         while True:
             answer = await self._connection.ask(GetHistory(job_id=self.id, after=number), HistoryListed)

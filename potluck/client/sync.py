@@ -107,6 +107,10 @@ class Job:
         """Each epoch of a training job once, in order, as it ends, from the first; until the job ends, whichever way."""
         return self._each(self._job.epochs())
 
+    def epochs_so_far(self) -> tuple[EpochMetrics, ...]:
+        """The epochs that have ended by now; of a job that trains nothing, none."""
+        return self._portal.call(self._job.epochs_so_far())
+
     def follow(self, callbacks: object = ()) -> dict[str, list[float]]:
         """Wait for a training job like `wait`, and tell Keras callbacks of each epoch as it ends; the history.
 

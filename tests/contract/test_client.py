@@ -349,7 +349,9 @@ async def test_callbacks_hear_of_each_epoch_once_and_may_end_training(
     recorder = Recorder(epochs=2)
     following = asyncio.create_task(job.follow([recorder]))
     await eventually(lambda: recorder.told == [9])
+    assert await job.epochs_so_far() == ()
     ended += epochs[:2]
+    assert await job.epochs_so_far() == epochs[:2]
     await coordinator.state(job.id, "running", epoch=3, epochs=9)
     await eventually(lambda: any(isinstance(asked, StopTraining) for asked in coordinator.asked))
     ended += epochs[2:]
