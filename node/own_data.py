@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from potluck import codec
 from potluck.blobs.store import BlobStore
-from potluck.errors import PotluckError, Unavailable
+from potluck.errors import InvalidRequest, PotluckError, Unavailable
 from potluck.logs import fields
 from potluck.messages import AnyTask, Dataset, DataSlice, EvaluateTask, NodeData, TrainTask
 from potluck.settings import NodeDataSettings
@@ -68,12 +68,16 @@ class OwnData:
         return True
 
     def filled_in(self, task: AnyTask) -> tuple[AnyTask, dict[str, Path]]:
-        """A task about data of this node with its shards, and their files; any other task as it is. Raises Unavailable."""
+        """A task about data of this node with its shards, and their files; any other task as it is.
+
+        Raises Unavailable, and InvalidRequest for less noise than the data's owner asks for.
+        """
         if not isinstance(task, TrainTask | EvaluateTask) or task.node_data is None:
             return task, {}
         data = self._packed.get(task.node_data)
         if data is None:
             raise Unavailable(f"no data named {task.node_data!r} live on this node, or they are not ready yet")
+        self._need_noise(task)
         unknown = set(data.format.classes) - set(task.format.classes)
         if unknown:
             raise Unavailable(f"the data {task.node_data!r} of this node have classes that the job does not know")
@@ -88,3 +92,16 @@ class OwnData:
             return replace(task, data=data.shards, format=format), files
         slices = tuple(DataSlice(blob=shard.blob, start=0, stop=shard.count) for shard in data.shards)
         return replace(task, slices=slices, format=format), files
+
+    def _need_noise(self, task: TrainTask | EvaluateTask) -> None:
+        """Raises InvalidRequest where a task would tell more of the data than this node's settings allow."""
+        name = task.node_data or ""
+        least = self._settings[name].least_noise_multiplier
+        privacy = task.privacy if isinstance(task, TrainTask) else None
+        given = privacy.noise_multiplier if privacy is not None else 0.0
+        if given < least:
+            asked = f"this job has {given:g}" if isinstance(task, TrainTask) else "evaluation has none"
+            raise InvalidRequest(
+                f"a node that holds {name!r} trains on it with noise_multiplier={least:g} or more only, and {asked} "
+                "(least_noise_multiplier in its configuration)"
+            )

@@ -74,11 +74,15 @@ class NetworkSettings(Section, frozen=True):
 
 
 class NodeDataSettings(Section, frozen=True):
-    """A data set that lives on this node: a folder or file, and for tables the columns or arrays to learn, and with the items' weights."""
+    """A data set that lives on this node: a folder or file, and for tables the columns or arrays to learn, and with the items' weights.
+
+    With `least_noise_multiplier` above 0 it serves nothing but training with that much noise, or more.
+    """
 
     path: str
     target: str | tuple[str, ...] | None = None
     sample_weight: str | None = None
+    least_noise_multiplier: Annotated[float, Meta(ge=0)] = 0.0
 
 
 class NodeSettings(NetworkSettings, frozen=True):

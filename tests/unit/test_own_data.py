@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from node.own_data import OwnData
-from potluck.errors import Unavailable
-from potluck.messages import BlobRef, DataFormat, EvaluateTask, ExportTask, TrainTask
+from potluck.errors import InvalidRequest, Unavailable
+from potluck.messages import BlobRef, DataFormat, EvaluateTask, ExportTask, Privacy, TrainTask
 from potluck.settings import NodeDataSettings
 
 MODEL = BlobRef(sha256="a" * 64, size=1)
@@ -96,6 +97,22 @@ def test_data_that_are_not_there_and_classes_that_the_job_does_not_know(own: Own
     own.pack("pets")
     with pytest.raises(Unavailable, match="classes that the job does not know"):
         own.filled_in(training("pets", "cat"))
+
+
+def test_an_owner_may_ask_for_noise(own: OwnData, tmp_path: Path) -> None:
+    given = NodeDataSettings(path=str(tmp_path / "plain.npz"), least_noise_multiplier=1.0)
+    strict = OwnData(tmp_path / "strict", {"plain": given})
+    strict.pack("plain")
+    task = training("plain")
+    for privacy in (None, Privacy(l2_norm_clip=1.0), Privacy(l2_norm_clip=1.0, noise_multiplier=0.9)):
+        with pytest.raises(InvalidRequest, match="noise_multiplier=1 or more"):
+            strict.filled_in(replace(task, privacy=privacy))
+    assert strict.filled_in(replace(task, privacy=Privacy(l2_norm_clip=1.0, noise_multiplier=1.0)))[1]
+    evaluation = EvaluateTask(
+        model=MODEL, weights=None, slices=(), image=None, batch_size=2, node_data="plain", format=task.format
+    )
+    with pytest.raises(InvalidRequest, match="evaluation has none"):
+        strict.filled_in(evaluation)
 
 
 def test_the_store_is_made_anew_and_for_its_user_alone(own: OwnData, tmp_path: Path) -> None:
