@@ -398,7 +398,7 @@ class Dispatcher:
         if job.state == "queued":
             self._record(job, JobStarted(at=self._clock()))
             self._changed(job)
-        name = await self._serving.deploy(spec.model, spec.replicas)
+        name = await self._serving.deploy(spec)
         if job.active:
             self._finish(job, "succeeded", deployment=name)
 

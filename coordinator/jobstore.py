@@ -81,7 +81,7 @@ class JobStore:
         """The job with its names looked up. Raises NotFound, InvalidRequest."""
         if isinstance(spec, Deploy):
             info = self._registry.model(spec.model)
-            named = Deploy(model=f"{info.name}:{info.version}", replicas=spec.replicas)
+            named = replace(spec, model=f"{info.name}:{info.version}")
             return JobSubmitted(at=now, job_id=job_id, request_id=request_id, spec=named, model=info.model)
         model, image = self._model(spec.model)
         if isinstance(spec, Predict) and spec.dataset.startswith(NODE_DATA):

@@ -7,6 +7,8 @@ import logging
 import time
 from collections.abc import Callable
 
+from msgspec.structs import replace
+
 from coordinator import federated
 from coordinator.deletion import Deletion
 from coordinator.dispatcher import Dispatcher
@@ -47,9 +49,11 @@ from potluck.messages import (
     ModelsDeleted,
     ModelsListed,
     NodesListed,
+    Promote,
     RegisterModel,
     RemoveAlias,
     RemoveDataset,
+    RollBack,
     SetAlias,
     StopTraining,
     SubmitJob,
@@ -61,8 +65,9 @@ from potluck.outbox import Outbox
 
 log = logging.getLogger(__name__)
 
+ONCE = RemoveAlias | DeleteModel | RemoveDataset | Promote | RollBack
 ANSWERS_KEPT = 256
-"""Answers to questions that take something away: asked again, they would find nothing."""
+"""Answers to questions that can be carried out once: asked again, they would find nothing to do."""
 
 
 class Requests:
@@ -120,8 +125,8 @@ class Requests:
                 self._outbox.refuse(envelope, error)
 
     def _once(self, envelope: Envelope, message: Message) -> Message:
-        """The answer; a question that takes something away, asked again with the same id, has the answer that it had."""
-        if not isinstance(message, RemoveAlias | DeleteModel | RemoveDataset) or not (envelope.reply_to and message.id):
+        """The answer; a question that can be carried out once, asked again with the same id, has the answer that it had."""
+        if not isinstance(message, ONCE) or not (envelope.reply_to and message.id):
             return self._answer(envelope, message)
         asked = (envelope.reply_to, message.id)
         if asked not in self._answered:
@@ -180,6 +185,10 @@ class Requests:
                 return DatasetRemoved(name=message.name)
             case ListDeployments():
                 return DeploymentsListed(deployments=self._serving.deployments())
+            case Promote():
+                return DeploymentsListed(deployments=self._serving.promote(message.model))
+            case RollBack():
+                return DeploymentsListed(deployments=self._serving.roll_back(message.model))
             case _:
                 raise InvalidRequest(
                     f"{type(message).__name__} is not a question to the coordinator: see docs/protocol.md"
@@ -244,5 +253,5 @@ def _is_same(kept: AnyJobSpec, asked: AnyJobSpec) -> bool:
     if isinstance(kept, Deploy) and isinstance(asked, Deploy):
         name, _, version = asked.model.partition(":")
         named = kept.model if version.isdigit() else kept.model.partition(":")[0]
-        return (named, kept.replicas) == (asked.model if version.isdigit() else name, asked.replicas)
+        return replace(kept, model=named) == replace(asked, model=asked.model if version.isdigit() else name)
     return kept == asked

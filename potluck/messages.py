@@ -33,6 +33,8 @@ Count = Annotated[int, Meta(ge=0, le=2**53)]
 """Up to what JavaScript holds: sums of counts stay within the 64 bits of msgpack."""
 Positive = Annotated[int, Meta(ge=1, le=2**53)]
 Seconds = Annotated[float, Meta(ge=0)]
+Percent = Annotated[int, Meta(ge=0, le=100)]
+Factor = Annotated[float, Meta(ge=0)]
 Epochs = Annotated[int, Meta(ge=1, le=1_000_000)]
 """With a limit, so that a job's samples can be counted in 64 bits."""
 Seed = Annotated[int, Meta(ge=0, le=2**32 - 1)]
@@ -266,10 +268,28 @@ class Predict(JobSpec, frozen=True, tag="predict"):
 
 
 class Deploy(JobSpec, frozen=True, tag="deploy"):
-    """Keep a registered model loaded on `replicas` nodes (0: on every node). Succeeds when all are ready."""
+    """Keep a registered model loaded on `replicas` nodes (0: on every node). Succeeds when all are ready.
+
+    Then it answers to the model's plain name, and the version that did so before goes (not with `keep`) after `watch_seconds`, when
+    what it was asked is answered. As a `canary` it answers only so many percent of the questions, as a `shadow` it gets
+    a copy of each and its answers are thrown away. One that does worse than the stable version by more than `rollback_factor`
+    in failures or p99 is withdrawn (0: never).
+
+    With `max_replicas` the number follows the load: more when requests wait for longer than `queue_seconds`, never fewer than
+    `min_replicas`. After `idle_seconds` without a request none is held until the next one (0: never so).
+    """
 
     model: str
     replicas: Count = 1
+    canary: Percent = 0
+    shadow: bool = False
+    keep: bool = False
+    rollback_factor: Factor = 2.0
+    watch_seconds: Seconds = 30.0
+    min_replicas: Count = 0
+    max_replicas: Count = 0
+    queue_seconds: Seconds = 0.2
+    idle_seconds: Seconds = 0.0
 
 
 AnyJobSpec = Train | Evaluate | Predict | Deploy
@@ -604,12 +624,32 @@ class ReplicaInfo(Part, frozen=True):
 
 
 class DeploymentInfo(Part, frozen=True):
+    """What became of a deployment. Latencies (of good answers) and `failure_rate` are those of the last two minutes."""
+
     name: str
     """`name:version` of the model."""
     wanted: int
+    """Replicas while it is asked; 0: one on every node."""
     replicas: tuple[ReplicaInfo, ...]
     queued: int = 0
     served: int = 0
+    state: Literal["loading", "ready", "failing", "idle", "evicted", "withdrawn", "retired"] = "loading"
+    """`idle`, `evicted` and `withdrawn` ones hold no replica until they are asked; a `retired` one answers what it has, and goes."""
+    role: Literal["", "stable", "canary", "shadow", "previous"] = ""
+    """What it is to the model's plain name; "": it is asked by its own name alone."""
+    weight: int = 0
+    """Percent of the plain name's questions that it answers."""
+    reason: str = ""
+    """Why it is in this state, or has fewer replicas than wanted."""
+    resident_bytes: int = 0
+    """Memory that a replica takes, as measured; 0: not yet."""
+    min_replicas: int = 0
+    max_replicas: int = 0
+    queue_seconds: float = 0.0
+    """How long a request that comes now waits for a replica, as expected."""
+    p50_seconds: float = 0.0
+    p99_seconds: float = 0.0
+    failure_rate: float = 0.0
 
 
 class ListDeployments(Message, frozen=True):
@@ -628,6 +668,18 @@ class Undeploy(Message, frozen=True):
 
 class Undeployed(Message, frozen=True):
     deployments: tuple[str, ...]
+
+
+class Promote(Message, frozen=True):
+    """Make the canary (or shadow) of this model the stable version. Answered by `DeploymentsListed`, of this model."""
+
+    model: str
+
+
+class RollBack(Message, frozen=True):
+    """Withdraw the canary or shadow of this model, or else go back to the version before. Answered by `DeploymentsListed`."""
+
+    model: str
 
 
 class Infer(Message, frozen=True):
@@ -990,7 +1042,7 @@ AnyMessage = (
     | ListNodes | NodesListed | AddDataset | DatasetAdded | RemoveDataset | DatasetRemoved | ListDatasets | DatasetsListed
     | RegisterModel | ModelRegistered | GetModel | ListModels | ModelsListed
     | SetAlias | RemoveAlias | TagModel | ModelChanged | DeleteModel | ModelsDeleted
-    | ListDeployments | DeploymentsListed | Undeploy | Undeployed | Infer | Inferred | RequestFailed
+    | ListDeployments | DeploymentsListed | Undeploy | Undeployed | Promote | RollBack | Infer | Inferred | RequestFailed
     | CoordinatorStatus | NodeStatus | NodeCapacity | NodeTelemetry
     | LeaseShard | WithdrawLease | AcknowledgeResult | ForgetJob | LoadModel | UnloadModel | RunInference
     | LeaseTaken | LeaseRefused | LeaseRenewed | ShardFinished | ShardFailed

@@ -12,13 +12,15 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from potluck.errors import CodeNotAllowed
-from potluck.messages import BlobRef, ErrorInfo, ReplicaInfo, Signature
+from potluck.messages import BlobRef, Deploy, ErrorInfo, ReplicaInfo, Signature
 
 FAILURES_LIMIT = 3
 RETRY_SECONDS = 5.0
 """A node whose replica failed is left alone for so long, doubled with each failure up to FAILURES_LIMIT."""
 
 ReplicaState = Literal["loading", "ready", "failed"]
+Parking = Literal["idle", "evicted", "withdrawn"]
+State = Literal["loading", "ready", "failing", "idle", "evicted", "withdrawn", "retired"]
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,13 @@ class Deployment:
     """Nodes that failed, and until when they are left alone."""
     refused: set[str] = field(default_factory=set)
     """Nodes that do not allow the model's code."""
+    asked: Deploy | None = None
+    """How its user wants it."""
+    parked: Parking | None = None
+    """Why it holds no replicas until somebody asks for it; `reason` says more."""
+    reason: str = ""
+    retired: bool = False
+    """Whether another version took its place: it goes when the requests that it has are answered."""
 
     @property
     def ready(self) -> list[Replica]:
@@ -90,8 +99,25 @@ class Deployment:
         """Whether loading was given up."""
         return self.failing and not self.settled
 
+    @property
+    def put_away(self) -> bool:
+        """Whether it is on its way out, or holds nothing until somebody asks."""
+        return bool(self.parked) or self.retired
+
+    def state(self, places: Sequence[Place]) -> State:
+        """In a word."""
+        if self.retired:
+            return "retired"
+        if self.parked:
+            return self.parked
+        if self.failing:
+            return "failing"
+        return "ready" if self.complete(places) else "loading"
+
     def target(self, places: Sequence[Place]) -> int:
         """A node that is silent for a moment is no place, but what it holds counts until it is lost."""
+        if self.parked:
+            return 0
         if self.wanted:
             return self.wanted
         held = {replica.node_id for replica in self.replicas.values()}
@@ -102,9 +128,12 @@ class Deployment:
         return len(self.ready) >= max(1, self.target(places))
 
     def plan(
-        self, places: Sequence[Place], load: dict[str, int], now: float, resend_seconds: float
+        self, places: Sequence[Place], load: dict[str, int], now: float, resend_seconds: float, *, busy: bool = False
     ) -> list[Load | Unload]:
-        """Commands that bring the replicas nearer to what is wanted. `load`: replicas of all deployments by node."""
+        """Commands that bring the replicas nearer to what is wanted. `load`: replicas of all deployments by node.
+
+        While it is `busy` with requests, a parked one keeps the replicas that it has.
+        """
         commands: list[Load | Unload] = []
         here = {replica.node_id for replica in self.replicas.values()}
         allowed = [place for place in places if place.node_id not in self.refused]
@@ -121,7 +150,7 @@ class Deployment:
                 self.made += 1
                 replica = Replica(f"{self.name}/{place.node_id}/{self.made}", place.node_id)
                 self.replicas[replica.replica_id] = replica
-        elif missing < 0:
+        elif missing < 0 and not (self.parked and busy):
             surplus = sorted(self.replicas.values(), key=lambda replica: (replica.state == "ready", replica.replica_id))
             for replica in surplus[:-missing]:
                 del self.replicas[replica.replica_id]

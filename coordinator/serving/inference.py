@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from msgspec.structs import replace
 
@@ -13,6 +13,7 @@ from coordinator.serving.metrics import ServingMetrics
 from coordinator.serving.queueing import Request
 from coordinator.serving.registry import Registry
 from coordinator.serving.router import Router
+from coordinator.serving.traffic import Traffic
 from potluck.bus import Bus, Envelope
 from potluck.errors import InvalidRequest, NotFound, PotluckError, TooLarge, from_code
 from potluck.messages import (
@@ -39,6 +40,8 @@ Where requests may take longer than usual (`inference_seconds`), a third of that
 """
 ROWS_COUNTED = 1024
 """A request counts for at most so many rows: what it claims of a blob is seen to be true only by whoever has fetched it."""
+SHADOW_QUEUE_LIMIT = 8
+"""A shadow that is further behind gets no copies: it must cost nobody anything."""
 
 
 class Inference:
@@ -60,7 +63,13 @@ class Inference:
         self._settings = settings
         self._clock = clock
         self._routers: dict[str, Router] = {}
-        self._newest: dict[str, str] = {}
+        self._traffic: Mapping[str, Traffic] = {}
+        self.retired: set[str] = set()
+        """Deployments that take no more requests; those that they have are answered."""
+        self.on_demand: Callable[[Router], None] = lambda router: None
+        """Called with a router that is asked while it has no replica; what it raises is the answer."""
+        self.asked_at: dict[str, float] = {}
+        """When each deployment was last asked."""
         self.metrics = ServingMetrics()
 
     async def run(self) -> None:
@@ -72,17 +81,26 @@ class Inference:
     def open(self, name: str) -> None:
         """Take requests for this deployment, `name:version`."""
         settings = self._settings
+        self.retired.discard(name)
         self._routers[name] = Router(name, queue_limit=settings.queue_limit, batch_limit=settings.batch_limit)
 
     def close(self, name: str, error: PotluckError) -> None:
         """Answer what waits for this deployment with the error, and take no more."""
+        self.retired.discard(name)
+        self.asked_at.pop(name, None)
+        self.metrics.windows.pop(name, None)
         router = self._routers.pop(name, None)
         if router is not None:
             router.close(error)
 
-    def prefer(self, newest: dict[str, str]) -> None:
-        """Which deployment a plain name means, by name."""
-        self._newest = newest
+    def busy(self, name: str) -> bool:
+        """Whether requests of this deployment wait for their answer."""
+        router = self._routers[name]
+        return bool(router.queue or router.in_flight)
+
+    def prefer(self, traffic: Mapping[str, Traffic]) -> None:
+        """Which deployments a plain name means, by name; the map may change."""
+        self._traffic = traffic
 
     def add_replica(self, name: str, replica_id: str, node_id: str) -> None:
         """A replica is ready."""
@@ -102,15 +120,32 @@ class Inference:
             router.expire(self._clock(), max(BATCH_SECONDS, self._settings.inference_seconds / 3))
             self._pump(router)
 
+    def router_of(self, name: str) -> Router:
+        """That of this deployment, whatever became of it."""
+        return self._routers[name]
+
     def router(self, model: str) -> Router:
-        """That of a deployed model (`name`, `name:version` or `name:alias`). Raises NotFound."""
-        router = self._routers.get(self._newest.get(model, model))
+        """That of a deployed model: `name` (the stable version's), `name:version` or `name:alias`. Raises NotFound."""
+        traffic = self._traffic.get(model)
+        return self._router(traffic.stable if traffic is not None else model)
+
+    def _route(self, model: str) -> Router:
+        """Whose turn it is to answer to this model. Raises NotFound."""
+        traffic = self._traffic.get(model)
+        return self._router(traffic.pick(self._ready) if traffic is not None else model)
+
+    def _router(self, model: str) -> Router:
+        router = self._routers.get(model)
         if router is None:
             info = self._registry.model(model)  # a name that is not even registered has its own answer
-            router = self._routers.get(f"{info.name}:{info.version}") if ":" in model else None
-        if router is None:
+            router = self._routers.get(f"{info.name}:{info.version}")
+        if router is None or router.name in self.retired:
             raise NotFound(f"{model} is not deployed: deploy it with `potluck deploy {model}`")
         return router
+
+    def _ready(self, name: str) -> bool:
+        router = self._routers.get(name)
+        return router is not None and bool(router.lanes)
 
     # --- requests -------------------------------------------------------------------------------------------------------
 
@@ -127,7 +162,8 @@ class Inference:
         deadline = min(message.expires or float("inf"), now + self._settings.inference_seconds)
 
         def answer(outcome: RequestOutcome | PotluckError) -> None:
-            self.metrics.answered(name, self._clock() - now, _failure(outcome))
+            answered_at = self._clock()
+            self.metrics.answered(name, answered_at, answered_at - now, _failure(outcome))
             if isinstance(outcome, PotluckError):
                 self._outbox.refuse(envelope, outcome)
             elif outcome.error is not None:
@@ -137,20 +173,22 @@ class Inference:
 
         name = ""  # names that are not deployed are whatever is asked for: they are counted as one
         try:
-            router = self.router(model)
+            router = self._route(model)
             name = router.name
             self._submit(router, message.inputs, answer, now, deadline)
+            self._copy(model, message.inputs, now, deadline)
         except PotluckError as error:
             answer(error)
 
     async def infer(self, model: str, inputs: tuple[Tensor, ...], timeout_seconds: float) -> Inferred:
         """One request of the gateway. Raises NotFound, InvalidRequest, Overloaded, TimedOut, Unavailable."""
-        router = self.router(model)
+        router = self._route(model)
         now = self._clock()
         answered: asyncio.Future[RequestOutcome] = asyncio.get_running_loop().create_future()
 
         def answer(outcome: RequestOutcome | PotluckError) -> None:
-            self.metrics.answered(router.name, self._clock() - now, _failure(outcome))
+            answered_at = self._clock()
+            self.metrics.answered(router.name, answered_at, answered_at - now, _failure(outcome))
             if answered.done():
                 return
             if isinstance(outcome, PotluckError):
@@ -162,6 +200,7 @@ class Inference:
 
         try:
             self._submit(router, inputs, answer, now, now + timeout_seconds)
+            self._copy(model, inputs, now, now + timeout_seconds)
         except PotluckError as error:
             answer(error)
         outcome = await answered
@@ -191,8 +230,29 @@ class Inference:
             raise TooLarge(
                 f"the inputs are {size} bytes, and {INPUT_LIMIT_BYTES} go into a message: send fewer rows at once, or a blob"
             )
+        self.asked_at[router.name] = now
+        if not router.lanes:
+            self.on_demand(router)
         router.submit(Request(inputs, answer, deadline, size, _rows(inputs[0])), now)
         self._pump(router)
+
+    def _copy(self, model: str, inputs: tuple[Tensor, ...], now: float, deadline: float) -> None:
+        """Ask the model's shadow the same, if it has one that keeps up; its answer is measured, and goes nowhere."""
+        traffic = self._traffic.get(model)
+        router = self._routers.get(traffic.shadow) if traffic is not None and traffic.shadow else None
+        limit = min(SHADOW_QUEUE_LIMIT, self._settings.queue_limit)
+        if router is None or not router.lanes or len(router.queue) >= limit:
+            return
+        name = router.name
+
+        def measure(outcome: RequestOutcome | PotluckError) -> None:
+            answered_at = self._clock()
+            self.metrics.answered(name, answered_at, answered_at - now, _failure(outcome))
+
+        try:
+            self._submit(router, inputs, measure, now, deadline)
+        except PotluckError as error:  # it is behind, by its objective: the copy goes nowhere, and is counted so
+            measure(error)
 
     def _pump(self, router: Router) -> None:
         for batch in router.dispatch(self._clock()):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+from coordinator.serving.windows import Window
+
 BUCKETS_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 
@@ -21,11 +23,16 @@ class _Histogram:
 
 @dataclass
 class ServingMetrics:
-    """By deployment: answers by error code ("" when there was none), and the latency of each."""
+    """By deployment: answers by error code ("" when there was none), the latency of each, and how it did lately."""
 
     answers: Counter[tuple[str, str]] = field(default_factory=Counter)
     latency: dict[str, _Histogram] = field(default_factory=dict)
+    windows: dict[str, Window] = field(default_factory=dict)
 
-    def answered(self, name: str, seconds: float, failure: str) -> None:
+    def answered(self, name: str, now: float, seconds: float, failure: str) -> None:
         self.answers[name, failure] += 1
         self.latency.setdefault(name, _Histogram()).observe(seconds)
+        self.window(name).answered(now, seconds, failure)
+
+    def window(self, name: str) -> Window:
+        return self.windows.setdefault(name, Window())

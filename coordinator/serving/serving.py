@@ -7,13 +7,25 @@ import logging
 import time
 from collections.abc import Callable
 
-from msgspec import Struct
+from msgspec.structs import replace
 
 from coordinator.journal import Journal
 from coordinator.membership import Membership
 from coordinator.serving.deployments import Deployment, Load, Place
 from coordinator.serving.inference import Inference
+from coordinator.serving.records import (
+    STREAM,
+    AnyDeploymentEvent,
+    Deployed,
+    Records,
+    Settled,
+    Undeployed,
+    Woken,
+    model_of,
+)
 from coordinator.serving.registry import Registry
+from coordinator.serving.rollout import Rollout
+from coordinator.serving.router import Router
 from potluck.errors import (
     Cancelled,
     InvalidRequest,
@@ -25,6 +37,7 @@ from potluck.errors import (
 from potluck.logs import fields
 from potluck.messages import (
     BlobRef,
+    Deploy,
     DeploymentInfo,
     ErrorInfo,
     InferenceFinished,
@@ -43,34 +56,13 @@ from potluck.topics import Topics
 
 log = logging.getLogger(__name__)
 
-_STREAM = "deployments"
 TICK_SECONDS = 0.25
 DEPLOY_SECONDS = 300.0
 """How long all replicas of a new deployment may take to become ready."""
 JOIN_SECONDS = 5.0
 """How long a deployment waits for nodes that may be about to join."""
-
-
-class DeploymentEvent(Struct, frozen=True, kw_only=True, tag_field="event", tag=True):
-    """Base of what is in the stream."""
-
-    name: str
-
-
-class Deployed(DeploymentEvent, frozen=True):
-    model: BlobRef
-    wanted: int
-
-
-class Settled(DeploymentEvent, frozen=True):
-    """A replica was ready for the first time."""
-
-
-class Undeployed(DeploymentEvent, frozen=True):
-    pass
-
-
-AnyDeploymentEvent = Deployed | Settled | Undeployed
+LOADING_SECONDS = 5.0
+"""After so long it is worth to ask a deployment again that is being loaded."""
 
 
 class Serving:
@@ -100,26 +92,39 @@ class Serving:
         self._urls = urls
         self._epoch = epoch
         self._clock = clock
-        self._deployments: dict[str, Deployment] = {}
         self._changed = asyncio.Event()
         self._seen: dict[str, NodeTelemetry] = {}
-        for event in journal.replay(_STREAM, AnyDeploymentEvent):  # type: ignore[arg-type, var-annotated]
-            self._apply(event)
+        self._records = Records()
+        self._deployments = self._records.deployments
+        self._rollout = Rollout(self._records, inference, record=self._record, remove=self._remove)
+        for event in journal.replay(STREAM, AnyDeploymentEvent):  # type: ignore[arg-type, var-annotated]
+            self._records.apply(event)
+        journal.rewrite(STREAM, self._records.events())
+        for name, deployment in self._deployments.items():
+            inference.open(name)
+            if deployment.retired:
+                inference.retired.add(name)
+        inference.prefer(self._records.traffic)
+        inference.on_demand = self._on_demand
 
     # --- deployments --------------------------------------------------------------------------------------------------
 
-    async def deploy(self, model: str, replicas: int) -> str:
-        """Deploy, or change the number of replicas; returns the deployment's name once all are ready.
+    async def deploy(self, asked: Deploy) -> str:
+        """Deploy, or change how; returns the deployment's name once all replicas are ready and it has its traffic.
 
-        Raises NotFound, InvalidRequest (more replicas than nodes), Unavailable (nodes were lost meanwhile), and what made
-        loading fail; a deployment that was ready before goes on with what it has.
+        Raises NotFound, InvalidRequest (more replicas than nodes, a canary beside nothing), Unavailable (nodes were lost
+        meanwhile), Cancelled, and what made loading fail; a deployment that was ready before goes on with what it has.
         """
-        info = self._registry.model(model)
-        name = f"{info.name}:{info.version}"
+        info = self._registry.model(asked.model)
+        name, replicas = f"{info.name}:{info.version}", asked.replicas
+        asked = replace(asked, model=name)
+        self._rollout.check(name, asked)
         await self._wait_for_nodes(max(1, replicas))
         known = self._deployments.get(name)
-        if known is None or known.wanted != replicas or known.failing:
-            self._record(Deployed(name=name, model=info.model, wanted=replicas))
+        if known is None or known.asked != asked or known.wanted != replicas or known.failing or known.put_away:
+            self._rollout.check(name, asked)
+            self._rollout.hold(info.name)
+            self._record(Deployed(name=name, model=info.model, wanted=replicas, asked=asked))
         deployment = self._deployments[name]
         self._reconcile(deployment)
         deadline = self._clock() + DEPLOY_SECONDS
@@ -128,6 +133,8 @@ class Serving:
             now, ready, wanted = self._clock(), len(deployment.ready), max(1, deployment.target(places))
             if self._deployments.get(name) is not deployment:
                 raise Cancelled(f"{name} was undeployed before it was ready")
+            if deployment.put_away:
+                raise Cancelled(f"{name} was withdrawn before it was ready: {deployment.reason}")
             if deployment.failing and deployment.error is not None:
                 if deployment.failed:
                     self._remove(name)
@@ -144,8 +151,19 @@ class Serving:
                     "online any more: start more nodes, or ask for fewer"
                 )
             await self._wait_for_change()
+        self._rollout.ready(name, asked, self._clock())
         log.info("deployed %s", fields(model=name, replicas=len(deployment.ready)))
         return name
+
+    def promote(self, model: str) -> tuple[DeploymentInfo, ...]:
+        """Make the canary or shadow of `model` the stable version. Raises NotFound, Conflict."""
+        self._rollout.promote(model, self._clock())
+        return self.deployments(model_of(model))
+
+    def roll_back(self, model: str) -> tuple[DeploymentInfo, ...]:
+        """Withdraw the canary or shadow of `model`, or go back to the version before. Raises NotFound, Conflict."""
+        self._rollout.roll_back(model)
+        return self.deployments(model_of(model))
 
     async def _wait_for_nodes(self, count: int) -> None:
         """Return once so many nodes can hold a replica; nodes may be about to join, after a restart of ours above all."""
@@ -168,7 +186,7 @@ class Serving:
 
     async def undeploy(self, model: str) -> tuple[str, ...]:
         """Take down `name:version`, or every version of `name`. Raises NotFound."""
-        names = tuple(name for name in self._deployments if model in (name, name.partition(":")[0]))
+        names = tuple(name for name in self._deployments if model in (name, model_of(name)))
         if not names:
             raise NotFound(f"{model} is not deployed: `potluck deployments` lists what is")
         for name in names:
@@ -181,8 +199,13 @@ class Serving:
         if deployment is not None and not deployment.ready:
             self._remove(name)
 
-    def deployments(self) -> tuple[DeploymentInfo, ...]:
-        return tuple(self._info(deployment) for _, deployment in sorted(self._deployments.items()))
+    def deployments(self, model: str = "") -> tuple[DeploymentInfo, ...]:
+        """All, or those of one model by its plain name."""
+        return tuple(
+            self._info(deployment)
+            for name, deployment in sorted(self._deployments.items())
+            if model in ("", model_of(name))
+        )
 
     def signature(self, model: str) -> Signature | None:
         """Of a deployed model (`name` or `name:version`). Raises NotFound."""
@@ -194,7 +217,7 @@ class Serving:
 
     def versions(self, name: str) -> tuple[str, ...]:
         """The deployed versions of `name`."""
-        return tuple(key.partition(":")[2] for key in self._deployments if key.partition(":")[0] == name)
+        return tuple(key.partition(":")[2] for key in self._deployments if model_of(key) == name)
 
     # --- what nodes say -----------------------------------------------------------------------------------------------
 
@@ -279,6 +302,7 @@ class Serving:
             for deployment in list(self._deployments.values()):
                 self._reconcile(deployment)
             self._inference.expire()
+            self._rollout.tick(self._clock())
 
     def _reconcile(self, deployment: Deployment) -> None:
         load: dict[str, int] = {}
@@ -286,7 +310,8 @@ class Serving:
             for replica in other.replicas.values():
                 load[replica.node_id] = load.get(replica.node_id, 0) + 1
         resend = max(1.0, self._settings.resend_seconds)
-        for command in deployment.plan(self._places(), load, self._clock(), resend):
+        busy = self._inference.busy(deployment.name)
+        for command in deployment.plan(self._places(), load, self._clock(), resend, busy=busy):
             if isinstance(command, Load):
                 ref = BlobRef(sha256=command.model.sha256, size=command.model.size, holders=self._urls)
                 message = LoadModel(epoch=self._epoch, replica_id=command.replica_id, name=command.name, model=ref)
@@ -313,38 +338,50 @@ class Serving:
         log.info("undeployed %s", fields(model=name))
 
     def _record(self, event: AnyDeploymentEvent) -> None:
-        self._journal.append(_STREAM, event)
-        self._apply(event)
+        new = isinstance(event, Deployed) and event.name not in self._deployments
+        self._journal.append(STREAM, event)
+        self._records.apply(event)
+        if new:
+            self._inference.open(event.name)
+        elif isinstance(event, Deployed):
+            self._inference.retired.discard(event.name)
+        elif isinstance(event, Undeployed):
+            self._inference.close(event.name, Unavailable(f"{event.name} was undeployed"))
 
-    def _apply(self, event: AnyDeploymentEvent) -> None:
-        match event:
-            case Deployed():
-                known = self._deployments.get(event.name)
-                if known is None:
-                    self._deployments[event.name] = Deployment(event.name, event.model, event.wanted)
-                    self._inference.open(event.name)
-                else:
-                    known.wanted, known.failures, known.error = event.wanted, 0, None
-            case Settled():
-                self._deployments[event.name].settled = True
-            case Undeployed():
-                self._deployments.pop(event.name, None)
-                self._inference.close(event.name, Unavailable(f"{event.name} was undeployed"))
-        # The plain name means the newest version that was ready once: while the next one loads, the one before answers.
-        order = sorted(self._deployments.values(), key=lambda one: (one.settled, int(one.name.partition(":")[2])))
-        self._inference.prefer({deployment.name.partition(":")[0]: deployment.name for deployment in order})
+    def _on_demand(self, router: Router) -> None:
+        """A deployment is asked that has no replica now: it is loaded. Raises Unavailable when too many wait for that."""
+        deployment = self._deployments[router.name]
+        if deployment.parked:
+            log.info("deployment woken %s", fields(model=router.name, was=deployment.parked))
+            self._record(Woken(name=router.name))
+            self._reconcile(deployment)
+        if len(router.queue) >= self._settings.queue_limit:
+            raise Unavailable(
+                f"{len(router.queue)} requests wait for {router.name} already, which is being loaded: try again in "
+                f"{LOADING_SECONDS:.0f} s",
+                retry_after_seconds=LOADING_SECONDS,
+            )
 
     def _command(self, node_id: str, message: Message) -> None:
         self._outbox.publish(self._topics.node(node_id, "inbox"), message)
 
     def _info(self, deployment: Deployment) -> DeploymentInfo:
-        router = self._inference.router(deployment.name)
+        router = self._inference.router_of(deployment.name)
+        traffic = self._records.traffic[model_of(deployment.name)]
+        lately = self._inference.metrics.window(deployment.name).summary(self._clock())
         return DeploymentInfo(
             name=deployment.name,
             wanted=deployment.wanted,
             replicas=tuple(replica.info() for replica in deployment.replicas.values()),
             queued=len(router.queue),
             served=router.served,
+            state=deployment.state(self._places()),
+            role=traffic.role(deployment.name),
+            weight=traffic.share(deployment.name),
+            reason=deployment.reason or (deployment.error.message if deployment.error else ""),
+            p50_seconds=lately.quantile(0.5),
+            p99_seconds=lately.quantile(0.99),
+            failure_rate=lately.failure_rate,
         )
 
 

@@ -42,7 +42,7 @@ async def lab(tmp_path: Path, stack: AsyncExitStack) -> Lab:
 async def http(lab: Lab, stack: AsyncExitStack) -> tuple[str, aiohttp.ClientSession]:
     await lab.join(stack, "a")
     lab.add_model()
-    await lab.serving.deploy("m", 1)
+    await lab.deploy("m", 1)
     sock = socket.create_server(("127.0.0.1", 0))
     found = gateway.routes(lab.serving, lab.inference, lab.registry, lab.membership, lab.settings, lab.bus)
     await stack.enter_async_context(serve_http(sock, found, BODY_LIMIT_BYTES))
@@ -224,7 +224,7 @@ async def test_the_server_is_ready_when_all_that_is_deployed_is(lab: Lab, stack:
     node = await lab.join(stack, "b")
     node.slow_to_load = True
     lab.registry.add_model("other", BlobRef(sha256="9" * 64, size=1), now=1.0)
-    loading = asyncio.create_task(lab.serving.deploy("other", 1))
+    loading = asyncio.create_task(lab.deploy("other", 1))
     await eventually(lambda: len(lab.serving.deployments()) == 2)
     assert await readiness(http) == (503, "no replica is ready of other")
     assert (await readiness(http, "/v2/models/m/ready"))[0] == 200
@@ -240,7 +240,7 @@ async def test_a_new_version_that_still_loads_takes_nothing_away(lab: Lab, stack
     node = await lab.join(stack, "b")
     node.slow_to_load = True
     lab.add_model(2)
-    loading = asyncio.create_task(lab.serving.deploy("m", 1))
+    loading = asyncio.create_task(lab.deploy("m", 1))
     await eventually(lambda: len(lab.serving.deployments()) == 2)
     assert await readiness(http) == (200, "")
     assert (await readiness(http, "/v2/models/m/versions/2/ready"))[0] == 503

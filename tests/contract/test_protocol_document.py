@@ -57,10 +57,12 @@ def test_every_question_of_clients_is_there() -> None:
             "TagModel",
             "DeleteModel",
             "Undeploy",
+            "Promote",
+            "RollBack",
             "Infer",
         }:
             assert f"`{name}`" in TEXT, name
-    for field in messages.Train.__struct_fields__:
+    for field in (*messages.Train.__struct_fields__, *messages.Deploy.__struct_fields__):
         assert f"`{field}`" in TEXT, field
     assert f"{INLINE_LIMIT_BYTES:,}" in TEXT
 

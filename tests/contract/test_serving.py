@@ -39,7 +39,7 @@ async def test_deploy_and_ask_in_both_encodings(lab: Lab, stack: AsyncExitStack)
     await lab.join(stack, "a")
     await lab.join(stack, "b")
     lab.add_model()
-    assert await lab.serving.deploy("m", 2) == "m:1"
+    assert await lab.deploy("m", 2) == "m:1"
     (info,) = lab.serving.deployments()
     assert [replica.state for replica in info.replicas] == ["ready", "ready"]
     assert lab.registry.model("m").signature == SIGNATURE
@@ -56,7 +56,7 @@ async def test_deploy_and_ask_in_both_encodings(lab: Lab, stack: AsyncExitStack)
 async def test_many_questions_share_batches(lab: Lab, stack: AsyncExitStack) -> None:
     node = await lab.join(stack, "a")
     lab.add_model()
-    await lab.serving.deploy("m", 1)
+    await lab.deploy("m", 1)
     async with client(lab) as bus:
         answers = await asyncio.gather(*(ask(bus, question(n, n)) for n in range(40)))
     assert [float(tensors.to_numpy(answer.outputs[0])[0, 0]) for answer in answers] == [2.0 * n for n in range(40)]
@@ -67,7 +67,7 @@ async def test_many_questions_share_batches(lab: Lab, stack: AsyncExitStack) -> 
 async def test_a_lost_replica_is_replaced_and_its_questions_are_asked_again(lab: Lab, stack: AsyncExitStack) -> None:
     first = await lab.join(stack, "a")
     lab.add_model()
-    await lab.serving.deploy("m", 1)
+    await lab.deploy("m", 1)
     second = await lab.join(stack, "b")
     first.mute = True
     async with client(lab) as bus:
@@ -83,7 +83,7 @@ async def test_a_model_that_cannot_be_loaded_says_why(lab: Lab, stack: AsyncExit
     node.broken = True
     lab.add_model()
     with pytest.raises(InvalidModel, match="Lambda"):
-        await lab.serving.deploy("m", 1)
+        await lab.deploy("m", 1)
     assert lab.serving.deployments() == ()
 
 
@@ -92,13 +92,13 @@ async def test_more_replicas_than_nodes(lab: Lab, stack: AsyncExitStack, monkeyp
     await lab.join(stack, "a")
     lab.add_model()
     with pytest.raises(InvalidRequest, match="2 replicas were asked for, but 1 node"):
-        await lab.serving.deploy("m", 2)
+        await lab.deploy("m", 2)
 
 
 async def test_undeploy_answers_who_waits(lab: Lab, stack: AsyncExitStack) -> None:
     node = await lab.join(stack, "a")
     lab.add_model()
-    await lab.serving.deploy("m", 1)
+    await lab.deploy("m", 1)
     node.mute = True
     async with client(lab) as bus:
         asked = asyncio.create_task(ask(bus, question(1, 1)))
@@ -117,10 +117,10 @@ async def test_the_newest_deployed_version_answers_to_the_plain_name(lab: Lab, s
     await lab.join(stack, "a")
     lab.add_model(1)
     lab.add_model(2)
-    await lab.serving.deploy("m:1", 1)
+    await lab.deploy("m:1", 1)
     async with client(lab) as bus:
         assert (await ask(bus, question(1, 1))).model == "m:1"
-        await lab.serving.deploy("m:2", 1)
+        await lab.deploy("m:2", 1)
         assert (await ask(bus, question(1, 1))).model == "m:2"
         assert (await ask(bus, question(1, 1), "m:1")).model == "m:1"
 
@@ -128,7 +128,7 @@ async def test_the_newest_deployed_version_answers_to_the_plain_name(lab: Lab, s
 async def test_deployments_are_taken_up_again_after_a_restart(lab: Lab, stack: AsyncExitStack) -> None:
     await lab.join(stack, "a")
     lab.add_model()
-    await lab.serving.deploy("m", 1)
+    await lab.deploy("m", 1)
     await lab.close()
     await lab.open(stack, "coordinator-again")
     await eventually(lambda: lab.serving.deployments() and lab.serving.ready("m"))
@@ -141,10 +141,10 @@ async def test_an_upgrade_leaves_no_gap(lab: Lab, stack: AsyncExitStack) -> None
     node = await lab.join(stack, "a")
     lab.add_model(1)
     lab.add_model(2)
-    await lab.serving.deploy("m:1", 1)
+    await lab.deploy("m:1", 1)
     node.slow_to_load = True
     async with client(lab) as bus:
-        upgrading = asyncio.create_task(lab.serving.deploy("m:2", 1))
+        upgrading = asyncio.create_task(lab.deploy("m:2", 1))
         await eventually(lambda: len(lab.serving.deployments()) == 2)
         assert (await ask(bus, question(1, 1))).model == "m:1"
         node.slow_to_load = False
@@ -157,15 +157,15 @@ async def test_an_upgrade_leaves_no_gap(lab: Lab, stack: AsyncExitStack) -> None
 async def test_a_failed_change_leaves_what_works(lab: Lab, stack: AsyncExitStack) -> None:
     await lab.join(stack, "a")
     lab.add_model()
-    await lab.serving.deploy("m", 1)
+    await lab.deploy("m", 1)
     second = await lab.join(stack, "b")
     second.broken = True
     with pytest.raises(InvalidModel, match=r"Lambda.*; 1 of 2 replicas are ready"):
-        await lab.serving.deploy("m", 2)
+        await lab.deploy("m", 2)
     async with client(lab) as bus:
         assert (await ask(bus, question(1, 1))).model == "m:1"
     second.broken = False
-    assert await lab.serving.deploy("m", 1) == "m:1"
+    assert await lab.deploy("m", 1) == "m:1"
 
 
 async def test_nodes_that_are_lost_while_it_loads(
@@ -176,7 +176,7 @@ async def test_nodes_that_are_lost_while_it_loads(
     second = await lab.join(stack, "b")
     second.slow_to_load = True
     lab.add_model()
-    deploying = asyncio.create_task(lab.serving.deploy("m", 2))
+    deploying = asyncio.create_task(lab.deploy("m", 2))
     await eventually(lambda: lab.serving.deployments() and lab.serving.ready("m"))
     lab.leave("b")
     with pytest.raises(Unavailable, match="1 of 2 replicas of m:1 are ready, and only 1 nodes"):
@@ -190,11 +190,11 @@ async def test_undeployed_while_it_loads(lab: Lab, stack: AsyncExitStack) -> Non
     node = await lab.join(stack, "a")
     node.slow_to_load = True
     lab.add_model()
-    deploying = asyncio.create_task(lab.serving.deploy("m", 1))
+    deploying = asyncio.create_task(lab.deploy("m", 1))
     await eventually(lab.serving.deployments)
     await lab.serving.undeploy("m")
     node.slow_to_load = False
-    again = asyncio.create_task(lab.serving.deploy("m", 1))
+    again = asyncio.create_task(lab.deploy("m", 1))
     with pytest.raises(Cancelled, match="undeployed"):
         await deploying
     assert await again == "m:1"
@@ -203,7 +203,7 @@ async def test_undeployed_while_it_loads(lab: Lab, stack: AsyncExitStack) -> Non
 async def test_a_replica_that_its_node_does_not_know_is_replaced(lab: Lab, stack: AsyncExitStack) -> None:
     first = await lab.join(stack, "a")
     lab.add_model()
-    await lab.serving.deploy("m", 1)
+    await lab.deploy("m", 1)
     await lab.join(stack, "b")
     first.forgetful = True
     async with client(lab) as bus:
@@ -215,7 +215,7 @@ async def test_a_replica_that_its_node_does_not_know_is_replaced(lab: Lab, stack
 async def test_what_a_replica_fails_with_is_told(lab: Lab, stack: AsyncExitStack) -> None:
     node = await lab.join(stack, "a")
     lab.add_model()
-    await lab.serving.deploy("m", 1)
+    await lab.deploy("m", 1)
     node.failing = ErrorInfo(code="unavailable", message="no holder has the blob", retryable=True)
     with pytest.raises(Unavailable, match="4 attempts on its replicas: no holder has the blob"):
         await lab.inference.infer("m", question(1, 2).inputs, 30)
@@ -224,7 +224,7 @@ async def test_what_a_replica_fails_with_is_told(lab: Lab, stack: AsyncExitStack
 async def test_what_a_node_holds_after_a_restart_is_adopted_and_the_rest_goes(lab: Lab, stack: AsyncExitStack) -> None:
     node = await lab.join(stack, "a")
     lab.add_model()
-    await lab.serving.deploy("m", 1)
+    await lab.deploy("m", 1)
     await lab.close()
     node.loaded = ["m:1/a/7", "gone:3/a/1"]
     lab.nodes.clear()
@@ -241,7 +241,7 @@ async def test_what_a_node_holds_after_a_restart_is_adopted_and_the_rest_goes(la
 async def test_requests_that_cannot_be_are_refused_at_the_door(lab: Lab, stack: AsyncExitStack) -> None:
     node = await lab.join(stack, "a")
     lab.add_model()
-    await lab.serving.deploy("m", 1)
+    await lab.deploy("m", 1)
 
     def listed(datatype: str, shape: tuple[int, ...], data: list[Any]) -> Infer:
         return Infer(inputs=(Tensor(name="x", datatype=datatype, shape=shape, data=data),))
@@ -289,7 +289,7 @@ def test_no_tensor_takes_more_than_it_is_counted_for(
 async def test_time_is_up_for_who_is_on_the_way_too(lab: Lab, stack: AsyncExitStack) -> None:
     node = await lab.join(stack, "a")
     lab.add_model()
-    await lab.serving.deploy("m", 1)
+    await lab.deploy("m", 1)
     node.mute = True
     async with client(lab) as bus:
         started = time.monotonic()

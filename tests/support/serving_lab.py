@@ -20,6 +20,7 @@ from potluck.exchange import Envelope
 from potluck.messages import (
     BlobRef,
     Capacity,
+    Deploy,
     ErrorInfo,
     Infer,
     InferenceFinished,
@@ -62,6 +63,8 @@ class Node:
         self.forgetful = False
         self.bulky = False
         self.failing: ErrorInfo | None = None
+        self.fails = ""
+        """What the ids of those begin with that fail so: a version, or nothing (all)."""
         self.unloaded: list[str] = []
         self.loaded: list[str] = []
         self.batches: list[int] = []
@@ -82,7 +85,9 @@ class Node:
             case UnloadModel(replica_id=replica_id):
                 self.unloaded.append(replica_id)
                 self.loaded = [one for one in self.loaded if one != replica_id]
-            case RunInference() as batch if self.forgetful or self.failing is not None:
+            case RunInference() as batch if self.forgetful or (
+                self.failing is not None and batch.replica_id.startswith(self.fails)
+            ):
                 error = self.failing or ErrorInfo(code="not_found", message="replica is not loaded on this node")
                 outcomes = (RequestOutcome(error=error),) * len(batch.requests)
                 finished = InferenceFinished(id=batch.id, replica_id=batch.replica_id, outcomes=outcomes)
@@ -135,6 +140,9 @@ class Lab:
             self.running.cancel()
             await asyncio.wait([self.running])
             self.journal.close()
+
+    async def deploy(self, model: str, replicas: int = 1, **options: Any) -> str:
+        return await self.serving.deploy(Deploy(model=model, replicas=replicas, **options))
 
     async def join(self, stack: AsyncExitStack, node_id: str) -> Node:
         node = self.nodes[node_id] = Node(self.broker, node_id)

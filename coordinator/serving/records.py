@@ -1,0 +1,150 @@
+"""What the journal says of deployments (stream `deployments`): events, and the state that they give. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from msgspec import Struct
+
+from coordinator.serving.deployments import Deployment, Parking
+from coordinator.serving.traffic import Traffic
+from potluck.messages import BlobRef, Deploy
+
+STREAM = "deployments"
+
+
+class DeploymentEvent(Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="event", tag=True):
+    """Base of what is in the stream. `name` is a deployment's, `model:version`, where nothing else is said."""
+
+    name: str
+
+
+class Deployed(DeploymentEvent, frozen=True):
+    """`asked` says how; events of before there was any choice have none."""
+
+    model: BlobRef
+    wanted: int
+    asked: Deploy | None = None
+
+
+class Settled(DeploymentEvent, frozen=True):
+    """A replica was ready for the first time."""
+
+
+class Routed(DeploymentEvent, frozen=True):
+    """From now on these versions answer to the plain name, which `name` is here."""
+
+    stable: str
+    canary: str = ""
+    weight: int = 0
+    shadow: str = ""
+    previous: str = ""
+
+
+class Parked(DeploymentEvent, frozen=True):
+    """It holds no replicas until somebody asks for it."""
+
+    why: Parking
+    reason: str
+
+
+class Woken(DeploymentEvent, frozen=True):
+    """Somebody asked for it."""
+
+
+class Retired(DeploymentEvent, frozen=True):
+    """It takes no more requests, and goes when those that it has are answered."""
+
+
+class Undeployed(DeploymentEvent, frozen=True):
+    pass
+
+
+AnyDeploymentEvent = Deployed | Settled | Routed | Parked | Woken | Retired | Undeployed
+
+
+@dataclass
+class Records:
+    """Deployments by their names, and traffic by models' names."""
+
+    deployments: dict[str, Deployment] = field(default_factory=dict)
+    traffic: dict[str, Traffic] = field(default_factory=dict)
+
+    def apply(self, event: AnyDeploymentEvent) -> None:
+        match event:
+            case Deployed():
+                self._deployed(event)
+            case Settled():
+                self.deployments[event.name].settled = True
+            case Routed():
+                self.traffic[event.name] = Traffic(
+                    event.name, event.stable, event.canary, event.weight, event.shadow, event.previous, chosen=True
+                )
+            case Parked():
+                deployment = self.deployments[event.name]
+                deployment.parked, deployment.reason = event.why, event.reason
+            case Woken():
+                deployment = self.deployments[event.name]
+                deployment.parked, deployment.reason = None, ""
+            case Retired():
+                self.deployments[event.name].retired = True
+            case Undeployed():
+                self.deployments.pop(event.name, None)
+                self.traffic[model_of(event.name)].without(event.name)
+        self._choose(model_of(event.name))
+
+    def events(self) -> list[AnyDeploymentEvent]:
+        """The fewest that give this state."""
+        found: list[AnyDeploymentEvent] = []
+        for name, one in self.deployments.items():
+            found.append(Deployed(name=name, model=one.model, wanted=one.wanted, asked=one.asked))
+            if one.settled:
+                found.append(Settled(name=name))
+            if one.parked:
+                found.append(Parked(name=name, why=one.parked, reason=one.reason))
+            if one.retired:
+                found.append(Retired(name=name))
+        found += [
+            Routed(
+                name=one.model,
+                stable=one.stable,
+                canary=one.canary,
+                weight=one.weight,
+                shadow=one.shadow,
+                previous=one.previous,
+            )
+            for one in self.traffic.values()
+            if one.chosen
+        ]
+        return found
+
+    def _deployed(self, event: Deployed) -> None:
+        known = self.deployments.get(event.name)
+        if known is None:
+            known = self.deployments[event.name] = Deployment(event.name, event.model, event.wanted)
+        known.wanted, known.failures, known.error = event.wanted, 0, None
+        known.parked, known.reason, known.retired = None, "", False
+        known.asked = event.asked or known.asked
+
+    def _choose(self, model: str) -> None:
+        """Until a version was made the stable one, the newest that was ready once is: while the next one loads, the one before answers."""
+        versions = [one for name, one in self.deployments.items() if model_of(name) == model]
+        if not versions:
+            self.traffic.pop(model, None)
+            return
+        traffic = self.traffic.setdefault(model, Traffic(model))
+        if not traffic.chosen:
+            newest = max(
+                versions,
+                key=lambda one: (
+                    one.settled,
+                    one.parked != "withdrawn" and not one.retired,
+                    int(one.name.partition(":")[2]),
+                ),
+            )
+            traffic.stable = newest.name
+
+
+def model_of(name: str) -> str:
+    """The plain name of a deployment."""
+    return name.partition(":")[0]

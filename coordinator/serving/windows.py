@@ -1,0 +1,86 @@
+"""How a deployment did lately: answers, failures and latencies of the last minutes, in slots of some seconds. Pure."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+WINDOW_SECONDS = 120.0
+SLOT_SECONDS = 5.0
+BOUNDS_SECONDS = tuple(1e-4 * 1.2**step for step in range(74))
+"""Latencies are known to a fifth: from 0.1 ms to a minute."""
+NO_FAILURES = frozenset({"", "cancelled", "not_found"})
+"""Codes that say nothing against the deployment that was asked."""
+
+
+@dataclass
+class Summary:
+    """Answers of some time. `latencies` are those of the good ones, by the first of BOUNDS_SECONDS that is not less."""
+
+    count: int = 0
+    failures: int = 0
+    latencies: list[int] = field(default_factory=lambda: [0] * (len(BOUNDS_SECONDS) + 1))
+
+    @property
+    def failure_rate(self) -> float:
+        return self.failures / self.count if self.count else 0.0
+
+    def quantile(self, share: float) -> float:
+        """Seconds within which that share of the good answers came; 0 when there were none."""
+        total = sum(self.latencies)
+        seen = 0
+        for index, count in enumerate(self.latencies):
+            seen += count
+            if count and seen >= share * total:
+                return BOUNDS_SECONDS[min(index, len(BOUNDS_SECONDS) - 1)]
+        return 0.0
+
+    def slower_than(self, seconds: float) -> int:
+        """Good answers that surely took longer."""
+        return sum(self.latencies[bisect_left(BOUNDS_SECONDS, seconds) + 1 :])
+
+
+@dataclass
+class _Slot:
+    number: int
+    answers: Summary = field(default_factory=Summary)
+
+
+@dataclass
+class Window:
+    """The answers of the last WINDOW_SECONDS; time does not go back."""
+
+    _slots: deque[_Slot] = field(default_factory=deque)
+
+    def answered(self, now: float, seconds: float, failure: str) -> None:
+        """An answer `seconds` after its question came; `failure` is its error code, "" for a good one."""
+        number = int(now // SLOT_SECONDS)
+        if not self._slots or self._slots[-1].number < number:
+            self._slots.append(_Slot(number))
+            self._forget(now)
+        answers = self._slots[-1].answers
+        answers.count += 1
+        if not failure:
+            answers.latencies[bisect_left(BOUNDS_SECONDS, seconds)] += 1
+        elif failure not in NO_FAILURES:
+            answers.failures += 1
+
+    def summary(self, now: float) -> Summary:
+        self._forget(now)
+        return _sum(slot.answers for slot in self._slots)
+
+    def _forget(self, now: float) -> None:
+        first = int((now - WINDOW_SECONDS) // SLOT_SECONDS)
+        while self._slots and self._slots[0].number <= first:
+            self._slots.popleft()
+
+
+def _sum(parts: Iterable[Summary]) -> Summary:
+    total = Summary()
+    for part in parts:
+        total.count += part.count
+        total.failures += part.failures
+        total.latencies = [one + other for one, other in zip(total.latencies, part.latencies, strict=True)]
+    return total

@@ -1,0 +1,211 @@
+"""Versions replace each other on a bus in memory: swaps under load, canaries, shadows, and what is withdrawn."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from potluck.errors import Conflict, InvalidRequest, NotFound, PotluckError
+from potluck.messages import DeploymentInfo, ErrorInfo
+from support.eventually import eventually
+from support.fake_bus import FakeBus
+from support.serving_lab import Lab, Node, ask, client, question
+
+FAILS = ErrorInfo(code="invalid_request", message="the model failed on this input")
+
+
+@pytest.fixture
+async def stack() -> AsyncIterator[AsyncExitStack]:
+    async with AsyncExitStack() as opened:
+        yield opened
+
+
+@pytest.fixture
+async def lab(tmp_path: Path, stack: AsyncExitStack) -> Lab:
+    """With three versions of m, of which the first is deployed on node a."""
+    made = Lab(tmp_path)
+    await made.open(stack)
+    await made.join(stack, "a")
+    for number in (1, 2, 3):
+        made.add_model(number)
+    await made.deploy("m:1")
+    return made
+
+
+@pytest.fixture
+def node(lab: Lab) -> Node:
+    return lab.nodes["a"]
+
+
+def found(lab: Lab) -> dict[str, DeploymentInfo]:
+    return {info.name: info for info in lab.serving.deployments()}
+
+
+def roles(lab: Lab) -> dict[str, str]:
+    return {info.name: info.role or info.state for info in lab.serving.deployments()}
+
+
+async def answers(bus: FakeBus, count: int, model: str = "m") -> Counter[str]:
+    """Who answered so many questions, or with what error."""
+
+    async def one() -> str:
+        try:
+            return (await ask(bus, question(1, 2), model)).model
+        except PotluckError as error:
+            return error.code
+
+    return Counter([await one() for _ in range(count)])
+
+
+@asynccontextmanager
+async def load(lab: Lab, bus: FakeBus) -> AsyncIterator[Counter[str]]:
+    """Questions by four clients without a pause; the counter says who answered."""
+    seen: Counter[str] = Counter()
+    stop = asyncio.Event()
+
+    async def go_on() -> None:
+        while not stop.is_set():
+            seen.update(await answers(bus, 1))
+
+    asking = [asyncio.create_task(go_on()) for _ in range(4)]
+    try:
+        yield seen
+    finally:
+        stop.set()
+        await asyncio.wait(asking)
+
+
+async def test_a_new_version_replaces_the_old_one_without_a_failed_request(lab: Lab, node: Node) -> None:
+    async with client(lab) as bus:
+        async with load(lab, bus) as seen:
+            await eventually(lambda: seen["m:1"] > 20)
+            node.slow_to_load = True
+            deploying = asyncio.create_task(lab.deploy("m:2", watch_seconds=0.2))
+            await eventually(lambda: len(lab.serving.deployments()) == 2)
+            node.slow_to_load = False
+            assert await deploying == "m:2"
+            before = seen["m:1"]
+            await eventually(lambda: roles(lab) == {"m:2": "stable"})
+            await eventually(lambda: seen["m:2"] > 20)
+        assert set(seen) == {"m:1", "m:2"}
+        assert seen["m:1"] <= before + 4  # who was on the way
+        assert [one.split("/")[0] for one in node.loaded] == ["m:2"]
+        with pytest.raises(NotFound, match="deploy m:1"):
+            await ask(bus, question(1, 2), "m:1")
+
+
+async def test_what_the_old_version_has_is_answered_before_it_goes(lab: Lab, node: Node) -> None:
+    async with client(lab) as bus:
+        node.mute = True
+        asked = asyncio.create_task(ask(bus, question(1, 2)))
+        await eventually(lambda: lab.inference.router("m:1").in_flight)
+        await lab.deploy("m:2", watch_seconds=0)
+        await eventually(lambda: roles(lab) == {"m:1": "retired", "m:2": "stable"})
+        with pytest.raises(NotFound):
+            await ask(bus, question(1, 2), "m:1")
+        node.mute = False
+        lab.inference.router_of("m:1").remove_replica(found(lab)["m:1"].replicas[0].replica_id, 0.0)
+        lab.inference.add_replica("m:1", found(lab)["m:1"].replicas[0].replica_id, "a")  # it is asked again
+        assert (await asked).model == "m:1"
+        await eventually(lambda: roles(lab) == {"m:2": "stable"})
+
+
+async def test_keep_leaves_the_old_version_to_be_asked_by_its_name(lab: Lab) -> None:
+    await lab.deploy("m:2", keep=True, watch_seconds=0)
+    assert roles(lab) == {"m:1": "ready", "m:2": "stable"}
+    async with client(lab) as bus:
+        assert await answers(bus, 3) == {"m:2": 3}
+        assert await answers(bus, 3, "m:1") == {"m:1": 3}
+    await lab.deploy("m:1")  # and back
+    assert roles(lab) == {"m:1": "stable", "m:2": "previous"}
+
+
+async def test_a_canary_gets_its_share_until_it_is_promoted(lab: Lab, stack: AsyncExitStack) -> None:
+    await lab.deploy("m:2", canary=10)
+    assert {name: info.weight for name, info in found(lab).items()} == {"m:1": 90, "m:2": 10}
+    async with client(lab) as bus:
+        assert abs((await answers(bus, 100))["m:2"] - 10) <= 2
+        assert await answers(bus, 5, "m:2") == {"m:2": 5}
+        await lab.deploy("m:2", canary=40)
+        assert abs((await answers(bus, 100))["m:2"] - 40) <= 2
+        await lab.close()  # a restart keeps it
+        await lab.open(stack, "coordinator-again")
+        await eventually(lambda: lab.serving.ready("m:1") and lab.serving.ready("m:2"))
+        assert abs((await answers(bus, 100))["m:2"] - 40) <= 2
+        lab.serving.promote("m")
+        assert roles(lab) == {"m:1": "previous", "m:2": "stable"}
+        assert await answers(bus, 10) == {"m:2": 10}
+        lab.serving.roll_back("m")
+        assert roles(lab) == {"m:1": "stable", "m:2": "withdrawn"}
+        assert await answers(bus, 10) == {"m:1": 10}
+    with pytest.raises(Conflict, match="no canary"):
+        lab.serving.promote("m")
+    with pytest.raises(Conflict, match="no version before"):
+        lab.serving.roll_back("m")
+
+
+async def test_a_canary_that_fails_is_withdrawn_and_says_why(lab: Lab, node: Node) -> None:
+    await lab.deploy("m:2", canary=50)
+    node.failing, node.fails = FAILS, "m:2"
+    async with client(lab) as bus:
+        assert (await answers(bus, 60))["m:1"] >= 25
+        await eventually(lambda: found(lab)["m:2"].state == "withdrawn")
+        assert await answers(bus, 20) == {"m:1": 20}
+        assert "100.0% of its answers failed" in found(lab)["m:2"].reason
+        await eventually(lambda: not found(lab)["m:2"].replicas)
+        node.failing = None
+        assert await answers(bus, 1, "m:2") == {"m:2": 1}  # by its own name it is loaded again
+    await lab.deploy("m:2", canary=20)
+    assert found(lab)["m:2"].role == "canary"
+
+
+async def test_a_version_that_does_worse_than_the_one_before_gives_way_to_it(lab: Lab, node: Node) -> None:
+    async with client(lab) as bus:
+        await answers(bus, 30)
+        await lab.deploy("m:2")
+        assert roles(lab) == {"m:1": "previous", "m:2": "stable"}
+        node.failing, node.fails = FAILS, "m:2"
+        assert await answers(bus, 30)
+        await eventually(lambda: roles(lab) == {"m:1": "stable", "m:2": "withdrawn"})
+        assert await answers(bus, 10) == {"m:1": 10}
+        await lab.deploy("m:3", rollback_factor=0)  # nobody watches
+        node.fails = "m:3"
+        await eventually(lambda: roles(lab) == {"m:2": "withdrawn", "m:3": "stable"})
+
+
+async def test_a_shadow_gets_a_copy_of_each_question_and_costs_nobody_anything(lab: Lab, node: Node) -> None:
+    await lab.deploy("m:2", shadow=True)
+    async with client(lab) as bus:
+        assert await answers(bus, 20) == {"m:1": 20}
+        await eventually(lambda: found(lab)["m:2"].served == 20)
+        assert found(lab)["m:2"].p50_seconds > 0
+        node.failing, node.fails = FAILS, "m:2"
+        assert await answers(bus, 20) == {"m:1": 20}
+        await eventually(lambda: found(lab)["m:2"].failure_rate == 0.5)
+        assert lab.inference.metrics.answers["m:2", "invalid_request"] == 20
+    lab.serving.roll_back("m")
+    assert roles(lab) == {"m:1": "stable", "m:2": "withdrawn"}
+
+
+async def test_traffic_that_cannot_be_is_refused(lab: Lab) -> None:
+    lab.registry.add_model("alone", lab.registry.model("m").model, now=1.0)
+    for model, options, said in (
+        ("m:1", {"canary": 10}, "no other version of m is deployed"),
+        ("alone", {"shadow": True}, "without --shadow"),
+        ("m:2", {"canary": 10, "shadow": True}, "a canary or a shadow"),
+    ):
+        with pytest.raises(InvalidRequest, match=said):
+            await lab.deploy(model, **options)
+    assert roles(lab) == {"m:1": "stable"}
+
+
+async def test_a_canary_that_cannot_be_loaded_leaves_everything_as_it_was(lab: Lab, node: Node) -> None:
+    node.broken = True
+    with pytest.raises(PotluckError, match="Lambda"):
+        await lab.deploy("m:2", canary=10)
+    assert roles(lab) == {"m:1": "stable"}
