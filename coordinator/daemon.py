@@ -15,7 +15,8 @@ from coordinator.collecting import Collector
 from coordinator.deletion import Deletion
 from coordinator.dispatcher import Dispatcher
 from coordinator.gateway import routes as gateway
-from coordinator.gateway.problems import BODY_LIMIT_BYTES
+from coordinator.gateway.answers import in_words
+from coordinator.gateway.shelf import Shelf
 from coordinator.jobstore import JobStore
 from coordinator.journal import Journal
 from coordinator.keeping import Keeping
@@ -168,11 +169,12 @@ class Coordinator:
                 ]
                 if broker is not None:
                     running.append(tasks.create_task(_watch(broker), name="broker watch"))
+                shelf = Shelf(store, downloader, urls, settings.http_body_limit_bytes)
                 routes = [
                     *blob_server.routes(store, writable=True, max_bytes=UPLOAD_LIMIT_BYTES),
-                    *gateway.routes(self._serving, self._inference, registry, self._membership, settings, bus),
+                    *gateway.routes(self._serving, self._inference, registry, self._membership, settings, shelf, bus),
                 ]
-                async with serve_http(sock, routes, BODY_LIMIT_BYTES), AsyncExitStack() as advertisement:
+                async with serve_http(sock, routes, (in_words,)), AsyncExitStack() as advertisement:
                     await self._join(bus)
                     await self._advertise(advertisement, port, broker)
                     broker_at = f"{broker.host}:{broker.port}" if broker else "external"

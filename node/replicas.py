@@ -30,6 +30,7 @@ from potluck.messages import (
     UnloadModel,
 )
 from potluck.outbox import Outbox, error_info
+from potluck.tensors import unpacked
 
 log = logging.getLogger(__name__)
 
@@ -202,7 +203,9 @@ class Replicas:
         self._store.pin(ref.sha256)
         try:
             path = await self._downloader.fetch(ref)
-            return replace(tensor, data=await asyncio.to_thread(path.read_bytes))
+            return replace(
+                tensor, data=unpacked(tensor.name, tensor.datatype, await asyncio.to_thread(path.read_bytes))
+            )
         except OSError as error:
             raise Unavailable(f"input '{tensor.name}' cannot be read on this node: {error}") from error
         finally:

@@ -7,18 +7,22 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 from aiohttp import web
+from aiohttp.typedefs import Middleware
 
 SHUTDOWN_SECONDS = 2.0
 
 
 @asynccontextmanager
 async def serve_http(
-    sock: socket.socket, routes: Sequence[web.RouteDef], body_limit_bytes: int = 1 << 20
+    sock: socket.socket, routes: Sequence[web.RouteDef], middlewares: Sequence[Middleware] = ()
 ) -> AsyncIterator[None]:
-    """Serve `routes` within the block; requests under way get SHUTDOWN_SECONDS at its end."""
-    app = web.Application(client_max_size=body_limit_bytes)
+    """Serve `routes` within the block; requests under way get SHUTDOWN_SECONDS at its end.
+
+    A handler whose client has gone is cancelled.
+    """
+    app = web.Application(middlewares=middlewares)
     app.add_routes(routes)
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_SECONDS)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_SECONDS, handler_cancellation=True)
     await runner.setup()
     try:
         await web.SockSite(runner, sock).start()

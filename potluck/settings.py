@@ -124,6 +124,7 @@ class CoordinatorSettings(NetworkSettings, frozen=True):
     queue_limit: Annotated[int, Meta(ge=1)] = 1000
     batch_limit: Annotated[int, Meta(ge=1)] = 64
     inference_seconds: PositiveSeconds = 30.0
+    http_body_limit_bytes: Annotated[int, Meta(ge=1)] = 64 * 2**20
     blob_limit_bytes: Annotated[int, Meta(ge=1)] = 200 * 2**30
 
 

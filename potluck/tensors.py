@@ -24,6 +24,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "FP32": np.dtype("<f4"),
     "FP64": np.dtype("<f8"),
 }
+_LENGTH_BYTES = 4
 _DATATYPES = {(dtype.kind, dtype.itemsize): name for name, dtype in DTYPES.items()}
 
 
@@ -96,6 +97,40 @@ def to_numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
             raise InvalidRequest(f"tensor '{label}': data does not fit {tensor.datatype}: it has other numbers")
         return _shaped(array, tensor)
     raise InvalidRequest(f"tensor '{label}': its data is a blob, which must be pulled first")
+
+
+def packed(tensor: Tensor) -> bytes:
+    """The data of a tensor that is no blob as bytes alone: little-endian in C order, and an item of BYTES with its length as 4
+    bytes before it (binary tensor extension of the Open Inference Protocol). Raises InvalidRequest as `to_numpy` does.
+    """
+    if isinstance(tensor.data, bytes):
+        return tensor.data
+    array = to_numpy(tensor)
+    if tensor.datatype != "BYTES":
+        return array.tobytes()
+    items = [item if isinstance(item, bytes) else str(item).encode() for item in array.ravel().tolist()]
+    return b"".join([len(item).to_bytes(_LENGTH_BYTES, "little") + item for item in items])
+
+
+def unpacked(name: str, datatype: str, data: bytes) -> bytes | list[Any]:
+    """What `packed` wrote as the data of a tensor: bytes, and for BYTES a list of texts, or of bytes where any is not UTF-8.
+
+    Raises InvalidRequest for BYTES that are cut off.
+    """
+    if datatype != "BYTES":
+        return data
+    items: list[bytes] = []
+    at = 0
+    while at < len(data):
+        start = at + _LENGTH_BYTES
+        at = start + int.from_bytes(data[at:start], "little")
+        if at > len(data):
+            raise InvalidRequest(f"tensor '{name}': an item of BYTES ends behind the tensor's {len(data)} bytes")
+        items.append(data[start:at])
+    try:
+        return [item.decode() for item in items]
+    except UnicodeDecodeError:
+        return items
 
 
 def _shaped(array: np.ndarray[Any, Any], tensor: Tensor) -> np.ndarray[Any, Any]:

@@ -9,13 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 from potluck.errors import InvalidRequest
-from potluck.messages import Tensor
-from potluck.tensors import to_numpy
+from potluck.tensors import unpacked
 
 EXTENSION = "binary_tensor_data"
 HEADER = "Inference-Header-Content-Length"
 SIZE = "binary_data_size"
-_LENGTH_BYTES = 4
 
 
 def split(body: bytes, header_length: str | None) -> tuple[bytes, bytes]:
@@ -38,41 +36,16 @@ class Reader:
         self._tail = tail
         self._at = 0
 
-    def take(self, name: str, datatype: str, size: Any) -> bytes | list[str]:
+    def take(self, name: str, datatype: str, size: Any) -> bytes | list[Any]:
         """The data of an input tensor as `Tensor` has it."""
         left = len(self._tail) - self._at
         if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= left:
             raise InvalidRequest(f"tensor '{name}': {SIZE} is {size!r:.40}, and {left} bytes are left behind the JSON")
         data = self._tail[self._at : self._at + size]
         self._at += size
-        return _texts(name, data) if datatype == "BYTES" else data
+        return unpacked(name, datatype, data)
 
     def close(self) -> None:
         """Raises InvalidRequest when something is left."""
         if self._at != len(self._tail):
             raise InvalidRequest(f"{len(self._tail) - self._at} bytes behind the JSON belong to no input ({SIZE})")
-
-
-def packed(tensor: Tensor) -> bytes:
-    """The data of an output tensor, which is no blob, as it goes behind the JSON."""
-    if isinstance(tensor.data, bytes):
-        return tensor.data
-    array = to_numpy(tensor)
-    if tensor.datatype != "BYTES":
-        return array.tobytes()
-    items = [item if isinstance(item, bytes) else str(item).encode() for item in array.ravel().tolist()]
-    return b"".join(len(item).to_bytes(_LENGTH_BYTES, "little") + item for item in items)
-
-
-def _texts(name: str, data: bytes) -> list[str]:
-    texts, at = [], 0
-    while at < len(data):
-        start = at + _LENGTH_BYTES
-        at = start + int.from_bytes(data[at:start], "little")
-        if at > len(data):
-            raise InvalidRequest(f"tensor '{name}': an item of BYTES ends behind the tensor's {len(data)} bytes")
-        try:
-            texts.append(data[start:at].decode())
-        except UnicodeDecodeError as error:
-            raise InvalidRequest(f"tensor '{name}': items of BYTES are texts in UTF-8: {error}") from error
-    return texts

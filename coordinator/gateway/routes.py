@@ -5,7 +5,9 @@ from __future__ import annotations
 from aiohttp import web
 
 from coordinator.gateway import metrics
+from coordinator.gateway.asking import Asking
 from coordinator.gateway.open_inference import OpenInference
+from coordinator.gateway.shelf import Shelf
 from coordinator.membership import Membership
 from coordinator.serving.inference import Inference
 from coordinator.serving.registry import Registry
@@ -20,6 +22,7 @@ def routes(
     registry: Registry,
     membership: Membership,
     settings: CoordinatorSettings,
+    shelf: Shelf,
     bus: Bus | None = None,
 ) -> list[web.RouteDef]:
     """Routes for the coordinator's HTTP application. While `bus` is not connected nothing is ready; without it that shows
@@ -30,7 +33,8 @@ def routes(
         text = metrics.exposition(serving, inference, membership)
         return web.Response(text=text, headers={"Content-Type": metrics.CONTENT_TYPE})
 
+    asking = Asking(serving, inference, registry, settings, shelf)
     return [
         web.get("/metrics", prometheus),
-        *OpenInference(serving, inference, registry, settings, bus).routes(),
+        *OpenInference(asking, bus).routes(),
     ]

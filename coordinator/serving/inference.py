@@ -15,7 +15,7 @@ from coordinator.serving.registry import Registry
 from coordinator.serving.router import Router
 from coordinator.serving.traffic import Traffic
 from potluck.bus import Bus, Envelope
-from potluck.errors import InvalidRequest, NotFound, PotluckError, TooLarge, from_code
+from potluck.errors import Cancelled, InvalidRequest, NotFound, PotluckError, TooLarge, from_code
 from potluck.messages import (
     INLINE_LIMIT_BYTES,
     ErrorInfo,
@@ -181,10 +181,14 @@ class Inference:
             answer(error)
 
     async def infer(self, model: str, inputs: tuple[Tensor, ...], timeout_seconds: float) -> Inferred:
-        """One request of the gateway. Raises NotFound, InvalidRequest, Overloaded, TimedOut, Unavailable."""
+        """One request of the gateway; when it is cancelled, nobody need answer it any more.
+
+        Raises NotFound, InvalidRequest, Overloaded, TimedOut, Unavailable.
+        """
         router = self._route(model)
         now = self._clock()
         answered: asyncio.Future[RequestOutcome] = asyncio.get_running_loop().create_future()
+        request: Request | None = None
 
         def answer(outcome: RequestOutcome | PotluckError) -> None:
             answered_at = self._clock()
@@ -199,11 +203,16 @@ class Inference:
                 answered.set_result(outcome)
 
         try:
-            self._submit(router, inputs, answer, now, now + timeout_seconds)
+            request = self._submit(router, inputs, answer, now, now + timeout_seconds)
             self._copy(model, inputs, now, now + timeout_seconds)
         except PotluckError as error:
             answer(error)
-        outcome = await answered
+        try:
+            outcome = await answered
+        except asyncio.CancelledError:
+            if request is not None:
+                router.withdraw(request, Cancelled("its client is gone"))
+            raise
         return Inferred(model=router.name, outputs=outcome.outputs)
 
     def finished(self, name: str, message: InferenceFinished) -> None:
@@ -220,12 +229,12 @@ class Inference:
         answer: Callable[[RequestOutcome | PotluckError], None],
         now: float,
         deadline: float,
-    ) -> None:
+    ) -> Request:
         if not inputs:
             raise InvalidRequest("a request needs at least one input tensor")
         # Lists as bytes: they are checked here, where only their own request can fail, and do not grow on their way.
         inputs = tuple([_plain(tensor) if isinstance(tensor.data, list) else tensor for tensor in inputs])
-        size = sum([_size(tensor) for tensor in inputs])
+        size = sum([size_bytes(tensor) for tensor in inputs])
         if size > INPUT_LIMIT_BYTES:
             raise TooLarge(
                 f"the inputs are {size} bytes, and {INPUT_LIMIT_BYTES} go into a message: send fewer rows at once, or a blob"
@@ -233,8 +242,10 @@ class Inference:
         self.asked_at[router.name] = now
         if not router.lanes:
             self.on_demand(router)
-        router.submit(Request(inputs, answer, deadline, size, _rows(inputs[0])), now)
+        request = Request(inputs, answer, deadline, size, _rows(inputs[0]))
+        router.submit(request, now)
         self._pump(router)
+        return request
 
     def _copy(self, model: str, inputs: tuple[Tensor, ...], now: float, deadline: float) -> None:
         """Ask the model's shadow the same, if it has one that keeps up; its answer is measured, and goes nowhere."""
@@ -275,7 +286,7 @@ def _plain(tensor: Tensor) -> Tensor:
     return replace(tensor, data=data)
 
 
-def _size(tensor: Tensor) -> int:
+def size_bytes(tensor: Tensor) -> int:
     """What it takes in a message, at most: a batch that is too large would be lost with all who are in it."""
     data = tensor.data
     rest = 64 + len(tensor.name.encode()) + len(tensor.datatype.encode()) + 9 * len(tensor.shape)

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.serving.inference import _size
+from coordinator.serving.inference import size_bytes
 from potluck import codec, tensors
 from potluck.errors import Cancelled, InvalidModel, InvalidRequest, NotFound, TimedOut, TooLarge, Unavailable
 from potluck.messages import BlobRef, ErrorInfo, Infer, ListNodes, Tensor
@@ -283,7 +283,7 @@ def test_no_tensor_takes_more_than_it_is_counted_for(
 ) -> None:
     """A batch that grew beyond a message would be lost, with the requests of others in it."""
     tensor = Tensor(name=name, datatype=datatype, shape=tuple(shape), data=data)
-    assert len(codec.pack(tensor)) <= _size(tensor)
+    assert len(codec.pack(tensor)) <= size_bytes(tensor)
 
 
 async def test_time_is_up_for_who_is_on_the_way_too(lab: Lab, stack: AsyncExitStack) -> None:

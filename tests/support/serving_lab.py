@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 
 from coordinator.journal import Journal
 from coordinator.membership import Membership
@@ -61,7 +62,14 @@ class Node:
         self.mute = False
         self.slow_to_load = False
         self.forgetful = False
-        self.bulky = False
+        self.signature = SIGNATURE
+        """Of the models that it loads."""
+        self.fetch: Callable[[BlobRef], bytes] | None = None
+        """How it comes by inputs that are blobs."""
+        self.keep: Callable[[bytes], BlobRef] | None = None
+        """With this it answers blobs."""
+        self.inputs: list[tuple[Tensor, ...]] = []
+        """Of the requests, as they came."""
         self.failing: ErrorInfo | None = None
         self.fails = ""
         """What the ids of those begin with that fail so: a version, or nothing (all)."""
@@ -81,7 +89,7 @@ class Node:
                     self.outbox.publish(topic, ModelLoadFailed(replica_id=replica_id, error=BROKEN))
                 else:
                     self.loaded.append(replica_id)
-                    self.outbox.publish(topic, ModelLoaded(replica_id=replica_id, signature=SIGNATURE))
+                    self.outbox.publish(topic, ModelLoaded(replica_id=replica_id, signature=self.signature))
             case UnloadModel(replica_id=replica_id):
                 self.unloaded.append(replica_id)
                 self.loaded = [one for one in self.loaded if one != replica_id]
@@ -94,16 +102,21 @@ class Node:
                 self.outbox.publish(topic, finished, qos=0)
             case RunInference() as batch if not self.mute:
                 self.batches.append(len(batch.requests))
-                outcomes = tuple(
-                    RequestOutcome(outputs=(tensors.from_numpy("y", 2 * tensors.to_numpy(request[0])),))
-                    for request in batch.requests
-                )
-                if self.bulky:
-                    ref = BlobRef(sha256="0" * 64, size=2**20, holders=("http://there",))
-                    big = RequestOutcome(outputs=(Tensor(name="y", datatype="UINT8", shape=(2**20,), data=ref),))
-                    outcomes = (big,) * len(batch.requests)
+                outcomes = tuple(RequestOutcome(outputs=self.doubled(request)) for request in batch.requests)
                 finished = InferenceFinished(id=batch.id, replica_id=batch.replica_id, outcomes=outcomes)
                 self.outbox.publish(topic, finished, qos=0)
+
+    def doubled(self, request: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Twice the first input, as each output."""
+        self.inputs.append(request)
+        first = request[0]
+        if isinstance(first.data, BlobRef):
+            assert self.fetch is not None, "an input is a blob"
+            first = replace(first, data=tensors.unpacked(first.name, first.datatype, self.fetch(first.data)))
+        found = tuple(tensors.from_numpy(spec.name, 2 * tensors.to_numpy(first)) for spec in self.signature.outputs)
+        if self.keep is None:
+            return found
+        return tuple(replace(tensor, data=self.keep(tensors.packed(tensor))) for tensor in found)
 
 
 class Lab:

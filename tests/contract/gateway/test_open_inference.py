@@ -1,55 +1,26 @@
-"""The gateway over a real socket, in front of Serving with scripted nodes."""
+"""The Open Inference Protocol: health, metadata, inference, and the status and words of each error."""
 
 from __future__ import annotations
 
 import asyncio
+import gzip
 import io
 import json
-import socket
-import struct
-from collections.abc import AsyncIterator
+import time
+import zlib
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
-from pathlib import Path
-from typing import Any
 
 import aiohttp
 import pytest
 
-from coordinator.gateway import routes as gateway
-from coordinator.gateway.problems import BODY_LIMIT_BYTES
-from coordinator.serving.inference import INPUT_LIMIT_BYTES
+from potluck import __version__
 from potluck.errors import Unavailable
-from potluck.http import serve_http
-from potluck.messages import BlobRef, ErrorInfo
+from potluck.messages import BlobRef, ErrorInfo, Signature, TensorSpec
 from support.eventually import eventually
 from support.serving_lab import Lab, question
 
-
-@pytest.fixture
-async def stack() -> AsyncIterator[AsyncExitStack]:
-    async with AsyncExitStack() as opened:
-        yield opened
-
-
-@pytest.fixture
-async def lab(tmp_path: Path, stack: AsyncExitStack) -> Lab:
-    made = Lab(tmp_path)
-    await made.open(stack)
-    return made
-
-
-@pytest.fixture
-async def http(lab: Lab, stack: AsyncExitStack) -> tuple[str, aiohttp.ClientSession]:
-    await lab.join(stack, "a")
-    lab.add_model()
-    await lab.deploy("m", 1)
-    sock = socket.create_server(("127.0.0.1", 0))
-    found = gateway.routes(lab.serving, lab.inference, lab.registry, lab.membership, lab.settings, lab.bus)
-    await stack.enter_async_context(serve_http(sock, found, BODY_LIMIT_BYTES))
-    session = await stack.enter_async_context(aiohttp.ClientSession())
-    return f"http://127.0.0.1:{sock.getsockname()[1]}", session
-
-
+Deploy = Callable[..., Awaitable[None]]
 Http = tuple[str, aiohttp.ClientSession]
 GOOD = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 2], "data": [1, 2]}]}
 
@@ -57,7 +28,7 @@ GOOD = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 2], "data": [1
 async def test_open_inference_protocol(http: Http) -> None:
     base, session = http
     for path, wanted in (
-        ("/v2", {"name": "potluck", "extensions": ["binary_tensor_data"]}),
+        ("/v2", {"name": "potluck", "version": __version__}),
         ("/v2/health/live", {"live": True}),
         ("/v2/health/ready", {"ready": True}),
         ("/v2/models/m/ready", {"name": "m", "ready": True}),
@@ -100,12 +71,6 @@ async def test_open_inference_protocol(http: Http) -> None:
         ("/v2/models/m/infer", json.dumps({"inputs": [GOOD["inputs"][0] | {"shape": [1] * 99}]}), 400, "shape"),
         ("/v2/models/m/infer", json.dumps({"inputs": [GOOD["inputs"][0] | {"data": 5}]}), 400, "data"),
         ("/v2/models/m/infer", json.dumps({"inputs": [GOOD["inputs"][0] | {"datatype": "BYTES"}]}), 400, "strings"),
-        (
-            "/v2/models/m/infer",
-            json.dumps({"inputs": [GOOD["inputs"][0] | {"shape": [1, 70000], "data": [0] * 70000}]}),
-            413,
-            "fewer rows",
-        ),
         ("/v2/models/m/infer", '{"inputs": ' + "[" * 100_000, 400, "not an inference request"),
         ("/v2/models/m/infer", "\x00\x01", 400, "not an inference request"),
         ("/v2/models/m/infer", json.dumps({"inputs": [GOOD["inputs"][0] | {"name": "\ud800"}]}), 400, "surrogate"),
@@ -122,8 +87,34 @@ async def test_open_inference_protocol(http: Http) -> None:
             "data",
         ),
         ("/v2/models/m/infer", json.dumps(GOOD | {"parameters": {"binary_data_output": 1}}), 400, "binary_data_output"),
+        (
+            "/v2/models/m/infer",
+            json.dumps({"inputs": [GOOD["inputs"][0] | {"name": "z"}]}),
+            400,
+            "has the inputs x, but the request has z",
+        ),
+        (
+            "/v2/models/m/infer",
+            json.dumps({"inputs": GOOD["inputs"] * 2}),
+            400,
+            "has the inputs x, but the request has x, x",
+        ),
+        (
+            "/v2/models/m/infer",
+            json.dumps({"inputs": [GOOD["inputs"][0] | {"datatype": "FP64"}]}),
+            400,
+            "is FP32, but the request has FP64",
+        ),
+        ("/v2/models/m/infer", json.dumps(GOOD | {"parameters": {"timeout": 1.5}}), 400, "timeout is 1.5"),
+        ("/v2/models/m/infer", json.dumps(GOOD | {"parameters": {"timeout": -1}}), 400, "timeout is -1"),
+        (
+            "/v2/models/m/infer",
+            json.dumps(GOOD | {"outputs": [{"name": "y", "parameters": {"classification": "2"}}]}),
+            400,
+            "classification is '2'",
+        ),
         ("/v2/models/m:1/versions/1/infer", json.dumps(GOOD), 404, "no version"),
-        ("/v2/models/m/infer", "x" * (BODY_LIMIT_BYTES + 1), 413, "body"),
+        ("/v2/models/m/infer", "x" * (4 * 2**20 + 1), 413, "over 4194304 bytes"),
     ],
 )
 async def test_what_is_wrong_has_its_status_and_is_named(
@@ -163,14 +154,6 @@ async def test_metrics_are_prometheus_text(http: Http) -> None:
     for line in lines:
         if not line.startswith("#"):
             float(line.rsplit(" ", 1)[1])
-
-
-async def test_an_answer_that_is_a_blob_is_too_large_here(lab: Lab, http: Http) -> None:
-    base, session = http
-    lab.nodes["a"].bulky = True
-    async with session.post(f"{base}/v2/models/m/infer", json=GOOD) as response:
-        assert response.status == 413
-        assert "send fewer rows" in (await response.json())["error"]
 
 
 async def test_what_goes_wrong_at_a_replica_has_its_status(lab: Lab, http: Http) -> None:
@@ -262,110 +245,137 @@ async def test_nothing_is_ready_without_the_bus(lab: Lab, http: Http) -> None:
     assert await readiness(http) == (200, "")
 
 
-async def test_the_protocol_document_names_routes_and_limits(lab: Lab) -> None:
-    text = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text(encoding="utf-8")
-    for route in gateway.routes(lab.serving, lab.inference, lab.registry, lab.membership, lab.settings):
-        path = route.path.replace("{model}", "<name>").replace("/versions/{version}", "")
-        assert f"`{route.method} {path}`" in text
-    for limit in (BODY_LIMIT_BYTES, INPUT_LIMIT_BYTES):
-        assert f"{limit:,} bytes" in text
-    assert "`/versions/<version>`" in text
-
-
-# --- the binary tensor extension --------------------------------------------------------------------------------------
-
-
-def with_tail(request: dict[str, Any], tail: bytes) -> tuple[bytes, dict[str, str]]:
-    """(body, headers)"""
-    head = json.dumps(request).encode()
-    return head + tail, {"Inference-Header-Content-Length": str(len(head))}
-
-
-def binary_input(
-    size: object, datatype: str = "FP32", shape: tuple[int, ...] = (1, 2), **more: object
-) -> dict[str, Any]:
-    return {"name": "x", "datatype": datatype, "shape": shape, "parameters": {"binary_data_size": size}, **more}
-
-
-@pytest.mark.parametrize(
-    ("asked", "binary"),
-    [
-        ({}, False),
-        ({"parameters": {"binary_data_output": True}}, True),
-        ({"outputs": [{"name": "y", "parameters": {"binary_data": True}}]}, True),
-        (
-            {
-                "parameters": {"binary_data_output": True},
-                "outputs": [{"name": "y", "parameters": {"binary_data": False}}],
-            },
-            False,
-        ),
-    ],
-)
-async def test_tensors_travel_as_bytes(http: Http, asked: dict[str, Any], binary: bool) -> None:
+async def test_paths_and_methods_that_are_not_there_are_answered_in_json(http: Http) -> None:
     base, session = http
-    for body, headers in (
-        with_tail({"inputs": [binary_input(8)], "id": "7", **asked}, struct.pack("<2f", 1, 2)),
-        (json.dumps(GOOD | {"id": "7"} | asked).encode(), {}),
-    ):
-        async with session.post(f"{base}/v2/models/m/infer", data=body, headers=headers) as response:
-            assert response.status == 200
-            said = await response.read()
-            length = int(response.headers.get("Inference-Header-Content-Length", len(said)))
-            assert response.content_type == ("application/octet-stream" if binary else "application/json")
-        told = json.loads(said[:length])
-        assert (told["id"], told["model_name"]) == ("7", "m")
-        (output,) = told["outputs"]
-        if binary:
-            assert output == {"name": "y", "datatype": "FP32", "shape": [1, 2], "parameters": {"binary_data_size": 8}}
-            assert struct.unpack("<2f", said[length:]) == (2, 4)
-        else:
-            assert output == {"name": "y", "datatype": "FP32", "shape": [1, 2], "data": [2, 4]}
+    async with session.get(f"{base}/v2/modules/m") as response:
+        assert response.status == 404
+        assert "/v2/modules/m" in (await response.json())["error"]
+    async with session.delete(f"{base}/v2/models/m") as response:
+        assert response.status == 405
+        assert response.headers["Allow"] == "GET,HEAD"
+        assert "GET" in (await response.json())["error"]
 
 
-async def test_texts_as_bytes_have_their_lengths_before_them(http: Http) -> None:
+async def test_the_index_says_what_can_answer(lab: Lab, http: Http) -> None:
     base, session = http
-    tail = b"".join(struct.pack("<I", len(text)) + text for text in ("ä".encode(), b""))
-    request = {"inputs": [binary_input(len(tail), "BYTES")], "parameters": {"binary_data_output": True}}
-    body, headers = with_tail(request, tail)
+    lab.add_model(2)
+    first = {"name": "m", "version": "1", "state": "READY", "reason": ""}
+    second = {"name": "m", "version": "2", "state": "UNAVAILABLE", "reason": "not deployed"}
+    async with session.post(f"{base}/v2/repository/index") as response:
+        assert await response.json() == [first, second]
+    async with session.post(f"{base}/v2/repository/index", json={"ready": True}) as response:
+        assert await response.json() == [first]
+    async with session.post(f"{base}/v2/repository/index", json={"ready": 1}) as response:
+        assert response.status == 400
+    lab.leave("a")
+    async with session.post(f"{base}/v2/repository/index", json={}) as response:
+        assert (await response.json())[0] == first | {"state": "LOADING", "reason": "no replica is ready"}
+
+
+async def test_classification_gives_the_best_with_their_labels(http: Http, deploy: Deploy) -> None:
+    base, session = http
+    signature = Signature(
+        inputs=(TensorSpec(name="x", datatype="FP32", shape=(-1, 3)),),
+        outputs=(TensorSpec(name="y", datatype="FP32", shape=(-1, 3)),),
+    )
+    await deploy("classes", signature, classes=("cat", "dog", "eel"))
+    asked = {
+        "inputs": [{"name": "x", "datatype": "FP32", "shape": [2, 3], "data": [1, 3, 2, 0.25, 0, 0]}],
+        "outputs": [{"name": "y", "parameters": {"classification": 2}}],
+    }
+    async with session.post(f"{base}/v2/models/classes/infer", json=asked) as response:
+        (output,) = (await response.json())["outputs"]
+    assert output == {
+        "name": "y", "datatype": "BYTES", "shape": [2, 2],
+        "data": ["6.000000:1:dog", "4.000000:2:eel", "0.500000:0:cat", "0.000000:1:dog"],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("coding", ["gzip", "deflate"])
+async def test_bodies_are_compressed_both_ways(http: Http, coding: str) -> None:
+    base, session = http
+    squeeze = {"gzip": gzip.compress, "deflate": zlib.compress}[coding]
+    rows = 400
+    asked = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [rows, 2], "data": [1] * 2 * rows}]}
+    headers = {"Content-Encoding": coding, "Accept-Encoding": f"br, {coding}"}
+    body = squeeze(json.dumps(asked).encode())
     async with session.post(f"{base}/v2/models/m/infer", data=body, headers=headers) as response:
         assert response.status == 200
-        said = (await response.read())[int(response.headers["Inference-Header-Content-Length"]) :]
-    assert said == struct.pack("<I", 4) + "ää".encode() + struct.pack("<I", 0)  # the node doubles what it gets
+        assert response.headers["Content-Encoding"] == coding
+        assert (await response.json())["outputs"][0]["data"] == [2.0] * 2 * rows
+    for refused in ("identity", f"{coding};q=0"):
+        headers["Accept-Encoding"] = refused
+        async with session.post(f"{base}/v2/models/m/infer", data=body, headers=headers) as response:
+            assert "Content-Encoding" not in response.headers
+            assert response.status == 200
+
+
+async def test_compressed_bodies_are_bounded_and_checked(http: Http) -> None:
+    base, session = http
+    for body, status, said in (
+        (gzip.compress(bytes(8 * 2**20)), 413, "over 4194304 bytes"),
+        (b"no gzip at all", 400, "cannot be read"),
+    ):
+        headers = {"Content-Encoding": "gzip"}
+        async with session.post(f"{base}/v2/models/m/infer", data=body, headers=headers) as response:
+            assert response.status == status
+            assert said in (await response.json())["error"]
+
+
+async def test_what_many_bodies_take_together_is_bounded(lab: Lab, http: Http) -> None:
+    base, session = http
+    lab.nodes["a"].mute = True
+    body = json.dumps(GOOD).encode() + b" " * 3 * 2**20
+    held = [asyncio.create_task(session.post(f"{base}/v2/models/m/infer", data=io.BytesIO(body))) for _ in range(5)]
+    await eventually(lambda: len(lab.inference.router("m").queue) + lab.inference.router("m").in_flight == 5)
+    async with session.post(f"{base}/v2/models/m/infer", data=io.BytesIO(body)) as response:
+        assert response.status == 429
+        assert response.headers["Retry-After"] == "1"
+        assert "are being answered already" in (await response.json())["error"]
+    await lab.serving.undeploy("m")
+    for answer in held:
+        assert (await answer).status == 503
+    async with session.post(f"{base}/v2/models/m/infer", data=io.BytesIO(body)) as response:
+        assert response.status == 404  # there is room again
 
 
 @pytest.mark.parametrize(
-    ("request_", "tail", "said"),
-    [
-        ({"inputs": [binary_input(8)]}, b"1234567", "7 bytes are left"),
-        ({"inputs": [binary_input(8)]}, b"123456789", "1 bytes behind the JSON"),
-        ({"inputs": [binary_input(4)]}, b"1234", "8 bytes, but data has 4"),
-        ({"inputs": [binary_input(-1)]}, b"", "binary_data_size is -1"),
-        ({"inputs": [binary_input("8")]}, b"12345678", "binary_data_size is '8'"),
-        ({"inputs": [binary_input(True)]}, b"1", "binary_data_size is True"),
-        ({"inputs": [binary_input(8, data=[1, 2])]}, b"12345678", "either data or"),
-        ({"inputs": [binary_input(8, "FP31")]}, b"12345678", "FP31"),
-        ({"inputs": [binary_input(8, "BYTES")]}, struct.pack("<I", 5) + b"1234", "ends behind"),
-        ({"inputs": [binary_input(5, "BYTES")]}, struct.pack("<I", 1) + b"\xff", "UTF-8"),
-        (
-            {"inputs": [binary_input(8)], "outputs": [{"name": "y", "parameters": {"binary_data": 1}}]},
-            b"12345678",
-            "true",
-        ),
-    ],
+    ("headers", "parameters"),
+    [({"Request-Timeout": "0.05"}, {}), ({}, {"timeout": 50_000}), ({"Request-Timeout": "20"}, {"timeout": 50_000})],
 )
-async def test_bytes_that_do_not_fit_are_named(http: Http, request_: dict[str, Any], tail: bytes, said: str) -> None:
+async def test_the_client_says_how_long_it_waits(
+    lab: Lab, http: Http, headers: dict[str, str], parameters: dict[str, int]
+) -> None:
     base, session = http
-    body, headers = with_tail(request_, tail)
-    async with session.post(f"{base}/v2/models/m/infer", data=body, headers=headers) as response:
-        assert response.status == 400
-        assert said in (await response.json())["error"]
+    lab.nodes["a"].mute = True
+    asked = GOOD | {"parameters": parameters}
+    started = time.monotonic()
+    async with session.post(f"{base}/v2/models/m/infer", json=asked, headers=headers) as response:
+        assert response.status == 504
+        assert "in time" in (await response.json())["error"]
+    assert time.monotonic() - started < 5  # of the 30 that are allowed
 
 
-@pytest.mark.parametrize("length", ["", "x", "-1", "1e3", "99999", "9" * 5000])
-async def test_a_length_that_cannot_be_is_refused(http: Http, length: str) -> None:
+@pytest.mark.parametrize("seconds", ["", "soon", "0", "-1", "nan", "inf"])
+async def test_a_timeout_that_is_none_is_refused(http: Http, seconds: str) -> None:
     base, session = http
-    headers = {"Inference-Header-Content-Length": length}
+    headers = {"Request-Timeout": seconds}
     async with session.post(f"{base}/v2/models/m/infer", json=GOOD, headers=headers) as response:
         assert response.status == 400
-        assert "Inference-Header-Content-Length" in (await response.json())["error"]
+        assert "Request-Timeout" in (await response.json())["error"]
+
+
+async def test_what_a_client_that_left_has_asked_is_not_computed(lab: Lab, http: Http) -> None:
+    base, session = http
+    node = lab.nodes["a"]
+    node.mute = True
+    router = lab.inference.router("m")
+    asked = [asyncio.create_task(session.post(f"{base}/v2/models/m/infer", json=GOOD)) for _ in range(6)]
+    await eventually(lambda: len(router.queue) + router.in_flight == 6)
+    waiting = len(router.queue)
+    assert waiting
+    for task in asked:
+        task.cancel()
+    await asyncio.wait(asked)
+    await eventually(lambda: not router.queue)
+    assert lab.inference.metrics.answers["m:1", "cancelled"] == 6

@@ -1,0 +1,99 @@
+"""What all faces of the gateway share: which model is meant, how long its answer may take, and the question itself."""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractAsyncContextManager, nullcontext
+
+from aiohttp import web
+
+from coordinator.gateway.answers import Handler, compressed, guarded
+from coordinator.gateway.bodies import Bodies
+from coordinator.gateway.shelf import Shelf
+from coordinator.serving.inference import INPUT_LIMIT_BYTES, Inference, size_bytes
+from coordinator.serving.registry import Registry
+from coordinator.serving.serving import Serving
+from potluck.errors import InvalidRequest
+from potluck.messages import BlobRef, Inferred, ModelInfo, Signature, Tensor
+from potluck.settings import CoordinatorSettings
+
+TIMEOUT_HEADER = "Request-Timeout"
+"""How many seconds the client waits: what it asks is given up then. (No protocol here has a header of its own for it.)"""
+
+
+class Asking:
+    """`shelf` carries what does not fit into a message."""
+
+    def __init__(
+        self,
+        serving: Serving,
+        inference: Inference,
+        registry: Registry,
+        settings: CoordinatorSettings,
+        shelf: Shelf,
+    ) -> None:
+        self.serving = serving
+        self.registry = registry
+        self.bodies = Bodies(settings.http_body_limit_bytes)
+        self._inference = inference
+        self._settings = settings
+        self._shelf = shelf
+
+    def deployed(self, model: str) -> tuple[str, Signature | None]:
+        """The deployment that `name`, `name:version` or `name:alias` means, and its signature once it is known.
+
+        Raises NotFound.
+        """
+        name = self._inference.router(model).name
+        return name, self.serving.signature(name)
+
+    def info(self, model: str) -> ModelInfo:
+        """What the registry says of a deployment. Raises NotFound."""
+        return self.registry.model(model)
+
+    async def infer(
+        self, request: web.Request, model: str, inputs: tuple[Tensor, ...], timeout_seconds: float | None = None
+    ) -> Inferred:
+        """The answer of `model`, all its tensors here. `timeout_seconds` beside that of the request's header, if any.
+
+        Raises what `Inference.infer` does, and what `Shelf` does for tensors that are large.
+        """
+        lent: AbstractAsyncContextManager[tuple[Tensor, ...]] = nullcontext(inputs)
+        if sum([size_bytes(tensor) for tensor in inputs]) > INPUT_LIMIT_BYTES:
+            lent = self._shelf.lent(inputs)
+        seconds = self.seconds(request, timeout_seconds)
+        async with lent as sent:
+            answer = await self._inference.infer(model, sent, seconds)
+            if any(isinstance(tensor.data, BlobRef) for tensor in answer.outputs):
+                outputs = [await self._shelf.fetched(tensor) for tensor in answer.outputs]
+                answer = Inferred(model=answer.model, outputs=tuple(outputs))
+        return answer
+
+    def seconds(self, request: web.Request, asked: float | None = None) -> float:
+        """How long the answer may take: the least of what is asked for and allowed. Raises InvalidRequest."""
+        limits = [self._settings.inference_seconds]
+        if asked is not None:
+            limits.append(asked)
+        text = request.headers.get(TIMEOUT_HEADER)
+        if text is not None:
+            try:
+                header = float(text)
+            except ValueError:
+                header = math.nan
+            if not (math.isfinite(header) and header > 0):
+                raise InvalidRequest(f"{TIMEOUT_HEADER} is {text[:40]!r}: expected seconds, as 0.5")
+            limits.append(header)
+        return min(limits)
+
+    def answering(self, handler: Handler) -> Handler:
+        """`handler` of questions to models: its errors in words, its answer compressed, its body let go."""
+        inner = guarded(handler)
+
+        async def answered(request: web.Request) -> web.StreamResponse:
+            try:
+                response = await inner(request)
+            finally:
+                self.bodies.release(request)
+            return await compressed(request, response) if isinstance(response, web.Response) else response
+
+        return answered

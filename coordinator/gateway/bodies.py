@@ -1,0 +1,97 @@
+"""Bodies of requests: read whole, each within a limit, and all that are held at once within another."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import msgspec
+from aiohttp import ClientPayloadError, web
+from aiohttp.http_exceptions import HttpProcessingError
+
+from potluck.errors import InvalidRequest, Overloaded, TimedOut, TooLarge
+
+IDLE_SECONDS = 30.0
+"""A body of which no byte arrives for so long is given up."""
+HELD_AT_ONCE = 4
+"""So many bodies of the largest size are held at once; what is over is refused, and may come back."""
+T = TypeVar("T")
+
+
+class Bodies:
+    """Reads bodies of at most `limit_bytes`. A body counts as held until `release`."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.limit_bytes = limit_bytes
+        self.held_bytes = 0
+        self._held: dict[int, int] = {}
+        """By the request's identity, while it is answered."""
+
+    async def read(self, request: web.Request) -> bytes:
+        """The body, decompressed where it says how (`Content-Encoding`).
+
+        Raises TooLarge, Overloaded, TimedOut, and InvalidRequest where it is cut off or cannot be decompressed.
+        """
+        if (request.content_length or 0) > self.limit_bytes:
+            raise self._too_large()
+        content = request.content
+        parts: list[bytes] = []
+        size = 0
+        try:
+            while not content.at_eof():
+                if content.is_eof() or content.total_bytes > size:
+                    part = content.read_nowait()  # it is here: no need to wait, and to watch the clock
+                else:
+                    async with asyncio.timeout(IDLE_SECONDS):
+                        part = await content.readany()
+                size += len(part)
+                if size > self.limit_bytes:
+                    raise self._too_large()
+                self._hold(request, len(part))
+                parts.append(part)
+        except TimeoutError:
+            raise TimedOut(f"no byte of the body arrived for {IDLE_SECONDS:g} s") from None
+        except (HttpProcessingError, ClientPayloadError, web.RequestPayloadError) as error:
+            raise InvalidRequest(f"the body cannot be read: {error}") from error
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def release(self, request: web.Request) -> None:
+        """Its body is not needed any more."""
+        self.held_bytes -= self._held.pop(id(request), 0)
+
+    def _hold(self, request: web.Request, size: int) -> None:
+        if self.held_bytes + size > HELD_AT_ONCE * self.limit_bytes:
+            raise Overloaded(
+                f"{self.held_bytes} bytes of requests are being answered already: try again in 1 s",
+                retry_after_seconds=1.0,
+            )
+        self.held_bytes += size
+        self._held[id(request)] = self._held.get(id(request), 0) + size
+
+    def _too_large(self) -> TooLarge:
+        return TooLarge(f"the body is over {self.limit_bytes} bytes: send fewer rows at once")
+
+
+def decoded(body: bytes, kind: Callable[[bytes], T], convert: type[T], what: str) -> T:
+    """The JSON in `body` as `convert`; `kind` is its decoder. Raises InvalidRequest, naming the field.
+
+    What the decoder refuses is read again by Python's own, which also takes NaN, Infinity and a byte order mark.
+    """
+    try:
+        return kind(body)
+    except (msgspec.DecodeError, ValueError, RecursionError):
+        pass  # the reading below says what is wrong, where anything is
+    try:
+        return msgspec.convert(plain(body), convert)
+    except (ValueError, RecursionError) as error:  # msgspec.ValidationError is a ValueError
+        raise InvalidRequest(f"the body is not {what}: {error}") from error
+
+
+def plain(body: bytes) -> Any:
+    """What the JSON in `body` says. Raises ValueError or RecursionError."""
+    value = json.loads(body.decode("utf-8-sig"))
+    if b"\\ud" in body or b"\\uD" in body:
+        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair cannot be sent on
+    return value
