@@ -1,7 +1,7 @@
 """Deployments: which replicas there should be, and where. Pure; time is an argument.
 
 A deployment wants a number of replicas, each on a node of its own. A replica that is lost or fails is replaced on the
-fastest node that has fewest. A new deployment that cannot be loaded three times in a row anywhere fails, with the error;
+fastest node that has fewest, of those with memory for it. A new deployment that cannot be loaded three times in a row anywhere fails, with the error;
 one that has been ready once is never given up.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from potluck.errors import CodeNotAllowed
+from potluck.errors import CodeNotAllowed, InvalidRequest
 from potluck.messages import BlobRef, Deploy, ErrorInfo, ReplicaInfo, Signature
 
 FAILURES_LIMIT = 3
@@ -29,6 +29,11 @@ class Place:
 
     node_id: str
     gflops: float
+    free_bytes: int | None = None
+    """Memory that is left; None where that is not known."""
+
+    def fits(self, need_bytes: int) -> bool:
+        return self.free_bytes is None or self.free_bytes >= need_bytes
 
 
 @dataclass
@@ -77,6 +82,10 @@ class Deployment:
     """Nodes that failed, and until when they are left alone."""
     refused: set[str] = field(default_factory=set)
     """Nodes that do not allow the model's code."""
+    need_bytes: int = 0
+    """Memory that a replica takes."""
+    cramped: dict[str, int] = field(default_factory=dict)
+    """Nodes that could hold one that is missing but for their memory, and what they have left."""
     asked: Deploy | None = None
     """How its user wants it."""
     parked: Parking | None = None
@@ -100,6 +109,23 @@ class Deployment:
         return self.failing and not self.settled
 
     @property
+    def pinned(self) -> bool:
+        """Whether a least number of replicas was asked for: then it is never without any."""
+        return self.asked is not None and self.asked.min_replicas > 0
+
+    @property
+    def least(self) -> int:
+        """Replicas that it has while it is asked at all."""
+        if self.asked is not None and self.asked.max_replicas:
+            return max(1, self.asked.min_replicas)
+        return self.wanted or 1
+
+    def room(self, places: Sequence[Place]) -> list[Place]:
+        """Where one more could go now."""
+        here = {replica.node_id for replica in self.replicas.values()}
+        return [place for place in places if place.node_id not in here | self.refused and place.fits(self.need_bytes)]
+
+    @property
     def put_away(self) -> bool:
         """Whether it is on its way out, or holds nothing until somebody asks."""
         return bool(self.parked) or self.retired
@@ -121,7 +147,7 @@ class Deployment:
         if self.wanted:
             return self.wanted
         held = {replica.node_id for replica in self.replicas.values()}
-        return len({place.node_id for place in places} - self.refused | held)
+        return len({place.node_id for place in places if place.fits(self.need_bytes)} - self.refused | held)
 
     def complete(self, places: Sequence[Place]) -> bool:
         """Whether all wanted replicas are ready."""
@@ -140,11 +166,15 @@ class Deployment:
         if places and not allowed and not self.replicas:
             self.failures = FAILURES_LIMIT
         places = allowed
+        self.cramped = {}
         missing = self.target(places) - len(self.replicas)
         if missing > 0 and not self.failed:
-            free = [
+            able = [
                 place for place in places if place.node_id not in here and self.resting.get(place.node_id, 0.0) <= now
             ]
+            free = [place for place in able if place.fits(self.need_bytes)]
+            if len(free) < missing:
+                self.cramped = {place.node_id: place.free_bytes or 0 for place in able if place not in free}
             free.sort(key=lambda place: (load.get(place.node_id, 0), -place.gflops, place.node_id))
             for place in free[:missing]:
                 self.made += 1
@@ -211,3 +241,20 @@ class Deployment:
         nodes = [replica.node_id for replica in self.replicas.values()]
         assert len(nodes) == len(set(nodes))
         assert all(replica.replica_id == key for key, replica in self.replicas.items())
+
+
+def replicas_at_first(asked: Deploy) -> int:
+    """How many a deployment has before anything is known of its load. Raises InvalidRequest for what contradicts itself."""
+    if 0 < asked.rollback_factor <= 1:
+        raise InvalidRequest(f"rollback_factor must be above 1, or 0 (never), not {asked.rollback_factor}")
+    if not asked.max_replicas:
+        if asked.min_replicas:
+            raise InvalidRequest("min_replicas needs max_replicas: between them the number follows the load")
+        return asked.replicas
+    if asked.min_replicas > asked.max_replicas:
+        raise InvalidRequest(f"min_replicas, {asked.min_replicas}, is more than max_replicas, {asked.max_replicas}")
+    if asked.min_replicas and asked.idle_seconds:
+        raise InvalidRequest(
+            f"with min_replicas {asked.min_replicas} it is never without replicas, so idle_seconds can do nothing: leave one out"
+        )
+    return min(max(asked.replicas, asked.min_replicas, 1), asked.max_replicas)

@@ -69,7 +69,7 @@ class Inference:
         self.on_demand: Callable[[Router], None] = lambda router: None
         """Called with a router that is asked while it has no replica; what it raises is the answer."""
         self.asked_at: dict[str, float] = {}
-        """When each deployment was last asked."""
+        """When each deployment was last asked, or opened."""
         self.metrics = ServingMetrics()
 
     async def run(self) -> None:
@@ -82,6 +82,7 @@ class Inference:
         """Take requests for this deployment, `name:version`."""
         settings = self._settings
         self.retired.discard(name)
+        self.asked_at[name] = self._clock()
         self._routers[name] = Router(name, queue_limit=settings.queue_limit, batch_limit=settings.batch_limit)
 
     def close(self, name: str, error: PotluckError) -> None:

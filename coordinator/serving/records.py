@@ -41,6 +41,18 @@ class Routed(DeploymentEvent, frozen=True):
     previous: str = ""
 
 
+class Scaled(DeploymentEvent, frozen=True):
+    """Its load asks for so many replicas."""
+
+    wanted: int
+
+
+class Measured(DeploymentEvent, frozen=True):
+    """So much memory a replica took when it was loaded."""
+
+    resident_bytes: int
+
+
 class Parked(DeploymentEvent, frozen=True):
     """It holds no replicas until somebody asks for it."""
 
@@ -60,15 +72,16 @@ class Undeployed(DeploymentEvent, frozen=True):
     pass
 
 
-AnyDeploymentEvent = Deployed | Settled | Routed | Parked | Woken | Retired | Undeployed
+AnyDeploymentEvent = Deployed | Settled | Routed | Scaled | Measured | Parked | Woken | Retired | Undeployed
 
 
 @dataclass
 class Records:
-    """Deployments by their names, and traffic by models' names."""
+    """Deployments by their names, traffic by models' names, and what replicas of each version take, also after it is undeployed."""
 
     deployments: dict[str, Deployment] = field(default_factory=dict)
     traffic: dict[str, Traffic] = field(default_factory=dict)
+    resident: dict[str, int] = field(default_factory=dict)
 
     def apply(self, event: AnyDeploymentEvent) -> None:
         match event:
@@ -80,9 +93,15 @@ class Records:
                 self.traffic[event.name] = Traffic(
                     event.name, event.stable, event.canary, event.weight, event.shadow, event.previous, chosen=True
                 )
+            case Scaled():
+                self.deployments[event.name].wanted = event.wanted
+            case Measured():
+                self.resident[event.name] = event.resident_bytes
             case Parked():
                 deployment = self.deployments[event.name]
                 deployment.parked, deployment.reason = event.why, event.reason
+                if deployment.asked is not None and deployment.asked.max_replicas:
+                    deployment.wanted = deployment.least
             case Woken():
                 deployment = self.deployments[event.name]
                 deployment.parked, deployment.reason = None, ""
@@ -104,6 +123,7 @@ class Records:
                 found.append(Parked(name=name, why=one.parked, reason=one.reason))
             if one.retired:
                 found.append(Retired(name=name))
+        found += [Measured(name=name, resident_bytes=size) for name, size in self.resident.items()]
         found += [
             Routed(
                 name=one.model,

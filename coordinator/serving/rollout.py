@@ -102,9 +102,8 @@ class Rollout:
         """Let time pass: bad versions are withdrawn, predecessors go."""
         for traffic in list(self._records.traffic.values()):
             if traffic.canary:
-                seen, baseline = (
-                    self._inference.metrics.window(name).summary(now) for name in (traffic.canary, traffic.stable)
-                )
+                windows = self._inference.metrics.window
+                seen, baseline = windows(traffic.canary).slots(now), windows(traffic.stable).summary(now)
                 if reason := worse(seen, baseline, self._asked(traffic.canary).rollback_factor):
                     self._withdraw(traffic, f"rolled back: {reason}")
             elif traffic.previous:
@@ -118,7 +117,7 @@ class Rollout:
         asked = self._asked(traffic.stable)
         watched = asked.watch_seconds if asked.rollback_factor else 0.0
         baseline = self._baselines.get(traffic.model, Summary())
-        seen = self._inference.metrics.window(traffic.stable).summary(now)
+        seen = self._inference.metrics.window(traffic.stable).slots(now)
         if reason := worse(seen, baseline, asked.rollback_factor):
             self._withdraw(traffic, f"rolled back: {reason}")
         elif now >= self._watched_until.setdefault(traffic.model, now + watched):

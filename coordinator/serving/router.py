@@ -69,6 +69,16 @@ class Router:
         """Requests on their way."""
         return sum(len(batch.requests) for lane in self.lanes.values() for batch in lane.batches.values())
 
+    @property
+    def queue_seconds(self) -> float:
+        """Expected until the queue is empty."""
+        return self._seconds_for(self.queue.rows)
+
+    @property
+    def busy(self) -> float:
+        """The share of its replicas that are at work."""
+        return sum(bool(lane.batches) for lane in self.lanes.values()) / len(self.lanes) if self.lanes else 0.0
+
     def set_objective(self, seconds: float) -> None:
         self.objective_seconds = seconds
         for lane in self.lanes.values():

@@ -11,12 +11,16 @@ from msgspec.structs import replace
 
 from coordinator.journal import Journal
 from coordinator.membership import Membership
+from coordinator.serving import deployments, memory
+from coordinator.serving.autoscaling import Autoscaling
 from coordinator.serving.deployments import Deployment, Load, Place
 from coordinator.serving.inference import Inference
 from coordinator.serving.records import (
     STREAM,
     AnyDeploymentEvent,
     Deployed,
+    Measured,
+    Parked,
     Records,
     Settled,
     Undeployed,
@@ -25,6 +29,7 @@ from coordinator.serving.records import (
 )
 from coordinator.serving.registry import Registry
 from coordinator.serving.rollout import Rollout
+from coordinator.serving.room import Room
 from coordinator.serving.router import Router
 from potluck.errors import (
     Cancelled,
@@ -97,6 +102,8 @@ class Serving:
         self._records = Records()
         self._deployments = self._records.deployments
         self._rollout = Rollout(self._records, inference, record=self._record, remove=self._remove)
+        self._room = Room(self._records, inference)
+        self._autoscaling = Autoscaling(self._records, inference, record=self._record)
         for event in journal.replay(STREAM, AnyDeploymentEvent):  # type: ignore[arg-type, var-annotated]
             self._records.apply(event)
         journal.rewrite(STREAM, self._records.events())
@@ -116,19 +123,20 @@ class Serving:
         meanwhile), Cancelled, and what made loading fail; a deployment that was ready before goes on with what it has.
         """
         info = self._registry.model(asked.model)
-        name, replicas = f"{info.name}:{info.version}", asked.replicas
+        name = f"{info.name}:{info.version}"
         asked = replace(asked, model=name)
+        replicas = deployments.replicas_at_first(asked)
         self._rollout.check(name, asked)
         await self._wait_for_nodes(max(1, replicas))
         known = self._deployments.get(name)
-        if known is None or known.asked != asked or known.wanted != replicas or known.failing or known.put_away:
+        if known is None or known.asked != asked or known.failing or known.put_away:
             self._rollout.check(name, asked)
             self._rollout.hold(info.name)
             self._record(Deployed(name=name, model=info.model, wanted=replicas, asked=asked))
         deployment = self._deployments[name]
         self._reconcile(deployment)
         deadline = self._clock() + DEPLOY_SECONDS
-        enough_at = self._clock()
+        enough_at = roomy_at = self._clock()
         while not deployment.complete(places := self._places()):
             now, ready, wanted = self._clock(), len(deployment.ready), max(1, deployment.target(places))
             if self._deployments.get(name) is not deployment:
@@ -142,6 +150,14 @@ class Serving:
                 raise from_code(deployment.error.code, f"{name} could not be loaded: {deployment.error.message}{left}")
             if now > deadline:
                 raise TimedOut(f"{ready} of {wanted} replicas of {name} are ready so far")
+            if not deployment.cramped:
+                roomy_at = now
+            elif now - roomy_at > JOIN_SECONDS:
+                self.give_up(name)
+                raise Unavailable(
+                    f"{ready} of {wanted} replicas of {name} are ready, and memory is short for the rest: "
+                    f"{memory.nowhere(deployment.need_bytes, deployment.cramped)}. Undeploy a model, or ask for fewer"
+                )
             if len(places) >= wanted:
                 enough_at = now
             elif now - enough_at > JOIN_SECONDS:
@@ -201,8 +217,9 @@ class Serving:
 
     def deployments(self, model: str = "") -> tuple[DeploymentInfo, ...]:
         """All, or those of one model by its plain name."""
+        places = self._places()
         return tuple(
-            self._info(deployment)
+            self._info(deployment, places)
             for name, deployment in sorted(self._deployments.items())
             if model in ("", model_of(name))
         )
@@ -287,6 +304,8 @@ class Serving:
             if not settled:
                 self._record(Settled(name=name))
             log.info("replica ready %s", fields(model=name, node=node_id))
+            if message.resident_bytes > self._records.resident.get(name, 0):  # where more is shared, less is measured
+                self._record(Measured(name=name, resident_bytes=message.resident_bytes))
             self._registry.describe(name, message.signature)
             self._inference.add_replica(name, message.replica_id, node_id)
             self._changed.set()
@@ -299,7 +318,10 @@ class Serving:
             await asyncio.sleep(TICK_SECONDS)
             for member in self._membership.online():
                 self._take_stock(member.node_id)
+            self._autoscaling.tick(self._places(), self._clock())
             for deployment in list(self._deployments.values()):
+                if deployment.parked and self._inference.router_of(deployment.name).queue:
+                    self._wake(deployment)  # its last replica died with requests on the way
                 self._reconcile(deployment)
             self._inference.expire()
             self._rollout.tick(self._clock())
@@ -310,8 +332,14 @@ class Serving:
             for replica in other.replicas.values():
                 load[replica.node_id] = load.get(replica.node_id, 0) + 1
         resend = max(1.0, self._settings.resend_seconds)
+        deployment.need_bytes = self._room.needed(deployment)
         busy = self._inference.busy(deployment.name)
-        for command in deployment.plan(self._places(), load, self._clock(), resend, busy=busy):
+        commands = deployment.plan(self._places(), load, self._clock(), resend, busy=busy)
+        if deployment.cramped and (victims := self._room.victims(deployment, self._clock())):
+            for name in victims:
+                self._evict(name, deployment)
+            commands += deployment.plan(self._places(), load, self._clock(), resend, busy=busy)
+        for command in commands:
             if isinstance(command, Load):
                 ref = BlobRef(sha256=command.model.sha256, size=command.model.size, holders=self._urls)
                 message = LoadModel(epoch=self._epoch, replica_id=command.replica_id, name=command.name, model=ref)
@@ -321,12 +349,17 @@ class Serving:
                 self._command(command.node_id, UnloadModel(epoch=self._epoch, replica_id=command.replica_id))
         self._changed.set()
 
+    def _evict(self, name: str, other: Deployment) -> None:
+        quiet_seconds = self._clock() - self._inference.asked_at[name]
+        reason = f"evicted for {other.name}, whose replica needs {memory.bytes_text(other.need_bytes)}: not asked for {quiet_seconds:.0f} s"
+        log.info("deployment evicted %s", fields(model=name, reason=reason))
+        self._record(Parked(name=name, why="evicted", reason=reason))
+        self._reconcile(self._deployments[name])
+
     def _places(self) -> list[Place]:
-        return [
-            Place(member.node_id, member.capacity.gflops)
-            for member in self._membership.online()
-            if "tensorflow" in member.capacity.runtimes
-        ]
+        members = [member for member in self._membership.online() if "tensorflow" in member.capacity.runtimes]
+        left = self._room.left(members)
+        return [Place(member.node_id, member.capacity.gflops, left[member.node_id]) for member in members]
 
     def _remove(self, name: str) -> None:
         deployment = self._deployments.get(name)
@@ -345,6 +378,7 @@ class Serving:
             self._inference.open(event.name)
         elif isinstance(event, Deployed):
             self._inference.retired.discard(event.name)
+            self._inference.asked_at[event.name] = self._clock()
         elif isinstance(event, Undeployed):
             self._inference.close(event.name, Unavailable(f"{event.name} was undeployed"))
 
@@ -352,9 +386,7 @@ class Serving:
         """A deployment is asked that has no replica now: it is loaded. Raises Unavailable when too many wait for that."""
         deployment = self._deployments[router.name]
         if deployment.parked:
-            log.info("deployment woken %s", fields(model=router.name, was=deployment.parked))
-            self._record(Woken(name=router.name))
-            self._reconcile(deployment)
+            self._wake(deployment)
         if len(router.queue) >= self._settings.queue_limit:
             raise Unavailable(
                 f"{len(router.queue)} requests wait for {router.name} already, which is being loaded: try again in "
@@ -362,10 +394,15 @@ class Serving:
                 retry_after_seconds=LOADING_SECONDS,
             )
 
+    def _wake(self, deployment: Deployment) -> None:
+        log.info("deployment woken %s", fields(model=deployment.name, was=deployment.parked))
+        self._record(Woken(name=deployment.name))
+        self._reconcile(deployment)
+
     def _command(self, node_id: str, message: Message) -> None:
         self._outbox.publish(self._topics.node(node_id, "inbox"), message)
 
-    def _info(self, deployment: Deployment) -> DeploymentInfo:
+    def _info(self, deployment: Deployment, places: list[Place]) -> DeploymentInfo:
         router = self._inference.router_of(deployment.name)
         traffic = self._records.traffic[model_of(deployment.name)]
         lately = self._inference.metrics.window(deployment.name).summary(self._clock())
@@ -375,10 +412,14 @@ class Serving:
             replicas=tuple(replica.info() for replica in deployment.replicas.values()),
             queued=len(router.queue),
             served=router.served,
-            state=deployment.state(self._places()),
+            state=deployment.state(places),
             role=traffic.role(deployment.name),
             weight=traffic.share(deployment.name),
-            reason=deployment.reason or (deployment.error.message if deployment.error else ""),
+            reason=_reason(deployment),
+            resident_bytes=self._records.resident.get(deployment.name, 0),
+            min_replicas=deployment.asked.min_replicas if deployment.asked else 0,
+            max_replicas=deployment.asked.max_replicas if deployment.asked else 0,
+            queue_seconds=router.queue_seconds,
             p50_seconds=lately.quantile(0.5),
             p99_seconds=lately.quantile(0.99),
             failure_rate=lately.failure_rate,
@@ -387,3 +428,9 @@ class Serving:
 
 def _name_of(replica_id: str) -> str:
     return replica_id.split("/", 1)[0]
+
+
+def _reason(deployment: Deployment) -> str:
+    if deployment.cramped and not deployment.put_away:
+        return memory.nowhere(deployment.need_bytes, deployment.cramped)
+    return deployment.reason or (deployment.error.message if deployment.error else "")

@@ -7,18 +7,19 @@ sequence of low discrepancy (multiples of the golden ratio): of any hundred it g
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from coordinator.serving.windows import Summary
+from coordinator.serving.windows import Summary, total
 
 GOLDEN = 0.6180339887498949
 ANSWERS_LEAST = 20
 """Fewer of a version say nothing about it."""
 FAILURES_LEAST = 5
-SLOW_LEAST = 3
-"""So many answers later than is allowed, lest one hiccup ends a rollout."""
+P99_ANSWERS_LEAST = 100
+SLOW_SLOTS_LEAST = 2
+"""In so many slots answers must be late: a machine's hiccup delays all who wait, but once."""
 FAILURE_RATE_FLOOR = 0.005
 P99_FLOOR_SECONDS = 0.02
 """Below these nothing is called worse: twice next to nothing is still next to nothing."""
@@ -83,20 +84,24 @@ class Traffic:
         assert self.canary or not self.weight
 
 
-def worse(candidate: Summary, baseline: Summary, factor: float) -> str:
-    """Why the candidate is worse than the baseline by more than `factor`; "" when it is not, or cannot be told yet."""
-    if not factor or candidate.count < ANSWERS_LEAST:
+def worse(candidate: Sequence[Summary], baseline: Summary, factor: float) -> str:
+    """Why the candidate, whose answers are given by slot, is worse than the baseline by more than `factor`.
+
+    "" when it is not, or that cannot be told yet.
+    """
+    seen = total(candidate)
+    if not factor or seen.count < ANSWERS_LEAST:
         return ""
     allowed = factor * max(baseline.failure_rate, FAILURE_RATE_FLOOR)
-    if candidate.failures >= FAILURES_LEAST and candidate.failure_rate > allowed:
-        return f"{candidate.failure_rate:.1%} of its answers failed, and {baseline.failure_rate:.1%} of the stable version's"
-    if baseline.count < ANSWERS_LEAST:
+    if seen.failures >= FAILURES_LEAST and seen.failure_rate > allowed:
+        return f"{seen.failure_rate:.1%} of its answers failed, and {baseline.failure_rate:.1%} of the stable version's"
+    if min(seen.good, baseline.good) < P99_ANSWERS_LEAST:
         return ""
     limit = factor * max(baseline.quantile(0.99), P99_FLOOR_SECONDS)
-    slow = candidate.slower_than(limit)
-    if slow >= SLOW_LEAST and slow > 0.01 * (candidate.count - candidate.failures):
+    late = [slot for slot in candidate if slot.slower_than(limit) > 0.01 * slot.good]
+    if len(late) >= SLOW_SLOTS_LEAST and seen.slower_than(limit) > 0.01 * seen.good:
         return (
-            f"its p99 is {1000 * candidate.quantile(0.99):.0f} ms, "
+            f"its p99 is {1000 * seen.quantile(0.99):.0f} ms, "
             f"and the stable version's {1000 * baseline.quantile(0.99):.0f} ms"
         )
     return ""

@@ -11,7 +11,7 @@ WINDOW_SECONDS = 120.0
 SLOT_SECONDS = 5.0
 BOUNDS_SECONDS = tuple(1e-4 * 1.2**step for step in range(74))
 """Latencies are known to a fifth: from 0.1 ms to a minute."""
-NO_FAILURES = frozenset({"", "cancelled", "not_found"})
+NO_FAILURES = frozenset({"", "cancelled", "not_found", "overloaded"})
 """Codes that say nothing against the deployment that was asked."""
 
 
@@ -27,13 +27,17 @@ class Summary:
     def failure_rate(self) -> float:
         return self.failures / self.count if self.count else 0.0
 
+    @property
+    def good(self) -> int:
+        return sum(self.latencies)
+
     def quantile(self, share: float) -> float:
         """Seconds within which that share of the good answers came; 0 when there were none."""
-        total = sum(self.latencies)
+        good = self.good
         seen = 0
         for index, count in enumerate(self.latencies):
             seen += count
-            if count and seen >= share * total:
+            if count and seen >= share * good:
                 return BOUNDS_SECONDS[min(index, len(BOUNDS_SECONDS) - 1)]
         return 0.0
 
@@ -68,8 +72,12 @@ class Window:
             answers.failures += 1
 
     def summary(self, now: float) -> Summary:
+        return total(self.slots(now))
+
+    def slots(self, now: float) -> list[Summary]:
+        """The same, for each SLOT_SECONDS in which there were answers."""
         self._forget(now)
-        return _sum(slot.answers for slot in self._slots)
+        return [slot.answers for slot in self._slots]
 
     def _forget(self, now: float) -> None:
         first = int((now - WINDOW_SECONDS) // SLOT_SECONDS)
@@ -77,10 +85,10 @@ class Window:
             self._slots.popleft()
 
 
-def _sum(parts: Iterable[Summary]) -> Summary:
-    total = Summary()
+def total(parts: Iterable[Summary]) -> Summary:
+    found = Summary()
     for part in parts:
-        total.count += part.count
-        total.failures += part.failures
-        total.latencies = [one + other for one, other in zip(total.latencies, part.latencies, strict=True)]
-    return total
+        found.count += part.count
+        found.failures += part.failures
+        found.latencies = [one + other for one, other in zip(found.latencies, part.latencies, strict=True)]
+    return found

@@ -14,7 +14,7 @@ from potluck.cli.data import data
 from potluck.cli.evaluate import evaluate
 from potluck.cli.infer import infer
 from potluck.cli.jobs import cancel, job, jobs, stop
-from potluck.cli.models import deploy, deployments, undeploy
+from potluck.cli.models import deploy, deployments, promote, rollback, undeploy
 from potluck.cli.nodes import nodes
 from potluck.cli.predict import predict
 from potluck.cli.registry import models
@@ -32,7 +32,8 @@ app = typer.Typer(
     epilog="--seed, --cluster, --timeout and --debug may stand before or after the command.",
 )
 for command in (
-    up, nodes, train, evaluate, predict, jobs, job, stop, cancel, deploy, undeploy, deployments, infer,
+    up, nodes, train, evaluate, predict, jobs, job, stop, cancel, deploy, promote, rollback, undeploy, deployments,
+    infer,
 ):  # fmt: skip
     app.command()(command)
 app.add_typer(models, name="models")

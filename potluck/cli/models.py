@@ -1,4 +1,4 @@
-"""`potluck deploy`, `undeploy`, `deployments`."""
+"""`potluck deploy`, `promote`, `rollback`, `undeploy`, `deployments`."""
 
 from __future__ import annotations
 
@@ -14,15 +14,45 @@ def deploy(
     model: Annotated[
         str, typer.Argument(help="A registered `name`, `name:version` or `name:alias`, or a model's file.")
     ],
-    replicas: Annotated[int, typer.Option(min=0, help="On how many nodes; 0: on all.")] = 1,
+    replicas: Annotated[
+        str, typer.Option(metavar="N|all|MIN..MAX", help="On how many nodes: a number, all, or as the load asks for.")
+    ] = "1",
     name: Annotated[str | None, typer.Option(help="For a file: register it under this name.")] = None,
+    canary: Annotated[
+        int | None, typer.Option(min=1, max=100, metavar="PERCENT", help="Let it answer so many of the questions.")
+    ] = None,
+    shadow: Annotated[bool, typer.Option("--shadow", help="Let it have copies of the questions, to measure.")] = False,
+    keep: Annotated[bool, typer.Option("--keep", help="Leave the version deployed that it replaces.")] = False,
+    rollback_factor: Annotated[
+        float | None, typer.Option(min=0, help="Withdraw it when it does so many times worse; 0: never (default 2).")
+    ] = None,
+    watch: Annotated[
+        float | None,
+        typer.Option(min=0, metavar="SECONDS", help="So long the version before is kept to go back to (default 30)."),
+    ] = None,
+    queue: Annotated[
+        float | None,
+        typer.Option(min=0, metavar="SECONDS", help="With MIN..MAX: more replicas while requests wait longer (0.2)."),
+    ] = None,
+    idle: Annotated[
+        float | None,
+        typer.Option(min=0, metavar="SECONDS", help="Hold none after so long without a request, until the next one."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Keep a model loaded on some nodes, ready to answer."""
+    """Keep a model loaded on some nodes, ready to answer; its version takes over from the one before."""
     from potluck.cli import following, output
+    from potluck.client import deploying
+    from potluck.client.deploying import DeployOptions
 
+    given = {
+        "canary": canary, "shadow": shadow, "keep": keep, "rollback_factor": rollback_factor,
+        "watch_seconds": watch, "queue_seconds": queue, "idle_seconds": idle,
+    }  # fmt: skip
+    options = DeployOptions(**{key: value for key, value in given.items() if value is not None})  # type: ignore[typeddict-item]
+    deploying.fields(replicas, options)  # what is wrong is said before anything is looked for
     with session(context).client() as client:
-        job = client.deploy(model, replicas, name=name)
+        job = client.deploy(model, replicas, name=name, **options)
         following.follow(job, quiet=as_json)
         deployment = job.result().deployment
         found = [entry for entry in client.deployments() if entry.name == deployment]
@@ -30,6 +60,32 @@ def deploy(
         output.emit(found[0] if found else {"name": deployment})
     else:
         output.show(output.deployments_table(found))
+
+
+def promote(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="A model's plain name.")],
+    as_json: Json = False,
+) -> None:
+    """Make the canary (or shadow) of a model the version that answers."""
+    from potluck.cli import output
+
+    with session(context).client() as client:
+        found = client.promote(model)
+    output.emit(found) if as_json else output.show(output.deployments_table(found))
+
+
+def rollback(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="A model's plain name.")],
+    as_json: Json = False,
+) -> None:
+    """Withdraw the canary or shadow of a model, else go back to the version before."""
+    from potluck.cli import output
+
+    with session(context).client() as client:
+        found = client.roll_back(model)
+    output.emit(found) if as_json else output.show(output.deployments_table(found))
 
 
 def undeploy(

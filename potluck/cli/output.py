@@ -29,6 +29,7 @@ from potluck.messages import (
 _COLORS = {
     "online": "green", "ready": "green", "succeeded": "green", "running": "cyan", "loading": "cyan", "queued": "yellow",
     "suspect": "yellow", "offline": "red", "failed": "red", "cancelled": "magenta",
+    "idle": "yellow", "evicted": "yellow", "withdrawn": "red", "retired": "yellow", "failing": "red",
 }  # fmt: skip
 
 PIPE_COLUMNS = 400
@@ -241,18 +242,36 @@ def spec_text(spec: TensorSpec) -> str:
 
 
 def deployments_table(deployments: Iterable[DeploymentInfo]) -> Table:
+    """A deployment a line, with its replicas below each other, and below them what there is to say."""
+
     def row(found: DeploymentInfo) -> tuple[RenderableType, ...]:
         ready = sum(replica.state == "ready" for replica in found.replicas)
-        where = Text("\n").join(
+        where = [
             Text.assemble(
                 replica.node_id, " ", colored(replica.state), f" {replica.error.message}" if replica.error else ""
             )
             for replica in found.replicas
-        )
-        return found.name, f"{ready}/{found.wanted or 'all'}", where, str(found.queued), str(found.served)
+        ]
+        said = [Text(found.reason, style="dim")] if found.reason else []
+        wanted = f"{found.min_replicas}..{found.max_replicas}" if found.max_replicas else str(found.wanted or "all")
+        share = f" {found.weight} %" if found.role in ("stable", "canary") else ""
+        return (
+            found.name, colored(found.state), f"{found.role or '-'}{share}", f"{ready}/{wanted}",
+            bytes_text(found.resident_bytes) if found.resident_bytes else "?",
+            str(found.queued), milliseconds_text(found.queue_seconds), milliseconds_text(found.p50_seconds),
+            milliseconds_text(found.p99_seconds), f"{found.failure_rate:.1%}", str(found.served),
+            Text("\n").join([*where, *said]),
+        )  # fmt: skip
 
-    columns = ("deployment", "ready", "replicas", "queued", "served")
-    return table(columns, map(row, deployments), right=("ready", "queued", "served"))
+    columns = (
+        "deployment", "state", "traffic", "ready", "memory", "queued", "waits", "p50", "p99", "failed", "served",
+        "replicas",
+    )  # fmt: skip
+    return table(columns, map(row, deployments), right=columns[3:-1])
+
+
+def milliseconds_text(seconds: float) -> str:
+    return f"{1000 * seconds:.1f} ms" if seconds else "-"
 
 
 def datasets_table(datasets: Iterable[DatasetInfo]) -> Table:

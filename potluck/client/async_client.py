@@ -15,8 +15,9 @@ from msgspec.structs import replace
 
 from potluck import tensors
 from potluck.bus import Bus
-from potluck.client import arguments, formats, sources, training
+from potluck.client import arguments, deploying, formats, sources, training
 from potluck.client.connection import Connection, client_settings
+from potluck.client.deploying import DeployOptions
 from potluck.client.jobs import AsyncJob, Predictions, as_arrays, completed, fetch_tensor
 from potluck.client.models import ModelFile, image_argument, image_options, is_model_path, keras_file, model_file
 from potluck.client.training import TrainOptions
@@ -29,7 +30,6 @@ from potluck.messages import (
     AnyJobSpec,
     BlobRef,
     CancelJob,
-    Count,
     DatasetInfo,
     DatasetRemoved,
     DatasetsListed,
@@ -61,9 +61,11 @@ from potluck.messages import (
     NodeInfo,
     NodesListed,
     Predict,
+    Promote,
     RegisterModel,
     RemoveAlias,
     RemoveDataset,
+    RollBack,
     SetAlias,
     Source,
     SubmitJob,
@@ -228,13 +230,20 @@ class AsyncClient:
     # --- models and deployments -----------------------------------------------------------------------------------------
 
     async def deploy(
-        self, model: object, replicas: int = 1, *, name: str | None = None, wait: bool = False
+        self,
+        model: object,
+        replicas: int | str = 1,
+        *,
+        name: str | None = None,
+        wait: bool = False,
+        **options: Unpack[DeployOptions],
     ) -> AsyncJob:
-        """Keep a model loaded on `replicas` nodes (0: on all). The job succeeds when all are ready; `wait` waits for that.
+        """Keep a model loaded on `replicas` nodes (0 or `"all"`: on all; `"1..4"`: as many as the load asks for).
 
-        A keras.Model or a model's file or folder is registered first, as `name` or its own name.
+        The job succeeds when they are ready, and it answers to its plain name; `wait` waits for that. A keras.Model or a model's file
+        or folder is registered first, as `name` or its own name. `options` are those of `DeployOptions`.
         """
-        replicas = arguments.checked("replicas", replicas, Count, "a whole number: 0 (every node) or more")
+        fields = deploying.fields(replicas, options)
         if isinstance(model, str) and not is_model_path(model):
             if name is not None:
                 raise InvalidRequest(f"name is for a keras.Model or a file, and {model!r} has its name: leave name out")
@@ -242,8 +251,16 @@ class AsyncClient:
         else:
             info = await self.register(model, name)
             registered = f"{info.name}:{info.version}"
-        job = await self._submit(Deploy(model=registered, replicas=replicas))
+        job = await self._submit(Deploy(model=registered, **fields))
         return await job.wait() if wait else job
+
+    async def promote(self, model: str) -> tuple[DeploymentInfo, ...]:
+        """Make the canary (or shadow) of `model` the version that answers; this model's deployments. Raises NotFound, Conflict."""
+        return (await self._ask(Promote(model=arguments.text("model", model, _NAMED)), DeploymentsListed)).deployments
+
+    async def roll_back(self, model: str) -> tuple[DeploymentInfo, ...]:
+        """Withdraw the canary or shadow of `model`, else go back to the version before. Raises NotFound, Conflict."""
+        return (await self._ask(RollBack(model=arguments.text("model", model, _NAMED)), DeploymentsListed)).deployments
 
     async def undeploy(self, model: str) -> tuple[str, ...]:
         """Unload `name` (every version) or `name:version` from all nodes; what was unloaded. Raises NotFound."""

@@ -12,6 +12,7 @@ from typing import Any, TypeVar, Unpack
 
 from potluck.client.async_client import AsyncClient, Image, Inputs
 from potluck.client.callbacks import Callbacks
+from potluck.client.deploying import DeployOptions
 from potluck.client.jobs import AsyncJob, Predictions, evaluation_of, history_of
 from potluck.client.sources import Progress
 from potluck.client.training import TrainOptions
@@ -323,9 +324,25 @@ class Client:
         """A model's outputs for a whole data set or array: `job.predictions`."""
         return self._job(self._client.predict(model, data, batch_size=batch_size, image=image, target=target))
 
-    def deploy(self, model: object, replicas: int = 1, *, name: str | None = None, wait: bool = False) -> Job:
-        """Keep a model loaded on `replicas` nodes (0: on all). See `AsyncClient.deploy`."""
-        return self._job(self._client.deploy(model, replicas, name=name, wait=wait))
+    def deploy(
+        self,
+        model: object,
+        replicas: int | str = 1,
+        *,
+        name: str | None = None,
+        wait: bool = False,
+        **options: Unpack[DeployOptions],
+    ) -> Job:
+        """Keep a model loaded on `replicas` nodes (0 or `"all"`: on all; `"1..4"`: by load). See `AsyncClient.deploy`."""
+        return self._job(self._client.deploy(model, replicas, name=name, wait=wait, **options))
+
+    def promote(self, model: str) -> tuple[DeploymentInfo, ...]:
+        """Make the canary (or shadow) of `model` the version that answers. Raises NotFound, Conflict."""
+        return self._portal.call(self._client.promote(model))
+
+    def roll_back(self, model: str) -> tuple[DeploymentInfo, ...]:
+        """Withdraw the canary or shadow of `model`, else go back to the version before. Raises NotFound, Conflict."""
+        return self._portal.call(self._client.roll_back(model))
 
     def undeploy(self, model: str) -> tuple[str, ...]:
         """Unload `name` (every version) or `name:version` from all nodes; what was unloaded. Raises NotFound."""

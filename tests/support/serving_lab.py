@@ -73,6 +73,8 @@ class Node:
         self.failing: ErrorInfo | None = None
         self.fails = ""
         """What the ids of those begin with that fail so: a version, or nothing (all)."""
+        self.resident_bytes = 0
+        """What a replica takes, as it says when it has loaded one."""
         self.unloaded: list[str] = []
         self.loaded: list[str] = []
         self.batches: list[int] = []
@@ -89,7 +91,12 @@ class Node:
                     self.outbox.publish(topic, ModelLoadFailed(replica_id=replica_id, error=BROKEN))
                 else:
                     self.loaded.append(replica_id)
-                    self.outbox.publish(topic, ModelLoaded(replica_id=replica_id, signature=self.signature))
+                    self.outbox.publish(
+                        topic,
+                        ModelLoaded(
+                            replica_id=replica_id, signature=self.signature, resident_bytes=self.resident_bytes
+                        ),
+                    )
             case UnloadModel(replica_id=replica_id):
                 self.unloaded.append(replica_id)
                 self.loaded = [one for one in self.loaded if one != replica_id]
@@ -176,8 +183,8 @@ class Lab:
         self.membership.on_status(status, 0.0)
         self.serving.node_lost(node_id)
 
-    def report(self, node_id: str, replicas: tuple[str, ...]) -> None:
-        """What telemetry says of the replicas that a node holds."""
+    def report(self, node_id: str, replicas: tuple[str, ...], available_bytes: int = 0) -> None:
+        """What telemetry says of the replicas that a node holds, and of its memory."""
         if self.membership.get(node_id) is None:
             self._born(node_id, join=False)
         telemetry = NodeTelemetry(
@@ -185,7 +192,7 @@ class Lab:
             session="1",
             cpu_percent=0,
             memory_used_bytes=0,
-            memory_available_bytes=0,
+            memory_available_bytes=available_bytes,
             replicas=replicas,
         )
         self.membership.on_telemetry(telemetry, 0.0)

@@ -1,0 +1,71 @@
+"""Autoscaling: deployments get as many replicas as their load asks for, none when nobody asks, and some again on demand."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from coordinator.serving.deployments import Deployment, Place
+from coordinator.serving.inference import Inference
+from coordinator.serving.records import AnyDeploymentEvent, Parked, Records, Scaled
+from coordinator.serving.scaling import Scaler, Seen
+from potluck.logs import fields
+from potluck.messages import Deploy
+
+log = logging.getLogger(__name__)
+LEAST_TARGET_SECONDS = 0.01
+"""A target of 0 would ask for more at every request that waits for a moment."""
+REFUSED = 4.0
+"""Where requests are refused because there are too many, the queue counts as so many times the target: an objective keeps it short."""
+
+
+class Autoscaling:
+    """Of all deployments. `record` journals an event and applies it."""
+
+    def __init__(self, records: Records, inference: Inference, *, record: Callable[[AnyDeploymentEvent], None]) -> None:
+        self._records = records
+        self._inference = inference
+        self._record = record
+        self._scalers: dict[str, Scaler] = {}
+        self._refused: dict[str, int] = {}
+
+    def tick(self, places: list[Place], now: float) -> None:
+        """Let time pass."""
+        self._scalers = {name: one for name, one in self._scalers.items() if name in self._records.deployments}
+        for deployment in list(self._records.deployments.values()):
+            asked = deployment.asked
+            if asked is None or deployment.put_away:
+                continue
+            if asked.idle_seconds and not deployment.pinned:
+                self._rest(deployment, asked, now)
+            if asked.max_replicas and not deployment.put_away:
+                self._scale(deployment, asked, places, now)
+
+    def _rest(self, deployment: Deployment, asked: Deploy, now: float) -> None:
+        name = deployment.name
+        quiet_seconds = now - self._inference.asked_at[name]
+        if deployment.ready and quiet_seconds >= asked.idle_seconds and not self._inference.busy(name):
+            reason = f"scaled to zero: no request for {asked.idle_seconds:.0f} s"
+            log.info("deployment idle %s", fields(model=name, reason=reason))
+            self._record(Parked(name=name, why="idle", reason=reason))
+
+    def _scale(self, deployment: Deployment, asked: Deploy, places: list[Place], now: float) -> None:
+        ready = len(deployment.ready)
+        refused = self._inference.metrics.answers[deployment.name, "overloaded"]
+        too_many = refused > self._refused.get(deployment.name, 0)
+        if not ready or len(deployment.replicas) != ready or deployment.wanted != ready:
+            return  # what was decided is not done yet
+        self._refused[deployment.name] = refused
+        router = self._inference.router_of(deployment.name)
+        target_seconds = max(asked.queue_seconds, LEAST_TARGET_SECONDS)
+        queue_seconds = max(router.queue_seconds, REFUSED * target_seconds if too_many else 0.0)
+        seen = Seen(ready, queue_seconds, router.busy)
+        most = min(asked.max_replicas, ready + len(deployment.room(places)))
+        scaler = self._scalers.setdefault(deployment.name, Scaler())
+        wanted = scaler.wanted(seen, deployment.least, max(most, deployment.least), target_seconds, now)
+        if wanted != ready:
+            log.info(
+                "deployment scaled %s",
+                fields(model=deployment.name, replicas=wanted, was=ready, queue_seconds=round(scaler.queue_seconds, 3)),
+            )
+            self._record(Scaled(name=deployment.name, wanted=wanted))

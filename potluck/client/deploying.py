@@ -1,0 +1,72 @@
+"""The options of `deploy`, checked one by one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, TypedDict
+
+from potluck.client import arguments
+from potluck.errors import InvalidRequest
+from potluck.messages import Count, Factor, Percent, Seconds
+
+IDLE_SECONDS = 300.0
+"""After so long without a request `0..MAX` holds none, where nothing else is said."""
+_RANGE = re.compile(r"^(\d{1,6})\.\.(\d{1,6})\Z")
+_REPLICAS = "a whole number of at least 1, 'all' (or 0: every node), or 'MIN..MAX'"
+_SECONDS = "a number of seconds of at least 0"
+_KINDS: dict[str, tuple[Any, str]] = {
+    "canary": (Percent, "a whole number of percent, from 0 to 100"),
+    "shadow": (bool, "True or False"),
+    "keep": (bool, "True or False"),
+    "rollback_factor": (Factor, "a number above 1, or 0 (never)"),
+    "watch_seconds": (Seconds, _SECONDS),
+    "queue_seconds": (Seconds, _SECONDS),
+    "idle_seconds": (Seconds, _SECONDS),
+}
+
+
+class DeployOptions(TypedDict, total=False):
+    """Options of `deploy` that are seldom needed.
+
+    - `canary`: let it answer so many percent of the plain name's questions, until it is promoted or rolled back.
+    - `shadow`: let it have a copy of each, and throw its answers away. `keep`: leave the version deployed that it replaces.
+    - `rollback_factor`: withdraw it when failures or p99 are so many times those of the version before (0: never), which is kept
+      for `watch_seconds` for that.
+    - `queue_seconds`: with `replicas="1..4"`, more are loaded while requests wait for longer.
+    - `idle_seconds`: hold none after so long without a request, until the next one (0: always hold them).
+    """
+
+    canary: int
+    shadow: bool
+    keep: bool
+    rollback_factor: float
+    watch_seconds: float
+    queue_seconds: float
+    idle_seconds: float
+
+
+def fields(replicas: object, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options as fields of `Deploy`. Raises InvalidRequest."""
+    found: dict[str, Any] = {}
+    for name, value in options.items():
+        if name not in _KINDS:
+            raise InvalidRequest(f"deploy has no option {name!r}: it takes {', '.join(_KINDS)}")
+        found[name] = arguments.checked(name, value, *_KINDS[name])
+    if 0 < found.get("rollback_factor", 0) <= 1:
+        raise InvalidRequest(f"rollback_factor must be above 1, or 0 (never), not {found['rollback_factor']}")
+    return _replicas(replicas, found) | found
+
+
+def _replicas(given: object, options: Mapping[str, Any]) -> dict[str, Any]:
+    if isinstance(given, str) and (bounds := _RANGE.match(given)):
+        least, most = map(int, bounds.groups())
+        if not 0 < most >= least:
+            raise InvalidRequest(f"replicas must be MIN..MAX with MAX at least MIN and 1, not {given!r}")
+        if least and options.get("idle_seconds"):
+            raise InvalidRequest(f"with replicas={given!r} never fewer than {least} are held: write '0..{most}'")
+        idle = {} if least else {"idle_seconds": IDLE_SECONDS}
+        return {"replicas": max(1, least), "min_replicas": least, "max_replicas": most, **idle}
+    if isinstance(given, str):
+        given = 0 if given == "all" else int(given) if given.isdecimal() else given
+    return {"replicas": arguments.checked("replicas", given, Count, _REPLICAS)}
