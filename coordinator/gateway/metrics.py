@@ -33,6 +33,15 @@ def exposition(serving: Serving, inference: Inference, membership: Membership) -
             labels = f'model="{_escaped(deployment.name)}",state="{replica_state}"'
             lines.append(f"potluck_replicas{{{labels}}} {found[replica_state]}")
 
+    family("potluck_traffic_percent", "gauge", "Share of the questions to its plain name that a deployment answers.")
+    for deployment in deployments:
+        labels = f'model="{_escaped(deployment.name)}",role="{deployment.role or "none"}"'
+        lines.append(f"potluck_traffic_percent{{{labels}}} {deployment.weight}")
+
+    family("potluck_replica_bytes", "gauge", "Memory that a replica took when it was loaded.")
+    for deployment in deployments:
+        lines.append(f'potluck_replica_bytes{{model="{_escaped(deployment.name)}"}} {deployment.resident_bytes}')
+
     family("potluck_queue_length", "gauge", "Requests that wait for a replica.")
     for deployment in deployments:
         lines.append(f'potluck_queue_length{{model="{_escaped(deployment.name)}"}} {deployment.queued}')

@@ -229,8 +229,9 @@ class Serving:
         return self._deployments[self._inference.router(model).name].signature
 
     def ready(self, model: str) -> bool:
-        """Whether a replica of it can answer now. Raises NotFound."""
-        return bool(self._inference.router(model).lanes)
+        """Whether it can be asked now: a replica is ready, or is loaded on demand. Raises NotFound."""
+        router = self._inference.router(model)
+        return bool(router.lanes) or self._deployments[router.name].parked is not None
 
     def versions(self, name: str) -> tuple[str, ...]:
         """The deployed versions of `name`."""
