@@ -41,11 +41,11 @@ def datatype_of(dtype: np.dtype[Any]) -> str:
 
 
 def from_numpy(name: str, array: np.ndarray[Any, Any]) -> Tensor:
-    """A tensor with its data inline as bytes; text as a list of strings."""
+    """A tensor with its data inline as bytes; text as a list of strings, or of bytes where any is not UTF-8."""
     datatype = datatype_of(array.dtype)
     if datatype == "BYTES":
-        flat = [item.decode() if isinstance(item, bytes) else str(item) for item in array.ravel().tolist()]
-        return Tensor(name=name, datatype=datatype, shape=array.shape, data=flat)
+        flat = [item if isinstance(item, bytes) else str(item).encode() for item in array.ravel().tolist()]
+        return Tensor(name=name, datatype=datatype, shape=array.shape, data=_as_texts(flat))
     data = np.ascontiguousarray(array, dtype=DTYPES[datatype]).tobytes()
     return Tensor(name=name, datatype=datatype, shape=array.shape, data=data)
 
@@ -127,10 +127,14 @@ def unpacked(name: str, datatype: str, data: bytes) -> bytes | list[Any]:
         if at > len(data):
             raise InvalidRequest(f"tensor '{name}': an item of BYTES ends behind the tensor's {len(data)} bytes")
         items.append(data[start:at])
+    return _as_texts(items)
+
+
+def _as_texts(items: list[bytes]) -> list[Any]:
     try:
         return [item.decode() for item in items]
     except UnicodeDecodeError:
-        return items
+        return list(items)
 
 
 def _shaped(array: np.ndarray[Any, Any], tensor: Tensor) -> np.ndarray[Any, Any]:

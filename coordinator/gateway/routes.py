@@ -7,7 +7,9 @@ from aiohttp import web
 from coordinator.gateway import metrics
 from coordinator.gateway.asking import Asking
 from coordinator.gateway.open_inference import OpenInference
+from coordinator.gateway.plain import Plain
 from coordinator.gateway.shelf import Shelf
+from coordinator.gateway.tensorflow_serving import TensorFlowServing
 from coordinator.membership import Membership
 from coordinator.serving.inference import Inference
 from coordinator.serving.registry import Registry
@@ -37,4 +39,6 @@ def routes(
     return [
         web.get("/metrics", prometheus),
         *OpenInference(asking, bus).routes(),
+        *TensorFlowServing(asking).routes(),
+        *Plain(asking).routes(),
     ]

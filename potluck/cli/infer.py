@@ -40,11 +40,12 @@ def infer(
     """Ask a deployed model."""
     from potluck.cli import output
     from potluck.client.models import image_options
+    from potluck.data.items import input_shape
 
     size = image_size(image)
     with session(context).client() as client:
         info = client.get_model(model)
-        asked = image_options(size, _input_shape(info))
+        asked = image_options(size, input_shape(info))
         inputs = read_input(source, info, asked)
         found = client.infer(model, inputs)
     outputs = found if isinstance(found, dict) else {"": found}
@@ -62,6 +63,7 @@ def read_input(source: str, info: ModelInfo, image: ImageOptions | None) -> Any:
     """What to ask: an array with its batch axis, or a map of them. Raises InvalidData; InvalidRequest for `image` with arrays."""
     import numpy as np
 
+    from potluck.data import items
     from potluck.errors import InvalidData, InvalidRequest
 
     path = Path(source)
@@ -94,126 +96,45 @@ def read_input(source: str, info: ModelInfo, image: ImageOptions | None) -> Any:
     if not there:
         raise InvalidData(f"there is no file {path}: give an image, .txt, .wav, .npy, .json, or JSON itself")
     if path.suffix.lower() == ".txt":
-        return read_text(path, info)
+        return items.text(_read(path, "text"), info, str(path))
     if path.suffix.lower() == ".wav":
-        return read_recording(path, info)
+        return items.recording(_read(path, "a recording"), info, str(path))
     if path.suffix.lower() in NO_IMAGES:
         raise InvalidData(
             f"{path} is no image: give an image, .npy, or JSON (for several inputs a map of them by name)"
         )
-    return read_image(path, image or info.image or _image_of(info))[np.newaxis]
+    options = image or items.image_options(info, ": add --image HxW")
+    return items.image(_read(path, "an image"), options, str(path))[np.newaxis]
 
 
 def _dtype_of(info: ModelInfo) -> Any:
     """What JSON becomes: the datatype of the model's only input where that is whole numbers or text, else float32."""
     import numpy as np
 
+    from potluck.data.items import takes_text
     from potluck.tensors import DTYPES
 
     inputs = info.signature.inputs if info.signature is not None else ()
-    if _takes_text(info):
+    if takes_text(info):
         return np.dtype(object)
     wanted = DTYPES.get(inputs[0].datatype) if len(inputs) == 1 else None
     return wanted if wanted is not None and wanted.kind in "iub" else np.dtype(np.float32)
 
 
-def _takes_text(info: ModelInfo) -> bool:
-    return info.signature is not None and [spec.datatype for spec in info.signature.inputs] == ["BYTES"]
-
-
-def read_text(path: Path, info: ModelInfo) -> np.ndarray[Any, Any]:
-    """The whole file as one item. Raises InvalidData, InvalidRequest."""
-    import numpy as np
-
-    from potluck.errors import InvalidData, InvalidRequest
-
-    if not _takes_text(info):
-        raise InvalidRequest(f"{path} is text, and model {info.name}:{info.version} takes none")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidData(f"{path} cannot be read as text in UTF-8: {error}") from error
-    return np.asarray([text], object).reshape([1] * len(_input_shape(info) or (1,)))
-
-
-def read_recording(path: Path, info: ModelInfo) -> np.ndarray[Any, Any]:
-    """A WAV file as the nodes make it: cut or padded to the model's input. Raises InvalidData, InvalidRequest."""
-    import numpy as np
-
-    from potluck.data.audio import fitted
-    from potluck.data.folders import Unusable
-    from potluck.errors import InvalidData, InvalidRequest
-
-    shape = _input_shape(info)
-    sizes = [size for size in shape[1:] if size is not None] if shape is not None else []
-    if shape is None or len(shape) not in (2, 3) or len(sizes) != len(shape) - 1 or _takes_text(info):
-        raise InvalidRequest(
-            f"{path} is a recording, and model {info.name}:{info.version} does not take (samples,) or (samples, channels)"
-        )
-    try:
-        return fitted(path.read_bytes(), tuple(sizes), info.rate)[np.newaxis]
-    except (OSError, Unusable) as error:
-        raise InvalidData(f"{path} cannot be read as a recording: {error}") from error
-
-
-def read_image(path: Path, options: ImageOptions) -> np.ndarray[Any, Any]:
-    """The pixels as the nodes make them: `channels`, resized bilinearly without smoothing, scaled; float32 (h, w, c)."""
-    import numpy as np
-    from PIL import Image, UnidentifiedImageError
-
+def _read(path: Path, what: str) -> bytes:
     from potluck.errors import InvalidData
 
     try:
-        with Image.open(path) as opened:
-            pixels = np.asarray(opened.convert({1: "L", 3: "RGB", 4: "RGBA"}[options.channels]), dtype=np.float32)
-    except FileNotFoundError as error:
-        raise InvalidData(f"there is no file {path}: give an image, .npy, .json, or JSON itself") from error
-    except (UnidentifiedImageError, OSError) as error:
-        raise InvalidData(f"{path} cannot be read as an image: give an image, .npy, .json, or JSON itself") from error
-    pixels = pixels.reshape(*pixels.shape[:2], options.channels)
-    pixels = _resize_axis(_resize_axis(pixels, 0, options.height), 1, options.width)
-    return (pixels * options.scale).astype(np.float32)
-
-
-def _resize_axis(pixels: np.ndarray[Any, Any], axis: int, size: int) -> np.ndarray[Any, Any]:
-    """Bilinear with pixel centres at one half, as `tf.image.resize` does it without antialias."""
-    import numpy as np
-
-    before = pixels.shape[axis]
-    if before == size:
-        return pixels
-    at = (np.arange(size) + 0.5) * before / size - 0.5
-    low = np.floor(at)
-    share = (at - low).astype(np.float32).reshape([-1 if index == axis else 1 for index in range(pixels.ndim)])
-    first = pixels.take(np.clip(low, 0, before - 1).astype(int), axis)
-    second = pixels.take(np.clip(low + 1, 0, before - 1).astype(int), axis)
-    resized: np.ndarray[Any, Any] = first * (1 - share) + second * share
-    return resized
-
-
-def _input_shape(info: ModelInfo) -> tuple[int | None, ...] | None:
-    if info.signature is None or len(info.signature.inputs) != 1:
-        return None
-    return tuple(None if size < 0 else size for size in info.signature.inputs[0].shape)
-
-
-def _image_of(info: ModelInfo) -> ImageOptions:
-    from potluck.client.models import image_options
-    from potluck.errors import InvalidRequest
-
-    shape = _input_shape(info)
-    if shape is None or len(shape) != 4 or None in shape[1:3]:
-        raise InvalidRequest(
-            f"model {info.name}:{info.version} does not say what size its images have: add --image HxW"
-        )
-    made = image_options((shape[1] or 0, shape[2] or 0), shape)
-    assert made is not None
-    return made
+        return path.read_bytes()
+    except OSError as error:
+        raise InvalidData(f"{path} cannot be read as {what}: {error.strerror}") from error
 
 
 def _with_batch(array: np.ndarray[Any, Any], info: ModelInfo) -> np.ndarray[Any, Any]:
     """A single item gets the batch axis that it lacks."""
-    shape = _input_shape(info)
+    from potluck.data.items import input_shape
+
+    shape = input_shape(info)
     return array[None] if shape is not None and array.ndim == len(shape) - 1 else array
 
 

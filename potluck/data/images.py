@@ -31,7 +31,7 @@ _UNDECODABLE = (
 
 def check(data: bytes) -> Checked:
     """Decodes it wholly. Raises Unusable."""
-    with _opened(data) as image:
+    with opened(data) as image:
         image.load()
         suffix = _suffix(image)
         if suffix == "png":
@@ -43,17 +43,17 @@ def write(data: bytes, checked: Checked) -> tuple[str, bytes]:
     """(suffix, bytes) as in a shard. Raises Unusable."""
     if checked.suffix:
         return checked.suffix, data
-    with _opened(data) as image:
+    with opened(data) as image:
         buffer = io.BytesIO()
         _as_png(image).save(buffer, "PNG")
         return "png", buffer.getvalue()
 
 
 @contextmanager
-def _opened(data: bytes) -> Iterator[Image.Image]:
-    """Raises Unusable for what Pillow raises within."""
+def opened(data: bytes, formats: tuple[str, ...] | None = None) -> Iterator[Image.Image]:
+    """An image in one of `formats` (Pillow's names; None: any). Raises Unusable for what Pillow raises within."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=formats) as image:
             yield image
     except UnidentifiedImageError as error:
         raise Unusable("not an image") from error

@@ -63,7 +63,8 @@ class Node:
         self.slow_to_load = False
         self.forgetful = False
         self.signature = SIGNATURE
-        """Of the models that it loads."""
+        """Of the models that it loads from now on."""
+        self.signatures: dict[str, Signature] = {}
         self.fetch: Callable[[BlobRef], bytes] | None = None
         """How it comes by inputs that are blobs."""
         self.keep: Callable[[bytes], BlobRef] | None = None
@@ -91,12 +92,9 @@ class Node:
                     self.outbox.publish(topic, ModelLoadFailed(replica_id=replica_id, error=BROKEN))
                 else:
                     self.loaded.append(replica_id)
-                    self.outbox.publish(
-                        topic,
-                        ModelLoaded(
-                            replica_id=replica_id, signature=self.signature, resident_bytes=self.resident_bytes
-                        ),
-                    )
+                    signature = self.signatures.setdefault(replica_id, self.signature)
+                    loaded = ModelLoaded(replica_id=replica_id, signature=signature, resident_bytes=self.resident_bytes)
+                    self.outbox.publish(topic, loaded)
             case UnloadModel(replica_id=replica_id):
                 self.unloaded.append(replica_id)
                 self.loaded = [one for one in self.loaded if one != replica_id]
@@ -109,18 +107,21 @@ class Node:
                 self.outbox.publish(topic, finished, qos=0)
             case RunInference() as batch if not self.mute:
                 self.batches.append(len(batch.requests))
-                outcomes = tuple(RequestOutcome(outputs=self.doubled(request)) for request in batch.requests)
+                outcomes = tuple(
+                    RequestOutcome(outputs=self.doubled(self.signatures[batch.replica_id], request))
+                    for request in batch.requests
+                )
                 finished = InferenceFinished(id=batch.id, replica_id=batch.replica_id, outcomes=outcomes)
                 self.outbox.publish(topic, finished, qos=0)
 
-    def doubled(self, request: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def doubled(self, signature: Signature, request: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Twice the first input, as each output."""
         self.inputs.append(request)
         first = request[0]
         if isinstance(first.data, BlobRef):
             assert self.fetch is not None, "an input is a blob"
             first = replace(first, data=tensors.unpacked(first.name, first.datatype, self.fetch(first.data)))
-        found = tuple(tensors.from_numpy(spec.name, 2 * tensors.to_numpy(first)) for spec in self.signature.outputs)
+        found = tuple(tensors.from_numpy(spec.name, 2 * tensors.to_numpy(first)) for spec in signature.outputs)
         if self.keep is None:
             return found
         return tuple(replace(tensor, data=self.keep(tensors.packed(tensor))) for tensor in found)

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from potluck.cli.infer import read_image, read_input
+from potluck.cli.infer import read_input
 from potluck.cli.joining import CLAIM, elected
 from potluck.cli.registry import read_labels, read_tags
 from potluck.cli.session import check_output, global_options_first, image_size
+from potluck.data import items
 from potluck.errors import InvalidData, InvalidRequest
 from potluck.messages import BlobRef, ImageOptions, ModelInfo, Signature, TensorSpec
 from support.recordings import wav
@@ -84,7 +85,7 @@ def test_the_smallest_candidate_is_elected_and_a_claim_comes_before_all() -> Non
 def test_images_are_resized_as_the_nodes_do_it(tmp_path: Path) -> None:
     path = tmp_path / "p.png"
     Image.fromarray(np.array([[0, 100], [200, 100]], np.uint8)).save(path)
-    pixels = read_image(path, ImageOptions(height=4, width=1, channels=1, scale=1.0))
+    pixels = items.image(path.read_bytes(), ImageOptions(height=4, width=1, channels=1, scale=1.0))
     assert pixels.shape == (4, 1, 1)
     assert pixels.ravel().tolist() == [50.0, 75.0, 125.0, 150.0], "half-pixel centres, edges repeated"
     assert read_input(str(path), model((-1, 2, 2, 3)), None).shape == (1, 2, 2, 3)

@@ -1,0 +1,192 @@
+"""The plain face, for who has a file and wants to know: post an image, a text or a recording, and read JSON."""
+
+from __future__ import annotations
+
+import asyncio
+from email import message_from_bytes
+from email.policy import HTTP
+from typing import Any
+
+import msgspec
+import numpy as np
+from aiohttp import web
+
+from coordinator.gateway import json_arrays
+from coordinator.gateway.answers import encoded, guarded
+from coordinator.gateway.asking import Asking
+from coordinator.gateway.bodies import plain
+from potluck.data import items
+from potluck.errors import InvalidData, InvalidRequest
+from potluck.messages import Inferred, ModelInfo, Signature, Tensor
+from potluck.tensors import from_numpy, to_numpy
+
+SHOWN_CLASSES = 5
+"""In an answer, unless `?top=` says how many."""
+DECODED_AT_ONCE = 2
+"""Images take memory while they are decoded."""
+_UNSAID = ("", "application/octet-stream", "application/x-www-form-urlencoded")
+"""Types of programs that were not told one: curl's --data-binary says the last. What it is, the bytes say."""
+_IMAGES = (b"\x89PNG", b"\xff\xd8", b"GIF8", b"BM", b"II*\x00", b"MM\x00*")
+
+
+class Score(msgspec.Struct):
+    label: str
+    score: float
+
+
+class Classified(msgspec.Struct):
+    """The best class, and the best few with their scores. Without names of classes, their numbers stand for them."""
+
+    model: str
+    label: str
+    score: float
+    scores: list[Score]
+
+
+class Outputs(msgspec.Struct):
+    """Arrays by the name of the output."""
+
+    model: str
+    outputs: dict[str, Any]
+
+
+class Deployed(msgspec.Struct):
+    model: str
+    ready: bool
+    classes: tuple[str, ...]
+
+
+class Plain:
+    """The routes below `/models`."""
+
+    def __init__(self, asking: Asking) -> None:
+        self._asking = asking
+        self._decoding = asyncio.Semaphore(DECODED_AT_ONCE)
+
+    def routes(self) -> list[web.RouteDef]:
+        return [
+            web.get("/models", guarded(self.models)),
+            web.post("/models/{model}/classify", self._asking.answering(self.classify)),
+            web.post("/models/{model}/infer", self._asking.answering(self.infer)),
+        ]
+
+    async def models(self, request: web.Request) -> web.Response:
+        """What is deployed."""
+        serving = self._asking.serving
+        return encoded(
+            [
+                Deployed(one.name, serving.ready(one.name), self._asking.info(one.name).classes)
+                for one in serving.deployments()
+            ]
+        )
+
+    async def classify(self, request: web.Request) -> web.Response:
+        """The classes of one file. `?top=`: of so many."""
+        top = _top(request)
+        model = request.match_info["model"]
+        name, signature = self._asking.deployed(model)
+        info = _described(self._asking.info(name), signature)
+        content_type, data = _file(request.content_type, request.headers, await self._asking.bodies.read(request))
+        async with self._decoding:
+            item = await asyncio.to_thread(_item, content_type, data, info)
+        if info.signature is None or len(info.signature.inputs) != 1:
+            raise InvalidRequest(f"model {name} has several inputs: ask it at /models/{model}/infer")
+        answer = await self._asking.infer(request, model, (from_numpy(info.signature.inputs[0].name, item),))
+        scores = _scores(answer, self._asking.info(answer.model))
+        best = sorted(scores, key=lambda one: -one.score)[:top]
+        return encoded(Classified(answer.model, best[0].label, best[0].score, best))
+
+    async def infer(self, request: web.Request) -> web.Response:
+        """Arrays in, arrays out: one for a model with one input, else a map of them by name."""
+        model = request.match_info["model"]
+        name, signature = self._asking.deployed(model)
+        try:
+            asked = plain(await self._asking.bodies.read(request))
+        except (ValueError, RecursionError) as error:
+            raise InvalidRequest(f"the body is not JSON: {error}") from error
+        if signature is None:
+            raise InvalidRequest(f"model {name} does not say yet what its inputs are: it is being loaded")
+        answer = await self._asking.infer(request, model, _arrays(name, signature, asked))
+        outputs = {tensor.name: json_arrays.nested(tensor) for tensor in answer.outputs}
+        return encoded(Outputs(answer.model, outputs))
+
+
+def _top(request: web.Request) -> int:
+    text = request.query.get("top", str(SHOWN_CLASSES))
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text)):
+        raise InvalidRequest(f"top is {text[:40]!r}: expected how many classes, one at least")
+    return int(text)
+
+
+def _described(info: ModelInfo, signature: Signature | None) -> ModelInfo:
+    """With the signature that was learnt when it was loaded."""
+    return info if info.signature is not None else msgspec.structs.replace(info, signature=signature)
+
+
+def _file(content_type: str, headers: Any, body: bytes) -> tuple[str, bytes]:
+    """(its type, its bytes): the body, or the first file in a form. Raises InvalidRequest."""
+    if content_type == "multipart/form-data":
+        head = f"Content-Type: {headers['Content-Type']}\r\n\r\n".encode()
+        for part in message_from_bytes(head + body, policy=HTTP).walk():
+            if part.get_filename() is not None:
+                data = part.get_payload(decode=True)
+                return part.get_content_type(), data if isinstance(data, bytes) else b""
+        raise InvalidRequest("the form has no file: send one as a field of its own (curl: -F file=@image.png)")
+    if not body:
+        raise InvalidRequest("the body is empty: send an image, a text or a recording (curl: --data-binary @image.png)")
+    return content_type, body
+
+
+def _item(content_type: str, data: bytes, info: ModelInfo) -> np.ndarray[Any, Any]:
+    """A batch of one for the model. Raises InvalidData, InvalidRequest."""
+    kind = content_type.partition("/")[0]
+    if content_type in _UNSAID:
+        kind = _kind(data)
+    if kind == "image":
+        return items.image(data, items.image_options(info, ", so it takes arrays: ask it at /infer"))[np.newaxis]
+    if kind == "audio":
+        return items.recording(data, info)
+    if kind == "text":
+        return items.text(data, info)
+    raise InvalidData(
+        f"a body of type {content_type[:80]} is not understood: send an image, text/plain, or a WAV recording (audio/wav)"
+    )
+
+
+def _kind(data: bytes) -> str:
+    """What bytes without a type are."""
+    if data[:4] == b"RIFF":
+        return "audio" if data[8:12] == b"WAVE" else "image"
+    return "image" if data.startswith(_IMAGES) else "text"
+
+
+def _scores(answer: Inferred, info: ModelInfo) -> list[Score]:
+    """Of the only row of the only output. Raises InvalidRequest where that is no classifier's."""
+    values = to_numpy(answer.outputs[0])
+    if len(answer.outputs) != 1 or values.ndim != 2 or len(values) != 1 or values.dtype.kind not in "fiu":
+        shown = ", ".join(f"{one.name} {one.datatype} {list(one.shape)}" for one in answer.outputs)
+        raise InvalidRequest(f"model {answer.model} answers {shown}, and no scores of classes: ask it at /infer")
+    row = [float(score) for score in values[0].tolist()]
+    if len(row) == 1 and len(info.classes) == 2:  # one score for the second of two classes
+        row = [1.0 - row[0], row[0]]
+    labels = info.classes if len(info.classes) == len(row) else tuple(str(number) for number in range(len(row)))
+    return [Score(label, score) for label, score in zip(labels, row, strict=True)]
+
+
+def _arrays(name: str, signature: Signature, asked: Any) -> tuple[Tensor, ...]:
+    """Raises InvalidRequest."""
+    specs = {spec.name: spec for spec in signature.inputs}
+    if not isinstance(asked, dict):
+        if len(specs) != 1:
+            raise InvalidRequest(f"model {name} has the inputs {', '.join(specs)}: send a map of arrays by name")
+        asked = {next(iter(specs)): asked}
+    if asked.keys() != specs.keys():
+        given = ", ".join(str(key)[:80] for key in asked) or "none"
+        raise InvalidRequest(f"model {name} has the inputs {', '.join(specs)}, but the request has {given}")
+    found = []
+    for key, spec in specs.items():
+        value = asked[key]
+        if len(json_arrays.shape_of(value)) == len(spec.shape) - 1:
+            value = [value]  # a single item gets the batch axis that it lacks
+        found.append(json_arrays.tensor(spec, value))
+    return tuple(found)

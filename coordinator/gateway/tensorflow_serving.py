@@ -1,0 +1,265 @@
+"""TensorFlow Serving's REST API (1.8 and later): predict, classify, regress, a model's status and metadata, versions and labels.
+
+Statuses and words of errors are TensorFlow Serving's; a label is an alias of the registry. Keras models have one signature,
+`serving_default`. KServe's V1 protocol asks in the same words, and what it reads beside them is there too.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal
+
+import msgspec
+from aiohttp import web
+
+from coordinator.gateway import json_arrays, tensorflow_inputs
+from coordinator.gateway.answers import encoded, guarded
+from coordinator.gateway.asking import Asking
+from coordinator.gateway.bodies import plain
+from potluck.errors import InvalidRequest, NotFound
+from potluck.messages import Signature, Tensor, TensorSpec
+from potluck.tensors import to_numpy
+
+SIGNATURE = "serving_default"
+_METHODS = {
+    "predict": "tensorflow/serving/predict",
+    "classify": "tensorflow/serving/classify",
+    "regress": "tensorflow/serving/regress",
+}
+_DTYPES = {
+    "BOOL": "DT_BOOL", "UINT8": "DT_UINT8", "UINT16": "DT_UINT16", "UINT32": "DT_UINT32", "UINT64": "DT_UINT64",
+    "INT8": "DT_INT8", "INT16": "DT_INT16", "INT32": "DT_INT32", "INT64": "DT_INT64", "FP16": "DT_HALF",
+    "FP32": "DT_FLOAT", "FP64": "DT_DOUBLE", "BYTES": "DT_STRING",
+}  # fmt: skip
+_NUMBER = re.compile(r"[0-9]{1,18}")
+
+
+class PredictRequest(msgspec.Struct, omit_defaults=True):
+    """In rows (`instances`) or in columns (`inputs`), one of them."""
+
+    signature_name: str = ""
+    instances: list[Any] | msgspec.UnsetType = msgspec.UNSET
+    inputs: Any | msgspec.UnsetType = msgspec.UNSET
+
+
+class PredictResponse(msgspec.Struct, omit_defaults=True):
+    predictions: list[Any] | msgspec.UnsetType = msgspec.UNSET
+    outputs: Any | msgspec.UnsetType = msgspec.UNSET
+
+
+class ExamplesRequest(msgspec.Struct, omit_defaults=True):
+    """Of `:classify` and `:regress`: a map of features for each example, and those that all share."""
+
+    examples: list[dict[str, Any]]
+    context: dict[str, Any] = {}
+    signature_name: str = ""
+
+
+class ClassifyResponse(msgspec.Struct):
+    results: list[list[tuple[str, float]]]
+
+
+class RegressResponse(msgspec.Struct):
+    results: list[float]
+
+
+class VersionError(msgspec.Struct):
+    error_code: str
+    error_message: str
+
+
+class VersionStatus(msgspec.Struct):
+    version: str
+    state: Literal["UNKNOWN", "START", "LOADING", "AVAILABLE", "UNLOADING", "END"]
+    status: VersionError
+
+
+class ModelStatus(msgspec.Struct):
+    """`name` and `ready` are KServe's."""
+
+    model_version_status: list[VersionStatus]
+    name: str
+    ready: bool
+
+
+class ModelSpec(msgspec.Struct):
+    name: str
+    signature_name: str
+    version: str
+
+
+class Metadata(msgspec.Struct):
+    model_spec: ModelSpec
+    metadata: dict[str, Any]
+
+
+class TensorFlowServing:
+    """The routes below `/v1`."""
+
+    def __init__(self, asking: Asking) -> None:
+        self._asking = asking
+
+    def routes(self) -> list[web.RouteDef]:
+        model = "/v1/models/{model:[^/:]+}"
+        found = []
+        for base in (model, f"{model}/versions/{{version:[^/:]+}}", f"{model}/labels/{{label:[^/:]+}}"):
+            found.append(web.get(base, guarded(self.status)))
+            found.append(web.get(f"{base}/metadata", guarded(self.metadata)))
+            for verb, handler in (("predict", self.predict), ("classify", self.classify), ("regress", self.regress)):
+                found.append(web.post(f"{base}:{verb}", self._asking.answering(handler)))
+        return found
+
+    # --- questions --------------------------------------------------------------------------------------------------------
+
+    async def predict(self, request: web.Request) -> web.Response:
+        asked = await self._asked(request, "predict")
+        model, signature = self._deployed(request)
+        rows = "instances" in asked
+        if rows and "inputs" in asked:
+            raise InvalidRequest(
+                "JSON Value: Not formatted correctly expecting only one of 'inputs' or 'instances' keys to exist"
+            )
+        if rows:
+            inputs = tensorflow_inputs.from_rows(signature, asked["instances"])
+        elif "inputs" in asked:
+            inputs = tensorflow_inputs.from_columns(signature, asked["inputs"])
+        else:
+            raise InvalidRequest("Missing 'inputs' or 'instances' key")
+        answer = await self._asking.infer(request, model, inputs)
+        columns = {tensor.name: json_arrays.nested(tensor) for tensor in answer.outputs}
+        said = {"predictions": tensorflow_inputs.as_rows(columns)} if rows else {"outputs": _alone(columns)}
+        return web.Response(body=json_arrays.written(said), content_type="application/json")
+
+    async def classify(self, request: web.Request) -> web.Response:
+        name, scores = await self._examples(request, "classify")
+        values = to_numpy(scores)
+        if values.ndim == 1:
+            values = values[:, None]
+        if values.ndim != 2 or values.dtype.kind not in "fiu":
+            raise InvalidRequest(
+                f"Expected Tensor shape: [?, classes] of numbers, and '{scores.name}' is {_of(scores)}"
+            )
+        classes = self._asking.info(name).classes
+        labels = classes if len(classes) == values.shape[1] else ("",) * values.shape[1]
+        results = [[[label, score] for label, score in zip(labels, row, strict=True)] for row in values.tolist()]
+        return web.Response(body=json_arrays.written({"results": results}), content_type="application/json")
+
+    async def regress(self, request: web.Request) -> web.Response:
+        _, found = await self._examples(request, "regress")
+        values = to_numpy(found)
+        if values.ndim == 2 and values.shape[1] == 1:
+            values = values[:, 0]
+        if values.ndim != 1 or values.dtype.kind not in "fiu":
+            raise InvalidRequest(f"Expected Tensor shape: [?] or [?, 1] of numbers, and '{found.name}' is {_of(found)}")
+        return web.Response(body=json_arrays.written({"results": values.tolist()}), content_type="application/json")
+
+    # --- what is there ------------------------------------------------------------------------------------------------------
+
+    async def status(self, request: web.Request) -> web.Response:
+        name, version = self._meant(request)
+        serving = self._asking.serving
+        versions = serving.versions(name)
+        if version:
+            versions = tuple(one for one in versions if one == version)
+        if not versions:
+            which = f"version {version} of" if version else "any versions of"
+            raise NotFound(f"Could not find {which} model {name}")
+        ready = {one: serving.ready(f"{name}:{one}") for one in versions}
+        states = [
+            VersionStatus(one, "AVAILABLE" if ready[one] else "LOADING", VersionError("OK", "")) for one in versions
+        ]
+        return encoded(ModelStatus(states, name, any(ready.values())))
+
+    async def metadata(self, request: web.Request) -> web.Response:
+        model, signature = self._deployed(request)
+        name, _, version = model.partition(":")
+        if not version:
+            version = self._asking.deployed(name)[0].partition(":")[2]
+        definition = {
+            "inputs": {spec.name: _info(spec, f"{SIGNATURE}_{spec.name}:0") for spec in signature.inputs},
+            "outputs": {
+                spec.name: _info(spec, f"StatefulPartitionedCall:{at}") for at, spec in enumerate(signature.outputs)
+            },
+            "method_name": _METHODS["predict"],
+        }
+        said = {"signature_def": {"signature_def": {SIGNATURE: definition}}}
+        return encoded(Metadata(ModelSpec(name, "", version), said))
+
+    # --- what a request means -------------------------------------------------------------------------------------------------
+
+    def _meant(self, request: web.Request) -> tuple[str, str]:
+        """(name, version) of a path; the version is empty where it says none. Raises InvalidRequest, NotFound."""
+        path = request.match_info
+        name, version, label = path["model"], path.get("version", ""), path.get("label", "")
+        if "version" in path and not _NUMBER.fullmatch(version):
+            raise InvalidRequest(f"Malformed request: {request.method} {request.path}")
+        if not label:
+            return name, str(int(version)) if version else ""
+        self._asking.info(name)  # a name that is not registered has its own answer
+        try:
+            found = self._asking.info(f"{name}:{label}")
+        except NotFound as error:
+            raise InvalidRequest(f"Unrecognized servable version label: {label}") from error
+        if label == str(found.version):
+            raise InvalidRequest(f"Unrecognized servable version label: {label}")
+        return name, str(found.version)
+
+    def _deployed(self, request: web.Request) -> tuple[str, Signature]:
+        """What is to be asked, `name` or `name:version`, and its signature. Raises NotFound in TensorFlow Serving's words."""
+        try:
+            name, version = self._meant(request)
+            model = f"{name}:{version}" if version else name
+            _, signature = self._asking.deployed(model)
+        except NotFound as error:
+            name, version = request.match_info["model"], request.match_info.get("version", "")
+            which = f"Specific({name}, {version})" if version else f"Latest({name})"
+            raise NotFound(f"Servable not found for request: {which}: {error.message}") from error
+        if signature is None:
+            raise NotFound(f"Servable not found for request: Latest({model}): it is being loaded")
+        return model, signature
+
+    async def _asked(self, request: web.Request, verb: str) -> dict[str, Any]:
+        """The request's JSON object, its signature checked. Raises InvalidRequest."""
+        body = await self._asking.bodies.read(request)
+        if not body:
+            raise InvalidRequest("JSON Parse error: The document is empty")
+        try:
+            asked = plain(body)
+        except (ValueError, RecursionError) as error:
+            raise InvalidRequest(f"JSON Parse error: Invalid value: {error}") from error
+        if not isinstance(asked, dict):
+            raise InvalidRequest("JSON Value: Is not object")
+        signature = asked.get("signature_name", "")
+        if not isinstance(signature, str):
+            raise InvalidRequest("JSON Value: not formatted correctly. 'signature_name' key must be a string value.")
+        if signature not in ("", SIGNATURE, _METHODS[verb]):
+            raise InvalidRequest(f'Serving signature name: "{signature[:80]}" not found in signature def')
+        return asked
+
+    async def _examples(self, request: web.Request, verb: str) -> tuple[str, Tensor]:
+        """(the deployment that answered, its only output)"""
+        asked = await self._asked(request, verb)
+        model, signature = self._deployed(request)
+        answer = await self._asking.infer(request, model, tensorflow_inputs.from_examples(signature, asked, verb))
+        if len(answer.outputs) != 1:
+            have = ", ".join(tensor.name for tensor in answer.outputs)
+            raise InvalidRequest(f"Expected one output to {verb} by, and the model has {have}: ask it with :predict")
+        return answer.model, answer.outputs[0]
+
+
+def _alone(columns: dict[str, Any]) -> Any:
+    """Outputs in the column format: without its name where there is one."""
+    if len(columns) == 1:
+        (values,) = columns.values()
+        return values
+    return columns
+
+
+def _of(tensor: Tensor) -> str:
+    return f"{tensor.datatype} of shape {list(tensor.shape)}"
+
+
+def _info(spec: TensorSpec, name: str) -> dict[str, Any]:
+    """A TensorInfo, as protobuf's JSON has it."""
+    dims = [{"size": str(length), "name": ""} for length in spec.shape]
+    return {"dtype": _DTYPES[spec.datatype], "tensor_shape": {"dim": dims, "unknown_rank": False}, "name": name}

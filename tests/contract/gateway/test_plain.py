@@ -1,0 +1,160 @@
+"""The plain routes: a file in, its classes out; arrays in, arrays out."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import zlib
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import aiohttp
+import numpy as np
+import pytest
+from PIL import Image
+
+from potluck.data import audio
+from potluck.messages import ImageOptions, Signature, TensorSpec
+from potluck.tensors import to_numpy
+from support.serving_lab import Lab
+
+Deploy = Callable[..., Awaitable[None]]
+Http = tuple[str, aiohttp.ClientSession]
+
+
+def signature(shape: tuple[int, ...], datatype: str = "FP32") -> Signature:
+    """Of a model whose output is as its input: the scripted node doubles it."""
+    return Signature(
+        inputs=(TensorSpec(name="x", datatype=datatype, shape=shape),),
+        outputs=(TensorSpec(name="y", datatype=datatype, shape=shape),),
+    )
+
+
+def png(width: int, height: int, value: int = 51) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((height, width), value, np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def pcm(count: int, rate: int = 8000) -> bytes:
+    return audio.encode(np.full((count, 1), 16384, np.int16), rate)
+
+
+async def post(http: Http, path: str, data: Any, content_type: str | None = None) -> tuple[int, Any]:
+    base, session = http
+    headers = {"Content-Type": content_type} if content_type else {}
+    async with session.post(f"{base}/models/{path}", data=data, headers=headers) as response:
+        return response.status, await response.json()
+
+
+def sent(lab: Lab) -> np.ndarray[Any, Any]:
+    """What the model was asked last."""
+    return to_numpy(lab.nodes["a"].inputs[-1][0])
+
+
+@pytest.mark.parametrize("content_type", ["image/png", "application/octet-stream", "application/x-www-form-urlencoded"])
+async def test_an_image_becomes_the_models_input(lab: Lab, http: Http, deploy: Deploy, content_type: str) -> None:
+    await deploy("images", signature((-1, 2, 3, 1)), image=ImageOptions(height=2, width=3, channels=1, scale=1 / 255))
+    status, said = await post(http, "images/classify", png(30, 20), content_type)
+    assert sent(lab).shape == (1, 2, 3, 1)
+    np.testing.assert_allclose(sent(lab), 0.2, rtol=1e-6)
+    assert (status, said["error"]) == (
+        400, "model images:1 answers y FP32 [1, 2, 3, 1], and no scores of classes: ask it at /infer",
+    )  # fmt: skip
+
+
+async def test_a_form_carries_a_file(lab: Lab, http: Http, deploy: Deploy) -> None:
+    await deploy("images", signature((-1, 2, 2, 3)))
+    form = aiohttp.FormData()
+    form.add_field("note", "hello")
+    form.add_field("file", png(4, 4, 255), filename="four.png", content_type="image/png")
+    await post(http, "images/classify", form)
+    assert sent(lab).shape == (1, 2, 2, 3)  # as the signature has it, where no training said more
+    assert sent(lab).max() == 1
+
+
+async def test_classes_come_with_their_scores_the_best_first(http: Http, deploy: Deploy) -> None:
+    await deploy("sounds", signature((-1, 3)), classes=("cat", "dog", "eel"), rate=8000)
+    wav = pcm(2)  # padded to three samples: 0.5, 0.5, 0
+    wanted = [{"label": "cat", "score": 1.0}, {"label": "dog", "score": 1.0}, {"label": "eel", "score": 0.0}]
+    assert await post(http, "sounds/classify", wav, "audio/wav") == (
+        200, {"model": "sounds:1", "label": "cat", "score": 1.0, "scores": wanted},
+    )  # fmt: skip
+    status, said = await post(http, "sounds:1/classify?top=1", wav)
+    assert (status, said["scores"]) == (200, wanted[:1])
+    await deploy("unnamed", signature((-1, 3)))
+    status, said = await post(http, "unnamed/classify", wav)
+    assert (status, said["label"]) == (200, "0")
+
+
+async def test_texts(lab: Lab, http: Http, deploy: Deploy) -> None:
+    await deploy("texts", signature((-1,), "BYTES"))
+    for content_type in ("text/plain", "text/plain; charset=utf-8", "application/octet-stream"):
+        status, said = await post(http, "texts/classify", "größer".encode(), content_type)
+        assert sent(lab).tolist() == ["größer"]
+        assert status == 400
+        assert "no scores of classes" in said["error"]
+
+
+WRONG: list[Any] = [
+    ("none/classify", b"x", "image/png", 404, "none"),
+    ("images/classify", b"", "image/png", 400, "the body is empty"),
+    ("images/classify", b"no image", "image/png", 400, "not an image"),
+    ("images/classify", png(4, 4)[:45], "image/png", 400, "cannot be read as an image"),
+    ("images/classify", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "image/eps", 400, "not an image"),
+    ("images/classify", b"text", "text/plain", 400, "takes none"),
+    ("images/classify", pcm(3), "audio/wav", 400, "does not take (samples,)"),
+    ("images/classify", b"{}", "application/json", 400, "a body of type application/json is not understood"),
+    ("images/classify?top=0", png(4, 4), "image/png", 400, "top is '0'"),
+    ("images/classify?top=x", png(4, 4), "image/png", 400, "top is 'x'"),
+    ("m/classify", png(4, 4), "image/png", 400, "does not say what size its images have"),
+    ("m/classify", b"RIFF....WAVE", "audio/wav", 400, "cut off"),
+    ("images/classify", b"--b\r\n\r\n--b--", "multipart/form-data; boundary=b", 400, "the form has no file"),
+    ("images/classify", b"", "multipart/form-data", 400, "the form has no file"),
+]
+
+
+async def test_what_is_wrong_is_said(http: Http, deploy: Deploy) -> None:
+    await deploy("images", signature((-1, 2, 2, 3)))
+    for path, data, content_type, status, said in WRONG:
+        found, answer = await post(http, path, data, content_type)
+        assert said in answer.get("error", ""), (path, data, answer)
+        assert found == status, (path, data)
+
+
+async def test_an_image_that_would_fill_the_memory_is_refused(http: Http, deploy: Deploy) -> None:
+    await deploy("images", signature((-1, 2, 2, 1)))
+    bomb = png(1, 1)
+    at = bomb.index(b"IHDR")
+    head = b"IHDR" + struct.pack(">II", 8000, 8001) + bomb[at + 12 : at + 17]
+    bomb = bomb[:at] + head + struct.pack(">I", zlib.crc32(head)) + bomb[at + 21 :]
+    status, said = await post(http, "images/classify", bomb, "image/png")
+    assert status == 400
+    assert "8000 x 8001 pixels" in said["error"]
+
+
+async def test_arrays(lab: Lab, http: Http) -> None:
+    for asked in ([1, 2], [[1, 2]], {"x": [[1, 2]]}):
+        assert await post(http, "m/infer", json.dumps(asked)) == (
+            200, {"model": "m:1", "outputs": {"y": [[2.0, 4.0]]}},
+        )  # fmt: skip
+    base, session = http
+    async with session.get(f"{base}/models") as response:
+        assert await response.json() == [{"model": "m:1", "ready": True, "classes": []}]
+
+
+UNFIT: list[Any] = [
+    ("{", "the body is not JSON"),
+    ("", "the body is not JSON"),
+    ('{"z": [1, 2]}', "has the inputs x, but the request has z"),
+    ('["a", "b"]', "not of expected type: float"),
+    ("[[1, 2], [3]]", "unexpected size: 1"),
+]
+
+
+async def test_arrays_that_do_not_fit(http: Http) -> None:
+    for body, said in UNFIT:
+        status, answer = await post(http, "m/infer", body)
+        assert said in answer.get("error", ""), (body, answer)
+        assert status == 400, body
