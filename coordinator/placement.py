@@ -10,7 +10,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from potluck.messages import NodeData
+from potluck.messages import ModelFormat, NodeData
+
+RUNTIME_OF: dict[ModelFormat, str] = {
+    "keras": "tensorflow",
+    "h5": "tensorflow",
+    "savedmodel": "tensorflow",
+    "tflite": "litert",
+}
+"""What a node needs to serve a model of that format."""
+WORDS = {"tensorflow": "TensorFlow", "litert": "LiteRT"}
+"""Runtimes as people write them."""
 
 
 @dataclass(frozen=True)

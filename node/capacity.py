@@ -24,7 +24,11 @@ from potluck.messages import Capacity, Gpu, NodeTelemetry
 log = logging.getLogger(__name__)
 
 MEASURE_SECONDS = 30.0
-RUNTIMES = {"tensorflow": ("tensorflow", "tensorflow-cpu", "tensorflow_cpu"), "keras": ("keras",)}
+RUNTIMES = {
+    "tensorflow": ("tensorflow", "tensorflow-cpu", "tensorflow_cpu"),
+    "keras": ("keras",),
+    "litert": ("ai-edge-litert",),
+}
 
 
 def read(gflops: float = 0.0) -> Capacity:

@@ -142,7 +142,7 @@ class Replicas:
                 raise Unavailable(f"the model cannot be kept on this node: {error}") from error
 
             async def load(engine: Engine) -> tuple[Engine, Signature, int]:
-                return engine, *await engine.load_model(replica_id, path)
+                return engine, *await engine.load_model(replica_id, path, command.format)
 
             engine, signature, resident = await self._slot.use(load)
             if self._slot.engine is not engine:  # its death was told before the replica counted as one that it held

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from coordinator.placement import RUNTIME_OF
 from potluck.errors import CodeNotAllowed, InvalidRequest
-from potluck.messages import BlobRef, Deploy, ErrorInfo, ReplicaInfo, Signature
+from potluck.messages import BlobRef, Deploy, ErrorInfo, ModelFormat, ReplicaInfo, Signature
 
 FAILURES_LIMIT = 3
 RETRY_SECONDS = 5.0
@@ -31,6 +32,7 @@ class Place:
     gflops: float
     free_bytes: int | None = None
     """Memory that is left; None where that is not known."""
+    runtimes: frozenset[str] = frozenset({"tensorflow"})
 
     def fits(self, need_bytes: int) -> bool:
         return self.free_bytes is None or self.free_bytes >= need_bytes
@@ -56,6 +58,7 @@ class Load:
     replica_id: str
     node_id: str
     model: BlobRef
+    format: ModelFormat = "keras"
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ class Deployment:
     name: str
     model: BlobRef
     wanted: int
+    format: ModelFormat = "keras"
     signature: Signature | None = None
     replicas: dict[str, Replica] = field(default_factory=dict)
     failures: int = 0
@@ -120,10 +124,18 @@ class Deployment:
             return max(1, self.asked.min_replicas)
         return self.wanted or 1
 
+    def suited(self, places: Sequence[Place]) -> list[Place]:
+        """Those with what a model of its format runs on."""
+        return [place for place in places if RUNTIME_OF[self.format] in place.runtimes]
+
     def room(self, places: Sequence[Place]) -> list[Place]:
         """Where one more could go now."""
         here = {replica.node_id for replica in self.replicas.values()}
-        return [place for place in places if place.node_id not in here | self.refused and place.fits(self.need_bytes)]
+        return [
+            place
+            for place in self.suited(places)
+            if place.node_id not in here | self.refused and place.fits(self.need_bytes)
+        ]
 
     @property
     def put_away(self) -> bool:
@@ -147,7 +159,8 @@ class Deployment:
         if self.wanted:
             return self.wanted
         held = {replica.node_id for replica in self.replicas.values()}
-        return len({place.node_id for place in places if place.fits(self.need_bytes)} - self.refused | held)
+        fit = {place.node_id for place in self.suited(places) if place.fits(self.need_bytes)}
+        return len(fit - self.refused | held)
 
     def complete(self, places: Sequence[Place]) -> bool:
         """Whether all wanted replicas are ready."""
@@ -161,6 +174,7 @@ class Deployment:
         While it is `busy` with requests, a parked one keeps the replicas that it has.
         """
         commands: list[Load | Unload] = []
+        places = self.suited(places)
         here = {replica.node_id for replica in self.replicas.values()}
         allowed = [place for place in places if place.node_id not in self.refused]
         if places and not allowed and not self.replicas:
@@ -188,7 +202,7 @@ class Deployment:
         for replica in self.replicas.values():
             if replica.state == "loading" and (replica.asked_at is None or now - replica.asked_at >= resend_seconds):
                 replica.asked_at = now
-                commands.append(Load(self.name, replica.replica_id, replica.node_id, self.model))
+                commands.append(Load(self.name, replica.replica_id, replica.node_id, self.model, self.format))
         return commands
 
     def loaded(self, replica_id: str, signature: Signature) -> bool:

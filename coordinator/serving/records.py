@@ -8,7 +8,7 @@ from msgspec import Struct
 
 from coordinator.serving.deployments import Deployment, Parking
 from coordinator.serving.traffic import Traffic
-from potluck.messages import BlobRef, Deploy
+from potluck.messages import BlobRef, Deploy, ModelFormat
 
 STREAM = "deployments"
 
@@ -25,6 +25,7 @@ class Deployed(DeploymentEvent, frozen=True):
     model: BlobRef
     wanted: int
     asked: Deploy | None = None
+    format: ModelFormat = "keras"
 
 
 class Settled(DeploymentEvent, frozen=True):
@@ -116,7 +117,7 @@ class Records:
         """The fewest that give this state."""
         found: list[AnyDeploymentEvent] = []
         for name, one in self.deployments.items():
-            found.append(Deployed(name=name, model=one.model, wanted=one.wanted, asked=one.asked))
+            found.append(Deployed(name=name, model=one.model, wanted=one.wanted, asked=one.asked, format=one.format))
             if one.settled:
                 found.append(Settled(name=name))
             if one.parked:
@@ -141,7 +142,7 @@ class Records:
     def _deployed(self, event: Deployed) -> None:
         known = self.deployments.get(event.name)
         if known is None:
-            known = self.deployments[event.name] = Deployment(event.name, event.model, event.wanted)
+            known = self.deployments[event.name] = Deployment(event.name, event.model, event.wanted, event.format)
         known.wanted, known.failures, known.error = event.wanted, 0, None
         known.parked, known.reason, known.retired = None, "", False
         known.asked = event.asked or known.asked

@@ -11,6 +11,7 @@ from msgspec.structs import replace
 
 from coordinator.journal import Journal
 from coordinator.membership import Membership
+from coordinator.placement import RUNTIME_OF, WORDS
 from coordinator.serving import deployments, memory
 from coordinator.serving.autoscaling import Autoscaling
 from coordinator.serving.deployments import Deployment, Load, Place
@@ -127,12 +128,12 @@ class Serving:
         asked = replace(asked, model=name)
         replicas = deployments.replicas_at_first(asked)
         self._rollout.check(name, asked)
-        await self._wait_for_nodes(max(1, replicas))
+        await self._wait_for_nodes(max(1, replicas), RUNTIME_OF[info.format])
         known = self._deployments.get(name)
         if known is None or known.asked != asked or known.failing or known.put_away:
             self._rollout.check(name, asked)
             self._rollout.hold(info.name)
-            self._record(Deployed(name=name, model=info.model, wanted=replicas, asked=asked))
+            self._record(Deployed(name=name, model=info.model, wanted=replicas, asked=asked, format=info.format))
         deployment = self._deployments[name]
         self._reconcile(deployment)
         deadline = self._clock() + DEPLOY_SECONDS
@@ -158,13 +159,13 @@ class Serving:
                     f"{ready} of {wanted} replicas of {name} are ready, and memory is short for the rest: "
                     f"{memory.nowhere(deployment.need_bytes, deployment.cramped)}. Undeploy a model, or ask for fewer"
                 )
-            if len(places) >= wanted:
+            if len(suited := deployment.suited(places)) >= wanted:
                 enough_at = now
             elif now - enough_at > JOIN_SECONDS:
                 self.give_up(name)
                 raise Unavailable(
-                    f"{ready} of {wanted} replicas of {name} are ready, and only {len(places)} nodes with TensorFlow are "
-                    "online any more: start more nodes, or ask for fewer"
+                    f"{ready} of {wanted} replicas of {name} are ready, and only {len(suited)} nodes with "
+                    f"{WORDS[RUNTIME_OF[info.format]]} are online any more: start more nodes, or ask for fewer"
                 )
             await self._wait_for_change()
         self._rollout.ready(name, asked, self._clock())
@@ -181,13 +182,13 @@ class Serving:
         self._rollout.roll_back(model)
         return self.deployments(model_of(model))
 
-    async def _wait_for_nodes(self, count: int) -> None:
+    async def _wait_for_nodes(self, count: int, runtime: str) -> None:
         """Return once so many nodes can hold a replica; nodes may be about to join, after a restart of ours above all."""
         deadline = self._clock() + JOIN_SECONDS
-        while len(self._places()) < count:
+        while (there := sum(runtime in place.runtimes for place in self._places())) < count:
             if self._clock() > deadline:
                 raise InvalidRequest(
-                    f"{count} replicas were asked for, but {len(self._places())} nodes with TensorFlow are online "
+                    f"{count} replicas were asked for, but {there} nodes with {WORDS[runtime]} are online "
                     "(each holds one replica): start more nodes, or ask for fewer"
                 )
             await self._wait_for_change()
@@ -343,7 +344,13 @@ class Serving:
         for command in commands:
             if isinstance(command, Load):
                 ref = BlobRef(sha256=command.model.sha256, size=command.model.size, holders=self._urls)
-                message = LoadModel(epoch=self._epoch, replica_id=command.replica_id, name=command.name, model=ref)
+                message = LoadModel(
+                    epoch=self._epoch,
+                    replica_id=command.replica_id,
+                    name=command.name,
+                    model=ref,
+                    format=command.format,
+                )
                 self._command(command.node_id, message)
             else:
                 self._inference.remove_replica(deployment.name, command.replica_id)
@@ -358,9 +365,12 @@ class Serving:
         self._reconcile(self._deployments[name])
 
     def _places(self) -> list[Place]:
-        members = [member for member in self._membership.online() if "tensorflow" in member.capacity.runtimes]
+        members = self._membership.online()
         left = self._room.left(members)
-        return [Place(member.node_id, member.capacity.gflops, left[member.node_id]) for member in members]
+        return [
+            Place(member.node_id, member.capacity.gflops, left[member.node_id], frozenset(member.capacity.runtimes))
+            for member in members
+        ]
 
     def _remove(self, name: str) -> None:
         deployment = self._deployments.get(name)

@@ -13,12 +13,16 @@ import traceback
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from node.engine import frames
+from node.engine import formats, frames
+from node.engine.replicas import Replicas
 from node.engine.wording import one_line
 from potluck.errors import BadMessage, EngineFailed, InvalidModel, Overloaded, PotluckError
 from potluck.messages import ErrorInfo
+
+if TYPE_CHECKING:
+    from node.engine.tasks import Tasks
 
 HEARTBEAT_SECONDS = 1.0
 QUEUE_LIMIT = 64
@@ -56,16 +60,15 @@ class Channel:
 
 
 class Server:
-    """Answers frames: inference on the main thread, where nothing waits for it; what takes long one by one on another."""
+    """Answers frames: inference on the main thread, where nothing waits for it; what takes long one by one on another.
 
-    def __init__(self, channel: Channel, scratch: Path) -> None:
-        # TensorFlow is imported with these, and takes seconds.
-        from node.engine.replicas import Replicas
-        from node.engine.tasks import Tasks
+    `tasks` is None where there is no TensorFlow: then it has replicas alone.
+    """
 
+    def __init__(self, channel: Channel, replicas: Replicas, tasks: Tasks | None) -> None:
         self._channel = channel
-        self._replicas = Replicas(scratch)
-        self._tasks = Tasks(scratch)
+        self._replicas = replicas
+        self._tasks = tasks
         self._cancels: dict[int, threading.Event] = {}
         self._queue: queue.Queue[Callable[[], None]] = queue.Queue(QUEUE_LIMIT)
         threading.Thread(target=self._work, name="tasks", daemon=True).start()
@@ -126,20 +129,21 @@ class Server:
 
         cancelled = self._cancels[frame.number]
         try:
-            result = self._tasks.run(frame.job_id, frame.task, frame.files, cancelled, progress)
+            result = self._need_tasks().run(frame.job_id, frame.task, frame.files, cancelled, progress)
         finally:
             del self._cancels[frame.number]
         return frames.TaskDone(number=frame.number, result=result)
 
     def _apply_step(self, frame: frames.ApplyStep) -> frames.Frame:
-        made = self._tasks.apply_step(Path(frame.weights), Path(frame.update))
+        made = self._need_tasks().apply_step(Path(frame.weights), Path(frame.update))
         return frames.StepApplied(number=frame.number, weights=made)
 
     def _forget(self, frame: frames.ForgetJob) -> None:
-        self._tasks.forget(frame.job_id)
+        if self._tasks is not None:
+            self._tasks.forget(frame.job_id)
 
     def _load(self, frame: frames.LoadReplica) -> frames.Frame:
-        signature, resident = self._replicas.load(frame.replica_id, Path(frame.path))
+        signature, resident = self._replicas.load(frame.replica_id, frame.format, Path(frame.path))
         return frames.ReplicaLoaded(number=frame.number, signature=signature, resident_bytes=resident)
 
     def _unload(self, frame: frames.UnloadReplica) -> frames.Frame:
@@ -154,7 +158,13 @@ class Server:
     def _work(self) -> None:
         while True:
             self._queue.get()()
-            self._tasks.train_ahead(until=lambda: not self._queue.empty())
+            if self._tasks is not None:
+                self._tasks.train_ahead(until=lambda: not self._queue.empty())
+
+    def _need_tasks(self) -> Tasks:
+        if self._tasks is None:
+            raise formats.missing("TensorFlow", "engine")
+        return self._tasks
 
 
 def _failed(number: int, error: PotluckError) -> frames.Failed:
@@ -180,11 +190,21 @@ def main() -> None:
     descriptor, threads, scratch, allowed = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:]
     channel = Channel(socket.socket(fileno=descriptor))
     threading.Thread(target=_beat, args=(channel,), name="heartbeat", daemon=True).start()
-    from node.engine import code, runtime
+    runtimes: dict[str, str] = {}
+    gpus: tuple[str, ...] = ()
+    tasks = None
+    if formats.has_tensorflow():
+        # Imported only where it is, and that takes seconds.
+        from node.engine import code, runtime
+        from node.engine.tasks import Tasks
 
-    runtimes, gpus = runtime.prepare(threads)
-    code.allow(allowed)
-    server = Server(channel, scratch)
+        runtimes, gpus = runtime.prepare(threads)
+        code.allow(allowed)
+        tasks = Tasks(scratch)
+    if formats.has_litert():
+        runtimes["litert"] = formats.litert_version()
+    replicas = Replicas(lambda model_format, path: formats.load(model_format, path, scratch, threads))
+    server = Server(channel, replicas, tasks)
     # A full collection over all that TensorFlow made takes longer than a hundred inferences: leave that out from now on.
     gc.collect()
     gc.freeze()

@@ -13,7 +13,16 @@ import msgspec
 from msgspec import Struct
 
 from potluck.errors import BadMessage, TooLarge
-from potluck.messages import AnyTask, AnyTaskResult, BlobRef, ErrorInfo, RequestOutcome, Signature, Tensor
+from potluck.messages import (
+    AnyTask,
+    AnyTaskResult,
+    BlobRef,
+    ErrorInfo,
+    ModelFormat,
+    RequestOutcome,
+    Signature,
+    Tensor,
+)
 
 FRAME_LIMIT_BYTES = 256 * 2**20
 LENGTH = struct.Struct(">I")
@@ -56,6 +65,7 @@ class StepApplied(Frame, frozen=True):
 class LoadReplica(Frame, frozen=True):
     replica_id: str
     path: str
+    format: ModelFormat = "keras"
 
 
 class UnloadReplica(Frame, frozen=True):

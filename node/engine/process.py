@@ -19,7 +19,7 @@ from node.engine import frames
 from potluck import errors
 from potluck.errors import BadMessage, EngineFailed
 from potluck.lifecycle import die_with_parent
-from potluck.messages import AnyTask, AnyTaskResult, BlobRef, RequestOutcome, Signature, Tensor
+from potluck.messages import AnyTask, AnyTaskResult, BlobRef, ModelFormat, RequestOutcome, Signature, Tensor
 
 log = logging.getLogger(__name__)
 
@@ -150,8 +150,13 @@ class Engine:
         if self.alive:
             self._send(frames.CancelTask())
 
-    async def load_model(self, replica_id: str, path: Path) -> tuple[Signature, int]:
-        answer = await self._ask(frames.LoadReplica(number=next(self._numbers), replica_id=replica_id, path=str(path)))
+    async def load_model(
+        self, replica_id: str, path: Path, model_format: ModelFormat = "keras"
+    ) -> tuple[Signature, int]:
+        frame = frames.LoadReplica(
+            number=next(self._numbers), replica_id=replica_id, path=str(path), format=model_format
+        )
+        answer = await self._ask(frame)
         assert isinstance(answer, frames.ReplicaLoaded)
         return answer.signature, answer.resident_bytes
 

@@ -1,4 +1,4 @@
-"""TensorFlow as the engine sets it up, and models as it loads them."""
+"""TensorFlow as the engine sets it up, and Keras models as it loads them."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ from potluck.errors import InvalidModel
 from potluck.messages import Signature, TensorSpec
 from potluck.tensors import datatype_of
 
+HDF5 = b"\x89HDF\r\n\x1a\n"
+"""What such a file begins with."""
+
 
 def prepare(threads: int) -> tuple[dict[str, str], tuple[str, ...]]:
     """Limit threads, let GPU memory grow; versions of the runtimes, and the GPUs' names."""
@@ -34,11 +37,17 @@ def prepare(threads: int) -> tuple[dict[str, str], tuple[str, ...]]:
 
 
 def load_model(path: Path, scratch: Path, *, compiled: bool) -> Any:
-    """A model from a `.keras` file, without code of users but what the node allows. Raises InvalidModel, CodeNotAllowed."""
-    if not zipfile.is_zipfile(path):
-        raise InvalidModel("the model is not a .keras file (Keras 3): save it with model.save('name.keras')")
+    """A model from a `.keras` or `.h5` file, without code of users but what the node allows.
+
+    Raises InvalidModel, CodeNotAllowed.
+    """
+    if not zipfile.is_zipfile(path) and not _is_hdf5(path):
+        raise InvalidModel(
+            "the model is not a .keras file (Keras 3) or .h5 file: save it with model.save('name.keras')"
+        )
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
-        link = Path(folder) / "model.keras"  # Keras goes by the suffix, and a blob has none
+        # Keras goes by the suffix, and a blob has none.
+        link = Path(folder) / ("model.h5" if _is_hdf5(path) else "model.keras")
         link.symlink_to(path.absolute())
         try:
             with warnings.catch_warnings():
@@ -56,6 +65,11 @@ def load_model(path: Path, scratch: Path, *, compiled: bool) -> Any:
             f"the model takes exactly {fixed[0]} items at once: give its inputs a shape without a batch size (keras.Input(shape))"
         )
     return model
+
+
+def _is_hdf5(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(HDF5)) == HDF5
 
 
 def _reason(error: Exception) -> str:

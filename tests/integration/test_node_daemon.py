@@ -72,7 +72,7 @@ async def test_it_is_born_quickly_small_and_idle_and_leaves_a_clean_table(lab: L
 
     measured = await lab.heard(NodeCapacity, lambda one: one.capacity.gflops > 0, seconds=30)
     assert measured.capacity.cores == len(os.sched_getaffinity(0))
-    assert set(measured.capacity.runtimes) == {"tensorflow", "keras"}
+    assert set(measured.capacity.runtimes) >= {"tensorflow", "keras"}
     process = psutil.Process(node.pid)
     await eventually(lambda: not process.children(), 10)
     before_rest = process.cpu_times()

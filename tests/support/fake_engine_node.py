@@ -95,7 +95,7 @@ class FakeEngine:
     async def cancel_task(self) -> None:
         self._cancelled.set()
 
-    async def load_model(self, replica_id: str, path: Path) -> tuple[Signature, int]:
+    async def load_model(self, replica_id: str, path: Path, model_format: str = "keras") -> tuple[Signature, int]:
         if await asyncio.to_thread(path.read_bytes) == b"bad":
             raise InvalidModel("this is not a .keras file")
         self._replicas.add(replica_id)

@@ -6,7 +6,7 @@ import hashlib
 import io
 import itertools
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,18 @@ class Files:
         path = self.folder / "model.keras"
         model.save(path)
         return self.put(path.read_bytes())
+
+    def h5(self, model: Any) -> BlobRef:
+        path = self.folder / "model.h5"
+        model.save(path)
+        return self.put(path.read_bytes())
+
+    def saved_model(self, folder: Path) -> BlobRef:
+        """A tar of the folder, whether it is one or not."""
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w") as tar:
+            tar.add(folder, arcname=".")
+        return self.put(buffer.getvalue())
 
     def arrays(self, shards: int = 1, **arrays: Array) -> tuple[DataShard, ...]:
         """Safetensors shards of about equal size."""
@@ -131,3 +143,34 @@ def convolutional(size: int = 32, channels: int = 3, classes: int = 10) -> Any:
     model.add(keras.layers.Dense(classes, activation="softmax"))
     model.compile(optimizer="adam", loss="categorical_crossentropy", metrics=["accuracy"])
     return model
+
+
+def exported(folder: Path, model: Any) -> Path:
+    """A Keras model as a SavedModel."""
+    model.export(folder, verbose=False)
+    return folder
+
+
+def saved(folder: Path, function: Callable[..., Any], *specs: Any) -> Path:
+    """A function of tensors as a SavedModel."""
+    import tensorflow as tf
+
+    module = tf.Module()
+    module.function = tf.function(function, input_signature=specs)
+    tf.saved_model.save(module, folder, signatures={"serving_default": module.function.get_concrete_function()})
+    return folder
+
+
+def converted(folder: Path, x: Array | None = None, **settings: Any) -> bytes:
+    """A SavedModel as a LiteRT model; with all numbers of 8 bits where `x` shows what they are like."""
+    import tensorflow as tf
+
+    converter = tf.lite.TFLiteConverter.from_saved_model(str(folder))
+    if x is not None:
+        converter.optimizations = [tf.lite.Optimize.DEFAULT]
+        converter.representative_dataset = lambda: ([row[None]] for row in x)
+        converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
+        converter.inference_input_type = converter.inference_output_type = tf.int8
+    for name, value in settings.items():
+        setattr(converter, name, value)
+    return bytes(converter.convert())

@@ -44,8 +44,8 @@ from support.eventually import eventually
 CLUSTER = "lab"
 TOPICS = Topics(CLUSTER)
 M = TypeVar("M", bound=Message)
-FAKE = [sys.executable, str(Path(__file__).with_name("fake_engine_node.py"))]
-REAL = [sys.executable, "-m", "node"]
+FAKE = [str(Path(__file__).with_name("fake_engine_node.py"))]
+REAL = ["-m", "node"]
 
 
 class NodeProcess:
@@ -104,9 +104,11 @@ class Lab:
 
     # --- nodes
 
-    async def node(self, *arguments: str, fake: bool = True, join: bool = True, **environment: str) -> NodeProcess:
+    async def node(
+        self, *arguments: str, fake: bool = True, join: bool = True, python: str = sys.executable, **environment: str
+    ) -> NodeProcess:
         """Start a node (named n1), and wait until it has joined."""
-        command = [*(FAKE if fake else REAL), "--cluster", CLUSTER, "--node-id", "n1"]
+        command = [python, *(FAKE if fake else REAL), "--cluster", CLUSTER, "--node-id", "n1"]
         if "--state-dir" not in arguments:
             command += ["--state-dir", str(self.folder / "state")]
         if join:
@@ -169,8 +171,9 @@ class Lab:
         await self.command(replace(lease, **changes))
         return lease
 
-    async def load(self, replica_id: str, model: bytes = b"model", epoch: int = 1) -> None:
-        await self.command(LoadModel(epoch=epoch, replica_id=replica_id, name="m:1", model=self.blob(model)))
+    async def load(self, replica_id: str, model: bytes = b"model", epoch: int = 1, **changes: Any) -> None:
+        message = LoadModel(epoch=epoch, replica_id=replica_id, name="m:1", model=self.blob(model))
+        await self.command(replace(message, **changes))
 
     async def infer(self, batch_id: str, replica_id: str, *inputs: Tensor, **changes: Any) -> None:
         """A batch with one request."""

@@ -55,8 +55,9 @@ BROKEN = ErrorInfo(code="invalid_model", message="it has a Lambda layer")
 class Node:
     """Says yes to every model (or `broken`), and answers each request with twice its input (unless `mute`)."""
 
-    def __init__(self, broker: FakeBroker, node_id: str) -> None:
+    def __init__(self, broker: FakeBroker, node_id: str, *runtimes: str) -> None:
         self.node_id = node_id
+        self.runtimes = dict.fromkeys(runtimes or ("tensorflow",), "2")
         self.bus = FakeBus(broker, TOPICS, client_id=node_id)
         self.broken = False
         self.mute = False
@@ -78,6 +79,7 @@ class Node:
         """What a replica takes, as it says when it has loaded one."""
         self.unloaded: list[str] = []
         self.loaded: list[str] = []
+        self.formats: list[str] = []
         self.batches: list[int] = []
         self.outbox = Outbox(self.bus)
         self.bus.subscribe(TOPICS.node(node_id, "inbox"), self.on_command)
@@ -91,6 +93,7 @@ class Node:
                 if self.broken:
                     self.outbox.publish(topic, ModelLoadFailed(replica_id=replica_id, error=BROKEN))
                 else:
+                    self.formats.append(envelope.message.format)
                     self.loaded.append(replica_id)
                     signature = self.signatures.setdefault(replica_id, self.signature)
                     loaded = ModelLoaded(replica_id=replica_id, signature=signature, resident_bytes=self.resident_bytes)
@@ -165,8 +168,8 @@ class Lab:
     async def deploy(self, model: str, replicas: int = 1, **options: Any) -> str:
         return await self.serving.deploy(Deploy(model=model, replicas=replicas, **options))
 
-    async def join(self, stack: AsyncExitStack, node_id: str) -> Node:
-        node = self.nodes[node_id] = Node(self.broker, node_id)
+    async def join(self, stack: AsyncExitStack, node_id: str, *runtimes: str) -> Node:
+        node = self.nodes[node_id] = Node(self.broker, node_id, *runtimes)
         tasks = [asyncio.create_task(part, name=node_id) for part in (node.bus.run(), node.outbox.run())]
 
         async def stop() -> None:
@@ -199,13 +202,12 @@ class Lab:
         self.membership.on_telemetry(telemetry, 0.0)
         self.serving.node_joined(node_id)
 
-    def add_model(self, number: int = 1) -> None:
-        self.registry.add_model("m", BlobRef(sha256=f"{number:064x}", size=1), now=1.0)
+    def add_model(self, number: int = 1, **changes: Any) -> None:
+        self.registry.add_model("m", BlobRef(sha256=f"{number:064x}", size=1), now=1.0, **changes)
 
     def _born(self, node_id: str, join: bool = True) -> None:
-        capacity = Capacity(
-            hostname=node_id, system="", cores=1, memory_bytes=1, runtimes={"tensorflow": "2"}, gflops=1.0
-        )
+        runtimes = self.nodes[node_id].runtimes if node_id in self.nodes else {"tensorflow": "2"}
+        capacity = Capacity(hostname=node_id, system="", cores=1, memory_bytes=1, runtimes=runtimes, gflops=1.0)
         self.membership.on_capacity(NodeCapacity(node_id=node_id, capacity=capacity))
         self.membership.on_status(NodeStatus(node_id=node_id, session="1", state="online"), 0.0)
         if join:

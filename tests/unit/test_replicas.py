@@ -44,7 +44,7 @@ class Engine:
         self.gate = asyncio.Event()
         self.gate.set()
 
-    async def load_model(self, replica_id: str, path: Path) -> tuple[Signature, int]:
+    async def load_model(self, replica_id: str, path: Path, model_format: str) -> tuple[Signature, int]:
         await self.gate.wait()
         self.on_loaded()
         return Signature(inputs=(), outputs=()), 1

@@ -1,0 +1,80 @@
+"""What a request holds, as the arrays that a model takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from node.engine.wording import shape as shown
+from potluck import tensors
+from potluck.errors import InvalidRequest
+from potluck.messages import Tensor, TensorSpec
+
+Array = np.ndarray[Any, Any]
+
+
+def fit(request: Sequence[Tensor], specs: Sequence[TensorSpec], dtypes: Sequence[np.dtype[Any]]) -> list[Array]:
+    """A request's arrays in the order of the model's inputs. Raises InvalidRequest, naming expected and given."""
+    if len(request) != len(specs):
+        raise InvalidRequest(f"the model has {len(specs)} inputs ({_names(specs)}), the request {len(request)}")
+    by_name = {tensor.name: tensor for tensor in request}
+    if len(specs) == 1:
+        ordered = list(request)
+    elif {spec.name for spec in specs} == set(by_name):
+        ordered = [by_name[spec.name] for spec in specs]
+    else:
+        raise InvalidRequest(f"the model's inputs are {_names(specs)}, the request's {', '.join(by_name)}")
+    arrays = []
+    for spec, dtype, tensor in zip(specs, dtypes, ordered, strict=True):
+        array = tensors.to_numpy(tensor)
+        given = array.shape
+        if len(given) != len(spec.shape) or any(
+            w >= 0 and w != h for w, h in zip(spec.shape[1:], given[1:], strict=True)
+        ):
+            raise InvalidRequest(
+                f"input '{spec.name}' takes {spec.datatype} of shape {shown(spec.shape)}, the first being the batch, "
+                f"but the request has {shown(given)}"
+            )
+        arrays.append(array if array.dtype == dtype else _cast(array, dtype, spec, tensor.datatype))
+    rows = len(arrays[0])
+    if not rows or any(len(array) != rows for array in arrays):
+        raise InvalidRequest("the inputs of a request need the same number of rows, one at least")
+    return arrays
+
+
+def zeros(specs: Sequence[TensorSpec], dtypes: Sequence[np.dtype[Any]], rows: int) -> list[Array]:
+    """An input of that many rows; free dimensions are 1."""
+    shapes = [(rows, *(1 if d < 0 else d for d in spec.shape[1:])) for spec in specs]
+    return [_blank(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+
+
+def padded(array: Array, rows: int) -> Array:
+    """The array with so many rows: those that it has, and zeros."""
+    if len(array) == rows:
+        return array
+    found = _blank((rows, *array.shape[1:]), array.dtype)
+    found[: len(array)] = array
+    return found
+
+
+def _blank(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    return np.full(shape, "", dtype) if dtype.kind == "O" else np.zeros(shape, dtype)
+
+
+def _cast(array: Array, dtype: np.dtype[Any], spec: TensorSpec, datatype: str) -> Array:
+    """Floats and whole numbers to floats, and whole numbers to those that hold them. Raises InvalidRequest."""
+    if array.dtype.kind in "fiub" and dtype.kind == "f":
+        return array.astype(dtype)
+    if array.dtype.kind in "iub" and dtype.kind in "iu":
+        limits = np.iinfo(dtype)
+        if not array.size or (int(array.min()) >= limits.min and int(array.max()) <= limits.max):
+            return array.astype(dtype)
+    raise InvalidRequest(
+        f"input '{spec.name}' takes {spec.datatype}, but the request has {datatype}, which cannot be cast without loss"
+    )
+
+
+def _names(specs: Sequence[TensorSpec]) -> str:
+    return ", ".join(spec.name for spec in specs)

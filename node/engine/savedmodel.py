@@ -1,0 +1,128 @@
+"""SavedModels: a tar of the folder, unpacked with care, and its serving signature.
+
+A SavedModel is a graph, and a graph may read and write files: those that do are refused, as are those that call Python.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from google.protobuf.message import DecodeError
+from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
+
+from node.engine import runtime
+from node.engine.graphs import Graph
+from node.engine.wording import one_line
+from potluck import savedmodels
+from potluck.errors import CodeNotAllowed, EngineFailed, InvalidModel, InvalidRequest
+from potluck.messages import Signature, TensorSpec
+from potluck.tensors import datatype_of
+
+SERVING = "serving_default"
+PYTHON = frozenset({"PyFunc", "PyFuncStateless", "EagerPyFunc"})
+FILES = frozenset({"ReadFile", "WriteFile", "MatchingFiles"})
+CHECKPOINTS = frozenset({"SaveV2", "Save", "SaveSlices", "RestoreV2", "Restore", "RestoreSlice", "MergeV2Checkpoints"})
+"""Every SavedModel has them, to load its own variables; in what it serves they have no place."""
+
+
+def load(path: Path, scratch: Path) -> Graph:
+    """The function behind its signature `serving_default` (or the only one). Raises InvalidModel, CodeNotAllowed."""
+    with tempfile.TemporaryDirectory(dir=scratch) as unpacked:
+        folder = Path(unpacked) / "model"
+        try:
+            savedmodels.unpack(path, folder)
+        except InvalidRequest as error:  # this node's disk
+            raise EngineFailed(error.message) from error
+        _check_operations(_operations(folder))
+        try:
+            loaded = tf.saved_model.load(folder)
+        except Exception as error:
+            raise InvalidModel(f"the SavedModel cannot be loaded: {one_line(error, 400)}") from error
+        return _graph(loaded)
+
+
+def _operations(folder: Path) -> set[str]:
+    """The names of all operations in it, before any of them runs. Raises InvalidModel."""
+    saved = SavedModel()
+    try:
+        saved.ParseFromString((folder / savedmodels.GRAPH).read_bytes())
+    except (DecodeError, FileNotFoundError) as error:
+        raise InvalidModel(
+            f"the SavedModel has no {savedmodels.GRAPH} that can be read: register its folder again"
+        ) from error
+    return {node.op for meta in saved.meta_graphs for node in _nodes(meta.graph_def)}
+
+
+def _nodes(graph: Any) -> Iterator[Any]:
+    yield from graph.node
+    for function in graph.library.function:
+        yield from function.node_def
+
+
+def _check_operations(operations: Iterable[str], forbidden: frozenset[str] = PYTHON | FILES) -> None:
+    found = sorted(forbidden.intersection(operations))
+    if PYTHON.intersection(found):
+        raise InvalidModel(
+            f"the SavedModel calls Python ({', '.join(found)}), and a SavedModel does not hold Python: save it without "
+            "tf.py_function and tf.numpy_function"
+        )
+    if found:
+        raise CodeNotAllowed(
+            f"the SavedModel reads or writes files of the machine it runs on ({', '.join(found)}), and nodes do not allow that"
+        )
+
+
+def _graph(loaded: Any) -> Graph:
+    signatures = getattr(loaded, "signatures", {})
+    names = list(signatures)
+    chosen = SERVING if SERVING in names else names[0] if len(names) == 1 else None
+    if chosen is None:
+        raise InvalidModel(
+            f"the SavedModel has no signature {SERVING!r} (it has {', '.join(names) or 'none'}): save it with model.export(), "
+            f"or tf.saved_model.save(..., signatures={{{SERVING!r}: function}})"
+        )
+    function = signatures[chosen]
+    _check_operations((node.op for node in _nodes(function.graph.as_graph_def())), PYTHON | FILES | CHECKPOINTS)
+    inputs: dict[str, Any] = function.structured_input_signature[1]
+    outputs: dict[str, Any] = function.structured_outputs
+    if not inputs or not outputs:
+        raise InvalidModel(f"the SavedModel's signature {chosen!r} has no {'outputs' if inputs else 'inputs'}")
+    for name, spec in inputs.items():
+        if not spec.shape.rank:
+            raise InvalidModel(
+                f"the SavedModel's input '{name}' has {'no known shape' if spec.shape.rank is None else 'no batch'}: "
+                "give its first dimension to the items of a batch"
+            )
+    rows = {spec.shape[0] for spec in inputs.values()}
+    if len(rows) > 1:
+        raise InvalidModel(f"the SavedModel's inputs take batches of other sizes: {', '.join(map(str, rows))}")
+
+    def call(*batch: Any) -> list[Any]:
+        found = function(**dict(zip(inputs, batch, strict=True)))
+        return runtime.flat([found[name] for name in outputs])
+
+    signature = Signature(
+        inputs=tuple(_spec(name, tensor) for name, tensor in inputs.items()),
+        outputs=tuple(_spec(name, tensor) for name, tensor in outputs.items()),
+    )
+    specs = [tf.TensorSpec(spec.shape, spec.dtype) for spec in inputs.values()]
+    return Graph(call, specs, signature, exactly=rows.pop(), holds=loaded)
+
+
+def _spec(name: str, tensor: Any) -> TensorSpec:
+    """With -1 for the batch, also where it has one size: it is padded and cut to that."""
+    if tensor.dtype == tf.string:
+        datatype = "BYTES"
+    elif tensor.dtype == tf.bfloat16:
+        datatype = "FP32"
+    else:
+        datatype = datatype_of(np.dtype(tensor.dtype.as_numpy_dtype))
+    if tensor.shape.rank is None:
+        raise InvalidModel(f"the SavedModel's output '{name}' has no known shape")
+    shape = tuple(-1 if d is None else int(d) for d in tensor.shape)
+    return TensorSpec(name=name, datatype=datatype, shape=(-1, *shape[1:]))
