@@ -12,11 +12,13 @@ from contextlib import AsyncExitStack
 from coordinator import federated
 from coordinator.announcer import Announcer
 from coordinator.collecting import Collector
+from coordinator.copies import Copies
 from coordinator.deletion import Deletion
 from coordinator.dispatcher import Dispatcher
 from coordinator.gateway import routes as gateway
 from coordinator.gateway.answers import in_words
 from coordinator.gateway.shelf import Shelf
+from coordinator.holders import Holders
 from coordinator.jobstore import JobStore
 from coordinator.journal import Journal
 from coordinator.keeping import Keeping
@@ -95,8 +97,19 @@ class Coordinator:
             )
             self._outbox = Outbox(bus)
             self._membership = Membership(settings.node_timeout_seconds)
+            holders = Holders(self._membership, urls)
             registry = Registry(journal)
             Keeping(registry, store)
+            self._copies = Copies(
+                registry=registry,
+                store=store,
+                downloader=downloader,
+                membership=self._membership,
+                holders=holders,
+                journal=journal,
+                topics=self.topics,
+                outbox=self._outbox,
+            )
             self._inference = Inference(bus=bus, topics=self.topics, registry=registry, settings=settings)
             self._serving = Serving(
                 topics=self.topics,
@@ -106,7 +119,7 @@ class Coordinator:
                 registry=registry,
                 journal=journal,
                 settings=settings,
-                urls=urls,
+                holders=holders.of,
                 epoch=journal.epoch,
             )
             jobs = JobStore(
@@ -122,7 +135,7 @@ class Coordinator:
                 membership=self._membership,
                 settings=settings,
                 epoch=journal.epoch,
-                urls=urls,
+                holders=holders,
             )
             self._dispatcher = Dispatcher(
                 announcer=Announcer(self.topics, self._outbox, jobs, leases, urls),
@@ -140,6 +153,7 @@ class Coordinator:
                 serving=self._serving,
                 membership=self._membership,
                 deletion=Deletion(registry, self._serving, jobs, store),
+                holders=holders,
                 store=store,
                 urls=urls,
             )
@@ -163,6 +177,7 @@ class Coordinator:
                         ("serving", self._serving.run()),
                         ("inference", self._inference.run()),
                         ("requests", requests.run()),
+                        ("copies", self._copies.run()),
                         ("ticks", self._tick()),
                         ("status", self._say_again(online)),
                     )
@@ -265,6 +280,7 @@ class Coordinator:
     def _on_outbox(self, envelope: Envelope) -> None:
         node_id = self.topics.segment(envelope.topic, 1)
         self._notice(self._membership.heard(node_id, time.time()))
+        self._copies.on_node_message(node_id, envelope.message)
         self._serving.on_node_event(node_id, envelope.message)
         self._dispatcher.on_node_message(node_id, envelope.message)
 
@@ -294,6 +310,7 @@ class Coordinator:
                 case NodeJoined():
                     log.info("node joined %s", fields(node=change.node_id))
                     self._dispatcher.node_joined()
+                    self._copies.node_joined(change.node_id)
                     self._serving.node_joined(change.node_id)
 
     async def _say_again(self, online: CoordinatorStatus) -> None:

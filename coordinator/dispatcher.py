@@ -47,7 +47,6 @@ from potluck.messages import (
     AcknowledgeResult,
     AnyJobSpec,
     BlobRef,
-    BlobsStored,
     Deploy,
     ErrorInfo,
     JobChanged,
@@ -154,10 +153,8 @@ class Dispatcher:
     # --- what nodes say -----------------------------------------------------------------------------------------------
 
     def on_node_message(self, node_id: str, message: Message) -> None:
-        """Any event of a node that concerns shards or blobs; others are not ours."""
+        """Any event of a node that concerns shards; others are not ours."""
         match message:
-            case BlobsStored():
-                self._leases.stored(node_id, message.blobs)
             case LeaseTaken():
                 if (held := self._heard(node_id, message.attempt_id)) is not None:
                     held.taken = True

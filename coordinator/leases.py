@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from coordinator.collecting import locate
+from coordinator.holders import Holders
 from coordinator.jobs import Attempt, Job
 from coordinator.membership import Membership
 from coordinator.placement import ClusterView, NodeView
@@ -20,10 +21,6 @@ from potluck.topics import Topics
 
 SLOTS = 2
 """Attempts that a node holds at most: one running, one prefetched."""
-PEERS_NAMED = 8
-"""Nodes named as holders of a blob, beside ourselves."""
-HOLDERS_LIMIT = 100_000
-"""Blobs whose holders are remembered, the newest; others are still to be had from us."""
 
 
 @dataclass
@@ -43,7 +40,7 @@ class Held:
 
 
 class Leases:
-    """All of them by attempt, and the commands that concern them. `urls`: where blobs are to be had from us."""
+    """All of them by attempt, and the commands that concern them."""
 
     def __init__(
         self,
@@ -53,17 +50,16 @@ class Leases:
         membership: Membership,
         settings: CoordinatorSettings,
         epoch: int,
-        urls: tuple[str, ...],
+        holders: Holders,
     ) -> None:
         self._topics = topics
         self._outbox = outbox
         self._membership = membership
         self._settings = settings
         self._epoch = epoch
-        self._urls = urls
+        self._holders = holders
         self._held: dict[str, Held] = {}
         self._load: Counter[str] = Counter()
-        self._holders: dict[str, set[str]] = {}
 
     def __contains__(self, attempt_id: str) -> bool:
         return attempt_id in self._held
@@ -119,7 +115,7 @@ class Leases:
         held.sent_at = now
         member = self._membership.get(held.node_id)
         if member is not None and member.state != "offline":
-            self.command(held.node_id, locate(held.message, self._holders_of))
+            self.command(held.node_id, locate(held.message, self._holders.of))
 
     def withdraw(self, node_id: str, attempt_id: str, reason: str) -> None:
         self.command(node_id, WithdrawLease(epoch=self._epoch, attempt_id=attempt_id, reason=reason))
@@ -131,13 +127,6 @@ class Leases:
 
     def command(self, node_id: str, message: Message) -> None:
         self._outbox.publish(self._topics.node(node_id, "inbox"), message)
-
-    def stored(self, node_id: str, blobs: tuple[str, ...]) -> None:
-        """A node now holds these blobs."""
-        for sha256 in blobs:
-            self._holders.setdefault(sha256, set()).add(node_id)
-        while len(self._holders) > HOLDERS_LIMIT:
-            del self._holders[next(iter(self._holders))]
 
     def running(self, job: Job) -> dict[str, tuple[Attempt, int, dict[str, float]]]:
         """What the open attempts of a job have reported."""
@@ -163,9 +152,3 @@ class Leases:
                     collective=member.collective,
                     data=member.data,
                 )
-
-    def _holders_of(self, sha256: str) -> tuple[str, ...]:
-        """Base URLs of who has a blob: the nodes first, so that the coordinator's link is the last resort."""
-        members = (self._membership.get(node_id) for node_id in sorted(self._holders.get(sha256, ()))[:PEERS_NAMED])
-        peers = tuple(url for member in members if member and member.state == "online" for url in member.http[:1])
-        return peers + self._urls

@@ -10,8 +10,10 @@ from collections.abc import Callable
 from msgspec.structs import replace
 
 from coordinator import federated
+from coordinator.collecting import locate
 from coordinator.deletion import Deletion
 from coordinator.dispatcher import Dispatcher
+from coordinator.holders import Holders
 from coordinator.keeping import dataset_blobs
 from coordinator.membership import Membership
 from coordinator.serving.registry import Registry
@@ -82,6 +84,7 @@ class Requests:
         serving: Serving,
         membership: Membership,
         deletion: Deletion,
+        holders: Holders,
         store: BlobStore,
         urls: tuple[str, ...],
         clock: Callable[[], float] = time.time,
@@ -92,6 +95,7 @@ class Requests:
         self._serving = serving
         self._membership = membership
         self._deletion = deletion
+        self._holders = holders
         self._store = store
         self._urls = urls
         self._clock = clock
@@ -164,7 +168,7 @@ class Requests:
             case ListModels():
                 return ModelsListed(models=self._registry.models())
             case GetModel():
-                return ModelRegistered(model=self._registry.model(message.model))
+                return ModelRegistered(model=locate(self._registry.model(message.model), self._holders.of))
             case RegisterModel():
                 return self._register(message)
             case SetAlias():

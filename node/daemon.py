@@ -14,6 +14,7 @@ from msgspec.structs import replace
 from node import capacity as capacities
 from node import identity
 from node.assignments import Assignments, Effect, GiveUp, Prefetch, Run, Send, Stop
+from node.copies import Copies
 from node.engine.process import Engine
 from node.executor import Executor
 from node.own_data import OwnData
@@ -34,8 +35,10 @@ from potluck.messages import (
     BlobsStored,
     CoordinatorStatus,
     ForgetJob,
+    HoldBlob,
     LeaseShard,
     LoadModel,
+    ReleaseBlob,
     RunInference,
     UnloadModel,
     WithdrawLease,
@@ -98,6 +101,7 @@ class Node:
             fast = Outbox(self._bus)
             own_data = OwnData(self.folder / "data", settings.data)
             self._make_engines(store, downloader, fast, own_data)
+            self._copies = Copies(store, downloader, lambda message: self._outbox.publish(self._outbox_topic, message))
             stack.push_async_callback(self._work_slot.stop)
             stack.push_async_callback(self._serve_slot.stop)
             self._bus.subscribe(self.topics.node(self.node_id, "inbox"), self._on_command)
@@ -112,6 +116,7 @@ class Node:
                     "answers": fast.run(),
                     "executor": self._executor.run(),
                     "replicas": self._replicas.run(),
+                    "copies": self._copies.run(),
                     "renewals": self._every(settings.renew_seconds, self._assignments.on_renewal_due),
                     "resends": self._every(settings.resend_seconds, self._assignments.on_resend_due),
                     "telemetry": self._presence.telemetry(
@@ -196,6 +201,12 @@ class Node:
             case UnloadModel() as command:
                 if self._assignments.accepts(command.epoch):
                     self._replicas.unload(command)
+            case HoldBlob() as command:
+                if self._assignments.accepts(command.epoch) and not self._assignments.draining:
+                    self._copies.hold(command)
+            case ReleaseBlob() as command:
+                if self._assignments.accepts(command.epoch):
+                    self._copies.release(command)
             case other:
                 log.info("command ignored %s", fields(type=type(other).__name__))
 

@@ -960,6 +960,20 @@ class UnloadModel(Message, frozen=True):
     replica_id: str
 
 
+class HoldBlob(Message, frozen=True):
+    """Keep a copy of a registered model's blob for others, until `ReleaseBlob`. Resent until `BlobsStored` names it or `HoldFailed` comes."""
+
+    epoch: int
+    blob: BlobRef
+
+
+class ReleaseBlob(Message, frozen=True):
+    """The blob need not be held any more."""
+
+    epoch: int
+    sha256: Sha256
+
+
 class RunInference(Message, frozen=True):
     """A batch for a replica: several requests, run together and answered apart. `id` names the batch."""
 
@@ -1036,6 +1050,13 @@ class BlobsStored(Message, frozen=True):
     blobs: tuple[Sha256, ...]
 
 
+class HoldFailed(Message, frozen=True):
+    """This node cannot hold this blob: it cannot be fetched, or there is no room."""
+
+    sha256: Sha256
+    error: ErrorInfo
+
+
 AnyMessage = (
     SubmitJob | JobAccepted | CancelJob | StopTraining | GetJob | GetHistory | HistoryListed | ListJobs | JobChanged
     | JobEnded | JobsListed
@@ -1044,7 +1065,7 @@ AnyMessage = (
     | SetAlias | RemoveAlias | TagModel | ModelChanged | DeleteModel | ModelsDeleted
     | ListDeployments | DeploymentsListed | Undeploy | Undeployed | Promote | RollBack | Infer | Inferred | RequestFailed
     | CoordinatorStatus | NodeStatus | NodeCapacity | NodeTelemetry
-    | LeaseShard | WithdrawLease | AcknowledgeResult | ForgetJob | LoadModel | UnloadModel | RunInference
+    | LeaseShard | WithdrawLease | AcknowledgeResult | ForgetJob | LoadModel | UnloadModel | RunInference | HoldBlob | ReleaseBlob
     | LeaseTaken | LeaseRefused | LeaseRenewed | ShardFinished | ShardFailed
-    | ModelLoaded | ModelLoadFailed | ModelUnloaded | InferenceFinished | BlobsStored
+    | ModelLoaded | ModelLoadFailed | ModelUnloaded | InferenceFinished | BlobsStored | HoldFailed
 )  # fmt: skip

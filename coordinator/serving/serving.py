@@ -84,7 +84,7 @@ class Serving:
         registry: Registry,
         journal: Journal,
         settings: CoordinatorSettings,
-        urls: tuple[str, ...],
+        holders: Callable[[str], tuple[str, ...]],
         epoch: int,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -95,7 +95,7 @@ class Serving:
         self._registry = registry
         self._journal = journal
         self._settings = settings
-        self._urls = urls
+        self._holders = holders
         self._epoch = epoch
         self._clock = clock
         self._changed = asyncio.Event()
@@ -343,7 +343,8 @@ class Serving:
             commands += deployment.plan(self._places(), load, self._clock(), resend, busy=busy)
         for command in commands:
             if isinstance(command, Load):
-                ref = BlobRef(sha256=command.model.sha256, size=command.model.size, holders=self._urls)
+                held_by = self._holders(command.model.sha256)
+                ref = BlobRef(sha256=command.model.sha256, size=command.model.size, holders=held_by)
                 message = LoadModel(
                     epoch=self._epoch,
                     replica_id=command.replica_id,

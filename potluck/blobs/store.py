@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import logging
 import os
 import re
 import shutil
@@ -18,7 +19,10 @@ from typing import IO
 
 from potluck.blobs.partial import CHUNKS_SUFFIX, PARTIAL_PREFIX, Partial
 from potluck.errors import CorruptBlob, DiskFull, InvalidRequest, NotFound
+from potluck.logs import fields
 from potluck.messages import BlobRef
+
+log = logging.getLogger(__name__)
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _NEW_PREFIX = "new-"
@@ -147,6 +151,20 @@ class BlobStore:
         if sha256 != ref.sha256:
             raise CorruptBlob(f"blob {ref.sha256[:12]} arrived as {sha256[:12]}: {size} bytes of {ref.size}")
         return self._move(file, sha256, size)
+
+    def check(self, sha256: str) -> bool:
+        """Whether the blob is here and whole; one that is damaged is thrown away, pinned or not. Reads all of it: blocks."""
+        path = self.folder / sha256
+        try:
+            if self.has(sha256) and hash_file(path)[0] == sha256:
+                return True
+        except OSError as error:
+            log.warning("blob cannot be read %s", fields(blob=sha256[:12], reason=error))
+        with self._lock:
+            if sha256 in self._sizes:
+                self._forget(sha256)
+                path.unlink(missing_ok=True)
+        return False
 
     def delete(self, sha256: str) -> bool:
         """Whether it was there and not pinned."""

@@ -148,7 +148,7 @@ class Lab:
         self.inference = Inference(bus=self.bus, topics=TOPICS, registry=self.registry, settings=self.settings)
         self.serving = Serving(
             topics=TOPICS, outbox=self.outbox, inference=self.inference, membership=self.membership,
-            registry=self.registry, journal=self.journal, settings=self.settings, urls=("http://here",),
+            registry=self.registry, journal=self.journal, settings=self.settings, holders=lambda sha256: ("http://here",),
             epoch=self.journal.epoch,
         )  # fmt: skip
         self.bus.subscribe(TOPICS.infer("+"), self.inference.on_infer)

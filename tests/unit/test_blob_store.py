@@ -323,3 +323,16 @@ class StoreAgainstModel(RuleBasedStateMachine):
 
 
 TestStoreAgainstModel = StoreAgainstModel.TestCase
+
+
+def test_a_blob_that_is_damaged_is_thrown_away_although_it_is_pinned(tmp_path: Path) -> None:
+    store = BlobStore(tmp_path, 1000)
+    good, bad = store.put_bytes(b"good"), store.put_bytes(b"bad")
+    store.pin(bad.sha256)
+    (tmp_path / bad.sha256).write_bytes(b"BAD")
+    assert store.check(good.sha256)
+    assert not store.check(bad.sha256)
+    assert (store.has(good.sha256), store.has(bad.sha256), store.size_bytes) == (True, False, 4)
+    assert not store.check(bad.sha256)
+    store.put_bytes(b"bad")
+    assert store.check(bad.sha256)

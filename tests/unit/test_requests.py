@@ -28,7 +28,7 @@ def test_too_many_questions_at_a_time_are_refused(tmp_path: Path) -> None:
     replies: Any = Replies()
     nothing: Any = None
     requests = Requests(
-        outbox=replies, dispatcher=nothing, registry=nothing, serving=nothing, membership=nothing, deletion=nothing,
+        outbox=replies, dispatcher=nothing, registry=nothing, serving=nothing, membership=nothing, deletion=nothing, holders=nothing,
         store=BlobStore(tmp_path, 1), urls=(),
     )  # fmt: skip
     for number in range(102):

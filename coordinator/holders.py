@@ -1,0 +1,37 @@
+"""Who has which blob, as far as nodes have said: where it is to be had."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from coordinator.membership import Membership
+
+PEERS_NAMED = 8
+"""Nodes named as holders of a blob, beside ourselves."""
+HOLDERS_LIMIT = 100_000
+"""Blobs whose holders are remembered, the newest; others are still to be had from us."""
+
+
+class Holders:
+    """In memory only. `urls`: where blobs are to be had from us."""
+
+    def __init__(self, membership: Membership, urls: tuple[str, ...]) -> None:
+        self._membership = membership
+        self._urls = urls
+        self._nodes: dict[str, set[str]] = {}
+
+    def stored(self, node_id: str, blobs: Iterable[str]) -> None:
+        """A node now has these blobs."""
+        for sha256 in blobs:
+            self._nodes.setdefault(sha256, set()).add(node_id)
+        while len(self._nodes) > HOLDERS_LIMIT:
+            del self._nodes[next(iter(self._nodes))]
+
+    def nodes(self, sha256: str) -> tuple[str, ...]:
+        """Base URLs of the nodes that have a blob and are online."""
+        members = (self._membership.get(node_id) for node_id in sorted(self._nodes.get(sha256, ()))[:PEERS_NAMED])
+        return tuple(url for member in members if member and member.state == "online" for url in member.http[:1])
+
+    def of(self, sha256: str) -> tuple[str, ...]:
+        """Base URLs of who has a blob: the nodes first, so that the coordinator's link is the last resort."""
+        return self.nodes(sha256) + self._urls
