@@ -55,6 +55,16 @@ def test_training_on_two_nodes_learns(trained: Any) -> None:
     assert history["loss"][-1] < history["loss"][0] / 3
 
 
+def test_the_registered_model_knows_where_it_came_from(trained: Any, client: Client) -> None:
+    info = client.get_model(trained.registered)
+    assert (info.source, info.job_id, info.format) == (f"job {trained.id}", trained.id, "keras")
+    assert info.signature is not None
+    assert [spec.shape for spec in (*info.signature.inputs, *info.signature.outputs)] == [(-1, 64), (-1, 10)]
+    assert {name: [value] for name, value in info.metrics.items()} == {
+        name: values[-1:] for name, values in trained.history.items()
+    }
+
+
 def test_evaluation_equals_keras(trained: Any, client: Client) -> None:
     data = split()
     found = client.evaluate("mlp", (data["x_test"], data["y_test"])).wait(timeout=120).evaluation
