@@ -20,6 +20,8 @@ REST_SECONDS = 600.0
 RETRY_SECONDS = 30.0
 """The same for one that could not fetch it."""
 RESEND_SECONDS = 10.0
+ASKED_LIMIT = 32
+"""Blobs that a node is asked for at a time: it fetches one after the other."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,10 @@ class Holding:
         online = {place.node_id: place for place in places}
         self._notice(online, blobs, now)
         load: Counter[str] = Counter()
+        asked: Counter[str] = Counter()
         for sha256, one in self.copies.items():
             load[one.node_id] += blobs[sha256].size
+            asked[one.node_id] += one.asked_at is not None and not one.held
         better = any(place.elsewhere for place in places)
         commands: list[Hold | Release] = []
         for sha256, blob in blobs.items():
@@ -77,7 +81,10 @@ class Holding:
                 copy = self._choose(sha256, copy, online, load, blob.size)
             if copy is None or copy.held or copy.node_id not in online:
                 continue
+            if copy.asked_at is None and asked[copy.node_id] >= ASKED_LIMIT:
+                continue
             if copy.asked_at is None or now - copy.asked_at >= RESEND_SECONDS:
+                asked[copy.node_id] += copy.asked_at is None
                 copy.asked_at = now
                 self.told.setdefault(copy.node_id, set()).add(sha256)
                 commands.append(Hold(copy.node_id, blob))

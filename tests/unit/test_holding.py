@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from coordinator.holding import GONE_SECONDS, RESEND_SECONDS, REST_SECONDS, Hold, Holding, Place, Release
+from coordinator.holding import ASKED_LIMIT, GONE_SECONDS, RESEND_SECONDS, REST_SECONDS, Hold, Holding, Place, Release
 from potluck.messages import BlobRef
 
 
@@ -83,6 +83,15 @@ def test_a_node_without_room_is_passed_over_for_a_while() -> None:
     holding.failed("b", ONE, 4.0)
     assert holding.plan(blobs(1, 2), [A, B], 5.0) == []
     assert holding.plan(blobs(1, 2), [A, B], 2.0 + REST_SECONDS) == [Hold("a", blob(1))]
+
+
+def test_a_node_is_asked_for_some_at_a_time() -> None:
+    holding, many = Holding(), blobs(*range(1, 2 * ASKED_LIMIT))
+    first = holding.plan(many, [A], 0.0)
+    assert len(first) == ASKED_LIMIT
+    assert holding.plan(many, [A], RESEND_SECONDS) == first
+    holding.stored("a", ONE)
+    assert holding.plan(many, [A], RESEND_SECONDS + 1.0) == [Hold("a", blob(ASKED_LIMIT + 1))]
 
 
 def test_what_is_deleted_is_released() -> None:
