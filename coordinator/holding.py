@@ -99,9 +99,8 @@ class Holding:
         return True
 
     def failed(self, node_id: str, sha256: str, now: float, rest_seconds: float = REST_SECONDS) -> None:
-        """The node cannot hold this blob for now: another one is to."""
+        """The node cannot hold this blob for now: another one is to. It stays told: what was sent twice may yet succeed."""
         self.resting[node_id, sha256] = now + rest_seconds
-        self.told.get(node_id, set()).discard(sha256)
         copy = self.copies.get(sha256)
         if copy is not None and copy.node_id == node_id:
             del self.copies[sha256]
