@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from aiohttp import web
 
-from coordinator.gateway import metrics
+from coordinator.gateway import metrics, openapi
 from coordinator.gateway.asking import Asking
 from coordinator.gateway.open_inference import OpenInference
 from coordinator.gateway.plain import Plain
@@ -41,4 +41,5 @@ def routes(
         *OpenInference(asking, bus).routes(),
         *TensorFlowServing(asking).routes(),
         *Plain(asking).routes(),
+        openapi.route(openapi.description()),
     ]

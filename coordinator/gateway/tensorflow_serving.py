@@ -34,6 +34,10 @@ _DTYPES = {
 _NUMBER = re.compile(r"[0-9]{1,18}")
 
 
+class Alive(msgspec.Struct):
+    status: str
+
+
 class PredictRequest(msgspec.Struct, omit_defaults=True):
     """In rows (`instances`) or in columns (`inputs`), one of them."""
 
@@ -101,13 +105,17 @@ class TensorFlowServing:
 
     def routes(self) -> list[web.RouteDef]:
         model = "/v1/models/{model:[^/:]+}"
-        found = []
+        found = [web.get("/", guarded(self.alive))]
         for base in (model, f"{model}/versions/{{version:[^/:]+}}", f"{model}/labels/{{label:[^/:]+}}"):
             found.append(web.get(base, guarded(self.status)))
             found.append(web.get(f"{base}/metadata", guarded(self.metadata)))
             for verb, handler in (("predict", self.predict), ("classify", self.classify), ("regress", self.regress)):
                 found.append(web.post(f"{base}:{verb}", self._asking.answering(handler)))
         return found
+
+    async def alive(self, request: web.Request) -> web.Response:
+        """KServe's V1 protocol asks here."""
+        return encoded(Alive("alive"))
 
     # --- questions --------------------------------------------------------------------------------------------------------
 

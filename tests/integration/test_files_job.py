@@ -81,7 +81,9 @@ def test_texts_from_training_to_answers(cluster: LocalCluster, client: Client, t
 
     client.deploy(name, replicas=1).wait(timeout=100)
     np.testing.assert_allclose(client.infer(name, texts[:3]), expected[:3], atol=1e-6)
-    tensor = {"name": "any", "datatype": "BYTES", "shape": [3], "data": texts[:3].tolist()}
+    signature = client.get_model(name).signature
+    assert signature is not None
+    tensor = {"name": signature.inputs[0].name, "datatype": "BYTES", "shape": [3], "data": texts[:3].tolist()}
     request = urllib.request.Request(
         f"{cluster.http_url}/v2/models/{name}/infer", json.dumps({"inputs": [tensor]}).encode()
     )
