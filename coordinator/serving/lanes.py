@@ -21,6 +21,15 @@ class Batch:
     requests: list[Request]
     rows: int
     sent_at: float
+    out: bool = True
+    """Whether it is on its way, and waited for."""
+    twin: Batch | None = None
+    """The same requests, or some of them, at another replica."""
+
+    @property
+    def wanted(self) -> bool:
+        """Whether anybody waits for its answer."""
+        return not all(request.answered for request in self.requests)
 
 
 @dataclass(eq=False, slots=True)
@@ -76,6 +85,7 @@ class Lane:
         batch = self.batches.pop(batch_id, None)
         if batch is not None:
             self.rows -= batch.rows
+            batch.out = False
         return batch
 
     def learn(self, batch: Batch, now: float, engine_seconds: float) -> None:

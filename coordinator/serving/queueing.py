@@ -9,9 +9,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from potluck.errors import PotluckError
 from potluck.messages import RequestOutcome, Tensor
+
+if TYPE_CHECKING:
+    from coordinator.serving.lanes import Batch
 
 SHARE = 8
 
@@ -31,6 +35,8 @@ class Request:
     failure: str = ""
     """What the last attempt failed with."""
     answered: bool = False
+    batch: Batch | None = None
+    """With which it was sent last."""
 
     def settle(self, outcome: RequestOutcome | PotluckError) -> None:
         """Answer it, unless that was done."""

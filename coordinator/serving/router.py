@@ -7,15 +7,19 @@ one waits at the replica and one gathers here. Of two replicas picked at random 
 when it comes, with the time after which the queue will be short. A batch that is lost is put back at the head of the queue, and
 whichever answer comes first counts: a request is answered once, by its deadline. A replica that answers with failures
 rests for a moment: failing is quick, and would draw everything to it.
+
+A batch that is slow to come back is asked again elsewhere (`hedging`), and one that nobody waits for any more is withdrawn.
 """
 
 from __future__ import annotations
 
 import random
+from math import inf
 
+from coordinator.serving.hedging import Hedging
 from coordinator.serving.lanes import Batch, Lane
 from coordinator.serving.queueing import Request, RequestQueue
-from potluck.errors import Overloaded, PotluckError, TimedOut, Unavailable
+from potluck.errors import Cancelled, Overloaded, PotluckError, TimedOut, Unavailable
 from potluck.messages import RequestOutcome
 
 BATCH_BYTES = 160 * 1024
@@ -58,6 +62,11 @@ class Router:
         self._quickest_seconds = 0.0
         """What a row takes on the quickest replica, and whether another is so slow that it may be better to wait."""
         self._uneven = False
+        self._hedging = Hedging()
+        self._away: dict[str, Batch] = {}
+        """What may be asked again elsewhere, in the order in which it was sent."""
+        self.withdrawn: list[Batch] = []
+        """Batches that nobody waits for any more; whoever tells their nodes takes them out."""
         self.served = 0
         self._queue_limit = queue_limit
         self._batch_limit = batch_limit
@@ -98,7 +107,9 @@ class Router:
             self._count(lane, 0, 0.0)
             self._rows_out -= lane.rows
             for batch in reversed(lane.batches.values()):
-                self._put_back(batch.requests, now)
+                batch.out = False
+                self._away.pop(batch.batch_id, None)
+                self._put_back(batch, batch.requests, now)
 
     def submit(self, request: Request, now: float) -> None:
         """Queue a request. Raises Overloaded when there is no room, or no time, for it; a lower priority makes room for a higher."""
@@ -106,6 +117,17 @@ class Router:
         if self.queue.rows:
             self._admit(request, now)
         self.queue.push(request)
+        self._hedging.asked()
+
+    def cancel(self, request: Request) -> None:
+        """Whoever asked does not want the answer any more: it is Cancelled, if there was none yet."""
+        if request.answered:
+            return
+        self.queue.remove(request)
+        request.settle(Cancelled(f"the request to {self.name} was cancelled"))
+        if request.batch is not None:
+            self._withdraw(request.batch)
+            self._withdraw(request.batch.twin)
 
     def withdraw(self, request: Request, reason: PotluckError) -> None:
         """Nobody waits for it any more: it is not sent, unless it was."""
@@ -122,13 +144,41 @@ class Router:
             requests, rows = self._take(now, lane)
             if not requests:
                 break
-            self._number += 1
-            batch = Batch(f"{self.name}/{self._number}", lane.replica_id, lane.node_id, requests, rows, now)
-            lane.sent(batch)
-            self._rows_out += rows
-            self._note_room(lane)
+            batch = self._batch(lane, requests, rows, now)
+            self._away[batch.batch_id] = batch
+            for request in requests:
+                request.batch = batch
             batches.append(batch)
         return batches
+
+    def hedge(self, now: float) -> list[Batch]:
+        """Batches to send now for others that are slow to come back."""
+        batches: list[Batch] = []
+        late_before = now - self._hedging.after_seconds
+        for batch in list(self._away.values()):
+            if batch.sent_at > late_before or self.queue.rows:  # whoever waits comes first
+                break
+            others = [lane for lane in self._open if lane.replica_id != batch.replica_id and lane.rests_until <= now]
+            lane = min(others, key=lambda lane: lane.wait(now), default=None)
+            # Late by so much, it is expected to take as much longer.
+            if lane is None or lane.silent or lane.wait(now)[1] > now - batch.sent_at:
+                continue
+            waiting = [request for request in batch.requests if not request.answered]
+            allowed = self._hedging.spend(len(waiting))
+            if allowed < len(waiting):
+                waiting = waiting[:allowed]
+            del self._away[batch.batch_id]
+            if waiting:
+                twin = self._batch(lane, waiting, sum([request.rows for request in waiting]), now)
+                twin.twin, batch.twin = batch, twin
+                batches.append(twin)
+        return batches
+
+    def hedge_at(self) -> float:
+        """When `hedge` may next have something to send; in infinity while there is nothing to do or nowhere to go."""
+        if len(self.lanes) < 2 or not self._away:
+            return inf
+        return next(iter(self._away.values())).sent_at + self._hedging.after_seconds
 
     def finished(
         self,
@@ -150,10 +200,11 @@ class Router:
             self._finished_late(lane, batch_id, outcomes, now, engine_seconds)
             return
         self._rows_out -= batch.rows
+        self._away.pop(batch_id, None)
         self._note_room(lane)
         if len(outcomes) != len(batch.requests):
             lane.rests_until = now + REST_SECONDS
-            self._put_back(batch.requests, now)
+            self._put_back(batch, batch.requests, now)
             return
         failed = False
         retried: list[Request] = []
@@ -168,11 +219,15 @@ class Router:
             self.served += not request.answered
             request.settle(outcome)
         if retried:
-            lane.rests_until = now + REST_SECONDS
-            self._put_back(retried, now)
+            if any(request.deadline > now for request in retried if not request.answered):
+                lane.rests_until = now + REST_SECONDS
+            self._put_back(batch, retried, now)
         if not failed:  # to fail is quick
             self._learn(lane, batch, now, engine_seconds)
+            self._hedging.came_back(now - batch.sent_at)
         lane.finished_at = now
+        if batch.twin is not None:
+            self._withdraw(batch.twin)
 
     def _finished_late(
         self, lane: Lane, batch_id: str, outcomes: tuple[RequestOutcome, ...], now: float, engine_seconds: float
@@ -195,7 +250,7 @@ class Router:
         for lane in self.lanes.values():
             patience = lane.patience_seconds(batch_seconds)
             for batch in list(lane.overdue.values()):
-                if all(request.answered for request in batch.requests):
+                if not batch.wanted:
                     del lane.overdue[batch.batch_id]
             for batch in list(lane.batches.values()):
                 if now - batch.sent_at > patience:
@@ -204,7 +259,8 @@ class Router:
                     lane.silent = True  # others come first now
                     self._count(lane, lane.limit, 0.0)
                     lane.overdue[batch.batch_id] = batch
-                    self._put_back(batch.requests, now)
+                    self._away.pop(batch.batch_id, None)
+                    self._put_back(batch, batch.requests, now)
                 else:
                     for request in batch.requests:
                         if request.deadline <= now:
@@ -222,6 +278,7 @@ class Router:
                     request.settle(error)
         self.lanes.clear()
         self._open.clear()
+        self._away.clear()
         while len(self.queue):
             self.queue.pop().settle(error)
 
@@ -322,9 +379,25 @@ class Router:
             taken.append(request)
         return taken, rows
 
-    def _put_back(self, requests: list[Request], now: float) -> None:
+    def _batch(self, lane: Lane, requests: list[Request], rows: int, now: float) -> Batch:
+        """On its way to this replica from now on."""
+        self._number += 1
+        batch = Batch(f"{self.name}/{self._number}", lane.replica_id, lane.node_id, requests, rows, now)
+        lane.sent(batch)
+        self._rows_out += rows
+        self._note_room(lane)
+        return batch
+
+    def _withdraw(self, batch: Batch | None) -> None:
+        """Unless it is back, or somebody waits for it. What its replica has begun it may finish."""
+        if batch is not None and batch.out and not batch.wanted:
+            self.withdrawn.append(batch)
+
+    def _put_back(self, batch: Batch, requests: list[Request], now: float) -> None:
+        """These requests of a batch were not answered: to the head of the queue, unless another replica has them too."""
+        elsewhere = batch.twin.requests if batch.twin is not None and batch.twin.out else ()
         for request in reversed(requests):
-            if request.answered:
+            if request.answered or request in elsewhere:
                 continue
             if request.deadline <= now:
                 self._time_out(request)

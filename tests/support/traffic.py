@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from coordinator.serving.hedging import LEAST_SECONDS
 from coordinator.serving.lanes import Batch
 from coordinator.serving.queueing import Request
 from coordinator.serving.router import Router
@@ -79,6 +81,8 @@ class Traffic:
         self.replicas = dict(replicas)
         self.now = 0.0
         self.longest_queue = 0
+        self.hedged = 0
+        self._hedge_at = math.inf
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers = itertools.count()
         for replica_id in replicas:
@@ -137,8 +141,21 @@ class Traffic:
     def _tick(self) -> None:
         self.router.expire(self.now, batch_seconds=10.0)
 
+    def _hedge(self) -> None:
+        self._hedge_at = math.inf
+        batches = self.router.hedge(self.now)
+        self.hedged += sum(len(batch.requests) for batch in batches)
+        self._compute(batches)
+
     def _send(self) -> None:
-        for batch in self.router.dispatch(self.now):
+        self._compute(self.router.dispatch(self.now))
+        self.router.withdrawn.clear()  # they are computed all the same, which is the worse case
+        if self._hedge_at == math.inf and (due := self.router.hedge_at()) < math.inf:
+            self._hedge_at = max(due, self.now + LEAST_SECONDS)
+            self._at(self._hedge_at, self._hedge)
+
+    def _compute(self, batches: Sequence[Batch]) -> None:
+        for batch in batches:
             done_at = self.replicas[batch.replica_id].done_at(self.now, batch.rows, self.rng)
             self._at(done_at, self._done(batch))
 

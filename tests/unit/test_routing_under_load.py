@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import random
+
 import pytest
 
+from coordinator.serving.hedging import BURST
 from support.traffic import Answers, Replica, Traffic
 
 MODELS = {"network": (0.002, 0.0005), "image": (0.0001, 0.01), "accelerator": (0.02, 0.0002)}
@@ -96,3 +100,27 @@ def test_under_overload_low_priorities_are_refused_first_and_keep_a_share() -> N
     assert len(high.seconds) >= 0.85 * high.asked
     assert 0 < len(low.seconds) < 0.5 * low.asked
     assert low.failures["overloaded"] >= 0.5 * low.asked
+
+
+def test_a_replica_that_stalls_is_hedged_around() -> None:
+    def tail(hedged: bool) -> tuple[float, Traffic, Answers]:
+        pauses = [(at, at + 0.8) for at in (4.0, 8.0)]
+        traffic = Traffic({"steady": Replica(0.002, 0.001), "stalls": Replica(0.002, 0.001, pauses)})
+        if not hedged:
+            traffic.router.hedge_at = lambda: math.inf  # type: ignore[method-assign]
+        answers = traffic.run(300, 12.0)[0]
+        return max(answers.seconds), traffic, answers
+
+    longest, traffic, answers = tail(hedged=True)
+    assert longest < 0.1
+    assert 0 < traffic.hedged <= 0.05 * answers.asked + BURST
+    assert tail(hedged=False)[0] > 0.7
+
+
+def test_hedging_keeps_to_its_budget_when_every_replica_is_slow_at_times() -> None:
+    rng = random.Random(3)
+    pauses = [(at / 10, at / 10 + 0.05) for at in range(200) if rng.random() < 0.5]
+    traffic = Traffic({name: Replica(0.002, 0.001, pauses) for name in "ab"})
+    answers = traffic.run(400, 10.0)[0]
+    assert traffic.hedged <= 0.05 * answers.asked + BURST
+    assert len(answers.seconds) == answers.asked
