@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterable
 from contextlib import AsyncExitStack
@@ -17,6 +18,7 @@ from node.assignments import Assignments, Effect, GiveUp, Prefetch, Run, Send, S
 from node.copies import Copies
 from node.engine.process import Engine
 from node.executor import Executor
+from node.giving_way import GivingWay
 from node.own_data import OwnData
 from node.presence import Presence
 from node.replicas import Replicas
@@ -33,6 +35,7 @@ from potluck.logs import fields
 from potluck.messages import (
     AcknowledgeResult,
     BlobsStored,
+    CancelInference,
     CoordinatorStatus,
     ForgetJob,
     HoldBlob,
@@ -51,6 +54,7 @@ from potluck.topics import Topics
 log = logging.getLogger(__name__)
 
 IDLE_CHECK_SECONDS = 5.0
+PAUSE_CHECK_SECONDS = 0.25
 
 
 class Node:
@@ -69,6 +73,8 @@ class Node:
         self.node_id = identity.node_id(settings.node_id, self.folder)
         self._outbox_topic = self.topics.node(self.node_id, "outbox")
         self._assignments = Assignments()
+        self._giving_way = GivingWay(settings.give_way_share)
+        self._gave_way = False
 
     async def run(self, stop: asyncio.Event) -> None:
         """Join the cluster as soon as there is one, and work for it until `stop`."""
@@ -123,6 +129,7 @@ class Node:
                         self._outbox, lambda: self._assignments.attempt_ids, lambda: self._replicas.ids
                     ),
                     "idle": self._stop_idle(),
+                    "giving way": self._pause_and_resume(),
                     "measure": self._presence.measure(self._bus, self.folder / "speed"),
                     "data": self._pack(own_data),
                 }
@@ -187,6 +194,8 @@ class Node:
         match envelope.message:
             case RunInference() as command:
                 self._replicas.infer(command)
+            case CancelInference() as command:
+                self._replicas.cancel(command)
             case LeaseShard() as lease:
                 self._perform_all(self._assignments.on_lease(lease))
             case WithdrawLease() as withdrawal:
@@ -270,7 +279,25 @@ class Node:
             fast=fast,
             topic=self._outbox_topic,
             urls=urls,
+            on_served=self._on_served,
         )
+
+    def _on_served(self, objective_seconds: float, seconds: float) -> None:
+        if self._executor.training:
+            self._giving_way.served(objective_seconds, seconds, time.monotonic())
+            self._give_way()
+
+    async def _pause_and_resume(self) -> None:
+        while True:
+            await asyncio.sleep(PAUSE_CHECK_SECONDS)
+            self._giving_way.passed(time.monotonic())
+            self._give_way()
+
+    def _give_way(self) -> None:
+        if self._giving_way.paused != self._gave_way:
+            self._gave_way = self._giving_way.paused
+            log.info("training %s", "gives way to inference" if self._gave_way else "goes on")
+            self._executor.give_way(self._gave_way)
 
     async def _pack(self, own_data: OwnData) -> None:
         """Make the data that live here ready for training; each is announced as soon as it is."""

@@ -38,6 +38,7 @@ from potluck.messages import (
     SyncTask,
     Tensor,
     TrainResult,
+    TrainTask,
 )
 from potluck.outbox import error_info
 
@@ -91,6 +92,7 @@ class Executor:
         self._on_stored = on_stored
         self._tasks: asyncio.TaskGroup | None = None
         self._running: _Attempt | None = None
+        self._paused = False
         self._prefetches: dict[str, asyncio.Task[None]] = {}
         # Apart, so that what runs never waits for what is only fetched ahead, from holders that may be slow.
         self._fetching = asyncio.Semaphore(FETCHES_AT_ONCE)
@@ -128,6 +130,18 @@ class Executor:
         if attempt is not None and attempt.lease.attempt_id == attempt_id:
             attempt.withdrawn.set()
             self._tasks.create_task(self._stop(attempt), name=f"stop {attempt_id}")
+
+    @property
+    def training(self) -> bool:
+        """Whether the engine trains, by rounds: what can give way."""
+        attempt = self._running
+        return attempt is not None and attempt.engine is not None and isinstance(attempt.lease.task, TrainTask)
+
+    def give_way(self, wanted: bool) -> None:
+        """Let training stand still from its next step on, or go on."""
+        self._paused = wanted
+        if (engine := self._slot.engine) is not None:
+            (engine.pause if wanted else engine.resume)()
 
     def forget(self, job_id: str) -> None:
         """The job has ended: the engine may drop what it keeps for it."""
@@ -169,6 +183,8 @@ class Executor:
                 if attempt.withdrawn.is_set():
                     raise Cancelled("the attempt was withdrawn")
                 attempt.engine = engine
+                if self._paused:  # it may have been started since
+                    engine.pause()
                 try:
                     await self._complete(engine, task, files)
                     return await engine.run_task(lease.job_id, task, files | own_files, progress)

@@ -14,10 +14,20 @@ from node.engine.process import Engine
 from node.slot import EngineSlot
 from potluck.blobs.download import Downloader
 from potluck.blobs.store import BlobStore
-from potluck.errors import EngineFailed, NotFound, Overloaded, PotluckError, TooLarge, Unavailable
+from potluck.errors import (
+    Cancelled,
+    EngineFailed,
+    NotFound,
+    Overloaded,
+    PotluckError,
+    TimedOut,
+    TooLarge,
+    Unavailable,
+)
 from potluck.logs import fields
 from potluck.messages import (
     BlobRef,
+    CancelInference,
     InferenceFinished,
     LoadModel,
     ModelLoaded,
@@ -45,7 +55,10 @@ INPUT_LIMIT_BYTES = 64 * 2**20
 
 
 class Replicas:
-    """Replicas by id. `run` must be under way. Events go to `outbox`, answers to `fast`, both on `topic`."""
+    """Replicas by id. `run` must be under way. Events go to `outbox`, answers to `fast`, both on `topic`.
+
+    `on_served` is told what each batch of a deployment with an objective took here: (objective, seconds).
+    """
 
     def __init__(
         self,
@@ -57,6 +70,7 @@ class Replicas:
         fast: Outbox,
         topic: str,
         urls: Callable[[], tuple[str, ...]],
+        on_served: Callable[[float, float], None] = lambda objective_seconds, seconds: None,
     ) -> None:
         self._store = store
         self._downloader = downloader
@@ -65,10 +79,14 @@ class Replicas:
         self._fast = fast
         self._topic = topic
         self._urls = urls
+        self._on_served = on_served
         self._loaded: dict[str, ModelLoaded] = {}
         self._models: dict[str, str] = {}
         self._loading: dict[str, asyncio.Task[None]] = {}
         self._batches = 0
+        self._cancelled: set[str] = set()
+        """Batches that wait for their inputs, and that nobody waits for."""
+        self._fetching: set[str] = set()
         self._tasks: asyncio.TaskGroup | None = None
 
     @property
@@ -113,6 +131,7 @@ class Replicas:
     def infer(self, command: RunInference) -> None:
         """Run a batch, unless it is too late; the answer is `InferenceFinished`."""
         if command.expires and command.expires < time.time():
+            self._answer(command, TimedOut("the batch came to this node when its time was up"))
             return
         if command.replica_id not in self._loaded or self._batches >= BATCHES_LIMIT:
             error: PotluckError = NotFound(f"replica {command.replica_id} is not loaded on this node")
@@ -123,6 +142,13 @@ class Replicas:
         assert self._tasks is not None
         self._batches += 1
         self._tasks.create_task(self._infer(command), name="batch")
+
+    def cancel(self, command: CancelInference) -> None:
+        """Nobody waits for this batch any more: it is computed only where that has begun."""
+        if command.id in self._fetching:
+            self._cancelled.add(command.id)
+        elif self._slot.engine is not None:
+            self._slot.engine.cancel_inference(command.id)
 
     def on_engine_death(self, failure: EngineFailed) -> None:
         """All replicas are gone with their engine; the coordinator decides what comes instead."""
@@ -173,14 +199,17 @@ class Replicas:
         self._outbox.publish(self._topic, ModelUnloaded(replica_id=replica_id))
 
     async def _infer(self, command: RunInference) -> None:
+        began = time.monotonic()
         try:
             requests = command.requests
             if any(isinstance(tensor.data, BlobRef) for request in requests for tensor in request):
-                requests = tuple([tuple([await self._inline(tensor) for tensor in request]) for request in requests])
+                requests = await self._inlined(command)
             engine = self._slot.engine
             if engine is None:  # it died just now; a fresh one would not have the model
                 raise EngineFailed("the engine that held the replica is gone")
-            outcomes, seconds = await engine.infer(command.replica_id, requests)
+            outcomes, seconds = await engine.infer(
+                command.replica_id, requests, batch_id=command.id, expires=command.expires
+            )
             if _bytes_of(outcomes) > INLINE_OUTPUT_BYTES:
                 outcomes = await self._as_blobs(outcomes)
         except PotluckError as error:
@@ -193,6 +222,20 @@ class Replicas:
             InferenceFinished(id=command.id, replica_id=command.replica_id, outcomes=tuple(outcomes), seconds=seconds),
             qos=0,
         )
+        if command.objective_seconds:
+            self._on_served(command.objective_seconds, time.monotonic() - began)
+
+    async def _inlined(self, command: RunInference) -> tuple[tuple[Tensor, ...], ...]:
+        """The requests with what their blobs hold. Raises Cancelled when nobody wants that any more."""
+        self._fetching.add(command.id)
+        try:
+            requests = tuple([tuple([await self._inline(one) for one in request]) for request in command.requests])
+            if command.id in self._cancelled:
+                raise Cancelled("nobody waits for this batch any more")
+            return requests
+        finally:
+            self._fetching.discard(command.id)
+            self._cancelled.discard(command.id)
 
     async def _inline(self, tensor: Tensor) -> Tensor:
         ref = tensor.data

@@ -40,6 +40,10 @@ Epochs = Annotated[int, Meta(ge=1, le=1_000_000)]
 Seed = Annotated[int, Meta(ge=0, le=2**32 - 1)]
 
 
+Objective = Annotated[float, Meta(ge=0, le=3600)]
+Priority = Annotated[int, Meta(ge=-10, le=10)]
+"""Of a request; higher ones come first."""
+
 Compression = Literal["auto", "none", "int8", "int4"]
 Strategy = Literal["auto", "local", "sync"]
 ModelFormat = Literal["keras", "h5", "savedmodel", "tflite"]
@@ -290,6 +294,9 @@ class Deploy(JobSpec, frozen=True, tag="deploy"):
     max_replicas: Count = 0
     queue_seconds: Seconds = 0.2
     idle_seconds: Seconds = 0.0
+    objective_seconds: Objective = 0.0
+    """How long an answer may take: batches are as large as that allows, training gives way, and what would take longer is refused.
+    0: nobody said."""
 
 
 AnyJobSpec = Train | Evaluate | Predict | Deploy
@@ -645,6 +652,7 @@ class DeploymentInfo(Part, frozen=True):
     """Memory that a replica takes, as measured; 0: not yet."""
     min_replicas: int = 0
     max_replicas: int = 0
+    objective_seconds: float = 0.0
     queue_seconds: float = 0.0
     """How long a request that comes now waits for a replica, as expected."""
     p50_seconds: float = 0.0
@@ -683,9 +691,18 @@ class RollBack(Message, frozen=True):
 
 
 class Infer(Message, frozen=True):
-    """On `models/<name>/infer` (`name` or `name:version`). Answered by `Inferred`."""
+    """On `models/<name>/infer` (`name` or `name:version`). Answered by `Inferred`.
+
+    Of the requests that wait, those of a higher `priority` go first; one that cannot be answered by `expires` is refused at once.
+    """
 
     inputs: tuple[Tensor, ...]
+    priority: Priority = 0
+
+
+class CancelInfer(Message, frozen=True):
+    """On the topic of an `Infer`, with its `id` and `reply_to`: nobody waits for its answer any more, which is the error `cancelled`
+    then, unless it was on its way. Not answered itself."""
 
 
 class Inferred(Message, frozen=True):
@@ -979,6 +996,15 @@ class RunInference(Message, frozen=True):
 
     replica_id: str
     requests: tuple[tuple[Tensor, ...], ...]
+    objective_seconds: Objective = 0.0
+    """How long an answer may take: the node's training gives way when it takes longer."""
+
+
+class CancelInference(Message, frozen=True):
+    """Nobody waits for the batch of this `id` any more. What has not begun is answered with the error `cancelled`. At QoS 0, like
+    the batch."""
+
+    replica_id: str
 
 
 # --- node -> coordinator, on nodes/<id>/outbox -----------------------------------------------------------------------
@@ -1063,9 +1089,10 @@ AnyMessage = (
     | ListNodes | NodesListed | AddDataset | DatasetAdded | RemoveDataset | DatasetRemoved | ListDatasets | DatasetsListed
     | RegisterModel | ModelRegistered | GetModel | ListModels | ModelsListed
     | SetAlias | RemoveAlias | TagModel | ModelChanged | DeleteModel | ModelsDeleted
-    | ListDeployments | DeploymentsListed | Undeploy | Undeployed | Promote | RollBack | Infer | Inferred | RequestFailed
+    | ListDeployments | DeploymentsListed | Undeploy | Undeployed | Promote | RollBack | Infer | CancelInfer | Inferred | RequestFailed
     | CoordinatorStatus | NodeStatus | NodeCapacity | NodeTelemetry
-    | LeaseShard | WithdrawLease | AcknowledgeResult | ForgetJob | LoadModel | UnloadModel | RunInference | HoldBlob | ReleaseBlob
+    | LeaseShard | WithdrawLease | AcknowledgeResult | ForgetJob | LoadModel | UnloadModel | RunInference | CancelInference
+    | HoldBlob | ReleaseBlob
     | LeaseTaken | LeaseRefused | LeaseRenewed | ShardFinished | ShardFailed
     | ModelLoaded | ModelLoadFailed | ModelUnloaded | InferenceFinished | BlobsStored | HoldFailed
 )  # fmt: skip

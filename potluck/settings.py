@@ -105,6 +105,8 @@ class NodeSettings(NetworkSettings, frozen=True):
     """Python modules with layers, losses and metrics of users, which engines import; `lambda` allows code within models."""
     sync_port: Port = 0
     """Where the engine meets others in synchronous training; 0: any free port. Only with `listen.insecure`."""
+    give_way_share: Annotated[float, Meta(gt=0, le=1)] = 0.9
+    """Of the time in which a deployment's objective is at risk here, how much training may stand still for it."""
     data: dict[Name, str | NodeDataSettings] = {}
     """Data sets that live on this node and never leave it, by name: the path of each, or a table of its settings."""
 

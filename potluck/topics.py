@@ -7,13 +7,13 @@
 | nodes/<id>/status     | node        | 1   | yes      | NodeStatus (also its will)                           |
 | nodes/<id>/capacity   | node        | 1   | yes      | NodeCapacity                                         |
 | nodes/<id>/telemetry  | node        | 0   | no       | NodeTelemetry, always JSON                           |
-| nodes/<id>/inbox      | coordinator | 1/0 | no       | commands to the node (RunInference at QoS 0)         |
+| nodes/<id>/inbox      | coordinator | 1/0 | no       | commands to the node (inference at QoS 0)            |
 | nodes/<id>/outbox     | node        | 1/0 | no       | events of the node (InferenceFinished at QoS 0)      |
 | jobs/submit           | clients     | 1   | no       | SubmitJob                                            |
 | jobs/<id>/status      | coordinator | 1   | expires  | JobChanged                                           |
 | jobs/<id>/events      | coordinator | 0   | no       | JobChanged, as often as there is something new       |
 | jobs/<id>/result      | coordinator | 1   | expires  | JobEnded                                             |
-| models/<name>/infer   | clients     | any | no       | Infer                                                |
+| models/<name>/infer   | clients     | any | no       | Infer, CancelInfer                                   |
 | clients/<id>/inbox    | coordinator | any | no       | answers                                              |
 """
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping
+from math import inf
 
 from msgspec.structs import replace
 
+from coordinator.serving.hedging import LEAST_SECONDS
 from coordinator.serving.lanes import Batch
 from coordinator.serving.metrics import ServingMetrics
 from coordinator.serving.queueing import Request
@@ -15,9 +17,11 @@ from coordinator.serving.registry import Registry
 from coordinator.serving.router import Router
 from coordinator.serving.traffic import Traffic
 from potluck.bus import Bus, Envelope
-from potluck.errors import Cancelled, InvalidRequest, NotFound, PotluckError, TooLarge, from_code
+from potluck.errors import InvalidRequest, NotFound, PotluckError, TooLarge, from_code
 from potluck.messages import (
     INLINE_LIMIT_BYTES,
+    CancelInfer,
+    CancelInference,
     ErrorInfo,
     Infer,
     InferenceFinished,
@@ -63,6 +67,10 @@ class Inference:
         self._settings = settings
         self._clock = clock
         self._routers: dict[str, Router] = {}
+        self._asked: dict[tuple[str, str], tuple[Router, Request]] = {}
+        """What waits for its answer, by where that goes and the question's id."""
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+        """When a router is to look for batches that are late."""
         self._traffic: Mapping[str, Traffic] = {}
         self.retired: set[str] = set()
         """Deployments that take no more requests; those that they have are answered."""
@@ -74,7 +82,11 @@ class Inference:
 
     async def run(self) -> None:
         """Send answers, until cancelled."""
-        await self._outbox.run()
+        try:
+            await self._outbox.run()
+        finally:
+            for timer in self._timers.values():
+                timer.cancel()
 
     # --- deployments come and go ----------------------------------------------------------------------------------------
 
@@ -93,6 +105,12 @@ class Inference:
         router = self._routers.pop(name, None)
         if router is not None:
             router.close(error)
+        if (timer := self._timers.pop(name, None)) is not None:
+            timer.cancel()
+
+    def set_objective(self, name: str, seconds: float) -> None:
+        """How long an answer of this deployment may take; 0: nobody said."""
+        self._routers[name].set_objective(seconds)
 
     def busy(self, name: str) -> bool:
         """Whether requests of this deployment wait for their answer."""
@@ -153,6 +171,9 @@ class Inference:
     def on_infer(self, envelope: Envelope) -> None:
         """Handler for `models/<name>/infer`."""
         message = envelope.message
+        if isinstance(message, CancelInfer):
+            self._cancel(self._asked.get((envelope.reply_to, message.id)))
+            return
         if not isinstance(message, Infer):
             self._outbox.refuse(
                 envelope, InvalidRequest(f"{type(message).__name__} is not Infer: see docs/protocol.md")
@@ -161,8 +182,10 @@ class Inference:
         model = self._topics.segment(envelope.topic, 1)
         now = self._clock()
         deadline = min(message.expires or float("inf"), now + self._settings.inference_seconds)
+        key = (envelope.reply_to, message.id)
 
         def answer(outcome: RequestOutcome | PotluckError) -> None:
+            self._asked.pop(key, None)
             answered_at = self._clock()
             self.metrics.answered(name, answered_at, answered_at - now, _failure(outcome))
             if isinstance(outcome, PotluckError):
@@ -176,13 +199,17 @@ class Inference:
         try:
             router = self._route(model)
             name = router.name
-            self._submit(router, message.inputs, answer, now, deadline)
+            request = self._submit(router, message.inputs, answer, now, deadline, message.priority)
+            if message.id and not request.answered:
+                self._asked[key] = router, request
             self._copy(model, message.inputs, now, deadline)
         except PotluckError as error:
             answer(error)
 
-    async def infer(self, model: str, inputs: tuple[Tensor, ...], timeout_seconds: float) -> Inferred:
-        """One request of the gateway; when it is cancelled, nobody need answer it any more.
+    async def infer(
+        self, model: str, inputs: tuple[Tensor, ...], timeout_seconds: float, *, priority: int = 0
+    ) -> Inferred:
+        """One request of the gateway; when it is cancelled, its answer is computed no more.
 
         Raises NotFound, InvalidRequest, Overloaded, TimedOut, Unavailable.
         """
@@ -204,15 +231,14 @@ class Inference:
                 answered.set_result(outcome)
 
         try:
-            request = self._submit(router, inputs, answer, now, now + timeout_seconds)
+            request = self._submit(router, inputs, answer, now, now + timeout_seconds, priority)
             self._copy(model, inputs, now, now + timeout_seconds)
         except PotluckError as error:
             answer(error)
         try:
             outcome = await answered
         except asyncio.CancelledError:
-            if request is not None:
-                router.withdraw(request, Cancelled("its client is gone"))
+            self._cancel((router, request) if request is not None else None)
             raise
         return Inferred(model=router.name, outputs=outcome.outputs)
 
@@ -230,6 +256,7 @@ class Inference:
         answer: Callable[[RequestOutcome | PotluckError], None],
         now: float,
         deadline: float,
+        priority: int = 0,
     ) -> Request:
         if not inputs:
             raise InvalidRequest("a request needs at least one input tensor")
@@ -243,10 +270,16 @@ class Inference:
         self.asked_at[router.name] = now
         if not router.lanes:
             self.on_demand(router)
-        request = Request(inputs, answer, deadline, size, _rows(inputs[0]))
+        request = Request(inputs, answer, deadline, size, _rows(inputs[0]), priority)
         router.submit(request, now)
         self._pump(router)
         return request
+
+    def _cancel(self, asked: tuple[Router, Request] | None) -> None:
+        if asked is not None:
+            router, request = asked
+            router.cancel(request)
+            self._pump(router)
 
     def _copy(self, model: str, inputs: tuple[Tensor, ...], now: float, deadline: float) -> None:
         """Ask the model's shadow the same, if it has one that keeps up; its answer is measured, and goes nowhere."""
@@ -267,15 +300,30 @@ class Inference:
             measure(error)
 
     def _pump(self, router: Router) -> None:
+        """Send what can be sent, withdraw what nobody wants, and look again when something is late."""
         for batch in router.dispatch(self._clock()):
-            self._send(batch)
+            self._send(router, batch)
+        while router.withdrawn:
+            batch = router.withdrawn.pop()
+            message = CancelInference(id=batch.batch_id, replica_id=batch.replica_id)
+            self._outbox.publish(self._topics.node(batch.node_id, "inbox"), message, qos=0)
+        if len(router.lanes) > 1 and router.name not in self._timers and (due := router.hedge_at()) < inf:
+            seconds = max(LEAST_SECONDS, due - self._clock())
+            self._timers[router.name] = asyncio.get_running_loop().call_later(seconds, self._hedge, router)
 
-    def _send(self, batch: Batch) -> None:
+    def _hedge(self, router: Router) -> None:
+        self._timers.pop(router.name, None)
+        for batch in router.hedge(self._clock()):
+            self._send(router, batch)
+        self._pump(router)
+
+    def _send(self, router: Router, batch: Batch) -> None:
         message = RunInference(
             id=batch.batch_id,
             replica_id=batch.replica_id,
-            expires=max(request.deadline for request in batch.requests),
-            requests=tuple(request.inputs for request in batch.requests),
+            expires=max([request.deadline for request in batch.requests]),
+            requests=tuple([request.inputs for request in batch.requests]),
+            objective_seconds=router.objective_seconds,
         )
         self._outbox.publish(self._topics.node(batch.node_id, "inbox"), message, qos=0)
 

@@ -129,11 +129,6 @@ class Router:
             self._withdraw(request.batch)
             self._withdraw(request.batch.twin)
 
-    def withdraw(self, request: Request, reason: PotluckError) -> None:
-        """Nobody waits for it any more: it is not sent, unless it was."""
-        request.settle(reason)
-        self.queue.remove(request)
-
     def dispatch(self, now: float) -> list[Batch]:
         """Batches to send now."""
         batches: list[Batch] = []

@@ -110,6 +110,7 @@ class Serving:
         journal.rewrite(STREAM, self._records.events())
         for name, deployment in self._deployments.items():
             inference.open(name)
+            inference.set_objective(name, deployment.asked.objective_seconds if deployment.asked is not None else 0.0)
             if deployment.retired:
                 inference.retired.add(name)
         inference.prefer(self._records.traffic)
@@ -391,7 +392,9 @@ class Serving:
         elif isinstance(event, Deployed):
             self._inference.retired.discard(event.name)
             self._inference.asked_at[event.name] = self._clock()
-        elif isinstance(event, Undeployed):
+        if isinstance(event, Deployed) and event.asked is not None:
+            self._inference.set_objective(event.name, event.asked.objective_seconds)
+        if isinstance(event, Undeployed):
             self._inference.close(event.name, Unavailable(f"{event.name} was undeployed"))
 
     def _on_demand(self, router: Router) -> None:
@@ -421,6 +424,7 @@ class Serving:
         return DeploymentInfo(
             name=deployment.name,
             wanted=deployment.wanted,
+            objective_seconds=router.objective_seconds,
             replicas=tuple(replica.info() for replica in deployment.replicas.values()),
             queued=len(router.queue),
             served=router.served,

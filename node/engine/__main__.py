@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from node.engine import formats, frames
 from node.engine.replicas import Replicas
 from node.engine.wording import one_line
-from potluck.errors import BadMessage, EngineFailed, InvalidModel, Overloaded, PotluckError
+from potluck.errors import BadMessage, Cancelled, EngineFailed, InvalidModel, Overloaded, PotluckError, TimedOut
 from potluck.messages import ErrorInfo
 
 if TYPE_CHECKING:
@@ -36,7 +36,8 @@ class Channel:
         self._sock = sock
         self._lock = threading.Lock()
         self._splitter = frames.Splitter()
-        self._bodies: deque[bytes] = deque()
+        self._frames: deque[frames.ToEngine] = deque()
+        self._cancelled: set[int] = set()
 
     def send(self, frame: frames.Frame) -> None:
         """Raises TooLarge before anything is sent, and OSError when the parent is gone."""
@@ -46,17 +47,36 @@ class Channel:
 
     def receive(self) -> frames.ToEngine | None:
         """The next frame; None when the parent has closed its end."""
-        while True:
-            while not self._bodies:
-                data = self._sock.recv(max(RECEIVE_BYTES, self._splitter.missing))
-                if not data:
-                    return None
-                self._bodies.extend(self._splitter.feed(data))
-            body = self._bodies.popleft()
+        while not self._frames:
+            data = self._sock.recv(max(RECEIVE_BYTES, self._splitter.missing))
+            if not data:
+                return None
+            self._take(data)
+        return self._frames.popleft()
+
+    def cancelled(self, number: int) -> bool:
+        """Whether the parent has said that it need not be answered. It may have said so while the one before was computed."""
+        try:
+            while data := self._sock.recv(RECEIVE_BYTES, socket.MSG_DONTWAIT):
+                self._take(data)
+        except BlockingIOError:
+            pass  # nothing more has come
+        found = number in self._cancelled
+        if self._cancelled:  # questions come in the order of their numbers: earlier ones were answered
+            self._cancelled = {later for later in self._cancelled if later > number}
+        return found
+
+    def _take(self, data: bytes) -> None:
+        for body in self._splitter.feed(data):
             try:
-                return frames.to_engine(body)
+                frame = frames.to_engine(body)
             except BadMessage as error:  # the question fails, and not the engine with all it holds
                 self.send(_failed(frames.number_of(body), error))
+                continue
+            if isinstance(frame, frames.CancelInfer):
+                self._cancelled.add(frame.number)
+            else:
+                self._frames.append(frame)
 
 
 class Server:
@@ -79,6 +99,10 @@ class Server:
             match frame:
                 case frames.Infer():
                     self._answer(self._infer, frame)
+                case frames.Pause():
+                    self._let_train(False)
+                case frames.Resume():
+                    self._let_train(True)
                 case frames.RunTask():
                     self._cancels[frame.number] = threading.Event()
                     self._later(self._run, frame)
@@ -151,6 +175,10 @@ class Server:
         return frames.Done(number=frame.number)
 
     def _infer(self, frame: frames.Infer) -> frames.Frame:
+        if self._channel.cancelled(frame.number):
+            raise Cancelled("nobody waits for this batch any more")
+        if frame.expires and time.time() > frame.expires:
+            raise TimedOut("the batch came to its turn when its time was up")
         started = time.perf_counter()
         outcomes = self._replicas.infer(frame.replica_id, frame.requests)
         return frames.Inferred(number=frame.number, outcomes=outcomes, seconds=time.perf_counter() - started)
@@ -160,6 +188,10 @@ class Server:
             self._queue.get()()
             if self._tasks is not None:
                 self._tasks.train_ahead(until=lambda: not self._queue.empty())
+
+    def _let_train(self, wanted: bool) -> None:
+        if self._tasks is not None:
+            (self._tasks.may_train.set if wanted else self._tasks.may_train.clear)()
 
     def _need_tasks(self) -> Tasks:
         if self._tasks is None:

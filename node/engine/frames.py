@@ -73,8 +73,23 @@ class UnloadReplica(Frame, frozen=True):
 
 
 class Infer(Frame, frozen=True):
+    """`expires` 0 means never."""
+
     replica_id: str
     requests: tuple[tuple[Tensor, ...], ...]
+    expires: float = 0.0
+
+
+class CancelInfer(Frame, frozen=True):
+    """The `Infer` of this number need not be computed; it is answered all the same."""
+
+
+class Pause(Frame, frozen=True):
+    """Let training stand still from its next step on, until `Resume`."""
+
+
+class Resume(Frame, frozen=True):
+    pass
 
 
 class Started(Frame, frozen=True):
@@ -113,7 +128,9 @@ class Failed(Frame, frozen=True):
     error: ErrorInfo
 
 
-ToEngine = RunTask | CancelTask | ForgetJob | ApplyStep | LoadReplica | UnloadReplica | Infer
+ToEngine = (
+    RunTask | CancelTask | ForgetJob | ApplyStep | LoadReplica | UnloadReplica | Infer | CancelInfer | Pause | Resume
+)
 FromEngine = Started | Heartbeat | TaskProgressed | TaskDone | StepApplied | ReplicaLoaded | Done | Inferred | Failed
 
 

@@ -54,6 +54,8 @@ class Engine:
         self._process: asyncio.subprocess.Process | None = None
         self._link: _Link | None = None
         self._numbers = itertools.count(1)
+        self._batches: dict[str, int] = {}
+        """Numbers of the inferences under way, by the ids of their batches."""
         self._stderr: deque[str] = deque(maxlen=STDERR_LINES)
         self._dead: asyncio.Future[EngineFailed] | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -150,6 +152,16 @@ class Engine:
         if self.alive:
             self._send(frames.CancelTask())
 
+    def pause(self) -> None:
+        """Let training stand still from its next step on."""
+        if self.alive:
+            self._send(frames.Pause())
+
+    def resume(self) -> None:
+        """Let training go on."""
+        if self.alive:
+            self._send(frames.Resume())
+
     async def load_model(
         self, replica_id: str, path: Path, model_format: ModelFormat = "keras"
     ) -> tuple[Signature, int]:
@@ -163,12 +175,25 @@ class Engine:
     async def unload_model(self, replica_id: str) -> None:
         await self._ask(frames.UnloadReplica(number=next(self._numbers), replica_id=replica_id))
 
-    async def infer(self, replica_id: str, requests: Sequence[Sequence[Tensor]]) -> tuple[list[RequestOutcome], float]:
-        """One outcome for each request, and the engine's seconds."""
-        packed = tuple(tuple(request) for request in requests)
-        answer = await self._ask(frames.Infer(number=next(self._numbers), replica_id=replica_id, requests=packed))
+    async def infer(
+        self, replica_id: str, requests: Sequence[Sequence[Tensor]], *, batch_id: str = "", expires: float = 0.0
+    ) -> tuple[list[RequestOutcome], float]:
+        """One outcome for each request, and the engine's seconds. Raises TimedOut when it would begin after `expires`, and Cancelled."""
+        packed = tuple([tuple(request) for request in requests])
+        number = self._batches[batch_id] = next(self._numbers)
+        frame = frames.Infer(number=number, replica_id=replica_id, requests=packed, expires=expires)
+        try:
+            answer = await self._ask(frame)
+        finally:
+            self._batches.pop(batch_id, None)
         assert isinstance(answer, frames.Inferred)
         return list(answer.outcomes), answer.seconds
+
+    def cancel_inference(self, batch_id: str) -> None:
+        """Leave this batch out, if it has not begun: `infer` raises Cancelled then."""
+        number = self._batches.get(batch_id)
+        if number is not None and self.alive:
+            self._send(frames.CancelInfer(number=number))
 
     async def forget_job(self, job_id: str) -> None:
         if self.alive:

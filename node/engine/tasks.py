@@ -55,6 +55,10 @@ class Tasks:
 
     def __init__(self, scratch: Path) -> None:
         self._scratch = scratch
+        self.may_train = threading.Event()
+        """Training by rounds stands still while it is not set. (A group that takes every step together would stand still as a whole:
+        it goes on.)"""
+        self.may_train.set()
         self._sessions: OrderedDict[str, Session] = OrderedDict()
         self._models: OrderedDict[tuple[str, bool], Loaded] = OrderedDict()
         self._ahead: Session | None = None
@@ -84,7 +88,7 @@ class Tasks:
         """After a round whose result is on its way: go on with the next, until there is something to do."""
         session, self._ahead = self._ahead, None
         if session is not None:
-            session.train_ahead(until)
+            session.train_ahead(lambda: until() or not self.may_train.is_set())
 
     def forget(self, job_id: str) -> None:
         """Drop what is kept for a job."""
@@ -127,7 +131,9 @@ class Tasks:
             session.begin_anew(task.seed, task.round, task.part)
         session.follow(task.seen)
         seconds = math.inf if task.parts else task.seconds
-        outcome = session.train(task.samples, seconds, cancelled, progress, overlap=task.overlap)
+        outcome = session.train(
+            task.samples, seconds, cancelled, progress, overlap=task.overlap, may_train=self.may_train
+        )
         target = self._scratch / "update.new"
         after = privacy.protected(paths[base.sha256], outcome.weights, task.privacy)
         norm = updates.write_update(target, paths[base.sha256], after, task.compression)

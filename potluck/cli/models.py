@@ -38,6 +38,9 @@ def deploy(
         float | None,
         typer.Option(min=0, metavar="SECONDS", help="Hold none after so long without a request, until the next one."),
     ] = None,
+    objective: Annotated[
+        str | None, typer.Option(metavar="TIME", help="How long an answer may take: 50ms, or 0.05 (seconds).")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Keep a model loaded on some nodes, ready to answer; its version takes over from the one before."""
@@ -48,6 +51,7 @@ def deploy(
     given = {
         "canary": canary, "shadow": shadow, "keep": keep, "rollback_factor": rollback_factor,
         "watch_seconds": watch, "queue_seconds": queue, "idle_seconds": idle,
+        "objective": None if objective is None else _seconds(objective),
     }  # fmt: skip
     options = DeployOptions(**{key: value for key, value in given.items() if value is not None})  # type: ignore[typeddict-item]
     deploying.fields(replicas, options)  # what is wrong is said before anything is looked for
@@ -86,6 +90,18 @@ def rollback(
     with session(context).client() as client:
         found = client.roll_back(model)
     output.emit(found) if as_json else output.show(output.deployments_table(found))
+
+
+def _seconds(text: str) -> float:
+    """`50ms`, `2s` or a number of seconds. Raises BadParameter."""
+    number, scale = (text[:-2], 1e-3) if text.endswith("ms") else (text.removesuffix("s"), 1.0)
+    try:
+        seconds = float(number) * scale
+    except ValueError:
+        seconds = -1.0
+    if not 0.0 <= seconds <= 3600.0:
+        raise typer.BadParameter(f"{text!r} is no time between 0 and an hour: write 50ms, or 0.05 (seconds)")
+    return seconds
 
 
 def undeploy(

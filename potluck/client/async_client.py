@@ -61,6 +61,7 @@ from potluck.messages import (
     NodeInfo,
     NodesListed,
     Predict,
+    Priority,
     Promote,
     RegisterModel,
     RemoveAlias,
@@ -356,19 +357,24 @@ class AsyncClient:
         question = DeleteModel(model=arguments.text("model", model, _NAMED), every_version=bool(every_version))
         return (await self._ask(question, ModelsDeleted)).models
 
-    async def infer(self, model: str, inputs: Inputs, *, timeout: float | None = None) -> Predictions:
+    async def infer(
+        self, model: str, inputs: Inputs, *, timeout: float | None = None, priority: int = 0
+    ) -> Predictions:
         """The outputs of a deployed model for a batch of inputs: one array, or one for each output by its name.
 
         `inputs` is one array (with the batch as first axis) or a map of arrays by input name. Lists of numbers
-        become float32. Raises NotFound, InvalidRequest (a shape that does not fit), Overloaded, TimedOut.
+        become float32. `timeout` goes with the request: what cannot be answered by then is refused at once. Where requests wait, those
+        of a higher `priority` (-10 to 10) go first. When this is cancelled, the cluster gives up the request too. Raises NotFound,
+        InvalidRequest (a shape that does not fit), Overloaded (with `retry_after_seconds`), TimedOut.
         """
         topic_name, limit_seconds = _topic_name(arguments.text("model", model, _NAMED)), arguments.timeout(timeout)
+        priority = arguments.checked("priority", priority, Priority, "a whole number from -10 to 10")
         named = inputs if isinstance(inputs, Mapping) else {"": inputs}
         sent = [tensors.from_numpy(str(name), _as_array(value)) for name, value in named.items()]
         connection = await self._connected()
         if sum(len(tensor.data) for tensor in sent if isinstance(tensor.data, bytes)) > _INLINE_INPUT_BYTES:
             sent = [await _as_blob(connection, tensor) for tensor in sent]
-        answer = await connection.infer(topic_name, Infer(inputs=tuple(sent)), limit_seconds)
+        answer = await connection.infer(topic_name, Infer(inputs=tuple(sent), priority=priority), limit_seconds)
         return as_arrays([await fetch_tensor(connection, tensor) for tensor in answer.outputs])
 
     # --- data -----------------------------------------------------------------------------------------------------------

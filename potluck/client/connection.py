@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import tempfile
 import time
@@ -20,10 +21,13 @@ from potluck.blobs.store import BlobStore
 from potluck.bus import Addresses, Bus, Envelope, Handler, MqttBus
 from potluck.client.arguments import checked
 from potluck.errors import InvalidRequest, PotluckError, TimedOut, Unavailable
-from potluck.messages import BlobRef, CoordinatorStatus, Infer, Inferred, Message, Undeploy
+from potluck.logs import fields
+from potluck.messages import BlobRef, CancelInfer, CoordinatorStatus, Infer, Inferred, Message, Undeploy
 from potluck.network import lan_addresses
 from potluck.settings import ClientSettings, PositiveSeconds, load, parse_address
 from potluck.topics import Topics
+
+log = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=Message)
 T = TypeVar("T")
@@ -35,6 +39,7 @@ _FIND_SECONDS = 4.0
 """A cluster that is there is seen within this time, however patient the questions are: `potluck up` looks for three seconds."""
 _ASK_AGAIN_SECONDS = 5.0
 """A question without an answer is asked again after this time, with its id: a coordinator that was started anew gets it too."""
+_CANCEL_SECONDS = 1.0
 
 
 class _StartedAnew(Unavailable):
@@ -203,8 +208,13 @@ class Connection:
             return expect(got, answer)
 
     async def infer(self, name: str, question: Infer, timeout_seconds: float | None = None) -> Inferred:
-        """One inference, asked once, and again only where that was lost: an overloaded cluster is not helped by more questions."""
+        """One inference, asked once, and again only where that was lost: an overloaded cluster is not helped by more questions.
+
+        With a `timeout_seconds` of its own the cluster knows by when the answer must be there, and when this is cancelled, too.
+        """
         limit_seconds = self.settings.timeout_seconds if timeout_seconds is None else timeout_seconds
+        if timeout_seconds is not None:
+            question = replace(question, expires=time.time() + timeout_seconds)
         deadline = time.monotonic() + limit_seconds
         question_id = uuid.uuid4().hex
         while True:
@@ -218,9 +228,21 @@ class Connection:
                 )
             except _StartedAnew:
                 continue
+            except asyncio.CancelledError:
+                await self._cancel(name, question_id)
+                raise
             finally:
                 self._inferring.discard(question_id)
             return expect(got, Inferred)
+
+    async def _cancel(self, name: str, question_id: str) -> None:
+        """Say that nobody waits for this inference any more; where that cannot be said soon, it is computed for nothing."""
+        message = CancelInfer(id=question_id, reply_to=self.topics.client_inbox(self.bus.client_id))
+        try:
+            async with asyncio.timeout(_CANCEL_SECONDS):
+                await self.bus.publish(self.topics.infer(name), message, qos=0)
+        except (TimeoutError, PotluckError) as error:
+            log.info("inference not cancelled %s", fields(model=name, reason=str(error)))
 
     def follow(self, job_id: str, handler: Handler) -> Callable[[], None]:
         """Have `handler` called with what the bus says of a job, until what is returned is called."""

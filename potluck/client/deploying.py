@@ -8,7 +8,7 @@ from typing import Any, TypedDict
 
 from potluck.client import arguments
 from potluck.errors import InvalidRequest
-from potluck.messages import Count, Factor, Percent, Seconds
+from potluck.messages import Count, Factor, Objective, Percent, Seconds
 
 IDLE_SECONDS = 300.0
 """After so long without a request `0..MAX` holds none, where nothing else is said."""
@@ -23,6 +23,7 @@ _KINDS: dict[str, tuple[Any, str]] = {
     "watch_seconds": (Seconds, _SECONDS),
     "queue_seconds": (Seconds, _SECONDS),
     "idle_seconds": (Seconds, _SECONDS),
+    "objective": (Objective, "a number of seconds, at most 3600"),
 }
 
 
@@ -35,6 +36,8 @@ class DeployOptions(TypedDict, total=False):
       for `watch_seconds` for that.
     - `queue_seconds`: with `replicas="1..4"`, more are loaded while requests wait for longer.
     - `idle_seconds`: hold none after so long without a request, until the next one (0: always hold them).
+    - `objective`: how long an answer may take, in seconds: batches are as large as that allows, training on the same nodes gives way, and
+      what would take longer is refused with Overloaded (0: requests wait for as long as their timeouts allow).
     """
 
     canary: int
@@ -44,6 +47,7 @@ class DeployOptions(TypedDict, total=False):
     watch_seconds: float
     queue_seconds: float
     idle_seconds: float
+    objective: float
 
 
 def fields(replicas: object, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -55,6 +59,8 @@ def fields(replicas: object, options: Mapping[str, Any]) -> dict[str, Any]:
         found[name] = arguments.checked(name, value, *_KINDS[name])
     if 0 < found.get("rollback_factor", 0) <= 1:
         raise InvalidRequest(f"rollback_factor must be above 1, or 0 (never), not {found['rollback_factor']}")
+    if "objective" in found:
+        found["objective_seconds"] = found.pop("objective")
     return _replicas(replicas, found) | found
 
 

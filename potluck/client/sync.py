@@ -394,9 +394,9 @@ class Client:
         """Delete a version, or all of a name; what was deleted. See `AsyncClient.delete_model`."""
         return self._portal.call(self._client.delete_model(model, every_version=every_version))
 
-    def infer(self, model: str, inputs: Inputs, *, timeout: float | None = None) -> Predictions:
+    def infer(self, model: str, inputs: Inputs, *, timeout: float | None = None, priority: int = 0) -> Predictions:
         """The outputs of a deployed model for a batch of inputs. See `AsyncClient.infer`."""
-        return self._portal.call(self._client.infer(model, inputs, timeout=timeout))
+        return self._portal.call(self._client.infer(model, inputs, timeout=timeout, priority=priority))
 
     def datasets(self) -> tuple[DatasetInfo, ...]:
         return self._portal.call(self._client.datasets())

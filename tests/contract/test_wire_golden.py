@@ -67,7 +67,8 @@ def example(kind: Any, name: str = "", encoding: Encoding = "msgpack") -> Any:
 def _constrained(kind: Any, meta: msgspec.Meta, name: str) -> Any:
     if kind is str:
         return "0123456789abcdef" * 4 if "0-9a-f" in (meta.pattern or "") else f"{name}-1"
-    return example(kind, name)
+    found = example(kind, name)
+    return found if meta.le is None else min(found, meta.le)
 
 
 def variants(kind: type[Message]) -> dict[str, Any]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -10,7 +13,7 @@ import numpy as np
 import pytest
 import pytest_asyncio
 
-from potluck.errors import InvalidModel, NotFound
+from potluck.errors import Cancelled, InvalidModel, NotFound, TimedOut
 from potluck.messages import RequestOutcome, Tensor
 from potluck.tensors import from_numpy, to_numpy
 from support.engine_lab import Lab, engine_lab, training
@@ -154,6 +157,35 @@ async def test_what_is_not_there(lab: Lab) -> None:
     await lab.engine.unload_model("gone")
     with pytest.raises(NotFound):
         await lab.engine.infer("gone", [request(np.zeros((1, 8), np.float32))])
+
+
+async def test_a_batch_that_nobody_waits_for_is_left_out(lab: Lab) -> None:
+    await load(lab, "wanted", dense())
+    asked = [request(np.zeros((1, 8), np.float32))]
+    assert lab.engine.pid is not None
+    os.kill(lab.engine.pid, signal.SIGSTOP)
+    try:
+        batches = [
+            asyncio.create_task(lab.engine.infer("wanted", asked, batch_id=batch_id)) for batch_id in ("a", "b", "c")
+        ]
+        await asyncio.sleep(0)  # they are sent
+        lab.engine.cancel_inference("b")
+        lab.engine.cancel_inference("never asked")
+    finally:
+        os.kill(lab.engine.pid, signal.SIGCONT)
+    first, second, third = await asyncio.gather(*batches, return_exceptions=True)
+    assert isinstance(second, Cancelled)
+    assert not isinstance(first, BaseException)
+    assert not isinstance(third, BaseException)
+
+
+async def test_a_batch_whose_time_is_up_is_left_out(lab: Lab) -> None:
+    await load(lab, "late", dense())
+    asked = [request(np.zeros((1, 8), np.float32))]
+    with pytest.raises(TimedOut):
+        await lab.engine.infer("late", asked, expires=time.time() - 0.1)
+    outcomes, _ = await lab.engine.infer("late", asked, expires=time.time() + 60)
+    assert outcomes[0].error is None
 
 
 async def test_inference_goes_on_while_a_task_runs(lab: Lab) -> None:

@@ -33,7 +33,7 @@ from potluck.messages import (
 from potluck.tensors import from_numpy, to_numpy
 from support import models
 from support.eventually import eventually
-from support.node_lab import Lab, node_lab
+from support.node_lab import Lab, NodeProcess, node_lab
 
 REPLICA = "m:1/1"
 X = Tensor(name="x", datatype="UINT8", shape=(1, 3), data=b"\1\2\3")
@@ -235,6 +235,8 @@ async def test_with_tensorflow_in_its_engines(lab: Lab) -> None:
     (outcome,) = (await answer(lab, "b1", 20)).outcomes
     np.testing.assert_allclose(to_numpy(outcome.outputs[0]), model(x[:2]).numpy(), atol=1e-5)
 
+    await training_gives_way(lab, node, "t1", from_numpy("x", x[:2]))
+
     engines()["work"].send_signal(signal.SIGKILL)
     failed = await lab.heard(ShardFailed)
     assert (failed.error.code, failed.error.retryable) == ("engine_failed", True)
@@ -252,3 +254,20 @@ async def test_with_tensorflow_in_its_engines(lab: Lab) -> None:
     assert gone.error.code == "engine_failed"
     assert await node.stop() == 0
     await eventually(lambda: not any(psutil.pid_exists(pid) for pid in children))
+
+
+async def training_gives_way(lab: Lab, node: NodeProcess, attempt_id: str, asked: Tensor) -> None:
+    """While an objective is at risk (none can be held that is so short) and requests come, and it goes on after them."""
+
+    def done() -> list[int]:
+        return [one.done for one in lab.all(LeaseRenewed) if one.attempt_id == attempt_id]
+
+    async def asked_and_standing_still() -> bool:
+        await lab.infer("at risk", REPLICA, asked, objective_seconds=1e-6)
+        return "training gives way" in node.log() and len(set(done()[-3:])) == 1
+
+    before = len(done())
+    await eventually(lambda: len(done()) >= before + 3 and len(set(done()[-3:])) > 1)
+    await eventually(asked_and_standing_still, 20, every=0.2)
+    stood_at = done()[-1]
+    await eventually(lambda: "training goes on" in node.log() and done()[-1] > stood_at)

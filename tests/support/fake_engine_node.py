@@ -104,7 +104,18 @@ class FakeEngine:
     async def unload_model(self, replica_id: str) -> None:
         self._replicas.discard(replica_id)
 
-    async def infer(self, replica_id: str, requests: Sequence[Sequence[Tensor]]) -> tuple[list[RequestOutcome], float]:
+    def cancel_inference(self, batch_id: str) -> None:
+        pass
+
+    def pause(self) -> None:
+        pass
+
+    def resume(self) -> None:
+        pass
+
+    async def infer(
+        self, replica_id: str, requests: Sequence[Sequence[Tensor]], *, batch_id: str, expires: float
+    ) -> tuple[list[RequestOutcome], float]:
         if replica_id not in self._replicas:
             raise NotFound(f"replica {replica_id} is not loaded")
         match requests[0][0].name:

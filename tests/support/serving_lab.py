@@ -20,6 +20,7 @@ from potluck import tensors
 from potluck.exchange import Envelope
 from potluck.messages import (
     BlobRef,
+    CancelInference,
     Capacity,
     Deploy,
     ErrorInfo,
@@ -81,6 +82,8 @@ class Node:
         self.loaded: list[str] = []
         self.formats: list[str] = []
         self.batches: list[int] = []
+        self.cancelled: list[str] = []
+        self.asked: list[RunInference] = []
         self.outbox = Outbox(self.bus)
         self.bus.subscribe(TOPICS.node(node_id, "inbox"), self.on_command)
 
@@ -101,6 +104,10 @@ class Node:
             case UnloadModel(replica_id=replica_id):
                 self.unloaded.append(replica_id)
                 self.loaded = [one for one in self.loaded if one != replica_id]
+            case CancelInference(id=batch_id):
+                self.cancelled.append(batch_id)
+            case RunInference() as batch if self.mute:
+                self.asked.append(batch)
             case RunInference() as batch if self.forgetful or (
                 self.failing is not None and batch.replica_id.startswith(self.fails)
             ):
@@ -108,7 +115,7 @@ class Node:
                 outcomes = (RequestOutcome(error=error),) * len(batch.requests)
                 finished = InferenceFinished(id=batch.id, replica_id=batch.replica_id, outcomes=outcomes)
                 self.outbox.publish(topic, finished, qos=0)
-            case RunInference() as batch if not self.mute:
+            case RunInference() as batch:
                 self.batches.append(len(batch.requests))
                 outcomes = tuple(
                     RequestOutcome(outputs=self.doubled(self.signatures[batch.replica_id], request))

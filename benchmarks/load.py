@@ -1,0 +1,266 @@
+"""A deployment under load: the tail at 70 % of capacity, three times as much as it can do, a replica that is killed, and training beside it.
+
+Requests come at random times (Poisson), however slow the answers are, and each is timed from when it was due. The model is a small
+convolutional network at a few milliseconds a row, so that its engine is what limits and not the Python that asks. Its
+capacity is what 64 closed-loop clients get in the same run, just before. Nodes have one core each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+import tempfile
+import time
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from report import Report, percentiles
+
+from potluck.bus import MqttBus
+from potluck.client import AsyncClient, AsyncJob
+from potluck.errors import PotluckError
+from potluck.local_cluster import Daemon, LocalCluster
+from potluck.messages import Infer, Inferred, Tensor
+from potluck.tensors import from_numpy
+from potluck.topics import Topics
+
+SIZE = 64
+DEADLINE_SECONDS = 0.5
+ANSWER_SECONDS = 20.0
+"""Who has no answer by then is not answered at all."""
+CLOSED_LOOP_CLIENTS = 64
+WINDOW_SECONDS = 0.5
+
+
+def network(path: Path) -> Path:
+    """A small convolutional network, as a `.keras` file."""
+    import keras
+
+    model = keras.Sequential([keras.Input((SIZE, SIZE, 3))])
+    for filters in (16, 32, 64):
+        model.add(keras.layers.Conv2D(filters, 3, activation="relu"))
+        model.add(keras.layers.MaxPooling2D(2))
+    model.add(keras.layers.Flatten())
+    model.add(keras.layers.Dense(10, activation="softmax"))
+    model.compile(loss="sparse_categorical_crossentropy")
+    model.save(path)
+    return path
+
+
+@dataclass
+class Answers:
+    """Of requests that were due from `started` on: when each was due, how long it took, and what it failed with."""
+
+    started: float
+    due: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    codes: list[str] = field(default_factory=list)
+
+    def add(self, due: float, code: str) -> None:
+        self.due.append(due - self.started)
+        self.seconds.append(time.perf_counter() - due)
+        self.codes.append(code)
+
+    @property
+    def good(self) -> list[float]:
+        return [seconds for seconds, code in zip(self.seconds, self.codes, strict=True) if not code]
+
+    def failures(self) -> dict[str, int]:
+        return dict(Counter(code for code in self.codes if code))
+
+    def p99_between(self, begin: float, end: float) -> float:
+        """Of those that were due in this time; 0 when there were none."""
+        found = sorted(s for s, due in zip(self.seconds, self.due, strict=True) if begin <= due < end)
+        return found[min(len(found) - 1, int(0.99 * len(found)))] if found else 0.0
+
+
+class Asker:
+    """Asks one deployed model by MQTT, at QoS 0."""
+
+    def __init__(self, bus: MqttBus, topics: Topics, model: str, tensor: Tensor) -> None:
+        self._bus = bus
+        self._topic = topics.infer(model)
+        self._tensor = tensor
+
+    async def ask(self, due: float, into: Answers, deadline_seconds: float) -> None:
+        expires = time.time() + deadline_seconds - (time.perf_counter() - due) if deadline_seconds else 0.0
+        code = ""
+        try:
+            message = Infer(inputs=(self._tensor,), expires=expires)
+            answer = await self._bus.request(self._topic, message, timeout_seconds=ANSWER_SECONDS, qos=0)
+            assert isinstance(answer, Inferred)
+        except PotluckError as error:
+            code = "unanswered" if "no answer to Infer" in error.message else error.code
+        into.add(due, code)
+
+    async def closed_loop(self, clients: int, seconds: float) -> float:
+        """Answers a second that so many clients get who ask one after the other, after a second to warm up."""
+        begin = time.perf_counter() + 1.0
+        answers = Answers(begin)
+
+        async def client() -> None:
+            while (now := time.perf_counter()) < begin + seconds:
+                await self.ask(now, answers, 0.0)
+
+        await asyncio.gather(*(client() for _ in range(clients)))
+        return sum(due >= 0.0 for due in answers.due) / seconds
+
+    async def open_loop(self, per_second: float, seconds: float, deadline_seconds: float = 0.0) -> Answers:
+        """Answers to requests that come at this rate, whatever becomes of them."""
+        rng = random.Random(0)
+        due = time.perf_counter()
+        answers, end = Answers(due), due + seconds
+        async with asyncio.TaskGroup() as tasks:
+            while (due := due + rng.expovariate(per_second)) < end:
+                if (left := due - time.perf_counter()) > 0.0:
+                    await asyncio.sleep(left)
+                tasks.create_task(self.ask(due, answers, deadline_seconds), name="request")
+        return answers
+
+
+@asynccontextmanager
+async def asker(cluster: LocalCluster, model: str, array: np.ndarray[Any, Any]) -> AsyncIterator[Asker]:
+    topics = Topics(cluster.cluster)
+
+    async def address() -> tuple[str, int]:
+        return cluster.broker_host, cluster.broker_port
+
+    bus = MqttBus(address, topics, client_id="load", highest_version=4)
+    running = asyncio.create_task(bus.run(), name="load bus")
+    try:
+        await bus.connected(10)
+        yield Asker(bus, topics, model, from_numpy("", array))
+    finally:
+        running.cancel()
+        await asyncio.wait([running])
+
+
+def resident_bytes(daemons: list[Daemon]) -> int:
+    """Of these daemons, and what they started."""
+    processes = [psutil.Process(daemon.pid) for daemon in daemons]
+    processes += [child for process in processes for child in process.children(recursive=True)]
+    return sum(process.memory_info().rss for process in processes)
+
+
+async def tail_and_overload(cluster: LocalCluster, model: Path, seconds: float, report: Report) -> None:
+    """Checks `tail`, `overload_goodput`, `overload_unanswered` and `overload_memory`."""
+    row = np.random.default_rng(0).random((1, SIZE, SIZE, 3), np.float32)
+    async with AsyncClient(f"{cluster.broker_host}:{cluster.broker_port}", cluster=cluster.cluster) as client:
+        await client.register(model, "net")
+        await client.deploy("net", wait=True)
+    async with asker(cluster, "net", row) as load:
+        capacity = await load.closed_loop(CLOSED_LOOP_CLIENTS, seconds)
+        steady = percentiles((await load.open_loop(0.7 * capacity, 2 * seconds)).good)
+        daemons = [cluster.coordinator, *cluster.nodes]
+        await load.open_loop(3 * capacity, seconds, DEADLINE_SECONDS)
+        before = resident_bytes(daemons)
+        flood = await load.open_loop(3 * capacity, 2 * seconds, DEADLINE_SECONDS)
+        grown = resident_bytes(daemons) / before
+    in_time = sum(s <= DEADLINE_SECONDS for s in flood.good) / (2 * seconds)
+    report.figures |= {"capacity_per_second": round(capacity, 1), "at_70_percent": steady, "goodput": round(in_time, 1)}
+    report.figures["overload"] = {"asked": len(flood.due), **flood.failures(), **percentiles(flood.good)}
+    report.rows.append(("70 % of capacity", f"{0.7 * capacity:.0f}", *(f"{value:.1f}" for value in steady.values())))
+    overload = percentiles(flood.good).values()
+    report.rows.append(("3 times capacity", f"{3 * capacity:.0f}", *(f"{value:.1f}" for value in overload)))
+    report.check("tail", steady["p99_ms"] / steady["p50_ms"], at_most=5.0)
+    report.check("overload_goodput", in_time / capacity, at_least=0.9)
+    report.check("overload_unanswered", flood.failures().get("unanswered", 0), at_most=0.0)
+    report.check("overload_memory", grown, at_most=1.05)
+
+
+async def kill(cluster: LocalCluster, model: Path, seconds: float, report: Report) -> None:
+    """Checks `kill_failures` and `kill_p99_seconds`: of two replicas one gets SIGKILL, with its node, under load."""
+    row = np.random.default_rng(0).random((1, SIZE, SIZE, 3), np.float32)
+    async with AsyncClient(f"{cluster.broker_host}:{cluster.broker_port}", cluster=cluster.cluster) as client:
+        await client.register(model, "pair")
+        await client.deploy("pair", replicas=2, wait=True)
+    async with asker(cluster, "pair", row) as load:
+        capacity = await load.closed_loop(CLOSED_LOOP_CLIENTS, seconds)
+        under_way = asyncio.create_task(load.open_loop(0.25 * capacity, 3 * seconds), name="load")
+        await asyncio.sleep(seconds)
+        killed_at = time.perf_counter()
+        await asyncio.to_thread(cluster.nodes[-1].kill)
+        answers = await under_way
+    at = killed_at - answers.started
+    usual = answers.p99_between(0.5, at)
+    windows = [at + number * WINDOW_SECONDS for number in range(int((3 * seconds - at) / WINDOW_SECONDS))]
+    slow = [begin for begin in windows if answers.p99_between(begin, begin + WINDOW_SECONDS) > 2 * usual]
+    # Until the first window from which on two in a row are as before: later ones may be slow by chance.
+    back = next((begin for begin in windows if begin not in slow and begin + WINDOW_SECONDS not in slow), 3 * seconds)
+    report.figures["kill"] = {
+        "per_second": round(0.25 * capacity, 1), "asked": len(answers.due), "failures": answers.failures(),
+        "p99_before_ms": round(1000 * usual, 1), "longest_ms": round(1000 * max(answers.seconds), 1),
+    }  # fmt: skip
+    found = percentiles(answers.good)
+    report.rows.append(("a replica is killed", f"{0.25 * capacity:.0f}", *(f"{value:.1f}" for value in found.values())))
+    report.check("kill_failures", sum(answers.failures().values()), at_most=0.0)
+    report.check("kill_p99_seconds", back - at, at_most=2.0)
+
+
+async def trained(job: AsyncJob, samples: int) -> None:
+    """Return when the job has trained on more than so many. Raises TimeoutError."""
+    async with asyncio.timeout(60):
+        async for progress in job.progress():
+            if progress.done > samples:
+                return
+
+
+async def beside_training(cluster: LocalCluster, model: Path, seconds: float, report: Report) -> None:
+    """Check `give_way_p99`: p99 beside training with an objective, over the same without, both while one job trains."""
+    rng = np.random.default_rng(0)
+    row = rng.random((1, SIZE, SIZE, 3), np.float32)
+    data = rng.random((256, SIZE, SIZE, 3), np.float32), rng.integers(0, 10, 256)
+    found: dict[str, dict[str, float]] = {}
+    async with AsyncClient(f"{cluster.broker_host}:{cluster.broker_port}", cluster=cluster.cluster) as client:
+        await client.register(model, "beside")
+        await client.deploy("beside", wait=True)
+        async with asker(cluster, "beside", row) as load:
+            await load.closed_loop(1, 0.5)
+            job = await client.train(str(model), data, epochs=1_000, batch_size=64, strategy="local")
+            await trained(job, 0)
+            for kind, objective in (("training goes on", 0.0), ("training gives way", 0.03)):
+                await client.deploy("beside", objective=objective, wait=True)
+                await load.open_loop(20, 1.0)
+                found[kind] = percentiles((await load.open_loop(20, 2 * seconds)).good)
+            done = (await job.status()).progress.done
+            await trained(job, done)  # it goes on when it is quiet
+            await client.cancel(job.id)
+    for kind, values in found.items():
+        report.rows.append((kind, "20", *(f"{value:.1f}" for value in values.values())))
+        report.figures[kind.replace(" ", "_")] = values
+    report.check(
+        "give_way_p99", found["training gives way"]["p99_ms"] / found["training goes on"]["p99_ms"], at_most=0.8
+    )
+
+
+def run(quick: bool, report: Report) -> None:
+    """All of it, into the report."""
+    seconds = 2.0 if quick else 6.0
+    with tempfile.TemporaryDirectory(prefix="potluck-bench-") as name:
+        folder = Path(name)
+        model = network(folder / "net.keras")
+        with LocalCluster(folder / "one", cluster="load", nodes=1, discovery=False, cores=[1]) as cluster:
+            asyncio.run(tail_and_overload(cluster, model, seconds, report))
+            asyncio.run(beside_training(cluster, model, seconds, report))
+        with LocalCluster(folder / "two", cluster="load", nodes=2, discovery=False, cores=[0, 1]) as cluster:
+            asyncio.run(kill(cluster, model, seconds, report))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a short run, to see that it works")
+    arguments = parser.parse_args()
+    report = Report("load", columns=("load", "requests a second", "p50 ms", "p95 ms", "p99 ms"))
+    run(arguments.quick, report)
+    report.show()
+
+
+if __name__ == "__main__":
+    main()

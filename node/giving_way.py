@@ -1,0 +1,49 @@
+"""When training on this node gives way to inference, and when it goes on. Pure.
+
+A deployment's objective is at risk here when a batch took more than half of it on this node, from its arrival to its outputs: the rest
+is for the way, and for those before it in the queue. Then training stops at its next step, and goes on when nothing was asked for a
+moment. It keeps a share of the time, whatever is asked: what a pause has cost it is owed, and when much is owed it runs until that is
+paid back.
+"""
+
+from __future__ import annotations
+
+AT_RISK = 0.5
+"""Share of its objective that a batch may take on a node."""
+QUIET_SECONDS = 1.0
+"""Training goes on when no batch with an objective came for so long."""
+LONGEST_SECONDS = 60.0
+"""A pause at most; then training goes on for what is owed."""
+
+
+class GivingWay:
+    """`share`: of the time of deployments at risk, how much training may stand still for; in (0, 1]."""
+
+    def __init__(self, share: float) -> None:
+        self.paused = False
+        self._cost = (1.0 - share) / share
+        """Seconds that training is owed, for each that it stood still."""
+        self._owed = 0.0
+        self._repaying = False
+        self._counted_at = 0.0
+        self._asked_at = 0.0
+
+    def served(self, objective_seconds: float, seconds: float, now: float) -> None:
+        """A batch of a deployment with this objective took so long here, while this node was training."""
+        self.passed(now)
+        self._asked_at = now
+        if seconds > AT_RISK * objective_seconds and not self._repaying:
+            self.paused = True
+
+    def passed(self, now: float) -> None:
+        """Time has passed."""
+        elapsed, self._counted_at = max(0.0, now - self._counted_at), now
+        if self.paused:
+            self._owed += elapsed * self._cost
+            if self._owed >= LONGEST_SECONDS * self._cost > 0.0:
+                self.paused, self._repaying = False, True
+            elif now - self._asked_at >= QUIET_SECONDS:
+                self.paused = False
+        else:
+            self._owed = max(0.0, self._owed - elapsed)
+            self._repaying = self._repaying and self._owed > 0.0

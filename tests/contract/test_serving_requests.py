@@ -1,0 +1,101 @@
+"""Requests that are given up, that are late, and that have an objective: on a bus in memory, with scripted nodes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+
+from potluck import tensors
+from potluck.errors import Cancelled
+from potluck.messages import CancelInfer
+from support.eventually import eventually
+from support.serving_lab import TOPICS, Lab, ask, client, question
+
+
+@pytest.fixture
+async def stack() -> AsyncIterator[AsyncExitStack]:
+    async with AsyncExitStack() as opened:
+        yield opened
+
+
+@pytest.fixture
+async def lab(tmp_path: Path, stack: AsyncExitStack) -> Lab:
+    made = Lab(tmp_path)
+    await made.open(stack)
+    return made
+
+
+async def test_who_gives_up_is_not_answered_with_outputs_and_the_node_is_told(lab: Lab, stack: AsyncExitStack) -> None:
+    node = await lab.join(stack, "a")
+    lab.add_model()
+    await lab.deploy("m")
+    node.mute = True
+    async with client(lab) as bus:
+        message = replace(question(1, 2), id="q-1")
+        asked = asyncio.create_task(ask(bus, message))
+        await eventually(lambda: node.asked)
+        other = replace(CancelInfer(id="q-1"), reply_to="clients/somebody-else")
+        await bus.publish(TOPICS.infer("m"), other, qos=0)
+        await bus.publish(TOPICS.infer("m"), CancelInfer(id="q-2", reply_to=TOPICS.client_inbox("client")), qos=0)
+        assert not node.cancelled
+        await bus.publish(TOPICS.infer("m"), CancelInfer(id="q-1", reply_to=TOPICS.client_inbox("client")), qos=0)
+        with pytest.raises(Cancelled, match="cancelled"):
+            await asked
+        await eventually(lambda: node.cancelled == [node.asked[0].id])
+        assert lab.inference._asked == {}
+
+
+async def test_a_question_of_the_gateway_that_is_given_up(lab: Lab, stack: AsyncExitStack) -> None:
+    node = await lab.join(stack, "a")
+    lab.add_model()
+    await lab.deploy("m")
+    node.mute = True
+    asking = [asyncio.create_task(lab.inference.infer("m", question(n, n).inputs, 30)) for n in range(5)]
+    await eventually(lambda: len(node.asked) == 2)
+    router = lab.inference.router("m:1")
+    assert len(router.queue) == 3
+    for one in asking:
+        one.cancel()
+    await asyncio.wait(asking)
+    assert all(one.cancelled() for one in asking)
+    assert len(router.queue) == 0
+    await eventually(lambda: set(node.cancelled) == {batch.id for batch in node.asked})
+
+
+async def test_a_batch_that_is_late_is_asked_elsewhere_too(lab: Lab, stack: AsyncExitStack) -> None:
+    nodes = [await lab.join(stack, "a"), await lab.join(stack, "b")]
+    lab.add_model()
+    await lab.deploy("m", 2)
+    async with client(lab) as bus:
+        for number in range(80):
+            await ask(bus, question(number, number))
+        nodes[0].mute = True
+        answers = await asyncio.wait_for(asyncio.gather(*(ask(bus, question(n, n)) for n in range(8))), 5)
+    assert [float(tensors.to_numpy(answer.outputs[0])[0, 0]) for answer in answers] == [2.0 * n for n in range(8)]
+    assert nodes[0].asked
+    await eventually(lambda: set(nodes[0].cancelled) == {batch.id for batch in nodes[0].asked})
+
+
+async def test_an_objective_reaches_the_router_and_the_nodes_and_outlives_a_restart(
+    lab: Lab, stack: AsyncExitStack
+) -> None:
+    node = await lab.join(stack, "a")
+    lab.add_model()
+    await lab.deploy("m", objective_seconds=0.05)
+    assert lab.serving.deployments()[0].objective_seconds == 0.05
+    await lab.close()
+    await lab.open(stack, "coordinator-again")
+    await eventually(lambda: lab.serving.deployments() and lab.serving.ready("m"))
+    assert lab.inference.router("m").objective_seconds == 0.05
+    await lab.deploy("m", objective_seconds=0.2)
+    node.mute = True
+    asking = asyncio.create_task(lab.inference.infer("m", question(1, 1).inputs, 30))
+    await eventually(lambda: node.asked)
+    assert node.asked[0].objective_seconds == 0.2
+    asking.cancel()
+    await asyncio.wait([asking])
