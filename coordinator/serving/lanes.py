@@ -1,7 +1,8 @@
-"""A ready replica as its router sees it: what is on its way there, and how long that takes. Pure."""
+"""The ready replicas of a deployment as its router sees them: what is on its way to each, how long that takes, and which is next. Pure."""
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, field
 
 from coordinator.serving.queueing import Request
@@ -9,6 +10,14 @@ from coordinator.serving.timing import TimeModel
 
 BATCHES_IN_FLIGHT = 2
 """A replica has one batch to compute and one to begin with at once."""
+HEADROOM = 0.8
+"""Expected within so much of its time, a request is taken: what is expected errs, and the way back takes a moment too."""
+BATCHES_AHEAD = 3
+"""Batches that a request may wait for, its own among them: one computed, one that waits at the replica, one that gathers here."""
+BATCH_TARGET_SECONDS = 1.0
+"""A slow model gets smaller batches: nobody waits long behind one, and what runs is not taken for lost."""
+WORTH_WAITING = 2.0
+"""A replica that takes so many times longer than waiting for the others would stays idle."""
 PATIENCE = 4
 """A batch is lost when it takes so many times what its replica needs for all it has; at most so many times the usual limit."""
 
@@ -37,7 +46,7 @@ class Lane:
     replica_id: str
     node_id: str
     time: TimeModel = field(default_factory=TimeModel)
-    limit: int = 1
+    limit: int = 0
     """Rows of a batch here."""
     rows_per_second: float = 0.0
     """What it does when it has always such a batch; 0 while nothing is known, or nothing comes back."""
@@ -93,3 +102,152 @@ class Lane:
         alone = batch.sent_at >= self.finished_at
         seconds = max(engine_seconds, now - max(batch.sent_at, self.finished_at))
         self.time.learn(batch.rows, seconds, alone=alone)
+
+
+class Lanes(dict[str, Lane]):
+    """By replica id. What they can do together is kept up to date as each changes: nothing here looks at all but `tick`.
+
+    `limit` of a lane is `batch_limit` at most, and what it computes in time for the objective (0: nobody said).
+    """
+
+    def __init__(self, batch_limit: int, objective_seconds: float, rng: random.Random) -> None:
+        super().__init__()
+        self.objective_seconds = objective_seconds
+        self.rows_out = 0
+        """On their way to any."""
+        self.rows_per_second = 0.0
+        """Of all together, as is `rows_at_once`: of the next batch of each."""
+        self.rows_at_once = 0
+        self.uneven = False
+        """Whether one is so slow that it may be better to wait for another."""
+        self.open: list[Lane] = []
+        """Those with room for a batch, in no order: a message costs the same with three replicas as with a thousand."""
+        self._quickest_seconds = 0.0
+        """What a row takes on the quickest."""
+        self._batch_limit = batch_limit
+        self._rng = rng
+
+    def add(self, lane: Lane) -> None:
+        self[lane.replica_id] = lane
+        self.measure(lane)
+        self.note_room(lane)
+
+    def remove(self, replica_id: str) -> Lane | None:
+        """It, unless it is not here."""
+        lane = self.pop(replica_id, None)
+        if lane is not None:
+            self._shut(lane)
+            self._count(lane, 0, 0.0)
+            self.rows_out -= lane.rows
+        return lane
+
+    def sent(self, lane: Lane, batch: Batch) -> None:
+        lane.sent(batch)
+        self.rows_out += batch.rows
+        self.note_room(lane)
+
+    def came_back(self, lane: Lane, batch_id: str) -> Batch | None:
+        """The batch, which is on its way no more; None when it was not."""
+        batch = lane.came_back(batch_id)
+        if batch is not None:
+            self.rows_out -= batch.rows
+            self.note_room(lane)
+        return batch
+
+    def measure(self, lane: Lane) -> None:
+        """How much it gets at once, and does in a second."""
+        seconds = BATCH_TARGET_SECONDS
+        if self.objective_seconds:
+            seconds = min(seconds, HEADROOM * self.objective_seconds / BATCHES_AHEAD)
+        limit = lane.time.rows_within(seconds, self._batch_limit)
+        # Not more at once than was seen, more or less: beyond that the fit is a guess.
+        rows = min(limit, lane.time.rows_seen)
+        needed = lane.time.seconds(rows)
+        self._count(lane, limit, rows / needed if lane.time.known and needed > 0.0 else 0.0)
+
+    def limit_within(self, lane: Lane, seconds: float) -> int:
+        """Rows of a batch for one whose answer may take so long: its own time counts like an objective."""
+        target = HEADROOM * seconds / BATCHES_AHEAD
+        if target >= BATCH_TARGET_SECONDS:
+            return lane.limit
+        return min(lane.limit, lane.time.rows_within(target, self._batch_limit))
+
+    def silence(self, lane: Lane) -> None:
+        """A batch was lost there: others come first now, and it counts for nothing."""
+        lane.silent = True
+        self._count(lane, lane.limit, 0.0)
+
+    def seconds_for(self, rows: int) -> float:
+        """How long all together take for so many rows; 0 while nothing is known."""
+        return rows / self.rows_per_second if self.rows_per_second > 0.0 else 0.0
+
+    def pick(self, now: float) -> Lane | None:
+        """Of two with room, picked at random, the one with less expected wait; None when none has room."""
+        lanes = self.open
+        count = len(lanes)
+        if count == 1:
+            return lanes[0] if lanes[0].rests_until <= now else None
+        if not count:
+            return None
+        first, second = 0, 1
+        if count > 2:
+            first, second = int(self._rng.random() * count), int(self._rng.random() * (count - 1))
+            second += second >= first
+        one, other = lanes[first], lanes[second]
+        if one.rests_until > now or other.rests_until > now:
+            return self.least_wait(lanes, now)
+        return one if one.wait(now) <= other.wait(now) else other
+
+    def least_wait(self, lanes: list[Lane], now: float) -> Lane | None:
+        """Of those that do not rest."""
+        awake = (lane for lane in lanes if lane.rests_until <= now)
+        return min(awake, key=lambda lane: lane.wait(now), default=None)
+
+    def better_wait(self, lane: Lane, rows_waiting: int, waited_seconds: float, now: float) -> bool:
+        """Whether the others, all busy, will be done with everything long before this slow replica would be with its first."""
+        others = self.rows_per_second - lane.rows_per_second
+        if others <= 0.0 or not lane.time.known:
+            return False
+        alone = lane.busy_seconds(now) + lane.time.seconds(1)
+        if waited_seconds > alone:  # what it waited for did not come
+            return False
+        waiting = BATCHES_AHEAD * self._quickest_seconds + (self.rows_out - lane.rows + rows_waiting) / others
+        return alone > WORTH_WAITING * waiting
+
+    def tick(self) -> None:
+        """Compare them, now and then."""
+        each = [lane.time.seconds(1) for lane in self.values() if lane.rows_per_second > 0.0]
+        self._quickest_seconds = min(each, default=0.0)
+        self.uneven = max(each, default=0.0) > WORTH_WAITING * BATCHES_AHEAD * self._quickest_seconds
+
+    def note_room(self, lane: Lane) -> None:
+        """Keep the list of those with room after something was sent to this one or came back."""
+        if lane.full:
+            self._shut(lane)
+        elif lane.open_at < 0:
+            lane.open_at = len(self.open)
+            self.open.append(lane)
+
+    def check_invariants(self) -> None:
+        for lane in self.values():
+            assert len(lane.batches) <= BATCHES_IN_FLIGHT
+            assert lane.rows == sum(batch.rows for batch in lane.batches.values())
+            assert (lane.open_at >= 0) == (not lane.full)
+            assert lane.open_at < 0 or self.open[lane.open_at] is lane
+            assert all(batch.out for batch in lane.batches.values())
+        assert len(self.open) == sum(lane.open_at >= 0 for lane in self.values())
+        assert self.rows_out == sum(lane.rows for lane in self.values())
+        assert self.rows_at_once == sum(lane.limit for lane in self.values())
+        assert abs(self.rows_per_second - sum(lane.rows_per_second for lane in self.values())) < 1e-3
+
+    def _count(self, lane: Lane, limit: int, rows_per_second: float) -> None:
+        self.rows_at_once += limit - lane.limit
+        self.rows_per_second += rows_per_second - lane.rows_per_second
+        lane.limit, lane.rows_per_second = limit, rows_per_second
+
+    def _shut(self, lane: Lane) -> None:
+        if lane.open_at >= 0:
+            last = self.open.pop()
+            if last is not lane:
+                self.open[lane.open_at], last.open_at = last, lane.open_at
+            lane.open_at = -1

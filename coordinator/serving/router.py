@@ -17,24 +17,16 @@ import random
 from math import inf
 
 from coordinator.serving.hedging import Hedging
-from coordinator.serving.lanes import Batch, Lane
+from coordinator.serving.lanes import HEADROOM, Batch, Lane, Lanes
 from coordinator.serving.queueing import Request, RequestQueue
 from potluck.errors import Cancelled, Overloaded, PotluckError, TimedOut, Unavailable
 from potluck.messages import RequestOutcome
 
 BATCH_BYTES = 160 * 1024
 """Inline tensors of a batch: it must fit into a message."""
-BATCH_TARGET_SECONDS = 1.0
-"""A slow model gets smaller batches: nobody waits long behind one, and what runs is not taken for lost."""
-BATCHES_AHEAD = 3
-"""Batches that a request may wait for, its own among them: one computed, one that waits at the replica, one that gathers here."""
 ATTEMPTS_LIMIT = 4
 REST_SECONDS = 0.5
 LEAST_RETRY_SECONDS = 0.1
-HEADROOM = 0.8
-"""Expected within so much of its time, a request is taken: what is expected errs, and the way back takes a moment too."""
-WORTH_WAITING = 2.0
-"""A replica that takes so many times longer than waiting for the others would stays idle."""
 
 
 class Router:
@@ -50,18 +42,8 @@ class Router:
         rng: random.Random | None = None,
     ) -> None:
         self.name = name
-        self.objective_seconds = objective_seconds
         self.queue = RequestQueue()
-        self.lanes: dict[str, Lane] = {}
-        self._open: list[Lane] = []
-        """Lanes with room for a batch, in no order: a message costs the same with three replicas as with a thousand."""
-        self._rows_out = 0
-        self._rows_per_second = 0.0
-        """Of all lanes together, as is `_rows_at_once`: of each lane's next batch."""
-        self._rows_at_once = 0
-        self._quickest_seconds = 0.0
-        """What a row takes on the quickest replica, and whether another is so slow that it may be better to wait."""
-        self._uneven = False
+        self.lanes = Lanes(batch_limit, objective_seconds, rng or random.Random())
         self._hedging = Hedging()
         self._away: dict[str, Batch] = {}
         """What may be asked again elsewhere, in the order in which it was sent."""
@@ -69,8 +51,6 @@ class Router:
         """Batches that nobody waits for any more; whoever tells their nodes takes them out."""
         self.served = 0
         self._queue_limit = queue_limit
-        self._batch_limit = batch_limit
-        self._rng = rng or random.Random()
         self._number = 0
 
     @property
@@ -81,31 +61,30 @@ class Router:
     @property
     def queue_seconds(self) -> float:
         """Expected until the queue is empty."""
-        return self._seconds_for(self.queue.rows)
+        return self.lanes.seconds_for(self.queue.rows)
 
     @property
     def busy(self) -> float:
         """The share of its replicas that are at work."""
         return sum(bool(lane.batches) for lane in self.lanes.values()) / len(self.lanes) if self.lanes else 0.0
 
+    @property
+    def objective_seconds(self) -> float:
+        return self.lanes.objective_seconds
+
     def set_objective(self, seconds: float) -> None:
-        self.objective_seconds = seconds
+        self.lanes.objective_seconds = seconds
         for lane in self.lanes.values():
-            self._measure(lane)
+            self.lanes.measure(lane)
 
     def add_replica(self, replica_id: str, node_id: str) -> None:
         if replica_id not in self.lanes:
-            lane = self.lanes[replica_id] = Lane(replica_id, node_id, limit=0)
-            self._measure(lane)
-            self._note_room(lane)
+            self.lanes.add(Lane(replica_id, node_id))
 
     def remove_replica(self, replica_id: str, now: float) -> None:
         """It is gone: what was on its way to it is asked again elsewhere."""
-        lane = self.lanes.pop(replica_id, None)
+        lane = self.lanes.remove(replica_id)
         if lane is not None:
-            self._shut(lane)
-            self._count(lane, 0, 0.0)
-            self._rows_out -= lane.rows
             for batch in reversed(lane.batches.values()):
                 batch.out = False
                 self._away.pop(batch.batch_id, None)
@@ -132,9 +111,10 @@ class Router:
     def dispatch(self, now: float) -> list[Batch]:
         """Batches to send now."""
         batches: list[Batch] = []
-        while self._open and self.queue.rows:
-            lane = self._pick(now)
-            if lane is None or (self._uneven and self._better_wait(lane, now)):
+        lanes = self.lanes
+        while lanes.open and self.queue.rows:
+            lane = lanes.pick(now)
+            if lane is None or (lanes.uneven and self._better_wait(lane, now)):
                 break
             requests, rows = self._take(now, lane)
             if not requests:
@@ -153,8 +133,8 @@ class Router:
         for batch in list(self._away.values()):
             if batch.sent_at > late_before or self.queue.rows:  # whoever waits comes first
                 break
-            others = [lane for lane in self._open if lane.replica_id != batch.replica_id and lane.rests_until <= now]
-            lane = min(others, key=lambda lane: lane.wait(now), default=None)
+            others = [lane for lane in self.lanes.open if lane.replica_id != batch.replica_id]
+            lane = self.lanes.least_wait(others, now)
             # Late by so much, it is expected to take as much longer.
             if lane is None or lane.silent or lane.wait(now)[1] > now - batch.sent_at:
                 continue
@@ -189,14 +169,12 @@ class Router:
             return
         if lane.silent:
             lane.silent = False
-            self._measure(lane)
-        batch = lane.came_back(batch_id)
+            self.lanes.measure(lane)
+        batch = self.lanes.came_back(lane, batch_id)
         if batch is None:
             self._finished_late(lane, batch_id, outcomes, now, engine_seconds)
             return
-        self._rows_out -= batch.rows
         self._away.pop(batch_id, None)
-        self._note_room(lane)
         if len(outcomes) != len(batch.requests):
             lane.rests_until = now + REST_SECONDS
             self._put_back(batch, batch.requests, now)
@@ -249,10 +227,8 @@ class Router:
                     del lane.overdue[batch.batch_id]
             for batch in list(lane.batches.values()):
                 if now - batch.sent_at > patience:
-                    lane.came_back(batch.batch_id)
-                    self._rows_out -= batch.rows
-                    lane.silent = True  # others come first now
-                    self._count(lane, lane.limit, 0.0)
+                    self.lanes.came_back(lane, batch.batch_id)
+                    self.lanes.silence(lane)
                     lane.overdue[batch.batch_id] = batch
                     self._away.pop(batch.batch_id, None)
                     self._put_back(batch, batch.requests, now)
@@ -260,10 +236,7 @@ class Router:
                     for request in batch.requests:
                         if request.deadline <= now:
                             self._time_out(request)
-            self._note_room(lane)
-        each = [lane.time.seconds(1) for lane in self.lanes.values() if lane.rows_per_second > 0.0]
-        self._quickest_seconds = min(each, default=0.0)
-        self._uneven = max(each, default=0.0) > WORTH_WAITING * BATCHES_AHEAD * self._quickest_seconds
+        self.lanes.tick()
 
     def close(self, error: PotluckError) -> None:
         """Answer everything with `error`: the deployment is gone."""
@@ -272,7 +245,7 @@ class Router:
                 for request in batch.requests:
                     request.settle(error)
         self.lanes.clear()
-        self._open.clear()
+        self.lanes.open.clear()
         self._away.clear()
         while len(self.queue):
             self.queue.pop().settle(error)
@@ -281,8 +254,8 @@ class Router:
 
     def _admit(self, request: Request, now: float) -> None:
         """Raises Overloaded for one that must not join those who wait."""
-        rows = self._rows_out + self.queue.rows_before(request.priority) + request.rows
-        if rows > self._rows_per_second * HEADROOM * (request.deadline - now) and self._rows_per_second > 0.0:
+        rows = self.lanes.rows_out + self.queue.rows_before(request.priority) + request.rows
+        if rows > self.lanes.rows_per_second * HEADROOM * (request.deadline - now) and self.lanes.rows_per_second > 0.0:
             raise self._overloaded("cannot be answered by its deadline")
         if self._has_room(request):
             return
@@ -300,16 +273,12 @@ class Router:
         objective = self.objective_seconds
         return (
             not objective
-            or rows <= self._rows_at_once
-            or self._seconds_for(self._rows_out + rows) <= HEADROOM * objective
+            or rows <= self.lanes.rows_at_once
+            or self.lanes.seconds_for(self.lanes.rows_out + rows) <= HEADROOM * objective
         )
 
-    def _seconds_for(self, rows: int) -> float:
-        """How long all replicas together take for so many rows; 0 while nothing is known."""
-        return rows / self._rows_per_second if self._rows_per_second > 0.0 else 0.0
-
     def _overloaded(self, what: str) -> Overloaded:
-        seconds = self._seconds_for(self.queue.rows) or 1.0
+        seconds = self.lanes.seconds_for(self.queue.rows) or 1.0
         seconds = max(LEAST_RETRY_SECONDS, seconds)
         return Overloaded(
             f"{len(self.queue)} requests wait for {self.name} already, and this one {what}: try again in {seconds:.1f} s",
@@ -318,39 +287,15 @@ class Router:
 
     # --- which replica, and what it gets --------------------------------------------------------------------------------
 
-    def _pick(self, now: float) -> Lane | None:
-        lanes = self._open
-        count = len(lanes)
-        if count == 1:
-            return lanes[0] if lanes[0].rests_until <= now else None
-        first, second = 0, 1
-        if count > 2:
-            first, second = int(self._rng.random() * count), int(self._rng.random() * (count - 1))
-            second += second >= first
-        one, other = lanes[first], lanes[second]
-        if one.rests_until > now or other.rests_until > now:
-            return min(
-                (lane for lane in lanes if lane.rests_until <= now), key=lambda lane: lane.wait(now), default=None
-            )
-        return one if one.wait(now) <= other.wait(now) else other
-
     def _better_wait(self, lane: Lane, now: float) -> bool:
-        """Whether the others, all busy, will be done with everything long before this slow replica would be with its first."""
-        others = self._rows_per_second - lane.rows_per_second
-        if others <= 0.0 or not lane.time.known:
-            return False
-        alone = lane.busy_seconds(now) + lane.time.seconds(1)
-        if now - self.queue.head().asked_at > alone:  # what it waited for did not come
-            return False
-        waiting = BATCHES_AHEAD * self._quickest_seconds + (self._rows_out - lane.rows + self.queue.rows) / others
-        return alone > WORTH_WAITING * waiting
+        return self.lanes.better_wait(lane, self.queue.rows, now - self.queue.head().asked_at, now)
 
     def _take(self, now: float, lane: Lane) -> tuple[list[Request], int]:
         """The next batch, and its rows."""
         queue = self.queue
         taken: list[Request] = []
         rows = size = 0
-        limit = lane.limit
+        limit = self.lanes.limit_within(lane, queue.head().deadline - queue.head().asked_at)
         # Those of a batch are answered together, when all of it is computed.
         done_at = now
         if lane.time.known and (lane.batches or len(queue) > 1):
@@ -378,9 +323,7 @@ class Router:
         """On its way to this replica from now on."""
         self._number += 1
         batch = Batch(f"{self.name}/{self._number}", lane.replica_id, lane.node_id, requests, rows, now)
-        lane.sent(batch)
-        self._rows_out += rows
-        self._note_room(lane)
+        self.lanes.sent(lane, batch)
         return batch
 
     def _withdraw(self, batch: Batch | None) -> None:
@@ -410,37 +353,6 @@ class Router:
             reason = f": {request.failure}"
         request.settle(TimedOut(f"{self.name} gave no answer in time{reason}"))
 
-    # --- what is known of the lanes -------------------------------------------------------------------------------------
-
     def _learn(self, lane: Lane, batch: Batch, now: float, engine_seconds: float) -> None:
         lane.learn(batch, now, engine_seconds)
-        self._measure(lane)
-
-    def _measure(self, lane: Lane) -> None:
-        """How much it gets at once, and does in a second."""
-        seconds = BATCH_TARGET_SECONDS
-        if self.objective_seconds:
-            seconds = min(seconds, HEADROOM * self.objective_seconds / BATCHES_AHEAD)
-        limit = lane.time.rows_within(seconds, self._batch_limit)
-        needed = lane.time.seconds(limit)
-        self._count(lane, limit, limit / needed if lane.time.known and needed > 0.0 else 0.0)
-
-    def _count(self, lane: Lane, limit: int, rows_per_second: float) -> None:
-        self._rows_at_once += limit - lane.limit
-        self._rows_per_second += rows_per_second - lane.rows_per_second
-        lane.limit, lane.rows_per_second = limit, rows_per_second
-
-    def _note_room(self, lane: Lane) -> None:
-        """Keep the list of lanes with room after something was sent to this one or came back."""
-        if lane.full:
-            self._shut(lane)
-        elif lane.open_at < 0:
-            lane.open_at = len(self._open)
-            self._open.append(lane)
-
-    def _shut(self, lane: Lane) -> None:
-        if lane.open_at >= 0:
-            last = self._open.pop()
-            if last is not lane:
-                self._open[lane.open_at], last.open_at = last, lane.open_at
-            lane.open_at = -1
+        self.lanes.measure(lane)

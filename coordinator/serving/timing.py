@@ -35,6 +35,11 @@ class TimeModel:
     def known(self) -> bool:
         return self.gain > 0.0
 
+    @property
+    def rows_seen(self) -> int:
+        """Rows of a batch up to which the model holds, more or less: twice what batches had lately, eight at least."""
+        return max(8, int(2.0 * self._mean_rows))
+
     def seconds(self, rows: float) -> float:
         """What a batch of so many rows takes."""
         return self.fixed_seconds + self.row_seconds * rows

@@ -106,7 +106,9 @@ async def test_what_is_too_late_is_not_computed(lab: Lab) -> None:
     await answer(lab, "in time")
     await lab.infer("after", REPLICA, X)
     await answer(lab, "after")
-    assert [one.id for one in lab.all(InferenceFinished)] == ["in time", "after"]
+    assert [(one.id, code(one)) for one in lab.all(InferenceFinished)] == [
+        ("late", "timed_out"), ("in time", ""), ("after", ""),
+    ]  # fmt: skip
 
 
 async def test_large_tensors_come_and_go_as_blobs(lab: Lab) -> None:

@@ -178,3 +178,10 @@ async def test_there_is_a_limit_and_resends_do_not_count(bench: Bench, monkeypat
     assert isinstance(finished, InferenceFinished)
     assert finished.outcomes[0].error is not None
     assert finished.outcomes[0].error.code == "not_found"
+
+
+async def test_a_batch_that_comes_too_late_is_answered_so(bench: Bench) -> None:
+    bench.replicas.infer(RunInference(id="b1", replica_id="r1", requests=((), ()), expires=1.0))
+    (finished,) = await bench.heard(1)
+    assert isinstance(finished, InferenceFinished)
+    assert [outcome.error.code for outcome in finished.outcomes if outcome.error is not None] == ["timed_out"] * 2

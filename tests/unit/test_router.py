@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from coordinator.serving.lanes import BATCHES_IN_FLIGHT, Batch
+from coordinator.serving.lanes import Batch
 from coordinator.serving.queueing import Request
 from coordinator.serving.router import ATTEMPTS_LIMIT, Router
 from potluck.errors import Overloaded, PotluckError, TimedOut, Unavailable
@@ -425,20 +425,10 @@ class Traffic(RuleBasedStateMachine):
         }
         assert not any(id(request) in out for request in waiting)
         assert not any(request.answered for request in waiting)
-        assert all(batch.out for batch in batches)
         assert set(self.router._away) <= {batch.batch_id for batch in batches}
         assert all(not batch.wanted for batch in self.router.withdrawn)
         self.router.queue.check_invariants()
-        for lane in self.router.lanes.values():
-            assert len(lane.batches) <= BATCHES_IN_FLIGHT
-            assert lane.rows == sum(batch.rows for batch in lane.batches.values())
-            assert (lane.open_at >= 0) == (len(lane.batches) < BATCHES_IN_FLIGHT)
-            assert lane.open_at < 0 or self.router._open[lane.open_at] is lane
-        lanes = self.router.lanes.values()
-        assert self.router._rows_out == sum(lane.rows for lane in lanes)
-        assert self.router._rows_at_once == sum(lane.limit for lane in lanes)
-        assert self.router._rows_per_second == pytest.approx(sum(lane.rows_per_second for lane in lanes), abs=1e-3)
-        assert len(self.router._open) == sum(lane.open_at >= 0 for lane in self.router.lanes.values())
+        self.router.lanes.check_invariants()
 
     def teardown(self) -> None:
         self.router.close(Unavailable("gone"))
