@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import typer
 
 from potluck.cli import output
+from potluck.cli.models import _seconds
 from potluck.client import deploying
 from potluck.errors import InvalidRequest
 from potluck.messages import Deploy, DeploymentInfo, ReplicaInfo
@@ -78,3 +80,13 @@ def test_a_deployment_is_told_with_its_traffic_and_reason(capsys: pytest.Capture
         assert said in first
     for said in ("m:2", "withdrawn", "0/2", "rolled back: its p99"):
         assert said in second
+
+
+def test_an_objective_is_given_in_milliseconds_or_seconds() -> None:
+    assert [_seconds(text) for text in ("50ms", "0.05", "2s", "0")] == [0.05, 0.05, 2.0, 0.0]
+    for wrong in ("soon", "-1", "nan", "2h", "4000"):
+        with pytest.raises(typer.BadParameter, match="write 50ms"):
+            _seconds(wrong)
+    assert deploying.fields(1, {"objective": 0.05})["objective_seconds"] == 0.05
+    with pytest.raises(InvalidRequest, match="objective must be a number of seconds"):
+        deploying.fields(1, {"objective": "soon"})
