@@ -78,7 +78,7 @@ async def test_a_batch_that_is_late_is_asked_elsewhere_too(lab: Lab, stack: Asyn
         answers = await asyncio.wait_for(asyncio.gather(*(ask(bus, question(n, n)) for n in range(8))), 5)
     assert [float(tensors.to_numpy(answer.outputs[0])[0, 0]) for answer in answers] == [2.0 * n for n in range(8)]
     assert nodes[0].asked
-    await eventually(lambda: set(nodes[0].cancelled) == {batch.id for batch in nodes[0].asked})
+    await eventually(lambda: set(nodes[0].cancelled) >= {batch.id for batch in nodes[0].asked})
 
 
 async def test_an_objective_reaches_the_router_and_the_nodes_and_outlives_a_restart(
