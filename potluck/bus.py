@@ -14,16 +14,18 @@ from typing import Any, Literal, cast
 import aiomqtt
 from paho.mqtt.client import (
     MQTT_CLEAN_START_FIRST_ONLY,
+    MQTT_ERR_CONN_LOST,
     MQTT_ERR_QUEUE_SIZE,
     MQTT_ERR_SUCCESS,
-    MQTTMessage,
-    MQTTMessageInfo,
+    error_string,
 )
+from paho.mqtt.exception import MalformedPacket
+from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
-from potluck import codec
-from potluck.errors import Overloaded, PotluckError, Unavailable
+from potluck import codec, packets
+from potluck.errors import BadMessage, Overloaded, PotluckError, Unavailable
 from potluck.exchange import Bus, Envelope, Handler, Will, request_failed
 from potluck.logs import fields
 from potluck.mirror import Mirrored, pack
@@ -38,6 +40,7 @@ Addresses = Callable[[], Awaitable[tuple[str, int]]]
 """Where to connect next: asked before each attempt. Raises Unavailable while there is nowhere to go."""
 
 _QUEUED_LIMIT = 2000
+_RECEIVE_BYTES = 1 << 17
 
 
 class MqttBus(Bus):
@@ -224,8 +227,10 @@ _PROBE = bytes((0x10, 13, 0, 4)) + b"MQTT" + bytes((5, 2, 0, 5, 0, 0, 0))
 class _Link(aiomqtt.Client):
     """One connection. Hands messages to the bus as they are read, and writes as soon as it can.
 
-    aiomqtt queues each message, makes a task for each, and wakes the loop through a pipe for each write; the overrides below
-    spare that (half of an echo's time). They rest on aiomqtt 2.5's private names, which the contract tests hold in place.
+    aiomqtt queues each message, makes a task for each, and wakes the loop through a pipe for each write; paho calls the kernel
+    three times for a packet that it reads, and makes a dozen objects for one that it writes. The overrides below spare that:
+    messages are read and, at QoS 0, written here, and paho has the rest (connecting, subscriptions, QoS 1 to the broker, pings).
+    They rest on private names of aiomqtt 2.5 and paho 2, which the contract tests hold in place.
     """
 
     def __init__(
@@ -241,6 +246,9 @@ class _Link(aiomqtt.Client):
         self._receipts: dict[int, asyncio.Future[None]] = {}
         self._grants: dict[int, asyncio.Future[None] | None] = {}
         self._flush_handle: asyncio.Handle | None = None
+        self._gathered: list[bytes] = []
+        """Packets that are written when this turn of the loop is over."""
+        self._splitter = packets.Splitter()
         self._in_loop = False
         super().__init__(
             *address,
@@ -317,12 +325,15 @@ class _Link(aiomqtt.Client):
         """Write a QoS 0 message if the socket takes it now. False when nothing was sent: then `send` must."""
         if self._client.want_write() or self._disconnected.done():
             return False
-        info = self._publish(topic, payload, 0, retain, mirrored)
-        return info.rc == MQTT_ERR_SUCCESS
+        properties = b"" if not self._v5 else b"\0" if mirrored is None else pack(mirrored).payload
+        self._write(packets.publish(topic, payload, retain, properties))
+        return True
 
     async def send(self, topic: str, payload: bytes, qos: int, retain: bool, mirrored: Mirrored | None) -> None:
         """Write, and wait until the broker has it (QoS 1) or the socket has taken it (QoS 0). Raises OSError, Overloaded."""
-        info = self._publish(topic, payload, qos, retain, mirrored)
+        properties = cast(Properties, pack(mirrored)) if self._v5 and mirrored is not None else None
+        info = self._client.publish(topic, payload, qos, retain, properties)
+        self._flush()
         if info.rc == MQTT_ERR_QUEUE_SIZE:
             raise Overloaded(f"{_QUEUED_LIMIT} messages wait for the broker: try again later", retry_after_seconds=1.0)
         if info.rc != MQTT_ERR_SUCCESS:
@@ -336,15 +347,37 @@ class _Link(aiomqtt.Client):
         finally:
             self._receipts.pop(info.mid, None)
 
-    def _publish(
-        self, topic: str, payload: bytes, qos: int, retain: bool, mirrored: Mirrored | None
-    ) -> MQTTMessageInfo:
-        properties = cast(Properties, pack(mirrored)) if self._v5 and mirrored is not None else None
-        info = self._client.publish(topic, payload, qos, retain, properties)
-        self._flush()
-        return info
+    def _write(self, packet: bytes) -> None:
+        """The first packet in a turn of the loop goes out at once; those that follow go together when the turn is over."""
+        if self._flush_handle is not None:
+            self._gathered.append(packet)
+            return
+        self._flush_handle = self._loop.call_soon(self._flush)
+        self._push(packet)
+
+    def _push(self, data: bytes) -> None:
+        """Hand bytes to the socket; what it does not take goes before all that waits in paho's queue."""
+        try:
+            taken = self._client._sock_send(data)
+        except BlockingIOError:
+            taken = 0
+        except OSError as error:
+            self.give_up(error)
+            return
+        if taken < len(data):
+            rest = data[taken:]
+            self._client._out_packet.appendleft(
+                {"command": 0, "mid": 0, "qos": 1, "pos": 0, "to_process": len(rest), "packet": rest, "info": None}
+            )
 
     def _flush(self) -> None:
+        self._flush_handle = None
+        if self._gathered:
+            gathered = b"".join(self._gathered)
+            self._gathered.clear()
+            self._push(gathered)
+        if not self._client.want_write():
+            return
         try:
             self._client.loop_write()
         except Exception as error:  # noqa: BLE001 - as aiomqtt does: whatever paho raises here, the connection is broken
@@ -355,16 +388,10 @@ class _Link(aiomqtt.Client):
             self._loop.add_writer(sock.fileno(), self._flush)
 
     def _on_socket_register_write(self, client: Any, userdata: Any, sock: Any) -> None:
-        if self._in_loop:  # no pipe, no poll: write when this turn of the loop is over
-            self._flush_handle = self._loop.call_soon(self._flush)
-        else:
+        if not self._in_loop:
             super()._on_socket_register_write(client, userdata, sock)
-
-    def _on_socket_unregister_write(self, client: Any, userdata: Any, sock: Any) -> None:
-        if self._flush_handle is not None:
-            self._flush_handle.cancel()
-            self._flush_handle = None
-        super()._on_socket_unregister_write(client, userdata, sock)
+        elif self._flush_handle is None:  # no pipe, no poll: write when this turn of the loop is over
+            self._flush_handle = self._loop.call_soon(self._flush)
 
     def _on_publish(self, client: Any, userdata: Any, mid: int, reason_code: Any, properties: Any) -> None:
         receipt = self._receipts.get(mid)
@@ -413,14 +440,61 @@ class _Link(aiomqtt.Client):
 
     # receiving
 
-    def _on_message(self, client: Any, userdata: Any, message: MQTTMessage) -> None:
+    def _on_socket_open(self, client: Any, userdata: Any, sock: Any) -> None:
+        def begin() -> None:
+            self._loop.add_reader(sock.fileno(), self._read)
+            self._misc_task = self._loop.create_task(self._misc_loop(), name="bus-keepalive")
+
+        self._loop.call_soon_threadsafe(begin)  # paho connects in a thread
+
+    def _read(self) -> None:
+        """Take what has arrived."""
         try:
-            topic = message.topic
-        except UnicodeDecodeError:
-            self._bus.counters["malformed"] += 1
+            while True:
+                data = self._client._sock_recv(_RECEIVE_BYTES)
+                if not data:
+                    raise ConnectionError("the broker closed the connection")
+                self._client._last_bytes_received = time.monotonic()
+                for first, body in self._splitter.feed(data):
+                    if first & 0xF0 == packets.PUBLISH:
+                        self._received(packets.read_publish(first, body, v5=self._v5))
+                    else:
+                        self._hand_on(first, body)
+                    if self._client._sock is None:
+                        return
+                if not getattr(self._client._sock, "pending", int)():  # TLS may hold what the loop does not see
+                    return
+        except BlockingIOError:
             return
+        except (OSError, BadMessage, MalformedPacket) as error:
+            self._broken(error)
+
+    def _received(self, message: packets.Publish) -> None:
         response_topic, correlation = "", None
-        if self._v5 and (properties := message.properties) is not None:
+        if message.properties:
+            properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
+            properties.unpack(message.properties)  # type: ignore[no-untyped-call]
             response_topic = getattr(properties, "ResponseTopic", "")
             correlation = getattr(properties, "CorrelationData", None)
-        self._bus._dispatch(topic, bytes(message.payload), message.qos, message.retain, response_topic, correlation)
+        if message.topic:
+            self._bus._dispatch(
+                message.topic, message.payload, message.qos, message.retain, response_topic, correlation
+            )
+        else:
+            self._bus.counters["malformed"] += 1
+        if message.qos:
+            self._write(packets.puback(message.packet_id))
+
+    def _hand_on(self, first: int, body: bytes) -> None:
+        """Have paho read a packet. Raises ConnectionError when that was the end of the connection."""
+        packet: Any = self._client._in_packet
+        packet |= {"command": first, "remaining_length": len(body), "packet": bytearray(body), "pos": 0}
+        result = self._client._packet_handle()
+        packet["command"] = 0
+        if result > 0:
+            raise ConnectionError(error_string(result))
+
+    def _broken(self, error: Exception) -> None:
+        """The connection is no more, for this reason."""
+        self.give_up(error)
+        self._client._loop_rc_handle(MQTT_ERR_CONN_LOST)

@@ -1,0 +1,323 @@
+"""Models that are served: against MLServer and Ray Serve, against bare TensorFlow, and while a version is replaced.
+
+The small model (64-128-10) is asked by closed-loop clients, 1, 8 and 32 of them, in one process beside the server (see
+clients.py); servers and clients share all cores, and run in turn. Over HTTP everybody gets the same JSON. Over MQTT the clients
+are tasks of one `AsyncClient`; a row says what as many connections do. `--only NAME` runs what one check needs.
+`--quick` runs nobody else's servers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peers
+from clients import Tally, ask_in_turn, tally
+from latency import Echo, small_model
+from report import OtherLoad, Report
+
+from potluck.client import AsyncClient, Client
+from potluck.lifecycle import die_with_parent
+from potluck.local_cluster import LocalCluster
+
+CLIENTS = (1, 8, 32)
+BATCH = 32
+BATCH_SECONDS = 0.001
+"""How long the others' batches wait for more: what served them best of 1, 5 and 10 ms."""
+SIZE = 128
+
+
+class Lab:
+    """The models of all parts, and how long to measure; `quick` makes all of it short."""
+
+    def __init__(self, folder: Path, quick: bool) -> None:
+        self.folder = folder
+        self.quick = quick
+        self.seconds = 1.5 if quick else 6.0
+        self.turns = 1 if quick else 2
+        self.row = np.random.default_rng(0).random((1, 64), np.float32)
+        self.body = folder / "body.json"
+        tensor = {"name": "x", "datatype": "FP32", "shape": [1, 64], "data": self.row.ravel().tolist()}
+        self.body.write_text(json.dumps({"inputs": [tensor]}))
+
+    def mlp(self) -> Path:
+        path = self.folder / "mlp.keras"
+        return path if path.exists() else small_model(path)
+
+    def cnn(self) -> Path:
+        """The founding example's network: 12.9 million weights at 128 x 128."""
+        import keras
+
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential([keras.Input((SIZE, SIZE, 3))])
+        for filters in (32, 64, 128):
+            model.add(keras.layers.Conv2D(filters, 3, activation="relu"))
+            model.add(keras.layers.MaxPooling2D(2))
+        model.add(keras.layers.Flatten())
+        model.add(keras.layers.Dense(512, activation="relu"))
+        model.add(keras.layers.Dense(10, activation="softmax"))
+        model.save(path := self.folder / "cnn.keras")
+        return path
+
+    def clients(self, *arguments: object) -> dict[str, Any]:
+        """What clients in a process of their own measured."""
+        command = [sys.executable, str(Path(__file__).with_name("clients.py")), *map(str, arguments)]
+        done = subprocess.run(
+            command, check=True, stdout=subprocess.PIPE, text=True, timeout=300, preexec_fn=die_with_parent()
+        )
+        found: dict[str, Any] = json.loads(done.stdout)
+        if found["failures"]:
+            raise RuntimeError(f"{found['failures']} requests failed: {found['failure']}")
+        return found
+
+
+Measured = dict[int, dict[str, Any]]
+"""By number of clients."""
+
+
+def throughput(lab: Lab, report: Report) -> None:
+    """The small model behind everybody's server, in turns."""
+    found: dict[str, list[Measured]] = {}
+    for turn in range(lab.turns):
+        for name, measured in _ours(lab, turn).items():
+            found.setdefault(name, []).append(measured)
+        if not lab.quick:
+            for name, measured in _others(lab, turn).items():
+                found.setdefault(name, []).append(measured)
+    median: dict[str, dict[int, dict[str, float]]] = {}
+    for name, turns in found.items():
+        for clients in turns[0]:
+            figures = ("per_second", "p50_ms", "p99_ms")
+            middle = {key: statistics.median(turn[clients][key] for turn in turns) for key in figures}
+            median.setdefault(name, {})[clients] = {key: round(value, 3) for key, value in middle.items()}
+            label = f"{name}, {clients} client{'s' if clients > 1 else ''}"
+            report.rows.append(
+                (label, f"{middle['per_second']:.0f}/s", f"{middle['p50_ms']:.2f}", f"{middle['p99_ms']:.2f}")
+            )
+    report.figures["throughput"] = median
+    if lab.quick:
+        report.rows.append(("MLServer and Ray Serve are left out of a short run", "", "", ""))
+        return
+    mqtt, http, mlserver, ray = (median[name] for name in ("ours, MQTT", "ours, HTTP", "MLServer", "Ray Serve"))
+    # Batching makes MLServer's one client wait for others that do not come: the better of both ways counts.
+    one = min(mlserver[1]["p50_ms"], median["MLServer, not batching"][1]["p50_ms"])
+    report.check("latency_over_mlserver", mqtt[1]["p50_ms"] / one, at_most=1.0)
+    report.check("mqtt_over_mlserver", mqtt[32]["per_second"] / mlserver[32]["per_second"], at_least=1.5)
+    report.check("mqtt_over_ray", mqtt[32]["per_second"] / ray[32]["per_second"], at_least=5.0)
+    report.check("http_over_mlserver", http[32]["per_second"] / mlserver[32]["per_second"], at_least=1.0)
+
+
+def _ours(lab: Lab, turn: int) -> dict[str, Measured]:
+    with LocalCluster(lab.folder / f"ours-{turn}", cluster="serving", nodes=1, discovery=False) as cluster:
+        broker = f"{cluster.broker_host}:{cluster.broker_port}"
+        with Client(broker, cluster=cluster.cluster) as client:
+            client.register(lab.mlp(), "mlp")
+            client.deploy("mlp", replicas=1).wait(timeout=120)
+            expected = client.infer("mlp", lab.row)
+        url = f"{cluster.http_url}/v2/models/mlp/infer"
+        answer: Any = peers.ask(url, lab.body.read_bytes())
+        np.testing.assert_allclose(answer["outputs"][0]["data"], np.ravel(expected), rtol=1e-5)
+        over_mqtt = ("mqtt", broker, cluster.cluster, "mlp")
+        found = {
+            "ours, MQTT": {n: lab.clients(*over_mqtt, n, lab.seconds) for n in CLIENTS},
+            "ours, HTTP": {n: lab.clients("http", url, lab.body, n, lab.seconds) for n in CLIENTS},
+            "ours, MQTT, as many connections": {32: lab.clients(*over_mqtt, 32, lab.seconds, 32)},
+        }
+        found["raw MQTT echo"] = {1: asyncio.run(_echo(cluster, lab))}
+        return found
+
+
+async def _echo(cluster: LocalCluster, lab: Lab) -> dict[str, Any]:
+    async with Echo(cluster.broker_host, cluster.broker_port, 0, lab.row.tobytes() + b"x" * 150) as echo:
+        into = tally(lab.seconds)
+        await ask_in_turn(echo.ask, into)
+    return into.told()
+
+
+def _others(lab: Lab, turn: int) -> dict[str, Measured]:
+    found: dict[str, Measured] = {}
+    body, model, folder = lab.body.read_bytes(), lab.mlp(), lab.folder / f"others-{turn}"
+    servers: list[tuple[peers.Peer, tuple[int, ...]]] = [
+        (peers.MLServer("MLServer", folder / "mlserver", model, body, BATCH_SECONDS), CLIENTS),
+        (peers.MLServer("MLServer, not batching", folder / "mlserver-plain", model, body, None), (1,)),
+        (peers.RayServe("Ray Serve", folder / "ray", model, body, BATCH_SECONDS), CLIENTS),
+    ]
+    for peer, clients in servers:
+        with peer:
+            found[peer.name] = {n: lab.clients("http", peer.url, lab.body, n, lab.seconds) for n in clients}
+    return found
+
+
+def cnn(lab: Lab, report: Report) -> None:
+    """The founding example's network on two nodes, a core each, and in two bare processes on the same cores, in turns.
+
+    Clients are tasks of one `AsyncClient`, three for each node, and ask for 32 images at a time: an array as `infer` takes it.
+    """
+    model = lab.cnn()
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    rates: dict[str, list[float]] = {"served": [], "bare": []}
+    with LocalCluster(
+        lab.folder / "cnn", cluster="cnn", nodes=2, discovery=False, cores=cores, environment={"POTLUCK_THREADS": "1"}
+    ) as cluster:
+        with Client(f"{cluster.broker_host}:{cluster.broker_port}", cluster=cluster.cluster) as client:
+            client.register(model, "cnn")
+            client.deploy("cnn", replicas=2).wait(timeout=120)
+        others = OtherLoad()
+        for _ in range(lab.turns + 1):
+            rates["served"].append(asyncio.run(_batches(cluster, lab)))
+            rates["bare"].append(_bare(model, cores, lab.seconds))
+        busy_elsewhere = others.cores()
+    for name, label in (("served", "2 nodes, a core each"), ("bare", "2 bare TensorFlow processes, a core each")):
+        turns = " ".join(f"{rate:.0f}" for rate in rates[name])
+        report.rows.append(
+            (f"network at 128x128, {label}", f"{statistics.median(rates[name]):.0f} images/s", turns, "")
+        )
+    report.figures["cnn_images_per_second"] = {
+        name: round(statistics.median(found), 1) for name, found in rates.items()
+    }
+    report.figures["cnn_busy_elsewhere_cores"] = round(busy_elsewhere, 2)
+    ratio = statistics.median(ours / bare for ours, bare in zip(rates["served"], rates["bare"], strict=True))
+    report.check("cnn_over_bare", ratio, at_least=0.9)
+
+
+async def _batches(cluster: LocalCluster, lab: Lab) -> float:
+    """Images a second."""
+    rng = np.random.default_rng(1)
+    async with AsyncClient(f"{cluster.broker_host}:{cluster.broker_port}", cluster=cluster.cluster) as client:
+        into = tally(lab.seconds)
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(6):
+                images = rng.random((BATCH, SIZE, SIZE, 3), np.float32)
+                tasks.create_task(ask_in_turn(lambda images=images: client.infer("cnn", images), into))  # type: ignore[misc]
+    if into.failures:
+        raise RuntimeError(f"{len(into.failures)} requests failed: {into.failures[0]}")
+    return BATCH * len(into.seconds) / (into.end - into.begin)
+
+
+def _bare(model: Path, cores: list[int], seconds: float) -> float:
+    """Images a second of two processes together."""
+    script = str(Path(__file__).with_name("bare.py"))
+    with ExitStack() as stack:
+        processes = [
+            stack.enter_context(
+                subprocess.Popen(
+                    [sys.executable, script, str(model), str(core), str(BATCH), str(seconds)],
+                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, preexec_fn=die_with_parent(),
+                )
+            )
+            for core in cores
+        ]  # fmt: skip
+        for process in processes:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+        for process in processes:
+            assert process.stdin is not None
+            process.stdin.write("go\n")
+        return sum(float(process.stdout.readline()) for process in processes if process.stdout is not None)
+
+
+def swap(lab: Lab, report: Report) -> None:
+    """A new version takes the place of the old one while eight clients ask."""
+    with LocalCluster(lab.folder / "swap", cluster="swap", nodes=2, discovery=False) as cluster:
+        asyncio.run(_swap(cluster, lab, report))
+
+
+async def _swap(cluster: LocalCluster, lab: Lab, report: Report) -> None:
+    address = f"{cluster.broker_host}:{cluster.broker_port}"
+    calm = lab.seconds
+    async with (
+        AsyncClient(address, cluster=cluster.cluster) as client,
+        AsyncClient(address, cluster=cluster.cluster) as other,
+    ):
+        await client.register(lab.mlp(), "mlp")
+        await (await client.deploy("mlp", replicas=2)).wait(timeout=120)
+        into = tally(600.0)
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(8):
+                tasks.create_task(ask_in_turn(lambda: client.infer("mlp", lab.row), into))
+            await asyncio.sleep(1.0 + calm)
+            began = time.perf_counter()
+            await other.register(lab.mlp(), "mlp")
+            await (await other.deploy("mlp", replicas=2)).wait(timeout=120)
+            swapped = time.perf_counter()
+            await other.undeploy("mlp:1")
+            gone = time.perf_counter()
+            await asyncio.sleep(calm)
+            into.end = time.perf_counter()
+    recovery = recovery_seconds(into, began, gone)
+    report.rows.append(
+        (
+            f"a version replaced under load: {len(into.seconds)} requests",
+            f"{len(into.failures)} failed",
+            f"ready after {swapped - began:.1f} s",
+            f"p99 back after {recovery:.2f} s",
+        )
+    )
+    report.figures["swap"] = {
+        "requests": len(into.seconds),
+        "failures": into.failures[:3],
+        "recovery_seconds": recovery,
+    }
+    report.check("swap_failures", len(into.failures), at_most=0)
+    report.check("swap_recovery_seconds", recovery, at_most=2.0)
+
+
+WINDOW_SECONDS = 0.5
+
+
+def recovery_seconds(into: Tally, before: float, after: float) -> float:
+    """How long after `after` the 99th percentile, of windows of half a second, was above twice the highest before `before`."""
+    usual = max(_percentiles_99(into, into.begin, before).values())
+    late = [end for end, p99 in _percentiles_99(into, after, into.end).items() if p99 > 2 * usual]
+    return max(late, default=after) - after
+
+
+def _percentiles_99(into: Tally, start: float, stop: float) -> dict[float, float]:
+    """By the end of each window."""
+    windows: dict[float, list[float]] = {}
+    for finished, seconds in zip(into.finished, into.seconds, strict=True):
+        if start <= finished < stop:
+            end = start + WINDOW_SECONDS * (1 + int((finished - start) / WINDOW_SECONDS))
+            windows.setdefault(end, []).append(seconds)
+    return {end: sorted(found)[len(found) * 99 // 100] for end, found in windows.items()}
+
+
+PARTS: dict[Callable[[Lab, Report], None], tuple[str, ...]] = {
+    throughput: ("latency_over_mlserver", "mqtt_over_mlserver", "mqtt_over_ray", "http_over_mlserver"),
+    cnn: ("cnn_over_bare",),
+    swap: ("swap_failures", "swap_recovery_seconds"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a short run of our own alone, to see that it works")
+    names = [name for checks in PARTS.values() for name in checks]
+    parser.add_argument("--only", choices=names, help="run only what this check needs")
+    arguments = parser.parse_args()
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+    parts = [part for part, checks in PARTS.items() if arguments.only is None or arguments.only in checks]
+    if throughput in parts and not arguments.quick:
+        peers.install()
+    report = Report("serving", columns=("", "rate", "p50 ms", "p99 ms"))
+    with tempfile.TemporaryDirectory(prefix="potluck-bench-") as folder:
+        lab = Lab(Path(folder), arguments.quick)
+        for part in parts:
+            part(lab, report)
+    report.show()
+
+
+if __name__ == "__main__":
+    main()

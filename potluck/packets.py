@@ -1,0 +1,143 @@
+"""MQTT's packets as bytes: PUBLISH, which is nearly all that travels, written and read; the stream cut into packets.
+
+MQTT 3.1.1 and 5, sections 2 and 3.3. All other packets are left to the library that `bus.py` rests on.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+from potluck.errors import BadMessage
+
+PUBLISH = 0x30
+_LENGTH_BYTES = 4
+"""Of a remaining length, at most."""
+
+
+class Publish(NamedTuple):
+    """`topic` is empty where it is not UTF-8; `properties` are MQTT 5's, with their length; `packet_id` is there at QoS 1."""
+
+    topic: str
+    payload: bytes
+    qos: int
+    retain: bool
+    packet_id: bytes = b""
+    properties: bytes = b""
+
+
+def publish(topic: str, payload: bytes, retain: bool, properties: bytes) -> bytes:
+    """A PUBLISH at QoS 0. `properties` with their length, as MQTT 5 has them; empty in 3.1.1. Raises ValueError for a bad topic."""
+    head = _topic(topic)
+    return b"".join(
+        (
+            b"\x31" if retain else b"\x30",
+            length(len(head) + len(properties) + len(payload)),
+            head,
+            properties,
+            payload,
+        )
+    )
+
+
+def puback(packet_id: bytes) -> bytes:
+    """The receipt of a PUBLISH at QoS 1."""
+    return b"\x40\x02" + packet_id
+
+
+def read_publish(first: int, body: bytes, *, v5: bool) -> Publish:
+    """What a PUBLISH says, from its first byte and what follows its length. Raises BadMessage."""
+    qos = first >> 1 & 3
+    if qos > 1:  # we subscribe at QoS 0 and 1
+        raise BadMessage(f"a PUBLISH came at QoS {qos}")
+    at = 2 + int.from_bytes(body[:2], "big")
+    try:
+        topic = body[2:at].decode()
+    except UnicodeDecodeError:
+        topic = ""
+    packet_id, properties = b"", b""
+    if qos:
+        packet_id = body[at : at + 2]
+        at += 2
+    if v5:
+        size, start = _read_length(body, at)
+        if size:
+            properties = body[at : start + size]
+        at = start + size
+    if at > len(body):
+        raise BadMessage("a PUBLISH ends before its payload begins")
+    return Publish(topic, body[at:], qos, bool(first & 1), packet_id, properties)
+
+
+def length(size: int) -> bytes:
+    """A variable byte integer (MQTT 5, section 1.5.5)."""
+    if size < 0x80:
+        return _SMALL[size]
+    packed = bytearray()
+    while size >= 0x80:
+        packed.append(size & 0x7F | 0x80)
+        size >>= 7
+    packed.append(size)
+    return bytes(packed)
+
+
+class Splitter:
+    """Cuts a stream into packets, however it arrives in pieces."""
+
+    def __init__(self) -> None:
+        self._pieces: list[bytes] = []
+        """What came of a packet whose end has not: joined once, when it is whole."""
+        self._missing = 0
+
+    def feed(self, data: bytes) -> list[tuple[int, bytes]]:
+        """First byte and body of each packet that is whole now. Raises BadMessage for what is no packet."""
+        if self._pieces:
+            self._pieces.append(data)
+            self._missing -= len(data)
+            if self._missing > 0:
+                return []
+            data = b"".join(self._pieces)
+            self._pieces.clear()
+        found: list[tuple[int, bytes]] = []
+        at, end = 0, len(data)
+        while end - at >= 2:
+            size, start = data[at + 1], at + 2
+            if size >= 0x80:
+                if end - at < 1 + _LENGTH_BYTES and data[end - 1] >= 0x80:
+                    break  # the length is not whole
+                size, start = _read_length(data, at + 1)
+            if start + size > end:
+                self._missing = start + size - end
+                break
+            found.append((data[at], data[start : start + size]))
+            at = start + size
+        if at < end:
+            self._missing = max(1, self._missing)
+            self._pieces.append(data[at:])
+        else:
+            self._missing = 0
+        return found
+
+
+def _read_length(data: bytes, at: int) -> tuple[int, int]:
+    """A variable byte integer and where it ends. Raises BadMessage."""
+    size = 0
+    for place in range(_LENGTH_BYTES):
+        if at + place >= len(data):
+            raise BadMessage("a length is cut off")
+        byte = data[at + place]
+        size |= (byte & 0x7F) << 7 * place
+        if byte < 0x80:
+            return size, at + place + 1
+    raise BadMessage("a length has more than four bytes")
+
+
+_SMALL = [bytes((size,)) for size in range(0x80)]
+
+
+@lru_cache(maxsize=1024)  # clients have an inbox each, nodes and models a few topics
+def _topic(topic: str) -> bytes:
+    encoded = topic.encode()
+    if not encoded or len(encoded) > 0xFFFF or "+" in topic or "#" in topic:
+        raise ValueError(f"{topic[:80]!r} is not a topic")
+    return len(encoded).to_bytes(2, "big") + encoded
