@@ -156,9 +156,7 @@ class MqttBus(Bus):
         return Unavailable(f"{what} ({tried or 'nothing has been tried yet'}): check that a broker runs there")
 
     async def _send(self, topic: str, payload: bytes, qos: int, retain: bool, mirrored: Mirrored | None = None) -> None:
-        link = self._link
-        if link is not None and qos == 0 and link.send_now(topic, payload, retain, mirrored):
-            self.counters["published"] += 1
+        if qos == 0 and self._send_now(topic, payload, retain, mirrored):
             return
         limit_seconds = self._timings.connect_timeout_seconds
         deadline = time.monotonic() + limit_seconds
@@ -180,6 +178,12 @@ class MqttBus(Bus):
                 continue
             self.counters["published"] += 1
             return
+
+    def _send_now(self, topic: str, payload: bytes, retain: bool, mirrored: Mirrored | None) -> bool:
+        if self._link is None or not self._link.send_now(topic, payload, retain, mirrored):
+            return False
+        self.counters["published"] += 1
+        return True
 
     def _subscribe_now(self, topic_filter: str, qos: int) -> None:
         if self._link is not None:

@@ -106,6 +106,10 @@ class Bus(ABC):
     ) -> None: ...
 
     @abstractmethod
+    def _send_now(self, topic: str, payload: bytes, retain: bool, mirrored: Mirrored | None) -> bool:
+        """Send at QoS 0 if the connection takes it now; False when nothing was sent."""
+
+    @abstractmethod
     def _subscribe_now(self, topic_filter: str, qos: int) -> None: ...
 
     @abstractmethod
@@ -137,10 +141,30 @@ class Bus(ABC):
         `expiry_seconds` also fills in `expires` in the body. Raises Unavailable, TooLarge, and Overloaded when too much waits
         to be sent.
         """
+        payload, mirrored = self._packed(message, encoding, expiry_seconds)
+        await self._send(topic, payload, qos, retain, mirrored)
+
+    def publish_now(
+        self,
+        topic: str,
+        message: Message,
+        *,
+        qos: int = 1,
+        retain: bool = False,
+        encoding: Encoding = "msgpack",
+        expiry_seconds: float | None = None,
+    ) -> bool:
+        """`publish`, where that can be done without waiting: at QoS 0, and while the connection takes it. False: it cannot."""
+        if qos:
+            return False
+        payload, mirrored = self._packed(message, encoding, expiry_seconds)
+        return self._send_now(topic, payload, retain, mirrored)
+
+    @staticmethod
+    def _packed(message: Message, encoding: Encoding, expiry_seconds: float | None) -> tuple[bytes, Mirrored]:
         if expiry_seconds is not None and not message.expires:
             message = msgspec.structs.replace(message, expires=time.time() + expiry_seconds)
-        payload = codec.encode(message, encoding)
-        await self._send(topic, payload, qos, retain, mirror(message, encoding, expiry_seconds))
+        return codec.encode(message, encoding), mirror(message, encoding, expiry_seconds)
 
     async def clear(self, topic: str) -> None:
         """Remove the retained message of `topic`."""
@@ -151,14 +175,28 @@ class Bus(ABC):
 
         An answer that is too large becomes RequestFailed; a `reply_to` that may not be used is logged and counted.
         """
+        answer = self._answer(to, message)
+        if answer is not None:
+            payload, mirrored = answer
+            await self._send(to.reply_to, payload, to.qos if qos is None else qos, False, mirrored)
+
+    def reply_now(self, to: Envelope, message: Message) -> bool:
+        """`reply`, where that can be done without waiting, as `publish_now`. False: it cannot."""
+        if to.qos and to.reply_to:
+            return False
+        answer = self._answer(to, message)
+        return answer is None or self._send_now(to.reply_to, answer[0], False, answer[1])
+
+    def _answer(self, to: Envelope, message: Message) -> tuple[bytes, Mirrored] | None:
+        """What to send; None where no answer was asked for, or may be sent."""
         if not to.reply_to:
-            return
+            return None
         try:
             self.topics.check_reply_to(to.reply_to)
         except InvalidRequest as error:
             self.counters["refused_replies"] += 1
             log.warning("answer withheld %s", fields(topic=to.topic, reason=error.message))
-            return
+            return None
         if message.id != to.message.id:
             message = msgspec.structs.replace(message, id=to.message.id)
         if to.encoding == "json" and isinstance(message, Inferred | JobEnded):
@@ -169,8 +207,7 @@ class Bus(ABC):
             message = request_failed(error, to.message.id)
             payload = codec.encode(message, to.encoding)
         correlation = message.id.encode() if to.correlation is None else to.correlation
-        mirrored = mirror(message, to.encoding, correlation=correlation)
-        await self._send(to.reply_to, payload, to.qos if qos is None else qos, False, mirrored)
+        return payload, mirror(message, to.encoding, correlation=correlation)
 
     async def request(
         self, topic: str, message: Message, *, timeout_seconds: float, qos: int = 1, encoding: Encoding = "msgpack"

@@ -10,6 +10,8 @@ from aiohttp import web
 from aiohttp.typedefs import Middleware
 
 SHUTDOWN_SECONDS = 2.0
+_READ_BYTES = 1 << 18
+"""How much of a body may wait to be read before its sender has to."""
 
 
 @asynccontextmanager
@@ -22,7 +24,13 @@ async def serve_http(
     """
     app = web.Application(middlewares=middlewares)
     app.add_routes(routes)
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_SECONDS, handler_cancellation=True)
+    runner = web.AppRunner(
+        app,
+        access_log=None,
+        shutdown_timeout=SHUTDOWN_SECONDS,
+        handler_cancellation=True,
+        read_bufsize=_READ_BYTES,
+    )
     await runner.setup()
     try:
         await web.SockSite(runner, sock).start()

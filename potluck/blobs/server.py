@@ -15,6 +15,9 @@ from potluck.errors import DiskFull, NotFound
 IDLE_SECONDS = 30.0
 """An upload of which no byte arrives for so long is given up."""
 
+_ADD_BYTES = 1 << 20
+"""So much is hashed and written at a time: a thread for each piece that arrives would take longer than both."""
+
 
 def routes(
     store: BlobStore, *, writable: bool, max_bytes: int, idle_seconds: float = IDLE_SECONDS
@@ -74,20 +77,24 @@ def routes(
     async def receive(request: web.Request, file: NewFile) -> web.Response:
         sha256 = request.match_info["sha256"]
         digest, size = hashlib.sha256(), 0
+        gathered: list[bytes] = []
 
-        def add(data: bytes) -> None:
-            digest.update(data)
-            file.write(data)
+        def add() -> None:
+            for data in gathered:
+                digest.update(data)
+                file.write(data)
 
-        while True:
+        data = b"-"
+        while data:
             async with asyncio.timeout(idle_seconds):
                 data = await request.content.readany()
-            if not data:
-                break
             size += len(data)
             if size > max_bytes:
                 return _too_large()
-            await asyncio.to_thread(add, data)
+            gathered.append(data)
+            if not data or sum(map(len, gathered)) >= _ADD_BYTES:
+                await asyncio.to_thread(add)
+                gathered.clear()
         file.flush()
         if digest.hexdigest() != sha256:
             return _problem(409, f"the {size} bytes sent have the SHA-256 {digest.hexdigest()}")

@@ -147,6 +147,13 @@ class FakeBus(Bus):
         self.broker.publish(topic, payload, qos, retain, mirrored)
         await asyncio.sleep(0)
 
+    def _send_now(self, topic: str, payload: bytes, retain: bool, mirrored: Mirrored | None) -> bool:
+        if not self._ready.is_set():
+            return False
+        self.counters["published"] += 1
+        self.broker.publish(topic, payload, 0, retain, mirrored)
+        return True
+
     def _subscribe_now(self, topic_filter: str, qos: int) -> None:
         if self._ready.is_set():
             self._subscribe_on_broker(topic_filter, qos)
