@@ -47,6 +47,7 @@ from potluck.messages import (
     ListNodes,
     Message,
     ModelChanged,
+    ModelInfo,
     ModelRegistered,
     ModelsDeleted,
     ModelsListed,
@@ -68,6 +69,8 @@ from potluck.outbox import Outbox
 log = logging.getLogger(__name__)
 
 ONCE = RemoveAlias | DeleteModel | RemoveDataset | Promote | RollBack
+LISTED_BYTES = 96 * 1024
+"""Models in one answer, as msgpack: in JSON they may be twice as long."""
 ANSWERS_KEPT = 256
 """Answers to questions that can be carried out once: asked again, they would find nothing to do."""
 
@@ -166,7 +169,7 @@ class Requests:
             case ListNodes():
                 return NodesListed(nodes=self._membership.infos())
             case ListModels():
-                return ModelsListed(models=self._registry.models())
+                return self._list_models(message.after)
             case GetModel():
                 return ModelRegistered(model=locate(self._registry.model(message.model), self._holders.of))
             case RegisterModel():
@@ -197,6 +200,16 @@ class Requests:
                 raise InvalidRequest(
                     f"{type(message).__name__} is not a question to the coordinator: see docs/protocol.md"
                 )
+
+    def _list_models(self, after: str) -> Message:
+        listed: list[ModelInfo] = []
+        size = 0
+        for info in self._registry.models(after):
+            size += len(codec.pack(info))
+            if listed and size > LISTED_BYTES:
+                return ModelsListed(models=tuple(listed), more=True)
+            listed.append(info)
+        return ModelsListed(models=tuple(listed))
 
     def _register(self, message: RegisterModel) -> Message:
         self._need(message.model, "model")

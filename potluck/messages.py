@@ -616,11 +616,15 @@ class ModelsDeleted(Message, frozen=True):
 
 
 class ListModels(Message, frozen=True):
-    pass
+    after: str = ""
+    """Those that come after this `name:version`, by name and version; empty: from the first on."""
 
 
 class ModelsListed(Message, frozen=True):
+    """As many as go into a message. With `more`, ask again `after` the last of them."""
+
     models: tuple[ModelInfo, ...]
+    more: bool = False
 
 
 class ReplicaInfo(Part, frozen=True):

@@ -166,9 +166,11 @@ class Registry:
         version = self._aliases.get(name, {}).get(alias)
         return model if version is None else f"{name}:{version}"
 
-    def models(self) -> tuple[ModelInfo, ...]:
-        """All versions, by name."""
-        return tuple(info for name in sorted(self._models) for info in self._models[name].values())
+    def models(self, after: str = "") -> tuple[ModelInfo, ...]:
+        """All versions, by name and version; or those that come `after` this `name:version`, which need not be there any more."""
+        name, _, version = after.partition(":")
+        found = (info for known in sorted(self._models) if known >= name for info in self._models[known].values())
+        return tuple(info for info in found if (info.name, info.version) > (name, _number(version or "0")))
 
     def versions(self, name: str) -> tuple[ModelInfo, ...]:
         """All versions of a name. Raises NotFound."""

@@ -272,7 +272,14 @@ class AsyncClient:
 
     async def models(self) -> tuple[ModelInfo, ...]:
         """Every version of every registered model."""
-        return (await self._ask(ListModels(), ModelsListed)).models
+        found: list[ModelInfo] = []
+        more = True
+        while more:
+            after = f"{found[-1].name}:{found[-1].version}" if found else ""
+            answer = await self._ask(ListModels(after=after), ModelsListed)
+            found += answer.models
+            more = answer.more and bool(answer.models)
+        return tuple(found)
 
     async def get_model(self, model: str) -> ModelInfo:
         """The registered `name` (its newest version), `name:version` or `name:alias`. Raises NotFound."""

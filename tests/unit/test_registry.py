@@ -129,6 +129,20 @@ def test_a_data_set_that_was_removed_is_gone(journal: Journal) -> None:
             known.remove_dataset("d")
 
 
+def test_models_are_listed_in_parts(journal: Journal) -> None:
+    registry = Registry(journal)
+    for name in ("b", "a", "a.b"):
+        for number in range(1, 12):
+            registry.add_model(name, blob(number), now=1.0)
+    everything = registry.models()
+    assert [(info.name, info.version) for info in everything] == [
+        (name, version) for name in ("a", "a.b", "b") for version in range(1, 12)
+    ]
+    for at, info in enumerate(everything):
+        assert registry.models(f"{info.name}:{info.version}") == everything[at + 1 :]
+    assert registry.models("a:99") == registry.models("a.b") == everything[11:]
+
+
 def test_who_watches_is_told_of_every_change(journal: Journal) -> None:
     registry = Registry(journal)
     told: list[int] = []

@@ -7,10 +7,25 @@ from typing import Any
 
 import pytest
 
+from coordinator.journal import Journal
 from coordinator.requests import Requests, _is_same
+from coordinator.serving.registry import Registry
+from potluck import codec
 from potluck.blobs.store import BlobStore
 from potluck.exchange import Envelope
-from potluck.messages import AnyJobSpec, Deploy, Evaluate, Message, Train, Undeploy
+from potluck.messages import (
+    INLINE_LIMIT_BYTES,
+    AnyJobSpec,
+    BlobRef,
+    Deploy,
+    Evaluate,
+    ListModels,
+    Message,
+    ModelInfo,
+    ModelsListed,
+    Train,
+    Undeploy,
+)
 
 
 class Replies:
@@ -34,6 +49,34 @@ def test_too_many_questions_at_a_time_are_refused(tmp_path: Path) -> None:
     for number in range(102):
         requests.on_request(Envelope("t", Undeploy(id=str(number), model="m"), reply_to="a"))
     assert replies.refused == ["overloaded", "overloaded"]
+
+
+def test_a_list_of_models_comes_in_messages_that_are_small_enough(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal")
+    registry = Registry(journal)
+    for number in range(600):
+        registry.add_model("m", BlobRef(sha256=f"{number:064x}", size=1), now=1.0, tags={"note": "ä" * 250})
+    nothing: Any = None
+    answered: list[Message] = []
+    replies: Any = Replies()
+    replies.reply = lambda question, answer: answered.append(answer)
+    requests = Requests(
+        outbox=replies, dispatcher=nothing, registry=registry, serving=nothing, membership=nothing, deletion=nothing,
+        holders=nothing, store=BlobStore(tmp_path / "blobs", 1), urls=(),
+    )  # fmt: skip
+    found: list[ModelInfo] = []
+    more = True
+    while more:
+        after = f"m:{found[-1].version}" if found else ""
+        requests.on_request(Envelope("t", ListModels(after=after), reply_to="a"))
+        answer = answered[-1]
+        assert isinstance(answer, ModelsListed)
+        assert len(codec.encode(answer, "json")) < INLINE_LIMIT_BYTES
+        found += answer.models
+        more = answer.more
+    assert tuple(found) == registry.models()
+    assert len(answered) > 2
+    journal.close()
 
 
 EVALUATE = Evaluate(model="m", dataset="d")
