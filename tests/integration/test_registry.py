@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from potluck.client import Client
@@ -40,31 +41,28 @@ def potluck(cluster: LocalCluster, *arguments: str) -> str:
 
 
 def test_a_model_from_the_command_line_and_back(cluster: LocalCluster, client: Client, tmp_path: Path) -> None:
-    folder = tmp_path / "net"
-    (folder / "variables").mkdir(parents=True)
-    (folder / "saved_model.pb").write_bytes(b"graph")
-    (folder / "variables" / "variables.index").write_bytes(b"index")
-    added = json.loads(
-        potluck(cluster, "models", "add", str(folder), "--name", "net", "--labels", "a,b", "--tag", "k=v", "--json")
-    )
-    assert (added["version"], added["format"], added["classes"], added["tags"]) == (
-        1,
-        "savedmodel",
-        ["a", "b"],
-        {"k": "v"},
-    )
+    model, rows, folder = mlp(), split()["x_test"][:3], tmp_path / "net"
+    model.export(folder, verbose=False)
+    added = json.loads(potluck(cluster, "models", "add", str(folder), "--labels", "a,b", "--tag", "k=v", "--json"))
+    assert (added["name"], added["version"], added["format"]) == ("net", 1, "savedmodel")
+    assert (added["classes"], added["tags"]) == (["a", "b"], {"k": "v"})
     assert potluck(cluster, "models", "alias", "net:1", "prod") == "net:prod is net:1\n"
-    assert "no-such-file" in potluck(cluster, "models", "add", str(tmp_path / "no-such-file"))
-    refused = potluck(cluster, "models", "delete", "net")
-    assert refused.startswith("1 potluck: model net:1 is what net:prod means")
     shown = potluck(cluster, "models", "show", "net:prod")
     for said in ("net:prod", "k=v", "savedmodel", "imported from net", added["model"]["sha256"]):
         assert said in shown
     potluck(cluster, "models", "export", "net:prod", "--output", str(tmp_path / "back"))
-    assert (tmp_path / "back" / "variables" / "variables.index").read_bytes() == b"index"
+    assert client.register(tmp_path / "back", "net").version == 1, "the same bytes, so the same version"
+    model.save(tmp_path / "net.h5")
+    assert client.register(tmp_path / "net.h5", "net").version == 2
+    for named in ("net:prod", "net:2"):
+        client.deploy(named, wait=True)
+        np.testing.assert_allclose(client.infer(named, rows), model.predict(rows, verbose=0), rtol=1e-5, atol=1e-6)
+    assert client.undeploy("net:prod") == ("net:1",)
+    refused = potluck(cluster, "models", "delete", "net:1")
+    assert refused.startswith("1 potluck: model net:1 is what net:prod means")
     assert client.remove_alias("net:prod").aliases == ()
     assert client.delete_model("net:1") == ("net:1",)
-    assert client.register(folder, "net").version == 2, "the number of a version that was deleted is not given again"
+    assert client.register(folder, "net").version == 3, "the number of a version that was deleted is not given again"
 
 
 def held(client: Client, model: str) -> ModelInfo:
