@@ -35,7 +35,11 @@ def small_model(path: Path) -> Path:
     import keras
 
     model = keras.Sequential(
-        [keras.Input((64,)), keras.layers.Dense(128, activation="relu"), keras.layers.Dense(10, activation="softmax")]
+        [
+            keras.Input((64,), name="x"),
+            keras.layers.Dense(128, activation="relu"),
+            keras.layers.Dense(10, activation="softmax"),
+        ]
     )
     model.compile(loss="sparse_categorical_crossentropy")
     model.save(path)

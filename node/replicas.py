@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from msgspec.structs import replace
@@ -201,15 +202,7 @@ class Replicas:
     async def _infer(self, command: RunInference) -> None:
         began = time.monotonic()
         try:
-            requests = command.requests
-            if any(isinstance(tensor.data, BlobRef) for request in requests for tensor in request):
-                requests = await self._inlined(command)
-            engine = self._slot.engine
-            if engine is None:  # it died just now; a fresh one would not have the model
-                raise EngineFailed("the engine that held the replica is gone")
-            outcomes, seconds = await engine.infer(
-                command.replica_id, requests, batch_id=command.id, expires=command.expires
-            )
+            outcomes, seconds = await self._computed(command)
             if _bytes_of(outcomes) > INLINE_OUTPUT_BYTES:
                 outcomes = await self._as_blobs(outcomes)
         except PotluckError as error:
@@ -225,11 +218,33 @@ class Replicas:
         if command.objective_seconds:
             self._on_served(command.objective_seconds, time.monotonic() - began)
 
-    async def _inlined(self, command: RunInference) -> tuple[tuple[Tensor, ...], ...]:
-        """The requests with what their blobs hold. Raises Cancelled when nobody wants that any more."""
+    async def _computed(self, command: RunInference) -> tuple[list[RequestOutcome], float]:
+        """An outcome for each request, and the engine's seconds."""
+        files: dict[str, Path] = {}
+        fetched: list[str] = []
+        try:
+            requests = command.requests
+            if any(isinstance(tensor.data, BlobRef) for request in requests for tensor in request):
+                requests = await self._all_at_hand(command, files, fetched)
+            engine = self._slot.engine
+            if engine is None:  # it died just now; a fresh one would not have the model
+                raise EngineFailed("the engine that held the replica is gone")
+            return await engine.infer(command.replica_id, requests, files, batch_id=command.id, expires=command.expires)
+        finally:
+            for sha256 in files:
+                self._store.unpin(sha256)
+            for sha256 in fetched:
+                self._store.delete(sha256)  # inputs hardly come twice, and what is gone soon need not reach the disk
+
+    async def _all_at_hand(
+        self, command: RunInference, files: dict[str, Path], fetched: list[str]
+    ) -> tuple[tuple[Tensor, ...], ...]:
+        """The requests with their blobs' files in `files`. Raises Cancelled when nobody wants them any more."""
         self._fetching.add(command.id)
         try:
-            requests = tuple([tuple([await self._inline(one) for one in request]) for request in command.requests])
+            requests = tuple(
+                [tuple([await self._at_hand(one, files, fetched) for one in request]) for request in command.requests]
+            )
             if command.id in self._cancelled:
                 raise Cancelled("nobody waits for this batch any more")
             return requests
@@ -237,22 +252,26 @@ class Replicas:
             self._fetching.discard(command.id)
             self._cancelled.discard(command.id)
 
-    async def _inline(self, tensor: Tensor) -> Tensor:
+    async def _at_hand(self, tensor: Tensor, files: dict[str, Path], fetched: list[str]) -> Tensor:
+        """The tensor with its file, pinned, in `files` where it is a blob; text is read at once. New blobs join `fetched`."""
         ref = tensor.data
         if not isinstance(ref, BlobRef):
             return tensor
         if ref.size > INPUT_LIMIT_BYTES:
             raise TooLarge(f"input '{tensor.name}' is a blob of {ref.size} bytes; {INPUT_LIMIT_BYTES} is the limit")
-        self._store.pin(ref.sha256)
+        if ref.sha256 not in files:
+            if not self._store.has(ref.sha256):
+                fetched.append(ref.sha256)
+            self._store.pin(ref.sha256)
+            files[ref.sha256] = self._store.folder  # until it is here: what is pinned is unpinned
         try:
-            path = await self._downloader.fetch(ref)
-            return replace(
-                tensor, data=unpacked(tensor.name, tensor.datatype, await asyncio.to_thread(path.read_bytes))
-            )
+            path = files[ref.sha256] = await self._downloader.fetch(ref)
+            if tensor.datatype != "BYTES":
+                return tensor
+            data = await asyncio.to_thread(path.read_bytes)
+            return replace(tensor, data=unpacked(tensor.name, tensor.datatype, data))
         except OSError as error:
             raise Unavailable(f"input '{tensor.name}' cannot be read on this node: {error}") from error
-        finally:
-            self._store.unpin(ref.sha256)
 
     async def _as_blobs(self, outcomes: list[RequestOutcome]) -> list[RequestOutcome]:
         """The outcomes with the tensors that make them too large for a message in our store."""

@@ -80,7 +80,7 @@ def to_numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
             f"tensor '{label}': unknown datatype '{tensor.datatype}': use one of {', '.join(DTYPES)}, BYTES"
         )
     dtype = DTYPES[tensor.datatype]
-    if isinstance(data, bytes):
+    if isinstance(data, bytes | memoryview):  # memory: of a file, within an engine
         if len(data) != count * dtype.itemsize:
             raise InvalidRequest(
                 f"tensor '{label}': {tensor.datatype} of shape {list(tensor.shape)} is {count * dtype.itemsize} bytes, "

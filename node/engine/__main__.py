@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import mmap
 import os
 import queue
 import socket
@@ -11,15 +12,17 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from msgspec.structs import replace
 
 from node.engine import formats, frames
 from node.engine.replicas import Replicas
 from node.engine.wording import one_line
 from potluck.errors import BadMessage, Cancelled, EngineFailed, InvalidModel, Overloaded, PotluckError, TimedOut
-from potluck.messages import ErrorInfo
+from potluck.messages import BlobRef, ErrorInfo, Tensor
 
 if TYPE_CHECKING:
     from node.engine.tasks import Tasks
@@ -180,7 +183,10 @@ class Server:
         if frame.expires and time.time() > frame.expires:
             raise TimedOut("the batch came to its turn when its time was up")
         started = time.perf_counter()
-        outcomes = self._replicas.infer(frame.replica_id, frame.requests)
+        requests = frame.requests
+        if frame.files:
+            requests = tuple([tuple([_mapped(tensor, frame.files) for tensor in request]) for request in requests])
+        outcomes = self._replicas.infer(frame.replica_id, requests)
         return frames.Inferred(number=frame.number, outcomes=outcomes, seconds=time.perf_counter() - started)
 
     def _work(self) -> None:
@@ -197,6 +203,16 @@ class Server:
         if self._tasks is None:
             raise formats.missing("TensorFlow", "engine")
         return self._tasks
+
+
+def _mapped(tensor: Tensor, files: Mapping[str, str]) -> Tensor:
+    """The tensor with its blob's file as memory: it is not copied on its way to the model."""
+    ref = tensor.data
+    if not isinstance(ref, BlobRef) or ref.sha256 not in files:
+        return tensor
+    with Path(files[ref.sha256]).open("rb") as file:
+        data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)) if ref.size else b""
+    return replace(tensor, data=data)
 
 
 def _failed(number: int, error: PotluckError) -> frames.Failed:

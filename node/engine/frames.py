@@ -73,11 +73,12 @@ class UnloadReplica(Frame, frozen=True):
 
 
 class Infer(Frame, frozen=True):
-    """`expires` 0 means never."""
+    """`expires` 0 means never. `files`: a local path for every blob among the tensors, by SHA-256."""
 
     replica_id: str
     requests: tuple[tuple[Tensor, ...], ...]
     expires: float = 0.0
+    files: dict[str, str] = {}
 
 
 class CancelInfer(Frame, frozen=True):

@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -176,12 +176,26 @@ class Engine:
         await self._ask(frames.UnloadReplica(number=next(self._numbers), replica_id=replica_id))
 
     async def infer(
-        self, replica_id: str, requests: Sequence[Sequence[Tensor]], *, batch_id: str = "", expires: float = 0.0
+        self,
+        replica_id: str,
+        requests: Sequence[Sequence[Tensor]],
+        files: Mapping[str, Path] = {},
+        *,
+        batch_id: str = "",
+        expires: float = 0.0,
     ) -> tuple[list[RequestOutcome], float]:
-        """One outcome for each request, and the engine's seconds. Raises TimedOut when it would begin after `expires`, and Cancelled."""
-        packed = tuple([tuple(request) for request in requests])
+        """One outcome for each request, and the engine's seconds. `files`: of the blobs among the tensors, by SHA-256.
+
+        Raises TimedOut when it would begin after `expires`, and Cancelled.
+        """
         number = self._batches[batch_id] = next(self._numbers)
-        frame = frames.Infer(number=number, replica_id=replica_id, requests=packed, expires=expires)
+        frame = frames.Infer(
+            number=number,
+            replica_id=replica_id,
+            requests=tuple([tuple(request) for request in requests]),
+            expires=expires,
+            files={sha256: str(path) for sha256, path in files.items()},
+        )
         try:
             answer = await self._ask(frame)
         finally:

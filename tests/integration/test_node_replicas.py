@@ -122,6 +122,13 @@ async def test_large_tensors_come_and_go_as_blobs(lab: Lab) -> None:
     assert isinstance(back.data, BlobRef)
     assert await lab.fetch(back.data) == data
     assert small == X  # what is small stays in the message
+    other = os.urandom(400_000)
+    ref = lab.blob(other)
+    await lab.infer("gone", REPLICA, Tensor(name="grow", datatype="UINT8", shape=(1, len(other)), data=ref))
+    assert code(await answer(lab, "gone")) == ""
+    kept = {path.name for path in lab.folder.glob("*/blobs/*")}
+    assert kept  # the model
+    assert ref.sha256 not in kept
     await lab.infer("out", REPLICA, Tensor(name="grow", datatype="UINT8", shape=(1, 1), data=b"\0"))
     (outcome,) = (await answer(lab, "out")).outcomes
     assert [type(output.data) for output in outcome.outputs] == [BlobRef, bytes]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+
+from msgspec.structs import replace
 
 import node.daemon
 import node.executor
@@ -114,8 +116,19 @@ class FakeEngine:
         pass
 
     async def infer(
-        self, replica_id: str, requests: Sequence[Sequence[Tensor]], *, batch_id: str, expires: float
+        self,
+        replica_id: str,
+        requests: Sequence[Sequence[Tensor]],
+        files: Mapping[str, Path],
+        *,
+        batch_id: str,
+        expires: float,
     ) -> tuple[list[RequestOutcome], float]:
+        read = {sha256: await asyncio.to_thread(path.read_bytes) for sha256, path in files.items()}
+        requests = [
+            [replace(one, data=read[one.data.sha256]) if isinstance(one.data, BlobRef) else one for one in request]
+            for request in requests
+        ]
         if replica_id not in self._replicas:
             raise NotFound(f"replica {replica_id} is not loaded")
         match requests[0][0].name:
