@@ -42,11 +42,11 @@ SIZE = 128
 class Lab:
     """The models of all parts, and how long to measure; `quick` makes all of it short."""
 
-    def __init__(self, folder: Path, quick: bool) -> None:
+    def __init__(self, folder: Path, quick: bool, turns: int = 2) -> None:
         self.folder = folder
         self.quick = quick
-        self.seconds = 1.5 if quick else 6.0
-        self.turns = 1 if quick else 2
+        self.seconds = 1.5 if quick else 5.0
+        self.turns = 1 if quick else turns
         self.row = np.random.default_rng(0).random((1, 64), np.float32)
         self.body = folder / "body.json"
         tensor = {"name": "x", "datatype": "FP32", "shape": [1, 64], "data": self.row.ravel().tolist()}
@@ -318,6 +318,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a short run of our own alone, to see that it works")
     names = [name for checks in PARTS.values() for name in checks]
     parser.add_argument("--only", choices=names, help="run only what this check needs")
+    parser.add_argument("--turns", type=int, default=2, help="how often everybody is measured")
     arguments = parser.parse_args()
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     parts = [part for part, checks in PARTS.items() if arguments.only is None or arguments.only in checks]
@@ -325,7 +326,7 @@ def main() -> None:
         peers.install()
     report = Report("serving", columns=("", "rate", "p50 ms", "p99 ms"))
     with tempfile.TemporaryDirectory(prefix="potluck-bench-") as folder:
-        lab = Lab(Path(folder), arguments.quick)
+        lab = Lab(Path(folder), arguments.quick, arguments.turns)
         for part in parts:
             part(lab, report)
     report.show()

@@ -247,7 +247,7 @@ class Node:
         def urls() -> tuple[str, ...]:
             return self._presence.urls
 
-        def make(name: str) -> Engine:
+        def make(name: str, *, quick_kernels: bool = False) -> Engine:
             shutil.rmtree(scratch / name, ignore_errors=True)  # what an engine that died was writing
             return Engine(
                 scratch / name,
@@ -255,11 +255,14 @@ class Node:
                 start_seconds=settings.engine_start_seconds,
                 silence_seconds=settings.engine_silence_seconds,
                 allow_code=settings.allow_code,
+                quick_kernels=quick_kernels,
             )
 
         idle = settings.engine_idle_seconds
         self._work_slot = EngineSlot("work", lambda: make("work"), idle_seconds=idle)
-        self._serve_slot = EngineSlot("serve", lambda: make("serve"), idle_seconds=idle, on_death=self._on_serve_death)
+        self._serve_slot = EngineSlot(
+            "serve", lambda: make("serve", quick_kernels=True), idle_seconds=idle, on_death=self._on_serve_death
+        )
         self._executor = Executor(
             store=store,
             downloader=downloader,

@@ -38,6 +38,18 @@ async def test_one_that_does_not_start_says_why(tmp_path: Path, monkeypatch: pyt
     assert "status 3" in (await engine.wait_dead()).message
 
 
+@pytest.mark.parametrize(("quick", "told"), [(False, "none"), (True, "1")])
+async def test_quick_kernels_are_asked_of_tensorflow(
+    quick: bool, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TF_ENABLE_ONEDNN_OPTS", raising=False)
+    program = fake_python(tmp_path, "echo oneDNN ${TF_ENABLE_ONEDNN_OPTS:-none} >&2; exit 3")
+    monkeypatch.setattr(sys, "executable", program)
+    engine = Engine(tmp_path / "scratch", threads=1, start_seconds=20, silence_seconds=5, quick_kernels=quick)
+    with pytest.raises(EngineFailed, match=f"oneDNN {told}"):
+        await engine.start()
+
+
 async def test_one_that_hangs_at_its_start_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", fake_python(tmp_path, "exec sleep 100"))
     engine = Engine(tmp_path / "scratch", threads=1, start_seconds=0.3, silence_seconds=5)

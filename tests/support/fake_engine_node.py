@@ -36,7 +36,14 @@ class FakeEngine:
     count = 0
 
     def __init__(
-        self, scratch: Path, *, threads: int, start_seconds: float, silence_seconds: float, allow_code: Sequence[str]
+        self,
+        scratch: Path,
+        *,
+        threads: int,
+        start_seconds: float,
+        silence_seconds: float,
+        allow_code: Sequence[str],
+        quick_kernels: bool,
     ) -> None:
         FakeEngine.count += 1
         self.pid = FakeEngine.count
