@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from coordinator.gateway import inferring, open_inference, plain, tensorflow_serving
+from coordinator.gateway import inferring, open_inference, plain, streaming, tensorflow_serving
 from coordinator.gateway.answers import Problem
 from coordinator.gateway.asking import TIMEOUT_HEADER
 from potluck import __version__
@@ -124,10 +124,12 @@ def _plain() -> Json:
     top = {"type": "integer", "minimum": 1, "maximum": 999_999_999, "default": plain.SHOWN_CLASSES}
     classify["parameters"].append({"name": "top", "in": "query", "schema": top})
     arrays = {"description": "An array, or a map of arrays by the input's name"}
+    infer = _post("Arrays in, arrays out", arrays, _ref("Outputs"), ("model",))
+    infer["responses"]["200"]["content"][streaming.CONTENT_TYPE] = {"schema": {"type": "string"}}
     return {
         "/models": {"get": _get("What is deployed", _listed("Deployed"))},
         "/models/{model}/classify": {"post": classify},
-        "/models/{model}/infer": {"post": _post("Arrays in, arrays out", arrays, _ref("Outputs"), ("model",))},
+        "/models/{model}/infer": {"post": infer},
     }
 
 

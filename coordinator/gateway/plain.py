@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 from aiohttp import web
 
-from coordinator.gateway import json_arrays
+from coordinator.gateway import json_arrays, streaming
 from coordinator.gateway.answers import encoded, guarded
 from coordinator.gateway.asking import Asking
 from coordinator.gateway.bodies import plain
@@ -96,8 +96,8 @@ class Plain:
         best = sorted(scores, key=lambda one: -one.score)[:top]
         return encoded(Classified(answer.model, best[0].label, best[0].score, best))
 
-    async def infer(self, request: web.Request) -> web.Response:
-        """Arrays in, arrays out: one for a model with one input, else a map of them by name."""
+    async def infer(self, request: web.Request) -> web.StreamResponse:
+        """Arrays in, arrays out: one for a model with one input, else a map of them by name. As events where these are asked for."""
         model = request.match_info["model"]
         name, signature = self._asking.deployed(model)
         try:
@@ -106,7 +106,10 @@ class Plain:
             raise InvalidRequest(f"the body is not JSON: {error}") from error
         if signature is None:
             raise InvalidRequest(f"model {name} does not say yet what its inputs are: it is being loaded")
-        answer = await self._asking.infer(request, model, _arrays(name, signature, asked))
+        inputs = _arrays(name, signature, asked)
+        if streaming.wanted(request):
+            return await streaming.stream(self._asking, request, model, inputs)
+        answer = await self._asking.infer(request, model, inputs)
         outputs = {tensor.name: json_arrays.nested(tensor) for tensor in answer.outputs}
         return encoded(Outputs(answer.model, outputs))
 

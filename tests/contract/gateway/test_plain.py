@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import struct
 import zlib
 from collections.abc import Awaitable, Callable
@@ -15,8 +16,9 @@ import pytest
 from PIL import Image
 
 from potluck.data import audio
-from potluck.messages import ImageOptions, Signature, TensorSpec
+from potluck.messages import ErrorInfo, ImageOptions, Signature, TensorSpec
 from potluck.tensors import to_numpy
+from support.eventually import eventually
 from support.serving_lab import Lab
 
 Deploy = Callable[..., Awaitable[None]]
@@ -158,3 +160,39 @@ async def test_arrays_that_do_not_fit(http: Http) -> None:
         status, answer = await post(http, "m/infer", body)
         assert said in answer.get("error", ""), (body, answer)
         assert status == 400, body
+
+
+async def test_rows_are_answered_as_they_are_done(lab: Lab, http: Http) -> None:
+    base, session = http
+    headers = {"Accept": "text/event-stream"}
+    rows = [[number, 0.5] for number in range(100)]
+    async with session.post(f"{base}/models/m/infer", json=rows, headers=headers) as response:
+        assert response.status == 200
+        assert response.content_type == "text/event-stream"
+        events = (await response.text()).split("\n\n")
+    assert events.pop() == ""
+    found = {}
+    for event in events:
+        number, data = re.fullmatch(r"id: (\d+)\ndata: (.*)", event).groups()  # type: ignore[union-attr]
+        found[int(number)] = json.loads(data)
+    assert found == {number: {"model": "m:1", "outputs": {"y": [[2.0 * number, 1.0]]}} for number in range(100)}
+    assert max(lab.nodes["a"].batches) > 1  # rows that wait leave together
+
+    lab.nodes["a"].failing = ErrorInfo(code="invalid_request", message="not this row")
+    async with session.post(f"{base}/models/m/infer", json=[[1, 2]], headers=headers) as response:
+        assert await response.text() == 'event: error\nid: 0\ndata: {"error":"not this row"}\n\n'
+    async with session.post(f"{base}/models/m/infer", json=[], headers=headers) as response:
+        assert response.status == 400
+
+
+async def test_a_client_that_leaves_ends_its_stream(lab: Lab, http: Http) -> None:
+    base, session = http
+    node, router = lab.nodes["a"], lab.inference.router("m")
+    node.mute = True
+    headers = {"Accept": "text/event-stream"}
+    response = await session.post(f"{base}/models/m/infer", json=[[1, 2]] * 500, headers=headers)
+    await eventually(lambda: len(router.queue) + router.in_flight == 32)
+    assert len(router.queue) + router.in_flight == 32  # others have room
+    response.close()
+    await eventually(lambda: not router.queue)
+    assert lab.inference.metrics.answers["m:1", "cancelled"] == 32
