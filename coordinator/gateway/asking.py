@@ -52,7 +52,12 @@ class Asking:
         return self.registry.model(model)
 
     async def infer(
-        self, request: web.Request, model: str, inputs: tuple[Tensor, ...], timeout_seconds: float | None = None
+        self,
+        request: web.Request,
+        model: str,
+        inputs: tuple[Tensor, ...],
+        timeout_seconds: float | None = None,
+        priority: int = 0,
     ) -> Inferred:
         """The answer of `model`, all its tensors here. `timeout_seconds` beside that of the request's header, if any.
 
@@ -63,7 +68,7 @@ class Asking:
             lent = self._shelf.lent(inputs)
         seconds = self.seconds(request, timeout_seconds)
         async with lent as sent:
-            answer = await self._inference.infer(model, sent, seconds)
+            answer = await self._inference.infer(model, sent, seconds, priority=priority)
             if any(isinstance(tensor.data, BlobRef) for tensor in answer.outputs):
                 outputs = [await self._shelf.fetched(tensor) for tensor in answer.outputs]
                 answer = Inferred(model=answer.model, outputs=tuple(outputs))

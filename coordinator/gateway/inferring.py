@@ -1,5 +1,5 @@
 """Inference of the Open Inference Protocol (V2, REST), with the extensions that Triton's clients use: tensors as bytes,
-classification, and the time that an answer may take."""
+classification, priorities, and the time that an answer may take."""
 
 from __future__ import annotations
 
@@ -88,7 +88,8 @@ class Inferring:
         inputs = _inputs(asked, tail)
         if signature is not None:
             check(name, signature, inputs)
-        answer = await self._asking.infer(request, model, inputs, _timeout_seconds(asked.parameters))
+        seconds, priority = _timeout_seconds(asked.parameters), _priority(asked.parameters)
+        answer = await self._asking.infer(request, model, inputs, seconds, priority)
         return wanted.answer(answer, asked.id, self._asking)
 
 
@@ -177,6 +178,14 @@ def _timeout_seconds(parameters: dict[str, Any] | None) -> float | None:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**63:
         raise InvalidRequest(f"the parameter timeout is {value!r:.40}: expected microseconds, a whole number")
     return value * _MICROSECONDS
+
+
+def _priority(parameters: dict[str, Any] | None) -> int:
+    """Triton's parameter `priority`, 1 being the highest, and 0 as good as none: ours, where 10 is the highest. Raises InvalidRequest."""
+    value = 0 if parameters is None else parameters.get("priority", 0)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise InvalidRequest(f"the parameter priority is {value!r:.40}: expected a whole number, 1 for the highest")
+    return max(-10, 11 - value) if value else 0
 
 
 def _flag(parameters: dict[str, Any] | None, key: str, default: bool) -> bool:

@@ -106,6 +106,7 @@ WRONG: list[Any] = [
     ),
     ("/v2/models/m/infer", json.dumps(GOOD | {"parameters": {"timeout": 1.5}}), 400, "timeout is 1.5"),
     ("/v2/models/m/infer", json.dumps(GOOD | {"parameters": {"timeout": -1}}), 400, "timeout is -1"),
+    ("/v2/models/m/infer", json.dumps(GOOD | {"parameters": {"priority": -1}}), 400, "priority is -1"),
     (
         "/v2/models/m/infer",
         json.dumps(GOOD | {"outputs": [{"name": "y", "parameters": {"classification": "2"}}]}),
@@ -362,6 +363,22 @@ async def test_a_timeout_that_is_none_is_refused(http: Http) -> None:
         async with session.post(f"{base}/v2/models/m/infer", json=GOOD, headers=headers) as response:
             assert response.status == 400
             assert "Request-Timeout" in (await response.json())["error"]
+
+
+async def test_priorities_are_as_triton_counts_them(lab: Lab, http: Http) -> None:
+    base, session = http
+    lab.nodes["a"].mute = True
+    router = lab.inference.router("m")
+    asked = [asyncio.create_task(session.post(f"{base}/v2/models/m/infer", json=GOOD)) for _ in range(2)]
+    await eventually(lambda: router.in_flight == 2)
+    for count, priority in enumerate((0, 1, 11, 99), 1):
+        body = GOOD | {"parameters": {"priority": priority}}
+        asked.append(asyncio.create_task(session.post(f"{base}/v2/models/m/infer", json=body)))
+        await eventually(lambda: len(router.queue) == count)  # noqa: B023 - awaited within the turn
+    assert sorted(request.priority for request in router.queue) == [-10, 0, 0, 10]
+    for task in asked:
+        task.cancel()
+    await asyncio.wait(asked)
 
 
 async def test_what_a_client_that_left_has_asked_is_not_computed(lab: Lab, http: Http) -> None:
