@@ -214,7 +214,7 @@ class DataSlice(Part, frozen=True):
 
 
 class JobSpec(Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="kind"):
-    """Base of the four kinds of job. `model` is a registry name (`digits` or `digits:1`) or the blob of a `.keras` file."""
+    """Base of the four kinds of job. `model` is a registry name (`digits`, `digits:1`, `digits:prod`) or the blob of a `.keras` file."""
 
 
 class Train(JobSpec, frozen=True, tag="train"):
@@ -673,7 +673,7 @@ class DeploymentsListed(Message, frozen=True):
 
 
 class Undeploy(Message, frozen=True):
-    """`model` is `name` (every version) or `name:version`."""
+    """`model` is `name` (every version), `name:version` or `name:alias`."""
 
     model: str
 
@@ -695,7 +695,7 @@ class RollBack(Message, frozen=True):
 
 
 class Infer(Message, frozen=True):
-    """On `models/<name>/infer` (`name` or `name:version`). Answered by `Inferred`.
+    """On `models/<name>/infer` (`name`, `name:version` or `name:alias`). Answered by `Inferred`.
 
     Of the requests that wait, those of a higher `priority` go first; one that cannot be answered by `expires` is refused at once.
     """

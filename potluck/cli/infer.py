@@ -26,7 +26,7 @@ NO_IMAGES = (".npz", ".csv", ".parquet", ".tfrecord", ".keras", ".h5", ".pkl", "
 
 def infer(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="A deployed `name` or `name:version`.")],
+    model: Annotated[str, typer.Argument(help="A deployed `name`, `name:version` or `name:alias`.")],
     source: Annotated[
         str,
         typer.Argument(

@@ -21,8 +21,10 @@ from potluck.messages import (
     Evaluate,
     ListModels,
     Message,
+    ModelChanged,
     ModelInfo,
     ModelsListed,
+    RemoveAlias,
     Train,
     Undeploy,
 )
@@ -49,6 +51,26 @@ def test_too_many_questions_at_a_time_are_refused(tmp_path: Path) -> None:
     for number in range(102):
         requests.on_request(Envelope("t", Undeploy(id=str(number), model="m"), reply_to="a"))
     assert replies.refused == ["overloaded", "overloaded"]
+
+
+def test_what_was_taken_away_is_answered_alike_when_it_is_asked_again(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal")
+    registry = Registry(journal)
+    registry.add_model("m", BlobRef(sha256="0" * 64, size=1), now=1.0)
+    registry.set_alias("m:1", "prod")
+    nothing: Any = None
+    answered: list[Message] = []
+    replies: Any = Replies()
+    replies.reply = lambda question, answer: answered.append(answer)
+    requests = Requests(
+        outbox=replies, dispatcher=nothing, registry=registry, serving=nothing, membership=nothing, deletion=nothing,
+        holders=nothing, store=BlobStore(tmp_path / "blobs", 1), urls=(),
+    )  # fmt: skip
+    for question_id in ("q-1", "q-1", "q-2", "q-1"):
+        requests.on_request(Envelope("t", RemoveAlias(id=question_id, model="m:prod"), reply_to="a"))
+    assert answered == [ModelChanged(model=registry.model("m"))] * 3
+    assert replies.refused == ["not_found"]
+    journal.close()
 
 
 def test_a_list_of_models_comes_in_messages_that_are_small_enough(tmp_path: Path) -> None:
