@@ -26,7 +26,7 @@ check: $(VENV)/.dev  ## Lint, format, types, and the rules of who imports whom
 	$(BIN)/lint-imports
 
 bench: $(VENV)/.dev  ## Run the benchmarks in full
-	@for file in latency scaling training serving; do $(BIN)/python benchmarks/$$file.py || exit 1; done
+	@for file in latency scaling training serving litert; do $(BIN)/python benchmarks/$$file.py || exit 1; done
 
 clean:  ## Remove what make made
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -6,6 +6,7 @@ from coordinator.collecting import locate
 from coordinator.jobs import Job
 from coordinator.jobstore import JobStore
 from coordinator.leases import Leases
+from coordinator.placement import WORDS
 from potluck.messages import JobChanged, JobEnded
 from potluck.outbox import Outbox
 from potluck.topics import Topics
@@ -29,8 +30,9 @@ class Announcer:
 
     def described(self, job: Job, now: float) -> JobChanged:
         """The job as it stands."""
-        waiting = not self._leases.view(now).nodes
-        return self._jobs.described(job, self._leases.running(job), waiting=waiting)
+        fit = any(node.runtimes.issuperset(job.runtimes) for node in self._leases.view(now).nodes)
+        lacking = "" if fit else " and ".join(WORDS[runtime] for runtime in job.runtimes)
+        return self._jobs.described(job, self._leases.running(job), lacking=lacking)
 
     def ended(self, job: Job) -> JobEnded | None:
         """The result of a job that has ended, its blobs to be had from here."""

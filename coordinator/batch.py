@@ -76,6 +76,8 @@ class BatchStrategy:
     batch_size: int
     task_for: Callable[[tuple[DataSlice, ...]], EvaluateTask | PredictTask]
     prefix: str = "items"
+    runtime: str = "tensorflow"
+    """What a node needs beside what decodes the data."""
     next_item: int = 0
     done_items: int = 0
     chunks: dict[str, _Chunk] = field(default_factory=dict)
@@ -100,6 +102,7 @@ class BatchStrategy:
         ]
         if self.complete:
             return [*decisions, Complete()]
+        view = view.having(self.runtime)
         rates = speeds(view.nodes, self.measured)
         next_item, returned = self.next_item, list(self.returned)
         # One chunk a node and turn, fastest first, so that the last chunks go to those who finish them soonest.

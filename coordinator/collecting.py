@@ -14,6 +14,7 @@ from coordinator import results
 from coordinator.batch import BatchStrategy, merge
 from coordinator.federated import NodesEvaluation
 from coordinator.jobs import CloseRound, Job, RoundClosed
+from coordinator.quantizing import QuantizeStrategy
 from coordinator.training import outer
 from coordinator.training.rounds import RoundsStrategy
 from coordinator.training.scores import weighted
@@ -25,6 +26,8 @@ from potluck.messages import (
     AnyTaskResult,
     BlobRef,
     Compression,
+    ConvertResult,
+    Deploy,
     Evaluate,
     EvaluateResult,
     ExportResult,
@@ -54,7 +57,7 @@ class Collector:
             case TrainResult():
                 base, update = await self._fetch(result.base), await self._fetch(result.update)
                 return replace(result, base=base, update=update, norm=await asyncio.to_thread(self._norm, update, base))
-            case ExportResult():
+            case ExportResult() | ConvertResult():
                 return replace(result, model=await self._fetch(result.model))
             case PredictResult():
                 return replace(result, outputs=tuple([await self._output(tensor) for tensor in result.outputs]))
@@ -118,6 +121,13 @@ class Collector:
         """What the result of a job with all its work done holds, as fields of `JobEnded` (and a `signature`)."""
         spec, strategy, dataset = job.submitted.spec, job.strategy, job.dataset
         labels = dataset.format.classes if dataset else ()
+        if isinstance(strategy, QuantizeStrategy) and strategy.converted is not None and isinstance(spec, Deploy):
+            before, after = (
+                results.evaluation(merge([part for part in parts if isinstance(part, EvaluateResult)]), labels)
+                for parts in strategy.evaluated()
+            )
+            on = spec.evaluation or spec.calibration or ""
+            return {"model": strategy.converted, "before": before, "evaluation": after, "evaluated_on": on}
         if isinstance(strategy, RoundsStrategy) and strategy.exported is not None:
             exported = strategy.exported
             best = strategy.best.epoch if strategy.best else 0

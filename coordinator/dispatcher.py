@@ -13,6 +13,8 @@ import uuid
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+from msgspec.structs import replace
+
 from coordinator.announcer import PROGRESS_SECONDS, Announcer
 from coordinator.collecting import Collector
 from coordinator.jobs import (
@@ -38,7 +40,7 @@ from coordinator.jobstore import JobStore
 from coordinator.leases import Held, Leases
 from coordinator.serving.registry import Registry
 from coordinator.serving.serving import Serving
-from coordinator.training import privacy
+from coordinator.training import privacy, scores
 from coordinator.training.rounds import RoundsStrategy
 from coordinator.training.sync import SyncStrategy
 from potluck.errors import Cancelled, Conflict, NotFound, PotluckError, Unavailable
@@ -113,8 +115,8 @@ class Dispatcher:
             self._finish(job, "cancelled", error=error_info(Cancelled(f"job {job_id} was cancelled")))
             if (deploying := self._actions.get((job_id, "deploy"))) is not None:
                 deploying.cancel()
-            if isinstance(job.submitted.spec, Deploy):
-                self._serving.give_up(job.submitted.spec.model)
+            if job.deploying:
+                self._serving.give_up(job.deploying)
         return job
 
     def stop(self, job_id: str) -> Job:
@@ -253,7 +255,7 @@ class Dispatcher:
         if error is not None:
             self._finish(job, "failed", error=error)
             return
-        if isinstance(job.submitted.spec, Deploy):
+        if isinstance(job.submitted.spec, Deploy) and job.strategy is None:
             self._act(job.job_id, "deploy", self._deploy(job, job.submitted.spec))
             return
         for decision in job.plan(self._leases.view(self._clock())):
@@ -297,7 +299,7 @@ class Dispatcher:
                     ),
                 )
                 self._changed(job)
-            case Complete():
+            case Complete() if (job.job_id, "deploy") not in self._actions:  # else it is past that
                 self._act(job.job_id, "complete", self._complete(job))
 
     # --- actions: what takes time ---------------------------------------------------------------------------------------
@@ -391,13 +393,14 @@ class Dispatcher:
         )
         self._changed(job)
 
-    async def _deploy(self, job: Job, spec: Deploy) -> None:
+    async def _deploy(self, job: Job, spec: Deploy, **parts: Any) -> None:
         if job.state == "queued":
             self._record(job, JobStarted(at=self._clock()))
             self._changed(job)
+        job.deploying = spec.model
         name = await self._serving.deploy(spec)
         if job.active:
-            self._finish(job, "succeeded", deployment=name)
+            self._finish(job, "succeeded", deployment=name, **parts)
 
     async def _complete(self, job: Job) -> None:
         parts = await self._collector.result(job)
@@ -418,8 +421,30 @@ class Dispatcher:
                 now=self._clock(),
             )
             parts["registered"] = f"{info.name}:{info.version}"
+        if isinstance(spec, Deploy):
+            self._register_quantized(job, spec, parts)
+            as_it_is = replace(spec, model=parts["registered"], quantize="none", calibration=None, evaluation=None)
+            self._act(job.job_id, "deploy", self._deploy(job, as_it_is, **parts))
+            return
         parts.pop("signature", None)
         self._finish(job, "succeeded", **parts)
+
+    def _register_quantized(self, job: Job, spec: Deploy, parts: dict[str, Any]) -> None:
+        """The converted model, as a version of a name of its own; its metrics say what the conversion has changed."""
+        original = self._registry.model(spec.model)
+        info = self._registry.add_model(
+            f"{original.name}-{spec.quantize}",
+            parts["model"],
+            format="tflite",
+            image=original.image,
+            classes=original.classes,
+            rate=original.rate,
+            metrics=scores.changes(parts["before"].metrics, parts["evaluation"].metrics),
+            source=f"{spec.model}, {spec.quantize}",
+            job_id=job.job_id,
+            now=self._clock(),
+        )
+        parts["registered"] = f"{info.name}:{info.version}"
 
     # --- bookkeeping ----------------------------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from potluck.messages import (
     AnyTaskResult,
     BlobRef,
     Dataset,
+    Deploy,
     EpochMetrics,
     ErrorInfo,
     ImageOptions,
@@ -27,6 +28,7 @@ from potluck.messages import (
     JobEnded,
     JobProgress,
     JobState,
+    ModelFormat,
     RoundMetrics,
     TrainResult,
 )
@@ -57,6 +59,7 @@ class JobSubmitted(Event, frozen=True):
     image: ImageOptions | None = None
     dataset: BlobRef | None = None
     validation: BlobRef | None = None
+    model_format: ModelFormat = "keras"
 
 
 class JobStarted(Event, frozen=True):
@@ -252,6 +255,8 @@ class Job:
     """Of so many rounds one is kept: a power of two."""
     rounds_bytes: int = 0
     history_bytes: int = 0
+    deploying: str = ""
+    """The model that is being deployed for it."""
 
     @property
     def job_id(self) -> str:
@@ -260,6 +265,14 @@ class Job:
     @property
     def kind(self) -> str:
         return str(self.submitted.spec.__struct_config__.tag)
+
+    @property
+    def runtimes(self) -> tuple[str, ...]:
+        """What a node must have to do all of it."""
+        if self.strategy is None:
+            return ()
+        lite = self.submitted.model_format == "tflite" or isinstance(self.submitted.spec, Deploy)
+        return ("tensorflow", "litert") if lite else ("tensorflow",)
 
     @property
     def active(self) -> bool:

@@ -37,6 +37,7 @@ from potluck.messages import (
     ImageOptions,
     JobChanged,
     JobProgress,
+    ModelFormat,
     ModelInfo,
     Predict,
     Train,
@@ -82,8 +83,11 @@ class JobStore:
         if isinstance(spec, Deploy):
             info = self._registry.model(spec.model)
             named = replace(spec, model=f"{info.name}:{info.version}")
-            return JobSubmitted(at=now, job_id=job_id, request_id=request_id, spec=named, model=info.model)
-        model, image = self._model(spec.model)
+            submitted = JobSubmitted(
+                at=now, job_id=job_id, request_id=request_id, spec=named, model=info.model, model_format=info.format
+            )
+            return submitted if spec.quantize == "none" else self._quantized(submitted, named, info)
+        model, image, model_format = self._model(spec.model)
         if isinstance(spec, Predict) and spec.dataset.startswith(NODE_DATA):
             raise InvalidRequest(
                 f"{spec.dataset} stays on its nodes, and so would predictions for it: evaluate it instead"
@@ -93,6 +97,10 @@ class JobStore:
             _check_rate(self._registry.model(spec.model), dataset)
         validation = None
         if isinstance(spec, Train):
+            if model_format not in ("keras", "h5"):
+                raise InvalidRequest(
+                    f"model {spec.model} is a graph ({model_format}), and cannot be trained: train a Keras model"
+                )
             self._check_training(spec, dataset)
         if isinstance(spec, Train) and spec.validation is not None:
             held_out = self._dataset(spec.validation)
@@ -112,6 +120,36 @@ class JobStore:
             image=spec.image or image,
             dataset=self._manifest(dataset),
             validation=validation,
+            model_format=model_format,
+        )
+
+    def _quantized(self, submitted: JobSubmitted, spec: Deploy, info: ModelInfo) -> JobSubmitted:
+        """A deployment of what is to be made of a model. Raises NotFound, InvalidRequest."""
+        if info.format == "tflite":
+            raise InvalidRequest(
+                f"{spec.model} is a LiteRT model already: deploy it as it is, or quantize what it was made of"
+            )
+        trained = self.jobs.get(info.job_id)
+        learnt = trained.submitted.spec.dataset if trained and isinstance(trained.submitted.spec, Train) else None
+        calibration = spec.calibration or learnt
+        if calibration is None:
+            raise InvalidRequest(
+                f"nothing is known of data for {spec.model}: name a data set that shows what is usual (calibration, --calibration)"
+            )
+        if calibration.startswith(NODE_DATA):
+            raise InvalidRequest(
+                f"{calibration} stays on its nodes: name another data set to calibrate with (--calibration)"
+            )
+        data = self._registry.dataset(calibration)
+        measured = self._registry.dataset(spec.evaluation) if spec.evaluation else data
+        for dataset in (data, measured):
+            _check_rate(info, dataset)
+        return replace(
+            submitted,
+            spec=replace(spec, calibration=calibration, evaluation=spec.evaluation or calibration),
+            image=info.image,
+            dataset=self._manifest(measured),
+            validation=self._manifest(data),
         )
 
     def add(self, submitted: JobSubmitted) -> Job:
@@ -163,16 +201,16 @@ class JobStore:
         return self._tasks[attempt.attempt_id]
 
     def described(
-        self, job: Job, running: dict[str, tuple[Attempt, int, dict[str, float]]], *, waiting: bool
+        self, job: Job, running: dict[str, tuple[Attempt, int, dict[str, float]]], *, lacking: str
     ) -> JobChanged:
-        """`waiting`: no node can compute now."""
+        """`lacking`: what no node has that this job needs."""
         progress = self._final.get(job.job_id) or JobProgress()
         if job.active and job.strategy is not None:
             progress = job.strategy.progress(running)
             if job.refused:
                 progress = replace(progress, quarantined=progress.quarantined | job.refused)
-        if job.active and waiting:
-            progress = replace(progress, message="waiting for a node that has TensorFlow")
+        if job.active and lacking:
+            progress = replace(progress, message=f"waiting for a node that has {lacking}")
         return job.changed(progress)
 
     def _replay(self, stream: str) -> None:
@@ -249,10 +287,10 @@ class JobStore:
             return self._node_data(name.removeprefix(NODE_DATA))
         return self._registry.dataset(name)
 
-    def _model(self, model: str | BlobRef) -> tuple[BlobRef, ImageOptions | None]:
+    def _model(self, model: str | BlobRef) -> tuple[BlobRef, ImageOptions | None, ModelFormat]:
         if isinstance(model, str):
             info = self._registry.model(model)
-            return info.model, info.image
+            return info.model, info.image, info.format
         if not self._blobs.has(model.sha256):
             raise NotFound(
                 f"the model blob {model.sha256[:12]} is not in the coordinator's store: "
@@ -260,7 +298,7 @@ class JobStore:
             )
         if (size := self._blobs.size(model.sha256)) != model.size:
             raise InvalidRequest(f"the model blob {model.sha256[:12]} has {size} bytes, not {model.size}")
-        return model, None
+        return model, None, "keras"
 
     def _manifest(self, dataset: Dataset) -> BlobRef:
         return self._blobs.put_bytes(codec.pack(dataset))

@@ -151,4 +151,5 @@ class Leases:
                     idle=load == 0,
                     collective=member.collective,
                     data=member.data,
+                    runtimes=frozenset(member.capacity.runtimes),
                 )

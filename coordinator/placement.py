@@ -8,7 +8,7 @@ makespan-optimal split of divisible work when the cost of communication is left 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from potluck.messages import ModelFormat, NodeData
 
@@ -35,6 +35,7 @@ class NodeView:
     """`host:port` at which it may take part in synchronous training."""
     data: tuple[NodeData, ...] = ()
     """Data sets that live on it."""
+    runtimes: frozenset[str] = frozenset({"tensorflow"})
 
     def holds(self, name: str) -> NodeData | None:
         """What it says of its data set of that name; None where it has none."""
@@ -49,6 +50,10 @@ class ClusterView:
     now: float
     resting: frozenset[str] = frozenset()
     """Nodes that reported an error and are not among `nodes` for some seconds."""
+
+    def having(self, runtime: str) -> ClusterView:
+        """The same with only those nodes that have it."""
+        return replace(self, nodes=tuple(node for node in self.nodes if runtime in node.runtimes))
 
     @property
     def node_ids(self) -> set[str]:

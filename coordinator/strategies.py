@@ -7,6 +7,8 @@ from msgspec.structs import replace
 from coordinator.batch import BatchStrategy, ItemIndex
 from coordinator.federated import NodesEvaluation
 from coordinator.jobs import JobSubmitted, Strategy
+from coordinator.placement import RUNTIME_OF
+from coordinator.quantizing import QuantizeStrategy, convert_task
 from coordinator.training.federated import FederatedStrategy
 from coordinator.training.fixed import FixedStrategy
 from coordinator.training.rounds import Evaluation, RoundsStrategy
@@ -20,6 +22,7 @@ from potluck.messages import (
     Evaluate,
     EvaluateTask,
     ImageOptions,
+    ModelFormat,
     Predict,
     PredictTask,
     Step,
@@ -28,10 +31,16 @@ from potluck.messages import (
 
 
 def strategy_for(job: JobSubmitted, dataset: Dataset | None, validation: Dataset | None) -> Strategy | None:
-    """The strategy of a job over its data sets; None for a deployment, which has no shards."""
+    """The strategy of a job over its data sets; None for a deployment of a model as it is, which has no shards.
+
+    Of one that is quantised first, the second data set is what it is calibrated with.
+    """
     spec, model, image = job.spec, job.model, job.image
     if isinstance(spec, Deploy):
-        return None
+        if spec.quantize == "none" or model is None or dataset is None or validation is None:
+            return None
+        task = convert_task(model, job.model_format, image, validation)
+        return QuantizeStrategy(model, job.model_format, image, dataset, task)
     if model is None or dataset is None:
         raise ValueError(f"job {job.job_id} was submitted without its model or data set")
     if isinstance(spec, Train):
@@ -51,8 +60,8 @@ def strategy_for(job: JobSubmitted, dataset: Dataset | None, validation: Dataset
         return kind(spec=spec, model=model, image=image, dataset=dataset, validation=make)
     if isinstance(spec, Evaluate):
         stays = spec.dataset.startswith(NODE_DATA)
-        return _evaluation(model, None, None, dataset, image, spec.batch_size, "evaluate", stays)
-    return _prediction(model, dataset, image, spec)
+        return _evaluation(model, None, None, dataset, image, spec.batch_size, "evaluate", stays, job.model_format)
+    return _prediction(model, dataset, image, spec, job.model_format)
 
 
 def _evaluation(
@@ -64,6 +73,7 @@ def _evaluation(
     batch_size: int,
     prefix: str,
     stays: bool,
+    model_format: ModelFormat = "keras",
 ) -> Evaluation:
     """`stays`: the data live on the nodes."""
 
@@ -76,15 +86,27 @@ def _evaluation(
             image=image,
             batch_size=batch_size,
             step=step,
+            model_format=model_format,
         )
 
     if stays:
         return NodesEvaluation(dataset, replace(task_for(()), node_data=dataset.name), prefix)
-    return BatchStrategy(ItemIndex(dataset.shards), batch_size, task_for, prefix=prefix)
+    runtime = RUNTIME_OF[model_format]
+    return BatchStrategy(ItemIndex(dataset.shards), batch_size, task_for, prefix=prefix, runtime=runtime)
 
 
-def _prediction(model: BlobRef, dataset: Dataset, image: ImageOptions | None, spec: Predict) -> BatchStrategy:
+def _prediction(
+    model: BlobRef, dataset: Dataset, image: ImageOptions | None, spec: Predict, model_format: ModelFormat
+) -> BatchStrategy:
     def task_for(slices: tuple[DataSlice, ...]) -> PredictTask:
-        return PredictTask(model=model, slices=slices, format=dataset.format, image=image, batch_size=spec.batch_size)
+        return PredictTask(
+            model=model,
+            slices=slices,
+            format=dataset.format,
+            image=image,
+            batch_size=spec.batch_size,
+            model_format=model_format,
+        )
 
-    return BatchStrategy(ItemIndex(dataset.shards), spec.batch_size, task_for, prefix="predict")
+    runtime = RUNTIME_OF[model_format]
+    return BatchStrategy(ItemIndex(dataset.shards), spec.batch_size, task_for, prefix="predict", runtime=runtime)

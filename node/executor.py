@@ -26,6 +26,8 @@ from potluck.messages import (
     AnyTask,
     AnyTaskResult,
     BlobRef,
+    ConvertResult,
+    ConvertTask,
     EvaluateResult,
     ExportResult,
     LeaseShard,
@@ -275,7 +277,7 @@ class Executor:
                     kept, state = await self._adopt(result.weights), await self._adopt(result.optimizer)
                     result = replace(result, weights=kept, optimizer=state)
                     self._on_stored((kept.sha256, state.sha256))
-            elif isinstance(result, ExportResult):
+            elif isinstance(result, ExportResult | ConvertResult):
                 result = replace(result, model=await self._adopt(result.model))
             elif isinstance(result, PredictResult):
                 message = ShardFinished(attempt_id=attempt_id, result=result)
@@ -339,7 +341,7 @@ class Executor:
 
 def _way(task: AnyTask) -> tuple[BlobRef | None, Step | None]:
     """The weights that a task is about, and the other way to them."""
-    return (None, None) if isinstance(task, PredictTask | SyncTask) else (task.weights, task.step)
+    return (None, None) if isinstance(task, PredictTask | SyncTask | ConvertTask) else (task.weights, task.step)
 
 
 def _disk_trouble(error: OSError) -> PotluckError:

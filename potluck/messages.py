@@ -46,6 +46,7 @@ Priority = Annotated[int, Meta(ge=-10, le=10)]
 
 Compression = Literal["auto", "none", "int8", "int4"]
 Strategy = Literal["auto", "local", "sync"]
+Quantization = Literal["none", "int8"]
 ModelFormat = Literal["keras", "h5", "savedmodel", "tflite"]
 """What a model's blob is: a `.keras` or `.h5` file, a tar of a SavedModel folder, or a LiteRT `.tflite` file."""
 
@@ -281,6 +282,10 @@ class Deploy(JobSpec, frozen=True, tag="deploy"):
 
     With `max_replicas` the number follows the load: more when requests wait for longer than `queue_seconds`, never fewer than
     `min_replicas`. After `idle_seconds` without a request none is held until the next one (0: never so).
+
+    With `quantize` what is deployed is `<name>-int8`, a LiteRT model with whole numbers of 8 bits that this job makes: `calibration`
+    names data that show what is usual (None: those that the model was trained on), and both models are evaluated on `evaluation`
+    (None: on those again).
     """
 
     model: str
@@ -297,6 +302,9 @@ class Deploy(JobSpec, frozen=True, tag="deploy"):
     objective_seconds: Objective = 0.0
     """How long an answer may take: batches are as large as that allows, training gives way, and what would take longer is refused.
     0: nobody said."""
+    quantize: Quantization = "none"
+    calibration: Name | None = None
+    evaluation: Name | None = None
 
 
 AnyJobSpec = Train | Evaluate | Predict | Deploy
@@ -453,6 +461,10 @@ class JobEnded(Message, frozen=True):
     classes: tuple[str, ...] = ()
     keys: BlobRef | None = None
     deployment: str = ""
+    before: Evaluation | None = None
+    """Where a model was converted to be deployed: how the original does on what `evaluation` is of."""
+    evaluated_on: str = ""
+    """The data set of both."""
 
 
 class JobsListed(Message, frozen=True):
@@ -843,6 +855,10 @@ class EvaluateTask(Task, frozen=True, tag="evaluate"):
     step: Step | None = None
     node_data: Name | None = None
     """Evaluate on all of the data set that the node holds by this name; `slices` is empty."""
+    model_format: ModelFormat = "keras"
+    """`savedmodel` and `tflite` have no loss: they are scored by their outputs alone."""
+    by_outputs: bool = False
+    """Score a Keras model so, too."""
 
 
 class PredictTask(Task, frozen=True, tag="predict"):
@@ -851,6 +867,7 @@ class PredictTask(Task, frozen=True, tag="predict"):
     format: DataFormat
     image: ImageOptions | None
     batch_size: Positive
+    model_format: ModelFormat = "keras"
 
 
 class ExportTask(Task, frozen=True, tag="export"):
@@ -861,7 +878,18 @@ class ExportTask(Task, frozen=True, tag="export"):
     step: Step | None = None
 
 
-AnyTask = TrainTask | EvaluateTask | PredictTask | ExportTask | SyncTask
+class ConvertTask(Task, frozen=True, tag="convert"):
+    """Write `model` as a LiteRT model with whole numbers of 8 bits inside and floats outside; `slices` show what is usual."""
+
+    model: BlobRef
+    slices: tuple[DataSlice, ...]
+    format: DataFormat
+    image: ImageOptions | None
+    model_format: ModelFormat = "keras"
+    quantize: Quantization = "int8"
+
+
+AnyTask = TrainTask | EvaluateTask | PredictTask | ExportTask | SyncTask | ConvertTask
 
 
 class TaskResult(Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="kind"):
@@ -931,7 +959,13 @@ class ExportResult(TaskResult, frozen=True, tag="export"):
     signature: Signature
 
 
-AnyTaskResult = TrainResult | EvaluateResult | PredictResult | ExportResult | SyncResult
+class ConvertResult(TaskResult, frozen=True, tag="convert"):
+    """`model` is a `.tflite` file."""
+
+    model: BlobRef
+
+
+AnyTaskResult = TrainResult | EvaluateResult | PredictResult | ExportResult | SyncResult | ConvertResult
 
 
 # --- coordinator -> node, on nodes/<id>/inbox -------------------------------------------------------------------------

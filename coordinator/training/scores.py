@@ -42,6 +42,14 @@ def weighted(parts: list[tuple[int, dict[str, float]]]) -> dict[str, float]:
     return {name: total[name] / weight[name] for name in total if weight[name]}
 
 
+def changes(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
+    """The metrics of a model, and what was the main one of the model that it was made of: `accuracy_before`, `accuracy_change`."""
+    both = [name for name in after if name in before]
+    both = ["accuracy"] if "accuracy" in both else both
+    was = {f"{name}_before": before[name] for name in both}
+    return after | was | {f"{name}_change": after[name] - before[name] for name in both}
+
+
 def evaluation_metrics(result: EvaluateResult) -> dict[str, float]:
     """Mean metrics from sums and counts; accuracy from the confusion matrix, unless it is weighted."""
     metrics = {name: value / result.count for name, value in result.sums.items()} if result.count else {}

@@ -248,7 +248,7 @@ def main() -> None:
 
         runtimes, gpus = runtime.prepare(threads)
         code.allow(allowed)
-        tasks = Tasks(scratch)
+        tasks = Tasks(scratch, threads)
     if formats.has_litert():
         runtimes["litert"] = formats.litert_version()
     replicas = Replicas(lambda model_format, path: formats.load(model_format, path, scratch, threads))

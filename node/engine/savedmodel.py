@@ -34,11 +34,7 @@ def load(path: Path, scratch: Path) -> Graph:
     """The function behind its signature `serving_default` (or the only one). Raises InvalidModel, CodeNotAllowed."""
     with tempfile.TemporaryDirectory(dir=scratch) as unpacked:
         folder = Path(unpacked) / "model"
-        try:
-            savedmodels.unpack(path, folder)
-        except InvalidRequest as error:  # this node's disk
-            raise EngineFailed(error.message) from error
-        _check_operations(_operations(folder))
+        unpack(path, folder)
         try:
             loaded = tf.saved_model.load(folder)
         except Exception as error:
@@ -46,8 +42,26 @@ def load(path: Path, scratch: Path) -> Graph:
         return _graph(loaded)
 
 
-def _operations(folder: Path) -> set[str]:
-    """The names of all operations in it, before any of them runs. Raises InvalidModel."""
+def unpack(path: Path, folder: Path) -> None:
+    """The SavedModel in the tar at `path` as the new folder `folder`, with nothing in it that is refused. Raises InvalidModel,
+    CodeNotAllowed.
+    """
+    try:
+        savedmodels.unpack(path, folder)
+    except InvalidRequest as error:  # this node's disk
+        raise EngineFailed(error.message) from error
+    _check_operations(node.op for meta in _read(folder).meta_graphs for node in _nodes(meta.graph_def))
+
+
+def serving(folder: Path) -> str:
+    """The name of the signature that is served: `serving_default`, or the only one. Raises InvalidModel."""
+    return _chosen(
+        [name for meta in _read(folder).meta_graphs for name in meta.signature_def if not name.startswith("__")]
+    )
+
+
+def _read(folder: Path) -> Any:
+    """Its graphs, before any of them runs. Raises InvalidModel."""
     saved = SavedModel()
     try:
         saved.ParseFromString((folder / savedmodels.GRAPH).read_bytes())
@@ -55,7 +69,7 @@ def _operations(folder: Path) -> set[str]:
         raise InvalidModel(
             f"the SavedModel has no {savedmodels.GRAPH} that can be read: register its folder again"
         ) from error
-    return {node.op for meta in saved.meta_graphs for node in _nodes(meta.graph_def)}
+    return saved
 
 
 def _nodes(graph: Any) -> Iterator[Any]:
@@ -77,15 +91,20 @@ def _check_operations(operations: Iterable[str], forbidden: frozenset[str] = PYT
         )
 
 
+def _chosen(names: list[str]) -> str:
+    if SERVING in names:
+        return SERVING
+    if len(names) == 1:
+        return names[0]
+    raise InvalidModel(
+        f"the SavedModel has no signature {SERVING!r} (it has {', '.join(names) or 'none'}): save it with model.export(), "
+        f"or tf.saved_model.save(..., signatures={{{SERVING!r}: function}})"
+    )
+
+
 def _graph(loaded: Any) -> Graph:
     signatures = getattr(loaded, "signatures", {})
-    names = list(signatures)
-    chosen = SERVING if SERVING in names else names[0] if len(names) == 1 else None
-    if chosen is None:
-        raise InvalidModel(
-            f"the SavedModel has no signature {SERVING!r} (it has {', '.join(names) or 'none'}): save it with model.export(), "
-            f"or tf.saved_model.save(..., signatures={{{SERVING!r}: function}})"
-        )
+    chosen = _chosen(list(signatures))
     function = signatures[chosen]
     _check_operations((node.op for node in _nodes(function.graph.as_graph_def())), PYTHON | FILES | CHECKPOINTS)
     inputs: dict[str, Any] = function.structured_input_signature[1]

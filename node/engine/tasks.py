@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 from msgspec.structs import replace
 
-from node.engine import privacy, runtime
+from node.engine import formats, privacy, runtime
+from node.engine.converting import convert
 from node.engine.evaluating import evaluate
+from node.engine.graded import Graded, grade
 from node.engine.inputs import source_for
 from node.engine.loaded import Loaded
 from node.engine.shards import Part
@@ -28,11 +30,14 @@ from potluck.messages import (
     AnyTask,
     AnyTaskResult,
     BlobRef,
+    ConvertResult,
+    ConvertTask,
     DataSlice,
     EvaluateResult,
     EvaluateTask,
     ExportResult,
     ExportTask,
+    ModelFormat,
     PredictResult,
     PredictTask,
     SyncResult,
@@ -46,6 +51,7 @@ Progress = Callable[[int, dict[str, float]], None]
 Paths = dict[str, Path]
 PROGRESS_SECONDS = 1.0
 MODELS_KEPT = 2
+CONVERT_BATCH = 32
 SESSIONS_KEPT = 3
 """Training jobs whose optimizer and data stay in memory; the one that was longest away begins anew."""
 
@@ -53,14 +59,16 @@ SESSIONS_KEPT = 3
 class Tasks:
     """Runs one task at a time. Models and training sessions of the last ones are kept, so that the next begins at once."""
 
-    def __init__(self, scratch: Path) -> None:
+    def __init__(self, scratch: Path, threads: int = 1) -> None:
         self._scratch = scratch
         self.may_train = threading.Event()
         """Training by rounds stands still while it is not set. (A group that takes every step together would stand still as a whole:
         it goes on.)"""
         self.may_train.set()
+        self._threads = threads
         self._sessions: OrderedDict[str, Session] = OrderedDict()
         self._models: OrderedDict[tuple[str, bool], Loaded] = OrderedDict()
+        self._graded_models: OrderedDict[str, Graded] = OrderedDict()
         self._ahead: Session | None = None
         self._member: Member | None = None
         self._formation = ""
@@ -81,6 +89,8 @@ class Tasks:
                 return self._predict(task, paths, _Reporter(cancelled, progress))
             case ExportTask():
                 return self._export(task, paths)
+            case ConvertTask():
+                return self._convert(task, paths, _Reporter(cancelled, progress))
             case SyncTask():
                 return self._sync(job_id, task, paths, cancelled, progress)
 
@@ -96,6 +106,7 @@ class Tasks:
         if self._formation.startswith(f"{job_id} "):
             self._member = None
         self._models.clear()
+        self._graded_models.clear()
         gc.collect()  # Keras models are full of cycles
 
     def _close(self, job_id: str) -> None:
@@ -183,6 +194,12 @@ class Tasks:
         return self._blob(target)
 
     def _evaluate(self, task: EvaluateTask, paths: Paths, reporter: _Reporter) -> EvaluateResult:
+        if task.by_outputs or _is_graph(task.model_format):
+            model = self._graded(paths[task.model.sha256], task.model_format)
+            source = source_for(model, task.format, task.image)
+            started = time.perf_counter()
+            result = grade(model, source, _parts(task.slices, paths), task.batch_size, reporter.step)
+            return replace(result, seconds=time.perf_counter() - started)
         loaded = self._loaded(paths[task.model.sha256], compiled=True)
         wanted = task.weights.sha256 if task.weights is not None else ""
         if loaded.weights and not wanted:  # others were put into it, and its own are only in its file
@@ -197,9 +214,16 @@ class Tasks:
         return replace(result, seconds=time.perf_counter() - started)
 
     def _predict(self, task: PredictTask, paths: Paths, reporter: _Reporter) -> PredictResult:
-        loaded = self._loaded(paths[task.model.sha256], compiled=False)
-        source = source_for(loaded.model, task.format, task.image)
-        specs = runtime.signature(loaded.model).outputs
+        path = paths[task.model.sha256]
+        loaded: Loaded | Graded
+        if _is_graph(task.model_format):
+            loaded = self._graded(path, task.model_format)
+            model: Any = loaded
+        else:
+            loaded = self._loaded(path, compiled=False)
+            model = loaded.model
+        source = source_for(model, task.format, task.image)
+        specs = runtime.signature(model).outputs
         started, count = time.perf_counter(), 0
         found: list[list[Any]] = [[] for _ in specs]
         for batch in source.batches(_parts(task.slices, paths), task.batch_size):
@@ -224,6 +248,28 @@ class Tasks:
         return ExportResult(
             model=self._blob(target), signature=runtime.signature(model), seconds=time.perf_counter() - started
         )
+
+    def _convert(self, task: ConvertTask, paths: Paths, reporter: _Reporter) -> ConvertResult:
+        started = time.perf_counter()
+        path = paths[task.model.sha256]
+        model = self._graded(path, task.model_format)
+        source = source_for(model, task.format, task.image)
+        names = [spec.name for spec in model.signature.inputs]
+        reporter.step(0)
+        batches = source.batches(_parts(task.slices, paths), CONVERT_BATCH)
+        target = self._scratch / "model.tflite"
+        target.write_bytes(convert(path, task.model_format, self._scratch, names, batches))
+        return ConvertResult(model=self._blob(target), seconds=time.perf_counter() - started)
+
+    def _graded(self, path: Path, model_format: ModelFormat) -> Graded:
+        found = self._graded_models.get(path.name)
+        if found is None:
+            found = Graded(formats.load(model_format, path, self._scratch, self._threads))
+            self._graded_models[path.name] = found
+            while len(self._graded_models) > MODELS_KEPT:
+                self._graded_models.popitem(last=False)
+        self._graded_models.move_to_end(path.name)
+        return found
 
     def _loaded(self, path: Path, *, compiled: bool) -> Loaded:
         key = (path.name, compiled)
@@ -262,6 +308,10 @@ class _Reporter:
         if now - self._told_at >= PROGRESS_SECONDS:
             self._told_at = now
             self._progress(done, {})
+
+
+def _is_graph(model_format: ModelFormat) -> bool:
+    return model_format in ("savedmodel", "tflite")
 
 
 def _parts(slices: Sequence[DataSlice], paths: Paths) -> list[Part]:

@@ -83,7 +83,9 @@ def job(
             output.show(f"best epoch: {ended.best_epoch}, and the model is the one after it")
         for reason in following.left_out(state.progress):
             output.show(reason)
-        if ended.evaluation is not None:
+        if ended.before is not None and ended.evaluation is not None:
+            output.show(output.change_text(ended.registered, ended.before, ended.evaluation, ended.evaluated_on))
+        elif ended.evaluation is not None:
             output.show(output.evaluation_report(ended.evaluation))
         for label, text in (("registered", ended.registered), ("deployment", ended.deployment)):
             if text:

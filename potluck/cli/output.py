@@ -304,6 +304,17 @@ def evaluation_report(evaluation: Evaluation) -> Group:
     return Group(*parts)
 
 
+def change_text(name: str, before: Evaluation, after: Evaluation, data: str) -> str:
+    """How a model that was converted does, and how what it was made of does, in one line."""
+    both = [metric for metric in ("accuracy", "mae", "mse") if metric in before.metrics and metric in after.metrics]
+    changes = ", ".join(
+        f"{metric} {after.metrics[metric]:.4f} instead of {before.metrics[metric]:.4f} "
+        f"({after.metrics[metric] - before.metrics[metric]:+.4f})"
+        for metric in (both[:1] if "accuracy" in both else both)
+    )
+    return f"{name}: {changes} on {counted(after.count, 'item')} of {data}"
+
+
 def confusion_table(evaluation: Evaluation) -> Table:
     """Rows are the truth, columns what was said; the diagonal is right."""
     labels = [score.label for score in evaluation.classes]

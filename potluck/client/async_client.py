@@ -252,6 +252,9 @@ class AsyncClient:
         else:
             info = await self.register(model, name)
             registered = f"{info.name}:{info.version}"
+        for option in deploying.DATA:
+            if (data := options.get(option)) is not None:
+                fields[option] = await self._data(option, data, _Roles.of(None, None, data), None)
         job = await self._submit(Deploy(model=registered, **fields))
         return await job.wait() if wait else job
 
