@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 FILE_FACTOR = 3
 """Weights, once more while they are read, and what goes around them."""
+ENGINE_BYTES = 700 * 2**20
+"""What an engine with TensorFlow takes before it has a model; a node that holds no replica has to start one."""
 RECENT_SECONDS = 60.0
 """A deployment that was asked since is not idle."""
 
@@ -32,13 +34,18 @@ def needed(measured_bytes: int, file_bytes: int) -> int:
 
 
 def free(
-    available_bytes: int, reported: Sequence[str], assigned: Sequence[str], needs: Mapping[str, int]
+    available_bytes: int,
+    reported: Sequence[str],
+    assigned: Sequence[str],
+    needs: Mapping[str, int],
+    engine_bytes: int = 0,
 ) -> int | None:
     """What a node has left. `available_bytes` and the replicas `reported` are of its last telemetry, `assigned` are those it is to
-    hold now, and `needs` are theirs. None where the node did not say.
+    hold now, and `needs` are theirs; its engine takes `engine_bytes` when it is started. None where the node did not say.
     """
     if not available_bytes:
         return None
+    available_bytes -= 0 if reported else engine_bytes
     given = sum(needs.get(replica_id, 0) for replica_id in set(assigned) - set(reported))
     taken = sum(needs.get(replica_id, 0) for replica_id in set(reported) - set(assigned))
     return max(0, available_bytes - given + taken)

@@ -34,8 +34,11 @@ class Room:
             needs = {
                 replica_id: self._needed_by(replica_id) for replica_id in (*mine, *(told.replicas if told else ()))
             }
+            engine_bytes = memory.ENGINE_BYTES if "tensorflow" in member.capacity.runtimes else 0
             found[member.node_id] = (
-                memory.free(told.memory_available_bytes, told.replicas, mine, needs) if told is not None else None
+                memory.free(told.memory_available_bytes, told.replicas, mine, needs, engine_bytes)
+                if told is not None
+                else None
             )
         return found
 

@@ -50,6 +50,8 @@ class Router:
         self.withdrawn: list[Batch] = []
         """Batches that nobody waits for any more; whoever tells their nodes takes them out."""
         self.served = 0
+        self.trouble = ""
+        """Why no replica is ready, for those who wait in vain."""
         self._queue_limit = queue_limit
         self._number = 0
 
@@ -348,7 +350,7 @@ class Router:
                 self.queue.push_front(request)
 
     def _time_out(self, request: Request) -> None:
-        reason = "" if self.lanes else ": no replica is ready"
+        reason = "" if self.lanes else f": no replica is ready{self.trouble and f' ({self.trouble})'}"
         if request.failure:
             reason = f": {request.failure}"
         request.settle(TimedOut(f"{self.name} gave no answer in time{reason}"))

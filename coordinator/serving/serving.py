@@ -323,9 +323,11 @@ class Serving:
                 self._take_stock(member.node_id)
             self._autoscaling.tick(self._places(), self._clock())
             for deployment in list(self._deployments.values()):
-                if deployment.parked and self._inference.router_of(deployment.name).queue:
+                router = self._inference.router_of(deployment.name)
+                if deployment.parked and router.queue:
                     self._wake(deployment)  # its last replica died with requests on the way
                 self._reconcile(deployment)
+                router.trouble = _reason(deployment)
             self._inference.expire()
             self._rollout.tick(self._clock())
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from coordinator.serving import memory, scaling
-from potluck.errors import InvalidRequest, Unavailable
+from potluck.errors import InvalidRequest, TimedOut, Unavailable
 from potluck.messages import BlobRef, DeploymentInfo
 from support.eventually import eventually
 from support.serving_lab import Lab, Node, ask, client, question
@@ -26,7 +26,8 @@ async def stack() -> AsyncIterator[AsyncExitStack]:
 
 @pytest.fixture
 async def lab(tmp_path: Path, stack: AsyncExitStack, monkeypatch: pytest.MonkeyPatch) -> Lab:
-    """With models x, y and z, whose files have 10 MiB, and whatever is not asked for a moment being idle."""
+    """With models x, y and z, whose files have 10 MiB, engines that take nothing, and whatever is not asked for a moment being idle."""
+    monkeypatch.setattr(memory, "ENGINE_BYTES", 0)
     monkeypatch.setattr(memory, "RECENT_SECONDS", 0.5)
     monkeypatch.setattr("coordinator.serving.serving.JOIN_SECONDS", 0.5)
     made = Lab(tmp_path)
@@ -117,6 +118,15 @@ async def test_who_has_a_least_number_or_is_asked_is_never_evicted(lab: Lab, sta
     with pytest.raises(Unavailable, match=r"no node has as much free: a 20\.0 MiB"):
         await lab.deploy("y")
     assert places(lab) == {"x:1": ["a"]}
+
+
+async def test_who_waits_in_vain_is_told_why(lab: Lab, stack: AsyncExitStack) -> None:
+    node = await joined(lab, stack, "a", 500, resident_mib=100)
+    await lab.deploy("x", 1, idle_seconds=0.3)
+    await eventually(lambda: found(lab)["x:1"].state == "idle")
+    tell(lab, node, 40)
+    with pytest.raises(TimedOut, match=r"no replica is ready \(a replica needs 100\.0 MiB, .* a 40\.0 MiB\)"):
+        await lab.inference.infer("x", question(1, 2).inputs, 1.0)
 
 
 async def test_to_zero_when_nobody_asks_and_back_on_demand(lab: Lab, stack: AsyncExitStack) -> None:
