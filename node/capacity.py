@@ -102,7 +102,15 @@ class Telemetry:
         psutil.cpu_percent()
         self._nvml = _nvml()
 
-    def read(self, node_id: str, session: str, attempts: tuple[str, ...], replicas: tuple[str, ...]) -> NodeTelemetry:
+    def read(
+        self,
+        node_id: str,
+        session: str,
+        attempts: tuple[str, ...],
+        replicas: tuple[str, ...],
+        *,
+        serving: bool = False,
+    ) -> NodeTelemetry:
         memory = psutil.virtual_memory()
         return NodeTelemetry(
             node_id=node_id,
@@ -112,6 +120,7 @@ class Telemetry:
             memory_available_bytes=memory.available,
             attempts=attempts,
             replicas=replicas,
+            serving=serving,
             gpu_percent=self._gpu_percent(),
         )
 

@@ -126,7 +126,10 @@ class Node:
                     "renewals": self._every(settings.renew_seconds, self._assignments.on_renewal_due),
                     "resends": self._every(settings.resend_seconds, self._assignments.on_resend_due),
                     "telemetry": self._presence.telemetry(
-                        self._outbox, lambda: self._assignments.attempt_ids, lambda: self._replicas.ids
+                        self._outbox,
+                        lambda: self._assignments.attempt_ids,
+                        lambda: self._replicas.ids,
+                        lambda: self._serve_slot.engine is not None,
                     ),
                     "idle": self._stop_idle(),
                     "giving way": self._pause_and_resume(),

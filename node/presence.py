@@ -107,7 +107,11 @@ class Presence:
         await self._tell_capacity(bus)
 
     async def telemetry(
-        self, outbox: Outbox, attempts: Callable[[], tuple[str, ...]], replicas: Callable[[], tuple[str, ...]]
+        self,
+        outbox: Outbox,
+        attempts: Callable[[], tuple[str, ...]],
+        replicas: Callable[[], tuple[str, ...]],
+        serving: Callable[[], bool],
     ) -> None:
         """Say how busy this machine is, every `telemetry_seconds`, until cancelled."""
         readings = capacities.Telemetry()
@@ -115,7 +119,7 @@ class Presence:
         while True:
             await asyncio.sleep(self._settings.telemetry_seconds)
             if self.joined:
-                reading = readings.read(self._node_id, self._session, attempts(), replicas())
+                reading = readings.read(self._node_id, self._session, attempts(), replicas(), serving=serving())
                 outbox.publish(topic, reading, qos=0, encoding="json")
 
     async def advertise(self, discovery: Discovery) -> None:

@@ -168,10 +168,12 @@ class Replicas:
             except OSError as error:
                 raise Unavailable(f"the model cannot be kept on this node: {error}") from error
 
-            async def load(engine: Engine) -> tuple[Engine, Signature, int]:
-                return engine, *await engine.load_model(replica_id, path, command.format)
+            async def load(engine: Engine) -> tuple[Engine, Signature, int, int]:
+                return engine, *await engine.load_model(
+                    replica_id, path, command.format, command.warm_rows, command.warm_seconds
+                )
 
-            engine, signature, resident = await self._slot.use(load)
+            engine, signature, resident, warm_rows = await self._slot.use(load)
             if self._slot.engine is not engine:  # its death was told before the replica counted as one that it held
                 raise EngineFailed("the engine ended just after it had loaded the model")
         except PotluckError as error:
@@ -179,9 +181,12 @@ class Replicas:
             log.info("model not loaded %s", fields(model=command.name, replica=replica_id, reason=error.message))
             self._outbox.publish(self._topic, ModelLoadFailed(replica_id=replica_id, error=error_info(error)))
             return
-        loaded = ModelLoaded(replica_id=replica_id, signature=signature, resident_bytes=resident)
+        loaded = ModelLoaded(replica_id=replica_id, signature=signature, resident_bytes=resident, warm_rows=warm_rows)
         self._loaded[replica_id] = loaded
-        log.info("model loaded %s", fields(model=command.name, replica=replica_id, resident_bytes=resident))
+        log.info(
+            "model loaded %s",
+            fields(model=command.name, replica=replica_id, resident_bytes=resident, warm_rows=warm_rows),
+        )
         self._outbox.publish(self._topic, loaded)
 
     async def _unload(self, replica_id: str) -> None:

@@ -644,6 +644,8 @@ class ReplicaInfo(Part, frozen=True):
     node_id: str
     state: Literal["loading", "ready", "failed"]
     error: ErrorInfo | None = None
+    warm_rows: int = 0
+    """Batches of up to so many rows were run before it was ready."""
 
 
 class DeploymentInfo(Part, frozen=True):
@@ -778,6 +780,8 @@ class NodeTelemetry(Message, frozen=True):
     attempts: tuple[str, ...] = ()
     replicas: tuple[str, ...] = ()
     gpu_percent: tuple[float, ...] = ()
+    serving: bool = False
+    """Whether the engine for replicas runs: what it takes is not available any more."""
 
 
 # --- shards: what one node does ---------------------------------------------------------------------------------------
@@ -1001,13 +1005,18 @@ class ForgetJob(Message, frozen=True):
 
 
 class LoadModel(Message, frozen=True):
-    """Become a replica. Resent until `ModelLoaded` or `ModelLoadFailed` comes."""
+    """Become a replica. Resent until `ModelLoaded` or `ModelLoadFailed` comes.
+
+    Before it is loaded, every batch size up to `warm_rows` is run once, for `warm_seconds` at most.
+    """
 
     epoch: int
     replica_id: str
     name: str
     model: BlobRef
     format: ModelFormat = "keras"
+    warm_rows: Count = 64
+    warm_seconds: Seconds = 20.0
 
 
 class UnloadModel(Message, frozen=True):
@@ -1076,9 +1085,12 @@ class ShardFailed(Message, frozen=True):
 
 
 class ModelLoaded(Message, frozen=True):
+    """`warm_rows`: the largest batch up to which all sizes were run; fewer than asked for where time was up or a size is free."""
+
     replica_id: str
     signature: Signature
     resident_bytes: Count = 0
+    warm_rows: Count = 0
 
 
 class ModelLoadFailed(Message, frozen=True):

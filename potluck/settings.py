@@ -125,6 +125,8 @@ class CoordinatorSettings(NetworkSettings, frozen=True):
     """How often a shard may fail by an error (not by a lost node) before its job fails with that error."""
     queue_limit: Annotated[int, Meta(ge=1)] = 1000
     batch_limit: Annotated[int, Meta(ge=1)] = 64
+    warm_seconds: PositiveSeconds = 20.0
+    """A replica is ready when every batch size up to `batch_limit` was run once, or after so long."""
     inference_seconds: PositiveSeconds = 30.0
     http_body_limit_bytes: Annotated[int, Meta(ge=1)] = 64 * 2**20
     blob_limit_bytes: Annotated[int, Meta(ge=1)] = 200 * 2**30

@@ -45,9 +45,16 @@ class Replica:
     state: ReplicaState = "loading"
     error: ErrorInfo | None = None
     asked_at: float | None = None
+    warm_rows: int = 0
 
     def info(self) -> ReplicaInfo:
-        return ReplicaInfo(replica_id=self.replica_id, node_id=self.node_id, state=self.state, error=self.error)
+        return ReplicaInfo(
+            replica_id=self.replica_id,
+            node_id=self.node_id,
+            state=self.state,
+            error=self.error,
+            warm_rows=self.warm_rows,
+        )
 
 
 @dataclass(frozen=True)
@@ -205,13 +212,13 @@ class Deployment:
                 commands.append(Load(self.name, replica.replica_id, replica.node_id, self.model, self.format))
         return commands
 
-    def loaded(self, replica_id: str, signature: Signature) -> bool:
+    def loaded(self, replica_id: str, signature: Signature, warm_rows: int = 0) -> bool:
         """Whether it is one of ours that became ready just now."""
         replica = self.replicas.get(replica_id)
         self.signature = self.signature or signature
         if replica is None or replica.state == "ready":
             return False
-        replica.state, replica.error = "ready", None
+        replica.state, replica.error, replica.warm_rows = "ready", None, warm_rows
         self.failures, self.error, self.settled = 0, None, True
         return True
 

@@ -34,7 +34,8 @@ class Room:
             needs = {
                 replica_id: self._needed_by(replica_id) for replica_id in (*mine, *(told.replicas if told else ()))
             }
-            engine_bytes = memory.ENGINE_BYTES if "tensorflow" in member.capacity.runtimes else 0
+            starts = "tensorflow" in member.capacity.runtimes and told is not None and not told.serving
+            engine_bytes = memory.ENGINE_BYTES if starts else 0
             found[member.node_id] = (
                 memory.free(told.memory_available_bytes, told.replicas, mine, needs, engine_bytes)
                 if told is not None

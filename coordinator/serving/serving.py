@@ -303,7 +303,7 @@ class Serving:
             self._command(node_id, UnloadModel(epoch=self._epoch, replica_id=message.replica_id))
             return
         settled = deployment.settled
-        if deployment.loaded(message.replica_id, message.signature):
+        if deployment.loaded(message.replica_id, message.signature, message.warm_rows):
             if not settled:
                 self._record(Settled(name=name))
             log.info("replica ready %s", fields(model=name, node=node_id))
@@ -327,7 +327,7 @@ class Serving:
                 if deployment.parked and router.queue:
                     self._wake(deployment)  # its last replica died with requests on the way
                 self._reconcile(deployment)
-                router.trouble = _reason(deployment)
+                router.trouble = self._reason(deployment)
             self._inference.expire()
             self._rollout.tick(self._clock())
 
@@ -354,6 +354,8 @@ class Serving:
                     name=command.name,
                     model=ref,
                     format=command.format,
+                    warm_rows=self._settings.batch_limit,
+                    warm_seconds=self._settings.warm_seconds,
                 )
                 self._command(command.node_id, message)
             else:
@@ -419,6 +421,17 @@ class Serving:
     def _command(self, node_id: str, message: Message) -> None:
         self._outbox.publish(self._topics.node(node_id, "inbox"), message)
 
+    def _reason(self, deployment: Deployment) -> str:
+        """What there is to say of its state; "" when all is well."""
+        if deployment.cramped and not deployment.put_away:
+            return memory.nowhere(deployment.need_bytes, deployment.cramped)
+        if deployment.reason or deployment.error:
+            return deployment.reason or (deployment.error.message if deployment.error else "")
+        warm = min((replica.warm_rows for replica in deployment.ready), default=0)
+        if 0 < warm < self._settings.batch_limit:
+            return f"warmed up for batches of at most {warm} rows: that took {self._settings.warm_seconds:.0f} s"
+        return ""
+
     def _info(self, deployment: Deployment, places: list[Place]) -> DeploymentInfo:
         router = self._inference.router_of(deployment.name)
         traffic = self._records.traffic[model_of(deployment.name)]
@@ -433,7 +446,7 @@ class Serving:
             state=deployment.state(places),
             role=traffic.role(deployment.name),
             weight=traffic.share(deployment.name),
-            reason=_reason(deployment),
+            reason=self._reason(deployment),
             resident_bytes=self._records.resident.get(deployment.name, 0),
             min_replicas=deployment.asked.min_replicas if deployment.asked else 0,
             max_replicas=deployment.asked.max_replicas if deployment.asked else 0,
@@ -446,9 +459,3 @@ class Serving:
 
 def _name_of(replica_id: str) -> str:
     return replica_id.split("/", 1)[0]
-
-
-def _reason(deployment: Deployment) -> str:
-    if deployment.cramped and not deployment.put_away:
-        return memory.nowhere(deployment.need_bytes, deployment.cramped)
-    return deployment.reason or (deployment.error.message if deployment.error else "")

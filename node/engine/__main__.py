@@ -170,8 +170,12 @@ class Server:
             self._tasks.forget(frame.job_id)
 
     def _load(self, frame: frames.LoadReplica) -> frames.Frame:
-        signature, resident = self._replicas.load(frame.replica_id, frame.format, Path(frame.path))
-        return frames.ReplicaLoaded(number=frame.number, signature=signature, resident_bytes=resident)
+        signature, resident, warm_rows = self._replicas.load(
+            frame.replica_id, frame.format, Path(frame.path), frame.warm_rows, frame.warm_seconds
+        )
+        return frames.ReplicaLoaded(
+            number=frame.number, signature=signature, resident_bytes=resident, warm_rows=warm_rows
+        )
 
     def _unload(self, frame: frames.UnloadReplica) -> frames.Frame:
         self._replicas.unload(frame.replica_id)

@@ -66,6 +66,8 @@ class LoadReplica(Frame, frozen=True):
     replica_id: str
     path: str
     format: ModelFormat = "keras"
+    warm_rows: int = 64
+    warm_seconds: float = 20.0
 
 
 class UnloadReplica(Frame, frozen=True):
@@ -114,6 +116,7 @@ class TaskDone(Frame, frozen=True):
 class ReplicaLoaded(Frame, frozen=True):
     signature: Signature
     resident_bytes: int
+    warm_rows: int = 0
 
 
 class Done(Frame, frozen=True):

@@ -171,14 +171,25 @@ class Engine:
             self._send(frames.Resume())
 
     async def load_model(
-        self, replica_id: str, path: Path, model_format: ModelFormat = "keras"
-    ) -> tuple[Signature, int]:
+        self,
+        replica_id: str,
+        path: Path,
+        model_format: ModelFormat = "keras",
+        warm_rows: int = 64,
+        warm_seconds: float = 20.0,
+    ) -> tuple[Signature, int, int]:
+        """Its signature, the memory that it took, and up to how many rows it was warmed up. Raises InvalidModel, EngineFailed."""
         frame = frames.LoadReplica(
-            number=next(self._numbers), replica_id=replica_id, path=str(path), format=model_format
+            number=next(self._numbers),
+            replica_id=replica_id,
+            path=str(path),
+            format=model_format,
+            warm_rows=warm_rows,
+            warm_seconds=warm_seconds,
         )
         answer = await self._ask(frame)
         assert isinstance(answer, frames.ReplicaLoaded)
-        return answer.signature, answer.resident_bytes
+        return answer.signature, answer.resident_bytes, answer.warm_rows
 
     async def unload_model(self, replica_id: str) -> None:
         await self._ask(frames.UnloadReplica(number=next(self._numbers), replica_id=replica_id))

@@ -19,10 +19,6 @@ from potluck import tensors
 from potluck.errors import InvalidModel, InvalidRequest, NotFound, PotluckError
 from potluck.messages import ErrorInfo, ModelFormat, RequestOutcome, Signature, Tensor
 
-WARM_ROWS = (1, 2, 4, 8, 16, 32, 64)
-WARM_SECONDS = 3.0
-"""Larger batches are warmed up until this much time is spent; the rest when they are first needed."""
-
 
 class Model(Protocol):
     """A model in memory, of any runtime: a function of batches of arrays. Rows are the first axis of all of them."""
@@ -56,18 +52,22 @@ class Replicas:
     def __init__(self, load: Load) -> None:
         self._load = load
         self._replicas: dict[str, Model] = {}
+        self._warm_rows: dict[str, int] = {}
 
-    def load(self, replica_id: str, model_format: ModelFormat, path: Path) -> tuple[Signature, int]:
-        """Load and warm up; the signature, and what memory it took. Raises what `Load` raises."""
+    def load(
+        self, replica_id: str, model_format: ModelFormat, path: Path, warm_rows: int, warm_seconds: float
+    ) -> tuple[Signature, int, int]:
+        """Load and warm up; the signature, what memory it took, and up to how many rows it is warm. Raises what `Load` raises."""
         if replica_id in self._replicas:
-            return self._replicas[replica_id].signature, 0
+            return self._replicas[replica_id].signature, 0, self._warm_rows[replica_id]
         before = psutil.Process().memory_info().rss
         replica = self._load(model_format, path)
-        _warm_up(replica)
+        self._warm_rows[replica_id] = warm = warm_up(replica, warm_rows, warm_seconds)
         self._replicas[replica_id] = replica
-        return replica.signature, max(0, psutil.Process().memory_info().rss - before)
+        return replica.signature, max(0, psutil.Process().memory_info().rss - before), warm
 
     def unload(self, replica_id: str) -> None:
+        self._warm_rows.pop(replica_id, None)
         if self._replicas.pop(replica_id, None) is not None:
             gc.collect()  # models are full of cycles, and nothing else here would collect them soon
 
@@ -111,19 +111,29 @@ def run(model: Model, arrays: Sequence[Array]) -> list[Array]:
     return pieces[0] if len(pieces) == 1 else [np.concatenate(outputs) for outputs in zip(*pieces, strict=True)]
 
 
-def _warm_up(model: Model) -> None:
-    """Run the usual batch sizes once. Raises InvalidModel for a model that cannot run."""
-    started = time.perf_counter()
+def warm_up(model: Model, rows_limit: int, seconds: float, clock: Callable[[], float] = time.perf_counter) -> int:
+    """Run every batch size that up to `rows_limit` rows lead to once, smallest first, until `seconds` are over.
+
+    Returns up to how many rows that was done. Raises InvalidModel for a model that cannot run.
+    """
+    started = clock()
     inputs = model.signature.inputs
-    for rows in WARM_ROWS:
-        try:
-            run(model, fitting.zeros(inputs, model.dtypes, rows))
-        except InvalidRequest as error:
-            if all(d > 0 for spec in inputs for d in spec.shape[1:]):
-                raise InvalidModel(f"the model cannot run: {one_line(error.__cause__ or error)}") from error
-            return  # which sizes its free dimensions take, only its users know
-        if time.perf_counter() - started > WARM_SECONDS:
-            return
+    done: set[int] = set()
+    warm = 0
+    for rows in range(1, rows_limit + 1):
+        size = model.rows_at_once(rows)
+        if size not in done:
+            if done and clock() - started > seconds:
+                break
+            try:
+                run(model, fitting.zeros(inputs, model.dtypes, size))
+            except InvalidRequest as error:
+                if all(d > 0 for spec in inputs for d in spec.shape[1:]):
+                    raise InvalidModel(f"the model cannot run: {one_line(error.__cause__ or error)}") from error
+                break  # which sizes its free dimensions take, only its users know
+            done.add(size)
+        warm = rows
+    return warm
 
 
 Member = tuple[int, list[Array]]

@@ -28,7 +28,7 @@ async def lab(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Lab]:
 
 
 async def load(lab: Lab, replica_id: str, ref: BlobRef, model_format: ModelFormat) -> Signature:
-    signature, resident = await lab.engine.load_model(replica_id, lab.files.paths[ref.sha256], model_format)
+    signature, resident, _ = await lab.engine.load_model(replica_id, lab.files.paths[ref.sha256], model_format)
     assert resident >= 0
     return signature
 

@@ -29,8 +29,11 @@ async def lab(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Lab]:
 
 
 async def load(lab: Lab, replica_id: str, model: Any) -> Any:
-    signature, resident = await lab.engine.load_model(replica_id, lab.files.paths[lab.files.model(model).sha256])
+    signature, resident, warm_rows = await lab.engine.load_model(
+        replica_id, lab.files.paths[lab.files.model(model).sha256]
+    )
     assert resident >= 0
+    assert 0 <= warm_rows <= 64
     return signature
 
 

@@ -203,7 +203,7 @@ async def test_texts_as_inputs(lab: Lab) -> None:
         ]
     )
     path = lab.files.paths[lab.files.model(model).sha256]
-    signature, _ = await lab.engine.load_model("texts", path)
+    signature, *_ = await lab.engine.load_model("texts", path)
     assert signature.inputs[0].datatype == "BYTES"
     words = Tensor(name="x", datatype="BYTES", shape=(1, 2), data=["a", "b"])
     numbers = Tensor(name="x", datatype="BYTES", shape=(1, 2), data=["a", 3])

@@ -104,11 +104,13 @@ class FakeEngine:
     async def cancel_task(self) -> None:
         self._cancelled.set()
 
-    async def load_model(self, replica_id: str, path: Path, model_format: str = "keras") -> tuple[Signature, int]:
+    async def load_model(
+        self, replica_id: str, path: Path, model_format: str, warm_rows: int, warm_seconds: float
+    ) -> tuple[Signature, int, int]:
         if await asyncio.to_thread(path.read_bytes) == b"bad":
             raise InvalidModel("this is not a .keras file")
         self._replicas.add(replica_id)
-        return SIGNATURE, 123
+        return SIGNATURE, 123, warm_rows
 
     async def unload_model(self, replica_id: str) -> None:
         self._replicas.discard(replica_id)

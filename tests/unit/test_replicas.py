@@ -44,10 +44,12 @@ class Engine:
         self.gate = asyncio.Event()
         self.gate.set()
 
-    async def load_model(self, replica_id: str, path: Path, model_format: str) -> tuple[Signature, int]:
+    async def load_model(
+        self, replica_id: str, path: Path, model_format: str, warm_rows: int, warm_seconds: float
+    ) -> tuple[Signature, int, int]:
         await self.gate.wait()
         self.on_loaded()
-        return Signature(inputs=(), outputs=()), 1
+        return Signature(inputs=(), outputs=()), 1, warm_rows
 
     async def unload_model(self, replica_id: str) -> None:
         raise Overloaded("64 tasks wait for this engine")
