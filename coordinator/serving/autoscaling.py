@@ -36,7 +36,7 @@ class Autoscaling:
             asked = deployment.asked
             if asked is None or deployment.put_away:
                 continue
-            if asked.idle_seconds and not deployment.pinned:
+            if asked.idle_seconds and not deployment.pinned and not self._records.part_of(deployment.name):
                 self._rest(deployment, asked, now)
             if asked.max_replicas and not deployment.put_away:
                 self._scale(deployment, asked, places, now)

@@ -77,7 +77,7 @@ class Inference:
         self.on_demand: Callable[[Router], None] = lambda router: None
         """Called with a router that is asked while it has no replica; what it raises is the answer."""
         self.asked_at: dict[str, float] = {}
-        """When each deployment was last asked, or opened."""
+        """When each deployment was last asked, or got a replica to be asked."""
         self.metrics = ServingMetrics()
 
     async def run(self) -> None:
@@ -124,6 +124,7 @@ class Inference:
     def add_replica(self, name: str, replica_id: str, node_id: str) -> None:
         """A replica is ready."""
         router = self._routers[name]
+        self.asked_at[name] = self._clock()
         router.add_replica(replica_id, node_id)
         self._pump(router)
 

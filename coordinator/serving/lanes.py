@@ -18,6 +18,8 @@ BATCH_TARGET_SECONDS = 1.0
 """A slow model gets smaller batches: nobody waits long behind one, and what runs is not taken for lost."""
 WORTH_WAITING = 2.0
 """A replica that takes so many times longer than waiting for the others would stays idle."""
+ROUNDING = 1e-6
+"""A sum of rates that is less is what rounding left of one that is none."""
 PATIENCE = 4
 """A batch is lost when it takes so many times what its replica needs for all it has; at most so many times the usual limit."""
 
@@ -242,7 +244,8 @@ class Lanes(dict[str, Lane]):
 
     def _count(self, lane: Lane, limit: int, rows_per_second: float) -> None:
         self.rows_at_once += limit - lane.limit
-        self.rows_per_second += rows_per_second - lane.rows_per_second
+        total = self.rows_per_second + rows_per_second - lane.rows_per_second
+        self.rows_per_second = total if total > ROUNDING else 0.0
         lane.limit, lane.rows_per_second = limit, rows_per_second
 
     def _shut(self, lane: Lane) -> None:

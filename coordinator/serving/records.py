@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from msgspec import Struct
 
 from coordinator.serving.deployments import Deployment, Parking
-from coordinator.serving.traffic import Traffic
+from coordinator.serving.traffic import Role, Traffic
 from potluck.messages import BlobRef, Deploy, ModelFormat
 
 STREAM = "deployments"
@@ -112,6 +112,11 @@ class Records:
                 self.deployments.pop(event.name, None)
                 self.traffic[model_of(event.name)].without(event.name)
         self._choose(model_of(event.name))
+
+    def part_of(self, name: str) -> Role:
+        """What a deployment is to the stable version of its model; "" for that one itself, and for those that have no part."""
+        role = self.traffic[model_of(name)].role(name)
+        return "" if role == "stable" else role
 
     def events(self) -> list[AnyDeploymentEvent]:
         """The fewest that give this state."""

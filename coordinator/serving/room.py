@@ -61,6 +61,7 @@ class Room:
             frozenset(replica.node_id for replica in deployment.replicas.values()),
             self._inference.asked_at[deployment.name],
             held=deployment.pinned
+            or self._records.part_of(deployment.name) in ("canary", "shadow")
             or deployment.put_away
             or not deployment.settled
             or self._inference.busy(deployment.name),

@@ -52,6 +52,23 @@ def test_a_request_goes_out_at_once_and_others_wait_and_leave_together() -> None
     assert second.batch_id != together.batch_id
 
 
+@pytest.mark.parametrize("seconds", [(0.1, 0.3), (0.7, 0.3), (0.3, 0.07), (0.011, 0.3), (0.9, 0.0013)])
+def test_when_the_last_replica_is_lost_requests_wait_for_the_next(seconds: tuple[float, float]) -> None:
+    """What rounding leaves of the rates of those that are gone is no rate by which anybody would be too late."""
+    one = router()
+    for replica_id, each in zip("ab", seconds, strict=True):
+        one.add_replica(replica_id, replica_id)
+        ask(one)
+        (batch,) = one.dispatch(0.0)
+        one.finished(batch.replica_id, batch.batch_id, (OK,), each)
+    for replica_id in "ab":
+        one.remove_replica(replica_id, 1.0)
+    waiting = [ask(one, now=1.0) for _ in range(5)]
+    one.add_replica("c", "c")
+    assert sum(len(batch.requests) for batch in one.dispatch(2.0)) == 5
+    assert waiting == [[]] * 5
+
+
 def test_a_batch_fits_into_a_message() -> None:
     one = router(batch_limit=64)
     one.add_replica("r", "n")
