@@ -7,6 +7,7 @@ sequence of low discrepancy (multiples of the golden ratio): of any hundred it g
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -20,6 +21,8 @@ FAILURES_LEAST = 5
 P99_ANSWERS_LEAST = 100
 SLOW_SLOTS_LEAST = 2
 """In so many slots answers must be late: a machine's hiccup delays all who wait, but once."""
+SIGMAS = 3.0
+"""As the stable version is later than its p99 once in a hundred times, so often may another be by chance: the mean and so many deviations."""
 FAILURE_RATE_FLOOR = 0.005
 P99_FLOOR_SECONDS = 0.02
 """Below these nothing is called worse: twice next to nothing is still next to nothing."""
@@ -99,7 +102,8 @@ def worse(candidate: Sequence[Summary], baseline: Summary, factor: float) -> str
         return ""
     limit = factor * max(baseline.quantile(0.99), P99_FLOOR_SECONDS)
     late = [slot for slot in candidate if slot.slower_than(limit) > 0.01 * slot.good]
-    if len(late) >= SLOW_SLOTS_LEAST and seen.slower_than(limit) > 0.01 * seen.good:
+    by_chance = 0.01 * seen.good + SIGMAS * math.sqrt(0.01 * seen.good)
+    if len(late) >= SLOW_SLOTS_LEAST and seen.slower_than(limit) > by_chance:
         return (
             f"its p99 is {1000 * seen.quantile(0.99):.0f} ms, "
             f"and the stable version's {1000 * baseline.quantile(0.99):.0f} ms"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -209,3 +211,59 @@ async def test_a_canary_that_cannot_be_loaded_leaves_everything_as_it_was(lab: L
     with pytest.raises(PotluckError, match="Lambda"):
         await lab.deploy("m:2", canary=10)
     assert roles(lab) == {"m:1": "stable"}
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+async def test_whatever_is_done_to_versions_and_nodes_no_request_fails(
+    lab: Lab, stack: AsyncExitStack, seed: int
+) -> None:
+    """Forty things at random: deployments, canaries, shadows, promotions, rollbacks, nodes that go and come back."""
+    rng = random.Random(seed)
+    for node_id in "bc":
+        await lab.join(stack, node_id)
+    gone: list[str] = []
+    done: Counter[str] = Counter()
+
+    async def deploy(**options: Any) -> None:
+        version, replicas = rng.randint(1, 3), rng.choice((1, 1, 2))
+        watch, idle = rng.choice((0.0, 0.3, 5.0)), rng.choice((0.0, 0.0, 0.6))
+        options |= {"watch_seconds": watch, "idle_seconds": idle, "keep": rng.random() < 0.2}
+        await lab.deploy(f"m:{version}", replicas, **options)
+
+    def leave() -> None:
+        if not gone:
+            gone.append(rng.choice("abc"))
+            lab.nodes[gone[0]].mute = lab.nodes[gone[0]].slow_to_load = True
+            lab.leave(gone[0])
+
+    def come_back() -> None:
+        if gone:
+            node = lab.nodes[gone.pop()]
+            node.mute = node.slow_to_load = False
+            node.loaded.clear()
+            lab.report(node.node_id, ())
+
+    async with client(lab) as bus, load(lab, bus) as seen:
+        for _ in range(40):
+            what = rng.choice(("deploy", "deploy", "canary", "shadow", "promote", "rollback", "leave", "come back"))
+            with suppress(Conflict, InvalidRequest):  # there is nothing to promote, or nothing to be a canary beside
+                match what:
+                    case "deploy":
+                        await deploy()
+                    case "canary":
+                        await deploy(canary=rng.choice((1, 30, 100)))
+                    case "shadow":
+                        await deploy(shadow=True)
+                    case "promote":
+                        lab.serving.promote("m")
+                    case "rollback":
+                        lab.serving.roll_back("m")
+                    case "leave":
+                        leave()
+                    case _:
+                        come_back()
+                done[what] += 1
+            before = seen.total()
+            await eventually(lambda before=before: seen.total() > before + 10)
+    assert len(done) == 7
+    assert set(seen) <= {"m:1", "m:2", "m:3"}

@@ -111,7 +111,7 @@ def test_a_canary_and_a_swap_under_load_fail_no_request(
     cluster: LocalCluster, client: Client, versions: list[Any]
 ) -> None:
     with Load(cluster) as load:
-        canary = potluck(cluster, "deploy", "mlp:2", "--canary", "25", "--watch", "0.5")
+        canary = potluck(cluster, "deploy", "mlp:2", "--canary", "25", "--watch", "0.5", "--rollback-factor", "20")
         assert (canary["role"], canary["weight"], canary["state"]) == ("canary", 25, "ready")
         assert canary["resident_bytes"] > 0, "measured"
         begin = len(load.answers)

@@ -75,6 +75,7 @@ def test_worse_by_p99() -> None:
     bad = summary([0.05] * 60 + [0.3] * 5)
     assert "p99 is 3" in worse([bad, bad], good, 2.0)
     assert not worse([bad, bad], good, 10.0)
+    assert not worse([summary([0.05] * 100 + [0.3] * 2)] * 2, good, 2.0)  # four of two hundred: by chance
     assert not worse([bad, summary([0.05] * 60)], good, 2.0)  # a hiccup: all who waited were late, once
     assert not worse([summary([0.09] * 60)] * 3, good, 2.0)
     assert not worse([summary([9.0] * 40)] * 2, good, 2.0)  # too few to know a p99
