@@ -14,24 +14,20 @@ from coordinator.membership import Membership
 from coordinator.placement import RUNTIME_OF, WORDS
 from coordinator.serving import deployments, memory
 from coordinator.serving.autoscaling import Autoscaling
-from coordinator.serving.deployments import Deployment, Load, Place
+from coordinator.serving.deployments import Deployment, Place
 from coordinator.serving.inference import Inference
 from coordinator.serving.records import (
     STREAM,
     AnyDeploymentEvent,
     Deployed,
-    Measured,
-    Parked,
     Records,
-    Settled,
     Undeployed,
-    Woken,
     model_of,
 )
 from coordinator.serving.registry import Registry
 from coordinator.serving.rollout import Rollout
-from coordinator.serving.room import Room
 from coordinator.serving.router import Router
+from coordinator.serving.upkeep import Upkeep
 from potluck.errors import (
     Cancelled,
     InvalidRequest,
@@ -42,19 +38,9 @@ from potluck.errors import (
 )
 from potluck.logs import fields
 from potluck.messages import (
-    BlobRef,
     Deploy,
     DeploymentInfo,
-    ErrorInfo,
-    InferenceFinished,
-    LoadModel,
-    Message,
-    ModelLoaded,
-    ModelLoadFailed,
-    ModelUnloaded,
-    NodeTelemetry,
     Signature,
-    UnloadModel,
 )
 from potluck.outbox import Outbox
 from potluck.settings import CoordinatorSettings
@@ -88,22 +74,30 @@ class Serving:
         epoch: int,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._topics = topics
-        self._outbox = outbox
         self._inference = inference
-        self._membership = membership
         self._registry = registry
         self._journal = journal
         self._settings = settings
-        self._holders = holders
-        self._epoch = epoch
         self._clock = clock
-        self._changed = asyncio.Event()
-        self._seen: dict[str, NodeTelemetry] = {}
         self._records = Records()
         self._deployments = self._records.deployments
+        self._upkeep = Upkeep(
+            self._records,
+            topics=topics,
+            outbox=outbox,
+            inference=inference,
+            membership=membership,
+            registry=registry,
+            settings=settings,
+            holders=holders,
+            epoch=epoch,
+            record=self._record,
+            clock=clock,
+        )
+        self.on_node_event = self._upkeep.on_node_event
+        self.node_lost = self._upkeep.node_lost
+        self.node_joined = self._upkeep.node_joined
         self._rollout = Rollout(self._records, inference, record=self._record, remove=self._remove)
-        self._room = Room(self._records, inference)
         self._autoscaling = Autoscaling(self._records, inference, record=self._record)
         for event in journal.replay(STREAM, AnyDeploymentEvent):  # type: ignore[arg-type, var-annotated]
             self._records.apply(event)
@@ -136,15 +130,18 @@ class Serving:
             self._rollout.hold(info.name)
             self._record(Deployed(name=name, model=info.model, wanted=replicas, asked=asked, format=info.format))
         deployment = self._deployments[name]
-        self._reconcile(deployment)
+        self._upkeep.reconcile(deployment)
         deadline = self._clock() + DEPLOY_SECONDS
         enough_at = roomy_at = self._clock()
-        while not deployment.complete(places := self._places()):
+        while True:
+            places = self._upkeep.places()
             now, ready, wanted = self._clock(), len(deployment.ready), max(1, deployment.target(places))
             if self._deployments.get(name) is not deployment:
                 raise Cancelled(f"{name} was undeployed before it was ready")
             if deployment.put_away:
                 raise Cancelled(f"{name} was withdrawn before it was ready: {deployment.reason}")
+            if deployment.complete(places):
+                break
             if deployment.failing and deployment.error is not None:
                 if deployment.failed:
                     self._remove(name)
@@ -186,7 +183,7 @@ class Serving:
     async def _wait_for_nodes(self, count: int, runtime: str) -> None:
         """Return once so many nodes can hold a replica; nodes may be about to join, after a restart of ours above all."""
         deadline = self._clock() + JOIN_SECONDS
-        while (there := sum(runtime in place.runtimes for place in self._places())) < count:
+        while (there := sum(runtime in place.runtimes for place in self._upkeep.places())) < count:
             if self._clock() > deadline:
                 raise InvalidRequest(
                     f"{count} replicas were asked for, but {there} nodes with {WORDS[runtime]} are online "
@@ -195,10 +192,10 @@ class Serving:
             await self._wait_for_change()
 
     async def _wait_for_change(self) -> None:
-        self._changed.clear()
+        self._upkeep.changed.clear()
         try:
             async with asyncio.timeout(TICK_SECONDS):
-                await self._changed.wait()
+                await self._upkeep.changed.wait()
         except TimeoutError:
             return  # time passes, too
 
@@ -219,7 +216,7 @@ class Serving:
 
     def deployments(self, model: str = "") -> tuple[DeploymentInfo, ...]:
         """All, or those of one model by its plain name."""
-        places = self._places()
+        places = self._upkeep.places()
         return tuple(
             self._info(deployment, places)
             for name, deployment in sorted(self._deployments.items())
@@ -239,144 +236,18 @@ class Serving:
         """The deployed versions of `name`."""
         return tuple(key.partition(":")[2] for key in self._deployments if model_of(key) == name)
 
-    # --- what nodes say -----------------------------------------------------------------------------------------------
-
-    def on_node_event(self, node_id: str, message: Message) -> None:
-        """Any event of a node that concerns replicas; others are not ours."""
-        match message:
-            case InferenceFinished():
-                self._inference.finished(_name_of(message.replica_id), message)
-                for outcome in message.outcomes:
-                    if outcome.error is not None and outcome.error.code == "not_found":
-                        self._replica_gone(node_id, message.replica_id, outcome.error)
-                        break
-            case ModelLoaded():
-                self._on_loaded(node_id, message)
-            case ModelLoadFailed() | ModelUnloaded():
-                self._replica_gone(node_id, message.replica_id, message.error)
-            case _:
-                pass
-
-    def _replica_gone(self, node_id: str, replica_id: str, error: ErrorInfo | None) -> None:
-        deployment = self._deployments.get(_name_of(replica_id))
-        if deployment is not None and deployment.lost(replica_id, error, self._clock()):
-            self._inference.remove_replica(deployment.name, replica_id)
-            reason = error.message if error else "asked for"
-            log.info("replica gone %s", fields(replica=replica_id, node=node_id, reason=reason))
-            self._reconcile(deployment)
-
-    def node_lost(self, node_id: str) -> None:
-        for deployment in self._deployments.values():
-            gone = deployment.node_lost(node_id)
-            for replica_id in gone:
-                self._inference.remove_replica(deployment.name, replica_id)
-            if gone:
-                self._reconcile(deployment)
-
-    def node_joined(self, node_id: str) -> None:
-        self._changed.set()
-        self._take_stock(node_id)
-        for deployment in self._deployments.values():
-            self._reconcile(deployment)
-
-    def _take_stock(self, node_id: str) -> None:
-        """Adopt what a node says it holds and a deployment misses; what nobody wants is to go.
-
-        That is left over from before a restart of ours, or from a time when the node could not be reached.
-        """
-        member = self._membership.get(node_id)
-        telemetry = member.telemetry if member is not None else None
-        if telemetry is None or self._seen.get(node_id) is telemetry:
-            return
-        self._seen[node_id] = telemetry
-        places = self._places()
-        for replica_id in telemetry.replicas:
-            deployment = self._deployments.get(_name_of(replica_id))
-            if deployment is None or not deployment.adopt(replica_id, node_id, places):
-                self._command(node_id, UnloadModel(epoch=self._epoch, replica_id=replica_id))
-
-    def _on_loaded(self, node_id: str, message: ModelLoaded) -> None:
-        name = _name_of(message.replica_id)
-        deployment = self._deployments.get(name)
-        if deployment is None or message.replica_id not in deployment.replicas:
-            # Of before a restart, or not wanted any more: the node need not hold it.
-            self._command(node_id, UnloadModel(epoch=self._epoch, replica_id=message.replica_id))
-            return
-        settled = deployment.settled
-        if deployment.loaded(message.replica_id, message.signature, message.warm_rows):
-            if not settled:
-                self._record(Settled(name=name))
-            log.info("replica ready %s", fields(model=name, node=node_id))
-            if message.resident_bytes > self._records.resident.get(name, 0):  # where more is shared, less is measured
-                self._record(Measured(name=name, resident_bytes=message.resident_bytes))
-            self._registry.describe(name, message.signature)
-            self._inference.add_replica(name, message.replica_id, node_id)
-            self._changed.set()
-
     # --- keeping things as wanted -----------------------------------------------------------------------------------------
 
     async def run(self) -> None:
         """Let time pass for deployments and requests, until cancelled."""
         while True:
             await asyncio.sleep(TICK_SECONDS)
-            for member in self._membership.online():
-                self._take_stock(member.node_id)
-            self._autoscaling.tick(self._places(), self._clock())
-            for deployment in list(self._deployments.values()):
-                router = self._inference.router_of(deployment.name)
-                if deployment.parked and router.queue:
-                    self._wake(deployment)  # its last replica died with requests on the way
-                self._reconcile(deployment)
-                router.trouble = self._reason(deployment)
+            self._autoscaling.tick(self._upkeep.places(), self._clock())
+            self._upkeep.tick()
+            for deployment in self._deployments.values():
+                self._inference.router_of(deployment.name).trouble = self._reason(deployment)
             self._inference.expire()
             self._rollout.tick(self._clock())
-
-    def _reconcile(self, deployment: Deployment) -> None:
-        load: dict[str, int] = {}
-        for other in self._deployments.values():
-            for replica in other.replicas.values():
-                load[replica.node_id] = load.get(replica.node_id, 0) + 1
-        resend = max(1.0, self._settings.resend_seconds)
-        deployment.need_bytes = self._room.needed(deployment)
-        busy = self._inference.busy(deployment.name)
-        commands = deployment.plan(self._places(), load, self._clock(), resend, busy=busy)
-        if deployment.cramped and (victims := self._room.victims(deployment, self._clock())):
-            for name in victims:
-                self._evict(name, deployment)
-            commands += deployment.plan(self._places(), load, self._clock(), resend, busy=busy)
-        for command in commands:
-            if isinstance(command, Load):
-                held_by = self._holders(command.model.sha256)
-                ref = BlobRef(sha256=command.model.sha256, size=command.model.size, holders=held_by)
-                message = LoadModel(
-                    epoch=self._epoch,
-                    replica_id=command.replica_id,
-                    name=command.name,
-                    model=ref,
-                    format=command.format,
-                    warm_rows=self._settings.batch_limit,
-                    warm_seconds=self._settings.warm_seconds,
-                )
-                self._command(command.node_id, message)
-            else:
-                self._inference.remove_replica(deployment.name, command.replica_id)
-                self._command(command.node_id, UnloadModel(epoch=self._epoch, replica_id=command.replica_id))
-        self._changed.set()
-
-    def _evict(self, name: str, other: Deployment) -> None:
-        quiet_seconds = self._clock() - self._inference.asked_at[name]
-        reason = f"evicted for {other.name}, whose replica needs {memory.bytes_text(other.need_bytes)}: not asked for {quiet_seconds:.0f} s"
-        log.info("deployment evicted %s", fields(model=name, reason=reason))
-        self._record(Parked(name=name, why="evicted", reason=reason))
-        self._reconcile(self._deployments[name])
-
-    def _places(self) -> list[Place]:
-        members = self._membership.online()
-        left = self._room.left(members)
-        return [
-            Place(member.node_id, member.capacity.gflops, left[member.node_id], frozenset(member.capacity.runtimes))
-            for member in members
-        ]
 
     def _remove(self, name: str) -> None:
         deployment = self._deployments.get(name)
@@ -384,7 +255,7 @@ class Serving:
             return
         self._record(Undeployed(name=name))
         for replica in deployment.replicas.values():
-            self._command(replica.node_id, UnloadModel(epoch=self._epoch, replica_id=replica.replica_id))
+            self._upkeep.unload(replica.node_id, replica.replica_id)
         log.info("undeployed %s", fields(model=name))
 
     def _record(self, event: AnyDeploymentEvent) -> None:
@@ -405,21 +276,13 @@ class Serving:
         """A deployment is asked that has no replica now: it is loaded. Raises Unavailable when too many wait for that."""
         deployment = self._deployments[router.name]
         if deployment.parked:
-            self._wake(deployment)
+            self._upkeep.wake(deployment)
         if len(router.queue) >= self._settings.queue_limit:
             raise Unavailable(
                 f"{len(router.queue)} requests wait for {router.name} already, which is being loaded: try again in "
                 f"{LOADING_SECONDS:.0f} s",
                 retry_after_seconds=LOADING_SECONDS,
             )
-
-    def _wake(self, deployment: Deployment) -> None:
-        log.info("deployment woken %s", fields(model=deployment.name, was=deployment.parked))
-        self._record(Woken(name=deployment.name))
-        self._reconcile(deployment)
-
-    def _command(self, node_id: str, message: Message) -> None:
-        self._outbox.publish(self._topics.node(node_id, "inbox"), message)
 
     def _reason(self, deployment: Deployment) -> str:
         """What there is to say of its state; "" when all is well."""
@@ -455,7 +318,3 @@ class Serving:
             p99_seconds=lately.quantile(0.99),
             failure_rate=lately.failure_rate,
         )
-
-
-def _name_of(replica_id: str) -> str:
-    return replica_id.split("/", 1)[0]

@@ -1,0 +1,217 @@
+"""Upkeep: what deployments want is brought about on the nodes, again whenever replicas, nodes or memory come and go."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from coordinator.membership import Membership
+from coordinator.serving import memory
+from coordinator.serving.deployments import Deployment, Load, Place
+from coordinator.serving.inference import Inference
+from coordinator.serving.records import AnyDeploymentEvent, Measured, Parked, Records, Settled, Woken
+from coordinator.serving.registry import Registry
+from coordinator.serving.room import Room
+from potluck.logs import fields
+from potluck.messages import (
+    BlobRef,
+    ErrorInfo,
+    InferenceFinished,
+    LoadModel,
+    Message,
+    ModelLoaded,
+    ModelLoadFailed,
+    ModelUnloaded,
+    NodeTelemetry,
+    UnloadModel,
+)
+from potluck.outbox import Outbox
+from potluck.settings import CoordinatorSettings
+from potluck.topics import Topics
+
+log = logging.getLogger(__name__)
+
+
+class Upkeep:
+    """Of all deployments. `record` journals an event and applies it; `changed` is set when something may be ready."""
+
+    def __init__(
+        self,
+        records: Records,
+        *,
+        topics: Topics,
+        outbox: Outbox,
+        inference: Inference,
+        membership: Membership,
+        registry: Registry,
+        settings: CoordinatorSettings,
+        holders: Callable[[str], tuple[str, ...]],
+        epoch: int,
+        record: Callable[[AnyDeploymentEvent], None],
+        clock: Callable[[], float],
+    ) -> None:
+        self._records = records
+        self._topics = topics
+        self._outbox = outbox
+        self._inference = inference
+        self._membership = membership
+        self._registry = registry
+        self._settings = settings
+        self._holders = holders
+        self._epoch = epoch
+        self._record = record
+        self._clock = clock
+        self._room = Room(records, inference)
+        self._seen: dict[str, NodeTelemetry] = {}
+        self.changed = asyncio.Event()
+
+    # --- what nodes say -----------------------------------------------------------------------------------------------
+
+    def on_node_event(self, node_id: str, message: Message) -> None:
+        """Any event of a node that concerns replicas; others are not ours."""
+        match message:
+            case InferenceFinished():
+                self._inference.finished(_name_of(message.replica_id), message)
+                for outcome in message.outcomes:
+                    if outcome.error is not None and outcome.error.code == "not_found":
+                        self._replica_gone(node_id, message.replica_id, outcome.error)
+                        break
+            case ModelLoaded():
+                self._on_loaded(node_id, message)
+            case ModelLoadFailed() | ModelUnloaded():
+                self._replica_gone(node_id, message.replica_id, message.error)
+            case _:
+                pass
+
+    def _replica_gone(self, node_id: str, replica_id: str, error: ErrorInfo | None) -> None:
+        deployment = self._records.deployments.get(_name_of(replica_id))
+        if deployment is not None and deployment.lost(replica_id, error, self._clock()):
+            self._inference.remove_replica(deployment.name, replica_id)
+            reason = error.message if error else "asked for"
+            log.info("replica gone %s", fields(replica=replica_id, node=node_id, reason=reason))
+            self.reconcile(deployment)
+
+    def node_lost(self, node_id: str) -> None:
+        for deployment in self._records.deployments.values():
+            gone = deployment.node_lost(node_id)
+            for replica_id in gone:
+                self._inference.remove_replica(deployment.name, replica_id)
+            if gone:
+                self.reconcile(deployment)
+
+    def node_joined(self, node_id: str) -> None:
+        self.changed.set()
+        self._take_stock(node_id)
+        for deployment in self._records.deployments.values():
+            self.reconcile(deployment)
+
+    def _take_stock(self, node_id: str) -> None:
+        """Adopt what a node says it holds and a deployment misses; what nobody wants is to go.
+
+        That is left over from before a restart of ours, or from a time when the node could not be reached.
+        """
+        member = self._membership.get(node_id)
+        telemetry = member.telemetry if member is not None else None
+        if telemetry is None or self._seen.get(node_id) is telemetry:
+            return
+        self._seen[node_id] = telemetry
+        places = self.places()
+        for replica_id in telemetry.replicas:
+            deployment = self._records.deployments.get(_name_of(replica_id))
+            if deployment is None or not deployment.adopt(replica_id, node_id, places):
+                self.unload(node_id, replica_id)
+
+    def _on_loaded(self, node_id: str, message: ModelLoaded) -> None:
+        name = _name_of(message.replica_id)
+        deployment = self._records.deployments.get(name)
+        if deployment is None or message.replica_id not in deployment.replicas:
+            # Of before a restart, or not wanted any more: the node need not hold it.
+            self.unload(node_id, message.replica_id)
+            return
+        settled = deployment.settled
+        if deployment.loaded(message.replica_id, message.signature, message.warm_rows):
+            if not settled:
+                self._record(Settled(name=name))
+            log.info("replica ready %s", fields(model=name, node=node_id))
+            if message.resident_bytes > self._records.resident.get(name, 0):  # where more is shared, less is measured
+                self._record(Measured(name=name, resident_bytes=message.resident_bytes))
+            self._registry.describe(name, message.signature)
+            self._inference.add_replica(name, message.replica_id, node_id)
+            self.changed.set()
+
+    # --- keeping things as wanted ----------------------------------------------------------------------------------------
+
+    def tick(self) -> None:
+        """Let time pass: what nodes say is looked at, and what is missing is asked for again."""
+        for member in self._membership.online():
+            self._take_stock(member.node_id)
+        for deployment in list(self._records.deployments.values()):
+            if deployment.parked and self._inference.router_of(deployment.name).queue:
+                self.wake(deployment)  # its last replica died with requests on the way
+            self.reconcile(deployment)
+
+    def reconcile(self, deployment: Deployment) -> None:
+        """Do what brings a deployment nearer to what it wants; others make room where they must."""
+        load: dict[str, int] = {}
+        for other in self._records.deployments.values():
+            for replica in other.replicas.values():
+                load[replica.node_id] = load.get(replica.node_id, 0) + 1
+        resend = max(1.0, self._settings.resend_seconds)
+        deployment.need_bytes = self._room.needed(deployment)
+        busy = self._inference.busy(deployment.name)
+        commands = deployment.plan(self.places(), load, self._clock(), resend, busy=busy)
+        if deployment.cramped and (victims := self._room.victims(deployment, self._clock())):
+            for name in victims:
+                self._evict(name, deployment)
+            commands += deployment.plan(self.places(), load, self._clock(), resend, busy=busy)
+        for command in commands:
+            if isinstance(command, Load):
+                held_by = self._holders(command.model.sha256)
+                ref = BlobRef(sha256=command.model.sha256, size=command.model.size, holders=held_by)
+                message = LoadModel(
+                    epoch=self._epoch,
+                    replica_id=command.replica_id,
+                    name=command.name,
+                    model=ref,
+                    format=command.format,
+                    warm_rows=self._settings.batch_limit,
+                    warm_seconds=self._settings.warm_seconds,
+                )
+                self._command(command.node_id, message)
+            else:
+                self._inference.remove_replica(deployment.name, command.replica_id)
+                self.unload(command.node_id, command.replica_id)
+        self.changed.set()
+
+    def _evict(self, name: str, other: Deployment) -> None:
+        quiet_seconds = self._clock() - self._inference.asked_at[name]
+        reason = f"evicted for {other.name}, whose replica needs {memory.bytes_text(other.need_bytes)}: not asked for {quiet_seconds:.0f} s"
+        log.info("deployment evicted %s", fields(model=name, reason=reason))
+        self._record(Parked(name=name, why="evicted", reason=reason))
+        self.reconcile(self._records.deployments[name])
+
+    def places(self) -> list[Place]:
+        """The nodes that are there, and what each has."""
+        members = self._membership.online()
+        left = self._room.left(members)
+        return [
+            Place(member.node_id, member.capacity.gflops, left[member.node_id], frozenset(member.capacity.runtimes))
+            for member in members
+        ]
+
+    def wake(self, deployment: Deployment) -> None:
+        """Somebody asks it."""
+        log.info("deployment woken %s", fields(model=deployment.name, was=deployment.parked))
+        self._record(Woken(name=deployment.name))
+        self.reconcile(deployment)
+
+    def unload(self, node_id: str, replica_id: str) -> None:
+        self._command(node_id, UnloadModel(epoch=self._epoch, replica_id=replica_id))
+
+    def _command(self, node_id: str, message: Message) -> None:
+        self._outbox.publish(self._topics.node(node_id, "inbox"), message)
+
+
+def _name_of(replica_id: str) -> str:
+    return replica_id.split("/", 1)[0]
