@@ -114,7 +114,7 @@ class Lanes(dict[str, Lane]):
 
     def __init__(self, batch_limit: int, objective_seconds: float, rng: random.Random) -> None:
         super().__init__()
-        self.objective_seconds = objective_seconds
+        self.set_objective(objective_seconds)
         self.rows_out = 0
         """On their way to any."""
         self.rows_per_second = 0.0
@@ -158,21 +158,22 @@ class Lanes(dict[str, Lane]):
 
     def measure(self, lane: Lane) -> None:
         """How much it gets at once, and does in a second."""
-        seconds = BATCH_TARGET_SECONDS
-        if self.objective_seconds:
-            seconds = min(seconds, HEADROOM * self.objective_seconds / BATCHES_AHEAD)
-        limit = lane.time.rows_within(seconds, self._batch_limit)
+        limit = lane.time.rows_within(self._batch_seconds, self._batch_limit)
         # Not more at once than was seen, more or less: beyond that the fit is a guess.
         rows = min(limit, lane.time.rows_seen)
         needed = lane.time.seconds(rows)
         self._count(lane, limit, rows / needed if lane.time.known and needed > 0.0 else 0.0)
 
+    def set_objective(self, seconds: float) -> None:
+        self.objective_seconds = seconds
+        target = HEADROOM * seconds / BATCHES_AHEAD
+        self._batch_seconds = min(BATCH_TARGET_SECONDS, target) if seconds else BATCH_TARGET_SECONDS
+        for lane in self.values():
+            self.measure(lane)
+
     def limit_within(self, lane: Lane, seconds: float) -> int:
         """Rows of a batch for one whose answer may take so long: its own time counts like an objective."""
-        target = HEADROOM * seconds / BATCHES_AHEAD
-        if target >= BATCH_TARGET_SECONDS:
-            return lane.limit
-        return min(lane.limit, lane.time.rows_within(target, self._batch_limit))
+        return min(lane.limit, lane.time.rows_within(HEADROOM * seconds / BATCHES_AHEAD, self._batch_limit))
 
     def silence(self, lane: Lane) -> None:
         """A batch was lost there: others come first now, and it counts for nothing."""

@@ -17,13 +17,15 @@ import random
 from math import inf
 
 from coordinator.serving.hedging import Hedging
-from coordinator.serving.lanes import HEADROOM, Batch, Lane, Lanes
+from coordinator.serving.lanes import BATCH_TARGET_SECONDS, BATCHES_AHEAD, HEADROOM, Batch, Lane, Lanes
 from coordinator.serving.queueing import Request, RequestQueue
 from potluck.errors import Cancelled, Overloaded, PotluckError, TimedOut, Unavailable
 from potluck.messages import RequestOutcome
 
 BATCH_BYTES = 160 * 1024
 """Inline tensors of a batch: it must fit into a message."""
+UNHURRIED_SECONDS = BATCH_TARGET_SECONDS * BATCHES_AHEAD / HEADROOM
+"""A request with so much time does not ask for smaller batches."""
 ATTEMPTS_LIMIT = 4
 REST_SECONDS = 0.5
 LEAST_RETRY_SECONDS = 0.1
@@ -75,9 +77,7 @@ class Router:
         return self.lanes.objective_seconds
 
     def set_objective(self, seconds: float) -> None:
-        self.lanes.objective_seconds = seconds
-        for lane in self.lanes.values():
-            self.lanes.measure(lane)
+        self.lanes.set_objective(seconds)
 
     def add_replica(self, replica_id: str, node_id: str) -> None:
         if replica_id not in self.lanes:
@@ -297,7 +297,10 @@ class Router:
         queue = self.queue
         taken: list[Request] = []
         rows = size = 0
-        limit = self.lanes.limit_within(lane, queue.head().deadline - queue.head().asked_at)
+        head = queue.head()
+        limit = lane.limit
+        if head.deadline - head.asked_at < UNHURRIED_SECONDS:
+            limit = self.lanes.limit_within(lane, head.deadline - head.asked_at)
         # Those of a batch are answered together, when all of it is computed.
         done_at = now
         if lane.time.known and (lane.batches or len(queue) > 1):
