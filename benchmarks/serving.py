@@ -22,6 +22,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import load
 import numpy as np
 import peers
 from clients import Tally, ask_in_turn, tally
@@ -306,10 +307,16 @@ def _percentiles_99(into: Tally, start: float, stop: float) -> dict[float, float
     return {end: sorted(found)[len(found) * 99 // 100] for end, found in windows.items()}
 
 
+def under_load(part: Callable[[bool, Report], None]) -> Callable[[Lab, Report], None]:
+    """A part of load.py, which has a model and clusters of its own."""
+    return lambda lab, report: part(lab.quick, report)
+
+
 PARTS: dict[Callable[[Lab, Report], None], tuple[str, ...]] = {
     throughput: ("latency_over_mlserver", "mqtt_over_mlserver", "mqtt_over_ray", "http_over_mlserver"),
     cnn: ("cnn_over_bare",),
     swap: ("swap_failures", "swap_recovery_seconds"),
+    **{under_load(part): checks for part, checks in load.PARTS.items()},
 }
 
 

@@ -159,10 +159,7 @@ class Lanes(dict[str, Lane]):
     def measure(self, lane: Lane) -> None:
         """How much it gets at once, and does in a second."""
         limit = lane.time.rows_within(self._batch_seconds, self._batch_limit)
-        # Not more at once than was seen, more or less: beyond that the fit is a guess.
-        rows = min(limit, lane.time.rows_seen)
-        needed = lane.time.seconds(rows)
-        self._count(lane, limit, rows / needed if lane.time.known and needed > 0.0 else 0.0)
+        self._count(lane, limit, lane.time.rows_per_second(limit))
 
     def set_objective(self, seconds: float) -> None:
         self.objective_seconds = seconds

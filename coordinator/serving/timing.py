@@ -12,6 +12,8 @@ CAUTION = 0.02
 """So much spread (variance by squared mean of the rows) is needed until it says as much as what was known before."""
 OUTLIER = 4.0
 """A batch that takes so many times longer than any fit allows (a pause, a first call) counts as no more than that."""
+ROWS_SEEN = 8.0
+"""Up to so many rows the fit is taken to hold, whatever was seen."""
 GUESS_SECONDS = 1e-3
 """A row on a replica of which nothing is known: it counts as quick, so that it is tried."""
 
@@ -35,10 +37,17 @@ class TimeModel:
     def known(self) -> bool:
         return self.gain > 0.0
 
-    @property
-    def rows_seen(self) -> int:
-        """Rows of a batch up to which the model holds, more or less: twice what batches had lately, eight at least."""
-        return max(8, int(2.0 * self._mean_rows))
+    def rows_per_second(self, limit: int) -> float:
+        """What it does with batches of so many rows, or of as many as were seen, more or less: beyond that the fit is a guess. 0: unknown."""
+        if self.gain == 0.0:
+            return 0.0
+        rows = 2.0 * self._mean_rows
+        if rows < ROWS_SEEN:
+            rows = ROWS_SEEN
+        if rows > limit:
+            rows = limit
+        seconds = self.fixed_seconds + self.row_seconds * rows
+        return rows / seconds if seconds > 0.0 else 0.0
 
     def seconds(self, rows: float) -> float:
         """What a batch of so many rows takes."""

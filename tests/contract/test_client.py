@@ -30,6 +30,7 @@ from potluck.errors import (
 )
 from potluck.messages import (
     BlobRef,
+    CancelInfer,
     DatasetInfo,
     DatasetsListed,
     EpochMetrics,
@@ -215,6 +216,7 @@ WRONG: dict[str, tuple[type[PotluckError], Callable[[AsyncClient], Awaitable[obj
     "inputs must be .*object": (InvalidRequest, lambda client: client.infer("m", object())),
     "inputs must be .*None": (InvalidRequest, lambda client: client.infer("m", {"a": None})),
     "timeout must be": (InvalidRequest, lambda client: client.infer("m", X, timeout="soon")),
+    "priority must be": (InvalidRequest, lambda client: client.infer("m", X, priority=11)),
     "classes must be": (InvalidRequest, lambda client: client.register("m.keras", classes="cat")),
     "tags must be": (InvalidRequest, lambda client: client.register("m.keras", tags={"a": 1})),
     "tags must be a map": (InvalidRequest, lambda client: client.tag_model("m", ["a"])),
@@ -486,6 +488,24 @@ async def test_inference_is_asked_once_and_its_errors_are_raised(
         await client.infer("a/b", [1.0])
     with pytest.raises(InvalidRequest, match="not an array"):
         await client.infer("m", [[1.0], [2.0, 3.0]])
+
+
+async def test_an_inference_says_by_when_how_urgent_and_when_it_is_given_up(
+    client: AsyncClient, coordinator: ScriptedCoordinator
+) -> None:
+    coordinator.answers[Infer] = coordinator.answers[CancelInfer] = lambda asked: None
+    asking = asyncio.create_task(client.infer("m", [1.0], timeout=60, priority=-3))
+    await eventually(lambda: coordinator.asked)
+    (asked,) = coordinator.asked
+    assert 50 < asked.expires - time.time() <= 60
+    assert asked.priority == -3
+    asking.cancel()
+    await asyncio.wait([asking])
+    assert asking.cancelled()
+    await eventually(lambda: len(coordinator.asked) == 2)
+    given_up = coordinator.asked[1]
+    assert isinstance(given_up, CancelInfer)
+    assert (given_up.id, given_up.reply_to) == (asked.id, asked.reply_to)
 
 
 async def test_models_are_registered_from_files(
