@@ -89,12 +89,12 @@ class TimeModel:
             seconds = min(seconds, OUTLIER * self._mean_seconds * high)
         gain = self.gain = max(FORGETTING, self.gain / (1.0 + self.gain))
         more_rows, more_seconds = rows - self._mean_rows, seconds - self._mean_seconds
-        told = self.fixed_seconds + self.row_seconds * self._mean_rows
         mean_rows = self._mean_rows = self._mean_rows + gain * more_rows
         mean_seconds = self._mean_seconds = self._mean_seconds + gain * more_seconds
         part = gain * more_rows
         self._spread = (1.0 - gain) * (self._spread + part * more_rows)
         self._product = (1.0 - gain) * (self._product + part * more_seconds)
+        told = self.fixed_seconds + self.row_seconds * mean_rows
         doubt = CAUTION * mean_rows * mean_rows
         before = self.row_seconds * mean_seconds / told if told > 0.0 else 0.0
         slope = (self._product + doubt * before) / (self._spread + doubt)

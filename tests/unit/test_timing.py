@@ -26,7 +26,7 @@ def test_batches_of_all_sizes_tell_both_parts(fixed: float, each: float, seed: i
     rng = random.Random(seed)
     model = taught(fixed, each, [rng.randint(1, 64) for _ in range(60)])
     for rows in (1, 16, 64):
-        assert model.seconds(rows) == pytest.approx(fixed + each * rows, rel=0.25, abs=1e-4)
+        assert model.seconds(rows) == pytest.approx(fixed + each * rows, rel=0.1, abs=1e-4)
 
 
 @given(FIXED, EACH, st.integers(1, 64))
