@@ -93,9 +93,9 @@ class OpenInference:
             web.post("/v2/repository/index", self._asking.answering(self.index)),
         ]
         for base in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
+            found.append(web.post(f"{base}/infer", infer))  # the first that is looked for
             found.append(web.get(base, guarded(self.model)))
             found.append(web.get(f"{base}/ready", guarded(self.ready)))
-            found.append(web.post(f"{base}/infer", infer))
         return found
 
     async def server(self, request: web.Request) -> web.Response:

@@ -6,6 +6,7 @@ need() { # program, Debian package, tests that need it
 	command -v "$1" >/dev/null 2>&1 || { missing="$missing $2"; echo "$1 is not installed: $3 need it"; }
 }
 need mosquitto mosquitto "the bus contract on mosquitto, and every test that names it,"
+need mosquitto_rr mosquitto-clients "the tests of mosquitto's own clients"
 need ip iproute2 "the tests of several hosts in network namespaces"
 need tcpdump tcpdump "the test that looks at the wire for data that live on nodes"
 need node nodejs "the tests of the JavaScript client"

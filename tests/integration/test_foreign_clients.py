@@ -1,9 +1,10 @@
-"""Clients that are not ours against a real cluster: tritonclient, kserve's, and requests."""
+"""Clients that are not ours against a real cluster: tritonclient, kserve's and requests over HTTP, mosquitto's over MQTT."""
 
 from __future__ import annotations
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,9 +19,14 @@ from PIL import Image
 
 from potluck.client import Client
 from potluck.local_cluster import LocalCluster
+from support.eventually import eventually_now
 from support.models import dense
 
 KSERVE = "kserve==0.21.0"
+needs_mosquitto_clients = pytest.mark.skipif(
+    shutil.which("mosquitto_rr") is None,
+    reason="mosquitto's clients are not installed (apt install mosquitto-clients): they were not run",
+)
 ROWS = np.float32([[0.1, 0.2, 0.3, 0.4], [1, 2, 3, 4]])
 pytestmark = [pytest.mark.tensorflow, pytest.mark.timeout(300)]
 
@@ -48,6 +54,9 @@ class Served:
     """A cluster with the models deployed, and what they are."""
 
     def __init__(self, cluster: LocalCluster, client: Client, folder: Path) -> None:
+        self.client = client
+        self.root = f"potluck/v1/{cluster.cluster}"
+        self.broker = ("-h", cluster.broker_host, "-p", str(cluster.broker_port))
         self.url = cluster.http_url
         self.address = cluster.http_url.removeprefix("http://")
         self.models = {"points": dense(features=4, compiled=False), "pictures": pictures(), "wide": wide()}
@@ -72,7 +81,7 @@ class Served:
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("cluster")
-    with LocalCluster(folder / "state", cluster="http", nodes=1, discovery=False) as cluster:
+    with LocalCluster(folder / "state", cluster="foreign", nodes=1, discovery=False, broker="mosquitto") as cluster:
         with Client(f"{cluster.broker_host}:{cluster.broker_port}", cluster=cluster.cluster) as client:
             yield Served(cluster, client, folder)
 
@@ -204,3 +213,46 @@ def test_requests_in_every_dialect(served: Served) -> None:
     wrong = requests.post(f"{served.url}/v1/models/points:predict", json={"instances": [[1, 2]]}, timeout=30)
     assert wrong.status_code == 400
     assert "(any, 4)" in wrong.json()["error"]
+
+
+def points(served: Served, **more: str) -> str:
+    tensor = {"name": served.input("points"), "datatype": "FP32", "shape": [2, 4], "data": ROWS.ravel().tolist()}
+    return json.dumps({"type": "Infer", "inputs": [tensor], **more})
+
+
+@needs_mosquitto_clients
+def test_mosquitto_rr_asks_over_mqtt_5(served: Served) -> None:
+    command = ("mosquitto_rr", *served.broker, "-V", "mqttv5", "-W", "20", "-e", "answers/me")
+    topic = f"{served.root}/models/points/infer"
+    done = subprocess.run(
+        (*command, "-t", topic, "-m", points(served)), capture_output=True, text=True, timeout=30, check=True
+    )
+    answer = json.loads(done.stdout)
+    assert answer["type"] == "Inferred"
+    found = np.reshape(answer["outputs"][0]["data"], (2, 3))
+    np.testing.assert_allclose(found, served.expected("points", ROWS), rtol=1e-4, atol=1e-6)
+    wrong = points(served).replace("FP32", "FP31")
+    done = subprocess.run((*command, "-t", topic, "-m", wrong), capture_output=True, text=True, timeout=30, check=True)
+    answer = json.loads(done.stdout)
+    assert (answer["type"], answer["error"]["code"]) == ("RequestFailed", "invalid_request")
+
+
+@needs_mosquitto_clients
+def test_mosquitto_pub_and_sub_ask_over_mqtt_3(served: Served) -> None:
+    inbox = f"{served.root}/clients/mosquitto/inbox"
+    old = (*served.broker, "-V", "mqttv311", "-q", "1")
+    listen = ("stdbuf", "-oL", "mosquitto_sub", *old, "-t", inbox, "-C", "1", "-W", "20", "-d")
+    with subprocess.Popen(listen, stdout=subprocess.PIPE, text=True) as listening:
+        assert listening.stdout is not None
+        said = iter(listening.stdout.readline, "")
+        assert any("SUBACK" in line for line in said)
+        question = points(served, id="q-1", reply_to=inbox)
+        publish = ("mosquitto_pub", *old, "-t", f"{served.root}/models/points/infer", "-m", question)
+        subprocess.run(publish, check=True, timeout=30)
+        answer = next(json.loads(line) for line in said if line.startswith("{"))
+        assert listening.wait(30) == 0
+    assert (answer["type"], answer["id"], answer["model"]) == ("Inferred", "q-1", "points:1")
+    job = json.dumps({"type": "SubmitJob", "job": {"kind": "deploy", "model": "points", "replicas": 1}})
+    before = {job.job_id for job in served.client.jobs()}
+    subprocess.run(("mosquitto_pub", *old, "-t", f"{served.root}/jobs/submit", "-m", job), check=True, timeout=30)
+    eventually_now(lambda: any(job.job_id not in before for job in served.client.jobs()))
