@@ -28,6 +28,7 @@ from potluck.messages import (
     BlobRef,
     ConvertResult,
     ConvertTask,
+    ErrorInfo,
     EvaluateResult,
     ExportResult,
     LeaseShard,
@@ -162,6 +163,11 @@ class Executor:
                 "shard failed %s", fields(job=lease.job_id, attempt=attempt_id, code=error.code, reason=error.message)
             )
             outcome = ShardFailed(attempt_id=attempt_id, error=error_info(error))
+        except Exception as error:  # a defect that one job meets must not end the node with all it holds
+            log.exception("shard failed %s", fields(job=lease.job_id, attempt=attempt_id))
+            outcome = ShardFailed(
+                attempt_id=attempt_id, error=ErrorInfo(code="internal", message=f"a defect of potluck: {error!r:.500}")
+            )
         self._on_outcome(outcome)
 
     async def _compute(self, attempt: _Attempt) -> AnyTaskResult:
@@ -340,8 +346,12 @@ class Executor:
 
 
 def _way(task: AnyTask) -> tuple[BlobRef | None, Step | None]:
-    """The weights that a task is about, and the other way to them."""
-    return (None, None) if isinstance(task, PredictTask | SyncTask | ConvertTask) else (task.weights, task.step)
+    """The weights that a task is about, and the other way to them, where the round before has changed any."""
+    if isinstance(task, PredictTask | SyncTask | ConvertTask):
+        return None, None
+    weights, step = task.weights, task.step
+    unchanged = weights is not None and step is not None and weights.sha256 == step.base.sha256
+    return weights, None if unchanged else step
 
 
 def _disk_trouble(error: OSError) -> PotluckError:
