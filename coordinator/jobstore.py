@@ -21,6 +21,7 @@ from coordinator.journal import Journal
 from coordinator.serving.registry import Registry
 from coordinator.strategies import strategy_for
 from coordinator.training import privacy
+from coordinator.training.scores import direction
 from potluck import codec
 from potluck.blobs.store import BlobStore
 from potluck.errors import InvalidRequest, NotFound, PotluckError
@@ -261,10 +262,15 @@ class JobStore:
     def _check_training(self, spec: Train, dataset: Dataset) -> None:
         if spec.initial_epoch >= spec.epochs:
             raise InvalidRequest(
-                f"initial_epoch {spec.initial_epoch} leaves nothing to train: epochs is {spec.epochs} in all"
+                f"{spec.initial_epoch} epochs are trained already (initial_epoch), and epochs={spec.epochs} is the number in all: ask for more"
             )
         if spec.patience is not None and not spec.monitor:
             raise InvalidRequest("patience needs a metric to monitor, such as val_loss")
+        if spec.monitor and direction(spec) is None:
+            raise InvalidRequest(
+                f"is {spec.monitor!r} better when it is small, or when it is large? Its name does not tell: "
+                "say monitor_mode 'min' or 'max'"
+            )
         if spec.monitor.startswith("val_") and spec.validation is None:
             raise InvalidRequest(f"monitor {spec.monitor!r} needs validation data")
         _check_private(spec, dataset)

@@ -251,6 +251,8 @@ class Train(JobSpec, frozen=True, tag="train"):
     initial_epoch: Annotated[int, Meta(ge=0, le=1_000_000)] = 0
     class_weight: dict[str, Annotated[float, Meta(ge=0)]] = {}
     monitor: str = ""
+    monitor_mode: Literal["auto", "min", "max"] = "auto"
+    """Whether it is better when it is small or large; `auto`: by its name, where that tells."""
     patience: Epochs | None = None
     min_delta: Annotated[float, Meta(ge=0)] = 0.0
     privacy: Privacy | None = None

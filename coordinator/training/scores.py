@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
+from typing import Literal
 
 from potluck.messages import BlobRef, EvaluateResult, Train
 
-SMALL_IS_GOOD = ("loss", "error", "mae", "mse", "rmse", "divergence", "crossentropy", "perplexity", "logcosh", "hinge")
-"""Words in the names of Keras's losses and metrics that are better when they are smaller; all others are to be large."""
+FALLS = (
+    *("loss", "error", "mae", "mse", "mape", "msle", "rmse", "crossentropy", "divergence", "kld", "poisson"),
+    *("hinge", "huber", "logcosh", "log_cosh", "perplexity", "false_positives", "false_negatives"),
+)
+RISES = (
+    *("acc", "accuracy", "auc", "precision", "recall", "f1", "f1_score", "fbeta_score", "iou", "io_u", "r2_score"),
+    *("similarity", "correlation", "true_positives", "true_negatives", "sensitivity", "specificity", "_at_recall"),
+    *("_at_precision", "_at_sensitivity", "_at_specificity"),
+)
+"""How the names of Keras's losses and metrics end, by what is better: a smaller value, or a larger one."""
+
+ROUNDING = 1e-5
+"""A mean of float32 may be so far from the same ratio of counts."""
 
 
 @dataclass(frozen=True)
@@ -22,13 +35,23 @@ class Best:
 
 
 def is_better(spec: Train, value: float, best: Best | None) -> bool:
-    """Whether a value of what is monitored is the best until now. Losses and errors are to be small, other metrics large."""
+    """Whether a value of what is monitored is the best until now."""
     if not spec.monitor or math.isnan(value):
         return False
     if best is None:
         return True
-    falls = any(word in spec.monitor.lower() for word in SMALL_IS_GOOD)
+    falls = direction(spec) == "min"  # an older job's name may not tell: then large is good
     return value < best.value - spec.min_delta if falls else value > best.value + spec.min_delta
+
+
+def direction(spec: Train) -> Literal["min", "max"] | None:
+    """Whether what is monitored is better when it is small: what the job says, or by its name, as Keras has them; None where neither tells."""
+    if spec.monitor_mode != "auto":
+        return spec.monitor_mode
+    name = re.sub(r"_\d+$", "", spec.monitor.lower())  # of a second metric of a kind
+    if name.endswith(FALLS):
+        return "min"
+    return "max" if name.endswith(RISES) else None
 
 
 def weighted(parts: list[tuple[int, dict[str, float]]]) -> dict[str, float]:
@@ -51,8 +74,13 @@ def changes(before: dict[str, float], after: dict[str, float]) -> dict[str, floa
 
 
 def evaluation_metrics(result: EvaluateResult) -> dict[str, float]:
-    """Mean metrics from sums and counts; accuracy from the confusion matrix, unless it is weighted."""
+    """Mean metrics from sums and counts; accuracy from the confusion matrix, unless the model's own says something else.
+
+    (It is weighted, or cuts the scores of two classes elsewhere than they are equal, as Keras does with logits.)
+    """
     metrics = {name: value / result.count for name, value in result.sums.items()} if result.count else {}
     if result.confusion and result.count and "accuracy" not in result.counts:
-        metrics["accuracy"] = sum(row[i] for i, row in enumerate(result.confusion)) / result.count
+        counted = sum(row[i] for i, row in enumerate(result.confusion)) / result.count
+        if abs(metrics.get("accuracy", counted) - counted) < ROUNDING:
+            metrics["accuracy"] = counted
     return metrics

@@ -42,6 +42,9 @@ def train(
     monitor: Annotated[
         str | None, typer.Option(help="A metric (val_loss): keep the model of its best epoch, not of the last.")
     ] = None,
+    monitor_mode: Annotated[
+        str, typer.Option(help="min or max: whether --monitor is better small or large; auto: by its name.")
+    ] = "auto",
     patience: Annotated[
         int | None, typer.Option(min=1, help="End after so many epochs in which --monitor got no better.")
     ] = None,
@@ -106,6 +109,7 @@ def train(
                 round_seconds=round_seconds,
                 seed=seed_number,
                 monitor=monitor,
+                monitor_mode=monitor_mode,  # type: ignore[arg-type]  # checked by the client
                 patience=patience,
                 class_weight=class_weights(class_weight or []),
                 resume=resume,

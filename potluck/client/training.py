@@ -22,6 +22,7 @@ _KINDS: dict[str, tuple[Any, str]] = {
     "outer_momentum": (Annotated[float, Meta(ge=0, lt=1)] | None, "a number from 0 to below 1, or None"),
     "class_weight": (dict[str, Annotated[float, Meta(ge=0)]] | None, "a map from classes to numbers of at least 0"),
     "monitor": (str | None, "the name of a metric, such as 'val_loss'"),
+    "monitor_mode": (Literal["auto", "min", "max"], "'auto', 'min' or 'max'"),
     "patience": (Epochs | None, "a whole number of epochs, or None"),
     "min_delta": (Annotated[float, Meta(ge=0)], "a number of at least 0"),
     "deterministic": (bool, "True or False"),
@@ -46,7 +47,8 @@ class TrainOptions(TypedDict, total=False):
       of them, exactly as one machine would; `"auto"` measures, and takes `"sync"` where the network is fast enough for it.
     - `seed`: for shuffling and initial state.
     - `monitor`: a metric of epochs; the result is the model after the best of them. `patience`: end after so many epochs that
-      were not better by more than `min_delta`. Losses and errors count as better when they fall, other metrics when they rise.
+      were not better by more than `min_delta`. `monitor_mode`: whether it is better when it is small (`"min"`) or large (`"max"`); `"auto"`
+      goes by the name, as Keras has them, and refuses one that does not tell.
     - `class_weight`: from class labels (numbers, where classes have no label) to their weight in the loss; 1 where none is given.
     - `resume`: a training job (or its id) that has ended; go on from its last round, up to `epochs` in all.
     - `round_seconds`: how long nodes compute between two exchanges; 0: as measured speed and bandwidth suggest.
@@ -61,6 +63,7 @@ class TrainOptions(TypedDict, total=False):
     strategy: Strategy
     seed: int
     monitor: str | None
+    monitor_mode: Literal["auto", "min", "max"]
     patience: int | None
     min_delta: float
     class_weight: Mapping[Any, float] | None
