@@ -129,8 +129,7 @@ class Trial:
                 updates.append((update.replace(self.folder / f"update-{place}"), result.samples, result.norm))
             arrived = [one for one in updates if rng.random() >= lost] or updates[:1]
             after, moving = self.folder / f"weights-{number % 2}", self.folder / f"velocity-{number % 2}"
-            alone = agreement is None or len(arrived) == 1
-            settings = outer.outer_for(number, (number + 1) / rounds, 1.0 if alone else agreement)
+            settings = outer.outer_for(number, (number + 1) / rounds, 1.0 if agreement is None else agreement)
             square = outer.combine(
                 weights or base, [(path, samples) for path, samples, _ in arrived], velocity, settings, "auto",
                 step=self.folder / "step", after=after, velocity_after=moving,

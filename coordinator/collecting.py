@@ -75,7 +75,7 @@ class Collector:
         settings = outer.outer_for(
             decision.round,
             decision.done,
-            1.0 if decision.agreement is None or len(decision.results) == 1 else decision.agreement,
+            1.0 if decision.agreement is None else decision.agreement,
             spec.outer_learning_rate,
             spec.outer_momentum,
         )

@@ -7,16 +7,20 @@ leaves a node but the noisy updates: metrics of training are left out, and the e
 
 from __future__ import annotations
 
+import math
+import statistics
 from dataclasses import dataclass, field, replace
 
 from msgspec.structs import replace as changed
 
 from coordinator.federated import fits
-from coordinator.jobs import Attempt, CloseRound, Decision, Lease
+from coordinator.jobs import Attempt, CloseRound, Decision, Lease, RoundClosed
 from coordinator.placement import ClusterView, speeds
 from coordinator.training import privacy
-from coordinator.training.rounds import RoundsStrategy
+from coordinator.training.rounds import EXPLODED, RoundsStrategy
 from potluck.messages import AnyTaskResult, JobProgress, TrainResult
+
+SIZES_KEPT = 5
 
 
 @dataclass
@@ -24,12 +28,21 @@ class FederatedStrategy(RoundsStrategy):
     """`spent`: by node, how often its data were looked at for updates that came here."""
 
     spent: dict[str, privacy.Spent] = field(default_factory=dict)
+    sizes: dict[str, list[float]] = field(default_factory=dict)
+    """By node, of its last updates that were of use: the norm for each step."""
 
     def finished(self, attempt: Attempt, result: AnyTaskResult, at: float) -> None:
         super().finished(attempt, result, at)
         if isinstance(result, TrainResult):
             before = self.spent.get(attempt.node_id, privacy.Spent(result.items))
             self.spent[attempt.node_id] = replace(before, steps=before.steps + result.steps, rounds=before.rounds + 1)
+
+    def closed_round(self, event: RoundClosed) -> None:
+        used = self.contributions.keys() - event.rejected.keys() if event.round == self.round else set()
+        for node_id in used:
+            kept = [*self.sizes.get(node_id, ()), _size(self.contributions[node_id])]
+            self.sizes[node_id] = kept[-SIZES_KEPT:]
+        super().closed_round(event)
 
     def progress(self, running: dict[str, tuple[Attempt, int, dict[str, float]]]) -> JobProgress:
         found = super().progress(running)
@@ -60,6 +73,15 @@ class FederatedStrategy(RoundsStrategy):
             decisions.append(Lease(self._shard_id, node_id, task))
         return decisions
 
+    def _exploded(self, results: dict[str, TrainResult]) -> dict[str, str]:
+        """Each node's data are their own, and so is the size of its updates: one much larger than its last ones has exploded."""
+        wrong: dict[str, str] = {}
+        for node_id, result in results.items():
+            usual = statistics.median(self.sizes.get(node_id, [math.inf]))
+            if _size(result) > EXPLODED * usual > 0:
+                wrong[node_id] = f"its update was {_size(result) / usual:.0f} times as large as its last ones"
+        return wrong if len(wrong) < len(results) else {}
+
     def _close_round(self) -> CloseRound:
         return replace(super()._close_round(), by_items=True)
 
@@ -69,3 +91,8 @@ class FederatedStrategy(RoundsStrategy):
         if rules is not None and rules.noise_multiplier:
             found["epsilon"] = privacy.epsilon(rules, self.spent.values(), self.spec.batch_size)
         return found
+
+
+def _size(result: TrainResult) -> float:
+    """Of an update, for each step that led to it."""
+    return result.norm / max(1, result.steps)

@@ -25,7 +25,9 @@ MOMENTUM_LIMIT = 0.9
 COOLING = 0.3
 """The last part of a job, in which momentum falls to nothing."""
 AGREEMENT_KEPT = 0.8
-"""Of the smoothed agreement, in each round."""
+"""Of the smoothed agreement, in each round ..."""
+AGREEMENT_KEPT_ALONE = 0.95
+"""... and in one with a single update: mostly the others' were lost, which says nothing of how they agree."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,12 @@ def agreement_of(square: float, updates: Sequence[tuple[float, int]], before: fl
     shares = [weight / total for _, weight in updates]
     parts = sum(share * norm**2 for share, (norm, _) in zip(shares, updates, strict=True))
     alone = sum(share**2 for share in shares)  # what is left of the square where nobody agrees
-    now = 1.0 if parts <= 0 or alone > 0.999 else (square / parts - alone) / (1 - alone)
-    return now if before is None else AGREEMENT_KEPT * before + (1 - AGREEMENT_KEPT) * now
+    single = alone > 0.999
+    now = 1.0 if parts <= 0 or single else (square / parts - alone) / (1 - alone)
+    if before is None:
+        return now
+    kept = AGREEMENT_KEPT_ALONE if single else AGREEMENT_KEPT
+    return kept * before + (1 - kept) * now
 
 
 def combine(

@@ -169,6 +169,7 @@ class RoundsStrategy:
             return self._plan_stragglers(view, open_attempts)
         if self.contributions:
             return [self._close_round()]
+        self._check_monitor()
         return self._open_round(view)
 
     def leased(self, attempt: Attempt, task: AnyTask) -> None:
@@ -353,10 +354,14 @@ class RoundsStrategy:
             for node_id, result in found.items()
             if result.base.sha256 != base.sha256
         }
-        wrong |= exploded({key: (one.norm, one.samples) for key, one in found.items() if key not in wrong})
+        wrong |= self._exploded({key: one for key, one in found.items() if key not in wrong})
         results = tuple(found[node_id] for node_id in sorted(found.keys() - wrong.keys()))
         done = min(1.0, (self.samples + sum(result.samples for result in results)) / self.total)
         return CloseRound(self.round, results, done, self.agreement, self.velocity, wrong)
+
+    def _exploded(self, results: dict[str, TrainResult]) -> dict[str, str]:
+        """Of a round's results those that went too far, and why."""
+        return exploded({key: (result.norm, result.samples) for key, result in results.items()})
 
     def _reject(self, node_id: str, reason: str) -> None:
         self.rejections[node_id] = self.rejections.get(node_id, 0) + 1
@@ -410,6 +415,16 @@ class RoundsStrategy:
             exchanged_bytes=self.exchanged_bytes - self.exchanged_before,
         )
         return [*decisions, CloseEpoch(epoch)]
+
+    def _check_monitor(self) -> None:
+        """Raises InvalidRequest after the first round already where no epoch will have the metric that is monitored."""
+        names = {name for _, metrics in self.round_metrics for name in metrics}
+        wanted = self.spec.monitor.removeprefix("val_")
+        if wanted and "loss" in names and wanted not in {"accuracy", *names}:  # accuracy is made from counts, too
+            raise InvalidRequest(
+                f"there is no metric {self.spec.monitor!r} to monitor: this job has {', '.join(sorted(names))}, "
+                "and of those that are means over items val_ ones"
+            )
 
     def _epoch_metrics(self) -> dict[str, float]:
         """Of training, in the epoch that ends."""

@@ -87,6 +87,17 @@ def need_compiled(model: Any) -> None:
         )
 
 
+def need_trainable(model: Any) -> None:
+    """Raises InvalidModel for a model without a loss, or with an optimizer whose result is not the weights that it trains."""
+    need_compiled(model)
+    optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
+    if getattr(optimizer, "use_ema", False):
+        raise InvalidModel(
+            "the optimizer was made with use_ema=True: its moving average is over the steps of one machine, and would be lost here; "
+            "compile the model without it"
+        )
+
+
 def signature(model: Any) -> Signature:
     """Inputs and outputs by name, the same in every process that loads the file; -1 for free dimensions."""
     names = output_names(model)

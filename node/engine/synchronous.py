@@ -42,7 +42,7 @@ class Member:
         self._strategy = _form(task)
         keras.utils.set_random_seed(task.seed)
         self.model = runtime.load_model(paths[task.model.sha256], scratch, compiled=True)
-        runtime.need_compiled(self.model)
+        runtime.need_trainable(self.model)
         _need_mean(self.model)
         _need_keras_step(self.model)
         if not self.model.optimizer.built:

@@ -123,7 +123,7 @@ class Tasks:
         session = self._sessions.get(job_id)
         if session is None:
             model = runtime.load_model(paths[task.model.sha256], self._scratch, compiled=True)
-            runtime.need_compiled(model)
+            runtime.need_trainable(model)
             session = self._sessions[job_id] = Session(model, seed=task.seed)
             while len(self._sessions) > SESSIONS_KEPT:
                 self._close(next(iter(self._sessions)))
@@ -140,6 +140,9 @@ class Tasks:
         session.use_data(task, parts)
         if task.parts:
             session.begin_anew(task.seed, task.round, task.part)
+        elif task.node_data is not None:
+            # What moments remember is where this node's own data pull; beside the outer momentum that would count twice.
+            session.forget_moments()
         session.follow(task.seen)
         seconds = math.inf if task.parts else task.seconds
         outcome = session.train(

@@ -122,19 +122,24 @@ class Session:
         To be called when the data are in use.
         """
         tf.config.experimental.enable_op_determinism()
-        if not self._traced:
-            self._trace()
+        self.forget_moments()
         model = self.model
         random = [variable for variable in model.variables if variable.name == "seed_generator_state"]
-        self._beginning = self._beginning or [variable.numpy() for variable in model.optimizer.variables]
-        for variable, value in zip(model.optimizer.variables, self._beginning, strict=True):
-            variable.assign(value)
         own, *drawn = np.random.SeedSequence([seed, round, part]).generate_state(1 + len(random)).tolist()
         for variable, number in zip(random, drawn, strict=True):
             variable.assign(np.full(variable.shape, number).astype(variable.dtype))
         self._seed, self._ahead = own, None
         keras.utils.set_random_seed(own)
         self._iterator = iter(self._batches())
+
+    def forget_moments(self) -> None:
+        """Let the optimizer begin as it stands in the model's file. To be called when the data are in use."""
+        if not self._traced:
+            self._trace()
+        variables = self.model.optimizer.variables
+        self._beginning = self._beginning or [variable.numpy() for variable in variables]
+        for variable, value in zip(variables, self._beginning, strict=True):
+            variable.assign(value)
 
     def begin(self, path: Path) -> None:
         """Begin a round from the weights in a file; what was trained ahead is added to them.
@@ -168,8 +173,11 @@ class Session:
     def follow(self, seen: int) -> None:
         """Set a schedule of the learning rate to where the whole cluster is, which has trained on `seen` samples."""
         optimizer = self.model.optimizer
+        optimizer = getattr(optimizer, "inner_optimizer", optimizer)  # that which scales the loss goes around it
         if isinstance(getattr(optimizer, "_learning_rate", None), keras.optimizers.schedules.LearningRateSchedule):
-            optimizer.iterations.assign(seen // self._batch)
+            steps, every = optimizer._iterations, optimizer.gradient_accumulation_steps or 1
+            # Gradients that are being accumulated go on where they are.
+            steps.assign(seen // self._batch // every * every + int(steps.numpy()) % every)
 
     def train(
         self,
