@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
 import msgspec
 
 from potluck import codec
-from potluck.errors import Conflict
+from potluck.errors import Conflict, Unavailable
 
 T = TypeVar("T")
 
@@ -33,6 +34,7 @@ class Journal:
     """
 
     def __init__(self, path: Path, *, least_epoch: int = 0) -> None:
+        self._path = path
         self._db = sqlite3.connect(path, isolation_level=None, timeout=1.0)
         try:
             # EXCLUSIVE keeps the file lock for as long as we live: two coordinators on one journal would undo each other.
@@ -46,14 +48,14 @@ class Journal:
             self._db.execute("COMMIT")
         except sqlite3.OperationalError as error:
             self._db.close()
-            raise Conflict(
-                f"the journal {path} cannot be opened ({error}): does another coordinator use it?"
-            ) from error
+            if error.sqlite_errorcode in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+                raise Conflict(f"the journal {path} is in use ({error}): does another coordinator run?") from error
+            raise Unavailable(f"the journal {path} cannot be opened: {error}") from error
         row = self._db.execute("SELECT value FROM facts WHERE key = 'epoch'").fetchone()
         self.epoch: int = row[0]
 
     def append(self, stream: str, *events: msgspec.Struct) -> None:
-        """Write `events` to `stream`, all or none, before returning."""
+        """Write `events` to `stream`, all or none, before returning. Raises Unavailable, when the disk is full for one."""
         rows = [(stream, codec.pack(event)) for event in events]
         with self._transaction():
             self._db.executemany("INSERT INTO events (stream, body) VALUES (?, ?)", rows)
@@ -81,6 +83,14 @@ class Journal:
     def close(self) -> None:
         self._db.close()
 
-    def _transaction(self) -> sqlite3.Connection:
-        self._db.execute("BEGIN IMMEDIATE")
-        return self._db
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            with self._db:
+                yield
+        except sqlite3.OperationalError as error:
+            raise Unavailable(
+                f"the journal {self._path} cannot be written ({error}): make room on its disk and start the coordinator again; "
+                "jobs go on where they were"
+            ) from error

@@ -6,7 +6,7 @@ import pytest
 
 from coordinator.jobs import AnyEvent, AttemptEnded, JobStarted
 from coordinator.journal import Journal
-from potluck.errors import Conflict
+from potluck.errors import Conflict, Unavailable
 
 
 def test_events_come_back_in_order_and_by_stream(tmp_path: Path) -> None:
@@ -40,6 +40,20 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "j")
     with pytest.raises(Conflict, match="another coordinator"):
         Journal(tmp_path / "j")
+    journal.close()
+
+
+def test_a_full_disk_is_said_and_loses_nothing(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "j")
+    journal.append("job/1", JobStarted(at=1.0))
+    pages = journal._db.execute("PRAGMA page_count").fetchone()[0]
+    journal._db.execute(f"PRAGMA max_page_count = {pages + 1}")  # SQLite says the same of that as of a full disk
+    with pytest.raises(Unavailable, match=r"full.*make room"):
+        journal.append("job/1", *(AttemptEnded(at=2.0, attempt_id="a", reason="r" * 4096) for _ in range(9)))
+    assert len(list(journal.replay("job/1", AnyEvent))) == 1  # type: ignore[arg-type]
+    journal._db.execute(f"PRAGMA max_page_count = {pages + 99}")
+    journal.append("job/1", JobStarted(at=3.0))
+    assert [event.at for event in journal.replay("job/1", AnyEvent)] == [1.0, 3.0]  # type: ignore[arg-type]
     journal.close()
 
 
