@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from msgspec import Struct, json
+from msgspec.structs import replace
 
 from coordinator.placement import ClusterView
 from potluck.errors import CodeNotAllowed, PeerLost
@@ -347,7 +348,7 @@ class Job:
             created_at=self.submitted.at,
             started_at=self.started_at or (ended.started_at if ended else 0.0),
             ended_at=ended.ended_at if ended else 0.0,
-            progress=progress,
+            progress=replace(progress, message="") if ended else progress,
             error=ended.error if ended else None,
         )
 

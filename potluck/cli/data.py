@@ -47,9 +47,6 @@ def add(
         output.emit(info)
         return
     output.show(output.datasets_table([info]))
-    if info.skipped:
-        were = "was" if info.skipped == 1 else "were"
-        output.note(f"{output.counted(info.skipped, 'item')} could not be read and {were} left out")
 
 
 @data.command("list")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,7 @@ from potluck.cli.output import bytes_text, counted, metrics_text, note, rate_tex
 
 if TYPE_CHECKING:
     from potluck.client import Job
-    from potluck.messages import JobChanged, JobProgress
+    from potluck.messages import EpochMetrics, JobChanged, JobProgress
 
 PLAIN_SECONDS = 5.0
 """On a log, how often a line is worth it when the epoch has not changed."""
@@ -34,7 +34,7 @@ def follow(job: Job, *, quiet: bool = False) -> None:
         elif sys.stderr.isatty():
             _live(job)
         else:
-            for line in plain_lines(job.states(), time.monotonic):
+            for line in plain_lines(job.states(), time.monotonic, job.epochs_so_far):
                 note(line)
         job.wait()
     except KeyboardInterrupt:
@@ -42,13 +42,19 @@ def follow(job: Job, *, quiet: bool = False) -> None:
         raise typer.Exit(130) from None
 
 
-def plain_lines(states: Iterable[JobChanged], clock: Callable[[], float]) -> Iterator[str]:
-    """A line when the state or the epoch changes, and every few seconds between."""
+def plain_lines(
+    states: Iterable[JobChanged],
+    clock: Callable[[], float],
+    epochs_so_far: Callable[[], Sequence[EpochMetrics]] = tuple,
+) -> Iterator[str]:
+    """A line when the state or the epoch changes, every few seconds between, and for each epoch that has ended."""
     said_at = float("-inf")
     key: tuple[object, ...] | None = None
     strategy = ""
+    ended = EndedEpochs(epochs_so_far)
     for state in states:
         progress = state.progress
+        yield from ended.lines(state)
         if progress.strategy != strategy:
             strategy = progress.strategy
             yield f"{state.kind} {state.job_id} strategy {strategy}"
@@ -57,6 +63,38 @@ def plain_lines(states: Iterable[JobChanged], clock: Callable[[], float]) -> Ite
             continue
         said_at, key = now, new_key
         yield f"{state.kind} {state.job_id} {state.state}  {progress_text(progress)}".rstrip()
+
+
+class EndedEpochs:
+    """Says of each epoch once what it ended with: progress tells of the one under way."""
+
+    def __init__(self, epochs_so_far: Callable[[], Sequence[EpochMetrics]]) -> None:
+        self._epochs_so_far = epochs_so_far
+        self._at = 0
+        self._said = 0
+
+    def lines(self, state: JobChanged) -> Iterator[str]:
+        """Lines for those that ended since the state before."""
+        progress = state.progress
+        last = state.state in ("succeeded", "failed", "cancelled")
+        if state.kind != "train" or (progress.epoch <= max(1, self._at) and not last):
+            self._at = self._at or progress.epoch
+            return
+        self._at = progress.epoch
+        for epoch in self._epochs_so_far():
+            if epoch.epoch > self._said:
+                self._said = epoch.epoch
+                yield f"epoch {epoch.epoch}/{progress.epochs}  {metrics_text(epoch.metrics)}"
+
+
+def current_text(progress: JobProgress) -> str:
+    """Metrics of the epoch under way, and those of the last validation, which was another epoch's."""
+    validated = {name: value for name, value in progress.metrics.items() if name.startswith("val_")}
+    training = {name: value for name, value in progress.metrics.items() if name not in validated}
+    if not validated:
+        return metrics_text(training)
+    before = f"after epoch {progress.epoch - 1}: " if progress.epoch > 1 else ""
+    return f"{metrics_text(training)}  ({before}{metrics_text(validated)})".strip()
 
 
 def progress_text(progress: JobProgress) -> str:
@@ -71,7 +109,7 @@ def progress_text(progress: JobProgress) -> str:
     if (left := seconds_left(progress)) is not None:
         parts.append(f"{seconds_text(left)} left")
     if progress.metrics:
-        parts.append(metrics_text(progress.metrics))
+        parts.append(current_text(progress))
     if progress.exchanged_bytes:
         parts.append(f"{bytes_text(progress.exchanged_bytes)} exchanged")
     if progress.message:
@@ -108,7 +146,7 @@ def picture(state: JobChanged) -> RenderableType:
     )
     lines: list[RenderableType] = [head]
     if progress.metrics:
-        lines.append(Text(f"  {metrics_text(progress.metrics)}", style="cyan"))
+        lines.append(Text(f"  {current_text(progress)}", style="cyan"))
     totals = [rate_text(progress.items_per_second)] if progress.items_per_second else []
     if progress.exchanged_bytes:
         totals.append(f"{bytes_text(progress.exchanged_bytes)} exchanged")
@@ -125,14 +163,11 @@ def picture(state: JobChanged) -> RenderableType:
 
 def _live(job: Job) -> None:
     console = Console(stderr=True)
-    epoch = 0
-    shown: JobChanged | None = None
+    ended = EndedEpochs(job.epochs_so_far)
     with Live(Spinner("dots", f"job {job.id}"), console=console, refresh_per_second=8) as live:
         for state in job.states():
-            before, shown = shown, state
-            if before is not None and state.progress.epoch > epoch > 0:
-                live.console.print(f"epoch {epoch}/{before.progress.epochs}  {metrics_text(before.progress.metrics)}")
-            epoch = state.progress.epoch
+            for line in ended.lines(state):
+                live.console.print(line)
             live.update(picture(state))
 
 

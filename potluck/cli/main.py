@@ -68,6 +68,9 @@ def options(
         logs.configure("DEBUG")
     else:
         logging.getLogger("potluck").setLevel(logging.ERROR)  # what goes wrong is said in one sentence instead
+        logging.getLogger("potluck.client.sources").setLevel(
+            logging.WARNING
+        )  # items of a user's data that are left out
 
 
 def main() -> None:

@@ -85,8 +85,15 @@ def test_what_lives_on_nodes_is_listed_with_all_classes_and_no_bytes(client: Cli
     assert [[data.name for data in node.data] for node in client.nodes()] == [["digits"], ["digits"]]
 
 
-def test_skewed_data_on_two_nodes_teach_what_they_hold_together(client: Client) -> None:
-    job = client.train(mlp(), "node:digits", epochs=12, batch_size=16).wait(timeout=200)
+@pytest.mark.parametrize("momentum", [False, True])
+def test_skewed_data_on_two_nodes_teach_what_they_hold_together(client: Client, momentum: bool) -> None:
+    """Also with an optimizer that would remember where its own data pull, and rounds so short that it would heed nothing else."""
+    import keras
+
+    model = mlp()
+    if momentum:
+        model.compile(keras.optimizers.SGD(0.05, momentum=0.9), "sparse_categorical_crossentropy", metrics=["accuracy"])
+    job = client.train(model, "node:digits", epochs=12, batch_size=16, round_seconds=0.02).wait(timeout=200)
     data = split()
     y = np.array([IN_ORDER.index(WORDS[label]) for label in data["y_test"]])
     assert job.result().classes == tuple(IN_ORDER)

@@ -235,3 +235,51 @@ def test_keras_callbacks_follow_a_job_and_end_it(client: Client, tmp_path: Path)
     assert rows[0].startswith("epoch,loss")
     assert [float(row.split(",")[1]) for row in rows[1:]] == history["loss"]
     assert [epoch.epoch for epoch in job.epochs()] == list(range(1, epochs + 1)), "to be had again, from the first"
+
+
+def test_rounds_that_change_nothing_are_rounds(client: Client) -> None:
+    """Their weights have the hash that they had before."""
+    import keras
+
+    model = regression()
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(256, 4)).astype(np.float32), rng.normal(size=256).astype(np.float32)
+    job = client.train(model, (x, y), validation=(x, y), epochs=3, strategy="local").wait(timeout=120)
+    assert len(job.history["val_loss"]) == 3
+    for ours, theirs in zip(job.model().get_weights(), model.get_weights(), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("every", [None, 4])
+@pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
+def test_a_schedule_follows_the_samples_of_the_cluster(every: int | None, policy: str) -> None:
+    """Also around an optimizer that accumulates gradients, and one that scales the loss."""
+    import keras
+
+    from node.engine.training import Session
+
+    keras.config.set_dtype_policy(policy)
+    try:
+        model = regression()
+        schedule = keras.optimizers.schedules.PiecewiseConstantDecay([50], [0.1, 0.2])
+        model.compile(keras.optimizers.SGD(schedule, gradient_accumulation_steps=every), "mse")
+        model.optimizer.build(model.trainable_variables)
+        session = Session(model, seed=0)
+        session._batch = 32
+        session.follow(3200)
+        assert float(model.optimizer.learning_rate) == pytest.approx(0.2)
+        session.follow(1280)
+        assert float(model.optimizer.learning_rate) == pytest.approx(0.1)
+    finally:
+        keras.config.set_dtype_policy("float32")
+
+
+def test_an_average_that_rounds_would_lose_is_refused(client: Client) -> None:
+    import keras
+
+    model = regression()
+    model.compile(keras.optimizers.Adam(use_ema=True), "mse")
+    x, y = np.zeros((64, 4), np.float32), np.zeros(64, np.float32)
+    with pytest.raises(PotluckError, match="use_ema=True"):
+        client.train(model, (x, y), epochs=1).wait(timeout=120)

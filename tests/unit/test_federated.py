@@ -107,12 +107,12 @@ class Play:
                 self.strategy.leased(attempt, decision.task)
         return decisions
 
-    def finish(self, node_id: str, samples: int, steps: int, items: int) -> None:
+    def finish(self, node_id: str, samples: int, steps: int, items: int, norm: float = 1.0) -> None:
         attempt = next(one for one in self.attempts.values() if one.node_id == node_id)
         del self.attempts[attempt.attempt_id]
         self.now += 1
         result = TrainResult(
-            base=blob(2), update=blob(3), samples=samples, steps=steps, items=items, norm=1.0, seconds=1.0,
+            base=self.strategy.weights or blob(2), update=blob(3), samples=samples, steps=steps, items=items, norm=norm, seconds=1.0,
             metrics={} if self.strategy.spec.privacy else {"loss": 1.0},
         )  # fmt: skip
         self.strategy.finished(attempt, result, self.now)
@@ -140,6 +140,19 @@ def test_each_holder_trains_on_its_own_and_nobody_gets_shards() -> None:
     (closing,) = play.plan()
     assert isinstance(closing, CloseRound)
     assert closing.by_items
+
+
+def test_updates_are_held_against_the_same_nodes_own_and_not_against_others() -> None:
+    play = Play({"n1": 100, "n2": 100})
+    for size in (1.0, 1.2, 12.0):
+        play.plan()
+        play.finish("n1", 20, 2, 100, norm=size)
+        play.finish("n2", 20, 2, 100, norm=30.0)  # its data are of another scale
+        (closing,) = play.plan()
+        assert isinstance(closing, CloseRound)
+        assert (closing.rejected != {}) == (size == 12.0)
+        play.close(40)
+    assert "11 times as large as its last ones" in closing.rejected["n1"]
 
 
 def test_a_node_with_fewer_items_than_a_batch_trains_on_all_of_them() -> None:

@@ -130,6 +130,7 @@ def test_agreement_is_the_mean_cosine_of_updates_of_one_length(nodes: int, seed:
 
 def test_a_node_alone_agrees_with_itself() -> None:
     assert agreement_of(4.0, [(2.0, 10)], None) == 1.0
+    assert agreement_of(4.0, [(2.0, 10)], 0.2) == pytest.approx(0.24), "others may come back"
     assert agreement_of(0.0, [(0.0, 10), (0.0, 10)], None) == 1.0
 
 

@@ -29,7 +29,7 @@ from coordinator.jobs import (
 from coordinator.placement import ClusterView, NodeView
 from coordinator.strategies import strategy_for
 from coordinator.training.rounds import RoundsStrategy
-from coordinator.training.scores import Best, is_better
+from coordinator.training.scores import Best, direction, is_better
 from potluck import codec
 from potluck.errors import InvalidRequest
 from potluck.messages import (
@@ -378,9 +378,23 @@ def test_a_metric_that_rises_is_better() -> None:
     assert not is_better(Train(model="m", dataset="d"), 0.6, None)
 
 
+@pytest.mark.parametrize(
+    ("monitor", "found"),
+    [
+        ("loss", "min"), ("val_mape", "min"), ("val_msle", "min"), ("kl_divergence", "min"), ("val_false_positives", "min"),
+        ("val_size_mae", "min"), ("sparse_categorical_crossentropy", "min"), ("val_root_mean_squared_error", "min"),
+        ("accuracy", "max"), ("val_error_accuracy", "max"), ("val_loss_kind_acc", "max"), ("auc_1", "max"), ("mean_io_u", "max"),
+        ("f1_score", "max"), ("val_cosine_similarity", "max"), ("val_r2_score", "max"), ("mine", None), ("val_loss_of_face", None),
+    ],
+)  # fmt: skip
+def test_what_is_better_goes_by_how_a_metrics_name_ends(monitor: str, found: str | None) -> None:
+    assert direction(Train(model="m", dataset="d", monitor=monitor)) == found
+    assert direction(Train(model="m", dataset="d", monitor=monitor, monitor_mode="min")) == "min"
+
+
 def test_a_metric_that_is_not_there_ends_the_job_with_those_that_are() -> None:
     play = Simulation(monitor="val_auc")
-    with pytest.raises(InvalidRequest, match=r"'val_auc'.*loss, val_loss"):
+    with pytest.raises(InvalidRequest, match=r"'val_auc'.*this job has loss"):
         play.run("a")
 
 
