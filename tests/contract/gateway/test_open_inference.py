@@ -150,6 +150,8 @@ async def test_metrics_are_prometheus_text(http: Http) -> None:
         lines = (await response.text()).splitlines()
     assert 'potluck_requests_total{model="m:1",code="ok"} 1' in lines
     assert 'potluck_nodes{state="online"} 1' in lines
+    assert 'potluck_traffic_percent{model="m:1",role="stable"} 100' in lines
+    assert 'potluck_replica_bytes{model="m:1"} 0' in lines  # the node did not say
     assert 'potluck_request_seconds_count{model="m:1"} 1' in lines
     for line in lines:
         if not line.startswith("#"):
