@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as arrays
 from potluck import codec
 from potluck.errors import InvalidRequest
 from potluck.messages import BlobRef, Inferred, Tensor
-from potluck.tensors import DTYPES, as_lists, datatype_of, from_numpy, to_numpy
+from potluck.tensors import DTYPES, as_lists, datatype_of, from_numpy, packed, to_numpy, unpacked
 
 any_array = st.sampled_from(list(DTYPES.values())).flatmap(
     lambda dtype: arrays.arrays(dtype, arrays.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4))
@@ -89,3 +89,24 @@ def test_dtypes_that_no_client_could_read_are_refused() -> None:
     for dtype in (np.complex64, "datetime64[s]", np.longdouble):
         with pytest.raises(InvalidRequest, match="cannot be sent"):
             datatype_of(np.dtype(dtype))
+
+
+@given(st.lists(st.binary(max_size=5), max_size=4))
+def test_texts_and_bytes_survive_as_bytes_alone(items: list[bytes]) -> None:
+    tensor = from_numpy("x", np.array([*items, None], object)[:-1])
+    assert {type(item) for item in tensor.data} <= {str} or tensor.data == items  # type: ignore[union-attr]
+    raw = packed(tensor)
+    assert unpacked("x", "BYTES", raw) == tensor.data
+    for end in range(1, len(raw)):
+        try:
+            found = unpacked("x", "BYTES", raw[:end])
+        except InvalidRequest as error:
+            assert "ends behind" in error.message  # noqa: PT017 - some ends are those of an item
+        else:
+            assert len(found) < len(items)
+
+
+@given(any_array)
+def test_numbers_as_bytes_alone_are_their_memory(array: np.ndarray[Any, Any]) -> None:
+    tensor = as_lists(from_numpy("x", array))
+    assert packed(tensor) == array.tobytes() == unpacked("x", tensor.datatype, array.tobytes())
