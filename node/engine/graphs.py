@@ -22,6 +22,9 @@ log = logging.getLogger(__name__)
 ROWS_LIMIT = 256
 """Requests of more rows run in pieces, so that memory stays bounded."""
 
+SMALL_WEIGHTS = 4_000_000
+"""Of a model with fewer, how it is called matters more than on how many threads its operations run."""
+
 
 def bucket(rows: int) -> int:
     """The batch size that `rows` are padded to: the next of 1 to 8, 10, 12, 14, 16, 20, ..., so at most a quarter is waste.
@@ -59,7 +62,7 @@ class Graph:
 
     def run(self, arrays: Sequence[Array]) -> list[Array]:
         try:
-            return [output.numpy() for output in self._call(*[tf.constant(array) for array in arrays])]
+            return [output.numpy() for output in self._call(*arrays)]
         except (tf.errors.OpError, ValueError) as error:
             raise InvalidRequest(f"the model failed on this input: {one_line(error)}") from error
 
@@ -69,17 +72,51 @@ class Graph:
         That way is TensorFlow's own, but not in its interface: where it is gone, the ordinary one serves.
         """
         function = self._function
+
+        def ordinary(*arrays: Array) -> list[Any]:
+            found: list[Any] = function(*[tf.constant(array) for array in arrays])
+            return found
+
+        zeros = fitting.zeros(self.signature.inputs, self.dtypes, self.rows_at_once(1))
         try:
-            inner, captured = function._inference_function, list(function.captured_inputs)
-            arrays = fitting.zeros(self.signature.inputs, self.dtypes, self.rows_at_once(1))
-            found: list[Any] = inner.call_flat(*[tf.constant(array) for array in arrays], *captured)
-            assert len(found) == len(self.signature.outputs)
+            if sum(variable.shape.num_elements() for variable in function.graph.variables) < SMALL_WEIGHTS:
+                direct = self._direct_call("SINGLE_THREADED_EXECUTOR")
+                try:
+                    assert len(direct(*zeros)) == len(self.signature.outputs)
+                except tf.errors.OpError as error:  # it does not take every model: none with loops, say
+                    log.info("not on one thread: %s", one_line(error))
+                else:
+                    return direct
+            direct = self._direct_call("")
+            assert len(direct(*zeros)) == len(self.signature.outputs)
         except tf.errors.OpError:  # zeros do not suit it; the way is there
             assert len(function.outputs) == len(self.signature.outputs)
-        except (AttributeError, TypeError, ValueError, AssertionError) as error:
+        except (ImportError, AttributeError, TypeError, ValueError, AssertionError) as error:
             log.info("short call not usable: %s", error)
-            return function  # type: ignore[no-any-return]
-        return lambda *batch: inner.call_flat(*batch, *captured)
+            return ordinary
+        return direct
+
+    def _direct_call(self, executor: str) -> Callable[..., list[Any]]:
+        """What a concrete function comes to in the end. Inputs are not copied: nobody writes to them, and nothing keeps them.
+
+        On one thread the operations run one after the other: in a small model, handing them to others takes longer than they do.
+        """
+        from tensorflow.python import pywrap_tfe
+        from tensorflow.python.eager import context
+        from tensorflow.python.framework.ops import EagerTensor
+
+        inner, captured = self._function._inference_function, list(self._function.captured_inputs)
+        where = context.context()
+        handle, device = where._handle, where.device_name
+        name, outputs = inner.name, len(inner.function_type.flat_outputs)
+        attributes = ("executor_type", executor, "config_proto", where.function_call_options.config_proto_serialized)
+
+        def call(*arrays: Array) -> list[Any]:
+            inputs = [EagerTensor(array, device, None) for array in arrays]
+            found: list[Any] = pywrap_tfe.TFE_Py_Execute(handle, device, name, inputs + captured, attributes, outputs)
+            return found
+
+        return call
 
 
 def load_keras(path: Path, scratch: Path) -> Graph:
