@@ -159,7 +159,7 @@ class Downloader:
                     return None
             async with asyncio.timeout(_ANSWER_SECONDS) as limit:
 
-                async def body() -> AsyncIterator[bytes]:
+                async def body() -> AsyncIterator[bytes | memoryview]:
                     async for data in _pieces(source):
                         with suppress(RuntimeError):  # it was refused before all was sent, and nobody waits any more
                             limit.reschedule(asyncio.get_running_loop().time() + _ANSWER_SECONDS)
@@ -187,10 +187,11 @@ class Downloader:
         return reason
 
 
-async def _pieces(source: bytes | Path) -> AsyncIterator[bytes]:
+async def _pieces(source: bytes | Path) -> AsyncIterator[bytes | memoryview]:
     if isinstance(source, bytes):
+        whole = memoryview(source)
         for start in range(0, len(source), _SEND_BYTES):
-            yield source[start : start + _SEND_BYTES]
+            yield whole[start : start + _SEND_BYTES]
         return
     file = await asyncio.to_thread(source.open, "rb")
     try:

@@ -280,7 +280,7 @@ class Transfer:
             raise HolderFailed(f"has it with {total} bytes instead of {self._ref.size}", final=True)
         skip = start if response.status == 200 else 0  # a server without Range sends all
         found = bytearray()
-        async for data in response.content.iter_chunked(1 << 18):
+        async for data in response.content.iter_any():
             if skip >= len(data):
                 skip -= len(data)
                 continue
