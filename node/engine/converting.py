@@ -3,52 +3,80 @@ instructions for them.
 
 Full integer quantisation (Jacob et al., 2018): what is usual in each place is found by running some items; operations that have no
 version for whole numbers stay floats, and so do inputs and outputs.
+
+TensorFlow's converter runs in a process of its own (`python -m node.engine.converting SAVEDMODEL SIGNATURE ITEMS TARGET`): it holds the interpreter's
+lock for seconds, in which the engine would be silent, and it can be ended.
 """
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from node.engine import runtime, savedmodel
 from node.engine.wording import one_line
-from potluck.errors import InvalidModel
+from potluck.errors import EngineFailed, InvalidModel
+from potluck.lifecycle import die_with_parent
 from potluck.messages import ModelFormat
+
+POLL_SECONDS = 0.2
+REFUSED = 3
+"""Exit status of a conversion that says why it is not possible."""
 
 
 def convert(
-    path: Path, model_format: ModelFormat, scratch: Path, names: list[str], batches: Iterable[list[Any]]
-) -> bytes:
-    """A `.tflite` file. `batches` are those of the items, each with the inputs in the order of `names`.
+    path: Path,
+    model_format: ModelFormat,
+    scratch: Path,
+    names: list[str],
+    batches: Iterable[list[Any]],
+    target: Path,
+    going_on: Callable[[], None],
+) -> None:
+    """Write a `.tflite` file. `batches` are those of the items, each with the inputs in the order of `names`.
 
-    Raises InvalidModel, CodeNotAllowed, and what `batches` raises.
+    Raises InvalidModel, CodeNotAllowed, EngineFailed, and what `batches` and `going_on` raise, which is asked all the while.
     """
-    items = [row for batch in batches for row in _rows(batch)]
+    columns = [np.concatenate(parts) for parts in zip(*([t.numpy() for t in batch] for batch in batches), strict=True)]
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         saved = Path(folder) / "model"
         if model_format == "savedmodel":
             savedmodel.unpack(path, saved)
         else:
             _save(runtime.load_model(path, scratch, compiled=False), saved)
-        converter = tf.lite.TFLiteConverter.from_saved_model(str(saved), signature_keys=[savedmodel.serving(saved)])
-        converter.optimizations = [tf.lite.Optimize.DEFAULT]
-        converter.representative_dataset = lambda: (dict(zip(names, item, strict=True)) for item in items)
-        converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8, tf.lite.OpsSet.TFLITE_BUILTINS]
-        try:
-            return bytes(converter.convert())
-        except Exception as error:
-            raise InvalidModel(f"the model cannot be converted to LiteRT: {_reason(error)}") from error
-
-
-def _rows(batch: list[Any]) -> Iterator[list[Any]]:
-    """The items of a batch, each as a batch of one."""
-    arrays = [tensor.numpy() for tensor in batch]
-    for row in range(len(arrays[0])):
-        yield [array[row : row + 1] for array in arrays]
+        items = Path(folder) / "items.npz"
+        np.savez(items, *columns)
+        arguments = [str(saved), savedmodel.serving(saved), str(items), str(target), *names]
+        with (Path(folder) / "words").open("w+") as words:
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "node.engine.converting", *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=words,
+                stderr=subprocess.DEVNULL,
+                preexec_fn=die_with_parent(),
+            )
+            try:
+                while process.poll() is None:
+                    going_on()
+                    try:
+                        process.wait(POLL_SECONDS)
+                    except subprocess.TimeoutExpired:
+                        continue
+            finally:
+                process.kill()
+                process.wait()
+            if process.returncode == REFUSED:
+                words.seek(0)
+                raise InvalidModel(f"the model cannot be converted to LiteRT: {words.read()}")
+            if process.returncode:
+                raise EngineFailed(f"the conversion ended with status {process.returncode}, perhaps for want of memory")
 
 
 def _save(model: Any, folder: Path) -> None:
@@ -78,3 +106,28 @@ def _reason(error: Exception) -> str:
     if "neither a custom op nor a flex op" in text or "custom op" in text:
         return f"it has operations that LiteRT does not have: {one_line(text, 300)}"
     return one_line(text, 400)
+
+
+def main() -> None:
+    """The converter's own process."""
+    saved, signature, items, target, *names = sys.argv[1:]
+    with np.load(items) as stored:
+        columns = [stored[f"arr_{place}"] for place in range(len(names))]
+    converter = tf.lite.TFLiteConverter.from_saved_model(saved, signature_keys=[signature])
+    converter.optimizations = [tf.lite.Optimize.DEFAULT]
+    converter.representative_dataset = lambda: (
+        {name: column[row : row + 1] for name, column in zip(names, columns, strict=True)}
+        for row in range(len(columns[0]))
+    )
+    converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8, tf.lite.OpsSet.TFLITE_BUILTINS]
+    try:
+        made = converter.convert()
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is why
+        sys.stdout.write(_reason(error))
+        sys.stdout.flush()
+        sys.exit(REFUSED)
+    Path(target).write_bytes(made)
+
+
+if __name__ == "__main__":
+    main()

@@ -261,7 +261,7 @@ class Tasks:
         reporter.step(0)
         batches = source.batches(_parts(task.slices, paths), CONVERT_BATCH)
         target = self._scratch / "model.tflite"
-        target.write_bytes(convert(path, task.model_format, self._scratch, names, batches))
+        convert(path, task.model_format, self._scratch, names, batches, target, lambda: reporter.step(0))
         return ConvertResult(model=self._blob(target), seconds=time.perf_counter() - started)
 
     def _graded(self, path: Path, model_format: ModelFormat) -> Graded:

@@ -136,10 +136,13 @@ def nodes_table(nodes: Iterable[NodeInfo]) -> Table:
         return (
             node.node_id, colored(node.state), has.hostname, str(has.cores), bytes_text(has.memory_bytes), gpus,
             f"{has.gflops:.0f}" if has.gflops else "?",
-            has.runtimes.get("tensorflow", "none"), f"{node.cpu_percent:.0f} %", str(len(node.replicas)),
+            has.runtimes.get("tensorflow", "none"), has.runtimes.get("litert", "none"),
+            f"{node.cpu_percent:.0f} %", str(len(node.replicas)),
         )  # fmt: skip
 
-    columns = ("node", "state", "host", "cores", "memory", "GPUs", "GFLOP/s", "TensorFlow", "cpu", "replicas")
+    columns = (
+        "node", "state", "host", "cores", "memory", "GPUs", "GFLOP/s", "TensorFlow", "LiteRT", "cpu", "replicas"
+    )  # fmt: skip
     return table(columns, map(row, nodes), right=("cores", "memory", "GFLOP/s", "cpu", "replicas"))
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from rich.console import Console
 
 from potluck.cli import following, output, predict
@@ -50,8 +51,10 @@ def test_json_has_every_field_and_no_nan(capsys: pytest.CaptureFixture[str]) -> 
 
 def test_nodes_show_what_they_have() -> None:
     shown = text_of(output.nodes_table([NODE]))
-    for part in ("n1", "online", "kitchen", "4", "8.0 GiB", "T4 16.0 GiB", "120", "2.21.0"):
+    for part in ("n1", "online", "kitchen", "4", "8.0 GiB", "T4 16.0 GiB", "120", "2.21.0", "none"):
         assert part in shown, part
+    small = replace(NODE, capacity=replace(NODE.capacity, runtimes={"litert": "2.3.0"}))
+    assert "none        2.3.0" in text_of(output.nodes_table([small]))
 
 
 def test_an_evaluation_shows_scores_and_confusion() -> None:
@@ -64,6 +67,18 @@ def test_an_evaluation_shows_scores_and_confusion() -> None:
     )
     for part in ("4 items", "accuracy 0.5000", "precision", "cat", "0.6667", "confusion"):
         assert part in shown, part
+
+
+def test_a_conversion_is_told_by_what_it_changed() -> None:
+    before, after = (Evaluation(count=360, metrics={"accuracy": value, "f1": value}) for value in (0.975, 0.9722))
+    line = output.change_text("digits-int8:1", before, after, "digits-test")
+    assert line == "digits-int8:1: accuracy 0.9722 instead of 0.9750 (-0.0028) on 360 items of digits-test"
+    before, after = (Evaluation(count=1, metrics={"mae": value, "mse": value}) for value in (0.5, 0.75))
+    line = output.change_text("m-int8:1", before, after, "d")
+    assert (
+        line
+        == "m-int8:1: mae 0.7500 instead of 0.5000 (+0.2500), mse 0.7500 instead of 0.5000 (+0.2500) on 1 item of d"
+    )
 
 
 @pytest.mark.parametrize(
