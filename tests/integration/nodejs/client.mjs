@@ -130,8 +130,9 @@ saw.binary = floats(binary.outputs[0].data)
 saw.text = text.outputs[0].data
 saw.encodings = [binary.encoding, text.encoding]
 
+const described = await (await fetch(`${http}/v2/models/${name}`)).json()
 const question = JSON.stringify({
-  inputs: [{ ...tensor, parameters: { binary_data_size: row.byteLength } }], parameters: { binary_data_output: true },
+  inputs: [{ ...tensor, name: described.inputs[0].name, parameters: { binary_data_size: row.byteLength } }], parameters: { binary_data_output: true },
 })
 const response = await fetch(`${http}/v2/models/${name}/infer`, {
   method: 'POST',
