@@ -36,7 +36,7 @@ from potluck.local_cluster import LocalCluster
 CLIENTS = (1, 8, 32)
 BATCH = 32
 BATCH_SECONDS = 0.001
-"""How long the others' batches wait for more: what served them best of 1, 5 and 10 ms."""
+"""How long the others' batches wait for more."""
 SIZE = 128
 
 

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from aiohttp import ETag, hdrs, web
+from aiohttp.abc import AbstractStreamWriter
 
 from potluck.blobs.store import BlobStore, NewFile, is_sha256
 from potluck.errors import DiskFull, NotFound
@@ -15,6 +16,8 @@ from potluck.errors import DiskFull, NotFound
 IDLE_SECONDS = 30.0
 """An upload of which no byte arrives for so long is given up."""
 
+_LEFT_SECONDS = 1.0
+"""How soon an answer ends whose client has gone."""
 _ADD_BYTES = 1 << 20
 """So much is hashed and written at a time: a thread for each piece that arrives would take longer than both."""
 
@@ -118,6 +121,17 @@ class _BlobResponse(web.FileResponse):
         self._sha256 = sha256
         headers = {hdrs.CONTENT_TYPE: "application/octet-stream", hdrs.CACHE_CONTROL: "max-age=31536000, immutable"}
         super().__init__(path, headers=headers)
+
+    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
+        """Send it. A client that leaves is no reason to leave the file open, as aiohttp would while it opens it."""
+        sending = asyncio.ensure_future(super().prepare(request))
+        try:
+            return await asyncio.shield(sending)
+        except asyncio.CancelledError:
+            await asyncio.wait([sending], timeout=_LEFT_SECONDS)
+            if not sending.cancel():
+                sending.exception()  # that the connection is gone is known
+            raise
 
     @property
     def etag(self) -> ETag | None:
