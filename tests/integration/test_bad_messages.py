@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import msgpack
 import pytest
 
 from potluck.local_cluster import LocalCluster
+from support.eventually import eventually
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -253,9 +254,17 @@ async def test_blobs_that_are_not_as_their_reference_says(cluster: LocalCluster,
         assert said in found["error"]["message"]
 
 
+def at_least_two(paths: Iterable[Path]) -> list[Path]:
+    """The coordinator's and a node's copy, once both are there."""
+    found = list(paths)
+    return found if len(found) >= 2 else []
+
+
 async def test_a_deployment_names_the_blob_that_could_not_be_had(cluster: LocalCluster, bus: aiomqtt.Client) -> None:
     model = await register(cluster, bus, "lost")
-    (cluster.folder / "coordinator" / "blobs" / model["sha256"]).unlink()
+    copies = await eventually(lambda: at_least_two(cluster.folder.glob(f"*/blobs/{model['sha256']}")))
+    for copy in copies:
+        copy.unlink()
     made = await ask(bus, "jobs/submit", {"type": "SubmitJob", "job": {"kind": "deploy", "model": "lost"}})
     await bus.subscribe(topic(f"jobs/{made['job_id']}/result"), qos=1)
     found = await answer(bus, 60)  # it is tried three times, with a rest between
