@@ -72,7 +72,7 @@ def two_inputs() -> Made:
 
     left, right = keras.Input((4,), name="left"), keras.Input((3,), name="right")
     model = keras.Model([left, right], keras.layers.Dense(2)(keras.layers.Concatenate()([left, right])))
-    model.compile(keras.optimizers.SGD(0.05, momentum=0.9, use_ema=True), "mae")
+    model.compile(keras.optimizers.SGD(0.05, momentum=0.9), "mae")
     return model, {"left": numbers(4), "right": numbers(3), "y": numbers(2)}
 
 
