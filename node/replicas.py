@@ -41,7 +41,6 @@ from potluck.messages import (
     UnloadModel,
 )
 from potluck.outbox import Outbox, error_info
-from potluck.tensors import unpacked
 
 log = logging.getLogger(__name__)
 
@@ -274,6 +273,8 @@ class Replicas:
             if tensor.datatype != "BYTES":
                 return tensor
             data = await asyncio.to_thread(path.read_bytes)
+            from potluck.tensors import unpacked  # numpy, which a daemon at rest does without
+
             return replace(tensor, data=unpacked(tensor.name, tensor.datatype, data))
         except OSError as error:
             raise Unavailable(f"input '{tensor.name}' cannot be read on this node: {error}") from error
