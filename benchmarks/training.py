@@ -114,7 +114,7 @@ def two_nodes(lab: Lab, report: Report) -> None:
     Beside them bare TensorFlow, in one process with a core and in two that know nothing of each other: what this machine's second core adds.
     """
     data, model = lab.digits(600 if lab.quick else 6000), lab.cnn(64 if lab.quick else SIZE)
-    turns, epochs = (1, 3) if lab.quick else (2, 3)
+    turns, epochs = (1, 3) if lab.quick else (2, 5)
     bare: dict[int, list[float]] = {1: [], 2: []}
     found: dict[int, list[dict[str, float]]] = {1: [], 2: []}
     with ExitStack() as stack:

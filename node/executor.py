@@ -178,11 +178,16 @@ class Executor:
             self._store.pin(ref.sha256)
         missing = sum(ref.size for ref in {ref.sha256: ref for ref in refs}.values() if not self._store.has(ref.sha256))
         started = time.perf_counter()
+        anew = isinstance(lease.task, SyncTask) and lease.task.begins
+        # Its first start takes seconds, in which the blobs come.
+        starting = None if anew else asyncio.create_task(self._slot.get(), name="engine start")
         try:
             files = await self._fetch_unless(attempt.withdrawn, refs)
             fetch_seconds = time.perf_counter() - started
-            if isinstance(lease.task, SyncTask) and lease.task.begins:
+            if starting is None:
                 await self._slot.stop()  # TensorFlow takes the members of a group at its start only
+            else:
+                await starting
 
             def progress(done: int, metrics: dict[str, float]) -> None:
                 self._on_progress(lease.attempt_id, done, metrics)
@@ -202,6 +207,9 @@ class Executor:
             result = await self._slot.use(run)
             return replace(result, fetched_bytes=missing, fetch_seconds=fetch_seconds)
         finally:
+            if starting is not None:
+                starting.cancel()
+                await asyncio.gather(starting, return_exceptions=True)
             for ref in refs:
                 self._store.unpin(ref.sha256)
             weights, step = _way(lease.task)

@@ -25,7 +25,7 @@ from potluck.weights import Array, Reader, Spec, Writer
 Kind = Literal["none", "int8", "int4"]
 
 BLOCK = 256
-PIECE = 4096 * BLOCK
+PIECE = 512 * BLOCK
 """Values that are worked on at once: memory does not depend on the size of the model."""
 SMALL = 4096
 """A tensor of fewer values is not worth its error."""

@@ -174,6 +174,11 @@ def set_weights(model: Any, path: Path) -> None:
 
     Then the model is as it was: Keras would have set those before the first that does not fit.
     """
+    model.set_weights(fitting_weights(model, path))
+
+
+def fitting_weights(model: Any, path: Path) -> list[Any]:
+    """Those in a safetensors file, in the order of `model.weights`. Raises InvalidModel when they do not fit."""
     stored = dict(weights.load(path))
     values = [stored[name] for name in sorted(stored, key=lambda name: name[1:])]
     if len(values) != len(model.weights):
@@ -184,10 +189,7 @@ def set_weights(model: Any, path: Path) -> None:
                 f"the weights do not fit the model: '{weight.path}' has shape {shown(tuple(weight.shape))}, "
                 f"and they have {shown(value.shape)} there"
             )
-    try:
-        model.set_weights(values)
-    except ValueError as error:
-        raise InvalidModel(f"the weights do not fit the model: {one_line(error)}") from error
+    return values
 
 
 def save_weights(model: Any, path: Path) -> None:

@@ -25,7 +25,7 @@ from potluck.errors import Cancelled, InvalidModel, PotluckError
 from potluck.messages import TrainTask
 
 PROGRESS_SECONDS = 1.0
-MEMORY_LIMIT_BYTES = 512 * 2**20
+MEMORY_LIMIT_BYTES = 2 * 2**30
 """Decoded items are kept in memory up to this size, or a quarter of what is free; beyond, they are decoded in each epoch."""
 SHUFFLE_ITEMS = 4096
 """Window of the shuffle over items that are not kept decoded."""
@@ -147,13 +147,13 @@ class Session:
         So updates travel while nodes compute (CoCoD-SGD, Shen et al., 2019). Raises InvalidModel.
         """
         ahead = self._ahead
-        now = runtime.weights_of(self.model) if ahead is not None and ahead.steps else []
-        runtime.set_weights(self.model, path)
-        if ahead is None or not ahead.steps:
-            return
-        for weight, before, after in zip(self.model.weights, ahead.weights, now, strict=True):
-            if weight.trainable:
-                weight.assign_add(after - before)
+        values = runtime.fitting_weights(self.model, path)
+        if ahead is not None and ahead.steps:
+            now = runtime.weights_of(self.model)
+            for weight, value, before, after in zip(self.model.weights, values, ahead.weights, now, strict=True):
+                if weight.trainable:
+                    value += after - before
+        self.model.set_weights(values)
 
     def train_ahead(self, until: Callable[[], bool]) -> None:
         """Go on after a round that was asked to, until `until()` or for the share of it that may be ahead."""
