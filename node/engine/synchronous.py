@@ -17,13 +17,12 @@ from typing import Any
 
 import keras
 import numpy as np
-import psutil
 import tensorflow as tf
 
-from node.engine import inputs, runtime, shards
+from node.engine import inputs, runtime, shards, training
 from node.engine.decoders import Decoder
 from node.engine.shards import Part
-from node.engine.training import MEMORY_LIMIT_BYTES, PROGRESS_SECONDS
+from node.engine.training import PROGRESS_SECONDS
 from node.engine.truth import truth_of
 from node.engine.wording import one_line
 from potluck import weights
@@ -100,9 +99,8 @@ class Member:
         source = inputs.source_for(self.model, task.format, task.image)
         self._truth = truth_of(source, parts, "to train on", task.class_weight)
         self._count = len(self._truth)
-        limit = min(MEMORY_LIMIT_BYTES, psutil.virtual_memory().available // 4)
         self._decoder: Decoder | None = None
-        if source.decoded_bytes(parts) > limit:
+        if source.decoded_bytes(parts) > training.memory_limit():
             encoded = [file for part in parts for file in shards.item_files(part)]
             self._decoder = source.decoder
             columns: list[Any] = [tf.constant(encoded)]

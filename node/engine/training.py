@@ -26,7 +26,9 @@ from potluck.messages import TrainTask
 
 PROGRESS_SECONDS = 1.0
 MEMORY_LIMIT_BYTES = 2 * 2**30
-"""Decoded items are kept in memory up to this size, or a quarter of what is free; beyond, they are decoded in each epoch."""
+MEMORY_SHARE = 1 / 6
+"""Decoded items are kept in memory up to this size, or this share of what is free (on their way into TensorFlow they are there three
+times); beyond, they are decoded in each epoch."""
 SHUFFLE_ITEMS = 4096
 """Window of the shuffle over items that are not kept decoded."""
 GPU_CHECK_STEPS = 20
@@ -97,7 +99,7 @@ class Session:
         truth = truth_of(source, parts, "to train on", task.class_weight)
         count = len(truth)
         batch = min(task.batch_size, count)
-        limit = min(MEMORY_LIMIT_BYTES, psutil.virtual_memory().available // 4)
+        limit = memory_limit()
         self._noisy, self._hidden = None, task.privacy is not None and task.privacy.noise_multiplier > 0
         if task.privacy is not None:
             privacy.check(self.model)
@@ -322,6 +324,11 @@ class Session:
             return dataset.batch(batch, drop_remainder=True)
 
         return batches
+
+
+def memory_limit() -> int:
+    """Bytes that decoded items may take now."""
+    return min(MEMORY_LIMIT_BYTES, int(MEMORY_SHARE * psutil.virtual_memory().available))
 
 
 def _diverged(loss: float, steps: int) -> InvalidModel:

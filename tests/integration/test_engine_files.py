@@ -153,8 +153,9 @@ async def test_a_group_of_one_takes_the_steps_of_keras(
 ) -> None:
     """In this process, where the limit can be lowered: below it, files are decoded for each step."""
     from node.engine import synchronous
+    from node.engine import training as engine_training
 
-    monkeypatch.setattr(synchronous, "MEMORY_LIMIT_BYTES", limit)
+    monkeypatch.setattr(engine_training, "MEMORY_LIMIT_BYTES", limit)
     files = Files(tmp_path / "blobs")
     folder = (write_texts if kind == "texts" else write_tones)(tmp_path / "data", 64)
     dataset = packed(files, folder, tmp_path)

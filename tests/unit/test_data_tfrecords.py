@@ -36,7 +36,7 @@ def example(**features: Any) -> bytes:
             feature.float_list.value.extend(float(one) for one in values)
         else:
             feature.int64_list.value.extend(int(one) for one in values)
-    return bytes(message.SerializeToString())
+    return bytes(message.SerializeToString(deterministic=True))
 
 
 def framed(data: bytes) -> bytes:
