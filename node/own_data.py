@@ -48,7 +48,9 @@ class OwnData:
 
     def pack(self, name: str) -> bool:
         """Make a data set ready; False, and a line in the log, where that fails. Blocks: for a thread."""
-        from potluck.data.pack import pack  # here: it reads images and tables, which most nodes do not need
+        # Here: it reads images and tables, which most nodes do not need.
+        from potluck.data.folders import parts_as_classes
+        from potluck.data.pack import pack
 
         given = self._settings[name]
         path = Path(given.path).expanduser()
@@ -64,6 +66,8 @@ class OwnData:
             log.error("data not available %s", fields(data=name, path=path, reason=reason))
             return False
         self._packed = packed
+        if remark := parts_as_classes(data.format.classes):
+            log.warning("data may be a folder too far up %s", fields(data=name, path=path, remark=remark))
         log.info("data ready %s", fields(data=name, items=data.count, skipped=len(data.skipped)))
         return True
 

@@ -63,12 +63,15 @@ def train(
         typer.Option(min=0.0, help="On node:NAME: cut the gradient of each example (DP-SGD) to this norm."),
     ] = None,
     noise_multiplier: Annotated[
-        float, typer.Option(min=0.0, help="Noise, as a multiple of --l2-norm-clip; epochs tell its epsilon.")
-    ] = 0.0,
+        float | None, typer.Option(min=0.0, help="Noise, as a multiple of --l2-norm-clip; epochs tell its epsilon.")
+    ] = None,
     private_unit: Annotated[
-        str, typer.Option(help="What is hidden: each example, or each node (its update is cut instead).")
-    ] = "example",
-    delta: Annotated[float, typer.Option(help="Of (epsilon, delta): well below 1 / examples.")] = 1e-5,
+        str | None,
+        typer.Option(help="What is hidden: each example (default), or each node (its update is cut instead)."),
+    ] = None,
+    delta: Annotated[
+        float | None, typer.Option(help="Of (epsilon, delta): well below 1 / examples (default 1e-5).")
+    ] = None,
     seed_number: Annotated[int, typer.Option("--random-seed", help="For shuffling and initial state.")] = 0,
     detach: Annotated[bool, typer.Option("--detach", help="Print the job's id and leave.")] = False,
     as_json: Json = False,
@@ -83,16 +86,19 @@ def train(
             raise InvalidRequest(
                 "--output needs the end of the job, --detach does not wait for it: leave out one of them"
             )
+        if output.suffix != ".keras":  # loaders go by the name, and would not open it under another
+            raise InvalidRequest(
+                f"--output {output}: the result is a .keras file: name it {output.with_suffix('.keras')}"
+            )
         check_output(output)
     size = image_size(image)
-    hiding: dict[str, Any] = {}
-    if l2_norm_clip is not None or noise_multiplier:
-        hiding = {
-            "l2_norm_clip": l2_norm_clip,
-            "noise_multiplier": noise_multiplier,
-            "private_unit": private_unit,
-            "delta": delta,
-        }
+    given = {
+        "l2_norm_clip": l2_norm_clip,
+        "noise_multiplier": noise_multiplier,
+        "private_unit": private_unit,
+        "delta": delta,
+    }
+    hiding: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     with session(context).client() as client:
         with following.waiting("packing and sending the data", quiet=as_json):
             job = client.train(

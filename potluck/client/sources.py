@@ -138,7 +138,9 @@ async def add(
         given, stem = Given(existing(data), target, sample_weight), path_name(data)
     else:
         given, stem = as_arrays(data, target, sample_weight, argument), "arrays"
-    from potluck.data.pack import pack  # here: it reads images and tables, which most clients do not need
+    # Here: it reads images and tables, which most clients do not need.
+    from potluck.data.folders import parts_as_classes
+    from potluck.data.pack import pack
 
     tell = progress or (lambda what, done, total: None)
     cancelled = threading.Event()
@@ -176,6 +178,8 @@ async def add(
             dataset.count + len(dataset.skipped),
             shown,
         )
+    if remark := parts_as_classes(dataset.format.classes):
+        log.warning("%s: %s", argument, remark)
     dataset = replace(dataset, name=name)
     refs = [*(shard.blob for shard in dataset.shards), *([dataset.keys] if dataset.keys else [])]
     await _push(connection, refs, tell)

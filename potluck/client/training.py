@@ -96,5 +96,10 @@ def fields(options: Mapping[str, Any]) -> dict[str, Any]:
             found[name] = checked
     hiding = {field: found.pop(name) for name, field in _PRIVACY.items() if name in found}
     if hiding and "l2_norm_clip" not in hiding:
-        raise InvalidRequest("noise is a multiple of the norm that gradients are cut to: give l2_norm_clip too")
+        if "noise_multiplier" in hiding:
+            raise InvalidRequest("noise is a multiple of the norm that gradients are cut to: give l2_norm_clip too")
+        given = " and ".join(name for name, field in _PRIVACY.items() if field in hiding)
+        raise InvalidRequest(
+            f"{given} alone would hide nothing: give l2_norm_clip and noise_multiplier too, or leave {given} out"
+        )
     return found | ({"privacy": Privacy(**hiding)} if hiding else {})

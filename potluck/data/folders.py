@@ -25,6 +25,8 @@ from potluck.messages import DataFormat, Dataset, DataShard
 BAD_SHARE_LIMIT = 0.01
 NAMED_LIMIT = 1000
 """So many skipped items are named in a manifest."""
+PARTS = frozenset({"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval", "evaluation"})
+"""What folders are named that hold parts of a set, and not classes."""
 _CHECKS_AT_ONCE = 1024
 
 
@@ -92,6 +94,16 @@ def pack_folder(folder: Path, labels: bool, packing: Packing, kinds: Sequence[Ki
         )
     skipped = [f"{_text(path.name)}: lies beside the class folders, in none of them" for path in beside]
     return pack_items(kind, items, classes, packing, skipped)
+
+
+def parts_as_classes(classes: Sequence[str]) -> str:
+    """A sentence where several class folders are named as parts of a set are: a folder too far up may have been given. Else empty."""
+    parts = [name for name in classes if name.casefold() in PARTS]
+    if len(parts) < 2:
+        return ""
+    return (
+        f"{' and '.join(parts)} are learnt as classes: if they are parts of the data, give one of those folders instead"
+    )
 
 
 def pack_items(

@@ -56,6 +56,7 @@ from potluck.topics import Topics
 from support.brokers import TestBroker
 from support.eventually import eventually
 from support.fake_bus import FakeBroker, FakeBus
+from support.recordings import write_files
 from support.scripted_coordinator import ScriptedCoordinator
 
 
@@ -191,6 +192,10 @@ WRONG: dict[str, tuple[type[PotluckError], Callable[[AsyncClient], Awaitable[obj
     "round_seconds must be .*86,400": (InvalidRequest, lambda client: client.train("m", "d", round_seconds=1e9)),
     "round_seconds must be": (InvalidRequest, lambda client: client.train("m", "d", round_seconds="fast")),
     "seed must be": (InvalidRequest, lambda client: client.train("m", "d", seed=2**70)),
+    "private_unit alone would hide nothing": (
+        InvalidRequest,
+        lambda client: client.train("m", "d", private_unit="node"),
+    ),
     "name must be .*not 5": (InvalidRequest, lambda client: client.train("m", "d", name=5)),
     "target must be": (InvalidRequest, lambda client: client.predict("m", "d", target=b"y")),
     "target 'y' names": (InvalidRequest, lambda client: client.train("m", "d", validation=(X, X), target="y")),
@@ -282,6 +287,18 @@ async def test_arrays_become_a_data_set_named_by_its_content(
     names = [spec.dataset for spec in jobs_of(coordinator)]
     assert names[0] == names[1] != names[2]
     assert names[0].startswith("arrays-")
+
+
+async def test_a_folder_too_far_up_is_remarked_on(
+    client: AsyncClient, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    films = tmp_path / "films"
+    for part in ("train", "test"):
+        write_files(films / part, {"good/1.txt": b"fine", "bad/2.txt": b"dull"})
+    await client.train("net", films / "train", validation=films / "test")
+    assert caplog.text == ""
+    await client.train("net", films)
+    assert "data: test and train are learnt as classes" in caplog.text
 
 
 async def test_progress_ends_with_the_job_and_the_result_is_read(

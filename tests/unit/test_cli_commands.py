@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 
 from potluck.cli.infer import read_input
 from potluck.cli.joining import CLAIM, elected
+from potluck.cli.main import app
 from potluck.cli.registry import read_labels, read_tags
 from potluck.cli.session import check_output, global_options_first, image_size
 from potluck.data import items
@@ -197,12 +199,33 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(
         refused = potluck(command, "m", "d", "--output", str(nowhere), "--seed", f"127.0.0.1:{unused_tcp_port}")
         assert (refused.returncode, refused.stdout) == (2, "")
         assert refused.stderr == f"potluck: --output {nowhere}: there is no folder {nowhere.parent}\n"
+    other = potluck("train", "m", "d", "--output", str(tmp_path / "o.h5"), "--seed", f"127.0.0.1:{unused_tcp_port}")
+    assert (other.returncode, other.stdout) == (2, "")
+    assert (
+        other.stderr == f"potluck: --output {tmp_path}/o.h5: the result is a .keras file: name it {tmp_path}/o.keras\n"
+    )
     with pytest.raises(InvalidRequest, match="this is a folder"):
         check_output(tmp_path)
     check_output(tmp_path / "o.csv")
     monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write everywhere
     with pytest.raises(InvalidRequest, match=f"o.csv: {tmp_path} may not be written"):
         check_output(tmp_path / "o.csv")
+
+
+def test_options_of_noise_go_to_the_client_when_they_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It refuses those that would hide nothing by themselves; what was not typed is not asked for."""
+    client = mock.MagicMock()
+    client.__enter__.return_value.train.side_effect = InvalidRequest("seen")
+    monkeypatch.setattr("potluck.cli.session.Session.client", lambda self: client)
+    for typed, given in (
+        ([], {}),
+        (["--private-unit", "node", "--delta", "0.5"], {"private_unit": "node", "delta": 0.5}),
+    ):
+        with pytest.raises(InvalidRequest, match="seen"):
+            app(["train", "m", "node:d", *typed], standalone_mode=False)
+        options = client.__enter__.return_value.train.call_args.kwargs
+        names = ("l2_norm_clip", "noise_multiplier", "private_unit", "delta")
+        assert {name: options[name] for name in names if name in options} == given
 
 
 def test_numbers_in_json_become_what_the_model_takes(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from potluck.blobs.store import BlobStore
 from potluck.data import audio
-from potluck.data.folders import Unusable
+from potluck.data.folders import Unusable, parts_as_classes
 from potluck.data.pack import pack
 from potluck.errors import InvalidData
 from support.digits import write_png_folder
@@ -61,6 +61,12 @@ def test_a_text_that_cannot_be_used_is_named_counted_and_skipped(
     (skipped,) = dataset.skipped
     assert skipped.startswith("bad/odd.txt: ")
     assert reason in skipped
+
+
+def test_class_folders_that_are_named_as_parts_of_a_set_are_remarked_on() -> None:
+    assert parts_as_classes(("README", "Test", "train")).startswith("Test and train are learnt as classes: ")
+    for classes in ((), ("cat", "dog"), ("car", "plane", "train")):
+        assert parts_as_classes(classes) == ""
 
 
 def test_more_than_one_text_in_a_hundred_is_refused(tmp_path: Path, store: BlobStore) -> None:

@@ -52,6 +52,15 @@ def test_what_is_ready_is_announced_and_what_fails_is_logged(own: OwnData, caplo
     ]
 
 
+def test_a_folder_too_far_up_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for part in ("train", "test"):
+        (tmp_path / "films" / part / "good").mkdir(parents=True)
+        (tmp_path / "films" / part / "good" / "1.txt").write_text("fine")
+    own = OwnData(tmp_path / "data", {"films": str(tmp_path / "films")})
+    assert own.pack("films")
+    assert "test and train are learnt as classes" in caplog.text
+
+
 def test_more_names_of_classes_than_fit_into_a_message_are_refused(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
