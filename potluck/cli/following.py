@@ -93,8 +93,7 @@ def current_text(progress: JobProgress) -> str:
     training = {name: value for name, value in progress.metrics.items() if name not in validated}
     if not validated:
         return metrics_text(training)
-    before = f"after epoch {progress.epoch - 1}: " if progress.epoch > 1 else ""
-    return f"{metrics_text(training)}  ({before}{metrics_text(validated)})".strip()
+    return f"{metrics_text(training)}  (last validation: {metrics_text(validated)})".strip()
 
 
 def progress_text(progress: JobProgress) -> str:

@@ -112,6 +112,14 @@ def test_what_was_exchanged_and_who_is_left_out_is_told() -> None:
     assert len(list(following.plain_lines([before, state, state], lambda: 0.0))) == 2, "said at once, and once"
 
 
+def test_what_a_validation_measured_is_not_said_of_the_epoch_under_way() -> None:
+    """While the model is written, and after the end, there is none under way: progress stays at the last."""
+    metrics = {"loss": 0.5, "val_loss": 0.75}
+    for done in (3, 4):
+        progress = JobProgress(done=done, total=4, epoch=2, epochs=2, metrics=metrics)
+        assert following.progress_text(progress).endswith("loss 0.5000  (last validation: val_loss 0.7500)")
+
+
 def test_epochs_show_what_they_took() -> None:
     history = [
         EpochMetrics(
