@@ -48,7 +48,22 @@ class FederatedStrategy(RoundsStrategy):
         found = super().progress(running)
         idle = not running and not self.all_trained and not self.contributions
         message = f"waiting for a node that holds {self.spec.dataset}" if idle else found.message
-        return changed(found, strategy="local, since the data stay on the nodes", message=message)
+        strategy = "; ".join(["local, since the data stay on the nodes", *self._worth_of_noise()])
+        return changed(found, strategy=strategy, message=message)
+
+    def _worth_of_noise(self) -> list[str]:
+        """What whoever asked for it should know of it, as soon as that is known."""
+        rules = self.spec.privacy
+        if rules is None:
+            return []
+        if not rules.noise_multiplier:
+            return ["without noise nothing is hidden"]
+        if self.weights is None or not self.spent:
+            return []
+        times = privacy.loudness(rules, self.spent.values(), self.weights.size // 4, self.spec.batch_size)
+        nodes = f"{len(self.spent)} node{'s' if len(self.spent) > 1 else ''}"
+        what = "gradient" if rules.unit == "example" else "update"
+        return [f"the noise in the mean of {nodes} is {times:,.1f} times as long as the longest {what}"]
 
     def _open_round(self, view: ClusterView) -> list[Decision]:
         held = {node.node_id: node.holds(self.dataset.name) for node in view.nodes}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -31,6 +32,20 @@ def check() -> None:
 def load() -> None:
     """Import the accountant, once: it takes seconds (SciPy), so do it in a thread before `epsilon` is asked for."""
     import dp_accounting.rdp  # noqa: F401
+
+
+def loudness(rules: Privacy, spent: Iterable[Spent], weights: int, batch_size: int) -> float:
+    """How long the noise in the nodes' mean is, to be expected, as a multiple of the longest that a mean can be without it.
+
+    Of one round for `node`, of one step for `example`. Both lengths are Euclidean: in each of the `weights` directions the noise has the
+    standard deviation noise_multiplier * l2_norm_clip, while what is cut has l2_norm_clip in all of them together.
+    """
+    items = [node.items for node in spent]
+    shares = sum((count / sum(items)) ** 2 for count in items)  # 1 / nodes, where each holds as many
+    cut = (
+        batch_size if rules.unit == "example" else 1
+    )  # the gradients of so many examples are added up before the noise
+    return rules.noise_multiplier * math.sqrt(weights * shares) / cut
 
 
 def epsilon(rules: Privacy, spent: Iterable[Spent], batch_size: int) -> float:

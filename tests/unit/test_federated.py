@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from coordinator.federated import NodesEvaluation, described, fits, joined
 from coordinator.jobs import Attempt, CloseEpoch, CloseRound, Complete, JobSubmitted, Lease, RoundClosed
@@ -192,6 +193,30 @@ def test_epsilon_is_that_of_the_node_known_best() -> None:
     once = privacy.epsilon(Privacy(l2_norm_clip=1.0, noise_multiplier=1.0, unit="node"), [privacy.Spent(9, 9, 1)], 10)
     orders = np.linspace(1.1, 60, 1000)
     assert 3.0 < once <= (orders / 2 + np.log(1e5) / (orders - 1)).min()
+
+
+def test_what_noise_costs_is_told_after_the_first_round() -> None:
+    rules = Privacy(l2_norm_clip=0.5, noise_multiplier=2.0, unit="node")
+    even = [privacy.Spent(100), privacy.Spent(100), privacy.Spent(100), privacy.Spent(100)]
+    rng = np.random.default_rng(0)
+    noise = rng.normal(0.0, 2.0 * 0.5, (4, 10_000)).mean(axis=0)
+    assert privacy.loudness(rules, even, 10_000, 10) == pytest.approx(np.linalg.norm(noise) / 0.5, rel=0.05)
+    assert privacy.loudness(rules, [*even[:1], privacy.Spent(100_000)], 10_000, 10) == pytest.approx(200, rel=0.01)
+    each = Privacy(l2_norm_clip=0.5, noise_multiplier=2.0)
+    assert privacy.loudness(each, even, 10_000, 10) == privacy.loudness(rules, even, 10_000, 10) / 10
+
+    play = Play({"n1": 100, "n2": 100}, privacy=replace(rules, noise_multiplier=1.0))
+    play.plan()
+    assert play.strategy.progress({}).strategy == "local, since the data stay on the nodes"
+    for name in ("n1", "n2"):
+        play.finish(name, 100, 10, 100)
+    play.close(200)
+    play.strategy.weights = BlobRef(sha256="0" * 64, size=4 * 5000)
+    assert play.strategy.progress({}).strategy.endswith(
+        "; the noise in the mean of 2 nodes is 50.0 times as long as the longest update"
+    )
+    unhidden = Play({"n1": 100}, privacy=Privacy(l2_norm_clip=1.0))
+    assert unhidden.strategy.progress({}).strategy.endswith("; without noise nothing is hidden")
 
 
 def evaluation() -> NodesEvaluation:
