@@ -19,6 +19,7 @@ from node.copies import Copies
 from node.engine.process import Engine
 from node.executor import Executor
 from node.giving_way import GivingWay
+from node.inputs import Inputs
 from node.own_data import OwnData
 from node.presence import Presence
 from node.replicas import Replicas
@@ -93,6 +94,7 @@ class Node:
             )
             store = BlobStore(self.folder / "blobs", settings.blob_limit_bytes)
             downloader = await stack.enter_async_context(Downloader(store))
+            inputs = await stack.enter_async_context(Inputs(self.folder / "inputs"))
             discovery = await self._discovery(stack)
             self._bus = MqttBus(
                 self._addresses(discovery),
@@ -106,7 +108,7 @@ class Node:
             self._outbox = Outbox(self._bus)
             fast = Outbox(self._bus)
             own_data = OwnData(self.folder / "data", settings.data)
-            self._make_engines(store, downloader, fast, own_data)
+            self._make_engines(store, downloader, inputs, fast, own_data)
             self._copies = Copies(store, downloader, lambda message: self._outbox.publish(self._outbox_topic, message))
             stack.push_async_callback(self._work_slot.stop)
             stack.push_async_callback(self._serve_slot.stop)
@@ -122,6 +124,7 @@ class Node:
                     "answers": fast.run(),
                     "executor": self._executor.run(),
                     "replicas": self._replicas.run(),
+                    "inputs": inputs.run(),
                     "copies": self._copies.run(),
                     "renewals": self._every(settings.renew_seconds, self._assignments.on_renewal_due),
                     "resends": self._every(settings.resend_seconds, self._assignments.on_resend_due),
@@ -139,7 +142,8 @@ class Node:
                 if discovery is not None:
                     parts["advertise"] = self._presence.advertise(discovery)
                 running = [tasks.create_task(part, name=name) for name, part in parts.items()]
-                async with serve_http(sock, blob_server.routes(store, writable=False, max_bytes=0)):
+                routes = blob_server.routes(store, inputs.store, writable=False, max_bytes=0)
+                async with serve_http(sock, [*routes, inputs.route(self._replicas.no_inputs)]):
                     http = self._presence.urls[0]
                     log.info("node started %s", fields(node=self.node_id, cluster=settings.cluster, http=http))
                     lifecycle.notify(f"READY=1\nSTATUS=node {self.node_id} looks for cluster {settings.cluster}")
@@ -242,7 +246,9 @@ class Node:
 
     # --- parts ----------------------------------------------------------------------------------------------------------
 
-    def _make_engines(self, store: BlobStore, downloader: Downloader, fast: Outbox, own_data: OwnData) -> None:
+    def _make_engines(
+        self, store: BlobStore, downloader: Downloader, inputs: Inputs, fast: Outbox, own_data: OwnData
+    ) -> None:
         settings = self.settings
         scratch = self.folder / "scratch"
         shutil.rmtree(scratch, ignore_errors=True)
@@ -280,6 +286,7 @@ class Node:
         self._replicas = Replicas(
             store=store,
             downloader=downloader,
+            inputs=inputs,
             slot=self._serve_slot,
             outbox=self._outbox,
             fast=fast,

@@ -12,12 +12,15 @@ from typing import Any
 from msgspec.structs import replace
 
 from node.engine.process import Engine
+from node.inputs import Inputs
 from node.slot import EngineSlot
 from potluck.blobs.download import Downloader
 from potluck.blobs.store import BlobStore
 from potluck.errors import (
     Cancelled,
+    CorruptBlob,
     EngineFailed,
+    InputsLost,
     NotFound,
     Overloaded,
     PotluckError,
@@ -27,6 +30,7 @@ from potluck.errors import (
 )
 from potluck.logs import fields
 from potluck.messages import (
+    INPUT_BLOB_LIMIT_BYTES,
     BlobRef,
     CancelInference,
     InferenceFinished,
@@ -50,8 +54,6 @@ BATCHES_LIMIT = 256
 """Batches that may wait for the engine; the coordinator sends two to a replica, so more is a fault of somebody."""
 INLINE_OUTPUT_BYTES = 192 * 1024
 """What the outputs of a batch may be in a message; larger tensors become blobs."""
-INPUT_LIMIT_BYTES = 64 * 2**20
-"""Largest tensor that is pulled as a blob for one request."""
 
 
 class Replicas:
@@ -65,6 +67,7 @@ class Replicas:
         *,
         store: BlobStore,
         downloader: Downloader,
+        inputs: Inputs,
         slot: EngineSlot,
         outbox: Outbox,
         fast: Outbox,
@@ -74,6 +77,7 @@ class Replicas:
     ) -> None:
         self._store = store
         self._downloader = downloader
+        self._inputs = inputs
         self._slot = slot
         self._outbox = outbox
         self._fast = fast
@@ -97,6 +101,10 @@ class Replicas:
     def needed(self) -> bool:
         """Whether the engine holds anything, or is about to."""
         return bool(self._loaded or self._loading)
+
+    def no_inputs(self) -> PotluckError | None:
+        """Why nobody need send inputs here now; None while a replica is ready."""
+        return None if self._loaded else Unavailable("this node holds no replica")
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -225,29 +233,31 @@ class Replicas:
     async def _computed(self, command: RunInference) -> tuple[list[RequestOutcome], float]:
         """An outcome for each request, and the engine's seconds."""
         files: dict[str, Path] = {}
-        fetched: list[str] = []
+        done = False
         try:
             requests = command.requests
             if any(isinstance(tensor.data, BlobRef) for request in requests for tensor in request):
-                requests = await self._all_at_hand(command, files, fetched)
+                requests = await self._all_at_hand(command, files)
             engine = self._slot.engine
             if engine is None:  # it died just now; a fresh one would not have the model
                 raise EngineFailed("the engine that held the replica is gone")
-            return await engine.infer(command.replica_id, requests, files, batch_id=command.id, expires=command.expires)
+            found = await engine.infer(
+                command.replica_id, requests, files, batch_id=command.id, expires=command.expires
+            )
+            done = True
+            return found
+        except PotluckError as error:
+            done = not error.retryable
+            raise
         finally:
-            for sha256 in files:
-                self._store.unpin(sha256)
-            for sha256 in fetched:
-                self._store.delete(sha256)  # inputs hardly come twice, and what is gone soon need not reach the disk
+            self._inputs.done(files, answered=done)
 
-    async def _all_at_hand(
-        self, command: RunInference, files: dict[str, Path], fetched: list[str]
-    ) -> tuple[tuple[Tensor, ...], ...]:
+    async def _all_at_hand(self, command: RunInference, files: dict[str, Path]) -> tuple[tuple[Tensor, ...], ...]:
         """The requests with their blobs' files in `files`. Raises Cancelled when nobody wants them any more."""
         self._fetching.add(command.id)
         try:
             requests = tuple(
-                [tuple([await self._at_hand(one, files, fetched) for one in request]) for request in command.requests]
+                [tuple([await self._at_hand(one, files) for one in request]) for request in command.requests]
             )
             if command.id in self._cancelled:
                 raise Cancelled("nobody waits for this batch any more")
@@ -256,20 +266,20 @@ class Replicas:
             self._fetching.discard(command.id)
             self._cancelled.discard(command.id)
 
-    async def _at_hand(self, tensor: Tensor, files: dict[str, Path], fetched: list[str]) -> Tensor:
-        """The tensor with its file, pinned, in `files` where it is a blob; text is read at once. New blobs join `fetched`."""
+    async def _at_hand(self, tensor: Tensor, files: dict[str, Path]) -> Tensor:
+        """The tensor with its file, pinned, in `files` where it is a blob; text is read at once."""
         ref = tensor.data
         if not isinstance(ref, BlobRef):
             return tensor
-        if ref.size > INPUT_LIMIT_BYTES:
-            raise TooLarge(f"input '{tensor.name}' is a blob of {ref.size} bytes; {INPUT_LIMIT_BYTES} is the limit")
+        if ref.size > INPUT_BLOB_LIMIT_BYTES:
+            raise TooLarge(
+                f"input '{tensor.name}' is a blob of {ref.size} bytes; {INPUT_BLOB_LIMIT_BYTES} is the limit"
+            )
         if ref.sha256 not in files:
-            if not self._store.has(ref.sha256):
-                fetched.append(ref.sha256)
-            self._store.pin(ref.sha256)
-            files[ref.sha256] = self._store.folder  # until it is here: what is pinned is unpinned
+            self._inputs.pin(ref.sha256)
+            files[ref.sha256] = self._inputs.store.folder  # until it is here: what is pinned is unpinned
         try:
-            path = files[ref.sha256] = await self._downloader.fetch(ref)
+            path = files[ref.sha256] = await self._fetched(ref)
             if tensor.datatype != "BYTES":
                 return tensor
             data = await asyncio.to_thread(path.read_bytes)
@@ -278,6 +288,12 @@ class Replicas:
             return replace(tensor, data=unpacked(tensor.name, tensor.datatype, data))
         except OSError as error:
             raise Unavailable(f"input '{tensor.name}' cannot be read on this node: {error}") from error
+
+    async def _fetched(self, ref: BlobRef) -> Path:
+        try:
+            return await self._inputs.fetch(ref)
+        except (Unavailable, CorruptBlob) as error:
+            raise InputsLost(error.message) from error
 
     async def _as_blobs(self, outcomes: list[RequestOutcome]) -> list[RequestOutcome]:
         """The outcomes with the tensors that make them too large for a message in our store."""

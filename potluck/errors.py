@@ -103,6 +103,12 @@ class Unavailable(PotluckError):
     exit_code = 4
 
 
+class InputsLost(Unavailable):
+    """The inputs of a request are blobs that nobody has any more. Whoever sent them can send them again."""
+
+    code = "inputs_lost"
+
+
 class TimedOut(PotluckError):
     """No answer within the time allowed."""
 

@@ -17,6 +17,8 @@ from msgspec import Meta, Struct
 PROTOCOL_VERSION = 1
 INLINE_LIMIT_BYTES = 256 * 1024
 """Largest message on the bus; larger tensors and files travel as blobs."""
+INPUT_BLOB_LIMIT_BYTES = 64 * 2**20
+"""Largest input of an inference that is a blob."""
 
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")]
 """A name that a user gives to a model or data set."""

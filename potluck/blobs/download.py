@@ -1,4 +1,4 @@
-"""Pull a blob from every holder at once, chunk by chunk; push one to whoever may be written to."""
+"""Pull a blob from every holder at once, chunk by chunk; push one to whoever may be written to; send inputs to a node."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Self
 
 import aiohttp
+import msgspec
 from aiohttp import hdrs
 
 from potluck.blobs.store import BlobStore, hash_file
@@ -115,6 +116,27 @@ class Downloader:
         shown = "; ".join(f"{base}: {reason}" for base, reason in reasons.items())
         raise Unavailable(f"a blob of {ref.size} bytes could not be sent: {shown}")
 
+    async def send_inputs(self, data: bytes, base: str, connect_seconds: float) -> BlobRef:
+        """Send the inputs of a request to a node, which hashes them and says what they are called. Raises Unavailable."""
+        try:
+            async with asyncio.timeout(_ANSWER_SECONDS) as limit:
+                async with self._http.post(
+                    f"{base.rstrip('/')}/inputs",
+                    data=_pieces(data, limit),
+                    headers={hdrs.CONTENT_LENGTH: str(len(data)), hdrs.CONTENT_TYPE: "application/octet-stream"},
+                    timeout=aiohttp.ClientTimeout(total=None, sock_connect=connect_seconds),
+                    allow_redirects=False,
+                ) as response:
+                    said = await response.content.read(4096)
+            if response.status != 201:
+                raise Unavailable(f"{base} took no inputs: {_told(said) or f'{response.status} {response.reason}'}")
+            found = msgspec.json.decode(said, type=BlobRef)
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+            raise Unavailable(f"{base} took no inputs: {explained(error, self._timings)}") from error
+        if found.size != len(data):
+            raise Unavailable(f"{base} took {found.size} bytes of {len(data)}")
+        return BlobRef(sha256=found.sha256, size=found.size, holders=(base,))
+
     @property
     def _http(self) -> aiohttp.ClientSession:
         assert self._session is not None, "a Downloader is used in its own `async with` block"
@@ -158,16 +180,9 @@ class Downloader:
                 if there.status == 200:
                     return None
             async with asyncio.timeout(_ANSWER_SECONDS) as limit:
-
-                async def body() -> AsyncIterator[bytes | memoryview]:
-                    async for data in _pieces(source):
-                        with suppress(RuntimeError):  # it was refused before all was sent, and nobody waits any more
-                            limit.reschedule(asyncio.get_running_loop().time() + _ANSWER_SECONDS)
-                        yield data
-
                 async with self._http.put(
                     url,
-                    data=body(),
+                    data=_pieces(source, limit),
                     headers={hdrs.CONTENT_LENGTH: str(ref.size)},
                     expect100=ref.size >= _EXPECT_BYTES,
                     timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._timings.connect_seconds),
@@ -187,15 +202,23 @@ class Downloader:
         return reason
 
 
-async def _pieces(source: bytes | Path) -> AsyncIterator[bytes | memoryview]:
+async def _pieces(source: bytes | Path, limit: asyncio.Timeout) -> AsyncIterator[bytes | memoryview]:
+    """What is to be sent, with all the time for an answer again after each piece."""
+
+    def go_on() -> None:
+        with suppress(RuntimeError):  # it was refused before all was sent, and nobody waits any more
+            limit.reschedule(asyncio.get_running_loop().time() + _ANSWER_SECONDS)
+
     if isinstance(source, bytes):
         whole = memoryview(source)
         for start in range(0, len(source), _SEND_BYTES):
+            go_on()
             yield whole[start : start + _SEND_BYTES]
         return
     file = await asyncio.to_thread(source.open, "rb")
     try:
         while data := await asyncio.to_thread(file.read, _SEND_BYTES):
+            go_on()
             yield data
     finally:
         file.close()

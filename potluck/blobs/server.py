@@ -1,4 +1,4 @@
-"""The blob server: `GET`, `HEAD` and, where clients may push, `PUT /blobs/<sha256>`."""
+"""The blob server: `GET`, `HEAD` and, where clients may push, `PUT /blobs/<sha256>`; where inputs are taken, `POST /inputs`."""
 
 from __future__ import annotations
 
@@ -11,21 +11,26 @@ from aiohttp import ETag, hdrs, web
 from aiohttp.abc import AbstractStreamWriter
 
 from potluck.blobs.store import BlobStore, NewFile, is_sha256
-from potluck.errors import DiskFull, NotFound
+from potluck.errors import DiskFull, NotFound, PotluckError, TooLarge
+from potluck.messages import BlobRef
 
 IDLE_SECONDS = 30.0
 """An upload of which no byte arrives for so long is given up."""
 
+_OCTETS = "application/octet-stream"
 _LEFT_SECONDS = 1.0
 """How soon an answer ends whose client has gone."""
+_UPLOADS_LIMIT = 32
+"""Of inputs, at a time: what is not whole yet counts for no other limit."""
 _ADD_BYTES = 1 << 20
 """So much is hashed and written at a time: a thread for each piece that arrives would take longer than both."""
 
 
 def routes(
-    store: BlobStore, *, writable: bool, max_bytes: int, idle_seconds: float = IDLE_SECONDS
+    store: BlobStore, *others: BlobStore, writable: bool, max_bytes: int, idle_seconds: float = IDLE_SECONDS
 ) -> list[web.RouteDef]:
-    """Routes for an aiohttp application. `GET` answers Range requests (RFC 9110, 14) and carries the hash as ETag.
+    """Routes for an aiohttp application. `GET` answers Range requests (RFC 9110, 14) and carries the hash as ETag; what is not
+    in `store` is looked for in `others`.
 
     `PUT` takes at most `max_bytes` and keeps nothing that has not the hash which names it. With `Expect: 100-continue` what
     is not wanted is refused before it is sent.
@@ -34,7 +39,7 @@ def routes(
     async def get(request: web.Request) -> web.StreamResponse:
         sha256 = request.match_info["sha256"]
         try:
-            path = store.path(sha256)
+            path = next((one for one in others if one.has(sha256)), store).path(sha256)
         except NotFound as error:
             return _problem(404, error.message)
         if any(tag.value in (sha256, "*") for tag in request.if_none_match or ()):
@@ -49,7 +54,7 @@ def routes(
         if store.has(sha256):
             return web.Response(status=200)
         if (request.content_length or 0) > max_bytes:
-            return _too_large()
+            return _too_large(max_bytes)
         try:
             store.check_room(request.content_length or 0)
         except DiskFull as error:
@@ -69,43 +74,7 @@ def routes(
         answer = settled(request)
         if answer is not None:
             return answer
-        try:
-            with store.new_file() as file:
-                return await receive(request, file)
-        except DiskFull as error:
-            return _problem(507, error.message)
-        except TimeoutError:
-            return _problem(408, f"no byte arrived for {idle_seconds:g} s")
-
-    async def receive(request: web.Request, file: NewFile) -> web.Response:
-        sha256 = request.match_info["sha256"]
-        digest, size = hashlib.sha256(), 0
-        gathered: list[bytes] = []
-
-        def add() -> None:
-            for data in gathered:
-                digest.update(data)
-                file.write(data)
-
-        data = b"-"
-        while data:
-            async with asyncio.timeout(idle_seconds):
-                data = await request.content.readany()
-            size += len(data)
-            if size > max_bytes:
-                return _too_large()
-            gathered.append(data)
-            if not data or sum(map(len, gathered)) >= _ADD_BYTES:
-                await asyncio.to_thread(add)
-                gathered.clear()
-        file.flush()
-        if digest.hexdigest() != sha256:
-            return _problem(409, f"the {size} bytes sent have the SHA-256 {digest.hexdigest()}")
-        await asyncio.to_thread(store.adopt, file.path, sha256)
-        return web.Response(status=201)
-
-    def _too_large() -> web.Response:
-        return _problem(413, f"a blob may have {max_bytes} bytes here")
+        return await _received(request, store, max_bytes, idle_seconds, wanted=request.match_info["sha256"])
 
     found = [web.get("/blobs/{sha256}", get)]
     if writable:
@@ -114,12 +83,96 @@ def routes(
     return found
 
 
+def inputs_route(
+    store: BlobStore,
+    *,
+    max_bytes: int,
+    refusal: Callable[[], PotluckError | None],
+    on_taken: Callable[[BlobRef], None],
+    idle_seconds: float = IDLE_SECONDS,
+) -> web.RouteDef:
+    """`POST /inputs`: bytes that nobody has hashed yet; the answer names them. While there is a `refusal`, nothing is taken."""
+
+    uploads = asyncio.Semaphore(_UPLOADS_LIMIT)
+
+    async def post(request: web.Request) -> web.StreamResponse:
+        if request.content_type != _OCTETS:  # which no page in a browser can send unasked: fetch standard, 2.2.2
+            return _problem(415, f"inputs are sent as {_OCTETS}")
+        if (reason := refusal()) is not None:
+            return _problem(503, reason.message)
+        if (request.content_length or 0) > max_bytes:
+            return _too_large(max_bytes)
+        if uploads.locked():
+            return _problem(503, f"{_UPLOADS_LIMIT} uploads are under way")
+        async with uploads:
+            return await _received(request, store, max_bytes, idle_seconds, on_taken=on_taken)
+
+    return web.post("/inputs", post)
+
+
+async def _received(
+    request: web.Request,
+    store: BlobStore,
+    max_bytes: int,
+    idle_seconds: float,
+    *,
+    wanted: str = "",
+    on_taken: Callable[[BlobRef], None] = lambda ref: None,
+) -> web.Response:
+    """The body in the store, and 201; or why not. With `wanted` it must have that hash."""
+    try:
+        with store.new_file() as file:
+            sha256, size = await _receive(request, file, max_bytes, idle_seconds)
+            if wanted not in ("", sha256):
+                return _problem(409, f"the {size} bytes sent have the SHA-256 {sha256}")
+            ref = await asyncio.to_thread(store.adopt, file.path, sha256)
+    except TooLarge:
+        return _too_large(max_bytes)
+    except DiskFull as error:
+        return _problem(507, error.message)
+    except TimeoutError:
+        return _problem(408, f"no byte arrived for {idle_seconds:g} s")
+    if wanted:
+        return web.Response(status=201)
+    on_taken(ref)
+    return web.json_response({"sha256": ref.sha256, "size": ref.size}, status=201)
+
+
+async def _receive(request: web.Request, file: NewFile, max_bytes: int, idle_seconds: float) -> tuple[str, int]:
+    """The body in the file: (SHA-256, size). Raises TooLarge, DiskFull, TimeoutError."""
+    digest, size = hashlib.sha256(), 0
+    gathered: list[bytes] = []
+    waiting = 0
+
+    def add() -> None:
+        for data in gathered:
+            digest.update(data)
+            file.write(data)
+        if not data:
+            file.flush()
+
+    data = b"-"
+    while data:
+        async with asyncio.timeout(idle_seconds):
+            data = await request.content.readany()
+        size += len(data)
+        waiting += len(data)
+        if size > max_bytes:
+            raise TooLarge(f"more than {max_bytes} bytes")
+        gathered.append(data)
+        if not data or waiting >= _ADD_BYTES:
+            await asyncio.to_thread(add)
+            gathered.clear()
+            waiting = 0
+    return digest.hexdigest(), size
+
+
 class _BlobResponse(web.FileResponse):
     """A file whose ETag is its hash; aiohttp would make one of its time."""
 
     def __init__(self, path: Path, sha256: str) -> None:
         self._sha256 = sha256
-        headers = {hdrs.CONTENT_TYPE: "application/octet-stream", hdrs.CACHE_CONTROL: "max-age=31536000, immutable"}
+        headers = {hdrs.CONTENT_TYPE: _OCTETS, hdrs.CACHE_CONTROL: "max-age=31536000, immutable"}
         super().__init__(path, headers=headers)
 
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
@@ -140,6 +193,10 @@ class _BlobResponse(web.FileResponse):
     @etag.setter
     def etag(self, value: ETag | str | None) -> None:
         self.headers[hdrs.ETAG] = f'"{self._sha256}"'
+
+
+def _too_large(max_bytes: int) -> web.Response:
+    return _problem(413, f"a blob may have {max_bytes} bytes here")
 
 
 def _problem(status: int, text: str) -> web.Response:

@@ -129,6 +129,7 @@ async def test_large_tensors_come_and_go_as_blobs(lab: Lab) -> None:
     kept = {path.name for path in lab.folder.glob("*/blobs/*")}
     assert kept  # the model
     assert ref.sha256 not in kept
+    assert not list(lab.folder.glob("*/inputs/*"))
     await lab.infer("out", REPLICA, Tensor(name="grow", datatype="UINT8", shape=(1, 1), data=b"\0"))
     (outcome,) = (await answer(lab, "out")).outcomes
     assert [type(output.data) for output in outcome.outputs] == [BlobRef, bytes]
@@ -145,7 +146,7 @@ async def test_a_blob_that_nobody_has_fails_its_batch_alone(lab: Lab) -> None:
     await lab.infer("good", REPLICA, X)
     assert code(await answer(lab, "good")) == ""
     assert code(await answer(lab, "huge")) == "too_large"
-    assert code(await answer(lab, "lost", seconds=60)) == "unavailable"
+    assert code(await answer(lab, "lost", seconds=60)) == "inputs_lost"
 
 
 async def test_an_engine_that_dies_takes_its_replicas_and_says_so(lab: Lab) -> None:

@@ -142,7 +142,7 @@ async def test_addresses_that_are_none_end_no_node(lab: Lab) -> None:
     await lab.infer("b1", "m:1/1", Tensor(name="x", datatype="UINT8", shape=(5,), data=ODD))
     (outcome,) = (await lab.heard(InferenceFinished)).outcomes
     assert outcome.error is not None
-    assert outcome.error.code == "unavailable"
+    assert outcome.error.code == "inputs_lost"
     await works(lab, "a2")
     assert "Traceback" not in node.log()
 

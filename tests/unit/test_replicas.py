@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from node import replicas
+from node.inputs import Inputs
 from node.replicas import Replicas
 from potluck.blobs.download import Downloader
 from potluck.blobs.store import BlobStore
@@ -96,10 +97,11 @@ async def made(folder: Path) -> AsyncIterator[Bench]:
     store.put_bytes(b"model")
     broker, slot = FakeBroker(), Slot()
     bus: Bus = FakeBus(broker, client_id="node")
-    async with Downloader(store) as downloader:
+    async with Downloader(store) as downloader, Inputs(folder / "inputs") as inputs:
         outbox, fast = Outbox(bus), Outbox(bus)
         held = Replicas(
-            store=store, downloader=downloader, slot=slot, outbox=outbox, fast=fast, topic="out", urls=lambda: ()  # type: ignore[arg-type]
+            store=store, downloader=downloader, inputs=inputs, slot=slot, outbox=outbox, fast=fast, topic="out",  # type: ignore[arg-type]
+            urls=lambda: (),
         )  # fmt: skip
         async with asyncio.TaskGroup() as tasks:
             parts = [tasks.create_task(part) for part in (bus.run(), outbox.run(), fast.run(), held.run())]

@@ -1,0 +1,155 @@
+"""`POST /inputs` of a node: what is taken and what is refused, and that nothing of it stays."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import socket
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from node import inputs as inputs_module
+from node.inputs import Inputs
+from potluck.blobs import server
+from potluck.blobs.download import Downloader
+from potluck.blobs.store import BlobStore
+from potluck.errors import PotluckError, Unavailable
+from potluck.http import serve_http
+from potluck.messages import BlobRef
+from support.eventually import eventually
+
+LIMIT_BYTES = 3_000_000
+
+
+class Taker:
+    """A node's HTTP server, as far as it concerns inputs."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        self.inputs = inputs
+        self.refusal: PotluckError | None = None
+        self.url = ""
+
+    def left(self) -> list[str]:
+        return sorted(path.name for path in self.inputs.store.folder.iterdir())
+
+
+@pytest.fixture
+async def taker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Taker]:
+    monkeypatch.setattr(inputs_module, "INPUT_BLOB_LIMIT_BYTES", LIMIT_BYTES)
+    async with AsyncExitStack() as stack:
+        found = Taker(await stack.enter_async_context(Inputs(tmp_path / "inputs", kept_seconds=0.4)))
+        sock = socket.create_server(("127.0.0.1", 0))
+        found.url = f"http://127.0.0.1:{sock.getsockname()[1]}"
+        routes = server.routes(BlobStore(tmp_path / "blobs", 1 << 30), found.inputs.store, writable=False, max_bytes=0)
+        await stack.enter_async_context(serve_http(sock, [*routes, found.inputs.route(lambda: found.refusal)]))
+        yield found
+
+
+@pytest.fixture
+async def client(tmp_path: Path) -> AsyncIterator[Downloader]:
+    async with Downloader(BlobStore(tmp_path / "client", 1 << 30)) as found:
+        yield found
+
+
+@pytest.mark.parametrize("size", [0, 10, LIMIT_BYTES])
+async def test_inputs_are_named_by_who_takes_them_and_gone_with_their_batch(
+    taker: Taker, client: Downloader, size: int
+) -> None:
+    data = os.urandom(size)
+    ref = await client.send_inputs(data, taker.url, 1.0)
+    assert ref == BlobRef(sha256=hashlib.sha256(data).hexdigest(), size=size, holders=(taker.url,))
+    assert (await client.fetch(ref)).read_bytes() == data  # another node may need them
+    taker.inputs.pin(ref.sha256)
+    assert (await taker.inputs.fetch(ref)).read_bytes() == data
+    taker.inputs.done([ref.sha256], answered=True)
+    assert taker.left() == []
+
+
+async def test_a_batch_that_was_not_answered_leaves_them_to_others(taker: Taker, client: Downloader) -> None:
+    ref = await client.send_inputs(b"soup", taker.url, 1.0)
+    taker.inputs.pin(ref.sha256)
+    taker.inputs.done([ref.sha256], answered=False)
+    assert taker.left() == [ref.sha256]
+
+
+async def test_what_two_have_sent_is_there_for_both(taker: Taker, client: Downloader) -> None:
+    ref, again = [await client.send_inputs(b"soup", taker.url, 1.0) for _ in range(2)]
+    assert again == ref
+    for left in ([ref.sha256], []):
+        taker.inputs.pin(ref.sha256)
+        assert (await taker.inputs.fetch(ref)).read_bytes() == b"soup"
+        taker.inputs.done([ref.sha256], answered=True)
+        assert taker.left() == left
+
+
+async def test_what_no_batch_comes_for_is_swept(taker: Taker, client: Downloader) -> None:
+    used, unused = [await client.send_inputs(data, taker.url, 1.0) for data in (b"soup", b"bread")]
+    (taker.inputs.store.folder / "new-broken-off").write_bytes(b"half")
+    taker.inputs.pin(used.sha256)
+    sweeping = asyncio.create_task(taker.inputs.run(), name="inputs")
+    await eventually(lambda: taker.left() == [used.sha256])
+    taker.inputs.done([used.sha256], answered=False)
+    await eventually(lambda: taker.left() == [])
+    sweeping.cancel()
+    await asyncio.wait([sweeping])
+    assert unused.sha256 != used.sha256
+
+
+async def test_nothing_is_left_of_a_process_that_was_killed(tmp_path: Path) -> None:
+    Inputs(tmp_path / "inputs").store.put_bytes(b"soup")
+    assert Inputs(tmp_path / "inputs").store.size_bytes == 0
+    assert list((tmp_path / "inputs").iterdir()) == []
+
+
+async def test_what_is_refused_is_not_kept(taker: Taker, client: Downloader) -> None:
+    with pytest.raises(Unavailable, match=f"a blob may have {LIMIT_BYTES} bytes here"):
+        await client.send_inputs(bytes(LIMIT_BYTES + 1), taker.url, 1.0)
+    async with aiohttp.ClientSession() as session:
+
+        async def chunked() -> AsyncIterator[bytes]:
+            for _ in range(4):
+                yield bytes(1_000_000)
+
+        octets = {"Content-Type": "application/octet-stream"}
+        async with session.post(f"{taker.url}/inputs", data=chunked(), headers=octets) as response:
+            assert response.status == 413  # its size was not said before
+        for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data"):  # a page in a browser
+            async with session.post(f"{taker.url}/inputs", data=b"soup", headers={"Content-Type": kind}) as response:
+                assert response.status == 415
+        async with session.put(f"{taker.url}/blobs/{'0' * 64}", data=b"soup") as response:
+            assert response.status == 405
+    taker.refusal = Unavailable("this node holds no replica")
+    with pytest.raises(Unavailable, match="took no inputs: this node holds no replica"):
+        await client.send_inputs(b"soup", taker.url, 1.0)
+    assert taker.left() == []
+
+
+async def test_an_upload_that_breaks_off_leaves_nothing(taker: Taker) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(taker.url.rpartition(":")[2]))
+    head = (
+        "POST /inputs HTTP/1.1\r\nHost: x\r\nContent-Type: application/octet-stream\r\nContent-Length: 2000000\r\n\r\n"
+    )
+    writer.write(head.encode() + bytes(1_500_000))
+    await writer.drain()
+    await eventually(lambda: taker.left() != [])
+    writer.close()
+    await writer.wait_closed()
+    await eventually(lambda: taker.left() == [])
+    assert await reader.read() == b""
+
+
+async def test_who_takes_no_inputs_is_told_apart(client: Downloader, tmp_path: Path) -> None:
+    """A node of before, and an address where nothing listens."""
+    sock = socket.create_server(("127.0.0.1", 0))
+    url = f"http://127.0.0.1:{sock.getsockname()[1]}"
+    routes = server.routes(BlobStore(tmp_path / "blobs", 1 << 30), writable=False, max_bytes=0)
+    async with serve_http(sock, routes):
+        with pytest.raises(Unavailable, match="404 Not Found"):
+            await client.send_inputs(bytes(5_000_000), url, 1.0)
+    with pytest.raises(Unavailable, match="nothing listens there"):
+        await client.send_inputs(b"soup", url, 1.0)
