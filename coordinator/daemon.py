@@ -110,7 +110,13 @@ class Coordinator:
                 topics=self.topics,
                 outbox=self._outbox,
             )
-            self._inference = Inference(bus=bus, topics=self.topics, registry=registry, settings=settings)
+            self._inference = Inference(
+                bus=bus,
+                topics=self.topics,
+                registry=registry,
+                settings=settings,
+                node_at=self._membership.node_at,
+            )
             self._serving = Serving(
                 topics=self.topics,
                 outbox=self._outbox,

@@ -50,6 +50,8 @@ class Membership:
 
     timeout_seconds: float
     members: dict[str, Member] = field(default_factory=dict)
+    _at: dict[str, str] = field(default_factory=dict)
+    """Node ids by HTTP address."""
 
     def online(self) -> list[Member]:
         """Members that may be given work, in the order of their ids."""
@@ -57,6 +59,10 @@ class Membership:
 
     def get(self, node_id: str) -> Member | None:
         return self.members.get(node_id)
+
+    def node_at(self, url: str) -> str:
+        """The member that was last heard of at this HTTP address; "": none."""
+        return self._at.get(url.rstrip("/"), "")
 
     def data(self) -> dict[str, dict[str, NodeData]]:
         """The data sets that live on members which may be given work: by name and node."""
@@ -75,6 +81,10 @@ class Membership:
             self.members[status.node_id] = replace(known, state="offline")
             return [NodeLost(status.node_id, "it went offline")]
         changes: list[Change] = []
+        for url in known.http if known is not None else ():
+            if self._at.get(url) == status.node_id:
+                del self._at[url]
+        self._at.update(dict.fromkeys(status.http, status.node_id))
         if known is not None and known.session == status.session and known.state == "online":
             self.members[status.node_id] = replace(known, http=status.http, collective=status.collective, seen_at=now)
             return []

@@ -20,6 +20,7 @@ from potluck.bus import Bus, Envelope
 from potluck.errors import InvalidRequest, NotFound, PotluckError, TooLarge, from_code
 from potluck.messages import (
     INLINE_LIMIT_BYTES,
+    BlobRef,
     CancelInfer,
     CancelInference,
     ErrorInfo,
@@ -44,6 +45,8 @@ Where requests may take longer than usual (`inference_seconds`), a third of that
 """
 ROWS_COUNTED = 1024
 """A request counts for at most so many rows: what it claims of a blob is seen to be true only by whoever has fetched it."""
+MOVED_BYTES_PER_SECOND = 100e6
+"""How fast a node fetches inputs that another one has: what a gigabit network carries, about."""
 SHADOW_QUEUE_LIMIT = 8
 """A shadow that is further behind gets no copies: it must cost nobody anything."""
 
@@ -58,9 +61,12 @@ class Inference:
         topics: Topics,
         registry: Registry,
         settings: CoordinatorSettings,
+        node_at: Callable[[str], str] = lambda url: "",
         clock: Callable[[], float] = time.time,
     ) -> None:
+        """`node_at` says which node has an HTTP address; "": none."""
         self._topics = topics
+        self._node_at = node_at
         self._outbox = Outbox(bus)
         """Of its own: nothing of control goes before an answer."""
         self._registry = registry
@@ -133,6 +139,21 @@ class Inference:
         router = self._routers[name]
         router.remove_replica(replica_id, self._clock())
         self._pump(router)
+
+    def inputs_lost(self, node_id: str) -> None:
+        """A node is gone, and the inputs that it had: requests with those are answered so, and not tried elsewhere."""
+        for router in self._routers.values():
+            router.inputs_lost(node_id)
+
+    def nodes_of(self, model: str) -> list[str]:
+        """Those with a replica of a deployed model that is ready, and heard of; inputs may be sent there. Raises NotFound.
+
+        None while it has a shadow, which may ask for the inputs when the other's node has done with them.
+        """
+        traffic = self._traffic.get(model)
+        if traffic is not None and traffic.shadow:
+            return []
+        return [lane.node_id for lane in self.router(model).lanes.values() if not lane.silent]
 
     def expire(self) -> None:
         """Time passes: late batches are asked again elsewhere, and requests past their deadline answered."""
@@ -272,6 +293,10 @@ class Inference:
         if not router.lanes:
             self.on_demand(router)
         request = Request(inputs, answer, deadline, size, _rows(inputs[0]), priority)
+        blobs = [tensor.data for tensor in inputs if isinstance(tensor.data, BlobRef)]
+        if blobs:
+            request.held_by = next(filter(None, [self._node_at(holder) for ref in blobs for holder in ref.holders]), "")
+            request.moving_seconds = sum([ref.size for ref in blobs]) / MOVED_BYTES_PER_SECOND
         router.submit(request, now)
         self._pump(router)
         return request

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Set
 from dataclasses import dataclass, field
 
 from coordinator.serving.queueing import Request
@@ -124,6 +125,8 @@ class Lanes(dict[str, Lane]):
         """Whether one is so slow that it may be better to wait for another."""
         self.open: list[Lane] = []
         """Those with room for a batch, in no order: a message costs the same with three replicas as with a thousand."""
+        self._at: dict[str, Lane] = {}
+        """By the node that it is on."""
         self._quickest_seconds = 0.0
         """What a row takes on the quickest."""
         self._batch_limit = batch_limit
@@ -131,6 +134,7 @@ class Lanes(dict[str, Lane]):
 
     def add(self, lane: Lane) -> None:
         self[lane.replica_id] = lane
+        self._at[lane.node_id] = lane
         self.measure(lane)
         self.note_room(lane)
 
@@ -138,10 +142,17 @@ class Lanes(dict[str, Lane]):
         """It, unless it is not here."""
         lane = self.pop(replica_id, None)
         if lane is not None:
+            if self._at.get(lane.node_id) is lane:
+                del self._at[lane.node_id]
             self._shut(lane)
             self._count(lane, 0, 0.0)
             self.rows_out -= lane.rows
         return lane
+
+    def clear(self) -> None:
+        super().clear()
+        self.open.clear()
+        self._at.clear()
 
     def sent(self, lane: Lane, batch: Batch) -> None:
         lane.sent(batch)
@@ -198,6 +209,19 @@ class Lanes(dict[str, Lane]):
             return self.least_wait(lanes, now)
         return one if one.wait(now) <= other.wait(now) else other
 
+    def pick_for(self, request: Request, holders: Set[str], now: float) -> Lane | None:
+        """Where this request goes: to the node that has its inputs. Another one fetches them only while it has nothing to do (nor do
+        requests wait for it: `holders` are all who are waited for), and where that is quicker. None: it waits.
+        """
+        other = self.pick(now)
+        own = self._at.get(request.held_by)
+        if own is None or own is other or own.silent or own.rests_until > now:
+            return other
+        idle = other is not None and not other.batches and not other.silent and other.node_id not in holders
+        if other is not None and idle and request.moving_seconds + other.wait(now)[1] < own.wait(now)[1]:
+            return other
+        return None if own.full else own
+
     def least_wait(self, lanes: list[Lane], now: float) -> Lane | None:
         """Of those that do not rest."""
         awake = (lane for lane in lanes if lane.rests_until <= now)
@@ -235,6 +259,7 @@ class Lanes(dict[str, Lane]):
             assert (lane.open_at >= 0) == (not lane.full)
             assert lane.open_at < 0 or self.open[lane.open_at] is lane
             assert all(batch.out for batch in lane.batches.values())
+        assert all(self[lane.replica_id] is lane and lane.node_id == node for node, lane in self._at.items())
         assert len(self.open) == sum(lane.open_at >= 0 for lane in self.values())
         assert self.rows_out == sum(lane.rows for lane in self.values())
         assert self.rows_at_once == sum(lane.limit for lane in self.values())

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from potluck.errors import PotluckError
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from coordinator.serving.lanes import Batch
 
 SHARE = 8
+LOOK_AHEAD = 16
+"""So many are looked at for one that may go to a certain node."""
 
 Answer = Callable[[RequestOutcome | PotluckError], None]
 
@@ -37,6 +40,12 @@ class Request:
     answered: bool = False
     batch: Batch | None = None
     """With which it was sent last."""
+    held_by: str = ""
+    """The node that has its inputs, where they are not in the request and a node has them."""
+    moving_seconds: float = 0.0
+    """What it takes another node to fetch them."""
+    inputs_lost: bool = False
+    """That node is gone."""
 
     def settle(self, outcome: RequestOutcome | PotluckError) -> None:
         """Answer it, unless that was done."""
@@ -57,10 +66,12 @@ class _Class:
 class RequestQueue:
     """`rows` are those of all requests together; `len` counts requests."""
 
-    __slots__ = ("_classes", "_size", "_turn", "rows")
+    __slots__ = ("_classes", "_size", "_turn", "held", "rows")
 
     def __init__(self) -> None:
         self.rows = 0
+        self.held = 0
+        """Requests whose inputs a node has."""
         self._size = 0
         self._classes = [_Class(0)]
         """Highest first; none is empty unless it is the only one."""
@@ -80,6 +91,7 @@ class RequestQueue:
         own.requests.append(request)
         own.rows += request.rows
         self.rows += request.rows
+        self.held += bool(request.held_by)
         self._size += 1
 
     def push_front(self, request: Request) -> None:
@@ -88,6 +100,7 @@ class RequestQueue:
         own.requests.appendleft(request)
         own.rows += request.rows
         self.rows += request.rows
+        self.held += bool(request.held_by)
         self._size += 1
 
     def head(self) -> Request:
@@ -95,13 +108,36 @@ class RequestQueue:
         own = self._classes[0] if len(self._classes) == 1 else self._next()
         return own.requests[0]
 
+    def first(self) -> Iterator[Request]:
+        """The head, and some of those that come after it."""
+        head = self.head()
+        yield head
+        if self.held:
+            yield from [request for request in islice(self, LOOK_AHEAD) if request is not head]
+
+    def next_for(self, node_id: str) -> Request | None:
+        """The first whose inputs no other node has; None where there is none among those that are looked at."""
+        if not self._size:
+            return None
+        if not self.held:
+            return self.head()
+        return next((request for request in self.first() if request.held_by in ("", node_id)), None)
+
     def pop(self) -> Request:
         """Take the head out."""
-        own = self._classes[0] if len(self._classes) == 1 else self._next()
-        request = own.requests.popleft()
+        head = self.head()
+        self.take(head)
+        return head
+
+    def take(self, request: Request) -> None:
+        """Take out one that is here: it had its turn."""
+        own = self._classes[0] if len(self._classes) == 1 else self._class(request.priority)
+        if own.requests[0] is request:
+            own.requests.popleft()
+        else:
+            own.requests.remove(request)
         self._turn += 1
         self._taken(own, request)
-        return request
 
     def remove(self, request: Request) -> bool:
         """Whether it was here, and is out now."""
@@ -139,6 +175,7 @@ class RequestQueue:
     def check_invariants(self) -> None:
         assert self._size == sum(len(own.requests) for own in self._classes)
         assert self.rows == sum(own.rows for own in self._classes)
+        assert self.held == sum(bool(request.held_by) for request in self)
         for own in self._classes:
             assert own.rows == sum(request.rows for request in own.requests)
             assert all(request.priority == own.priority and not request.answered for request in own.requests)
@@ -168,6 +205,7 @@ class RequestQueue:
     def _taken(self, own: _Class, request: Request) -> None:
         own.rows -= request.rows
         self.rows -= request.rows
+        self.held -= bool(request.held_by)
         self._size -= 1
         if not own.requests and len(self._classes) > 1:
             self._classes.remove(own)

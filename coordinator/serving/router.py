@@ -8,6 +8,9 @@ when it comes, with the time after which the queue will be short. A batch that i
 whichever answer comes first counts: a request is answered once, by its deadline. A replica that answers with failures
 rests for a moment: failing is quick, and would draw everything to it.
 
+A request whose inputs a node has goes to the replica there. Another one fetches them only while it has nothing to do, and where
+that is quicker: one that has work loses nothing by waiting for requests of its own.
+
 A batch that is slow to come back is asked again elsewhere (`hedging`), and one that nobody waits for any more is withdrawn.
 """
 
@@ -19,7 +22,7 @@ from math import inf
 from coordinator.serving.hedging import Hedging
 from coordinator.serving.lanes import BATCH_TARGET_SECONDS, BATCHES_AHEAD, HEADROOM, Batch, Lane, Lanes
 from coordinator.serving.queueing import Request, RequestQueue
-from potluck.errors import Cancelled, Overloaded, PotluckError, TimedOut, Unavailable
+from potluck.errors import Cancelled, InputsLost, Overloaded, PotluckError, TimedOut, Unavailable
 from potluck.messages import RequestOutcome
 
 BATCH_BYTES = 160 * 1024
@@ -115,12 +118,12 @@ class Router:
         batches: list[Batch] = []
         lanes = self.lanes
         while lanes.open and self.queue.rows:
-            lane = lanes.pick(now)
-            if lane is None or (lanes.uneven and self._better_wait(lane, now)):
+            lane, first = self._turn(now)
+            if lane is None or (lanes.uneven and self._better_wait(lane, first, now)):
                 break
-            requests, rows = self._take(now, lane)
-            if not requests:
-                break
+            requests, rows = self._take(now, lane, first)
+            if not requests:  # they were too late
+                continue
             batch = self._batch(lane, requests, rows, now)
             self._away[batch.batch_id] = batch
             for request in requests:
@@ -187,7 +190,8 @@ class Router:
             error = outcome.error
             if error is not None:
                 failed = True
-                if error.retryable or error.code == "not_found":
+                lost = error.code == InputsLost.code and request.held_by  # a node had them, and no other will find them
+                if not lost and (error.retryable or error.code == "not_found"):
                     request.failure = error.message
                     retried.append(request)
                     continue
@@ -240,6 +244,15 @@ class Router:
                             self._time_out(request)
         self.lanes.tick()
 
+    def inputs_lost(self, node_id: str) -> None:
+        """A node is gone, and with it the inputs that it had: whoever sent them there can send them again."""
+        for lane in self.lanes.values():
+            for batch in lane.batches.values():
+                for request in batch.requests:
+                    request.inputs_lost = request.inputs_lost or request.held_by == node_id
+        for request in self.queue.remove_if(lambda request: request.held_by == node_id):
+            request.settle(self._lost())
+
     def close(self, error: PotluckError) -> None:
         """Answer everything with `error`: the deployment is gone."""
         for lane in self.lanes.values():
@@ -247,7 +260,6 @@ class Router:
                 for request in batch.requests:
                     request.settle(error)
         self.lanes.clear()
-        self.lanes.open.clear()
         self._away.clear()
         while len(self.queue):
             self.queue.pop().settle(error)
@@ -289,39 +301,51 @@ class Router:
 
     # --- which replica, and what it gets --------------------------------------------------------------------------------
 
-    def _better_wait(self, lane: Lane, now: float) -> bool:
-        return self.lanes.better_wait(lane, self.queue.rows, now - self.queue.head().asked_at, now)
+    def _turn(self, now: float) -> tuple[Lane | None, Request]:
+        """Whose turn it is, and where: the head's, unless it waits for the node that has its inputs."""
+        if not self.queue.held:
+            return self.lanes.pick(now), self.queue.head()
+        waiting = list(self.queue.first())
+        holders = {request.held_by for request in waiting}
+        for request in waiting:
+            if (lane := self.lanes.pick_for(request, holders, now)) is not None:
+                return lane, request
+        return None, waiting[0]
 
-    def _take(self, now: float, lane: Lane) -> tuple[list[Request], int]:
+    def _better_wait(self, lane: Lane, request: Request, now: float) -> bool:
+        return self.lanes.better_wait(lane, self.queue.rows, now - request.asked_at, now)
+
+    def _take(self, now: float, lane: Lane, first: Request) -> tuple[list[Request], int]:
         """The next batch, and its rows."""
         queue = self.queue
         taken: list[Request] = []
         rows = size = 0
-        head = queue.head()
         limit = lane.limit
-        if head.deadline - head.asked_at < UNHURRIED_SECONDS:
-            limit = self.lanes.limit_within(lane, head.deadline - head.asked_at)
+        if first.deadline - first.asked_at < UNHURRIED_SECONDS:
+            limit = self.lanes.limit_within(lane, first.deadline - first.asked_at)
         # Those of a batch are answered together, when all of it is computed.
         done_at = now
         if lane.time.known and (lane.batches or len(queue) > 1):
             done_at += lane.busy_seconds(now) + lane.time.seconds(min(limit, queue.rows))
-        while queue.rows:
-            request = queue.head()
+        following: Request | None = first
+        while (request := following) is not None:
             # Computing what comes too late is a waste; an idle replica gets one to try, lest the estimate never mends.
             if request.deadline <= now or (request.deadline < done_at and (taken or lane.batches)):
-                queue.pop()
+                queue.take(request)
                 if request.deadline <= now:
                     self._time_out(request)
                 else:
                     request.settle(self._overloaded("cannot be answered by its deadline any more"))
+                following = queue.next_for(lane.node_id)
                 continue
             if taken and (rows + request.rows > limit or size + request.size_bytes > BATCH_BYTES):
                 break
-            queue.pop()
+            queue.take(request)
             request.attempts += 1
             rows += request.rows
             size += request.size_bytes
             taken.append(request)
+            following = queue.next_for(lane.node_id)
         return taken, rows
 
     def _batch(self, lane: Lane, requests: list[Request], rows: int, now: float) -> Batch:
@@ -344,6 +368,8 @@ class Router:
                 continue
             if request.deadline <= now:
                 self._time_out(request)
+            elif request.inputs_lost:
+                request.settle(self._lost())
             elif request.attempts >= ATTEMPTS_LIMIT:
                 reason = f": {request.failure}" if request.failure else ""
                 request.settle(
@@ -351,6 +377,9 @@ class Router:
                 )
             else:
                 self.queue.push_front(request)
+
+    def _lost(self) -> InputsLost:
+        return InputsLost(f"the node that had the inputs for {self.name} is gone: send them again")
 
     def _time_out(self, request: Request) -> None:
         reason = "" if self.lanes else f": no replica is ready{self.trouble and f' ({self.trouble})'}"

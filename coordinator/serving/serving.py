@@ -97,6 +97,7 @@ class Serving:
         self.on_node_event = self._upkeep.on_node_event
         self.node_lost = self._upkeep.node_lost
         self.node_joined = self._upkeep.node_joined
+        self.nodes_of = inference.nodes_of
         self._rollout = Rollout(self._records, inference, record=self._record, remove=self._remove)
         self._autoscaling = Autoscaling(self._records, inference, record=self._record)
         for event in journal.replay(STREAM, AnyDeploymentEvent):  # type: ignore[arg-type, var-annotated]

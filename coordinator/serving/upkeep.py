@@ -93,6 +93,7 @@ class Upkeep:
             self.reconcile(deployment)
 
     def node_lost(self, node_id: str) -> None:
+        self._inference.inputs_lost(node_id)
         for deployment in self._records.deployments.values():
             gone = deployment.node_lost(node_id)
             for replica_id in gone:

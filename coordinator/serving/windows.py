@@ -11,7 +11,7 @@ WINDOW_SECONDS = 120.0
 SLOT_SECONDS = 5.0
 BOUNDS_SECONDS = tuple(1e-4 * 1.2**step for step in range(74))
 """Latencies are known to a fifth: from 0.1 ms to a minute."""
-NO_FAILURES = frozenset({"", "cancelled", "not_found", "overloaded"})
+NO_FAILURES = frozenset({"", "cancelled", "inputs_lost", "not_found", "overloaded"})
 """Codes that say nothing against the deployment that was asked."""
 
 

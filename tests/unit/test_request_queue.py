@@ -11,8 +11,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from coordinator.serving.queueing import SHARE, Request, RequestQueue
 
 
-def request(priority: int = 0, rows: int = 1, asked_at: float = 0.0) -> Request:
-    return Request((), lambda outcome: None, 1000.0, 10, rows, priority, asked_at)
+def request(priority: int = 0, rows: int = 1, asked_at: float = 0.0, held_by: str = "") -> Request:
+    return Request((), lambda outcome: None, 1000.0, 10, rows, priority, asked_at, held_by=held_by)
 
 
 def queue_of(*priorities: int) -> RequestQueue:
@@ -53,6 +53,24 @@ def test_the_newest_of_the_lowest_makes_room_and_a_share_stays() -> None:
     assert queue_of(0, -5, 0, -5).crowd_out(0).asked_at == 3.0  # type: ignore[union-attr]
 
 
+def test_the_next_for_a_node_is_one_that_no_other_node_has() -> None:
+    queue = RequestQueue()
+    assert queue.next_for("a") is None
+    first, second, third = (request(held_by=node, asked_at=at) for at, node in enumerate(("b", "a", "")))
+    for one in (first, second, third):
+        queue.push(one)
+    assert list(queue.first()) == [first, second, third]
+    assert queue.next_for("a") is second
+    queue.take(second)
+    assert queue.next_for("a") is third
+    assert queue.next_for("b") is first
+    urgent = request(priority=1, held_by="c")
+    queue.push(urgent)
+    assert queue.head() is urgent
+    assert queue.next_for("b") is first
+    queue.check_invariants()
+
+
 class Queueing(RuleBasedStateMachine):
     """Against plain lists by priority."""
 
@@ -61,9 +79,11 @@ class Queueing(RuleBasedStateMachine):
         self.queue = RequestQueue()
         self.model: dict[int, deque[Request]] = {}
 
-    @rule(priority=st.integers(-10, 10), rows=st.integers(1, 9), front=st.booleans())
-    def push(self, priority: int, rows: int, front: bool) -> None:
-        one = request(priority, rows)
+    @rule(
+        priority=st.integers(-10, 10), rows=st.integers(1, 9), front=st.booleans(), held_by=st.sampled_from(["", "a"])
+    )
+    def push(self, priority: int, rows: int, front: bool, held_by: str) -> None:
+        one = request(priority, rows, held_by=held_by)
         waiting = self.model.setdefault(priority, deque())
         if front:
             self.queue.push_front(one)
@@ -86,6 +106,15 @@ class Queueing(RuleBasedStateMachine):
         assert self.queue.remove(one)
         assert not self.queue.remove(one)
         self.model[one.priority].remove(one)
+
+    @precondition(lambda self: len(self.queue))
+    @rule(node=st.sampled_from(["a", "b"]))
+    def take(self, node: str) -> None:
+        one = self.queue.next_for(node)
+        if one is not None:
+            assert one.held_by in ("", node)
+            self.queue.take(one)
+            self.model[one.priority].remove(one)
 
     @rule(priority=st.integers(-10, 10))
     def crowd_out(self, priority: int) -> None:

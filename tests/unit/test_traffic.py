@@ -85,10 +85,10 @@ def test_worse_by_p99() -> None:
 
 def test_what_says_nothing_against_a_version_is_no_failure() -> None:
     window = Window()
-    for code in ("cancelled", "not_found", "overloaded", "timed_out"):
+    for code in ("cancelled", "inputs_lost", "not_found", "overloaded", "timed_out"):
         window.answered(0.0, 0.1, code)
     found = window.summary(0.0)
-    assert (found.count, found.failures) == (4, 1)
+    assert (found.count, found.failures) == (5, 1)
 
 
 @given(st.lists(st.floats(1e-4, 50.0), min_size=1, max_size=300), st.floats(0.01, 1.0))

@@ -1,0 +1,177 @@
+"""Requests whose inputs a node has: they go there, others fetch them only instead of standing idle, and what is lost is said."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from coordinator.serving.lanes import Batch
+from coordinator.serving.queueing import Request
+from coordinator.serving.router import Router
+from potluck.errors import InputsLost, PotluckError
+from potluck.messages import ErrorInfo, RequestOutcome
+
+OK = RequestOutcome()
+LOST = RequestOutcome(error=ErrorInfo(code="inputs_lost", message="nobody has it", retryable=True))
+START = 1.0
+Answers = list[RequestOutcome | PotluckError]
+
+
+def router(*nodes: str) -> Router:
+    """A replica on each node, named like it, each of which has shown to take a second for 8 rows."""
+    one = Router("m:1", queue_limit=100, batch_limit=8, rng=random.Random(0))
+    for node in nodes:
+        one.add_replica(node, node)
+    for node in nodes:
+        ask(one, node, moving_seconds=100.0, now=START - 1.0)
+        (batch,) = one.dispatch(START - 1.0)
+        assert batch.node_id == node
+        one.finished(node, batch.batch_id, (OK,), START)
+    return one
+
+
+def ask(to: Router, held_by: str = "", rows: int = 8, moving_seconds: float = 0.1, now: float = START) -> Answers:
+    answers: Answers = []
+    request = Request((), answers.append, 1000.0, 10, rows, held_by=held_by, moving_seconds=moving_seconds)
+    to.submit(request, now)
+    return answers
+
+
+def went(batches: list[Batch]) -> list[str]:
+    return [batch.node_id for batch in batches]
+
+
+@pytest.mark.parametrize("node", ["a", "b", "c"])
+def test_a_request_goes_where_its_inputs_are(node: str) -> None:
+    one = router("a", "b", "c")
+    for moving_seconds in (0.1, 10.0):
+        ask(one, node, moving_seconds=moving_seconds)
+        assert went(one.dispatch(START)) == [node]
+
+
+def test_an_idle_replica_fetches_them_where_that_is_quicker() -> None:
+    one = router("a", "b")
+    for _ in range(3):
+        ask(one, "a", moving_seconds=5.0)
+    assert went(one.dispatch(START)) == ["a", "a"]  # to move the third one would take longer than to wait
+    ask(one, "a", moving_seconds=0.1)
+    assert went(one.dispatch(START)) == ["b"]
+    ask(one, "a", moving_seconds=0.1)
+    assert one.dispatch(START) == []  # b has something to do now
+
+
+def test_a_replica_with_work_waits_for_requests_of_its_own() -> None:
+    one = router("a", "b")
+    for node in ("a", "a", "b"):
+        ask(one, node)
+    sent = one.dispatch(START)
+    assert went(sent) == ["a", "a", "b"]
+    ask(one, "a")
+    assert one.dispatch(START + 0.5) == []
+    ask(one, "b")
+    ask(one)
+    assert went(one.dispatch(START + 0.5)) == ["b"]  # it does not stand behind one that waits for another node
+    one.finished("a", sent[0].batch_id, (OK,), START + 1.0)
+    assert went(one.dispatch(START + 1.0)) == ["a"]
+    assert [request.held_by for request in one.queue] == [""]
+
+
+def test_what_no_node_has_does_not_wait_behind_what_one_has() -> None:
+    one = router("a", "b")
+    for node in ("a", "a", "b"):
+        ask(one, node)
+    one.dispatch(START)
+    ask(one, "a")
+    ask(one, rows=2)
+    ask(one, rows=2)
+    (batch,) = one.dispatch(START + 0.1)
+    assert (batch.node_id, batch.rows) == ("b", 4)
+
+
+def test_a_node_without_a_replica_or_that_is_silent_is_no_reason_to_wait() -> None:
+    one = router("a", "b")
+    answers = ask(one, "elsewhere")
+    (batch,) = one.dispatch(START)
+    one.finished(batch.replica_id, batch.batch_id, (OK,), START + 1.0)
+    assert answers == [OK]
+    ask(one, "a", now=START + 1.0)
+    assert went(one.dispatch(START + 1.0)) == ["a"]
+    one.expire(100.0, batch_seconds=10.0)  # nothing is heard of it
+    assert went(one.dispatch(100.0)) == ["b"]
+
+
+def test_inputs_that_are_lost_are_told_at_once() -> None:
+    one = router("a", "b")
+    answers = ask(one, "a")
+    (batch,) = one.dispatch(START)
+    one.finished("a", batch.batch_id, (LOST,), START + 0.1)
+    assert answers == [LOST]
+    unheld = ask(one)  # in a store that others can reach too
+    (batch,) = one.dispatch(START + 0.2)
+    one.finished(batch.replica_id, batch.batch_id, (LOST,), START + 0.3)
+    assert unheld == []
+    assert len(one.dispatch(10.0)) == 1
+
+
+def test_a_node_that_is_gone_takes_the_inputs_with_it() -> None:
+    one = router("a", "b")
+    other = ask(one, "b")
+    answers = [ask(one, "a") for _ in range(3)]
+    one.dispatch(START)
+    assert len(one.queue) == 1
+    one.inputs_lost("a")
+    one.remove_replica("a", START + 0.1)
+    assert [type(found[0]) for found in answers] == [InputsLost] * 3
+    assert other == []
+    assert one.in_flight == 1
+
+
+class Held(RuleBasedStateMachine):
+    """Every request is answered once, whoever has its inputs, and nothing waits while all replicas are idle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = Router("m:1", queue_limit=1000, batch_limit=8, rng=random.Random(1))
+        self.now = START
+        self.away: list[Batch] = []
+        self.answers: list[Answers] = []
+        for node in "ab":
+            self.router.add_replica(node, node)
+
+    @rule(held_by=st.sampled_from(["", "a", "b", "c"]), rows=st.integers(1, 9), moving=st.floats(0.0, 2.0))
+    def ask(self, held_by: str, rows: int, moving: float) -> None:
+        self.answers.append(ask(self.router, held_by, rows, moving, self.now))
+        self.away += self.router.dispatch(self.now)
+
+    @precondition(lambda self: self.away)
+    @rule(data=st.data(), seconds=st.floats(0.0, 2.0))
+    def finish(self, data: st.DataObject, seconds: float) -> None:
+        batch = self.away.pop(data.draw(st.integers(0, len(self.away) - 1)))
+        self.now += seconds
+        self.router.finished(batch.replica_id, batch.batch_id, (OK,) * len(batch.requests), self.now)
+        self.away += self.router.dispatch(self.now)
+
+    @rule(node=st.sampled_from("ab"))
+    def leave_and_come_back(self, node: str) -> None:
+        self.router.inputs_lost(node)
+        self.router.remove_replica(node, self.now)
+        self.away = [batch for batch in self.away if batch.replica_id != node]
+        self.router.add_replica(node, node)
+        self.away += self.router.dispatch(self.now)
+
+    @invariant()
+    def sound(self) -> None:
+        self.router.lanes.check_invariants()
+        self.router.queue.check_invariants()
+        assert all(len(found) <= 1 for found in self.answers)
+        waiting = sum(not found for found in self.answers)
+        assert waiting == len(self.router.queue) + self.router.in_flight
+        assert self.away or not waiting
+
+
+TestHeld = Held.TestCase
+TestHeld.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
