@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import time
 from collections.abc import Callable
 
@@ -34,6 +35,7 @@ from potluck.messages import (
     DeleteModel,
     Deploy,
     DeploymentsListed,
+    FindReplicas,
     GetHistory,
     GetJob,
     GetModel,
@@ -56,6 +58,8 @@ from potluck.messages import (
     RegisterModel,
     RemoveAlias,
     RemoveDataset,
+    ReplicaPlace,
+    ReplicasFound,
     RollBack,
     SetAlias,
     StopTraining,
@@ -71,6 +75,8 @@ log = logging.getLogger(__name__)
 ONCE = RemoveAlias | DeleteModel | RemoveDataset | Promote | RollBack
 LISTED_BYTES = 96 * 1024
 """Models in one answer, as msgpack: in JSON they may be twice as long."""
+PLACES_TOLD = 16
+"""Nodes with replicas that a client is told: it sends inputs to each in turn, and asks again soon."""
 ANSWERS_KEPT = 256
 """Answers to questions that can be carried out once: asked again, they would find nothing to do."""
 
@@ -192,6 +198,8 @@ class Requests:
                 return DatasetRemoved(name=message.name)
             case ListDeployments():
                 return DeploymentsListed(deployments=self._serving.deployments())
+            case FindReplicas():
+                return self._find_replicas(message.model)
             case Promote():
                 return DeploymentsListed(deployments=self._serving.promote(message.model))
             case RollBack():
@@ -200,6 +208,12 @@ class Requests:
                 raise InvalidRequest(
                     f"{type(message).__name__} is not a question to the coordinator: see docs/protocol.md"
                 )
+
+    def _find_replicas(self, model: str) -> ReplicasFound:
+        members = [self._membership.get(node_id) for node_id in self._serving.nodes_of(model)]
+        there = [member for member in members if member is not None and member.http]
+        told = random.sample(there, min(len(there), PLACES_TOLD))
+        return ReplicasFound(replicas=tuple([ReplicaPlace(node_id=one.node_id, http=one.http) for one in told]))
 
     def _list_models(self, after: str) -> Message:
         listed: list[ModelInfo] = []

@@ -733,6 +733,25 @@ class Inferred(Message, frozen=True):
     outputs: tuple[Tensor, ...]
 
 
+class FindReplicas(Message, frozen=True):
+    """Where large inputs of a deployed model can be sent, as `POST <address>/inputs`. Answered by `ReplicasFound`."""
+
+    model: str
+
+
+class ReplicaPlace(Part, frozen=True):
+    """A node with a replica that is ready, and the addresses of its HTTP server."""
+
+    node_id: str
+    http: tuple[str, ...]
+
+
+class ReplicasFound(Message, frozen=True):
+    """Some of the nodes, in no order, where there are many; none while no replica is ready."""
+
+    replicas: tuple[ReplicaPlace, ...] = ()
+
+
 class RequestFailed(Message, frozen=True):
     """The answer to any question that could not be answered otherwise."""
 
@@ -1144,6 +1163,7 @@ AnyMessage = (
     | RegisterModel | ModelRegistered | GetModel | ListModels | ModelsListed
     | SetAlias | RemoveAlias | TagModel | ModelChanged | DeleteModel | ModelsDeleted
     | ListDeployments | DeploymentsListed | Undeploy | Undeployed | Promote | RollBack | Infer | CancelInfer | Inferred | RequestFailed
+    | FindReplicas | ReplicasFound
     | CoordinatorStatus | NodeStatus | NodeCapacity | NodeTelemetry
     | LeaseShard | WithdrawLease | AcknowledgeResult | ForgetJob | LoadModel | UnloadModel | RunInference | CancelInference
     | HoldBlob | ReleaseBlob

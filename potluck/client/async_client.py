@@ -18,6 +18,7 @@ from potluck.bus import Bus
 from potluck.client import arguments, deploying, formats, sources, training
 from potluck.client.connection import Connection, client_settings
 from potluck.client.deploying import DeployOptions
+from potluck.client.inputs import LargeInputs
 from potluck.client.jobs import AsyncJob, Predictions, as_arrays, completed, fetch_tensor
 from potluck.client.models import ModelFile, image_argument, image_options, is_model_path, keras_file, model_file
 from potluck.client.training import TrainOptions
@@ -71,7 +72,6 @@ from potluck.messages import (
     Source,
     SubmitJob,
     TagModel,
-    Tensor,
     Train,
     Undeploy,
     Undeployed,
@@ -109,6 +109,7 @@ class AsyncClient:
         self._bus = bus
         self._connection: Connection | None = None
         self._opening = asyncio.Lock()
+        self._large_inputs = LargeInputs()
 
     async def __aenter__(self) -> AsyncClient:
         await self._connected()
@@ -382,9 +383,11 @@ class AsyncClient:
         named = inputs if isinstance(inputs, Mapping) else {"": inputs}
         sent = [tensors.from_numpy(str(name), _as_array(value)) for name, value in named.items()]
         connection = await self._connected()
+        question = Infer(inputs=tuple(sent), priority=priority)
         if sum(len(tensor.data) for tensor in sent if isinstance(tensor.data, bytes)) > _INLINE_INPUT_BYTES:
-            sent = [await _as_blob(connection, tensor) for tensor in sent]
-        answer = await connection.infer(topic_name, Infer(inputs=tuple(sent), priority=priority), limit_seconds)
+            answer = await self._large_inputs.infer(connection, topic_name, question, limit_seconds)
+        else:
+            answer = await connection.infer(topic_name, question, limit_seconds)
         return as_arrays([await fetch_tensor(connection, tensor) for tensor in answer.outputs])
 
     # --- data -----------------------------------------------------------------------------------------------------------
@@ -546,11 +549,3 @@ def _as_array(value: Any) -> np.ndarray[Any, Any]:
     if array.dtype == np.float64 and isinstance(value, list | tuple | float):
         return array.astype(np.float32)
     return array
-
-
-async def _as_blob(connection: Connection, tensor: Tensor) -> Tensor:
-    if not isinstance(tensor.data, bytes):
-        return tensor
-    ref = await connection.push(tensor.data)
-    holders = ref.holders or (await connection.coordinator()).http
-    return replace(tensor, data=BlobRef(sha256=ref.sha256, size=ref.size, holders=holders))

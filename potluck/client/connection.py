@@ -40,6 +40,8 @@ _FIND_SECONDS = 4.0
 _ASK_AGAIN_SECONDS = 5.0
 """A question without an answer is asked again after this time, with its id: a coordinator that was started anew gets it too."""
 _CANCEL_SECONDS = 1.0
+_NODE_CONNECT_SECONDS = 1.0
+"""A node that does not answer sooner may be one that cannot be reached from here."""
 
 
 class _StartedAnew(Unavailable):
@@ -290,6 +292,10 @@ class Connection:
                     tasks.create_task(one(ref), name=f"push {ref.sha256[:12]}")
         except* PotluckError as group:
             raise first_error(group) from None
+
+    async def send_inputs(self, data: bytes, base: str) -> BlobRef:
+        """Send a request's inputs to a node at this address. Raises Unavailable, soon where it cannot be reached."""
+        return await self.downloader.send_inputs(data, base, _NODE_CONNECT_SECONDS)
 
     async def fetch(self, ref: BlobRef) -> Path:
         """A local file with the bytes of `ref`. Raises Unavailable, CorruptBlob."""

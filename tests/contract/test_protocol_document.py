@@ -56,6 +56,7 @@ def test_every_question_of_clients_is_there() -> None:
             "RemoveAlias",
             "TagModel",
             "DeleteModel",
+            "FindReplicas",
             "Undeploy",
             "Promote",
             "RollBack",

@@ -22,6 +22,7 @@ from potluck.messages import (
     CoordinatorStatus,
     DatasetAdded,
     DatasetInfo,
+    FindReplicas,
     GetJob,
     GetModel,
     Infer,
@@ -34,6 +35,7 @@ from potluck.messages import (
     ModelInfo,
     ModelRegistered,
     RegisterModel,
+    ReplicasFound,
     SubmitJob,
 )
 
@@ -62,6 +64,7 @@ class ScriptedCoordinator:
             AddDataset: lambda asked: DatasetAdded(
                 dataset=DatasetInfo(name=asked.name, kind="arrays", count=1, shards=1, size_bytes=asked.manifest.size)
             ),
+            FindReplicas: lambda asked: ReplicasFound(),
             Infer: lambda asked: Inferred(model="m:1", outputs=asked.inputs),
         }
         self._stack = AsyncExitStack()

@@ -1,0 +1,141 @@
+"""Inputs too large for a message: straight to a node with a replica, and over the coordinator's store where none can be reached."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from msgspec.structs import replace
+
+from potluck.client.connection import Connection
+from potluck.errors import InputsLost, PotluckError, Unavailable
+from potluck.logs import fields
+from potluck.messages import (
+    INPUT_BLOB_LIMIT_BYTES,
+    BlobRef,
+    FindReplicas,
+    Infer,
+    Inferred,
+    ReplicaPlace,
+    ReplicasFound,
+    Tensor,
+)
+
+log = logging.getLogger(__name__)
+
+KNOWN_SECONDS = 5.0
+"""For so long a model's replicas are taken to be where they were."""
+FIND_SECONDS = 2.0
+"""A coordinator that does not say sooner where they are is not waited for."""
+LEFT_ALONE_SECONDS = 60.0
+"""A node that could not be reached, or that lost what it was sent, is sent nothing for so long."""
+NODES_TRIED = 2
+"""Before the coordinator's store: whoever cannot reach two may reach none."""
+
+
+@dataclass
+class Choice:
+    """Which node the next inputs go to: the one with least of ours under way, of those that are left at random."""
+
+    rng: random.Random = field(default_factory=random.Random)
+    under_way: Counter[str] = field(default_factory=Counter)
+    """Requests of ours whose inputs a node has, by its id."""
+    left_alone: dict[str, float] = field(default_factory=dict)
+    """Nodes that failed, and until when."""
+
+    def order(self, places: Sequence[ReplicaPlace], now: float) -> list[ReplicaPlace]:
+        """Those that may be tried, the best first."""
+        self.left_alone = {node_id: until for node_id, until in self.left_alone.items() if until > now}
+        usable = [place for place in places if place.node_id not in self.left_alone]
+        return sorted(usable, key=lambda place: (self.under_way[place.node_id], self.rng.random()))[:NODES_TRIED]
+
+    def failed(self, node_id: str, now: float) -> None:
+        self.left_alone[node_id] = now + LEFT_ALONE_SECONDS
+
+
+@dataclass(frozen=True)
+class _Found:
+    places: tuple[ReplicaPlace, ...]
+    until: float
+
+
+class LargeInputs:
+    """Of one client: what it knows of where replicas are, and what it has sent there."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._choice = Choice()
+        self._found: dict[str, _Found] = {}
+        self._asking: dict[str, asyncio.Lock] = {}
+
+    async def infer(
+        self, connection: Connection, model: str, question: Infer, timeout_seconds: float | None
+    ) -> Inferred:
+        """Ask with inputs that are sent as blobs. Where the node that has them is lost before it answers, they are sent again."""
+        began = self._clock()
+        sizes = [len(tensor.data) for tensor in question.inputs if isinstance(tensor.data, bytes)]
+        places = await self._places(connection, model, timeout_seconds) if max(sizes) <= INPUT_BLOB_LIMIT_BYTES else ()
+        for place in self._choice.order(places, began):
+            self._choice.under_way[place.node_id] += 1
+            try:
+                sent = await self._sent(connection, place, question)
+                return await connection.infer(model, sent, self._left(timeout_seconds, began))
+            except InputsLost as error:
+                log.info("inputs lost %s", fields(model=model, node=place.node_id, reason=error.message))
+                self._found.pop(model, None)
+                self._choice.failed(place.node_id, self._clock())
+            finally:
+                self._choice.under_way[place.node_id] -= 1
+        sent = replace(question, inputs=tuple([await _pushed(connection, tensor) for tensor in question.inputs]))
+        return await connection.infer(model, sent, self._left(timeout_seconds, began))
+
+    def _left(self, timeout_seconds: float | None, began: float) -> float | None:
+        return None if timeout_seconds is None else max(0.0, timeout_seconds - (self._clock() - began))
+
+    async def _places(
+        self, connection: Connection, model: str, timeout_seconds: float | None
+    ) -> tuple[ReplicaPlace, ...]:
+        """Nodes with replicas; none where there are none, or the coordinator is too old to say."""
+        limit_seconds = FIND_SECONDS if timeout_seconds is None else min(FIND_SECONDS, timeout_seconds)
+        async with self._asking.setdefault(model, asyncio.Lock()):
+            known = self._found.get(model)
+            if known is None or known.until < self._clock():
+                try:
+                    async with asyncio.timeout(limit_seconds):
+                        places = (await connection.ask(FindReplicas(model=model), ReplicasFound)).replicas
+                except (PotluckError, TimeoutError) as error:  # what is wrong with the model, its inference will say
+                    log.info("no replicas to send inputs to %s", fields(model=model, reason=str(error)))
+                    places = ()
+                known = self._found[model] = _Found(places, self._clock() + KNOWN_SECONDS)
+            return known.places
+
+    async def _sent(self, connection: Connection, place: ReplicaPlace, question: Infer) -> Infer:
+        """The question, its inputs with the node. Raises InputsLost."""
+        reasons: list[str] = []
+        for base in place.http:
+            try:
+                inputs = [
+                    replace(tensor, data=await connection.send_inputs(tensor.data, base))
+                    if isinstance(tensor.data, bytes)
+                    else tensor
+                    for tensor in question.inputs
+                ]
+            except Unavailable as error:
+                reasons.append(error.message)
+            else:
+                return replace(question, inputs=tuple(inputs))
+        raise InputsLost("; ".join(reasons) or f"node {place.node_id} has no address")
+
+
+async def _pushed(connection: Connection, tensor: Tensor) -> Tensor:
+    """With its bytes in the coordinator's store."""
+    if not isinstance(tensor.data, bytes):
+        return tensor
+    ref = await connection.push(tensor.data)
+    holders = ref.holders or (await connection.coordinator()).http
+    return replace(tensor, data=BlobRef(sha256=ref.sha256, size=ref.size, holders=holders))
