@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from support.eventually import eventually_now
 
 pytestmark = [pytest.mark.tensorflow, pytest.mark.timeout(300)]
 MEBIBYTE = 2**20
+PIECE_BYTES = 64 * 1024
 
 
 @pytest.fixture
@@ -34,6 +36,17 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", str(mount)], check=True)
 
 
+def fill(path: Path) -> None:
+    """Take all room but a little; others write there meanwhile, so how much there is shows only in trying."""
+    written = 0
+    with path.open("wb", buffering=0) as file:
+        with pytest.raises(OSError) as full:
+            while True:
+                written += file.write(b"x" * PIECE_BYTES)
+        assert full.value.errno == errno.ENOSPC
+        file.truncate(max(0, written - PIECE_BYTES))
+
+
 def test_a_disk_that_fills_up_while_training(small_disk: Path) -> None:
     data = split()
     with LocalCluster(small_disk.parent, cluster="disk", nodes=2, discovery=False) as cluster:
@@ -47,8 +60,7 @@ def test_a_disk_that_fills_up_while_training(small_disk: Path) -> None:
                 mlp(width=4000), (data["x_train"], data["y_train"]), epochs=12, strategy="local", round_seconds=1.0
             )
             eventually_now(lambda: job.status().progress.round >= 2, 100)
-            free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
-            (small_disk / "something-else").write_bytes(b"x" * (free - 64 * 1024))
+            fill(small_disk / "something-else")
             eventually_now(lambda: coordinator_said("node-2", "disk"), 100)
             job.wait(timeout=200)
             assert len(job.result().history) == 12
