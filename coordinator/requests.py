@@ -280,9 +280,16 @@ class Requests:
 
 
 def _is_same(kept: AnyJobSpec, asked: AnyJobSpec) -> bool:
-    """Whether a job that is kept is the one asked for: a deployment is kept with the version that its name or alias stood for."""
+    """Whether a job that is kept is the one asked for: a deployment is kept with the version that its name or alias stood for, and
+    with the data that it is quantized by."""
     if isinstance(kept, Deploy) and isinstance(asked, Deploy):
         name, _, version = asked.model.partition(":")
         named = kept.model if version.isdigit() else kept.model.partition(":")[0]
-        return replace(kept, model=named) == replace(asked, model=asked.model if version.isdigit() else name)
+        meant = replace(
+            asked,
+            model=asked.model if version.isdigit() else name,
+            calibration=asked.calibration or kept.calibration,
+            evaluation=asked.evaluation or kept.evaluation,
+        )
+        return replace(kept, model=named) == meant
     return kept == asked

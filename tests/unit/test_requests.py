@@ -103,6 +103,7 @@ def test_a_list_of_models_comes_in_messages_that_are_small_enough(tmp_path: Path
 
 EVALUATE = Evaluate(model="m", dataset="d")
 DEPLOY = Deploy(model="m:3", replicas=2)
+QUANTIZE = Deploy(model="m:3", quantize="int8", calibration="c", evaluation="c")
 
 
 @pytest.mark.parametrize(
@@ -120,6 +121,11 @@ DEPLOY = Deploy(model="m:3", replicas=2)
         (DEPLOY, Deploy(model="n", replicas=2), False),
         (DEPLOY, Deploy(model="m"), False),
         (DEPLOY, EVALUATE, False),
+        (QUANTIZE, Deploy(model="m", quantize="int8"), True),
+        (QUANTIZE, Deploy(model="m", quantize="int8", calibration="c"), True),
+        (QUANTIZE, Deploy(model="m", quantize="int8", calibration="d"), False),
+        (QUANTIZE, Deploy(model="m", quantize="int8", calibration="c", evaluation="e"), False),
+        (QUANTIZE, Deploy(model="m"), False),
     ],
 )
 def test_a_job_is_the_same_when_it_was_asked_for_alike(kept: AnyJobSpec, asked: AnyJobSpec, same: bool) -> None:
