@@ -58,6 +58,10 @@ class Rollout:
         """The deployment has its replicas: it gets the traffic that was asked for."""
         traffic = self._records.traffic[model_of(name)]
         alone = traffic.stable == name  # the stable version may be gone by now
+        if not traffic.role(name):
+            self._inference.metrics.windows.pop(
+                name, None
+            )  # it starts afresh: answers may have come after it was withdrawn
         if asked.canary and not alone:
             self._route(
                 traffic,
@@ -149,7 +153,6 @@ class Rollout:
         else:
             name = traffic.stable
             self._route(traffic, stable=traffic.previous, previous="", kept=name)
-        self._inference.metrics.windows.pop(name, None)  # it starts afresh when it is deployed again
         self._record(Parked(name=name, why="withdrawn", reason=reason))
         log.warning("version withdrawn %s", fields(model=name, reason=reason))
 

@@ -162,8 +162,13 @@ async def test_a_canary_that_fails_is_withdrawn_and_says_why(lab: Lab, node: Nod
         await eventually(lambda: not found(lab)["m:2"].replicas)
         node.failing = None
         assert await answers(bus, 1, "m:2") == {"m:2": 1}  # by its own name it is loaded again
+        assert found(lab)["m:2"].p50_seconds > 0
     await lab.deploy("m:2", canary=20)
     assert found(lab)["m:2"].role == "canary"
+    assert (found(lab)["m:2"].p50_seconds, found(lab)["m:2"].failure_rate) == (
+        0.0,
+        0.0,
+    )  # what was before does not count
 
 
 async def test_a_version_that_does_worse_than_the_one_before_gives_way_to_it(lab: Lab, node: Node) -> None:
