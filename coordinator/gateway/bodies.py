@@ -18,6 +18,8 @@ IDLE_SECONDS = 30.0
 """A body of which no byte arrives for so long is given up."""
 HELD_AT_ONCE = 4
 """So many bodies of the largest size are held at once; what is over is refused, and may come back."""
+IN_THREAD_BYTES = 256 * 1024
+"""What is read or written by the event loop's own thread, of JSON; with more, others would wait for it."""
 T = TypeVar("T")
 
 
@@ -75,10 +77,19 @@ class Bodies:
         return TooLarge(f"the body is over {self.limit_bytes} bytes: send fewer rows at once")
 
 
+async def beside(size: int, work: Callable[[], T]) -> T:
+    """`work()`, which reads or writes so many bytes: in a thread where that takes long."""
+    return await asyncio.to_thread(work) if size >= IN_THREAD_BYTES else work()
+
+
 def decoded(body: bytes, decode: Callable[[bytes], T], kind: type[T], what: str) -> T:
     """The JSON in `body` as `kind`, whose decoder `decode` is. Raises InvalidRequest, naming the field."""
-    with suppress(msgspec.DecodeError, RecursionError):
+    try:
         return decode(body)
+    except msgspec.ValidationError as error:  # it is JSON: to read it again would say nothing else
+        raise InvalidRequest(f"the body is not {what}: {error}") from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        pass
     try:
         return msgspec.convert(_read_again(body), kind)
     except (ValueError, RecursionError) as error:  # msgspec.ValidationError is a ValueError
@@ -87,7 +98,7 @@ def decoded(body: bytes, decode: Callable[[bytes], T], kind: type[T], what: str)
 
 def plain(body: bytes) -> Any:
     """What the JSON in `body` says. Raises ValueError or RecursionError."""
-    with suppress(msgspec.DecodeError, RecursionError):
+    with suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return msgspec.json.decode(body)
     return _read_again(body)
 

@@ -13,7 +13,8 @@ from aiohttp import web
 from coordinator.gateway import binary
 from coordinator.gateway.answers import encoded
 from coordinator.gateway.asking import Asking
-from coordinator.gateway.bodies import decoded
+from coordinator.gateway.bodies import beside, decoded
+from coordinator.serving.inference import size_bytes
 from potluck.errors import InvalidRequest
 from potluck.messages import Count, Inferred, ModelInfo, Signature, Tensor
 from potluck.tensors import DTYPES, from_numpy, packed, to_numpy
@@ -82,15 +83,16 @@ class Inferring:
         if "version" in path:
             model = f"{model}:{path['version']}"
         text, tail = binary.split(await self._asking.bodies.read(request), request.headers.get(binary.HEADER))
-        asked = decoded(text, _decode, InferRequest, "an inference request")
+        asked = await beside(len(text), lambda: decoded(text, _decode, InferRequest, "an inference request"))
         wanted = _Wanted(asked)
         name, signature = self._asking.deployed(model)
-        inputs = _inputs(asked, tail)
+        inputs = await beside(len(text), lambda: _inputs(asked, tail))
         if signature is not None:
             check(name, signature, inputs)
         seconds, priority = _timeout_seconds(asked.parameters), _priority(asked.parameters)
         answer = await self._asking.infer(request, model, inputs, seconds, priority)
-        return wanted.answer(answer, asked.id, self._asking)
+        size = sum([size_bytes(tensor) for tensor in answer.outputs])
+        return await beside(size, lambda: wanted.answer(answer, asked.id, self._asking))
 
 
 class _Wanted:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+from itertools import chain
 from typing import Any
 
 import msgspec
@@ -45,11 +46,10 @@ def tensor(spec: TensorSpec, value: Any) -> Tensor:
         return Tensor(name=spec.name, datatype="BYTES", shape=shape, data=flat)
     dtype = DTYPES[spec.datatype]
     try:
-        found = np.asarray(value)
+        found = _numbers(value)
         fits = found.dtype.kind in {"b": "b", "f": "iuf"}.get(dtype.kind, "iu")
         if not found.size and isinstance(value, list):
             fits = not _differs(value, found.shape, spec.datatype)  # an empty list has the dtype of floats
-        fits = fits and found.ndim <= _DEPTH_LIMIT
         with np.errstate(over="ignore"):  # what is too large is infinite then
             cast = found.astype(dtype) if fits else found
         if dtype.kind in "iu" and fits:
@@ -66,6 +66,23 @@ def tensor(spec: TensorSpec, value: Any) -> Tensor:
             or f"JSON Value: {_shown(value)} cannot be {_TYPES[spec.datatype]}"
         )
     return Tensor(name=spec.name, datatype=spec.datatype, shape=cast.shape, data=cast.tobytes())
+
+
+def _numbers(value: Any) -> Array:
+    """The array that nested lists of numbers are. Raises ValueError for other values, before numpy sees them: among texts it would give
+    each number the room of the longest.
+    """
+    shape: list[int] = []
+    level = [value]
+    while (kinds := set(map(type, level))) == {list}:
+        lengths = set(map(len, level))
+        if len(lengths) > 1 or len(shape) == _DEPTH_LIMIT:
+            raise ValueError
+        shape.append(lengths.pop())
+        level = list(chain.from_iterable(level))
+    if not kinds <= {bool, int, float}:
+        raise ValueError
+    return np.asarray(level).reshape(shape)
 
 
 def kind_of(value: object) -> str:
@@ -89,10 +106,10 @@ def nested(found: Tensor) -> Any:
 
 def written(value: Any) -> bytes:
     """`value` as JSON; with NaN, Infinity and -Infinity where there are such, as TensorFlow Serving writes them."""
-    try:
-        return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
-    except ValueError:
-        return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
+    fast = msgspec.json.encode(value)
+    if b"null" not in fast:  # which it writes for numbers that are not finite
+        return fast
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
 
 
 def _texts(values: Any, binary: bool) -> Any:

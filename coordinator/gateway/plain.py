@@ -14,7 +14,8 @@ from aiohttp import web
 from coordinator.gateway import json_arrays, streaming
 from coordinator.gateway.answers import encoded, guarded
 from coordinator.gateway.asking import Asking
-from coordinator.gateway.bodies import plain
+from coordinator.gateway.bodies import beside, plain
+from coordinator.serving.inference import size_bytes
 from potluck.data import items
 from potluck.errors import InvalidData, InvalidRequest
 from potluck.messages import Inferred, ModelInfo, Signature, Tensor
@@ -101,17 +102,24 @@ class Plain:
         model = request.match_info["model"]
         name, signature = self._asking.deployed(model)
         try:
-            asked = plain(await self._asking.bodies.read(request))
+            body = await self._asking.bodies.read(request)
+            asked = await beside(len(body), lambda: plain(body))
         except (ValueError, RecursionError) as error:
             raise InvalidRequest(f"the body is not JSON: {error}") from error
         if signature is None:
             raise InvalidRequest(f"model {name} does not say yet what its inputs are: it is being loaded")
-        inputs = _arrays(name, signature, asked)
+        inputs = await beside(len(body), lambda: _arrays(name, signature, asked))
         if streaming.wanted(request):
             return await streaming.stream(self._asking, request, model, inputs)
         answer = await self._asking.infer(request, model, inputs)
-        outputs = {tensor.name: json_arrays.nested(tensor) for tensor in answer.outputs}
-        return encoded(Outputs(answer.model, outputs))
+        size = sum([size_bytes(tensor) for tensor in answer.outputs])
+
+        def written() -> web.Response:
+            return encoded(
+                Outputs(answer.model, {tensor.name: json_arrays.nested(tensor) for tensor in answer.outputs})
+            )
+
+        return await beside(size, written)
 
 
 def _top(request: web.Request) -> int:

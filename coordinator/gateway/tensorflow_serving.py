@@ -15,7 +15,8 @@ from aiohttp import web
 from coordinator.gateway import json_arrays, tensorflow_inputs
 from coordinator.gateway.answers import encoded, guarded
 from coordinator.gateway.asking import Asking
-from coordinator.gateway.bodies import plain
+from coordinator.gateway.bodies import beside, plain
+from coordinator.serving.inference import size_bytes
 from potluck.errors import InvalidRequest, NotFound
 from potluck.messages import Signature, Tensor, TensorSpec
 from potluck.tensors import to_numpy
@@ -120,7 +121,7 @@ class TensorFlowServing:
     # --- questions --------------------------------------------------------------------------------------------------------
 
     async def predict(self, request: web.Request) -> web.Response:
-        asked = await self._asked(request, "predict")
+        asked, size = await self._asked(request, "predict")
         model, signature = self._deployed(request)
         rows = "instances" in asked
         if rows and "inputs" in asked:
@@ -128,15 +129,20 @@ class TensorFlowServing:
                 "JSON Value: Not formatted correctly expecting only one of 'inputs' or 'instances' keys to exist"
             )
         if rows:
-            inputs = tensorflow_inputs.from_rows(signature, asked["instances"])
+            inputs = await beside(size, lambda: tensorflow_inputs.from_rows(signature, asked["instances"]))
         elif "inputs" in asked:
-            inputs = tensorflow_inputs.from_columns(signature, asked["inputs"])
+            inputs = await beside(size, lambda: tensorflow_inputs.from_columns(signature, asked["inputs"]))
         else:
             raise InvalidRequest("Missing 'inputs' or 'instances' key")
         answer = await self._asking.infer(request, model, inputs)
-        columns = {tensor.name: json_arrays.nested(tensor) for tensor in answer.outputs}
-        said = {"predictions": tensorflow_inputs.as_rows(columns)} if rows else {"outputs": _alone(columns)}
-        return web.Response(body=json_arrays.written(said), content_type="application/json")
+
+        def written() -> bytes:
+            columns = {tensor.name: json_arrays.nested(tensor) for tensor in answer.outputs}
+            said = {"predictions": tensorflow_inputs.as_rows(columns)} if rows else {"outputs": _alone(columns)}
+            return json_arrays.written(said)
+
+        size = sum([size_bytes(tensor) for tensor in answer.outputs])
+        return web.Response(body=await beside(size, written), content_type="application/json")
 
     async def classify(self, request: web.Request) -> web.Response:
         name, scores = await self._examples(request, "classify")
@@ -226,13 +232,13 @@ class TensorFlowServing:
             raise NotFound(f"Servable not found for request: Latest({model}): it is being loaded")
         return model, signature
 
-    async def _asked(self, request: web.Request, verb: str) -> dict[str, Any]:
-        """The request's JSON object, its signature checked. Raises InvalidRequest."""
+    async def _asked(self, request: web.Request, verb: str) -> tuple[dict[str, Any], int]:
+        """The request's JSON object, its signature checked, and how many bytes it had. Raises InvalidRequest."""
         body = await self._asking.bodies.read(request)
         if not body:
             raise InvalidRequest("JSON Parse error: The document is empty")
         try:
-            asked = plain(body)
+            asked = await beside(len(body), lambda: plain(body))
         except (ValueError, RecursionError) as error:
             raise InvalidRequest(f"JSON Parse error: Invalid value: {error}") from error
         if not isinstance(asked, dict):
@@ -242,13 +248,14 @@ class TensorFlowServing:
             raise InvalidRequest("JSON Value: not formatted correctly. 'signature_name' key must be a string value.")
         if signature not in ("", SIGNATURE, _METHODS[verb]):
             raise InvalidRequest(f'Serving signature name: "{signature[:80]}" not found in signature def')
-        return asked
+        return asked, len(body)
 
     async def _examples(self, request: web.Request, verb: str) -> tuple[str, Tensor]:
         """(the deployment that answered, its only output)"""
-        asked = await self._asked(request, verb)
+        asked, size = await self._asked(request, verb)
         model, signature = self._deployed(request)
-        answer = await self._asking.infer(request, model, tensorflow_inputs.from_examples(signature, asked, verb))
+        inputs = await beside(size, lambda: tensorflow_inputs.from_examples(signature, asked, verb))
+        answer = await self._asking.infer(request, model, inputs)
         if len(answer.outputs) != 1:
             have = ", ".join(tensor.name for tensor in answer.outputs)
             raise InvalidRequest(f"Expected one output to {verb} by, and the model has {have}: ask it with :predict")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from contextlib import suppress
 from typing import Any
 
@@ -62,6 +63,16 @@ def test_requests_become_tensors_or_are_refused(datatypes: list[str], value: Any
     with suppress(InvalidRequest):
         found = tensorflow_inputs.from_examples(signature, {"examples": value}, "classify")
         assert [tensor.name for tensor in found] == [one.name for one in inputs]
+
+
+def test_a_long_text_among_numbers_takes_no_room_for_each_of_them() -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(InvalidRequest, match="is not of expected type: float"):
+            json_arrays.tensor(spec("FP32"), ["a" * 10_000, *[1.0] * 10_000])
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_numbers_that_do_not_fit_are_refused() -> None:

@@ -126,6 +126,14 @@ async def test_what_is_wrong_has_its_status_and_is_named(http: Http) -> None:
             assert response.status == status, (path, body[:200])
 
 
+async def test_json_that_is_no_utf8_is_refused(http: Http) -> None:
+    base, session = http
+    for path in ("/v2/models/m/infer", "/v1/models/m:predict", "/models/m/infer"):
+        async with session.post(base + path, data=b'{"inputs": [{"name": "\xff"}], "instances": ["\xff"]}') as response:
+            assert "utf-8" in (await response.json())["error"]
+            assert response.status == 400
+
+
 async def test_overload_says_when_to_come_back(lab: Lab, http: Http) -> None:
     base, session = http
     lab.nodes["a"].mute = True
