@@ -13,6 +13,7 @@ from aiohttp import ClientPayloadError, web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from potluck.errors import InvalidRequest, Overloaded, TimedOut, TooLarge
+from potluck.http import words
 
 IDLE_SECONDS = 30.0
 """A body of which no byte arrives for so long is given up."""
@@ -57,7 +58,7 @@ class Bodies:
         except TimeoutError:
             raise TimedOut(f"no byte of the body arrived for {IDLE_SECONDS:g} s") from None
         except (HttpProcessingError, ClientPayloadError, web.RequestPayloadError) as error:
-            raise InvalidRequest(f"the body cannot be read: {error}") from error
+            raise InvalidRequest(f"the body cannot be read: {words(error)}") from error
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def release(self, request: web.Request) -> None:

@@ -134,6 +134,17 @@ async def test_json_that_is_no_utf8_is_refused(http: Http) -> None:
             assert response.status == 400
 
 
+async def test_what_is_no_http_is_one_line_in_the_log(http: Http, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "aiohttp.server")
+    reader, writer = await asyncio.open_connection(*http[0].removeprefix("http://").split(":"))
+    writer.write(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n")
+    assert b" 400 " in await reader.readline()
+    writer.close()
+    [record] = [record for record in caplog.records if record.name == "aiohttp.server"]
+    assert (record.levelname, record.exc_info) == ("INFO", None)
+    assert record.getMessage().startswith('request is not HTTP reason="Invalid character in Content-Length')
+
+
 async def test_overload_says_when_to_come_back(lab: Lab, http: Http) -> None:
     base, session = http
     lab.nodes["a"].mute = True
@@ -324,7 +335,7 @@ async def test_compressed_bodies_are_bounded_and_checked(http: Http) -> None:
     base, session = http
     for body, status, said in (
         (gzip.compress(bytes(8 * 2**20)), 413, "over 4194304 bytes"),
-        (b"no gzip at all", 400, "cannot be read"),
+        (b"no gzip at all", 400, "the body cannot be read: Can not decode content-encoding: gzip"),
     ):
         headers = {"Content-Encoding": "gzip"}
         async with session.post(f"{base}/v2/models/m/infer", data=body, headers=headers) as response:
