@@ -1,4 +1,4 @@
-"""Models that are scored by their outputs alone: they have no loss, as a LiteRT model or a SavedModel has none."""
+"""Models that are scored by their outputs alone: a LiteRT model or a SavedModel has no loss, nor has a Keras model that was not compiled."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from node.engine.fitting import Array
 from node.engine.inputs import Source
 from node.engine.replicas import Model
 from node.engine.shards import Part
+from node.engine.truth import by_output
 from node.engine.wording import shape as shown
 from potluck.errors import InvalidData, InvalidModel, InvalidRequest
 from potluck.messages import EvaluateResult, Signature, TensorSpec
@@ -45,46 +46,62 @@ class Graded:
 
 
 def grade(model: Graded, source: Source, parts: Sequence[Part], batch_size: int, step: Step) -> EvaluateResult:
-    """How often it is right, where the targets are classes; else its mean absolute and squared error.
+    """How often it is right, where the targets are classes; else its mean absolute and squared error. Of several outputs each is
+    scored, and its name stands before what is said of it: `size_mae`. The confusion matrix is that of a single output.
 
-    Raises InvalidData, InvalidModel. `step` is told the items so far.
+    Raises InvalidData, InvalidRequest, InvalidModel. `step` is told the items so far.
     """
-    if len(model.outputs) != 1:
-        raise InvalidModel(
-            f"a model without a loss is scored by its output, and this one has {len(model.outputs)} ({', '.join(model.output_names)}): "
-            "evaluate the Keras model that it was made of"
+    stored = source.targets(parts)
+    if not stored:
+        raise InvalidData(
+            "the data set has no targets to evaluate against: add it with class folders, or name its --target"
         )
-    targets = source.targets(parts)
-    if len(targets) != 1:
-        raise InvalidData(f"the data set has {len(targets)} targets to evaluate against: it must have one")
-    [target] = targets.values()
-    done, hits = 0, 0
-    classes = 0
-    table = np.zeros((0, 0), np.int64)
-    sums: dict[str, float] = {}
+    targets = by_output(model, stored)
+    alone = len(targets) == 1
+    scores = [_Score("" if alone else f"{name}_") for name in model.output_names]
+    done = 0
     for batch in source.batches(parts, batch_size):
-        [output] = model.predict(batch)
-        truth = target[done : done + len(output)]
-        found = _classes(truth, output)
-        if found is not None:
-            if not classes:
-                classes = max(2, output.shape[-1])
-                table = np.zeros((classes, classes), np.int64)
-            actual, decided = found
-            if actual.size and (actual.min() < 0 or actual.max() >= classes):
-                raise InvalidModel(
-                    f"the data has classes {actual.min()} to {actual.max()}, but the model tells {classes}"
-                )
-            hits += int((actual == decided).sum())
-            np.add.at(table, (actual, decided), 1)
-        else:
-            _add_errors(sums, truth, output)
-        done += len(output)
+        outputs = model.predict(batch)
+        size = len(batch[0])
+        for score, target, output in zip(scores, targets, outputs, strict=True):
+            score.add(target[done : done + size], output)
+        done += size
         step(done)
-    if classes:
-        sums["accuracy"] = float(hits)
-    confusion = tuple(tuple(row) for row in table.tolist()) if classes <= CONFUSION_CLASSES else ()
+    sums = {name: value for score in scores for name, value in score.sums.items()}
+    table = scores[0].table
+    confusion = tuple(tuple(row) for row in table.tolist()) if alone and len(table) <= CONFUSION_CLASSES else ()
     return EvaluateResult(count=done, sums=sums, confusion=confusion)
+
+
+class _Score:
+    """Of one output; its sums are named with the prefix."""
+
+    def __init__(self, prefix: str) -> None:
+        self.sums: dict[str, float] = {}
+        self.table = np.zeros((0, 0), np.int64)
+        self._prefix = prefix
+
+    def add(self, truth: Array, output: Array) -> None:
+        """Raises InvalidModel."""
+        found = _classes(truth, output)
+        if found is None:
+            for name, value in _errors(truth, output).items():
+                self._count(name, value)
+            return
+        if not len(self.table):
+            classes = max(2, output.shape[-1])
+            self.table = np.zeros((classes, classes), np.int64)
+        actual, decided = found
+        if actual.size and (actual.min() < 0 or actual.max() >= len(self.table)):
+            raise InvalidModel(
+                f"the data has classes {actual.min()} to {actual.max()}, but the model tells {len(self.table)}"
+            )
+        np.add.at(self.table, (actual, decided), 1)
+        self._count("accuracy", float((actual == decided).sum()))
+
+    def _count(self, name: str, value: float) -> None:
+        name = self._prefix + name
+        self.sums[name] = self.sums.get(name, 0.0) + value
 
 
 def _classes(truth: Array, output: Array) -> tuple[Array, Array] | None:
@@ -113,7 +130,8 @@ def _classes(truth: Array, output: Array) -> tuple[Array, Array] | None:
     return None
 
 
-def _add_errors(sums: dict[str, float], truth: Array, output: Array) -> None:
+def _errors(truth: Array, output: Array) -> dict[str, float]:
+    """Sums over the items. Raises InvalidModel."""
     if truth.size != output.size:
         raise InvalidModel(
             f"the targets have shape {shown(truth.shape[1:])} per item, but the model's output is {shown(output.shape[1:])}"
@@ -123,8 +141,9 @@ def _add_errors(sums: dict[str, float], truth: Array, output: Array) -> None:
         if len(output)
         else np.zeros((0, 1))
     )
-    for name, values in (("mae", np.abs(error)), ("mse", np.square(error))):
-        sums[name] = sums.get(name, 0.0) + float(values.mean(axis=1).sum())
+    return {
+        name: float(values.mean(axis=1).sum()) for name, values in (("mae", np.abs(error)), ("mse", np.square(error)))
+    }
 
 
 def _tensor(spec: TensorSpec, dtype: np.dtype[Any] | None) -> Any:

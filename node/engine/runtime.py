@@ -79,17 +79,16 @@ def _reason(error: Exception) -> str:
     return f"the model cannot be loaded: {type(error).__name__}: {text[:200]} ... {text[-200:]}"
 
 
-def need_compiled(model: Any) -> None:
-    """Raises InvalidModel for a model without a loss."""
-    if not getattr(model, "compiled", False) or model.loss is None:
-        raise InvalidModel(
-            "the model is not compiled: call model.compile(optimizer=..., loss=..., metrics=[...]) before saving"
-        )
+def has_loss(model: Any) -> bool:
+    return bool(getattr(model, "compiled", False)) and model.loss is not None
 
 
 def need_trainable(model: Any) -> None:
     """Raises InvalidModel for a model without a loss, or with an optimizer whose result is not the weights that it trains."""
-    need_compiled(model)
+    if not has_loss(model):
+        raise InvalidModel(
+            "the model is not compiled: call model.compile(optimizer=..., loss=..., metrics=[...]) before saving"
+        )
     optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
     if getattr(optimizer, "use_ema", False):
         raise InvalidModel(

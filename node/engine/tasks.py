@@ -198,12 +198,10 @@ class Tasks:
 
     def _evaluate(self, task: EvaluateTask, paths: Paths, reporter: _Reporter) -> EvaluateResult:
         if task.by_outputs or _is_graph(task.model_format):
-            model = self._graded(paths[task.model.sha256], task.model_format)
-            source = source_for(model, task.format, task.image)
-            started = time.perf_counter()
-            result = grade(model, source, _parts(task.slices, paths), task.batch_size, reporter.step)
-            return replace(result, seconds=time.perf_counter() - started)
+            return self._grade(task, paths, reporter)
         loaded = self._loaded(paths[task.model.sha256], compiled=True)
+        if not runtime.has_loss(loaded.model):
+            return self._grade(task, paths, reporter)
         wanted = task.weights.sha256 if task.weights is not None else ""
         if loaded.weights and not wanted:  # others were put into it, and its own are only in its file
             del self._models[task.model.sha256, True]
@@ -214,6 +212,14 @@ class Tasks:
         source = source_for(loaded.model, task.format, task.image)
         started = time.perf_counter()
         result = evaluate(loaded, source, _parts(task.slices, paths), task.batch_size, reporter.step)
+        return replace(result, seconds=time.perf_counter() - started)
+
+    def _grade(self, task: EvaluateTask, paths: Paths, reporter: _Reporter) -> EvaluateResult:
+        """By the model's outputs alone."""
+        model = self._graded(paths[task.model.sha256], task.model_format)
+        source = source_for(model, task.format, task.image)
+        started = time.perf_counter()
+        result = grade(model, source, _parts(task.slices, paths), task.batch_size, reporter.step)
         return replace(result, seconds=time.perf_counter() - started)
 
     def _predict(self, task: PredictTask, paths: Paths, reporter: _Reporter) -> PredictResult:
@@ -278,10 +284,7 @@ class Tasks:
         key = (path.name, compiled)
         found = self._models.get(key)
         if found is None:
-            model = runtime.load_model(path, self._scratch, compiled=compiled)
-            if compiled:
-                runtime.need_compiled(model)
-            found = self._models[key] = Loaded(model)
+            found = self._models[key] = Loaded(runtime.load_model(path, self._scratch, compiled=compiled))
             while len(self._models) > MODELS_KEPT:
                 self._models.popitem(last=False)
         self._models.move_to_end(key)

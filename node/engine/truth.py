@@ -52,7 +52,7 @@ def truth_of(
     stored = source.targets(parts)
     if not stored:
         raise InvalidData(f"the data set has no targets {purpose}: add it with class folders, or name its --target")
-    targets = _by_output(model, stored)
+    targets = by_output(model, stored)
     shapes = [tuple(output.shape) for output in model.outputs]
     losses = runtime.output_losses(model)
     labels = tuple(
@@ -80,7 +80,7 @@ def truth_of(
     return Truth(model, labels, encoded, weights)
 
 
-def _by_output(model: Any, stored: dict[str, Array]) -> list[Array]:
+def by_output(model: Any, stored: dict[str, Array]) -> list[Array]:
     """The targets in the order of the model's outputs. Raises InvalidRequest where they do not fit."""
     names = runtime.output_names(model)
     if len(names) == 1:

@@ -210,7 +210,7 @@ class AsyncClient:
     ) -> AsyncJob:
         """Metrics of a model over labelled data: `job.evaluation` after `job.wait()`."""
         batch_size, roles = arguments.at_least_one("batch_size", batch_size), _Roles.of(target, sample_weight, data)
-        sent, options = await self._model(model, image, compiled=True)
+        sent, options = await self._model(model, image, compiled=False)
         dataset = await self._data("data", data, roles, image)
         return await self._submit(Evaluate(model=sent, dataset=dataset, batch_size=batch_size, image=options))
 

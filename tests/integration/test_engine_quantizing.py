@@ -11,7 +11,7 @@ import pytest
 import pytest_asyncio
 from msgspec.structs import replace
 
-from potluck.errors import InvalidModel
+from potluck.errors import InvalidModel, InvalidRequest
 from potluck.messages import BlobRef, ConvertTask, DataFormat, ImageOptions, ModelFormat
 from potluck.tensors import from_numpy, to_numpy
 from support import models
@@ -82,6 +82,27 @@ async def test_images_and_what_is_no_class(lab: Lab, tmp_path: Path) -> None:
     found = await lab.run(evaluation(ref, slices, by_outputs=True))
     assert found.sums["mae"] / found.count == pytest.approx(0.5, abs=1e-3)
     assert found.confusion == ()
+
+
+async def test_a_keras_model_without_a_loss_is_scored_by_each_of_its_outputs(lab: Lab) -> None:
+    import keras
+
+    given = keras.Input((8,), name="given")
+    hidden = keras.layers.Dense(4, activation="relu")(given)
+    kind = keras.layers.Dense(3, activation="softmax", name="kind")(hidden)
+    model = keras.Model(given, [kind, keras.layers.Dense(1, name="size")(hidden)])
+    x, y = blobs(100)
+    scores, sizes = (output.numpy() for output in model(x))
+    ref = lab.files.model(model)
+    slices = whole(lab.files.arrays(1, given=x, kind=y, size=sizes + 0.5))
+    data = DataFormat(kind="arrays", inputs=("given",), targets=("kind", "size"))
+    found = await lab.run(evaluation(ref, slices, format=data))
+    assert found.sums["kind_accuracy"] == (scores.argmax(-1) == y).sum()
+    assert found.sums["size_mae"] / found.count == pytest.approx(0.5, abs=1e-5)
+    assert set(found.sums) == {"kind_accuracy", "size_mae", "size_mse"}
+    assert found.confusion == ()
+    with pytest.raises(InvalidRequest, match="give a target for each output"):
+        await lab.run(evaluation(ref, slices, format=replace(data, targets=("kind",))))
 
 
 async def test_several_inputs_are_calibrated_by_name(lab: Lab) -> None:
