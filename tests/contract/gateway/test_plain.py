@@ -146,6 +146,22 @@ async def test_arrays(lab: Lab, http: Http) -> None:
         assert await response.json() == [{"model": "m:1", "ready": True, "classes": []}]
 
 
+async def test_a_list_of_texts_is_a_batch(lab: Lab, http: Http, deploy: Deploy) -> None:
+    await deploy("film", signature((-1, 1), "BYTES"))
+    await deploy("flat", signature((-1,), "BYTES"))
+    for asked, one, flat in (
+        ("good", ["good"], ["good"]),
+        (["good"], ["good"], ["good"]),
+        (["good", "bad"], ["good", "bad"], ["good", "bad"]),
+        ([["good"], ["bad"]], [["good"], ["bad"]], None),
+    ):
+        await post(http, "film/infer", json.dumps(asked))
+        assert sent(lab).tolist() == one  # the node gives each text its axis
+        if flat is not None:
+            await post(http, "flat/infer", json.dumps(asked))
+            assert sent(lab).tolist() == flat
+
+
 UNFIT: list[Any] = [
     ("{", "the body is not JSON"),
     ("", "the body is not JSON"),
