@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,18 @@ if TYPE_CHECKING:
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON to standard output, and nothing else.")]
 ImageSize = Annotated[
-    str | None, typer.Option("--image", metavar="HxW", help="Resize images to this size (default: the model's input).")
+    str | None,
+    typer.Option(
+        "--image",
+        metavar="HxW",
+        help="Resize images to this size (default: the model's input). HxWxC says the channels too, HxW:1 that pixels stay 0 to 255 "
+        "(default: times 1/255).",
+    ),
 ]
 
+_IMAGE = re.compile(
+    r"(?P<height>0*[1-9]\d*)x(?P<width>0*[1-9]\d*)(x(?P<channels>0*[1-9]\d*))?(:(?P<scale>\d+(\.\d+)?))?", re.ASCII
+)
 _WITH_VALUE = ("--seed", "--cluster", "--timeout")
 _OWN_OPTIONS = ("up", "demo")
 
@@ -69,15 +79,26 @@ def global_options_first(arguments: Sequence[str]) -> list[str]:
 
 
 def image_size(text: str | None) -> tuple[int, ...] | ImageOptions | None:
-    """`--image`: `HxW` or `HxWxC`. Raises InvalidRequest."""
+    """`--image`: `HxW` or `HxWxC`, and what pixels are multiplied by: `HxW:SCALE`. Raises InvalidRequest."""
     if text is None:
         return None
-    parts = text.lower().split("x")
-    if len(parts) not in (2, 3) or not all(part.isdigit() and int(part) for part in parts):
+    found = _IMAGE.fullmatch(text.lower())
+    if found is None:
         from potluck.errors import InvalidRequest
 
-        raise InvalidRequest(f"--image {text!r}: write height x width, as in 128x128 (or 128x128x1)")
-    return tuple(int(part) for part in parts)
+        raise InvalidRequest(
+            f"--image {text!r}: write height x width, as in 128x128 (128x128x1 in grey; 128x128:1 for pixels of 0 to 255)"
+        )
+    size = tuple(int(part) for part in found.group("height", "width", "channels") if part)
+    if found["scale"] is None:
+        return size
+    from msgspec.structs import replace
+
+    from potluck.client.models import image_options
+
+    options = image_options(size, None)
+    assert options is not None
+    return replace(options, scale=float(found["scale"]))
 
 
 def check_output(path: Path) -> None:

@@ -56,7 +56,9 @@ def test_common_options_stand_anywhere(given: str, wanted: str) -> None:
 def test_image_sizes() -> None:
     assert image_size("128x96") == (128, 96)
     assert image_size("28X28x1") == (28, 28, 1)
-    for wrong in ("128", "0x3", "ax3", "1x2x3x4"):
+    assert image_size("224x192:1") == ImageOptions(height=224, width=192, scale=1.0)
+    assert image_size("28x28x1:0.5") == ImageOptions(height=28, width=28, channels=1, scale=0.5)
+    for wrong in ("128", "0x3", "ax3", "1x2x3x4", "8x8:", "8x8:a", "8x8:-1"):
         with pytest.raises(InvalidRequest, match="height x width"):
             image_size(wrong)
 
