@@ -46,6 +46,8 @@ class Replica:
     error: ErrorInfo | None = None
     asked_at: float | None = None
     warm_rows: int = 0
+    held: bool = False
+    """Whether its node had it before it was asked."""
 
     def info(self) -> ReplicaInfo:
         return ReplicaInfo(
@@ -202,7 +204,10 @@ class Deployment:
                 replica = Replica(f"{self.name}/{place.node_id}/{self.made}", place.node_id)
                 self.replicas[replica.replica_id] = replica
         elif missing < 0 and not (self.parked and busy):
-            surplus = sorted(self.replicas.values(), key=lambda replica: (replica.state == "ready", replica.replica_id))
+            surplus = sorted(
+                self.replicas.values(),
+                key=lambda replica: (replica.state == "ready" or replica.held, replica.replica_id),
+            )
             for replica in surplus[:-missing]:
                 del self.replicas[replica.replica_id]
                 commands.append(Unload(replica.replica_id, replica.node_id))
@@ -223,13 +228,17 @@ class Deployment:
         return True
 
     def adopt(self, replica_id: str, node_id: str, places: Sequence[Place]) -> bool:
-        """Whether a replica that a node holds is one of ours, or may be one: then it is asked to be, and is at once."""
+        """Whether a replica that a node holds is one of ours, or may be one: then it is asked to be, and is at once.
+
+        It takes the place of one that is still to be loaded elsewhere.
+        """
         if replica_id in self.replicas:
             return self.replicas[replica_id].node_id == node_id
         taken = any(replica.node_id == node_id for replica in self.replicas.values())
-        if taken or len(self.replicas) >= self.target(places) or self.failed:
+        settled = sum(replica.state == "ready" or replica.held for replica in self.replicas.values())
+        if taken or settled >= self.target(places) or self.failed:
             return False
-        self.replicas[replica_id] = Replica(replica_id, node_id)
+        self.replicas[replica_id] = Replica(replica_id, node_id, held=True)
         return True
 
     def lost(self, replica_id: str, error: ErrorInfo | None, now: float) -> bool:

@@ -142,6 +142,19 @@ def test_what_a_node_holds_is_adopted_where_it_is_missed() -> None:
     assert not deployment.adopt("m:1/b/8", "b", where)  # and one a node
 
 
+def test_what_a_node_holds_takes_the_place_of_what_is_still_to_be_loaded() -> None:
+    deployment = Deployment("m:1", MODEL, 2)
+    where = places(a=1, b=1, c=1)
+    assert deployment.adopt("m:1/a/7", "a", where)
+    [_, load] = loads(deployment, where)  # before the third node was heard of again
+    assert load.node_id == "b"
+    assert deployment.adopt("m:1/c/8", "c", where)
+    unloads = [command for command in deployment.plan(where, {}, 0.0, 1.0) if isinstance(command, Unload)]
+    assert [command.replica_id for command in unloads] == [load.replica_id]
+    assert sorted(deployment.replicas) == ["m:1/a/7", "m:1/c/8"]
+    deployment.check_invariants()
+
+
 class Life(RuleBasedStateMachine):
     """Nodes come and go, loads succeed, fail and are lost."""
 
