@@ -90,6 +90,10 @@ def to_numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
     if isinstance(data, list):
         try:
             array = np.asarray(data, dtype=dtype)
+            if _has_text(
+                data
+            ):  # that may be read as a number, and that each number would get the room of where numpy is not told a type
+                raise ValueError("it has texts")
             exact = dtype.kind == "f" or not array.size or np.asarray(data).dtype.kind in "iub"
         except (ValueError, TypeError, OverflowError) as error:
             raise InvalidRequest(f"tensor '{label}': data does not fit {tensor.datatype}: {error}") from error
@@ -149,6 +153,14 @@ def _shaped(array: np.ndarray[Any, Any], tensor: Tensor) -> np.ndarray[Any, Any]
         raise InvalidRequest(
             f"tensor '{tensor.name}': it cannot have shape {list(tensor.shape)[:9]}: {error}"
         ) from error
+
+
+def _has_text(data: list[Any]) -> bool:
+    """Whether there is a text in the list or its lists."""
+    kinds = set(map(type, data))
+    return bool(kinds & {str, bytes}) or (
+        list in kinds and any(_has_text(item) for item in data if isinstance(item, list))
+    )
 
 
 def _flatten(data: list[Any]) -> list[Any]:
