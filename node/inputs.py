@@ -1,6 +1,7 @@
 """Inputs of requests that are too large for a message: sent here by clients, or fetched from whoever has them, and gone with their batch.
 
-They have a store of their own, so that nothing of them is left when this process was killed.
+They have a store of their own, so that nothing of them is left when this process was killed. What clients send is not hashed unless another node
+has to fetch it.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ import asyncio
 import logging
 import shutil
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -20,7 +20,7 @@ from aiohttp import web
 
 from potluck.blobs import server
 from potluck.blobs.download import Downloader
-from potluck.blobs.store import BlobStore
+from potluck.blobs.store import BlobStore, is_made_up
 from potluck.blobs.transfer import Timings
 from potluck.errors import PotluckError
 from potluck.logs import fields
@@ -46,8 +46,6 @@ class Inputs:
         self.store = BlobStore(folder, limit_bytes)
         self._downloader = Downloader(self.store, TIMINGS)
         self._kept_seconds = kept_seconds
-        self._expected: Counter[str] = Counter()
-        """Batches that are still to come for what was sent here: the same bytes may be sent by two clients."""
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -59,11 +57,9 @@ class Inputs:
     ) -> None:
         await self._stack.aclose()
 
-    def route(self, refusal: Callable[[], PotluckError | None]) -> web.RouteDef:
-        """`POST /inputs`, for the node's HTTP server."""
-        return server.inputs_route(
-            self.store, max_bytes=INPUT_BLOB_LIMIT_BYTES, refusal=refusal, on_taken=self._on_taken
-        )
+    def routes(self, refusal: Callable[[], PotluckError | None]) -> list[web.RouteDef]:
+        """`/inputs`, for the node's HTTP server."""
+        return server.inputs_routes(self.store, max_bytes=INPUT_BLOB_LIMIT_BYTES, refusal=refusal)
 
     async def run(self) -> None:
         """Sweep what was left, until cancelled."""
@@ -71,27 +67,23 @@ class Inputs:
             await asyncio.sleep(self._kept_seconds / 4)
             await asyncio.to_thread(self._sweep)
 
-    def pin(self, sha256: str) -> None:
-        """A batch needs it from now on, until `done`."""
-        self.store.pin(sha256)
-
     async def fetch(self, ref: BlobRef) -> Path:
-        """Its file, for a batch that has pinned it. Raises Unavailable, CorruptBlob, DiskFull."""
-        return await self._downloader.fetch(ref)
+        """Its file, for a batch that needs it until `done`. Raises Unavailable, CorruptBlob, DiskFull."""
+        if is_made_up(ref.sha256) and not self.store.has(ref.sha256):
+            ref = await self._downloader.named(ref)
+        self.store.pin(ref.sha256)
+        try:
+            return await self._downloader.fetch(ref)
+        except BaseException:
+            self.store.unpin(ref.sha256)
+            raise
 
-    def done(self, used: Iterable[str], *, answered: bool) -> None:
-        """A batch is done with what it pinned. When it was answered, nobody needs that any more; else another node may fetch it."""
-        for sha256 in used:
-            self.store.unpin(sha256)
-            if not answered:
-                continue
-            self._expected[sha256] -= 1
-            if self._expected[sha256] <= 0:
-                del self._expected[sha256]
-                self.store.delete(sha256)  # gone so soon, it need not reach the disk
-
-    def _on_taken(self, ref: BlobRef) -> None:
-        self._expected[ref.sha256] += 1
+    def done(self, files: Iterable[Path], *, answered: bool) -> None:
+        """A batch is done with what was fetched for it. When it was answered, nobody needs that any more; else another node may."""
+        for path in files:
+            self.store.unpin(path.name)
+            if answered:
+                self.store.delete(path.name)  # gone so soon, it need not reach the disk
 
     def _sweep(self) -> None:
         """Also what an upload or a download that broke off has left."""
@@ -104,7 +96,6 @@ class Inputs:
             if max(stat.st_atime, stat.st_mtime) > used_after:
                 continue
             if self.store.delete(path.name):
-                self._expected.pop(path.name, None)
                 log.info(
                     "inputs thrown away, which no batch came for %s", fields(blob=path.name[:12], size=stat.st_size)
                 )

@@ -250,7 +250,7 @@ class Replicas:
             done = not error.retryable
             raise
         finally:
-            self._inputs.done(files, answered=done)
+            self._inputs.done(files.values(), answered=done)
 
     async def _all_at_hand(self, command: RunInference, files: dict[str, Path]) -> tuple[tuple[Tensor, ...], ...]:
         """The requests with their blobs' files in `files`. Raises Cancelled when nobody wants them any more."""
@@ -267,7 +267,7 @@ class Replicas:
             self._cancelled.discard(command.id)
 
     async def _at_hand(self, tensor: Tensor, files: dict[str, Path]) -> Tensor:
-        """The tensor with its file, pinned, in `files` where it is a blob; text is read at once."""
+        """The tensor with its file in `files` where it is a blob; text is read at once."""
         ref = tensor.data
         if not isinstance(ref, BlobRef):
             return tensor
@@ -275,11 +275,10 @@ class Replicas:
             raise TooLarge(
                 f"input '{tensor.name}' is a blob of {ref.size} bytes; {INPUT_BLOB_LIMIT_BYTES} is the limit"
             )
-        if ref.sha256 not in files:
-            self._inputs.pin(ref.sha256)
-            files[ref.sha256] = self._inputs.store.folder  # until it is here: what is pinned is unpinned
         try:
-            path = files[ref.sha256] = await self._fetched(ref)
+            path = files.get(ref.sha256)
+            if path is None:
+                path = files[ref.sha256] = await self._fetched(ref)
             if tensor.datatype != "BYTES":
                 return tensor
             data = await asyncio.to_thread(path.read_bytes)

@@ -117,7 +117,7 @@ class Downloader:
         raise Unavailable(f"a blob of {ref.size} bytes could not be sent: {shown}")
 
     async def send_inputs(self, data: bytes, base: str, connect_seconds: float) -> BlobRef:
-        """Send the inputs of a request to a node, which hashes them and says what they are called. Raises Unavailable."""
+        """Send the inputs of a request to a node, which says what they are called there. Raises Unavailable."""
         try:
             async with asyncio.timeout(_ANSWER_SECONDS) as limit:
                 async with self._http.post(
@@ -136,6 +136,27 @@ class Downloader:
         if found.size != len(data):
             raise Unavailable(f"{base} took {found.size} bytes of {len(data)}")
         return BlobRef(sha256=found.sha256, size=found.size, holders=(base,))
+
+    async def named(self, ref: BlobRef) -> BlobRef:
+        """Inputs with a name that their holder made up, as a blob of its. Raises Unavailable."""
+        reasons: list[str] = []
+        for base in ref.holders:
+            try:
+                async with asyncio.timeout(_ANSWER_SECONDS):
+                    async with self._http.get(
+                        f"{base.rstrip('/')}/inputs/{ref.sha256}", allow_redirects=False
+                    ) as response:
+                        said = await response.content.read(4096)
+                if response.status == 200:
+                    found = msgspec.json.decode(said, type=BlobRef)
+                    if found.size == ref.size:
+                        return BlobRef(sha256=found.sha256, size=found.size, holders=(base,))
+                    reasons.append(f"{base}: has {found.size} bytes instead of {ref.size}")
+                else:
+                    reasons.append(f"{base}: {_told(said) or f'{response.status} {response.reason}'}")
+            except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+                reasons.append(f"{base}: {explained(error, self._timings)}")
+        raise Unavailable(f"inputs of {ref.size} bytes could not be had from anyone: {'; '.join(reasons)}")
 
     @property
     def _http(self) -> aiohttp.ClientSession:

@@ -1,4 +1,4 @@
-"""The blob server: `GET`, `HEAD` and, where clients may push, `PUT /blobs/<sha256>`; where inputs are taken, `POST /inputs`."""
+"""The blob server: `GET`, `HEAD` and, where clients may push, `PUT /blobs/<sha256>`; where inputs are taken, `/inputs`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from pathlib import Path
 from aiohttp import ETag, hdrs, web
 from aiohttp.abc import AbstractStreamWriter
 
-from potluck.blobs.store import BlobStore, NewFile, is_sha256
+from potluck.blobs.store import BlobStore, NewFile, is_sha256, made_up_name
 from potluck.errors import DiskFull, NotFound, PotluckError, TooLarge
-from potluck.messages import BlobRef
 
 IDLE_SECONDS = 30.0
 """An upload of which no byte arrives for so long is given up."""
@@ -24,6 +23,8 @@ _UPLOADS_LIMIT = 32
 """Of inputs, at a time: what is not whole yet counts for no other limit."""
 _ADD_BYTES = 1 << 20
 """So much is hashed and written at a time: a thread for each piece that arrives would take longer than both."""
+_WRITE_BYTES = 4 << 20
+"""So much is written at a time where nothing is hashed."""
 
 
 def routes(
@@ -83,15 +84,16 @@ def routes(
     return found
 
 
-def inputs_route(
+def inputs_routes(
     store: BlobStore,
     *,
     max_bytes: int,
     refusal: Callable[[], PotluckError | None],
-    on_taken: Callable[[BlobRef], None],
     idle_seconds: float = IDLE_SECONDS,
-) -> web.RouteDef:
-    """`POST /inputs`: bytes that nobody has hashed yet; the answer names them. While there is a `refusal`, nothing is taken."""
+) -> list[web.RouteDef]:
+    """`POST /inputs` takes bytes that nobody hashes; the answer has a name that was made up for them. While there is a `refusal`,
+    nothing is taken. `GET /inputs/<name>` makes a blob of them, for those who would fetch them, and says its hash.
+    """
 
     uploads = asyncio.Semaphore(_UPLOADS_LIMIT)
 
@@ -105,48 +107,54 @@ def inputs_route(
         if uploads.locked():
             return _problem(503, f"{_UPLOADS_LIMIT} uploads are under way")
         async with uploads:
-            return await _received(request, store, max_bytes, idle_seconds, on_taken=on_taken)
+            return await _received(request, store, max_bytes, idle_seconds)
 
-    return web.post("/inputs", post)
+    async def get(request: web.Request) -> web.StreamResponse:
+        try:
+            ref = await asyncio.to_thread(store.put_file, store.path(request.match_info["name"]))
+        except (NotFound, FileNotFoundError):
+            return _problem(404, "these inputs are not here: they were used, or not for a long time")
+        except DiskFull as error:
+            return _problem(507, error.message)
+        return web.json_response({"sha256": ref.sha256, "size": ref.size})
+
+    return [web.post("/inputs", post), web.get("/inputs/{name}", get)]
 
 
 async def _received(
-    request: web.Request,
-    store: BlobStore,
-    max_bytes: int,
-    idle_seconds: float,
-    *,
-    wanted: str = "",
-    on_taken: Callable[[BlobRef], None] = lambda ref: None,
+    request: web.Request, store: BlobStore, max_bytes: int, idle_seconds: float, *, wanted: str | None = None
 ) -> web.Response:
-    """The body in the store, and 201; or why not. With `wanted` it must have that hash."""
+    """The body in the store, and 201; or why not. It must have the hash `wanted`; None: it is not hashed, and the answer names it."""
+    digest = None if wanted is None else hashlib.sha256()
     try:
         with store.new_file() as file:
-            sha256, size = await _receive(request, file, max_bytes, idle_seconds)
-            if wanted not in ("", sha256):
-                return _problem(409, f"the {size} bytes sent have the SHA-256 {sha256}")
-            ref = await asyncio.to_thread(store.adopt, file.path, sha256)
+            size = await _receive(request, file, digest, max_bytes, idle_seconds)
+            if digest is not None and digest.hexdigest() != wanted:
+                return _problem(409, f"the {size} bytes sent have the SHA-256 {digest.hexdigest()}")
+            name = made_up_name() if wanted is None else wanted
+            await asyncio.to_thread(store.adopt, file.path, name)
     except TooLarge:
         return _too_large(max_bytes)
     except DiskFull as error:
         return _problem(507, error.message)
     except TimeoutError:
         return _problem(408, f"no byte arrived for {idle_seconds:g} s")
-    if wanted:
+    if wanted is not None:
         return web.Response(status=201)
-    on_taken(ref)
-    return web.json_response({"sha256": ref.sha256, "size": ref.size}, status=201)
+    return web.json_response({"sha256": name, "size": size}, status=201)
 
 
-async def _receive(request: web.Request, file: NewFile, max_bytes: int, idle_seconds: float) -> tuple[str, int]:
-    """The body in the file: (SHA-256, size). Raises TooLarge, DiskFull, TimeoutError."""
-    digest, size = hashlib.sha256(), 0
+async def _receive(
+    request: web.Request, file: NewFile, digest: hashlib._Hash | None, max_bytes: int, idle_seconds: float
+) -> int:
+    """The size of the body, which is in the file then, and hashed where there is a `digest`. Raises TooLarge, DiskFull, TimeoutError."""
     gathered: list[bytes] = []
-    waiting = 0
+    size = waiting = 0
 
     def add() -> None:
         for data in gathered:
-            digest.update(data)
+            if digest is not None:
+                digest.update(data)
             file.write(data)
         if not data:
             file.flush()
@@ -160,11 +168,11 @@ async def _receive(request: web.Request, file: NewFile, max_bytes: int, idle_sec
         if size > max_bytes:
             raise TooLarge(f"more than {max_bytes} bytes")
         gathered.append(data)
-        if not data or waiting >= _ADD_BYTES:
+        if not data or waiting >= (_WRITE_BYTES if digest is None else _ADD_BYTES):
             await asyncio.to_thread(add)
             gathered.clear()
             waiting = 0
-    return digest.hexdigest(), size
+    return size
 
 
 class _BlobResponse(web.FileResponse):

@@ -7,6 +7,7 @@ import hashlib
 import logging
 import os
 import re
+import secrets
 import shutil
 import tempfile
 import threading
@@ -25,6 +26,8 @@ from potluck.messages import BlobRef
 log = logging.getLogger(__name__)
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_MADE_UP = "0" * 16
+"""What no hash begins with, and the names that we make up for bytes that were not hashed."""
 _NEW_PREFIX = "new-"
 _READ_BYTES = 1 << 20
 _PARTIAL_SECONDS = 24 * 3600.0
@@ -280,6 +283,15 @@ class BlobStore:
 
 def is_sha256(text: str) -> bool:
     return _SHA256.fullmatch(text) is not None
+
+
+def made_up_name() -> str:
+    """For bytes that were not hashed; nobody can guess it."""
+    return _MADE_UP + secrets.token_hex(24)
+
+
+def is_made_up(name: str) -> bool:
+    return name.startswith(_MADE_UP)
 
 
 def hash_file(path: Path) -> tuple[str, int]:

@@ -20,6 +20,7 @@ from potluck.client.inputs import Choice
 from potluck.errors import BadMessage, InputsLost, PotluckError, TimedOut, Unavailable
 from potluck.http import serve_http
 from potluck.messages import BlobRef, FindReplicas, Infer, Inferred, Message, ReplicaPlace, ReplicasFound
+from potluck.tensors import from_numpy
 from support.fake_bus import FakeBroker, FakeBus
 from support.scripted_coordinator import ScriptedCoordinator
 
@@ -47,7 +48,7 @@ class Cluster:
         stack = self._stacks[node_id] = await self._stack.enter_async_context(AsyncExitStack())
         inputs = self.inputs[node_id] = await stack.enter_async_context(Inputs(self._folder / node_id))
         sock = socket.create_server(("127.0.0.1", 0))
-        routes = [*server.routes(inputs.store, writable=False, max_bytes=0), inputs.route(lambda: None)]
+        routes = [*server.routes(inputs.store, writable=False, max_bytes=0), *inputs.routes(lambda: None)]
         await stack.enter_async_context(serve_http(sock, routes))
         place = ReplicaPlace(node_id=node_id, http=(f"http://127.0.0.1:{sock.getsockname()[1]}",))
         self.places.append(place)
@@ -67,7 +68,10 @@ class Cluster:
         self.holders.append(names[holder])
         if self.lost:
             raise self.lost.pop(0)
-        return Inferred(model="m:1", outputs=asked.inputs)
+        name = self.holders[-1]
+        store = self.coordinator.store if name == "coordinator" else self.inputs[name].store
+        found = np.frombuffer(store.read(tensor.data.sha256), np.float32)
+        return Inferred(model="m:1", outputs=(from_numpy("y", found[:3]),))
 
 
 @pytest.fixture
@@ -94,7 +98,7 @@ Ask = Callable[[], Awaitable[None]]
 @pytest.fixture
 def ask(client: AsyncClient) -> Ask:
     async def one() -> None:
-        assert np.array_equal(await client.infer("m", LARGE), LARGE)
+        assert np.array_equal(await client.infer("m", LARGE), LARGE[0, :3])
 
     return one
 

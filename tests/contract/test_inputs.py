@@ -12,12 +12,13 @@ from pathlib import Path
 
 import aiohttp
 import pytest
+from msgspec.structs import replace
 
 from node import inputs as inputs_module
 from node.inputs import Inputs
 from potluck.blobs import server
 from potluck.blobs.download import Downloader
-from potluck.blobs.store import BlobStore
+from potluck.blobs.store import BlobStore, is_made_up
 from potluck.errors import PotluckError, Unavailable
 from potluck.http import serve_http
 from potluck.messages import BlobRef
@@ -46,7 +47,7 @@ async def taker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
         sock = socket.create_server(("127.0.0.1", 0))
         found.url = f"http://127.0.0.1:{sock.getsockname()[1]}"
         routes = server.routes(BlobStore(tmp_path / "blobs", 1 << 30), found.inputs.store, writable=False, max_bytes=0)
-        await stack.enter_async_context(serve_http(sock, [*routes, found.inputs.route(lambda: found.refusal)]))
+        await stack.enter_async_context(serve_http(sock, [*routes, *found.inputs.routes(lambda: found.refusal)]))
         yield found
 
 
@@ -61,39 +62,57 @@ async def test_inputs_are_named_by_who_takes_them_and_gone_with_their_batch(
     taker: Taker, client: Downloader, size: int
 ) -> None:
     data = os.urandom(size)
+    ref, again = [await client.send_inputs(data, taker.url, 1.0) for _ in range(2)]
+    assert ref == BlobRef(sha256=ref.sha256, size=size, holders=(taker.url,))
+    assert is_made_up(ref.sha256)
+    assert again.sha256 != ref.sha256
+    path = await taker.inputs.fetch(ref)
+    assert path.read_bytes() == data
+    assert not taker.inputs.store.delete(ref.sha256)  # a batch needs it
+    taker.inputs.done([path], answered=True)
+    assert taker.left() == [again.sha256]
+
+
+async def test_another_node_fetches_them_by_their_hash(taker: Taker, client: Downloader, tmp_path: Path) -> None:
+    data = os.urandom(LIMIT_BYTES)
     ref = await client.send_inputs(data, taker.url, 1.0)
-    assert ref == BlobRef(sha256=hashlib.sha256(data).hexdigest(), size=size, holders=(taker.url,))
-    assert (await client.fetch(ref)).read_bytes() == data  # another node may need them
-    taker.inputs.pin(ref.sha256)
-    assert (await taker.inputs.fetch(ref)).read_bytes() == data
-    taker.inputs.done([ref.sha256], answered=True)
-    assert taker.left() == []
+    async with Inputs(tmp_path / "others") as others:
+        path = await others.fetch(ref)
+        assert path.read_bytes() == data
+        assert path.name == hashlib.sha256(data).hexdigest()
+        assert taker.left() == sorted([ref.sha256, path.name])
+        with pytest.raises(Unavailable, match=f"has {LIMIT_BYTES} bytes instead of 5"):
+            await others.fetch(replace(ref, size=5))
+        others.done([path], answered=True)
+        taker.inputs.done([await taker.inputs.fetch(ref)], answered=True)
+        with pytest.raises(Unavailable, match="these inputs are not here"):
+            await others.fetch(ref)
+        assert list(others.store.folder.iterdir()) == []
 
 
 async def test_a_batch_that_was_not_answered_leaves_them_to_others(taker: Taker, client: Downloader) -> None:
     ref = await client.send_inputs(b"soup", taker.url, 1.0)
-    taker.inputs.pin(ref.sha256)
-    taker.inputs.done([ref.sha256], answered=False)
+    taker.inputs.done([await taker.inputs.fetch(ref)], answered=False)
     assert taker.left() == [ref.sha256]
 
 
-async def test_what_two_have_sent_is_there_for_both(taker: Taker, client: Downloader) -> None:
-    ref, again = [await client.send_inputs(b"soup", taker.url, 1.0) for _ in range(2)]
-    assert again == ref
-    for left in ([ref.sha256], []):
-        taker.inputs.pin(ref.sha256)
-        assert (await taker.inputs.fetch(ref)).read_bytes() == b"soup"
-        taker.inputs.done([ref.sha256], answered=True)
-        assert taker.left() == left
+async def test_blobs_of_others_are_fetched_once_for_all_that_need_them(taker: Taker, tmp_path: Path) -> None:
+    ref = replace(taker.inputs.store.put_bytes(b"soup"), holders=(taker.url,))
+    async with Inputs(tmp_path / "others") as others:
+        one, other = await asyncio.gather(others.fetch(ref), others.fetch(ref))
+        others.done([one], answered=True)
+        assert other.read_bytes() == b"soup"
+        others.done([other], answered=True)
+        assert list(others.store.folder.iterdir()) == []
 
 
 async def test_what_no_batch_comes_for_is_swept(taker: Taker, client: Downloader) -> None:
     used, unused = [await client.send_inputs(data, taker.url, 1.0) for data in (b"soup", b"bread")]
     (taker.inputs.store.folder / "new-broken-off").write_bytes(b"half")
-    taker.inputs.pin(used.sha256)
+    path = await taker.inputs.fetch(used)
     sweeping = asyncio.create_task(taker.inputs.run(), name="inputs")
     await eventually(lambda: taker.left() == [used.sha256])
-    taker.inputs.done([used.sha256], answered=False)
+    taker.inputs.done([path], answered=False)
     await eventually(lambda: taker.left() == [])
     sweeping.cancel()
     await asyncio.wait([sweeping])
