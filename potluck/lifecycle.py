@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import ctypes
+import gc
 import logging
 import os
 import signal
@@ -110,6 +111,9 @@ def run_daemon(name: str, read_settings: Callable[[], S], serve: Callable[[S], C
         _keep_notify_socket()
         if settings.listen.insecure:
             log.warning("INSECURE: %s listens on %s without encryption or identities", name, settings.listen.host)
+        # What is imported stays: without this each full collection looks at all of it, and nobody is answered meanwhile.
+        gc.collect()
+        gc.freeze()
         asyncio.run(serve(settings))
     except* PotluckError as group:
         found: BaseException = group
