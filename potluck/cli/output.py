@@ -309,11 +309,12 @@ def evaluation_report(evaluation: Evaluation) -> Group:
 
 def change_text(name: str, before: Evaluation, after: Evaluation, data: str) -> str:
     """How a model that was converted does, and how what it was made of does, in one line."""
-    both = [metric for metric in ("accuracy", "mae", "mse") if metric in before.metrics and metric in after.metrics]
+    told = ("accuracy", "mae", "mse")  # of one of several outputs with its name before: `size_mae`
+    both = [name for name in after.metrics if name in before.metrics and name.rpartition("_")[2] in told]
     changes = ", ".join(
         f"{metric} {after.metrics[metric]:.4f} instead of {before.metrics[metric]:.4f} "
         f"({after.metrics[metric] - before.metrics[metric]:+.4f})"
-        for metric in (both[:1] if "accuracy" in both else both)
+        for metric in (["accuracy"] if "accuracy" in both else both)
     )
     return f"{name}: {changes} on {counted(after.count, 'item')} of {data}"
 

@@ -79,6 +79,9 @@ def test_a_conversion_is_told_by_what_it_changed() -> None:
         line
         == "m-int8:1: mae 0.7500 instead of 0.5000 (+0.2500), mse 0.7500 instead of 0.5000 (+0.2500) on 1 item of d"
     )
+    before, after = (Evaluation(count=1, metrics={"kind_accuracy": value, "size_mae": 0.0}) for value in (0.5, 0.75))
+    line = output.change_text("m-int8:1", before, after, "d")
+    assert "kind_accuracy 0.7500 instead of 0.5000 (+0.2500), size_mae 0.0000 instead of" in line
 
 
 @pytest.mark.parametrize(
