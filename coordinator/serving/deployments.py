@@ -230,14 +230,15 @@ class Deployment:
     def adopt(self, replica_id: str, node_id: str, places: Sequence[Place]) -> bool:
         """Whether a replica that a node holds is one of ours, or may be one: then it is asked to be, and is at once.
 
-        It takes the place of one that is still to be loaded elsewhere.
+        It takes the place of one that is still to be loaded, there or elsewhere.
         """
         if replica_id in self.replicas:
             return self.replicas[replica_id].node_id == node_id
-        taken = any(replica.node_id == node_id for replica in self.replicas.values())
-        settled = sum(replica.state == "ready" or replica.held for replica in self.replicas.values())
-        if taken or settled >= self.target(places) or self.failed:
+        settled = [replica.node_id for replica in self.replicas.values() if replica.state == "ready" or replica.held]
+        if node_id in settled or len(settled) >= self.target(places) or self.failed:
             return False
+        for other in [replica for replica in self.replicas.values() if replica.node_id == node_id]:
+            del self.replicas[other.replica_id]
         self.replicas[replica_id] = Replica(replica_id, node_id, held=True)
         return True
 

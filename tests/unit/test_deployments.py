@@ -155,6 +155,14 @@ def test_what_a_node_holds_takes_the_place_of_what_is_still_to_be_loaded() -> No
     deployment.check_invariants()
 
 
+def test_a_node_that_was_asked_too_early_keeps_what_it_holds() -> None:
+    deployment = Deployment("m:1", MODEL, 1)
+    [load] = loads(deployment, places(a=1))  # before it said what it holds
+    assert deployment.adopt("m:1/a/7", "a", places(a=1))
+    assert not deployment.adopt(load.replica_id, "a", places(a=1))
+    assert list(deployment.replicas) == ["m:1/a/7"]
+
+
 class Life(RuleBasedStateMachine):
     """Nodes come and go, loads succeed, fail and are lost."""
 
