@@ -148,7 +148,7 @@ class Held(RuleBasedStateMachine):
         self.away += self.router.dispatch(self.now)
 
     @precondition(lambda self: self.away)
-    @rule(data=st.data(), seconds=st.floats(0.0, 2.0))
+    @rule(data=st.data(), seconds=st.just(0.0) | st.floats(1e-6, 2.0))
     def finish(self, data: st.DataObject, seconds: float) -> None:
         batch = self.away.pop(data.draw(st.integers(0, len(self.away) - 1)))
         self.now += seconds
