@@ -354,12 +354,16 @@ class Executor:
 
 
 def _way(task: AnyTask) -> tuple[BlobRef | None, Step | None]:
-    """The weights that a task is about, and the other way to them, where the round before has changed any."""
+    """The weights that a task is about, and the other way to them, where its files are others than they are themselves.
+
+    A step that changes nothing leads to the file that it begins from; one from nothing but zeros is the same file as what it leads to.
+    """
     if isinstance(task, PredictTask | SyncTask | ConvertTask):
         return None, None
     weights, step = task.weights, task.step
-    unchanged = weights is not None and step is not None and weights.sha256 == step.base.sha256
-    return weights, None if unchanged else step
+    if weights is None or step is None or weights.sha256 in (step.base.sha256, step.update.sha256):
+        return weights, None
+    return weights, step
 
 
 def _disk_trouble(error: OSError) -> PotluckError:

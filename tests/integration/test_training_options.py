@@ -251,6 +251,19 @@ def test_rounds_that_change_nothing_are_rounds(client: Client) -> None:
         np.testing.assert_array_equal(ours, theirs)
 
 
+def test_weights_that_begin_at_zero_are_trained(client: Client) -> None:
+    """The first step is then the same file as the weights that it leads to."""
+    import keras
+
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1, kernel_initializer="zeros")])
+    model.compile(keras.optimizers.SGD(0.05), "mse")
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(256, 4)).astype(np.float32)
+    y = x @ np.array([1, -2, 3, 0], np.float32)
+    job = client.train(model, (x, y), epochs=10, strategy="local").wait(timeout=120)
+    assert job.history["loss"][-1] < 0.1 * job.history["loss"][0]
+
+
 @pytest.mark.parametrize("every", [None, 4])
 @pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
 def test_a_schedule_follows_the_samples_of_the_cluster(every: int | None, policy: str) -> None:
