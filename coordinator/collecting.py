@@ -20,7 +20,7 @@ from coordinator.training.rounds import RoundsStrategy
 from coordinator.training.scores import weighted
 from potluck import updates
 from potluck.blobs.download import Downloader
-from potluck.blobs.store import BlobStore
+from potluck.blobs.store import BlobStore, hash_file
 from potluck.errors import EngineFailed, InvalidModel
 from potluck.messages import (
     AnyTaskResult,
@@ -52,11 +52,16 @@ class Collector:
         self.urls = urls
 
     async def collect(self, result: AnyTaskResult) -> AnyTaskResult:
-        """The same result with all its blobs in our store. Raises Unavailable when nobody has one any more, CorruptBlob."""
+        """The same result with all its blobs in our store. Raises Unavailable when nobody has one any more, CorruptBlob.
+
+        Of training they are kept until this returns: record it before you wait for anything.
+        """
         match result:
             case TrainResult():
-                base, update = await self._fetch(result.base), await self._fetch(result.update)
-                return replace(result, base=base, update=update, norm=await asyncio.to_thread(self._norm, update, base))
+                with self._store.pinning() as pin:
+                    base, update = await self._fetch(result.base, pin), await self._fetch(result.update, pin)
+                    norm = await asyncio.to_thread(self._norm, update, base)
+                    return replace(result, base=base, update=update, norm=norm)
             case ExportResult() | ConvertResult():
                 return replace(result, model=await self._fetch(result.model))
             case PredictResult():
@@ -64,13 +69,17 @@ class Collector:
             case SyncResult():
                 if result.weights is None or result.optimizer is None:
                     return result
-                kept, state = await self._fetch(result.weights), await self._fetch(result.optimizer)
-                return replace(result, weights=kept, optimizer=state)
+                with self._store.pinning() as pin:
+                    kept, state = await self._fetch(result.weights, pin), await self._fetch(result.optimizer, pin)
+                    return replace(result, weights=kept, optimizer=state)
             case EvaluateResult():
                 return result
 
     async def close_round(self, decision: CloseRound, spec: Train, clock: Callable[[], float]) -> RoundClosed:
-        """Take a round's outer step. Raises InvalidModel, Diverged."""
+        """Take a round's outer step. Raises InvalidModel, Diverged.
+
+        What it makes is kept until this returns: record it before you wait for anything.
+        """
         base = decision.results[0].base
         settings = outer.outer_for(
             decision.round,
@@ -82,34 +91,33 @@ class Collector:
         parts = decision.results
         counts = [part.items if decision.by_items else part.samples for part in parts]
         scales = outer.nova_scales(counts, [part.steps for part in parts]) if decision.by_items else [1.0] * len(parts)
-        step, weights, velocity, square = await asyncio.to_thread(
-            self._take_step, decision, base, settings, spec.compression, counts, scales
-        )
-        return RoundClosed(
-            at=clock(),
-            round=decision.round,
-            base=base,
-            step=step,
-            weights=weights,
-            velocity=velocity,
-            samples=sum(part.samples for part in parts),
-            learning_rate=settings.learning_rate,
-            momentum=settings.momentum,
-            agreement=outer.agreement_of(
-                square,
-                [(part.norm * scale, count) for part, scale, count in zip(parts, scales, counts, strict=True)],
-                decision.agreement,
-            ),
-            metrics=weighted([(count, part.metrics) for count, part in zip(counts, parts, strict=True)]),
-            rejected=decision.rejected,
-        )
+        with self._store.pinning() as pin:
+            step, weights, velocity, square = await asyncio.to_thread(
+                self._take_step, decision, base, settings, spec.compression, counts, scales, pin
+            )
+            return RoundClosed(
+                at=clock(),
+                round=decision.round,
+                base=base,
+                step=step,
+                weights=weights,
+                velocity=velocity,
+                samples=sum(part.samples for part in parts),
+                learning_rate=settings.learning_rate,
+                momentum=settings.momentum,
+                agreement=outer.agreement_of(
+                    square,
+                    [(part.norm * scale, count) for part, scale, count in zip(parts, scales, counts, strict=True)],
+                    decision.agreement,
+                ),
+                metrics=weighted([(count, part.metrics) for count, part in zip(counts, parts, strict=True)]),
+                rejected=decision.rejected,
+            )
 
     def drop_round(self, decision: CloseRound, before: Step | None, closed: RoundClosed, keep: set[str]) -> None:
         """Throw away what a closed round has used up: its updates, and the weights and state that it began from."""
         found = (*(part.update for part in decision.results), closed.base, decision.velocity)
-        used = [ref for ref in (*found, before.update if before else None) if ref is not None]
-        new = {ref.sha256 for ref in (closed.step, closed.velocity) if ref is not None}
-        self.drop(used, keep | new)
+        self.drop([ref for ref in (*found, before.update if before else None) if ref is not None], keep)
 
     def drop(self, used: Iterable[BlobRef], keep: set[str]) -> None:
         """Throw away what is no longer needed, but not what is in `keep`."""
@@ -149,6 +157,7 @@ class Collector:
         compression: Compression,
         counts: Sequence[int],
         scales: Sequence[float],
+        pin: Callable[[str], None],
     ) -> tuple[BlobRef, BlobRef, BlobRef, float]:
         with ExitStack() as stack:
             step, after, moving = (stack.enter_context(self._store.new_file()).path for _ in range(3))
@@ -166,7 +175,11 @@ class Collector:
                 after=after,
                 velocity_after=moving,
             )
-            put = [self._store.put_file(path, move=True) for path in (step, after, moving)]
+            put: list[BlobRef] = []
+            for path in (step, after, moving):
+                sha256, _ = hash_file(path)
+                pin(sha256)  # first: another job may throw the same blob away at any time
+                put.append(self._store.adopt(path, sha256))
             return put[0], put[1], put[2], square
 
     def _norm(self, update: BlobRef, base: BlobRef) -> float:
@@ -183,7 +196,9 @@ class Collector:
             return replace(tensor, data=await asyncio.to_thread(self._store.put_bytes, tensor.data))
         return tensor
 
-    async def _fetch(self, ref: BlobRef) -> BlobRef:
+    async def _fetch(self, ref: BlobRef, pin: Callable[[str], None] | None = None) -> BlobRef:
+        if pin is not None:
+            pin(ref.sha256)
         await self._downloader.fetch(ref)
         return BlobRef(sha256=ref.sha256, size=ref.size)
 

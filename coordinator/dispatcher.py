@@ -352,13 +352,13 @@ class Dispatcher:
         spec, strategy = job.submitted.spec, job.strategy
         assert isinstance(spec, Train)
         assert isinstance(strategy, RoundsStrategy)
-        closed = await self._collector.close_round(decision, spec, self._clock)
         if spec.privacy is not None and spec.privacy.noise_multiplier:
             await asyncio.to_thread(privacy.load)  # in the loop, nothing else would be answered meanwhile
-        if job.active:
+        closed = await self._collector.close_round(decision, spec, self._clock)
+        if job.active:  # nothing may be awaited before it is recorded: what has come is pinned until here
             before = strategy.step
             self._record(job, closed)
-            self._collector.drop_round(decision, before, closed, strategy.kept)
+            self._collector.drop_round(decision, before, closed, self._store.kept())
             outer = {"outer_learning_rate": closed.learning_rate, "outer_momentum": round(closed.momentum, 3)}
             rejected = ",".join(closed.rejected) or None
             log.info(
@@ -387,7 +387,7 @@ class Dispatcher:
             metrics=decision.metrics,
         )
         self._record(job, closed)
-        self._collector.drop(used, strategy.kept)
+        self._collector.drop(used, self._store.kept())
         log.info(
             "round closed %s", fields(job=job.job_id, round=closed.round, samples=closed.samples, **closed.metrics)
         )

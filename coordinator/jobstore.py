@@ -21,6 +21,7 @@ from coordinator.journal import Journal
 from coordinator.serving.registry import Registry
 from coordinator.strategies import strategy_for
 from coordinator.training import privacy
+from coordinator.training.rounds import RoundsStrategy
 from coordinator.training.scores import direction
 from potluck import codec
 from potluck.blobs.store import BlobStore
@@ -168,6 +169,13 @@ class JobStore:
         """The blobs of models and keys in results that are remembered: they may still be asked for."""
         ended = [job.ended for job in self.jobs.values() if job.ended is not None]
         return {ref.sha256 for one in ended for ref in (one.model, one.keys) if ref is not None}
+
+    def kept(self) -> set[str]:
+        """The blobs of training that some job rests on, or may be resumed from: jobs that began alike hold the same ones."""
+        strategies = [self.jobs[job_id].strategy for job_id in self.active]
+        found = {sha256 for strategy in strategies if isinstance(strategy, RoundsStrategy) for sha256 in strategy.kept}
+        ended = [job.ended.checkpoint for job in self.jobs.values() if job.ended is not None]
+        return found | {ref.sha256 for ref in ended if ref is not None}
 
     def record(self, job: Job, event: AnyEvent) -> None:
         """Journal an event, and then let it happen."""

@@ -149,8 +149,10 @@ class RoundsStrategy:
 
     @property
     def kept(self) -> set[str]:
-        """Blobs that must stay when a round is thrown away."""
-        found = (self.weights, self.spec.weights, self.best.weights if self.best else None)
+        """Blobs that must stay when a round is thrown away, of this job or of one that holds the same."""
+        found = [self.weights, self.velocity, self.spec.weights, self.best.weights if self.best else None]
+        found += [self.step.update] if self.step is not None else []
+        found += [ref for part in self.contributions.values() for ref in (part.base, part.update)]
         return {ref.sha256 for ref in found if ref is not None}
 
     @property

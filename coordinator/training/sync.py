@@ -78,6 +78,11 @@ class SyncStrategy(RoundsStrategy):
         return min(self.spec.batch_size, self.dataset.count)
 
     @property
+    def kept(self) -> set[str]:
+        found = [self.optimizer, *(ref for part in self.parts.values() for ref in (part.weights, part.optimizer))]
+        return super().kept | {ref.sha256 for ref in found if ref is not None}
+
+    @property
     def synchronous(self) -> bool:
         return self.chosen == "sync"
 

@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -188,6 +188,21 @@ class BlobStore:
             self._pins[sha256] -= 1
             if self._pins[sha256] <= 0:
                 del self._pins[sha256]
+
+    @contextmanager
+    def pinning(self) -> Iterator[Callable[[str], None]]:
+        """Gives what pins a blob until the end of the block."""
+        pinned: list[str] = []
+
+        def pin(sha256: str) -> None:
+            self.pin(sha256)
+            pinned.append(sha256)
+
+        try:
+            yield pin
+        finally:
+            for sha256 in pinned:
+                self.unpin(sha256)
 
     @contextmanager
     def new_file(self) -> Iterator[NewFile]:

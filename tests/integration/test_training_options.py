@@ -264,6 +264,17 @@ def test_weights_that_begin_at_zero_are_trained(client: Client) -> None:
     assert job.history["loss"][-1] < 0.1 * job.history["loss"][0]
 
 
+def test_jobs_that_hold_the_same_weights_do_not_take_them_from_each_other(client: Client) -> None:
+    """As in a search over learning rates: all begin with the same weights, and two are the same in every round."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(512, 4)).astype(np.float32), rng.normal(size=512).astype(np.float32)
+    jobs = [client.train(regression(), (x, y), epochs=epochs, deterministic=True) for epochs in (12, 12, 10)]
+    for job in jobs:
+        job.wait(timeout=200)
+    first, second, _ = ([weights.tobytes() for weights in job.model().get_weights()] for job in jobs)
+    assert first == second
+
+
 @pytest.mark.parametrize("every", [None, 4])
 @pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
 def test_a_schedule_follows_the_samples_of_the_cluster(every: int | None, policy: str) -> None:

@@ -188,6 +188,14 @@ def test_a_blob_may_be_pinned_before_it_is_here(store: BlobStore) -> None:
     assert not store.delete(kept.sha256)
 
 
+def test_what_is_pinned_in_a_block_is_kept_until_its_end(store: BlobStore) -> None:
+    kept = store.put_bytes(b"1")
+    with store.pinning() as pin:
+        pin(kept.sha256)
+        assert not store.delete(kept.sha256)
+    assert store.delete(kept.sha256)
+
+
 def test_a_full_disk_is_said(store: BlobStore, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

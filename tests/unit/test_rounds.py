@@ -330,6 +330,23 @@ def test_the_model_of_the_best_epoch_is_kept_and_training_ends_when_nothing_gets
     assert export.step is None
 
 
+def test_all_that_the_next_round_rests_on_is_kept() -> None:
+    """From other jobs, too, which may hold the same and be done with it."""
+    play = Simulation(validation=False)
+    play.plan("a", "b")
+    play.finish(next(iter(play.job.attempts)))
+    (part,) = play.strategy.contributions.values()
+    assert play.strategy.kept == {part.base.sha256, part.update.sha256}
+    play.finish(next(iter(play.job.attempts)))
+    play.plan("a", "b")
+    strategy = play.strategy
+    assert strategy.round == 1
+    assert strategy.step is not None
+    held = (strategy.weights, strategy.velocity, strategy.step.update)
+    assert strategy.kept == {ref.sha256 for ref in held if ref is not None}
+    assert len(strategy.kept) == 3
+
+
 def test_the_history_of_very_many_epochs_fits_into_a_message() -> None:
     play = Simulation(epochs=50_000, validation=False)
     for number in range(1, 5001):
