@@ -103,7 +103,7 @@ def stop(context: typer.Context, job_id: JobId, as_json: Json = False) -> None:
     elif state.state in ("queued", "running"):
         output.show(f"job {state.job_id} ends after epoch {state.progress.epoch}")
     else:
-        output.show(f"job {state.job_id} is {state.state}")
+        output.show(f"job {state.job_id} had ended already: {state.state}")
 
 
 def cancel(context: typer.Context, job_id: JobId, as_json: Json = False) -> None:
@@ -114,5 +114,7 @@ def cancel(context: typer.Context, job_id: JobId, as_json: Json = False) -> None
         state = client.cancel(job_id)
     if as_json:
         output.emit(state)
+    elif state.state == "cancelled":
+        output.show(f"job {state.job_id} is cancelled")
     else:
-        output.show(f"job {state.job_id} is {state.state}")
+        output.show(f"job {state.job_id} had ended already: {state.state}")

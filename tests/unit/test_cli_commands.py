@@ -18,7 +18,7 @@ from potluck.cli.registry import read_labels, read_tags
 from potluck.cli.session import check_output, global_options_first, image_size
 from potluck.data import items
 from potluck.errors import InvalidData, InvalidRequest
-from potluck.messages import BlobRef, ImageOptions, ModelInfo, Signature, TensorSpec
+from potluck.messages import BlobRef, ImageOptions, JobChanged, ModelInfo, Signature, TensorSpec
 from support.recordings import wav
 
 
@@ -228,6 +228,20 @@ def test_options_of_noise_go_to_the_client_when_they_are_given(monkeypatch: pyte
         options = client.__enter__.return_value.train.call_args.kwargs
         names = ("l2_norm_clip", "noise_multiplier", "private_unit", "delta")
         assert {name: options[name] for name in names if name in options} == given
+
+
+@pytest.mark.parametrize("command", ["cancel", "stop"])
+def test_a_job_that_has_ended_is_said_to_have(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended = JobChanged(job_id="j", kind="train", state="succeeded", created_at=0.0)
+    client = mock.MagicMock()
+    client.__enter__.return_value.cancel.return_value = (
+        client.__enter__.return_value.job.return_value.stop.return_value
+    ) = ended
+    monkeypatch.setattr("potluck.cli.session.Session.client", lambda self: client)
+    app([command, "j"], standalone_mode=False)
+    assert capsys.readouterr().out == "job j had ended already: succeeded\n"
 
 
 def test_numbers_in_json_become_what_the_model_takes(tmp_path: Path) -> None:
