@@ -8,8 +8,8 @@ import os
 import tempfile
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
@@ -277,13 +277,19 @@ class Connection:
             raise Unavailable("the coordinator names no HTTP address to push blobs to: is it listening?")
         return await self.downloader.push(source, status.http)
 
-    async def push_blobs(self, refs: Sequence[BlobRef], sent: Callable[[BlobRef], None]) -> None:
-        """Push blobs of the local store, a few at a time, and tell of each; the first error ends it."""
+    @contextmanager
+    def packing_store(self) -> Iterator[BlobStore]:
+        """A store for what is packed to be pushed, until the end of the block."""
+        with tempfile.TemporaryDirectory(prefix="packing-", dir=self.folder, ignore_cleanup_errors=True) as folder:
+            yield BlobStore(Path(folder), _STORE_LIMIT_BYTES)  # a thread that was cancelled may still write there
+
+    async def push_blobs(self, store: BlobStore, refs: Sequence[BlobRef], sent: Callable[[BlobRef], None]) -> None:
+        """Push blobs of a local store, a few at a time, and tell of each; the first error ends it."""
         slots = asyncio.Semaphore(_PUSHES_AT_ONCE)
 
         async def one(ref: BlobRef) -> None:
             async with slots:
-                await self.push(self.store.path(ref.sha256))
+                await self.push(store.path(ref.sha256))
             sent(ref)
 
         try:

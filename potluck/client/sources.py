@@ -16,11 +16,12 @@ import numpy as np
 from msgspec.structs import replace
 
 from potluck import codec
+from potluck.blobs.store import BlobStore
 from potluck.client.arguments import shown
 from potluck.client.connection import Connection
 from potluck.data.packing import WEIGHT_NAME, Target
 from potluck.errors import Cancelled, InvalidData, InvalidRequest
-from potluck.messages import NODE_DATA, AddDataset, BlobRef, DatasetAdded, DatasetInfo
+from potluck.messages import NODE_DATA, AddDataset, BlobRef, Dataset, DatasetAdded, DatasetInfo
 
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 Progress = Callable[[str, int, int], None]
@@ -138,9 +139,7 @@ async def add(
         given, stem = Given(existing(data), target, sample_weight), path_name(data)
     else:
         given, stem = as_arrays(data, target, sample_weight, argument), "arrays"
-    # Here: it reads images and tables, which most clients do not need.
-    from potluck.data.folders import parts_as_classes
-    from potluck.data.pack import pack
+    from potluck.data.pack import pack  # here: it reads images and tables, which most clients do not need
 
     tell = progress or (lambda what, done, total: None)
     cancelled = threading.Event()
@@ -150,26 +149,41 @@ async def add(
             raise Cancelled("packing was cancelled")
         tell("packing", done, total)
 
-    try:
-        dataset = await asyncio.to_thread(
-            pack,
-            given.source,
-            _PACKED_NAME,
-            connection.store,
-            target=given.target,
-            sample_weight=given.sample_weight,
-            shuffle=shuffle,
-            labels=labels,
-            progress=packing,
-        )
-    except asyncio.CancelledError:
-        cancelled.set()  # a thread cannot be cancelled: it looks at this
-        raise
-    if only_images and dataset.format.kind != "images":
-        raise no_images(argument)
-    if name is None:
-        digest = hashlib.sha256(codec.pack(dataset)).hexdigest()[:12]
-        name = f"{stem}-{digest}"
+    # A store of its own: who sends the same data at the same time throws nothing away that is still wanted here.
+    with connection.packing_store() as store:
+        try:
+            dataset = await asyncio.to_thread(
+                pack,
+                given.source,
+                _PACKED_NAME,
+                store,
+                target=given.target,
+                sample_weight=given.sample_weight,
+                shuffle=shuffle,
+                labels=labels,
+                progress=packing,
+            )
+        except asyncio.CancelledError:
+            cancelled.set()  # a thread cannot be cancelled: it looks at this
+            raise
+        if only_images and dataset.format.kind != "images":
+            raise no_images(argument)
+        if name is None:
+            digest = hashlib.sha256(codec.pack(dataset)).hexdigest()[:12]
+            name = f"{stem}-{digest}"
+        _remark(dataset, argument)
+        dataset = replace(dataset, name=name)
+        refs = [*(shard.blob for shard in dataset.shards), *([dataset.keys] if dataset.keys else [])]
+        await _push(connection, store, refs, tell)
+    manifest = await connection.push(codec.pack(dataset))
+    added = await connection.ask(AddDataset(name=name, manifest=manifest), DatasetAdded)
+    return added.dataset
+
+
+def _remark(dataset: Dataset, argument: str) -> None:
+    """Warn of what whoever gave the data may not have meant."""
+    from potluck.data.folders import parts_as_classes
+
     if dataset.skipped:
         shown = ", ".join(dataset.skipped[:_NAMED]) + (", ..." if len(dataset.skipped) > _NAMED else "")
         log.warning(
@@ -180,16 +194,10 @@ async def add(
         )
     if remark := parts_as_classes(dataset.format.classes):
         log.warning("%s: %s", argument, remark)
-    dataset = replace(dataset, name=name)
-    refs = [*(shard.blob for shard in dataset.shards), *([dataset.keys] if dataset.keys else [])]
-    await _push(connection, refs, tell)
-    manifest = await connection.push(codec.pack(dataset))
-    added = await connection.ask(AddDataset(name=name, manifest=manifest), DatasetAdded)
-    return added.dataset
 
 
-async def _push(connection: Connection, refs: list[BlobRef], tell: Progress) -> None:
-    """Push the blobs of the local store, and drop each from it once it is there."""
+async def _push(connection: Connection, store: BlobStore, refs: list[BlobRef], tell: Progress) -> None:
+    """Push the blobs of a local store, and drop each from it once it is there."""
     total = sum(ref.size for ref in refs)
     done = 0
     tell("sending", 0, total)
@@ -197,10 +205,10 @@ async def _push(connection: Connection, refs: list[BlobRef], tell: Progress) -> 
     def sent(ref: BlobRef) -> None:
         nonlocal done
         done += ref.size
-        connection.store.delete(ref.sha256)
+        store.delete(ref.sha256)
         tell("sending", done, total)
 
-    await connection.push_blobs(list(dict.fromkeys(refs)), sent)
+    await connection.push_blobs(store, list(dict.fromkeys(refs)), sent)
 
 
 def existing(data: str | Path) -> Path:

@@ -289,6 +289,26 @@ async def test_arrays_become_a_data_set_named_by_its_content(
     assert names[0].startswith("arrays-")
 
 
+async def test_the_same_data_may_be_sent_twice_at_once(client: AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a search over learning rates: what one has sent and needs no more, the other may still want to send."""
+    x, y = np.arange(20, dtype=np.float32).reshape(10, 2), np.arange(10) % 2
+    packed, other_sent = asyncio.Event(), asyncio.Event()
+    push_blobs = connection_module.Connection.push_blobs
+
+    async def late(*arguments: Any) -> None:
+        if not packed.is_set():
+            packed.set()
+            await other_sent.wait()
+        await push_blobs(*arguments)
+
+    monkeypatch.setattr(connection_module.Connection, "push_blobs", late)
+    waiting = asyncio.create_task(client.add_data((x, y), "one"))
+    await asyncio.wait_for(packed.wait(), 10)
+    await client.add_data((x, y), "two")
+    other_sent.set()
+    assert (await waiting).name == "one"
+
+
 async def test_a_folder_too_far_up_is_remarked_on(
     client: AsyncClient, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
