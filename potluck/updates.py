@@ -32,7 +32,10 @@ SMALL = 4096
 ERROR_LIMIT = 0.3
 """Relative error of 4 bits (root of the mean square over that of the values) above which `auto` takes 8."""
 SAMPLED_BLOCKS = 512
-_DIVERGED = "training diverged: the update holds values that are not finite; lower the learning rate"
+_DIVERGED = (
+    "training diverged: the update holds values that are not finite; lower the learning rate, "
+    "or look for values in the data that are not finite"
+)
 _LEVELS = {"int8": 127, "int4": 7}
 
 

@@ -144,7 +144,8 @@ def combine(
                 new = applied(made.pop(), piece)
                 if new.dtype.kind == "f" and not np.isfinite(new).all():
                     raise Diverged(
-                        f"training diverged: weight {spec.name} is not finite any more; lower the learning rate"
+                        f"training diverged: weight {spec.name} is not finite any more; lower the learning rate, "
+                        "or look for values in the data that are not finite"
                     )
                 target.write(new)
         return math.fsum(squares)

@@ -167,7 +167,7 @@ def test_nothing_to_average_and_weights_that_run_away(tmp_path: Path) -> None:
     lab = Lab(tmp_path, [("w00000", np.float32([3e38]))])
     with pytest.raises(InvalidModel, match="no samples"):
         lab.step([])
-    with pytest.raises(Diverged, match="lower the learning rate"):
+    with pytest.raises(Diverged, match="lower the learning rate, or look for values in the data"):
         lab.step([([np.float32([3.3e38])], 1)], Outer(10.0, 0.0))
 
 

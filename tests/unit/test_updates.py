@@ -56,7 +56,7 @@ def test_values_that_are_not_finite_are_refused(tmp_path: Path, bad: float) -> N
         before, after = np.zeros(size, np.float32), np.zeros(size, np.float32)
         after[3] = bad
         weights.save(tmp_path / "before", [("w00000", before)])
-        with pytest.raises(Diverged, match="not finite"):
+        with pytest.raises(Diverged, match="look for values in the data that are not finite"):
             write_update(tmp_path / "update", tmp_path / "before", [after], "auto")
 
 
