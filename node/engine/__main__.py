@@ -21,6 +21,7 @@ from msgspec.structs import replace
 from node.engine import formats, frames
 from node.engine.replicas import Replicas
 from node.engine.wording import one_line
+from potluck.blobs.store import no_room
 from potluck.errors import BadMessage, Cancelled, EngineFailed, InvalidModel, Overloaded, PotluckError, TimedOut
 from potluck.messages import BlobRef, ErrorInfo, Tensor
 
@@ -133,7 +134,8 @@ class Server:
         """Whatever the user's model or data raises goes to the user, and the engine goes on."""
         number = frame.number
         try:
-            answer = work(frame)
+            with no_room():
+                answer = work(frame)
             if answer is not None:
                 self._channel.send(answer)
             return

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 from potluck.client import Client
+from potluck.errors import DiskFull
 from potluck.local_cluster import LocalCluster
 from support.digits import mlp, split
+from support.engine_lab import engine_lab, training
 from support.eventually import eventually_now
 
 pytestmark = [pytest.mark.tensorflow, pytest.mark.timeout(300)]
@@ -72,3 +74,15 @@ def test_a_disk_that_fills_up_while_training(small_disk: Path) -> None:
             eventually_now(lambda: "node-2" in again.status().progress.nodes, 100)
             again.wait(timeout=100)
             assert np.isfinite(again.history["loss"]).all()
+
+
+async def test_an_engine_without_room_says_so_and_goes_on(small_disk: Path) -> None:
+    data = split()
+    async with engine_lab(small_disk) as lab:
+        shards = lab.files.arrays(1, x=data["x_train"], y=data["y_train"])
+        task = training(lab.files.model(mlp(width=4000)), shards, samples=64)
+        fill(small_disk / "something-else")
+        with pytest.raises(DiskFull, match="disk is full"):
+            await lab.run(task)
+        (small_disk / "something-else").unlink()
+        assert (await lab.run(task)).samples == 64
