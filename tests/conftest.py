@@ -8,6 +8,10 @@ from collections.abc import Iterator
 
 import psutil
 import pytest
+from hypothesis import settings
+
+settings.register_profile("potluck", deadline=None)  # how long an example takes says how busy the machine is
+settings.load_profile("potluck")
 
 _SHARED_THREADS = ("asyncio_", "ThreadPoolExecutor", "pydevd", "tqdm", "tf_")
 """Pools that live as long as their loop or process: they hold no work of a test."""
