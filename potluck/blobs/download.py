@@ -31,6 +31,8 @@ _EXPECT_BYTES = 1 << 20
 """From this size on, whether the blob is wanted is settled before it is sent."""
 _ANSWER_SECONDS = 60.0
 """The receiver hashes and stores before it answers."""
+_INPUTS_SECONDS = 5.0
+"""A node that takes nothing of a request's inputs, or does not answer, for so long is given up: there are others."""
 
 
 @dataclass(eq=False)
@@ -119,10 +121,10 @@ class Downloader:
     async def send_inputs(self, data: bytes, base: str, connect_seconds: float) -> BlobRef:
         """Send the inputs of a request to a node, which says what they are called there. Raises Unavailable."""
         try:
-            async with asyncio.timeout(_ANSWER_SECONDS) as limit:
+            async with asyncio.timeout(_INPUTS_SECONDS) as limit:
                 async with self._http.post(
                     f"{base.rstrip('/')}/inputs",
-                    data=_pieces(data, limit),
+                    data=_pieces(data, limit, _INPUTS_SECONDS),
                     headers={hdrs.CONTENT_LENGTH: str(len(data)), hdrs.CONTENT_TYPE: "application/octet-stream"},
                     timeout=aiohttp.ClientTimeout(total=None, sock_connect=connect_seconds),
                     allow_redirects=False,
@@ -131,7 +133,11 @@ class Downloader:
             if response.status != 201:
                 raise Unavailable(f"{base} took no inputs: {_told(said) or f'{response.status} {response.reason}'}")
             found = msgspec.json.decode(said, type=BlobRef)
-        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+        except aiohttp.ServerTimeoutError as error:  # a TimeoutError, too
+            raise Unavailable(f"{base} took no inputs: no connection within {connect_seconds:g} s") from error
+        except TimeoutError as error:
+            raise Unavailable(f"{base} took no inputs: it was silent for {_INPUTS_SECONDS:g} s") from error
+        except (aiohttp.ClientError, OSError, ValueError) as error:
             raise Unavailable(f"{base} took no inputs: {explained(error, self._timings)}") from error
         if found.size != len(data):
             raise Unavailable(f"{base} took {found.size} bytes of {len(data)}")
@@ -203,7 +209,7 @@ class Downloader:
             async with asyncio.timeout(_ANSWER_SECONDS) as limit:
                 async with self._http.put(
                     url,
-                    data=_pieces(source, limit),
+                    data=_pieces(source, limit, _ANSWER_SECONDS),
                     headers={hdrs.CONTENT_LENGTH: str(ref.size)},
                     expect100=ref.size >= _EXPECT_BYTES,
                     timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._timings.connect_seconds),
@@ -223,12 +229,12 @@ class Downloader:
         return reason
 
 
-async def _pieces(source: bytes | Path, limit: asyncio.Timeout) -> AsyncIterator[bytes | memoryview]:
-    """What is to be sent, with all the time for an answer again after each piece."""
+async def _pieces(source: bytes | Path, limit: asyncio.Timeout, seconds: float) -> AsyncIterator[bytes | memoryview]:
+    """What is to be sent; with each piece the limit is so many seconds away again."""
 
     def go_on() -> None:
         with suppress(RuntimeError):  # it was refused before all was sent, and nobody waits any more
-            limit.reschedule(asyncio.get_running_loop().time() + _ANSWER_SECONDS)
+            limit.reschedule(asyncio.get_running_loop().time() + seconds)
 
     if isinstance(source, bytes):
         whole = memoryview(source)

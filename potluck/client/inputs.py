@@ -7,13 +7,13 @@ import logging
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
 from potluck.client.connection import Connection
-from potluck.errors import InputsLost, PotluckError, Unavailable
+from potluck.errors import InputsLost, PotluckError, TimedOut, Unavailable
 from potluck.logs import fields
 from potluck.messages import (
     INPUT_BLOB_LIMIT_BYTES,
@@ -83,7 +83,7 @@ class LargeInputs:
         for place in self._choice.order(places, began):
             self._choice.under_way[place.node_id] += 1
             try:
-                sent = await self._sent(connection, place, question)
+                sent = await _in_time(self._sent(connection, place, question), self._left(timeout_seconds, began))
                 return await connection.infer(model, sent, self._left(timeout_seconds, began))
             except InputsLost as error:
                 log.info("inputs lost %s", fields(model=model, node=place.node_id, reason=error.message))
@@ -91,7 +91,7 @@ class LargeInputs:
                 self._choice.failed(place.node_id, self._clock())
             finally:
                 self._choice.under_way[place.node_id] -= 1
-        sent = replace(question, inputs=tuple([await _pushed(connection, tensor) for tensor in question.inputs]))
+        sent = await _in_time(_pushed(connection, question), self._left(timeout_seconds, began))
         return await connection.infer(model, sent, self._left(timeout_seconds, began))
 
     def _left(self, timeout_seconds: float | None, began: float) -> float | None:
@@ -132,10 +132,21 @@ class LargeInputs:
         raise InputsLost("; ".join(reasons) or f"node {place.node_id} has no address")
 
 
-async def _pushed(connection: Connection, tensor: Tensor) -> Tensor:
-    """With its bytes in the coordinator's store."""
-    if not isinstance(tensor.data, bytes):
-        return tensor
-    ref = await connection.push(tensor.data)
-    holders = ref.holders or (await connection.coordinator()).http
-    return replace(tensor, data=BlobRef(sha256=ref.sha256, size=ref.size, holders=holders))
+async def _in_time(sending: Awaitable[Infer], limit_seconds: float | None) -> Infer:
+    try:
+        async with asyncio.timeout(limit_seconds):
+            return await sending
+    except TimeoutError:
+        raise TimedOut("the inputs could not be sent in the time that the request has") from None
+
+
+async def _pushed(connection: Connection, question: Infer) -> Infer:
+    """The question, its inputs in the coordinator's store. Raises Unavailable, TooLarge."""
+    inputs: list[Tensor] = []
+    for tensor in question.inputs:
+        if isinstance(tensor.data, bytes):
+            ref = await connection.push(tensor.data)
+            holders = ref.holders or (await connection.coordinator()).http
+            tensor = replace(tensor, data=BlobRef(sha256=ref.sha256, size=ref.size, holders=holders))
+        inputs.append(tensor)
+    return replace(question, inputs=tuple(inputs))

@@ -174,6 +174,20 @@ async def test_other_failures_are_not_tried_again(cluster: Cluster, client: Asyn
     assert cluster.holders == ["a", "a"]
 
 
+async def test_a_node_that_is_frozen_is_given_up(
+    cluster: Cluster, client: AsyncClient, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as sock:  # it listens, and nobody accepts
+        http = f"http://127.0.0.1:{sock.getsockname()[1]}"
+        cluster.places = [ReplicaPlace(node_id="frozen", http=(http,))]
+        with pytest.raises(TimedOut, match="could not be sent"):
+            await client.infer("m", LARGE, timeout=0.2)
+        assert cluster.holders == []
+        monkeypatch.setattr("potluck.blobs.download._INPUTS_SECONDS", 0.2)
+        await ask()
+    assert cluster.holders == ["coordinator"]
+
+
 async def test_the_time_to_send_counts(cluster: Cluster, client: AsyncClient) -> None:
     await cluster.node("a")
     await client.infer("m", LARGE, timeout=4)
