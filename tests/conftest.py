@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Iterator
@@ -16,6 +17,15 @@ settings.load_profile("potluck")
 _SHARED_THREADS = ("asyncio_", "ThreadPoolExecutor", "pydevd", "tqdm", "tf_")
 """Pools that live as long as their loop or process: they hold no work of a test."""
 _GRACE_SECONDS = 3.0
+
+
+@pytest.fixture(autouse=True)
+def logs_as_before() -> Iterator[None]:
+    """The command line, where a test calls it in this process, lets only errors through."""
+    logger = logging.getLogger("potluck")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 @pytest.fixture(autouse=True)
