@@ -28,6 +28,7 @@ from coordinator.jobs import (
     Withdraw,
 )
 from coordinator.placement import ClusterView, assign, speeds, split, split_in_time
+from coordinator.training.costs import computing_seconds
 from coordinator.training.scores import Best, evaluation_metrics, is_better, weighted
 from potluck.errors import Diverged, InvalidRequest
 from potluck.messages import (
@@ -53,11 +54,6 @@ ROUNDS_PER_EPOCH = 2
 many short rounds reach an accuracy in fewer samples."""
 PROBE_SECONDS = 5.0
 """The first round's budget, before anything is measured."""
-COMPUTING_FACTOR = 9.0
-"""A round computes for so many times what it costs beside (90 % of the time) ..."""
-PATIENT_FACTOR = 4.5
-PATIENT_SECONDS = 10.0
-"""... but where that makes it longer than so many seconds, for this factor (82 %): rare rounds cost samples."""
 OVERHEADS_KEPT = 5
 BUDGET_FACTOR = 1.25
 BUDGET_SECONDS = 0.5
@@ -341,8 +337,7 @@ class RoundsStrategy:
             return min(wanted, left)
         together = sum(rates.values())
         overhead = statistics.median(self.overheads) if self.overheads else 0.0
-        patient = min(COMPUTING_FACTOR * overhead, max(PATIENT_FACTOR * overhead, PATIENT_SECONDS))
-        budget = self.spec.round_seconds or patient or PROBE_SECONDS
+        budget = self.spec.round_seconds or computing_seconds(overhead) or PROBE_SECONDS
         wanted = min(max(wanted, round(together * overhead)), max(1, round(together * budget)))
         rounds = max(1, round(left / wanted))  # of one length: no short one at the end of an epoch
         return math.ceil(left / rounds)

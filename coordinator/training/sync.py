@@ -14,12 +14,9 @@ from msgspec.structs import replace
 
 from coordinator.jobs import Attempt, CloseSync, Decision, Lease, RoundClosed, Withdraw
 from coordinator.placement import ClusterView, NodeView, speeds, split
-from coordinator.training.costs import Costs, Prediction, predict
+from coordinator.training.costs import Costs, Prediction, computing_seconds, predict
 from coordinator.training.rounds import (
-    COMPUTING_FACTOR,
     OVERHEADS_KEPT,
-    PATIENT_FACTOR,
-    PATIENT_SECONDS,
     PROBE_SECONDS,
     RoundsStrategy,
 )
@@ -241,8 +238,7 @@ class SyncStrategy(RoundsStrategy):
         if not self.step_seconds:
             return min(left, FIRST_STEPS)
         overhead = statistics.median(self.overheads) if self.overheads else 0.0
-        patient = min(COMPUTING_FACTOR * overhead, max(PATIENT_FACTOR * overhead, PATIENT_SECONDS))
-        budget = self.spec.round_seconds or max(patient, PROBE_SECONDS)
+        budget = self.spec.round_seconds or max(computing_seconds(overhead), PROBE_SECONDS)
         return min(left, max(1, round(budget / self.step_seconds)))
 
     def _watch(self, view: ClusterView, mine: list[Attempt]) -> list[Decision]:
