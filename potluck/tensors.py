@@ -90,9 +90,8 @@ def to_numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
     if isinstance(data, list):
         try:
             array = np.asarray(data, dtype=dtype)
-            if _has_text(
-                data
-            ):  # that may be read as a number, and that each number would get the room of where numpy is not told a type
+            # It may be read as a number, and where numpy is not told a type each number would get its room.
+            if _has_text(data):
                 raise ValueError("it has texts")
             exact = dtype.kind == "f" or not array.size or np.asarray(data).dtype.kind in "iub"
         except (ValueError, TypeError, OverflowError) as error:

@@ -197,9 +197,8 @@ def _arrays(name: str, signature: Signature, asked: Any) -> tuple[Tensor, ...]:
     found = []
     for key, spec in specs.items():
         value = asked[key]
-        of_one_text = spec.datatype == "BYTES" and spec.shape[1:] == (
-            1,
-        )  # then a list of texts is a batch, and a text an item
+        # Of such items a list of texts is a batch, and a text is an item.
+        of_one_text = spec.datatype == "BYTES" and tuple(spec.shape[1:]) == (1,)
         if len(json_arrays.shape_of(value)) == len(spec.shape) - 1 - of_one_text:
             value = [value]  # a single item gets the batch axis that it lacks
         found.append(json_arrays.tensor(spec, value))

@@ -42,9 +42,8 @@ def loudness(rules: Privacy, spent: Iterable[Spent], weights: int, batch_size: i
     """
     items = [node.items for node in spent]
     shares = sum((count / sum(items)) ** 2 for count in items)  # 1 / nodes, where each holds as many
-    cut = (
-        batch_size if rules.unit == "example" else 1
-    )  # the gradients of so many examples are added up before the noise
+    # The gradients of so many examples are added up before the noise.
+    cut = batch_size if rules.unit == "example" else 1
     return rules.noise_multiplier * math.sqrt(weights * shares) / cut
 
 
