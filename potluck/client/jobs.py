@@ -297,9 +297,15 @@ class AsyncJob:
         raise Conflict(f"the coordinator answered GetJob with {type(answer).__name__}")
 
     async def _poll(self, feed: JobFeed, heard_at: float) -> None:
-        """Ask for the state. A coordinator that is away for less than the timeout is waited for."""
+        """Ask for the state. A coordinator that is away for less than the timeout is waited for.
+
+        What the bus says meanwhile is newer than the answer may be, which is of when it was asked.
+        """
+        before = feed.state
         try:
-            feed.take(await self._get())
+            answer = await self._get()
+            if isinstance(answer, JobEnded) or feed.state is before:
+                feed.take(answer)
         except NotFound:
             raise
         except PotluckError as error:

@@ -37,6 +37,7 @@ from potluck.messages import (
     ErrorInfo,
     Evaluation,
     GetHistory,
+    GetJob,
     HistoryListed,
     ImageOptions,
     Infer,
@@ -434,6 +435,29 @@ async def test_the_last_progress_of_a_job_that_succeeded_is_all_of_it(
     last = [progress async for progress in job.progress()][-1]
     for progress in (last, (await job.status()).progress, (await client.jobs())[0].progress):
         assert (progress.done, progress.total, progress.message) == (100, 100, "")
+
+
+async def test_an_answer_that_is_older_than_the_bus_takes_nothing_back(
+    client: AsyncClient, coordinator: ScriptedCoordinator
+) -> None:
+    job = await client.train("net", "images")
+    old = coordinator.jobs[job.id]
+    await coordinator.state(job.id, "running", done=1, total=4)
+    coordinator.answers[GetJob] = lambda asked: old
+    seen: list[tuple[str, int]] = []
+
+    async def follow() -> None:
+        async for state in job.states():
+            seen.append((state.state, state.progress.done))
+
+    following = asyncio.create_task(follow())
+    await eventually(lambda: any(isinstance(asked, GetJob) for asked in coordinator.asked) and seen)
+    await coordinator.state(job.id, "running", done=2, total=4)
+    await coordinator.end(job.id, "failed")
+    await asyncio.wait_for(following, 5)
+    assert seen[0] == ("running", 1)
+    assert seen[-1] == ("failed", 2)
+    assert "queued" not in dict(seen)
 
 
 async def test_a_lost_result_is_asked_for(client: AsyncClient, coordinator: ScriptedCoordinator) -> None:
