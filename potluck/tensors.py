@@ -40,13 +40,17 @@ def datatype_of(dtype: np.dtype[Any]) -> str:
         ) from None
 
 
-def from_numpy(name: str, array: np.ndarray[Any, Any]) -> Tensor:
-    """A tensor with its data inline as bytes; text as a list of strings, or of bytes where any is not UTF-8."""
+def from_numpy(name: str, array: np.ndarray[Any, Any], *, copy: bool = True) -> Tensor:
+    """A tensor with its data inline as bytes; text as a list of strings, or of bytes where any is not UTF-8.
+
+    Without `copy` numbers are a memoryview, of the array itself where that lies in memory as it does on the wire.
+    """
     datatype = datatype_of(array.dtype)
     if datatype == "BYTES":
         flat = [item if isinstance(item, bytes) else str(item).encode() for item in array.ravel().tolist()]
         return Tensor(name=name, datatype=datatype, shape=array.shape, data=_as_texts(flat))
-    data = np.ascontiguousarray(array, dtype=DTYPES[datatype]).tobytes()
+    whole = np.ascontiguousarray(array, dtype=DTYPES[datatype])
+    data: Any = whole.tobytes() if copy else whole.reshape(-1).view(np.uint8).data
     return Tensor(name=name, datatype=datatype, shape=array.shape, data=data)
 
 

@@ -98,7 +98,7 @@ class Downloader:
                 found.given_up = True
                 found.task.cancel()
 
-    async def push(self, source: bytes | Path, base_urls: tuple[str, ...]) -> BlobRef:
+    async def push(self, source: bytes | memoryview | Path, base_urls: tuple[str, ...]) -> BlobRef:
         """Put bytes or a file where it can be written to; nothing is sent when it is there already.
 
         Raises Unavailable, naming addresses and reasons; TooLarge, DiskFull or InvalidRequest when it was refused.
@@ -118,7 +118,7 @@ class Downloader:
         shown = "; ".join(f"{base}: {reason}" for base, reason in reasons.items())
         raise Unavailable(f"a blob of {ref.size} bytes could not be sent: {shown}")
 
-    async def send_inputs(self, data: bytes, base: str, connect_seconds: float) -> BlobRef:
+    async def send_inputs(self, data: bytes | memoryview, base: str, connect_seconds: float) -> BlobRef:
         """Send the inputs of a request to a node, which says what they are called there. Raises Unavailable."""
         try:
             async with asyncio.timeout(_INPUTS_SECONDS) as limit:
@@ -188,8 +188,8 @@ class Downloader:
         self._distrusted_until = {known: until for known, until in self._distrusted_until.items() if until > now}
         self._distrusted_until[url] = now + self._timings.distrust_seconds
 
-    def _describe(self, source: bytes | Path) -> BlobRef:
-        if isinstance(source, bytes):
+    def _describe(self, source: bytes | memoryview | Path) -> BlobRef:
+        if not isinstance(source, Path):
             return BlobRef(sha256=hashlib.sha256(source).hexdigest(), size=len(source))
         if source.parent == self._store.folder and self._store.has(source.name):
             return BlobRef(sha256=source.name, size=source.stat().st_size)
@@ -199,7 +199,7 @@ class Downloader:
             raise InvalidRequest(f"{source} cannot be sent, since it cannot be read: {error.strerror}") from error
         return BlobRef(sha256=sha256, size=size)
 
-    async def _put(self, ref: BlobRef, source: bytes | Path, base: str) -> str | None:
+    async def _put(self, ref: BlobRef, source: bytes | memoryview | Path, base: str) -> str | None:
         """None when it is there now, else why not. Raises when trying again cannot help."""
         url = f"{base.rstrip('/')}/blobs/{ref.sha256}"
         try:
@@ -229,14 +229,16 @@ class Downloader:
         return reason
 
 
-async def _pieces(source: bytes | Path, limit: asyncio.Timeout, seconds: float) -> AsyncIterator[bytes | memoryview]:
+async def _pieces(
+    source: bytes | memoryview | Path, limit: asyncio.Timeout, seconds: float
+) -> AsyncIterator[bytes | memoryview]:
     """What is to be sent; with each piece the limit is so many seconds away again."""
 
     def go_on() -> None:
         with suppress(RuntimeError):  # it was refused before all was sent, and nobody waits any more
             limit.reschedule(asyncio.get_running_loop().time() + seconds)
 
-    if isinstance(source, bytes):
+    if not isinstance(source, Path):
         whole = memoryview(source)
         for start in range(0, len(source), _SEND_BYTES):
             go_on()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -23,8 +24,8 @@ _UPLOADS_LIMIT = 32
 """Of inputs, at a time: what is not whole yet counts for no other limit."""
 _ADD_BYTES = 1 << 20
 """So much is hashed and written at a time: a thread for each piece that arrives would take longer than both."""
-_WRITE_BYTES = 4 << 20
-"""So much is written at a time where nothing is hashed."""
+_QUICK_SECONDS = 0.01
+"""A piece that is not hashed is written as it comes, which is a copy in memory, until a write takes so long: then by threads, too."""
 
 
 def routes(
@@ -150,6 +151,7 @@ async def _receive(
     """The size of the body, which is in the file then, and hashed where there is a `digest`. Raises TooLarge, DiskFull, TimeoutError."""
     gathered: list[bytes] = []
     size = waiting = 0
+    quick = digest is None
 
     def add() -> None:
         for data in gathered:
@@ -168,10 +170,16 @@ async def _receive(
         if size > max_bytes:
             raise TooLarge(f"more than {max_bytes} bytes")
         gathered.append(data)
-        if not data or waiting >= (_WRITE_BYTES if digest is None else _ADD_BYTES):
+        if quick:
+            began = time.perf_counter()
+            add()
+            quick = time.perf_counter() - began < _QUICK_SECONDS
+        elif data and waiting < _ADD_BYTES:
+            continue
+        else:
             await asyncio.to_thread(add)
-            gathered.clear()
-            waiting = 0
+        gathered.clear()
+        waiting = 0
     return size
 
 

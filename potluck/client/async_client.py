@@ -375,16 +375,23 @@ class AsyncClient:
 
         `inputs` is one array (with the batch as first axis) or a map of arrays by input name. Lists of numbers
         become float32. `timeout` goes with the request: what cannot be answered by then is refused at once. Where requests wait, those
-        of a higher `priority` (-10 to 10) go first. When this is cancelled, the cluster gives up the request too. Raises NotFound,
+        of a higher `priority` (-10 to 10) go first. Large arrays are sent as they lie in memory: change them only when the answer is
+        there. When this is cancelled, the cluster gives up the request too. Raises NotFound,
         InvalidRequest (a shape that does not fit), Overloaded (with `retry_after_seconds`), TimedOut.
         """
         topic_name, limit_seconds = _topic_name(arguments.text("model", model, _NAMED)), arguments.timeout(timeout)
         priority = arguments.checked("priority", priority, Priority, "a whole number from -10 to 10")
         named = inputs if isinstance(inputs, Mapping) else {"": inputs}
-        sent = [tensors.from_numpy(str(name), _as_array(value)) for name, value in named.items()]
+        arrays = {str(name): _as_array(value) for name, value in named.items()}
+        sent = [
+            tensors.from_numpy(name, array, copy=array.nbytes <= _INLINE_INPUT_BYTES) for name, array in arrays.items()
+        ]
         connection = await self._connected()
         question = Infer(inputs=tuple(sent), priority=priority)
-        if sum(len(tensor.data) for tensor in sent if isinstance(tensor.data, bytes)) > _INLINE_INPUT_BYTES:
+        if (
+            sum(len(tensor.data) for tensor in sent if isinstance(tensor.data, bytes | memoryview))
+            > _INLINE_INPUT_BYTES
+        ):
             answer = await self._large_inputs.infer(connection, topic_name, question, limit_seconds)
         else:
             answer = await connection.infer(topic_name, question, limit_seconds)

@@ -270,7 +270,7 @@ class Connection:
 
     # --- blobs ----------------------------------------------------------------------------------------------------------
 
-    async def push(self, source: bytes | Path) -> BlobRef:
+    async def push(self, source: bytes | memoryview | Path) -> BlobRef:
         """Bring bytes or a file to the coordinator's store, unless it is there. Raises Unavailable, TooLarge."""
         status = await self.coordinator()
         if not status.http:
@@ -299,7 +299,7 @@ class Connection:
         except* PotluckError as group:
             raise first_error(group) from None
 
-    async def send_inputs(self, data: bytes, base: str) -> BlobRef:
+    async def send_inputs(self, data: bytes | memoryview, base: str) -> BlobRef:
         """Send a request's inputs to a node at this address. Raises Unavailable, soon where it cannot be reached."""
         return await self.downloader.send_inputs(data, base, _NODE_CONNECT_SECONDS)
 

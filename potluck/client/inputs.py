@@ -78,7 +78,7 @@ class LargeInputs:
     ) -> Inferred:
         """Ask with inputs that are sent as blobs. Where the node that has them is lost before it answers, they are sent again."""
         began = self._clock()
-        sizes = [len(tensor.data) for tensor in question.inputs if isinstance(tensor.data, bytes)]
+        sizes = [len(tensor.data) for tensor in question.inputs if isinstance(tensor.data, bytes | memoryview)]
         places = await self._places(connection, model, timeout_seconds) if max(sizes) <= INPUT_BLOB_LIMIT_BYTES else ()
         for place in self._choice.order(places, began):
             self._choice.under_way[place.node_id] += 1
@@ -121,7 +121,7 @@ class LargeInputs:
             try:
                 inputs = [
                     replace(tensor, data=await connection.send_inputs(tensor.data, base))
-                    if isinstance(tensor.data, bytes)
+                    if isinstance(tensor.data, bytes | memoryview)
                     else tensor
                     for tensor in question.inputs
                 ]
@@ -144,7 +144,7 @@ async def _pushed(connection: Connection, question: Infer) -> Infer:
     """The question, its inputs in the coordinator's store. Raises Unavailable, TooLarge."""
     inputs: list[Tensor] = []
     for tensor in question.inputs:
-        if isinstance(tensor.data, bytes):
+        if isinstance(tensor.data, bytes | memoryview):
             ref = await connection.push(tensor.data)
             holders = ref.holders or (await connection.coordinator()).http
             tensor = replace(tensor, data=BlobRef(sha256=ref.sha256, size=ref.size, holders=holders))

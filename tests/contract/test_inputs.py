@@ -6,6 +6,8 @@ import asyncio
 import hashlib
 import os
 import socket
+import threading
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -18,7 +20,7 @@ from node import inputs as inputs_module
 from node.inputs import Inputs
 from potluck.blobs import server
 from potluck.blobs.download import Downloader
-from potluck.blobs.store import BlobStore, is_made_up
+from potluck.blobs.store import BlobStore, NewFile, is_made_up
 from potluck.errors import PotluckError, Unavailable
 from potluck.http import serve_http
 from potluck.messages import BlobRef
@@ -71,6 +73,24 @@ async def test_inputs_are_named_by_who_takes_them_and_gone_with_their_batch(
     assert not taker.inputs.store.delete(ref.sha256)  # a batch needs it
     taker.inputs.done([path], answered=True)
     assert taker.left() == [again.sha256]
+
+
+async def test_a_disk_that_is_slow_gets_them_from_a_thread(
+    taker: Taker, client: Downloader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: set[int] = set()
+    write = NewFile.write
+
+    def slow(file: NewFile, data: bytes) -> None:
+        threads.add(threading.get_ident())
+        time.sleep(0.02)
+        write(file, data)
+
+    monkeypatch.setattr(NewFile, "write", slow)
+    data = os.urandom(LIMIT_BYTES)
+    ref = await client.send_inputs(data, taker.url, 1.0)
+    assert (await taker.inputs.fetch(ref)).read_bytes() == data
+    assert threads - {threading.get_ident()}
 
 
 async def test_another_node_fetches_them_by_their_hash(taker: Taker, client: Downloader, tmp_path: Path) -> None:
