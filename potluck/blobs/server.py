@@ -24,7 +24,7 @@ _UPLOADS_LIMIT = 32
 """Of inputs, at a time: what is not whole yet counts for no other limit."""
 _ADD_BYTES = 1 << 20
 """So much is hashed and written at a time: a thread for each piece that arrives would take longer than both."""
-_QUICK_SECONDS = 0.01
+_QUICK_SECONDS = 0.1
 """A piece that is not hashed is written as it comes, which is a copy in memory, until a write takes so long: then by threads, too."""
 
 
@@ -133,7 +133,7 @@ async def _received(
             if digest is not None and digest.hexdigest() != wanted:
                 return _problem(409, f"the {size} bytes sent have the SHA-256 {digest.hexdigest()}")
             name = made_up_name() if wanted is None else wanted
-            await asyncio.to_thread(store.adopt, file.path, name)
+            store.adopt(file.path, name)
     except TooLarge:
         return _too_large(max_bytes)
     except DiskFull as error:

@@ -83,7 +83,7 @@ async def test_a_disk_that_is_slow_gets_them_from_a_thread(
 
     def slow(file: NewFile, data: bytes) -> None:
         threads.add(threading.get_ident())
-        time.sleep(0.02)
+        time.sleep(0.11)
         write(file, data)
 
     monkeypatch.setattr(NewFile, "write", slow)
