@@ -152,4 +152,5 @@ class Leases:
                     collective=member.collective,
                     data=member.data,
                     runtimes=frozenset(member.capacity.runtimes),
+                    gives_way=member.telemetry is not None and member.telemetry.gives_way,
                 )

@@ -36,6 +36,8 @@ class NodeView:
     data: tuple[NodeData, ...] = ()
     """Data sets that live on it."""
     runtimes: frozenset[str] = frozenset({"tensorflow"})
+    gives_way: bool = False
+    """Whether jobs stand still on it while inference has an objective to keep."""
 
     def holds(self, name: str) -> NodeData | None:
         """What it says of its data set of that name; None where it has none."""

@@ -110,6 +110,7 @@ class Telemetry:
         replicas: tuple[str, ...],
         *,
         serving: bool = False,
+        gives_way: bool = False,
     ) -> NodeTelemetry:
         memory = psutil.virtual_memory()
         return NodeTelemetry(
@@ -121,6 +122,7 @@ class Telemetry:
             attempts=attempts,
             replicas=replicas,
             serving=serving,
+            gives_way=gives_way,
             gpu_percent=self._gpu_percent(),
         )
 

@@ -133,6 +133,7 @@ class Node:
                         lambda: self._assignments.attempt_ids,
                         lambda: self._replicas.ids,
                         lambda: self._serve_slot.engine is not None,
+                        lambda: self._giving_way.paused,
                     ),
                     "idle": self._stop_idle(),
                     "giving way": self._pause_and_resume(),
@@ -296,7 +297,7 @@ class Node:
         )
 
     def _on_served(self, objective_seconds: float, seconds: float) -> None:
-        if self._executor.training:
+        if self._executor.computing:
             self._giving_way.served(objective_seconds, seconds, time.monotonic())
             self._give_way()
 
@@ -309,7 +310,7 @@ class Node:
     def _give_way(self) -> None:
         if self._giving_way.paused != self._gave_way:
             self._gave_way = self._giving_way.paused
-            log.info("training %s", "gives way to inference" if self._gave_way else "goes on")
+            log.info("jobs %s", "give way to inference" if self._gave_way else "go on")
             self._executor.give_way(self._gave_way)
 
     async def _pack(self, own_data: OwnData) -> None:

@@ -41,7 +41,6 @@ from potluck.messages import (
     SyncTask,
     Tensor,
     TrainResult,
-    TrainTask,
 )
 from potluck.outbox import error_info
 
@@ -135,13 +134,13 @@ class Executor:
             self._tasks.create_task(self._stop(attempt), name=f"stop {attempt_id}")
 
     @property
-    def training(self) -> bool:
-        """Whether the engine trains, by rounds: what can give way."""
+    def computing(self) -> bool:
+        """Whether the engine works on a task: what can give way."""
         attempt = self._running
-        return attempt is not None and attempt.engine is not None and isinstance(attempt.lease.task, TrainTask)
+        return attempt is not None and attempt.engine is not None
 
     def give_way(self, wanted: bool) -> None:
-        """Let training stand still from its next step on, or go on."""
+        """Let tasks stand still from their next step or batch on, or go on."""
         self._paused = wanted
         if (engine := self._slot.engine) is not None:
             (engine.pause if wanted else engine.resume)()

@@ -112,6 +112,7 @@ class Presence:
         attempts: Callable[[], tuple[str, ...]],
         replicas: Callable[[], tuple[str, ...]],
         serving: Callable[[], bool],
+        gives_way: Callable[[], bool],
     ) -> None:
         """Say how busy this machine is, every `telemetry_seconds`, until cancelled."""
         readings = capacities.Telemetry()
@@ -119,7 +120,9 @@ class Presence:
         while True:
             await asyncio.sleep(self._settings.telemetry_seconds)
             if self.joined:
-                reading = readings.read(self._node_id, self._session, attempts(), replicas(), serving=serving())
+                reading = readings.read(
+                    self._node_id, self._session, attempts(), replicas(), serving=serving(), gives_way=gives_way()
+                )
                 outbox.publish(topic, reading, qos=0, encoding="json")
 
     async def advertise(self, discovery: Discovery) -> None:

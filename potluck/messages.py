@@ -805,6 +805,8 @@ class NodeTelemetry(Message, frozen=True):
     gpu_percent: tuple[float, ...] = ()
     serving: bool = False
     """Whether the engine for replicas runs: what it takes is not available any more."""
+    gives_way: bool = False
+    """Whether jobs stand still on it while inference has an objective to keep."""
 
 
 # --- shards: what one node does ---------------------------------------------------------------------------------------

@@ -59,9 +59,8 @@ class Rollout:
         traffic = self._records.traffic[model_of(name)]
         alone = traffic.stable == name  # the stable version may be gone by now
         if not traffic.role(name):
-            self._inference.metrics.windows.pop(
-                name, None
-            )  # it starts afresh: answers may have come after it was withdrawn
+            # It starts afresh: answers may have come after it was withdrawn.
+            self._inference.metrics.windows.pop(name, None)
         if asked.canary and not alone:
             self._route(
                 traffic,

@@ -30,7 +30,8 @@ TRIES_LIMIT = 5
 """So often in a row a round may break off."""
 STUCK_FACTOR = 4.0
 STUCK_SECONDS = 60.0
-"""A round that takes longer than this factor of what was expected, and so many seconds, is broken off: its members wait for each other."""
+"""A round that takes longer than this factor of what was expected, and so many seconds, is broken off: its members wait for each other.
+While one of them gives way to inference, and for so long after it, that is what they wait for."""
 FORMING_SECONDS = 180.0
 """The same for a round that begins with engines to start, data to load and a group to form."""
 WORTH_JOINING = 0.1
@@ -59,6 +60,8 @@ class SyncStrategy(RoundsStrategy):
     """Whether the open round formed its group."""
     planned_seconds: float = 0.0
     """Of the open round."""
+    gave_way_at: float = 0.0
+    """When a member was last seen to stand still for inference, and all with it."""
     step_seconds: float = 0.0
     bandwidths: dict[str, float] = field(default_factory=dict)
     """Bytes a second that nodes have fetched with."""
@@ -243,7 +246,9 @@ class SyncStrategy(RoundsStrategy):
 
     def _watch(self, view: ClusterView, mine: list[Attempt]) -> list[Decision]:
         patience = FORMING_SECONDS if self.begins else STUCK_SECONDS
-        late = view.now - self.opened_at > max(patience, STUCK_FACTOR * self.planned_seconds)
+        if any(node.gives_way and node.node_id in self.members for node in view.nodes):
+            self.gave_way_at = view.now
+        late = view.now - max(self.opened_at, self.gave_way_at) > max(patience, STUCK_FACTOR * self.planned_seconds)
         if not self.broken and not late:
             return []
         self.broken = self.broken or "its members wait for each other: can all of them reach the others' addresses?"

@@ -104,9 +104,9 @@ class Server:
                 case frames.Infer():
                     self._answer(self._infer, frame)
                 case frames.Pause():
-                    self._let_train(False)
+                    self._let_work(False)
                 case frames.Resume():
-                    self._let_train(True)
+                    self._let_work(True)
                 case frames.RunTask():
                     self._cancels[frame.number] = threading.Event()
                     self._later(self._run, frame)
@@ -201,9 +201,9 @@ class Server:
             if self._tasks is not None:
                 self._tasks.train_ahead(until=lambda: not self._queue.empty())
 
-    def _let_train(self, wanted: bool) -> None:
+    def _let_work(self, wanted: bool) -> None:
         if self._tasks is not None:
-            (self._tasks.may_train.set if wanted else self._tasks.may_train.clear)()
+            self._tasks.gate.let(wanted)
 
     def _need_tasks(self) -> Tasks:
         if self._tasks is None:

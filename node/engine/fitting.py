@@ -30,9 +30,8 @@ def fit(request: Sequence[Tensor], specs: Sequence[TensorSpec], dtypes: Sequence
     for spec, dtype, tensor in zip(specs, dtypes, ordered, strict=True):
         array = tensors.to_numpy(tensor)
         if tensor.datatype == "BYTES" and array.ndim == 1 and tuple(spec.shape[1:]) == (1,):
-            array = array[
-                :, np.newaxis
-            ]  # a list of texts, for a model whose items are lists of one (keras.Input((1,), dtype="string"))
+            # A list of texts, for a model whose items are lists of one: keras.Input((1,), dtype="string").
+            array = array[:, np.newaxis]
         given = array.shape
         if len(given) != len(spec.shape) or any(
             w >= 0 and w != h for w, h in zip(spec.shape[1:], given[1:], strict=True)

@@ -88,7 +88,7 @@ class CancelInfer(Frame, frozen=True):
 
 
 class Pause(Frame, frozen=True):
-    """Let training stand still from its next step on, until `Resume`."""
+    """Let tasks stand still from their next step or batch on, until `Resume`."""
 
 
 class Resume(Frame, frozen=True):

@@ -161,12 +161,12 @@ class Engine:
             self._send(frames.CancelTask())
 
     def pause(self) -> None:
-        """Let training stand still from its next step on."""
+        """Let tasks stand still from their next step or batch on."""
         if self.alive:
             self._send(frames.Pause())
 
     def resume(self) -> None:
-        """Let training go on."""
+        """Let them go on."""
         if self.alive:
             self._send(frames.Resume())
 

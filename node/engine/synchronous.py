@@ -21,6 +21,7 @@ import tensorflow as tf
 
 from node.engine import inputs, runtime, shards, training
 from node.engine.decoders import Decoder
+from node.engine.gate import Gate
 from node.engine.shards import Part
 from node.engine.training import PROGRESS_SECONDS
 from node.engine.truth import truth_of
@@ -60,8 +61,9 @@ class Member:
         task: SyncTask,
         cancelled: threading.Event,
         progress: Callable[[int, dict[str, float]], None],
+        gate: Gate | None = None,
     ) -> tuple[float, dict[str, float]]:
-        """All steps of the task; (seconds, metrics of this member's items).
+        """All steps of the task; (seconds, metrics of this member's items). While the gate is shut, it and all others stand still.
 
         Raises PeerLost when another member is gone, InvalidModel where the loss is no number any more, Cancelled.
         """
@@ -74,6 +76,8 @@ class Member:
         self.model.reset_metrics()
         started, told_at = time.perf_counter(), -math.inf
         for step in range(1, task.steps + 1):
+            if gate is not None:
+                gate.wait(cancelled.is_set)
             if cancelled.is_set():
                 raise Cancelled("the attempt was withdrawn")
             loss = _together(self._step, next(batches))

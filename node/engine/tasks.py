@@ -18,6 +18,7 @@ from msgspec.structs import replace
 from node.engine import formats, privacy, runtime
 from node.engine.converting import convert
 from node.engine.evaluating import evaluate
+from node.engine.gate import Gate
 from node.engine.graded import Graded, grade
 from node.engine.inputs import source_for
 from node.engine.loaded import Loaded
@@ -61,10 +62,7 @@ class Tasks:
 
     def __init__(self, scratch: Path, threads: int = 1) -> None:
         self._scratch = scratch
-        self.may_train = threading.Event()
-        """Training by rounds stands still while it is not set. (A group that takes every step together would stand still as a whole:
-        it goes on.)"""
-        self.may_train.set()
+        self.gate = Gate()
         self._threads = threads
         self._sessions: OrderedDict[str, Session] = OrderedDict()
         self._models: OrderedDict[tuple[str, bool], Loaded] = OrderedDict()
@@ -84,13 +82,13 @@ class Tasks:
             case TrainTask():
                 return self._train(job_id, task, paths, cancelled, progress)
             case EvaluateTask():
-                return self._evaluate(task, paths, _Reporter(cancelled, progress))
+                return self._evaluate(task, paths, _Reporter(cancelled, progress, self.gate))
             case PredictTask():
-                return self._predict(task, paths, _Reporter(cancelled, progress))
+                return self._predict(task, paths, _Reporter(cancelled, progress, self.gate))
             case ExportTask():
                 return self._export(task, paths)
             case ConvertTask():
-                return self._convert(task, paths, _Reporter(cancelled, progress))
+                return self._convert(task, paths, _Reporter(cancelled, progress, self.gate))
             case SyncTask():
                 return self._sync(job_id, task, paths, cancelled, progress)
 
@@ -98,7 +96,7 @@ class Tasks:
         """After a round whose result is on its way: go on with the next, until there is something to do."""
         session, self._ahead = self._ahead, None
         if session is not None:
-            session.train_ahead(lambda: until() or not self.may_train.is_set())
+            session.train_ahead(lambda: until() or self.gate.shut)
 
     def forget(self, job_id: str) -> None:
         """Drop what is kept for a job."""
@@ -145,9 +143,7 @@ class Tasks:
             session.forget_moments()
         session.follow(task.seen)
         seconds = math.inf if task.parts else task.seconds
-        outcome = session.train(
-            task.samples, seconds, cancelled, progress, overlap=task.overlap, may_train=self.may_train
-        )
+        outcome = session.train(task.samples, seconds, cancelled, progress, overlap=task.overlap, gate=self.gate)
         target = self._scratch / "update.new"
         after = privacy.protected(paths[base.sha256], outcome.weights, task.privacy)
         norm = updates.write_update(target, paths[base.sha256], after, task.compression)
@@ -174,7 +170,7 @@ class Tasks:
         if self._member is None or self._formation != formation:
             raise PeerLost("this engine was started anew, and is no member of the group any more")
         member = self._member
-        seconds, metrics = member.train(task, cancelled, progress)
+        seconds, metrics = member.train(task, cancelled, progress, self.gate)
         saved: list[BlobRef] = []
         if task.rank == 0:
             files = self._scratch / "weights.new", self._scratch / "optimizer.new"
@@ -300,14 +296,16 @@ class Tasks:
 
 
 class _Reporter:
-    """Tells of progress at the first step and then about once a second; ends a task that was cancelled."""
+    """Tells of progress at the first step and then about once a second; stands still at the gate, and ends a task that was cancelled."""
 
-    def __init__(self, cancelled: threading.Event, progress: Progress) -> None:
+    def __init__(self, cancelled: threading.Event, progress: Progress, gate: Gate) -> None:
         self._cancelled = cancelled
         self._progress = progress
+        self._gate = gate
         self._told_at = float("-inf")
 
     def step(self, done: int) -> None:
+        self._gate.wait(self._cancelled.is_set)
         if self._cancelled.is_set():
             raise Cancelled("the attempt was withdrawn")
         now = time.perf_counter()

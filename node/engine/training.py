@@ -17,6 +17,7 @@ import tensorflow as tf
 
 from node.engine import decoders, inputs, privacy, runtime, shards
 from node.engine.decoders import Decoder
+from node.engine.gate import Gate
 from node.engine.loaded import FAILURES
 from node.engine.shards import Part
 from node.engine.truth import Truth, truth_of
@@ -33,7 +34,6 @@ SHUFFLE_ITEMS = 4096
 """Window of the shuffle over items that are not kept decoded."""
 GPU_CHECK_STEPS = 20
 """A look at the loss waits for the GPU, so not each step has one; on a CPU it costs nothing."""
-PAUSE_CHECK_SECONDS = 0.05
 """While training stands still it looks so often whether its time is up, or nobody wants its result."""
 AHEAD_SHARE = 0.2
 """A node trains ahead for at most this share of a round: those steps begin from weights that are not the newest."""
@@ -189,11 +189,11 @@ class Session:
         progress: Callable[[int, dict[str, float]], None],
         *,
         overlap: bool = False,
-        may_train: threading.Event | None = None,
+        gate: Gate | None = None,
     ) -> Outcome:
         """Steps until `samples` are seen or `seconds` are over, one at least. Tracing the first step is not counted.
 
-        While `may_train` is not set it stands still, and that counts: so a round ends in time, and the node gets as much to do
+        While the gate is shut it stands still, and that counts: so a round ends in time, and the node gets as much to do
         as it can do beside what it gives way to. Raises InvalidModel where the loss is no number any more, and Cancelled at the step after `cancelled` was set.
         """
         model, batch = self.model, self._batch
@@ -208,13 +208,16 @@ class Session:
                 self._noisy.reset_metrics()
         steps, told_at = ahead.steps, -math.inf
         started = time.perf_counter()
+
+        def over() -> bool:
+            return steps > 0 and time.perf_counter() - started >= seconds
+
         while steps < steps_wanted:
-            while may_train is not None and not may_train.wait(PAUSE_CHECK_SECONDS):
-                if cancelled.is_set() or (steps and time.perf_counter() - started >= seconds):
-                    break
+            if gate is not None:
+                gate.wait(lambda: cancelled.is_set() or over())
             if cancelled.is_set():
                 raise Cancelled("the attempt was withdrawn")
-            if steps and time.perf_counter() - started >= seconds:
+            if over():
                 break
             logs = self._step()
             steps += 1

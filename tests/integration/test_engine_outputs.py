@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
@@ -147,6 +148,30 @@ async def test_predictions_of_two_outputs_have_their_names(lab: Lab) -> None:
     assert {tensor.name for tensor in result.outputs} == {"kind", "size"}
     for tensor in result.outputs:
         np.testing.assert_allclose(to_numpy(tensor), expected[tensor.name], atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["train", "sync", "evaluate", "predict"])
+async def test_tasks_stand_still_while_they_give_way(lab: Lab, kind: str) -> None:
+    model = lab.files.model(two_outputs(**COMPILED["maps"]))
+    data = lab.files.arrays(1, x=X, kind=KIND, size=SIZE)
+    tasks = {
+        "train": training(model, data, format=TWO, samples=64, seconds=60),
+        "evaluate": evaluation(model, whole(data), format=TWO),
+        "predict": prediction(model, whole(data), format=TWO),
+        "sync": SyncTask(
+            model=model, data=data, image=None, formation="f", rank=0, format=TWO, members=("127.0.0.1:1",),
+            batches=(16,), first_step=0, steps=3, begins=True,
+        ),
+    }  # fmt: skip
+    job_id = f"gives way: {kind}"
+    await lab.run(tasks[kind], job_id)  # now all is loaded, and it takes some milliseconds
+    lab.engine.pause()
+    running = asyncio.create_task(lab.run(tasks[kind], job_id))
+    ended, _ = await asyncio.wait([running], timeout=1.5)
+    assert not ended
+    assert lab.progress == []
+    lab.engine.resume()
+    assert await running
 
 
 @pytest.mark.parametrize("weighted", [False, True])

@@ -274,10 +274,10 @@ async def training_gives_way(lab: Lab, node: NodeProcess, attempt_id: str, asked
 
     async def asked_and_standing_still() -> bool:
         await lab.infer("at risk", REPLICA, asked, objective_seconds=1e-6)
-        return "training gives way" in node.log() and len(set(done()[-3:])) == 1
+        return "jobs give way" in node.log() and len(set(done()[-3:])) == 1
 
     before = len(done())
     await eventually(lambda: len(done()) >= before + 3 and len(set(done()[-3:])) > 1)
     await eventually(asked_and_standing_still, 20, every=0.2)
     stood_at = done()[-1]
-    await eventually(lambda: "training goes on" in node.log() and done()[-1] > stood_at)
+    await eventually(lambda: "jobs go on" in node.log() and done()[-1] > stood_at)

@@ -63,6 +63,7 @@ class Simulation:
         self.events: list[AnyEvent] = []
         self.now = 0.0
         self.number = 100
+        self.giving_way: set[str] = set()
         self.tasks: dict[str, SyncTask] = {}
         self.complete = False
 
@@ -82,7 +83,14 @@ class Simulation:
         self.now += 1.0
         busy = {attempt.node_id for attempt in self.job.attempts.values()}
         views = tuple(
-            NodeView(name, speeds.get(name, 1.0), free_slots=2, idle=name not in busy, collective=f"{name}:1")
+            NodeView(
+                name,
+                speeds.get(name, 1.0),
+                free_slots=2,
+                idle=name not in busy,
+                collective=f"{name}:1",
+                gives_way=name in self.giving_way,
+            )
             for name in nodes
         )
         decisions = self.job.plan(ClusterView(views, self.now))
@@ -207,6 +215,19 @@ def test_a_checkpoint_counts_when_a_member_is_lost_after_the_last_step() -> None
     (task,) = simulation.open_tasks().values()
     assert task.begins
     assert task.first_step == 8
+
+
+def test_a_group_with_a_member_that_gives_way_is_waited_for() -> None:
+    simulation = Simulation()
+    simulation.plan("a", "b")
+    simulation.giving_way = {"b"}
+    for _ in range(3):
+        simulation.now += FORMING_SECONDS
+        assert simulation.plan("a", "b") == []
+    simulation.giving_way = {"c"}
+    assert simulation.plan("a", "b", "c") == []
+    simulation.now += FORMING_SECONDS
+    assert {type(decision) for decision in simulation.plan("a", "b", "c")} == {Withdraw}
 
 
 def test_a_group_whose_members_wait_for_each_other_is_broken_off_and_not_for_ever() -> None:
