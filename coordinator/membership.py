@@ -160,4 +160,5 @@ def _info(member: Member) -> NodeInfo:
         leases=len(telemetry.attempts) if telemetry else 0,
         replicas=telemetry.replicas if telemetry else (),
         data=member.data,
+        gives_way=telemetry is not None and telemetry.gives_way,
     )

@@ -494,6 +494,8 @@ class NodeInfo(Part, frozen=True):
     seen_at: float = 0.0
     data: tuple[NodeData, ...] = ()
     """Data sets that live on it."""
+    gives_way: bool = False
+    """Whether jobs stand still on it while inference has an objective to keep."""
 
 
 class ListNodes(Message, frozen=True):

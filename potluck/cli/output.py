@@ -133,8 +133,9 @@ def nodes_table(nodes: Iterable[NodeInfo]) -> Table:
     def row(node: NodeInfo) -> tuple[RenderableType, ...]:
         has = node.capacity
         gpus = ", ".join(f"{gpu.name} {bytes_text(gpu.memory_bytes)}" for gpu in has.gpus) or "-"
+        state = Text.assemble(colored(node.state), ", jobs give way" if node.gives_way else "")
         return (
-            node.node_id, colored(node.state), has.hostname, str(has.cores), bytes_text(has.memory_bytes), gpus,
+            node.node_id, state, has.hostname, str(has.cores), bytes_text(has.memory_bytes), gpus,
             f"{has.gflops:.0f}" if has.gflops else "?",
             has.runtimes.get("tensorflow", "none"), has.runtimes.get("litert", "none"),
             f"{node.cpu_percent:.0f} %", str(len(node.replicas)),

@@ -55,6 +55,8 @@ def test_nodes_show_what_they_have() -> None:
         assert part in shown, part
     small = replace(NODE, capacity=replace(NODE.capacity, runtimes={"litert": "2.3.0"}))
     assert "none        2.3.0" in text_of(output.nodes_table([small]))
+    assert "online, jobs give way" in text_of(output.nodes_table([replace(NODE, gives_way=True)]))
+    assert "give way" not in shown
 
 
 def test_an_evaluation_shows_scores_and_confusion() -> None:
