@@ -162,24 +162,27 @@ async def _receive(
             file.flush()
 
     data = b"-"
-    while data:
-        async with asyncio.timeout(idle_seconds):
+    loop = asyncio.get_running_loop()
+    async with asyncio.timeout(None) as limit:  # one for all pieces: to make one costs as much as to read a piece
+        while data:
+            limit.reschedule(loop.time() + idle_seconds)
             data = await request.content.readany()
-        size += len(data)
-        waiting += len(data)
-        if size > max_bytes:
-            raise TooLarge(f"more than {max_bytes} bytes")
-        gathered.append(data)
-        if quick:
-            began = time.perf_counter()
-            add()
-            quick = time.perf_counter() - began < _QUICK_SECONDS
-        elif data and waiting < _ADD_BYTES:
-            continue
-        else:
-            await asyncio.to_thread(add)
-        gathered.clear()
-        waiting = 0
+            limit.reschedule(None)
+            size += len(data)
+            waiting += len(data)
+            if size > max_bytes:
+                raise TooLarge(f"more than {max_bytes} bytes")
+            gathered.append(data)
+            if quick:
+                began = time.perf_counter()
+                add()
+                quick = time.perf_counter() - began < _QUICK_SECONDS
+            elif data and waiting < _ADD_BYTES:
+                continue
+            else:
+                await asyncio.to_thread(add)
+            gathered.clear()
+            waiting = 0
     return size
 
 
