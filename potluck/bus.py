@@ -20,7 +20,6 @@ from paho.mqtt.client import (
     error_string,
 )
 from paho.mqtt.exception import MalformedPacket
-from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
@@ -476,10 +475,7 @@ class _Link(aiomqtt.Client):
     def _received(self, message: packets.Publish) -> None:
         response_topic, correlation = "", None
         if message.properties:
-            properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
-            properties.unpack(message.properties)  # type: ignore[no-untyped-call]
-            response_topic = getattr(properties, "ResponseTopic", "")
-            correlation = getattr(properties, "CorrelationData", None)
+            response_topic, correlation = packets.answer_to(message.properties)
         if message.topic:
             self._bus._dispatch(
                 message.topic, message.payload, message.qos, message.retain, response_topic, correlation

@@ -51,10 +51,7 @@ def read_publish(first: int, body: bytes, *, v5: bool) -> Publish:
     if qos > 1:  # we subscribe at QoS 0 and 1
         raise BadMessage(f"a PUBLISH came at QoS {qos}")
     at = 2 + int.from_bytes(body[:2], "big")
-    try:
-        topic = body[2:at].decode()
-    except UnicodeDecodeError:
-        topic = ""
+    topic = _text(body[2:at])
     packet_id, properties = b"", b""
     if qos:
         packet_id = body[at : at + 2]
@@ -67,6 +64,36 @@ def read_publish(first: int, body: bytes, *, v5: bool) -> Publish:
     if at > len(body):
         raise BadMessage("a PUBLISH ends before its payload begins")
     return Publish(topic, body[at:], qos, bool(first & 1), packet_id, properties)
+
+
+def answer_to(properties: bytes) -> tuple[str, bytes | None]:
+    """Response topic ("": none, or not UTF-8) and correlation data among the properties of a PUBLISH, their length before them.
+
+    MQTT 5, sections 2.2.2 and 3.3.2.3. Raises BadMessage for a property that does not belong there, or is cut off.
+    """
+    response_topic, correlation = "", None
+    _, at = _read_length(properties, 0)
+    end = len(properties)
+    while at < end:
+        kind = properties[at]
+        at += 1
+        if kind in _NUMBERS:
+            at += _NUMBERS[kind]
+        elif kind in _SIZED:
+            for _ in range(_SIZED[kind]):
+                start = at + 2
+                at = start + int.from_bytes(properties[at:start], "big")
+            if kind == _CORRELATION_DATA:
+                correlation = properties[start:at]
+            elif kind == _RESPONSE_TOPIC:
+                response_topic = _text(properties[start:at])
+        elif kind == _SUBSCRIPTION_IDENTIFIER:
+            _, at = _read_length(properties, at)
+        else:
+            raise BadMessage(f"a PUBLISH has a property 0x{kind:02x}, which does not belong there")
+    if at > end:
+        raise BadMessage("a property is cut off")
+    return response_topic, correlation
 
 
 def length(size: int) -> bytes:
@@ -119,6 +146,14 @@ class Splitter:
         return found
 
 
+def _text(data: bytes) -> str:
+    """Empty where it is not UTF-8."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return ""
+
+
 def _read_length(data: bytes, at: int) -> tuple[int, int]:
     """A variable byte integer and where it ends. Raises BadMessage."""
     size = 0
@@ -131,6 +166,12 @@ def _read_length(data: bytes, at: int) -> tuple[int, int]:
             return size, at + place + 1
     raise BadMessage("a length has more than four bytes")
 
+
+_RESPONSE_TOPIC, _CORRELATION_DATA, _SUBSCRIPTION_IDENTIFIER = 0x08, 0x09, 0x0B
+_NUMBERS = {0x01: 1, 0x02: 4, 0x23: 2}
+"""Bytes of payload format indicator, message expiry interval, topic alias."""
+_SIZED = {0x03: 1, _RESPONSE_TOPIC: 1, _CORRELATION_DATA: 1, 0x26: 2}
+"""Texts or bytes with their length before them, and how many of them: content type, ..., a user property's name and value."""
 
 _SMALL = [bytes((size,)) for size in range(0x80)]
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
 
 from potluck import packets
 from potluck.errors import BadMessage
@@ -64,6 +68,46 @@ def test_a_publish_that_is_cut_off_is_refused(first: int, body: bytes, v5: bool)
 
 def test_a_topic_that_is_no_text_belongs_to_nobody() -> None:
     assert packets.read_publish(0x30, b"\x00\x02\xff\xfehello", v5=False).topic == ""
+
+
+TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\0\ufeff"), max_size=200)
+
+
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "PayloadFormatIndicator": st.integers(0, 1),
+            "MessageExpiryInterval": st.integers(0, 2**32 - 1),
+            "TopicAlias": st.integers(1, 65_535),
+            "ContentType": TEXTS,
+            "ResponseTopic": TEXTS,
+            "CorrelationData": st.binary(max_size=200),
+            "SubscriptionIdentifier": st.integers(1, 2**28 - 1),
+            "UserProperty": st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=3),
+        },
+    ),
+)
+def test_where_to_answer_is_read_among_whatever_else_stands_there(values: dict[str, Any]) -> None:
+    properties: Any = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
+    for name, value in values.items():
+        setattr(properties, name, value)
+    written: bytes = properties.pack()
+    assert packets.answer_to(written) == (values.get("ResponseTopic", ""), values.get("CorrelationData"))
+    with pytest.raises(BadMessage):
+        packets.answer_to(written + b"\x02\0\0\0")
+
+
+@pytest.mark.parametrize(
+    "properties", [b"\x02\x08\x00", b"\x04\x09\x00\x05a", b"\x02\x26\x00", b"\x01\x02", b"\x02\x11\x00"]
+)
+def test_a_property_that_is_cut_off_or_belongs_elsewhere_is_refused(properties: bytes) -> None:
+    with pytest.raises(BadMessage):
+        packets.answer_to(properties)
+
+
+def test_a_response_topic_that_is_no_text_asks_for_no_answer() -> None:
+    assert packets.answer_to(b"\x05\x08\x00\x02\xff\xfe") == ("", None)
 
 
 @pytest.mark.parametrize("topic", ["", "a/+", "#", "x" * 65_536])
