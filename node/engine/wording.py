@@ -11,13 +11,17 @@ _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _GRAPH_ERROR = re.compile(r"^Node: '[^']*'\n(.+?)(?:\n\t ?\[\[|\Z)", re.MULTILINE | re.DOTALL)
 """In an error of a graph: what is wrong stands after the whole stack."""
 
+_PLACE = re.compile(r"\{\{function_node [^}]*\}\}\s*|\s*\[\[\{\{node [^}]*\}\}\]\]|\s*\[Op:\w+\](?: name: ?\w*)?")
+"""Where in TensorFlow's own graph it happened, which nobody has seen who made the model."""
+
 
 def one_line(error: BaseException | str, limit: int = 300) -> str:
-    """The text without line breaks and colours, cut at `limit`; of an error in a TensorFlow graph, what is wrong."""
+    """The text without line breaks, colours and names of TensorFlow's nodes, cut at `limit`; of an error in a TensorFlow graph, what is wrong."""
     text = _COLOURS.sub("", str(error))
-    if "Graph execution error" in text and (found := _GRAPH_ERROR.search(text)) is not None:
-        text = found[1]
-    text = " ".join(text.split())
+    if "Graph execution error" in text:
+        found = _GRAPH_ERROR.search(text)
+        text = found[1] if found is not None else text.rstrip().rpartition("\n\n")[2]
+    text = " ".join(_PLACE.sub(" ", text).split())
     return text if len(text) <= limit else f"{text[:limit]}..."
 
 
