@@ -30,9 +30,14 @@ class Announcer:
 
     def described(self, job: Job, now: float) -> JobChanged:
         """The job as it stands."""
-        fit = any(node.runtimes.issuperset(job.runtimes) for node in self._leases.view(now).nodes)
-        lacking = "" if fit else " and ".join(WORDS[runtime] for runtime in job.runtimes)
-        return self._jobs.described(job, self._leases.running(job), lacking=lacking)
+        nodes, running = self._leases.view(now).nodes, self._leases.running(job)
+        at_work = {attempt.node_id for attempt, _, _ in running.values()}
+        waiting = ""
+        if not any(node.runtimes.issuperset(job.runtimes) for node in nodes):
+            waiting = f"waiting for a node that has {' and '.join(WORDS[runtime] for runtime in job.runtimes)}"
+        elif giving_way := sorted(node.node_id for node in nodes if node.gives_way and node.node_id in at_work):
+            waiting = f"gives way to inference on {', '.join(giving_way)}"
+        return self._jobs.described(job, running, waiting=waiting)
 
     def ended(self, job: Job) -> JobEnded | None:
         """The result of a job that has ended, its blobs to be had from here."""

@@ -210,16 +210,16 @@ class JobStore:
         return self._tasks[attempt.attempt_id]
 
     def described(
-        self, job: Job, running: dict[str, tuple[Attempt, int, dict[str, float]]], *, lacking: str
+        self, job: Job, running: dict[str, tuple[Attempt, int, dict[str, float]]], *, waiting: str
     ) -> JobChanged:
-        """`lacking`: what no node has that this job needs."""
+        """`waiting`: for what, where it does not go on; "" where it does."""
         progress = self._final.get(job.job_id) or JobProgress()
         if job.active and job.strategy is not None:
             progress = job.strategy.progress(running)
             if job.refused:
                 progress = replace(progress, quarantined=progress.quarantined | job.refused)
-        if job.active and lacking:
-            progress = replace(progress, message=f"waiting for a node that has {lacking}")
+        if job.active and waiting:
+            progress = replace(progress, message=waiting)
         return job.changed(progress)
 
     def _replay(self, stream: str) -> None:

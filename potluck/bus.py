@@ -151,8 +151,15 @@ class MqttBus(Bus):
             del self._tried[next(iter(self._tried))]
 
     def _unavailable(self, what: str) -> Unavailable:
-        tried = "; ".join(f"{place}: {reason}" for place, reason in self._tried.items())
-        return Unavailable(f"{what} ({tried or 'nothing has been tried yet'}): check that a broker runs there")
+        return Unavailable(f"{what} ({self._what_was_tried()}): check that a broker runs there")
+
+    def _what_was_tried(self) -> str:
+        return "; ".join(f"{place}: {reason}" for place, reason in self._tried.items()) or "nothing has been tried yet"
+
+    def _trouble(self) -> str:
+        if self._link is not None:
+            return ""
+        return f"the connection to the broker is lost ({self._what_was_tried()}), check that it runs"
 
     async def _send(self, topic: str, payload: bytes, qos: int, retain: bool, mirrored: Mirrored | None = None) -> None:
         if qos == 0 and self._send_now(topic, payload, retain, mirrored):

@@ -572,7 +572,7 @@ async def test_publishing_without_a_broker_fails_in_bounded_time(bench: Bench, q
     assert time.monotonic() - started < 4
     with pytest.raises(Unavailable):
         await alice.connected(0.05)
-    with pytest.raises((Unavailable, TimedOut)):
+    with pytest.raises(TimedOut, match="connection to the broker is lost"):
         await alice.request(TOPICS.jobs_submit, ListNodes(), timeout_seconds=0.1)
 
 
@@ -762,6 +762,18 @@ async def test_paho_internals_that_the_bus_rests_on(mosquitto: Bench, caplog: py
     assert not link._receipts
     assert not link._client.want_write()
     assert not caplog.records
+
+
+async def test_a_question_says_when_the_broker_went(bench: Bench) -> None:
+    """Whoever waits for an answer should not look for the fault where the question went."""
+    (alice,) = await bench.connected("alice")
+    asked = asyncio.create_task(alice.request(TOPICS.jobs_submit, ListNodes(), timeout_seconds=2))
+    await eventually(lambda: bool(alice._pending))
+    await bench.stop_broker()
+    with pytest.raises(
+        TimedOut, match=r"no answer to ListNodes on .* within 2 s: the connection to the broker is lost"
+    ):
+        await asked
 
 
 async def test_refused_requests_leave_nothing_pending(bench: Bench) -> None:

@@ -1,0 +1,35 @@
+"""What is told of a job that waits: for what."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from coordinator.announcer import Announcer
+from coordinator.placement import ClusterView, NodeView
+from potluck.outbox import Outbox
+from potluck.topics import Topics
+
+
+def node(name: str, *, gives_way: bool = False, runtimes: frozenset[str] = frozenset({"tensorflow"})) -> NodeView:
+    return NodeView(name, 1.0, free_slots=1, idle=True, runtimes=runtimes, gives_way=gives_way)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "told"),
+    [
+        ((node("a"), node("b"), node("c", gives_way=True)), ""),  # c does nothing for this job
+        ((node("b", gives_way=True), node("a", gives_way=True), node("c")), "gives way to inference on a, b"),
+        ((node("a", gives_way=True), node("b")), "gives way to inference on a"),
+        ((node("a", runtimes=frozenset()),), "waiting for a node that has TensorFlow"),
+        ((), "waiting for a node that has TensorFlow"),
+    ],
+)
+def test_a_job_says_what_it_waits_for(nodes: tuple[NodeView, ...], told: str) -> None:
+    at_work = {name: (SimpleNamespace(node_id=name), 0, {}) for name in ("a", "b")}
+    leases = SimpleNamespace(view=lambda now: ClusterView(nodes, now), running=lambda job: at_work)
+    jobs = SimpleNamespace(described=lambda job, running, *, waiting: waiting)
+    announcer = Announcer(Topics("test"), cast(Outbox, None), cast(Any, jobs), cast(Any, leases), ())
+    assert announcer.described(cast(Any, SimpleNamespace(runtimes=("tensorflow",))), 0.0) == told
