@@ -2,7 +2,9 @@
 
 Requests come at random times (Poisson), however slow the answers are, and each is timed from when it was due. The model takes
 five to ten milliseconds for a row of three kilobytes (it enlarges its input before the convolutions), so that engines are what limits
-and not the Python that asks. Its capacity is what 64 closed-loop clients get in the same run, just before. Nodes have one core each.
+and not the Python that asks. Its capacity is what 64 closed-loop clients get in the same run, just before; on a machine that is not alone on
+its processor that changes from minute to minute, so the tail and the overload are taken in turns, each after its own capacity, and the median of the
+turns counts. Nodes have one core each.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import random
+import statistics
 import tempfile
 import time
 from collections import Counter
@@ -37,6 +40,8 @@ ANSWER_SECONDS = 20.0
 """Who has no answer by then is not answered at all."""
 CLOSED_LOOP_CLIENTS = 64
 WINDOW_SECONDS = 0.5
+FULL_SECONDS = 6.0
+TURNS = 5
 
 
 def network(path: Path) -> Path:
@@ -125,6 +130,33 @@ class Asker:
         return answers
 
 
+@dataclass
+class Turn:
+    """What a deployment did within half a minute: its capacity (answers a second), latencies at 70 % of that, and answers to three times as much."""
+
+    capacity: float
+    steady: dict[str, float]
+    flood: Answers
+    seconds: float
+
+    @property
+    def tail(self) -> float:
+        return self.steady["p99_ms"] / self.steady["p50_ms"]
+
+    @property
+    def goodput(self) -> float:
+        """Answers a second that came in time."""
+        return sum(seconds <= DEADLINE_SECONDS for seconds in self.flood.good) / self.seconds
+
+    def told(self) -> dict[str, Any]:
+        overload = {"asked": len(self.flood.due), **self.flood.failures(), **percentiles(self.flood.good)}
+        figures = {"capacity_per_second": self.capacity, "tail": self.tail, "goodput_per_second": self.goodput}
+        return {name: round(value, 2) for name, value in figures.items()} | {
+            "at_70_percent": self.steady,
+            "overload": overload,
+        }
+
+
 @asynccontextmanager
 async def asker(cluster: LocalCluster, model: str, array: np.ndarray[Any, Any]) -> AsyncIterator[Asker]:
     topics = Topics(cluster.cluster)
@@ -160,22 +192,24 @@ async def tail_and_overload(cluster: LocalCluster, model: Path, seconds: float, 
     async with AsyncClient(f"{cluster.broker_host}:{cluster.broker_port}", cluster=cluster.cluster) as client:
         await client.register(model, "net")
         await client.deploy("net", wait=True)
+    turns: list[Turn] = []
     async with asker(cluster, "net", row) as load:
-        capacity = await load.closed_loop(CLOSED_LOOP_CLIENTS, seconds)
-        steady = percentiles((await load.open_loop(0.7 * capacity, 2 * seconds)).good)
         daemons = [cluster.coordinator, *cluster.nodes]
-        await load.open_loop(3 * capacity, seconds, DEADLINE_SECONDS)
-        before = resident_bytes(daemons)
-        flood = await load.open_loop(3 * capacity, 2 * seconds, DEADLINE_SECONDS)
+        before = 0
+        for _ in range(1 if seconds < FULL_SECONDS else TURNS):
+            capacity = await load.closed_loop(CLOSED_LOOP_CLIENTS, seconds / 2)
+            steady = await load.open_loop(0.7 * capacity, seconds)
+            flood = await load.open_loop(3 * capacity, seconds, DEADLINE_SECONDS)
+            turns.append(Turn(capacity, percentiles(steady.good), flood, seconds))
+            before = before or resident_bytes(daemons)  # what a flood takes at first, it keeps
         grown = resident_bytes(daemons) / before
-    in_time = sum(s <= DEADLINE_SECONDS for s in flood.good) / (2 * seconds)
-    report.figures |= {"capacity_per_second": round(capacity, 1), "at_70_percent": steady, "goodput": round(in_time, 1)}
-    report.figures["overload"] = {"asked": len(flood.due), **flood.failures(), **percentiles(flood.good)}
-    report.rows.append(row_of("70 % of capacity", 0.7 * capacity, steady))
-    report.rows.append(row_of("3 times capacity: what is answered", in_time, percentiles(flood.good)))
-    report.check("tail", steady["p99_ms"] / steady["p50_ms"], at_most=5.0)
-    report.check("overload_goodput", in_time / capacity, at_least=0.9)
-    report.check("overload_unanswered", flood.failures().get("unanswered", 0), at_most=0.0)
+    report.figures["turns"] = [turn.told() for turn in turns]
+    for at, turn in enumerate(turns, start=1):
+        report.rows.append(row_of(f"70 % of capacity, turn {at}", 0.7 * turn.capacity, turn.steady))
+        report.rows.append(row_of(f"3 times capacity, turn {at}: answered", turn.goodput, percentiles(turn.flood.good)))
+    report.check("tail", statistics.median(turn.tail for turn in turns), at_most=5.0)
+    report.check("overload_goodput", statistics.median(turn.goodput / turn.capacity for turn in turns), at_least=0.9)
+    report.check("overload_unanswered", sum(turn.flood.failures().get("unanswered", 0) for turn in turns), at_most=0.0)
     report.check("overload_memory", grown, at_most=1.05)
 
 
@@ -266,7 +300,7 @@ def two_replicas(quick: bool, report: Report) -> None:
 
 
 def _seconds(quick: bool) -> float:
-    return 2.0 if quick else 6.0
+    return 2.0 if quick else FULL_SECONDS
 
 
 PARTS: dict[Callable[[bool, Report], None], tuple[str, ...]] = {
