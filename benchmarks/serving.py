@@ -216,7 +216,7 @@ def cnn(lab: Lab, report: Report) -> None:
             client.register(model, "cnn")
             client.deploy("cnn", replicas=2).wait(timeout=120)
         others = OtherLoad()
-        for _ in range(lab.turns + 1):
+        for _ in range(1 if lab.quick else 3 * lab.turns + 1):
             rates["served"].append(asyncio.run(_batches(cluster, lab)))
             rates["bare"].append(_bare(model, cores, lab.seconds))
         with_onednn = _bare(model, cores, lab.seconds, TF_ENABLE_ONEDNN_OPTS="1")
