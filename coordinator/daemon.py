@@ -299,6 +299,8 @@ class Coordinator:
         match message:
             case NodeStatus():
                 self._notice(self._membership.on_status(message, now))
+                if message.state == "online":
+                    self._inference.ask_again(node_id)
             case NodeCapacity():
                 self._notice(self._membership.on_capacity(message))
             case NodeTelemetry():

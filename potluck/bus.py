@@ -74,7 +74,7 @@ class MqttBus(Bus):
             async with asyncio.timeout(timeout_seconds):
                 await self._ready.wait()
         except TimeoutError:
-            raise self._unavailable(f"no connection to the bus within {timeout_seconds:g} s") from None
+            raise self._unavailable(f"no connection to the bus within {round(timeout_seconds, 2):g} s") from None
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as tasks:
@@ -156,7 +156,7 @@ class MqttBus(Bus):
     def _what_was_tried(self) -> str:
         return "; ".join(f"{place}: {reason}" for place, reason in self._tried.items()) or "nothing has been tried yet"
 
-    def _trouble(self) -> str:
+    def trouble(self) -> str:
         if self._link is not None:
             return ""
         return f"the connection to the broker is lost ({self._what_was_tried()}), check that it runs"

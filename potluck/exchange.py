@@ -100,7 +100,7 @@ class Bus(ABC):
     def on_connect(self, callback: Callable[[], Awaitable[None]]) -> None:
         """Call `callback` after each (re)connect, subscriptions already made: births go here."""
 
-    def _trouble(self) -> str:
+    def trouble(self) -> str:
         """Why nothing comes or goes now; "" where nothing is known to be wrong."""
         return ""
 
@@ -237,9 +237,9 @@ class Bus(ABC):
                 await self._send(topic, codec.encode(message, encoding), qos, False, mirrored)
                 answer = await answered
         except TimeoutError:
-            why = self._trouble() or "is whoever serves it running?"
+            why = self.trouble() or "is whoever serves it running?"
             raise TimedOut(
-                f"no answer to {type(message).__name__} on {topic} within {timeout_seconds:g} s: {why}"
+                f"no answer to {type(message).__name__} on {topic} within {round(timeout_seconds, 2):g} s: {why}"
             ) from None
         finally:
             self._pending.pop(request_id, None)

@@ -91,7 +91,7 @@ class LocalCluster:
     """A coordinator (with its broker) and `nodes` nodes below `folder`, on loopback with free ports; a context manager.
 
     The nodes find the coordinator by mDNS, as on a network; or, with `discovery=False`, by its address. `cores` pins
-    node i to the CPU `cores[i]`. Raises TimedOut or Unavailable, with the logs' ends, when it does not start.
+    node i to the CPU `cores[i]`. `broker="external"` uses the one that runs at `broker_port`. Raises TimedOut or Unavailable, with the logs' ends, when it does not start.
     """
 
     def __init__(
@@ -103,12 +103,13 @@ class LocalCluster:
         discovery: bool = True,
         cores: Sequence[int] | None = None,
         broker: str = "auto",
+        broker_port: int = 0,
         environment: Mapping[str, str] | None = None,
     ) -> None:
         self.folder = folder
         self.cluster = cluster
         self.broker_host = "127.0.0.1"
-        self.broker_port = 0
+        self.broker_port = broker_port
         self.http_url = ""
         self._discovery = discovery
         self._cores = cores
@@ -119,7 +120,7 @@ class LocalCluster:
         self._count = nodes
         self.nodes: list[Daemon] = []
         self.coordinator = self._daemon(
-            "coordinator", "coordinator", "--port", "0", "--broker-port", "0", "--broker", broker
+            "coordinator", "coordinator", "--port", "0", "--broker-port", str(broker_port), "--broker", broker
         )
 
     def __enter__(self) -> Self:
@@ -190,7 +191,8 @@ class LocalCluster:
         """Until the coordinator's log says that it is ready, and where."""
         said = self._wait_said(self.coordinator, "coordinator ready ")
         self.http_url = said["http"]
-        self.broker_port = int(said["broker"].rsplit(":", 1)[1])
+        if self._broker != "external":
+            self.broker_port = int(said["broker"].rsplit(":", 1)[1])
 
     def _wait_joined(self, node: Daemon) -> None:
         self._wait_said(node, "node joined ")

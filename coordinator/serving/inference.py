@@ -140,6 +140,12 @@ class Inference:
         router.remove_replica(replica_id, self._clock())
         self._pump(router)
 
+    def ask_again(self, node_id: str) -> None:
+        """This node connected anew, or we did: batches travel at QoS 0, and none is kept for whoever is not there."""
+        for router in self._routers.values():
+            router.ask_again(node_id, self._clock())
+            self._pump(router)
+
     def inputs_lost(self, node_id: str) -> None:
         """A node is gone, and the inputs that it had: requests with those are answered so, and not tried elsewhere."""
         for router in self._routers.values():

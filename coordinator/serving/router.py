@@ -222,6 +222,13 @@ class Router:
                 request.settle(outcome)
                 self.queue.remove(request)
 
+    def ask_again(self, node_id: str, now: float) -> None:
+        """What is on its way to this node, or back, may be lost: it is asked again, and whichever answer comes first counts."""
+        for lane in self.lanes.values():
+            if lane.node_id == node_id:
+                for batch in reversed(list(lane.batches.values())):
+                    self._overdue(lane, batch, now)
+
     def expire(self, now: float, batch_seconds: float) -> None:
         """Answer requests whose time is up, and ask those elsewhere whose batch has not come back."""
         for request in self.queue.remove_if(lambda request: request.deadline <= now):
@@ -233,11 +240,8 @@ class Router:
                     del lane.overdue[batch.batch_id]
             for batch in list(lane.batches.values()):
                 if now - batch.sent_at > patience:
-                    self.lanes.came_back(lane, batch.batch_id)
+                    self._overdue(lane, batch, now)
                     self.lanes.silence(lane)
-                    lane.overdue[batch.batch_id] = batch
-                    self._away.pop(batch.batch_id, None)
-                    self._put_back(batch, batch.requests, now)
                 else:
                     for request in batch.requests:
                         if request.deadline <= now:
@@ -359,6 +363,13 @@ class Router:
         """Unless it is back, or somebody waits for it. What its replica has begun it may finish."""
         if batch is not None and batch.out and not batch.wanted:
             self.withdrawn.append(batch)
+
+    def _overdue(self, lane: Lane, batch: Batch, now: float) -> None:
+        """Its requests wait again; should it come back after all, it is as good."""
+        self.lanes.came_back(lane, batch.batch_id)
+        lane.overdue[batch.batch_id] = batch
+        self._away.pop(batch.batch_id, None)
+        self._put_back(batch, batch.requests, now)
 
     def _put_back(self, batch: Batch, requests: list[Request], now: float) -> None:
         """These requests of a batch were not answered: to the head of the queue, unless another replica has them too."""

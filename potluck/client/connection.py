@@ -44,8 +44,8 @@ _NODE_CONNECT_SECONDS = 1.0
 """A node that does not answer sooner may be one that cannot be reached from here."""
 
 
-class _StartedAnew(Unavailable):
-    """There is another coordinator than the one that was asked. Never leaves this module."""
+class _MayBeLost(Unavailable):
+    """What was asked, or its answer, may not have arrived. Never leaves this module."""
 
 
 class Connection:
@@ -59,6 +59,8 @@ class Connection:
         self._online = asyncio.Event()
         self._inferring: set[str] = set()
         """Ids of the inferences that wait for their answers."""
+        self._cut = False
+        """Whether the connection was lost, and the coordinator has not been heard since: it may have lost its own as well."""
         self._followers: dict[str, list[Handler]] = {}
         self._stack = AsyncExitStack()
         self._running: asyncio.Task[None] | None = None
@@ -93,6 +95,7 @@ class Connection:
                 highest_version=4,  # as in the node: our messages are complete without MQTT 5, and this is faster
             )
         self.bus.subscribe(self.topics.coordinator_status, self._on_status)
+        self.bus.on_connect(self._connected)
         self._running = asyncio.create_task(self.bus.run(), name="client bus")
         # One attempt, and a moment more, so that the bus knows by then why it failed.
         await self.bus.connected(min(self.settings.timeout_seconds, self.settings.bus.connect_timeout_seconds + 1.0))
@@ -159,14 +162,25 @@ class Connection:
         if not isinstance(message, CoordinatorStatus):
             return
         if message.state == "online":
-            anew = self._status is not None and self._status.session != message.session
+            known = self._status
+            # Started anew, or away for a while; and what is retained does not say that it is there now.
+            lost = known is not None and (known.session != message.session or not self._online.is_set()) or self._cut
+            self._cut = self._cut and envelope.retained
             self._status = message
             self._online.set()
-            if anew:  # what the one before was asked, it took with it
-                for question_id in tuple(self._inferring):
-                    self.bus.give_up(question_id, _StartedAnew("the coordinator was started anew"))
+            if lost:
+                self._ask_again()
         elif self._status is None or self._status.session == message.session:
             self._online.clear()
+
+    async def _connected(self) -> None:
+        """After each connect. Inferences travel at QoS 0: none is kept for whoever is not there."""
+        self._cut = self._status is not None
+        self._ask_again()
+
+    def _ask_again(self) -> None:
+        for question_id in tuple(self._inferring):
+            self.bus.give_up(question_id, _MayBeLost("the coordinator was not there, or could not be reached"))
 
     async def coordinator(self, timeout_seconds: float | None = None) -> CoordinatorStatus:
         """The status of the coordinator, once it is online. Raises Unavailable."""
@@ -221,6 +235,8 @@ class Connection:
         question_id = uuid.uuid4().hex
         while True:
             left = max(0.05, deadline - time.monotonic())
+            if self.bus.trouble():
+                await self.bus.connected(left)
             if not self._online.is_set():
                 await self.coordinator(left)
             self._inferring.add(question_id)
@@ -228,7 +244,7 @@ class Connection:
                 got = await self.bus.request(
                     self.topics.infer(name), replace(question, id=question_id), timeout_seconds=left, qos=0
                 )
-            except _StartedAnew:
+            except _MayBeLost:
                 continue
             except asyncio.CancelledError:
                 await self._cancel(name, question_id)

@@ -154,7 +154,7 @@ class FakeBus(Bus):
         self.broker.publish(topic, payload, 0, retain, mirrored)
         return True
 
-    def _trouble(self) -> str:
+    def trouble(self) -> str:
         return "" if self._ready.is_set() else "the connection to the broker is lost"
 
     def _subscribe_now(self, topic_filter: str, qos: int) -> None:

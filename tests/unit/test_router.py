@@ -115,6 +115,25 @@ def test_whichever_answer_of_a_batch_that_was_asked_again_comes_first_counts_onc
     assert one.served == 1
 
 
+def test_what_was_on_its_way_to_a_node_that_connected_anew_is_asked_again_at_once() -> None:
+    one = router()
+    one.add_replica("r", "n")
+    first, lost = ask(one), one.dispatch(0.0)
+    second = ask(one)
+    lost += one.dispatch(0.0)
+    assert [len(batch.requests) for batch in lost] == [1, 1]
+    one.ask_again("another", 0.1)
+    assert one.dispatch(0.1) == []
+    one.ask_again("n", 0.2)
+    (again,) = one.dispatch(0.2)
+    assert again.requests == [*lost[0].requests, *lost[1].requests]
+    assert not one.lanes["r"].silent
+    one.finished("r", lost[0].batch_id, (OK,), 0.3)  # it was not lost after all
+    assert (first, second) == ([OK], [])
+    one.finished("r", again.batch_id, (OK, OK), 0.4)
+    assert (first, second) == ([OK], [OK])
+
+
 def test_a_late_failure_leaves_the_request_to_the_replica_that_has_it_now() -> None:
     one = router()
     one.add_replica("a", "n1")
@@ -388,6 +407,11 @@ class Traffic(RuleBasedStateMachine):
     @rule(replica=st.sampled_from("abcdefghijklmno"))
     def go(self, replica: str) -> None:
         self.router.remove_replica(replica, self.now)
+        self.out += self.router.dispatch(self.now)
+
+    @rule(replica=st.sampled_from("abcdefghijklmno"))
+    def connect_anew(self, replica: str) -> None:
+        self.router.ask_again(f"node-{replica}", self.now)
         self.out += self.router.dispatch(self.now)
 
     @precondition(lambda self: self.out)
