@@ -131,6 +131,10 @@ class JobStore:
             raise InvalidRequest(
                 f"{spec.model} is a LiteRT model already: deploy it as it is, or quantize what it was made of"
             )
+        if info.signature is not None and any(one.datatype == "BYTES" for one in info.signature.inputs):
+            raise InvalidRequest(
+                f"{spec.model} takes text, and a LiteRT model cannot: deploy it as it is, or keep text layers out of it"
+            )
         trained = self.jobs.get(info.job_id)
         learnt = trained.submitted.spec.dataset if trained and isinstance(trained.submitted.spec, Train) else None
         calibration = spec.calibration or learnt

@@ -93,13 +93,20 @@ def to_numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
         return _shaped(np.frombuffer(data, dtype=dtype), tensor)
     if isinstance(data, list):
         try:
-            array = np.asarray(data, dtype=dtype)
+            with np.errstate(over="ignore"):  # seen below
+                array = np.asarray(data, dtype=dtype)
             # It may be read as a number, and where numpy is not told a type each number would get its room.
             if _has_text(data):
                 raise ValueError("it has texts")
             exact = dtype.kind == "f" or not array.size or np.asarray(data).dtype.kind in "iub"
         except (ValueError, TypeError, OverflowError) as error:
             raise InvalidRequest(f"tensor '{label}': data does not fit {tensor.datatype}: {error}") from error
+        if (
+            dtype.kind == "f"
+            and (over := np.isinf(array)).any()
+            and np.isfinite(np.asarray(data, np.float64)[over]).any()
+        ):
+            raise InvalidRequest(f"tensor '{label}': data does not fit {tensor.datatype}: a number is too large")
         if not exact and not np.array_equal(array, np.asarray(data)):  # numpy would cut off what it cannot hold
             raise InvalidRequest(f"tensor '{label}': data does not fit {tensor.datatype}: it has other numbers")
         return _shaped(array, tensor)

@@ -14,6 +14,7 @@ from coordinator.gateway import binary
 from coordinator.gateway.answers import encoded
 from coordinator.gateway.asking import Asking
 from coordinator.gateway.bodies import beside, decoded
+from coordinator.gateway.scores import of_classes
 from coordinator.serving.inference import size_bytes
 from potluck.errors import InvalidRequest
 from potluck.messages import Count, Inferred, ModelInfo, Signature, Tensor
@@ -210,9 +211,9 @@ def _classified(tensor: Tensor, count: int, info: ModelInfo) -> Tensor:
     scores = to_numpy(tensor)
     if scores.ndim < 1 or scores.dtype.kind not in "fiu":
         raise InvalidRequest(f"output '{tensor.name}' is {tensor.datatype}: classification takes scores")
+    scores, labels = of_classes(scores, info.classes)
     rows = scores.reshape(-1, scores.shape[-1])
     best = np.argsort(-rows.astype(np.float64), axis=1, kind="stable")[:, :count]
-    labels = info.classes if len(info.classes) == rows.shape[1] else ()
     texts = [
         [f"{row[at]:f}:{at}" + (f":{labels[at]}" if labels else "") for at in places]
         for row, places in zip(rows, best.tolist(), strict=True)

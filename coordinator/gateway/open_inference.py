@@ -15,9 +15,15 @@ from coordinator.gateway.inferring import Inferring
 from potluck import __version__
 from potluck.bus import Bus
 from potluck.errors import Unavailable
-from potluck.messages import TensorSpec
+from potluck.messages import ModelFormat, TensorSpec
 
-PLATFORM = "tensorflow_keras"
+PLATFORMS: dict[ModelFormat, str] = {
+    "keras": "tensorflow_keras",
+    "h5": "tensorflow_keras",
+    "savedmodel": "tensorflow_savedmodel",
+    "tflite": "litert_tflite",
+}
+"""`<project>_<format>`, as the protocol has it."""
 EXTENSIONS = (binary.EXTENSION, "classification", "schedule_policy", "model_repository(index)")
 _CONNECTED_SECONDS = 0.05
 """What a probe waits for the bus: a reconnect that is about to succeed is none of its business."""
@@ -122,7 +128,7 @@ class OpenInference:
             ModelMetadata(
                 name=info.name,
                 versions=self._serving.versions(info.name) or (str(info.version),),
-                platform=PLATFORM,
+                platform=PLATFORMS[info.format],
                 inputs=_specs(signature.inputs) if signature else [],
                 outputs=_specs(signature.outputs) if signature else [],
             )

@@ -15,6 +15,7 @@ from coordinator.gateway import json_arrays, streaming
 from coordinator.gateway.answers import encoded, guarded
 from coordinator.gateway.asking import Asking
 from coordinator.gateway.bodies import beside, plain
+from coordinator.gateway.scores import of_classes
 from coordinator.serving.inference import size_bytes
 from potluck.data import items
 from potluck.errors import InvalidData, InvalidRequest
@@ -177,11 +178,9 @@ def _scores(answer: Inferred, info: ModelInfo) -> list[Score]:
     if len(answer.outputs) != 1 or values.ndim != 2 or len(values) != 1 or values.dtype.kind not in "fiu":
         shown = ", ".join(f"{one.name} {one.datatype} {list(one.shape)}" for one in answer.outputs)
         raise InvalidRequest(f"model {answer.model} answers {shown}, and no scores of classes: ask it at /infer")
-    row = [float(score) for score in values[0].tolist()]
-    if len(row) == 1 and len(info.classes) == 2:  # one score for the second of two classes
-        row = [1.0 - row[0], row[0]]
-    labels = info.classes if len(info.classes) == len(row) else tuple(str(number) for number in range(len(row)))
-    return [Score(label, score) for label, score in zip(labels, row, strict=True)]
+    scores, labels = of_classes(values, info.classes)
+    row = [float(score) for score in scores[0].tolist()]
+    return [Score(label, score) for label, score in zip(labels or map(str, range(len(row))), row, strict=True)]
 
 
 def _arrays(name: str, signature: Signature, asked: Any) -> tuple[Tensor, ...]:

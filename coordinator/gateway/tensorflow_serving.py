@@ -16,6 +16,7 @@ from coordinator.gateway import json_arrays, tensorflow_inputs
 from coordinator.gateway.answers import encoded, guarded
 from coordinator.gateway.asking import Asking
 from coordinator.gateway.bodies import beside, plain
+from coordinator.gateway.scores import of_classes
 from coordinator.serving.inference import size_bytes
 from potluck.errors import InvalidRequest, NotFound
 from potluck.messages import Signature, Tensor, TensorSpec
@@ -153,8 +154,8 @@ class TensorFlowServing:
             raise InvalidRequest(
                 f"Expected Tensor shape: [?, classes] of numbers, and '{scores.name}' is {_of(scores)}"
             )
-        classes = self._asking.info(name).classes
-        labels = classes if len(classes) == values.shape[1] else ("",) * values.shape[1]
+        values, labels = of_classes(values, self._asking.info(name).classes)
+        labels = labels or ("",) * values.shape[1]
         results = [[[label, score] for label, score in zip(labels, row, strict=True)] for row in values.tolist()]
         return web.Response(body=json_arrays.written({"results": results}), content_type="application/json")
 

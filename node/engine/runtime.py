@@ -37,7 +37,7 @@ def prepare(threads: int) -> tuple[dict[str, str], tuple[str, ...]]:
 
 
 def load_model(path: Path, scratch: Path, *, compiled: bool) -> Any:
-    """A model from a `.keras` or `.h5` file, without code of users but what the node allows.
+    """A model from a `.keras` or `.h5` file, without code of users but what the node allows; the optimizer of a `.h5` begins anew.
 
     Raises InvalidModel, CodeNotAllowed.
     """
@@ -64,6 +64,9 @@ def load_model(path: Path, scratch: Path, *, compiled: bool) -> Any:
         raise InvalidModel(
             f"the model takes exactly {fixed[0]} items at once: give its inputs a shape without a batch size (keras.Input(shape))"
         )
+    if compiled and _is_hdf5(path) and getattr(model, "optimizer", None) is not None:
+        # Keras reads its state into variables of another model, and then it refuses this one's.
+        model.optimizer = type(model.optimizer).from_config(model.optimizer.get_config())
     return model
 
 

@@ -164,7 +164,7 @@ class Connection:
         if message.state == "online":
             known = self._status
             # Started anew, or away for a while; and what is retained does not say that it is there now.
-            lost = known is not None and (known.session != message.session or not self._online.is_set()) or self._cut
+            lost = (known is not None and (known.session != message.session or not self._online.is_set())) or self._cut
             self._cut = self._cut and envelope.retained
             self._status = message
             self._online.set()

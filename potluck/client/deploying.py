@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, TypedDict
+from typing import Annotated, Any, TypedDict
+
+from msgspec import Meta
 
 from potluck.client import arguments
 from potluck.errors import InvalidRequest
-from potluck.messages import Count, Factor, Objective, Percent, Quantization, Seconds
+from potluck.messages import Factor, Objective, Positive, Quantization, Seconds
 
 IDLE_SECONDS = 300.0
 """After so long without a request `0..MAX` holds none, where nothing else is said."""
 _RANGE = re.compile(r"^(\d{1,6})\.\.(\d{1,6})\Z")
-_REPLICAS = "a whole number of at least 1, 'all' (or 0: every node), or 'MIN..MAX'"
+_REPLICAS = "a whole number of at least 1, 'all', or 'MIN..MAX'"
+Share = Annotated[int, Meta(ge=1, le=100)]
 _SECONDS = "a number of seconds of at least 0"
 _KINDS: dict[str, tuple[Any, str]] = {
-    "canary": (Percent, "a whole number of percent, from 0 to 100"),
+    "canary": (Share, "a whole number of percent, from 1 to 100"),
     "shadow": (bool, "True or False"),
     "keep": (bool, "True or False"),
     "rollback_factor": (Factor, "a number above 1, or 0 (never)"),
@@ -86,6 +89,8 @@ def _replicas(given: object, options: Mapping[str, Any]) -> dict[str, Any]:
             raise InvalidRequest(f"with replicas={given!r} never fewer than {least} are held: write '0..{most}'")
         idle = {} if least else {"idle_seconds": IDLE_SECONDS}
         return {"replicas": max(1, least), "min_replicas": least, "max_replicas": most, **idle}
-    if isinstance(given, str):
-        given = 0 if given == "all" else int(given) if given.isdecimal() else given
-    return {"replicas": arguments.checked("replicas", given, Count, _REPLICAS)}
+    if given == "all":
+        return {"replicas": 0}
+    if isinstance(given, str) and given.isdecimal():
+        given = int(given)
+    return {"replicas": arguments.checked("replicas", given, Positive, _REPLICAS)}

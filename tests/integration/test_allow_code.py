@@ -34,7 +34,7 @@ def test_a_node_that_does_not_allow_it_is_left_out(tmp_path: Path) -> None:
         trained = client.train(dense(own.Scale()), (X, Y), epochs=2, batch_size=8).wait(timeout=120)
         assert len(trained.history["loss"]) == 2
         assert isinstance(trained.model().layers[0], own.Scale)
-        client.deploy(dense(own.Scale()), name="scaled", replicas=0).wait(timeout=120)
+        client.deploy(dense(own.Scale()), name="scaled", replicas="all").wait(timeout=120)
         (deployment,) = client.deployments()
         assert [(replica.node_id, replica.state) for replica in deployment.replicas] == [("node-2", "ready")]
 

@@ -11,9 +11,9 @@ import pytest
 import pytest_asyncio
 
 from potluck.errors import CodeNotAllowed, InvalidModel
-from potluck.messages import BlobRef, ModelFormat, RequestOutcome, Signature, Tensor
+from potluck.messages import BlobRef, ModelFormat, RequestOutcome, Signature, Tensor, TrainResult
 from potluck.tensors import from_numpy, to_numpy
-from support.engine_lab import Lab, engine_lab
+from support.engine_lab import Lab, engine_lab, training
 from support.models import blobs, converted, dense, exported, saved
 
 pytestmark = [pytest.mark.tensorflow, pytest.mark.asyncio(loop_scope="module")]
@@ -66,6 +66,25 @@ async def test_one_model_in_every_format_answers_alike(lab: Lab, tmp_path: Path)
                 np.testing.assert_allclose(found, expected[start : start + len(found)], atol=tolerance)
     await lab.engine.unload_model("2")
     assert len(small) < len(lite)
+
+
+async def test_an_h5_file_is_trained_as_a_keras_file_is(lab: Lab) -> None:
+    """Keras itself cannot: it reads the optimizer's state into variables of another model."""
+    import keras
+
+    x, y = blobs()
+    model = dense()
+    model.fit(x[:64], y[:64], verbose=0)  # so that its optimizer has a state
+    keras.utils.set_random_seed(0)
+    data = lab.files.arrays(1, x=x, y=y)
+    done = [
+        await lab.engine.run_task("h5", training(ref, data), lab.files.paths, lambda done, metrics: None)
+        for ref in (lab.files.h5(model), lab.files.model(model))
+    ]
+    for result in done:
+        assert isinstance(result, TrainResult)
+        assert result.samples > 0
+    assert done[0].metrics.keys() == done[1].metrics.keys()
 
 
 async def test_a_bad_request_to_a_lite_model_fails_alone(lab: Lab, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,15 @@ from support.digits import mlp, split
 from support.eventually import eventually
 
 pytestmark = [pytest.mark.tensorflow, pytest.mark.timeout(300)]
+
+
+def reader() -> Any:
+    """A model of texts."""
+    import keras
+
+    words = keras.layers.TextVectorization(output_sequence_length=2, vocabulary=["red", "green"])
+    layers = [keras.Input((1,), dtype="string"), words, keras.layers.Embedding(5, 3), keras.layers.Flatten()]
+    return keras.Sequential(layers)
 
 
 def test_a_quantized_deployment(tmp_path: Path) -> None:
@@ -30,6 +40,9 @@ def test_a_quantized_deployment(tmp_path: Path) -> None:
             client.deploy("digits", quantize="int8")
         with pytest.raises(InvalidRequest, match="calibration is for a model that is quantized"):
             client.deploy("digits", calibration=data["x_train"])
+        client.deploy(reader(), name="reader").wait(timeout=120)  # what it takes is known from its first replica on
+        with pytest.raises(InvalidRequest, match="reader:1 takes text, and a LiteRT model cannot"):
+            client.deploy("reader", quantize="int8", calibration=data["x_train"])
         job = client.deploy(
             "digits",
             quantize="int8",

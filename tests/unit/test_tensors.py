@@ -76,6 +76,8 @@ def test_nested_lists_are_welcome() -> None:
         ("FP32", (1, 1), [["1.5"]], "it has texts"),
         ("INT32", (2,), [" 5", 1], "it has texts"),
         ("INT32", (1,), [b"5"], "it has texts"),
+        ("FP32", (2,), [[1.0], [1e39]], "a number is too large"),
+        ("FP16", (1,), [70_000], "a number is too large"),
         ("FLOAT", (1,), [1.0], "unknown datatype 'FLOAT'"),
         ("BYTES", (1,), b"a", "must be a list of strings"),
         ("FP32", (1,), BlobRef(sha256="a" * 64, size=4), "is a blob"),
@@ -86,6 +88,13 @@ def test_data_that_does_not_fit_is_named(datatype: str, shape: tuple[int, ...], 
     with pytest.raises(InvalidRequest, match=told) as refused:
         to_numpy(Tensor(name="pixels", datatype=datatype, shape=shape, data=data))
     assert "tensor 'pixels'" in str(refused.value)
+
+
+def test_what_is_infinite_stays_so_and_null_is_no_number() -> None:
+    data: list[Any] = [float("inf"), None, 1.0]
+    found = to_numpy(Tensor(name="t", datatype="FP32", shape=(3,), data=data))
+    assert found[0] == np.inf
+    assert np.isnan(found[1])
 
 
 def test_dtypes_that_no_client_could_read_are_refused() -> None:

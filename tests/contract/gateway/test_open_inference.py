@@ -17,7 +17,7 @@ import pytest
 
 from potluck import __version__
 from potluck.errors import Unavailable
-from potluck.messages import BlobRef, ErrorInfo, Signature, TensorSpec
+from potluck.messages import BlobRef, ErrorInfo, ModelFormat, Signature, TensorSpec
 from support.eventually import eventually
 from support.serving_lab import Lab, question
 
@@ -310,6 +310,32 @@ async def test_classification_gives_the_best_with_their_labels(http: Http, deplo
         "name": "y", "datatype": "BYTES", "shape": [2, 2],
         "data": ["6.000000:1:dog", "4.000000:2:eel", "0.500000:0:cat", "0.000000:1:dog"],
     }  # fmt: skip
+
+
+async def test_one_score_where_there_are_two_classes_is_that_of_the_second(http: Http, deploy: Deploy) -> None:
+    base, session = http
+    signature = Signature(
+        inputs=(TensorSpec(name="x", datatype="FP32", shape=(-1, 1)),),
+        outputs=(TensorSpec(name="y", datatype="FP32", shape=(-1, 1)),),
+    )
+    await deploy("sentiment", signature, classes=("neg", "pos"))
+    asked = {
+        "inputs": [{"name": "x", "datatype": "FP32", "shape": [2, 1], "data": [0.375, 0.125]}],
+        "outputs": [{"name": "y", "parameters": {"classification": 1}}],
+    }
+    async with session.post(f"{base}/v2/models/sentiment/infer", json=asked) as response:
+        (output,) = (await response.json())["outputs"]
+    assert (output["shape"], output["data"]) == ([2, 1], ["0.750000:1:pos", "0.750000:0:neg"])
+
+
+@pytest.mark.parametrize("model_format", ["keras", "savedmodel", "tflite"])
+async def test_the_platform_is_that_of_the_format(lab: Lab, http: Http, model_format: ModelFormat) -> None:
+    base, session = http
+    lab.add_model(2, format=model_format)
+    async with session.get(f"{base}/v2/models/m/versions/2") as response:
+        metadata = await response.json()
+    platforms = {"keras": "tensorflow_keras", "savedmodel": "tensorflow_savedmodel", "tflite": "litert_tflite"}
+    assert metadata["platform"] == platforms[model_format]
 
 
 @pytest.mark.parametrize("coding", ["gzip", "deflate"])

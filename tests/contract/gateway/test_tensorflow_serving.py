@@ -96,6 +96,9 @@ async def test_classify_and_regress(http: Http, deploy: Deploy) -> None:
     assert await ask(http, "column:regress", asked) == (200, {"results": [3.0, 4.0, 10.0]})
     await deploy("labelled", COLUMN, classes=("only",))
     assert await ask(http, "labelled:classify", {"examples": [{"x": 1}]}) == (200, {"results": [[["only", 2.0]]]})
+    await deploy("second", COLUMN, classes=("no", "yes"))  # one score, of the second class
+    asked = {"examples": [{"x": 0.375}]}
+    assert await ask(http, "second:classify", asked) == (200, {"results": [[["no", 0.25], ["yes", 0.75]]]})
     await deploy("images", IMAGES)
     status, said = await ask(http, "images:regress", {"examples": [{"x": [1, 2, 3]}]})
     assert status == 400

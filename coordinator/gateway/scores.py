@@ -1,0 +1,19 @@
+"""Scores of classes among a model's outputs, as every way to ask shows them. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+
+def of_classes(values: np.ndarray[Any, Any], classes: Sequence[str]) -> tuple[np.ndarray[Any, Any], tuple[str, ...]]:
+    """A score for each class on the last axis, and their labels; no labels where the model's classes do not fit.
+
+    One score where a model has two classes is the second's (a sigmoid), and the first has the rest.
+    """
+    if values.shape[-1] == 1 and len(classes) == 2:
+        second = values.astype(np.float64)
+        values = np.concatenate([1.0 - second, second], axis=-1)
+    return values, tuple(classes) if len(classes) == values.shape[-1] else ()
