@@ -547,7 +547,11 @@ def _as_array(value: Any) -> np.ndarray[Any, Any]:
     try:
         array = np.asarray(value)
     except (ValueError, TypeError) as error:
-        raise InvalidRequest(f"the input is not an array: {error}") from error
+        raise InvalidRequest(
+            f"the input is not an array: {error} (a model of several inputs takes a map of arrays by input name)"
+        ) from error
+    if array.size == 0 and isinstance(value, list | tuple):  # of what type its rows would be cannot be told
+        raise InvalidRequest("the input has no rows: ask for one at least")
     if array.dtype == object and not all(isinstance(item, str | bytes) for item in array.flat):
         raise InvalidRequest(
             "inputs must be an array, nested lists of numbers or text, or a map of them by input name, "

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from msgspec.structs import replace
 
 from potluck.client.connection import Connection
-from potluck.errors import InputsLost, PotluckError, TimedOut, Unavailable
+from potluck.errors import InputsLost, PotluckError, TimedOut, TooLarge, Unavailable
 from potluck.logs import fields
 from potluck.messages import (
     INPUT_BLOB_LIMIT_BYTES,
@@ -76,10 +76,18 @@ class LargeInputs:
     async def infer(
         self, connection: Connection, model: str, question: Infer, timeout_seconds: float | None
     ) -> Inferred:
-        """Ask with inputs that are sent as blobs. Where the node that has them is lost before it answers, they are sent again."""
+        """Ask with inputs that are sent as blobs. Where the node that has them is lost before it answers, they are sent again.
+
+        Raises TooLarge for one that no node takes.
+        """
         began = self._clock()
         sizes = [len(tensor.data) for tensor in question.inputs if isinstance(tensor.data, bytes | memoryview)]
-        places = await self._places(connection, model, timeout_seconds) if max(sizes) <= INPUT_BLOB_LIMIT_BYTES else ()
+        if (largest := max(sizes)) > INPUT_BLOB_LIMIT_BYTES:
+            raise TooLarge(
+                f"an input of {largest} bytes is over the limit of {INPUT_BLOB_LIMIT_BYTES}: ask for fewer rows at once, "
+                "or `predict` on all of them"
+            )
+        places = await self._places(connection, model, timeout_seconds)
         for place in self._choice.order(places, began):
             self._choice.under_way[place.node_id] += 1
             try:

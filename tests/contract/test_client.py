@@ -26,6 +26,7 @@ from potluck.errors import (
     Overloaded,
     PotluckError,
     TimedOut,
+    TooLarge,
     Unavailable,
 )
 from potluck.messages import (
@@ -549,6 +550,34 @@ async def test_inference_is_asked_once_and_its_errors_are_raised(
         await client.infer("a/b", [1.0])
     with pytest.raises(InvalidRequest, match="not an array"):
         await client.infer("m", [[1.0], [2.0, 3.0]])
+    with pytest.raises(InvalidRequest, match="takes a map of arrays by input name"):
+        await client.infer("m", [np.zeros((1, 2)), np.zeros((1, 3))])
+    with pytest.raises(InvalidRequest, match="has no rows"):
+        await client.infer("m", [])
+    with pytest.raises(TooLarge, match=r"73600000 bytes is over the limit of 67108864: ask for fewer rows"):
+        await client.infer("m", np.zeros((2_300_000, 8), np.float32))
+
+
+async def test_an_inference_that_may_be_lost_is_asked_again(
+    client: AsyncClient, coordinator: ScriptedCoordinator
+) -> None:
+    coordinator.answers[Infer] = lambda asked: None
+    asking = asyncio.create_task(client.infer("m", [1.0], timeout=60))
+    await eventually(lambda: len(coordinator.asked) == 1)
+    await coordinator.online()  # as it says every few seconds: nothing was lost
+    bus = client._connection.bus
+    assert isinstance(bus, FakeBus)
+    bus.kill()
+    await eventually(lambda: len(coordinator.asked) == 2)  # the connection was made anew
+    await coordinator.online()
+    await eventually(lambda: len(coordinator.asked) == 3)  # only now is it sure that somebody was there
+    await coordinator.online("offline")
+    await eventually(lambda: not client._connection._online.is_set())
+    coordinator.answers[Infer] = lambda asked: Inferred(model="m:1", outputs=asked.inputs)
+    await coordinator.online()
+    assert await asking == [1.0]
+    assert len(coordinator.asked) == 4
+    assert len({asked.id for asked in coordinator.asked}) == 1
 
 
 async def test_an_inference_says_by_when_how_urgent_and_when_it_is_given_up(
