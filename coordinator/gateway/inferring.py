@@ -14,10 +14,10 @@ from coordinator.gateway import binary
 from coordinator.gateway.answers import encoded
 from coordinator.gateway.asking import Asking
 from coordinator.gateway.bodies import beside, decoded
-from coordinator.gateway.scores import of_classes
 from coordinator.serving.inference import size_bytes
 from potluck.errors import InvalidRequest
 from potluck.messages import Count, Inferred, ModelInfo, Signature, Tensor
+from potluck.scores import of_classes
 from potluck.tensors import DTYPES, from_numpy, packed, to_numpy
 
 _MICROSECONDS = 1e-6

@@ -15,11 +15,11 @@ from coordinator.gateway import json_arrays, streaming
 from coordinator.gateway.answers import encoded, guarded
 from coordinator.gateway.asking import Asking
 from coordinator.gateway.bodies import beside, plain
-from coordinator.gateway.scores import of_classes
 from coordinator.serving.inference import size_bytes
 from potluck.data import items
 from potluck.errors import InvalidData, InvalidRequest
 from potluck.messages import Inferred, ModelInfo, Signature, Tensor
+from potluck.scores import of_classes
 from potluck.tensors import from_numpy, to_numpy
 
 SHOWN_CLASSES = 5

@@ -16,10 +16,10 @@ from coordinator.gateway import json_arrays, tensorflow_inputs
 from coordinator.gateway.answers import encoded, guarded
 from coordinator.gateway.asking import Asking
 from coordinator.gateway.bodies import beside, plain
-from coordinator.gateway.scores import of_classes
 from coordinator.serving.inference import size_bytes
 from potluck.errors import InvalidRequest, NotFound
 from potluck.messages import Signature, Tensor, TensorSpec
+from potluck.scores import of_classes
 from potluck.tensors import to_numpy
 
 SIGNATURE = "serving_default"

@@ -41,6 +41,7 @@ def infer(
     from potluck.cli import output
     from potluck.client.models import image_options
     from potluck.data.items import input_shape
+    from potluck.scores import of_classes
 
     size = image_size(image)
     with session(context).client() as client:
@@ -53,8 +54,9 @@ def infer(
         output.emit({"model": f"{info.name}:{info.version}", "classes": info.classes, "outputs": found})
         return
     for name, array in outputs.items():
-        if array.ndim == 2 and array.shape[1] == len(info.classes) and info.classes:
-            output.show(_scores(array, info.classes))
+        scores, labels = of_classes(array, info.classes) if array.ndim == 2 else (array, ())
+        if labels:
+            output.show(_scores(scores, labels))
         else:
             output.show(f"{name + ': ' if name else ''}{json.dumps(output.plain(array))}")
 

@@ -32,6 +32,8 @@ CLAIM_SECONDS = 1.0
 BACKOFF_SECONDS = (0.5, 30.0)
 STEADY_SECONDS = 60.0
 """A daemon that ran this long has its back-off forgiven."""
+TRIES = 6
+"""A daemon that ended so many times in a row, and never ran as long, will not run: the state folder is another's, it may be."""
 PERMANENT = (2,)
 """Exit codes of daemons that starting again cannot help (wrong settings)."""
 
@@ -199,8 +201,9 @@ class Child:
         self._stopping = asyncio.Event()
 
     async def run(self) -> None:
-        """Keep it running until `stop` or cancelled. Raises Unavailable when it says that its settings are wrong."""
+        """Keep it running until `stop` or cancelled. Raises Unavailable when its settings are wrong, or it never runs for long."""
         delay = BACKOFF_SECONDS[0]
+        tries: int | None = TRIES
         while not self._stopping.is_set():
             started = time.monotonic()
             # A session of its own: Ctrl-C reaches us alone, and we end the daemons in order.
@@ -216,7 +219,11 @@ class Child:
             if status in PERMANENT:
                 raise Unavailable(f"the {self._name} cannot run: what it wrote above says why")
             if time.monotonic() - started > STEADY_SECONDS:
-                delay = BACKOFF_SECONDS[0]
+                delay, tries = BACKOFF_SECONDS[0], None
+            elif tries is not None:
+                tries -= 1
+                if not tries:
+                    raise Unavailable(f"the {self._name} ended {TRIES} times in a row: what it wrote above says why")
             log.warning("daemon ended %s", fields(daemon=self._name, status=status, again_seconds=round(delay, 1)))
             await asyncio.sleep(random.uniform(delay / 2, delay))
             delay = min(2 * delay, BACKOFF_SECONDS[1])

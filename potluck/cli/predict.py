@@ -134,7 +134,9 @@ def as_csv(outputs: dict[str, np.ndarray[Any, Any]], keys: list[str], classes: t
 
 def labels(outputs: dict[str, np.ndarray[Any, Any]], classes: tuple[str, ...]) -> list[str]:
     """The class with the highest score of each item; empty where the outputs are not scores of these classes."""
-    scores = next(iter(outputs.values()))
-    if len(outputs) != 1 or scores.ndim != 2 or scores.shape[1] != len(classes) or not classes:
+    from potluck.scores import of_classes
+
+    if len(outputs) != 1 or (scores := next(iter(outputs.values()))).ndim != 2:
         return []
-    return [classes[index] for index in scores.argmax(axis=1).tolist()]
+    scores, found = of_classes(scores, classes)
+    return [found[index] for index in scores.argmax(axis=1).tolist()] if found else []

@@ -1,0 +1,50 @@
+"""A daemon that `potluck up` looks after: started again when it ends, given up when it never runs."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+
+import pytest
+
+from potluck.cli import joining
+from potluck.cli.joining import TRIES, Child
+from potluck.errors import Unavailable
+from support.eventually import eventually
+
+SAY = "import pathlib, sys; file = pathlib.Path(sys.argv[1]); file.write_text(file.read_text() + '.');"
+
+
+@pytest.fixture
+def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A dot in it for each start."""
+    monkeypatch.setattr(joining, "BACKOFF_SECONDS", (0.01, 0.02))
+    path = tmp_path / "told"
+    path.write_text("")
+    return path
+
+
+def started(told: Path) -> int:
+    return len(told.read_text())
+
+
+@pytest.mark.parametrize(
+    ("status", "starts", "said"), [(2, 1, "cannot run"), (1, TRIES, f"ended {TRIES} times in a row")]
+)
+async def test_what_never_runs_is_given_up(told: Path, status: int, starts: int, said: str) -> None:
+    child = Child("node", [sys.executable, "-c", f"{SAY} sys.exit({status})", str(told)])
+    async with asyncio.timeout(30):
+        with pytest.raises(Unavailable, match=said):
+            await child.run()
+    assert started(told) == starts
+
+
+async def test_what_has_run_is_started_again_however_often_it_ends(told: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(joining, "STEADY_SECONDS", 0.0)
+    child = Child("node", [sys.executable, "-c", f"{SAY} sys.exit(1)", str(told)])
+    running = asyncio.create_task(child.run())
+    await eventually(lambda: started(told) > TRIES + 1, timeout_seconds=30)
+    await child.stop()
+    running.cancel()
+    await asyncio.wait([running])
