@@ -37,6 +37,8 @@ def test_replicas(replicas: int | str, fields: dict[str, Any]) -> None:
         ("4..2", {}, "MAX at least MIN and 1, not '4..2'"),
         ("0..0", {}, "MAX at least MIN and 1"),
         (-1, {}, "not -1"),
+        (0, {}, "at least 1, .all., or .MIN..MAX., not 0"),
+        ("0", {}, "not 0"),
         ("1..4", {"idle_seconds": 60}, r"never fewer than 1 are held: write '0\.\.4'"),
         (1, {"canary": 101}, "canary must be a whole number of percent"),
         (1, {"canary": 0}, "of percent, from 1 to 100"),
