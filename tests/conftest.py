@@ -11,6 +11,8 @@ import psutil
 import pytest
 from hypothesis import settings
 
+from support.processes import still_running
+
 settings.register_profile("potluck", deadline=None)  # how long an example takes says how busy the machine is
 settings.load_profile("potluck")
 
@@ -42,11 +44,7 @@ def leaves_nothing_behind() -> Iterator[None]:
             for thread in threading.enumerate()
             if thread not in threads_before and not thread.name.startswith(_SHARED_THREADS)
         ]
-        children = [
-            f"{child.pid} {child.name()}"
-            for child in psutil.Process().children()
-            if child.pid not in children_before and child.is_running() and child.status() != psutil.STATUS_ZOMBIE
-        ]
+        children = [one for one in still_running(psutil.Process().children()) if one.pid not in children_before]
         if not threads and not children:
             return
         if time.monotonic() > deadline:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +18,7 @@ from potluck.errors import PotluckError
 from potluck.local_cluster import LocalCluster
 from potluck.messages import JobProgress
 from support.digits import mlp, split
+from support.processes import engines, still_running
 
 pytestmark = [pytest.mark.tensorflow, pytest.mark.timeout(300)]
 
@@ -81,10 +80,10 @@ def test_predictions_are_complete_whoever_dies(cluster: LocalCluster, client: Cl
     if victim == "node":
         cluster.nodes[0].kill()
     elif victim == "engine":
-        engines = psutil.Process(cluster.nodes[0].pid).children(recursive=True)
-        assert engines
-        for engine in engines:
-            os.kill(engine.pid, signal.SIGKILL)
+        killed = engines(cluster.nodes[0].pid)
+        assert killed
+        for engine in killed.values():
+            engine.kill()
     else:
         cluster.coordinator.kill()
         cluster.restart_coordinator()
@@ -113,8 +112,7 @@ def test_nothing_is_left_behind(tmp_path: Path) -> None:
             client.train(mlp(), (data["x_train"], data["y_train"]), epochs=1).wait(timeout=200)
         mine = psutil.Process().children(recursive=True)
         assert len(mine) >= 4  # coordinator, broker, node, engine
-    left = [p for p in mine if p.is_running() and p.pid not in before and p.status() != psutil.STATUS_ZOMBIE]
-    assert left == []
+    assert [one for one in still_running(mine) if one.pid not in before] == []
 
 
 def test_an_inference_that_the_coordinator_took_with_it_is_asked_again(cluster: LocalCluster, client: Client) -> None:

@@ -8,8 +8,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-import os
-import signal
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
@@ -17,12 +15,12 @@ from typing import Any
 
 import aiohttp
 import numpy as np
-import psutil
 import pytest
 
 from potluck.client import AsyncClient
 from potluck.local_cluster import LocalCluster
 from support.eventually import eventually
+from support.processes import engines
 
 pytestmark = [pytest.mark.tensorflow, pytest.mark.timeout(300)]
 
@@ -162,6 +160,5 @@ async def until_answered_by(day: Day, number: int, answers: int = 50) -> None:
 
 def kill_engine(node_pid: int) -> None:
     """SIGKILL of the process that holds a node's replicas, if it has one."""
-    for child in psutil.Process(node_pid).children():
-        if "node.engine" in " ".join(child.cmdline()):
-            os.kill(child.pid, signal.SIGKILL)
+    for engine in engines(node_pid).values():
+        engine.kill()

@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from potluck.lifecycle import die_with_parent
+from support.processes import still_running
 
 pytestmark = [pytest.mark.tensorflow, pytest.mark.timeout(300)]
 
@@ -46,10 +47,6 @@ def start(folder: Path) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def still_running(started: list[psutil.Process]) -> list[psutil.Process]:
-    return [one for one in started if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
-
-
 def test_the_demo_does_the_main_job(folder: Path) -> None:
     demo = start(folder)
     said, _ = demo.communicate(timeout=280)
@@ -79,4 +76,4 @@ def test_an_interrupted_demo_leaves_nothing(folder: Path, number: signal.Signals
     said += rest
     assert demo.returncode == 130, said
     assert "Interrupted" in said
-    assert still_running(list(seen.values())) == []
+    assert still_running(seen.values()) == []

@@ -19,6 +19,7 @@ from potluck.tensors import from_numpy
 from support.engine_lab import training
 from support.eventually import eventually
 from support.models import Files, blobs, dense
+from support.processes import still_running
 
 
 def fake_python(folder: Path, script: str) -> str:
@@ -121,11 +122,11 @@ async def test_it_dies_with_its_parent(tmp_path: Path) -> None:
     )
     parent = await asyncio.create_subprocess_exec(sys.executable, "-c", script, stdout=subprocess.PIPE)
     assert parent.stdout is not None
-    child = int(await asyncio.wait_for(parent.stdout.readline(), 60))
-    assert psutil.pid_exists(child)
+    child = psutil.Process(int(await asyncio.wait_for(parent.stdout.readline(), 60)))
+    assert child.is_running()
     parent.kill()
     await parent.wait()
-    await eventually(lambda: not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE)
+    await eventually(lambda: not still_running([child]))
 
 
 async def _in_a_task(folder: Path, *, silence_seconds: float) -> tuple[Engine, asyncio.Task[object]]:

@@ -21,6 +21,7 @@ from potluck.messages import (
 from potluck.tensors import from_numpy, to_numpy
 from support import models
 from support.node_lab import node_lab
+from support.processes import engines
 from support.python_without import python_without
 
 
@@ -42,7 +43,7 @@ async def test_without_tensorflow(tmp_path: Path) -> None:
         await lab.infer("b1", "lite/n1/1", from_numpy("x", x[:5]))
         finished = await lab.heard(InferenceFinished)
         np.testing.assert_allclose(to_numpy(finished.outcomes[0].outputs[0]), model(x[:5]).numpy(), atol=1e-5)
-        [engine] = [one for one in psutil.Process(node.pid).children() if "node.engine" in one.cmdline()]
+        [engine] = engines(node.pid).values()
         assert [name for name in ("tensorflow", "keras") if _holds(engine, f"/{name}/")] == []
         assert engine.memory_info().rss < 150e6
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -34,6 +33,7 @@ from potluck.tensors import from_numpy, to_numpy
 from support import models
 from support.eventually import eventually
 from support.node_lab import Lab, NodeProcess, node_lab
+from support.processes import engines
 
 REPLICA = "m:1/1"
 X = Tensor(name="x", datatype="UINT8", shape=(1, 3), data=b"\1\2\3")
@@ -209,9 +209,6 @@ async def test_with_tensorflow_in_its_engines(lab: Lab) -> None:
     data = lab.blob(files.paths[shard.blob.sha256].read_bytes())
     node = await lab.node(fake=False)
 
-    def engines() -> dict[str, psutil.Process]:
-        return {one.cmdline()[-1].rsplit("/", 1)[1]: one for one in psutil.Process(node.pid).children()}
-
     await lab.load(REPLICA, files.paths[keras_file.sha256].read_bytes())
     loaded = await lab.heard(ModelLoaded, seconds=90)
     assert loaded.signature.inputs[0].shape == (-1, 8)
@@ -247,7 +244,7 @@ async def test_with_tensorflow_in_its_engines(lab: Lab) -> None:
 
     await training_gives_way(lab, node, "t1", from_numpy("x", x[:2]))
 
-    engines()["work"].send_signal(signal.SIGKILL)
+    engines(node.pid)["work"].kill()
     failed = await lab.heard(ShardFailed)
     assert (failed.error.code, failed.error.retryable) == ("engine_failed", True)
     assert "SIGKILL" in failed.error.message
@@ -256,9 +253,9 @@ async def test_with_tensorflow_in_its_engines(lab: Lab) -> None:
     await lab.lease("p2", "predict", task=predict)  # on a fresh engine
     await lab.heard(ShardFinished, lambda one: one.attempt_id == "p2", seconds=90)
 
-    children = [one.pid for one in engines().values()]
+    children = [one.pid for one in engines(node.pid).values()]
     assert len(children) == 2
-    engines()["serve"].send_signal(signal.SIGKILL)
+    engines(node.pid)["serve"].kill()
     gone = await lab.heard(ModelUnloaded)
     assert gone.error is not None
     assert gone.error.code == "engine_failed"

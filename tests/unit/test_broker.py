@@ -19,6 +19,7 @@ from potluck.broker import find_mosquitto, start_broker
 from potluck.errors import InvalidSettings, Unavailable
 from potluck.settings import BrokerSettings, Listen
 from support.eventually import eventually
+from support.processes import still_running
 
 KINDS = ["mosquitto", "embedded"]
 
@@ -90,17 +91,12 @@ asyncio.run(main())
     parent = await asyncio.create_subprocess_exec(sys.executable, "-c", script, stdout=asyncio.subprocess.PIPE)
     assert parent.stdout is not None
     pid, port = map(int, (await asyncio.wait_for(parent.stdout.readline(), 20)).split())
+    broker = psutil.Process(pid)
     assert accepts("127.0.0.1", port)
     parent.kill()
     await parent.wait()
 
-    def dead() -> bool:
-        try:
-            return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
-        except psutil.NoSuchProcess:
-            return True
-
-    await eventually(dead)
+    await eventually(lambda: not still_running([broker]))
     assert not accepts("127.0.0.1", port)
 
 
