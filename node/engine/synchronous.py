@@ -131,8 +131,8 @@ class Member:
     def _fetched(self, task: SyncTask) -> Generator[Any, None, None]:
         """This member's items of each step, from `first_step` on, made ready in a thread while the steps before them run.
 
-        A thread of our own, not a `tf.data` pipeline: to end one that has no end of its own took seconds now and then on an
-        AMD EPYC, after any round, and the whole group waited (52 images/s of two nodes, 101 without).
+        A thread of our own, not a `tf.data` pipeline: with one, the group stood idle for seconds where a round's was freed, on an
+        AMD EPYC (52 images/s of two nodes, 101 without).
         """
         whole, mine = sum(task.batches), task.batches[task.rank]
         before = sum(task.batches[: task.rank])
