@@ -301,7 +301,11 @@ class Session:
 
         def batches(batch: int) -> Any:
             order = tf.data.Dataset.range(len(truth)).shuffle(len(truth), seed=self._seed).repeat()
-            return order.batch(batch, drop_remainder=True).map(pick, tf.data.AUTOTUNE)
+            picked = order.batch(batch, drop_remainder=True).map(pick, tf.data.AUTOTUNE)
+            options = tf.data.Options()
+            # Rewriting the graph would copy all that is held each time an iterator begins.
+            options.experimental_optimization.apply_default_optimizations = False
+            return picked.with_options(options)
 
         return batches
 
