@@ -66,17 +66,18 @@ class Source:
         for start in range(0, len(arrays[0]), batch_size):
             yield [tf.convert_to_tensor(array[start : start + batch_size]) for array in arrays]
 
-    def load(self, parts: Sequence[Part]) -> list[Array]:
-        """All items, in the order of the model's inputs. Raises InvalidData, InvalidRequest."""
+    def load(self, parts: Sequence[Part]) -> list[Any]:
+        """All items as tensors in the host's memory, in the order of the model's inputs. Raises InvalidData, InvalidRequest."""
         if self.decoder is None:
-            return fit(self.model, shards.load_arrays(parts, self.data.inputs))
-        count = sum(part.count for part in parts)
-        items = np.empty((count, *self.decoder.shape), self.decoder.dtype.as_numpy_dtype)
+            return [runtime.held(array) for array in fit(self.model, shards.load_arrays(parts, self.data.inputs))]
+        shape = (sum(part.count for part in parts), *self.decoder.shape)
+        dtype = self.decoder.dtype.as_numpy_dtype
+        items = np.empty(shape, dtype) if self.decoder.dtype == tf.string else shards.aligned(shape, dtype)
         position = 0
         for batch in self.batches(parts, 256):
             items[position : position + len(batch[0])] = batch[0].numpy()
             position += len(batch[0])
-        return [items]
+        return [runtime.held(items)]
 
     def _decoded(self, decoder: Decoder, encoded: list[bytes], batch_size: int) -> Iterator[Any]:
         dataset = tf.data.Dataset.from_tensor_slices(tf.constant(encoded))

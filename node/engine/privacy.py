@@ -45,15 +45,16 @@ class NoisyStep:
     assumes), so a step has a number of items of its own; the sum of their gradients is divided by `batch`.
     """
 
-    def __init__(self, model: Any, rules: Privacy, batch: int, arrays: Sequence[Any], truth: Truth) -> None:
-        """`arrays` in the order of the model's inputs. Raises InvalidModel."""
+    def __init__(self, model: Any, rules: Privacy, batch: int, items: Sequence[Any], truth: Truth) -> None:
+        """`items` are tensors in the order of the model's inputs. Raises InvalidModel."""
         check(model)
         self._model = model
         self._rules = rules
         self._batch = batch
-        self._count = len(arrays[0])
+        self._count = len(items[0])
         self._truth = truth
-        self._held = [tf.constant(array) for array in arrays], [tf.constant(column) for column in truth.columns]
+        # Copied to the device that the step runs on, if it is another.
+        self._held = [tf.identity(item) for item in items], [tf.constant(column) for column in truth.columns]
         size = sum(4 * math.prod(variable.shape) for variable in model.trainable_variables)
         self._at_once = max(1, min(AT_ONCE, GRADIENTS_BYTES // max(1, size)))
         self._choice = np.random.default_rng()

@@ -14,6 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from node.engine import code
+from node.engine.shards import ALIGNMENT
 from node.engine.wording import one_line
 from node.engine.wording import shape as shown
 from potluck import weights
@@ -150,6 +151,14 @@ def packed_targets(model: Any, tensors: Sequence[Any]) -> Any:
     if struct is None or isinstance(struct, list):
         return tuple(tensors)
     return keras.tree.pack_sequence_as(keras.tree.lists_to_tuples(struct), list(tensors))
+
+
+def held(array: Any) -> Any:
+    """A tensor in the host's memory, of NumPy's own memory where TensorFlow can take that: then the array must not change any more."""
+    if array.dtype.kind in "fiu" and array.size and array.flags.c_contiguous and not array.ctypes.data % ALIGNMENT:
+        return tf.experimental.dlpack.from_dlpack(array.__dlpack__())
+    with tf.device("CPU"):
+        return tf.constant(array)
 
 
 def flat(outputs: Any) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from potluck.errors import InvalidData
 Array = np.ndarray[Any, Any]
 NO_CLASS = -1
 INDEXES_KEPT = 64
+ALIGNMENT = 64
+"""TensorFlow takes the memory of others as it is where it begins at a multiple of so many bytes (EIGEN_MAX_ALIGN_BYTES)."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,21 @@ def load_arrays(parts: Sequence[Part], names: Sequence[str]) -> dict[str, Array]
                     found[name].append(piece[part.start : part.stop])
         except (SafetensorError, OSError) as error:
             raise InvalidData(f"{part.label} cannot be read: {error}: add the data set again") from error
-    return {name: arrays[0] if len(arrays) == 1 else np.concatenate(arrays) for name, arrays in found.items() if arrays}
+    return {name: arrays[0] if len(arrays) == 1 else _joined(arrays) for name, arrays in found.items() if arrays}
+
+
+def aligned(shape: tuple[int, ...], dtype: Any) -> Array:
+    """An array, not filled, that `runtime.held` takes without a copy."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(size + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    found: Array = memory[start : start + size].view(dtype).reshape(shape)
+    return found
+
+
+def _joined(arrays: Sequence[Array]) -> Array:
+    shape = (sum(map(len, arrays)), *arrays[0].shape[1:])
+    return np.concatenate(arrays, out=aligned(shape, arrays[0].dtype))
 
 
 def _check_count(part: Part, count: int) -> None:

@@ -122,10 +122,9 @@ class Member:
         if source.decoded_bytes(parts) > training.memory_limit():
             encoded = [file for part in parts for file in shards.item_files(part)]
             self._decoder = source.decoder
-            columns: list[Any] = [tf.constant(encoded)]
+            self._columns = [tf.constant(encoded)]
         else:
-            columns = [tf.constant(array) for array in source.load(parts)]
-        self._columns = columns
+            self._columns = source.load(parts)
         self._rest = [tf.constant(column) for column in self._truth.columns]
 
     def _fetched(self, task: SyncTask) -> Generator[Any, None, None]:
@@ -141,11 +140,12 @@ class Member:
 
         @tf.function(input_signature=[tf.TensorSpec((mine,), tf.int64)])  # type: ignore[untyped-decorator]
         def pick(index: Any) -> tuple[Any, ...]:
-            columns = [tf.gather(column, index) for column in self._columns]
-            if self._decoder is not None:
-                columns = [tf.map_fn(self._decoder.decode, columns[0], fn_output_signature=self._decoder.dtype)]
-            rest = [tf.gather(column, index) for column in self._rest]
-            return (runtime.packed(self.model, columns), *self._truth.packed(rest))
+            with tf.device("CPU"):  # where the items are: a GPU would be sent all of them for each batch
+                columns = [tf.gather(column, index) for column in self._columns]
+                if self._decoder is not None:
+                    columns = [tf.map_fn(self._decoder.decode, columns[0], fn_output_signature=self._decoder.dtype)]
+                rest = [tf.gather(column, index) for column in self._rest]
+                return (runtime.packed(self.model, columns), *self._truth.packed(rest))
 
         def coming() -> Any:
             return pick(tf.constant(np.fromiter(order, np.int64, whole)[before : before + mine]))

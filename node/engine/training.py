@@ -27,9 +27,8 @@ from potluck.messages import TrainTask
 
 PROGRESS_SECONDS = 1.0
 MEMORY_LIMIT_BYTES = 2 * 2**30
-MEMORY_SHARE = 1 / 6
-"""Decoded items are kept in memory up to this size, or this share of what is free (on their way into TensorFlow they are there three
-times); beyond, they are decoded in each epoch."""
+MEMORY_SHARE = 1 / 4
+"""Decoded items are kept in memory up to this size, or this share of what is free; beyond, they are decoded in each epoch."""
 SHUFFLE_ITEMS = 4096
 """Window of the shuffle over items that are not kept decoded."""
 GPU_CHECK_STEPS = 20
@@ -290,9 +289,8 @@ class Session:
             raise _diverged(metrics["loss"], steps)
         return {} if self._hidden else metrics
 
-    def _gathered(self, arrays: Sequence[Any], truth: Truth) -> Callable[[int], Any]:
-        """Batches by index from arrays in memory, shuffled anew in each pass."""
-        held = [tf.constant(array) for array in arrays]
+    def _gathered(self, held: Sequence[Any], truth: Truth) -> Callable[[int], Any]:
+        """Batches by index from tensors in memory, shuffled anew in each pass."""
         rest = [tf.constant(column) for column in truth.columns]
 
         def pick(index: Any) -> tuple[Any, ...]:
