@@ -30,7 +30,7 @@ from potluck.blobs.download import Downloader
 from potluck.blobs.store import BlobStore
 from potluck.bus import Addresses, Envelope, MqttBus, Will
 from potluck.discovery import Discovery, broker_addresses
-from potluck.errors import EngineFailed, Unavailable
+from potluck.errors import Conflict, EngineFailed, Unavailable
 from potluck.http import serve_http
 from potluck.logs import fields
 from potluck.messages import (
@@ -62,7 +62,7 @@ class Node:
     """One node. `run` returns after `stop` is set and everything is given back and put down in order.
 
     Raises InvalidSettings for a listen address that is not allowed or taken, or a node id that cannot be used, and Conflict
-    when another node uses the same state folder.
+    when another node uses the same state folder, or its id.
     """
 
     def __init__(self, settings: NodeSettings) -> None:
@@ -76,6 +76,7 @@ class Node:
         self._assignments = Assignments()
         self._giving_way = GivingWay(settings.give_way_share)
         self._gave_way = False
+        self._conflict: Conflict | None = None
 
     async def run(self, stop: asyncio.Event) -> None:
         """Join the cluster as soon as there is one, and work for it until `stop`."""
@@ -114,7 +115,12 @@ class Node:
             stack.push_async_callback(self._serve_slot.stop)
             self._bus.subscribe(self.topics.node(self.node_id, "inbox"), self._on_command)
             self._bus.subscribe(self.topics.coordinator_status, self._on_coordinator)
-            self._presence.watch(self._bus, self._outbox)
+
+            def give_up(conflict: Conflict) -> None:
+                self._conflict = conflict
+                stop.set()
+
+            self._presence.watch(self._bus, self._outbox, give_up)
             self._bus.on_connect(self._birth)
 
             async with asyncio.TaskGroup() as tasks:
@@ -158,6 +164,8 @@ class Node:
                     await self._presence.goodbye(self._bus, self._outbox)
                 for task in running:
                     task.cancel()
+        if self._conflict is not None:
+            raise self._conflict
 
     # --- joining and leaving --------------------------------------------------------------------------------------------
 

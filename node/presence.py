@@ -14,9 +14,9 @@ from node import capacity as capacities
 from potluck import lifecycle
 from potluck.bus import Bus, Envelope
 from potluck.discovery import Discovery, Service
-from potluck.errors import PotluckError, Unavailable
+from potluck.errors import Conflict, PotluckError, Unavailable
 from potluck.logs import fields
-from potluck.messages import NodeCapacity, NodeData, NodeStatus
+from potluck.messages import NodeCapacity, NodeData, NodeStatus, NodeTelemetry
 from potluck.network import base_urls, reachable_addresses
 from potluck.outbox import Outbox
 from potluck.settings import NodeSettings
@@ -41,6 +41,8 @@ class Presence:
         self._capacity = capacities.read()
         self._data: tuple[NodeData, ...] = ()
         self._rivals: set[str] = set()
+        self._before: dict[str, str] = {}
+        """Sessions that this id had when we came, and where they were: ours from before, unless one is heard of again."""
         self.urls = base_urls(settings.listen.host, port)
         """Where this node's blobs are to be had now: a machine's addresses come and go."""
         self.status_topic = topics.node(node_id, "status")
@@ -53,15 +55,20 @@ class Presence:
         collective = self.collective if state == "online" else ""
         return NodeStatus(node_id=self._node_id, session=self._session, state=state, http=urls, collective=collective)
 
-    def watch(self, bus: Bus, outbox: Outbox) -> None:
+    def watch(self, bus: Bus, outbox: Outbox, give_up: Callable[[Conflict], None]) -> None:
         """Keep our retained birth in place: the will of an earlier session may come after it, and would hide us.
 
         (The broker sends a will only when it notices the loss, long after a node that died has been started again.)
+        And `give_up` where this id has a node that was here before us, and lives: both would do what one is told.
         """
 
         def on_status(envelope: Envelope) -> None:
             message = envelope.message
-            if not isinstance(message, NodeStatus) or message.session == self._session or not self.joined:
+            if not isinstance(message, NodeStatus) or message.session == self._session:
+                return
+            if not self.joined:
+                if message.state == "online":
+                    self._before[message.session] = ", ".join(message.http)
                 return
             if message.state == "offline":
                 log.info("will of an earlier session put right %s", fields(node=self._node_id))
@@ -71,7 +78,19 @@ class Presence:
                 where = fields(node=self._node_id, http=",".join(message.http) or None)
                 log.error("another node uses this id: give one of them another --node-id or --state-dir %s", where)
 
+        def on_telemetry(envelope: Envelope) -> None:
+            message = envelope.message
+            if isinstance(message, NodeTelemetry) and message.session in self._before:
+                where = f" at {http}" if (http := self._before[message.session]) else ""
+                give_up(
+                    Conflict(
+                        f"the node{where} has the id {self._node_id!r} too, and was here first: "
+                        "give one of them another --node-id or --state-dir"
+                    )
+                )
+
         bus.subscribe(self.status_topic, on_status)
+        bus.subscribe(self._topics.node(self._node_id, "telemetry"), on_telemetry)
 
     async def birth(self, bus: Bus) -> None:
         """After each connect: the broker may have forgotten us, or published our will."""

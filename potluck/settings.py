@@ -5,6 +5,7 @@ Unknown keys are errors. Timings are settings, so that tests shrink them. Nothin
 
 from __future__ import annotations
 
+import difflib
 import os
 import socket
 import tomllib
@@ -138,6 +139,8 @@ class ClientSettings(NetworkSettings, frozen=True):
     timeout_seconds: PositiveSeconds = 30.0
 
 
+UNKNOWN = "Object contains unknown field "
+"""How msgspec begins to say so."""
 LISTS = (["seeds"], ["allow_code"])
 """Settings that are written with commas in the environment."""
 S = TypeVar("S", bound=NetworkSettings)
@@ -164,7 +167,7 @@ def load(kind: type[S], path: str | Path | None = None, flags: Mapping[str, Any]
         return msgspec.convert(table, kind, strict=False)
     except msgspec.ValidationError as error:
         where = f" in {path}" if path else ""
-        raise InvalidSettings(f"settings{where}: {error}") from error
+        raise InvalidSettings(f"settings{where}: {_reason(error, kind)}") from error
 
 
 def check_listen(listen: Listen) -> None:
@@ -227,6 +230,21 @@ def _read(path: Path) -> dict[str, Any]:
         raise InvalidSettings(f"the settings file {path} cannot be read: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InvalidSettings(f"the settings file {path} is not valid TOML: {error}") from error
+
+
+def _reason(error: msgspec.ValidationError, kind: type[Struct]) -> str:
+    """What is wrong, with the setting's name as it is written in the file."""
+    what, _, place = str(error).replace("`", "").partition(" - at $")
+    place = place.replace("[...]", ".*").lstrip(".")
+    if not what.startswith(UNKNOWN):
+        return f"{place}: {what[:1].lower()}{what[1:]}" if place else what
+    for key in place.split(".") if place else ():
+        found = {field.name: field.type for field in msgspec.structs.fields(kind)}.get(key)
+        kind = found if isinstance(found, type) and issubclass(found, Struct) else Struct
+    field, known = what.removeprefix(UNKNOWN), kind.__struct_fields__
+    close = difflib.get_close_matches(field, known, 1)
+    hint = f": did you mean {close[0]}?" if close else f": there are {', '.join(known)}" if known else ""
+    return f"there is no setting {f'{place}.{field}' if place else field}{hint}"
 
 
 def _put(table: dict[str, Any], keys: list[str], value: Any) -> None:

@@ -126,12 +126,23 @@ async def test_its_will_is_told_when_it_is_killed_and_a_late_one_does_not_hide_i
     await lab.heard(NodeStatus, lambda one: one == second, after=told + 2)
 
 
-async def test_two_nodes_of_one_id_are_told_so(lab: Lab, tmp_path: Path) -> None:
+async def test_of_two_nodes_with_one_id_the_second_ends_and_says_why(lab: Lab, tmp_path: Path) -> None:
     first = await lab.node()
+    born = await lab.heard(NodeStatus)
     other = await lab.node("--state-dir", str(tmp_path / "other"))
-    await eventually(lambda: "another node uses this id" in first.log())
+    assert await other.ended() == 1
+    assert f"the node at {born.http[0]} has the id 'n1' too, and was here first" in other.log()
     assert first.log().count("another node uses this id") == 1
-    assert "another node" not in other.log()
+    await eventually(lambda: lab.all(NodeStatus)[-1] == born)  # the last word is the first's
+
+
+async def test_an_earlier_session_that_died_unnoticed_is_no_rival(lab: Lab) -> None:
+    dead = NodeStatus(node_id="n1", session="gone", state="online", http=("http://127.0.0.1:9",))
+    await lab.bus.publish(TOPICS.node("n1", "status"), dead, retain=True)
+    node = await lab.node()
+    await eventually(lambda: len(lab.all(NodeTelemetry)) >= 4)
+    assert "here first" not in node.log()
+    assert await node.stop() == 0
 
 
 async def test_it_answers_systemd(lab: Lab, tmp_path: Path) -> None:
