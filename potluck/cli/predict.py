@@ -59,7 +59,9 @@ def predict(
         found, keys, classes = job.predictions, job.keys, job.result().classes
     outputs = found if isinstance(found, dict) else {"": found}
     if output is not None:
-        write(output, outputs, keys, classes)
+        asked, output = output, write(output, outputs, keys, classes)
+        if output != asked:
+            out.note(f"the model has {len(outputs)} outputs, and a .npy file holds one: they are in a .npz file")
     if as_json:
         out.emit(as_map(outputs, keys, classes) if output is None else {"job_id": job.id, "output": str(output)})
     elif output is None:
@@ -83,19 +85,17 @@ def read_array(path: Path) -> np.ndarray[Any, Any]:
     return array
 
 
-def write(path: Path, outputs: dict[str, np.ndarray[Any, Any]], keys: list[str], classes: tuple[str, ...]) -> None:
-    """Write predictions as the suffix says. Raises InvalidRequest."""
+def write(path: Path, outputs: dict[str, np.ndarray[Any, Any]], keys: list[str], classes: tuple[str, ...]) -> Path:
+    """Write predictions as the suffix says, several outputs as `.npz` in place of `.npy`; the file. Raises InvalidRequest."""
     import numpy as np
 
     from potluck.cli.output import plain
     from potluck.errors import InvalidRequest
 
+    if path.suffix == ".npy" and len(outputs) > 1:  # only now is it known, and the work is done
+        path = path.with_suffix(".npz")
     try:
         if path.suffix == ".npy":
-            if len(outputs) > 1:
-                raise InvalidRequest(
-                    f"the model has {len(outputs)} outputs and a .npy file holds one: write .npz, .csv or .json"
-                )
             np.save(path, next(iter(outputs.values())))
         elif path.suffix == ".npz":
             np.savez(path, **{name or "predictions": array for name, array in outputs.items()})  # type: ignore[arg-type]
@@ -105,6 +105,7 @@ def write(path: Path, outputs: dict[str, np.ndarray[Any, Any]], keys: list[str],
             path.write_text(as_csv(outputs, keys, classes), encoding="utf-8", newline="")
     except OSError as error:
         raise InvalidRequest(f"--output {path} cannot be written: {error.strerror}") from error
+    return path
 
 
 def as_map(outputs: dict[str, np.ndarray[Any, Any]], keys: list[str], classes: tuple[str, ...]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -168,6 +169,15 @@ def test_csv_names_classes_and_keys() -> None:
     ]
     two = {"x": np.zeros((1, 1)), "y": np.ones((1, 2))}
     assert predict.as_csv(two, [], ()).splitlines() == ["key,x_0,y_0,y_1", "0,0.0,1.0,1.0"]
+
+
+def test_several_outputs_for_a_file_of_one_array_are_not_lost(tmp_path: Path) -> None:
+    one, two = {"": np.ones((2, 1))}, {"x": np.zeros((1, 1)), "y": np.ones((1, 2))}
+    assert predict.write(tmp_path / "one.npy", one, [], ()) == tmp_path / "one.npy"
+    assert np.load(tmp_path / "one.npy").tolist() == [[1.0], [1.0]]
+    assert predict.write(tmp_path / "two.npy", two, [], ()) == tmp_path / "two.npz"
+    assert not (tmp_path / "two.npy").exists()
+    assert np.load(tmp_path / "two.npz")["y"].tolist() == [[1.0, 1.0]]
 
 
 @given(st.floats(0, 1e16))
