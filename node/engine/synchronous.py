@@ -22,7 +22,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from node.engine import inputs, runtime, shards, training
+from node.engine import fusing, inputs, runtime, shards, training
 from node.engine.decoders import Decoder
 from node.engine.gate import Gate
 from node.engine.shards import Part
@@ -198,13 +198,19 @@ class Member:
             return rest[-1]
 
         alone = tf.function(gradients)
-        kept = [variable.numpy() for variable in model.variables]
-        alone(*batch)
+        variables = [*model.variables, *model.optimizer.variables]
+        kept = [variable.numpy() for variable in variables]
+        found, _ = alone(*batch)
+        if not self._batches and fusing.fuse(model.optimizer):
+            try:
+                model.optimizer.apply(found, model.trainable_variables)
+            except (ValueError, TypeError, tf.errors.OpError):  # what it is written in is not for XLA
+                fusing.unfuse(model.optimizer)
         started = time.perf_counter()
         _, loss = alone(*batch)
         float(loss)
         self.rate = task.batches[task.rank] / max(1e-9, time.perf_counter() - started)
-        for variable, value in zip(model.variables, kept, strict=True):
+        for variable, value in zip(variables, kept, strict=True):
             variable.assign(value)
         self._step, self._batches = tf.function(step), task.batches
 

@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 import tensorflow as tf
 
-from node.engine import decoders, inputs, privacy, runtime, shards
+from node.engine import decoders, fusing, inputs, privacy, runtime, shards
 from node.engine.decoders import Decoder
 from node.engine.gate import Gate
 from node.engine.loaded import FAILURES
@@ -75,6 +75,8 @@ class Session:
         self._hidden = False
         """Whether nothing but the update may be known of the data."""
         self._traced = False
+        self._fused: bool | None = None
+        """Whether the optimizer's step is; None while that was not tried."""
         self._ahead: _Ahead | None = None
         self._check_every = GPU_CHECK_STEPS if tf.config.list_logical_devices("GPU") else 1
 
@@ -254,18 +256,31 @@ class Session:
     def _trace(self) -> None:
         """Compile the step, and take it once without keeping what it did: the first step of a round costs no more than others."""
         model = self.model
-        if self._noisy is None:
-            model.make_train_function(force=True)
         if not model.optimizer.built:
             model.optimizer.build(model.trainable_variables)
+        if self._noisy is None:
+            if self._fused is None:
+                self._fused = fusing.fuse(model.optimizer)
+            model.make_train_function(force=True)
         variables = [*model.variables, *model.optimizer.variables]
         kept = [variable.numpy() for variable in variables]
         try:
-            self._step()
+            self._first_step()
         finally:
             for variable, value in zip(variables, kept, strict=True):
                 variable.assign(value)
         self._traced = True
+
+    def _first_step(self) -> None:
+        try:
+            self._step()
+        except (InvalidModel, tf.errors.OpError):
+            if not self._fused:
+                raise
+            fusing.unfuse(self.model.optimizer)
+            self._fused = False
+            self.model.make_train_function(force=True)
+            self._step()
 
     def _step(self) -> Any:
         try:
