@@ -2,15 +2,19 @@
 
 Guided self-scheduling (Polychronopoulos and Kuck, 1987): a chunk is half of the remaining work, shared by speed, and a few
 seconds at most. When the queue is empty, an idle node gets a backup attempt at the oldest straggler (MapReduce,
-Dean and Ghemawat, 2004); the first result counts, so each item is in the output exactly once. Pure.
+Dean and Ghemawat, 2004); the first result counts, so each item is in the output exactly once. At the end of an evaluation in
+several parts, a node makes values of what all of them have counted for metrics that are no means. Pure.
 """
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import accumulate
+
+from msgspec.structs import replace
 
 from coordinator.jobs import Attempt, Complete, Decision, EpochEnded, Lease, RoundClosed, Withdraw
 from coordinator.placement import ClusterView, speeds
@@ -85,6 +89,8 @@ class BatchStrategy:
     """Chunks that were leased and came back, in order."""
     results: dict[int, TaskResult] = field(default_factory=dict)
     measured: dict[str, float] = field(default_factory=dict)
+    valued: EvaluateResult | None = None
+    """Values of the `states` of all results."""
 
     @property
     def total(self) -> int:
@@ -98,11 +104,11 @@ class BatchStrategy:
         decisions: list[Decision] = [
             Withdraw(attempt.attempt_id, "another attempt was first")
             for attempt in attempts.values()
-            if attempt.shard_id.startswith(self.prefix) and attempt.shard_id not in self.chunks
+            if attempt.shard_id.startswith(self.prefix) and attempt.shard_id not in {*self.chunks, self._values_id}
         ]
-        if self.complete:
-            return [*decisions, Complete()]
         view = view.having(self.runtime)
+        if self.complete:
+            return [*decisions, *self._plan_values(view, attempts)]
         rates = speeds(view.nodes, self.measured)
         next_item, returned = self.next_item, list(self.returned)
         # One chunk a node and turn, fastest first, so that the last chunks go to those who finish them soonest.
@@ -125,6 +131,8 @@ class BatchStrategy:
         return decisions
 
     def leased(self, attempt: Attempt, task: AnyTask) -> None:
+        if attempt.shard_id == self._values_id:
+            return
         chunk = self.chunks.get(attempt.shard_id)
         if chunk is None:
             start, stop = (int(part) for part in attempt.shard_id.rsplit("-", 2)[1:])
@@ -134,6 +142,9 @@ class BatchStrategy:
         self.returned.pop(attempt.shard_id, None)
 
     def finished(self, attempt: Attempt, result: AnyTaskResult, at: float) -> None:
+        if attempt.shard_id == self._values_id and isinstance(result, EvaluateResult):
+            self.valued = result
+            return
         if result.seconds > 0 and isinstance(result, TaskResult):
             rate = getattr(result, "count", 0) / result.seconds
             before = self.measured.get(attempt.node_id, rate)
@@ -178,8 +189,9 @@ class BatchStrategy:
         )
 
     def in_order(self) -> list[TaskResult]:
-        """The results in the order of the items."""
-        return [self.results[start] for start in sorted(self.results)]
+        """The results in the order of the items; behind them, the values of what they have counted."""
+        found = [self.results[start] for start in sorted(self.results)]
+        return [*found, self.valued] if self.valued is not None else found
 
     def check_invariants(self) -> None:
         """Every item is in exactly one place: done, in a chunk, or not yet cut."""
@@ -187,6 +199,23 @@ class BatchStrategy:
         assert self.done_items + in_chunks + (self.total - self.next_item) == self.total
         assert all(not self.chunks[shard_id].attempts for shard_id in self.returned)
         assert all(chunk.attempts or name in self.returned for name, chunk in self.chunks.items())
+
+    def _plan_values(self, view: ClusterView, attempts: dict[str, Attempt]) -> list[Decision]:
+        """Who makes values of the parts' states; the end, where that is done or not needed."""
+        parts = [result for result in self.results.values() if isinstance(result, EvaluateResult)]
+        states = merge(parts).states if self.valued is None and len(parts) > 1 else {}
+        if not states:
+            return [Complete()]
+        free = [node.node_id for node in view.nodes if node.free_slots]
+        if not free or any(attempt.shard_id == self._values_id for attempt in attempts.values()):
+            return []
+        rates = speeds(view.nodes, self.measured)
+        task = replace(self.task_for(self.index.slices(0, 1)), states=states)
+        return [Lease(self._values_id, max(free, key=lambda node_id: (rates[node_id], node_id)), task)]
+
+    @property
+    def _values_id(self) -> str:
+        return f"{self.prefix}-values"
 
     def _chunk_size(self, remaining: int, node_id: str, rates: dict[str, float]) -> int:
         share = rates[node_id] / sum(rates.values())
@@ -238,6 +267,14 @@ def merge(results: list[EvaluateResult]) -> EvaluateResult:
             counts[name] = counts.get(name, 0.0) + weight
     # Each a sum of means by weight: as if over the items again, which is what `sums` are.
     sums = {name: value / counts[name] * count if counts[name] else 0.0 for name, value in sums.items()}
+    parts = [result for result in results if result.count]
+    states = {
+        name: tuple(map(math.fsum, zip(*(part.states[name] for part in parts), strict=True)))
+        for name, row in (parts[0].states.items() if parts else ())
+        if all(len(part.states.get(name, ())) == len(row) for part in parts)
+    }
+    # Those of a part alone, or those that were made of the states of all.
+    values = [result.values for result in results if not result.count or len(parts) == 1]
     tables = [result.confusion for result in results if result.confusion]
     confusion: tuple[tuple[int, ...], ...] = ()
     if tables:
@@ -247,5 +284,7 @@ def merge(results: list[EvaluateResult]) -> EvaluateResult:
         sums=sums,
         confusion=confusion,
         counts={name: value for name, value in counts.items() if value != count},
+        states=states,
+        values={name: value for found in values for name, value in found.items()},
         seconds=sum(result.seconds for result in results),
     )

@@ -16,7 +16,8 @@ INLINE_OUTPUT_BYTES = 64 * 1024
 
 def evaluation(merged: EvaluateResult, labels: Sequence[str]) -> Evaluation:
     """Metrics from sums and counts. Precision, recall and F1 are 0 where they are not defined (no such prediction or item),
-    as scikit-learn's `zero_division=0`; their means over classes are unweighted (`macro`).
+    as scikit-learn's `zero_division=0`; their means over classes are unweighted (`macro`), and stand back where a compiled metric has
+    the name.
     """
     metrics = evaluation_metrics(merged)
     table = merged.confusion
@@ -30,7 +31,7 @@ def evaluation(merged: EvaluateResult, labels: Sequence[str]) -> Evaluation:
         scores.append(ClassScore(label=label, precision=precision, recall=recall, f1=f1, support=support))
     if scores:
         for name in ("precision", "recall", "f1"):
-            metrics[name] = math.fsum(getattr(score, name) for score in scores) / len(scores)
+            metrics.setdefault(name, math.fsum(getattr(score, name) for score in scores) / len(scores))
     return Evaluation(count=merged.count, metrics=metrics, confusion=table, classes=tuple(scores))
 
 

@@ -890,6 +890,8 @@ class EvaluateTask(Task, frozen=True, tag="evaluate"):
     """`savedmodel` and `tflite` have no loss: they are scored by their outputs alone."""
     by_outputs: bool = False
     """Score a Keras model so, too."""
+    states: dict[str, tuple[float, ...]] = {}
+    """What all parts of an evaluation have counted: the answer is the `values` of that, and `slices` only shows what items look like."""
 
 
 class PredictTask(Task, frozen=True, tag="predict"):
@@ -972,12 +974,17 @@ class EvaluateResult(TaskResult, frozen=True, tag="evaluate"):
 
     Metrics in `counts` are means over something else than items (by their weights, or over steps of time): results
     merge as means of `sums[name] / count` weighted by `counts[name]`.
+
+    `states` are what compiled metrics that are no means (AUC, precision) have counted, in one row each: results merge by adding
+    them. `values` is what these metrics make of it. The answer to a task with `states` has those alone, and a `count` of 0.
     """
 
     count: Count
     sums: dict[str, float] = {}
     confusion: tuple[tuple[int, ...], ...] = ()
     counts: dict[str, float] = {}
+    states: dict[str, tuple[float, ...]] = {}
+    values: dict[str, float] = {}
 
 
 class PredictResult(TaskResult, frozen=True, tag="predict"):

@@ -420,7 +420,7 @@ class RoundsStrategy:
         if wanted and "loss" in names and wanted not in {"accuracy", *names}:  # accuracy is made from counts, too
             raise InvalidRequest(
                 f"there is no metric {self.spec.monitor!r} to monitor: this job has {', '.join(sorted(names))}, "
-                "and of those that are means over items val_ ones"
+                "and with validation data val_ ones"
             )
 
     def _epoch_metrics(self) -> dict[str, float]:

@@ -74,7 +74,7 @@ def changes(before: dict[str, float], after: dict[str, float]) -> dict[str, floa
 
 
 def evaluation_metrics(result: EvaluateResult) -> dict[str, float]:
-    """Mean metrics from sums and counts; accuracy from the confusion matrix, unless the model's own says something else.
+    """Mean metrics from sums and counts, and those that are no means; accuracy from the confusion matrix, unless the model's own says something else.
 
     (It is weighted, or cuts the scores of two classes elsewhere than they are equal, as Keras does with logits.)
     """
@@ -83,4 +83,4 @@ def evaluation_metrics(result: EvaluateResult) -> dict[str, float]:
         counted = sum(row[i] for i, row in enumerate(result.confusion)) / result.count
         if abs(metrics.get("accuracy", counted) - counted) < ROUNDING:
             metrics["accuracy"] = counted
-    return metrics
+    return metrics | result.values

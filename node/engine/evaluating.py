@@ -22,6 +22,8 @@ from potluck.messages import EvaluateResult
 
 CONFUSION_CLASSES = 200
 """With more classes, the confusion matrix would be larger than a message may be."""
+STATES_NUMBERS = 8192
+"""So many numbers of `EvaluateResult.states` travel with it; AUC has 800 with 200 thresholds, and that for each label of several."""
 
 Step = Callable[[int], None]
 
@@ -53,11 +55,19 @@ def evaluate(loaded: Loaded, source: Source, parts: Sequence[Part], batch_size: 
     sums = {name: mean * done for name, (mean, _) in means.items()} | sums
     if not math.isfinite(sums["loss"]):
         sums["loss"] = math.nan
+    rows: dict[str, tuple[float, tuple[float, ...]]] = {}
+    room = STATES_NUMBERS
+    for name, (value, row) in loaded.counted().items():
+        if name not in sums and len(row) <= room:
+            rows[name] = value, row
+            room -= len(row)
     return EvaluateResult(
         count=done,
         sums=sums,
         confusion=tuple(tuple(row) for row in table.tolist()),
         counts={name: weight for name, (_, weight) in means.items() if name in sums and weight != done},
+        states={name: row for name, (_, row) in rows.items()},
+        values={name: value for name, (value, _) in rows.items()},
     )
 
 

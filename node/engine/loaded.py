@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,16 +83,53 @@ class Loaded:
     def mean_metrics(self) -> dict[str, tuple[float, float]]:
         """The compiled metrics that are means, since the last reset, by Keras's names: (mean, sum of what it weighs by)."""
         found: dict[str, tuple[float, float]] = {}
+        for name, metric in self._named_metrics():
+            if type(metric).result is keras.metrics.Mean.result:
+                value = np.asarray(metric.result())
+                if value.ndim == 0:
+                    found[name] = (float(value), float(metric.count))
+        return found
+
+    def counted(self) -> dict[str, tuple[float, tuple[float, ...]]]:
+        """Keras's own metrics that are no means, since the last reset: (value, all that they have counted, as one row).
+
+        Their variables are sums over items (AUC's are positives above each threshold), so rows of several nodes are added.
+        """
+        found: dict[str, tuple[float, tuple[float, ...]]] = {}
+        for name, metric in self._named_metrics():
+            if not _counts(metric):
+                continue
+            value = np.asarray(metric.result())
+            if value.ndim == 0:
+                row = [number for variable in metric.variables for number in np.ravel(variable.numpy()).tolist()]
+                found[name] = (float(value), tuple(map(float, row)))
+        return found
+
+    def values_of(self, states: Mapping[str, Sequence[float]]) -> dict[str, float]:
+        """What these metrics make of such rows; nothing of rows of another length, which another version of Keras may count.
+
+        They must have seen a batch: before it, some have no variables.
+        """
+        found: dict[str, float] = {}
+        for name, metric in self._named_metrics():
+            row, position = np.asarray(states.get(name, ()), np.float64), 0
+            if not _counts(metric) or len(row) != sum(math.prod(variable.shape) for variable in metric.variables):
+                continue
+            for variable in metric.variables:
+                size = math.prod(variable.shape)
+                part = row[position : position + size].reshape(variable.shape)
+                variable.assign(part.astype(keras.backend.standardize_dtype(variable.dtype)))
+                position += size
+            found[name] = float(metric.result())
+        return found
+
+    def _named_metrics(self) -> Iterator[tuple[str, Any]]:
+        """The compiled metrics by Keras's names, without the loss."""
         for group in self._own_metrics():
             metrics = getattr(group, "metrics", None)
             # Their group names those of several outputs, in their order.
             named = zip(group.result(), metrics, strict=True) if metrics else [(group.name, group)]
-            for name, metric in named:
-                if name != "loss" and type(metric).result is keras.metrics.Mean.result:
-                    value = np.asarray(metric.result())
-                    if value.ndim == 0:
-                        found[name] = (float(value), float(metric.count))
-        return found
+            yield from ((name, metric) for name, metric in named if name != "loss")
 
     def _own_metrics(self) -> list[Any]:
         """Without those that follow the losses of outputs: in a graph for batches of any size they forget how large each was."""
@@ -113,6 +151,12 @@ class Loaded:
             metric.reset_state()
         model.compute_metrics(x, target, outputs, sample_weight=weights)
         return tf.reduce_mean(loss), penalty, parts, runtime.flat(outputs)
+
+
+def _counts(metric: Any) -> bool:
+    """Whether it is one of Keras's own whose variables are sums over items, and that is no mean."""
+    kind = type(metric)
+    return kind.result is not keras.metrics.Mean.result and getattr(keras.metrics, kind.__name__, None) is kind
 
 
 def _run(call: Callable[[], Any], what: str) -> Any:

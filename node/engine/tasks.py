@@ -208,6 +208,11 @@ class Tasks:
         source = source_for(loaded.model, task.format, task.image)
         started = time.perf_counter()
         result = evaluate(loaded, source, _parts(task.slices, paths), task.batch_size, reporter.step)
+        if task.states:
+            result = EvaluateResult(count=0, values=loaded.values_of(task.states))
+        elif task.node_data is not None:
+            # Only means leave a node: counts by threshold would tell what the model says of single items.
+            result = replace(result, states={}, values={})
         return replace(result, seconds=time.perf_counter() - started)
 
     def _grade(self, task: EvaluateTask, paths: Paths, reporter: _Reporter) -> EvaluateResult:

@@ -99,6 +99,28 @@ def test_two_outputs_with_weights_are_trained_and_validated_as_keras_does(client
         np.testing.assert_allclose(predicted[name], theirs, atol=1e-5)
 
 
+def test_metrics_that_are_no_means_are_those_of_all_items_and_can_be_monitored(client: Client) -> None:
+    import keras
+
+    rng = np.random.default_rng(5)
+    x = rng.normal(size=(1500, 4)).astype(np.float32)
+    y = (x[:, 0] + 0.5 * rng.normal(size=1500) > 0.3).astype(np.int64)
+    keras.utils.set_random_seed(3)
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1, activation="sigmoid")])
+    metrics = [keras.metrics.AUC(name="auc"), keras.metrics.Precision(name="precision"), "accuracy"]
+    model.compile(keras.optimizers.SGD(0.05), "binary_crossentropy", metrics=metrics)
+    job = client.train(model, (x, y), validation=(x[:900], y[:900]), epochs=3, monitor="val_auc").wait(timeout=120)
+    best = job.result().best_epoch
+    assert job.history["val_auc"][best - 1] == max(job.history["val_auc"])
+    trained = job.model()
+    expected = trained.evaluate(x[:900], y[:900], return_dict=True, verbose=0)
+    assert expected["auc"] > 0.8
+    assert job.history["val_auc"][best - 1] == pytest.approx(expected["auc"], rel=1e-4)
+    scored = client.evaluate(trained, (x[:900], y[:900])).wait(timeout=120).evaluation
+    for name in ("auc", "precision", "accuracy"):
+        assert scored.metrics[name] == pytest.approx(expected[name], rel=1e-4)
+
+
 def test_a_table_with_two_targets_and_a_column_of_weights(client: Client, tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     table = rng.normal(size=(24, 7)).round(4)

@@ -7,7 +7,17 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from coordinator.batch import BatchStrategy, ItemIndex, merge
 from coordinator.jobs import Attempt, Complete, Lease, Withdraw
 from coordinator.placement import ClusterView, NodeView
-from potluck.messages import BlobRef, DataFormat, DataShard, DataSlice, EvaluateResult, PredictResult, PredictTask
+from coordinator.training.scores import evaluation_metrics
+from potluck.messages import (
+    BlobRef,
+    DataFormat,
+    DataShard,
+    DataSlice,
+    EvaluateResult,
+    EvaluateTask,
+    PredictResult,
+    PredictTask,
+)
 
 BLOB = BlobRef(sha256="0" * 64, size=1)
 
@@ -72,6 +82,56 @@ def test_merging_parts_is_the_whole() -> None:
     assert whole.count == 5
     assert whole.sums == {"loss": 2.0}
     assert whole.confusion == ((3, 1), (0, 1))
+
+
+def evaluate_task(slices: tuple[DataSlice, ...]) -> EvaluateTask:
+    form = DataFormat(kind="images")
+    return EvaluateTask(model=BLOB, weights=None, slices=slices, format=form, image=None, batch_size=8)
+
+
+def half(auc: float, *counts: float) -> EvaluateResult:
+    return EvaluateResult(count=8, sums={"loss": 8.0}, states={"auc": counts}, values={"auc": auc}, seconds=1.0)
+
+
+def test_a_node_makes_values_of_what_all_parts_have_counted_for_metrics_that_are_no_means() -> None:
+    strategy = BatchStrategy(ItemIndex(shards(16)), 8, evaluate_task, prefix="evaluate")
+    for node, (start, result) in zip("ab", ((0, half(0.5, 1.0, 2.0)), (8, half(0.9, 0.5, 4.0))), strict=True):
+        attempt = Attempt(node, f"evaluate-{start}-{start + 8}", node, 0.0)
+        strategy.leased(attempt, evaluate_task(()))
+        strategy.finished(attempt, result, 1.0)
+    assert strategy.plan(view(1, a=0), {}) == []
+    for turn in range(2):  # the first is lost
+        (lease,) = strategy.plan(view(1, a=1, b=0), {})
+        assert isinstance(lease, Lease)
+        assert isinstance(lease.task, EvaluateTask)
+        assert lease.task.states == {"auc": (1.5, 6.0)}
+        assert lease.task.slices == strategy.index.slices(0, 1)
+        attempt = Attempt(f"c{turn}", lease.shard_id, "a", 1.0)
+        strategy.leased(attempt, lease.task)
+        assert strategy.plan(view(2, b=2), {attempt.attempt_id: attempt}) == []
+        if turn == 0:
+            strategy.ended(attempt, None)
+    strategy.finished(attempt, EvaluateResult(count=0, values={"auc": 0.7}), 3.0)
+    assert strategy.plan(view(3, a=1), {}) == [Complete()]
+    whole = merge([part for part in strategy.in_order() if isinstance(part, EvaluateResult)])
+    assert evaluation_metrics(whole) == {"loss": 1.0, "auc": 0.7}
+    strategy.check_invariants()
+
+
+def test_a_part_that_is_the_whole_needs_nobody_to_make_values() -> None:
+    strategy = BatchStrategy(ItemIndex(shards(8)), 8, evaluate_task, prefix="evaluate")
+    attempt = Attempt("1", "evaluate-0-8", "a", 0.0)
+    strategy.leased(attempt, evaluate_task(()))
+    strategy.finished(attempt, half(0.5, 1.0, 2.0), 1.0)
+    assert strategy.plan(view(1, a=1), {}) == [Complete()]
+    assert evaluation_metrics(merge([half(0.5, 1.0, 2.0)])) == {"loss": 1.0, "auc": 0.5}
+
+
+def test_what_a_part_has_not_counted_or_otherwise_has_no_value() -> None:
+    other = EvaluateResult(count=8, sums={"loss": 8.0})
+    assert merge([half(0.5, 1.0, 2.0), other]).states == {}
+    assert merge([half(0.5, 1.0, 2.0), half(0.5, 1.0)]).states == {}
+    assert evaluation_metrics(merge([half(0.5, 1.0, 2.0), other])) == {"loss": 1.0}
 
 
 class Cluster(RuleBasedStateMachine):

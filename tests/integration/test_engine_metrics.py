@@ -1,0 +1,103 @@
+"""Compiled metrics that are no means, as AUC and precision: what parts have counted adds up to what Keras says of the whole."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import pytest_asyncio
+
+from coordinator.batch import merge
+from coordinator.training.scores import evaluation_metrics
+from potluck.messages import EvaluateTask
+from support.engine_lab import Lab, engine_lab, evaluation
+from support.models import whole
+
+pytestmark = [pytest.mark.tensorflow, pytest.mark.asyncio(loop_scope="module")]
+
+ROWS = 300
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def lab(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Lab]:
+    async with engine_lab(tmp_path_factory.mktemp("engine")) as lab:
+        yield lab
+
+
+def network(units: int, activation: str | None, loss: Any, metrics: Callable[[Any], list[Any]]) -> Any:
+    import keras
+
+    keras.utils.set_random_seed(1)
+    model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(units, activation=activation)])
+    model.compile("sgd", loss, metrics=metrics(keras.metrics))
+    return model
+
+
+def binary(metrics: Any) -> list[Any]:
+    curves = [metrics.AUC(name="auc"), metrics.AUC(curve="PR", num_thresholds=50, name="prc")]
+    at = [metrics.PrecisionAtRecall(0.5), metrics.SensitivityAtSpecificity(0.4)]
+    return [*curves, *at, "accuracy", metrics.Precision(thresholds=0.4), metrics.Recall(), metrics.TruePositives()]
+
+
+def labels(metrics: Any) -> list[Any]:
+    return [metrics.AUC(multi_label=True, name="auc"), metrics.F1Score(average="macro", threshold=0.5)]
+
+
+def classes(metrics: Any) -> list[Any]:
+    return [metrics.F1Score(average="weighted"), metrics.F1Score(name="each"), metrics.OneHotMeanIoU(num_classes=3)]
+
+
+def numbers(metrics: Any) -> list[Any]:
+    return [metrics.RootMeanSquaredError(), metrics.R2Score(), "mae"]
+
+
+def targets(kind: str) -> Any:
+    rng = np.random.default_rng(7)
+    match kind:
+        case "binary":
+            return rng.integers(0, 2, ROWS)
+        case "labels":
+            return rng.integers(0, 2, (ROWS, 4)).astype(np.float32)
+        case "classes":
+            return np.eye(3, dtype=np.float32)[rng.integers(0, 3, ROWS)]
+        case _:
+            return rng.normal(size=(ROWS, 2)).astype(np.float32)
+
+
+CASES: dict[str, tuple[int, str | None, str, Callable[[Any], list[Any]], set[str]]] = {
+    "binary": (1, "sigmoid", "binary_crossentropy", binary,
+               {"auc", "prc", "precision_at_recall", "sensitivity_at_specificity", "precision", "recall", "true_positives"}),
+    "labels": (4, "sigmoid", "binary_crossentropy", labels, {"auc", "f1_score"}),
+    "classes": (3, "softmax", "categorical_crossentropy", classes, {"f1_score", "one_hot_mean_io_u"}),
+    "numbers": (2, None, "mse", numbers, {"root_mean_squared_error", "r2_score"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CASES)
+async def test_parts_add_up_to_what_keras_says_of_the_whole(lab: Lab, kind: str) -> None:
+    units, activation, loss, metrics, names = CASES[kind]
+    model = network(units, activation, loss, metrics)
+    x, y = np.random.default_rng(3).normal(size=(ROWS, 6)).astype(np.float32), targets(kind)
+    expected = model.evaluate(x, y, batch_size=50, return_dict=True, verbose=0)
+    blob, shards = lab.files.model(model), lab.files.arrays(3, x=x, y=y)
+    parts = [await lab.run(evaluation(blob, whole([shard]))) for shard in shards]
+    together = merge(parts)
+    assert set(together.states) == names
+    task: EvaluateTask = evaluation(blob, whole(shards[:1]), states=together.states)
+    answer = await lab.run(task)
+    assert (answer.count, answer.sums) == (0, {})
+    found = evaluation_metrics(merge([*parts, answer]))
+    assert names <= set(found)
+    scalars = {name: value for name, value in expected.items() if np.ndim(value) == 0}
+    assert {name: found[name] for name in scalars} == pytest.approx(scalars, rel=1e-5)
+    at_once = await lab.run(evaluation(blob, whole(shards)))
+    assert evaluation_metrics(at_once) == pytest.approx(found, rel=1e-5)
+
+
+async def test_counts_of_another_length_have_no_value(lab: Lab) -> None:
+    model = network(1, "sigmoid", "binary_crossentropy", lambda metrics: [metrics.AUC(name="auc")])
+    blob, shards = lab.files.model(model), lab.files.arrays(1, x=np.zeros((8, 6), np.float32), y=np.zeros(8, np.int64))
+    answer = await lab.run(evaluation(blob, whole(shards), states={"auc": (1.0, 2.0)}))
+    assert answer.values == {}
