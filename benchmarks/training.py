@@ -123,7 +123,9 @@ def two_nodes(lab: Lab, report: Report) -> None:
         for _ in range(turns):
             for nodes, hosts in clusters.items():
                 ended = train(hosts, model, data, epochs)
-                found[nodes].append(steady(ended) | {"seconds": ended["ended_at"] - ended["started_at"]})
+                seconds = ended["ended_at"] - ended["started_at"]
+                beginning = ended["history"][0]["seconds"]
+                found[nodes].append(steady(ended) | {"seconds": seconds, "first_epoch_seconds": beginning})
                 steps = 12 if lab.quick else 30
                 runs = multiworker(lab, hosts, model, lab.digits(600), steps, BATCH, together=False)
                 bare[nodes].append(sum(BATCH / statistics.median(run["seconds"][2:]) for run in runs))
