@@ -8,7 +8,6 @@ several parts, a node makes values of what all of them have counted for metrics 
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -268,8 +267,8 @@ def merge(results: list[EvaluateResult]) -> EvaluateResult:
     # Each a sum of means by weight: as if over the items again, which is what `sums` are.
     sums = {name: value / counts[name] * count if counts[name] else 0.0 for name, value in sums.items()}
     parts = [result for result in results if result.count]
-    states = {
-        name: tuple(map(math.fsum, zip(*(part.states[name] for part in parts), strict=True)))
+    states: dict[str, tuple[float, ...]] = {
+        name: tuple(map(sum, zip(*(part.states[name] for part in parts), strict=True)))
         for name, row in (parts[0].states.items() if parts else ())
         if all(len(part.states.get(name, ())) == len(row) for part in parts)
     }

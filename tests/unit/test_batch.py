@@ -1,5 +1,7 @@
 """Evaluate and predict over nodes that come, fail and go: every item exactly once."""
 
+import math
+
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -132,6 +134,12 @@ def test_what_a_part_has_not_counted_or_otherwise_has_no_value() -> None:
     assert merge([half(0.5, 1.0, 2.0), other]).states == {}
     assert merge([half(0.5, 1.0, 2.0), half(0.5, 1.0)]).states == {}
     assert evaluation_metrics(merge([half(0.5, 1.0, 2.0), other])) == {"loss": 1.0}
+
+
+def test_counts_that_are_not_finite_are_added_like_others() -> None:
+    states = merge([half(0.5, math.inf, 1.0), half(0.5, -math.inf, 2.0)]).states
+    assert math.isnan(states["auc"][0])
+    assert states["auc"][1] == 3.0
 
 
 class Cluster(RuleBasedStateMachine):
