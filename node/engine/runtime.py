@@ -155,7 +155,9 @@ def packed_targets(model: Any, tensors: Sequence[Any]) -> Any:
 
 def held(array: Any) -> Any:
     """A tensor in the host's memory, of NumPy's own memory where TensorFlow can take that: then the array must not change any more."""
-    if array.dtype.kind in "fiu" and array.size and array.flags.c_contiguous and not array.ctypes.data % ALIGNMENT:
+    flags = array.flags  # DLPack has no word for what is only to be read
+    fits = flags.c_contiguous and flags.writeable and array.ctypes.data % ALIGNMENT == 0
+    if fits and array.size and array.dtype.kind in "fiu":
         return tf.experimental.dlpack.from_dlpack(array.__dlpack__())
     with tf.device("CPU"):
         return tf.constant(array)
