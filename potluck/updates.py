@@ -37,6 +37,16 @@ _DIVERGED = (
     "or look for values in the data that are not finite"
 )
 _LEVELS = {"int8": 127, "int4": 7}
+_BYTES = np.arange(256, dtype=np.uint8)
+_PAIRS = np.stack([_BYTES & 15, _BYTES >> 4], axis=1).astype(np.int8) - np.int8(8)
+"""The two values of 4 bits that a byte stands for."""
+_PAIRS_FLOAT = _PAIRS.astype(np.float32).view(np.uint64).reshape(-1)
+"""Both as one number of 64 bits, which is looked up at once."""
+_SQUARES = {
+    "int8": (_BYTES.view(np.int8).astype(np.int16) ** 2).astype(np.uint16),
+    "int4": np.square(_PAIRS).sum(axis=1).astype(np.uint16),
+}
+"""By the byte: the sum of the squares of what it stands for."""
 
 
 def quantise(values: Array, kind: Literal["int8", "int4"]) -> tuple[Array, Array]:
@@ -45,33 +55,32 @@ def quantise(values: Array, kind: Literal["int8", "int4"]) -> tuple[Array, Array
     Raises Diverged where a value is not finite.
     """
     count = len(values)
-    padded = np.zeros(-(-count // BLOCK) * BLOCK, np.float32)
-    padded[:count] = values
+    padded = values.astype(np.float32, copy=False)
+    if count % BLOCK:
+        padded = np.concatenate([padded, np.zeros(-count % BLOCK, np.float32)])
     blocks = padded.reshape(-1, BLOCK)
-    scales = np.maximum(blocks.max(axis=1), -blocks.min(axis=1)) / np.float32(_LEVELS[kind])
+    scales = np.abs(blocks).max(axis=1) / np.float32(_LEVELS[kind])
     if not np.isfinite(scales).all():
         raise Diverged(_DIVERGED)
     # Of values too small to have an inverse nothing is left.
     inverse = np.divide(np.float32(1), scales, out=np.zeros_like(scales), where=scales > np.finfo(np.float32).tiny)
-    np.multiply(blocks, inverse[:, None], out=blocks)
-    codes = np.rint(blocks, out=blocks).astype(np.int8).reshape(-1)[:count]
+    levels = blocks * inverse[:, None]
+    np.rint(levels, out=levels)
     if kind == "int8":
-        return codes, scales
-    nibbles = np.full(count + count % 2, 8, np.uint8)
-    nibbles[:count] = (codes + np.int8(8)).view(np.uint8)
-    return nibbles[0::2] | (nibbles[1::2] << np.uint8(4)), scales
+        return levels.astype(np.int8).reshape(-1)[:count], scales
+    levels += np.float32(8)
+    pairs = levels.astype(np.uint8).view("<u2").reshape(-1)[: -(-count // 2)]
+    return (pairs | pairs >> np.uint16(4)).astype(np.uint8), scales
 
 
 def dequantise(codes: Array, scales: Array, kind: Literal["int8", "int4"], count: int) -> Array:
     """The `count` float32 values that the codes stand for: the same bits on every machine."""
-    values = np.zeros(len(scales) * BLOCK, np.float32)
+    values = np.empty(len(scales) * BLOCK, np.float32)
     if kind == "int8":
         values[:count] = codes
     else:
-        half = -(-count // 2)
-        values[0 : 2 * half : 2] = codes & np.uint8(15)
-        values[1 : 2 * half : 2] = codes >> np.uint8(4)
-        values -= np.float32(8)
+        np.take(_PAIRS_FLOAT, codes, out=values.view(np.uint64)[: len(codes)], mode="wrap")
+    values[count:] = 0
     blocks = values.reshape(-1, BLOCK)
     np.multiply(blocks, scales[:, None], out=blocks)
     return values[:count]
@@ -117,18 +126,23 @@ class UpdateWriter:
     def __exit__(self, *error: Any) -> None:
         self._writer.__exit__(*error)
 
-    def write(self, kind: Kind, pieces: Iterable[Array]) -> Iterator[Array]:
+    def write(self, kind: Kind, pieces: Iterable[Array]) -> None:
+        """Write one weight's difference."""
+        for _ in self._written(kind, pieces):
+            pass
+
+    def write_and_read(self, kind: Kind, pieces: Iterable[Array]) -> Iterator[Array]:
         """Write one weight's difference; yields each piece as a reader will have it. To be used to its end."""
+        for piece, quantised in self._written(kind, pieces):
+            yield piece if kind == "none" else dequantise(*quantised, kind, len(piece))
+
+    def _written(self, kind: Kind, pieces: Iterable[Array]) -> Iterator[tuple[Array, tuple[Array, Array]]]:
         scales: list[Array] = []
         for piece in pieces:
-            if kind == "none":
-                self._writer.write(piece)
-                yield piece
-            else:
-                codes, scale = quantise(piece, kind)
-                self._writer.write(codes)
-                scales.append(scale)
-                yield dequantise(codes, scale, kind, len(piece))
+            codes, scale = (piece, piece[:0]) if kind == "none" else quantise(piece, kind)
+            self._writer.write(codes)
+            scales.append(scale)
+            yield piece, (codes, scale)
         for scale in scales:
             self._writer.write(scale)
 
@@ -161,10 +175,23 @@ class UpdateReader:
         stop = min(stop, self._weights.specs[name].count)
         if kind == "none":
             return self._file.read(name, start, stop)
+        return dequantise(*self._quantised(name, kind, start, stop), kind, stop - start)
+
+    def square(self, name: str, start: int, stop: int) -> float:
+        """The sum of the squares of the same differences, from their codes. Raises Diverged where it is not finite."""
+        kind = self._kinds[name]
+        stop = min(stop, self._weights.specs[name].count)
+        if kind == "none":
+            return square(self._file.read(name, start, stop))
+        codes, scales = self._quantised(name, kind, start, stop)
+        squares = np.zeros((len(scales), BLOCK if kind == "int8" else BLOCK // 2), np.uint16)
+        np.take(_SQUARES[kind], codes.view(np.uint8), out=squares.reshape(-1)[: len(codes)], mode="wrap")
+        return square(np.sqrt(squares.sum(axis=1, dtype=np.float64)) * scales)
+
+    def _quantised(self, name: str, kind: Kind, start: int, stop: int) -> tuple[Array, Array]:
         each = 1 if kind == "int8" else 2
         codes = self._file.read(f"{name}.{kind}", start // each, -(-stop // each))
-        scales = self._file.read(f"{name}.scale", start // BLOCK, -(-stop // BLOCK))
-        return dequantise(codes, scales, kind, stop - start)
+        return codes, self._file.read(f"{name}.scale", start // BLOCK, -(-stop // BLOCK))
 
     def _kind(self, spec: Spec) -> Kind:
         found = self._file.specs
@@ -190,7 +217,6 @@ def write_update(path: Path, before: Path, after: Sequence[Array], compression: 
 
     Raises InvalidModel where they do not fit, Diverged where they are not finite.
     """
-    squares = 0.0
     with Reader(before) as base:
         specs = sorted(base.specs.values(), key=lambda spec: spec.name[1:])  # in whatever order they were written
         if [spec.shape for spec in specs] != [array.shape for array in after]:
@@ -207,16 +233,15 @@ def write_update(path: Path, before: Path, after: Sequence[Array], compression: 
         ]
         with UpdateWriter(path, plan) as writer:
             for spec, kind in plan:
-                for piece in writer.write(kind, (difference(spec.name, *span) for span in spans(spec))):
-                    squares += square(piece)
-    return math.sqrt(squares)
+                writer.write(kind, (difference(spec.name, *span) for span in spans(spec)))
+    return norm(path, before)
 
 
 def norm(path: Path, weights: Path) -> float:
     """Of an update for these weights: L2, over all that are floating-point. Raises InvalidModel, Diverged."""
     with Reader(weights) as base, UpdateReader(path, base) as update:
         return math.sqrt(
-            math.fsum(square(update.read(name, *span)) for name, spec in base.specs.items() for span in spans(spec))
+            math.fsum(update.square(name, *span) for name, spec in base.specs.items() for span in spans(spec))
         )
 
 

@@ -115,9 +115,16 @@ def combine(
             found = square(mean)
             if not _is_trained(spec):
                 return mean, np.zeros_like(mean), found
-            old = before.read(spec.name, start, stop) if before is not None else np.zeros_like(mean)
-            fast = mean.dtype.type(outer.momentum) * old + mean
-            return mean.dtype.type(outer.learning_rate) * (mean + mean.dtype.type(outer.momentum) * fast), fast, found
+            momentum, rate = mean.dtype.type(outer.momentum), mean.dtype.type(outer.learning_rate)
+            if not momentum:
+                return rate * mean, mean, found
+            fast = before.read(spec.name, start, stop) if before is not None else np.zeros_like(mean)
+            fast *= momentum
+            fast += mean
+            wanted = momentum * fast
+            wanted += mean
+            wanted *= rate
+            return wanted, fast, found
 
         specs = list(base.specs.values())
         plan = [
@@ -140,7 +147,7 @@ def combine(
                     made.append(base.read(spec.name, start, stop))
                     yield wanted
 
-            for piece in writer.write(kind, pieces()):
+            for piece in writer.write_and_read(kind, pieces()):
                 new = applied(made.pop(), piece)
                 if new.dtype.kind == "f" and not np.isfinite(new).all():
                     raise Diverged(

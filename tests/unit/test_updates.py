@@ -35,6 +35,21 @@ def test_no_value_is_off_by_more_than_half_a_level_of_its_block(values: np.ndarr
     assert (tiny | (off <= half * 1.0001)).all()
 
 
+@settings(max_examples=200, deadline=None)
+@given(VALUES, st.sampled_from(["int8", "int4"]))
+def test_codes_are_as_the_module_says(values: np.ndarray, kind: Any) -> None:
+    """Value by value, in plain Python: others write and read such files too."""
+    codes, scales = quantise(values, kind)
+    levels = 127 if kind == "int8" else 7
+    numbers = codes.tolist()
+    if kind == "int4":
+        numbers = [nibble - 8 for byte in numbers for nibble in (byte & 15, byte >> 4)]
+        assert len(values) % 2 == 0 or numbers[len(values)] == 0
+    assert all(abs(number) <= levels for number in numbers)
+    expected = [np.float32(number) * scales[place // BLOCK] for place, number in enumerate(numbers[: len(values)])]
+    assert dequantise(codes, scales, kind, len(values)).tolist() == expected
+
+
 def test_zeros_and_the_largest_of_a_block_are_exact() -> None:
     values = np.zeros(BLOCK * 2, np.float32)
     values[5], values[300] = 7.0, -127.0
@@ -95,6 +110,17 @@ def test_an_update_leads_from_one_to_the_other(
     assert told == pytest.approx(squares**0.5, rel=1e-5)
     sizes = {"none": 8, "int8": 1.1, "int4": 0.6, "auto": 0.6}
     assert (tmp_path / "update").stat().st_size < sum(array.size for array in after) * sizes[compression] + 4096
+
+
+@pytest.mark.parametrize("compression", ["none", "int8", "int4"])
+@pytest.mark.parametrize("count", [SMALL, SMALL + 1, SMALL + BLOCK - 1, 3 * SMALL + 7])
+def test_the_norm_is_that_of_what_is_read(tmp_path: Path, compression: Any, count: int) -> None:
+    before, after = np.zeros(count, np.float32), RNG.normal(size=count).astype(np.float32)
+    weights.save(tmp_path / "before", [("w00000", before)])
+    told = write_update(tmp_path / "update", tmp_path / "before", [after], compression)
+    with weights.Reader(tmp_path / "before") as base, updates.UpdateReader(tmp_path / "update", base) as update:
+        read = update.read("w00000", 0, count)
+    assert told == pytest.approx(float(np.linalg.norm(read.astype(np.float64))), rel=1e-6)
 
 
 def test_pieces_of_any_size_give_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
