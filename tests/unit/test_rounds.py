@@ -31,7 +31,7 @@ from coordinator.strategies import strategy_for
 from coordinator.training.rounds import RoundsStrategy
 from coordinator.training.scores import Best, direction, is_better
 from potluck import codec
-from potluck.errors import InvalidRequest
+from potluck.errors import InvalidRequest, OutOfMemory
 from potluck.messages import (
     BlobRef,
     DataFormat,
@@ -310,6 +310,61 @@ def test_a_node_that_fails_rests_while_the_others_go_on() -> None:
     play.now += 10
     play.plan("a", "b")
     assert {attempt.node_id for attempt in play.job.attempts.values()} == {"a", "b"}
+
+
+def test_progress_counts_nodes_that_wait_for_the_others_and_for_the_next_round() -> None:
+    play = Simulation(epochs=3, validation=False)
+    for _ in range(2):
+        play.plan("a", "b")
+        for attempt_id in list(play.job.attempts):
+            play.finish(attempt_id)
+            if play.strategy.round:
+                assert play.strategy.progress({}).nodes.keys() >= play.strategy.contributions.keys()
+        assert play.strategy.progress({}).nodes.keys() == {"a", "b"}
+    play.lose("b")
+    play.plan("a")
+    (attempt,) = play.job.attempts.values()
+    assert play.strategy.progress({attempt.attempt_id: (attempt, 5, {})}).nodes.keys() == {"a"}
+
+
+def test_a_node_without_the_memory_is_left_out_the_second_time_and_the_others_finish() -> None:
+    play = Simulation(epochs=1, validation=False)
+    short = ErrorInfo(code="out_of_memory", message="b's GPU is full", retryable=True)
+    for _ in range(2):
+        play.now += 10
+        play.plan("a", "b")
+        small = next(attempt for attempt in play.job.attempts.values() if attempt.node_id == "b")
+        play.record(AttemptEnded(at=play.now, attempt_id=small.attempt_id, reason="", error=short))
+        play.finish(next(iter(play.job.attempts)))
+        assert play.job.error(attempts_limit=3) is None
+    assert play.job.refused == {"b": short}
+    play.run("a", "b")
+    assert play.complete
+    assert play.strategy.quarantined == {}
+
+
+def test_a_job_for_which_no_node_has_the_memory_says_so() -> None:
+    play = Simulation(epochs=1, validation=False)
+    short = ErrorInfo(code="out_of_memory", message="the GPU is full", retryable=True)
+    for _ in range(2):
+        play.now += 10
+        play.plan("a")
+        play.record(AttemptEnded(at=play.now, attempt_id=next(iter(play.job.attempts)), reason="", error=short))
+    with pytest.raises(OutOfMemory, match="no node can do this job: the GPU is full"):
+        play.plan("a")
+
+
+def test_a_node_that_had_the_memory_in_between_is_not_left_out() -> None:
+    play = Simulation(epochs=5, validation=False)
+    short = ErrorInfo(code="out_of_memory", message="the GPU is full", retryable=True)
+    for _ in range(3):
+        play.now += 10
+        play.plan("a")
+        play.record(AttemptEnded(at=play.now, attempt_id=next(iter(play.job.attempts)), reason="", error=short))
+        play.now += 10
+        play.plan("a")
+        play.finish(next(iter(play.job.attempts)))
+    assert play.job.refused == {}
 
 
 def test_the_model_of_the_best_epoch_is_kept_and_training_ends_when_nothing_gets_better() -> None:
