@@ -14,7 +14,7 @@ from msgspec import Struct, json
 from msgspec.structs import replace
 
 from coordinator.placement import ClusterView
-from potluck.errors import CodeNotAllowed, PeerLost
+from potluck.errors import CodeNotAllowed, OutOfMemory, PeerLost, from_code
 from potluck.messages import (
     AnyJobSpec,
     AnyTask,
@@ -248,8 +248,10 @@ class Job:
     participants: set[str] = field(default_factory=set)
     resting: dict[str, float] = field(default_factory=dict)
     """Nodes that reported an error, and until when they get nothing of this job."""
-    refused: dict[str, str] = field(default_factory=dict)
-    """Nodes that do not allow the model's code, and what they said: they get nothing of this job."""
+    refused: dict[str, ErrorInfo] = field(default_factory=dict)
+    """Nodes that do not allow the model's code, or have not the memory, and what they said: they get nothing of this job."""
+    short: set[str] = field(default_factory=set)
+    """Nodes whose last attempt ended because they had not enough memory: a second time, and they are left out."""
     history: list[EpochMetrics] = field(default_factory=list)
     rounds: list[RoundMetrics] = field(default_factory=list)
     rounds_stride: int = 1
@@ -293,6 +295,7 @@ class Job:
                 finished = self.attempts.pop(event.attempt_id, None)
                 if finished is not None:
                     self.failures = 0
+                    self.short.discard(finished.node_id)
                     self._strategy.finished(finished, event.result, event.at)
             case AttemptEnded():
                 ended = self.attempts.pop(event.attempt_id, None)
@@ -321,13 +324,15 @@ class Job:
     def plan(self, view: ClusterView) -> list[Decision]:
         """What to do next. The same state and view give the same decisions.
 
-        Raises CodeNotAllowed when that is what all nodes say.
+        Raises CodeNotAllowed or OutOfMemory when all nodes are left out, and the first of them for that.
         """
         if not self.active or self.strategy is None:
             return []
         nodes = [node for node in view.nodes if node.node_id not in self.refused]
         if view.nodes and not nodes and self.participants <= self.refused.keys():
-            raise CodeNotAllowed(f"no node runs this model: {self.refused[view.nodes[0].node_id]}")
+            reason = self.refused[view.nodes[0].node_id]
+            what = "runs this model" if reason.code == CodeNotAllowed.code else "can do this job"
+            raise from_code(reason.code, f"no node {what}: {reason.message}")
         resting = frozenset(node.node_id for node in nodes if self.resting.get(node.node_id, 0.0) > view.now)
         rested = tuple(node for node in nodes if node.node_id not in resting)
         return self.strategy.plan(ClusterView(rested, view.now, resting), self.attempts)
@@ -403,9 +408,11 @@ class Job:
         return self.strategy
 
     def _failed(self, error: ErrorInfo, node_id: str, at: float) -> None:
-        if error.code == CodeNotAllowed.code:
-            self.refused[node_id] = error.message
+        if error.code == CodeNotAllowed.code or (error.code == OutOfMemory.code and node_id in self.short):
+            self.refused[node_id] = error
             return
+        if error.code == OutOfMemory.code:
+            self.short.add(node_id)
         self.last_error = error
         self.failures += 1
         # It rests, so that a node at which everything fails at once does not use up the attempts of all.

@@ -221,7 +221,8 @@ class JobStore:
         if job.active and job.strategy is not None:
             progress = job.strategy.progress(running)
             if job.refused:
-                progress = replace(progress, quarantined=progress.quarantined | job.refused)
+                reasons = {node_id: error.message for node_id, error in job.refused.items()}
+                progress = replace(progress, quarantined=progress.quarantined | reasons)
         if job.active and waiting:
             progress = replace(progress, message=waiting)
         return job.changed(progress)

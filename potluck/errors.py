@@ -137,6 +137,13 @@ class EngineFailed(PotluckError):
     retryable = True
 
 
+class OutOfMemory(PotluckError):
+    """A node has not enough memory, of its own or of its GPU, for a model and its data. Another node may have."""
+
+    code = "out_of_memory"
+    retryable = True
+
+
 class CorruptBlob(PotluckError):
     """Bytes whose SHA-256 is not the one asked for."""
 

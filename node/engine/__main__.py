@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from msgspec.structs import replace
 
 from node.engine import formats, frames
+from node.engine.memory import shortage
 from node.engine.replicas import Replicas
 from node.engine.wording import one_line
 from potluck.blobs.store import no_room
@@ -144,13 +145,13 @@ class Server:
             return  # the parent is gone, and the main thread sees that too
         except PotluckError as error:
             failure = _failed(number, error)
-        except MemoryError:
-            failure = _failed(number, InvalidModel("this node has not enough memory for the model and its data"))
         except OSError as error:
             failure = _failed(number, EngineFailed(f"the engine could not read or write a file: {error}"))
         except Exception as error:  # noqa: BLE001 - the engine's boundary: see the docstring
-            traceback.print_exc()
-            failure = _failed(number, InvalidModel(f"{type(error).__name__}: {one_line(error, 600)}"))
+            short = shortage(error)
+            if short is None:
+                traceback.print_exc()
+            failure = _failed(number, short or InvalidModel(f"{type(error).__name__}: {one_line(error, 600)}"))
         self._channel.send(failure)
 
     def _run(self, frame: frames.RunTask) -> frames.Frame:

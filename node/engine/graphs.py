@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from node.engine import fitting, runtime
 from node.engine.fitting import Array
+from node.engine.memory import shortage
 from node.engine.wording import one_line
 from potluck.errors import InvalidRequest
 from potluck.logs import fields
@@ -68,7 +69,7 @@ class Graph:
         try:
             return self._call(*arrays)
         except (tf.errors.OpError, ValueError) as error:
-            raise InvalidRequest(f"the model failed on this input: {one_line(error)}") from error
+            raise shortage(error) or InvalidRequest(f"the model failed on this input: {one_line(error)}") from error
 
     def _shortest_call(self) -> Call:
         """The function without the checks of its arguments, which `fitting` has made.

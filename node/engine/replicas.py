@@ -16,7 +16,7 @@ from node.engine.fitting import Array, padded
 from node.engine.wording import one_line
 from node.engine.wording import shape as shown
 from potluck import tensors
-from potluck.errors import InvalidModel, InvalidRequest, NotFound, PotluckError
+from potluck.errors import InvalidModel, InvalidRequest, NotFound, OutOfMemory, PotluckError
 from potluck.messages import ErrorInfo, ModelFormat, RequestOutcome, Signature, Tensor
 
 
@@ -92,7 +92,7 @@ class Replicas:
 
 
 def run(model: Model, arrays: Sequence[Array]) -> list[Array]:
-    """Outputs for any number of rows. Raises InvalidRequest when the model fails on them."""
+    """Outputs for any number of rows. Raises InvalidRequest when the model fails on them, OutOfMemory."""
     rows, done = len(arrays[0]), 0
     pieces: list[list[Array]] = []
     while done < rows:
@@ -114,7 +114,7 @@ def run(model: Model, arrays: Sequence[Array]) -> list[Array]:
 def warm_up(model: Model, rows_limit: int, seconds: float, clock: Callable[[], float] = time.perf_counter) -> int:
     """Run every batch size that up to `rows_limit` rows lead to once, smallest first, until `seconds` are over.
 
-    Returns up to how many rows that was done. Raises InvalidModel for a model that cannot run.
+    Returns up to how many rows that was done. Raises InvalidModel for a model that cannot run, OutOfMemory.
     """
     started = clock()
     inputs = model.signature.inputs
@@ -131,6 +131,10 @@ def warm_up(model: Model, rows_limit: int, seconds: float, clock: Callable[[], f
                 if all(d > 0 for spec in inputs for d in spec.shape[1:]):
                     raise InvalidModel(f"the model cannot run: {one_line(error.__cause__ or error)}") from error
                 break  # which sizes its free dimensions take, only its users know
+            except OutOfMemory:
+                if not done:
+                    raise
+                break  # smaller ones have room
             done.add(size)
         warm = rows
     return warm
@@ -143,7 +147,7 @@ def _outcomes(replica: Model, members: list[Member]) -> list[tuple[int, RequestO
     """Of requests with equal shapes, run together; when that fails, one by one, so that only the bad one fails."""
     try:
         return [(number, RequestOutcome(outputs=outputs)) for number, outputs in _run_together(replica, members)]
-    except InvalidRequest as error:
+    except (InvalidRequest, OutOfMemory) as error:  # one alone may find room
         if len(members) > 1:
             return [found for member in members for found in _outcomes(replica, [member])]
         return [(members[0][0], _failed(error))]

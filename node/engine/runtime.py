@@ -14,6 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from node.engine import code
+from node.engine.memory import shortage
 from node.engine.shards import ALIGNMENT
 from node.engine.wording import one_line
 from node.engine.wording import shape as shown
@@ -40,7 +41,7 @@ def prepare(threads: int) -> tuple[dict[str, str], tuple[str, ...]]:
 def load_model(path: Path, scratch: Path, *, compiled: bool) -> Any:
     """A model from a `.keras` or `.h5` file, without code of users but what the node allows; the optimizer of a `.h5` begins anew.
 
-    Raises InvalidModel, CodeNotAllowed.
+    Raises InvalidModel, CodeNotAllowed, OutOfMemory.
     """
     if not zipfile.is_zipfile(path) and not _is_hdf5(path):
         raise InvalidModel(
@@ -57,7 +58,8 @@ def load_model(path: Path, scratch: Path, *, compiled: bool) -> Any:
             code.describe(model)
         except Exception as error:
             # What went wrong stands at the end of it, after the model's whole configuration.
-            raise code.refusal(one_line(error, 10_000)) or InvalidModel(_reason(error)) from error
+            found = code.refusal(one_line(error, 10_000)) or shortage(error)
+            raise found or InvalidModel(_reason(error)) from error
     if not getattr(model, "inputs", None):
         raise InvalidModel("the model has no defined inputs: build it (keras.Input, or call it once) before saving")
     fixed = [tensor.shape[0] for tensor in model.inputs if tensor.shape[0] is not None]

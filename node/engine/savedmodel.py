@@ -17,6 +17,7 @@ from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
 
 from node.engine import runtime
 from node.engine.graphs import Graph
+from node.engine.memory import shortage
 from node.engine.wording import one_line
 from potluck import savedmodels
 from potluck.errors import CodeNotAllowed, EngineFailed, InvalidModel, InvalidRequest
@@ -38,7 +39,7 @@ def load(path: Path, scratch: Path) -> Graph:
         try:
             loaded = tf.saved_model.load(folder)
         except Exception as error:
-            raise InvalidModel(f"the SavedModel cannot be loaded: {one_line(error, 400)}") from error
+            raise shortage(error) or InvalidModel(f"the SavedModel cannot be loaded: {one_line(error, 400)}") from error
         return _graph(loaded)
 
 

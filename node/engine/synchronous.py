@@ -25,6 +25,7 @@ import tensorflow as tf
 from node.engine import fusing, inputs, runtime, shards, training
 from node.engine.decoders import Decoder
 from node.engine.gate import Gate
+from node.engine.memory import shortage
 from node.engine.shards import Part
 from node.engine.training import PROGRESS_SECONDS
 from node.engine.truth import truth_of
@@ -70,7 +71,7 @@ class Member:
     ) -> tuple[float, dict[str, float]]:
         """All steps of the task; (seconds, metrics of this member's items). While the gate is shut, it and all others stand still.
 
-        Raises PeerLost when another member is gone, InvalidModel where the loss is no number any more, Cancelled.
+        Raises PeerLost when another member is gone, OutOfMemory, InvalidModel where the loss is no number any more, Cancelled.
         """
         with closing(self._fetched(task)) as batches:
             return self._train(task, batches, cancelled, progress, gate)
@@ -239,6 +240,8 @@ def _together(step: Any, batch: Any) -> float:
     except (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.DeadlineExceededError) as error:
         raise PeerLost(f"another member of the group is gone: {one_line(error, 300)}") from error
     except tf.errors.OpError as error:
+        if (short := shortage(error)) is not None:
+            raise short from error
         if "ollective" in str(error) or "worker" in str(error):
             raise PeerLost(f"another member of the group is gone: {one_line(error, 300)}") from error
         raise InvalidModel(f"the model cannot be trained on this data: {one_line(error, 400)}") from error

@@ -22,6 +22,7 @@ from node.engine.gate import Gate
 from node.engine.graded import Graded, grade
 from node.engine.inputs import source_for
 from node.engine.loaded import Loaded
+from node.engine.memory import shortage
 from node.engine.shards import Part
 from node.engine.synchronous import Member
 from node.engine.training import Session
@@ -74,9 +75,21 @@ class Tasks:
     def run(
         self, job_id: str, task: AnyTask, files: Mapping[str, str], cancelled: threading.Event, progress: Progress
     ) -> AnyTaskResult:
-        """Raises InvalidModel, InvalidData, InvalidRequest, and Cancelled soon after `cancelled` is set."""
+        """Raises InvalidModel, InvalidData, InvalidRequest, OutOfMemory, and Cancelled soon after `cancelled` is set."""
         if cancelled.is_set():
             raise Cancelled("the attempt was withdrawn")
+        try:
+            return self._run(job_id, task, files, cancelled, progress)
+        except Exception as error:
+            short = shortage(error)
+            if short is None:
+                raise
+            self._make_room()
+            raise short from error
+
+    def _run(
+        self, job_id: str, task: AnyTask, files: Mapping[str, str], cancelled: threading.Event, progress: Progress
+    ) -> AnyTaskResult:
         paths = {sha256: Path(path) for sha256, path in files.items()}
         match task:
             case TrainTask():
@@ -106,6 +119,15 @@ class Tasks:
         self._models.clear()
         self._graded_models.clear()
         gc.collect()  # Keras models are full of cycles
+
+    def _make_room(self) -> None:
+        """Drop what is kept of any job, so that what did not fit may fit at the next try."""
+        for job_id in list(self._sessions):
+            self._close(job_id)
+        self._ahead = self._member = None
+        self._models.clear()
+        self._graded_models.clear()
+        gc.collect()
 
     def _close(self, job_id: str) -> None:
         session = self._sessions.pop(job_id, None)

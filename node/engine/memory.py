@@ -1,0 +1,37 @@
+"""Memory that ran out, the machine's or a GPU's, as TensorFlow tells of it."""
+
+from __future__ import annotations
+
+from node.engine.wording import one_line
+from potluck.errors import OutOfMemory
+
+SIGNS = (
+    "Dst tensor is not initialized",
+    "CUDA_ERROR_OUT_OF_MEMORY",
+    "STATUS_ALLOC_FAILED",
+    "ut of memory",
+    "bad_alloc",
+)
+"""In errors that are of another kind: what TensorFlow says where a GPU has no room for a tensor, CUDA's libraries, and XLA."""
+
+
+def shortage(error: BaseException) -> OutOfMemory | None:
+    """The error to raise in place of one that means that there is not enough memory; None where it means something else."""
+    if isinstance(error, OutOfMemory):
+        return error
+    text = str(error)
+    meant = isinstance(error, MemoryError) or type(error).__name__ == "ResourceExhaustedError"
+    if not meant and not any(sign in text for sign in SIGNS):
+        return None
+    said = one_line(text, 200)
+    if "GPU" in text or "CU" in text:
+        return OutOfMemory(
+            f"this node's GPU has not enough free memory for the model and its data ({said}): take a smaller batch_size, or end what "
+            "else uses that GPU"
+        )
+    return OutOfMemory(
+        "this node has not enough memory for the model and its data"
+        + (f" ({said})" if said else "")
+        + ": take a smaller "
+        "batch_size, or leave this to nodes that have more"
+    )
