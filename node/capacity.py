@@ -24,6 +24,8 @@ from potluck.messages import Capacity, Gpu, NodeTelemetry
 log = logging.getLogger(__name__)
 
 MEASURE_SECONDS = 30.0
+DRIVER = Path("/proc/driver/nvidia")
+"""Where NVIDIA's driver tells of itself."""
 RUNTIMES = {
     "tensorflow": ("tensorflow", "tensorflow-cpu", "tensorflow_cpu"),
     "keras": ("keras",),
@@ -161,6 +163,11 @@ def _nvml() -> Any:
 
         pynvml.nvmlInit()
     except ImportError:
+        if any(DRIVER.glob("gpus/*")):
+            log.warning(
+                "GPUs are not used %s",
+                fields(reason="nvidia-ml-py is not installed: see the extra gpu (docs/install.md)"),
+            )
         return None
     except pynvml.NVMLError as error:
         log.debug("no NVIDIA driver %s", fields(reason=error))

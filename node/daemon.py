@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import shutil
 import time
 import uuid
@@ -16,7 +17,7 @@ from node import capacity as capacities
 from node import identity
 from node.assignments import Assignments, Effect, GiveUp, Prefetch, Run, Send, Stop
 from node.copies import Copies
-from node.engine.process import Engine
+from node.engine.process import Engine, EngineInfo
 from node.executor import Executor
 from node.giving_way import GivingWay
 from node.inputs import Inputs
@@ -76,6 +77,7 @@ class Node:
         self._assignments = Assignments()
         self._giving_way = GivingWay(settings.give_way_share)
         self._gave_way = False
+        self._said_gpus_idle = False
         self._conflict: Conflict | None = None
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -277,10 +279,11 @@ class Node:
             )
 
         idle = settings.engine_idle_seconds
-        self._work_slot = EngineSlot("work", lambda: make("work"), idle_seconds=idle)
+        self._work_slot = EngineSlot("work", lambda: make("work"), idle_seconds=idle, on_start=self._on_engine_start)
         self._serve_slot = EngineSlot(
-            "serve", lambda: make("serve", quick_kernels=True), idle_seconds=idle, on_death=self._on_serve_death
-        )
+            "serve", lambda: make("serve", quick_kernels=True), idle_seconds=idle, on_start=self._on_engine_start,
+            on_death=self._on_serve_death,
+        )  # fmt: skip
         self._executor = Executor(
             store=store,
             downloader=downloader,
@@ -326,6 +329,21 @@ class Node:
         for name in own_data.names:
             if await asyncio.to_thread(own_data.pack, name):
                 await self._presence.announce(self._bus, own_data.announced)
+
+    def _on_engine_start(self, info: EngineInfo) -> None:
+        """Whoever has a GPU wants it to work, and TensorFlow says nothing where it cannot take it."""
+        gpus = [gpu.name for gpu in self._presence.capacity.gpus]
+        hidden = "CUDA_VISIBLE_DEVICES" in os.environ  # then what TensorFlow sees was chosen
+        if gpus and not info.gpus and not hidden and not self._said_gpus_idle and "tensorflow" in info.runtimes:
+            self._said_gpus_idle = True
+            log.warning(
+                "GPUs are not used %s",
+                fields(
+                    gpus=", ".join(gpus),
+                    reason="TensorFlow does not see them: install the extra gpu in place of engine, and as a service let it have the "
+                    "devices (docs/install.md)",
+                ),
+            )
 
     def _on_serve_death(self, failure: EngineFailed) -> None:
         self._replicas.on_engine_death(failure)

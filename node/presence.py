@@ -16,7 +16,7 @@ from potluck.bus import Bus, Envelope
 from potluck.discovery import Discovery, Service
 from potluck.errors import Conflict, PotluckError, Unavailable
 from potluck.logs import fields
-from potluck.messages import NodeCapacity, NodeData, NodeStatus, NodeTelemetry
+from potluck.messages import Capacity, NodeCapacity, NodeData, NodeStatus, NodeTelemetry
 from potluck.network import base_urls, reachable_addresses
 from potluck.outbox import Outbox
 from potluck.settings import NodeSettings
@@ -48,6 +48,10 @@ class Presence:
         self.status_topic = topics.node(node_id, "status")
         self.collective = collective
         self.joined = False
+
+    @property
+    def capacity(self) -> Capacity:
+        return self._capacity
 
     def status(self, state: Literal["online", "offline"]) -> NodeStatus:
         """A birth, or a goodbye (also the will)."""

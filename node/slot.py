@@ -7,7 +7,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from node.engine.process import Engine
+from node.engine.process import Engine, EngineInfo
 from potluck.errors import EngineFailed
 from potluck.logs import fields
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class EngineSlot:
-    """`on_death` is told when an engine ended that nobody stopped."""
+    """`on_start` is told what an engine found here, and `on_death` when one ended that nobody stopped."""
 
     def __init__(
         self,
@@ -25,11 +25,13 @@ class EngineSlot:
         make: Callable[[], Engine],
         *,
         idle_seconds: float,
+        on_start: Callable[[EngineInfo], None] = lambda info: None,
         on_death: Callable[[EngineFailed], None] = lambda failure: None,
     ) -> None:
         self._name = name
         self._make = make
         self._idle_seconds = idle_seconds
+        self._on_start = on_start
         self._on_death = on_death
         self._engine: Engine | None = None
         self._lock = asyncio.Lock()
@@ -51,7 +53,9 @@ class EngineSlot:
             await self._discard()
             engine = self._make()
             info = await engine.start()
-            log.info("engine started %s", fields(engine=self._name, pid=engine.pid, **info.runtimes))
+            gpus = {"gpus": ", ".join(info.gpus)} if info.gpus else {}
+            log.info("engine started %s", fields(engine=self._name, pid=engine.pid, **info.runtimes, **gpus))
+            self._on_start(info)
             self._engine = engine
             self._watch = asyncio.create_task(self._watch_death(engine), name=f"{self._name} engine death")
             return engine

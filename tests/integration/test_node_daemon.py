@@ -54,6 +54,21 @@ async def lab(tmp_path: Path) -> AsyncIterator[Lab]:
         yield lab
 
 
+PYNVML = """
+NVMLError = OSError
+nvmlInit = lambda: None
+nvmlDeviceGetCount = lambda: 1
+nvmlDeviceGetHandleByIndex = lambda index: index
+nvmlDeviceGetName = lambda handle: "Tesla"
+class nvmlDeviceGetMemoryInfo:
+    def __init__(self, handle):
+        self.total = 2**34
+class nvmlDeviceGetUtilizationRates:
+    def __init__(self, handle):
+        self.gpu = 0
+"""
+"""A driver that has a GPU, which TensorFlow cannot use."""
+
 # --- coming and going ------------------------------------------------------------------------------------------------------
 
 
@@ -452,3 +467,16 @@ async def test_blobs_are_read_only(lab: Lab) -> None:
             assert answer.status == 404
         async with http.put(f"{base}/blobs/{ref.sha256}", data=b"unwanted") as answer:
             assert answer.status == 405
+
+
+@pytest.mark.tensorflow
+@pytest.mark.parametrize("hidden", [False, True])
+async def test_a_gpu_that_tensorflow_does_not_use_is_told_of_once(lab: Lab, tmp_path: Path, hidden: bool) -> None:
+    (tmp_path / "gpu").mkdir()
+    (tmp_path / "gpu/pynvml.py").write_text(PYNVML)
+    environment = {"PYTHONPATH": str(tmp_path / "gpu")} | ({"CUDA_VISIBLE_DEVICES": ""} if hidden else {})
+    node = await lab.node(fake=False, **environment)
+    for number in range(2):  # an engine that is busy or broken says nothing new
+        await lab.lease(f"a{number}", "job")
+        await lab.heard(ShardFailed, lambda one, name=f"a{number}": one.attempt_id == name, seconds=60)
+    assert node.log().count("GPUs are not used") == (0 if hidden else 1)

@@ -142,6 +142,21 @@ def test_without_a_driver_there_is_no_gpu(nvml: SimpleNamespace) -> None:
     assert capacity.read().gpus == ()
 
 
+@pytest.mark.parametrize("driver", [True, False])
+def test_gpus_that_cannot_be_asked_are_told_of(
+    driver: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    if driver:
+        (tmp_path / "gpus/0000:01:00.0").mkdir(parents=True)
+    monkeypatch.setattr(capacity, "DRIVER", tmp_path)
+    monkeypatch.setitem(sys.modules, "pynvml", None)  # as where it is not installed
+    capacity._nvml.cache_clear()
+    with caplog.at_level("WARNING"):
+        assert capacity.read().gpus == ()
+    capacity._nvml.cache_clear()
+    assert ("nvidia-ml-py is not installed" in caplog.text) is driver
+
+
 def test_telemetry_tells_of_work() -> None:
     reading = capacity.Telemetry().read("n", "s", ("a",), ("r",))
     assert (reading.node_id, reading.session, reading.attempts, reading.replicas) == ("n", "s", ("a",), ("r",))
