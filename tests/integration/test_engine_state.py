@@ -147,6 +147,22 @@ async def test_words_as_numbers(lab: Lab) -> None:
     assert np.trace(np.array(scored.confusion)) >= 195
 
 
+async def test_parts_alike_give_the_same_bits_where_xla_was_asked_for(lab: Lab) -> None:
+    """As Keras has it on a GPU when nothing was asked for."""
+    x, y = blobs(320, features=32)
+    data = lab.files.arrays(1, x=x, y=y)
+    model = dense(features=32)
+    model.compile("adam", "sparse_categorical_crossentropy", jit_compile=True)
+    ref = lab.files.model(model)
+    found = [
+        b"".join(
+            array.tobytes() for array in lab.weights(await lab.run(training(ref, data, parts=2, samples=320), job))
+        )
+        for job in ("once", "again")
+    ]
+    assert found[0] == found[1]
+
+
 # --- images of all kinds ----------------------------------------------------------------------------------------------
 
 
