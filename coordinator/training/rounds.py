@@ -245,10 +245,8 @@ class RoundsStrategy:
 
     def progress(self, running: dict[str, tuple[Attempt, int, dict[str, float]]]) -> JobProgress:
         # With those that are done before the others, and between rounds those of the last: nobody left.
-        at_work = {
-            attempt.node_id for attempt, _, _ in running.values()
-        } | self.contributions.keys() or self.shares.keys()
-        nodes = {node_id: rate for node_id, rate in self.measured.items() if node_id in at_work}
+        at_work = {attempt.node_id for attempt, _, _ in running.values()} | self.contributions.keys()
+        nodes = {name: rate for name, rate in self.measured.items() if name in (at_work or self.shares.keys())}
         training = sum(done for attempt, done, _ in running.values() if self._of_round(attempt))
         training += sum(result.samples for result in self.contributions.values())
         metrics = dict(self.last_epoch.metrics) if self.last_epoch else {}

@@ -24,14 +24,12 @@ def shortage(error: BaseException) -> OutOfMemory | None:
     if not meant and not any(sign in text for sign in SIGNS):
         return None
     said = one_line(text, 200)
-    if "GPU" in text or "CU" in text:
+    if any(name in text for name in ("GPU", "CUDA", "CUDNN", "CUBLAS")):
         return OutOfMemory(
             f"this node's GPU has not enough free memory for the model and its data ({said}): take a smaller batch_size, or end what "
             "else uses that GPU"
         )
     return OutOfMemory(
-        "this node has not enough memory for the model and its data"
-        + (f" ({said})" if said else "")
-        + ": take a smaller "
-        "batch_size, or leave this to nodes that have more"
+        f"this node has not enough memory for the model and its data ({said or 'it was refused'}): take a smaller batch_size, or leave "
+        "this to nodes that have more"
     )
