@@ -14,7 +14,16 @@ from msgspec import Struct, json
 from msgspec.structs import replace
 
 from coordinator.placement import ClusterView
-from potluck.errors import CodeNotAllowed, OutOfMemory, PeerLost, from_code
+from potluck.errors import (
+    CodeNotAllowed,
+    EngineFailed,
+    InvalidData,
+    InvalidModel,
+    InvalidRequest,
+    OutOfMemory,
+    PeerLost,
+    from_code,
+)
 from potluck.messages import (
     AnyJobSpec,
     AnyTask,
@@ -35,6 +44,8 @@ from potluck.messages import (
 )
 
 REST_SECONDS = 1.0
+VALIDATION = "validation-"
+"""What the ids of shards of validation begin with."""
 """A node that reported an error rests for twice as long, and twice that after the next in a row."""
 ROUNDS_LIMIT_BYTES = 64 * 1024
 """What a job's rounds take in its result, at most: the whole of it must fit into one message."""
@@ -242,7 +253,8 @@ class Job:
     started_at: float = 0.0
     ended: JobEnded | None = None
     attempts: dict[str, Attempt] = field(default_factory=dict)
-    failures: int = 0
+    failures: dict[str, int] = field(default_factory=dict)
+    """Attempts of each node that ended with an error, since any has succeeded."""
     last_error: ErrorInfo | None = None
     fatal: ErrorInfo | None = None
     participants: set[str] = field(default_factory=set)
@@ -294,7 +306,7 @@ class Job:
             case AttemptFinished():
                 finished = self.attempts.pop(event.attempt_id, None)
                 if finished is not None:
-                    self.failures = 0
+                    self.failures.clear()
                     self.short.discard(finished.node_id)
                     self._strategy.finished(finished, event.result, event.at)
             case AttemptEnded():
@@ -302,7 +314,7 @@ class Job:
                 if ended is not None:
                     self._strategy.ended(ended, event.error)
                     if event.error is not None and event.error.code != PeerLost.code:
-                        self._failed(event.error, ended.node_id, event.at)
+                        self._failed(_placed(event.error, ended), ended.node_id, event.at)
             case RoundClosed():
                 self._strategy.closed_round(event)
                 self._keep(event)
@@ -338,10 +350,14 @@ class Job:
         return self.strategy.plan(ClusterView(rested, view.now, resting), self.attempts)
 
     def error(self, attempts_limit: int) -> ErrorInfo | None:
-        """The error this job must end with: one that trying again cannot mend, or too many in a row."""
+        """The error this job must end with: one that trying again cannot mend, or too many in a row of a node, with nobody else at work."""
         if self.fatal is not None:
             return self.fatal
-        return self.last_error if self.failures >= attempts_limit else None
+        if max(self.failures.values(), default=0) < attempts_limit:
+            return None
+        # Who is at work and has not failed so often may yet succeed: that all die once is no sign that nobody can do it.
+        hope = any(self.failures.get(attempt.node_id, 0) < attempts_limit for attempt in self.attempts.values())
+        return None if hope else self.last_error
 
     def changed(self, progress: JobProgress) -> JobChanged:
         """The job as clients see it."""
@@ -413,12 +429,22 @@ class Job:
             return
         if error.code == OutOfMemory.code:
             self.short.add(node_id)
+        if error.code == EngineFailed.code:
+            error = replace(error, message=f"node {node_id}: {error.message}")
         self.last_error = error
-        self.failures += 1
-        # It rests, so that a node at which everything fails at once does not use up the attempts of all.
-        self.resting[node_id] = at + REST_SECONDS * 2**self.failures
+        self.failures[node_id] = times = self.failures.get(node_id, 0) + 1
+        # It rests, so that a node at which everything fails at once is not all that the job is tried on.
+        self.resting[node_id] = at + REST_SECONDS * 2**times
         if not error.retryable:
             self.fatal = error
+
+
+def _placed(error: ErrorInfo, attempt: Attempt) -> ErrorInfo:
+    """The error with the data set that it speaks of, where that is not the one to train on."""
+    about_data = error.code in (InvalidData.code, InvalidModel.code, InvalidRequest.code)
+    if about_data and attempt.shard_id.startswith(VALIDATION):
+        return replace(error, message=f"in validation: {error.message}")
+    return error
 
 
 def _size(part: RoundMetrics | EpochMetrics) -> int:

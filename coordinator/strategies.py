@@ -6,7 +6,7 @@ from msgspec.structs import replace
 
 from coordinator.batch import BatchStrategy, ItemIndex
 from coordinator.federated import NodesEvaluation
-from coordinator.jobs import JobSubmitted, Strategy
+from coordinator.jobs import VALIDATION, JobSubmitted, Strategy
 from coordinator.placement import RUNTIME_OF
 from coordinator.quantizing import QuantizeStrategy, convert_task
 from coordinator.training.federated import FederatedStrategy
@@ -49,7 +49,7 @@ def strategy_for(job: JobSubmitted, dataset: Dataset | None, validation: Dataset
             held_out, stays = validation, (spec.validation or "").startswith(NODE_DATA)
 
             def make(weights: BlobRef | None, step: Step | None, epoch: int) -> Evaluation:
-                prefix = f"validation-{epoch}"
+                prefix = f"{VALIDATION}{epoch}"
                 return _evaluation(model, weights, step, held_out, image, spec.batch_size, prefix, stays)
 
         kind: type[RoundsStrategy] = RoundsStrategy if spec.strategy == "local" else SyncStrategy

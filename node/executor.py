@@ -93,6 +93,8 @@ class Executor:
         self._on_outcome = on_outcome
         self._on_stored = on_stored
         self._tasks: asyncio.TaskGroup | None = None
+        self._grouped = ""
+        """The job for which the engine is a member of a group."""
         self._running: _Attempt | None = None
         self._paused = False
         self._prefetches: dict[str, asyncio.Task[None]] = {}
@@ -150,6 +152,9 @@ class Executor:
         assert self._tasks is not None
         if (engine := self._slot.engine) is not None:
             self._tasks.create_task(engine.forget_job(job_id), name=f"forget {job_id}")
+        if job_id == self._grouped:  # its engine listens to the whole network, and can be a member of no other group
+            self._grouped = ""
+            self._tasks.create_task(self._slot.retire(), name=f"end the group of {job_id}")
 
     async def _work(self, attempt: _Attempt) -> None:
         lease = attempt.lease
@@ -177,14 +182,15 @@ class Executor:
             self._store.pin(ref.sha256)
         missing = sum(ref.size for ref in {ref.sha256: ref for ref in refs}.values() if not self._store.has(ref.sha256))
         started = time.perf_counter()
-        anew = isinstance(lease.task, SyncTask) and lease.task.begins
+        group = lease.task.members if isinstance(lease.task, SyncTask) and lease.task.begins else ()
         # Its first start takes seconds, in which the blobs come.
-        starting = None if anew else asyncio.create_task(self._slot.get(), name="engine start")
+        starting = None if group else asyncio.create_task(self._slot.get(), name="engine start")
         try:
             files = await self._fetch_unless(attempt.withdrawn, refs)
             fetch_seconds = time.perf_counter() - started
             if starting is None:
                 await self._slot.stop()  # TensorFlow takes the members of a group at its start only
+                self._grouped = lease.job_id if len(group) > 1 else ""
             else:
                 await starting
 

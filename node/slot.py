@@ -36,6 +36,7 @@ class EngineSlot:
         self._engine: Engine | None = None
         self._lock = asyncio.Lock()
         self._in_use = 0
+        self._stale = False
         self._used_at = 0.0
         self._watch: asyncio.Task[None] | None = None
 
@@ -62,6 +63,8 @@ class EngineSlot:
 
     async def use(self, work: Callable[[Engine], Awaitable[T]]) -> T:
         """Run `work` with the engine; it is not idle meanwhile."""
+        if self._stale and not self._in_use:
+            await self.stop()
         self._in_use += 1
         try:
             return await work(await self.get())
@@ -83,12 +86,20 @@ class EngineSlot:
                 log.info("engine stopped %s", fields(engine=self._name, idle_seconds=round(idle)))
                 await self._discard()
 
+    async def retire(self) -> None:
+        """Stop the engine, or where it is in use, give the next who wants one a fresh one."""
+        async with self._lock:
+            if self._in_use:
+                self._stale = True
+            else:
+                await self._discard()
+
     async def stop(self) -> None:
         async with self._lock:
             await self._discard()
 
     async def _discard(self) -> None:
-        engine, self._engine = self._engine, None
+        engine, self._engine, self._stale = self._engine, None, False
         watch, self._watch = self._watch, None
         if watch is not None:
             if engine is not None and engine.alive:

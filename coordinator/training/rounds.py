@@ -17,6 +17,7 @@ from msgspec.structs import replace
 from coordinator.batch import BatchStrategy, merge
 from coordinator.federated import NodesEvaluation
 from coordinator.jobs import (
+    VALIDATION,
     Attempt,
     CloseEpoch,
     CloseRound,
@@ -98,6 +99,8 @@ class RoundsStrategy:
     quarantined: dict[str, str] = field(default_factory=dict)
     """Nodes that are left out, and why."""
     contributions: dict[str, TrainResult] = field(default_factory=dict)
+    crew: frozenset[str] = frozenset()
+    """Who took part in the last round that was closed."""
     """Results of the open round by node."""
     opened_at: float = 0.0
     overheads: list[float] = field(default_factory=list)
@@ -224,7 +227,7 @@ class RoundsStrategy:
         self.samples += event.samples
         self.round += 1
         self.round_metrics.append((event.samples, event.metrics))
-        self.contributions = {}
+        self.crew, self.contributions = frozenset(self.contributions), {}
 
     def ended_epoch(self, event: EpochEnded) -> None:
         self.epochs_ended += 1
@@ -244,9 +247,12 @@ class RoundsStrategy:
             self.stop_after = self.epochs_ended + 1
 
     def progress(self, running: dict[str, tuple[Attempt, int, dict[str, float]]]) -> JobProgress:
-        # With those that are done before the others, and between rounds those of the last: nobody left.
-        at_work = {attempt.node_id for attempt, _, _ in running.values()} | self.contributions.keys()
-        nodes = {name: rate for name, rate in self.measured.items() if name in (at_work or self.shares.keys())}
+        # With those that are done before the others; between rounds, in validation and at the end, those of the last round.
+        training_now = {attempt.node_id for attempt, _, _ in running.values() if self._of_round(attempt)}
+        at_work = training_now | self.contributions.keys() or self.crew
+        nodes = {name: rate for name, rate in self.measured.items() if name in at_work}
+        if not self.round and len(nodes) < len(at_work):
+            nodes = {}  # the first that is done says nothing of the others
         training = sum(done for attempt, done, _ in running.values() if self._of_round(attempt))
         training += sum(result.samples for result in self.contributions.values())
         metrics = dict(self.last_epoch.metrics) if self.last_epoch else {}
@@ -451,7 +457,7 @@ class RoundsStrategy:
         return attempt.node_id
 
     def _of_validation(self, attempt: Attempt) -> bool:
-        if self.validating is None and self.validation is not None and attempt.shard_id.startswith("validation-"):
+        if self.validating is None and self.validation is not None and attempt.shard_id.startswith(VALIDATION):
             # Replaying: the plan that made it is not in the journal, but it follows from the state.
             self.validating = self.validation(self.weights, self.step, self.epochs_ended + 1)
         return self.validating is not None and attempt.shard_id.startswith(self.validating.prefix + "-")

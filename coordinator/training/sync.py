@@ -145,7 +145,7 @@ class SyncStrategy(RoundsStrategy):
         self.round_metrics.append((event.samples, event.metrics))
         if self.broken:
             self.members = ()
-        self.parts, self.broken, self.tries = {}, "", 0
+        self.crew, self.parts, self.broken, self.tries = frozenset(self.parts), {}, "", 0
 
     def plan(self, view: ClusterView, attempts: dict[str, Attempt]) -> list[Decision]:
         if not self.chosen and self.round:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import re
+
 from node.engine.wording import one_line
 from potluck.errors import OutOfMemory
 
@@ -14,6 +17,19 @@ SIGNS = (
 )
 """In errors that are of another kind: what TensorFlow says where a GPU has no room for a tensor, CUDA's libraries, and XLA."""
 
+_TENSOR = re.compile(r"OOM when allocating tensor with shape\[([\d,]+)\] and type (\w+)")
+_BYTES = {"double": 8, "int64": 8, "half": 2, "bfloat16": 2, "int8": 1, "uint8": 1, "bool": 1}
+
+
+def _wanted(text: str) -> str:
+    """The tensor for which there was no room; empty where TensorFlow does not tell."""
+    found = _TENSOR.search(text)
+    if found is None:
+        return ""
+    shape = [int(size) for size in found[1].split(",")]
+    gigabytes = math.prod(shape) * _BYTES.get(found[2], 4) / 1e9
+    return f"a tensor of shape {shape} takes {gigabytes:,.1f} GB"
+
 
 def shortage(error: BaseException) -> OutOfMemory | None:
     """The error to raise in place of one that means that there is not enough memory; None where it means something else."""
@@ -23,7 +39,7 @@ def shortage(error: BaseException) -> OutOfMemory | None:
     meant = isinstance(error, MemoryError) or type(error).__name__ == "ResourceExhaustedError"
     if not meant and not any(sign in text for sign in SIGNS):
         return None
-    said = one_line(text, 200)
+    said = _wanted(text) or one_line(text.partition("\nHint:")[0], 200)
     if any(name in text for name in ("GPU", "CUDA", "CUDNN", "CUBLAS")):
         return OutOfMemory(
             f"this node's GPU has not enough free memory for the model and its data ({said}): take a smaller batch_size, or end what "

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -25,6 +26,10 @@ log = logging.getLogger(__name__)
 
 OnProgress = Callable[[int, dict[str, float]], None]
 STDERR_LINES = 12
+_CHATTER = re.compile(
+    r"^[IW]\d{4} |All log messages before absl|To enable the following instructions|oneDNN custom operations"
+)
+"""What TensorFlow says at its start, always."""
 SOCKET_BUFFER_BYTES = 1 << 20
 
 
@@ -273,7 +278,8 @@ class Engine:
         while chunk := await self._process.stderr.read(4096):
             for line in chunk.decode(errors="replace").splitlines():
                 if line.strip():
-                    self._stderr.append(line)
+                    if not _CHATTER.search(line):
+                        self._stderr.append(line)
                     log.debug("engine: %s", line)
 
     async def _watch(self) -> None:
@@ -381,5 +387,6 @@ class _Link(asyncio.Protocol):
 
 def _how(returncode: int | None) -> str:
     if returncode is not None and returncode < 0:
-        return f"was ended by {signal.Signals(-returncode).name}"
+        name = signal.Signals(-returncode).name
+        return f"was ended by {name}" + (", as Linux does when memory runs out" if name == "SIGKILL" else "")
     return f"ended with status {returncode}"

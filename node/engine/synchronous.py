@@ -109,7 +109,13 @@ class Member:
         return time.perf_counter() - started, self._metrics()
 
     def save(self, weights_path: Path, optimizer_path: Path) -> None:
-        """The checkpoint of the group."""
+        """The checkpoint of the group. Raises InvalidModel where a weight is no number: the loss need not tell, where ReLU makes 0 of NaN."""
+        for weight in self.model.trainable_weights:
+            if not np.isfinite(np.asarray(weight.value, np.float64 if weight.dtype == "bfloat16" else None)).all():
+                raise InvalidModel(
+                    f"training diverged: weight '{weight.path}' is not finite any more; lower the learning rate, "
+                    "or look for values in the data that are not finite"
+                )
         runtime.save_weights(self.model, weights_path)
         variables = self.model.optimizer.variables
         weights.save(optimizer_path, ((f"o{i:05}", np.asarray(value)) for i, value in enumerate(variables)))

@@ -35,7 +35,7 @@ def evaluate(
             job = client.evaluate(
                 model, data, batch_size=batch_size, image=size, target=target or None, sample_weight=sample_weight
             )
-        following.follow(job, quiet=as_json)
+        following.ended(job, as_json)
         evaluation = job.evaluation
     if as_json:
         output.emit(evaluation)

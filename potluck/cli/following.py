@@ -16,11 +16,12 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from potluck.cli.output import bytes_text, counted, metrics_text, note, rate_text, seconds_text, share
+from potluck.cli.output import bytes_text, counted, emit, metrics_text, note, rate_text, seconds_text, share
+from potluck.errors import InvalidData, InvalidModel, PotluckError
 
 if TYPE_CHECKING:
     from potluck.client import Job
-    from potluck.messages import EpochMetrics, JobChanged, JobProgress
+    from potluck.messages import EpochMetrics, JobChanged, JobEnded, JobProgress
 
 PLAIN_SECONDS = 5.0
 """On a log, how often a line is worth it when the epoch has not changed."""
@@ -40,6 +41,22 @@ def follow(job: Job, *, quiet: bool = False) -> None:
     except KeyboardInterrupt:
         note(f"interrupted: job {job.id} goes on; `potluck job {job.id}` shows it, `potluck cancel {job.id}` ends it")
         raise typer.Exit(130) from None
+
+
+def ended(job: Job, as_json: bool) -> JobEnded:
+    """Follow a job to its end; its result. Raises the job's error, after its result was printed where that is wanted as JSON."""
+    try:
+        follow(job, quiet=as_json)
+    except PotluckError as error:
+        state = job.status()
+        if state.state not in ("failed", "cancelled"):
+            raise
+        if as_json:
+            emit(job.result())
+        elif state.kind == "train" and state.progress.round and not isinstance(error, InvalidModel | InvalidData):
+            note(f"the same command with --resume {job.id} goes on from its last round")
+        raise
+    return job.result()
 
 
 def plain_lines(

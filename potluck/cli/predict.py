@@ -55,8 +55,8 @@ def predict(
     with session(context).client() as client:
         with following.waiting("packing and sending the data", quiet=as_json):
             job = client.predict(model, source, batch_size=batch_size, image=size, target=target or None)
-        following.follow(job, quiet=as_json)
-        found, keys, classes = job.predictions, job.keys, job.result().classes
+        classes = following.ended(job, as_json).classes
+        found, keys = job.predictions, job.keys
     outputs = found if isinstance(found, dict) else {"": found}
     if output is not None:
         asked, output = output, write(output, outputs, keys, classes)

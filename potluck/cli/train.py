@@ -129,8 +129,7 @@ def train(
             else:
                 out.show(job.id)
             return
-        following.follow(job, quiet=as_json)
-        ended = job.result()
+        ended = following.ended(job, as_json)
         if output is not None:
             job.model(output)
         if as_json:

@@ -135,3 +135,18 @@ def test_a_parquet_table_gives_what_the_arrays_give(client: Client, tmp_path: Pa
     parquet.write_table(pa.table(columns), inputs)
     found = client.predict(from_table.model(), inputs).wait(timeout=100).predictions
     np.testing.assert_allclose(found, from_table.model().predict(data["x_train"], verbose=0), atol=1e-5)
+
+
+def test_a_job_that_fails_is_told_as_json_too(cluster: LocalCluster, tmp_path: Path) -> None:
+    import keras
+
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, activation="softmax")])
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    model.save(tmp_path / "m.keras")
+    np.savez(tmp_path / "wrong.npz", x=np.zeros((40, 4), np.float32), y=np.arange(40) % 2)
+    done = invoked(cluster, "train", str(tmp_path / "m.keras"), str(tmp_path / "wrong.npz"), "--json")
+    told = json.loads(done.stdout)
+    assert done.returncode == 2
+    assert (told["state"], told["error"]["code"]) == ("failed", "invalid_request")
+    assert told["job_id"]
+    assert told["error"]["message"] in done.stderr

@@ -18,6 +18,7 @@ from potluck.data.order import passes, shuffled
 from potluck.errors import PotluckError
 from potluck.local_cluster import LocalCluster
 from support.digits import split
+from support.eventually import eventually_now
 from support.plain import plainly, relative
 
 pytestmark = [pytest.mark.tensorflow, pytest.mark.timeout(400)]
@@ -125,6 +126,33 @@ def test_the_rest_goes_on_when_a_member_is_lost(cluster: LocalCluster, client: C
     assert [epoch.epoch for epoch in ended.history] == list(range(1, 41))
     model = plainly(network(keras.optimizers.SGD(0.1)), x, y, epochs=40, batch=32)
     assert relative(job.model(), model) < 1e-4
+
+
+def test_weights_that_are_no_numbers_end_the_job_though_the_loss_is_one(client: Client) -> None:
+    data = split()
+    x, y = data["x_train"].reshape(-1, 64)[:640].copy(), data["y_train"][:640]
+    x[::50, 3] = np.nan  # ReLU makes 0 of it
+    with pytest.raises(
+        PotluckError, match=r"diverged: weight '.*kernel' is not finite any more; .*look for values in the data"
+    ):
+        client.train(network("sgd"), (x, y), epochs=2, strategy="sync").wait(timeout=200)
+
+
+def test_when_the_job_has_ended_nothing_listens_beyond_loopback_any_more(cluster: LocalCluster, client: Client) -> None:
+    data = split()
+    x, y = data["x_train"].reshape(-1, 64)[:640], data["y_train"][:640]
+    job = client.train(network("sgd"), (x, y), epochs=60, strategy="sync", round_seconds=0.2)
+    reach(job, 2)
+    assert len(open_ports(cluster)) == 2
+    job.wait(timeout=200)
+    eventually_now(lambda: not open_ports(cluster), 15)
+
+
+def open_ports(cluster: LocalCluster) -> list[str]:
+    """Where the nodes' engines listen, other than on loopback."""
+    engines = [child for node in cluster.nodes for child in psutil.Process(node.pid).children(recursive=True)]
+    sockets = [socket for engine in engines for socket in engine.net_connections() if socket.status == "LISTEN"]
+    return [f"{socket.laddr.ip}:{socket.laddr.port}" for socket in sockets if socket.laddr.ip != "127.0.0.1"]
 
 
 def test_a_loss_that_is_no_mean_is_refused(client: Client) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from coordinator.jobs import (
     AnyEvent,
@@ -284,14 +285,68 @@ def test_a_straggler_is_left_behind_after_a_while() -> None:
     assert play.strategy.round == 1
 
 
-def test_an_error_that_trying_again_cannot_mend_ends_the_job_and_others_only_in_a_row() -> None:
+DIED = ErrorInfo(code="engine_failed", message="died", retryable=True)
+
+
+def fails(play: Simulation, node_id: str) -> None:
+    """The node's engine dies of what it has now, and the node rests."""
+    (attempt_id,) = (attempt.attempt_id for attempt in play.job.attempts.values() if attempt.node_id == node_id)
+    play.record(AttemptEnded(at=play.now, attempt_id=attempt_id, reason="", error=DIED))
+    play.now = max(play.now, play.job.resting[node_id])
+
+
+def test_a_node_that_fails_again_and_again_ends_the_job_that_it_has_alone() -> None:
+    play = Simulation()
+    for _ in range(3):
+        assert play.job.error(attempts_limit=3) is None
+        play.plan("a")
+        fails(play, "a")
+    assert play.job.error(attempts_limit=3) == replace(DIED, message="node a: died")
+
+
+def test_engines_that_all_die_once_end_nothing() -> None:
+    play = Simulation()
+    play.plan("a", "b", "c")
+    for node_id in ("a", "b", "c"):
+        fails(play, node_id)
+    assert play.job.error(attempts_limit=3) is None
+    play.run("a", "b", "c")
+    assert play.complete
+
+
+def test_a_node_that_fails_ends_nothing_while_another_is_at_work_and_all_of_them_do() -> None:
     play = Simulation()
     play.plan("a", "b")
-    one, two = play.job.attempts
-    flaky = ErrorInfo(code="engine_failed", message="died", retryable=True)
-    play.record(AttemptEnded(at=0, attempt_id=one, reason="", error=flaky))
-    assert play.job.error(attempts_limit=3) is None
-    assert play.job.error(attempts_limit=1) == flaky
+    for _ in range(5):
+        fails(play, "b")
+        assert play.job.error(attempts_limit=3) is None
+        play.plan("a", "b")
+        play.record(
+            AttemptLeased(at=play.now, attempt_id=f"again-{play.now}", shard_id="round-0", node_id="b", task=None)
+        )
+    for _ in range(3):
+        fails(play, "a")
+        play.record(
+            AttemptLeased(at=play.now, attempt_id=f"again-{play.now}", shard_id="round-0", node_id="a", task=None)
+        )
+    assert play.job.error(attempts_limit=3) is not None
+
+
+def test_what_is_wrong_with_the_validation_data_is_said_of_them() -> None:
+    play = Simulation(epochs=1)
+    play.plan("a")
+    while not any(attempt.shard_id.startswith("validation-") for attempt in play.job.attempts.values()):
+        play.finish(next(iter(play.job.attempts)))
+        play.plan("a")
+    wrong = ErrorInfo(code="invalid_data", message="the targets are classes 5 to 7")
+    play.record(AttemptEnded(at=1, attempt_id=next(iter(play.job.attempts)), reason="", error=wrong))
+    assert play.job.error(attempts_limit=3) == replace(wrong, message="in validation: the targets are classes 5 to 7")
+
+
+def test_an_error_that_trying_again_cannot_mend_ends_the_job_at_once() -> None:
+    play = Simulation()
+    play.plan("a", "b")
+    _, two = play.job.attempts
     fatal = ErrorInfo(code="invalid_model", message="no")
     play.record(AttemptEnded(at=0, attempt_id=two, reason="", error=fatal))
     assert play.job.error(attempts_limit=3) == fatal
@@ -310,6 +365,17 @@ def test_a_node_that_fails_rests_while_the_others_go_on() -> None:
     play.now += 10
     play.plan("a", "b")
     assert {attempt.node_id for attempt in play.job.attempts.values()} == {"a", "b"}
+
+
+def test_a_first_round_tells_no_speed_before_all_of_its_nodes_have_one() -> None:
+    play = Simulation(epochs=3, validation=False)
+    play.plan("a", "b")
+    one, two = play.job.attempts.values()
+    play.finish(one.attempt_id)
+    progress = play.strategy.progress({two.attempt_id: (two, 5, {})})
+    assert (progress.nodes, progress.items_per_second) == ({}, 0)
+    play.finish(two.attempt_id)
+    assert play.strategy.progress({}).nodes.keys() == {"a", "b"}
 
 
 def test_progress_counts_nodes_that_wait_for_the_others_and_for_the_next_round() -> None:

@@ -245,7 +245,7 @@ def test_lost_peers_are_nobodys_failure() -> None:
     simulation.plan("a", "b")
     for attempt_id in simulation.open_tasks():
         simulation.record(AttemptEnded(at=1.0, attempt_id=attempt_id, reason="lost", error=LOST))
-    assert simulation.job.failures == 0
+    assert simulation.job.failures == {}
     assert not simulation.job.resting
 
 
