@@ -99,6 +99,10 @@ class BatchStrategy:
     def complete(self) -> bool:
         return self.done_items == self.total
 
+    def first(self) -> EvaluateTask | PredictTask:
+        """The task of the first batch alone."""
+        return self.task_for(self.index.slices(0, min(self.batch_size, self.total)))
+
     def plan(self, view: ClusterView, attempts: dict[str, Attempt]) -> list[Decision]:
         decisions: list[Decision] = [
             Withdraw(attempt.attempt_id, "another attempt was first")

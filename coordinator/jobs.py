@@ -46,6 +46,8 @@ from potluck.messages import (
 REST_SECONDS = 1.0
 VALIDATION = "validation-"
 """What the ids of shards of validation begin with."""
+CHECK = "check-validation"
+"""The id of the shard that looks at validation data before they are due."""
 """A node that reported an error rests for twice as long, and twice that after the next in a row."""
 ROUNDS_LIMIT_BYTES = 64 * 1024
 """What a job's rounds take in its result, at most: the whole of it must fit into one message."""
@@ -442,7 +444,7 @@ class Job:
 def _placed(error: ErrorInfo, attempt: Attempt) -> ErrorInfo:
     """The error with the data set that it speaks of, where that is not the one to train on."""
     about_data = error.code in (InvalidData.code, InvalidModel.code, InvalidRequest.code)
-    if about_data and attempt.shard_id.startswith(VALIDATION):
+    if about_data and attempt.shard_id.startswith((VALIDATION, CHECK)):
         return replace(error, message=f"in validation: {error.message}")
     return error
 

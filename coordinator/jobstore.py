@@ -110,7 +110,7 @@ class JobStore:
             if held_out.format.classes != dataset.format.classes:
                 raise InvalidRequest(
                     f"data sets {spec.dataset!r} and {spec.validation!r} have other classes: "
-                    f"{_listed(dataset.format.classes)} and {_listed(held_out.format.classes)}"
+                    f"{_listed(dataset.format.classes)} and {_listed(held_out.format.classes)}: write both with the same labels"
                 )
             validation = self._manifest(held_out)
         return JobSubmitted(

@@ -17,6 +17,7 @@ from msgspec.structs import replace
 from coordinator.batch import BatchStrategy, merge
 from coordinator.federated import NodesEvaluation
 from coordinator.jobs import (
+    CHECK,
     VALIDATION,
     Attempt,
     CloseEpoch,
@@ -99,6 +100,8 @@ class RoundsStrategy:
     quarantined: dict[str, str] = field(default_factory=dict)
     """Nodes that are left out, and why."""
     contributions: dict[str, TrainResult] = field(default_factory=dict)
+    checked: bool = False
+    """Whether some node has or had a first batch of the validation data."""
     crew: frozenset[str] = frozenset()
     """Who took part in the last round that was closed."""
     """Results of the open round by node."""
@@ -180,6 +183,8 @@ class RoundsStrategy:
             indexes = {shard.blob.sha256: index for index, shard in enumerate(self.dataset.shards)}
             self.assigned[attempt.node_id] = tuple(indexes[shard.blob.sha256] for shard in task.data)
             self.epoch_started_at = self.epoch_started_at or attempt.leased_at
+        elif attempt.shard_id == CHECK:
+            self.checked = True
         elif self._of_validation(attempt):
             self._validation.leased(attempt, task)
 
@@ -287,7 +292,7 @@ class RoundsStrategy:
         rates = {node_id: rates[node_id] for node_id in sorted(chosen)}
         parts = self._parts(rates)
         data = self._assignment(rates)
-        decisions: list[Decision] = []
+        decisions = self._check_validation(max(rates, key=lambda node_id: (rates[node_id], node_id)))
         for node_id, samples in parts.items():
             # Whole batches, so that no step trains on a few items only, and every node takes part.
             batches = max(1, round(samples / self.spec.batch_size))
@@ -298,6 +303,11 @@ class RoundsStrategy:
             )
             decisions.append(Lease(self._shard_id, node_id, task))
         return decisions
+
+    def _check_validation(self, node_id: str) -> list[Decision]:
+        """A first batch of the validation data, before all else: what is wrong with them need not show after an epoch."""
+        validation = self.validation(None, None, 0) if self.validation is not None and not self.checked else None
+        return [Lease(CHECK, node_id, validation.first())] if isinstance(validation, BatchStrategy) else []
 
     def _task(self, samples: int, seconds: float) -> TrainTask:
         """A part of the round that opens, without its data."""

@@ -177,5 +177,5 @@ def _fault(text: str) -> str:
     if _is_missing(text):
         return "is missing: fill it in, or leave the row out"
     if np.isnan(_number(text)):
-        return f"is {text!r}, not a number: leave the column out, or write numbers for it"
+        return f"is {text!r}, not a number: leave the column out, write numbers for it, or name it as the target where it is the class"
     return f"is {text!r}, which is more than float32 holds"

@@ -15,7 +15,7 @@ import pytest
 from pyarrow import parquet
 
 from potluck.client import Client
-from potluck.errors import InvalidRequest
+from potluck.errors import InvalidRequest, PotluckError
 from potluck.local_cluster import LocalCluster
 from support.digits import mlp, split
 from support.recordings import audio_model, text_model, write_texts, write_tones
@@ -150,3 +150,17 @@ def test_a_job_that_fails_is_told_as_json_too(cluster: LocalCluster, tmp_path: P
     assert (told["state"], told["error"]["code"]) == ("failed", "invalid_request")
     assert told["job_id"]
     assert told["error"]["message"] in done.stderr
+
+
+def test_validation_data_that_do_not_fit_end_the_job_before_its_first_epoch(client: Client) -> None:
+    import keras
+
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, activation="softmax")])
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    x, y = np.zeros((400, 3), np.float32), np.arange(400) % 2
+    job = client.train(model, (x, y), validation=(x, y + 5), epochs=2000, strategy="local")
+    with pytest.raises(
+        PotluckError, match="in validation: the targets are classes 5 to 6, but the model's output has 2"
+    ):
+        job.wait(timeout=100)
+    assert job.result().history == ()

@@ -296,7 +296,7 @@ def fails(play: Simulation, node_id: str) -> None:
 
 
 def test_a_node_that_fails_again_and_again_ends_the_job_that_it_has_alone() -> None:
-    play = Simulation()
+    play = Simulation(validation=False)
     for _ in range(3):
         assert play.job.error(attempts_limit=3) is None
         play.plan("a")
@@ -305,7 +305,7 @@ def test_a_node_that_fails_again_and_again_ends_the_job_that_it_has_alone() -> N
 
 
 def test_engines_that_all_die_once_end_nothing() -> None:
-    play = Simulation()
+    play = Simulation(validation=False)
     play.plan("a", "b", "c")
     for node_id in ("a", "b", "c"):
         fails(play, node_id)
@@ -315,7 +315,7 @@ def test_engines_that_all_die_once_end_nothing() -> None:
 
 
 def test_a_node_that_fails_ends_nothing_while_another_is_at_work_and_all_of_them_do() -> None:
-    play = Simulation()
+    play = Simulation(validation=False)
     play.plan("a", "b")
     for _ in range(5):
         fails(play, "b")
@@ -343,8 +343,28 @@ def test_what_is_wrong_with_the_validation_data_is_said_of_them() -> None:
     assert play.job.error(attempts_limit=3) == replace(wrong, message="in validation: the targets are classes 5 to 7")
 
 
+def test_a_first_batch_of_the_validation_data_is_looked_at_once_and_before_all_else() -> None:
+    play = Simulation(epochs=2)
+    play.plan("a", "b")
+    first, *rest = play.job.attempts.values()
+    task = play.tasks[first.attempt_id]
+    assert isinstance(task, EvaluateTask)
+    assert sum(part.stop - part.start for part in task.slices) == 10
+    assert all(isinstance(play.tasks[attempt.attempt_id], TrainTask) for attempt in rest)
+    play.lose(first.node_id)
+    play.run("a", "b")
+    assert play.complete
+    leased = [event.shard_id for event in play.events if isinstance(event, AttemptLeased)]
+    assert (leased[0], leased.count("check-validation")) == ("check-validation", 1)
+    wrong = ErrorInfo(code="invalid_data", message="the targets are classes 5 to 7")
+    play = Simulation(epochs=2)
+    play.plan("a")
+    play.record(AttemptEnded(at=1, attempt_id=next(iter(play.job.attempts)), reason="", error=wrong))
+    assert play.job.error(attempts_limit=3) == replace(wrong, message="in validation: the targets are classes 5 to 7")
+
+
 def test_an_error_that_trying_again_cannot_mend_ends_the_job_at_once() -> None:
-    play = Simulation()
+    play = Simulation(validation=False)
     play.plan("a", "b")
     _, two = play.job.attempts
     fatal = ErrorInfo(code="invalid_model", message="no")
@@ -539,7 +559,7 @@ def test_a_metric_that_is_not_there_ends_the_job_with_those_that_are() -> None:
 def test_a_resumed_job_goes_on_from_the_checkpoint_and_counts_on() -> None:
     play = Simulation(epochs=5, weights=blob(77), initial_epoch=3)
     play.plan("a")
-    (task,) = play.tasks.values()
+    _, task = play.tasks.values()
     assert isinstance(task, TrainTask)
     assert (task.weights, task.step, task.seen) == (blob(77), None, 3 * 320)
     assert blob(77).sha256 in play.strategy.kept
@@ -552,8 +572,8 @@ def test_every_round_tells_how_to_get_to_its_weights_from_those_before() -> None
     play = Simulation(epochs=2, validation=True)
     play.run("a", "b")
     tasks = [task for task in play.tasks.values() if isinstance(task, TrainTask | EvaluateTask)]
-    assert isinstance(tasks[0], TrainTask)
-    assert tasks[0].weights is tasks[0].step is None
+    assert isinstance(tasks[1], TrainTask)
+    assert tasks[1].weights is tasks[1].step is None
     later = [task for task in tasks if task.weights is not None]
     assert len(later) > 4
     assert all(task.step is not None and task.step.base != task.weights for task in later)
