@@ -232,6 +232,8 @@ class Coordinator:
         settings = self.settings
         if settings.seeds or settings.broker.mode == "external":
             seeds = [parse_address(seed) for seed in settings.seeds] or [("127.0.0.1", settings.broker.port)]
+            given = ",".join(settings.seeds) or f"127.0.0.1:{settings.broker.port}"
+            log.info("no broker is started: one is given %s", fields(broker=given))
             return None, _cycle(seeds)
         broker = await start_broker(settings.broker, settings.listen, self.folder)
         stack.push_async_callback(broker.stop)

@@ -145,7 +145,7 @@ class MqttBus(Bus):
         else:
             reason = str(error) or type(error).__name__
         if self._tried.get(place) != reason:
-            log.warning("not connected %s", fields(broker=place, reason=reason))
+            log.warning("not connected, trying again %s", fields(broker=place, reason=reason))
         self._tried[place] = reason
         while len(self._tried) > 8:
             del self._tried[next(iter(self._tried))]
