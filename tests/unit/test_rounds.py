@@ -288,10 +288,10 @@ def test_a_straggler_is_left_behind_after_a_while() -> None:
 DIED = ErrorInfo(code="engine_failed", message="died", retryable=True)
 
 
-def fails(play: Simulation, node_id: str) -> None:
-    """The node's engine dies of what it has now, and the node rests."""
+def fails(play: Simulation, node_id: str, error: ErrorInfo = DIED) -> None:
+    """What the node has now ends with an error, and the node rests."""
     (attempt_id,) = (attempt.attempt_id for attempt in play.job.attempts.values() if attempt.node_id == node_id)
-    play.record(AttemptEnded(at=play.now, attempt_id=attempt_id, reason="", error=DIED))
+    play.record(AttemptEnded(at=play.now, attempt_id=attempt_id, reason="", error=error))
     play.now = max(play.now, play.job.resting[node_id])
 
 
@@ -435,7 +435,7 @@ def test_a_job_for_which_no_node_has_the_memory_says_so() -> None:
     for _ in range(2):
         play.now += 10
         play.plan("a")
-        play.record(AttemptEnded(at=play.now, attempt_id=next(iter(play.job.attempts)), reason="", error=short))
+        fails(play, "a", short)
     with pytest.raises(OutOfMemory, match="no node can do this job: the GPU is full"):
         play.plan("a")
 
@@ -446,7 +446,7 @@ def test_a_node_that_had_the_memory_in_between_is_not_left_out() -> None:
     for _ in range(3):
         play.now += 10
         play.plan("a")
-        play.record(AttemptEnded(at=play.now, attempt_id=next(iter(play.job.attempts)), reason="", error=short))
+        fails(play, "a", short)
         play.now += 10
         play.plan("a")
         play.finish(next(iter(play.job.attempts)))
