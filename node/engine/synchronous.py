@@ -111,7 +111,7 @@ class Member:
     def save(self, weights_path: Path, optimizer_path: Path) -> None:
         """The checkpoint of the group. Raises InvalidModel where a weight is no number: the loss need not tell, where ReLU makes 0 of NaN."""
         for weight in self.model.trainable_weights:
-            if not np.isfinite(np.asarray(weight.value, np.float64 if weight.dtype == "bfloat16" else None)).all():
+            if not np.isfinite(np.asarray(weight.value)).all():
                 raise InvalidModel(
                     f"training diverged: weight '{weight.path}' is not finite any more; lower the learning rate, "
                     "or look for values in the data that are not finite"
