@@ -26,6 +26,10 @@ Kind = Literal["mosquitto", "embedded"]
 
 PACKET_LIMIT_BYTES = 2 * 2**20
 """Above the limit of a message, so that whoever exceeds that gets an answer and keeps the connection."""
+QUEUED_LIMIT_BYTES = 64 * 2**20
+"""What may wait for one client that does not read."""
+CONNECT_SECONDS = 10.0
+"""Whoever connects to the embedded broker says so within this time."""
 
 _START_SECONDS = 10.0
 _STOP_SECONDS = 2.0
@@ -40,7 +44,7 @@ persistence false
 max_packet_size {PACKET_LIMIT_BYTES}
 max_inflight_messages 100
 max_queued_messages 100000
-max_queued_bytes {64 * 2**20}
+max_queued_bytes {QUEUED_LIMIT_BYTES}
 sys_interval 0
 connection_messages false
 log_dest stderr

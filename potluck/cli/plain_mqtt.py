@@ -1,42 +1,68 @@
 """An inference over MQTT with nothing of potluck in it: `plain_mqtt.py HOST PORT CLUSTER MODEL < request.json`.
 
-Any MQTT library in any language does the same: subscribe to a topic of your own, publish the question with `id` and
-`reply_to`, and read the answer there.
+Any MQTT library in any language does the same: subscribe to a topic of your own, publish the question with `id` and `reply_to`,
+and wait there for the message with that `id`. Whatever else comes is not the answer: some brokers send what nobody asked for.
 """
 
 import json
+import queue
 import sys
-import threading
+import time
 import uuid
 
 from paho.mqtt import client as mqtt
 from paho.mqtt.enums import CallbackAPIVersion
 
+SECONDS = 30
+
 host, port, cluster, model = sys.argv[1:5]
 name = uuid.uuid4().hex
 inbox = f"potluck/v1/{cluster}/clients/{name}/inbox"
-answered = threading.Event()
-answers: list[bytes] = []
+question = {"type": "Infer", "id": uuid.uuid4().hex, "reply_to": inbox, **json.load(sys.stdin)}
+answers: queue.Queue[bytes] = queue.Queue()
 
 
-def on_message(client, userdata, message):  # type: ignore[no-untyped-def]
-    answers.append(message.payload)
-    answered.set()
+def on_connect(client, *_):  # type: ignore[no-untyped-def]
+    client.subscribe(inbox, qos=1)
 
 
-def on_subscribe(client, userdata, mid, codes, properties):  # type: ignore[no-untyped-def]
-    question = {"type": "Infer", "id": "1", "reply_to": inbox, **json.load(sys.stdin)}
+def on_subscribe(client, *_):  # type: ignore[no-untyped-def]
     client.publish(f"potluck/v1/{cluster}/models/{model}/infer", json.dumps(question), qos=1)
 
 
+def on_message(client, userdata, message):  # type: ignore[no-untyped-def]
+    if message.topic == inbox:
+        answers.put(message.payload)
+
+
+def is_answer(payload: bytes) -> bool:
+    """Whether it has our question's id, and is of a type that answers it: the answer comes in JSON, as the question did."""
+    try:
+        message = json.loads(payload)
+    except ValueError:
+        return False
+    return (
+        isinstance(message, dict)
+        and message.get("id") == question["id"]
+        and message.get("type") in ("Inferred", "RequestFailed")
+    )
+
+
 client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id=name, protocol=mqtt.MQTTv311)
-client.on_message = on_message
+client.on_connect = on_connect
 client.on_subscribe = on_subscribe
-client.on_connect = lambda client, *_: client.subscribe(inbox, qos=1)
+client.on_message = on_message
 client.connect(host, int(port))
 client.loop_start()
-if not answered.wait(30):
-    sys.exit(f"no answer from {host}:{port} within 30 s")
+deadline = time.monotonic() + SECONDS
+answer = b""
+while not is_answer(answer):
+    try:
+        answer = answers.get(timeout=max(0.0, deadline - time.monotonic()))
+    except queue.Empty:
+        sys.exit(f"no answer from {host}:{port} within {SECONDS} s")
 client.disconnect()
 client.loop_stop()
-sys.stdout.buffer.write(answers[0])
+sys.stdout.buffer.write(answer)
+if json.loads(answer)["type"] == "RequestFailed":
+    sys.exit(1)

@@ -14,7 +14,10 @@ from potluck.messages import INLINE_LIMIT_BYTES, AnyMessage
 
 TEXT = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"```json\n(.*?)```", TEXT, flags=re.DOTALL)
-EXAMPLES += re.findall(r"-m '(\{.*?\})'", TEXT, flags=re.DOTALL)
+EXAMPLES += [
+    example.replace("""'"$me"'""", "answers/me")
+    for example in re.findall(r"-m '(\{.*?\})'(?:\n|$)", TEXT, flags=re.DOTALL)
+]
 
 
 def check_fields(example: object, decoded: object) -> None:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+import potluck
 from potluck.client import Client
 from potluck.local_cluster import LocalCluster
 from support.digits import mlp, split, write_png_folder
+from support.documented import shortest_way
 
 pytestmark = [pytest.mark.tensorflow, pytest.mark.timeout(300)]
 
+PLAIN = Path(potluck.__file__).parent / "cli" / "plain_mqtt.py"
 EXAMPLE = Path(__file__).parents[2] / "examples" / "image_classification.py"
 
 
@@ -34,9 +39,43 @@ def test_everything_works_over_the_embedded_broker(tmp_path: Path) -> None:
         np.testing.assert_allclose(
             client.predict("mlp", data["x_test"]).wait(timeout=100).predictions, expected, rtol=1e-5, atol=1e-6
         )
+        ask_as_foreigners(cluster, data["x_test"][:1], expected[:1])
         cluster.coordinator.kill()
         cluster.restart_coordinator()
         assert [info.name for info in client.models()] == ["mlp"]
+
+
+def ask_as_foreigners(cluster: LocalCluster, row: Any, expected: Any) -> None:
+    """The plain client and mosquitto's own, while another client is subscribed to all that is retained and to telemetry.
+
+    amqtt by itself sends what is for that one to everybody who connects.
+    """
+    broker = ("-h", cluster.broker_host, "-p", str(cluster.broker_port))
+    watch = ("mosquitto_sub", *broker, "-t", f"potluck/v1/{cluster.cluster}/#", "-F", "%t")
+    with subprocess.Popen(watch, stdout=subprocess.PIPE, text=True) as watching:
+        try:
+            assert watching.stdout is not None
+            assert any("telemetry" in line for line in watching.stdout)
+            tensor = {"name": "x", "datatype": "FP32", "shape": list(row.shape), "data": row.ravel().tolist()}
+            address = [cluster.broker_host, str(cluster.broker_port), cluster.cluster, "mlp"]
+            for inputs, status in (([tensor], 0), ([tensor | {"shape": [1, 3]}], 1)):
+                asked = subprocess.run(
+                    [sys.executable, str(PLAIN), *address],
+                    input=json.dumps({"inputs": inputs}), capture_output=True, text=True, timeout=60, check=False,
+                )  # fmt: skip
+                assert asked.returncode == status, asked.stdout + asked.stderr
+                answer = json.loads(asked.stdout)
+                assert answer["type"] == ("RequestFailed" if status else "Inferred")
+                if not status:
+                    np.testing.assert_allclose([answer["outputs"][0]["data"]], expected, rtol=1e-4, atol=1e-6)
+            nodes, refused = shortest_way(cluster, "mlp")
+            assert [node["node_id"] for node in nodes["nodes"]] == ["node-1", "node-2"]
+            assert refused["error"]["code"] == "invalid_request", "the page's row has 4 numbers, the model takes 64"
+            modern = ("mosquitto_rr", *broker, "-V", "mqttv5", "-W", "10", "-t", "a", "-e", "b", "-m", "c")
+            asked = subprocess.run(modern, capture_output=True, text=True, timeout=20, check=False)
+            assert "protocol version" in (asked.stdout + asked.stderr).lower()
+        finally:
+            watching.terminate()
 
 
 def test_the_founding_example_runs_against_a_cluster_that_it_finds_itself(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from PIL import Image
 
 from potluck.client import Client
 from potluck.local_cluster import LocalCluster
+from support.documented import shortest_way
 from support.eventually import eventually_now
 from support.models import dense
 
@@ -54,6 +55,7 @@ class Served:
     """A cluster with the models deployed, and what they are."""
 
     def __init__(self, cluster: LocalCluster, client: Client, folder: Path) -> None:
+        self.cluster = cluster
         self.client = client
         self.root = f"potluck/v1/{cluster.cluster}"
         self.broker = ("-h", cluster.broker_host, "-p", str(cluster.broker_port))
@@ -218,6 +220,14 @@ def test_requests_in_every_dialect(served: Served) -> None:
 def points(served: Served, **more: str) -> str:
     tensor = {"name": served.input("points"), "datatype": "FP32", "shape": [2, 4], "data": ROWS.ravel().tolist()}
     return json.dumps({"type": "Infer", "inputs": [tensor], **more})
+
+
+@needs_mosquitto_clients
+def test_the_shortest_way_of_the_protocol_page_is_one(served: Served) -> None:
+    nodes, answer = shortest_way(served.cluster, "points")
+    assert [node["node_id"] for node in nodes["nodes"]] == ["node-1"]
+    expected = served.expected("points", np.float32([[5.1, 3.5, 1.4, 0.2]]))
+    np.testing.assert_allclose([answer["outputs"][0]["data"]], expected, rtol=1e-4, atol=1e-6)
 
 
 @needs_mosquitto_clients
