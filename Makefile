@@ -16,7 +16,7 @@ help:  ## Say what there is
 demo: $(VENV)/.demo  ## Start a broker, a coordinator and three nodes here, and let them do the main job
 	@$(BIN)/potluck demo
 
-test: $(VENV)/.dev packages  ## Run all tests; PYTEST="tests/unit -k rounds" runs a part
+test: packages $(VENV)/.dev  ## Run all tests; PYTEST="tests/unit -k rounds" runs a part
 	@$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile $(PYTEST)
 
 check: $(VENV)/.dev  ## Lint, format, types, and the rules of who imports whom
@@ -54,6 +54,6 @@ $(VENV)/.dev: $(VENV)/.demo
 	@$(INSTALL) --editable '.[$(EXTRAS),dev]'
 	@touch $@
 
-# What the tests use of the system. With root on Debian or Ubuntu it is installed; elsewhere we say what cannot run.
+# What the tests use of the system. With root on Debian or Ubuntu we say what is installed, then install it; elsewhere what cannot run.
 packages:
 	@sh tests/support/packages.sh

@@ -33,7 +33,7 @@ _GRACE = 1.5
 log = logging.getLogger(__name__)
 
 
-class _Reader(ReaderAdapter):
+class _Reader(ReaderAdapter):  # type: ignore[misc] # amqtt has no types
     """What a client sends: no packet over the limit, no silence over its keep-alive, and DISCONNECT before the end of the stream."""
 
     def __init__(self, stream: asyncio.StreamReader, begin: bytes, keepalive_seconds: int) -> None:
@@ -70,7 +70,7 @@ class _Reader(ReaderAdapter):
         self._stream.feed_eof()
 
 
-class _Writer(WriterAdapter):
+class _Writer(WriterAdapter):  # type: ignore[misc]
     """What a client gets. Nobody waits for one that does not read: it is cut off at the limit, and comes back for what is retained."""
 
     def __init__(self, stream: asyncio.StreamWriter) -> None:
@@ -97,7 +97,7 @@ class _Writer(WriterAdapter):
         self._stream.close()
 
 
-class _Broker(Broker):
+class _Broker(Broker):  # type: ignore[misc]
     """amqtt's broker, with retained messages for new subscriptions alone. Rests on private names of 0.12, which tests hold in place."""
 
     def __init__(self, config: dict[str, Any]) -> None:

@@ -55,7 +55,7 @@ from potluck.messages import (
     Train,
 )
 from potluck.topics import Topics
-from support.brokers import TestBroker
+from support.brokers import TestBroker, some_kind
 from support.eventually import eventually
 from support.fake_bus import FakeBroker, FakeBus
 from support.recordings import write_files
@@ -625,7 +625,7 @@ async def test_models_come_back_as_they_were_given(
 
 
 async def test_the_synchronous_client_on_a_real_broker(tmp_path: Path) -> None:
-    mosquitto = TestBroker("mosquitto", tmp_path)
+    mosquitto = TestBroker(some_kind(), tmp_path)
     await mosquitto.start()
     bus = MqttBus(mosquitto.address, Topics("home"), client_id="coordinator")
 
@@ -671,7 +671,7 @@ async def test_brokers_that_refuse_are_said_at_once(unused_tcp_port: int, monkey
 
 
 async def test_of_several_brokers_the_one_that_answers_is_taken(tmp_path: Path, unused_tcp_port: int) -> None:
-    mosquitto = TestBroker("mosquitto", tmp_path)
+    mosquitto = TestBroker(some_kind(), tmp_path)
     await mosquitto.start()
     try:
         bus = MqttBus(mosquitto.address, Topics("default"), client_id="coordinator")

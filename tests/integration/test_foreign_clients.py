@@ -19,6 +19,7 @@ from PIL import Image
 
 from potluck.client import Client
 from potluck.local_cluster import LocalCluster
+from support.brokers import mosquitto_or_skip
 from support.documented import shortest_way
 from support.eventually import eventually_now
 from support.models import dense
@@ -82,6 +83,7 @@ class Served:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    mosquitto_or_skip()
     folder = tmp_path_factory.mktemp("cluster")
     with LocalCluster(folder / "state", cluster="foreign", nodes=1, discovery=False, broker="mosquitto") as cluster:
         with Client(f"{cluster.broker_host}:{cluster.broker_port}", cluster=cluster.cluster) as client:

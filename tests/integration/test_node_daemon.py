@@ -38,7 +38,7 @@ from potluck.messages import (
     TrainResult,
     WithdrawLease,
 )
-from support.brokers import TestBroker
+from support.brokers import TestBroker, some_kind
 from support.eventually import eventually
 from support.node_lab import TOPICS, Lab, NodeProcess, node_lab
 
@@ -191,7 +191,7 @@ async def test_started_before_everything_it_waits_and_follows_the_broker(lab: La
         birth = await lab.heard(NodeStatus, lambda one: one.state == "online", seconds=15)
         assert await discovery.wait_for(lambda one: one.role == "node" and one.id == "n1", 10)
 
-        elsewhere = TestBroker("mosquitto", tmp_path / "elsewhere")
+        elsewhere = TestBroker(some_kind(), tmp_path / "elsewhere")
         (tmp_path / "elsewhere").mkdir()
         await elsewhere.start()
         again = MqttBus(elsewhere.address, TOPICS, client_id="elsewhere")

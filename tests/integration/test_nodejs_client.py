@@ -15,6 +15,7 @@ import pytest
 
 from potluck.client import Client
 from potluck.local_cluster import LocalCluster
+from support.brokers import mosquitto_or_skip
 from support.models import dense
 
 FOLDER = Path(__file__).with_name("nodejs")
@@ -46,7 +47,7 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
-    # mosquitto, since the embedded broker speaks no MQTT 5.
+    mosquitto_or_skip()  # the embedded broker speaks no MQTT 5
     folder = tmp_path_factory.mktemp("cluster")
     with LocalCluster(folder, cluster=CLUSTER, nodes=2, discovery=False, broker="mosquitto") as running:
         yield running

@@ -7,10 +7,23 @@ import signal
 from pathlib import Path
 from typing import Literal
 
-from potluck.broker import Broker, start_broker
+import pytest
+
+from potluck.broker import Broker, find_mosquitto, start_broker
 from potluck.settings import BrokerSettings, Listen
 
 BrokerKind = Literal["mosquitto", "embedded"]
+
+
+def some_kind() -> BrokerKind:
+    """For tests to which any real broker will do."""
+    return "mosquitto" if find_mosquitto() else "embedded"
+
+
+def mosquitto_or_skip() -> None:
+    """For tests that need mosquitto itself. `make test` installs it where it may, and says which tests are skipped where not."""
+    if find_mosquitto() is None:
+        pytest.skip("mosquitto is not installed (apt install mosquitto): what needs it was not run")
 
 
 class TestBroker:
@@ -25,6 +38,8 @@ class TestBroker:
         self._broker: Broker | None = None
 
     async def start(self) -> None:
+        if self.kind == "mosquitto":
+            mosquitto_or_skip()
         self._broker = await start_broker(BrokerSettings(mode=self.kind, port=self.port), Listen(), self._folder)
         self.port = self._broker.port
 

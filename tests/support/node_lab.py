@@ -38,7 +38,7 @@ from potluck.messages import (
 from potluck.network import bind
 from potluck.settings import BusTimings, Listen
 from potluck.topics import Topics
-from support.brokers import TestBroker
+from support.brokers import BrokerKind, TestBroker, some_kind
 from support.eventually import eventually
 
 CLUSTER = "lab"
@@ -203,9 +203,9 @@ class Lab:
 
 
 @asynccontextmanager
-async def node_lab(folder: Path, kind: Any = "mosquitto") -> AsyncIterator[Lab]:
+async def node_lab(folder: Path, kind: BrokerKind | None = None) -> AsyncIterator[Lab]:
     """A broker and a coordinator's place on it; nodes that are left at the end are stopped."""
-    broker = TestBroker(kind, folder)
+    broker = TestBroker(kind or some_kind(), folder)
     await broker.start()
     timings = BusTimings(reconnect_min_seconds=0.05, reconnect_max_seconds=0.2)
     bus = MqttBus(broker.address, TOPICS, client_id=f"lab-{uuid.uuid4().hex[:6]}", timings=timings)

@@ -18,6 +18,7 @@ from potluck import broker
 from potluck.broker import find_mosquitto, start_broker
 from potluck.errors import InvalidSettings, Unavailable
 from potluck.settings import BrokerSettings, Listen
+from support.brokers import mosquitto_or_skip
 from support.eventually import eventually
 from support.processes import still_running
 
@@ -26,6 +27,8 @@ KINDS = ["mosquitto", "embedded"]
 
 @pytest.fixture(params=KINDS)
 def kind(request: pytest.FixtureRequest) -> Any:
+    if request.param == "mosquitto":
+        mosquitto_or_skip()
     return request.param
 
 
@@ -101,6 +104,7 @@ asyncio.run(main())
 
 
 async def test_a_taken_port_is_an_error_or_in_auto_mode_a_free_one(tmp_path: Path) -> None:
+    mosquitto_or_skip()
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
@@ -116,6 +120,7 @@ async def test_a_taken_port_is_an_error_or_in_auto_mode_a_free_one(tmp_path: Pat
 async def test_auto_prefers_mosquitto_then_the_embedded_one_then_names_the_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    mosquitto_or_skip()
     monkeypatch.setenv("PATH", "/nowhere")
     assert find_mosquitto() in ("/usr/sbin/mosquitto", "/usr/local/sbin/mosquitto")
     assert broker._choose("auto") == "mosquitto"
@@ -132,6 +137,7 @@ async def test_auto_prefers_mosquitto_then_the_embedded_one_then_names_the_packa
 
 
 async def test_a_broker_that_dies_at_its_start_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mosquitto_or_skip()
     monkeypatch.setattr(broker, "_MOSQUITTO_CONF", "listener {port} {host}\nnonsense true\n")
     with pytest.raises(Unavailable, match="nonsense"):
         await start_broker(BrokerSettings(mode="mosquitto", port=0), Listen(), tmp_path)
