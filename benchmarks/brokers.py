@@ -35,6 +35,7 @@ V311 = aiomqtt.ProtocolVersion.V311
 NODES = 5
 TELEMETRY_SECONDS = 0.5
 ANSWER_BYTES = 20_000
+ANSWER_SECONDS = 10
 MEMORY_LOOKS = 60
 
 
@@ -148,21 +149,24 @@ async def coordinator(port: int, stop: asyncio.Event) -> None:
                 await bus.publish(message.payload.decode(), bytes(ANSWER_BYTES), qos=1)
 
 
-async def clients(port: int, stop: asyncio.Event) -> int:
-    """One after the other, each with an inbox of its own; returns how many there were."""
-    count = 0
+async def clients(port: int, stop: asyncio.Event) -> tuple[int, int]:
+    """One after the other, each with an inbox of its own; (how many got their answer, how many did not within ANSWER_SECONDS)."""
+    answered = failed = 0
     while not stop.is_set():
         inbox = f"clients/{uuid.uuid4().hex}/inbox"
-        async with client(port) as asking, asyncio.timeout(30):
-            await asking.subscribe([("coordinator/status", 1), (inbox, 1)])
-            await asking.publish("ask", inbox.encode(), qos=1)
-            async for message in asking.messages:
-                if message.topic.value == inbox:
-                    break
-        count += 1
+        try:
+            async with asyncio.timeout(ANSWER_SECONDS), client(port) as asking:
+                await asking.subscribe([("coordinator/status", 1), (inbox, 1)])
+                await asking.publish("ask", inbox.encode(), qos=1)
+                async for message in asking.messages:
+                    if message.topic.value == inbox:
+                        break
+            answered += 1
+        except (TimeoutError, aiomqtt.MqttError):
+            failed += 1
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(stop.wait(), 0.1)
-    return count
+    return answered, failed
 
 
 async def memory(port: int, process: psutil.Process, minutes: float) -> dict[str, Any]:
@@ -179,10 +183,12 @@ async def memory(port: int, process: psutil.Process, minutes: float) -> dict[str
             looks.append(round(process.memory_info().rss / 2**20, 1))
         stop.set()
     used = process.cpu_times()
+    answered, failed = asking.result()
     return {
         "minutes": minutes,
-        "clients": asking.result(),
-        "messages": sum(task.result() for task in nodes) + 2 * asking.result(),
+        "clients": answered,
+        "unanswered": failed,
+        "messages": sum(task.result() for task in nodes) + 2 * answered,
         "resident_mib": looks[MEMORY_LOOKS // 10 :: MEMORY_LOOKS // 10],
         "growth": round(looks[-1] / looks[MEMORY_LOOKS // 10], 3),
         "cores": round((used.user + used.system - busy.user - busy.system) / (minutes * 60), 4),
@@ -194,7 +200,17 @@ async def measure(arguments: argparse.Namespace, report: Report) -> None:
     scripts: dict[str, str | None] = {"mosquitto": None, "embedded": None, **others}
     only = arguments.only or list(scripts)
     minutes = 0.05 if arguments.quick else arguments.minutes
-    report.columns = ("broker", "echo ms", "echoes/s", "minutes", "messages", "clients", "MiB after 1/10", "MiB at end")
+    report.columns = (
+        "broker",
+        "echo ms",
+        "echoes/s",
+        "minutes",
+        "messages",
+        "clients",
+        "unanswered",
+        "MiB after 1/10",
+        "MiB at end",
+    )
 
     async def one(name: str) -> None:
         with tempfile.TemporaryDirectory(prefix="potluck-bench-") as folder:
@@ -214,10 +230,11 @@ async def measure(arguments: argparse.Namespace, report: Report) -> None:
         resident = found["resident_mib"]
         report.rows.append((
             name, f"{found['echo_ms']:.2f}", str(found["echoes_per_second"]), f"{found['minutes']:g}", str(found["messages"]),
-            str(found["clients"]), f"{resident[0]:.0f}", f"{resident[-1]:.0f}",
+            str(found["clients"]), str(found["unanswered"]), f"{resident[0]:.0f}", f"{resident[-1]:.0f}",
         ))  # fmt: skip
     report.figures = figures
     if "embedded" in figures:
+        report.check("embedded_unanswered", figures["embedded"]["unanswered"], at_most=0)
         report.check("embedded_memory_growth", figures["embedded"]["growth"], at_most=1.1)
     if {"embedded", "mosquitto"} <= figures.keys():
         ratio = figures["embedded"]["echoes_per_second"] / figures["mosquitto"]["echoes_per_second"]
