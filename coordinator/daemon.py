@@ -51,6 +51,7 @@ STATUS_SECONDS = 5.0
 """How often the retained status is said again."""
 RETAINED_SECONDS = 0.3
 """A retained message follows its subscription at once; so long we wait for one of another coordinator."""
+BROKER_CHECK_SECONDS = 1.0
 UPLOAD_LIMIT_BYTES = 16 * 2**30
 
 
@@ -86,7 +87,9 @@ class Coordinator:
             downloader = await stack.enter_async_context(Downloader(store))
 
             offline = CoordinatorStatus(session=self.session, epoch=journal.epoch, state="offline")
-            online = CoordinatorStatus(session=self.session, epoch=journal.epoch, state="online", http=urls)
+            online = CoordinatorStatus(
+                session=self.session, epoch=journal.epoch, state="online", http=urls, software=lifecycle.software()
+            )
             status_topic = self.topics.coordinator_status
             bus = MqttBus(
                 addresses,
@@ -188,6 +191,7 @@ class Coordinator:
                         ("status", self._say_again(online)),
                     )
                 ]
+                running.append(tasks.create_task(lifecycle.report(lambda: self._standing(bus)), name="report"))
                 if broker is not None:
                     running.append(tasks.create_task(_watch(broker), name="broker watch"))
                 shelf = Shelf(store, downloader, urls, settings.http_body_limit_bytes)
@@ -197,6 +201,10 @@ class Coordinator:
                 ]
                 async with serve_http(sock, routes, (in_words,)), AsyncExitStack() as advertisement:
                     await self._join(bus)
+                    if broker is not None:
+                        running.append(
+                            tasks.create_task(_need_answers(bus, self._patience_seconds), name="broker answers")
+                        )
                     await self._advertise(advertisement, port, broker)
                     broker_at = f"{broker.host}:{broker.port}" if broker else "external"
                     log.info(
@@ -215,9 +223,14 @@ class Coordinator:
                 for task in running:
                     task.cancel()
 
+    @property
+    def _patience_seconds(self) -> float:
+        """How long a broker may take to let us in."""
+        return self.settings.bus.connect_timeout_seconds * 4
+
     async def _join(self, bus: MqttBus) -> None:
         """Return once we are announced. Raises Unavailable without a bus, Conflict when it has a coordinator that stays."""
-        limit_seconds = self.settings.bus.connect_timeout_seconds * 4
+        limit_seconds = self._patience_seconds
         await bus.connected(limit_seconds)
         try:
             async with asyncio.timeout(limit_seconds):
@@ -323,6 +336,16 @@ class Coordinator:
                     self._copies.node_joined(change.node_id)
                     self._serving.node_joined(change.node_id)
 
+    def _standing(self, bus: MqttBus) -> tuple[str, str]:
+        """How this coordinator is placed, for systemd; and for whom."""
+        cluster = f"cluster {self.settings.cluster}"
+        if trouble := bus.trouble():
+            return f"{cluster} is not served: {trouble}", ""
+        if not self._announced.is_set():
+            return f"{cluster} is not served yet", ""
+        rival = "" if self._rival is None else "; another coordinator is on this bus: stop one"
+        return f"{cluster} is served", f"; {len(self._membership.online())} nodes{rival}"
+
     async def _say_again(self, online: CoordinatorStatus) -> None:
         """Whatever was put on our topic meanwhile, by a tool that clears what is retained or a will that came late."""
         while True:
@@ -361,6 +384,18 @@ class Coordinator:
 async def _watch(broker: Broker) -> None:
     await broker.wait()
     raise Unavailable("the broker process ended: the coordinator stops, so that its supervisor starts both again")
+
+
+async def _need_answers(bus: MqttBus, limit_seconds: float) -> None:
+    """Raises Unavailable when our broker lives but does not let us in for so long: it was stopped, or it hangs."""
+    while True:
+        try:
+            await bus.connected(limit_seconds)
+        except Unavailable as error:
+            raise Unavailable(
+                f"the broker process does not answer: {error.message}; the coordinator stops, so that its supervisor starts both again"
+            ) from error
+        await asyncio.sleep(BROKER_CHECK_SECONDS)
 
 
 def _cycle(addresses: list[tuple[str, int]]) -> Addresses:

@@ -6,6 +6,7 @@ and `offline` after the whole, or at once by its will.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -25,6 +26,8 @@ class Member:
     collective: str = ""
     capacity: Capacity = _UNKNOWN
     data: tuple[NodeData, ...] = ()
+    data_missing: Mapping[str, str] = field(default_factory=dict)
+    software: Mapping[str, str] = field(default_factory=dict)
     telemetry: NodeTelemetry | None = None
 
 
@@ -86,31 +89,31 @@ class Membership:
                 del self._at[url]
         self._at.update(dict.fromkeys(status.http, status.node_id))
         if known is not None and known.session == status.session and known.state == "online":
-            self.members[status.node_id] = replace(known, http=status.http, collective=status.collective, seen_at=now)
+            self.members[status.node_id] = replace(
+                known, http=status.http, collective=status.collective, software=status.software, seen_at=now
+            )
             return []
         if known is not None and known.session != status.session and known.state != "offline":
             changes.append(NodeLost(status.node_id, "it was started again"))
-        capacity, data = (known.capacity, known.data) if known else (_UNKNOWN, ())
-        self.members[status.node_id] = Member(
-            status.node_id,
-            status.session,
-            "online",
-            now,
+        known = known or Member(status.node_id, "", "offline", 0.0)  # of which capacity and data stay
+        self.members[status.node_id] = replace(
+            known,
+            session=status.session,
+            state="online",
+            seen_at=now,
             http=status.http,
             collective=status.collective,
-            capacity=capacity,
-            data=data,
+            software=status.software,
+            telemetry=None,
         )
         return [*changes, NodeJoined(status.node_id)]
 
     def on_capacity(self, message: NodeCapacity) -> list[Change]:
-        known = self.members.get(message.node_id)
-        if known is not None:
-            self.members[message.node_id] = replace(known, capacity=message.capacity, data=message.data)
-        else:  # retained capacity may arrive before the birth
-            self.members[message.node_id] = Member(
-                message.node_id, "", "offline", 0.0, capacity=message.capacity, data=message.data
-            )
+        # Retained capacity may arrive before the birth.
+        known = self.members.get(message.node_id) or Member(message.node_id, "", "offline", 0.0)
+        self.members[message.node_id] = replace(
+            known, capacity=message.capacity, data=message.data, data_missing=message.data_missing
+        )
         return []
 
     def on_telemetry(self, telemetry: NodeTelemetry, now: float) -> list[Change]:
@@ -161,4 +164,6 @@ def _info(member: Member) -> NodeInfo:
         replicas=telemetry.replicas if telemetry else (),
         data=member.data,
         gives_way=telemetry is not None and telemetry.gives_way,
+        software=dict(member.software),
+        data_missing=dict(member.data_missing),
     )

@@ -69,7 +69,7 @@ async def measure(kept_in: Path, threads: int = 0) -> float:
         return known
     try:
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "node.benchmark", stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+            sys.executable, "-P", "-m", "node.benchmark", stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
             env=os.environ | dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(threads)),
             preexec_fn=die_with_parent(),
         )  # fmt: skip

@@ -57,6 +57,8 @@ log = logging.getLogger(__name__)
 
 IDLE_CHECK_SECONDS = 5.0
 PAUSE_CHECK_SECONDS = 0.25
+DATA_RETRIES_SLOW_DOWN = 20
+"""Reading a large data set that is no good takes as long each time."""
 
 
 class Node:
@@ -79,6 +81,8 @@ class Node:
         self._gave_way = False
         self._said_gpus_idle = False
         self._conflict: Conflict | None = None
+        self._coordinated = False
+        """Whether a coordinator is there, as the broker of now has it."""
 
     async def run(self, stop: asyncio.Event) -> None:
         """Join the cluster as soon as there is one, and work for it until `stop`."""
@@ -147,6 +151,7 @@ class Node:
                     "giving way": self._pause_and_resume(),
                     "measure": self._presence.measure(self._bus, self.folder / "speed"),
                     "data": self._pack(own_data),
+                    "report": lifecycle.report(lambda: self._standing(own_data)),
                 }
                 if discovery is not None:
                     parts["advertise"] = self._presence.advertise(discovery)
@@ -155,7 +160,7 @@ class Node:
                 async with serve_http(sock, [*routes, *inputs.routes(self._replicas.no_inputs)]):
                     http = self._presence.urls[0]
                     log.info("node started %s", fields(node=self.node_id, cluster=settings.cluster, http=http))
-                    lifecycle.notify(f"READY=1\nSTATUS=node {self.node_id} looks for cluster {settings.cluster}")
+                    lifecycle.notify("READY=1")
                     await stop.wait()
                     lifecycle.notify("STOPPING=1")
                     log.info("node stopping %s", fields(node=self.node_id))
@@ -187,7 +192,7 @@ class Node:
         following = broker_addresses(self.settings, discovery)
 
         async def addresses() -> tuple[str, int]:
-            self._presence.joined = False  # asked for when there is no connection any more
+            self._presence.joined = self._coordinated = False  # asked for when there is no connection any more
             self._assignments.on_disconnected()
             return await following()
 
@@ -198,11 +203,25 @@ class Node:
         # A coordinator may have waited for these.
         self._perform_all([*self._assignments.on_renewal_due(), *self._assignments.on_resend_due()])
 
+    def _standing(self, own_data: OwnData) -> tuple[str, str]:
+        """How this node is placed, for systemd; and what is wrong with its data."""
+        where = f"node {self.node_id}: "
+        if self._presence.joined:
+            where += f"in cluster {self.settings.cluster}" + ("" if self._coordinated else ", which has no coordinator")
+        elif self._presence.births:
+            where += f"no connection to the broker of cluster {self.settings.cluster}, trying again"
+        else:
+            where += f"looking for cluster {self.settings.cluster}"
+        return where, "".join(f"; data {name} not available: {why}" for name, why in own_data.missing.items())
+
     # --- commands ---------------------------------------------------------------------------------------------------------
 
     def _on_coordinator(self, envelope: Envelope) -> None:
         status = envelope.message
-        if not isinstance(status, CoordinatorStatus) or self._assignments.accepts(status.epoch):
+        if not isinstance(status, CoordinatorStatus):
+            return
+        self._coordinated = status.state == "online"
+        if self._assignments.accepts(status.epoch):
             return
         if status.state == "online":
             seen = fields(epoch=status.epoch, seen=self._assignments.epoch)
@@ -248,7 +267,7 @@ class Node:
             case Prefetch(lease):
                 self._executor.prefetch(lease)
             case Run(lease):
-                log.info("shard begun %s", fields(job=lease.job_id, shard=lease.shard_id, attempt=lease.attempt_id))
+                log.debug("shard begun %s", fields(job=lease.job_id, shard=lease.shard_id, attempt=lease.attempt_id))
                 self._executor.start(lease)
             case Stop(attempt_id):
                 self._executor.stop(attempt_id)
@@ -325,13 +344,24 @@ class Node:
             self._executor.give_way(self._gave_way)
 
     async def _pack(self, own_data: OwnData) -> None:
-        """Make the data that live here ready for training; each is announced as soon as it is."""
-        for name in own_data.names:
-            if await asyncio.to_thread(own_data.pack, name):
-                await self._presence.announce(self._bus, own_data.announced)
+        """Make the data that live here ready for training; each is announced as soon as it is.
+
+        What cannot be had is tried again: a disk is mounted late, rights are given, a file is put right.
+        """
+        pause = first = self.settings.data_retry_seconds
+        waiting = own_data.names
+        while waiting:
+            for name in waiting:
+                before = own_data.missing
+                if await asyncio.to_thread(own_data.pack, name) or own_data.missing != before:
+                    await self._presence.announce(self._bus, own_data.announced, own_data.missing)
+            waiting = tuple(own_data.missing)
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, DATA_RETRIES_SLOW_DOWN * first)
 
     def _on_engine_start(self, info: EngineInfo) -> None:
-        """Whoever has a GPU wants it to work, and TensorFlow says nothing where it cannot take it."""
+        self._presence.engine_runs(self._outbox, info.runtimes)
+        # Whoever has a GPU wants it to work, and TensorFlow says nothing where it cannot take it.
         gpus = [gpu.name for gpu in self._presence.capacity.gpus]
         hidden = "CUDA_VISIBLE_DEVICES" in os.environ  # then what TensorFlow sees was chosen
         if gpus and not info.gpus and not hidden and not self._said_gpus_idle and "tensorflow" in info.runtimes:

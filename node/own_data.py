@@ -9,9 +9,9 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from potluck import codec
+from potluck import codec, lifecycle
 from potluck.blobs.store import BlobStore
-from potluck.errors import InvalidRequest, PotluckError, Unavailable
+from potluck.errors import InvalidData, InvalidRequest, PotluckError, Unavailable
 from potluck.logs import fields
 from potluck.messages import AnyTask, Dataset, DataSlice, EvaluateTask, NodeData, TrainTask
 from potluck.settings import NodeDataSettings
@@ -21,6 +21,12 @@ log = logging.getLogger(__name__)
 NO_LIMIT = 1 << 62
 ANNOUNCED_LIMIT_BYTES = 128 * 1024
 """What others may know of the data must fit into one message, beside this node's capacity."""
+REASON_LIMIT = 300
+_HIDDEN = {
+    "ProtectHome": ("/home", "/root", "/run/user"),
+    "PrivateTmp": ("/tmp", "/var/tmp"),  # noqa: S108 - compared, not written to
+}
+"""Settings of our units, and the folders that each hides (systemd.exec(5))."""
 
 
 class OwnData:
@@ -34,6 +40,7 @@ class OwnData:
             name: NodeDataSettings(path=given) if isinstance(given, str) else given for name, given in settings.items()
         }
         self._packed: dict[str, Dataset] = {}
+        self._missing: dict[str, str] = {}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -46,30 +53,51 @@ class OwnData:
             NodeData(name=name, format=data.format, count=data.count) for name, data in sorted(self._packed.items())
         )
 
+    @property
+    def missing(self) -> Mapping[str, str]:
+        """Why data that were tried are not available, by name."""
+        return self._missing
+
     def pack(self, name: str) -> bool:
-        """Make a data set ready; False, and a line in the log, where that fails. Blocks: for a thread."""
+        """Make a data set ready; False where that fails, and a line in the log when the reason is new. Blocks: for a thread.
+
+        Whatever is wrong with somebody's files, the node goes on without them.
+        """
+        given = self._settings[name]
+        try:
+            path = Path(given.path).expanduser()
+            self._add(name, path, given)
+        except PotluckError as error:
+            reason = error.message
+        except OSError as error:
+            reason = f"{error.filename or given.path} cannot be read: {error.strerror or error}"
+        except Exception as error:  # noqa: BLE001 - of one of the libraries that read files
+            reason = f"{given.path} cannot be read: {type(error).__name__}: {error}"
+        else:
+            self._missing = {other: why for other, why in self._missing.items() if other != name}
+            return True
+        reason = f"{reason[:REASON_LIMIT]}{_hidden(given.path)}"
+        if self._missing.get(name) != reason:
+            log.error("data not available, trying again %s", fields(data=name, path=given.path, reason=reason))
+        self._missing = {**self._missing, name: reason}
+        return False
+
+    def _add(self, name: str, path: Path, given: NodeDataSettings) -> None:
         # Here: it reads images and tables, which most nodes do not need.
         from potluck.data.folders import parts_as_classes
         from potluck.data.pack import pack
 
-        given = self._settings[name]
-        path = Path(given.path).expanduser()
-        try:
-            data = pack(path, name, self._store, target=given.target, sample_weight=given.sample_weight)
-        except PotluckError as error:
-            log.error("data not available %s", fields(data=name, path=path, reason=error.message))
-            return False
+        data = pack(path, name, self._store, target=given.target, sample_weight=given.sample_weight)
         packed = {**self._packed, name: data}
         size = len(codec.pack([data.format for data in packed.values()]))
         if size > ANNOUNCED_LIMIT_BYTES:
-            reason = f"with it, the names of classes take {size} bytes, and {ANNOUNCED_LIMIT_BYTES} can be announced"
-            log.error("data not available %s", fields(data=name, path=path, reason=reason))
-            return False
+            raise InvalidData(
+                f"with it, the names of classes take {size} bytes, and {ANNOUNCED_LIMIT_BYTES} can be announced"
+            )
         self._packed = packed
         if remark := parts_as_classes(data.format.classes):
             log.warning("data may be a folder too far up %s", fields(data=name, path=path, remark=remark))
         log.info("data ready %s", fields(data=name, items=data.count, skipped=len(data.skipped)))
-        return True
 
     def filled_in(self, task: AnyTask) -> tuple[AnyTask, dict[str, Path]]:
         """A task about data of this node with its shards, and their files; any other task as it is.
@@ -109,3 +137,16 @@ class OwnData:
                 f"a node that holds {name!r} trains on it with noise_multiplier={least:g} or more only, and {asked} "
                 "(least_noise_multiplier in its configuration)"
             )
+
+
+def _hidden(path: str) -> str:
+    """A hint where a path lies in what our systemd unit hides from us."""
+    if lifecycle.is_service():
+        for setting, folders in _HIDDEN.items():
+            for folder in folders:
+                if Path(path).is_relative_to(folder):
+                    return (
+                        f"; the service does not see what is in {folder} ({setting}): keep the data elsewhere, as in /srv, or "
+                        'let it see that one folder (docs/install.md, "Data of a node")'
+                    )
+    return ""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
 
 from msgspec.structs import replace
 
 from node import capacity as capacities
-from potluck import lifecycle
+from potluck import __version__, lifecycle
 from potluck.bus import Bus, Envelope
 from potluck.discovery import Discovery, Service
 from potluck.errors import Conflict, PotluckError, Unavailable
@@ -40,14 +40,17 @@ class Presence:
         self._port = port
         self._capacity = capacities.read()
         self._data: tuple[NodeData, ...] = ()
+        self._data_missing: dict[str, str] = {}
         self._rivals: set[str] = set()
         self._before: dict[str, str] = {}
         """Sessions that this id had when we came, and where they were: ours from before, unless one is heard of again."""
         self.urls = base_urls(settings.listen.host, port)
         """Where this node's blobs are to be had now: a machine's addresses come and go."""
         self.status_topic = topics.node(node_id, "status")
+        self._capacity_topic = topics.node(node_id, "capacity")
         self.collective = collective
         self.joined = False
+        self.births = 0
 
     @property
     def capacity(self) -> Capacity:
@@ -55,9 +58,16 @@ class Presence:
 
     def status(self, state: Literal["online", "offline"]) -> NodeStatus:
         """A birth, or a goodbye (also the will)."""
-        urls = self.urls if state == "online" else ()
-        collective = self.collective if state == "online" else ""
-        return NodeStatus(node_id=self._node_id, session=self._session, state=state, http=urls, collective=collective)
+        if state == "offline":
+            return NodeStatus(node_id=self._node_id, session=self._session, state=state)
+        return NodeStatus(
+            node_id=self._node_id,
+            session=self._session,
+            state=state,
+            http=self.urls,
+            collective=self.collective,
+            software=lifecycle.software() | self._capacity.runtimes,
+        )
 
     def watch(self, bus: Bus, outbox: Outbox, give_up: Callable[[Conflict], None]) -> None:
         """Keep our retained birth in place: the will of an earlier session may come after it, and would hide us.
@@ -101,9 +111,9 @@ class Presence:
         self.urls = base_urls(self._settings.listen.host, self._port)
         await bus.publish(self.status_topic, self.status("online"), retain=True)
         self.joined = True
+        self.births += 1
         await self._publish_capacity(bus)
         log.info("node joined %s", fields(node=self._node_id, cluster=self._settings.cluster))
-        lifecycle.notify(f"STATUS=node {self._node_id} is in cluster {self._settings.cluster}")
 
     async def goodbye(self, bus: Bus, outbox: Outbox) -> None:
         """Send what waits in `outbox`, and that we are gone; for GOODBYE_SECONDS at most, and only where somebody listens."""
@@ -124,9 +134,20 @@ class Presence:
         log.info("speed known %s", fields(node=self._node_id, gflops=gflops))
         await self._tell_capacity(bus)
 
-    async def announce(self, bus: Bus, data: tuple[NodeData, ...]) -> None:
-        """Say which data sets live here."""
-        self._data = data
+    def engine_runs(self, outbox: Outbox, runtimes: Mapping[str, str]) -> None:
+        """Take note of the versions that an engine says it runs: others than when we started, where packages were upgraded since."""
+        if (engine := runtimes.get("potluck", __version__)) != __version__:
+            log.warning("engine of another version: restart this node %s", fields(engine=engine, node=__version__))
+        known = self._capacity.runtimes
+        if (found := {name: runtimes.get(name, version) for name, version in known.items()}) != known:
+            self._capacity = replace(self._capacity, runtimes=found)
+            if self.joined:
+                outbox.publish(self.status_topic, self.status("online"), retain=True)
+                outbox.publish(self._capacity_topic, self._capacity_message(), retain=True)
+
+    async def announce(self, bus: Bus, data: tuple[NodeData, ...], missing: Mapping[str, str]) -> None:
+        """Say which data sets live here, and which should but cannot be had."""
+        self._data, self._data_missing = data, dict(missing)
         await self._tell_capacity(bus)
 
     async def telemetry(
@@ -173,5 +194,9 @@ class Presence:
                 log.debug("capacity not published yet %s", fields(reason=error.message))
 
     async def _publish_capacity(self, bus: Bus) -> None:
-        message = NodeCapacity(node_id=self._node_id, capacity=self._capacity, data=self._data)
-        await bus.publish(self._topics.node(self._node_id, "capacity"), message, retain=True)
+        await bus.publish(self._capacity_topic, self._capacity_message(), retain=True)
+
+    def _capacity_message(self) -> NodeCapacity:
+        return NodeCapacity(
+            node_id=self._node_id, capacity=self._capacity, data=self._data, data_missing=self._data_missing
+        )

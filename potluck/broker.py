@@ -15,7 +15,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any, Literal
 
-from potluck.errors import InvalidSettings, PotluckError, Unavailable
+from potluck.errors import CannotListen, InvalidSettings, PotluckError, Unavailable
 from potluck.lifecycle import die_with_parent
 from potluck.logs import fields
 from potluck.settings import BrokerSettings, Listen
@@ -112,14 +112,14 @@ async def start_broker(settings: BrokerSettings, listen: Listen, state_dir: Path
     """Start a broker on `listen.host` and `settings.port` (0: a free one), and return once it listens.
 
     In mode `auto` a port that is taken is replaced by a free one. Raises Unavailable when there is no broker to start, naming
-    the package to install, and InvalidSettings for a port that is taken or a mode that starts none.
+    the package to install, CannotListen for a port that is taken, and InvalidSettings for a mode that starts none.
     """
     kind = _choose(settings.mode)
     port = settings.port
     _free_port(listen.host)  # is the address ours at all?
     if port and _taken(listen.host, port):
         if settings.mode != "auto":
-            raise InvalidSettings(
+            raise CannotListen(
                 f"port {port} on {listen.host} is taken: set broker.port to another (0: a free one), "
                 "or name the broker that runs there as a seed"
             )
@@ -170,7 +170,7 @@ def find_mosquitto() -> str | None:
 
 async def _spawn(kind: Kind, host: str, port: int, state_dir: Path) -> asyncio.subprocess.Process:
     if kind == "embedded":
-        return await _execute(sys.executable, "-m", "potluck.broker_embedded", host, str(port))
+        return await _execute(sys.executable, "-P", "-m", "potluck.broker_embedded", host, str(port))
     binary = find_mosquitto()
     assert binary is not None
     text = _MOSQUITTO_CONF.format(host=host, port=port)
@@ -228,7 +228,7 @@ def _free_port(host: str) -> int:
         try:
             sock.bind((host, 0))
         except OSError as error:
-            raise InvalidSettings(f"the broker cannot listen on {host}: {error.strerror or error}") from error
+            raise CannotListen(f"the broker cannot listen on {host}: {error.strerror or error}") from error
         port: int = sock.getsockname()[1]
         return port
 

@@ -75,6 +75,12 @@ class InvalidSettings(PotluckError):
     exit_code = 2
 
 
+class CannotListen(InvalidSettings):
+    """An address that is not this machine's, or a port that is taken: now. A network may come up late, a program may end."""
+
+    exit_code = 5
+
+
 class NotFound(PotluckError):
     """A job, model, data set, deployment, node or blob that does not exist."""
 
@@ -162,9 +168,20 @@ def _all_errors(base: type[PotluckError]) -> list[type[PotluckError]]:
     return [base, *(found for sub in base.__subclasses__() for found in _all_errors(sub))]
 
 
-BY_CODE: dict[str, type[PotluckError]] = {error.code: error for error in _all_errors(PotluckError)}
+BY_CODE: dict[str, type[PotluckError]] = {error.code: error for error in reversed(_all_errors(PotluckError))}
 
 
 def from_code(code: str, message: str, retry_after_seconds: float | None = None) -> PotluckError:
     """The exception for an error received on the wire; an unknown code gives the base class."""
     return BY_CODE.get(code, PotluckError)(message, retry_after_seconds=retry_after_seconds)
+
+
+def expected(error: BaseException) -> PotluckError | None:
+    """The first PotluckError of an error or a group of them; None where anything else is among them.
+
+    In place of `except*`: what is raised within that (also SystemExit) comes out of it in a group before Python 3.11.4.
+    """
+    if not isinstance(error, BaseExceptionGroup):
+        return error if isinstance(error, PotluckError) else None
+    known = [expected(one) for one in error.exceptions]
+    return None if None in known else known[0]

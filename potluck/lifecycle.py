@@ -5,17 +5,20 @@ from __future__ import annotations
 import argparse
 import asyncio
 import ctypes
+import faulthandler
 import gc
 import logging
 import os
+import platform
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Coroutine
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
-from potluck import logs
-from potluck.errors import PotluckError
+from potluck import __version__, logs
+from potluck.errors import expected
 from potluck.settings import CoordinatorSettings, NodeSettings
 
 log = logging.getLogger(__name__)
@@ -23,7 +26,11 @@ log = logging.getLogger(__name__)
 S = TypeVar("S", NodeSettings, CoordinatorSettings)
 
 _PR_SET_PDEATHSIG = 1
+REPORT_SECONDS = 1.0
+"""How often `report` looks; a WatchdogSec must be several times as long."""
+
 _notify_address = ""
+_watched = False
 
 
 def notify(state: str) -> None:
@@ -38,10 +45,35 @@ def notify(state: str) -> None:
         sock.sendall(state.encode())
 
 
-def _keep_notify_socket() -> None:
-    """Take NOTIFY_SOCKET out of the environment: our children (a broker, an engine) are not to speak to systemd for us."""
-    global _notify_address
+def is_service() -> bool:
+    """Whether systemd started this daemon."""
+    return bool(_notify_address)
+
+
+async def report(standing: Callable[[], tuple[str, str]]) -> NoReturn:
+    """Keep systemd informed, until cancelled: of how the daemon stands, and by that alone that its loop turns (WATCHDOG=1).
+
+    `standing` gives the state, beside which is shown since when it is the same, and a remark, which may change all the time.
+    """
+    state, since, said = "", "", ""
+    while True:
+        now, remark = standing()
+        if now != state:
+            state, since = now, time.strftime("%Y-%m-%d %H:%M:%S")
+        text = f"{state} (since {since}){remark}"
+        parts = ([f"STATUS={text}"] if text != said else []) + (["WATCHDOG=1"] if _watched else [])
+        if parts:
+            notify("\n".join(parts))
+        said = text
+        await asyncio.sleep(REPORT_SECONDS)
+
+
+def _keep_from_children() -> None:
+    """Take systemd's variables out of the environment: our children (a broker, an engine) are not to speak to it for us."""
+    global _notify_address, _watched
     _notify_address = os.environ.pop("NOTIFY_SOCKET", "")
+    microseconds, process = os.environ.pop("WATCHDOG_USEC", ""), os.environ.pop("WATCHDOG_PID", "")
+    _watched = bool(microseconds) and process in ("", str(os.getpid()))  # sd_watchdog_enabled(3)
 
 
 def stop_event(loop: asyncio.AbstractEventLoop) -> asyncio.Event:
@@ -76,6 +108,11 @@ def die_with_parent() -> Callable[[], None] | None:
     return set_death_signal
 
 
+def software() -> dict[str, str]:
+    """The versions of potluck and Python in this process, by name, as a birth has them."""
+    return {"potluck": __version__, "python": platform.python_version()}
+
+
 def add_daemon_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that all daemons have."""
     parser.add_argument("--config", metavar="FILE", help="settings in TOML (examples in configs/)")
@@ -104,21 +141,28 @@ def daemon_flags(arguments: argparse.Namespace) -> dict[str, object]:
 
 
 def run_daemon(name: str, read_settings: Callable[[], S], serve: Callable[[S], Coroutine[Any, Any, None]]) -> None:
-    """Read the settings, configure the logs, serve, and exit: with the code of the PotluckError that ended it, if one did."""
+    """Read the settings, configure the logs, serve, and exit: with the code of the PotluckError that ended it, if one did.
+
+    Another error is a defect: it is logged with its traceback, and the exit code is 1.
+    """
+    logs.configure("INFO")  # for what is wrong with the settings
+    _keep_from_children()
+    faulthandler.enable()  # systemd ends a daemon that hangs by SIGABRT: then it says where
     try:
         settings = read_settings()
         logs.configure(settings.log_level)
-        _keep_notify_socket()
         if settings.listen.insecure:
             log.warning("INSECURE: %s listens on %s without encryption or identities", name, settings.listen.host)
         # What is imported stays: without this each full collection looks at all of it, and nobody is answered meanwhile.
         gc.collect()
         gc.freeze()
         asyncio.run(serve(settings))
-    except* PotluckError as group:
-        found: BaseException = group
-        while isinstance(found, BaseExceptionGroup):
-            found = found.exceptions[0]
-        assert isinstance(found, PotluckError)
-        sys.stderr.write(f"{name}: {found.message}\n")
-        sys.exit(found.exit_code)
+    except Exception as error:
+        known = expected(error)
+        if known is None:
+            log.critical("%s ended by a defect of potluck", name, exc_info=True)
+            notify("STATUS=ended by a defect of potluck: its log has a traceback")
+            sys.exit(1)
+        logs.say(logging.ERROR, f"{name}: {known.message}")
+        notify(f"STATUS={known.message}")
+        sys.exit(known.exit_code)

@@ -1,4 +1,4 @@
-"""Logging as the daemons do it: one line an event, `key=value`, to standard error."""
+"""Logging as the daemons do it: one line an event, `key=value`, to standard error, with priorities where that is systemd's journal."""
 
 from __future__ import annotations
 
@@ -11,11 +11,18 @@ class _KeyValueFormatter(logging.Formatter):
     default_msec_format = "%s.%03d"
 
 
+class _JournalFormatter(logging.Formatter):
+    """Without timestamps, for the journal has its own; each line with its priority, also those of a traceback."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return _with_priority(record.levelno, super().format(record))
+
+
 def configure(level: str = "INFO") -> None:
-    """Send the logs of this process to standard error; without timestamps under systemd, which adds its own."""
-    stamp = "" if "JOURNAL_STREAM" in os.environ else "%(asctime)s "
+    """Send the logs of this process to standard error."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_KeyValueFormatter(f"{stamp}%(levelname)-7s %(name)s %(message)s"))
+    line = "%(levelname)-7s %(name)s %(message)s"
+    handler.setFormatter(_JournalFormatter(line) if _in_journal() else _KeyValueFormatter(f"%(asctime)s {line}"))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
@@ -23,7 +30,31 @@ def configure(level: str = "INFO") -> None:
         logging.getLogger(noisy).setLevel(max(logging.WARNING, root.level))
 
 
+def say(level: int, text: str) -> None:
+    """Write to standard error for people, as it is; with its priority for the journal."""
+    sys.stderr.write((_with_priority(level, text) if _in_journal() else text) + "\n")
+
+
 def fields(**values: object) -> str:
     """`key=value ...` in the order given, leaving out None; text with spaces is quoted."""
     shown = ((key, str(value)) for key, value in values.items() if value is not None)
     return " ".join(f"{key}={text!r}" if not text or " " in text else f"{key}={text}" for key, text in shown)
+
+
+def _in_journal() -> bool:
+    """Whether standard error is the journal's: JOURNAL_STREAM names its device and inode (systemd.exec(5)).
+
+    The variable alone says nothing: it is handed on to whatever a unit starts, wherever that writes.
+    """
+    try:
+        found = os.fstat(sys.stderr.fileno())
+    except (OSError, ValueError):  # closed, or no file: under a test, in a notebook
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
+
+
+def _with_priority(level: int, text: str) -> str:
+    """With syslog's number of the level at the beginning of each line (sd-daemon(3))."""
+    places = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))
+    number = next((number for least, number in places if level >= least), 7)
+    return "\n".join(f"<{number}>{line}" for line in text.split("\n"))

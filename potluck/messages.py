@@ -496,6 +496,10 @@ class NodeInfo(Part, frozen=True):
     """Data sets that live on it."""
     gives_way: bool = False
     """Whether jobs stand still on it while inference has an objective to keep."""
+    software: dict[str, str] = {}
+    """Versions of what it runs, as in its birth."""
+    data_missing: dict[str, str] = {}
+    """Data sets that its settings name and that cannot be had: why, by name."""
 
 
 class ListNodes(Message, frozen=True):
@@ -771,6 +775,8 @@ class CoordinatorStatus(Message, frozen=True):
     state: Literal["online", "offline"]
     http: tuple[str, ...] = ()
     version: int = PROTOCOL_VERSION
+    software: dict[str, str] = {}
+    """Versions of `potluck` and `python`, by name."""
 
 
 class NodeStatus(Message, frozen=True):
@@ -783,6 +789,8 @@ class NodeStatus(Message, frozen=True):
     version: int = PROTOCOL_VERSION
     collective: str = ""
     """`host:port` at which its engine takes part in synchronous training; empty where it may not."""
+    software: dict[str, str] = {}
+    """Versions by name: `potluck` and `python` of the daemon, and of the runtimes that its engines have (`Capacity.runtimes`)."""
 
 
 class NodeCapacity(Message, frozen=True):
@@ -792,6 +800,8 @@ class NodeCapacity(Message, frozen=True):
     capacity: Capacity
     data: tuple[NodeData, ...] = ()
     """Data sets that live on it, and stay there."""
+    data_missing: dict[str, str] = {}
+    """Data sets that its settings name and that cannot be had: why, by name."""
 
 
 class NodeTelemetry(Message, frozen=True):

@@ -7,7 +7,7 @@ from ipaddress import ip_address
 
 import psutil
 
-from potluck.errors import InvalidSettings
+from potluck.errors import CannotListen
 from potluck.settings import Listen, is_loopback
 
 # Bridges and tunnels of containers and VPNs: reachable from this machine only, or not meant for us.
@@ -46,7 +46,7 @@ def base_urls(listen_host: str, port: int) -> tuple[str, ...]:
 
 
 def bind(listen: Listen) -> socket.socket:
-    """A bound TCP socket, so that its port is known before the server starts. Raises InvalidSettings when it cannot be had."""
+    """A bound TCP socket, so that its port is known before the server starts. Raises CannotListen when it cannot be had."""
     family = socket.AF_INET6 if ":" in listen.host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -54,7 +54,7 @@ def bind(listen: Listen) -> socket.socket:
         sock.bind((listen.host, listen.port))
     except OSError as error:
         sock.close()
-        raise InvalidSettings(
+        raise CannotListen(
             f"cannot listen on {listen.host}:{listen.port}: {error.strerror}: choose another --port or --listen"
         ) from error
     sock.setblocking(False)

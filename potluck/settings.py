@@ -108,6 +108,8 @@ class NodeSettings(NetworkSettings, frozen=True):
     """Where the engine meets others in synchronous training; 0: any free port. Only with `listen.insecure`."""
     give_way_share: Annotated[float, Meta(gt=0, le=1)] = 0.9
     """Of the time in which a deployment's objective is at risk here, how much training may stand still for it."""
+    data_retry_seconds: PositiveSeconds = 15.0
+    """The pause before data that could not be had are tried again; it grows, when that is in vain, to 20 times as long."""
     data: dict[Name, str | NodeDataSettings] = {}
     """Data sets that live on this node and never leave it, by name: the path of each, or a table of its settings."""
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from collections.abc import Mapping
 from itertools import accumulate
 
 from coordinator.membership import Membership
 from coordinator.serving.inference import Inference
 from coordinator.serving.metrics import BUCKETS_SECONDS
 from coordinator.serving.serving import Serving
+from potluck.lifecycle import software
 
+_LABEL = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -24,6 +28,14 @@ def exposition(serving: Serving, inference: Inference, membership: Membership) -
     states = Counter(member.state for member in membership.members.values() if member.session)
     for state in ("online", "suspect", "offline"):
         lines.append(f'potluck_nodes{{state="{state}"}} {states[state]}')
+
+    # As Prometheus's own exporters do it: the value is always 1, and the labels are what is said.
+    family("potluck_build_info", "gauge", "Versions of the coordinator.")
+    lines.append(f"potluck_build_info{{{_labels(software())}}} 1")
+    family("potluck_node_info", "gauge", "Versions of the nodes that are not offline, and of their engines' runtimes.")
+    for member in sorted(membership.members.values(), key=lambda member: member.node_id):
+        if member.session and member.state != "offline":
+            lines.append(f"potluck_node_info{{{_labels({'node': member.node_id, **member.software})}}} 1")
 
     family("potluck_replicas", "gauge", "Replicas by deployment and state.")
     deployments = serving.deployments()
@@ -58,6 +70,11 @@ def exposition(serving: Serving, inference: Inference, membership: Membership) -
         lines.append(f"potluck_request_seconds_sum{{{label}}} {histogram.sum_seconds}")
         lines.append(f"potluck_request_seconds_count{{{label}}} {sum(histogram.counts)}")
     return "\n".join(lines) + "\n"
+
+
+def _labels(values: Mapping[str, str]) -> str:
+    """Names that cannot be a label's are left out: they came from another machine."""
+    return ",".join(f'{name}="{_escaped(value)}"' for name, value in values.items() if _LABEL.fullmatch(name))
 
 
 def _escaped(value: str) -> str:

@@ -23,6 +23,7 @@ from node.engine import formats, frames
 from node.engine.memory import shortage
 from node.engine.replicas import Replicas
 from node.engine.wording import one_line
+from potluck import __version__
 from potluck.blobs.store import no_room
 from potluck.errors import BadMessage, Cancelled, EngineFailed, InvalidModel, Overloaded, PotluckError, TimedOut
 from potluck.messages import BlobRef, ErrorInfo, Tensor
@@ -262,7 +263,7 @@ def main() -> None:
     descriptor, threads, scratch, allowed = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:]
     channel = Channel(socket.socket(fileno=descriptor))
     threading.Thread(target=_beat, args=(channel,), name="heartbeat", daemon=True).start()
-    runtimes: dict[str, str] = {}
+    runtimes: dict[str, str] = {"potluck": __version__}
     gpus: tuple[str, ...] = ()
     tasks = None
     if formats.has_tensorflow():
@@ -271,9 +272,12 @@ def main() -> None:
             from node.engine import code, runtime
             from node.engine.tasks import Tasks
 
-        runtimes, gpus = runtime.prepare(threads)
+        versions, gpus = runtime.prepare(threads)
+        runtimes |= versions
         code.allow(allowed)
         tasks = Tasks(scratch, threads)
+    # AutoGraph imports the code that it writes into our scratch folder: once each, so none of it is worth keeping compiled.
+    sys.dont_write_bytecode = True
     if formats.has_litert():
         runtimes["litert"] = formats.litert_version()
     replicas = Replicas(lambda model_format, path: formats.load(model_format, path, scratch, threads))

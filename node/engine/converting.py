@@ -56,7 +56,7 @@ def convert(
         arguments = [str(saved), savedmodel.serving(saved), str(items), str(target), *names]
         with (Path(folder) / "words").open("w+") as words:
             process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "node.engine.converting", *arguments],
+                [sys.executable, "-P", "-B", "-m", "node.engine.converting", *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=words,
                 stderr=subprocess.DEVNULL,

@@ -34,8 +34,8 @@ STEADY_SECONDS = 60.0
 """A daemon that ran this long has its back-off forgiven."""
 TRIES = 6
 """A daemon that ended so many times in a row, and never ran as long, will not run: the state folder is another's, it may be."""
-PERMANENT = (2,)
-"""Exit codes of daemons that starting again cannot help (wrong settings)."""
+PERMANENT = (2, 5)
+"""Exit codes of daemons that starting again cannot help: wrong settings, and addresses that somebody here has just chosen."""
 
 
 @dataclass(frozen=True)

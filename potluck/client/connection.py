@@ -20,7 +20,7 @@ from potluck.blobs.download import Downloader
 from potluck.blobs.store import BlobStore
 from potluck.bus import Addresses, Bus, Envelope, Handler, MqttBus
 from potluck.client.arguments import checked
-from potluck.errors import InvalidRequest, PotluckError, TimedOut, Unavailable
+from potluck.errors import InvalidRequest, PotluckError, TimedOut, Unavailable, expected
 from potluck.logs import fields
 from potluck.messages import BlobRef, CancelInfer, CoordinatorStatus, Infer, Inferred, Message, Undeploy
 from potluck.network import lan_addresses
@@ -312,8 +312,10 @@ class Connection:
             async with asyncio.TaskGroup() as tasks:
                 for ref in refs:
                     tasks.create_task(one(ref), name=f"push {ref.sha256[:12]}")
-        except* PotluckError as group:
-            raise first_error(group) from None
+        except BaseExceptionGroup as group:
+            if (known := expected(group)) is None:
+                raise
+            raise known from None
 
     async def send_inputs(self, data: bytes | memoryview, base: str) -> BlobRef:
         """Send a request's inputs to a node at this address. Raises Unavailable, soon where it cannot be reached."""
@@ -381,15 +383,6 @@ def expect(message: Message, kind: type[M]) -> M:
             "its version differs from this client's"
         )
     return message
-
-
-def first_error(group: BaseExceptionGroup[PotluckError]) -> PotluckError:
-    """The first error of a group."""
-    found: BaseException = group
-    while isinstance(found, BaseExceptionGroup):
-        found = found.exceptions[0]
-    assert isinstance(found, PotluckError)
-    return found
 
 
 def client_settings(seed: str | Sequence[str] | None, cluster: str | None, timeout: float | None) -> ClientSettings:
