@@ -139,7 +139,7 @@ class Hosts:
         environment |= {"POTLUCK_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         listen = self._network.address(self._network.hosts[host])
         command = self.inside(
-            host, sys.executable, "-m", module, "--cluster", self.cluster, "--state-dir", str(self.folder / name),
+            host, sys.executable, "-P", "-m", "potluck.daemons", module, "--cluster", self.cluster, "--state-dir", str(self.folder / name),
             "--listen", listen, "--insecure", *arguments,
         )  # fmt: skip
         return Daemon(name, command, self.folder / f"{name}.log", environment)

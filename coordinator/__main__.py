@@ -6,7 +6,7 @@ import argparse
 import asyncio
 
 from coordinator.daemon import Coordinator
-from potluck import __version__, lifecycle
+from potluck import __version__, daemons, lifecycle
 from potluck.settings import CoordinatorSettings, load
 
 
@@ -50,4 +50,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    daemons.start("coordinator")

@@ -7,7 +7,7 @@ import asyncio
 from importlib.util import find_spec
 
 from node.daemon import Node
-from potluck import __version__, lifecycle
+from potluck import __version__, daemons, lifecycle
 from potluck.errors import InvalidSettings
 from potluck.settings import LAMBDA, NodeSettings, load
 
@@ -71,4 +71,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    daemons.start("node")

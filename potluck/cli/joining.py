@@ -121,7 +121,7 @@ class Joining:
             self._say("this machine's node is started: `potluck nodes` shows who is there; Ctrl-C leaves")
 
     def _child(self, daemon: str) -> Child:
-        child = Child(daemon, [sys.executable, "-P", "-m", daemon, *self._plan.flags(daemon)])
+        child = Child(daemon, [sys.executable, "-P", "-m", "potluck.daemons", daemon, *self._plan.flags(daemon)])
         self._children.append(child)
         return child
 

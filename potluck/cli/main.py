@@ -12,6 +12,7 @@ import typer
 from potluck import __version__
 from potluck.cli.data import data
 from potluck.cli.evaluate import evaluate
+from potluck.cli.files import files
 from potluck.cli.infer import infer
 from potluck.cli.jobs import cancel, job, jobs, stop
 from potluck.cli.models import deploy, deployments, promote, rollback, undeploy
@@ -33,7 +34,7 @@ app = typer.Typer(
 )
 for command in (
     up, nodes, train, evaluate, predict, jobs, job, stop, cancel, deploy, promote, rollback, undeploy, deployments,
-    infer,
+    infer, files,
 ):  # fmt: skip
     app.command()(command)
 app.add_typer(models, name="models")
