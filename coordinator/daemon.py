@@ -340,11 +340,12 @@ class Coordinator:
         """How this coordinator is placed, for systemd; and for whom."""
         cluster = f"cluster {self.settings.cluster}"
         if trouble := bus.trouble():
-            return f"{cluster} is not served: {trouble}", ""
+            return f"{cluster} is not served", f": {trouble}"
         if not self._announced.is_set():
             return f"{cluster} is not served yet", ""
+        count = len(self._membership.online())
         rival = "" if self._rival is None else "; another coordinator is on this bus: stop one"
-        return f"{cluster} is served", f"; {len(self._membership.online())} nodes{rival}"
+        return f"{cluster} is served", f": {count} node{'' if count == 1 else 's'}{rival}"
 
     async def _say_again(self, online: CoordinatorStatus) -> None:
         """Whatever was put on our topic meanwhile, by a tool that clears what is retained or a will that came late."""

@@ -184,7 +184,18 @@ class LocalCluster:
 
     def _daemon(self, name: str, module: str, *arguments: str) -> Daemon:
         state = self.folder / name
-        command = [sys.executable, "-P", "-m", "potluck.daemons", module, "--cluster", self.cluster, "--state-dir", str(state), *arguments]
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            "potluck.daemons",
+            module,
+            "--cluster",
+            self.cluster,
+            "--state-dir",
+            str(state),
+            *arguments,
+        ]
         return Daemon(name, command, self.folder / f"{name}.log", self._environment)
 
     def _wait_ready(self) -> None:

@@ -1,24 +1,139 @@
-"""How a daemon starts."""
+"""How a daemon starts, ends, and speaks to systemd's journal."""
 
 from __future__ import annotations
 
+import ast
+import asyncio
+import faulthandler
 import gc
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from potluck import lifecycle, logs
+from potluck.errors import CannotListen, Conflict, InvalidSettings, Unavailable, expected, from_code
 from potluck.settings import CoordinatorSettings
 
+ROOT = Path(__file__).parents[2]
 
-def test_what_a_daemon_has_imported_is_not_looked_at_by_each_collection(monkeypatch: pytest.MonkeyPatch) -> None:
+
+@pytest.fixture(autouse=True)
+def as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(logs, "configure", lambda level: None)
+    monkeypatch.setattr(faulthandler, "enable", lambda: None)  # pytest has its own
+    yield
+    gc.unfreeze()
+
+
+def test_what_a_daemon_has_imported_is_not_looked_at_by_each_collection() -> None:
     frozen: list[int] = []
 
     async def serve(settings: CoordinatorSettings) -> None:
         frozen.append(gc.get_freeze_count())
 
-    try:
-        lifecycle.run_daemon("test", CoordinatorSettings, serve)
-    finally:
-        gc.unfreeze()
+    lifecycle.run_daemon("test", CoordinatorSettings, serve)
     assert frozen[0] > 1000
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (Unavailable("no broker"), 4),
+        (Conflict("another node"), 1),
+        (InvalidSettings("wrong"), 2),
+        (CannotListen("no such address"), 5),
+    ],
+)
+def test_an_expected_error_in_a_group_of_tasks_is_one_line_and_an_exit_code(
+    error: Exception, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def fail() -> None:
+        raise error
+
+    async def serve(settings: CoordinatorSettings) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(fail())
+
+    with pytest.raises(SystemExit) as ended:  # and not a group with it inside
+        lifecycle.run_daemon("test", CoordinatorSettings, serve)
+    assert ended.value.code == code
+    assert capsys.readouterr().err == f"test: {error}\n"
+
+
+def test_a_defect_ends_a_daemon_with_its_traceback(caplog: pytest.LogCaptureFixture) -> None:
+    async def serve(settings: CoordinatorSettings) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(asyncio.to_thread(int, "no number"))
+
+    with pytest.raises(SystemExit) as ended:
+        lifecycle.run_daemon("test", CoordinatorSettings, serve)
+    assert ended.value.code == 1
+    assert "ended by a defect" in caplog.text
+    assert "ValueError: invalid literal" in caplog.text
+
+
+def test_an_error_is_expected_where_nothing_else_is_with_it() -> None:
+    one, two = Unavailable("one"), Conflict("two")
+    assert expected(one) is one
+    assert expected(ExceptionGroup("", [ExceptionGroup("", [one]), two])) is one
+    assert expected(BaseExceptionGroup("", [one, KeyboardInterrupt()])) is None
+    assert expected(ValueError()) is None
+
+
+def test_an_error_from_the_wire_is_of_the_class_that_gave_its_code_the_name() -> None:
+    assert type(from_code("invalid_settings", "")) is InvalidSettings
+
+
+def test_nothing_is_caught_in_groups_by_except_star() -> None:
+    """Before Python 3.11.4 what is raised in it, SystemExit too, comes out in a group: Debian 12 has 3.11.2."""
+    sources = [path for name in ("potluck", "node", "coordinator") for path in (ROOT / name).rglob("*.py")]
+    assert sources
+    starred = [
+        path for path in sources for found in ast.walk(ast.parse(path.read_text())) if type(found) is ast.TryStar
+    ]
+    assert starred == []
+
+
+LOGGING = """
+import logging
+from potluck import logs
+logs.configure("DEBUG")
+log = logging.getLogger("test")
+log.debug("fine")
+log.info("told")
+log.warning("odd")
+try:
+    int("x")
+except ValueError:
+    log.exception("wrong")
+logs.say(logging.ERROR, "for people")
+"""
+
+
+@pytest.mark.parametrize("journal", [True, False])
+def test_lines_have_priorities_where_standard_error_is_the_journals(tmp_path: Path, journal: bool) -> None:
+    with (tmp_path / "err").open("w+") as file:
+        found = os.fstat(file.fileno())
+        # What a unit starts inherits the variable, wherever its own standard error goes.
+        stream = f"{found.st_dev}:{found.st_ino if journal else found.st_ino + 1}"
+        subprocess.run(
+            [sys.executable, "-c", LOGGING],
+            env=os.environ | {"JOURNAL_STREAM": stream},
+            stderr=file,
+            check=True,
+            timeout=60,
+        )
+    lines = (tmp_path / "err").read_text().splitlines()
+    if not journal:
+        assert not any(line.startswith("<") for line in lines)
+        assert lines[-1] == "for people"
+        return
+    assert [line[:3] for line in lines[:3]] == ["<7>", "<6>", "<4>"]
+    assert {line[:3] for line in lines[3:]} == {"<3>"}, "also the lines of a traceback"
+    assert lines[1] == f"<6>{logging.getLevelName(logging.INFO):7} test told"
+    assert lines[-1] == "<3>for people"

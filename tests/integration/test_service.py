@@ -1,0 +1,155 @@
+"""Daemons as systemd starts them: what they say of themselves, and how they end when something is wrong with them or their broker.
+
+All are started in a folder whose files have the names of our packages: none of those may be imported.
+"""
+
+from __future__ import annotations
+
+import signal
+import socket
+import sys
+import uuid
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from potluck.broker import find_mosquitto
+from support.brokers import BrokerKind, TestBroker
+from support.eventually import eventually
+from support.node_lab import NodeProcess
+from support.processes import still_running
+
+CLUSTER = "service"
+QUICK = {"POTLUCK_BUS__RECONNECT_MIN_SECONDS": "0.05", "POTLUCK_BUS__RECONNECT_MAX_SECONDS": "0.2"}
+
+
+class Unit(NodeProcess):
+    """A daemon with a socket for what it tells systemd. `said` is all of it, `status` the last STATUS."""
+
+    def __init__(self, folder: Path, daemon: str, *arguments: str) -> None:
+        elsewhere = folder / "elsewhere"
+        elsewhere.mkdir(exist_ok=True)
+        for name in ("node", "coordinator", "potluck"):
+            (elsewhere / f"{name}.py").write_text("raise SystemExit('imported from the current folder')\n")
+        state = folder / f"{daemon}-state"
+        super().__init__(
+            folder,
+            [
+                "env", "-C", str(elsewhere), str(Path(sys.executable).with_name(f"potluck-{daemon}")),
+                "--cluster", CLUSTER, "--no-discovery", "--state-dir", str(state), *arguments,
+            ],
+        )  # fmt: skip
+        self._address = f"potluck-test-{uuid.uuid4().hex}"
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(f"\0{self._address}")
+        self._socket.setblocking(False)
+        self._said: list[str] = []
+
+    async def start(self, **environment: str) -> None:
+        unit = {"NOTIFY_SOCKET": f"@{self._address}", "WATCHDOG_USEC": "5000000"}
+        await super().start(**unit, **QUICK, **environment)
+
+    @property
+    def said(self) -> list[str]:
+        while True:
+            try:
+                self._said += self._socket.recv(65536).decode().splitlines()
+            except BlockingIOError:
+                return self._said
+
+    @property
+    def status(self) -> str:
+        return next((line.removeprefix("STATUS=") for line in reversed(self.said) if line.startswith("STATUS=")), "")
+
+    async def says(self, words: str, seconds: float = 15) -> str:
+        try:
+            return await eventually(lambda: self.status if words in self.status else "", seconds)
+        except AssertionError:
+            raise AssertionError(f"no {words!r} but {self.status!r}; the log:\n{self.log()[-2000:]}") from None
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+@pytest.fixture
+async def units() -> AsyncIterator[list[Unit]]:
+    made: list[Unit] = []
+    yield made
+    for unit in made:
+        if unit.process is not None and unit.process.returncode is None:
+            await unit.stop(signal.SIGKILL)
+        unit.close()
+
+
+async def test_what_systemd_is_told_is_true(tmp_path: Path, units: list[Unit]) -> None:
+    broker = TestBroker("mosquitto", tmp_path)
+    await broker.start()
+    seed = ("--seed", f"127.0.0.1:{broker.port}")
+    node, coordinator = Unit(tmp_path, "node", *seed), Unit(tmp_path, "coordinator", *seed)
+    units += [node, coordinator]
+    await broker.kill()
+    await node.start()
+    await node.says(": looking for cluster service (since 20")
+    await eventually(lambda: "READY=1" in node.said)  # a node works alone: it need not wait
+    await broker.start()
+    await node.says(": in cluster service, which has no coordinator (since 20")
+    await coordinator.start()
+    assert (await node.says(": in cluster service (since 20")).endswith(")")
+    assert (await coordinator.says("cluster service is served (since 20")).endswith(": 1 node")
+    assert "READY=1" in coordinator.said
+    for unit in units:
+        beats = unit.said.count("WATCHDOG=1")
+        await eventually(lambda unit=unit, beats=beats: unit.said.count("WATCHDOG=1") > beats + 1)  # type: ignore[misc]
+
+    await broker.kill()
+    since = await node.says(": no connection to the broker of cluster service, trying again (since 20")
+    await coordinator.says("cluster service is not served (since 20")
+    assert node.status == since, "it is known since when"
+    await broker.start()
+    await node.says(": in cluster service (since 20")
+    assert await coordinator.stop() == 0
+    await node.says(": in cluster service, which has no coordinator (since 20")
+    await eventually(lambda: "speed known" in node.log(), 60)
+    assert "speed not measured" not in node.log()
+    assert await node.stop() == 0
+    assert [unit.said.count("STOPPING=1") for unit in units] == [1, 1]
+    await broker.stop()
+
+
+@pytest.mark.parametrize("kind", ["mosquitto", "embedded"])
+async def test_a_broker_that_hangs_is_ended_with_its_coordinator(
+    tmp_path: Path, units: list[Unit], kind: BrokerKind
+) -> None:
+    if kind == "mosquitto" and find_mosquitto() is None:
+        pytest.skip("mosquitto is not installed (apt install mosquitto)")
+    coordinator = Unit(tmp_path, "coordinator", "--broker", kind, "--broker-port", "0")
+    units.append(coordinator)
+    await coordinator.start(POTLUCK_BUS__KEEPALIVE_SECONDS="2", POTLUCK_BUS__CONNECT_TIMEOUT_SECONDS="0.5")
+    await coordinator.says("is served")
+    (broker,) = psutil.Process(coordinator.pid).children()
+    assert not {"NOTIFY_SOCKET", "WATCHDOG_USEC"} & set(broker.environ()), "who speaks to systemd is the daemon alone"
+    broker.send_signal(signal.SIGSTOP)
+    await coordinator.says("is not served")
+    assert await coordinator.ended(20) == 4
+    assert "the broker process does not answer" in coordinator.status
+    assert coordinator.log().splitlines()[-1] == f"potluck-coordinator: {coordinator.status}"
+    assert not still_running([broker])
+
+
+@pytest.mark.parametrize(
+    ("daemon", "arguments", "code", "words"),
+    [
+        ("node", ("--log-level", "loud"), 2, "log_level"),
+        ("coordinator", ("--listen", "192.0.2.1", "--insecure"), 5, "192.0.2.1"),
+    ],
+)
+async def test_what_is_wrong_for_good_and_what_may_pass_have_exit_codes_of_their_own(
+    tmp_path: Path, units: list[Unit], daemon: str, arguments: tuple[str, ...], code: int, words: str
+) -> None:
+    unit = Unit(tmp_path, daemon, *arguments)
+    units.append(unit)
+    await unit.start()
+    assert await unit.ended(20) == code
+    assert words in unit.status
