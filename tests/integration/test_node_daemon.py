@@ -102,6 +102,8 @@ async def test_it_is_born_quickly_small_and_idle_and_leaves_a_clean_table(lab: L
 
     (birth, *_) = [one for one in lab.all(NodeStatus) if one.session == lab.all(NodeStatus)[-1].session]
     port = int(birth.http[0].rsplit(":", 1)[1])
+    assert set(birth.software) >= {"potluck", "python", "tensorflow", "keras"}
+    assert measured.capacity.runtimes.items() <= birth.software.items()
     assert await node.stop() == 0
     goodbye = await lab.heard(NodeStatus, lambda one: one.state == "offline" and one.session == birth.session)
     assert goodbye.http == ()
@@ -272,6 +274,23 @@ async def test_a_state_folder_has_one_node_and_keeps_its_id(lab: Lab, tmp_path: 
     kept = (tmp_path / "shared" / "node-id").read_text()
     assert f"node={kept} " in first.log()
     assert f"node={kept} " in third.log()
+
+
+async def test_data_that_are_not_there_are_said_to_be_missing_and_tried_again(lab: Lab, tmp_path: Path) -> None:
+    late = tmp_path / "late.csv"
+    node = await lab.node("--data", f"late={late}", "--data", f"long=/{'a' * 300}", POTLUCK_DATA_RETRY_SECONDS="0.1")
+    missing = await lab.heard(NodeCapacity, lambda one: len(one.data_missing) == 2)
+    assert "late.csv does not exist" in missing.data_missing["late"]
+    assert "cannot be read: File name too long" in missing.data_missing["long"]
+    assert missing.data == ()
+    late.write_text("a,b,label\n1,2,cat\n3,4,dog\n")
+    found = await lab.heard(NodeCapacity, lambda one: len(one.data) == 1)
+    assert [(data.name, data.count) for data in found.data] == [("late", 2)]
+    assert set(found.data_missing) == {"long"}
+    await lab.lease("a1", "join")
+    await lab.heard(ShardFinished)
+    assert node.log().count("data not available") == 2, "once each, however often they are tried"
+    assert "Traceback" not in node.log()
 
 
 # --- shards ------------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-from potluck.broker import find_mosquitto
 from support.brokers import BrokerKind, TestBroker
 from support.eventually import eventually
 from support.node_lab import NodeProcess
@@ -122,8 +121,6 @@ async def test_what_systemd_is_told_is_true(tmp_path: Path, units: list[Unit]) -
 async def test_a_broker_that_hangs_is_ended_with_its_coordinator(
     tmp_path: Path, units: list[Unit], kind: BrokerKind
 ) -> None:
-    if kind == "mosquitto" and find_mosquitto() is None:
-        pytest.skip("mosquitto is not installed (apt install mosquitto)")
     coordinator = Unit(tmp_path, "coordinator", "--broker", kind, "--broker-port", "0")
     units.append(coordinator)
     await coordinator.start(POTLUCK_BUS__KEEPALIVE_SECONDS="2", POTLUCK_BUS__CONNECT_TIMEOUT_SECONDS="0.5")

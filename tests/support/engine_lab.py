@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -57,6 +58,7 @@ class Lab:
 @asynccontextmanager
 async def engine_lab(folder: Path, allow_code: Sequence[str] = ()) -> AsyncIterator[Lab]:
     """A running engine, stopped at the end."""
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # users have not set it
     engine = Engine(folder / "scratch", threads=0, start_seconds=120, silence_seconds=20, allow_code=allow_code)
     await engine.start()
     try:

@@ -49,3 +49,20 @@ def test_capacity_may_arrive_before_the_birth() -> None:
     members.on_status(birth("1"), 0)
     (info,) = members.infos()
     assert info.capacity.cores == 4
+
+
+def test_what_a_node_runs_and_which_data_it_lacks_are_listed() -> None:
+    members = Membership(timeout_seconds=10)
+    capacity = NodeCapacity(
+        node_id="n",
+        capacity=Capacity(hostname="h", system="s", cores=2, memory_bytes=1),
+        data_missing={"photos": "gone"},
+    )
+    members.on_capacity(capacity)  # retained: it may come first
+    members.on_status(NodeStatus(node_id="n", session="1", state="online", software={"potluck": "1"}), 0)
+    (info,) = members.infos()
+    assert (info.software, info.data_missing, info.capacity.cores) == ({"potluck": "1"}, {"photos": "gone"}, 2)
+    members.on_status(NodeStatus(node_id="n", session="1", state="online", software={"potluck": "2"}), 1)
+    assert members.infos()[0].software == {"potluck": "2"}
+    members.on_status(NodeStatus(node_id="n", session="1", state="offline"), 2)
+    assert members.infos()[0].software == {"potluck": "2"}, "what was there when it left"

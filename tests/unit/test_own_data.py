@@ -52,6 +52,35 @@ def test_what_is_ready_is_announced_and_what_fails_is_logged(own: OwnData, caplo
     ]
 
 
+def test_whatever_is_wrong_with_files_the_node_goes_on(
+    own: OwnData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*arguments: object, **options: object) -> None:
+        raise ZeroDivisionError("in a library")
+
+    for _ in range(3):
+        assert not own.pack("gone")
+    assert caplog.text.count("data not available") == 1
+    monkeypatch.setattr("potluck.data.pack.pack", broken)
+    assert not own.pack("pets")
+    assert own.missing["pets"] == f"{tmp_path / 'table.csv'} cannot be read: ZeroDivisionError: in a library"
+    monkeypatch.undo()
+    assert own.pack("pets")
+    assert set(own.missing) == {"gone"}
+
+
+@pytest.mark.parametrize("path", ["/home/nobody-has-this-name/photos", "/tmp/of/others/photos", "/srv/nothing-there"])
+@pytest.mark.parametrize("service", [True, False])
+def test_a_service_says_which_folders_are_hidden_from_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, service: bool
+) -> None:
+    monkeypatch.setattr("potluck.lifecycle._notify_address", "@systemd" if service else "")
+    own = OwnData(tmp_path / "data", {"photos": path})
+    own.pack("photos")
+    hidden = "ProtectHome" if path.startswith("/home") else "PrivateTmp"
+    assert (hidden in own.missing["photos"]) == (service and not path.startswith("/srv"))
+
+
 def test_a_folder_too_far_up_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for part in ("train", "test"):
         (tmp_path / "films" / part / "good").mkdir(parents=True)

@@ -6,6 +6,7 @@ import asyncio
 import gzip
 import io
 import json
+import platform
 import time
 import zlib
 from collections.abc import Awaitable, Callable
@@ -17,7 +18,7 @@ import pytest
 
 from potluck import __version__
 from potluck.errors import Unavailable
-from potluck.messages import BlobRef, ErrorInfo, ModelFormat, Signature, TensorSpec
+from potluck.messages import BlobRef, ErrorInfo, ModelFormat, NodeStatus, Signature, TensorSpec
 from support.eventually import eventually
 from support.serving_lab import Lab, question
 
@@ -160,8 +161,10 @@ async def test_overload_says_when_to_come_back(lab: Lab, http: Http) -> None:
     assert all(isinstance(error, Unavailable) for error in await asyncio.gather(*asked, return_exceptions=True))
 
 
-async def test_metrics_are_prometheus_text(http: Http) -> None:
+async def test_metrics_are_prometheus_text(lab: Lab, http: Http) -> None:
     base, session = http
+    software = {"potluck": "1.2", "tensorflow": '2."x', 'odd"} 1': "3"}
+    lab.membership.on_status(NodeStatus(node_id="a", session="1", state="online", software=software), 0.0)
     async with session.post(f"{base}/v2/models/m/infer", json=GOOD) as response:
         assert response.status == 200
     async with session.get(f"{base}/metrics") as response:
@@ -169,6 +172,8 @@ async def test_metrics_are_prometheus_text(http: Http) -> None:
         lines = (await response.text()).splitlines()
     assert 'potluck_requests_total{model="m:1",code="ok"} 1' in lines
     assert 'potluck_nodes{state="online"} 1' in lines
+    assert f'potluck_build_info{{potluck="{__version__}",python="{platform.python_version()}"}} 1' in lines
+    assert 'potluck_node_info{node="a",potluck="1.2",tensorflow="2.\\"x"} 1' in lines, "what is no label is left out"
     assert 'potluck_traffic_percent{model="m:1",role="stable"} 100' in lines
     assert 'potluck_replica_bytes{model="m:1"} 0' in lines  # the node did not say
     assert 'potluck_request_seconds_count{model="m:1"} 1' in lines

@@ -1,0 +1,135 @@
+"""What is packed, and what an installation of it finds: built and installed as pip does it, in an empty environment."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from potluck import __version__
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("potluck", "node", "coordinator")
+STALE = "build/lib/potluck/stale.py"
+"""What a build with setuptools would have left behind, and the next one packed."""
+
+
+def run(*command: str | Path, cwd: Path, code: int = 0, **environment: str) -> str:
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "POTLUCK_"))}
+    done = subprocess.run(
+        [str(part) for part in command], cwd=cwd, env=clean | environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def build(kind: str, source: Path, target: Path) -> Path:
+    """Through the hooks that pip calls (PEP 517), with the backend that is installed here."""
+    code = f"import sys; from hatchling.build import build_{kind}; print(build_{kind}(sys.argv[1]))"
+    return target / run(sys.executable, "-P", "-c", code, target, cwd=source).split()[-1]
+
+
+@dataclass
+class Built:
+    sdist: Path
+    wheel: Path
+    source: Path
+    """The sdist, unpacked."""
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """An sdist of this checkout, and a wheel of that sdist."""
+    folder = tmp_path_factory.mktemp("built")
+    sdist = build("sdist", ROOT, folder)
+    with tarfile.open(sdist) as tar:
+        tar.extractall(folder, filter="data")
+    source = folder / f"potluck-{__version__}"
+    (source / STALE).parent.mkdir(parents=True)
+    (source / STALE).write_text("")
+    return Built(sdist, build("wheel", source, folder), source)
+
+
+@pytest.fixture(scope="module")
+def installed(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an environment with that wheel, and with our dependencies (which no index need be asked for)."""
+    folder = tmp_path_factory.mktemp("environment")
+    run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder)
+    python = folder / "bin/python"
+    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-index", "--no-deps", built.wheel, cwd=folder)
+    packages = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    (site(folder) / "dependencies.pth").write_text("\n".join(packages))
+    return folder
+
+
+def site(environment: Path) -> Path:
+    (found,) = environment.glob("lib/python*/site-packages")
+    return found
+
+
+def sources(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for name in PACKAGES for path in (folder / name).rglob("*.py")}
+
+
+def test_the_sdist_has_what_the_repository_has(built: Built) -> None:
+    if not (ROOT / ".git").exists() or shutil.which("git") is None:
+        pytest.skip("not a checkout, or no git: what belongs to it is not known")
+    tracked = set(run("git", "ls-files", cwd=ROOT).split("\n")) - {""}
+    with tarfile.open(built.sdist) as tar:
+        packed = {name.partition("/")[2] for name in tar.getnames()}
+    assert tracked <= packed
+    assert {name for name in packed if name.startswith(("build", "."))} <= tracked
+
+
+def test_the_wheel_has_the_packages_the_units_and_the_settings_and_nothing_that_was_left(built: Built) -> None:
+    with zipfile.ZipFile(built.wheel) as wheel:
+        names = set(wheel.namelist())
+    assert {name for name in names if name.endswith(".py")} == sources(ROOT)
+    data = {name.partition(".data/data/")[2] for name in names} - {""}
+    assert data == {
+        f"share/potluck/{folder}/{path.name}" for folder in ("configs", "systemd") for path in (ROOT / folder).iterdir()
+    }
+    assert not (built.source / "build/bdist").exists()
+    assert sorted(path.name for path in (built.source / "build").rglob("*")) == ["lib", "potluck", "stale.py"]
+
+
+def test_an_installation_runs_and_finds_its_units_and_settings(installed: Path, tmp_path: Path) -> None:
+    for program in ("potluck", "potluck-node", "potluck-coordinator"):
+        assert run(installed / "bin" / program, "--version", cwd=tmp_path) == f"potluck {__version__}\n"
+    folder = Path(run(installed / "bin/potluck", "files", cwd=tmp_path).strip())
+    assert folder == installed / "share/potluck"
+    assert (folder / "configs/node.toml").read_text() == (ROOT / "configs/node.toml").read_text()
+    assert (folder / "systemd/potluck-node.service").is_file()
+    assert run(sys.executable, "-P", "-m", "potluck.cli.main", "files", cwd=tmp_path).strip() == str(ROOT)
+
+
+@pytest.mark.parametrize("name", ["node", "coordinator"])
+def test_a_module_of_a_daemons_name_is_no_daemon(installed: Path, tmp_path: Path, name: str) -> None:
+    program = installed / "bin" / f"potluck-{name}"
+    other = tmp_path / f"{name}.py"
+    other.write_text("raise SystemExit('imported')\n")
+    assert "usage" in run(program, "--help", cwd=tmp_path)
+    said = run(program, "--help", cwd=tmp_path, code=2, PYTHONPATH=str(tmp_path))
+    assert str(other) in said
+    assert str(site(installed) / name / "__init__.py") in said
+
+
+def test_a_package_that_another_distribution_wrote_over_is_found_out(installed: Path, tmp_path: Path) -> None:
+    ours = site(installed) / "node" / "__init__.py"
+    kept = ours.read_text()
+    try:
+        ours.write_text('"""Nodes of trees."""\n')
+        said = run(installed / "bin/potluck-node", "--help", cwd=tmp_path, code=2)
+        assert f"{ours} is not potluck's any more" in said
+        assert str(site(installed) / "potluck") in said
+        ours.unlink()  # as when that one is uninstalled again
+        assert "install potluck again" in run(installed / "bin/potluck-node", "--help", cwd=tmp_path, code=2)
+    finally:
+        ours.write_text(kept)
