@@ -205,13 +205,13 @@ class Node:
 
     def _standing(self, own_data: OwnData) -> tuple[str, str]:
         """How this node is placed, for systemd; and what is wrong with its data."""
-        where = f"node {self.node_id}: "
+        node, cluster = f"node {self.node_id}", f"cluster {self.settings.cluster}"
         if self._presence.joined:
-            where += f"in cluster {self.settings.cluster}" + ("" if self._coordinated else ", which has no coordinator")
+            where = f"{node} is in {cluster}" + ("" if self._coordinated else ", which has no coordinator")
         elif self._presence.births:
-            where += f"no connection to the broker of cluster {self.settings.cluster}, trying again"
+            where = f"{node} has no connection to the broker of {cluster}, trying again"
         else:
-            where += f"looking for cluster {self.settings.cluster}"
+            where = f"{node} looks for {cluster}"
         return where, "".join(f"; data {name} not available: {why}" for name, why in own_data.missing.items())
 
     # --- commands ---------------------------------------------------------------------------------------------------------

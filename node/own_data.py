@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 NO_LIMIT = 1 << 62
 ANNOUNCED_LIMIT_BYTES = 128 * 1024
 """What others may know of the data must fit into one message, beside this node's capacity."""
-REASON_LIMIT = 300
+REASON_LIMIT = 600
 _HIDDEN = {
     "ProtectHome": ("/home", "/root", "/run/user"),
     "PrivateTmp": ("/tmp", "/var/tmp"),  # noqa: S108 - compared, not written to

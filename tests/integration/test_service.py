@@ -90,12 +90,12 @@ async def test_what_systemd_is_told_is_true(tmp_path: Path, units: list[Unit]) -
     units += [node, coordinator]
     await broker.kill()
     await node.start()
-    await node.says(": looking for cluster service (since 20")
+    await node.says(" looks for cluster service (since 20")
     await eventually(lambda: "READY=1" in node.said)  # a node works alone: it need not wait
     await broker.start()
-    await node.says(": in cluster service, which has no coordinator (since 20")
+    await node.says(" is in cluster service, which has no coordinator (since 20")
     await coordinator.start()
-    assert (await node.says(": in cluster service (since 20")).endswith(")")
+    assert (await node.says(" is in cluster service (since 20")).endswith(")")
     assert (await coordinator.says("cluster service is served (since 20")).endswith(": 1 node")
     assert "READY=1" in coordinator.said
     for unit in units:
@@ -103,13 +103,13 @@ async def test_what_systemd_is_told_is_true(tmp_path: Path, units: list[Unit]) -
         await eventually(lambda unit=unit, beats=beats: unit.said.count("WATCHDOG=1") > beats + 1)  # type: ignore[misc]
 
     await broker.kill()
-    since = await node.says(": no connection to the broker of cluster service, trying again (since 20")
+    since = await node.says(" has no connection to the broker of cluster service, trying again (since 20")
     await coordinator.says("cluster service is not served (since 20")
     assert node.status == since, "it is known since when"
     await broker.start()
-    await node.says(": in cluster service (since 20")
+    await node.says(" is in cluster service (since 20")
     assert await coordinator.stop() == 0
-    await node.says(": in cluster service, which has no coordinator (since 20")
+    await node.says(" is in cluster service, which has no coordinator (since 20")
     await eventually(lambda: "speed known" in node.log(), 60)
     assert "speed not measured" not in node.log()
     assert await node.stop() == 0

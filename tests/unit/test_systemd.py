@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from potluck.errors import CannotListen, InvalidSettings
+from potluck.lifecycle import REPORT_SECONDS
+
 FOLDER = Path(__file__).parents[2] / "systemd"
 NAMES = ("potluck-coordinator", "potluck-node")
 BACKOFF_SINCE = 254
@@ -69,8 +72,14 @@ def test_the_backoff_goes_with_both(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_units_keep_what_the_daemons_need(name: str) -> None:
     lines = (FOLDER / f"{name}.service").read_text().splitlines()
-    for line in ("Type=notify", "DynamicUser=yes", f"StateDirectory={name}", "Restart=on-failure", "ProcSubset=all"):
+    for line in (
+        "Type=notify", "DynamicUser=yes", f"StateDirectory={name}", "Restart=on-failure", "ProcSubset=all", "OOMPolicy=continue",
+        f"RestartPreventExitStatus={InvalidSettings.exit_code}",
+    ):  # fmt: skip
         assert line in lines
+    assert CannotListen.exit_code != InvalidSettings.exit_code, "a network that comes up late is no reason to give up"
+    (watchdog,) = (int(line.partition("=")[2]) for line in lines if line.startswith("WatchdogSec="))
+    assert watchdog >= 10 * REPORT_SECONDS
     # TensorFlow writes machine code while it runs; mDNS asks the kernel for the interfaces.
     assert not any(line.startswith("MemoryDenyWriteExecute") for line in lines)
     assert "RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX AF_NETLINK" in lines
