@@ -50,6 +50,7 @@ class Presence:
         self._capacity_topic = topics.node(node_id, "capacity")
         self.collective = collective
         self.joined = False
+        self._being_born = False
         self.births = 0
 
     @property
@@ -109,7 +110,11 @@ class Presence:
     async def birth(self, bus: Bus) -> None:
         """After each connect: the broker may have forgotten us, or published our will."""
         self.urls = base_urls(self._settings.listen.host, self._port)
-        await bus.publish(self.status_topic, self.status("online"), retain=True)
+        self._being_born = True
+        try:
+            await bus.publish(self.status_topic, self.status("online"), retain=True)
+        finally:
+            self._being_born = False
         self.joined = True
         self.births += 1
         await self._publish_capacity(bus)
@@ -117,7 +122,7 @@ class Presence:
 
     async def goodbye(self, bus: Bus, outbox: Outbox) -> None:
         """Send what waits in `outbox`, and that we are gone; for GOODBYE_SECONDS at most, and only where somebody listens."""
-        if not self.joined:
+        if not self.joined and not self._being_born:  # what is being born may be known already
             return
         self.joined = False
         try:
