@@ -92,7 +92,7 @@ class Demo:
         return [node for node in self.client.nodes() if node.state == "online" and node.capacity.gflops > 0]
 
     def _show_nodes(self) -> None:
-        console.print(output.nodes_table(self.client.nodes()))
+        console.print(output.nodes_table(self.client.nodes()), crop=False)
 
     def _write_digits(self) -> None:
         _title(2, "Write 1,797 real handwritten digits as PNG files, a folder a class")
@@ -148,7 +148,7 @@ class Demo:
         _title(5, "Deploy digits:1 on two nodes")
         with console.status("loading the model on two nodes"):
             self.client.deploy("digits:1", replicas=2).wait(timeout=120)
-        console.print(output.deployments_table(self.client.deployments()))
+        console.print(output.deployments_table(self.client.deployments()), crop=False)
 
     def _ask(self) -> None:
         _title(6, "Ask it in three ways")

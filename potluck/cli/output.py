@@ -7,13 +7,14 @@ import math
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from msgspec import Struct
-from rich.console import Console, Group, RenderableType
-from rich.table import Table
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.text import Text
 
+from potluck.cli.listing import Facts, Listing
 from potluck.errors import PotluckError
 from potluck.messages import (
     DatasetInfo,
@@ -32,15 +33,16 @@ _COLORS = {
     "idle": "yellow", "evicted": "yellow", "withdrawn": "red", "retired": "yellow", "failing": "red",
 }  # fmt: skip
 
-PIPE_COLUMNS = 400
+CONFUSED = 20
+"""Pairs of classes that are named where the whole confusion matrix does not fit."""
+PIPE_COLUMNS = 10_000
+"""More than any line has: a pipe has no width, and nothing is broken to fit into one."""
 
 
 def show(renderable: RenderableType) -> None:
-    """Print for people, on standard output. A pipe has no width: nothing is broken to fit into one."""
-    if sys.stdout.isatty():
-        Console().print(renderable)
-    else:
-        Console(soft_wrap=True, width=PIPE_COLUMNS).print(renderable)
+    """Print for people, on standard output. What is longer than the terminal is left to it: it gives it back whole."""
+    console = Console(width=None if sys.stdout.isatty() else PIPE_COLUMNS, markup=False)
+    console.print(renderable, soft_wrap=isinstance(renderable, str), crop=False)
 
 
 def note(text: str) -> None:
@@ -75,15 +77,15 @@ def plain(value: Any) -> Any:
     return value
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[RenderableType]], *, right: Sequence[str] = ()) -> Table:
-    """A plain table; the columns named in `right` hold numbers."""
-    made = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        # Words wrap, but a number or a heading that is cut in two cannot be read.
-        made.add_column(column, justify="right" if column in right else "left", overflow="fold", min_width=len(column))
-    for row in rows:
-        made.add_row(*row)
-    return made
+def table(
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str | Text]],
+    *,
+    right: Sequence[str] = (),
+    below: Sequence[Sequence[str | Text]] = (),
+) -> Listing:
+    """A listing; the columns named in `right` hold numbers, and `below` has the lines below each row."""
+    return Listing(columns, list(rows), right, below)
 
 
 def colored(state: str) -> Text:
@@ -129,8 +131,8 @@ def metrics_text(metrics: Mapping[str, float]) -> str:
     return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
 
 
-def nodes_table(nodes: Iterable[NodeInfo]) -> Table:
-    def row(node: NodeInfo) -> tuple[RenderableType, ...]:
+def nodes_table(nodes: Iterable[NodeInfo]) -> Listing:
+    def row(node: NodeInfo) -> tuple[str | Text, ...]:
         has = node.capacity
         gpus = ", ".join(f"{gpu.name} {bytes_text(gpu.memory_bytes)}" for gpu in has.gpus) or "-"
         state = Text.assemble(colored(node.state), ", jobs give way" if node.gives_way else "")
@@ -147,8 +149,8 @@ def nodes_table(nodes: Iterable[NodeInfo]) -> Table:
     return table(columns, map(row, nodes), right=("cores", "memory", "GFLOP/s", "cpu", "replicas"))
 
 
-def jobs_table(jobs: Iterable[JobChanged]) -> Table:
-    def row(job: JobChanged) -> tuple[RenderableType, ...]:
+def jobs_table(jobs: Iterable[JobChanged]) -> Listing:
+    def row(job: JobChanged) -> tuple[str | Text, ...]:
         progress = job.progress
         done = share(job)
         end = job.ended_at or time.time()
@@ -161,9 +163,10 @@ def jobs_table(jobs: Iterable[JobChanged]) -> Table:
     return table(columns, map(row, jobs), right=("done", "took"))
 
 
-def epochs_table(history: Iterable[EpochMetrics]) -> Table:
+def epochs_table(history: Iterable[EpochMetrics]) -> Listing:
     """Two lines an epoch: its metrics, and what it took."""
-    rows: list[tuple[RenderableType, ...]] = []
+    rows: list[tuple[str, str]] = []
+    below: list[list[Text]] = []
     samples = 0
     for epoch in history:
         took = (
@@ -173,67 +176,63 @@ def epochs_table(history: Iterable[EpochMetrics]) -> Table:
             f"{bytes_text(epoch.exchanged_bytes)} exchanged",
         )
         samples = epoch.samples
-        rows.append((str(epoch.epoch), Text.assemble(metrics_text(epoch.metrics), "\n", ("  ".join(took), "dim"))))
-    return table(("epoch", ""), rows, right=("epoch",))
+        rows.append((str(epoch.epoch), metrics_text(epoch.metrics)))
+        below.append([Text("  ".join(took), "dim")])
+    return table(("epoch", "metrics"), rows, right=("epoch",), below=below)
 
 
 def ago_text(at: float) -> str:
     return f"{seconds_text(time.time() - at)} ago" if at else "-"
 
 
-def models_table(models: Iterable[ModelInfo]) -> Table:
-    def row(model: ModelInfo) -> tuple[RenderableType, ...]:
+def models_table(models: Iterable[ModelInfo]) -> Listing:
+    def row(model: ModelInfo) -> tuple[str | Text, ...]:
         signature = model.signature
         return (
             f"{model.name}:{model.version}",
             ", ".join(model.aliases) or "-",
             model.format,
             bytes_text(model.model.size),
+            ago_text(model.created_at),
             ", ".join(map(spec_text, signature.inputs)) if signature else "?",
             ", ".join(map(spec_text, signature.outputs)) if signature else "?",
             str(len(model.classes) or "-"),
-            ago_text(model.created_at),
             metrics_text(model.metrics),
         )
 
-    columns = ("model", "aliases", "format", "size", "inputs", "outputs", "classes", "made", "metrics")
-    return table(columns, map(row, models), right=("size", "classes"))
+    columns = ("model", "aliases", "format", "size", "made", "inputs", "outputs", "classes", "metrics")
+    return table(columns, map(row, models), right=("size", "made", "classes"))
 
 
-def model_report(model: ModelInfo) -> Table:
+def model_report(model: ModelInfo) -> Facts:
     """Everything that the registry knows of a version."""
     signature, size, ref = model.signature, model.image, model.model
     images = f"{size.height}x{size.width}x{size.channels}, times {size.scale:g}" if size else ""
-    rows: list[tuple[str, str]] = [
-        ("model", f"{model.name}:{model.version}"),
-        ("aliases", ", ".join(f"{model.name}:{alias}" for alias in model.aliases)),
-        ("tags", tags_text(model.tags)),
-        ("format", model.format),
-        ("from", model.source),
-        (
-            "made",
-            f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(model.created_at))} ({ago_text(model.created_at)})",
-        ),
-        ("size", f"{bytes_text(ref.size)} ({ref.size:,} bytes)"),
-        ("sha256", ref.sha256),
-        (
-            "inputs",
-            "\n".join(map(spec_text, signature.inputs)) if signature else "not known before it is deployed once",
-        ),
-        ("outputs", "\n".join(map(spec_text, signature.outputs)) if signature else ""),
-        ("images", images),
-        ("recordings", f"{model.rate:,} samples a second" if model.rate else ""),
-        ("classes", ", ".join(model.classes)),
-        ("metrics", metrics_text(model.metrics)),
-        ("held by", "\n".join(ref.holders)),
-    ]
-    made = Table(box=None, pad_edge=False, show_header=False)
-    made.add_column("", style="bold")
-    made.add_column("", overflow="fold")
-    for what, said in rows:
-        if said:
-            made.add_row(what, Text(said))
-    return made
+    return Facts(
+        [
+            ("model", f"{model.name}:{model.version}"),
+            ("aliases", ", ".join(f"{model.name}:{alias}" for alias in model.aliases)),
+            ("tags", tags_text(model.tags)),
+            ("format", model.format),
+            ("from", model.source),
+            (
+                "made",
+                f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(model.created_at))} ({ago_text(model.created_at)})",
+            ),
+            ("size", f"{bytes_text(ref.size)} ({ref.size:,} bytes)"),
+            ("sha256", ref.sha256),
+            (
+                "inputs",
+                "\n".join(map(spec_text, signature.inputs)) if signature else "not known before it is deployed once",
+            ),
+            ("outputs", "\n".join(map(spec_text, signature.outputs)) if signature else ""),
+            ("images", images),
+            ("recordings", f"{model.rate:,} samples a second" if model.rate else ""),
+            ("classes", ", ".join(model.classes)),
+            ("metrics", metrics_text(model.metrics)),
+            ("held by", "\n".join(ref.holders)),
+        ]
+    )
 
 
 def tags_text(tags: Mapping[str, str]) -> str:
@@ -245,50 +244,53 @@ def spec_text(spec: TensorSpec) -> str:
     return f"{spec.name} {spec.datatype} [{', '.join('?' if size < 0 else str(size) for size in spec.shape)}]"
 
 
-def deployments_table(deployments: Iterable[DeploymentInfo]) -> Table:
-    """A deployment a line, with its replicas below each other, and below them what there is to say."""
+def deployments_table(deployments: Iterable[DeploymentInfo]) -> Listing:
+    """A deployment a line; below it its replicas, each on a line of its own, and what there is to say."""
 
-    def row(found: DeploymentInfo) -> tuple[RenderableType, ...]:
+    def row(found: DeploymentInfo) -> tuple[str | Text, ...]:
         ready = sum(replica.state == "ready" for replica in found.replicas)
-        where = [
-            Text.assemble(
-                replica.node_id, " ", colored(replica.state), f" {replica.error.message}" if replica.error else ""
-            )
-            for replica in found.replicas
-        ]
-        said = [Text(found.reason, style="dim")] if found.reason else []
         wanted = f"{found.min_replicas}..{found.max_replicas}" if found.max_replicas else str(found.wanted or "all")
         share = f" {found.weight} %" if found.role in ("stable", "canary") else ""
         return (
-            found.name, colored(found.state), f"{found.role or '-'}{share}", f"{ready}/{wanted}",
+            found.name, colored(found.state), f"{ready}/{wanted}", f"{found.role or '-'}{share}", str(found.served),
+            milliseconds_text(found.p50_seconds), milliseconds_text(found.p99_seconds), f"{found.failure_rate:.1%}",
+            str(found.queued), milliseconds_text(found.queue_seconds),
             bytes_text(found.resident_bytes) if found.resident_bytes else "?",
-            str(found.queued), milliseconds_text(found.queue_seconds), milliseconds_text(found.p50_seconds),
-            milliseconds_text(found.p99_seconds), f"{found.failure_rate:.1%}", str(found.served),
-            Text("\n").join([*where, *said]),
         )  # fmt: skip
 
-    columns = (
-        "deployment", "state", "traffic", "ready", "memory", "queued", "waits", "p50", "p99", "failed", "served",
-        "replicas",
-    )  # fmt: skip
-    return table(columns, map(row, deployments), right=columns[3:-1])
+    def told(found: DeploymentInfo) -> list[Text]:
+        where = [
+            Text.assemble(
+                "on ",
+                replica.node_id,
+                " ",
+                colored(replica.state),
+                f": {replica.error.message}" if replica.error else "",
+            )
+            for replica in found.replicas
+        ]
+        return [*where, *([Text(found.reason, style="dim")] if found.reason else [])]
+
+    columns = ("deployment", "state", "ready", "traffic", "served", "p50", "p99", "failed", "queued", "waits", "memory")
+    shown = list(deployments)
+    return table(columns, map(row, shown), right=("ready", *columns[4:]), below=list(map(told, shown)))
 
 
 def milliseconds_text(seconds: float) -> str:
     return f"{1000 * seconds:.1f} ms" if seconds else "-"
 
 
-def datasets_table(datasets: Iterable[DatasetInfo]) -> Table:
-    def row(data: DatasetInfo) -> tuple[RenderableType, ...]:
+def datasets_table(datasets: Iterable[DatasetInfo]) -> Listing:
+    def row(data: DatasetInfo) -> tuple[str | Text, ...]:
         classes = ", ".join(data.classes[:10]) + (", ..." if len(data.classes) > 10 else "")
         here = not data.nodes  # of what lives on nodes, neither size nor what was left out is known
-        sizes = (str(data.shards), bytes_text(data.size_bytes)) if here else ("-", "-")
+        size = bytes_text(data.size_bytes) if here else "-"
         where = "coordinator" if here else ", ".join(data.nodes)
-        skipped = str(data.skipped) if here else "-"
-        return data.name, data.kind, str(data.count), *sizes, classes or "-", skipped, where
+        left_out, shards = (str(data.skipped), str(data.shards)) if here else ("-", "-")
+        return data.name, data.kind, str(data.count), size, left_out, where, shards, classes or "-"
 
-    columns = ("data set", "kind", "items", "shards", "size", "classes", "skipped", "lives on")
-    return table(columns, map(row, datasets), right=("items", "shards", "size", "skipped"))
+    columns = ("data set", "kind", "items", "size", "skipped", "lives on", "shards", "classes")
+    return table(columns, map(row, datasets), right=("items", "size", "skipped", "shards"))
 
 
 def evaluation_report(evaluation: Evaluation) -> Group:
@@ -304,7 +306,7 @@ def evaluation_report(evaluation: Evaluation) -> Group:
         columns = ("class", "precision", "recall", "F1", "items")
         parts += ["", table(columns, rows, right=columns[1:])]
     if evaluation.confusion:
-        parts += ["", confusion_table(evaluation)]
+        parts += ["", Confusion(evaluation)]
     return Group(*parts)
 
 
@@ -320,18 +322,41 @@ def change_text(name: str, before: Evaluation, after: Evaluation, data: str) -> 
     return f"{name}: {changes} on {counted(after.count, 'item')} of {data}"
 
 
-def confusion_table(evaluation: Evaluation) -> Table:
-    """Rows are the truth, columns what was said; the diagonal is right."""
-    labels = [score.label for score in evaluation.classes]
-    labels += [str(index) for index in range(len(labels), len(evaluation.confusion))]
-    made = Table(box=None, pad_edge=False, header_style="bold", title="confusion (rows: truth)", title_justify="left")
-    made.add_column("")
-    for label in labels:
-        made.add_column(label, justify="right")
-    for index, row in enumerate(evaluation.confusion):
-        cells = [
-            Text(str(count), style="bold green" if column == index else "red" if count else "dim")
-            for column, count in enumerate(row)
+@dataclass
+class Confusion:
+    """Rows are the truth, columns what was said; the diagonal is right. Too wide for the terminal, what was confused is listed instead."""
+
+    evaluation: Evaluation
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        found = self.evaluation.confusion
+        labels = [score.label for score in self.evaluation.classes]
+        labels += [str(index) for index in range(len(labels), len(found))]
+        rows: list[tuple[str | Text, ...]] = [
+            (
+                Text(labels[index], style="bold"),
+                *(
+                    Text(str(count), style="bold green" if column == index else "red" if count else "dim")
+                    for column, count in enumerate(row)
+                ),
+            )
+            for index, row in enumerate(found)
         ]
-        made.add_row(Text(labels[index], style="bold"), *cells)
-    return made
+        matrix = table(("", *labels), rows, right=labels)
+        if matrix.width <= options.max_width:
+            yield Text("confusion (rows: truth)", style="italic")
+            yield matrix
+            return
+        wrong = [
+            (count, labels[truth], labels[said])
+            for truth, row in enumerate(found)
+            for said, count in enumerate(row)
+            if count and truth != said
+        ]
+        wrong.sort(key=lambda one: -one[0])
+        more = f", {CONFUSED} of {len(wrong)}" if len(wrong) > CONFUSED else ""
+        yield Text(f"confused most often{more}" if wrong else "nothing was confused", style="italic")
+        if wrong:
+            yield table(
+                ("items", "truth", "said"), [(str(count), *both) for count, *both in wrong[:CONFUSED]], right=("items",)
+            )

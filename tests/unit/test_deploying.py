@@ -77,11 +77,13 @@ def test_a_deployment_is_told_with_its_traffic_and_reason(capsys: pytest.Capture
             ]
         )
     )
-    first, second = capsys.readouterr().out.splitlines()[1:3]
-    for said in ("m:1", "ready", "stable 90 %", "1/1..4", "12.0 ms", "a ready"):
+    first, where, second, why = capsys.readouterr().out.splitlines()[1:]
+    for said in ("m:1", "ready", "stable 90 %", "1/1..4", "12.0 ms"):
         assert said in first
-    for said in ("m:2", "withdrawn", "0/2", "rolled back: its p99"):
+    assert where == "  on a ready"
+    for said in ("m:2", "withdrawn", "0/2"):
         assert said in second
+    assert why == "  rolled back: its p99"
 
 
 def test_an_objective_is_given_in_milliseconds_or_seconds() -> None:

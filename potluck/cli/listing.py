@@ -1,0 +1,136 @@
+"""Listings for people: a line an entry, and below it what does not fit into the line. What is copied from one is never broken.
+
+A terminal wraps a line that is longer than itself, and gives it back whole when it is copied; so a name that is longer than the line
+is left to the terminal, and everything else is laid out here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.text import Text
+
+GAP = 2
+"""Spaces between two columns, and before what stands below an entry."""
+NOTHING = ("", "-", "?")
+"""Cells that are not worth a word below an entry."""
+
+
+@dataclass
+class Listing:
+    """Rows below a heading. The columns come in the order of their worth: those at the end that do not fit stand below, by name.
+
+    `below[i]` are lines of text for people that stand below row i in any case; their words wrap.
+    """
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str | Text]]
+    right: Sequence[str] = ()
+    """Columns that hold numbers."""
+    below: Sequence[Sequence[str | Text]] = field(default=())
+
+    @property
+    def width(self) -> int:
+        """Of a line that has all columns."""
+        return sum(self._widths()) + GAP * (len(self.columns) - 1)
+
+    def lines(self, width: int) -> Iterator[Text]:
+        """As it is printed on so many columns."""
+        rows = [[_text(cell) for cell in row] for row in self.rows]
+        widths = self._widths()
+        shown = _fitting(widths, width)
+        yield self._line([Text(column, style="bold") for column in self.columns[:shown]], widths)
+        for place, row in enumerate(rows):
+            yield self._line(row[:shown], widths)
+            facts = [
+                Text.assemble((f"{column} " if column else "", "dim"), cell)
+                for column, cell in zip(self.columns[shown:], row[shown:], strict=True)
+                if cell.plain not in NOTHING
+            ]
+            told = self.below[place] if self.below else ()
+            for text in (*_joined(facts, width - GAP), *(line for said in told for line in wrapped(said, width - GAP))):
+                yield Text.assemble(" " * GAP, text)
+
+    def _widths(self) -> list[int]:
+        return [
+            max([_text(column).cell_len, *(_text(row[place]).cell_len for row in self.rows)])
+            for place, column in enumerate(self.columns)
+        ]
+
+    def _line(self, cells: Sequence[Text], widths: Sequence[int]) -> Text:
+        line = Text()
+        for place, (cell, column) in enumerate(zip(cells, self.columns, strict=False)):
+            room = " " * (widths[place] - cell.cell_len)
+            line.append_text(
+                Text.assemble(" " * GAP if place else "", *((room, cell) if column in self.right else (cell, room)))
+            )
+        line.rstrip()
+        return line
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        return map(_whole, self.lines(options.max_width))
+
+
+@dataclass
+class Facts:
+    """What is known of one thing: a line for each, its name before it. What is not known is left out."""
+
+    rows: Sequence[tuple[str, str | Text]]
+
+    def lines(self, width: int) -> Iterator[Text]:
+        """As they are printed on so many columns."""
+        rows = [(name, _text(said)) for name, said in self.rows if _text(said).plain]
+        indent = max([len(name) for name, _ in rows], default=0) + GAP
+        for name, said in rows:
+            head = Text.assemble((name, "bold"), " " * (indent - len(name)))
+            for part in said.split("\n"):
+                for line in wrapped(part, width - indent):
+                    yield Text.assemble(head, line)
+                    head = Text(" " * indent)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        return map(_whole, self.lines(options.max_width))
+
+
+def wrapped(text: str | Text, width: int) -> Iterator[Text]:
+    """Its lines, broken between words alone: one that is longer than the line stays whole."""
+    return _joined(_text(text).split(" "), width, " ")
+
+
+def _joined(pieces: Iterable[Text], width: int, between: str = " " * GAP) -> Iterator[Text]:
+    """The pieces in lines; one that is longer than a line is broken between its words."""
+    line: Text | None = None
+    for piece in pieces:
+        if line is not None and line.cell_len + len(between) + piece.cell_len <= width:
+            line = Text.assemble(line, between, piece)
+            continue
+        if line is not None:
+            yield line
+        line = piece
+        if piece.cell_len > width and " " in piece.plain:
+            *full, line = wrapped(piece, width)
+            yield from full
+    if line is not None:
+        yield line
+
+
+def _fitting(widths: Sequence[int], width: int) -> int:
+    """How many of the first columns fit into a line, one at least."""
+    taken = -GAP
+    for place, column in enumerate(widths):
+        taken += GAP + column
+        if taken > width:
+            return max(1, place)
+    return len(widths)
+
+
+def _text(cell: str | Text) -> Text:
+    return cell if isinstance(cell, Text) else Text(cell)
+
+
+def _whole(line: Text) -> Text:
+    """As a line that rich neither wraps nor cuts."""
+    line.no_wrap, line.overflow = True, "ignore"
+    return line
