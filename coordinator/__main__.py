@@ -7,7 +7,7 @@ import asyncio
 
 from coordinator.daemon import Coordinator
 from potluck import __version__, daemons, lifecycle
-from potluck.settings import CoordinatorSettings, load
+from potluck.settings import GATEWAY_PORT, CoordinatorSettings, load
 
 
 def parser() -> argparse.ArgumentParser:
@@ -15,7 +15,7 @@ def parser() -> argparse.ArgumentParser:
         prog="potluck-coordinator",
         description="Plans jobs, keeps the journal, and routes inference for one cluster. Starts a broker where none is given.",
     )
-    lifecycle.add_daemon_arguments(parser)
+    lifecycle.add_daemon_arguments(parser, port_default=f"{GATEWAY_PORT}, or the next free one; 0: any free one")
     parser.add_argument(
         "--seed", metavar="HOST[:PORT]", action="append", help="use this broker instead of starting one"
     )

@@ -39,7 +39,7 @@ from potluck.errors import Conflict, Unavailable
 from potluck.http import serve_http
 from potluck.logs import fields
 from potluck.messages import CoordinatorStatus, NodeCapacity, NodeStatus, NodeTelemetry
-from potluck.network import base_urls, bind, reachable_addresses
+from potluck.network import base_urls, bind_gateway, reachable_addresses
 from potluck.outbox import Outbox
 from potluck.settings import CoordinatorSettings, check_listen, is_loopback, parse_address, short_hostname, state_folder
 from potluck.topics import Topics
@@ -80,7 +80,7 @@ class Coordinator:
             stack.callback(journal.close)
             store = BlobStore(self.folder / "blobs", settings.blob_limit_bytes)
             broker, addresses = await self._broker(stack)
-            sock = bind(settings.listen)
+            sock = bind_gateway(settings.listen)
             stack.callback(sock.close)
             port = sock.getsockname()[1]
             urls = base_urls(settings.listen.host, port)

@@ -93,7 +93,8 @@ class Node:
             stack.callback(sock.close)
             collective = ""
             if settings.listen.insecure:  # TensorFlow's own server has no protection, and listens at all addresses
-                place = stack.enter_context(bind(replace(settings.listen, port=settings.sync_port)))
+                meeting = replace(settings.listen, port=settings.sync_port)
+                place = stack.enter_context(bind(meeting, "sync_port", listening=False))
                 host = reachable_addresses(settings.listen.host)[0]
                 collective = f"[{host}]:{place.getsockname()[1]}" if ":" in host else f"{host}:{place.getsockname()[1]}"
             self._presence = Presence(

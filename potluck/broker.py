@@ -18,6 +18,7 @@ from typing import Any, Literal
 from potluck.errors import CannotListen, InvalidSettings, PotluckError, Unavailable
 from potluck.lifecycle import die_with_parent
 from potluck.logs import fields
+from potluck.network import port_user, taken_text
 from potluck.settings import BrokerSettings, Listen
 
 log = logging.getLogger(__name__)
@@ -119,11 +120,10 @@ async def start_broker(settings: BrokerSettings, listen: Listen, state_dir: Path
     _free_port(listen.host)  # is the address ours at all?
     if port and _taken(listen.host, port):
         if settings.mode != "auto":
-            raise CannotListen(
-                f"port {port} on {listen.host} is taken: set broker.port to another (0: a free one), "
-                "or name the broker that runs there as a seed"
-            )
-        log.warning("port taken, using a free one %s", fields(host=listen.host, port=port))
+            text = taken_text(listen.host, port, "--broker-port (broker.port)")
+            raise CannotListen(f"{text}, or name the broker that runs there with --seed")
+        by = port_user(port) or None
+        log.warning("broker port taken, using a free one %s", fields(host=listen.host, port=port, by=by))
         port = 0
     failure: PotluckError | None = None
     for _ in range(_PORT_TRIES):

@@ -113,12 +113,12 @@ def software() -> dict[str, str]:
     return {"potluck": __version__, "python": platform.python_version()}
 
 
-def add_daemon_arguments(parser: argparse.ArgumentParser) -> None:
+def add_daemon_arguments(parser: argparse.ArgumentParser, *, port_default: str = "any free one") -> None:
     """The flags that all daemons have."""
     parser.add_argument("--config", metavar="FILE", help="settings in TOML (examples in configs/)")
     parser.add_argument("--cluster", metavar="NAME", help="the cluster's name (default: default)")
     parser.add_argument("--listen", metavar="ADDRESS", help="address to listen on (default: 127.0.0.1)")
-    parser.add_argument("--port", type=int, help="HTTP port (default: any free one)")
+    parser.add_argument("--port", type=int, help=f"HTTP port (default: {port_default})")
     parser.add_argument(
         "--insecure", action="store_true", default=None, help="allow --listen beyond loopback, unencrypted"
     )

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import socket
 from ipaddress import ip_address
 
 import psutil
 
 from potluck.errors import CannotListen
-from potluck.settings import Listen, is_loopback
+from potluck.logs import fields
+from potluck.settings import GATEWAY_PORT, Listen, is_loopback
+
+log = logging.getLogger(__name__)
+
+GATEWAY_TRIES = 20
+"""Ports from GATEWAY_PORT on that are tried, before any free one is taken."""
 
 # Bridges and tunnels of containers and VPNs: reachable from this machine only, or not meant for us.
 _PRIVATE_PREFIXES = ("lo", "docker", "br-", "virbr", "tun", "tap", "cni", "flannel", "podman")
@@ -45,17 +53,66 @@ def base_urls(listen_host: str, port: int) -> tuple[str, ...]:
     return tuple(f"http://{host}:{port}" for host in hosts)
 
 
-def bind(listen: Listen) -> socket.socket:
-    """A bound TCP socket, so that its port is known before the server starts. Raises CannotListen when it cannot be had."""
-    family = socket.AF_INET6 if ":" in listen.host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
+def bind(listen: Listen, option: str = "--port (listen.port)", *, listening: bool = True) -> socket.socket:
+    """A bound TCP socket, so that its port is known before the server starts; where not `listening`, another may take it over.
+
+    Raises CannotListen when it cannot be had, saying who has it, and which `option` chooses another.
+    """
+    try:
+        return _bound(listen.host, listen.port, listening)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise CannotListen(taken_text(listen.host, listen.port, option)) from error
+        raise CannotListen(
+            f"cannot listen on {listen.host}:{listen.port}: {error.strerror}: choose another --listen (listen.host) or {option}"
+        ) from error
+
+
+def bind_gateway(listen: Listen) -> socket.socket:
+    """`bind`, with the next free port in place of GATEWAY_PORT while another program has that: it says so."""
+    if listen.port == GATEWAY_PORT:
+        for port in (*range(GATEWAY_PORT, GATEWAY_PORT + GATEWAY_TRIES), 0):
+            try:
+                sock = _bound(listen.host, port, listening=True)
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    break  # no other port would help: `bind` says why
+                continue
+            if port != GATEWAY_PORT:
+                taken = fields(host=listen.host, port=GATEWAY_PORT, by=port_user(GATEWAY_PORT) or None)
+                log.warning(
+                    "gateway port taken, using the next free one %s %s", taken, fields(now=sock.getsockname()[1])
+                )
+            return sock
+    return bind(listen)
+
+
+def taken_text(host: str, port: int, option: str) -> str:
+    """One sentence about a port that another program has, and the option that chooses another."""
+    user = port_user(port)
+    return f"port {port} on {host} is taken{f' by {user}' if user else ''}: choose another one with {option} (0: any free one)"
+
+
+def port_user(port: int) -> str:
+    """Who listens at a TCP port of this machine, as `nginx (pid 17)`; "" where that may not be known."""
+    try:
+        for one in psutil.net_connections("tcp"):
+            if one.status == psutil.CONN_LISTEN and one.laddr.port == port and one.pid:
+                return f"{psutil.Process(one.pid).name()} (pid {one.pid})"
+    except (psutil.Error, OSError) as error:
+        log.debug("who has a port is not known %s", fields(port=port, reason=str(error)))
+    return ""
+
+
+def _bound(host: str, port: int, listening: bool) -> socket.socket:
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind((listen.host, listen.port))
-    except OSError as error:
+        sock.bind((host, port))
+        if listening:  # with SO_REUSEADDR two may be bound to a port until one listens
+            sock.listen()
+    except BaseException:
         sock.close()
-        raise CannotListen(
-            f"cannot listen on {listen.host}:{listen.port}: {error.strerror}: choose another --port or --listen"
-        ) from error
+        raise
     sock.setblocking(False)
     return sock

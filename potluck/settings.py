@@ -51,6 +51,16 @@ class Listen(Section, frozen=True):
     insecure: bool = False
 
 
+GATEWAY_PORT = 7814
+"""Of the coordinator's HTTP. Neither it nor the 30 ports after it are registered with IANA, and no well-known program uses it."""
+
+
+class GatewayListen(Listen, frozen=True):
+    """Where the coordinator listens. While another program has GATEWAY_PORT, the next free one is taken; any other must be free."""
+
+    port: Port = GATEWAY_PORT
+
+
 class BrokerSettings(Section, frozen=True):
     """`mode`: `auto` takes a seed or a discovered broker, else a private mosquitto, else the embedded amqtt."""
 
@@ -118,7 +128,7 @@ class CoordinatorSettings(NetworkSettings, frozen=True):
     """The coordinator daemon."""
 
     state_dir: str = ""
-    listen: Listen = Listen()
+    listen: GatewayListen = GatewayListen()
     broker: BrokerSettings = BrokerSettings()
     log_level: LogLevel = "INFO"
     lease_seconds: PositiveSeconds = 10.0
