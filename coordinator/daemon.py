@@ -9,6 +9,8 @@ import uuid
 from collections.abc import Iterable
 from contextlib import AsyncExitStack
 
+from msgspec.structs import replace
+
 from coordinator import federated
 from coordinator.announcer import Announcer
 from coordinator.collecting import Collector
@@ -88,7 +90,12 @@ class Coordinator:
 
             offline = CoordinatorStatus(session=self.session, epoch=journal.epoch, state="offline")
             online = CoordinatorStatus(
-                session=self.session, epoch=journal.epoch, state="online", http=urls, software=lifecycle.software()
+                session=self.session,
+                epoch=journal.epoch,
+                state="online",
+                http=urls,
+                software=lifecycle.software(),
+                since=time.time(),
             )
             status_topic = self.topics.coordinator_status
             bus = MqttBus(
@@ -217,7 +224,7 @@ class Coordinator:
                     log.info("coordinator stopping")
                     await advertisement.aclose()
                     try:
-                        await bus.publish(status_topic, offline, retain=True)
+                        await bus.publish(status_topic, replace(offline, since=time.time()), retain=True)
                     except Unavailable as error:
                         log.info("offline status not published %s", fields(reason=error.message))
                 for task in running:

@@ -29,6 +29,9 @@ class Member:
     data_missing: Mapping[str, str] = field(default_factory=dict)
     software: Mapping[str, str] = field(default_factory=dict)
     telemetry: NodeTelemetry | None = None
+    left: bool = False
+    """Whether it is offline because it said goodbye."""
+    clock_ahead_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -81,8 +84,8 @@ class Membership:
         if status.state == "offline":
             if known is None or known.session != status.session or known.state == "offline":
                 return []
-            self.members[status.node_id] = replace(known, state="offline")
-            return [NodeLost(status.node_id, "it went offline")]
+            self.members[status.node_id] = replace(known, state="offline", left=status.left)
+            return [NodeLost(status.node_id, "it left" if status.left else "it went offline")]
         changes: list[Change] = []
         for url in known.http if known is not None else ():
             if self._at.get(url) == status.node_id:
@@ -105,6 +108,7 @@ class Membership:
             collective=status.collective,
             software=status.software,
             telemetry=None,
+            left=False,
         )
         return [*changes, NodeJoined(status.node_id)]
 
@@ -121,7 +125,10 @@ class Membership:
         known = self.members.get(telemetry.node_id)
         if known is None or known.session != telemetry.session:
             return []
-        self.members[telemetry.node_id] = replace(known, state="online", seen_at=now, telemetry=telemetry)
+        ahead = telemetry.sent_at - now if telemetry.sent_at else 0.0
+        self.members[telemetry.node_id] = replace(
+            known, state="online", seen_at=now, telemetry=telemetry, left=False, clock_ahead_seconds=ahead
+        )
         return [NodeJoined(telemetry.node_id)] if known.state == "offline" else []
 
     def heard(self, node_id: str, now: float) -> list[Change]:
@@ -151,19 +158,23 @@ class Membership:
 
 
 def _info(member: Member) -> NodeInfo:
-    telemetry = member.telemetry
+    now = (
+        member.telemetry if member.state != "offline" else None
+    )  # what it did when it was heard of last it does no more
     return NodeInfo(
         node_id=member.node_id,
         state=member.state,
         capacity=member.capacity,
         http=member.http,
         seen_at=member.seen_at,
-        cpu_percent=telemetry.cpu_percent if telemetry else 0.0,
-        memory_used_bytes=telemetry.memory_used_bytes if telemetry else 0,
-        leases=len(telemetry.attempts) if telemetry else 0,
-        replicas=telemetry.replicas if telemetry else (),
+        cpu_percent=now.cpu_percent if now else 0.0,
+        memory_used_bytes=now.memory_used_bytes if now else 0,
+        leases=len(now.attempts) if now else 0,
+        replicas=now.replicas if now else (),
         data=member.data,
-        gives_way=telemetry is not None and telemetry.gives_way,
         software=dict(member.software),
         data_missing=dict(member.data_missing),
+        gives_way=now is not None and now.gives_way,
+        left=member.left,
+        clock_ahead_seconds=member.clock_ahead_seconds,
     )

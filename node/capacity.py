@@ -10,6 +10,7 @@ import os
 import platform
 import socket
 import sys
+import time
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,7 @@ class Telemetry:
         *,
         serving: bool = False,
         gives_way: bool = False,
+        coordinator_lost_at: float = 0.0,
     ) -> NodeTelemetry:
         memory = psutil.virtual_memory()
         return NodeTelemetry(
@@ -126,6 +128,8 @@ class Telemetry:
             serving=serving,
             gives_way=gives_way,
             gpu_percent=self._gpu_percent(),
+            sent_at=time.time(),
+            coordinator_lost_at=coordinator_lost_at,
         )
 
     def _gpu_percent(self) -> tuple[float, ...]:

@@ -193,7 +193,8 @@ class Node:
         following = broker_addresses(self.settings, discovery)
 
         async def addresses() -> tuple[str, int]:
-            self._presence.joined = self._coordinated = False  # asked for when there is no connection any more
+            self._coordinated = False
+            self._presence.lost()  # addresses are asked for when there is no connection any more
             self._assignments.on_disconnected()
             return await following()
 
@@ -223,6 +224,7 @@ class Node:
             return
         self._coordinated = status.state == "online"
         if self._assignments.accepts(status.epoch):
+            self._presence.on_coordinator(status)
             return
         if status.state == "online":
             seen = fields(epoch=status.epoch, seen=self._assignments.epoch)

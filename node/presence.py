@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
@@ -16,7 +17,7 @@ from potluck.bus import Bus, Envelope
 from potluck.discovery import Discovery, Service
 from potluck.errors import Conflict, PotluckError, Unavailable
 from potluck.logs import fields
-from potluck.messages import Capacity, NodeCapacity, NodeData, NodeStatus, NodeTelemetry
+from potluck.messages import Capacity, CoordinatorStatus, NodeCapacity, NodeData, NodeStatus, NodeTelemetry
 from potluck.network import base_urls, reachable_addresses
 from potluck.outbox import Outbox
 from potluck.settings import NodeSettings
@@ -52,15 +53,18 @@ class Presence:
         self.joined = False
         self._being_born = False
         self.births = 0
+        self._lost_at = 0.0
+        """On the monotonic clock: since when the broker that had us is gone; 0: it is there, or never was."""
+        self._coordinator_lost_at = time.time()
 
     @property
     def capacity(self) -> Capacity:
         return self._capacity
 
-    def status(self, state: Literal["online", "offline"]) -> NodeStatus:
-        """A birth, or a goodbye (also the will)."""
+    def status(self, state: Literal["online", "offline"], *, left: bool = False) -> NodeStatus:
+        """A birth, or a will; a goodbye when we have `left`."""
         if state == "offline":
-            return NodeStatus(node_id=self._node_id, session=self._session, state=state)
+            return NodeStatus(node_id=self._node_id, session=self._session, state=state, left=left)
         return NodeStatus(
             node_id=self._node_id,
             session=self._session,
@@ -107,6 +111,20 @@ class Presence:
         bus.subscribe(self.status_topic, on_status)
         bus.subscribe(self._topics.node(self._node_id, "telemetry"), on_telemetry)
 
+    def lost(self) -> None:
+        """There is no connection any more, nor, for all that is known, a coordinator: what is retained says so again."""
+        self._coordinator_lost_at = self._coordinator_lost_at or time.time()
+        if self.joined:
+            self.joined = False
+            self._lost_at = time.monotonic()
+
+    def on_coordinator(self, status: CoordinatorStatus) -> None:
+        """Remember since when there is none: who asks how the cluster is hears it from us where nobody else is left."""
+        if status.state == "online":
+            self._coordinator_lost_at = 0.0
+        elif not self._coordinator_lost_at:
+            self._coordinator_lost_at = status.since or time.time()
+
     async def birth(self, bus: Bus) -> None:
         """After each connect: the broker may have forgotten us, or published our will."""
         self.urls = base_urls(self._settings.listen.host, self._port)
@@ -119,6 +137,11 @@ class Presence:
         self.births += 1
         await self._publish_capacity(bus)
         log.info("node joined %s", fields(node=self._node_id, cluster=self._settings.cluster))
+        if self._lost_at:
+            away_seconds = round(time.monotonic() - self._lost_at, 1)
+            self._lost_at = 0.0
+            # As loud as what was said of the loss: who saw that wants to know that it is over.
+            log.warning("node reconnected %s", fields(node=self._node_id, after_seconds=away_seconds))
 
     async def goodbye(self, bus: Bus, outbox: Outbox) -> None:
         """Send what waits in `outbox`, and that we are gone; for GOODBYE_SECONDS at most, and only where somebody listens."""
@@ -128,7 +151,7 @@ class Presence:
         try:
             async with asyncio.timeout(GOODBYE_SECONDS):
                 await outbox.drained()
-                await bus.publish(self.status_topic, self.status("offline"), retain=True)
+                await bus.publish(self.status_topic, self.status("offline", left=True), retain=True)
         except (TimeoutError, PotluckError) as error:
             log.info("no goodbye %s", fields(reason=str(error) or "the bus did not take it in time"))
 
@@ -170,8 +193,9 @@ class Presence:
             await asyncio.sleep(self._settings.telemetry_seconds)
             if self.joined:
                 reading = readings.read(
-                    self._node_id, self._session, attempts(), replicas(), serving=serving(), gives_way=gives_way()
-                )
+                    self._node_id, self._session, attempts(), replicas(), serving=serving(), gives_way=gives_way(),
+                    coordinator_lost_at=self._coordinator_lost_at,
+                )  # fmt: skip
                 outbox.publish(topic, reading, qos=0, encoding="json")
 
     async def advertise(self, discovery: Discovery) -> None:

@@ -500,6 +500,10 @@ class NodeInfo(Part, frozen=True):
     """Versions of what it runs, as in its birth."""
     data_missing: dict[str, str] = {}
     """Data sets that its settings name and that cannot be had: why, by name."""
+    left: bool = False
+    """Whether it is offline because it was ended in order."""
+    clock_ahead_seconds: float = 0.0
+    """How far its clock is ahead of the coordinator's, as its telemetry came; 0 where it did not say."""
 
 
 class ListNodes(Message, frozen=True):
@@ -777,6 +781,8 @@ class CoordinatorStatus(Message, frozen=True):
     version: int = PROTOCOL_VERSION
     software: dict[str, str] = {}
     """Versions of `potluck` and `python`, by name."""
+    since: float = 0.0
+    """When it came into this state; 0 in a will, which cannot know."""
 
 
 class NodeStatus(Message, frozen=True):
@@ -791,6 +797,8 @@ class NodeStatus(Message, frozen=True):
     """`host:port` at which its engine takes part in synchronous training; empty where it may not."""
     software: dict[str, str] = {}
     """Versions by name: `potluck` and `python` of the daemon, and of the runtimes that its engines have (`Capacity.runtimes`)."""
+    left: bool = False
+    """Whether it is offline because it was ended in order; never in a will."""
 
 
 class NodeCapacity(Message, frozen=True):
@@ -819,6 +827,10 @@ class NodeTelemetry(Message, frozen=True):
     """Whether the engine for replicas runs: what it takes is not available any more."""
     gives_way: bool = False
     """Whether jobs stand still on it while inference has an objective to keep."""
+    sent_at: float = 0.0
+    """By the node's clock; 0: it does not say."""
+    coordinator_lost_at: float = 0.0
+    """Since when the node knows of no coordinator that is online; 0: there is one."""
 
 
 # --- shards: what one node does ---------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """Births, wills, silence: who is in the cluster."""
 
+from msgspec.structs import replace
+
 from coordinator.membership import Membership, NodeJoined, NodeLost
 from potluck.messages import Capacity, NodeCapacity, NodeStatus, NodeTelemetry
 
@@ -66,3 +68,18 @@ def test_what_a_node_runs_and_which_data_it_lacks_are_listed() -> None:
     assert members.infos()[0].software == {"potluck": "2"}
     members.on_status(NodeStatus(node_id="n", session="1", state="offline"), 2)
     assert members.infos()[0].software == {"potluck": "2"}, "what was there when it left"
+
+
+def test_whoever_left_did_not_get_lost_and_what_it_did_is_not_told_any_more() -> None:
+    members = Membership(timeout_seconds=10)
+    members.on_status(birth("1"), 0)
+    members.on_telemetry(replace(telemetry("1"), attempts=("a",), sent_at=107.5), 100)
+    (info,) = members.infos()
+    assert (info.leases, info.cpu_percent, info.clock_ahead_seconds) == (1, 1.0, 7.5)
+    members.on_status(replace(birth("1", "offline"), left=True), 101)
+    (info,) = members.infos()
+    assert (info.state, info.left, info.leases, info.cpu_percent) == ("offline", True, 0, 0.0)
+    members.on_status(birth("2"), 102)
+    members.tick(120)
+    (info,) = members.infos()
+    assert (info.state, info.left) == ("offline", False)
