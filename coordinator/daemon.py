@@ -44,6 +44,7 @@ from potluck.messages import CoordinatorStatus, NodeCapacity, NodeStatus, NodeTe
 from potluck.network import base_urls, bind_gateway, reachable_addresses
 from potluck.outbox import Outbox
 from potluck.settings import CoordinatorSettings, check_listen, is_loopback, parse_address, short_hostname, state_folder
+from potluck.sole_use import sole_use
 from potluck.topics import Topics
 
 log = logging.getLogger(__name__)
@@ -78,6 +79,7 @@ class Coordinator:
         """Start, say ready, serve until `stop`, and stop in reverse order."""
         settings = self.settings
         async with AsyncExitStack() as stack:
+            stack.enter_context(sole_use(self.folder, "coordinator", settings.cluster))
             journal = Journal(self.folder / "journal.sqlite", least_epoch=int(time.time()))
             stack.callback(journal.close)
             store = BlobStore(self.folder / "blobs", settings.blob_limit_bytes)

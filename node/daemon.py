@@ -51,6 +51,7 @@ from potluck.messages import (
 from potluck.network import bind, reachable_addresses
 from potluck.outbox import Outbox
 from potluck.settings import NodeSettings, check_listen, state_folder
+from potluck.sole_use import sole_use
 from potluck.topics import Topics
 
 log = logging.getLogger(__name__)
@@ -88,7 +89,7 @@ class Node:
         """Join the cluster as soon as there is one, and work for it until `stop`."""
         settings = self.settings
         async with AsyncExitStack() as stack:
-            stack.enter_context(identity.sole_use(self.folder))
+            stack.enter_context(sole_use(self.folder, "node", settings.cluster))
             sock = bind(settings.listen)
             stack.callback(sock.close)
             collective = ""

@@ -1,16 +1,13 @@
-"""Who this node is, from one start to the next, and that it is there once."""
+"""Who this node is, from one start to the next."""
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from potluck.errors import Conflict, InvalidSettings
+from potluck.errors import InvalidSettings
 from potluck.settings import short_hostname
 
 _NODE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -40,24 +37,3 @@ def node_id(configured: str, folder: Path) -> str:
             f"the state folder {folder} cannot be used: {error.strerror}: choose one with --state-dir"
         ) from error
     return made
-
-
-@contextmanager
-def sole_use(folder: Path) -> Iterator[None]:
-    """Keep a state folder for ourselves: two nodes in one would delete each other's files. Raises Conflict."""
-    try:
-        descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise InvalidSettings(
-            f"the state folder {folder} cannot be written to: {error.strerror}: choose one with --state-dir"
-        ) from error
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise Conflict(
-                f"another node uses the state folder {folder}: choose another one with --state-dir"
-            ) from error
-        yield
-    finally:
-        os.close(descriptor)

@@ -19,6 +19,7 @@ from typing import Any, NoReturn, TypeVar
 
 from potluck import __version__, logs
 from potluck.errors import expected
+from potluck.logs import fields
 from potluck.settings import CoordinatorSettings, NodeSettings
 
 log = logging.getLogger(__name__)
@@ -40,14 +41,17 @@ def notify(state: str) -> None:
         return
     if address.startswith("@"):
         address = "\0" + address[1:]
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
-        sock.connect(address)
-        sock.sendall(state.encode())
+    # Whoever listens may have gone, or may read nothing now (`potluck up` after Ctrl-Z): a daemon neither ends nor waits for that.
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK) as sock:
+        try:
+            sock.sendto(state.encode(), address)
+        except OSError as error:
+            log.debug("supervisor not told %s", fields(state=state, reason=error.strerror))
 
 
 def is_service() -> bool:
-    """Whether systemd started this daemon."""
-    return bool(_notify_address)
+    """Whether systemd started this daemon; `potluck up` listens to it too, at an address that is no path."""
+    return "/" in _notify_address
 
 
 async def report(standing: Callable[[], tuple[str, str]]) -> NoReturn:

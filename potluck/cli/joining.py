@@ -5,30 +5,36 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import random
 import signal
 import sys
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
-from pathlib import Path
 
 from potluck import lifecycle
+from potluck.cli import here
+from potluck.cli.notices import Notices
+from potluck.cli.plan import Plan, already
 from potluck.discovery import Discovery, Service
 from potluck.errors import Unavailable
 from potluck.logs import fields
-from potluck.network import reachable_addresses
-from potluck.settings import Listen, NetworkSettings
+from potluck.network import lan_addresses, reachable_addresses
+from potluck.settings import GATEWAY_PORT, is_loopback, parse_address
+from potluck.sole_use import sole_use
 
 log = logging.getLogger(__name__)
 
 WAIT_FOR_ELECTED_SECONDS = 15.0
 STOP_SECONDS = 15.0
+TOLD_SECONDS = 0.2
 CLAIM = "0-"
 """Ids that begin so sort before every random id, which are hexadecimal."""
 CLAIM_SECONDS = 1.0
+NODES_SEEN_SECONDS = 0.3
+"""Nodes are seen by mDNS as soon as the coordinator is; this much later at most."""
 BACKOFF_SECONDS = (0.5, 30.0)
 STEADY_SECONDS = 60.0
 """A daemon that ran this long has its back-off forgiven."""
@@ -36,35 +42,6 @@ TRIES = 6
 """A daemon that ended so many times in a row, and never ran as long, will not run: the state folder is another's, it may be."""
 PERMANENT = (2, 5)
 """Exit codes of daemons that starting again cannot help: wrong settings, and addresses that somebody here has just chosen."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What was asked for."""
-
-    network: NetworkSettings
-    listen: Listen
-    state_dir: Path | None
-    broker_port: int | None
-    log_level: str
-    data: tuple[str, ...] = ()
-    """`NAME=PATH` of the data that live here."""
-
-    def flags(self, daemon: str) -> list[str]:
-        """The command line of a daemon, after its module's name."""
-        flags = ["--cluster", self.network.cluster, "--listen", self.listen.host, "--log-level", self.log_level]
-        for seed in self.network.seeds:
-            flags += ["--seed", seed]
-        if self.listen.insecure:
-            flags.append("--insecure")
-        if self.state_dir is not None:
-            flags += ["--state-dir", str(self.state_dir / daemon)]
-        if daemon == "coordinator" and self.broker_port is not None:
-            flags += ["--broker-port", str(self.broker_port)]
-        if daemon == "node":
-            for data in self.data:
-                flags += ["--data", data]
-        return flags
 
 
 def elected(own_id: str, others: Sequence[str]) -> bool:
@@ -83,8 +60,13 @@ class Joining:
     async def run(self, stop: asyncio.Event) -> None:
         """Join or start a cluster, keep the daemons running until `stop`, then end them in order.
 
-        Raises Unavailable when a daemon cannot be kept running.
+        Raises Unavailable when a daemon cannot be kept running, and Conflict where this machine has a node already.
         """
+        self._plan.check_free()
+        with sole_use(here.folder_of(self._plan.state_dir, "up"), "up", self._plan.network.cluster):
+            await self._run(stop)
+
+    async def _run(self, stop: asyncio.Event) -> None:
         stopping = asyncio.create_task(stop.wait(), name="stop")
         working = asyncio.create_task(self._work(), name="daemons")
         try:
@@ -104,24 +86,65 @@ class Joining:
     async def _work(self) -> None:
         network = self._plan.network
         async with AsyncExitStack() as claims, asyncio.TaskGroup() as tasks:
-            starts_coordinator = False
             if network.seeds:
                 self._say(f"joining cluster {network.cluster!r} at {', '.join(network.seeds)}")
             else:
                 self._say(f"looking for cluster {network.cluster!r} ({network.discovery.window_seconds:g} s)")
-                starts_coordinator = await self._settle(claims)
-            if starts_coordinator:
-                tasks.create_task(self._child("coordinator").run(), name="coordinator")
-                found = await self._coordinator_service()
+                around = await self._look_around(claims)
+                if await self._settle(claims):
+                    await self._start_coordinator(tasks)
+                for other in around.services("coordinator") if around is not None else ():
+                    if not here.is_here(other):
+                        self._say(
+                            f"cluster {other.cluster!r} is on this network too, at {other.host}: this machine is not in it"
+                        )
                 await claims.aclose()
-                self._say(
-                    f"started a broker at {found.host}:{found.broker_port} and a coordinator at http://{found.host}:{found.port}"
-                )
             tasks.create_task(self._child("node").run(), name="node")
-            self._say("this machine's node is started: `potluck nodes` shows who is there; Ctrl-C leaves")
+            self._say_who_is_served()
+            self._say("this machine's node starts; `potluck status` says how the cluster is; Ctrl-C leaves")
+
+    async def _look_around(self, until: AsyncExitStack) -> Discovery | None:
+        """Where this machine keeps to itself, still look at the network: who forgot --insecure hears what is there."""
+        if not self._plan.private or not lan_addresses():
+            return None
+        with contextlib.suppress(Unavailable):  # no multicast: then nothing is to be seen
+            return await until.enter_async_context(Discovery(self._plan.network.cluster, listen_host="0.0.0.0"))  # noqa: S104 - only looks
+        return None
+
+    async def _start_coordinator(self, tasks: asyncio.TaskGroup) -> None:
+        for user in here.users(self._plan.state_dir, ("coordinator",)):
+            raise already(str(user))
+        self._plan.check_ports()
+        tasks.create_task(self._child("coordinator").run(), name="coordinator")
+        found = await self._coordinator_service()
+        self._say(
+            f"started the broker {found.host}:{found.broker_port} and the gateway http://{found.host}:{found.port}"
+        )
+        if self._plan.gateway_port is None and found.port != GATEWAY_PORT and "POTLUCK_LISTEN__PORT" not in os.environ:
+            self._say(f"(another program has the gateway's usual port {GATEWAY_PORT}; --gateway-port chooses one)")
+
+    def _say_who_is_served(self) -> None:
+        plan = self._plan
+        if not plan.private:
+            return
+        if all(is_loopback(parse_address(seed)[0]) for seed in plan.network.seeds):
+            what = "only this machine is served"
+        else:
+            what = (
+                "this node listens on this machine alone, where the others of its cluster cannot fetch what they need"
+            )
+        here_too, others = plan.shared(), plan.shared(elsewhere=True)
+        where = "here and on the other machines" if others == here_too else "here"
+        self._say(
+            f"{what}; to share, end this with Ctrl-C, and on a network that you trust type {where}:\n    {here_too}"
+        )
+        if others != here_too:
+            self._say(f"and on the other machines:\n    {others}")
 
     def _child(self, daemon: str) -> Child:
-        child = Child(daemon, [sys.executable, "-P", "-m", "potluck.daemons", daemon, *self._plan.flags(daemon)])
+        child = Child(
+            daemon, [sys.executable, "-P", "-m", "potluck.daemons", daemon, *self._plan.flags(daemon)], self._say
+        )
         self._children.append(child)
         return child
 
@@ -148,7 +171,9 @@ class Joining:
         async with self._discovery() as discovery:
             await discovery.advertise(self._candidate(own_id))
             while True:
-                if await self._found(discovery, window):
+                found = await self._found(discovery, window)
+                await self._check_alone(discovery)
+                if found:
                     return False
                 rivals = self._rivals(discovery, own_id, given_up)
                 if elected(own_id, rivals):
@@ -166,6 +191,14 @@ class Joining:
                 if await self._found(discovery, WAIT_FOR_ELECTED_SECONDS):
                     return False
                 given_up.update(rivals)  # they may have gone without a word: choose again without them
+
+    async def _check_alone(self, discovery: Discovery) -> None:
+        """Raises Conflict where a node of this cluster that another user, or another folder, started is on this machine."""
+        if self._plan.state_dir is not None:
+            return
+        await discovery.wait_for(lambda one: one.role == "node", NODES_SEEN_SECONDS)
+        if (node := await here.node_here(discovery.services("node"))) is not None:
+            raise already(f"the node {node.id} (cluster {node.cluster!r}) at http://{node.host}:{node.port}")
 
     def _rivals(self, discovery: Discovery, own_id: str, given_up: set[str]) -> list[str]:
         ours = {own_id, f"{CLAIM}{own_id}"}
@@ -192,11 +225,15 @@ class Joining:
 
 
 class Child:
-    """A daemon's process: started again with back-off when it ends, told to end by `stop`. It dies with us."""
+    """A daemon's process: started again with back-off when it ends, told to end by `stop`. It dies with us.
 
-    def __init__(self, name: str, command: list[str]) -> None:
+    `say` gets how it says it is, whenever that changes.
+    """
+
+    def __init__(self, name: str, command: list[str], say: Callable[[str], None]) -> None:
         self._name = name
         self._command = command
+        self._say = say
         self._process: asyncio.subprocess.Process | None = None
         self._stopping = asyncio.Event()
 
@@ -204,29 +241,46 @@ class Child:
         """Keep it running until `stop` or cancelled. Raises Unavailable when its settings are wrong, or it never runs for long."""
         delay = BACKOFF_SECONDS[0]
         tries: int | None = TRIES
-        while not self._stopping.is_set():
-            started = time.monotonic()
-            # A session of its own: Ctrl-C reaches us alone, and we end the daemons in order.
-            self._process = await asyncio.create_subprocess_exec(
-                *self._command,
-                stdin=asyncio.subprocess.DEVNULL,
-                preexec_fn=lifecycle.die_with_parent(),
-                start_new_session=True,
-            )
-            status = await self._process.wait()
-            if self._stopping.is_set():
-                return
-            if status in PERMANENT:
-                raise Unavailable(f"the {self._name} cannot run: what it wrote above says why")
-            if time.monotonic() - started > STEADY_SECONDS:
-                delay, tries = BACKOFF_SECONDS[0], None
-            elif tries is not None:
-                tries -= 1
-                if not tries:
-                    raise Unavailable(f"the {self._name} ended {TRIES} times in a row: what it wrote above says why")
-            log.warning("daemon ended %s", fields(daemon=self._name, status=status, again_seconds=round(delay, 1)))
-            await asyncio.sleep(random.uniform(delay / 2, delay))
-            delay = min(2 * delay, BACKOFF_SECONDS[1])
+        with Notices(self._told) as notices:
+            while not self._stopping.is_set():
+                started = time.monotonic()
+                status = await self._run_once(notices.environment)
+                if self._stopping.is_set():
+                    return
+                if status in PERMANENT:
+                    raise Unavailable(f"the {self._name} cannot run: what it wrote above says why")
+                if time.monotonic() - started > STEADY_SECONDS:
+                    delay, tries = BACKOFF_SECONDS[0], None
+                elif tries is not None:
+                    tries -= 1
+                    if not tries:
+                        raise Unavailable(
+                            f"the {self._name} ended {TRIES} times in a row: what it wrote above says why"
+                        )
+                how = f"by {signal.Signals(-status).name}" if status < 0 else f"with status {status}"
+                self._say(f"the {self._name} ended {how}: it is started again in {delay:g} s or less")
+                await asyncio.sleep(random.uniform(delay / 2, delay))
+                delay = min(2 * delay, BACKOFF_SECONDS[1])
+
+    async def _run_once(self, environment: Mapping[str, str]) -> int:
+        # A session of its own: Ctrl-C reaches us alone, and we end the daemons in order.
+        self._process = await asyncio.create_subprocess_exec(
+            *self._command,
+            stdin=asyncio.subprocess.DEVNULL,
+            env=os.environ | environment,
+            preexec_fn=lifecycle.die_with_parent(),
+            start_new_session=True,
+        )
+        return await self._process.wait()
+
+    def _told(self, text: str) -> None:
+        """A moment later, unless it has ended: then what it wrote says the same."""
+
+        def say() -> None:
+            if self._process is not None and self._process.returncode is None and not self._stopping.is_set():
+                self._say(text)
+
+        asyncio.get_running_loop().call_later(TOLD_SECONDS, say)
 
     async def stop(self) -> None:
         """SIGTERM, a while to end in order, then SIGKILL."""

@@ -29,6 +29,14 @@ def up(
     broker_port: Annotated[
         int | None, typer.Option(min=0, max=65535, help="Port of the broker, where one is started (default: 1883).")
     ] = None,
+    gateway_port: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=65535,
+            help="Port of the gateway (HTTP), where one is started (default: 7814, or the next free one).",
+        ),
+    ] = None,
     data: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=PATH", help="Data that live here and never leave: train on node:NAME. Repeatable."),
@@ -37,10 +45,12 @@ def up(
 ) -> None:
     """Join the cluster on this network, or start one: run this on every machine."""
     import asyncio
+    from importlib.util import find_spec
 
     from potluck import lifecycle, logs
-    from potluck.cli.joining import Joining, Plan
+    from potluck.cli.joining import Joining
     from potluck.cli.output import note
+    from potluck.cli.plan import Plan
     from potluck.settings import Listen, NetworkSettings, check_listen, load
     from potluck.topics import Topics
 
@@ -56,7 +66,12 @@ def up(
             "WARNING: --insecure: whoever reaches this machine over the network can use its computing power and read its "
             "models and data; nothing is encrypted. Use it on networks that you trust."
         )
-    plan = Plan(settings, where, state_dir, broker_port, log_level, tuple(data or ()))
+    if not any(map(find_spec, ("tensorflow", "ai_edge_litert"))):
+        note(
+            "WARNING: neither TensorFlow nor LiteRT is installed with potluck: this machine's node will compute nothing "
+            "(docs/install.md, Extras)"
+        )
+    plan = Plan(settings, where, state_dir, broker_port, log_level, tuple(data or ()), gateway_port)
 
     async def run() -> None:
         await Joining(plan, say=note).run(lifecycle.stop_event(asyncio.get_running_loop()))

@@ -265,7 +265,7 @@ async def test_a_state_folder_has_one_node_and_keeps_its_id(lab: Lab, tmp_path: 
     second = NodeProcess(tmp_path, command)
     await second.start()
     assert await second.ended() == 1
-    assert "another node uses the state folder" in second.log()
+    assert f"is in use by another node (pid {first.pid}, " in second.log()
     await first.stop(signal.SIGKILL)
     third = NodeProcess(tmp_path, command)
     await third.start()

@@ -74,19 +74,24 @@ async def test_of_several_machines_one_starts_the_coordinator(folder: Path, seco
     cluster = f"t{uuid.uuid4().hex[:8]}"
     async with AsyncExitStack() as stack:
         machines = []
-        for _ in range(3):
-            machines.append(await stack.enter_async_context(started(folder, cluster)))
+        for number in range(3):
+            state = ("--state-dir", str(folder / f"state-{number}"))
+            machines.append(await stack.enter_async_context(started(folder, cluster, *state)))
             await asyncio.sleep(seconds_apart)  # people do not type at once: the decisions spread over the window
         await eventually(lambda: lines(folder / "started").count("node") == 3, 40)
         assert lines(folder / "started").count("coordinator") == 1, (folder / "log").read_text()
         for machine in machines:
             machine.send_signal(signal.SIGTERM)
         assert [await asyncio.wait_for(machine.wait(), 20) for machine in machines] == [0, 0, 0]
+    said = (folder / "log").read_text()
+    assert said.count("only this machine is served; to share") == 3
+    assert f"on the other machines:\n    potluck up --insecure --cluster {cluster}\n" in said
     assert sorted(lines(folder / "stopped")) == ["coordinator", "node", "node", "node"], "each ended in order"
 
 
 async def test_a_daemon_that_dies_is_started_again_and_all_die_with_their_parent(folder: Path) -> None:
-    async with started(folder, "unused", "--seed", "127.0.0.1:1") as machine:
+    state = ("--state-dir", str(folder / "state"))
+    async with started(folder, "unused", "--seed", "127.0.0.1:1", *state) as machine:
         await eventually(lambda: lines(folder / "started") == ["node"], 20)
         (first,) = psutil.Process(machine.pid).children()
         first.kill()

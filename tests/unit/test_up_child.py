@@ -33,16 +33,31 @@ def started(told: Path) -> int:
     ("status", "starts", "said"), [(2, 1, "cannot run"), (1, TRIES, f"ended {TRIES} times in a row")]
 )
 async def test_what_never_runs_is_given_up(told: Path, status: int, starts: int, said: str) -> None:
-    child = Child("node", [sys.executable, "-c", f"{SAY} sys.exit({status})", str(told)])
+    child = Child("node", [sys.executable, "-c", f"{SAY} sys.exit({status})", str(told)], print)
     async with asyncio.timeout(30):
         with pytest.raises(Unavailable, match=said):
             await child.run()
     assert started(told) == starts
 
 
+async def test_how_a_daemon_says_it_is_is_passed_on_once(told: Path) -> None:
+    script = (
+        "import time; from potluck.lifecycle import notify\n"
+        "for text in ('READY=1\\nSTATUS=looking', 'STATUS=looking', 'WATCHDOG=1', 'STATUS=joined'): notify(text)\n"
+        "time.sleep(60)"
+    )
+    heard: list[str] = []
+    child = Child("node", [sys.executable, "-c", script], heard.append)
+    running = asyncio.create_task(child.run())
+    await eventually(lambda: heard == ["looking", "joined"], timeout_seconds=30)
+    await child.stop()
+    running.cancel()
+    await asyncio.wait([running])
+
+
 async def test_what_has_run_is_started_again_however_often_it_ends(told: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(joining, "STEADY_SECONDS", 0.0)
-    child = Child("node", [sys.executable, "-c", f"{SAY} sys.exit(1)", str(told)])
+    child = Child("node", [sys.executable, "-c", f"{SAY} sys.exit(1)", str(told)], print)
     running = asyncio.create_task(child.run())
     await eventually(lambda: started(told) > TRIES + 1, timeout_seconds=30)
     await child.stop()

@@ -1,0 +1,104 @@
+"""What of potluck runs on this machine already: by its locks, its system services, and what it says by mDNS."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from potluck.discovery import Service
+from potluck.network import lan_addresses
+from potluck.settings import state_folder
+from potluck.sole_use import User, clock_text, user_of
+
+NODE_UNIT = "potluck-node.service"
+UNITS = (NODE_UNIT, "potluck-coordinator.service")
+SYSTEMD = Path("/run/systemd/system")
+"""There when systemd runs this machine (sd_booted(3))."""
+ASK_SECONDS = 3.0
+KNOCK_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A system service of ours that runs, or tries to. `said` is its STATUS=."""
+
+    name: str
+    state: str
+    pid: int = 0
+    since: float = 0.0
+    said: str = ""
+
+    def __str__(self) -> str:
+        """`the system service potluck-node (pid 17, since 10:31: node attic-1 is in cluster default)`."""
+        told = ", ".join(
+            filter(
+                None,
+                (
+                    f"pid {self.pid}" if self.pid else self.state,
+                    f"since {clock_text(self.since)}" if self.since else "",
+                ),
+            )
+        )
+        return (
+            f"the system service {self.name.removesuffix('.service')} ({told}{f': {self.said}' if self.said else ''})"
+        )
+
+
+def folder_of(state_dir: Path | None, what: str) -> Path:
+    """The state folder of `node`, `coordinator` or `up` where `--state-dir` is this."""
+    return state_folder(str(state_dir / what) if state_dir is not None else "", what)
+
+
+def users(state_dir: Path | None, whats: Iterable[str] = ("up", "node", "coordinator")) -> list[User]:
+    """Who uses the state folders of these now."""
+    return [user for what in whats if (user := user_of(folder_of(state_dir, what), what)) is not None]
+
+
+def units() -> list[Unit]:
+    """Our system services that are not at rest. Empty where systemd cannot be asked."""
+    if not SYSTEMD.is_dir():
+        return []
+    names = "Id,ActiveState,MainPID,ActiveEnterTimestamp,StatusText"
+    try:
+        asked = subprocess.run(
+            ("systemctl", "show", "--timestamp=unix", f"--property={names}", *UNITS),
+            capture_output=True, text=True, timeout=ASK_SECONDS, check=False,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return [unit for block in asked.stdout.split("\n\n") if (unit := _unit(block)) is not None]
+
+
+def _unit(block: str) -> Unit | None:
+    facts = dict(line.split("=", 1) for line in block.splitlines() if "=" in line)
+    state = facts.get("ActiveState", "")
+    if state not in ("active", "activating", "reloading"):
+        return None
+    since = re.fullmatch(r"@(\d+)", facts.get("ActiveEnterTimestamp", ""))
+    pid = facts.get("MainPID", "")
+    return Unit(
+        facts.get("Id", ""), state, int(pid) if pid.isdigit() else 0, float(since[1]) if since else 0.0,
+        facts.get("StatusText", ""),
+    )  # fmt: skip
+
+
+def is_here(service: Service) -> bool:
+    """Whether what mDNS tells of is on this machine."""
+    return service.host in ("127.0.0.1", *lan_addresses())
+
+
+async def node_here(services: Iterable[Service]) -> Service | None:
+    """The first node among these that is on this machine and answers; what mDNS says alone may be of yesterday."""
+    for service in services:
+        if service.role == "node" and is_here(service):
+            with contextlib.suppress(OSError, TimeoutError):
+                async with asyncio.timeout(KNOCK_SECONDS):
+                    _, writer = await asyncio.open_connection(service.host, service.port)
+                writer.close()
+                return service
+    return None

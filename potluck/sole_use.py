@@ -1,0 +1,125 @@
+"""A state folder has one user at a time, whose lock says who it is. A lock ends with its process, however that ends."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+from potluck.errors import Conflict, InvalidSettings
+from potluck.logs import fields
+
+log = logging.getLogger(__name__)
+
+TRIES = 5
+"""Whoever looks at a lock holds it for a moment: so often it is tried again, ..."""
+AGAIN_SECONDS = 0.05
+"""... after this time."""
+
+
+class User(Struct, frozen=True):
+    """Who uses a folder. `what` is `node`, `coordinator` or `up`; `pid` is 0 where that is not known."""
+
+    what: str
+    cluster: str = ""
+    pid: int = 0
+    since: float = 0.0
+    host: str = ""
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether it is on another machine: the folder is on the network."""
+        return bool(self.host) and self.host != socket.gethostname()
+
+    def __str__(self) -> str:
+        """`node (pid 17, cluster 'default', since 10:31)`."""
+        known = (
+            f"on {self.host}" if self.elsewhere else "",
+            f"pid {self.pid}" if self.pid else "",
+            f"cluster {self.cluster!r}" if self.cluster else "",
+            f"since {clock_text(self.since)}" if self.since else "",
+        )
+        told = ", ".join(filter(None, known))
+        what = "`potluck up`" if self.what == "up" else self.what
+        return f"{what} ({told})" if told else what
+
+
+def clock_text(at: float) -> str:
+    """The time of day as it was then here, with the day where that was not today: `10:31`, `Nov 3 10:31`."""
+    then = time.localtime(at)
+    return time.strftime("%H:%M" if then[:3] == time.localtime()[:3] else "%b %d %H:%M", then)
+
+
+@contextmanager
+def sole_use(folder: Path, what: str, cluster: str) -> Iterator[None]:
+    """Keep a state folder for ourselves: two daemons of a kind would delete each other's files. Raises Conflict, and says whose it is.
+
+    Daemons of two kinds may share one (systemd's StateDirectory of a unit that runs `potluck up`).
+    """
+    try:
+        descriptor = os.open(lock_of(folder, what), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise InvalidSettings(
+            f"the state folder {folder} cannot be written to: {error.strerror}: choose one with --state-dir"
+        ) from error
+    try:
+        if not _taken(descriptor):
+            user = _read(descriptor)
+            raise Conflict(
+                f"the state folder {folder} is in use by another {user or User(what)}: end that, or choose another folder with --state-dir"
+            )
+        os.ftruncate(descriptor, 0)
+        os.pwrite(
+            descriptor, msgspec.json.encode(User(what, cluster, os.getpid(), time.time(), socket.gethostname())), 0
+        )
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def user_of(folder: Path, what: str) -> User | None:
+    """Who uses a state folder as this now; None for nobody, and where that may not be looked at."""
+    try:
+        descriptor = os.open(lock_of(folder, what), os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        log.debug("lock not looked at %s", fields(folder=folder, reason=error.strerror))
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return _read(descriptor) or User(what)
+    finally:
+        os.close(descriptor)
+    return None
+
+
+def lock_of(folder: Path, what: str) -> Path:
+    """The file that is locked."""
+    return folder / f"{what}.lock"
+
+
+def _taken(descriptor: int) -> bool:
+    for left in reversed(range(TRIES)):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            if left:
+                time.sleep(AGAIN_SECONDS)
+        else:
+            return True
+    return False
+
+
+def _read(descriptor: int) -> User | None:
+    try:
+        return msgspec.json.decode(os.pread(descriptor, 4096, 0), type=User)
+    except msgspec.DecodeError:
+        return None  # it has the lock, and is about to say who it is
