@@ -156,6 +156,10 @@ class MqttBus(Bus):
     def _what_was_tried(self) -> str:
         return "; ".join(f"{place}: {reason}" for place, reason in self._tried.items()) or "nothing has been tried yet"
 
+    @property
+    def address(self) -> tuple[str, int] | None:
+        return None if self._link is None else self._link.address
+
     def trouble(self) -> str:
         if self._link is not None:
             return ""
@@ -252,6 +256,7 @@ class _Link(aiomqtt.Client):
         timings: BusTimings,
     ) -> None:
         self._bus = bus
+        self.address = address
         self._v5 = version is aiomqtt.ProtocolVersion.V5
         self._receipts: dict[int, asyncio.Future[None]] = {}
         self._grants: dict[int, asyncio.Future[None] | None] = {}

@@ -100,6 +100,11 @@ class Bus(ABC):
     def on_connect(self, callback: Callable[[], Awaitable[None]]) -> None:
         """Call `callback` after each (re)connect, subscriptions already made: births go here."""
 
+    @property
+    def address(self) -> tuple[str, int] | None:
+        """The broker that this is connected to; None while there is none."""
+        return None
+
     def trouble(self) -> str:
         """Why nothing comes or goes now; "" where nothing is known to be wrong."""
         return ""

@@ -20,6 +20,7 @@ from potluck.cli.nodes import nodes
 from potluck.cli.predict import predict
 from potluck.cli.registry import models
 from potluck.cli.session import Session, global_options_first
+from potluck.cli.status import status
 from potluck.cli.train import train
 from potluck.cli.up import up
 from potluck.errors import PotluckError
@@ -33,7 +34,7 @@ app = typer.Typer(
     epilog="--seed, --cluster, --timeout and --debug may stand before or after the command.",
 )
 for command in (
-    up, nodes, train, evaluate, predict, jobs, job, stop, cancel, deploy, promote, rollback, undeploy, deployments,
+    up, status, nodes, train, evaluate, predict, jobs, job, stop, cancel, deploy, promote, rollback, undeploy, deployments,
     infer, files,
 ):  # fmt: skip
     app.command()(command)

@@ -1,4 +1,4 @@
-"""`potluck nodes`: who is there, and what each has."""
+"""`potluck nodes`: who is there, and what each has and does."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from potluck.cli.session import Json, session
 
 
 def nodes(context: typer.Context, as_json: Json = False) -> None:
-    """Show the nodes: cores, memory, GPUs, measured speed, runtimes, state."""
+    """Show the nodes: state, cores, memory, measured speed, load, what each does, GPUs, runtimes; and the gateway's address."""
     from potluck.cli import output
 
     with session(context).client() as client:
         found = client.nodes()
+        gateway = client.gateway()
     if as_json:
         output.emit(found)
-    elif found:
+        return
+    if found:
         output.show(output.nodes_table(found))
     else:
         output.note("no nodes yet: run `potluck up` on each machine")
+    output.show(f"gateway  {'  '.join(gateway)}")

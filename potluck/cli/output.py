@@ -29,7 +29,7 @@ from potluck.messages import (
 
 _COLORS = {
     "online": "green", "ready": "green", "succeeded": "green", "running": "cyan", "loading": "cyan", "queued": "yellow",
-    "suspect": "yellow", "offline": "red", "failed": "red", "cancelled": "magenta",
+    "suspect": "yellow", "offline": "red", "left": "yellow", "failed": "red", "cancelled": "magenta",
     "idle": "yellow", "evicted": "yellow", "withdrawn": "red", "retired": "yellow", "failing": "red",
 }  # fmt: skip
 
@@ -132,21 +132,35 @@ def metrics_text(metrics: Mapping[str, float]) -> str:
 
 
 def nodes_table(nodes: Iterable[NodeInfo]) -> Listing:
+    """What each has and does. Of one that is offline the load is not known, and is not shown."""
+
     def row(node: NodeInfo) -> tuple[str | Text, ...]:
         has = node.capacity
-        gpus = ", ".join(f"{gpu.name} {bytes_text(gpu.memory_bytes)}" for gpu in has.gpus) or "-"
-        state = Text.assemble(colored(node.state), ", jobs give way" if node.gives_way else "")
+        gone = node.state == "offline"
         return (
-            node.node_id, state, has.hostname, str(has.cores), bytes_text(has.memory_bytes), gpus,
-            f"{has.gflops:.0f}" if has.gflops else "?",
-            has.runtimes.get("tensorflow", "none"), has.runtimes.get("litert", "none"),
-            f"{node.cpu_percent:.0f} %", str(len(node.replicas)),
+            node.node_id, colored("left" if gone and node.left else node.state), str(has.cores), bytes_text(has.memory_bytes),
+            f"{has.gflops:.0f}" if has.gflops else "?", "-" if gone else f"{node.cpu_percent:.0f} %",
+            f"heard {ago_text(node.seen_at)}" if gone else work_text(node),
+            ", ".join(f"{gpu.name} {bytes_text(gpu.memory_bytes)}" for gpu in has.gpus) or "-",
+            runtimes_text(node), has.hostname,
         )  # fmt: skip
 
-    columns = (
-        "node", "state", "host", "cores", "memory", "GPUs", "GFLOP/s", "TensorFlow", "LiteRT", "cpu", "replicas"
-    )  # fmt: skip
-    return table(columns, map(row, nodes), right=("cores", "memory", "GFLOP/s", "cpu", "replicas"))
+    columns = ("node", "state", "cores", "memory", "GFLOP/s", "load", "does", "GPU", "runs", "host")
+    return table(columns, map(row, nodes), right=("cores", "memory", "GFLOP/s", "load"))
+
+
+def work_text(node: NodeInfo) -> str:
+    """What a node does: `2 shards, 1 replica`."""
+    shards = f"{counted(node.leases, 'shard')}{' (give way)' if node.gives_way else ''}"
+    does = (shards if node.leases else "", counted(len(node.replicas), "replica") if node.replicas else "")
+    return ", ".join(filter(None, does)) or "nothing"
+
+
+def runtimes_text(node: NodeInfo) -> str:
+    """What a node can run models with: `TensorFlow 2.21.0, LiteRT 2.3.0`."""
+    names = {"tensorflow": "TensorFlow", "litert": "LiteRT"}
+    has = node.capacity.runtimes
+    return ", ".join(f"{name} {has[key]}" for key, name in names.items() if key in has) or "no runtime"
 
 
 def jobs_table(jobs: Iterable[JobChanged]) -> Listing:

@@ -133,6 +133,10 @@ class AsyncClient:
 
     # --- the cluster ----------------------------------------------------------------------------------------------------
 
+    async def gateway(self) -> tuple[str, ...]:
+        """The addresses at which the cluster is asked over HTTP, each `http://HOST:PORT`. Raises Unavailable."""
+        return (await (await self._connected()).coordinator()).http
+
     async def nodes(self) -> tuple[NodeInfo, ...]:
         """Every node that the coordinator knows, also those that are offline."""
         return (await self._ask(ListNodes(), NodesListed)).nodes

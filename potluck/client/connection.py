@@ -49,10 +49,11 @@ class _MayBeLost(Unavailable):
 
 
 class Connection:
-    """Open from `__aenter__` to `__aexit__`. Raises Unavailable when no broker or no coordinator is found in time."""
+    """Open from `__aenter__` to `__aexit__`. Raises Unavailable when no broker is found in time, or no coordinator where that is needed."""
 
-    def __init__(self, settings: ClientSettings, *, bus: Bus | None = None) -> None:
+    def __init__(self, settings: ClientSettings, *, bus: Bus | None = None, needs_coordinator: bool = True) -> None:
         self.settings = settings
+        self._needs_coordinator = needs_coordinator
         self.topics = Topics(settings.cluster)
         self._given_bus = bus
         self._status: CoordinatorStatus | None = None
@@ -99,7 +100,8 @@ class Connection:
         self._running = asyncio.create_task(self.bus.run(), name="client bus")
         # One attempt, and a moment more, so that the bus knows by then why it failed.
         await self.bus.connected(min(self.settings.timeout_seconds, self.settings.bus.connect_timeout_seconds + 1.0))
-        await self.coordinator(limit_seconds)
+        if self._needs_coordinator:
+            await self.coordinator(limit_seconds)
 
     async def _close(self) -> None:
         running, self._running = self._running, None

@@ -249,6 +249,10 @@ class Client:
         """The cluster's name."""
         return self._client.cluster
 
+    def gateway(self) -> tuple[str, ...]:
+        """The addresses at which the cluster is asked over HTTP, each `http://HOST:PORT`. Raises Unavailable."""
+        return self._portal.call(self._client.gateway())
+
     def nodes(self) -> tuple[NodeInfo, ...]:
         """Every node that the coordinator knows, also those that are offline."""
         return self._portal.call(self._client.nodes())

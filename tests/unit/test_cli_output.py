@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -50,14 +51,46 @@ def test_json_has_every_field_and_no_nan(capsys: pytest.CaptureFixture[str]) -> 
     assert number == 2.5
 
 
-def test_nodes_show_what_they_have() -> None:
-    shown = text_of(output.nodes_table([NODE]))
-    for part in ("n1", "online", "kitchen", "4", "8.0 GiB", "T4 16.0 GiB", "120", "2.21.0", "none"):
+def test_nodes_show_what_they_have_and_do() -> None:
+    busy = replace(NODE, cpu_percent=55.0, leases=2, replicas=("r1",))
+    shown = text_of(output.nodes_table([busy]))
+    for part in (
+        "n1",
+        "online",
+        "kitchen",
+        "4",
+        "8.0 GiB",
+        "T4 16.0 GiB",
+        "120",
+        "55 %",
+        "2 shards, 1 replica",
+        "TensorFlow 2.21.0",
+    ):
         assert part in shown, part
     small = replace(NODE, capacity=replace(NODE.capacity, runtimes={"litert": "2.3.0"}))
-    assert "none        2.3.0" in text_of(output.nodes_table([small]))
-    assert "online, jobs give way" in text_of(output.nodes_table([replace(NODE, gives_way=True)]))
-    assert "give way" not in shown
+    assert "nothing  T4 16.0 GiB  LiteRT 2.3.0" in text_of(output.nodes_table([small]))
+    assert "2 shards (give way)" in text_of(output.nodes_table([replace(busy, gives_way=True)]))
+    none = replace(NODE, capacity=replace(NODE.capacity, runtimes={}))
+    assert "no runtime" in text_of(output.nodes_table([none]))
+
+
+def test_an_offline_node_shows_no_load_and_when_it_was_heard_of() -> None:
+    gone = replace(NODE, state="offline", cpu_percent=55.0, leases=2, seen_at=time.time() - 180)
+    shown = text_of(output.nodes_table([gone]))
+    assert "offline" in shown
+    assert "55" not in shown
+    assert "heard 3 min 00 s ago" in shown
+    assert "left" in text_of(output.nodes_table([replace(gone, left=True)]))
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_of_nodes_the_ids_are_whole_on_narrow_terminals_and_what_counts_is_in_the_line(width: int) -> None:
+    node_id = "a-very-long-host-nam-abc123"  # as long as ids that are made get
+    first, *_ = output.nodes_table([replace(NODE, node_id=node_id)]).lines(width)
+    lines = [line.plain for line in output.nodes_table([replace(NODE, node_id=node_id)]).lines(width)]
+    assert lines[1].startswith(f"{node_id}  online  ")
+    assert all(len(line) <= width for line in lines)
+    assert {"cores", "memory"} | ({"GFLOP/s", "load"} if width == 80 else set()) <= set(first.plain.split())
 
 
 def test_an_evaluation_shows_scores_and_confusion() -> None:

@@ -74,7 +74,7 @@ def test_whatever_is_wrong_with_files_the_node_goes_on(
 def test_a_service_says_which_folders_are_hidden_from_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, service: bool
 ) -> None:
-    monkeypatch.setattr("potluck.lifecycle._notify_address", "@systemd" if service else "")
+    monkeypatch.setattr("potluck.lifecycle._notify_address", "/run/systemd/notify" if service else "")
     own = OwnData(tmp_path / "data", {"photos": path})
     own.pack("photos")
     hidden = "ProtectHome" if path.startswith("/home") else "PrivateTmp"

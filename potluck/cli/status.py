@@ -1,0 +1,98 @@
+"""`potluck status`: how the cluster is and what is wrong with it, in ten lines."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import typer
+
+from potluck.cli.session import Json, session
+
+if TYPE_CHECKING:
+    from potluck.client.health import Health
+
+LINES = 10
+"""As many as are shown: what is wrong beyond them is counted."""
+PARTS = 7
+"""Lines about the cluster itself, before what is wrong."""
+WRONG, UNREACHED = 1, 4
+"""Exit codes, as those of `potluck.errors`."""
+
+
+def status(context: typer.Context, as_json: Json = False) -> None:
+    """Say how the cluster is: broker, gateway, coordinator, nodes, what runs, what is wrong. Exit code 0: nothing is."""
+    import asyncio
+
+    from potluck.cli import here, output
+    from potluck.cli.listing import Facts
+    from potluck.client.connection import client_settings
+    from potluck.client.health import examine
+
+    given = session(context)
+    found = asyncio.run(examine(client_settings(given.seed, given.cluster, given.timeout)))
+    local = [str(one) for one in (*(here.users(None, ("up",)) or here.users(None)), *here.units())]
+    if as_json:
+        output.emit({"healthy": not found.problems, **output.plain(found), "here": local})
+    else:
+        output.show(Facts(list(facts(found, local))))
+    if found.problems:
+        raise typer.Exit(WRONG if found.reachable else UNREACHED)
+
+
+def facts(found: Health, local: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """The lines, each with what it is about."""
+    from potluck.sole_use import clock_text
+
+    since = f" since {clock_text(found.since)}" if found.since else ""
+    wrong = (
+        f"{len(found.problems)} thing{'s are' if len(found.problems) > 1 else ' is'} wrong"
+        if found.problems
+        else "all is well"
+    )
+    yield "cluster", f"{found.cluster}: {wrong}"
+    yield "broker", found.broker or "none is reached"
+    yield "coordinator", f"{found.coordinator}{since}" if found.coordinator else ""
+    yield "gateway", "  ".join(found.gateway)
+    yield "nodes", nodes_text(found)
+    yield "work", work_text(found)
+    yield "here", "; ".join(local) or "nothing of potluck runs on this machine"
+    told = [("wrong", text) for text in found.problems] + [("note", text) for text in found.remarks]
+    room = LINES - PARTS
+    shown = told if len(told) <= room else told[: room - 1]
+    yield from shown
+    if len(told) > len(shown):
+        yield "", f"and {len(told) - len(shown)} more: `potluck nodes`, `potluck deployments`, `potluck status --json`"
+
+
+def nodes_text(found: Health) -> str:
+    from potluck.cli.output import bytes_text, counted
+
+    if found.waiting:
+        return f"{counted(len(found.waiting), 'node')} without a coordinator: {', '.join(found.waiting)}"
+    if found.coordinator != "online":
+        return ""
+    online = [node for node in found.nodes if node.state != "offline"]
+    has = [node.capacity for node in online]
+    gpus = sum(len(one.gpus) for one in has)
+    parts = (
+        counted(sum(one.cores for one in has), "core"),
+        bytes_text(sum(one.memory_bytes for one in has)),
+        counted(gpus, "GPU") if gpus else "",
+        f"{sum(one.gflops for one in has):.0f} GFLOP/s",
+    )
+    return f"{len(online)} of {len(found.nodes)} online" + (f": {', '.join(filter(None, parts))}" if online else "")
+
+
+def work_text(found: Health) -> str:
+    from potluck.cli.output import counted
+
+    if found.coordinator != "online":
+        return ""
+    jobs = Counter(job.state for job in found.jobs)
+    parts = [f"{counted(count, 'job')} {state}" for state, count in sorted(jobs.items(), reverse=True)]
+    for deployment in found.deployments:
+        ready = sum(replica.state == "ready" for replica in deployment.replicas)
+        parts.append(f"{deployment.name} {deployment.state} on {counted(ready, 'node')}")
+    return ", ".join(parts) or "nothing is deployed, no job runs"

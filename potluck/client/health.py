@@ -1,0 +1,235 @@
+"""How a cluster is, also where much of it is broken: what can be found out is, and the rest is named as wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from email.utils import parsedate_to_datetime
+from urllib.parse import urlsplit
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from potluck.client.connection import Connection
+from potluck.errors import PotluckError, TimedOut, Unavailable
+from potluck.exchange import Envelope
+from potluck.messages import (
+    CoordinatorStatus,
+    DeploymentInfo,
+    DeploymentsListed,
+    JobChanged,
+    JobsListed,
+    ListDeployments,
+    ListJobs,
+    ListNodes,
+    NodeInfo,
+    NodesListed,
+    NodeStatus,
+    NodeTelemetry,
+)
+from potluck.settings import ClientSettings, is_loopback
+from potluck.sole_use import clock_text
+
+ASK_SECONDS = 5.0
+STATUS_SECONDS = 1.0
+"""A retained message follows its subscription at once."""
+TELEMETRY_SECONDS = 6.0
+"""Nodes speak every five seconds, unless they were told otherwise."""
+GATEWAY_SECONDS = 2.0
+RUNTIMES = ("tensorflow", "litert")
+CLOCK_SECONDS = 3.0
+"""Clocks that differ by less do no harm: what has a deadline has it in tens of seconds."""
+
+
+class Health(Struct, frozen=True, kw_only=True):
+    """What was found, and in `problems` what is wrong with it, in sentences; `remarks` are worth knowing, and no trouble."""
+
+    cluster: str
+    broker: str = ""
+    """`host:port`; "": none was reached."""
+    coordinator: str = ""
+    """`online`, `silent` (it should be there, and does not answer) or `offline`; "" without a broker."""
+    since: float = 0.0
+    """Since when the coordinator is in that state; 0: nobody knows."""
+    gateway: tuple[str, ...] = ()
+    nodes: tuple[NodeInfo, ...] = ()
+    waiting: tuple[str, ...] = ()
+    """Nodes that are there while there is no coordinator to tell of them."""
+    deployments: tuple[DeploymentInfo, ...] = ()
+    jobs: tuple[JobChanged, ...] = ()
+    """Those that have not ended."""
+    clock_ahead_seconds: float = 0.0
+    """How far this machine's clock is ahead of the coordinator's; 0 where the gateway was not reached."""
+    problems: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def reachable(self) -> bool:
+        """Whether there is a cluster to speak with."""
+        return self.coordinator == "online"
+
+
+async def examine(settings: ClientSettings) -> Health:
+    """Look at a cluster. Raises nothing for what is wrong with it."""
+    connection = Connection(settings, needs_coordinator=False)
+    try:
+        async with connection:
+            address = connection.bus.address
+            broker = "{}:{}".format(*address) if address else ""
+            try:
+                status = await connection.coordinator(STATUS_SECONDS)
+            except Unavailable:
+                return await _without_coordinator(connection, broker)
+            return await _with_coordinator(connection, broker, status)
+    except PotluckError as error:
+        return Health(cluster=settings.cluster, problems=(error.message,))
+
+
+async def _with_coordinator(connection: Connection, broker: str, status: CoordinatorStatus) -> Health:
+    cluster = connection.settings.cluster
+    try:
+        async with asyncio.timeout(ASK_SECONDS):
+            nodes = (await connection.ask(ListNodes(), NodesListed)).nodes
+            deployments = (await connection.ask(ListDeployments(), DeploymentsListed)).deployments
+            jobs = (await connection.ask(ListJobs(), JobsListed)).jobs
+    except (TimeoutError, TimedOut):
+        problem = f"the coordinator at {', '.join(status.http)} does not answer: look at its log, or start it again"
+        return Health(
+            cluster=cluster, broker=broker, coordinator="silent", gateway=status.http, problems=(problem,)
+        )  # fmt: skip
+    answers, ahead = await asyncio.to_thread(_ask_gateway, status.http)
+    found = Health(
+        cluster=cluster, broker=broker, coordinator="online", since=status.since, gateway=status.http, nodes=nodes,
+        deployments=deployments, jobs=tuple(job for job in jobs if not job.ended_at), clock_ahead_seconds=ahead,
+    )  # fmt: skip
+    unreached = (
+        []
+        if answers
+        else [f"the gateway does not answer from here at {', '.join(status.http)}: is a firewall between?"]
+    )
+    return _with(found, [*unreached, *troubles(found)], remarks(found))
+
+
+async def _without_coordinator(connection: Connection, broker: str) -> Health:
+    """Listen for a while: nodes say that they are there, and since when they miss the coordinator."""
+    topics, bus = connection.topics, connection.bus
+    lost_at: list[float] = []
+    online: dict[str, str] = {}
+    heard: set[str] = set()
+    changed = asyncio.Event()
+
+    def on_message(envelope: Envelope) -> None:
+        match envelope.message:
+            case CoordinatorStatus(state="offline", since=since) if since:
+                lost_at.append(since)
+            case NodeStatus(node_id=node_id, state="online", session=session):
+                online[node_id] = session
+            case NodeTelemetry(node_id=node_id, coordinator_lost_at=since):
+                heard.add(node_id)
+                if since:
+                    lost_at.append(since)
+            case _:
+                pass
+        changed.set()
+
+    bus.subscribe(topics.coordinator_status, on_message)
+    bus.subscribe(topics.node("+", "status"), on_message)
+    bus.subscribe(topics.node("+", "telemetry"), on_message, qos=0)
+    try:
+        async with asyncio.timeout(TELEMETRY_SECONDS):
+            await asyncio.sleep(STATUS_SECONDS)
+            while not online.keys() <= heard:
+                changed.clear()
+                await changed.wait()
+    except TimeoutError:
+        pass  # some are silent: they are not there, or wait for longer
+    since = min(lost_at, default=0.0)
+    told = f" since {clock_text(since)}" if since else ""
+    return Health(
+        cluster=connection.settings.cluster,
+        broker=broker,
+        coordinator="offline",
+        since=since,
+        waiting=tuple(sorted(heard)),
+        problems=(
+            f"the broker answers, but no coordinator of cluster {connection.settings.cluster!r} is there{told}: start one with `potluck up` "
+            "(or the service potluck-coordinator)",
+        ),
+    )
+
+
+def troubles(found: Health) -> list[str]:
+    """What is wrong with a cluster whose coordinator answers, the worst first."""
+    said = []
+    for deployment in found.deployments:
+        if deployment.state == "failing":
+            why = deployment.reason or next((one.error.message for one in deployment.replicas if one.error), "")
+            said.append(f"deployment {deployment.name} fails{f': {why}' if why else ''}")
+    if found.nodes and all(node.state == "offline" for node in found.nodes):
+        said.append("no node is online: run `potluck up` on each machine")
+    elif not found.nodes:
+        said.append("no node has come yet: run `potluck up` on each machine")
+    for node in found.nodes:
+        if node.state == "offline" and not node.left:
+            said.append(
+                f"node {node.node_id} is offline, last heard of {clock_text(node.seen_at)}: is the machine on, and on the network?"
+            )
+        elif node.state == "suspect":
+            said.append(f"node {node.node_id} is silent since {clock_text(node.seen_at)}")
+        elif node.state == "online" and node.capacity.runtimes.keys().isdisjoint(RUNTIMES):
+            said.append(
+                f"node {node.node_id} computes nothing: neither TensorFlow nor LiteRT is installed with potluck there (docs/install.md, Extras)"
+            )
+        if node.state == "online" and abs(node.clock_ahead_seconds) > CLOCK_SECONDS:
+            said.append(
+                f"node {node.node_id}'s clock is {_difference(node.clock_ahead_seconds)} the coordinator's: set it (NTP)"
+            )
+    if abs(found.clock_ahead_seconds) > CLOCK_SECONDS:
+        said.append(f"this machine's clock is {_difference(found.clock_ahead_seconds)} the coordinator's: set it (NTP)")
+    return said
+
+
+def remarks(found: Health) -> list[str]:
+    """What is worth knowing, and no trouble."""
+    said = []
+    if found.gateway and all(is_loopback(urlsplit(url).hostname or "") for url in found.gateway):
+        cluster = "" if found.cluster == "default" else f" --cluster {found.cluster}"
+        said.append(
+            "only the coordinator's machine is served; to share, end `potluck up` there, and type there and on the others:\n"
+            f"potluck up --insecure{cluster}"
+        )
+    said += [
+        f"node {node.node_id} left at {clock_text(node.seen_at)}"
+        for node in found.nodes
+        if node.state == "offline" and node.left
+    ]
+    return said
+
+
+def _difference(ahead_seconds: float) -> str:
+    return f"{abs(ahead_seconds):.0f} s {'ahead of' if ahead_seconds > 0 else 'behind'}"
+
+
+def _with(found: Health, problems: Sequence[str], said: Sequence[str]) -> Health:
+    return replace(found, problems=tuple(problems), remarks=tuple(said))
+
+
+def _ask_gateway(urls: Sequence[str]) -> tuple[bool, float]:
+    """Whether one of the addresses answers from here, and how far this machine's clock is ahead of what answers (RFC 9110, Date)."""
+    for url in urls:
+        asked = time.time()
+        try:
+            with urllib.request.urlopen(f"{url}/v2/health/live", timeout=GATEWAY_SECONDS) as answer:  # noqa: S310 - http, of our coordinator
+                date = answer.headers.get("Date", "")
+        except (OSError, http.client.HTTPException, urllib.error.URLError):
+            continue
+        try:
+            theirs = parsedate_to_datetime(date).timestamp() + 0.5  # whole seconds are given
+        except ValueError:
+            return True, 0.0
+        return True, (asked + time.time()) / 2 - theirs
+    return False, 0.0

@@ -1,0 +1,83 @@
+"""`potluck status`: what is wrong is named, in ten lines, and the exit code says how bad it is."""
+
+from __future__ import annotations
+
+import pytest
+from msgspec.structs import replace
+from typer.testing import CliRunner
+
+from potluck.cli.main import app
+from potluck.cli.status import LINES, facts
+from potluck.client import health
+from potluck.client.health import Health, remarks, troubles
+from potluck.messages import Capacity, DeploymentInfo, ErrorInfo, NodeInfo, ReplicaInfo
+
+CAPACITY = Capacity(
+    hostname="attic", system="Linux", cores=4, memory_bytes=8 << 30, runtimes={"tensorflow": "2.21.0"}, gflops=40
+)
+NODE = NodeInfo(node_id="attic-1", state="online", capacity=CAPACITY, seen_at=1e9)
+WELL = Health(
+    cluster="default", broker="10.0.0.1:1883", coordinator="online", gateway=("http://10.0.0.1:7814",), nodes=(NODE,)
+)
+FAILING = DeploymentInfo(
+    name="digits:1", wanted=1, state="failing",
+    replicas=(ReplicaInfo(replica_id="r", node_id="attic-1", state="failed", error=ErrorInfo(code="x", message="no room", retryable=False)),),
+)  # fmt: skip
+
+
+def test_nothing_is_wrong_where_nothing_is() -> None:
+    assert troubles(WELL) == []
+    assert remarks(WELL) == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"nodes": ()}, "no node has come yet"),
+        ({"nodes": (replace(NODE, state="offline"),)}, "no node is online"),
+        ({"nodes": (NODE, replace(NODE, node_id="shed-2", state="offline"))}, "node shed-2 is offline, last heard of "),
+        ({"nodes": (replace(NODE, state="suspect"),)}, "node attic-1 is silent since"),
+        (
+            {"nodes": (replace(NODE, capacity=replace(CAPACITY, runtimes={"keras": "3"})),)},
+            "node attic-1 computes nothing",
+        ),
+        ({"nodes": (replace(NODE, clock_ahead_seconds=-40.2),)}, "attic-1's clock is 40 s behind the coordinator's"),
+        ({"clock_ahead_seconds": 7200.0}, "this machine's clock is 7200 s ahead of the coordinator's"),
+        ({"deployments": (FAILING,)}, "deployment digits:1 fails: no room"),
+    ],
+)
+def test_what_is_wrong_is_said(changed: dict[str, object], said: str) -> None:
+    assert any(said in text for text in troubles(replace(WELL, **changed))), said
+
+
+def test_a_node_that_left_is_no_trouble_and_loopback_is_remarked() -> None:
+    left = replace(NODE, node_id="shed-2", state="offline", left=True)
+    found = replace(WELL, nodes=(NODE, left), gateway=("http://127.0.0.1:7814",), cluster="lab")
+    assert troubles(found) == []
+    private, gone = remarks(found)
+    assert private.endswith("\npotluck up --insecure --cluster lab")
+    assert gone.startswith("node shed-2 left at")
+
+
+def test_ten_lines_hold_any_number_of_troubles() -> None:
+    found = replace(WELL, nodes=tuple(replace(NODE, node_id=f"n{number}", state="suspect") for number in range(20)))
+    found = replace(found, problems=tuple(troubles(found)))
+    lines = list(facts(found, ["here"]))
+    assert len(lines) == LINES
+    assert lines[-1][1].startswith("and 18 more")
+
+
+@pytest.mark.parametrize(
+    ("coordinator", "problems", "code"),
+    [("online", (), 0), ("online", ("x",), 1), ("offline", ("x",), 4), ("", ("x",), 4)],
+)
+def test_the_exit_code_says_how_bad_it_is(
+    coordinator: str, problems: tuple[str, ...], code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def examine(settings: object) -> Health:
+        return replace(WELL, coordinator=coordinator, problems=problems)
+
+    monkeypatch.setattr(health, "examine", examine)
+    done = CliRunner().invoke(app, ["status"])
+    assert done.exit_code == code, done.output
+    assert ("all is well" in done.output) is not bool(problems)
