@@ -73,12 +73,19 @@ def train(
         float | None, typer.Option(help="Of (epsilon, delta): well below 1 / examples (default 1e-5).")
     ] = None,
     seed_number: Annotated[int, typer.Option("--random-seed", help="For shuffling and initial state.")] = 0,
+    deploy: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|all|MIN..MAX", help="Deploy the result on so many nodes, ready to be asked; needs --name."
+        ),
+    ] = None,
     detach: Annotated[bool, typer.Option("--detach", help="Print the job's id and leave.")] = False,
     as_json: Json = False,
 ) -> None:
     """Train a Keras model on all nodes."""
     from potluck.cli import following
     from potluck.cli import output as out
+    from potluck.client import deploying
     from potluck.errors import InvalidRequest
 
     if output is not None:
@@ -91,6 +98,15 @@ def train(
                 f"--output {output}: the result is a .keras file: name it {output.with_suffix('.keras')}"
             )
         check_output(output)
+    if deploy is not None:
+        deploying.fields(deploy, {})
+        if name is None or detach:
+            why = (
+                "needs the end of the job, --detach does not wait for it"
+                if detach
+                else "needs --name, by which it is asked"
+            )
+            raise InvalidRequest(f"--deploy {why}")
     size = image_size(image)
     given = {
         "l2_norm_clip": l2_norm_clip,
@@ -134,6 +150,8 @@ def train(
             job.model(output)
         if as_json:
             out.emit(ended)
+            if deploy is not None:
+                following.ended(client.deploy(ended.registered, deploy), as_json)
             return
         last = ended.history[-1].metrics if ended.history else {}
         took = out.seconds_text(ended.ended_at - ended.started_at)
@@ -144,6 +162,9 @@ def train(
             out.show(f"saved as {output}")
         elif not ended.registered:
             out.show(f"the model is job {job.id}'s result: give --output or --name to keep it longer")
+        if deploy is not None:  # last: the model is there also where this fails
+            following.ended(client.deploy(ended.registered, deploy), as_json)
+            out.show(f"deployed {ended.registered}: `potluck infer {name} INPUT` asks it")
 
 
 def class_weights(texts: list[str]) -> dict[str, float]:

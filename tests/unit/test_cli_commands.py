@@ -165,6 +165,7 @@ def test_help_imports_nothing_heavy() -> None:
     assert shown.returncode == 0
     for command in (
         "up",
+        "status",
         "nodes",
         "train",
         "evaluate",
@@ -212,6 +213,18 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(
     monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write everywhere
     with pytest.raises(InvalidRequest, match=f"o.csv: {tmp_path} may not be written"):
         check_output(tmp_path / "o.csv")
+
+
+def test_a_deployment_that_cannot_be_is_refused_before_training(unused_tcp_port: int) -> None:
+    nowhere = ("--seed", f"127.0.0.1:{unused_tcp_port}")
+    for typed, said in (
+        (("--deploy", "2"), "--deploy needs --name"),
+        (("--deploy", "2", "--name", "m", "--detach"), "--detach does not wait"),
+        (("--deploy", "some", "--name", "m"), "a whole number of at least 1"),
+    ):
+        refused = potluck("train", "m.keras", "d", *typed, *nowhere)
+        assert (refused.returncode, refused.stdout) == (2, "")
+        assert said in refused.stderr
 
 
 def test_options_of_noise_go_to_the_client_when_they_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
