@@ -27,6 +27,7 @@ from potluck.sole_use import sole_use
 
 log = logging.getLogger(__name__)
 
+LAUNCHER = ("-P", "-m", "potluck.daemons")
 WAIT_FOR_ELECTED_SECONDS = 15.0
 STOP_SECONDS = 15.0
 TOLD_SECONDS = 0.2
@@ -142,9 +143,7 @@ class Joining:
             self._say(f"and on the other machines:\n    {others}")
 
     def _child(self, daemon: str) -> Child:
-        child = Child(
-            daemon, [sys.executable, "-P", "-m", "potluck.daemons", daemon, *self._plan.flags(daemon)], self._say
-        )
+        child = Child(daemon, [sys.executable, *LAUNCHER, daemon, *self._plan.flags(daemon)], self._say)
         self._children.append(child)
         return child
 

@@ -37,6 +37,12 @@ async def main():
 
 asyncio.run(main())
 """
+RUN = """
+from potluck.cli import joining, main
+
+joining.LAUNCHER = ("-P", "-m")  # not by way of `potluck.daemons`, which refuses stand-ins
+main.main()
+"""
 Up = Callable[[str], Awaitable[asyncio.subprocess.Process]]
 
 
@@ -56,7 +62,7 @@ def lines(path: Path) -> list[str]:
 
 @asynccontextmanager
 async def started(folder: Path, cluster: str, *options: str) -> AsyncIterator[asyncio.subprocess.Process]:
-    command = [sys.executable, "-P", "-m", "potluck.cli.main", "up", "--cluster", cluster, *options]
+    command = [sys.executable, "-P", "-c", RUN, "up", "--cluster", cluster, *options]
     with (folder / "log").open("ab") as log:
         process = await asyncio.create_subprocess_exec(
             *command, cwd=folder, stdout=log, stderr=log, env=os.environ | {"PYTHONPATH": str(folder / "installed")}
