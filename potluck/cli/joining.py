@@ -30,7 +30,8 @@ log = logging.getLogger(__name__)
 LAUNCHER = ("-P", "-m", "potluck.daemons")
 WAIT_FOR_ELECTED_SECONDS = 15.0
 STOP_SECONDS = 15.0
-TOLD_SECONDS = 0.2
+TOLD_SECONDS = 1.5
+"""How a daemon is, is passed on when it has been so for this long: what lies on the way would only alarm."""
 CLAIM = "0-"
 """Ids that begin so sort before every random id, which are hexadecimal."""
 CLAIM_SECONDS = 1.0
@@ -234,6 +235,7 @@ class Child:
         self._command = command
         self._say = say
         self._process: asyncio.subprocess.Process | None = None
+        self._telling: asyncio.TimerHandle | None = None
         self._stopping = asyncio.Event()
 
     async def run(self) -> None:
@@ -273,13 +275,15 @@ class Child:
         return await self._process.wait()
 
     def _told(self, text: str) -> None:
-        """A moment later, unless it has ended: then what it wrote says the same."""
+        """Pass it on a while later, unless something else was told since, or it has ended: then what it wrote says the same."""
+        if self._telling is not None:
+            self._telling.cancel()
 
         def say() -> None:
             if self._process is not None and self._process.returncode is None and not self._stopping.is_set():
                 self._say(text)
 
-        asyncio.get_running_loop().call_later(TOLD_SECONDS, say)
+        self._telling = asyncio.get_running_loop().call_later(TOLD_SECONDS, say)
 
     async def stop(self) -> None:
         """SIGTERM, a while to end in order, then SIGKILL."""

@@ -40,15 +40,22 @@ async def test_what_never_runs_is_given_up(told: Path, status: int, starts: int,
     assert started(told) == starts
 
 
-async def test_how_a_daemon_says_it_is_is_passed_on_once(told: Path) -> None:
+async def test_how_a_daemon_says_it_is_is_passed_on_once_it_stays_so(
+    told: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(joining, "TOLD_SECONDS", 0.5)
     script = (
-        "import time; from potluck.lifecycle import notify\n"
-        "for text in ('READY=1\\nSTATUS=looking', 'STATUS=looking', 'WATCHDOG=1', 'STATUS=joined'): notify(text)\n"
-        "time.sleep(60)"
+        "import sys; from potluck.lifecycle import notify\n"
+        "for text in ('READY=1\\nSTATUS=connecting', 'STATUS=looking', 'STATUS=looking', 'WATCHDOG=1'): notify(text)\n"
+        "import pathlib, time\n"
+        "while not pathlib.Path(sys.argv[1]).read_text(): time.sleep(0.05)\n"
+        "notify('STATUS=joined'); time.sleep(60)"
     )
     heard: list[str] = []
-    child = Child("node", [sys.executable, "-c", script], heard.append)
+    child = Child("node", [sys.executable, "-c", script, str(told)], heard.append)
     running = asyncio.create_task(child.run())
+    await eventually(lambda: heard == ["looking"], timeout_seconds=30)
+    told.write_text("go on")
     await eventually(lambda: heard == ["looking", "joined"], timeout_seconds=30)
     await child.stop()
     running.cancel()
