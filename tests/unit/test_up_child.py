@@ -55,7 +55,7 @@ async def test_how_a_daemon_says_it_is_is_passed_on_once_it_stays_so(
     child = Child("node", [sys.executable, "-c", script, str(told)], heard.append)
     running = asyncio.create_task(child.run())
     await eventually(lambda: heard == ["looking"], timeout_seconds=30)
-    told.write_text("go on")
+    await asyncio.to_thread(told.write_text, "go on")
     await eventually(lambda: heard == ["looking", "joined"], timeout_seconds=30)
     await child.stop()
     running.cancel()
