@@ -15,6 +15,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any, Literal
 
+from potluck import extras
 from potluck.errors import CannotListen, InvalidSettings, PotluckError, Unavailable
 from potluck.lifecycle import die_with_parent
 from potluck.logs import fields
@@ -158,7 +159,7 @@ def _choose(mode: str) -> Kind:
         return "embedded"
     raise Unavailable(
         "there is no MQTT broker to start: install one with 'apt install mosquitto' (or your system's package), or "
-        "'pip install potluck[broker]' for the embedded one, or name a running one with --seed host"
+        f"the embedded one with {extras.install('broker')}, or name a running one with --seed host"
     )
 
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from potluck import extras
 from potluck.errors import InvalidRequest
 from potluck.messages import Privacy
 
@@ -25,7 +26,7 @@ def check() -> None:
     if importlib.util.find_spec("dp_accounting") is None:
         raise InvalidRequest(
             "noise needs an accountant that says what it is worth, and the coordinator has none: "
-            "pip install 'potluck[privacy]' there"
+            f"{extras.install('privacy')} there"
         )
 
 

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from node.engine.replicas import Model
+from potluck import extras
 from potluck.errors import Unavailable
 from potluck.messages import ModelFormat
 
@@ -41,4 +42,4 @@ def load(model_format: ModelFormat, path: Path, scratch: Path, threads: int) -> 
 
 def missing(runtime: str, extra: str) -> Unavailable:
     """What is said where something needs a runtime that is not here."""
-    return Unavailable(f"this node has no {runtime}: pip install 'potluck[{extra}]' there, or leave it to other nodes")
+    return Unavailable(f"this node has no {runtime}: {extras.install(extra)} there, or leave it to other nodes")

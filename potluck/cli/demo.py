@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
+from potluck import extras
 from potluck.cli import output
 from potluck.client import Client, Job
 from potluck.errors import NotFound, PotluckError, TimedOut
@@ -270,7 +271,7 @@ def _require_packages() -> None:
 
     missing = [name for name in ("tensorflow", "keras", "sklearn") if find_spec(name) is None]
     if missing:
-        raise NotFound(f"the demo needs {', '.join(missing)}: pip install 'potluck[engine,broker,demo]'")
+        raise NotFound(f"the demo needs {', '.join(missing)}: {extras.install('engine', 'broker', 'demo')}")
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from potluck import extras
 from potluck.errors import InvalidRequest
 from potluck.messages import JobEnded
 
@@ -84,5 +85,5 @@ def _writer() -> Any:
     try:
         from tensorboardX import SummaryWriter
     except ImportError as error:
-        raise InvalidRequest("writing event files needs tensorboardX: pip install 'potluck[tensorboard]'") from error
+        raise InvalidRequest(f"writing event files needs tensorboardX: {extras.install('tensorboard')}") from error
     return SummaryWriter

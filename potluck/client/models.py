@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from potluck import savedmodels
+from potluck import extras, savedmodels
 from potluck.client.arguments import checked, shown
 from potluck.client.formats import SUFFIXES, WORDS, format_of
 from potluck.errors import InvalidModel, InvalidRequest
@@ -118,7 +118,7 @@ def load_model(path: Path, *, safe_mode: bool = True) -> Any:
         import keras
     except ImportError as error:
         raise InvalidModel(
-            "Keras is not installed here, so the model cannot be loaded: pip install 'potluck[engine]', or save it with model(path)"
+            f"Keras is not installed here, so the model cannot be loaded: {extras.install('engine')}, or save it with model(path)"
         ) from error
     # Keras tells the format by the suffix, and a blob has none.
     named = path.with_name(f"{path.name}{SUFFIX}")

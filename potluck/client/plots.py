@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from potluck import extras
 from potluck.errors import InvalidRequest
 from potluck.messages import EpochMetrics, JobEnded
 
@@ -58,7 +59,7 @@ def _matplotlib() -> tuple[Any, Any]:
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
     except ImportError as error:
-        raise InvalidRequest("a plot needs matplotlib: pip install 'potluck[plot]'") from error
+        raise InvalidRequest(f"a plot needs matplotlib: {extras.install('plot')}") from error
     return Figure, MaxNLocator
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from potluck import extras
 from potluck.data.packing import Array, Target
 from potluck.data.tables import Table, table_of
 from potluck.errors import InvalidData
@@ -169,7 +170,7 @@ def _opened(path: Path) -> Iterator[Any]:
         import pyarrow as pa
         from pyarrow import parquet
     except ImportError:
-        raise InvalidData(f"{path}: reading Parquet files needs pyarrow: pip install 'potluck[parquet]'") from None
+        raise InvalidData(f"{path}: reading Parquet files needs pyarrow: {extras.install('parquet')}") from None
     try:
         with parquet.ParquetFile(path, buffer_size=READ_BYTES, pre_buffer=False) as file:
             yield file

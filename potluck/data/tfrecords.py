@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from potluck import extras
 from potluck.data import arrays, folders, images
 from potluck.data.packing import CLASSES_LIMIT, Packing, class_indexes, reading
 from potluck.errors import InvalidData
@@ -24,8 +25,6 @@ RECORD_LIMIT_BYTES = 256 * 2**20
 _IMAGE = ("image/encoded", "image", "image_raw", "jpeg", "png")
 _LABEL = ("image/class/label", "label", "class", "y", "target")
 _TEXT = ("image/class/text", "label_name", "class_name")
-_NEEDS = "needs protobuf and google-crc32c: pip install 'potluck[tfrecord]'"
-
 Features = dict[str, Any]
 """By name: a list of bytes, or an array of numbers."""
 
@@ -202,7 +201,7 @@ def _example() -> tuple[Any, type[Exception]]:
     try:
         from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
     except ImportError:
-        raise InvalidData(f"reading TFRecord files {_NEEDS}") from None
+        raise _needs() from None
     kind = descriptor_pb2.FieldDescriptorProto
     file = descriptor_pb2.FileDescriptorProto(name="potluck/example.proto", package="potluck.example", syntax="proto3")
 
@@ -251,6 +250,10 @@ def _crc32c() -> Callable[[bytes], int]:
     try:
         import google_crc32c
     except ImportError:
-        raise InvalidData(f"reading TFRecord files {_NEEDS}") from None
+        raise _needs() from None
     value: Callable[[bytes], int] = google_crc32c.value
     return value
+
+
+def _needs() -> InvalidData:
+    return InvalidData(f"reading TFRecord files needs protobuf and google-crc32c: {extras.install('tfrecord')}")
