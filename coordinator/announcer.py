@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from msgspec.structs import replace
+
 from coordinator.collecting import locate
 from coordinator.jobs import Job
 from coordinator.jobstore import JobStore
@@ -27,6 +29,7 @@ class Announcer:
         self._urls = urls
         self._changed: dict[str, None] = {}
         self._told_at: dict[str, float] = {}
+        self._doing: dict[str, str] = {}
 
     def described(self, job: Job, now: float) -> JobChanged:
         """The job as it stands."""
@@ -37,11 +40,21 @@ class Announcer:
             waiting = f"waiting for a node that has {' and '.join(WORDS[runtime] for runtime in job.runtimes)}"
         elif giving_way := sorted(node.node_id for node in nodes if node.gives_way and node.node_id in at_work):
             waiting = f"gives way to inference on {', '.join(giving_way)}"
+        else:
+            waiting = self._doing.get(job.job_id, "") or self._leases.stage(job)
         return self._jobs.described(job, running, waiting=waiting)
 
     def ended(self, job: Job) -> JobEnded | None:
         """The result of a job that has ended, its blobs to be had from here."""
-        return locate(job.ended, lambda _: self._urls) if job.ended is not None else None
+        if job.ended is None:
+            return None
+        return replace(locate(job.ended, lambda _: self._urls), subject=job.subject)
+
+    def doing(self, job_id: str, what: str) -> None:
+        """What a job does now that has no attempts; "" where there is nothing to say."""
+        if self._doing.get(job_id, "") != what:
+            self._doing[job_id] = what
+            self.changed(job_id)
 
     def changed(self, job_id: str) -> None:
         """There is something to tell of this job, when its time comes."""
@@ -54,6 +67,7 @@ class Announcer:
             if job is None or not job.active:
                 del self._changed[job_id]
                 self._told_at.pop(job_id, None)
+                self._doing.pop(job_id, None)
             elif now - self._told_at.get(job_id, 0.0) >= PROGRESS_SECONDS:
                 del self._changed[job_id]
                 self._told_at[job_id] = now

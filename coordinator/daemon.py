@@ -26,6 +26,7 @@ from coordinator.journal import Journal
 from coordinator.keeping import Keeping
 from coordinator.leases import Leases
 from coordinator.membership import Change, Membership, NodeJoined, NodeLost
+from coordinator.packed import Packed
 from coordinator.requests import Requests
 from coordinator.serving.inference import Inference
 from coordinator.serving.registry import Registry
@@ -155,6 +156,8 @@ class Coordinator:
                 epoch=journal.epoch,
                 holders=holders,
             )
+            deletion = Deletion(registry, self._serving, jobs, store)
+            packed = Packed(registry, deletion)
             self._dispatcher = Dispatcher(
                 announcer=Announcer(self.topics, self._outbox, jobs, leases, urls),
                 registry=registry,
@@ -162,6 +165,7 @@ class Coordinator:
                 jobs=jobs,
                 leases=leases,
                 collector=Collector(store, downloader, urls),
+                packed=packed,
                 settings=settings,
             )
             requests = Requests(
@@ -170,7 +174,8 @@ class Coordinator:
                 registry=registry,
                 serving=self._serving,
                 membership=self._membership,
-                deletion=Deletion(registry, self._serving, jobs, store),
+                deletion=deletion,
+                packed=packed,
                 holders=holders,
                 store=store,
                 urls=urls,

@@ -5,15 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 
-from coordinator.jobs import Job
+from coordinator.jobs import Job, data_of
 from coordinator.jobstore import JobStore
-from coordinator.keeping import dataset_blobs
-from coordinator.serving.registry import Registry
+from coordinator.serving.registry import Registry, dataset_blobs
 from coordinator.serving.serving import Serving
 from potluck.blobs.store import BlobStore
 from potluck.errors import Conflict, InvalidRequest
 from potluck.logs import fields
-from potluck.messages import Deploy, ModelInfo
+from potluck.messages import ModelInfo
 
 log = logging.getLogger(__name__)
 
@@ -45,22 +44,33 @@ class Deletion:
             self._check_model(info)
         self._registry.delete_models(models)
         deleted = tuple(map(_named, models))
-        self._free([info.model.sha256 for info in models])
+        self.free([info.model.sha256 for info in models])
         log.info("models deleted %s", fields(models=",".join(deleted)))
         return deleted
 
     def remove_dataset(self, name: str) -> None:
         """Forget a data set. Raises NotFound; Conflict where a job under way uses it."""
         blobs = dataset_blobs(self._registry.manifest(name), self._registry.dataset(name))
-        for job in self._active():
-            spec = job.submitted.spec
-            if not isinstance(spec, Deploy) and name in (spec.dataset, getattr(spec, "validation", None)):
-                raise Conflict(
-                    f"job {job.job_id} ({job.kind}) uses data set {name!r}: wait for it, or `potluck cancel {job.job_id}` first"
-                )
+        if (job := self.user_of(name)) is not None:
+            raise Conflict(
+                f"job {job.job_id} ({job.kind}) uses data set {name!r}: wait for it, or `potluck cancel {job.job_id}` first"
+            )
         self._registry.remove_dataset(name)
-        self._free(ref.sha256 for ref in blobs)
+        self.free(ref.sha256 for ref in blobs)
         log.info("data set removed %s", fields(dataset=name))
+
+    def user_of(self, dataset: str) -> Job | None:
+        """A job under way that uses a data set."""
+        return next((job for job in self._active() if dataset in data_of(job.submitted.spec)), None)
+
+    def free(self, blobs: Iterable[str]) -> list[str]:
+        """Throw blobs away that are not pinned, and that no job which is remembered could still be asked for; those that are left."""
+        results = self._jobs.results()
+        return [
+            sha256
+            for sha256 in blobs
+            if self._store.has(sha256) and (sha256 in results or not self._store.delete(sha256))
+        ]
 
     def _check_model(self, info: ModelInfo) -> None:
         named = _named(info)
@@ -81,13 +91,6 @@ class Deletion:
 
     def _active(self) -> list[Job]:
         return [self._jobs.jobs[job_id] for job_id in self._jobs.active]
-
-    def _free(self, blobs: Iterable[str]) -> None:
-        """Throw blobs away that are not pinned, and that no job which is remembered could still be asked for."""
-        results = self._jobs.results()
-        for sha256 in blobs:
-            if sha256 not in results:
-                self._store.delete(sha256)
 
 
 def _named(info: ModelInfo) -> str:

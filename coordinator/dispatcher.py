@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 from msgspec.structs import replace
@@ -38,6 +38,7 @@ from coordinator.jobs import (
 )
 from coordinator.jobstore import JobStore
 from coordinator.leases import Held, Leases
+from coordinator.packed import Packed
 from coordinator.serving.registry import Registry
 from coordinator.serving.serving import Serving
 from coordinator.training import privacy, scores
@@ -79,6 +80,7 @@ class Dispatcher:
         jobs: JobStore,
         leases: Leases,
         collector: Collector,
+        packed: Packed,
         settings: CoordinatorSettings,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -88,6 +90,7 @@ class Dispatcher:
         self._store = jobs
         self._leases = leases
         self._collector = collector
+        self._packed = packed
         self._settings = settings
         self._clock = clock
         self._actions: dict[tuple[str, str], asyncio.Task[None]] = {}
@@ -104,6 +107,7 @@ class Dispatcher:
             return known
         submitted = self._store.resolve(spec, request_id, uuid.uuid4().hex[:12], self._clock())
         job = self._store.add(submitted)
+        self._packed.asked(spec)
         log.info("job submitted %s", fields(job=job.job_id, kind=job.kind))
         self._changed(job)
         return job
@@ -145,8 +149,14 @@ class Dispatcher:
         """The result of a job that has ended, its blobs to be had from here."""
         return self._announcer.ended(job)
 
-    def all_described(self) -> tuple[JobChanged, ...]:
-        return tuple(self.described(job) for job in self._store.jobs.values())
+    def all_described(self, after: str) -> Iterator[JobChanged]:
+        """The jobs that came after one of this id, oldest first; all where there is none."""
+        jobs = self._store.jobs
+        known = after in jobs
+        for job_id, job in jobs.items():
+            if not known:
+                yield self.described(job)
+            known = known and job_id != after
 
     def republish(self) -> None:
         """Say again what is retained: after a reconnect, perhaps to a broker that forgot."""
@@ -162,7 +172,7 @@ class Dispatcher:
                     held.taken = True
             case LeaseRenewed():
                 if (held := self._heard(node_id, message.attempt_id)) is not None:
-                    held.taken, held.done, held.metrics = True, message.done, message.metrics
+                    held.taken, held.done, held.metrics, held.stage = True, message.done, message.metrics, message.stage
                     self._announcer.changed(held.job_id)
                 elif message.attempt_id not in self._leases:
                     # We have given it up (or were started anew without it): the node must not work in vain.
@@ -235,6 +245,7 @@ class Dispatcher:
             self._leases.withdraw(held.node_id, attempt_id, reason)
             self._end_attempt(attempt_id, reason, None)
         self._leases.send_due(now)
+        self._packed.tick()
         self._dirty.update(dict.fromkeys(self._store.active))
 
     def _plan(self, job: Job) -> None:
@@ -398,7 +409,7 @@ class Dispatcher:
             self._record(job, JobStarted(at=self._clock()))
             self._changed(job)
         job.deploying = spec.model
-        name = await self._serving.deploy(spec)
+        name = await self._serving.deploy(spec, lambda stage: self._announcer.doing(job.job_id, stage))
         if job.active:
             self._finish(job, "succeeded", deployment=name, **parts)
 
@@ -475,6 +486,7 @@ class Dispatcher:
         self._leases.forget(job)
         for forgotten in self._store.ended(job, final):
             self._announcer.forget(forgotten)
+        self._packed.ended(job.submitted.spec)
         reason = result.error.message if result.error else None
         log.info("job ended %s", fields(job=job.job_id, state=state, error=reason))
         self._announcer.tell(job, now)

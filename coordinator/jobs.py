@@ -38,8 +38,10 @@ from potluck.messages import (
     JobEnded,
     JobProgress,
     JobState,
+    JobSubject,
     ModelFormat,
     RoundMetrics,
+    Train,
     TrainResult,
 )
 
@@ -284,6 +286,17 @@ class Job:
         return str(self.submitted.spec.__struct_config__.tag)
 
     @property
+    def subject(self) -> JobSubject:
+        """What it is about, as people call it."""
+        spec, done = self.submitted.spec, self.ended.registered if self.ended is not None else ""
+        data = data_of(spec)
+        if isinstance(spec, Deploy):
+            return JobSubject(name=done, model=spec.model, data=data[-1] if data else "")
+        model = spec.model if isinstance(spec.model, str) else spec.model_name or spec.model.sha256[:12]
+        asked = spec.register if isinstance(spec, Train) else None
+        return JobSubject(name=done or asked or "", model=model, data=spec.dataset)
+
+    @property
     def runtimes(self) -> tuple[str, ...]:
         """What a node must have to do all of it."""
         if self.strategy is None:
@@ -373,6 +386,7 @@ class Job:
             ended_at=ended.ended_at if ended else 0.0,
             progress=replace(progress, message="") if ended else progress,
             error=ended.error if ended else None,
+            subject=self.subject,
         )
 
     @property
@@ -439,6 +453,14 @@ class Job:
         self.resting[node_id] = at + REST_SECONDS * 2**times
         if not error.retryable:
             self.fatal = error
+
+
+def data_of(spec: AnyJobSpec) -> tuple[str, ...]:
+    """The names of the data sets that a job works on, twice where it has two uses for one."""
+    if isinstance(spec, Deploy):
+        return tuple(name for name in (spec.calibration, spec.evaluation) if name)
+    validation = spec.validation if isinstance(spec, Train) else None
+    return (spec.dataset, *([validation] if validation else []))
 
 
 def _placed(error: ErrorInfo, attempt: Attempt) -> ErrorInfo:

@@ -146,7 +146,7 @@ class JobStore:
             raise InvalidRequest(
                 f"{calibration} stays on its nodes: name another data set to calibrate with (--calibration)"
             )
-        data = self._registry.dataset(calibration)
+        data = self._learnt_from(trained) if trained and not spec.calibration else self._registry.dataset(calibration)
         measured = self._registry.dataset(spec.evaluation) if spec.evaluation else data
         for dataset in (data, measured):
             _check_rate(info, dataset)
@@ -156,6 +156,20 @@ class JobStore:
             image=info.image,
             dataset=self._manifest(measured),
             validation=self._manifest(data),
+        )
+
+    def _learnt_from(self, trained: Job) -> Dataset:
+        """The data set of a training job, by its name, or as the job had it while its bytes are there. Raises NotFound."""
+        name = getattr(trained.submitted.spec, "dataset", "")
+        try:
+            return self._registry.dataset(name)
+        except NotFound:
+            found = self._load(trained.submitted.dataset)
+            if found is not None and all(self._blobs.has(shard.blob.sha256) for shard in found.shards):
+                return found
+        raise NotFound(
+            f"data set {name!r}, which the model was trained on, is gone (what is packed for a job goes with it): name data that "
+            "show what is usual (calibration, --calibration)"
         )
 
     def add(self, submitted: JobSubmitted) -> Job:
@@ -265,12 +279,12 @@ class JobStore:
                 self._blobs.pin(sha256)
 
     def _pinned(self, job: Job) -> list[str]:
-        """Blobs that must stay while the job is under way, also when its data set's name goes to another."""
+        """Blobs that must stay while the job is under way, also when the names of its data sets go to others."""
         submitted = job.submitted
         begun = submitted.spec.weights if isinstance(submitted.spec, Train) else None
         refs = [ref for ref in (submitted.model, submitted.dataset, submitted.validation, begun) if ref is not None]
-        shards = job.dataset.shards if job.dataset is not None else ()
-        return [ref.sha256 for ref in refs] + [shard.blob.sha256 for shard in shards]
+        datasets = [one for one in (job.dataset, self._load(submitted.validation)) if one is not None]
+        return [ref.sha256 for ref in refs] + [shard.blob.sha256 for one in datasets for shard in one.shards]
 
     def _check_training(self, spec: Train, dataset: Dataset) -> None:
         if spec.initial_epoch >= spec.epochs:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from coordinator.serving.registry import Registry
+from coordinator.serving.registry import Registry, dataset_blobs
 from potluck.blobs.store import BlobStore
-from potluck.messages import BlobRef, Dataset
 
 
 class Keeping:
@@ -29,9 +28,3 @@ class Keeping:
         for sha256 in self._pinned - wanted:
             self._store.unpin(sha256)
         self._pinned = wanted
-
-
-def dataset_blobs(manifest: BlobRef, dataset: Dataset) -> list[BlobRef]:
-    """Every blob that a registered data set needs."""
-    keys = [dataset.keys] if dataset.keys else []
-    return [manifest, *keys, *(shard.blob for shard in dataset.shards)]

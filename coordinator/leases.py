@@ -6,7 +6,7 @@ In memory only: a coordinator that starts again holds the attempts of its journa
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from coordinator.collecting import locate
@@ -23,6 +23,14 @@ SLOTS = 2
 """Attempts that a node holds at most: one running, one prefetched."""
 
 
+def on_nodes(stages: Iterable[tuple[str, str]]) -> str:
+    """What each node does, for people: `loading the model on n3; starting engine (TensorFlow) on n1, n2`."""
+    nodes: dict[str, set[str]] = {}
+    for stage, node_id in stages:
+        nodes.setdefault(stage, set()).add(node_id)
+    return "; ".join(f"{stage} on {', '.join(sorted(nodes[stage]))}" for stage in sorted(nodes) if stage)
+
+
 @dataclass
 class Held:
     """An attempt under lease: when its node was last heard of it, and what it said."""
@@ -37,6 +45,7 @@ class Held:
     """Its result is being fetched: nothing else can end it now."""
     done: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
+    stage: str = ""
 
 
 class Leases:
@@ -135,6 +144,13 @@ class Leases:
             for attempt_id, attempt in job.attempts.items()
             if attempt_id in self._held
         }
+
+    def stage(self, job: Job) -> str:
+        """What the nodes do before they compute, for people: `starting engine (TensorFlow) on n1, n2`. "" once one computes."""
+        held = [self._held[attempt_id] for attempt_id in job.attempts if attempt_id in self._held]
+        if any(one.done for one in held):
+            return ""
+        return on_nodes((one.stage, one.node_id) for one in held)
 
     def view(self, now: float) -> ClusterView:
         """The nodes that can compute, and how much more each may be given."""

@@ -6,8 +6,10 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
+from msgspec import Struct
 from msgspec.structs import replace
 
 from coordinator import federated
@@ -15,9 +17,9 @@ from coordinator.collecting import locate
 from coordinator.deletion import Deletion
 from coordinator.dispatcher import Dispatcher
 from coordinator.holders import Holders
-from coordinator.keeping import dataset_blobs
 from coordinator.membership import Membership
-from coordinator.serving.registry import Registry
+from coordinator.packed import Packed
+from coordinator.serving.registry import Registry, dataset_blobs
 from coordinator.serving.serving import Serving
 from potluck import codec
 from potluck.blobs.store import BlobStore
@@ -49,7 +51,6 @@ from potluck.messages import (
     ListNodes,
     Message,
     ModelChanged,
-    ModelInfo,
     ModelRegistered,
     ModelsDeleted,
     ModelsListed,
@@ -72,9 +73,11 @@ from potluck.outbox import Outbox
 
 log = logging.getLogger(__name__)
 
+P = TypeVar("P", bound=Struct)
+
 ONCE = RemoveAlias | DeleteModel | RemoveDataset | Promote | RollBack
 LISTED_BYTES = 96 * 1024
-"""Models in one answer, as msgpack: in JSON they may be twice as long."""
+"""Models or jobs in one answer, as msgpack: in JSON they may be twice as long."""
 PLACES_TOLD = 16
 """Nodes with replicas that a client is told: it sends inputs to each in turn, and asks again soon."""
 ANSWERS_KEPT = 256
@@ -93,6 +96,7 @@ class Requests:
         serving: Serving,
         membership: Membership,
         deletion: Deletion,
+        packed: Packed,
         holders: Holders,
         store: BlobStore,
         urls: tuple[str, ...],
@@ -104,6 +108,7 @@ class Requests:
         self._serving = serving
         self._membership = membership
         self._deletion = deletion
+        self._packed = packed
         self._holders = holders
         self._store = store
         self._urls = urls
@@ -171,7 +176,8 @@ class Requests:
                 job = self._dispatcher.job(message.job_id)
                 return self._dispatcher.ended(job) or self._dispatcher.described(job)
             case ListJobs():
-                return JobsListed(jobs=self._dispatcher.all_described())
+                listed, more = _page(self._dispatcher.all_described(message.after))
+                return JobsListed(jobs=listed, more=more)
             case ListNodes():
                 return NodesListed(nodes=self._membership.infos())
             case ListModels():
@@ -216,14 +222,8 @@ class Requests:
         return ReplicasFound(replicas=tuple([ReplicaPlace(node_id=one.node_id, http=one.http) for one in told]))
 
     def _list_models(self, after: str) -> Message:
-        listed: list[ModelInfo] = []
-        size = 0
-        for info in self._registry.models(after):
-            size += len(codec.pack(info))
-            if listed and size > LISTED_BYTES:
-                return ModelsListed(models=tuple(listed), more=True)
-            listed.append(info)
-        return ModelsListed(models=tuple(listed))
+        listed, more = _page(self._registry.models(after))
+        return ModelsListed(models=listed, more=more)
 
     def _register(self, message: RegisterModel) -> Message:
         self._need(message.model, "model")
@@ -262,7 +262,10 @@ class Requests:
             raise InvalidData(
                 f"the manifest of data set {message.name!r} counts {dataset.count} items, its shards do not"
             )
-        return DatasetAdded(dataset=self._registry.add_dataset(message.name, message.manifest, dataset))
+        added = self._registry.add_dataset(message.name, message.manifest, dataset, packed=message.packed)
+        if message.packed:
+            self._packed.added(message.name)
+        return DatasetAdded(dataset=added)
 
     def _need(self, ref: BlobRef, what: str) -> None:
         """Raises NotFound when the blob is not here, InvalidRequest when it has another size than its reference says."""
@@ -277,6 +280,18 @@ class Requests:
 
     def _where(self) -> str:
         return self._urls[0] if self._urls else "<coordinator>"
+
+
+def _page(found: Iterable[P]) -> tuple[tuple[P, ...], bool]:
+    """As many of the first as go into an answer, and whether there are more."""
+    listed: list[P] = []
+    size = 0
+    for one in found:
+        size += len(codec.pack(one))
+        if listed and size > LISTED_BYTES:
+            return tuple(listed), True
+        listed.append(one)
+    return tuple(listed), False
 
 
 def _is_same(kept: AnyJobSpec, asked: AnyJobSpec) -> bool:

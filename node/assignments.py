@@ -72,6 +72,7 @@ class _Held:
     state: LeaseState = "queued"
     done: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
+    stage: str = ""
     outcome: Outcome | None = None
 
 
@@ -135,7 +136,15 @@ class Assignments:
     def on_progress(self, attempt_id: str, done: int, metrics: dict[str, float]) -> None:
         held = self.held.get(attempt_id)
         if held is not None:
-            held.done, held.metrics = done, metrics
+            held.done, held.metrics, held.stage = done, metrics, ""
+
+    def on_stage(self, attempt_id: str, stage: str) -> list[Effect]:
+        """What is done before the first item takes long enough to be told of."""
+        held = self.held.get(attempt_id)
+        if held is None or held.state != "running" or held.stage == stage:
+            return []
+        held.stage = stage
+        return [Send(_renewed(attempt_id, held))]
 
     def on_outcome(self, outcome: Outcome) -> list[Effect]:
         """The engine is through with an attempt, one way or another; what was withdrawn meanwhile is not reported."""
@@ -156,11 +165,7 @@ class Assignments:
 
     def on_renewal_due(self) -> list[Effect]:
         """Tell the coordinator that we are still at it."""
-        return [
-            Send(LeaseRenewed(attempt_id=attempt_id, done=held.done, metrics=held.metrics))
-            for attempt_id, held in self.held.items()
-            if held.state != "reporting"
-        ]
+        return [Send(_renewed(attempt_id, held)) for attempt_id, held in self.held.items() if held.state != "reporting"]
 
     def on_resend_due(self) -> list[Effect]:
         """Report again what was not acknowledged."""
@@ -207,3 +212,7 @@ class Assignments:
                 held.state = "running"
                 return [Run(held.lease)]
         return []
+
+
+def _renewed(attempt_id: str, held: _Held) -> LeaseRenewed:
+    return LeaseRenewed(attempt_id=attempt_id, done=held.done, metrics=held.metrics, stage=held.stage)

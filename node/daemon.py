@@ -315,6 +315,7 @@ class Node:
             scratch=scratch / "work",
             urls=urls,
             on_progress=self._assignments.on_progress,
+            on_stage=lambda attempt_id, stage: self._perform_all(self._assignments.on_stage(attempt_id, stage)),
             on_outcome=lambda outcome: self._perform_all(self._assignments.on_outcome(outcome)),
             on_stored=lambda blobs: self._outbox.publish(self._outbox_topic, BlobsStored(blobs=blobs)),
         )

@@ -53,6 +53,7 @@ STOP_SECONDS = 10.0
 """How long an engine may take to stop a withdrawn task before it is killed."""
 
 OnProgress = Callable[[str, int, dict[str, float]], None]
+OnStage = Callable[[str, str], None]
 OnOutcome = Callable[[ShardFinished | ShardFailed], None]
 OnStored = Callable[[tuple[str, ...]], None]
 
@@ -80,6 +81,7 @@ class Executor:
         scratch: Path,
         urls: Callable[[], tuple[str, ...]],
         on_progress: OnProgress,
+        on_stage: OnStage,
         on_outcome: OnOutcome,
         on_stored: OnStored,
     ) -> None:
@@ -90,11 +92,14 @@ class Executor:
         self._scratch = scratch
         self._urls = urls
         self._on_progress = on_progress
+        self._on_stage = on_stage
         self._on_outcome = on_outcome
         self._on_stored = on_stored
         self._tasks: asyncio.TaskGroup | None = None
         self._grouped = ""
         """The job for which the engine is a member of a group."""
+        self._last_job = ""
+        """The job of the attempt before: the first of another one has more to load, and says so."""
         self._running: _Attempt | None = None
         self._paused = False
         self._prefetches: dict[str, asyncio.Task[None]] = {}
@@ -183,13 +188,28 @@ class Executor:
         missing = sum(ref.size for ref in {ref.sha256: ref for ref in refs}.values() if not self._store.has(ref.sha256))
         started = time.perf_counter()
         group = lease.task.members if isinstance(lease.task, SyncTask) and lease.task.begins else ()
+        first, self._last_job = lease.job_id != self._last_job, lease.job_id
+        fetched = not missing
+
+        def stage() -> None:
+            """Say what is waited for: the first attempt of a job has all of it to come, and an engine takes its time whenever it starts."""
+            if self._slot.engine is None:
+                self._on_stage(lease.attempt_id, f"starting engine ({_runtime(lease.task)})")
+            elif first:
+                doing = "loading the model" if fetched else f"fetching {missing / 1e6:.1f} MB"
+                self._on_stage(lease.attempt_id, doing)
+
+        stage()
         # Its first start takes seconds, in which the blobs come.
         starting = None if group else asyncio.create_task(self._slot.get(), name="engine start")
+        if starting is not None:
+            starting.add_done_callback(lambda _: stage())
         try:
             files = await self._fetch_unless(attempt.withdrawn, refs)
-            fetch_seconds = time.perf_counter() - started
+            fetch_seconds, fetched = time.perf_counter() - started, True
             if starting is None:
                 await self._slot.stop()  # TensorFlow takes the members of a group at its start only
+                stage()
                 self._grouped = lease.job_id if len(group) > 1 else ""
             else:
                 await starting
@@ -201,6 +221,7 @@ class Executor:
                 if attempt.withdrawn.is_set():
                     raise Cancelled("the attempt was withdrawn")
                 attempt.engine = engine
+                stage()
                 if self._paused:  # it may have been started since
                     engine.pause()
                 try:
@@ -369,6 +390,10 @@ def _way(task: AnyTask) -> tuple[BlobRef | None, Step | None]:
     if weights is None or step is None or weights.sha256 in (step.base.sha256, step.update.sha256):
         return weights, None
     return weights, step
+
+
+def _runtime(task: AnyTask) -> str:
+    return "LiteRT" if getattr(task, "model_format", "") == "tflite" else "TensorFlow"
 
 
 def _disk_trouble(error: OSError) -> PotluckError:

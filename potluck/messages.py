@@ -260,6 +260,8 @@ class Train(JobSpec, frozen=True, tag="train"):
     privacy: Privacy | None = None
     deterministic: bool = False
     """Rounds of a fixed number of steps, parts that depend on nothing but their tasks: the same nodes give the same bits again."""
+    model_name: Source = ""
+    """What people call a model that is a blob: `cnn.keras`. In each kind of job."""
 
 
 class Evaluate(JobSpec, frozen=True, tag="evaluate"):
@@ -267,6 +269,7 @@ class Evaluate(JobSpec, frozen=True, tag="evaluate"):
     dataset: DataName
     batch_size: Positive = 32
     image: ImageOptions | None = None
+    model_name: Source = ""
 
 
 class Predict(JobSpec, frozen=True, tag="predict"):
@@ -274,6 +277,7 @@ class Predict(JobSpec, frozen=True, tag="predict"):
     dataset: DataName
     batch_size: Positive = 32
     image: ImageOptions | None = None
+    model_name: Source = ""
 
 
 class Deploy(JobSpec, frozen=True, tag="deploy"):
@@ -424,7 +428,19 @@ class GetHistory(Message, frozen=True):
 
 
 class ListJobs(Message, frozen=True):
-    pass
+    after: str = ""
+    """Those that were asked for after the job of this id; empty, or of a job that is forgotten: from the oldest on."""
+
+
+class JobSubject(Part, frozen=True):
+    """What a job is about, as people call it; empty where there is no such thing."""
+
+    name: str = ""
+    """Under which its result is registered: `flowers` as it was asked for, `flowers:3` when that is done."""
+    model: str = ""
+    """As it was asked for: `name`, `name:version`, or the name of a file."""
+    data: str = ""
+    """The data set that it works on."""
 
 
 class JobChanged(Message, frozen=True):
@@ -438,6 +454,7 @@ class JobChanged(Message, frozen=True):
     ended_at: float = 0.0
     progress: JobProgress = JobProgress()
     error: ErrorInfo | None = None
+    subject: JobSubject = JobSubject()
 
 
 class JobEnded(Message, frozen=True):
@@ -469,10 +486,14 @@ class JobEnded(Message, frozen=True):
     """Where a model was converted to be deployed: how the original does on what `evaluation` is of."""
     evaluated_on: str = ""
     """The data set of both."""
+    subject: JobSubject = JobSubject()
 
 
 class JobsListed(Message, frozen=True):
+    """As many as go into a message, the oldest first. With `more`, ask again `after` the last of them."""
+
     jobs: tuple[JobChanged, ...]
+    more: bool = False
 
 
 class HistoryListed(Message, frozen=True):
@@ -519,6 +540,8 @@ class AddDataset(Message, frozen=True):
 
     name: Name
     manifest: BlobRef
+    packed: bool = False
+    """Packed for a job that is asked for next, and named by nobody: it is forgotten when the last job that uses it has ended."""
 
 
 class DatasetInfo(Part, frozen=True):
@@ -531,6 +554,8 @@ class DatasetInfo(Part, frozen=True):
     skipped: int = 0
     nodes: tuple[str, ...] = ()
     """Those that hold it, of data that live on nodes."""
+    packed: bool = False
+    """Packed for a job, and forgotten with it."""
 
 
 class DatasetAdded(Message, frozen=True):
@@ -1128,6 +1153,8 @@ class LeaseRenewed(Message, frozen=True):
     attempt_id: str
     done: Count = 0
     metrics: dict[str, float] = {}
+    stage: str = ""
+    """For people, before the first item: `starting engine (TensorFlow)`, `loading the model`."""
 
 
 class ShardFinished(Message, frozen=True):

@@ -63,6 +63,8 @@ class ModelDeleted(RegistryEvent, frozen=True):
 class DatasetAdded(RegistryEvent, frozen=True):
     manifest: BlobRef
     dataset: Dataset
+    packed: bool = False
+    """Packed for a job, and named by nobody."""
 
 
 class DatasetRemoved(RegistryEvent, frozen=True):
@@ -85,8 +87,14 @@ class Registry:
         self._newest: dict[str, int] = {}
         """The highest version that each name ever had: numbers of versions that were deleted are not given again."""
         self._datasets: dict[str, DatasetAdded] = {}
+        self._left: dict[str, DatasetAdded] = {}
+        """What was packed for a job and forgotten: its bytes may be there still."""
         self._watchers: list[Callable[[], None]] = []
         for event in journal.replay(_STREAM, AnyRegistryEvent):  # type: ignore[arg-type, var-annotated]
+            if isinstance(event, DatasetAdded):
+                self._left.pop(event.dataset.name, None)
+            elif isinstance(event, DatasetRemoved) and self._datasets[event.name].packed:
+                self._left[event.name] = self._datasets[event.name]
             self._apply(event)
 
     def on_change(self, changed: Callable[[], None]) -> None:
@@ -209,13 +217,27 @@ class Registry:
 
     # --- data sets ----------------------------------------------------------------------------------------------------
 
-    def add_dataset(self, name: str, manifest: BlobRef, dataset: Dataset) -> DatasetInfo:
-        """Register a data set; another one of that name is replaced. Jobs under way keep what they began with."""
+    def add_dataset(self, name: str, manifest: BlobRef, dataset: Dataset, *, packed: bool = False) -> DatasetInfo:
+        """Register a data set; another one of that name is replaced. Jobs under way keep what they began with.
+
+        `packed`: for a job, and named by nobody. What somebody named stays named when it is packed for a job as well.
+        """
         named = replace(dataset, name=name)
         known = self._datasets.get(name)
-        if known is None or known.dataset != named:
-            self._record(DatasetAdded(manifest=BlobRef(sha256=manifest.sha256, size=manifest.size), dataset=named))
-        return _info(named)
+        if known is None or known.dataset != named or (known.packed and not packed):
+            ref = BlobRef(sha256=manifest.sha256, size=manifest.size)
+            packed = packed and (known is None or known.packed)
+            self._record(DatasetAdded(manifest=ref, dataset=named, packed=packed))
+        return _info(self._datasets[name])
+
+    def packed(self) -> set[str]:
+        """The data sets that were packed for jobs."""
+        return {name for name, added in self._datasets.items() if added.packed}
+
+    def left_behind(self) -> list[str]:
+        """The blobs of those that were forgotten before this process was started, once."""
+        left, self._left = self._left, {}
+        return [ref.sha256 for added in left.values() for ref in dataset_blobs(added.manifest, added.dataset)]
 
     def remove_dataset(self, name: str) -> None:
         """Forget a data set; that no job uses it is the caller's to know. Raises NotFound."""
@@ -231,7 +253,7 @@ class Registry:
         return self._added(name).manifest
 
     def datasets(self) -> tuple[DatasetInfo, ...]:
-        return tuple(_info(self._datasets[name].dataset) for name in sorted(self._datasets))
+        return tuple(_info(self._datasets[name]) for name in sorted(self._datasets))
 
     def _added(self, name: str) -> DatasetAdded:
         found = self._datasets.get(name)
@@ -320,7 +342,14 @@ def _limited(model: str, tags: Mapping[str, str]) -> dict[str, str]:
     return dict(tags)
 
 
-def _info(dataset: Dataset) -> DatasetInfo:
+def dataset_blobs(manifest: BlobRef, dataset: Dataset) -> list[BlobRef]:
+    """Every blob that a registered data set needs."""
+    keys = [dataset.keys] if dataset.keys else []
+    return [manifest, *keys, *(shard.blob for shard in dataset.shards)]
+
+
+def _info(added: DatasetAdded) -> DatasetInfo:
+    dataset = added.dataset
     return DatasetInfo(
         name=dataset.name,
         kind=dataset.format.kind,
@@ -329,6 +358,7 @@ def _info(dataset: Dataset) -> DatasetInfo:
         size_bytes=sum(shard.blob.size for shard in dataset.shards),
         classes=dataset.format.classes,
         skipped=len(dataset.skipped),
+        packed=added.packed,
     )
 
 

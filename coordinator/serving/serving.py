@@ -113,8 +113,9 @@ class Serving:
 
     # --- deployments --------------------------------------------------------------------------------------------------
 
-    async def deploy(self, asked: Deploy) -> str:
-        """Deploy, or change how; returns the deployment's name once all replicas are ready and it has its traffic.
+    async def deploy(self, asked: Deploy, tell: Callable[[str], None] = lambda stage: None) -> str:
+        """Deploy, or change how; returns the deployment's name once all replicas are ready and it has its traffic. `tell` hears
+        what it waits for.
 
         Raises NotFound, InvalidRequest (more replicas than nodes, a canary beside nothing), Unavailable (nodes were lost
         meanwhile), Cancelled, and what made loading fail; a deployment that was ready before goes on with what it has.
@@ -166,7 +167,9 @@ class Serving:
                     f"{ready} of {wanted} replicas of {name} are ready, and only {len(suited)} nodes with "
                     f"{WORDS[RUNTIME_OF[info.format]]} are online any more: start more nodes, or ask for fewer"
                 )
+            tell(self._upkeep.stage(deployment))
             await self._wait_for_change()
+        tell("")
         self._rollout.ready(name, asked, self._clock())
         log.info("deployed %s", fields(model=name, replicas=len(deployment.ready)))
         return name

@@ -6,7 +6,9 @@ import asyncio
 import logging
 from collections.abc import Callable
 
+from coordinator.leases import on_nodes
 from coordinator.membership import Membership
+from coordinator.placement import RUNTIME_OF, WORDS
 from coordinator.serving import memory
 from coordinator.serving.deployments import Deployment, Load, Place
 from coordinator.serving.inference import Inference
@@ -191,6 +193,20 @@ class Upkeep:
         log.info("deployment evicted %s", fields(model=name, reason=reason))
         self._record(Parked(name=name, why="evicted", reason=reason))
         self.reconcile(self._records.deployments[name])
+
+    def stage(self, deployment: Deployment) -> str:
+        """What the nodes do whose replicas are not ready, for people."""
+        return on_nodes(
+            (self._loading(replica.node_id, deployment), replica.node_id)
+            for replica in deployment.replicas.values()
+            if replica.state == "loading"
+        )
+
+    def _loading(self, node_id: str, deployment: Deployment) -> str:
+        member = self._membership.get(node_id)
+        if member is None or member.telemetry is None or member.telemetry.serving:
+            return "loading the model"
+        return f"starting engine ({WORDS[RUNTIME_OF[deployment.format]]})"
 
     def places(self) -> list[Place]:
         """The nodes that are there, and what each has."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import difflib
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,13 +21,20 @@ from potluck.client.connection import Connection, client_settings
 from potluck.client.deploying import DeployOptions
 from potluck.client.inputs import LargeInputs
 from potluck.client.jobs import AsyncJob, Predictions, as_arrays, completed, fetch_tensor
-from potluck.client.models import ModelFile, image_argument, image_options, is_model_path, keras_file, model_file
+from potluck.client.models import (
+    ModelFile,
+    check_fit,
+    image_argument,
+    image_options,
+    is_model_path,
+    keras_file,
+    model_file,
+)
 from potluck.client.training import TrainOptions
 from potluck.data.packing import Target
-from potluck.errors import Conflict, InvalidData, InvalidRequest, NotFound
+from potluck.errors import Conflict, InvalidRequest, NotFound
 from potluck.messages import (
     INLINE_LIMIT_BYTES,
-    NODE_DATA,
     Alias,
     AnyJobSpec,
     BlobRef,
@@ -143,7 +151,13 @@ class AsyncClient:
 
     async def jobs(self) -> tuple[JobChanged, ...]:
         """Every job that the coordinator remembers, oldest first."""
-        return tuple(map(completed, (await self._ask(ListJobs(), JobsListed)).jobs))
+        found: dict[str, JobChanged] = {}
+        more = True
+        while more:
+            answer = await self._ask(ListJobs(after=next(reversed(found), "")), JobsListed)
+            more = answer.more and any(job.job_id not in found for job in answer.jobs)
+            found |= {job.job_id: completed(job) for job in answer.jobs}
+        return tuple(found.values())
 
     async def job(self, job_id: str) -> AsyncJob:
         """A job by its id. Raises NotFound."""
@@ -184,19 +198,22 @@ class AsyncClient:
         register = arguments.name("name", name)
         roles = _Roles.of(target, sample_weight, data, validation)
         fields = training.fields(options)
+        given = roles.given("data", data)
+        given_too = None if validation is None else roles.given("validation", validation)
         if options.get("resume") is not None:
             fields |= await self._resumed(options["resume"])
-        sent, size = await self._model(model, image, compiled=True)
-        dataset = await self._data("data", data, roles, image)
-        held_out = None if validation is None else await self._data("validation", validation, roles, image)
+        asked = await self._model(model, image, compiled=True)
+        if isinstance(given, str) != isinstance(given_too, str) and given_too is not None:
+            await self._known_data(given if isinstance(given, str) else str(given_too))
+        dataset = await self._data("data", given, asked)
+        held_out = None if given_too is None else await self._data("validation", given_too, asked)
         return await self._submit(
             Train(
-                model=sent,
+                **asked.fields,
                 dataset=dataset,
                 validation=held_out,
                 epochs=epochs,
                 batch_size=batch_size,
-                image=size,
                 register=register,
                 **fields,
             )
@@ -214,9 +231,10 @@ class AsyncClient:
     ) -> AsyncJob:
         """Metrics of a model over labelled data: `job.evaluation` after `job.wait()`."""
         batch_size, roles = arguments.at_least_one("batch_size", batch_size), _Roles.of(target, sample_weight, data)
-        sent, options = await self._model(model, image, compiled=False)
-        dataset = await self._data("data", data, roles, image)
-        return await self._submit(Evaluate(model=sent, dataset=dataset, batch_size=batch_size, image=options))
+        given = roles.given("data", data)
+        asked = await self._model(model, image, compiled=False)
+        dataset = await self._data("data", given, asked)
+        return await self._submit(Evaluate(**asked.fields, dataset=dataset, batch_size=batch_size))
 
     async def predict(
         self,
@@ -229,9 +247,10 @@ class AsyncClient:
     ) -> AsyncJob:
         """A model's outputs for a whole data set or array: `job.predictions()`. `target` names columns to leave out."""
         batch_size, roles = arguments.at_least_one("batch_size", batch_size), _Roles.of(target, None, data)
-        sent, options = await self._model(model, image, compiled=False)
-        dataset = await self._data("data", data, roles, image, for_prediction=True)
-        return await self._submit(Predict(model=sent, dataset=dataset, batch_size=batch_size, image=options))
+        given = roles.given("data", data)
+        asked = await self._model(model, image, compiled=False)
+        dataset = await self._data("data", given, asked, for_prediction=True)
+        return await self._submit(Predict(**asked.fields, dataset=dataset, batch_size=batch_size))
 
     # --- models and deployments -----------------------------------------------------------------------------------------
 
@@ -257,9 +276,11 @@ class AsyncClient:
         else:
             info = await self.register(model, name)
             registered = f"{info.name}:{info.version}"
-        for option in deploying.DATA:
-            if (data := options.get(option)) is not None:
-                fields[option] = await self._data(option, data, _Roles.of(None, None, data), None)
+        given = {name: _Roles.of(None, None, data).given(name, data) for name, data in deploying.data(options).items()}
+        if any(isinstance(data, sources.Given) for data in given.values()):
+            await self.get_model(registered)
+        for option, data in given.items():
+            fields[option] = await self._data(option, data, None)
         job = await self._submit(Deploy(model=registered, **fields))
         return await job.wait() if wait else job
 
@@ -422,10 +443,11 @@ class AsyncClient:
         if name is None and isinstance(data, str | Path):
             name = sources.path_name(data)
         name, roles = arguments.name("name", name), _Roles.of(target, sample_weight, data)
-        connection = await self._connected()
-        return await sources.add(
-            connection, data, name=name, target=roles.target, sample_weight=roles.sample_weight, progress=progress
-        )
+        if isinstance(data, str):
+            data = Path(data)  # what is to be added is no name
+        given = sources.given(data, roles.target, roles.sample_weight)
+        assert isinstance(given, sources.Given)
+        return await sources.add(await self._connected(), given, name=name, progress=progress)
 
     async def remove_data(self, name: str) -> None:
         """Forget a registered data set. Raises NotFound, and Conflict while a job uses it."""
@@ -451,20 +473,28 @@ class AsyncClient:
         accepted = await connection.ask(SubmitJob(job=spec), JobAccepted, topic=connection.topics.jobs_submit)
         return AsyncJob(connection, accepted.job_id)
 
-    async def _model(
-        self, model: object, image: Image | None, *, compiled: bool
-    ) -> tuple[str | BlobRef, ImageOptions | None]:
-        """What a job's `model` says, and its image options."""
+    async def _model(self, model: object, image: Image | None, *, compiled: bool) -> _Asked:
+        """The model that a job is about. Raises NotFound, InvalidModel, InvalidRequest: before data are packed for it."""
         image = image_argument(image)
         if isinstance(model, str) and not is_model_path(model):
-            shape = None
-            if image is not None and not isinstance(image, ImageOptions):
-                signature = (await self.get_model(model)).signature
-                if signature is not None and len(signature.inputs) == 1:
-                    shape = signature.inputs[0].shape
-            return model, image_options(image, shape)
+            signature = (await self._registered(model)).signature
+            one = signature.inputs[0] if signature is not None and len(signature.inputs) == 1 else None
+            shape = tuple(None if size < 0 else size for size in one.shape) if one is not None else None
+            return _Asked(model, "", shape, image_options(image, shape))
         file, ref = await self._push_model(model, for_jobs=True, compiled=compiled)
-        return ref, image_options(image, file.input_shape)
+        called = Path(model).name if isinstance(model, str | Path) else file.name
+        return _Asked(ref, called[:256], file.input_shape, image_options(image, file.input_shape))
+
+    async def _registered(self, model: str) -> ModelInfo:
+        """Raises NotFound, and says so where what was meant may be a file or folder."""
+        try:
+            return await self.get_model(model)
+        except NotFound as error:
+            if not sources.is_here(model):
+                raise
+            raise NotFound(
+                f"{error.message} (what lies here by that name is taken for a model as ./{model}: write that, if it is one)"
+            ) from error
 
     async def _push_model(
         self, model: object, *, for_jobs: bool = False, compiled: bool = False
@@ -490,33 +520,53 @@ class AsyncClient:
         return {"weights": replace(answer.checkpoint, holders=()), "initial_epoch": done}
 
     async def _data(
-        self, argument: str, data: object, roles: _Roles, image: Image | None, *, for_prediction: bool = False
+        self, argument: str, given: sources.Given | str, asked: _Asked | None, *, for_prediction: bool = False
     ) -> str:
         """The name of a data set, registered now where it was not; for prediction in its own order, labelled or not.
 
-        With `image` the data must be images. Errors call the data `argument`.
+        Raises InvalidRequest where it cannot fit the model: before anything is packed. Errors call the data `argument`.
         """
-        name = sources.as_name(data)
-        if name is None:
-            added = await sources.add(
-                await self._connected(),
-                data,
-                name=None,
-                target=roles.target,
-                sample_weight=roles.sample_weight,
-                shuffle=not for_prediction,
-                labels=not for_prediction,
-                only_images=image is not None,
-                argument=argument,
-            )
-            return added.name
-        try:
-            arguments.name(argument, name.removeprefix(NODE_DATA))
-        except InvalidRequest as error:
-            raise InvalidData(f"there is no file or folder {name!r} here, and no data set has such a name") from error
-        if image is not None and any(info.name == name and info.kind != "images" for info in await self.datasets()):
-            raise sources.no_images(argument)
-        return name
+        only_images = asked is not None and asked.image is not None
+        if isinstance(given, str):
+            if only_images and any(info.name == given and info.kind != "images" for info in await self.datasets()):
+                raise sources.no_images(argument)
+            return given
+        if asked is not None:
+            check_fit(argument, given.item_shape, asked.shape)
+        added = await sources.add(
+            await self._connected(),
+            given,
+            name=None,
+            for_job=True,
+            shuffle=not for_prediction,
+            labels=not for_prediction,
+            only_images=only_images,
+            argument=argument,
+        )
+        return added.name
+
+    async def _known_data(self, name: str) -> None:
+        """Raises NotFound where no data set has this name: before another one is packed in vain."""
+        known = [info.name for info in await self.datasets()]
+        if name not in known:
+            near = difflib.get_close_matches(name, known)
+            meant = f"did you mean {' or '.join(map(repr, near))}?" if near else "`potluck data list` lists them"
+            raise NotFound(f"there is no data set {name!r}: {meant}")
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """The model of a job: its name or blob, what people call that, its only input's shape where that is known, and image options."""
+
+    model: str | BlobRef
+    called: str
+    shape: tuple[int | None, ...] | None
+    image: ImageOptions | None
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """As they stand in a job."""
+        return {"model": self.model, "model_name": self.called, "image": self.image}
 
 
 @dataclass(frozen=True)
@@ -538,6 +588,10 @@ class _Roles:
                         f"leave out {name} (--{name.replace('_', '-')})"
                     )
         return found
+
+    def given(self, argument: str, data: object) -> sources.Given | str:
+        """What of `data` is to be packed, or its name. Raises InvalidData."""
+        return sources.given(data, self.target, self.sample_weight, argument)
 
 
 def _topic_name(model: str) -> str:

@@ -80,6 +80,11 @@ def fields(replicas: object, options: Mapping[str, Any]) -> dict[str, Any]:
     return _replicas(replicas, found) | found
 
 
+def data(options: Mapping[str, Any]) -> dict[str, object]:
+    """The options that are data, where they are given."""
+    return {name: options[name] for name in DATA if options.get(name) is not None}
+
+
 def _replicas(given: object, options: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(given, str) and (bounds := _RANGE.match(given)):
         least, most = map(int, bounds.groups())

@@ -10,6 +10,7 @@ import json
 import sys
 import warnings
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -150,15 +151,47 @@ def image_options(
 ) -> ImageOptions | None:
     """How images become the model's input: as given, `(height, width[, channels])` completed from its input shape.
 
-    None stays None: the nodes read it from the model then. Raises InvalidRequest.
+    None stays None: the nodes read it from the model then. Raises InvalidRequest, also for a size that the model does not take.
     """
     image = image_argument(image)
-    if image is None or isinstance(image, ImageOptions):
-        return image
-    known = shape is not None and len(shape) == 4
-    channels = shape[3] if known and shape is not None else None
+    if image is None:
+        return None
+    if isinstance(image, ImageOptions):
+        return _fitting(image, shape)
+    channels = shape[3] if shape is not None and len(shape) == 4 else None
     asked = image[2] if len(image) == 3 else channels if channels in (1, 3, 4) else 3
-    return ImageOptions(height=image[0], width=image[1], channels=asked)  # type: ignore[arg-type]
+    return _fitting(ImageOptions(height=image[0], width=image[1], channels=asked), shape)  # type: ignore[arg-type]
+
+
+def _fitting(image: ImageOptions, shape: tuple[int | None, ...] | None) -> ImageOptions:
+    """The same. Raises InvalidRequest for a size that the model does not take."""
+    if shape is not None and len(shape) == 4:
+        wanted = shape[1:3]
+        if any(
+            want is not None and want != have for want, have in zip(wanted, (image.height, image.width), strict=True)
+        ):
+            raise InvalidRequest(
+                f"image: the model takes images of {_size(wanted)}, and not of {image.height}x{image.width}: leave out image "
+                "(--image), and they are resized to that"
+            )
+    return image
+
+
+def _size(sizes: Sequence[int | None]) -> str:
+    return "x".join("any" if size is None else str(size) for size in sizes)
+
+
+def check_fit(argument: str, given: tuple[int, ...] | None, shape: tuple[int | None, ...] | None) -> None:
+    """Whether items of an array can be the input of a model; None is not known. Raises InvalidRequest naming both shapes."""
+    if given is None or shape is None or (not given and shape[1:] == (1,)):  # a column of numbers is an input of one
+        return
+    if len(given) != len(shape) - 1 or any(
+        want is not None and want != have for want, have in zip(shape[1:], given, strict=True)
+    ):
+        wanted = ", ".join("any" if size is None else str(size) for size in shape[1:])
+        raise InvalidRequest(
+            f"{argument}: the model's input has shape ({wanted}), but the data has ({', '.join(map(str, given))}) per item"
+        )
 
 
 def _read_config(path: Path) -> dict[str, Any]:

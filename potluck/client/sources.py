@@ -17,6 +17,7 @@ from msgspec.structs import replace
 
 from potluck import codec
 from potluck.blobs.store import BlobStore
+from potluck.client.arguments import name as checked_name
 from potluck.client.arguments import shown
 from potluck.client.connection import Connection
 from potluck.data.packing import WEIGHT_NAME, Target
@@ -49,6 +50,14 @@ def as_name(data: object) -> str | None:
         return None
 
 
+def is_here(name: str) -> bool:
+    """Whether there is a file or folder of this name."""
+    try:
+        return Path(name).exists()
+    except OSError:
+        return False
+
+
 def takes_target(data: object) -> bool:
     """Whether a target may be named for `data`: a registered data set has its own, `(x, y)` says it, and `x` alone has none."""
     return isinstance(data, Path | Mapping) or (isinstance(data, str) and as_name(data) is None)
@@ -56,11 +65,38 @@ def takes_target(data: object) -> bool:
 
 @dataclass(frozen=True)
 class Given:
-    """Data as it was given, and what in it has which part."""
+    """Data to be packed, as they were given, and what in them has which part. `stem` begins the name that they get without one."""
 
     source: Path | Arrays
     target: Target
     sample_weight: str | None
+    stem: str = "arrays"
+
+    @property
+    def item_shape(self) -> tuple[int, ...] | None:
+        """That of the only input, where the data are arrays and it is known which of them that is."""
+        if not isinstance(self.source, Mapping):
+            return None
+        targets = (self.target,) if isinstance(self.target, str) else self.target or ()
+        inputs = [array for name, array in self.source.items() if name not in (*targets, self.sample_weight)]
+        return inputs[0].shape[1:] if len(inputs) == 1 and inputs[0].ndim else None
+
+
+def given(data: object, target: Target, sample_weight: str | None = None, argument: str = "data") -> Given | str:
+    """The name of a data set that is registered (or lives on nodes), or what is to be packed. Looks, and reads nothing.
+
+    Raises InvalidData for what can be neither; errors call the data `argument`.
+    """
+    name = as_name(data)
+    if name is None:
+        if isinstance(data, str | Path):
+            return Given(existing(data), target, sample_weight, path_name(data))
+        return as_arrays(data, target, sample_weight, argument)
+    try:
+        checked_name(argument, name.removeprefix(NODE_DATA))
+    except InvalidRequest as error:
+        raise InvalidData(f"there is no file or folder {name!r} here, and no data set has such a name") from error
+    return name
 
 
 def as_arrays(data: object, target: Target, sample_weight: str | None = None, argument: str = "data") -> Given:
@@ -119,26 +155,22 @@ def no_images(argument: str) -> InvalidRequest:
 
 async def add(
     connection: Connection,
-    data: object,
+    given: Given,
     *,
     name: str | None,
-    target: Target = None,
-    sample_weight: str | None = None,
+    for_job: bool = False,
     shuffle: bool = True,
     labels: bool = True,
     only_images: bool = False,
     progress: Progress | None = None,
     argument: str = "data",
 ) -> DatasetInfo:
-    """Pack `data`, push what the coordinator does not have, and register it; without a name it gets one from its content.
+    """Pack data, push what the coordinator does not have, and register it; without a name it gets one from its content.
 
-    `labels` False takes images without class folders, too; `only_images` refuses arrays before anything is sent. Errors call
-    the data `argument`. Raises InvalidData, InvalidRequest.
+    `for_job`: a job that uses it is asked for next, and it is forgotten with that. `labels` False takes images without class
+    folders, too; `only_images` refuses arrays before anything is sent. Errors call the data `argument`. Raises InvalidData,
+    InvalidRequest.
     """
-    if isinstance(data, str | Path):
-        given, stem = Given(existing(data), target, sample_weight), path_name(data)
-    else:
-        given, stem = as_arrays(data, target, sample_weight, argument), "arrays"
     from potluck.data.pack import pack  # here: it reads images and tables, which most clients do not need
 
     tell = progress or (lambda what, done, total: None)
@@ -170,13 +202,13 @@ async def add(
             raise no_images(argument)
         if name is None:
             digest = hashlib.sha256(codec.pack(dataset)).hexdigest()[:12]
-            name = f"{stem}-{digest}"
+            name = f"{given.stem}-{digest}"
         _remark(dataset, argument)
         dataset = replace(dataset, name=name)
         refs = [*(shard.blob for shard in dataset.shards), *([dataset.keys] if dataset.keys else [])]
         await _push(connection, store, refs, tell)
     manifest = await connection.push(codec.pack(dataset))
-    added = await connection.ask(AddDataset(name=name, manifest=manifest), DatasetAdded)
+    added = await connection.ask(AddDataset(name=name, manifest=manifest, packed=for_job), DatasetAdded)
     return added.dataset
 
 

@@ -30,6 +30,7 @@ from potluck.errors import (
     Unavailable,
 )
 from potluck.messages import (
+    AddDataset,
     BlobRef,
     CancelInfer,
     DatasetInfo,
@@ -39,14 +40,17 @@ from potluck.messages import (
     Evaluation,
     GetHistory,
     GetJob,
+    GetModel,
     HistoryListed,
     ImageOptions,
     Infer,
     Inferred,
+    JobChanged,
     JobsListed,
     ListDatasets,
     ListJobs,
     ListNodes,
+    Message,
     NodesListed,
     RoundMetrics,
     StopTraining,
@@ -180,6 +184,62 @@ async def test_bad_models_and_options_are_refused_before_anything_is_sent(
     assert coordinator.asked == []
 
 
+async def test_what_cannot_fit_is_said_before_data_are_packed(
+    client: AsyncClient, coordinator: ScriptedCoordinator, tmp_path: Path
+) -> None:
+    def missing(asked: GetModel) -> Message:
+        raise NotFound(f"there is no model {asked.model!r}: did you mean 'net'?")
+
+    coordinator.answers[ListDatasets] = lambda asked: datasets(images="images")
+    file, y = keras_file(tmp_path / "net.keras"), np.zeros(3)
+    shapes = r"the model's input has shape \(32, 32, 1\), but the data has \(28, 28\) per item"
+    with pytest.raises(InvalidRequest, match=f"data: {shapes}"):
+        await client.train(file, (np.zeros((3, 28, 28)), y))
+    with pytest.raises(InvalidRequest, match=f"validation: {shapes}"):
+        await client.train(file, "images", validation=(np.zeros((3, 28, 28)), y))
+    with pytest.raises(InvalidRequest, match="takes images of 32x32, and not of 128x128: leave out image"):
+        await client.predict(file, tmp_path, image=(128, 128))
+    with pytest.raises(NotFound, match=r"no data set 'imags': did you mean 'images'\?"):
+        await client.train(file, "imags", validation=(np.zeros((3, 32, 32, 1)), y))
+    coordinator.answers[GetModel] = missing
+    for ask in (client.train, client.evaluate, client.predict):
+        with pytest.raises(NotFound, match="no model 'nett': did you mean 'net'"):
+            await ask("nett", (np.zeros((3, 32, 32, 1)), y))
+    with pytest.raises(NotFound, match="no model 'nett'"):
+        await client.deploy("nett", quantize="int8", calibration=np.zeros((3, 32, 32, 1)))
+    (tmp_path / "saved").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        with pytest.raises(NotFound, match=r"what lies here by that name is taken for a model as \./saved"):
+            await client.evaluate("saved", "images")
+    assert not [asked for asked in coordinator.asked if isinstance(asked, AddDataset | SubmitJob)]
+
+
+async def test_data_are_packed_for_their_job_and_models_have_names(
+    client: AsyncClient, coordinator: ScriptedCoordinator, tmp_path: Path
+) -> None:
+    x, y = np.zeros((3, 32, 32, 1), np.float32), np.zeros(3)
+    await client.train(keras_file(tmp_path / "net.keras"), (x, y))
+    await client.add_data((x, y), "named")
+    (spec,) = jobs_of(coordinator)
+    assert spec.model_name == "net.keras"
+    added = [(asked.name, asked.packed) for asked in coordinator.asked if isinstance(asked, AddDataset)]
+    assert added == [(spec.dataset, True), ("named", False)]
+
+
+async def test_more_jobs_than_go_into_a_message_are_all_listed(
+    client: AsyncClient, coordinator: ScriptedCoordinator
+) -> None:
+    jobs = [JobChanged(job_id=f"job-{n}", kind="train", state="running", created_at=n) for n in range(5)]
+
+    def page(asked: ListJobs) -> JobsListed:
+        start = int(asked.after.partition("-")[2] or -1) + 1
+        return JobsListed(jobs=tuple(jobs[start : start + 2]), more=start + 2 < len(jobs))
+
+    coordinator.answers[ListJobs] = page
+    assert await client.jobs() == tuple(jobs)
+
+
 X = np.zeros((2, 2), np.float32)
 WRONG: dict[str, tuple[type[PotluckError], Callable[[AsyncClient], Awaitable[object]]]] = {
     "model must be": (InvalidModel, lambda client: client.train(5, "d")),
@@ -275,7 +335,9 @@ async def test_image_options_for_arrays_are_refused(
             await client.predict("net", data, image=ImageOptions(height=8, width=8))
     with pytest.raises(InvalidRequest, match="validation holds no images"):
         await client.train("net", "pictures", validation="table", image=ImageOptions(height=8, width=8))
-    assert not [asked for asked in coordinator.asked if not isinstance(asked, ListDatasets)], "nothing was sent"
+    assert not [asked for asked in coordinator.asked if not isinstance(asked, ListDatasets | GetModel)], (
+        "nothing was sent"
+    )
     await client.predict("net", "pictures", image=ImageOptions(height=8, width=8))
 
 

@@ -19,6 +19,7 @@ from potluck.errors import NotFound, PotluckError
 from potluck.exchange import request_failed
 from potluck.messages import (
     AddDataset,
+    BlobRef,
     CoordinatorStatus,
     DatasetAdded,
     DatasetInfo,
@@ -60,7 +61,7 @@ class ScriptedCoordinator:
             SubmitJob: self._submit,
             GetJob: self._job,
             RegisterModel: self._register,
-            GetModel: lambda asked: ModelRegistered(model=self.models[asked.model.partition(":")[0]]),
+            GetModel: self._model,
             AddDataset: lambda asked: DatasetAdded(
                 dataset=DatasetInfo(name=asked.name, kind="arrays", count=1, shards=1, size_bytes=asked.manifest.size)
             ),
@@ -118,6 +119,12 @@ class ScriptedCoordinator:
         self.jobs[job_id] = ended
         if say:
             await self.bus.publish(self.bus.topics.job(job_id, "result"), ended, retain=True)
+
+    def _model(self, asked: GetModel) -> ModelRegistered:
+        """One that was registered, else one of which nothing is known but that it is there."""
+        name = asked.model.partition(":")[0]
+        unknown = ModelInfo(name=name, version=1, model=BlobRef(sha256="0" * 64, size=1), created_at=1.0)
+        return ModelRegistered(model=self.models.get(name, unknown))
 
     def _register(self, asked: RegisterModel) -> Message:
         info = ModelInfo(

@@ -29,7 +29,9 @@ def node(name: str, *, gives_way: bool = False, runtimes: frozenset[str] = froze
 )
 def test_a_job_says_what_it_waits_for(nodes: tuple[NodeView, ...], told: str) -> None:
     at_work = {name: (SimpleNamespace(node_id=name), 0, {}) for name in ("a", "b")}
-    leases = SimpleNamespace(view=lambda now: ClusterView(nodes, now), running=lambda job: at_work)
+    leases = SimpleNamespace(
+        view=lambda now: ClusterView(nodes, now), running=lambda job: at_work, stage=lambda job: ""
+    )
     jobs = SimpleNamespace(described=lambda job, running, *, waiting: waiting)
     announcer = Announcer(Topics("test"), cast(Outbox, None), cast(Any, jobs), cast(Any, leases), ())
-    assert announcer.described(cast(Any, SimpleNamespace(runtimes=("tensorflow",))), 0.0) == told
+    assert announcer.described(cast(Any, SimpleNamespace(job_id="j", runtimes=("tensorflow",))), 0.0) == told

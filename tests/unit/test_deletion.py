@@ -14,6 +14,7 @@ from coordinator.jobs import Job, JobFinished
 from coordinator.jobstore import JobStore
 from coordinator.journal import Journal
 from coordinator.keeping import Keeping
+from coordinator.packed import KEPT_SECONDS, Packed
 from coordinator.serving.registry import Registry
 from potluck import codec
 from potluck.blobs.store import BlobStore
@@ -51,6 +52,8 @@ class Lab:
         self.jobs = JobStore(self.journal, self.registry, self.store, (), node_data)
         self.serving: Any = Deployed()
         self.deletion = Deletion(self.registry, self.serving, self.jobs, self.store)
+        self.now = 0.0
+        self.packed = Packed(self.registry, self.deletion, lambda: self.now)
 
     def model(self, text: str, name: str = "m") -> str:
         """Registers it; its blob's hash."""
@@ -58,7 +61,13 @@ class Lab:
         self.registry.add_model(name, ref, now=1.0)
         return ref.sha256
 
-    def data(self, name: str, text: str) -> list[str]:
+    def pack(self, name: str, text: str) -> list[str]:
+        """The same for a job that is asked for next."""
+        blobs = self.data(name, text, packed=True)
+        self.packed.added(name)
+        return blobs
+
+    def data(self, name: str, text: str, *, packed: bool = False) -> list[str]:
         """Registers a data set of one shard; the hashes of its manifest and its shard."""
         shard = self.store.put_bytes(text.encode())
         dataset = Dataset(
@@ -68,7 +77,7 @@ class Lab:
             shards=(DataShard(blob=shard, count=1),),
         )
         manifest = self.store.put_bytes(codec.pack(dataset))
-        self.registry.add_dataset(name, manifest, dataset)
+        self.registry.add_dataset(name, manifest, dataset, packed=packed)
         return [manifest.sha256, shard.sha256]
 
     def fill_beside(self, *kept: str) -> None:
@@ -76,7 +85,9 @@ class Lab:
         self.store.put_bytes(b"x" * (self.store.limit_bytes - sum(map(self.store.size, kept))))
 
     def job(self, spec: AnyJobSpec) -> Job:
-        return self.jobs.add(self.jobs.resolve(spec, "", f"job{len(self.jobs.jobs)}", 1.0))
+        job = self.jobs.add(self.jobs.resolve(spec, "", f"job{len(self.jobs.jobs)}", 1.0))
+        self.packed.asked(spec)
+        return job
 
     def end(self, job: Job, **parts: Any) -> None:
         result = JobEnded(
@@ -84,6 +95,7 @@ class Lab:
         )
         self.jobs.record(job, JobFinished(at=2.0, result=result))
         self.jobs.ended(job, JobProgress())
+        self.packed.ended(job.submitted.spec)
 
 
 def node_data(name: str) -> Dataset:
@@ -179,6 +191,83 @@ def test_a_data_set_goes_when_no_job_uses_it(lab: Lab) -> None:
     assert not any(map(lab.store.has, blobs + validation))
     with pytest.raises(NotFound):
         lab.deletion.remove_dataset("d")
+
+
+def test_what_was_packed_for_a_job_is_forgotten_with_the_last_one(lab: Lab) -> None:
+    lab.model("one")
+    lab.pack("p", "items")
+    first, second = (lab.job(Evaluate(model="m", dataset="p")) for _ in range(2))
+    lab.end(first)
+    assert lab.registry.packed() == {"p"}, "the second uses it"
+    lab.end(second)
+    assert lab.registry.datasets() == ()
+
+
+def test_data_stay_for_a_job_that_is_still_to_be_asked_for(lab: Lab) -> None:
+    """Between a client's packing and its asking, another job that packed the same ends."""
+    lab.model("one")
+    lab.pack("p", "items")
+    first = lab.job(Train(model="m", dataset="p"))
+    lab.pack("p", "items")
+    lab.end(first)
+    second = lab.job(Train(model="m", dataset="p", validation="p"))
+    lab.end(second)
+    assert lab.registry.datasets() == ()
+    lab.pack("p", "items")  # and its client is gone
+    lab.now += KEPT_SECONDS - 1
+    lab.packed.tick()
+    assert lab.registry.packed() == {"p"}
+    lab.now += 2
+    lab.packed.tick()
+    assert lab.registry.datasets() == ()
+
+
+def test_bytes_of_what_was_packed_stay_for_a_while(lab: Lab) -> None:
+    lab.model("one")
+    blobs = lab.pack("p", "items")
+    lab.end(lab.job(Train(model="m", dataset="p")))
+    lab.registry.add_model("trained", lab.store.put_bytes(b"trained"), job_id="job0", now=1.0)
+    quantize = lab.job(Deploy(model="trained", quantize="int8"))
+    assert quantize.dataset is not None, "with the data that it was trained on, though their name is gone"
+    lab.now += KEPT_SECONDS + 1
+    lab.packed.tick()
+    assert all(map(lab.store.has, blobs)), "a job under way uses them"
+    lab.end(quantize)
+    lab.pack("q", "others")
+    lab.end(lab.job(Train(model="m", dataset="q")))
+    lab.now += KEPT_SECONDS + 1
+    lab.packed.tick()
+    assert lab.store.size_bytes < 100, "a model and its two versions are left"
+
+
+def test_what_somebody_named_stays(lab: Lab) -> None:
+    lab.model("one")
+    blobs = lab.data("d", "items")
+    lab.pack("d", "items")
+    lab.end(lab.job(Train(model="m", dataset="d")))
+    assert [info.packed for info in lab.registry.datasets()] == [False]
+    lab.pack("p", "others")
+    job = lab.job(Train(model="m", dataset="p"))
+    lab.data("p", "others")
+    lab.end(job)
+    assert [info.name for info in lab.registry.datasets()] == ["d", "p"]
+    assert all(map(lab.store.has, blobs))
+
+
+def test_a_restart_forgets_nothing_of_what_was_packed(lab: Lab, tmp_path: Path) -> None:
+    lab.model("one")
+    gone = lab.pack("gone", "items")
+    lab.end(lab.job(Train(model="m", dataset="gone")))
+    used = lab.pack("used", "others")
+    lab.job(Train(model="m", dataset="used"))
+    assert all(map(lab.store.has, gone))
+    lab.journal.close()
+    again = Lab(tmp_path)
+    assert not any(map(again.store.has, gone)), "nobody waits for them any more"
+    assert all(map(again.store.has, used))
+    again.end(again.jobs.jobs["job1"])
+    assert again.registry.datasets() == ()
+    again.journal.close()
 
 
 def test_a_data_set_that_is_replaced_lets_go_of_what_only_it_had(lab: Lab) -> None:

@@ -45,7 +45,7 @@ def test_too_many_questions_at_a_time_are_refused(tmp_path: Path) -> None:
     replies: Any = Replies()
     nothing: Any = None
     requests = Requests(
-        outbox=replies, dispatcher=nothing, registry=nothing, serving=nothing, membership=nothing, deletion=nothing, holders=nothing,
+        outbox=replies, dispatcher=nothing, registry=nothing, serving=nothing, membership=nothing, deletion=nothing, packed=nothing, holders=nothing,
         store=BlobStore(tmp_path, 1), urls=(),
     )  # fmt: skip
     for number in range(102):
@@ -63,7 +63,7 @@ def test_what_was_taken_away_is_answered_alike_when_it_is_asked_again(tmp_path: 
     replies: Any = Replies()
     replies.reply = lambda question, answer: answered.append(answer)
     requests = Requests(
-        outbox=replies, dispatcher=nothing, registry=registry, serving=nothing, membership=nothing, deletion=nothing,
+        outbox=replies, dispatcher=nothing, registry=registry, serving=nothing, membership=nothing, deletion=nothing, packed=nothing,
         holders=nothing, store=BlobStore(tmp_path / "blobs", 1), urls=(),
     )  # fmt: skip
     for question_id in ("q-1", "q-1", "q-2", "q-1"):
@@ -83,7 +83,7 @@ def test_a_list_of_models_comes_in_messages_that_are_small_enough(tmp_path: Path
     replies: Any = Replies()
     replies.reply = lambda question, answer: answered.append(answer)
     requests = Requests(
-        outbox=replies, dispatcher=nothing, registry=registry, serving=nothing, membership=nothing, deletion=nothing,
+        outbox=replies, dispatcher=nothing, registry=registry, serving=nothing, membership=nothing, deletion=nothing, packed=nothing,
         holders=nothing, store=BlobStore(tmp_path / "blobs", 1), urls=(),
     )  # fmt: skip
     found: list[ModelInfo] = []
