@@ -14,6 +14,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from node.engine.process import Engine
+from node.engine.wording import one_line
 from node.own_data import OwnData
 from node.slot import EngineSlot
 from potluck import codec
@@ -175,7 +176,8 @@ class Executor:
         except Exception as error:  # a defect that one job meets must not end the node with all it holds
             log.exception("shard failed %s", fields(job=lease.job_id, attempt=attempt_id))
             outcome = ShardFailed(
-                attempt_id=attempt_id, error=ErrorInfo(code="internal", message=f"a defect of potluck: {error!r:.500}")
+                attempt_id=attempt_id,
+                error=ErrorInfo(code="internal", message=f"a defect of potluck: {one_line(repr(error), 500)}"),
             )
         self._on_outcome(outcome)
 

@@ -79,10 +79,9 @@ def _is_hdf5(path: Path) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    text = one_line(error, 10_000)
     if isinstance(error, zipfile.BadZipFile | KeyError):
-        return f"the model file is damaged: {type(error).__name__}: {text[:300]}: save it again"
-    return f"the model cannot be loaded: {type(error).__name__}: {text[:200]} ... {text[-200:]}"
+        return f"the model file is damaged: {type(error).__name__}: {one_line(error)}: save it again"
+    return f"the model cannot be loaded: {type(error).__name__}: {one_line(error, 400)}"
 
 
 def has_loss(model: Any) -> bool:

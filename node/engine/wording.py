@@ -15,14 +15,25 @@ _PLACE = re.compile(r"\{\{function_node [^}]*\}\}\s*|\s*\[\[\{\{node [^}]*\}\}\]
 """Where in TensorFlow's own graph it happened, which nobody has seen who made the model."""
 
 
+_USER_CODE = re.compile(r"\Ain user code:\n.*\n    File \"[^\n]*\n[^\n]*\n\n(?P<reason>.*)\Z", re.DOTALL)
+"""What AutoGraph makes of an error while a graph is made: places in the code, most of it ours, and below them the error itself."""
+
+
 def one_line(error: BaseException | str, limit: int = 300) -> str:
-    """The text without line breaks, colours and names of TensorFlow's nodes, cut at `limit`; of an error in a TensorFlow graph, what is wrong."""
+    """The text without line breaks, colours and names of TensorFlow's nodes; of an error in a TensorFlow graph, what is wrong.
+
+    What is longer than `limit` loses its middle: the reason stands at the end, or at the beginning.
+    """
     text = _COLOURS.sub("", str(error))
+    if (found := _USER_CODE.match(text)) is not None:
+        text = found["reason"]
     if "Graph execution error" in text:
-        found = _GRAPH_ERROR.search(text)
-        text = found[1] if found is not None else text.rstrip().rpartition("\n\n")[2]
+        inside = _GRAPH_ERROR.search(text)
+        text = inside[1] if inside is not None else text.rstrip().rpartition("\n\n")[2]
     text = " ".join(_PLACE.sub(" ", text).split())
-    return text if len(text) <= limit else f"{text[:limit]}..."
+    if len(text) > limit:  # Keras lists what the layer was given behind the reason
+        text = text.partition(" Arguments received by ")[0]
+    return text if len(text) <= limit else f"{text[: limit // 3]} ... {text[limit // 3 - limit :]}"
 
 
 def shape(dimensions: Sequence[int | None]) -> str:

@@ -35,7 +35,9 @@ def evaluate(
             job = client.evaluate(
                 model, data, batch_size=batch_size, image=size, target=target or None, sample_weight=sample_weight
             )
-        following.ended(job, as_json)
+        if not as_json:
+            following.name_data(job, data)
+        following.ended(job, as_json, verbose=session(context).verbose)
         evaluation = job.evaluation
     if as_json:
         output.emit(evaluation)

@@ -27,15 +27,18 @@ PLAIN_SECONDS = 5.0
 """On a log, how often a line is worth it when the epoch has not changed."""
 
 
-def follow(job: Job, *, quiet: bool = False) -> None:
-    """Show a job until it ends, on standard error. Raises the job's error. Ctrl-C leaves the job running and says so."""
+def follow(job: Job, *, quiet: bool = False, verbose: bool = False) -> None:
+    """Show a job until it ends, on standard error; `verbose` with what its strategy says. Raises the job's error.
+
+    Ctrl-C leaves the job running and says so.
+    """
     try:
         if quiet:
             job.wait()
         elif sys.stderr.isatty():
-            _live(job)
+            _live(job, verbose)
         else:
-            for line in plain_lines(job.states(), time.monotonic, job.epochs_so_far):
+            for line in plain_lines(job.states(), time.monotonic, job.epochs_so_far, verbose=verbose):
                 note(line)
         job.wait()
     except KeyboardInterrupt:
@@ -43,10 +46,10 @@ def follow(job: Job, *, quiet: bool = False) -> None:
         raise typer.Exit(130) from None
 
 
-def ended(job: Job, as_json: bool) -> JobEnded:
+def ended(job: Job, as_json: bool, *, verbose: bool = False) -> JobEnded:
     """Follow a job to its end; its result. Raises the job's error, after its result was printed where that is wanted as JSON."""
     try:
-        follow(job, quiet=as_json)
+        follow(job, quiet=as_json, verbose=verbose)
     except PotluckError as error:
         state = job.status()
         if state.state not in ("failed", "cancelled"):
@@ -59,10 +62,21 @@ def ended(job: Job, as_json: bool) -> JobEnded:
     return job.result()
 
 
+def name_data(job: Job, data: str) -> None:
+    """Say as what data set the files that somebody gave were packed for a job, and what becomes of it."""
+    from potluck.client.sources import as_name
+
+    if as_name(data) is None:
+        name = job.status().subject.data
+        note(f"job {job.id}: {data} is packed as data set {name}, which is forgotten with the job")
+
+
 def plain_lines(
     states: Iterable[JobChanged],
     clock: Callable[[], float],
     epochs_so_far: Callable[[], Sequence[EpochMetrics]] = tuple,
+    *,
+    verbose: bool = False,
 ) -> Iterator[str]:
     """A line when the state or the epoch changes, every few seconds between, and for each epoch that has ended."""
     said_at = float("-inf")
@@ -72,7 +86,7 @@ def plain_lines(
     for state in states:
         progress = state.progress
         yield from ended.lines(state)
-        if progress.strategy != strategy:
+        if verbose and progress.strategy != strategy:
             strategy = progress.strategy
             yield f"{state.kind} {state.job_id} strategy {strategy}"
         now, new_key = clock(), (state.state, progress.epoch, progress.message, *progress.quarantined)
@@ -145,22 +159,23 @@ def seconds_left(progress: JobProgress) -> float | None:
     return (progress.total - progress.done) / progress.items_per_second
 
 
-def picture(state: JobChanged) -> RenderableType:
-    """A job as it stands: a bar, what remains, the metrics, and each node's speed."""
+def picture(state: JobChanged, *, verbose: bool = False) -> RenderableType:
+    """A job as it stands: a bar, what remains, the metrics, and each node's speed; `verbose` with what its strategy says."""
     progress = state.progress
-    head = Table.grid(padding=(0, 2))
+    bar = Table.grid(padding=(0, 2))
     done = share(state)
     epoch = f"epoch {progress.epoch}/{progress.epochs}" if progress.epochs else ""
     left = seconds_left(progress)
-    head.add_row(
-        Text(f"{state.kind} {state.job_id}", style="bold"),
-        state.state,
-        epoch,
+    bar.add_row(
+        "",
         ProgressBar(total=1.0, completed=done or 0.0, width=30, pulse=done is None),
         "" if done is None else f"{done:4.0%}",
         f"{seconds_text(left)} left" if left is not None else "",
     )
-    lines: list[RenderableType] = [head]
+    lines: list[RenderableType] = [
+        Text.assemble((f"{state.kind} {state.job_id}", "bold"), f"  {state.state}  {epoch}".rstrip()),
+        bar,
+    ]
     if progress.metrics:
         lines.append(Text(f"  {current_text(progress)}", style="cyan"))
     totals = [rate_text(progress.items_per_second)] if progress.items_per_second else []
@@ -169,7 +184,7 @@ def picture(state: JobChanged) -> RenderableType:
     if totals:
         lines.append(Text(f"  {'  '.join(totals)}"))
     lines += [Text(f"    {node:<24} {rate_text(speed):>18}", style="dim") for node, speed in progress.nodes.items()]
-    if progress.strategy:
+    if verbose and progress.strategy:
         lines.append(Text(f"  {progress.strategy}", style="dim"))
     if progress.message:
         lines.append(Text(f"  {progress.message}", style="yellow"))
@@ -177,14 +192,14 @@ def picture(state: JobChanged) -> RenderableType:
     return Group(*lines)
 
 
-def _live(job: Job) -> None:
+def _live(job: Job, verbose: bool) -> None:
     console = Console(stderr=True)
     ended = EndedEpochs(job.epochs_so_far)
     with Live(Spinner("dots", f"job {job.id}"), console=console, refresh_per_second=8) as live:
         for state in job.states():
             for line in ended.lines(state):
                 live.console.print(line)
-            live.update(picture(state))
+            live.update(picture(state, verbose=verbose))
 
 
 @contextmanager

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from potluck.cli.session import Json, session
+from potluck.cli.session import Json, check_output, session
+
+if TYPE_CHECKING:
+    from potluck.client import Job
+    from potluck.messages import JobEnded
 
 JobId = Annotated[str, typer.Argument(metavar="ID", help="The job's id, as `potluck jobs` shows it.")]
 
@@ -39,13 +43,24 @@ def job(
     tensorboard: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Write event files for TensorBoard below this folder.")
     ] = None,
+    save: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE",
+            help="Save the trained model as this .keras file, predictions as .csv, .json, .npy or .npz.",
+        ),
+    ] = None,
     as_json: Json = False,
-) -> None:
-    """Show one job: its state, and its result when it has ended."""
+) -> None:  # fmt: skip
+    """Show one job: its state, and its result when it has ended; save what it made."""
     from potluck.cli import following, output
     from potluck.client import event_files, plots
     from potluck.client.jobs import ENDED, job_error
     from potluck.errors import Conflict
+
+    verbose = session(context).verbose
+    if save is not None:
+        check_output(save)
 
     if plot is not None:
         plots.check_path(plot)
@@ -54,14 +69,16 @@ def job(
     with session(context).client() as client:
         found = client.job(job_id)
         if wait and not as_json:
-            following.follow(found)
+            following.follow(found, verbose=verbose)
         state = found.status()
         ended = found.result() if wait or state.state in ENDED else None
         failed = wait and ended is not None and ended.state != "succeeded"
-        if ended is None and (plot or tensorboard):
+        if ended is None and (plot or tensorboard or save):
             raise Conflict(
-                f"job {job_id} is {state.state}: it can be drawn when it has ended, and --wait waits for that"
+                f"job {job_id} is {state.state}: its result is there when it has ended, and --wait waits for that"
             )
+        if save is not None and ended is not None and not failed:
+            output.note(f"saved as {_save(found, ended, save)}")
         if plot is not None and not failed:
             output.note(f"drawn: {found.plot(plot)}")
         if tensorboard is not None and not failed:
@@ -75,10 +92,12 @@ def job(
         if ended is None:
             if state.kind == "train" and (epochs := found.epochs_so_far()):
                 output.show(output.epochs_table(epochs))
-            output.show(following.picture(state))
+            output.show(following.picture(state, verbose=verbose))
             return
         if ended.history:
             output.show(output.epochs_table(ended.history))
+        if ended.rounds and verbose:
+            output.show(output.rounds_table(ended.rounds))
         if ended.best_epoch:
             output.show(f"best epoch: {ended.best_epoch}, and the model is the one after it")
         for reason in following.left_out(state.progress):
@@ -90,6 +109,23 @@ def job(
         for label, text in (("registered", ended.registered), ("deployment", ended.deployment)):
             if text:
                 output.show(f"{label}: {text}")
+
+
+def _save(job: Job, ended: JobEnded, path: Path) -> Path:
+    """Save what a job made; where that is. Raises Conflict for one that made nothing, InvalidRequest, and the job's error."""
+    from potluck.cli.predict import check_suffix, predicted, save
+    from potluck.cli.train import check_keras
+    from potluck.errors import Conflict
+
+    if ended.kind == "predict":
+        check_suffix(path)
+        return save(path, predicted(job), job.keys, ended.classes)
+    if ended.kind == "train":
+        check_keras(path)
+        return Path(job.model(path))
+    raise Conflict(
+        f"job {job.id} is of kind {ended.kind!r}: only models and predictions can be saved; --json has the rest"
+    )
 
 
 def stop(context: typer.Context, job_id: JobId, as_json: Json = False) -> None:

@@ -31,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Machines on a network train, deploy and serve Keras models together.",
-    epilog="--seed, --cluster, --timeout and --debug may stand before or after the command.",
+    epilog="--seed, --cluster, --timeout, --verbose and --debug may stand before or after the command.",
 )
 for command in (
     up, status, nodes, train, evaluate, predict, jobs, job, stop, cancel, deploy, promote, rollback, undeploy, deployments,
@@ -58,12 +58,15 @@ def options(
     timeout: Annotated[
         float | None, typer.Option(min=0.1, metavar="SECONDS", help="How long to wait for an answer (default: 30).")
     ] = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Say more of how: what a strategy reckons and does.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Log, and show where an error came from.")] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and leave.")
     ] = False,
 ) -> None:
-    context.obj = Session(seed, cluster, timeout)
+    context.obj = Session(seed, cluster, timeout, verbose)
     if debug:
         from potluck import logs
 

@@ -74,7 +74,7 @@ def deploy(
     deploying.fields(replicas, options)  # what is wrong is said before anything is looked for
     with session(context).client() as client:
         job = client.deploy(model, replicas, name=name, **options)
-        ended = following.ended(job, as_json)
+        ended = following.ended(job, as_json, verbose=session(context).verbose)
         deployment = ended.deployment
         found = [entry for entry in client.deployments() if entry.name == deployment]
     if as_json:

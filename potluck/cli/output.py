@@ -24,6 +24,7 @@ from potluck.messages import (
     JobChanged,
     ModelInfo,
     NodeInfo,
+    RoundMetrics,
     TensorSpec,
 )
 
@@ -164,17 +165,25 @@ def runtimes_text(node: NodeInfo) -> str:
 
 
 def jobs_table(jobs: Iterable[JobChanged]) -> Listing:
-    def row(job: JobChanged) -> tuple[str | Text, ...]:
-        progress = job.progress
-        done = share(job)
-        end = job.ended_at or time.time()
-        took = seconds_text(end - job.started_at) if job.started_at else "-"
-        told = job.error.message if job.error else progress.message or metrics_text(progress.metrics)
-        shown = "-" if done is None else f"{done:.0%}"
-        return job.job_id, job.kind, colored(job.state), shown, took, ago_text(job.created_at), Text(told)
+    """A job a line; below it what it does, what it reached, or why it failed."""
 
-    columns = ("job", "kind", "state", "done", "took", "asked", "")
-    return table(columns, map(row, jobs), right=("done", "took"))
+    def row(job: JobChanged) -> tuple[str | Text, ...]:
+        done, subject = share(job), job.subject
+        took = seconds_text((job.ended_at or time.time()) - job.started_at) if job.started_at else "-"
+        return (
+            job.job_id, job.kind, colored(job.state), "-" if done is None else f"{done:.0%}",
+            subject.model or "-", subject.data or "-", subject.name or "-", took, ago_text(job.created_at),
+        )  # fmt: skip
+
+    def told(job: JobChanged) -> list[Text]:
+        if job.error:
+            return [Text(job.error.message, style="red" if job.state == "failed" else "")]
+        text = job.progress.message or metrics_text(job.progress.metrics)
+        return [Text(text, style="dim")] if text else []
+
+    columns = ("job", "kind", "state", "done", "model", "data", "name", "took", "asked")
+    shown = list(jobs)
+    return table(columns, map(row, shown), right=("done", "took", "asked"), below=list(map(told, shown)))
 
 
 def epochs_table(history: Iterable[EpochMetrics]) -> Listing:
@@ -193,6 +202,19 @@ def epochs_table(history: Iterable[EpochMetrics]) -> Listing:
         rows.append((str(epoch.epoch), metrics_text(epoch.metrics)))
         below.append([Text("  ".join(took), "dim")])
     return table(("epoch", "metrics"), rows, right=("epoch",), below=below)
+
+
+def rounds_table(rounds: Iterable[RoundMetrics]) -> Listing:
+    """What the outer optimizer did; those that were thinned out are missing."""
+    rows = [
+        (
+            str(one.round), str(one.samples), f"{one.outer_learning_rate:.3f}", f"{one.outer_momentum:.3f}",
+            metrics_text(one.metrics), "; ".join(f"{node} left out: {why}" for node, why in one.rejected.items()),
+        )
+        for one in rounds
+    ]  # fmt: skip
+    columns = ("round", "samples", "outer lr", "momentum", "metrics", "")
+    return table(columns, rows, right=columns[:4])
 
 
 def ago_text(at: float) -> str:
@@ -304,7 +326,9 @@ def datasets_table(datasets: Iterable[DatasetInfo]) -> Listing:
         return data.name, data.kind, str(data.count), size, left_out, where, shards, classes or "-"
 
     columns = ("data set", "kind", "items", "size", "skipped", "lives on", "shards", "classes")
-    return table(columns, map(row, datasets), right=("items", "size", "skipped", "shards"))
+    shown = list(datasets)
+    below = [[Text("packed for a job, and forgotten with it", style="dim")] if data.packed else [] for data in shown]
+    return table(columns, map(row, shown), right=("items", "size", "skipped", "shards"), below=below)
 
 
 def evaluation_report(evaluation: Evaluation) -> Group:

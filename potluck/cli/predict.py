@@ -16,6 +16,8 @@ from potluck.cli.session import ImageSize, Json, check_output, image_size, sessi
 if TYPE_CHECKING:
     import numpy as np
 
+    from potluck.client import Job
+
 SUFFIXES = (".csv", ".json", ".npy", ".npz")
 
 
@@ -42,12 +44,10 @@ def predict(
     """Predict over the nodes, each item once, in input order."""
     from potluck.cli import following
     from potluck.cli import output as out
-    from potluck.errors import InvalidRequest
 
     if output is not None:
-        if output.suffix not in SUFFIXES:
-            raise InvalidRequest(f"--output {output}: the file's name must end with {', '.join(SUFFIXES)}")
         check_output(output)
+        check_suffix(output)
     source: Any = data
     if data.endswith(".npy"):
         source = read_array(Path(data))
@@ -55,19 +55,42 @@ def predict(
     with session(context).client() as client:
         with following.waiting("packing and sending the data", quiet=as_json):
             job = client.predict(model, source, batch_size=batch_size, image=size, target=target or None)
-        classes = following.ended(job, as_json).classes
-        found, keys = job.predictions, job.keys
-    outputs = found if isinstance(found, dict) else {"": found}
+        if not as_json:
+            following.name_data(job, data)
+        classes = following.ended(job, as_json, verbose=session(context).verbose).classes
+        outputs, keys = predicted(job), job.keys
     if output is not None:
-        asked, output = output, write(output, outputs, keys, classes)
-        if output != asked:
-            out.note(f"the model has {len(outputs)} outputs, and a .npy file holds one: they are in a .npz file")
+        output = save(output, outputs, keys, classes)
     if as_json:
         out.emit(as_map(outputs, keys, classes) if output is None else {"job_id": job.id, "output": str(output)})
     elif output is None:
         sys.stdout.write(as_csv(outputs, keys, classes))
     else:
         out.show(f"{out.counted(len(next(iter(outputs.values()))), 'prediction')} written to {output}")
+
+
+def check_suffix(path: Path) -> None:
+    """Raises InvalidRequest where predictions cannot be written as a file of this name."""
+    from potluck.errors import InvalidRequest
+
+    if path.suffix not in SUFFIXES:
+        raise InvalidRequest(f"--output {path}: the file's name must end with {', '.join(SUFFIXES)}")
+
+
+def predicted(job: Job) -> dict[str, np.ndarray[Any, Any]]:
+    """A job's predictions by output; the only one has no name."""
+    found = job.predictions
+    return found if isinstance(found, dict) else {"": found}
+
+
+def save(path: Path, outputs: dict[str, np.ndarray[Any, Any]], keys: list[str], classes: tuple[str, ...]) -> Path:
+    """`write`, and a remark where that is another file. Raises InvalidRequest."""
+    from potluck.cli.output import note
+
+    written = write(path, outputs, keys, classes)
+    if written != path:
+        note(f"the model has {len(outputs)} outputs, and a .npy file holds one: they are in a .npz file")
+    return written
 
 
 def read_array(path: Path) -> np.ndarray[Any, Any]:

@@ -30,6 +30,7 @@ _IMAGE = re.compile(
     r"(?P<height>0*[1-9]\d*)x(?P<width>0*[1-9]\d*)(x(?P<channels>0*[1-9]\d*))?(:(?P<scale>\d+(\.\d+)?))?", re.ASCII
 )
 _WITH_VALUE = ("--seed", "--cluster", "--timeout")
+_FLAGS = ("--debug", "--verbose", "-v")
 _OWN_OPTIONS = ("up", "demo")
 
 
@@ -40,6 +41,7 @@ class Session:
     seed: str | None = None
     cluster: str | None = None
     timeout: float | None = None
+    verbose: bool = False
 
     def client(self) -> Client:
         """A client, to be entered. Its import is heavy, so it is here."""
@@ -68,7 +70,7 @@ def global_options_first(arguments: Sequence[str]) -> list[str]:
         if argument == "--" or (not argument.startswith("-") and argument in _OWN_OPTIONS and not rest):
             rest += [argument, *waiting]
             break
-        if argument == "--debug" or (name in _WITH_VALUE and has_value):
+        if argument in _FLAGS or (name in _WITH_VALUE and has_value):
             ours.append(argument)
         elif name in _WITH_VALUE:
             ours += [argument, *waiting[:1]]

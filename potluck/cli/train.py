@@ -93,11 +93,8 @@ def train(
             raise InvalidRequest(
                 "--output needs the end of the job, --detach does not wait for it: leave out one of them"
             )
-        if output.suffix != ".keras":  # loaders go by the name, and would not open it under another
-            raise InvalidRequest(
-                f"--output {output}: the result is a .keras file: name it {output.with_suffix('.keras')}"
-            )
         check_output(output)
+        check_keras(output)
     if deploy is not None:
         deploying.fields(deploy, {})
         if name is None or detach:
@@ -139,13 +136,15 @@ def train(
                 deterministic=deterministic,
                 **hiding,
             )
+        if not as_json:
+            following.name_data(job, data)
         if detach:
             if as_json:
                 out.emit({"job_id": job.id})
             else:
                 out.show(job.id)
             return
-        ended = following.ended(job, as_json)
+        ended = following.ended(job, as_json, verbose=session(context).verbose)
         if output is not None:
             job.model(output)
         if as_json:
@@ -161,10 +160,18 @@ def train(
         if output is not None:
             out.show(f"saved as {output}")
         elif not ended.registered:
-            out.show(f"the model is job {job.id}'s result: give --output or --name to keep it longer")
+            out.show(f"the model is job {job.id}'s result: `potluck job {job.id} --output FILE.keras` saves it")
         if deploy is not None:  # last: the model is there also where this fails
             following.ended(client.deploy(ended.registered, deploy), as_json)
             out.show(f"deployed {ended.registered}: `potluck infer {name} INPUT` asks it")
+
+
+def check_keras(path: Path) -> None:
+    """Raises InvalidRequest for another suffix: loaders go by the name, and would not open a model under it."""
+    from potluck.errors import InvalidRequest
+
+    if path.suffix != ".keras":
+        raise InvalidRequest(f"--output {path}: the result is a .keras file: name it {path.with_suffix('.keras')}")
 
 
 def class_weights(texts: list[str]) -> dict[str, float]:

@@ -31,6 +31,28 @@ def test_nodes_of_a_graph_are_not_told() -> None:
     assert one_line("shapes [[1], [2]] and {a: 1}") == "shapes [[1], [2]] and {a: 1}"
 
 
-def test_others_are_one_line_and_cut() -> None:
+USER_CODE = """in user code:
+
+    File "/opt/potluck/lib/python3.11/site-packages/node/engine/loaded.py", line 151, in _evaluate_step  *
+        model.compute_metrics(x, target, outputs, sample_weight=weights)
+    File "/opt/potluck/lib/python3.11/site-packages/keras/src/metrics/f_score_metrics.py", line 153, in update_state  **
+        raise ValueError(
+
+    ValueError: FBetaScore expects 2D inputs with shape (batch_size, output_dim).
+
+    Received: (64,)
+"""
+
+
+def test_of_an_error_in_a_models_code_the_reason_is_told_and_not_the_place() -> None:
+    reason = "ValueError: FBetaScore expects 2D inputs with shape (batch_size, output_dim). Received: (64,)"
+    assert one_line(USER_CODE, 100) == reason
+
+
+def test_others_are_one_line_and_keep_their_end() -> None:
     assert one_line("a\n  b\x1b[1mc\x1b[0m") == "a bc"
-    assert one_line("x" * 400) == "x" * 300 + "..."
+    assert one_line("x" * 300) == "x" * 300
+    called = "Exception encountered when calling Odd.call(). the reason Arguments received by Odd.call(): • inputs="
+    assert one_line(called, 120) == called
+    assert one_line(called, 100) == called.partition(" Arguments")[0]
+    assert one_line("begin " + "x" * 400 + " the reason") == "begin " + "x" * 94 + " ... " + "x" * 189 + " the reason"
