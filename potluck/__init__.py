@@ -1,19 +1,33 @@
-"""potluck: machines on a network train, deploy and serve Keras models together."""
+"""potluck: machines on a network train, deploy and serve Keras models together.
 
+    with potluck.Client() as client:
+        job = client.train(model, "pictures/train", validation="pictures/test", epochs=10, name="pictures")
+        print(job.history)
+
+`Client` (`AsyncClient` for asyncio) asks a cluster, `Job` and `AsyncJob` are what it answers, `errors` what it raises.
+"""
+
+from importlib import import_module as _import_module
 from importlib.metadata import version as _version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
 
-if TYPE_CHECKING:
-    from potluck.client import AsyncClient, Client, Job
+if _TYPE_CHECKING:
+    from potluck import errors
+    from potluck.client import AsyncClient, AsyncJob, Client, Job
 
 __version__ = _version("potluck")
-__all__ = ["AsyncClient", "Client", "Job", "__version__"]
+__all__ = ["AsyncClient", "AsyncJob", "Client", "Job", "__version__", "errors"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> _Any:
     # The client is loaded when first asked for: a daemon needs none of it, and stays small.
-    if name in {"AsyncClient", "Client", "Job"}:
-        from potluck import client
-
-        return getattr(client, name)
+    if name in {"AsyncClient", "AsyncJob", "Client", "Job"}:
+        return getattr(_import_module("potluck.client"), name)
+    if name == "errors":
+        return _import_module("potluck.errors")
     raise AttributeError(f"module 'potluck' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

@@ -30,6 +30,7 @@ from potluck.client.models import (
     keras_file,
     model_file,
 )
+from potluck.client.signatures import suggesting, with_options
 from potluck.client.training import TrainOptions
 from potluck.data.packing import Target
 from potluck.errors import Conflict, InvalidRequest, NotFound
@@ -85,6 +86,10 @@ from potluck.messages import (
     Undeployed,
 )
 
+Model = object
+"""A keras.Model, the path of a model's file, or the name of a registered one: `name`, `name:version` or `name:alias`."""
+Data = object
+"""A path, the name of a registered data set, `"node:name"`, an array, or arrays `(x, y)` or `(x, y, sample_weight)`."""
 Image = ImageOptions | tuple[int, ...]
 Inputs = Any
 """An array, nested lists, or a map of them by input name."""
@@ -96,6 +101,7 @@ _NAMED = "the `name`, `name:version` or `name:alias` of a model"
 M = TypeVar("M", bound=Message)
 
 
+@suggesting
 class AsyncClient:
     """A client of one cluster.
 
@@ -171,12 +177,13 @@ class AsyncClient:
 
     # --- jobs -----------------------------------------------------------------------------------------------------------
 
+    @with_options(TrainOptions, training.DEFAULTS)
     async def train(
         self,
-        model: object,
-        data: object,
+        model: Model,
+        data: Data,
         *,
-        validation: object = None,
+        validation: Data | None = None,
         epochs: int = 1,
         batch_size: int = 32,
         image: Image | None = None,
@@ -191,7 +198,7 @@ class AsyncClient:
         `(x, y, sample_weight)`. For a model with several outputs, `y` is a map by their names or a list. In files `target` names
         the column or array to learn (or several), and `sample_weight` the one with the weight of each item in the loss. `image` says
         how images become tensors, None: as the model's input is. The result is registered as `name` when that is given.
-        `options` are those of `TrainOptions`. Raises InvalidModel, InvalidData and InvalidRequest before a job is made.
+        Raises NotFound, InvalidModel, InvalidData and InvalidRequest before a job is made.
         """
         epochs = arguments.checked("epochs", epochs, Epochs, "a whole number from 1 to 1,000,000")
         batch_size = arguments.at_least_one("batch_size", batch_size)
@@ -221,8 +228,8 @@ class AsyncClient:
 
     async def evaluate(
         self,
-        model: object,
-        data: object,
+        model: Model,
+        data: Data,
         *,
         batch_size: int = 32,
         image: Image | None = None,
@@ -238,8 +245,8 @@ class AsyncClient:
 
     async def predict(
         self,
-        model: object,
-        data: object,
+        model: Model,
+        data: Data,
         *,
         batch_size: int = 32,
         image: Image | None = None,
@@ -254,9 +261,10 @@ class AsyncClient:
 
     # --- models and deployments -----------------------------------------------------------------------------------------
 
+    @with_options(DeployOptions, deploying.DEFAULTS)
     async def deploy(
         self,
-        model: object,
+        model: Model,
         replicas: int | str = 1,
         *,
         name: str | None = None,
@@ -266,7 +274,7 @@ class AsyncClient:
         """Keep a model loaded on `replicas` nodes (0 or `"all"`: on all; `"1..4"`: as many as the load asks for).
 
         The job succeeds when they are ready, and it answers to its plain name; `wait` waits for that. A keras.Model or a model's file
-        or folder is registered first, as `name` or its own name. `options` are those of `DeployOptions`.
+        or folder is registered first, as `name` or its own name.
         """
         fields = deploying.fields(replicas, options)
         if isinstance(model, str) and not is_model_path(model):
@@ -297,6 +305,7 @@ class AsyncClient:
         return (await self._ask(Undeploy(model=arguments.text("model", model, _NAMED)), Undeployed)).deployments
 
     async def deployments(self) -> tuple[DeploymentInfo, ...]:
+        """What is deployed, and where."""
         return (await self._ask(ListDeployments(), DeploymentsListed)).deployments
 
     async def models(self) -> tuple[ModelInfo, ...]:
@@ -316,7 +325,7 @@ class AsyncClient:
 
     async def register(
         self,
-        model: object,
+        model: Model,
         name: str | None = None,
         *,
         image: Image | None = None,
@@ -425,11 +434,12 @@ class AsyncClient:
     # --- data -----------------------------------------------------------------------------------------------------------
 
     async def datasets(self) -> tuple[DatasetInfo, ...]:
+        """The registered data sets, and those that live on nodes."""
         return (await self._ask(ListDatasets(), DatasetsListed)).datasets
 
     async def add_data(
         self,
-        data: object,
+        data: Data,
         name: str | None = None,
         *,
         target: Target = None,

@@ -6,11 +6,11 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, TypedDict
 
-from msgspec import Meta
+from msgspec import Meta, structs
 
 from potluck.client import arguments
 from potluck.errors import InvalidRequest
-from potluck.messages import Factor, Objective, Positive, Quantization, Seconds
+from potluck.messages import Deploy, Factor, Objective, Positive, Quantization, Seconds
 
 IDLE_SECONDS = 300.0
 """After so long without a request `0..MAX` holds none, where nothing else is said."""
@@ -31,6 +31,8 @@ _KINDS: dict[str, tuple[Any, str]] = {
 }
 DATA = ("calibration", "evaluation")
 """Options that are data."""
+DEFAULTS = {field.name: field.default for field in structs.fields(Deploy)} | {"canary": None, "objective": 0.0}
+"""What an option is that is not given."""
 
 
 class DeployOptions(TypedDict, total=False):
@@ -70,8 +72,6 @@ def fields(replicas: object, options: Mapping[str, Any]) -> dict[str, Any]:
             if value is not None and options.get("quantize", "none") == "none":
                 raise InvalidRequest(f"{name} is for a model that is quantized: add quantize='int8', or leave it out")
             continue
-        if name not in _KINDS:
-            raise InvalidRequest(f"deploy has no option {name!r}: it takes {', '.join((*_KINDS, *DATA))}")
         found[name] = arguments.checked(name, value, *_KINDS[name])
     if 0 < found.get("rollback_factor", 0) <= 1:
         raise InvalidRequest(f"rollback_factor must be above 1, or 0 (never), not {found['rollback_factor']}")

@@ -20,6 +20,7 @@ from potluck.client import arguments, event_files, plots
 from potluck.client.callbacks import Callbacks
 from potluck.client.connection import Connection
 from potluck.client.models import load_model
+from potluck.client.signatures import suggesting
 from potluck.errors import Conflict, NotFound, PotluckError, TimedOut
 from potluck.messages import (
     BlobRef,
@@ -70,6 +71,7 @@ class JobFeed:
         self.news.set()
 
 
+@suggesting
 class AsyncJob:
     """One job of the cluster, by its id."""
 
@@ -346,6 +348,7 @@ def state_of(ended: JobEnded, progress: JobProgress = JobProgress()) -> JobChang
             ended_at=ended.ended_at,
             progress=progress,
             error=ended.error,
+            subject=ended.subject,
         )
     )
 

@@ -10,10 +10,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar, Unpack
 
-from potluck.client.async_client import AsyncClient, Image, Inputs
+from potluck.client.async_client import AsyncClient, Data, Image, Inputs, Model
 from potluck.client.callbacks import Callbacks
 from potluck.client.deploying import DeployOptions
 from potluck.client.jobs import AsyncJob, Predictions, evaluation_of, history_of
+from potluck.client.signatures import suggesting, told_by
 from potluck.client.sources import Progress
 from potluck.client.training import TrainOptions
 from potluck.data.packing import Target
@@ -81,6 +82,7 @@ class Portal:
             self._loop.close()
 
 
+@suggesting
 class Job:
     """One job of the cluster, by its id."""
 
@@ -202,6 +204,7 @@ async def _next(source: AsyncGenerator[T, None]) -> T | None:
     return await anext(source, None)
 
 
+@suggesting
 class Client:
     """A client of one cluster; `AsyncClient` has the same for asyncio, and says more of each method.
 
@@ -269,12 +272,13 @@ class Client:
         """End a job. Raises NotFound."""
         return self._portal.call(self._client.cancel(job_id))
 
+    @told_by(AsyncClient.train)
     def train(
         self,
-        model: object,
-        data: object,
+        model: Model,
+        data: Data,
         *,
-        validation: object = None,
+        validation: Data | None = None,
         epochs: int = 1,
         batch_size: int = 32,
         image: Image | None = None,
@@ -283,7 +287,6 @@ class Client:
         sample_weight: str | None = None,
         **options: Unpack[TrainOptions],
     ) -> Job:
-        """Train a compiled keras.Model, a `.keras` file or a registered model on all nodes. See `AsyncClient.train`."""
         return self._job(
             self._client.train(
                 model,
@@ -301,8 +304,8 @@ class Client:
 
     def evaluate(
         self,
-        model: object,
-        data: object,
+        model: Model,
+        data: Data,
         *,
         batch_size: int = 32,
         image: Image | None = None,
@@ -318,8 +321,8 @@ class Client:
 
     def predict(
         self,
-        model: object,
-        data: object,
+        model: Model,
+        data: Data,
         *,
         batch_size: int = 32,
         image: Image | None = None,
@@ -328,16 +331,16 @@ class Client:
         """A model's outputs for a whole data set or array: `job.predictions`."""
         return self._job(self._client.predict(model, data, batch_size=batch_size, image=image, target=target))
 
+    @told_by(AsyncClient.deploy)
     def deploy(
         self,
-        model: object,
+        model: Model,
         replicas: int | str = 1,
         *,
         name: str | None = None,
         wait: bool = False,
         **options: Unpack[DeployOptions],
     ) -> Job:
-        """Keep a model loaded on `replicas` nodes (0 or `"all"`: on all; `"1..4"`: by load). See `AsyncClient.deploy`."""
         return self._job(self._client.deploy(model, replicas, name=name, wait=wait, **options))
 
     def promote(self, model: str) -> tuple[DeploymentInfo, ...]:
@@ -353,6 +356,7 @@ class Client:
         return self._portal.call(self._client.undeploy(model))
 
     def deployments(self) -> tuple[DeploymentInfo, ...]:
+        """What is deployed, and where."""
         return self._portal.call(self._client.deployments())
 
     def models(self) -> tuple[ModelInfo, ...]:
@@ -363,9 +367,10 @@ class Client:
         """The registered `name` (its newest version), `name:version` or `name:alias`. Raises NotFound."""
         return self._portal.call(self._client.get_model(model))
 
+    @told_by(AsyncClient.register)
     def register(
         self,
-        model: object,
+        model: Model,
         name: str | None = None,
         *,
         image: Image | None = None,
@@ -373,17 +378,16 @@ class Client:
         tags: Mapping[str, str] | None = None,
         source: str | None = None,
     ) -> ModelInfo:
-        """Register a keras.Model, a model's file, or a SavedModel's folder. See `AsyncClient.register`."""
         return self._portal.call(
             self._client.register(model, name, image=image, classes=classes, tags=tags, source=source)
         )
 
+    @told_by(AsyncClient.export)
     def export(self, model: str, path: str | Path) -> Path:
-        """Write a registered model to a file or folder; where it is then. See `AsyncClient.export`."""
         return self._portal.call(self._client.export(model, path))
 
+    @told_by(AsyncClient.set_alias)
     def set_alias(self, model: str, alias: str) -> ModelInfo:
-        """From now on `name:alias` is the version that `model` is now. See `AsyncClient.set_alias`."""
         return self._portal.call(self._client.set_alias(model, alias))
 
     def remove_alias(self, model: str) -> ModelInfo:
@@ -394,27 +398,28 @@ class Client:
         """Set tags of a version, and take away those named in `remove`. Raises NotFound, InvalidRequest."""
         return self._portal.call(self._client.tag_model(model, tags, remove=remove))
 
+    @told_by(AsyncClient.delete_model)
     def delete_model(self, model: str, *, every_version: bool = False) -> tuple[str, ...]:
-        """Delete a version, or all of a name; what was deleted. See `AsyncClient.delete_model`."""
         return self._portal.call(self._client.delete_model(model, every_version=every_version))
 
+    @told_by(AsyncClient.infer)
     def infer(self, model: str, inputs: Inputs, *, timeout: float | None = None, priority: int = 0) -> Predictions:
-        """The outputs of a deployed model for a batch of inputs. See `AsyncClient.infer`."""
         return self._portal.call(self._client.infer(model, inputs, timeout=timeout, priority=priority))
 
     def datasets(self) -> tuple[DatasetInfo, ...]:
+        """The registered data sets, and those that live on nodes."""
         return self._portal.call(self._client.datasets())
 
+    @told_by(AsyncClient.add_data)
     def add_data(
         self,
-        data: object,
+        data: Data,
         name: str | None = None,
         *,
         target: Target = None,
         sample_weight: str | None = None,
         progress: Progress | None = None,
     ) -> DatasetInfo:
-        """Register a folder of class folders, a file, or arrays `(x, y)` as a data set. See `AsyncClient.add_data`."""
         return self._portal.call(
             self._client.add_data(data, name, target=target, sample_weight=sample_weight, progress=progress)
         )

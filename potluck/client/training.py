@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypedDict
 
+import msgspec
 from msgspec import Meta
 
 from potluck.client import arguments
 from potluck.errors import InvalidRequest
-from potluck.messages import Compression, Epochs, Privacy, Seed, Strategy
+from potluck.messages import Compression, Epochs, Privacy, Seed, Strategy, Train
 
 _SECONDS = "a number of seconds above 0, at most 86,400 (0: as measured speed and bandwidth suggest)"
 _KINDS: dict[str, tuple[Any, str]] = {
@@ -38,6 +39,17 @@ _PRIVACY = {
     "delta": "delta",
 }
 """Options that are fields of `Privacy`."""
+DEFAULTS = (
+    {field.name: field.default for field in msgspec.structs.fields(Train)}
+    | {
+        name: field.default
+        for field in msgspec.structs.fields(Privacy)
+        for name, of in _PRIVACY.items()
+        if of == field.name
+    }
+    | dict.fromkeys(("monitor", "class_weight", "l2_norm_clip"))
+)
+"""What an option is that is not given."""
 
 
 class TrainOptions(TypedDict, total=False):
@@ -86,8 +98,6 @@ def fields(options: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in options.items():
         if name == "resume":
             continue
-        if name not in _KINDS:
-            raise InvalidRequest(f"train has no option {name!r}: it takes {', '.join((*_KINDS, 'resume'))}")
         if name == "class_weight" and isinstance(value, Mapping):
             value = {str(key): weight for key, weight in value.items()}  # numbers are classes without labels
         kind, takes = _KINDS[name]

@@ -43,7 +43,6 @@ def test_replicas(replicas: int | str, fields: dict[str, Any]) -> None:
         (1, {"canary": 101}, "canary must be a whole number of percent"),
         (1, {"canary": 0}, "of percent, from 1 to 100"),
         (1, {"rollback_factor": 0.5}, r"above 1, or 0 \(never\)"),
-        (1, {"colour": "red"}, "deploy has no option 'colour'"),
     ],
 )
 def test_what_cannot_be_is_refused(replicas: int | str, options: dict[str, Any], said: str) -> None:
