@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from potluck.cli import completion
 from potluck.cli.session import Json, session
 
 data = typer.Typer(no_args_is_help=True, help="Add data sets to the cluster, list and remove them.")
@@ -67,7 +68,7 @@ def list_data(context: typer.Context, as_json: Json = False) -> None:
 @data.command("remove")
 def remove(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(help="A registered data set.")],
+    name: Annotated[str, typer.Argument(help="A registered data set.", autocompletion=completion.datasets)],
     as_json: Json = False,
 ) -> None:
     """Forget a data set that no job uses."""

@@ -6,16 +6,21 @@ from typing import Annotated
 
 import typer
 
+from potluck.cli import completion
 from potluck.cli.session import ImageSize, Json, image_size, session
 
 
 def evaluate(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="A compiled .keras file, or a registered model.")],
+    model: Annotated[
+        str,
+        typer.Argument(help="A compiled .keras file, or a registered model.", autocompletion=completion.model_files),
+    ],
     data: Annotated[
         str,
         typer.Argument(
-            help="A folder of images, .txt or .wav files, an .npz, .csv, .parquet or TFRecord file, or a registered data set."
+            help="A folder of images, .txt or .wav files, an .npz, .csv, .parquet or TFRecord file, or a registered data set.",
+            autocompletion=completion.data,
         ),
     ],
     batch_size: Annotated[int, typer.Option(min=1)] = 32,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from potluck.cli import completion
 from potluck.cli.predict import read_array
 from potluck.cli.session import ImageSize, Json, image_size, session
 
@@ -26,7 +27,12 @@ NO_IMAGES = (".npz", ".csv", ".parquet", ".tfrecord", ".keras", ".h5", ".pkl", "
 
 def infer(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="A deployed `name`, `name:version` or `name:alias`.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A deployed `name`, `name:version` or `name:alias`.", autocompletion=completion.deployments
+        ),
+    ],
     source: Annotated[
         str,
         typer.Argument(

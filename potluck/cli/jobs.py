@@ -7,13 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from potluck.cli import completion
 from potluck.cli.session import Json, check_output, session
 
 if TYPE_CHECKING:
     from potluck.client import Job
     from potluck.messages import JobEnded
 
-JobId = Annotated[str, typer.Argument(metavar="ID", help="The job's id, as `potluck jobs` shows it.")]
+JobId = Annotated[
+    str, typer.Argument(metavar="ID", help="The job's id, as `potluck jobs` shows it.", autocompletion=completion.jobs)
+]
 
 
 def jobs(context: typer.Context, as_json: Json = False) -> None:

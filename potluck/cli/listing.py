@@ -94,13 +94,23 @@ class Facts:
         return map(_whole, self.lines(options.max_width))
 
 
+@dataclass
+class Line:
+    """A line of text that is broken as those below an entry are."""
+
+    text: str | Text
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        return map(_whole, wrapped(self.text, options.max_width))
+
+
 def wrapped(text: str | Text, width: int) -> Iterator[Text]:
-    """Its lines, broken between words alone: one that is longer than the line stays whole."""
-    return _joined(_text(text).split(" "), width, " ")
+    """Its lines, broken at gaps (`loss 0.5  accuracy 0.9`), or else between words: one that is longer than the line stays whole."""
+    return _joined(_text(text).split(" " * GAP), width)
 
 
 def _joined(pieces: Iterable[Text], width: int, between: str = " " * GAP) -> Iterator[Text]:
-    """The pieces in lines; one that is longer than a line is broken between its words."""
+    """The pieces in lines; one that is longer than a line is broken at its gaps, or between its words."""
     line: Text | None = None
     for piece in pieces:
         if line is not None and line.cell_len + len(between) + piece.cell_len <= width:
@@ -110,7 +120,8 @@ def _joined(pieces: Iterable[Text], width: int, between: str = " " * GAP) -> Ite
             yield line
         line = piece
         if piece.cell_len > width and " " in piece.plain:
-            *full, line = wrapped(piece, width)
+            gap = " " * GAP if " " * GAP in piece.plain else " "
+            *full, line = _joined(piece.split(gap), width, gap)
             yield from full
     if line is not None:
         yield line

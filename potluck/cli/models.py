@@ -6,13 +6,18 @@ from typing import Annotated
 
 import typer
 
+from potluck.cli import completion
 from potluck.cli.session import Json, session
 
 
 def deploy(
     context: typer.Context,
     model: Annotated[
-        str, typer.Argument(help="A registered `name`, `name:version` or `name:alias`, or a model's file.")
+        str,
+        typer.Argument(
+            help="A registered `name`, `name:version` or `name:alias`, or a model's file.",
+            autocompletion=completion.model_files,
+        ),
     ],
     replicas: Annotated[
         str, typer.Option(metavar="N|all|MIN..MAX", help="On how many nodes: a number, all, or as the load asks for.")
@@ -50,17 +55,23 @@ def deploy(
     calibration: Annotated[
         str | None,
         typer.Option(
-            metavar="DATA", help="With --quantize: data that show what is usual (those that it was trained on)."
+            metavar="DATA",
+            help="With --quantize: data that show what is usual (those that it was trained on).",
+            autocompletion=completion.data,
         ),
     ] = None,
     evaluation: Annotated[
         str | None,
-        typer.Option(metavar="DATA", help="With --quantize: measure both models on these (on the former)."),
+        typer.Option(
+            metavar="DATA",
+            help="With --quantize: measure both models on these (on the former).",
+            autocompletion=completion.data,
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Keep a model loaded on some nodes, ready to answer; its version takes over from the one before."""
-    from potluck.cli import following, output
+    from potluck.cli import curl, following, output
     from potluck.client import deploying
     from potluck.client.deploying import DeployOptions
 
@@ -77,17 +88,26 @@ def deploy(
         ended = following.ended(job, as_json, verbose=session(context).verbose)
         deployment = ended.deployment
         found = [entry for entry in client.deployments() if entry.name == deployment]
+        lines = (
+            []
+            if as_json
+            else [line for one in found for line in curl.ask(client.gateway(), client.get_model(one.name), one)]
+        )
     if as_json:
         output.emit(ended if quantize else found[0] if found else {"name": deployment})
     else:
         output.show(output.deployments_table(found))
         if ended.before is not None and ended.evaluation is not None:
             output.show(output.change_text(ended.registered, ended.before, ended.evaluation, ended.evaluated_on))
+        if lines:
+            output.show("\nask it, for instance:")
+        for line in lines:
+            output.show(line)
 
 
 def promote(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="A model's plain name.")],
+    model: Annotated[str, typer.Argument(help="A model's plain name.", autocompletion=completion.deployments)],
     as_json: Json = False,
 ) -> None:
     """Make the canary (or shadow) of a model the version that answers."""
@@ -100,7 +120,7 @@ def promote(
 
 def rollback(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="A model's plain name.")],
+    model: Annotated[str, typer.Argument(help="A model's plain name.", autocompletion=completion.deployments)],
     as_json: Json = False,
 ) -> None:
     """Withdraw the canary or shadow of a model, else go back to the version before."""
@@ -125,7 +145,12 @@ def _seconds(text: str) -> float:
 
 def undeploy(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="`name` (every version), `name:version` or `name:alias`.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="`name` (every version), `name:version` or `name:alias`.", autocompletion=completion.deployments
+        ),
+    ],
     as_json: Json = False,
 ) -> None:
     """Unload a model from all nodes."""

@@ -14,7 +14,7 @@ from msgspec import Struct
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.text import Text
 
-from potluck.cli.listing import Facts, Listing
+from potluck.cli.listing import Facts, Line, Listing
 from potluck.errors import PotluckError
 from potluck.messages import (
     DatasetInfo,
@@ -334,7 +334,7 @@ def datasets_table(datasets: Iterable[DatasetInfo]) -> Listing:
 def evaluation_report(evaluation: Evaluation) -> Group:
     """Metrics, precision, recall and F1 for each class, and the confusion matrix (rows: the truth)."""
     parts: list[RenderableType] = [
-        Text(f"{counted(evaluation.count, 'item')}  {metrics_text(evaluation.metrics)}", style="bold")
+        Line(Text(f"{counted(evaluation.count, 'item')}  {metrics_text(evaluation.metrics)}", style="bold"))
     ]
     if evaluation.classes:
         rows = [

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from potluck.cli import completion
 from potluck.cli.session import ImageSize, Json, check_output, image_size, session
 
 if TYPE_CHECKING:
@@ -23,11 +24,14 @@ SUFFIXES = (".csv", ".json", ".npy", ".npz")
 
 def predict(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="A .keras file, or a registered model.")],
+    model: Annotated[
+        str, typer.Argument(help="A .keras file, or a registered model.", autocompletion=completion.model_files)
+    ],
     data: Annotated[
         str,
         typer.Argument(
-            help="A folder of images, .txt or .wav files, an .npy, .npz, .csv, .parquet or TFRecord file, or a registered data set."
+            help="A folder of images, .txt or .wav files, an .npy, .npz, .csv, .parquet or TFRecord file, or a registered data set.",
+            autocompletion=completion.data,
         ),
     ],
     batch_size: Annotated[int, typer.Option(min=1)] = 32,

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from potluck.cli import completion
 from potluck.cli.session import ImageSize, Json, image_size, session
 
 models = typer.Typer(
@@ -14,7 +15,12 @@ models = typer.Typer(
 )
 
 Version = Annotated[
-    str, typer.Argument(metavar="MODEL", help="`name` (its newest version), `name:version` or `name:alias`.")
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="`name` (its newest version), `name:version` or `name:alias`.",
+        autocompletion=completion.models,
+    ),
 ]
 Tags = Annotated[list[str] | None, typer.Option("--tag", metavar="KEY=VALUE", help="A tag; again for more.")]
 

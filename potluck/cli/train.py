@@ -7,19 +7,26 @@ from typing import Annotated, Any
 
 import typer
 
+from potluck.cli import completion
 from potluck.cli.session import ImageSize, Json, check_output, image_size, session
 
 
 def train(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="A compiled .keras file, or a registered model.")],
+    model: Annotated[
+        str,
+        typer.Argument(help="A compiled .keras file, or a registered model.", autocompletion=completion.model_files),
+    ],
     data: Annotated[
         str,
         typer.Argument(
-            help="A folder of images, .txt or .wav files, an .npz, .csv, .parquet or TFRecord file, a registered data set, or node:NAME."
+            help="A folder of images, .txt or .wav files, an .npz, .csv, .parquet or TFRecord file, a registered data set, or node:NAME.",
+            autocompletion=completion.data,
         ),
     ],
-    validation: Annotated[str | None, typer.Option(help="Data to measure each epoch on.")] = None,
+    validation: Annotated[
+        str | None, typer.Option(help="Data to measure each epoch on.", autocompletion=completion.data)
+    ] = None,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the data, over the whole cluster.")] = 1,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples in a step, on each node.")] = 32,
     image: ImageSize = None,
@@ -52,7 +59,10 @@ def train(
         list[str] | None, typer.Option(metavar="CLASS=WEIGHT", help="Weigh a class in the loss; may be repeated.")
     ] = None,
     resume: Annotated[
-        str | None, typer.Option(metavar="JOB", help="Go on where this ended job stands, to --epochs in all.")
+        str | None,
+        typer.Option(
+            metavar="JOB", help="Go on where this ended job stands, to --epochs in all.", autocompletion=completion.jobs
+        ),
     ] = None,
     compression: Annotated[str, typer.Option(help="Of updates on the network: auto, none, int8 or int4.")] = "auto",
     deterministic: Annotated[

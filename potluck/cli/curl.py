@@ -1,0 +1,100 @@
+"""Lines for a shell that ask a deployed model over HTTP, and work as they stand (docs/http.md)."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import shlex
+import socket
+from collections.abc import Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+from potluck.messages import DeploymentInfo, ModelInfo, TensorSpec
+
+INLINE_VALUES = 256
+"""An input of more values is made by the shell: nobody wants to see it."""
+FREE_SIZE = 32
+"""For a dimension that may have any size, but for the batch: more than the window of a usual layer."""
+_CONNECT_SECONDS = 0.5
+
+
+def ask(addresses: Sequence[str], info: ModelInfo, deployment: DeploymentInfo) -> list[str]:
+    """The lines for a model: one with a file of the user's where it takes images or recordings, and last one that needs nothing."""
+    address, signature = _reachable(addresses), info.signature
+    by_name = deployment.role in ("stable", "canary")
+    inputs = signature.inputs if signature is not None else ()
+    classify = shlex.quote(f"{address}/models/{info.name if by_name else deployment.name}/classify")
+    scores = signature is not None and [len(one.shape) for one in signature.outputs] == [2]
+    if scores and _takes_images(info, inputs):
+        return [
+            f"curl --data-binary @picture.jpg {classify}",
+            f"echo {_pixel()} | base64 -d | curl --data-binary @- {classify}",
+        ]
+    version = "" if by_name else f"/versions/{info.version}"
+    infer = shlex.quote(f"{address}/v2/models/{info.name}{version}/infer")
+    lines = [f"curl --data-binary @sound.wav {classify}"] if info.rate and scores else []
+    if not inputs:
+        return lines
+    if all(_count(spec) <= INLINE_VALUES for spec in inputs):
+        body = json.dumps({"inputs": [_tensor(spec, [_value(spec)] * _count(spec)) for spec in inputs]})
+        return [*lines, f"curl {infer} -d {shlex.quote(body)}"]
+    parts = [_made(spec) for spec in inputs]
+    between = "printf ', '; "
+    return [*lines, f"""{{ printf '{{"inputs": ['; {between.join(parts)}printf ']}}'; }} | curl {infer} -d @-"""]
+
+
+def _takes_images(info: ModelInfo, inputs: Sequence[TensorSpec]) -> bool:
+    if len(inputs) != 1:
+        return False
+    shape = inputs[0].shape
+    return len(shape) == 4 and shape[3] in (1, 3, 4) and (info.image is not None or min(shape[1:3]) > 0)
+
+
+def _tensor(spec: TensorSpec, data: list[Any]) -> dict[str, Any]:
+    return {"name": spec.name, "datatype": spec.datatype, "shape": _shape(spec), "data": data}
+
+
+def _made(spec: TensorSpec) -> str:
+    """Commands that write a tensor of many values."""
+    head = json.dumps(_tensor(spec, []))[:-2]
+    value = shlex.quote(json.dumps(_value(spec)))
+    return f"printf %s {shlex.quote(head)}; yes {value} | head -n {_count(spec)} | paste -sd, -; printf ']}}'; "
+
+
+def _shape(spec: TensorSpec) -> list[int]:
+    free = 1 if spec.datatype == "BYTES" else FREE_SIZE
+    return [1, *(free if size < 0 else size for size in spec.shape[1:])]
+
+
+def _count(spec: TensorSpec) -> int:
+    return math.prod(_shape(spec))
+
+
+def _value(spec: TensorSpec) -> Any:
+    if spec.datatype in ("BYTES", "BOOL"):
+        return "a text" if spec.datatype == "BYTES" else True
+    return 0.5 if spec.datatype.startswith(("FP", "BF")) else 0
+
+
+def _pixel() -> str:
+    """A PNG of one grey pixel, in base64."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.new("L", (1, 1), 128).save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def _reachable(addresses: Sequence[str]) -> str:
+    """The first that takes a connection from here; else the first."""
+    for address in addresses:
+        where = urlsplit(address)
+        try:
+            with socket.create_connection((where.hostname or "", where.port or 80), _CONNECT_SECONDS):
+                return address
+        except OSError:
+            continue
+    return addresses[0] if addresses else "http://COORDINATOR"
