@@ -3,9 +3,12 @@
 Needs a running cluster (`potluck up` on each machine) and the folders `train` and `test`, one sub-folder a class:
 
     python examples/image_classification.py train test
+
+The trained model (155 MB) is saved in a temporary folder, or as the file that a third argument names.
 """
 
 import sys
+import tempfile
 from pathlib import Path
 
 import keras
@@ -14,6 +17,7 @@ import numpy as np
 import potluck
 
 train, test = (Path(folder) for folder in sys.argv[1:3] or ("train", "test"))
+output = Path(sys.argv[3]) if sys.argv[3:] else Path(tempfile.mkdtemp(prefix="potluck-")) / "model.keras"
 classes = sorted(folder.name for folder in train.iterdir() if folder.is_dir())
 
 model = keras.Sequential([keras.Input((128, 128, 3))])
@@ -29,7 +33,7 @@ with potluck.Client() as client:
     job = client.train(model, train, validation=test, epochs=10, batch_size=32, name="images")
     for progress in job.progress():
         print(f"epoch {progress.epoch}/{progress.epochs}  {progress.items_per_second:.0f} images/s  {progress.metrics}")
-    job.model().save("model.keras")
+    print(f"the trained model is in {job.model(output)}")
     print(client.evaluate("images", test).wait().evaluation.metrics)
     client.deploy("images", replicas=2).wait()
 

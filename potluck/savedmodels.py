@@ -14,15 +14,21 @@ GRAPH = "saved_model.pb"
 ENTRIES_LIMIT = 10_000
 
 
+def check(folder: Path) -> None:
+    """Raises InvalidModel for a folder that is no SavedModel."""
+    if not (folder / GRAPH).is_file():
+        raise InvalidModel(
+            f"{folder} is a folder without {GRAPH}, so it is no SavedModel: give a model's file, or a folder that "
+            "model.export(folder) has written"
+        )
+
+
 def pack(folder: Path, tar: Path) -> None:
     """Write the files of `folder` as `tar`, `saved_model.pb` at its top: in the order of their names, without owners or times.
 
     Raises InvalidModel for a folder that is no SavedModel, or that cannot be read. Blocks.
     """
-    if not (folder / GRAPH).is_file():
-        raise InvalidModel(
-            f"{folder} is a folder without {GRAPH}, so it is no SavedModel: give a folder that model.export(folder) has written"
-        )
+    check(folder)
     try:
         files = sorted((path.relative_to(folder).as_posix(), path) for path in folder.rglob("*") if path.is_file())
         if len(files) > ENTRIES_LIMIT:

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from potluck.messages import DeploymentInfo, ModelInfo, TensorSpec
 
-INLINE_VALUES = 256
+INLINE_VALUES = 100
 """An input of more values is made by the shell: nobody wants to see it."""
 FREE_SIZE = 32
 """For a dimension that may have any size, but for the batch: more than the window of a usual layer."""

@@ -196,5 +196,6 @@ def read_labels(text: str | None) -> tuple[str, ...]:
         raise InvalidRequest(f"--labels {text}: the file cannot be read as text in UTF-8: {error}") from error
     labels = tuple(label.strip() for label in text.split(","))
     if len(labels) < 2 or not all(labels):
-        raise InvalidRequest(f"--labels {text!r}: there is no such file; write the classes as a,b,c")
+        what = "this is a folder, name a file with a class a line" if path.is_dir() else "there is no such file"
+        raise InvalidRequest(f"--labels {text!r}: {what}; or write the classes as a,b,c")
     return labels

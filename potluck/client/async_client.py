@@ -551,6 +551,7 @@ class AsyncClient:
             shuffle=not for_prediction,
             labels=not for_prediction,
             only_images=only_images,
+            shape=asked.shape if asked is not None else None,
             argument=argument,
         )
         return added.name

@@ -27,6 +27,7 @@ def format_of(path: Path) -> ModelFormat:
     """Raises InvalidModel for what is none of them, or holds no whole model, saying what it is instead. Blocks."""
     try:
         if path.is_dir():
+            savedmodels.check(path)
             return "savedmodel"
         with path.open("rb") as file:
             head = file.read(8)

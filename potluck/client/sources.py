@@ -20,6 +20,7 @@ from potluck.blobs.store import BlobStore
 from potluck.client.arguments import name as checked_name
 from potluck.client.arguments import shown
 from potluck.client.connection import Connection
+from potluck.client.models import check_fit
 from potluck.data.packing import WEIGHT_NAME, Target
 from potluck.errors import Cancelled, InvalidData, InvalidRequest
 from potluck.messages import NODE_DATA, AddDataset, BlobRef, Dataset, DatasetAdded, DatasetInfo
@@ -162,14 +163,15 @@ async def add(
     shuffle: bool = True,
     labels: bool = True,
     only_images: bool = False,
+    shape: tuple[int | None, ...] | None = None,
     progress: Progress | None = None,
     argument: str = "data",
 ) -> DatasetInfo:
     """Pack data, push what the coordinator does not have, and register it; without a name it gets one from its content.
 
     `for_job`: a job that uses it is asked for next, and it is forgotten with that. `labels` False takes images without class
-    folders, too; `only_images` refuses arrays before anything is sent. Errors call the data `argument`. Raises InvalidData,
-    InvalidRequest.
+    folders, too; `only_images` refuses arrays, and `shape` (of the model's only input) those that do not fit, before anything is
+    sent. Errors call the data `argument`. Raises InvalidData, InvalidRequest.
     """
     from potluck.data.pack import pack  # here: it reads images and tables, which most clients do not need
 
@@ -200,6 +202,10 @@ async def add(
             raise
         if only_images and dataset.format.kind != "images":
             raise no_images(argument)
+        if dataset.format.kind == "arrays" and len(dataset.format.inputs) == 1:
+            from potluck.data.arrays import item_shape
+
+            check_fit(argument, item_shape(store.path(dataset.shards[0].blob.sha256), dataset.format.inputs[0]), shape)
         if name is None:
             digest = hashlib.sha256(codec.pack(dataset)).hexdigest()[:12]
             name = f"{given.stem}-{digest}"

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from safetensors import safe_open
 from safetensors.numpy import save
 
 from potluck.data.packing import CLASSES_LIMIT, WEIGHT_NAME, Array, Packing, Target, class_indexes, target_names
@@ -128,6 +129,13 @@ def read_file(
                 f"{path} holds Python objects, which are code: save plain arrays of numbers instead"
             ) from error
         raise InvalidData(f"{path} is not an {path.suffix} file that can be read: {error}") from error
+
+
+def item_shape(shard: Path, name: str) -> tuple[int, ...]:
+    """The shape of an item of an array in a shard."""
+    with safe_open(shard, framework="numpy") as file:
+        _, *shape = file.get_slice(name).get_shape()
+    return tuple(shape)
 
 
 def _part(path: Path, names: Sequence[str], target: str | None) -> str:

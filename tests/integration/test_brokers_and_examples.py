@@ -82,7 +82,9 @@ def test_the_founding_example_runs_against_a_cluster_that_it_finds_itself(tmp_pa
     train = write_png_folder(tmp_path / "train", count=120, size=128)
     test = write_png_folder(tmp_path / "test", count=40, size=128)
     with LocalCluster(tmp_path / "cluster", cluster="example", nodes=2) as cluster:
+        (tmp_path / "scratch").mkdir()
         environment = os.environ | {"POTLUCK_CLUSTER": cluster.cluster, "TF_CPP_MIN_LOG_LEVEL": "3"}
+        environment["TMPDIR"] = str(tmp_path / "scratch")
         ended = subprocess.run(
             [sys.executable, str(EXAMPLE), str(train), str(test)],
             cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280, check=False,
@@ -90,7 +92,9 @@ def test_the_founding_example_runs_against_a_cluster_that_it_finds_itself(tmp_pa
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert "epoch 10/10" in ended.stdout
     assert "accuracy" in ended.stdout
-    assert (tmp_path / "model.keras").exists()
+    [saved] = (tmp_path / "scratch").glob("potluck-*/model.keras")
+    assert f"the trained model is in {saved}\n" in ended.stdout
+    assert not list(tmp_path.glob("*.keras")), "where somebody works nothing is left"
 
 
 def test_a_node_holds_only_the_shards_that_it_trains_on(tmp_path: Path) -> None:

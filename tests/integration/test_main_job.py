@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import urllib.error
@@ -19,6 +20,7 @@ from potluck.client import Client
 from potluck.errors import InvalidData, InvalidModel, InvalidRequest, NotFound
 from potluck.local_cluster import LocalCluster
 from support.digits import mlp, split, write_png_folder
+from support.pasted import pasted
 
 pytestmark = [pytest.mark.tensorflow, pytest.mark.timeout(300)]
 
@@ -38,14 +40,28 @@ def client(cluster: LocalCluster) -> Iterator[Client]:
 @pytest.fixture(scope="module")
 def trained(client: Client) -> Any:
     data = split()
-    return client.train(
+    job = client.train(
         mlp(),
         (data["x_train"], data["y_train"]),
         validation=(data["x_test"], data["y_test"]),
         epochs=8,
         batch_size=32,
         name="mlp",
-    ).wait(timeout=200)
+    )
+    assert [info.packed for info in client.datasets()] == [True, True]
+    job.messages = [progress.message for progress in job.progress()]  # type: ignore[attr-defined]
+    return job.wait(timeout=200)
+
+
+def potluck_at(cluster: LocalCluster, *arguments: str, **environment: str) -> str:
+    """What the command line prints."""
+    where = {"POTLUCK_SEEDS": f"{cluster.broker_host}:{cluster.broker_port}", "POTLUCK_CLUSTER": cluster.cluster}
+    done = subprocess.run(
+        [sys.executable, "-m", "potluck.cli.main", *arguments],
+        env=os.environ | where | environment, capture_output=True, text=True, timeout=150, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_training_on_two_nodes_learns(trained: Any) -> None:
@@ -53,6 +69,48 @@ def test_training_on_two_nodes_learns(trained: Any) -> None:
     assert len(history["loss"]) == len(history["val_accuracy"]) == 8
     assert history["val_accuracy"][-1] > 0.9
     assert history["loss"][-1] < history["loss"][0] / 3
+
+
+def test_what_is_waited_for_is_told(trained: Any) -> None:
+    """The engines' start takes seconds, in which nothing else would be heard."""
+    assert [text for text in trained.messages if text.startswith("starting engine (TensorFlow) on node-")]
+
+
+def test_data_packed_for_a_job_are_named_and_go_with_it(trained: Any, client: Client) -> None:
+    [listed] = [job for job in client.jobs() if job.job_id == trained.id]
+    assert (listed.state, listed.subject.name) == ("succeeded", trained.registered)
+    assert listed.subject.model.startswith("sequential")
+    assert listed.subject.data.startswith("arrays-")
+    assert trained.result().subject == trained.status().subject == listed.subject
+    assert client.datasets() == ()
+    again = client.train(mlp(), (split()["x_train"], split()["y_train"]), resume=trained, epochs=9).wait(timeout=100)
+    assert len(again.history["loss"]) == 1
+    assert client.datasets() == ()
+
+
+def test_jobs_and_what_they_made_from_the_command_line(trained: Any, cluster: LocalCluster, tmp_path: Path) -> None:
+    listed = potluck_at(cluster, "jobs")
+    for part in (trained.id, "succeeded", "mlp:1", trained.result().subject.data, "sequential"):
+        assert part in listed, part
+    potluck_at(cluster, "job", trained.id, "--output", str(tmp_path / "later.keras"))
+    assert (tmp_path / "later.keras").read_bytes() == trained.model(tmp_path / "now.keras").read_bytes()
+    offered = potluck_at(cluster, _POTLUCK_COMPLETE="complete_bash", COMP_WORDS="potluck job ", COMP_CWORD="2")
+    assert trained.id in offered.split()
+    offered = potluck_at(
+        cluster, _POTLUCK_COMPLETE="complete_bash", COMP_WORDS="potluck models show ml", COMP_CWORD="3"
+    )
+    assert offered.split() == ["mlp", "mlp:1"]
+
+
+def test_deploy_ends_with_a_line_that_works_when_it_is_pasted(
+    trained: Any, client: Client, cluster: LocalCluster, tmp_path: Path
+) -> None:
+    line = potluck_at(cluster, "deploy", "mlp:1").splitlines()[-1]
+    assert line.startswith(f"curl {cluster.http_url}/v2/models/mlp/infer -d '")
+    [output] = json.loads(pasted(line, tmp_path))["outputs"]
+    expected = trained.model().predict(np.full((1, 64), 0.5), verbose=0)
+    np.testing.assert_allclose(np.reshape(output["data"], (1, 10)), expected, rtol=1e-4, atol=1e-6)
+    client.undeploy("mlp")
 
 
 def test_the_registered_model_knows_where_it_came_from(trained: Any, client: Client) -> None:
@@ -116,7 +174,7 @@ def test_a_deployed_model_answers_in_every_way(trained: Any, client: Client, clu
         client.infer("mlp", row)
 
 
-def test_images_from_folders(client: Client, tmp_path: Path) -> None:
+def test_images_from_folders(client: Client, cluster: LocalCluster, tmp_path: Path) -> None:
     import keras
 
     folder = write_png_folder(tmp_path / "train", count=300)
@@ -136,6 +194,11 @@ def test_images_from_folders(client: Client, tmp_path: Path) -> None:
     for file in sorted(folder.glob("*/*.png"))[:20]:
         (flat / file.name).write_bytes(file.read_bytes())
     assert client.predict("pictures", flat).wait(timeout=100).predictions.shape == (20, 10)
+    *_, with_a_file, as_it_is = potluck_at(cluster, "deploy", "pictures").splitlines()
+    (tmp_path / "picture.jpg").write_bytes(next(folder.glob("*/*.png")).read_bytes())
+    for line in (with_a_file, as_it_is):
+        assert json.loads(pasted(line, tmp_path))["label"] in {score.name for score in folder.iterdir()}
+    client.undeploy("pictures")
     found = client.evaluate("pictures", folder).wait(timeout=100).evaluation
     assert {score.label for score in found.classes} >= {"zero", "nine"}
     assert found.count == 300
@@ -153,6 +216,17 @@ def test_what_is_wrong_is_named(client: Client, tmp_path: Path) -> None:
         client.train(mlp(), (data["x_train"][:, :60], data["y_train"])).wait(timeout=100)
     with pytest.raises((InvalidRequest, InvalidModel), match="10"):
         client.train(mlp(), (data["x_train"], data["y_train"] + 5)).wait(timeout=100)
+
+
+def test_the_reason_of_an_error_in_a_models_code_is_not_cut_off(client: Client) -> None:
+    import keras
+
+    model = mlp(compiled=False)
+    model.compile("sgd", "sparse_categorical_crossentropy", metrics=[keras.metrics.F1Score("macro")])
+    data = (split()["x_train"], split()["y_train"])
+    for ask in (client.train, client.evaluate):
+        with pytest.raises(InvalidModel, match=r"FBetaScore expects 2D inputs .*y_true\.shape=\(\w+,\)\.$"):
+            ask(model, data).wait(timeout=100)
 
 
 def test_a_cancelled_job_ends_and_the_next_one_runs(client: Client) -> None:

@@ -8,6 +8,7 @@ from typing import Any, cast
 import pytest
 
 from coordinator.announcer import Announcer
+from coordinator.leases import on_nodes
 from coordinator.placement import ClusterView, NodeView
 from potluck.outbox import Outbox
 from potluck.topics import Topics
@@ -35,3 +36,10 @@ def test_a_job_says_what_it_waits_for(nodes: tuple[NodeView, ...], told: str) ->
     jobs = SimpleNamespace(described=lambda job, running, *, waiting: waiting)
     announcer = Announcer(Topics("test"), cast(Outbox, None), cast(Any, jobs), cast(Any, leases), ())
     assert announcer.described(cast(Any, SimpleNamespace(job_id="j", runtimes=("tensorflow",))), 0.0) == told
+
+
+def test_what_nodes_do_before_they_compute_is_told_by_stage() -> None:
+    start = "starting engine (TensorFlow)"
+    stages = [(start, "n2"), ("loading the model", "n3"), (start, "n1"), ("", "n4")]
+    assert on_nodes(stages) == f"loading the model on n3; {start} on n1, n2"
+    assert on_nodes([("", "n1")]) == ""

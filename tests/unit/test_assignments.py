@@ -293,3 +293,16 @@ def test_acknowledging_what_still_runs_changes_nothing() -> None:
     assignments.on_acknowledged(AcknowledgeResult(attempt_id="a"))
     assert ran(assignments.on_outcome(finished("a"))) == []
     assert sent(assignments.on_resend_due()) == [finished("a")]
+
+
+def test_a_stage_is_told_at_once_and_until_there_is_progress() -> None:
+    assignments = Assignments()
+    assignments.on_lease(lease("a"))
+    assignments.on_lease(lease("b"))
+    start = "starting engine (TensorFlow)"
+    assert sent(assignments.on_stage("a", start)) == [LeaseRenewed(attempt_id="a", stage=start)]
+    assert sent(assignments.on_stage("a", start)) == [], "once"
+    assert sent(assignments.on_stage("b", start)) == [], "it waits for the other"
+    assert [message.stage for message in sent(assignments.on_renewal_due())] == [start, ""]  # type: ignore[attr-defined]
+    assignments.on_progress("a", 3, {})
+    assert sent(assignments.on_renewal_due())[0] == LeaseRenewed(attempt_id="a", done=3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -269,3 +270,34 @@ def test_numbers_in_json_become_what_the_model_takes(tmp_path: Path) -> None:
     (tmp_path / "a.npz").write_bytes(b"")
     with pytest.raises(InvalidData, match="is no image: give an image"):
         read_input(str(tmp_path / "a.npz"), info("FP32"), None)
+
+
+def test_completion_without_a_cluster_is_silent_and_offers_files(tmp_path: Path, unused_tcp_port: int) -> None:
+    for name in ("net.keras", ".hidden", "pictures/a.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+
+    def offered(*words: str) -> list[str]:
+        environment = os.environ | {
+            "_POTLUCK_COMPLETE": "complete_bash", "COMP_WORDS": " ".join(("potluck", *words)), "COMP_CWORD": str(len(words)),
+            "POTLUCK_SEEDS": f"127.0.0.1:{unused_tcp_port}",
+        }  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-m", "potluck.cli.main"],
+            cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=True,
+        )  # fmt: skip
+        assert done.stderr == ""
+        return done.stdout.split()
+
+    assert offered("job", "") == []
+    assert offered("train", "") == ["net.keras", "pictures"]
+    assert offered("train", "net.keras", "pictures/") == ["pictures/a.png"]
+
+
+def test_an_option_that_there_is_none_of_is_answered_with_what_was_meant() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "potluck.cli.main", "train", "m", "d", "--epoch", "3"],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "--epochs" in done.stderr

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from coordinator.dispatcher import Dispatcher
 from coordinator.journal import Journal
 from coordinator.requests import Requests, _is_same
 from coordinator.serving.registry import Registry
@@ -99,6 +101,14 @@ def test_a_list_of_models_comes_in_messages_that_are_small_enough(tmp_path: Path
     assert tuple(found) == registry.models()
     assert len(answered) > 2
     journal.close()
+
+
+def test_jobs_are_listed_from_where_a_client_stands() -> None:
+    here: Any = SimpleNamespace(_store=SimpleNamespace(jobs={name: name for name in "abcd"}), described=str.upper)
+    assert list(Dispatcher.all_described(here, "")) == ["A", "B", "C", "D"]
+    assert list(Dispatcher.all_described(here, "b")) == ["C", "D"]
+    assert list(Dispatcher.all_described(here, "d")) == []
+    assert list(Dispatcher.all_described(here, "forgotten")) == ["A", "B", "C", "D"]
 
 
 EVALUATE = Evaluate(model="m", dataset="d")

@@ -1,0 +1,93 @@
+"""The line that asks a deployed model: the body it sends, whatever the model takes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shlex
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+from potluck.cli import curl
+from potluck.messages import BlobRef, DeploymentInfo, ImageOptions, ModelInfo, Signature, TensorSpec
+
+SCORES = TensorSpec(name="scores", datatype="FP32", shape=(-1, 3))
+STABLE = DeploymentInfo(name="m:2", wanted=1, replicas=(), role="stable")
+NOWHERE = ("http://127.0.0.1:1",)
+
+
+def model(*inputs: TensorSpec, **more: Any) -> ModelInfo:
+    signature = Signature(inputs=inputs, outputs=(SCORES,))
+    return ModelInfo(
+        name="m", version=2, model=BlobRef(sha256="0" * 64, size=1), created_at=1.0, signature=signature, **more
+    )
+
+
+def spec(name: str, datatype: str, *shape: int) -> TensorSpec:
+    return TensorSpec(name=name, datatype=datatype, shape=(-1, *shape))
+
+
+def sent(line: str, folder: Path) -> tuple[list[str], Any]:
+    """What curl is given, and the JSON that it sends."""
+    program = folder / "curl"
+    program.write_text('#!/bin/sh\necho "$1"\n[ "$3" = @- ] && cat || printf %s "$3"\n')
+    program.chmod(0o755)
+    environment = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}"}
+    done = subprocess.run(["sh", "-c", line], env=environment, capture_output=True, text=True, timeout=30, check=True)
+    url, _, body = done.stdout.partition("\n")
+    return [url], json.loads(body)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "shapes", "values"),
+    [
+        ((spec("x", "FP32", 4),), [[1, 4]], [0.5]),
+        ((spec("it's x", "INT64", -1),), [[1, curl.FREE_SIZE]], [0]),
+        ((spec("t", "BYTES"), spec("b", "BOOL", 2)), [[1], [1, 2]], ["a text", True]),
+        ((spec("large", "FP16", 224, 224, 2), spec("t", "BYTES", 1)), [[1, 224, 224, 2], [1, 1]], [0.5, "a text"]),
+    ],
+)
+def test_names_shapes_and_values_are_those_of_the_signature(
+    inputs: tuple[TensorSpec, ...], shapes: list[list[int]], values: list[Any], tmp_path: Path
+) -> None:
+    [line] = curl.ask(NOWHERE, model(*inputs), STABLE)
+    assert len(line) < 2000, "a person looks at it"
+    [url], body = sent(line, tmp_path)
+    assert url == "http://127.0.0.1:1/v2/models/m/infer"
+    assert body == {
+        "inputs": [
+            {"name": one.name, "datatype": one.datatype, "shape": shape, "data": [value] * math.prod(shape)}
+            for one, shape, value in zip(inputs, shapes, values, strict=True)
+        ]
+    }
+
+
+def test_what_takes_files_is_asked_with_one_and_as_it_is(tmp_path: Path) -> None:
+    image = spec("pixels", "FP32", -1, -1, 3)
+    with_a_file, as_it_is = curl.ask(NOWHERE, model(image, image=ImageOptions(height=8, width=8)), STABLE)
+    assert with_a_file == "curl --data-binary @picture.jpg http://127.0.0.1:1/models/m/classify"
+    assert as_it_is.startswith("echo iVBOR")
+    with_a_file, as_it_is = curl.ask(NOWHERE, model(spec("samples", "FP32", 16), rate=8000), STABLE)
+    assert with_a_file == "curl --data-binary @sound.wav http://127.0.0.1:1/models/m/classify"
+    assert as_it_is.startswith("curl http://127.0.0.1:1/v2/models/m/infer")
+    [line] = curl.ask(NOWHERE, model(image), STABLE)
+    assert "/v2/" in line, "of images of any size it is not known how large they may be"
+
+
+def test_what_does_not_answer_to_the_plain_name_is_asked_by_version() -> None:
+    [line] = curl.ask(NOWHERE, model(spec("x", "FP32", 4)), replace(STABLE, role="shadow"))
+    assert shlex.split(line)[1] == "http://127.0.0.1:1/v2/models/m/versions/2/infer"
+
+
+def test_the_address_is_one_that_can_be_reached_from_here(unused_tcp_port_factory: Any) -> None:
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"http://127.0.0.1:{server.getsockname()[1]}"
+        [line] = curl.ask((*NOWHERE, address), model(spec("x", "FP32", 4)), STABLE)
+    assert f"{address}/" in line
