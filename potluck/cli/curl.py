@@ -9,16 +9,26 @@ import math
 import shlex
 import socket
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from potluck.messages import DeploymentInfo, ModelInfo, TensorSpec
+
+if TYPE_CHECKING:
+    from potluck.client import Client
 
 INLINE_VALUES = 100
 """An input of more values is made by the shell: nobody wants to see it."""
 FREE_SIZE = 32
 """For a dimension that may have any size, but for the batch: more than the window of a usual layer."""
 _CONNECT_SECONDS = 0.5
+
+
+def lines(client: Client, name: str) -> list[str]:
+    """What to print when the deployment `name` is ready."""
+    found = [one for one in client.deployments() if one.name == name]
+    asked = [line for one in found for line in ask(client.gateway(), client.get_model(name), one)]
+    return ["\nask it, for instance:", *asked] if asked else []
 
 
 def ask(addresses: Sequence[str], info: ModelInfo, deployment: DeploymentInfo) -> list[str]:

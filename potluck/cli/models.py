@@ -88,19 +88,13 @@ def deploy(
         ended = following.ended(job, as_json, verbose=session(context).verbose)
         deployment = ended.deployment
         found = [entry for entry in client.deployments() if entry.name == deployment]
-        lines = (
-            []
-            if as_json
-            else [line for one in found for line in curl.ask(client.gateway(), client.get_model(one.name), one)]
-        )
+        lines = [] if as_json else curl.lines(client, deployment)
     if as_json:
         output.emit(ended if quantize else found[0] if found else {"name": deployment})
     else:
         output.show(output.deployments_table(found))
         if ended.before is not None and ended.evaluation is not None:
             output.show(output.change_text(ended.registered, ended.before, ended.evaluation, ended.evaluated_on))
-        if lines:
-            output.show("\nask it, for instance:")
         for line in lines:
             output.show(line)
 

@@ -93,7 +93,7 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train a Keras model on all nodes."""
-    from potluck.cli import following
+    from potluck.cli import curl, following
     from potluck.cli import output as out
     from potluck.client import deploying
     from potluck.errors import InvalidRequest
@@ -172,8 +172,10 @@ def train(
         elif not ended.registered:
             out.show(f"the model is job {job.id}'s result: `potluck job {job.id} --output FILE.keras` saves it")
         if deploy is not None:  # last: the model is there also where this fails
-            following.ended(client.deploy(ended.registered, deploy), as_json)
+            following.ended(client.deploy(ended.registered, deploy), as_json, verbose=session(context).verbose)
             out.show(f"deployed {ended.registered}: `potluck infer {name} INPUT` asks it")
+            for line in curl.lines(client, ended.registered):
+                out.show(line)
 
 
 def check_keras(path: Path) -> None:

@@ -20,7 +20,7 @@ from potluck.client import arguments, deploying, formats, sources, training
 from potluck.client.connection import Connection, client_settings
 from potluck.client.deploying import DeployOptions
 from potluck.client.inputs import LargeInputs
-from potluck.client.jobs import AsyncJob, Predictions, as_arrays, completed, fetch_tensor
+from potluck.client.jobs import AsyncJob, Predictions, all_jobs, as_arrays, fetch_tensor
 from potluck.client.models import (
     ModelFile,
     check_fit,
@@ -56,10 +56,8 @@ from potluck.messages import (
     JobAccepted,
     JobChanged,
     JobEnded,
-    JobsListed,
     ListDatasets,
     ListDeployments,
-    ListJobs,
     ListModels,
     ListNodes,
     Message,
@@ -157,13 +155,7 @@ class AsyncClient:
 
     async def jobs(self) -> tuple[JobChanged, ...]:
         """Every job that the coordinator remembers, oldest first."""
-        found: dict[str, JobChanged] = {}
-        more = True
-        while more:
-            answer = await self._ask(ListJobs(after=next(reversed(found), "")), JobsListed)
-            more = answer.more and any(job.job_id not in found for job in answer.jobs)
-            found |= {job.job_id: completed(job) for job in answer.jobs}
-        return tuple(found.values())
+        return await all_jobs(await self._connected())
 
     async def job(self, job_id: str) -> AsyncJob:
         """A job by its id. Raises NotFound."""

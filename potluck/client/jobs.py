@@ -33,6 +33,8 @@ from potluck.messages import (
     JobChanged,
     JobEnded,
     JobProgress,
+    JobsListed,
+    ListJobs,
     Message,
     RoundMetrics,
     StopTraining,
@@ -394,6 +396,17 @@ def model_of(ended: JobEnded) -> BlobRef:
     if ended.model is None:
         raise Conflict(f"job {ended.job_id} ({ended.kind}, {ended.state}) has no model")
     return ended.model
+
+
+async def all_jobs(connection: Connection) -> tuple[JobChanged, ...]:
+    """Every job that the coordinator remembers, oldest first: they come in as many messages as they need."""
+    found: dict[str, JobChanged] = {}
+    more = True
+    while more:
+        answer = await connection.ask(ListJobs(after=next(reversed(found), "")), JobsListed)
+        more = answer.more and any(job.job_id not in found for job in answer.jobs)
+        found |= {job.job_id: completed(job) for job in answer.jobs}
+    return tuple(found.values())
 
 
 async def fetch_tensor(connection: Connection, tensor: Tensor) -> Tensor:
