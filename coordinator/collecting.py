@@ -146,6 +146,8 @@ class Collector:
         if isinstance(strategy, BatchStrategy) and isinstance(spec, Predict):
             parts = [part for part in strategy.in_order() if isinstance(part, PredictResult)]
             outputs = await asyncio.to_thread(results.predictions, parts, self._store)
+            # The scores are of the model's classes, of which the data may have none, or some.
+            labels = job.submitted.classes or labels
             return {"outputs": outputs, "classes": labels, "keys": dataset.keys if dataset else None}
         raise InvalidModel(f"job {job.job_id} has no result")
 

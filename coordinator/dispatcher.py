@@ -423,7 +423,7 @@ class Dispatcher:
                 spec.register,
                 parts["model"],
                 signature=parts.pop("signature", None),
-                image=job.submitted.image,
+                image=job.image or job.submitted.image,
                 classes=parts.get("classes", ()),
                 rate=job.dataset.format.rate if job.dataset else 0,
                 metrics=_metrics_of(job, parts.get("best_epoch", 0)),
@@ -447,7 +447,7 @@ class Dispatcher:
             f"{original.name}-{spec.quantize}",
             parts["model"],
             format="tflite",
-            image=original.image,
+            image=job.image or original.image,
             classes=original.classes,
             rate=original.rate,
             metrics=scores.changes(parts["before"].metrics, parts["evaluation"].metrics),
@@ -474,6 +474,7 @@ class Dispatcher:
             history=job.told_history,
             rounds=tuple(job.rounds),
             checkpoint=strategy.weights if isinstance(strategy := job.strategy, RoundsStrategy) else None,
+            image=job.image,
             **parts,
         )
         for attempt_id in list(job.attempts):

@@ -76,6 +76,8 @@ class JobSubmitted(Event, frozen=True):
     dataset: BlobRef | None = None
     validation: BlobRef | None = None
     model_format: ModelFormat = "keras"
+    classes: tuple[str, ...] = ()
+    """Of the model's scores, where it is registered with such."""
 
 
 class JobStarted(Event, frozen=True):
@@ -276,6 +278,8 @@ class Job:
     history_bytes: int = 0
     deploying: str = ""
     """The model that is being deployed for it."""
+    image: ImageOptions | None = None
+    """How images become the model's input, as the first node that has done so says."""
 
     @property
     def job_id(self) -> str:
@@ -323,6 +327,7 @@ class Job:
                 if finished is not None:
                     self.failures.clear()
                     self.short.discard(finished.node_id)
+                    self.image = self.image or event.result.image
                     self._strategy.finished(finished, event.result, event.at)
             case AttemptEnded():
                 ended = self.attempts.pop(event.attempt_id, None)

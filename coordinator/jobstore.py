@@ -90,6 +90,7 @@ class JobStore:
             )
             return submitted if spec.quantize == "none" else self._quantized(submitted, named, info)
         model, image, model_format = self._model(spec.model)
+        known = self._registry.model(spec.model).classes if isinstance(spec.model, str) else ()
         if isinstance(spec, Predict) and spec.dataset.startswith(NODE_DATA):
             raise InvalidRequest(
                 f"{spec.dataset} stays on its nodes, and so would predictions for it: evaluate it instead"
@@ -119,10 +120,11 @@ class JobStore:
             request_id=request_id,
             spec=spec,
             model=model,
-            image=spec.image or image,
+            image=_image(spec.image, image),
             dataset=self._manifest(dataset),
             validation=validation,
             model_format=model_format,
+            classes=known,
         )
 
     def _quantized(self, submitted: JobSubmitted, spec: Deploy, info: ModelInfo) -> JobSubmitted:
@@ -233,7 +235,7 @@ class JobStore:
         """`waiting`: for what, where it does not go on; "" where it does."""
         progress = self._final.get(job.job_id) or JobProgress()
         if job.active and job.strategy is not None:
-            progress = job.strategy.progress(running)
+            progress = replace(job.strategy.progress(running), image=job.image)
             if job.refused:
                 reasons = {node_id: error.message for node_id, error in job.refused.items()}
                 progress = replace(progress, quarantined=progress.quarantined | reasons)
@@ -340,6 +342,13 @@ class JobStore:
         if manifest is None or not self._blobs.has(manifest.sha256):
             return None
         return codec.unpack(self._blobs.read(manifest.sha256), Dataset)
+
+
+def _image(asked: ImageOptions | None, registered: ImageOptions | None) -> ImageOptions | None:
+    """How images become a model's input: what is asked for goes before what was registered with it, each for itself."""
+    if asked is None or registered is None or asked.scale is not None:
+        return asked or registered
+    return replace(asked, scale=registered.scale)
 
 
 def _check_private(spec: Train, dataset: Dataset) -> None:

@@ -75,6 +75,9 @@ class QuantizeStrategy:
             self.converting.discard(attempt.attempt_id)
             if isinstance(result, ConvertResult):
                 self.converted = result.model
+                self.image = (
+                    result.image or self.image
+                )  # what the original's layers say cannot be read from what is made of it
                 self.after = self._evaluation("after", result.model, "tflite")
         elif (part := self._part(attempt)) is not None:
             part.finished(attempt, result, at)

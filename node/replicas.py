@@ -177,7 +177,7 @@ class Replicas:
 
             async def load(engine: Engine) -> tuple[Engine, Signature, int, int]:
                 return engine, *await engine.load_model(
-                    replica_id, path, command.format, command.warm_rows, command.warm_seconds
+                    replica_id, path, command.format, command.warm_rows, command.warm_seconds, command.pixel_scale
                 )
 
             engine, signature, resident, warm_rows = await self._slot.use(load)

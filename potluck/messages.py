@@ -96,6 +96,8 @@ class TensorSpec(Part, frozen=True):
 class Signature(Part, frozen=True):
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    pixel_scale: float = 0.0
+    """What the model's own first layers expect pixels of 0 to 255 to be multiplied by (1: they scale them themselves); 0: they do not say."""
 
 
 class ErrorInfo(Part, frozen=True):
@@ -125,12 +127,15 @@ class Capacity(Part, frozen=True):
 
 
 class ImageOptions(Part, frozen=True):
-    """How images become tensors: decoded to `channels`, resized bilinearly to height x width, multiplied by `scale`."""
+    """How images become tensors: decoded to `channels`, resized bilinearly to height x width, multiplied by `scale`.
+
+    `scale` None: by what the model's own layers expect, 1 (pixels 0 to 255) or 1/255 (docs/data.md, "What the model sees").
+    """
 
     height: Positive
     width: Positive
     channels: Literal[1, 3, 4] = 3
-    scale: float = 1.0 / 255.0
+    scale: float | None = None
 
 
 class DataShard(Part, frozen=True):
@@ -369,6 +374,8 @@ class JobProgress(Part, frozen=True):
     """Of updates and steps, until now."""
     strategy: str = ""
     """Of a training job: what `auto` chose, and the figures that it rests on."""
+    image: ImageOptions | None = None
+    """How images become the model's input, as the nodes read it from the model where the job does not say it."""
 
 
 class ClassScore(Part, frozen=True):
@@ -487,6 +494,8 @@ class JobEnded(Message, frozen=True):
     evaluated_on: str = ""
     """The data set of both."""
     subject: JobSubject = JobSubject()
+    image: ImageOptions | None = None
+    """How images became the model's input."""
 
 
 class JobsListed(Message, frozen=True):
@@ -975,12 +984,14 @@ AnyTask = TrainTask | EvaluateTask | PredictTask | ExportTask | SyncTask | Conve
 class TaskResult(Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="kind"):
     """Base of what an engine answers. `seconds` is the time computing, without loading.
 
-    `fetched_bytes` is what the node fetched for it, in `fetch_seconds`: so much its link has shown to carry.
+    `fetched_bytes` is what the node fetched for it, in `fetch_seconds`: so much its link has shown to carry. `image` is how images
+    became the model's input, all of it said.
     """
 
     seconds: float = 0.0
     fetched_bytes: Count = 0
     fetch_seconds: float = 0.0
+    image: ImageOptions | None = None
 
 
 class TrainResult(TaskResult, frozen=True, tag="train"):
@@ -1088,7 +1099,8 @@ class ForgetJob(Message, frozen=True):
 class LoadModel(Message, frozen=True):
     """Become a replica. Resent until `ModelLoaded` or `ModelLoadFailed` comes.
 
-    Before it is loaded, every batch size up to `warm_rows` is run once, for `warm_seconds` at most.
+    Before it is loaded, every batch size up to `warm_rows` is run once, for `warm_seconds` at most. Whole numbers of 8 bits (UINT8) for an
+    input of images in floats are pixels, and multiplied by `pixel_scale`; 0: by what the model's layers say, and refused where they do not.
     """
 
     epoch: int
@@ -1098,6 +1110,7 @@ class LoadModel(Message, frozen=True):
     format: ModelFormat = "keras"
     warm_rows: Count = 64
     warm_seconds: Seconds = 20.0
+    pixel_scale: float = 1.0
 
 
 class UnloadModel(Message, frozen=True):

@@ -28,7 +28,9 @@ DECODED_AT_ONCE = 2
 """Images take memory while they are decoded."""
 _UNSAID = ("", "application/octet-stream", "application/x-www-form-urlencoded")
 """Types of programs that were not told one: curl's --data-binary says the last. What it is, the bytes say."""
-_IMAGES = (b"\x89PNG", b"\xff\xd8", b"GIF8", b"BM", b"II*\x00", b"MM\x00*")
+_IMAGES = (b"\x89PNG", b"\xff\xd8", b"GIF8", b"BM", b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")
+_PORTABLE = tuple([b"P%d\n" % number for number in range(1, 7)])
+"""How PBM, PGM and PPM begin where programs write them."""
 
 
 class Score(msgspec.Struct):
@@ -155,7 +157,8 @@ def _item(content_type: str, data: bytes, info: ModelInfo) -> np.ndarray[Any, An
     if content_type in _UNSAID:
         kind = _kind(data)
     if kind == "image":
-        return items.image(data, items.image_options(info, ", so it takes arrays: ask it at /infer"))[np.newaxis]
+        options = items.image_options(info, ", so it takes arrays: ask it at /infer")
+        return items.image(data, options, dtype=items.input_dtype(info))[np.newaxis]
     if kind == "audio":
         return items.recording(data, info)
     if kind == "text":
@@ -169,7 +172,7 @@ def _kind(data: bytes) -> str:
     """What bytes without a type are."""
     if data[:4] == b"RIFF":
         return "audio" if data[8:12] == b"WAVE" else "image"
-    return "image" if data.startswith(_IMAGES) else "text"
+    return "image" if data.startswith((*_IMAGES, *_PORTABLE)) else "text"
 
 
 def _scores(answer: Inferred, info: ModelInfo) -> list[Score]:

@@ -30,6 +30,7 @@ from potluck.messages import (
     RequestOutcome,
     RunInference,
     Tensor,
+    TensorSpec,
 )
 from potluck.outbox import Outbox
 from potluck.settings import CoordinatorSettings
@@ -227,10 +228,11 @@ class Inference:
         try:
             router = self._route(model)
             name = router.name
-            request = self._submit(router, message.inputs, answer, now, deadline, message.priority)
+            inputs = self._batched(name, message.inputs)
+            request = self._submit(router, inputs, answer, now, deadline, message.priority)
             if message.id and not request.answered:
                 self._asked[key] = router, request
-            self._copy(model, message.inputs, now, deadline)
+            self._copy(model, inputs, now, deadline)
         except PotluckError as error:
             answer(error)
 
@@ -307,6 +309,20 @@ class Inference:
         self._pump(router)
         return request
 
+    def _batched(self, name: str, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """A single item gets the batch axis that it lacks, in all of its tensors."""
+        signature = self._registry.model(name).signature
+        if signature is None or len(signature.inputs) != len(inputs):
+            return inputs
+        specs = {spec.name: spec for spec in signature.inputs}
+        alone = signature.inputs[0] if len(inputs) == 1 else None  # its name need not be said
+        for tensor in inputs:
+            spec = alone or specs.get(tensor.name)
+            # Of such items a list of texts is a batch, and a text is an item.
+            if spec is None or len(tensor.shape) != len(spec.shape) - 1 - _is_one_text(spec):
+                return inputs
+        return tuple([replace(tensor, shape=(1, *tensor.shape)) for tensor in inputs])
+
     def _cancel(self, asked: tuple[Router, Request] | None) -> None:
         if asked is not None:
             router, request = asked
@@ -365,6 +381,10 @@ def _plain(tensor: Tensor) -> Tensor:
     array = to_numpy(tensor)
     data = array.ravel().tolist() if tensor.datatype == "BYTES" else array.tobytes()
     return replace(tensor, data=data)
+
+
+def _is_one_text(spec: TensorSpec) -> bool:
+    return spec.datatype == "BYTES" and tuple(spec.shape[1:]) == (1,)
 
 
 def size_bytes(tensor: Tensor) -> int:

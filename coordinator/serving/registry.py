@@ -148,9 +148,9 @@ class Registry:
         return self._models[name][info.version]
 
     def describe(self, model: str, signature: Signature) -> None:
-        """Keep a signature that was learnt when the model was loaded."""
+        """Keep a signature that was learnt when the model was loaded, or what one says more than the one that is known."""
         info = self.model(model)
-        if info.signature is None:
+        if info.signature is None or (signature.pixel_scale and not info.signature.pixel_scale):
             self._record(SignatureLearnt(name=info.name, version=info.version, signature=signature))
 
     def model(self, model: str) -> ModelInfo:
@@ -324,6 +324,16 @@ class Registry:
 
     def _change(self, name: str, version: int, **fields: object) -> None:
         self._models[name][version] = replace(self._models[name][version], **fields)
+
+
+def pixel_scale(info: ModelInfo) -> float:
+    """What pixels in arrays of 8 bits are multiplied by, as they are in files of images; 1: nothing; 0: nobody has said it.
+
+    A model that was trained here on something else than image files has seen arrays as they are.
+    """
+    if info.image is not None and info.image.scale is not None:
+        return info.image.scale
+    return 1.0 if info.job_id and info.format == "keras" and info.image is None else 0.0
 
 
 def _number(version: str) -> int:

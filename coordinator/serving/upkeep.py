@@ -13,7 +13,7 @@ from coordinator.serving import memory
 from coordinator.serving.deployments import Deployment, Load, Place
 from coordinator.serving.inference import Inference
 from coordinator.serving.records import AnyDeploymentEvent, Measured, Parked, Records, Settled, Woken
-from coordinator.serving.registry import Registry
+from coordinator.serving.registry import Registry, pixel_scale
 from coordinator.serving.room import Room
 from potluck.logs import fields
 from potluck.messages import (
@@ -180,6 +180,7 @@ class Upkeep:
                     format=command.format,
                     warm_rows=self._settings.batch_limit,
                     warm_seconds=self._settings.warm_seconds,
+                    pixel_scale=pixel_scale(self._registry.model(command.name)),
                 )
                 self._command(command.node_id, message)
             else:

@@ -176,7 +176,7 @@ class Server:
 
     def _load(self, frame: frames.LoadReplica) -> frames.Frame:
         signature, resident, warm_rows = self._replicas.load(
-            frame.replica_id, frame.format, Path(frame.path), frame.warm_rows, frame.warm_seconds
+            frame.replica_id, frame.format, Path(frame.path), frame.warm_rows, frame.warm_seconds, frame.pixel_scale
         )
         return frames.ReplicaLoaded(
             number=frame.number, signature=signature, resident_bytes=resident, warm_rows=warm_rows

@@ -8,11 +8,17 @@ from typing import Any, Protocol
 
 import tensorflow as tf
 
-from node.engine import runtime
+from node.engine import pixels, runtime
 from node.engine.wording import one_line
 from node.engine.wording import shape as shown
+from potluck.data import images
+from potluck.data.folders import Unusable
+from potluck.data.items import CHANNELS, check_scale
 from potluck.errors import InvalidData, InvalidModel, InvalidRequest
 from potluck.messages import DataFormat, ImageOptions
+
+_NO_IMAGE, _END = "the image is refused: ", " (end)"
+"""What stands around the reason in the error that TensorFlow makes of it, among other lines."""
 
 
 class Decoder(Protocol):
@@ -29,7 +35,7 @@ class Decoder(Protocol):
 
 @dataclass(frozen=True)
 class ImageDecoder:
-    """float32 (height, width, channels): pixels times `scale`."""
+    """(height, width, channels) of the model's dtype: pixels times `scale`, made by `images.tensor` as everywhere."""
 
     options: ImageOptions
     dtype: Any = tf.float32
@@ -39,8 +45,15 @@ class ImageDecoder:
         return (self.options.height, self.options.width, self.options.channels)
 
     def decode(self, data: Any) -> Any:
-        image = tf.image.resize(_pixels(data, self.options.channels), self.shape[:2], method="bilinear")
-        return tf.ensure_shape(image * self.options.scale, self.shape)
+        # Without state, or tf.data would call it one by one where operations are to be deterministic.
+        found = tf.numpy_function(self._tensor, [data], tf.float32, stateful=False)
+        return tf.cast(tf.ensure_shape(found, self.shape), self.dtype)
+
+    def _tensor(self, data: bytes) -> Any:
+        try:
+            return images.tensor(data, self.options, whole=self.dtype.is_integer)
+        except Unusable as error:
+            raise ValueError(f"{_NO_IMAGE}{error}{_END}") from error
 
 
 @dataclass(frozen=True)
@@ -76,7 +89,7 @@ def decoder_for(model: Any, data: DataFormat, image: ImageOptions | None) -> Dec
     """None for arrays, which need none. Raises InvalidModel and InvalidRequest where data and model do not fit."""
     match data.kind:
         case "images":
-            return ImageDecoder(options_for(model, image))
+            return ImageDecoder(options_for(model, image), tf.as_dtype(model.inputs[0].dtype))
         case "texts":
             return TextDecoder(_text_shape(model))
         case "audio":
@@ -91,7 +104,10 @@ def item_bytes(decoder: Decoder) -> int:
 
 
 def options_for(model: Any, image: ImageOptions | None) -> ImageOptions:
-    """As asked, else the size of the model's own input. Raises InvalidModel where that says nothing, or something else."""
+    """As asked, else the size of the model's own input and what its layers expect; `scale` is said in any case.
+
+    Raises InvalidModel where the input takes no images of that size.
+    """
     shape = _only_input(model)
     if shape is None or len(shape) != 3:
         raise _unfit(model, "images", "(height, width, channels)")
@@ -105,26 +121,28 @@ def options_for(model: Any, image: ImageOptions | None) -> ImageOptions:
         asked = (image.height, image.width, shape[2] or image.channels)
     if any(want is not None and want != have for want, have in zip(shape, asked, strict=True)):
         raise InvalidRequest(f"images of shape {shown(asked)} do not fit the model's input of shape {shown(shape)}")
-    if asked[2] not in (1, 3, 4):
+    if asked[2] not in CHANNELS:
         raise InvalidModel(
             f"the model's input has shape {shown(shape)}: images have 1, 3 or 4 channels, in the last place"
         )
-    scale = {} if image is None else {"scale": image.scale}
-    return ImageOptions(height=asked[0], width=asked[1], channels=asked[2], **scale)
+    scale = image.scale if image is not None and image.scale is not None else pixels.scale_for(model)
+    found = ImageOptions(height=asked[0], width=asked[1], channels=asked[2], scale=scale)
+    check_scale(found, pixels.input_dtype(model))
+    return found
 
 
 def undecodable(error: Exception, where: str) -> InvalidData:
     text = str(error)
-    what, reads = (
-        ("a recording", "WAV files of 16-bit PCM") if "DecodeWav" in text else ("an image", "PNG, JPEG, GIF and BMP")
-    )
+    if _NO_IMAGE in text:
+        reason = text.partition(_NO_IMAGE)[2].partition(_END)[0]
+        return InvalidData(f"an image cannot be decoded ({where}): {one_line(reason, 200)}")
     reason = one_line(getattr(error, "message", error), 200)
-    return InvalidData(f"{what} cannot be decoded ({where}): {reason}: TensorFlow reads {reads}")
+    return InvalidData(f"a recording cannot be decoded ({where}): {reason}: TensorFlow reads WAV files of 16-bit PCM")
 
 
 def is_undecodable(error: Exception) -> bool:
     """Whether a step failed at the decoding of an item."""
-    return any(operation in str(error) for operation in ("DecodeImage", "DecodeWav"))
+    return any(sign in str(error) for sign in (_NO_IMAGE, "DecodeWav"))
 
 
 def _text_shape(model: Any) -> tuple[int, ...]:
@@ -161,20 +179,3 @@ def _unfit(model: Any, items: str, expected: str) -> InvalidModel:
         for spec in runtime.signature(model).inputs
     )
     return InvalidModel(f"the data is {items}, but the model takes {names}: expected one {expected}")
-
-
-def _pixels(data: Any, channels: int) -> Any:
-    """Of an encoded image; TensorFlow decodes to 1 channel from PNG and JPEG only, and to 4 from PNG only."""
-    if channels == 3:
-        return tf.io.decode_image(data, 3, expand_animations=False)
-    known = tf.equal(tf.strings.substr(data, 0, 4), b"\x89PNG")
-    if channels == 1:
-        known = known | tf.io.is_jpeg(data)
-
-    def converted() -> Any:
-        image = tf.io.decode_image(data, 3, expand_animations=False)
-        if channels == 1:
-            return tf.image.rgb_to_grayscale(image)
-        return tf.concat([image, tf.fill([*tf.unstack(tf.shape(image)[:2]), 1], tf.constant(255, tf.uint8))], axis=-1)
-
-    return tf.cond(known, lambda: tf.io.decode_image(data, channels, expand_animations=False), converted)

@@ -15,8 +15,16 @@ from potluck.messages import Tensor, TensorSpec
 Array = np.ndarray[Any, Any]
 
 
-def fit(request: Sequence[Tensor], specs: Sequence[TensorSpec], dtypes: Sequence[np.dtype[Any]]) -> list[Array]:
-    """A request's arrays in the order of the model's inputs. Raises InvalidRequest, naming expected and given."""
+def fit(
+    request: Sequence[Tensor],
+    specs: Sequence[TensorSpec],
+    dtypes: Sequence[np.dtype[Any]],
+    pixel_scale: float = 1.0,
+) -> list[Array]:
+    """A request's arrays in the order of the model's inputs. Raises InvalidRequest, naming expected and given.
+
+    What are pixels (`_are_pixels`) is multiplied by `pixel_scale`, as files of images are, and refused where that is 0.
+    """
     if len(request) != len(specs):
         raise InvalidRequest(f"the model has {len(specs)} inputs ({_names(specs)}), the request {len(request)}")
     by_name = {tensor.name: tensor for tensor in request}
@@ -40,6 +48,8 @@ def fit(request: Sequence[Tensor], specs: Sequence[TensorSpec], dtypes: Sequence
                 f"input '{spec.name}' takes {spec.datatype} of shape {shown(spec.shape)}, the first being the batch, "
                 f"but the request has {shown(given)}"
             )
+        if pixel_scale != 1.0 and _are_pixels(array, dtype):
+            array = _scaled(array, pixel_scale, spec)
         arrays.append(array if array.dtype == dtype else _cast(array, dtype, spec, tensor.datatype))
     rows = len(arrays[0])
     if not rows or any(len(array) != rows for array in arrays):
@@ -64,6 +74,22 @@ def padded(array: Array, rows: int) -> Array:
 
 def _blank(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     return np.full(shape, "", dtype) if dtype.kind == "O" else np.zeros(shape, dtype)
+
+
+def _are_pixels(array: Array, dtype: np.dtype[Any]) -> bool:
+    """Whether these are images of 8 bits, and the input takes floats: nobody but a decoder of images makes such arrays."""
+    return array.dtype == np.uint8 and dtype.kind == "f" and array.ndim == 4 and array.shape[3] in (1, 3, 4)
+
+
+def _scaled(array: Array, pixel_scale: float, spec: TensorSpec) -> Array:
+    if not pixel_scale:
+        raise InvalidRequest(
+            f"input '{spec.name}' takes {spec.datatype}, the request has pixels of 8 bits, and nothing says whether the model takes them "
+            "as 0 to 255 or as 0 to 1: send floats, as in its training, or register it with image options that name the scale "
+            "(ImageOptions(..., scale=...), --image HxW:SCALE)"
+        )
+    found: Array = array * np.float32(pixel_scale)
+    return found
 
 
 def _cast(array: Array, dtype: np.dtype[Any], spec: TensorSpec, datatype: str) -> Array:

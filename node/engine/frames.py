@@ -68,6 +68,7 @@ class LoadReplica(Frame, frozen=True):
     format: ModelFormat = "keras"
     warm_rows: int = 64
     warm_seconds: float = 20.0
+    pixel_scale: float = 1.0
 
 
 class UnloadReplica(Frame, frozen=True):

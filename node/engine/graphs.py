@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from node.engine import fitting, runtime
+from node.engine import fitting, pixels, runtime
 from node.engine.fitting import Array
 from node.engine.memory import shortage
 from node.engine.wording import one_line
@@ -155,4 +155,4 @@ def load_keras(path: Path, scratch: Path) -> Graph:
         return runtime.flat(model(runtime.packed(model, batch), training=False))
 
     specs = [tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in model.inputs]
-    return Graph(call, specs, runtime.signature(model), holds=model)
+    return Graph(call, specs, pixels.described(model), holds=model)

@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from node.engine import runtime, shards
-from node.engine.decoders import Decoder, decoder_for, item_bytes, undecodable
+from node.engine.decoders import Decoder, ImageDecoder, decoder_for, item_bytes, undecodable
 from node.engine.shards import Array, Part
 from node.engine.wording import shape as shown
 from potluck.errors import InvalidRequest
@@ -28,6 +28,11 @@ class Source:
     data: DataFormat
     decoder: Decoder | None
     """What makes files into tensors; arrays need none."""
+
+    @property
+    def image(self) -> ImageOptions | None:
+        """How images become the model's input; None for other data."""
+        return self.decoder.options if isinstance(self.decoder, ImageDecoder) else None
 
     def decoded_bytes(self, parts: Sequence[Part]) -> int:
         """Memory that all items take that have to be decoded."""

@@ -182,6 +182,7 @@ class Engine:
         model_format: ModelFormat = "keras",
         warm_rows: int = 64,
         warm_seconds: float = 20.0,
+        pixel_scale: float = 1.0,
     ) -> tuple[Signature, int, int]:
         """Its signature, the memory that it took, and up to how many rows it was warmed up. Raises InvalidModel, EngineFailed."""
         frame = frames.LoadReplica(
@@ -191,6 +192,7 @@ class Engine:
             format=model_format,
             warm_rows=warm_rows,
             warm_seconds=warm_seconds,
+            pixel_scale=pixel_scale,
         )
         answer = await self._ask(frame)
         assert isinstance(answer, frames.ReplicaLoaded)

@@ -53,9 +53,16 @@ class Replicas:
         self._load = load
         self._replicas: dict[str, Model] = {}
         self._warm_rows: dict[str, int] = {}
+        self._pixel_scales: dict[str, float] = {}
 
     def load(
-        self, replica_id: str, model_format: ModelFormat, path: Path, warm_rows: int, warm_seconds: float
+        self,
+        replica_id: str,
+        model_format: ModelFormat,
+        path: Path,
+        warm_rows: int,
+        warm_seconds: float,
+        pixel_scale: float = 1.0,
     ) -> tuple[Signature, int, int]:
         """Load and warm up; the signature, what memory it took, and up to how many rows it is warm. Raises what `Load` raises."""
         if replica_id in self._replicas:
@@ -64,10 +71,12 @@ class Replicas:
         replica = self._load(model_format, path)
         self._warm_rows[replica_id] = warm = warm_up(replica, warm_rows, warm_seconds)
         self._replicas[replica_id] = replica
+        self._pixel_scales[replica_id] = pixel_scale or replica.signature.pixel_scale
         return replica.signature, max(0, psutil.Process().memory_info().rss - before), warm
 
     def unload(self, replica_id: str) -> None:
         self._warm_rows.pop(replica_id, None)
+        self._pixel_scales.pop(replica_id, None)
         if self._replicas.pop(replica_id, None) is not None:
             gc.collect()  # models are full of cycles, and nothing else here would collect them soon
 
@@ -76,11 +85,12 @@ class Replicas:
         replica = self._replicas.get(replica_id)
         if replica is None:
             raise NotFound(f"replica {replica_id} is not loaded here")
+        pixel_scale = self._pixel_scales.get(replica_id, 1.0)
         outcomes: list[RequestOutcome | None] = [None] * len(requests)
         groups: dict[tuple[Any, ...], list[tuple[int, list[Array]]]] = {}
         for number, request in enumerate(requests):
             try:
-                arrays = fitting.fit(request, replica.signature.inputs, replica.dtypes)
+                arrays = fitting.fit(request, replica.signature.inputs, replica.dtypes, pixel_scale)
             except PotluckError as error:
                 outcomes[number] = _failed(error)
                 continue

@@ -123,6 +123,7 @@ class Member:
     def _load(self, task: SyncTask, parts: Sequence[Part]) -> None:
         """All of the data: any member may come to any item."""
         source = inputs.source_for(self.model, task.format, task.image)
+        self.image = source.image
         self._truth = truth_of(source, parts, "to train on", task.class_weight)
         self._count = len(self._truth)
         self._decoder: Decoder | None = None

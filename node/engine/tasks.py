@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from msgspec.structs import replace
 
-from node.engine import formats, privacy, runtime
+from node.engine import formats, pixels, privacy, runtime
 from node.engine.converting import convert
 from node.engine.evaluating import evaluate
 from node.engine.gate import Gate
@@ -180,6 +180,7 @@ class Tasks:
             items=sum(part.count for part in parts),
             seconds=outcome.seconds,
             seconds_ahead=outcome.seconds_ahead,
+            image=session.image,
         )
 
     def _sync(
@@ -206,6 +207,7 @@ class Tasks:
             weights=saved[0] if saved else None,
             optimizer=saved[1] if saved else None,
             seconds=seconds,
+            image=member.image,
         )
 
     def apply_step(self, before: Path, update: Path) -> BlobRef:
@@ -235,7 +237,7 @@ class Tasks:
         elif task.node_data is not None:
             # Only means leave a node: counts by threshold would tell what the model says of single items.
             result = replace(result, states={}, values={})
-        return replace(result, seconds=time.perf_counter() - started)
+        return replace(result, seconds=time.perf_counter() - started, image=source.image)
 
     def _grade(self, task: EvaluateTask, paths: Paths, reporter: _Reporter) -> EvaluateResult:
         """By the model's outputs alone."""
@@ -243,7 +245,7 @@ class Tasks:
         source = source_for(model, task.format, task.image)
         started = time.perf_counter()
         result = grade(model, source, _parts(task.slices, paths), task.batch_size, reporter.step)
-        return replace(result, seconds=time.perf_counter() - started)
+        return replace(result, seconds=time.perf_counter() - started, image=source.image)
 
     def _predict(self, task: PredictTask, paths: Paths, reporter: _Reporter) -> PredictResult:
         path = paths[task.model.sha256]
@@ -266,7 +268,8 @@ class Tasks:
         outputs = tuple(
             from_numpy(spec.name, np.concatenate(kept)) for spec, kept in zip(specs, found, strict=True) if kept
         )
-        return PredictResult(count=count, outputs=outputs, seconds=time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        return PredictResult(count=count, outputs=outputs, seconds=seconds, image=source.image)
 
     def _export(self, task: ExportTask, paths: Paths) -> ExportResult:
         started = time.perf_counter()
@@ -278,7 +281,7 @@ class Tasks:
         target = self._scratch / "export.keras"
         model.save(target)
         return ExportResult(
-            model=self._blob(target), signature=runtime.signature(model), seconds=time.perf_counter() - started
+            model=self._blob(target), signature=pixels.described(model), seconds=time.perf_counter() - started
         )
 
     def _convert(self, task: ConvertTask, paths: Paths, reporter: _Reporter) -> ConvertResult:
@@ -291,7 +294,7 @@ class Tasks:
         batches = source.batches(_parts(task.slices, paths), CONVERT_BATCH)
         target = self._scratch / "model.tflite"
         convert(path, task.model_format, self._scratch, names, batches, target, lambda: reporter.step(0))
-        return ConvertResult(model=self._blob(target), seconds=time.perf_counter() - started)
+        return ConvertResult(model=self._blob(target), seconds=time.perf_counter() - started, image=source.image)
 
     def _graded(self, path: Path, model_format: ModelFormat) -> Graded:
         found = self._graded_models.get(path.name)

@@ -23,7 +23,7 @@ from node.engine.shards import Part
 from node.engine.truth import Truth, truth_of
 from node.engine.wording import one_line
 from potluck.errors import Cancelled, InvalidModel, PotluckError
-from potluck.messages import TrainTask
+from potluck.messages import ImageOptions, TrainTask
 
 PROGRESS_SECONDS = 1.0
 MEMORY_LIMIT_BYTES = 2 * 2**30
@@ -65,6 +65,8 @@ class Session:
         keras.utils.set_random_seed(seed)
         model.steps_per_execution = 1  # rounds end by the clock, after any step
         self.model = model
+        self.image: ImageOptions | None = None
+        """How images become its input, of the data in use."""
         self._seed = seed
         self._beginning: list[Any] = []
         self._data_key: tuple[Any, ...] = ()
@@ -97,6 +99,7 @@ class Session:
             return
         self._data_key, self._iterator = (), None
         source = inputs.source_for(self.model, task.format, task.image)
+        self.image = source.image
         truth = truth_of(source, parts, "to train on", task.class_weight)
         count = len(truth)
         batch = min(task.batch_size, count)

@@ -82,10 +82,14 @@ def plain_lines(
     said_at = float("-inf")
     key: tuple[object, ...] | None = None
     strategy = ""
+    image = None
     ended = EndedEpochs(epochs_so_far)
     for state in states:
         progress = state.progress
         yield from ended.lines(state)
+        if progress.image != image:
+            image = progress.image
+            yield f"{state.kind} {state.job_id} images {images_text(progress)}"
         if verbose and progress.strategy != strategy:
             strategy = progress.strategy
             yield f"{state.kind} {state.job_id} strategy {strategy}"
@@ -147,6 +151,13 @@ def progress_text(progress: JobProgress) -> str:
     return "  ".join([*parts, *left_out(progress)])
 
 
+def images_text(progress: JobProgress) -> str:
+    """How images become the model's input; empty for other data."""
+    from potluck.data.items import pixels_text
+
+    return pixels_text(progress.image) if progress.image is not None else ""
+
+
 def left_out(progress: JobProgress) -> list[str]:
     """A sentence for each quarantined node."""
     return [f"{node} is left out: {reason}" for node, reason in progress.quarantined.items()]
@@ -184,6 +195,8 @@ def picture(state: JobChanged, *, verbose: bool = False) -> RenderableType:
     if totals:
         lines.append(Text(f"  {'  '.join(totals)}"))
     lines += [Text(f"    {node:<24} {rate_text(speed):>18}", style="dim") for node, speed in progress.nodes.items()]
+    if progress.image:
+        lines.append(Text(f"  images {images_text(progress)}", style="dim"))
     if verbose and progress.strategy:
         lines.append(Text(f"  {progress.strategy}", style="dim"))
     if progress.message:

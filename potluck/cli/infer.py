@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from potluck.cli import completion
-from potluck.cli.predict import read_array
 from potluck.cli.session import ImageSize, Json, image_size, session
 
 if TYPE_CHECKING:
@@ -21,10 +20,6 @@ if TYPE_CHECKING:
 _SHOWN_CLASSES = 5
 
 
-NO_IMAGES = (".npz", ".csv", ".parquet", ".tfrecord", ".keras", ".h5", ".pkl", ".zip")
-"""Files that people try, and that are no images whatever is in them."""
-
-
 def infer(
     context: typer.Context,
     model: Annotated[
@@ -33,11 +28,11 @@ def infer(
             help="A deployed `name`, `name:version` or `name:alias`.", autocompletion=completion.deployments
         ),
     ],
-    source: Annotated[
-        str,
+    sources: Annotated[
+        list[str],
         typer.Argument(
-            metavar="INPUT",
-            help="An image, .txt or .wav file, .npy, .json, JSON itself, or - for JSON on standard input.",
+            metavar="INPUT...",
+            help="Images, .txt, .wav or .npy files, or a folder of them; or .json, JSON itself, or - for JSON on standard input.",
         ),
     ],
     image: ImageSize = None,
@@ -45,42 +40,52 @@ def infer(
 ) -> None:
     """Ask a deployed model."""
     from potluck.cli import output
+    from potluck.client import files
     from potluck.client.models import image_options
-    from potluck.data.items import input_shape
+    from potluck.data import items
     from potluck.scores import of_classes
 
     size = image_size(image)
     with session(context).client() as client:
-        info = client.get_model(model)
-        asked = image_options(size, input_shape(info))
-        inputs = read_input(source, info, asked)
-        found = client.infer(model, inputs)
+        info = client.deployed_model(model)
+        asked = image_options(size, items.input_shape(info))
+        names: list[str] = []
+        if len(sources) == 1 and not Path(sources[0]).is_dir():
+            found = client.infer(model, read_input(sources[0], info, asked))
+        else:
+            paths = files.paths([Path(source) for source in sources], info)
+            names = [str(path) for path in paths]
+            found = client.infer(model, paths, image=asked)
     outputs = found if isinstance(found, dict) else {"": found}
     if as_json:
-        output.emit({"model": f"{info.name}:{info.version}", "classes": info.classes, "outputs": found})
+        told = {"model": f"{info.name}:{info.version}", "classes": info.classes, "outputs": found}
+        output.emit({**told, "files": names} if names else told)
         return
     for name, array in outputs.items():
+        rows = names if len(names) == len(array) else list(map(str, range(len(array))))
         scores, labels = of_classes(array, info.classes) if array.ndim == 2 else (array, ())
         if labels:
-            output.show(_scores(scores, labels))
+            output.show(_scores(scores, labels, rows))
+            continue
+        before = f"{name}: " if name else ""
+        if names:
+            for row, answer in zip(rows, array, strict=True):
+                output.show(f"{before}{row}: {json.dumps(output.plain(answer))}")
         else:
-            output.show(f"{name + ': ' if name else ''}{json.dumps(output.plain(array))}")
+            output.show(f"{before}{json.dumps(output.plain(array))}")
 
 
 def read_input(source: str, info: ModelInfo, image: ImageOptions | None) -> Any:
     """What to ask: an array with its batch axis, or a map of them. Raises InvalidData; InvalidRequest for `image` with arrays."""
     import numpy as np
 
-    from potluck.data import items
+    from potluck.client import files
     from potluck.errors import InvalidData, InvalidRequest
 
     path = Path(source)
-    is_json = source == "-" or source.lstrip()[:1] in ("[", "{") or path.suffix == ".json"
-    if image is not None and (is_json or path.suffix.lower() in (".npy", ".txt", ".wav")):
-        raise InvalidRequest("--image says how an image becomes a tensor, and the input is no image: leave it out")
-    if path.suffix == ".npy":
-        return _with_batch(read_array(path), info)
-    if is_json:
+    if source == "-" or source.lstrip()[:1] in ("[", "{") or path.suffix == ".json":
+        if image is not None:
+            raise InvalidRequest("--image says how an image becomes a tensor, and the input is no image: leave it out")
         try:
             value = json.loads(
                 sys.stdin.read() if source == "-" else path.read_text() if path.suffix == ".json" else source
@@ -94,7 +99,7 @@ def read_input(source: str, info: ModelInfo, image: ImageOptions | None) -> Any:
                     for name, array in value.items()
                 }
             with np.errstate(over="ignore"):  # too large for float32 is infinite, as on a node
-                return _with_batch(np.asarray(value, dtype=_dtype_of(info)), info)
+                return files.with_batch(np.asarray(value, dtype=_dtype_of(info)), info)
         except (ValueError, TypeError) as error:
             raise InvalidData(f"the input is not an array that the model takes: {error}") from error
     try:
@@ -103,16 +108,7 @@ def read_input(source: str, info: ModelInfo, image: ImageOptions | None) -> Any:
         there = False
     if not there:
         raise InvalidData(f"there is no file {path}: give an image, .txt, .wav, .npy, .json, or JSON itself")
-    if path.suffix.lower() == ".txt":
-        return items.text(_read(path, "text"), info, str(path))
-    if path.suffix.lower() == ".wav":
-        return items.recording(_read(path, "a recording"), info, str(path))
-    if path.suffix.lower() in NO_IMAGES:
-        raise InvalidData(
-            f"{path} is no image: give an image, .npy, or JSON (for several inputs a map of them by name)"
-        )
-    options = image or items.image_options(info, ": add --image HxW")
-    return items.image(_read(path, "an image"), options, str(path))[np.newaxis]
+    return files.read([path], info, image)
 
 
 def _dtype_of(info: ModelInfo) -> Any:
@@ -129,34 +125,17 @@ def _dtype_of(info: ModelInfo) -> Any:
     return wanted if wanted is not None and wanted.kind in "iub" else np.dtype(np.float32)
 
 
-def _read(path: Path, what: str) -> bytes:
-    from potluck.errors import InvalidData
-
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise InvalidData(f"{path} cannot be read as {what}: {error.strerror}") from error
-
-
-def _with_batch(array: np.ndarray[Any, Any], info: ModelInfo) -> np.ndarray[Any, Any]:
-    """A single item gets the batch axis that it lacks."""
-    from potluck.data.items import input_shape
-
-    shape = input_shape(info)
-    return array[None] if shape is not None and array.ndim == len(shape) - 1 else array
-
-
 def _is_float(value: Any) -> bool:
     while isinstance(value, list) and value:
         value = value[0]
     return isinstance(value, float)
 
 
-def _scores(scores: np.ndarray[Any, Any], classes: tuple[str, ...]) -> Any:
+def _scores(scores: np.ndarray[Any, Any], classes: tuple[str, ...], items: list[str]) -> Any:
     from potluck.cli import output
 
     rows = []
-    for index, row in enumerate(scores):
+    for item, row in zip(items, scores, strict=True):
         best = row.argsort()[::-1][:_SHOWN_CLASSES]
-        rows.append((str(index), *(f"{classes[at]} {row[at]:.4f}" for at in best.tolist())))
+        rows.append((item, *(f"{classes[at]} {row[at]:.4f}" for at in best.tolist())))
     return output.table(("item", "best", *[""] * (min(_SHOWN_CLASSES, len(classes)) - 1)), rows)

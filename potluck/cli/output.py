@@ -242,8 +242,7 @@ def models_table(models: Iterable[ModelInfo]) -> Listing:
 
 def model_report(model: ModelInfo) -> Facts:
     """Everything that the registry knows of a version."""
-    signature, size, ref = model.signature, model.image, model.model
-    images = f"{size.height}x{size.width}x{size.channels}, times {size.scale:g}" if size else ""
+    signature, ref = model.signature, model.model
     return Facts(
         [
             ("model", f"{model.name}:{model.version}"),
@@ -262,13 +261,27 @@ def model_report(model: ModelInfo) -> Facts:
                 "\n".join(map(spec_text, signature.inputs)) if signature else "not known before it is deployed once",
             ),
             ("outputs", "\n".join(map(spec_text, signature.outputs)) if signature else ""),
-            ("images", images),
+            ("images", _images_text(model)),
             ("recordings", f"{model.rate:,} samples a second" if model.rate else ""),
             ("classes", ", ".join(model.classes)),
             ("metrics", metrics_text(model.metrics)),
             ("held by", "\n".join(ref.holders)),
         ]
     )
+
+
+def _images_text(model: ModelInfo) -> str:
+    """How files of images become its input; empty where it takes none."""
+    from potluck.data.items import CHANNELS, image_options, input_shape, pixels_text
+    from potluck.errors import InvalidRequest
+
+    shape = input_shape(model)
+    if model.image is None and (shape is None or len(shape) != 4 or shape[3] not in CHANNELS):
+        return ""
+    try:
+        return pixels_text(image_options(model, ""))
+    except InvalidRequest:  # its input has any size
+        return ""
 
 
 def tags_text(tags: Mapping[str, str]) -> str:

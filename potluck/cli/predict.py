@@ -54,6 +54,8 @@ def predict(
         check_suffix(output)
     source: Any = data
     if data.endswith(".npy"):
+        from potluck.client.files import read_array
+
         source = read_array(Path(data))
     size = image_size(image)
     with session(context).client() as client:
@@ -95,21 +97,6 @@ def save(path: Path, outputs: dict[str, np.ndarray[Any, Any]], keys: list[str], 
     if written != path:
         note(f"the model has {len(outputs)} outputs, and a .npy file holds one: they are in a .npz file")
     return written
-
-
-def read_array(path: Path) -> np.ndarray[Any, Any]:
-    """A `.npy` file. Raises InvalidData."""
-    import numpy as np
-
-    from potluck.errors import InvalidData
-
-    try:
-        array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise InvalidData(f"{path} cannot be read as a numpy array: {error}") from error
-    if not isinstance(array, np.ndarray):
-        raise InvalidData(f"{path} holds several arrays: give a .npy file with one")
-    return array
 
 
 def write(path: Path, outputs: dict[str, np.ndarray[Any, Any]], keys: list[str], classes: tuple[str, ...]) -> Path:

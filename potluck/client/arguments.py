@@ -93,6 +93,13 @@ def timeout(value: object) -> float | None:
     return seconds
 
 
+def may_name_files(inputs: object) -> bool:
+    """Whether these may be names of files: a text, a path, or a list of them."""
+    if isinstance(inputs, list | tuple):
+        return bool(inputs) and all(isinstance(each, str | Path) for each in inputs)
+    return isinstance(inputs, str | Path)
+
+
 def shown(value: object) -> str:
     """`value` as an error shows it: in one line, and short."""
     return " ".join(_SHORT.repr(value).split())

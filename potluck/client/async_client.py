@@ -19,7 +19,7 @@ from potluck.bus import Bus
 from potluck.client import arguments, deploying, formats, sources, training
 from potluck.client.connection import Connection, client_settings
 from potluck.client.deploying import DeployOptions
-from potluck.client.inputs import LargeInputs
+from potluck.client.inputs import KNOWN_SECONDS, LargeInputs
 from potluck.client.jobs import AsyncJob, Predictions, all_jobs, as_arrays, fetch_tensor
 from potluck.client.models import (
     ModelFile,
@@ -90,7 +90,7 @@ Data = object
 """A path, the name of a registered data set, `"node:name"`, an array, or arrays `(x, y)` or `(x, y, sample_weight)`."""
 Image = ImageOptions | tuple[int, ...]
 Inputs = Any
-"""An array, nested lists, or a map of them by input name."""
+"""An array, nested lists, a map of them by input name, or paths of files."""
 
 _INLINE_INPUT_BYTES = INLINE_LIMIT_BYTES * 3 // 4
 
@@ -122,6 +122,8 @@ class AsyncClient:
         self._connection: Connection | None = None
         self._opening = asyncio.Lock()
         self._large_inputs = LargeInputs()
+        self._answered: dict[str, tuple[float, ModelInfo]] = {}
+        """Until when which model is taken to answer to a name."""
 
     async def __aenter__(self) -> AsyncClient:
         await self._connected()
@@ -394,17 +396,69 @@ class AsyncClient:
         question = DeleteModel(model=arguments.text("model", model, _NAMED), every_version=bool(every_version))
         return (await self._ask(question, ModelsDeleted)).models
 
+    async def deployed_model(self, model: str) -> ModelInfo:
+        """What is registered of the version that answers to `model`: of a plain name the stable one's, which may not be the newest.
+
+        Raises NotFound.
+        """
+        name = arguments.text("model", model, _NAMED)
+        if ":" not in name:
+            stable = [one.name for one in await self.deployments() if one.role == "stable"]
+            name = next((one for one in stable if one.rpartition(":")[0] == name), name)
+        return await self.get_model(name)
+
     async def infer(
-        self, model: str, inputs: Inputs, *, timeout: float | None = None, priority: int = 0
+        self,
+        model: str,
+        inputs: Inputs,
+        *,
+        image: Image | None = None,
+        timeout: float | None = None,
+        priority: int = 0,
     ) -> Predictions:
         """The outputs of a deployed model for a batch of inputs: one array, or one for each output by its name.
 
-        `inputs` is one array (with the batch as first axis) or a map of arrays by input name. Lists of numbers
-        become float32. `timeout` goes with the request: what cannot be answered by then is refused at once. Where requests wait, those
-        of a higher `priority` (-10 to 10) go first. Large arrays are sent as they lie in memory: change them only when the answer is
-        there. When this is cancelled, the cluster gives up the request too. Raises NotFound,
-        InvalidRequest (a shape that does not fit), Overloaded (with `retry_after_seconds`), TimedOut.
+        `inputs` is one array (with the batch as first axis, which a single item may lack), a map of arrays by input name, or files: a
+        path, a list of paths, or a folder, whose files are taken in the order of their names. They become arrays as they do in
+        training and over HTTP; `image` says how where the model does not. Of a model that takes text, a `str` is a text, and a `Path`
+        a file. Lists of numbers become float32; images of uint8 for a model of floats are scaled as files are.
+
+        `timeout` goes with the request (each, where there are very many files): what cannot be answered by then is refused at once. Where
+        requests wait, those of a higher `priority` (-10 to 10) go first. Large arrays are sent as they lie in memory: change them only
+        when the answer is there. When this is cancelled, the cluster gives up the request too. Raises NotFound,
+        InvalidRequest (a shape that does not fit), InvalidData (a file that cannot be read), Overloaded (with `retry_after_seconds`),
+        TimedOut.
         """
+        size = image_argument(image)
+        if arguments.may_name_files(inputs):
+            from potluck.client import files  # here: it reads images, which most clients do not need
+            from potluck.data.items import input_shape
+
+            info = await self._answering(model)
+            if found := await asyncio.to_thread(files.paths, inputs, info):
+                options = image_options(size, input_shape(info))
+                answers = [
+                    await self._infer(
+                        model, await asyncio.to_thread(files.read, some, info, options), timeout, priority
+                    )
+                    for some in files.chunks(found)
+                ]
+                return _joined(answers)
+        if size is not None:
+            raise InvalidRequest(
+                "image says how image files become tensors, and the inputs are no files: leave out image"
+            )
+        return await self._infer(model, inputs, timeout, priority)
+
+    async def _answering(self, model: str) -> ModelInfo:
+        """As `deployed_model`, not asked anew for a while."""
+        now = asyncio.get_running_loop().time()
+        known = self._answered.get(model)
+        if known is None or known[0] < now:
+            known = self._answered[model] = now + KNOWN_SECONDS, await self.deployed_model(model)
+        return known[1]
+
+    async def _infer(self, model: str, inputs: Inputs, timeout: float | None, priority: int) -> Predictions:
         topic_name, limit_seconds = _topic_name(arguments.text("model", model, _NAMED)), arguments.timeout(timeout)
         priority = arguments.checked("priority", priority, Priority, "a whole number from -10 to 10")
         named = inputs if isinstance(inputs, Mapping) else {"": inputs}
@@ -601,6 +655,16 @@ def _topic_name(model: str) -> str:
     if not model or any(sign in model for sign in "/+#\0"):
         raise NotFound(f"there is no deployed model {model!r}: `potluck deployments` lists them")
     return model
+
+
+def _joined(answers: list[Predictions]) -> Predictions:
+    """The answers to parts of a batch as one."""
+    first = answers[0]
+    if len(answers) == 1:
+        return first
+    if isinstance(first, dict):
+        return {name: np.concatenate([answer[name] for answer in answers]) for name in first}
+    return np.concatenate(answers)  # type: ignore[arg-type]
 
 
 def _as_array(value: Any) -> np.ndarray[Any, Any]:

@@ -402,9 +402,21 @@ class Client:
     def delete_model(self, model: str, *, every_version: bool = False) -> tuple[str, ...]:
         return self._portal.call(self._client.delete_model(model, every_version=every_version))
 
+    @told_by(AsyncClient.deployed_model)
+    def deployed_model(self, model: str) -> ModelInfo:
+        return self._portal.call(self._client.deployed_model(model))
+
     @told_by(AsyncClient.infer)
-    def infer(self, model: str, inputs: Inputs, *, timeout: float | None = None, priority: int = 0) -> Predictions:
-        return self._portal.call(self._client.infer(model, inputs, timeout=timeout, priority=priority))
+    def infer(
+        self,
+        model: str,
+        inputs: Inputs,
+        *,
+        image: Image | None = None,
+        timeout: float | None = None,
+        priority: int = 0,
+    ) -> Predictions:
+        return self._portal.call(self._client.infer(model, inputs, image=image, timeout=timeout, priority=priority))
 
     def datasets(self) -> tuple[DatasetInfo, ...]:
         """The registered data sets, and those that live on nodes."""

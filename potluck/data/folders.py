@@ -11,7 +11,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -28,6 +28,7 @@ NAMED_LIMIT = 1000
 PARTS = frozenset({"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval", "evaluation"})
 """What folders are named that hold parts of a set, and not classes."""
 _CHECKS_AT_ONCE = 1024
+_CONVERT = "such files cannot be read: convert it to JPEG or PNG"
 
 
 class Unusable(Exception):
@@ -62,6 +63,8 @@ class Kind:
     suffixes: frozenset[str]
     check: Callable[[bytes], Checked]
     write: Callable[[bytes, Checked], tuple[str, bytes]]
+    unread: frozenset[str] = frozenset()
+    """Suffixes of such files that cannot be read: they are left out, and named."""
 
 
 def pack_folder(folder: Path, labels: bool, packing: Packing, kinds: Sequence[Kind]) -> Dataset:
@@ -71,20 +74,23 @@ def pack_folder(folder: Path, labels: bool, packing: Packing, kinds: Sequence[Ki
     """
     with reading(folder):
         entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-        files = {path: _files_in(path, kinds) for path in entries if path.is_dir()}
+        files = {path: files_in(path, kinds) for path in entries if path.is_dir()}
     direct = [path for path in entries if _is_of(path, kinds) and path.is_file()]
     below = [path for found in files.values() for path in found]
     kind, others = _kind_of(folder, (direct + below) if not labels else (below or direct), kinds)
     beside = [path for path in direct if _is_of(path, [kind])]
+    unread = [f"{_text(path.relative_to(folder).as_posix())}: {_CONVERT}" for path in unread_in(folder, kind)]
     if beside and not labels:
-        return pack_items(kind, [_item(path, folder, -1) for path in sorted(set(beside + below) - others)], (), packing)
+        plain = [_item(path, folder, -1) for path in sorted(set(beside + below) - others)]
+        return pack_items(kind, plain, (), packing, left_out=unread)
     items: list[Item] = []
     classes: list[str] = []
     for class_folder, found in files.items():
         of_class = [_item(path, folder, len(classes)) for path in found if path not in others]
         if not of_class:
             raise InvalidData(
-                f"class folder {class_folder} has no {kind.many} ({_suffixes([kind])}): add some, or remove the folder"
+                f"class folder {class_folder} has no {kind.many} ({_suffixes([kind])})"
+                f"{_unread_text(class_folder, [kind])}: add some, or remove the folder"
             )
         classes.append(_text(class_folder.name))
         items += of_class
@@ -93,7 +99,12 @@ def pack_folder(folder: Path, labels: bool, packing: Packing, kinds: Sequence[Ki
             f"{folder} has {len(beside)} {kind.many} but no class folders: put each {kind.one} into a folder named for its class"
         )
     skipped = [f"{_text(path.name)}: lies beside the class folders, in none of them" for path in beside]
-    return pack_items(kind, items, classes, packing, skipped)
+    return pack_items(kind, items, classes, packing, skipped, unread)
+
+
+def unread_in(folder: Path, kind: Kind) -> list[Path]:
+    """Files below `folder` that are of this kind by their suffix, and that cannot be read."""
+    return files_in(folder, [replace(kind, suffixes=kind.unread)])
 
 
 def parts_as_classes(classes: Sequence[str]) -> str:
@@ -107,9 +118,17 @@ def parts_as_classes(classes: Sequence[str]) -> str:
 
 
 def pack_items(
-    kind: Kind, items: Sequence[Item], classes: Sequence[str], packing: Packing, skipped: Sequence[str] = ()
+    kind: Kind,
+    items: Sequence[Item],
+    classes: Sequence[str],
+    packing: Packing,
+    skipped: Sequence[str] = (),
+    left_out: Sequence[str] = (),
 ) -> Dataset:
-    """Check every file, and pack those that can be used. Raises InvalidData when more than 1 % cannot."""
+    """Check every file, and pack those that can be used. Raises InvalidData when more than 1 % cannot.
+
+    `skipped` count among those that cannot; `left_out` are named beside them, however many they are.
+    """
     total = len(items)
     threads = min(8, (os.cpu_count() or 1) + 2)
     with ThreadPoolExecutor(threads, thread_name_prefix="ThreadPoolExecutor-files") as pool:
@@ -134,7 +153,9 @@ def pack_items(
             )
             packing.progress(total // 2 + (total - total // 2) * stop // len(order), total)
     described = DataFormat(kind=kind.name, classes=tuple(classes), rate=rate)
-    return packing.dataset(described, shards, [kept[place][0].key for place in order], labels, bad[:NAMED_LIMIT])
+    return packing.dataset(
+        described, shards, [kept[place][0].key for place in order], labels, [*bad, *left_out][:NAMED_LIMIT]
+    )
 
 
 def _kind_of(folder: Path, files: Sequence[Path], kinds: Sequence[Kind]) -> tuple[Kind, set[Path]]:
@@ -147,7 +168,7 @@ def _kind_of(folder: Path, files: Sequence[Path], kinds: Sequence[Kind]) -> tupl
     if not found[kind.name]:
         raise InvalidData(
             f"{folder} has no class folders with {', '.join(kind.many for kind in kinds)}: "
-            f"expected {folder}/<class>/<file> ({_suffixes(kinds)})"
+            f"expected {folder}/<class>/<file> ({_suffixes(kinds)}){_unread_text(folder, kinds)}"
         )
     others = {path for name, paths in found.items() if name != kind.name for path in paths}
     if len(others) > max(1, len(files) * BAD_SHARE_LIMIT) or 2 * len(others) >= len(files):
@@ -236,7 +257,7 @@ def _is_of(path: Path, kinds: Sequence[Kind]) -> bool:
     return any(path.suffix.lower() in kind.suffixes for kind in kinds)
 
 
-def _files_in(folder: Path, kinds: Sequence[Kind]) -> list[Path]:
+def files_in(folder: Path, kinds: Sequence[Kind]) -> list[Path]:
     """All below `folder` of these kinds, nested ones too; hidden files and folders are left out."""
     return sorted(
         path
@@ -245,6 +266,14 @@ def _files_in(folder: Path, kinds: Sequence[Kind]) -> list[Path]:
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
         and path.is_file()
     )
+
+
+def _unread_text(folder: Path, kinds: Sequence[Kind]) -> str:
+    """For an error about a folder without files that can be read: those that are there and cannot be; empty where there are none."""
+    found = [path for kind in kinds for path in unread_in(folder, kind)]
+    if not found:
+        return ""
+    return f"; {len(found)} of others, such as {_text(found[0].name)}, cannot be read: convert them to JPEG or PNG"
 
 
 def _item(path: Path, folder: Path, label: int) -> Item:

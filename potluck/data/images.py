@@ -1,4 +1,8 @@
-"""Images in shards: PNG and JPEG byte for byte; what TensorFlow cannot decode to any number of channels written anew as PNG."""
+"""Images: the one decoder, which training, `predict`, `infer` and HTTP share, and how they stand in shards.
+
+The rule (docs/data.md, "Images"): the first frame, as grey, RGB or RGBA of 8 bits; of 16 bits the upper 8; alpha is dropped where
+none is asked for, and not blended; grey of colours is ITU-R 601; neither EXIF orientation nor colour profiles are applied.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +12,22 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from potluck.data.folders import Checked, Kind, Unusable
+from potluck.data.packing import Array
+from potluck.messages import ImageOptions
 
-_JPEG_MODES = ("L", "RGB")
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
+"""What is decoded (MPO is JPEG): Pillow knows others, some by way of other programs."""
+DEFAULT_SCALE = 1.0 / 255.0
+"""Of pixels, for a model that does not say what its layers expect."""
+_COPIED_JPEG_MODES = ("L", "RGB")
+_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+_ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
+_TAG_BITS, _TAG_PHOTOMETRIC = 258, 262
+"""Of TIFF 6.0: BitsPerSample, PhotometricInterpretation (0: white is zero)."""
 _UNDECODABLE = (
     OSError,
     ValueError,
@@ -29,31 +44,72 @@ _UNDECODABLE = (
 """What Pillow's decoders raise for damaged files."""
 
 
+def tensor(data: bytes, options: ImageOptions, *, whole: bool = False, pixels_limit: int | None = None) -> Array:
+    """float32 of (height, width, channels): the pixels, resized bilinearly without smoothing, times `scale`.
+
+    `whole` rounds them, for an input of whole numbers. `options.scale` must be known. Raises Unusable, also for a file with more than
+    `pixels_limit` pixels.
+    """
+    found = resized(pixels(data, options.channels, pixels_limit), options.height, options.width)
+    found = found.astype(np.float32, copy=False)
+    if options.scale is None:
+        raise ValueError("what pixels are multiplied by is not known")
+    if options.scale != 1.0:
+        found = found * np.float32(options.scale)
+    return np.rint(found) if whole else found
+
+
+def pixels(data: bytes, channels: int, limit: int | None = None) -> Array:
+    """uint8 of (height, width, `channels`). Raises Unusable."""
+    with _opened(data, limit) as image:
+        plain = _plain(image)
+        mode = _MODES[channels]
+        found = np.asarray(plain if plain.mode == mode else plain.convert(mode))
+        return found.reshape(*found.shape[:2], channels)
+
+
+def resized(found: Array, height: int, width: int) -> Array:
+    """Bilinear with pixel centres at one half, as `tf.image.resize` does it without antialias; as it is where the size is right."""
+    if found.shape[:2] == (height, width):
+        return found
+    top, bottom, down = _places(found.shape[0], height)
+    left, right, along = _places(found.shape[1], width)
+    down, along = down[:, None, None], along[None, :, None]
+    upper, lower = (
+        _between(found[rows[:, None], left].astype(np.float32), found[rows[:, None], right], along)
+        for rows in (top, bottom)
+    )
+    return _between(upper, lower, down)
+
+
 def check(data: bytes) -> Checked:
     """Decodes it wholly. Raises Unusable."""
-    with opened(data) as image:
-        image.load()
+    with _opened(data) as image:
+        plain = _plain(image)
         suffix = _suffix(image)
-        if suffix == "png":
-            _check_png(data)
-        return Checked(len(data) if suffix else image.width * image.height * len(image.getbands()) // 2, suffix)
+        return Checked(len(data) if suffix else plain.width * plain.height * len(plain.getbands()) // 2, suffix)
 
 
 def write(data: bytes, checked: Checked) -> tuple[str, bytes]:
     """(suffix, bytes) as in a shard. Raises Unusable."""
     if checked.suffix:
         return checked.suffix, data
-    with opened(data) as image:
+    with _opened(data) as image:
         buffer = io.BytesIO()
-        _as_png(image).save(buffer, "PNG")
+        _plain(image).save(buffer, "PNG")
         return "png", buffer.getvalue()
 
 
 @contextmanager
-def opened(data: bytes, formats: tuple[str, ...] | None = None) -> Iterator[Image.Image]:
-    """An image in one of `formats` (Pillow's names; None: any). Raises Unusable for what Pillow raises within."""
+def _opened(data: bytes, limit: int | None = None) -> Iterator[Image.Image]:
+    """An image whose pixels can be read. Raises Unusable for what Pillow raises within."""
     try:
-        with Image.open(io.BytesIO(data), formats=formats) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            if limit is not None and image.width * image.height > limit:
+                raise Unusable(f"it has {image.width} x {image.height} pixels, and {limit} are decoded at most")
+            if image.format == "PNG":
+                _check_png(data)
+            image.load()
             yield image
     except UnidentifiedImageError as error:
         raise Unusable("not an image") from error
@@ -61,39 +117,92 @@ def opened(data: bytes, formats: tuple[str, ...] | None = None) -> Iterator[Imag
         raise Unusable(str(error) or type(error).__name__) from error
 
 
+def _plain(image: Image.Image) -> Image.Image:
+    """The first frame as L, RGB or RGBA: what any number of channels is made of. Written as a PNG it gives the same again."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        return _of_16_bits(image)
+    if image.mode in ("I", "F"):
+        raise Unusable("nothing says which of its values is white: write it with 8 or 16 bits without a sign")
+    if image.mode in _ALPHA_MODES or "transparency" in image.info:
+        mode = "RGBA"
+    else:
+        mode = "L" if image.mode in ("1", "L") else "RGB"
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _of_16_bits(image: Image.Image) -> Image.Image:
+    """Grey of 12 or 16 bits by the upper 8 of each, as libpng's `png_set_strip_16` has it, and so TensorFlow and Keras."""
+    tags = getattr(image, "tag_v2", {})
+    bits = int(tags.get(_TAG_BITS, (16,))[0])
+    values = np.asarray(image).astype(np.int32) >> (bits - 8)
+    if tags.get(_TAG_PHOTOMETRIC) == 0:
+        values = 255 - values
+    return Image.fromarray(values.astype(np.uint8))
+
+
 def _suffix(image: Image.Image) -> str:
-    """The suffix under which TensorFlow decodes the file as it is, to any number of channels; empty if it does not."""
+    """The suffix under which the file stands in a shard as it is; empty if it is written anew, so that any program can read it there."""
     if image.format == "PNG":
         return "png"
-    return "jpg" if image.format in ("JPEG", "MPO") and image.mode in _JPEG_MODES else ""
+    return "jpg" if image.format in ("JPEG", "MPO") and image.mode in _COPIED_JPEG_MODES else ""
 
 
 def _check_png(data: bytes) -> None:
-    """Raises ValueError for what libpng refuses though Pillow does not: a wrong CRC, or no end (PNG specification, 5.3)."""
+    """Raises ValueError for what Pillow takes though it is damaged: a wrong CRC, or no end (PNG specification, 5.3)."""
+    view = memoryview(data)
     place, kind = 8, b""
     while kind != b"IEND":
         (length,) = struct.unpack_from(">I", data, place)
         kind = data[place + 4 : place + 8]
         (crc,) = struct.unpack_from(">I", data, place + 8 + length)
-        if zlib.crc32(data[place + 4 : place + 8 + length]) != crc:
+        if zlib.crc32(view[place + 4 : place + 8 + length]) != crc:
             raise ValueError(f"broken PNG file (bad checksum in {kind!r})")
         place += 12 + length
 
 
-def _as_png(image: Image.Image) -> Image.Image:
-    """The first frame as grey, colour, or colour with transparency."""
-    if image.mode in ("1", "L"):
-        return image.convert("L")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        return image.convert("RGBA")
-    return image if image.mode == "I;16" else image.convert("RGB")
+def _places(before: int, after: int) -> tuple[Array, Array, Array]:
+    """Of each pixel after resizing along an axis: the two that it lies between, and its share of the second."""
+    at = (np.arange(after, dtype=np.float32) + np.float32(0.5)) * np.float32(before / after) - np.float32(0.5)
+    low = np.floor(at)
+    return (
+        np.clip(low, 0, before - 1).astype(np.intp),
+        np.clip(low + 1, 0, before - 1).astype(np.intp),
+        at - low,
+    )
+
+
+def _between(first: Array, second: Array, share: Array) -> Array:
+    found: Array = first + (second - first) * share
+    return found
 
 
 KIND = Kind(
     name="images",
     one="image",
     many="images",
-    suffixes=frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"}),
+    suffixes=frozenset(
+        {".png", ".jpg", ".jpeg", ".jfif", ".jpe", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
+        | {".ppm", ".pgm", ".pbm", ".pnm"}
+    ),
     check=check,
     write=write,
+    unread=frozenset(
+        {".heic", ".heif", ".hif", ".avif", ".jxl", ".jp2", ".j2k", ".jpx", ".svg", ".ico", ".psd", ".tga", ".dds"}
+        | {
+            ".exr",
+            ".hdr",
+            ".pcx",
+            ".xcf",
+            ".eps",
+            ".raw",
+            ".dng",
+            ".cr2",
+            ".cr3",
+            ".nef",
+            ".arw",
+            ".orf",
+            ".rw2",
+            ".raf",
+        }
+    ),
 )

@@ -5,19 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 
 from potluck.data import images
 from potluck.data.audio import fitted
 from potluck.data.folders import Unusable
 from potluck.errors import InvalidData, InvalidRequest
 from potluck.messages import ImageOptions, ModelInfo
+from potluck.tensors import DTYPES
 
 Array = np.ndarray[Any, Any]
 PIXELS_LIMIT = 64_000_000
 """Of an image as it is in the file; decoded, it takes up to 4 bytes a pixel, twice."""
-FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF")
-"""What is decoded: Pillow knows others, some by way of other programs."""
-_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+CHANNELS = (1, 3, 4)
+"""Of images."""
 
 
 def input_shape(info: ModelInfo) -> tuple[int | None, ...] | None:
@@ -31,18 +32,21 @@ def takes_text(info: ModelInfo) -> bool:
     return info.signature is not None and [spec.datatype for spec in info.signature.inputs] == ["BYTES"]
 
 
-def image(data: bytes, options: ImageOptions, what: str = "the image") -> Array:
-    """float32 of (height, width, channels): `channels`, resized bilinearly without smoothing, scaled. Raises InvalidData."""
+def input_dtype(info: ModelInfo) -> np.dtype[Any]:
+    """That of the model's only input; float32 where it has several, takes text, or does not say."""
+    inputs = info.signature.inputs if info.signature is not None else ()
+    return DTYPES.get(inputs[0].datatype, np.dtype(np.float32)) if len(inputs) == 1 else np.dtype(np.float32)
+
+
+def image(data: bytes, options: ImageOptions, what: str = "the image", dtype: Any = np.float32) -> Array:
+    """(height, width, channels) of `dtype`, as `images.tensor` makes it. Raises InvalidData."""
+    dtype = np.dtype(dtype)
     try:
-        with images.opened(data, FORMATS) as found:
-            if found.width * found.height > PIXELS_LIMIT:
-                raise Unusable(f"it has {found.width} x {found.height} pixels, and {PIXELS_LIMIT} are decoded at most")
-            pixels = np.asarray(found.convert(_MODES[options.channels]))
+        return images.tensor(data, options, whole=dtype.kind in "iu", pixels_limit=PIXELS_LIMIT).astype(
+            dtype, copy=False
+        )
     except Unusable as error:
         raise InvalidData(f"{what} cannot be read as an image: {error}") from error
-    pixels = pixels.reshape(*pixels.shape[:2], options.channels)
-    pixels = _resize_axis(_resize_axis(pixels, 0, options.height), 1, options.width)
-    return (pixels.astype(np.float32, copy=False) * options.scale).astype(np.float32)
 
 
 def text(data: bytes, info: ModelInfo, what: str = "the text") -> Array:
@@ -70,26 +74,55 @@ def recording(data: bytes, info: ModelInfo, what: str = "the recording") -> Arra
         raise InvalidData(f"{what} cannot be read as a recording: {error}") from error
 
 
-def image_options(info: ModelInfo, hint: str) -> ImageOptions:
-    """How images become the model's input: as it was trained, else by its input's shape. Raises InvalidRequest, with `hint`."""
-    if info.image is not None:
-        return info.image
+def image_options(info: ModelInfo, hint: str, asked: ImageOptions | None = None) -> ImageOptions:
+    """How images become the model's input, all of it said: as asked, else as registered, else as its input and its own layers have it.
+
+    Raises InvalidRequest, with `hint`, where nothing says of what size they are, and where `scale` leaves nothing of them.
+    """
     shape = input_shape(info)
-    if shape is not None and len(shape) == 4 and shape[1] and shape[2]:
-        channels = shape[3] if shape[3] in _MODES else 3
-        return ImageOptions(height=shape[1], width=shape[2], channels=channels)  # type: ignore[arg-type]
-    raise InvalidRequest(f"model {info.name}:{info.version} does not say what size its images have{hint}")
+    known = asked or info.image
+    if known is None:
+        if shape is None or len(shape) != 4 or not shape[1] or not shape[2]:
+            raise InvalidRequest(f"model {info.name}:{info.version} does not say what size its images have{hint}")
+        known = ImageOptions(height=shape[1], width=shape[2])
+    if shape is not None and len(shape) == 4 and shape[3] in CHANNELS:
+        known = replace(known, channels=shape[3])
+    if known.scale is None:
+        known = replace(known, scale=scale(info))
+    check_scale(known, input_dtype(info))
+    return known
 
 
-def _resize_axis(pixels: Array, axis: int, size: int) -> Array:
-    """Bilinear with pixel centres at one half, as `tf.image.resize` does it without antialias."""
-    before = pixels.shape[axis]
-    if before == size:
-        return pixels
-    at = (np.arange(size) + 0.5) * before / size - 0.5
-    low = np.floor(at)
-    share = (at - low).astype(np.float32).reshape([-1 if index == axis else 1 for index in range(pixels.ndim)])
-    first = pixels.take(np.clip(low, 0, before - 1).astype(int), axis)
-    second = pixels.take(np.clip(low + 1, 0, before - 1).astype(int), axis)
-    resized: Array = first * (1 - share) + second * share
-    return resized
+def scale(info: ModelInfo) -> float:
+    """What pixels of 0 to 255 are multiplied by for a model, where nobody says it for this image."""
+    if info.image is not None and info.image.scale is not None:
+        return info.image.scale
+    return scale_of(info.signature.pixel_scale if info.signature is not None else 0.0, input_dtype(info))
+
+
+def scale_of(expected: float, dtype: np.dtype[Any]) -> float:
+    """The default for a model whose layers expect pixels times `expected` (0: they do not say) and whose input has this dtype."""
+    return 1.0 if dtype.kind in "iu" else expected or images.DEFAULT_SCALE
+
+
+def check_scale(options: ImageOptions, dtype: np.dtype[Any]) -> None:
+    """Raises InvalidRequest where the dtype of a model's input does not hold the pixels."""
+    if dtype.kind not in "iu":
+        return
+    if options.scale is not None and (options.scale < 1 or 255 * options.scale > np.iinfo(dtype).max):
+        raise InvalidRequest(
+            f"the model's input is whole numbers ({dtype.name}), and pixels of 0 to 255 times {options.scale:g} do not fit into them: "
+            "leave out the scale"
+        )
+
+
+def pixels_text(options: ImageOptions) -> str:
+    """How images become a model's input, for people."""
+    size = f"{options.height}x{options.width}x{options.channels}"
+    if options.scale is None:
+        return f"{size}, pixels as the model's own layers expect them"
+    if options.scale == 1.0:
+        return f"{size}, pixels 0 to 255"
+    if abs(options.scale * 255 - 1) < 1e-6:
+        return f"{size}, pixels 0 to 1 (times 1/255)"
+    return f"{size}, pixels times {options.scale:g}"

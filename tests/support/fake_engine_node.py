@@ -105,7 +105,7 @@ class FakeEngine:
         self._cancelled.set()
 
     async def load_model(
-        self, replica_id: str, path: Path, model_format: str, warm_rows: int, warm_seconds: float
+        self, replica_id: str, path: Path, model_format: str, warm_rows: int, warm_seconds: float, pixel_scale: float
     ) -> tuple[Signature, int, int]:
         if await asyncio.to_thread(path.read_bytes) == b"bad":
             raise InvalidModel("this is not a .keras file")
