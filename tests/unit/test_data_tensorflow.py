@@ -1,21 +1,20 @@
-"""What was packed against TensorFlow itself: every image decodes to any number of channels; TFRecords that it wrote are read."""
+"""What was packed against TensorFlow itself: every image decodes in an engine as it does elsewhere; TFRecords that it wrote are read."""
 
 from __future__ import annotations
 
-import io
 import random
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
-from sklearn.datasets import load_sample_images
 
-from potluck.data import images
+from potluck.data import images, items
 from potluck.data.folders import Unusable
 from potluck.data.pack import pack
+from potluck.messages import ImageOptions
 from support.digits import digits
+from support.pictures import pictures
 from support.shards import arrays_of, images_of, new_store
 
 pytestmark = pytest.mark.tensorflow
@@ -28,26 +27,6 @@ def tf() -> Any:
     return tensorflow
 
 
-def variants() -> dict[str, bytes]:
-    """A photograph in every mode and format that Pillow writes."""
-    photo = Image.fromarray(load_sample_images().images[0]).resize((40, 30))
-    wide = Image.fromarray((np.arange(1200).reshape(30, 40) * 50).astype(np.uint16))
-    images = {mode: photo.convert(mode) for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK")} | {"I;16": wide}
-    found = {}
-    for mode, image in images.items():
-        for format in ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "MPO"):
-            buffer = io.BytesIO()
-            try:
-                image.save(buffer, format)
-            except (OSError, KeyError, ValueError):
-                continue  # this format has no such mode
-            found[f"{mode}-{format}"] = buffer.getvalue()
-    frames = [photo.convert("P"), photo.rotate(45).convert("P")]
-    buffer = io.BytesIO()
-    frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:])
-    return found | {"animated-GIF": buffer.getvalue()}
-
-
 def in_shard(data: bytes) -> bytes | None:
     """As it stands in a shard; None when it is refused."""
     try:
@@ -56,25 +35,37 @@ def in_shard(data: bytes) -> bytes | None:
         return None
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-def test_every_packed_image_decodes(tf: Any, channels: int) -> None:
-    found = variants()
-    assert len(found) > 25
-    for name, data in found.items():
-        packed = in_shard(data)
-        assert packed is not None, name
-        image = tf.io.decode_image(packed, channels=channels, expand_animations=False)
-        assert tuple(image.shape) == (30, 40, channels), name
-        with Image.open(io.BytesIO(data)) as original:
-            if channels == 3 and original.mode in ("1", "L", "P", "RGB") and original.format not in ("JPEG", "MPO"):
-                assert np.array_equal(image.numpy(), np.asarray(original.convert("RGB"))), name
+@pytest.mark.parametrize("dtype", ["float32", "float16", "uint8", "int32"])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_an_engine_decodes_every_kind_of_file_by_the_same_rule(tf: Any, channels: int, dtype: str) -> None:
+    """Also files that another program has put into shards as they are."""
+    from node.engine.decoders import ImageDecoder
+
+    scale = 1.0 if dtype in ("uint8", "int32") else 1 / 255
+    options = ImageOptions(height=9, width=5, channels=channels, scale=scale)  # type: ignore[arg-type]
+    decoder = ImageDecoder(options, tf.as_dtype(dtype))
+    found = pictures()
+    assert len(found) > 40
+    files = [picture.data for picture in found.values()]
+    decoded = list(tf.data.Dataset.from_tensor_slices(files).map(decoder.decode))
+    for name, picture, tensor in zip(found, found.values(), decoded, strict=True):
+        resized = tf.image.resize(picture.pixels(channels), (9, 5)).numpy() * np.float32(scale)
+        expected = np.rint(resized) if scale == 1.0 else resized
+        tolerance = {"float16": 1e-3, "float32": 1e-6}.get(dtype, 1)  # a half may be rounded either way
+        assert tensor.dtype == tf.as_dtype(dtype)
+        assert np.abs(tensor.numpy().astype(np.float64) - expected).max() <= tolerance, name
+        asked = items.image(picture.data, options, dtype=dtype)
+        assert np.array_equal(tensor.numpy(), asked), f"{name}: as it is where it is asked about"
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 def test_damaged_images_that_are_taken_decode(tf: Any) -> None:
+    from node.engine.decoders import ImageDecoder
+
+    decode = ImageDecoder(ImageOptions(height=4, width=4, scale=1.0)).decode
     rng = random.Random(4)
-    found = [data for name, data in variants().items() if name.startswith(("RGB-", "L-", "P-"))]
-    taken = 0
+    found = [picture.data for picture in pictures().values()]
+    taken = []
     for _ in range(1500):
         data = bytearray(rng.choice(found))
         if rng.random() < 0.3:
@@ -84,9 +75,9 @@ def test_damaged_images_that_are_taken_decode(tf: Any) -> None:
                 data[rng.randrange(len(data))] = rng.randrange(256)
         packed = in_shard(bytes(data))
         if packed is not None:
-            taken += 1
-            assert tf.io.decode_image(packed, channels=3, expand_animations=False).shape[2] == 3
-    assert taken > 100
+            taken.append(packed)
+    assert len(taken) > 100
+    assert len(list(tf.data.Dataset.from_tensor_slices(taken).map(decode))) == len(taken)
 
 
 def test_records_written_by_tensorflow(tf: Any, tmp_path: Path) -> None:

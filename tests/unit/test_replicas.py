@@ -46,7 +46,7 @@ class Engine:
         self.gate.set()
 
     async def load_model(
-        self, replica_id: str, path: Path, model_format: str, warm_rows: int, warm_seconds: float
+        self, replica_id: str, path: Path, model_format: str, warm_rows: int, warm_seconds: float, pixel_scale: float
     ) -> tuple[Signature, int, int]:
         await self.gate.wait()
         self.on_loaded()
