@@ -15,6 +15,8 @@ from potluck.errors import InvalidRequest, NotFound
 from potluck.messages import BlobRef, Dataset, DatasetInfo, ImageOptions, ModelFormat, ModelInfo, Signature
 
 _STREAM = "registry"
+DEFAULT_SCALE = 1.0 / 255.0
+"""Of pixels, for models that were trained here when nothing else was the default."""
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")
 TAGS_LIMIT = 32
 """Tags of a version: they travel with every list of models."""
@@ -288,6 +290,8 @@ class Registry:
             case ModelAdded(model=info):
                 if info.job_id and not info.source:  # of before there were sources
                     info = replace(info, source=f"job {info.job_id}")
+                if info.job_id and info.image is not None and info.image.scale is None:  # of before models said it
+                    info = replace(info, image=replace(info.image, scale=DEFAULT_SCALE))
                 self._models.setdefault(info.name, {})[info.version] = info
                 self._newest[info.name] = max(info.version, self._newest.get(info.name, 0))
             case SignatureLearnt():

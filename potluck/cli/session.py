@@ -22,7 +22,7 @@ ImageSize = Annotated[
         "--image",
         metavar="HxW",
         help="Resize images to this size (default: the model's input). HxWxC says the channels too, HxW:1 that pixels stay 0 to 255 "
-        "(default: times 1/255).",
+        "(default: as the model's first layers expect them, else times 1/255).",
     ),
 ]
 

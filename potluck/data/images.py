@@ -72,14 +72,18 @@ def resized(found: Array, height: int, width: int) -> Array:
     """Bilinear with pixel centres at one half, as `tf.image.resize` does it without antialias; as it is where the size is right."""
     if found.shape[:2] == (height, width):
         return found
+    channels = found.shape[2]
     top, bottom, down = _places(found.shape[0], height)
     left, right, along = _places(found.shape[1], width)
-    down, along = down[:, None, None], along[None, :, None]
+    # Rows whole, and then single values of them: three times as quick as by row and column at once.
+    rows = found.reshape(len(found), -1)
+    first, second = ((place[:, None] * channels + np.arange(channels)).ravel() for place in (left, right))
+    share = np.repeat(along, channels)
     upper, lower = (
-        _between(found[rows[:, None], left].astype(np.float32), found[rows[:, None], right], along)
-        for rows in (top, bottom)
+        _between(some.take(first, 1).astype(np.float32), some.take(second, 1), share)
+        for some in (rows.take(place, 0) for place in (top, bottom))
     )
-    return _between(upper, lower, down)
+    return _between(upper, lower, down[:, None]).reshape(height, width, channels)
 
 
 def check(data: bytes) -> Checked:

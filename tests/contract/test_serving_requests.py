@@ -6,13 +6,15 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from msgspec.structs import replace
 
 from potluck import tensors
 from potluck.errors import Cancelled
-from potluck.messages import CancelInfer
+from potluck.messages import CancelInfer, Infer, Signature, TensorSpec
 from support.eventually import eventually
 from support.serving_lab import TOPICS, Lab, ask, client, question
 
@@ -99,3 +101,34 @@ async def test_an_objective_reaches_the_router_and_the_nodes_and_outlives_a_rest
     assert node.asked[0].objective_seconds == 0.2
     asking.cancel()
     await asyncio.wait([asking])
+
+
+@pytest.mark.parametrize(
+    ("specs", "given", "sent"),
+    [
+        ({"x": ("FP32", (-1, 2))}, {"": np.zeros(2, np.float32)}, [(1, 2)]),
+        ({"x": ("FP32", (-1, 2))}, {"x": np.zeros((3, 2), np.float32)}, [(3, 2)]),
+        ({"x": ("BYTES", (-1,))}, {"x": np.array("a", object)}, [(1,)]),
+        ({"x": ("BYTES", (-1, 1))}, {"x": np.array("a", object)}, [(1,)]),
+        ({"x": ("BYTES", (-1, 1))}, {"x": np.array(["a", "b"], object)}, [(2,)]),
+        ({"a": ("FP32", (-1,)), "b": ("FP32", (-1, 2))}, {"b": np.zeros(2, "f4"), "a": np.array(1.0, "f4")}, [(1, 2), (1,)]),
+        ({"a": ("FP32", (-1,)), "b": ("FP32", (-1, 2))}, {"b": np.zeros((1, 2), "f4"), "a": np.array(1.0, "f4")}, [(1, 2), ()]),
+    ],
+)  # fmt: skip
+async def test_a_single_item_gets_the_batch_axis_that_it_lacks(
+    lab: Lab, stack: AsyncExitStack, specs: Any, given: dict[str, Any], sent: list[tuple[int, ...]]
+) -> None:
+    """In all of its tensors, or as it is: then the replica says what is wrong with it."""
+    node = await lab.join(stack, "a")
+    inputs = [TensorSpec(name=name, datatype=datatype, shape=shape) for name, (datatype, shape) in specs.items()]
+    node.signature = Signature(inputs=tuple(inputs), outputs=())
+    lab.add_model()
+    await lab.deploy("m")
+    node.mute = True
+    async with client(lab) as bus:
+        message = Infer(inputs=tuple([tensors.from_numpy(name, array) for name, array in given.items()]))
+        asked = asyncio.create_task(ask(bus, message))
+        await eventually(lambda: node.asked)
+        assert [tensor.shape for tensor in node.asked[0].requests[0]] == sent
+        asked.cancel()
+        await asyncio.wait([asked])

@@ -17,6 +17,7 @@ from potluck.messages import (
     DataShard,
     EvaluateResult,
     EvaluateTask,
+    ImageOptions,
 )
 
 MODEL, LITE = BlobRef(sha256="1" * 64, size=1), BlobRef(sha256="2" * 64, size=1)
@@ -64,6 +65,17 @@ def test_what_was_made_goes_to_nodes_with_litert() -> None:
         for one in made.plan(ClusterView(nodes[:1], 1), {})
         if isinstance(one, Lease)
     )
+
+
+def test_what_was_made_gets_the_pixels_that_the_original_says_it_expects() -> None:
+    made, expected = strategy(), ImageOptions(height=8, width=8, scale=1.0)
+    attempt = Attempt("1", CONVERT, "b", 0.0)
+    made.leased(attempt, convert_task(MODEL, "keras", None, dataset(7)))
+    made.finished(attempt, ConvertResult(model=LITE, image=expected), 1.0)
+    view = ClusterView((NodeView("b", 2.0, 20, runtimes=BOTH),), 1)
+    after = [one for one in made.plan(view, {}) if isinstance(one, Lease) and one.shard_id.startswith("after")]
+    assert after
+    assert all(isinstance(one.task, EvaluateTask) and one.task.image == expected for one in after)
 
 
 def test_metrics_of_the_model_say_what_has_changed() -> None:

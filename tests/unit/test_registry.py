@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coordinator.journal import Journal
-from coordinator.serving.registry import TAGS_LIMIT, ModelAdded, Registry
+from coordinator.serving.registry import TAGS_LIMIT, ModelAdded, Registry, pixel_scale
 from potluck.errors import InvalidRequest, NotFound
 from potluck.messages import BlobRef, DataFormat, Dataset, DataShard, ImageOptions, ModelInfo, Signature, TensorSpec
 
@@ -213,3 +213,25 @@ def test_names_that_are_not_there(journal: Journal) -> None:
 def test_names_that_cannot_be(journal: Journal, name: str) -> None:
     with pytest.raises(InvalidRequest, match="model name"):
         Registry(journal).add_model(name, blob(1), now=1.0)
+
+
+def test_a_signature_that_says_more_of_pixels_takes_the_place_of_one_that_does_not(journal: Journal) -> None:
+    registry = Registry(journal)
+    registry.add_model("m", blob(1), signature=Signature(inputs=(), outputs=()), now=1.0)
+    said = Signature(inputs=(), outputs=(), pixel_scale=1.0)
+    registry.describe("m", said)
+    registry.describe("m", Signature(inputs=(), outputs=(), pixel_scale=0.5))
+    assert Registry(journal).model("m").signature == said
+
+
+def test_what_pixels_in_arrays_are_multiplied_by(journal: Journal) -> None:
+    """As files are where that is known; nothing for a model that was trained here on arrays; else nobody knows."""
+    registry = Registry(journal)
+    sized = ImageOptions(height=8, width=8)
+    assert pixel_scale(registry.add_model("imported", blob(1), now=1.0)) == 0.0
+    assert pixel_scale(registry.add_model("sized", blob(1), image=sized, now=1.0)) == 0.0
+    said = ImageOptions(height=8, width=8, scale=0.5)
+    assert pixel_scale(registry.add_model("said", blob(1), image=said, now=1.0)) == 0.5
+    assert pixel_scale(registry.add_model("arrays", blob(1), job_id="j", now=1.0)) == 1.0
+    old = registry.add_model("images", blob(1), image=sized, job_id="j", now=1.0)
+    assert pixel_scale(old) == 1 / 255, "trained when that was the scale of everything"
