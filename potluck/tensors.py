@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 
 from potluck.errors import InvalidRequest
 from potluck.messages import Tensor
@@ -52,6 +53,17 @@ def from_numpy(name: str, array: np.ndarray[Any, Any], *, copy: bool = True) -> 
     whole = np.ascontiguousarray(array, dtype=DTYPES[datatype])
     data: Any = whole.tobytes() if copy else whole.reshape(-1).view(np.uint8).data
     return Tensor(name=name, datatype=datatype, shape=array.shape, data=data)
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """The same tensor, its list (flat or nested) as bytes; texts as a flat list.
+
+    Raises InvalidRequest where data, datatype and shape do not agree.
+    """
+    array = to_numpy(tensor)
+    if not isinstance(tensor.data, list):
+        return tensor
+    return replace(tensor, data=array.ravel().tolist() if tensor.datatype == "BYTES" else array.tobytes())
 
 
 def as_lists(tensor: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from coordinator.serving.inference import size_bytes
 from potluck.errors import InvalidRequest
 from potluck.messages import Count, Inferred, ModelInfo, Signature, Tensor
 from potluck.scores import of_classes
-from potluck.tensors import DTYPES, from_numpy, packed, to_numpy
+from potluck.tensors import from_numpy, packed, plain, to_numpy
 
 _MICROSECONDS = 1e-6
 _OCTETS = "application/octet-stream"
@@ -163,12 +163,8 @@ def _inputs(asked: InferRequest, tail: bytes) -> tuple[Tensor, ...]:
             raise InvalidRequest(f"tensor '{one.name}' needs either data or the parameter {binary.SIZE}")
         data = one.data if size is None else reader.take(one.name, one.datatype, size)
         assert data is not None
-        tensor = Tensor(name=one.name, datatype=one.datatype, shape=one.shape, data=data)
         # Checked here, where only their own request can fail.
-        array = to_numpy(tensor)
-        if one.datatype in DTYPES and not isinstance(data, bytes):
-            tensor = Tensor(name=one.name, datatype=one.datatype, shape=one.shape, data=array.tobytes())
-        inputs.append(tensor)
+        inputs.append(plain(Tensor(name=one.name, datatype=one.datatype, shape=one.shape, data=data)))
     reader.close()
     return tuple(inputs)
 

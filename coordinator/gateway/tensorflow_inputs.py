@@ -77,6 +77,8 @@ def from_examples(signature: Signature, asked: dict[str, Any], verb: str) -> tup
                 )
             value = example.get(spec.name, context.get(spec.name))
             values.append(value if isinstance(value, list) else [value])
+            if any(isinstance(one, list) for one in values[-1]):
+                raise InvalidRequest(f"Feature: {spec.name} of example {number} is not a flat list of values")
             if size > 0 and len(values[-1]) != size:
                 raise InvalidRequest(
                     f"Key: {spec.name}, Index: {number}. Number of {json_arrays.type_name(spec.datatype)} values != expected. "

@@ -34,7 +34,7 @@ from potluck.messages import (
 )
 from potluck.outbox import Outbox
 from potluck.settings import CoordinatorSettings
-from potluck.tensors import to_numpy
+from potluck.tensors import plain
 from potluck.topics import Topics
 
 INPUT_LIMIT_BYTES = INLINE_LIMIT_BYTES - 16 * 1024
@@ -291,7 +291,7 @@ class Inference:
         if not inputs:
             raise InvalidRequest("a request needs at least one input tensor")
         # Lists as bytes: they are checked here, where only their own request can fail, and do not grow on their way.
-        inputs = tuple([_plain(tensor) if isinstance(tensor.data, list) else tensor for tensor in inputs])
+        inputs = tuple([plain(tensor) if isinstance(tensor.data, list) else tensor for tensor in inputs])
         size = sum([size_bytes(tensor) for tensor in inputs])
         if size > INPUT_LIMIT_BYTES:
             raise TooLarge(
@@ -374,13 +374,6 @@ class Inference:
             objective_seconds=router.objective_seconds,
         )
         self._outbox.publish(self._topics.node(batch.node_id, "inbox"), message, qos=0)
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    """With its list as bytes (texts: as a flat list). Raises InvalidRequest where data, datatype and shape do not agree."""
-    array = to_numpy(tensor)
-    data = array.ravel().tolist() if tensor.datatype == "BYTES" else array.tobytes()
-    return replace(tensor, data=data)
 
 
 def _is_one_text(spec: TensorSpec) -> bool:

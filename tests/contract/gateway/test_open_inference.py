@@ -127,6 +127,45 @@ async def test_what_is_wrong_has_its_status_and_is_named(http: Http) -> None:
             assert response.status == status, (path, body[:200])
 
 
+TEXTS = Signature(
+    inputs=(TensorSpec(name="x", datatype="BYTES", shape=(-1, 1)),),
+    outputs=(TensorSpec(name="y", datatype="BYTES", shape=(-1, 1)),),
+)
+
+
+async def test_data_may_be_nested_as_their_shape_is(http: Http, deploy: Deploy) -> None:
+    base, session = http
+    await deploy("texts", TEXTS)
+
+    async def asked(model: str, datatype: str, shape: list[int], data: Any) -> tuple[int, dict[str, Any]]:
+        body = {"inputs": [{"name": "x", "datatype": datatype, "shape": shape, "data": data}]}
+        async with session.post(f"{base}/v2/models/{model}/infer", json=body) as response:
+            return response.status, await response.json()
+
+    for texts in (["a", "b"], [["a"], ["b"]], [[["a"]], [["b"]]], ["a", ["b"]]):
+        status, said = await asked("texts", "BYTES", [2, 1], texts)
+        assert (status, said["outputs"][0]["data"]) == (200, ["aa", "bb"]), texts  # the node doubles what it gets
+    for numbers in ([1, 2, 3, 4], [[1, 2], [3, 4]], [[1], [2], [3], [4]]):
+        status, said = await asked("m", "FP32", [2, 2], numbers)
+        assert (status, said["outputs"][0]["data"]) == (200, [2, 4, 6, 8]), numbers
+    for model, datatype, data, reason in (
+        ("texts", "BYTES", ["a"], "needs 2 values, but data has 1"),
+        ("texts", "BYTES", [["a"], ["b", "c"]], "needs 2 values, but data has 3"),
+        ("texts", "BYTES", [], "needs 2 values, but data has 0"),
+        ("texts", "BYTES", [["a"], [1]], "a list of strings"),
+        ("texts", "BYTES", [["a"], [None]], "a list of strings"),
+        ("texts", "BYTES", [["a"], {"b64": "YQ=="}], "a list of strings"),
+        ("texts", "BYTES", [["a"], ["\ud800"]], "surrogate"),
+        ("m", "FP32", [[1], [2, 3]], "does not fit FP32"),
+        ("m", "FP32", [[1], ["2"]], "does not fit FP32"),
+        ("m", "FP32", [[1], {"a": 2}], "does not fit FP32"),
+        ("m", "FP32", [[[1, 2, 3]]], "needs 2 values, but data has 3"),
+    ):
+        status, said = await asked(model, datatype, [2, 1], data)
+        assert reason in said.get("error", ""), (data, said)
+        assert status == 400, data
+
+
 async def test_json_that_is_no_utf8_is_refused(http: Http) -> None:
     base, session = http
     for path in ("/v2/models/m/infer", "/v1/models/m:predict", "/models/m/infer"):

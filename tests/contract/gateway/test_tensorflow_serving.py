@@ -199,6 +199,7 @@ WRONG: list[Any] = [
     ("m:classify", {"examples": [[1, 2]]}, 400, "Example must be JSON object but got JSON Array"),
     ("m:classify", {"examples": [{"z": [1, 2]}]}, 400, "Feature: x (data type: float) is required but could not be found"),
     ("m:classify", {"examples": [{"x": [1, 2, 3]}]}, 400, "Number of float values != expected. values size: 3 but output shape: [2]"),
+    ("m:classify", {"examples": [{"x": [[], []]}]}, 400, "Feature: x of example 0 is not a flat list"),
     ("m:regress", {"examples": [{"x": [1, 2]}], "signature_name": "tensorflow/serving/classify"}, 400, "not found in signature def"),
     ("m:regress", {"examples": [{"x": [1, 2]}]}, 400, "Expected Tensor shape: [?] or [?, 1]"),
 ]  # fmt: skip
