@@ -297,6 +297,10 @@ class Serving:
         warm = min((replica.warm_rows for replica in deployment.ready), default=0)
         if 0 < warm < self._settings.batch_limit:
             return f"warmed up for batches of at most {warm} rows: that took {self._settings.warm_seconds:.0f} s"
+        inputs = deployment.signature.inputs if deployment.ready and deployment.signature is not None else ()
+        fixed = inputs and all(size > 0 for spec in inputs for size in spec.shape[1:])
+        if fixed and not warm and not self._inference.router_of(deployment.name).served:
+            return "it takes nothing that could be made up to try it: its first request shows whether it runs"
         return ""
 
     def _info(self, deployment: Deployment, places: list[Place]) -> DeploymentInfo:

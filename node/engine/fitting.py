@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -57,23 +57,27 @@ def fit(
     return arrays
 
 
-def zeros(specs: Sequence[TensorSpec], dtypes: Sequence[np.dtype[Any]], rows: int) -> list[Array]:
-    """An input of that many rows; free dimensions are 1."""
+def invented(
+    specs: Sequence[TensorSpec], dtypes: Sequence[np.dtype[Any]], rows: int, value: Literal[0, 1] = 0
+) -> list[Array]:
+    """An input of that many rows, with `value` everywhere (empty texts, or "1"); free dimensions are 1.
+
+    A model need not take it: what it is for, only its users know.
+    """
     shapes = [(rows, *(1 if d < 0 else d for d in spec.shape[1:])) for spec in specs]
-    return [_blank(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+    return [
+        np.full(shape, ("", "1")[value] if dtype.kind == "O" else value, dtype)
+        for shape, dtype in zip(shapes, dtypes, strict=True)
+    ]
 
 
 def padded(array: Array, rows: int) -> Array:
-    """The array with so many rows: those that it has, and zeros."""
+    """The array with so many rows: those that it has, and its last one again. Zeros might be no input that the model takes."""
     if len(array) == rows:
         return array
-    found = _blank((rows, *array.shape[1:]), array.dtype)
-    found[: len(array)] = array
+    found = np.empty((rows, *array.shape[1:]), array.dtype)
+    found[: len(array)], found[len(array) :] = array, array[-1]
     return found
-
-
-def _blank(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    return np.full(shape, "", dtype) if dtype.kind == "O" else np.zeros(shape, dtype)
 
 
 def _are_pixels(array: Array, dtype: np.dtype[Any]) -> bool:

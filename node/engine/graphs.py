@@ -15,7 +15,7 @@ from node.engine import fitting, pixels, runtime
 from node.engine.fitting import Array
 from node.engine.memory import shortage
 from node.engine.wording import one_line
-from potluck.errors import InvalidRequest
+from potluck.errors import InvalidModel, InvalidRequest
 from potluck.logs import fields
 from potluck.messages import Signature
 
@@ -23,6 +23,9 @@ log = logging.getLogger(__name__)
 
 Call = Callable[..., list[Array]]
 """Of arrays, by place."""
+
+BY_VALUES = (tf.errors.InvalidArgumentError, tf.errors.OutOfRangeError, tf.errors.UnknownError)
+"""What is raised where other values might do (UnknownError: by Python within the model); the rest is the model's own fault."""
 
 ROWS_LIMIT = 256
 """Requests of more rows run in pieces, so that memory stays bounded."""
@@ -68,8 +71,10 @@ class Graph:
     def run(self, arrays: Sequence[Array]) -> list[Array]:
         try:
             return self._call(*arrays)
-        except (tf.errors.OpError, ValueError) as error:
+        except (*BY_VALUES, ValueError) as error:
             raise shortage(error) or InvalidRequest(f"the model failed on this input: {one_line(error)}") from error
+        except tf.errors.OpError as error:
+            raise shortage(error) or InvalidModel(f"the model cannot run: {one_line(error)}") from error
 
     def _shortest_call(self) -> Call:
         """The function without the checks of its arguments, which `fitting` has made.
@@ -79,13 +84,13 @@ class Graph:
         not take this model, the next one serves.
         """
         small = sum(variable.shape.num_elements() for variable in self._function.graph.variables) < SMALL_WEIGHTS
-        zeros = fitting.zeros(self.signature.inputs, self.dtypes, self.rows_at_once(1))
+        some = fitting.invented(self.signature.inputs, self.dtypes, self.rows_at_once(1))
         for make in (self._session_call, self._direct_call) if small else (self._direct_call,):
             try:
                 call = make()
                 try:
-                    count = len(call(*zeros))
-                except tf.errors.InvalidArgumentError:  # zeros do not suit it; the way is there
+                    count = len(call(*some))
+                except BY_VALUES:  # zeros do not suit it; the way is there
                     count = len(self._function.outputs)
                 assert count == len(self.signature.outputs)
             except (ImportError, AttributeError, TypeError, ValueError, AssertionError, tf.errors.OpError) as error:

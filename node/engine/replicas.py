@@ -5,11 +5,13 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import psutil
+from msgspec.structs import replace
 
 from node.engine import fitting
 from node.engine.fitting import Array, padded
@@ -34,11 +36,11 @@ class Model(Protocol):
         ...
 
     def rows_at_once(self, rows: int) -> int:
-        """Of `rows` that are to be run, how many the next batch should have: more than there are is padded with zeros."""
+        """Of `rows` that are to be run, how many the next batch should have: to more than there are, the last is added again."""
         ...
 
     def run(self, arrays: Sequence[Array]) -> list[Array]:
-        """Outputs for one such batch. Raises InvalidRequest when the model fails on it."""
+        """Outputs for one such batch. Raises InvalidRequest when the model fails on it, InvalidModel when it would on any."""
         ...
 
 
@@ -54,6 +56,8 @@ class Replicas:
         self._replicas: dict[str, Model] = {}
         self._warm_rows: dict[str, int] = {}
         self._pixel_scales: dict[str, float] = {}
+        self._untried: set[str] = set()
+        """Those that have not run yet: of an error of theirs nobody knows whose fault it is."""
 
     def load(
         self,
@@ -70,6 +74,8 @@ class Replicas:
         before = psutil.Process().memory_info().rss
         replica = self._load(model_format, path)
         self._warm_rows[replica_id] = warm = warm_up(replica, warm_rows, warm_seconds)
+        if not warm:
+            self._untried.add(replica_id)
         self._replicas[replica_id] = replica
         self._pixel_scales[replica_id] = pixel_scale or replica.signature.pixel_scale
         return replica.signature, max(0, psutil.Process().memory_info().rss - before), warm
@@ -77,6 +83,7 @@ class Replicas:
     def unload(self, replica_id: str) -> None:
         self._warm_rows.pop(replica_id, None)
         self._pixel_scales.pop(replica_id, None)
+        self._untried.discard(replica_id)
         if self._replicas.pop(replica_id, None) is not None:
             gc.collect()  # models are full of cycles, and nothing else here would collect them soon
 
@@ -96,13 +103,16 @@ class Replicas:
                 continue
             groups.setdefault(tuple(array.shape[1:] for array in arrays), []).append((number, arrays))
         for members in groups.values():
-            for number, outcome in _outcomes(replica, members):
-                outcomes[number] = outcome
+            found = _outcomes(replica, members)
+            if any(outcome.error is None for _, outcome in found):
+                self._untried.discard(replica_id)
+            for number, outcome in found:
+                outcomes[number] = _doubtful(outcome) if replica_id in self._untried else outcome
         return tuple(outcome for outcome in outcomes if outcome is not None)
 
 
 def run(model: Model, arrays: Sequence[Array]) -> list[Array]:
-    """Outputs for any number of rows. Raises InvalidRequest when the model fails on them, OutOfMemory."""
+    """Outputs for any number of rows. Raises InvalidRequest when the model fails on them, InvalidModel, OutOfMemory."""
     rows, done = len(arrays[0]), 0
     pieces: list[list[Array]] = []
     while done < rows:
@@ -112,7 +122,7 @@ def run(model: Model, arrays: Sequence[Array]) -> list[Array]:
         outputs = model.run(part)
         for spec, output in zip(model.signature.outputs, outputs, strict=True):
             if output.ndim == 0 or len(output) != size:
-                raise InvalidRequest(
+                raise InvalidModel(
                     f"the model's output '{spec.name}' has shape {shown(output.shape)} for {size} items: it must have a row for each"
                 )
         kept = min(size, rows - done)
@@ -124,10 +134,14 @@ def run(model: Model, arrays: Sequence[Array]) -> list[Array]:
 def warm_up(model: Model, rows_limit: int, seconds: float, clock: Callable[[], float] = time.perf_counter) -> int:
     """Run every batch size that up to `rows_limit` rows lead to once, smallest first, until `seconds` are over.
 
-    Returns up to how many rows that was done. Raises InvalidModel for a model that cannot run, OutOfMemory.
+    Returns up to how many rows that was done: 0 where it takes nothing that can be invented for it, which says nothing of what
+    it is for. Raises InvalidModel for a model that cannot run, OutOfMemory.
     """
     started = clock()
     inputs = model.signature.inputs
+    fixed = all(d > 0 for spec in inputs for d in spec.shape[1:])
+    """Which sizes free dimensions take, only the model's users know."""
+    values: list[Literal[0, 1]] = [0, 1]
     done: set[int] = set()
     warm = 0
     for rows in range(1, rows_limit + 1):
@@ -136,11 +150,15 @@ def warm_up(model: Model, rows_limit: int, seconds: float, clock: Callable[[], f
             if done and clock() - started > seconds:
                 break
             try:
-                run(model, fitting.zeros(inputs, model.dtypes, size))
+                values = [_accepted(model, size, values)]
             except InvalidRequest as error:
-                if all(d > 0 for spec in inputs for d in spec.shape[1:]):
+                if done and fixed:  # the same row was fine among fewer
                     raise InvalidModel(f"the model cannot run: {one_line(error.__cause__ or error)}") from error
-                break  # which sizes its free dimensions take, only its users know
+                break
+            except InvalidModel:
+                if fixed:
+                    raise
+                break
             except OutOfMemory:
                 if not done:
                     raise
@@ -150,6 +168,17 @@ def warm_up(model: Model, rows_limit: int, seconds: float, clock: Callable[[], f
     return warm
 
 
+def _accepted(model: Model, rows: int, values: Sequence[Literal[0, 1]]) -> Literal[0, 1]:
+    """The first of the values that the model takes everywhere. Raises InvalidRequest where it takes none, and what `run` does."""
+    *others, last = values
+    for value in others:
+        with suppress(InvalidRequest):
+            run(model, fitting.invented(model.signature.inputs, model.dtypes, rows, value))
+            return value
+    run(model, fitting.invented(model.signature.inputs, model.dtypes, rows, last))
+    return last
+
+
 Member = tuple[int, list[Array]]
 
 
@@ -157,7 +186,7 @@ def _outcomes(replica: Model, members: list[Member]) -> list[tuple[int, RequestO
     """Of requests with equal shapes, run together; when that fails, one by one, so that only the bad one fails."""
     try:
         return [(number, RequestOutcome(outputs=outputs)) for number, outputs in _run_together(replica, members)]
-    except (InvalidRequest, OutOfMemory) as error:  # one alone may find room
+    except (InvalidRequest, InvalidModel, OutOfMemory) as error:  # one alone may find room
         if len(members) > 1:
             return [found for member in members for found in _outcomes(replica, [member])]
         return [(members[0][0], _failed(error))]
@@ -180,6 +209,15 @@ def _run_together(replica: Model, members: list[Member]) -> list[tuple[int, tupl
         found.append((number, part))
         start += size
     return found
+
+
+def _doubtful(outcome: RequestOutcome) -> RequestOutcome:
+    """Of a replica that has answered nothing yet."""
+    error = outcome.error
+    if error is None or error.code != InvalidRequest.code:
+        return outcome
+    message = f"{error.message} (nothing has run on this replica yet, so the model itself may be at fault)"
+    return RequestOutcome(error=replace(error, message=message))
 
 
 def _failed(error: PotluckError) -> RequestOutcome:

@@ -87,6 +87,16 @@ async def test_a_model_that_cannot_be_loaded_says_why(lab: Lab, stack: AsyncExit
     assert lab.serving.deployments() == ()
 
 
+async def test_one_that_nothing_could_be_made_up_for_is_deployed_and_says_so(lab: Lab, stack: AsyncExitStack) -> None:
+    await lab.join(stack, "a")  # which has warmed up nothing
+    lab.add_model()
+    await lab.deploy("m", 1)
+    assert "its first request shows whether it runs" in lab.serving.deployments()[0].reason
+    async with client(lab) as bus:
+        await ask(bus, question(1, 1))
+    assert lab.serving.deployments()[0].reason == ""
+
+
 async def test_more_replicas_than_nodes(lab: Lab, stack: AsyncExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("coordinator.serving.serving.JOIN_SECONDS", 0.3)
     await lab.join(stack, "a")

@@ -157,10 +157,16 @@ async def test_savedmodels_that_are_more_than_a_graph_are_refused(lab: Lab, tmp_
     def total(x: Any) -> Any:
         return {"y": tf.reduce_sum(x)}
 
+    def unready(x: Any) -> Any:
+        table = tf.raw_ops.HashTableV2(key_dtype=tf.int64, value_dtype=tf.float32)
+        found = tf.raw_ops.LookupTableFindV2(table_handle=table, keys=tf.cast(x, tf.int64), default_value=0.0)
+        return {"y": tf.ensure_shape(found, (None, 2))}
+
     cases = [
         (python, InvalidModel, r"calls Python \(PyFunc\).* without tf\.py_function"),
         (reader, CodeNotAllowed, r"files of the machine it runs on \(ReadFile\)"),
         (writer, CodeNotAllowed, r"files of the machine it runs on \(SaveV2\)"),
+        (unready, InvalidModel, r"the model cannot run: .*Table not initialized"),
         (total, InvalidModel, r"output 'y' has shape \(\) for 1 items: it must have a row for each"),
     ]
     for number, (function, error, words) in enumerate(cases):

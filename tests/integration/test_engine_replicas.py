@@ -94,6 +94,32 @@ async def test_what_the_model_itself_refuses_fails_alone(lab: Lab) -> None:
     assert "failed on this input" in outcomes[1].error.message
 
 
+async def test_lookups_without_a_place_for_unknown_values_run(lab: Lab) -> None:
+    """Neither zeros nor empty texts are in their vocabularies: a batch is filled up with a row that it has."""
+    import keras
+
+    texts, numbers = keras.Input((1,), dtype="string", name="texts"), keras.Input((1,), dtype="int64", name="numbers")
+    word = keras.layers.StringLookup(vocabulary=["red", "green"], num_oov_indices=0)(texts)
+    number = keras.layers.IntegerLookup(vocabulary=[10, 20], num_oov_indices=0)(numbers)
+    await load(lab, "lookups", keras.Model([texts, numbers], keras.layers.Concatenate()([word, number])))
+
+    def asked(rows: int, text: str = "green") -> tuple[Tensor, ...]:
+        return (
+            from_numpy("texts", np.full((rows, 1), text, object)),
+            from_numpy("numbers", np.full((rows, 1), 20, np.int64)),
+        )
+
+    said = []
+    for text in ("blue", "green", "blue"):
+        [outcome], _ = await lab.engine.infer("lookups", [asked(1, text)])
+        said.append(outcome.error.message if outcome.error is not None else "")
+    assert ["the model itself may be at fault" in message for message in said] == [True, False, False]
+    assert "found OOV values" in said[2]
+    for rows in (8, 9):  # 9 are 10 at once
+        [outcome], _ = await lab.engine.infer("lookups", [asked(rows)])
+        assert answer(outcome).tolist() == [[1, 1]] * rows
+
+
 async def test_numbers_are_cast_where_nothing_is_lost(lab: Lab) -> None:
     import keras
 

@@ -12,11 +12,13 @@ from node.engine.fitting import Array
 from node.engine.replicas import Replicas, warm_up
 from potluck.errors import InvalidModel, InvalidRequest, OutOfMemory, PotluckError
 from potluck.messages import Signature, TensorSpec
-from potluck.tensors import from_numpy
+from potluck.tensors import from_numpy, to_numpy
 
 
 class Model:
-    """Takes batches of sizes as `size` says, in a second a row of its clock; fails beyond `breaks_at` rows."""
+    """Takes batches of sizes as `size` says, in a second a row of its clock; fails beyond `breaks_at` rows, and on
+    values that it does not take.
+    """
 
     def __init__(
         self,
@@ -24,6 +26,7 @@ class Model:
         width: int = 4,
         breaks_at: int = 1000,
         error: type[PotluckError] = InvalidRequest,
+        takes: tuple[float, ...] = (),
     ) -> None:
         spec = TensorSpec(name="x", datatype="FP32", shape=(-1, width))
         self.signature = Signature(inputs=(spec,), outputs=(spec,))
@@ -33,11 +36,14 @@ class Model:
         self.now = 0.0
         self._breaks_at = breaks_at
         self._error = error
+        self._takes = takes
 
     def run(self, arrays: Sequence[Array]) -> list[Array]:
         rows = len(arrays[0])
         if rows > self._breaks_at:
             raise self._error("the model failed on this input: it is too long")
+        if self._takes and not np.isin(arrays[0], self._takes).all():
+            raise self._error("the model failed on this input: it is not in the vocabulary")
         self.sizes.append(rows)
         self.now += rows
         return [arrays[0]]
@@ -82,3 +88,32 @@ def test_requests_that_do_not_fit_together_run_one_by_one() -> None:
     replicas.load("r", "keras", Path("model"), 2, 1.0)
     outcomes = replicas.infer("r", [(from_numpy("x", np.zeros((rows, 4), np.float32)),) for rows in (1, 2, 3, 1)])
     assert [outcome.error.code if outcome.error else "" for outcome in outcomes] == ["", "", "out_of_memory", ""]
+
+
+def test_what_is_invented_for_a_model_proves_nothing_against_it() -> None:
+    assert warm_up(Model(even, takes=(1.0,)), 9, 1000.0) == 9  # no zeros, then
+    assert warm_up(Model(even, takes=(7.0,)), 9, 1000.0) == 0
+    with pytest.raises(InvalidModel, match="not in the vocabulary"):  # an error that no other value would spare it
+        warm_up(Model(even, takes=(7.0,), error=InvalidModel), 9, 1000.0)
+
+
+def test_a_batch_is_filled_up_with_a_row_that_it_has() -> None:
+    replicas = Replicas(lambda model_format, path: Model(even, takes=(7.0, 8.0)))
+    replicas.load("r", "keras", Path("model"), 4, 1.0)
+    rows = np.array([[7.0] * 4, [7.0] * 4, [8.0] * 4], np.float32)
+    (outcome,) = replicas.infer("r", [(from_numpy("x", rows),)])
+    assert outcome.error is None
+    np.testing.assert_array_equal(to_numpy(outcome.outputs[0]), rows)
+
+
+def test_who_is_at_fault_is_open_until_something_has_run() -> None:
+    replicas = Replicas(lambda model_format, path: Model(even, takes=(7.0,)))
+    replicas.load("r", "keras", Path("model"), 4, 1.0)
+
+    def said(value: float) -> str:
+        (outcome,) = replicas.infer("r", [(from_numpy("x", np.full((1, 4), value, np.float32)),)])
+        return outcome.error.message if outcome.error is not None else ""
+
+    assert said(3.0).endswith("the model itself may be at fault)")
+    assert said(7.0) == ""
+    assert said(3.0) == "the model failed on this input: it is not in the vocabulary"
