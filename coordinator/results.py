@@ -16,12 +16,14 @@ INLINE_OUTPUT_BYTES = 64 * 1024
 
 def evaluation(merged: EvaluateResult, labels: Sequence[str]) -> Evaluation:
     """Metrics from sums and counts. Precision, recall and F1 are 0 where they are not defined (no such prediction or item),
-    as scikit-learn's `zero_division=0`; their means over classes are unweighted (`macro`), and stand back where a compiled metric has
-    the name.
+    as scikit-learn's `zero_division=0`; their means over the classes that occur are unweighted (`macro`), and stand back where a compiled
+    metric has the name.
     """
     metrics = evaluation_metrics(merged)
     table = merged.confusion
     scores: list[ClassScore] = []
+    occurring: list[ClassScore] = []
+    """Those that are there, or are said to be: a set may lack some of a model's."""
     for i, row in enumerate(table):
         hit, support, predicted = row[i], sum(row), sum(other[i] for other in table)
         precision = hit / predicted if predicted else 0.0
@@ -29,9 +31,12 @@ def evaluation(merged: EvaluateResult, labels: Sequence[str]) -> Evaluation:
         f1 = 2 * hit / (predicted + support) if predicted + support else 0.0
         label = labels[i] if i < len(labels) else str(i)
         scores.append(ClassScore(label=label, precision=precision, recall=recall, f1=f1, support=support))
+        if support or predicted:
+            occurring.append(scores[-1])
     if scores:
         for name in ("precision", "recall", "f1"):
-            metrics.setdefault(name, math.fsum(getattr(score, name) for score in scores) / len(scores))
+            total = math.fsum(getattr(score, name) for score in occurring)
+            metrics.setdefault(name, total / max(1, len(occurring)))
     return Evaluation(count=merged.count, metrics=metrics, confusion=table, classes=tuple(scores))
 
 

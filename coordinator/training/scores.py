@@ -80,7 +80,12 @@ def evaluation_metrics(result: EvaluateResult) -> dict[str, float]:
     """
     metrics = {name: value / result.count for name, value in result.sums.items()} if result.count else {}
     if result.confusion and result.count and "accuracy" not in result.counts:
-        counted = sum(row[i] for i, row in enumerate(result.confusion)) / result.count
-        if abs(metrics.get("accuracy", counted) - counted) < ROUNDING:
-            metrics["accuracy"] = counted
+        right = sum(row[i] for i, row in enumerate(result.confusion))
+        known = sum(
+            map(sum, result.confusion)
+        )  # fewer than all where some have no class, as Keras counts those: as wrong
+        if "accuracy" not in metrics:
+            metrics["accuracy"] = right / known if known else 0.0
+        elif abs(metrics["accuracy"] - right / result.count) < ROUNDING:
+            metrics["accuracy"] = right / result.count
     return metrics | result.values

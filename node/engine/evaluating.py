@@ -39,20 +39,29 @@ def evaluate(loaded: Loaded, source: Source, parts: Sequence[Part], batch_size: 
     table = np.zeros((classes, classes), np.int64)
     sums = {"loss": 0.0}
     model.reset_metrics()
-    done = 0
+    done, learnt = 0, 0.0
+    """`learnt`: what the loss is a mean over. Items, without what in them is of no class."""
     for batch in source.batches(parts, batch_size):
         size = len(batch[0])
         columns = [column[done : done + size] for column in truth.columns]
         scored = loaded.evaluate(batch, truth, columns)
-        _add_losses(sums, loaded, scored, size)
+        known = ~labels.void(columns[0]).reshape(size, -1)
+        of_these = size * float(known.mean()) if alone else size
+        learnt += of_these
+        _add_losses(sums, loaded, scored, size, of_these)
         if classes:
-            np.add.at(table, _decided(columns[0], scored.outputs[0], labels), 1)
+            some = known[:, 0]
+            np.add.at(table, _decided(columns[0][some], scored.outputs[0][some], labels), 1)
         if alone and labels.kind == "plain" and truth.weights is None and scored.outputs[0].shape == columns[0].shape:
             _add_errors(sums, scored.outputs[0], columns[0])
         done += size
         step(done)
     means = loaded.mean_metrics()
     sums = {name: mean * done for name, (mean, _) in means.items()} | sums
+    weights = {name: weight for name, (_, weight) in means.items() if name in sums}
+    if learnt != done and not _is_sum(model):
+        sums["loss"] *= done / learnt if learnt else 0.0
+        weights["loss"] = learnt
     if not math.isfinite(sums["loss"]):
         sums["loss"] = math.nan
     rows: dict[str, tuple[float, tuple[float, ...]]] = {}
@@ -65,18 +74,25 @@ def evaluate(loaded: Loaded, source: Source, parts: Sequence[Part], batch_size: 
         count=done,
         sums=sums,
         confusion=tuple(tuple(row) for row in table.tolist()),
-        counts={name: weight for name, (_, weight) in means.items() if name in sums and weight != done},
+        counts={name: weight for name, weight in weights.items() if weight != done},
         states={name: row for name, (_, row) in rows.items()},
         values={name: value for name, (value, _) in rows.items()},
     )
 
 
-def _add_losses(sums: dict[str, float], loaded: Loaded, scored: Scored, size: int) -> None:
-    """The losses of a batch, each by its items."""
+def _is_sum(model: Any) -> bool:
+    """Whether the loss of a model with one output is a sum over items."""
+    losses = [loss for loss in runtime.output_losses(model) if loss is not None]
+    return bool(losses) and getattr(losses[0], "reduction", None) == "sum"
+
+
+def _add_losses(sums: dict[str, float], loaded: Loaded, scored: Scored, size: int, learnt: float) -> None:
+    """The losses of a batch, each by its items; that of a single output by what of them has a class."""
     if not scored.parts:
-        losses = [loss for loss in runtime.output_losses(loaded.model) if loss is not None]
-        summed = bool(losses) and getattr(losses[0], "reduction", None) == "sum"
-        sums["loss"] += (scored.loss - scored.penalty) * (1 if summed else size) + scored.penalty * size
+        if _is_sum(loaded.model):
+            sums["loss"] += scored.loss - scored.penalty + scored.penalty * size
+        else:
+            sums["loss"] += scored.loss * learnt
         return
     sums["loss"] += scored.penalty * size
     values: dict[str, float] = {}

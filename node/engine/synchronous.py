@@ -173,12 +173,18 @@ class Member:
         mine = task.batches[task.rank]
         share = mine / sum(task.batches)
         state = [variable for variable in model.non_trainable_weights if variable.dtype.startswith(("float", "bfloat"))]
+        labels = self._truth.labels
+        ignored = labels[0].ignored if len(labels) == 1 else None
+
+        def part_of(y: Any) -> Any:
+            """What this member's loss, a mean over what has a class, is of the whole batch's: all members' need not add up to 1."""
+            return share if ignored is None else share * tf.reduce_mean(tf.cast(y != ignored, tf.float32))
 
         def gradients(x: Any, y: Any, weight: Any = None) -> tuple[list[Any], Any]:
             with tf.GradientTape() as tape:
                 predicted = model(x, training=True)
                 loss = model.compute_loss(x, y, predicted, weight, training=True)
-                scaled = model.optimizer.scale_loss(loss) * tf.cast(share, loss.dtype)
+                scaled = model.optimizer.scale_loss(loss) * tf.cast(part_of(y), loss.dtype)
             model._loss_tracker.update_state(loss, sample_weight=mine)
             model.compute_metrics(x, y, predicted, weight)
             found = tape.gradient(scaled, [variable.value for variable in model.trainable_variables])
@@ -196,14 +202,19 @@ class Member:
             found, loss = gradients(*batch)
             # Moving statistics by items: members have seen different ones.
             means = [tf.cast(variable.value, tf.float32) * share for variable in state]
-            parts = [*found, *means, tf.cast(loss, tf.float32) * share]
+            part = tf.cast(part_of(batch[1]), tf.float32)
+            parts = [*found, *means, tf.cast(loss, tf.float32) * part, part]
             if strategy is not None:
                 parts = strategy.run(summed, args=(parts,))
-            model.optimizer.apply(parts[: len(found)], model.trainable_variables)
-            rest = parts[len(found) :]
-            for variable, mean in zip(state, rest[:-1], strict=True):
+            *rest, loss, whole = parts[len(found) :]
+            found = parts[: len(found)]
+            if ignored is not None:
+                found = [tf.math.divide_no_nan(gradient, tf.cast(whole, gradient.dtype)) for gradient in found]
+                loss = tf.math.divide_no_nan(loss, whole)
+            model.optimizer.apply(found, model.trainable_variables)
+            for variable, mean in zip(state, rest, strict=True):
                 variable.assign(tf.cast(mean, variable.dtype))
-            return rest[-1]
+            return loss
 
         alone = tf.function(gradients)
         variables = [*model.variables, *model.optimizer.variables]

@@ -20,7 +20,7 @@ class Labels:
     """`one_hot`: float rows of `units`; `sparse`: class numbers; `binary`: 0.0 or 1.0; `plain`: as they are stored.
 
     `threshold` is the output from which a binary item counts as class 1. `shaped`: the loss compares value by value, so
-    target and output have the same shape.
+    target and output have the same shape. `ignored`: the number of what is of no class (void), which the loss leaves out.
     """
 
     kind: Kind
@@ -28,6 +28,11 @@ class Labels:
     loss: str = ""
     threshold: float = 0.5
     shaped: bool = True
+    ignored: int | None = None
+
+    def void(self, target: Array) -> Array:
+        """Which values of an encoded target are of no class."""
+        return np.zeros(target.shape, bool) if self.ignored is None else target == self.ignored
 
 
 def labels_for(loss: Any, output: Sequence[int | None], rank: int, classes: Sequence[str]) -> Labels:
@@ -57,7 +62,8 @@ def labels_for(loss: Any, output: Sequence[int | None], rank: int, classes: Sequ
         raise InvalidModel(
             f"the data has {len(classes)} classes, but the model takes {takes}: make its last layer {len(classes)} units"
         )
-    return Labels(kind, units, name, 0.0 if from_logits(loss) else 0.5, _compares(loss, name))
+    threshold = 0.0 if from_logits(loss) else 0.5
+    return Labels(kind, units, name, threshold, _compares(loss, name), _ignored(loss) if kind == "sparse" else None)
 
 
 def loss_name(loss: Any) -> str:
@@ -82,6 +88,13 @@ def from_logits(loss: Any) -> bool:
     """Whether the loss takes outputs that no sigmoid or softmax has been applied to."""
     config = loss.get_config() if hasattr(loss, "get_config") else {}
     return bool(config.get("from_logits", False))
+
+
+def _ignored(loss: Any) -> int | None:
+    """`ignore_class` of a loss: the label of what has no class, commonly -1 or 255."""
+    config = loss.get_config() if hasattr(loss, "get_config") else {}
+    number = config.get("ignore_class")
+    return int(number) if isinstance(number, int | float) else None
 
 
 def encode(target: Array, labels: Labels, output: Sequence[int | None]) -> Array:
@@ -118,6 +131,7 @@ def item_weights(
     if labels.kind == "plain" or (labels.kind != "one_hot" and encoded.size != len(encoded)):
         raise InvalidRequest("class_weight needs one class for each item, and the targets are no classes")
     numbers = encoded.argmax(axis=-1) if labels.kind == "one_hot" else encoded.reshape(len(encoded)).astype(np.int64)
+    numbers[labels.void(numbers)] = 0  # whatever they weigh, the loss leaves them out
     names = [classes[i] if i < len(classes) else str(i) for i in range(max(2, labels.units))]
     unknown = sorted(set(class_weight) - set(names))
     if unknown:
@@ -143,9 +157,11 @@ def _class_numbers(target: Array, labels: Labels) -> Array:
     numbers = target.astype(np.int64)
     if target.dtype.kind == "f" and not np.array_equal(numbers, target):
         raise InvalidRequest("the targets are not whole numbers, but the loss takes class numbers")
-    if numbers.size and (numbers.min() < 0 or (labels.units and numbers.max() >= labels.units)):
+    known = numbers[~labels.void(numbers)]
+    if known.size and (known.min() < 0 or (labels.units and known.max() >= labels.units)):
+        void = "" if labels.ignored is None else f" (beside {labels.ignored}, which the loss ignores)"
         raise InvalidRequest(
-            f"the targets are classes {numbers.min()} to {numbers.max()}, but the model's output has {labels.units} units"
+            f"the targets are classes {known.min()} to {known.max()}{void}, but the model's output has {labels.units} units"
         )
     return numbers
 

@@ -11,8 +11,9 @@ import pytest_asyncio
 
 from coordinator.batch import merge
 from coordinator.training.scores import evaluation_metrics
+from potluck.errors import InvalidRequest
 from potluck.messages import EvaluateTask
-from support.engine_lab import Lab, engine_lab, evaluation
+from support.engine_lab import Lab, engine_lab, evaluation, training
 from support.models import whole
 
 pytestmark = [pytest.mark.tensorflow, pytest.mark.asyncio(loop_scope="module")]
@@ -94,6 +95,47 @@ async def test_parts_add_up_to_what_keras_says_of_the_whole(lab: Lab, kind: str)
     assert {name: found[name] for name in scalars} == pytest.approx(scalars, rel=1e-5)
     at_once = await lab.run(evaluation(blob, whole(shards)))
     assert evaluation_metrics(at_once) == pytest.approx(found, rel=1e-5)
+
+
+@pytest.mark.parametrize(("void", "pixels"), [(255, True), (-1, True), (-1, False)])
+async def test_what_has_no_class_is_left_out_as_keras_leaves_it_out(lab: Lab, void: int, pixels: bool) -> None:
+    import keras
+
+    keras.utils.set_random_seed(1)
+    layer = keras.layers.Conv2D(3, 1, activation="softmax") if pixels else keras.layers.Dense(3, activation="softmax")
+    model = keras.Sequential([keras.Input((4, 4, 2) if pixels else (6,)), layer])
+    means = keras.metrics.SparseCategoricalCrossentropy(ignore_class=void, name="entropy")
+    overlap = keras.metrics.MeanIoU(3, ignore_class=void, sparse_y_pred=False, name="overlap")
+    loss = keras.losses.SparseCategoricalCrossentropy(ignore_class=void)
+    model.compile(keras.optimizers.SGD(0.1), loss, metrics=[means, overlap])
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(ROWS, *model.input_shape[1:])).astype(np.float32)
+    y = rng.integers(0, 3, (ROWS, 4, 4) if pixels else (ROWS,))
+    y[rng.random(y.shape) < rng.random((ROWS, 1, 1) if pixels else ROWS)] = void  # of each item another share
+    y[:40] = void  # and whole batches
+    y = y.astype(np.uint8 if void == 255 else np.int64)
+    blob, shards = lab.files.model(model), lab.files.arrays(3, x=x, y=y)
+    expected = model.evaluate(x, y, batch_size=ROWS, return_dict=True, verbose=0)
+    parts = [await lab.run(evaluation(blob, whole([shard]))) for shard in shards]
+    together = merge(parts)
+    answer = await lab.run(evaluation(blob, whole(shards[:1]), states=together.states))
+    found = evaluation_metrics(merge([*parts, answer]))
+    assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+    table = np.array(together.confusion)
+    if not pixels:
+        guess, known = model.predict(x, verbose=0).argmax(axis=1), y != void
+        np.testing.assert_array_equal(
+            table, [[np.sum(known & (y == a) & (guess == b)) for b in range(3)] for a in range(3)]
+        )
+        assert found["accuracy"] == np.trace(table) / known.sum()
+    by_class = {} if pixels else {"0": 5.0}
+    result = await lab.run(training(blob, shards, samples=ROWS, batch_size=ROWS, class_weight=by_class), "void")
+    model.train_on_batch(x, y, sample_weight=np.where(y == 0, 5.0, 1.0) if by_class else None)
+    for ours, theirs in zip(lab.weights(result), model.get_weights(), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    y[0] = 3
+    with pytest.raises(InvalidRequest, match=rf"classes 0 to 3 \(beside {void}, which the loss ignores\)"):
+        await lab.run(evaluation(blob, whole(lab.files.arrays(1, x=x, y=y))))
 
 
 async def test_counts_of_another_length_have_no_value(lab: Lab) -> None:

@@ -23,5 +23,15 @@ def test_scores_equal_scikit_learns() -> None:
     for i, score in enumerate(found.classes):
         assert score.support == support[i]
         assert (score.precision, score.recall, score.f1) == pytest.approx((precision[i], recall[i], f1[i]), rel=1e-12)
-    assert found.metrics["f1"] == pytest.approx(f1.mean(), rel=1e-12)
+    macro = precision_recall_fscore_support(truth, guess, average="macro", zero_division=0)  # of those that occur
+    assert [found.metrics[name] for name in ("precision", "recall", "f1")] == pytest.approx(macro[:3], rel=1e-12)
     assert [score.label for score in found.classes] == ["a", "b", "c", "d", "e", "f"]
+
+
+def test_items_of_no_class_are_right_or_wrong_only_where_the_model_counts_them() -> None:
+    table = ((3, 1), (0, 4))  # of ten items, two are of no class
+    assert evaluation(EvaluateResult(count=10, sums={"loss": 5.0}, confusion=table), []).metrics["accuracy"] == 7 / 8
+    as_keras = EvaluateResult(count=10, sums={"accuracy": 10 * float(np.float32(0.7))}, confusion=table)
+    assert evaluation(as_keras, []).metrics["accuracy"] == 7 / 10
+    none = EvaluateResult(count=2, sums={"loss": 0.0}, confusion=((0, 0), (0, 0)))
+    assert evaluation(none, []).metrics == {"loss": 0.0, "accuracy": 0.0, "precision": 0.0, "recall": 0.0, "f1": 0.0}
