@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 from msgspec.structs import replace
 
+from coordinator import labels
 from coordinator.jobs import (
     AnyEvent,
     Attempt,
@@ -18,6 +19,7 @@ from coordinator.jobs import (
     JobSubmitted,
 )
 from coordinator.journal import Journal
+from coordinator.labels import listed
 from coordinator.serving.registry import Registry
 from coordinator.strategies import strategy_for
 from coordinator.training import privacy
@@ -98,6 +100,8 @@ class JobStore:
         dataset = self._dataset(spec.dataset)
         if isinstance(spec, Predict | Evaluate) and isinstance(spec.model, str):
             _check_rate(self._registry.model(spec.model), dataset)
+        if isinstance(spec, Evaluate) and isinstance(spec.model, str):
+            dataset = labels.as_known(dataset, self._registry.model(spec.model))
         validation = None
         if isinstance(spec, Train):
             if model_format not in ("keras", "h5"):
@@ -108,12 +112,7 @@ class JobStore:
         if isinstance(spec, Train) and spec.validation is not None:
             held_out = self._dataset(spec.validation)
             _check_alike(spec, dataset.format, held_out.format)
-            if held_out.format.classes != dataset.format.classes:
-                raise InvalidRequest(
-                    f"data sets {spec.dataset!r} and {spec.validation!r} have other classes: "
-                    f"{_listed(dataset.format.classes)} and {_listed(held_out.format.classes)}: write both with the same labels"
-                )
-            validation = self._manifest(held_out)
+            validation = self._manifest(labels.as_trained_on(held_out, dataset))
         return JobSubmitted(
             at=now,
             job_id=job_id,
@@ -156,7 +155,7 @@ class JobStore:
             submitted,
             spec=replace(spec, calibration=calibration, evaluation=spec.evaluation or calibration),
             image=info.image,
-            dataset=self._manifest(measured),
+            dataset=self._manifest(labels.as_known(measured, info)),
             validation=self._manifest(data),
         )
 
@@ -311,9 +310,7 @@ class JobStore:
         classes = dataset.format.classes
         unknown = [label for label in spec.class_weight if classes and label not in classes]
         if unknown:
-            raise InvalidRequest(
-                f"class_weight names {_listed(tuple(unknown))}, but the classes are {_listed(classes)}"
-            )
+            raise InvalidRequest(f"class_weight names {listed(unknown)}, but the classes are {listed(classes)}")
         if spec.weights is not None and not self._blobs.has(spec.weights.sha256):
             raise NotFound(f"the checkpoint {spec.weights.sha256[:12]} is not in the coordinator's store any more")
 
@@ -413,7 +410,3 @@ def _check_alike(spec: Train, data: DataFormat, held_out: DataFormat) -> None:
         )
     if data.target and not held_out.target:
         raise InvalidRequest(f"data set {spec.validation!r} has no target to validate against: name its --target")
-
-
-def _listed(classes: tuple[str, ...]) -> str:
-    return ", ".join(classes[:12]) + (", ..." if len(classes) > 12 else "") if classes else "none"
