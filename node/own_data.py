@@ -84,8 +84,8 @@ class OwnData:
 
     def _add(self, name: str, path: Path, given: NodeDataSettings) -> None:
         # Here: it reads images and tables, which most nodes do not need.
-        from potluck.data.folders import parts_as_classes
         from potluck.data.pack import pack
+        from potluck.data.packing import remarks
 
         data = pack(path, name, self._store, target=given.target, sample_weight=given.sample_weight)
         packed = {**self._packed, name: data}
@@ -95,8 +95,8 @@ class OwnData:
                 f"with it, the names of classes take {size} bytes, and {ANNOUNCED_LIMIT_BYTES} can be announced"
             )
         self._packed = packed
-        if remark := parts_as_classes(data.format.classes):
-            log.warning("data may be a folder too far up %s", fields(data=name, path=path, remark=remark))
+        for remark in remarks(data):
+            log.warning("data ready, but %s", fields(data=name, path=path, remark=remark))
         log.info("data ready %s", fields(data=name, items=data.count, skipped=len(data.skipped)))
 
     def filled_in(self, task: AnyTask) -> tuple[AnyTask, dict[str, Path]]:

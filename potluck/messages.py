@@ -167,7 +167,10 @@ class DataFormat(Part, frozen=True):
 
 
 class Dataset(Part, frozen=True):
-    """A data set as the coordinator keeps it. Item order is that of `shards`; `keys` names each item (a blob of JSON)."""
+    """A data set as the coordinator keeps it. Item order is that of `shards`; `keys` names each item (a blob of JSON).
+
+    `skipped` names items that could not be used; `remarks` are sentences about all else that was left out, or may not be meant.
+    """
 
     name: Name
     format: DataFormat
@@ -176,6 +179,7 @@ class Dataset(Part, frozen=True):
     class_counts: tuple[Count, ...] = ()
     skipped: tuple[str, ...] = ()
     keys: BlobRef | None = None
+    remarks: tuple[str, ...] = ()
 
 
 class NodeData(Part, frozen=True):

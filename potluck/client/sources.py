@@ -21,7 +21,7 @@ from potluck.client.arguments import name as checked_name
 from potluck.client.arguments import shown
 from potluck.client.connection import Connection
 from potluck.client.models import check_fit
-from potluck.data.packing import WEIGHT_NAME, Target
+from potluck.data.packing import WEIGHT_NAME, Target, remarks
 from potluck.errors import Cancelled, InvalidData, InvalidRequest
 from potluck.messages import NODE_DATA, AddDataset, BlobRef, Dataset, DatasetAdded, DatasetInfo
 
@@ -34,9 +34,6 @@ _PACKED_NAME = "data"
 
 
 log = logging.getLogger(__name__)
-
-_NAMED = 5
-"""Items that a warning names."""
 
 
 def as_name(data: object) -> str | None:
@@ -219,18 +216,8 @@ async def add(
 
 
 def _remark(dataset: Dataset, argument: str) -> None:
-    """Warn of what whoever gave the data may not have meant."""
-    from potluck.data.folders import parts_as_classes
-
-    if dataset.skipped:
-        shown = ", ".join(dataset.skipped[:_NAMED]) + (", ..." if len(dataset.skipped) > _NAMED else "")
-        log.warning(
-            "%d of %d items cannot be read and are left out: %s",
-            len(dataset.skipped),
-            dataset.count + len(dataset.skipped),
-            shown,
-        )
-    if remark := parts_as_classes(dataset.format.classes):
+    """Warn of what was left out, and of what whoever gave the data may not have meant."""
+    for remark in remarks(dataset):
         log.warning("%s: %s", argument, remark)
 
 

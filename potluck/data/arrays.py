@@ -18,7 +18,7 @@ from potluck.errors import InvalidData
 from potluck.messages import DataFormat, Dataset, DataShard
 
 TARGET_NAMES = ("y", "y_train", "y_test", "y_val", "target", "targets", "label", "labels")
-"""Names that are taken for the target when none is named."""
+"""Names that are taken for the target when none is named, in any case of letters: `X` and `Y` are common."""
 PARTS = ("train", "test", "val")
 """An `.npz` may hold several sets, told apart by `_train`, `_test` and `_val` at the end of the names."""
 
@@ -49,6 +49,7 @@ def pack(
     *,
     sample_weight: str | None = None,
     classes: Sequence[str] = (),
+    remarks: Sequence[str] = (),
 ) -> Dataset:
     """Raises InvalidData for arrays of unequal lengths, of objects, or without rows; for an unknown target or weight."""
     found = {key: np.asarray(array) for key, array in source.items()}
@@ -60,7 +61,9 @@ def pack(
             use = "to learn" if name in targets else "of weights"
             raise InvalidData(f"there is no array {name!r} {use}: the arrays are {', '.join(found)}")
     if not targets and len(found) > 1:
-        targets = tuple([key for key in TARGET_NAMES if key in found][:1])
+        # As it is written above, and then in another case of letters.
+        named = sorted(found, key=lambda key: (key not in TARGET_NAMES, key))
+        targets = tuple([key for name in TARGET_NAMES for key in named if key.lower() == name][:1])
     weight = sample_weight or (WEIGHT_NAME if targets and WEIGHT_NAME in found and WEIGHT_NAME not in targets else "")
     for key in targets:
         if not classes and found[key].dtype.kind in "US" and found[key].ndim == 1:
@@ -97,7 +100,7 @@ def pack(
         weight=weight,
         classes=tuple(classes),
     )
-    return packing.dataset(described, shards, order.tolist(), labels)
+    return packing.dataset(described, shards, order.tolist(), labels, remarks=remarks)
 
 
 def read_file(
@@ -148,7 +151,9 @@ def _part(path: Path, names: Sequence[str], target: str | None) -> str:
         return found[0]
     chosen = next((ending for ending in found if target is not None and target.endswith(ending)), None)
     if chosen is None:
-        choices = " or ".join(repr(name) for name in names if name.startswith(("y_", "label"))) or repr(names[0])
+        choices = " or ".join(repr(name) for name in names if name.lower().startswith(("y_", "label"))) or repr(
+            names[0]
+        )
         raise InvalidData(
             f"{path} holds several sets ({', '.join(names)}): say which one by naming its target, {choices}"
         )

@@ -7,26 +7,31 @@ from __future__ import annotations
 
 import io
 import os
+import shlex
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from potluck.data.packing import Array, Packing, reading
+from potluck.data.packing import Array, Packing, reading, some
 from potluck.errors import InvalidData
 from potluck.messages import DataFormat, Dataset, DataShard
 
 BAD_SHARE_LIMIT = 0.01
 NAMED_LIMIT = 1000
 """So many skipped items are named in a manifest."""
-PARTS = frozenset({"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval", "evaluation"})
+LEARNT = frozenset({"train", "training"})
+TRIED = frozenset({"val", "valid", "validation", "dev", "eval", "evaluation"})
+PARTS = LEARNT | TRIED | {"test", "testing"}
 """What folders are named that hold parts of a set, and not classes."""
+LEFT_BEHIND = frozenset({"thumbs.db", "desktop.ini", "__macosx", "__pycache__"})
+"""What systems leave in folders, and hide where they are at home."""
 _CHECKS_AT_ONCE = 1024
 _CONVERT = "such files cannot be read: convert it to JPEG or PNG"
 
@@ -68,30 +73,40 @@ class Kind:
 
 
 def pack_folder(folder: Path, labels: bool, packing: Packing, kinds: Sequence[Kind]) -> Dataset:
-    """Class folders with files of one of `kinds`. With `labels` False and such files directly in `folder`: all below it, without classes.
+    """Class folders with files of one of `kinds`; an empty one is a class without items, as in Keras. With `labels` False and such
+    files directly in `folder`, or parts of a set as its folders: all below it, without classes.
 
-    Raises InvalidData: no class folders, an empty class, nothing to pack, several kinds, or too much that cannot be used.
+    Raises InvalidData: no class folders, parts of a set instead, a class of nothing but other files, nothing to pack, several kinds,
+    or too much that cannot be used.
     """
     with reading(folder):
-        entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+        entries = sorted(path for path in folder.iterdir() if not _is_hidden(path.name))
+        parts = _parts([path for path in entries if path.is_dir()])
+        if parts and labels:
+            raise InvalidData(_no_classes(folder, parts))
         files = {path: files_in(path, kinds) for path in entries if path.is_dir()}
     direct = [path for path in entries if _is_of(path, kinds) and path.is_file()]
     below = [path for found in files.values() for path in found]
     kind, others = _kind_of(folder, (direct + below) if not labels else (below or direct), kinds)
     beside = [path for path in direct if _is_of(path, [kind])]
     unread = [f"{_text(path.relative_to(folder).as_posix())}: {_CONVERT}" for path in unread_in(folder, kind)]
-    if beside and not labels:
+    if not labels and (beside or parts):
         plain = [_item(path, folder, -1) for path in sorted(set(beside + below) - others)]
-        return pack_items(kind, plain, (), packing, left_out=unread)
+        remarks = _about_files([*others, *_unknown_in(folder, kinds)], folder)
+        return pack_items(kind, plain, (), packing, left_out=unread, remarks=remarks)
+    unknown = {path: _unknown_in(path, kinds) for path in files}
+    empty: list[str] = []
     items: list[Item] = []
     classes: list[str] = []
     for class_folder, found in files.items():
         of_class = [_item(path, folder, len(classes)) for path in found if path not in others]
-        if not of_class:
+        unread_text = _unread_text(class_folder, [kind])
+        if not of_class and (found or unread_text or unknown[class_folder] or not below):
             raise InvalidData(
-                f"class folder {class_folder} has no {kind.many} ({_suffixes([kind])})"
-                f"{_unread_text(class_folder, [kind])}: add some, or remove the folder"
+                f"class folder {class_folder} has no {kind.many} ({_suffixes([kind])}){unread_text}: add some, or remove the folder"
             )
+        if not of_class:
+            empty.append(_text(class_folder.name))
         classes.append(_text(class_folder.name))
         items += of_class
     if not items:
@@ -99,7 +114,12 @@ def pack_folder(folder: Path, labels: bool, packing: Packing, kinds: Sequence[Ki
             f"{folder} has {len(beside)} {kind.many} but no class folders: put each {kind.one} into a folder named for its class"
         )
     skipped = [f"{_text(path.name)}: lies beside the class folders, in none of them" for path in beside]
-    return pack_items(kind, items, classes, packing, skipped, unread)
+    remarks = _about_files([*others, *chain.from_iterable(unknown.values())], folder)
+    if empty:
+        remarks.append(
+            f"{_counted(len(empty), 'class folder')} empty, a class all the same (remove what is none): {some(empty)}"
+        )
+    return pack_items(kind, items, classes, packing, skipped, unread, remarks)
 
 
 def unread_in(folder: Path, kind: Kind) -> list[Path]:
@@ -107,13 +127,28 @@ def unread_in(folder: Path, kind: Kind) -> list[Path]:
     return files_in(folder, [replace(kind, suffixes=kind.unread)])
 
 
-def parts_as_classes(classes: Sequence[str]) -> str:
-    """A sentence where several class folders are named as parts of a set are: a folder too far up may have been given. Else empty."""
-    parts = [name for name in classes if name.casefold() in PARTS]
-    if len(parts) < 2:
-        return ""
+def _parts(folders: Sequence[Path]) -> list[Path]:
+    """Those that are parts of a set, by their names: two at least, or the only one where it has folders of its own. Then none is a class."""
+    parts = [path for path in folders if path.name.casefold() in PARTS]
+    alone = len(folders) == 1 and any(path.is_dir() and not _is_hidden(path.name) for path in folders[0].iterdir())
+    return parts if len(parts) > 1 or alone else []
+
+
+def _no_classes(folder: Path, parts: Sequence[Path]) -> str:
+    """What is wrong with a folder too far up, and what is meant."""
+    names = " and ".join(_text(path.name) for path in parts)
+    what = f"is a part of a data set and no class: give {parts[0]}"
+    if len(parts) > 1:
+        what = "are parts of a data set and no classes: give one of them"
+    learnt = next((path for path in parts if path.name.casefold() in LEARNT), None)
+    held_out = min(
+        (path for path in parts if path != learnt), key=lambda path: path.name.casefold() not in TRIED, default=None
+    )
+    if learnt is None or held_out is None:
+        return f"{folder}: {names} {what}"
     return (
-        f"{' and '.join(parts)} are learnt as classes: if they are parts of the data, give one of those folders instead"
+        f"{folder}: {names} {what}. To train: potluck train MODEL {shlex.quote(str(learnt))} --validation "
+        f"{shlex.quote(str(held_out))} (in Python: client.train(model, {str(learnt)!r}, validation={str(held_out)!r}))"
     )
 
 
@@ -124,10 +159,11 @@ def pack_items(
     packing: Packing,
     skipped: Sequence[str] = (),
     left_out: Sequence[str] = (),
+    remarks: Sequence[str] = (),
 ) -> Dataset:
     """Check every file, and pack those that can be used. Raises InvalidData when more than 1 % cannot.
 
-    `skipped` count among those that cannot; `left_out` are named beside them, however many they are.
+    `skipped` count among those that cannot; `left_out` are named beside them, however many they are. `remarks` go into the manifest.
     """
     total = len(items)
     threads = min(8, (os.cpu_count() or 1) + 2)
@@ -153,9 +189,8 @@ def pack_items(
             )
             packing.progress(total // 2 + (total - total // 2) * stop // len(order), total)
     described = DataFormat(kind=kind.name, classes=tuple(classes), rate=rate)
-    return packing.dataset(
-        described, shards, [kept[place][0].key for place in order], labels, [*bad, *left_out][:NAMED_LIMIT]
-    )
+    keys = [kept[place][0].key for place in order]
+    return packing.dataset(described, shards, keys, labels, [*bad, *left_out][:NAMED_LIMIT], remarks)
 
 
 def _kind_of(folder: Path, files: Sequence[Path], kinds: Sequence[Kind]) -> tuple[Kind, set[Path]]:
@@ -262,10 +297,40 @@ def files_in(folder: Path, kinds: Sequence[Kind]) -> list[Path]:
     return sorted(
         path
         for path in folder.rglob("*")
-        if _is_of(path, kinds)
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if _is_of(path, kinds) and not any(map(_is_hidden, path.relative_to(folder).parts)) and path.is_file()
+    )
+
+
+def _unknown_in(folder: Path, kinds: Sequence[Kind]) -> list[Path]:
+    """The other files below `folder`, hidden ones left out."""
+    known = frozenset[str]().union(*(kind.suffixes | kind.unread for kind in kinds))
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() not in known
+        and not any(map(_is_hidden, path.relative_to(folder).parts))
         and path.is_file()
     )
+
+
+def _about_files(left_out: Sequence[Path], folder: Path) -> list[str]:
+    """A sentence about files that are not of the set's kind; nothing where there are none."""
+    if not left_out:
+        return []
+    suffixes = Counter(path.suffix.lower() or "no suffix" for path in left_out)
+    counts = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(5))
+    names = some([_text(path.relative_to(folder).as_posix()) for path in sorted(left_out)])
+    return [
+        f"{_counted(len(left_out), 'file')} of other kinds left out ({counts}{', ...' if len(suffixes) > 5 else ''}): {names}"
+    ]
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name.casefold() in LEFT_BEHIND
+
+
+def _counted(count: int, word: str) -> str:
+    return f"{count} {word}{'' if count == 1 else 's'}"
 
 
 def _unread_text(folder: Path, kinds: Sequence[Kind]) -> str:

@@ -8,6 +8,7 @@ The formats of shards are those of `potluck.messages.DataFormat`; docs/data.md d
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from potluck.blobs.store import BlobStore
 from potluck.data import arrays, audio, folders, images, parquet, tables, texts, tfrecords
-from potluck.data.packing import Packing, Target, reading, target_names
+from potluck.data.packing import Packing, Target, reading, some, target_names
 from potluck.errors import InvalidData
 from potluck.messages import BlobRef, Dataset
 
@@ -73,13 +74,17 @@ def _pack_path(source: Path, target: Target, sample_weight: str | None, labels: 
     if source.is_dir():
         with reading(source):
             records, parts = tfrecords.files_in(source), parquet.files_in(source)
+            taken = {*records, *parts}
+            beside = sorted(path.name for path in source.iterdir() if path not in taken and path.name[0] not in "._")
         if records and parts:
             raise InvalidData(f"{source} has TFRecord and Parquet files: a data set is of one kind, so move the others")
+        about = [f"{len(beside)} beside the files of data, left out: {some(beside)}"] if beside else []
         if parts:
-            return _pack_table(parquet.read(parts, target, sample_weight), packing)
+            table = parquet.read(parts, target, sample_weight)
+            return _pack_table(replace(table, remarks=(*table.remarks, *about)), packing)
         only = _only_target(source, target, sample_weight)
         if records:
-            return tfrecords.pack(records, only, packing)
+            return tfrecords.pack(records, only, packing, about)
         return folders.pack_folder(source, labels, packing, FILES)
     if suffix in (".npz", ".npy"):
         found, targets, weight = arrays.read_file(source, target, sample_weight)
@@ -98,7 +103,9 @@ def _pack_path(source: Path, target: Target, sample_weight: str | None, labels: 
 
 def _pack_table(table: tables.Table, packing: Packing) -> Dataset:
     weight = table.sample_weight
-    return arrays.pack(table.columns, table.target, packing, sample_weight=weight, classes=table.classes)
+    return arrays.pack(
+        table.columns, table.target, packing, sample_weight=weight, classes=table.classes, remarks=table.remarks
+    )
 
 
 def _only_target(source: Path, target: Target, sample_weight: str | None) -> str | None:

@@ -20,6 +20,7 @@ Target = str | Sequence[str] | None
 """The name of what is to be learned, or several of them; None: what has one of the usual names."""
 WEIGHT_NAME = "sample_weight"
 """The name of what holds the weights of the items in the loss, when none is named."""
+_NAMED = 5
 CLASSES_LIMIT = 10_000
 """More classes than that are taken for something else than classes."""
 
@@ -50,6 +51,7 @@ class Packing:
         keys: Sequence[str | int],
         labels: Array | None,
         skipped: Sequence[str] = (),
+        remarks: Sequence[str] = (),
     ) -> Dataset:
         """The manifest. `keys` in packing order; `labels` are class indexes of all items in any order, where they have classes."""
         counts: tuple[int, ...] = ()
@@ -63,7 +65,22 @@ class Packing:
             class_counts=counts,
             skipped=tuple(skipped),
             keys=self.put(codec.pack(list(keys), "json")),
+            remarks=tuple(remarks),
         )
+
+
+def remarks(dataset: Dataset) -> tuple[str, ...]:
+    """Sentences about all that packing left out, and what whoever gave the data may not have meant: what users are told."""
+    skipped = dataset.skipped
+    if not skipped:
+        return dataset.remarks
+    total = dataset.count + len(skipped)
+    return (f"{len(skipped)} of {total} items cannot be used and are left out: {some(skipped)}", *dataset.remarks)
+
+
+def some(names: Sequence[str]) -> str:
+    """For people: the first of them."""
+    return ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
 
 
 def target_names(target: Target) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +39,17 @@ def read(files: Sequence[Path], target: Target, sample_weight: str | None = None
     column: for columns that are not numbers, missing, infinite or not-a-number values, files whose columns differ, and
     damaged ones; and where pyarrow is missing.
     """
-    names, rows = _described(files[0])
+    names, index, rows = _described(files[0])
     for path in files[1:]:
-        others, more = _described(path)
+        others, _, more = _described(path)
         if sorted(others) != sorted(names):
             raise InvalidData(f"{path} has other columns than {files[0].name}: {', '.join(others)}")
         rows += more
     if not rows:
         raise InvalidData(f"{files[0]} has no rows")
-    return table_of(files[0], _ParquetColumns(files, names, rows), target, sample_weight)
+    table = table_of(files[0], _ParquetColumns(files, names, rows), target, sample_weight)
+    remarks = [f"column {name!r} is left out as the index that pandas wrote" for name in index]
+    return replace(table, remarks=(*table.remarks, *remarks))
 
 
 @dataclass(frozen=True)
@@ -110,11 +112,12 @@ class _ParquetColumns:
             raise InvalidData(f"{self.files[-1]} is damaged: it has fewer rows than it says")
 
 
-def _described(path: Path) -> tuple[list[str], int]:
-    """(its columns, without an index that pandas wrote beside them; how many rows it says it has)."""
+def _described(path: Path) -> tuple[list[str], list[str], int]:
+    """(its columns; those that are an index which pandas wrote beside them; how many rows it says it has)."""
     with _opened(path) as file:
-        names = [name for name in file.schema_arrow.names if not _PANDAS_INDEX.fullmatch(name)]
-        return names, max(0, file.metadata.num_rows)
+        index = [name for name in file.schema_arrow.names if _PANDAS_INDEX.fullmatch(name)]
+        names = [name for name in file.schema_arrow.names if name not in index]
+        return names, index, max(0, file.metadata.num_rows)
 
 
 def _decoded(column: Any) -> Any:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Protocol
 
@@ -15,6 +17,10 @@ from potluck.errors import InvalidData
 
 TARGET_NAMES = ("y", "target", "label", "class")
 """Columns that are taken for the target when none is named, in any case of letters."""
+_INDEX = re.compile(r"(Unnamed: \d+)?")
+_BOOLEANS = {"true": 1.0, "false": 0.0}
+"""As pandas and Parquet have them, in any case of letters."""
+_NONE = -1.0
 _WHOLE_LIMIT = 2.0**53
 """Up to here float64 holds every whole number."""
 
@@ -23,13 +29,14 @@ _WHOLE_LIMIT = 2.0**53
 class Table:
     """`columns` are `x`, with a target `y` (several targets have their columns' names), and with weights `sample_weight`.
 
-    `classes` where the target was text.
+    `classes` where the target was text. `remarks`: sentences about columns that were left out.
     """
 
     columns: dict[str, Array]
     target: Target
     classes: tuple[str, ...] = ()
     sample_weight: str | None = None
+    remarks: tuple[str, ...] = ()
 
 
 class Columns(Protocol):
@@ -51,14 +58,20 @@ def table_of(path: Path, columns: Columns, target: Target, sample_weight: str | 
     Raises InvalidData: no such target, nothing beside it, a name twice, and what `columns` raises.
     """
     names = columns.names
-    if len(set(names)) != len(names):
-        twice = next(name for name in names if names.count(name) > 1)
+    wanted = {*target_names(target), sample_weight}
+    # The first columns, as far as they are an index: without a name, or with the one that pandas gives such when it reads them.
+    index = list(takewhile(lambda name: _INDEX.fullmatch(name) and name not in wanted, names))
+    rest = names[len(index) :]
+    if len(set(rest)) != len(rest):
+        twice = next(name for name in rest if rest.count(name) > 1)
         raise InvalidData(f"{path}: two columns have the name {twice!r}")
     targets = _target_columns(path, names, target)
     if sample_weight is not None and sample_weight not in names:
         raise InvalidData(f"{path} has no column {sample_weight!r}: its columns are {', '.join(names)}")
     weight = sample_weight or (WEIGHT_NAME if targets and WEIGHT_NAME in names else None)
-    inputs = [name for name in names if name not in targets and name != weight]
+    inputs = [name for name in rest if name not in targets and name != weight]
+    if not inputs and len(index) == 1:  # there is nothing else that it could be
+        inputs, index = index, []
     if not inputs:
         raise InvalidData(f"{path} has no columns beside the target {', '.join(map(repr, targets))}")
     several = len(targets) > 1
@@ -77,8 +90,12 @@ def table_of(path: Path, columns: Columns, target: Target, sample_weight: str | 
             found["y"], classes = class_indexes(values.tolist(), f"{path}: the target {name!r}")
     if weight is not None:
         found[WEIGHT_NAME] = columns.floats([weight])[:, 0]
+    remarks = tuple(
+        f"the first column, {name!r}, is left out as an index, such as pandas writes: name it if it is an input"
+        for name in index
+    )
     learnt: Target = targets if several else "y" if targets else None
-    return Table(found, learnt, classes, WEIGHT_NAME if weight is not None else None)
+    return Table(found, learnt, classes, WEIGHT_NAME if weight is not None else None, remarks)
 
 
 def read_csv(path: Path, target: Target, sample_weight: str | None = None) -> Table:
@@ -155,11 +172,12 @@ def _target_columns(path: Path, names: Sequence[str], target: Target) -> tuple[s
 
 
 def _numbers(texts: Sequence[str]) -> Array:
-    """Numbers as float64; nan for what is none."""
+    """Numbers as float64; nan for what is none. Where all are booleans, 0 and 1."""
     try:
         return np.asarray([float(text) for text in texts], np.float64)
     except ValueError:
-        return np.asarray([_number(text) for text in texts], np.float64)
+        booleans = [_BOOLEANS.get(text.strip().lower(), _NONE) for text in texts]
+        return np.asarray(booleans if _NONE not in booleans else [_number(text) for text in texts], np.float64)
 
 
 def _number(text: str) -> float:

@@ -16,7 +16,7 @@ import numpy as np
 
 from potluck import extras
 from potluck.data import arrays, folders, images
-from potluck.data.packing import CLASSES_LIMIT, Packing, class_indexes, reading
+from potluck.data.packing import CLASSES_LIMIT, Packing, class_indexes, reading, some
 from potluck.errors import InvalidData
 from potluck.messages import Dataset
 
@@ -59,8 +59,11 @@ def files_in(folder: Path) -> list[Path]:
     )
 
 
-def pack(files: Sequence[Path], target: str | None, packing: Packing) -> Dataset:
-    """Records with an encoded image become images, records of numbers arrays. Raises InvalidData, naming file and record."""
+def pack(files: Sequence[Path], target: str | None, packing: Packing, remarks: Sequence[str] = ()) -> Dataset:
+    """Records with an encoded image become images, records of numbers arrays; `remarks` go into the manifest.
+
+    Raises InvalidData, naming file and record.
+    """
     found = ((record, _features(data, record)) for path in files for record, data in _records(path))
     first = next(found, None)
     if first is None:
@@ -69,9 +72,12 @@ def pack(files: Sequence[Path], target: str | None, packing: Packing) -> Dataset
     label = target or next((key for key in _LABEL if key in first[1]), None)
     if target is not None and target not in first[1]:
         raise InvalidData(f"{first[0].where} has no feature {target!r}: its features are {', '.join(first[1])}")
+    names = first[1].keys() - {label, *_TEXT}
+    unused = sorted(names - {image} if image else [name for name in names if isinstance(first[1][name], list)])
+    about = [*remarks, f"features left out: {some(unused)}"] if unused else remarks
     if image is not None:
-        return _pack_images(_chained(first, found), image, label, packing)
-    return _pack_arrays(_chained(first, found), label, packing)
+        return _pack_images(_chained(first, found), image, label, packing, about)
+    return _pack_arrays(_chained(first, found), label, packing, about)
 
 
 def _chained(
@@ -81,7 +87,9 @@ def _chained(
     yield from rest
 
 
-def _pack_arrays(records: Iterator[tuple[Record, Features]], label: str | None, packing: Packing) -> Dataset:
+def _pack_arrays(
+    records: Iterator[tuple[Record, Features]], label: str | None, packing: Packing, remarks: Sequence[str]
+) -> Dataset:
     columns: dict[str, list[Any]] = {}
     for number, (record, features) in enumerate(records):
         if not number:  # features of bytes that are no image: nothing to compute with, unless they are the labels
@@ -99,11 +107,11 @@ def _pack_arrays(records: Iterator[tuple[Record, Features]], label: str | None, 
     stacked = {key: np.stack(column) for key, column in columns.items()}
     if label is not None and stacked[label].shape[1] == 1:
         stacked[label] = stacked[label][:, 0]
-    return arrays.pack(stacked, label, packing)
+    return arrays.pack(stacked, label, packing, remarks=remarks)
 
 
 def _pack_images(
-    records: Iterator[tuple[Record, Features]], image: str, label: str | None, packing: Packing
+    records: Iterator[tuple[Record, Features]], image: str, label: str | None, packing: Packing, remarks: Sequence[str]
 ) -> Dataset:
     """The images themselves stay in their files until they are packed."""
     kept: list[Record] = []
@@ -124,7 +132,7 @@ def _pack_images(
         folders.Item(record.where, indexes[place] if indexes else -1, partial(_image_in, record, image))
         for place, record in enumerate(kept)
     ]
-    return folders.pack_items(images.KIND, items, classes, packing)
+    return folders.pack_items(images.KIND, items, classes, packing, remarks=remarks)
 
 
 def _classes(labels: Sequence[int | str], names: dict[int | str, str]) -> tuple[list[int], tuple[str, ...]]:

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from msgspec.structs import replace
 
 from potluck.blobs.store import BlobStore
 from potluck.data.pack import pack
@@ -137,6 +138,15 @@ def test_npz_in_its_usual_forms(tmp_path: Path, store: BlobStore) -> None:
         pack(file, "d", store)
     np.savez(file, pixels=parts["x_train"], digit=parts["y_train"])
     assert pack(file, "d", store, target="digit").format.inputs == ("pixels",)
+    np.savez(file, X=parts["x_train"], Y=parts["y_train"])
+    upper = pack(file, "d", store)
+    assert (upper.format.inputs, upper.format.target) == (("X",), "Y")
+    np.savez(file, X=parts["x_train"], Y=parts["x_train"], y=parts["y_train"])
+    assert pack(file, "d", store).format.target == "y"  # as it is written before as it might be
+    np.savez(file, X_train=parts["x_train"], Y_train=parts["y_train"], X_test=parts["x_test"], Y_test=parts["y_test"])
+    with pytest.raises(InvalidData, match=r"several sets .*'Y_train' or 'Y_test'"):
+        pack(file, "d", store)
+    assert pack(file, "d", store, target="Y_test").format == replace(plain.format, inputs=("X",), target="Y")
     np.save(tmp_path / "x.npy", parts["x_train"])
     assert pack(tmp_path / "x.npy", "d", store).format.inputs == ("x",)
 

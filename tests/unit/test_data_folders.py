@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from potluck.blobs.store import BlobStore
 from potluck.data import audio
-from potluck.data.folders import Unusable, parts_as_classes
+from potluck.data.folders import Unusable
 from potluck.data.pack import pack
 from potluck.errors import InvalidData
 from support.digits import write_png_folder
@@ -63,10 +63,65 @@ def test_a_text_that_cannot_be_used_is_named_counted_and_skipped(
     assert reason in skipped
 
 
-def test_class_folders_that_are_named_as_parts_of_a_set_are_remarked_on() -> None:
-    assert parts_as_classes(("README", "Test", "train")).startswith("Test and train are learnt as classes: ")
-    for classes in ((), ("cat", "dog"), ("car", "plane", "train")):
-        assert parts_as_classes(classes) == ""
+def test_a_folder_too_far_up_is_refused_with_what_is_meant(tmp_path: Path, store: BlobStore) -> None:
+    def data(*names: str) -> Path:
+        folder = tmp_path / "-".join(names) / "my data"
+        for name in names:
+            write_texts(folder / name, 4)
+        return folder
+
+    folder = data("train", "Test", "README")
+    with pytest.raises(InvalidData) as caught:
+        pack(folder, "x", store)
+    assert caught.value.message == (
+        f"{folder}: Test and train are parts of a data set and no classes: give one of them. To train: potluck train MODEL "
+        f"'{folder}/train' --validation '{folder}/Test' (in Python: client.train(model, '{folder}/train', "
+        f"validation='{folder}/Test'))"
+    )
+    with pytest.raises(InvalidData, match=r"train' --validation '[^']*/val' "):
+        pack(data("test", "train", "val"), "x", store)
+    with pytest.raises(InvalidData, match=r"test and val are parts .*: give one of them$"):
+        pack(data("test", "val"), "x", store)
+    folder = data("train")
+    with pytest.raises(InvalidData, match=rf"train is a part of a data set and no class: give {folder}/train$"):
+        pack(folder, "x", store)
+    assert pack(data("test", "train"), "x", store, labels=False).format.classes == ()  # to predict, all of it
+    write_files(tmp_path / "vehicles", {"car/a.txt": b"a car", "train/a.txt": b"a train"})
+    assert pack(tmp_path / "vehicles", "x", store).format.classes == ("car", "train")
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_what_is_left_out_is_named_and_counted(tmp_path: Path, store: BlobStore, labels: bool) -> None:
+    folder = write_tones(tmp_path / "tones", 200)
+    more = {"low/a.mp3": b"", "low/deep/b.MP3": b"", "low/cover": b"", "high/notes.txt": b"high tones"}
+    hidden = {
+        ".git/x": b"",
+        "low/.a.wav": b"",
+        "low/Thumbs.db": b"",
+        "__MACOSX/low/a.wav": b"",
+        "high/desktop.ini": b"",
+    }
+    write_files(folder, more | hidden)
+    if not labels:
+        for path in (folder / "high").glob("*.wav"):
+            path.rename(folder / path.name)
+    dataset = pack(folder, "tones", store, labels=labels)
+    assert (dataset.count, dataset.skipped) == (200, ())
+    (remark,) = dataset.remarks
+    assert remark == (
+        "4 files of other kinds left out (2 .mp3, 1 .txt, 1 no suffix): high/notes.txt, low/a.mp3, low/cover, low/deep/b.MP3"
+    )
+    assert pack(write_tones(tmp_path / "plain", 20), "x", store).remarks == ()
+
+
+def test_an_empty_class_folder_is_a_class_without_items(tmp_path: Path, store: BlobStore) -> None:
+    folder = write_texts(tmp_path / "films", 100)
+    (folder / "dull" / "older").mkdir(parents=True)
+    write_files(folder, {"dull/.gitkeep": b""})
+    dataset = pack(folder, "films", store)
+    assert (dataset.format.classes, dataset.class_counts) == (("bad", "dull", "good"), (50, 0, 50))
+    assert dataset.remarks == ("1 class folder empty, a class all the same (remove what is none): dull",)
+    assert {label for _, _, label in images_of(dataset, store)} == {0, 2}
 
 
 def test_more_than_one_text_in_a_hundred_is_refused(tmp_path: Path, store: BlobStore) -> None:

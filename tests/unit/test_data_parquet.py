@@ -107,6 +107,7 @@ def test_inputs_of_every_kind_of_number(tmp_path: Path, store: BlobStore) -> Non
     dataset = pack(path, "t", store, shuffle=False)
     assert arrays_of(dataset, store)["x"].tolist() == [[1, 1, 1.5, 7], [2, 0, -2.25, 8]]
     assert dataset.format.target == ""
+    assert dataset.remarks == ("column '__index_level_0__' is left out as the index that pandas wrote",)
 
 
 def test_many_batches_and_the_parts_of_a_folder_are_one_table(tmp_path: Path, store: BlobStore) -> None:
@@ -119,6 +120,10 @@ def test_many_batches_and_the_parts_of_a_folder_are_one_table(tmp_path: Path, st
     write(tmp_path / "parts" / ".part-2.parquet", c=["hidden"])
     (tmp_path / "parts" / "_SUCCESS").touch()
     assert pack(tmp_path / "parts", "t", store, shuffle=False) == whole
+    write(tmp_path / "parts" / "year=2020" / "part.parquet", a=values[:9], b=-values[:9])
+    (tmp_path / "parts" / "notes.txt").touch()
+    about = ("2 beside the files of data, left out: notes.txt, year=2020",)
+    assert pack(tmp_path / "parts", "t", store, shuffle=False).remarks == about
 
 
 @pytest.mark.parametrize(

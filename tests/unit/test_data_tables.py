@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from sklearn.datasets import load_iris
 
 from potluck.blobs.store import BlobStore
@@ -90,6 +91,32 @@ def test_without_a_target(tmp_path: Path, store: BlobStore) -> None:
     dataset = pack(write(tmp_path, "a,b\r\n1,2\r\n\r\n3,4e1\r\n"), "t", store, shuffle=False)
     assert arrays_of(dataset, store)["x"].tolist() == [[1, 2], [3, 40]]
     assert dataset.format.target == ""
+
+
+@pytest.mark.parametrize("head", ["", "Unnamed: 0", '""'])
+def test_an_index_without_a_name_is_left_out_and_named(tmp_path: Path, store: BlobStore, head: str) -> None:
+    plain = pack(write(tmp_path, "a,y\n1.5,0\n2.5,1\n"), "t", store)
+    dataset = pack(write(tmp_path, f"{head},a,y\nrow 1,1.5,0\nrow 2,2.5,1\n"), "t", store)
+    assert replace(dataset, remarks=()) == plain
+    (remark,) = dataset.remarks
+    assert remark.startswith(f"the first column, {head.strip(chr(34))!r}, is left out as an index")
+    two = pack(write(tmp_path, f"{head},Unnamed: 1,a,y\n0,0,1.5,0\n0,1,2.5,1\n"), "t", store)
+    assert (two.shards, len(two.remarks)) == (plain.shards, 2)
+    wanted = pack(write(tmp_path, f"{head},a\n0,1.5\n1,2.5\n"), "t", store, target=head.strip('"'))
+    assert (wanted.shards, wanted.remarks) == (plain.shards, ())
+    alone = pack(write(tmp_path, f"{head},y\n1.5,0\n2.5,1\n"), "t", store)  # what else should it be?
+    assert (alone.shards, alone.remarks) == (plain.shards, ())
+    with pytest.raises(InvalidData, match="two columns have the name ''"):
+        pack(write(tmp_path, "a,,\n1,2,3\n"), "t", store)
+
+
+def test_booleans_are_numbers(tmp_path: Path, store: BlobStore) -> None:
+    plain = pack(write(tmp_path, "a,red,y\n1,1,0\n2,0,1\n"), "t", store)
+    assert pack(write(tmp_path, "a,red,y\n1,True,False\n2, False ,True\n"), "t", store) == plain
+    assert pack(write(tmp_path, "a,red,y\n1,TRUE,false\n2,FALSE,true\n"), "t", store) == plain
+    for odd in ("yes", "1", ""):
+        with pytest.raises(InvalidData, match=r"line [23]: column 'red' is "):
+            pack(write(tmp_path, f"a,red,y\n1,True,0\n2,{odd},1\n"), "t", store)
 
 
 def test_byte_order_mark_quotes_and_spaces(tmp_path: Path, store: BlobStore) -> None:

@@ -93,9 +93,11 @@ def test_images_with_labels_of_text_or_none(tmp_path: Path, store: BlobStore) ->
     dataset = pack(file, "d", store, shuffle=False)
     assert dataset.format.classes == ("even", "odd")
     assert [label for _, _, label in images_of(dataset, store)] == [1, 0, 1, 0, 1, 0]
-    file = write(tmp_path / "b.tfrecord", *(example(image=png(x[n])) for n in range(6)))
+    assert dataset.remarks == ()
+    file = write(tmp_path / "b.tfrecord", *(example(image=png(x[n]), height=8, name=b"a") for n in range(6)))
     dataset = pack(file, "d", store, shuffle=False)
     assert dataset.format.classes == ()
+    assert dataset.remarks == ("features left out: height, name",)
     assert [label for _, _, label in images_of(dataset, store)] == [-1] * 6
 
 

@@ -86,8 +86,14 @@ def test_a_folder_too_far_up_is_logged(tmp_path: Path, caplog: pytest.LogCapture
         (tmp_path / "films" / part / "good").mkdir(parents=True)
         (tmp_path / "films" / part / "good" / "1.txt").write_text("fine")
     own = OwnData(tmp_path / "data", {"films": str(tmp_path / "films")})
-    assert own.pack("films")
-    assert "test and train are learnt as classes" in caplog.text
+    assert not own.pack("films")
+    assert "test and train are parts of a data set and no classes: give one of them" in caplog.text
+
+
+def test_what_is_left_out_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "t.csv").write_text(",a,y\n0,1.5,2\n1,2.5,3\n")
+    assert OwnData(tmp_path / "data", {"t": str(tmp_path / "t.csv")}).pack("t")
+    assert "the first column, '', is left out as an index" in caplog.text
 
 
 def test_more_names_of_classes_than_fit_into_a_message_are_refused(
