@@ -49,6 +49,24 @@ def potluck(cluster: LocalCluster, *arguments: str) -> str:
     return done.stdout
 
 
+def test_validation_and_evaluation_find_classes_by_their_names(client: Client) -> None:
+    import keras
+
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(3, use_bias=False, activation="softmax")])
+    model.set_weights([9 * np.eye(3, dtype=np.float32)])  # right from the beginning, and it learns nothing
+    model.compile(keras.optimizers.SGD(0.0), "sparse_categorical_crossentropy", metrics=["accuracy"])
+    numbers = np.arange(60) % 3
+    x, names = np.eye(3, dtype=np.float32)[numbers], np.array(["ant", "bee", "cat"])[numbers]
+    some = numbers > 0  # no ant
+    job = client.train(model, (x, names), validation=(x[some], names[some]), name="insects").wait(timeout=200)
+    assert job.history["val_accuracy"] == [1.0]
+    found = client.evaluate("insects", (x[some], names[some])).wait(timeout=100).evaluation
+    assert [(score.label, score.support) for score in found.classes] == [("ant", 0), ("bee", 20), ("cat", 20)]
+    assert (found.metrics["accuracy"], found.metrics["f1"]) == (1.0, 1.0)  # what is not there is in no mean
+    with pytest.raises(InvalidRequest, match="classes that model insects:1 does not know: Bee; it knows ant, bee, cat"):
+        client.evaluate("insects", (x[some], np.where(names[some] == "bee", "Bee", "cat")))
+
+
 @pytest.mark.parametrize("strategy", ["local", "sync"])
 def test_texts_from_training_to_answers(cluster: LocalCluster, client: Client, tmp_path: Path, strategy: str) -> None:
     train, held_out = write_texts(tmp_path / "train", 256), write_texts(tmp_path / "test", 40)
