@@ -123,7 +123,7 @@ def test_five_commands_and_three_minutes_to_the_first_answer(hosts: Hosts, tmp_p
     wait_until(lambda: hosts.online() > 0, hosts, "the first node")
     trained = hosts.ask(
         *f"train {tmp_path}/model.keras {tmp_path}/train --validation {tmp_path}/test".split(),
-        *["--epochs", "20", "--name", "pictures", "--deploy", "2"], seconds=PATIENCE_SECONDS,
+        *["--epochs", "20", "--name", "pictures", "--deploy", "all"], seconds=PATIENCE_SECONDS,
     )  # fmt: skip
     assert trained.returncode == 0, trained.stderr + hosts.logs()
     answered = hosts.ask("infer", "pictures", str(tmp_path / "test" / "seven" / "0007.png"))
