@@ -373,7 +373,7 @@ async def test_the_same_data_may_be_sent_twice_at_once(client: AsyncClient, monk
     assert (await waiting).name == "one"
 
 
-async def test_a_folder_too_far_up_is_remarked_on(
+async def test_a_folder_too_far_up_is_refused_and_what_is_left_out_is_told(
     client: AsyncClient, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     films = tmp_path / "films"
@@ -381,8 +381,14 @@ async def test_a_folder_too_far_up_is_remarked_on(
         write_files(films / part, {"good/1.txt": b"fine", "bad/2.txt": b"dull"})
     await client.train("net", films / "train", validation=films / "test")
     assert caplog.text == ""
-    await client.train("net", films)
-    assert "data: test and train are learnt as classes" in caplog.text
+    for data in ({"data": films}, {"data": films / "train", "validation": films}):
+        with pytest.raises(InvalidData, match=r"To train: potluck train MODEL \S+/train --validation \S+/test "):
+            await client.train("net", **data)
+    write_files(films, {"train/good/notes.md": b"fine"})
+    (films / "test" / "odd").mkdir()
+    await client.train("net", films / "train", validation=films / "test")
+    assert "data: 1 file of other kinds left out (1 .md): good/notes.md" in caplog.text
+    assert "validation: 1 class folder empty, a class all the same (remove what is none): odd" in caplog.text
 
 
 async def test_progress_ends_with_the_job_and_the_result_is_read(
