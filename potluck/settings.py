@@ -213,6 +213,11 @@ def parse_address(text: str, default_port: int = 1883) -> tuple[str, int]:
     return host, int(port) if port else default_port
 
 
+def typed(command: str, cluster: str) -> str:
+    """A command as it must be typed to reach `cluster`: what an error or a remark tells to type works when it is copied."""
+    return command if cluster == NetworkSettings().cluster else f"{command} --cluster {cluster}"
+
+
 def state_folder(configured: str, daemon: str) -> Path:
     """The daemon's folder, made if need be: as configured, systemd's StateDirectory, or below XDG_STATE_HOME (XDG base dir spec)."""
     folder = configured or os.environ.get("STATE_DIRECTORY", "").split(":")[0]

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from potluck.cli.output import bytes_text, counted, emit, metrics_text, note, rate_text, seconds_text, share
+from potluck.cli.session import same_cluster
 from potluck.errors import InvalidData, InvalidModel, PotluckError
 
 if TYPE_CHECKING:
@@ -42,7 +43,8 @@ def follow(job: Job, *, quiet: bool = False, verbose: bool = False) -> None:
                 note(line)
         job.wait()
     except KeyboardInterrupt:
-        note(f"interrupted: job {job.id} goes on; `potluck job {job.id}` shows it, `potluck cancel {job.id}` ends it")
+        shows, ends = (same_cluster(f"potluck {what} {job.id}") for what in ("job", "cancel"))
+        note(f"interrupted: job {job.id} goes on; `{shows}` shows it, `{ends}` ends it")
         raise typer.Exit(130) from None
 
 

@@ -42,7 +42,7 @@ def infer(
     from potluck.cli import output
     from potluck.client import files
     from potluck.client.models import image_options
-    from potluck.data import items
+    from potluck.data import images, items
     from potluck.scores import of_classes
 
     size = image_size(image)
@@ -52,6 +52,7 @@ def infer(
         names: list[str] = []
         if len(sources) == 1 and not Path(sources[0]).is_dir():
             found = client.infer(model, read_input(sources[0], info, asked))
+            names = [path for path in sources if Path(path).suffix.lower() in {*images.KIND.suffixes, ".txt", ".wav"}]
         else:
             paths = files.paths([Path(source) for source in sources], info)
             names = [str(path) for path in paths]

@@ -22,7 +22,7 @@ from potluck.discovery import Discovery, Service
 from potluck.errors import Unavailable
 from potluck.logs import fields
 from potluck.network import lan_addresses, reachable_addresses
-from potluck.settings import GATEWAY_PORT, is_loopback, parse_address
+from potluck.settings import GATEWAY_PORT, is_loopback, parse_address, typed
 from potluck.sole_use import sole_use
 
 log = logging.getLogger(__name__)
@@ -103,7 +103,8 @@ class Joining:
                 await claims.aclose()
             tasks.create_task(self._child("node").run(), name="node")
             self._say_who_is_served()
-            self._say("this machine's node starts; `potluck status` says how the cluster is; Ctrl-C leaves")
+            status = typed("potluck status", self._plan.network.cluster)
+            self._say(f"this machine's node starts; `{status}` says how the cluster is; Ctrl-C leaves")
 
     async def _look_around(self, until: AsyncExitStack) -> Discovery | None:
         """Where this machine keeps to itself, still look at the network: who forgot --insecure hears what is there."""

@@ -73,9 +73,8 @@ def options(
         logs.configure("DEBUG")
     else:
         logging.getLogger("potluck").setLevel(logging.ERROR)  # what goes wrong is said in one sentence instead
-        logging.getLogger("potluck.client.sources").setLevel(
-            logging.WARNING
-        )  # items of a user's data that are left out
+        for data in ("sources", "files"):  # items of a user's data that are left out
+            logging.getLogger(f"potluck.client.{data}").setLevel(logging.WARNING)
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import click
 import typer
 
 if TYPE_CHECKING:
@@ -48,6 +49,18 @@ class Session:
         from potluck.client import Client
 
         return Client(self.seed, cluster=self.cluster, timeout=self.timeout)
+
+
+def same_cluster(command: str) -> str:
+    """A command as it must be typed to reach the cluster of the present one: with the options that say which."""
+    context = click.get_current_context(silent=True)
+    given = context.find_object(Session) if context is not None else None
+    if given is None:
+        return command
+    options = [
+        f" {option} {value}" for option, value in (("--seed", given.seed), ("--cluster", given.cluster)) if value
+    ]
+    return command + "".join(options)
 
 
 def session(context: typer.Context) -> Session:

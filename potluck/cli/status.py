@@ -57,7 +57,7 @@ def facts(found: Health, local: Sequence[str]) -> Iterator[tuple[str, str]]:
     yield "gateway", "  ".join(found.gateway)
     yield "nodes", nodes_text(found)
     yield "work", work_text(found)
-    yield "here", "; ".join(local) or "nothing of potluck runs on this machine"
+    yield "here", "; ".join(local) or "no `potluck up` and no service of potluck runs on this machine"
     told = [("wrong", text) for text in found.problems] + [("note", text) for text in found.remarks]
     room = LINES - PARTS
     shown = told if len(told) <= room else told[: room - 1]

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from potluck.cli import completion
-from potluck.cli.session import ImageSize, Json, check_output, image_size, session
+from potluck.cli.session import ImageSize, Json, check_output, image_size, same_cluster, session
 
 
 def train(
@@ -170,10 +170,11 @@ def train(
         if output is not None:
             out.show(f"saved as {output}")
         elif not ended.registered:
-            out.show(f"the model is job {job.id}'s result: `potluck job {job.id} --output FILE.keras` saves it")
+            saves = same_cluster(f"potluck job {job.id} --output FILE.keras")
+            out.show(f"the model is job {job.id}'s result: `{saves}` saves it")
         if deploy is not None:  # last: the model is there also where this fails
             following.ended(client.deploy(ended.registered, deploy), as_json, verbose=session(context).verbose)
-            out.show(f"deployed {ended.registered}: `potluck infer {name} INPUT` asks it")
+            out.show(f"deployed {ended.registered}: `{same_cluster(f'potluck infer {name} INPUT')}` asks it")
             for line in curl.lines(client, ended.registered):
                 out.show(line)
 

@@ -24,7 +24,7 @@ from potluck.errors import InvalidRequest, PotluckError, TimedOut, Unavailable, 
 from potluck.logs import fields
 from potluck.messages import BlobRef, CancelInfer, CoordinatorStatus, Infer, Inferred, Message, Undeploy
 from potluck.network import lan_addresses
-from potluck.settings import ClientSettings, PositiveSeconds, load, parse_address
+from potluck.settings import ClientSettings, PositiveSeconds, load, parse_address, typed
 from potluck.topics import Topics
 
 log = logging.getLogger(__name__)
@@ -137,7 +137,8 @@ class Connection:
         if await _first_found(seen) is None:
             raise Unavailable(
                 f"no cluster {settings.cluster!r} is found: within {limit_seconds:g} s no coordinator answered by mDNS on "
-                f"{', '.join(dict.fromkeys(['127.0.0.1', *lan_addresses()]))}: start one with `potluck up`, or name its "
+                f"{', '.join(dict.fromkeys(['127.0.0.1', *lan_addresses()]))}: start one with "
+                f"`{typed('potluck up', settings.cluster)}`, or name its "
                 "broker with --seed HOST[:PORT]"
             )
         sources = [broker_addresses(settings, discovery) for discovery in found]
@@ -194,7 +195,7 @@ class Connection:
             except TimeoutError:
                 raise Unavailable(
                     f"the broker answers, but no coordinator of cluster {self.settings.cluster!r} is online: "
-                    "start one with `potluck up` (or potluck-coordinator), or name another --cluster"
+                    f"start one with `{typed('potluck up', self.settings.cluster)}` (or potluck-coordinator), or name another --cluster"
                 ) from None
         assert self._status is not None
         return self._status

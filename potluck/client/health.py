@@ -30,7 +30,7 @@ from potluck.messages import (
     NodeStatus,
     NodeTelemetry,
 )
-from potluck.settings import ClientSettings, is_loopback
+from potluck.settings import ClientSettings, is_loopback, typed
 from potluck.sole_use import clock_text
 
 ASK_SECONDS = 5.0
@@ -155,7 +155,8 @@ async def _without_coordinator(connection: Connection, broker: str) -> Health:
         since=since,
         waiting=tuple(sorted(heard)),
         problems=(
-            f"the broker answers, but no coordinator of cluster {connection.settings.cluster!r} is there{told}: start one with `potluck up` "
+            f"the broker answers, but no coordinator of cluster {connection.settings.cluster!r} is there{told}: start one with "
+            f"`{typed('potluck up', connection.settings.cluster)}` "
             "(or the service potluck-coordinator)",
         ),
     )
@@ -169,9 +170,9 @@ def troubles(found: Health) -> list[str]:
             why = deployment.reason or next((one.error.message for one in deployment.replicas if one.error), "")
             said.append(f"deployment {deployment.name} fails{f': {why}' if why else ''}")
     if found.nodes and all(node.state == "offline" for node in found.nodes):
-        said.append("no node is online: run `potluck up` on each machine")
+        said.append(f"no node is online: run `{typed('potluck up', found.cluster)}` on each machine")
     elif not found.nodes:
-        said.append("no node has come yet: run `potluck up` on each machine")
+        said.append(f"no node has come yet: run `{typed('potluck up', found.cluster)}` on each machine")
     for node in found.nodes:
         if node.state == "offline" and not node.left:
             said.append(
@@ -196,10 +197,9 @@ def remarks(found: Health) -> list[str]:
     """What is worth knowing, and no trouble."""
     said = []
     if found.gateway and all(is_loopback(urlsplit(url).hostname or "") for url in found.gateway):
-        cluster = "" if found.cluster == "default" else f" --cluster {found.cluster}"
         said.append(
             "only the coordinator's machine is served; to share, end `potluck up` there, and type there and on the others:\n"
-            f"potluck up --insecure{cluster}"
+            f"{typed('potluck up --insecure', found.cluster)}"
         )
     said += [
         f"node {node.node_id} left at {clock_text(node.seen_at)}"
