@@ -161,7 +161,7 @@ def test_a_job_that_fails_is_told_as_json_too(cluster: LocalCluster, tmp_path: P
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, activation="softmax")])
     model.compile("sgd", "sparse_categorical_crossentropy")
     model.save(tmp_path / "m.keras")
-    np.savez(tmp_path / "wrong.npz", x=np.zeros((40, 4), np.float32), y=np.arange(40) % 2)
+    np.savez(tmp_path / "wrong.npz", x=np.zeros((40, 3), np.float32), y=np.arange(40) % 2 + 5)
     done = invoked(cluster, "train", str(tmp_path / "m.keras"), str(tmp_path / "wrong.npz"), "--json")
     told = json.loads(done.stdout)
     assert done.returncode == 2

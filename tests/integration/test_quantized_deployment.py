@@ -71,7 +71,9 @@ def test_a_quantized_deployment(tmp_path: Path) -> None:
         assert isinstance(answer, np.ndarray)
         hits = float((answer.argmax(axis=-1) == data["y_test"]).mean())
         assert hits == pytest.approx(ended.evaluation.metrics["accuracy"])
-        measured = client.evaluate("digits-int8", ended.evaluated_on).wait(timeout=120).evaluation
+        assert ended.evaluated_on.startswith("arrays-")
+        assert client.datasets() == (), "they were packed for the job, over its coordinator's restart too"
+        measured = client.evaluate("digits-int8", (data["x_test"], data["y_test"])).wait(timeout=120).evaluation
         assert measured is not None
         assert measured.metrics["accuracy"] == pytest.approx(hits)
         predicted = client.predict("digits-int8", data["x_test"][:20]).wait(timeout=120).predictions

@@ -66,7 +66,7 @@ def test_a_name_that_is_near_is_what_was_meant(method: Any, given: str, meant: s
 def test_where_none_is_near_all_are_named() -> None:
     with pytest.raises(TypeError, match=r"nodes\(\) got an unexpected keyword argument 'colour': it takes none"):
         potluck.Client.nodes(None, colour=1)  # type: ignore
-    with pytest.raises(TypeError, match="'xyz': it takes model, inputs, timeout, priority"):
+    with pytest.raises(TypeError, match=r"'xyz': it takes model, inputs, .*timeout, priority"):
         potluck.Client.infer(None, xyz=1)  # type: ignore
 
 
