@@ -209,7 +209,7 @@ def test_class_weights_by_label_or_number(client: Client) -> None:
         ({"class_weight": {"x": 1.0}}, "class_weight names x"),
         ({"compression": "zip"}, "compression must be 'auto'"),
         ({"outer_momentum": 1.5}, "outer_momentum must be"),
-        ({"speed": 9}, "no option 'speed'"),
+        ({"speed": 9}, "unexpected keyword argument 'speed'"),
         ({"sample_weight": "w"}, "sample_weight 'w' names a column or array of a file"),
         ({"resume": "nothing"}, "no job 'nothing'"),
     ],
