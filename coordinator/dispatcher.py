@@ -105,7 +105,11 @@ class Dispatcher:
         known = self._store.by_request(request_id)
         if known is not None:
             return known
-        submitted = self._store.resolve(spec, request_id, uuid.uuid4().hex[:12], self._clock())
+        try:
+            submitted = self._store.resolve(spec, request_id, uuid.uuid4().hex[:12], self._clock())
+        except PotluckError:
+            self._packed.refused(spec)
+            raise
         job = self._store.add(submitted)
         self._packed.asked(spec)
         log.info("job submitted %s", fields(job=job.job_id, kind=job.kind))

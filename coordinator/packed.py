@@ -51,6 +51,11 @@ class Packed:
             self._expected[name] -= 1
         self._expected = +self._expected
 
+    def refused(self, spec: AnyJobSpec) -> None:
+        """A job was asked for, and there is none."""
+        self.asked(spec)
+        self.ended(spec)
+
     def ended(self, spec: AnyJobSpec) -> None:
         """A job has ended."""
         for name in dict.fromkeys(data_of(spec)):

@@ -203,6 +203,20 @@ def test_what_was_packed_for_a_job_is_forgotten_with_the_last_one(lab: Lab) -> N
     assert lab.registry.datasets() == ()
 
 
+def test_what_was_packed_for_a_job_that_was_refused_is_forgotten_at_once(lab: Lab) -> None:
+    lab.model("one")
+    lab.pack("p", "items")
+    under_way = lab.job(Evaluate(model="m", dataset="p"))
+    lab.pack("p", "items")
+    lab.packed.refused(Evaluate(model="none", dataset="p"))
+    assert lab.registry.packed() == {"p"}, "another job uses it"
+    lab.end(under_way)
+    assert lab.registry.datasets() == ()
+    lab.pack("p", "items")
+    lab.packed.refused(Evaluate(model="none", dataset="p"))
+    assert lab.registry.datasets() == ()
+
+
 def test_data_stay_for_a_job_that_is_still_to_be_asked_for(lab: Lab) -> None:
     """Between a client's packing and its asking, another job that packed the same ends."""
     lab.model("one")
