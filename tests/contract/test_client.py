@@ -722,7 +722,7 @@ async def test_the_synchronous_client_on_a_real_broker(tmp_path: Path) -> None:
             await asyncio.sleep(0)
             await eventually(lambda: len(coordinator.asked) > 1)
             await coordinator.end("job-1")
-            await asyncio.wait_for(using, 20)
+            await asyncio.wait_for(using, 60)
     finally:
         await mosquitto.stop()
 

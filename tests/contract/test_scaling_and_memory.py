@@ -124,6 +124,7 @@ async def test_who_waits_in_vain_is_told_why(lab: Lab, stack: AsyncExitStack) ->
     node = await joined(lab, stack, "a", 500, resident_mib=100)
     await lab.deploy("x", 1, idle_seconds=0.3)
     await eventually(lambda: found(lab)["x:1"].state == "idle")
+    await eventually(lambda: not node.loaded)  # else it may answer with what it has
     tell(lab, node, 40)
     with pytest.raises(TimedOut, match=r"no replica is ready \(a replica needs 100\.0 MiB, .* a 40\.0 MiB\)"):
         await lab.inference.infer("x", question(1, 2).inputs, 1.0)
