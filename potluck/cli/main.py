@@ -19,7 +19,7 @@ from potluck.cli.models import deploy, deployments, promote, rollback, undeploy
 from potluck.cli.nodes import nodes
 from potluck.cli.predict import predict
 from potluck.cli.registry import models
-from potluck.cli.session import Session, global_options_first
+from potluck.cli.session import Session, begin, global_options_first
 from potluck.cli.status import status
 from potluck.cli.train import train
 from potluck.cli.up import up
@@ -66,7 +66,7 @@ def options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and leave.")
     ] = False,
 ) -> None:
-    context.obj = Session(seed, cluster, timeout, verbose)
+    begin(context, Session(seed, cluster, timeout, verbose))
     if debug:
         from potluck import logs
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import click
 import typer
 
 if TYPE_CHECKING:
@@ -51,12 +51,18 @@ class Session:
         return Client(self.seed, cluster=self.cluster, timeout=self.timeout)
 
 
+_present: ContextVar[Session] = ContextVar("session", default=Session())  # noqa: B039 - frozen
+
+
+def begin(context: typer.Context, given: Session) -> None:
+    """Keep what was given before the command, for the command and for what it tells to type next."""
+    context.obj = given
+    _present.set(given)
+
+
 def same_cluster(command: str) -> str:
     """A command as it must be typed to reach the cluster of the present one: with the options that say which."""
-    context = click.get_current_context(silent=True)
-    given = context.find_object(Session) if context is not None else None
-    if given is None:
-        return command
+    given = _present.get()
     options = [
         f" {option} {value}" for option, value in (("--seed", given.seed), ("--cluster", given.cluster)) if value
     ]
