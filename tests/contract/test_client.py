@@ -757,7 +757,12 @@ async def test_where_no_cluster_is_found_the_error_says_where_it_looked() -> Non
     with pytest.raises(Unavailable) as caught:
         await AsyncClient(cluster="nobody-is-there").nodes()
     assert time.monotonic() - started < 4
-    for part in ("no cluster 'nobody-is-there' is found", "mDNS on 127.0.0.1", "`potluck up --cluster nobody-is-there`", "--seed HOST"):
+    for part in (
+        "no cluster 'nobody-is-there' is found",
+        "mDNS on 127.0.0.1",
+        "`potluck up --cluster nobody-is-there`",
+        "--seed HOST",
+    ):
         assert part in caught.value.message, part
 
 
