@@ -38,6 +38,7 @@ from potluck.messages import (
     Tensor,
     Train,
     TrainResult,
+    WarmUpResult,
 )
 
 S = TypeVar("S")
@@ -72,7 +73,7 @@ class Collector:
                 with self._store.pinning() as pin:
                     kept, state = await self._fetch(result.weights, pin), await self._fetch(result.optimizer, pin)
                     return replace(result, weights=kept, optimizer=state)
-            case EvaluateResult():
+            case EvaluateResult() | WarmUpResult():
                 return result
 
     async def close_round(self, decision: CloseRound, spec: Train, clock: Callable[[], float]) -> RoundClosed:

@@ -42,6 +42,7 @@ from potluck.messages import (
     SyncTask,
     Tensor,
     TrainResult,
+    WarmUpTask,
 )
 from potluck.outbox import error_info
 
@@ -386,7 +387,7 @@ def _way(task: AnyTask) -> tuple[BlobRef | None, Step | None]:
 
     A step that changes nothing leads to the file that it begins from; one from nothing but zeros is the same file as what it leads to.
     """
-    if isinstance(task, PredictTask | SyncTask | ConvertTask):
+    if isinstance(task, PredictTask | SyncTask | ConvertTask | WarmUpTask):
         return None, None
     weights, step = task.weights, task.step
     if weights is None or step is None or weights.sha256 in (step.base.sha256, step.update.sha256):

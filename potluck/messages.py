@@ -369,11 +369,14 @@ class JobProgress(Part, frozen=True):
     round: int = 0
     metrics: dict[str, float] = {}
     items_per_second: float = 0.0
+    """Of all together, with what they wait for each other and for what is sent."""
     nodes: dict[str, float] = {}
-    """Items per second of each node at work."""
+    """Items per second of each node at work, while it computes."""
     message: str = ""
     quarantined: dict[str, str] = {}
     """Nodes that are left out of training, and why."""
+    waiting: dict[str, str] = {}
+    """Nodes that take no part in training yet or for now, and why."""
     exchanged_bytes: Count = 0
     """Of updates and steps, until now."""
     strategy: str = ""
@@ -910,6 +913,15 @@ class TrainTask(Task, frozen=True, tag="train"):
     file, and the order of items with `seed` and `round`; `seconds` is no limit."""
 
 
+class WarmUpTask(Task, frozen=True, tag="warm_up"):
+    """Get ready for rounds: start the engine, build the model, load the data, compile a step, and take some that change nothing.
+
+    `task` is such as the node will be given then. Nothing waits for it, however long that takes.
+    """
+
+    task: TrainTask
+
+
 class SyncTask(Task, frozen=True, tag="sync"):
     """One member's part of synchronous training: `steps` steps together with all other `members` (`host:port`).
 
@@ -982,7 +994,7 @@ class ConvertTask(Task, frozen=True, tag="convert"):
     quantize: Quantization = "int8"
 
 
-AnyTask = TrainTask | EvaluateTask | PredictTask | ExportTask | SyncTask | ConvertTask
+AnyTask = TrainTask | EvaluateTask | PredictTask | ExportTask | SyncTask | ConvertTask | WarmUpTask
 
 
 class TaskResult(Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="kind"):
@@ -1015,6 +1027,13 @@ class TrainResult(TaskResult, frozen=True, tag="train"):
     norm: float = 0.0
     seconds_ahead: float = 0.0
     items: Count = 0
+
+
+class WarmUpResult(TaskResult, frozen=True, tag="warm_up"):
+    """What a round will cost here: steps at `rate` items/s, and `beside_seconds` to set weights and to write an update."""
+
+    rate: float
+    beside_seconds: Seconds
 
 
 class SyncResult(TaskResult, frozen=True, tag="sync"):
@@ -1065,7 +1084,7 @@ class ConvertResult(TaskResult, frozen=True, tag="convert"):
     model: BlobRef
 
 
-AnyTaskResult = TrainResult | EvaluateResult | PredictResult | ExportResult | SyncResult | ConvertResult
+AnyTaskResult = TrainResult | EvaluateResult | PredictResult | ExportResult | SyncResult | ConvertResult | WarmUpResult
 
 
 # --- coordinator -> node, on nodes/<id>/inbox -------------------------------------------------------------------------
