@@ -190,7 +190,8 @@ class Executor:
             self._store.pin(ref.sha256)
         missing = sum(ref.size for ref in {ref.sha256: ref for ref in refs}.values() if not self._store.has(ref.sha256))
         started = time.perf_counter()
-        group = lease.task.members if isinstance(lease.task, SyncTask) and lease.task.begins else ()
+        members = lease.task.members if isinstance(lease.task, SyncTask) and lease.task.begins else ()
+        group = members if len(members) > 1 or self._grouped else ()
         first, self._last_job = lease.job_id != self._last_job, lease.job_id
         fetched = not missing
 

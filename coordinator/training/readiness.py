@@ -34,16 +34,17 @@ class Readiness:
     ready: dict[str, float] = field(default_factory=dict)
     measurements: dict[str, int] = field(default_factory=dict)
     """How often each has warmed up."""
+    took: dict[str, float] = field(default_factory=dict)
+    """Seconds from the lease until each was ready for the first time: an engine's start is among them."""
     first_at: float = 0.0
-    first_took: float = 0.0
-    """When the first was ready, and what that took it in seconds."""
+    """When the first was ready."""
 
     def warmed_up(self, attempt: Attempt, at: float) -> None:
         node_id = attempt.node_id
         self.ready[node_id] = at
         self.measurements[node_id] = self.measurements.get(node_id, 0) + 1
-        if not self.first_at:
-            self.first_at, self.first_took = at, at - attempt.leased_at
+        self.took.setdefault(node_id, at - attempt.leased_at)
+        self.first_at = self.first_at or at
 
     def lost(self, node_id: str) -> None:
         """Its engine is gone, or nobody knows."""
@@ -65,7 +66,7 @@ class Readiness:
     def hopes(self, view: ClusterView, attempts: dict[str, Attempt]) -> bool:
         """Whether the first round should wait a moment longer, for nodes that will be ready about now."""
         warming = any(attempt.shard_id == WARM_UP for attempt in attempts.values())
-        return warming and view.now < self.first_at + min(GRACE_SECONDS, GRACE * self.first_took)
+        return warming and view.now < self.first_at + min(GRACE_SECONDS, GRACE * min(self.took.values(), default=0.0))
 
     def stale(self, node_id: str, now: float) -> bool:
         """Whether a node that was too slow may have become faster, so that it is worth measuring again."""

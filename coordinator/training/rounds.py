@@ -325,7 +325,7 @@ class RoundsStrategy:
 
     def _waiting(self, running: dict[str, tuple[Attempt, int, dict[str, float]]]) -> dict[str, str]:
         """Nodes that are in no round now, and why."""
-        found = {node_id: reason for node_id, reason in self.slow.items() if node_id in self.readiness.ready}
+        found = dict(self.slow)
         for attempt, _, _ in running.values():
             if attempt.shard_id == WARM_UP:
                 found.setdefault(attempt.node_id, "it gets ready")
