@@ -66,7 +66,7 @@ class FederatedStrategy(RoundsStrategy):
         return [f"the noise in the mean of {nodes} is {times:,.1f} times as long as the longest {what}"]
 
     def _open_round(self, view: ClusterView) -> list[Decision]:
-        free = self._holders(view)
+        free = [node for node in self._holders(view) if node.free_slots]
         free = [node for node in free if node.node_id not in self.quarantined] or free
         if not free:
             return []

@@ -49,7 +49,10 @@ class FixedStrategy(RoundsStrategy):
         taken = self.contributions.keys() | {self._contributor(attempt) for attempt in in_time}
         missing = [number for number, name in enumerate(names) if name not in taken]
         able = self.readiness.able(view, attempts)
-        free = sorted(able.nodes, key=lambda node: (-self.measured.get(node.node_id, 0.0), node.node_id))
+        free = sorted(
+            (node for node in able.nodes if node.free_slots),
+            key=lambda node: (-self.measured.get(node.node_id, 0.0), node.node_id),
+        )
         at_work = {attempt.node_id for attempt in in_time} | {node.node_id for node in free}
         rates = {node_id: self.measured.get(node_id, 1.0) for node_id in at_work}
         # What the fastest would have done one after the other before a slow one is through with its first is not for that one.

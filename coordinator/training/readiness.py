@@ -58,10 +58,10 @@ class Readiness:
         ]
 
     def able(self, view: ClusterView, attempts: dict[str, Attempt]) -> ClusterView:
-        """The nodes that can begin a part of a round now: ready, and not at work on one that is late."""
+        """The nodes that would begin with what they are given: ready, and not at work on a part that is late."""
         busy = {attempt.node_id for attempt in attempts.values() if of_rounds(attempt)}
-        nodes = (node for node in view.nodes if node.free_slots and node.node_id in self.ready)
-        return ClusterView(tuple(node for node in nodes if node.node_id not in busy), view.now, view.resting)
+        nodes = (node for node in view.nodes if node.node_id in self.ready and node.node_id not in busy)
+        return ClusterView(tuple(nodes), view.now, view.resting)
 
     def hopes(self, view: ClusterView, attempts: dict[str, Attempt]) -> bool:
         """Whether the first round should wait a moment longer, for nodes that will be ready about now."""

@@ -327,7 +327,7 @@ class RoundsStrategy:
         """Nodes that are in no round now, and why."""
         found = dict(self.slow)
         for attempt, _, _ in running.values():
-            if attempt.shard_id == WARM_UP:
+            if attempt.shard_id == WARM_UP and self.readiness.ready:
                 found.setdefault(attempt.node_id, "it gets ready")
             elif of_rounds(attempt) and not self._of_round(attempt):
                 found[attempt.node_id] = "its part takes longer than it should, and the others go on without it"
@@ -374,7 +374,7 @@ class RoundsStrategy:
 
     def _open_round(self, view: ClusterView) -> list[Decision]:
         """Parts for nodes that are ready."""
-        free = list(view.nodes)
+        free = [node for node in view.nodes if node.free_slots]
         # Better a round with a node that went wrong before than none at all.
         free = [node for node in free if node.node_id not in self.quarantined] or free
         if not free:
@@ -499,7 +499,8 @@ class RoundsStrategy:
         if self.validation is not None:
             if self.validating is None:
                 self.validating = self.validation(self.weights, self.step, self.epochs_ended + 1)
-            decisions = self.validating.plan(view, attempts)
+            able = self.readiness.able(view, attempts) if isinstance(self.validating, BatchStrategy) else view
+            decisions = self.validating.plan(able if able.nodes else view, attempts)
             if Complete() not in decisions:
                 return decisions
             decisions.remove(Complete())
@@ -543,7 +544,8 @@ class RoundsStrategy:
         if any(attempt.shard_id == "export" for attempt in attempts.values()) or self.weights is None:
             return []
         rates = speeds(view.nodes, self.measured)
-        free = [node.node_id for node in view.nodes if node.free_slots]
+        able = self.readiness.able(view, attempts)
+        free = [node.node_id for node in able.nodes or view.nodes if node.free_slots]
         if not free:
             return []
         best = self.best.weights if self.best is not None else self.weights

@@ -175,7 +175,7 @@ class SyncStrategy(RoundsStrategy):
 
     def _choose(self, view: ClusterView) -> None:
         """By the cost model, from what the first round has measured of the nodes that are here."""
-        nodes = [node for node in view.nodes if node.node_id in self.measured]
+        nodes = [node for node in view.nodes if node.node_id in self.measured and node.node_id not in self.slow]
         rates = {node.node_id: self.measured[node.node_id] for node in nodes}
         if self.weights is None or not nodes:
             return
