@@ -394,12 +394,19 @@ class ClassScore(Part, frozen=True):
 
 
 class Evaluation(Part, frozen=True):
-    """Metrics merged from counts. `confusion[i][j]` counts items of class i predicted as j."""
+    """Metrics merged from counts. `confusion[i][j]` counts items of class i predicted as j.
+
+    `precision`, `recall` and `f1` are those of class 1 where one output tells two classes apart (above `threshold`, as the
+    confusion matrix and the accuracy count); else unweighted means over classes, which are named `macro_...` beside compiled ones.
+    """
 
     count: int
     metrics: dict[str, float]
     confusion: tuple[tuple[int, ...], ...] = ()
     classes: tuple[ClassScore, ...] = ()
+    threshold: float | None = None
+    remark: str = ""
+    """What should be known of the figures."""
 
 
 # --- client <-> coordinator ------------------------------------------------------------------------------------------
@@ -1058,6 +1065,9 @@ class EvaluateResult(TaskResult, frozen=True, tag="evaluate"):
 
     `states` are what compiled metrics that are no means (AUC, precision) have counted, in one row each: results merge by adding
     them. `values` is what these metrics make of it. The answer to a task with `states` has those alone, and a `count` of 0.
+
+    `threshold`: of two classes that one output tells apart, the output above which an item counts as of class 1, for all that is told of
+    them; `middle`: where the loss has it.
     """
 
     count: Count
@@ -1066,6 +1076,8 @@ class EvaluateResult(TaskResult, frozen=True, tag="evaluate"):
     counts: dict[str, float] = {}
     states: dict[str, tuple[float, ...]] = {}
     values: dict[str, float] = {}
+    threshold: float | None = None
+    middle: float | None = None
 
 
 class PredictResult(TaskResult, frozen=True, tag="predict"):

@@ -9,6 +9,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from node.engine.shards import Part
 from node.engine.synchronous import Member
 from node.engine.training import Session
 from potluck import updates
-from potluck.errors import Cancelled, PeerLost
+from potluck.errors import Cancelled, Diverged, PeerLost
 from potluck.messages import (
     AnyTask,
     AnyTaskResult,
@@ -179,9 +180,9 @@ class Tasks:
 
         def beside() -> None:
             """What a round does beside its steps."""
-            updates.write_update(
-                self._scratch / "update.new", base, runtime.weights_of(session.model), task.compression
-            )
+            after = runtime.weights_of(session.model)
+            with suppress(Diverged):  # training will meet it as well, and tell more of it
+                updates.write_update(self._scratch / "update.new", base, after, task.compression)
             session.model.set_weights(runtime.fitting_weights(session.model, base))
 
         try:
