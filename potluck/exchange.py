@@ -105,6 +105,11 @@ class Bus(ABC):
         """The broker that this is connected to; None while there is none."""
         return None
 
+    @property
+    def place(self) -> str:
+        """`host:port` of that broker; "" while there is none."""
+        return "{}:{}".format(*self.address) if self.address else ""
+
     def trouble(self) -> str:
         """Why nothing comes or goes now; "" where nothing is known to be wrong."""
         return ""

@@ -32,7 +32,7 @@ def status(context: typer.Context, as_json: Json = False) -> None:
 
     given = session(context)
     found = asyncio.run(examine(client_settings(given.seed, given.cluster, given.timeout)))
-    local = [str(one) for one in (*(here.users(None, ("up",)) or here.users(None)), *here.units())]
+    local = [str(one) for one in here.running()]
     if as_json:
         output.emit({"healthy": not found.problems, **output.plain(found), "here": local})
     else:
