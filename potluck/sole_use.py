@@ -134,7 +134,7 @@ def _locks_of(pid: str) -> Iterator[tuple[Path, str]]:
     """The folders of the locks that a process has open, and as what. None of one that is gone, or another user's."""
     try:
         for link in Path(f"/proc/{pid}/fd").iterdir():
-            path = Path(os.readlink(link))
+            path = link.readlink()
             if path.suffix == SUFFIX and path.stem in WHATS:
                 yield path.parent, path.stem
     except OSError as error:
