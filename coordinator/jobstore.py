@@ -46,6 +46,7 @@ from potluck.messages import (
     Predict,
     Train,
 )
+from potluck.wording import be, counted
 
 log = logging.getLogger(__name__)
 
@@ -290,7 +291,7 @@ class JobStore:
     def _check_training(self, spec: Train, dataset: Dataset) -> None:
         if spec.initial_epoch >= spec.epochs:
             raise InvalidRequest(
-                f"{spec.initial_epoch} epochs are trained already (initial_epoch), and epochs={spec.epochs} is the number in all: ask for more"
+                f"{counted(spec.initial_epoch, 'epoch')} {be(spec.initial_epoch)} trained already (initial_epoch), and epochs={spec.epochs} is the number in all: ask for more"
             )
         if spec.patience is not None and not spec.monitor:
             raise InvalidRequest("patience needs a metric to monitor, such as val_loss")
@@ -375,7 +376,7 @@ def _check_private(spec: Train, dataset: Dataset) -> None:
         )
     if rules.unit == "example" and rules.delta * dataset.count >= 1:
         raise InvalidRequest(
-            f"delta {rules.delta:g} says nothing for {dataset.count} items: it must be well below {1 / dataset.count:.1g}"
+            f"delta {rules.delta:g} says nothing for {counted(dataset.count, 'item')}: it must be well below {1 / dataset.count:.1g}"
         )
 
 

@@ -16,9 +16,10 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from potluck.cli.output import bytes_text, counted, emit, metrics_text, note, rate_text, seconds_text, share
+from potluck.cli.output import bytes_text, emit, metrics_text, note, rate_text, seconds_text, share
 from potluck.cli.session import same_cluster
 from potluck.errors import InvalidData, InvalidModel, PotluckError
+from potluck.wording import counted
 
 if TYPE_CHECKING:
     from potluck.client import Job

@@ -27,6 +27,7 @@ from potluck.messages import (
     RoundMetrics,
     TensorSpec,
 )
+from potluck.wording import counted
 
 _COLORS = {
     "online": "green", "ready": "green", "succeeded": "green", "running": "cyan", "loading": "cyan", "queued": "yellow",
@@ -108,12 +109,6 @@ def seconds_text(seconds: float) -> str:
     if whole >= 3600:
         return f"{whole // 3600} h {whole % 3600 // 60:02} min"
     return f"{whole // 60} min {whole % 60:02} s" if whole >= 60 else f"{whole} s"
-
-
-def counted(count: float, one: str) -> str:
-    """As people say it: `1 node`, `1,200 items`."""
-    number = f"{count:,.0f}"
-    return f"{number} {one}" if number == "1" else f"{number} {one}s"
 
 
 def rate_text(items_per_second: float) -> str:
@@ -254,7 +249,7 @@ def model_report(model: ModelInfo) -> Facts:
                 "made",
                 f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(model.created_at))} ({ago_text(model.created_at)})",
             ),
-            ("size", f"{bytes_text(ref.size)} ({ref.size:,} bytes)"),
+            ("size", f"{bytes_text(ref.size)} ({counted(ref.size, 'byte')})"),
             ("sha256", ref.sha256),
             (
                 "inputs",

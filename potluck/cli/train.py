@@ -97,6 +97,7 @@ def train(
     from potluck.cli import output as out
     from potluck.client import deploying
     from potluck.errors import InvalidRequest
+    from potluck.wording import counted
 
     if output is not None:
         if detach:
@@ -164,7 +165,7 @@ def train(
             return
         last = ended.history[-1].metrics if ended.history else {}
         took = out.seconds_text(ended.ended_at - ended.started_at)
-        out.show(f"trained {out.counted(len(ended.history), 'epoch')} in {took}: {out.metrics_text(last)}")
+        out.show(f"trained {counted(len(ended.history), 'epoch')} in {took}: {out.metrics_text(last)}")
         if ended.registered:
             out.show(f"registered as {ended.registered}")
         if output is not None:

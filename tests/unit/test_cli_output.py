@@ -25,6 +25,7 @@ from potluck.messages import (
     JobProgress,
     NodeInfo,
 )
+from potluck.wording import counted
 
 NODE = NodeInfo(
     node_id="n1",
@@ -176,7 +177,7 @@ def test_epochs_show_what_they_took() -> None:
 
 
 def test_one_of_a_thing_is_singular() -> None:
-    assert [output.counted(count, "node") for count in (0, 0.7, 1, 2, 1200)] == [
+    assert [counted(count, "node") for count in (0, 0.7, 1, 2, 1200)] == [
         "0 nodes", "1 node", "1 node", "2 nodes", "1,200 nodes",
     ]  # fmt: skip
     one = JobProgress(done=0, total=1, items_per_second=1.2, nodes={"n1": 1.2})
