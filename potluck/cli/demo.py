@@ -11,7 +11,7 @@ import tempfile
 import time
 import urllib.request
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 IMAGE_SIZE = 32
 EPOCHS = 20
 NODES = 3
+BESIDE_COLUMNS = 62
+"""What stands beside the texts of a line of progress: the bar, the share and the time."""
 WANTED_ACCURACY = 0.97
 
 console = Console()
@@ -218,11 +220,18 @@ def _shown(job: Job) -> Iterator[JobProgress]:
         task = bar.add_task("waiting", total=None, rest="")
         for progress in job.progress():
             epoch = f"epoch {progress.epoch}/{progress.epochs}" if progress.epochs else "items"
-            metrics = "  ".join(f"{name} {value:.3f}" for name, value in progress.metrics.items())
-            rest = f"{progress.items_per_second:,.0f}/s on {counted(len(progress.nodes), 'node')}  {metrics}"
+            speed = f"{progress.items_per_second:,.0f}/s on {counted(len(progress.nodes), 'node')}"
+            pairs = [f"{name} {value:.3f}" for name, value in progress.metrics.items()]
             described = f"{epoch}  {progress.message}"
+            rest = _fitting([speed, *pairs], console.width - len(described) - BESIDE_COLUMNS)
             bar.update(task, completed=progress.done, total=progress.total or None, description=described, rest=rest)
             yield progress
+
+
+def _fitting(parts: Sequence[str], room: int) -> str:
+    """As many of the first parts as fit: a pair that is broken over two lines says nothing."""
+    texts = ["  ".join(parts[:count]) for count in range(len(parts), 0, -1)]
+    return next((text for text in texts if len(text) <= room), "")
 
 
 def _samples(folder: Path) -> tuple[np.ndarray[Any, Any], list[int]]:

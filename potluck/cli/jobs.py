@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from potluck.client import Job
     from potluck.messages import JobEnded
 
+EPOCHS = 10
+"""As many are shown of a job, unless all are asked for: the newest."""
+
 JobId = Annotated[
     str, typer.Argument(metavar="ID", help="The job's id, as `potluck jobs` shows it.", autocompletion=completion.jobs)
 ]
@@ -55,13 +58,14 @@ def job(
     ] = None,
     as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Show one job: its state, and its result when it has ended; save what it made."""
+    """Show one job: its state, its last epochs, and its result when it has ended; save what it made."""
     from potluck.cli import following, output
     from potluck.client import event_files, plots
     from potluck.client.jobs import ENDED, job_error
     from potluck.errors import Conflict
 
     verbose = session(context).verbose
+    last = None if verbose else EPOCHS
     if save is not None:
         check_output(save)
 
@@ -93,12 +97,12 @@ def job(
             return
         output.show(output.jobs_table([state]))
         if ended is None:
-            if state.kind == "train" and (epochs := found.epochs_so_far()):
-                output.show(output.epochs_table(epochs))
             output.show(following.picture(state, verbose=verbose))
+            if state.kind == "train" and (epochs := found.epochs_so_far()):
+                output.show(output.epochs_table(epochs, last))
             return
         if ended.history:
-            output.show(output.epochs_table(ended.history))
+            output.show(output.epochs_table(ended.history, last))
         if ended.rounds and verbose:
             output.show(output.rounds_table(ended.rounds))
         if ended.best_epoch:

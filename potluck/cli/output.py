@@ -181,10 +181,10 @@ def jobs_table(jobs: Iterable[JobChanged]) -> Listing:
     return table(columns, map(row, shown), right=("done", "took", "asked"), below=list(map(told, shown)))
 
 
-def epochs_table(history: Iterable[EpochMetrics]) -> Listing:
-    """Two lines an epoch: its metrics, and what it took."""
-    rows: list[tuple[str, str]] = []
-    below: list[list[Text]] = []
+def epochs_table(history: Sequence[EpochMetrics], shown: int | None = None) -> Facts:
+    """Of each epoch its metrics, and below them what it took; `shown`: only of so many, the last ones."""
+    width = max(len("epoch"), *(len(str(epoch.epoch)) for epoch in history))
+    rows: list[tuple[str, str | Text]] = [("epoch", Text("metrics", "bold"))]
     samples = 0
     for epoch in history:
         took = (
@@ -194,9 +194,13 @@ def epochs_table(history: Iterable[EpochMetrics]) -> Listing:
             f"{bytes_text(epoch.exchanged_bytes)} exchanged",
         )
         samples = epoch.samples
-        rows.append((str(epoch.epoch), metrics_text(epoch.metrics)))
-        below.append([Text("  ".join(took), "dim")])
-    return table(("epoch", "metrics"), rows, right=("epoch",), below=below)
+        below = Text("  ".join(took), "dim")
+        rows.append((f"{epoch.epoch:>{width}}", Text.assemble(metrics_text(epoch.metrics), "\n", below)))
+    left_out = len(history) - (len(history) if shown is None else shown)
+    if left_out > 0:
+        told = Text(f"{counted(left_out, 'epoch')} before these: --verbose shows all", "dim")
+        rows[1 : 1 + left_out] = [("", told)]
+    return Facts(rows)
 
 
 def rounds_table(rounds: Iterable[RoundMetrics]) -> Listing:

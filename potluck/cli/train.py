@@ -95,6 +95,7 @@ def train(
     """Train a Keras model on all nodes."""
     from potluck.cli import curl, following
     from potluck.cli import output as out
+    from potluck.cli.listing import Line
     from potluck.client import deploying
     from potluck.errors import InvalidRequest
     from potluck.wording import counted
@@ -165,7 +166,7 @@ def train(
             return
         last = ended.history[-1].metrics if ended.history else {}
         took = out.seconds_text(ended.ended_at - ended.started_at)
-        out.show(f"trained {counted(len(ended.history), 'epoch')} in {took}: {out.metrics_text(last)}")
+        out.show(Line(f"trained {counted(len(ended.history), 'epoch')} in {took}:  {out.metrics_text(last)}"))
         if ended.registered:
             out.show(f"registered as {ended.registered}")
         if output is not None:
