@@ -16,6 +16,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from potluck.cli.interrupts import STATUS
 from potluck.cli.listing import Line
 from potluck.cli.output import bytes_text, emit, metrics_text, note, rate_text, seconds_text, share
 from potluck.cli.session import same_cluster
@@ -49,7 +50,7 @@ def follow(job: Job, *, quiet: bool = False, verbose: bool = False) -> None:
     except KeyboardInterrupt:
         shows, ends = (same_cluster(f"potluck {what} {job.id}") for what in ("job", "cancel"))
         note(f"interrupted: job {job.id} goes on; `{shows}` shows it, `{ends}` ends it")
-        raise typer.Exit(130) from None
+        raise typer.Exit(STATUS) from None
 
 
 def ended(job: Job, as_json: bool, *, verbose: bool = False) -> JobEnded:

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from potluck import __version__
+from potluck.cli import interrupts
 from potluck.cli.data import data
 from potluck.cli.evaluate import evaluate
 from potluck.cli.files import files
@@ -79,6 +80,7 @@ def options(
 
 def main() -> None:
     """Run the command line. Exit codes are those of `potluck.errors`; 130 after Ctrl-C."""
+    interrupts.once()
     arguments = global_options_first(sys.argv[1:])
     _add_demo(arguments)
     try:
@@ -91,7 +93,7 @@ def main() -> None:
         sys.stderr.write(error_line(error))
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(interrupts.STATUS)
 
 
 def _add_demo(arguments: list[str]) -> None:
