@@ -202,9 +202,14 @@ class Connection:
                 async with asyncio.timeout(limit):
                     await self._online.wait()
             except TimeoutError:
+                cluster = self.settings.cluster
+                advice = (
+                    f"one runs on this machine, and hangs, unless it has just started: `{typed('potluck status', cluster)}` says more"
+                    if any(user.what == "coordinator" and user.cluster == cluster for user in users_here())
+                    else f"start one with `{typed('potluck up', cluster)}` (or potluck-coordinator), or name another --cluster"
+                )
                 raise Unavailable(
-                    f"the broker answers, but no coordinator of cluster {self.settings.cluster!r} is online: "
-                    f"start one with `{typed('potluck up', self.settings.cluster)}` (or potluck-coordinator), or name another --cluster"
+                    f"the broker answers, but no coordinator of cluster {cluster!r} is online: {advice}"
                 ) from None
         assert self._status is not None
         return self._status
