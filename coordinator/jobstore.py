@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 from msgspec.structs import replace
 
@@ -53,6 +53,20 @@ log = logging.getLogger(__name__)
 JOBS_KEPT = 1000
 """Ended jobs that are remembered."""
 JOBS_REPUBLISHED = 100
+
+
+def meant(job_id: str, known: Collection[str]) -> str:
+    """The id that this is, or that alone begins with it. Raises NotFound, and InvalidRequest where several do."""
+    if job_id in known:
+        return job_id
+    found = [one for one in known if job_id and one.startswith(job_id)]
+    if not found:
+        raise NotFound(f"there is no job {job_id!r}: `potluck jobs` lists them")
+    if len(found) > 1:
+        raise InvalidRequest(
+            f"{counted(len(found), 'job')} begin with {job_id!r}: {listed(found)}: write more of the one that is meant"
+        )
+    return found[0]
 
 
 class JobStore:

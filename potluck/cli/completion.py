@@ -23,6 +23,15 @@ Found = list[tuple[str, str]]
 """What can be written, and a word on what it is."""
 
 
+def words(*choices: str) -> Callable[[str], list[str]]:
+    """These words, for an option that takes one of them."""
+
+    def offered(incomplete: str) -> list[str]:
+        return [choice for choice in choices if choice.startswith(incomplete)]
+
+    return offered
+
+
 def jobs(context: typer.Context, incomplete: str) -> Found:
     """Jobs by id, the newest first."""
 

@@ -18,7 +18,12 @@ EPOCHS = 10
 """As many are shown of a job, unless all are asked for: the newest."""
 
 JobId = Annotated[
-    str, typer.Argument(metavar="ID", help="The job's id, as `potluck jobs` shows it.", autocompletion=completion.jobs)
+    str,
+    typer.Argument(
+        metavar="ID",
+        help="The job's id, as `potluck jobs` shows it, or as much of it as no other has.",
+        autocompletion=completion.jobs,
+    ),
 ]
 
 
@@ -71,10 +76,10 @@ def job(
 
     if plot is not None:
         plots.check_path(plot)
-    if tensorboard is not None:
-        event_files.check_folder(tensorboard, job_id)
     with session(context).client() as client:
         found = client.job(job_id)
+        if tensorboard is not None:
+            event_files.check_folder(tensorboard, found.id)
         if wait and not as_json:
             following.follow(found, verbose=verbose)
         state = found.status()
@@ -82,7 +87,7 @@ def job(
         failed = wait and ended is not None and ended.state != "succeeded"
         if ended is None and (plot or tensorboard or save):
             raise Conflict(
-                f"job {job_id} is {state.state}: its result is there when it has ended, and --wait waits for that"
+                f"job {found.id} is {state.state}: its result is there when it has ended, and --wait waits for that"
             )
         if save is not None and ended is not None and not failed:
             output.note(f"saved as {_save(found, ended, save)}")

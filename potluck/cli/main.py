@@ -22,12 +22,14 @@ from potluck.cli.predict import predict
 from potluck.cli.registry import models
 from potluck.cli.session import Session, begin, global_options_first
 from potluck.cli.status import status
+from potluck.cli.suggesting import Command, Group
 from potluck.cli.train import train
 from potluck.cli.up import up
 from potluck.errors import PotluckError
 
 app = typer.Typer(
     name="potluck",
+    cls=Group,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -38,7 +40,7 @@ for command in (
     up, status, nodes, train, evaluate, predict, jobs, job, stop, cancel, deploy, promote, rollback, undeploy, deployments,
     infer, files,
 ):  # fmt: skip
-    app.command()(command)
+    app.command(cls=Command)(command)
 app.add_typer(models, name="models")
 app.add_typer(data, name="data")
 
@@ -103,7 +105,7 @@ def _add_demo(arguments: list[str]) -> None:
     if "demo" in arguments:
         from potluck.cli.demo import demo
 
-        app.command()(demo)
+        app.command(cls=Command)(demo)
         return
 
     @app.command("demo")

@@ -272,7 +272,7 @@ class Client:
         return self._portal.call(self._client.jobs())
 
     def job(self, job_id: str) -> Job:
-        """A job by its id. Raises NotFound."""
+        """A job by its id, or by what only its id begins with. Raises NotFound, InvalidRequest."""
         return self._job(self._client.job(job_id))
 
     def cancel(self, job_id: str) -> JobChanged:
