@@ -23,6 +23,7 @@ from coordinator.training.rounds import (
 from coordinator.training.scores import weighted
 from potluck.errors import Unavailable
 from potluck.messages import AnyTask, AnyTaskResult, BlobRef, ErrorInfo, JobProgress, SyncResult, SyncTask, TrainTask
+from potluck.wording import counted
 
 FIRST_STEPS = 8
 """Of the first round, before anything is measured."""
@@ -185,7 +186,9 @@ class SyncStrategy(RoundsStrategy):
         if not self.synchronous:
             return super()._open_round(view)
         if self.broken and self.tries + 1 >= TRIES_LIMIT:
-            raise Unavailable(f"synchronous training broke off {self.tries + 1} times in a row: {self.broken}")
+            raise Unavailable(
+                f"synchronous training broke off {counted(self.tries + 1, 'time')} in a row: {self.broken}"
+            )
         candidates = self._candidates(view)
         if not candidates:
             return []
