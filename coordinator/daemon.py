@@ -80,7 +80,7 @@ class Coordinator:
         """Start, say ready, serve until `stop`, and stop in reverse order."""
         settings = self.settings
         async with AsyncExitStack() as stack:
-            stack.enter_context(sole_use(self.folder, "coordinator", settings.cluster))
+            tell_lock = stack.enter_context(sole_use(self.folder, "coordinator", settings.cluster))
             journal = Journal(self.folder / "journal.sqlite", least_epoch=int(time.time()))
             stack.callback(journal.close)
             store = BlobStore(self.folder / "blobs", settings.blob_limit_bytes)
@@ -184,6 +184,7 @@ class Coordinator:
 
             async def announce() -> None:
                 await self._stand_alone()
+                tell_lock(bus.place)
                 await bus.publish(status_topic, online, retain=True)
                 self._announced.set()
                 self._dispatcher.republish()

@@ -13,6 +13,7 @@ from potluck.blobs.store import BlobStore
 from potluck.errors import Conflict, InvalidRequest
 from potluck.logs import fields
 from potluck.messages import ModelInfo
+from potluck.wording import counted
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ class Deletion:
             versions = self._registry.versions(models[0].name)
             if ":" not in model and len(versions) > 1:
                 raise InvalidRequest(
-                    f"model {model!r} has {len(versions)} versions: name one, as in {_named(versions[-1])}, or delete them all"
+                    f"model {model!r} has {counted(len(versions), 'version')}: name one, as in {_named(versions[-1])}, or delete them all"
                 )
         for info in models:
             self._check_model(info)

@@ -36,7 +36,7 @@ from coordinator.jobs import (
     StopAsked,
     Withdraw,
 )
-from coordinator.jobstore import JobStore
+from coordinator.jobstore import JobStore, meant
 from coordinator.leases import Held, Leases
 from coordinator.packed import Packed
 from coordinator.serving.registry import Registry
@@ -44,7 +44,7 @@ from coordinator.serving.serving import Serving
 from coordinator.training import privacy, scores
 from coordinator.training.rounds import RoundsStrategy
 from coordinator.training.sync import SyncStrategy
-from potluck.errors import Cancelled, Conflict, NotFound, PotluckError, Unavailable
+from potluck.errors import Cancelled, Conflict, PotluckError, Unavailable
 from potluck.logs import fields
 from potluck.messages import (
     AcknowledgeResult,
@@ -121,8 +121,8 @@ class Dispatcher:
         """End a job that has not ended yet. Raises NotFound."""
         job = self.job(job_id)
         if job.active:
-            self._finish(job, "cancelled", error=error_info(Cancelled(f"job {job_id} was cancelled")))
-            if (deploying := self._actions.get((job_id, "deploy"))) is not None:
+            self._finish(job, "cancelled", error=error_info(Cancelled(f"job {job.job_id} was cancelled")))
+            if (deploying := self._actions.get((job.job_id, "deploy"))) is not None:
                 deploying.cancel()
             if job.deploying:
                 self._serving.give_up(job.deploying)
@@ -133,7 +133,7 @@ class Dispatcher:
         job = self.job(job_id)
         if not isinstance(job.submitted.spec, Train):
             raise Conflict(
-                f"job {job_id} is of kind {job.kind!r}: only training can end early; `potluck cancel` ends others"
+                f"job {job.job_id} is of kind {job.kind!r}: only training can end early; `potluck cancel` ends others"
             )
         if job.active:
             self._record(job, StopAsked(at=self._clock()))
@@ -141,11 +141,8 @@ class Dispatcher:
         return job
 
     def job(self, job_id: str) -> Job:
-        """Raises NotFound."""
-        job = self._store.jobs.get(job_id)
-        if job is None:
-            raise NotFound(f"there is no job {job_id!r}: `potluck jobs` lists them")
-        return job
+        """By its id, or what only its id begins with. Raises NotFound, and InvalidRequest where several ids begin so."""
+        return self._store.jobs[meant(job_id, self._store.jobs)]
 
     def described(self, job: Job) -> JobChanged:
         return self._announcer.described(job, self._clock())

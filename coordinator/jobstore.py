@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 from msgspec.structs import replace
 
@@ -46,12 +46,27 @@ from potluck.messages import (
     Predict,
     Train,
 )
+from potluck.wording import be, counted
 
 log = logging.getLogger(__name__)
 
 JOBS_KEPT = 1000
 """Ended jobs that are remembered."""
 JOBS_REPUBLISHED = 100
+
+
+def meant(job_id: str, known: Collection[str]) -> str:
+    """The id that this is, or that alone begins with it. Raises NotFound, and InvalidRequest where several do."""
+    if job_id in known:
+        return job_id
+    found = [one for one in known if job_id and one.startswith(job_id)]
+    if not found:
+        raise NotFound(f"there is no job {job_id!r}: `potluck jobs` lists them")
+    if len(found) > 1:
+        raise InvalidRequest(
+            f"{counted(len(found), 'job')} begin with {job_id!r}: {listed(found)}: write more of the one that is meant"
+        )
+    return found[0]
 
 
 class JobStore:
@@ -290,7 +305,7 @@ class JobStore:
     def _check_training(self, spec: Train, dataset: Dataset) -> None:
         if spec.initial_epoch >= spec.epochs:
             raise InvalidRequest(
-                f"{spec.initial_epoch} epochs are trained already (initial_epoch), and epochs={spec.epochs} is the number in all: ask for more"
+                f"{counted(spec.initial_epoch, 'epoch')} {be(spec.initial_epoch)} trained already (initial_epoch), and epochs={spec.epochs} is the number in all: ask for more"
             )
         if spec.patience is not None and not spec.monitor:
             raise InvalidRequest("patience needs a metric to monitor, such as val_loss")
@@ -375,7 +390,7 @@ def _check_private(spec: Train, dataset: Dataset) -> None:
         )
     if rules.unit == "example" and rules.delta * dataset.count >= 1:
         raise InvalidRequest(
-            f"delta {rules.delta:g} says nothing for {dataset.count} items: it must be well below {1 / dataset.count:.1g}"
+            f"delta {rules.delta:g} says nothing for {counted(dataset.count, 'item')}: it must be well below {1 / dataset.count:.1g}"
         )
 
 

@@ -70,6 +70,7 @@ from potluck.messages import (
     Undeployed,
 )
 from potluck.outbox import Outbox
+from potluck.wording import be, counted
 
 log = logging.getLogger(__name__)
 
@@ -249,7 +250,7 @@ class Requests:
         missing = [ref.sha256 for ref in parts if not self._store.has(ref.sha256)]
         if missing:
             raise InvalidData(
-                f"{len(missing)} of {len(parts)} blobs of data set {message.name!r} are not in the "
+                f"{len(missing)} of {counted(len(parts), 'blob')} of data set {message.name!r} {be(len(missing))} not in the "
                 f"coordinator's store (first: {missing[0][:12]}): PUT them to {self._where()}/blobs/<sha256> first"
             )
         for ref in parts:
@@ -260,7 +261,7 @@ class Requests:
                 )
         if sum(shard.count for shard in dataset.shards) != dataset.count or not dataset.count:
             raise InvalidData(
-                f"the manifest of data set {message.name!r} counts {dataset.count} items, its shards do not"
+                f"the manifest of data set {message.name!r} counts {counted(dataset.count, 'item')}, its shards do not"
             )
         added = self._registry.add_dataset(message.name, message.manifest, dataset, packed=message.packed)
         if message.packed:

@@ -89,7 +89,7 @@ class Node:
         """Join the cluster as soon as there is one, and work for it until `stop`."""
         settings = self.settings
         async with AsyncExitStack() as stack:
-            stack.enter_context(sole_use(self.folder, "node", settings.cluster))
+            self._tell_lock = stack.enter_context(sole_use(self.folder, "node", settings.cluster))
             sock = bind(settings.listen)
             stack.callback(sock.close)
             collective = ""
@@ -202,6 +202,7 @@ class Node:
         return addresses
 
     async def _birth(self) -> None:
+        self._tell_lock(self._bus.place)
         await self._presence.birth(self._bus)
         # A coordinator may have waited for these.
         self._perform_all([*self._assignments.on_renewal_due(), *self._assignments.on_resend_due()])

@@ -28,7 +28,7 @@ from potluck.errors import BadMessage, Overloaded, PotluckError, Unavailable
 from potluck.exchange import Bus, Envelope, Handler, Will, request_failed
 from potluck.logs import fields
 from potluck.mirror import Mirrored, pack
-from potluck.settings import BusTimings
+from potluck.settings import BROKER_PORT, GATEWAY_PORT, BusTimings
 from potluck.topics import Topics
 
 __all__ = ["Addresses", "Bus", "Envelope", "Handler", "MqttBus", "Will", "request_failed"]
@@ -62,6 +62,8 @@ class MqttBus(Bus):
         self._highest_version = highest_version
         self._versions: dict[tuple[str, int], aiomqtt.ProtocolVersion] = {}
         self._tried: dict[str, str] = {}
+        self._trying = ""
+        """Where the attempt under way goes."""
         self._callbacks: list[Callable[[], Awaitable[None]]] = []
         self._link: _Link | None = None
         self._ready = asyncio.Event()
@@ -74,7 +76,7 @@ class MqttBus(Bus):
             async with asyncio.timeout(timeout_seconds):
                 await self._ready.wait()
         except TimeoutError:
-            raise self._unavailable(f"no connection to the bus within {round(timeout_seconds, 2):g} s") from None
+            raise self._unavailable(f"no connection to the broker within {round(timeout_seconds, 2):g} s") from None
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as tasks:
@@ -88,6 +90,7 @@ class MqttBus(Bus):
             started = time.monotonic()
             try:
                 address = await self._addresses()
+                self._trying = f"{address[0]}:{address[1]}"
                 link = await self._open(address)
                 await self._serve(link, address)
             except (PotluckError, OSError, UnicodeError, aiomqtt.MqttError) as error:  # UnicodeError: a host name
@@ -154,7 +157,9 @@ class MqttBus(Bus):
         return Unavailable(f"{what} ({self._what_was_tried()}): check that a broker runs there")
 
     def _what_was_tried(self) -> str:
-        return "; ".join(f"{place}: {reason}" for place, reason in self._tried.items()) or "nothing has been tried yet"
+        return "; ".join(f"{place}: {reason}" for place, reason in self._tried.items()) or (
+            f"{self._trying} has not answered yet" if self._trying else "where it is, is not known yet"
+        )
 
     @property
     def address(self) -> tuple[str, int] | None:
@@ -225,7 +230,7 @@ class MqttBus(Bus):
                 except (asyncio.IncompleteReadError, ConnectionError):
                     return aiomqtt.ProtocolVersion.V311
                 if kind != 0x20:
-                    raise Unavailable(f"what answers at {address[0]}:{address[1]} does not speak MQTT")
+                    raise Unavailable(no_broker(bytes((kind, length))))
                 return aiomqtt.ProtocolVersion.V5 if length > 2 else aiomqtt.ProtocolVersion.V311
         except TimeoutError:
             raise Unavailable(f"no answer within {self._timings.connect_timeout_seconds:g} s") from None
@@ -234,6 +239,16 @@ class MqttBus(Bus):
                 writer.close()
 
 
+def no_broker(said: bytes) -> str:
+    """What to say of an address whose answer to a CONNECT begins with these bytes; none: it hung up."""
+    ports = f"a broker's usual port is {BROKER_PORT}, a gateway's {GATEWAY_PORT}"
+    if not said:
+        return f"what is there hung up without a word, is it an MQTT broker? {ports}"
+    what = "answers by HTTP" if said.startswith(b"HT") else "does not speak MQTT"
+    return f"what is there {what}, and is no MQTT broker: {ports}"
+
+
+_CONNACK = b"\x20"
 _PROBE = bytes((0x10, 13, 0, 4)) + b"MQTT" + bytes((5, 2, 0, 5, 0, 0, 0))
 """CONNECT: MQTT 5, clean start, keep alive 5 s, no properties, empty client id."""
 
@@ -467,6 +482,8 @@ class _Link(aiomqtt.Client):
         try:
             while True:
                 data = self._client._sock_recv(_RECEIVE_BYTES)
+                if not self._connected.done() and not data.startswith(_CONNACK):
+                    raise ConnectionError(no_broker(data))
                 if not data:
                     raise ConnectionError("the broker closed the connection")
                 self._client._last_bytes_received = time.monotonic()
@@ -508,5 +525,7 @@ class _Link(aiomqtt.Client):
 
     def _broken(self, error: Exception) -> None:
         """The connection is no more, for this reason."""
+        if not self._connected.done():
+            self._connected.set_exception(aiomqtt.MqttError(str(error)))  # whoever waits for it hears of it at once
         self.give_up(error)
         self._client._loop_rc_handle(MQTT_ERR_CONN_LOST)

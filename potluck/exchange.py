@@ -20,6 +20,7 @@ from potluck.logs import fields
 from potluck.messages import ErrorInfo, Inferred, JobEnded, Message, RequestFailed
 from potluck.mirror import Mirrored, mirror
 from potluck.topics import Topics
+from potluck.wording import counted
 
 log = logging.getLogger(__name__)
 
@@ -104,6 +105,11 @@ class Bus(ABC):
     def address(self) -> tuple[str, int] | None:
         """The broker that this is connected to; None while there is none."""
         return None
+
+    @property
+    def place(self) -> str:
+        """`host:port` of that broker; "" while there is none."""
+        return "{}:{}".format(*self.address) if self.address else ""
 
     def trouble(self) -> str:
         """Why nothing comes or goes now; "" where nothing is known to be wrong."""
@@ -232,7 +238,7 @@ class Bus(ABC):
         if request_id in self._pending:
             raise Conflict(f"a request with the id {request_id!r} is under way: use a fresh one")
         if len(self._pending) >= _PENDING_LIMIT:
-            raise Overloaded(f"{len(self._pending)} requests wait for their answers: try again later")
+            raise Overloaded(f"{counted(len(self._pending), 'request')} without an answer yet: try again later")
         message = msgspec.structs.replace(message, id=request_id, reply_to=inbox)
         answered: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
         self._pending[request_id] = answered

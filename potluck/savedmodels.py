@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path, PurePosixPath
 
 from potluck.errors import InvalidModel, InvalidRequest
+from potluck.wording import counted
 
 GRAPH = "saved_model.pb"
 """What makes a folder a SavedModel."""
@@ -32,7 +33,7 @@ def pack(folder: Path, tar: Path) -> None:
     try:
         files = sorted((path.relative_to(folder).as_posix(), path) for path in folder.rglob("*") if path.is_file())
         if len(files) > ENTRIES_LIMIT:
-            raise InvalidModel(f"{folder} has {len(files)} files: a SavedModel may have {ENTRIES_LIMIT}")
+            raise InvalidModel(f"{folder} has {counted(len(files), 'file')}: a SavedModel may have {ENTRIES_LIMIT}")
         with tarfile.open(tar, "w:", format=tarfile.PAX_FORMAT) as archive:
             for name, path in files:
                 entry = tarfile.TarInfo(name)

@@ -51,6 +51,8 @@ class Listen(Section, frozen=True):
     insecure: bool = False
 
 
+BROKER_PORT = 1883
+"""Of MQTT, as registered with IANA."""
 GATEWAY_PORT = 7814
 """Of the coordinator's HTTP. Neither it nor the 30 ports after it are registered with IANA, and no well-known program uses it."""
 
@@ -65,7 +67,7 @@ class BrokerSettings(Section, frozen=True):
     """`mode`: `auto` takes a seed or a discovered broker, else a private mosquitto, else the embedded amqtt."""
 
     mode: Literal["auto", "external", "mosquitto", "embedded"] = "auto"
-    port: Port = 1883
+    port: Port = BROKER_PORT
 
 
 class Discovery(Section, frozen=True):
@@ -199,7 +201,7 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def parse_address(text: str, default_port: int = 1883) -> tuple[str, int]:
+def parse_address(text: str, default_port: int = BROKER_PORT) -> tuple[str, int]:
     """`host`, `host:port`, `[v6]:port` or `mqtt://host:port` as (host, port). Raises InvalidSettings."""
     rest = text.removeprefix("mqtt://").rstrip("/")
     host, port = rest, ""

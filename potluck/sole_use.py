@@ -7,12 +7,13 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
 from msgspec import Struct
+from msgspec.structs import replace
 
 from potluck.errors import Conflict, InvalidSettings
 from potluck.logs import fields
@@ -23,16 +24,26 @@ TRIES = 5
 """Whoever looks at a lock holds it for a moment: so often it is tried again, ..."""
 AGAIN_SECONDS = 0.05
 """... after this time."""
+SUFFIX = ".lock"
+WHATS = ("up", "node", "coordinator")
+"""Who has a lock."""
+LOCKS = Path("/proc/locks")
+"""Every lock of this machine, with the process that holds it (proc(5)); there on Linux only."""
 
 
 class User(Struct, frozen=True):
-    """Who uses a folder. `what` is `node`, `coordinator` or `up`; `pid` is 0 where that is not known."""
+    """Who uses a folder. `what` is one of WHATS; `pid` is 0 where that is not known.
+
+    `broker` is the `host:port` at which it was connected last, `folder` the one that it uses; "" where that is not known.
+    """
 
     what: str
     cluster: str = ""
     pid: int = 0
     since: float = 0.0
     host: str = ""
+    broker: str = ""
+    folder: str = ""
 
     @property
     def elsewhere(self) -> bool:
@@ -59,9 +70,10 @@ def clock_text(at: float) -> str:
 
 
 @contextmanager
-def sole_use(folder: Path, what: str, cluster: str) -> Iterator[None]:
+def sole_use(folder: Path, what: str, cluster: str) -> Iterator[Callable[[str], None]]:
     """Keep a state folder for ourselves: two daemons of a kind would delete each other's files. Raises Conflict, and says whose it is.
 
+    What it gives is called with the broker's `host:port`, so that whoever reads the lock finds that without us.
     Daemons of two kinds may share one (systemd's StateDirectory of a unit that runs `potluck up`).
     """
     try:
@@ -72,15 +84,19 @@ def sole_use(folder: Path, what: str, cluster: str) -> Iterator[None]:
         ) from error
     try:
         if not _taken(descriptor):
-            user = _read(descriptor)
+            holder = _read(descriptor)
             raise Conflict(
-                f"the state folder {folder} is in use by another {user or User(what)}: end that, or choose another folder with --state-dir"
+                f"the state folder {folder} is in use by another {holder or User(what)}: end that, or choose another folder with --state-dir"
             )
+        user = User(what, cluster, os.getpid(), time.time(), socket.gethostname())
+
+        def tell(broker: str) -> None:
+            text = msgspec.json.encode(replace(user, broker=broker))
+            os.pwrite(descriptor, text.ljust(os.fstat(descriptor).st_size), 0)  # in one piece: it is read at any time
+
         os.ftruncate(descriptor, 0)
-        os.pwrite(
-            descriptor, msgspec.json.encode(User(what, cluster, os.getpid(), time.time(), socket.gethostname())), 0
-        )
-        yield
+        tell("")
+        yield tell
     finally:
         os.close(descriptor)
 
@@ -95,15 +111,39 @@ def user_of(folder: Path, what: str) -> User | None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError:
-        return _read(descriptor) or User(what)
+        return replace(_read(descriptor) or User(what), folder=str(folder.resolve()))
     finally:
         os.close(descriptor)
     return None
 
 
+def users_here() -> list[User]:
+    """Who of this user's processes on this machine has a lock of ours, in whatever folder. Empty where LOCKS is not to be had."""
+    try:
+        lines = LOCKS.read_text().splitlines()
+    except OSError as error:
+        log.debug("locks not looked at %s", fields(reason=error.strerror))
+        return []
+    # `1: FLOCK  ADVISORY  WRITE 17 fe:00:5694883 0 EOF`
+    pids = {words[4] for line in lines if len(words := line.split()) > 4 and words[1] == "FLOCK"}
+    places = {place for pid in pids for place in _locks_of(pid)}
+    return [user for folder, what in sorted(places) if (user := user_of(folder, what)) is not None]
+
+
+def _locks_of(pid: str) -> Iterator[tuple[Path, str]]:
+    """The folders of the locks that a process has open, and as what. None of one that is gone, or another user's."""
+    try:
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            path = link.readlink()
+            if path.suffix == SUFFIX and path.stem in WHATS:
+                yield path.parent, path.stem
+    except OSError as error:
+        log.debug("locks of a process not looked at %s", fields(pid=pid, reason=error.strerror))
+
+
 def lock_of(folder: Path, what: str) -> Path:
     """The file that is locked."""
-    return folder / f"{what}.lock"
+    return folder / f"{what}{SUFFIX}"
 
 
 def _taken(descriptor: int) -> bool:

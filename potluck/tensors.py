@@ -10,6 +10,7 @@ from msgspec.structs import replace
 
 from potluck.errors import InvalidRequest
 from potluck.messages import Tensor
+from potluck.wording import counted
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype("?"),
@@ -99,8 +100,8 @@ def to_numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
     if isinstance(data, bytes | memoryview):  # memory: of a file, within an engine
         if len(data) != count * dtype.itemsize:
             raise InvalidRequest(
-                f"tensor '{label}': {tensor.datatype} of shape {list(tensor.shape)} is {count * dtype.itemsize} bytes, "
-                f"but data has {len(data)}"
+                f"tensor '{label}': {tensor.datatype} of shape {list(tensor.shape)} is {counted(count * dtype.itemsize, 'byte')}, "
+                f"but data has {len(data):,}"
             )
         return _shaped(np.frombuffer(data, dtype=dtype), tensor)
     if isinstance(data, list):
@@ -151,7 +152,9 @@ def unpacked(name: str, datatype: str, data: bytes) -> bytes | list[Any]:
         start = at + _LENGTH_BYTES
         at = start + int.from_bytes(data[at:start], "little")
         if at > len(data):
-            raise InvalidRequest(f"tensor '{name}': an item of BYTES ends behind the tensor's {len(data)} bytes")
+            raise InvalidRequest(
+                f"tensor '{name}': an item of BYTES ends behind the tensor's {counted(len(data), 'byte')}"
+            )
         items.append(data[start:at])
     return _as_texts(items)
 
@@ -167,7 +170,7 @@ def _shaped(array: np.ndarray[Any, Any], tensor: Tensor) -> np.ndarray[Any, Any]
     count = math.prod(tensor.shape)
     if array.size != count:
         raise InvalidRequest(
-            f"tensor '{tensor.name}': shape {list(tensor.shape)} needs {count} values, but data has {array.size}"
+            f"tensor '{tensor.name}': shape {list(tensor.shape)} needs {counted(count, 'value')}, but data has {array.size:,}"
         )
     try:
         return array.reshape(tensor.shape)

@@ -10,6 +10,7 @@ from typing import Any
 
 from potluck.errors import InvalidRequest
 from potluck.tensors import unpacked
+from potluck.wording import counted
 
 EXTENSION = "binary_tensor_data"
 HEADER = "Inference-Header-Content-Length"
@@ -48,4 +49,4 @@ class Reader:
     def close(self) -> None:
         """Raises InvalidRequest when something is left."""
         if self._at != len(self._tail):
-            raise InvalidRequest(f"{len(self._tail) - self._at} bytes behind the JSON belong to no input ({SIZE})")
+            raise InvalidRequest(f"{counted(len(self._tail) - self._at, 'byte')} behind the JSON, of no input ({SIZE})")

@@ -13,6 +13,7 @@ from msgspec.structs import replace
 from coordinator.journal import Journal
 from potluck.errors import InvalidRequest, NotFound
 from potluck.messages import BlobRef, Dataset, DatasetInfo, ImageOptions, ModelFormat, ModelInfo, Signature
+from potluck.wording import counted
 
 _STREAM = "registry"
 DEFAULT_SCALE = 1.0 / 255.0
@@ -352,7 +353,9 @@ def _says_the_same(known: ModelInfo, image: ImageOptions | None, classes: Sequen
 
 def _limited(model: str, tags: Mapping[str, str]) -> dict[str, str]:
     if len(tags) > TAGS_LIMIT:
-        raise InvalidRequest(f"model {model!r} would have {len(tags)} tags: {TAGS_LIMIT} is the limit, remove some")
+        raise InvalidRequest(
+            f"model {model!r} would have {counted(len(tags), 'tag')}: {TAGS_LIMIT} is the limit, remove some"
+        )
     return dict(tags)
 
 

@@ -24,6 +24,7 @@ from coordinator.serving.lanes import BATCH_TARGET_SECONDS, BATCHES_AHEAD, HEADR
 from coordinator.serving.queueing import Request, RequestQueue
 from potluck.errors import Cancelled, InputsLost, Overloaded, PotluckError, TimedOut, Unavailable
 from potluck.messages import RequestOutcome
+from potluck.wording import counted
 
 BATCH_BYTES = 160 * 1024
 """Inline tensors of a batch: it must fit into a message."""
@@ -299,7 +300,7 @@ class Router:
         seconds = self.lanes.seconds_for(self.queue.rows) or 1.0
         seconds = max(LEAST_RETRY_SECONDS, seconds)
         return Overloaded(
-            f"{len(self.queue)} requests wait for {self.name} already, and this one {what}: try again in {seconds:.1f} s",
+            f"{counted(len(self.queue), 'request')} for {self.name} in the queue already, and this one {what}: try again in {seconds:.1f} s",
             retry_after_seconds=seconds,
         )
 
@@ -384,7 +385,9 @@ class Router:
             elif request.attempts >= ATTEMPTS_LIMIT:
                 reason = f": {request.failure}" if request.failure else ""
                 request.settle(
-                    Unavailable(f"{self.name} did not answer in {request.attempts} attempts on its replicas{reason}")
+                    Unavailable(
+                        f"{self.name} did not answer in {counted(request.attempts, 'attempt')} on its replicas{reason}"
+                    )
                 )
             else:
                 self.queue.push_front(request)

@@ -45,6 +45,7 @@ from potluck.messages import (
 from potluck.outbox import Outbox
 from potluck.settings import CoordinatorSettings
 from potluck.topics import Topics
+from potluck.wording import be, counted
 
 log = logging.getLogger(__name__)
 
@@ -147,16 +148,16 @@ class Serving:
             if deployment.failing and deployment.error is not None:
                 if deployment.failed:
                     self._remove(name)
-                left = f"; {ready} of {wanted} replicas are ready" if ready else ""
+                left = f"; {ready} of {counted(wanted, 'replica')} {be(ready)} ready" if ready else ""
                 raise from_code(deployment.error.code, f"{name} could not be loaded: {deployment.error.message}{left}")
             if now > deadline:
-                raise TimedOut(f"{ready} of {wanted} replicas of {name} are ready so far")
+                raise TimedOut(f"{ready} of {counted(wanted, 'replica')} of {name} {be(ready)} ready so far")
             if not deployment.cramped:
                 roomy_at = now
             elif now - roomy_at > JOIN_SECONDS:
                 self.give_up(name)
                 raise Unavailable(
-                    f"{ready} of {wanted} replicas of {name} are ready, and memory is short for the rest: "
+                    f"{ready} of {counted(wanted, 'replica')} of {name} {be(ready)} ready, and memory is short for the rest: "
                     f"{memory.nowhere(deployment.need_bytes, deployment.cramped)}. Undeploy a model, or ask for fewer"
                 )
             if len(suited := deployment.suited(places)) >= wanted:
@@ -164,8 +165,8 @@ class Serving:
             elif now - enough_at > JOIN_SECONDS:
                 self.give_up(name)
                 raise Unavailable(
-                    f"{ready} of {wanted} replicas of {name} are ready, and only {len(suited)} nodes with "
-                    f"{WORDS[RUNTIME_OF[info.format]]} are online any more: start more nodes, or ask for fewer"
+                    f"{ready} of {counted(wanted, 'replica')} of {name} {be(ready)} ready, and only {counted(len(suited), 'node')} with "
+                    f"{WORDS[RUNTIME_OF[info.format]]} {be(len(suited))} online any more: start more nodes, or ask for fewer"
                 )
             tell(self._upkeep.stage(deployment))
             await self._wait_for_change()
@@ -190,7 +191,7 @@ class Serving:
         while (there := sum(runtime in place.runtimes for place in self._upkeep.places())) < count:
             if self._clock() > deadline:
                 raise InvalidRequest(
-                    f"{count} replicas were asked for, but {there} nodes with {WORDS[runtime]} are online "
+                    f"{counted(count, 'replica')} {be(count)} asked for, but {counted(there, 'node')} with {WORDS[runtime]} {be(there)} online "
                     "(each holds one replica): start more nodes, or ask for fewer"
                 )
             await self._wait_for_change()
@@ -283,7 +284,7 @@ class Serving:
             self._upkeep.wake(deployment)
         if len(router.queue) >= self._settings.queue_limit:
             raise Unavailable(
-                f"{len(router.queue)} requests wait for {router.name} already, which is being loaded: try again in "
+                f"{counted(len(router.queue), 'request')} for {router.name} in the queue already, which is being loaded: try again in "
                 f"{LOADING_SECONDS:.0f} s",
                 retry_after_seconds=LOADING_SECONDS,
             )

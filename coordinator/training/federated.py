@@ -19,6 +19,7 @@ from coordinator.placement import ClusterView, NodeView, speeds, split_in_time
 from coordinator.training import privacy
 from coordinator.training.rounds import EXPLODED, PROBE_SECONDS, RoundsStrategy
 from potluck.messages import AnyTaskResult, JobProgress, TrainResult, TrainTask
+from potluck.wording import counted
 
 SIZES_KEPT = 5
 
@@ -61,7 +62,7 @@ class FederatedStrategy(RoundsStrategy):
         if self.weights is None or not self.spent:
             return []
         times = privacy.loudness(rules, self.spent.values(), self.weights.size // 4, self.spec.batch_size)
-        nodes = f"{len(self.spent)} node{'s' if len(self.spent) > 1 else ''}"
+        nodes = f"{counted(len(self.spent), 'node')}"
         what = "gradient" if rules.unit == "example" else "update"
         return [f"the noise in the mean of {nodes} is {times:,.1f} times as long as the longest {what}"]
 

@@ -21,6 +21,7 @@ from coordinator.training.rounds import OVERHEADS_KEPT, PACES_KEPT, PROBE_SECOND
 from coordinator.training.scores import weighted
 from potluck.errors import Unavailable
 from potluck.messages import AnyTask, AnyTaskResult, BlobRef, ErrorInfo, JobProgress, SyncResult, SyncTask, TrainTask
+from potluck.wording import counted
 
 FIRST_STEPS = 8
 """Of the first round, before anything is measured."""
@@ -207,7 +208,9 @@ class SyncStrategy(RoundsStrategy):
         if not self.synchronous:
             return super()._open_round(view)
         if self.broken and self.tries + 1 >= TRIES_LIMIT:
-            raise Unavailable(f"synchronous training broke off {self.tries + 1} times in a row: {self.broken}")
+            raise Unavailable(
+                f"synchronous training broke off {counted(self.tries + 1, 'time')} in a row: {self.broken}"
+            )
         nodes = self._holders(view)
         rates = speeds(nodes, self.measured)
         left = max(1, self.total - self.samples)

@@ -11,6 +11,7 @@ from node.engine.wording import shape as shown
 from potluck import tensors
 from potluck.errors import InvalidRequest
 from potluck.messages import Tensor, TensorSpec
+from potluck.wording import counted
 
 Array = np.ndarray[Any, Any]
 
@@ -26,7 +27,9 @@ def fit(
     What are pixels (`_are_pixels`) is multiplied by `pixel_scale`, as files of images are, and refused where that is 0.
     """
     if len(request) != len(specs):
-        raise InvalidRequest(f"the model has {len(specs)} inputs ({_names(specs)}), the request {len(request)}")
+        raise InvalidRequest(
+            f"the model has {counted(len(specs), 'input')} ({_names(specs)}), the request {len(request)}"
+        )
     by_name = {tensor.name: tensor for tensor in request}
     if len(specs) == 1:
         ordered = list(request)

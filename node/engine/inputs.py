@@ -15,6 +15,7 @@ from node.engine.shards import Array, Part
 from node.engine.wording import shape as shown
 from potluck.errors import InvalidRequest
 from potluck.messages import DataFormat, ImageOptions
+from potluck.wording import counted
 
 GROUP_BYTES = 32 * 2**20
 """Files that are in memory at once, beside those that are decoded."""
@@ -107,7 +108,7 @@ def fit(model: Any, inputs: dict[str, Array]) -> list[Array]:
     wanted = [spec.name for spec in specs]
     if len(inputs) != len(wanted):
         raise InvalidRequest(
-            f"the model has {len(wanted)} inputs ({', '.join(wanted)}), the data {len(inputs)} ({', '.join(inputs)})"
+            f"the model has {counted(len(wanted), 'input')} ({', '.join(wanted)}), the data {len(inputs)} ({', '.join(inputs)})"
         )
     if len(wanted) > 1 and set(wanted) != set(inputs):
         raise InvalidRequest(

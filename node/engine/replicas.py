@@ -20,6 +20,7 @@ from node.engine.wording import shape as shown
 from potluck import tensors
 from potluck.errors import InvalidModel, InvalidRequest, NotFound, OutOfMemory, PotluckError
 from potluck.messages import ErrorInfo, ModelFormat, RequestOutcome, Signature, Tensor
+from potluck.wording import counted
 
 
 class Model(Protocol):
@@ -123,7 +124,7 @@ def run(model: Model, arrays: Sequence[Array]) -> list[Array]:
         for spec, output in zip(model.signature.outputs, outputs, strict=True):
             if output.ndim == 0 or len(output) != size:
                 raise InvalidModel(
-                    f"the model's output '{spec.name}' has shape {shown(output.shape)} for {size} items: it must have a row for each"
+                    f"the model's output '{spec.name}' has shape {shown(output.shape)} for {counted(size, 'item')}: it must have a row for each"
                 )
         kept = min(size, rows - done)
         pieces.append([output[:kept] for output in outputs])

@@ -14,6 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from potluck.errors import InvalidData
+from potluck.wording import counted
 
 Array = np.ndarray[Any, Any]
 NO_CLASS = -1
@@ -141,5 +142,5 @@ def _joined(arrays: Sequence[Array]) -> Array:
 def _check_count(part: Part, count: int) -> None:
     if part.stop > count or part.start > part.stop:
         raise InvalidData(
-            f"{part.label} has {count} items, but items {part.start} to {part.stop} are wanted: add the data set again"
+            f"{part.label} has {counted(count, 'item')}, but items {part.start} to {part.stop} are wanted: add the data set again"
         )

@@ -34,6 +34,7 @@ from potluck import weights
 from potluck.data.order import passes
 from potluck.errors import Cancelled, InvalidModel, PeerLost
 from potluck.messages import SyncTask
+from potluck.wording import counted
 
 MEANS = ("sum_over_batch_size",)
 """Reductions of a loss whose parts, weighted by items, add up to that of the whole batch."""
@@ -307,7 +308,7 @@ def _set_optimizer(optimizer: Any, path: Path) -> None:
     stored = [value for _, value in sorted(dict(weights.load(path)).items())]
     if len(stored) != len(optimizer.variables):
         raise InvalidModel(
-            f"the optimizer's state does not fit: it has {len(stored)} parts, and the optimizer {len(optimizer.variables)}"
+            f"the optimizer's state does not fit: it has {counted(len(stored), 'part')}, and the optimizer {len(optimizer.variables)}"
         )
     for variable, value in zip(optimizer.variables, stored, strict=True):
         variable.assign(value.reshape(variable.shape))

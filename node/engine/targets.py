@@ -10,6 +10,7 @@ import numpy as np
 
 from node.engine.wording import shape as shown
 from potluck.errors import InvalidModel, InvalidRequest
+from potluck.wording import counted
 
 Array = np.ndarray[Any, Any]
 Kind = Literal["one_hot", "sparse", "binary", "plain"]
@@ -60,7 +61,7 @@ def labels_for(loss: Any, output: Sequence[int | None], rank: int, classes: Sequ
     if kind != "plain" and len(classes) > room:
         takes = "2 classes (one sigmoid unit)" if kind == "binary" else f"{units} (output of shape {shown(output)})"
         raise InvalidModel(
-            f"the data has {len(classes)} classes, but the model takes {takes}: make its last layer {len(classes)} units"
+            f"the data has {counted(len(classes), 'class', 'classes')}, but the model takes {takes}: make its last layer {counted(len(classes), 'unit')}"
         )
     threshold = 0.0 if from_logits(loss) else 0.5
     return Labels(kind, units, name, threshold, _compares(loss, name), _ignored(loss) if kind == "sparse" else None)

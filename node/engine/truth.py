@@ -13,6 +13,7 @@ from node.engine.inputs import Source
 from node.engine.shards import Array, Part
 from node.engine.targets import Labels, encode, item_weights, labels_for
 from potluck.errors import InvalidData, InvalidRequest
+from potluck.wording import counted
 
 IN_ORDER = "y_"
 """Targets named `y_0`, `y_1`, ... are those of the outputs in their order."""
@@ -94,10 +95,6 @@ def by_output(model: Any, stored: dict[str, Array]) -> list[Array]:
         if set(stored) == {f"{IN_ORDER}{i}" for i in range(len(names))}:
             return [stored[f"{IN_ORDER}{i}"] for i in range(len(names))]
     raise InvalidRequest(
-        f"the model has {_counted(len(names), 'output')} ({', '.join(names)}), and the data {_counted(len(stored), 'target')} "
+        f"the model has {counted(len(names), 'output')} ({', '.join(names)}), and the data {counted(len(stored), 'target')} "
         f"({', '.join(stored)}): give a target for each output, by its name"
     )
-
-
-def _counted(count: int, word: str) -> str:
-    return f"{count} {word}{'' if count == 1 else 's'}"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from potluck.errors import PotluckError
+from potluck.wording import counted
 
 if TYPE_CHECKING:
     from potluck.client import AsyncClient
@@ -20,6 +21,15 @@ SECONDS = 1.0
 
 Found = list[tuple[str, str]]
 """What can be written, and a word on what it is."""
+
+
+def words(*choices: str) -> Callable[[str], list[str]]:
+    """These words, for an option that takes one of them."""
+
+    def offered(incomplete: str) -> list[str]:
+        return [choice for choice in choices if choice.startswith(incomplete)]
+
+    return offered
 
 
 def jobs(context: typer.Context, incomplete: str) -> Found:
@@ -65,7 +75,11 @@ def datasets(context: typer.Context, incomplete: str) -> Found:
     """Registered data sets."""
 
     async def ask(client: AsyncClient) -> Found:
-        return [(info.name, f"{info.count} {info.kind}") for info in await client.datasets() if not info.nodes]
+        return [
+            (info.name, f"{info.kind}, {counted(info.count, 'item')}")
+            for info in await client.datasets()
+            if not info.nodes
+        ]
 
     return _offered(context, incomplete, ask)
 
@@ -74,7 +88,7 @@ def data(context: typer.Context, incomplete: str) -> Found:
     """Data sets, those that live on nodes too, and files."""
 
     async def ask(client: AsyncClient) -> Found:
-        return [(info.name, f"{info.count} {info.kind}") for info in await client.datasets()]
+        return [(info.name, f"{info.kind}, {counted(info.count, 'item')}") for info in await client.datasets()]
 
     return _offered(context, incomplete, ask) + list(_files(incomplete))
 

@@ -9,11 +9,12 @@ import typer
 
 from potluck.cli import completion
 from potluck.cli.session import Json, session
+from potluck.cli.suggesting import Command, Group
 
-data = typer.Typer(no_args_is_help=True, help="Add data sets to the cluster, list and remove them.")
+data = typer.Typer(cls=Group, no_args_is_help=True, help="Add data sets to the cluster, list and remove them.")
 
 
-@data.command("add")
+@data.command("add", cls=Command)
 def add(
     context: typer.Context,
     path: Annotated[
@@ -50,7 +51,7 @@ def add(
     output.show(output.datasets_table([info]))
 
 
-@data.command("list")
+@data.command("list", cls=Command)
 def list_data(context: typer.Context, as_json: Json = False) -> None:
     """List the registered data sets."""
     from potluck.cli import output
@@ -65,7 +66,7 @@ def list_data(context: typer.Context, as_json: Json = False) -> None:
         output.note("no data sets yet: `potluck data add PATH` adds one")
 
 
-@data.command("remove")
+@data.command("remove", cls=Command)
 def remove(
     context: typer.Context,
     name: Annotated[str, typer.Argument(help="A registered data set.", autocompletion=completion.datasets)],

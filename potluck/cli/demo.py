@@ -11,7 +11,7 @@ import tempfile
 import time
 import urllib.request
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
@@ -28,6 +28,7 @@ from potluck.client import Client, Job
 from potluck.errors import NotFound, PotluckError, TimedOut
 from potluck.local_cluster import LocalCluster
 from potluck.messages import JobProgress, NodeInfo
+from potluck.wording import counted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 IMAGE_SIZE = 32
 EPOCHS = 20
 NODES = 3
+BESIDE_COLUMNS = 62
+"""What stands beside the texts of a line of progress: the bar, the share and the time."""
 WANTED_ACCURACY = 0.97
 
 console = Console()
@@ -100,10 +103,12 @@ class Demo:
         self.train_folder, self.test_folder = write_digits(self.folder)
         for folder in (self.train_folder, self.test_folder):
             count = sum(1 for _ in folder.glob("*/*.png"))
-            console.print(f"  {folder.name}/0 ... {folder.name}/9   {count:>5} images of {IMAGE_SIZE}x{IMAGE_SIZE}")
+            console.print(
+                f"  {folder.name}/0 ... {folder.name}/9   {counted(count, 'image'):>12} of {IMAGE_SIZE}x{IMAGE_SIZE}"
+            )
 
     def _train(self) -> None:
-        _title(3, f"Train a CNN on all nodes for {self.epochs} epochs, and kill one of them half-way")
+        _title(3, f"Train a CNN on all nodes for {counted(self.epochs, 'epoch')}, and kill one of them half-way")
         with console.status("building the model, and packing the images into content-addressed shards"):
             self.model = build_model(IMAGE_SIZE, 10)
             self.job = self.client.train(
@@ -115,7 +120,7 @@ class Demo:
                 image=(IMAGE_SIZE, IMAGE_SIZE),
                 name="digits",
             )
-        console.print(f"  model of {self.model.count_params():,} weights, job {self.job.id}")
+        console.print(f"  model of {counted(self.model.count_params(), 'weight')}, job {self.job.id}")
         victim = self.cluster.nodes[-1]
         killed = False
         for progress in _shown(self.job):
@@ -128,7 +133,9 @@ class Demo:
         self.job.wait(timeout=30)
         last = {name: values[-1] for name, values in self.job.history.items()}
         shown = "  ".join(f"{name} {value:.4f}" for name, value in last.items())
-        console.print(f"  all {self.epochs} epochs done{' without it' if killed else ''}: {shown}", soft_wrap=True)
+        console.print(
+            f"  all {counted(self.epochs, 'epoch')} done{' without it' if killed else ''}: {shown}", soft_wrap=True
+        )
 
     def _evaluate(self) -> None:
         _title(4, "Evaluate on the nodes that are left")
@@ -213,11 +220,18 @@ def _shown(job: Job) -> Iterator[JobProgress]:
         task = bar.add_task("waiting", total=None, rest="")
         for progress in job.progress():
             epoch = f"epoch {progress.epoch}/{progress.epochs}" if progress.epochs else "items"
-            metrics = "  ".join(f"{name} {value:.3f}" for name, value in progress.metrics.items())
-            rest = f"{progress.items_per_second:,.0f}/s on {len(progress.nodes)} nodes  {metrics}"
+            speed = f"{progress.items_per_second:,.0f}/s on {counted(len(progress.nodes), 'node')}"
+            pairs = [f"{name} {value:.3f}" for name, value in progress.metrics.items()]
             described = f"{epoch}  {progress.message}"
+            rest = _fitting([speed, *pairs], console.width - len(described) - BESIDE_COLUMNS)
             bar.update(task, completed=progress.done, total=progress.total or None, description=described, rest=rest)
             yield progress
+
+
+def _fitting(parts: Sequence[str], room: int) -> str:
+    """As many of the first parts as fit: a pair that is broken over two lines says nothing."""
+    texts = ["  ".join(parts[:count]) for count in range(len(parts), 0, -1)]
+    return next((text for text in texts if len(text) <= room), "")
 
 
 def _samples(folder: Path) -> tuple[np.ndarray[Any, Any], list[int]]:

@@ -16,14 +16,19 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from potluck.cli.output import bytes_text, counted, emit, metrics_text, note, rate_text, seconds_text, share
+from potluck.cli.interrupts import STATUS
+from potluck.cli.listing import Line
+from potluck.cli.output import bytes_text, emit, metrics_text, note, rate_text, seconds_text, share
 from potluck.cli.session import same_cluster
 from potluck.errors import InvalidData, InvalidModel, PotluckError
+from potluck.wording import counted
 
 if TYPE_CHECKING:
     from potluck.client import Job
     from potluck.messages import EpochMetrics, JobChanged, JobEnded, JobProgress
 
+BAR_COLUMNS = 20
+"""With what stands beside it, this fits into 60 columns."""
 PLAIN_SECONDS = 5.0
 """On a log, how often a line is worth it when the epoch has not changed."""
 
@@ -45,7 +50,7 @@ def follow(job: Job, *, quiet: bool = False, verbose: bool = False) -> None:
     except KeyboardInterrupt:
         shows, ends = (same_cluster(f"potluck {what} {job.id}") for what in ("job", "cancel"))
         note(f"interrupted: job {job.id} goes on; `{shows}` shows it, `{ends}` ends it")
-        raise typer.Exit(130) from None
+        raise typer.Exit(STATUS) from None
 
 
 def ended(job: Job, as_json: bool, *, verbose: bool = False) -> JobEnded:
@@ -125,13 +130,11 @@ class EndedEpochs:
                 yield f"epoch {epoch.epoch}/{progress.epochs}  {metrics_text(epoch.metrics)}"
 
 
-def current_text(progress: JobProgress) -> str:
+def current_texts(progress: JobProgress) -> tuple[str, str]:
     """Metrics of the epoch under way, and those of the last validation, which was another epoch's."""
     validated = {name: value for name, value in progress.metrics.items() if name.startswith("val_")}
     training = {name: value for name, value in progress.metrics.items() if name not in validated}
-    if not validated:
-        return metrics_text(training)
-    return f"{metrics_text(training)}  (last validation: {metrics_text(validated)})".strip()
+    return metrics_text(training), metrics_text(validated)
 
 
 def progress_text(progress: JobProgress) -> str:
@@ -145,8 +148,9 @@ def progress_text(progress: JobProgress) -> str:
         parts.append(f"{rate_text(progress.items_per_second)} on {counted(len(progress.nodes), 'node')}")
     if (left := seconds_left(progress)) is not None:
         parts.append(f"{seconds_text(left)} left")
-    if progress.metrics:
-        parts.append(current_text(progress))
+    training, validated = current_texts(progress)
+    parts += [training] if training else []
+    parts += [f"(last validation: {validated})"] if validated else []
     if progress.exchanged_bytes:
         parts.append(f"{bytes_text(progress.exchanged_bytes)} exchanged")
     if progress.message:
@@ -186,29 +190,35 @@ def picture(state: JobChanged, *, verbose: bool = False) -> RenderableType:
     left = seconds_left(progress)
     bar.add_row(
         "",
-        ProgressBar(total=1.0, completed=done or 0.0, width=30, pulse=done is None),
+        ProgressBar(total=1.0, completed=done or 0.0, width=BAR_COLUMNS, pulse=done is None),
         "" if done is None else f"{done:4.0%}",
         f"{seconds_text(left)} left" if left is not None else "",
     )
     lines: list[RenderableType] = [
-        Text.assemble((f"{state.kind} {state.job_id}", "bold"), f"  {state.state}  {epoch}".rstrip()),
+        Line(Text.assemble((f"{state.kind} {state.job_id}", "bold"), f"  {state.state}  {epoch}".rstrip())),
         bar,
     ]
-    if progress.metrics:
-        lines.append(Text(f"  {current_text(progress)}", style="cyan"))
+    training, validated = current_texts(progress)
+    if training:
+        lines.append(Line(Text(training, style="cyan"), indent=2))
+    if validated:
+        lines.append(Line(Text(f"last validation:  {validated}", style="cyan"), indent=2))
     totals = [rate_text(progress.items_per_second)] if progress.items_per_second else []
     if progress.exchanged_bytes:
         totals.append(f"{bytes_text(progress.exchanged_bytes)} exchanged")
     if totals:
-        lines.append(Text(f"  {'  '.join(totals)}"))
-    lines += [Text(f"    {node:<24} {rate_text(speed):>18}", style="dim") for node, speed in progress.nodes.items()]
+        lines.append(Line("  ".join(totals), indent=2))
+    lines += [
+        Text(f"    {node:<24} {rate_text(speed):>18}", style="dim", no_wrap=True, overflow="ignore")
+        for node, speed in progress.nodes.items()
+    ]
     if progress.image:
-        lines.append(Text(f"  images {images_text(progress)}", style="dim"))
+        lines.append(Line(Text(f"images {images_text(progress)}", style="dim"), indent=2))
     if verbose and progress.strategy:
-        lines.append(Text(f"  {progress.strategy}", style="dim"))
+        lines.append(Line(Text(progress.strategy, style="dim"), indent=2))
     if progress.message:
-        lines.append(Text(f"  {progress.message}", style="yellow"))
-    lines += [Text(f"  {reason}", style="red") for reason in left_out(progress)]
+        lines.append(Line(Text(progress.message, style="yellow"), indent=2))
+    lines += [Line(Text(reason, style="red"), indent=2) for reason in left_out(progress)]
     return Group(*lines)
 
 
@@ -218,7 +228,7 @@ def _live(job: Job, verbose: bool) -> None:
     with Live(Spinner("dots", f"job {job.id}"), console=console, refresh_per_second=8) as live:
         for state in job.states():
             for line in ended.lines(state):
-                live.console.print(line)
+                live.console.print(Line(line))
             live.update(picture(state, verbose=verbose))
 
 

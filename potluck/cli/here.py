@@ -13,7 +13,7 @@ from pathlib import Path
 from potluck.discovery import Service
 from potluck.network import lan_addresses
 from potluck.settings import state_folder
-from potluck.sole_use import User, clock_text, user_of
+from potluck.sole_use import WHATS, User, clock_text, user_of, users_here
 
 NODE_UNIT = "potluck-node.service"
 UNITS = (NODE_UNIT, "potluck-coordinator.service")
@@ -54,9 +54,20 @@ def folder_of(state_dir: Path | None, what: str) -> Path:
     return state_folder(str(state_dir / what) if state_dir is not None else "", what)
 
 
-def users(state_dir: Path | None, whats: Iterable[str] = ("up", "node", "coordinator")) -> list[User]:
+def users(state_dir: Path | None, whats: Iterable[str] = WHATS) -> list[User]:
     """Who uses the state folders of these now."""
     return [user for what in whats if (user := user_of(folder_of(state_dir, what), what)) is not None]
+
+
+def running() -> list[User | Unit]:
+    """What runs here, in whatever state folders; a daemon that `potluck up` or a system service runs goes without saying."""
+    services = units()
+    served = {unit.pid for unit in services}
+    found = {(user.what, Path(user.folder)): user for user in (*users(None), *users_here())}
+    ups = {folder for what, folder in found if what == "up"}
+    tended = {*ups, *(folder.parent / what for folder in ups for what in WHATS)}
+    shown = [user for (what, folder), user in found.items() if what == "up" or folder not in tended]
+    return [*(user for user in shown if user.pid not in served), *services]
 
 
 def units() -> list[Unit]:

@@ -14,8 +14,16 @@ if TYPE_CHECKING:
     from potluck.client import Job
     from potluck.messages import JobEnded
 
+EPOCHS = 10
+"""As many are shown of a job, unless all are asked for: the newest."""
+
 JobId = Annotated[
-    str, typer.Argument(metavar="ID", help="The job's id, as `potluck jobs` shows it.", autocompletion=completion.jobs)
+    str,
+    typer.Argument(
+        metavar="ID",
+        help="The job's id, as `potluck jobs` shows it, or as much of it as no other has.",
+        autocompletion=completion.jobs,
+    ),
 ]
 
 
@@ -55,22 +63,23 @@ def job(
     ] = None,
     as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Show one job: its state, and its result when it has ended; save what it made."""
+    """Show one job: its state, its last epochs, and its result when it has ended; save what it made."""
     from potluck.cli import following, output
     from potluck.client import event_files, plots
     from potluck.client.jobs import ENDED, job_error
     from potluck.errors import Conflict
 
     verbose = session(context).verbose
+    last = None if verbose else EPOCHS
     if save is not None:
         check_output(save)
 
     if plot is not None:
         plots.check_path(plot)
-    if tensorboard is not None:
-        event_files.check_folder(tensorboard, job_id)
     with session(context).client() as client:
         found = client.job(job_id)
+        if tensorboard is not None:
+            event_files.check_folder(tensorboard, found.id)
         if wait and not as_json:
             following.follow(found, verbose=verbose)
         state = found.status()
@@ -78,7 +87,7 @@ def job(
         failed = wait and ended is not None and ended.state != "succeeded"
         if ended is None and (plot or tensorboard or save):
             raise Conflict(
-                f"job {job_id} is {state.state}: its result is there when it has ended, and --wait waits for that"
+                f"job {found.id} is {state.state}: its result is there when it has ended, and --wait waits for that"
             )
         if save is not None and ended is not None and not failed:
             output.note(f"saved as {_save(found, ended, save)}")
@@ -93,12 +102,12 @@ def job(
             return
         output.show(output.jobs_table([state]))
         if ended is None:
-            if state.kind == "train" and (epochs := found.epochs_so_far()):
-                output.show(output.epochs_table(epochs))
             output.show(following.picture(state, verbose=verbose))
+            if state.kind == "train" and (epochs := found.epochs_so_far()):
+                output.show(output.epochs_table(epochs, last))
             return
         if ended.history:
-            output.show(output.epochs_table(ended.history))
+            output.show(output.epochs_table(ended.history, last))
         if ended.rounds and verbose:
             output.show(output.rounds_table(ended.rounds))
         if ended.best_epoch:

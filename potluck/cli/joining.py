@@ -22,7 +22,7 @@ from potluck.discovery import Discovery, Service
 from potluck.errors import Unavailable
 from potluck.logs import fields
 from potluck.network import lan_addresses, reachable_addresses
-from potluck.settings import GATEWAY_PORT, is_loopback, parse_address, typed
+from potluck.settings import is_loopback, parse_address, typed
 from potluck.sole_use import sole_use
 
 log = logging.getLogger(__name__)
@@ -123,8 +123,6 @@ class Joining:
         self._say(
             f"started the broker {found.host}:{found.broker_port} and the gateway http://{found.host}:{found.port}"
         )
-        if self._plan.gateway_port is None and found.port != GATEWAY_PORT and "POTLUCK_LISTEN__PORT" not in os.environ:
-            self._say(f"(another program has the gateway's usual port {GATEWAY_PORT}; --gateway-port chooses one)")
 
     def _say_who_is_served(self) -> None:
         plan = self._plan

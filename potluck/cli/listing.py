@@ -99,9 +99,11 @@ class Line:
     """A line of text that is broken as those below an entry are."""
 
     text: str | Text
+    indent: int = 0
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        return map(_whole, wrapped(self.text, options.max_width))
+        before = " " * self.indent
+        return (_whole(Text.assemble(before, line)) for line in wrapped(self.text, options.max_width - self.indent))
 
 
 def wrapped(text: str | Text, width: int) -> Iterator[Text]:

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from potluck import __version__
+from potluck.cli import interrupts
 from potluck.cli.data import data
 from potluck.cli.evaluate import evaluate
 from potluck.cli.files import files
@@ -21,12 +22,14 @@ from potluck.cli.predict import predict
 from potluck.cli.registry import models
 from potluck.cli.session import Session, begin, global_options_first
 from potluck.cli.status import status
+from potluck.cli.suggesting import Command, Group
 from potluck.cli.train import train
 from potluck.cli.up import up
 from potluck.errors import PotluckError
 
 app = typer.Typer(
     name="potluck",
+    cls=Group,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -37,7 +40,7 @@ for command in (
     up, status, nodes, train, evaluate, predict, jobs, job, stop, cancel, deploy, promote, rollback, undeploy, deployments,
     infer, files,
 ):  # fmt: skip
-    app.command()(command)
+    app.command(cls=Command)(command)
 app.add_typer(models, name="models")
 app.add_typer(data, name="data")
 
@@ -79,6 +82,7 @@ def options(
 
 def main() -> None:
     """Run the command line. Exit codes are those of `potluck.errors`; 130 after Ctrl-C."""
+    interrupts.once()
     arguments = global_options_first(sys.argv[1:])
     _add_demo(arguments)
     try:
@@ -91,7 +95,7 @@ def main() -> None:
         sys.stderr.write(error_line(error))
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(interrupts.STATUS)
 
 
 def _add_demo(arguments: list[str]) -> None:
@@ -101,7 +105,7 @@ def _add_demo(arguments: list[str]) -> None:
     if "demo" in arguments:
         from potluck.cli.demo import demo
 
-        app.command()(demo)
+        app.command(cls=Command)(demo)
         return
 
     @app.command("demo")

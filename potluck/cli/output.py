@@ -27,6 +27,7 @@ from potluck.messages import (
     RoundMetrics,
     TensorSpec,
 )
+from potluck.wording import counted
 
 _COLORS = {
     "online": "green", "ready": "green", "succeeded": "green", "running": "cyan", "loading": "cyan", "queued": "yellow",
@@ -110,12 +111,6 @@ def seconds_text(seconds: float) -> str:
     return f"{whole // 60} min {whole % 60:02} s" if whole >= 60 else f"{whole} s"
 
 
-def counted(count: float, one: str) -> str:
-    """As people say it: `1 node`, `1,200 items`."""
-    number = f"{count:,.0f}"
-    return f"{number} {one}" if number == "1" else f"{number} {one}s"
-
-
 def rate_text(items_per_second: float) -> str:
     """`1,200 items/s`."""
     return f"{counted(items_per_second, 'item')}/s"
@@ -186,10 +181,10 @@ def jobs_table(jobs: Iterable[JobChanged]) -> Listing:
     return table(columns, map(row, shown), right=("done", "took", "asked"), below=list(map(told, shown)))
 
 
-def epochs_table(history: Iterable[EpochMetrics]) -> Listing:
-    """Two lines an epoch: its metrics, and what it took."""
-    rows: list[tuple[str, str]] = []
-    below: list[list[Text]] = []
+def epochs_table(history: Sequence[EpochMetrics], shown: int | None = None) -> Facts:
+    """Of each epoch its metrics, and below them what it took; `shown`: only of so many, the last ones."""
+    width = max(len("epoch"), *(len(str(epoch.epoch)) for epoch in history))
+    rows: list[tuple[str, str | Text]] = [("epoch", Text("metrics", "bold"))]
     samples = 0
     for epoch in history:
         took = (
@@ -199,9 +194,13 @@ def epochs_table(history: Iterable[EpochMetrics]) -> Listing:
             f"{bytes_text(epoch.exchanged_bytes)} exchanged",
         )
         samples = epoch.samples
-        rows.append((str(epoch.epoch), metrics_text(epoch.metrics)))
-        below.append([Text("  ".join(took), "dim")])
-    return table(("epoch", "metrics"), rows, right=("epoch",), below=below)
+        below = Text("  ".join(took), "dim")
+        rows.append((f"{epoch.epoch:>{width}}", Text.assemble(metrics_text(epoch.metrics), "\n", below)))
+    left_out = len(history) - (len(history) if shown is None else shown)
+    if left_out > 0:
+        told = Text(f"{counted(left_out, 'epoch')} before these: --verbose shows all", "dim")
+        rows[1 : 1 + left_out] = [("", told)]
+    return Facts(rows)
 
 
 def rounds_table(rounds: Iterable[RoundMetrics]) -> Listing:
@@ -254,7 +253,7 @@ def model_report(model: ModelInfo) -> Facts:
                 "made",
                 f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(model.created_at))} ({ago_text(model.created_at)})",
             ),
-            ("size", f"{bytes_text(ref.size)} ({ref.size:,} bytes)"),
+            ("size", f"{bytes_text(ref.size)} ({counted(ref.size, 'byte')})"),
             ("sha256", ref.sha256),
             (
                 "inputs",

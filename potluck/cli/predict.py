@@ -13,6 +13,7 @@ import typer
 
 from potluck.cli import completion
 from potluck.cli.session import ImageSize, Json, check_output, image_size, session
+from potluck.wording import counted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -72,7 +73,7 @@ def predict(
     elif output is None:
         sys.stdout.write(as_csv(outputs, keys, classes))
     else:
-        out.show(f"{out.counted(len(next(iter(outputs.values()))), 'prediction')} written to {output}")
+        out.show(f"{counted(len(next(iter(outputs.values()))), 'prediction')} written to {output}")
 
 
 def check_suffix(path: Path) -> None:
@@ -95,7 +96,7 @@ def save(path: Path, outputs: dict[str, np.ndarray[Any, Any]], keys: list[str], 
 
     written = write(path, outputs, keys, classes)
     if written != path:
-        note(f"the model has {len(outputs)} outputs, and a .npy file holds one: they are in a .npz file")
+        note(f"the model has {counted(len(outputs), 'output')}, and a .npy file holds one: they are in a .npz file")
     return written
 
 

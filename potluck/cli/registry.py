@@ -9,9 +9,12 @@ import typer
 
 from potluck.cli import completion
 from potluck.cli.session import ImageSize, Json, image_size, session
+from potluck.cli.suggesting import Command, Group
 
 models = typer.Typer(
-    invoke_without_command=True, help="List the registered models; show, add, export, name, tag or delete one."
+    cls=Group,
+    invoke_without_command=True,
+    help="List the registered models; show, add, export, name, tag or delete one.",
 )
 
 Version = Annotated[
@@ -43,7 +46,7 @@ def list_models(context: typer.Context, as_json: Json = False) -> None:
         )
 
 
-@models.command("show")
+@models.command("show", cls=Command)
 def show(context: typer.Context, model: Version, as_json: Json = False) -> None:
     """Everything that is known of a model, and where its bytes are."""
     from potluck.cli import output
@@ -56,7 +59,7 @@ def show(context: typer.Context, model: Version, as_json: Json = False) -> None:
         output.show(output.model_report(info))
 
 
-@models.command("add")
+@models.command("add", cls=Command)
 def add(
     context: typer.Context,
     path: Annotated[
@@ -84,7 +87,7 @@ def add(
         output.show(output.models_table([info]))
 
 
-@models.command("export")
+@models.command("export", cls=Command)
 def export(
     context: typer.Context,
     model: Version,
@@ -104,7 +107,7 @@ def export(
         output.show(f"{model} is in {written}")
 
 
-@models.command("alias")
+@models.command("alias", cls=Command)
 def alias(
     context: typer.Context,
     model: Version,
@@ -130,7 +133,7 @@ def alias(
         output.show(f"{info.name}:{alias} is {info.name}:{info.version}")
 
 
-@models.command("tag")
+@models.command("tag", cls=Command)
 def tag(
     context: typer.Context,
     model: Version,
@@ -150,7 +153,7 @@ def tag(
         output.show(f"{info.name}:{info.version}  {output.tags_text(info.tags) or 'has no tags'}")
 
 
-@models.command("delete")
+@models.command("delete", cls=Command)
 def delete(
     context: typer.Context,
     model: Version,

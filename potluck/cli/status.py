@@ -32,7 +32,7 @@ def status(context: typer.Context, as_json: Json = False) -> None:
 
     given = session(context)
     found = asyncio.run(examine(client_settings(given.seed, given.cluster, given.timeout)))
-    local = [str(one) for one in (*(here.users(None, ("up",)) or here.users(None)), *here.units())]
+    local = [str(one) for one in here.running()]
     if as_json:
         output.emit({"healthy": not found.problems, **output.plain(found), "here": local})
     else:
@@ -44,12 +44,11 @@ def status(context: typer.Context, as_json: Json = False) -> None:
 def facts(found: Health, local: Sequence[str]) -> Iterator[tuple[str, str]]:
     """The lines, each with what it is about."""
     from potluck.sole_use import clock_text
+    from potluck.wording import be, counted
 
     since = f" since {clock_text(found.since)}" if found.since else ""
     wrong = (
-        f"{len(found.problems)} thing{'s are' if len(found.problems) > 1 else ' is'} wrong"
-        if found.problems
-        else "all is well"
+        f"{counted(len(found.problems), 'thing')} {be(len(found.problems))} wrong" if found.problems else "all is well"
     )
     yield "cluster", f"{found.cluster}: {wrong}"
     yield "broker", found.broker or "none is reached"
@@ -67,7 +66,8 @@ def facts(found: Health, local: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def nodes_text(found: Health) -> str:
-    from potluck.cli.output import bytes_text, counted
+    from potluck.cli.output import bytes_text
+    from potluck.wording import counted
 
     if found.waiting:
         return f"{counted(len(found.waiting), 'node')} without a coordinator: {', '.join(found.waiting)}"
@@ -86,7 +86,7 @@ def nodes_text(found: Health) -> str:
 
 
 def work_text(found: Health) -> str:
-    from potluck.cli.output import counted
+    from potluck.wording import counted
 
     if found.coordinator != "online":
         return ""

@@ -39,7 +39,8 @@ def train(
     strategy: Annotated[
         str,
         typer.Option(
-            help="local: in rounds; sync: each step together, exactly; auto: by measured speed and bandwidth."
+            help="local: in rounds; sync: each step together, exactly; auto: by measured speed and bandwidth.",
+            autocompletion=completion.words("auto", "local", "sync"),
         ),
     ] = "auto",
     round_seconds: Annotated[
@@ -50,7 +51,11 @@ def train(
         str | None, typer.Option(help="A metric (val_loss): keep the model of its best epoch, not of the last.")
     ] = None,
     monitor_mode: Annotated[
-        str, typer.Option(help="min or max: whether --monitor is better small or large; auto: by its name.")
+        str,
+        typer.Option(
+            help="min or max: whether --monitor is better small or large; auto: by its name.",
+            autocompletion=completion.words("auto", "min", "max"),
+        ),
     ] = "auto",
     patience: Annotated[
         int | None, typer.Option(min=1, help="End after so many epochs in which --monitor got no better.")
@@ -64,7 +69,13 @@ def train(
             metavar="JOB", help="Go on where this ended job stands, to --epochs in all.", autocompletion=completion.jobs
         ),
     ] = None,
-    compression: Annotated[str, typer.Option(help="Of updates on the network: auto, none, int8 or int4.")] = "auto",
+    compression: Annotated[
+        str,
+        typer.Option(
+            help="Of updates on the network: auto, none, int8 or int4.",
+            autocompletion=completion.words("auto", "none", "int8", "int4"),
+        ),
+    ] = "auto",
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="The same nodes give the same bits again; no time budgets.")
     ] = False,
@@ -77,7 +88,10 @@ def train(
     ] = None,
     private_unit: Annotated[
         str | None,
-        typer.Option(help="What is hidden: each example (default), or each node (its update is cut instead)."),
+        typer.Option(
+            help="What is hidden: each example (default), or each node (its update is cut instead).",
+            autocompletion=completion.words("example", "node"),
+        ),
     ] = None,
     delta: Annotated[
         float | None, typer.Option(help="Of (epsilon, delta): well below 1 / examples (default 1e-5).")
@@ -95,8 +109,10 @@ def train(
     """Train a Keras model on all nodes."""
     from potluck.cli import curl, following
     from potluck.cli import output as out
+    from potluck.cli.listing import Line
     from potluck.client import deploying
     from potluck.errors import InvalidRequest
+    from potluck.wording import counted
 
     if output is not None:
         if detach:
@@ -164,7 +180,7 @@ def train(
             return
         last = ended.history[-1].metrics if ended.history else {}
         took = out.seconds_text(ended.ended_at - ended.started_at)
-        out.show(f"trained {out.counted(len(ended.history), 'epoch')} in {took}: {out.metrics_text(last)}")
+        out.show(Line(f"trained {counted(len(ended.history), 'epoch')} in {took}:  {out.metrics_text(last)}"))
         if ended.registered:
             out.show(f"registered as {ended.registered}")
         if output is not None:

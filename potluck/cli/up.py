@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from potluck.cli import completion
 from potluck.cli.session import Session, session
 
 
@@ -41,7 +42,14 @@ def up(
         list[str] | None,
         typer.Option(metavar="NAME=PATH", help="Data that live here and never leave: train on node:NAME. Repeatable."),
     ] = None,
-    log_level: Annotated[str, typer.Option(metavar="LEVEL", help="Of the daemons' logs.")] = "WARNING",
+    log_level: Annotated[
+        str,
+        typer.Option(
+            metavar="LEVEL",
+            help="Of the daemons' logs.",
+            autocompletion=completion.words("DEBUG", "INFO", "WARNING", "ERROR"),
+        ),
+    ] = "WARNING",
 ) -> None:
     """Join the cluster on this network, or start one: run this on every machine."""
     import asyncio

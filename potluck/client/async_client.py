@@ -160,10 +160,10 @@ class AsyncClient:
         return await all_jobs(await self._connected())
 
     async def job(self, job_id: str) -> AsyncJob:
-        """A job by its id. Raises NotFound."""
+        """A job by its id, or by what only its id begins with. Raises NotFound, and InvalidRequest where several ids begin so."""
         job_id = arguments.text("job_id", job_id, "a job's id")
-        await self._ask(GetJob(job_id=job_id), Message)
-        return AsyncJob(await self._connected(), job_id)
+        found = await self._ask(GetJob(job_id=job_id), Message)
+        return AsyncJob(await self._connected(), found.job_id if isinstance(found, JobChanged | JobEnded) else job_id)
 
     async def cancel(self, job_id: str) -> JobChanged:
         """End a job. Raises NotFound."""

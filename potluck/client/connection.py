@@ -25,6 +25,7 @@ from potluck.logs import fields
 from potluck.messages import BlobRef, CancelInfer, CoordinatorStatus, Infer, Inferred, Message, Undeploy
 from potluck.network import lan_addresses
 from potluck.settings import ClientSettings, PositiveSeconds, load, parse_address, typed
+from potluck.sole_use import users_here
 from potluck.topics import Topics
 
 log = logging.getLogger(__name__)
@@ -113,9 +114,9 @@ class Connection:
         await self._stack.aclose()
 
     async def _addresses(self, limit_seconds: float) -> Addresses:
-        """Where the broker is: the seeds, else mDNS on loopback and on the network, whichever answers first.
+        """Where the broker is: the seeds, else mDNS on loopback and on the network, whichever answers first, else what daemons here know.
 
-        Raises Unavailable when nothing answers in time, and at once when every seed refuses: a client is not a daemon, which
+        A coordinator that hangs does not answer by mDNS, and its broker is there all the same. Raises Unavailable when nothing answers in time, and at once when every seed refuses: a client is not a daemon, which
         would rather wait.
         """
         # here: it takes time that a job's client need not spend
@@ -135,10 +136,18 @@ class Connection:
             for discovery in found
         ]
         if await _first_found(seen) is None:
+            local = [user for user in users_here() if user.cluster == settings.cluster]
+            knocks = [_knock_at(user.broker, limit_seconds) for user in local if user.broker]
+            if knocks and (known := await _first_found(knocks)) is not None:
+                return broker_addresses(replace(settings, seeds=(known,)), None)
+            advice = (
+                f"{local[0]} runs on this machine: where that has just started, ask again in a moment, else its log says why"
+                if local
+                else f"start one with `{typed('potluck up', settings.cluster)}`"
+            )
             raise Unavailable(
                 f"no cluster {settings.cluster!r} is found: within {limit_seconds:g} s no coordinator answered by mDNS on "
-                f"{', '.join(dict.fromkeys(['127.0.0.1', *lan_addresses()]))}: start one with "
-                f"`{typed('potluck up', settings.cluster)}`, or name its "
+                f"{', '.join(dict.fromkeys(['127.0.0.1', *lan_addresses()]))}: {advice}, or name its "
                 "broker with --seed HOST[:PORT]"
             )
         sources = [broker_addresses(settings, discovery) for discovery in found]
@@ -193,9 +202,14 @@ class Connection:
                 async with asyncio.timeout(limit):
                     await self._online.wait()
             except TimeoutError:
+                cluster = self.settings.cluster
+                advice = (
+                    f"one runs on this machine, and hangs, unless it has just started: `{typed('potluck status', cluster)}` says more"
+                    if any(user.what == "coordinator" and user.cluster == cluster for user in users_here())
+                    else f"start one with `{typed('potluck up', cluster)}` (or potluck-coordinator), or name another --cluster"
+                )
                 raise Unavailable(
-                    f"the broker answers, but no coordinator of cluster {self.settings.cluster!r} is online: "
-                    f"start one with `{typed('potluck up', self.settings.cluster)}` (or potluck-coordinator), or name another --cluster"
+                    f"the broker answers, but no coordinator of cluster {cluster!r} is online: {advice}"
                 ) from None
         assert self._status is not None
         return self._status
@@ -362,6 +376,15 @@ async def _knock(brokers: Sequence[tuple[str, int]], limit_seconds: float) -> tu
     raise Unavailable(
         f"no broker answers at {where}: start a cluster there with `potluck up`, or name another one with --seed HOST[:PORT]"
     )
+
+
+async def _knock_at(place: str, limit_seconds: float) -> str | None:
+    """The `host:port` itself when a connection is taken there."""
+    try:
+        await _knock([parse_address(place)], limit_seconds)
+    except Unavailable:
+        return None
+    return place
 
 
 async def _first_found(asked: Sequence[Awaitable[T | None]]) -> T | None:

@@ -31,7 +31,7 @@ from potluck.messages import (
     NodeTelemetry,
 )
 from potluck.settings import ClientSettings, is_loopback, typed
-from potluck.sole_use import clock_text
+from potluck.sole_use import User, clock_text, users_here
 
 ASK_SECONDS = 5.0
 STATUS_SECONDS = 1.0
@@ -73,22 +73,24 @@ class Health(Struct, frozen=True, kw_only=True):
 
 
 async def examine(settings: ClientSettings) -> Health:
-    """Look at a cluster. Raises nothing for what is wrong with it."""
+    """Look at a cluster, and at what of it runs on this machine. Raises nothing for what is wrong with it."""
+    local = [user for user in users_here() if user.cluster == settings.cluster]
     connection = Connection(settings, needs_coordinator=False)
     try:
         async with connection:
-            address = connection.bus.address
-            broker = "{}:{}".format(*address) if address else ""
+            broker = connection.bus.place
             try:
                 status = await connection.coordinator(STATUS_SECONDS)
             except Unavailable:
-                return await _without_coordinator(connection, broker)
-            return await _with_coordinator(connection, broker, status)
+                return await _without_coordinator(connection, broker, local)
+            return await _with_coordinator(connection, broker, status, local)
     except PotluckError as error:
         return Health(cluster=settings.cluster, problems=(error.message,))
 
 
-async def _with_coordinator(connection: Connection, broker: str, status: CoordinatorStatus) -> Health:
+async def _with_coordinator(
+    connection: Connection, broker: str, status: CoordinatorStatus, local: Sequence[User]
+) -> Health:
     cluster = connection.settings.cluster
     try:
         async with asyncio.timeout(ASK_SECONDS):
@@ -96,7 +98,10 @@ async def _with_coordinator(connection: Connection, broker: str, status: Coordin
             deployments = (await connection.ask(ListDeployments(), DeploymentsListed)).deployments
             jobs = await all_jobs(connection)
     except (TimeoutError, TimedOut):
-        problem = f"the coordinator at {', '.join(status.http)} does not answer: look at its log, or start it again"
+        problem = (
+            f"the coordinator at {', '.join(status.http)} does not answer: the broker has it as online, and it said nothing "
+            f"within {ASK_SECONDS:g} s: it hangs, or is very busy; {_end_it(local) or 'look at its log there, or start it again'}"
+        )
         return Health(
             cluster=cluster, broker=broker, coordinator="silent", gateway=status.http, problems=(problem,)
         )  # fmt: skip
@@ -110,10 +115,10 @@ async def _with_coordinator(connection: Connection, broker: str, status: Coordin
         if answers
         else [f"the gateway does not answer from here at {', '.join(status.http)}: is a firewall between?"]
     )
-    return _with(found, [*unreached, *troubles(found)], remarks(found))
+    return _with(found, [*unreached, *troubles(found, local)], remarks(found))
 
 
-async def _without_coordinator(connection: Connection, broker: str) -> Health:
+async def _without_coordinator(connection: Connection, broker: str, local: Sequence[User]) -> Health:
     """Listen for a while: nodes say that they are there, and since when they miss the coordinator."""
     topics, bus = connection.topics, connection.bus
     lost_at: list[float] = []
@@ -148,22 +153,33 @@ async def _without_coordinator(connection: Connection, broker: str) -> Health:
         pass  # some are silent: they are not there, or wait for longer
     since = min(lost_at, default=0.0)
     told = f" since {clock_text(since)}" if since else ""
+    cluster = connection.settings.cluster
+    here = _end_it(local)
+    advice = (
+        f"one runs on this machine, and hangs, unless it has just started; {here}"
+        if here
+        else f"start one with `{typed('potluck up', cluster)}` (or the service potluck-coordinator)"
+    )
     return Health(
-        cluster=connection.settings.cluster,
+        cluster=cluster,
         broker=broker,
         coordinator="offline",
         since=since,
         waiting=tuple(sorted(heard)),
-        problems=(
-            f"the broker answers, but no coordinator of cluster {connection.settings.cluster!r} is there{told}: start one with "
-            f"`{typed('potluck up', connection.settings.cluster)}` "
-            "(or the service potluck-coordinator)",
-        ),
+        problems=(f"the broker answers, but no coordinator of cluster {cluster!r} is there{told}: {advice}",),
     )
 
 
-def troubles(found: Health) -> list[str]:
-    """What is wrong with a cluster whose coordinator answers, the worst first."""
+def _end_it(local: Sequence[User]) -> str:
+    """How to end the coordinator that runs on this machine; "" where none does."""
+    for user in local:
+        if user.what == "coordinator" and user.pid:
+            return f"look at its log, or end it with `kill -9 {user.pid}`: `potluck up` and systemd start it anew"
+    return ""
+
+
+def troubles(found: Health, local: Sequence[User] = ()) -> list[str]:
+    """What is wrong with a cluster whose coordinator answers, the worst first; `local` is what of it runs on this machine."""
     said = []
     for deployment in found.deployments:
         if deployment.state == "failing":
@@ -172,7 +188,12 @@ def troubles(found: Health) -> list[str]:
     if found.nodes and all(node.state == "offline" for node in found.nodes):
         said.append(f"no node is online: run `{typed('potluck up', found.cluster)}` on each machine")
     elif not found.nodes:
-        said.append(f"no node has come yet: run `{typed('potluck up', found.cluster)}` on each machine")
+        here = next((user for user in local if user.what != "coordinator"), None)
+        said.append(
+            f"no node has come yet, and {here} runs on this machine: just after a start ask again in a moment, else its log says why"
+            if here
+            else f"no node has come yet: run `{typed('potluck up', found.cluster)}` on each machine"
+        )
     for node in found.nodes:
         if node.state == "offline" and not node.left:
             said.append(

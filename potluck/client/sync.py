@@ -50,12 +50,16 @@ class Portal:
         if self._loop.is_closed() or threading.current_thread() is self._thread:
             coroutine.close()
             raise InvalidRequest("the client is closed, or was called from its own thread: make a new one")
-        future: Future[T] = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        future = self.start(coroutine)
         try:
             return future.result()
         except BaseException:
             future.cancel()
             raise
+
+    def start(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        """Run it there, and do not wait for it."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     @property
     def closed(self) -> bool:
@@ -75,7 +79,8 @@ class Portal:
         finally:
             left = asyncio.all_tasks(self._loop)
             for task in left:
-                task.cancel()
+                if not task.cancelling():  # else it is putting things down, which a second cancellation would end
+                    task.cancel()
             if left:
                 self._loop.run_until_complete(asyncio.wait(left, timeout=_LEAVE_SECONDS / 2))
             self._loop.run_until_complete(self._loop.shutdown_asyncgens())
@@ -197,7 +202,9 @@ class Job:
             while (value := self._portal.call(_next(source))) is not None:
                 yield value
         finally:
-            self._portal.call(source.aclose())
+            # Python may be collecting us, and prints what is raised then: so nothing is waited for that could be interrupted.
+            if not self._portal.closed:
+                self._portal.start(source.aclose())
 
 
 async def _next(source: AsyncGenerator[T, None]) -> T | None:
@@ -265,7 +272,7 @@ class Client:
         return self._portal.call(self._client.jobs())
 
     def job(self, job_id: str) -> Job:
-        """A job by its id. Raises NotFound."""
+        """A job by its id, or by what only its id begins with. Raises NotFound, InvalidRequest."""
         return self._job(self._client.job(job_id))
 
     def cancel(self, job_id: str) -> JobChanged:

@@ -13,6 +13,7 @@ import numpy as np
 
 from potluck.data.folders import Checked, Kind, Unusable
 from potluck.data.packing import Array
+from potluck.wording import counted
 
 _PCM, _FLOAT, _EXTENSIBLE = 1, 3, 0xFFFE
 _UNKNOWN_SIZES = (0x7FFFFFFF - 36, 0x7FFFF000, 0x7FFFFFFF, 0xFFFFFFFF)
@@ -73,7 +74,7 @@ def _form(chunk: bytes) -> tuple[bool, int, int, int]:
 def _wave(form: tuple[bool, int, int, int], rest: memoryview, size: int) -> Wave:
     floats, channels, rate, bits = form
     if size > len(rest) and size not in _UNKNOWN_SIZES:
-        raise Unusable(f"cut off: {size} bytes of samples are announced, and {len(rest)} are there")
+        raise Unusable(f"cut off: {counted(size, 'byte')} of samples announced, {len(rest):,} there")
     length = min(size, len(rest))
     wave = Wave(floats, channels, rate, bits, rest[: length - length % (channels * bits // 8)])
     if not wave.frames:

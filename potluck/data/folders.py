@@ -22,6 +22,7 @@ import numpy as np
 from potluck.data.packing import Array, Packing, reading, some
 from potluck.errors import InvalidData
 from potluck.messages import DataFormat, Dataset, DataShard
+from potluck.wording import counted
 
 BAD_SHARE_LIMIT = 0.01
 NAMED_LIMIT = 1000
@@ -111,13 +112,13 @@ def pack_folder(folder: Path, labels: bool, packing: Packing, kinds: Sequence[Ki
         items += of_class
     if not items:
         raise InvalidData(
-            f"{folder} has {len(beside)} {kind.many} but no class folders: put each {kind.one} into a folder named for its class"
+            f"{folder} has {counted(len(beside), kind.one, kind.many)} but no class folders: put each {kind.one} into a folder named for its class"
         )
     skipped = [f"{_text(path.name)}: lies beside the class folders, in none of them" for path in beside]
     remarks = _about_files([*others, *chain.from_iterable(unknown.values())], folder)
     if empty:
         remarks.append(
-            f"{_counted(len(empty), 'class folder')} empty, a class all the same (remove what is none): {some(empty)}"
+            f"{counted(len(empty), 'class folder')} empty, a class all the same (remove what is none): {some(empty)}"
         )
     return pack_items(kind, items, classes, packing, skipped, unread, remarks)
 
@@ -208,7 +209,7 @@ def _kind_of(folder: Path, files: Sequence[Path], kinds: Sequence[Kind]) -> tupl
     others = {path for name, paths in found.items() if name != kind.name for path in paths}
     if len(others) > max(1, len(files) * BAD_SHARE_LIMIT) or 2 * len(others) >= len(files):
         counts = ", ".join(
-            f"{len(found[kind.name])} {kind.many} (such as {_text(found[kind.name][0].relative_to(folder).as_posix())})"
+            f"{counted(len(found[kind.name]), kind.one, kind.many)} (such as {_text(found[kind.name][0].relative_to(folder).as_posix())})"
             for kind in kinds
             if found[kind.name]
         )
@@ -241,7 +242,9 @@ def _usable(
     count = len(kept) + len(bad)
     if len(bad) > count * BAD_SHARE_LIMIT:
         shown = "; ".join(bad[:5]) + ("; ..." if len(bad) > 5 else "")
-        raise InvalidData(f"{len(bad)} of {count} {kind.many} cannot be used (1 % may be skipped): {shown}")
+        raise InvalidData(
+            f"{len(bad)} of {counted(count, kind.one, kind.many)} cannot be used (1 % may be skipped): {shown}"
+        )
     left = {item.label for item, _ in kept}
     for label in sorted({item.label for item in items} - left):
         raise InvalidData(f"class {classes[label]!r} has no {kind.one} that can be decoded")
@@ -321,16 +324,12 @@ def _about_files(left_out: Sequence[Path], folder: Path) -> list[str]:
     counts = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(5))
     names = some([_text(path.relative_to(folder).as_posix()) for path in sorted(left_out)])
     return [
-        f"{_counted(len(left_out), 'file')} of other kinds left out ({counts}{', ...' if len(suffixes) > 5 else ''}): {names}"
+        f"{counted(len(left_out), 'file')} of other kinds left out ({counts}{', ...' if len(suffixes) > 5 else ''}): {names}"
     ]
 
 
 def _is_hidden(name: str) -> bool:
     return name.startswith(".") or name.casefold() in LEFT_BEHIND
-
-
-def _counted(count: int, word: str) -> str:
-    return f"{count} {word}{'' if count == 1 else 's'}"
 
 
 def _unread_text(folder: Path, kinds: Sequence[Kind]) -> str:

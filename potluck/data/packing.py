@@ -14,6 +14,7 @@ from potluck import codec
 from potluck.data.order import cuts, shuffled
 from potluck.errors import InvalidData
 from potluck.messages import BlobRef, DataFormat, Dataset, DataShard
+from potluck.wording import be, counted
 
 Array = np.ndarray[Any, Any]
 Target = str | Sequence[str] | None
@@ -75,7 +76,10 @@ def remarks(dataset: Dataset) -> tuple[str, ...]:
     if not skipped:
         return dataset.remarks
     total = dataset.count + len(skipped)
-    return (f"{len(skipped)} of {total} items cannot be used and are left out: {some(skipped)}", *dataset.remarks)
+    return (
+        f"{len(skipped)} of {counted(total, 'item')} cannot be used and {be(len(skipped))} left out: {some(skipped)}",
+        *dataset.remarks,
+    )
 
 
 def some(names: Sequence[str]) -> str:

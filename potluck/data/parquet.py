@@ -15,6 +15,7 @@ from potluck import extras
 from potluck.data.packing import Array, Target
 from potluck.data.tables import Table, table_of
 from potluck.errors import InvalidData
+from potluck.wording import counted
 
 SUFFIXES = frozenset({".parquet"})
 BATCH_ROWS = 65_536
@@ -64,7 +65,9 @@ class _ParquetColumns:
         try:
             found = np.empty((self.rows, len(names)), np.float32)
         except (MemoryError, ValueError) as error:
-            raise InvalidData(f"{self.files[0]}: {self.rows} rows of {len(names)} columns are too large") from error
+            raise InvalidData(
+                f"{self.files[0]}: {counted(self.rows, 'row')} of {counted(len(names), 'column')}: this is too large"
+            ) from error
         done = 0
         for where, first, batch in self._batches(names):
             for place, name in enumerate(names):

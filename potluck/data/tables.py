@@ -14,6 +14,7 @@ import numpy as np
 
 from potluck.data.packing import WEIGHT_NAME, Array, Target, class_indexes, reading, target_names
 from potluck.errors import InvalidData
+from potluck.wording import counted
 
 TARGET_NAMES = ("y", "target", "label", "class")
 """Columns that are taken for the target when none is named, in any case of letters."""
@@ -159,7 +160,7 @@ def _read(path: Path) -> tuple[list[str], list[list[str]], list[int]]:
         raise InvalidData(f"{path} has no header: its first line must name the columns")
     for row, line in zip(rows, lines, strict=True):
         if len(row) != len(header):
-            raise InvalidData(f"{path}, line {line}: {len(row)} values for {len(header)} columns")
+            raise InvalidData(f"{path}, line {line}: {counted(len(row), 'value')} for {counted(len(header), 'column')}")
     return header, rows, lines
 
 

@@ -10,7 +10,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import aiomqtt
 import msgpack
@@ -618,9 +618,19 @@ async def test_a_failing_address_source_is_asked_again() -> None:
         await task
 
 
-async def test_something_that_is_not_a_broker_is_named_as_such() -> None:
+@pytest.mark.parametrize("version", [4, 5])
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (b"SSH-2.0-OpenSSH\r\n", "does not speak MQTT, and is no MQTT broker"),
+        (b"HTTP/1.1 400 Bad Request\r\n", "answers by HTTP, and is no MQTT broker: .* 1883, a gateway's 7814"),
+        (b"", "hung up without a word"),
+    ],
+)
+async def test_something_that_is_not_a_broker_is_named_as_such(said: bytes, told: str, version: Literal[4, 5]) -> None:
     async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(b"SSH-2.0-OpenSSH\r\n")
+        await reader.read(100)
+        writer.write(said)
         await writer.drain()
         writer.close()
 
@@ -631,9 +641,9 @@ async def test_something_that_is_not_a_broker_is_named_as_such() -> None:
         return "127.0.0.1", port
 
     async with server:
-        bus = MqttBus(there, TOPICS, client_id="alone", timings=TIMINGS)
+        bus = MqttBus(there, TOPICS, client_id="alone", timings=TIMINGS, highest_version=version)
         task = asyncio.create_task(bus.run())
-        with pytest.raises(Unavailable, match="does not speak MQTT"):
+        with pytest.raises(Unavailable, match=told):
             await bus.connected(0.5)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):

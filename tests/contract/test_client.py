@@ -506,6 +506,14 @@ async def test_the_last_progress_of_a_job_that_succeeded_is_all_of_it(
         assert (progress.done, progress.total, progress.message) == (100, 100, "")
 
 
+async def test_a_job_is_followed_by_its_whole_id_however_little_of_it_was_given(
+    client: AsyncClient, coordinator: ScriptedCoordinator
+) -> None:
+    job = await client.train("net", "images")
+    coordinator.answers[GetJob] = lambda asked: coordinator.jobs[job.id]
+    assert (await client.job(job.id[:2])).id == job.id
+
+
 async def test_an_answer_that_is_older_than_the_bus_takes_nothing_back(
     client: AsyncClient, coordinator: ScriptedCoordinator
 ) -> None:

@@ -50,8 +50,8 @@ async def test_without_a_node_that_has_the_runtime_it_says_which_is_missing(
     monkeypatch.setattr(serving, "JOIN_SECONDS", 0.2)
     await lab.join(stack, "large", "tensorflow")
     lab.add_model(1, format="tflite")
-    with pytest.raises(InvalidRequest, match="1 replicas were asked for, but 0 nodes with LiteRT are online"):
+    with pytest.raises(InvalidRequest, match="1 replica is asked for, but 0 nodes with LiteRT are online"):
         await lab.deploy("m", 1)
     lab.add_model(2, format="savedmodel")
-    with pytest.raises(InvalidRequest, match="2 replicas were asked for, but 1 nodes with TensorFlow are online"):
+    with pytest.raises(InvalidRequest, match="2 replicas are asked for, but 1 node with TensorFlow is online"):
         await lab.deploy("m", 2)

@@ -101,7 +101,7 @@ async def test_more_replicas_than_nodes(lab: Lab, stack: AsyncExitStack, monkeyp
     monkeypatch.setattr("coordinator.serving.serving.JOIN_SECONDS", 0.3)
     await lab.join(stack, "a")
     lab.add_model()
-    with pytest.raises(InvalidRequest, match="2 replicas were asked for, but 1 node"):
+    with pytest.raises(InvalidRequest, match="2 replicas are asked for, but 1 node with"):
         await lab.deploy("m", 2)
 
 
@@ -170,7 +170,7 @@ async def test_a_failed_change_leaves_what_works(lab: Lab, stack: AsyncExitStack
     await lab.deploy("m", 1)
     second = await lab.join(stack, "b")
     second.broken = True
-    with pytest.raises(InvalidModel, match=r"Lambda.*; 1 of 2 replicas are ready"):
+    with pytest.raises(InvalidModel, match=r"Lambda.*; 1 of 2 replicas is ready"):
         await lab.deploy("m", 2)
     async with client(lab) as bus:
         assert (await ask(bus, question(1, 1))).model == "m:1"
@@ -189,7 +189,7 @@ async def test_nodes_that_are_lost_while_it_loads(
     deploying = asyncio.create_task(lab.deploy("m", 2))
     await eventually(lambda: lab.serving.deployments() and lab.serving.ready("m"))
     lab.leave("b")
-    with pytest.raises(Unavailable, match="1 of 2 replicas of m:1 are ready, and only 1 nodes"):
+    with pytest.raises(Unavailable, match="1 of 2 replicas of m:1 is ready, and only 1 node with"):
         await deploying
     assert lab.serving.ready("m")  # what there is stays, and another node completes it
     await lab.join(stack, "c")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -14,7 +15,7 @@ from potluck.bus import MqttBus
 from potluck.client import health
 from potluck.messages import CoordinatorStatus, NodeStatus, NodeTelemetry
 from potluck.settings import ClientSettings
-from potluck.sole_use import clock_text
+from potluck.sole_use import clock_text, sole_use
 from potluck.topics import Topics
 from support.brokers import TestBroker, some_kind
 
@@ -74,6 +75,26 @@ async def test_a_coordinator_that_does_not_answer_is_silent(tmp_path: Path, monk
         found = await health.examine(settings)
     assert found.coordinator == "silent"
     assert "the coordinator at http://127.0.0.1:1 does not answer" in found.problems[0]
+
+
+async def test_a_coordinator_that_hangs_here_is_found_by_its_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody answers by mDNS then; the broker does, at first with the status of a coordinator that is there, then with its will."""
+    monkeypatch.setattr(health, "ASK_SECONDS", 0.3)
+    monkeypatch.setattr(health, "TELEMETRY_SECONDS", 0.3)
+    async with broker_and_bus(tmp_path) as (settings, bus):
+        with sole_use(tmp_path, "coordinator", "lab") as tell:
+            unseen = ClientSettings(cluster="lab", timeout_seconds=1.0)
+            assert f"coordinator (pid {os.getpid()}, cluster 'lab'" in (await health.examine(unseen)).problems[0]
+            tell(settings.seeds[0])
+            for state, told in (("online", "it hangs, or is very busy"), ("offline", "and hangs, unless it has just")):
+                status = CoordinatorStatus(session="c", epoch=1, state=state, http=("http://127.0.0.1:1",))
+                await bus.publish(TOPICS.coordinator_status, status, retain=True)
+                found = await health.examine(unseen)
+                assert found.broker == settings.seeds[0]
+                assert told in found.problems[0]
+                assert f"`kill -9 {os.getpid()}`" in found.problems[0]
 
 
 async def test_where_no_broker_answers_that_is_said(unused_tcp_port: int) -> None:

@@ -109,7 +109,7 @@ class FakeBus(Bus):
         try:
             await asyncio.wait_for(self._ready.wait(), timeout_seconds)
         except TimeoutError:
-            raise Unavailable(f"no connection to the bus within {timeout_seconds:g} s (fake: it is down)") from None
+            raise Unavailable(f"no connection to the broker within {timeout_seconds:g} s (fake: it is down)") from None
 
     async def _stay_connected(self) -> None:
         while True:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args, get_type_hints
 from unittest import mock
 
 import numpy as np
@@ -17,9 +18,21 @@ from potluck.cli.joining import CLAIM, elected
 from potluck.cli.main import app
 from potluck.cli.registry import read_labels, read_tags
 from potluck.cli.session import check_output, global_options_first, image_size
+from potluck.cli.train import train
+from potluck.client.training import TrainOptions
 from potluck.data import items
 from potluck.errors import InvalidData, InvalidRequest
-from potluck.messages import BlobRef, ImageOptions, JobChanged, ModelInfo, Signature, TensorSpec
+from potluck.messages import (
+    BlobRef,
+    Compression,
+    ImageOptions,
+    JobChanged,
+    ModelInfo,
+    Signature,
+    Strategy,
+    TensorSpec,
+    Train,
+)
 from support.recordings import wav
 
 
@@ -292,6 +305,8 @@ def test_completion_without_a_cluster_is_silent_and_offers_files(tmp_path: Path,
     assert offered("job", "") == []
     assert offered("train", "") == ["net.keras", "pictures"]
     assert offered("train", "net.keras", "pictures/") == ["pictures/a.png"]
+    assert offered("train", "--strategy", "") == ["auto", "local", "sync"]
+    assert offered("train", "--strategy", "l") == ["local"]
 
 
 def test_an_option_that_there_is_none_of_is_answered_with_what_was_meant() -> None:
@@ -300,4 +315,18 @@ def test_an_option_that_there_is_none_of_is_answered_with_what_was_meant() -> No
         capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert done.returncode == 2
-    assert "--epochs" in done.stderr
+    assert "No such option: --epoch: did you mean --epochs" in done.stderr, "the likeliest first"
+
+
+def test_fixed_words_that_the_shell_offers_are_those_that_are_taken() -> None:
+    taken = {
+        "strategy": get_args(Strategy),
+        "compression": get_args(Compression),
+        "monitor_mode": get_args(get_type_hints(Train)["monitor_mode"]),
+        "private_unit": get_args(get_type_hints(TrainOptions)["private_unit"]),
+    }
+    options = get_type_hints(train, include_extras=True)
+    offered = {name: tuple(options[name].__metadata__[0].autocompletion("")) for name in taken}
+    assert {name: sorted(words) for name, words in offered.items()} == {
+        name: sorted(words) for name, words in taken.items()
+    }

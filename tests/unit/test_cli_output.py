@@ -25,6 +25,7 @@ from potluck.messages import (
     JobProgress,
     NodeInfo,
 )
+from potluck.wording import counted
 
 NODE = NodeInfo(
     node_id="n1",
@@ -175,8 +176,35 @@ def test_epochs_show_what_they_took() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("width", [40, 60, 200])
+def test_on_narrow_terminals_a_name_stays_with_its_value(width: int) -> None:
+    metrics = {f"{name}_accuracy": 0.5 for name in ("top", "val_size", "colour", "val_a_long_output")}
+    progress = JobProgress(
+        epoch=3, epochs=120, done=1200, total=100_000, items_per_second=3.0, nodes={"attic-1234abcd": 1.5}, metrics=metrics,
+        exchanged_bytes=5 << 20, message="round 17: waiting for the slowest node of the cluster",
+    )  # fmt: skip
+    state = JobChanged(job_id="0123456789ab", kind="train", state="running", created_at=0.0, progress=progress)
+    epoch = EpochMetrics(epoch=1, metrics=metrics, samples=100, seconds=3.0, rounds=2, computing=0.9)
+    for shown in (following.picture(state), output.epochs_table([epoch])):
+        console = Console(file=io.StringIO(), width=width)
+        console.print(shown, crop=False)
+        lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+        for name in metrics:
+            assert any(f"{name} 0.5000" in line for line in lines), lines
+        assert all(len(line) <= max(width, 50) for line in lines), lines
+
+
+def test_of_many_epochs_the_last_are_shown() -> None:
+    history = [EpochMetrics(epoch=number, metrics={"loss": 0.5}, samples=10 * number) for number in range(1, 201)]
+    lines = text_of(output.epochs_table(history, 10)).splitlines()
+    assert lines[1].strip() == "190 epochs before these: --verbose shows all"
+    assert [line.split()[0] for line in lines[2::2]] == [str(number) for number in range(191, 201)]
+    assert all("10 samples in" in line for line in lines[3::2])
+    assert "before these" not in text_of(output.epochs_table(history[:10], 10))
+
+
 def test_one_of_a_thing_is_singular() -> None:
-    assert [output.counted(count, "node") for count in (0, 0.7, 1, 2, 1200)] == [
+    assert [counted(count, "node") for count in (0, 0.7, 1, 2, 1200)] == [
         "0 nodes", "1 node", "1 node", "2 nodes", "1,200 nodes",
     ]  # fmt: skip
     one = JobProgress(done=0, total=1, items_per_second=1.2, nodes={"n1": 1.2})

@@ -216,7 +216,7 @@ def test_what_is_wrong_with_a_folder_is_said(tmp_path: Path, store: BlobStore) -
     ):
         pack(folder, "x", store)
     (folder / "a.png").write_bytes(encoded(photo(), "PNG"))
-    with pytest.raises(InvalidData, match="has 1 images but no class folders"):
+    with pytest.raises(InvalidData, match="has 1 image but no class folders"):
         pack(folder, "x", store)
     (folder / "cat").mkdir()
     with pytest.raises(InvalidData, match=r"class folder .*data/cat has no images .*remove the folder"):

@@ -134,7 +134,7 @@ def test_byte_order_mark_quotes_and_spaces(tmp_path: Path, store: BlobStore) -> 
         ("1,2\n3,4\n", None, "has no header"),
         ("a,a\n1,2\n", None, "two columns have the name 'a'"),
         ("a;b\n1;2\n", None, "not separated by commas"),
-        ("a,b\n1,2\n3\n", None, "line 3: 1 values for 2 columns"),
+        ("a,b\n1,2\n3\n", None, "line 3: 1 value for 2 columns"),
         ("a,b\n1,2\n\n3,\n", None, "line 4: column 'b' is missing"),
         ("a,b\n1,2\n3,NaN\n", None, "line 3: column 'b' is missing"),
         ("a,b\n1,2\n3,red\n", None, "line 3: column 'b' is 'red', not a number"),

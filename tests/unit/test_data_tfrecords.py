@@ -145,7 +145,7 @@ GOOD = example(v=[1.0, 2.0], label=1)
         (framed(example(image=b"x", label=1.5)), "label 'label' is not one whole number"),
         (framed(example(image=b"x", label=-1)), "labels run from -1 to -1"),
         (framed(example(image=b"x", label=1)) + framed(example(label=1)), "bad.tfrecord#1 has no image in feature"),
-        (framed(example(image=b"x", label=1)), "1 of 1 images cannot be used .*bad.tfrecord#0: not an image"),
+        (framed(example(image=b"x", label=1)), "1 of 1 image cannot be used .*bad.tfrecord#0: not an image"),
     ],
 )
 def test_what_is_wrong_is_said(tmp_path: Path, store: BlobStore, data: bytes, message: str) -> None:

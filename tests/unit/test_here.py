@@ -13,6 +13,7 @@ from potluck.cli.plan import Plan
 from potluck.discovery import Service
 from potluck.errors import Conflict, InvalidSettings
 from potluck.settings import Listen, NetworkSettings
+from potluck.sole_use import User
 
 SHOWN = """MainPID=77
 StatusText=node attic-1: in cluster default
@@ -91,3 +92,21 @@ def test_the_command_that_shares_is_what_was_typed_and_insecure() -> None:
         == "potluck up --insecure --cluster lab --state-dir '/srv/a b' --gateway-port 8000 --data p=/srv/p"
     )
     assert typed.shared(elsewhere=True) == "potluck up --insecure --cluster lab"
+
+
+@pytest.mark.usefixtures("systemd")
+def test_of_what_runs_here_nothing_is_said_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def user(what: str, pid: int, *folder: str) -> User:
+        return User(what, "lab", pid, folder=str(tmp_path.joinpath(*folder)))
+
+    up, by_hand, another = user("up", 1, "a", "up"), user("node", 4, "b"), user("coordinator", 5, "c", "coordinator")
+    tended = [user("node", 2, "a", "node"), user("coordinator", 3, "a", "coordinator")]
+    service = user("node", 77, "var")
+    monkeypatch.setattr(here, "users_here", lambda: [*tended, by_hand, another, service, up])
+    assert here.running() == [by_hand, another, up, *here.units()]
+    shared = [
+        user("node", 9, "state"),
+        user("up", 8, "state"),
+    ]  # systemd's StateDirectory of a unit that runs `potluck up`
+    monkeypatch.setattr(here, "users_here", lambda: shared)
+    assert here.running() == [shared[1], *here.units()]

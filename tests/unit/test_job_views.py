@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from coordinator.jobs import ROUNDS_LIMIT_BYTES, EpochEnded, Job, JobSubmitted, RoundClosed
 from potluck import codec
+from potluck.cli.jobs import EPOCHS
 from potluck.cli.main import app
 from potluck.cli.session import Session
 from potluck.client import event_files, plots
@@ -277,6 +278,14 @@ def test_a_job_that_has_ended_is_shown_and_drawn(tmp_path: Path, monkeypatch: py
     assert f"tensorboard --logdir {tmp_path}" in shown.stderr
     assert (tmp_path / "o.png").exists()
     assert list(tmp_path.glob("validation/*tfevents*"))
+
+
+def test_of_a_long_job_the_state_comes_first_and_then_the_last_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = run(monkeypatch, "succeeded", job_ended(50)).stdout.splitlines()
+    assert shown[1].split()[:3] == ["j1", "train", "succeeded"]
+    assert sum("computing" in line for line in shown) == EPOCHS
+    everything = CliRunner().invoke(app, ["--verbose", "job", "j1"]).stdout
+    assert everything.count("computing") == 50
 
 
 def test_json_tells_of_the_rounds(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -10,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from potluck import sole_use as sole_use_module
 from potluck.cli import here
 from potluck.errors import Conflict, InvalidSettings
-from potluck.sole_use import clock_text, lock_of, sole_use, user_of
+from potluck.sole_use import clock_text, lock_of, sole_use, user_of, users_here
 
 HOLD = "import sys, time; from pathlib import Path; from potluck.sole_use import sole_use\nwith sole_use(Path(sys.argv[1]), 'node', 'lab'): print(flush=True); time.sleep(60)"
 
@@ -66,3 +68,33 @@ def test_a_user_on_another_machine_is_said_to_be_there(tmp_path: Path) -> None:
         assert user is not None
         assert user.elsewhere
         assert str(user) == f"node (on attic, pid {os.getpid()})"
+
+
+def test_what_is_told_of_the_broker_is_read_with_the_lock(tmp_path: Path) -> None:
+    with sole_use(tmp_path, "node", "lab") as tell:
+        for broker in ("127.0.0.1:18830", "10.0.0.1:1883", ""):  # the shorter one leaves nothing of the longer
+            tell(broker)
+            user = user_of(tmp_path, "node")
+            assert user is not None
+            assert (user.broker, user.cluster, user.folder) == (broker, "lab", str(tmp_path))
+
+
+def test_users_are_seen_in_whatever_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "of" / "my own"
+    folder.mkdir(parents=True)
+    mine = [user for user in users_here() if user.folder == str(folder)]
+    assert mine == []
+    with subprocess.Popen((sys.executable, "-c", HOLD, str(folder)), stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        os.kill(other.pid, signal.SIGSTOP)  # one that hangs has it all the same
+        (user,) = [user for user in users_here() if user.folder == str(folder)]
+        assert (user.what, user.cluster, user.pid) == ("node", "lab", other.pid)
+        other.kill()
+    assert [user for user in users_here() if user.folder == str(folder)] == []
+
+
+def test_without_a_list_of_locks_nobody_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sole_use_module, "LOCKS", tmp_path / "none")
+    with sole_use(tmp_path, "node", "lab"):
+        assert users_here() == []

@@ -11,6 +11,7 @@ from potluck.cli.status import LINES, facts
 from potluck.client import health
 from potluck.client.health import Health, remarks, troubles
 from potluck.messages import Capacity, DeploymentInfo, ErrorInfo, NodeInfo, ReplicaInfo
+from potluck.sole_use import User
 
 CAPACITY = Capacity(
     hostname="attic", system="Linux", cores=4, memory_bytes=8 << 30, runtimes={"tensorflow": "2.21.0"}, gflops=40
@@ -48,6 +49,14 @@ def test_nothing_is_wrong_where_nothing_is() -> None:
 )
 def test_what_is_wrong_is_said(changed: dict[str, object], said: str) -> None:
     assert any(said in text for text in troubles(replace(WELL, **changed))), said
+
+
+def test_a_node_that_runs_here_and_has_not_come_is_told_of() -> None:
+    up, coordinator = User("up", "default", 17), User("coordinator", "default", 18)
+    empty = replace(WELL, nodes=())
+    (said,) = troubles(empty, [coordinator, up])
+    assert said.startswith("no node has come yet, and `potluck up` (pid 17, cluster 'default') runs on this machine")
+    assert troubles(empty, [coordinator]) == troubles(empty)
 
 
 def test_a_node_that_left_is_no_trouble_and_loopback_is_remarked() -> None:

@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 
 from potluck.cli import joining
-from potluck.cli.joining import TRIES, Child
+from potluck.cli.joining import TRIES, Child, Joining
+from potluck.cli.plan import Plan
+from potluck.discovery import Service
 from potluck.errors import Unavailable
+from potluck.settings import Listen, NetworkSettings
 from support.eventually import eventually
 
 SAY = "import pathlib, sys; file = pathlib.Path(sys.argv[1]); file.write_text(file.read_text() + '.');"
@@ -70,3 +73,21 @@ async def test_what_has_run_is_started_again_however_often_it_ends(told: Path, m
     await child.stop()
     running.cancel()
     await asyncio.wait([running])
+
+
+async def test_a_port_that_was_taken_is_warned_of_by_the_daemon_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    plan = Plan(NetworkSettings(), Listen(), tmp_path, None, "WARNING")
+    joining_one = Joining(plan, said.append)
+
+    async def service(*_: object) -> Service:
+        return Service("c", "default", "coordinator", "127.0.0.1", 7815, 1883)
+
+    monkeypatch.setattr(joining_one, "_coordinator_service", service)
+    monkeypatch.setattr(joining_one, "_child", lambda name: Child(name, [sys.executable, "-c", ""], said.append))
+    monkeypatch.setattr(Child, "run", service)
+    async with asyncio.TaskGroup() as tasks:
+        await joining_one._start_coordinator(tasks)
+    assert said == ["started the broker 127.0.0.1:1883 and the gateway http://127.0.0.1:7815"]
