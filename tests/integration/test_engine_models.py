@@ -131,7 +131,7 @@ async def test_a_map_of_inputs_goes_by_its_keys_as_in_keras(lab: Lab, names: tup
     expected = model.predict(arrays, verbose=0)
     blob, shards = lab.files.model(model), lab.files.arrays(1, **arrays, y=y)
     data_format = replace(training(None, ()).format, inputs=("before", "after"), target="y")
-    found = await lab.run(replace(prediction(blob, whole(shards)), format=replace(data_format, target=None)), "map")
+    found = await lab.run(replace(prediction(blob, whole(shards)), format=replace(data_format, target="")), "map")
     np.testing.assert_allclose(np.frombuffer(found.outputs[0].data, np.float32), expected[:, 0], rtol=1e-5)
     result = await lab.run(replace(training(blob, shards, samples=ROWS, batch_size=ROWS), format=data_format), "map")
     model.train_on_batch(arrays, y)
