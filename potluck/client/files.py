@@ -89,7 +89,7 @@ def _batch(path: Path, info: ModelInfo, image: ImageOptions | None) -> np.ndarra
             f"{path} is no image: give an image, .npy, or JSON (for several inputs a map of them by name)"
         )
     if suffix in images.KIND.unread:
-        raise InvalidData(f"{path}: {suffix} files cannot be read: convert it to JPEG or PNG")
+        raise InvalidData(f"{path}: {suffix} {images.CONVERT}")
     options = items.image_options(info, ": name it (--image HxW, image=(height, width))", image)
     return items.image(_bytes(path, "an image"), options, str(path), items.input_dtype(info))[np.newaxis]
 
