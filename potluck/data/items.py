@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,11 @@ def input_shape(info: ModelInfo) -> tuple[int | None, ...] | None:
     if info.signature is None or len(info.signature.inputs) != 1:
         return None
     return tuple(None if size < 0 else size for size in info.signature.inputs[0].shape)
+
+
+def shape_text(shape: Sequence[int | None]) -> str:
+    """That of one item, for people, from one with the batch axis: `(any, 4)`."""
+    return f"({', '.join('any' if size is None else str(size) for size in shape[1:])})"
 
 
 def takes_text(info: ModelInfo) -> bool:
@@ -77,12 +83,17 @@ def recording(data: bytes, info: ModelInfo, what: str = "the recording") -> Arra
 def image_options(info: ModelInfo, hint: str, asked: ImageOptions | None = None) -> ImageOptions:
     """How images become the model's input, all of it said: as asked, else as registered, else as its input and its own layers have it.
 
-    Raises InvalidRequest, with `hint`, where nothing says of what size they are, and where `scale` leaves nothing of them.
+    Raises InvalidRequest, with `hint`, where nothing says of what size they are; for a model that takes none; and where `scale` leaves
+    nothing of them.
     """
     shape = input_shape(info)
+    if shape is not None and len(shape) != 4:
+        raise InvalidRequest(
+            f"model {info.name}:{info.version} takes no images: its input has the shape {shape_text(shape)}"
+        )
     known = asked or info.image
     if known is None:
-        if shape is None or len(shape) != 4 or not shape[1] or not shape[2]:
+        if shape is None or not shape[1] or not shape[2]:
             raise InvalidRequest(f"model {info.name}:{info.version} does not say what size its images have{hint}")
         known = ImageOptions(height=shape[1], width=shape[2])
     if shape is not None and len(shape) == 4 and shape[3] in CHANNELS:

@@ -113,7 +113,7 @@ WRONG: list[Any] = [
     ("images/classify", b"{}", "application/json", 400, "a body of type application/json is not understood"),
     ("images/classify?top=0", png(4, 4), "image/png", 400, "top is '0'"),
     ("images/classify?top=x", png(4, 4), "image/png", 400, "top is 'x'"),
-    ("m/classify", png(4, 4), "image/png", 400, "does not say what size its images have"),
+    ("m/classify", png(4, 4), "image/png", 400, "model m:1 takes no images: its input has the shape ("),
     ("m/classify", b"RIFF....WAVE", "audio/wav", 400, "cut off"),
     ("images/classify", b"--b\r\n\r\n--b--", "multipart/form-data; boundary=b", 400, "the form has no file"),
     ("images/classify", b"", "multipart/form-data", 400, "the form has no file"),
