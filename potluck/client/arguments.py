@@ -63,6 +63,13 @@ def given_path(argument: str, value: Any) -> Path:
     return found
 
 
+def in_a_folder(what: str, path: Path) -> None:
+    """Before the work is done that a file is for. Raises InvalidRequest where the folder of `path` is not there."""
+    folder = path.resolve().parent
+    if not folder.is_dir():
+        raise InvalidRequest(f"{what} cannot be saved as {path}: there is no folder {folder}")
+
+
 def target(value: object) -> str | tuple[str, ...] | None:
     """Raises InvalidRequest."""
     found: str | tuple[str, ...] | None

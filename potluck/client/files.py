@@ -111,8 +111,8 @@ def _in_folder(folder: Path, info: ModelInfo) -> list[Path]:
     others = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
     if not others:
         raise InvalidData(f"{folder} has no files")
-    if any(path.suffix.lower() in DATA_SETS for path in others):
-        raise _for_prediction(folder, f"holds data sets ({some([path.name for path in others])})", info)
+    if tables := [path for path in others if path.suffix.lower() in DATA_SETS]:
+        raise _for_prediction(tables[0], "holds a data set, and not one item", info)
     if any(path.suffix.lower() == ".npy" for path in others):
         raise InvalidData(f"{folder} holds arrays: name the files themselves, as in {folder}/*.npy")
     shape = items.input_shape(info)

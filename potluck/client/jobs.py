@@ -222,7 +222,8 @@ class AsyncJob:
         """The trained model, loaded as a keras.Model (in `safe_mode` no code of its file runs, as Keras has it). With `path`:
         the file is saved there instead, Keras is not needed, and the path returned.
         """
-        target = arguments.path("path", path)
+        if (target := arguments.path("path", path)) is not None:
+            arguments.in_a_folder("the model", target)
         await self.wait()
         ref = model_of(self._known())
         file = await self._connection.fetch(ref)
