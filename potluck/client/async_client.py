@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import difflib
+import logging
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,11 +23,13 @@ from potluck.client.connection import Connection, client_settings
 from potluck.client.deploying import DeployOptions
 from potluck.client.inputs import KNOWN_SECONDS, LargeInputs
 from potluck.client.jobs import AsyncJob, Predictions, all_jobs, as_arrays, fetch_tensor
+from potluck.client.matching import ANYTHING, Wanted, check_fit
 from potluck.client.models import (
+    MODEL_FIRST,
     ModelFile,
-    check_fit,
     image_argument,
     image_options,
+    is_model,
     is_model_path,
     keras_file,
     model_file,
@@ -33,7 +37,7 @@ from potluck.client.models import (
 from potluck.client.signatures import suggesting, with_options
 from potluck.client.training import TrainOptions
 from potluck.data.packing import Target
-from potluck.errors import Conflict, InvalidRequest, NotFound
+from potluck.errors import Conflict, InvalidData, InvalidRequest, NotFound
 from potluck.messages import (
     INLINE_LIMIT_BYTES,
     Alias,
@@ -91,6 +95,8 @@ Data = object
 Image = ImageOptions | tuple[int, ...]
 Inputs = Any
 """An array, nested lists, a map of them by input name, or paths of files."""
+
+log = logging.getLogger(__name__)
 
 _INLINE_INPUT_BYTES = INLINE_LIMIT_BYTES * 3 // 4
 
@@ -192,7 +198,9 @@ class AsyncClient:
         `(x, y, sample_weight)`. For a model with several outputs, `y` is a map by their names or a list. In files `target` names
         the column or array to learn (or several), and `sample_weight` the one with the weight of each item in the loss. `image` says
         how images become tensors, None: as the model's input is. The result is registered as `name` when that is given.
-        Raises NotFound, InvalidModel, InvalidData and InvalidRequest before a job is made.
+        Raises NotFound, InvalidModel, InvalidData and InvalidRequest before a job is made for what the arguments, the model's file and
+        the data tell: data of another kind or shape than the model takes, no target, images without a size. What only the nodes
+        see ends the job, and `job.wait()` raises it.
         """
         epochs = arguments.checked("epochs", epochs, Epochs, "a whole number from 1 to 1,000,000")
         batch_size = arguments.at_least_one("batch_size", batch_size)
@@ -230,7 +238,7 @@ class AsyncClient:
         target: Target = None,
         sample_weight: str | None = None,
     ) -> AsyncJob:
-        """Metrics of a model over labelled data: `job.evaluation` after `job.wait()`."""
+        """Metrics of a model over labelled data: `job.evaluation` after `job.wait()`. Raises what `train` does."""
         batch_size, roles = arguments.at_least_one("batch_size", batch_size), _Roles.of(target, sample_weight, data)
         given = roles.given("data", data)
         asked = await self._model(model, image, compiled=False)
@@ -246,7 +254,10 @@ class AsyncClient:
         image: Image | None = None,
         target: Target = None,
     ) -> AsyncJob:
-        """A model's outputs for a whole data set or array: `job.predictions()`. `target` names columns to leave out."""
+        """A model's outputs for a whole data set or array: `job.predictions()`. `target` names columns to leave out.
+
+        Raises what `train` does.
+        """
         batch_size, roles = arguments.at_least_one("batch_size", batch_size), _Roles.of(target, None, data)
         given = roles.given("data", data)
         asked = await self._model(model, image, compiled=False)
@@ -269,6 +280,9 @@ class AsyncClient:
 
         The job succeeds when they are ready, and it answers to its plain name; `wait` waits for that. A keras.Model or a model's file
         or folder is registered first, as `name` or its own name.
+
+        Raises NotFound, InvalidModel and InvalidRequest for what the arguments and the file tell. What the coordinator finds ends the
+        job, and `job.wait()` raises it: more replicas than nodes (it waits a while for those that are about to join), no memory.
         """
         fields = deploying.fields(replicas, options)
         if isinstance(model, str) and not is_model_path(model):
@@ -499,6 +513,10 @@ class AsyncClient:
         if name is None and isinstance(data, str | Path):
             name = sources.path_name(data)
         name, roles = arguments.name("name", name), _Roles.of(target, sample_weight, data)
+        if is_model(data):
+            raise InvalidData(
+                f"{arguments.shown(data)} is a model: `potluck models add` (client.register) registers it"
+            )
         if isinstance(data, str):
             data = Path(data)  # what is to be added is no name
         given = sources.given(data, roles.target, roles.sample_weight)
@@ -533,19 +551,27 @@ class AsyncClient:
         """The model that a job is about. Raises NotFound, InvalidModel, InvalidRequest: before data are packed for it."""
         image = image_argument(image)
         if isinstance(model, str) and not is_model_path(model):
-            signature = (await self._registered(model)).signature
+            info = await self._registered(model)
+            signature = info.signature
             one = signature.inputs[0] if signature is not None and len(signature.inputs) == 1 else None
             shape = tuple(None if size < 0 else size for size in one.shape) if one is not None else None
-            return _Asked(model, "", shape, image_options(image, shape))
+            options = image_options(image, shape)
+            return _Asked(
+                model, "", options, Wanted(shape, None, options is not None, (options or info.image) is not None)
+            )
         file, ref = await self._push_model(model, for_jobs=True, compiled=compiled)
         called = Path(model).name if isinstance(model, str | Path) else file.name
-        return _Asked(ref, called[:256], file.input_shape, image_options(image, file.input_shape))
+        options = image_options(image, file.input_shape)
+        known = options is not None
+        return _Asked(ref, called[:256], options, Wanted(file.input_shape, file.room, known, known))
 
     async def _registered(self, model: str) -> ModelInfo:
         """Raises NotFound, and says so where what was meant may be a file or folder."""
         try:
             return await self.get_model(model)
         except NotFound as error:
+            if sources.is_data_file(model) or any(info.name == model for info in await self.datasets()):
+                raise NotFound(f"{error.message} ({model} is data: {MODEL_FIRST})") from error
             if not sources.is_here(model):
                 raise
             raise NotFound(
@@ -580,15 +606,23 @@ class AsyncClient:
     ) -> str:
         """The name of a data set, registered now where it was not; for prediction in its own order, labelled or not.
 
-        Raises InvalidRequest where it cannot fit the model: before anything is packed. Errors call the data `argument`.
+        Raises InvalidData, InvalidRequest and InvalidModel where it cannot fit the model: before anything is sent, and where that can
+        be, before anything is packed. Errors call the data `argument`.
         """
-        only_images = asked is not None and asked.image is not None
+        wanted = ANYTHING if asked is None else dataclasses.replace(asked.wanted, target=not for_prediction)
         if isinstance(given, str):
-            if only_images and any(info.name == given and info.kind != "images" for info in await self.datasets()):
-                raise sources.no_images(argument)
+            if wanted.shape is not None or wanted.only_images:
+                for info in await self.datasets():
+                    if info.name == given:
+                        wanted.check(argument, info.kind, info.classes)
             return given
-        if asked is not None:
-            check_fit(argument, given.item_shape, asked.shape)
+        check_fit(argument, given.item_shape, wanted.shape)
+        if given.name and any(info.name == given.name and not info.packed for info in await self.datasets()):
+            log.warning(
+                "%s: %r is packed from what lies here by that name, and the data set %r of the cluster is not used: "
+                "write ./%s to mean that, or work in another folder to use this",
+                *(argument, *[given.name] * 3),
+            )
         added = await sources.add(
             await self._connected(),
             given,
@@ -596,8 +630,7 @@ class AsyncClient:
             for_job=True,
             shuffle=not for_prediction,
             labels=not for_prediction,
-            only_images=only_images,
-            shape=asked.shape if asked is not None else None,
+            wanted=wanted,
             argument=argument,
         )
         return added.name
@@ -613,12 +646,12 @@ class AsyncClient:
 
 @dataclass(frozen=True)
 class _Asked:
-    """The model of a job: its name or blob, what people call that, its only input's shape where that is known, and image options."""
+    """The model of a job: its name or blob, what people call that, image options, and what it wants of data."""
 
     model: str | BlobRef
     called: str
-    shape: tuple[int | None, ...] | None
     image: ImageOptions | None
+    wanted: Wanted
 
     @property
     def fields(self) -> dict[str, Any]:

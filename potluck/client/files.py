@@ -14,6 +14,7 @@ from potluck.data import audio, folders, images, items, texts
 from potluck.data.packing import some
 from potluck.errors import InvalidData, InvalidRequest
 from potluck.messages import ImageOptions, ModelInfo
+from potluck.tensors import shape_text
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +119,7 @@ def _in_folder(folder: Path, info: ModelInfo) -> list[Path]:
     shape = items.input_shape(info)
     takes = f"{kind.many} ({', '.join(sorted(kind.suffixes))})"
     if shape is not None and kind is audio.KIND and not info.rate:
-        takes = f"arrays of the shape {items.shape_text(shape)} (.npy, JSON)"
+        takes = f"arrays of the shape {shape_text(shape)} (.npy, JSON)"
     given = next((one.many for one in KINDS if folders.files_in(folder, [one])), "files")
     raise InvalidData(
         f"{folder} holds {given} ({some([path.name for path in others])}), and model {info.name}:{info.version} takes {takes}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from potluck.data.audio import fitted
 from potluck.data.folders import Unusable
 from potluck.errors import InvalidData, InvalidRequest
 from potluck.messages import ImageOptions, ModelInfo
-from potluck.tensors import DTYPES
+from potluck.tensors import DTYPES, shape_text
 
 Array = np.ndarray[Any, Any]
 PIXELS_LIMIT = 64_000_000
@@ -27,11 +26,6 @@ def input_shape(info: ModelInfo) -> tuple[int | None, ...] | None:
     if info.signature is None or len(info.signature.inputs) != 1:
         return None
     return tuple(None if size < 0 else size for size in info.signature.inputs[0].shape)
-
-
-def shape_text(shape: Sequence[int | None]) -> str:
-    """That of one item, for people, from one with the batch axis: `(any, 4)`."""
-    return f"({', '.join('any' if size is None else str(size) for size in shape[1:])})"
 
 
 def takes_text(info: ModelInfo) -> bool:

@@ -112,6 +112,11 @@ class _ParquetColumns:
             raise InvalidData(f"{self.files[-1]} is damaged: it has fewer rows than it says")
 
 
+def names_in(path: Path) -> tuple[str, ...]:
+    """The columns of a file that was read before."""
+    return tuple(_described(path)[0])
+
+
 def _described(path: Path) -> tuple[list[str], list[str], int]:
     """(its columns; those that are an index which pandas wrote beside them; how many rows it says it has)."""
     with _opened(path) as file:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -65,7 +65,10 @@ def table_of(path: Path, columns: Columns, target: Target, sample_weight: str | 
     if len(set(rest)) != len(rest):
         twice = next(name for name in rest if rest.count(name) > 1)
         raise InvalidData(f"{path}: two columns have the name {twice!r}")
-    targets = _target_columns(path, names, target)
+    for name in target_names(target):
+        if name not in names:
+            raise InvalidData(f"{path} has no column {name!r}: its columns are {', '.join(names)}")
+    targets = target_columns(names, target)
     if sample_weight is not None and sample_weight not in names:
         raise InvalidData(f"{path} has no column {sample_weight!r}: its columns are {', '.join(names)}")
     weight = sample_weight or (WEIGHT_NAME if targets and WEIGHT_NAME in names else None)
@@ -96,6 +99,17 @@ def table_of(path: Path, columns: Columns, target: Target, sample_weight: str | 
     )
     learnt: Target = targets if several else "y" if targets else None
     return Table(found, learnt, classes, WEIGHT_NAME if weight is not None else None, remarks)
+
+
+def target_columns(names: Sequence[str], target: Target) -> tuple[str, ...]:
+    """Those that are named, else the first that has a usual name."""
+    return target_names(target) or tuple([name for name in names if name.lower() in TARGET_NAMES][:1])
+
+
+def names_in(path: Path) -> tuple[str, ...]:
+    """The columns of a CSV file that was read before."""
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        return _header(csv.reader(file, strict=True))
 
 
 def read_csv(path: Path, target: Target, sample_weight: str | None = None) -> Table:
@@ -144,7 +158,7 @@ def _read(path: Path) -> tuple[list[str], list[list[str]], list[int]]:
     try:
         with reading(path), path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file, strict=True)
-            header = [name.strip() for name in next(reader, [])]
+            header = list(_header(reader))
             for row in reader:
                 if row:
                     rows.append(row)
@@ -163,12 +177,8 @@ def _read(path: Path) -> tuple[list[str], list[list[str]], list[int]]:
     return header, rows, lines
 
 
-def _target_columns(path: Path, names: Sequence[str], target: Target) -> tuple[str, ...]:
-    targets = target_names(target)
-    for name in targets:
-        if name not in names:
-            raise InvalidData(f"{path} has no column {name!r}: its columns are {', '.join(names)}")
-    return targets or tuple([name for name in names if name.lower() in TARGET_NAMES][:1])
+def _header(reader: Iterator[list[str]]) -> tuple[str, ...]:
+    return tuple(name.strip() for name in next(reader, []))
 
 
 def _numbers(texts: Sequence[str]) -> Array:
@@ -195,5 +205,5 @@ def _fault(text: str) -> str:
     if _is_missing(text):
         return "is missing: fill it in, or leave the row out"
     if np.isnan(_number(text)):
-        return f"is {text!r}, not a number: leave the column out, write numbers for it, or name it as the target where it is the class"
+        return f"is {text!r}, not a number: leave the column out, write numbers for it, or name it as the target (--target) where it is the class"
     return f"is {text!r}, which is more than float32 holds"
