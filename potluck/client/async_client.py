@@ -199,7 +199,7 @@ class AsyncClient:
         the column or array to learn (or several), and `sample_weight` the one with the weight of each item in the loss. `image` says
         how images become tensors, None: as the model's input is. The result is registered as `name` when that is given.
         Raises NotFound, InvalidModel, InvalidData and InvalidRequest before a job is made for what the arguments, the model's file and
-        the data tell: data of another kind or shape than the model takes, no target, images without a size. What only the nodes
+        the data tell: data of another kind or shape than the model takes, no target, images without a size, more classes than the last layer of a file has units. What only the nodes
         see ends the job, and `job.wait()` raises it.
         """
         epochs = arguments.checked("epochs", epochs, Epochs, "a whole number from 1 to 1,000,000")

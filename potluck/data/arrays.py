@@ -174,7 +174,8 @@ def _part(path: Path, names: Sequence[str], target: str | None) -> str:
 def _plain(key: str, array: Array) -> Array:
     if array.dtype.kind not in "fiub" or array.dtype.itemsize > 8:
         raise InvalidData(
-            f"array {key!r} has dtype {array.dtype}: numbers of at most 64 bits are needed (texts go in as a folder of .txt files)"
+            f"array {key!r} has dtype {array.dtype}: numbers of at most 64 bits are needed (texts go in as a folder of .txt files; "
+            "classes are named as the target, --target)"
         )
     if not array.ndim:
         raise InvalidData(f"array {key!r} is a single value: the first axis must be the rows")
