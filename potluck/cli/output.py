@@ -14,7 +14,7 @@ from msgspec import Struct
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.text import Text
 
-from potluck.cli.listing import Facts, Line, Listing
+from potluck.cli.listing import NOTHING, Facts, Line, Listing
 from potluck.errors import PotluckError
 from potluck.messages import (
     DatasetInfo,
@@ -222,6 +222,8 @@ def ago_text(at: float) -> str:
 
 
 def models_table(models: Iterable[ModelInfo]) -> Listing:
+    """A version a line. What is known of none, as inputs and outputs are before a model is loaded once, has no column."""
+
     def row(model: ModelInfo) -> tuple[str | Text, ...]:
         signature = model.signature
         return (
@@ -230,14 +232,20 @@ def models_table(models: Iterable[ModelInfo]) -> Listing:
             model.format,
             bytes_text(model.model.size),
             ago_text(model.created_at),
-            ", ".join(map(spec_text, signature.inputs)) if signature else "?",
-            ", ".join(map(spec_text, signature.outputs)) if signature else "?",
+            ", ".join(map(spec_text, signature.inputs)) if signature else "",
+            ", ".join(map(spec_text, signature.outputs)) if signature else "",
             str(len(model.classes) or "-"),
             metrics_text(model.metrics),
         )
 
     columns = ("model", "aliases", "format", "size", "made", "inputs", "outputs", "classes", "metrics")
-    return table(columns, map(row, models), right=("size", "made", "classes"))
+    rows = [row(model) for model in models]
+    told = [place for place in range(len(columns)) if any(cells[place] not in NOTHING for cells in rows)]
+    return table(
+        [columns[place] for place in told],
+        [[cells[place] for place in told] for cells in rows],
+        right=("size", "made", "classes"),
+    )
 
 
 def model_report(model: ModelInfo) -> Facts:

@@ -30,6 +30,12 @@ def at_least_one(argument: str, value: object) -> int:
     return number
 
 
+def flag(argument: str, value: object) -> bool:
+    """Raises InvalidRequest for what is neither True nor False."""
+    found: bool = checked(argument, value, bool, "True or False")
+    return found
+
+
 def text(argument: str, value: object, takes: str) -> str:
     """Raises InvalidRequest for what is no text."""
     found: str = checked(argument, value, str, takes)

@@ -284,7 +284,7 @@ class AsyncClient:
         Raises NotFound, InvalidModel and InvalidRequest for what the arguments and the file tell. What the coordinator finds ends the
         job, and `job.wait()` raises it: more replicas than nodes (it waits a while for those that are about to join), no memory.
         """
-        fields = deploying.fields(replicas, options)
+        fields, wait = deploying.fields(replicas, options), arguments.flag("wait", wait)
         if isinstance(model, str) and not is_model_path(model):
             if name is not None:
                 raise InvalidRequest(f"name is for a keras.Model or a file, and {model!r} has its name: leave name out")
@@ -407,7 +407,9 @@ class AsyncClient:
 
         Raises NotFound, and Conflict while a deployment, an alias or a job uses one.
         """
-        question = DeleteModel(model=arguments.text("model", model, _NAMED), every_version=bool(every_version))
+        question = DeleteModel(
+            model=arguments.text("model", model, _NAMED), every_version=arguments.flag("every_version", every_version)
+        )
         return (await self._ask(question, ModelsDeleted)).models
 
     async def deployed_model(self, model: str) -> ModelInfo:

@@ -248,7 +248,7 @@ async def test_what_data_lack_is_said_with_their_names_before_they_are_sent(
     with pytest.raises(InvalidModel, match="data has 4 classes, but the model takes 3: make its last layer 4 units"):
         await client.train(model, {"x": np.zeros((8, 4)), "y": np.array(list("abcdabcd"))})
     assert not [asked for asked in coordinator.asked if isinstance(asked, AddDataset | SubmitJob)]
-    with pytest.raises(InvalidData, match="^validation has no target .* holds only 'x'"):
+    with pytest.raises(InvalidData, match=r"^validation has no target .* holds only 'x'"):
         await client.train(model, (np.zeros((6, 4)), np.zeros(6)), validation=np.zeros((6, 4)))
     assert jobs_of(coordinator) == []
 
@@ -276,7 +276,7 @@ async def test_files_of_another_kind_than_the_model_takes_are_refused_before_a_j
 
 
 async def test_model_and_data_in_each_others_place_are_told_apart(
-    client: AsyncClient, coordinator: ScriptedCoordinator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    client: AsyncClient, coordinator: ScriptedCoordinator, tmp_path: Path
 ) -> None:
     def missing(asked: GetModel) -> Message:
         raise NotFound(f"there is no model {asked.model!r}")
@@ -387,6 +387,8 @@ WRONG: dict[str, tuple[type[PotluckError], Callable[[AsyncClient], Awaitable[obj
     "alias must be .*not '3'": (InvalidRequest, lambda client: client.set_alias("m", "3")),
     "alias must be .*not 'latest'": (InvalidRequest, lambda client: client.set_alias("m", "latest")),
     "path must be the path": (InvalidRequest, lambda client: client.export("m", None)),
+    "wait must be True or False, not 5": (InvalidRequest, lambda client: client.deploy("m", wait=5)),
+    "every_version must be": (InvalidRequest, lambda client: client.delete_model("m", every_version=2)),
     "name must be the name of a": (InvalidRequest, lambda client: client.remove_data(None)),
     "job_id must be": (InvalidRequest, lambda client: client.cancel(7)),
     "job_id must be a job": (InvalidRequest, lambda client: client.job(object())),

@@ -21,7 +21,7 @@ from potluck.cli.session import check_output, global_options_first, image_size
 from potluck.client import files
 from potluck.data import items
 from potluck.errors import InvalidData, InvalidRequest
-from potluck.messages import BlobRef, ImageOptions, JobChanged, ModelInfo, Signature, TensorSpec
+from potluck.messages import BlobRef, DatasetInfo, ImageOptions, JobChanged, ModelInfo, Signature, TensorSpec
 from support.recordings import wav
 
 
@@ -244,6 +244,23 @@ def test_options_of_noise_go_to_the_client_when_they_are_given(monkeypatch: pyte
         options = client.__enter__.return_value.train.call_args.kwargs
         names = ("l2_norm_clip", "noise_multiplier", "private_unit", "delta")
         assert {name: options[name] for name in names if name in options} == given
+
+
+def test_a_data_set_with_the_name_of_a_folder_here_is_said_to_be_hidden_by_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    client = mock.MagicMock()
+    monkeypatch.setattr("potluck.cli.session.Session.client", lambda self: client)
+    monkeypatch.chdir(tmp_path)
+    for name, here in (("films", ""), ("films", "films")):
+        info = DatasetInfo(name=name, kind="texts", count=2, shards=1, size_bytes=1)
+        client.__enter__.return_value.add_data.return_value = info
+        if here:
+            (tmp_path / here).mkdir()
+        app(["data", "add", "films"], standalone_mode=False)
+        said = capsys.readouterr()
+        assert "films" in said.out
+        assert ("DATA films means what lies here by that name" in said.err) == bool(here)
 
 
 @pytest.mark.parametrize("command", ["cancel", "stop"])

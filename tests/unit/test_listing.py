@@ -7,6 +7,7 @@ import io
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from rich.console import Console, RenderableType
 
 from potluck.cli import output
@@ -52,6 +53,14 @@ def test_facts_break_between_words_alone(rows: list[tuple[str, str]], width: int
     shown = printed(Facts([*rows, ("unknown", "")]), width)
     assert {word for _, said in rows for word in said.split()} <= set(shown.split())
     assert "unknown" not in shown
+
+
+def test_what_is_known_of_no_model_has_no_column() -> None:
+    new = replace(MODEL, name="new", signature=None, aliases=(), metrics={})
+    assert printed(output.models_table([new]), 200).split("\n")[0].split() == ["model", "format", "size", "made"]
+    both = printed(output.models_table([new, MODEL]), 300)
+    assert {"inputs", "outputs", "aliases", "metrics"} <= set(both.splitlines()[0].split())
+    assert "?" not in both.splitlines()[1]
 
 
 NAME = "flowers-of-the-garden:12"
