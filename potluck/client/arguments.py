@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import reprlib
+import sys
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 
 from potluck.errors import InvalidRequest
 from potluck.messages import Name, Positive, Seconds, TagKey, TagValue
@@ -119,6 +119,7 @@ def shown(value: object) -> str:
 
 
 def _number(value: object) -> object:
-    if isinstance(value, np.generic):
+    numpy = sys.modules.get("numpy")  # who has a number of its kind has imported it
+    if numpy is not None and isinstance(value, numpy.generic):
         return value.item()
     raise TypeError

@@ -18,11 +18,11 @@ from msgspec.structs import replace
 
 from potluck import tensors
 from potluck.bus import Bus
-from potluck.client import arguments, deploying, formats, sources, training
+from potluck.client import arguments, deploying, formats, listings, sources, training
 from potluck.client.connection import Connection, client_settings
 from potluck.client.deploying import DeployOptions
 from potluck.client.inputs import KNOWN_SECONDS, LargeInputs
-from potluck.client.jobs import AsyncJob, Predictions, all_jobs, as_arrays, fetch_tensor
+from potluck.client.jobs import AsyncJob, Predictions, as_arrays, fetch_tensor
 from potluck.client.matching import ANYTHING, Wanted, check_fit
 from potluck.client.models import (
     MODEL_FIRST,
@@ -46,7 +46,6 @@ from potluck.messages import (
     CancelJob,
     DatasetInfo,
     DatasetRemoved,
-    DatasetsListed,
     DeleteModel,
     Deploy,
     DeploymentInfo,
@@ -60,16 +59,12 @@ from potluck.messages import (
     JobAccepted,
     JobChanged,
     JobEnded,
-    ListDatasets,
-    ListDeployments,
-    ListModels,
     ListNodes,
     Message,
     ModelChanged,
     ModelInfo,
     ModelRegistered,
     ModelsDeleted,
-    ModelsListed,
     NodeInfo,
     NodesListed,
     Predict,
@@ -163,7 +158,7 @@ class AsyncClient:
 
     async def jobs(self) -> tuple[JobChanged, ...]:
         """Every job that the coordinator remembers, oldest first."""
-        return await all_jobs(await self._connected())
+        return await listings.jobs(await self._connected())
 
     async def job(self, job_id: str) -> AsyncJob:
         """A job by its id. Raises NotFound."""
@@ -314,18 +309,11 @@ class AsyncClient:
 
     async def deployments(self) -> tuple[DeploymentInfo, ...]:
         """What is deployed, and where."""
-        return (await self._ask(ListDeployments(), DeploymentsListed)).deployments
+        return await listings.deployments(await self._connected())
 
     async def models(self) -> tuple[ModelInfo, ...]:
         """Every version of every registered model."""
-        found: list[ModelInfo] = []
-        more = True
-        while more:
-            after = f"{found[-1].name}:{found[-1].version}" if found else ""
-            answer = await self._ask(ListModels(after=after), ModelsListed)
-            found += answer.models
-            more = answer.more and bool(answer.models)
-        return tuple(found)
+        return await listings.models(await self._connected())
 
     async def get_model(self, model: str) -> ModelInfo:
         """The registered `name` (its newest version), `name:version` or `name:alias`. Raises NotFound."""
@@ -497,7 +485,7 @@ class AsyncClient:
 
     async def datasets(self) -> tuple[DatasetInfo, ...]:
         """The registered data sets, and those that live on nodes."""
-        return (await self._ask(ListDatasets(), DatasetsListed)).datasets
+        return await listings.datasets(await self._connected())
 
     async def add_data(
         self,

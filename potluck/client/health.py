@@ -14,8 +14,8 @@ from urllib.parse import urlsplit
 from msgspec import Struct
 from msgspec.structs import replace
 
+from potluck.client import listings
 from potluck.client.connection import Connection
-from potluck.client.jobs import all_jobs
 from potluck.errors import PotluckError, TimedOut, Unavailable
 from potluck.exchange import Envelope
 from potluck.messages import (
@@ -94,7 +94,7 @@ async def _with_coordinator(connection: Connection, broker: str, status: Coordin
         async with asyncio.timeout(ASK_SECONDS):
             nodes = (await connection.ask(ListNodes(), NodesListed)).nodes
             deployments = (await connection.ask(ListDeployments(), DeploymentsListed)).deployments
-            jobs = await all_jobs(connection)
+            jobs = await listings.jobs(connection)
     except (TimeoutError, TimedOut):
         problem = f"the coordinator at {', '.join(status.http)} does not answer: look at its log, or start it again"
         return Health(

@@ -13,6 +13,7 @@ import pytest
 from msgspec.structs import replace
 from PIL import Image
 
+from potluck.cli import completion
 from potluck.cli.infer import read_input
 from potluck.cli.joining import CLAIM, elected
 from potluck.cli.main import app
@@ -351,6 +352,36 @@ def test_completion_without_a_cluster_is_silent_and_offers_files(tmp_path: Path,
     assert offered("job", "") == []
     assert offered("train", "") == ["net.keras", "pictures"]
     assert offered("train", "net.keras", "pictures/") == ["pictures/a.png"]
+
+
+@pytest.mark.parametrize(
+    ("parts", "at", "words", "place", "stands"),
+    [
+        ("infer digits :", 2, "infer digits:", 1, "digits:"),
+        ("infer digits : 1", 3, "infer digits:1", 1, "digits:"),
+        ("infer dig", 1, "infer dig", 1, ""),
+        ("infer digits:1", 1, "infer digits:1", 1, ""),
+        ("--seed 127.0.0.1 : 1883 infer di", 5, "--seed 127.0.0.1:1883 infer di", 3, ""),
+        ("--cluster = ab infer di", 4, "--cluster=ab infer di", 2, ""),
+        ("train net node : ph", 4, "train net node:ph", 2, "node:"),
+        ("infer digits : ", 3, "infer digits: ", 2, ""),
+    ],
+)
+def test_words_that_bash_breaks_at_colons_are_put_together(
+    parts: str, at: int, words: str, place: int, stands: str
+) -> None:
+    """The parts as bash 5.2 has them in COMP_WORDS; of `name:1` it replaces the 1 alone."""
+    assert completion.joined(parts.split(" "), at) == (words.split(" "), place, stands)
+
+
+def test_completion_imports_neither_arrays_nor_http() -> None:
+    """A second of processor time for each TAB would be felt."""
+    code = (
+        "import sys; from potluck.cli import main; from potluck.client import listings, connection\n"
+        "heavy = {'numpy', 'aiohttp', 'zeroconf', 'PIL', 'importlib.metadata'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def test_an_option_that_there_is_none_of_is_answered_with_what_was_meant() -> None:
