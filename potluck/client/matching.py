@@ -49,6 +49,10 @@ class Wanted:
                     f"{argument} holds images, and the model's input has shape {shape_text(shape)}: say the size of the images, "
                     "image=(height, width) (--image HxW)"
                 )
+        self.check_classes(argument, classes)
+
+    def check_classes(self, argument: str, classes: Sequence[str]) -> None:
+        """Raises InvalidModel."""
         if self.target and self.room is not None and len(classes) > self.room:
             raise InvalidModel(
                 f"{argument} has {len(classes)} classes, but the model takes {self.room}: make its last layer {len(classes)} units"
@@ -61,7 +65,7 @@ class Wanted:
 
         Raises InvalidData, InvalidRequest, InvalidModel.
         """
-        self.check(argument, dataset.format.kind, dataset.format.classes)
+        self.check(argument, dataset.format.kind, ())  # a wrong shape says more than wrong classes
         labelled = dataset.format.kind != "arrays" or dataset.format.target or dataset.format.targets
         if self.target and not labelled and (found := roles()) is not None:
             raise InvalidData(f"{argument} has no target to learn or to measure by: {_untold(found)}")
@@ -71,6 +75,7 @@ class Wanted:
             if (found := roles()) is None or len(found.names) < 2:
                 raise
             raise InvalidRequest(f"{error.message}; {_told(found)}") from error
+        self.check_classes(argument, dataset.format.classes)
 
 
 ANYTHING = Wanted()

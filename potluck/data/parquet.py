@@ -148,7 +148,9 @@ def _numbers(where: str, name: str, first: int, column: Any) -> Array:
     if pa.types.is_decimal(kind):
         column = column.cast(pa.float64())
     elif not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
-        raise InvalidData(f"{where}: {name} holds {kind}, not numbers: leave the column out, or write numbers for it")
+        raise InvalidData(
+            f"{where}: {name} holds {kind}, not numbers: leave the column out, write numbers for it, or name it as the target (--target) where it is the class"
+        )
     found: Array = column.to_numpy(zero_copy_only=False)
     return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -137,7 +138,7 @@ class _CsvColumns:
             if bad.any():
                 row = int(bad.argmax())
                 raise InvalidData(
-                    f"{self.path}, line {self.lines[row]}: column {name!r} {_fault(self.rows[row][index])}"
+                    f"{self.path}, line {self.lines[row]}: column {name!r} {_fault(self.rows[row][index], name)}"
                 )
         return found
 
@@ -201,9 +202,9 @@ def _is_missing(text: str) -> bool:
     return text.strip().lower() in ("", "nan", "na", "n/a", "null", "none")
 
 
-def _fault(text: str) -> str:
+def _fault(text: str, name: str) -> str:
     if _is_missing(text):
         return "is missing: fill it in, or leave the row out"
     if np.isnan(_number(text)):
-        return f"is {text!r}, not a number: leave the column out, write numbers for it, or name it as the target (--target) where it is the class"
+        return f"is {text!r}, not a number: leave the column out, write numbers for it, or name it as the target (--target {shlex.quote(name)}) where it is the class"
     return f"is {text!r}, which is more than float32 holds"

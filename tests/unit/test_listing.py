@@ -63,6 +63,17 @@ def test_what_is_known_of_no_model_has_no_column() -> None:
     assert "?" not in both.splitlines()[1]
 
 
+def test_data_sets_show_what_is_to_be_said_of_them() -> None:
+    films = DatasetInfo(name="films", kind="texts", count=2, shards=1, size_bytes=9, classes=("bad", "good"))
+    line = printed(output.datasets_table([films]), 80).splitlines()
+    assert [one.split() for one in line] == [
+        ["data", "set", "kind", "items", "size", "classes"],
+        ["films", "texts", "2", "9", "B", "bad,", "good"],
+    ]
+    told = printed(output.datasets_table([replace(films, skipped=3), replace(films, nodes=("a",))]), 100)
+    assert "skipped  lives on" in told.splitlines()[0]
+
+
 NAME = "flowers-of-the-garden:12"
 NODE = "kitchen-raspberry-pi-8f3a2c"
 SHA256 = "ab" * 32
