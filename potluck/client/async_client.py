@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import difflib
-import logging
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -90,8 +89,6 @@ Data = object
 Image = ImageOptions | tuple[int, ...]
 Inputs = Any
 """An array, nested lists, a map of them by input name, or paths of files."""
-
-log = logging.getLogger(__name__)
 
 _INLINE_INPUT_BYTES = INLINE_LIMIT_BYTES * 3 // 4
 
@@ -194,8 +191,8 @@ class AsyncClient:
         the column or array to learn (or several), and `sample_weight` the one with the weight of each item in the loss. `image` says
         how images become tensors, None: as the model's input is. The result is registered as `name` when that is given.
         Raises NotFound, InvalidModel, InvalidData and InvalidRequest before a job is made for what the arguments, the model's file and
-        the data tell: data of another kind or shape than the model takes, no target, images without a size, more classes than the last layer of a file has units. What only the nodes
-        see ends the job, and `job.wait()` raises it.
+        the data tell: data of another kind or shape than the model takes, no target, images without a size, more classes than the last
+        layer of a file has units. What only the nodes see ends the job, and `job.wait()` raises it.
         """
         epochs = arguments.checked("epochs", epochs, Epochs, "a whole number from 1 to 1,000,000")
         batch_size = arguments.at_least_one("batch_size", batch_size)
@@ -608,11 +605,7 @@ class AsyncClient:
             return given
         check_fit(argument, given.item_shape, wanted.shape)
         if given.name and any(info.name == given.name and not info.packed for info in await self.datasets()):
-            log.warning(
-                "%s: %r is packed from what lies here by that name, and the data set %r of the cluster is not used: "
-                "write ./%s to mean that, or work in another folder to use this",
-                *(argument, *[given.name] * 3),
-            )
+            sources.remark_hidden(argument, given.name)
         added = await sources.add(
             await self._connected(),
             given,

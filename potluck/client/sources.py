@@ -222,6 +222,15 @@ def _remark(dataset: Dataset, argument: str) -> None:
         log.warning("%s: %s", argument, remark)
 
 
+def remark_hidden(argument: str, name: str) -> None:
+    """Warn that a file or folder here was taken, and not the data set of the same name."""
+    log.warning(
+        "%s: %r is packed from what lies here by that name, and the data set %r of the cluster is not used: "
+        "write ./%s to mean that, or work in another folder to use this",
+        *(argument, name, name, name),
+    )
+
+
 async def _push(connection: Connection, store: BlobStore, refs: list[BlobRef], tell: Progress) -> None:
     """Push the blobs of a local store, and drop each from it once it is there."""
     total = sum(ref.size for ref in refs)

@@ -305,6 +305,7 @@ async def test_a_folder_named_as_a_data_set_is_taken_and_that_is_said(
     await client.train("net", "./films")
     assert caplog.text == ""
     await client.train("net", "films")
+    assert {record.name for record in caplog.records} == {"potluck.client.sources"}, "what the command line shows"
     assert (
         "data: 'films' is packed from what lies here by that name, and the data set 'films' of the cluster"
         in caplog.text
