@@ -48,7 +48,8 @@ def vet(saved: Any) -> bool:
         )
     if not code.safe_mode():
         return False
-    return any([_Vetting(meta).run() for meta in saved.meta_graphs])  # each of them, so a list
+    cut = [_Vetting(meta).run() for meta in saved.meta_graphs]
+    return any(cut)
 
 
 class _Body:
@@ -344,4 +345,4 @@ def _drop(messages: Any, gone: Any) -> None:
 def _shown(places: dict[str, str], names: Iterable[str]) -> str:
     listed = sorted(names)
     more = f", and {len(listed) - NAMED_AT_MOST} more" if len(listed) > NAMED_AT_MOST else ""
-    return ", ".join(f"{name[:60]} {places[name]}" for name in listed[:NAMED_AT_MOST]) + more
+    return ", ".join(f"{name[:100]} {places[name]}" for name in listed[:NAMED_AT_MOST]) + more
