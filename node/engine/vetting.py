@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import PurePosixPath
 from typing import Any
 
+from tensorflow.core.protobuf.meta_graph_pb2 import AssetFileDef
 from tensorflow.python.framework import op_def_registry
 
 from node.engine import code
@@ -27,6 +28,7 @@ from potluck.errors import CodeNotAllowed, InvalidModel
 
 INIT = ("saved_model_main_op", "legacy_init_op", "table_initializer")
 """Collections of what TensorFlow runs when it loads a model of version 1."""
+ASSETS = "saved_model_assets"
 INIT_SIGNATURE = "__saved_model_init_op"
 CALLS = ("PartitionedCall", "StatefulPartitionedCall")
 OF_VARIABLES = ("AssignVariableOp", "ReadVariableOp", "VarIsInitializedOp")
@@ -109,11 +111,11 @@ class _Vetting:
         for key in INIT:
             if key in meta.collection_def:
                 self._loading.update(map(_node_name, meta.collection_def[key].node_list.value))
-        self._assets = {_node_name(asset.tensor_info.name) for asset in meta.asset_file_def}
+        self._assets = {_node_name(asset.tensor_info.name) for asset in _assets(meta)}
 
     def run(self) -> bool:
         """As `vet`."""
-        for asset in self._meta.asset_file_def:
+        for asset in _assets(self._meta):
             path = PurePosixPath(asset.filename)
             if not path.parts or path.is_absolute() or ".." in path.parts or "\0" in asset.filename:
                 raise CodeNotAllowed(f"the SavedModel has an asset outside of its folder: {asset.filename[:100]!r}")
@@ -298,6 +300,19 @@ def _bodies(graph: Any) -> list[_Body]:
     if not all(body.name for body in functions):
         raise InvalidModel("the SavedModel is damaged: it has a function without a name: save it again")
     return [_Body("", graph.node), *functions]
+
+
+def _assets(meta: Any) -> list[Any]:
+    """Which files are fed where; in version 1 they stand in a collection, and count where they stand nowhere else."""
+    if meta.asset_file_def or ASSETS not in meta.collection_def:
+        return list(meta.asset_file_def)
+    found = []
+    for each in meta.collection_def[ASSETS].any_list.value:
+        asset = AssetFileDef()
+        if not each.Unpack(asset):
+            raise InvalidModel("the SavedModel is damaged: its assets are no assets: save it again")
+        found.append(asset)
+    return found
 
 
 def _function_names(attributes: Iterable[Any]) -> Iterator[str]:

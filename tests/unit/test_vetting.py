@@ -251,7 +251,7 @@ def serves_what_fills_its_table(model: Any) -> None:
 
 
 def names_no_asset(model: Any) -> None:
-    del model.meta_graphs[0].asset_file_def[:]
+    del model.meta_graphs[0].collection_def["saved_model_assets"]
 
 
 @pytest.mark.parametrize(
@@ -259,8 +259,9 @@ def names_no_asset(model: Any) -> None:
 )
 def test_forged_graphs_of_version_1_are_refused(old: Path, forge: Forge) -> None:
     model = read(old)
+    vet(read(old))
     forge(model)
-    with pytest.raises(CodeNotAllowed, match=r"SaveV2|RestoreV2|InitializeTableFromTextFileV2"):
+    with pytest.raises(CodeNotAllowed, match=r"SaveV2|RestoreV2|InitializeTableFromTextFileV2|asset outside"):
         vet(model)
 
 
