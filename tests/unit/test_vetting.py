@@ -254,8 +254,16 @@ def names_no_asset(model: Any) -> None:
     del model.meta_graphs[0].collection_def["saved_model_assets"]
 
 
+def has_an_old_asset_elsewhere(model: Any) -> None:
+    from tensorflow.core.protobuf.meta_graph_pb2 import AssetFileDef
+
+    assets = model.meta_graphs[0].collection_def["saved_model_assets"].any_list.value
+    assets[0].Pack(AssetFileDef(filename="/etc/passwd"))
+
+
 @pytest.mark.parametrize(
-    "forge", [reads_a_path_as_default, serves_what_fills_its_table, names_no_asset, serves_its_save]
+    "forge",
+    [reads_a_path_as_default, serves_what_fills_its_table, names_no_asset, has_an_old_asset_elsewhere, serves_its_save],
 )
 def test_forged_graphs_of_version_1_are_refused(old: Path, forge: Forge) -> None:
     model = read(old)
