@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import zipfile
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -123,13 +124,17 @@ async def test_operations_that_reach_for_files_are_refused_by_name(lab: Lab, tmp
     import tensorflow as tf
 
     def function(x: Any) -> Any:
-        return {"y": tf.cond(tf.size(x) > 0, lambda: x + DANGEROUS[operation](tf.raw_ops, str(tmp_path / "file")), lambda: x)}
+        return {
+            "y": tf.cond(
+                tf.size(x) > 0, lambda: x + DANGEROUS[operation](tf.raw_ops, str(tmp_path / "file")), lambda: x
+            )
+        }
 
     folder = saved(tmp_path / "m", function, tf.TensorSpec((None, 2), tf.float32, name="x"))
     ref = lab.files.saved_model(folder)
     with pytest.raises(CodeNotAllowed, match=rf"{operation} in its function '.*\"lambda\" in allow_code"):
         await lab.engine.load_model("evil", lab.files.paths[ref.sha256], "savedmodel")
-    assert {path.name for path in tmp_path.iterdir()} == {"m"}
+    assert os.listdir(tmp_path) == ["m"]  # noqa: PTH208
 
 
 def edited(lab: Lab, model: Any, member: str, edit: Callable[[bytes], bytes]) -> Path:
@@ -171,7 +176,12 @@ async def test_keras_models_that_name_files_are_refused(lab: Lab, tmp_path: Path
             del file[names[0]]
             file.create_dataset(names[0], (2, 3), "float32", external=[("/etc/passwd", 0, 24)])
 
-    other = {"class_name": "TFSMLayer", "module": "keras.layers", "config": {"filepath": "/etc"}, "registered_name": None}
+    other = {
+        "class_name": "TFSMLayer",
+        "module": "keras.layers",
+        "config": {"filepath": "/etc"},
+        "registered_name": None,
+    }
     old = lab.files.paths[lab.files.h5(plain).sha256]
     linked(old)
     cases = [
@@ -191,7 +201,9 @@ async def test_savedmodels_of_many_kinds_answer_as_before(lab: Lab, tmp_path: Pa
 
     (tmp_path / "words.txt").write_text("a\nb\n")
     layers = keras.layers
-    looked = keras.Sequential([keras.Input((1,), dtype="string"), layers.StringLookup(vocabulary=str(tmp_path / "words.txt"))])
+    looked = keras.Sequential(
+        [keras.Input((1,), dtype="string"), layers.StringLookup(vocabulary=str(tmp_path / "words.txt"))]
+    )
     whole = keras.Sequential([keras.Input((1,), dtype="int64"), layers.IntegerLookup(vocabulary=[3, 4])])
     read = keras.Sequential(
         [keras.Input((1,), dtype="string"), layers.TextVectorization(vocabulary=["a", "b"], ragged=False), layers.Embedding(4, 3),
@@ -217,6 +229,11 @@ async def test_savedmodels_of_many_kinds_answer_as_before(lab: Lab, tmp_path: Pa
 
         return {"y": tf.ensure_shape(tf.map_fn(one, x, fn_output_signature=tf.float32), (None, 3))}
 
+    def tensorflows(folder: Path, x: Any) -> Any:
+        """What TensorFlow makes of it by itself, where that is not what Keras does."""
+        [found] = tf.saved_model.load(folder).signatures["serving_default"](tf.constant(x)).values()
+        return found.numpy()
+
     numbers = np.full((2, 2), 0.5, np.float32)
     image = tf.io.encode_png(np.full((5, 5, 3), 9, np.uint8)).numpy()
     strings = Tensor(name="x", datatype="BYTES", shape=(2, 1), data=["b", "z"])
@@ -225,7 +242,7 @@ async def test_savedmodels_of_many_kinds_answer_as_before(lab: Lab, tmp_path: Pa
         (exported(tmp_path / "whole", whole), from_numpy("x", np.array([[4], [9]])), [[2], [0]]),
         (exported(tmp_path / "read", read), strings, read(tf.constant([["b"], ["z"]])).numpy()),
         (exported(tmp_path / "shaken", shaken), from_numpy("x", np.ones((2, 8, 8, 3), np.float32)),
-         shaken(np.ones((2, 8, 8, 3), np.float32), training=False).numpy()),
+         tensorflows(tmp_path / "shaken", np.ones((2, 8, 8, 3), np.float32))),
         (saved(tmp_path / "loops", loops, tf.TensorSpec((None, 2), tf.float32, name="x")), from_numpy("x", numbers), 4 * numbers),
         (saved(tmp_path / "decodes", decodes, tf.TensorSpec((None,), tf.string, name="x")),
          Tensor(name="x", datatype="BYTES", shape=(1,), data=[image]), [[9, 9, 9]]),

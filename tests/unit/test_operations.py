@@ -11,10 +11,11 @@ from node.engine.operations import ALLOWED, FILLS_TABLE, PYTHON, READS_CHECKPOIN
 
 pytestmark = pytest.mark.tensorflow
 
-WORDS = set(
-    "file filename filenames filepath dir directory path prefix address device devices descriptor vocab ckpt memory region cluster "
-    "protocol url urls debug gated job task communication tensorboard output_stream token handle_name worker".split()
-)
+WORDS = {
+    "address", "ckpt", "cluster", "communication", "debug", "descriptor", "device", "devices", "dir", "directory", "file", "filename",
+    "filenames", "filepath", "gated", "job", "memory", "output_stream", "path", "prefix", "protocol", "region", "task", "token", "url",
+    "urls", "vocab", "worker",
+}  # fmt: skip
 """In names of attributes and inputs: what else than numbers of the model an operation may work with."""
 NAMES = re.compile(
     r"^_|File|Dataset|Iterator|Reader|Summary|Debug|Dump|Print|Event|Rpc|Remote|Send$|Recv|TPU|Tpu|Infeed|Outfeed|Collective|Nccl|DTensor|"
