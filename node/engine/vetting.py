@@ -280,13 +280,11 @@ class _Vetting:
         )
 
     def _refuse(self, operations: Iterable[str], functions: Iterable[str]) -> None:
-        wanted = set(operations)
-        found = {
-            node.op: body.place
-            for body in (self._graph, *(self._functions[name] for name in functions))
-            for node in body.nodes.values()
-            if node.op in wanted
-        }
+        wanted, named = set(operations), set(functions)
+        bodies = [self._functions[name] for name in named & set(self._meta.object_graph_def.concrete_functions)]
+        if not any(_has(body, wanted) for body in bodies):  # then not those that the model gives away, but all
+            bodies = [self._graph, *(self._functions[name] for name in named)]
+        found = {node.op: body.place for body in bodies for node in body.nodes.values() if node.op in wanted}
         allowed = "assets of its own" if wanted & FILLS_TABLE else "its own variables, when it is loaded"
         raise CodeNotAllowed(
             f"the SavedModel reads or writes files of the machine it runs on ({_shown(found, found)}) that are not {allowed}, "
