@@ -18,6 +18,7 @@ from node import identity
 from node.assignments import Assignments, Effect, GiveUp, Prefetch, Run, Send, Stop
 from node.copies import Copies
 from node.engine.process import Engine, EngineInfo
+from node.engine.watch import Limits
 from node.executor import Executor
 from node.giving_way import GivingWay
 from node.inputs import Inputs
@@ -31,7 +32,7 @@ from potluck.blobs.download import Downloader
 from potluck.blobs.store import BlobStore
 from potluck.bus import Addresses, Envelope, MqttBus, Will
 from potluck.discovery import Discovery, broker_addresses
-from potluck.errors import Conflict, EngineFailed, Unavailable
+from potluck.errors import Conflict, Unavailable
 from potluck.http import serve_http
 from potluck.logs import fields
 from potluck.messages import (
@@ -295,8 +296,11 @@ class Node:
             return Engine(
                 scratch / name,
                 threads=settings.threads or capacities.cores(),
-                start_seconds=settings.engine_start_seconds,
-                silence_seconds=settings.engine_silence_seconds,
+                limits=Limits(
+                    start_seconds=settings.engine_start_seconds,
+                    silence_seconds=settings.engine_silence_seconds,
+                    batch_seconds=settings.engine_batch_seconds,
+                ),
                 allow_code=settings.allow_code,
                 quick_kernels=quick_kernels,
             )
@@ -380,8 +384,8 @@ class Node:
                 ),
             )
 
-    def _on_serve_death(self, failure: EngineFailed) -> None:
-        self._replicas.on_engine_death(failure)
+    def _on_serve_death(self, engine: Engine) -> None:
+        self._replicas.on_engine_death(engine)
 
     async def _every(self, seconds: float, due: Callable[[], Iterable[Effect]]) -> None:
         while True:

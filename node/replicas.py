@@ -158,12 +158,13 @@ class Replicas:
         elif self._slot.engine is not None:
             self._slot.engine.cancel_inference(command.id)
 
-    def on_engine_death(self, failure: EngineFailed) -> None:
+    def on_engine_death(self, engine: Engine) -> None:
         """All replicas are gone with their engine; the coordinator decides what comes instead."""
         lost, self._loaded = list(self._loaded), {}
         for replica_id in lost:
             self._release(replica_id)
-            self._outbox.publish(self._topic, ModelUnloaded(replica_id=replica_id, error=error_info(failure)))
+            error = error_info(engine.blame(replica_id))
+            self._outbox.publish(self._topic, ModelUnloaded(replica_id=replica_id, error=error))
 
     async def _load(self, command: LoadModel) -> None:
         replica_id, sha256 = command.replica_id, command.model.sha256

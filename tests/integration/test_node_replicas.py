@@ -158,10 +158,11 @@ async def test_an_engine_that_dies_takes_its_replicas_and_says_so(lab: Lab) -> N
     poison = Tensor(name="crash", datatype="UINT8", shape=(1, 1), data=b"\0")
     await lab.infer("poison", REPLICA, poison)
     await lab.infer("next", REPLICA, X)
-    assert code(await answer(lab, "poison")) == "engine_failed"
-    for replica_id in (REPLICA, "other:1/1"):
+    assert code(await answer(lab, "poison")) == "model_crashed"
+    for replica_id, told in ((REPLICA, "model_crashed"), ("other:1/1", "engine_failed")):
         gone = await lab.heard(ModelUnloaded, lambda one, wanted=replica_id: one.replica_id == wanted)  # type: ignore[misc]
         assert gone.error is not None
+        assert gone.error.code == told
         assert "SIGSEGV" in gone.error.message
     assert code(await answer(lab, "next")) in ("engine_failed", "not_found")  # both are asked again elsewhere
     await lab.load(REPLICA)

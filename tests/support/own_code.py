@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from typing import Any
 
 import keras
@@ -75,3 +77,13 @@ class Stepping(Network):
     def train_step(self, data: Any) -> Any:
         x, y = data[:2]
         return super().train_step((x, 2 * y))
+
+
+@keras.saving.register_keras_serializable(package="own")
+class Sleeper(keras.layers.Layer):  # type: ignore[misc]
+    """Where OWN_CODE_SLEEPS is set it does not come back when it is called, be it to be traced alone."""
+
+    def call(self, x: Any) -> Any:
+        if os.environ.get("OWN_CODE_SLEEPS"):
+            time.sleep(1e6)
+        return x

@@ -19,7 +19,7 @@ from node.replicas import Replicas
 from potluck.blobs.download import Downloader
 from potluck.blobs.store import BlobStore
 from potluck.bus import Bus
-from potluck.errors import EngineFailed, Overloaded
+from potluck.errors import EngineFailed, Overloaded, PotluckError
 from potluck.messages import (
     BlobRef,
     InferenceFinished,
@@ -51,6 +51,9 @@ class Engine:
         await self.gate.wait()
         self.on_loaded()
         return Signature(inputs=(), outputs=()), 1, warm_rows
+
+    def blame(self, replica_id: str) -> PotluckError:
+        return EngineFailed("the engine was ended by SIGKILL")
 
     async def unload_model(self, replica_id: str) -> None:
         raise Overloaded("64 tasks wait for this engine")
@@ -141,7 +144,7 @@ async def test_an_engine_that_dies_as_it_has_loaded_leaves_no_replica(bench: Ben
 
     def die() -> None:
         bench.slot.engine = None
-        bench.replicas.on_engine_death(EngineFailed("the engine was ended by SIGKILL"))
+        bench.replicas.on_engine_death(engine)  # type: ignore[arg-type]
 
     engine.on_loaded = die
     bench.load("r1")
