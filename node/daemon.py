@@ -122,6 +122,7 @@ class Node:
             self._copies = Copies(store, downloader, lambda message: self._outbox.publish(self._outbox_topic, message))
             stack.push_async_callback(self._work_slot.stop)
             stack.push_async_callback(self._serve_slot.stop)
+            stack.push_async_callback(self._replicas.stop)
             self._bus.subscribe(self.topics.node(self.node_id, "inbox"), self._on_command)
             self._bus.subscribe(self.topics.coordinator_status, self._on_coordinator)
 
@@ -307,10 +308,17 @@ class Node:
 
         idle = settings.engine_idle_seconds
         self._work_slot = EngineSlot("work", lambda: make("work"), idle_seconds=idle, on_start=self._on_engine_start)
-        self._serve_slot = EngineSlot(
-            "serve", lambda: make("serve", quick_kernels=True), idle_seconds=idle, on_start=self._on_engine_start,
-            on_death=self._on_serve_death,
-        )  # fmt: skip
+
+        def serving(name: str) -> EngineSlot:
+            return EngineSlot(
+                name,
+                lambda: make(name, quick_kernels=True),
+                idle_seconds=idle,
+                on_start=self._on_engine_start,
+                on_death=lambda engine: self._replicas.on_engine_death(engine),
+            )
+
+        self._serve_slot = serving("serve")
         self._executor = Executor(
             store=store,
             downloader=downloader,
@@ -328,6 +336,7 @@ class Node:
             downloader=downloader,
             inputs=inputs,
             slot=self._serve_slot,
+            alone=serving,
             outbox=self._outbox,
             fast=fast,
             topic=self._outbox_topic,
@@ -383,9 +392,6 @@ class Node:
                     "devices (docs/install.md)",
                 ),
             )
-
-    def _on_serve_death(self, engine: Engine) -> None:
-        self._replicas.on_engine_death(engine)
 
     async def _every(self, seconds: float, due: Callable[[], Iterable[Effect]]) -> None:
         while True:

@@ -281,6 +281,8 @@ class Serving:
         deployment = self._deployments[router.name]
         if deployment.parked:
             self._upkeep.wake(deployment)
+        if deployment.crashing and deployment.error is not None:
+            raise Unavailable(f"{router.name} has no replica: {deployment.error.message}")
         if len(router.queue) >= self._settings.queue_limit:
             raise Unavailable(
                 f"{len(router.queue)} requests wait for {router.name} already, which is being loaded: try again in "

@@ -87,3 +87,11 @@ class Sleeper(keras.layers.Layer):  # type: ignore[misc]
         if os.environ.get("OWN_CODE_SLEEPS"):
             time.sleep(1e6)
         return x
+
+
+@keras.saving.register_keras_serializable(package="own")
+class Looper(keras.layers.Layer):  # type: ignore[misc]
+    """Does not come back from numbers above 100."""
+
+    def call(self, x: Any) -> Any:
+        return keras.ops.while_loop(lambda y: keras.ops.max(y) > 100, lambda y: (y + 1,), (x,))[0]
