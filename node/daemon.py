@@ -301,6 +301,7 @@ class Node:
                     start_seconds=settings.engine_start_seconds,
                     silence_seconds=settings.engine_silence_seconds,
                     batch_seconds=settings.engine_batch_seconds,
+                    memory_bytes=settings.engine_memory_bytes or capacities.memory_for_an_engine(),
                 ),
                 allow_code=settings.allow_code,
                 quick_kernels=quick_kernels,

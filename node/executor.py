@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -218,7 +218,7 @@ class Executor:
                 stage()
                 self._grouped = lease.job_id if len(group) > 1 else ""
             else:
-                await _unless(attempt.withdrawn, self._slot.get())
+                await _unless(attempt.withdrawn, starting)
 
             def progress(done: int, metrics: dict[str, float]) -> None:
                 self._on_progress(lease.attempt_id, done, metrics)
@@ -372,19 +372,19 @@ class Executor:
             await engine.stop(grace_seconds=0)
 
 
-async def _unless(withdrawn: asyncio.Event, work: Coroutine[Any, Any, T]) -> T:
+async def _unless(withdrawn: asyncio.Event, work: Awaitable[T]) -> T:
     """What `work` gives, but Cancelled at once when the attempt is withdrawn."""
-    doing = asyncio.create_task(work, name="attempt")
+    doing = asyncio.ensure_future(work)
     given_up = asyncio.create_task(withdrawn.wait(), name="withdrawn")
-    both: set[asyncio.Task[Any]] = {doing, given_up}
+    both: set[asyncio.Future[Any]] = {doing, given_up}
     try:
         await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
         if not doing.done():
             raise Cancelled("the attempt was withdrawn")
         return doing.result()
     finally:
-        for task in both:
-            task.cancel()
+        for one in both:
+            one.cancel()
         await asyncio.wait(both)
 
 

@@ -119,7 +119,8 @@ class Engine:
         try:
             # -P: a folder named `keras` where the daemon was started is not Keras.
             self._process = await asyncio.create_subprocess_exec(
-                sys.executable, "-P", "-m", "node.engine", str(theirs.fileno()), str(threads), str(self._scratch), *self._allow_code,
+                sys.executable, "-P", "-m", "node.engine", str(theirs.fileno()), str(threads), str(self._scratch),
+                str(self._limits.memory_bytes), *self._allow_code,
                 pass_fds=(theirs.fileno(),), stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL,
                 stderr=asyncio.subprocess.PIPE, env=environment, start_new_session=True, preexec_fn=die_with_parent(),
             )  # fmt: skip
