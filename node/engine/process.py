@@ -345,7 +345,8 @@ class Engine:
             ended.cancel()
         await asyncio.wait({self._tasks[0]}, timeout=1.0)  # its last words
         if verdict is not None:
-            self._end(verdict.error, verdict.suspects)
+            words = "" if isinstance(verdict.error, OutOfMemory) else self._last_words()
+            self._end(type(verdict.error)(verdict.error.message + words), verdict.suspects)
             return
         suspects = self._watch.suspects() if -(process.returncode or 0) not in FROM_OUTSIDE else frozenset[str]()
         if self._limits.memory_bytes and any("bad_alloc" in line for line in self._stderr):
