@@ -13,7 +13,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from node.engine import code
+from node.engine import archives, code, memory
 from node.engine.memory import shortage
 from node.engine.shards import ALIGNMENT
 from node.engine.wording import one_line
@@ -47,6 +47,8 @@ def load_model(path: Path, scratch: Path, *, compiled: bool) -> Any:
         raise InvalidModel(
             "the model is not a .keras file (Keras 3) or .h5 file: save it with model.save('name.keras')"
         )
+    if not _is_hdf5(path):
+        archives.check(path, memory.limit_bytes)
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         # Keras goes by the suffix, and a blob has none.
         link = Path(folder) / ("model.h5" if _is_hdf5(path) else "model.keras")
