@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from msgspec.structs import replace
 
-from node.engine import formats, pixels, privacy, runtime
+from node.engine import formats, pixels, privacy, runtime, state
 from node.engine.converting import convert
 from node.engine.evaluating import evaluate
 from node.engine.gate import Gate
@@ -167,8 +167,8 @@ class Tasks:
         seconds = math.inf if task.parts else task.seconds
         outcome = session.train(task.samples, seconds, cancelled, progress, overlap=task.overlap, gate=self.gate)
         target = self._scratch / "update.new"
-        after = privacy.protected(paths[base.sha256], outcome.weights, task.privacy)
-        norm = updates.write_update(target, paths[base.sha256], after, task.compression)
+        after = privacy.protected(paths[base.sha256], outcome.weights, task.privacy, session.roles)
+        norm = updates.write_update(target, paths[base.sha256], after, task.compression, session.roles)
         self._ahead = session if task.overlap else None
         return TrainResult(
             base=base,
@@ -181,6 +181,7 @@ class Tasks:
             seconds=outcome.seconds,
             seconds_ahead=outcome.seconds_ahead,
             image=session.image,
+            trained_bytes=state.trained_bytes(session.model),
         )
 
     def _sync(
