@@ -1023,6 +1023,7 @@ class SyncResult(TaskResult, frozen=True, tag="sync"):
     """`samples` are this member's own, of all `steps`; `seconds` includes waiting for the others, `rate` (items/s) does not.
 
     Member 0 adds the checkpoint: `weights` as in training by rounds, and the `optimizer`'s variables (keys `o00000`, ...).
+    `step` is another way to these weights, for who has those of the round before: it is there where most of a model is not trained.
     `reduced_bytes` are those that all members add up in a step: gradients, and the state that steps change; 0: nobody says.
     """
 
@@ -1033,6 +1034,7 @@ class SyncResult(TaskResult, frozen=True, tag="sync"):
     weights: BlobRef | None = None
     optimizer: BlobRef | None = None
     reduced_bytes: Count = 0
+    step: Step | None = None
 
 
 class EvaluateResult(TaskResult, frozen=True, tag="evaluate"):

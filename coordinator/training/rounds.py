@@ -111,6 +111,8 @@ class RoundsStrategy:
     assigned: dict[str, tuple[int, ...]] = field(default_factory=dict)
     shares: dict[str, float] = field(default_factory=dict)
     measured: dict[str, float] = field(default_factory=dict)
+    trained_bytes: int = 0
+    """Of the weights that are trained; 0 while nobody has said."""
     delays: dict[str, list[float]] = field(default_factory=dict)
     """Seconds that each node's last parts have taken beside computing: setting weights, quantising, sending."""
     round_metrics: list[tuple[int, dict[str, float]]] = field(default_factory=list)
@@ -191,6 +193,7 @@ class RoundsStrategy:
     def finished(self, attempt: Attempt, result: AnyTaskResult, at: float) -> None:
         if isinstance(result, TrainResult):
             seconds = result.seconds + result.seconds_ahead
+            self.trained_bytes = result.trained_bytes or self.trained_bytes
             if attempt.node_id in self.measured:  # its first part also starts an engine
                 kept = [*self.delays.get(attempt.node_id, ()), at - attempt.leased_at - seconds]
                 self.delays[attempt.node_id] = kept[-OVERHEADS_KEPT:]
