@@ -89,6 +89,7 @@ class Collector:
             1.0 if decision.agreement is None else decision.agreement,
             spec.outer_learning_rate,
             spec.outer_momentum,
+            max(part.momentum for part in decision.results) if decision.by_items else 0.0,
         )
         parts = decision.results
         counts = [part.items if decision.by_items else part.samples for part in parts]

@@ -1005,7 +1005,7 @@ class TrainResult(TaskResult, frozen=True, tag="train"):
 
     `metrics` are sums over `samples` divided by `samples`, named as Keras names them. `norm` is that of the update (L2, of
     all weights that are trained); the coordinator measures it anew. `seconds_ahead` were computed before the lease began. `trained_bytes`
-    are those of the trained weights as float32; 0: nobody says.
+    are those of the trained weights as float32; 0: nobody says. `momentum` is that of the model's optimizer, where it makes steps longer.
     """
 
     base: BlobRef
@@ -1017,6 +1017,7 @@ class TrainResult(TaskResult, frozen=True, tag="train"):
     seconds_ahead: float = 0.0
     items: Count = 0
     trained_bytes: Count = 0
+    momentum: float = 0.0
 
 
 class SyncResult(TaskResult, frozen=True, tag="sync"):

@@ -39,17 +39,23 @@ class Outer:
 
 
 def outer_for(
-    round: int, done: float, agreement: float, learning_rate: float | None = None, momentum: float | None = None
+    round: int,
+    done: float,
+    agreement: float,
+    learning_rate: float | None = None,
+    momentum: float | None = None,
+    inner_momentum: float = 0.0,
 ) -> Outer:
     """The settings of `round` (from 0), after which the share `done` of the job is done; `agreement` is that of the rounds before.
 
     What the user has set; else full steps, and momentum that rises as in Nesterov's accelerated gradient (1983; k / (k + 3), as
     Beck and Teboulle write it, 2009), falls to nothing at the end, and is less the more the nodes agree: the mean of updates
-    that agree is a full step already, of others it is shorter than each. docs/training.md has the evidence.
+    that agree is a full step already, of others it is shorter than each. docs/training.md has the evidence. The `inner_momentum` of nodes
+    with data of their own has made their steps 1 / (1 - it) times as long already, each towards its own data; docs/federated.md has that of this.
     """
     agreed = min(1.0, max(0.0, agreement))
     rising = min(round / (round + 3), MOMENTUM_LIMIT, 1 - agreed**2)
-    ruled = rising * min(1.0, max(0.0, 1 - done) / COOLING)
+    ruled = rising * min(1.0, max(0.0, 1 - done) / COOLING) * (1 - min(1.0, max(0.0, inner_momentum)))
     return Outer(1.0 if learning_rate is None else learning_rate, ruled if momentum is None else momentum)
 
 

@@ -37,6 +37,13 @@ def roles(model: Any) -> list[Role]:
     return [role(weight) for weight in model.weights]
 
 
+def momentum(model: Any) -> float:
+    """Of the model's optimizer, where it adds up past steps; Adam and its like divide by their size, so theirs makes none longer."""
+    optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
+    lengthens = isinstance(optimizer, keras.optimizers.SGD | keras.optimizers.RMSprop)
+    return float(optimizer.momentum or 0.0) if lengthens else 0.0
+
+
 def constrain(model: Any) -> None:
     """Let each trained weight's constraint hold, as Keras does after a step: an outer step, or rounding, may have led out of it."""
     for variable in model.trainable_variables:

@@ -186,6 +186,7 @@ class Tasks:
             seconds_ahead=outcome.seconds_ahead,
             image=session.image,
             trained_bytes=state.trained_bytes(session.model),
+            momentum=state.momentum(session.model),
         )
 
     def _sync(

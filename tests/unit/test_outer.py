@@ -181,6 +181,12 @@ def test_nodes_that_agree_need_no_momentum_and_the_user_has_the_last_word() -> N
     assert outer_for(50, 0.99, 1.0, 0.7, 0.9) == Outer(0.7, 0.9)
 
 
+def test_momentum_of_the_nodes_leaves_less_for_the_outer_step() -> None:
+    assert outer_for(50, 0.5, 0.0, inner_momentum=0.9).momentum == pytest.approx(0.1 * MOMENTUM_LIMIT)
+    assert outer_for(50, 0.5, 0.0, inner_momentum=1.5).momentum == 0.0
+    assert outer_for(50, 0.5, 0.0, None, 0.9, 0.9) == Outer(1.0, 0.9), "the user has the last word"
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.integers(2, 6), st.integers(0, 10_000), st.sampled_from([0.0, 0.5, 1.0]))
 def test_agreement_is_the_mean_cosine_of_updates_of_one_length(nodes: int, seed: int, common: float) -> None:
