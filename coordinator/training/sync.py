@@ -163,6 +163,9 @@ class SyncStrategy(RoundsStrategy):
         text = self.prediction.words(self.chosen) if self.prediction is not None else self.chosen
         return replace(super().progress(running), strategy=text)
 
+    def _waiting(self) -> list[tuple[int, dict[str, float]]]:
+        return super()._waiting() + [(part.samples, part.metrics) for part in self.parts.values()]
+
     def _choose(self, view: ClusterView) -> None:
         """By the cost model, from what the first round has measured of the nodes that are here."""
         nodes = [node for node in view.nodes if node.node_id in self.measured]

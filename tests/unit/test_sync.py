@@ -316,6 +316,18 @@ def test_what_was_exchanged_is_what_members_added_up() -> None:
         assert lab.strategy.exchanged_bytes == 10 * 2 * 2 * each
 
 
+def test_progress_counts_members_that_are_done_before_the_others() -> None:
+    lab = Simulation(items=320, batch=32, epochs=2)
+    lab.plan("a", "b")
+    first, last = lab.job.attempts.values()
+    task = lab.tasks[first.attempt_id]
+    samples = task.steps * task.batches[task.rank]
+    lab.finish(first.attempt_id)
+    found = lab.strategy.progress({last.attempt_id: (last, 16, {"loss": 3.0})})
+    assert found.done == samples + 16
+    assert found.metrics["loss"] == pytest.approx((samples * 1.0 + 16 * 3.0) / (samples + 16))
+
+
 def test_auto_counts_the_weights_that_are_trained() -> None:
     lab = Simulation(items=32_000, strategy="auto")
     lab.plan("a", "b")
