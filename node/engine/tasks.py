@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from msgspec.structs import replace
 
-from node.engine import formats, pixels, privacy, runtime, state
+from node.engine import formats, pixels, privacy, runtime, saving, state
 from node.engine.converting import convert
 from node.engine.evaluating import evaluate
 from node.engine.gate import Gate
@@ -314,7 +314,7 @@ class Tasks:
             # Loading gave it state of zeros, twice the size of the model for Adam: the file needs only its settings.
             model.optimizer = type(model.optimizer).from_config(model.optimizer.get_config())
         target = self._scratch / "export.keras"
-        model.save(target)
+        saving.save(model, target)
         return ExportResult(
             model=self._blob(target), signature=pixels.described(model), seconds=time.perf_counter() - started
         )
