@@ -321,7 +321,10 @@ class Executor:
             elif isinstance(result, SyncResult):
                 if result.weights is not None and result.optimizer is not None:
                     kept, state = await self._adopt(result.weights), await self._adopt(result.optimizer)
-                    result = replace(result, weights=kept, optimizer=state)
+                    step = result.step
+                    if step is not None:
+                        step = replace(step, update=await self._adopt(step.update))
+                    result = replace(result, weights=kept, optimizer=state, step=step)
                     self._on_stored((kept.sha256, state.sha256))
             elif isinstance(result, ExportResult | ConvertResult):
                 result = replace(result, model=await self._adopt(result.model))

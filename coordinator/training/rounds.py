@@ -111,6 +111,8 @@ class RoundsStrategy:
     assigned: dict[str, tuple[int, ...]] = field(default_factory=dict)
     shares: dict[str, float] = field(default_factory=dict)
     measured: dict[str, float] = field(default_factory=dict)
+    trained_bytes: int = 0
+    """Of the weights that are trained; 0 while nobody has said."""
     delays: dict[str, list[float]] = field(default_factory=dict)
     """Seconds that each node's last parts have taken beside computing: setting weights, quantising, sending."""
     round_metrics: list[tuple[int, dict[str, float]]] = field(default_factory=list)
@@ -191,6 +193,7 @@ class RoundsStrategy:
     def finished(self, attempt: Attempt, result: AnyTaskResult, at: float) -> None:
         if isinstance(result, TrainResult):
             seconds = result.seconds + result.seconds_ahead
+            self.trained_bytes = result.trained_bytes or self.trained_bytes
             if attempt.node_id in self.measured:  # its first part also starts an engine
                 kept = [*self.delays.get(attempt.node_id, ()), at - attempt.leased_at - seconds]
                 self.delays[attempt.node_id] = kept[-OVERHEADS_KEPT:]
@@ -259,10 +262,11 @@ class RoundsStrategy:
         if not self.round and len(nodes) < len(at_work):
             nodes = {}  # the first that is done says nothing of the others
         training = sum(done for attempt, done, _ in running.values() if self._of_round(attempt))
-        training += sum(result.samples for result in self.contributions.values())
+        waiting = self._waiting()
+        training += sum(samples for samples, _ in waiting)
         metrics = dict(self.last_epoch.metrics) if self.last_epoch else {}
         live = [(done, seen) for attempt, done, seen in running.values() if self._of_round(attempt) and done]
-        metrics.update(weighted([*self.round_metrics, *live]))
+        metrics.update(weighted([*self.round_metrics, *waiting, *live]))
         message = "writing the model" if self.all_trained else "validating" if self.epoch_full else "training"
         return JobProgress(
             done=min(self.samples + training, self.total),
@@ -277,6 +281,10 @@ class RoundsStrategy:
             quarantined=self.quarantined,
             exchanged_bytes=self.exchanged_bytes,
         )
+
+    def _waiting(self) -> list[tuple[int, dict[str, float]]]:
+        """(Samples, metrics) of the parts of the open round that are done before the others."""
+        return [(result.samples, result.metrics) for result in self.contributions.values()]
 
     def _open_round(self, view: ClusterView) -> list[Decision]:
         free = [node for node in view.nodes if node.free_slots]

@@ -207,14 +207,17 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _unregistered(config: Any) -> str | None:
-    """The first class in a model's configuration that is neither of Keras's own packages nor registered (`package>name`)."""
+    """The first class in a model's configuration that is neither of Keras's own packages nor registered (`package>name`).
+
+    Keras writes no module for one of `__main__`.
+    """
     if isinstance(config, list):
         return next((found for item in config if (found := _unregistered(item))), None)
     if not isinstance(config, dict):
         return None
     module, name, registered = (config.get(key) for key in ("module", "class_name", "registered_name"))
-    if isinstance(module, str) and isinstance(registered, str) and isinstance(name, str):
-        package = module.partition(".")[0]
+    if "module" in config and isinstance(registered, str) and isinstance(name, str):
+        package = str(module).partition(".")[0]
         if package not in _KNOWN_PACKAGES and ">" not in registered:
             return name
     return _unregistered(list(config.values()))
