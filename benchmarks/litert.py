@@ -24,6 +24,7 @@ from report import OtherLoad, Report
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from node.engine.process import Engine
+from node.engine.watch import Limits
 from potluck.messages import BlobRef, ConvertTask, DataFormat, EvaluateTask, ModelFormat
 from potluck.tensors import from_numpy
 from support.digits import digits
@@ -39,7 +40,7 @@ FEATURES = {"avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp",
 async def start_engine(folder: Path, core: int) -> Engine:
     """With one thread, on `core`; this process keeps its own cores."""
     ours = os.sched_getaffinity(0)
-    engine = Engine(folder, threads=1, start_seconds=120, silence_seconds=120)
+    engine = Engine(folder, threads=1, limits=Limits(120, 120))
     os.sched_setaffinity(0, {core})
     try:
         await engine.start()

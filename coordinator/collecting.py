@@ -71,8 +71,10 @@ class Collector:
                 if result.weights is None or result.optimizer is None:
                     return result
                 with self._store.pinning() as pin:
+                    if result.step is not None and self._store.has(result.step.base.sha256):
+                        await self._follow(result.step, result.weights, pin)
                     kept, state = await self._fetch(result.weights, pin), await self._fetch(result.optimizer, pin)
-                    return replace(result, weights=kept, optimizer=state)
+                    return replace(result, weights=kept, optimizer=state, step=None)
             case EvaluateResult() | WarmUpResult():
                 return result
 
@@ -88,6 +90,7 @@ class Collector:
             1.0 if decision.agreement is None else decision.agreement,
             spec.outer_learning_rate,
             spec.outer_momentum,
+            max(part.momentum for part in decision.results) if decision.by_items else 0.0,
         )
         parts = decision.results
         counts = [part.items if decision.by_items else part.samples for part in parts]
@@ -198,6 +201,25 @@ class Collector:
             # The journal holds the event, the store holds the bytes.
             return replace(tensor, data=await asyncio.to_thread(self._store.put_bytes, tensor.data))
         return tensor
+
+    async def _follow(self, step: Step, weights: BlobRef, pin: Callable[[str], None]) -> None:
+        """Have the file of `weights` by a step from those before, if it leads there."""
+        pin(step.base.sha256)
+        with self._store.pinning() as used:
+            update = await self._fetch(step.update, used)
+            await asyncio.to_thread(self._apply, step.base, update, weights, pin)
+        self._store.delete(update.sha256)
+
+    def _apply(self, base: BlobRef, update: BlobRef, weights: BlobRef, pin: Callable[[str], None]) -> None:
+        with self._store.new_file() as file:
+            try:
+                updates.apply_update(self._store.path(base.sha256), self._store.path(update.sha256), file.path)
+            except InvalidModel as error:
+                raise EngineFailed(f"the node's checkpoint cannot be used: {error.message}") from error
+            sha256, _ = hash_file(file.path)
+            if sha256 == weights.sha256:
+                pin(sha256)
+                self._store.adopt(file.path, sha256)
 
     async def _fetch(self, ref: BlobRef, pin: Callable[[str], None] | None = None) -> BlobRef:
         if pin is not None:

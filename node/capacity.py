@@ -25,6 +25,11 @@ from potluck.messages import Capacity, Gpu, NodeTelemetry
 log = logging.getLogger(__name__)
 
 MEASURE_SECONDS = 30.0
+RESERVE_BYTES = 256 * 2**20
+RESERVE_SHARE = 0.05
+"""Of the memory, at least, which an engine leaves to others."""
+ENGINE_LEAST_BYTES = 2**30
+"""With TensorFlow in it an engine takes half of that at rest: with less it is of no use."""
 DRIVER = Path("/proc/driver/nvidia")
 """Where NVIDIA's driver tells of itself."""
 RUNTIMES = {
@@ -56,6 +61,12 @@ def cores(cgroup: Cgroup = Cgroup()) -> int:  # noqa: B008 - frozen
 def memory_bytes(cgroup: Cgroup = Cgroup()) -> int:  # noqa: B008 - frozen
     """Memory of the machine, or the limit of the process's cgroups when that is lower."""
     return int(min(psutil.virtual_memory().total, cgroup.memory_bytes()))
+
+
+def memory_for_an_engine(cgroup: Cgroup = Cgroup()) -> int:  # noqa: B008 - frozen
+    """What one that is started now may take: what is left, of the machine or within the process's cgroups, less a reserve for others."""
+    left = min(psutil.virtual_memory().available, cgroup.memory_left())
+    return int(max(ENGINE_LEAST_BYTES, left - max(RESERVE_BYTES, RESERVE_SHARE * memory_bytes(cgroup))))
 
 
 async def measure(kept_in: Path, threads: int = 0) -> float:

@@ -36,6 +36,22 @@ class Cgroup:
                     lowest = min(lowest, int(text))
         return lowest
 
+    def memory_left(self) -> float:
+        """What the tightest of the limits on the way up still allows, what can be dropped of files counted as free; infinite where there
+        is none."""
+        lowest = math.inf
+        for folder in self._folders("memory"):
+            for limit, usage, dropped in (
+                ("memory.max", "memory.current", "inactive_file"),
+                ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+            ):
+                allowed, used = read_text(folder / limit), read_text(folder / usage)
+                if allowed.isdigit() and used.isdigit():
+                    lines = (line.split() for line in read_text(folder / "memory.stat").splitlines())
+                    free = sum(int(line[1]) for line in lines if line[:1] == [dropped] and line[1:])
+                    lowest = min(lowest, max(0, int(allowed) - int(used) + free))
+        return lowest
+
     def _folders(self, controller: str) -> Iterator[Path]:
         """This process's folders for a controller and all folders above them, in each tree that may be mounted."""
         paths = {"": "/", controller: "/"}  # by the controllers' names; v2 has one tree without a name

@@ -18,6 +18,7 @@ from node import identity
 from node.assignments import Assignments, Effect, GiveUp, Prefetch, Run, Send, Stop
 from node.copies import Copies
 from node.engine.process import Engine, EngineInfo
+from node.engine.watch import Limits
 from node.executor import Executor
 from node.giving_way import GivingWay
 from node.inputs import Inputs
@@ -31,7 +32,7 @@ from potluck.blobs.download import Downloader
 from potluck.blobs.store import BlobStore
 from potluck.bus import Addresses, Envelope, MqttBus, Will
 from potluck.discovery import Discovery, broker_addresses
-from potluck.errors import Conflict, EngineFailed, Unavailable
+from potluck.errors import Conflict, Unavailable
 from potluck.http import serve_http
 from potluck.logs import fields
 from potluck.messages import (
@@ -121,6 +122,7 @@ class Node:
             self._copies = Copies(store, downloader, lambda message: self._outbox.publish(self._outbox_topic, message))
             stack.push_async_callback(self._work_slot.stop)
             stack.push_async_callback(self._serve_slot.stop)
+            stack.push_async_callback(self._replicas.stop)
             self._bus.subscribe(self.topics.node(self.node_id, "inbox"), self._on_command)
             self._bus.subscribe(self.topics.coordinator_status, self._on_coordinator)
 
@@ -296,18 +298,29 @@ class Node:
             return Engine(
                 scratch / name,
                 threads=settings.threads or capacities.cores(),
-                start_seconds=settings.engine_start_seconds,
-                silence_seconds=settings.engine_silence_seconds,
+                limits=Limits(
+                    start_seconds=settings.engine_start_seconds,
+                    silence_seconds=settings.engine_silence_seconds,
+                    batch_seconds=settings.engine_batch_seconds,
+                    memory_bytes=settings.engine_memory_bytes or capacities.memory_for_an_engine(),
+                ),
                 allow_code=settings.allow_code,
                 quick_kernels=quick_kernels,
             )
 
         idle = settings.engine_idle_seconds
         self._work_slot = EngineSlot("work", lambda: make("work"), idle_seconds=idle, on_start=self._on_engine_start)
-        self._serve_slot = EngineSlot(
-            "serve", lambda: make("serve", quick_kernels=True), idle_seconds=idle, on_start=self._on_engine_start,
-            on_death=self._on_serve_death,
-        )  # fmt: skip
+
+        def serving(name: str) -> EngineSlot:
+            return EngineSlot(
+                name,
+                lambda: make(name, quick_kernels=True),
+                idle_seconds=idle,
+                on_start=self._on_engine_start,
+                on_death=lambda engine: self._replicas.on_engine_death(engine),
+            )
+
+        self._serve_slot = serving("serve")
         self._executor = Executor(
             store=store,
             downloader=downloader,
@@ -325,6 +338,7 @@ class Node:
             downloader=downloader,
             inputs=inputs,
             slot=self._serve_slot,
+            alone=serving,
             outbox=self._outbox,
             fast=fast,
             topic=self._outbox_topic,
@@ -380,9 +394,6 @@ class Node:
                     "devices (docs/install.md)",
                 ),
             )
-
-    def _on_serve_death(self, failure: EngineFailed) -> None:
-        self._replicas.on_engine_death(failure)
 
     async def _every(self, seconds: float, due: Callable[[], Iterable[Effect]]) -> None:
         while True:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -52,7 +52,11 @@ INLINE_RESULT_BYTES = 128 * 1024
 RESULT_LIMIT_BYTES = INLINE_LIMIT_BYTES - 4096
 FETCHES_AT_ONCE = 4
 STOP_SECONDS = 10.0
-"""How long an engine may take to stop a withdrawn task before it is killed."""
+"""How long an engine that has to stop a withdrawn task may get no further before it is killed."""
+STOP_BOUND_SECONDS = 60.0
+"""And how long it may take in all, where it does: it may trace or compile, and a fresh engine would have to do that again."""
+
+T = TypeVar("T")
 
 OnProgress = Callable[[str, int, dict[str, float]], None]
 OnStage = Callable[[str, str], None]
@@ -209,14 +213,14 @@ class Executor:
         if starting is not None:
             starting.add_done_callback(lambda _: stage())
         try:
-            files = await self._fetch_unless(attempt.withdrawn, refs)
+            files = await _unless(attempt.withdrawn, self._fetch(refs, self._fetching))
             fetch_seconds, fetched = time.perf_counter() - started, True
             if starting is None:
-                await self._slot.stop()  # TensorFlow takes the members of a group at its start only
+                await self._slot.renew()  # TensorFlow takes the members of a group at its start only
                 stage()
                 self._grouped = lease.job_id if len(group) > 1 else ""
             else:
-                await starting
+                await _unless(attempt.withdrawn, starting)
 
             def progress(done: int, metrics: dict[str, float]) -> None:
                 self._on_progress(lease.attempt_id, done, metrics)
@@ -238,7 +242,7 @@ class Executor:
             return replace(result, fetched_bytes=missing, fetch_seconds=fetch_seconds)
         finally:
             if starting is not None:
-                starting.cancel()
+                starting.cancel()  # which ends the waiting, and not the start: the next attempt wants an engine too
                 await asyncio.gather(starting, return_exceptions=True)
             for ref in refs:
                 self._store.unpin(ref.sha256)
@@ -319,7 +323,10 @@ class Executor:
             elif isinstance(result, SyncResult):
                 if result.weights is not None and result.optimizer is not None:
                     kept, state = await self._adopt(result.weights), await self._adopt(result.optimizer)
-                    result = replace(result, weights=kept, optimizer=state)
+                    step = result.step
+                    if step is not None:
+                        step = replace(step, update=await self._adopt(step.update))
+                    result = replace(result, weights=kept, optimizer=state, step=step)
                     self._on_stored((kept.sha256, state.sha256))
             elif isinstance(result, ExportResult | ConvertResult):
                 result = replace(result, model=await self._adopt(result.model))
@@ -354,33 +361,36 @@ class Executor:
         kept = await asyncio.to_thread(self._store.put_bytes, tensor.data)
         return replace(tensor, data=replace(kept, holders=self._urls()))
 
-    async def _fetch_unless(self, withdrawn: asyncio.Event, refs: list[BlobRef]) -> dict[str, Path]:
-        """`_fetch`, but Cancelled at once when the attempt is withdrawn."""
-        fetch = asyncio.create_task(self._fetch(refs, self._fetching), name="fetch")
-        given_up = asyncio.create_task(withdrawn.wait(), name="withdrawn")
-        both: set[asyncio.Task[Any]] = {fetch, given_up}
-        try:
-            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-            if not fetch.done():
-                raise Cancelled("the attempt was withdrawn")
-            return fetch.result()
-        finally:
-            for task in both:
-                task.cancel()
-            await asyncio.wait(both)
-
     async def _stop(self, attempt: _Attempt) -> None:
         engine, task = attempt.engine, attempt.task
         if engine is None or task is None:
-            return  # it is fetching, which it gives up by itself, or it waits for the engine to start, or it is done
+            return  # it is fetching or waits for the engine to start, which it gives up by itself, or it is done
         if isinstance(attempt.lease.task, SyncTask):  # it may wait for a member that is gone, and no group comes back
             await engine.stop(grace_seconds=0)
             return
         await engine.cancel_task()
-        done, _ = await asyncio.wait({task}, timeout=STOP_SECONDS)
-        if not done and attempt.engine is engine:
+        stuck = asyncio.create_task(engine.stuck(STOP_SECONDS, STOP_BOUND_SECONDS), name="stuck")
+        await asyncio.wait({task, stuck}, return_when=asyncio.FIRST_COMPLETED)
+        stuck.cancel()
+        if not task.done() and attempt.engine is engine:
             log.warning("engine did not stop its task in time, so it is ended %s", fields(pid=engine.pid))
             await engine.stop(grace_seconds=0)
+
+
+async def _unless(withdrawn: asyncio.Event, work: Awaitable[T]) -> T:
+    """What `work` gives, but Cancelled at once when the attempt is withdrawn."""
+    doing = asyncio.ensure_future(work)
+    given_up = asyncio.create_task(withdrawn.wait(), name="withdrawn")
+    both: set[asyncio.Future[Any]] = {doing, given_up}
+    try:
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        if not doing.done():
+            raise Cancelled("the attempt was withdrawn")
+        return doing.result()
+    finally:
+        for one in both:
+            one.cancel()
+        await asyncio.wait(both)
 
 
 def _way(task: AnyTask) -> tuple[BlobRef | None, Step | None]:

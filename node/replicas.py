@@ -1,4 +1,8 @@
-"""The models that this node keeps loaded for deployments, on an engine of their own: a poisonous job cannot take them down."""
+"""The models that this node keeps loaded for deployments, on an engine of their own: a poisonous job cannot take them down.
+
+A model whose load or batch was under way when that engine died is loaded the next time on an engine for itself, and takes down nobody
+else; after three times within an hour it is refused.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +20,15 @@ from node.inputs import Inputs
 from node.slot import EngineSlot
 from potluck.blobs.download import Downloader
 from potluck.blobs.store import BlobStore
+from potluck.crashes import Crashes
 from potluck.errors import (
     Cancelled,
     CorruptBlob,
     EngineFailed,
     InputsLost,
+    ModelCrashed,
     NotFound,
+    OutOfMemory,
     Overloaded,
     PotluckError,
     TimedOut,
@@ -50,6 +57,8 @@ log = logging.getLogger(__name__)
 
 REPLICAS_LIMIT = 256
 """Replicas that are loaded or being loaded; memory ends long before, so more is a fault of somebody."""
+LOADS_LIMIT = 3
+"""Tries of a load that others make fail, whose engine it was."""
 BATCHES_LIMIT = 256
 """Batches that may wait for the engine; the coordinator sends two to a replica, so more is a fault of somebody."""
 INLINE_OUTPUT_BYTES = 192 * 1024
@@ -59,7 +68,8 @@ INLINE_OUTPUT_BYTES = 192 * 1024
 class Replicas:
     """Replicas by id. `run` must be under way. Events go to `outbox`, answers to `fast`, both on `topic`.
 
-    `on_served` is told what each batch of a deployment with an objective took here: (objective, seconds).
+    `slot` is shared by all but those that must be `alone`, in slots that are made by name. Of an engine's death in either they must be
+    told. `on_served` is told what each batch of a deployment with an objective took here: (objective, seconds).
     """
 
     def __init__(
@@ -69,6 +79,7 @@ class Replicas:
         downloader: Downloader,
         inputs: Inputs,
         slot: EngineSlot,
+        alone: Callable[[str], EngineSlot],
         outbox: Outbox,
         fast: Outbox,
         topic: str,
@@ -79,6 +90,14 @@ class Replicas:
         self._downloader = downloader
         self._inputs = inputs
         self._slot = slot
+        self._alone = alone
+        self._own_slots: dict[str, EngineSlot] = {}
+        """Of the replicas that have one for themselves."""
+        self._own_count = 0
+        self._engines: dict[str, Engine] = {}
+        """Where each replica is loaded."""
+        self._crashes: dict[str, Crashes] = {}
+        """By the SHA-256 of models."""
         self._outbox = outbox
         self._fast = fast
         self._topic = topic
@@ -101,6 +120,11 @@ class Replicas:
     def needed(self) -> bool:
         """Whether the engine holds anything, or is about to."""
         return bool(self._loaded or self._loading)
+
+    async def stop(self) -> None:
+        """End the engines of those that are alone."""
+        for slot in self._own_slots.values():
+            await slot.stop()
 
     def no_inputs(self) -> PotluckError | None:
         """Why nobody need send inputs here now; None while a replica is ready."""
@@ -155,34 +179,39 @@ class Replicas:
         """Nobody waits for this batch any more: it is computed only where that has begun."""
         if command.id in self._fetching:
             self._cancelled.add(command.id)
-        elif self._slot.engine is not None:
-            self._slot.engine.cancel_inference(command.id)
+        elif (engine := self._engines.get(command.replica_id)) is not None:
+            engine.cancel_inference(command.id)
 
-    def on_engine_death(self, failure: EngineFailed) -> None:
-        """All replicas are gone with their engine; the coordinator decides what comes instead."""
-        lost, self._loaded = list(self._loaded), {}
-        for replica_id in lost:
+    def on_engine_death(self, engine: Engine) -> None:
+        """Its replicas are gone; the coordinator decides what comes instead, and hears whose doing it was."""
+        for replica_id in [one for one, where in self._engines.items() if where is engine]:
+            error = engine.blame(replica_id)
+            if not _others_doing(error):
+                self._crashed(replica_id, error)
+            del self._loaded[replica_id]
             self._release(replica_id)
-            self._outbox.publish(self._topic, ModelUnloaded(replica_id=replica_id, error=error_info(failure)))
+            self._outbox.publish(self._topic, ModelUnloaded(replica_id=replica_id, error=error_info(error)))
+
+    def _crashed(self, replica_id: str, error: PotluckError) -> None:
+        crashes = self._crashes.setdefault(self._models[replica_id], Crashes())
+        crashes.add(time.monotonic(), error.message)
+        count = crashes.count(time.monotonic())
+        log.warning("model ended its engine %s", fields(replica=replica_id, times=count, reason=error.message))
 
     async def _load(self, command: LoadModel) -> None:
         replica_id, sha256 = command.replica_id, command.model.sha256
         self._models[replica_id] = sha256
         self._store.pin(sha256)
+        crashes = self._crashes.get(sha256)
         try:
+            if crashes is not None and crashes.too_many(time.monotonic()):
+                raise ModelCrashed(f"this node refuses {command.name}: {crashes.summary}")
             try:
                 path = await self._downloader.fetch(command.model)
             except OSError as error:
                 raise Unavailable(f"the model cannot be kept on this node: {error}") from error
 
-            async def load(engine: Engine) -> tuple[Engine, Signature, int, int]:
-                return engine, *await engine.load_model(
-                    replica_id, path, command.format, command.warm_rows, command.warm_seconds, command.pixel_scale
-                )
-
-            engine, signature, resident, warm_rows = await self._slot.use(load)
-            if self._slot.engine is not engine:  # its death was told before the replica counted as one that it held
-                raise EngineFailed("the engine ended just after it had loaded the model")
+            engine, signature, resident, warm_rows = await self._on_an_engine(command, path)
         except PotluckError as error:
             self._release(replica_id)
             log.info("model not loaded %s", fields(model=command.name, replica=replica_id, reason=error.message))
@@ -190,21 +219,59 @@ class Replicas:
             return
         loaded = ModelLoaded(replica_id=replica_id, signature=signature, resident_bytes=resident, warm_rows=warm_rows)
         self._loaded[replica_id] = loaded
+        self._engines[replica_id] = engine
         log.info(
             "model loaded %s",
             fields(model=command.name, replica=replica_id, resident_bytes=resident, warm_rows=warm_rows),
         )
         self._outbox.publish(self._topic, loaded)
 
+    async def _on_an_engine(self, command: LoadModel, path: Path) -> tuple[Engine, Signature, int, int]:
+        """Load it: again where another model's doing ended the engine meanwhile."""
+        replica_id, tried = command.replica_id, 0
+        while True:
+            on: Engine | None = None
+
+            async def load(engine: Engine) -> tuple[Engine, Signature, int, int]:
+                nonlocal on
+                on = engine
+                return engine, *await engine.load_model(
+                    replica_id, path, command.format, command.warm_rows, command.warm_seconds, command.pixel_scale
+                )
+
+            try:
+                found = await self._slot_for(replica_id).use(load)
+                if found[0].alive:  # else its death was told before the replica counted as one that it held
+                    return found
+                raise found[0].blame(replica_id)
+            except (EngineFailed, OutOfMemory) as error:
+                if on is None or on.alive:
+                    raise
+                tried += 1
+                if not _others_doing(error):
+                    self._crashed(replica_id, error)
+                    raise
+                if tried == LOADS_LIMIT:
+                    raise
+
+    def _slot_for(self, replica_id: str) -> EngineSlot:
+        crashes = self._crashes.get(self._models[replica_id])
+        if crashes is None or not crashes.count(time.monotonic()):
+            return self._slot
+        if replica_id not in self._own_slots:
+            self._own_count += 1
+            self._own_slots[replica_id] = self._alone(f"alone-{self._own_count}")
+        return self._own_slots[replica_id]
+
     async def _unload(self, replica_id: str) -> None:
         loading = self._loading.get(replica_id)
         if loading is not None:
             await asyncio.wait([loading])
         if self._loaded.pop(replica_id, None) is not None:
+            engine, alone = self._engines[replica_id], replica_id in self._own_slots
             self._release(replica_id)
             self._slot.touch()
-            engine = self._slot.engine
-            if engine is not None:
+            if not alone:
                 try:
                     await engine.unload_model(replica_id)
                 except PotluckError as error:  # it died, or has too much to do: it keeps the memory until it ends
@@ -238,8 +305,8 @@ class Replicas:
             requests = command.requests
             if any(isinstance(tensor.data, BlobRef) for request in requests for tensor in request):
                 requests = await self._all_at_hand(command, files)
-            engine = self._slot.engine
-            if engine is None:  # it died just now; a fresh one would not have the model
+            engine = self._engines.get(command.replica_id)
+            if engine is None or not engine.alive:  # it died just now
                 raise EngineFailed("the engine that held the replica is gone")
             found = await engine.infer(
                 command.replica_id, requests, files, batch_id=command.id, expires=command.expires
@@ -321,9 +388,20 @@ class Replicas:
         self._fast.publish(self._topic, finished, qos=0)
 
     def _release(self, replica_id: str) -> None:
+        """Forget where a replica was, and end the engine that was only for it."""
         sha256: Any = self._models.pop(replica_id, None)
         if sha256 is not None:
             self._store.unpin(sha256)
+        self._engines.pop(replica_id, None)
+        slot = self._own_slots.pop(replica_id, None)
+        if slot is not None:
+            assert self._tasks is not None
+            self._tasks.create_task(slot.stop(), name=f"stop the engine of {replica_id}")
+
+
+def _others_doing(error: PotluckError) -> bool:
+    """Whether an engine died that had a replica, and not because of it."""
+    return isinstance(error, EngineFailed) and not isinstance(error, ModelCrashed)
 
 
 def _bytes_of(outcomes: Iterable[RequestOutcome]) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from node.engine.process import Engine, EngineInfo
-from potluck.errors import EngineFailed
+from potluck.errors import EngineFailed, PotluckError
 from potluck.logs import fields
 
 log = logging.getLogger(__name__)
@@ -17,7 +17,10 @@ T = TypeVar("T")
 
 
 class EngineSlot:
-    """`on_start` is told what an engine found here, and `on_death` when one ended that nobody stopped."""
+    """`on_start` is told what an engine found here, and `on_death` of one that ended and that nobody stopped.
+
+    A start that has begun is seen through, also when whoever wanted the engine wants it no more: the next one will.
+    """
 
     def __init__(
         self,
@@ -26,7 +29,7 @@ class EngineSlot:
         *,
         idle_seconds: float,
         on_start: Callable[[EngineInfo], None] = lambda info: None,
-        on_death: Callable[[EngineFailed], None] = lambda failure: None,
+        on_death: Callable[[Engine], None] = lambda engine: None,
     ) -> None:
         self._name = name
         self._make = make
@@ -34,6 +37,9 @@ class EngineSlot:
         self._on_start = on_start
         self._on_death = on_death
         self._engine: Engine | None = None
+        self._starting: asyncio.Task[Engine] | None = None
+        self._fresh = False
+        """Whether nothing has run on the engine."""
         self._lock = asyncio.Lock()
         self._in_use = 0
         self._stale = False
@@ -47,17 +53,30 @@ class EngineSlot:
 
     async def get(self) -> Engine:
         """A running engine. Raises EngineFailed when it does not start."""
+        if self._starting is None or (self._starting.done() and self.engine is None):
+            self._starting = asyncio.create_task(self._start(), name=f"{self._name} engine start")
+            self._starting.add_done_callback(lambda start: start.cancelled() or start.exception())  # it was logged
+        starting = self._starting
+        await asyncio.wait([starting])  # which does not end it when we are cancelled
+        if starting.cancelled():
+            raise EngineFailed("the engine was stopped")
+        self.touch()
+        return starting.result()
+
+    async def _start(self) -> Engine:
         async with self._lock:
-            self._used_at = asyncio.get_running_loop().time()
-            if self.engine is not None:
-                return self.engine
             await self._discard()
             engine = self._make()
-            info = await engine.start()
+            try:
+                info = await engine.start()
+            except PotluckError as error:  # nobody may be left whom this could be told
+                log.warning("engine did not start %s", fields(engine=self._name, reason=error.message))
+                raise
             gpus = {"gpus": ", ".join(info.gpus)} if info.gpus else {}
             log.info("engine started %s", fields(engine=self._name, pid=engine.pid, **info.runtimes, **gpus))
             self._on_start(info)
-            self._engine = engine
+            self._engine, self._fresh = engine, True
+            self.touch()
             self._watch = asyncio.create_task(self._watch_death(engine), name=f"{self._name} engine death")
             return engine
 
@@ -67,7 +86,9 @@ class EngineSlot:
             await self.stop()
         self._in_use += 1
         try:
-            return await work(await self.get())
+            engine = await self.get()
+            self._fresh = False
+            return await work(engine)
         finally:
             self._in_use -= 1
             self._used_at = asyncio.get_running_loop().time()
@@ -87,19 +108,27 @@ class EngineSlot:
                 await self._discard()
 
     async def retire(self) -> None:
-        """Stop the engine, or where it is in use, give the next who wants one a fresh one."""
+        """Stop the engine unless nothing has run on it; where it is in use, give the next who wants one a fresh one."""
         async with self._lock:
             if self._in_use:
                 self._stale = True
-            else:
+            elif not self._fresh:
                 await self._discard()
 
+    async def renew(self) -> None:
+        """See to it that the next who uses it gets an engine on which nothing has run."""
+        if not self._fresh and (self._starting is None or self._starting.done()):
+            await self.stop()
+
     async def stop(self) -> None:
+        if self._starting is not None:
+            self._starting.cancel()
+            await asyncio.wait([self._starting])
         async with self._lock:
             await self._discard()
 
     async def _discard(self) -> None:
-        engine, self._engine, self._stale = self._engine, None, False
+        engine, self._engine, self._stale, self._fresh = self._engine, None, False, False
         watch, self._watch = self._watch, None
         if watch is not None:
             if engine is not None and engine.alive:
@@ -111,4 +140,4 @@ class EngineSlot:
     async def _watch_death(self, engine: Engine) -> None:
         failure = await engine.wait_dead()
         log.warning("engine died %s", fields(engine=self._name, reason=failure.message))
-        self._on_death(failure)
+        self._on_death(engine)

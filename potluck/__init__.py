@@ -8,7 +8,6 @@
 """
 
 from importlib import import_module as _import_module
-from importlib.metadata import version as _version
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
@@ -16,12 +15,15 @@ if _TYPE_CHECKING:
     from potluck import errors
     from potluck.client import AsyncClient, AsyncJob, Client, Job
 
-__version__ = _version("potluck")
+    __version__: str
+
 __all__ = ["AsyncClient", "AsyncJob", "Client", "Job", "__version__", "errors"]
 
 
 def __getattr__(name: str) -> _Any:
-    # The client is loaded when first asked for: a daemon needs none of it, and stays small.
+    # Each is loaded when first asked for: a daemon needs no client and stays small, and metadata are slow to import for a shell.
+    if name == "__version__":
+        return _import_module("importlib.metadata").version("potluck")
     if name in {"AsyncClient", "AsyncJob", "Client", "Job"}:
         return getattr(_import_module("potluck.client"), name)
     if name == "errors":

@@ -143,6 +143,12 @@ class EngineFailed(PotluckError):
     retryable = True
 
 
+class ModelCrashed(EngineFailed):
+    """The engine died while it loaded this model or ran it, or had to be killed since that did not end."""
+
+    code = "model_crashed"
+
+
 class OutOfMemory(PotluckError):
     """A node has not enough memory, of its own or of its GPU, for a model and its data. Another node may have."""
 

@@ -1023,7 +1023,8 @@ class TrainResult(TaskResult, frozen=True, tag="train"):
     `items` are those of the data that it was trained on, however many of them this round has seen.
 
     `metrics` are sums over `samples` divided by `samples`, named as Keras names them. `norm` is that of the update (L2, of
-    all floating-point weights); the coordinator measures it anew. `seconds_ahead` were computed before the lease began.
+    all weights that are trained); the coordinator measures it anew. `seconds_ahead` were computed before the lease began. `trained_bytes`
+    are those of the trained weights as float32; 0: nobody says. `momentum` is that of the model's optimizer, where it makes steps longer.
     """
 
     base: BlobRef
@@ -1034,6 +1035,8 @@ class TrainResult(TaskResult, frozen=True, tag="train"):
     norm: float = 0.0
     seconds_ahead: float = 0.0
     items: Count = 0
+    trained_bytes: Count = 0
+    momentum: float = 0.0
 
 
 class WarmUpResult(TaskResult, frozen=True, tag="warm_up"):
@@ -1047,6 +1050,8 @@ class SyncResult(TaskResult, frozen=True, tag="sync"):
     """`samples` are this member's own, of all `steps`; `seconds` includes waiting for the others, `rate` (items/s) does not.
 
     Member 0 adds the checkpoint: `weights` as in training by rounds, and the `optimizer`'s variables (keys `o00000`, ...).
+    `step` is another way to these weights, for who has those of the round before: it is there where most of a model is not trained.
+    `reduced_bytes` are those that all members add up in a step: gradients, and the state that steps change; 0: nobody says.
     """
 
     samples: Count
@@ -1055,6 +1060,8 @@ class SyncResult(TaskResult, frozen=True, tag="sync"):
     rate: float = 0.0
     weights: BlobRef | None = None
     optimizer: BlobRef | None = None
+    reduced_bytes: Count = 0
+    step: Step | None = None
 
 
 class EvaluateResult(TaskResult, frozen=True, tag="evaluate"):

@@ -111,6 +111,10 @@ class NodeSettings(NetworkSettings, frozen=True):
     engine_idle_seconds: PositiveSeconds = 120.0
     engine_start_seconds: PositiveSeconds = 120.0
     engine_silence_seconds: PositiveSeconds = 20.0
+    engine_batch_seconds: PositiveSeconds = 60.0
+    """A batch of a replica that computes longer, and much longer than such batches did, has its engine killed."""
+    engine_memory_bytes: Annotated[int, Meta(ge=0)] = 0
+    """What an engine may take; 0: what the machine, or the control group, has left when it starts, less a reserve."""
     blob_limit_bytes: Annotated[int, Meta(ge=1)] = 20 * 2**30
     threads: Annotated[int, Meta(ge=0)] = 0
     """Threads TensorFlow may use; 0: one for each core that the process may run on."""

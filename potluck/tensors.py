@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -193,3 +194,8 @@ def _flatten(data: list[Any]) -> list[Any]:
     while any(isinstance(item, list) for item in data):
         data = [part for item in data for part in (item if isinstance(item, list) else [item])]
     return data
+
+
+def shape_text(shape: Sequence[int | None]) -> str:
+    """That of one item, for people, from one with the batch axis: `(any, 4)`."""
+    return f"({', '.join('any' if size is None else str(size) for size in shape[1:])})"

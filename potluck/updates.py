@@ -4,15 +4,20 @@ An update of a large tensor travels as one scale for each BLOCK values (the larg
 symmetric and rounded to nearest: blockwise quantisation (Dettmers et al., "8-bit Optimizers via Block-wise
 Quantization", 2022), as DiLoCo's followers use it for outer gradients. Small tensors (biases, normalisation) travel as they are.
 
-A file of updates is safetensors. The weight `w00000` is there as `w00000` (the difference itself, or for weights that are no
-floating-point numbers the new value), or as `w00000.int8` or `w00000.int4` (two values a byte, the first in the low bits,
-each plus 8) beside `w00000.scale`.
+State that is not trained (moving statistics, counters) has a domain that a difference with an error, or momentum, would lead out of: it
+travels as its new values, exactly, and what has not changed (frozen layers) does not travel at all.
+
+A file of updates is safetensors. A difference of the weight `w00000` is there as `w00000` (itself), or as `w00000.int8` or
+`w00000.int4` (two values a byte, the first in the low bits, each plus 8) beside `w00000.scale`. New values are there as `s00001.mean`
+where the mean of several nodes' is of the same kind, and as `s00001.value` where one node's hold for all (of what is no floating-point
+number, a plain name says the same).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +28,10 @@ from potluck.messages import Compression
 from potluck.weights import Array, Reader, Spec, Writer
 
 Kind = Literal["none", "int8", "int4"]
+Role = Literal["trained", "mean", "value"]
+"""Of a weight: trained; or state, of which nodes' means are taken, or one node's values."""
+Travel = Literal["none", "int8", "int4", "mean", "value"]
+"""How it is in a file: its difference in that kind, or its new values."""
 
 BLOCK = 256
 PIECE = 512 * BLOCK
@@ -94,7 +103,7 @@ def error(values: Array, kind: Literal["int8", "int4"]) -> float:
 
 
 def choose(spec: Spec, compression: Compression, read: Callable[[int, int], Array]) -> Kind:
-    """How a tensor travels, by its size and the error measured on some of its blocks. `read` gives values by position."""
+    """How a tensor's difference travels, by its size and the error measured on some of its blocks. `read` gives values by position."""
     if compression == "none" or spec.dtype.kind != "f" or spec.count < SMALL:
         return "none"
     if compression != "auto":
@@ -106,13 +115,13 @@ def choose(spec: Spec, compression: Compression, read: Callable[[int, int], Arra
 
 
 class UpdateWriter:
-    """A file of updates for the weights in `plan`; a context manager. Their differences follow in order, in pieces of whole blocks."""
+    """A file of updates for the weights in `plan`; a context manager. Their differences (or values) follow in order, in pieces of whole blocks."""
 
-    def __init__(self, path: Path, plan: Sequence[tuple[Spec, Kind]]) -> None:
+    def __init__(self, path: Path, plan: Sequence[tuple[Spec, Travel]]) -> None:
         specs: list[Spec] = []
         for spec, kind in plan:
-            if kind == "none":
-                specs.append(spec)
+            if kind not in _LEVELS:
+                specs.append(spec if kind == "none" else Spec(f"{spec.name}.{kind}", spec.dtype, spec.shape))
                 continue
             codes = spec.count if kind == "int8" else -(-spec.count // 2)
             specs.append(Spec(f"{spec.name}.{kind}", np.dtype(np.int8 if kind == "int8" else np.uint8), (codes,)))
@@ -126,20 +135,20 @@ class UpdateWriter:
     def __exit__(self, *error: Any) -> None:
         self._writer.__exit__(*error)
 
-    def write(self, kind: Kind, pieces: Iterable[Array]) -> None:
-        """Write one weight's difference."""
+    def write(self, kind: Travel, pieces: Iterable[Array]) -> None:
+        """Write one weight's difference, or its values."""
         for _ in self._written(kind, pieces):
             pass
 
-    def write_and_read(self, kind: Kind, pieces: Iterable[Array]) -> Iterator[Array]:
+    def write_and_read(self, kind: Travel, pieces: Iterable[Array]) -> Iterator[Array]:
         """Write one weight's difference; yields each piece as a reader will have it. To be used to its end."""
         for piece, quantised in self._written(kind, pieces):
-            yield piece if kind == "none" else dequantise(*quantised, kind, len(piece))
+            yield dequantise(*quantised, kind, len(piece)) if kind == "int8" or kind == "int4" else piece
 
-    def _written(self, kind: Kind, pieces: Iterable[Array]) -> Iterator[tuple[Array, tuple[Array, Array]]]:
+    def _written(self, kind: Travel, pieces: Iterable[Array]) -> Iterator[tuple[Array, tuple[Array, Array]]]:
         scales: list[Array] = []
         for piece in pieces:
-            codes, scale = (piece, piece[:0]) if kind == "none" else quantise(piece, kind)
+            codes, scale = quantise(piece, kind) if kind == "int8" or kind == "int4" else (piece, piece[:0])
             self._writer.write(codes)
             scales.append(scale)
             yield piece, (codes, scale)
@@ -148,19 +157,23 @@ class UpdateWriter:
 
 
 class UpdateReader:
-    """The differences in a file of updates, by weight; a context manager. Raises InvalidModel for a file that is none."""
+    """What a file of updates makes of weights; a context manager. Raises InvalidModel for a file that is none."""
 
     def __init__(self, path: Path, weights: Reader) -> None:
         """`weights`: those that the updates are for."""
         self._file = Reader(path)
         self._weights = weights
-        self._kinds: dict[str, Kind] = {}
+        self.travels: dict[str, Travel] = {}
+        """How each weight travels; what is not in it stays as it is."""
 
     def __enter__(self) -> UpdateReader:
         self._file.__enter__()
         try:
-            for name, spec in self._weights.specs.items():
-                self._kinds[name] = self._kind(spec)
+            self.travels = {
+                name: travel for name, spec in self._weights.specs.items() if (travel := self._travel(spec)) is not None
+            }
+            if len(self._file.specs) != len(self.travels) + sum(kind in _LEVELS for kind in self.travels.values()):
+                raise InvalidModel(f"the update {self._file.path.name[:12]} is for other weights: it does not fit")
         except InvalidModel:
             self._file.__exit__(None, None, None)
             raise
@@ -169,23 +182,36 @@ class UpdateReader:
     def __exit__(self, *error: Any) -> None:
         self._file.__exit__(*error)
 
+    def role(self, name: str) -> Role | None:
+        """What a weight is: trained where its difference travels; None where it stays as it is."""
+        travel = self.travels.get(name)
+        return travel if travel is None or travel == "mean" or travel == "value" else "trained"
+
     def read(self, name: str, start: int, stop: int) -> Array:
-        """Differences `start` (at a block's beginning) to `stop` of the flattened weight."""
-        kind = self._kinds[name]
+        """Of the flattened weight from `start` (at a block's beginning) to `stop`: differences where it is trained, else its new values."""
+        travel = self.travels.get(name)
         stop = min(stop, self._weights.specs[name].count)
-        if kind == "none":
-            return self._file.read(name, start, stop)
-        return dequantise(*self._quantised(name, kind, start, stop), kind, stop - start)
+        if travel is None:
+            return self._weights.read(name, start, stop)
+        if travel == "int8" or travel == "int4":
+            return dequantise(*self._quantised(name, travel, start, stop), travel, stop - start)
+        key = f"{name}.{travel}" if f"{name}.{travel}" in self._file.specs else name
+        return self._file.read(key, start, stop)
 
     def square(self, name: str, start: int, stop: int) -> float:
-        """The sum of the squares of the same differences, from their codes. Raises Diverged where it is not finite."""
-        kind = self._kinds[name]
-        stop = min(stop, self._weights.specs[name].count)
-        if kind == "none":
-            return square(self._file.read(name, start, stop))
-        codes, scales = self._quantised(name, kind, start, stop)
-        squares = np.zeros((len(scales), BLOCK if kind == "int8" else BLOCK // 2), np.uint16)
-        np.take(_SQUARES[kind], codes.view(np.uint8), out=squares.reshape(-1)[: len(codes)], mode="wrap")
+        """The sum of the squares of the same differences, from their codes; 0 of state. Raises Diverged where one is not finite."""
+        travel = self.travels.get(name)
+        if travel is None or travel == "value":
+            return 0.0
+        if travel == "none":
+            return square(self.read(name, start, stop))
+        if travel == "mean":
+            if not np.isfinite(self.read(name, start, stop)).all():
+                raise Diverged(_DIVERGED)
+            return 0.0
+        codes, scales = self._quantised(name, travel, start, min(stop, self._weights.specs[name].count))
+        squares = np.zeros((len(scales), BLOCK if travel == "int8" else BLOCK // 2), np.uint16)
+        np.take(_SQUARES[travel], codes.view(np.uint8), out=squares.reshape(-1)[: len(codes)], mode="wrap")
         return square(np.sqrt(squares.sum(axis=1, dtype=np.float64)) * scales)
 
     def _quantised(self, name: str, kind: Kind, start: int, stop: int) -> tuple[Array, Array]:
@@ -193,17 +219,26 @@ class UpdateReader:
         codes = self._file.read(f"{name}.{kind}", start // each, -(-stop // each))
         return codes, self._file.read(f"{name}.scale", start // BLOCK, -(-stop // BLOCK))
 
-    def _kind(self, spec: Spec) -> Kind:
+    def _travel(self, spec: Spec) -> Travel | None:
         found = self._file.specs
-        if (plain := found.get(spec.name)) is not None:
-            if (plain.dtype, plain.shape) == (spec.dtype, spec.shape):
-                return "none"
-        elif (scale := found.get(f"{spec.name}.scale")) is not None and scale.count == -(-spec.count // BLOCK):
-            for kind, dtype, each in (("int8", np.int8, 1), ("int4", np.uint8, 2)):
-                codes = found.get(f"{spec.name}.{kind}")
-                if codes is not None and codes.dtype == dtype and codes.count == -(-spec.count // each):
-                    return kind  # type: ignore[return-value]
-        raise InvalidModel(f"the update {self._file.path.name[:12]} does not fit weight {spec.name}")
+        plain: dict[str, Travel] = {spec.name: "none" if spec.dtype.kind == "f" else "value"}
+        for key, travel in (plain | {f"{spec.name}.mean": "mean", f"{spec.name}.value": "value"}).items():
+            if (entry := found.get(key)) is not None:
+                if (entry.dtype, entry.shape) == (spec.dtype, spec.shape):
+                    return travel
+                raise self._unfit(spec)
+        if (scale := found.get(f"{spec.name}.scale")) is None:
+            return None
+        for kind, dtype, each in (("int8", np.int8, 1), ("int4", np.uint8, 2)):
+            codes = found.get(f"{spec.name}.{kind}")
+            if codes is None or (codes.dtype, codes.count) != (np.dtype(dtype), -(-spec.count // each)):
+                continue
+            if scale.count == -(-spec.count // BLOCK):
+                return kind  # type: ignore[return-value]
+        raise self._unfit(spec)
+
+    def _unfit(self, spec: Spec) -> InvalidModel:
+        return InvalidModel(f"the update {self._file.path.name[:12]} does not fit weight {spec.name}")
 
 
 def spans(spec: Spec) -> Iterator[tuple[int, int]]:
@@ -212,33 +247,53 @@ def spans(spec: Spec) -> Iterator[tuple[int, int]]:
         yield start, min(start + PIECE, spec.count)
 
 
-def write_update(path: Path, before: Path, after: Sequence[Array], compression: Compression) -> float:
+def roles_by_name(names: Iterable[str]) -> list[Role]:
+    """Of weights that are named as in a file: w00000 is trained, of s00001 the mean is taken."""
+    return ["trained" if name.startswith("w") else "mean" for name in names]
+
+
+def write_update(
+    path: Path, before: Path, after: Sequence[Array], compression: Compression, roles: Sequence[Role] | None = None
+) -> float:
     """The update that leads from the weights in the file `before` to those of `after`, which are in memory; returns its norm.
 
-    Raises InvalidModel where they do not fit, Diverged where they are not finite.
+    `roles` are in the order of `after`; None: by the names in the file. Raises InvalidModel where they do not fit, Diverged where
+    they are not finite.
     """
     with Reader(before) as base:
         specs = sorted(base.specs.values(), key=lambda spec: spec.name[1:])  # in whatever order they were written
         if [spec.shape for spec in specs] != [array.shape for array in after]:
             raise InvalidModel("the weights before and after the round do not fit")
-        flat = {spec.name: array.reshape(-1) for spec, array in zip(specs, after, strict=True)}
+        flat = {
+            spec.name: array.reshape(-1).astype(spec.dtype, copy=False)
+            for spec, array in zip(specs, after, strict=True)
+        }
+        given = dict(zip(flat, roles_by_name(flat) if roles is None else roles, strict=True))
 
         def difference(name: str, start: int, stop: int) -> Array:
-            values = flat[name][start:stop].astype(base.specs[name].dtype, copy=False)
-            return values - base.read(name, start, stop) if values.dtype.kind == "f" else values
+            return flat[name][start:stop] - base.read(name, start, stop)
 
-        plan = [
-            (spec, choose(spec, compression, lambda start, stop, name=name: difference(name, start, stop)))  # type: ignore[misc]
-            for name, spec in base.specs.items()
-        ]
+        def changed(spec: Spec) -> bool:
+            values = flat[spec.name]
+            return any(values[a:b].tobytes() != base.read(spec.name, a, b).tobytes() for a, b in spans(spec))
+
+        plan: list[tuple[Spec, Travel]] = []
+        for spec in base.specs.values():
+            role = given[spec.name] if spec.dtype.kind == "f" else "value"
+            if role == "trained":
+                plan.append((spec, choose(spec, compression, partial(difference, spec.name))))
+            elif changed(spec):
+                plan.append((spec, role))
         with UpdateWriter(path, plan) as writer:
-            for spec, kind in plan:
-                writer.write(kind, (difference(spec.name, *span) for span in spans(spec)))
+            for spec, travel in plan:
+                values = travel == "mean" or travel == "value"
+                pieces = (flat[spec.name][a:b] if values else difference(spec.name, a, b) for a, b in spans(spec))
+                writer.write(travel, pieces)
     return norm(path, before)
 
 
 def norm(path: Path, weights: Path) -> float:
-    """Of an update for these weights: L2, over all that are floating-point. Raises InvalidModel, Diverged."""
+    """Of an update for these weights: L2, over all that are trained. Raises InvalidModel, Diverged."""
     with Reader(weights) as base, UpdateReader(path, base) as update:
         return math.sqrt(
             math.fsum(update.square(name, *span) for name, spec in base.specs.items() for span in spans(spec))
@@ -266,9 +321,5 @@ def apply_update(before: Path, update: Path, target: Path) -> None:
     ):
         for name, spec in base.specs.items():
             for start, stop in spans(spec):
-                writer.write(applied(base.read(name, start, stop), step.read(name, start, stop)))
-
-
-def applied(before: Array, difference: Array) -> Array:
-    """New values of a piece."""
-    return before + difference if before.dtype.kind == "f" else difference
+                found = step.read(name, start, stop)
+                writer.write(base.read(name, start, stop) + found if step.role(name) == "trained" else found)

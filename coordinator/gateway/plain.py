@@ -16,7 +16,7 @@ from coordinator.gateway.answers import encoded, guarded
 from coordinator.gateway.asking import Asking
 from coordinator.gateway.bodies import beside, plain
 from coordinator.serving.inference import size_bytes
-from potluck.data import items
+from potluck.data import images, items
 from potluck.errors import InvalidData, InvalidRequest
 from potluck.messages import Inferred, ModelInfo, Signature, Tensor
 from potluck.scores import of_classes
@@ -172,7 +172,8 @@ def _kind(data: bytes) -> str:
     """What bytes without a type are."""
     if data[:4] == b"RIFF":
         return "audio" if data[8:12] == b"WAVE" else "image"
-    return "image" if data.startswith((*_IMAGES, *_PORTABLE)) else "text"
+    known = data.startswith((*_IMAGES, *_PORTABLE)) or images.unread_format(data) is not None
+    return "image" if known else "text"
 
 
 def _scores(answer: Inferred, info: ModelInfo) -> list[Score]:

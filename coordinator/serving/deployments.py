@@ -2,7 +2,8 @@
 
 A deployment wants a number of replicas, each on a node of its own. A replica that is lost or fails is replaced on the
 fastest node that has fewest, of those with memory for it. A new deployment that cannot be loaded three times in a row anywhere fails, with the error;
-one that has been ready once is never given up.
+one that has been ready once is never given up. One that ends the engines of three nodes, or of one three times, within an hour is not loaded
+again in that hour. What was lost by another model's doing is loaded again at once.
 """
 
 from __future__ import annotations
@@ -11,8 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from msgspec.structs import replace
+
 from coordinator.placement import RUNTIME_OF
-from potluck.errors import CodeNotAllowed, InvalidRequest
+from potluck.crashes import Crashes
+from potluck.errors import CodeNotAllowed, EngineFailed, InvalidRequest, ModelCrashed, OutOfMemory
 from potluck.messages import BlobRef, Deploy, ErrorInfo, ModelFormat, ReplicaInfo, Signature
 
 FAILURES_LIMIT = 3
@@ -94,7 +98,13 @@ class Deployment:
     resting: dict[str, float] = field(default_factory=dict)
     """Nodes that failed, and until when they are left alone."""
     refused: set[str] = field(default_factory=set)
-    """Nodes that do not allow the model's code."""
+    """Nodes that do not allow the model's code, or that have not enough memory."""
+    short: set[str] = field(default_factory=set)
+    """Nodes whose memory ran out once: maybe because of others."""
+    crashes: Crashes = field(default_factory=Crashes)
+    """Engines that died of it, on all nodes."""
+    crashing: bool = False
+    """Whether there were too many."""
     need_bytes: int = 0
     """Memory that a replica takes."""
     cramped: dict[str, int] = field(default_factory=dict)
@@ -113,8 +123,8 @@ class Deployment:
 
     @property
     def failing(self) -> bool:
-        """Whether loading fails again and again, with `error`."""
-        return self.failures >= FAILURES_LIMIT
+        """Whether loading fails again and again, or engines die of it, with `error`."""
+        return self.failures >= FAILURES_LIMIT or self.crashing
 
     @property
     def failed(self) -> bool:
@@ -183,6 +193,8 @@ class Deployment:
         While it is `busy` with requests, a parked one keeps the replicas that it has.
         """
         commands: list[Load | Unload] = []
+        if self.crashing and not self.crashes.too_many(now):
+            self.crashing, self.error = False, None
         places = self.suited(places)
         here = {replica.node_id for replica in self.replicas.values()}
         allowed = [place for place in places if place.node_id not in self.refused]
@@ -191,7 +203,7 @@ class Deployment:
         places = allowed
         self.cramped = {}
         missing = self.target(places) - len(self.replicas)
-        if missing > 0 and not self.failed:
+        if missing > 0 and not self.failed and not self.crashing:
             able = [
                 place for place in places if place.node_id not in here and self.resting.get(place.node_id, 0.0) <= now
             ]
@@ -224,7 +236,10 @@ class Deployment:
         if replica is None or replica.state == "ready":
             return False
         replica.state, replica.error, replica.warm_rows = "ready", None, warm_rows
-        self.failures, self.error, self.settled = 0, None, True
+        self.failures, self.settled = 0, True
+        self.short.discard(replica.node_id)
+        if not self.crashing:
+            self.error = None
         return True
 
     def adopt(self, replica_id: str, node_id: str, places: Sequence[Place]) -> bool:
@@ -235,7 +250,7 @@ class Deployment:
         if replica_id in self.replicas:
             return self.replicas[replica_id].node_id == node_id
         settled = [replica.node_id for replica in self.replicas.values() if replica.state == "ready" or replica.held]
-        if node_id in settled or len(settled) >= self.target(places) or self.failed:
+        if node_id in settled or len(settled) >= self.target(places) or self.failed or self.crashing:
             return False
         for other in [replica for replica in self.replicas.values() if replica.node_id == node_id]:
             del self.replicas[other.replica_id]
@@ -243,19 +258,31 @@ class Deployment:
         return True
 
     def lost(self, replica_id: str, error: ErrorInfo | None, now: float) -> bool:
-        """A replica is gone. With an `error` its node rests for a while, and it counts as a failure while it was loading."""
+        """A replica is gone. With an `error` its node rests for a while, and it counts as a failure while it was loading.
+
+        Unless the engine was ended by another model (EngineFailed) when it was ready: then its node is as good as before.
+        """
         replica = self.replicas.pop(replica_id, None)
         if replica is None:
             return False
-        if error is not None and error.code == CodeNotAllowed.code:
-            self.refused.add(replica.node_id)
+        node_id, loading = replica.node_id, replica.state == "loading"
+        if error is None or (error.code == EngineFailed.code and not loading):
+            return True
+        if error.code == CodeNotAllowed.code or (error.code == OutOfMemory.code and node_id in self.short):
+            self.refused.add(node_id)
             self.error = error
-        elif error is not None:
-            if replica.state == "loading":
-                # A model that is itself at fault would be so elsewhere.
-                self.failures = min(FAILURES_LIMIT, self.failures + 1) if error.retryable else FAILURES_LIMIT
-                self.error = error
-            self.resting[replica.node_id] = now + RETRY_SECONDS * 2 ** max(0, self.failures - 1)
+            return True
+        if error.code == OutOfMemory.code:
+            self.short.add(node_id)
+        if loading:
+            # A model that is itself at fault would be so elsewhere.
+            self.failures = min(FAILURES_LIMIT, self.failures + 1) if error.retryable else FAILURES_LIMIT
+            self.error = error
+        if error.code == ModelCrashed.code or (error.code == OutOfMemory.code and not loading):
+            self.crashes.add(now, f"node {node_id}: {error.message}")
+            self.crashing = self.crashes.too_many(now)
+            self.error = replace(error, message=self.crashes.summary) if self.crashing else error
+        self.resting[node_id] = now + RETRY_SECONDS * 2 ** max(0, self.failures - 1)
         return True
 
     def node_lost(self, node_id: str) -> list[str]:
@@ -265,6 +292,7 @@ class Deployment:
             del self.replicas[replica_id]
         self.resting.pop(node_id, None)
         self.refused.discard(node_id)
+        self.short.discard(node_id)
         return gone
 
     def check_invariants(self) -> None:

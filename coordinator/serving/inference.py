@@ -135,10 +135,10 @@ class Inference:
         router.add_replica(replica_id, node_id)
         self._pump(router)
 
-    def remove_replica(self, name: str, replica_id: str) -> None:
-        """A replica is gone: what is on its way to it is asked again elsewhere."""
+    def remove_replica(self, name: str, replica_id: str, *, crashed: bool = False) -> None:
+        """A replica is gone: what is on its way to it is asked again elsewhere. `crashed`: its engine died of what it computed."""
         router = self._routers[name]
-        router.remove_replica(replica_id, self._clock())
+        router.remove_replica(replica_id, self._clock(), crashed=crashed)
         self._pump(router)
 
     def ask_again(self, node_id: str) -> None:

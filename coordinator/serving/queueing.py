@@ -37,6 +37,8 @@ class Request:
     attempts: int = 0
     failure: str = ""
     """What the last attempt failed with."""
+    crashes: int = 0
+    """Engines that died while they computed it: then it is computed alone, so that nobody suffers with it."""
     answered: bool = False
     batch: Batch | None = None
     """With which it was sent last."""

@@ -8,6 +8,7 @@ from msgspec import Struct
 
 from coordinator.serving.deployments import Deployment, Parking
 from coordinator.serving.traffic import Role, Traffic
+from potluck.crashes import Crashes
 from potluck.messages import BlobRef, Deploy, ModelFormat
 
 STREAM = "deployments"
@@ -149,6 +150,8 @@ class Records:
         if known is None:
             known = self.deployments[event.name] = Deployment(event.name, event.model, event.wanted, event.format)
         known.wanted, known.failures, known.error = event.wanted, 0, None
+        known.crashes, known.crashing = Crashes(), False
+        known.resting.clear()
         known.parked, known.reason, known.retired = None, "", False
         known.asked = event.asked or known.asked
 

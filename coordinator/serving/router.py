@@ -17,12 +17,13 @@ A batch that is slow to come back is asked again elsewhere (`hedging`), and one 
 from __future__ import annotations
 
 import random
+from itertools import islice
 from math import inf
 
 from coordinator.serving.hedging import Hedging
 from coordinator.serving.lanes import BATCH_TARGET_SECONDS, BATCHES_AHEAD, HEADROOM, Batch, Lane, Lanes
 from coordinator.serving.queueing import Request, RequestQueue
-from potluck.errors import Cancelled, InputsLost, Overloaded, PotluckError, TimedOut, Unavailable
+from potluck.errors import Cancelled, InputsLost, ModelCrashed, Overloaded, PotluckError, TimedOut, Unavailable
 from potluck.messages import RequestOutcome
 from potluck.wording import counted
 
@@ -31,6 +32,8 @@ BATCH_BYTES = 160 * 1024
 UNHURRIED_SECONDS = BATCH_TARGET_SECONDS * BATCHES_AHEAD / HEADROOM
 """A request with so much time does not ask for smaller batches."""
 ATTEMPTS_LIMIT = 4
+CRASHES_LIMIT = 2
+"""A request of which an engine died is tried once more, alone."""
 REST_SECONDS = 0.5
 LEAST_RETRY_SECONDS = 0.1
 
@@ -87,10 +90,14 @@ class Router:
         if replica_id not in self.lanes:
             self.lanes.add(Lane(replica_id, node_id))
 
-    def remove_replica(self, replica_id: str, now: float) -> None:
-        """It is gone: what was on its way to it is asked again elsewhere."""
+    def remove_replica(self, replica_id: str, now: float, *, crashed: bool = False) -> None:
+        """It is gone: what was on its way to it is asked again elsewhere. `crashed`: its engine died of what it computed."""
         lane = self.lanes.remove(replica_id)
         if lane is not None:
+            for batch in islice(lane.batches.values(), int(crashed)):
+                for request in batch.requests:
+                    request.crashes += 1
+                    request.failure = request.failure or "its engine died of it"
             for batch in reversed(lane.batches.values()):
                 batch.out = False
                 self._away.pop(batch.batch_id, None)
@@ -194,6 +201,7 @@ class Router:
                 lost = error.code == InputsLost.code and request.held_by  # a node had them, and no other will find them
                 if not lost and (error.retryable or error.code == "not_found"):
                     request.failure = error.message
+                    request.crashes += error.code == ModelCrashed.code
                     retried.append(request)
                     continue
             self.served += not request.answered
@@ -345,6 +353,8 @@ class Router:
                 continue
             if taken and (rows + request.rows > limit or size + request.size_bytes > BATCH_BYTES):
                 break
+            if taken and (request.crashes or first.crashes):
+                break
             queue.take(request)
             request.attempts += 1
             rows += request.rows
@@ -382,7 +392,7 @@ class Router:
                 self._time_out(request)
             elif request.inputs_lost:
                 request.settle(self._lost())
-            elif request.attempts >= ATTEMPTS_LIMIT:
+            elif request.attempts >= ATTEMPTS_LIMIT or request.crashes >= CRASHES_LIMIT:
                 reason = f": {request.failure}" if request.failure else ""
                 request.settle(
                     Unavailable(

@@ -282,6 +282,8 @@ class Serving:
         deployment = self._deployments[router.name]
         if deployment.parked:
             self._upkeep.wake(deployment)
+        if deployment.crashing and deployment.error is not None:
+            raise Unavailable(f"{router.name} has no replica: {deployment.error.message}")
         if len(router.queue) >= self._settings.queue_limit:
             raise Unavailable(
                 f"{counted(len(router.queue), 'request')} for {router.name} in the queue already, which is being loaded: try again in "

@@ -15,6 +15,7 @@ from coordinator.serving.inference import Inference
 from coordinator.serving.records import AnyDeploymentEvent, Measured, Parked, Records, Settled, Woken
 from coordinator.serving.registry import Registry, pixel_scale
 from coordinator.serving.room import Room
+from potluck.errors import ModelCrashed
 from potluck.logs import fields
 from potluck.messages import (
     BlobRef,
@@ -89,7 +90,8 @@ class Upkeep:
     def _replica_gone(self, node_id: str, replica_id: str, error: ErrorInfo | None) -> None:
         deployment = self._records.deployments.get(_name_of(replica_id))
         if deployment is not None and deployment.lost(replica_id, error, self._clock()):
-            self._inference.remove_replica(deployment.name, replica_id)
+            crashed = error is not None and error.code == ModelCrashed.code
+            self._inference.remove_replica(deployment.name, replica_id, crashed=crashed)
             reason = error.message if error else "asked for"
             log.info("replica gone %s", fields(replica=replica_id, node=node_id, reason=reason))
             self.reconcile(deployment)

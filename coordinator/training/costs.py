@@ -43,7 +43,10 @@ PREFERENCE = 1.1
 
 @dataclass(frozen=True)
 class Costs:
-    """`rates`: samples/s of each node; `samples` are left to train on; `bandwidth` in bytes/s, None where unknown."""
+    """`rates`: samples/s of each node; `samples` are left to train on; `bandwidth` in bytes/s, None where unknown.
+
+    `weights_bytes` are those of the weights that are trained, as float32: others are not sent.
+    """
 
     rates: tuple[float, ...]
     weights_bytes: int

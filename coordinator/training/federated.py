@@ -61,8 +61,10 @@ class FederatedStrategy(RoundsStrategy):
             return ["without noise nothing is hidden"]
         if self.weights is None or not self.spent:
             return []
-        times = privacy.loudness(rules, self.spent.values(), self.weights.size // 4, self.spec.batch_size)
-        nodes = f"{counted(len(self.spent), 'node')}"
+        times = privacy.loudness(
+            rules, self.spent.values(), (self.trained_bytes or self.weights.size) // 4, self.spec.batch_size
+        )
+        nodes = counted(len(self.spent), "node")
         what = "gradient" if rules.unit == "example" else "update"
         return [f"the noise in the mean of {nodes} is {times:,.1f} times as long as the longest {what}"]
 

@@ -131,6 +131,8 @@ class RoundsStrategy:
     assigned: dict[str, tuple[int, ...]] = field(default_factory=dict)
     shares: dict[str, float] = field(default_factory=dict)
     measured: dict[str, float] = field(default_factory=dict)
+    trained_bytes: int = 0
+    """Of the weights that are trained; 0 while nobody has said."""
     delays: dict[str, list[float]] = field(default_factory=dict)
     """Seconds that each node's last parts have taken beside computing: setting weights, quantising, sending."""
     round_metrics: list[tuple[int, dict[str, float]]] = field(default_factory=list)
@@ -222,6 +224,7 @@ class RoundsStrategy:
     def finished(self, attempt: Attempt, result: AnyTaskResult, at: float) -> None:
         if isinstance(result, TrainResult):
             seconds = result.seconds + result.seconds_ahead
+            self.trained_bytes = result.trained_bytes or self.trained_bytes
             kept = [*self.delays.get(attempt.node_id, ()), at - attempt.leased_at - seconds]
             self.delays[attempt.node_id] = kept[-OVERHEADS_KEPT:]
             if seconds > 0:
@@ -295,12 +298,12 @@ class RoundsStrategy:
         training_now = {attempt.node_id for attempt, _, _ in running.values() if self._of_round(attempt)}
         at_work = training_now | self.contributions.keys() or self.crew
         nodes = {name: rate for name, rate in self.measured.items() if name in at_work}
-        training = sum(done for attempt, done, _ in running.values() if self._of_round(attempt))
-        training += sum(result.samples for result in self.contributions.values())
+        training = sum(items for attempt, items, _ in running.values() if self._of_round(attempt))
+        done = self._done_parts()
+        training += sum(samples for samples, _ in done)
         metrics = dict(self.last_epoch.metrics) if self.last_epoch else {}
-        live = [(done, seen) for attempt, done, seen in running.values() if self._of_round(attempt) and done]
-        live += [(result.samples, result.metrics) for result in self.contributions.values()]
-        metrics.update(weighted([*self.round_metrics, *live]))
+        live = [(items, seen) for attempt, items, seen in running.values() if self._of_round(attempt) and items]
+        metrics.update(weighted([*self.round_metrics, *done, *live]))
         message = "writing the model" if self.all_trained else "validating" if self.epoch_full else "training"
         return JobProgress(
             done=min(self.samples + training, self.total),
@@ -371,6 +374,10 @@ class RoundsStrategy:
         """Of a task's data among the shards of the data set."""
         indexes = {shard.blob.sha256: index for index, shard in enumerate(self.dataset.shards)}
         return tuple(indexes[shard.blob.sha256] for shard in task.data)
+
+    def _done_parts(self) -> list[tuple[int, dict[str, float]]]:
+        """(Samples, metrics) of the parts of the open round that are done before the others."""
+        return [(result.samples, result.metrics) for result in self.contributions.values()]
 
     def _open_round(self, view: ClusterView) -> list[Decision]:
         """Parts for nodes that are ready."""

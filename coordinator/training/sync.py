@@ -146,7 +146,8 @@ class SyncStrategy(RoundsStrategy):
         self.computing_seconds += computing * len(self.parts)
         self.round_seconds += len(self.parts) * max(0.0, event.at - (self.closed_at or self.opened_at))
         self.closed_at = event.at
-        self.exchanged_bytes += steps * 2 * (len(self.members) - 1) * event.weights.size
+        reduced = max((part.reduced_bytes for part in self.parts.values()), default=0) or event.weights.size
+        self.exchanged_bytes += steps * 2 * (len(self.members) - 1) * reduced
         self.weights, self.optimizer, self.step = event.weights, event.optimizer, None
         self.samples += event.samples
         self.steps_done += event.samples // self.batch
@@ -174,6 +175,9 @@ class SyncStrategy(RoundsStrategy):
         found = super().progress(running)
         return replace(found, strategy=text, waiting=self.alone | found.waiting)
 
+    def _done_parts(self) -> list[tuple[int, dict[str, float]]]:
+        return super()._done_parts() + [(part.samples, part.metrics) for part in self.parts.values()]
+
     def _choose(self, view: ClusterView) -> None:
         """By the cost model, from what the first round has measured of the nodes that are here."""
         nodes = [node for node in view.nodes if node.node_id in self.measured and node.node_id not in self.slow]
@@ -183,7 +187,7 @@ class SyncStrategy(RoundsStrategy):
         self.prediction = predict(
             Costs(
                 rates=tuple(rates.values()),
-                weights_bytes=self.weights.size,
+                weights_bytes=self.trained_bytes or self.weights.size,
                 data_bytes=sum(shard.blob.size for shard in self.dataset.shards),
                 samples=max(1, self.total - self.samples),
                 batch_size=self.batch,

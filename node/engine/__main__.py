@@ -1,4 +1,4 @@
-"""The engine's process: `python -m node.engine FD THREADS SCRATCH [ALLOWED CODE...]`, started by `node.engine.process` alone."""
+"""The engine's process: `python -m node.engine FD THREADS SCRATCH MEMORY [ALLOWED CODE...]`, started by `node.engine.process` alone."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
 
-from node.engine import formats, frames
+from node.engine import formats, frames, memory
 from node.engine.memory import shortage
 from node.engine.replicas import Replicas
 from node.engine.wording import one_line
@@ -260,7 +260,8 @@ def left_out(*packages: str) -> Iterator[None]:
 
 
 def main() -> None:
-    descriptor, threads, scratch, allowed = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:]
+    descriptor, threads, scratch, allowed = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[5:]
+    memory.limit_bytes = int(sys.argv[4])
     channel = Channel(socket.socket(fileno=descriptor))
     threading.Thread(target=_beat, args=(channel,), name="heartbeat", daemon=True).start()
     runtimes: dict[str, str] = {"potluck": __version__}
@@ -280,6 +281,8 @@ def main() -> None:
     sys.dont_write_bytecode = True
     if formats.has_litert():
         runtimes["litert"] = formats.litert_version()
+    if memory.limit_bytes and not gpus:  # for those, drivers reserve much address space that is no memory
+        memory.hold_to_limit(threads)
     replicas = Replicas(lambda model_format, path: formats.load(model_format, path, scratch, threads))
     server = Server(channel, replicas, tasks)
     # A full collection over all that TensorFlow made takes longer than a hundred inferences: leave that out from now on.

@@ -13,6 +13,9 @@ from potluck.errors import CodeNotAllowed, PotluckError
 from potluck.settings import LAMBDA
 
 _OWN = re.compile(r"Could not locate (class|function) '([^']*)'")
+_FILES = re.compile(
+    "Requested the loading of a vocabulary file|deserialization of a `TFSMLayer`|Not allowed: H5 file with (external|External|Soft|virtual)"
+)
 
 _allowed: tuple[str, ...] = ()
 
@@ -47,6 +50,11 @@ def refusal(text: str) -> PotluckError | None:
         return CodeNotAllowed(
             "the model holds a Lambda layer, which is code, and this node does not allow that: use keras.ops or other layers, or "
             f'let nodes run any code that models bring ("{LAMBDA}" in allow_code of their configuration)'
+        )
+    if _FILES.search(text):
+        return CodeNotAllowed(
+            "the model names files of the machine it runs on (a vocabulary, a SavedModel, or weights beside the model's own file), and "
+            "nodes do not allow that: give layers their vocabulary as a list, and save the model with model.save('name.keras')"
         )
     own = _OWN.search(text)
     if own is None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+import resource
+
+import psutil
 
 from node.engine.wording import one_line
 from potluck.errors import OutOfMemory
@@ -17,8 +20,24 @@ SIGNS = (
 )
 """In errors that are of another kind: what TensorFlow says where a GPU has no room for a tensor, CUDA's libraries, and XLA."""
 
+limit_bytes = 0
+"""What this process may take (resident); 0: any. One engine, one limit."""
+THREAD_BYTES = 8 * 2**20
+"""Of a thread's stack, which is hardly ever used."""
+
 _TENSOR = re.compile(r"OOM when allocating tensor with shape\[([\d,]+)\] and type (\w+)")
 _BYTES = {"double": 8, "int64": 8, "half": 2, "bfloat16": 2, "int8": 1, "uint8": 1, "bool": 1}
+
+
+def hold_to_limit(threads: int) -> None:
+    """Let the kernel refuse what this process wants more than its limit: then TensorFlow says which tensor had no room.
+
+    RLIMIT_DATA (getrlimit(2)) counts what is private and writable, used or not, and not the libraries that are resident; so the limit is
+    what is left from here on. Call it when those are loaded.
+    """
+    now = psutil.Process().memory_info()
+    room = max(0, limit_bytes - now.rss) + 4 * threads * THREAD_BYTES
+    resource.setrlimit(resource.RLIMIT_DATA, (now.data + room, resource.getrlimit(resource.RLIMIT_DATA)[1]))
 
 
 def _wanted(text: str) -> str:

@@ -20,6 +20,7 @@ from node.engine.truth import Truth
 from potluck import weights as files
 from potluck.errors import InvalidModel
 from potluck.messages import Privacy
+from potluck.updates import Role
 
 AT_ONCE = 16
 GRADIENTS_BYTES = 64 * 2**20
@@ -140,8 +141,8 @@ class NoisyStep:
         ) * counts
 
 
-def protected(before: Path, after: Sequence[Any], rules: Privacy | None) -> list[Any]:
-    """The weights `after` a round, as they may leave this node; in the order of `model.weights`, as those in the file `before`.
+def protected(before: Path, after: Sequence[Any], rules: Privacy | None, roles: Sequence[Role]) -> list[Any]:
+    """The weights `after` a round, as they may leave this node; in the order of `model.weights`, as their roles and the file `before`.
 
     For the unit `node` what was learnt is cut and noise added (McMahan et al., 2018, with noise at each node). State that is
     not trained stays as it was: it would tell of the data without noise.
@@ -150,13 +151,13 @@ def protected(before: Path, after: Sequence[Any], rules: Privacy | None) -> list
         return list(after)
     stored = dict(files.load(before))
     names = sorted(stored, key=lambda name: name[1:])
-    kept = [value if name.startswith("w") else stored[name] for name, value in zip(names, after, strict=True)]
+    kept = [value if role == "trained" else stored[name] for name, value, role in zip(names, after, roles, strict=True)]
     if rules.unit == "example":
         return kept
     learnt = {
         place: kept[place].astype(np.float64) - stored[name]
         for place, name in enumerate(names)
-        if name.startswith("w") and kept[place].dtype.kind == "f"
+        if roles[place] == "trained" and kept[place].dtype.kind == "f"
     }
     norm = math.sqrt(math.fsum(float(np.vdot(part, part)) for part in learnt.values()))
     factor = min(1.0, rules.l2_norm_clip / norm) if norm else 1.0

@@ -10,27 +10,34 @@ import re
 import signal
 import socket
 import sys
+import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from node.engine import frames
+from node.engine.link import Link, OnProgress
+from node.engine.progress import Progress, read
+from node.engine.watch import Limits, Verdict, Watch, out_of_memory
 from potluck import errors
-from potluck.errors import BadMessage, EngineFailed
+from potluck.errors import EngineFailed, ModelCrashed, OutOfMemory, PotluckError
 from potluck.lifecycle import die_with_parent
 from potluck.messages import AnyTask, AnyTaskResult, BlobRef, ModelFormat, RequestOutcome, Signature, Tensor
 
 log = logging.getLogger(__name__)
 
-OnProgress = Callable[[int, dict[str, float]], None]
 STDERR_LINES = 12
 _CHATTER = re.compile(
     r"^[IW]\d{4} |All log messages before absl|To enable the following instructions|oneDNN custom operations"
 )
 """What TensorFlow says at its start, always."""
 SOCKET_BUFFER_BYTES = 1 << 20
+FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""What ends a process whatever it does: a person, or Linux when the machine's memory runs out. No model is to blame."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +58,7 @@ class Engine:
         scratch: Path,
         *,
         threads: int,
-        start_seconds: float,
-        silence_seconds: float,
+        limits: Limits,
         allow_code: Sequence[str] = (),
         quick_kernels: bool = False,
     ) -> None:
@@ -60,15 +66,16 @@ class Engine:
         self._quick_kernels = quick_kernels
         self._allow_code = allow_code
         self._threads = threads
-        self._start_seconds = start_seconds
-        self._silence_seconds = silence_seconds
+        self._limits = limits
+        self._watch = Watch(limits)
         self._process: asyncio.subprocess.Process | None = None
-        self._link: _Link | None = None
+        self._link: Link | None = None
         self._numbers = itertools.count(1)
         self._batches: dict[str, int] = {}
         """Numbers of the inferences under way, by the ids of their batches."""
         self._stderr: deque[str] = deque(maxlen=STDERR_LINES)
-        self._dead: asyncio.Future[EngineFailed] | None = None
+        self._dead: asyncio.Future[PotluckError] | None = None
+        self._suspects: frozenset[str] = frozenset()
         self._tasks: list[asyncio.Task[None]] = []
 
     @property
@@ -80,7 +87,7 @@ class Engine:
         return self._process.pid if self._process else None
 
     async def start(self) -> EngineInfo:
-        """Raises EngineFailed, with the child's last words, when it does not come up within `start_seconds`."""
+        """Raises EngineFailed, with the child's last words, when it ends before it is up, or gets no further."""
         try:
             return await self._start()
         except OSError as error:
@@ -112,7 +119,8 @@ class Engine:
         try:
             # -P: a folder named `keras` where the daemon was started is not Keras.
             self._process = await asyncio.create_subprocess_exec(
-                sys.executable, "-P", "-m", "node.engine", str(theirs.fileno()), str(threads), str(self._scratch), *self._allow_code,
+                sys.executable, "-P", "-m", "node.engine", str(theirs.fileno()), str(threads), str(self._scratch),
+                str(self._limits.memory_bytes), *self._allow_code,
                 pass_fds=(theirs.fileno(),), stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL,
                 stderr=asyncio.subprocess.PIPE, env=environment, start_new_session=True, preexec_fn=die_with_parent(),
             )  # fmt: skip
@@ -121,23 +129,42 @@ class Engine:
             raise
         finally:
             theirs.close()
-        started: asyncio.Future[EngineInfo] = loop.create_future()
-        _, self._link = await loop.create_connection(lambda: _Link(started), sock=ours)
+        _, self._link = await loop.create_connection(lambda: Link(self._watch.heard), sock=ours)
         self._tasks = [
             asyncio.create_task(self._read_stderr(), name="engine stderr"),
-            asyncio.create_task(self._watch(), name="engine watch"),
+            asyncio.create_task(self._keep_watch(), name="engine watch"),
         ]
+        started = self._link.started
         either: list[asyncio.Future[Any]] = [started, self._dead]
-        done, _ = await asyncio.wait(either, timeout=self._start_seconds, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if started.done():
-            return started.result()
-        reason = "it ended" if done else f"it was not ready within {self._start_seconds:g} s"
-        raise EngineFailed(f"the engine did not start: {reason}{self._last_words()}")
+            return EngineInfo(started.result().runtimes, started.result().gpus)
+        reason = self._dead.result().message.removeprefix("the engine ")
+        raise EngineFailed(f"the engine did not start: it {reason}")
 
-    async def wait_dead(self) -> EngineFailed:
-        """Why it died, once it has."""
+    async def wait_dead(self) -> PotluckError:
+        """Why it died, once it has: EngineFailed, or OutOfMemory."""
         assert self._dead is not None
         return await asyncio.shield(self._dead)
+
+    def blame(self, replica_id: str) -> PotluckError:
+        """What to tell of a replica that was here when the engine died: whether that was its own doing."""
+        assert self._dead is not None
+        failure = self._dead.result()
+        if replica_id not in self._suspects:
+            return EngineFailed(f"another model's doing: {failure.message}" if self._suspects else failure.message)
+        return failure if isinstance(failure, OutOfMemory) else ModelCrashed(failure.message)
+
+    async def stuck(self, limit_seconds: float, bound_seconds: float) -> None:
+        """Return when it has got no further for so long; or after the bound, or what it took to start twice, if that is more."""
+        if self.pid is None:
+            return
+        loop = asyncio.get_running_loop()
+        progress = Progress(limit_seconds)
+        end = loop.time() + max(bound_seconds, 2 * self._watch.start_seconds)
+        while not progress.stuck and loop.time() < end:
+            progress.look(loop.time(), read(self.pid))
+            await asyncio.sleep(min(1.0, limit_seconds / 4))
 
     async def run_task(
         self, job_id: str, task: AnyTask, files: dict[str, Path], on_progress: OnProgress
@@ -168,11 +195,13 @@ class Engine:
     def pause(self) -> None:
         """Let tasks stand still from their next step or batch on."""
         if self.alive:
+            self._watch.paused = True
             self._send(frames.Pause())
 
     def resume(self) -> None:
         """Let them go on."""
         if self.alive:
+            self._watch.paused = False
             self._send(frames.Resume())
 
     async def load_model(
@@ -184,7 +213,10 @@ class Engine:
         warm_seconds: float = 20.0,
         pixel_scale: float = 1.0,
     ) -> tuple[Signature, int, int]:
-        """Its signature, the memory that it took, and up to how many rows it was warmed up. Raises InvalidModel, EngineFailed."""
+        """Its signature, the memory that it took, and up to how many rows it was warmed up.
+
+        Raises InvalidModel, EngineFailed, ModelCrashed, OutOfMemory.
+        """
         frame = frames.LoadReplica(
             number=next(self._numbers),
             replica_id=replica_id,
@@ -194,7 +226,7 @@ class Engine:
             warm_seconds=warm_seconds,
             pixel_scale=pixel_scale,
         )
-        answer = await self._ask(frame)
+        answer = await self._ask_of(replica_id, frame)
         assert isinstance(answer, frames.ReplicaLoaded)
         return answer.signature, answer.resident_bytes, answer.warm_rows
 
@@ -212,7 +244,7 @@ class Engine:
     ) -> tuple[list[RequestOutcome], float]:
         """One outcome for each request, and the engine's seconds. `files`: of the blobs among the tensors, by SHA-256.
 
-        Raises TimedOut when it would begin after `expires`, and Cancelled.
+        Raises TimedOut when it would begin after `expires`, Cancelled, and ModelCrashed when the engine dies of it.
         """
         number = self._batches[batch_id] = next(self._numbers)
         frame = frames.Infer(
@@ -223,7 +255,7 @@ class Engine:
             files={sha256: str(path) for sha256, path in files.items()},
         )
         try:
-            answer = await self._ask(frame)
+            answer = await self._ask_of(replica_id, frame)
         finally:
             self._batches.pop(batch_id, None)
         assert isinstance(answer, frames.Inferred)
@@ -262,6 +294,7 @@ class Engine:
         waiter = self._link.expect(frame.number, on_progress)
         try:
             self._send(frame)
+            self._watch.asked(frame)
             answer = await waiter
         finally:
             self._link.forget(frame.number)
@@ -269,6 +302,15 @@ class Engine:
             info = answer.error
             raise errors.from_code(info.code, info.message, info.retry_after_seconds)
         return answer
+
+    async def _ask_of(self, replica_id: str, frame: frames.Frame) -> frames.Frame:
+        """`_ask` about a replica, which learns whether it is to blame where the engine dies meanwhile."""
+        try:
+            return await self._ask(frame)
+        except PotluckError as error:
+            if self._dead is not None and self._dead.done() and error is self._dead.result():
+                raise self.blame(replica_id) from error
+            raise
 
     def _send(self, frame: frames.Frame) -> None:
         assert self._link is not None
@@ -284,34 +326,38 @@ class Engine:
                         self._stderr.append(line)
                     log.debug("engine: %s", line)
 
-    async def _watch(self) -> None:
-        """Wait for its end, and bring that about when it is silent for too long."""
+    async def _keep_watch(self) -> None:
+        """Wait for its end, and bring that about when it is stuck, or takes too much."""
         assert self._process is not None
-        assert self._dead is not None
-        assert self._link is not None
-        loop = asyncio.get_running_loop()
-        ended = asyncio.create_task(self._process.wait(), name="engine end")
-        silent = False
-        limit = self._start_seconds
+        process, loop = self._process, asyncio.get_running_loop()
+        ended = asyncio.create_task(process.wait(), name="engine end")
+        verdict: Verdict | None = None
         try:
             while not ended.done():
-                await asyncio.wait({ended}, timeout=1.0)
-                if self._link.started.done():
-                    limit = self._silence_seconds
-                if not ended.done() and loop.time() - self._link.heard_at > limit:
-                    silent = True
-                    self._kill()
-                    await ended
+                await asyncio.wait({ended}, timeout=self._limits.look_seconds)
+                if not ended.done():
+                    resident = _resident_bytes(process.pid)
+                    verdict = self._watch.look(loop.time(), time.time(), lambda: read(process.pid), resident)
+                    if verdict is not None:
+                        self._kill()
+                        await ended
         finally:
             ended.cancel()
-        reason = f"was silent for {limit:g} s and was killed" if silent else _how(self._process.returncode)
         await asyncio.wait({self._tasks[0]}, timeout=1.0)  # its last words
-        failure = EngineFailed(f"the engine {reason}{self._last_words()}")
-        self._end(failure)
+        if verdict is not None:
+            words = "" if isinstance(verdict.error, OutOfMemory) else self._last_words()
+            self._end(type(verdict.error)(verdict.error.message + words), verdict.suspects)
+            return
+        suspects = self._watch.suspects() if -(process.returncode or 0) not in FROM_OUTSIDE else frozenset[str]()
+        if self._limits.memory_bytes and any("bad_alloc" in line for line in self._stderr):
+            self._end(out_of_memory(self._limits.memory_bytes), suspects)
+        else:
+            self._end(EngineFailed(f"the engine {_how(process.returncode)}{self._last_words()}"), suspects)
 
-    def _end(self, failure: EngineFailed) -> None:
+    def _end(self, failure: PotluckError, suspects: frozenset[str] = frozenset()) -> None:
         """From now on it is dead, for this reason unless there was one before."""
         if self._dead is not None and not self._dead.done():
+            self._suspects = suspects
             self._dead.set_result(failure)
         if self._link is not None:
             self._link.fail(failure)
@@ -325,70 +371,15 @@ class Engine:
         return f"; its last words: {' | '.join(list(self._stderr)[-3:])}" if self._stderr else ""
 
 
-class _Link(asyncio.Protocol):
-    """The socket to the child: cuts the stream into frames and hands them to who waits."""
-
-    def __init__(self, started: asyncio.Future[EngineInfo]) -> None:
-        self.started = started
-        self.heard_at = asyncio.get_running_loop().time()
-        self._transport: asyncio.Transport | None = None
-        self._splitter = frames.Splitter()
-        self._waiting: dict[int, tuple[asyncio.Future[frames.Frame], OnProgress | None]] = {}
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
-
-    def data_received(self, data: bytes) -> None:
-        self.heard_at = asyncio.get_running_loop().time()
-        try:
-            for body in self._splitter.feed(data):
-                self._dispatch(frames.from_engine(body))
-        except BadMessage as error:
-            self.fail(EngineFailed(f"the engine sent what cannot be read: {error.message}"))
-            self.close()
-
-    def _dispatch(self, frame: frames.FromEngine) -> None:
-        match frame:
-            case frames.Heartbeat():
-                return
-            case frames.Started():
-                if not self.started.done():
-                    self.started.set_result(EngineInfo(frame.runtimes, frame.gpus))
-                return
-            case _:
-                pass
-        waiter, on_progress = self._waiting.get(frame.number, (None, None))
-        if isinstance(frame, frames.TaskProgressed):
-            if on_progress is not None:
-                on_progress(frame.done, frame.metrics)
-        elif waiter is not None and not waiter.done():
-            waiter.set_result(frame)
-
-    def expect(self, number: int, on_progress: OnProgress | None) -> asyncio.Future[frames.Frame]:
-        waiter: asyncio.Future[frames.Frame] = asyncio.get_running_loop().create_future()
-        self._waiting[number] = (waiter, on_progress)
-        return waiter
-
-    def forget(self, number: int) -> None:
-        self._waiting.pop(number, None)
-
-    def fail(self, error: EngineFailed) -> None:
-        for waiter, _ in self._waiting.values():
-            if not waiter.done():
-                waiter.set_exception(error)
-
-    def send(self, data: bytes) -> None:
-        if self._transport is not None:
-            self._transport.write(data)
-
-    def close(self) -> None:
-        if self._transport is not None:
-            self._transport.close()
-
-
 def _how(returncode: int | None) -> str:
     if returncode is not None and returncode < 0:
         name = signal.Signals(-returncode).name
         return f"was ended by {name}" + (", as Linux does when memory runs out" if name == "SIGKILL" else "")
     return f"ended with status {returncode}"
+
+
+def _resident_bytes(pid: int) -> int:
+    try:
+        return int(psutil.Process(pid).memory_info().rss)
+    except psutil.Error:  # it has ended, or ends
+        return 0

@@ -13,7 +13,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from node.engine import code
+from node.engine import archives, code, memory, state
 from node.engine.memory import shortage
 from node.engine.shards import ALIGNMENT
 from node.engine.wording import one_line
@@ -47,6 +47,8 @@ def load_model(path: Path, scratch: Path, *, compiled: bool) -> Any:
         raise InvalidModel(
             "the model is not a .keras file (Keras 3) or .h5 file: save it with model.save('name.keras')"
         )
+    if not _is_hdf5(path):
+        archives.check(path, memory.limit_bytes)
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         # Keras goes by the suffix, and a blob has none.
         link = Path(folder) / ("model.h5" if _is_hdf5(path) else "model.keras")
@@ -193,11 +195,12 @@ def _spec(name: str, tensor: Any) -> TensorSpec:
 
 
 def set_weights(model: Any, path: Path) -> None:
-    """Weights from a safetensors file in the order of `model.weights`. Raises InvalidModel when they do not fit.
+    """Weights from a safetensors file in the order of `model.weights`, with constraints held. Raises InvalidModel when they do not fit.
 
     Then the model is as it was: Keras would have set those before the first that does not fit.
     """
     model.set_weights(fitting_weights(model, path))
+    state.constrain(model)
 
 
 def fitting_weights(model: Any, path: Path) -> list[Any]:
@@ -217,8 +220,7 @@ def fitting_weights(model: Any, path: Path) -> list[Any]:
 
 def save_weights(model: Any, path: Path) -> None:
     """`model.weights` (seeds of random layers are not among them) in order: w00000 is trained, s00001 is state that is not."""
-    trained = {id(weight) for weight in model.trainable_weights}
-    names = ["w" if id(weight) in trained else "s" for weight in model.weights]
+    names = ["w" if role == "trained" else "s" for role in state.roles(model)]
     weights.save(
         path, ((f"{kind}{i:05}", value) for i, (kind, value) in enumerate(zip(names, weights_of(model), strict=True)))
     )

@@ -1,12 +1,11 @@
 """SavedModels: a tar of the folder, unpacked with care, and its serving signature.
 
-A SavedModel is a graph, and a graph may read and write files: those that do are refused, as are those that call Python.
+A SavedModel is a graph, and a graph may read and write files: see `vetting` for what is refused.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +17,16 @@ from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
 from node.engine import runtime
 from node.engine.graphs import Graph
 from node.engine.memory import shortage
+from node.engine.vetting import vet
 from node.engine.wording import one_line
 from potluck import savedmodels
-from potluck.errors import CodeNotAllowed, EngineFailed, InvalidModel, InvalidRequest
+from potluck.errors import EngineFailed, InvalidModel, InvalidRequest
 from potluck.messages import Signature, TensorSpec
 from potluck.tensors import datatype_of
 
 SERVING = "serving_default"
-PYTHON = frozenset({"PyFunc", "PyFuncStateless", "EagerPyFunc"})
-FILES = frozenset({"ReadFile", "WriteFile", "MatchingFiles"})
-CHECKPOINTS = frozenset({"SaveV2", "Save", "SaveSlices", "RestoreV2", "Restore", "RestoreSlice", "MergeV2Checkpoints"})
-"""Every SavedModel has them, to load its own variables; in what it serves they have no place."""
+OTHER_GRAPH = "saved_model.cpb"
+"""A part of TensorFlow reads it in place of `saved_model.pb`, where there is one: it is for graphs of more than 2 GB."""
 
 
 def load(path: Path, scratch: Path) -> Graph:
@@ -51,7 +49,13 @@ def unpack(path: Path, folder: Path) -> None:
         savedmodels.unpack(path, folder)
     except InvalidRequest as error:  # this node's disk
         raise EngineFailed(error.message) from error
-    _check_operations(node.op for meta in _read(folder).meta_graphs for node in _nodes(meta.graph_def))
+    if (folder / OTHER_GRAPH).exists():
+        raise InvalidModel(
+            f"the SavedModel has a graph in {OTHER_GRAPH}, which is not read here: save it with its weights as variables, not as constants"
+        )
+    saved = _read(folder)
+    if vet(saved):
+        (folder / savedmodels.GRAPH).write_bytes(saved.SerializeToString())
 
 
 def serving(folder: Path) -> str:
@@ -73,25 +77,6 @@ def _read(folder: Path) -> Any:
     return saved
 
 
-def _nodes(graph: Any) -> Iterator[Any]:
-    yield from graph.node
-    for function in graph.library.function:
-        yield from function.node_def
-
-
-def _check_operations(operations: Iterable[str], forbidden: frozenset[str] = PYTHON | FILES) -> None:
-    found = sorted(forbidden.intersection(operations))
-    if PYTHON.intersection(found):
-        raise InvalidModel(
-            f"the SavedModel calls Python ({', '.join(found)}), and a SavedModel does not hold Python: save it without "
-            "tf.py_function and tf.numpy_function"
-        )
-    if found:
-        raise CodeNotAllowed(
-            f"the SavedModel reads or writes files of the machine it runs on ({', '.join(found)}), and nodes do not allow that"
-        )
-
-
 def _chosen(names: list[str]) -> str:
     if SERVING in names:
         return SERVING
@@ -107,7 +92,6 @@ def _graph(loaded: Any) -> Graph:
     signatures = getattr(loaded, "signatures", {})
     chosen = _chosen(list(signatures))
     function = signatures[chosen]
-    _check_operations((node.op for node in _nodes(function.graph.as_graph_def())), PYTHON | FILES | CHECKPOINTS)
     inputs: dict[str, Any] = function.structured_input_signature[1]
     outputs: dict[str, Any] = function.structured_outputs
     if not inputs or not outputs:

@@ -27,6 +27,7 @@ from node.engine.decoders import Decoder
 from node.engine.gate import Gate
 from node.engine.memory import shortage
 from node.engine.shards import Part
+from node.engine.state import changing
 from node.engine.training import PROGRESS_SECONDS
 from node.engine.truth import truth_of
 from node.engine.wording import one_line
@@ -68,6 +69,8 @@ class Member:
         self._alone: Any = None
         self._measured_at = -math.inf
         self.rate = 0.0
+        self.reduced_bytes = 0
+        """That all members add up in a step."""
 
     def train(
         self,
@@ -197,7 +200,6 @@ class Member:
         model, strategy = self.model, self._strategy
         mine = task.batches[task.rank]
         share = mine / sum(task.batches)
-        state = [variable for variable in model.non_trainable_weights if variable.dtype.startswith(("float", "bfloat"))]
         labels = self._truth.labels
         ignored = labels[0].ignored if len(labels) == 1 else None
 
@@ -213,35 +215,42 @@ class Member:
             model._loss_tracker.update_state(loss, sample_weight=mine)
             model.compute_metrics(x, y, predicted, weight)
             found = tape.gradient(scaled, [variable.value for variable in model.trainable_variables])
-            return [
-                tf.zeros_like(variable.value) if gradient is None else tf.convert_to_tensor(gradient)
-                for gradient, variable in zip(found, model.trainable_variables, strict=True)
-            ], loss
+            # Of embeddings it has the rows that were looked up, each as often as it was: Keras's optimizers square them apart.
+            return found, loss
+
+        self._alone = tf.function(gradients)
+        floats = [
+            variable for variable in model.non_trainable_weights if variable.dtype.startswith(("float", "bfloat"))
+        ]
+        moving = changing(self._alone.get_concrete_function(*batch).graph, floats)
 
         def summed(parts: list[Any]) -> Any:
-            here = [tf.identity(part) for part in parts]  # on this member's device, which the reduction asks for
+            here = [_each(tf.identity, part) for part in parts]  # on this member's device, which the reduction asks for
             return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, here)
 
         def step(batch: Any) -> Any:
             # In the strategy's own context Keras would divide losses by the number of members, which share unequally here.
             found, loss = gradients(*batch)
-            # Moving statistics by items: members have seen different ones.
-            means = [tf.cast(variable.value, tf.float32) * share for variable in state]
+            # Moving statistics by items: members have seen different ones. Whole numbers and 64 bits leave what is alike to the bit.
+            means = [tf.cast(variable.value, tf.float64) * mine for variable in moving]
             part = tf.cast(part_of(batch[1]), tf.float32)
-            parts = [*found, *means, tf.cast(loss, tf.float32) * part, part]
+            known = [place for place, gradient in enumerate(found) if gradient is not None]
+            parts = [*(found[place] for place in known), *means, tf.cast(loss, tf.float32) * part, part]
             if strategy is not None:
                 parts = strategy.run(summed, args=(parts,))
-            *rest, loss, whole = parts[len(found) :]
-            found = parts[: len(found)]
+            *rest, loss, whole = parts[len(known) :]
+            for place, gradient in zip(known, parts, strict=False):
+                found[place] = gradient
             if ignored is not None:
-                found = [tf.math.divide_no_nan(gradient, tf.cast(whole, gradient.dtype)) for gradient in found]
+                found = [
+                    _each(lambda part: tf.math.divide_no_nan(part, tf.cast(whole, part.dtype)), one) for one in found
+                ]
                 loss = tf.math.divide_no_nan(loss, whole)
             model.optimizer.apply(found, model.trainable_variables)
-            for variable, mean in zip(state, rest, strict=True):
-                variable.assign(tf.cast(mean, variable.dtype))
+            for variable, mean in zip(moving, rest, strict=True):
+                variable.assign(tf.cast(mean / sum(task.batches), variable.dtype))
             return loss
 
-        self._alone = tf.function(gradients)
         variables = [*model.variables, *model.optimizer.variables]
         kept = [variable.numpy() for variable in variables]
         found, _ = self._alone(*batch)
@@ -252,6 +261,9 @@ class Member:
                 fusing.unfuse(model.optimizer)
         for variable, value in zip(variables, kept, strict=True):
             variable.assign(value)
+        self.reduced_bytes = sum(_bytes(part, 1 / share) for part in found) + sum(
+            8 * math.prod(variable.shape) for variable in moving
+        )
         return tf.function(step)
 
     def _metrics(self) -> dict[str, float]:
@@ -270,6 +282,26 @@ def _form(task: SyncTask) -> Any:
         return tf.distribute.MultiWorkerMirroredStrategy(cluster_resolver=resolver)
     except tf.errors.OpError as error:
         raise PeerLost(f"the group could not be formed: {one_line(error, 300)}") from error
+
+
+def _each(change: Callable[[Any], Any], gradient: Any) -> Any:
+    """What a change of each value makes of a gradient, also of one of a few rows, and of none."""
+    if gradient is None:
+        return None
+    if not isinstance(gradient, tf.IndexedSlices):
+        return change(gradient)
+    return tf.IndexedSlices(change(gradient.values), gradient.indices, gradient.dense_shape)
+
+
+def _bytes(gradient: Any, members: float) -> int:
+    """Of a gradient that all members add up; rows come from as many members as this counts for."""
+    if gradient is None:
+        return 0
+    if not isinstance(gradient, tf.IndexedSlices):
+        return int(gradient.dtype.size) * math.prod(map(int, gradient.shape))
+    rows = gradient.values
+    # To have all rows everywhere takes half of what adding them up would.
+    return round(members / 2 * int(rows.dtype.size) * math.prod(map(int, rows.shape)))
 
 
 def _together(step: Any, batch: Any) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import math
+import shutil
 import threading
 import time
 from collections import OrderedDict
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 from msgspec.structs import replace
 
-from node.engine import formats, pixels, privacy, runtime
+from node.engine import formats, pixels, privacy, runtime, saving, state
 from node.engine.converting import convert
 from node.engine.evaluating import evaluate
 from node.engine.gate import Gate
@@ -43,6 +44,7 @@ from potluck.messages import (
     ModelFormat,
     PredictResult,
     PredictTask,
+    Step,
     SyncResult,
     SyncTask,
     TrainResult,
@@ -74,6 +76,8 @@ class Tasks:
         self._ahead: Session | None = None
         self._member: Member | None = None
         self._formation = ""
+        self._checkpoint: tuple[BlobRef, Path] | None = None
+        """The group's last one, and its file."""
 
     def run(
         self, job_id: str, task: AnyTask, files: Mapping[str, str], cancelled: threading.Event, progress: Progress
@@ -156,8 +160,8 @@ class Tasks:
         seconds = math.inf if task.parts else task.seconds
         outcome = session.train(task.samples, seconds, cancelled, progress, overlap=task.overlap, gate=self.gate)
         target = self._scratch / "update.new"
-        after = privacy.protected(paths[base.sha256], outcome.weights, task.privacy)
-        norm = updates.write_update(target, paths[base.sha256], after, task.compression)
+        after = privacy.protected(paths[base.sha256], outcome.weights, task.privacy, session.roles)
+        norm = updates.write_update(target, paths[base.sha256], after, task.compression, session.roles)
         self._ahead = session if task.overlap else None
         return TrainResult(
             base=base,
@@ -170,6 +174,8 @@ class Tasks:
             seconds=outcome.seconds,
             seconds_ahead=outcome.seconds_ahead,
             image=session.image,
+            trained_bytes=state.trained_bytes(session.model),
+            momentum=state.momentum(session.model),
         )
 
     def _warm_up(self, job_id: str, task: TrainTask, paths: Paths, cancelled: threading.Event) -> WarmUpResult:
@@ -230,15 +236,21 @@ class Tasks:
         if task.begins:
             self._member = Member(task, paths, self._scratch)
             self._formation = formation
+            self._checkpoint = None
+            if task.weights is not None and task.rank == 0:
+                self._keep_checkpoint(task.weights, paths[task.weights.sha256])
         if self._member is None or self._formation != formation:
             raise PeerLost("this engine was started anew, and is no member of the group any more")
         member = self._member
         seconds, metrics = member.train(task, cancelled, progress, self.gate)
         saved: list[BlobRef] = []
+        step: Step | None = None
         if task.rank == 0:
             files = self._scratch / "weights.new", self._scratch / "optimizer.new"
             member.save(*files)
+            step = self._step(member)
             saved = [self._blob(path) for path in files]
+            self._keep_checkpoint(saved[0], self._scratch / saved[0].sha256)
         return SyncResult(
             samples=task.steps * task.batches[task.rank],
             steps=task.steps,
@@ -246,9 +258,32 @@ class Tasks:
             rate=member.rate,
             weights=saved[0] if saved else None,
             optimizer=saved[1] if saved else None,
+            reduced_bytes=member.reduced_bytes,
+            step=step,
             seconds=seconds,
             image=member.image,
         )
+
+    def _keep_checkpoint(self, ref: BlobRef, path: Path) -> None:
+        """Under a name of our own: the parent takes the file away."""
+        kept = self._scratch / "weights.kept"
+        kept.unlink(missing_ok=True)
+        try:
+            kept.hardlink_to(path)
+        except OSError:  # on another disk, or one that has none
+            shutil.copyfile(path, kept)
+        self._checkpoint = ref, kept
+
+    def _step(self, member: Member) -> Step | None:
+        """What leads from the last checkpoint to the member's weights, where that is less than half of them."""
+        if self._checkpoint is None:
+            return None
+        base, path = self._checkpoint
+        if state.trained_bytes(member.model) >= base.size / 2:
+            return None
+        target, values = self._scratch / "update.new", runtime.weights_of(member.model)
+        updates.write_update(target, path, values, "none", ["value"] * len(values))
+        return Step(base=base, update=self._blob(target))
 
     def apply_step(self, before: Path, update: Path) -> BlobRef:
         """The file of the weights that an update makes of others. Raises InvalidModel."""
@@ -319,7 +354,7 @@ class Tasks:
             # Loading gave it state of zeros, twice the size of the model for Adam: the file needs only its settings.
             model.optimizer = type(model.optimizer).from_config(model.optimizer.get_config())
         target = self._scratch / "export.keras"
-        model.save(target)
+        saving.save(model, target)
         return ExportResult(
             model=self._blob(target), signature=pixels.described(model), seconds=time.perf_counter() - started
         )

@@ -16,7 +16,7 @@ import numpy as np
 import psutil
 import tensorflow as tf
 
-from node.engine import decoders, fusing, inputs, privacy, runtime, shards
+from node.engine import decoders, fusing, inputs, privacy, runtime, shards, state
 from node.engine.decoders import Decoder
 from node.engine.gate import Gate
 from node.engine.loaded import FAILURES
@@ -69,6 +69,7 @@ class Session:
         keras.utils.set_random_seed(seed)
         model.steps_per_execution = 1  # rounds end by the clock, after any step
         self.model = model
+        self.roles = state.roles(model)
         self.image: ImageOptions | None = None
         """How images become its input, of the data in use."""
         self._seed = seed
@@ -164,10 +165,11 @@ class Session:
         values = runtime.fitting_weights(self.model, path)
         if ahead is not None and ahead.steps:
             now = runtime.weights_of(self.model)
-            for weight, value, before, after in zip(self.model.weights, values, ahead.weights, now, strict=True):
-                if weight.trainable:
+            for role, value, before, after in zip(self.roles, values, ahead.weights, now, strict=True):
+                if role == "trained":
                     value += after - before
         self.model.set_weights(values)
+        state.constrain(self.model)
 
     def train_ahead(self, until: Callable[[], bool]) -> None:
         """Go on after a round that was asked to, until `until()` or for the share of it that may be ahead."""

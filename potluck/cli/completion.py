@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
+import io
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+import os
+import sys
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,13 +17,53 @@ from potluck.errors import PotluckError
 from potluck.wording import counted
 
 if TYPE_CHECKING:
-    from potluck.client import AsyncClient
+    from potluck.client.connection import Connection
 
 SECONDS = 1.0
 """Nobody waits longer for a list to choose from."""
 
 Found = list[tuple[str, str]]
 """What can be written, and a word on what it is."""
+
+_ASKED = "_POTLUCK_COMPLETE"
+"""What the shells' scripts set."""
+_BREAKS = ":="
+
+
+def run(program: Callable[[], None]) -> None:
+    """Run the command line; where bash asks it for what a word may become, answer so that bash can use it.
+
+    Bash ends words at `:` and `=` (COMP_WORDBREAKS) and typer does not, and what is answered takes the place of the last part alone.
+    So the parts are put together before, and what stands already is cut off the answers.
+    """
+    if os.environ.get(_ASKED) != "complete_bash":
+        program()
+        return
+    words, at, stands = joined(os.environ.get("COMP_WORDS", "").split("\n"), int(os.environ.get("COMP_CWORD") or 0))
+    os.environ |= {"COMP_WORDS": "\n".join(words), "COMP_CWORD": str(at)}
+    said = io.StringIO()
+    try:
+        with redirect_stdout(said):
+            program()
+    finally:
+        sys.stdout.write("".join(line.removeprefix(stands) for line in said.getvalue().splitlines(keepends=True)))
+
+
+def joined(parts: Sequence[str], at: int) -> tuple[list[str], int, str]:
+    """(whole words, which of them `parts[at]` is in, what of that bash leaves as it is). An empty part begins a word: a space stood before."""
+    words: list[str] = []
+    place, stands, open_ended = at, "", False
+    for number, part in enumerate(parts):
+        sign = bool(part) and not part.strip(_BREAKS)
+        if words and (sign or (part and open_ended)):
+            words[-1] += part
+        else:
+            words.append(part)
+        if number == at:
+            place = len(words) - 1
+            stands = words[-1] if sign else words[-1].removesuffix(part)
+        open_ended = sign
+    return words, place, stands
 
 
 def words(*choices: str) -> Callable[[str], list[str]]:
@@ -35,8 +78,10 @@ def words(*choices: str) -> Callable[[str], list[str]]:
 def jobs(context: typer.Context, incomplete: str) -> Found:
     """Jobs by id, the newest first."""
 
-    async def ask(client: AsyncClient) -> Found:
-        found = reversed(await client.jobs())
+    async def ask(connection: Connection) -> Found:
+        from potluck.client import listings
+
+        found = reversed(await listings.jobs(connection))
         return [(job.job_id, f"{job.kind} {job.subject.name or job.subject.model} {job.state}") for job in found]
 
     return _offered(context, incomplete, ask)
@@ -45,9 +90,11 @@ def jobs(context: typer.Context, incomplete: str) -> Found:
 def models(context: typer.Context, incomplete: str) -> Found:
     """Registered models, their versions and aliases."""
 
-    async def ask(client: AsyncClient) -> Found:
+    async def ask(connection: Connection) -> Found:
+        from potluck.client import listings
+
         found: Found = []
-        for info in await client.models():
+        for info in await listings.models(connection):
             found += [(info.name, info.format), (f"{info.name}:{info.version}", info.source)]
             found += [(f"{info.name}:{alias}", f"version {info.version}") for alias in info.aliases]
         return list(dict(reversed(found)).items())[::-1]
@@ -63,8 +110,10 @@ def model_files(context: typer.Context, incomplete: str) -> Found:
 def deployments(context: typer.Context, incomplete: str) -> Found:
     """Deployed models, by their plain names and by version."""
 
-    async def ask(client: AsyncClient) -> Found:
-        found = await client.deployments()
+    async def ask(connection: Connection) -> Found:
+        from potluck.client import listings
+
+        found = await listings.deployments(connection)
         plain = dict.fromkeys(one.name.partition(":")[0] for one in found)
         return [*((name, "") for name in plain), *((one.name, one.state) for one in found)]
 
@@ -74,10 +123,12 @@ def deployments(context: typer.Context, incomplete: str) -> Found:
 def datasets(context: typer.Context, incomplete: str) -> Found:
     """Registered data sets."""
 
-    async def ask(client: AsyncClient) -> Found:
+    async def ask(connection: Connection) -> Found:
+        from potluck.client import listings
+
         return [
             (info.name, f"{info.kind}, {counted(info.count, 'item')}")
-            for info in await client.datasets()
+            for info in await listings.datasets(connection)
             if not info.nodes
         ]
 
@@ -87,24 +138,28 @@ def datasets(context: typer.Context, incomplete: str) -> Found:
 def data(context: typer.Context, incomplete: str) -> Found:
     """Data sets, those that live on nodes too, and files."""
 
-    async def ask(client: AsyncClient) -> Found:
-        return [(info.name, f"{info.kind}, {counted(info.count, 'item')}") for info in await client.datasets()]
+    async def ask(connection: Connection) -> Found:
+        from potluck.client import listings
+
+        return [
+            (info.name, f"{info.kind}, {counted(info.count, 'item')}") for info in await listings.datasets(connection)
+        ]
 
     return _offered(context, incomplete, ask) + list(_files(incomplete))
 
 
-def _offered(context: typer.Context, incomplete: str, ask: Callable[[AsyncClient], Awaitable[Found]]) -> Found:
+def _offered(context: typer.Context, incomplete: str, ask: Callable[[Connection], Awaitable[Found]]) -> Found:
+    import asyncio
+
+    from potluck.client.connection import Connection, client_settings
+
     logging.disable()  # whatever is said now stands in the middle of what somebody types
     given = context.find_root().params
 
     async def asked() -> Found:
-        from potluck.client import AsyncClient
-
-        async with (
-            asyncio.timeout(SECONDS),
-            AsyncClient(given.get("seed"), cluster=given.get("cluster"), timeout=SECONDS) as client,
-        ):
-            return await ask(client)
+        settings = client_settings(given.get("seed"), given.get("cluster"), SECONDS)
+        async with asyncio.timeout(SECONDS), Connection(settings) as connection:
+            return await ask(connection)
 
     try:
         found: Iterable[tuple[str, str]] = asyncio.run(asked())

@@ -35,6 +35,7 @@ def add(
     from rich.progress import Progress
 
     from potluck.cli import output
+    from potluck.client.sources import is_here
 
     with session(context).client() as client:
         hidden = as_json or not sys.stderr.isatty()
@@ -49,6 +50,11 @@ def add(
         output.emit(info)
         return
     output.show(output.datasets_table([info]))
+    if is_here(info.name):
+        output.note(
+            f"in this folder, DATA {info.name} means what lies here by that name, and is packed anew: "
+            "add it with another --name to use the data set here"
+        )
 
 
 @data.command("list", cls=Command)

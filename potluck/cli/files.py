@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.metadata import files as installed
 from pathlib import Path
 
 import typer
@@ -20,6 +19,8 @@ def files() -> None:
 
 def folder() -> Path:
     """A checkout itself, else `share/potluck` where the installer put it. Raises NotFound when it left that out."""
+    from importlib.metadata import files as installed
+
     checkout = Path(potluck.__file__).parents[1]
     if (checkout / UNITS).is_dir():
         return checkout

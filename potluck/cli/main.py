@@ -9,8 +9,7 @@ from typing import Annotated
 
 import typer
 
-from potluck import __version__
-from potluck.cli import interrupts
+from potluck.cli import completion, interrupts
 from potluck.cli.data import data
 from potluck.cli.evaluate import evaluate
 from potluck.cli.files import files
@@ -47,6 +46,8 @@ app.add_typer(data, name="data")
 
 def _version(asked: bool) -> None:
     if asked:
+        from potluck import __version__
+
         typer.echo(f"potluck {__version__}")
         raise typer.Exit
 
@@ -86,7 +87,7 @@ def main() -> None:
     arguments = global_options_first(sys.argv[1:])
     _add_demo(arguments)
     try:
-        app(arguments, prog_name="potluck")
+        completion.run(lambda: app(arguments, prog_name="potluck"))
     except PotluckError as error:
         if "--debug" in arguments:
             raise

@@ -14,7 +14,7 @@ from msgspec import Struct
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.text import Text
 
-from potluck.cli.listing import Facts, Line, Listing
+from potluck.cli.listing import NOTHING, Facts, Line, Listing
 from potluck.errors import PotluckError
 from potluck.messages import (
     DatasetInfo,
@@ -221,6 +221,8 @@ def ago_text(at: float) -> str:
 
 
 def models_table(models: Iterable[ModelInfo]) -> Listing:
+    """A version a line. What is known of none, as inputs and outputs are before a model is loaded once, has no column."""
+
     def row(model: ModelInfo) -> tuple[str | Text, ...]:
         signature = model.signature
         return (
@@ -229,14 +231,27 @@ def models_table(models: Iterable[ModelInfo]) -> Listing:
             model.format,
             bytes_text(model.model.size),
             ago_text(model.created_at),
-            ", ".join(map(spec_text, signature.inputs)) if signature else "?",
-            ", ".join(map(spec_text, signature.outputs)) if signature else "?",
+            ", ".join(map(spec_text, signature.inputs)) if signature else "",
+            ", ".join(map(spec_text, signature.outputs)) if signature else "",
             str(len(model.classes) or "-"),
             metrics_text(model.metrics),
         )
 
     columns = ("model", "aliases", "format", "size", "made", "inputs", "outputs", "classes", "metrics")
-    return table(columns, map(row, models), right=("size", "made", "classes"))
+    return _told(columns, [row(model) for model in models], right=("size", "made", "classes"))
+
+
+def _told(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str | Text]],
+    *,
+    right: Sequence[str],
+    below: Sequence[Sequence[str | Text]] = (),
+) -> Listing:
+    """A table without the columns in which no row says anything."""
+    told = [place for place in range(len(columns)) if any(cells[place] not in NOTHING for cells in rows)]
+    kept = [[cells[place] for place in told] for cells in rows]
+    return table([columns[place] for place in told], kept, right=right, below=below)
 
 
 def model_report(model: ModelInfo) -> Facts:
@@ -329,18 +344,19 @@ def milliseconds_text(seconds: float) -> str:
 
 
 def datasets_table(datasets: Iterable[DatasetInfo]) -> Listing:
+    """A data set a line; those that live on nodes with their names, all others are the coordinator's."""
+
     def row(data: DatasetInfo) -> tuple[str | Text, ...]:
         classes = ", ".join(data.classes[:10]) + (", ..." if len(data.classes) > 10 else "")
         here = not data.nodes  # of what lives on nodes, neither size nor what was left out is known
         size = bytes_text(data.size_bytes) if here else "-"
-        where = "coordinator" if here else ", ".join(data.nodes)
-        left_out, shards = (str(data.skipped), str(data.shards)) if here else ("-", "-")
-        return data.name, data.kind, str(data.count), size, left_out, where, shards, classes or "-"
+        left_out = str(data.skipped) if data.skipped and here else "-"
+        return data.name, data.kind, str(data.count), size, classes or "-", left_out, ", ".join(data.nodes) or "-"
 
-    columns = ("data set", "kind", "items", "size", "skipped", "lives on", "shards", "classes")
+    columns = ("data set", "kind", "items", "size", "classes", "skipped", "lives on")
     shown = list(datasets)
     below = [[Text("packed for a job, and forgotten with it", style="dim")] if data.packed else [] for data in shown]
-    return table(columns, map(row, shown), right=("items", "size", "skipped", "shards"), below=below)
+    return _told(columns, list(map(row, shown)), right=("items", "size", "skipped"), below=below)
 
 
 def evaluation_report(evaluation: Evaluation) -> Group:

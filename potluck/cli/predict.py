@@ -53,15 +53,10 @@ def predict(
     if output is not None:
         check_output(output)
         check_suffix(output)
-    source: Any = data
-    if data.endswith(".npy"):
-        from potluck.client.files import read_array
-
-        source = read_array(Path(data))
     size = image_size(image)
     with session(context).client() as client:
         with following.waiting("packing and sending the data", quiet=as_json):
-            job = client.predict(model, source, batch_size=batch_size, image=size, target=target or None)
+            job = client.predict(model, data, batch_size=batch_size, image=size, target=target or None)
         if not as_json:
             following.name_data(job, data)
         classes = following.ended(job, as_json, verbose=session(context).verbose).classes

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import reprlib
+import sys
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 
 from potluck.errors import InvalidRequest
 from potluck.messages import Name, Positive, Seconds, TagKey, TagValue
@@ -28,6 +28,12 @@ def at_least_one(argument: str, value: object) -> int:
     """Raises InvalidRequest."""
     number: int = checked(argument, value, Positive, "a whole number of at least 1")
     return number
+
+
+def flag(argument: str, value: object) -> bool:
+    """Raises InvalidRequest for what is neither True nor False."""
+    found: bool = checked(argument, value, bool, "True or False")
+    return found
 
 
 def text(argument: str, value: object, takes: str) -> str:
@@ -61,6 +67,13 @@ def given_path(argument: str, value: Any) -> Path:
     if found is None:
         raise InvalidRequest(f"{argument} must be the path of a file or folder, not None")
     return found
+
+
+def in_a_folder(what: str, path: Path) -> None:
+    """Before the work is done that a file is for. Raises InvalidRequest where the folder of `path` is not there."""
+    folder = path.resolve().parent
+    if not folder.is_dir():
+        raise InvalidRequest(f"{what} cannot be saved as {path}: there is no folder {folder}")
 
 
 def target(value: object) -> str | tuple[str, ...] | None:
@@ -106,6 +119,7 @@ def shown(value: object) -> str:
 
 
 def _number(value: object) -> object:
-    if isinstance(value, np.generic):
+    numpy = sys.modules.get("numpy")  # who has a number of its kind has imported it
+    if numpy is not None and isinstance(value, numpy.generic):
         return value.item()
     raise TypeError

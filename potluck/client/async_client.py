@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import difflib
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,16 +17,18 @@ from msgspec.structs import replace
 
 from potluck import tensors
 from potluck.bus import Bus
-from potluck.client import arguments, deploying, formats, sources, training
+from potluck.client import arguments, deploying, formats, listings, sources, training
 from potluck.client.connection import Connection, client_settings
 from potluck.client.deploying import DeployOptions
 from potluck.client.inputs import KNOWN_SECONDS, LargeInputs
-from potluck.client.jobs import AsyncJob, Predictions, all_jobs, as_arrays, fetch_tensor
+from potluck.client.jobs import AsyncJob, Predictions, as_arrays, fetch_tensor
+from potluck.client.matching import ANYTHING, Wanted, check_fit
 from potluck.client.models import (
+    MODEL_FIRST,
     ModelFile,
-    check_fit,
     image_argument,
     image_options,
+    is_model,
     is_model_path,
     keras_file,
     model_file,
@@ -33,7 +36,7 @@ from potluck.client.models import (
 from potluck.client.signatures import suggesting, with_options
 from potluck.client.training import TrainOptions
 from potluck.data.packing import Target
-from potluck.errors import Conflict, InvalidRequest, NotFound
+from potluck.errors import Conflict, InvalidData, InvalidRequest, NotFound
 from potluck.messages import (
     INLINE_LIMIT_BYTES,
     Alias,
@@ -42,7 +45,6 @@ from potluck.messages import (
     CancelJob,
     DatasetInfo,
     DatasetRemoved,
-    DatasetsListed,
     DeleteModel,
     Deploy,
     DeploymentInfo,
@@ -56,16 +58,12 @@ from potluck.messages import (
     JobAccepted,
     JobChanged,
     JobEnded,
-    ListDatasets,
-    ListDeployments,
-    ListModels,
     ListNodes,
     Message,
     ModelChanged,
     ModelInfo,
     ModelRegistered,
     ModelsDeleted,
-    ModelsListed,
     NodeInfo,
     NodesListed,
     Predict,
@@ -157,7 +155,7 @@ class AsyncClient:
 
     async def jobs(self) -> tuple[JobChanged, ...]:
         """Every job that the coordinator remembers, oldest first."""
-        return await all_jobs(await self._connected())
+        return await listings.jobs(await self._connected())
 
     async def job(self, job_id: str) -> AsyncJob:
         """A job by its id, or by what only its id begins with. Raises NotFound, and InvalidRequest where several ids begin so."""
@@ -192,7 +190,9 @@ class AsyncClient:
         `(x, y, sample_weight)`. For a model with several outputs, `y` is a map by their names or a list. In files `target` names
         the column or array to learn (or several), and `sample_weight` the one with the weight of each item in the loss. `image` says
         how images become tensors, None: as the model's input is. The result is registered as `name` when that is given.
-        Raises NotFound, InvalidModel, InvalidData and InvalidRequest before a job is made.
+        Raises NotFound, InvalidModel, InvalidData and InvalidRequest before a job is made for what the arguments, the model's file and
+        the data tell: data of another kind or shape than the model takes, no target, images without a size, more classes than the last
+        layer of a file has units. What only the nodes see ends the job, and `job.wait()` raises it.
         """
         epochs = arguments.checked("epochs", epochs, Epochs, "a whole number from 1 to 1,000,000")
         batch_size = arguments.at_least_one("batch_size", batch_size)
@@ -230,7 +230,7 @@ class AsyncClient:
         target: Target = None,
         sample_weight: str | None = None,
     ) -> AsyncJob:
-        """Metrics of a model over labelled data: `job.evaluation` after `job.wait()`."""
+        """Metrics of a model over labelled data: `job.evaluation` after `job.wait()`. Raises what `train` does."""
         batch_size, roles = arguments.at_least_one("batch_size", batch_size), _Roles.of(target, sample_weight, data)
         given = roles.given("data", data)
         asked = await self._model(model, image, compiled=False)
@@ -246,7 +246,10 @@ class AsyncClient:
         image: Image | None = None,
         target: Target = None,
     ) -> AsyncJob:
-        """A model's outputs for a whole data set or array: `job.predictions()`. `target` names columns to leave out."""
+        """A model's outputs for a whole data set or array: `job.predictions()`. `target` names columns to leave out.
+
+        Raises what `train` does.
+        """
         batch_size, roles = arguments.at_least_one("batch_size", batch_size), _Roles.of(target, None, data)
         given = roles.given("data", data)
         asked = await self._model(model, image, compiled=False)
@@ -269,8 +272,11 @@ class AsyncClient:
 
         The job succeeds when they are ready, and it answers to its plain name; `wait` waits for that. A keras.Model or a model's file
         or folder is registered first, as `name` or its own name.
+
+        Raises NotFound, InvalidModel and InvalidRequest for what the arguments and the file tell. What the coordinator finds ends the
+        job, and `job.wait()` raises it: more replicas than nodes (it waits a while for those that are about to join), no memory.
         """
-        fields = deploying.fields(replicas, options)
+        fields, wait = deploying.fields(replicas, options), arguments.flag("wait", wait)
         if isinstance(model, str) and not is_model_path(model):
             if name is not None:
                 raise InvalidRequest(f"name is for a keras.Model or a file, and {model!r} has its name: leave name out")
@@ -300,18 +306,11 @@ class AsyncClient:
 
     async def deployments(self) -> tuple[DeploymentInfo, ...]:
         """What is deployed, and where."""
-        return (await self._ask(ListDeployments(), DeploymentsListed)).deployments
+        return await listings.deployments(await self._connected())
 
     async def models(self) -> tuple[ModelInfo, ...]:
         """Every version of every registered model."""
-        found: list[ModelInfo] = []
-        more = True
-        while more:
-            after = f"{found[-1].name}:{found[-1].version}" if found else ""
-            answer = await self._ask(ListModels(after=after), ModelsListed)
-            found += answer.models
-            more = answer.more and bool(answer.models)
-        return tuple(found)
+        return await listings.models(await self._connected())
 
     async def get_model(self, model: str) -> ModelInfo:
         """The registered `name` (its newest version), `name:version` or `name:alias`. Raises NotFound."""
@@ -393,7 +392,9 @@ class AsyncClient:
 
         Raises NotFound, and Conflict while a deployment, an alias or a job uses one.
         """
-        question = DeleteModel(model=arguments.text("model", model, _NAMED), every_version=bool(every_version))
+        question = DeleteModel(
+            model=arguments.text("model", model, _NAMED), every_version=arguments.flag("every_version", every_version)
+        )
         return (await self._ask(question, ModelsDeleted)).models
 
     async def deployed_model(self, model: str) -> ModelInfo:
@@ -481,7 +482,7 @@ class AsyncClient:
 
     async def datasets(self) -> tuple[DatasetInfo, ...]:
         """The registered data sets, and those that live on nodes."""
-        return (await self._ask(ListDatasets(), DatasetsListed)).datasets
+        return await listings.datasets(await self._connected())
 
     async def add_data(
         self,
@@ -499,6 +500,10 @@ class AsyncClient:
         if name is None and isinstance(data, str | Path):
             name = sources.path_name(data)
         name, roles = arguments.name("name", name), _Roles.of(target, sample_weight, data)
+        if is_model(data):
+            raise InvalidData(
+                f"{arguments.shown(data)} is a model: `potluck models add` (client.register) registers it"
+            )
         if isinstance(data, str):
             data = Path(data)  # what is to be added is no name
         given = sources.given(data, roles.target, roles.sample_weight)
@@ -533,19 +538,27 @@ class AsyncClient:
         """The model that a job is about. Raises NotFound, InvalidModel, InvalidRequest: before data are packed for it."""
         image = image_argument(image)
         if isinstance(model, str) and not is_model_path(model):
-            signature = (await self._registered(model)).signature
+            info = await self._registered(model)
+            signature = info.signature
             one = signature.inputs[0] if signature is not None and len(signature.inputs) == 1 else None
             shape = tuple(None if size < 0 else size for size in one.shape) if one is not None else None
-            return _Asked(model, "", shape, image_options(image, shape))
+            options = image_options(image, shape)
+            return _Asked(
+                model, "", options, Wanted(shape, None, options is not None, (options or info.image) is not None)
+            )
         file, ref = await self._push_model(model, for_jobs=True, compiled=compiled)
         called = Path(model).name if isinstance(model, str | Path) else file.name
-        return _Asked(ref, called[:256], file.input_shape, image_options(image, file.input_shape))
+        options = image_options(image, file.input_shape)
+        known = options is not None
+        return _Asked(ref, called[:256], options, Wanted(file.input_shape, file.room, known, known))
 
     async def _registered(self, model: str) -> ModelInfo:
         """Raises NotFound, and says so where what was meant may be a file or folder."""
         try:
             return await self.get_model(model)
         except NotFound as error:
+            if sources.is_data_file(model) or any(info.name == model for info in await self.datasets()):
+                raise NotFound(f"{error.message} ({model} is data: {MODEL_FIRST})") from error
             if not sources.is_here(model):
                 raise
             raise NotFound(
@@ -580,15 +593,19 @@ class AsyncClient:
     ) -> str:
         """The name of a data set, registered now where it was not; for prediction in its own order, labelled or not.
 
-        Raises InvalidRequest where it cannot fit the model: before anything is packed. Errors call the data `argument`.
+        Raises InvalidData, InvalidRequest and InvalidModel where it cannot fit the model: before anything is sent, and where that can
+        be, before anything is packed. Errors call the data `argument`.
         """
-        only_images = asked is not None and asked.image is not None
+        wanted = ANYTHING if asked is None else dataclasses.replace(asked.wanted, target=not for_prediction)
         if isinstance(given, str):
-            if only_images and any(info.name == given and info.kind != "images" for info in await self.datasets()):
-                raise sources.no_images(argument)
+            if wanted.shape is not None or wanted.only_images:
+                for info in await self.datasets():
+                    if info.name == given:
+                        wanted.check(argument, info.kind, info.classes)
             return given
-        if asked is not None:
-            check_fit(argument, given.item_shape, asked.shape)
+        check_fit(argument, given.item_shape, wanted.shape)
+        if given.name and any(info.name == given.name and not info.packed for info in await self.datasets()):
+            sources.remark_hidden(argument, given.name)
         added = await sources.add(
             await self._connected(),
             given,
@@ -596,8 +613,7 @@ class AsyncClient:
             for_job=True,
             shuffle=not for_prediction,
             labels=not for_prediction,
-            only_images=only_images,
-            shape=asked.shape if asked is not None else None,
+            wanted=wanted,
             argument=argument,
         )
         return added.name
@@ -613,12 +629,12 @@ class AsyncClient:
 
 @dataclass(frozen=True)
 class _Asked:
-    """The model of a job: its name or blob, what people call that, its only input's shape where that is known, and image options."""
+    """The model of a job: its name or blob, what people call that, image options, and what it wants of data."""
 
     model: str | BlobRef
     called: str
-    shape: tuple[int | None, ...] | None
     image: ImageOptions | None
+    wanted: Wanted
 
     @property
     def fields(self) -> dict[str, Any]:

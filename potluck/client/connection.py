@@ -12,11 +12,10 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from msgspec.structs import replace
 
-from potluck.blobs.download import Downloader
 from potluck.blobs.store import BlobStore
 from potluck.bus import Addresses, Bus, Envelope, Handler, MqttBus
 from potluck.client.arguments import checked
@@ -27,6 +26,9 @@ from potluck.network import lan_addresses
 from potluck.settings import ClientSettings, PositiveSeconds, load, parse_address, typed
 from potluck.sole_use import users_here
 from potluck.topics import Topics
+
+if TYPE_CHECKING:
+    from potluck.blobs.download import Downloader
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +67,8 @@ class Connection:
         """Whether the connection was lost, and the coordinator has not been heard since: it may have lost its own as well."""
         self._followers: dict[str, list[Handler]] = {}
         self._stack = AsyncExitStack()
+        self._downloader: Downloader | None = None
+        self._making = asyncio.Lock()
         self._running: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Connection:
@@ -84,7 +88,6 @@ class Connection:
         limit_seconds = min(self.settings.timeout_seconds, _FIND_SECONDS)
         self.folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="potluck-")))
         self.store = BlobStore(self.folder / "blobs", _STORE_LIMIT_BYTES)
-        self.downloader = await self._stack.enter_async_context(Downloader(self.store))
         if self._given_bus is not None:
             self.bus = self._given_bus
         else:
@@ -301,6 +304,15 @@ class Connection:
 
         return leave
 
+    async def _blobs(self) -> Downloader:
+        """Made when first needed: HTTP is slow to import, and who asks what there is needs none."""
+        async with self._making:
+            if self._downloader is None:
+                from potluck.blobs.download import Downloader
+
+                self._downloader = await self._stack.enter_async_context(Downloader(self.store))
+            return self._downloader
+
     # --- blobs ----------------------------------------------------------------------------------------------------------
 
     async def push(self, source: bytes | memoryview | Path) -> BlobRef:
@@ -308,7 +320,7 @@ class Connection:
         status = await self.coordinator()
         if not status.http:
             raise Unavailable("the coordinator names no HTTP address to push blobs to: is it listening?")
-        return await self.downloader.push(source, status.http)
+        return await (await self._blobs()).push(source, status.http)
 
     @contextmanager
     def packing_store(self) -> Iterator[BlobStore]:
@@ -336,13 +348,13 @@ class Connection:
 
     async def send_inputs(self, data: bytes | memoryview, base: str) -> BlobRef:
         """Send a request's inputs to a node at this address. Raises Unavailable, soon where it cannot be reached."""
-        return await self.downloader.send_inputs(data, base, _NODE_CONNECT_SECONDS)
+        return await (await self._blobs()).send_inputs(data, base, _NODE_CONNECT_SECONDS)
 
     async def fetch(self, ref: BlobRef) -> Path:
         """A local file with the bytes of `ref`. Raises Unavailable, CorruptBlob."""
         if not ref.holders:
             ref = BlobRef(sha256=ref.sha256, size=ref.size, holders=(await self.coordinator()).http)
-        return await self.downloader.fetch(ref)
+        return await (await self._blobs()).fetch(ref)
 
 
 async def _knock(brokers: Sequence[tuple[str, int]], limit_seconds: float) -> tuple[str, int]:

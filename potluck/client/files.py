@@ -11,17 +11,20 @@ import numpy as np
 
 from potluck.client.sources import existing
 from potluck.data import audio, folders, images, items, texts
+from potluck.data.packing import some
 from potluck.errors import InvalidData, InvalidRequest
 from potluck.messages import ImageOptions, ModelInfo
+from potluck.tensors import shape_text
 
 log = logging.getLogger(__name__)
 
 FILES_AT_ONCE = 32
 """In one request: decoded images are large, and a folder may have very many."""
-NO_IMAGES = (".npz", ".csv", ".parquet", ".tfrecord", ".keras", ".h5", ".pkl", ".zip")
+DATA_SETS = (".npz", ".csv", ".parquet", ".tfrecord", ".tfrecords")
+"""Files of many items, which are for `predict`."""
+NO_IMAGES = (".keras", ".h5", ".tflite", ".pkl", ".zip")
 """Files that people try, and that are no images whatever is in them."""
-_NAMED = 5
-"""Files that a warning names."""
+KINDS = (images.KIND, texts.KIND, audio.KIND)
 
 
 def paths(inputs: Any, info: ModelInfo) -> list[Path]:
@@ -84,30 +87,58 @@ def _batch(path: Path, info: ModelInfo, image: ImageOptions | None) -> np.ndarra
         return items.text(_bytes(path, "text"), info, str(path))
     if suffix == ".wav":
         return items.recording(_bytes(path, "a recording"), info, str(path))
+    if suffix in DATA_SETS:
+        raise _for_prediction(path, "holds a data set, and not one item", info)
     if suffix in NO_IMAGES:
         raise InvalidData(
             f"{path} is no image: give an image, .npy, or JSON (for several inputs a map of them by name)"
         )
     if suffix in images.KIND.unread:
-        raise InvalidData(f"{path}: {suffix} files cannot be read: convert it to JPEG or PNG")
+        raise InvalidData(f"{path}: {suffix} {images.CONVERT}")
     options = items.image_options(info, ": name it (--image HxW, image=(height, width))", image)
     return items.image(_bytes(path, "an image"), options, str(path), items.input_dtype(info))[np.newaxis]
 
 
 def _in_folder(folder: Path, info: ModelInfo) -> list[Path]:
-    """The files of the kind that the model takes. Raises InvalidData without any."""
-    shape = items.input_shape(info)
-    kind = images.KIND if shape is None or len(shape) == 4 else audio.KIND
-    if items.takes_text(info):
-        kind = texts.KIND
+    """The files of the kind that the model takes. Raises InvalidData without any, saying what is there instead."""
+    kind = _kind(info)
     found = folders.files_in(folder, [kind])
     unread = folders.unread_in(folder, kind)
     if unread:
-        shown = ", ".join(path.name for path in unread[:_NAMED]) + (", ..." if len(unread) > _NAMED else "")
+        shown = some([path.name for path in unread])
         log.warning("%d of %d files cannot be read and are left out: %s", len(unread), len(found) + len(unread), shown)
-    if not found:
-        raise InvalidData(f"{folder} has no {kind.many} ({', '.join(sorted(kind.suffixes))})")
-    return found
+    if found:
+        return found
+    others = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    if not others:
+        raise InvalidData(f"{folder} has no files")
+    if tables := [path for path in others if path.suffix.lower() in DATA_SETS]:
+        raise _for_prediction(tables[0], "holds a data set, and not one item", info)
+    if any(path.suffix.lower() == ".npy" for path in others):
+        raise InvalidData(f"{folder} holds arrays: name the files themselves, as in {folder}/*.npy")
+    shape = items.input_shape(info)
+    takes = f"{kind.many} ({', '.join(sorted(kind.suffixes))})"
+    if shape is not None and kind is audio.KIND and not info.rate:
+        takes = f"arrays of the shape {shape_text(shape)} (.npy, JSON)"
+    given = next((one.many for one in KINDS if folders.files_in(folder, [one])), "files")
+    raise InvalidData(
+        f"{folder} holds {given} ({some([path.name for path in others])}), and model {info.name}:{info.version} takes {takes}"
+    )
+
+
+def _kind(info: ModelInfo) -> folders.Kind:
+    """Of files that the model may take."""
+    shape = items.input_shape(info)
+    if items.takes_text(info):
+        return texts.KIND
+    return images.KIND if shape is None or len(shape) == 4 else audio.KIND
+
+
+def _for_prediction(path: Path, what: str, info: ModelInfo) -> InvalidData:
+    return InvalidData(
+        f"{path} {what}: `potluck predict {info.name}:{info.version} {path}` (client.predict) asks about every row of it; "
+        "here give .npy or JSON (for several inputs a map of them by name)"
+    )
 
 
 def _bytes(path: Path, what: str) -> bytes:

@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 from potluck import savedmodels
+from potluck.client import arguments
 from potluck.errors import InvalidModel, InvalidRequest
 from potluck.messages import ModelFormat, ModelInfo
 
@@ -76,6 +77,7 @@ def export_path(info: ModelInfo, path: Path) -> Path:
             f"model {info.name}:{info.version} is a {WORDS[info.format]}: name the file {path.with_suffix(suffix).name}, "
             "since programs tell the format by that"
         )
+    arguments.in_a_folder(f"model {info.name}:{info.version}", path)
     return path
 
 

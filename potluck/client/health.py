@@ -14,8 +14,8 @@ from urllib.parse import urlsplit
 from msgspec import Struct
 from msgspec.structs import replace
 
+from potluck.client import listings
 from potluck.client.connection import Connection
-from potluck.client.jobs import all_jobs
 from potluck.errors import PotluckError, TimedOut, Unavailable
 from potluck.exchange import Envelope
 from potluck.messages import (
@@ -96,7 +96,7 @@ async def _with_coordinator(
         async with asyncio.timeout(ASK_SECONDS):
             nodes = (await connection.ask(ListNodes(), NodesListed)).nodes
             deployments = (await connection.ask(ListDeployments(), DeploymentsListed)).deployments
-            jobs = await all_jobs(connection)
+            jobs = await listings.jobs(connection)
     except (TimeoutError, TimedOut):
         problem = (
             f"the coordinator at {', '.join(status.http)} does not answer: the broker has it as online, and it said nothing "

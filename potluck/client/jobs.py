@@ -19,6 +19,7 @@ from potluck.bus import Envelope
 from potluck.client import arguments, event_files, plots
 from potluck.client.callbacks import Callbacks
 from potluck.client.connection import Connection
+from potluck.client.listings import completed
 from potluck.client.models import load_model
 from potluck.client.signatures import suggesting
 from potluck.errors import Conflict, NotFound, PotluckError, TimedOut
@@ -33,8 +34,6 @@ from potluck.messages import (
     JobChanged,
     JobEnded,
     JobProgress,
-    JobsListed,
-    ListJobs,
     Message,
     RoundMetrics,
     StopTraining,
@@ -222,7 +221,8 @@ class AsyncJob:
         """The trained model, loaded as a keras.Model (in `safe_mode` no code of its file runs, as Keras has it). With `path`:
         the file is saved there instead, Keras is not needed, and the path returned.
         """
-        target = arguments.path("path", path)
+        if (target := arguments.path("path", path)) is not None:
+            arguments.in_a_folder("the model", target)
         await self.wait()
         ref = model_of(self._known())
         file = await self._connection.fetch(ref)
@@ -355,13 +355,6 @@ def state_of(ended: JobEnded, progress: JobProgress = JobProgress()) -> JobChang
     )
 
 
-def completed(state: JobChanged) -> JobChanged:
-    """The same state, with all of the work done where the job succeeded: the last count is from before the end."""
-    if state.state != "succeeded":
-        return state
-    return replace(state, progress=replace(state.progress, done=state.progress.total, message=""))
-
-
 def job_error(ended: JobEnded) -> PotluckError:
     """The error of a job that did not succeed."""
     if ended.error is None:
@@ -396,17 +389,6 @@ def model_of(ended: JobEnded) -> BlobRef:
     if ended.model is None:
         raise Conflict(f"job {ended.job_id} ({ended.kind}, {ended.state}) has no model")
     return ended.model
-
-
-async def all_jobs(connection: Connection) -> tuple[JobChanged, ...]:
-    """Every job that the coordinator remembers, oldest first: they come in as many messages as they need."""
-    found: dict[str, JobChanged] = {}
-    more = True
-    while more:
-        answer = await connection.ask(ListJobs(after=next(reversed(found), "")), JobsListed)
-        more = answer.more and any(job.job_id not in found for job in answer.jobs)
-        found |= {job.job_id: completed(job) for job in answer.jobs}
-    return tuple(found.values())
 
 
 async def fetch_tensor(connection: Connection, tensor: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from potluck.errors import InvalidModel, InvalidRequest
 from potluck.messages import ImageOptions, ModelFormat, Positive
 
 SUFFIX = SUFFIXES["keras"]
+MODEL_FIRST = "the model comes first and then the data, train(model, data) (potluck train MODEL DATA)"
 _KNOWN_PACKAGES = ("builtins", "keras", "keras_hub", "keras_cv", "keras_nlp")
 """Whose classes Keras finds without being told."""
 
@@ -30,7 +31,8 @@ _KNOWN_PACKAGES = ("builtins", "keras", "keras_hub", "keras_cv", "keras_nlp")
 class ModelFile:
     """A file to be sent. `input_shape` is that of a single input, None where it has several or does not say.
 
-    `source` says to people where the model came from.
+    `source` says to people where the model came from. `room` is how many classes it can learn, None where its last layer and its
+    loss do not tell.
     """
 
     path: Path
@@ -38,6 +40,7 @@ class ModelFile:
     input_shape: tuple[int | None, ...] | None
     format: ModelFormat = "keras"
     source: str = ""
+    room: int | None = None
 
 
 def is_keras_model(value: object) -> bool:
@@ -51,6 +54,11 @@ def is_model_path(value: object) -> bool:
     return isinstance(value, Path) or (
         isinstance(value, str) and (value.endswith(tuple(SUFFIXES.values())) or "/" in value)
     )
+
+
+def is_model(value: object) -> bool:
+    """Whether it can be nothing else: a keras.Model, or the path of a `.keras` file."""
+    return is_keras_model(value) or (isinstance(value, str | Path) and Path(value).suffix == SUFFIX)
 
 
 def model_file(model: object, folder: Path) -> ModelFile:
@@ -90,13 +98,15 @@ def keras_file(model: object, folder: Path, *, compiled: bool) -> ModelFile:
             f"model {name!r} has a class of its own, {own!r}, that is not registered, so no node could load it: decorate it with "
             "@keras.saving.register_keras_serializable(), and name its module in allow_code of the nodes' configuration"
         )
-    return ModelFile(path, name, _input_shape(config), source=source)
+    return ModelFile(path, name, _input_shape(config), source=source, room=_room(config))
 
 
 def _path(model: object) -> Path:
     if isinstance(model, str | Path):
         return Path(model)
-    raise InvalidModel(f"model must be a keras.Model, a {SUFFIX} file, or a name of the registry, not {shown(model)}")
+    raise InvalidModel(
+        f"model must be a keras.Model, a {SUFFIX} file, or a name of the registry, not {shown(model)}: {MODEL_FIRST}"
+    )
 
 
 def save_model(model: Any, folder: Path) -> Path:
@@ -181,19 +191,6 @@ def _size(sizes: Sequence[int | None]) -> str:
     return "x".join("any" if size is None else str(size) for size in sizes)
 
 
-def check_fit(argument: str, given: tuple[int, ...] | None, shape: tuple[int | None, ...] | None) -> None:
-    """Whether items of an array can be the input of a model; None is not known. Raises InvalidRequest naming both shapes."""
-    if given is None or shape is None or (not given and shape[1:] == (1,)):  # a column of numbers is an input of one
-        return
-    if len(given) != len(shape) - 1 or any(
-        want is not None and want != have for want, have in zip(shape[1:], given, strict=True)
-    ):
-        wanted = ", ".join("any" if size is None else str(size) for size in shape[1:])
-        raise InvalidRequest(
-            f"{argument}: the model's input has shape ({wanted}), but the data has ({', '.join(map(str, given))}) per item"
-        )
-
-
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(path) as archive:
@@ -210,14 +207,17 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _unregistered(config: Any) -> str | None:
-    """The first class in a model's configuration that is neither of Keras's own packages nor registered (`package>name`)."""
+    """The first class in a model's configuration that is neither of Keras's own packages nor registered (`package>name`).
+
+    Keras writes no module for one of `__main__`.
+    """
     if isinstance(config, list):
         return next((found for item in config if (found := _unregistered(item))), None)
     if not isinstance(config, dict):
         return None
     module, name, registered = (config.get(key) for key in ("module", "class_name", "registered_name"))
-    if isinstance(module, str) and isinstance(registered, str) and isinstance(name, str):
-        package = module.partition(".")[0]
+    if "module" in config and isinstance(registered, str) and isinstance(name, str):
+        package = str(module).partition(".")[0]
         if package not in _KNOWN_PACKAGES and ">" not in registered:
             return name
     return _unregistered(list(config.values()))
@@ -234,3 +234,19 @@ def _input_shape(config: dict[str, Any]) -> tuple[int | None, ...] | None:
     if not isinstance(shape, list) or not all(size is None or isinstance(size, int) for size in shape):
         return None
     return tuple(shape)
+
+
+def _room(config: dict[str, Any]) -> int | None:
+    """How many classes a model can learn: the units of its last layer, where that is a Dense and the compiled loss takes classes."""
+    loss, inner = (config.get("compile_config") or {}).get("loss"), config.get("config") or {}
+    if isinstance(loss, dict):  # a Loss object, or a function by its name
+        loss = loss["config"] if loss.get("class_name") == "function" else loss.get("class_name")
+    last, outputs = (inner.get("layers") or [{}])[-1], inner.get("output_layers")
+    name, units = (last.get("config") or {}).get("name"), (last.get("config") or {}).get("units")
+    alone = outputs is None or outputs in ([name, 0, 0], [[name, 0, 0]])
+    if not isinstance(loss, str) or last.get("class_name") != "Dense" or not isinstance(units, int) or not alone:
+        return None
+    kind = loss.replace("_", "").lower()
+    if kind in ("sparsecategoricalcrossentropy", "categoricalcrossentropy"):
+        return units
+    return 2 if kind == "binarycrossentropy" and units == 1 else None

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from potluck import extras
+from potluck.client import arguments
 from potluck.errors import InvalidRequest
 from potluck.messages import EpochMetrics, JobEnded
 
@@ -23,8 +24,7 @@ def check_path(path: Path) -> Path:
     """Raises InvalidRequest where no picture can be drawn there: its suffix, its folder, or matplotlib is wrong or missing."""
     if path.suffix.lower() not in SUFFIXES:
         raise InvalidRequest(f"the plot {str(path)!r} must end in .png, .svg or .pdf, which says what it will be")
-    if not path.absolute().parent.is_dir():
-        raise InvalidRequest(f"the plot {str(path)!r} cannot be saved: there is no folder {path.absolute().parent}")
+    arguments.in_a_folder("the plot", path)
     _matplotlib()
     return path
 

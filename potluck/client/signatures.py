@@ -10,6 +10,14 @@ from typing import Any, TypeVar
 
 from potluck.errors import InvalidRequest
 
+ELSEWHERE = {
+    ("train", "deploy"): "give a name, and client.deploy(job.registered) deploys the result",
+    ("train", "output"): "job.model(path) saves the result",
+    ("train", "detach"): "it returns at once, and job.wait() waits",
+    ("predict", "output"): "job.predictions has the arrays",
+}
+"""What the command line has as an option, and a method has not: where it is instead."""
+
 C = TypeVar("C", bound=type)
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -75,6 +83,7 @@ def _checked(method: Callable[..., Any]) -> Callable[..., Any]:
         for unknown in given.keys() - known:
             near = difflib.get_close_matches(unknown, takes, n=1)
             meant = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(takes) or 'none'}"
+            meant = ELSEWHERE.get((method.__name__, unknown), meant)
             raise UnexpectedArgument(f"{method.__name__}() got an unexpected keyword argument {unknown!r}: {meant}")
 
     if inspect.iscoroutinefunction(method):

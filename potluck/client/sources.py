@@ -20,7 +20,8 @@ from potluck.blobs.store import BlobStore
 from potluck.client.arguments import name as checked_name
 from potluck.client.arguments import shown
 from potluck.client.connection import Connection
-from potluck.client.models import check_fit
+from potluck.client.matching import ANYTHING, Wanted
+from potluck.client.models import MODEL_FIRST, is_model
 from potluck.data.packing import WEIGHT_NAME, Target, remarks
 from potluck.errors import Cancelled, InvalidData, InvalidRequest
 from potluck.messages import NODE_DATA, AddDataset, BlobRef, Dataset, DatasetAdded, DatasetInfo
@@ -48,6 +49,11 @@ def as_name(data: object) -> str | None:
         return None
 
 
+def is_data_file(name: str) -> bool:
+    """Whether a file of this name could only be data."""
+    return name.endswith(_FILE_SUFFIXES)
+
+
 def is_here(name: str) -> bool:
     """Whether there is a file or folder of this name."""
     try:
@@ -69,6 +75,8 @@ class Given:
     target: Target
     sample_weight: str | None
     stem: str = "arrays"
+    name: str = ""
+    """The path, where a data set could have the same name."""
 
     @property
     def item_shape(self) -> tuple[int, ...] | None:
@@ -83,12 +91,14 @@ class Given:
 def given(data: object, target: Target, sample_weight: str | None = None, argument: str = "data") -> Given | str:
     """The name of a data set that is registered (or lives on nodes), or what is to be packed. Looks, and reads nothing.
 
-    Raises InvalidData for what can be neither; errors call the data `argument`.
+    Raises InvalidData for what can be neither, a model above all; errors call the data `argument`.
     """
+    if is_model(data):
+        raise InvalidData(f"{argument} is a model, {shown(data)}: {MODEL_FIRST}")
     name = as_name(data)
     if name is None:
         if isinstance(data, str | Path):
-            return Given(existing(data), target, sample_weight, path_name(data))
+            return Given(existing(data), target, sample_weight, path_name(data), _plain(data))
         return as_arrays(data, target, sample_weight, argument)
     try:
         checked_name(argument, name.removeprefix(NODE_DATA))
@@ -144,13 +154,6 @@ def _targets(y: object, inputs: Mapping[str, Any]) -> dict[str, np.ndarray[Any, 
     return {name: np.asarray(y)}
 
 
-def no_images(argument: str) -> InvalidRequest:
-    """The error for image options with data that has no images: they would change nothing."""
-    return InvalidRequest(
-        f"image says how images become tensors, and {argument} holds no images: leave out image (--image), or give some"
-    )
-
-
 async def add(
     connection: Connection,
     given: Given,
@@ -159,18 +162,18 @@ async def add(
     for_job: bool = False,
     shuffle: bool = True,
     labels: bool = True,
-    only_images: bool = False,
-    shape: tuple[int | None, ...] | None = None,
+    wanted: Wanted = ANYTHING,
     progress: Progress | None = None,
     argument: str = "data",
 ) -> DatasetInfo:
     """Pack data, push what the coordinator does not have, and register it; without a name it gets one from its content.
 
     `for_job`: a job that uses it is asked for next, and it is forgotten with that. `labels` False takes images without class
-    folders, too; `only_images` refuses arrays, and `shape` (of the model's only input) those that do not fit, before anything is
-    sent. Errors call the data `argument`. Raises InvalidData, InvalidRequest.
+    folders, too. What is not as `wanted` is refused before anything is sent; errors call the data `argument`.
+    Raises InvalidData, InvalidRequest, InvalidModel.
     """
-    from potluck.data.pack import pack  # here: it reads images and tables, which most clients do not need
+    from potluck.data.arrays import item_shape
+    from potluck.data.pack import pack, roles  # here: it reads images and tables, which most clients do not need
 
     tell = progress or (lambda what, done, total: None)
     cancelled = threading.Event()
@@ -197,12 +200,10 @@ async def add(
         except asyncio.CancelledError:
             cancelled.set()  # a thread cannot be cancelled: it looks at this
             raise
-        if only_images and dataset.format.kind != "images":
-            raise no_images(argument)
-        if dataset.format.kind == "arrays" and len(dataset.format.inputs) == 1:
-            from potluck.data.arrays import item_shape
-
-            check_fit(argument, item_shape(store.path(dataset.shards[0].blob.sha256), dataset.format.inputs[0]), shape)
+        inputs, item = dataset.format.inputs, None
+        if dataset.format.kind == "arrays" and len(inputs) == 1:
+            item = item_shape(store.path(dataset.shards[0].blob.sha256), inputs[0])
+        wanted.check_packed(argument, dataset, item, lambda: roles(given.source, given.target))
         if name is None:
             digest = hashlib.sha256(codec.pack(dataset)).hexdigest()[:12]
             name = f"{given.stem}-{digest}"
@@ -219,6 +220,15 @@ def _remark(dataset: Dataset, argument: str) -> None:
     """Warn of what was left out, and of what whoever gave the data may not have meant."""
     for remark in remarks(dataset):
         log.warning("%s: %s", argument, remark)
+
+
+def remark_hidden(argument: str, name: str) -> None:
+    """Warn that a file or folder here was taken, and not the data set of the same name."""
+    log.warning(
+        "%s: %r is packed from what lies here by that name, and the data set %r of the cluster is not used: "
+        "write ./%s to mean that, or work in another folder to use this",
+        *(argument, name, name, name),
+    )
 
 
 async def _push(connection: Connection, store: BlobStore, refs: list[BlobRef], tell: Progress) -> None:
@@ -250,6 +260,14 @@ def path_name(data: str | Path) -> str:
     """A name for what lies at a path: its own, without the suffix of a file."""
     path = Path(data).resolve()
     return plain_name(path.stem if path.suffix in _FILE_SUFFIXES else path.name)
+
+
+def _plain(data: str | Path) -> str:
+    """The path, where it is written as the name of a data set would be; else empty."""
+    try:
+        return (isinstance(data, str) and checked_name("data", data)) or ""
+    except InvalidRequest:
+        return ""
 
 
 def plain_name(text: str) -> str:

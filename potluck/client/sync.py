@@ -319,7 +319,7 @@ class Client:
         target: Target = None,
         sample_weight: str | None = None,
     ) -> Job:
-        """Metrics of a model over labelled data: `job.evaluation`."""
+        """Metrics of a model over labelled data: `job.evaluation`. Raises what `train` does."""
         return self._job(
             self._client.evaluate(
                 model, data, batch_size=batch_size, image=image, target=target, sample_weight=sample_weight
@@ -335,7 +335,7 @@ class Client:
         image: Image | None = None,
         target: Target = None,
     ) -> Job:
-        """A model's outputs for a whole data set or array: `job.predictions`."""
+        """A model's outputs for a whole data set or array: `job.predictions`. Raises what `train` does."""
         return self._job(self._client.predict(model, data, batch_size=batch_size, image=image, target=target))
 
     @told_by(AsyncClient.deploy)

@@ -60,10 +60,7 @@ def pack(
         if name not in found:
             use = "to learn" if name in targets else "of weights"
             raise InvalidData(f"there is no array {name!r} {use}: the arrays are {', '.join(found)}")
-    if not targets and len(found) > 1:
-        # As it is written above, and then in another case of letters.
-        named = sorted(found, key=lambda key: (key not in TARGET_NAMES, key))
-        targets = tuple([key for name in TARGET_NAMES for key in named if key.lower() == name][:1])
+    targets = target_arrays(tuple(found), target)
     weight = sample_weight or (WEIGHT_NAME if targets and WEIGHT_NAME in found and WEIGHT_NAME not in targets else "")
     for key in targets:
         if not classes and found[key].dtype.kind in "US" and found[key].ndim == 1:
@@ -101,6 +98,20 @@ def pack(
         classes=tuple(classes),
     )
     return packing.dataset(described, shards, order.tolist(), labels, remarks=remarks)
+
+
+def target_arrays(names: Sequence[str], target: Target) -> tuple[str, ...]:
+    """Those that are named, else the one of several that has a usual name: as it is written above, then in another case of letters."""
+    if (targets := target_names(target)) or len(names) < 2:
+        return targets
+    named = sorted(names, key=lambda key: (key not in TARGET_NAMES, key))
+    return tuple([key for name in TARGET_NAMES for key in named if key.lower() == name][:1])
+
+
+def names_in(path: Path) -> tuple[str, ...]:
+    """The names of the arrays in an `.npz` or `.npy` file that was read before."""
+    with np.load(path, allow_pickle=False) as loaded:
+        return tuple(loaded.files)
 
 
 def read_file(
@@ -163,7 +174,8 @@ def _part(path: Path, names: Sequence[str], target: str | None) -> str:
 def _plain(key: str, array: Array) -> Array:
     if array.dtype.kind not in "fiub" or array.dtype.itemsize > 8:
         raise InvalidData(
-            f"array {key!r} has dtype {array.dtype}: numbers of at most 64 bits are needed (texts go in as a folder of .txt files)"
+            f"array {key!r} has dtype {array.dtype}: numbers of at most 64 bits are needed (texts go in as a folder of .txt files; "
+            "classes are named as the target, --target)"
         )
     if not array.ndim:
         raise InvalidData(f"array {key!r} is a single value: the first axis must be the rows")

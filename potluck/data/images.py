@@ -28,6 +28,25 @@ _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
 _TAG_BITS, _TAG_PHOTOMETRIC = 258, 262
 """Of TIFF 6.0: BitsPerSample, PhotometricInterpretation (0: white is zero)."""
+_BRANDS = {
+    b"heic": "HEIC", b"heix": "HEIC", b"heim": "HEIC", b"heis": "HEIC", b"hevc": "HEIC", b"hevx": "HEIC",
+    b"mif1": "HEIF", b"msf1": "HEIF", b"avif": "AVIF", b"avis": "AVIF", b"crx ": "CR3",
+}  # fmt: skip
+"""Major brands of ISO base media files that hold images (ISO/IEC 14496-12, 4.3; 23008-12; the AVIF specification)."""
+_UNREAD = {
+    b"\x00\x00\x00\x0cJXL \r\n\x87\n": "JPEG XL",
+    b"\xff\x0a": "JPEG XL",
+    b"\x00\x00\x00\x0cjP  \r\n\x87\n": "JPEG 2000",
+    b"\xff\x4f\xff\x51": "JPEG 2000",
+    b"8BPS\x00\x01": "Photoshop",
+    b"gimp xcf ": "GIMP",
+    b"DDS |\x00\x00\x00": "DDS",
+    b"v/1\x01": "OpenEXR",
+    b"\x00\x00\x01\x00": "ICO",
+}
+"""How files of images begin that are not decoded."""
+CONVERT = "files cannot be read: convert it to JPEG or PNG"
+"""What to do with an image of these."""
 _UNDECODABLE = (
     OSError,
     ValueError,
@@ -104,6 +123,13 @@ def write(data: bytes, checked: Checked) -> tuple[str, bytes]:
         return "png", buffer.getvalue()
 
 
+def unread_format(data: bytes) -> str | None:
+    """What people call the format of an image that is not decoded, by its first bytes; None for all others."""
+    if data[4:8] == b"ftyp":
+        return _BRANDS.get(bytes(data[8:12]))
+    return next((format for start, format in _UNREAD.items() if data.startswith(start)), None)
+
+
 @contextmanager
 def _opened(data: bytes, limit: int | None = None) -> Iterator[Image.Image]:
     """An image whose pixels can be read. Raises Unusable for what Pillow raises within."""
@@ -116,7 +142,8 @@ def _opened(data: bytes, limit: int | None = None) -> Iterator[Image.Image]:
             image.load()
             yield image
     except UnidentifiedImageError as error:
-        raise Unusable("not an image") from error
+        format = unread_format(data) or ("SVG" if b"<svg" in data[:1024] else None)
+        raise Unusable(f"{format} {CONVERT}" if format else "not an image") from error
     except _UNDECODABLE as error:
         raise Unusable(str(error) or type(error).__name__) from error
 

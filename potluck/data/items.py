@@ -12,7 +12,7 @@ from potluck.data.audio import fitted
 from potluck.data.folders import Unusable
 from potluck.errors import InvalidData, InvalidRequest
 from potluck.messages import ImageOptions, ModelInfo
-from potluck.tensors import DTYPES
+from potluck.tensors import DTYPES, shape_text
 
 Array = np.ndarray[Any, Any]
 PIXELS_LIMIT = 64_000_000
@@ -77,12 +77,17 @@ def recording(data: bytes, info: ModelInfo, what: str = "the recording") -> Arra
 def image_options(info: ModelInfo, hint: str, asked: ImageOptions | None = None) -> ImageOptions:
     """How images become the model's input, all of it said: as asked, else as registered, else as its input and its own layers have it.
 
-    Raises InvalidRequest, with `hint`, where nothing says of what size they are, and where `scale` leaves nothing of them.
+    Raises InvalidRequest, with `hint`, where nothing says of what size they are; for a model that takes none; and where `scale` leaves
+    nothing of them.
     """
     shape = input_shape(info)
+    if shape is not None and len(shape) != 4:
+        raise InvalidRequest(
+            f"model {info.name}:{info.version} takes no images: its input has the shape {shape_text(shape)}"
+        )
     known = asked or info.image
     if known is None:
-        if shape is None or len(shape) != 4 or not shape[1] or not shape[2]:
+        if shape is None or not shape[1] or not shape[2]:
             raise InvalidRequest(f"model {info.name}:{info.version} does not say what size its images have{hint}")
         known = ImageOptions(height=shape[1], width=shape[2])
     if shape is not None and len(shape) == 4 and shape[3] in CHANNELS:

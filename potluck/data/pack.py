@@ -16,7 +16,7 @@ import numpy as np
 
 from potluck.blobs.store import BlobStore
 from potluck.data import arrays, audio, folders, images, parquet, tables, texts, tfrecords
-from potluck.data.packing import Packing, Target, reading, some, target_names
+from potluck.data.packing import Packing, Roles, Target, reading, some, target_names
 from potluck.errors import InvalidData
 from potluck.messages import BlobRef, Dataset
 
@@ -62,6 +62,24 @@ def pack(
     finally:
         for sha256 in pinned:
             store.unpin(sha256)
+
+
+def roles(source: Path | Mapping[str, Any], target: Target = None) -> Roles | None:
+    """What was packed, by its names; None for a source that has no such, as TFRecords and folders of files."""
+    if isinstance(source, Mapping):
+        return Roles("arrays", tuple(source), arrays.target_arrays(tuple(source), target), arrays.TARGET_NAMES)
+    source = Path(source)
+    suffix = source.suffix.lower()
+    if suffix == ".npy":
+        return Roles("arrays", ("x",), (), arrays.TARGET_NAMES)
+    if suffix == ".npz":
+        names = arrays.names_in(source)
+        return Roles("arrays", names, arrays.target_arrays(names, target), arrays.TARGET_NAMES)
+    parts = parquet.files_in(source) if source.is_dir() else [source] if suffix in parquet.SUFFIXES else []
+    if not parts and suffix != ".csv":
+        return None
+    names = parquet.names_in(parts[0]) if parts else tables.names_in(source)
+    return Roles("columns", names, tables.target_columns(names, target), tables.TARGET_NAMES)
 
 
 def _pack_path(source: Path, target: Target, sample_weight: str | None, labels: bool, packing: Packing) -> Dataset:

@@ -27,6 +27,18 @@ CLASSES_LIMIT = 10_000
 
 
 @dataclass(frozen=True)
+class Roles:
+    """What a source has, for errors: its `what` ("columns", "arrays") by `names`, those of them that are the target, and `usual`, the
+    names by which a target is known when none is named.
+    """
+
+    what: str
+    names: tuple[str, ...]
+    targets: tuple[str, ...]
+    usual: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Packing:
     """How a data set is packed. `put` stores a blob, `progress` gets (items done, items in all)."""
 

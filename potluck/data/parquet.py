@@ -115,6 +115,11 @@ class _ParquetColumns:
             raise InvalidData(f"{self.files[-1]} is damaged: it has fewer rows than it says")
 
 
+def names_in(path: Path) -> tuple[str, ...]:
+    """The columns of a file that was read before."""
+    return tuple(_described(path)[0])
+
+
 def _described(path: Path) -> tuple[list[str], list[str], int]:
     """(its columns; those that are an index which pandas wrote beside them; how many rows it says it has)."""
     with _opened(path) as file:
@@ -146,7 +151,9 @@ def _numbers(where: str, name: str, first: int, column: Any) -> Array:
     if pa.types.is_decimal(kind):
         column = column.cast(pa.float64())
     elif not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
-        raise InvalidData(f"{where}: {name} holds {kind}, not numbers: leave the column out, or write numbers for it")
+        raise InvalidData(
+            f"{where}: {name} holds {kind}, not numbers: leave the column out, write numbers for it, or name it as the target (--target) where it is the class"
+        )
     found: Array = column.to_numpy(zero_copy_only=False)
     return found
 

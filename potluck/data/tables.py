@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Sequence
+import shlex
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -66,7 +67,10 @@ def table_of(path: Path, columns: Columns, target: Target, sample_weight: str | 
     if len(set(rest)) != len(rest):
         twice = next(name for name in rest if rest.count(name) > 1)
         raise InvalidData(f"{path}: two columns have the name {twice!r}")
-    targets = _target_columns(path, names, target)
+    for name in target_names(target):
+        if name not in names:
+            raise InvalidData(f"{path} has no column {name!r}: its columns are {', '.join(names)}")
+    targets = target_columns(names, target)
     if sample_weight is not None and sample_weight not in names:
         raise InvalidData(f"{path} has no column {sample_weight!r}: its columns are {', '.join(names)}")
     weight = sample_weight or (WEIGHT_NAME if targets and WEIGHT_NAME in names else None)
@@ -99,6 +103,17 @@ def table_of(path: Path, columns: Columns, target: Target, sample_weight: str | 
     return Table(found, learnt, classes, WEIGHT_NAME if weight is not None else None, remarks)
 
 
+def target_columns(names: Sequence[str], target: Target) -> tuple[str, ...]:
+    """Those that are named, else the first that has a usual name."""
+    return target_names(target) or tuple([name for name in names if name.lower() in TARGET_NAMES][:1])
+
+
+def names_in(path: Path) -> tuple[str, ...]:
+    """The columns of a CSV file that was read before."""
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        return _header(csv.reader(file, strict=True))
+
+
 def read_csv(path: Path, target: Target, sample_weight: str | None = None) -> Table:
     """Raises InvalidData, naming line and column: for text, missing, infinite or not-a-number values, and for ragged lines."""
     return table_of(path, _CsvColumns(path, *_read(path)), target, sample_weight)
@@ -124,7 +139,7 @@ class _CsvColumns:
             if bad.any():
                 row = int(bad.argmax())
                 raise InvalidData(
-                    f"{self.path}, line {self.lines[row]}: column {name!r} {_fault(self.rows[row][index])}"
+                    f"{self.path}, line {self.lines[row]}: column {name!r} {_fault(self.rows[row][index], name)}"
                 )
         return found
 
@@ -145,7 +160,7 @@ def _read(path: Path) -> tuple[list[str], list[list[str]], list[int]]:
     try:
         with reading(path), path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file, strict=True)
-            header = [name.strip() for name in next(reader, [])]
+            header = list(_header(reader))
             for row in reader:
                 if row:
                     rows.append(row)
@@ -164,12 +179,8 @@ def _read(path: Path) -> tuple[list[str], list[list[str]], list[int]]:
     return header, rows, lines
 
 
-def _target_columns(path: Path, names: Sequence[str], target: Target) -> tuple[str, ...]:
-    targets = target_names(target)
-    for name in targets:
-        if name not in names:
-            raise InvalidData(f"{path} has no column {name!r}: its columns are {', '.join(names)}")
-    return targets or tuple([name for name in names if name.lower() in TARGET_NAMES][:1])
+def _header(reader: Iterator[list[str]]) -> tuple[str, ...]:
+    return tuple(name.strip() for name in next(reader, []))
 
 
 def _numbers(texts: Sequence[str]) -> Array:
@@ -192,9 +203,9 @@ def _is_missing(text: str) -> bool:
     return text.strip().lower() in ("", "nan", "na", "n/a", "null", "none")
 
 
-def _fault(text: str) -> str:
+def _fault(text: str, name: str) -> str:
     if _is_missing(text):
         return "is missing: fill it in, or leave the row out"
     if np.isnan(_number(text)):
-        return f"is {text!r}, not a number: leave the column out, write numbers for it, or name it as the target where it is the class"
+        return f"is {text!r}, not a number: leave the column out, write numbers for it, or name it as the target (--target {shlex.quote(name)}) where it is the class"
     return f"is {text!r}, which is more than float32 holds"

@@ -215,6 +215,103 @@ async def test_what_cannot_fit_is_said_before_data_are_packed(
     assert not [asked for asked in coordinator.asked if isinstance(asked, AddDataset | SubmitJob)]
 
 
+def table_model(path: Path, loss: str = "sparse_categorical_crossentropy") -> Path:
+    """One of four numbers and three classes."""
+    layers = [
+        {"class_name": "InputLayer", "config": {"batch_shape": [None, 4]}},
+        {"class_name": "Dense", "config": {"name": "scores", "units": 3}},
+    ]
+    config = {"class_name": "Sequential", "config": {"layers": layers}, "compile_config": {"loss": loss}}
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("config.json", json.dumps(config))
+    return path
+
+
+async def test_what_data_lack_is_said_with_their_names_before_they_are_sent(
+    client: AsyncClient, coordinator: ScriptedCoordinator, tmp_path: Path
+) -> None:
+    model, table = table_model(tmp_path / "net.keras"), tmp_path / "iris.csv"
+    table.write_text("a,b,c,d,species\n" + "1,2,3,4,0\n" * 6)
+    untold = r"no target .*: none of its columns \(a, b, c, d, species\) is called y, target, label or class: .*--target NAME"
+    for ask in (client.train, client.evaluate):
+        with pytest.raises(InvalidData, match=f"^data has {untold}"):
+            await ask(model, table)
+    np.savez(tmp_path / "iris.npz", rows=np.zeros((6, 4)), species=np.arange(6) % 3)
+    with pytest.raises(InvalidData, match=r"none of its arrays \(rows, species\) is called y, .*target=NAME"):
+        await client.train(model, tmp_path / "iris.npz")
+    with pytest.raises(InvalidData, match=r"it holds only 'x', so give both, as arrays \(x, y\)"):
+        await client.train(model, np.zeros((6, 4)))
+    table.write_text("id,a,b,c,d,class\n" + "1,1,2,3,4,0\n" * 6)
+    fits = r"has shape \(4\), but the data has \(5\) per item; its columns are id, a, b, c, d, class, the target 'class': name"
+    with pytest.raises(InvalidRequest, match=fits):
+        await client.train(model, table)
+    with pytest.raises(InvalidModel, match="data has 4 classes, but the model takes 3: make its last layer 4 units"):
+        await client.train(model, {"x": np.zeros((8, 4)), "y": np.array(list("abcdabcd"))})
+    assert not [asked for asked in coordinator.asked if isinstance(asked, AddDataset | SubmitJob)]
+    with pytest.raises(InvalidData, match=r"^validation has no target .* holds only 'x'"):
+        await client.train(model, (np.zeros((6, 4)), np.zeros(6)), validation=np.zeros((6, 4)))
+    assert jobs_of(coordinator) == []
+
+
+async def test_files_of_another_kind_than_the_model_takes_are_refused_before_a_job(
+    client: AsyncClient, coordinator: ScriptedCoordinator, tmp_path: Path
+) -> None:
+    coordinator.answers[ListDatasets] = lambda asked: datasets(pictures="images", tones="audio", rows="arrays")
+    model, free = table_model(tmp_path / "net.keras"), tmp_path / "free.keras"
+    layers = [{"class_name": "InputLayer", "config": {"batch_shape": [None, None, None, 3]}}]
+    config = {"class_name": "Functional", "config": {"layers": layers}, "compile_config": {"loss": "mse"}}
+    with zipfile.ZipFile(free, "w") as archive:
+        archive.writestr("config.json", json.dumps(config))
+    said = r"data holds images, each \(height, width, channels\), and the model's input has shape \(4\)"
+    for ask in (client.train, client.evaluate, client.predict):
+        with pytest.raises(InvalidRequest, match=said):
+            await ask(model, "pictures")
+        with pytest.raises(InvalidRequest, match=r"shape \(any, any, 3\): say the size of the images, .*--image HxW"):
+            await ask(free, "pictures")
+        with pytest.raises(InvalidRequest, match="data holds recordings, each"):
+            await ask(free, "tones")
+    assert jobs_of(coordinator) == []
+    await client.train(free, "pictures", image=(8, 8))
+    await client.train(model, "rows")
+
+
+async def test_model_and_data_in_each_others_place_are_told_apart(
+    client: AsyncClient, coordinator: ScriptedCoordinator, tmp_path: Path
+) -> None:
+    def missing(asked: GetModel) -> Message:
+        raise NotFound(f"there is no model {asked.model!r}")
+
+    coordinator.answers |= {ListDatasets: lambda asked: datasets(iris="arrays"), GetModel: missing}
+    model, first = table_model(tmp_path / "net.keras"), "the model comes first and then the data"
+    with pytest.raises(InvalidData, match=f"data is a model, .*net.keras.*: {first}"):
+        await client.train("iris.csv", str(model))
+    for data in ("iris", "iris.csv"):
+        with pytest.raises(NotFound, match=rf"no model '{data}' \({data} is data: {first}"):
+            await client.train(data, "net")
+    with pytest.raises(InvalidModel, match=f"not array.*: {first}"):
+        await client.train(np.zeros((6, 4)), "iris")
+    with pytest.raises(InvalidData, match="is a model: `potluck models add`"):
+        await client.add_data(model)
+    assert jobs_of(coordinator) == []
+
+
+async def test_a_folder_named_as_a_data_set_is_taken_and_that_is_said(
+    client: AsyncClient, coordinator: ScriptedCoordinator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    coordinator.answers[ListDatasets] = lambda asked: datasets(films="texts")
+    write_files(tmp_path / "films", {"good/1.txt": b"fine", "bad/2.txt": b"dull"})
+    monkeypatch.chdir(tmp_path)
+    await client.train("net", "./films")
+    assert caplog.text == ""
+    await client.train("net", "films")
+    assert {record.name for record in caplog.records} == {"potluck.client.sources"}, "what the command line shows"
+    assert (
+        "data: 'films' is packed from what lies here by that name, and the data set 'films' of the cluster"
+        in caplog.text
+    )
+
+
 async def test_data_are_packed_for_their_job_and_models_have_names(
     client: AsyncClient, coordinator: ScriptedCoordinator, tmp_path: Path
 ) -> None:
@@ -291,6 +388,8 @@ WRONG: dict[str, tuple[type[PotluckError], Callable[[AsyncClient], Awaitable[obj
     "alias must be .*not '3'": (InvalidRequest, lambda client: client.set_alias("m", "3")),
     "alias must be .*not 'latest'": (InvalidRequest, lambda client: client.set_alias("m", "latest")),
     "path must be the path": (InvalidRequest, lambda client: client.export("m", None)),
+    "wait must be True or False, not 5": (InvalidRequest, lambda client: client.deploy("m", wait=5)),
+    "every_version must be": (InvalidRequest, lambda client: client.delete_model("m", every_version=2)),
     "name must be the name of a": (InvalidRequest, lambda client: client.remove_data(None)),
     "job_id must be": (InvalidRequest, lambda client: client.cancel(7)),
     "job_id must be a job": (InvalidRequest, lambda client: client.job(object())),

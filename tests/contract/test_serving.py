@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from coordinator.serving.inference import size_bytes
 from potluck import codec, tensors
 from potluck.errors import Cancelled, InvalidModel, InvalidRequest, NotFound, TimedOut, TooLarge, Unavailable
-from potluck.messages import BlobRef, ErrorInfo, Infer, ListNodes, Tensor
+from potluck.messages import BlobRef, ErrorInfo, Infer, ListNodes, ModelUnloaded, Tensor
 from support.eventually import eventually
 from support.serving_lab import SIGNATURE, TOPICS, Lab, ask, client, question
 
@@ -62,6 +62,39 @@ async def test_many_questions_share_batches(lab: Lab, stack: AsyncExitStack) -> 
     assert [float(tensors.to_numpy(answer.outputs[0])[0, 0]) for answer in answers] == [2.0 * n for n in range(40)]
     assert sum(node.batches) == 40
     assert len(node.batches) < 40
+
+
+async def test_what_another_model_ended_is_back_at_once_and_what_ends_engines_is_given_up(
+    lab: Lab, stack: AsyncExitStack
+) -> None:
+    node = await lab.join(stack, "a")
+    lab.add_model()
+    await lab.deploy("m", 1)
+    died = ErrorInfo(code="engine_failed", message="another model's doing", retryable=True)
+    began = time.monotonic()
+    lab.serving.on_node_event("a", ModelUnloaded(replica_id=node.loaded[-1], error=died))
+    await eventually(lambda: len(node.loaded) == 2)
+    assert time.monotonic() - began < 1.0
+    crashed = ErrorInfo(code="model_crashed", message="a batch took more than 60 s", retryable=True)
+    for _ in range(3):
+        lab.serving.on_node_event("a", ModelUnloaded(replica_id=node.loaded[-1], error=crashed))
+        (info,) = lab.serving.deployments()
+        if info.state == "failing":
+            break
+        lab.serving._deployments["m:1"].resting.clear()  # it would be left alone for some seconds
+        loaded = len(node.loaded)
+        await eventually(lambda loaded=loaded: len(node.loaded) > loaded)  # type: ignore[misc]
+        await eventually(lambda: lab.serving._deployments["m:1"].ready)
+    (info,) = lab.serving.deployments()
+    assert info.state == "failing"
+    assert "3 times within an hour" in info.reason
+    assert "a batch took more than 60 s" in info.reason
+    async with client(lab) as bus:
+        with pytest.raises(Unavailable, match="m:1 has no replica: its engine died of it 3 times"):
+            await ask(bus, question(1, 2))
+    node.loaded.clear()
+    await lab.deploy("m", 1)  # begins anew
+    assert node.loaded
 
 
 async def test_a_lost_replica_is_replaced_and_its_questions_are_asked_again(lab: Lab, stack: AsyncExitStack) -> None:

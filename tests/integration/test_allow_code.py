@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from potluck.client import Client
-from potluck.client.models import keras_file
+from potluck.client.models import keras_file, model_file
 from potluck.errors import CodeNotAllowed, InvalidModel
 from potluck.local_cluster import LocalCluster
 from support.allowing import X, Y, dense, own_code
@@ -51,4 +51,9 @@ def test_a_class_that_is_not_registered_is_refused_before_anything_is_sent(tmp_p
 
     with pytest.raises(InvalidModel, match=r"'Unknown', that is not registered.*register_keras_serializable\(\)"):
         keras_file(dense(Known(), Unknown()), tmp_path, compiled=True)
+    assert keras_file(dense(Known()), tmp_path, compiled=True).path.exists()
+    Unknown.__module__ = "__main__"  # of which Keras writes no module
+    with pytest.raises(InvalidModel, match="'Unknown', that is not registered"):
+        model_file(dense(Unknown()), tmp_path)
+    Known.__module__ = "__main__"
     assert keras_file(dense(Known()), tmp_path, compiled=True).path.exists()

@@ -34,6 +34,7 @@ def network() -> Any:
     """With all that may differ from run to run: random layers, an optimizer with state, moving statistics."""
     import keras
 
+    keras.utils.clear_session()  # names of layers are numbered on, and stand in the file
     keras.utils.set_random_seed(1)
     model = keras.Sequential(
         [
@@ -74,6 +75,7 @@ def test_the_same_nodes_give_the_same_bits_again_and_learn(client: Client) -> No
     once, again = begin(client).wait(timeout=120), begin(client).wait(timeout=120)
     assert checkpoint(again) == checkpoint(once)
     assert again.history == once.history
+    assert again.result().model.sha256 == once.result().model.sha256, "the file, too"
     assert checkpoint(begin(client, seed=1).wait(timeout=120)) != checkpoint(once)
     data = split()
     assert (once.model().predict(data["x_test"], verbose=0).argmax(axis=1) == data["y_test"]).mean() > 0.9

@@ -13,6 +13,7 @@ from msgspec.structs import replace
 
 from coordinator.training.scores import evaluation_metrics
 from node.engine.process import Engine
+from node.engine.watch import Limits
 from potluck.errors import CodeNotAllowed, EngineFailed, InvalidModel
 from potluck.messages import DataFormat, ExportTask, SyncTask
 from potluck.tensors import to_numpy
@@ -141,8 +142,6 @@ async def test_a_step_of_its_own_is_no_part_of_a_synchronous_one(own: Any, allow
 
 
 async def test_a_module_that_is_not_there_is_named(tmp_path: Path) -> None:
-    engine = Engine(
-        tmp_path / "scratch", threads=1, start_seconds=60, silence_seconds=20, allow_code=["no_such_module"]
-    )
+    engine = Engine(tmp_path / "scratch", threads=1, limits=Limits(60, 20), allow_code=["no_such_module"])
     with pytest.raises(EngineFailed, match="allow_code names the module 'no_such_module', which cannot be imported"):
         await engine.start()

@@ -164,8 +164,8 @@ async def test_savedmodels_that_are_more_than_a_graph_are_refused(lab: Lab, tmp_
 
     cases = [
         (python, InvalidModel, r"calls Python \(PyFunc\).* without tf\.py_function"),
-        (reader, CodeNotAllowed, r"files of the machine it runs on \(ReadFile\)"),
-        (writer, CodeNotAllowed, r"files of the machine it runs on \(SaveV2\)"),
+        (reader, CodeNotAllowed, r"files of the machine it runs on \(ReadFile in its function"),
+        (writer, CodeNotAllowed, r"files of the machine it runs on \(SaveV2 in its function"),
         (unready, InvalidModel, r"the model cannot run: .*Table not initialized"),
         (total, InvalidModel, r"output 'y' has shape \(\) for 1 items: it must have a row for each"),
     ]

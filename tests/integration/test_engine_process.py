@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,10 @@ import psutil
 import pytest
 
 from node.engine.process import Engine
+from node.engine.watch import Limits
 from potluck.errors import EngineFailed
 from potluck.tensors import from_numpy
+from support import allowing
 from support.engine_lab import training
 from support.eventually import eventually
 from support.models import Files, blobs, dense
@@ -32,7 +35,7 @@ def fake_python(folder: Path, script: str) -> str:
 
 async def test_one_that_does_not_start_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", fake_python(tmp_path, "echo no such library >&2; exit 3"))
-    engine = Engine(tmp_path / "scratch", threads=1, start_seconds=20, silence_seconds=5)
+    engine = Engine(tmp_path / "scratch", threads=1, limits=Limits(20, 5))
     with pytest.raises(EngineFailed, match=r"did not start: it ended.*no such library"):
         await engine.start()
     assert not engine.alive
@@ -46,23 +49,67 @@ async def test_quick_kernels_are_asked_of_tensorflow(
     monkeypatch.delenv("TF_ENABLE_ONEDNN_OPTS", raising=False)
     program = fake_python(tmp_path, "echo oneDNN ${TF_ENABLE_ONEDNN_OPTS:-none} >&2; exit 3")
     monkeypatch.setattr(sys, "executable", program)
-    engine = Engine(tmp_path / "scratch", threads=1, start_seconds=20, silence_seconds=5, quick_kernels=quick)
+    engine = Engine(tmp_path / "scratch", threads=1, limits=Limits(20, 5), quick_kernels=quick)
     with pytest.raises(EngineFailed, match=f"oneDNN {told}"):
         await engine.start()
 
 
 async def test_one_that_hangs_at_its_start_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", fake_python(tmp_path, "exec sleep 100"))
-    engine = Engine(tmp_path / "scratch", threads=1, start_seconds=0.3, silence_seconds=5)
-    with pytest.raises(EngineFailed, match=r"not ready within 0\.3 s"):
+    engine = Engine(tmp_path / "scratch", threads=1, limits=Limits(0.3, 5))
+    with pytest.raises(EngineFailed, match=r"it got no further for 0\.3 s"):
         await engine.start()
     assert engine.pid is not None
     assert not psutil.pid_exists(engine.pid)
 
 
+@pytest.mark.parametrize("module", ["sitecustomize", "keras"])
+async def test_one_that_hangs_in_an_import_is_ended(
+    module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before it says anything, and while it says every second that it is there."""
+    (tmp_path / f"{module}.py").write_text("import time\ntime.sleep(1e6)\n")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path.cwd()}")
+    engine = Engine(tmp_path / "scratch", threads=1, limits=Limits(2, 5))
+    with pytest.raises(EngineFailed, match="it got no further for 2 s and was killed"):
+        await asyncio.wait_for(engine.start(), 20)
+
+
+async def test_one_that_is_slow_in_an_import_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a tenth of a core, and three times as long as one may take that gets no further."""
+    script = (
+        "import time\nend = time.time() + 6\nwhile time.time() < end:\n    begun = time.process_time()\n"
+        "    while time.process_time() < begun + 0.02: pass\n    time.sleep(0.2)\nraise SystemExit('came to its end')\n"
+    )
+    (tmp_path / "keras.py").write_text(script)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path.cwd()}")
+    engine = Engine(tmp_path / "scratch", threads=1, limits=Limits(2, 5))
+    with pytest.raises(EngineFailed, match="came to its end"):
+        await engine.start()
+
+
+async def test_one_that_is_to_stop_has_more_time_while_it_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = {}
+    for script in ("exec sleep 100", "while :; do :; done"):
+        monkeypatch.setattr(sys, "executable", fake_python(tmp_path, script))
+        engine = Engine(tmp_path / "scratch", threads=1, limits=Limits(30, 5))
+        starting = asyncio.create_task(engine.start())
+        await eventually(lambda engine=engine: engine.pid is not None)  # type: ignore[misc]
+        begun = time.monotonic()
+        await engine.stuck(limit_seconds=0.5, bound_seconds=3.0)
+        seconds[script] = time.monotonic() - begun
+        await engine.stop(grace_seconds=0)
+        with pytest.raises(EngineFailed):
+            await starting
+    assert 0.5 < seconds["exec sleep 100"] < 2.5
+    assert 3.0 <= seconds["while :; do :; done"] < 6.0
+
+
 async def test_a_program_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", str(tmp_path / "nothing"))
-    engine = Engine(tmp_path / "scratch", threads=1, start_seconds=5, silence_seconds=5)
+    engine = Engine(tmp_path / "scratch", threads=1, limits=Limits(5, 5))
     with pytest.raises(EngineFailed, match="did not start"):
         await engine.start()
     await engine.stop()
@@ -72,7 +119,7 @@ async def test_one_that_talks_nonsense(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(
         sys, "executable", fake_python(tmp_path, r'eval "printf \"\377\377\377\377\" >&$4"; exec sleep 100')
     )
-    engine = Engine(tmp_path / "scratch", threads=1, start_seconds=1, silence_seconds=5)
+    engine = Engine(tmp_path / "scratch", threads=1, limits=Limits(1, 5))
     with pytest.raises(EngineFailed, match="did not start"):
         await engine.start()
 
@@ -94,13 +141,35 @@ async def test_killed_in_a_task(tmp_path: Path) -> None:
 
 @pytest.mark.tensorflow
 async def test_frozen_in_a_task(tmp_path: Path) -> None:
-    engine, running = await _in_a_task(tmp_path, silence_seconds=2)
+    """For a while it may be: it goes on then. Not for ever."""
+    told: list[int] = []
+    engine, running = await _in_a_task(tmp_path, silence_seconds=4, told=told)
     assert engine.pid is not None
     os.kill(engine.pid, signal.SIGSTOP)
-    with pytest.raises(EngineFailed, match="was silent for 2 s and was killed"):
-        await asyncio.wait_for(running, 10)
+    await asyncio.sleep(2.5)
+    before = len(told)
+    os.kill(engine.pid, signal.SIGCONT)
+    await eventually(lambda: len(told) > before)
+    await asyncio.sleep(2)
+    assert engine.alive
+    os.kill(engine.pid, signal.SIGSTOP)
+    with pytest.raises(EngineFailed, match="was silent for 4 s and was killed"):
+        await asyncio.wait_for(running, 15)
     assert not psutil.pid_exists(engine.pid)
     await engine.stop()
+
+
+@pytest.mark.tensorflow
+async def test_a_model_that_hangs_when_it_is_traced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with allowing.own_code() as own:
+        files = Files(tmp_path / "blobs")
+        task = training(files.model(allowing.dense(own.Sleeper())), files.arrays(1, x=allowing.X, y=allowing.Y))
+        monkeypatch.setenv("OWN_CODE_SLEEPS", "1")
+        engine = Engine(tmp_path / "scratch", threads=1, limits=Limits(8, 20), allow_code=["own_code"])
+        await engine.start()
+        with pytest.raises(EngineFailed, match="got no further for 8 s and was killed"):
+            await asyncio.wait_for(engine.run_task("job", task, files.paths, lambda done, metrics: None), 60)
+        await engine.stop()
 
 
 @pytest.mark.tensorflow
@@ -116,8 +185,9 @@ async def test_stopped_in_a_task(tmp_path: Path) -> None:
 async def test_it_dies_with_its_parent(tmp_path: Path) -> None:
     script = (
         "import asyncio, sys\nfrom pathlib import Path\nfrom node.engine.process import Engine\n"
+        "from node.engine.watch import Limits\n"
         "async def main():\n"
-        f"    engine = Engine(Path({str(tmp_path)!r}), threads=1, start_seconds=60, silence_seconds=20)\n"
+        f"    engine = Engine(Path({str(tmp_path)!r}), threads=1, limits=Limits(60, 20))\n"
         "    await engine.start()\n    print(engine.pid, flush=True)\n    await asyncio.sleep(100)\n"
         "asyncio.run(main())\n"
     )
@@ -130,16 +200,18 @@ async def test_it_dies_with_its_parent(tmp_path: Path) -> None:
     await eventually(lambda: not still_running([child]))
 
 
-async def _in_a_task(folder: Path, *, silence_seconds: float) -> tuple[Engine, asyncio.Task[object]]:
-    """An engine that trains and would not end by itself."""
+async def _in_a_task(
+    folder: Path, *, silence_seconds: float, told: list[int] | None = None
+) -> tuple[Engine, asyncio.Task[object]]:
+    """An engine that trains and would not end by itself; `told` gets what it has done."""
     files = Files(folder / "blobs")
     x, y = blobs(64)
     task = training(files.model(dense()), files.arrays(1, x=x, y=y), samples=10**9, seconds=1000)
-    engine = Engine(folder / "scratch", threads=1, start_seconds=60, silence_seconds=silence_seconds)
+    engine = Engine(folder / "scratch", threads=1, limits=Limits(60, silence_seconds))
     await engine.start()
-    told = asyncio.Event()
+    progress: list[int] = [] if told is None else told
     running: asyncio.Task[object] = asyncio.create_task(
-        engine.run_task("job", task, files.paths, lambda done, metrics: told.set()), name="training"
+        engine.run_task("job", task, files.paths, lambda done, metrics: progress.append(done)), name="training"
     )
-    await asyncio.wait_for(told.wait(), 60)
+    await eventually(lambda: progress, 60)
     return engine, running

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import io
+import re
+import zipfile
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
+import psutil
 import pytest
 import pytest_asyncio
 
-from potluck.errors import OutOfMemory
+from node.engine.process import Engine
+from node.engine.watch import Limits
+from potluck.errors import EngineFailed, InvalidModel, OutOfMemory
 from potluck.tensors import from_numpy
 from support.engine_lab import Lab, engine_lab, prediction, training
 from support.models import dense, whole
@@ -75,3 +83,56 @@ async def test_a_request_for_which_there_is_no_room_fails_alone(lab: Lab) -> Non
     assert [outcome.error.code if outcome.error else "" for outcome in outcomes] == ["", "out_of_memory", ""]
     assert outcomes[1].error is not None
     assert outcomes[1].error.retryable
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def small(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Lab]:
+    """An engine that may take some 300 MiB more than one takes at rest."""
+    limits = Limits(start_seconds=120, silence_seconds=20, memory_bytes=900 * 2**20)
+    async with engine_lab(tmp_path_factory.mktemp("small"), limits=limits) as lab:
+        yield lab
+
+
+def with_units(file: bytes, units: int) -> bytes:
+    """The model's file with so many units in its first layer of weights, and no weights for them."""
+    found = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(file)) as old, zipfile.ZipFile(found, "w") as new:
+        for name in old.namelist():
+            data = old.read(name)
+            if name == "config.json":
+                data = re.sub(rb'"units": \d+', b'"units": %d' % units, data, count=1)
+            new.writestr(name, data)
+    return found.getvalue()
+
+
+async def test_a_file_of_a_few_kb_gets_no_gigabytes(small: Lab) -> None:
+    """Neither one that says what it wants, nor one in which that cannot be seen."""
+    assert small.engine.pid is not None
+    process = psutil.Process(small.engine.pid)
+    at_rest = process.memory_info().rss
+    file = small.files.paths[small.files.model(dense()).sha256].read_bytes()
+    huge = small.files.put(with_units(file, 500_000_000))
+    with pytest.raises(InvalidModel, match=r"at least 4,000,000,\d+ weights, and its file only"):
+        await small.engine.load_model("r1", small.files.paths[huge.sha256])
+
+    blob = small.files.h5(dense())
+    with h5py.File(small.files.paths[blob.sha256], "r+") as h5:
+        config = h5.attrs["model_config"]
+        h5.attrs["model_config"] = re.sub(r'"units": \d+', '"units": 500000000', config, count=1)
+    with pytest.raises(OutOfMemory, match="this node has not enough memory"):
+        await small.engine.load_model("r2", small.files.paths[blob.sha256])
+    assert process.memory_info().rss < at_rest + 400 * 2**20
+    signature, _, _ = await small.engine.load_model(
+        "r3", small.files.paths[small.files.model(dense()).sha256]
+    )  # the same engine, still
+    assert signature.inputs[0].shape == (-1, 8)
+
+
+async def test_an_engine_that_takes_more_than_it_may_is_ended(tmp_path: Path) -> None:
+    limits = Limits(start_seconds=120, silence_seconds=20, memory_bytes=100 * 2**20)
+    engine = Engine(tmp_path, threads=1, limits=limits)
+    with pytest.raises(
+        EngineFailed, match=r"did not start: it needed more than 0\.1 GiB of memory, .*engine_memory_bytes"
+    ):
+        await engine.start()
+    assert isinstance(await engine.wait_dead(), OutOfMemory)

@@ -12,6 +12,8 @@ import pytest_asyncio
 from msgspec.structs import replace
 
 from potluck.errors import InvalidRequest
+from potluck.messages import ExportTask
+from potluck.weights import Reader
 from support.engine_lab import Lab, engine_lab, training
 from support.models import ARRAYS, blobs
 
@@ -124,3 +126,98 @@ async def test_a_schedule_follows_the_samples_of_the_whole_cluster(lab: Lab) -> 
     assert at_once.norm > 0.01
     late = await lab.run(replace(task, weights=lab.after(at_once), round=1, seen=16 * 4), "early")
     assert late.norm == 0
+
+
+def transfer() -> Any:
+    """A frozen body with all kinds of state, and a head to train."""
+    import keras
+
+    keras.utils.set_random_seed(5)
+    normalise = keras.layers.Normalization()
+    normalise.adapt(blobs(64)[0])
+    body = keras.Sequential(
+        [keras.Input((8,)), normalise, keras.layers.Dense(1024, activation="relu"), keras.layers.BatchNormalization()]
+    )
+    body.trainable = False
+    model = keras.Sequential([body, keras.layers.Dense(3, activation="softmax")])
+    model.compile("adam", "sparse_categorical_crossentropy")
+    return model
+
+
+async def test_what_is_frozen_neither_travels_nor_changes(lab: Lab) -> None:
+    x, y = blobs(256)
+    model = transfer()
+    task = training(lab.files.model(model), lab.files.arrays(1, x=x, y=y), samples=320, compression="auto")
+    first = await lab.run(task, "frozen")
+    second = await lab.run(replace(task, weights=lab.after(first), round=1), "frozen")
+    for result in (first, second):
+        with Reader(lab.scratch / result.update.sha256) as update:
+            assert {name.partition(".")[0] for name in update.specs} == {"w00009", "w00010"}
+        assert result.update.size < 20_000
+        assert result.trained_bytes == 4 * (1024 * 3 + 3)
+    before, after = model.get_weights(), lab.weights(second)
+    assert all(ours.tobytes() == theirs.tobytes() for ours, theirs in zip(after[:9], before[:9], strict=True))
+    assert np.abs(after[9] - before[9]).max() > 1e-3
+    # Its checkpoint may be where another job begins that trains all of it.
+    for layer in model.layers[0].layers:
+        layer.trainable = True
+    model.layers[0].trainable = True
+    model.compile("adam", "sparse_categorical_crossentropy")
+    again = replace(task, model=lab.files.model(model), weights=lab.after(second))
+    tuned = lab.weights(await lab.run(again, "thawed"))
+    assert [bool(np.abs(a - b).max()) for a, b in zip(tuned, after, strict=True)] == [False] * 3 + [True] * 8
+
+
+async def test_statistics_are_averaged_and_other_state_is_that_of_one(lab: Lab) -> None:
+    import keras
+
+    keras.utils.set_random_seed(5)
+    x, y = blobs(256)
+    model = keras.Sequential(
+        [
+            keras.Input((8,)),
+            keras.layers.BatchNormalization(),
+            keras.layers.SpectralNormalization(keras.layers.Dense(3, activation="softmax")),
+        ]
+    )
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    result = await lab.run(training(lab.files.model(model), lab.files.arrays(1, x=x, y=y), samples=64), "state")
+    with Reader(lab.scratch / result.update.sha256) as update:
+        told = [name.partition(".")[2] for name in sorted(update.specs, key=lambda name: name[1:])]
+        names = [weight.name for weight in model.weights]
+    assert dict(zip(names, told, strict=True)) == {
+        "gamma": "", "beta": "", "moving_mean": "mean", "moving_variance": "mean", "kernel": "", "bias": "", "vector_u": "value",
+    }  # fmt: skip
+
+
+async def test_constraints_hold_in_all_that_is_made_of_weights(lab: Lab) -> None:
+    """An outer step leads out of them, by its momentum or by rounding."""
+    import keras
+    from safetensors.numpy import save
+
+    x, y = blobs(64)
+    model = keras.Sequential(
+        [
+            keras.Input((8,)),
+            keras.layers.Dense(16, kernel_constraint=keras.constraints.NonNeg()),
+            keras.layers.Dense(16, kernel_constraint=keras.constraints.UnitNorm()),
+            keras.layers.Dense(3, kernel_constraint=keras.constraints.MaxNorm(0.5), activation="softmax"),
+        ]
+    )
+    model.compile(keras.optimizers.SGD(0.0), "sparse_categorical_crossentropy")
+    random = np.random.default_rng(0)
+    outside = [random.normal(size=value.shape).astype(np.float32) for value in model.get_weights()]
+    stepped = lab.files.put(save({f"w{number:05}": value for number, value in enumerate(outside)}))
+    blob, data = lab.files.model(model), lab.files.arrays(1, x=x, y=y)
+
+    def holds(kernels: list[Any]) -> None:
+        assert kernels[0].min() >= 0
+        np.testing.assert_allclose(np.linalg.norm(kernels[1], axis=0), 1, rtol=1e-5)
+        assert np.linalg.norm(kernels[2], axis=0).max() <= 0.5 + 1e-6
+        assert kernels[0].max() == outside[0].max()  # and nothing else is changed
+
+    trained = await lab.run(training(blob, data, weights=stepped, samples=32), "constrained")
+    holds(lab.weights(trained)[::2])
+    exported = await lab.run(ExportTask(model=blob, weights=stepped), "constrained")
+    (lab.scratch / exported.model.sha256).rename(lab.scratch / "exported.keras")
+    holds(keras.saving.load_model(lab.scratch / "exported.keras").get_weights()[::2])

@@ -100,6 +100,8 @@ def test_jobs_and_what_they_made_from_the_command_line(trained: Any, cluster: Lo
         cluster, _POTLUCK_COMPLETE="complete_bash", COMP_WORDS="potluck models show ml", COMP_CWORD="3"
     )
     assert offered.split() == ["mlp", "mlp:1"]
+    parts = "potluck\nmodels\nshow\nmlp\n:"  # as bash has them behind a colon
+    assert potluck_at(cluster, _POTLUCK_COMPLETE="complete_bash", COMP_WORDS=parts, COMP_CWORD="4").split() == ["1"]
 
 
 def test_deploy_ends_with_a_line_that_works_when_it_is_pasted(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from potluck.messages import (
     BlobRef,
     DataSlice,
+    ErrorInfo,
     InferenceFinished,
     LeaseRenewed,
     ModelLoaded,
@@ -30,12 +32,14 @@ from potluck.messages import (
     UnloadModel,
 )
 from potluck.tensors import from_numpy, to_numpy
-from support import models
+from support import allowing, models
 from support.eventually import eventually
 from support.node_lab import Lab, NodeProcess, node_lab
 from support.processes import engines
 
 REPLICA = "m:1/1"
+BACK_SECONDS = 30.0
+"""In which a replica answers again that was ended by another model: an engine starts, and loads it. 6 s on an idle machine."""
 X = Tensor(name="x", datatype="UINT8", shape=(1, 3), data=b"\1\2\3")
 
 
@@ -158,10 +162,11 @@ async def test_an_engine_that_dies_takes_its_replicas_and_says_so(lab: Lab) -> N
     poison = Tensor(name="crash", datatype="UINT8", shape=(1, 1), data=b"\0")
     await lab.infer("poison", REPLICA, poison)
     await lab.infer("next", REPLICA, X)
-    assert code(await answer(lab, "poison")) == "engine_failed"
-    for replica_id in (REPLICA, "other:1/1"):
+    assert code(await answer(lab, "poison")) == "model_crashed"
+    for replica_id, told in ((REPLICA, "model_crashed"), ("other:1/1", "engine_failed")):
         gone = await lab.heard(ModelUnloaded, lambda one, wanted=replica_id: one.replica_id == wanted)  # type: ignore[misc]
         assert gone.error is not None
+        assert gone.error.code == told
         assert "SIGSEGV" in gone.error.message
     assert code(await answer(lab, "next")) in ("engine_failed", "not_found")  # both are asked again elsewhere
     await lab.load(REPLICA)
@@ -171,7 +176,8 @@ async def test_an_engine_that_dies_takes_its_replicas_and_says_so(lab: Lab) -> N
     await lab.heard(LeaseRenewed)
     done = max(one.done for one in lab.all(LeaseRenewed))
     await lab.heard(LeaseRenewed, lambda one: one.done > done)  # the shard had an engine of its own
-    assert node.log().count("engine started engine=serve") == 2
+    assert node.log().count("engine started engine=serve") == 1
+    assert node.log().count("engine started engine=alone-1") == 1
     assert node.log().count("engine started engine=work") == 1
 
 
@@ -261,6 +267,68 @@ async def test_with_tensorflow_in_its_engines(lab: Lab) -> None:
     assert gone.error.code == "engine_failed"
     assert await node.stop() == 0
     await eventually(lambda: not any(psutil.pid_exists(pid) for pid in children))
+
+
+@pytest.mark.tensorflow
+async def test_a_model_that_does_not_return_or_aborts_costs_the_others_seconds(lab: Lab) -> None:
+    """The first time; from then on it is alone, and after three times it is refused."""
+    with allowing.own_code() as own:
+        files = models.Files(lab.folder / "files")
+        good, bad = (
+            files.paths[files.model(model).sha256].read_bytes()
+            for model in (allowing.dense(), allowing.dense(own.Looper()))
+        )
+        node = await lab.node(
+            fake=False,
+            POTLUCK_ALLOW_CODE="own_code",
+            POTLUCK_ENGINE_BATCH_SECONDS="5",
+            PYTHONPATH=os.environ["PYTHONPATH"],
+        )
+    fine, poison = (from_numpy("x", np.full((1, 6), value, np.float32)) for value in (1.0, 1000.0))
+
+    async def load(replica_id: str, model: bytes) -> None:
+        await lab.load(replica_id, model)
+        await lab.heard(ModelLoaded, lambda one: one.replica_id == replica_id, seconds=90)
+
+    async def gone(replica_id: str) -> ErrorInfo:
+        told = await lab.heard(ModelUnloaded, lambda one: one.replica_id == replica_id, seconds=60)
+        assert told.error is not None
+        return told.error
+
+    await load("good:1/1", good)
+    await load("bad:1/1", bad)
+    await lab.infer("f1", "bad:1/1", fine)
+    assert code(await answer(lab, "f1")) == ""
+    await lab.infer("p1", "bad:1/1", poison)
+    await lab.infer("g1", "good:1/1", fine)
+    blamed, beside = await gone("bad:1/1"), await gone("good:1/1")
+    died_at = time.monotonic()
+    assert (blamed.code, beside.code) == ("model_crashed", "engine_failed")
+    assert "a batch of replica bad:1/1 took more than" in blamed.message
+    assert code(await answer(lab, "p1")) == "model_crashed"
+    assert code(await answer(lab, "g1")) == "engine_failed"
+
+    await load("good:1/2", good)
+    await lab.infer("g2", "good:1/2", fine)
+    assert code(await answer(lab, "g2")) == ""
+    assert time.monotonic() - died_at < BACK_SECONDS
+    await load("bad:1/2", bad)
+    for number in (2, 3):  # now it aborts, and takes nobody with it
+        await lab.infer(f"p{number}", f"bad:1/{number}", poison)
+        alone = engines(node.pid)[f"alone-{number - 1}"]
+        await eventually(lambda alone=alone: alone.cpu_percent(0.2) > 30, 20)  # type: ignore[misc]
+        alone.send_signal(signal.SIGABRT)
+        assert (await gone(f"bad:1/{number}")).code == "model_crashed"
+        await lab.infer(f"h{number}", "good:1/2", fine)
+        assert code(await answer(lab, f"h{number}")) == ""
+        if number == 2:
+            await load("bad:1/3", bad)
+    await lab.load("bad:1/4", bad)
+    refused = await lab.heard(ModelLoadFailed)
+    assert refused.error.code == "model_crashed"
+    assert "3 times within an hour" in refused.error.message
+    assert "SIGABRT" in refused.error.message
+    await eventually(lambda: set(engines(node.pid)) == {"serve"})
 
 
 async def training_gives_way(lab: Lab, node: NodeProcess, attempt_id: str, asked: Tensor) -> None:

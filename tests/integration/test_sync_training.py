@@ -55,12 +55,12 @@ def reach(job: Any, rounds: int) -> None:
     raise AssertionError(f"the job ended before round {rounds}")
 
 
-@pytest.mark.parametrize("kind", ["sgd", "adam", "void"])
+@pytest.mark.parametrize("kind", ["sgd", "void"])
 def test_two_nodes_give_the_weights_of_one_process(client: Client, kind: str) -> None:
     import keras
 
     def made() -> Any:
-        model = network(keras.optimizers.Adam(1e-3) if kind == "adam" else keras.optimizers.SGD(0.1))
+        model = network(keras.optimizers.SGD(0.1))
         if kind == "void":
             model.compile(model.optimizer, keras.losses.SparseCategoricalCrossentropy(ignore_class=-1))
         return model
@@ -73,7 +73,7 @@ def test_two_nodes_give_the_weights_of_one_process(client: Client, kind: str) ->
     ended = job.result()
     assert [epoch.samples for epoch in ended.history] == [640, 1280, 1920]
     model = plainly(made(), x, y, epochs=3, batch=32)
-    assert relative(job.model(), model) < (1e-4 if kind == "adam" else 1e-6)
+    assert relative(job.model(), model) < 1e-6
     loss = model.evaluate(x, y, batch_size=len(x), return_dict=True, verbose=0)["loss"]  # of all that has a class
     assert job.history["val_loss"][-1] == pytest.approx(loss, rel=1e-4)
 
@@ -102,6 +102,48 @@ def test_two_outputs_and_weights_of_items_give_the_weights_of_one_process(client
         model.train_on_batch(x[index], [digit[index], ink[index][:, None]], sample_weight=weights[index])
     assert relative(job.model(), model) < 1e-5
     assert set(job.history) == {"loss", "digit_loss", "ink_loss", "digit_accuracy", "ink_mae"}
+
+
+def test_a_step_over_two_members_is_that_of_fit_where_gradients_are_sparse(client: Client) -> None:
+    """Optimizers square repeated tokens apart, and only once where they were added up before; what is frozen keeps its bits."""
+    import keras
+
+    def made(optimizer: Any) -> Any:
+        keras.utils.set_random_seed(3)
+        wide = keras.layers.Dense(1024, activation="tanh", trainable=False)
+        narrow = keras.layers.Dense(8, activation="tanh", trainable=False)
+        model = keras.Sequential(
+            [
+                keras.Input((12,), dtype="int32"),
+                keras.layers.Embedding(20, 8),
+                wide,
+                narrow,
+                keras.layers.BatchNormalization(trainable=False),
+                keras.layers.GRU(8),
+                keras.layers.Dense(20, activation="softmax"),
+            ]
+        )
+        model.compile(optimizer, "sparse_categorical_crossentropy")
+        return model
+
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(0, 20, (256, 12)).astype(np.int32), rng.integers(0, 20, 256)
+    for optimizer in (
+        keras.optimizers.Adam(0.01),
+        keras.optimizers.RMSprop(0.01, clipnorm=0.1),
+        keras.optimizers.SGD(0.1, momentum=0.9, global_clipnorm=0.1),
+    ):
+        config = optimizer.get_config()
+        job = client.train(made(optimizer), (x, y), epochs=2, batch_size=256, strategy="sync").wait(timeout=200)
+        assert job.result().history[0].exchanged_bytes > 0, "two members"
+        found, model = job.model(), made(type(optimizer).from_config(config))
+        model.fit(x, y, epochs=2, batch_size=256, verbose=0)
+        assert relative(found, model) < 1e-5, optimizer.name
+        frozen = [weight.path for weight in model.non_trainable_weights]
+        assert len(frozen) == 8
+        for ours, theirs in zip(found.weights, model.weights, strict=True):
+            if theirs.path in frozen:
+                assert ours.numpy().tobytes() == theirs.numpy().tobytes(), theirs.path
 
 
 @pytest.mark.parametrize("how", ["kill", "freeze"])

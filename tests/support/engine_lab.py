@@ -14,6 +14,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from node.engine.process import Engine
+from node.engine.watch import Limits
 from potluck.messages import BlobRef, DataFormat, EvaluateTask, PredictTask, TrainResult, TrainTask
 from potluck.updates import apply_update
 from potluck.weights import load
@@ -21,6 +22,7 @@ from support import models
 from support.models import Files
 
 IMAGES = DataFormat(kind="images", classes=("dark", "light"))
+LIMITS = Limits(start_seconds=120, silence_seconds=20)
 Progress = list[tuple[int, dict[str, float]]]
 
 
@@ -56,10 +58,10 @@ class Lab:
 
 
 @asynccontextmanager
-async def engine_lab(folder: Path, allow_code: Sequence[str] = ()) -> AsyncIterator[Lab]:
+async def engine_lab(folder: Path, allow_code: Sequence[str] = (), limits: Limits = LIMITS) -> AsyncIterator[Lab]:
     """A running engine, stopped at the end."""
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # users have not set it
-    engine = Engine(folder / "scratch", threads=0, start_seconds=120, silence_seconds=20, allow_code=allow_code)
+    engine = Engine(folder / "scratch", threads=0, limits=limits, allow_code=allow_code)
     await engine.start()
     try:
         yield Lab(engine, Files(folder / "blobs"), folder / "scratch")

@@ -13,7 +13,8 @@ import node.daemon
 import node.executor
 from node.__main__ import main
 from node.engine.process import EngineInfo
-from potluck.errors import Cancelled, EngineFailed, InvalidModel, NotFound
+from node.engine.watch import Limits
+from potluck.errors import Cancelled, EngineFailed, InvalidModel, ModelCrashed, NotFound
 from potluck.messages import (
     AnyTask,
     AnyTaskResult,
@@ -40,8 +41,7 @@ class FakeEngine:
         scratch: Path,
         *,
         threads: int,
-        start_seconds: float,
-        silence_seconds: float,
+        limits: Limits,
         allow_code: Sequence[str],
         quick_kernels: bool,
     ) -> None:
@@ -49,6 +49,7 @@ class FakeEngine:
         self.pid = FakeEngine.count
         self._scratch = scratch
         self._replicas: set[str] = set()
+        self._suspects: set[str] = set()
         self._dead: asyncio.Future[EngineFailed] = asyncio.get_running_loop().create_future()
         self._cancelled = asyncio.Event()
         self.alive = False
@@ -60,6 +61,13 @@ class FakeEngine:
 
     async def wait_dead(self) -> EngineFailed:
         return await asyncio.shield(self._dead)
+
+    def blame(self, replica_id: str) -> EngineFailed:
+        failure = self._dead.result()
+        return ModelCrashed(failure.message) if replica_id in self._suspects else failure
+
+    async def stuck(self, limit_seconds: float, bound_seconds: float) -> None:
+        await asyncio.sleep(limit_seconds)
 
     async def run_task(
         self,
@@ -142,7 +150,9 @@ class FakeEngine:
             raise NotFound(f"replica {replica_id} is not loaded")
         match requests[0][0].name:
             case "crash":
-                raise self._die("the engine was ended by SIGSEGV")
+                self._suspects.add(replica_id)
+                self._die("the engine was ended by SIGSEGV")
+                raise self.blame(replica_id)
             case "slow":
                 await asyncio.sleep(1.0)
             case "grow":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from typing import Any
 
 import keras
@@ -75,3 +77,21 @@ class Stepping(Network):
     def train_step(self, data: Any) -> Any:
         x, y = data[:2]
         return super().train_step((x, 2 * y))
+
+
+@keras.saving.register_keras_serializable(package="own")
+class Sleeper(keras.layers.Layer):  # type: ignore[misc]
+    """Where OWN_CODE_SLEEPS is set it does not come back when it is called, be it to be traced alone."""
+
+    def call(self, x: Any) -> Any:
+        if os.environ.get("OWN_CODE_SLEEPS"):
+            time.sleep(1e6)
+        return x
+
+
+@keras.saving.register_keras_serializable(package="own")
+class Looper(keras.layers.Layer):  # type: ignore[misc]
+    """Does not come back from numbers above 100."""
+
+    def call(self, x: Any) -> Any:
+        return keras.ops.while_loop(lambda y: keras.ops.max(y) > 100, lambda y: (y + 1,), (x,))[0]

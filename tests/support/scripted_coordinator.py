@@ -23,6 +23,7 @@ from potluck.messages import (
     CoordinatorStatus,
     DatasetAdded,
     DatasetInfo,
+    DatasetsListed,
     FindReplicas,
     GetJob,
     GetModel,
@@ -32,6 +33,7 @@ from potluck.messages import (
     JobChanged,
     JobEnded,
     JobProgress,
+    ListDatasets,
     Message,
     ModelInfo,
     ModelRegistered,
@@ -65,6 +67,7 @@ class ScriptedCoordinator:
             AddDataset: lambda asked: DatasetAdded(
                 dataset=DatasetInfo(name=asked.name, kind="arrays", count=1, shards=1, size_bytes=asked.manifest.size)
             ),
+            ListDatasets: lambda asked: DatasetsListed(datasets=()),
             FindReplicas: lambda asked: ReplicasFound(),
             Infer: lambda asked: Inferred(model="m:1", outputs=asked.inputs),
         }

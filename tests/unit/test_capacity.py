@@ -81,6 +81,48 @@ def test_cores_are_those_that_may_be_used(tmp_path: Path) -> None:
     assert out.stdout.strip() == "1"
 
 
+@pytest.mark.parametrize(
+    ("membership", "files", "left"),
+    [
+        ("0::/", {}, math.inf),
+        ("0::/", {"memory.max": "max", "memory.current": "5"}, math.inf),
+        (
+            SLICE,
+            {
+                "system.slice/potluck-node.service/memory.max": "1000",
+                "system.slice/potluck-node.service/memory.current": "900",
+                "system.slice/potluck-node.service/memory.stat": "anon 500\ninactive_file 300\nactive_file 100",
+                "memory.max": "5000",
+                "memory.current": "4000",
+            },
+            400,
+        ),
+        (
+            "9:memory:/job/1",
+            {
+                "memory/job/memory.limit_in_bytes": "1000",
+                "memory/job/memory.usage_in_bytes": "1200",
+                "memory/job/memory.stat": "inactive_file 7\ntotal_inactive_file 50",
+            },
+            0,
+        ),
+    ],
+)
+def test_memory_left(tmp_path: Path, membership: str, files: dict[str, str], left: float) -> None:
+    assert tree(tmp_path, membership, files).memory_left() == left
+
+
+def test_an_engine_gets_what_is_left_but_for_a_reserve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    total = psutil.virtual_memory().total
+    free = capacity.memory_for_an_engine(tree(tmp_path, "0::/", {}))
+    assert 0 < free <= max(capacity.ENGINE_LEAST_BYTES, total - capacity.RESERVE_SHARE * total)
+    monkeypatch.setattr(capacity, "ENGINE_LEAST_BYTES", 2**20)
+    group = {"memory.max": str(2**30), "memory.current": str(2**29)}
+    assert capacity.memory_for_an_engine(tree(tmp_path, "0::/", group)) == 2**28
+    group["memory.current"] = str(2**30)
+    assert capacity.memory_for_an_engine(tree(tmp_path, "0::/", group)) == 2**20
+
+
 def test_memory_is_the_machines_or_less(tmp_path: Path) -> None:
     total = psutil.virtual_memory().total
     assert capacity.memory_bytes(tree(tmp_path, "0::/", {})) == total

@@ -11,20 +11,24 @@ from unittest import mock
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 from PIL import Image
 
+from potluck.cli import completion
 from potluck.cli.infer import read_input
 from potluck.cli.joining import CLAIM, elected
 from potluck.cli.main import app
 from potluck.cli.registry import read_labels, read_tags
 from potluck.cli.session import check_output, global_options_first, image_size
 from potluck.cli.train import train
+from potluck.client import files
 from potluck.client.training import TrainOptions
 from potluck.data import items
 from potluck.errors import InvalidData, InvalidRequest
 from potluck.messages import (
     BlobRef,
     Compression,
+    DatasetInfo,
     ImageOptions,
     JobChanged,
     ModelInfo,
@@ -108,7 +112,7 @@ def test_images_are_resized_as_the_nodes_do_it(tmp_path: Path) -> None:
     assert pixels.ravel().tolist() == [50.0, 75.0, 125.0, 150.0], "half-pixel centres, edges repeated"
     assert read_input(str(path), model((-1, 2, 2, 3)), None).shape == (1, 2, 2, 3)
     with pytest.raises(InvalidRequest, match="--image"):
-        read_input(str(path), model((-1, 4)), None)
+        read_input(str(path), model((-1, -1, -1, 3)), None)
     with pytest.raises(InvalidData, match="no file"):
         read_input("nowhere.png", model((-1, 2, 2, 3)), None)
 
@@ -257,6 +261,23 @@ def test_options_of_noise_go_to_the_client_when_they_are_given(monkeypatch: pyte
         assert {name: options[name] for name in names if name in options} == given
 
 
+def test_a_data_set_with_the_name_of_a_folder_here_is_said_to_be_hidden_by_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    client = mock.MagicMock()
+    monkeypatch.setattr("potluck.cli.session.Session.client", lambda self: client)
+    monkeypatch.chdir(tmp_path)
+    for name, here in (("films", ""), ("films", "films")):
+        info = DatasetInfo(name=name, kind="texts", count=2, shards=1, size_bytes=1)
+        client.__enter__.return_value.add_data.return_value = info
+        if here:
+            (tmp_path / here).mkdir()
+        app(["data", "add", "films"], standalone_mode=False)
+        said = capsys.readouterr()
+        assert "films" in said.out
+        assert ("DATA films means what lies here by that name" in said.err) == bool(here)
+
+
 @pytest.mark.parametrize("command", ["cancel", "stop"])
 def test_a_job_that_has_ended_is_said_to_have(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -280,9 +301,49 @@ def test_numbers_in_json_become_what_the_model_takes(tmp_path: Path) -> None:
 
     for datatype, dtype in (("INT64", np.int64), ("INT32", np.int32), ("FP32", np.float32), ("FP16", np.float32)):
         assert read_input("[1, 2, 3]", info(datatype), None).dtype == dtype
-    (tmp_path / "a.npz").write_bytes(b"")
+    (tmp_path / "a.zip").write_bytes(b"")
     with pytest.raises(InvalidData, match="is no image: give an image"):
-        read_input(str(tmp_path / "a.npz"), info("FP32"), None)
+        read_input(str(tmp_path / "a.zip"), info("FP32"), None)
+
+
+@pytest.mark.parametrize("name", ["q.csv", "q.parquet", "q.npz", "q.tfrecord"])
+def test_who_asks_with_a_data_set_is_told_of_predict(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"")
+    said = rf"q\.\w+ holds a data set, and not one item: `potluck predict m:1 {tmp_path}/{name}`"
+    with pytest.raises(InvalidData, match=said):
+        read_input(str(tmp_path / name), model((-1, 4)), None)
+    with pytest.raises(InvalidData, match=said):
+        files.paths(tmp_path, model((-1, 4)))
+
+
+def test_of_a_folder_is_said_what_is_in_it_and_what_the_model_takes(tmp_path: Path) -> None:
+    cases = (
+        (
+            "a.png",
+            model((-1, 4)),
+            r"holds images \(a.png\), and model m:1 takes arrays of the shape \(4\) \(\.npy, JSON\)",
+        ),
+        ("a.txt", model((-1, 4)), r"holds texts \(a.txt\), and model m:1 takes arrays of the shape \(4\)"),
+        ("a.wav", model((-1, 8, 8, 3)), r"holds recordings \(a.wav\), and model m:1 takes images \(.*\.png"),
+        ("a.png", model((-1,), "BYTES"), r"holds images \(a.png\), and model m:1 takes texts \(\.txt\)"),
+        ("a.png", replace(model((-1, 4)), rate=8000), r"and model m:1 takes recordings \(\.wav\)"),
+        ("a.xyz", model((-1, 4)), r"holds files \(a.xyz\), and model m:1 takes arrays"),
+        ("a.npy", model((-1, 4)), r"holds arrays: name the files themselves, as in .*/\*\.npy"),
+        ("", model((-1, 4)), "has no files"),
+    )
+    for place, (name, info, said) in enumerate(cases):
+        folder = tmp_path / str(place)
+        folder.mkdir()
+        if name:
+            (folder / name).write_bytes(b"x")
+        with pytest.raises(InvalidData, match=said):
+            files.paths(folder, info)
+
+
+def test_an_image_for_a_model_of_tables_is_refused_with_its_shape(tmp_path: Path) -> None:
+    Image.new("L", (2, 2)).save(tmp_path / "a.png")
+    with pytest.raises(InvalidRequest, match=r"model m:1 takes no images: its input has the shape \(any, 4\)"):
+        read_input(str(tmp_path / "a.png"), model((-1, -1, 4)), None)
 
 
 def test_completion_without_a_cluster_is_silent_and_offers_files(tmp_path: Path, unused_tcp_port: int) -> None:
@@ -307,6 +368,36 @@ def test_completion_without_a_cluster_is_silent_and_offers_files(tmp_path: Path,
     assert offered("train", "net.keras", "pictures/") == ["pictures/a.png"]
     assert offered("train", "--strategy", "") == ["auto", "local", "sync"]
     assert offered("train", "--strategy", "l") == ["local"]
+
+
+@pytest.mark.parametrize(
+    ("parts", "at", "words", "place", "stands"),
+    [
+        ("infer digits :", 2, "infer digits:", 1, "digits:"),
+        ("infer digits : 1", 3, "infer digits:1", 1, "digits:"),
+        ("infer dig", 1, "infer dig", 1, ""),
+        ("infer digits:1", 1, "infer digits:1", 1, ""),
+        ("--seed 127.0.0.1 : 1883 infer di", 5, "--seed 127.0.0.1:1883 infer di", 3, ""),
+        ("--cluster = ab infer di", 4, "--cluster=ab infer di", 2, ""),
+        ("train net node : ph", 4, "train net node:ph", 2, "node:"),
+        ("infer digits : ", 3, "infer digits: ", 2, ""),
+    ],
+)
+def test_words_that_bash_breaks_at_colons_are_put_together(
+    parts: str, at: int, words: str, place: int, stands: str
+) -> None:
+    """The parts as bash 5.2 has them in COMP_WORDS; of `name:1` it replaces the 1 alone."""
+    assert completion.joined(parts.split(" "), at) == (words.split(" "), place, stands)
+
+
+def test_completion_imports_neither_arrays_nor_http() -> None:
+    """A second of processor time for each TAB would be felt."""
+    code = (
+        "import sys; from potluck.cli import main; from potluck.client import listings, connection\n"
+        "heavy = {'numpy', 'aiohttp', 'zeroconf', 'PIL', 'importlib.metadata'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def test_an_option_that_there_is_none_of_is_answered_with_what_was_meant() -> None:

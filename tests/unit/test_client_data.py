@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import zipfile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from potluck.client.sources import as_arrays
+from potluck.client.matching import listed
+from potluck.client.models import keras_file
+from potluck.client.sources import as_arrays, given
 from potluck.errors import InvalidData
 
 X, A, B = np.zeros((4, 2)), np.arange(4), np.ones((4, 3))
@@ -52,3 +57,44 @@ def test_targets_stay_with_their_names() -> None:
 def test_what_cannot_be_told_apart_is_refused(data: Any, words: str) -> None:
     with pytest.raises(InvalidData, match=words):
         as_arrays(data, None)
+
+
+def test_data_get_the_name_of_their_file(tmp_path: Path) -> None:
+    np.save(tmp_path / "q.npy", X)
+    found = given(str(tmp_path / "q.npy"), None)
+    assert not isinstance(found, str)
+    assert (found.stem, found.name) == ("q", ""), "a path with a folder is no name of a data set"
+
+
+def test_of_many_columns_the_first_and_the_last_are_named() -> None:
+    assert listed([str(number) for number in range(12)]) == "0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11"
+    assert listed([str(number) for number in range(13)]) == "0, 1, 2, 3, 4, 5, 6, 7, ..., 10, 11, 12; 13 in all"
+
+
+SPARSE = "sparse_categorical_crossentropy"
+
+
+@pytest.mark.parametrize(
+    ("loss", "units", "outputs", "room"),
+    [
+        (SPARSE, 3, None, 3),
+        ({"class_name": "SparseCategoricalCrossentropy", "config": {}}, 3, ["last", 0, 0], 3),
+        ({"class_name": "function", "config": "categorical_crossentropy"}, 3, [["last", 0, 0]], 3),
+        ("binary_crossentropy", 1, None, 2),
+        ("binary_crossentropy", 3, None, None),
+        ("mse", 3, None, None),
+        ([SPARSE, SPARSE], 3, [["first", 0, 0], ["last", 0, 0]], None),
+        (SPARSE, 3, {"a": ["last", 0, 0]}, None),
+        (SPARSE, 3, ["other", 0, 0], None),
+    ],
+)
+def test_how_many_classes_a_model_learns_is_read_from_its_file(
+    tmp_path: Path, loss: Any, units: int, outputs: Any, room: int | None
+) -> None:
+    """As Keras 3 writes files of one and of several outputs, and losses by name, object and function."""
+    inner = {"layers": [{"class_name": "Dense", "config": {"name": "last", "units": units}}]}
+    if outputs is not None:
+        inner["output_layers"] = outputs
+    with zipfile.ZipFile(tmp_path / "net.keras", "w") as archive:
+        archive.writestr("config.json", json.dumps({"config": inner, "compile_config": {"loss": loss}}))
+    assert keras_file(tmp_path / "net.keras", tmp_path, compiled=True).room == room

@@ -12,6 +12,8 @@ from potluck.messages import BlobRef, ErrorInfo, Signature
 MODEL = BlobRef(sha256="0" * 64, size=1)
 SIGNATURE = Signature(inputs=(), outputs=())
 DIED = ErrorInfo(code="engine_failed", message="died", retryable=True)
+CRASHED = ErrorInfo(code="model_crashed", message="took more than 60 s", retryable=True)
+SHORT = ErrorInfo(code="out_of_memory", message="no room", retryable=True)
 BROKEN = ErrorInfo(code="invalid_model", message="no", retryable=False)
 
 
@@ -91,6 +93,57 @@ def test_a_node_that_fails_rests_and_others_are_tried() -> None:
     assert tried == ["a", "b"]
     assert loads(deployment, places(a=9, b=1), 1.0) == []
     assert [load.node_id for load in loads(deployment, places(a=9, b=1), 60.0)] == ["a"]
+
+
+def test_what_another_model_ended_is_loaded_again_at_once() -> None:
+    deployment = Deployment("m:1", MODEL, 1)
+    (load,) = loads(deployment, places(a=1))
+    deployment.loaded(load.replica_id, SIGNATURE)
+    deployment.lost(load.replica_id, DIED, 10.0)
+    assert deployment.error is None
+    (again,) = loads(deployment, places(a=1), 10.0)
+    assert again.node_id == "a"
+
+
+def test_one_of_which_three_engines_die_is_left_alone_for_an_hour_wherever_they_were() -> None:
+    deployment = Deployment("m:1", MODEL, 1)
+    where = places(a=4, b=3, c=2, d=1)
+    for number, node in enumerate("abc"):
+        now = 60.0 * number
+        (load,) = loads(deployment, [place for place in where if place.node_id == node], now)
+        deployment.loaded(load.replica_id, SIGNATURE)
+        assert not deployment.failing
+        deployment.lost(load.replica_id, CRASHED, now)
+    assert deployment.failing
+    assert not deployment.failed  # it was ready once: it stays deployed
+    assert deployment.error is not None
+    assert "3 times within an hour" in deployment.error.message
+    assert "node c: took more than 60 s" in deployment.error.message
+    assert loads(deployment, where, 3000.0) == []
+    assert not deployment.adopt("m:1/d/9", "d", where)
+    (load,) = loads(deployment, where, 3700.0)
+    deployment.loaded(load.replica_id, SIGNATURE)
+    assert deployment.state(where) == "ready"
+    assert deployment.error is None
+
+
+def test_crashes_far_apart_end_nothing() -> None:
+    deployment = Deployment("m:1", MODEL, 1)
+    for day in range(10):
+        (load,) = loads(deployment, places(a=1), 86400.0 * day)
+        deployment.loaded(load.replica_id, SIGNATURE)
+        deployment.lost(load.replica_id, CRASHED, 86400.0 * day + 1)
+        assert not deployment.failing
+
+
+def test_a_node_without_the_memory_is_tried_twice() -> None:
+    deployment = Deployment("m:1", MODEL, 1)
+    for number in range(2):
+        (load,) = loads(deployment, places(a=1), 100.0 * number)
+        deployment.lost(load.replica_id, SHORT, 100.0 * number)
+    assert loads(deployment, places(a=1), 1000.0) == []
+    assert deployment.failing
+    assert deployment.error == SHORT
 
 
 def test_fewer_wanted_takes_away_those_that_are_not_ready_first() -> None:

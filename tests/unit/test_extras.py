@@ -20,7 +20,7 @@ Version: 0.1.0
 Requires-Dist: aiohttp>=3.10
 Requires-Dist: tensorflow-cpu>=2.18; platform_machine == "x86_64" and extra == "engine"
 Requires-Dist: tensorflow>=2.18; platform_machine != "x86_64" and extra == "engine"
-Requires-Dist: keras>=3.11.3; extra == "engine"
+Requires-Dist: keras>=3.15; extra == "engine"
 Requires-Dist: tensorflow[and-cuda]>=2.18; extra == "gpu"
 Requires-Dist: pyarrow>=16.1; extra == "parquet"
 Requires-Dist: old; (python_version < "3.12") and extra == "odd"
@@ -95,7 +95,7 @@ def test_where_nothing_says_from_where_the_packages_are_named(
     installed(None)
     for machine, tensorflow in (("x86_64", "tensorflow-cpu>=2.18"), ("aarch64", "tensorflow>=2.18")):
         monkeypatch.setattr(platform, "machine", lambda machine=machine: machine)
-        assert shlex.split(extras.install("engine")) == [*PIP, tensorflow, "keras>=3.11.3"]
+        assert shlex.split(extras.install("engine")) == [*PIP, tensorflow, "keras>=3.15"]
     assert shlex.split(extras.install("gpu", "odd"))[4:] == [
         "tensorflow[and-cuda]>=2.18",
         'old; python_version < "3.12"',

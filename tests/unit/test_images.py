@@ -112,3 +112,24 @@ def test_a_picture_is_its_first_frame_and_lies_as_it_is_stored() -> None:
         assert np.array_equal(found, expected), name
     with Image.open(io.BytesIO(pictures()["jpeg turned by EXIF"].data)) as turned:
         assert turned.getexif()[0x0112] == 6
+
+
+@pytest.mark.parametrize(
+    ("start", "format"),
+    [
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC"),
+        (b"\0\0\0\x1cftypavif\0\0\0\0", "AVIF"),
+        (b"\xff\x0a\x10\x20", "JPEG XL"),
+        (b"8BPS\0\1\0\0", "Photoshop"),
+        (b'<?xml version="1.0"?><svg>', "SVG"),
+    ],
+)
+def test_an_image_that_is_not_decoded_is_called_by_its_format_whatever_its_name(start: bytes, format: str) -> None:
+    with pytest.raises(Unusable, match=f"^{format} files cannot be read: convert it to JPEG or PNG$"):
+        images.pixels(start + bytes(64), 3)
+
+
+@pytest.mark.parametrize("start", [b"\0\0\0\x18ftypisom", b"DDS is a format", b"a text"])
+def test_what_is_no_image_is_said_to_be_none(start: bytes) -> None:
+    with pytest.raises(Unusable, match=r"^not an image$"):
+        images.pixels(start + bytes(64), 3)

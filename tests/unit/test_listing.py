@@ -7,6 +7,7 @@ import io
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from rich.console import Console, RenderableType
 
 from potluck.cli import output
@@ -52,6 +53,25 @@ def test_facts_break_between_words_alone(rows: list[tuple[str, str]], width: int
     shown = printed(Facts([*rows, ("unknown", "")]), width)
     assert {word for _, said in rows for word in said.split()} <= set(shown.split())
     assert "unknown" not in shown
+
+
+def test_what_is_known_of_no_model_has_no_column() -> None:
+    new = replace(MODEL, name="new", signature=None, aliases=(), metrics={})
+    assert printed(output.models_table([new]), 200).split("\n")[0].split() == ["model", "format", "size", "made"]
+    both = printed(output.models_table([new, MODEL]), 300)
+    assert {"inputs", "outputs", "aliases", "metrics"} <= set(both.splitlines()[0].split())
+    assert "?" not in both.splitlines()[1]
+
+
+def test_data_sets_show_what_is_to_be_said_of_them() -> None:
+    films = DatasetInfo(name="films", kind="texts", count=2, shards=1, size_bytes=9, classes=("bad", "good"))
+    line = printed(output.datasets_table([films]), 80).splitlines()
+    assert [one.split() for one in line] == [
+        ["data", "set", "kind", "items", "size", "classes"],
+        ["films", "texts", "2", "9", "B", "bad,", "good"],
+    ]
+    told = printed(output.datasets_table([replace(films, skipped=3), replace(films, nodes=("a",))]), 100)
+    assert "skipped  lives on" in told.splitlines()[0]
 
 
 NAME = "flowers-of-the-garden:12"

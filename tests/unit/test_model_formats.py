@@ -165,6 +165,10 @@ def test_models_go_where_they_are_told(tmp_path: Path) -> None:
     assert export_path(info("h5"), tmp_path / "weights.hdf5") == tmp_path / "weights.hdf5"
     with pytest.raises(InvalidRequest, match=r"m:3 is a Keras HDF5 file: name the file a\.h5"):
         export_path(info("h5"), tmp_path / "a.keras")
+    nowhere = tmp_path / "not" / "there"
+    said = f"model m:3 cannot be saved as {nowhere}/a.h5: there is no folder {nowhere}"
+    with pytest.raises(InvalidRequest, match=f"^{said}$"):
+        export_path(info("h5"), nowhere / "a.h5")
     blob = written(tmp_path / "blob", TFLITE)
     write(blob, info("tflite"), tmp_path / "a.tflite")
     assert (tmp_path / "a.tflite").read_bytes() == TFLITE

@@ -29,12 +29,14 @@ class Lab:
         self.number = 0
         weights.save(self.weights, start)
 
-    def step(self, after: list[tuple[list[Array], int]], outer: Outer = PLAIN, compression: Any = "none") -> None:
+    def step(
+        self, after: list[tuple[list[Array], int]], outer: Outer = PLAIN, compression: Any = "none", roles: Any = None
+    ) -> None:
         self.number += 1
         parts = []
         for place, (arrays, samples) in enumerate(after):
             path = self.folder / f"update-{place}"
-            write_update(path, self.weights, arrays, compression)
+            write_update(path, self.weights, arrays, compression, roles)
             parts.append((path, samples))
         new, moving = self.folder / f"weights-{self.number}", self.folder / f"velocity-{self.number}"
         step = self.folder / "step"
@@ -69,7 +71,9 @@ def test_full_steps_without_momentum_are_the_mean_by_samples(tmp_path: Path) -> 
         )
         np.testing.assert_allclose(lab.values[name], mean, atol=1e-6)
     assert lab.values["s00002"] == 2  # of the node with most samples
-    change = sum(float(np.sum((lab.values[name] - array) ** 2)) for name, array in start[:2])
+    change = float(
+        np.sum((lab.values["w00000"] - start[0][1]) ** 2)
+    )  # what is not trained says nothing of how nodes agree
     assert lab.square == pytest.approx(change, rel=1e-5)
 
 
@@ -95,6 +99,68 @@ def test_nesterov_momentum_is_that_of_keras(tmp_path: Path) -> None:
     np.testing.assert_allclose(lab.values["s00001"], np.full(3, 1 + 1 / 2 + 1 / 3 + 1 / 4), rtol=1e-12)
 
 
+def test_state_keeps_its_domain_whatever_was_quantised_and_pushed(tmp_path: Path) -> None:
+    """Variances stay above nothing, counters are whole, vectors of length 1 stay those, and frozen weights the same bits."""
+    rng = np.random.default_rng(3)
+    size = 8192
+
+    def unit() -> Array:
+        vector = rng.normal(size=size).astype(np.float32)
+        return vector / np.linalg.norm(vector)
+
+    variance = np.where(np.arange(size) % 16, 1e-6, 10.0).astype(np.float32)
+    frozen = rng.normal(size=size).astype(np.float32)
+    kernel = np.zeros(size, np.float32)
+    names = ["w00000", "s00001", "s00002", "s00003", "s00004"]
+    roles = ["trained", "mean", "mean", "value", "value"]
+    start = [kernel, variance, frozen, np.float32(0), unit()]
+    lab = Lab(tmp_path, list(zip(names, start, strict=True)))
+    for number in range(1, 6):
+        kernel, variance, frozen, _, _ = (lab.values[name] for name in names)
+        vectors = [unit() for _ in range(3)]
+        nodes = [
+            (
+                [kernel + vector, variance * np.float32(0.5 * share), frozen, np.float32(number * 10 + share), vector],
+                share,
+            )
+            for share, vector in zip((1, 2, 4), vectors, strict=True)
+        ]
+        lab.step(nodes, Outer(1.0, 0.9), "int4", roles)
+        found = lab.values
+        mean = sum(arrays[1].astype(np.float64) * share for arrays, share in nodes) / 7
+        np.testing.assert_allclose(found["s00001"], mean, rtol=1e-6)
+        assert (found["s00001"] >= 0).all()
+        assert found["s00002"].tobytes() == frozen.tobytes()
+        assert found["s00003"] == number * 10 + 4
+        assert found["s00004"].tobytes() == vectors[2].tobytes()
+    with weights.Reader(tmp_path / "step") as step:
+        assert set(step.specs) == {"w00000.int4", "w00000.scale", "s00001.mean", "s00003.value", "s00004.value"}
+    assert lab.velocity is not None
+    with weights.Reader(lab.velocity) as moving:
+        assert set(moving.specs) == {"w00000"}
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1, 10_000), min_size=1, max_size=5), st.floats(-(2.0**99), 2.0**99, width=32))
+def test_the_mean_of_one_value_is_that_value(
+    tmp_path_factory: pytest.TempPathFactory, counts: list[int], value: float
+) -> None:
+    lab = Lab(tmp_path_factory.mktemp("mean"), [("s00000", np.float32([0.5]))])
+    lab.step([([np.float32([value])], count) for count in counts])
+    assert lab.values["s00000"].tolist() == [value]
+
+
+def test_nodes_that_do_not_agree_what_is_trained_are_refused(tmp_path: Path) -> None:
+    weights.save(tmp_path / "before", [("w00000", np.zeros(3))])
+    write_update(tmp_path / "one", tmp_path / "before", [np.ones(3)], "none", ["trained"])
+    write_update(tmp_path / "two", tmp_path / "before", [np.ones(3)], "none", ["mean"])
+    with pytest.raises(InvalidModel, match="whether weight w00000 is trained"):
+        combine(
+            tmp_path / "before", [(tmp_path / "one", 1), (tmp_path / "two", 1)], None, PLAIN, "none",
+            step=tmp_path / "step", after=tmp_path / "after", velocity_after=tmp_path / "velocity",
+        )  # fmt: skip
+
+
 def test_momentum_rises_and_falls_to_nothing_at_the_end() -> None:
     rounds = [outer_for(number, (number + 1) / 100, 0.1) for number in range(100)]
     momenta = [one.momentum for one in rounds]
@@ -113,6 +179,12 @@ def test_nodes_that_agree_need_no_momentum_and_the_user_has_the_last_word() -> N
     assert outer_for(50, 0.5, 0.8).momentum == pytest.approx(0.36)
     assert outer_for(50, 0.5, -0.5).momentum == MOMENTUM_LIMIT
     assert outer_for(50, 0.99, 1.0, 0.7, 0.9) == Outer(0.7, 0.9)
+
+
+def test_momentum_of_the_nodes_leaves_less_for_the_outer_step() -> None:
+    assert outer_for(50, 0.5, 0.0, inner_momentum=0.9).momentum == pytest.approx(0.1 * MOMENTUM_LIMIT)
+    assert outer_for(50, 0.5, 0.0, inner_momentum=1.5).momentum == 0.0
+    assert outer_for(50, 0.5, 0.0, None, 0.9, 0.9) == Outer(1.0, 0.9), "the user has the last word"
 
 
 @settings(max_examples=50, deadline=None)

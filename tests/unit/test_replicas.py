@@ -7,7 +7,7 @@ import hashlib
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from node.replicas import Replicas
 from potluck.blobs.download import Downloader
 from potluck.blobs.store import BlobStore
 from potluck.bus import Bus
-from potluck.errors import EngineFailed, Overloaded
+from potluck.errors import EngineFailed, ModelCrashed, Overloaded, PotluckError
 from potluck.messages import (
     BlobRef,
     InferenceFinished,
@@ -28,6 +28,7 @@ from potluck.messages import (
     ModelLoaded,
     ModelLoadFailed,
     ModelUnloaded,
+    RequestOutcome,
     RunInference,
     Signature,
     UnloadModel,
@@ -38,9 +39,10 @@ from support.fake_bus import FakeBroker, FakeBus
 
 
 class Engine:
-    alive = True
-
     def __init__(self) -> None:
+        self.alive = True
+        self.suspects: set[str] = set()
+        self.stopped = False
         self.on_loaded: Callable[[], None] = lambda: None
         self.gate = asyncio.Event()
         self.gate.set()
@@ -50,7 +52,17 @@ class Engine:
     ) -> tuple[Signature, int, int]:
         await self.gate.wait()
         self.on_loaded()
+        if not self.alive:
+            raise self.blame(replica_id)
         return Signature(inputs=(), outputs=()), 1, warm_rows
+
+    def blame(self, replica_id: str) -> PotluckError:
+        return (ModelCrashed if replica_id in self.suspects else EngineFailed)("the engine was ended by SIGKILL")
+
+    async def infer(
+        self, replica_id: str, requests: Any, files: Any, *, batch_id: str, expires: float
+    ) -> tuple[list[RequestOutcome], float]:
+        return [RequestOutcome()], 0.0
 
     async def unload_model(self, replica_id: str) -> None:
         raise Overloaded("64 tasks wait for this engine")
@@ -59,11 +71,21 @@ class Engine:
 class Slot:
     """Has what Replicas need of an EngineSlot."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "serve") -> None:
+        self.name = name
         self.engine: Engine | None = Engine()
+        self.stopped = False
+        self.started_anew = False
+        """Whether one that is dead is replaced."""
 
     async def use(self, work: Callable[[Any], Awaitable[Any]]) -> Any:
+        if self.engine is None and not self.started_anew:
+            raise EngineFailed("the engine did not start")
+        self.engine = self.engine or Engine()
         return await work(self.engine)
+
+    async def stop(self) -> None:
+        self.stopped = True
 
     def touch(self) -> None:
         pass
@@ -75,7 +97,14 @@ class Bench:
     store: BlobStore
     slot: Slot
     broker: FakeBroker
-    pinned: list[str] = field(default_factory=list)
+    alone: list[Slot]
+
+    def die(self, slot: Slot, *suspects: str) -> None:
+        """The engine there, of these replicas."""
+        engine, slot.engine = slot.engine, None
+        assert engine is not None
+        engine.alive, engine.suspects = False, set(suspects)
+        self.replicas.on_engine_death(engine)  # type: ignore[arg-type]
 
     def said(self) -> list[Message]:
         return self.broker.messages("#")
@@ -96,17 +125,23 @@ async def made(folder: Path) -> AsyncIterator[Bench]:
     store = BlobStore(folder / "blobs", 1 << 20)
     store.put_bytes(b"model")
     broker, slot = FakeBroker(), Slot()
+    alone: list[Slot] = []
+
+    def own(name: str) -> Any:
+        alone.append(Slot(name))
+        return alone[-1]
+
     bus: Bus = FakeBus(broker, client_id="node")
     async with Downloader(store) as downloader, Inputs(folder / "inputs") as inputs:
         outbox, fast = Outbox(bus), Outbox(bus)
         held = Replicas(
-            store=store, downloader=downloader, inputs=inputs, slot=slot, outbox=outbox, fast=fast, topic="out",  # type: ignore[arg-type]
-            urls=lambda: (),
+            store=store, downloader=downloader, inputs=inputs, slot=slot, alone=own, outbox=outbox, fast=fast,  # type: ignore[arg-type]
+            topic="out", urls=lambda: (),
         )  # fmt: skip
         async with asyncio.TaskGroup() as tasks:
             parts = [tasks.create_task(part) for part in (bus.run(), outbox.run(), fast.run(), held.run())]
             await bus.connected(5)
-            yield Bench(held, store, slot, broker)
+            yield Bench(held, store, slot, broker, alone)
             for part in parts:
                 assert not part.done()
                 part.cancel()
@@ -136,20 +171,82 @@ async def test_what_is_not_loaded_is_said_to_be_unloaded(bench: Bench) -> None:
 
 async def test_an_engine_that_dies_as_it_has_loaded_leaves_no_replica(bench: Bench) -> None:
     """Its death is told before the answer is taken up."""
-    engine = bench.slot.engine
-    assert engine is not None
-
-    def die() -> None:
-        bench.slot.engine = None
-        bench.replicas.on_engine_death(EngineFailed("the engine was ended by SIGKILL"))
-
-    engine.on_loaded = die
+    assert bench.slot.engine is not None
+    bench.slot.engine.on_loaded = lambda: bench.die(bench.slot)
     bench.load("r1")
     (failed,) = await bench.heard(1)
     assert isinstance(failed, ModelLoadFailed)
     assert (failed.error.code, failed.error.retryable) == ("engine_failed", True)
     assert bench.replicas.ids == ()
     assert not bench.replicas.needed
+
+
+async def test_of_two_replicas_the_one_that_was_at_work_is_blamed_and_is_alone_from_then_on(bench: Bench) -> None:
+    bench.slot.started_anew = True
+    bench.store.put_bytes(b"other")
+    bench.load("r1")
+    bench.load("r2", b"other")
+    await bench.heard(2)
+    bench.die(bench.slot, "r1")
+    told = {one.replica_id: one.error for one in (await bench.heard(4))[2:] if isinstance(one, ModelUnloaded)}
+    assert {replica_id: error and error.code for replica_id, error in told.items()} == {
+        "r1": "model_crashed",
+        "r2": "engine_failed",
+    }
+    bench.load("r1b")
+    bench.load("r2b", b"other")
+    await bench.heard(6)
+    assert [slot.name for slot in bench.alone] == ["alone-1"]
+    bench.die(bench.alone[0], "r1b")
+    gone = (await bench.heard(7))[-1]
+    assert isinstance(gone, ModelUnloaded)
+    assert bench.replicas.ids == ("r2b",)
+    bench.replicas.infer(RunInference(id="b", replica_id="r2b", requests=((),)))
+    assert isinstance((await bench.heard(8))[-1], InferenceFinished)
+    await eventually(lambda: bench.alone[0].stopped)
+
+
+async def test_after_three_times_it_is_refused_and_a_load_that_ends_the_engine_counts(bench: Bench) -> None:
+    assert bench.slot.engine is not None
+    bench.slot.engine.on_loaded = lambda: bench.die(bench.slot, "r0")
+    bench.load("r0")
+    (failed,) = await bench.heard(1)
+    assert isinstance(failed, ModelLoadFailed)
+    for number in (1, 2):
+        bench.load(f"r{number}")
+        await bench.heard(2 * number)
+        bench.die(bench.alone[-1], f"r{number}")
+        await bench.heard(2 * number + 1)
+    bench.load("r3")
+    refused = await eventually(
+        lambda: [one for one in bench.said() if isinstance(one, ModelLoadFailed) and one.replica_id == "r3"]
+    )
+    assert refused[0].error.code == "model_crashed"
+    assert "3 times within an hour" in refused[0].error.message
+    assert "SIGKILL" in refused[0].error.message
+    assert len(bench.alone) == 2
+
+
+async def test_a_load_is_tried_again_when_another_model_ends_the_engine(bench: Bench) -> None:
+    bench.slot.started_anew = True
+    assert bench.slot.engine is not None
+    bench.slot.engine.on_loaded = lambda: bench.die(bench.slot, "another")
+    bench.load("r1")
+    (loaded,) = await bench.heard(1)
+    assert isinstance(loaded, ModelLoaded)
+    assert not bench.alone
+
+
+async def test_a_replica_that_is_alone_takes_its_engine_with_it_when_it_goes(bench: Bench) -> None:
+    bench.load("r1")
+    await bench.heard(1)
+    bench.die(bench.slot, "r1")
+    await bench.heard(2)
+    bench.load("r2")
+    await bench.heard(3)
+    bench.unload("r2")
+    assert (await bench.heard(4))[-1] == ModelUnloaded(replica_id="r2")
+    await eventually(lambda: bench.alone[0].stopped)
 
 
 async def test_a_disk_that_fails_and_an_address_that_is_none_are_told(bench: Bench) -> None:

@@ -533,6 +533,23 @@ def test_progress_counts_nodes_that_wait_for_the_others_and_for_the_next_round()
     assert play.strategy.progress({attempt.attempt_id: (attempt, 5, {})}).nodes.keys() == {"a"}
 
 
+def test_metrics_of_a_round_count_the_parts_that_are_done_before_the_others() -> None:
+    """Or they would go back to those of the slowest node alone."""
+    play = Simulation(epochs=2, validation=False)
+    play.plan("a", "b")
+    first, last = play.job.attempts.values()
+    live = {"loss": 1.5}
+    before = play.strategy.progress({one.attempt_id: (one, 100, live) for one in (first, last)})
+    play.finish(first.attempt_id)
+    (done,) = play.strategy.contributions.values()
+    found = play.strategy.progress({last.attempt_id: (last, 100, live)})
+    assert before.metrics == live
+    assert found.metrics["loss"] == pytest.approx((done.samples * 0.5 + 100 * 1.5) / (done.samples + 100))
+    assert found.done == done.samples + 100
+    play.finish(last.attempt_id)
+    assert play.strategy.progress({}).metrics == {"loss": 0.5}
+
+
 def test_a_node_without_the_memory_is_left_out_the_second_time_and_the_others_finish() -> None:
     play = Simulation(epochs=1, validation=False)
     short = ErrorInfo(code="out_of_memory", message="b's GPU is full", retryable=True)

@@ -18,6 +18,7 @@ from potluck.messages import ErrorInfo, RequestOutcome
 
 OK = RequestOutcome()
 DIED = RequestOutcome(error=ErrorInfo(code="engine_failed", message="died", retryable=True))
+CRASHED = RequestOutcome(error=ErrorInfo(code="model_crashed", message="ended by SIGABRT", retryable=True))
 Answers = list[RequestOutcome | PotluckError]
 
 
@@ -98,6 +99,31 @@ def test_what_was_on_its_way_to_a_lost_replica_is_asked_elsewhere_in_order() -> 
     for batch in batches:
         one.finished("b", batch.batch_id, (OK,) * len(batch.requests), 2.0)
     assert all(answer == [OK] for answer in answers)
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_of_a_batch_of_which_an_engine_died_each_request_is_tried_once_more_alone(told: bool) -> None:
+    """Whether the answer comes first, or that the replica is gone."""
+    one = router()
+    one.add_replica("a", "a")
+    poison, good = ask(one), ask(one)
+    (together,) = one.dispatch(0.2)
+    assert len(together.requests) == 2
+    if told:
+        one.finished("a", together.batch_id, (CRASHED,) * 2, 0.3)
+        one.remove_replica("a", 0.3)
+    else:
+        one.remove_replica("a", 0.3, crashed=True)
+    one.add_replica("b", "b")
+    alone = one.dispatch(1.0)
+    assert [len(batch.requests) for batch in alone] == [1, 1]
+    one.finished("b", alone[1].batch_id, (OK,), 1.1)
+    one.finished("b", alone[0].batch_id, (CRASHED,), 1.2)
+    assert good == [OK]
+    (answer,) = poison
+    assert isinstance(answer, Unavailable)
+    assert "SIGABRT" in answer.message
+    assert not one.queue
 
 
 def test_whichever_answer_of_a_batch_that_was_asked_again_comes_first_counts_once() -> None:

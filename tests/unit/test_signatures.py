@@ -63,6 +63,15 @@ def test_a_name_that_is_near_is_what_was_meant(method: Any, given: str, meant: s
             method(None, **{given: 1})
 
 
+def test_an_option_of_the_command_line_is_said_to_be_elsewhere() -> None:
+    for name, said in (
+        ("deploy", r"give a name, and client\.deploy\(job\.registered\)"),
+        ("output", r"job\.model\(path\)"),
+    ):
+        with pytest.raises(InvalidRequest, match=rf"unexpected keyword argument '{name}': {said}"):
+            potluck.Client.train(None, "m", "d", **{name: 1})  # type: ignore
+
+
 def test_where_none_is_near_all_are_named() -> None:
     with pytest.raises(TypeError, match=r"nodes\(\) got an unexpected keyword argument 'colour': it takes none"):
         potluck.Client.nodes(None, colour=1)  # type: ignore

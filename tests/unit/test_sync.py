@@ -41,6 +41,7 @@ from potluck.messages import (
     SyncResult,
     SyncTask,
     Train,
+    TrainResult,
     WarmUpResult,
     WarmUpTask,
 )
@@ -56,7 +57,9 @@ class Simulation:
     """Plays the dispatcher and the nodes, which take what they are leased; keeps all events."""
 
     def __init__(self, items: int = 320, batch: int = 32, epochs: int = 2, **options: Any) -> None:
-        spec = Train(model="m", dataset="d", epochs=epochs, batch_size=batch, strategy="sync", **options)
+        spec = Train(
+            **{"model": "m", "dataset": "d", "epochs": epochs, "batch_size": batch, "strategy": "sync", **options}
+        )
         self.data = Dataset(
             name="d", format=DataFormat(kind="arrays"), count=items, shards=(DataShard(blob=blob(7), count=items),)
         )
@@ -72,6 +75,7 @@ class Simulation:
         """Seconds that takes them; nothing where none is set."""
         self.tasks: dict[str, SyncTask] = {}
         self.complete = False
+        self.reduced_bytes = 0
 
     def new_job(self) -> Job:
         return Job(submitted=self.submitted, strategy=strategy_for(self.submitted, self.data, None), dataset=self.data)
@@ -152,6 +156,7 @@ class Simulation:
                 weights=blob(self.number) if task.rank == 0 else None,
                 optimizer=blob(self.number + 10_000) if task.rank == 0 else None,
                 seconds=task.steps * 0.1,
+                reduced_bytes=self.reduced_bytes,
             )
         self.record(AttemptFinished(at=self.now, attempt_id=attempt_id, result=result))
 
@@ -357,6 +362,47 @@ def test_passes_see_every_item_once_each_and_can_be_entered_anywhere(count: int,
     assert sorted(whole[:count]) == list(range(count))
     later = passes(count, seed, skip)
     assert [next(later) for _ in range(count)] == whole[skip:]
+
+
+def test_what_was_exchanged_is_what_members_added_up() -> None:
+    """And not the model: most of it may be frozen."""
+    for reduced, each in ((0, blob(1).size), (3, 3)):
+        lab = Simulation(items=320, batch=32, epochs=1)
+        lab.reduced_bytes = reduced
+        lab.run("a", "b", "c")
+        assert lab.strategy.exchanged_bytes == 10 * 2 * 2 * each
+
+
+def test_progress_counts_members_that_are_done_before_the_others() -> None:
+    lab = Simulation(items=320, batch=32, epochs=2)
+    lab.plan("a", "b")
+    first, last = lab.job.attempts.values()
+    task = lab.tasks[first.attempt_id]
+    samples = task.steps * task.batches[task.rank]
+    lab.finish(first.attempt_id)
+    found = lab.strategy.progress({last.attempt_id: (last, 16, {"loss": 3.0})})
+    assert found.done == samples + 16
+    assert found.metrics["loss"] == pytest.approx((samples * 1.0 + 16 * 3.0) / (samples + 16))
+
+
+def test_auto_counts_the_weights_that_are_trained() -> None:
+    lab = Simulation(items=32_000, strategy="auto")
+    lab.plan("a", "b")
+    for attempt in list(lab.job.attempts.values()):
+        result = TrainResult(
+            base=blob(2), update=blob(3), samples=64, steps=2, norm=1.0, seconds=0.1, trained_bytes=41_000
+        )
+        lab.record(AttemptFinished(at=lab.now, attempt_id=attempt.attempt_id, result=result))
+    whole = blob(9)
+    lab.record(
+        RoundClosed(
+            at=lab.now, round=0, base=blob(2), step=blob(4), weights=BlobRef(sha256=whole.sha256, size=8_700_000),
+            velocity=blob(5), samples=128, metrics={},
+        )
+    )  # fmt: skip
+    lab.plan("a", "b")
+    assert lab.strategy.prediction is not None
+    assert lab.strategy.prediction.costs.weights_bytes == 41_000
 
 
 CNN = Costs((100.0, 100.0), 51_600_000, 100_000_000, 60_000, 64, 12.5e6)

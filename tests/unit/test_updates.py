@@ -100,12 +100,12 @@ def test_an_update_leads_from_one_to_the_other(
     found = [array for _, array in weights.load(tmp_path / "after")]
     bound = {"none": 1e-6, "int8": 0.01, "int4": 0.2, "auto": 0.2}[compression]
     squares = 0.0
-    for (_, old), new, got in zip(before, after, found, strict=True):
+    for (name, old), new, got in zip(before, after, found, strict=True):
         assert got.dtype == new.dtype
         if new.size < SMALL:
             np.testing.assert_allclose(got, new, rtol=1e-5)
         assert np.linalg.norm(got - new) <= bound * np.linalg.norm(new - old) + 1e-12
-        if new.dtype.kind == "f":
+        if name.startswith("w"):
             squares += float(np.linalg.norm(got - old) ** 2)
     assert told == pytest.approx(squares**0.5, rel=1e-5)
     sizes = {"none": 8, "int8": 1.1, "int4": 0.6, "auto": 0.6}
@@ -121,6 +121,43 @@ def test_the_norm_is_that_of_what_is_read(tmp_path: Path, compression: Any, coun
     with weights.Reader(tmp_path / "before") as base, updates.UpdateReader(tmp_path / "update", base) as update:
         read = update.read("w00000", 0, count)
     assert told == pytest.approx(float(np.linalg.norm(read.astype(np.float64))), rel=1e-6)
+
+
+def test_state_travels_exactly_whatever_its_size_and_what_is_as_before_does_not_travel(tmp_path: Path) -> None:
+    """Wide variances, quantised, would become negative; a frozen kernel would cost as much as one that is trained."""
+    kernel, frozen = RNG.normal(size=(SMALL, 2)).astype(np.float32), RNG.normal(size=(SMALL, 2)).astype(np.float32)
+    variance = np.where(np.arange(SMALL) % 16, 1e-4, 9.0).astype(np.float32)
+    never, steps = np.float32([np.nan, np.inf]), np.int64(3)
+    before = [("w00000", kernel), ("s00001", frozen), ("s00002", variance), ("s00003", never), ("s00004", steps)]
+    weights.save(tmp_path / "before", before)
+    after = [kernel * 1.1, frozen, variance * np.float32(0.97), never, np.int64(4)]
+    write_update(tmp_path / "update", tmp_path / "before", after, "int4")
+    with weights.Reader(tmp_path / "update") as file:
+        assert set(file.specs) == {"w00000.int4", "w00000.scale", "s00002.mean", "s00004.value"}
+    apply_update(tmp_path / "before", tmp_path / "update", tmp_path / "after")
+    found = [array for _, array in weights.load(tmp_path / "after")]
+    for ours, theirs in zip(found[1:], after[1:], strict=True):
+        assert np.asarray(ours).tobytes() == np.asarray(theirs).tobytes()
+
+
+def test_roles_are_those_of_the_model_not_of_the_names_in_the_file(tmp_path: Path) -> None:
+    """A job may begin from another's checkpoint and train what was frozen there, or freeze what was trained."""
+    first, second = (RNG.normal(size=SMALL).astype(np.float32) for _ in range(2))
+    weights.save(tmp_path / "before", [("w00000", first), ("s00001", second)])
+    told = write_update(
+        tmp_path / "update", tmp_path / "before", [first, second + 1], "int8", roles=["value", "trained"]
+    )
+    assert told == pytest.approx(SMALL**0.5, rel=0.01)
+    with weights.Reader(tmp_path / "update") as file:
+        assert set(file.specs) == {"s00001.int8", "s00001.scale"}
+
+
+def test_plain_whole_numbers_are_new_values(tmp_path: Path) -> None:
+    """As an update names them that has no other word for it."""
+    weights.save(tmp_path / "before", [("s00000", np.int64([3, 4]))])
+    weights.save(tmp_path / "update", [("s00000", np.int64([5, 4]))])
+    apply_update(tmp_path / "before", tmp_path / "update", tmp_path / "after")
+    assert dict(weights.load(tmp_path / "after"))["s00000"].tolist() == [5, 4]
 
 
 def test_pieces_of_any_size_give_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,18 +99,21 @@ async def test_texts(lab: Lab, http: Http, deploy: Deploy) -> None:
         assert "no scores of classes" in said["error"]
 
 
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
 WRONG: list[Any] = [
     ("none/classify", b"x", "image/png", 404, "none"),
     ("images/classify", b"", "image/png", 400, "the body is empty"),
     ("images/classify", b"no image", "image/png", 400, "not an image"),
     ("images/classify", png(4, 4)[:45], "image/png", 400, "cannot be read as an image"),
     ("images/classify", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "image/eps", 400, "not an image"),
+    ("images/classify", HEIC, "image/heic", 400, "HEIC files cannot be read: convert it to JPEG or PNG"),
+    ("images/classify", HEIC, "application/octet-stream", 400, "HEIC files cannot be read: convert it to JPEG or PNG"),
     ("images/classify", b"text", "text/plain", 400, "takes none"),
     ("images/classify", pcm(3), "audio/wav", 400, "does not take (samples,)"),
     ("images/classify", b"{}", "application/json", 400, "a body of type application/json is not understood"),
     ("images/classify?top=0", png(4, 4), "image/png", 400, "top is '0'"),
     ("images/classify?top=x", png(4, 4), "image/png", 400, "top is 'x'"),
-    ("m/classify", png(4, 4), "image/png", 400, "does not say what size its images have"),
+    ("m/classify", png(4, 4), "image/png", 400, "model m:1 takes no images: its input has the shape ("),
     ("m/classify", b"RIFF....WAVE", "audio/wav", 400, "cut off"),
     ("images/classify", b"--b\r\n\r\n--b--", "multipart/form-data; boundary=b", 400, "the form has no file"),
     ("images/classify", b"", "multipart/form-data", 400, "the form has no file"),

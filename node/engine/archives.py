@@ -1,0 +1,94 @@
+"""`.keras` files looked at before Keras loads them: what they unpack to, and how many weights their layers imply.
+
+A file of a few KB can ask for any amount of memory. What is not seen here meets the engine's limit.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from potluck.errors import InvalidModel, OutOfMemory
+
+CONFIG_LIMIT_BYTES = 64 * 2**20
+"""Of a `config.json`; those of the largest models of Keras have 1 MB."""
+INFLATION = 50
+INFLATION_FROM_BYTES = 256 * 2**20
+"""Keras compresses nothing, and others gain little on weights: what is so much larger unpacked is made to fill memory."""
+LEAST_WEIGHT_BYTES = 0.5
+"""A weight of 4 bits, the smallest that Keras knows."""
+SLACK_BYTES = 2**20
+
+
+def check(path: Path, memory_bytes: int) -> None:
+    """Raises InvalidModel for a file that is not what it says, OutOfMemory for one that cannot fit (0: any memory).
+
+    The sizes that members of a zip announce are true: nothing more is unpacked of them.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            sizes = {info.filename: info.file_size for info in archive.infolist()}
+            total = sum(info.file_size for info in archive.infolist())
+            if memory_bytes and total > memory_bytes:
+                raise OutOfMemory(
+                    f"the model file unpacks to {total / 2**30:.1f} GiB, and this node lets an engine have {memory_bytes / 2**30:.1f} GiB"
+                )
+            packed = path.stat().st_size
+            if total > max(INFLATION_FROM_BYTES, INFLATION * packed):
+                raise InvalidModel(
+                    f"the model file has {packed / 1e6:.1f} MB and unpacks to {total / 1e6:,.0f} MB, which weights do not: save it again"
+                )
+            if sizes.get("config.json", 0) > CONFIG_LIMIT_BYTES:
+                raise InvalidModel(f"the model's config.json has more than {CONFIG_LIMIT_BYTES / 2**20:.0f} MiB")
+            config = json.loads(archive.read("config.json"))
+    except (zipfile.BadZipFile, KeyError, ValueError, RecursionError, NotImplementedError, RuntimeError):
+        return  # Keras says what is wrong with it
+    implied = parameters(config)
+    stored = sum(size for name, size in sizes.items() if name not in ("config.json", "metadata.json"))
+    if implied * LEAST_WEIGHT_BYTES > stored + SLACK_BYTES:
+        raise InvalidModel(
+            f"the model's layers have at least {implied:,} weights, and its file only {stored:,} bytes for them: save it again"
+        )
+
+
+def parameters(config: Any) -> int:
+    """At least so many weights the layers have that a model's configuration describes: of the kinds that tell it plainly."""
+    return sum(_weights_of(layer) for layer in _layers(config))
+
+
+def _layers(config: Any) -> Iterator[dict[str, Any]]:
+    waiting = [config]
+    while waiting:
+        found = waiting.pop()
+        if isinstance(found, dict):
+            if found.get("module") == "keras.layers" and isinstance(found.get("config"), dict):
+                yield found
+            waiting += found.values()
+        elif isinstance(found, list):
+            waiting += found
+
+
+def _weights_of(layer: dict[str, Any]) -> int:
+    options, kind = layer["config"], layer.get("class_name")
+    if kind == "Embedding":
+        return _product(options.get("input_dim"), options.get("output_dim"))
+    shape = (layer.get("build_config") or {}).get("input_shape")
+    last = shape[-1] if isinstance(shape, list) and shape else 1
+    if kind == "Dense":
+        return _product(last, options.get("units"))
+    if kind in ("LSTM", "GRU", "SimpleRNN"):
+        return _product(options.get("units"), options.get("units"))
+    if kind in ("Conv1D", "Conv2D", "Conv3D") and options.get("data_format") != "channels_first":
+        kernel = options.get("kernel_size")
+        groups = options.get("groups") or 1
+        return _product(last, options.get("filters"), *(kernel if isinstance(kernel, list) else [kernel])) // groups
+    return 0
+
+
+def _product(*factors: Any) -> int:
+    """Of whole numbers; 0 where one is none."""
+    return math.prod(factors) if all(type(factor) is int and factor > 0 for factor in factors) else 0

@@ -1,0 +1,361 @@
+"""What a SavedModel's graphs may do, looked at before TensorFlow has seen them.
+
+TensorFlow runs more of it than the signature that is served: what makes tables, what fills them, what loads its variables. So every
+operation of every graph and function must be on the list in `operations`, and three kinds that are not, as every SavedModel has them, may
+be where they belong and nowhere else:
+
+- what writes its checkpoint is cut out, with all that needs it; where something needs it that is served, the model is refused;
+- what reads its checkpoint must take the file's name from TensorFlow's loader, and be needed for nothing else;
+- what fills a table from a file must take the file's name from an asset, which lies in the SavedModel's own folder.
+
+One pass over the nodes, and for names of files a walk back to where they come from: time and memory grow with `saved_model.pb`, of which
+TensorFlow makes a copy of its own afterwards. Weights, which are in other files, are not looked at.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import PurePosixPath
+from typing import Any
+
+from tensorflow.core.protobuf.meta_graph_pb2 import AssetFileDef
+from tensorflow.python.framework import op_def_registry
+
+from node.engine import code
+from node.engine.operations import ALLOWED, FILLS_TABLE, PYTHON, READS_CHECKPOINT, WRITES_CHECKPOINTS
+from potluck.errors import CodeNotAllowed, InvalidModel
+
+INIT = ("saved_model_main_op", "legacy_init_op", "table_initializer")
+"""Collections of what TensorFlow runs when it loads a model of version 1."""
+ASSETS = "saved_model_assets"
+INIT_SIGNATURE = "__saved_model_init_op"
+CALLS = ("PartitionedCall", "StatefulPartitionedCall")
+OF_VARIABLES = ("AssignVariableOp", "ReadVariableOp", "VarIsInitializedOp")
+NAMED_AT_MOST = 5
+ADVICE = 'or let nodes run any code that models bring ("lambda" in allow_code of their configuration)'
+
+
+def vet(saved: Any) -> bool:
+    """Look at a SavedModel (the protobuf), and cut out what writes checkpoints; whether there was any.
+
+    Raises CodeNotAllowed, and InvalidModel for what would run nowhere.
+    """
+    bodies = [body for meta in saved.meta_graphs for body in _bodies(meta.graph_def)]
+    found = sorted({node.op for body in bodies for node in body.nodes.values()} & PYTHON)
+    if found:
+        raise InvalidModel(
+            f"the SavedModel calls Python ({', '.join(found)}), and a SavedModel does not hold Python: save it without "
+            "tf.py_function and tf.numpy_function"
+        )
+    if not code.safe_mode():
+        return False
+    cut = [_Vetting(meta).run() for meta in saved.meta_graphs]
+    return any(cut)
+
+
+class _Body:
+    """The nodes of a function, or of the graph around them (`name` is empty), by name."""
+
+    def __init__(self, name: str, nodes: Iterable[Any], arguments: Iterable[Any] = ()) -> None:
+        listed, taken = list(nodes), list(arguments)
+        self.name = name
+        self.nodes = {node.name: node for node in listed}
+        self.arguments = {argument.name: place for place, argument in enumerate(taken)}
+        lists = any(argument.number_attr or argument.type_list_attr for argument in taken)
+        if lists or len(self.nodes.keys() | self.arguments.keys()) < len(listed) + len(taken):
+            raise InvalidModel(f"the SavedModel is damaged: names are there twice {self.place}: save it again")
+
+    @property
+    def place(self) -> str:
+        return f"in its function '{self.name[:100]}'" if self.name else "in its graph"
+
+    def source(self, tensor: str) -> Any:
+        """Where a tensor comes from: the place of an argument, or a node; None where nothing has this name."""
+        for _ in range(len(self.nodes) + 1):
+            name = tensor.partition(":")[0]
+            if name in self.arguments:
+                return self.arguments[name]
+            node = self.nodes.get(name)
+            if node is None or node.op != "Identity" or not node.input:
+                return node
+            tensor = node.input[0]
+        return None  # it goes round in circles
+
+    def after(self, starts: Iterable[str]) -> set[str]:
+        """The names of nodes, and of all that need them."""
+        users = defaultdict(list)
+        for node in self.nodes.values():
+            for tensor in node.input:
+                users[tensor.lstrip("^").partition(":")[0]].append(node.name)
+        return _closure(starts, users)
+
+
+class _Vetting:
+    """Of one meta graph."""
+
+    def __init__(self, meta: Any) -> None:
+        self._meta = meta
+        self._graph, *functions = _bodies(meta.graph_def)
+        self._functions = {body.name: body for body in functions}
+        if len(self._functions) < len(functions):
+            raise InvalidModel("the SavedModel is damaged: functions of one name are there twice: save it again")
+        self._callers: dict[str, list[tuple[_Body, Any]]] = defaultdict(list)
+        for body in (self._graph, *functions):
+            for node in body.nodes.values():
+                for name in self._called(node, body):
+                    self._callers[name].append((body, node))
+        signatures = meta.signature_def.items()
+        self._served = {name for key, each in signatures if key != INIT_SIGNATURE for name in _tensors(each)}
+        self._loading = {name for key, each in signatures if key == INIT_SIGNATURE for name in _tensors(each)}
+        for key in INIT:
+            if key in meta.collection_def:
+                self._loading.update(map(_node_name, meta.collection_def[key].node_list.value))
+        self._assets = {_node_name(asset.tensor_info.name) for asset in _assets(meta)}
+
+    def run(self) -> bool:
+        """As `vet`."""
+        for asset in _assets(self._meta):
+            path = PurePosixPath(asset.filename)
+            if not path.parts or path.is_absolute() or ".." in path.parts or "\0" in asset.filename:
+                raise CodeNotAllowed(f"the SavedModel has an asset outside of its folder: {asset.filename[:100]!r}")
+        cut = self._cut_writers()
+        self._check_operations()
+        self._check_files({READS_CHECKPOINT}, self._served | self._loading, objects=False)
+        self._check_files(FILLS_TABLE, self._served, objects=True)
+        return cut
+
+    def _called(self, node: Any, body: _Body) -> Iterator[str]:
+        """The functions that a node names. Raises InvalidModel for one that is not there."""
+        for name in _function_names(node.attr.values()):
+            if name not in self._functions:
+                raise InvalidModel(
+                    f"the SavedModel is damaged: its operation {node.op} {body.place} calls '{name[:100]}', which it does not have"
+                )
+            yield name
+        if self._is_call(node):
+            yield node.op
+
+    def _is_call(self, node: Any) -> bool:
+        """Whether its operation is a function; those of TensorFlow come first."""
+        return node.op in self._functions and op_def_registry.get(node.op) is None
+
+    def _check_operations(self) -> None:
+        refused: dict[str, str] = {}
+        special = FILLS_TABLE | {READS_CHECKPOINT}
+        for body in (self._graph, *self._functions.values()):
+            for node in body.nodes.values():
+                if node.op not in ALLOWED and node.op not in special and not self._is_call(node):
+                    refused.setdefault(node.op, body.place)
+        unknown = [name for name in refused if op_def_registry.get(name) is None]
+        if unknown:
+            raise InvalidModel(
+                f"the SavedModel has operations that TensorFlow does not have ({_shown(refused, unknown)}), and a SavedModel does not "
+                "hold them: save it with operations of TensorFlow alone"
+            )
+        if refused:
+            raise CodeNotAllowed(
+                "the SavedModel has operations that may reach more than the model, as files of the machine it runs on "
+                f"({_shown(refused, refused)}), and nodes do not allow that: save it without them, {ADVICE}"
+            )
+
+    def _holding(self, operations: Iterable[str]) -> tuple[set[str], set[str]]:
+        """The functions with one of these operations, or that call such a function; and the nodes of the graph, in the same way."""
+        wanted, users = set(operations), defaultdict(list)
+        for name, callers in self._callers.items():
+            users[name] = [body.name for body, _ in callers if body.name]
+        direct = [name for name, body in self._functions.items() if _has(body, wanted)]
+        functions = _closure(direct, users)
+        nodes = {node.name for node in self._graph.nodes.values() if node.op in wanted}
+        nodes.update(node.name for name in functions for body, node in self._callers[name] if not body.name)
+        return functions, nodes
+
+    def _cut_writers(self) -> bool:
+        functions, nodes = self._holding(WRITES_CHECKPOINTS)
+        if not functions and not nodes:
+            return False
+        gone = self._graph.after(nodes)
+        needed = self._served | self._loading | {_node_name(self._meta.saver_def.restore_op_name)}
+        objects = functions & set(self._meta.object_graph_def.concrete_functions)
+        if gone & needed or objects:
+            self._refuse(WRITES_CHECKPOINTS, functions)
+        graph = self._meta.graph_def
+        for name in gone:
+            del self._graph.nodes[name]
+        for name in functions:
+            del self._functions[name]
+        for callers in self._callers.values():
+            callers[:] = [
+                (body, node)
+                for body, node in callers
+                if (body.name not in functions if body.name else node.name not in gone)
+            ]
+        _drop(graph.node, lambda node: node.name in gone)
+        _drop(graph.library.function, lambda function: function.signature.name in functions)
+        _drop(graph.library.gradient, lambda each: {each.function_name, each.gradient_func} & functions)
+        _drop(graph.library.registered_gradients, lambda each: each.gradient_func in functions)
+        return True
+
+    def _check_files(self, operations: Iterable[str], kept_from: set[str], *, objects: bool) -> None:
+        """That operations which read a file take its name from where they may, and that nothing in `kept_from` needs them.
+
+        `objects`: whether functions that the model gives away may have them, with an asset that was given to them.
+        """
+        wanted = set(operations)
+        functions, nodes = self._holding(wanted)
+        given = self._meta.object_graph_def.concrete_functions
+        if self._graph.after(nodes) & kept_from or (not objects and functions & set(given)):
+            self._refuse(wanted, functions)
+        asset = READS_CHECKPOINT not in wanted
+        names = [
+            (body, node.input[1 if asset else 0] if len(node.input) > asset else "")
+            for body in (self._graph, *self._functions.values())
+            for node in body.nodes.values()
+            if node.op in wanted
+        ]
+        seen = set()
+        while names:
+            body, tensor = names.pop()
+            source = body.source(tensor)
+            if not isinstance(source, int):
+                if body.name or not (self._is_asset(source) if asset else self._is_prefix(source)):
+                    self._refuse(wanted, functions)
+                continue
+            if (body.name, source) in seen:
+                continue
+            seen.add((body.name, source))
+            if body.name in given and not self._bound_to_asset(body, source):
+                self._refuse(wanted, functions)
+            for caller, node in self._callers[body.name]:
+                inputs = [each for each in node.input if not each.startswith("^")]
+                plain = node.op in CALLS or node.op == body.name
+                names.append((caller, inputs[source] if plain and source < len(inputs) else ""))
+
+    def _bound_to_asset(self, body: _Body, place: int) -> bool:
+        """Whether a function that the model gives away was given an asset for this argument; what it was given comes last."""
+        graph = self._meta.object_graph_def
+        bound = graph.concrete_functions[body.name].bound_inputs
+        place -= len(body.arguments) - len(bound)
+        if place < 0 or not 0 <= bound[place] < len(graph.nodes):
+            return False
+        node = graph.nodes[bound[place]]
+        return bool(node.WhichOneof("kind") == "asset" and not node.registered_name)
+
+    def _is_prefix(self, node: Any) -> bool:
+        """Whether it is where TensorFlow's loader puts the name of the variables' files."""
+        if node is None or node.name != _node_name(self._meta.saver_def.filename_tensor_name):
+            return False
+        for _ in range(len(self._graph.nodes)):
+            if node is None or node.op != "PlaceholderWithDefault" or not node.input:
+                break
+            node = self._graph.source(node.input[0])
+        if node is None or node.op == "Placeholder":
+            return node is not None
+        return node.op == "Const" and not any(b"/" in text for text in node.attr["value"].tensor.string_val)
+
+    def _is_asset(self, node: Any) -> bool:
+        """Whether it is where TensorFlow's loader puts the path of an asset, or a variable that is given nothing else."""
+        if node is None:
+            return False
+        if node.op != "ReadVariableOp":
+            return node.name in self._assets and node.op in ("Const", "Placeholder", "PlaceholderWithDefault")
+        handle = self._graph.source(node.input[0]) if node.input else None
+        if handle is None or handle.op != "VarHandleOp":
+            return False
+        known = {handle.name, handle.attr["shared_name"].s.decode(errors="replace")} - {""}
+        others = [
+            other
+            for body in (self._graph, *self._functions.values())
+            for other in body.nodes.values()
+            if "VarHandle" in other.op
+            and other is not handle
+            and {other.name, other.attr["shared_name"].s.decode(errors="replace")} & known
+        ]
+        users = [user for user in self._graph.nodes.values() if handle.name in map(_node_name, user.input)]
+        values = [self._graph.source(user.input[-1]) for user in users if user.op == "AssignVariableOp"]
+        return (
+            not others
+            and all(user.op in OF_VARIABLES for user in users)
+            and all(value is not None and value.op != "ReadVariableOp" and self._is_asset(value) for value in values)
+        )
+
+    def _refuse(self, operations: Iterable[str], functions: Iterable[str]) -> None:
+        wanted, named = set(operations), set(functions)
+        bodies = [self._functions[name] for name in named & set(self._meta.object_graph_def.concrete_functions)]
+        if not any(_has(body, wanted) for body in bodies):  # then not those that the model gives away, but all
+            bodies = [self._graph, *(self._functions[name] for name in named)]
+        found = {node.op: body.place for body in bodies for node in body.nodes.values() if node.op in wanted}
+        allowed = "assets of its own" if wanted & FILLS_TABLE else "its own variables, when it is loaded"
+        raise CodeNotAllowed(
+            f"the SavedModel reads or writes files of the machine it runs on ({_shown(found, found)}) that are not {allowed}, "
+            f"and nodes do not allow that: save it without them, {ADVICE}"
+        )
+
+
+def _bodies(graph: Any) -> list[_Body]:
+    """The graph itself first."""
+    functions = [_Body(each.signature.name, each.node_def, each.signature.input_arg) for each in graph.library.function]
+    if not all(body.name for body in functions):
+        raise InvalidModel("the SavedModel is damaged: it has a function without a name: save it again")
+    return [_Body("", graph.node), *functions]
+
+
+def _assets(meta: Any) -> list[Any]:
+    """Which files are fed where; in version 1 they stand in a collection, and count where they stand nowhere else."""
+    if meta.asset_file_def or ASSETS not in meta.collection_def:
+        return list(meta.asset_file_def)
+    found = []
+    for each in meta.collection_def[ASSETS].any_list.value:
+        asset = AssetFileDef()
+        if not each.Unpack(asset):
+            raise InvalidModel("the SavedModel is damaged: its assets are no assets: save it again")
+        found.append(asset)
+    return found
+
+
+def _function_names(attributes: Iterable[Any]) -> Iterator[str]:
+    for attribute in attributes:
+        for function in (*([attribute.func] if attribute.HasField("func") else ()), *attribute.list.func):
+            yield function.name
+            yield from _function_names(function.attr.values())
+
+
+def _tensors(signature: Any) -> Iterator[str]:
+    """The names of the nodes that its inputs and outputs are of."""
+    infos = [*signature.inputs.values(), *signature.outputs.values()]
+    while infos:
+        info = infos.pop()
+        infos.extend(info.composite_tensor.components)
+        sparse = info.coo_sparse
+        names = info.name, sparse.values_tensor_name, sparse.indices_tensor_name, sparse.dense_shape_tensor_name
+        yield from (_node_name(name) for name in names if name)
+
+
+def _node_name(tensor: str) -> str:
+    return tensor.lstrip("^").partition(":")[0]
+
+
+def _has(body: _Body, operations: set[str]) -> bool:
+    return any(node.op in operations for node in body.nodes.values())
+
+
+def _closure(starts: Iterable[str], users: dict[str, list[str]]) -> set[str]:
+    found, ahead = set(starts), list(starts)
+    while ahead:
+        new = [name for name in users[ahead.pop()] if name not in found]
+        found.update(new)
+        ahead.extend(new)
+    return found
+
+
+def _drop(messages: Any, gone: Any) -> None:
+    """In place: copies of them would hold large constants twice."""
+    for place in reversed(range(len(messages))):
+        if gone(messages[place]):
+            del messages[place]
+
+
+def _shown(places: dict[str, str], names: Iterable[str]) -> str:
+    listed = sorted(names)
+    more = f", and {len(listed) - NAMED_AT_MOST} more" if len(listed) > NAMED_AT_MOST else ""
+    return ", ".join(f"{name[:100]} {places[name]}" for name in listed[:NAMED_AT_MOST]) + more
