@@ -22,6 +22,10 @@ from potluck.messages import AnyTaskResult, JobProgress, TrainResult, TrainTask
 from potluck.wording import counted
 
 SIZES_KEPT = 5
+GRACE = 1.0
+GRACE_SECONDS = 60.0
+"""Nobody else has what a node holds, so the first round waits longer for others than where data can go anywhere: as long again as
+the first node that is ready took, and so many seconds at most."""
 
 
 @dataclass
@@ -88,6 +92,9 @@ class FederatedStrategy(RoundsStrategy):
 
     def _holders(self, view: ClusterView) -> list[NodeView]:
         return [node for node in view.nodes if fits(node.holds(self.dataset.name), self.dataset.format)]
+
+    def _hopes(self, view: ClusterView, attempts: dict[str, Attempt]) -> bool:
+        return self.readiness.hopes(view, attempts, GRACE, GRACE_SECONDS)
 
     def _rehearsals(self, nodes: list[NodeView], rates: dict[str, float]) -> dict[str, TrainTask]:
         task = self._on_own(changed(self._task(self.spec.batch_size, PROBE_SECONDS), weights=None, step=None))

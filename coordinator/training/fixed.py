@@ -31,7 +31,7 @@ class FixedStrategy(RoundsStrategy):
         if self.parts and len(self.contributions) == self.parts:
             return [self._close_round()]
         mine = [attempt for attempt in attempts.values() if self._of_round(attempt)]
-        if not (self.round or mine or self.contributions) and self.readiness.hopes(view, attempts):
+        if not (self.round or mine or self.contributions) and self._hopes(view, attempts):
             return []
         return self._leases(view, attempts, mine if view.now < self.due else [])
 

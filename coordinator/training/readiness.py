@@ -15,10 +15,6 @@ from potluck.messages import BlobRef, WarmUpResult
 
 WARM_UP = "warm-up"
 """The id of the shard by which a node gets ready."""
-GRACE = 0.1
-GRACE_SECONDS = 2.0
-"""The first node that is ready waits for others for this share of the time that it took, and for so many seconds at most:
-nodes that are alike are ready at nearly the same time."""
 AGAIN_SECONDS = 60.0
 """A node that was too slow to take part is measured again after so long, and after twice that each time."""
 MEASURABLE_BYTES = 1_000_000
@@ -63,10 +59,10 @@ class Readiness:
         nodes = (node for node in view.nodes if node.node_id in self.ready and node.node_id not in busy)
         return ClusterView(tuple(nodes), view.now, view.resting)
 
-    def hopes(self, view: ClusterView, attempts: dict[str, Attempt]) -> bool:
-        """Whether the first round should wait a moment longer, for nodes that will be ready about now."""
+    def hopes(self, view: ClusterView, attempts: dict[str, Attempt], share: float, seconds: float) -> bool:
+        """Whether others may still be ready within this share of the time that the first took, and so many seconds at most."""
         warming = any(attempt.shard_id == WARM_UP for attempt in attempts.values())
-        return warming and view.now < self.first_at + min(GRACE_SECONDS, GRACE * min(self.took.values(), default=0.0))
+        return warming and view.now < self.first_at + min(seconds, share * min(self.took.values(), default=0.0))
 
     def stale(self, node_id: str, now: float) -> bool:
         """Whether a node that was too slow may have become faster, so that it is worth measuring again."""

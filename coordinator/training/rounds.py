@@ -66,6 +66,10 @@ PACES_KEPT = 5
 BUDGET_FACTOR = 1.25
 BUDGET_SECONDS = 0.5
 """A node that got slower stops so much after the others: this factor of the planned time, and so many seconds."""
+GRACE = 0.1
+GRACE_SECONDS = 2.0
+"""The first node that is ready waits for others for this share of the time that it took, and for so many seconds at most:
+nodes that are alike are ready at nearly the same time."""
 LATE_FACTOR = 2.0
 LATE_SECONDS = 5.0
 """A part is late when it takes so many times as long beside computing as it should, and so many seconds longer at least."""
@@ -201,10 +205,14 @@ class RoundsStrategy:
         if self.contributions:
             return [self._close_round()]
         self._check_monitor()
-        if not self.round and self.readiness.hopes(view, attempts):
+        if not self.round and self._hopes(view, attempts):
             return []
         # Where all parts are late, whoever else is ready does the round.
         return self._open_round(self.readiness.able(view, attempts))
+
+    def _hopes(self, view: ClusterView, attempts: dict[str, Attempt]) -> bool:
+        """Whether the first round should wait a moment longer, for nodes that will be ready about now."""
+        return self.readiness.hopes(view, attempts, GRACE, GRACE_SECONDS)
 
     def leased(self, attempt: Attempt, task: AnyTask) -> None:
         if isinstance(task, TrainTask):
