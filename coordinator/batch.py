@@ -290,4 +290,6 @@ def merge(results: list[EvaluateResult]) -> EvaluateResult:
         states=states,
         values={name: value for found in values for name, value in found.items()},
         seconds=sum(result.seconds for result in results),
+        threshold=parts[0].threshold if parts else None,
+        middle=parts[0].middle if parts else None,
     )

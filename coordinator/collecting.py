@@ -38,6 +38,7 @@ from potluck.messages import (
     Tensor,
     Train,
     TrainResult,
+    WarmUpResult,
 )
 
 S = TypeVar("S")
@@ -74,7 +75,7 @@ class Collector:
                         await self._follow(result.step, result.weights, pin)
                     kept, state = await self._fetch(result.weights, pin), await self._fetch(result.optimizer, pin)
                     return replace(result, weights=kept, optimizer=state, step=None)
-            case EvaluateResult():
+            case EvaluateResult() | WarmUpResult():
                 return result
 
     async def close_round(self, decision: CloseRound, spec: Train, clock: Callable[[], float]) -> RoundClosed:

@@ -49,6 +49,7 @@ from potluck.logs import fields
 from potluck.messages import (
     AcknowledgeResult,
     AnyJobSpec,
+    AnyTaskResult,
     BlobRef,
     Deploy,
     ErrorInfo,
@@ -344,8 +345,11 @@ class Dispatcher:
         if held is None:
             return
         job = self._store.jobs[held.job_id]
+        strategy, attempt = job.strategy, job.attempts.get(attempt_id)
+        result: AnyTaskResult = message.result
         try:
-            result = await self._collector.collect(message.result)
+            if attempt is None or not isinstance(strategy, RoundsStrategy) or strategy.wants(attempt):
+                result = await self._collector.collect(result)
         except Unavailable as error:
             held.collecting = False
             self._end_attempt(attempt_id, f"its result could not be fetched: {error.message}", None)

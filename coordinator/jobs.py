@@ -43,6 +43,7 @@ from potluck.messages import (
     RoundMetrics,
     Train,
     TrainResult,
+    WarmUpResult,
 )
 
 REST_SECONDS = 1.0
@@ -325,8 +326,9 @@ class Job:
             case AttemptFinished():
                 finished = self.attempts.pop(event.attempt_id, None)
                 if finished is not None:
-                    self.failures.clear()
-                    self.short.discard(finished.node_id)
+                    if not isinstance(event.result, WarmUpResult):  # to be ready is not yet to succeed
+                        self.failures.clear()
+                        self.short.discard(finished.node_id)
                     self.image = self.image or event.result.image
                     self._strategy.finished(finished, event.result, event.at)
             case AttemptEnded():

@@ -10,14 +10,16 @@ from potluck.blobs.store import BlobStore
 from potluck.messages import ClassScore, EvaluateResult, Evaluation, PredictResult, Tensor
 from potluck.tensors import DTYPES
 
+SUMMARY = ("precision", "recall", "f1")
 INLINE_OUTPUT_BYTES = 64 * 1024
 """Predictions up to this size stand in the result itself."""
 
 
 def evaluation(merged: EvaluateResult, labels: Sequence[str]) -> Evaluation:
     """Metrics from sums and counts. Precision, recall and F1 are 0 where they are not defined (no such prediction or item),
-    as scikit-learn's `zero_division=0`; their means over the classes that occur are unweighted (`macro`), and stand back where a compiled
-    metric has the name.
+    as scikit-learn's `zero_division=0`. Where one output tells two classes apart they are those of class 1 (`average="binary"` there, and
+    Keras's own), else means over the classes that occur, unweighted (`macro`). A compiled metric of that name stands; then F1 is that of
+    the two beside it, and what is a mean over classes is named so.
     """
     metrics = evaluation_metrics(merged)
     table = merged.confusion
@@ -34,10 +36,40 @@ def evaluation(merged: EvaluateResult, labels: Sequence[str]) -> Evaluation:
         if support or predicted:
             occurring.append(scores[-1])
     if scores:
-        for name in ("precision", "recall", "f1"):
-            total = math.fsum(getattr(score, name) for score in occurring)
-            metrics.setdefault(name, total / max(1, len(occurring)))
-    return Evaluation(count=merged.count, metrics=metrics, confusion=table, classes=tuple(scores))
+        _summarize(metrics, scores if merged.threshold is not None else occurring, merged.threshold is not None)
+    return Evaluation(
+        count=merged.count,
+        metrics=metrics,
+        confusion=table,
+        classes=tuple(scores),
+        threshold=merged.threshold,
+        remark=_remark(merged),
+    )
+
+
+def _summarize(metrics: dict[str, float], scores: Sequence[ClassScore], binary: bool) -> None:
+    """Add precision, recall and F1 of the whole to the metrics."""
+    compiled = [name for name in SUMMARY if name in metrics]
+    if binary:
+        found = {name: getattr(scores[1], name) for name in SUMMARY}
+    else:
+        found = {name: math.fsum(getattr(score, name) for score in scores) / max(1, len(scores)) for name in SUMMARY}
+    if {"precision", "recall"} <= metrics.keys():
+        both = metrics["precision"] + metrics["recall"]
+        metrics.setdefault("f1", 2 * metrics["precision"] * metrics["recall"] / both if both else 0.0)
+    prefix = "macro_" if compiled and not binary else ""
+    for name, value in found.items():
+        metrics.setdefault(prefix + name, value)
+
+
+def _remark(merged: EvaluateResult) -> str:
+    if merged.threshold is None or merged.threshold == merged.middle:
+        return ""
+    return (
+        f"the compiled metrics tell the classes apart at an output of {merged.threshold:g}, and so does all of this report; the loss has "
+        f"the middle at {merged.middle:g}: compile them with threshold={merged.middle:g}, as "
+        f"keras.metrics.BinaryAccuracy(threshold={merged.middle:g})"
+    )
 
 
 def predictions(parts: Sequence[PredictResult], store: BlobStore) -> tuple[Tensor, ...]:

@@ -42,6 +42,7 @@ from potluck.messages import (
     SyncTask,
     Tensor,
     TrainResult,
+    WarmUpTask,
 )
 from potluck.outbox import error_info
 
@@ -193,7 +194,8 @@ class Executor:
             self._store.pin(ref.sha256)
         missing = sum(ref.size for ref in {ref.sha256: ref for ref in refs}.values() if not self._store.has(ref.sha256))
         started = time.perf_counter()
-        group = lease.task.members if isinstance(lease.task, SyncTask) and lease.task.begins else ()
+        members = lease.task.members if isinstance(lease.task, SyncTask) and lease.task.begins else ()
+        group = members if len(members) > 1 or self._grouped else ()
         first, self._last_job = lease.job_id != self._last_job, lease.job_id
         fetched = not missing
 
@@ -396,7 +398,7 @@ def _way(task: AnyTask) -> tuple[BlobRef | None, Step | None]:
 
     A step that changes nothing leads to the file that it begins from; one from nothing but zeros is the same file as what it leads to.
     """
-    if isinstance(task, PredictTask | SyncTask | ConvertTask):
+    if isinstance(task, PredictTask | SyncTask | ConvertTask | WarmUpTask):
         return None, None
     weights, step = task.weights, task.step
     if weights is None or step is None or weights.sha256 in (step.base.sha256, step.update.sha256):

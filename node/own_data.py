@@ -13,7 +13,7 @@ from potluck import codec, lifecycle
 from potluck.blobs.store import BlobStore
 from potluck.errors import InvalidData, InvalidRequest, PotluckError, Unavailable
 from potluck.logs import fields
-from potluck.messages import AnyTask, Dataset, DataSlice, EvaluateTask, NodeData, TrainTask
+from potluck.messages import AnyTask, Dataset, DataSlice, EvaluateTask, NodeData, TrainTask, WarmUpTask
 from potluck.settings import NodeDataSettings
 
 log = logging.getLogger(__name__)
@@ -104,6 +104,10 @@ class OwnData:
 
         Raises Unavailable, and InvalidRequest for less noise than the data's owner asks for.
         """
+        if isinstance(task, WarmUpTask):
+            inner, files = self.filled_in(task.task)
+            assert isinstance(inner, TrainTask)
+            return WarmUpTask(task=inner), files
         if not isinstance(task, TrainTask | EvaluateTask) or task.node_data is None:
             return task, {}
         data = self._packed.get(task.node_data)

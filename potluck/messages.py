@@ -369,11 +369,14 @@ class JobProgress(Part, frozen=True):
     round: int = 0
     metrics: dict[str, float] = {}
     items_per_second: float = 0.0
+    """Of all together, with what they wait for each other and for what is sent."""
     nodes: dict[str, float] = {}
-    """Items per second of each node at work."""
+    """Items per second of each node at work, while it computes."""
     message: str = ""
     quarantined: dict[str, str] = {}
     """Nodes that are left out of training, and why."""
+    waiting: dict[str, str] = {}
+    """Nodes that take no part in training yet or for now, and why."""
     exchanged_bytes: Count = 0
     """Of updates and steps, until now."""
     strategy: str = ""
@@ -391,12 +394,19 @@ class ClassScore(Part, frozen=True):
 
 
 class Evaluation(Part, frozen=True):
-    """Metrics merged from counts. `confusion[i][j]` counts items of class i predicted as j."""
+    """Metrics merged from counts. `confusion[i][j]` counts items of class i predicted as j.
+
+    `precision`, `recall` and `f1` are those of class 1 where one output tells two classes apart (above `threshold`, as the
+    confusion matrix and the accuracy count); else unweighted means over classes, which are named `macro_...` beside compiled ones.
+    """
 
     count: int
     metrics: dict[str, float]
     confusion: tuple[tuple[int, ...], ...] = ()
     classes: tuple[ClassScore, ...] = ()
+    threshold: float | None = None
+    remark: str = ""
+    """What should be known of the figures."""
 
 
 # --- client <-> coordinator ------------------------------------------------------------------------------------------
@@ -910,6 +920,15 @@ class TrainTask(Task, frozen=True, tag="train"):
     file, and the order of items with `seed` and `round`; `seconds` is no limit."""
 
 
+class WarmUpTask(Task, frozen=True, tag="warm_up"):
+    """Get ready for rounds: start the engine, build the model, load the data, compile a step, and take some that change nothing.
+
+    `task` is such as the node will be given then. Nothing waits for it, however long that takes.
+    """
+
+    task: TrainTask
+
+
 class SyncTask(Task, frozen=True, tag="sync"):
     """One member's part of synchronous training: `steps` steps together with all other `members` (`host:port`).
 
@@ -982,7 +1001,7 @@ class ConvertTask(Task, frozen=True, tag="convert"):
     quantize: Quantization = "int8"
 
 
-AnyTask = TrainTask | EvaluateTask | PredictTask | ExportTask | SyncTask | ConvertTask
+AnyTask = TrainTask | EvaluateTask | PredictTask | ExportTask | SyncTask | ConvertTask | WarmUpTask
 
 
 class TaskResult(Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="kind"):
@@ -1020,6 +1039,13 @@ class TrainResult(TaskResult, frozen=True, tag="train"):
     momentum: float = 0.0
 
 
+class WarmUpResult(TaskResult, frozen=True, tag="warm_up"):
+    """What a round will cost here: steps at `rate` items/s, and `beside_seconds` to set weights and to write an update."""
+
+    rate: float
+    beside_seconds: Seconds
+
+
 class SyncResult(TaskResult, frozen=True, tag="sync"):
     """`samples` are this member's own, of all `steps`; `seconds` includes waiting for the others, `rate` (items/s) does not.
 
@@ -1046,6 +1072,9 @@ class EvaluateResult(TaskResult, frozen=True, tag="evaluate"):
 
     `states` are what compiled metrics that are no means (AUC, precision) have counted, in one row each: results merge by adding
     them. `values` is what these metrics make of it. The answer to a task with `states` has those alone, and a `count` of 0.
+
+    `threshold`: of two classes that one output tells apart, the output above which an item counts as of class 1, for all that is told of
+    them; `middle`: where the loss has it.
     """
 
     count: Count
@@ -1054,6 +1083,8 @@ class EvaluateResult(TaskResult, frozen=True, tag="evaluate"):
     counts: dict[str, float] = {}
     states: dict[str, tuple[float, ...]] = {}
     values: dict[str, float] = {}
+    threshold: float | None = None
+    middle: float | None = None
 
 
 class PredictResult(TaskResult, frozen=True, tag="predict"):
@@ -1072,7 +1103,7 @@ class ConvertResult(TaskResult, frozen=True, tag="convert"):
     model: BlobRef
 
 
-AnyTaskResult = TrainResult | EvaluateResult | PredictResult | ExportResult | SyncResult | ConvertResult
+AnyTaskResult = TrainResult | EvaluateResult | PredictResult | ExportResult | SyncResult | ConvertResult | WarmUpResult
 
 
 # --- coordinator -> node, on nodes/<id>/inbox -------------------------------------------------------------------------

@@ -15,13 +15,17 @@ from msgspec.structs import replace as changed
 
 from coordinator.federated import fits
 from coordinator.jobs import Attempt, CloseRound, Decision, Lease, RoundClosed
-from coordinator.placement import ClusterView, speeds
+from coordinator.placement import ClusterView, NodeView, speeds, split_in_time
 from coordinator.training import privacy
-from coordinator.training.rounds import EXPLODED, RoundsStrategy
-from potluck.messages import AnyTaskResult, JobProgress, TrainResult
+from coordinator.training.rounds import EXPLODED, PROBE_SECONDS, RoundsStrategy
+from potluck.messages import AnyTaskResult, JobProgress, TrainResult, TrainTask
 from potluck.wording import counted
 
 SIZES_KEPT = 5
+GRACE = 1.0
+GRACE_SECONDS = 60.0
+"""Nobody else has what a node holds, so the first round waits longer for others than where data can go anywhere: as long again as
+the first node that is ready took, and so many seconds at most."""
 
 
 @dataclass
@@ -69,12 +73,12 @@ class FederatedStrategy(RoundsStrategy):
         return [f"the noise in the mean of {nodes} is {times:,.1f} times as long as the longest {what}"]
 
     def _open_round(self, view: ClusterView) -> list[Decision]:
-        held = {node.node_id: node.holds(self.dataset.name) for node in view.nodes}
-        free = [node for node in view.nodes if node.free_slots and fits(held[node.node_id], self.dataset.format)]
+        free = [node for node in self._holders(view) if node.free_slots]
         free = [node for node in free if node.node_id not in self.quarantined] or free
         if not free:
             return []
         rates = speeds(free, self.measured)
+        held = {node.node_id: node.holds(self.dataset.name) for node in free}
         decisions: list[Decision] = []
         for node_id, samples in self._parts(rates).items():
             data = held[node_id]
@@ -82,14 +86,35 @@ class FederatedStrategy(RoundsStrategy):
             batch = min(self.spec.batch_size, data.count)
             # One pass over its own data at most: a node with few items would only learn them by heart.
             batches = max(1, round(min(samples, data.count) / batch))
-            task = changed(
-                self._task(batches * batch, self._budget(batches * batch, rates[node_id])),
-                node_data=self.dataset.name,
-                privacy=self.spec.privacy,
-                overlap=self.spec.overlap and self.spec.privacy is None,
-            )
+            task = self._on_own(self._task(batches * batch, self._budget(batches * batch, rates[node_id])))
             decisions.append(Lease(self._shard_id, node_id, task))
         return decisions
+
+    def _holders(self, view: ClusterView) -> list[NodeView]:
+        return [node for node in view.nodes if fits(node.holds(self.dataset.name), self.dataset.format)]
+
+    def _hopes(self, view: ClusterView, attempts: dict[str, Attempt]) -> bool:
+        return self.readiness.hopes(view, attempts, GRACE, GRACE_SECONDS)
+
+    def _rehearsals(self, nodes: list[NodeView], rates: dict[str, float]) -> dict[str, TrainTask]:
+        task = self._on_own(changed(self._task(self.spec.batch_size, PROBE_SECONDS), weights=None, step=None))
+        return {node.node_id: task for node in nodes}
+
+    def _on_own(self, task: TrainTask) -> TrainTask:
+        """The task on the data that live on the node which it is given to."""
+        return changed(
+            task,
+            node_data=self.dataset.name,
+            privacy=self.spec.privacy,
+            overlap=self.spec.overlap and self.spec.privacy is None,
+        )
+
+    def _shared(
+        self, wanted: int, rates: dict[str, float], delays: dict[str, float]
+    ) -> tuple[dict[str, int], dict[str, str]]:
+        """Nobody else has a slow node's data, so that it does what it can, and the others wait for as long as that should take."""
+        found = split_in_time(wanted, rates, delays)
+        return {node_id: found.get(node_id, 0) for node_id in rates}, {}
 
     def _exploded(self, results: dict[str, TrainResult]) -> dict[str, str]:
         """Each node's data are their own, and so is the size of its updates: one much larger than its last ones has exploded."""

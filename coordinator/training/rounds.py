@@ -2,7 +2,9 @@
 
 In a round each node trains on its own data shards, from the same weights, for a time budget; the outer step (`outer`) makes
 the next round's weights of their updates. Epochs count samples over the whole cluster. A node that is lost costs its own
-round; nodes that join take part from the next round on. A node whose updates are no use three times in a row is left out.
+round; nodes that join take part once they are ready (`readiness`), from the next round on. A round ends when all that was
+promised is here, or should be: it goes on without a node that is late, which may go on as well, and is in no round until it is done.
+A node that would bring less than it costs is left out for a while, one whose updates are no use three times in a row for good.
 """
 
 from __future__ import annotations
@@ -29,8 +31,9 @@ from coordinator.jobs import (
     RoundClosed,
     Withdraw,
 )
-from coordinator.placement import ClusterView, assign, speeds, split, split_in_time
+from coordinator.placement import ClusterView, NodeView, assign, speeds, split_in_time
 from coordinator.training.costs import computing_seconds
+from coordinator.training.readiness import WARM_UP, Readiness, beside, of_rounds
 from coordinator.training.scores import Best, evaluation_metrics, is_better, weighted
 from potluck.errors import Diverged, InvalidRequest
 from potluck.messages import (
@@ -49,23 +52,39 @@ from potluck.messages import (
     Train,
     TrainResult,
     TrainTask,
+    WarmUpResult,
+    WarmUpTask,
 )
 
 ROUNDS_PER_EPOCH = 2
 """At least so many rounds an epoch, where a round computes for longer than it exchanges weights: on a small data set
 many short rounds reach an accuracy in fewer samples."""
 PROBE_SECONDS = 5.0
-"""The first round's budget, before anything is measured."""
+"""The first round's budget, before it is known what rounds cost."""
 OVERHEADS_KEPT = 5
+PACES_KEPT = 5
 BUDGET_FACTOR = 1.25
 BUDGET_SECONDS = 0.5
 """A node that got slower stops so much after the others: this factor of the planned time, and so many seconds."""
+GRACE = 0.1
+GRACE_SECONDS = 2.0
+"""The first node that is ready waits for others for this share of the time that it took, and for so many seconds at most:
+nodes that are alike are ready at nearly the same time."""
+LATE_FACTOR = 2.0
+LATE_SECONDS = 5.0
+"""A part is late when it takes so many times as long beside computing as it should, and so many seconds longer at least."""
+LOST_SECONDS = 900.0
+"""A part that is late for so long is taken back: its engine lives, but nobody can tell what it does."""
+SLOWEST = 8.0
+"""Of nodes that were not measured, those whose processors are so many times as slow are expected to be ready later than the others."""
+LEAST_SHARE = 0.06
+"""A node that would do less than this share of what the fastest does brings less than it costs: all wait for it a little ..."""
+SLOW_FACTOR = 2.0
+SLOW_SECONDS = 0.25
+"""... and so does one that needs so many times, and so many seconds, longer for a single batch than the others for the round."""
 EXPLODED = 10.0
 """An update is left out when it is so many times as large as is usual among the others, for its samples."""
 REJECTIONS_LIMIT = 3
-STRAGGLER_FACTOR = 4.0
-STRAGGLER_SECONDS = 60.0
-"""A round waits for its last node at most this long: the larger of so many seconds and so many round times."""
 
 
 Evaluation = BatchStrategy | NodesEvaluation
@@ -100,12 +119,17 @@ class RoundsStrategy:
     quarantined: dict[str, str] = field(default_factory=dict)
     """Nodes that are left out, and why."""
     contributions: dict[str, TrainResult] = field(default_factory=dict)
+    """Results of the open round by node."""
     checked: bool = False
     """Whether some node has or had a first batch of the validation data."""
     crew: frozenset[str] = frozenset()
     """Who took part in the last round that was closed."""
-    """Results of the open round by node."""
     opened_at: float = 0.0
+    due: float = 0.0
+    """When all parts of the open round should be here."""
+    readiness: Readiness = field(default_factory=Readiness)
+    slow: dict[str, str] = field(default_factory=dict)
+    """Nodes that the last round was opened without, since they bring less than they cost, and why."""
     overheads: list[float] = field(default_factory=list)
     """Seconds that the last rounds have cost beside computing: transfers, the outer step, setting weights."""
     assigned: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -121,6 +145,8 @@ class RoundsStrategy:
     round_seconds: float = 0.0
     closed_at: float = 0.0
     """When the round before was closed, in this epoch."""
+    paces: list[tuple[int, float]] = field(default_factory=list)
+    """Samples of the last rounds, and the seconds that each has taken from the one before."""
     exchanged_bytes: int = 0
     exchanged_before: int = 0
     """Until the beginning of this epoch."""
@@ -170,21 +196,34 @@ class RoundsStrategy:
             return self._plan_export(view, attempts)
         if self.epoch_full and self.round_metrics:
             return self._plan_validation(view, attempts)
-        open_attempts = [attempt for attempt in attempts.values() if self._of_round(attempt)]
-        if open_attempts:
-            return self._plan_stragglers(view, open_attempts)
+        return [*self._plan_warm_ups(view, attempts), *self._plan_round(view, attempts)]
+
+    def _plan_round(self, view: ClusterView, attempts: dict[str, Attempt]) -> list[Decision]:
+        mine = [attempt for attempt in attempts.values() if self._of_round(attempt)]
+        if mine and view.now < self.due:
+            return []
         if self.contributions:
             return [self._close_round()]
         self._check_monitor()
-        return self._open_round(view)
+        if not self.round and self._hopes(view, attempts):
+            return []
+        # Where all parts are late, whoever else is ready does the round.
+        return self._open_round(self.readiness.able(view, attempts))
+
+    def _hopes(self, view: ClusterView, attempts: dict[str, Attempt]) -> bool:
+        """Whether the first round should wait a moment longer, for nodes that will be ready about now."""
+        return self.readiness.hopes(view, attempts, GRACE, GRACE_SECONDS)
 
     def leased(self, attempt: Attempt, task: AnyTask) -> None:
         if isinstance(task, TrainTask):
             if not self.contributions and self._of_round(attempt):
                 self.opened_at = attempt.leased_at
-            indexes = {shard.blob.sha256: index for index, shard in enumerate(self.dataset.shards)}
-            self.assigned[attempt.node_id] = tuple(indexes[shard.blob.sha256] for shard in task.data)
+            if self._of_round(attempt):
+                self.due = max(self.due, attempt.leased_at + self._expected(attempt.node_id, task))
+            self.assigned[attempt.node_id] = self._indexes(task)
             self.epoch_started_at = self.epoch_started_at or attempt.leased_at
+        elif isinstance(task, WarmUpTask):
+            self.assigned.setdefault(attempt.node_id, self._indexes(task.task))
         elif attempt.shard_id == CHECK:
             self.checked = True
         elif self._of_validation(attempt):
@@ -194,13 +233,17 @@ class RoundsStrategy:
         if isinstance(result, TrainResult):
             seconds = result.seconds + result.seconds_ahead
             self.trained_bytes = result.trained_bytes or self.trained_bytes
-            if attempt.node_id in self.measured:  # its first part also starts an engine
-                kept = [*self.delays.get(attempt.node_id, ()), at - attempt.leased_at - seconds]
-                self.delays[attempt.node_id] = kept[-OVERHEADS_KEPT:]
+            kept = [*self.delays.get(attempt.node_id, ()), at - attempt.leased_at - seconds]
+            self.delays[attempt.node_id] = kept[-OVERHEADS_KEPT:]
             if seconds > 0:
                 self.measured[attempt.node_id] = result.samples / seconds
             if self._of_round(attempt) and result.samples:
                 self.contributions[self._contributor(attempt)] = result
+        elif isinstance(result, WarmUpResult):
+            self.readiness.warmed_up(attempt, at)
+            self.delays[attempt.node_id] = [beside(result, self.model)]
+            if result.rate > 0:
+                self.measured[attempt.node_id] = result.rate
         elif isinstance(result, ExportResult):
             self.exported = result
         elif self._of_validation(attempt):
@@ -211,14 +254,17 @@ class RoundsStrategy:
             self._validation.ended(attempt, error)
         elif error is not None and error.code == Diverged.code:
             self._reject(attempt.node_id, error.message)
+        elif error is None or error.retryable:
+            self.readiness.lost(attempt.node_id)
 
     def closed_round(self, event: RoundClosed) -> None:
         if event.round != self.round:
             return
         computing = max((result.seconds for result in self.contributions.values()), default=0.0)
         overhead = max(0.0, event.at - self.opened_at - computing)
-        if self.round:  # the first one also starts engines
-            self.overheads = [*self.overheads, overhead][-OVERHEADS_KEPT:]
+        self.overheads = [*self.overheads, overhead][-OVERHEADS_KEPT:]
+        pace = event.samples, max(0.0, event.at - (self.closed_at or self.opened_at))
+        self.paces = [*self.paces, pace][-PACES_KEPT:]
         self.computing_seconds += sum(result.seconds + result.seconds_ahead for result in self.contributions.values())
         self.round_seconds += len(self.contributions) * max(0.0, event.at - (self.closed_at or self.opened_at))
         self.closed_at = event.at
@@ -234,6 +280,7 @@ class RoundsStrategy:
         self.step = Step(base=event.base, update=event.step)
         self.samples += event.samples
         self.round += 1
+        self.due = 0.0
         self.round_metrics.append((event.samples, event.metrics))
         self.crew, self.contributions = frozenset(self.contributions), {}
 
@@ -259,14 +306,12 @@ class RoundsStrategy:
         training_now = {attempt.node_id for attempt, _, _ in running.values() if self._of_round(attempt)}
         at_work = training_now | self.contributions.keys() or self.crew
         nodes = {name: rate for name, rate in self.measured.items() if name in at_work}
-        if not self.round and len(nodes) < len(at_work):
-            nodes = {}  # the first that is done says nothing of the others
-        training = sum(done for attempt, done, _ in running.values() if self._of_round(attempt))
-        waiting = self._waiting()
-        training += sum(samples for samples, _ in waiting)
+        training = sum(items for attempt, items, _ in running.values() if self._of_round(attempt))
+        done = self._done_parts()
+        training += sum(samples for samples, _ in done)
         metrics = dict(self.last_epoch.metrics) if self.last_epoch else {}
-        live = [(done, seen) for attempt, done, seen in running.values() if self._of_round(attempt) and done]
-        metrics.update(weighted([*self.round_metrics, *waiting, *live]))
+        live = [(items, seen) for attempt, items, seen in running.values() if self._of_round(attempt) and items]
+        metrics.update(weighted([*self.round_metrics, *done, *live]))
         message = "writing the model" if self.all_trained else "validating" if self.epoch_full else "training"
         return JobProgress(
             done=min(self.samples + training, self.total),
@@ -275,18 +320,75 @@ class RoundsStrategy:
             epochs=self.spec.initial_epoch + self.epochs,
             round=self.round,
             metrics=metrics,
-            items_per_second=sum(nodes.values()),
+            items_per_second=self._pace or sum(nodes.values()),
             nodes=nodes,
             message=message,
             quarantined=self.quarantined,
+            waiting=self._waiting(running),
             exchanged_bytes=self.exchanged_bytes,
         )
 
-    def _waiting(self) -> list[tuple[int, dict[str, float]]]:
+    @property
+    def _pace(self) -> float:
+        """Samples a second that the last rounds have brought, with all that was waited for; 0 before there are any."""
+        seconds = sum(seconds for _, seconds in self.paces)
+        return sum(samples for samples, _ in self.paces) / seconds if seconds else 0.0
+
+    def _waiting(self, running: dict[str, tuple[Attempt, int, dict[str, float]]]) -> dict[str, str]:
+        """Nodes that are in no round now, and why."""
+        found = dict(self.slow)
+        for attempt, _, _ in running.values():
+            if attempt.shard_id == WARM_UP and self.readiness.ready:
+                found.setdefault(attempt.node_id, "it gets ready")
+            elif of_rounds(attempt) and not self._of_round(attempt):
+                found[attempt.node_id] = "its part takes longer than it should, and the others go on without it"
+        return found
+
+    def _plan_warm_ups(self, view: ClusterView, attempts: dict[str, Attempt]) -> list[Decision]:
+        """Nodes that are to get ready, and those of which nothing is to be expected any more."""
+        late: list[Decision] = [
+            Withdraw(attempt.attempt_id, "nothing has come of it for too long")
+            for attempt in attempts.values()
+            if of_rounds(attempt) and view.now - max(attempt.leased_at, self.opened_at) > LOST_SECONDS
+        ]
+        for node_id in [node_id for node_id in self.slow if self.readiness.stale(node_id, view.now)]:
+            self.readiness.lost(node_id)
+        holders = self._holders(view)
+        nodes = self.readiness.needing(holders, attempts)
+        if not nodes:
+            return late
+        rates = speeds(holders, self.measured)
+        first = self._check_validation(max((node.node_id for node in nodes), key=lambda name: (rates[name], name)))
+        tasks = self._rehearsals(nodes, rates)
+        return [*late, *first, *(Lease(WARM_UP, name, WarmUpTask(task=task)) for name, task in tasks.items())]
+
+    def _holders(self, view: ClusterView) -> list[NodeView]:
+        """The nodes that may take part."""
+        return list(view.nodes)
+
+    def _rehearsals(self, nodes: list[NodeView], rates: dict[str, float]) -> dict[str, TrainTask]:
+        """Tasks for these nodes as they may be given in a round, with the data that each will probably have there."""
+        task = replace(self._task(self.spec.batch_size, PROBE_SECONDS), weights=None, step=None)
+        counts = [shard.count for shard in self.dataset.shards]
+        # Those that are much slower will be ready later, or are left out: the fast ones have the data among themselves.
+        fast = {name: rate for name, rate in rates.items() if rate * SLOWEST >= max(rates.values())}
+        data = assign(counts, rates, self.assigned) | assign(counts, fast, self.assigned)
+        return {
+            node.node_id: replace(task, data=tuple(self.dataset.shards[index] for index in data[node.node_id]))
+            for node in nodes
+        }
+
+    def _indexes(self, task: TrainTask) -> tuple[int, ...]:
+        """Of a task's data among the shards of the data set."""
+        indexes = {shard.blob.sha256: index for index, shard in enumerate(self.dataset.shards)}
+        return tuple(indexes[shard.blob.sha256] for shard in task.data)
+
+    def _done_parts(self) -> list[tuple[int, dict[str, float]]]:
         """(Samples, metrics) of the parts of the open round that are done before the others."""
         return [(result.samples, result.metrics) for result in self.contributions.values()]
 
     def _open_round(self, view: ClusterView) -> list[Decision]:
+        """Parts for nodes that are ready."""
         free = [node for node in view.nodes if node.free_slots]
         # Better a round with a node that went wrong before than none at all.
         free = [node for node in free if node.node_id not in self.quarantined] or free
@@ -297,10 +399,10 @@ class RoundsStrategy:
         room = max(1, self.dataset.count // self.spec.batch_size)
         # Those of the round before first: they have the data, and their optimizers know the way.
         chosen = sorted(rates, key=lambda node_id: (node_id not in self.shares, -rates[node_id], node_id))[:room]
-        rates = {node_id: rates[node_id] for node_id in sorted(chosen)}
-        parts = self._parts(rates)
+        parts = self._parts({node_id: rates[node_id] for node_id in sorted(chosen)})
+        rates = {node_id: rates[node_id] for node_id in parts}
         data = self._assignment(rates)
-        decisions = self._check_validation(max(rates, key=lambda node_id: (rates[node_id], node_id)))
+        decisions: list[Decision] = []
         for node_id, samples in parts.items():
             # Whole batches, so that no step trains on a few items only, and every node takes part.
             batches = max(1, round(samples / self.spec.batch_size))
@@ -338,28 +440,33 @@ class RoundsStrategy:
         )
 
     def _parts(self, rates: dict[str, float]) -> dict[str, int]:
-        """The samples of each node in the round that opens: such that all end together, and each has some."""
+        """The samples of each node in the round that opens: such that all end together; without those that cost more than they bring."""
         wanted = self._round_size(rates)
-        if not self.measured:
-            return split(wanted, rates)
         # The lower median: what is done once, as reading data that are new to a node, is no reason to give it less.
         delays = {node_id: max(0.0, statistics.median_low(kept)) for node_id, kept in self.delays.items()}
-        found = split_in_time(wanted, rates, delays)
-        few = min(self.spec.batch_size, max(1, wanted // len(rates)))
-        return {node_id: max(found.get(node_id, 0), few) for node_id in rates}
+        found, self.slow = self._shared(wanted, rates, delays)
+        few = min(self.spec.batch_size, max(1, wanted // len(found)))
+        return {node_id: max(samples, few) for node_id, samples in found.items()}
+
+    def _shared(
+        self, wanted: int, rates: dict[str, float], delays: dict[str, float]
+    ) -> tuple[dict[str, int], dict[str, str]]:
+        """Samples by node, and the nodes that are left out this time, with the reason."""
+        return without_slow(wanted, rates, delays, self.spec.batch_size)
 
     def _budget(self, samples: int, rate: float) -> float:
         """Seconds that a node may compute for its part."""
-        if self.spec.round_seconds or not self.measured:
-            return self.spec.round_seconds or PROBE_SECONDS
-        return samples / rate * BUDGET_FACTOR + BUDGET_SECONDS
+        return self.spec.round_seconds or samples / rate * BUDGET_FACTOR + BUDGET_SECONDS
+
+    def _expected(self, node_id: str, task: TrainTask) -> float:
+        """Seconds after which a part is late."""
+        seconds = task.seconds or task.samples / self.measured.get(node_id, 1.0) * BUDGET_FACTOR + BUDGET_SECONDS
+        return seconds + max(LATE_SECONDS, LATE_FACTOR * max(self.delays.get(node_id, [0.0])))
 
     def _round_size(self, rates: dict[str, float]) -> int:
         """Samples of a round."""
         wanted = max(-(-self.dataset.count // ROUNDS_PER_EPOCH), len(rates) * self.spec.batch_size)
         left = max(1, (self.epochs_ended + 1) * self.dataset.count - self.samples)
-        if not self.measured:
-            return min(wanted, left)
         together = sum(rates.values())
         overhead = statistics.median(self.overheads) if self.overheads else 0.0
         budget = self.spec.round_seconds or computing_seconds(overhead) or PROBE_SECONDS
@@ -401,20 +508,14 @@ class RoundsStrategy:
             self.shares = shares
         return self.assigned
 
-    def _plan_stragglers(self, view: ClusterView, open_attempts: list[Attempt]) -> list[Decision]:
-        if not self.contributions:
-            return []
-        patience = max(STRAGGLER_SECONDS, STRAGGLER_FACTOR * self.spec.round_seconds)
-        late = view.now - self.opened_at > patience
-        return [Withdraw(attempt.attempt_id, "the round went on without it") for attempt in open_attempts if late]
-
     def _plan_validation(self, view: ClusterView, attempts: dict[str, Attempt]) -> list[Decision]:
         decisions: list[Decision] = []
         validated: dict[str, float] = {}
         if self.validation is not None:
             if self.validating is None:
                 self.validating = self.validation(self.weights, self.step, self.epochs_ended + 1)
-            decisions = self.validating.plan(view, attempts)
+            able = self.readiness.able(view, attempts) if isinstance(self.validating, BatchStrategy) else view
+            decisions = self.validating.plan(able if able.nodes else view, attempts)
             if Complete() not in decisions:
                 return decisions
             decisions.remove(Complete())
@@ -458,13 +559,18 @@ class RoundsStrategy:
         if any(attempt.shard_id == "export" for attempt in attempts.values()) or self.weights is None:
             return []
         rates = speeds(view.nodes, self.measured)
-        free = [node.node_id for node in view.nodes if node.free_slots]
+        able = self.readiness.able(view, attempts)
+        free = [node.node_id for node in able.nodes or view.nodes if node.free_slots]
         if not free:
             return []
         best = self.best.weights if self.best is not None else self.weights
         task = ExportTask(model=self.model, weights=best, step=self.step if best == self.weights else None)
         fastest = max(free, key=lambda node_id: (rates[node_id], node_id))
         return [Lease("export", fastest, task)]
+
+    def wants(self, attempt: Attempt) -> bool:
+        """Whether the blobs of this attempt's result are of use: not of a part whose round was closed without it."""
+        return not of_rounds(attempt) or self._of_round(attempt)
 
     def _of_round(self, attempt: Attempt) -> bool:
         """Whether an attempt is a part of the open round."""
@@ -508,3 +614,32 @@ def exploded(norms: dict[str, tuple[float, int]]) -> dict[str, str]:
             times = norm / others[len(others) // 2]
             found[node_id] = f"its update was {times:.0f} times as large as those of the other nodes"
     return found if len(found) < len(norms) else {}
+
+
+def without_slow(
+    total: int, rates: dict[str, float], delays: dict[str, float], batch: int
+) -> tuple[dict[str, int], dict[str, str]]:
+    """`total` items split so that all nodes end together, without those that cost more than they bring; and why they are left out.
+
+    `rates` in items/s, `delays` in seconds beside computing, `batch` the fewest items that a node can do. At least one stays.
+    """
+    taking, slow = dict(rates), dict[str, str]()
+    while True:
+        parts = split_in_time(total, taking, delays)
+        ends = {node_id: delays.get(node_id, 0.0) + parts[node_id] / taking[node_id] for node_id in parts}
+        end, most = max(ends.values()), max(parts.values())
+        out = ""
+        fastest = max(parts, key=lambda name: (parts[name], name))
+        for node_id in sorted(taking.keys() - {fastest}, key=lambda name: (taking[name], name)):
+            alone = delays.get(node_id, 0.0) + min(batch, total) / taking[node_id]
+            if alone > SLOW_FACTOR * end + SLOW_SECONDS:
+                slow[node_id] = f"a batch takes {alone:.1f} s there, and the others do their parts in {end:.1f} s"
+                out = node_id
+            elif parts.get(node_id, 0) < LEAST_SHARE * most:
+                slow[node_id] = f"it would do {parts.get(node_id, 0)} items while the fastest does {most}"
+                out = node_id
+            if out:
+                break
+        if not out:
+            return {node_id: parts.get(node_id, 0) for node_id in taking}, slow
+        del taking[out]

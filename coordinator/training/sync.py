@@ -2,7 +2,7 @@
 
 The members of a group take every step together, so the result is that of one machine with the same batches. A round is here the
 stretch of steps between two checkpoints, which member 0 writes. When a member is lost, what is left forms a new group and goes
-on from the last checkpoint; nodes that join take part from the next round on.
+on from the last checkpoint; nodes that get ready later join at the next round, where that pays (`group`).
 """
 
 from __future__ import annotations
@@ -13,13 +13,11 @@ from dataclasses import dataclass, field
 from msgspec.structs import replace
 
 from coordinator.jobs import Attempt, CloseSync, Decision, Lease, RoundClosed, Withdraw
-from coordinator.placement import ClusterView, NodeView, speeds, split
+from coordinator.placement import ClusterView, NodeView, speeds
+from coordinator.training import group
 from coordinator.training.costs import Costs, Prediction, computing_seconds, predict
-from coordinator.training.rounds import (
-    OVERHEADS_KEPT,
-    PROBE_SECONDS,
-    RoundsStrategy,
-)
+from coordinator.training.readiness import MEASURABLE_BYTES
+from coordinator.training.rounds import OVERHEADS_KEPT, PACES_KEPT, PROBE_SECONDS, RoundsStrategy
 from coordinator.training.scores import weighted
 from potluck.errors import Unavailable
 from potluck.messages import AnyTask, AnyTaskResult, BlobRef, ErrorInfo, JobProgress, SyncResult, SyncTask, TrainTask
@@ -34,11 +32,13 @@ STUCK_SECONDS = 60.0
 """A round that takes longer than this factor of what was expected, and so many seconds, is broken off: its members wait for each other.
 While one of them gives way to inference, and for so long after it, that is what they wait for."""
 FORMING_SECONDS = 180.0
-"""The same for a round that begins with engines to start, data to load and a group to form."""
-WORTH_JOINING = 0.1
-"""A node that joins is taken in when it adds at least this share to the speed: forming anew costs some seconds."""
-MEASURABLE_BYTES = 1_000_000
-"""A transfer of so many bytes says something of a link's bandwidth."""
+FORMING_FACTOR = 3.0
+"""The same for a round that begins with engines to start, data to load and a group to form: so many seconds, or so many times what
+the slowest member took to get ready."""
+NOT_TOGETHER = (
+    "it takes no part in synchronous steps: its daemon listens on this machine alone. On a network that you trust, start it "
+    "with --insecure, or train with strategy 'local'"
+)
 
 
 @dataclass
@@ -52,6 +52,8 @@ class SyncStrategy(RoundsStrategy):
     formed: int = 0
     formation: str = ""
     steps_done: int = 0
+    batches: dict[str, int] = field(default_factory=dict)
+    """Items of a step by member."""
     parts: dict[str, SyncResult] = field(default_factory=dict)
     """Results of the open round by node."""
     broken: str = ""
@@ -67,6 +69,8 @@ class SyncStrategy(RoundsStrategy):
     bandwidths: dict[str, float] = field(default_factory=dict)
     """Bytes a second that nodes have fetched with."""
     prediction: Prediction | None = None
+    alone: dict[str, str] = field(default_factory=dict)
+    """Nodes that can take part in no group, and why."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -103,6 +107,8 @@ class SyncStrategy(RoundsStrategy):
                 self.tries += bool(self.broken)
                 self.broken, self.formation, self.parts = "", task.formation, {}
                 self.members = ("",) * len(task.members)
+            self.batches = {}
+        self.batches[attempt.node_id] = task.batches[task.rank]
         if task.begins:
             self.members = (*self.members[: task.rank], attempt.node_id, *self.members[task.rank + 1 :])
         self.epoch_started_at = self.epoch_started_at or attempt.leased_at
@@ -135,6 +141,8 @@ class SyncStrategy(RoundsStrategy):
         steps = max((part.steps for part in self.parts.values()), default=0)
         if steps:
             self.step_seconds = computing / steps
+        pace = event.samples, max(0.0, event.at - (self.closed_at or self.opened_at))
+        self.paces = [*self.paces, pace][-PACES_KEPT:]
         self.computing_seconds += computing * len(self.parts)
         self.round_seconds += len(self.parts) * max(0.0, event.at - (self.closed_at or self.opened_at))
         self.closed_at = event.at
@@ -152,24 +160,27 @@ class SyncStrategy(RoundsStrategy):
     def plan(self, view: ClusterView, attempts: dict[str, Attempt]) -> list[Decision]:
         if not self.chosen and self.round:
             self._choose(view)
+        able = self._holders(view)
+        self.alone = {node.node_id: NOT_TOGETHER for node in view.nodes if node not in able}
         if self.synchronous and not self.epoch_full and not self.all_trained:
             mine = [attempt for attempt in attempts.values() if attempt.shard_id == self._shard_id]
             if mine:
-                return self._watch(view, mine)
+                return [*self._plan_warm_ups(view, attempts), *self._watch(view, mine)]
             if closing := self._close_sync():
                 return closing
         return super().plan(view, attempts)
 
     def progress(self, running: dict[str, tuple[Attempt, int, dict[str, float]]]) -> JobProgress:
         text = self.prediction.words(self.chosen) if self.prediction is not None else self.chosen
-        return replace(super().progress(running), strategy=text)
+        found = super().progress(running)
+        return replace(found, strategy=text, waiting=self.alone | found.waiting)
 
-    def _waiting(self) -> list[tuple[int, dict[str, float]]]:
-        return super()._waiting() + [(part.samples, part.metrics) for part in self.parts.values()]
+    def _done_parts(self) -> list[tuple[int, dict[str, float]]]:
+        return super()._done_parts() + [(part.samples, part.metrics) for part in self.parts.values()]
 
     def _choose(self, view: ClusterView) -> None:
         """By the cost model, from what the first round has measured of the nodes that are here."""
-        nodes = [node for node in view.nodes if node.node_id in self.measured]
+        nodes = [node for node in view.nodes if node.node_id in self.measured and node.node_id not in self.slow]
         rates = {node.node_id: self.measured[node.node_id] for node in nodes}
         if self.weights is None or not nodes:
             return
@@ -186,6 +197,17 @@ class SyncStrategy(RoundsStrategy):
         )
         self.chosen = self.prediction.choice
 
+    def _holders(self, view: ClusterView) -> list[NodeView]:
+        """Of nodes that can take part in no group, the one with the fastest processor, alone."""
+        nodes = super()._holders(view)
+        if not self.synchronous:
+            return nodes
+        able = [node for node in nodes if node.collective]
+        if not able and nodes:
+            rates = speeds(nodes, self.measured)
+            able = [max(nodes, key=lambda node: (node.node_id in self.members, rates[node.node_id], node.node_id))]
+        return able
+
     def _open_round(self, view: ClusterView) -> list[Decision]:
         if not self.synchronous:
             return super()._open_round(view)
@@ -193,19 +215,26 @@ class SyncStrategy(RoundsStrategy):
             raise Unavailable(
                 f"synchronous training broke off {counted(self.tries + 1, 'time')} in a row: {self.broken}"
             )
-        candidates = self._candidates(view)
-        if not candidates:
+        nodes = self._holders(view)
+        rates = speeds(nodes, self.measured)
+        left = max(1, self.total - self.samples)
+        whole = bool(self.members) and not self.broken and all(name in rates for name in self.members)
+        rates = {
+            node.node_id: rates[node.node_id] for node in nodes if node.idle or (whole and node.node_id in self.members)
+        }
+        if not rates:
             return []
-        rates = speeds(candidates, self.measured)
-        here = view.node_ids
-        whole = bool(self.members) and not self.broken and all(node_id in here for node_id in self.members)
-        added = sum(rate for node_id, rate in rates.items() if node_id not in self.members) / sum(rates.values())
-        begins = not whole or (added >= WORTH_JOINING and len(rates) > len(self.members))
-        if not begins:
-            rates = {node_id: rates.get(node_id, 0.0) or self.measured.get(node_id, 1.0) for node_id in self.members}
-        shares = split(self.batch, rates)
-        if not begins and len(shares) < len(self.members):
-            begins = True  # one is so slow that it gets nothing
+        took = self.readiness.took
+        if whole:
+            members = {name: rates.pop(name) for name in self.members}
+            new = group.worth_joining(self.batch, left, members, rates, took)
+            chosen = [*self.members, *new]
+            rates |= members
+            self.slow = {name: "it would cost more than it brings" for name in rates if name not in chosen}
+        else:
+            chosen, self.slow = group.first_members(self.batch, left, rates, took)
+        shares = group.shares(self.batch, {name: rates[name] for name in chosen}, self.batches if whole else {})
+        begins = not whole or shares.keys() != set(self.members)  # a new one, or one so slow that it gets nothing
         ranked = list(shares) if begins else list(self.members)
         addresses = {node.node_id: node.collective for node in view.nodes}
         steps = self._steps()
@@ -234,15 +263,6 @@ class SyncStrategy(RoundsStrategy):
             for rank, node_id in enumerate(ranked)
         ]
 
-    def _candidates(self, view: ClusterView) -> list[NodeView]:
-        """Nodes that may be members now; of those that can take part in no group, the fastest, alone."""
-        free = [node for node in view.nodes if node.idle]
-        able = [node for node in free if node.collective]
-        if able or not free:
-            return able[: self.batch]
-        rates = speeds(free, self.measured)
-        return [max(free, key=lambda node: (rates[node.node_id], node.node_id))]
-
     def _steps(self) -> int:
         left = max(1, ((self.epochs_ended + 1) * self.dataset.count - self.samples) // self.batch)
         if not self.step_seconds:
@@ -252,7 +272,8 @@ class SyncStrategy(RoundsStrategy):
         return min(left, max(1, round(budget / self.step_seconds)))
 
     def _watch(self, view: ClusterView, mine: list[Attempt]) -> list[Decision]:
-        patience = FORMING_SECONDS if self.begins else STUCK_SECONDS
+        slowest = max((self.readiness.took.get(name, 0.0) for name in self.members), default=0.0)
+        patience = max(FORMING_SECONDS, FORMING_FACTOR * slowest) if self.begins else STUCK_SECONDS
         if any(node.gives_way and node.node_id in self.members for node in view.nodes):
             self.gave_way_at = view.now
         late = view.now - max(self.opened_at, self.gave_way_at) > max(patience, STUCK_FACTOR * self.planned_seconds)

@@ -39,7 +39,7 @@ def evaluate(loaded: Loaded, source: Source, parts: Sequence[Part], batch_size: 
     table = np.zeros((classes, classes), np.int64)
     sums = {"loss": 0.0}
     model.reset_metrics()
-    done, learnt = 0, 0.0
+    done, learnt, threshold = 0, 0.0, labels.threshold
     """`learnt`: what the loss is a mean over. Items, without what in them is of no class."""
     for batch in source.batches(parts, batch_size):
         size = len(batch[0])
@@ -50,8 +50,10 @@ def evaluate(loaded: Loaded, source: Source, parts: Sequence[Part], batch_size: 
         learnt += of_these
         _add_losses(sums, loaded, scored, size, of_these)
         if classes:
+            if not done:
+                threshold = loaded.threshold(labels.threshold)
             some = known[:, 0]
-            np.add.at(table, _decided(columns[0][some], scored.outputs[0][some], labels), 1)
+            np.add.at(table, _decided(columns[0][some], scored.outputs[0][some], labels, threshold), 1)
         if alone and labels.kind == "plain" and truth.weights is None and scored.outputs[0].shape == columns[0].shape:
             _add_errors(sums, scored.outputs[0], columns[0])
         done += size
@@ -77,6 +79,8 @@ def evaluate(loaded: Loaded, source: Source, parts: Sequence[Part], batch_size: 
         counts={name: weight for name, weight in weights.items() if weight != done},
         states={name: row for name, (_, row) in rows.items()},
         values={name: value for name, (value, _) in rows.items()},
+        threshold=threshold if classes and labels.kind == "binary" else None,
+        middle=labels.threshold if classes and labels.kind == "binary" else None,
     )
 
 
@@ -104,10 +108,10 @@ def _add_losses(sums: dict[str, float], loaded: Loaded, scored: Scored, size: in
         sums[name] = sums.get(name, 0.0) + value
 
 
-def _decided(truth: Any, output: Any, labels: Labels) -> tuple[Any, Any]:
+def _decided(truth: Any, output: Any, labels: Labels, threshold: float) -> tuple[Any, Any]:
     """Class of each item: what it is, and what the model says."""
     if labels.kind == "binary":
-        return (truth[:, 0] > 0.5).astype(np.int64), (output[:, 0] > labels.threshold).astype(np.int64)
+        return (truth[:, 0] > 0.5).astype(np.int64), (output[:, 0] > threshold).astype(np.int64)
     actual = truth.reshape(len(truth)) if labels.kind == "sparse" else truth.argmax(axis=-1)
     return actual, output.argmax(axis=-1)
 

@@ -45,6 +45,10 @@ class Graded:
             raise InvalidModel(f"the model does not run on this data: {error.message}") from error
 
 
+THRESHOLD = 0.5
+"""An output above it counts as class 1, where one output tells two classes apart: nobody says otherwise without a loss."""
+
+
 def grade(model: Graded, source: Source, parts: Sequence[Part], batch_size: int, step: Step) -> EvaluateResult:
     """How often it is right, where the targets are classes; else its mean absolute and squared error. Of several outputs each is
     scored, and its name stands before what is said of it: `size_mae`. The confusion matrix is that of a single output.
@@ -70,7 +74,8 @@ def grade(model: Graded, source: Source, parts: Sequence[Part], batch_size: int,
     sums = {name: value for score in scores for name, value in score.sums.items()}
     table = scores[0].table
     confusion = tuple(tuple(row) for row in table.tolist()) if alone and len(table) <= CONFUSION_CLASSES else ()
-    return EvaluateResult(count=done, sums=sums, confusion=confusion)
+    cut = THRESHOLD if confusion and alone and scores[0].binary else None
+    return EvaluateResult(count=done, sums=sums, confusion=confusion, threshold=cut, middle=cut)
 
 
 class _Score:
@@ -80,6 +85,8 @@ class _Score:
         self.sums: dict[str, float] = {}
         self.table = np.zeros((0, 0), np.int64)
         self._prefix = prefix
+        self.binary = False
+        """Whether one output tells two classes apart."""
 
     def add(self, truth: Array, output: Array) -> None:
         """Raises InvalidModel."""
@@ -89,6 +96,7 @@ class _Score:
                 self._count(name, value)
             return
         if not len(self.table):
+            self.binary = output.shape[-1] == 1
             classes = max(2, output.shape[-1])
             self.table = np.zeros((classes, classes), np.int64)
         actual, decided = found
@@ -126,7 +134,7 @@ def _classes(truth: Array, output: Array) -> tuple[Array, Array] | None:
         and flat.dtype.kind in "iub"
         and bool(np.all((flat == 0) | (flat == 1)))
     ):
-        return flat.astype(np.int64), (output[:, 0] > 0.5).astype(np.int64)
+        return flat.astype(np.int64), (output[:, 0] > THRESHOLD).astype(np.int64)
     return None
 
 

@@ -123,6 +123,19 @@ class Loaded:
             found[name] = float(metric.result())
         return found
 
+    def threshold(self, otherwise: float) -> float:
+        """At which the compiled metrics tell two classes apart, after a first batch: a report is to have one; `otherwise` where none says."""
+        cuts: list[float] = []
+        for _, metric in self._named_metrics():
+            config = metric.get_config() if _is_kerass_own(metric) else {}
+            found = config.get("threshold", config.get("thresholds"))
+            if found is None and isinstance(metric, keras.metrics.Precision | keras.metrics.Recall):
+                found = metric.thresholds  # their default, which their settings do not tell
+            found = found[0] if isinstance(found, list | tuple) and len(found) == 1 else found
+            if isinstance(found, int | float):
+                cuts.append(float(found))
+        return cuts[0] if cuts else otherwise
+
     def _named_metrics(self) -> Iterator[tuple[str, Any]]:
         """The compiled metrics by Keras's names, without the loss."""
         for group in self._own_metrics():
@@ -155,8 +168,11 @@ class Loaded:
 
 def _counts(metric: Any) -> bool:
     """Whether it is one of Keras's own whose variables are sums over items, and that is no mean."""
-    kind = type(metric)
-    return kind.result is not keras.metrics.Mean.result and getattr(keras.metrics, kind.__name__, None) is kind
+    return type(metric).result is not keras.metrics.Mean.result and _is_kerass_own(metric)
+
+
+def _is_kerass_own(metric: Any) -> bool:
+    return getattr(keras.metrics, type(metric).__name__, None) is type(metric)
 
 
 def _run(call: Callable[[], Any], what: str) -> Any:

@@ -106,11 +106,20 @@ def need_trainable(model: Any) -> None:
 
 def signature(model: Any) -> Signature:
     """Inputs and outputs by name, the same in every process that loads the file; -1 for free dimensions."""
-    names = output_names(model)
+    ins, outs = zip(input_names(model), model.inputs, strict=True), zip(output_names(model), model.outputs, strict=True)
     return Signature(
-        inputs=tuple(_spec(_input_name(tensor), tensor) for tensor in model.inputs),
-        outputs=tuple(_spec(name, tensor) for name, tensor in zip(names, model.outputs, strict=True)),
+        inputs=tuple(_spec(name, tensor) for name, tensor in ins),
+        outputs=tuple(_spec(name, tensor) for name, tensor in outs),
     )
+
+
+def input_names(model: Any) -> list[str]:
+    """In the order of `model.inputs`: the keys of a model that takes a map, as Keras goes by them, else the names of the layers."""
+    struct = getattr(model, "_inputs_struct", None)
+    if isinstance(struct, dict) and len(struct) == len(model.inputs):
+        keys = {id(tensor): str(key) for key, tensor in struct.items()}
+        return [keys[id(tensor)] for tensor in model.inputs]
+    return [_input_name(tensor) for tensor in model.inputs]
 
 
 def output_names(model: Any) -> list[str]:

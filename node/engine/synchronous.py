@@ -39,6 +39,10 @@ from potluck.wording import counted
 
 MEANS = ("sum_over_batch_size",)
 """Reductions of a loss whose parts, weighted by items, add up to that of the whole batch."""
+STEPS_KEPT = 4
+"""Compiled steps that a member keeps, for shares that come back."""
+MEASURE_SECONDS = 20.0
+"""A member looks so often how fast it is by itself."""
 BATCHES_AHEAD = 2
 """Made ready while a step runs."""
 
@@ -60,8 +64,10 @@ class Member:
         if task.optimizer is not None:
             _set_optimizer(self.model.optimizer, paths[task.optimizer.sha256])
         self._load(task, [Part(paths[shard.blob.sha256], 0, shard.count) for shard in task.data])
-        self._batches: tuple[int, ...] = ()
-        self._step: Any = None
+        self._steps: dict[tuple[int, int], Any] = {}
+        """Compiled, by (items of this member, items of all)."""
+        self._alone: Any = None
+        self._measured_at = -math.inf
         self.rate = 0.0
         self.reduced_bytes = 0
         """That all members add up in a step."""
@@ -89,10 +95,16 @@ class Member:
         gate: Gate | None,
     ) -> tuple[float, dict[str, float]]:
         mine = task.batches[task.rank]
-        if task.batches != self._batches:
+        shares = mine, sum(task.batches)
+        if shares not in self._steps or time.perf_counter() - self._measured_at > MEASURE_SECONDS:
             first = next(batches)
-            self._compile(task, first)
             batches = itertools.chain([first], batches)
+            if shares not in self._steps:
+                while len(self._steps) >= STEPS_KEPT:
+                    del self._steps[next(iter(self._steps))]
+                self._steps[shares] = self._compile(task, first)
+            self._measure(first, mine)
+        run = self._steps[shares]
         self.model.reset_metrics()
         started, told_at = time.perf_counter(), -math.inf
         for step in range(1, task.steps + 1):
@@ -100,7 +112,7 @@ class Member:
                 gate.wait(cancelled.is_set)
             if cancelled.is_set():
                 raise Cancelled("the attempt was withdrawn")
-            loss = _together(self._step, next(batches))
+            loss = _together(run, next(batches))
             if not math.isfinite(loss):
                 raise InvalidModel(
                     f"training diverged: the loss became {loss} at step {task.first_step + step}; lower the learning rate, "
@@ -171,8 +183,20 @@ class Member:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _compile(self, task: SyncTask, batch: Any) -> None:
-        """The step for these shares; and how fast this member is when it waits for nobody."""
+    def _measure(self, batch: Any, mine: int) -> None:
+        """How fast this member is when it waits for nobody; nothing else changes."""
+        variables = self.model.variables
+        kept = [variable.numpy() for variable in variables]
+        started = time.perf_counter()
+        _, loss = self._alone(*batch)
+        float(loss)
+        self._measured_at = time.perf_counter()
+        self.rate = mine / max(1e-9, self._measured_at - started)
+        for variable, value in zip(variables, kept, strict=True):
+            variable.assign(value)
+
+    def _compile(self, task: SyncTask, batch: Any) -> Any:
+        """The step for these shares."""
         model, strategy = self.model, self._strategy
         mine = task.batches[task.rank]
         share = mine / sum(task.batches)
@@ -194,11 +218,11 @@ class Member:
             # Of embeddings it has the rows that were looked up, each as often as it was: Keras's optimizers square them apart.
             return found, loss
 
-        alone = tf.function(gradients)
+        self._alone = tf.function(gradients)
         floats = [
             variable for variable in model.non_trainable_weights if variable.dtype.startswith(("float", "bfloat"))
         ]
-        moving = changing(alone.get_concrete_function(*batch).graph, floats)
+        moving = changing(self._alone.get_concrete_function(*batch).graph, floats)
 
         def summed(parts: list[Any]) -> Any:
             here = [_each(tf.identity, part) for part in parts]  # on this member's device, which the reduction asks for
@@ -229,22 +253,18 @@ class Member:
 
         variables = [*model.variables, *model.optimizer.variables]
         kept = [variable.numpy() for variable in variables]
-        found, _ = alone(*batch)
-        if not self._batches and fusing.fuse(model.optimizer):
+        found, _ = self._alone(*batch)
+        if not self._steps and fusing.fuse(model.optimizer):
             try:
                 model.optimizer.apply(found, model.trainable_variables)
             except (ValueError, TypeError, tf.errors.OpError):  # what it is written in is not for XLA
                 fusing.unfuse(model.optimizer)
-        started = time.perf_counter()
-        _, loss = alone(*batch)
-        float(loss)
-        self.rate = task.batches[task.rank] / max(1e-9, time.perf_counter() - started)
         for variable, value in zip(variables, kept, strict=True):
             variable.assign(value)
-        self._step, self._batches = tf.function(step), task.batches
         self.reduced_bytes = sum(_bytes(part, 1 / share) for part in found) + sum(
             8 * math.prod(variable.shape) for variable in moving
         )
+        return tf.function(step)
 
     def _metrics(self) -> dict[str, float]:
         results = {name: np.asarray(value) for name, value in self.model.get_metrics_result().items()}

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from node.engine.shards import Part
 from node.engine.synchronous import Member
 from node.engine.training import Session
 from potluck import updates
-from potluck.errors import Cancelled, PeerLost
+from potluck.errors import Cancelled, Diverged, PeerLost
 from potluck.messages import (
     AnyTask,
     AnyTaskResult,
@@ -48,6 +49,8 @@ from potluck.messages import (
     SyncTask,
     TrainResult,
     TrainTask,
+    WarmUpResult,
+    WarmUpTask,
 )
 from potluck.tensors import from_numpy
 
@@ -108,6 +111,8 @@ class Tasks:
                 return self._convert(task, paths, _Reporter(cancelled, progress, self.gate))
             case SyncTask():
                 return self._sync(job_id, task, paths, cancelled, progress)
+            case WarmUpTask():
+                return self._warm_up(job_id, task.task, paths, cancelled)
 
     def train_ahead(self, until: Callable[[], bool]) -> None:
         """After a round whose result is on its way: go on with the next, until there is something to do."""
@@ -142,31 +147,15 @@ class Tasks:
         self, job_id: str, task: TrainTask, paths: Paths, cancelled: threading.Event, progress: Progress
     ) -> TrainResult:
         # Without weights, training begins at those of the model's file: what an earlier attempt made of them is not wanted.
-        if task.weights is None:
+        if task.weights is None and job_id in self._sessions and self._sessions[job_id].begun:
             self._close(job_id)
-        session = self._sessions.get(job_id)
-        if session is None:
-            model = runtime.load_model(paths[task.model.sha256], self._scratch, compiled=True)
-            runtime.need_trainable(model)
-            session = self._sessions[job_id] = Session(model, seed=task.seed)
-            while len(self._sessions) > SESSIONS_KEPT:
-                self._close(next(iter(self._sessions)))
-        self._sessions.move_to_end(job_id)
+        session = self._session(job_id, task, paths)
         if task.weights is not None:
             base = task.weights
             session.begin(paths[base.sha256])
         else:
-            target = self._scratch / "weights.new"
-            runtime.save_weights(session.model, target)
-            base = self._blob(target)
-            paths[base.sha256] = self._scratch / base.sha256
-        parts = [Part(paths[shard.blob.sha256], 0, shard.count) for shard in task.data]
-        session.use_data(task, parts)
-        if task.parts:
-            session.begin_anew(task.seed, task.round, task.part)
-        elif task.node_data is not None:
-            # What moments remember is where this node's own data pull; beside the outer momentum that would count twice.
-            session.forget_moments()
+            base = self._weights_now(session, paths)
+        parts = self._use_data(session, task, paths)
         session.follow(task.seen)
         seconds = math.inf if task.parts else task.seconds
         outcome = session.train(task.samples, seconds, cancelled, progress, overlap=task.overlap, gate=self.gate)
@@ -188,6 +177,57 @@ class Tasks:
             trained_bytes=state.trained_bytes(session.model),
             momentum=state.momentum(session.model),
         )
+
+    def _warm_up(self, job_id: str, task: TrainTask, paths: Paths, cancelled: threading.Event) -> WarmUpResult:
+        started = time.perf_counter()
+        session = self._session(job_id, task, paths)
+        base = paths[self._weights_now(session, paths).sha256]
+        self._use_data(session, task, paths)
+
+        def beside() -> None:
+            """What a round does beside its steps."""
+            after = runtime.weights_of(session.model)
+            with suppress(Diverged):  # training will meet it as well, and tell more of it
+                updates.write_update(self._scratch / "update.new", base, after, task.compression)
+            session.model.set_weights(runtime.fitting_weights(session.model, base))
+
+        try:
+            rate, beside_seconds = session.rehearse(cancelled, beside)
+        finally:
+            for path in (self._scratch / "update.new", base):
+                path.unlink(missing_ok=True)
+        seconds = time.perf_counter() - started
+        return WarmUpResult(rate=rate, beside_seconds=beside_seconds, seconds=seconds, image=session.image)
+
+    def _session(self, job_id: str, task: TrainTask, paths: Paths) -> Session:
+        """That of the job, made where there is none."""
+        session = self._sessions.get(job_id)
+        if session is None:
+            model = runtime.load_model(paths[task.model.sha256], self._scratch, compiled=True)
+            runtime.need_trainable(model)
+            session = self._sessions[job_id] = Session(model, seed=task.seed)
+            while len(self._sessions) > SESSIONS_KEPT:
+                self._close(next(iter(self._sessions)))
+        self._sessions.move_to_end(job_id)
+        return session
+
+    def _weights_now(self, session: Session, paths: Paths) -> BlobRef:
+        """A file of the weights that the model has; its path is added to `paths`."""
+        target = self._scratch / "weights.new"
+        runtime.save_weights(session.model, target)
+        found = self._blob(target)
+        paths[found.sha256] = self._scratch / found.sha256
+        return found
+
+    def _use_data(self, session: Session, task: TrainTask, paths: Paths) -> list[Part]:
+        parts = [Part(paths[shard.blob.sha256], 0, shard.count) for shard in task.data]
+        session.use_data(task, parts)
+        if task.parts:
+            session.begin_anew(task.seed, task.round, task.part)
+        elif task.node_data is not None:
+            # What moments remember is where this node's own data pull; beside the outer momentum that would count twice.
+            session.forget_moments()
+        return parts
 
     def _sync(
         self, job_id: str, task: SyncTask, paths: Paths, cancelled: threading.Event, progress: Progress

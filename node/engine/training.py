@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,9 @@ SHUFFLE_ITEMS = 4096
 GPU_CHECK_STEPS = 20
 """A look at the loss waits for the GPU, so not each step has one; on a CPU it costs nothing."""
 """While training stands still it looks so often whether its time is up, or nobody wants its result."""
+REHEARSED_STEPS = 5
+REHEARSED_SECONDS = 0.5
+"""To measure a node's speed, so many steps are taken, and no other after so many seconds."""
 AHEAD_SHARE = 0.2
 """A node trains ahead for at most this share of a round: those steps begin from weights that are not the newest."""
 
@@ -78,6 +82,8 @@ class Session:
         self._hidden = False
         """Whether nothing but the update may be known of the data."""
         self._traced = False
+        self.begun = False
+        """Whether its weights are others than those of the model's file, or may be."""
         self._fused: bool | None = None
         """Whether the optimizer's step is; None while that was not tried."""
         self._ahead: _Ahead | None = None
@@ -205,6 +211,7 @@ class Session:
         as it can do beside what it gives way to. Raises InvalidModel where the loss is no number any more, and Cancelled at the step after `cancelled` was set.
         """
         model, batch = self.model, self._batch
+        self.begun = True
         steps_wanted = max(1, math.ceil(samples / batch))
         if not self._traced:
             self._trace()
@@ -251,6 +258,25 @@ class Session:
             weights=weights,
         )
 
+    def rehearse(self, cancelled: threading.Event, beside: Callable[[], None]) -> tuple[float, float]:
+        """Steps that change nothing: (items a second, seconds that `beside()` takes after them). Raises what `train` does."""
+        if not self._traced:
+            self._trace()
+        with self._unchanged():
+            started, steps = time.perf_counter(), 0
+            while steps < REHEARSED_STEPS and (not steps or time.perf_counter() - started < REHEARSED_SECONDS):
+                if cancelled.is_set():
+                    raise Cancelled("the attempt was withdrawn")
+                float(self._step()["loss"])
+                steps += 1
+            seconds = time.perf_counter() - started
+            ended = time.perf_counter()
+            beside()
+            beside_seconds = time.perf_counter() - ended
+        if self._noisy is None:
+            self._iterator = iter(self._batches())  # as if no item had been seen
+        return steps * self._batch / max(seconds, 1e-9), beside_seconds
+
     def close(self) -> None:
         """Give its memory back; it cannot be used any more.
 
@@ -269,14 +295,20 @@ class Session:
             if self._fused is None:
                 self._fused = fusing.fuse(model.optimizer)
             model.make_train_function(force=True)
-        variables = [*model.variables, *model.optimizer.variables]
+        with self._unchanged():
+            self._first_step()
+        self._traced = True
+
+    @contextmanager
+    def _unchanged(self) -> Iterator[None]:
+        """What steps do to model and optimizer is undone at the end."""
+        variables = [*self.model.variables, *self.model.optimizer.variables]
         kept = [variable.numpy() for variable in variables]
         try:
-            self._first_step()
+            yield
         finally:
             for variable, value in zip(variables, kept, strict=True):
                 variable.assign(value)
-        self._traced = True
 
     def _first_step(self) -> None:
         try:

@@ -100,7 +100,8 @@ def plain_lines(
         if verbose and progress.strategy != strategy:
             strategy = progress.strategy
             yield f"{state.kind} {state.job_id} strategy {strategy}"
-        now, new_key = clock(), (state.state, progress.epoch, progress.message, *progress.quarantined)
+        out = (*progress.quarantined, *progress.waiting)
+        now, new_key = clock(), (state.state, progress.epoch, progress.message, *out)
         if new_key == key and now - said_at < PLAIN_SECONDS:
             continue
         said_at, key = now, new_key
@@ -165,8 +166,12 @@ def images_text(progress: JobProgress) -> str:
 
 
 def left_out(progress: JobProgress) -> list[str]:
-    """A sentence for each quarantined node."""
-    return [f"{node} is left out: {reason}" for node, reason in progress.quarantined.items()]
+    """A sentence for each node that takes no part."""
+    waiting = {node: reason for node, reason in progress.waiting.items() if node not in progress.quarantined}
+    return [
+        *(f"{node} is left out: {reason}" for node, reason in progress.quarantined.items()),
+        *(f"{node} takes no part now: {reason}" for node, reason in waiting.items()),
+    ]
 
 
 def seconds_left(progress: JobProgress) -> float | None:

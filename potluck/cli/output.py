@@ -373,6 +373,8 @@ def evaluation_report(evaluation: Evaluation) -> Group:
         parts += ["", table(columns, rows, right=columns[1:])]
     if evaluation.confusion:
         parts += ["", Confusion(evaluation)]
+    if evaluation.remark:
+        parts += ["", Text(evaluation.remark)]
     return Group(*parts)
 
 

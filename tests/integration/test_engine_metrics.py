@@ -10,6 +10,7 @@ import pytest
 import pytest_asyncio
 
 from coordinator.batch import merge
+from coordinator.results import evaluation as report_of
 from coordinator.training.scores import evaluation_metrics
 from potluck.errors import InvalidRequest
 from potluck.messages import EvaluateTask
@@ -95,6 +96,31 @@ async def test_parts_add_up_to_what_keras_says_of_the_whole(lab: Lab, kind: str)
     assert {name: found[name] for name in scalars} == pytest.approx(scalars, rel=1e-5)
     at_once = await lab.run(evaluation(blob, whole(shards)))
     assert evaluation_metrics(at_once) == pytest.approx(found, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "threshold"),
+    [(lambda m: ["accuracy"], 0.5), (lambda m: [m.BinaryAccuracy(threshold=0.1)], 0.1), (lambda m: [m.Recall()], 0.5), (lambda m: [], 0.0)],
+)  # fmt: skip
+async def test_all_of_a_report_has_one_threshold(
+    lab: Lab, chosen: Callable[[Any], list[Any]], threshold: float
+) -> None:
+    import keras
+
+    model = network(1, None, keras.losses.BinaryCrossentropy(from_logits=True), chosen)
+    x, y = np.random.default_rng(3).normal(size=(ROWS, 6)).astype(np.float32), targets("binary")
+    expected = model.evaluate(x, y, batch_size=50, return_dict=True, verbose=0)
+    blob, shards = lab.files.model(model), lab.files.arrays(1, x=x, y=y)
+    report = report_of(await lab.run(evaluation(blob, whole(shards))), ["no", "yes"])
+    assert report.threshold == threshold
+    assert bool(report.remark) == (threshold != 0)
+    said = model.predict(x, verbose=0)[:, 0] > threshold
+    np.testing.assert_array_equal(report.confusion, [[np.sum((y == a) & (said == b)) for b in (0, 1)] for a in (0, 1)])
+    assert report.metrics["recall"] == pytest.approx(np.sum(said & (y == 1)) / np.sum(y == 1), rel=1e-6)
+    for name in expected.keys() & {"accuracy", "recall"}:
+        assert report.metrics[name] == pytest.approx(expected[name], rel=1e-6)
+    both = report.metrics["precision"] + report.metrics["recall"]
+    assert report.metrics["f1"] == pytest.approx(2 * report.metrics["precision"] * report.metrics["recall"] / both)
 
 
 @pytest.mark.parametrize(("void", "pixels"), [(255, True), (-1, True), (-1, False)])

@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from potluck import weights
 from potluck.messages import ExportTask
-from support.engine_lab import Lab, engine_lab, evaluation, training
+from support.engine_lab import Lab, engine_lab, evaluation, prediction, training
 from support.models import whole
 
 pytestmark = [pytest.mark.tensorflow, pytest.mark.asyncio(loop_scope="module")]
@@ -111,6 +111,32 @@ MODELS: dict[str, Callable[[], Made]] = {
     "bfloat16": half_precision("bfloat16"),
     "keras.applications": application,
 }
+
+
+@pytest.mark.parametrize("names", [("after", "before"), (None, None)])
+async def test_a_map_of_inputs_goes_by_its_keys_as_in_keras(lab: Lab, names: tuple[str | None, str | None]) -> None:
+    """Not by the names of the input layers, which may be others, or the same the other way round."""
+    import keras
+
+    keras.utils.set_random_seed(0)
+    one, two = keras.Input((2,), name=names[0]), keras.Input((2,), name=names[1])
+    both = keras.layers.Concatenate()([one, two])
+    with pytest.warns(
+        UserWarning, match="all keys in the dict must match"
+    ):  # a warning is all that Keras has against it
+        model = keras.Model({"before": one, "after": two}, keras.layers.Dense(1)(both))
+    model.compile(keras.optimizers.SGD(0.1), "mse")
+    arrays = {"before": numbers(2), "after": numbers(2)[::-1] * 2}
+    y = arrays["before"].sum(axis=1, keepdims=True)
+    expected = model.predict(arrays, verbose=0)
+    blob, shards = lab.files.model(model), lab.files.arrays(1, **arrays, y=y)
+    data_format = replace(training(None, ()).format, inputs=("before", "after"), target="y")
+    found = await lab.run(replace(prediction(blob, whole(shards)), format=replace(data_format, target="")), "map")
+    np.testing.assert_allclose(np.frombuffer(found.outputs[0].data, np.float32), expected[:, 0], rtol=1e-5)
+    result = await lab.run(replace(training(blob, shards, samples=ROWS, batch_size=ROWS), format=data_format), "map")
+    model.train_on_batch(arrays, y)
+    for ours, theirs in zip(lab.weights(result), model.get_weights(), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", MODELS)

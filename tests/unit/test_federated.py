@@ -15,6 +15,7 @@ from coordinator.strategies import strategy_for
 from coordinator.training import privacy
 from coordinator.training.federated import FederatedStrategy
 from coordinator.training.outer import nova_scales
+from coordinator.training.readiness import WARM_UP
 from potluck.errors import InvalidRequest, NotFound
 from potluck.messages import (
     BlobRef,
@@ -27,6 +28,8 @@ from potluck.messages import (
     Train,
     TrainResult,
     TrainTask,
+    WarmUpResult,
+    WarmUpTask,
 )
 
 
@@ -104,8 +107,13 @@ class Play:
         for decision in decisions:
             if isinstance(decision, Lease):
                 attempt = Attempt(f"a{len(self.attempts)}-{self.now}", decision.shard_id, decision.node_id, self.now)
-                self.attempts[attempt.attempt_id] = attempt
                 self.strategy.leased(attempt, decision.task)
+                if isinstance(decision.task, WarmUpTask):
+                    self.strategy.finished(attempt, WarmUpResult(rate=100.0, beside_seconds=0.0), self.now)
+                else:
+                    self.attempts[attempt.attempt_id] = attempt
+        if any(isinstance(decision, Lease) and decision.shard_id == WARM_UP for decision in decisions):
+            return self.plan(*names)
         return decisions
 
     def finish(self, node_id: str, samples: int, steps: int, items: int, norm: float = 1.0) -> None:

@@ -8,7 +8,18 @@ from coordinator.jobs import Attempt, CloseRound, JobSubmitted, Lease, RoundClos
 from coordinator.placement import ClusterView, NodeView
 from coordinator.strategies import strategy_for
 from coordinator.training.fixed import FixedStrategy
-from potluck.messages import BlobRef, DataFormat, Dataset, DataShard, Train, TrainResult, TrainTask
+from coordinator.training.readiness import WARM_UP
+from potluck.messages import (
+    BlobRef,
+    DataFormat,
+    Dataset,
+    DataShard,
+    Train,
+    TrainResult,
+    TrainTask,
+    WarmUpResult,
+    WarmUpTask,
+)
 
 
 def blob(number: int) -> BlobRef:
@@ -32,19 +43,27 @@ class Play:
         self.attempts: dict[str, Attempt] = {}
         self.tasks: dict[str, TrainTask] = {}
         self.number = 0
+        self.rates: dict[str, float] = {}
+        self.now = 0.0
 
     def plan(self, *names: str, gflops: float = 1.0) -> list[Any]:
         busy = [attempt.node_id for attempt in self.attempts.values()]
         nodes = tuple(NodeView(name, gflops, 1 - busy.count(name), idle=name not in busy) for name in names)
-        decisions = self.strategy.plan(ClusterView(nodes, 0.0), self.attempts)
+        decisions = self.strategy.plan(ClusterView(nodes, self.now), self.attempts)
         for decision in decisions:
             if isinstance(decision, Lease):
-                assert isinstance(decision.task, TrainTask)
                 self.number += 1
-                attempt = Attempt(f"a{self.number}", decision.shard_id, decision.node_id, 0.0)
+                attempt = Attempt(f"a{self.number}", decision.shard_id, decision.node_id, self.now)
+                self.strategy.leased(attempt, decision.task)
+                if isinstance(decision.task, WarmUpTask):
+                    rate = self.rates.get(decision.node_id, 100.0)
+                    self.strategy.finished(attempt, WarmUpResult(rate=rate, beside_seconds=0.0), self.now)
+                    continue
+                assert isinstance(decision.task, TrainTask)
                 self.attempts[attempt.attempt_id] = attempt
                 self.tasks[attempt.attempt_id] = decision.task
-                self.strategy.leased(attempt, decision.task)
+        if any(isinstance(decision, Lease) and decision.shard_id == WARM_UP for decision in decisions):
+            return self.plan(*names, gflops=gflops)
         return decisions
 
     def of(self, node_id: str) -> Attempt:
@@ -126,3 +145,26 @@ def test_less_data_than_a_batch_for_each_makes_fewer_parts() -> None:
 
 def test_without_nodes_there_is_nothing_to_plan() -> None:
     assert Play().plan() == []
+
+
+def test_a_slow_node_does_no_part_that_another_would_have_done_sooner() -> None:
+    play = Play()
+    play.rates["n2"] = 5.0
+    (lease,) = play.plan("n1", "n2")
+    assert (lease.node_id, lease.task.parts) == ("n1", 2)
+    play.finish("n1")
+    (lease,) = play.plan("n1", "n2")
+    assert (lease.shard_id, lease.node_id) == ("round-0.1", "n1")
+
+
+def test_a_part_that_is_late_is_given_to_another_node_as_well() -> None:
+    play = Play()
+    play.plan("n1", "n2")
+    play.finish("n1")
+    assert play.plan("n1", "n2") == []
+    play.now = play.strategy.due
+    (lease,) = play.plan("n1", "n2")
+    assert (lease.shard_id, lease.node_id) == ("round-0.1", "n1")
+    play.finish("n1")
+    (closing,) = play.plan("n1", "n2")
+    assert isinstance(closing, CloseRound)

@@ -35,3 +35,22 @@ def test_items_of_no_class_are_right_or_wrong_only_where_the_model_counts_them()
     assert evaluation(as_keras, []).metrics["accuracy"] == 7 / 10
     none = EvaluateResult(count=2, sums={"loss": 0.0}, confusion=((0, 0), (0, 0)))
     assert evaluation(none, []).metrics == {"loss": 0.0, "accuracy": 0.0, "precision": 0.0, "recall": 0.0, "f1": 0.0}
+
+
+def test_one_output_for_two_classes_is_summed_up_by_its_positive_class() -> None:
+    table = ((50, 10), (20, 20))
+    found = evaluation(EvaluateResult(count=100, confusion=table, threshold=0.5, middle=0.5), ["no", "yes"])
+    assert found.metrics == {"accuracy": 0.7, "precision": 20 / 30, "recall": 0.5, "f1": 2 * 20 / (30 + 40)}
+    assert (found.threshold, found.remark) == (0.5, "")
+
+
+def test_f1_is_that_of_the_precision_and_recall_beside_it_and_means_over_classes_are_named_so() -> None:
+    compiled = EvaluateResult(count=100, confusion=((50, 10), (20, 20)), values={"precision": 0.6, "recall": 0.4})
+    found = evaluation(compiled, []).metrics
+    assert found["f1"] == pytest.approx(2 * 0.6 * 0.4)
+    assert found["macro_f1"] == pytest.approx((100 / 130 + 40 / 70) / 2)
+
+
+def test_a_report_with_its_threshold_elsewhere_than_the_loss_says_so() -> None:
+    found = evaluation(EvaluateResult(count=2, confusion=((1, 0), (0, 1)), threshold=0.5, middle=0.0), [])
+    assert "threshold=0" in found.remark

@@ -29,7 +29,8 @@ from coordinator.jobs import (
 )
 from coordinator.placement import ClusterView, NodeView
 from coordinator.strategies import strategy_for
-from coordinator.training.rounds import RoundsStrategy
+from coordinator.training.readiness import WARM_UP
+from coordinator.training.rounds import LOST_SECONDS, RoundsStrategy, without_slow
 from coordinator.training.scores import Best, direction, is_better
 from potluck import codec
 from potluck.errors import InvalidRequest, OutOfMemory
@@ -48,6 +49,8 @@ from potluck.messages import (
     Train,
     TrainResult,
     TrainTask,
+    WarmUpResult,
+    WarmUpTask,
 )
 
 
@@ -82,6 +85,10 @@ class Simulation:
         self.number = 1000
         self.tasks: dict[str, TrainTask | EvaluateTask | ExportTask] = {}
         self.complete = False
+        self.by_hand = False
+        """Whether the test itself says when nodes have warmed up."""
+        self.rates: dict[str, float] = {}
+        """Items/s that nodes measure when they warm up; 80 where none is set."""
 
     def new_job(self) -> Job:
         data = dataset("d", 10, *self.shards)
@@ -98,7 +105,7 @@ class Simulation:
 
     def plan(self, *nodes: str) -> None:
         """Plan as often as planning changes something."""
-        for _ in range(10):
+        for _ in range(20):
             busy = {attempt.node_id for attempt in self.job.attempts.values()}
             views = tuple(
                 NodeView(name, 1.0, free_slots=1 if name in busy else 2, idle=name not in busy) for name in nodes
@@ -106,6 +113,10 @@ class Simulation:
             decisions = self.job.plan(ClusterView(views, self.now))
             for decision in decisions:
                 self.perform(decision)
+            warming = [key for key, attempt in self.job.attempts.items() if attempt.shard_id == WARM_UP]
+            if not self.by_hand:
+                for attempt_id in warming:
+                    self.finish(attempt_id)
             if not decisions or self.complete:
                 return
 
@@ -147,7 +158,7 @@ class Simulation:
         task = self.tasks[attempt_id]
         match task:
             case TrainTask():
-                result: TrainResult | EvaluateResult | ExportResult = TrainResult(
+                result: TrainResult | EvaluateResult | ExportResult | WarmUpResult = TrainResult(
                     base=task.weights or blob(7),
                     update=blob(self.number),
                     samples=task.samples,
@@ -156,6 +167,10 @@ class Simulation:
                     metrics={"loss": 0.5},
                     norm=self.norms.get(self.job.attempts[attempt_id].node_id, 1.0),
                 )
+            case WarmUpTask():
+                rate = self.rates.get(self.job.attempts[attempt_id].node_id, 80.0)
+                result = WarmUpResult(rate=rate, beside_seconds=0.0, seconds=1.0)
+                self.now -= 0.1  # nobody waits for it
             case EvaluateTask():
                 count = sum(part.stop - part.start for part in task.slices)
                 loss = self.validation_losses.get(self.strategy.epochs_ended + 1, 1.0)
@@ -273,16 +288,131 @@ def test_all_nodes_lost_and_the_round_is_opened_again() -> None:
     assert play.complete
 
 
-def test_a_straggler_is_left_behind_after_a_while() -> None:
-    play = Simulation(epochs=1, validation=False)
+def test_a_round_goes_on_without_a_node_that_is_late_and_that_may_go_on_as_well() -> None:
+    play = Simulation(epochs=8, validation=False)
     play.plan("a", "b")
-    first = next(iter(play.job.attempts))
-    play.finish(first)
+    first, late = play.job.attempts.values()
+    play.finish(first.attempt_id)
     play.plan("a", "b")
     assert play.strategy.round == 0
-    play.now += 1000
+    play.now = play.strategy.due
     play.plan("a", "b")
     assert play.strategy.round == 1
+    assert late.attempt_id in play.job.attempts, "it is not stopped"
+    running = {key: (attempt, 0, {}) for key, attempt in play.job.attempts.items()}
+    assert play.strategy.progress(running).waiting.keys() == {late.node_id}
+    assert [attempt.node_id for attempt in play.job.attempts.values()].count(late.node_id) == 1, "and gets no more"
+    samples = play.strategy.samples
+    play.finish(late.attempt_id)
+    assert play.strategy.samples == samples
+    assert not play.strategy.contributions, "its result is of no use, but tells how fast it is"
+    assert not play.strategy.wants(late)
+    play.finish(next(iter(play.job.attempts)))
+    play.plan("a", "b")
+    assert {attempt.node_id for attempt in play.job.attempts.values()} == {"a", "b"}
+    assert not play.strategy.progress({}).waiting
+
+
+def test_where_all_are_late_another_does_the_round() -> None:
+    play = Simulation(epochs=1, validation=False)
+    play.plan("a")
+    play.now = play.strategy.due - 0.1
+    play.plan("a", "b")
+    assert {attempt.node_id for attempt in play.job.attempts.values()} == {"a"}
+    play.now = play.strategy.due
+    play.plan("a", "b")
+    assert {attempt.node_id for attempt in play.job.attempts.values()} == {"a", "b"}
+    play.finish(next(attempt.attempt_id for attempt in play.job.attempts.values() if attempt.node_id == "b"))
+    play.now = play.strategy.due
+    play.plan("a", "b")
+    assert play.strategy.round == 1
+
+
+def test_nobody_waits_for_a_node_that_gets_ready_and_it_joins_when_it_is() -> None:
+    play = Simulation(epochs=8, validation=False)
+    play.by_hand = True
+    play.plan("a", "b")
+    first, slow = play.job.attempts.values()
+    assert first.shard_id == slow.shard_id == WARM_UP
+    play.finish(first.attempt_id)
+    play.plan("a", "b")
+    assert play.strategy.round == 0
+    assert {attempt.node_id: attempt.shard_id for attempt in play.job.attempts.values()} == {
+        "a": "round-0",
+        "b": WARM_UP,
+    }
+    for number in range(3):
+        play.finish(next(key for key, attempt in play.job.attempts.items() if attempt.node_id == "a"))
+        play.plan("a", "b")
+        assert play.strategy.round == number + 1
+    running = {key: (attempt, 0, {}) for key, attempt in play.job.attempts.items()}
+    assert play.strategy.progress(running).waiting == {"b": "it gets ready"}
+    play.finish(slow.attempt_id)
+    play.plan("a", "b")
+    assert {attempt.node_id for attempt in play.job.attempts.values()} == {"a"}, "it is for the next round"
+    play.finish(next(iter(play.job.attempts)))
+    play.plan("a", "b")
+    assert {attempt.node_id for attempt in play.job.attempts.values()} == {"a", "b"}
+
+
+def test_nodes_that_are_alike_are_waited_for_a_moment() -> None:
+    play = Simulation(epochs=8, validation=False)
+    play.by_hand = True
+    play.plan("a", "b")
+    first, second = play.job.attempts
+    play.now = 10.0
+    play.finish(first)
+    play.now += 0.9
+    play.plan("a", "b")
+    assert {attempt.shard_id for attempt in play.job.attempts.values()} == {WARM_UP}
+    play.finish(second)
+    play.plan("a", "b")
+    assert {attempt.shard_id for attempt in play.job.attempts.values()} == {"round-0"}
+
+
+def test_a_node_that_brings_less_than_it_costs_is_left_out_and_measured_again() -> None:
+    play = Simulation(epochs=40, validation=False)
+    play.rates = {"a": 400.0, "b": 4.0}
+    play.plan("a", "b")
+    assert {attempt.node_id for attempt in play.job.attempts.values()} == {"a"}
+    assert list(play.strategy.progress({}).waiting) == ["b"]
+    play.rates["b"] = 300.0
+    while play.now < 60.0:
+        assert {attempt.node_id for attempt in play.job.attempts.values()} == {"a"}
+        play.now += 0.9  # a second for each part
+        play.finish(next(iter(play.job.attempts)))
+        play.plan("a", "b")
+    assert {attempt.node_id for attempt in play.job.attempts.values()} == {"a", "b"}
+    assert not play.strategy.progress({}).waiting
+
+
+def test_a_part_of_which_nothing_comes_is_taken_back_in_the_end() -> None:
+    play = Simulation(epochs=8, validation=False)
+    play.by_hand = True
+    play.plan("a", "b")
+    first, hanging = play.job.attempts
+    play.finish(first)
+    for _ in range(10):
+        play.plan("a", "b")
+        play.finish(next(key for key, attempt in play.job.attempts.items() if attempt.node_id == "a"))
+    play.now += LOST_SECONDS + 1
+    play.plan("a", "b")
+    assert hanging not in play.job.attempts
+    ended = [event for event in play.events if isinstance(event, AttemptEnded)]
+    assert next(event.attempt_id for event in ended if "too long" in event.reason) == hanging
+
+
+@given(
+    st.dictionaries(st.sampled_from("abcdef"), st.floats(0.1, 1000), min_size=1),
+    st.integers(1, 100_000),
+    st.floats(0, 5),
+)
+def test_leaving_nodes_out_keeps_the_fastest_and_every_item(rates: dict[str, float], total: int, delay: float) -> None:
+    delays = {node_id: delay * place for place, node_id in enumerate(sorted(rates))}
+    parts, slow = without_slow(total, rates, delays, batch=10)
+    assert parts.keys() | slow.keys() == rates.keys()
+    assert not parts.keys() & slow.keys()
+    assert sum(parts.values()) == total
 
 
 DIED = ErrorInfo(code="engine_failed", message="died", retryable=True)
@@ -321,9 +451,10 @@ def test_a_node_that_fails_ends_nothing_while_another_is_at_work_and_all_of_them
         fails(play, "b")
         assert play.job.error(attempts_limit=3) is None
         play.plan("a", "b")
-        play.record(
-            AttemptLeased(at=play.now, attempt_id=f"again-{play.now}", shard_id="round-0", node_id="b", task=None)
-        )
+        if "b" not in {attempt.node_id for attempt in play.job.attempts.values()}:
+            play.record(
+                AttemptLeased(at=play.now, attempt_id=f"again-{play.now}", shard_id="round-0", node_id="b", task=None)
+            )
     for _ in range(3):
         fails(play, "a")
         play.record(
@@ -385,17 +516,6 @@ def test_a_node_that_fails_rests_while_the_others_go_on() -> None:
     play.now += 10
     play.plan("a", "b")
     assert {attempt.node_id for attempt in play.job.attempts.values()} == {"a", "b"}
-
-
-def test_a_first_round_tells_no_speed_before_all_of_its_nodes_have_one() -> None:
-    play = Simulation(epochs=3, validation=False)
-    play.plan("a", "b")
-    one, two = play.job.attempts.values()
-    play.finish(one.attempt_id)
-    progress = play.strategy.progress({two.attempt_id: (two, 5, {})})
-    assert (progress.nodes, progress.items_per_second) == ({}, 0)
-    play.finish(two.attempt_id)
-    assert play.strategy.progress({}).nodes.keys() == {"a", "b"}
 
 
 def test_progress_counts_nodes_that_wait_for_the_others_and_for_the_next_round() -> None:
@@ -576,7 +696,7 @@ def test_a_metric_that_is_not_there_ends_the_job_with_those_that_are() -> None:
 def test_a_resumed_job_goes_on_from_the_checkpoint_and_counts_on() -> None:
     play = Simulation(epochs=5, weights=blob(77), initial_epoch=3)
     play.plan("a")
-    _, task = play.tasks.values()
+    *_, task = play.tasks.values()
     assert isinstance(task, TrainTask)
     assert (task.weights, task.step, task.seen) == (blob(77), None, 3 * 320)
     assert blob(77).sha256 in play.strategy.kept

@@ -25,7 +25,7 @@ from coordinator.jobs import (
 )
 from coordinator.placement import ClusterView, NodeView
 from coordinator.strategies import strategy_for
-from coordinator.training import costs
+from coordinator.training import costs, group
 from coordinator.training.costs import Costs, predict
 from coordinator.training.sync import FORMING_SECONDS, TRIES_LIMIT, SyncStrategy
 from potluck.data.order import passes
@@ -42,6 +42,8 @@ from potluck.messages import (
     SyncTask,
     Train,
     TrainResult,
+    WarmUpResult,
+    WarmUpTask,
 )
 
 LOST = ErrorInfo(code="peer_lost", message="another member of the group is gone", retryable=True)
@@ -67,6 +69,10 @@ class Simulation:
         self.now = 0.0
         self.number = 100
         self.giving_way: set[str] = set()
+        self.rates: dict[str, float] = {}
+        """Items/s that nodes measure when they warm up; 10 where none is set."""
+        self.took: dict[str, float] = {}
+        """Seconds that takes them; nothing where none is set."""
         self.tasks: dict[str, SyncTask] = {}
         self.complete = False
         self.reduced_bytes = 0
@@ -98,6 +104,7 @@ class Simulation:
             for name in nodes
         )
         decisions = self.job.plan(ClusterView(views, self.now))
+        warmed = False
         for decision in decisions:
             self.number += 1
             match decision:
@@ -108,6 +115,11 @@ class Simulation:
                     )
                     if isinstance(task, SyncTask):
                         self.tasks[attempt_id] = task
+                    elif isinstance(task, WarmUpTask):
+                        result = WarmUpResult(rate=self.rates.get(node_id, 10.0), beside_seconds=0.0)
+                        at = self.now + self.took.get(node_id, 0.0)
+                        self.record(AttemptFinished(at=at, attempt_id=attempt_id, result=result))
+                        warmed = True
                 case Withdraw(attempt_id, reason):
                     self.record(AttemptEnded(at=self.now, attempt_id=attempt_id, reason=reason))
                 case CloseSync(round, weights, optimizer, samples, metrics):
@@ -125,7 +137,8 @@ class Simulation:
                     self.record(EpochEnded(at=self.now, epoch=epoch))
                 case Complete():
                     self.complete = True
-        return list(decisions)
+        others = [one for one in decisions if not (isinstance(one, Lease) and isinstance(one.task, WarmUpTask))]
+        return [*others, *self.plan(*nodes, **speeds)] if warmed else others
 
     def open_tasks(self) -> dict[str, SyncTask]:
         return {key: self.tasks[key] for key in self.job.attempts if key in self.tasks}
@@ -256,13 +269,57 @@ def test_lost_peers_are_nobodys_failure() -> None:
 
 def test_a_node_that_joins_is_taken_in_at_the_next_round() -> None:
     simulation = Simulation()
-    simulation.plan("a")
-    simulation.finish_all()
-    simulation.plan("a", "b")
-    simulation.plan("a", "b")
+    joined(simulation, "b")
     tasks = list(simulation.open_tasks().values())
     assert len(tasks) == 2
     assert all(task.begins for task in tasks)
+
+
+def joined(simulation: Simulation, node_id: str) -> None:
+    """A job on node a alone, and the second round after another has come."""
+    simulation.plan("a")
+    simulation.finish_all()
+    simulation.plan("a", node_id)  # closes the round
+    simulation.plan("a", node_id)  # opens the next; the other node gets ready meanwhile
+    simulation.finish_all()
+    for _ in range(3):  # closes the round and the epoch, and opens the next
+        simulation.plan("a", node_id)
+
+
+def test_a_node_that_would_cost_more_than_it_brings_does_not_join() -> None:
+    simulation = Simulation()
+    simulation.took["b"] = 300.0
+    joined(simulation, "b")
+    (task,) = simulation.open_tasks().values()
+    assert not task.begins
+    assert simulation.strategy.progress({}).waiting.keys() == {"b"}
+
+
+def test_a_node_with_a_twentieth_of_the_speed_is_no_member_of_the_first_group() -> None:
+    simulation = Simulation()
+    simulation.rates = {"a": 20.0, "b": 1.0, "c": 9.0}
+    simulation.took = {"a": 10.0, "b": 200.0, "c": 15.0}
+    simulation.plan("a", "b", "c")
+    (batches,) = {task.batches for task in simulation.open_tasks().values()}
+    assert batches == (22, 10)
+    assert simulation.strategy.progress({}).waiting.keys() == {"b"}
+
+
+def test_nodes_that_can_be_in_no_group_are_told_of() -> None:
+    simulation = Simulation()
+    views = (NodeView("a", 1.0, 2, collective="a:1"), NodeView("b", 1.0, 2))
+    (lease,) = simulation.job.plan(ClusterView(views, 1.0))
+    assert isinstance(lease, Lease)
+    assert lease.node_id == "a"
+    assert "--insecure" in simulation.strategy.progress({}).waiting["b"]
+
+
+def test_shares_stay_until_one_is_off_by_a_tenth() -> None:
+    assert group.shares(60, {"a": 20.0, "b": 10.0}, {}) == {"a": 40, "b": 20}
+    assert group.shares(60, {"a": 21.0, "b": 10.0}, {"a": 40, "b": 20}) == {"a": 40, "b": 20}
+    assert group.shares(60, {"a": 30.0, "b": 10.0}, {"a": 40, "b": 20}) == {"a": 45, "b": 15}
+    assert group.shares(60, {"a": 20.0}, {"a": 40, "b": 20}) == {"a": 60}
+    assert group.shares(4, {"a": 2.0, "b": 1.9}, {"a": 3, "b": 1}) == {"a": 3, "b": 1}, "one item is no tenth of so few"
 
 
 def test_items_of_a_step_go_by_the_speed_that_was_measured() -> None:
