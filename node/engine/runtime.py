@@ -5,9 +5,11 @@ from __future__ import annotations
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import keras
 import numpy as np
@@ -15,7 +17,7 @@ import tensorflow as tf
 
 from node.engine import archives, code, memory, state
 from node.engine.memory import shortage
-from node.engine.shards import ALIGNMENT
+from node.engine.shards import ALIGNMENT, aligned
 from node.engine.wording import one_line
 from node.engine.wording import shape as shown
 from potluck import weights
@@ -54,7 +56,7 @@ def load_model(path: Path, scratch: Path, *, compiled: bool) -> Any:
         link = Path(folder) / ("model.h5" if _is_hdf5(path) else "model.keras")
         link.symlink_to(path.absolute())
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), _weights_from_disk():
                 warnings.simplefilter("ignore")  # an optimizer that was not saved with its state is no news
                 model = keras.saving.load_model(link, compile=compiled, safe_mode=code.safe_mode())
             code.describe(model)
@@ -73,6 +75,49 @@ def load_model(path: Path, scratch: Path, *, compiled: bool) -> Any:
         # Keras reads its state into variables of another model, and then it refuses this one's.
         model.optimizer = type(model.optimizer).from_config(model.optimizer.get_config())
     return model
+
+
+LARGE_BYTES = 2**24
+"""Of one variable; smaller ones may be in memory a few times while they are loaded."""
+RANDOM = (
+    *(keras.initializers.VarianceScaling, keras.initializers.RandomNormal, keras.initializers.RandomUniform),
+    *(keras.initializers.TruncatedNormal, keras.initializers.Orthogonal),
+)
+
+
+@contextmanager
+def _weights_from_disk() -> Iterator[None]:
+    """Let Keras take a model's weights from a file, one by one, and make no others before.
+
+    Where there is memory for it, Keras reads all of them into memory first, twice for a moment; and before that it draws random ones,
+    of which a layer takes three times its size. Neither is an option of its interface. Every variable is in the file, or loading fails.
+    Large ones are read into memory that TensorFlow then takes as it is.
+    """
+    from keras.src.saving import saving_lib
+
+    def nothing(self: Any, shape: Any, dtype: Any = None, **_: Any) -> Any:
+        return tf.raw_ops.Empty(shape=shape, dtype=keras.backend.standardize_dtype(dtype), init=False)
+
+    ordinary = saving_lib.H5IOStore.__getitem__
+
+    def large(self: Any, key: str) -> Any:
+        stored = saving_lib.safe_get_h5_dataset(self._h5_entry_group, key)
+        if stored.nbytes < LARGE_BYTES or stored.dtype.kind != "f" or "dtype" in stored.attrs:
+            return ordinary(self, key)
+        array = aligned(stored.shape, stored.dtype)
+        stored.read_direct(array)
+        return held(array)
+
+    changes: list[tuple[Any, str, Any]] = [
+        (saving_lib, "is_memory_sufficient", lambda model: False),
+        (saving_lib.H5IOStore, "__getitem__", large),
+        *((kind, "__call__", nothing) for kind in RANDOM),
+    ]
+    with ExitStack() as stack:
+        for owner, name, new in changes:
+            if hasattr(owner, name):  # another Keras may do it in another way, and then as it likes
+                stack.enter_context(mock.patch.object(owner, name, new))
+        yield
 
 
 def _is_hdf5(path: Path) -> bool:
@@ -194,28 +239,27 @@ def _spec(name: str, tensor: Any) -> TensorSpec:
     return TensorSpec(name=name, datatype=datatype, shape=tuple(-1 if d is None else int(d) for d in tensor.shape))
 
 
-def set_weights(model: Any, path: Path) -> None:
+def set_weights(model: Any, path: Path, change: Callable[[int, Any], Any] = lambda place, value: value) -> None:
     """Weights from a safetensors file in the order of `model.weights`, with constraints held. Raises InvalidModel when they do not fit.
 
-    Then the model is as it was: Keras would have set those before the first that does not fit.
+    Then the model is as it was. One after the other is read, so that no second copy of all is in memory; `change` makes
+    what is set of each one's place and value.
     """
-    model.set_weights(fitting_weights(model, path))
-    state.constrain(model)
-
-
-def fitting_weights(model: Any, path: Path) -> list[Any]:
-    """Those in a safetensors file, in the order of `model.weights`. Raises InvalidModel when they do not fit."""
-    stored = dict(weights.load(path))
-    values = [stored[name] for name in sorted(stored, key=lambda name: name[1:])]
-    if len(values) != len(model.weights):
-        raise InvalidModel(f"the weights do not fit the model: they are {len(values)}, and it has {len(model.weights)}")
-    for weight, value in zip(model.weights, values, strict=True):
-        if tuple(weight.shape) != value.shape:
+    with weights.Reader(path) as stored:
+        names = sorted(stored.specs, key=lambda name: name[1:])
+        if len(names) != len(model.weights):
             raise InvalidModel(
-                f"the weights do not fit the model: '{weight.path}' has shape {shown(tuple(weight.shape))}, "
-                f"and they have {shown(value.shape)} there"
+                f"the weights do not fit the model: they are {len(names)}, and it has {len(model.weights)}"
             )
-    return values
+        for weight, name in zip(model.weights, names, strict=True):
+            if tuple(weight.shape) != stored.specs[name].shape:
+                raise InvalidModel(
+                    f"the weights do not fit the model: '{weight.path}' has shape {shown(tuple(weight.shape))}, "
+                    f"and they have {shown(stored.specs[name].shape)} there"
+                )
+        for place, (weight, name) in enumerate(zip(model.weights, names, strict=True)):
+            weight.assign(change(place, stored.whole(name)))
+    state.constrain(model)
 
 
 def save_weights(model: Any, path: Path) -> None:
@@ -227,8 +271,14 @@ def save_weights(model: Any, path: Path) -> None:
 
 
 def weights_of(model: Any) -> list[Any]:
-    """Its weights in order; those of 16 bits as float32, which holds them exactly."""
-    return [
-        value.astype(np.float32) if value.dtype.itemsize == 2 and value.dtype.kind not in "iu" else value
-        for value in model.get_weights()
-    ]
+    """Its weights in order, only to be read; those of 16 bits as float32, which holds them exactly.
+
+    On a CPU they are not copied: TensorFlow gives a variable that is written to another memory while somebody looks at this.
+    """
+    return [value_of(weight) for weight in model.weights]
+
+
+def value_of(weight: Any) -> Any:
+    """One of those."""
+    value = np.asarray(tf.convert_to_tensor(weight.value))
+    return value.astype(np.float32) if value.dtype.itemsize == 2 and value.dtype.kind not in "iu" else value

@@ -189,7 +189,8 @@ class Tasks:
             after = runtime.weights_of(session.model)
             with suppress(Diverged):  # training will meet it as well, and tell more of it
                 updates.write_update(self._scratch / "update.new", base, after, task.compression)
-            session.model.set_weights(runtime.fitting_weights(session.model, base))
+            after.clear()  # else they were in memory twice
+            runtime.set_weights(session.model, base)
 
         try:
             rate, beside_seconds = session.rehearse(cancelled, beside)

@@ -162,14 +162,13 @@ class Session:
         So updates travel while nodes compute (CoCoD-SGD, Shen et al., 2019). Raises InvalidModel.
         """
         ahead = self._ahead
-        values = runtime.fitting_weights(self.model, path)
-        if ahead is not None and ahead.steps:
-            now = runtime.weights_of(self.model)
-            for role, value, before, after in zip(self.roles, values, ahead.weights, now, strict=True):
-                if role == "trained":
-                    value += after - before
-        self.model.set_weights(values)
-        state.constrain(self.model)
+
+        def moved(place: int, value: Any) -> Any:
+            if ahead is None or not ahead.steps or self.roles[place] != "trained":
+                return value
+            return value + (runtime.value_of(self.model.weights[place]) - ahead.weights[place])
+
+        runtime.set_weights(self.model, path, moved)
 
     def train_ahead(self, until: Callable[[], bool]) -> None:
         """Go on after a round that was asked to, until `until()` or for the share of it that may be ahead."""
@@ -259,10 +258,13 @@ class Session:
         )
 
     def rehearse(self, cancelled: threading.Event, beside: Callable[[], None]) -> tuple[float, float]:
-        """Steps that change nothing: (items a second, seconds that `beside()` takes after them). Raises what `train` does."""
+        """Steps that change nothing: (items a second, seconds that `beside()` takes after them). Raises what `train` does.
+
+        `beside()` sets the weights back.
+        """
         if not self._traced:
             self._trace()
-        with self._unchanged():
+        with self._unchanged(weights=False):
             started, steps = time.perf_counter(), 0
             while steps < REHEARSED_STEPS and (not steps or time.perf_counter() - started < REHEARSED_SECONDS):
                 if cancelled.is_set():
@@ -300,10 +302,13 @@ class Session:
         self._traced = True
 
     @contextmanager
-    def _unchanged(self) -> Iterator[None]:
-        """What steps do to model and optimizer is undone at the end."""
+    def _unchanged(self, *, weights: bool = True) -> Iterator[None]:
+        """What steps do to model and optimizer is undone at the end; not that to weights, unless asked."""
         variables = [*self.model.variables, *self.model.optimizer.variables]
-        kept = [variable.numpy() for variable in variables]
+        if not weights:
+            others = {id(variable) for variable in self.model.weights}
+            variables = [variable for variable in variables if id(variable) not in others]
+        kept = [tf.identity(variable.value) for variable in variables]
         try:
             yield
         finally:
