@@ -214,7 +214,10 @@ class Coordinator:
                     *blob_server.routes(store, writable=True, max_bytes=UPLOAD_LIMIT_BYTES),
                     *gateway.routes(self._serving, self._inference, registry, self._membership, settings, shelf, bus),
                 ]
-                async with serve_http(sock, routes, (in_words,)), AsyncExitStack() as advertisement:
+                async with (
+                    serve_http(sock, routes, (in_words,), settings.http),
+                    AsyncExitStack() as advertisement,
+                ):
                     await self._join(bus)
                     if broker is not None:
                         running.append(

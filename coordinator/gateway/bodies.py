@@ -13,10 +13,10 @@ from aiohttp import ClientPayloadError, web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from potluck.errors import InvalidRequest, Overloaded, TimedOut, TooLarge
-from potluck.http import words
+from potluck.http import TOO_SLOW, Patience, words
 
 IDLE_SECONDS = 30.0
-"""A body of which no byte arrives for so long is given up."""
+"""A body of which no byte arrives for so long is given up, and one that is slow (`potluck.http.Patience`)."""
 HELD_AT_ONCE = 4
 """So many bodies of the largest size are held at once; what is over is refused, and may come back."""
 IN_THREAD_BYTES = 256 * 1024
@@ -43,20 +43,23 @@ class Bodies:
         content = request.content
         parts: list[bytes] = []
         size = 0
+        patience, loop = Patience(IDLE_SECONDS), asyncio.get_running_loop()
         try:
             while not content.at_eof():
                 if content.is_eof() or content.total_bytes > size:
                     part = content.read_nowait()  # it is here: no need to wait, and to watch the clock
                 else:
-                    async with asyncio.timeout(IDLE_SECONDS):
+                    began_at = loop.time()
+                    async with asyncio.timeout(patience.left()):
                         part = await content.readany()
+                    patience.came(len(part), loop.time() - began_at)
                 size += len(part)
                 if size > self.limit_bytes:
                     raise self._too_large()
                 self._hold(request, len(part))
                 parts.append(part)
         except TimeoutError:
-            raise TimedOut(f"no byte of the body arrived for {IDLE_SECONDS:g} s") from None
+            raise TimedOut(TOO_SLOW.format(IDLE_SECONDS)) from None
         except (HttpProcessingError, ClientPayloadError, web.RequestPayloadError) as error:
             raise InvalidRequest(f"the body cannot be read: {words(error)}") from error
         return parts[0] if len(parts) == 1 else b"".join(parts)

@@ -13,9 +13,10 @@ from aiohttp.abc import AbstractStreamWriter
 
 from potluck.blobs.store import BlobStore, NewFile, is_sha256, made_up_name
 from potluck.errors import DiskFull, NotFound, PotluckError, TooLarge
+from potluck.http import TOO_SLOW, Patience
 
 IDLE_SECONDS = 30.0
-"""An upload of which no byte arrives for so long is given up."""
+"""An upload of which no byte arrives for so long is given up, and one that is slow (`potluck.http.Patience`)."""
 
 _OCTETS = "application/octet-stream"
 _LEFT_SECONDS = 1.0
@@ -139,7 +140,7 @@ async def _received(
     except DiskFull as error:
         return _problem(507, error.message)
     except TimeoutError:
-        return _problem(408, f"no byte arrived for {idle_seconds:g} s")
+        return _problem(408, TOO_SLOW.format(idle_seconds))
     if wanted is not None:
         return web.Response(status=201)
     return web.json_response({"sha256": name, "size": size}, status=201)
@@ -163,11 +164,14 @@ async def _receive(
 
     data = b"-"
     loop = asyncio.get_running_loop()
+    patience = Patience(idle_seconds)
     async with asyncio.timeout(None) as limit:  # one for all pieces: to make one costs as much as to read a piece
         while data:
-            limit.reschedule(loop.time() + idle_seconds)
+            began_at = loop.time()
+            limit.reschedule(began_at + patience.left())
             data = await request.content.readany()
             limit.reschedule(None)
+            patience.came(len(data), loop.time() - began_at)
             size += len(data)
             waiting += len(data)
             if size > max_bytes:
