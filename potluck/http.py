@@ -168,6 +168,7 @@ class _Connection(web.RequestHandler):
             access_log=None,  # type: ignore[arg-type] # as AppRunner takes it
             keepalive_timeout=door.limits.idle_seconds,
             read_bufsize=_READ_BYTES,
+            auto_decompress=False,  # which has no limit but our memory's: bodies that are taken so are inflated where they are read
         )
         self._door = door
         self._inside = False

@@ -54,6 +54,8 @@ def routes(
         sha256 = request.match_info["sha256"]
         if not is_sha256(sha256):
             return _problem(400, "a blob is named by its SHA-256: 64 lower-case hexadecimal digits")
+        if _is_encoded(request):
+            return _encoded()
         if store.has(sha256):
             return web.Response(status=200)
         if (request.content_length or 0) > max_bytes:
@@ -102,6 +104,8 @@ def inputs_routes(
     async def post(request: web.Request) -> web.StreamResponse:
         if request.content_type != _OCTETS:  # which no page in a browser can send unasked: fetch standard, 2.2.2
             return _problem(415, f"inputs are sent as {_OCTETS}")
+        if _is_encoded(request):
+            return _encoded()
         if (reason := refusal()) is not None:
             return _problem(503, reason.message)
         if (request.content_length or 0) > max_bytes:
@@ -216,6 +220,14 @@ class _BlobResponse(web.FileResponse):
     @etag.setter
     def etag(self, value: ETag | str | None) -> None:
         self.headers[hdrs.ETAG] = f'"{self._sha256}"'
+
+
+def _is_encoded(request: web.Request) -> bool:
+    return request.headers.get(hdrs.CONTENT_ENCODING, "identity").strip().lower() not in ("", "identity")
+
+
+def _encoded() -> web.Response:
+    return _problem(415, "bytes are sent as they are here: without Content-Encoding")
 
 
 def _too_large(max_bytes: int) -> web.Response:
