@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 from aiohttp import ETag, hdrs, web
@@ -57,6 +58,7 @@ def routes(
         if _is_encoded(request):
             return _encoded()
         if store.has(sha256):
+            store.path(sha256)  # it counts as used now: whoever sends it is about to name it
             return web.Response(status=200)
         if (request.content_length or 0) > max_bytes:
             return _too_large(max_bytes)
@@ -133,12 +135,15 @@ async def _received(
     """The body in the store, and 201; or why not. It must have the hash `wanted`; None: it is not hashed, and the answer names it."""
     digest = None if wanted is None else hashlib.sha256()
     try:
-        with store.new_file() as file:
-            size = await _receive(request, file, digest, max_bytes, idle_seconds)
+        peer = request.remote or ""
+        with store.new_file() as file, store.receiving(peer) if wanted else nullcontext(_nothing) as coming:
+            size = await _receive(request, file, digest, max_bytes, idle_seconds, coming)
             if digest is not None and digest.hexdigest() != wanted:
                 return _problem(409, f"the {size} bytes sent have the SHA-256 {digest.hexdigest()}")
             name = made_up_name() if wanted is None else wanted
             store.adopt(file.path, name)
+            if wanted is not None:
+                store.uploaded(name, peer)
     except TooLarge:
         return _too_large(max_bytes)
     except DiskFull as error:
@@ -151,7 +156,12 @@ async def _received(
 
 
 async def _receive(
-    request: web.Request, file: NewFile, digest: hashlib._Hash | None, max_bytes: int, idle_seconds: float
+    request: web.Request,
+    file: NewFile,
+    digest: hashlib._Hash | None,
+    max_bytes: int,
+    idle_seconds: float,
+    coming: Callable[[int], None],
 ) -> int:
     """The size of the body, which is in the file then, and hashed where there is a `digest`. Raises TooLarge, DiskFull, TimeoutError."""
     gathered: list[bytes] = []
@@ -180,6 +190,7 @@ async def _receive(
             waiting += len(data)
             if size > max_bytes:
                 raise TooLarge(f"more than {max_bytes} bytes")
+            coming(len(data))
             gathered.append(data)
             if quick:
                 began = time.perf_counter()
@@ -192,6 +203,10 @@ async def _receive(
             gathered.clear()
             waiting = 0
     return size
+
+
+def _nothing(size: int) -> None:
+    """Inputs have a store of their own, and nothing of them is kept for long."""
 
 
 class _BlobResponse(web.FileResponse):
