@@ -127,6 +127,7 @@ class Telemetry:
         serving: bool = False,
         gives_way: bool = False,
         coordinator_lost_at: float = 0.0,
+        shortage: str = "",
     ) -> NodeTelemetry:
         """What can be read now, and for the rest what was read before: where no more files can be opened."""
         try:
@@ -147,6 +148,7 @@ class Telemetry:
             gpu_percent=self._gpu_percent(),
             sent_at=time.time(),
             coordinator_lost_at=coordinator_lost_at,
+            shortage=shortage,
         )
 
     def _gpu_percent(self) -> tuple[float, ...]:

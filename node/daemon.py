@@ -150,6 +150,7 @@ class Node:
                         lambda: self._replicas.ids,
                         lambda: self._serve_slot.engine is not None,
                         lambda: self._giving_way.paused,
+                        store.shortage,
                     ),
                     "idle": self._stop_idle(),
                     "giving way": self._pause_and_resume(),
