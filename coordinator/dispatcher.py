@@ -338,9 +338,11 @@ class Dispatcher:
             await action
             self._found_room(job_id)
         except PotluckError as error:
+            if not job.active:
+                return
             if isinstance(error, DiskFull) and name != "deploy":  # which is about the nodes' disks
                 self._wait_for_room(job, name, error)
-            elif job.active:
+            else:
                 self._finish(job, "failed", error=error_info(error))
         except Exception as error:  # the same boundary as in _plan: one job's defect stays its own
             log.exception("action failed %s", fields(job=job_id))

@@ -240,11 +240,11 @@ class BlobStore:
         Raises DiskFull where the blob could not be put anyway.
         """
         self.check_room(ref.size)
-        with self._lock:
-            self._partials_open.add(ref.sha256)
         partial = Partial(self.folder / f"{PARTIAL_PREFIX}{ref.sha256}", ref.size, chunk_bytes)
         if not partial.path.exists():
             self.clear(ref.size)
+        with self._lock:
+            self._partials_open.add(ref.sha256)
         try:
             with no_room():
                 partial.open()
