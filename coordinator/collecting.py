@@ -20,7 +20,7 @@ from coordinator.training.rounds import RoundsStrategy
 from coordinator.training.scores import weighted
 from potluck import updates
 from potluck.blobs.download import Downloader
-from potluck.blobs.store import BlobStore, hash_file
+from potluck.blobs.store import BlobStore, hash_file, no_room
 from potluck.errors import EngineFailed, InvalidModel
 from potluck.messages import (
     AnyTaskResult,
@@ -42,6 +42,8 @@ from potluck.messages import (
 )
 
 S = TypeVar("S")
+_STEP_FILES = 3
+"""That an outer step writes, each as large as the weights at most."""
 
 
 class Collector:
@@ -166,6 +168,8 @@ class Collector:
         pin: Callable[[str], None],
     ) -> tuple[BlobRef, BlobRef, BlobRef, float]:
         with ExitStack() as stack:
+            stack.enter_context(no_room())
+            self._store.clear(_STEP_FILES * base.size)
             step, after, moving = (stack.enter_context(self._store.new_file()).path for _ in range(3))
             square = outer.combine(
                 self._store.path(base.sha256),
@@ -211,7 +215,8 @@ class Collector:
         self._store.delete(update.sha256)
 
     def _apply(self, base: BlobRef, update: BlobRef, weights: BlobRef, pin: Callable[[str], None]) -> None:
-        with self._store.new_file() as file:
+        with self._store.new_file() as file, no_room():
+            self._store.clear(weights.size)
             try:
                 updates.apply_update(self._store.path(base.sha256), self._store.path(update.sha256), file.path)
             except InvalidModel as error:

@@ -203,7 +203,7 @@ class Coordinator:
                         ("requests", requests.run()),
                         ("copies", self._copies.run()),
                         ("ticks", self._tick()),
-                        ("status", self._say_again(online)),
+                        ("status", self._say_again(online, store)),
                     )
                 ]
                 running.append(tasks.create_task(lifecycle.report(lambda: self._standing(bus)), name="report"))
@@ -214,7 +214,10 @@ class Coordinator:
                     *blob_server.routes(store, writable=True, max_bytes=UPLOAD_LIMIT_BYTES),
                     *gateway.routes(self._serving, self._inference, registry, self._membership, settings, shelf, bus),
                 ]
-                async with serve_http(sock, routes, (in_words,)), AsyncExitStack() as advertisement:
+                async with (
+                    serve_http(sock, routes, (in_words,), settings.http),
+                    AsyncExitStack() as advertisement,
+                ):
                     await self._join(bus)
                     if broker is not None:
                         running.append(
@@ -362,12 +365,13 @@ class Coordinator:
         rival = "" if self._rival is None else "; another coordinator is on this bus: stop one"
         return f"{cluster} is served", f": {count} node{'' if count == 1 else 's'}{rival}"
 
-    async def _say_again(self, online: CoordinatorStatus) -> None:
-        """Whatever was put on our topic meanwhile, by a tool that clears what is retained or a will that came late."""
+    async def _say_again(self, online: CoordinatorStatus, store: BlobStore) -> None:
+        """Whatever was put on our topic meanwhile, by a tool that clears what is retained or a will that came late; and what is short."""
         while True:
             await asyncio.sleep(STATUS_SECONDS)
             if self._announced.is_set():
-                self._outbox.publish(self.topics.coordinator_status, online, retain=True)
+                now = replace(online, shortage=store.shortage())
+                self._outbox.publish(self.topics.coordinator_status, now, retain=True)
 
     async def _tick(self) -> None:
         while True:

@@ -44,7 +44,7 @@ from coordinator.serving.serving import Serving
 from coordinator.training import privacy, scores
 from coordinator.training.rounds import RoundsStrategy
 from coordinator.training.sync import SyncStrategy
-from potluck.errors import Cancelled, Conflict, PotluckError, Unavailable
+from potluck.errors import Cancelled, Conflict, DiskFull, PotluckError, Unavailable
 from potluck.logs import fields
 from potluck.messages import (
     AcknowledgeResult,
@@ -67,6 +67,9 @@ from potluck.outbox import error_info
 from potluck.settings import CoordinatorSettings
 
 log = logging.getLogger(__name__)
+
+ROOM_SECONDS = 5.0
+"""How long an action waits that had no room on our disk, before it is tried again."""
 
 
 class Dispatcher:
@@ -95,6 +98,8 @@ class Dispatcher:
         self._settings = settings
         self._clock = clock
         self._actions: dict[tuple[str, str], asyncio.Task[None]] = {}
+        self._no_room: dict[tuple[str, str], float] = {}
+        """Actions of jobs for which there was no room, and when they are tried again."""
         self._dirty: dict[str, None] = {}
         self._wake = asyncio.Event()
         self._tasks: asyncio.TaskGroup | None = None
@@ -193,7 +198,6 @@ class Dispatcher:
                 if held is None:
                     self._leases.command(node_id, AcknowledgeResult(attempt_id=message.attempt_id))
                 elif not held.collecting:
-                    held.collecting = True
                     self._act(held.job_id, f"collect {message.attempt_id}", self._collect(message))
             case _:
                 pass
@@ -248,6 +252,7 @@ class Dispatcher:
             self._end_attempt(attempt_id, reason, None)
         self._leases.send_due(now)
         self._packed.tick()
+        self._store.pin_rounds()
         self._dirty.update(dict.fromkeys(self._store.active))
 
     def _plan(self, job: Job) -> None:
@@ -320,30 +325,50 @@ class Dispatcher:
     def _act(self, job_id: str, name: str, action: Coroutine[Any, Any, None]) -> None:
         """Start an action of a job, unless the same one is under way."""
         key = (job_id, name)
-        if key in self._actions or self._tasks is None:
+        if key in self._actions or self._tasks is None or self._clock() < self._no_room.get(key, 0.0):
             action.close()
             return
-        task = self._tasks.create_task(self._guard(job_id, action), name=f"{job_id} {name}")
+        task = self._tasks.create_task(self._guard(job_id, name, action), name=f"{job_id} {name}")
         self._actions[key] = task
         task.add_done_callback(lambda _: self._actions.pop(key, None))
 
-    async def _guard(self, job_id: str, action: Coroutine[Any, Any, None]) -> None:
+    async def _guard(self, job_id: str, name: str, action: Coroutine[Any, Any, None]) -> None:
         job = self._store.jobs[job_id]
         try:
             await action
+            self._found_room(job_id)
         except PotluckError as error:
-            if job.active:
+            if not job.active:
+                return
+            if isinstance(error, DiskFull) and name != "deploy":  # which is about the nodes' disks
+                self._wait_for_room(job, name, error)
+            else:
                 self._finish(job, "failed", error=error_info(error))
         except Exception as error:  # the same boundary as in _plan: one job's defect stays its own
             log.exception("action failed %s", fields(job=job_id))
             if job.active:
                 self._finish(job, "failed", error=ErrorInfo(code="internal", message=f"internal error: {error!r}"))
 
+    def _wait_for_room(self, job: Job, name: str, error: DiskFull) -> None:
+        """A full disk is no fault of a job's: what it has stays, and the next plan asks for the same again."""
+        if not any(job_id == job.job_id for job_id, _ in self._no_room):
+            log.warning("job waits for room %s", fields(job=job.job_id, reason=error.message))
+        self._no_room[job.job_id, name] = self._clock() + ROOM_SECONDS
+        self._announcer.doing(job.job_id, f"waits for room at the coordinator: {error.message}")
+
+    def _found_room(self, job_id: str) -> None:
+        left = {key: at for key, at in self._no_room.items() if key[0] != job_id}
+        if len(left) < len(self._no_room):
+            self._no_room = left
+            log.info("job goes on, there is room %s", fields(job=job_id))
+            self._announcer.doing(job_id, "")
+
     async def _collect(self, message: ShardFinished) -> None:
         attempt_id = message.attempt_id
         held = self._leases.get(attempt_id)
         if held is None:
             return
+        held.collecting = True
         job = self._store.jobs[held.job_id]
         strategy, attempt = job.strategy, job.attempts.get(attempt_id)
         result: AnyTaskResult = message.result
@@ -354,6 +379,9 @@ class Dispatcher:
             held.collecting = False
             self._end_attempt(attempt_id, f"its result could not be fetched: {error.message}", None)
             return
+        except DiskFull:
+            held.collecting = False  # its node keeps it, and offers it again until we have taken it
+            raise
         except PotluckError as error:
             held.collecting = False
             self._end_attempt(attempt_id, "its result cannot be used", error_info(error))
@@ -374,6 +402,7 @@ class Dispatcher:
         if job.active:  # nothing may be awaited before it is recorded: what has come is pinned until here
             before = strategy.step
             self._record(job, closed)
+            self._store.pin_rounds()
             self._collector.drop_round(decision, before, closed, self._store.kept())
             outer = {"outer_learning_rate": closed.learning_rate, "outer_momentum": round(closed.momentum, 3)}
             rejected = ",".join(closed.rejected) or None
@@ -403,6 +432,7 @@ class Dispatcher:
             metrics=decision.metrics,
         )
         self._record(job, closed)
+        self._store.pin_rounds()
         self._collector.drop(used, self._store.kept())
         log.info(
             "round closed %s", fields(job=job.job_id, round=closed.round, samples=closed.samples, **closed.metrics)
@@ -490,6 +520,7 @@ class Dispatcher:
         final = self.described(job).progress
         self._record(job, JobFinished(at=now, result=result))
         self._leases.forget(job)
+        self._no_room = {key: at for key, at in self._no_room.items() if key[0] != job.job_id}
         for forgotten in self._store.ended(job, final):
             self._announcer.forget(forgotten)
         self._packed.ended(job.submitted.spec)

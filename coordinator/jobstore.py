@@ -89,6 +89,8 @@ class JobStore:
         self._requests: dict[str, str] = {}
         self._tasks: dict[str, AnyTask] = {}
         self._final: dict[str, JobProgress] = {}
+        self._rounds: set[str] = set()
+        """Blobs that are pinned since training under way rests on them."""
         self.jobs: dict[str, Job] = {}
         self.active: dict[str, None] = {}
         for stream in journal.streams("job/"):
@@ -210,6 +212,16 @@ class JobStore:
         found = {sha256 for strategy in strategies if isinstance(strategy, RoundsStrategy) for sha256 in strategy.kept}
         ended = [job.ended.checkpoint for job in self.jobs.values() if job.ended is not None]
         return found | {ref.sha256 for ref in ended if ref is not None}
+
+    def pin_rounds(self) -> None:
+        """Keep what the training under way rests on, whatever else wants room."""
+        strategies = [self.jobs[job_id].strategy for job_id in self.active]
+        wanted = {sha256 for strategy in strategies if isinstance(strategy, RoundsStrategy) for sha256 in strategy.kept}
+        for sha256 in wanted - self._rounds:
+            self._blobs.pin(sha256)
+        for sha256 in self._rounds - wanted:
+            self._blobs.unpin(sha256)
+        self._rounds = wanted
 
     def record(self, job: Job, event: AnyEvent) -> None:
         """Journal an event, and then let it happen."""

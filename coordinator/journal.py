@@ -6,9 +6,11 @@ Each opening of the journal raises the epoch, which fences commands of a coordin
 
 from __future__ import annotations
 
+import logging
+import shutil
 import sqlite3
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,8 +18,14 @@ import msgspec
 
 from potluck import codec
 from potluck.errors import Conflict, Unavailable
+from potluck.logs import fields
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+BALLAST_BYTES = 4 * 2**20
+RETAKE_SECONDS = 30.0
+"""How often we look whether there is room for the ballast again."""
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS events (seq INTEGER PRIMARY KEY, stream TEXT NOT NULL, body BLOB NOT NULL);
@@ -51,14 +59,14 @@ class Journal:
             if error.sqlite_errorcode in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
                 raise Conflict(f"the journal {path} is in use ({error}): does another coordinator run?") from error
             raise Unavailable(f"the journal {path} cannot be opened: {error}") from error
+        self._ballast = _Ballast(path.with_name(f"{path.name}.ballast"))
         row = self._db.execute("SELECT value FROM facts WHERE key = 'epoch'").fetchone()
         self.epoch: int = row[0]
 
     def append(self, stream: str, *events: msgspec.Struct) -> None:
         """Write `events` to `stream`, all or none, before returning. Raises Unavailable, when the disk is full for one."""
         rows = [(stream, codec.pack(event)) for event in events]
-        with self._transaction():
-            self._db.executemany("INSERT INTO events (stream, body) VALUES (?, ?)", rows)
+        self._write(lambda: self._db.executemany("INSERT INTO events (stream, body) VALUES (?, ?)", rows))
 
     def replay(self, stream: str, kind: type[T]) -> Iterator[T]:
         """The events of `stream` in order, as `kind` (a tagged union of structs)."""
@@ -76,21 +84,66 @@ class Journal:
     def rewrite(self, stream: str, events: Iterable[msgspec.Struct]) -> None:
         """Replace a stream by fewer events that give the same state (none: the stream is gone)."""
         rows = [(stream, codec.pack(event)) for event in events]
-        with self._transaction():
+
+        def work() -> None:
             self._db.execute("DELETE FROM events WHERE stream = ?", (stream,))
             self._db.executemany("INSERT INTO events (stream, body) VALUES (?, ?)", rows)
+
+        self._write(work)
 
     def close(self) -> None:
         self._db.close()
 
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
+    def _write(self, work: Callable[[], object]) -> None:
+        """All of `work` or none of it; once more without the ballast where the disk is full. Raises Unavailable."""
         try:
-            self._db.execute("BEGIN IMMEDIATE")
-            with self._db:
-                yield
+            try:
+                self._once(work)
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode != sqlite3.SQLITE_FULL or not self._ballast.drop():
+                    raise
+                log.warning("journal lives on what was kept for it: the disk is full %s", fields(path=self._path))
+                self._once(work)
         except sqlite3.OperationalError as error:
             raise Unavailable(
                 f"the journal {self._path} cannot be written ({error}): make room on its disk and start the coordinator again; "
                 "jobs go on where they were"
             ) from error
+        self._ballast.take()
+
+    def _once(self, work: Callable[[], object]) -> None:
+        self._db.execute("BEGIN IMMEDIATE")
+        with self._db:
+            work()
+
+
+class _Ballast:
+    """Room beside the journal that is given up when the disk is full, so that what happens then can be written."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._here = False
+        self._tried_at = -RETAKE_SECONDS
+        self.take()
+
+    def drop(self) -> bool:
+        """Whether there was any."""
+        dropped, self._here = self._here, False
+        self._path.unlink(missing_ok=True)
+        self._tried_at = time.monotonic()
+        return dropped
+
+    def take(self) -> None:
+        """Have it, or have it again, where there is room to spare."""
+        if self._here or time.monotonic() - self._tried_at < RETAKE_SECONDS:
+            return
+        self._tried_at = time.monotonic()
+        try:
+            if self._path.exists() and self._path.stat().st_size == BALLAST_BYTES:
+                self._here = True
+            elif shutil.disk_usage(self._path.parent).free > 2 * BALLAST_BYTES:
+                with self._path.open("wb") as file:
+                    file.write(bytes(BALLAST_BYTES))
+                self._here = True
+        except OSError as error:
+            log.debug("no room kept for the journal %s", fields(reason=error))

@@ -177,4 +177,5 @@ def _info(member: Member) -> NodeInfo:
         gives_way=now is not None and now.gives_way,
         left=member.left,
         clock_ahead_seconds=member.clock_ahead_seconds,
+        shortage=now.shortage if now else "",
     )

@@ -113,7 +113,8 @@ class Telemetry:
     """Readings of this machine; the first CPU reading is of the time since this object was made."""
 
     def __init__(self) -> None:
-        psutil.cpu_percent()
+        self._cpu_percent = psutil.cpu_percent()
+        self._memory = psutil.virtual_memory()
         self._nvml = _nvml()
 
     def read(
@@ -126,14 +127,20 @@ class Telemetry:
         serving: bool = False,
         gives_way: bool = False,
         coordinator_lost_at: float = 0.0,
+        shortage: str = "",
     ) -> NodeTelemetry:
-        memory = psutil.virtual_memory()
+        """What can be read now, and for the rest what was read before: where no more files can be opened."""
+        try:
+            self._memory = psutil.virtual_memory()
+            self._cpu_percent = psutil.cpu_percent()
+        except OSError as error:
+            log.warning("no new readings of this machine %s", fields(reason=error))
         return NodeTelemetry(
             node_id=node_id,
             session=session,
-            cpu_percent=psutil.cpu_percent(),
-            memory_used_bytes=memory.used,
-            memory_available_bytes=memory.available,
+            cpu_percent=self._cpu_percent,
+            memory_used_bytes=self._memory.used,
+            memory_available_bytes=self._memory.available,
             attempts=attempts,
             replicas=replicas,
             serving=serving,
@@ -141,6 +148,7 @@ class Telemetry:
             gpu_percent=self._gpu_percent(),
             sent_at=time.time(),
             coordinator_lost_at=coordinator_lost_at,
+            shortage=shortage,
         )
 
     def _gpu_percent(self) -> tuple[float, ...]:

@@ -150,6 +150,7 @@ class Node:
                         lambda: self._replicas.ids,
                         lambda: self._serve_slot.engine is not None,
                         lambda: self._giving_way.paused,
+                        store.shortage,
                     ),
                     "idle": self._stop_idle(),
                     "giving way": self._pause_and_resume(),
@@ -161,7 +162,7 @@ class Node:
                     parts["advertise"] = self._presence.advertise(discovery)
                 running = [tasks.create_task(part, name=name) for name, part in parts.items()]
                 routes = blob_server.routes(store, inputs.store, writable=False, max_bytes=0)
-                async with serve_http(sock, [*routes, *inputs.routes(self._replicas.no_inputs)]):
+                async with serve_http(sock, [*routes, *inputs.routes(self._replicas.no_inputs)], limits=settings.http):
                     http = self._presence.urls[0]
                     log.info("node started %s", fields(node=self.node_id, cluster=settings.cluster, http=http))
                     lifecycle.notify("READY=1")

@@ -185,6 +185,7 @@ class Presence:
         replicas: Callable[[], tuple[str, ...]],
         serving: Callable[[], bool],
         gives_way: Callable[[], bool],
+        shortage: Callable[[], str],
     ) -> None:
         """Say how busy this machine is, every `telemetry_seconds`, until cancelled."""
         readings = capacities.Telemetry()
@@ -194,7 +195,7 @@ class Presence:
             if self.joined:
                 reading = readings.read(
                     self._node_id, self._session, attempts(), replicas(), serving=serving(), gives_way=gives_way(),
-                    coordinator_lost_at=self._coordinator_lost_at,
+                    coordinator_lost_at=self._coordinator_lost_at, shortage=shortage(),
                 )  # fmt: skip
                 outbox.publish(topic, reading, qos=0, encoding="json")
 

@@ -1,22 +1,40 @@
-"""An aiohttp server on a socket that is bound already, as an async context manager."""
+"""An aiohttp server on a socket that is bound already, as an async context manager; and how long bodies may take."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import resource
 import socket
-from collections.abc import AsyncIterator, Sequence
+from collections import defaultdict
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from typing import Any, NoReturn
 
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.log import server_logger
 from aiohttp.typedefs import Middleware
 
-from potluck.logs import fields
+from potluck.logs import Seldom, fields
+from potluck.settings import HttpSettings
 
 SHUTDOWN_SECONDS = 2.0
+LEAST_RATE = 1024
+"""Bytes a second of a body, beyond what `Patience` grants."""
+TOO_SLOW = f"the body comes too slowly: no byte for {{:g}} s, or less than {LEAST_RATE} bytes a second"
 _READ_BYTES = 1 << 18
 """How much of a body may wait to be read before its sender has to."""
+_RESERVED_FILES = 256
+"""For all but connections: journal, bus, engines, downloads."""
+_FILES_EACH = 2
+"""A connection, and the file that is sent or received by it."""
+_BACKLOG = 128
+_SWEEPS = 4
+"""In the time that a head may take."""
+_FULL = b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nRetry-After: 1\r\nContent-Length: 0\r\n\r\n"
+
+log = logging.getLogger(__name__)
 
 
 class _Malformed(logging.Filter):
@@ -33,6 +51,8 @@ class _Malformed(logging.Filter):
 
 
 server_logger.addFilter(_Malformed())
+for _logger in (server_logger, log):
+    _logger.addFilter(Seldom())
 
 
 def words(error: Exception) -> str:
@@ -40,26 +60,214 @@ def words(error: Exception) -> str:
     return " ".join(str(error).removeprefix("400, message:").split())[:200]
 
 
+class Patience:
+    """How long a body may be waited for: `idle_seconds` in all, and a second more for each LEAST_RATE bytes of it.
+
+    What counts is the time in which we wait for its sender, not that in which we write or hash what came.
+    """
+
+    def __init__(self, idle_seconds: float) -> None:
+        self.idle_seconds = idle_seconds
+        self._left = idle_seconds
+
+    def left(self) -> float:
+        """Seconds that the next piece may take."""
+        return min(self.idle_seconds, self._left)
+
+    def came(self, size: int, seconds: float) -> None:
+        """A piece of so many bytes, that was waited for so long."""
+        self._left += size / LEAST_RATE - seconds
+
+
+class _Peer:
+    """The connections from one address: how many, and those that wait for a request, the longest first."""
+
+    def __init__(self) -> None:
+        self.open = 0
+        self.waiting: dict[_Connection, None] = {}
+
+
+class _Door:
+    """Who may come in. Where it is full, a connection that waits for its next request leaves; where none does, the new one."""
+
+    def __init__(self, limits: HttpSettings) -> None:
+        self.limits = limits
+        self.open = 0
+        self._peers: defaultdict[str, _Peer] = defaultdict(_Peer)
+        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        by_files = limits.connections if soft < 0 else max(2, (soft - _RESERVED_FILES) // _FILES_EACH)
+        self._connections = min(limits.connections, by_files)
+
+    def enter(self, connection: _Connection) -> bool:
+        """Whether there is room; counts it then."""
+        peer = self._peers[connection.peer]
+        if peer.open >= self.limits.connections_per_address and not self._free(peer, connection.peer):
+            return False
+        if self.open >= self._connections:
+            # Of the address that has most of them: nobody loses connections by what another holds.
+            host, most = max(self._peers.items(), key=lambda item: len(item[1].waiting))
+            if not self._free(most, host):
+                self._left(connection.peer)
+                return False
+        peer = self._peers[connection.peer]
+        peer.open += 1
+        self.open += 1
+        return True
+
+    def leave(self, connection: _Connection) -> None:
+        peer = self._peers[connection.peer]
+        peer.waiting.pop(connection, None)
+        peer.open -= 1
+        self.open -= 1
+        self._left(connection.peer)
+
+    def waits(self, connection: _Connection) -> None:
+        waiting = self._peers[connection.peer].waiting
+        waiting.pop(connection, None)
+        waiting[connection] = None
+
+    def works(self, connection: _Connection) -> None:
+        self._peers[connection.peer].waiting.pop(connection, None)
+
+    async def sweep(self) -> NoReturn:
+        """Close those whose head takes too long, until cancelled."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(self.limits.header_seconds / _SWEEPS)
+            oldest = loop.time() - self.limits.header_seconds
+            late = [one for peer in self._peers.values() for one in peer.waiting if one.began_at < oldest]
+            for connection in late:
+                log.info("request is not whole in time %s", fields(peer=connection.peer))
+                connection.force_close()
+
+    def _free(self, peer: _Peer, host: str) -> bool:
+        """Whether one that waits could be closed."""
+        connection = next((one for one in peer.waiting if one.quiet), None)
+        if connection is None:
+            log.warning("connection refused: all are at work %s", fields(peer=host, open=peer.open, all=self.open))
+            return False
+        log.warning("waiting connection closed for a new one %s", fields(peer=host, open=peer.open, all=self.open))
+        connection.give_up()
+        return True
+
+    def _left(self, host: str) -> None:
+        if not self._peers[host].open:
+            del self._peers[host]
+
+
+_NEVER = float("inf")
+
+
+class _Connection(web.RequestHandler):
+    """aiohttp's side of a connection, which tells the door when it waits and when it works."""
+
+    def __init__(self, server: web.Server, door: _Door, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(
+            server,
+            loop=loop,
+            access_log=None,  # type: ignore[arg-type] # as AppRunner takes it
+            keepalive_timeout=door.limits.idle_seconds,
+            read_bufsize=_READ_BYTES,
+            auto_decompress=False,  # which has no limit but our memory's: bodies that are taken so are inflated where they are read
+        )
+        self._door = door
+        self._inside = False
+        self.peer = ""
+        self.began_at = _NEVER
+        """When the first byte of a request came whose head is not whole yet, by the loop's clock."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.peer = str((transport.get_extra_info("peername") or ("",))[0])
+        if not self._door.enter(self):
+            transport.write(_FULL)
+            transport.close()
+            return
+        self._inside = True
+        _bound_silence(transport, self._door.limits.idle_seconds)
+        super().connection_made(transport)
+        self._door.waits(self)
+
+    def data_received(self, data: bytes) -> None:
+        if self.began_at == _NEVER:
+            self.began_at = asyncio.get_running_loop().time()
+        super().data_received(data)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self._out()
+        super().connection_lost(exc)
+
+    @property
+    def quiet(self) -> bool:
+        """Whether all that was answered is sent."""
+        return self.transport is None or self.transport.get_write_buffer_size() == 0
+
+    def works(self) -> None:
+        """A request is whole but for its body."""
+        if self._inside:
+            self._door.works(self)
+
+    async def finish_response(
+        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> Any:
+        found = await super().finish_response(request, resp, start_time)
+        self.began_at = _NEVER
+        if self._inside:
+            self._door.waits(self)
+        return found
+
+    def give_up(self) -> None:
+        """Close it at once; it counts no longer."""
+        self._out()
+        self.force_close()
+
+    def _out(self) -> None:
+        if self._inside:
+            self._inside = False
+            self._door.leave(self)
+
+
+def _bound_silence(transport: asyncio.Transport, seconds: float) -> None:
+    """A client that takes nothing of what is sent to it for so long is gone (tcp(7), TCP_USER_TIMEOUT; RFC 5482)."""
+    sock = transport.get_extra_info("socket")
+    if sock is not None and hasattr(socket, "TCP_USER_TIMEOUT") and sock.family in (socket.AF_INET, socket.AF_INET6):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(seconds * 1000))
+
+
+@web.middleware
+async def _at_work(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    if isinstance(request.protocol, _Connection):
+        request.protocol.works()
+    return await handler(request)
+
+
 @asynccontextmanager
 async def serve_http(
-    sock: socket.socket, routes: Sequence[web.RouteDef], middlewares: Sequence[Middleware] = ()
+    sock: socket.socket,
+    routes: Sequence[web.RouteDef],
+    middlewares: Sequence[Middleware] = (),
+    limits: HttpSettings = HttpSettings(),  # noqa: B008 - frozen
 ) -> AsyncIterator[None]:
     """Serve `routes` within the block; requests under way get SHUTDOWN_SECONDS at its end.
 
     A handler whose client has gone is cancelled.
     """
-    app = web.Application(middlewares=middlewares)
+    app = web.Application(middlewares=(_at_work, *middlewares))
     app.add_routes(routes)
-    runner = web.AppRunner(
-        app,
-        access_log=None,
-        shutdown_timeout=SHUTDOWN_SECONDS,
-        handler_cancellation=True,
-        read_bufsize=_READ_BYTES,
-    )
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_SECONDS, handler_cancellation=True)
     await runner.setup()
+    inner = runner.server
+    assert inner is not None
+    door, loop = _Door(limits), asyncio.get_running_loop()
+    sweeping = asyncio.create_task(door.sweep(), name="http connections")
     try:
-        await web.SockSite(runner, sock).start()
-        yield
+        server = await loop.create_server(lambda: _Connection(inner, door, loop), sock=sock, backlog=_BACKLOG)
+        try:
+            yield
+        finally:
+            server.close()
     finally:
+        sweeping.cancel()
         await runner.cleanup()

@@ -10,6 +10,7 @@ import gc
 import logging
 import os
 import platform
+import resource
 import signal
 import socket
 import sys
@@ -29,6 +30,9 @@ S = TypeVar("S", NodeSettings, CoordinatorSettings)
 _PR_SET_PDEATHSIG = 1
 REPORT_SECONDS = 1.0
 """How often `report` looks; a WatchdogSec must be several times as long."""
+
+FILES = 65_536
+"""So many a daemon would have open at most: more would only let those who take them take more memory."""
 
 _notify_address = ""
 _watched = False
@@ -78,6 +82,20 @@ def _keep_from_children() -> None:
     _notify_address = os.environ.pop("NOTIFY_SOCKET", "")
     microseconds, process = os.environ.pop("WATCHDOG_USEC", ""), os.environ.pop("WATCHDOG_PID", "")
     _watched = bool(microseconds) and process in ("", str(os.getpid()))  # sd_watchdog_enabled(3)
+
+
+def raise_file_limit() -> int:
+    """Files that this process may have open: as many as it may allow itself (setrlimit(2)), FILES at most, and not fewer than now."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = FILES if hard == resource.RLIM_INFINITY else min(hard, FILES)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return soft
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    except (OSError, ValueError) as error:  # a system with a limit beside it
+        log.warning("limit of open files not raised %s", fields(limit=soft, wanted=wanted, reason=error))
+        return soft
+    return wanted
 
 
 def stop_event(loop: asyncio.AbstractEventLoop) -> asyncio.Event:
@@ -155,6 +173,7 @@ def run_daemon(name: str, read_settings: Callable[[], S], serve: Callable[[S], C
     try:
         settings = read_settings()
         logs.configure(settings.log_level)
+        raise_file_limit()
         if settings.listen.insecure:
             log.warning("INSECURE: %s listens on %s without encryption or identities", name, settings.listen.host)
         # What is imported stays: without this each full collection looks at all of it, and nobody is answered meanwhile.

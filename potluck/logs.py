@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
+from collections.abc import Callable
 
 
 class _KeyValueFormatter(logging.Formatter):
@@ -18,6 +20,35 @@ class _JournalFormatter(logging.Formatter):
         return _with_priority(record.levelno, super().format(record))
 
 
+class Seldom(logging.Filter):
+    """Lets `count` lines of a kind through in `seconds`, and says with the next one how many were left out.
+
+    Of a kind are those with the same first line of text, before values are filled in.
+    """
+
+    _KINDS_LIMIT = 1000
+
+    def __init__(self, count: int = 10, seconds: float = 10.0, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self._count = count
+        self._seconds = seconds
+        self._clock = clock
+        self._seen: dict[str, tuple[float, int]] = {}
+        """When the time of a kind began, and how many there were since."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        kind, now = str(record.msg).partition("\n")[0], self._clock()
+        began, seen = self._seen.get(kind, (now, 0))
+        if now - began >= self._seconds:
+            if seen > self._count:
+                record.msg = f"{record.msg} ({seen - self._count} more of these were left out)"
+            began, seen = now, 0
+        if len(self._seen) >= self._KINDS_LIMIT:
+            self._seen.clear()
+        self._seen[kind] = (began, seen + 1)
+        return seen < self._count
+
+
 def configure(level: str = "INFO") -> None:
     """Send the logs of this process to standard error."""
     handler = logging.StreamHandler(sys.stderr)
@@ -28,6 +59,8 @@ def configure(level: str = "INFO") -> None:
     root.setLevel(level.upper())
     for noisy in ("amqtt", "transitions", "mqtt", "aiohttp.access", "zeroconf", "asyncio"):
         logging.getLogger(noisy).setLevel(max(logging.WARNING, root.level))
+    loop = logging.getLogger("asyncio")  # it says so of each connection that it cannot take, a thousand times a second
+    loop.filters[:] = [Seldom()]
 
 
 def say(level: int, text: str) -> None:

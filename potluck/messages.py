@@ -548,6 +548,8 @@ class NodeInfo(Part, frozen=True):
     """Whether it is offline because it was ended in order."""
     clock_ahead_seconds: float = 0.0
     """How far its clock is ahead of the coordinator's, as its telemetry came; 0 where it did not say."""
+    shortage: str = ""
+    """Why it can take no more blobs, as its telemetry says."""
 
 
 class ListNodes(Message, frozen=True):
@@ -831,6 +833,8 @@ class CoordinatorStatus(Message, frozen=True):
     """Versions of `potluck` and `python`, by name."""
     since: float = 0.0
     """When it came into this state; 0 in a will, which cannot know."""
+    shortage: str = ""
+    """Why it can take no more blobs, and jobs wait: its disk is full; "": it can."""
 
 
 class NodeStatus(Message, frozen=True):
@@ -879,6 +883,8 @@ class NodeTelemetry(Message, frozen=True):
     """By the node's clock; 0: it does not say."""
     coordinator_lost_at: float = 0.0
     """Since when the node knows of no coordinator that is online; 0: there is one."""
+    shortage: str = ""
+    """Why it can take no more blobs: its disk is full; "": it can."""
 
 
 # --- shards: what one node does ---------------------------------------------------------------------------------------

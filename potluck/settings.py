@@ -51,6 +51,17 @@ class Listen(Section, frozen=True):
     insecure: bool = False
 
 
+class HttpSettings(Section, frozen=True):
+    """How much of a daemon's HTTP server others may hold: `connections` in all, and from one address."""
+
+    connections: Annotated[int, Meta(ge=2)] = 4096
+    connections_per_address: Annotated[int, Meta(ge=1)] = 1024
+    idle_seconds: PositiveSeconds = 75.0
+    """A connection on which nobody asks for so long is closed, and one whose client reads none of an answer for so long."""
+    header_seconds: PositiveSeconds = 20.0
+    """The head of a request must be whole so long after its first byte."""
+
+
 BROKER_PORT = 1883
 """Of MQTT, as registered with IANA."""
 GATEWAY_PORT = 7814
@@ -104,6 +115,7 @@ class NodeSettings(NetworkSettings, frozen=True):
     node_id: str = ""
     state_dir: str = ""
     listen: Listen = Listen()
+    http: HttpSettings = HttpSettings()
     log_level: LogLevel = "INFO"
     telemetry_seconds: PositiveSeconds = 5.0
     resend_seconds: PositiveSeconds = 1.0
@@ -135,6 +147,7 @@ class CoordinatorSettings(NetworkSettings, frozen=True):
 
     state_dir: str = ""
     listen: GatewayListen = GatewayListen()
+    http: HttpSettings = HttpSettings()
     broker: BrokerSettings = BrokerSettings()
     log_level: LogLevel = "INFO"
     lease_seconds: PositiveSeconds = 10.0

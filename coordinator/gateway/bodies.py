@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import zlib
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any, TypeVar
 
 import msgspec
@@ -13,14 +15,16 @@ from aiohttp import ClientPayloadError, web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from potluck.errors import InvalidRequest, Overloaded, TimedOut, TooLarge
-from potluck.http import words
+from potluck.http import TOO_SLOW, Patience, words
 
 IDLE_SECONDS = 30.0
-"""A body of which no byte arrives for so long is given up."""
+"""A body of which no byte arrives for so long is given up, and one that is slow (`potluck.http.Patience`)."""
 HELD_AT_ONCE = 4
 """So many bodies of the largest size are held at once; what is over is refused, and may come back."""
 IN_THREAD_BYTES = 256 * 1024
 """What is read or written by the event loop's own thread, of JSON; with more, others would wait for it."""
+_INFLATES = 16
+"""Times: for how large a piece is taken before it is inflated."""
 T = TypeVar("T")
 
 
@@ -34,31 +38,41 @@ class Bodies:
         """By the request's identity, while it is answered."""
 
     async def read(self, request: web.Request) -> bytes:
-        """The body, decompressed where it says how (`Content-Encoding`).
+        """The body, decompressed where it says how (`Content-Encoding`), and never more of it than the limit.
 
         Raises TooLarge, Overloaded, TimedOut, and InvalidRequest where it is cut off or cannot be decompressed.
         """
         if (request.content_length or 0) > self.limit_bytes:
             raise self._too_large()
+        inflate = _inflater(request.headers.get("Content-Encoding", ""))
         content = request.content
         parts: list[bytes] = []
-        size = 0
+        size = received = 0
+        patience, loop = Patience(IDLE_SECONDS), asyncio.get_running_loop()
         try:
             while not content.at_eof():
-                if content.is_eof() or content.total_bytes > size:
+                if content.is_eof() or content.total_bytes > received:
                     part = content.read_nowait()  # it is here: no need to wait, and to watch the clock
                 else:
-                    async with asyncio.timeout(IDLE_SECONDS):
+                    began_at = loop.time()
+                    async with asyncio.timeout(patience.left()):
                         part = await content.readany()
+                    patience.came(len(part), loop.time() - began_at)
+                received += len(part)
+                if inflate is not None:
+                    # One byte over the limit is enough to know.
+                    part = await beside(len(part) * _INFLATES, partial(inflate, part, self.limit_bytes - size + 1))
                 size += len(part)
                 if size > self.limit_bytes:
                     raise self._too_large()
                 self._hold(request, len(part))
                 parts.append(part)
         except TimeoutError:
-            raise TimedOut(f"no byte of the body arrived for {IDLE_SECONDS:g} s") from None
+            raise TimedOut(TOO_SLOW.format(IDLE_SECONDS)) from None
         except (HttpProcessingError, ClientPayloadError, web.RequestPayloadError) as error:
             raise InvalidRequest(f"the body cannot be read: {words(error)}") from error
+        if inflate is not None and received and not inflate.ended:
+            raise InvalidRequest(f"the body cannot be read: its {inflate.coding} is cut off")
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def release(self, request: web.Request) -> None:
@@ -76,6 +90,47 @@ class Bodies:
 
     def _too_large(self) -> TooLarge:
         return TooLarge(f"the body is over {self.limit_bytes} bytes: send fewer rows at once")
+
+
+class _Inflate:
+    """What was compressed as gzip (RFC 1952, one member) or deflate (RFC 1950, or 1951 as some send it), piece by piece."""
+
+    def __init__(self, coding: str) -> None:
+        self.coding = coding
+        self._inner: Any = None
+
+    @property
+    def ended(self) -> bool:
+        return self._inner is not None and bool(self._inner.eof)
+
+    def __call__(self, part: bytes, most: int) -> bytes:
+        """The bytes in `part`, `most` of them: where there are more, no further piece may be read. Raises InvalidRequest."""
+        if not part:
+            return b""
+        if self._inner is None:
+            bits = zlib.MAX_WBITS if part[0] & 0x0F == zlib.DEFLATED else -zlib.MAX_WBITS
+            self._inner = zlib.decompressobj(zlib.MAX_WBITS | 16 if self.coding == "gzip" else bits)
+        if self.ended:
+            raise InvalidRequest(f"the body cannot be read: something follows the end of its {self.coding}")
+        try:
+            found: bytes = self._inner.decompress(part, most)
+        except zlib.error as error:
+            raise InvalidRequest(f"the body cannot be read as {self.coding}: {error}") from error
+        if self._inner.unused_data:
+            raise InvalidRequest(f"the body cannot be read: something follows the end of its {self.coding}")
+        return found
+
+
+def _inflater(coding: str) -> _Inflate | None:
+    """For a Content-Encoding; None for bytes as they are. Raises InvalidRequest."""
+    coding = coding.strip().lower().removeprefix("x-")
+    if coding in ("", "identity"):
+        return None
+    if coding not in ("gzip", "deflate"):
+        raise InvalidRequest(
+            f"the Content-Encoding {coding[:40]!r} is not known: send gzip, deflate, or bytes as they are"
+        )
+    return _Inflate(coding)
 
 
 async def beside(size: int, work: Callable[[], T]) -> T:

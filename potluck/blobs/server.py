@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 from aiohttp import ETag, hdrs, web
@@ -13,9 +14,10 @@ from aiohttp.abc import AbstractStreamWriter
 
 from potluck.blobs.store import BlobStore, NewFile, is_sha256, made_up_name
 from potluck.errors import DiskFull, NotFound, PotluckError, TooLarge
+from potluck.http import TOO_SLOW, Patience
 
 IDLE_SECONDS = 30.0
-"""An upload of which no byte arrives for so long is given up."""
+"""An upload of which no byte arrives for so long is given up, and one that is slow (`potluck.http.Patience`)."""
 
 _OCTETS = "application/octet-stream"
 _LEFT_SECONDS = 1.0
@@ -53,7 +55,10 @@ def routes(
         sha256 = request.match_info["sha256"]
         if not is_sha256(sha256):
             return _problem(400, "a blob is named by its SHA-256: 64 lower-case hexadecimal digits")
+        if _is_encoded(request):
+            return _encoded()
         if store.has(sha256):
+            store.path(sha256)  # it counts as used now: whoever sends it is about to name it
             return web.Response(status=200)
         if (request.content_length or 0) > max_bytes:
             return _too_large(max_bytes)
@@ -101,6 +106,8 @@ def inputs_routes(
     async def post(request: web.Request) -> web.StreamResponse:
         if request.content_type != _OCTETS:  # which no page in a browser can send unasked: fetch standard, 2.2.2
             return _problem(415, f"inputs are sent as {_OCTETS}")
+        if _is_encoded(request):
+            return _encoded()
         if (reason := refusal()) is not None:
             return _problem(503, reason.message)
         if (request.content_length or 0) > max_bytes:
@@ -128,25 +135,33 @@ async def _received(
     """The body in the store, and 201; or why not. It must have the hash `wanted`; None: it is not hashed, and the answer names it."""
     digest = None if wanted is None else hashlib.sha256()
     try:
-        with store.new_file() as file:
-            size = await _receive(request, file, digest, max_bytes, idle_seconds)
+        peer = request.remote or ""
+        with store.new_file() as file, store.receiving(peer) if wanted else nullcontext(_nothing) as coming:
+            size = await _receive(request, file, digest, max_bytes, idle_seconds, coming)
             if digest is not None and digest.hexdigest() != wanted:
                 return _problem(409, f"the {size} bytes sent have the SHA-256 {digest.hexdigest()}")
             name = made_up_name() if wanted is None else wanted
             store.adopt(file.path, name)
+            if wanted is not None:
+                store.uploaded(name, peer)
     except TooLarge:
         return _too_large(max_bytes)
     except DiskFull as error:
         return _problem(507, error.message)
     except TimeoutError:
-        return _problem(408, f"no byte arrived for {idle_seconds:g} s")
+        return _problem(408, TOO_SLOW.format(idle_seconds))
     if wanted is not None:
         return web.Response(status=201)
     return web.json_response({"sha256": name, "size": size}, status=201)
 
 
 async def _receive(
-    request: web.Request, file: NewFile, digest: hashlib._Hash | None, max_bytes: int, idle_seconds: float
+    request: web.Request,
+    file: NewFile,
+    digest: hashlib._Hash | None,
+    max_bytes: int,
+    idle_seconds: float,
+    coming: Callable[[int], None],
 ) -> int:
     """The size of the body, which is in the file then, and hashed where there is a `digest`. Raises TooLarge, DiskFull, TimeoutError."""
     gathered: list[bytes] = []
@@ -163,15 +178,19 @@ async def _receive(
 
     data = b"-"
     loop = asyncio.get_running_loop()
+    patience = Patience(idle_seconds)
     async with asyncio.timeout(None) as limit:  # one for all pieces: to make one costs as much as to read a piece
         while data:
-            limit.reschedule(loop.time() + idle_seconds)
+            began_at = loop.time()
+            limit.reschedule(began_at + patience.left())
             data = await request.content.readany()
             limit.reschedule(None)
+            patience.came(len(data), loop.time() - began_at)
             size += len(data)
             waiting += len(data)
             if size > max_bytes:
                 raise TooLarge(f"more than {max_bytes} bytes")
+            coming(len(data))
             gathered.append(data)
             if quick:
                 began = time.perf_counter()
@@ -184,6 +203,10 @@ async def _receive(
             gathered.clear()
             waiting = 0
     return size
+
+
+def _nothing(size: int) -> None:
+    """Inputs have a store of their own, and nothing of them is kept for long."""
 
 
 class _BlobResponse(web.FileResponse):
@@ -212,6 +235,14 @@ class _BlobResponse(web.FileResponse):
     @etag.setter
     def etag(self, value: ETag | str | None) -> None:
         self.headers[hdrs.ETAG] = f'"{self._sha256}"'
+
+
+def _is_encoded(request: web.Request) -> bool:
+    return request.headers.get(hdrs.CONTENT_ENCODING, "identity").strip().lower() not in ("", "identity")
+
+
+def _encoded() -> web.Response:
+    return _problem(415, "bytes are sent as they are here: without Content-Encoding")
 
 
 def _too_large(max_bytes: int) -> web.Response:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO
 
 from potluck.blobs.partial import CHUNKS_SUFFIX, PARTIAL_PREFIX, Partial
+from potluck.blobs.room import UNUSED_SECONDS, UPLOADS_SHARE, Disk, Uploads, Usage
 from potluck.errors import CorruptBlob, DiskFull, InvalidRequest, NotFound
 from potluck.logs import fields
 from potluck.messages import BlobRef
@@ -37,11 +38,13 @@ _PARTIALS_KEPT = 8
 class NewFile:
     """A file in the store's folder that is not a blob yet. Raises DiskFull."""
 
-    def __init__(self, path: Path, file: IO[bytes]) -> None:
+    def __init__(self, path: Path, file: IO[bytes], clear: Callable[[int], None]) -> None:
         self.path = path
         self._file = file
+        self._clear = clear
 
     def write(self, data: bytes) -> None:
+        self._clear(len(data))
         with no_room():
             self._file.write(data)
 
@@ -51,13 +54,23 @@ class NewFile:
 
 
 class BlobStore:
-    """Blobs below `folder`, `limit_bytes` in all; one process to a folder.
+    """Blobs below `folder`, `limit_bytes` in all, or as many as the disk has room for; one process to a folder.
+
+    Where there is no room, uploads go first that nothing has used for a while, and then what is used least. Nothing goes in vain:
+    where there would not be enough, DiskFull is raised and all stays.
 
     Its methods may be called in any thread. They block on files: large ones belong into a thread. What was put survives the
     death of the process.
     """
 
-    def __init__(self, folder: Path, limit_bytes: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        limit_bytes: int,
+        *,
+        usage: Callable[[Path], Usage] = shutil.disk_usage,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         """Take over what lies in `folder`, and sweep what a process that was killed left unfinished."""
         self.folder = folder
         self.limit_bytes = limit_bytes
@@ -67,6 +80,8 @@ class BlobStore:
         self._total = 0
         self._pins: Counter[str] = Counter()
         self._partials_open: set[str] = set()
+        self._disk = Disk(folder, usage)
+        self._uploads = Uploads(clock)
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         found: list[tuple[float, str, int]] = []
         empty = hashlib.sha256().hexdigest()
@@ -101,6 +116,7 @@ class BlobStore:
             path = self.folder / sha256
             if sha256 in self._sizes:
                 self._sizes.move_to_end(sha256)
+                self._uploads.asked(sha256)
                 try:
                     os.utime(path, (time.time(), path.stat().st_mtime))  # so that the order outlives this process
                 except FileNotFoundError:
@@ -182,6 +198,7 @@ class BlobStore:
         """Keep the blob, which need not be here yet, until it is unpinned as often."""
         with self._lock:
             self._pins[sha256] += 1
+            self._uploads.forget(sha256)
 
     def unpin(self, sha256: str) -> None:
         with self._lock:
@@ -212,7 +229,7 @@ class BlobStore:
         path = Path(name)
         try:
             with os.fdopen(descriptor, "wb") as file:
-                yield NewFile(path, file)
+                yield NewFile(path, file, self.clear)
         finally:
             path.unlink(missing_ok=True)
 
@@ -223,9 +240,11 @@ class BlobStore:
         Raises DiskFull where the blob could not be put anyway.
         """
         self.check_room(ref.size)
+        partial = Partial(self.folder / f"{PARTIAL_PREFIX}{ref.sha256}", ref.size, chunk_bytes)
+        if not partial.path.exists():
+            self.clear(ref.size)
         with self._lock:
             self._partials_open.add(ref.sha256)
-        partial = Partial(self.folder / f"{PARTIAL_PREFIX}{ref.sha256}", ref.size, chunk_bytes)
         try:
             with no_room():
                 partial.open()
@@ -240,14 +259,66 @@ class BlobStore:
                     self._sweep_partials(kept=_PARTIALS_KEPT)
 
     def check_room(self, size: int) -> None:
-        """Raises DiskFull when `size` bytes do not fit beside what is pinned."""
+        """Raises DiskFull when `size` bytes do not fit beside what is pinned, though all else went."""
         with self._lock:
             pinned = sum(self._sizes.get(sha256, 0) for sha256 in self._pins)
+            left = self._disk.spare() + self._total - pinned
         if pinned + size > self.limit_bytes:
             raise DiskFull(
                 f"a blob of {size} bytes does not fit beside the {pinned} bytes in use (limit {self.limit_bytes}): "
                 "raise blob_limit_bytes, or delete models and data sets"
             )
+        if size > left:
+            raise DiskFull(self._disk.full())
+
+    def clear(self, size: int) -> None:
+        """Have so much free on the disk beside the reserve, for what is about to be written. Raises DiskFull."""
+        with self._lock:
+            self._evict(size - self._disk.spare())
+
+    def shortage(self) -> str:
+        """Why nothing more can be taken; "" where something can."""
+        try:
+            self.check_room(1)
+        except DiskFull as error:
+            return error.message
+        return ""
+
+    @contextmanager
+    def receiving(self, peer: str) -> Iterator[Callable[[int], None]]:
+        """For an upload from this address: tell of each piece before it is written. Raises DiskFull where too much from there is
+        here that nothing uses; call `uploaded` for what has come."""
+        coming = 0
+
+        def more(size: int) -> None:
+            nonlocal coming
+            with self._lock:
+                most = UPLOADS_SHARE * min(self.limit_bytes, self._total + max(0, self._disk.spare()))
+                if self._uploads.held(peer) + size > most:
+                    for sha256 in self._uploads.unused(peer):
+                        self.delete(sha256)
+                if self._uploads.held(peer) + size > most:
+                    if self._uploads.held(peer) == coming:  # it is the only one, and may be as large as there is room
+                        self.check_room(coming + size)
+                    else:
+                        raise DiskFull(
+                            f"{self._uploads.held(peer)} bytes were sent from {peer} that no job and no name uses yet, and half of the room is "
+                            f"for such: use them, or wait {UNUSED_SECONDS / 60:g} minutes"
+                        )
+                self._uploads.coming(peer, size)
+                coming += size
+
+        try:
+            yield more
+        finally:
+            with self._lock:
+                self._uploads.coming(peer, -coming)
+
+    def uploaded(self, sha256: str, peer: str) -> None:
+        """This blob was sent from there; it counts as unused until it is pinned."""
+        with self._lock:
+            if sha256 in self._sizes and not self._pins[sha256]:
+                self._uploads.add(sha256, peer, self._sizes[sha256])
 
     def _move(self, path: Path, sha256: str, size: int) -> BlobRef:
         if self.has(sha256):
@@ -272,16 +343,29 @@ class BlobStore:
             self._sizes.move_to_end(sha256)
 
     def _make_room(self, size: int) -> None:
-        if self._total + size <= self.limit_bytes:
+        """For a blob whose bytes are on the disk already."""
+        over = self._total + size - self.limit_bytes
+        if over > 0:
+            self.check_room(size)
+        self._evict(max(over, -self._disk.spare()))
+
+    def _evict(self, size: int) -> None:
+        """Throw away so many bytes that are not pinned, or nothing. Raises DiskFull."""
+        if size <= 0:
             return
-        self.check_room(size)
-        for sha256 in list(self._sizes):
-            if self._total + size <= self.limit_bytes:
+        free = self._total - sum(self._sizes.get(sha256, 0) for sha256 in self._pins)
+        if free < size:
+            raise DiskFull(self._disk.full())
+        for sha256 in [*self._uploads.unused(), *self._sizes]:
+            if size <= 0:
                 return
-            self.delete(sha256)
+            gone = self._sizes.get(sha256, 0)
+            if self.delete(sha256):
+                size -= gone
 
     def _forget(self, sha256: str) -> None:
         self._total -= self._sizes.pop(sha256)
+        self._uploads.forget(sha256)
 
     def _sweep_partials(self, kept: int) -> None:
         """Throw away unfinished downloads: those of long ago, and all but the newest `kept`."""

@@ -146,10 +146,10 @@ def nodes_table(nodes: Iterable[NodeInfo]) -> Listing:
 
 
 def work_text(node: NodeInfo) -> str:
-    """What a node does: `2 shards, 1 replica`."""
+    """What a node does, and whether its disk is full: `2 shards, 1 replica`."""
     shards = f"{counted(node.leases, 'shard')}{' (give way)' if node.gives_way else ''}"
     does = (shards if node.leases else "", counted(len(node.replicas), "replica") if node.replicas else "")
-    return ", ".join(filter(None, does)) or "nothing"
+    return (", ".join(filter(None, does)) or "nothing") + (" (disk full)" if node.shortage else "")
 
 
 def runtimes_text(node: NodeInfo) -> str:

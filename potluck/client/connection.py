@@ -329,7 +329,7 @@ class Connection:
             yield BlobStore(Path(folder), _STORE_LIMIT_BYTES)  # a thread that was cancelled may still write there
 
     async def push_blobs(self, store: BlobStore, refs: Sequence[BlobRef], sent: Callable[[BlobRef], None]) -> None:
-        """Push blobs of a local store, a few at a time, and tell of each; the first error ends it."""
+        """Push blobs of a local store, a few at a time, and tell of each. The first error ends it, and is raised: no group of them."""
         slots = asyncio.Semaphore(_PUSHES_AT_ONCE)
 
         async def one(ref: BlobRef) -> None:
@@ -342,9 +342,10 @@ class Connection:
                 for ref in refs:
                     tasks.create_task(one(ref), name=f"push {ref.sha256[:12]}")
         except BaseExceptionGroup as group:
-            if (known := expected(group)) is None:
-                raise
-            raise known from None
+            if (known := expected(group)) is not None:
+                raise known from None
+            errors = [error for error in group.exceptions if isinstance(error, PotluckError)]
+            raise (errors or group.exceptions)[0] from group  # what else went wrong shows in its traceback
 
     async def send_inputs(self, data: bytes | memoryview, base: str) -> BlobRef:
         """Send a request's inputs to a node at this address. Raises Unavailable, soon where it cannot be reached."""

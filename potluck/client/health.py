@@ -61,6 +61,8 @@ class Health(Struct, frozen=True, kw_only=True):
     deployments: tuple[DeploymentInfo, ...] = ()
     jobs: tuple[JobChanged, ...] = ()
     """Those that have not ended."""
+    shortage: str = ""
+    """Why the coordinator can take no more blobs."""
     clock_ahead_seconds: float = 0.0
     """How far this machine's clock is ahead of the coordinator's; 0 where the gateway was not reached."""
     problems: tuple[str, ...] = ()
@@ -109,6 +111,7 @@ async def _with_coordinator(
     found = Health(
         cluster=cluster, broker=broker, coordinator="online", since=status.since, gateway=status.http, nodes=nodes,
         deployments=deployments, jobs=tuple(job for job in jobs if not job.ended_at), clock_ahead_seconds=ahead,
+        shortage=status.shortage,
     )  # fmt: skip
     unreached = (
         []
@@ -185,6 +188,8 @@ def troubles(found: Health, local: Sequence[User] = ()) -> list[str]:
         if deployment.state == "failing":
             why = deployment.reason or next((one.error.message for one in deployment.replicas if one.error), "")
             said.append(f"deployment {deployment.name} fails{f': {why}' if why else ''}")
+    if found.shortage:
+        said.append(f"the coordinator takes no more data, models and results, and jobs wait: {found.shortage}")
     if found.nodes and all(node.state == "offline" for node in found.nodes):
         said.append(f"no node is online: run `{typed('potluck up', found.cluster)}` on each machine")
     elif not found.nodes:
@@ -205,6 +210,8 @@ def troubles(found: Health, local: Sequence[User] = ()) -> list[str]:
             said.append(
                 f"node {node.node_id} computes nothing: neither TensorFlow nor LiteRT is installed with potluck there (docs/install.md, Extras)"
             )
+        if node.shortage:
+            said.append(f"node {node.node_id} takes no more data and models: {node.shortage}")
         if node.state == "online" and abs(node.clock_ahead_seconds) > CLOCK_SECONDS:
             said.append(
                 f"node {node.node_id}'s clock is {_difference(node.clock_ahead_seconds)} the coordinator's: set it (NTP)"

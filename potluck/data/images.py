@@ -7,6 +7,7 @@ none is asked for, and not blended; grey of colours is ITU-R 601; neither EXIF o
 from __future__ import annotations
 
 import io
+import re
 import struct
 import zlib
 from collections.abc import Iterator
@@ -21,6 +22,9 @@ from potluck.messages import ImageOptions
 
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 """What is decoded (MPO is JPEG): Pillow knows others, some by way of other programs."""
+PIXELS_LIMIT = 89_478_485
+"""Of an image as it is in the file: as many as Pillow takes without a word. A file of 60 KB may have twenty times as many, and each
+takes up to 4 bytes, twice."""
 DEFAULT_SCALE = 1.0 / 255.0
 """Of pixels, for a model that does not say what its layers expect."""
 _COPIED_JPEG_MODES = ("L", "RGB")
@@ -58,18 +62,16 @@ _UNDECODABLE = (
     AttributeError,
     struct.error,
     zlib.error,
-    Image.DecompressionBombError,
 )
 """What Pillow's decoders raise for damaged files."""
 
 
-def tensor(data: bytes, options: ImageOptions, *, whole: bool = False, pixels_limit: int | None = None) -> Array:
+def tensor(data: bytes, options: ImageOptions, *, whole: bool = False) -> Array:
     """float32 of (height, width, channels): the pixels, resized bilinearly without smoothing, times `scale`.
 
-    `whole` rounds them, for an input of whole numbers. `options.scale` must be known. Raises Unusable, also for a file with more than
-    `pixels_limit` pixels.
+    `whole` rounds them, for an input of whole numbers. `options.scale` must be known. Raises Unusable.
     """
-    found = resized(pixels(data, options.channels, pixels_limit), options.height, options.width)
+    found = resized(pixels(data, options.channels), options.height, options.width)
     found = found.astype(np.float32, copy=False)
     if options.scale is None:
         raise ValueError("what pixels are multiplied by is not known")
@@ -78,8 +80,8 @@ def tensor(data: bytes, options: ImageOptions, *, whole: bool = False, pixels_li
     return np.rint(found) if whole else found
 
 
-def pixels(data: bytes, channels: int, limit: int | None = None) -> Array:
-    """uint8 of (height, width, `channels`). Raises Unusable."""
+def pixels(data: bytes, channels: int, limit: int = PIXELS_LIMIT) -> Array:
+    """uint8 of (height, width, `channels`). Raises Unusable, also for more than `limit` pixels."""
     with _opened(data, limit) as image:
         plain = _plain(image)
         mode = _MODES[channels]
@@ -131,12 +133,12 @@ def unread_format(data: bytes) -> str | None:
 
 
 @contextmanager
-def _opened(data: bytes, limit: int | None = None) -> Iterator[Image.Image]:
-    """An image whose pixels can be read. Raises Unusable for what Pillow raises within."""
+def _opened(data: bytes, limit: int = PIXELS_LIMIT) -> Iterator[Image.Image]:
+    """An image whose pixels can be read. Raises Unusable for what Pillow raises within, and by its header for one that is too large."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            if limit is not None and image.width * image.height > limit:
-                raise Unusable(f"it has {image.width} x {image.height} pixels, and {limit} are decoded at most")
+            if image.width * image.height > limit:
+                raise _too_many(f"{image.width} x {image.height}", limit)
             if image.format == "PNG":
                 _check_png(data)
             image.load()
@@ -144,8 +146,15 @@ def _opened(data: bytes, limit: int | None = None) -> Iterator[Image.Image]:
     except UnidentifiedImageError as error:
         format = unread_format(data) or ("SVG" if b"<svg" in data[:1024] else None)
         raise Unusable(f"{format} {CONVERT}" if format else "not an image") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # before we could ask for its size
+        found = re.search(r"\d+", str(error))
+        raise _too_many(found[0] if found else "too many", limit) from error
     except _UNDECODABLE as error:
         raise Unusable(str(error) or type(error).__name__) from error
+
+
+def _too_many(pixels: str, limit: int) -> Unusable:
+    return Unusable(f"it has {pixels} pixels, and {limit} are decoded at most: make it smaller")
 
 
 def _plain(image: Image.Image) -> Image.Image:

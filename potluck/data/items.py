@@ -15,8 +15,6 @@ from potluck.messages import ImageOptions, ModelInfo
 from potluck.tensors import DTYPES, shape_text
 
 Array = np.ndarray[Any, Any]
-PIXELS_LIMIT = 64_000_000
-"""Of an image as it is in the file; decoded, it takes up to 4 bytes a pixel, twice."""
 CHANNELS = (1, 3, 4)
 """Of images."""
 
@@ -42,9 +40,7 @@ def image(data: bytes, options: ImageOptions, what: str = "the image", dtype: An
     """(height, width, channels) of `dtype`, as `images.tensor` makes it. Raises InvalidData."""
     dtype = np.dtype(dtype)
     try:
-        return images.tensor(data, options, whole=dtype.kind in "iu", pixels_limit=PIXELS_LIMIT).astype(
-            dtype, copy=False
-        )
+        return images.tensor(data, options, whole=dtype.kind in "iu").astype(dtype, copy=False)
     except Unusable as error:
         raise InvalidData(f"{what} cannot be read as an image: {error}") from error
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from potluck import extras
 from potluck.data.packing import Array, Target
-from potluck.data.tables import Table, table_of
+from potluck.data.tables import Table, check_width, listed, table_of
 from potluck.errors import InvalidData
 from potluck.wording import counted
 
@@ -41,10 +41,11 @@ def read(files: Sequence[Path], target: Target, sample_weight: str | None = None
     damaged ones; and where pyarrow is missing.
     """
     names, index, rows = _described(files[0])
+    check_width(files[0], len(names))
     for path in files[1:]:
         others, _, more = _described(path)
         if sorted(others) != sorted(names):
-            raise InvalidData(f"{path} has other columns than {files[0].name}: {', '.join(others)}")
+            raise InvalidData(f"{path} has other columns than {files[0].name}: {listed(others)}")
         rows += more
     if not rows:
         raise InvalidData(f"{files[0]} has no rows")

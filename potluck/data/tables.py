@@ -19,9 +19,13 @@ from potluck.wording import counted
 
 TARGET_NAMES = ("y", "target", "label", "class")
 """Columns that are taken for the target when none is named, in any case of letters."""
+COLUMNS_LIMIT = 100_000
+"""Of a table: genes are 60,000, and each column takes time of its own. What has more is an array, and can be given as one."""
 _INDEX = re.compile(r"(Unnamed: \d+)?")
 _BOOLEANS = {"true": 1.0, "false": 0.0}
 """As pandas and Parquet have them, in any case of letters."""
+_LISTED = 100
+"""Columns that an error names."""
 _NONE = -1.0
 _WHOLE_LIMIT = 2.0**53
 """Up to here float64 holds every whole number."""
@@ -69,10 +73,10 @@ def table_of(path: Path, columns: Columns, target: Target, sample_weight: str | 
         raise InvalidData(f"{path}: two columns have the name {twice!r}")
     for name in target_names(target):
         if name not in names:
-            raise InvalidData(f"{path} has no column {name!r}: its columns are {', '.join(names)}")
+            raise InvalidData(f"{path} has no column {name!r}: its columns are {listed(names)}")
     targets = target_columns(names, target)
     if sample_weight is not None and sample_weight not in names:
-        raise InvalidData(f"{path} has no column {sample_weight!r}: its columns are {', '.join(names)}")
+        raise InvalidData(f"{path} has no column {sample_weight!r}: its columns are {listed(names)}")
     weight = sample_weight or (WEIGHT_NAME if targets and WEIGHT_NAME in names else None)
     inputs = [name for name in rest if name not in targets and name != weight]
     if not inputs and len(index) == 1:  # there is nothing else that it could be
@@ -103,6 +107,19 @@ def table_of(path: Path, columns: Columns, target: Target, sample_weight: str | 
     return Table(found, learnt, classes, WEIGHT_NAME if weight is not None else None, remarks)
 
 
+def check_width(path: Path, columns: int) -> None:
+    """Raises InvalidData for a table that is too wide."""
+    if columns > COLUMNS_LIMIT:
+        raise InvalidData(
+            f"{path} has {columns} columns, and a table has {COLUMNS_LIMIT} at most: save what is this wide as an array (.npy, .npz)"
+        )
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names of columns for an error: the first of them, where there are very many."""
+    return ", ".join(names[:_LISTED]) + (f", ... ({len(names)} in all)" if len(names) > _LISTED else "")
+
+
 def target_columns(names: Sequence[str], target: Target) -> tuple[str, ...]:
     """Those that are named, else the first that has a usual name."""
     return target_names(target) or tuple([name for name in names if name.lower() in TARGET_NAMES][:1])
@@ -130,8 +147,9 @@ class _CsvColumns:
 
     def floats(self, names: Sequence[str]) -> Array:
         found = np.empty((len(self.rows), len(names)), np.float32)
+        indexes = {name: index for index, name in reversed(list(enumerate(self.names)))}  # the first of several
         for place, name in enumerate(names):
-            index = self.names.index(name)
+            index = indexes[name]
             values = _numbers([row[index] for row in self.rows])
             with np.errstate(over="ignore"):  # found below
                 found[:, place] = values
@@ -161,6 +179,7 @@ def _read(path: Path) -> tuple[list[str], list[list[str]], list[int]]:
         with reading(path), path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file, strict=True)
             header = list(_header(reader))
+            check_width(path, len(header))
             for row in reader:
                 if row:
                     rows.append(row)

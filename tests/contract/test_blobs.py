@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import hashlib
 import json
 import os
@@ -12,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
@@ -240,6 +242,20 @@ async def test_put_without_room_is_507(hold: Hold, chunked: bool) -> None:
     async with aiohttp.ClientSession() as http, http.put(url, data=body() if chunked else data) as response:
         assert response.status == 507
         assert "does not fit" in (await response.json())["error"]
+    assert leftovers(holder.store) == []
+
+
+async def test_put_that_is_compressed_is_refused_before_it_is_read(hold: Hold, monkeypatch: pytest.MonkeyPatch) -> None:
+    holder = await hold()
+    inflated: list[int] = []
+    monkeypatch.setattr(zlib, "decompressobj", lambda *arguments, **options: inflated.append(1))
+    body = gzip.compress(bytes(32 * 2**20))
+    async with aiohttp.ClientSession() as http:
+        url = f"{holder.url}/blobs/{sha(bytes(32 * 2**20))}"
+        async with http.put(url, data=body, headers={"Content-Encoding": "gzip"}) as response:
+            assert response.status == 415
+            assert "without Content-Encoding" in (await response.json())["error"]
+    assert inflated == []
     assert leftovers(holder.store) == []
 
 

@@ -1,18 +1,22 @@
-"""A node whose disk is full in the middle of training gives its part back and says why; the others end the job."""
+"""A node whose disk is full in the middle of training gives its part back and says why; at the coordinator, jobs wait for room."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from potluck.client import Client
+from potluck.client.health import examine
 from potluck.errors import DiskFull
 from potluck.local_cluster import LocalCluster
+from potluck.settings import ClientSettings
 from support.digits import mlp, split
 from support.engine_lab import engine_lab, training
 from support.eventually import eventually_now
@@ -21,12 +25,11 @@ pytestmark = [pytest.mark.tensorflow, pytest.mark.timeout(300)]
 PIECE_BYTES = 64 * 1024
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """The state of node 2, on a file system of 32 MiB."""
+@contextmanager
+def small(mount: Path) -> Iterator[Path]:
+    """A file system of 32 MiB."""
     if os.geteuid() != 0:
         pytest.skip("needs root, to mount a small file system")
-    mount = tmp_path / "cluster" / "node-2"
     mount.mkdir(parents=True)
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(mount)], check=False).returncode:
         pytest.skip("may not mount here")
@@ -34,6 +37,19 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         yield mount
     finally:
         subprocess.run(["umount", "--lazy", str(mount)], check=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """The state of node 2."""
+    with small(tmp_path / "cluster" / "node-2") as mount:
+        yield mount
+
+
+@pytest.fixture
+def coordinators_disk(tmp_path: Path) -> Iterator[Path]:
+    with small(tmp_path / "cluster" / "coordinator") as mount:
+        yield mount
 
 
 def fill(path: Path) -> None:
@@ -74,6 +90,31 @@ def test_a_disk_that_fills_up_while_training(small_disk: Path) -> None:
             eventually_now(lambda: "node-2" in again.status().progress.nodes, 100)
             again.wait(timeout=100)
             assert np.isfinite(again.history["loss"]).all()
+
+
+def test_a_job_waits_for_room_at_the_coordinator(coordinators_disk: Path) -> None:
+    data = split()
+    with LocalCluster(coordinators_disk.parent, cluster="room", nodes=1, discovery=False) as cluster:
+        seed = f"{cluster.broker_host}:{cluster.broker_port}"
+        settings = ClientSettings(cluster=cluster.cluster, seeds=(seed,))
+        with Client(seed, cluster=cluster.cluster) as client:
+            job = client.train(
+                mlp(width=4000), (data["x_train"], data["y_train"]), epochs=12, strategy="local", round_seconds=1.0
+            )
+            eventually_now(lambda: job.status().progress.round >= 2, 100)
+            fill(coordinators_disk / "something-else")
+            eventually_now(lambda: "waits for room at the coordinator" in job.status().progress.message, 60)
+
+            def told() -> bool:
+                problems = asyncio.run(examine(settings)).problems
+                return any("jobs wait: the disk is full" in problem for problem in problems)
+
+            eventually_now(told, 60)
+            assert job.status().state == "running"
+            (coordinators_disk / "something-else").unlink()
+            job.wait(timeout=200)
+            assert len(job.result().history) == 12
+            assert not told() or eventually_now(lambda: not told(), 30)
 
 
 async def test_an_engine_without_room_says_so_and_goes_on(small_disk: Path) -> None:

@@ -10,6 +10,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -344,3 +345,92 @@ def test_a_blob_that_is_damaged_is_thrown_away_although_it_is_pinned(tmp_path: P
     assert not store.check(bad.sha256)
     store.put_bytes(b"bad")
     assert store.check(bad.sha256)
+
+
+class SmallDisk:
+    """Of 10,000 bytes, 200 of them a reserve: what is not in the store's folder is of others."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.others = 0
+        self.now = 0.0
+
+    def __call__(self, folder: Path) -> SimpleNamespace:
+        here = sum(path.stat().st_size for path in self.folder.iterdir()) if self.folder.exists() else 0
+        return SimpleNamespace(total=10_000, free=max(0, 10_000 - here - self.others))
+
+    def store(self) -> BlobStore:
+        return BlobStore(self.folder, 1 << 40, usage=self, clock=lambda: self.now)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> SmallDisk:
+    return SmallDisk(tmp_path / "blobs")
+
+
+def test_the_limit_follows_the_disk_and_a_reserve_stays(disk: SmallDisk) -> None:
+    store = disk.store()
+    old, new = store.put_bytes(b"a" * 5000), store.put_bytes(b"b" * 4000)
+    third = store.put_bytes(b"c" * 3000)
+    assert (store.has(old.sha256), store.has(new.sha256), store.has(third.sha256)) == (False, True, True)
+    assert disk(disk.folder).free >= 200
+    with pytest.raises(DiskFull, match="the disk is full"):
+        store.put_bytes(b"d" * 9900)
+    assert store.has(new.sha256), "nothing goes in vain"
+
+
+def test_what_others_write_takes_from_the_store_and_comes_back(disk: SmallDisk) -> None:
+    store = disk.store()
+    kept, loose = store.put_bytes(b"a" * 4000), store.put_bytes(b"b" * 1000)
+    store.pin(kept.sha256)
+    disk.others = 4900
+    store.pin(store.put_bytes(b"c" * 500).sha256)
+    assert not store.has(loose.sha256)
+    disk.others = 5500
+    assert "the disk is full" in store.shortage()
+    for attempt in (lambda: store.put_bytes(b"d"), lambda: store.clear(1), lambda: store.check_room(1)):
+        with pytest.raises(DiskFull, match="the disk is full"):
+            attempt()
+    with pytest.raises(DiskFull), store.partial(BlobRef(sha256=sha(b"x"), size=1), 1):
+        pass
+    disk.others = 0
+    assert store.shortage() == ""
+    assert store.put_bytes(b"d").size == 1
+
+
+def test_uploads_that_nothing_uses_go_first(disk: SmallDisk) -> None:
+    store = disk.store()
+    first, used, asked, fresh = (store.put_bytes(letter * 1500) for letter in (b"a", b"b", b"c", b"d"))
+    for ref in (used, asked, fresh):
+        store.uploaded(ref.sha256, "them")
+    store.pin(used.sha256)
+    store.unpin(used.sha256)
+    disk.now = 800
+    store.path(asked.sha256)
+    disk.now = 1000
+    store.put_bytes(b"e" * 5000)
+    assert [store.has(ref.sha256) for ref in (first, used, asked, fresh)] == [True, True, True, False]
+
+
+def test_one_address_holds_no_more_than_its_share(disk: SmallDisk) -> None:
+    store = disk.store()
+
+    def send(letter: bytes, size: int, peer: str) -> BlobRef:
+        with store.receiving(peer) as coming:
+            coming(size)
+            ref = store.put_bytes(letter * size)
+            store.uploaded(ref.sha256, peer)
+        return ref
+
+    whole = send(b"a", 6000, "a large one alone")
+    store.pin(whole.sha256)
+    send(b"b", 2000, "them")
+    with pytest.raises(DiskFull, match=r"2000 bytes were sent from them that no job and no name uses"):
+        send(b"c", 3000, "them")
+    assert send(b"d", 500, "others").size == 500
+    disk.now = 1000
+    assert send(b"c", 1000, "them").size == 1000
+    with store.receiving("them") as coming:
+        coming(1500)  # one that is on its way counts, too
+        with pytest.raises(DiskFull):
+            send(b"e", 3000, "them")

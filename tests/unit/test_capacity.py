@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import os
+import resource
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -204,6 +206,20 @@ def test_telemetry_tells_of_work() -> None:
     assert (reading.node_id, reading.session, reading.attempts, reading.replicas) == ("n", "s", ("a",), ("r",))
     assert 0 <= reading.cpu_percent <= 100
     assert reading.memory_used_bytes + reading.memory_available_bytes <= 1.1 * psutil.virtual_memory().total
+
+
+def test_telemetry_goes_on_when_files_run_short(caplog: pytest.LogCaptureFixture) -> None:
+    telemetry = capacity.Telemetry()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with ExitStack() as stack:
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        first = os.dup(0)
+        stack.callback(os.close, first)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (first + 1, hard))  # the lowest number that is free is the last
+        reading = telemetry.read("n", "s", ("a",), ())
+    assert reading.attempts == ("a",)
+    assert reading.memory_available_bytes > 0
+    assert "Too many open files" in caplog.text
 
 
 async def test_speed_is_measured_once_and_kept(tmp_path: Path) -> None:

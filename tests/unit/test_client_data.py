@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import zipfile
 from pathlib import Path
@@ -10,10 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from potluck.blobs.store import BlobStore
+from potluck.client.connection import Connection
 from potluck.client.matching import listed
 from potluck.client.models import keras_file
 from potluck.client.sources import as_arrays, given
-from potluck.errors import InvalidData
+from potluck.errors import DiskFull, InvalidData
+from potluck.messages import BlobRef
+from potluck.settings import ClientSettings
 
 X, A, B = np.zeros((4, 2)), np.arange(4), np.ones((4, 3))
 W = np.linspace(0, 1, 4)
@@ -98,3 +103,28 @@ def test_how_many_classes_a_model_learns_is_read_from_its_file(
     with zipfile.ZipFile(tmp_path / "net.keras", "w") as archive:
         archive.writestr("config.json", json.dumps({"config": inner, "compile_config": {"loss": loss}}))
     assert keras_file(tmp_path / "net.keras", tmp_path, compiled=True).room == room
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [
+        ([DiskFull("full"), DiskFull("full")], DiskFull),
+        ([OSError("a cable"), DiskFull("full")], DiskFull),
+        ([ValueError("the caller's own"), OSError("a cable")], ValueError),
+    ],
+)
+async def test_uploads_that_fail_at_once_raise_one_error(
+    raised: list[Exception], expected: type[Exception], tmp_path: Path
+) -> None:
+    store = BlobStore(tmp_path, 1 << 20)
+    refs = [store.put_bytes(bytes([number])) for number in range(2)]
+    errors = iter(raised)
+    meeting = asyncio.Barrier(2)
+
+    class Broken(Connection):
+        async def push(self, source: Any) -> BlobRef:
+            await meeting.wait()
+            raise next(errors)
+
+    with pytest.raises(expected):
+        await Broken(ClientSettings()).push_blobs(store, refs, lambda ref: None)

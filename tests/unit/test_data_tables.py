@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from sklearn.datasets import load_iris
 
 from potluck.blobs.store import BlobStore
 from potluck.data.pack import pack
+from potluck.data.tables import COLUMNS_LIMIT, read_csv
 from potluck.errors import InvalidData
 from support.shards import arrays_of, check_manifest, keys_of, new_store
 
@@ -187,3 +189,22 @@ def test_any_finite_numbers_come_through(
     store = BlobStore(tmp_path_factory.mktemp("store"), 1 << 30)
     dataset = pack(write(tmp_path, buffer.getvalue()), "t", store, shuffle=False)
     assert np.array_equal(arrays_of(dataset, store)["x"], np.asarray(rows, np.float32))
+
+
+def test_a_table_that_is_too_wide_is_refused_by_its_first_line(tmp_path: Path) -> None:
+    path = tmp_path / "wide.csv"
+    path.write_text(",".join(f"c{number}" for number in range(COLUMNS_LIMIT + 1)) + "\n\0 is read no further")
+    with pytest.raises(InvalidData, match=r"has 100001 columns, and a table has 100000 at most: .* as an array"):
+        read_csv(path, None)
+
+
+def test_a_wide_table_takes_time_by_its_width(tmp_path: Path) -> None:
+    columns, path = 20_000, tmp_path / "genes.csv"
+    lines = [",".join([*(f"g{number}" for number in range(columns)), "label"])]
+    lines += [",".join(["1.5"] * columns + [label]) for label in "ab"]
+    path.write_text("\n".join(lines))
+    began = time.process_time()
+    assert read_csv(path, None).columns["x"].shape == (2, columns)
+    assert time.process_time() - began < 2  # it took 6 s when each column was looked for among all
+    with pytest.raises(InvalidData, match=r"has no column 'nosuch': .* g99, \.\.\. \(20001 in all\)"):
+        read_csv(path, "nosuch")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import struct
+import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +48,20 @@ def test_a_colour_of_16_bits_that_is_clear_does_no_harm() -> None:
 def test_a_limit_of_pixels() -> None:
     with pytest.raises(Unusable, match=f"it has {WIDTH} x {HEIGHT} pixels, and 10 are decoded at most"):
         images.pixels(pictures()["png rgb"].data, 3, limit=10)
+
+
+@pytest.mark.parametrize(("size", "said"), [((9460, 9460), r"89491600|9460 x 9460"), ((22_000, 22_000), "484000000")])
+def test_an_image_with_very_many_pixels_is_refused_by_its_header(size: tuple[int, int], said: str) -> None:
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", *size, 8, 2, 0, 0, 0))
+    data = b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+    options = ImageOptions(height=8, width=8, scale=1.0)
+    for use in (images.check, lambda data: images.tensor(data, options)):
+        began = time.perf_counter()
+        with pytest.raises(
+            Unusable, match=f"it has ({said}) pixels, and 89478485 are decoded at most: make it smaller"
+        ):
+            use(data)
+        assert time.perf_counter() - began < 0.3
 
 
 def test_pixels_for_whole_numbers_are_rounded() -> None:

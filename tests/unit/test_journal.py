@@ -1,5 +1,8 @@
 """The journal: what is appended is there after a crash, once, in order; and each opening is a new epoch."""
 
+import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -65,3 +68,20 @@ def test_rewriting_replaces_a_stream(tmp_path: Path) -> None:
     journal.rewrite("job/1", [])
     assert journal.streams("job/") == []
     journal.close()
+
+
+def test_a_disk_that_is_really_full_leaves_room_for_what_happens_then(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to mount a small file system")
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(tmp_path)], check=False).returncode:
+        pytest.skip("may not mount here")
+    try:
+        journal = Journal(tmp_path / "journal")
+        (tmp_path / "others").write_bytes(bytes(shutil.disk_usage(tmp_path).free))
+        assert shutil.disk_usage(tmp_path).free == 0
+        for at in range(200):
+            journal.append("full", JobStarted(at=at))
+        assert [event.at for event in journal.replay("full", AnyEvent)] == list(range(200))  # type: ignore[arg-type]
+        journal.close()
+    finally:
+        subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)

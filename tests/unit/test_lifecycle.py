@@ -137,3 +137,29 @@ def test_lines_have_priorities_where_standard_error_is_the_journals(tmp_path: Pa
     assert {line[:3] for line in lines[3:]} == {"<3>"}, "also the lines of a traceback"
     assert lines[1] == f"<6>{logging.getLevelName(logging.INFO):7} test told"
     assert lines[-1] == "<3>for people"
+
+
+def test_a_daemon_takes_as_many_files_as_it_may() -> None:
+    code = (
+        "import resource\nfrom potluck import lifecycle\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (100, 300))\n"
+        "print(lifecycle.raise_file_limit(), resource.getrlimit(resource.RLIMIT_NOFILE), lifecycle.raise_file_limit())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "300 (300, 300) 300\n"
+
+
+def test_lines_of_a_kind_are_counted_where_there_are_many() -> None:
+    now = [0.0]
+    seldom = logs.Seldom(count=2, seconds=10.0, clock=lambda: now[0])
+
+    def said(text: str) -> str | None:
+        record = logging.LogRecord("n", logging.WARNING, "", 0, text, ("v",), None)
+        return record.getMessage() if seldom.filter(record) else None
+
+    assert [said("one %s\nmore") for _ in range(5)] == ["one v\nmore"] * 2 + [None] * 3
+    assert said("two %s") == "two v"
+    now[0] = 10.0
+    assert said("one %s") == "one v (3 more of these were left out)"
+    assert said("one %s") == "one v"
+    assert said("one %s") is None

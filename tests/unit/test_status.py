@@ -43,6 +43,14 @@ def test_nothing_is_wrong_where_nothing_is() -> None:
             "node attic-1 computes nothing",
         ),
         ({"nodes": (replace(NODE, clock_ahead_seconds=-40.2),)}, "attic-1's clock is 40 s behind the coordinator's"),
+        (
+            {"shortage": "the disk is full"},
+            "the coordinator takes no more data, models and results, and jobs wait: the disk",
+        ),
+        (
+            {"nodes": (replace(NODE, shortage="the disk is full"),)},
+            "node attic-1 takes no more data and models: the disk",
+        ),
         ({"clock_ahead_seconds": 7200.0}, "this machine's clock is 7200 s ahead of the coordinator's"),
         ({"deployments": (FAILING,)}, "deployment digits:1 fails: no room"),
     ],

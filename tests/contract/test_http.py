@@ -1,0 +1,206 @@
+"""The HTTP server of daemons against guests that hold connections: idle, half asked, half sent, or that take no answer."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import resource
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+from potluck.blobs import server
+from potluck.blobs.store import BlobStore
+from potluck.http import LEAST_RATE, Patience, serve_http
+from potluck.settings import HttpSettings
+from support.eventually import eventually
+
+LONG = HttpSettings(connections=8, connections_per_address=8, idle_seconds=60.0, header_seconds=60.0)
+HOST = "127.0.0.1"
+
+
+class Guests:
+    """A server and who comes to it. `let` lets its slow answers go."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self.let = asyncio.Event()
+        self.at_work = 0
+        self._writers: list[asyncio.StreamWriter] = []
+
+    async def come(self, sent: bytes = b"", host: str = HOST) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        reader, writer = await asyncio.open_connection(HOST, self.port, local_addr=(host, 0))
+        self._writers.append(writer)
+        writer.write(sent)
+        return reader, writer
+
+    async def go(self) -> None:
+        for writer in self._writers:
+            writer.close()
+        await asyncio.gather(*(writer.wait_closed() for writer in self._writers), return_exceptions=True)
+
+
+Serve = Callable[[HttpSettings], Awaitable[Guests]]
+
+
+@pytest.fixture
+async def stack() -> AsyncIterator[AsyncExitStack]:
+    async with AsyncExitStack() as opened:
+        yield opened
+
+
+@pytest.fixture
+def serve(stack: AsyncExitStack, tmp_path: Path) -> Serve:
+    async def started(limits: HttpSettings) -> Guests:
+        sock = socket.create_server((HOST, 0))
+        guests = Guests(sock.getsockname()[1])
+
+        async def quick(request: web.Request) -> web.Response:
+            return web.Response(text="here")
+
+        async def slow(request: web.Request) -> web.Response:
+            guests.at_work += 1
+            await guests.let.wait()
+            return web.Response(text="at last")
+
+        async def much(request: web.Request) -> web.Response:
+            guests.at_work += 1
+            return web.Response(body=bytes(64 * 2**20))
+
+        blobs = server.routes(BlobStore(tmp_path / "blobs", 2**30), writable=True, max_bytes=2**20, idle_seconds=0.3)
+        routes = [web.get("/quick", quick), web.get("/slow", slow), web.get("/much", much), *blobs]
+        await stack.enter_async_context(serve_http(sock, routes, limits=limits))
+        stack.push_async_callback(guests.go)
+        return guests
+
+    return started
+
+
+async def asked(guests: Guests, host: str = HOST) -> str:
+    connector = aiohttp.TCPConnector(local_addr=(host, 0))
+    async with (
+        aiohttp.ClientSession(connector=connector) as session,
+        session.get(f"http://{HOST}:{guests.port}/quick") as response,
+    ):
+        return f"{response.status} {await response.text()}"
+
+
+async def test_idle_connections_make_room(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    guests = await serve(LONG)
+    crowd = [await guests.come() for _ in range(50)]
+    caplog.set_level(logging.INFO)
+    for _ in range(20):
+        assert await asked(guests) == "200 here"
+    assert await asyncio.wait_for(crowd[0][0].read(), 5) == b""
+    assert len([line for line in caplog.messages if "connection" in line]) <= 12
+
+
+async def test_what_is_under_way_stays_and_the_rest_is_told(serve: Serve) -> None:
+    guests = await serve(LONG)
+    busy = [await guests.come(b"GET /slow HTTP/1.1\r\nHost: x\r\n\r\n") for _ in range(8)]
+    await eventually(lambda: guests.at_work == 8)
+    reader, _ = await guests.come()
+    assert (await asyncio.wait_for(reader.read(), 5)).startswith(b"HTTP/1.1 503 ")
+    guests.let.set()
+    for reader, _ in busy:
+        assert await asyncio.wait_for(reader.readuntil(b"at last"), 5)
+    assert await asked(guests) == "200 here"
+
+
+async def test_one_address_leaves_room_for_others(serve: Serve) -> None:
+    limits = HttpSettings(connections=8, connections_per_address=5, idle_seconds=60.0, header_seconds=60.0)
+    guests = await serve(limits)
+    crowd = [await guests.come(b"GET /slow HTTP/1.1\r\nHost: x\r\n\r\n") for _ in range(20)]
+    await eventually(lambda: guests.at_work == 5)
+    other, writer = await guests.come(b"GET /quick HTTP/1.1\r\nHost: x\r\n\r\n", "127.0.0.2")
+    await asyncio.wait_for(other.readuntil(b"here"), 5)
+    # The connection of the other address, which waits now, stays: those that make the crowd only lose their own.
+    crowd += [await guests.come(host="127.0.0.3") for _ in range(20)]
+    assert await asked(guests, "127.0.0.4") == "200 here"
+    writer.write(b"GET /quick HTTP/1.1\r\nHost: x\r\n\r\n")
+    await asyncio.wait_for(other.readuntil(b"here"), 5)
+
+
+@pytest.mark.parametrize(
+    "sent", [b"", b"GET /quick HTTP/1.1\r\nHost: x\r\nX-A", b"GET /quick HTTP/1.1\r\nHost: x\r\n\r\n"]
+)
+async def test_silence_and_half_a_head_end_connections(serve: Serve, sent: bytes) -> None:
+    limits = HttpSettings(idle_seconds=0.6 if not sent or sent.endswith(b"\n") else 60.0, header_seconds=0.4)
+    guests = await serve(limits)
+    reader, writer = await guests.come(sent)
+
+    end = asyncio.create_task(reader.read())
+    for _ in range(100):
+        if sent.endswith(b"X-A") and not end.done():
+            writer.write(b"a")  # a byte now and then makes no head either
+        await asyncio.wait([end], timeout=0.05)
+        if end.done():
+            break
+    assert (end.done() and end.exception() is None) or isinstance(end.exception(), ConnectionError)
+
+
+async def test_half_a_body_ends(serve: Serve) -> None:
+    guests = await serve(LONG)
+    reader, writer = await guests.come(
+        b"PUT /blobs/" + b"a" * 64 + b" HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n"
+    )
+    answer = asyncio.create_task(reader.readuntil(b"}"))
+    sent = 0
+    while not answer.done() and sent < 99:
+        writer.write(b"x")  # never silent for as long as may be, and too slow all the same
+        sent += 1
+        await asyncio.wait([answer], timeout=0.05)
+    assert b" 408 " in await asyncio.wait_for(answer, 5)
+    assert sent < 99
+
+
+async def test_who_takes_no_answer_is_cut_off(serve: Serve) -> None:
+    if not hasattr(socket, "TCP_USER_TIMEOUT"):
+        pytest.skip("this system has no TCP_USER_TIMEOUT: such connections stay, and count for the limits")
+    limits = HttpSettings(connections=2, connections_per_address=2, idle_seconds=1.0)
+    guests = await serve(limits)
+    socks = []
+    for _ in range(2):
+        sock = socket.create_connection((HOST, guests.port))
+        sock.sendall(b"GET /much HTTP/1.1\r\nHost: x\r\n\r\n")
+        socks.append(sock)
+
+    await eventually(lambda: guests.at_work == 2)
+    assert await asked(guests) == "503 "
+
+    async def answered() -> bool:
+        return await asked(guests) == "200 here"
+
+    await eventually(answered, timeout_seconds=10)
+    for sock in socks:
+        sock.close()
+
+
+async def test_the_limit_of_files_bounds_connections(serve: Serve) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256 + 2 * 8, hard))
+    try:
+        guests = await serve(HttpSettings())
+        crowd = [await guests.come() for _ in range(40)]
+        assert await asked(guests) == "200 here"
+        assert await asyncio.wait_for(crowd[0][0].read(), 5) == b""
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_patience_is_for_what_comes() -> None:
+    patience = Patience(30.0)
+    for _ in range(100):
+        assert patience.left() == 30.0
+        patience.came(20 * LEAST_RATE, 10.0)
+    slow = Patience(30.0)
+    pieces = 0
+    while slow.left() > 0:
+        slow.came(1, 10.0)
+        pieces += 1
+    assert pieces == 4
