@@ -17,7 +17,7 @@ from coordinator.serving.registry import Registry
 from coordinator.serving.router import Router
 from coordinator.serving.traffic import Traffic
 from potluck.bus import Bus, Envelope
-from potluck.errors import InvalidRequest, NotFound, PotluckError, TooLarge, from_code
+from potluck.errors import InvalidRequest, ModelFailed, NotFound, PotluckError, TooLarge, from_code
 from potluck.messages import (
     INLINE_LIMIT_BYTES,
     BlobRef,
@@ -34,6 +34,7 @@ from potluck.messages import (
 )
 from potluck.outbox import Outbox
 from potluck.settings import CoordinatorSettings
+from potluck.specs import matched
 from potluck.tensors import plain
 from potluck.topics import Topics
 
@@ -229,7 +230,7 @@ class Inference:
             router = self._route(model)
             name = router.name
             inputs = self._batched(name, message.inputs)
-            request = self._submit(router, inputs, answer, now, deadline, message.priority)
+            request = self._submit(router, model, inputs, answer, now, deadline, message.priority)
             if message.id and not request.answered:
                 self._asked[key] = router, request
             self._copy(model, inputs, now, deadline)
@@ -261,7 +262,7 @@ class Inference:
                 answered.set_result(outcome)
 
         try:
-            request = self._submit(router, inputs, answer, now, now + timeout_seconds, priority)
+            request = self._submit(router, model, inputs, answer, now, now + timeout_seconds, priority)
             self._copy(model, inputs, now, now + timeout_seconds)
         except PotluckError as error:
             answer(error)
@@ -282,6 +283,7 @@ class Inference:
     def _submit(
         self,
         router: Router,
+        model: str,
         inputs: tuple[Tensor, ...],
         answer: Callable[[RequestOutcome | PotluckError], None],
         now: float,
@@ -297,6 +299,7 @@ class Inference:
             raise TooLarge(
                 f"the inputs are {size} bytes, and {INPUT_LIMIT_BYTES} go into a message: send fewer rows at once, or a blob"
             )
+        self._check(router.name, model, inputs)
         self.asked_at[router.name] = now
         if not router.lanes:
             self.on_demand(router)
@@ -323,6 +326,35 @@ class Inference:
                 return inputs
         return tuple([replace(tensor, shape=(1, *tensor.shape)) for tensor in inputs])
 
+    def _check(self, name: str, model: str, inputs: tuple[Tensor, ...]) -> None:
+        """Whether the deployment that `model` means now takes such a request. Raises InvalidRequest, naming both shapes.
+
+        Where the version beside it does, that one's clients are not to blame: it is ModelFailed, which counts against this one.
+        """
+        signature = self._registry.model(name).signature
+        if signature is None:
+            return
+        try:
+            matched(inputs, signature.inputs)
+        except InvalidRequest as error:
+            if other := self._taken_by(self._traffic.get(model), name, inputs):
+                raise ModelFailed(
+                    f"{error.message}; {other} takes this request, so {name} replaces it badly"
+                ) from error
+            raise
+
+    def _taken_by(self, traffic: Traffic | None, name: str, inputs: tuple[Tensor, ...]) -> str:
+        """The version that this one is to replace, or has replaced, where a request fits that; else ""."""
+        other = "" if traffic is None else traffic.previous if name == traffic.stable else traffic.stable
+        signature = self._registry.model(other).signature if other else None
+        if signature is None:
+            return ""
+        try:
+            matched(inputs, signature.inputs)
+        except InvalidRequest:
+            return ""
+        return other
+
     def _cancel(self, asked: tuple[Router, Request] | None) -> None:
         if asked is not None:
             router, request = asked
@@ -343,7 +375,7 @@ class Inference:
             self.metrics.answered(name, answered_at, answered_at - now, _failure(outcome))
 
         try:
-            self._submit(router, inputs, measure, now, deadline)
+            self._submit(router, model, inputs, measure, now, deadline)
         except PotluckError as error:  # it is behind, by its objective: the copy goes nowhere, and is counted so
             measure(error)
 

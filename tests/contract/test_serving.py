@@ -298,14 +298,16 @@ async def test_requests_that_cannot_be_are_refused_at_the_door(lab: Lab, stack: 
             (listed("FP32", (1,) * 70, [1.0]), InvalidRequest, "cannot have shape"),
             (listed("BYTES", (2,), ["a", 1]), InvalidRequest, "list of strings"),
             (listed("FP64", (1, 50_000), [0] * 50_000), TooLarge, "send fewer rows"),
+            (listed("FP32", (1, 3), [1, 2, 3]), InvalidRequest, "the request has"),
+            (listed("FP32", (0, 2), []), InvalidRequest, "one at least"),
         ):
             with pytest.raises(error, match=said):
                 await ask(bus, message)
         assert node.batches == []
         # What is short as text and long as msgpack numbers: both fit as bytes.
-        asked = [ask(bus, listed("FP32", (1, 30_000), [[0.5] * 30_000]), encoding="json") for _ in range(6)]
+        asked = [ask(bus, listed("FP32", (15_000, 2), [[0.5, 0.5]] * 15_000), encoding="json") for _ in range(6)]
         answers = await asyncio.gather(*asked)
-        assert {answer.outputs[0].shape for answer in answers} == {(1, 30_000)}
+        assert {answer.outputs[0].shape for answer in answers} == {(15_000, 2)}
         with pytest.raises(InvalidRequest, match="ListNodes"):
             await bus.request(TOPICS.infer("m"), ListNodes(), timeout_seconds=10)
 
