@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from coordinator.serving.inference import size_bytes
 from potluck import codec, tensors
 from potluck.errors import Cancelled, InvalidModel, InvalidRequest, NotFound, TimedOut, TooLarge, Unavailable
-from potluck.messages import BlobRef, ErrorInfo, Infer, ListNodes, ModelUnloaded, Tensor
+from potluck.messages import BlobRef, Deploy, ErrorInfo, Infer, ListNodes, ModelUnloaded, Tensor
 from support.eventually import eventually
 from support.serving_lab import SIGNATURE, TOPICS, Lab, ask, client, question
 
@@ -136,6 +136,25 @@ async def test_more_replicas_than_nodes(lab: Lab, stack: AsyncExitStack, monkeyp
     lab.add_model()
     with pytest.raises(InvalidRequest, match="2 replicas are asked for, but 1 node with"):
         await lab.deploy("m", 2)
+
+
+async def test_who_is_ready_answers_while_a_slow_node_loads_and_the_job_says_so(
+    lab: Lab, stack: AsyncExitStack
+) -> None:
+    await lab.join(stack, "quick")
+    slow = await lab.join(stack, "slow")
+    slow.slow_to_load = True
+    lab.add_model()
+    said: list[str] = []
+    deploying = asyncio.create_task(lab.serving.deploy(Deploy(model="m", replicas=2), said.append))
+    async with client(lab) as bus:
+        await eventually(lambda: said and said[-1].startswith("m:1 on quick is ready and answers to m; "))
+        assert said[-1].endswith(" on slow")
+        assert (await ask(bus, question(1, 2))).model == "m:1"
+    assert not deploying.done()  # two were asked for
+    slow.slow_to_load = False
+    assert await deploying == "m:1"
+    assert len(lab.serving.deployments()[0].replicas) == 2
 
 
 async def test_undeploy_answers_who_waits(lab: Lab, stack: AsyncExitStack) -> None:
