@@ -17,7 +17,8 @@ from coordinator.serving.registry import Registry
 from coordinator.serving.router import Router
 from coordinator.serving.traffic import Traffic
 from potluck.bus import Bus, Envelope
-from potluck.errors import InvalidRequest, ModelFailed, NotFound, PotluckError, TooLarge, from_code
+from potluck.deadlines import deadline, too_late
+from potluck.errors import InvalidRequest, ModelFailed, NotFound, PotluckError, TimedOut, TooLarge, from_code
 from potluck.messages import (
     INLINE_LIMIT_BYTES,
     BlobRef,
@@ -211,7 +212,7 @@ class Inference:
             return
         model = self._topics.segment(envelope.topic, 1)
         now = self._clock()
-        deadline = min(message.expires or float("inf"), now + self._settings.inference_seconds)
+        until = min(deadline(message, now), now + self._settings.inference_seconds)
         key = (envelope.reply_to, message.id)
 
         def answer(outcome: RequestOutcome | PotluckError) -> None:
@@ -227,13 +228,15 @@ class Inference:
 
         name = ""  # names that are not deployed are whatever is asked for: they are counted as one
         try:
+            if until <= now:
+                raise TimedOut(too_late(message, now, "the coordinator's"))
             router = self._route(model)
             name = router.name
             inputs = self._batched(name, message.inputs)
-            request = self._submit(router, model, inputs, answer, now, deadline, message.priority)
+            request = self._submit(router, model, inputs, answer, now, until, message.priority)
             if message.id and not request.answered:
                 self._asked[key] = router, request
-            self._copy(model, inputs, now, deadline)
+            self._copy(model, inputs, now, until)
         except PotluckError as error:
             answer(error)
 
@@ -398,10 +401,12 @@ class Inference:
         self._pump(router)
 
     def _send(self, router: Router, batch: Batch) -> None:
+        until = max([request.deadline for request in batch.requests])
         message = RunInference(
             id=batch.batch_id,
             replica_id=batch.replica_id,
-            expires=max([request.deadline for request in batch.requests]),
+            expires=until,
+            valid_seconds=max(LEAST_SECONDS, until - self._clock()),
             requests=tuple([request.inputs for request in batch.requests]),
             objective_seconds=router.objective_seconds,
         )

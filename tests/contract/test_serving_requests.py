@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from msgspec.structs import replace
 
 from potluck import tensors
-from potluck.errors import Cancelled, InvalidRequest
+from potluck.errors import Cancelled, InvalidRequest, TimedOut
 from potluck.messages import CancelInfer, Infer, Signature, TensorSpec
 from support.eventually import eventually
 from support.serving_lab import TOPICS, Lab, ask, client, question
@@ -136,3 +137,26 @@ async def test_a_single_item_gets_the_batch_axis_that_it_lacks(
         assert [tensor.shape for tensor in node.asked[0].requests[0]] == sent
         asked.cancel()
         await asyncio.wait([asked])
+
+
+@pytest.mark.parametrize("ahead_seconds", [3600.0, -3600.0])
+async def test_a_coordinator_whose_clock_is_wrong_answers_whoever_says_how_long_he_waits(
+    tmp_path: Path, stack: AsyncExitStack, ahead_seconds: float
+) -> None:
+    lab = Lab(tmp_path)
+    lab.clock_ahead_seconds = ahead_seconds
+    await lab.open(stack)
+    node = await lab.join(stack, "a")
+    lab.add_model()
+    await lab.deploy("m")
+    async with client(lab) as bus:
+        asked = replace(question(1, 2), expires=time.time() + 5, valid_seconds=5.0)
+        assert (await ask(bus, asked)).model == "m:1"
+        if ahead_seconds > 0:
+            with pytest.raises(TimedOut, match=r"3[56]\d\d s after its time was up .* by the coordinator's clock"):
+                await ask(bus, replace(asked, valid_seconds=0.0))
+        node.mute = True
+        with pytest.raises(TimedOut, match="no answer in time"):
+            await ask(bus, replace(asked, valid_seconds=0.3))
+        # The node hears it by no clock, too.
+        assert 0.0 < node.asked[0].valid_seconds <= 0.3
