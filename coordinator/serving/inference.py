@@ -155,14 +155,16 @@ class Inference:
             router.inputs_lost(node_id)
 
     def nodes_of(self, model: str) -> list[str]:
-        """Those with a replica of a deployed model that is ready, and heard of; inputs may be sent there. Raises NotFound.
+        """Those with a replica of a deployed model that is ready, heard of, and not far slower than others; inputs may be sent there.
+        Raises NotFound.
 
         None while it has a shadow, which may ask for the inputs when the other's node has done with them.
         """
         traffic = self._traffic.get(model)
         if traffic is not None and traffic.shadow:
             return []
-        return [lane.node_id for lane in self.router(model).lanes.values() if not lane.silent]
+        lanes = self.router(model).lanes
+        return [lane.node_id for lane in lanes.values() if not lane.silent and not lanes.slow(lane)]
 
     def expire(self) -> None:
         """Time passes: late batches are asked again elsewhere, and requests past their deadline answered."""
@@ -390,9 +392,14 @@ class Inference:
             batch = router.withdrawn.pop()
             message = CancelInference(id=batch.batch_id, replica_id=batch.replica_id)
             self._outbox.publish(self._topics.node(batch.node_id, "inbox"), message, qos=0)
-        if len(router.lanes) > 1 and router.name not in self._timers and (due := router.hedge_at()) < inf:
-            seconds = max(LEAST_SECONDS, due - self._clock())
-            self._timers[router.name] = asyncio.get_running_loop().call_later(seconds, self._hedge, router)
+        if len(router.lanes) > 1 and (due := router.hedge_at()) < inf:
+            loop = asyncio.get_running_loop()
+            at = loop.time() + max(LEAST_SECONDS, due - self._clock())
+            timer = self._timers.get(router.name)
+            if timer is None or timer.when() > at + LEAST_SECONDS:  # what was sent last may be late first
+                if timer is not None:
+                    timer.cancel()
+                self._timers[router.name] = loop.call_at(at, self._hedge, router)
 
     def _hedge(self, router: Router) -> None:
         self._timers.pop(router.name, None)

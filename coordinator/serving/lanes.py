@@ -24,6 +24,8 @@ SLOW = 1.5
 """A replica that takes so many times longer for a row than the quickest gets only what it answers sooner than that one would."""
 QUICK_LANES = 8
 """So many of the quickest are compared with: a message costs the same however many replicas there are."""
+FIRST_ROWS = 8
+"""So many a replica of which nothing is known gets at first, where there are others: it may be slow."""
 LATE_SECONDS = 10.0
 LATE_LEAST = 3
 LATE = 2.0
@@ -280,7 +282,8 @@ class Lanes(dict[str, Lane]):
         A slow one gets no more than it is expected to answer sooner than a quick one would, behind all that this has to do.
         """
         if not self.slow(lane):
-            return lane.limit
+            unknown = not lane.time.known and len(self) > 1
+            return min(lane.limit, max(FIRST_ROWS, first_rows)) if unknown else lane.limit
         seconds = self.seconds_elsewhere(lane, rows_waiting, now)
         if seconds == inf:
             return lane.limit

@@ -17,7 +17,7 @@ from node.engine import fitting
 from node.engine.fitting import Array, padded
 from node.engine.wording import one_line
 from potluck import tensors
-from potluck.errors import InvalidModel, ModelFailed, NotFound, OutOfMemory, PotluckError
+from potluck.errors import InvalidModel, InvalidRequest, ModelFailed, NotFound, OutOfMemory, PotluckError
 from potluck.messages import ErrorInfo, ModelFormat, RequestOutcome, Signature, Tensor
 from potluck.specs import shown
 from potluck.wording import counted
@@ -187,7 +187,7 @@ def _outcomes(replica: Model, members: list[Member]) -> list[tuple[int, RequestO
     """Of requests with equal shapes, run together; when that fails, one by one, so that only the bad one fails."""
     try:
         return [(number, RequestOutcome(outputs=outputs)) for number, outputs in _run_together(replica, members)]
-    except (ModelFailed, InvalidModel, OutOfMemory) as error:  # one alone may find room
+    except (InvalidRequest, InvalidModel, OutOfMemory) as error:  # one alone may find room
         if len(members) > 1:
             return [found for member in members for found in _outcomes(replica, [member])]
         return [(members[0][0], _failed(error))]

@@ -175,9 +175,10 @@ class Traffic:
     def _send(self) -> None:
         self._compute(self.router.dispatch(self.now))
         self.router.withdrawn.clear()  # they are computed all the same, which is the worse case
-        if self._hedge_at == math.inf and (due := self.router.hedge_at()) < math.inf:
-            self._hedge_at = max(due, self.now + LEAST_SECONDS)
-            self._at(self._hedge_at, self._hedge)
+        due = max(self.router.hedge_at(), self.now + LEAST_SECONDS)
+        if due < self._hedge_at:
+            self._hedge_at = due
+            self._at(due, self._hedge)
 
     def _compute(self, batches: Sequence[Batch]) -> None:
         for batch in batches:
