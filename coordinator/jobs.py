@@ -20,6 +20,7 @@ from potluck.errors import (
     InvalidData,
     InvalidModel,
     InvalidRequest,
+    ModelFailed,
     OutOfMemory,
     PeerLost,
     from_code,
@@ -472,7 +473,7 @@ def data_of(spec: AnyJobSpec) -> tuple[str, ...]:
 
 def _placed(error: ErrorInfo, attempt: Attempt) -> ErrorInfo:
     """The error with the data set that it speaks of, where that is not the one to train on."""
-    about_data = error.code in (InvalidData.code, InvalidModel.code, InvalidRequest.code)
+    about_data = error.code in (InvalidData.code, InvalidModel.code, InvalidRequest.code, ModelFailed.code)
     if about_data and attempt.shard_id.startswith((VALIDATION, CHECK)):
         return replace(error, message=f"in validation: {error.message}")
     return error

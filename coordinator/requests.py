@@ -24,7 +24,17 @@ from coordinator.serving.serving import Serving
 from potluck import codec
 from potluck.blobs.store import BlobStore
 from potluck.bus import Envelope
-from potluck.errors import BadMessage, Conflict, InvalidData, InvalidRequest, NotFound, Overloaded, PotluckError
+from potluck.deadlines import deadline, too_late
+from potluck.errors import (
+    BadMessage,
+    Conflict,
+    InvalidData,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    PotluckError,
+    TimedOut,
+)
 from potluck.messages import (
     AddDataset,
     AnyJobSpec,
@@ -120,7 +130,9 @@ class Requests:
     def on_request(self, envelope: Envelope) -> None:
         """Handler for the bus."""
         message = envelope.message
-        if message.expires and message.expires < self._clock():
+        now = self._clock()
+        if deadline(message, now) < now:
+            self._outbox.refuse(envelope, TimedOut(too_late(message, now, "the coordinator's")))
             return
         try:
             if isinstance(message, Undeploy):
@@ -180,7 +192,7 @@ class Requests:
                 listed, more = _page(self._dispatcher.all_described(message.after))
                 return JobsListed(jobs=listed, more=more)
             case ListNodes():
-                return NodesListed(nodes=self._membership.infos())
+                return NodesListed(nodes=self._membership.infos(), sent_at=self._clock())
             case ListModels():
                 return self._list_models(message.after)
             case GetModel():

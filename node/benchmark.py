@@ -1,10 +1,11 @@
-"""How fast this machine multiplies float32 matrices: run as a process of its own, prints GFLOP/s.
+"""How fast this machine multiplies float32 matrices: run as a process of its own, prints GFLOP/s. `--gently`: at the lowest priority.
 
 It stands in for the speed of a model until one has been measured on this node.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 
@@ -29,4 +30,6 @@ def measure() -> float:
 
 
 if __name__ == "__main__":
+    if "--gently" in sys.argv:
+        os.nice(19)
     sys.stdout.write(f"{measure():.1f}\n")

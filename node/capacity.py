@@ -75,13 +75,21 @@ async def measure(kept_in: Path, threads: int = 0) -> float:
     Kept in the file `kept_in`. 0 when it cannot be measured: then placement takes this node for an average one.
     """
     threads = threads or cores()
-    key = f"{platform.machine()} {threads} threads"
     kept = read_text(kept_in).rpartition("\t")
-    if kept[0] == key and (known := _positive(kept[2])):
+    if kept[0] == _measured_on(threads) and (known := _positive(kept[2])):
         return known
+    if gflops := await benchmark(threads):
+        await keep(kept_in, gflops, threads)
+    return gflops
+
+
+async def benchmark(threads: int = 0, *, gently: bool = False) -> float:
+    """GFLOP/s, measured now; 0 when it cannot be. `gently`: behind all else that this machine does."""
+    threads = threads or cores()
     try:
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-P", "-m", "node.benchmark", stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+            sys.executable, "-P", "-m", "node.benchmark", *(["--gently"] if gently else []),
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
             env=os.environ | dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(threads)),
             preexec_fn=die_with_parent(),
         )  # fmt: skip
@@ -101,12 +109,31 @@ async def measure(kept_in: Path, threads: int = 0) -> float:
     gflops = _positive(out.decode(errors="replace"))
     if not gflops:
         log.warning("speed not measured %s", fields(reason=" ".join(err.decode(errors="replace").split())[-200:]))
-        return 0.0
+    return gflops
+
+
+async def keep(kept_in: Path, gflops: float, threads: int = 0) -> None:
+    """Remember a speed for the next start."""
     try:
-        await asyncio.to_thread(kept_in.write_text, f"{key}\t{gflops}")
+        await asyncio.to_thread(kept_in.write_text, f"{_measured_on(threads or cores())}\t{gflops}")
     except OSError as error:  # then it is measured again next time
         log.warning("speed not kept %s", fields(reason=error))
-    return gflops
+
+
+def _measured_on(threads: int) -> str:
+    return f"{platform.machine()} {threads} threads"
+
+
+def processor_seconds() -> tuple[float, float]:
+    """What all processors of this machine have worked since it started, and that with the time in which they did nothing."""
+    times = psutil.cpu_times()
+    whole = (
+        times.user
+        + times.system
+        + times.idle
+        + sum(getattr(times, name, 0.0) for name in ("nice", "iowait", "irq", "softirq", "steal"))
+    )
+    return whole - times.idle - getattr(times, "iowait", 0.0), whole
 
 
 class Telemetry:

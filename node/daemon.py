@@ -154,7 +154,9 @@ class Node:
                     ),
                     "idle": self._stop_idle(),
                     "giving way": self._pause_and_resume(),
-                    "measure": self._presence.measure(self._bus, self.folder / "speed"),
+                    "measure": self._presence.measure(
+                        self._bus, self.folder / "speed", lambda: bool(self._assignments.attempt_ids)
+                    ),
                     "data": self._pack(own_data),
                     "report": lifecycle.report(lambda: self._standing(own_data)),
                 }

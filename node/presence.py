@@ -12,6 +12,7 @@ from typing import Literal
 from msgspec.structs import replace
 
 from node import capacity as capacities
+from node.speed import Speed, idle
 from potluck import __version__, lifecycle
 from potluck.bus import Bus, Envelope
 from potluck.discovery import Discovery, Service
@@ -26,6 +27,8 @@ from potluck.topics import Topics
 log = logging.getLogger(__name__)
 
 GOODBYE_SECONDS = 2.0
+LOOK_SECONDS = 2.0
+"""For so long it is looked whether the machine is idle."""
 
 
 class Presence:
@@ -155,11 +158,25 @@ class Presence:
         except (TimeoutError, PotluckError) as error:
             log.info("no goodbye %s", fields(reason=str(error) or "the bus did not take it in time"))
 
-    async def measure(self, bus: Bus, kept_in: Path) -> None:
-        """Find out how fast this machine is, after the birth, which must not wait for it."""
-        gflops = await capacities.measure(kept_in, self._settings.threads)
-        self._capacity = replace(self._capacity, gflops=gflops)
-        log.info("speed known %s", fields(node=self._node_id, gflops=gflops))
+    async def measure(self, bus: Bus, kept_in: Path, at_work: Callable[[], bool]) -> None:
+        """Find out how fast this machine is, after the birth, which must not wait for it; and again while it is idle (`speed`)."""
+        threads = self._settings.threads
+        speed = Speed(await capacities.measure(kept_in, threads))
+        await self._tell_speed(bus, speed)
+        while (wait_seconds := speed.wait_seconds) is not None:
+            await asyncio.sleep(wait_seconds)
+            busy_seconds, all_seconds = capacities.processor_seconds()
+            await asyncio.sleep(LOOK_SECONDS)
+            busy_now, all_now = capacities.processor_seconds()
+            if at_work() or not idle(busy_now - busy_seconds, all_now - all_seconds):
+                continue
+            if speed.measured(await capacities.benchmark(threads, gently=True)):
+                await capacities.keep(kept_in, speed.gflops, threads)
+                await self._tell_speed(bus, speed)
+
+    async def _tell_speed(self, bus: Bus, speed: Speed) -> None:
+        self._capacity = replace(self._capacity, gflops=speed.gflops)
+        log.info("speed known %s", fields(node=self._node_id, gflops=speed.gflops))
         await self._tell_capacity(bus)
 
     def engine_runs(self, outbox: Outbox, runtimes: Mapping[str, str]) -> None:

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from node.slot import EngineSlot
 from potluck.blobs.download import Downloader
 from potluck.blobs.store import BlobStore
 from potluck.crashes import Crashes
+from potluck.deadlines import deadline, too_late
 from potluck.errors import (
     Cancelled,
     CorruptBlob,
@@ -162,9 +164,12 @@ class Replicas:
 
     def infer(self, command: RunInference) -> None:
         """Run a batch, unless it is too late; the answer is `InferenceFinished`."""
-        if command.expires and command.expires < time.time():
-            self._answer(command, TimedOut("the batch came to this node when its time was up"))
+        now = time.time()
+        until = deadline(command, now)
+        if until < now:
+            self._answer(command, TimedOut(too_late(command, now, "this node's")))
             return
+        command = replace(command, expires=0.0 if until == inf else until)  # by the clock of this machine, from here on
         if command.replica_id not in self._loaded or self._batches >= BATCHES_LIMIT:
             error: PotluckError = NotFound(f"replica {command.replica_id} is not loaded on this node")
             if self._batches >= BATCHES_LIMIT:

@@ -40,6 +40,12 @@ class InvalidRequest(PotluckError):
     exit_code = 2
 
 
+class ModelFailed(InvalidRequest):
+    """A model that fails on a request that fits its signature: it may not take these values, or be itself at fault."""
+
+    code = "model_failed"
+
+
 class InvalidModel(PotluckError):
     """A model that cannot be loaded, is not compiled, or does not fit the data."""
 

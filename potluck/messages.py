@@ -558,6 +558,8 @@ class ListNodes(Message, frozen=True):
 
 class NodesListed(Message, frozen=True):
     nodes: tuple[NodeInfo, ...]
+    sent_at: float = 0.0
+    """By the coordinator's clock; 0: it does not say."""
 
 
 class AddDataset(Message, frozen=True):
@@ -775,11 +777,13 @@ class RollBack(Message, frozen=True):
 class Infer(Message, frozen=True):
     """On `models/<name>/infer` (`name`, `name:version` or `name:alias`). Answered by `Inferred`.
 
-    Of the requests that wait, those of a higher `priority` go first; one that cannot be answered by `expires` is refused at once.
+    Of the requests that wait, those of a higher `priority` go first; one that cannot be answered in time is refused at once: within
+    `valid_seconds` of its receipt, or, where that is 0, by `expires` on the coordinator's clock.
     """
 
     inputs: tuple[Tensor, ...]
     priority: Priority = 0
+    valid_seconds: Seconds = 0.0
 
 
 class CancelInfer(Message, frozen=True):
@@ -1187,6 +1191,8 @@ class RunInference(Message, frozen=True):
     requests: tuple[tuple[Tensor, ...], ...]
     objective_seconds: Objective = 0.0
     """How long an answer may take: the node's training gives way when it takes longer."""
+    valid_seconds: Seconds = 0.0
+    """From its receipt on, whatever the node's clock says; 0: until `expires`."""
 
 
 class CancelInference(Message, frozen=True):

@@ -138,7 +138,7 @@ class _Wanted:
 
 
 def check(name: str, signature: Signature, inputs: Sequence[Tensor]) -> None:
-    """Names and datatypes are those of the model. Raises InvalidRequest (whether shapes fit, the replica says)."""
+    """Names and datatypes are those of the model. Raises InvalidRequest (whether shapes fit, `Inference` says)."""
     specs = {spec.name: spec for spec in signature.inputs}
     given = [tensor.name for tensor in inputs]
     if len(given) != len(specs) or specs.keys() != set(given):

@@ -17,7 +17,8 @@ from coordinator.serving.registry import Registry
 from coordinator.serving.router import Router
 from coordinator.serving.traffic import Traffic
 from potluck.bus import Bus, Envelope
-from potluck.errors import InvalidRequest, NotFound, PotluckError, TooLarge, from_code
+from potluck.deadlines import deadline, too_late
+from potluck.errors import InvalidRequest, ModelFailed, NotFound, PotluckError, TimedOut, TooLarge, from_code
 from potluck.messages import (
     INLINE_LIMIT_BYTES,
     BlobRef,
@@ -34,6 +35,7 @@ from potluck.messages import (
 )
 from potluck.outbox import Outbox
 from potluck.settings import CoordinatorSettings
+from potluck.specs import matched
 from potluck.tensors import plain
 from potluck.topics import Topics
 
@@ -153,14 +155,16 @@ class Inference:
             router.inputs_lost(node_id)
 
     def nodes_of(self, model: str) -> list[str]:
-        """Those with a replica of a deployed model that is ready, and heard of; inputs may be sent there. Raises NotFound.
+        """Those with a replica of a deployed model that is ready, heard of, and not far slower than others; inputs may be sent there.
+        Raises NotFound.
 
         None while it has a shadow, which may ask for the inputs when the other's node has done with them.
         """
         traffic = self._traffic.get(model)
         if traffic is not None and traffic.shadow:
             return []
-        return [lane.node_id for lane in self.router(model).lanes.values() if not lane.silent]
+        lanes = self.router(model).lanes
+        return [lane.node_id for lane in lanes.values() if not lane.silent and not lanes.slow(lane)]
 
     def expire(self) -> None:
         """Time passes: late batches are asked again elsewhere, and requests past their deadline answered."""
@@ -210,7 +214,7 @@ class Inference:
             return
         model = self._topics.segment(envelope.topic, 1)
         now = self._clock()
-        deadline = min(message.expires or float("inf"), now + self._settings.inference_seconds)
+        until = min(deadline(message, now), now + self._settings.inference_seconds)
         key = (envelope.reply_to, message.id)
 
         def answer(outcome: RequestOutcome | PotluckError) -> None:
@@ -226,13 +230,15 @@ class Inference:
 
         name = ""  # names that are not deployed are whatever is asked for: they are counted as one
         try:
+            if until <= now:
+                raise TimedOut(too_late(message, now, "the coordinator's"))
             router = self._route(model)
             name = router.name
             inputs = self._batched(name, message.inputs)
-            request = self._submit(router, inputs, answer, now, deadline, message.priority)
+            request = self._submit(router, model, inputs, answer, now, until, message.priority)
             if message.id and not request.answered:
                 self._asked[key] = router, request
-            self._copy(model, inputs, now, deadline)
+            self._copy(model, inputs, now, until)
         except PotluckError as error:
             answer(error)
 
@@ -261,7 +267,7 @@ class Inference:
                 answered.set_result(outcome)
 
         try:
-            request = self._submit(router, inputs, answer, now, now + timeout_seconds, priority)
+            request = self._submit(router, model, inputs, answer, now, now + timeout_seconds, priority)
             self._copy(model, inputs, now, now + timeout_seconds)
         except PotluckError as error:
             answer(error)
@@ -282,6 +288,7 @@ class Inference:
     def _submit(
         self,
         router: Router,
+        model: str,
         inputs: tuple[Tensor, ...],
         answer: Callable[[RequestOutcome | PotluckError], None],
         now: float,
@@ -297,6 +304,7 @@ class Inference:
             raise TooLarge(
                 f"the inputs are {size} bytes, and {INPUT_LIMIT_BYTES} go into a message: send fewer rows at once, or a blob"
             )
+        self._check(router.name, model, inputs)
         self.asked_at[router.name] = now
         if not router.lanes:
             self.on_demand(router)
@@ -323,6 +331,35 @@ class Inference:
                 return inputs
         return tuple([replace(tensor, shape=(1, *tensor.shape)) for tensor in inputs])
 
+    def _check(self, name: str, model: str, inputs: tuple[Tensor, ...]) -> None:
+        """Whether the deployment that `model` means now takes such a request. Raises InvalidRequest, naming both shapes.
+
+        Where the version beside it does, that one's clients are not to blame: it is ModelFailed, which counts against this one.
+        """
+        signature = self._registry.model(name).signature
+        if signature is None:
+            return
+        try:
+            matched(inputs, signature.inputs)
+        except InvalidRequest as error:
+            if other := self._taken_by(self._traffic.get(model), name, inputs):
+                raise ModelFailed(
+                    f"{error.message}; {other} takes this request, so {name} replaces it badly"
+                ) from error
+            raise
+
+    def _taken_by(self, traffic: Traffic | None, name: str, inputs: tuple[Tensor, ...]) -> str:
+        """The version that this one is to replace, or has replaced, where a request fits that; else ""."""
+        other = "" if traffic is None else traffic.previous if name == traffic.stable else traffic.stable
+        signature = self._registry.model(other).signature if other else None
+        if signature is None:
+            return ""
+        try:
+            matched(inputs, signature.inputs)
+        except InvalidRequest:
+            return ""
+        return other
+
     def _cancel(self, asked: tuple[Router, Request] | None) -> None:
         if asked is not None:
             router, request = asked
@@ -343,7 +380,7 @@ class Inference:
             self.metrics.answered(name, answered_at, answered_at - now, _failure(outcome))
 
         try:
-            self._submit(router, inputs, measure, now, deadline)
+            self._submit(router, model, inputs, measure, now, deadline)
         except PotluckError as error:  # it is behind, by its objective: the copy goes nowhere, and is counted so
             measure(error)
 
@@ -355,9 +392,14 @@ class Inference:
             batch = router.withdrawn.pop()
             message = CancelInference(id=batch.batch_id, replica_id=batch.replica_id)
             self._outbox.publish(self._topics.node(batch.node_id, "inbox"), message, qos=0)
-        if len(router.lanes) > 1 and router.name not in self._timers and (due := router.hedge_at()) < inf:
-            seconds = max(LEAST_SECONDS, due - self._clock())
-            self._timers[router.name] = asyncio.get_running_loop().call_later(seconds, self._hedge, router)
+        if len(router.lanes) > 1 and (due := router.hedge_at()) < inf:
+            loop = asyncio.get_running_loop()
+            at = loop.time() + max(LEAST_SECONDS, due - self._clock())
+            timer = self._timers.get(router.name)
+            if timer is None or timer.when() > at + LEAST_SECONDS:  # what was sent last may be late first
+                if timer is not None:
+                    timer.cancel()
+                self._timers[router.name] = loop.call_at(at, self._hedge, router)
 
     def _hedge(self, router: Router) -> None:
         self._timers.pop(router.name, None)
@@ -366,10 +408,12 @@ class Inference:
         self._pump(router)
 
     def _send(self, router: Router, batch: Batch) -> None:
+        until = max([request.deadline for request in batch.requests])
         message = RunInference(
             id=batch.batch_id,
             replica_id=batch.replica_id,
-            expires=max([request.deadline for request in batch.requests]),
+            expires=until,
+            valid_seconds=max(LEAST_SECONDS, until - self._clock()),
             requests=tuple([request.inputs for request in batch.requests]),
             objective_seconds=router.objective_seconds,
         )

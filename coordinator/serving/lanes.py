@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Set
 from dataclasses import dataclass, field
+from heapq import nsmallest
+from math import inf
 
 from coordinator.serving.queueing import Request
 from coordinator.serving.timing import TimeModel
@@ -17,8 +20,19 @@ BATCHES_AHEAD = 3
 """Batches that a request may wait for, its own among them: one computed, one that waits at the replica, one that gathers here."""
 BATCH_TARGET_SECONDS = 1.0
 """A slow model gets smaller batches: nobody waits long behind one, and what runs is not taken for lost."""
-WORTH_WAITING = 2.0
-"""A replica that takes so many times longer than waiting for the others would stays idle."""
+SLOW = 1.5
+"""A replica that takes so many times longer for a row than the quickest gets only what it answers sooner than that one would."""
+QUICK_LANES = 8
+"""So many of the quickest are compared with: a message costs the same however many replicas there are."""
+FIRST_ROWS = 8
+"""So many a replica of which nothing is known gets at first, where there are others: it may be slow."""
+LATE_SECONDS = 10.0
+LATE_LEAST = 3
+LATE = 2.0
+"""A replica that takes so many times longer than expected, so often in so many seconds, has a habit of it (a quota of its processor, say):
+once is chance. From then on it is expected to be as late as it was each time."""
+PROBE_SECONDS = 10.0
+"""A slow replica that got nothing for so long is tried with what a quick one answers anyway: it may be quicker by now."""
 ROUNDING = 1e-6
 """A sum of rates that is less is what rounding left of one that is none."""
 PATIENCE = 4
@@ -37,6 +51,8 @@ class Batch:
     """Whether it is on its way, and waited for."""
     twin: Batch | None = None
     """The same requests, or some of them, at another replica."""
+    probe: bool = False
+    """Sent to learn how long it takes: nobody needs its answer, and it is not withdrawn."""
 
     @property
     def wanted(self) -> bool:
@@ -59,6 +75,12 @@ class Lane:
     rows: int = 0
     """On their way, overdue ones apart."""
     finished_at: float = 0.0
+    sent_at: float = 0.0
+    """When it got its last batch."""
+    slip_seconds: float = 0.0
+    """How late it is again and again, beside what a batch takes."""
+    late: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=LATE_LEAST))
+    """When it was late the last times, and by how much."""
     open_at: int = -1
     """Where it is in the router's list of lanes with room; -1: it has none."""
     silent: bool = False
@@ -91,6 +113,7 @@ class Lane:
     def sent(self, batch: Batch) -> None:
         self.batches[batch.batch_id] = batch
         self.rows += batch.rows
+        self.sent_at = batch.sent_at
 
     def came_back(self, batch_id: str) -> Batch | None:
         """The batch, which is on its way no more; None when it was not."""
@@ -104,7 +127,21 @@ class Lane:
         """What a batch that came back took. It began when the one before it was done, and took the engine's time at least."""
         alone = batch.sent_at >= self.finished_at
         seconds = max(engine_seconds, now - max(batch.sent_at, self.finished_at))
+        expected = self.time.seconds(batch.rows)
+        if self.time.known and seconds > LATE * expected:
+            self.late.append((now, seconds - expected))
+            self.note_lateness(now)
         self.time.learn(batch.rows, seconds, alone=alone)
+
+    def note_lateness(self, now: float) -> None:
+        """Time passes, or it was late just now."""
+        again = len(self.late) == LATE_LEAST and now - self.late[0][0] <= LATE_SECONDS
+        self.slip_seconds = min([seconds for _, seconds in self.late]) if again else 0.0
+
+    @property
+    def row_expected(self) -> float:
+        """Seconds for one row, as late as it is used to be."""
+        return self.time.seconds(1) + self.slip_seconds
 
 
 class Lanes(dict[str, Lane]):
@@ -121,14 +158,16 @@ class Lanes(dict[str, Lane]):
         self.rows_per_second = 0.0
         """Of all together, as is `rows_at_once`: of the next batch of each."""
         self.rows_at_once = 0
-        self.uneven = False
-        """Whether one is so slow that it may be better to wait for another."""
+        self.quick: list[Lane] = []
+        """The quickest, of those that are known."""
         self.open: list[Lane] = []
         """Those with room for a batch, in no order: a message costs the same with three replicas as with a thousand."""
         self._at: dict[str, Lane] = {}
         """By the node that it is on."""
         self._quickest_seconds = 0.0
-        """What a row takes on the quickest."""
+        """What a row takes on the quickest; 0: nothing is known of any."""
+        self._slow: list[Lane] = []
+        """Those that may be tried, since they got nothing for long."""
         self._batch_limit = batch_limit
         self._rng = rng
 
@@ -147,12 +186,14 @@ class Lanes(dict[str, Lane]):
             self._shut(lane)
             self._count(lane, 0, 0.0)
             self.rows_out -= lane.rows
+            self._compare()
         return lane
 
     def clear(self) -> None:
         super().clear()
         self.open.clear()
         self._at.clear()
+        self._compare()
 
     def sent(self, lane: Lane, batch: Batch) -> None:
         lane.sent(batch)
@@ -171,6 +212,8 @@ class Lanes(dict[str, Lane]):
         """How much it gets at once, and does in a second."""
         limit = lane.time.rows_within(self._batch_seconds, self._batch_limit)
         self._count(lane, limit, lane.time.rows_per_second(limit))
+        if not self.quick and lane.rows_per_second > 0.0:
+            self._compare()
 
     def set_objective(self, seconds: float) -> None:
         self.objective_seconds = seconds
@@ -227,22 +270,70 @@ class Lanes(dict[str, Lane]):
         awake = (lane for lane in lanes if lane.rests_until <= now)
         return min(awake, key=lambda lane: lane.wait(now), default=None)
 
-    def better_wait(self, lane: Lane, rows_waiting: int, waited_seconds: float, now: float) -> bool:
-        """Whether the others, all busy, will be done with everything long before this slow replica would be with its first."""
-        others = self.rows_per_second - lane.rows_per_second
-        if others <= 0.0 or not lane.time.known:
-            return False
-        alone = lane.busy_seconds(now) + lane.time.seconds(1)
-        if waited_seconds > alone:  # what it waited for did not come
-            return False
-        waiting = BATCHES_AHEAD * self._quickest_seconds + (self.rows_out - lane.rows + rows_waiting) / others
-        return alone > WORTH_WAITING * waiting
+    def slow(self, lane: Lane) -> bool:
+        """Whether it is far slower than another one, or nothing is known of it while others are known."""
+        if not lane.time.known:
+            return bool(self.quick)
+        return lane.row_expected > SLOW * self._quickest_seconds > 0.0
 
-    def tick(self) -> None:
+    def most_rows(self, lane: Lane, first_rows: int, rows_waiting: int, now: float) -> int:
+        """How many rows, beginning with a request of `first_rows`, this replica may get now; 0: they had better wait for another.
+
+        A slow one gets no more than it is expected to answer sooner than a quick one would, behind all that this has to do.
+        """
+        if not self.slow(lane):
+            unknown = not lane.time.known and len(self) > 1
+            return min(lane.limit, max(FIRST_ROWS, first_rows)) if unknown else lane.limit
+        seconds = self.seconds_elsewhere(lane, rows_waiting, now)
+        if seconds == inf:
+            return lane.limit
+        if not lane.time.known:
+            return 0 if lane.batches else first_rows
+        left = HEADROOM * seconds - lane.busy_seconds(now) - lane.slip_seconds - lane.time.fixed_seconds
+        if left < first_rows * lane.time.row_seconds:
+            return 0
+        return min(lane.limit, int(left / lane.time.row_seconds)) if lane.time.row_seconds > 0.0 else lane.limit
+
+    def seconds_elsewhere(self, lane: Lane, rows_waiting: int, now: float) -> float:
+        """Until a quick one is expected to have answered the next of those that wait; infinity where there is none."""
+        return min(
+            [
+                other.busy_seconds(now) + other.time.seconds(min(other.limit, rows_waiting))
+                for other in self.quick
+                if other is not lane and not other.silent and other.rests_until <= now
+            ],
+            default=inf,
+        )
+
+    def quick_with_room(self, now: float, *, beyond: int = 0) -> list[Lane]:
+        """Those of the quickest that have room for a batch, or would with so many places more."""
+        return [
+            lane
+            for lane in self.quick
+            if len(lane.batches) < BATCHES_IN_FLIGHT + beyond and not lane.silent and lane.rests_until <= now
+        ]
+
+    def to_probe(self, now: float) -> Lane | None:
+        """A slow one that got nothing for long; each is named once between two ticks."""
+        while self._slow:
+            lane = self._slow.pop()
+            if self.get(lane.replica_id) is lane and not lane.batches and now - lane.sent_at > PROBE_SECONDS:
+                return lane
+        return None
+
+    def tick(self, now: float) -> None:
         """Compare them, now and then."""
-        each = [lane.time.seconds(1) for lane in self.values() if lane.rows_per_second > 0.0]
-        self._quickest_seconds = min(each, default=0.0)
-        self.uneven = max(each, default=0.0) > WORTH_WAITING * BATCHES_AHEAD * self._quickest_seconds
+        for lane in self.values():
+            if lane.slip_seconds:
+                lane.note_lateness(now)
+        self._compare()
+        self._slow = [lane for lane in self.values() if not lane.silent and not lane.batches and self.slow(lane)]
+
+    def _compare(self) -> None:
+        known = [lane for lane in self.values() if lane.rows_per_second > 0.0]
+        self.quick = nsmallest(QUICK_LANES, known, key=lambda lane: lane.row_expected)
+        self._quickest_seconds = self.quick[0].row_expected if self.quick else 0.0
+        self.quick = [lane for lane in self.quick if not self.slow(lane)]
 
     def note_room(self, lane: Lane) -> None:
         """Keep the list of those with room after something was sent to this one or came back."""
@@ -254,7 +345,7 @@ class Lanes(dict[str, Lane]):
 
     def check_invariants(self) -> None:
         for lane in self.values():
-            assert len(lane.batches) <= BATCHES_IN_FLIGHT
+            assert len(lane.batches) <= BATCHES_IN_FLIGHT + 1  # one more where it takes over from a slow replica
             assert lane.rows == sum(batch.rows for batch in lane.batches.values())
             assert (lane.open_at >= 0) == (not lane.full)
             assert lane.open_at < 0 or self.open[lane.open_at] is lane

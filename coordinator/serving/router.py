@@ -11,17 +11,21 @@ rests for a moment: failing is quick, and would draw everything to it.
 A request whose inputs a node has goes to the replica there. Another one fetches them only while it has nothing to do, and where
 that is quicker: one that has work loses nothing by waiting for requests of its own.
 
+A replica that is far slower than another gets no more than it is expected to answer sooner than the quick one would, queue and all: it
+makes nobody wait. Where it gets nothing for long, it is tried with a request that a quick one answers meanwhile.
+
 A batch that is slow to come back is asked again elsewhere (`hedging`), and one that nobody waits for any more is withdrawn.
 """
 
 from __future__ import annotations
 
 import random
+from heapq import heappop, heappush
 from itertools import islice
 from math import inf
 
-from coordinator.serving.hedging import Hedging
-from coordinator.serving.lanes import BATCH_TARGET_SECONDS, BATCHES_AHEAD, HEADROOM, Batch, Lane, Lanes
+from coordinator.serving.hedging import LEAST_SECONDS, Hedging
+from coordinator.serving.lanes import BATCH_TARGET_SECONDS, BATCHES_AHEAD, HEADROOM, LATE, Batch, Lane, Lanes
 from coordinator.serving.queueing import Request, RequestQueue
 from potluck.errors import Cancelled, InputsLost, ModelCrashed, Overloaded, PotluckError, TimedOut, Unavailable
 from potluck.messages import RequestOutcome
@@ -55,7 +59,9 @@ class Router:
         self.lanes = Lanes(batch_limit, objective_seconds, rng or random.Random())
         self._hedging = Hedging()
         self._away: dict[str, Batch] = {}
-        """What may be asked again elsewhere, in the order in which it was sent."""
+        """What may be asked again elsewhere."""
+        self._late: list[tuple[float, int, Batch]] = []
+        """When it is late, as a heap; what is not away any more is left in it until its turn."""
         self.withdrawn: list[Batch] = []
         """Batches that nobody waits for any more; whoever tells their nodes takes them out."""
         self.served = 0
@@ -127,29 +133,47 @@ class Router:
         lanes = self.lanes
         while lanes.open and self.queue.rows:
             lane, first = self._turn(now)
-            if lane is None or (lanes.uneven and self._better_wait(lane, first, now)):
+            if lane is None:
                 break
-            requests, rows = self._take(now, lane, first)
+            limit = lane.limit
+            if not first.held_by or first.held_by != lane.node_id:
+                limit = lanes.most_rows(lane, first.rows, self.queue.rows, now)
+            if not limit:
+                lane = lanes.least_wait(lanes.quick_with_room(now), now)
+                if lane is None or first.held_by not in ("", lane.node_id):
+                    break
+                limit = lane.limit
+            requests, rows = self._take(now, lane, first, limit)
             if not requests:  # they were too late
                 continue
             batch = self._batch(lane, requests, rows, now)
-            self._away[batch.batch_id] = batch
             for request in requests:
                 request.batch = batch
             batches.append(batch)
+            if not lanes.slow(lane) and not requests[0].held_by and (idle := lanes.to_probe(now)) is not None:
+                probe = self._batch(idle, requests[:1], requests[0].rows, now)
+                probe.probe, probe.twin, batch.twin = True, batch, probe
+                batches.append(probe)
+            else:
+                self._watch(batch, now)
         return batches
 
     def hedge(self, now: float) -> list[Batch]:
         """Batches to send now for others that are slow to come back."""
         batches: list[Batch] = []
-        late_before = now - self._hedging.after_seconds
-        for batch in list(self._away.values()):
-            if batch.sent_at > late_before or self.queue.rows:  # whoever waits comes first
-                break
-            others = [lane for lane in self.lanes.open if lane.replica_id != batch.replica_id]
-            lane = self.lanes.least_wait(others, now)
-            # Late by so much, it is expected to take as much longer.
-            if lane is None or lane.silent or lane.wait(now)[1] > now - batch.sent_at:
+        late = self._late
+        again: list[Batch] = []
+        while late and late[0][0] <= now:
+            batch = heappop(late)[2]
+            if self._away.get(batch.batch_id) is not batch:
+                continue
+            slow = self.lanes.slow(self.lanes[batch.replica_id])
+            others = self.lanes.quick_with_room(now, beyond=1) if slow else self.lanes.open
+            lane = self.lanes.least_wait([one for one in others if one.replica_id != batch.replica_id], now)
+            # Whoever waits comes first, but for those whom a slow replica was to serve sooner. What is late by so much is expected to
+            # take as much longer.
+            if (self.queue.rows and not slow) or lane is None or lane.silent or lane.wait(now)[1] > now - batch.sent_at:
+                again.append(batch)
                 continue
             waiting = [request for request in batch.requests if not request.answered]
             allowed = self._hedging.spend(len(waiting))
@@ -160,13 +184,30 @@ class Router:
                 twin = self._batch(lane, waiting, sum([request.rows for request in waiting]), now)
                 twin.twin, batch.twin = batch, twin
                 batches.append(twin)
+        for batch in again:
+            self._numbered(now + LEAST_SECONDS, batch)
         return batches
 
     def hedge_at(self) -> float:
         """When `hedge` may next have something to send; in infinity while there is nothing to do or nowhere to go."""
-        if len(self.lanes) < 2 or not self._away:
-            return inf
-        return next(iter(self._away.values())).sent_at + self._hedging.after_seconds
+        late = self._late
+        while late and self._away.get(late[0][2].batch_id) is not late[0][2]:
+            heappop(late)
+        return late[0][0] if late and len(self.lanes) > 1 else inf
+
+    def _watch(self, batch: Batch, now: float) -> None:
+        """It may be asked again elsewhere: when most would be back, or a slow replica later than it was expected to be."""
+        self._away[batch.batch_id] = batch
+        lane = self.lanes[batch.replica_id]
+        after_seconds = self._hedging.after_seconds
+        if self.lanes.slow(lane):
+            after_seconds = max(LEAST_SECONDS, LATE * lane.busy_seconds(now))
+        if after_seconds < inf and len(self.lanes) > 1:
+            self._numbered(now + after_seconds, batch)
+
+    def _numbered(self, due_at: float, batch: Batch) -> None:
+        self._number += 1
+        heappush(self._late, (due_at, self._number, batch))
 
     def finished(
         self,
@@ -212,7 +253,8 @@ class Router:
             self._put_back(batch, retried, now)
         if not failed:  # to fail is quick
             self._learn(lane, batch, now, engine_seconds)
-            self._hedging.came_back(now - batch.sent_at)
+            if not self.lanes.slow(lane):
+                self._hedging.came_back(now - batch.sent_at)
         lane.finished_at = now
         if batch.twin is not None:
             self._withdraw(batch.twin)
@@ -255,7 +297,7 @@ class Router:
                     for request in batch.requests:
                         if request.deadline <= now:
                             self._time_out(request)
-        self.lanes.tick()
+        self.lanes.tick(now)
 
     def inputs_lost(self, node_id: str) -> None:
         """A node is gone, and with it the inputs that it had: whoever sent them there can send them again."""
@@ -274,6 +316,7 @@ class Router:
                     request.settle(error)
         self.lanes.clear()
         self._away.clear()
+        self._late.clear()
         while len(self.queue):
             self.queue.pop().settle(error)
 
@@ -325,17 +368,13 @@ class Router:
                 return lane, request
         return None, waiting[0]
 
-    def _better_wait(self, lane: Lane, request: Request, now: float) -> bool:
-        return self.lanes.better_wait(lane, self.queue.rows, now - request.asked_at, now)
-
-    def _take(self, now: float, lane: Lane, first: Request) -> tuple[list[Request], int]:
-        """The next batch, and its rows."""
+    def _take(self, now: float, lane: Lane, first: Request, limit: int) -> tuple[list[Request], int]:
+        """The next batch, of so many rows at most where it has several requests, and its rows."""
         queue = self.queue
         taken: list[Request] = []
         rows = size = 0
-        limit = lane.limit
         if first.deadline - first.asked_at < UNHURRIED_SECONDS:
-            limit = self.lanes.limit_within(lane, first.deadline - first.asked_at)
+            limit = min(limit, self.lanes.limit_within(lane, first.deadline - first.asked_at))
         # Those of a batch are answered together, when all of it is computed.
         done_at = now
         if lane.time.known and (lane.batches or len(queue) > 1):
@@ -372,7 +411,7 @@ class Router:
 
     def _withdraw(self, batch: Batch | None) -> None:
         """Unless it is back, or somebody waits for it. What its replica has begun it may finish."""
-        if batch is not None and batch.out and not batch.wanted:
+        if batch is not None and batch.out and not batch.probe and not batch.wanted:
             self.withdrawn.append(batch)
 
     def _overdue(self, lane: Lane, batch: Batch, now: float) -> None:

@@ -12,7 +12,7 @@ from coordinator.placement import RUNTIME_OF, WORDS
 from coordinator.serving import memory
 from coordinator.serving.deployments import Deployment, Load, Place
 from coordinator.serving.inference import Inference
-from coordinator.serving.records import AnyDeploymentEvent, Measured, Parked, Records, Settled, Woken
+from coordinator.serving.records import AnyDeploymentEvent, Measured, Parked, Records, Settled, Woken, model_of
 from coordinator.serving.registry import Registry, pixel_scale
 from coordinator.serving.room import Room
 from potluck.errors import ModelCrashed
@@ -198,12 +198,19 @@ class Upkeep:
         self.reconcile(self._records.deployments[name])
 
     def stage(self, deployment: Deployment) -> str:
-        """What the nodes do whose replicas are not ready, for people."""
-        return on_nodes(
+        """Which replicas are ready, and so answer, and what the nodes of the others do, for people."""
+        doing = on_nodes(
             (self._loading(replica.node_id, deployment), replica.node_id)
             for replica in deployment.replicas.values()
             if replica.state == "loading"
         )
+        if not deployment.ready:
+            return doing
+        nodes = ", ".join(sorted(replica.node_id for replica in deployment.ready))
+        model = model_of(deployment.name)
+        plain = self._records.traffic[model].stable == deployment.name
+        answers = f"{deployment.name} on {nodes} is ready and answers to {model if plain else deployment.name}"
+        return "; ".join(filter(None, (answers, doing)))
 
     def _loading(self, node_id: str, deployment: Deployment) -> str:
         member = self._membership.get(node_id)

@@ -7,12 +7,37 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from potluck.errors import (
+    CodeNotAllowed,
+    EngineFailed,
+    InvalidModel,
+    ModelCrashed,
+    ModelFailed,
+    OutOfMemory,
+    PotluckError,
+    TimedOut,
+    Unavailable,
+)
+
 WINDOW_SECONDS = 120.0
 SLOT_SECONDS = 5.0
 BOUNDS_SECONDS = tuple(1e-4 * 1.2**step for step in range(74))
 """Latencies are known to a fifth: from 0.1 ms to a minute."""
-NO_FAILURES = frozenset({"", "cancelled", "inputs_lost", "not_found", "overloaded"})
-"""Codes that say nothing against the deployment that was asked."""
+FAILURES = frozenset(
+    error.code
+    for error in (
+        CodeNotAllowed,
+        EngineFailed,
+        InvalidModel,
+        ModelCrashed,
+        ModelFailed,
+        OutOfMemory,
+        PotluckError,
+        TimedOut,
+        Unavailable,
+    )
+)
+"""Codes that speak against the deployment that was asked. Others are their clients' doing, or nobody's: those answers count for nothing."""
 
 
 @dataclass
@@ -60,6 +85,8 @@ class Window:
 
     def answered(self, now: float, seconds: float, failure: str) -> None:
         """An answer `seconds` after its question came; `failure` is its error code, "" for a good one."""
+        if failure and failure not in FAILURES:
+            return
         number = int(now // SLOT_SECONDS)
         if not self._slots or self._slots[-1].number < number:
             self._slots.append(_Slot(number))
@@ -68,7 +95,7 @@ class Window:
         answers.count += 1
         if not failure:
             answers.latencies[bisect_left(BOUNDS_SECONDS, seconds)] += 1
-        elif failure not in NO_FAILURES:
+        else:
             answers.failures += 1
 
     def summary(self, now: float) -> Summary:

@@ -7,11 +7,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from node.engine.wording import shape as shown
 from potluck import tensors
 from potluck.errors import InvalidRequest
 from potluck.messages import Tensor, TensorSpec
-from potluck.wording import counted
+from potluck.specs import matched, shape_for
 
 Array = np.ndarray[Any, Any]
 
@@ -26,37 +25,12 @@ def fit(
 
     What are pixels (`_are_pixels`) is multiplied by `pixel_scale`, as files of images are, and refused where that is 0.
     """
-    if len(request) != len(specs):
-        raise InvalidRequest(
-            f"the model has {counted(len(specs), 'input')} ({_names(specs)}), the request {len(request)}"
-        )
-    by_name = {tensor.name: tensor for tensor in request}
-    if len(specs) == 1:
-        ordered = list(request)
-    elif {spec.name for spec in specs} == set(by_name):
-        ordered = [by_name[spec.name] for spec in specs]
-    else:
-        raise InvalidRequest(f"the model's inputs are {_names(specs)}, the request's {', '.join(by_name)}")
     arrays = []
-    for spec, dtype, tensor in zip(specs, dtypes, ordered, strict=True):
-        array = tensors.to_numpy(tensor)
-        if tensor.datatype == "BYTES" and array.ndim == 1 and tuple(spec.shape[1:]) == (1,):
-            # A list of texts, for a model whose items are lists of one: keras.Input((1,), dtype="string").
-            array = array[:, np.newaxis]
-        given = array.shape
-        if len(given) != len(spec.shape) or any(
-            w >= 0 and w != h for w, h in zip(spec.shape[1:], given[1:], strict=True)
-        ):
-            raise InvalidRequest(
-                f"input '{spec.name}' takes {spec.datatype} of shape {shown(spec.shape)}, the first being the batch, "
-                f"but the request has {shown(given)}"
-            )
+    for spec, dtype, tensor in zip(specs, dtypes, matched(request, specs), strict=True):
+        array = tensors.to_numpy(tensor).reshape(shape_for(tensor, spec))
         if pixel_scale != 1.0 and _are_pixels(array, dtype):
             array = _scaled(array, pixel_scale, spec)
         arrays.append(array if array.dtype == dtype else _cast(array, dtype, spec, tensor.datatype))
-    rows = len(arrays[0])
-    if not rows or any(len(array) != rows for array in arrays):
-        raise InvalidRequest("the inputs of a request need the same number of rows, one at least")
     return arrays
 
 
@@ -110,7 +84,3 @@ def _cast(array: Array, dtype: np.dtype[Any], spec: TensorSpec, datatype: str) -
     raise InvalidRequest(
         f"input '{spec.name}' takes {spec.datatype}, but the request has {datatype}, which cannot be cast without loss"
     )
-
-
-def _names(specs: Sequence[TensorSpec]) -> str:
-    return ", ".join(spec.name for spec in specs)

@@ -15,9 +15,9 @@ from node.engine.inputs import Source
 from node.engine.replicas import Model
 from node.engine.shards import Part
 from node.engine.truth import by_output
-from node.engine.wording import shape as shown
 from potluck.errors import InvalidData, InvalidModel, InvalidRequest
 from potluck.messages import EvaluateResult, Signature, TensorSpec
+from potluck.specs import shown
 
 Step = Callable[[int], None]
 

@@ -15,7 +15,7 @@ from node.engine import fitting, pixels, runtime
 from node.engine.fitting import Array
 from node.engine.memory import shortage
 from node.engine.wording import one_line
-from potluck.errors import InvalidModel, InvalidRequest
+from potluck.errors import InvalidModel, ModelFailed
 from potluck.logs import fields
 from potluck.messages import Signature
 
@@ -72,7 +72,7 @@ class Graph:
         try:
             return self._call(*arrays)
         except (*BY_VALUES, ValueError) as error:
-            raise shortage(error) or InvalidRequest(f"the model failed on this input: {one_line(error)}") from error
+            raise shortage(error) or ModelFailed(f"the model failed on this input: {one_line(error)}") from error
         except tf.errors.OpError as error:
             raise shortage(error) or InvalidModel(f"the model cannot run: {one_line(error)}") from error
 

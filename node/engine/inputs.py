@@ -12,9 +12,9 @@ import tensorflow as tf
 from node.engine import runtime, shards
 from node.engine.decoders import Decoder, ImageDecoder, decoder_for, item_bytes, undecodable
 from node.engine.shards import Array, Part
-from node.engine.wording import shape as shown
 from potluck.errors import InvalidRequest
 from potluck.messages import DataFormat, ImageOptions
+from potluck.specs import shown
 from potluck.wording import counted
 
 GROUP_BYTES = 32 * 2**20

@@ -17,7 +17,7 @@ from ai_edge_litert.interpreter import Interpreter
 
 from node.engine.fitting import Array
 from node.engine.wording import one_line
-from potluck.errors import InvalidModel, InvalidRequest
+from potluck.errors import InvalidModel, ModelFailed
 from potluck.messages import Signature, TensorSpec
 from potluck.tensors import datatype_of
 
@@ -103,7 +103,7 @@ class LiteModel:
             return [port.floats(interpreter.get_tensor(port.index)) for port in self._outputs]
         except FAILURES as error:
             self._shapes = []  # whatever it has now
-            raise InvalidRequest(f"the model failed on this input: {one_line(error)}") from error
+            raise ModelFailed(f"the model failed on this input: {one_line(error)}") from error
 
 
 def _ports(interpreter: Any) -> tuple[list[Port], list[Port]]:

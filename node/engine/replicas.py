@@ -16,10 +16,10 @@ from msgspec.structs import replace
 from node.engine import fitting
 from node.engine.fitting import Array, padded
 from node.engine.wording import one_line
-from node.engine.wording import shape as shown
 from potluck import tensors
-from potluck.errors import InvalidModel, InvalidRequest, NotFound, OutOfMemory, PotluckError
+from potluck.errors import InvalidModel, InvalidRequest, ModelFailed, NotFound, OutOfMemory, PotluckError
 from potluck.messages import ErrorInfo, ModelFormat, RequestOutcome, Signature, Tensor
+from potluck.specs import shown
 from potluck.wording import counted
 
 
@@ -41,7 +41,7 @@ class Model(Protocol):
         ...
 
     def run(self, arrays: Sequence[Array]) -> list[Array]:
-        """Outputs for one such batch. Raises InvalidRequest when the model fails on it, InvalidModel when it would on any."""
+        """Outputs for one such batch. Raises ModelFailed when the model fails on it, InvalidModel when it would on any."""
         ...
 
 
@@ -113,7 +113,7 @@ class Replicas:
 
 
 def run(model: Model, arrays: Sequence[Array]) -> list[Array]:
-    """Outputs for any number of rows. Raises InvalidRequest when the model fails on them, InvalidModel, OutOfMemory."""
+    """Outputs for any number of rows. Raises ModelFailed when the model fails on them, InvalidModel, OutOfMemory."""
     rows, done = len(arrays[0]), 0
     pieces: list[list[Array]] = []
     while done < rows:
@@ -152,7 +152,7 @@ def warm_up(model: Model, rows_limit: int, seconds: float, clock: Callable[[], f
                 break
             try:
                 values = [_accepted(model, size, values)]
-            except InvalidRequest as error:
+            except ModelFailed as error:
                 if done and fixed:  # the same row was fine among fewer
                     raise InvalidModel(f"the model cannot run: {one_line(error.__cause__ or error)}") from error
                 break
@@ -170,10 +170,10 @@ def warm_up(model: Model, rows_limit: int, seconds: float, clock: Callable[[], f
 
 
 def _accepted(model: Model, rows: int, values: Sequence[Literal[0, 1]]) -> Literal[0, 1]:
-    """The first of the values that the model takes everywhere. Raises InvalidRequest where it takes none, and what `run` does."""
+    """The first of the values that the model takes everywhere. Raises ModelFailed where it takes none, and what `run` does."""
     *others, last = values
     for value in others:
-        with suppress(InvalidRequest):
+        with suppress(ModelFailed):
             run(model, fitting.invented(model.signature.inputs, model.dtypes, rows, value))
             return value
     run(model, fitting.invented(model.signature.inputs, model.dtypes, rows, last))
@@ -215,7 +215,7 @@ def _run_together(replica: Model, members: list[Member]) -> list[tuple[int, tupl
 def _doubtful(outcome: RequestOutcome) -> RequestOutcome:
     """Of a replica that has answered nothing yet."""
     error = outcome.error
-    if error is None or error.code != InvalidRequest.code:
+    if error is None or error.code != ModelFailed.code:
         return outcome
     message = f"{error.message} (nothing has run on this replica yet, so the model itself may be at fault)"
     return RequestOutcome(error=replace(error, message=message))

@@ -19,10 +19,10 @@ from node.engine import archives, code, memory, state
 from node.engine.memory import shortage
 from node.engine.shards import ALIGNMENT, aligned
 from node.engine.wording import one_line
-from node.engine.wording import shape as shown
 from potluck import weights
 from potluck.errors import InvalidModel
 from potluck.messages import Signature, TensorSpec
+from potluck.specs import shown
 from potluck.tensors import datatype_of
 
 HDF5 = b"\x89HDF\r\n\x1a\n"

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from node.engine.wording import shape as shown
 from potluck.errors import InvalidModel, InvalidRequest
+from potluck.specs import shown
 from potluck.wording import counted
 
 Array = np.ndarray[Any, Any]

@@ -1,9 +1,8 @@
-"""How shapes and the errors of others are told to a person."""
+"""How the errors of others are told to a person."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -34,8 +33,3 @@ def one_line(error: BaseException | str, limit: int = 300) -> str:
     if len(text) > limit:  # Keras lists what the layer was given behind the reason
         text = text.partition(" Arguments received by ")[0]
     return text if len(text) <= limit else f"{text[: limit // 3]} ... {text[limit // 3 - limit :]}"
-
-
-def shape(dimensions: Sequence[int | None]) -> str:
-    """`(any, 32, 32, 3)`: None and -1 are dimensions that may have any size."""
-    return "(" + ", ".join("any" if d is None or d < 0 else str(d) for d in dimensions) + ")"

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from potluck.messages import DeploymentInfo, ModelInfo, TensorSpec
+from potluck.messages import DeploymentInfo, JobChanged, ModelInfo, TensorSpec
 
 if TYPE_CHECKING:
     from potluck.client import Client
@@ -29,6 +29,33 @@ def lines(client: Client, name: str) -> list[str]:
     found = [one for one in client.deployments() if one.name == name]
     asked = [line for one in found for line in ask(client.gateway(), client.get_model(name), one)]
     return ["\nask it, for instance:", *asked] if asked else []
+
+
+class Early:
+    """Of a deployment that is being made: says once how to ask it, when a replica is ready and others load still."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._seen = ""
+        """What the job said when it was looked at last."""
+        self._said = False
+
+    def lines(self, state: JobChanged) -> list[str]:
+        message, asked = state.progress.message, state.subject.model.partition(":")[0]
+        if self._said or state.state != "running" or not message or message == self._seen:
+            return []
+        self._seen = message
+        for one in self._client.deployments():
+            some = any(replica.state == "ready" for replica in one.replicas)
+            if one.state != "loading" or not some or one.name.partition(":")[0] != asked:
+                continue
+            self._said = True
+            nodes = ", ".join(replica.node_id for replica in one.replicas if replica.state == "ready")
+            return [
+                f"{one.name} on {nodes} answers already:",
+                *ask(self._client.gateway(), self._client.get_model(one.name), one),
+            ]
+        return []
 
 
 def ask(addresses: Sequence[str], info: ModelInfo, deployment: DeploymentInfo) -> list[str]:

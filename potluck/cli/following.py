@@ -27,13 +27,16 @@ if TYPE_CHECKING:
     from potluck.client import Job
     from potluck.messages import EpochMetrics, JobChanged, JobEnded, JobProgress
 
+    Beside = Callable[[JobChanged], Iterable[str]]
+    """Lines to say beside a job's progress."""
+
 BAR_COLUMNS = 20
 """With what stands beside it, this fits into 60 columns."""
 PLAIN_SECONDS = 5.0
 """On a log, how often a line is worth it when the epoch has not changed."""
 
 
-def follow(job: Job, *, quiet: bool = False, verbose: bool = False) -> None:
+def follow(job: Job, *, quiet: bool = False, verbose: bool = False, beside: Beside = lambda state: ()) -> None:
     """Show a job until it ends, on standard error; `verbose` with what its strategy says. Raises the job's error.
 
     Ctrl-C leaves the job running and says so.
@@ -42,9 +45,9 @@ def follow(job: Job, *, quiet: bool = False, verbose: bool = False) -> None:
         if quiet:
             job.wait()
         elif sys.stderr.isatty():
-            _live(job, verbose)
+            _live(job, verbose, beside)
         else:
-            for line in plain_lines(job.states(), time.monotonic, job.epochs_so_far, verbose=verbose):
+            for line in plain_lines(job.states(), time.monotonic, job.epochs_so_far, verbose=verbose, beside=beside):
                 note(line)
         job.wait()
     except KeyboardInterrupt:
@@ -53,10 +56,10 @@ def follow(job: Job, *, quiet: bool = False, verbose: bool = False) -> None:
         raise typer.Exit(STATUS) from None
 
 
-def ended(job: Job, as_json: bool, *, verbose: bool = False) -> JobEnded:
+def ended(job: Job, as_json: bool, *, verbose: bool = False, beside: Beside = lambda state: ()) -> JobEnded:
     """Follow a job to its end; its result. Raises the job's error, after its result was printed where that is wanted as JSON."""
     try:
-        follow(job, quiet=as_json, verbose=verbose)
+        follow(job, quiet=as_json, verbose=verbose, beside=beside)
     except PotluckError as error:
         state = job.status()
         if state.state not in ("failed", "cancelled"):
@@ -84,6 +87,7 @@ def plain_lines(
     epochs_so_far: Callable[[], Sequence[EpochMetrics]] = tuple,
     *,
     verbose: bool = False,
+    beside: Beside = lambda state: (),
 ) -> Iterator[str]:
     """A line when the state or the epoch changes, every few seconds between, and for each epoch that has ended."""
     said_at = float("-inf")
@@ -106,6 +110,7 @@ def plain_lines(
             continue
         said_at, key = now, new_key
         yield f"{state.kind} {state.job_id} {state.state}  {progress_text(progress)}".rstrip()
+        yield from beside(state)
 
 
 class EndedEpochs:
@@ -222,12 +227,12 @@ def picture(state: JobChanged, *, verbose: bool = False) -> RenderableType:
     return Group(*lines)
 
 
-def _live(job: Job, verbose: bool) -> None:
+def _live(job: Job, verbose: bool, beside: Beside) -> None:
     console = Console(stderr=True)
     ended = EndedEpochs(job.epochs_so_far)
     with Live(Spinner("dots", f"job {job.id}"), console=console, refresh_per_second=8) as live:
         for state in job.states():
-            for line in ended.lines(state):
+            for line in (*ended.lines(state), *beside(state)):
                 live.console.print(Line(line))
             live.update(picture(state, verbose=verbose))
 

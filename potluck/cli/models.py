@@ -87,7 +87,8 @@ def deploy(
     deploying.fields(replicas, options)  # what is wrong is said before anything is looked for
     with session(context).client() as client:
         job = client.deploy(model, replicas, name=name, **options)
-        ended = following.ended(job, as_json, verbose=session(context).verbose)
+        early = curl.Early(client)
+        ended = following.ended(job, as_json, verbose=session(context).verbose, beside=early.lines)
         deployment = ended.deployment
         found = [entry for entry in client.deployments() if entry.name == deployment]
         lines = [] if as_json else curl.lines(client, deployment)

@@ -10,6 +10,7 @@ from potluck.cli.session import Json, session
 def nodes(context: typer.Context, as_json: Json = False) -> None:
     """Show the nodes: state, cores, memory, measured speed, load, what each does, GPUs, runtimes; and the gateway's address."""
     from potluck.cli import output
+    from potluck.client.health import clocks
 
     with session(context).client() as client:
         found = client.nodes()
@@ -22,3 +23,5 @@ def nodes(context: typer.Context, as_json: Json = False) -> None:
     else:
         output.note("no nodes yet: run `potluck up` on each machine")
     output.show(f"gateway  {'  '.join(gateway)}")
+    for text in clocks(found):
+        output.show(f"clock    {text}")

@@ -259,6 +259,8 @@ class Connection:
                 await self.bus.connected(left)
             if not self._online.is_set():
                 await self.coordinator(left)
+            if timeout_seconds is not None:  # counted from its receipt: the coordinator's clock may be another one
+                question = replace(question, valid_seconds=left)
             self._inferring.add(question_id)
             try:
                 got = await self.bus.request(

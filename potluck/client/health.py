@@ -8,7 +8,6 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
-from email.utils import parsedate_to_datetime
 from urllib.parse import urlsplit
 
 from msgspec import Struct
@@ -64,7 +63,7 @@ class Health(Struct, frozen=True, kw_only=True):
     shortage: str = ""
     """Why the coordinator can take no more blobs."""
     clock_ahead_seconds: float = 0.0
-    """How far this machine's clock is ahead of the coordinator's; 0 where the gateway was not reached."""
+    """How far this machine's clock is ahead of the coordinator's; 0 where that one did not say."""
     problems: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
 
@@ -96,7 +95,9 @@ async def _with_coordinator(
     cluster = connection.settings.cluster
     try:
         async with asyncio.timeout(ASK_SECONDS):
-            nodes = (await connection.ask(ListNodes(), NodesListed)).nodes
+            asked = time.time()
+            listed = await connection.ask(ListNodes(), NodesListed)
+            ahead = (asked + time.time()) / 2 - listed.sent_at if listed.sent_at else 0.0
             deployments = (await connection.ask(ListDeployments(), DeploymentsListed)).deployments
             jobs = await listings.jobs(connection)
     except (TimeoutError, TimedOut):
@@ -107,9 +108,9 @@ async def _with_coordinator(
         return Health(
             cluster=cluster, broker=broker, coordinator="silent", gateway=status.http, problems=(problem,)
         )  # fmt: skip
-    answers, ahead = await asyncio.to_thread(_ask_gateway, status.http)
+    answers = await asyncio.to_thread(_gateway_answers, status.http)
     found = Health(
-        cluster=cluster, broker=broker, coordinator="online", since=status.since, gateway=status.http, nodes=nodes,
+        cluster=cluster, broker=broker, coordinator="online", since=status.since, gateway=status.http, nodes=listed.nodes,
         deployments=deployments, jobs=tuple(job for job in jobs if not job.ended_at), clock_ahead_seconds=ahead,
         shortage=status.shortage,
     )  # fmt: skip
@@ -212,13 +213,21 @@ def troubles(found: Health, local: Sequence[User] = ()) -> list[str]:
             )
         if node.shortage:
             said.append(f"node {node.node_id} takes no more data and models: {node.shortage}")
-        if node.state == "online" and abs(node.clock_ahead_seconds) > CLOCK_SECONDS:
-            said.append(
-                f"node {node.node_id}'s clock is {_difference(node.clock_ahead_seconds)} the coordinator's: set it (NTP)"
-            )
-    if abs(found.clock_ahead_seconds) > CLOCK_SECONDS:
-        said.append(f"this machine's clock is {_difference(found.clock_ahead_seconds)} the coordinator's: set it (NTP)")
-    return said
+    return [*said, *clocks(found.nodes, found.clock_ahead_seconds)]
+
+
+def clocks(nodes: Sequence[NodeInfo], ahead_seconds: float | None = None) -> list[str]:
+    """Whose clock is wrong, and by how much; `ahead_seconds`: how far this machine's is ahead of the coordinator's, where that is known.
+
+    Where all others agree with each other, it is the coordinator's.
+    """
+    others = {f"node {node.node_id}'s": node.clock_ahead_seconds for node in nodes if node.state == "online"}
+    if ahead_seconds is not None:
+        others["this machine's"] = ahead_seconds
+    wrong = {whose: ahead for whose, ahead in others.items() if abs(ahead) > CLOCK_SECONDS}
+    if len(wrong) == len(others) > 1 and max(wrong.values()) - min(wrong.values()) <= CLOCK_SECONDS:
+        return [f"the coordinator's clock is {_difference(-min(wrong.values()))} all others: set it (NTP)"]
+    return [f"{whose} clock is {_difference(ahead)} the coordinator's: set it (NTP)" for whose, ahead in wrong.items()]
 
 
 def remarks(found: Health) -> list[str]:
@@ -245,18 +254,12 @@ def _with(found: Health, problems: Sequence[str], said: Sequence[str]) -> Health
     return replace(found, problems=tuple(problems), remarks=tuple(said))
 
 
-def _ask_gateway(urls: Sequence[str]) -> tuple[bool, float]:
-    """Whether one of the addresses answers from here, and how far this machine's clock is ahead of what answers (RFC 9110, Date)."""
+def _gateway_answers(urls: Sequence[str]) -> bool:
+    """Whether one of the addresses answers from here."""
     for url in urls:
-        asked = time.time()
         try:
-            with urllib.request.urlopen(f"{url}/v2/health/live", timeout=GATEWAY_SECONDS) as answer:  # noqa: S310 - http, of our coordinator
-                date = answer.headers.get("Date", "")
+            with urllib.request.urlopen(f"{url}/v2/health/live", timeout=GATEWAY_SECONDS):  # noqa: S310 - http, of our coordinator
+                return True
         except (OSError, http.client.HTTPException, urllib.error.URLError):
             continue
-        try:
-            theirs = parsedate_to_datetime(date).timestamp() + 0.5  # whole seconds are given
-        except ValueError:
-            return True, 0.0
-        return True, (asked + time.time()) / 2 - theirs
-    return False, 0.0
+    return False

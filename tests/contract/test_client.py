@@ -763,6 +763,7 @@ async def test_an_inference_says_by_when_how_urgent_and_when_it_is_given_up(
     await eventually(lambda: coordinator.asked)
     (asked,) = coordinator.asked
     assert 50 < asked.expires - time.time() <= 60
+    assert 50 < asked.valid_seconds <= 60
     assert asked.priority == -3
     asking.cancel()
     await asyncio.wait([asking])

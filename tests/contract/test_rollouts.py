@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from potluck.errors import Conflict, InvalidRequest, NotFound, PotluckError
 from potluck.messages import DeploymentInfo, ErrorInfo
@@ -18,7 +20,7 @@ from support.eventually import eventually
 from support.fake_bus import FakeBus
 from support.serving_lab import Lab, Node, ask, client, question
 
-FAILS = ErrorInfo(code="invalid_request", message="the model failed on this input")
+FAILS = ErrorInfo(code="model_failed", message="the model failed on this input")
 
 
 @pytest.fixture
@@ -194,6 +196,40 @@ async def test_a_version_that_does_worse_than_the_one_before_gives_way_to_it(lab
         await eventually(lambda: roles(lab) == {"m:2": "withdrawn", "m:3": "stable"})
 
 
+async def test_what_contradicts_the_signature_is_refused_at_the_door_and_counts_against_nobody(
+    lab: Lab, node: Node
+) -> None:
+    async with client(lab) as bus:
+        await answers(bus, 30)
+        await lab.deploy("m:2")
+        batches = len(node.batches)
+        for _ in range(60):
+            with pytest.raises(InvalidRequest, match=r"shape \(any, 2\), .*the request has \(1, 7\)"):
+                await ask(bus, question(*range(7)))
+        with pytest.raises(InvalidRequest, match="the request has"):
+            await lab.inference.infer("m", question(1, 2, 3).inputs, 5)
+        assert len(node.batches) == batches
+        node.failing, node.fails = replace(FAILS, code="invalid_request"), "m:2"  # the replica finds a value of theirs
+        assert await answers(bus, 30) == {"invalid_request": 30}
+        node.failing = None
+        lab.serving._rollout.tick(time.time())
+        assert roles(lab) == {"m:1": "previous", "m:2": "stable"}
+        assert (found(lab)["m:2"].failure_rate, found(lab)["m:2"].p50_seconds) == (0.0, 0.0)
+
+
+async def test_a_version_that_does_not_take_what_the_one_before_took_gives_way_to_it(lab: Lab, node: Node) -> None:
+    (spec,) = node.signature.inputs
+    node.signature = replace(node.signature, inputs=(replace(spec, shape=(-1, 3)),))
+    async with client(lab) as bus:
+        await answers(bus, 30)
+        await lab.deploy("m:2")
+        with pytest.raises(InvalidRequest, match="m:1 takes this request"):
+            await ask(bus, question(1, 2))
+        assert (await answers(bus, 30))["model_failed"] > 15
+        await eventually(lambda: roles(lab) == {"m:1": "stable", "m:2": "withdrawn"})
+        assert await answers(bus, 10) == {"m:1": 10}
+
+
 async def test_a_shadow_gets_a_copy_of_each_question_and_costs_nobody_anything(lab: Lab, node: Node) -> None:
     await lab.deploy("m:2", shadow=True)
     async with client(lab) as bus:
@@ -203,7 +239,7 @@ async def test_a_shadow_gets_a_copy_of_each_question_and_costs_nobody_anything(l
         node.failing, node.fails = FAILS, "m:2"
         assert await answers(bus, 20) == {"m:1": 20}
         await eventually(lambda: found(lab)["m:2"].failure_rate == 0.5)
-        assert lab.inference.metrics.answers["m:2", "invalid_request"] == 20
+        assert lab.inference.metrics.answers["m:2", "model_failed"] == 20
     lab.serving.roll_back("m")
     assert roles(lab) == {"m:1": "stable", "m:2": "withdrawn"}
 

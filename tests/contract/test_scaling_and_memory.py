@@ -156,7 +156,7 @@ async def test_too_many_who_wait_for_what_is_being_loaded_are_told_when_to_come_
     async with client(lab) as bus:
         waiting = [asyncio.create_task(ask(bus, question(1, n), "x")) for n in range(lab.settings.queue_limit)]
         await eventually(lambda: found(lab)["x:1"].queued == lab.settings.queue_limit)
-        with pytest.raises(Unavailable, match="x:1 already, which is being loaded") as refused:
+        with pytest.raises(Unavailable, match="x:1 in the queue already, which is being loaded") as refused:
             await ask(bus, question(1, 2), "x")
         assert refused.value.retry_after_seconds
         node.slow_to_load = False

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from coordinator.serving.inference import size_bytes
 from potluck import codec, tensors
 from potluck.errors import Cancelled, InvalidModel, InvalidRequest, NotFound, TimedOut, TooLarge, Unavailable
-from potluck.messages import BlobRef, ErrorInfo, Infer, ListNodes, ModelUnloaded, Tensor
+from potluck.messages import BlobRef, Deploy, ErrorInfo, Infer, ListNodes, ModelUnloaded, Tensor
 from support.eventually import eventually
 from support.serving_lab import SIGNATURE, TOPICS, Lab, ask, client, question
 
@@ -136,6 +136,25 @@ async def test_more_replicas_than_nodes(lab: Lab, stack: AsyncExitStack, monkeyp
     lab.add_model()
     with pytest.raises(InvalidRequest, match="2 replicas are asked for, but 1 node with"):
         await lab.deploy("m", 2)
+
+
+async def test_who_is_ready_answers_while_a_slow_node_loads_and_the_job_says_so(
+    lab: Lab, stack: AsyncExitStack
+) -> None:
+    await lab.join(stack, "quick")
+    slow = await lab.join(stack, "slow")
+    slow.slow_to_load = True
+    lab.add_model()
+    said: list[str] = []
+    deploying = asyncio.create_task(lab.serving.deploy(Deploy(model="m", replicas=2), said.append))
+    async with client(lab) as bus:
+        await eventually(lambda: said and said[-1].startswith("m:1 on quick is ready and answers to m; "))
+        assert said[-1].endswith(" on slow")
+        assert (await ask(bus, question(1, 2))).model == "m:1"
+    assert not deploying.done()  # two were asked for
+    slow.slow_to_load = False
+    assert await deploying == "m:1"
+    assert len(lab.serving.deployments()[0].replicas) == 2
 
 
 async def test_undeploy_answers_who_waits(lab: Lab, stack: AsyncExitStack) -> None:
@@ -298,14 +317,16 @@ async def test_requests_that_cannot_be_are_refused_at_the_door(lab: Lab, stack: 
             (listed("FP32", (1,) * 70, [1.0]), InvalidRequest, "cannot have shape"),
             (listed("BYTES", (2,), ["a", 1]), InvalidRequest, "list of strings"),
             (listed("FP64", (1, 50_000), [0] * 50_000), TooLarge, "send fewer rows"),
+            (listed("FP32", (1, 3), [1, 2, 3]), InvalidRequest, "the request has"),
+            (listed("FP32", (0, 2), []), InvalidRequest, "one at least"),
         ):
             with pytest.raises(error, match=said):
                 await ask(bus, message)
         assert node.batches == []
         # What is short as text and long as msgpack numbers: both fit as bytes.
-        asked = [ask(bus, listed("FP32", (1, 30_000), [[0.5] * 30_000]), encoding="json") for _ in range(6)]
+        asked = [ask(bus, listed("FP32", (15_000, 2), [[0.5, 0.5]] * 15_000), encoding="json") for _ in range(6)]
         answers = await asyncio.gather(*asked)
-        assert {answer.outputs[0].shape for answer in answers} == {(1, 30_000)}
+        assert {answer.outputs[0].shape for answer in answers} == {(15_000, 2)}
         with pytest.raises(InvalidRequest, match="ListNodes"):
             await bus.request(TOPICS.infer("m"), ListNodes(), timeout_seconds=10)
 

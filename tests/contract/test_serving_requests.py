@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from msgspec.structs import replace
 
 from potluck import tensors
-from potluck.errors import Cancelled
+from potluck.errors import Cancelled, InvalidRequest, TimedOut
 from potluck.messages import CancelInfer, Infer, Signature, TensorSpec
 from support.eventually import eventually
 from support.serving_lab import TOPICS, Lab, ask, client, question
@@ -112,13 +113,13 @@ async def test_an_objective_reaches_the_router_and_the_nodes_and_outlives_a_rest
         ({"x": ("BYTES", (-1, 1))}, {"x": np.array("a", object)}, [(1,)]),
         ({"x": ("BYTES", (-1, 1))}, {"x": np.array(["a", "b"], object)}, [(2,)]),
         ({"a": ("FP32", (-1,)), "b": ("FP32", (-1, 2))}, {"b": np.zeros(2, "f4"), "a": np.array(1.0, "f4")}, [(1, 2), (1,)]),
-        ({"a": ("FP32", (-1,)), "b": ("FP32", (-1, 2))}, {"b": np.zeros((1, 2), "f4"), "a": np.array(1.0, "f4")}, [(1, 2), ()]),
+        ({"a": ("FP32", (-1,)), "b": ("FP32", (-1, 2))}, {"b": np.zeros((1, 2), "f4"), "a": np.array(1.0, "f4")}, None),
     ],
 )  # fmt: skip
 async def test_a_single_item_gets_the_batch_axis_that_it_lacks(
-    lab: Lab, stack: AsyncExitStack, specs: Any, given: dict[str, Any], sent: list[tuple[int, ...]]
+    lab: Lab, stack: AsyncExitStack, specs: Any, given: dict[str, Any], sent: list[tuple[int, ...]] | None
 ) -> None:
-    """In all of its tensors, or as it is: then the replica says what is wrong with it."""
+    """In all of its tensors, or it is refused as it is."""
     node = await lab.join(stack, "a")
     inputs = [TensorSpec(name=name, datatype=datatype, shape=shape) for name, (datatype, shape) in specs.items()]
     node.signature = Signature(inputs=tuple(inputs), outputs=())
@@ -127,8 +128,35 @@ async def test_a_single_item_gets_the_batch_axis_that_it_lacks(
     node.mute = True
     async with client(lab) as bus:
         message = Infer(inputs=tuple([tensors.from_numpy(name, array) for name, array in given.items()]))
+        if sent is None:
+            with pytest.raises(InvalidRequest, match=r"takes FP32 of shape \(any\)"):
+                await ask(bus, message)
+            return
         asked = asyncio.create_task(ask(bus, message))
         await eventually(lambda: node.asked)
         assert [tensor.shape for tensor in node.asked[0].requests[0]] == sent
         asked.cancel()
         await asyncio.wait([asked])
+
+
+@pytest.mark.parametrize("ahead_seconds", [3600.0, -3600.0])
+async def test_a_coordinator_whose_clock_is_wrong_answers_whoever_says_how_long_he_waits(
+    tmp_path: Path, stack: AsyncExitStack, ahead_seconds: float
+) -> None:
+    lab = Lab(tmp_path)
+    lab.clock_ahead_seconds = ahead_seconds
+    await lab.open(stack)
+    node = await lab.join(stack, "a")
+    lab.add_model()
+    await lab.deploy("m")
+    async with client(lab) as bus:
+        asked = replace(question(1, 2), expires=time.time() + 5, valid_seconds=5.0)
+        assert (await ask(bus, asked)).model == "m:1"
+        if ahead_seconds > 0:
+            with pytest.raises(TimedOut, match=r"3[56]\d\d s after its time was up .* by the coordinator's clock"):
+                await ask(bus, replace(asked, valid_seconds=0.0))
+        node.mute = True
+        with pytest.raises(TimedOut, match="no answer in time"):
+            await ask(bus, replace(asked, valid_seconds=0.3))
+        # The node hears it by no clock, too.
+        assert 0.0 < node.asked[0].valid_seconds <= 0.3

@@ -91,6 +91,7 @@ async def test_what_the_model_itself_refuses_fails_alone(lab: Lab) -> None:
     outcomes, _ = await lab.engine.infer("tokens", [request(good), request(bad), request(good)])
     assert answer(outcomes[0]).shape == answer(outcomes[2]).shape == (1, 6)
     assert outcomes[1].error is not None
+    assert outcomes[1].error.code == "model_failed"
     assert "failed on this input" in outcomes[1].error.message
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -145,6 +146,8 @@ class Lab:
         self.broker = FakeBroker()
         self.nodes: dict[str, Node] = {}
         self.settings = CoordinatorSettings(resend_seconds=1.0, queue_limit=50)
+        self.clock_ahead_seconds = 0.0
+        """Of the coordinator that is opened next."""
 
     async def open(self, stack: AsyncExitStack, name: str = "coordinator") -> None:
         self.journal = Journal(self.folder / "journal")
@@ -152,11 +155,18 @@ class Lab:
         self.outbox = Outbox(self.bus)
         self.membership = Membership(1000.0)
         self.registry = Registry(self.journal)
-        self.inference = Inference(bus=self.bus, topics=TOPICS, registry=self.registry, settings=self.settings)
+        ahead_seconds = self.clock_ahead_seconds
+
+        def clock() -> float:
+            return time.time() + ahead_seconds
+
+        self.inference = Inference(
+            bus=self.bus, topics=TOPICS, registry=self.registry, settings=self.settings, clock=clock
+        )
         self.serving = Serving(
             topics=TOPICS, outbox=self.outbox, inference=self.inference, membership=self.membership,
             registry=self.registry, journal=self.journal, settings=self.settings, holders=lambda sha256: ("http://here",),
-            epoch=self.journal.epoch,
+            epoch=self.journal.epoch, clock=clock,
         )  # fmt: skip
         self.bus.subscribe(TOPICS.infer("+"), self.inference.on_infer)
         self.bus.subscribe(TOPICS.node("+", "outbox"), self._on_outbox)

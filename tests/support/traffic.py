@@ -105,18 +105,42 @@ class Traffic:
             self._at(at, self._ask(found, rows, priorities, deadline_seconds))
         for tick in range(int((seconds + deadline_seconds) / TICK_SECONDS) + 2):
             self._at(self.now + tick * TICK_SECONDS, self._tick)
-        while self._events and not (self.now > end and all(one.answered == one.asked for one in found.values())):
+        self._go(lambda: self.now > end and all(one.answered == one.asked for one in found.values()))
+        return found
+
+    def clients(self, count: int, seconds: float, *, deadline_seconds: float = 30.0) -> Answers:
+        """What became of what so many clients asked in this time, each its next question when it has the answer to the last."""
+        found = Answers()
+        end = self.now + seconds
+
+        def again() -> None:
+            if self.now < end:
+                self._at(self.now, self._ask({0: found}, (1,), (0,), deadline_seconds, again))
+
+        for _ in range(count):
+            self._at(self.now, self._ask({0: found}, (1,), (0,), deadline_seconds, again))
+        for tick in range(int((seconds + deadline_seconds) / TICK_SECONDS) + 2):
+            self._at(self.now + tick * TICK_SECONDS, self._tick)
+        self._go(lambda: self.now > end and found.answered == found.asked)
+        return found
+
+    def _go(self, done: Callable[[], bool]) -> None:
+        while self._events and not done():
             self.now, _, event = heapq.heappop(self._events)
             event()
             self._send()
             self.longest_queue = max(self.longest_queue, len(self.router.queue))
-        return found
 
     def _at(self, time: float, event: Callable[[], None]) -> None:
         heapq.heappush(self._events, (time, next(self._numbers), event))
 
     def _ask(
-        self, found: Mapping[int, Answers], rows: Sequence[int], priorities: Sequence[int], deadline_seconds: float
+        self,
+        found: Mapping[int, Answers],
+        rows: Sequence[int],
+        priorities: Sequence[int],
+        deadline_seconds: float,
+        then: Callable[[], None] = lambda: None,
     ) -> Callable[[], None]:
         def ask() -> None:
             priority, asked_at = self.rng.choice(priorities), self.now
@@ -129,6 +153,7 @@ class Traffic:
                     answers.retry_after.append(outcome.retry_after_seconds)
                 else:
                     answers.seconds.append(self.now - asked_at)
+                then()
 
             request = Request((), answer, asked_at + deadline_seconds, 10, self.rng.choice(rows), priority)
             try:
@@ -150,9 +175,10 @@ class Traffic:
     def _send(self) -> None:
         self._compute(self.router.dispatch(self.now))
         self.router.withdrawn.clear()  # they are computed all the same, which is the worse case
-        if self._hedge_at == math.inf and (due := self.router.hedge_at()) < math.inf:
-            self._hedge_at = max(due, self.now + LEAST_SECONDS)
-            self._at(self._hedge_at, self._hedge)
+        due = max(self.router.hedge_at(), self.now + LEAST_SECONDS)
+        if due < self._hedge_at:
+            self._hedge_at = due
+            self._at(due, self._hedge)
 
     def _compute(self, batches: Sequence[Batch]) -> None:
         for batch in batches:

@@ -8,13 +8,24 @@ import os
 import shlex
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from msgspec.structs import replace
 
 from potluck.cli import curl
-from potluck.messages import BlobRef, DeploymentInfo, ImageOptions, ModelInfo, Signature, TensorSpec
+from potluck.messages import (
+    BlobRef,
+    DeploymentInfo,
+    ImageOptions,
+    JobChanged,
+    JobProgress,
+    JobSubject,
+    ModelInfo,
+    ReplicaInfo,
+    Signature,
+    TensorSpec,
+)
 
 SCORES = TensorSpec(name="scores", datatype="FP32", shape=(-1, 3))
 STABLE = DeploymentInfo(name="m:2", wanted=1, replicas=(), role="stable")
@@ -91,3 +102,44 @@ def test_the_address_is_one_that_can_be_reached_from_here(unused_tcp_port_factor
         address = f"http://127.0.0.1:{server.getsockname()[1]}"
         [line] = curl.ask((*NOWHERE, address), model(spec("x", "FP32", 4)), STABLE)
     assert f"{address}/" in line
+
+
+class FakeClient:
+    """Of a cluster with one deployment, which some replicas of are ready."""
+
+    def __init__(self, *states: Literal["loading", "ready"]) -> None:
+        self.states = states
+
+    def deployments(self) -> tuple[DeploymentInfo, ...]:
+        replicas = tuple(
+            ReplicaInfo(replica_id=f"m:2/n{number}/1", node_id=f"n{number}", state=state)
+            for number, state in enumerate(self.states, 1)
+        )
+        ready = self.states and all(state == "ready" for state in self.states)
+        return (replace(STABLE, replicas=replicas, state="ready" if ready else "loading"),)
+
+    def gateway(self) -> tuple[str, ...]:
+        return NOWHERE
+
+    def get_model(self, name: str) -> ModelInfo:
+        return model(spec("x", "FP32", 2))
+
+
+def test_how_to_ask_is_said_once_the_first_replica_is_ready() -> None:
+    client = FakeClient("loading", "loading")
+    early = curl.Early(client)  # type: ignore[arg-type]
+
+    def said(message: str, asked: str = "m") -> list[str]:
+        progress, subject = JobProgress(message=message), JobSubject(model=asked)
+        state = JobChanged(
+            job_id="j", kind="deploy", state="running", created_at=1.0, progress=progress, subject=subject
+        )
+        return early.lines(state)
+
+    assert said("loading the model on n1, n2") == []
+    client.states = ("ready", "loading")
+    assert said("something else", asked="other") == []
+    told, line = said("m:2 on n1 is ready and answers to m; loading the model on n2")
+    assert told == "m:2 on n1 answers already:"
+    assert "/v2/models/m/infer" in line
+    assert said("and again") == []

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from node import replicas
 from node.inputs import Inputs
@@ -282,7 +283,12 @@ async def test_there_is_a_limit_and_resends_do_not_count(bench: Bench, monkeypat
 
 
 async def test_a_batch_that_comes_too_late_is_answered_so(bench: Bench) -> None:
-    bench.replicas.infer(RunInference(id="b1", replica_id="r1", requests=((), ()), expires=1.0))
+    late = RunInference(id="b1", replica_id="r1", requests=((), ()), expires=1.0)
+    bench.replicas.infer(late)
     (finished,) = await bench.heard(1)
     assert isinstance(finished, InferenceFinished)
     assert [outcome.error.code for outcome in finished.outcomes if outcome.error is not None] == ["timed_out"] * 2
+    assert "by this node's clock" in finished.outcomes[0].error.message
+    bench.replicas.infer(replace(late, valid_seconds=5.0))  # what counts from its receipt needs no clock
+    finished = (await bench.heard(2))[-1]
+    assert [outcome.error.code for outcome in finished.outcomes if outcome.error is not None] == ["not_found"] * 2

@@ -55,6 +55,20 @@ def test_too_many_questions_at_a_time_are_refused(tmp_path: Path) -> None:
     assert replies.refused == ["overloaded", "overloaded"]
 
 
+def test_a_question_whose_time_is_up_is_told_by_whose_clock(tmp_path: Path) -> None:
+    replies: Any = Replies()
+    nothing: Any = None
+    said: list[str] = []
+    replies.refuse = lambda question, error: said.append(f"{error.code}: {error.message}")
+    requests = Requests(
+        outbox=replies, dispatcher=nothing, registry=nothing, serving=nothing, membership=nothing, deletion=nothing, packed=nothing, holders=nothing,
+        store=BlobStore(tmp_path, 1), urls=(), clock=lambda: 5000.0,
+    )  # fmt: skip
+    requests.on_request(Envelope("t", Undeploy(id="1", model="m", expires=1400.0), reply_to="a"))
+    assert len(said) == 1
+    assert said[0].startswith("timed_out: it came 3600 s after its time was up (`expires`) by the coordinator's clock")
+
+
 def test_what_was_taken_away_is_answered_alike_when_it_is_asked_again(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal")
     registry = Registry(journal)

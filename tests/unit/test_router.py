@@ -277,11 +277,50 @@ def test_an_idle_slow_replica_is_not_better_than_a_quick_one_at_work() -> None:
     for name, seconds in (("quick", 0.001), ("slow", 1.0)):
         one.add_replica(name, name)
         one.lanes[name].time.learn(1, seconds, alone=True)
+        one.lanes.measure(one.lanes[name])
     went = []
     for _ in range(3):
         ask(one)
         went += [batch.replica_id for batch in one.dispatch(0.0)]
-    assert went == ["quick", "quick", "slow"]  # that one where nothing else has room
+    assert went == ["quick", "quick"]  # and the third waits for it: that is sooner than the slow one would be
+    assert len(one.queue) == 1
+
+
+def test_a_slow_replica_gets_what_it_answers_sooner_than_the_quick_one_would() -> None:
+    one = router(batch_limit=64)
+    for name, seconds in (("quick", 0.01), ("slow", 0.1)):
+        one.add_replica(name, name)
+        one.lanes[name].time.learn(8, 8 * seconds, alone=True)
+        one.lanes.measure(one.lanes[name])
+    one.lanes.tick(0.0)
+    went = []
+    for _ in range(3):
+        for _ in range(20):
+            ask(one)
+        went += [(batch.replica_id, batch.rows) for batch in one.dispatch(0.0)]
+    # Of the second 20 the quick one would have answered the last after 0.4 s: the slow one is to be done with a margin, and so on.
+    assert went == [("quick", 20), ("slow", 3), ("quick", 17), ("slow", 1)]
+
+
+def test_what_a_slow_replica_is_late_with_goes_to_the_quick_one_too() -> None:
+    one = router()
+    for name, seconds in (("quick", 0.01), ("slow", 0.1)):
+        one.add_replica(name, name)
+        one.lanes[name].time.learn(1, seconds, alone=True)
+        one.lanes.measure(one.lanes[name])
+    one.lanes.tick(0.0)
+    one.lanes["quick"].rests_until = 0.01
+    answers = ask(one)
+    (slow,) = one.dispatch(0.0)
+    assert slow.replica_id == "slow"
+    busy = [ask(one, now=0.1), *one.dispatch(0.1), ask(one, now=0.1), *one.dispatch(0.1), ask(one, now=0.1)]
+    assert one.dispatch(0.1) == []
+    assert one.hedge(0.15) == []
+    (copy,) = one.hedge(0.21)  # ahead of what waits for it, and beyond the two that it has
+    assert (copy.replica_id, copy.requests) == ("quick", slow.requests)
+    one.finished("quick", copy.batch_id, (OK,), 0.22)
+    assert answers == [OK]
+    assert len(busy) == 5
 
 
 def test_a_frozen_replica_is_asked_last_from_then_on() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -79,6 +80,52 @@ def test_unequal_replicas_share_by_their_speed(times: int) -> None:
     both = quick.rows_per_second(64) + slow.rows_per_second(64)
     traffic.run(1.2 * both, 3.0, deadline_seconds=0.5)
     assert quick.rows / slow.rows == pytest.approx(times, rel=0.25)
+
+
+def throttled(kind: str) -> Replica:
+    """With a tenth of a processor, as a quota gives it: as quick as the other one for 10 ms, and then it waits for 90."""
+    return Replica(*MODELS[kind], [(at / 10 + 0.01, at / 10 + 0.1) for at in range(100)])
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("clients", [8, 32, 100])
+def test_a_replica_ten_times_slower_costs_nothing(kind: str, clients: int) -> None:
+    fixed_seconds, row_seconds = MODELS[kind]
+
+    def asked(**others: Replica) -> Answers:
+        traffic = Traffic({"quick": Replica(fixed_seconds, row_seconds), **others}, seed=3)
+        traffic.clients(clients, 1.0)
+        return traffic.clients(clients, 4.0)
+
+    alone, both = asked(), asked(slow=Replica(10 * fixed_seconds, 10 * row_seconds))
+    assert len(both.seconds) >= 0.98 * len(alone.seconds)  # batches take what they take by chance
+    assert both.percentile(99) <= 1.1 * alone.percentile(99)
+
+
+@pytest.mark.parametrize("load", [0.5, 0.9, 1.3])
+@pytest.mark.parametrize("slow", [Replica(0.02, 0.005), throttled("network")], ids=["steady", "throttled"])
+def test_whatever_the_load_a_slow_replica_makes_no_tail(load: float, slow: Replica) -> None:
+    def answers(**others: Replica) -> Answers:
+        quick = Replica(*MODELS["network"])
+        traffic = Traffic({"quick": quick, **others}, seed=3)
+        rate = load * quick.rows_per_second(64)
+        traffic.run(rate, 1.0, deadline_seconds=1.0)
+        return traffic.run(rate, 4.0, deadline_seconds=1.0)[0]
+
+    alone, both = answers(), answers(slow=replace(slow))
+    assert len(both.seconds) >= 0.98 * len(alone.seconds) * both.asked / alone.asked
+    assert both.percentile(99) <= 1.1 * alone.percentile(99)
+
+
+def test_a_slow_replica_that_became_quick_is_found_out() -> None:
+    slow = Replica(0.02, 0.02)
+    traffic = Traffic({"quick": Replica(0.001, 0.001), "slow": slow})
+    traffic.run(200, 2.0)
+    slow.fixed_seconds = slow.row_seconds = 0.001
+    before = slow.rows
+    answers = traffic.run(200, 20.0)[0]
+    assert answers.percentile(99) <= 0.02
+    assert slow.rows > before + 500
 
 
 def test_a_replica_that_is_far_too_slow_is_left_alone_while_the_quick_one_suffices() -> None:

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from potluck.cli.main import app
 from potluck.cli.status import LINES, facts
 from potluck.client import health
-from potluck.client.health import Health, remarks, troubles
+from potluck.client.health import Health, clocks, remarks, troubles
 from potluck.messages import Capacity, DeploymentInfo, ErrorInfo, NodeInfo, ReplicaInfo
 from potluck.sole_use import User
 
@@ -57,6 +57,17 @@ def test_nothing_is_wrong_where_nothing_is() -> None:
 )
 def test_what_is_wrong_is_said(changed: dict[str, object], said: str) -> None:
     assert any(said in text for text in troubles(replace(WELL, **changed))), said
+
+
+def test_the_clock_that_is_wrong_is_the_one_that_no_other_agrees_with() -> None:
+    nodes = tuple(replace(NODE, node_id=f"n{number}", clock_ahead_seconds=-3600.0 + number) for number in range(2))
+    assert clocks(nodes, -3600.4) == ["the coordinator's clock is 3600 s ahead of all others: set it (NTP)"]
+    assert clocks(nodes) == ["the coordinator's clock is 3600 s ahead of all others: set it (NTP)"]
+    assert clocks(nodes, 0.2) == [
+        "node n0's clock is 3600 s behind the coordinator's: set it (NTP)",
+        "node n1's clock is 3599 s behind the coordinator's: set it (NTP)",
+    ]
+    assert clocks([replace(NODE, clock_ahead_seconds=90.0, state="offline")], 2.0) == []
 
 
 def test_a_node_that_runs_here_and_has_not_come_is_told_of() -> None:

@@ -85,10 +85,14 @@ def test_worse_by_p99() -> None:
 
 def test_what_says_nothing_against_a_version_is_no_failure() -> None:
     window = Window()
-    for code in ("cancelled", "inputs_lost", "not_found", "overloaded", "timed_out"):
+    for code in ("cancelled", "inputs_lost", "not_found", "overloaded", "invalid_request", "too_large", "bad_message"):
+        window.answered(0.0, 0.1, code)
+    assert window.summary(0.0).count == 0
+    against = ("timed_out", "model_failed", "invalid_model", "engine_failed", "model_crashed", "out_of_memory")
+    for code in (*against, "unavailable", "internal"):
         window.answered(0.0, 0.1, code)
     found = window.summary(0.0)
-    assert (found.count, found.failures) == (5, 1)
+    assert (found.count, found.failures) == (8, 8)
 
 
 @given(st.lists(st.floats(1e-4, 50.0), min_size=1, max_size=300), st.floats(0.01, 1.0))

@@ -10,7 +10,7 @@ import pytest
 
 from node.engine.fitting import Array
 from node.engine.replicas import Replicas, warm_up
-from potluck.errors import InvalidModel, InvalidRequest, OutOfMemory, PotluckError
+from potluck.errors import InvalidModel, ModelFailed, OutOfMemory, PotluckError
 from potluck.messages import Signature, TensorSpec
 from potluck.tensors import from_numpy, to_numpy
 
@@ -25,7 +25,7 @@ class Model:
         size: Callable[[int], int],
         width: int = 4,
         breaks_at: int = 1000,
-        error: type[PotluckError] = InvalidRequest,
+        error: type[PotluckError] = ModelFailed,
         takes: tuple[float, ...] = (),
     ) -> None:
         spec = TensorSpec(name="x", datatype="FP32", shape=(-1, width))
