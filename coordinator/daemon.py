@@ -22,7 +22,7 @@ from coordinator.gateway.answers import in_words
 from coordinator.gateway.shelf import Shelf
 from coordinator.holders import Holders
 from coordinator.jobstore import JobStore
-from coordinator.journal import Journal
+from coordinator.journal import FATAL, Journal
 from coordinator.keeping import Keeping
 from coordinator.leases import Leases
 from coordinator.membership import Change, Membership, NodeJoined, NodeLost
@@ -46,6 +46,7 @@ from potluck.network import base_urls, bind_gateway, reachable_addresses
 from potluck.outbox import Outbox
 from potluck.settings import CoordinatorSettings, check_listen, is_loopback, parse_address, short_hostname, state_folder
 from potluck.sole_use import sole_use
+from potluck.surviving import surviving
 from potluck.topics import Topics
 
 log = logging.getLogger(__name__)
@@ -372,7 +373,8 @@ class Coordinator:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TICK_SECONDS)
-            self._notice(self._membership.tick(time.time()))
+            with surviving("membership", fatal=FATAL):
+                self._notice(self._membership.tick(time.time()))
 
     async def _advertise(self, stack: AsyncExitStack, port: int, broker: Broker | None) -> None:
         settings = self.settings

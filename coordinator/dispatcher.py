@@ -37,6 +37,7 @@ from coordinator.jobs import (
     Withdraw,
 )
 from coordinator.jobstore import JobStore, meant
+from coordinator.journal import FATAL
 from coordinator.leases import Held, Leases
 from coordinator.packed import Packed
 from coordinator.serving.registry import Registry
@@ -65,6 +66,7 @@ from potluck.messages import (
 )
 from potluck.outbox import error_info
 from potluck.settings import CoordinatorSettings
+from potluck.surviving import surviving
 
 log = logging.getLogger(__name__)
 
@@ -225,11 +227,13 @@ class Dispatcher:
                 now = self._clock()
                 if now - ticked_at >= self._settings.resend_seconds / 2:
                     ticked_at = now
-                    self._tick(now)
+                    with surviving("leases", fatal=FATAL):
+                        self._tick(now)
                 for job_id in list(self._dirty):
                     self._dirty.pop(job_id, None)
                     self._plan(self._store.jobs[job_id])
-                self._announcer.tell_due(now)
+                with surviving("news of jobs", fatal=FATAL):
+                    self._announcer.tell_due(now)
 
     def _resume(self) -> None:
         """Take up what the journal says is under way; nodes that still work on it go on."""

@@ -19,6 +19,9 @@ from potluck.errors import Conflict, Unavailable
 
 T = TypeVar("T")
 
+FATAL = (Unavailable,)
+"""What nobody goes on after: what is not in the journal must not happen."""
+
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS events (seq INTEGER PRIMARY KEY, stream TEXT NOT NULL, body BLOB NOT NULL);
 CREATE INDEX IF NOT EXISTS events_by_stream ON events (stream, seq);

@@ -53,6 +53,7 @@ from potluck.network import bind, reachable_addresses
 from potluck.outbox import Outbox
 from potluck.settings import NodeSettings, check_listen, state_folder
 from potluck.sole_use import sole_use
+from potluck.surviving import surviving
 from potluck.topics import Topics
 
 log = logging.getLogger(__name__)
@@ -354,8 +355,9 @@ class Node:
     async def _pause_and_resume(self) -> None:
         while True:
             await asyncio.sleep(PAUSE_CHECK_SECONDS)
-            self._giving_way.passed(time.monotonic())
-            self._give_way()
+            with surviving("giving way"):
+                self._giving_way.passed(time.monotonic())
+                self._give_way()
 
     def _give_way(self) -> None:
         if self._giving_way.paused != self._gave_way:
@@ -373,8 +375,9 @@ class Node:
         while waiting:
             for name in waiting:
                 before = own_data.missing
-                if await asyncio.to_thread(own_data.pack, name) or own_data.missing != before:
-                    await self._presence.announce(self._bus, own_data.announced, own_data.missing)
+                with surviving(f"packing of data {name}"):
+                    if await asyncio.to_thread(own_data.pack, name) or own_data.missing != before:
+                        await self._presence.announce(self._bus, own_data.announced, own_data.missing)
             waiting = tuple(own_data.missing)
             await asyncio.sleep(pause)
             pause = min(2 * pause, DATA_RETRIES_SLOW_DOWN * first)
@@ -399,11 +402,13 @@ class Node:
         while True:
             await asyncio.sleep(seconds)
             if self._presence.joined:  # else it would only wait in the outbox, before what matters after a reconnect
-                self._perform_all(due())
+                with surviving("what is due"):
+                    self._perform_all(due())
 
     async def _stop_idle(self) -> None:
         seconds = min(IDLE_CHECK_SECONDS, self.settings.engine_idle_seconds / 2)
         while True:
             await asyncio.sleep(seconds)
-            await self._work_slot.stop_idle(needed=self._assignments.busy)
-            await self._serve_slot.stop_idle(needed=self._replicas.needed)
+            with surviving("stop of idle engines"):
+                await self._work_slot.stop_idle(needed=self._assignments.busy)
+                await self._serve_slot.stop_idle(needed=self._replicas.needed)

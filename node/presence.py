@@ -21,6 +21,7 @@ from potluck.messages import Capacity, CoordinatorStatus, NodeCapacity, NodeData
 from potluck.network import base_urls, reachable_addresses
 from potluck.outbox import Outbox
 from potluck.settings import NodeSettings
+from potluck.surviving import surviving
 from potluck.topics import Topics
 
 log = logging.getLogger(__name__)
@@ -157,7 +158,9 @@ class Presence:
 
     async def measure(self, bus: Bus, kept_in: Path) -> None:
         """Find out how fast this machine is, after the birth, which must not wait for it."""
-        gflops = await capacities.measure(kept_in, self._settings.threads)
+        gflops = 0.0
+        with surviving("measuring of speed"):
+            gflops = await capacities.measure(kept_in, self._settings.threads)
         self._capacity = replace(self._capacity, gflops=gflops)
         log.info("speed known %s", fields(node=self._node_id, gflops=gflops))
         await self._tell_capacity(bus)
@@ -191,7 +194,9 @@ class Presence:
         topic = self._topics.node(self._node_id, "telemetry")
         while True:
             await asyncio.sleep(self._settings.telemetry_seconds)
-            if self.joined:
+            if not self.joined:
+                continue
+            with surviving("telemetry"):
                 reading = readings.read(
                     self._node_id, self._session, attempts(), replicas(), serving=serving(), gives_way=gives_way(),
                     coordinator_lost_at=self._coordinator_lost_at,

@@ -31,6 +31,10 @@ NODE_DATA = "node:"
 DataName = Annotated[str, Meta(pattern=r"^(node:)?[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")]
 """A registered data set, or with `node:` before its name data that live on the nodes and stay there."""
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
+_LABEL = "[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
+ADDRESS_PATTERN = rf"^https?://(?:\[[0-9A-Fa-f:.]{{2,45}}\]|{_LABEL}(?:\.{_LABEL})*\.?):[0-9]{{1,5}}/?\Z"
+Address = Annotated[str, Meta(pattern=ADDRESS_PATTERN, max_length=300)]
+"""Of an HTTP server of a node or coordinator: scheme, host and port, no more."""
 Count = Annotated[int, Meta(ge=0, le=2**53)]
 """Up to what JavaScript holds: sums of counts stay within the 64 bits of msgpack."""
 Positive = Annotated[int, Meta(ge=1, le=2**53)]
