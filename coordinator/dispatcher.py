@@ -11,6 +11,8 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Coroutine, Iterator
+from contextlib import suppress
+from dataclasses import replace as replace_view
 from typing import Any
 
 from msgspec.structs import replace
@@ -275,8 +277,25 @@ class Dispatcher:
         if isinstance(job.submitted.spec, Deploy) and job.strategy is None:
             self._act(job.job_id, "deploy", self._deploy(job, job.submitted.spec))
             return
-        for decision in job.plan(self._leases.view(self._clock())):
+        for decision in self._decisions(job):
             self._perform(job, decision)
+
+    def _decisions(self, job: Job) -> list[Decision]:
+        """The job's plan; without the node that makes planning fail, where there is one."""
+        view = self._leases.view(self._clock())
+        try:
+            return job.plan(view)
+        except PotluckError:
+            raise
+        except Exception as error:
+            for node in view.nodes:
+                others = replace_view(view, nodes=tuple(other for other in view.nodes if other is not node))
+                with suppress(Exception):
+                    decisions = job.plan(others)
+                    log.exception("planning failed with a node %s", fields(job=job.job_id, node=node.node_id))
+                    self._leases.quarantine(node.node_id, f"planning failed with it: {repr(error)[:200]}")
+                    return decisions
+            raise
 
     def _perform(self, job: Job, decision: Decision) -> None:
         now = self._clock()

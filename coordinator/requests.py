@@ -22,7 +22,7 @@ from coordinator.packed import Packed
 from coordinator.serving.registry import Registry, dataset_blobs
 from coordinator.serving.serving import Serving
 from potluck import codec
-from potluck.blobs.addresses import check_holders
+from potluck.addresses import check_holders
 from potluck.blobs.store import BlobStore
 from potluck.bus import Envelope
 from potluck.errors import BadMessage, Conflict, InvalidData, InvalidRequest, NotFound, Overloaded

@@ -88,6 +88,8 @@ class Bus(ABC):
         self._subscriptions: FilterTable[tuple[int, tuple[Handler, ...]]] = FilterTable()
         self._pending: dict[str, asyncio.Future[Message]] = {}
         self._failures: asyncio.Queue[tuple[Envelope, PotluckError]] = asyncio.Queue(100)
+        self.on_refused: Callable[[str, PotluckError], None] = lambda topic, error: None
+        """Told of what could not be read: its topic, and why."""
         self._refused_logs = Seldom(_LOG_SECONDS)
         self._fault_logs = Seldom(_LOG_SECONDS)
 
@@ -315,6 +317,7 @@ class Bus(ABC):
         if (more := self._refused_logs.due(envelope.topic)) is not None:
             shown = fields(topic=envelope.topic, bytes=len(payload), error=error.message[:300], more=more or None)
             log.warning("message refused %s", shown)
+        self.on_refused(envelope.topic, error)
         if not self.topics.is_question(envelope.topic):
             return
         request_id, reply_to, encoding = "", "", None

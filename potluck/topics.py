@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from potluck.errors import InvalidRequest, InvalidSettings
 
 ROOT = "potluck/v1"
+NODE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _SEGMENT = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,160}\Z")
 
 

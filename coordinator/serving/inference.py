@@ -16,7 +16,7 @@ from coordinator.serving.queueing import Request
 from coordinator.serving.registry import Registry
 from coordinator.serving.router import Router
 from coordinator.serving.traffic import Traffic
-from potluck.blobs.addresses import check_holders
+from potluck.addresses import check_holders
 from potluck.bus import Bus, Envelope
 from potluck.errors import InvalidRequest, NotFound, PotluckError, TooLarge, from_code
 from potluck.messages import (

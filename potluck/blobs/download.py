@@ -18,7 +18,7 @@ import aiohttp
 import msgspec
 from aiohttp import hdrs
 
-from potluck.blobs.addresses import NO_ADDRESS, is_address
+from potluck.addresses import NO_ADDRESS, is_address
 from potluck.blobs.store import BlobStore, hash_file
 from potluck.blobs.transfer import TIMINGS, Timings, Transfer, explained
 from potluck.errors import DiskFull, InvalidRequest, NotFound, TooLarge, Unavailable

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import aiohttp
 from aiohttp import hdrs
 
-from potluck.blobs.addresses import NO_ADDRESS, is_address
+from potluck.addresses import NO_ADDRESS, is_address
 from potluck.blobs.partial import Partial
 from potluck.blobs.store import BlobStore, no_room
 from potluck.errors import CorruptBlob, Unavailable

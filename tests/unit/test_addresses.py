@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from potluck.blobs.addresses import check_holders, is_address
+from potluck.addresses import check_holders, is_address
 from potluck.errors import InvalidRequest
 
 

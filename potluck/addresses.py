@@ -11,16 +11,16 @@ from collections.abc import Iterable
 from ipaddress import ip_address
 
 from potluck.errors import InvalidRequest
-from potluck.messages import ADDRESS_PATTERN
 
-_ADDRESS = re.compile(ADDRESS_PATTERN)
+_LABEL = "[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
+_ADDRESS = re.compile(rf"https?://(?:\[[0-9A-Fa-f:.]{{2,45}}\]|{_LABEL}(?:\.{_LABEL})*\.?):[0-9]{{1,5}}/?")
 _LIMIT = 300
 NO_ADDRESS = "is not an http://host:port address"
 
 
 def is_address(text: str) -> bool:
     """Whether that is an address. Host names are as the DNS has them (RFC 1123, 2.1), others in their ASCII form."""
-    if len(text) > _LIMIT or not _ADDRESS.match(text):
+    if len(text) > _LIMIT or not _ADDRESS.fullmatch(text):
         return False
     host, _, port = text.rstrip("/").partition("://")[2].rpartition(":")
     try:
