@@ -18,8 +18,10 @@ from typing import Any
 from msgspec.structs import replace
 
 from coordinator.announcer import PROGRESS_SECONDS, Announcer
+from coordinator.checking import Doubts, bounded_error, bounded_renewal, is_no_number, violation
 from coordinator.collecting import Collector
 from coordinator.jobs import (
+    CHECK,
     AnyEvent,
     AttemptEnded,
     AttemptFinished,
@@ -47,7 +49,7 @@ from coordinator.serving.serving import Serving
 from coordinator.training import privacy, scores
 from coordinator.training.rounds import RoundsStrategy
 from coordinator.training.sync import SyncStrategy
-from potluck.errors import Cancelled, Conflict, PotluckError, Unavailable
+from potluck.errors import Cancelled, Conflict, Diverged, EngineFailed, PotluckError, Unavailable
 from potluck.logs import fields
 from potluck.messages import (
     AcknowledgeResult,
@@ -100,6 +102,8 @@ class Dispatcher:
         self._clock = clock
         self._actions: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._dirty: dict[str, None] = {}
+        self._doubts: dict[str, Doubts] = {}
+        """By job. In memory only: after a restart a loss that is no number is doubted anew."""
         self._wake = asyncio.Event()
         self._tasks: asyncio.TaskGroup | None = None
 
@@ -178,7 +182,8 @@ class Dispatcher:
                     held.taken = True
             case LeaseRenewed():
                 if (held := self._heard(node_id, message.attempt_id)) is not None:
-                    held.taken, held.done, held.metrics, held.stage = True, message.done, message.metrics, message.stage
+                    said = bounded_renewal(held.message.task, message)
+                    held.taken, held.done, held.metrics, held.stage = True, said.done, said.metrics, said.stage
                     self._announcer.changed(held.job_id)
                 elif message.attempt_id not in self._leases:
                     # We have given it up (or were started anew without it): the node must not work in vain.
@@ -186,12 +191,13 @@ class Dispatcher:
             case LeaseRefused():
                 if self._heard(node_id, message.attempt_id) is not None:
                     # Not the shard's fault: it is given to another, and does not count as a failure.
-                    self._end_attempt(message.attempt_id, f"refused: {message.error.message}", None)
+                    self._end_attempt(message.attempt_id, f"refused: {message.error.message[:200]}", None)
             case ShardFailed():
                 held = self._heard(node_id, message.attempt_id)
                 self._leases.command(node_id, AcknowledgeResult(attempt_id=message.attempt_id))
                 if held is not None and not held.collecting:
-                    self._end_attempt(message.attempt_id, "the node reported an error", message.error)
+                    error = bounded_error(message.error)
+                    self._end_attempt(message.attempt_id, "the node reported an error", error)
             case ShardFinished():
                 held = self._heard(node_id, message.attempt_id)
                 if held is None:
@@ -370,6 +376,10 @@ class Dispatcher:
         job = self._store.jobs[held.job_id]
         strategy, attempt = job.strategy, job.attempts.get(attempt_id)
         result: AnyTaskResult = message.result
+        if (refusal := self._refusal(held, result)) is not None:
+            held.collecting = False
+            self._end_attempt(attempt_id, "its result is not used", refusal)
+            return
         try:
             if attempt is None or not isinstance(strategy, RoundsStrategy) or strategy.wants(attempt):
                 result = await self._collector.collect(result)
@@ -386,6 +396,33 @@ class Dispatcher:
             self._drop(attempt_id)
         self._leases.command(held.node_id, AcknowledgeResult(attempt_id=attempt_id))
         self._changed(job)
+
+    def _refusal(self, held: Held, result: AnyTaskResult) -> ErrorInfo | None:
+        """Why the result of a lease is not taken: it is not what was asked for, or another node is to see whether it is so."""
+        lease, node_id = held.message, held.node_id
+        if reason := violation(lease.task, result, self._leases.own_items(node_id, lease.task)):
+            self._violated(held, node_id, reason)
+            return error_info(EngineFailed(f"its result is not what was asked for: {reason}"))
+        doubts = self._doubts.setdefault(held.job_id, Doubts())
+        if not is_no_number(result):
+            if liar := doubts.disproved(lease.shard_id, node_id):
+                self._violated(held, liar, f"it said of {lease.shard_id} that the loss is no number, and it is one")
+            return None
+        if lease.shard_id == CHECK or getattr(lease.task, "node_data", None):
+            return None  # nothing follows from it; or nobody else has the data
+        alone = not any(node.node_id != node_id for node in self._leases.view(self._clock()).nodes)
+        if not doubts.doubted(lease.shard_id, node_id, alone=alone):
+            return None
+        return error_info(
+            Diverged(f"node {node_id} says that the loss is no number: another node is to see whether it is")
+        )
+
+    def _violated(self, held: Held, node_id: str, reason: str) -> None:
+        where = fields(job=held.job_id, shard=held.message.shard_id, node=node_id, reason=reason)
+        log.warning("result of a node is not what was asked for %s", where)
+        if self._leases.violated(node_id, reason):
+            log.error("node gets no jobs any more %s", fields(node=node_id, reason=reason))
+            self._announcer.changed(held.job_id)
 
     async def _close_round(self, job: Job, decision: CloseRound) -> None:
         spec, strategy = job.submitted.spec, job.strategy
@@ -513,6 +550,7 @@ class Dispatcher:
         final = self.described(job).progress
         self._record(job, JobFinished(at=now, result=result))
         self._leases.forget(job)
+        self._doubts.pop(job.job_id, None)
         for forgotten in self._store.ended(job, final):
             self._announcer.forget(forgotten)
         self._packed.ended(job.submitted.spec)

@@ -156,6 +156,13 @@ class Leases:
         """A result was not what its lease asked for: whether the node gets no more jobs for that."""
         return self._membership.violated(node_id, reason)
 
+    def own_items(self, node_id: str, task: AnyTask) -> int | None:
+        """Of the data that live on the node and that the task is about, as it has announced them."""
+        name = getattr(task, "node_data", None)
+        member = self._membership.get(node_id)
+        found = [data.count for data in member.data if data.name == name] if name and member is not None else []
+        return found[0] if found else None
+
     def quarantine(self, node_id: str, reason: str) -> None:
         self._membership.quarantine(node_id, reason)
 
