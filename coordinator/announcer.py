@@ -42,7 +42,11 @@ class Announcer:
             waiting = f"gives way to inference on {', '.join(giving_way)}"
         else:
             waiting = self._doing.get(job.job_id, "") or self._leases.stage(job)
-        return self._jobs.described(job, running, waiting=waiting)
+        described = self._jobs.described(job, running, waiting=waiting)
+        if job.active and (left_out := self._leases.quarantined()):
+            progress = replace(described.progress, quarantined=left_out | described.progress.quarantined)
+            return replace(described, progress=progress)
+        return described
 
     def ended(self, job: Job) -> JobEnded | None:
         """The result of a job that has ended, its blobs to be had from here."""

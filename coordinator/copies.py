@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from coordinator.holders import Holders
 from coordinator.holding import REST_SECONDS, RETRY_SECONDS, Copy, Hold, Holding, Place
-from coordinator.journal import Journal
+from coordinator.journal import FATAL, Journal
 from coordinator.membership import Membership
 from coordinator.serving.registry import Registry
 from potluck.blobs.download import Downloader
@@ -22,6 +22,7 @@ from potluck.errors import DiskFull, PotluckError
 from potluck.logs import fields
 from potluck.messages import BlobRef, BlobsStored, HoldBlob, HoldFailed, Message, ReleaseBlob
 from potluck.outbox import Outbox
+from potluck.surviving import surviving
 from potluck.topics import Topics
 
 log = logging.getLogger(__name__)
@@ -121,28 +122,34 @@ class Copies:
     async def _keep_there(self) -> None:
         while True:
             self._wake.clear()
-            for command in self._holding.plan(self._blobs(), self._places(), self._clock()):
-                topic = self._topics.node(command.node_id, "inbox")
-                if isinstance(command, Hold):
-                    blob = replace(command.blob, holders=self._holders.of(command.blob.sha256))
-                    self._outbox.publish(topic, HoldBlob(epoch=self._journal.epoch, blob=blob))
-                else:
-                    self._outbox.publish(topic, ReleaseBlob(epoch=self._journal.epoch, sha256=command.sha256))
+            with surviving("copies on nodes", fatal=FATAL):
+                self._ask_nodes()
             try:
                 async with asyncio.timeout(PLAN_SECONDS):
                     await self._wake.wait()
             except TimeoutError:
                 pass  # nodes may have been gone for too long by now
 
+    def _ask_nodes(self) -> None:
+        for command in self._holding.plan(self._blobs(), self._places(), self._clock()):
+            topic = self._topics.node(command.node_id, "inbox")
+            if isinstance(command, Hold):
+                blob = replace(command.blob, holders=self._holders.of(command.blob.sha256))
+                self._outbox.publish(topic, HoldBlob(epoch=self._journal.epoch, blob=blob))
+            else:
+                self._outbox.publish(topic, ReleaseBlob(epoch=self._journal.epoch, sha256=command.sha256))
+
     async def _keep_here(self) -> None:
         """What is damaged when we start is thrown away, and what is missing fetched from who has it."""
         for sha256 in self._blobs():
-            if self._store.has(sha256) and not await asyncio.to_thread(self._store.check, sha256):
-                log.error("our copy of a model was damaged, and is gone %s", fields(blob=sha256[:12]))
+            with surviving("check of our copies", fatal=FATAL):
+                if self._store.has(sha256) and not await asyncio.to_thread(self._store.check, sha256):
+                    log.error("our copy of a model was damaged, and is gone %s", fields(blob=sha256[:12]))
         while True:
             for sha256, blob in self._blobs().items():
-                if not self._store.has(sha256):
-                    await self._bring_back(blob)
+                with surviving("our own copies", fatal=FATAL):
+                    if not self._store.has(sha256):
+                        await self._bring_back(blob)
             await asyncio.sleep(MISSING_SECONDS)
 
     async def _bring_back(self, blob: BlobRef) -> None:

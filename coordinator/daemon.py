@@ -22,7 +22,7 @@ from coordinator.gateway.answers import in_words
 from coordinator.gateway.shelf import Shelf
 from coordinator.holders import Holders
 from coordinator.jobstore import JobStore
-from coordinator.journal import Journal
+from coordinator.journal import FATAL, Journal
 from coordinator.keeping import Keeping
 from coordinator.leases import Leases
 from coordinator.membership import Change, Membership, NodeJoined, NodeLost
@@ -38,15 +38,17 @@ from potluck.blobs.store import BlobStore
 from potluck.broker import Broker, start_broker
 from potluck.bus import Addresses, Envelope, MqttBus, Will
 from potluck.discovery import Discovery, Service
-from potluck.errors import Conflict, Unavailable
+from potluck.errors import Conflict, PotluckError, Unavailable
+from potluck.filters import matches
 from potluck.http import serve_http
-from potluck.logs import fields
-from potluck.messages import CoordinatorStatus, NodeCapacity, NodeStatus, NodeTelemetry
+from potluck.logs import Seldom, fields
+from potluck.messages import PROTOCOL_VERSION, CoordinatorStatus, NodeCapacity, NodeStatus, NodeTelemetry
 from potluck.network import base_urls, bind_gateway, reachable_addresses
 from potluck.outbox import Outbox
 from potluck.settings import CoordinatorSettings, check_listen, is_loopback, parse_address, short_hostname, state_folder
 from potluck.sole_use import sole_use
-from potluck.topics import Topics
+from potluck.surviving import surviving
+from potluck.topics import NODE_ID, Topics
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +58,8 @@ STATUS_SECONDS = 5.0
 RETAINED_SECONDS = 0.3
 """A retained message follows its subscription at once; so long we wait for one of another coordinator."""
 BROKER_CHECK_SECONDS = 1.0
+LOG_SECONDS = 60.0
+"""What is wrong with what others send is told again after so long."""
 UPLOAD_LIMIT_BYTES = 16 * 2**30
 
 
@@ -73,7 +77,9 @@ class Coordinator:
         self.session = uuid.uuid4().hex
         self.folder = state_folder(settings.state_dir, "coordinator")
         self._rival: CoordinatorStatus | None = None
+        self._rival_at = 0.0
         self._rival_seen = asyncio.Event()
+        self._seldom = Seldom(LOG_SECONDS)
         self._announced = asyncio.Event()
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -281,6 +287,7 @@ class Coordinator:
         bus.subscribe(topics.node("+", "status"), self._on_presence)
         bus.subscribe(topics.node("+", "capacity"), self._on_presence)
         bus.subscribe(topics.node("+", "telemetry"), self._on_presence, qos=0)
+        bus.on_refused = self._on_refused
 
     def _on_coordinator(self, envelope: Envelope) -> None:
         """Notice whether another coordinator is on this bus."""
@@ -291,9 +298,9 @@ class Coordinator:
             if self._rival is not None and self._rival.session == message.session:
                 self._rival = None
         else:
-            self._rival = message
+            self._rival, self._rival_at = message, time.monotonic()
             self._rival_seen.set()
-            if self._announced.is_set():
+            if self._announced.is_set() and self._seldom.due("rival") is not None:
                 where = fields(cluster=self.settings.cluster, http=",".join(message.http))
                 log.error("another coordinator is on this bus: stop one %s", where)
 
@@ -306,6 +313,8 @@ class Coordinator:
             except TimeoutError:
                 log.debug("no other coordinator is on this bus")
         self._rival_seen.clear()
+        if self._announced.is_set() and time.monotonic() - self._rival_at > 3 * STATUS_SECONDS:
+            self._rival = None  # it would have said by now that it is still there
         if self._rival is not None:
             raise self._conflict(self._rival)
 
@@ -326,12 +335,16 @@ class Coordinator:
     def _on_presence(self, envelope: Envelope) -> None:
         message, now = envelope.message, time.time()
         node_id = self.topics.segment(envelope.topic, 1)
-        if getattr(message, "node_id", None) != node_id:
-            log.warning("message of another node ignored %s", fields(topic=envelope.topic))
+        if getattr(message, "node_id", None) != node_id or not NODE_ID.fullmatch(node_id):
+            if (more := self._seldom.due(envelope.topic)) is not None:
+                log.warning("message of another node ignored %s", fields(topic=envelope.topic[:200], more=more or None))
             return
         match message:
             case NodeStatus():
                 self._notice(self._membership.on_status(message, now))
+                if message.version != PROTOCOL_VERSION and self._seldom.due(f"version of {node_id}") is not None:
+                    versions = fields(node=node_id, version=message.version, ours=PROTOCOL_VERSION)
+                    log.error("node of another protocol left out: install the same potluck on both %s", versions)
                 if message.state == "online":
                     self._inference.ask_again(node_id)
             case NodeCapacity():
@@ -340,6 +353,11 @@ class Coordinator:
                 self._notice(self._membership.on_telemetry(message, now))
             case _:
                 pass
+
+    def _on_refused(self, topic: str, error: PotluckError) -> None:
+        """What could not be read: whose capacity is not known is to be told so."""
+        if matches(self.topics.node("+", "capacity"), topic) and NODE_ID.fullmatch(self.topics.segment(topic, 1)):
+            self._membership.on_unreadable_capacity(self.topics.segment(topic, 1), error.message)
 
     def _notice(self, changes: Iterable[Change]) -> None:
         for change in changes:
@@ -376,7 +394,8 @@ class Coordinator:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TICK_SECONDS)
-            self._notice(self._membership.tick(time.time()))
+            with surviving("membership", fatal=FATAL):
+                self._notice(self._membership.tick(time.time()))
 
     async def _advertise(self, stack: AsyncExitStack, port: int, broker: Broker | None) -> None:
         settings = self.settings

@@ -11,13 +11,17 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Coroutine, Iterator
+from contextlib import suppress
+from dataclasses import replace as replace_view
 from typing import Any
 
 from msgspec.structs import replace
 
 from coordinator.announcer import PROGRESS_SECONDS, Announcer
+from coordinator.checking import Doubts, bounded_error, bounded_renewal, is_no_number, violation
 from coordinator.collecting import Collector
 from coordinator.jobs import (
+    CHECK,
     AnyEvent,
     AttemptEnded,
     AttemptFinished,
@@ -37,6 +41,7 @@ from coordinator.jobs import (
     Withdraw,
 )
 from coordinator.jobstore import JobStore, meant
+from coordinator.journal import FATAL
 from coordinator.leases import Held, Leases
 from coordinator.packed import Packed
 from coordinator.serving.registry import Registry
@@ -44,7 +49,7 @@ from coordinator.serving.serving import Serving
 from coordinator.training import privacy, scores
 from coordinator.training.rounds import RoundsStrategy
 from coordinator.training.sync import SyncStrategy
-from potluck.errors import Cancelled, Conflict, DiskFull, PotluckError, Unavailable
+from potluck.errors import Cancelled, Conflict, DiskFull, Diverged, EngineFailed, PotluckError, Unavailable
 from potluck.logs import fields
 from potluck.messages import (
     AcknowledgeResult,
@@ -65,6 +70,7 @@ from potluck.messages import (
 )
 from potluck.outbox import error_info
 from potluck.settings import CoordinatorSettings
+from potluck.surviving import surviving
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +107,8 @@ class Dispatcher:
         self._no_room: dict[tuple[str, str], float] = {}
         """Actions of jobs for which there was no room, and when they are tried again."""
         self._dirty: dict[str, None] = {}
+        self._doubts: dict[str, Doubts] = {}
+        """By job. In memory only: after a restart a loss that is no number is doubted anew."""
         self._wake = asyncio.Event()
         self._tasks: asyncio.TaskGroup | None = None
 
@@ -179,7 +187,8 @@ class Dispatcher:
                     held.taken = True
             case LeaseRenewed():
                 if (held := self._heard(node_id, message.attempt_id)) is not None:
-                    held.taken, held.done, held.metrics, held.stage = True, message.done, message.metrics, message.stage
+                    said = bounded_renewal(held.message.task, message)
+                    held.taken, held.done, held.metrics, held.stage = True, said.done, said.metrics, said.stage
                     self._announcer.changed(held.job_id)
                 elif message.attempt_id not in self._leases:
                     # We have given it up (or were started anew without it): the node must not work in vain.
@@ -187,12 +196,13 @@ class Dispatcher:
             case LeaseRefused():
                 if self._heard(node_id, message.attempt_id) is not None:
                     # Not the shard's fault: it is given to another, and does not count as a failure.
-                    self._end_attempt(message.attempt_id, f"refused: {message.error.message}", None)
+                    self._end_attempt(message.attempt_id, f"refused: {message.error.message[:200]}", None)
             case ShardFailed():
                 held = self._heard(node_id, message.attempt_id)
                 self._leases.command(node_id, AcknowledgeResult(attempt_id=message.attempt_id))
                 if held is not None and not held.collecting:
-                    self._end_attempt(message.attempt_id, "the node reported an error", message.error)
+                    error = bounded_error(message.error)
+                    self._end_attempt(message.attempt_id, "the node reported an error", error)
             case ShardFinished():
                 held = self._heard(node_id, message.attempt_id)
                 if held is None:
@@ -229,11 +239,13 @@ class Dispatcher:
                 now = self._clock()
                 if now - ticked_at >= self._settings.resend_seconds / 2:
                     ticked_at = now
-                    self._tick(now)
+                    with surviving("leases", fatal=FATAL):
+                        self._tick(now)
                 for job_id in list(self._dirty):
                     self._dirty.pop(job_id, None)
                     self._plan(self._store.jobs[job_id])
-                self._announcer.tell_due(now)
+                with surviving("news of jobs", fatal=FATAL):
+                    self._announcer.tell_due(now)
 
     def _resume(self) -> None:
         """Take up what the journal says is under way; nodes that still work on it go on."""
@@ -276,8 +288,25 @@ class Dispatcher:
         if isinstance(job.submitted.spec, Deploy) and job.strategy is None:
             self._act(job.job_id, "deploy", self._deploy(job, job.submitted.spec))
             return
-        for decision in job.plan(self._leases.view(self._clock())):
+        for decision in self._decisions(job):
             self._perform(job, decision)
+
+    def _decisions(self, job: Job) -> list[Decision]:
+        """The job's plan; without the node that makes planning fail, where there is one."""
+        view = self._leases.view(self._clock())
+        try:
+            return job.plan(view)
+        except PotluckError:
+            raise
+        except Exception as error:
+            for node in view.nodes:
+                others = replace_view(view, nodes=tuple(other for other in view.nodes if other is not node))
+                with suppress(Exception):
+                    decisions = job.plan(others)
+                    log.exception("planning failed with a node %s", fields(job=job.job_id, node=node.node_id))
+                    self._leases.quarantine(node.node_id, f"planning failed with it: {repr(error)[:200]}")
+                    return decisions
+            raise
 
     def _perform(self, job: Job, decision: Decision) -> None:
         now = self._clock()
@@ -372,6 +401,10 @@ class Dispatcher:
         job = self._store.jobs[held.job_id]
         strategy, attempt = job.strategy, job.attempts.get(attempt_id)
         result: AnyTaskResult = message.result
+        if (refusal := self._refusal(held, result)) is not None:
+            held.collecting = False
+            self._end_attempt(attempt_id, "its result is not used", refusal)
+            return
         try:
             if attempt is None or not isinstance(strategy, RoundsStrategy) or strategy.wants(attempt):
                 result = await self._collector.collect(result)
@@ -391,6 +424,33 @@ class Dispatcher:
             self._drop(attempt_id)
         self._leases.command(held.node_id, AcknowledgeResult(attempt_id=attempt_id))
         self._changed(job)
+
+    def _refusal(self, held: Held, result: AnyTaskResult) -> ErrorInfo | None:
+        """Why the result of a lease is not taken: it is not what was asked for, or another node is to see whether it is so."""
+        lease, node_id = held.message, held.node_id
+        if reason := violation(lease.task, result, self._leases.own_items(node_id, lease.task)):
+            self._violated(held, node_id, reason)
+            return error_info(EngineFailed(f"its result is not what was asked for: {reason}"))
+        doubts = self._doubts.setdefault(held.job_id, Doubts())
+        if not is_no_number(result):
+            if liar := doubts.disproved(lease.shard_id, node_id):
+                self._violated(held, liar, f"it said of {lease.shard_id} that the loss is no number, and it is one")
+            return None
+        if lease.shard_id == CHECK or getattr(lease.task, "node_data", None):
+            return None  # nothing follows from it; or nobody else has the data
+        alone = not any(node.node_id != node_id for node in self._leases.view(self._clock()).nodes)
+        if not doubts.doubted(lease.shard_id, node_id, alone=alone):
+            return None
+        return error_info(
+            Diverged(f"node {node_id} says that the loss is no number: another node is to see whether it is")
+        )
+
+    def _violated(self, held: Held, node_id: str, reason: str) -> None:
+        where = fields(job=held.job_id, shard=held.message.shard_id, node=node_id, reason=reason)
+        log.warning("result of a node is not what was asked for %s", where)
+        if self._leases.violated(node_id, reason):
+            log.error("node gets no jobs any more %s", fields(node=node_id, reason=reason))
+            self._announcer.changed(held.job_id)
 
     async def _close_round(self, job: Job, decision: CloseRound) -> None:
         spec, strategy = job.submitted.spec, job.strategy
@@ -521,6 +581,7 @@ class Dispatcher:
         self._record(job, JobFinished(at=now, result=result))
         self._leases.forget(job)
         self._no_room = {key: at for key, at in self._no_room.items() if key[0] != job.job_id}
+        self._doubts.pop(job.job_id, None)
         for forgotten in self._store.ended(job, final):
             self._announcer.forget(forgotten)
         self._packed.ended(job.submitted.spec)

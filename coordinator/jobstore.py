@@ -357,7 +357,7 @@ class JobStore:
             )
         if (size := self._blobs.size(model.sha256)) != model.size:
             raise InvalidRequest(f"the model blob {model.sha256[:12]} has {size} bytes, not {model.size}")
-        return model, None, "keras"
+        return replace(model, holders=()), None, "keras"
 
     def _manifest(self, dataset: Dataset) -> BlobRef:
         return self._blobs.put_bytes(codec.pack(dataset))

@@ -27,6 +27,9 @@ BALLAST_BYTES = 4 * 2**20
 RETAKE_SECONDS = 30.0
 """How often we look whether there is room for the ballast again."""
 
+FATAL = (Unavailable,)
+"""What nobody goes on after: what is not in the journal must not happen."""
+
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS events (seq INTEGER PRIMARY KEY, stream TEXT NOT NULL, body BLOB NOT NULL);
 CREATE INDEX IF NOT EXISTS events_by_stream ON events (stream, seq);

@@ -152,13 +152,31 @@ class Leases:
             return ""
         return on_nodes((one.stage, one.node_id) for one in held)
 
+    def violated(self, node_id: str, reason: str) -> bool:
+        """A result was not what its lease asked for: whether the node gets no more jobs for that."""
+        return self._membership.violated(node_id, reason)
+
+    def own_items(self, node_id: str, task: AnyTask) -> int | None:
+        """Of the data that live on the node and that the task is about, as it has announced them."""
+        name = getattr(task, "node_data", None)
+        member = self._membership.get(node_id)
+        found = [data.count for data in member.data if data.name == name] if name and member is not None else []
+        return found[0] if found else None
+
+    def quarantine(self, node_id: str, reason: str) -> None:
+        self._membership.quarantine(node_id, reason)
+
+    def quarantined(self) -> dict[str, str]:
+        """Nodes that get no jobs, and why."""
+        return self._membership.quarantined()
+
     def view(self, now: float) -> ClusterView:
         """The nodes that can compute, and how much more each may be given."""
         return ClusterView(tuple(self._nodes()), now)
 
     def _nodes(self) -> Iterator[NodeView]:
         for member in self._membership.online():
-            if "tensorflow" in member.capacity.runtimes:
+            if "tensorflow" in member.capacity.runtimes and not member.quarantined:
                 load = self._load[member.node_id]
                 yield NodeView(
                     member.node_id,

@@ -10,9 +10,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from potluck.messages import Capacity, NodeCapacity, NodeData, NodeInfo, NodeStatus, NodeTelemetry
+from potluck.addresses import is_address
+from potluck.messages import (
+    PROTOCOL_VERSION,
+    Capacity,
+    NodeCapacity,
+    NodeData,
+    NodeInfo,
+    NodeStatus,
+    NodeTelemetry,
+)
 
 MemberState = Literal["online", "suspect", "offline"]
+ADDRESSES_KEPT = 32
+"""Of a node; a machine has a few."""
+VIOLATIONS_LIMIT = 3
+"""Results that are not what was asked for, after which a node gets no more jobs until it is started again."""
 _UNKNOWN = Capacity(hostname="", system="", cores=1, memory_bytes=0)
 
 
@@ -32,6 +45,20 @@ class Member:
     left: bool = False
     """Whether it is offline because it said goodbye."""
     clock_ahead_seconds: float = 0.0
+    version: int = PROTOCOL_VERSION
+    unreadable: str = ""
+    """What is wrong with the capacity that was published for it, where there never was one that could be read."""
+    violations: int = 0
+    """Results of this session that were not what their lease asked for."""
+    quarantined: str = ""
+    """Why this session gets no jobs any more."""
+
+    @property
+    def left_out(self) -> str:
+        """Why it gets no jobs, in words."""
+        if self.version != PROTOCOL_VERSION:
+            return f"it speaks version {self.version} of the protocol, and the coordinator {PROTOCOL_VERSION}: install the same potluck on both"
+        return self.quarantined or self.unreadable
 
 
 @dataclass(frozen=True)
@@ -61,7 +88,8 @@ class Membership:
 
     def online(self) -> list[Member]:
         """Members that may be given work, in the order of their ids."""
-        return sorted((m for m in self.members.values() if m.state == "online"), key=lambda m: m.node_id)
+        there = (m for m in self.members.values() if m.state == "online" and m.version == PROTOCOL_VERSION)
+        return sorted(there, key=lambda m: m.node_id)
 
     def get(self, node_id: str) -> Member | None:
         return self.members.get(node_id)
@@ -80,6 +108,8 @@ class Membership:
 
     def on_status(self, status: NodeStatus, now: float) -> list[Change]:
         """A birth or a will. A stale will, of a session that is not the present one, changes nothing."""
+        http = tuple(filter(is_address, status.http[:ADDRESSES_KEPT]))
+        collective = status.collective if is_address(f"http://{status.collective}") else ""
         known = self.members.get(status.node_id)
         if status.state == "offline":
             if known is None or known.session != status.session or known.state == "offline":
@@ -90,10 +120,15 @@ class Membership:
         for url in known.http if known is not None else ():
             if self._at.get(url) == status.node_id:
                 del self._at[url]
-        self._at.update(dict.fromkeys(status.http, status.node_id))
+        self._at.update(dict.fromkeys(http, status.node_id))
         if known is not None and known.session == status.session and known.state == "online":
             self.members[status.node_id] = replace(
-                known, http=status.http, collective=status.collective, software=status.software, seen_at=now
+                known,
+                http=http,
+                collective=collective,
+                software=status.software,
+                version=status.version,
+                seen_at=now,
             )
             return []
         if known is not None and known.session != status.session and known.state != "offline":
@@ -104,11 +139,14 @@ class Membership:
             session=status.session,
             state="online",
             seen_at=now,
-            http=status.http,
-            collective=status.collective,
+            http=http,
+            collective=collective,
             software=status.software,
             telemetry=None,
             left=False,
+            version=status.version,
+            violations=known.violations if known.session == status.session else 0,
+            quarantined=known.quarantined if known.session == status.session else "",
         )
         return [*changes, NodeJoined(status.node_id)]
 
@@ -116,9 +154,36 @@ class Membership:
         # Retained capacity may arrive before the birth.
         known = self.members.get(message.node_id) or Member(message.node_id, "", "offline", 0.0)
         self.members[message.node_id] = replace(
-            known, capacity=message.capacity, data=message.data, data_missing=message.data_missing
+            known, capacity=message.capacity, data=message.data, data_missing=message.data_missing, unreadable=""
         )
         return []
+
+    def on_unreadable_capacity(self, node_id: str, reason: str) -> None:
+        """What the node has is not known, unless it was known before."""
+        known = self.members.get(node_id) or Member(node_id, "", "offline", 0.0)
+        if known.capacity is _UNKNOWN:
+            self.members[node_id] = replace(known, unreadable=f"its capacity cannot be read: {reason[:200]}")
+
+    def violated(self, node_id: str, reason: str) -> bool:
+        """A result of the node was not what its lease asked for: whether that was once too often."""
+        known = self.members.get(node_id)
+        if known is None or known.quarantined:
+            return False
+        count = known.violations + 1
+        words = (
+            f"{count} of its results were not what was asked for (last: {reason}): start it again when that is mended"
+        )
+        self.members[node_id] = replace(known, violations=count, quarantined=words if count >= VIOLATIONS_LIMIT else "")
+        return count >= VIOLATIONS_LIMIT
+
+    def quarantine(self, node_id: str, reason: str) -> None:
+        """Give it no jobs any more until it is started again."""
+        if (known := self.members.get(node_id)) is not None and not known.quarantined:
+            self.members[node_id] = replace(known, quarantined=reason)
+
+    def quarantined(self) -> dict[str, str]:
+        """Members that get no jobs, and why."""
+        return {one.node_id: one.quarantined for one in self.online() if one.quarantined}
 
     def on_telemetry(self, telemetry: NodeTelemetry, now: float) -> list[Change]:
         """Any sign of life of the present session brings a silent member back."""
@@ -176,6 +241,7 @@ def _info(member: Member) -> NodeInfo:
         data_missing=dict(member.data_missing),
         gives_way=now is not None and now.gives_way,
         left=member.left,
+        left_out=member.left_out,
         clock_ahead_seconds=member.clock_ahead_seconds,
         shortage=now.shortage if now else "",
     )

@@ -22,6 +22,7 @@ from coordinator.packed import Packed
 from coordinator.serving.registry import Registry, dataset_blobs
 from coordinator.serving.serving import Serving
 from potluck import codec
+from potluck.addresses import check_holders
 from potluck.blobs.store import BlobStore
 from potluck.bus import Envelope
 from potluck.deadlines import deadline, too_late
@@ -32,7 +33,6 @@ from potluck.errors import (
     InvalidRequest,
     NotFound,
     Overloaded,
-    PotluckError,
     TimedOut,
 )
 from potluck.messages import (
@@ -80,6 +80,7 @@ from potluck.messages import (
     Undeployed,
 )
 from potluck.outbox import Outbox
+from potluck.surviving import as_defect
 from potluck.wording import be, counted
 
 log = logging.getLogger(__name__)
@@ -141,8 +142,8 @@ class Requests:
                 self._undeploys.put_nowait(envelope)  # the only question whose answer takes time
                 return
             self._outbox.reply(envelope, self._once(envelope, message))
-        except PotluckError as error:
-            self._outbox.refuse(envelope, error)
+        except Exception as error:  # noqa: BLE001 - whoever asked hears of it, and nobody else
+            self._outbox.refuse(envelope, as_defect(error, type(message).__name__))
 
     async def run(self) -> None:
         """Answer the questions that take time, until cancelled."""
@@ -152,8 +153,8 @@ class Requests:
             try:
                 gone = await self._serving.undeploy(self._registry.version_of(envelope.message.model))
                 self._outbox.reply(envelope, Undeployed(deployments=gone))
-            except PotluckError as error:
-                self._outbox.refuse(envelope, error)
+            except Exception as error:  # noqa: BLE001 - the same
+                self._outbox.refuse(envelope, as_defect(error, "Undeploy"))
 
     def _once(self, envelope: Envelope, message: Message) -> Message:
         """The answer; a question that can be carried out once, asked again with the same id, has the answer that it had."""
@@ -242,7 +243,7 @@ class Requests:
         self._need(message.model, "model")
         info = self._registry.add_model(
             message.name,
-            message.model,
+            replace(message.model, holders=()),  # it is here
             format=message.format,
             image=message.image,
             classes=message.classes,
@@ -259,6 +260,8 @@ class Requests:
         except BadMessage as error:
             raise InvalidData(f"the manifest of data set {message.name!r} is not one: {error.message}") from error
         _, *parts = dataset_blobs(message.manifest, dataset)
+        for ref in parts:
+            check_holders(ref.holders, f"the manifest of data set {message.name!r}")
         missing = [ref.sha256 for ref in parts if not self._store.has(ref.sha256)]
         if missing:
             raise InvalidData(
@@ -275,7 +278,9 @@ class Requests:
             raise InvalidData(
                 f"the manifest of data set {message.name!r} counts {counted(dataset.count, 'item')}, its shards do not"
             )
-        added = self._registry.add_dataset(message.name, message.manifest, dataset, packed=message.packed)
+        added = self._registry.add_dataset(
+            message.name, replace(message.manifest, holders=()), dataset, packed=message.packed
+        )
         if message.packed:
             self._packed.added(message.name)
         return DatasetAdded(dataset=added)

@@ -21,6 +21,8 @@ from potluck.messages import (
     WithdrawLease,
 )
 
+FENCE_SECONDS = 15.0
+"""An epoch fences older ones off for so long after its coordinator was last heard of, which says that it is there every 5 s."""
 QUEUE_LIMIT = 3
 """Leases held and not reported yet: one runs, the blobs of the others are fetched meanwhile."""
 
@@ -81,6 +83,8 @@ class Assignments:
     """All leases by attempt, in the order they came."""
 
     epoch: int = 0
+    heard_at: float | None = None
+    """When the coordinator of this epoch said that it is there, or an older one first did; None: neither yet."""
     draining: bool = False
     held: dict[str, _Held] = field(default_factory=dict)
     stopping: str = ""
@@ -99,15 +103,29 @@ class Assignments:
         """Whether a coordinator of this epoch may command us: no newer one was heard of. A newer one is remembered."""
         if epoch < self.epoch:
             return False
-        self.epoch = epoch
+        if epoch > self.epoch:
+            self.epoch, self.heard_at = epoch, None
         return True
+
+    def on_coordinator(self, epoch: int, now: float) -> bool:
+        """A coordinator of this epoch says that it is there: whether it may command us.
+
+        One of an older epoch may once the newer one is silent: whoever made it up in one message would else keep the real one out.
+        """
+        if epoch < self.epoch and self.heard_at is not None and now - self.heard_at > FENCE_SECONDS:
+            self.epoch = epoch
+        if self.accepts(epoch):
+            self.heard_at = now
+            return True
+        self.heard_at = now if self.heard_at is None else self.heard_at
+        return False
 
     def on_disconnected(self) -> None:
         """The bus is gone. What comes next may be another one, whose coordinator counts its epochs from the start.
 
         Leases stay: the same coordinator may come back to them, and another one will withdraw them.
         """
-        self.epoch = 0
+        self.epoch, self.heard_at = 0, None
 
     def on_lease(self, lease: LeaseShard) -> list[Effect]:
         """Take a lease, say again that we have it, or refuse it."""

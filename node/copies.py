@@ -8,10 +8,11 @@ from collections.abc import Callable
 
 from potluck.blobs.download import Downloader
 from potluck.blobs.store import BlobStore
-from potluck.errors import Overloaded, PotluckError, Unavailable
+from potluck.errors import Overloaded, Unavailable
 from potluck.logs import fields
 from potluck.messages import BlobRef, BlobsStored, HoldBlob, HoldFailed, Message, ReleaseBlob
 from potluck.outbox import error_info
+from potluck.surviving import as_defect
 
 log = logging.getLogger(__name__)
 
@@ -70,10 +71,11 @@ class Copies:
                     await self._downloader.fetch(blob)
                 except OSError as error:
                     raise Unavailable(f"the blob cannot be kept on this node: {error}") from error
-        except PotluckError as error:
+        except Exception as error:  # noqa: BLE001 - the coordinator hears of a defect, too
+            failure = as_defect(error, "holding of a copy")
             self._let_go(blob.sha256)
-            log.info("copy not held %s", fields(blob=blob.sha256[:12], reason=error.message))
-            self._say(HoldFailed(sha256=blob.sha256, error=error_info(error)))
+            log.info("copy not held %s", fields(blob=blob.sha256[:12], reason=failure.message))
+            self._say(HoldFailed(sha256=blob.sha256, error=error_info(failure)))
             return
         log.info("copy held %s", fields(blob=blob.sha256[:12], size=blob.size))
         self._say(BlobsStored(blobs=(blob.sha256,)))

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from node import capacity as capacities
 from node import identity
-from node.assignments import Assignments, Effect, GiveUp, Prefetch, Run, Send, Stop
+from node.assignments import FENCE_SECONDS, Assignments, Effect, GiveUp, Prefetch, Run, Send, Stop
 from node.copies import Copies
 from node.engine.process import Engine, EngineInfo
 from node.engine.watch import Limits
@@ -34,8 +34,9 @@ from potluck.bus import Addresses, Envelope, MqttBus, Will
 from potluck.discovery import Discovery, broker_addresses
 from potluck.errors import Conflict, Unavailable
 from potluck.http import serve_http
-from potluck.logs import fields
+from potluck.logs import Seldom, fields
 from potluck.messages import (
+    PROTOCOL_VERSION,
     AcknowledgeResult,
     BlobsStored,
     CancelInference,
@@ -53,12 +54,15 @@ from potluck.network import bind, reachable_addresses
 from potluck.outbox import Outbox
 from potluck.settings import NodeSettings, check_listen, state_folder
 from potluck.sole_use import sole_use
+from potluck.surviving import surviving
 from potluck.topics import Topics
 
 log = logging.getLogger(__name__)
 
 IDLE_CHECK_SECONDS = 5.0
 PAUSE_CHECK_SECONDS = 0.25
+LOG_SECONDS = 60.0
+"""What is wrong with what others send is told again after so long."""
 DATA_RETRIES_SLOW_DOWN = 20
 """Reading a large data set that is no good takes as long each time."""
 
@@ -85,6 +89,9 @@ class Node:
         self._conflict: Conflict | None = None
         self._coordinated = False
         """Whether a coordinator is there, as the broker of now has it."""
+        self._foreign = 0
+        """The version of the protocol that the coordinator speaks, where that is another one."""
+        self._seldom = Seldom(LOG_SECONDS)
 
     async def run(self, stop: asyncio.Event) -> None:
         """Join the cluster as soon as there is one, and work for it until `stop`."""
@@ -216,7 +223,11 @@ class Node:
         """How this node is placed, for systemd; and what is wrong with its data."""
         node, cluster = f"node {self.node_id}", f"cluster {self.settings.cluster}"
         if self._presence.joined:
-            where = f"{node} is in {cluster}" + ("" if self._coordinated else ", which has no coordinator")
+            missing = (
+                f", whose coordinator speaks version {self._foreign} of the protocol, and this node {PROTOCOL_VERSION}"
+            )
+            missing = missing if self._foreign else ", which has no coordinator"
+            where = f"{node} is in {cluster}" + ("" if self._coordinated and not self._foreign else missing)
         elif self._presence.births:
             where = f"{node} has no connection to the broker of {cluster}, trying again"
         else:
@@ -229,13 +240,23 @@ class Node:
         status = envelope.message
         if not isinstance(status, CoordinatorStatus):
             return
-        self._coordinated = status.state == "online"
-        if self._assignments.accepts(status.epoch):
-            self._presence.on_coordinator(status)
+        self._foreign = status.version if status.version != PROTOCOL_VERSION else 0
+        if self._foreign:
+            if self._seldom.due("version") is not None:
+                versions = fields(version=status.version, ours=PROTOCOL_VERSION)
+                log.error("coordinator of another protocol ignored: install the same potluck on both %s", versions)
             return
-        if status.state == "online":
-            seen = fields(epoch=status.epoch, seen=self._assignments.epoch)
-            log.warning("coordinator of an older epoch ignored: restart this node if it is the right one %s", seen)
+        self._coordinated = status.state == "online"
+        online = self._coordinated and self._assignments.on_coordinator(status.epoch, time.monotonic())
+        if online or (not self._coordinated and status.epoch >= self._assignments.epoch):
+            self._presence.on_coordinator(status, retained=envelope.retained)
+            if online:
+                self._presence.tell_anew(status.session, self._outbox)
+        elif self._coordinated and self._seldom.due("epoch") is not None:
+            seen = fields(epoch=status.epoch, seen=self._assignments.epoch, seconds=FENCE_SECONDS)
+            log.warning(
+                "coordinator of an older epoch ignored, until the newer one is silent for some seconds %s", seen
+            )
 
     def _on_command(self, envelope: Envelope) -> None:
         match envelope.message:
@@ -264,7 +285,8 @@ class Node:
                 if self._assignments.accepts(command.epoch):
                     self._copies.release(command)
             case other:
-                log.info("command ignored %s", fields(type=type(other).__name__))
+                if (more := self._seldom.due("command")) is not None:
+                    log.info("command ignored %s", fields(type=type(other).__name__, more=more or None))
 
     def _perform_all(self, effects: Iterable[Effect]) -> None:
         for effect in effects:
@@ -357,8 +379,9 @@ class Node:
     async def _pause_and_resume(self) -> None:
         while True:
             await asyncio.sleep(PAUSE_CHECK_SECONDS)
-            self._giving_way.passed(time.monotonic())
-            self._give_way()
+            with surviving("giving way"):
+                self._giving_way.passed(time.monotonic())
+                self._give_way()
 
     def _give_way(self) -> None:
         if self._giving_way.paused != self._gave_way:
@@ -376,8 +399,9 @@ class Node:
         while waiting:
             for name in waiting:
                 before = own_data.missing
-                if await asyncio.to_thread(own_data.pack, name) or own_data.missing != before:
-                    await self._presence.announce(self._bus, own_data.announced, own_data.missing)
+                with surviving(f"packing of data {name}"):
+                    if await asyncio.to_thread(own_data.pack, name) or own_data.missing != before:
+                        await self._presence.announce(self._bus, own_data.announced, own_data.missing)
             waiting = tuple(own_data.missing)
             await asyncio.sleep(pause)
             pause = min(2 * pause, DATA_RETRIES_SLOW_DOWN * first)
@@ -402,11 +426,13 @@ class Node:
         while True:
             await asyncio.sleep(seconds)
             if self._presence.joined:  # else it would only wait in the outbox, before what matters after a reconnect
-                self._perform_all(due())
+                with surviving("what is due"):
+                    self._perform_all(due())
 
     async def _stop_idle(self) -> None:
         seconds = min(IDLE_CHECK_SECONDS, self.settings.engine_idle_seconds / 2)
         while True:
             await asyncio.sleep(seconds)
-            await self._work_slot.stop_idle(needed=self._assignments.busy)
-            await self._serve_slot.stop_idle(needed=self._replicas.needed)
+            with surviving("stop of idle engines"):
+                await self._work_slot.stop_idle(needed=self._assignments.busy)
+                await self._serve_slot.stop_idle(needed=self._replicas.needed)

@@ -14,7 +14,6 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from node.engine.process import Engine
-from node.engine.wording import one_line
 from node.own_data import OwnData
 from node.slot import EngineSlot
 from potluck import codec
@@ -29,7 +28,6 @@ from potluck.messages import (
     BlobRef,
     ConvertResult,
     ConvertTask,
-    ErrorInfo,
     EvaluateResult,
     ExportResult,
     LeaseShard,
@@ -45,6 +43,7 @@ from potluck.messages import (
     WarmUpTask,
 )
 from potluck.outbox import error_info
+from potluck.surviving import as_defect, outlived
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +143,7 @@ class Executor:
         attempt = self._running
         if attempt is not None and attempt.lease.attempt_id == attempt_id:
             attempt.withdrawn.set()
-            self._tasks.create_task(self._stop(attempt), name=f"stop {attempt_id}")
+            self._tasks.create_task(outlived(self._stop(attempt), "stop of an attempt"), name=f"stop {attempt_id}")
 
     @property
     def computing(self) -> bool:
@@ -162,10 +161,10 @@ class Executor:
         """The job has ended: the engine may drop what it keeps for it."""
         assert self._tasks is not None
         if (engine := self._slot.engine) is not None:
-            self._tasks.create_task(engine.forget_job(job_id), name=f"forget {job_id}")
+            self._tasks.create_task(outlived(engine.forget_job(job_id), "end of a job"), name=f"forget {job_id}")
         if job_id == self._grouped:  # its engine listens to the whole network, and can be a member of no other group
             self._grouped = ""
-            self._tasks.create_task(self._slot.retire(), name=f"end the group of {job_id}")
+            self._tasks.create_task(outlived(self._slot.retire(), "end of a group"), name=f"end the group of {job_id}")
 
     async def _work(self, attempt: _Attempt) -> None:
         lease = attempt.lease
@@ -173,17 +172,11 @@ class Executor:
         outcome: ShardFinished | ShardFailed
         try:
             outcome = await self._report(attempt_id, await self._compute(attempt))
-        except PotluckError as error:
-            log.info(
-                "shard failed %s", fields(job=lease.job_id, attempt=attempt_id, code=error.code, reason=error.message)
-            )
-            outcome = ShardFailed(attempt_id=attempt_id, error=error_info(error))
-        except Exception as error:  # a defect that one job meets must not end the node with all it holds
-            log.exception("shard failed %s", fields(job=lease.job_id, attempt=attempt_id))
-            outcome = ShardFailed(
-                attempt_id=attempt_id,
-                error=ErrorInfo(code="internal", message=f"a defect of potluck: {one_line(repr(error), 500)}"),
-            )
+        except Exception as error:  # noqa: BLE001 - a defect that one job meets must not end the node with all it holds
+            failure = as_defect(error, "a shard")
+            where = fields(job=lease.job_id, attempt=attempt_id, code=failure.code, reason=failure.message)
+            log.info("shard failed %s", where)
+            outcome = ShardFailed(attempt_id=attempt_id, error=error_info(failure))
         self._on_outcome(outcome)
 
     async def _compute(self, attempt: _Attempt) -> AnyTaskResult:
@@ -304,9 +297,9 @@ class Executor:
     async def _prefetch(self, lease: LeaseShard) -> None:
         try:
             await self._fetch(self._needed(lease.task), self._prefetching)
-        except PotluckError as error:
-            # The attempt itself will meet the same trouble, and report it.
-            log.info("prefetch failed %s", fields(attempt=lease.attempt_id, reason=error.message))
+        except Exception as error:  # noqa: BLE001 - the attempt itself will meet the same trouble, and report it
+            reason = as_defect(error, "fetching ahead").message
+            log.info("prefetch failed %s", fields(attempt=lease.attempt_id, reason=reason))
 
     def _prefetched(self, task: asyncio.Task[None]) -> None:
         self._prefetches = {key: other for key, other in self._prefetches.items() if other is not task}

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
 import uuid
 from pathlib import Path
 
 from potluck.errors import InvalidSettings
 from potluck.settings import short_hostname
-
-_NODE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+from potluck.topics import NODE_ID
 
 
 def node_id(configured: str, folder: Path) -> str:
@@ -19,14 +17,14 @@ def node_id(configured: str, folder: Path) -> str:
     Raises InvalidSettings for one that cannot stand in a topic.
     """
     if configured:
-        if not _NODE_ID.fullmatch(configured):
+        if not NODE_ID.fullmatch(configured):
             raise InvalidSettings(
                 f"node id {configured!r}: use letters, digits, '.', '_' and '-', beginning with a letter or digit, at most 64"
             )
         return configured
     file = folder / "node-id"
     try:
-        if file.exists() and _NODE_ID.fullmatch(kept := file.read_text(errors="replace").strip()):
+        if file.exists() and NODE_ID.fullmatch(kept := file.read_text(errors="replace").strip()):
             return kept
         made = f"{short_hostname()}-{uuid.uuid4().hex[:6]}"
         temporary = file.with_suffix(f".{os.getpid()}")

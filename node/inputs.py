@@ -25,6 +25,7 @@ from potluck.blobs.transfer import Timings
 from potluck.errors import PotluckError
 from potluck.logs import fields
 from potluck.messages import INPUT_BLOB_LIMIT_BYTES, BlobRef
+from potluck.surviving import surviving
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +66,8 @@ class Inputs:
         """Sweep what was left, until cancelled."""
         while True:
             await asyncio.sleep(self._kept_seconds / 4)
-            await asyncio.to_thread(self._sweep)
+            with surviving("sweep of inputs"):  # by what their disk does, for one
+                await asyncio.to_thread(self._sweep)
 
     async def fetch(self, ref: BlobRef) -> Path:
         """Its file, for a batch that needs it until `done`. Raises Unavailable, CorruptBlob, DiskFull."""

@@ -22,6 +22,7 @@ from potluck.messages import Capacity, CoordinatorStatus, NodeCapacity, NodeData
 from potluck.network import base_urls, reachable_addresses
 from potluck.outbox import Outbox
 from potluck.settings import NodeSettings
+from potluck.surviving import surviving
 from potluck.topics import Topics
 
 log = logging.getLogger(__name__)
@@ -29,6 +30,10 @@ log = logging.getLogger(__name__)
 GOODBYE_SECONDS = 2.0
 LOOK_SECONDS = 2.0
 """For so long it is looked whether the machine is idle."""
+PUT_RIGHT_SECONDS = 1.0
+"""What others put in place of our birth or capacity is put right at once, and again with telemetry where it goes on."""
+COORDINATORS_KNOWN = 64
+RIVALS_NAMED = 64
 
 
 class Presence:
@@ -46,6 +51,13 @@ class Presence:
         self._data: tuple[NodeData, ...] = ()
         self._data_missing: dict[str, str] = {}
         self._rivals: set[str] = set()
+        self._living: set[str] = set()
+        """Of these, those that telemetry came from: two nodes with one id are not to take turns for ever."""
+        self._overwritten: set[str] = set()
+        """Topics on which something else than ours is retained."""
+        self._put_right_at: dict[str, float] = {}
+        self._coordinators: dict[str, None] = {}
+        """Sessions that we have told, or found at their place when we came."""
         self._before: dict[str, str] = {}
         """Sessions that this id had when we came, and where they were: ours from before, unless one is heard of again."""
         self.urls = base_urls(settings.listen.host, port)
@@ -86,22 +98,35 @@ class Presence:
 
         def on_status(envelope: Envelope) -> None:
             message = envelope.message
-            if not isinstance(message, NodeStatus) or message.session == self._session:
+            if message == self.status("online"):
+                self._overwritten.discard(self.status_topic)
                 return
             if not self.joined:
-                if message.state == "online":
+                if isinstance(message, NodeStatus) and message.session != self._session and message.state == "online":
                     self._before[message.session] = ", ".join(message.http)
+                if self._being_born:  # then it may come after our birth, whose receipt we wait for
+                    self._overwritten.add(self.status_topic)
                 return
-            if message.state == "offline":
-                log.info("will of an earlier session put right %s", fields(node=self._node_id))
-                outbox.publish(self.status_topic, self.status("online"), retain=True)
-            elif message.session not in self._rivals:
-                self._rivals.add(message.session)
-                where = fields(node=self._node_id, http=",".join(message.http) or None)
-                log.error("another node uses this id: give one of them another --node-id or --state-dir %s", where)
+            other = ""
+            if isinstance(message, NodeStatus) and message.session != self._session:
+                other = message.session
+                if message.state == "online" and other not in self._rivals and len(self._rivals) < RIVALS_NAMED:
+                    self._rivals.add(other)
+                    where = fields(node=self._node_id, http=",".join(message.http) or None)
+                    log.error("another node uses this id: give one of them another --node-id or --state-dir %s", where)
+            if other not in self._living:
+                self._put_right(self.status_topic, outbox)
+
+        def on_capacity(envelope: Envelope) -> None:
+            if not self.joined or envelope.message == self._capacity_message():
+                self._overwritten.discard(self._capacity_topic)
+            else:
+                self._put_right(self._capacity_topic, outbox)
 
         def on_telemetry(envelope: Envelope) -> None:
             message = envelope.message
+            if isinstance(message, NodeTelemetry) and message.session in self._rivals:
+                self._living.add(message.session)
             if isinstance(message, NodeTelemetry) and message.session in self._before:
                 where = f" at {http}" if (http := self._before[message.session]) else ""
                 give_up(
@@ -112,7 +137,32 @@ class Presence:
                 )
 
         bus.subscribe(self.status_topic, on_status)
+        bus.subscribe(self._capacity_topic, on_capacity)
         bus.subscribe(self._topics.node(self._node_id, "telemetry"), on_telemetry)
+
+    def _put_right(self, topic: str, outbox: Outbox) -> None:
+        """Say again what is to be retained there, in place of what somebody else has said."""
+        self._overwritten.add(topic)
+        now = time.monotonic()
+        if now - self._put_right_at.get(topic, -PUT_RIGHT_SECONDS) < PUT_RIGHT_SECONDS:
+            return
+        self._put_right_at[topic] = now
+        log.info("what others have said of this node is put right %s", fields(topic=topic))
+        message = self._capacity_message() if topic == self._capacity_topic else self.status("online")
+        outbox.publish(topic, message, retain=True)
+
+    def tell_anew(self, session: str, outbox: Outbox) -> None:
+        """A coordinator is there that has come after us: what is retained of us may be gone, or made up."""
+        if session in self._coordinators or not self.joined:
+            return
+        self._know(session)
+        outbox.publish(self.status_topic, self.status("online"), retain=True)
+        outbox.publish(self._capacity_topic, self._capacity_message(), retain=True)
+
+    def _know(self, session: str) -> None:
+        self._coordinators[session] = None
+        while len(self._coordinators) > COORDINATORS_KNOWN:
+            del self._coordinators[next(iter(self._coordinators))]
 
     def lost(self) -> None:
         """There is no connection any more, nor, for all that is known, a coordinator: what is retained says so again."""
@@ -121,10 +171,12 @@ class Presence:
             self.joined = False
             self._lost_at = time.monotonic()
 
-    def on_coordinator(self, status: CoordinatorStatus) -> None:
+    def on_coordinator(self, status: CoordinatorStatus, *, retained: bool) -> None:
         """Remember since when there is none: who asks how the cluster is hears it from us where nobody else is left."""
         if status.state == "online":
             self._coordinator_lost_at = 0.0
+            if retained or not self.joined:  # it was there before us, and hears our birth
+                self._know(status.session)
         elif not self._coordinator_lost_at:
             self._coordinator_lost_at = status.since or time.time()
 
@@ -161,7 +213,10 @@ class Presence:
     async def measure(self, bus: Bus, kept_in: Path, at_work: Callable[[], bool]) -> None:
         """Find out how fast this machine is, after the birth, which must not wait for it; and again while it is idle (`speed`)."""
         threads = self._settings.threads
-        speed = Speed(await capacities.measure(kept_in, threads))
+        gflops = 0.0
+        with surviving("measuring of speed"):
+            gflops = await capacities.measure(kept_in, threads)
+        speed = Speed(gflops)
         await self._tell_speed(bus, speed)
         while (wait_seconds := speed.wait_seconds) is not None:
             await asyncio.sleep(wait_seconds)
@@ -170,8 +225,12 @@ class Presence:
             busy_now, all_now = capacities.processor_seconds()
             if at_work() or not idle(busy_now - busy_seconds, all_now - all_seconds):
                 continue
-            if speed.measured(await capacities.benchmark(threads, gently=True)):
-                await capacities.keep(kept_in, speed.gflops, threads)
+            gflops = 0.0
+            with surviving("measuring of speed"):
+                gflops = await capacities.benchmark(threads, gently=True)
+            if speed.measured(gflops):
+                with surviving("keeping of the speed"):
+                    await capacities.keep(kept_in, speed.gflops, threads)
                 await self._tell_speed(bus, speed)
 
     async def _tell_speed(self, bus: Bus, speed: Speed) -> None:
@@ -209,7 +268,11 @@ class Presence:
         topic = self._topics.node(self._node_id, "telemetry")
         while True:
             await asyncio.sleep(self._settings.telemetry_seconds)
-            if self.joined:
+            if not self.joined:
+                continue
+            with surviving("telemetry"):
+                for overwritten in tuple(self._overwritten):
+                    self._put_right(overwritten, outbox)
                 reading = readings.read(
                     self._node_id, self._session, attempts(), replicas(), serving=serving(), gives_way=gives_way(),
                     coordinator_lost_at=self._coordinator_lost_at, shortage=shortage(),

@@ -54,6 +54,7 @@ from potluck.messages import (
     UnloadModel,
 )
 from potluck.outbox import Outbox, error_info
+from potluck.surviving import as_defect, outlived
 
 log = logging.getLogger(__name__)
 
@@ -160,7 +161,8 @@ class Replicas:
             self._outbox.publish(self._topic, ModelUnloaded(replica_id=command.replica_id))
             return
         assert self._tasks is not None
-        self._tasks.create_task(self._unload(command.replica_id), name=f"unload {command.replica_id}")
+        unloading = outlived(self._unload(command.replica_id), "unloading of a model")
+        self._tasks.create_task(unloading, name=f"unload {command.replica_id}")
 
     def infer(self, command: RunInference) -> None:
         """Run a batch, unless it is too late; the answer is `InferenceFinished`."""
@@ -217,10 +219,11 @@ class Replicas:
                 raise Unavailable(f"the model cannot be kept on this node: {error}") from error
 
             engine, signature, resident, warm_rows = await self._on_an_engine(command, path)
-        except PotluckError as error:
+        except Exception as error:  # noqa: BLE001 - whoever asked for it hears of a defect, too, and nobody else
+            failure = as_defect(error, "loading of a model")
             self._release(replica_id)
-            log.info("model not loaded %s", fields(model=command.name, replica=replica_id, reason=error.message))
-            self._outbox.publish(self._topic, ModelLoadFailed(replica_id=replica_id, error=error_info(error)))
+            log.info("model not loaded %s", fields(model=command.name, replica=replica_id, reason=failure.message))
+            self._outbox.publish(self._topic, ModelLoadFailed(replica_id=replica_id, error=error_info(failure)))
             return
         loaded = ModelLoaded(replica_id=replica_id, signature=signature, resident_bytes=resident, warm_rows=warm_rows)
         self._loaded[replica_id] = loaded
@@ -289,8 +292,8 @@ class Replicas:
             outcomes, seconds = await self._computed(command)
             if _bytes_of(outcomes) > INLINE_OUTPUT_BYTES:
                 outcomes = await self._as_blobs(outcomes)
-        except PotluckError as error:
-            self._answer(command, error)
+        except Exception as error:  # noqa: BLE001 - where this node ended, the next one would be asked, and end as well
+            self._answer(command, as_defect(error, "a batch"))
             return
         finally:
             self._batches -= 1
@@ -401,7 +404,7 @@ class Replicas:
         slot = self._own_slots.pop(replica_id, None)
         if slot is not None:
             assert self._tasks is not None
-            self._tasks.create_task(slot.stop(), name=f"stop the engine of {replica_id}")
+            self._tasks.create_task(outlived(slot.stop(), "stop of an engine"), name=f"stop the engine of {replica_id}")
 
 
 def _others_doing(error: PotluckError) -> bool:

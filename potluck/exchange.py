@@ -16,16 +16,18 @@ from potluck import codec, errors
 from potluck.codec import Encoding
 from potluck.errors import BadMessage, Conflict, InvalidRequest, Overloaded, PotluckError, TimedOut, TooLarge
 from potluck.filters import FilterTable
-from potluck.logs import fields
+from potluck.logs import Seldom, fields
 from potluck.messages import ErrorInfo, Inferred, JobEnded, Message, RequestFailed
 from potluck.mirror import Mirrored, mirror
+from potluck.surviving import as_defect, surviving
 from potluck.topics import Topics
 from potluck.wording import counted
 
 log = logging.getLogger(__name__)
 
 _SALVAGE_LIMIT_BYTES = 2 * 2**20
-_MALFORMED_LOG_SECONDS = 5.0
+_LOG_SECONDS = 5.0
+"""So long nothing more is said of a topic on which there was something malformed, or that a handler failed at."""
 _PENDING_LIMIT = 10_000
 
 
@@ -86,8 +88,10 @@ class Bus(ABC):
         self._subscriptions: FilterTable[tuple[int, tuple[Handler, ...]]] = FilterTable()
         self._pending: dict[str, asyncio.Future[Message]] = {}
         self._failures: asyncio.Queue[tuple[Envelope, PotluckError]] = asyncio.Queue(100)
-        self._next_malformed_log = 0.0
-        self._unlogged = 0
+        self.on_refused: Callable[[str, PotluckError], None] = lambda topic, error: None
+        """Told of what could not be read: its topic, and why."""
+        self._refused_logs = Seldom(_LOG_SECONDS)
+        self._fault_logs = Seldom(_LOG_SECONDS)
 
     @abstractmethod
     async def run(self) -> None:
@@ -276,6 +280,12 @@ class Bus(ABC):
         self, topic: str, payload: bytes, qos: int, retained: bool, response_topic: str, correlation: bytes | None
     ) -> None:
         """Decode what arrived and call the handlers. Never raises."""
+        with surviving("message received"):
+            self._decode(topic, payload, qos, retained, response_topic, correlation)
+
+    def _decode(
+        self, topic: str, payload: bytes, qos: int, retained: bool, response_topic: str, correlation: bytes | None
+    ) -> None:
         subscribed = self._subscriptions.find(topic)
         if not payload or not subscribed:  # a retained message was cleared, or we just unsubscribed
             return
@@ -296,22 +306,20 @@ class Bus(ABC):
                     handler(envelope)
                 except Exception:
                     self.counters["handler_errors"] += 1
-                    log.exception("handler failed %s", fields(topic=topic, type=type(message).__name__))
+                    kind = type(message).__name__
+                    if (more := self._fault_logs.due(f"{topic} {kind}")) is not None:
+                        log.exception("handler failed %s", fields(topic=topic, type=kind, more=more or None))
                     fault = PotluckError(f"{type(message).__name__} met a fault of {self.client_id}: its log says more")
                     self._answer_later(envelope, fault)
 
     def _on_malformed(self, envelope: Envelope, payload: bytes, error: PotluckError) -> None:
         self.counters["malformed"] += 1
-        now = time.monotonic()
-        if now >= self._next_malformed_log:
-            self._next_malformed_log = now + _MALFORMED_LOG_SECONDS
-            shown = fields(
-                topic=envelope.topic, bytes=len(payload), error=error.message[:300], more=self._unlogged or None
-            )
+        if (more := self._refused_logs.due(envelope.topic)) is not None:
+            shown = fields(topic=envelope.topic, bytes=len(payload), error=error.message[:300], more=more or None)
             log.warning("message refused %s", shown)
-            self._unlogged = 0
-        else:
-            self._unlogged += 1
+        self.on_refused(envelope.topic, error)
+        if not self.topics.is_question(envelope.topic):
+            return
         request_id, reply_to, encoding = "", "", None
         if len(payload) <= _SALVAGE_LIMIT_BYTES:
             request_id, reply_to, encoding = codec.salvage(payload)
@@ -330,8 +338,8 @@ class Bus(ABC):
         self._answer_later(answer_to, error)
 
     def _answer_later(self, envelope: Envelope, error: PotluckError) -> None:
-        """Refuse a question that no handler answers; one too many at a time goes unanswered."""
-        if envelope.reply_to and not self._failures.full():
+        """Refuse a question that no handler answers; one too many at a time goes unanswered, and what is no question always."""
+        if envelope.reply_to and self.topics.is_question(envelope.topic) and not self._failures.full():
             self._failures.put_nowait((envelope, error))
 
     async def _answer_malformed(self) -> None:
@@ -340,8 +348,9 @@ class Bus(ABC):
             envelope, error = await self._failures.get()
             try:
                 await self.reply(envelope, request_failed(error))
-            except PotluckError as failure:
-                log.warning("answer lost %s", fields(topic=envelope.reply_to, reason=failure.message))
+            except Exception as failure:  # noqa: BLE001 - whatever an odd question leads to, the next one has its answer
+                reason = as_defect(failure, "answering").message
+                log.warning("answer lost %s", fields(topic=envelope.reply_to[:300], reason=reason))
 
 
 def _text(correlation: bytes) -> str:

@@ -16,7 +16,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.log import server_logger
 from aiohttp.typedefs import Middleware
 
-from potluck.logs import Seldom, fields
+from potluck.logs import SeldomFilter, fields
 from potluck.settings import HttpSettings
 
 SHUTDOWN_SECONDS = 2.0
@@ -52,7 +52,7 @@ class _Malformed(logging.Filter):
 
 server_logger.addFilter(_Malformed())
 for _logger in (server_logger, log):
-    _logger.addFilter(Seldom())
+    _logger.addFilter(SeldomFilter())
 
 
 def words(error: Exception) -> str:

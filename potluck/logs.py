@@ -20,7 +20,7 @@ class _JournalFormatter(logging.Formatter):
         return _with_priority(record.levelno, super().format(record))
 
 
-class Seldom(logging.Filter):
+class SeldomFilter(logging.Filter):
     """Lets `count` lines of a kind through in `seconds`, and says with the next one how many were left out.
 
     Of a kind are those with the same first line of text, before values are filled in.
@@ -60,7 +60,33 @@ def configure(level: str = "INFO") -> None:
     for noisy in ("amqtt", "transitions", "mqtt", "aiohttp.access", "zeroconf", "asyncio"):
         logging.getLogger(noisy).setLevel(max(logging.WARNING, root.level))
     loop = logging.getLogger("asyncio")  # it says so of each connection that it cannot take, a thousand times a second
-    loop.filters[:] = [Seldom()]
+    loop.filters[:] = [SeldomFilter()]
+
+
+class Seldom:
+    """When it is time again to log of a subject: once in `seconds`. Beyond `limit` subjects in that time, the others are one."""
+
+    def __init__(self, seconds: float, limit: int = 64, clock: Callable[[], float] = time.monotonic) -> None:
+        self._seconds = seconds
+        self._limit = limit
+        self._clock = clock
+        self._known: dict[str, tuple[float, int]] = {}
+        """Until when nothing is said of each, and how often there was something."""
+
+    def due(self, subject: str) -> int | None:
+        """How often there was nothing said of this subject since the last time; None: it is not yet time again."""
+        now = self._clock()
+        if subject not in self._known and len(self._known) >= self._limit:
+            self._known = {one: known for one, known in self._known.items() if known[0] > now}
+            if len(self._known) >= self._limit:
+                subject = ""
+        until, more = self._known.get(subject, (0.0, 0))
+        if now < until:
+            self._known[subject] = until, more + 1
+            return None
+        self._known.pop(subject, None)  # behind the others
+        self._known[subject] = now + self._seconds, 0
+        return more
 
 
 def say(level: int, text: str) -> None:

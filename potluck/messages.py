@@ -35,6 +35,10 @@ Count = Annotated[int, Meta(ge=0, le=2**53)]
 """Up to what JavaScript holds: sums of counts stay within the 64 bits of msgpack."""
 Positive = Annotated[int, Meta(ge=1, le=2**53)]
 Seconds = Annotated[float, Meta(ge=0)]
+UnixTime = Annotated[float, Meta(ge=0, le=1e11)]
+"""0: not said."""
+Epoch = Annotated[int, Meta(ge=0, le=2**53)]
+"""Of a coordinator's journal: the higher one is the newer one."""
 Percent = Annotated[int, Meta(ge=0, le=100)]
 Factor = Annotated[float, Meta(ge=0)]
 Epochs = Annotated[int, Meta(ge=1, le=1_000_000)]
@@ -119,11 +123,11 @@ class Capacity(Part, frozen=True):
 
     hostname: str
     system: str
-    cores: Positive
+    cores: Annotated[int, Meta(ge=1, le=1_000_000)]
     memory_bytes: Count
     gpus: tuple[Gpu, ...] = ()
     runtimes: dict[str, str] = {}
-    gflops: float = 0.0
+    gflops: Annotated[float, Meta(ge=0, le=1e9)] = 0.0
 
 
 class ImageOptions(Part, frozen=True):
@@ -550,6 +554,8 @@ class NodeInfo(Part, frozen=True):
     """How far its clock is ahead of the coordinator's, as its telemetry came; 0 where it did not say."""
     shortage: str = ""
     """Why it can take no more blobs, as its telemetry says."""
+    left_out: str = ""
+    """Why it gets no jobs (or nothing at all, where it speaks another version of the protocol); empty: it does."""
 
 
 class ListNodes(Message, frozen=True):
@@ -829,13 +835,13 @@ class CoordinatorStatus(Message, frozen=True):
     """Retained on `coordinator/status`; the will carries the same `session` and state `offline`."""
 
     session: str
-    epoch: int
+    epoch: Epoch
     state: Literal["online", "offline"]
     http: tuple[str, ...] = ()
     version: int = PROTOCOL_VERSION
     software: dict[str, str] = {}
     """Versions of `potluck` and `python`, by name."""
-    since: float = 0.0
+    since: UnixTime = 0.0
     """When it came into this state; 0 in a will, which cannot know."""
     shortage: str = ""
     """Why it can take no more blobs, and jobs wait: its disk is full; "": it can."""
@@ -873,7 +879,7 @@ class NodeTelemetry(Message, frozen=True):
 
     node_id: str
     session: str
-    cpu_percent: float
+    cpu_percent: Annotated[float, Meta(ge=0, le=1e6)]
     memory_used_bytes: Count
     memory_available_bytes: Count
     attempts: tuple[str, ...] = ()
@@ -883,9 +889,9 @@ class NodeTelemetry(Message, frozen=True):
     """Whether the engine for replicas runs: what it takes is not available any more."""
     gives_way: bool = False
     """Whether jobs stand still on it while inference has an objective to keep."""
-    sent_at: float = 0.0
+    sent_at: UnixTime = 0.0
     """By the node's clock; 0: it does not say."""
-    coordinator_lost_at: float = 0.0
+    coordinator_lost_at: UnixTime = 0.0
     """Since when the node knows of no coordinator that is online; 0: there is one."""
     shortage: str = ""
     """Why it can take no more blobs: its disk is full; "": it can."""
@@ -1122,7 +1128,7 @@ AnyTaskResult = TrainResult | EvaluateResult | PredictResult | ExportResult | Sy
 class LeaseShard(Message, frozen=True):
     """Do this shard; renew within `lease_seconds`, or it is given to another. Resent until `LeaseTaken` or its result comes."""
 
-    epoch: int
+    epoch: Epoch
     job_id: str
     shard_id: str
     attempt_id: str
@@ -1131,7 +1137,7 @@ class LeaseShard(Message, frozen=True):
 
 
 class WithdrawLease(Message, frozen=True):
-    epoch: int
+    epoch: Epoch
     attempt_id: str
     reason: str
 
@@ -1155,7 +1161,7 @@ class LoadModel(Message, frozen=True):
     input of images in floats are pixels, and multiplied by `pixel_scale`; 0: by what the model's layers say, and refused where they do not.
     """
 
-    epoch: int
+    epoch: Epoch
     replica_id: str
     name: str
     model: BlobRef
@@ -1166,21 +1172,21 @@ class LoadModel(Message, frozen=True):
 
 
 class UnloadModel(Message, frozen=True):
-    epoch: int
+    epoch: Epoch
     replica_id: str
 
 
 class HoldBlob(Message, frozen=True):
     """Keep a copy of a registered model's blob for others, until `ReleaseBlob`. Resent until `BlobsStored` names it or `HoldFailed` comes."""
 
-    epoch: int
+    epoch: Epoch
     blob: BlobRef
 
 
 class ReleaseBlob(Message, frozen=True):
     """The blob need not be held any more."""
 
-    epoch: int
+    epoch: Epoch
     sha256: Sha256
 
 

@@ -17,6 +17,7 @@ from potluck.bus import Bus, Envelope
 from potluck.errors import PotluckError
 from potluck.logs import fields
 from potluck.messages import ErrorInfo, Message, RequestFailed
+from potluck.surviving import as_defect
 
 log = logging.getLogger(__name__)
 
@@ -52,8 +53,8 @@ class Outbox:
             send = await self._queue.get()
             try:
                 await send()
-            except PotluckError as error:
-                self._drop(error)
+            except Exception as error:  # noqa: BLE001 - an odd message is lost, and those behind it are not
+                self._drop(as_defect(error, "sending"))
             finally:
                 self._waiting -= 1
                 self._queue.task_done()
@@ -68,8 +69,8 @@ class Outbox:
             return False
         try:
             return send()
-        except PotluckError as error:
-            self._drop(error)
+        except Exception as error:  # noqa: BLE001 - the same
+            self._drop(as_defect(error, "sending"))
             return True
 
     def _put(self, send: Callable[[], Awaitable[None]]) -> None:

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from potluck.errors import InvalidRequest, InvalidSettings
 
 ROOT = "potluck/v1"
+NODE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _SEGMENT = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,160}\Z")
 
 
@@ -71,6 +72,13 @@ class Topics:
     def segment(self, topic: str, index: int) -> str:
         """The `index`-th segment below the cluster's root: `segment('.../nodes/n1/inbox', 1)` is `n1`."""
         return topic[len(self.root) + 1 :].split("/")[index]
+
+    def is_question(self, topic: str) -> bool:
+        """Whether what comes there may be answered: everywhere else many listen, and each would."""
+        parts = topic[len(self.root) + 1 :].split("/") if topic.startswith(f"{self.root}/") else []
+        return parts in (["coordinator", "inbox"], ["jobs", "submit"]) or (
+            len(parts) == 3 and parts[0] == "models" and parts[2] == "infer"
+        )
 
     def check_reply_to(self, topic: str) -> str:
         """`topic`, when an answer may go there. Raises InvalidRequest: nobody may make the coordinator speak to a node."""

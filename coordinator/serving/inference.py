@@ -16,6 +16,7 @@ from coordinator.serving.queueing import Request
 from coordinator.serving.registry import Registry
 from coordinator.serving.router import Router
 from coordinator.serving.traffic import Traffic
+from potluck.addresses import check_holders
 from potluck.bus import Bus, Envelope
 from potluck.deadlines import deadline, too_late
 from potluck.errors import InvalidRequest, ModelFailed, NotFound, PotluckError, TimedOut, TooLarge, from_code
@@ -297,6 +298,9 @@ class Inference:
     ) -> Request:
         if not inputs:
             raise InvalidRequest("a request needs at least one input tensor")
+        for tensor in inputs:
+            if isinstance(tensor.data, BlobRef):
+                check_holders(tensor.data.holders, f"input {tensor.name[:80]!r}")
         # Lists as bytes: they are checked here, where only their own request can fail, and do not grow on their way.
         inputs = tuple([plain(tensor) if isinstance(tensor.data, list) else tensor for tensor in inputs])
         size = sum([size_bytes(tensor) for tensor in inputs])

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from msgspec.structs import replace
 
-from coordinator.journal import Journal
+from coordinator.journal import FATAL, Journal
 from coordinator.membership import Membership
 from coordinator.placement import RUNTIME_OF, WORDS
 from coordinator.serving import deployments, memory
@@ -44,6 +44,7 @@ from potluck.messages import (
 )
 from potluck.outbox import Outbox
 from potluck.settings import CoordinatorSettings
+from potluck.surviving import surviving
 from potluck.topics import Topics
 from potluck.wording import be, counted
 
@@ -247,12 +248,15 @@ class Serving:
         """Let time pass for deployments and requests, until cancelled."""
         while True:
             await asyncio.sleep(TICK_SECONDS)
-            self._autoscaling.tick(self._upkeep.places(), self._clock())
-            self._upkeep.tick()
-            for deployment in self._deployments.values():
-                self._inference.router_of(deployment.name).trouble = self._reason(deployment)
-            self._inference.expire()
-            self._rollout.tick(self._clock())
+            with surviving("upkeep of deployments", fatal=FATAL):
+                self._autoscaling.tick(self._upkeep.places(), self._clock())
+                self._upkeep.tick()
+                for deployment in self._deployments.values():
+                    self._inference.router_of(deployment.name).trouble = self._reason(deployment)
+            with surviving("deadlines of requests", fatal=FATAL):
+                self._inference.expire()
+            with surviving("rollout", fatal=FATAL):
+                self._rollout.tick(self._clock())
 
     def _remove(self, name: str) -> None:
         deployment = self._deployments.get(name)

@@ -18,6 +18,7 @@ import aiohttp
 import msgspec
 from aiohttp import hdrs
 
+from potluck.addresses import NO_ADDRESS, is_address
 from potluck.blobs.store import BlobStore, hash_file
 from potluck.blobs.transfer import TIMINGS, Timings, Transfer, explained
 from potluck.errors import DiskFull, InvalidRequest, NotFound, TooLarge, Unavailable
@@ -120,6 +121,8 @@ class Downloader:
 
     async def send_inputs(self, data: bytes | memoryview, base: str, connect_seconds: float) -> BlobRef:
         """Send the inputs of a request to a node, which says what they are called there. Raises Unavailable."""
+        if not is_address(base):
+            raise Unavailable(f"{base[:80]!r} took no inputs: it {NO_ADDRESS}")
         try:
             async with asyncio.timeout(_INPUTS_SECONDS) as limit:
                 async with self._http.post(
@@ -147,6 +150,9 @@ class Downloader:
         """Inputs with a name that their holder made up, as a blob of its. Raises Unavailable."""
         reasons: list[str] = []
         for base in ref.holders:
+            if not is_address(base):
+                reasons.append(f"{base[:80]}: {NO_ADDRESS}")
+                continue
             try:
                 async with asyncio.timeout(_ANSWER_SECONDS):
                     async with self._http.get(
@@ -201,6 +207,8 @@ class Downloader:
 
     async def _put(self, ref: BlobRef, source: bytes | memoryview | Path, base: str) -> str | None:
         """None when it is there now, else why not. Raises when trying again cannot help."""
+        if not is_address(base):
+            return NO_ADDRESS
         url = f"{base.rstrip('/')}/blobs/{ref.sha256}"
         try:
             async with self._http.head(url, allow_redirects=False) as there:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import aiohttp
 from aiohttp import hdrs
 
+from potluck.addresses import NO_ADDRESS, is_address
 from potluck.blobs.partial import Partial
 from potluck.blobs.store import BlobStore, no_room
 from potluck.errors import CorruptBlob, Unavailable
@@ -28,8 +29,6 @@ CHUNK_BYTES = 4 * 2**20
 REQUESTS_PER_HOLDER = 2
 REQUESTS_LIMIT = 6
 _TICK_SECONDS = 0.25
-_NO_ADDRESS = (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError, UnicodeError)
-"""What an URL leads to that cannot be one; a host's name with labels too long for the DNS is a UnicodeError."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +115,8 @@ class Transfer:
         new = [url for url in dict.fromkeys(url.rstrip("/") for url in urls) if url not in self._holders]
         random.shuffle(new)  # not everyone begins with the same one
         for url in new:
-            self._holders[url] = Holder(url, trusted=not self._distrusted(url))
+            gone = "" if is_address(url) else NO_ADDRESS
+            self._holders[url] = Holder(url, trusted=not self._distrusted(url), gone=gone)
 
     async def run(self) -> Path:
         """The blob's file in the store. Raises Unavailable or CorruptBlob, naming holders and reasons; DiskFull."""
@@ -266,9 +266,9 @@ class Transfer:
                     return await self._read(response, start, stop)
         except TimeoutError as error:
             raise HolderFailed(explained(error, timings)) from error
-        except (aiohttp.ClientError, OSError, ValueError) as error:
-            # ValueError: an address, or an answer, that aiohttp and the resolver do not expect to be so odd.
-            raise HolderFailed(explained(error, timings), final=isinstance(error, _NO_ADDRESS)) from error
+        except (aiohttp.ClientError, OSError, ValueError, AssertionError) as error:
+            # The last two: an address, or an answer, that aiohttp and the resolver do not expect to be so odd.
+            raise HolderFailed(explained(error, timings)) from error
 
     async def _read(self, response: aiohttp.ClientResponse, start: int, stop: int) -> bytearray:
         """Never more than was asked for, whatever is sent."""
@@ -302,8 +302,6 @@ def explained(error: Exception, timings: Timings) -> str:
         return f"no byte came for {timings.idle_seconds:g} s"
     if isinstance(error, TimeoutError):
         return f"slower than {timings.slowest_bytes_per_second:g} bytes a second"
-    if isinstance(error, _NO_ADDRESS):
-        return "is not an http:// address"
     if isinstance(error, aiohttp.ClientConnectorDNSError):
         return "its name is not known here"
     if isinstance(error, ConnectionRefusedError) or isinstance(

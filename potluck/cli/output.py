@@ -130,6 +130,9 @@ def metrics_text(metrics: Mapping[str, float]) -> str:
 def nodes_table(nodes: Iterable[NodeInfo]) -> Listing:
     """What each has and does. Of one that is offline the load is not known, and is not shown."""
 
+    def told(node: NodeInfo) -> list[Text]:
+        return [Text(f"left out: {node.left_out}", style="red")] if node.left_out else []
+
     def row(node: NodeInfo) -> tuple[str | Text, ...]:
         has = node.capacity
         gone = node.state == "offline"
@@ -142,7 +145,9 @@ def nodes_table(nodes: Iterable[NodeInfo]) -> Listing:
         )  # fmt: skip
 
     columns = ("node", "state", "cores", "memory", "GFLOP/s", "load", "does", "GPU", "runs", "host")
-    return table(columns, map(row, nodes), right=("cores", "memory", "GFLOP/s", "load"))
+    shown = list(nodes)
+    right = ("cores", "memory", "GFLOP/s", "load")
+    return table(columns, map(row, shown), right=right, below=list(map(told, shown)))
 
 
 def work_text(node: NodeInfo) -> str:

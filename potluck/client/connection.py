@@ -21,7 +21,16 @@ from potluck.bus import Addresses, Bus, Envelope, Handler, MqttBus
 from potluck.client.arguments import checked
 from potluck.errors import InvalidRequest, PotluckError, TimedOut, Unavailable, expected
 from potluck.logs import fields
-from potluck.messages import BlobRef, CancelInfer, CoordinatorStatus, Infer, Inferred, Message, Undeploy
+from potluck.messages import (
+    PROTOCOL_VERSION,
+    BlobRef,
+    CancelInfer,
+    CoordinatorStatus,
+    Infer,
+    Inferred,
+    Message,
+    Undeploy,
+)
 from potluck.network import lan_addresses
 from potluck.settings import ClientSettings, PositiveSeconds, load, parse_address, typed
 from potluck.sole_use import users_here
@@ -64,6 +73,8 @@ class Connection:
         self._inferring: set[str] = set()
         """Ids of the inferences that wait for their answers."""
         self._cut = False
+        self._foreign = 0
+        """The version of the protocol that the coordinator speaks, where that is another one."""
         """Whether the connection was lost, and the coordinator has not been heard since: it may have lost its own as well."""
         self._followers: dict[str, list[Handler]] = {}
         self._stack = AsyncExitStack()
@@ -176,6 +187,9 @@ class Connection:
         message = envelope.message
         if not isinstance(message, CoordinatorStatus):
             return
+        self._foreign = message.version if message.version != PROTOCOL_VERSION else 0
+        if self._foreign:
+            return
         if message.state == "online":
             known = self._status
             # Started anew, or away for a while; and what is retained does not say that it is there now.
@@ -206,6 +220,11 @@ class Connection:
                     await self._online.wait()
             except TimeoutError:
                 cluster = self.settings.cluster
+                if self._foreign:
+                    raise Unavailable(
+                        f"the coordinator of cluster {cluster!r} speaks version {self._foreign} of the protocol, and this program "
+                        f"{PROTOCOL_VERSION}: install the same potluck on both"
+                    ) from None
                 advice = (
                     f"one runs on this machine, and hangs, unless it has just started: `{typed('potluck status', cluster)}` says more"
                     if any(user.what == "coordinator" and user.cluster == cluster for user in users_here())

@@ -371,7 +371,7 @@ async def test_connection_errors_are_explained(hold: Hold, downloader: Downloade
     assert f"{broken.url}: broke off the connection" in message
     assert f"{frozen.url}: no byte came for 1 s" in message
     assert f"{closed}: nothing listens there" in message
-    assert "nonsense: is not an http:// address" in message
+    assert "nonsense: is not an http://host:port address" in message
     assert len(without.asked) == 1
     assert len(broken.asked) == QUICK.failures_limit
 
@@ -385,9 +385,9 @@ async def test_connection_errors_are_explained(hold: Hold, downloader: Downloade
 )  # fmt: skip
 async def test_addresses_that_are_none_are_named(hold: Hold, downloader: Downloader, url: str) -> None:
     data = noise(1000)
-    with pytest.raises(Unavailable, match="is not an http:// address"):
+    with pytest.raises(Unavailable, match="is not an http://host:port address"):
         await downloader.fetch(ref_of(data, url))
-    with pytest.raises(Unavailable, match="is not an http:// address"):
+    with pytest.raises(Unavailable, match="is not an http://host:port address"):
         await downloader.push(data, (url,))
     assert (await downloader.fetch(ref_of(data, url, (await hold(data)).url))).read_bytes() == data
 

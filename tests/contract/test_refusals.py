@@ -64,3 +64,57 @@ async def test_what_cannot_be_read_ends_nothing(two: Two, payload: bytes) -> Non
         await eventually(lambda: len(heard) == 1)
         assert isinstance(heard[0], RequestFailed)
         assert (heard[0].id, heard[0].error.code) == ("q", "bad_message")
+
+
+async def test_nobody_answers_where_no_questions_are_asked(two: Two) -> None:
+    """Each node and client listens to statuses: a thousand would answer."""
+    heard: list[Message] = []
+    two.client.subscribe("answers", lambda envelope: heard.append(envelope.message))
+    topics = (
+        TOPICS.coordinator_status,
+        TOPICS.node("n", "status"),
+        TOPICS.job("j", "status"),
+        TOPICS.node("n", "inbox"),
+    )
+
+    def fail(envelope: Envelope) -> None:
+        raise RuntimeError("a bug")
+
+    for topic in (*topics, TOPICS.coordinator_inbox):
+        two.server.subscribe(topic, fail)
+    for topic in topics:
+        await two.client.publish_raw(topic, b'{"id": "q", "reply_to": "answers", "type": "GetJob"}')
+        await two.client.publish_raw(topic, b'{"id": "q", "reply_to": "answers", "type": "ListNodes"}')
+    await two.client.publish_raw(TOPICS.coordinator_inbox, b'{"id": "last", "reply_to": "answers", "type": "GetJob"}')
+    await eventually(lambda: heard)
+    assert [message.id for message in heard] == ["last"]
+    assert two.server.counters["malformed"] == len(topics) + 1
+    assert two.server.counters["handler_errors"] == len(topics)
+
+
+async def test_what_one_topic_is_flooded_with_hides_no_other(two: Two, caplog: pytest.LogCaptureFixture) -> None:
+    for topic in (TOPICS.node("loud", "status"), TOPICS.node("shy", "status")):
+        two.server.subscribe(topic, lambda envelope: None)
+        for _ in range(20):
+            await two.client.publish_raw(topic, b"\0")
+    await eventually(lambda: two.server.counters["malformed"] == 40)
+    refused = [record.getMessage() for record in caplog.records if "message refused" in record.getMessage()]
+    assert len(refused) == 2
+    assert "nodes/loud" in refused[0]
+    assert "nodes/shy" in refused[1]
+
+
+async def test_a_defect_in_decoding_stops_no_other_message(two: Two, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[Message] = []
+    two.server.subscribe(TOPICS.coordinator_inbox, lambda envelope: heard.append(envelope.message))
+    decode = codec.decode
+
+    def fails(payload: bytes) -> tuple[Message, codec.Encoding]:
+        if b"GetJob" in payload:
+            raise AssertionError
+        return decode(payload)
+
+    monkeypatch.setattr(codec, "decode", fails)
+    for message in (GetJob(job_id="j"), ListNodes()):
+        await two.client.publish(TOPICS.coordinator_inbox, message)
+    await eventually(lambda: heard == [ListNodes()])

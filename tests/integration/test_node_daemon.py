@@ -9,11 +9,13 @@ import socket
 import sys
 import time
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 
 import aiohttp
 import psutil
 import pytest
+from msgspec.structs import replace
 
 from potluck.bus import MqttBus
 from potluck.discovery import Discovery, Service
@@ -28,6 +30,7 @@ from potluck.messages import (
     LeaseRenewed,
     LeaseTaken,
     ListNodes,
+    Message,
     NodeCapacity,
     NodeStatus,
     NodeTelemetry,
@@ -160,6 +163,53 @@ async def test_an_earlier_session_that_died_unnoticed_is_no_rival(lab: Lab) -> N
     await eventually(lambda: len(lab.all(NodeTelemetry)) >= 4)
     assert "here first" not in node.log()
     assert await node.stop() == 0
+
+
+def put_right(lab: Lab, leaf: str, forged: Message) -> bool:
+    """Whether that was said, and the node has had the last word."""
+    of_topic = [
+        one for one in lab.said if isinstance(one, NodeStatus if leaf == "status" else NodeCapacity) or one == forged
+    ]
+    return forged in of_topic and of_topic[-1] != forged
+
+
+async def test_what_others_say_of_it_is_put_right(lab: Lab) -> None:
+    node = await lab.node()
+    born = await lab.heard(NodeStatus)
+    told = await lab.heard(NodeCapacity)
+    for leaf, forged in (
+        ("status", replace(born, state="offline")),
+        ("status", replace(born, session="other")),
+        ("status", ListNodes()),
+        ("capacity", replace(told, capacity=replace(told.capacity, gflops=1e9))),
+    ):
+        await lab.bus.publish(TOPICS.node("n1", leaf), forged, retain=True)
+        await eventually(partial(put_right, lab, leaf, forged))
+    assert node.log().count("another node uses this id") == 1
+
+
+async def test_a_coordinator_that_comes_later_is_told_again(lab: Lab) -> None:
+    await lab.node()
+    born = await lab.heard(NodeStatus)
+    for leaf in ("status", "capacity"):
+        await lab.bus.clear(TOPICS.node("n1", leaf))
+    await lab.online(epoch=1)  # the same one as before
+    await lab.lease("a1", "join")
+    await lab.heard(ShardFinished)
+    assert lab.all(NodeStatus) == [born]
+    capacities = len(lab.all(NodeCapacity))
+    await lab.online(epoch=2)
+    await lab.heard(NodeStatus, lambda one: one == born, after=1)
+    await lab.heard(NodeCapacity, after=capacities)
+
+
+async def test_a_coordinator_of_another_protocol_is_not_obeyed(lab: Lab) -> None:
+    node = await lab.node()
+    status = CoordinatorStatus(session="other", epoch=9, state="online", version=2)
+    await lab.bus.publish(TOPICS.coordinator_status, status)
+    await eventually(lambda: "coordinator of another protocol ignored" in node.log())
+    await lab.lease("a1", "join", epoch=1)
+    await lab.heard(ShardFinished)
 
 
 async def test_it_answers_systemd(lab: Lab, tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ from potluck.messages import (
     BlobRef,
     ExportTask,
     ForgetJob,
+    HoldBlob,
+    HoldFailed,
     InferenceFinished,
     LeaseRefused,
     LeaseTaken,
@@ -36,7 +38,7 @@ from potluck.messages import (
 from support.eventually import eventually
 from support.node_lab import TOPICS, Lab, node_lab
 
-ODD = BlobRef(sha256="a" * 64, size=5, holders=(f"http://{'a' * 70}", "http://a..b", "http://[::1", "\n"))
+ODD = BlobRef(sha256="a" * 64, size=5, holders=(f"http://{'a' * 70}", "http://a..b", "http://[::1", "\n", "//x"))
 
 
 @pytest.fixture
@@ -134,7 +136,7 @@ async def test_addresses_that_are_none_end_no_node(lab: Lab) -> None:
     await lab.lease("a1", "join", task=export(ODD, ODD))
     failed = await lab.heard(ShardFailed)
     assert failed.error.code == "unavailable"
-    assert "http://a..b: is not an http:// address" in failed.error.message
+    assert "http://a..b: is not an http://host:port address" in failed.error.message
     await lab.command(LoadModel(epoch=1, replica_id="r", name="m:1", model=ODD))
     assert (await lab.heard(ModelLoadFailed)).error.code == "unavailable"
     await lab.load("m:1/1")
@@ -143,6 +145,8 @@ async def test_addresses_that_are_none_end_no_node(lab: Lab) -> None:
     (outcome,) = (await lab.heard(InferenceFinished)).outcomes
     assert outcome.error is not None
     assert outcome.error.code == "inputs_lost"
+    await lab.command(HoldBlob(epoch=1, blob=ODD))
+    assert "//x: is not an http://host:port address" in (await lab.heard(HoldFailed)).error.message
     await works(lab, "a2")
     assert "Traceback" not in node.log()
 

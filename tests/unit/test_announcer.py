@@ -35,7 +35,9 @@ def test_a_job_says_what_it_waits_for(nodes: tuple[NodeView, ...], told: str) ->
     )
     jobs = SimpleNamespace(described=lambda job, running, *, waiting: waiting)
     announcer = Announcer(Topics("test"), cast(Outbox, None), cast(Any, jobs), cast(Any, leases), ())
-    assert announcer.described(cast(Any, SimpleNamespace(job_id="j", runtimes=("tensorflow",))), 0.0) == told
+    assert (
+        announcer.described(cast(Any, SimpleNamespace(job_id="j", runtimes=("tensorflow",), active=False)), 0.0) == told
+    )
 
 
 def test_what_nodes_do_before_they_compute_is_told_by_stage() -> None:

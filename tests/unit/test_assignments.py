@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
 
-from node.assignments import QUEUE_LIMIT, Assignments, Effect, GiveUp, Outcome, Prefetch, Run, Send, Stop
+from node.assignments import FENCE_SECONDS, QUEUE_LIMIT, Assignments, Effect, GiveUp, Outcome, Prefetch, Run, Send, Stop
 from potluck.messages import (
     AcknowledgeResult,
     BlobRef,
@@ -306,3 +306,22 @@ def test_a_stage_is_told_at_once_and_until_there_is_progress() -> None:
     assert [message.stage for message in sent(assignments.on_renewal_due())] == [start, ""]  # type: ignore[attr-defined]
     assignments.on_progress("a", 3, {})
     assert sent(assignments.on_renewal_due())[0] == LeaseRenewed(attempt_id="a", done=3)
+
+
+def test_an_epoch_that_nobody_repeats_keeps_no_coordinator_out() -> None:
+    """A message with an epoch that was made up did, until the node was started again."""
+    assignments = Assignments()
+    assert assignments.on_coordinator(7, now=0.0)
+    assert assignments.accepts(2**53)
+    seen = [assignments.on_coordinator(7, now) for now in (5.0, 10.0, 15.0, 20.0, 25.0, 30.0)]
+    assert seen == [False, False, False, False, True, True]
+    assert assignments.on_lease(lease("a", epoch=7))
+
+
+def test_an_older_coordinator_is_fenced_off_while_the_newer_one_is_heard_of() -> None:
+    assignments = Assignments()
+    for now in range(0, 300, 5):
+        assert assignments.on_coordinator(8, float(now))
+        assert not assignments.on_coordinator(7, now + 1.0)
+    assert not assignments.on_coordinator(7, 295.0 + FENCE_SECONDS)
+    assert assignments.on_coordinator(7, 296.0 + FENCE_SECONDS)

@@ -151,7 +151,7 @@ def test_a_daemon_takes_as_many_files_as_it_may() -> None:
 
 def test_lines_of_a_kind_are_counted_where_there_are_many() -> None:
     now = [0.0]
-    seldom = logs.Seldom(count=2, seconds=10.0, clock=lambda: now[0])
+    seldom = logs.SeldomFilter(count=2, seconds=10.0, clock=lambda: now[0])
 
     def said(text: str) -> str | None:
         record = logging.LogRecord("n", logging.WARNING, "", 0, text, ("v",), None)

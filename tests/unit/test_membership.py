@@ -83,3 +83,37 @@ def test_whoever_left_did_not_get_lost_and_what_it_did_is_not_told_any_more() ->
     members.tick(120)
     (info,) = members.infos()
     assert (info.state, info.left) == ("offline", False)
+
+
+def test_who_speaks_another_protocol_is_left_out_and_named() -> None:
+    members = Membership(timeout_seconds=10)
+    members.on_status(replace(birth("1"), version=2), 0)
+    assert members.online() == []
+    assert "speaks version 2 of the protocol, and the coordinator 1" in members.infos()[0].left_out
+    members.on_status(birth("1"), 1)  # the same session, as nobody does it
+    assert len(members.online()) == 1
+    assert members.infos()[0].left_out == ""
+
+
+def test_the_third_violation_ends_in_quarantine_until_the_node_is_started_again() -> None:
+    members = Membership(timeout_seconds=10)
+    assert not members.violated("n", "unknown")
+    members.on_status(birth("1"), 0)
+    assert [members.violated("n", reason) for reason in ("a", "b", "c", "d")] == [False, False, True, False]
+    assert members.quarantined() == {"n": members.infos()[0].left_out}
+    assert "3 of its results were not what was asked for (last: c)" in members.infos()[0].left_out
+    members.on_status(birth("1", "offline"), 1)
+    members.on_status(birth("1"), 2)
+    assert members.quarantined()  # the same session
+    members.on_status(birth("2"), 3)
+    assert members.quarantined() == {}
+
+
+def test_a_capacity_that_cannot_be_read_is_named_where_none_is_known() -> None:
+    members = Membership(timeout_seconds=10)
+    members.on_unreadable_capacity("n", "gflops")
+    members.on_status(birth("1"), 0)
+    assert members.infos()[0].left_out == "its capacity cannot be read: gflops"
+    members.on_capacity(NodeCapacity(node_id="n", capacity=Capacity(hostname="h", system="s", cores=4, memory_bytes=1)))
+    members.on_unreadable_capacity("n", "gflops")  # of somebody else
+    assert members.infos()[0].left_out == ""

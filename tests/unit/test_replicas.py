@@ -292,3 +292,26 @@ async def test_a_batch_that_comes_too_late_is_answered_so(bench: Bench) -> None:
     bench.replicas.infer(replace(late, valid_seconds=5.0))  # what counts from its receipt needs no clock
     finished = (await bench.heard(2))[-1]
     assert [outcome.error.code for outcome in finished.outcomes if outcome.error is not None] == ["not_found"] * 2
+
+
+async def test_a_defect_ends_the_batch_or_the_load_that_meets_it(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the next node would be asked, and end as well."""
+
+    async def fails(*args: object, **options: object) -> None:
+        raise AssertionError("odd")
+
+    bench.load("m:1/1")
+    await bench.heard(1)
+    assert bench.slot.engine is not None
+    monkeypatch.setattr(bench.slot.engine, "infer", fails)
+    bench.replicas.infer(RunInference(id="b", replica_id="m:1/1", requests=((),)))
+    answer = (await bench.heard(2))[1]
+    assert isinstance(answer, InferenceFinished)
+    error = answer.outcomes[0].error
+    assert error is not None
+    assert (error.code, error.message) == ("internal", "a defect of potluck: AssertionError('odd')")
+    monkeypatch.setattr(bench.slot.engine, "load_model", fails)
+    bench.load("m:1/2")
+    failed = (await bench.heard(3))[2]
+    assert isinstance(failed, ModelLoadFailed)
+    assert failed.error.code == "internal"
