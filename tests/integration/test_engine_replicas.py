@@ -76,7 +76,7 @@ async def test_a_bad_request_fails_alone(lab: Lab) -> None:
     messages = [error.message for error in errors if error is not None]
     assert "takes FP32 of shape (any, 8)" in messages[0]
     assert "(1, 7)" in messages[0]
-    assert "1 inputs" in messages[1]
+    assert "1 input (" in messages[1]
     assert "BYTES, which cannot be cast" in messages[2]
     assert "data has 31" in messages[3]
     assert "one at least" in messages[4]
