@@ -94,7 +94,7 @@ class FederatedStrategy(RoundsStrategy):
         return [node for node in view.nodes if fits(node.holds(self.dataset.name), self.dataset.format)]
 
     def _hopes(self, view: ClusterView, attempts: dict[str, Attempt]) -> bool:
-        return self.readiness.hopes(view, attempts, GRACE, GRACE_SECONDS)
+        return self.readiness.hopes(view.now, attempts, GRACE, GRACE_SECONDS)
 
     def _rehearsals(self, nodes: list[NodeView], rates: dict[str, float]) -> dict[str, TrainTask]:
         task = self._on_own(changed(self._task(self.spec.batch_size, PROBE_SECONDS), weights=None, step=None))

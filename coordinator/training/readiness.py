@@ -6,7 +6,7 @@ That may take a second or minutes, and nobody waits for it. What it measures say
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 
 from coordinator.jobs import Attempt
@@ -59,10 +59,19 @@ class Readiness:
         nodes = (node for node in view.nodes if node.node_id in self.ready and node.node_id not in busy)
         return ClusterView(tuple(nodes), view.now, view.resting)
 
-    def hopes(self, view: ClusterView, attempts: dict[str, Attempt], share: float, seconds: float) -> bool:
-        """Whether others may still be ready within this share of the time that the first took, and so many seconds at most."""
-        warming = any(attempt.shard_id == WARM_UP for attempt in attempts.values())
-        return warming and view.now < self.first_at + min(seconds, share * min(self.took.values(), default=0.0))
+    def hopes(
+        self,
+        now: float,
+        attempts: dict[str, Attempt],
+        share: float,
+        seconds: float,
+        among: Container[str] | None = None,
+    ) -> bool:
+        """Whether others (of some nodes only) may still be ready within this share of the time that the first took, and so many
+        seconds at most."""
+        warming = (attempt.node_id for attempt in attempts.values() if attempt.shard_id == WARM_UP)
+        coming = any(among is None or node_id in among for node_id in warming)
+        return coming and now < self.first_at + min(seconds, share * min(self.took.values(), default=0.0))
 
     def stale(self, node_id: str, now: float) -> bool:
         """Whether a node that was too slow may have become faster, so that it is worth measuring again."""

@@ -212,7 +212,7 @@ class RoundsStrategy:
 
     def _hopes(self, view: ClusterView, attempts: dict[str, Attempt]) -> bool:
         """Whether the first round should wait a moment longer, for nodes that will be ready about now."""
-        return self.readiness.hopes(view, attempts, GRACE, GRACE_SECONDS)
+        return self.readiness.hopes(view.now, attempts, GRACE, GRACE_SECONDS)
 
     def leased(self, attempt: Attempt, task: AnyTask) -> None:
         if isinstance(task, TrainTask):

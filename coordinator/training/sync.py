@@ -17,12 +17,16 @@ from coordinator.placement import ClusterView, NodeView, speeds
 from coordinator.training import group
 from coordinator.training.costs import Costs, Prediction, computing_seconds, predict
 from coordinator.training.readiness import MEASURABLE_BYTES
-from coordinator.training.rounds import OVERHEADS_KEPT, PACES_KEPT, PROBE_SECONDS, RoundsStrategy
+from coordinator.training.rounds import OVERHEADS_KEPT, PACES_KEPT, PROBE_SECONDS, SLOWEST, RoundsStrategy
 from coordinator.training.scores import weighted
 from potluck.errors import Unavailable
 from potluck.messages import AnyTask, AnyTaskResult, BlobRef, ErrorInfo, JobProgress, SyncResult, SyncTask, TrainTask
 from potluck.wording import counted
 
+GRACE = 1.0
+GRACE_SECONDS = 60.0
+"""A group is not easily formed anew, so its first round waits longer than others for nodes that are not much slower: as long again as
+the first node that is ready took, and so many seconds at most."""
 FIRST_STEPS = 8
 """Of the first round, before anything is measured."""
 TRIES_LIMIT = 5
@@ -196,6 +200,13 @@ class SyncStrategy(RoundsStrategy):
             )
         )
         self.chosen = self.prediction.choice
+
+    def _hopes(self, view: ClusterView, attempts: dict[str, Attempt]) -> bool:
+        if not self.synchronous:
+            return super()._hopes(view, attempts)
+        best = max((node.gflops for node in view.nodes if node.node_id in self.readiness.ready), default=0.0)
+        alike = {node.node_id for node in view.nodes if node.gflops * SLOWEST >= best}
+        return self.readiness.hopes(view.now, attempts, GRACE, GRACE_SECONDS, alike) or super()._hopes(view, attempts)
 
     def _holders(self, view: ClusterView) -> list[NodeView]:
         """Of nodes that can take part in no group, the one with the fastest processor, alone."""

@@ -246,7 +246,7 @@ async def test_blobs_that_are_not_as_their_reference_says(cluster: LocalCluster,
         ({"type": "AddDataset", "manifest": nowhere}, "not_found", "manifest blob 000000000000"),
         ({"type": "AddDataset", "manifest": good | {"size": 1}}, "invalid_request", "not 1"),
         ({"type": "AddDataset", "manifest": await manifest(wrong)}, "invalid_data", "has 22 bytes: it has 21"),
-        ({"type": "AddDataset", "manifest": await manifest(nowhere)}, "invalid_data", "1 of 1 blobs"),
+        ({"type": "AddDataset", "manifest": await manifest(nowhere)}, "invalid_data", "1 of 1 blob"),
         ({"type": "AddDataset", "manifest": await manifest(model, keys=nowhere)}, "invalid_data", "1 of 2 blobs"),
     ):
         found = await ask(bus, "coordinator/inbox", {"name": "d", **question})

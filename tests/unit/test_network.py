@@ -43,9 +43,10 @@ def test_in_place_of_the_gateways_usual_port_the_next_free_one_is_taken(
 ) -> None:
     monkeypatch.setattr(network, "GATEWAY_PORT", taken)
     with bind_gateway(GatewayListen(port=taken)) as sock:
-        assert sock.getsockname()[1] == taken + 1
+        found = sock.getsockname()[1]
+    assert taken < found < taken + 20, "the next may be somebody else's, too"
     assert f"port={taken}" in caplog.text
-    assert f"now={taken + 1}" in caplog.text
+    assert f"now={found}" in caplog.text
 
 
 def test_a_file_that_says_only_where_to_listen_leaves_the_gateways_port(monkeypatch: pytest.MonkeyPatch) -> None:

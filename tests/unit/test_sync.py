@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from coordinator.jobs import (
     AnyEvent,
+    Attempt,
     AttemptEnded,
     AttemptFinished,
     AttemptLeased,
@@ -27,6 +28,7 @@ from coordinator.placement import ClusterView, NodeView
 from coordinator.strategies import strategy_for
 from coordinator.training import costs, group
 from coordinator.training.costs import Costs, predict
+from coordinator.training.readiness import WARM_UP
 from coordinator.training.sync import FORMING_SECONDS, TRIES_LIMIT, SyncStrategy
 from potluck.data.order import passes
 from potluck.errors import Unavailable
@@ -284,6 +286,21 @@ def joined(simulation: Simulation, node_id: str) -> None:
     simulation.finish_all()
     for _ in range(3):  # closes the round and the epoch, and opens the next
         simulation.plan("a", node_id)
+
+
+def test_the_first_group_waits_for_nodes_that_are_alike_and_for_no_slow_one() -> None:
+    strategy = Simulation().strategy
+    strategy.readiness.ready["a"] = strategy.readiness.first_at = 10.0
+    strategy.readiness.took["a"] = 10.0
+    attempts = {"1": Attempt("1", WARM_UP, "b", 0.0)}
+
+    def hopes(gflops: float, now: float) -> bool:
+        return strategy._hopes(ClusterView((NodeView("a", 40.0, 2), NodeView("b", gflops, 2)), now), attempts)
+
+    assert hopes(20.0, now=19.0)
+    assert not hopes(20.0, now=21.0)
+    assert hopes(2.0, now=10.5)
+    assert not hopes(2.0, now=12.0)
 
 
 def test_a_node_that_would_cost_more_than_it_brings_does_not_join() -> None:
