@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import subprocess
 from collections.abc import Iterator
@@ -105,16 +104,18 @@ def test_a_job_waits_for_room_at_the_coordinator(coordinators_disk: Path) -> Non
             fill(coordinators_disk / "something-else")
             eventually_now(lambda: "waits for room at the coordinator" in job.status().progress.message, 60)
 
-            def told() -> bool:
-                problems = asyncio.run(examine(settings)).problems
-                return any("jobs wait: the disk is full" in problem for problem in problems)
+            async def told() -> bool:
+                return any("jobs wait: the disk is full" in problem for problem in (await examine(settings)).problems)
+
+            async def well() -> bool:
+                return not await told()
 
             eventually_now(told, 60)
             assert job.status().state == "running"
             (coordinators_disk / "something-else").unlink()
             job.wait(timeout=200)
             assert len(job.result().history) == 12
-            assert not told() or eventually_now(lambda: not told(), 30)
+            eventually_now(well, 30)
 
 
 async def test_an_engine_without_room_says_so_and_goes_on(small_disk: Path) -> None:

@@ -1,0 +1,78 @@
+"""What finds no room on the coordinator's disk is tried again, and its job waits; other failures end it as ever."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from coordinator.dispatcher import ROOM_SECONDS, Dispatcher
+from potluck.errors import DiskFull, InvalidModel
+from potluck.settings import CoordinatorSettings
+
+
+class Lab:
+    """A dispatcher with one job, of which only its actions are looked at."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        self.told: list[str] = []
+        self.ended: list[str] = []
+        self.job: Any = SimpleNamespace(job_id="j", active=True)
+        nothing: Any = None
+        announcer: Any = SimpleNamespace(doing=lambda job_id, what: self.told.append(what))
+        jobs: Any = SimpleNamespace(jobs={"j": self.job}, active={})
+        self.dispatcher = Dispatcher(
+            announcer=announcer, registry=nothing, serving=nothing, jobs=jobs, leases=nothing, collector=nothing,
+            packed=nothing, settings=CoordinatorSettings(), clock=lambda: self.now,
+        )  # fmt: skip
+        monkeypatch.setattr(self.dispatcher, "_finish", lambda job, state, **parts: self.ended.append(state))
+
+    async def act(self, name: str, raised: Exception | None) -> bool:
+        """Whether the action was begun."""
+        begun = []
+
+        async def action() -> None:
+            begun.append(True)
+            if raised is not None:
+                raise raised
+
+        async with asyncio.TaskGroup() as tasks:
+            self.dispatcher._tasks = tasks
+            self.dispatcher._act("j", name, action())
+        return bool(begun)
+
+
+@pytest.fixture
+def lab(monkeypatch: pytest.MonkeyPatch) -> Lab:
+    return Lab(monkeypatch)
+
+
+async def test_what_finds_no_room_is_tried_again(lab: Lab) -> None:
+    assert await lab.act("round 1", DiskFull("the disk is full"))
+    assert (lab.told, lab.ended) == (["waits for room at the coordinator: the disk is full"], [])
+    assert not await lab.act("round 1", None), "not at once"
+    lab.now += ROOM_SECONDS
+    assert await lab.act("round 1", DiskFull("the disk is full"))
+    lab.now += ROOM_SECONDS
+    assert await lab.act("round 1", None)
+    assert lab.told[-1] == ""
+    assert await lab.act("round 1", None), "nothing waits any more"
+    assert lab.ended == []
+
+
+@pytest.mark.parametrize(
+    ("name", "raised"),
+    [("round 1", InvalidModel("no")), ("round 1", ValueError("a defect")), ("deploy", DiskFull("of a node"))],
+)
+async def test_other_failures_end_the_job(lab: Lab, name: str, raised: Exception) -> None:
+    assert await lab.act(name, raised)
+    assert (lab.told, lab.ended) == ([], ["failed"])
+
+
+async def test_a_job_that_was_cancelled_waits_for_nothing(lab: Lab) -> None:
+    lab.job.active = False
+    assert await lab.act("complete", DiskFull("the disk is full"))
+    assert (lab.told, lab.ended) == ([], [])
