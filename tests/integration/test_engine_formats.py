@@ -167,7 +167,7 @@ async def test_savedmodels_that_are_more_than_a_graph_are_refused(lab: Lab, tmp_
         (reader, CodeNotAllowed, r"files of the machine it runs on \(ReadFile in its function"),
         (writer, CodeNotAllowed, r"files of the machine it runs on \(SaveV2 in its function"),
         (unready, InvalidModel, r"the model cannot run: .*Table not initialized"),
-        (total, InvalidModel, r"output 'y' has shape \(\) for 1 items: it must have a row for each"),
+        (total, InvalidModel, r"output 'y' has shape \(\) for 1 item: it must have a row for each"),
     ]
     for number, (function, error, words) in enumerate(cases):
         ref = lab.files.saved_model(saved(tmp_path / f"{number}", function, spec))
