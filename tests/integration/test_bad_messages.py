@@ -276,15 +276,16 @@ async def test_blobs_that_are_not_as_their_reference_says(cluster: LocalCluster,
         dataset = {"count": 1, "format": {"kind": "arrays"}, "name": "d", "shards": [{"blob": shard, "count": 1}]}
         return await put(cluster, json.dumps(dataset | more).encode())
 
-    good = await manifest(model)
+    good, odd = await manifest(model), {"holders": ["//x"]}
     for question, code, said in (
         ({"type": "RegisterModel", "model": wrong}, "invalid_request", "has 21 bytes, not 22"),
         ({"type": "RegisterModel", "model": nowhere}, "not_found", "PUT it to"),
         ({"type": "AddDataset", "manifest": nowhere}, "not_found", "manifest blob 000000000000"),
         ({"type": "AddDataset", "manifest": good | {"size": 1}}, "invalid_request", "not 1"),
         ({"type": "AddDataset", "manifest": await manifest(wrong)}, "invalid_data", "has 22 bytes: it has 21"),
-        ({"type": "AddDataset", "manifest": await manifest(nowhere)}, "invalid_data", "1 of 1 blobs"),
+        ({"type": "AddDataset", "manifest": await manifest(nowhere)}, "invalid_data", "1 of 1 blob of"),
         ({"type": "AddDataset", "manifest": await manifest(model, keys=nowhere)}, "invalid_data", "1 of 2 blobs"),
+        ({"type": "AddDataset", "manifest": await manifest(model | odd)}, "invalid_request", "names the holder '//x'"),
     ):
         found = await ask(bus, "coordinator/inbox", {"name": "d", **question})
         assert (found["type"], found["error"]["code"]) == ("RequestFailed", code), question
