@@ -91,6 +91,7 @@ class Bus(ABC):
         self.on_refused: Callable[[str, PotluckError], None] = lambda topic, error: None
         """Told of what could not be read: its topic, and why."""
         self._refused_logs = Seldom(_LOG_SECONDS)
+        self._withheld_logs = Seldom(_LOG_SECONDS)
         self._fault_logs = Seldom(_LOG_SECONDS)
 
     @abstractmethod
@@ -214,7 +215,8 @@ class Bus(ABC):
             self.topics.check_reply_to(to.reply_to)
         except InvalidRequest as error:
             self.counters["refused_replies"] += 1
-            log.warning("answer withheld %s", fields(topic=to.topic, reason=error.message))
+            if (more := self._withheld_logs.due(to.topic)) is not None:
+                log.warning("answer withheld %s", fields(topic=to.topic, reason=error.message, more=more or None))
             return None
         if message.id != to.message.id:
             message = msgspec.structs.replace(message, id=to.message.id)

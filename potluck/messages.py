@@ -378,7 +378,7 @@ class JobProgress(Part, frozen=True):
     """Items per second of each node at work, while it computes."""
     message: str = ""
     quarantined: dict[str, str] = {}
-    """Nodes that are left out of training, and why."""
+    """Nodes that are left out of the job, and why."""
     waiting: dict[str, str] = {}
     """Nodes that take no part in training yet or for now, and why."""
     exchanged_bytes: Count = 0

@@ -12,10 +12,46 @@ from typing import Any
 import aiohttp
 import aiomqtt
 import msgpack
+import numpy as np
 import pytest
 
+from potluck.client import AsyncClient
+from potluck.errors import PotluckError
 from potluck.local_cluster import LocalCluster
+from potluck.messages import (
+    AcknowledgeResult,
+    AnyMessage,
+    BlobsStored,
+    CancelInfer,
+    CancelInference,
+    CoordinatorStatus,
+    ForgetJob,
+    HoldBlob,
+    HoldFailed,
+    Infer,
+    InferenceFinished,
+    LeaseRefused,
+    LeaseRenewed,
+    LeaseShard,
+    LeaseTaken,
+    LoadModel,
+    ModelLoaded,
+    ModelLoadFailed,
+    ModelUnloaded,
+    NodeCapacity,
+    NodeStatus,
+    NodeTelemetry,
+    ReleaseBlob,
+    RunInference,
+    ShardFailed,
+    ShardFinished,
+    SubmitJob,
+    UnloadModel,
+    WithdrawLease,
+)
 from support.eventually import eventually
+from support.fake_nodes import fake_node
+from support.grammar import odd_messages
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -26,7 +62,8 @@ INBOX = "potluck/v1/hostile/clients/me/inbox"
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
     folder: Path = tmp_path_factory.mktemp("hostile")
-    with LocalCluster(folder, cluster="hostile", nodes=1, discovery=False) as running:
+    with LocalCluster(folder, cluster="hostile", nodes=0, discovery=False) as running:
+        running._wait_joined(fake_node(running, "node-1"))
         yield running
 
 
@@ -239,15 +276,16 @@ async def test_blobs_that_are_not_as_their_reference_says(cluster: LocalCluster,
         dataset = {"count": 1, "format": {"kind": "arrays"}, "name": "d", "shards": [{"blob": shard, "count": 1}]}
         return await put(cluster, json.dumps(dataset | more).encode())
 
-    good = await manifest(model)
+    good, odd = await manifest(model), {"holders": ["//x"]}
     for question, code, said in (
         ({"type": "RegisterModel", "model": wrong}, "invalid_request", "has 21 bytes, not 22"),
         ({"type": "RegisterModel", "model": nowhere}, "not_found", "PUT it to"),
         ({"type": "AddDataset", "manifest": nowhere}, "not_found", "manifest blob 000000000000"),
         ({"type": "AddDataset", "manifest": good | {"size": 1}}, "invalid_request", "not 1"),
         ({"type": "AddDataset", "manifest": await manifest(wrong)}, "invalid_data", "has 22 bytes: it has 21"),
-        ({"type": "AddDataset", "manifest": await manifest(nowhere)}, "invalid_data", "1 of 1 blob"),
+        ({"type": "AddDataset", "manifest": await manifest(nowhere)}, "invalid_data", "1 of 1 blob of"),
         ({"type": "AddDataset", "manifest": await manifest(model, keys=nowhere)}, "invalid_data", "1 of 2 blobs"),
+        ({"type": "AddDataset", "manifest": await manifest(model | odd)}, "invalid_request", "names the holder '//x'"),
     ):
         found = await ask(bus, "coordinator/inbox", {"name": "d", **question})
         assert (found["type"], found["error"]["code"]) == ("RequestFailed", code), question
@@ -271,3 +309,76 @@ async def test_a_deployment_names_the_blob_that_could_not_be_had(cluster: LocalC
     assert found["error"]["code"] == "unavailable"
     for part in ("lost:1", model["sha256"][:12], f"{cluster.http_url}: answered 404"):
         assert part in found["error"]["message"]
+
+
+COMMANDS = (
+    LeaseShard | WithdrawLease | AcknowledgeResult | ForgetJob | LoadModel | UnloadModel | HoldBlob | ReleaseBlob
+    | RunInference | CancelInference
+)  # fmt: skip
+EVENTS = (
+    LeaseTaken | LeaseRefused | LeaseRenewed | ShardFinished | ShardFailed | ModelLoaded | ModelLoadFailed | ModelUnloaded
+    | InferenceFinished | BlobsStored | HoldFailed
+)  # fmt: skip
+
+
+def leaves_of(kind: Any, name: str, client_id: str) -> list[str]:
+    """Where somebody listens to messages of this kind."""
+    if issubclass(kind, COMMANDS):
+        return ["nodes/node-1/inbox"]
+    if issubclass(kind, EVENTS):
+        return ["nodes/node-1/outbox"]
+    if issubclass(kind, Infer | CancelInfer):
+        return [f"models/{name}/infer"]
+    own: dict[Any, list[str]] = {
+        CoordinatorStatus: ["coordinator/status"],
+        NodeStatus: ["nodes/node-1/status", "nodes/ghost/status"],
+        NodeCapacity: ["nodes/node-1/capacity", "nodes/ghost/capacity"],
+        NodeTelemetry: ["nodes/node-1/telemetry"],
+        SubmitJob: ["jobs/submit"],
+    }
+    return own.get(kind, ["coordinator/inbox", f"clients/{client_id}/inbox"])
+
+
+async def test_the_whole_grammar_with_odd_values_ends_nobody(cluster: LocalCluster, bus: aiomqtt.Client) -> None:
+    await register(cluster, bus, "sound")
+    pids = [cluster.coordinator.pid, cluster.nodes[0].pid]
+    broker = f"{cluster.broker_host}:{cluster.broker_port}"
+    async with AsyncClient(broker, cluster="hostile", timeout=60) as client:
+        await (await client.deploy("sound")).wait(timeout=60)
+        connection = await client._connected()
+        (deployed,) = [one for one in await client.deployments() if one.name == "sound:1"]
+        known = {
+            "epoch": (await connection.coordinator()).epoch,
+            "replica_id": deployed.replicas[0].replica_id,
+            "node_id": "node-1",
+            "reply_to": topic("clients/nobody/inbox"),
+        }
+        sent = 0
+        for kind in AnyMessage.__args__:
+            if kind is UnloadModel:
+                continue  # of the replica: a good command, which is to be obeyed
+            for message in odd_messages(kind, known):
+                if message.get("epoch", 0) > known["epoch"]:
+                    continue  # the last one is such
+                for leaf in leaves_of(kind, "sound", connection.bus.client_id):
+                    await bus.publish(topic(leaf), msgpack.packb(message), retain=leaf.endswith(("status", "capacity")))
+                    sent += 1
+        assert sent > 2000
+        epoch = {"type": "CoordinatorStatus", "session": "x", "epoch": 2**53, "state": "online"}
+        await bus.publish(topic("coordinator/status"), json.dumps(epoch), qos=1, retain=True)
+
+        async def works() -> bool:
+            try:
+                found = await client.infer("sound", np.ones((1, 2), np.float32))
+                return bool((found == 1).all()) and [node.state for node in await client.nodes()][-1] == "online"
+            except PotluckError as error:
+                raise AssertionError(error.message) from error
+
+        await eventually(works, 60)
+        for name in ("sound", "again"):
+            if name == "again":
+                await register(cluster, bus, name)
+            await (await client.deploy(name)).wait(timeout=60)
+    assert [cluster.coordinator.pid, cluster.nodes[0].pid] == pids
+    assert cluster.coordinator.running
+    assert cluster.nodes[0].running

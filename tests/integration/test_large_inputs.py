@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,8 @@ from potluck.errors import InputsLost, Unavailable
 from potluck.local_cluster import Daemon, LocalCluster
 from potluck.messages import BlobRef, FindReplicas, Infer, Inferred, ModelRegistered, RegisterModel, ReplicasFound
 from support.eventually import eventually
+from support.fake_nodes import fake_node
 
-FAKE = str(Path(__file__).parents[1] / "support" / "fake_engine_node.py")
 IMAGES = np.random.default_rng(0).random((8, 128, 128, 3), np.float32)
 
 
@@ -68,7 +67,7 @@ async def cluster(tmp_path: Path) -> AsyncIterator[Cluster]:
         broker = f"{running.broker_host}:{running.broker_port}"
         async with AsyncClient(broker, cluster="inputs", timeout=20) as client:
             for number in (1, 2):
-                running.nodes.append(fake_node(running, f"node-{number}", broker))
+                fake_node(running, f"node-{number}")
             await eventually(lambda: online(client))
             cluster = Cluster(running, client, await client._connected())
             await cluster.deploy("both", 2)
@@ -78,17 +77,6 @@ async def cluster(tmp_path: Path) -> AsyncIterator[Cluster]:
 
 async def online(client: AsyncClient) -> bool:
     return sum(node.state == "online" for node in await client.nodes()) == 2
-
-
-def fake_node(running: LocalCluster, node_id: str, broker: str) -> Daemon:
-    state = running.folder / node_id
-    command = [
-        sys.executable, FAKE, "--cluster", running.cluster, "--node-id", node_id, "--state-dir", str(state),
-        "--seed", broker, "--no-discovery",
-    ]  # fmt: skip
-    node = Daemon(node_id, command, running.folder / f"{node_id}.log", running.coordinator.environment)
-    node.start()
-    return node
 
 
 def when_sent(connection: Connection, monkeypatch: pytest.MonkeyPatch, act: Callable[[Infer], object]) -> list[str]:

@@ -73,6 +73,8 @@ def test_nodes_show_what_they_have_and_do() -> None:
     assert "2 shards (give way)" in text_of(output.nodes_table([replace(busy, gives_way=True)]))
     none = replace(NODE, capacity=replace(NODE.capacity, runtimes={}))
     assert "no runtime" in text_of(output.nodes_table([none]))
+    lines = text_of(output.nodes_table([replace(busy, left_out="it lies"), NODE])).splitlines()
+    assert [("left out: it lies" in line) for line in lines] == [False, False, True, False]
 
 
 def test_an_offline_node_shows_no_load_and_when_it_was_heard_of() -> None:

@@ -1,0 +1,98 @@
+"""Nodes whose results are not what was asked for: what becomes of the result, and of the node."""
+
+from __future__ import annotations
+
+from math import nan
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+
+from coordinator.dispatcher import Dispatcher
+from coordinator.holders import Holders
+from coordinator.leases import Held, Leases
+from coordinator.membership import Membership
+from potluck.messages import (
+    BlobRef,
+    Capacity,
+    DataFormat,
+    DataSlice,
+    EvaluateResult,
+    EvaluateTask,
+    LeaseShard,
+    NodeCapacity,
+    NodeStatus,
+    PredictResult,
+)
+from potluck.settings import CoordinatorSettings
+from potluck.topics import Topics
+
+BLOB = BlobRef(sha256="a" * 64, size=1)
+TASK = EvaluateTask(
+    model=BLOB, weights=None, slices=(DataSlice(blob=BLOB, start=0, stop=8),), format=DataFormat(kind="arrays"), image=None,
+    batch_size=4,
+)  # fmt: skip
+GOOD = EvaluateResult(count=8, sums={"loss": 1.0})
+NO_NUMBER = EvaluateResult(count=8, sums={"loss": nan})
+
+
+class Bench:
+    def __init__(self, *nodes: str) -> None:
+        self.membership = Membership(timeout_seconds=10)
+        for node_id in nodes:
+            capacity = Capacity(hostname="h", system="s", cores=1, memory_bytes=1, runtimes={"tensorflow": "2"})
+            self.membership.on_capacity(NodeCapacity(node_id=node_id, capacity=capacity))
+            self.born(node_id, "1")
+        self.leases = Leases(
+            topics=Topics("test"), outbox=Mock(), membership=self.membership, settings=CoordinatorSettings(), epoch=1,
+            holders=Holders(self.membership, ()),
+        )  # fmt: skip
+        others: Any = {name: Mock() for name in ("announcer", "registry", "serving", "jobs", "collector", "packed")}
+        self.dispatcher = Dispatcher(leases=self.leases, settings=CoordinatorSettings(), clock=lambda: 0.0, **others)
+
+    def born(self, node_id: str, session: str) -> None:
+        self.membership.on_status(NodeStatus(node_id=node_id, session=session, state="online"), 0.0)
+
+    def refusal(self, node_id: str, result: Any, shard_id: str = "items-0-8", task: Any = TASK) -> str:
+        """The code of the error that the attempt ends with; "": its result is taken."""
+        lease = LeaseShard(epoch=1, job_id="j", shard_id=shard_id, attempt_id="a", lease_seconds=1, task=task)
+        error = self.dispatcher._refusal(Held("j", node_id, lease, heard_at=0.0), result)
+        return error.code if error is not None else ""
+
+    def nodes(self) -> list[str]:
+        return [node.node_id for node in self.leases.view(0.0).nodes]
+
+
+@pytest.mark.parametrize(
+    "result", [EvaluateResult(count=0), EvaluateResult(count=2**53, sums={"loss": 1.0}), PredictResult(count=8)]
+)
+def test_the_third_wrong_result_is_the_last(result: Any) -> None:
+    bench = Bench("n1", "n2")
+    assert bench.refusal("n1", GOOD) == ""
+    assert [bench.refusal("n1", result) for _ in range(2)] == ["engine_failed"] * 2
+    assert bench.nodes() == ["n1", "n2"]
+    bench.refusal("n1", result)
+    assert bench.nodes() == ["n2"]
+    assert "3 of its results were not what was asked for" in bench.leases.quarantined()["n1"]
+    bench.born("n1", "2")
+    assert bench.nodes() == ["n1", "n2"]
+
+
+def test_a_loss_that_is_no_number_is_believed_of_a_second_node() -> None:
+    bench = Bench("n1", "n2")
+    assert bench.refusal("n1", NO_NUMBER) == "diverged"
+    assert bench.refusal("n2", NO_NUMBER) == ""
+    assert bench.refusal("n1", NO_NUMBER, "items-8-16") == ""
+    assert bench.leases.quarantined() == {}
+
+
+def test_who_alone_says_so_each_time_gets_no_more_jobs() -> None:
+    bench = Bench("n1", "n2")
+    for shard_id in ("items-0-8", "items-8-16", "items-16-24"):
+        assert bench.refusal("n1", NO_NUMBER, shard_id) == "diverged"
+        assert bench.refusal("n2", GOOD, shard_id) == ""
+    assert bench.nodes() == ["n2"]
+
+
+def test_the_only_node_is_believed() -> None:
+    assert Bench("n1").refusal("n1", NO_NUMBER) == ""
