@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import sys
 from dataclasses import dataclass, field, replace
 
 from msgspec.structs import replace as changed
@@ -92,6 +93,10 @@ class FederatedStrategy(RoundsStrategy):
 
     def _holders(self, view: ClusterView) -> list[NodeView]:
         return [node for node in view.nodes if fits(node.holds(self.dataset.name), self.dataset.format)]
+
+    @property
+    def _room(self) -> int:
+        return sys.maxsize  # each has data of its own
 
     def _hopes(self, view: ClusterView, attempts: dict[str, Attempt]) -> bool:
         return self.readiness.hopes(view.now, attempts, GRACE, GRACE_SECONDS)

@@ -358,9 +358,21 @@ class RoundsStrategy:
         if not nodes:
             return late
         rates = speeds(holders, self.measured)
+        # As many as can take part, and one more, in case one of them gets no further.
+        known = {attempt.node_id for attempt in attempts.values()} | self.readiness.ready.keys()
+        taken = sum(node.node_id in known and node.node_id not in self.slow for node in holders)
+        nodes.sort(key=lambda node: (-rates[node.node_id], node.node_id))
+        nodes = nodes[: max(0, self._room + 1 - taken)]
+        if not nodes:
+            return late
         first = self._check_validation(max((node.node_id for node in nodes), key=lambda name: (rates[name], name)))
         tasks = self._rehearsals(nodes, rates)
         return [*late, *first, *(Lease(WARM_UP, name, WarmUpTask(task=task)) for name, task in tasks.items())]
+
+    @property
+    def _room(self) -> int:
+        """As many nodes as can have a whole batch each: on fewer items than that, more would repeat some and blur the step."""
+        return max(1, self.dataset.count // self.spec.batch_size)
 
     def _holders(self, view: ClusterView) -> list[NodeView]:
         """The nodes that may take part."""
@@ -395,10 +407,8 @@ class RoundsStrategy:
         if not free:
             return []
         rates = speeds(free, self.measured)
-        # As many as can have a whole batch each: on fewer items than that, more nodes would repeat some and blur the step.
-        room = max(1, self.dataset.count // self.spec.batch_size)
         # Those of the round before first: they have the data, and their optimizers know the way.
-        chosen = sorted(rates, key=lambda node_id: (node_id not in self.shares, -rates[node_id], node_id))[:room]
+        chosen = sorted(rates, key=lambda node_id: (node_id not in self.shares, -rates[node_id], node_id))[: self._room]
         parts = self._parts({node_id: rates[node_id] for node_id in sorted(chosen)})
         rates = {node_id: rates[node_id] for node_id in parts}
         data = self._assignment(rates)

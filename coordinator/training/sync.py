@@ -201,6 +201,10 @@ class SyncStrategy(RoundsStrategy):
         )
         self.chosen = self.prediction.choice
 
+    @property
+    def _room(self) -> int:
+        return self.batch if self.synchronous else super()._room  # members have an item of each step at least
+
     def _hopes(self, view: ClusterView, attempts: dict[str, Attempt]) -> bool:
         if not self.synchronous:
             return super()._hopes(view, attempts)

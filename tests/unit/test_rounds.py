@@ -355,6 +355,16 @@ def test_nobody_waits_for_a_node_that_gets_ready_and_it_joins_when_it_is() -> No
     assert {attempt.node_id for attempt in play.job.attempts.values()} == {"a", "b"}
 
 
+def test_no_more_nodes_get_ready_than_can_take_part_and_one_more() -> None:
+    play = Simulation(epochs=2, validation=False, shards=(20,))
+    play.by_hand = True
+    play.plan(*"abcde")
+    assert len(play.job.attempts) == 3  # of two batches for two nodes
+    play.lose("a")
+    play.plan(*"bcde")
+    assert len(play.job.attempts) == 3
+
+
 def test_nodes_that_are_alike_are_waited_for_a_moment() -> None:
     play = Simulation(epochs=8, validation=False)
     play.by_hand = True
