@@ -62,7 +62,9 @@ class Journal:
             if error.sqlite_errorcode in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
                 raise Conflict(f"the journal {path} is in use ({error}): does another coordinator run?") from error
             raise Unavailable(f"the journal {path} cannot be opened: {error}") from error
-        self._ballast = _Ballast(path.with_name(f"{path.name}.ballast"))
+        # A journal in memory (`:memory:`, sqlite3_open(3)) has no disk that could be full.
+        beside = path.with_name(f"{path.name}.ballast") if path.exists() else None
+        self._ballast = _Ballast(beside)
         row = self._db.execute("SELECT value FROM facts WHERE key = 'epoch'").fetchone()
         self.epoch: int = row[0]
 
@@ -123,7 +125,7 @@ class Journal:
 class _Ballast:
     """Room beside the journal that is given up when the disk is full, so that what happens then can be written."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | None) -> None:
         self._path = path
         self._here = False
         self._tried_at = -RETAKE_SECONDS
@@ -131,6 +133,8 @@ class _Ballast:
 
     def drop(self) -> bool:
         """Whether there was any."""
+        if self._path is None:
+            return False
         dropped, self._here = self._here, False
         self._path.unlink(missing_ok=True)
         self._tried_at = time.monotonic()
@@ -138,7 +142,7 @@ class _Ballast:
 
     def take(self) -> None:
         """Have it, or have it again, where there is room to spare."""
-        if self._here or time.monotonic() - self._tried_at < RETAKE_SECONDS:
+        if self._path is None or self._here or time.monotonic() - self._tried_at < RETAKE_SECONDS:
             return
         self._tried_at = time.monotonic()
         try:

@@ -341,7 +341,7 @@ class Inference:
         Where the version beside it does, that one's clients are not to blame: it is ModelFailed, which counts against this one.
         """
         signature = self._registry.model(name).signature
-        if signature is None:
+        if signature is None or not signature.inputs:  # nothing is known of what it takes
             return
         try:
             matched(inputs, signature.inputs)
