@@ -98,10 +98,12 @@ def when_sent(connection: Connection, monkeypatch: pytest.MonkeyPatch, act: Call
 async def test_they_do_not_pass_the_coordinator_and_none_are_left(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    places = set((await cluster.places("both")).values())  # before one of them was measured to be slower
     holders = when_sent(cluster.connection, monkeypatch, lambda question: None)
     for number in range(6):  # one for each node: none has so much to do that the other would fetch its inputs
         await asyncio.gather(*(cluster.infer(images=IMAGES + number + share) for share in (0, 0.5)))
-    assert set(holders) == set((await cluster.places("both")).values())
+    assert len(places) == 2
+    assert set(holders) <= places
     assert max(cluster.coordinators()) < 100
     await eventually(lambda: cluster.inputs() == [])
 
