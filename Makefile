@@ -17,7 +17,7 @@ demo: $(VENV)/.demo  ## Start a broker, a coordinator and three nodes here, and 
 	@$(BIN)/potluck demo
 
 test: packages $(VENV)/.dev  ## Run all tests; PYTEST="tests/unit -k rounds" runs a part
-	@$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile $(PYTEST)
+	@$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder $(PYTEST)
 
 check: $(VENV)/.dev  ## Lint, format, types, and the rules of who imports whom
 	$(BIN)/ruff check .
