@@ -72,17 +72,31 @@ class Source:
         for start in range(0, len(arrays[0]), batch_size):
             yield [tf.convert_to_tensor(array[start : start + batch_size]) for array in arrays]
 
-    def load(self, parts: Sequence[Part]) -> list[Any]:
-        """All items as tensors in the host's memory, in the order of the model's inputs. Raises InvalidData, InvalidRequest."""
+    def load(self, parts: Sequence[Part], known: dict[Part, Array] | None = None) -> list[Any]:
+        """All items as tensors in the host's memory, in the order of the model's inputs. Raises InvalidData, InvalidRequest.
+
+        `known`: decoded items of parts that need not be decoded again; in their place come those of these parts.
+        """
         if self.decoder is None:
             return [runtime.held(array) for array in fit(self.model, shards.load_arrays(parts, self.data.inputs))]
         shape = (sum(part.count for part in parts), *self.decoder.shape)
         dtype = self.decoder.dtype.as_numpy_dtype
         items = np.empty(shape, dtype) if self.decoder.dtype == tf.string else shards.aligned(shape, dtype)
         position = 0
-        for batch in self.batches(parts, 256):
-            items[position : position + len(batch[0])] = batch[0].numpy()
-            position += len(batch[0])
+        found: dict[Part, Array] = {}
+        for part in parts:
+            mine = found[part] = items[position : position + part.count]
+            if known is not None and part in known:
+                mine[:] = known[part]
+            else:
+                done = 0
+                for batch in self.batches([part], 256):
+                    mine[done : done + len(batch[0])] = batch[0].numpy()
+                    done += len(batch[0])
+            position += part.count
+        if known is not None:
+            known.clear()
+            known.update(found)
         return [runtime.held(items)]
 
     def _decoded(self, decoder: Decoder, encoded: list[bytes], batch_size: int) -> Iterator[Any]:

@@ -75,6 +75,8 @@ class Session:
         self._seed = seed
         self._beginning: list[Any] = []
         self._data_key: tuple[Any, ...] = ()
+        self._decoded: dict[Part, Any] = {}
+        """Items of the parts in use: with other shares, nodes get other parts, and most of them are the same."""
         self._batches: Callable[[], Any] = list
         self._iterator: Any = None
         self._batch = 0
@@ -104,6 +106,8 @@ class Session:
         )
         if key == self._data_key:
             return
+        if self._data_key[2:4] != key[2:4]:
+            self._decoded.clear()
         self._data_key, self._iterator = (), None
         source = inputs.source_for(self.model, task.format, task.image)
         self.image = source.image
@@ -121,7 +125,7 @@ class Session:
         if source.decoder is not None and source.decoded_bytes(parts) > limit:
             dataset = self._streamed(source.decoder, parts, truth)
         else:
-            dataset = self._gathered(source.load(parts), truth)
+            dataset = self._gathered(source.load(parts, self._decoded), truth)
         # A batch is always whole: batches run on from one pass over the data into the next.
         self._batches = lambda: dataset(batch).prefetch(2)
         self._iterator = iter(self._batches())

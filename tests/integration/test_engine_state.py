@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -301,3 +301,31 @@ def _adam(rate: float) -> Any:
     import keras
 
     return keras.optimizers.Adam(rate)
+
+
+async def test_parts_that_stay_are_not_decoded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With other shares nodes get other shards, and most are those that they had."""
+    import keras
+
+    from node.engine import inputs
+    from node.engine.shards import Part
+
+    files = Files(tmp_path)
+    shards = [files.images(pictures(4, size)) for size in (12, 13, 14)]
+    parts = [Part(files.paths[shard.blob.sha256], 0, shard.count) for shard in shards]
+    model = keras.Sequential([keras.Input((12, 12, 3)), keras.layers.Flatten(), keras.layers.Dense(2)])
+    source = inputs.source_for(model, IMAGES, None)
+    decoded: list[Part] = []
+    ordinary = inputs.Source.batches
+
+    def batches(self: Any, parts: Sequence[Part], batch_size: int) -> Any:
+        decoded.extend(parts)
+        return ordinary(self, parts, batch_size)
+
+    monkeypatch.setattr(inputs.Source, "batches", batches)
+    known: dict[Part, Any] = {}
+    source.load(parts[:2], known)
+    (moved,) = source.load([parts[2], parts[1]], known)
+    assert decoded == parts
+    (anew,) = source.load([parts[2], parts[1]])
+    np.testing.assert_array_equal(moved.numpy(), anew.numpy())
