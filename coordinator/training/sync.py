@@ -130,6 +130,7 @@ class SyncStrategy(RoundsStrategy):
     def ended(self, attempt: Attempt, error: ErrorInfo | None) -> None:
         if self.synchronous and attempt.shard_id == self._shard_id:
             self.broken = self.broken or (error.message if error is not None else f"node {attempt.node_id} was lost")
+            return  # how fast its members are is known, and engines start anew for the next group anyway
         super().ended(attempt, error)
 
     def closed_round(self, event: RoundClosed) -> None:

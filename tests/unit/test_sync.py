@@ -220,6 +220,8 @@ def test_the_rest_forms_a_group_anew_from_the_last_checkpoint() -> None:
     assert len({task.formation for task in (*anew, *before.values())}) == 2
     simulation.run("a", "c")
     assert [epoch.samples for epoch in simulation.job.history] == [320, 640]
+    leased = [event.shard_id for event in simulation.events if isinstance(event, AttemptLeased)]
+    assert leased.count(WARM_UP) == 3, "those that are left are not measured again before they go on"
 
 
 def test_a_checkpoint_counts_when_a_member_is_lost_after_the_last_step() -> None:
