@@ -235,6 +235,7 @@ class Tasks:
     ) -> SyncResult:
         formation = f"{job_id} {task.formation}"
         if task.begins:
+            self._close(job_id)  # what got ready is not what trains: it would be in memory twice
             self._member = Member(task, paths, self._scratch)
             self._formation = formation
             self._checkpoint = None

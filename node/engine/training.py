@@ -106,15 +106,15 @@ class Session:
         )
         if key == self._data_key:
             return
-        if self._data_key[2:4] != key[2:4]:
+        source = inputs.source_for(self.model, task.format, task.image)
+        whole = source.decoder is None or source.decoded_bytes(parts) <= memory_limit()
+        if self._data_key[2:4] != key[2:4] or not whole:
             self._decoded.clear()
         self._data_key, self._iterator = (), None
-        source = inputs.source_for(self.model, task.format, task.image)
         self.image = source.image
         truth = truth_of(source, parts, "to train on", task.class_weight)
         count = len(truth)
         batch = min(task.batch_size, count)
-        limit = memory_limit()
         self._noisy, self._hidden = None, task.privacy is not None and task.privacy.noise_multiplier > 0
         if task.privacy is not None:
             privacy.check(self.model)
@@ -122,10 +122,11 @@ class Session:
             self._noisy = privacy.NoisyStep(self.model, task.privacy, batch, source.load(parts), truth)
             self._data_key, self._traced, self._batch = key, False, batch
             return
-        if source.decoder is not None and source.decoded_bytes(parts) > limit:
-            dataset = self._streamed(source.decoder, parts, truth)
-        else:
+        if whole:
             dataset = self._gathered(source.load(parts, self._decoded), truth)
+        else:
+            assert source.decoder is not None
+            dataset = self._streamed(source.decoder, parts, truth)
         # A batch is always whole: batches run on from one pass over the data into the next.
         self._batches = lambda: dataset(batch).prefetch(2)
         self._iterator = iter(self._batches())
@@ -268,6 +269,7 @@ class Session:
         """
         if not self._traced:
             self._trace()
+        begun, self.begun = self.begun, True  # where it ends half-way, nobody has set the weights back
         with self._unchanged(weights=False):
             started, steps = time.perf_counter(), 0
             while steps < REHEARSED_STEPS and (not steps or time.perf_counter() - started < REHEARSED_SECONDS):
@@ -281,6 +283,7 @@ class Session:
             beside_seconds = time.perf_counter() - ended
         if self._noisy is None:
             self._iterator = iter(self._batches())  # as if no item had been seen
+        self.begun = begun
         return steps * self._batch / max(seconds, 1e-9), beside_seconds
 
     def close(self) -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.numpy import save
 
 from node.engine import frames
-from potluck.errors import BadMessage, InvalidData, InvalidModel
+from potluck.errors import BadMessage, Cancelled, InvalidData, InvalidModel
 from potluck.messages import ImageOptions, Tensor
 from potluck.tensors import from_numpy, to_numpy
 from support.engine_lab import IMAGES, Lab, engine_lab, evaluation, pictures, prediction, training
@@ -60,6 +60,32 @@ async def test_tracing_leaves_no_trace(tmp_path: Path) -> None:
         outcome = session.train(96, 60, threading.Event(), lambda done, metrics: None)
         assert outcome.steps == 3
         assert int(model.optimizer.iterations.numpy()) == 3
+
+
+async def test_a_rehearsal_that_is_broken_off_is_no_beginning(tmp_path: Path) -> None:
+    """Else the first round would begin from weights that are nobody's."""
+    from node.engine.shards import Part
+    from node.engine.training import Session
+
+    class SetAtTheSecondLook(threading.Event):
+        looks = 0
+
+        def is_set(self) -> bool:
+            self.looks += 1
+            return self.looks > 1
+
+    x, y = blobs(64)
+    files = Files(tmp_path)
+    (shard,) = files.arrays(1, x=x, y=y)
+    session = Session(dense(), seed=0)
+    session.use_data(training(None, (shard,)), [Part(files.paths[shard.blob.sha256], 0, shard.count)])
+    with pytest.raises(Cancelled):
+        session.rehearse(SetAtTheSecondLook(), lambda: None)
+    assert session.begun
+    fresh = Session(dense(), seed=0)
+    fresh.use_data(training(None, (shard,)), [Part(files.paths[shard.blob.sha256], 0, shard.count)])
+    fresh.rehearse(threading.Event(), lambda: None)
+    assert not fresh.begun
 
 
 async def test_two_rounds_are_as_good_as_one(lab: Lab) -> None:
