@@ -11,6 +11,10 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from potluck.messages import TaskResult
+
+MEASURABLE_BYTES = 1_000_000
+"""A transfer of so many bytes says something of a link's bandwidth."""
 ASSUMED_BANDWIDTH = 12.5e6
 """Bytes a second (100 Mbit/s), where no transfer was long enough to tell."""
 LATENCY_SECONDS = 0.002
@@ -95,6 +99,12 @@ def predict(costs: Costs) -> Prediction:
     sync = FORMING_SECONDS + data + together_seconds * with_overhead(checkpoint)
     possible = costs.together and costs.data_bytes <= DATA_LIMIT_BYTES
     return Prediction(costs, local, sync, "sync" if possible and sync <= PREFERENCE * local else "local")
+
+
+def bandwidth_of(result: TaskResult) -> float | None:
+    """Bytes a second with which a node has fetched what it needed; None where that was too little to tell."""
+    measurable = result.fetched_bytes >= MEASURABLE_BYTES and result.fetch_seconds > 0
+    return result.fetched_bytes / result.fetch_seconds if measurable else None
 
 
 def round_overhead(nodes: int, weights_bytes: float, bandwidth: float) -> float:

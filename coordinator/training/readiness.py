@@ -11,16 +11,13 @@ from dataclasses import dataclass, field
 
 from coordinator.jobs import Attempt
 from coordinator.placement import ClusterView, NodeView
+from coordinator.training.costs import ASSUMED_BANDWIDTH, bandwidth_of
 from potluck.messages import BlobRef, WarmUpResult
 
 WARM_UP = "warm-up"
 """The id of the shard by which a node gets ready."""
 AGAIN_SECONDS = 60.0
 """A node that was too slow to take part is measured again after so long, and after twice that each time."""
-MEASURABLE_BYTES = 1_000_000
-"""A transfer of so many bytes says something of a link's bandwidth."""
-ASSUMED_BANDWIDTH = 12.5e6
-"""Bytes a second (100 Mbit/s), where no transfer was long enough to tell."""
 
 
 @dataclass
@@ -86,6 +83,4 @@ def of_rounds(attempt: Attempt) -> bool:
 
 def beside(result: WarmUpResult, model: BlobRef) -> float:
     """Seconds that a node's first part will take beside computing: setting weights, writing an update, and fetching the weights."""
-    measurable = result.fetched_bytes >= MEASURABLE_BYTES and result.fetch_seconds > 0
-    bandwidth = result.fetched_bytes / result.fetch_seconds if measurable else ASSUMED_BANDWIDTH
-    return result.beside_seconds + model.size / bandwidth
+    return result.beside_seconds + model.size / (bandwidth_of(result) or ASSUMED_BANDWIDTH)

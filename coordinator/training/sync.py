@@ -15,8 +15,7 @@ from msgspec.structs import replace
 from coordinator.jobs import Attempt, CloseSync, Decision, Lease, RoundClosed, Withdraw
 from coordinator.placement import ClusterView, NodeView, speeds
 from coordinator.training import group
-from coordinator.training.costs import Costs, Prediction, computing_seconds, predict
-from coordinator.training.readiness import MEASURABLE_BYTES
+from coordinator.training.costs import Costs, Prediction, bandwidth_of, computing_seconds, predict
 from coordinator.training.rounds import OVERHEADS_KEPT, PACES_KEPT, PROBE_SECONDS, SLOWEST, RoundsStrategy
 from coordinator.training.scores import weighted
 from potluck.errors import Unavailable
@@ -118,8 +117,8 @@ class SyncStrategy(RoundsStrategy):
         self.epoch_started_at = self.epoch_started_at or attempt.leased_at
 
     def finished(self, attempt: Attempt, result: AnyTaskResult, at: float) -> None:
-        if result.fetched_bytes >= MEASURABLE_BYTES and result.fetch_seconds > 0:
-            self.bandwidths[attempt.node_id] = result.fetched_bytes / result.fetch_seconds
+        if bandwidth := bandwidth_of(result):
+            self.bandwidths[attempt.node_id] = bandwidth
         if not isinstance(result, SyncResult):
             super().finished(attempt, result, at)
         elif attempt.shard_id == self._shard_id:

@@ -44,6 +44,11 @@ def safe_mode() -> bool:
     return LAMBDA not in _allowed
 
 
+def runs_users() -> bool:
+    """Whether models may have layers that are not Keras's own."""
+    return bool(_allowed)
+
+
 def refusal(text: str) -> PotluckError | None:
     """The refusal of a model for whose loading Keras raised an error of these words; None where code is not the reason."""
     if safe_mode() and "Lambda" in text and ("lambda" in text or "unsafe" in text.lower()):

@@ -90,8 +90,9 @@ def _weights_from_disk() -> Iterator[None]:
     """Let Keras take a model's weights from a file, one by one, and make no others before.
 
     Where there is memory for it, Keras reads all of them into memory first, twice for a moment; and before that it draws random ones,
-    of which a layer takes three times its size. Neither is an option of its interface. Every variable is in the file, or loading fails.
-    Large ones are read into memory that TensorFlow then takes as it is.
+    of which a layer takes three times its size. Neither is an option of its interface. Every variable of Keras's own layers is in the
+    file, or loading fails; layers of users may keep some out of it, so that theirs are drawn. Large ones are read into memory that
+    TensorFlow then takes as it is.
     """
     from keras.src.saving import saving_lib
 
@@ -111,7 +112,7 @@ def _weights_from_disk() -> Iterator[None]:
     changes: list[tuple[Any, str, Any]] = [
         (saving_lib, "is_memory_sufficient", lambda model: False),
         (saving_lib.H5IOStore, "__getitem__", large),
-        *((kind, "__call__", nothing) for kind in RANDOM),
+        *((kind, "__call__", nothing) for kind in RANDOM if not code.runs_users()),
     ]
     with ExitStack() as stack:
         for owner, name, new in changes:
