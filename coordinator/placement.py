@@ -22,6 +22,12 @@ RUNTIME_OF: dict[ModelFormat, str] = {
 WORDS = {"tensorflow": "TensorFlow", "litert": "LiteRT"}
 """Runtimes as people write them."""
 
+LEAST_SHARE = 0.06
+"""A node that would do less than this share of what the fastest does brings less than it costs: all wait for it a little ..."""
+SLOW_FACTOR = 2.0
+SLOW_SECONDS = 0.25
+"""... and so does one that needs so many times, and so many seconds, longer for a single batch than the others for the round."""
+
 
 @dataclass(frozen=True)
 class NodeView:
@@ -101,6 +107,35 @@ def split_in_time(total: int, rates: Mapping[str, float], delays: Mapping[str, f
             return split(total, {node_id: rates[node_id] * (end - delays.get(node_id, 0.0)) for node_id in taking})
         taking -= late
     return {}
+
+
+def without_slow(
+    total: int, rates: dict[str, float], delays: dict[str, float], batch: int
+) -> tuple[dict[str, int], dict[str, str]]:
+    """`total` items split so that all nodes end together, without those that cost more than they bring; and why they are left out.
+
+    `rates` in items/s, `delays` in seconds beside computing, `batch` the fewest items that a node can do. At least one stays.
+    """
+    taking, slow = dict(rates), dict[str, str]()
+    while True:
+        parts = split_in_time(total, taking, delays)
+        ends = {node_id: delays.get(node_id, 0.0) + parts[node_id] / taking[node_id] for node_id in parts}
+        end, most = max(ends.values()), max(parts.values())
+        out = ""
+        fastest = max(parts, key=lambda name: (parts[name], name))
+        for node_id in sorted(taking.keys() - {fastest}, key=lambda name: (taking[name], name)):
+            alone = delays.get(node_id, 0.0) + min(batch, total) / taking[node_id]
+            if alone > SLOW_FACTOR * end + SLOW_SECONDS:
+                slow[node_id] = f"a batch takes {alone:.1f} s there, and the others do their parts in {end:.1f} s"
+                out = node_id
+            elif parts.get(node_id, 0) < LEAST_SHARE * most:
+                slow[node_id] = f"it would do {parts.get(node_id, 0)} items while the fastest does {most}"
+                out = node_id
+            if out:
+                break
+        if not out:
+            return {node_id: parts.get(node_id, 0) for node_id in taking}, slow
+        del taking[out]
 
 
 def assign(

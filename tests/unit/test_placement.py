@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.placement import NodeView, assign, speeds, split, split_in_time
+from coordinator.placement import NodeView, assign, speeds, split, split_in_time, without_slow
 
 rates_by_node = st.dictionaries(st.sampled_from("abcdefgh"), st.floats(0.01, 1000), min_size=1)
 
@@ -42,6 +42,19 @@ def test_parts_end_together_whatever_each_node_needs_beside(
         assert (part - 1) / rates[node_id] + delays.get(node_id, 0.0) <= end + 2 / min(rates.values()) + 1e-6 * total
     for node_id in rates.keys() - parts.keys():  # it could not have done more than an item by then
         assert delays.get(node_id, 0.0) + 1 / rates[node_id] >= end - 1e-6 * total
+
+
+@given(
+    st.dictionaries(st.sampled_from("abcdef"), st.floats(0.1, 1000), min_size=1),
+    st.integers(1, 100_000),
+    st.floats(0, 5),
+)
+def test_leaving_nodes_out_keeps_the_fastest_and_every_item(rates: dict[str, float], total: int, delay: float) -> None:
+    delays = {node_id: delay * place for place, node_id in enumerate(sorted(rates))}
+    parts, slow = without_slow(total, rates, delays, batch=10)
+    assert parts.keys() | slow.keys() == rates.keys()
+    assert not parts.keys() & slow.keys()
+    assert sum(parts.values()) == total
 
 
 def test_without_delays_parts_follow_speed() -> None:

@@ -30,7 +30,7 @@ from coordinator.jobs import (
 from coordinator.placement import ClusterView, NodeView
 from coordinator.strategies import strategy_for
 from coordinator.training.readiness import WARM_UP
-from coordinator.training.rounds import LOST_SECONDS, RoundsStrategy, without_slow
+from coordinator.training.rounds import LOST_SECONDS, RoundsStrategy
 from coordinator.training.scores import Best, direction, is_better
 from potluck import codec
 from potluck.errors import InvalidRequest, OutOfMemory
@@ -410,19 +410,6 @@ def test_a_part_of_which_nothing_comes_is_taken_back_in_the_end() -> None:
     assert hanging not in play.job.attempts
     ended = [event for event in play.events if isinstance(event, AttemptEnded)]
     assert next(event.attempt_id for event in ended if "too long" in event.reason) == hanging
-
-
-@given(
-    st.dictionaries(st.sampled_from("abcdef"), st.floats(0.1, 1000), min_size=1),
-    st.integers(1, 100_000),
-    st.floats(0, 5),
-)
-def test_leaving_nodes_out_keeps_the_fastest_and_every_item(rates: dict[str, float], total: int, delay: float) -> None:
-    delays = {node_id: delay * place for place, node_id in enumerate(sorted(rates))}
-    parts, slow = without_slow(total, rates, delays, batch=10)
-    assert parts.keys() | slow.keys() == rates.keys()
-    assert not parts.keys() & slow.keys()
-    assert sum(parts.values()) == total
 
 
 DIED = ErrorInfo(code="engine_failed", message="died", retryable=True)
