@@ -24,9 +24,10 @@ from potluck.wording import counted
 
 SIZES_KEPT = 5
 GRACE = 1.0
+GRACE_LEAST = 20.0
 GRACE_SECONDS = 60.0
 """Nobody else has what a node holds, so the first round waits longer for others than where data can go anywhere: as long again as
-the first node that is ready took, and so many seconds at most."""
+the first node that is ready took, between so many seconds at least (its engine may have been warm, another's is cold) and at most."""
 
 
 @dataclass
@@ -99,7 +100,7 @@ class FederatedStrategy(RoundsStrategy):
         return sys.maxsize  # each has data of its own
 
     def _hopes(self, view: ClusterView, attempts: dict[str, Attempt]) -> bool:
-        return self.readiness.hopes(view.now, attempts, GRACE, GRACE_SECONDS)
+        return self.readiness.hopes(view.now, attempts, GRACE, GRACE_SECONDS, least=GRACE_LEAST)
 
     def _rehearsals(self, nodes: list[NodeView], rates: dict[str, float]) -> dict[str, TrainTask]:
         task = self._on_own(changed(self._task(self.spec.batch_size, PROBE_SECONDS), weights=None, step=None))

@@ -63,12 +63,13 @@ class Readiness:
         share: float,
         seconds: float,
         among: Container[str] | None = None,
+        least: float = 0.0,
     ) -> bool:
-        """Whether others (of some nodes only) may still be ready within this share of the time that the first took, and so many
-        seconds at most."""
+        """Whether others (of some nodes only) may still be ready within this share of the time that the first took, between so
+        many seconds at least and at most."""
         warming = (attempt.node_id for attempt in attempts.values() if attempt.shard_id == WARM_UP)
         coming = any(among is None or node_id in among for node_id in warming)
-        return coming and now < self.first_at + min(seconds, share * min(self.took.values(), default=0.0))
+        return coming and now < self.first_at + min(seconds, max(least, share * min(self.took.values(), default=0.0)))
 
     def stale(self, node_id: str, now: float) -> bool:
         """Whether a node that was too slow may have become faster, so that it is worth measuring again."""

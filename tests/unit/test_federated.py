@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from coordinator.jobs import Attempt, CloseEpoch, CloseRound, Complete, JobSubmi
 from coordinator.placement import ClusterView, NodeView
 from coordinator.strategies import strategy_for
 from coordinator.training import privacy
-from coordinator.training.federated import FederatedStrategy
+from coordinator.training.federated import GRACE_LEAST, FederatedStrategy
 from coordinator.training.outer import nova_scales
 from coordinator.training.readiness import WARM_UP
 from potluck.errors import InvalidRequest, NotFound
@@ -149,6 +150,19 @@ def test_each_holder_trains_on_its_own_and_nobody_gets_shards() -> None:
     (closing,) = play.plan()
     assert isinstance(closing, CloseRound)
     assert closing.by_items
+
+
+def test_holders_are_waited_for_at_the_beginning_also_where_the_first_engine_was_warm() -> None:
+    play = Play({"n1": 100, "n2": 100})
+    view = ClusterView(tuple(play.views.values()), 0.0)
+    leases = play.strategy.plan(view, {})
+    warming = {lease.node_id: Attempt(lease.node_id, lease.shard_id, lease.node_id, 0.0) for lease in leases}
+    for lease in leases:
+        play.strategy.leased(warming[lease.node_id], lease.task)
+    play.strategy.finished(warming.pop("n1"), WarmUpResult(rate=100.0, beside_seconds=0.0), 1.0)
+    assert play.strategy.plan(dataclasses.replace(view, now=1.0 + GRACE_LEAST - 1), warming) == []
+    (lease,) = play.strategy.plan(dataclasses.replace(view, now=1.0 + GRACE_LEAST), warming)
+    assert (lease.node_id, lease.shard_id) == ("n1", "round-0")
 
 
 def test_updates_are_held_against_the_same_nodes_own_and_not_against_others() -> None:
