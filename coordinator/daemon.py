@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AsyncExitStack
 
 from msgspec.structs import replace
@@ -26,6 +27,7 @@ from coordinator.journal import FATAL, Journal
 from coordinator.keeping import Keeping
 from coordinator.leases import Leases
 from coordinator.membership import Change, Membership, NodeJoined, NodeLost
+from coordinator.neighbours import Neighbours
 from coordinator.packed import Packed
 from coordinator.requests import Requests
 from coordinator.serving.inference import Inference
@@ -81,6 +83,7 @@ class Coordinator:
         self._rival_seen = asyncio.Event()
         self._seldom = Seldom(LOG_SECONDS)
         self._announced = asyncio.Event()
+        self._neighbours: Neighbours | None = None
 
     async def run(self, stop: asyncio.Event) -> None:
         """Start, say ready, serve until `stop`, and stop in reverse order."""
@@ -98,14 +101,23 @@ class Coordinator:
             downloader = await stack.enter_async_context(Downloader(store))
 
             offline = CoordinatorStatus(session=self.session, epoch=journal.epoch, state="offline")
-            online = CoordinatorStatus(
-                session=self.session,
-                epoch=journal.epoch,
-                state="online",
-                http=urls,
-                software=lifecycle.software(),
-                since=time.time(),
-            )
+            since = time.time()
+
+            def online() -> CoordinatorStatus:
+                return CoordinatorStatus(
+                    session=self.session,
+                    epoch=journal.epoch,
+                    state="online",
+                    http=urls,
+                    software=lifecycle.software(),
+                    since=since,
+                    shortage=store.shortage(),
+                    cluster_id=journal.cluster_id,
+                    founded=journal.founded,
+                    empty=journal.empty,
+                    others=self._neighbours.others if self._neighbours is not None else (),
+                )
+
             status_topic = self.topics.coordinator_status
             bus = MqttBus(
                 addresses,
@@ -191,7 +203,7 @@ class Coordinator:
             async def announce() -> None:
                 await self._stand_alone()
                 tell_lock(bus.place)
-                await bus.publish(status_topic, online, retain=True)
+                await bus.publish(status_topic, online(), retain=True)
                 self._announced.set()
                 self._dispatcher.republish()
 
@@ -209,7 +221,7 @@ class Coordinator:
                         ("requests", requests.run()),
                         ("copies", self._copies.run()),
                         ("ticks", self._tick()),
-                        ("status", self._say_again(online, store)),
+                        ("status", self._say_again(online)),
                     )
                 ]
                 running.append(tasks.create_task(lifecycle.report(lambda: self._standing(bus)), name="report"))
@@ -229,7 +241,14 @@ class Coordinator:
                         running.append(
                             tasks.create_task(_need_answers(bus, self._patience_seconds), name="broker answers")
                         )
-                    await self._advertise(advertisement, port, broker)
+                    if settings.discovery.enabled:
+                        mine = dataclasses.replace(
+                            self._service(port, broker), founded=journal.founded, empty=journal.empty
+                        )
+                        discovery = await self._advertise(advertisement, mine)
+                        self._neighbours = Neighbours(discovery, mine, self.topics, online, settings.bus)
+                        running.append(tasks.create_task(self._neighbours.run(), name="neighbours"))
+                        running.append(tasks.create_task(_say_once_kept(discovery, mine, journal), name="kept"))
                     broker_at = f"{broker.host}:{broker.port}" if broker else "external"
                     log.info(
                         "coordinator ready %s",
@@ -381,15 +400,16 @@ class Coordinator:
             return f"{cluster} is not served yet", ""
         count = len(self._membership.online())
         rival = "" if self._rival is None else "; another coordinator is on this bus: stop one"
+        if self._neighbours is not None and self._neighbours.others:
+            rival += f"; other coordinators serve a cluster of this name, at {', '.join(self._neighbours.others)}: stop all but one"
         return f"{cluster} is served", f": {count} node{'' if count == 1 else 's'}{rival}"
 
-    async def _say_again(self, online: CoordinatorStatus, store: BlobStore) -> None:
+    async def _say_again(self, online: Callable[[], CoordinatorStatus]) -> None:
         """Whatever was put on our topic meanwhile, by a tool that clears what is retained or a will that came late; and what is short."""
         while True:
             await asyncio.sleep(STATUS_SECONDS)
             if self._announced.is_set():
-                now = replace(online, shortage=store.shortage())
-                self._outbox.publish(self.topics.coordinator_status, now, retain=True)
+                self._outbox.publish(self.topics.coordinator_status, online(), retain=True)
 
     async def _tick(self) -> None:
         while True:
@@ -397,27 +417,38 @@ class Coordinator:
             with surviving("membership", fatal=FATAL):
                 self._notice(self._membership.tick(time.time()))
 
-    async def _advertise(self, stack: AsyncExitStack, port: int, broker: Broker | None) -> None:
+    async def _advertise(self, stack: AsyncExitStack, mine: Service) -> Discovery:
         settings = self.settings
-        if not settings.discovery.enabled:
-            return
+        discovery = await stack.enter_async_context(Discovery(settings.cluster, listen_host=settings.listen.host))
+        await discovery.advertise(mine)
+        return discovery
+
+    def _service(self, port: int, broker: Broker | None) -> Service:
+        """How we are found by mDNS."""
+        settings = self.settings
         broker_host, broker_port = "", broker.port if broker is not None else settings.broker.port
         if broker is None and settings.seeds:
             broker_host, broker_port = parse_address(settings.seeds[0])
             if is_loopback(broker_host):
                 broker_host = ""
-        discovery = await stack.enter_async_context(Discovery(settings.cluster, listen_host=settings.listen.host))
-        await discovery.advertise(
-            Service(
-                id=f"{short_hostname()}-{self.session[:6]}",
-                cluster=settings.cluster,
-                role="coordinator",
-                host=reachable_addresses(settings.listen.host)[0],
-                port=port,
-                broker_port=broker_port,
-                broker_host=broker_host,
-            )
+        return Service(
+            id=f"{short_hostname()}-{self.session[:6]}",
+            cluster=settings.cluster,
+            role="coordinator",
+            host=reachable_addresses(settings.listen.host)[0],
+            port=port,
+            broker_port=broker_port,
+            broker_host=broker_host,
         )
+
+
+async def _say_once_kept(discovery: Discovery, mine: Service, journal: Journal) -> None:
+    """Advertise anew once there is something in the journal: whoever finds two coordinators tries this one first."""
+    while mine.empty:
+        await asyncio.sleep(STATUS_SECONDS)
+        if not journal.empty:
+            mine = dataclasses.replace(mine, empty=False)
+            await discovery.update(mine)
 
 
 async def _watch(broker: Broker) -> None:

@@ -7,6 +7,7 @@ Each opening of the journal raises the epoch, which fences commands of a coordin
 from __future__ import annotations
 
 import logging
+import secrets
 import shutil
 import sqlite3
 import time
@@ -41,7 +42,7 @@ class Journal:
     """An open journal. One process at a time: opening it twice raises Conflict.
 
     The epoch is one more than the last, and at least `least_epoch`: given the time, a coordinator whose journal was lost is
-    still newer than what its nodes have seen.
+    still newer than what its nodes have seen. `cluster_id` and `founded` (Unix time in whole seconds) are the journal's own.
     """
 
     def __init__(self, path: Path, *, least_epoch: int = 0) -> None:
@@ -56,6 +57,8 @@ class Journal:
             self._db.execute("BEGIN IMMEDIATE")
             self._db.execute("INSERT OR IGNORE INTO facts VALUES ('epoch', 0)")
             self._db.execute("UPDATE facts SET value = max(value + 1, ?) WHERE key = 'epoch'", (least_epoch,))
+            self._db.execute("INSERT OR IGNORE INTO facts VALUES ('cluster', ?)", (secrets.randbits(63),))
+            self._db.execute("INSERT OR IGNORE INTO facts VALUES ('founded', ?)", (int(time.time()),))
             self._db.execute("COMMIT")
         except sqlite3.OperationalError as error:
             self._db.close()
@@ -65,8 +68,15 @@ class Journal:
         # A journal in memory (`:memory:`, sqlite3_open(3)) has no disk that could be full.
         beside = path.with_name(f"{path.name}.ballast") if path.exists() else None
         self._ballast = _Ballast(beside)
-        row = self._db.execute("SELECT value FROM facts WHERE key = 'epoch'").fetchone()
-        self.epoch: int = row[0]
+        facts: dict[str, int] = dict(self._db.execute("SELECT key, value FROM facts").fetchall())
+        self.epoch = facts["epoch"]
+        self.cluster_id = f"{facts['cluster']:016x}"
+        self.founded = facts["founded"]
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is no event in it."""
+        return self._db.execute("SELECT 1 FROM events LIMIT 1").fetchone() is None
 
     def append(self, stream: str, *events: msgspec.Struct) -> None:
         """Write `events` to `stream`, all or none, before returning. Raises Unavailable, when the disk is full for one."""

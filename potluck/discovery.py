@@ -53,6 +53,10 @@ class Service:
     memory_bytes: int = 0
     gpus: int = 0
     version: int = PROTOCOL_VERSION
+    founded: int = 0
+    """Of a coordinator: when its journal was begun, as Unix time in seconds."""
+    empty: bool = False
+    """Of a coordinator: whether nothing was kept in its journal yet."""
 
 
 class Discovery:
@@ -211,6 +215,11 @@ class Discovery:
             self._changed.set()
 
 
+def precedence(coordinator: Service) -> tuple[bool, int, str]:
+    """Orders coordinators of one cluster's name, so that everybody tries the same first: one that keeps something, the oldest."""
+    return coordinator.empty, coordinator.founded, coordinator.id
+
+
 def broker_addresses(network: NetworkSettings, discovery: Discovery | None) -> Callable[[], Awaitable[tuple[str, int]]]:
     """Where the bus may be, asked before each attempt to connect: the seeds in turn, then the coordinators that are found.
 
@@ -221,7 +230,7 @@ def broker_addresses(network: NetworkSettings, discovery: Discovery | None) -> C
     attempts = 0
 
     def found() -> list[tuple[str, int]]:
-        services = discovery.services("coordinator") if discovery is not None else []
+        services = sorted(discovery.services("coordinator"), key=precedence) if discovery is not None else []
         return [(one.broker_host or one.host, one.broker_port) for one in services if one.broker_port]
 
     async def following() -> tuple[str, int]:
@@ -266,6 +275,8 @@ def _info(service: Service, label: str, listen_host: str) -> AsyncServiceInfo:
         "memory": str(service.memory_bytes),
         "gpus": str(service.gpus),
         "v": str(service.version),
+        "founded": str(service.founded),
+        "empty": str(int(service.empty)),
     }
     return AsyncServiceInfo(
         SERVICE_TYPE,
@@ -282,6 +293,9 @@ def _ipv4(listen_host: str) -> list[str]:
     return [address for address in reachable_addresses(listen_host) if ":" not in address] or ["127.0.0.1"]
 
 
+_NUMBERS = ("port", "broker", "cores", "memory", "gpus", "v", "founded", "empty")
+
+
 def _service(info: AsyncServiceInfo) -> Service | None:
     """None for what is not ours, or cannot be read."""
     facts = info.decoded_properties
@@ -290,7 +304,7 @@ def _service(info: AsyncServiceInfo) -> Service | None:
     if not addresses or not id or role not in ("node", "coordinator", "candidate"):
         return None
     try:
-        numbers = {key: int(facts.get(key) or 0) for key in ("port", "broker", "cores", "memory", "gpus", "v")}
+        numbers = {key: int(facts.get(key) or 0) for key in _NUMBERS}
     except ValueError:
         return None
     if min(numbers.values()) < 0 or max(numbers["port"], numbers["broker"]) > 65535:
@@ -307,6 +321,8 @@ def _service(info: AsyncServiceInfo) -> Service | None:
         memory_bytes=numbers["memory"],
         gpus=numbers["gpus"],
         version=numbers["v"],
+        founded=numbers["founded"],
+        empty=bool(numbers["empty"]),
     )
 
 

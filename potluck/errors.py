@@ -100,6 +100,12 @@ class Conflict(PotluckError):
     code = "conflict"
 
 
+class GaveWay(Conflict):
+    """A coordinator that had nothing to keep, where another serves the cluster: starting it again would change nothing."""
+
+    exit_code = 6
+
+
 class Overloaded(PotluckError):
     """A bounded queue is full: try again after `retry_after_seconds`."""
 

@@ -120,8 +120,9 @@ class LocalCluster:
         self._count = nodes
         self.nodes: list[Daemon] = []
         self.coordinator = self._daemon(
-            "coordinator", "coordinator", "--port", "0", "--broker-port", str(broker_port), "--broker", broker
-        )
+            "coordinator", "coordinator", "--port", "0", "--broker-port", str(broker_port), "--broker", broker,
+            *([] if discovery else ["--no-discovery"]),
+        )  # fmt: skip
 
     def __enter__(self) -> Self:
         self.folder.mkdir(parents=True, exist_ok=True)

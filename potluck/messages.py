@@ -845,6 +845,14 @@ class CoordinatorStatus(Message, frozen=True):
     """When it came into this state; 0 in a will, which cannot know."""
     shortage: str = ""
     """Why it can take no more blobs, and jobs wait: its disk is full; "": it can."""
+    cluster_id: str = ""
+    """Of the journal: a cluster's name may be given twice, this is drawn by lot. Empty in a will."""
+    founded: UnixTime = 0.0
+    """When that journal was begun."""
+    empty: bool = False
+    """Whether nothing was kept in it yet: no job, no model."""
+    others: tuple[str, ...] = ()
+    """Where other coordinators serve a cluster of this name on another bus, as `host:port` of their brokers."""
 
 
 class NodeStatus(Message, frozen=True):

@@ -19,7 +19,7 @@ from potluck.cli import here
 from potluck.cli.notices import Notices
 from potluck.cli.plan import Plan, already
 from potluck.discovery import Discovery, Service
-from potluck.errors import Unavailable
+from potluck.errors import GaveWay, Unavailable
 from potluck.logs import fields
 from potluck.network import lan_addresses, reachable_addresses
 from potluck.settings import is_loopback, parse_address, typed
@@ -42,6 +42,7 @@ STEADY_SECONDS = 60.0
 """A daemon that ran this long has its back-off forgiven."""
 TRIES = 6
 """A daemon that ended so many times in a row, and never ran as long, will not run: the state folder is another's, it may be."""
+GAVE_WAY = GaveWay.exit_code
 PERMANENT = (2, 5)
 """Exit codes of daemons that starting again cannot help: wrong settings, and addresses that somebody here has just chosen."""
 
@@ -238,7 +239,7 @@ class Child:
         self._stopping = asyncio.Event()
 
     async def run(self) -> None:
-        """Keep it running until `stop` or cancelled. Raises Unavailable when its settings are wrong, or it never runs for long."""
+        """Keep it running until `stop` or cancelled, or it gives way. Raises Unavailable when its settings are wrong, or it never runs for long."""
         delay = BACKOFF_SECONDS[0]
         tries: int | None = TRIES
         with Notices(self._told) as notices:
@@ -246,6 +247,11 @@ class Child:
                 started = time.monotonic()
                 status = await self._run_once(notices.environment)
                 if self._stopping.is_set():
+                    return
+                if status == GAVE_WAY:
+                    self._say(
+                        f"the {self._name} gave way to the one that was there: this machine belongs to its cluster"
+                    )
                     return
                 if status in PERMANENT:
                     raise Unavailable(f"the {self._name} cannot run: what it wrote above says why")

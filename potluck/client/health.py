@@ -62,6 +62,8 @@ class Health(Struct, frozen=True, kw_only=True):
     """Those that have not ended."""
     shortage: str = ""
     """Why the coordinator can take no more blobs."""
+    others: tuple[str, ...] = ()
+    """Brokers, as `host:port`, of other coordinators that serve a cluster of this name."""
     clock_ahead_seconds: float = 0.0
     """How far this machine's clock is ahead of the coordinator's; 0 where that one did not say."""
     problems: tuple[str, ...] = ()
@@ -112,7 +114,7 @@ async def _with_coordinator(
     found = Health(
         cluster=cluster, broker=broker, coordinator="online", since=status.since, gateway=status.http, nodes=listed.nodes,
         deployments=deployments, jobs=tuple(job for job in jobs if not job.ended_at), clock_ahead_seconds=ahead,
-        shortage=status.shortage,
+        shortage=status.shortage, others=status.others,
     )  # fmt: skip
     unreached = (
         []
@@ -189,6 +191,11 @@ def troubles(found: Health, local: Sequence[User] = ()) -> list[str]:
         if deployment.state == "failing":
             why = deployment.reason or next((one.error.message for one in deployment.replicas if one.error), "")
             said.append(f"deployment {deployment.name} fails{f': {why}' if why else ''}")
+    if found.others:
+        said.append(
+            f"other coordinators serve a cluster named {found.cluster!r} on this network, with brokers at {', '.join(found.others)}: "
+            "nodes and clients may find either; stop all but one, or give them names with --cluster"
+        )
     if found.shortage:
         said.append(f"the coordinator takes no more data, models and results, and jobs wait: {found.shortage}")
     if found.nodes and all(node.state == "offline" for node in found.nodes):

@@ -12,7 +12,7 @@ from potluck.cli import joining
 from potluck.cli.joining import TRIES, Child, Joining
 from potluck.cli.plan import Plan
 from potluck.discovery import Service
-from potluck.errors import Unavailable
+from potluck.errors import GaveWay, Unavailable
 from potluck.settings import Listen, NetworkSettings
 from support.eventually import eventually
 
@@ -41,6 +41,16 @@ async def test_what_never_runs_is_given_up(told: Path, status: int, starts: int,
         with pytest.raises(Unavailable, match=said):
             await child.run()
     assert started(told) == starts
+
+
+async def test_a_coordinator_that_gave_way_is_not_started_again(told: Path) -> None:
+    said: list[str] = []
+    script = f"{SAY} sys.exit({GaveWay.exit_code})"
+    child = Child("coordinator", [sys.executable, "-c", script, str(told)], said.append)
+    async with asyncio.timeout(30):
+        await child.run()
+    assert started(told) == 1
+    assert said == ["the coordinator gave way to the one that was there: this machine belongs to its cluster"]
 
 
 async def test_how_a_daemon_says_it_is_is_passed_on_once_it_stays_so(
