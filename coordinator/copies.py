@@ -19,7 +19,7 @@ from coordinator.serving.registry import Registry
 from potluck.blobs.download import Downloader
 from potluck.blobs.store import BlobStore
 from potluck.errors import DiskFull, PotluckError
-from potluck.logs import fields
+from potluck.logs import Seldom, fields
 from potluck.messages import BlobRef, BlobsStored, HoldBlob, HoldFailed, Message, ReleaseBlob
 from potluck.outbox import Outbox
 from potluck.surviving import surviving
@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 _STREAM = "copies"
 PLAN_SECONDS = 2.0
+LOG_SECONDS = 60.0
 MISSING_SECONDS = 5.0
 """How often our own copies are looked for."""
 
@@ -71,6 +72,7 @@ class Copies:
         self._holding = Holding()
         self._held_by: dict[str, str] = {}
         self._missed: set[str] = set()
+        self._seldom = Seldom(LOG_SECONDS)
         registered = self._blobs()
         for event in journal.replay(_STREAM, CopyHeld):
             if event.sha256 in registered:
@@ -92,8 +94,9 @@ class Copies:
                     if self._holding.stored(node_id, sha256):
                         self._held(node_id, sha256)
             case HoldFailed():
-                why = fields(blob=message.sha256[:12], node=node_id, reason=message.error.message)
-                log.warning("copy of a model not held %s", why)
+                if (more := self._seldom.due(f"copy on {node_id}")) is not None:
+                    why = fields(blob=message.sha256[:12], node=node_id, reason=message.error.message[:500])
+                    log.warning("copy of a model not held %s", f"{why} {fields(more=more or None)}".rstrip())
                 rest = REST_SECONDS if message.error.code == DiskFull.code else RETRY_SECONDS
                 self._holding.failed(node_id, message.sha256, self._clock(), rest)
                 self._wake.set()

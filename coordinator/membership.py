@@ -24,6 +24,8 @@ from potluck.messages import (
 MemberState = Literal["online", "suspect", "offline"]
 ADDRESSES_KEPT = 32
 """Of a node; a machine has a few."""
+MEMBERS_LIMIT = 1000
+"""Ids can be made up: beyond so many, whoever has been gone the longest is forgotten, and where nobody is, nobody more comes in."""
 VIOLATIONS_LIMIT = 3
 """Results that are not what was asked for, after which a node gets no more jobs until it is started again."""
 _UNKNOWN = Capacity(hostname="", system="", cores=1, memory_bytes=0)
@@ -116,6 +118,8 @@ class Membership:
                 return []
             self.members[status.node_id] = replace(known, state="offline", left=status.left)
             return [NodeLost(status.node_id, "it left" if status.left else "it went offline")]
+        if known is None and not self._room():
+            return []
         changes: list[Change] = []
         for url in known.http if known is not None else ():
             if self._at.get(url) == status.node_id:
@@ -151,6 +155,8 @@ class Membership:
         return [*changes, NodeJoined(status.node_id)]
 
     def on_capacity(self, message: NodeCapacity) -> list[Change]:
+        if message.node_id not in self.members and not self._room():
+            return []
         # Retained capacity may arrive before the birth.
         known = self.members.get(message.node_id) or Member(message.node_id, "", "offline", 0.0)
         self.members[message.node_id] = replace(
@@ -160,9 +166,24 @@ class Membership:
 
     def on_unreadable_capacity(self, node_id: str, reason: str) -> None:
         """What the node has is not known, unless it was known before."""
+        if node_id not in self.members and not self._room():
+            return
         known = self.members.get(node_id) or Member(node_id, "", "offline", 0.0)
         if known.capacity is _UNKNOWN:
             self.members[node_id] = replace(known, unreadable=f"its capacity cannot be read: {reason[:200]}")
+
+    def _room(self) -> bool:
+        """Whether there is room for one more member, which may take that of one that is offline."""
+        if len(self.members) < MEMBERS_LIMIT:
+            return True
+        gone = min(
+            (one for one in self.members.values() if one.state == "offline"), key=lambda one: one.seen_at, default=None
+        )
+        if gone is None:
+            return False
+        del self.members[gone.node_id]
+        self._at = {url: node_id for url, node_id in self._at.items() if node_id != gone.node_id}
+        return True
 
     def violated(self, node_id: str, reason: str) -> bool:
         """A result of the node was not what its lease asked for: whether that was once too often."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from coordinator.training.scores import evaluation_metrics
 from potluck.blobs.store import BlobStore
+from potluck.errors import InvalidModel
 from potluck.messages import ClassScore, EvaluateResult, Evaluation, PredictResult, Tensor
 from potluck.tensors import DTYPES
 
@@ -75,8 +76,16 @@ def _remark(merged: EvaluateResult) -> str:
 def predictions(parts: Sequence[PredictResult], store: BlobStore) -> tuple[Tensor, ...]:
     """The outputs of all parts, joined along the first axis in the order given; large ones as blobs of the store.
 
-    Each part's data is a blob of the store already (raw little-endian bytes). Blocks on files: call it in a thread.
+    Each part's data is a blob of the store already (raw little-endian bytes). Blocks on files: call it in a thread. Raises
+    InvalidModel where the parts are not of one form.
     """
+    forms = [[(one.name, one.datatype, list(one.shape[1:])) for one in part.outputs] for part in parts]
+    other = next((form for form in forms if form != forms[0]), None)
+    if other is not None:
+        raise InvalidModel(
+            f"predictions for some items have another form than for others, so that they make no array: {_form(forms[0])} and "
+            f"{_form(other)}: the model's outputs depend on its batch, or a node does not run this model"
+        )
     joined: list[Tensor] = []
     for number, first in enumerate(parts[0].outputs if parts else ()):
         rows = sum(part.outputs[number].shape[0] for part in parts)
@@ -98,6 +107,11 @@ def predictions(parts: Sequence[PredictResult], store: BlobStore) -> tuple[Tenso
             ref = store.put_file(file.path, move=True)
         joined.append(Tensor(name=first.name, datatype=datatype, shape=shape, data=ref))
     return tuple(joined)
+
+
+def _form(outputs: list[tuple[str, str, list[int]]]) -> str:
+    shown = [f"{name[:80]} {datatype} {shape[:8]}" for name, datatype, shape in outputs[:4]]
+    return ", ".join([*shown, *(["..."] if len(outputs) > len(shown) else [])])
 
 
 def _bytes(tensor: Tensor, store: BlobStore) -> bytes:

@@ -410,9 +410,10 @@ async def test_a_new_bus_may_have_a_coordinator_that_counts_from_one(lab: Lab) -
     await lab.lease("a1", "join", epoch=9)
     await lab.heard(ShardFinished)
     await lab.broker.kill()
+    told = len(lab.all(NodeStatus))
     await lab.broker.start()  # mosquitto without persistence: nothing is retained
     await lab.bus.connected(5)
-    await lab.heard(NodeStatus, lambda one: one.state == "online", after=1)
+    await lab.heard(NodeStatus, lambda one: one.state == "online", after=told)
     await lab.lease("a2", "join", epoch=1)
     await lab.heard(ShardFinished, lambda one: one.attempt_id == "a2")
 

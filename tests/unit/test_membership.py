@@ -2,7 +2,7 @@
 
 from msgspec.structs import replace
 
-from coordinator.membership import Membership, NodeJoined, NodeLost
+from coordinator.membership import MEMBERS_LIMIT, Membership, NodeJoined, NodeLost
 from potluck.messages import Capacity, NodeCapacity, NodeStatus, NodeTelemetry
 
 
@@ -117,3 +117,21 @@ def test_a_capacity_that_cannot_be_read_is_named_where_none_is_known() -> None:
     members.on_capacity(NodeCapacity(node_id="n", capacity=Capacity(hostname="h", system="s", cores=4, memory_bytes=1)))
     members.on_unreadable_capacity("n", "gflops")  # of somebody else
     assert members.infos()[0].left_out == ""
+
+
+def test_made_up_ids_fill_no_memory_and_push_out_nobody_who_is_there() -> None:
+    members = Membership(timeout_seconds=10)
+    members.on_status(birth("1"), 0)
+    for number in range(2 * MEMBERS_LIMIT):
+        forged = NodeStatus(node_id=f"f{number}", session="s", state="online", http=(f"http://127.0.0.1:{number + 1}",))
+        members.on_capacity(NodeCapacity(node_id=f"g{number}", capacity=Capacity("h", "s", 1, 1)))
+        members.on_unreadable_capacity(f"u{number}", "rubbish")
+        members.on_status(forged, 1)
+    assert len(members.members) == MEMBERS_LIMIT
+    assert len(members._at) <= MEMBERS_LIMIT
+    assert members.members["n"].state == "online"
+    members.heard("n", 15)
+    members.tick(20)
+    real = NodeStatus(node_id="late", session="s", state="online")
+    assert members.on_status(real, 20) == [NodeJoined("late")], "the forged ones are silent"
+    assert members.members["n"].state == "online"

@@ -1,11 +1,15 @@
 """Precision, recall and F1 equal scikit-learn's."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_fscore_support
 
-from coordinator.results import evaluation
-from potluck.messages import EvaluateResult
+from coordinator.results import evaluation, predictions
+from potluck.blobs.store import BlobStore
+from potluck.errors import InvalidModel
+from potluck.messages import EvaluateResult, PredictResult, Tensor
 
 
 def test_scores_equal_scikit_learns() -> None:
@@ -54,3 +58,19 @@ def test_f1_is_that_of_the_precision_and_recall_beside_it_and_means_over_classes
 def test_a_report_with_its_threshold_elsewhere_than_the_loss_says_so() -> None:
     found = evaluation(EvaluateResult(count=2, confusion=((1, 0), (0, 1)), threshold=0.5, middle=0.0), [])
     assert "threshold=0" in found.remark
+
+
+def part(name: str, *shape: int) -> PredictResult:
+    rows = np.zeros(shape, np.float32)
+    return PredictResult(
+        count=shape[0], outputs=(Tensor(name=name, datatype="FP32", shape=shape, data=rows.tobytes()),)
+    )
+
+
+def test_parts_of_predictions_are_joined_where_they_are_of_one_form_and_named_where_not(tmp_path: Path) -> None:
+    store = BlobStore(tmp_path, 2**20)
+    (joined,) = predictions([part("y", 2, 3), part("y", 1, 3)], store)
+    assert joined.shape == (3, 3)
+    for other in (part("y", 2, 4), part("z", 2, 3), PredictResult(count=2, outputs=())):
+        with pytest.raises(InvalidModel, match=r"y FP32 \[3\] and "):
+            predictions([part("y", 2, 3), other], store)
