@@ -103,7 +103,7 @@ def main() -> None:
     arguments = parser.parse_args()
     report = Report("scaling")
     with tempfile.TemporaryDirectory(prefix="potluck-bench-") as folder:
-        items, turns = (4000, 3) if arguments.quick else (12_000, 3)
+        items, turns = (600, 1) if arguments.quick else (12_000, 3)
         measure(Path(folder), items, turns, report)
     report.show()
 

@@ -79,8 +79,8 @@ def ask_as_foreigners(cluster: LocalCluster, row: Any, expected: Any) -> None:
 
 
 def test_the_founding_example_runs_against_a_cluster_that_it_finds_itself(tmp_path: Path) -> None:
-    train = write_png_folder(tmp_path / "train", count=120, size=128)
-    test = write_png_folder(tmp_path / "test", count=40, size=128)
+    train = write_png_folder(tmp_path / "train", count=60, size=128)
+    test = write_png_folder(tmp_path / "test", count=20, size=128)
     with LocalCluster(tmp_path / "cluster", cluster="example", nodes=2) as cluster:
         (tmp_path / "scratch").mkdir()
         environment = os.environ | {"POTLUCK_CLUSTER": cluster.cluster, "TF_CPP_MIN_LOG_LEVEL": "3"}
