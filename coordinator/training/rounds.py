@@ -122,6 +122,8 @@ class RoundsStrategy:
     opened_at: float = 0.0
     due: float = 0.0
     """When all parts of the open round should be here."""
+    promised: frozenset[str] = frozenset()
+    """The nodes for which the round was opened."""
     readiness: Readiness = field(default_factory=Readiness)
     slow: dict[str, str] = field(default_factory=dict)
     """Nodes that the last round was opened without, since they bring less than they cost, and why."""
@@ -195,7 +197,9 @@ class RoundsStrategy:
 
     def _plan_round(self, view: ClusterView, attempts: dict[str, Attempt]) -> list[Decision]:
         mine = [attempt for attempt in attempts.values() if self._of_round(attempt)]
-        if mine and view.now < self.due:
+        # Parts that were given away anew, as all were late, are not waited for once those are here after all.
+        here = bool(self.promised) and self.promised <= self.contributions.keys()
+        if mine and view.now < self.due and not here:
             return []
         if self.contributions:
             return [self._close_round()]
@@ -214,6 +218,8 @@ class RoundsStrategy:
             if not self.contributions and self._of_round(attempt):
                 self.opened_at = attempt.leased_at
             if self._of_round(attempt):
+                if attempt.leased_at < self.due or not self.promised:
+                    self.promised |= {attempt.node_id}
                 self.due = max(self.due, attempt.leased_at + self._expected(attempt.node_id, task))
             self.assigned[attempt.node_id] = self._indexes(task)
             self.epoch_started_at = self.epoch_started_at or attempt.leased_at
@@ -277,7 +283,7 @@ class RoundsStrategy:
         self.round += 1
         self.due = 0.0
         self.round_metrics.append((event.samples, event.metrics))
-        self.crew, self.contributions = frozenset(self.contributions), {}
+        self.crew, self.contributions, self.promised = frozenset(self.contributions), {}, frozenset()
 
     def ended_epoch(self, event: EpochEnded) -> None:
         self.epochs_ended += 1

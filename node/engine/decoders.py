@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -48,6 +49,11 @@ class ImageDecoder:
         # Without state, or tf.data would call it one by one where operations are to be deterministic.
         found = tf.numpy_function(self._tensor, [data], tf.float32, stateful=False)
         return tf.cast(tf.ensure_shape(found, self.shape), self.dtype)
+
+    def fill(self, rows: Any, files: Sequence[bytes]) -> None:
+        """`rows` become what `decode` makes of the files, without a graph. Raises ValueError for what cannot be decoded."""
+        for row, data in zip(rows, files, strict=True):
+            row[...] = self._tensor(data)
 
     def _tensor(self, data: bytes) -> Any:
         try:

@@ -75,6 +75,7 @@ class Session:
         self._seed = seed
         self._beginning: list[Any] = []
         self._data_key: tuple[Any, ...] = ()
+        self._decoded_as: tuple[Any, Any] = (None, None)
         self._decoded: dict[Part, Any] = {}
         """Items of the parts in use: with other shares, nodes get other parts, and most of them are the same."""
         self._batches: Callable[[], Any] = list
@@ -108,9 +109,10 @@ class Session:
             return
         source = inputs.source_for(self.model, task.format, task.image)
         whole = source.decoder is None or source.decoded_bytes(parts) <= memory_limit()
-        if self._data_key[2:4] != key[2:4] or not whole:
+        # How images are decoded is told from the second round on; until then it is found out here, and is the same.
+        if (source.image, task.format) != self._decoded_as or not whole:
             self._decoded.clear()
-        self._data_key, self._iterator = (), None
+        self._data_key, self._iterator, self._decoded_as = (), None, (source.image, task.format)
         self.image = source.image
         truth = truth_of(source, parts, "to train on", task.class_weight)
         count = len(truth)
@@ -366,10 +368,7 @@ class Session:
         def batches(batch: int) -> Any:
             order = tf.data.Dataset.range(len(truth)).shuffle(len(truth), seed=self._seed).repeat()
             picked = order.batch(batch, drop_remainder=True).map(pick, tf.data.AUTOTUNE)
-            options = tf.data.Options()
-            # Rewriting the graph would copy all that is held each time an iterator begins.
-            options.experimental_optimization.apply_default_optimizations = False
-            return picked.with_options(options)
+            return picked.with_options(_options())
 
         return batches
 
@@ -392,9 +391,18 @@ class Session:
             dataset = dataset.map(
                 lambda data, *rest: (decoder.decode(data), *truth.packed(rest)), tf.data.AUTOTUNE, deterministic=False
             )
-            return dataset.batch(batch, drop_remainder=True)
+            return dataset.batch(batch, drop_remainder=True).with_options(_options())
 
         return batches
+
+
+def _options() -> Any:
+    found = tf.data.Options()
+    # Rewriting the graph would copy all that is held each time an iterator begins.
+    found.experimental_optimization.apply_default_optimizations = False
+    # Whoever lets go of an iterator waits for the thread that tunes it, which sleeps: for seconds, the longer it has lived.
+    found.autotune.enabled = False
+    return found
 
 
 def memory_limit() -> int:

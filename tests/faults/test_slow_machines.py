@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from potluck.client import Client
 from potluck.local_cluster import LocalCluster
 from potluck.messages import JobProgress
 from support.digits import mlp, split
-from support.processes import engines
+from support.processes import engines, throttled
 
 pytestmark = [pytest.mark.tensorflow, pytest.mark.timeout(300)]
 
@@ -52,3 +53,31 @@ def test_a_frozen_engine_is_gone_on_without_and_takes_part_again(cluster: LocalC
         job.stop()
         job.wait(timeout=60)
         assert job.history["accuracy"][-1] > 0.95
+
+
+def test_a_node_that_becomes_twenty_times_slower_holds_up_nobody(cluster: LocalCluster) -> None:
+    data = split()
+    with Client(f"{cluster.broker_host}:{cluster.broker_port}", cluster=cluster.cluster) as client:
+        job = client.train(mlp(), (data["x_train"], data["y_train"]), epochs=5000, batch_size=32)
+        before = until(job, lambda progress: progress.round > 3 and len(progress.nodes) == 2)
+        rate = samples_per_second(job, before.round + 20)
+        name = cluster.nodes[1].name
+        slowed = engines(cluster.nodes[1].pid)["work"]
+        with throttled(slowed, 1 / 20):
+            noticed = until(job, lambda progress: name in progress.waiting)
+            assert noticed.waiting[name]
+            assert samples_per_second(job, noticed.round + 20) > rate / 4, (
+                "half of it is the other node's, and the machine is shared"
+            )
+            job.stop()
+            job.wait(timeout=60)
+        assert slowed.is_running(), "it was not ended for being slow"
+        assert job.history["accuracy"][-1] > 0.95
+
+
+def samples_per_second(job: Any, round: int) -> float:
+    """Of the rounds from now until this one."""
+    first = until(job, lambda progress: True)
+    started = time.monotonic()
+    last = until(job, lambda progress: progress.round >= round)
+    return (last.done - first.done) / (time.monotonic() - started)

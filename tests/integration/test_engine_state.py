@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 import psutil
 import pytest
 import pytest_asyncio
+from msgspec.structs import replace
 from PIL import Image
 from safetensors.numpy import save
 
@@ -329,6 +330,46 @@ def _adam(rate: float) -> Any:
     return keras.optimizers.Adam(rate)
 
 
+def watched(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The parts that are decoded from now on."""
+    from node.engine import inputs
+
+    decoded: list[Any] = []
+    ordinary = inputs.Source._fill
+
+    def fill(self: Any, decoder: Any, rows: Any, part: Any) -> None:
+        decoded.append(part)
+        ordinary(self, decoder, rows, part)
+
+    monkeypatch.setattr(inputs.Source, "_fill", fill)
+    return decoded
+
+
+async def test_what_is_told_later_of_the_images_is_no_reason_to_decode_them_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first round is on its way before anybody knows the size and scale that a model takes."""
+    import keras
+
+    from node.engine.shards import Part
+    from node.engine.training import Session
+
+    files = Files(tmp_path)
+    shards = [files.images(pictures(4, size)) for size in (12, 13)]
+    parts = [Part(files.paths[shard.blob.sha256], 0, shard.count) for shard in shards]
+    model = keras.Sequential([keras.Input((12, 12, 3)), keras.layers.Flatten(), keras.layers.Dense(2)])
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    decoded = watched(monkeypatch)
+    session = Session(model, 0)
+    task = training(files.put(b"the model's file"), tuple(shards), format=IMAGES, batch_size=4)
+    session.use_data(task, parts)
+    assert session.image is not None
+    session.use_data(replace(task, image=session.image), parts)
+    assert decoded == parts
+    session.use_data(replace(task, image=replace(session.image, scale=1.0)), parts)
+    assert decoded == [*parts, *parts]
+
+
 async def test_parts_that_stay_are_not_decoded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With other shares nodes get other shards, and most are those that they had."""
     import keras
@@ -341,14 +382,7 @@ async def test_parts_that_stay_are_not_decoded_again(tmp_path: Path, monkeypatch
     parts = [Part(files.paths[shard.blob.sha256], 0, shard.count) for shard in shards]
     model = keras.Sequential([keras.Input((12, 12, 3)), keras.layers.Flatten(), keras.layers.Dense(2)])
     source = inputs.source_for(model, IMAGES, None)
-    decoded: list[Part] = []
-    ordinary = inputs.Source.batches
-
-    def batches(self: Any, parts: Sequence[Part], batch_size: int) -> Any:
-        decoded.extend(parts)
-        return ordinary(self, parts, batch_size)
-
-    monkeypatch.setattr(inputs.Source, "batches", batches)
+    decoded = watched(monkeypatch)
     known: dict[Part, Any] = {}
     source.load(parts[:2], known)
     (moved,) = source.load([parts[2], parts[1]], known)

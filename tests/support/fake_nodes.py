@@ -7,13 +7,13 @@ from pathlib import Path
 
 from potluck.local_cluster import Daemon, LocalCluster
 
-FAKE = str(Path(__file__).with_name("fake_engine_node.py"))
+HERE = Path(__file__).parent
 
 
-def fake_node(running: LocalCluster, node_id: str) -> Daemon:
-    """Start one; it joins soon."""
+def fake_node(running: LocalCluster, node_id: str, program: str = "fake_engine_node") -> Daemon:
+    """Start one; it joins soon. `program`: the module beside this one that is run."""
     command = [
-        sys.executable, FAKE, "--cluster", running.cluster, "--node-id", node_id,
+        sys.executable, str(HERE / f"{program}.py"), "--cluster", running.cluster, "--node-id", node_id,
         "--state-dir", str(running.folder / node_id), "--seed", f"{running.broker_host}:{running.broker_port}", "--no-discovery",
     ]  # fmt: skip
     node = Daemon(node_id, command, running.folder / f"{node_id}.log", running.coordinator.environment)

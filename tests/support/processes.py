@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+import signal
+import threading
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import psutil
@@ -35,3 +38,23 @@ def _runs(process: psutil.Process) -> bool:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:  # between the two
         return False
+
+
+@contextlib.contextmanager
+def throttled(process: psutil.Process, share: float, period_seconds: float = 0.1) -> Iterator[None]:
+    """The process runs for this share of each period only, as beside others on a busy machine."""
+    over = threading.Event()
+
+    def work() -> None:
+        while not over.wait(period_seconds * share):
+            process.send_signal(signal.SIGSTOP)
+            over.wait(period_seconds * (1 - share))
+            process.send_signal(signal.SIGCONT)
+
+    thread = threading.Thread(target=work, name="throttle")
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()

@@ -328,6 +328,17 @@ def test_where_all_are_late_another_does_the_round() -> None:
     assert play.strategy.round == 1
 
 
+def test_when_the_one_that_was_late_is_done_nobody_waits_for_whoever_does_it_again() -> None:
+    play = Simulation(epochs=1, validation=False)
+    play.plan("a")
+    play.now = play.strategy.due
+    play.plan("a", "b")
+    play.finish(next(attempt.attempt_id for attempt in play.job.attempts.values() if attempt.node_id == "a"))
+    assert play.now < play.strategy.due
+    play.plan("a", "b")
+    assert play.strategy.round == 1
+
+
 def test_nobody_waits_for_a_node_that_gets_ready_and_it_joins_when_it_is() -> None:
     play = Simulation(epochs=8, validation=False)
     play.by_hand = True
