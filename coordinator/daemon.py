@@ -446,9 +446,14 @@ async def _say_once_kept(discovery: Discovery, mine: Service, journal: Journal) 
     """Advertise anew once there is something in the journal: whoever finds two coordinators tries this one first."""
     while mine.empty:
         await asyncio.sleep(STATUS_SECONDS)
-        if not journal.empty:
-            mine = dataclasses.replace(mine, empty=False)
-            await discovery.update(mine)
+        if journal.empty:
+            continue
+        kept = dataclasses.replace(mine, empty=False)
+        try:
+            await discovery.update(kept)
+            mine = kept
+        except Unavailable as error:  # the network went away; it may come back
+            log.debug("not advertised anew %s", fields(reason=error.message))
 
 
 async def _watch(broker: Broker) -> None:

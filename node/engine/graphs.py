@@ -94,6 +94,10 @@ class Graph:
                     count = len(self._function.outputs)
                 assert count == len(self.signature.outputs)
             except (ImportError, AttributeError, TypeError, ValueError, AssertionError, tf.errors.OpError) as error:
+                if found := shortage(
+                    error
+                ):  # it has none in other ways either, and TensorFlow waits 10 s for some each time
+                    raise found from error
                 log.info("no short call %s", fields(way=make.__name__.strip("_"), reason=one_line(error)))
             else:
                 return call

@@ -48,8 +48,12 @@ def train(
         typer.Option(min=0.0, help="Seconds of computing between two exchanges; 0: as measured bandwidth suggests."),
     ] = 0.0,
     monitor: Annotated[
-        str | None, typer.Option(help="A metric (val_loss): keep the model of its best epoch, not of the last.")
-    ] = None,
+        str,
+        typer.Option(
+            help="Keep the model of the epoch in which this metric is best; auto: val_loss, with validation data; none: of the last.",
+            autocompletion=completion.words("auto", "none", "loss", "accuracy", "val_loss", "val_accuracy"),
+        ),
+    ] = "auto",
     monitor_mode: Annotated[
         str,
         typer.Option(
@@ -153,7 +157,7 @@ def train(
                 strategy=strategy,  # type: ignore[arg-type]  # checked by the client
                 round_seconds=round_seconds,
                 seed=seed_number,
-                monitor=monitor,
+                monitor=None if monitor == "none" else monitor,
                 monitor_mode=monitor_mode,  # type: ignore[arg-type]  # checked by the client
                 patience=patience,
                 class_weight=class_weights(class_weight or []),

@@ -198,7 +198,7 @@ class AsyncClient:
         batch_size = arguments.at_least_one("batch_size", batch_size)
         register = arguments.name("name", name)
         roles = _Roles.of(target, sample_weight, data, validation)
-        fields = training.fields(options)
+        fields = training.fields(options, validated=validation is not None)
         given = roles.given("data", data)
         given_too = None if validation is None else roles.given("validation", validation)
         if options.get("resume") is not None:

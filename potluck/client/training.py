@@ -13,6 +13,7 @@ from potluck.errors import InvalidRequest
 from potluck.messages import Compression, Epochs, Privacy, Seed, Strategy, Train
 
 _SECONDS = "a number of seconds above 0, at most 86,400 (0: as measured speed and bandwidth suggest)"
+AUTO, AUTO_METRIC = "auto", "val_loss"
 _KINDS: dict[str, tuple[Any, str]] = {
     "strategy": (Strategy, "'auto', 'local' or 'sync'"),
     "round_seconds": (Annotated[float, Meta(ge=0, le=86_400)], _SECONDS),
@@ -22,7 +23,7 @@ _KINDS: dict[str, tuple[Any, str]] = {
     "outer_learning_rate": (Annotated[float, Meta(gt=0, le=10)] | None, "a number above 0, at most 10, or None"),
     "outer_momentum": (Annotated[float, Meta(ge=0, lt=1)] | None, "a number from 0 to below 1, or None"),
     "class_weight": (dict[str, Annotated[float, Meta(ge=0)]] | None, "a map from classes to numbers of at least 0"),
-    "monitor": (str | None, "the name of a metric, such as 'val_loss'"),
+    "monitor": (str | None, "the name of a metric, such as 'val_loss', 'auto', or None"),
     "monitor_mode": (Literal["auto", "min", "max"], "'auto', 'min' or 'max'"),
     "patience": (Epochs | None, "a whole number of epochs, or None"),
     "min_delta": (Annotated[float, Meta(ge=0)], "a number of at least 0"),
@@ -47,7 +48,8 @@ DEFAULTS = (
         for name, of in _PRIVACY.items()
         if of == field.name
     }
-    | dict.fromkeys(("monitor", "class_weight", "l2_norm_clip"))
+    | dict.fromkeys(("class_weight", "l2_norm_clip"))
+    | {"monitor": AUTO}
 )
 """What an option is that is not given."""
 
@@ -58,8 +60,8 @@ class TrainOptions(TypedDict, total=False):
     - `strategy`: `"local"` trains in rounds; `"sync"` takes every step on all nodes together, with `batch_size` items over all
       of them, exactly as one machine would; `"auto"` measures, and takes `"sync"` where the network is fast enough for it.
     - `seed`: for shuffling and initial state.
-    - `monitor`: a metric of epochs; the result is the model after the best of them. `patience`: end after so many epochs that
-      were not better by more than `min_delta`. `monitor_mode`: whether it is better when it is small (`"min"`) or large (`"max"`); `"auto"`
+    - `monitor`: a metric of epochs; the result is the model after the best of them. `"auto"`: `val_loss` where validation data are
+      given; None: the model of the last epoch. `patience`: end after so many epochs that were not better by more than `min_delta`. `monitor_mode`: whether it is better when it is small (`"min"`) or large (`"max"`); `"auto"`
       goes by the name, as Keras has them, and refuses one that does not tell.
     - `class_weight`: from class labels (numbers, where classes have no label) to their weight in the loss; 1 where none is given.
     - `resume`: a training job (or its id) that has ended; go on from its last round, up to `epochs` in all.
@@ -92,9 +94,13 @@ class TrainOptions(TypedDict, total=False):
     delta: float
 
 
-def fields(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options as fields of `Train`, but for `resume`. Raises InvalidRequest."""
+def fields(options: Mapping[str, Any], *, validated: bool) -> dict[str, Any]:
+    """The options as fields of `Train`, but for `resume`. `validated`: whether there are validation data. Raises InvalidRequest."""
     found: dict[str, Any] = {}
+    if options.get("monitor", AUTO) == AUTO:
+        options = {name: value for name, value in options.items() if name != "monitor"}
+        if validated and options.get("monitor_mode", "auto") == "auto":
+            found["monitor"] = AUTO_METRIC
     for name, value in options.items():
         if name == "resume":
             continue

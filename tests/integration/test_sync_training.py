@@ -196,7 +196,7 @@ def test_weights_that_are_no_numbers_end_the_job_though_the_loss_is_one(client: 
 def test_when_the_job_has_ended_nothing_listens_beyond_loopback_any_more(cluster: LocalCluster, client: Client) -> None:
     data = split()
     x, y = data["x_train"].reshape(-1, 64)[:640], data["y_train"][:640]
-    job = client.train(network("sgd"), (x, y), epochs=60, strategy="sync", round_seconds=0.2)
+    job = client.train(network("sgd"), (x, y), epochs=30, strategy="sync", round_seconds=0.2)
     reach(job, 2)
     assert len(open_ports(cluster)) == 2
     job.wait(timeout=200)

@@ -291,7 +291,7 @@ def test_jobs_that_hold_the_same_weights_do_not_take_them_from_each_other(client
     """As in a search over learning rates: all begin with the same weights, and two are the same in every round."""
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(512, 4)).astype(np.float32), rng.normal(size=512).astype(np.float32)
-    jobs = [client.train(regression(), (x, y), epochs=epochs, deterministic=True) for epochs in (12, 12, 10)]
+    jobs = [client.train(regression(), (x, y), epochs=epochs, deterministic=True) for epochs in (6, 6, 5)]
     for job in jobs:
         job.wait(timeout=200)
     first, second, _ = ([weights.tobytes() for weights in job.model().get_weights()] for job in jobs)
