@@ -284,29 +284,31 @@ def unequal(lab: Lab, report: Report) -> None:
 
 
 def slow_helper(lab: Lab, report: Report) -> None:
-    """A node with a core, and the same joined by one with a twentieth of a core: which may make nothing slower. Engines are cold."""
-    images, epochs = (600, 3) if lab.quick else (6000, 4)
+    """A node with a core, and the same joined by one with a twentieth of a core: which may make nothing slower. Engines are cold.
+
+    In turns, and by the median: one node alone did 348 and 394 images/s within ten minutes of one day.
+    """
+    images, epochs, turns = (600, 3, 1) if lab.quick else (3000, 4, 3)
     data, model = lab.digits(images), lab.cnn(64)
     speed: dict[str, float] = {}
     wall: dict[str, float] = {}
     for strategy in ("auto",) if lab.quick else ("local", "sync", "auto"):
-        found: list[dict[str, float]] = []
-        for shares in ([1.0], [1.0, 0.05]):
-            with ExitStack() as stack:
-                hosts = lab.hosts(stack, shares, 1000)
-                ended = train(hosts, model, data, epochs, "--strategy", strategy)
-                found.append(steady(ended) | {"seconds": ended["ended_at"] - ended["created_at"]})
-        alone, helped = found
-        speed[strategy] = helped["samples_per_second"] / alone["samples_per_second"]
-        wall[strategy] = alone["seconds"] / helped["seconds"]
-        report.rows.append(
-            (
-                f"{strategy}: a core alone, and with a twentieth of one",
-                f"{alone['samples_per_second']:.1f}, {helped['samples_per_second']:.1f} images/s",
-                f"{alone['seconds']:.1f}, {helped['seconds']:.1f} s from cold",
-            )
-        )
-        report.figures[f"slow_helper_{strategy}"] = {"alone": alone, "helped": helped}
+        found: dict[str, list[dict[str, float]]] = {"alone": [], "helped": []}
+        for turn in range(turns):
+            both = [("alone", [1.0]), ("helped", [1.0, 0.05])]
+            for name, shares in both if turn % 2 == 0 else reversed(both):
+                with ExitStack() as stack:
+                    hosts = lab.hosts(stack, shares, 1000)
+                    ended = train(hosts, model, data, epochs, "--strategy", strategy)
+                    found[name].append(steady(ended) | {"seconds": ended["ended_at"] - ended["created_at"]})
+        pairs = list(zip(found["alone"], found["helped"], strict=True))
+        speed[strategy] = statistics.median(two["samples_per_second"] / one["samples_per_second"] for one, two in pairs)
+        wall[strategy] = statistics.median(one["seconds"] / two["seconds"] for one, two in pairs)
+        for name, what in (("alone", "a core alone"), ("helped", "with a twentieth of one")):
+            rates = " ".join(f"{one['samples_per_second']:.0f}" for one in found[name])
+            times = " ".join(f"{one['seconds']:.1f}" for one in found[name])
+            report.rows.append((f"{strategy}: {what}", f"{rates} images/s", f"{times} s from cold"))
+        report.figures[f"slow_helper_{strategy}"] = found | {"speed": speed[strategy], "time": wall[strategy]}
     report.check("slow_helper_speed", min(speed.values()), at_least=0.97)
     report.check("slow_helper_time", min(wall.values()), at_least=0.97)
 

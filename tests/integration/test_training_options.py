@@ -80,7 +80,7 @@ def test_two_outputs_with_weights_are_trained_and_validated_as_keras_does(client
         return x, y, rng.uniform(0, 3, rows).astype(np.float32)
 
     (x, y, weights), held_out = made(20), made(100)
-    job = client.train(two_outputs(), (x, y, weights), validation=held_out, epochs=4, compression="none")
+    job = client.train(two_outputs(), (x, y, weights), validation=held_out, epochs=4, compression="none", monitor=None)
     job.wait(timeout=120)
     model = two_outputs()
     targets = [y["kind"], y["size"]] if by_name else y
@@ -170,6 +170,9 @@ def test_early_stopping_gives_the_model_of_the_best_epoch(client: Client) -> Non
     assert ended.best_epoch == int(np.argmin(losses)) + 1 == len(losses) - 4
     loss, _ = job.model().evaluate(data["x_test"], data["y_test"], verbose=0)
     assert loss == pytest.approx(min(losses), rel=1e-3)
+    held_out = (data["x_test"], data["y_test"])
+    by_itself = client.train(mlp(), few, validation=held_out, epochs=len(losses)).wait(timeout=200)
+    assert by_itself.result().best_epoch == int(np.argmin(by_itself.history["val_loss"])) + 1
 
 
 def test_a_cancelled_job_is_resumed_where_it_stood(client: Client) -> None:
