@@ -119,6 +119,7 @@ class Demo:
                 batch_size=32,
                 image=(IMAGE_SIZE, IMAGE_SIZE),
                 name="digits",
+                monitor=None,  # the last epoch's model, of which the line below tells
             )
         console.print(f"  model of {counted(self.model.count_params(), 'weight')}, job {self.job.id}")
         victim = self.cluster.nodes[-1]

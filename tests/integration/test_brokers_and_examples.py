@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -39,7 +40,8 @@ def test_everything_works_over_the_embedded_broker(tmp_path: Path) -> None:
         np.testing.assert_allclose(
             client.predict("mlp", data["x_test"]).wait(timeout=100).predictions, expected, rtol=1e-5, atol=1e-6
         )
-        ask_as_foreigners(cluster, data["x_test"][:1], expected[:1])
+        if shutil.which("mosquitto_sub") is not None:  # `make test` says where it is missing
+            ask_as_foreigners(cluster, data["x_test"][:1], expected[:1])
         cluster.coordinator.kill()
         cluster.restart_coordinator()
         assert [info.name for info in client.models()] == ["mlp"]

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from support.brokers import BrokerKind, TestBroker
+from support.brokers import BrokerKind, TestBroker, mosquitto_or_skip
 from support.eventually import eventually
 from support.node_lab import NodeProcess
 from support.processes import still_running
@@ -121,6 +121,8 @@ async def test_what_systemd_is_told_is_true(tmp_path: Path, units: list[Unit]) -
 async def test_a_broker_that_hangs_is_ended_with_its_coordinator(
     tmp_path: Path, units: list[Unit], kind: BrokerKind
 ) -> None:
+    if kind == "mosquitto":
+        mosquitto_or_skip()
     coordinator = Unit(tmp_path, "coordinator", "--broker", kind, "--broker-port", "0")
     units.append(coordinator)
     await coordinator.start(POTLUCK_BUS__KEEPALIVE_SECONDS="2", POTLUCK_BUS__CONNECT_TIMEOUT_SECONDS="0.5")

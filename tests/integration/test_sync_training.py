@@ -20,6 +20,7 @@ from potluck.local_cluster import LocalCluster
 from support.digits import split
 from support.eventually import eventually_now
 from support.plain import plainly, relative
+from support.processes import engines
 
 pytestmark = [pytest.mark.tensorflow, pytest.mark.timeout(400)]
 INSECURE = {"POTLUCK_LISTEN__INSECURE": "true"}  # TensorFlow's server listens beyond loopback
@@ -205,8 +206,8 @@ def test_when_the_job_has_ended_nothing_listens_beyond_loopback_any_more(cluster
 
 def open_ports(cluster: LocalCluster) -> list[str]:
     """Where the nodes' engines listen, other than on loopback."""
-    engines = [child for node in cluster.nodes for child in psutil.Process(node.pid).children(recursive=True)]
-    sockets = [socket for engine in engines for socket in engine.net_connections() if socket.status == "LISTEN"]
+    found = [engine for node in cluster.nodes for engine in engines(node.pid).values()]
+    sockets = [socket for engine in found for socket in engine.net_connections() if socket.status == "LISTEN"]
     return [f"{socket.laddr.ip}:{socket.laddr.port}" for socket in sockets if socket.laddr.ip != "127.0.0.1"]
 
 
