@@ -40,7 +40,7 @@ from potluck.blobs.store import BlobStore
 from potluck.broker import Broker, start_broker
 from potluck.bus import Addresses, Envelope, MqttBus, Will
 from potluck.discovery import Discovery, Service
-from potluck.errors import Conflict, PotluckError, Unavailable
+from potluck.errors import Conflict, GaveWay, PotluckError, Unavailable
 from potluck.filters import matches
 from potluck.http import serve_http
 from potluck.logs import Seldom, fields
@@ -84,6 +84,7 @@ class Coordinator:
         self._seldom = Seldom(LOG_SECONDS)
         self._announced = asyncio.Event()
         self._neighbours: Neighbours | None = None
+        self._gave_way: GaveWay | None = None
 
     async def run(self, stop: asyncio.Event) -> None:
         """Start, say ready, serve until `stop`, and stop in reverse order."""
@@ -247,7 +248,7 @@ class Coordinator:
                         )
                         discovery = await self._advertise(advertisement, mine)
                         self._neighbours = Neighbours(discovery, mine, self.topics, online, settings.bus)
-                        running.append(tasks.create_task(self._neighbours.run(), name="neighbours"))
+                        running.append(tasks.create_task(self._give_way(self._neighbours, stop), name="neighbours"))
                         running.append(tasks.create_task(_say_once_kept(discovery, mine, journal), name="kept"))
                     broker_at = f"{broker.host}:{broker.port}" if broker else "external"
                     log.info(
@@ -265,6 +266,16 @@ class Coordinator:
                         log.info("offline status not published %s", fields(reason=error.message))
                 for task in running:
                     task.cancel()
+        if self._gave_way is not None:
+            raise self._gave_way
+
+    async def _give_way(self, neighbours: Neighbours, stop: asyncio.Event) -> None:
+        """Stop in order when another serves the cluster: a broker that is not ours would keep our "online" for ever."""
+        try:
+            await neighbours.run()
+        except GaveWay as error:
+            self._gave_way = error
+            stop.set()
 
     @property
     def _patience_seconds(self) -> float:

@@ -18,6 +18,7 @@ from potluck.errors import GaveWay, Unavailable
 from potluck.logs import Seldom, fields
 from potluck.messages import CoordinatorStatus
 from potluck.settings import BusTimings
+from potluck.surviving import surviving
 from potluck.topics import Topics
 
 log = logging.getLogger(__name__)
@@ -78,7 +79,8 @@ class Neighbours:
                 if now - self._asked.get(place, -ASK_AGAIN_SECONDS) >= ASK_AGAIN_SECONDS
             ]
             due.sort(key=lambda place: self._asked.get(place, 0.0))
-            await asyncio.gather(*(self._look(place) for place in due[:ASKED_AT_ONCE]))
+            with surviving("look for other coordinators", fatal=(GaveWay,)):
+                await asyncio.gather(*(self._look(place) for place in due[:ASKED_AT_ONCE]))
             await asyncio.sleep(LOOK_SECONDS)
 
     async def _look(self, place: tuple[str, int]) -> None:
@@ -136,7 +138,7 @@ async def _listens(place: tuple[str, int]) -> bool:
     try:
         async with asyncio.timeout(ASK_SECONDS):
             _, writer = await asyncio.open_connection(*place)
-    except (OSError, UnicodeError, TimeoutError):
+    except (OSError, ValueError, TimeoutError):  # ValueError: a host name
         return False
     writer.close()
     return True

@@ -93,7 +93,7 @@ class MqttBus(Bus):
                 self._trying = f"{address[0]}:{address[1]}"
                 link = await self._open(address)
                 await self._serve(link, address)
-            except (PotluckError, OSError, UnicodeError, aiomqtt.MqttError) as error:  # UnicodeError: a host name
+            except (PotluckError, OSError, ValueError, aiomqtt.MqttError) as error:  # ValueError: a host name
                 self._note(address, error)
             if time.monotonic() - started > self._timings.reconnect_max_seconds:
                 delay = self._timings.reconnect_min_seconds  # it held for a while: this is a new trouble

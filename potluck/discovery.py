@@ -307,7 +307,8 @@ def _service(info: AsyncServiceInfo) -> Service | None:
         numbers = {key: int(facts.get(key) or 0) for key in _NUMBERS}
     except ValueError:
         return None
-    if min(numbers.values()) < 0 or max(numbers["port"], numbers["broker"]) > 65535:
+    broker_host = facts.get("broker_host") or ""
+    if not broker_host.isprintable() or min(numbers.values()) < 0 or max(numbers["port"], numbers["broker"]) > 65535:
         return None
     return Service(
         id=id,
@@ -316,7 +317,7 @@ def _service(info: AsyncServiceInfo) -> Service | None:
         host=_nearest(addresses),
         port=numbers["port"],
         broker_port=numbers["broker"],
-        broker_host=facts.get("broker_host") or "",
+        broker_host=broker_host,
         cores=numbers["cores"],
         memory_bytes=numbers["memory"],
         gpus=numbers["gpus"],

@@ -124,6 +124,8 @@ class RoundsStrategy:
     """When all parts of the open round should be here."""
     promised: frozenset[str] = frozenset()
     """The nodes for which the round was opened."""
+    promised_until: float = 0.0
+    """Whoever gets a part later does it in the place of others, which are all late by then."""
     readiness: Readiness = field(default_factory=Readiness)
     slow: dict[str, str] = field(default_factory=dict)
     """Nodes that the last round was opened without, since they bring less than they cost, and why."""
@@ -218,7 +220,9 @@ class RoundsStrategy:
             if not self.contributions and self._of_round(attempt):
                 self.opened_at = attempt.leased_at
             if self._of_round(attempt):
-                if attempt.leased_at < self.due or not self.promised:
+                if not self.promised:
+                    self.promised_until = attempt.leased_at + self._expected(attempt.node_id, task)
+                if attempt.leased_at < self.promised_until:
                     self.promised |= {attempt.node_id}
                 self.due = max(self.due, attempt.leased_at + self._expected(attempt.node_id, task))
             self.assigned[attempt.node_id] = self._indexes(task)

@@ -7,7 +7,7 @@ import itertools
 import pytest
 from msgspec.structs import replace
 
-from coordinator.neighbours import gives_way
+from coordinator.neighbours import _listens, gives_way
 from potluck.discovery import Service, precedence
 from potluck.messages import CoordinatorStatus
 
@@ -44,3 +44,8 @@ def test_everybody_tries_the_same_coordinator_first() -> None:
 
     empty, young, old = service("a", 1, True), service("b", 9, False), service("c", 5, False)
     assert sorted([empty, young, old], key=precedence) == [old, young, empty]
+
+
+async def test_a_forged_host_name_ends_nobody() -> None:
+    assert not await _listens(("a\0b", 1883))
+    assert not await _listens(("x" * 300, 1883))

@@ -332,10 +332,11 @@ def test_when_the_one_that_was_late_is_done_nobody_waits_for_whoever_does_it_aga
     play = Simulation(epochs=1, validation=False)
     play.plan("a")
     play.now = play.strategy.due
-    play.plan("a", "b")
+    play.plan("a", "b", "c")
+    assert {attempt.node_id for attempt in play.job.attempts.values()} == {"a", "b", "c"}
     play.finish(next(attempt.attempt_id for attempt in play.job.attempts.values() if attempt.node_id == "a"))
     assert play.now < play.strategy.due
-    play.plan("a", "b")
+    play.plan("a", "b", "c")
     assert play.strategy.round == 1
 
 
