@@ -38,7 +38,7 @@ from potluck.blobs import server as blob_server
 from potluck.blobs.download import Downloader
 from potluck.blobs.store import BlobStore
 from potluck.broker import Broker, start_broker
-from potluck.bus import Addresses, Envelope, MqttBus, Will
+from potluck.bus import Addresses, Envelope, MqttBus, Will, in_turn
 from potluck.discovery import Discovery, Service
 from potluck.errors import Conflict, GaveWay, PotluckError, Unavailable
 from potluck.filters import matches
@@ -301,11 +301,11 @@ class Coordinator:
             seeds = [parse_address(seed) for seed in settings.seeds] or [("127.0.0.1", settings.broker.port)]
             given = ",".join(settings.seeds) or f"127.0.0.1:{settings.broker.port}"
             log.info("no broker is started: one is given %s", fields(broker=given))
-            return None, _cycle(seeds)
+            return None, in_turn(seeds)
         broker = await start_broker(settings.broker, settings.listen, self.folder)
         stack.push_async_callback(broker.stop)
         host = "127.0.0.1" if broker.host in ("0.0.0.0", "::", "") else broker.host  # noqa: S104 - recognised, not bound
-        return broker, _cycle([(host, broker.port)])
+        return broker, in_turn([(host, broker.port)])
 
     def _subscribe(self, bus: MqttBus, requests: Requests) -> None:
         topics = self.topics
@@ -482,14 +482,3 @@ async def _need_answers(bus: MqttBus, limit_seconds: float) -> None:
                 f"the broker process does not answer: {error.message}; the coordinator stops, so that its supervisor starts both again"
             ) from error
         await asyncio.sleep(BROKER_CHECK_SECONDS)
-
-
-def _cycle(addresses: list[tuple[str, int]]) -> Addresses:
-    position = -1
-
-    async def following() -> tuple[str, int]:
-        nonlocal position
-        position = (position + 1) % len(addresses)
-        return addresses[position]
-
-    return following

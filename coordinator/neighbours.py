@@ -12,11 +12,12 @@ import time
 import uuid
 from collections.abc import Callable
 
-from potluck.bus import Addresses, Envelope, MqttBus
+from potluck.bus import Envelope, MqttBus, in_turn
 from potluck.discovery import Discovery, Service
 from potluck.errors import GaveWay, Unavailable
 from potluck.logs import Seldom, fields
 from potluck.messages import CoordinatorStatus
+from potluck.network import refusal
 from potluck.settings import BusTimings
 from potluck.surviving import surviving
 from potluck.topics import Topics
@@ -114,10 +115,10 @@ class Neighbours:
             if isinstance(status, CoordinatorStatus) and status.state == "online" and not said.done():
                 said.set_result(status)
 
-        if not await _listens(place):  # a record that outlived its coordinator: the bus would warn of it
+        if await refusal(*place, ASK_SECONDS):  # a record that outlived its coordinator: the bus would warn of it
             return None
         bus = MqttBus(
-            _always(place), self._topics, client_id=f"neighbour-{uuid.uuid4().hex[:12]}", timings=self._timings
+            in_turn([place]), self._topics, client_id=f"neighbour-{uuid.uuid4().hex[:12]}", timings=self._timings
         )
         bus.subscribe(self._topics.coordinator_status, on_status)
         running = asyncio.create_task(bus.run(), name=f"bus of {place[0]}:{place[1]}")
@@ -134,22 +135,5 @@ class Neighbours:
             said.cancel()
 
 
-async def _listens(place: tuple[str, int]) -> bool:
-    try:
-        async with asyncio.timeout(ASK_SECONDS):
-            _, writer = await asyncio.open_connection(*place)
-    except (OSError, ValueError, TimeoutError):  # ValueError: a host name
-        return False
-    writer.close()
-    return True
-
-
 def _broker(service: Service) -> tuple[str, int]:
     return service.broker_host or service.host, service.broker_port
-
-
-def _always(place: tuple[str, int]) -> Addresses:
-    async def address() -> tuple[str, int]:
-        return place
-
-    return address

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import os
 import random
 import socket
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Literal, cast
 
 import aiomqtt
@@ -31,7 +32,7 @@ from potluck.mirror import Mirrored, pack
 from potluck.settings import BROKER_PORT, GATEWAY_PORT, BusTimings
 from potluck.topics import Topics
 
-__all__ = ["Addresses", "Bus", "Envelope", "Handler", "MqttBus", "Will", "request_failed"]
+__all__ = ["Addresses", "Bus", "Envelope", "Handler", "MqttBus", "Will", "in_turn", "request_failed"]
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,16 @@ Addresses = Callable[[], Awaitable[tuple[str, int]]]
 
 _QUEUED_LIMIT = 2000
 _RECEIVE_BYTES = 1 << 17
+
+
+def in_turn(addresses: Sequence[tuple[str, int]]) -> Addresses:
+    """These, one after the other, and again from the first."""
+    endless = itertools.cycle(addresses)
+
+    async def following() -> tuple[str, int]:
+        return next(endless)
+
+    return following
 
 
 class MqttBus(Bus):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import logging
+import os
 import socket
 from ipaddress import ip_address
 
@@ -116,3 +118,20 @@ def _bound(host: str, port: int, listening: bool) -> socket.socket:
         raise
     sock.setblocking(False)
     return sock
+
+
+async def refusal(host: str, port: int, limit_seconds: float) -> str:
+    """Why nothing takes a TCP connection there, in words; "": something does."""
+    try:
+        async with asyncio.timeout(limit_seconds):
+            _, writer = await asyncio.open_connection(host, port)
+    except TimeoutError:
+        return f"no answer within {limit_seconds:g} s"
+    except ValueError:  # and UnicodeError, which is one
+        return "not the name of a host"
+    except OSError as error:
+        # asyncio's own text repeats the address; that of several addresses of one host has no number.
+        known = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
+        return known or "no connection"
+    writer.close()
+    return ""

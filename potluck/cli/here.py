@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import re
 import subprocess
 from collections.abc import Iterable
@@ -11,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from potluck.discovery import Service
-from potluck.network import lan_addresses
+from potluck.network import lan_addresses, refusal
 from potluck.settings import state_folder
 from potluck.sole_use import WHATS, User, clock_text, user_of, users_here
 
@@ -106,10 +104,6 @@ def is_here(service: Service) -> bool:
 async def node_here(services: Iterable[Service]) -> Service | None:
     """The first node among these that is on this machine and answers; what mDNS says alone may be of yesterday."""
     for service in services:
-        if service.role == "node" and is_here(service):
-            with contextlib.suppress(OSError, TimeoutError):
-                async with asyncio.timeout(KNOCK_SECONDS):
-                    _, writer = await asyncio.open_connection(service.host, service.port)
-                writer.close()
-                return service
+        if service.role == "node" and is_here(service) and not await refusal(service.host, service.port, KNOCK_SECONDS):
+            return service
     return None

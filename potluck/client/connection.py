@@ -31,7 +31,7 @@ from potluck.messages import (
     Message,
     Undeploy,
 )
-from potluck.network import lan_addresses
+from potluck.network import lan_addresses, refusal
 from potluck.settings import ClientSettings, PositiveSeconds, load, parse_address, typed
 from potluck.sole_use import users_here
 from potluck.topics import Topics
@@ -384,22 +384,9 @@ async def _knock(brokers: Sequence[tuple[str, int]], limit_seconds: float) -> tu
     reasons: dict[str, str] = {}
 
     async def knock(host: str, port: int) -> tuple[str, int] | None:
-        place = f"{host}:{port}"
-        try:
-            async with asyncio.timeout(limit_seconds):
-                _, writer = await asyncio.open_connection(host, port)
-        except TimeoutError:
-            reasons[place] = f"no answer within {limit_seconds:g} s"
+        if why := await refusal(host, port, limit_seconds):
+            reasons[f"{host}:{port}"] = why
             return None
-        except UnicodeError:
-            reasons[place] = "not the name of a host"
-            return None
-        except OSError as error:
-            # asyncio's own text repeats the address; that of several addresses of one host has no number.
-            known = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
-            reasons[place] = known or "no connection"
-            return None
-        writer.close()
         return host, port
 
     if not brokers:
