@@ -51,11 +51,12 @@ class ImageDecoder:
         return tf.cast(tf.ensure_shape(found, self.shape), self.dtype)
 
     def fill(self, rows: Any, files: Sequence[bytes]) -> None:
-        """`rows` become what `decode` makes of the files, without a graph. Raises ValueError for what cannot be decoded."""
+        """`rows` become what `decode` makes of the files, without a graph. Raises Unusable."""
         for row, data in zip(rows, files, strict=True):
-            row[...] = self._tensor(data)
+            row[...] = images.tensor(data, self.options, whole=self.dtype.is_integer)
 
     def _tensor(self, data: bytes) -> Any:
+        """For TensorFlow, which keeps of an error its text alone."""
         try:
             return images.tensor(data, self.options, whole=self.dtype.is_integer)
         except Unusable as error:
@@ -139,8 +140,8 @@ def options_for(model: Any, image: ImageOptions | None) -> ImageOptions:
 
 def undecodable(error: Exception, where: str) -> InvalidData:
     text = str(error)
-    if _NO_IMAGE in text:
-        reason = text.partition(_NO_IMAGE)[2].partition(_END)[0]
+    if isinstance(error, Unusable) or _NO_IMAGE in text:
+        reason = text if isinstance(error, Unusable) else text.partition(_NO_IMAGE)[2].partition(_END)[0]
         return InvalidData(f"an image cannot be decoded ({where}): {one_line(reason, 200)}")
     reason = one_line(getattr(error, "message", error), 200)
     return InvalidData(f"a recording cannot be decoded ({where}): {reason}: TensorFlow reads WAV files of 16-bit PCM")

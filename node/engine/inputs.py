@@ -13,6 +13,7 @@ import tensorflow as tf
 from node.engine import runtime, shards
 from node.engine.decoders import Decoder, ImageDecoder, decoder_for, item_bytes, undecodable
 from node.engine.shards import Array, Part
+from potluck.data.folders import Unusable
 from potluck.errors import InvalidRequest
 from potluck.messages import DataFormat, ImageOptions
 from potluck.specs import shown
@@ -163,7 +164,7 @@ def _images(decoder: ImageDecoder, rows: Array, files: Sequence[bytes], before: 
         with ThreadPoolExecutor(threads, "decoding") as pool:
             for done in [pool.submit(fill, start) for start in starts]:
                 done.result()
-    except ValueError as error:
+    except Unusable as error:
         raise undecodable(error, f"among {len(files)} after {before}") from error
 
 
