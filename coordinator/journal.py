@@ -42,7 +42,7 @@ class Journal:
     """An open journal. One process at a time: opening it twice raises Conflict.
 
     The epoch is one more than the last, and at least `least_epoch`: given the time, a coordinator whose journal was lost is
-    still newer than what its nodes have seen. `cluster_id` and `founded` (Unix time in whole seconds) are the journal's own.
+    still newer than what its nodes have seen. `cluster_id` and `founded` (Unix time in whole seconds; 0: nobody knows) are the journal's own.
     """
 
     def __init__(self, path: Path, *, least_epoch: int = 0) -> None:
@@ -58,7 +58,9 @@ class Journal:
             self._db.execute("INSERT OR IGNORE INTO facts VALUES ('epoch', 0)")
             self._db.execute("UPDATE facts SET value = max(value + 1, ?) WHERE key = 'epoch'", (least_epoch,))
             self._db.execute("INSERT OR IGNORE INTO facts VALUES ('cluster', ?)", (secrets.randbits(63),))
-            self._db.execute("INSERT OR IGNORE INTO facts VALUES ('founded', ?)", (int(time.time()),))
+            # A journal older than this fact is older than all that have it.
+            began = "SELECT 'founded', CASE WHEN EXISTS (SELECT 1 FROM events) THEN 0 ELSE ? END"
+            self._db.execute(f"INSERT OR IGNORE INTO facts {began}", (int(time.time()),))
             self._db.execute("COMMIT")
         except sqlite3.OperationalError as error:
             self._db.close()

@@ -99,7 +99,11 @@ def fields(options: Mapping[str, Any], *, validated: bool) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if options.get("monitor", AUTO) == AUTO:
         options = {name: value for name, value in options.items() if name != "monitor"}
-        if validated and options.get("monitor_mode", "auto") == "auto":
+        if validated and options.get("monitor_mode") == "max":
+            raise InvalidRequest(
+                f"monitor_mode 'max' of what? {AUTO_METRIC} is better when it is small: name the metric to monitor"
+            )
+        if validated:
             found["monitor"] = AUTO_METRIC
     for name, value in options.items():
         if name == "resume":

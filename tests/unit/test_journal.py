@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sqlite3
 import subprocess
 from pathlib import Path
 
@@ -85,3 +86,31 @@ def test_a_disk_that_is_really_full_leaves_room_for_what_happens_then(tmp_path: 
         journal.close()
     finally:
         subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
+
+
+def test_a_journal_has_an_id_and_a_beginning_and_knows_whether_anything_is_in_it(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "j")
+    known = journal.cluster_id, journal.founded
+    assert journal.empty
+    assert journal.founded > 0
+    journal.append("job/1", JobStarted(at=1.0))
+    assert not journal.empty
+    journal.close()
+    again = Journal(tmp_path / "j")
+    assert (again.cluster_id, again.founded) == known
+    again.close()
+    other = Journal(tmp_path / "other")
+    assert other.cluster_id != known[0]
+    other.close()
+
+
+def test_a_journal_from_before_there_were_beginnings_is_the_oldest(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "j")
+    journal.append("job/1", JobStarted(at=1.0))
+    journal.close()
+    with sqlite3.connect(tmp_path / "j") as database:
+        database.execute("DELETE FROM facts WHERE key IN ('founded', 'cluster')")
+    database.close()
+    again = Journal(tmp_path / "j")
+    assert again.founded == 0
+    again.close()
