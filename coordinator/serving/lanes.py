@@ -257,13 +257,18 @@ class Lanes(dict[str, Lane]):
         requests wait for it: `holders` are all who are waited for), and where that is quicker. None: it waits.
         """
         other = self.pick(now)
-        own = self._at.get(request.held_by)
-        if own is None or own is other or own.silent or own.rests_until > now:
+        own = self.holder(request, now)
+        if own is None or own is other:
             return other
         idle = other is not None and not other.batches and not other.silent and other.node_id not in holders
         if other is not None and idle and request.moving_seconds + other.wait(now)[1] < own.wait(now)[1]:
             return other
         return None if own.full else own
+
+    def holder(self, request: Request, now: float) -> Lane | None:
+        """Who has its inputs, and is there to be waited for."""
+        own = self._at.get(request.held_by)
+        return None if own is None or own.silent or own.rests_until > now else own
 
     def least_wait(self, lanes: list[Lane], now: float) -> Lane | None:
         """Of those that do not rest."""

@@ -139,8 +139,10 @@ class Router:
             if not first.held_by or first.held_by != lane.node_id:
                 limit = lanes.most_rows(lane, first.rows, self.queue.rows, now)
             if not limit:
-                lane = lanes.least_wait(lanes.quick_with_room(now), now)
-                if lane is None or first.held_by not in ("", lane.node_id):
+                # The slow one had better not. Another fetches what the holder has only while it has nothing to do, as above.
+                own = lanes.holder(first, now)
+                lane = own or lanes.least_wait(lanes.quick_with_room(now), now)
+                if lane is None or lane.full:
                     break
                 limit = lane.limit
             requests, rows = self._take(now, lane, first, limit)

@@ -104,6 +104,32 @@ def test_a_node_without_a_replica_or_that_is_silent_is_no_reason_to_wait() -> No
     assert went(one.dispatch(100.0)) == ["b"]
 
 
+def test_what_is_held_elsewhere_waits_for_nobody_when_a_slow_replica_is_drawn() -> None:
+    """It should take no time, and is late again and again: so it is drawn first, and had better not get anything."""
+    one = Router("m:1", queue_limit=100, batch_limit=8, rng=random.Random(0))
+    for node in "ab":
+        one.add_replica(node, node)
+    now = START
+    for node, seconds in (
+        ("a", 0.5),
+        ("b", 0.0),
+        ("b", 0.0),
+        ("b", 1.0),
+        ("b", 0.0),
+        ("b", 1.0),
+        ("b", 0.0),
+        ("b", 1.0),
+    ):
+        ask(one, node, rows=1, moving_seconds=100.0, now=now)
+        (batch,) = one.dispatch(now)
+        assert batch.node_id == node
+        now += seconds
+        one.finished(node, batch.batch_id, (OK,), now)
+    assert one.lanes.slow(one.lanes["b"])
+    ask(one, "elsewhere", rows=1, moving_seconds=0.0, now=now)
+    assert went(one.dispatch(now)) == ["a"]
+
+
 def test_inputs_that_are_lost_are_told_at_once() -> None:
     one = router("a", "b")
     answers = ask(one, "a")
