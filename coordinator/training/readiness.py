@@ -39,6 +39,11 @@ class Readiness:
         self.took.setdefault(node_id, at - attempt.leased_at)
         self.first_at = self.first_at or at
 
+    def measured(self, node_id: str, at: float) -> None:
+        """It did a part, which says what it can do now as well as another warming up would."""
+        if node_id in self.ready:
+            self.ready[node_id] = at
+
     def lost(self, node_id: str) -> None:
         """Its engine is gone, or nobody knows."""
         self.ready.pop(node_id, None)

@@ -59,6 +59,8 @@ from potluck.messages import (
 ROUNDS_PER_EPOCH = 2
 """At least so many rounds an epoch, where a round computes for longer than it exchanges weights: on a small data set
 many short rounds reach an accuracy in fewer samples."""
+LEFT_SHARE = 0.05
+"""Of an epoch's samples, at most so many are left to the next one."""
 PROBE_SECONDS = 5.0
 """The first round's budget, before it is known what rounds cost."""
 OVERHEADS_KEPT = 5
@@ -186,9 +188,18 @@ class RoundsStrategy:
 
     @property
     def epoch_full(self) -> bool:
-        """Whether the samples of the present epoch are seen, up to less than one batch."""
-        goal = (self.epochs_ended + 1) * self.dataset.count
-        return goal - self.samples < min(self.spec.batch_size, self.dataset.count)
+        """Whether the samples of the present epoch are seen, up to less than one batch; what is less than that for each node, and
+        little, is left to the next epoch: a round would cost all of them more than it brings."""
+        left = (self.epochs_ended + 1) * self.dataset.count - self.samples
+        if left < min(self.spec.batch_size, self.dataset.count):
+            return True
+        little = min(len(self.crew) * self.spec.batch_size, LEFT_SHARE * self.dataset.count)
+        return self._may_leave and left < little and self.epochs_ended + 1 < self.epochs
+
+    @property
+    def _may_leave(self) -> bool:
+        """Whether an epoch may end a few batches early, and the next begin with them."""
+        return True
 
     def plan(self, view: ClusterView, attempts: dict[str, Attempt]) -> list[Decision]:
         if self.all_trained:
@@ -242,6 +253,7 @@ class RoundsStrategy:
             self.delays[attempt.node_id] = kept[-OVERHEADS_KEPT:]
             if seconds > 0:
                 self.measured[attempt.node_id] = result.samples / seconds
+                self.readiness.measured(attempt.node_id, at)
             if self._of_round(attempt) and result.samples:
                 self.contributions[self._contributor(attempt)] = result
         elif isinstance(result, WarmUpResult):

@@ -202,6 +202,10 @@ class SyncStrategy(RoundsStrategy):
         self.chosen = self.prediction.choice
 
     @property
+    def _may_leave(self) -> bool:
+        return not self.synchronous and super()._may_leave  # its steps are those of one process
+
+    @property
     def _room(self) -> int:
         return self.batch if self.synchronous else super()._room  # members have an item of each step at least
 

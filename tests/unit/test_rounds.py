@@ -29,7 +29,7 @@ from coordinator.jobs import (
 )
 from coordinator.placement import ClusterView, NodeView
 from coordinator.strategies import strategy_for
-from coordinator.training.readiness import WARM_UP
+from coordinator.training.readiness import AGAIN_SECONDS, WARM_UP
 from coordinator.training.rounds import LOST_SECONDS, RoundsStrategy
 from coordinator.training.scores import Best, direction, is_better
 from potluck import codec
@@ -261,6 +261,43 @@ def test_every_epoch_is_trained_however_small_the_data(shards: list[int], nodes:
     if count < 10:  # fewer than a batch: one node, one step an epoch, as Keras
         assert [epoch.samples for epoch in play.job.history] == [count * (epoch + 1) for epoch in range(epochs)]
         assert len({task.samples for task in play.tasks.values() if isinstance(task, TrainTask)}) == 1
+
+
+@pytest.mark.parametrize(
+    ("crew", "left", "full"),
+    [
+        ("a", 9, True),
+        ("a", 10, False),
+        ("abc", 29, True),
+        ("abc", 30, False),
+        ("abcdefgh", 52, True),
+        ("abcdefgh", 53, False),
+    ],
+)
+def test_an_epoch_leaves_to_the_next_what_is_less_than_a_batch_for_each(crew: str, left: int, full: bool) -> None:
+    """And no more than a twentieth of it. The last has none to leave it to."""
+    play = Simulation(epochs=2, validation=False, shards=(105,) * 10)
+    play.strategy.crew = frozenset(crew)
+    play.strategy.samples = 1050 - left
+    assert play.strategy.epoch_full == full
+    play.strategy.epochs_ended, play.strategy.samples = 1, 2 * 1050 - left
+    assert play.strategy.epoch_full == (left < 10)
+
+
+def test_the_steps_of_an_epoch_in_step_are_all_taken() -> None:
+    play = Simulation(epochs=2, validation=False, shards=(105,) * 10, strategy="sync")
+    play.strategy.crew, play.strategy.samples = frozenset("abc"), 1050 - 10
+    assert not play.strategy.epoch_full
+
+
+def test_who_did_a_part_lately_is_not_measured_again_for_being_left_out_once() -> None:
+    play = Simulation(epochs=8, validation=False)
+    play.plan("a", "b")
+    play.now += AGAIN_SECONDS  # since they have warmed up
+    for attempt_id in list(play.job.attempts):
+        play.finish(attempt_id)
+    assert not any(play.strategy.readiness.stale(node, play.now) for node in "ab")
+    assert play.strategy.readiness.stale("b", play.now + AGAIN_SECONDS)
 
 
 def test_a_lost_node_costs_its_own_round_only() -> None:
