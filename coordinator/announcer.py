@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from msgspec.structs import replace
 
 from coordinator.collecting import locate
@@ -21,7 +23,9 @@ RETAIN_SECONDS = 24 * 3600.0
 class Announcer:
     """Tells of jobs. `urls`: where blobs of results are to be had from us."""
 
-    def __init__(self, topics: Topics, outbox: Outbox, jobs: JobStore, leases: Leases, urls: tuple[str, ...]) -> None:
+    def __init__(
+        self, topics: Topics, outbox: Outbox, jobs: JobStore, leases: Leases, urls: Callable[[], tuple[str, ...]]
+    ) -> None:
         self._topics = topics
         self._outbox = outbox
         self._jobs = jobs
@@ -52,7 +56,7 @@ class Announcer:
         """The result of a job that has ended, its blobs to be had from here."""
         if job.ended is None:
             return None
-        return replace(locate(job.ended, lambda _: self._urls), subject=job.subject)
+        return replace(locate(job.ended, lambda _: self._urls()), subject=job.subject)
 
     def doing(self, job_id: str, what: str) -> None:
         """What a job does now that has no attempts; "" where there is nothing to say."""

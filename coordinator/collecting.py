@@ -47,12 +47,11 @@ _STEP_FILES = 3
 
 
 class Collector:
-    """Blobs of results in the coordinator's store. `urls` are where others get them from us."""
+    """Blobs of results in the coordinator's store."""
 
-    def __init__(self, store: BlobStore, downloader: Downloader, urls: tuple[str, ...]) -> None:
+    def __init__(self, store: BlobStore, downloader: Downloader) -> None:
         self._store = store
         self._downloader = downloader
-        self.urls = urls
 
     async def collect(self, result: AnyTaskResult) -> AnyTaskResult:
         """The same result with all its blobs in our store. Raises Unavailable when nobody has one any more, CorruptBlob.

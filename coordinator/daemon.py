@@ -26,7 +26,7 @@ from coordinator.jobstore import JobStore
 from coordinator.journal import FATAL, Journal
 from coordinator.keeping import Keeping
 from coordinator.leases import Leases
-from coordinator.membership import Change, Membership, NodeJoined, NodeLost
+from coordinator.membership import MEMBERS_LIMIT, Change, Membership, NodeJoined, NodeLost, NodeRefused
 from coordinator.neighbours import Neighbours
 from coordinator.packed import Packed
 from coordinator.requests import Requests
@@ -83,6 +83,7 @@ class Coordinator:
         self._rival_seen = asyncio.Event()
         self._seldom = Seldom(LOG_SECONDS)
         self._announced = asyncio.Event()
+        self._urls: tuple[str, ...] = ()
         self._neighbours: Neighbours | None = None
         self._gave_way: GaveWay | None = None
 
@@ -98,7 +99,11 @@ class Coordinator:
             sock = bind_gateway(settings.listen)
             stack.callback(sock.close)
             port = sock.getsockname()[1]
-            urls = base_urls(settings.listen.host, port)
+            self._urls = base_urls(settings.listen.host, port)
+
+            def urls() -> tuple[str, ...]:
+                return self._urls
+
             downloader = await stack.enter_async_context(Downloader(store))
 
             offline = CoordinatorStatus(session=self.session, epoch=journal.epoch, state="offline")
@@ -109,7 +114,7 @@ class Coordinator:
                     session=self.session,
                     epoch=journal.epoch,
                     state="online",
-                    http=urls,
+                    http=self._urls,
                     software=lifecycle.software(),
                     since=since,
                     shortage=store.shortage(),
@@ -183,7 +188,7 @@ class Coordinator:
                 serving=self._serving,
                 jobs=jobs,
                 leases=leases,
-                collector=Collector(store, downloader, urls),
+                collector=Collector(store, downloader),
                 packed=packed,
                 settings=settings,
             )
@@ -222,7 +227,7 @@ class Coordinator:
                         ("requests", requests.run()),
                         ("copies", self._copies.run()),
                         ("ticks", self._tick()),
-                        ("status", self._say_again(online)),
+                        ("status", self._say_again(online, port)),
                     )
                 ]
                 running.append(tasks.create_task(lifecycle.report(lambda: self._standing(bus)), name="report"))
@@ -253,7 +258,7 @@ class Coordinator:
                     broker_at = f"{broker.host}:{broker.port}" if broker else "external"
                     log.info(
                         "coordinator ready %s",
-                        fields(cluster=settings.cluster, http=urls[0], broker=broker_at, epoch=journal.epoch),
+                        fields(cluster=settings.cluster, http=self._urls[0], broker=broker_at, epoch=journal.epoch),
                     )
                     lifecycle.notify("READY=1")
                     await stop.wait()
@@ -396,6 +401,10 @@ class Coordinator:
                     log.info("node lost %s", fields(node=change.node_id, reason=change.reason))
                     self._dispatcher.node_lost(change.node_id, change.reason)
                     self._serving.node_lost(change.node_id)
+                case NodeRefused():
+                    if (more := self._seldom.due("no room")) is not None:
+                        facts = fields(node=change.node_id, limit=MEMBERS_LIMIT, more=more or None)
+                        log.error("node refused, there are too many, or somebody makes up names %s", facts)
                 case NodeJoined():
                     log.info("node joined %s", fields(node=change.node_id))
                     self._dispatcher.node_joined()
@@ -415,10 +424,14 @@ class Coordinator:
             rival += f"; other coordinators serve a cluster of this name, at {', '.join(self._neighbours.others)}: stop all but one"
         return f"{cluster} is served", f": {count} node{'' if count == 1 else 's'}{rival}"
 
-    async def _say_again(self, online: Callable[[], CoordinatorStatus]) -> None:
-        """Whatever was put on our topic meanwhile, by a tool that clears what is retained or a will that came late; and what is short."""
+    async def _say_again(self, online: Callable[[], CoordinatorStatus], port: int) -> None:
+        """Whatever was put on our topic meanwhile, by a tool that clears what is retained or a will that came late; what is short.
+
+        And where we are: a machine's addresses come and go.
+        """
         while True:
             await asyncio.sleep(STATUS_SECONDS)
+            self._urls = base_urls(self.settings.listen.host, port)
             if self._announced.is_set():
                 self._outbox.publish(self.topics.coordinator_status, online(), retain=True)
 

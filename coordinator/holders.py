@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from coordinator.membership import Membership
 
@@ -15,7 +15,7 @@ HOLDERS_LIMIT = 100_000
 class Holders:
     """In memory only. `urls`: where blobs are to be had from us."""
 
-    def __init__(self, membership: Membership, urls: tuple[str, ...]) -> None:
+    def __init__(self, membership: Membership, urls: Callable[[], tuple[str, ...]]) -> None:
         self._membership = membership
         self._urls = urls
         self._nodes: dict[str, set[str]] = {}
@@ -34,4 +34,4 @@ class Holders:
 
     def of(self, sha256: str) -> tuple[str, ...]:
         """Base URLs of who has a blob: the nodes first, so that the coordinator's link is the last resort."""
-        return self.nodes(sha256) + self._urls
+        return self.nodes(sha256) + self._urls()

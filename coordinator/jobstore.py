@@ -77,7 +77,7 @@ class JobStore:
         journal: Journal,
         registry: Registry,
         store: BlobStore,
-        urls: tuple[str, ...],
+        urls: Callable[[], tuple[str, ...]],
         node_data: Callable[[str], Dataset],
     ) -> None:
         """`node_data` gives the data set of a name that lives on the nodes; it raises NotFound, InvalidRequest."""
@@ -353,7 +353,7 @@ class JobStore:
         if not self._blobs.has(model.sha256):
             raise NotFound(
                 f"the model blob {model.sha256[:12]} is not in the coordinator's store: "
-                f"PUT it to {(self._urls or ('<coordinator>',))[0]}/blobs/{model.sha256} first"
+                f"PUT it to {(self._urls() or ('<coordinator>',))[0]}/blobs/{model.sha256} first"
             )
         if (size := self._blobs.size(model.sha256)) != model.size:
             raise InvalidRequest(f"the model blob {model.sha256[:12]} has {size} bytes, not {model.size}")

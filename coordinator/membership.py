@@ -24,7 +24,7 @@ from potluck.messages import (
 MemberState = Literal["online", "suspect", "offline"]
 ADDRESSES_KEPT = 32
 """Of a node; a machine has a few."""
-MEMBERS_LIMIT = 1000
+MEMBERS_LIMIT = 4000
 """Ids can be made up: beyond so many, whoever has been gone the longest is forgotten, and where nobody is, nobody more comes in."""
 VIOLATIONS_LIMIT = 3
 """Results that are not what was asked for, after which a node gets no more jobs until it is started again."""
@@ -69,6 +69,13 @@ class NodeJoined:
 
 
 @dataclass(frozen=True)
+class NodeRefused:
+    """There is no room for it: MEMBERS_LIMIT nodes are there."""
+
+    node_id: str
+
+
+@dataclass(frozen=True)
 class NodeLost:
     """The node is gone, or is here again in a new session: what its old session held is lost."""
 
@@ -76,7 +83,7 @@ class NodeLost:
     reason: str
 
 
-Change = NodeJoined | NodeLost
+Change = NodeJoined | NodeRefused | NodeLost
 
 
 @dataclass
@@ -119,7 +126,7 @@ class Membership:
             self.members[status.node_id] = replace(known, state="offline", left=status.left)
             return [NodeLost(status.node_id, "it left" if status.left else "it went offline")]
         if known is None and not self._room():
-            return []
+            return [NodeRefused(status.node_id)]
         changes: list[Change] = []
         for url in known.http if known is not None else ():
             if self._at.get(url) == status.node_id:
@@ -182,7 +189,9 @@ class Membership:
         if gone is None:
             return False
         del self.members[gone.node_id]
-        self._at = {url: node_id for url, node_id in self._at.items() if node_id != gone.node_id}
+        for url in gone.http:
+            if self._at.get(url) == gone.node_id:
+                del self._at[url]
         return True
 
     def violated(self, node_id: str, reason: str) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import time
 import uuid
 from collections.abc import Callable
@@ -25,11 +26,17 @@ from potluck.topics import Topics
 log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 2.0
+BROWSE_AGAIN_SECONDS = 30.0
 ASK_SECONDS = 5.0
 """So long a bus may take to let us in and say who serves it."""
 ASK_AGAIN_SECONDS = 30.0
+FAILED_SECONDS = 5.0
+"""After the first ask that failed; twice as long after each that follows, up to ASK_AGAIN_SECONDS."""
 ASKED_AT_ONCE = 8
 """Of the coordinators that are found, so many are asked each time: a network full of forged ones costs no more."""
+OTHERS_NAMED = 8
+ID_SHOWN = 16
+"""Of a cluster's id that others sent, so many signs are logged."""
 LOG_SECONDS = 60.0
 
 
@@ -56,42 +63,52 @@ class Neighbours:
         self._topics = topics
         self._own = own
         self._timings = timings
-        self._asked: dict[tuple[str, int], float] = {}
-        self._found: dict[tuple[str, int], CoordinatorStatus] = {}
+        self._due: dict[tuple[str, int], tuple[float, float]] = {}
+        """When each is asked again, on the monotonic clock, and how long was waited for that after a failure."""
+        self._found: set[tuple[str, int]] = set()
         self._seldom = Seldom(LOG_SECONDS)
 
     @property
     def others(self) -> tuple[str, ...]:
-        """`host:port` of the brokers of those that were found to be there."""
-        return tuple(f"{host}:{port}" for host, port in sorted(self._found))
+        """`host:port` of the brokers of those that were found to be there, of the first few."""
+        return tuple(f"{host}:{port}" for host, port in sorted(self._found)[:OTHERS_NAMED])
 
     async def run(self) -> None:
         """Until cancelled. Raises GaveWay when this coordinator is the one that goes."""
+        browse_at = time.monotonic() + BROWSE_AGAIN_SECONDS
         while True:
-            # Whoever is on our own bus is heard there; and an advertisement of ours may be left of an earlier session.
-            around = {_broker(one) for one in self._discovery.services("coordinator")} - {_broker(self._mine)}
-            for gone in (self._asked.keys() | self._found.keys()) - around:
-                self._asked.pop(gone, None)
-                self._found.pop(gone, None)
-            now = time.monotonic()
-            due = [
-                place
-                for place in sorted(around)
-                if now - self._asked.get(place, -ASK_AGAIN_SECONDS) >= ASK_AGAIN_SECONDS
-            ]
-            due.sort(key=lambda place: self._asked.get(place, 0.0))
             with surviving("look for other coordinators", fatal=(GaveWay,)):
-                await asyncio.gather(*(self._look(place) for place in due[:ASKED_AT_ONCE]))
+                # The network as it is now: a cable is plugged in, a switch is on again, an address comes late.
+                if not await self._discovery.refresh() and time.monotonic() >= browse_at:
+                    browse_at = time.monotonic() + BROWSE_AGAIN_SECONDS
+                    await self._discovery.look_again()
+                await asyncio.gather(*(self._look(place) for place in self._choose(time.monotonic())))
             await asyncio.sleep(LOOK_SECONDS)
+
+    def _choose(self, now: float) -> list[tuple[str, int]]:
+        """Whom to ask now: those that were there the last time first, the others by lot, that names made up starve nobody."""
+        # Whoever is on our own bus is heard there; and an advertisement of ours may be left of an earlier session.
+        around = {_broker(one) for one in self._discovery.services("coordinator")} - {_broker(self._mine)}
+        self._found &= around
+        for gone in self._due.keys() - around:
+            del self._due[gone]
+        due = [place for place in around if self._due.get(place, (now, 0.0))[0] <= now]
+        random.shuffle(due)
+        due.sort(key=lambda place: place not in self._found)
+        return due[:ASKED_AT_ONCE]
 
     async def _look(self, place: tuple[str, int]) -> None:
         theirs = await self._ask(place)
-        self._asked[place] = time.monotonic()
         ours = self._own()
+        if theirs is None:
+            waited = min(2 * self._due.get(place, (0.0, FAILED_SECONDS / 2))[1], ASK_AGAIN_SECONDS)
+            self._due[place] = time.monotonic() + waited, waited
+        else:
+            self._due[place] = time.monotonic() + ASK_AGAIN_SECONDS, FAILED_SECONDS / 2
         if theirs is None or theirs.session == ours.session:  # nobody, or ourselves
-            self._found.pop(place, None)
+            self._found.discard(place)
             return
-        self._found[place] = theirs
+        self._found.add(place)
         where = f"{place[0]}:{place[1]}"
         if gives_way(ours, theirs):
             raise GaveWay(
@@ -99,7 +116,8 @@ class Neighbours:
                 "one has kept nothing yet: it gives way. Join that one, or choose another --cluster"
             )
         if self._seldom.due(where) is not None:
-            facts = fields(cluster=self._topics.cluster, broker=where, theirs=theirs.cluster_id, ours=ours.cluster_id)
+            theirs_id = theirs.cluster_id[:ID_SHOWN]
+            facts = fields(cluster=self._topics.cluster, broker=where, theirs=theirs_id, ours=ours.cluster_id)
             log.error(
                 "another coordinator serves a cluster of this name: nodes and clients may find either; stop one, or give it another "
                 "--cluster %s",
@@ -118,7 +136,11 @@ class Neighbours:
         if await refusal(*place, ASK_SECONDS):  # a record that outlived its coordinator: the bus would warn of it
             return None
         bus = MqttBus(
-            in_turn([place]), self._topics, client_id=f"neighbour-{uuid.uuid4().hex[:12]}", timings=self._timings
+            in_turn([place]),
+            self._topics,
+            client_id=f"neighbour-{uuid.uuid4().hex[:12]}",
+            timings=self._timings,
+            visiting=True,
         )
         bus.subscribe(self._topics.coordinator_status, on_status)
         running = asyncio.create_task(bus.run(), name=f"bus of {place[0]}:{place[1]}")

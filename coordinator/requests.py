@@ -111,7 +111,7 @@ class Requests:
         packed: Packed,
         holders: Holders,
         store: BlobStore,
-        urls: tuple[str, ...],
+        urls: Callable[[], tuple[str, ...]],
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._outbox = outbox
@@ -297,7 +297,7 @@ class Requests:
             raise InvalidRequest(f"the {what} blob {ref.sha256[:12]} has {size} bytes, not {ref.size}")
 
     def _where(self) -> str:
-        return self._urls[0] if self._urls else "<coordinator>"
+        return (self._urls() or ("<coordinator>",))[0]
 
 
 def _page(found: Iterable[P]) -> tuple[tuple[P, ...], bool]:

@@ -20,14 +20,13 @@ from potluck.errors import CannotListen, InvalidSettings, PotluckError, Unavaila
 from potluck.lifecycle import die_with_parent
 from potluck.logs import fields
 from potluck.network import port_user, taken_text
+from potluck.packets import PACKET_LIMIT_BYTES
 from potluck.settings import BrokerSettings, Listen
 
 log = logging.getLogger(__name__)
 
 Kind = Literal["mosquitto", "embedded"]
 
-PACKET_LIMIT_BYTES = 2 * 2**20
-"""Above the limit of a message, so that whoever exceeds that gets an answer and keeps the connection."""
 QUEUED_LIMIT_BYTES = 64 * 2**20
 """What may wait for one client that does not read."""
 CONNECT_SECONDS = 10.0

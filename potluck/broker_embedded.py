@@ -19,7 +19,8 @@ from typing import Any
 from amqtt.adapters import ReaderAdapter, WriterAdapter
 from amqtt.broker import Broker
 
-from potluck.broker import CONNECT_SECONDS, PACKET_LIMIT_BYTES, QUEUED_LIMIT_BYTES
+from potluck.broker import CONNECT_SECONDS, QUEUED_LIMIT_BYTES
+from potluck.packets import PACKET_LIMIT_BYTES
 
 LISTENER = "default"
 _CONNECT = 0x10

@@ -65,12 +65,15 @@ class MqttBus(Bus):
         will: Will | None = None,
         timings: BusTimings = BusTimings(),  # noqa: B008 - frozen
         highest_version: Literal[4, 5] = 5,
+        visiting: bool = False,
     ) -> None:
+        """`visiting` a broker that may be anybody's: comings and goings are logged at DEBUG, and packets have a limit."""
         super().__init__(topics, client_id)
         self._addresses = addresses
         self._will = will
         self._timings = timings
         self._highest_version = highest_version
+        self._visiting = visiting
         self._versions: dict[tuple[str, int], aiomqtt.ProtocolVersion] = {}
         self._tried: dict[str, str] = {}
         self._trying = ""
@@ -114,7 +117,9 @@ class MqttBus(Bus):
     async def _open(self, address: tuple[str, int]) -> _Link:
         known = self._versions.pop(address, None)  # kept only when it worked
         version = await self._find_version(address, known)
-        link = _Link(self, address, version, self._will, self._timings)
+        link = _Link(
+            self, address, version, self._will, self._timings, packets.PACKET_LIMIT_BYTES if self._visiting else 0
+        )
         await link.open()
         self._versions[address] = version
         return link
@@ -129,7 +134,8 @@ class MqttBus(Bus):
             self._tried.clear()
             self.counters["connects"] += 1
             self._ready.set()
-            log.info("connected %s", fields(broker=f"{address[0]}:{address[1]}", mqtt=link.version_name))
+            shown = fields(broker=f"{address[0]}:{address[1]}", mqtt=link.version_name)
+            log.log(logging.DEBUG if self._visiting else logging.INFO, "connected %s", shown)
             births = asyncio.create_task(self._call_back(), name="bus-on-connect")
             try:
                 await asyncio.wait({births, link.lost}, return_when=asyncio.FIRST_COMPLETED)
@@ -159,7 +165,8 @@ class MqttBus(Bus):
         else:
             reason = str(error) or type(error).__name__
         if self._tried.get(place) != reason:
-            log.warning("not connected, trying again %s", fields(broker=place, reason=reason))
+            level = logging.DEBUG if self._visiting else logging.WARNING
+            log.log(level, "not connected, trying again %s", fields(broker=place, reason=reason))
         self._tried[place] = reason
         while len(self._tried) > 8:
             del self._tried[next(iter(self._tried))]
@@ -280,6 +287,7 @@ class _Link(aiomqtt.Client):
         version: aiomqtt.ProtocolVersion,
         will: Will | None,
         timings: BusTimings,
+        limit_bytes: int,
     ) -> None:
         self._bus = bus
         self.address = address
@@ -289,7 +297,7 @@ class _Link(aiomqtt.Client):
         self._flush_handle: asyncio.Handle | None = None
         self._gathered: list[bytes] = []
         """Packets that are written when this turn of the loop is over."""
-        self._splitter = packets.Splitter()
+        self._splitter = packets.Splitter(limit_bytes)
         self._in_loop = False
         super().__init__(
             *address,

@@ -9,6 +9,7 @@ import asyncio
 import hashlib
 import logging
 import socket
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from types import TracebackType
@@ -29,6 +30,8 @@ log = logging.getLogger(__name__)
 SERVICE_TYPE = "_potluck._tcp.local."
 RESOLVE_MILLISECONDS = 3000
 FIND_SECONDS = 5.0
+ASKS_SECONDS = 4.0
+"""For so long after its begin a browser asks again and again by itself."""
 NAMES = 5
 """Names that are tried before an advertisement is given up."""
 
@@ -72,6 +75,7 @@ class Discovery:
         self._interfaces: list[str] = []
         self._zeroconf: AsyncZeroconf | None = None
         self._browser: AsyncServiceBrowser | None = None
+        self._browsing_since = 0.0
         self._found: dict[str, Service] = {}
         self._changed = asyncio.Event()
         self._resolving: dict[str, asyncio.Task[None]] = {}
@@ -127,6 +131,23 @@ class Discovery:
                 await self._register(self._service)
         return True
 
+    async def look_again(self) -> None:
+        """Ask the network once more who is there: a browser asks when it begins, and then hears whoever speaks up.
+
+        What came while a cable or a switch between us and them was out is found by this alone. Raises Unavailable.
+        """
+        async with self._lock:
+            if self._zeroconf is None or time.monotonic() - self._browsing_since < ASKS_SECONDS:
+                return
+            try:
+                # A browser that is ended before zeroconf has started takes zeroconf with it.
+                await self._zeroconf.zeroconf.async_wait_for_start()
+            except ZeroconfError as error:
+                raise Unavailable(f"mDNS has not started: {error!r}") from error
+            before, self._browser = self._browser, self._browse(self._zeroconf)
+            if before is not None:
+                await before.async_cancel()
+
     def services(self, role: Role | None = None) -> list[Service]:
         """What is known now, by id."""
         found = (service for service in self._found.values() if role is None or service.role == role)
@@ -157,7 +178,11 @@ class Discovery:
                 f"mDNS cannot be used on {', '.join(interfaces)} ({error}): name the broker with --seed HOST"
             ) from error
         self._interfaces = interfaces
-        self._browser = AsyncServiceBrowser(self._zeroconf.zeroconf, SERVICE_TYPE, handlers=[self._on_change])
+        self._browser = self._browse(self._zeroconf)
+
+    def _browse(self, zeroconf: AsyncZeroconf) -> AsyncServiceBrowser:
+        self._browsing_since = time.monotonic()
+        return AsyncServiceBrowser(zeroconf.zeroconf, SERVICE_TYPE, handlers=[self._on_change])
 
     async def _close(self) -> None:
         await self._unregister()
@@ -207,7 +232,11 @@ class Discovery:
 
     async def _resolve(self, zeroconf: Zeroconf, name: str) -> None:
         info = AsyncServiceInfo(SERVICE_TYPE, name)
-        if not await info.async_request(zeroconf, RESOLVE_MILLISECONDS):
+        try:
+            if not await info.async_request(zeroconf, RESOLVE_MILLISECONDS):
+                return
+        except ZeroconfError as error:  # it ended meanwhile, or never began
+            log.debug("not resolved %s", fields(name=name[:100], reason=repr(error)))
             return
         service = _service(info)
         if service is not None and service.cluster == self._cluster:
@@ -241,6 +270,7 @@ def broker_addresses(network: NetworkSettings, discovery: Discovery | None) -> C
             raise Unavailable("no broker is known: name one with --seed HOST, or do not turn discovery off")
         choices = [*seeds, *found()]
         if not choices and discovery is not None:
+            await discovery.look_again()
             await discovery.wait_for(lambda one: one.role == "coordinator" and one.broker_port > 0, FIND_SECONDS)
             choices = found()
         if not choices:

@@ -11,6 +11,8 @@ from typing import NamedTuple
 from potluck.errors import BadMessage
 
 PUBLISH = 0x30
+PACKET_LIMIT_BYTES = 2 * 2**20
+"""Above the limit of a message, so that whoever exceeds that gets an answer and keeps the connection."""
 _LENGTH_BYTES = 4
 """Of a remaining length, at most."""
 
@@ -109,15 +111,16 @@ def length(size: int) -> bytes:
 
 
 class Splitter:
-    """Cuts a stream into packets, however it arrives in pieces."""
+    """Cuts a stream into packets, however it arrives in pieces. `limit_bytes`: what follows the length of one; 0: what MQTT can say."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit_bytes: int = 0) -> None:
+        self._limit_bytes = limit_bytes
         self._pieces: list[bytes] = []
         """What came of a packet whose end has not: joined once, when it is whole."""
         self._missing = 0
 
     def feed(self, data: bytes) -> list[tuple[int, bytes]]:
-        """First byte and body of each packet that is whole now. Raises BadMessage for what is no packet."""
+        """First byte and body of each packet that is whole now. Raises BadMessage for what is no packet, or too large."""
         if self._pieces:
             self._pieces.append(data)
             self._missing -= len(data)
@@ -133,6 +136,8 @@ class Splitter:
                 if end - at < 1 + _LENGTH_BYTES and data[end - 1] >= 0x80:
                     break  # the length is not whole
                 size, start = _read_length(data, at + 1)
+                if self._limit_bytes and size > self._limit_bytes:
+                    raise BadMessage(f"a packet of {size} bytes came, {self._limit_bytes} are allowed")
             if start + size > end:
                 self._missing = start + size - end
                 break

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from msgspec.structs import replace
@@ -21,7 +21,9 @@ from potluck.tensors import packed, unpacked
 class Shelf:
     """`urls` are where nodes find the store; tensors of more than `limit_bytes` are not fetched."""
 
-    def __init__(self, store: BlobStore, downloader: Downloader, urls: tuple[str, ...], limit_bytes: int) -> None:
+    def __init__(
+        self, store: BlobStore, downloader: Downloader, urls: Callable[[], tuple[str, ...]], limit_bytes: int
+    ) -> None:
         self._store = store
         self._downloader = downloader
         self._urls = urls
@@ -80,7 +82,7 @@ class Shelf:
             ref = await asyncio.to_thread(self._store.put_bytes, data)
         except OSError as error:
             raise Unavailable(f"input '{tensor.name}' cannot be kept here: {error}") from error
-        return replace(tensor, data=replace(ref, holders=self._urls))
+        return replace(tensor, data=replace(ref, holders=self._urls()))
 
     def _take(self, sha256: str) -> None:
         if not self._lent[sha256] and self._store.has(sha256):

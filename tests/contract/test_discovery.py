@@ -166,6 +166,20 @@ async def test_a_network_that_changed_is_used(
     assert not await early.refresh()
 
 
+async def test_who_was_not_heard_is_found_by_asking_again(cluster: str, stack: AsyncExitStack) -> None:
+    here = await stack.enter_async_context(Discovery(cluster))
+    await here.advertise(service(cluster, "here"))
+    deaf = await stack.enter_async_context(Discovery(cluster))
+    assert await deaf.wait_for(lambda one: one.id == "here", 5)
+    assert deaf._zeroconf is not None
+    cache = deaf._zeroconf.zeroconf.cache  # as if a switch between the two had been off all the time
+    cache.async_remove_records([record for name in cache.names() for record in cache.entries_with_name(name)])
+    deaf._found.clear()
+    deaf._browsing_since = 0.0
+    await deaf.look_again()
+    assert await deaf.wait_for(lambda one: one.id == "here", 5)
+
+
 # --- where the bus is ----------------------------------------------------------------------------------------------------
 
 

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 from fake_engine_node import FakeEngine
 
 import node.daemon
 from node.__main__ import main
-from potluck.messages import AnyTask, AnyTaskResult, EvaluateResult
+from potluck.messages import AnyTaskResult, EvaluateResult
 
 
 class LyingEngine(FakeEngine):
-    async def run_task(
-        self,
-        job_id: str,
-        task: AnyTask,
-        files: dict[str, Path],
-        on_progress: Callable[[int, dict[str, float]], None],
-    ) -> AnyTaskResult:
+    async def run_task(self, *_: Any) -> AnyTaskResult:
         return EvaluateResult(count=2**53, sums={"loss": 0.0, "accuracy": 2.0**53})
 
 

@@ -74,6 +74,16 @@ class Network:
         """Pull the host's cable."""
         run("ip", "-n", host, "link", "set", "eth0", "down")
 
+    def isolate(self, host: str) -> None:
+        """Between it and the others the switch is off; its own cable shows nothing of that."""
+        run("ip", "-n", self.bridge_host, "link", "set", self._port(host), "nomaster")
+
+    def reunite(self, host: str) -> None:
+        run("ip", "-n", self.bridge_host, "link", "set", self._port(host), "master", "br0", "up")
+
+    def _port(self, host: str) -> str:
+        return f"p{self.hosts.index(host) + 1}"
+
     def mend(self, host: str) -> None:
         run("ip", "-n", host, "link", "set", "eth0", "up")
 

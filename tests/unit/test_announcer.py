@@ -34,7 +34,7 @@ def test_a_job_says_what_it_waits_for(nodes: tuple[NodeView, ...], told: str) ->
         view=lambda now: ClusterView(nodes, now), running=lambda job: at_work, stage=lambda job: ""
     )
     jobs = SimpleNamespace(described=lambda job, running, *, waiting: waiting)
-    announcer = Announcer(Topics("test"), cast(Outbox, None), cast(Any, jobs), cast(Any, leases), ())
+    announcer = Announcer(Topics("test"), cast(Outbox, None), cast(Any, jobs), cast(Any, leases), lambda: ())
     assert (
         announcer.described(cast(Any, SimpleNamespace(job_id="j", runtimes=("tensorflow",), active=False)), 0.0) == told
     )

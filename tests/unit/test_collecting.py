@@ -60,7 +60,7 @@ def test_what_is_frozen_is_not_fetched_with_each_checkpoint(tmp_path: Path, know
     assert result.step is not None
     if known:
         store.put_bytes((tmp_path / "before").read_bytes())
-    found = asyncio.run(Collector(store, files, ()).collect(result))  # type: ignore[arg-type]
+    found = asyncio.run(Collector(store, files).collect(result))  # type: ignore[arg-type]
     assert isinstance(found, SyncResult)
     assert found.step is None
     assert found.weights == BlobRef(sha256=result.weights.sha256, size=result.weights.size)
@@ -80,7 +80,7 @@ def test_a_step_that_leads_elsewhere_is_not_followed(tmp_path: Path) -> None:
     store.put_bytes((tmp_path / "before").read_bytes())
     assert result.step is not None
     other = Step(base=files.add(tmp_path / "before"), update=result.step.update)
-    collector = Collector(store, files, ())  # type: ignore[arg-type]
+    collector = Collector(store, files)  # type: ignore[arg-type]
     asyncio.run(
         collector.collect(
             SyncResult(samples=1, steps=1, weights=result.weights, optimizer=result.optimizer, step=other)

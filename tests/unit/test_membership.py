@@ -1,8 +1,10 @@
 """Births, wills, silence: who is in the cluster."""
 
+import pytest
 from msgspec.structs import replace
 
-from coordinator.membership import MEMBERS_LIMIT, Membership, NodeJoined, NodeLost
+from coordinator import membership
+from coordinator.membership import Membership, NodeJoined, NodeLost, NodeRefused
 from potluck.messages import Capacity, NodeCapacity, NodeStatus, NodeTelemetry
 
 
@@ -119,16 +121,19 @@ def test_a_capacity_that_cannot_be_read_is_named_where_none_is_known() -> None:
     assert members.infos()[0].left_out == ""
 
 
-def test_made_up_ids_fill_no_memory_and_push_out_nobody_who_is_there() -> None:
+def test_made_up_ids_fill_no_memory_and_push_out_nobody_who_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    limit = 100
+    monkeypatch.setattr(membership, "MEMBERS_LIMIT", limit)
     members = Membership(timeout_seconds=10)
     members.on_status(birth("1"), 0)
-    for number in range(2 * MEMBERS_LIMIT):
+    for number in range(2 * limit):
         forged = NodeStatus(node_id=f"f{number}", session="s", state="online", http=(f"http://127.0.0.1:{number + 1}",))
         members.on_capacity(NodeCapacity(node_id=f"g{number}", capacity=Capacity("h", "s", 1, 1)))
         members.on_unreadable_capacity(f"u{number}", "rubbish")
-        members.on_status(forged, 1)
-    assert len(members.members) == MEMBERS_LIMIT
-    assert len(members._at) <= MEMBERS_LIMIT
+        answer = members.on_status(forged, 1)
+    assert answer == [NodeRefused(forged.node_id)]
+    assert len(members.members) == limit
+    assert len(members._at) <= limit
     assert members.members["n"].state == "online"
     members.heard("n", 15)
     members.tick(20)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import time
+from typing import cast
 
 import pytest
 from msgspec.structs import replace
 
-from coordinator.neighbours import gives_way
-from potluck.discovery import Service, precedence
+from coordinator.neighbours import ASKED_AT_ONCE, OTHERS_NAMED, Neighbours, gives_way
+from potluck.discovery import Discovery, Service, precedence
 from potluck.messages import CoordinatorStatus
 from potluck.network import refusal
+from potluck.settings import BusTimings
+from potluck.topics import Topics
 
 OLD = CoordinatorStatus(session="a", epoch=1, state="online", cluster_id="0b", founded=100.0)
 NEW = CoordinatorStatus(session="b", epoch=2, state="online", cluster_id="0a", founded=200.0)
@@ -37,6 +41,71 @@ def test_two_never_give_way_to_each_other() -> None:
     some = [replace(one, empty=empty, founded=at) for one in (OLD, NEW) for empty in (True, False) for at in (1.0, 2.0)]
     for one, other in itertools.permutations(some, 2):
         assert one.cluster_id == other.cluster_id or not (gives_way(one, other) and gives_way(other, one))
+
+
+def around(*hosts: str) -> list[Service]:
+    return [Service(host, "c", "coordinator", host, 1, 1883) for host in hosts]
+
+
+class Seen:
+    """What mDNS shows."""
+
+    def __init__(self, *hosts: str) -> None:
+        self.hosts = list(hosts)
+
+    def services(self, role: str) -> list[Service]:
+        return around(*self.hosts)
+
+
+def watching(seen: Seen, answers: dict[str, CoordinatorStatus]) -> tuple[Neighbours, list[str]]:
+    """And the hosts in the order in which they are asked."""
+    asked: list[str] = []
+
+    class Asking(Neighbours):
+        async def _ask(self, place: tuple[str, int]) -> CoordinatorStatus | None:
+            asked.append(place[0])
+            return answers.get(place[0])
+
+    mine = Service("me", "c", "coordinator", "me", 1, 1883)
+    return Asking(cast(Discovery, seen), mine, Topics("c"), lambda: OLD, BusTimings()), asked
+
+
+async def test_names_that_are_made_up_starve_nobody_and_fill_nothing() -> None:
+    seen = Seen("me", "real", *(f"forged-{number}" for number in range(100)))
+    neighbours, asked = watching(seen, {"real": NEW})
+    now = time.monotonic()
+    for _ in range(60):  # of these many the real one is drawn, sooner or later: all have come after 13 times
+        chosen = neighbours._choose(now)
+        assert len(chosen) <= ASKED_AT_ONCE
+        for place in chosen:
+            await neighbours._look(place)
+    assert neighbours.others == ("real:1883",)
+    assert "me" not in asked
+    assert len(asked) == len(set(asked)) == 101
+    seen.hosts[2:] = [f"again-{number}" for number in range(1000)]
+    assert neighbours._choose(now + 31)[0] == ("real", 1883), "whoever is known to be there comes first"
+    assert len(neighbours._due) <= 1
+    answers = dict.fromkeys(seen.hosts[1:], NEW)
+    many, _ = watching(seen, answers)
+    for host in answers:
+        await many._look((host, 1883))
+    assert len(many.others) == OTHERS_NAMED
+
+
+async def test_who_does_not_answer_is_asked_again_soon_then_less_often() -> None:
+    seen = Seen("gone")
+    neighbours, asked = watching(seen, {})
+    now, times = time.monotonic(), []
+    for second in range(120):
+        for place in neighbours._choose(now + second):
+            times.append(second)
+            await neighbours._look(place)
+            due, waited = neighbours._due[place]
+            neighbours._due[place] = due + second, waited  # the test's clock in place of the machine's
+    assert asked == ["gone"] * len(times)
+    assert [later - sooner for sooner, later in itertools.pairwise(times)][:4] == [
+        pytest.approx(gap, abs=1) for gap in (5, 10, 20, 30)
+    ]
 
 
 def test_everybody_tries_the_same_coordinator_first() -> None:

@@ -56,6 +56,13 @@ def test_a_length_of_more_than_four_bytes_is_no_packet(stream: bytes) -> None:
         packets.Splitter().feed(stream)
 
 
+def test_a_packet_above_the_limit_is_refused_by_its_length_alone() -> None:
+    splitter = packets.Splitter(1000)
+    assert len(splitter.feed(b"\x30" + packets.length(1000) + bytes(1000))) == 1
+    with pytest.raises(BadMessage, match="1001 bytes"):
+        splitter.feed(b"\x30" + packets.length(1001))
+
+
 @pytest.mark.parametrize(
     ("first", "body", "v5"),
     [(0x34, b"\x00\x01a\x00\x01", False), (0x30, b"\x00\x09a", False), (0x32, b"\x00\x01a", False),

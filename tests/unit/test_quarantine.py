@@ -45,7 +45,7 @@ class Bench:
             self.born(node_id, "1")
         self.leases = Leases(
             topics=Topics("test"), outbox=Mock(), membership=self.membership, settings=CoordinatorSettings(), epoch=1,
-            holders=Holders(self.membership, ()),
+            holders=Holders(self.membership, lambda: ()),
         )  # fmt: skip
         others: Any = {name: Mock() for name in ("announcer", "registry", "serving", "jobs", "collector", "packed")}
         self.dispatcher = Dispatcher(leases=self.leases, settings=CoordinatorSettings(), clock=lambda: 0.0, **others)

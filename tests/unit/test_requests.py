@@ -48,7 +48,7 @@ def test_too_many_questions_at_a_time_are_refused(tmp_path: Path) -> None:
     nothing: Any = None
     requests = Requests(
         outbox=replies, dispatcher=nothing, registry=nothing, serving=nothing, membership=nothing, deletion=nothing, packed=nothing, holders=nothing,
-        store=BlobStore(tmp_path, 1), urls=(),
+        store=BlobStore(tmp_path, 1), urls=lambda: (),
     )  # fmt: skip
     for number in range(102):
         requests.on_request(Envelope("t", Undeploy(id=str(number), model="m"), reply_to="a"))
@@ -62,7 +62,7 @@ def test_a_question_whose_time_is_up_is_told_by_whose_clock(tmp_path: Path) -> N
     replies.refuse = lambda question, error: said.append(f"{error.code}: {error.message}")
     requests = Requests(
         outbox=replies, dispatcher=nothing, registry=nothing, serving=nothing, membership=nothing, deletion=nothing, packed=nothing, holders=nothing,
-        store=BlobStore(tmp_path, 1), urls=(), clock=lambda: 5000.0,
+        store=BlobStore(tmp_path, 1), urls=lambda: (), clock=lambda: 5000.0,
     )  # fmt: skip
     requests.on_request(Envelope("t", Undeploy(id="1", model="m", expires=1400.0), reply_to="a"))
     assert len(said) == 1
@@ -80,7 +80,7 @@ def test_what_was_taken_away_is_answered_alike_when_it_is_asked_again(tmp_path: 
     replies.reply = lambda question, answer: answered.append(answer)
     requests = Requests(
         outbox=replies, dispatcher=nothing, registry=registry, serving=nothing, membership=nothing, deletion=nothing, packed=nothing,
-        holders=nothing, store=BlobStore(tmp_path / "blobs", 1), urls=(),
+        holders=nothing, store=BlobStore(tmp_path / "blobs", 1), urls=lambda: (),
     )  # fmt: skip
     for question_id in ("q-1", "q-1", "q-2", "q-1"):
         requests.on_request(Envelope("t", RemoveAlias(id=question_id, model="m:prod"), reply_to="a"))
@@ -100,7 +100,7 @@ def test_a_list_of_models_comes_in_messages_that_are_small_enough(tmp_path: Path
     replies.reply = lambda question, answer: answered.append(answer)
     requests = Requests(
         outbox=replies, dispatcher=nothing, registry=registry, serving=nothing, membership=nothing, deletion=nothing, packed=nothing,
-        holders=nothing, store=BlobStore(tmp_path / "blobs", 1), urls=(),
+        holders=nothing, store=BlobStore(tmp_path / "blobs", 1), urls=lambda: (),
     )  # fmt: skip
     found: list[ModelInfo] = []
     more = True

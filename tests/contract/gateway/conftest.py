@@ -57,7 +57,7 @@ async def http(lab: Lab, store: BlobStore, stack: AsyncExitStack) -> tuple[str, 
     sock = socket.create_server(("127.0.0.1", 0))
     base = f"http://127.0.0.1:{sock.getsockname()[1]}"
     downloader = await stack.enter_async_context(Downloader(store))
-    shelf = Shelf(store, downloader, (base,), LIMIT_BYTES)
+    shelf = Shelf(store, downloader, lambda: (base,), LIMIT_BYTES)
     routes = [
         *blob_server.routes(store, writable=True, max_bytes=LIMIT_BYTES),
         *gateway.routes(lab.serving, lab.inference, lab.registry, lab.membership, lab.settings, shelf, lab.bus),
