@@ -61,7 +61,8 @@ def words(error: Exception) -> str:
 
 
 class Patience:
-    """How long a body may be waited for: `idle_seconds` in all, and a second more for each LEAST_RATE bytes of it.
+    """How long a body may be waited for: `idle_seconds`, of which each LEAST_RATE bytes that come bring a second back, but never
+    more than there was: who sent much at once may not be slow for hours.
 
     What counts is the time in which we wait for its sender, not that in which we write or hash what came.
     """
@@ -72,11 +73,11 @@ class Patience:
 
     def left(self) -> float:
         """Seconds that the next piece may take."""
-        return min(self.idle_seconds, self._left)
+        return self._left
 
     def came(self, size: int, seconds: float) -> None:
         """A piece of so many bytes, that was waited for so long."""
-        self._left += size / LEAST_RATE - seconds
+        self._left = min(self.idle_seconds, self._left - seconds + size / LEAST_RATE)
 
 
 class _Peer:

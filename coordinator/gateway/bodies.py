@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -21,6 +22,8 @@ IDLE_SECONDS = 30.0
 """A body of which no byte arrives for so long is given up, and one that is slow (`potluck.http.Patience`)."""
 HELD_AT_ONCE = 4
 """So many bodies of the largest size are held at once; what is over is refused, and may come back."""
+HELD_EACH = 3
+"""And so many of one address: nobody keeps all others out."""
 IN_THREAD_BYTES = 256 * 1024
 """What is read or written by the event loop's own thread, of JSON; with more, others would wait for it."""
 _INFLATES = 16
@@ -34,8 +37,10 @@ class Bodies:
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
         self.held_bytes = 0
-        self._held: dict[int, int] = {}
-        """By the request's identity, while it is answered."""
+        self._held: dict[int, tuple[str, int]] = {}
+        """By the request's identity, while it is answered: whose it is, and its size."""
+        self._of: Counter[str] = Counter()
+        """By address."""
 
     async def read(self, request: web.Request) -> bytes:
         """The body, decompressed where it says how (`Content-Encoding`), and never more of it than the limit.
@@ -77,16 +82,23 @@ class Bodies:
 
     def release(self, request: web.Request) -> None:
         """Its body is not needed any more."""
-        self.held_bytes -= self._held.pop(id(request), 0)
+        peer, size = self._held.pop(id(request), ("", 0))
+        self.held_bytes -= size
+        self._of[peer] -= size
+        if self._of[peer] <= 0:
+            del self._of[peer]
 
     def _hold(self, request: web.Request, size: int) -> None:
-        if self.held_bytes + size > HELD_AT_ONCE * self.limit_bytes:
+        peer, held = self._held.get(id(request), (request.remote or "", 0))
+        mine = self._of[peer] + size > HELD_EACH * self.limit_bytes
+        if mine or self.held_bytes + size > HELD_AT_ONCE * self.limit_bytes:
+            count, whose = (self._of[peer], "your requests") if mine else (self.held_bytes, "requests")
             raise Overloaded(
-                f"{self.held_bytes} bytes of requests are being answered already: try again in 1 s",
-                retry_after_seconds=1.0,
+                f"{count} bytes of {whose} are being answered already: try again in 1 s", retry_after_seconds=1.0
             )
         self.held_bytes += size
-        self._held[id(request)] = self._held.get(id(request), 0) + size
+        self._of[peer] += size
+        self._held[id(request)] = peer, held + size
 
     def _too_large(self) -> TooLarge:
         return TooLarge(f"the body is over {self.limit_bytes} bytes: send fewer rows at once")

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from email import message_from_bytes
-from email.policy import HTTP
 from typing import Any
 
 import msgspec
 import numpy as np
 from aiohttp import web
 
-from coordinator.gateway import json_arrays, streaming
+from coordinator.gateway import forms, json_arrays, streaming
 from coordinator.gateway.answers import encoded, guarded
 from coordinator.gateway.asking import Asking
 from coordinator.gateway.bodies import beside, plain
@@ -90,7 +88,8 @@ class Plain:
         model = request.match_info["model"]
         name, signature = self._asking.deployed(model)
         info = _described(self._asking.info(name), signature)
-        content_type, data = _file(request.content_type, request.headers, await self._asking.bodies.read(request))
+        body = await self._asking.bodies.read(request)
+        content_type, data = await beside(len(body), lambda: _file(request, body))
         async with self._decoding:
             item = await asyncio.to_thread(_item, content_type, data, info)
         if info.signature is None or len(info.signature.inputs) != 1:
@@ -137,15 +136,11 @@ def _described(info: ModelInfo, signature: Signature | None) -> ModelInfo:
     return info if info.signature is not None else msgspec.structs.replace(info, signature=signature)
 
 
-def _file(content_type: str, headers: Any, body: bytes) -> tuple[str, bytes]:
+def _file(request: web.Request, body: bytes) -> tuple[str, bytes]:
     """(its type, its bytes): the body, or the first file in a form. Raises InvalidRequest."""
+    content_type = request.content_type
     if content_type == "multipart/form-data":
-        head = f"Content-Type: {headers['Content-Type']}\r\n\r\n".encode()
-        for part in message_from_bytes(head + body, policy=HTTP).walk():
-            if part.get_filename() is not None:
-                data = part.get_payload(decode=True)
-                return part.get_content_type(), data if isinstance(data, bytes) else b""
-        raise InvalidRequest("the form has no file: send one as a field of its own (curl: -F file=@image.png)")
+        content_type, body = forms.first_file(request.headers["Content-Type"], body)
     if not body:
         raise InvalidRequest("the body is empty: send an image, a text or a recording (curl: --data-binary @image.png)")
     return content_type, body

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -24,6 +25,8 @@ _LEFT_SECONDS = 1.0
 """How soon an answer ends whose client has gone."""
 _UPLOADS_LIMIT = 32
 """Of inputs, at a time: what is not whole yet counts for no other limit."""
+_UPLOADS_EACH = 16
+"""Of one address."""
 _ADD_BYTES = 1 << 20
 """So much is hashed and written at a time: a thread for each piece that arrives would take longer than both."""
 _QUICK_SECONDS = 0.1
@@ -101,7 +104,8 @@ def inputs_routes(
     nothing is taken. `GET /inputs/<name>` makes a blob of them, for those who would fetch them, and says its hash.
     """
 
-    uploads = asyncio.Semaphore(_UPLOADS_LIMIT)
+    uploads: Counter[str] = Counter()
+    """Under way, by address."""
 
     async def post(request: web.Request) -> web.StreamResponse:
         if request.content_type != _OCTETS:  # which no page in a browser can send unasked: fetch standard, 2.2.2
@@ -112,10 +116,18 @@ def inputs_routes(
             return _problem(503, reason.message)
         if (request.content_length or 0) > max_bytes:
             return _too_large(max_bytes)
-        if uploads.locked():
+        peer = request.remote or ""
+        if uploads[peer] >= _UPLOADS_EACH:
+            return _problem(503, f"{_UPLOADS_EACH} uploads from your address are under way")
+        if uploads.total() >= _UPLOADS_LIMIT:
             return _problem(503, f"{_UPLOADS_LIMIT} uploads are under way")
-        async with uploads:
+        uploads[peer] += 1
+        try:
             return await _received(request, store, max_bytes, idle_seconds)
+        finally:
+            uploads[peer] -= 1
+            if not uploads[peer]:
+                del uploads[peer]
 
     async def get(request: web.Request) -> web.StreamResponse:
         try:

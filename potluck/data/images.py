@@ -129,6 +129,8 @@ def unread_format(data: bytes) -> str | None:
     """What people call the format of an image that is not decoded, by its first bytes; None for all others."""
     if data[4:8] == b"ftyp":
         return _BRANDS.get(bytes(data[8:12]))
+    if data.lstrip()[:1] == b"<" and b"<svg" in data[:1024]:
+        return "SVG"
     return next((format for start, format in _UNREAD.items() if data.startswith(start)), None)
 
 
@@ -144,7 +146,7 @@ def _opened(data: bytes, limit: int = PIXELS_LIMIT) -> Iterator[Image.Image]:
             image.load()
             yield image
     except UnidentifiedImageError as error:
-        format = unread_format(data) or ("SVG" if b"<svg" in data[:1024] else None)
+        format = unread_format(data)
         raise Unusable(f"{format} {CONVERT}" if format else "not an image") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # before we could ask for its size
         found = re.search(r"\d+", str(error))

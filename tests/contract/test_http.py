@@ -204,3 +204,7 @@ def test_patience_is_for_what_comes() -> None:
         slow.came(1, 10.0)
         pieces += 1
     assert pieces == 4
+    sly = Patience(30.0)
+    sly.came(60 * 2**20, 0.1)
+    sly.came(1, 29.0)
+    assert sly.left() < 2.0, "much at once buys no time for later"

@@ -168,6 +168,28 @@ async def test_what_is_refused_is_not_kept(taker: Taker, client: Downloader) -> 
     assert taker.left() == []
 
 
+async def test_one_address_leaves_room_for_the_inputs_of_others(taker: Taker, client: Downloader) -> None:
+    port = int(taker.url.rpartition(":")[2])
+    head = b"POST /inputs HTTP/1.1\r\nHost: x\r\nContent-Type: application/octet-stream\r\nContent-Length: 9\r\n\r\n"
+    crowd = []
+    for _ in range(server._UPLOADS_EACH):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(head + b"slow")
+        crowd.append((reader, writer))
+    await eventually(lambda: len(taker.left()) == server._UPLOADS_EACH)
+    with pytest.raises(Unavailable, match=f"{server._UPLOADS_EACH} uploads from your address are under way"):
+        await client.send_inputs(b"soup", taker.url, 1.0)
+    _, other = await asyncio.open_connection("127.0.0.1", port, local_addr=("127.0.0.2", 0))
+    other.write(head + b"all of it")
+    await eventually(lambda: len(taker.left()) == server._UPLOADS_EACH + 1)
+    for reader, writer in crowd:
+        writer.write(b" ends")
+        assert b"201 Created" in await reader.readline()
+        writer.close()
+    other.close()
+    assert (await client.send_inputs(b"soup", taker.url, 1.0)).size == 4
+
+
 async def test_an_upload_that_breaks_off_leaves_nothing(taker: Taker) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", int(taker.url.rpartition(":")[2]))
     head = (

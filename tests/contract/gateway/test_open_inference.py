@@ -427,13 +427,24 @@ async def test_what_many_bodies_take_together_is_bounded(lab: Lab, http: Http) -
     base, session = http
     lab.nodes["a"].mute = True
     body = json.dumps(GOOD).encode() + b" " * 3 * 2**20
-    held = [asyncio.create_task(session.post(f"{base}/v2/models/m/infer", data=io.BytesIO(body))) for _ in range(5)]
-    await eventually(lambda: len(lab.inference.router("m").queue) + lab.inference.router("m").in_flight == 5)
-    async with session.post(f"{base}/v2/models/m/infer", data=io.BytesIO(body)) as response:
-        assert response.status == 429
-        assert response.headers["Retry-After"] == "1"
-        assert "are being answered already" in (await response.json())["error"]
-    await lab.serving.undeploy("m")
+    connector = aiohttp.TCPConnector(local_addr=("127.0.0.2", 0))
+    held = []
+    async with aiohttp.ClientSession(connector=connector) as neighbour:
+        for count, one, whose in ((3, session, "bytes of your requests"), (2, neighbour, "bytes of requests")):
+            for _ in range(count):
+                held.append(asyncio.create_task(one.post(f"{base}/v2/models/m/infer", data=io.BytesIO(body))))
+            router = lab.inference.router("m")
+            await eventually(lambda router=router: len(router.queue) + router.in_flight == len(held))  # type: ignore[misc]
+            async with one.post(f"{base}/v2/models/m/infer", data=io.BytesIO(body)) as response:
+                assert response.status == 429
+                assert response.headers["Retry-After"] == "1"
+                error = (await response.json())["error"]
+                assert whose in error
+                assert "are being answered already" in error
+        await lab.serving.undeploy("m")
+        for answer in held:
+            assert (await answer).status == 503
+    held.clear()
     for answer in held:
         assert (await answer).status == 503
     async with session.post(f"{base}/v2/models/m/infer", data=io.BytesIO(body)) as response:

@@ -114,9 +114,10 @@ WRONG: list[Any] = [
     ("images/classify?top=0", png(4, 4), "image/png", 400, "top is '0'"),
     ("images/classify?top=x", png(4, 4), "image/png", 400, "top is 'x'"),
     ("m/classify", png(4, 4), "image/png", 400, "model m:1 takes no images: its input has the shape ("),
+    ("images/classify", b'<?xml version="1.0"?>\n<svg/>', "", 400, "SVG"),
     ("m/classify", b"RIFF....WAVE", "audio/wav", 400, "cut off"),
     ("images/classify", b"--b\r\n\r\n--b--", "multipart/form-data; boundary=b", 400, "the form has no file"),
-    ("images/classify", b"", "multipart/form-data", 400, "the form has no file"),
+    ("images/classify", b"", "multipart/form-data", 400, "the form cannot be read: its Content-Type has no boundary"),
 ]
 
 
