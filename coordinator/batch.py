@@ -17,6 +17,7 @@ from msgspec.structs import replace
 
 from coordinator.jobs import Attempt, Complete, Decision, EpochEnded, Lease, RoundClosed, Withdraw
 from coordinator.placement import ClusterView, speeds
+from potluck.errors import ModelFailed
 from potluck.messages import (
     AnyTask,
     AnyTaskResult,
@@ -280,6 +281,9 @@ def merge(results: list[EvaluateResult]) -> EvaluateResult:
     values = [result.values for result in results if not result.count or len(parts) == 1]
     tables = [result.confusion for result in results if result.confusion]
     confusion: tuple[tuple[int, ...], ...] = ()
+    if len({len(table) for table in tables}) > 1:
+        sizes = " and ".join(str(size) for size in sorted({len(table) for table in tables}))
+        raise ModelFailed(f"the nodes do not agree how many classes the model has: {sizes}")
     if tables:
         confusion = tuple(tuple(sum(cells) for cells in zip(*rows, strict=True)) for rows in zip(*tables, strict=True))
     return EvaluateResult(

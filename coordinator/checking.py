@@ -26,6 +26,7 @@ from potluck.messages import (
     LeaseRenewed,
     PredictResult,
     PredictTask,
+    Signature,
     SyncResult,
     SyncTask,
     Task,
@@ -56,6 +57,7 @@ NAMES_LIMIT = 1000
 NAMES_SHOWN = 64
 TEXT_LIMIT = 200
 ERROR_LIMIT = 4000
+DIMENSIONS_LIMIT = 32
 UPDATE_SLACK_BYTES = 2**20
 """What an update may be larger than the weights that it changes: names and shapes."""
 
@@ -68,6 +70,15 @@ def violation(task: AnyTask, result: AnyTaskResult, node_items: int | None = Non
     """What is wrong with a result of this task; "" where nothing is. `node_items`: of the data of its own that it is about."""
     try:
         _check(task, result, node_items)
+    except _Wrong as error:
+        return str(error)
+    return ""
+
+
+def wrong_signature(signature: Signature) -> str:
+    """What is wrong with what a node says of a model's inputs and outputs; "" where nothing is."""
+    try:
+        _signature(signature)
     except _Wrong as error:
         return str(error)
     return ""
@@ -153,10 +164,7 @@ def _check(task: AnyTask, result: AnyTaskResult, node_items: int | None) -> None
             _blobs(result.weights, result.optimizer)
         case ExportTask(), ExportResult():
             _blobs(result.model)
-            for spec in (*result.signature.inputs, *result.signature.outputs):
-                if any(not -1 <= size <= 2**40 for size in spec.shape):
-                    raise _Wrong(f"the signature has the shape {list(spec.shape)[:8]}")
-            _number(result.signature.pixel_scale, "pixel_scale", 0, 1e6)
+            _signature(result.signature)
         case _, ConvertResult():
             _blobs(result.model)
         case _:
@@ -240,6 +248,17 @@ def _output(tensor: Tensor, rows: int) -> None:
     size = data.size if isinstance(data, BlobRef) else len(data)
     if size != count * DTYPES[tensor.datatype].itemsize:
         raise _Wrong(f"{label} of shape {list(tensor.shape)[:8]} has {size} bytes")
+
+
+def _signature(signature: Signature) -> None:
+    specs = (*signature.inputs, *signature.outputs)
+    _names([spec.name for spec in specs], "inputs and outputs")
+    for spec in specs:
+        if len(spec.shape) > DIMENSIONS_LIMIT or any(not -1 <= size <= 2**40 for size in spec.shape):
+            raise _Wrong(f"the signature has the shape {list(spec.shape)[:8]}")
+        if spec.datatype != "BYTES" and spec.datatype not in DTYPES:
+            raise _Wrong(f"the signature has the datatype {spec.datatype[:20]!r}")
+    _number(signature.pixel_scale, "pixel_scale", 0, 1e6)
 
 
 def _number(value: float, what: str, least: float, most: float) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any, TypeVar
 
@@ -52,6 +52,11 @@ class Collector:
     def __init__(self, store: BlobStore, downloader: Downloader) -> None:
         self._store = store
         self._downloader = downloader
+
+    def too_large(self, result: AnyTaskResult) -> int:
+        """The bytes of a result's blobs where there could never be room for them; 0: there could."""
+        size = sum(ref.size for ref in _blobs(result))
+        return size if size > self._store.limit_bytes else 0
 
     async def collect(self, result: AnyTaskResult) -> AnyTaskResult:
         """The same result with all its blobs in our store. Raises Unavailable when nobody has one any more, CorruptBlob.
@@ -230,6 +235,18 @@ class Collector:
             pin(ref.sha256)
         await self._downloader.fetch(ref)
         return BlobRef(sha256=ref.sha256, size=ref.size)
+
+
+def _blobs(value: object) -> Iterator[BlobRef]:
+    """All that a message refers to."""
+    if isinstance(value, BlobRef):
+        yield value
+    elif isinstance(value, Struct):
+        for name in value.__struct_fields__:
+            yield from _blobs(getattr(value, name))
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from _blobs(item)
 
 
 def locate(value: S, holders_of: Callable[[str], tuple[str, ...]]) -> S:

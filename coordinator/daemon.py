@@ -26,7 +26,7 @@ from coordinator.jobstore import JobStore
 from coordinator.journal import FATAL, Journal
 from coordinator.keeping import Keeping
 from coordinator.leases import Leases
-from coordinator.membership import MEMBERS_LIMIT, Change, Membership, NodeJoined, NodeLost, NodeRefused
+from coordinator.membership import MEMBERS_LIMIT, Change, Membership, NodeJoined, NodeLost, NodeRefused, NodeUnknown
 from coordinator.neighbours import Neighbours
 from coordinator.packed import Packed
 from coordinator.requests import Requests
@@ -44,7 +44,7 @@ from potluck.errors import Conflict, GaveWay, PotluckError, Unavailable
 from potluck.filters import matches
 from potluck.http import serve_http
 from potluck.logs import Seldom, fields
-from potluck.messages import PROTOCOL_VERSION, CoordinatorStatus, NodeCapacity, NodeStatus, NodeTelemetry
+from potluck.messages import PROTOCOL_VERSION, CoordinatorStatus, NodeCapacity, NodeStatus, NodeTelemetry, Rebirth
 from potluck.network import base_urls, bind_gateway, reachable_addresses
 from potluck.outbox import Outbox
 from potluck.settings import CoordinatorSettings, check_listen, is_loopback, parse_address, short_hostname, state_folder
@@ -57,6 +57,8 @@ log = logging.getLogger(__name__)
 TICK_SECONDS = 0.5
 STATUS_SECONDS = 5.0
 """How often the retained status is said again."""
+RIVAL_SECONDS = 2 * STATUS_SECONDS + 1
+"""Within so long another coordinator says again that it is there."""
 RETAINED_SECONDS = 0.3
 """A retained message follows its subscription at once; so long we wait for one of another coordinator."""
 BROKER_CHECK_SECONDS = 1.0
@@ -80,9 +82,12 @@ class Coordinator:
         self.folder = state_folder(settings.state_dir, "coordinator")
         self._rival: CoordinatorStatus | None = None
         self._rival_at = 0.0
+        self._rival_lives = False
+        """Whether it was heard itself, and not only what the broker keeps of it."""
         self._rival_seen = asyncio.Event()
         self._seldom = Seldom(LOG_SECONDS)
         self._announced = asyncio.Event()
+        self._epoch = 0
         self._urls: tuple[str, ...] = ()
         self._neighbours: Neighbours | None = None
         self._gave_way: GaveWay | None = None
@@ -93,6 +98,7 @@ class Coordinator:
         async with AsyncExitStack() as stack:
             tell_lock = stack.enter_context(sole_use(self.folder, "coordinator", settings.cluster))
             journal = Journal(self.folder / "journal.sqlite", least_epoch=int(time.time()))
+            self._epoch = journal.epoch
             stack.callback(journal.close)
             store = BlobStore(self.folder / "blobs", settings.blob_limit_bytes)
             broker, addresses = await self._broker(stack)
@@ -289,7 +295,7 @@ class Coordinator:
 
     async def _join(self, bus: MqttBus) -> None:
         """Return once we are announced. Raises Unavailable without a bus, Conflict when it has a coordinator that stays."""
-        limit_seconds = self._patience_seconds
+        limit_seconds = self._patience_seconds + RIVAL_SECONDS
         await bus.connected(limit_seconds)
         try:
             async with asyncio.timeout(limit_seconds):
@@ -334,6 +340,7 @@ class Coordinator:
                 self._rival = None
         else:
             self._rival, self._rival_at = message, time.monotonic()
+            self._rival_lives = self._rival_lives or not envelope.retained
             self._rival_seen.set()
             if self._announced.is_set() and self._seldom.due("rival") is not None:
                 where = fields(cluster=self.settings.cluster, http=",".join(message.http))
@@ -342,16 +349,29 @@ class Coordinator:
     async def _stand_alone(self) -> None:
         """Raises Conflict, before we say a word, when another coordinator of this cluster is on the bus."""
         if not self._announced.is_set() and self.settings.seeds:
-            try:
-                async with asyncio.timeout(RETAINED_SECONDS):
-                    await self._rival_seen.wait()
-            except TimeoutError:
-                log.debug("no other coordinator is on this bus")
+            await self._hear_rival(RETAINED_SECONDS)
+            if self._rival is not None and not self._rival_lives:
+                # A broker that keeps what is retained over a power cut has it of one that is gone. One that lives says so again.
+                log.warning(
+                    "another coordinator was on this bus, is it there? %s", fields(http=",".join(self._rival.http))
+                )
+                self._rival_seen.clear()
+                if not await self._hear_rival(RIVAL_SECONDS):
+                    self._rival = None
         self._rival_seen.clear()
         if self._announced.is_set() and time.monotonic() - self._rival_at > 3 * STATUS_SECONDS:
             self._rival = None  # it would have said by now that it is still there
         if self._rival is not None:
             raise self._conflict(self._rival)
+
+    async def _hear_rival(self, seconds: float) -> bool:
+        """Whether one is heard of within that time."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._rival_seen.wait()
+        except TimeoutError:
+            return False
+        return True
 
     def _conflict(self, rival: CoordinatorStatus) -> Conflict:
         where = ", ".join(rival.http)
@@ -401,6 +421,10 @@ class Coordinator:
                     log.info("node lost %s", fields(node=change.node_id, reason=change.reason))
                     self._dispatcher.node_lost(change.node_id, change.reason)
                     self._serving.node_lost(change.node_id)
+                case NodeUnknown():
+                    if self._seldom.due(f"rebirth of {change.node_id}") is not None:
+                        rebirth = Rebirth(epoch=self._epoch)
+                        self._outbox.publish(self.topics.node(change.node_id, "inbox"), rebirth)
                 case NodeRefused():
                     if (more := self._seldom.due("no room")) is not None:
                         facts = fields(node=change.node_id, limit=MEMBERS_LIMIT, more=more or None)

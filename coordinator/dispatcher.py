@@ -185,6 +185,7 @@ class Dispatcher:
             case LeaseTaken():
                 if (held := self._heard(node_id, message.attempt_id)) is not None:
                     held.taken = True
+                    self._leases.accepted(node_id)
             case LeaseRenewed():
                 if (held := self._heard(node_id, message.attempt_id)) is not None:
                     said = bounded_renewal(held.message.task, message)
@@ -196,6 +197,7 @@ class Dispatcher:
             case LeaseRefused():
                 if self._heard(node_id, message.attempt_id) is not None:
                     # Not the shard's fault: it is given to another, and does not count as a failure.
+                    self._leases.refused(node_id, self._clock())
                     self._end_attempt(message.attempt_id, f"refused: {message.error.message[:200]}", None)
             case ShardFailed():
                 held = self._heard(node_id, message.attempt_id)
@@ -281,7 +283,7 @@ class Dispatcher:
     def _plan_guarded(self, job: Job) -> None:
         if not job.active:
             return
-        error = job.error(self._settings.attempts_limit)
+        error = job.error(self._settings.attempts_limit, self._leases.view(self._clock()))
         if error is not None:
             self._finish(job, "failed", error=error)
             return
@@ -431,6 +433,10 @@ class Dispatcher:
         if reason := violation(lease.task, result, self._leases.own_items(node_id, lease.task)):
             self._violated(held, node_id, reason)
             return error_info(EngineFailed(f"its result is not what was asked for: {reason}"))
+        if size := self._collector.too_large(result):
+            return error_info(
+                DiskFull(f"its result has {size} bytes, more than the coordinator may keep (blob_limit_bytes)")
+            )
         doubts = self._doubts.setdefault(held.job_id, Doubts())
         if not is_no_number(result):
             if liar := doubts.disproved(lease.shard_id, node_id):

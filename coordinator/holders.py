@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import islice
 
 from coordinator.membership import Membership
 
@@ -29,9 +30,14 @@ class Holders:
 
     def nodes(self, sha256: str) -> tuple[str, ...]:
         """Base URLs of the nodes that have a blob and are online."""
-        members = (self._membership.get(node_id) for node_id in sorted(self._nodes.get(sha256, ()))[:PEERS_NAMED])
-        return tuple(url for member in members if member and member.state == "online" for url in member.http[:1])
+        members = (self._membership.get(node_id) for node_id in sorted(self._nodes.get(sha256, ())))
+        there = (url for member in members if member and member.state == "online" for url in member.http[:1])
+        return tuple(islice(there, PEERS_NAMED))
 
     def of(self, sha256: str) -> tuple[str, ...]:
         """Base URLs of who has a blob: the nodes first, so that the coordinator's link is the last resort."""
         return self.nodes(sha256) + self._urls()
+
+    def few(self, sha256: str) -> tuple[str, ...]:
+        """The same, for messages that name many blobs: of each a node and ourselves."""
+        return self.nodes(sha256)[:1] + self._urls()[:1]

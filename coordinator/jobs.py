@@ -47,6 +47,8 @@ from potluck.messages import (
     WarmUpResult,
 )
 
+OPINION_SECONDS = 30.0
+"""So long another node may take to show that the job can be done, or to agree that it cannot."""
 REST_SECONDS = 1.0
 VALIDATION = "validation-"
 """What the ids of shards of validation begin with."""
@@ -264,7 +266,12 @@ class Job:
     failures: dict[str, int] = field(default_factory=dict)
     """Attempts of each node that ended with an error, since any has succeeded."""
     last_error: ErrorInfo | None = None
-    fatal: ErrorInfo | None = None
+    hopeless: dict[str, ErrorInfo] = field(default_factory=dict)
+    """What nodes said that trying again cannot mend. One may be wrong (it lacks a library, say): the word of two ends the job."""
+    hopeless_at: float = 0.0
+    """When the first said so."""
+    done_by: set[str] = field(default_factory=set)
+    """Nodes that have done something for it."""
     participants: set[str] = field(default_factory=set)
     resting: dict[str, float] = field(default_factory=dict)
     """Nodes that reported an error, and until when they get nothing of this job."""
@@ -327,6 +334,8 @@ class Job:
             case AttemptFinished():
                 finished = self.attempts.pop(event.attempt_id, None)
                 if finished is not None:
+                    self.done_by.add(finished.node_id)
+                    self.hopeless.pop(finished.node_id, None)
                     if not isinstance(event.result, WarmUpResult):  # to be ready is not yet to succeed
                         self.failures.clear()
                         self.short.discard(finished.node_id)
@@ -368,19 +377,33 @@ class Job:
             reason = self.refused[view.nodes[0].node_id]
             what = "runs this model" if reason.code == CodeNotAllowed.code else "can do this job"
             raise from_code(reason.code, f"no node {what}: {reason.message}")
+        nodes = [node for node in nodes if node.node_id not in self.hopeless] or nodes
         resting = frozenset(node.node_id for node in nodes if self.resting.get(node.node_id, 0.0) > view.now)
         rested = tuple(node for node in nodes if node.node_id not in resting)
         return self.strategy.plan(ClusterView(rested, view.now, resting), self.attempts)
 
-    def error(self, attempts_limit: int) -> ErrorInfo | None:
+    def error(self, attempts_limit: int, view: ClusterView) -> ErrorInfo | None:
         """The error this job must end with: one that trying again cannot mend, or too many in a row of a node, with nobody else at work."""
-        if self.fatal is not None:
-            return self.fatal
+        if self.hopeless and not self._other_opinion(view):
+            return next(iter(self.hopeless.values()))
         if max(self.failures.values(), default=0) < attempts_limit:
             return None
         # Who is at work and has not failed so often may yet succeed: that all die once is no sign that nobody can do it.
         hope = any(self.failures.get(attempt.node_id, 0) < attempts_limit for attempt in self.attempts.values())
         return None if hope else self.last_error
+
+    def _other_opinion(self, view: ClusterView) -> bool:
+        """Whether what one node says cannot be mended may be that node's own trouble, and another is there to see.
+
+        One that has done something for the job is waited for, also while it is away; one that has not yet, for so long only:
+        somebody waits to hear of a mistake of theirs.
+        """
+        if len(self.hopeless) > 1:
+            return False
+        if self.done_by - self.hopeless.keys():
+            return True
+        others = any(node.node_id not in self.hopeless | self.refused for node in view.nodes)
+        return others and view.now - self.hopeless_at < OPINION_SECONDS
 
     def changed(self, progress: JobProgress) -> JobChanged:
         """The job as clients see it."""
@@ -460,7 +483,8 @@ class Job:
         # It rests, so that a node at which everything fails at once is not all that the job is tried on.
         self.resting[node_id] = at + REST_SECONDS * 2**times
         if not error.retryable:
-            self.fatal = error
+            self.hopeless_at = self.hopeless_at or at
+            self.hopeless.setdefault(node_id, error)
 
 
 def data_of(spec: AnyJobSpec) -> tuple[str, ...]:

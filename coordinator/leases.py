@@ -19,6 +19,10 @@ from potluck.outbox import Outbox
 from potluck.settings import CoordinatorSettings
 from potluck.topics import Topics
 
+MANY_SHARDS = 100
+"""With more in a lease, few holders are named of each: it has to go into a message."""
+REFUSED_SECONDS = 0.5
+REFUSED_LIMIT_SECONDS = 60.0
 SLOTS = 2
 """Attempts that a node holds at most: one running, one prefetched."""
 
@@ -69,6 +73,8 @@ class Leases:
         self._holders = holders
         self._held: dict[str, Held] = {}
         self._load: Counter[str] = Counter()
+        self._refusing: dict[str, tuple[int, float]] = {}
+        """How often in a row a node has refused, and until when it is offered nothing."""
 
     def __contains__(self, attempt_id: str) -> bool:
         return attempt_id in self._held
@@ -109,6 +115,16 @@ class Leases:
         held.heard_at = now
         return held
 
+    def refused(self, node_id: str, now: float) -> None:
+        """The node does not want what it is offered: it is offered nothing for a while, for longer each time."""
+        times = self._refusing.get(node_id, (0, 0.0))[0] + 1
+        rest_seconds = min(REFUSED_SECONDS * 2.0 ** (times - 1), REFUSED_LIMIT_SECONDS)
+        self._refusing[node_id] = times, now + rest_seconds
+
+    def accepted(self, node_id: str) -> None:
+        """It takes what it is offered."""
+        self._refusing.pop(node_id, None)
+
     def expired(self, now: float) -> list[tuple[str, Held]]:
         """Leases that were not renewed in time."""
         limit = self._settings.lease_seconds
@@ -124,7 +140,8 @@ class Leases:
         held.sent_at = now
         member = self._membership.get(held.node_id)
         if member is not None and member.state != "offline":
-            self.command(held.node_id, locate(held.message, self._holders.of))
+            many = len(getattr(held.message.task, "data", ())) > MANY_SHARDS
+            self.command(held.node_id, locate(held.message, self._holders.few if many else self._holders.of))
 
     def withdraw(self, node_id: str, attempt_id: str, reason: str) -> None:
         self.command(node_id, WithdrawLease(epoch=self._epoch, attempt_id=attempt_id, reason=reason))
@@ -172,16 +189,17 @@ class Leases:
 
     def view(self, now: float) -> ClusterView:
         """The nodes that can compute, and how much more each may be given."""
-        return ClusterView(tuple(self._nodes()), now)
+        return ClusterView(tuple(self._nodes(now)), now)
 
-    def _nodes(self) -> Iterator[NodeView]:
+    def _nodes(self, now: float) -> Iterator[NodeView]:
         for member in self._membership.online():
             if "tensorflow" in member.capacity.runtimes and not member.quarantined:
                 load = self._load[member.node_id]
+                resting = self._refusing.get(member.node_id, (0, 0.0))[1] > now
                 yield NodeView(
                     member.node_id,
                     member.capacity.gflops,
-                    free_slots=SLOTS - load,
+                    free_slots=0 if resting else SLOTS - load,
                     idle=load == 0,
                     collective=member.collective,
                     data=member.data,

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Literal
+
+from msgspec.structs import replace as changed
 
 from potluck.addresses import is_address
 from potluck.messages import (
+    CLASS_NAMES_LIMIT_BYTES,
     PROTOCOL_VERSION,
     Capacity,
     NodeCapacity,
@@ -24,6 +28,10 @@ from potluck.messages import (
 MemberState = Literal["online", "suspect", "offline"]
 ADDRESSES_KEPT = 32
 """Of a node; a machine has a few."""
+WORD_LIMIT = 256
+"""Signs of a name that a node gives, of itself or what it has: all of that goes into listings."""
+NAMED_LIMIT = 64
+"""Things of a kind that a node has."""
 MEMBERS_LIMIT = 4000
 """Ids can be made up: beyond so many, whoever has been gone the longest is forgotten, and where nobody is, nobody more comes in."""
 VIOLATIONS_LIMIT = 3
@@ -76,6 +84,13 @@ class NodeRefused:
 
 
 @dataclass(frozen=True)
+class NodeUnknown:
+    """It is heard of, and its birth is missing: it was refused, lost, or somebody else's was put in its place."""
+
+    node_id: str
+
+
+@dataclass(frozen=True)
 class NodeLost:
     """The node is gone, or is here again in a new session: what its old session held is lost."""
 
@@ -83,7 +98,7 @@ class NodeLost:
     reason: str
 
 
-Change = NodeJoined | NodeRefused | NodeLost
+Change = NodeJoined | NodeRefused | NodeUnknown | NodeLost
 
 
 @dataclass
@@ -118,6 +133,7 @@ class Membership:
     def on_status(self, status: NodeStatus, now: float) -> list[Change]:
         """A birth or a will. A stale will, of a session that is not the present one, changes nothing."""
         http = tuple(filter(is_address, status.http[:ADDRESSES_KEPT]))
+        software = _short(status.software)
         collective = status.collective if is_address(f"http://{status.collective}") else ""
         known = self.members.get(status.node_id)
         if status.state == "offline":
@@ -125,7 +141,7 @@ class Membership:
                 return []
             self.members[status.node_id] = replace(known, state="offline", left=status.left)
             return [NodeLost(status.node_id, "it left" if status.left else "it went offline")]
-        if known is None and not self._room():
+        if len(status.session) > WORD_LIMIT or (known is None and not self._room()):
             return [NodeRefused(status.node_id)]
         changes: list[Change] = []
         for url in known.http if known is not None else ():
@@ -137,7 +153,7 @@ class Membership:
                 known,
                 http=http,
                 collective=collective,
-                software=status.software,
+                software=software,
                 version=status.version,
                 seen_at=now,
             )
@@ -152,7 +168,7 @@ class Membership:
             seen_at=now,
             http=http,
             collective=collective,
-            software=status.software,
+            software=software,
             telemetry=None,
             left=False,
             version=status.version,
@@ -166,8 +182,9 @@ class Membership:
             return []
         # Retained capacity may arrive before the birth.
         known = self.members.get(message.node_id) or Member(message.node_id, "", "offline", 0.0)
+        data, missing = _listable(message)
         self.members[message.node_id] = replace(
-            known, capacity=message.capacity, data=message.data, data_missing=message.data_missing, unreadable=""
+            known, capacity=_bounded(message.capacity), data=data, data_missing=missing, unreadable=""
         )
         return []
 
@@ -219,7 +236,7 @@ class Membership:
         """Any sign of life of the present session brings a silent member back."""
         known = self.members.get(telemetry.node_id)
         if known is None or known.session != telemetry.session:
-            return []
+            return [NodeUnknown(telemetry.node_id)]
         ahead = telemetry.sent_at - now if telemetry.sent_at else 0.0
         self.members[telemetry.node_id] = replace(
             known, state="online", seen_at=now, telemetry=telemetry, left=False, clock_ahead_seconds=ahead
@@ -250,6 +267,37 @@ class Membership:
         return tuple(
             _info(member) for member in sorted(self.members.values(), key=lambda m: m.node_id) if member.session
         )
+
+
+def _short(words: Mapping[str, str]) -> dict[str, str]:
+    return {key[:WORD_LIMIT]: value[:WORD_LIMIT] for key, value in islice(words.items(), NAMED_LIMIT)}
+
+
+def _bounded(capacity: Capacity) -> Capacity:
+    """As it can be listed beside those of others."""
+    return changed(
+        capacity,
+        hostname=capacity.hostname[:WORD_LIMIT],
+        system=capacity.system[:WORD_LIMIT],
+        gpus=tuple(changed(gpu, name=gpu.name[:WORD_LIMIT]) for gpu in capacity.gpus[:NAMED_LIMIT]),
+        runtimes=_short(capacity.runtimes),
+    )
+
+
+def _listable(message: NodeCapacity) -> tuple[tuple[NodeData, ...], dict[str, str]]:
+    """The data sets that live on a node, and those that cannot be had, with the reason."""
+    missing = _short(message.data_missing)
+    found = []
+    size = 0
+    for data in message.data[:NAMED_LIMIT]:
+        size += sum(len(name.encode()) for name in data.format.classes)
+        if size <= CLASS_NAMES_LIMIT_BYTES:
+            found.append(data)
+        else:
+            missing[data.name] = (
+                f"the class names of the node's data sets are over {CLASS_NAMES_LIMIT_BYTES} bytes: shorten them"
+            )
+    return tuple(found), missing
 
 
 def _info(member: Member) -> NodeInfo:

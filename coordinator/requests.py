@@ -36,6 +36,9 @@ from potluck.errors import (
     TimedOut,
 )
 from potluck.messages import (
+    CLASS_NAMES_LIMIT_BYTES,
+    NODE_DATA,
+    SHARDS_LIMIT,
     AddDataset,
     AnyJobSpec,
     BlobRef,
@@ -88,6 +91,7 @@ log = logging.getLogger(__name__)
 P = TypeVar("P", bound=Struct)
 
 ONCE = RemoveAlias | DeleteModel | RemoveDataset | Promote | RollBack
+MANIFEST_LIMIT_BYTES = 8 * 2**20
 LISTED_BYTES = 96 * 1024
 """Models or jobs in one answer, as msgpack: in JSON they may be twice as long."""
 PLACES_TOLD = 16
@@ -193,7 +197,9 @@ class Requests:
                 listed, more = _page(self._dispatcher.all_described(message.after))
                 return JobsListed(jobs=listed, more=more)
             case ListNodes():
-                return NodesListed(nodes=self._membership.infos(), sent_at=self._clock())
+                there = (node for node in self._membership.infos() if node.node_id > message.after)
+                nodes, more = _page(there)
+                return NodesListed(nodes=nodes, sent_at=self._clock(), more=more)
             case ListModels():
                 return self._list_models(message.after)
             case GetModel():
@@ -209,15 +215,16 @@ class Requests:
             case DeleteModel():
                 return ModelsDeleted(models=self._deletion.delete_models(message.model, every=message.every_version))
             case ListDatasets():
-                living = federated.described(self._membership.data())
-                return DatasetsListed(datasets=(*self._registry.datasets(), *living))
+                return self._list_datasets(message.after)
             case AddDataset():
                 return self._add_dataset(message)
             case RemoveDataset():
                 self._deletion.remove_dataset(message.name)
                 return DatasetRemoved(name=message.name)
             case ListDeployments():
-                return DeploymentsListed(deployments=self._serving.deployments())
+                found = (one for one in self._serving.deployments() if one.name > message.after)
+                deployments, more = _page(found)
+                return DeploymentsListed(deployments=deployments, more=more)
             case FindReplicas():
                 return self._find_replicas(message.model)
             case Promote():
@@ -239,6 +246,13 @@ class Requests:
         listed, more = _page(self._registry.models(after))
         return ModelsListed(models=listed, more=more)
 
+    def _list_datasets(self, after: str) -> Message:
+        living = federated.described(self._membership.data())
+        found = ((one.name.startswith(NODE_DATA), one.name, one) for one in (*self._registry.datasets(), *living))
+        last = (after.startswith(NODE_DATA), after)
+        listed, more = _page(one for lives, name, one in found if (lives, name) > last)
+        return DatasetsListed(datasets=listed, more=more)
+
     def _register(self, message: RegisterModel) -> Message:
         self._need(message.model, "model")
         info = self._registry.add_model(
@@ -255,10 +269,23 @@ class Requests:
 
     def _add_dataset(self, message: AddDataset) -> Message:
         self._need(message.manifest, "manifest")
+        if message.manifest.size > MANIFEST_LIMIT_BYTES:
+            raise InvalidData(
+                f"the manifest of data set {message.name!r} has {message.manifest.size} bytes: {MANIFEST_LIMIT_BYTES} are allowed"
+            )
         try:
             dataset = codec.unpack(self._store.read(message.manifest.sha256), Dataset)
         except BadMessage as error:
             raise InvalidData(f"the manifest of data set {message.name!r} is not one: {error.message}") from error
+        if len(dataset.shards) > SHARDS_LIMIT:
+            raise InvalidData(
+                f"data set {message.name!r} has {len(dataset.shards)} shards, {SHARDS_LIMIT} are allowed: make larger ones"
+            )
+        if (size := sum(len(name.encode()) for name in dataset.format.classes)) > CLASS_NAMES_LIMIT_BYTES:
+            raise InvalidData(
+                f"the names of the {len(dataset.format.classes)} classes of data set {message.name!r} have {size} bytes, "
+                f"{CLASS_NAMES_LIMIT_BYTES} are allowed: give them shorter names, or numbers"
+            )
         _, *parts = dataset_blobs(message.manifest, dataset)
         for ref in parts:
             check_holders(ref.holders, f"the manifest of data set {message.name!r}")

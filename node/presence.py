@@ -68,6 +68,7 @@ class Presence:
         self.joined = False
         self._being_born = False
         self.births = 0
+        self._told_again_at = -PUT_RIGHT_SECONDS
         self._lost_at = 0.0
         """On the monotonic clock: since when the broker that had us is gone; 0: it is there, or never was."""
         self._coordinator_lost_at = time.time()
@@ -156,8 +157,15 @@ class Presence:
         if session in self._coordinators or not self.joined:
             return
         self._know(session)
-        outbox.publish(self.status_topic, self.status("online"), retain=True)
-        outbox.publish(self._capacity_topic, self._capacity_message(), retain=True)
+        self.tell_again(outbox)
+
+    def tell_again(self, outbox: Outbox) -> None:
+        """Who we are and what we have, as at birth; seldom, whoever asks."""
+        now = time.monotonic()
+        if self.joined and now - self._told_again_at >= PUT_RIGHT_SECONDS:
+            self._told_again_at = now
+            outbox.publish(self.status_topic, self.status("online"), retain=True)
+            outbox.publish(self._capacity_topic, self._capacity_message(), retain=True)
 
     def _know(self, session: str) -> None:
         self._coordinators[session] = None

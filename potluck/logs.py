@@ -95,9 +95,13 @@ def say(level: int, text: str) -> None:
 
 
 def fields(**values: object) -> str:
-    """`key=value ...` in the order given, leaving out None; text with spaces is quoted."""
+    """`key=value ...` in the order given, leaving out None; text with spaces, or signs that a terminal would obey, is quoted."""
     shown = ((key, str(value)) for key, value in values.items() if value is not None)
-    return " ".join(f"{key}={text!r}" if not text or " " in text else f"{key}={text}" for key, text in shown)
+    return " ".join(f"{key}={text!r}" if _is_odd(text) else f"{key}={text}" for key, text in shown)
+
+
+def _is_odd(text: str) -> bool:
+    return not text or " " in text or not text.isprintable()
 
 
 def _in_journal() -> bool:

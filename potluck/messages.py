@@ -19,6 +19,10 @@ INLINE_LIMIT_BYTES = 256 * 1024
 """Largest message on the bus; larger tensors and files travel as blobs."""
 INPUT_BLOB_LIMIT_BYTES = 64 * 2**20
 """Largest input of an inference that is a blob."""
+SHARDS_LIMIT = 500
+"""Of a data set: a lease that names them all, with who has each, goes into a message."""
+CLASS_NAMES_LIMIT_BYTES = 64 * 1024
+"""Of a data set: they go with every lease and into every listing."""
 
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")]
 """A name that a user gives to a model or data set."""
@@ -66,7 +70,7 @@ class Message(Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="
 
     id: str = ""
     reply_to: str = ""
-    expires: float = 0.0
+    expires: UnixTime = 0.0
 
 
 # --- values ----------------------------------------------------------------------------------------------------------
@@ -130,14 +134,18 @@ class Capacity(Part, frozen=True):
     gflops: Annotated[float, Meta(ge=0, le=1e9)] = 0.0
 
 
+Side = Annotated[int, Meta(ge=1, le=4096)]
+"""Of an image as a model takes it, in pixels: with four channels of float32 256 MiB at most."""
+
+
 class ImageOptions(Part, frozen=True):
     """How images become tensors: decoded to `channels`, resized bilinearly to height x width, multiplied by `scale`.
 
     `scale` None: by what the model's own layers expect, 1 (pixels 0 to 255) or 1/255 (docs/data.md, "What the model sees").
     """
 
-    height: Positive
-    width: Positive
+    height: Side
+    width: Side
     channels: Literal[1, 3, 4] = 3
     scale: float | None = None
 
@@ -559,13 +567,17 @@ class NodeInfo(Part, frozen=True):
 
 
 class ListNodes(Message, frozen=True):
-    pass
+    after: str = ""
+    """Those whose ids come after this one; empty: from the first on."""
 
 
 class NodesListed(Message, frozen=True):
+    """As many as go into a message. With `more`, ask again `after` the last of them."""
+
     nodes: tuple[NodeInfo, ...]
     sent_at: float = 0.0
     """By the coordinator's clock; 0: it does not say."""
+    more: bool = False
 
 
 class AddDataset(Message, frozen=True):
@@ -606,11 +618,15 @@ class DatasetRemoved(Message, frozen=True):
 
 
 class ListDatasets(Message, frozen=True):
-    pass
+    after: str = ""
+    """Those whose names come after this one, registered ones before those that live on nodes; empty: from the first on."""
 
 
 class DatasetsListed(Message, frozen=True):
+    """As many as go into a message. With `more`, ask again `after` the last of them."""
+
     datasets: tuple[DatasetInfo, ...]
+    more: bool = False
 
 
 class RegisterModel(Message, frozen=True):
@@ -751,11 +767,15 @@ class DeploymentInfo(Part, frozen=True):
 
 
 class ListDeployments(Message, frozen=True):
-    pass
+    after: str = ""
+    """Those whose names come after this one; empty: from the first on."""
 
 
 class DeploymentsListed(Message, frozen=True):
+    """As many as go into a message. With `more`, ask again `after` the last of them."""
+
     deployments: tuple[DeploymentInfo, ...]
+    more: bool = False
 
 
 class Undeploy(Message, frozen=True):
@@ -1198,6 +1218,12 @@ class ReleaseBlob(Message, frozen=True):
     sha256: Sha256
 
 
+class Rebirth(Message, frozen=True):
+    """Publish your status and capacity again: this coordinator hears your telemetry, and does not know you."""
+
+    epoch: Epoch
+
+
 class RunInference(Message, frozen=True):
     """A batch for a replica: several requests, run together and answered apart. `id` names the batch."""
 
@@ -1300,7 +1326,7 @@ class HoldFailed(Message, frozen=True):
 AnyMessage = (
     SubmitJob | JobAccepted | CancelJob | StopTraining | GetJob | GetHistory | HistoryListed | ListJobs | JobChanged
     | JobEnded | JobsListed
-    | ListNodes | NodesListed | AddDataset | DatasetAdded | RemoveDataset | DatasetRemoved | ListDatasets | DatasetsListed
+    | Rebirth | ListNodes | NodesListed | AddDataset | DatasetAdded | RemoveDataset | DatasetRemoved | ListDatasets | DatasetsListed
     | RegisterModel | ModelRegistered | GetModel | ListModels | ModelsListed
     | SetAlias | RemoveAlias | TagModel | ModelChanged | DeleteModel | ModelsDeleted
     | ListDeployments | DeploymentsListed | Undeploy | Undeployed | Promote | RollBack | Infer | CancelInfer | Inferred | RequestFailed

@@ -114,7 +114,7 @@ class Reader:
         self._file = self.path.open("rb")
         try:
             self._read_header(self._file)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             self._file.close()
             raise InvalidModel(f"the weights {self.path.name[:12]} cannot be read: {error}") from error
         return self

@@ -1,8 +1,8 @@
 """Deployments: which replicas there should be, and where. Pure; time is an argument.
 
 A deployment wants a number of replicas, each on a node of its own. A replica that is lost or fails is replaced on the
-fastest node that has fewest, of those with memory for it. A new deployment that cannot be loaded three times in a row anywhere fails, with the error;
-one that has been ready once is never given up. One that ends the engines of three nodes, or of one three times, within an hour is not loaded
+fastest node that has fewest, of those with memory for it. A new deployment that cannot be loaded three times in a row anywhere fails, with the error,
+and one of which two nodes (or the only one) say what trying again cannot mend; one that has been ready once is never given up. One that ends the engines of three nodes, or of one three times, within an hour is not loaded
 again in that hour. What was lost by another model's doing is loaded again at once.
 """
 
@@ -101,6 +101,8 @@ class Deployment:
     """Nodes that do not allow the model's code, or that have not enough memory."""
     short: set[str] = field(default_factory=set)
     """Nodes whose memory ran out once: maybe because of others."""
+    hopeless: set[str] = field(default_factory=set)
+    """Nodes that said of the model what trying again cannot mend."""
     crashes: Crashes = field(default_factory=Crashes)
     """Engines that died of it, on all nodes."""
     crashing: bool = False
@@ -272,10 +274,17 @@ class Deployment:
             self.refused.add(node_id)
             self.error = error
             return True
+        if loading and not error.retryable and not self.settled:
+            # A model that is itself at fault is so elsewhere too: another node is to say the same, where there is one.
+            if self.hopeless:
+                self.failures = FAILURES_LIMIT
+            self.hopeless.add(node_id)
+            self.refused.add(node_id)
+            self.error = error
+            return True
         if error.code == OutOfMemory.code:
             self.short.add(node_id)
         if loading:
-            # A model that is itself at fault would be so elsewhere.
             self.failures = min(FAILURES_LIMIT, self.failures + 1) if error.retryable else FAILURES_LIMIT
             self.error = error
         if error.code == ModelCrashed.code or (error.code == OutOfMemory.code and not loading):
@@ -293,6 +302,7 @@ class Deployment:
         self.resting.pop(node_id, None)
         self.refused.discard(node_id)
         self.short.discard(node_id)
+        self.hopeless.discard(node_id)
         return gone
 
     def check_invariants(self) -> None:

@@ -453,4 +453,4 @@ def _error_of(info: ErrorInfo) -> PotluckError:
 def _failure(outcome: RequestOutcome | PotluckError) -> str:
     if isinstance(outcome, PotluckError):
         return outcome.code
-    return outcome.error.code if outcome.error is not None else ""
+    return _error_of(outcome.error).code if outcome.error is not None else ""  # one of ours, whatever its node said

@@ -153,6 +153,15 @@ class Serving:
                 raise from_code(deployment.error.code, f"{name} could not be loaded: {deployment.error.message}{left}")
             if now > deadline:
                 raise TimedOut(f"{ready} of {counted(wanted, 'replica')} of {name} {be(ready)} ready so far")
+            suited = deployment.suited(places)
+            able = [place for place in suited if place.node_id not in deployment.refused]
+            if len(able) < wanted <= len(suited) and ready == len(able) and deployment.error is not None:
+                self.give_up(name)
+                raise from_code(
+                    deployment.error.code,
+                    f"{ready} of {counted(wanted, 'replica')} of {name} {be(ready)} ready, and {counted(len(suited) - len(able), 'node')} "
+                    f"cannot load it: {deployment.error.message}",
+                )
             if not deployment.cramped:
                 roomy_at = now
             elif now - roomy_at > JOIN_SECONDS:
@@ -161,7 +170,7 @@ class Serving:
                     f"{ready} of {counted(wanted, 'replica')} of {name} {be(ready)} ready, and memory is short for the rest: "
                     f"{memory.nowhere(deployment.need_bytes, deployment.cramped)}. Undeploy a model, or ask for fewer"
                 )
-            if len(suited := deployment.suited(places)) >= wanted:
+            if len(suited) >= wanted:
                 enough_at = now
             elif now - enough_at > JOIN_SECONDS:
                 self.give_up(name)

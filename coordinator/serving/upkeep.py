@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 
+from coordinator.checking import wrong_signature
 from coordinator.leases import on_nodes
 from coordinator.membership import Membership
 from coordinator.placement import RUNTIME_OF, WORDS
@@ -15,7 +16,7 @@ from coordinator.serving.inference import Inference
 from coordinator.serving.records import AnyDeploymentEvent, Measured, Parked, Records, Settled, Woken, model_of
 from coordinator.serving.registry import Registry, pixel_scale
 from coordinator.serving.room import Room
-from potluck.errors import ModelCrashed
+from potluck.errors import EngineFailed, ModelCrashed
 from potluck.logs import fields
 from potluck.messages import (
     BlobRef,
@@ -29,7 +30,7 @@ from potluck.messages import (
     NodeTelemetry,
     UnloadModel,
 )
-from potluck.outbox import Outbox
+from potluck.outbox import Outbox, error_info
 from potluck.settings import CoordinatorSettings
 from potluck.topics import Topics
 
@@ -72,7 +73,12 @@ class Upkeep:
     # --- what nodes say -----------------------------------------------------------------------------------------------
 
     def on_node_event(self, node_id: str, message: Message) -> None:
-        """Any event of a node that concerns replicas; others are not ours."""
+        """Any event of a node that concerns replicas of its own; others are not ours."""
+        if not isinstance(message, InferenceFinished | ModelLoaded | ModelLoadFailed | ModelUnloaded):
+            return
+        if _node_of(message.replica_id) != node_id:
+            log.debug("word on a replica of another ignored %s", fields(node=node_id, replica=message.replica_id))
+            return
         match message:
             case InferenceFinished():
                 self._inference.finished(_name_of(message.replica_id), message)
@@ -84,8 +90,6 @@ class Upkeep:
                 self._on_loaded(node_id, message)
             case ModelLoadFailed() | ModelUnloaded():
                 self._replica_gone(node_id, message.replica_id, message.error)
-            case _:
-                pass
 
     def _replica_gone(self, node_id: str, replica_id: str, error: ErrorInfo | None) -> None:
         deployment = self._records.deployments.get(_name_of(replica_id))
@@ -124,7 +128,8 @@ class Upkeep:
         places = self.places()
         for replica_id in telemetry.replicas:
             deployment = self._records.deployments.get(_name_of(replica_id))
-            if deployment is None or not deployment.adopt(replica_id, node_id, places):
+            ours = deployment is not None and _node_of(replica_id) == node_id
+            if deployment is None or not ours or not deployment.adopt(replica_id, node_id, places):
                 self.unload(node_id, replica_id)
 
     def _on_loaded(self, node_id: str, message: ModelLoaded) -> None:
@@ -134,12 +139,19 @@ class Upkeep:
             # Of before a restart, or not wanted any more: the node need not hold it.
             self.unload(node_id, message.replica_id)
             return
+        if reason := wrong_signature(message.signature):
+            self.unload(node_id, message.replica_id)
+            self._replica_gone(node_id, message.replica_id, error_info(EngineFailed(f"node {node_id}: {reason}")))
+            return
         settled = deployment.settled
         if deployment.loaded(message.replica_id, message.signature, message.warm_rows):
             if not settled:
                 self._record(Settled(name=name))
             log.info("replica ready %s", fields(model=name, node=node_id))
-            if message.resident_bytes > self._records.resident.get(name, 0):  # where more is shared, less is measured
+            member = self._membership.get(node_id)
+            most = member.capacity.memory_bytes if member is not None else 0
+            # Where more is shared, less is measured; and nothing takes more memory than its machine has.
+            if self._records.resident.get(name, 0) < message.resident_bytes <= most:
                 self._record(Measured(name=name, resident_bytes=message.resident_bytes))
             self._registry.describe(name, message.signature)
             self._inference.add_replica(name, message.replica_id, node_id)
@@ -242,3 +254,8 @@ class Upkeep:
 
 def _name_of(replica_id: str) -> str:
     return replica_id.split("/", 1)[0]
+
+
+def _node_of(replica_id: str) -> str:
+    """Who has it, as its id says (`Deployment.plan`)."""
+    return replica_id.partition("/")[2].partition("/")[0]

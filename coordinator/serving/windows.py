@@ -23,6 +23,8 @@ WINDOW_SECONDS = 120.0
 SLOT_SECONDS = 5.0
 BOUNDS_SECONDS = tuple(1e-4 * 1.2**step for step in range(74))
 """Latencies are known to a fifth: from 0.1 ms to a minute."""
+IMPATIENT_SECONDS = 1.0
+"""Whoever gives an answer less time than that may get none, and says nothing of the version that was asked."""
 FAILURES = frozenset(
     error.code
     for error in (
@@ -86,6 +88,8 @@ class Window:
     def answered(self, now: float, seconds: float, failure: str) -> None:
         """An answer `seconds` after its question came; `failure` is its error code, "" for a good one."""
         if failure and failure not in FAILURES:
+            return
+        if failure == TimedOut.code and seconds < IMPATIENT_SECONDS:
             return
         number = int(now // SLOT_SECONDS)
         if not self._slots or self._slots[-1].number < number:

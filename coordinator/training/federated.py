@@ -23,6 +23,8 @@ from potluck.messages import AnyTaskResult, JobProgress, TrainResult, TrainTask
 from potluck.wording import counted
 
 SIZES_KEPT = 5
+LATE_SECONDS = 20.0
+"""A holder is waited for longer than where others could do its part: a round without it forgets what only that one has."""
 GRACE = 1.0
 GRACE_LEAST = 20.0
 GRACE_SECONDS = 60.0
@@ -98,6 +100,10 @@ class FederatedStrategy(RoundsStrategy):
     @property
     def _room(self) -> int:
         return sys.maxsize  # each has data of its own
+
+    @property
+    def _late_seconds(self) -> float:
+        return LATE_SECONDS
 
     def _hopes(self, view: ClusterView, attempts: dict[str, Attempt]) -> bool:
         return self.readiness.hopes(view.now, attempts, GRACE, GRACE_SECONDS, least=GRACE_LEAST)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -271,6 +272,8 @@ class RoundsStrategy:
             self._validation.ended(attempt, error)
         elif error is not None and error.code == Diverged.code:
             self._reject(attempt.node_id, error.message)
+        elif attempt.shard_id == CHECK and error is not None and not error.retryable:
+            self.checked = False  # another node is to look, where there is one
         elif error is None or error.retryable:
             self.readiness.lost(attempt.node_id)
 
@@ -373,7 +376,8 @@ class RoundsStrategy:
         holders = self._holders(view)
         nodes = self.readiness.needing(holders, attempts)
         if not nodes:
-            return late
+            looking = [node.node_id for node in view.nodes if node.free_slots]
+            return [*late, *(self._check_validation(looking[0]) if looking else [])]
         rates = speeds(holders, self.measured)
         # As many as can take part, and one more, in case one of them gets no further.
         known = {attempt.node_id for attempt in attempts.values()} | self.readiness.ready.keys()
@@ -488,7 +492,12 @@ class RoundsStrategy:
     def _expected(self, node_id: str, task: TrainTask) -> float:
         """Seconds after which a part is late."""
         seconds = task.seconds or task.samples / self.measured.get(node_id, 1.0) * BUDGET_FACTOR + BUDGET_SECONDS
-        return seconds + max(LATE_SECONDS, LATE_FACTOR * max(self.delays.get(node_id, [0.0])))
+        return seconds + max(self._late_seconds, LATE_FACTOR * max(self.delays.get(node_id, [0.0])))
+
+    @property
+    def _late_seconds(self) -> float:
+        """So much longer at least a part may take than it should."""
+        return LATE_SECONDS
 
     def _round_size(self, rates: dict[str, float]) -> int:
         """Samples of a round."""
@@ -504,7 +513,7 @@ class RoundsStrategy:
     def _close_round(self) -> CloseRound:
         """With all that can be used of what the nodes have sent."""
         found = self.contributions
-        base = self.weights or max(found.values(), key=lambda result: result.samples).base
+        base = self.weights or self._first_base(found)
         wrong = {
             node_id: f"it began from other weights ({result.base.sha256[:12]}) than the round ({base.sha256[:12]})"
             for node_id, result in found.items()
@@ -514,6 +523,13 @@ class RoundsStrategy:
         results = tuple(found[node_id] for node_id in sorted(found.keys() - wrong.keys()))
         done = min(1.0, (self.samples + sum(result.samples for result in results)) / self.total)
         return CloseRound(self.round, results, done, self.agreement, self.velocity, wrong)
+
+    def _first_base(self, found: dict[str, TrainResult]) -> BlobRef:
+        """The weights that most nodes began with, which are the model's own; of as many, those of the faster node."""
+        begun = Counter(result.base.sha256 for result in found.values())
+        rates = self.measured
+        best = max(found, key=lambda name: (begun[found[name].base.sha256], rates.get(name, 0.0), name))
+        return found[best].base
 
     def _exploded(self, results: dict[str, TrainResult]) -> dict[str, str]:
         """Of a round's results those that went too far, and why."""

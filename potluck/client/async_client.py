@@ -58,14 +58,12 @@ from potluck.messages import (
     JobAccepted,
     JobChanged,
     JobEnded,
-    ListNodes,
     Message,
     ModelChanged,
     ModelInfo,
     ModelRegistered,
     ModelsDeleted,
     NodeInfo,
-    NodesListed,
     Predict,
     Priority,
     Promote,
@@ -151,7 +149,7 @@ class AsyncClient:
 
     async def nodes(self) -> tuple[NodeInfo, ...]:
         """Every node that the coordinator knows, also those that are offline."""
-        return (await self._ask(ListNodes(), NodesListed)).nodes
+        return (await listings.nodes(await self._connected()))[0]
 
     async def jobs(self) -> tuple[JobChanged, ...]:
         """Every job that the coordinator remembers, oldest first."""
@@ -532,7 +530,7 @@ class AsyncClient:
     async def _submit(self, spec: AnyJobSpec) -> AsyncJob:
         connection = await self._connected()
         accepted = await connection.ask(SubmitJob(job=spec), JobAccepted, topic=connection.topics.jobs_submit)
-        return AsyncJob(connection, accepted.job_id)
+        return AsyncJob(connection, accepted.job_id, spec)
 
     async def _model(self, model: object, image: Image | None, *, compiled: bool) -> _Asked:
         """The model that a job is about. Raises NotFound, InvalidModel, InvalidRequest: before data are packed for it."""

@@ -20,17 +20,14 @@ from potluck.exchange import Envelope
 from potluck.messages import (
     CoordinatorStatus,
     DeploymentInfo,
-    DeploymentsListed,
     JobChanged,
-    ListDeployments,
-    ListNodes,
     NodeInfo,
-    NodesListed,
     NodeStatus,
     NodeTelemetry,
 )
 from potluck.settings import ClientSettings, is_loopback, typed
 from potluck.sole_use import User, clock_text, users_here
+from potluck.wording import first
 
 ASK_SECONDS = 5.0
 STATUS_SECONDS = 1.0
@@ -39,6 +36,8 @@ TELEMETRY_SECONDS = 6.0
 """Nodes speak every five seconds, unless they were told otherwise."""
 GATEWAY_SECONDS = 2.0
 RUNTIMES = ("tensorflow", "litert")
+NAMED = 3
+"""Of nodes of which the same is wrong."""
 CLOCK_SECONDS = 3.0
 """Clocks that differ by less do no harm: what has a deadline has it in tens of seconds."""
 
@@ -98,9 +97,9 @@ async def _with_coordinator(
     try:
         async with asyncio.timeout(ASK_SECONDS):
             asked = time.time()
-            listed = await connection.ask(ListNodes(), NodesListed)
-            ahead = (asked + time.time()) / 2 - listed.sent_at if listed.sent_at else 0.0
-            deployments = (await connection.ask(ListDeployments(), DeploymentsListed)).deployments
+            nodes, sent_at = await listings.nodes(connection)
+            ahead = (asked + time.time()) / 2 - sent_at if sent_at else 0.0
+            deployments = await listings.deployments(connection)
             jobs = await listings.jobs(connection)
     except (TimeoutError, TimedOut):
         problem = (
@@ -112,7 +111,7 @@ async def _with_coordinator(
         )  # fmt: skip
     answers = await asyncio.to_thread(_gateway_answers, status.http)
     found = Health(
-        cluster=cluster, broker=broker, coordinator="online", since=status.since, gateway=status.http, nodes=listed.nodes,
+        cluster=cluster, broker=broker, coordinator="online", since=status.since, gateway=status.http, nodes=nodes,
         deployments=deployments, jobs=tuple(job for job in jobs if not job.ended_at), clock_ahead_seconds=ahead,
         shortage=status.shortage, others=status.others,
     )  # fmt: skip
@@ -207,14 +206,17 @@ def troubles(found: Health, local: Sequence[User] = ()) -> list[str]:
             if here
             else f"no node has come yet: run `{typed('potluck up', found.cluster)}` on each machine"
         )
+    gone = [node for node in found.nodes if node.state == "offline" and not node.left]
+    if gone:
+        said.append(
+            f"{_nodes(gone)} offline, last heard of {clock_text(max(node.seen_at for node in gone))}: "
+            + ("is the machine on, and on the network?" if len(gone) == 1 else "are they on, and on the network?")
+        )
+    silent = [node for node in found.nodes if node.state == "suspect"]
+    if silent:
+        said.append(f"{_nodes(silent)} silent since {clock_text(max(node.seen_at for node in silent))}")
     for node in found.nodes:
-        if node.state == "offline" and not node.left:
-            said.append(
-                f"node {node.node_id} is offline, last heard of {clock_text(node.seen_at)}: is the machine on, and on the network?"
-            )
-        elif node.state == "suspect":
-            said.append(f"node {node.node_id} is silent since {clock_text(node.seen_at)}")
-        elif node.state == "online" and node.capacity.runtimes.keys().isdisjoint(RUNTIMES):
+        if node.state == "online" and node.capacity.runtimes.keys().isdisjoint(RUNTIMES):
             said.append(
                 f"node {node.node_id} computes nothing: neither TensorFlow nor LiteRT is installed with potluck there (docs/install.md, Extras)"
             )
@@ -251,6 +253,12 @@ def remarks(found: Health) -> list[str]:
         if node.state == "offline" and node.left
     ]
     return said
+
+
+def _nodes(nodes: Sequence[NodeInfo]) -> str:
+    """Which they are, and the verb after that: there may be very many, and `nodes` has them all."""
+    names = first([node.node_id for node in nodes], NAMED)
+    return f"node {names} is" if len(nodes) == 1 else f"nodes {names} are"
 
 
 def _difference(ahead_seconds: float) -> str:

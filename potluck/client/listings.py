@@ -16,8 +16,11 @@ from potluck.messages import (
     ListDeployments,
     ListJobs,
     ListModels,
+    ListNodes,
     ModelInfo,
     ModelsListed,
+    NodeInfo,
+    NodesListed,
 )
 
 
@@ -46,12 +49,35 @@ async def models(connection: Connection) -> tuple[ModelInfo, ...]:
 
 async def deployments(connection: Connection) -> tuple[DeploymentInfo, ...]:
     """What is deployed, and where."""
-    return (await connection.ask(ListDeployments(), DeploymentsListed)).deployments
+    found: list[DeploymentInfo] = []
+    more = True
+    while more:
+        answer = await connection.ask(ListDeployments(after=found[-1].name if found else ""), DeploymentsListed)
+        found += answer.deployments
+        more = answer.more and bool(answer.deployments)
+    return tuple(found)
 
 
 async def datasets(connection: Connection) -> tuple[DatasetInfo, ...]:
     """The registered data sets, and those that live on nodes."""
-    return (await connection.ask(ListDatasets(), DatasetsListed)).datasets
+    found: list[DatasetInfo] = []
+    more = True
+    while more:
+        answer = await connection.ask(ListDatasets(after=found[-1].name if found else ""), DatasetsListed)
+        found += answer.datasets
+        more = answer.more and bool(answer.datasets)
+    return tuple(found)
+
+
+async def nodes(connection: Connection) -> tuple[tuple[NodeInfo, ...], float]:
+    """The nodes by id, and when that was by the coordinator's clock (0: it does not say)."""
+    found: list[NodeInfo] = []
+    more = True
+    while more:
+        answer = await connection.ask(ListNodes(after=found[-1].node_id if found else ""), NodesListed)
+        found += answer.nodes
+        more = answer.more and bool(answer.nodes)
+    return tuple(found), answer.sent_at
 
 
 def completed(state: JobChanged) -> JobChanged:

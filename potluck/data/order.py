@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from potluck.messages import SHARDS_LIMIT
+
 SHARDS_WANTED = 32
 """Small sets are cut into this many shards, so that several nodes can share them by speed."""
 ITEMS_WANTED = 16
@@ -30,13 +32,13 @@ def shuffled(labels: np.ndarray[Any, Any] | None, count: int, seed: int) -> np.n
 
 
 def cuts(sizes: Sequence[int] | np.ndarray[Any, Any], shard_bytes: int) -> list[tuple[int, int]]:
-    """(start, stop) of shards over items of `sizes` bytes: equal in bytes, up to about `shard_bytes` each."""
+    """(start, stop) of shards over items of `sizes` bytes: equal in bytes, up to about `shard_bytes` each, or SHARDS_LIMIT of them."""
     ends = np.cumsum(np.asarray(sizes, np.float64))
     count = len(ends)
     if not count:
         return []
     wanted = max(int(np.ceil(ends[-1] / shard_bytes)), min(SHARDS_WANTED, count // ITEMS_WANTED), 1)
-    wanted = min(wanted, count)
+    wanted = min(wanted, count, SHARDS_LIMIT)
     edges = np.searchsorted(ends, ends[-1] * np.arange(1, wanted) / wanted, side="left") + 1
     bounds = [0, *np.unique(edges[edges < count]).tolist(), count]
     return list(pairwise(bounds))

@@ -17,7 +17,22 @@ from hypothesis import strategies as st
 from coordinator.serving.inference import size_bytes
 from potluck import codec, tensors
 from potluck.errors import Cancelled, InvalidModel, InvalidRequest, NotFound, TimedOut, TooLarge, Unavailable
-from potluck.messages import BlobRef, Deploy, ErrorInfo, Infer, ListNodes, ModelUnloaded, Tensor
+from potluck.exchange import Envelope
+from potluck.messages import (
+    BlobRef,
+    Deploy,
+    ErrorInfo,
+    Infer,
+    InferenceFinished,
+    ListNodes,
+    ModelLoaded,
+    ModelLoadFailed,
+    ModelUnloaded,
+    RequestOutcome,
+    Signature,
+    Tensor,
+    TensorSpec,
+)
 from support.eventually import eventually
 from support.serving_lab import SIGNATURE, TOPICS, Lab, ask, client, question
 
@@ -118,6 +133,55 @@ async def test_a_model_that_cannot_be_loaded_says_why(lab: Lab, stack: AsyncExit
     with pytest.raises(InvalidModel, match="Lambda"):
         await lab.deploy("m", 1)
     assert lab.serving.deployments() == ()
+
+
+async def test_a_node_says_nothing_of_the_replicas_of_another(lab: Lab, stack: AsyncExitStack) -> None:
+    for name in ("a", "b"):
+        await lab.join(stack, name)
+    lab.add_model()
+    await lab.deploy("m", 1)
+    (replica,) = lab.serving._deployments["m:1"].ready
+    liar = "b" if replica.node_id == "a" else "a"
+    crashed = ErrorInfo(code="model_crashed", message="so they say", retryable=True)
+    for _ in range(3):
+        lab.serving.on_node_event(liar, ModelUnloaded(replica_id=replica.replica_id, error=crashed))
+        lab.serving.on_node_event(liar, ModelLoadFailed(replica_id=replica.replica_id, error=crashed))
+        lab.serving.on_node_event(
+            liar, ModelLoaded(replica_id=replica.replica_id, signature=SIGNATURE, resident_bytes=2**50)
+        )
+    lab.nodes[replica.node_id].mute = True
+    async with client(lab) as bus:
+        asked = asyncio.create_task(ask(bus, question(1, 2)))
+        await eventually(lambda: lab.nodes[replica.node_id].asked)
+        batch = lab.nodes[replica.node_id].asked[0]
+        forged = RequestOutcome(outputs=question(6, 6).inputs)
+        lab.serving.on_node_event(liar, InferenceFinished(id=batch.id, replica_id=batch.replica_id, outcomes=(forged,)))
+        lab.nodes[replica.node_id].mute = False
+        lab.nodes[replica.node_id].on_command(Envelope("", batch))
+        np.testing.assert_array_equal(tensors.to_numpy((await asked).outputs[0]), [[2, 4]])
+    (info,) = lab.serving.deployments()
+    assert (info.state, info.resident_bytes) == ("ready", 0)
+    lab.serving.on_node_event(
+        replica.node_id, ModelLoaded(replica_id=replica.replica_id, signature=SIGNATURE, resident_bytes=2**50)
+    )
+    assert lab.serving.deployments()[0].resident_bytes == 0, "no machine has so much"
+
+
+async def test_a_signature_that_none_can_have_is_its_nodes_failure(lab: Lab, stack: AsyncExitStack) -> None:
+    odd = await lab.join(stack, "a")
+    odd.signature = Signature(inputs=(TensorSpec(name="x", datatype="FP31", shape=(-1, 2)),), outputs=())
+    lab.add_model()
+    asked = asyncio.create_task(lab.deploy("m", 1))
+
+    def told() -> bool:
+        error = deployment.error if (deployment := lab.serving._deployments.get("m:1")) is not None else None
+        return error is not None and error.message == "node a: the signature has the datatype 'FP31'"
+
+    await eventually(told)
+    await lab.serving.undeploy("m")
+    with pytest.raises(Cancelled):
+        await asked
+    assert lab.registry.model("m").signature is None
 
 
 async def test_one_that_nothing_could_be_made_up_for_is_deployed_and_says_so(lab: Lab, stack: AsyncExitStack) -> None:

@@ -35,6 +35,7 @@ from potluck.messages import (
     NodeStatus,
     NodeTelemetry,
     PredictResult,
+    Rebirth,
     RequestFailed,
     ShardFailed,
     ShardFinished,
@@ -201,6 +202,19 @@ async def test_a_coordinator_that_comes_later_is_told_again(lab: Lab) -> None:
     await lab.online(epoch=2)
     await lab.heard(NodeStatus, lambda one: one == born, after=1)
     await lab.heard(NodeCapacity, after=capacities)
+
+
+async def test_who_is_not_known_is_asked_for_its_birth(lab: Lab) -> None:
+    await lab.node()
+    born = await lab.heard(NodeStatus)
+    capacities = len(lab.all(NodeCapacity))
+    await lab.command(Rebirth(epoch=1))
+    await lab.command(Rebirth(epoch=1))
+    await lab.heard(NodeStatus, lambda one: one == born, after=1)
+    await lab.heard(NodeCapacity, after=capacities)
+    await lab.lease("a1", "join")
+    await lab.heard(ShardFinished)
+    assert lab.all(NodeStatus) == [born, born], "once in a second at most"
 
 
 async def test_a_coordinator_of_another_protocol_is_not_obeyed(lab: Lab) -> None:

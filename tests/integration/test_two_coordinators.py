@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import uuid
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from potluck import Client
+from potluck.bus import MqttBus
 from potluck.client.health import examine
 from potluck.errors import GaveWay
+from potluck.lifecycle import die_with_parent
 from potluck.local_cluster import LocalCluster
+from potluck.messages import CoordinatorStatus
 from potluck.settings import ClientSettings
+from potluck.topics import Topics
+from support.brokers import TestBroker, some_kind
 from support.eventually import eventually
 
 
@@ -63,3 +71,61 @@ async def test_two_that_keep_something_both_warn_and_both_stay(tmp_path: Path, n
             await eventually(told, 40, every=0.5)
             assert "another coordinator serves" in here.coordinator.log_path.read_text()
             assert here.coordinator.running
+
+
+@pytest.fixture
+async def bus(tmp_path: Path, name: str) -> AsyncIterator[MqttBus]:
+    """On a broker that is nobody's, as one that a site has already."""
+    broker = TestBroker(some_kind(), tmp_path)
+    await broker.start()
+    found = MqttBus(broker.address, Topics(name), client_id="test")
+    running = asyncio.create_task(found.run())
+    await found.connected(10)
+    try:
+        yield found
+    finally:
+        running.cancel()
+        await asyncio.wait([running])
+        await broker.stop()
+
+
+def coordinator(folder: Path, name: str, bus: MqttBus) -> subprocess.Popen[str]:
+    assert bus.address is not None
+    where = ["--cluster", name, "--seed", f"127.0.0.1:{bus.address[1]}", "--no-discovery", "--port", "0"]
+    command = [sys.executable, "-P", "-m", "potluck.daemons", "coordinator", *where, "--state-dir", str(folder)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=die_with_parent()
+    )
+
+
+GONE = CoordinatorStatus(session="gone", epoch=1, state="online", http=("http://192.0.2.1:7814",))
+
+
+async def test_what_a_broker_keeps_of_a_coordinator_that_is_gone_keeps_none_from_starting(
+    tmp_path: Path, name: str, bus: MqttBus
+) -> None:
+    """The machine with both lost its power, and the broker had written down what is retained."""
+    topic = Topics(name).coordinator_status
+    await bus.publish(topic, GONE, retain=True)
+    online: list[str] = []
+    bus.subscribe(topic, lambda envelope: online.append(envelope.message.session))  # type: ignore[attr-defined]
+    process = coordinator(tmp_path / "state", name, bus)
+    try:
+        await eventually(lambda: set(online) - {"gone"}, 30)
+    finally:
+        process.terminate()
+        said = (await asyncio.to_thread(process.communicate))[0]
+    assert "another coordinator was on this bus, is it there?" in said
+    assert process.returncode == 0
+
+
+async def test_one_that_is_there_keeps_another_from_starting(tmp_path: Path, name: str, bus: MqttBus) -> None:
+    topic = Topics(name).coordinator_status
+    await bus.publish(topic, GONE, retain=True)
+    process = coordinator(tmp_path / "state", name, bus)
+    ended = asyncio.create_task(asyncio.to_thread(process.communicate))
+    while not ended.done():  # as a coordinator does
+        await bus.publish(topic, GONE, retain=True)
+        await asyncio.wait([ended], timeout=1.0)
+    assert "has a coordinator on this bus already (http://192.0.2.1:7814)" in (await ended)[0]
+    assert process.returncode == 1

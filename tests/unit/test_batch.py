@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -10,6 +11,7 @@ from coordinator.batch import BatchStrategy, ItemIndex, merge
 from coordinator.jobs import Attempt, Complete, Lease, Withdraw
 from coordinator.placement import ClusterView, NodeView
 from coordinator.training.scores import evaluation_metrics
+from potluck.errors import ModelFailed
 from potluck.messages import (
     BlobRef,
     DataFormat,
@@ -84,6 +86,12 @@ def test_merging_parts_is_the_whole() -> None:
     assert whole.count == 5
     assert whole.sums == {"loss": 2.0}
     assert whole.confusion == ((3, 1), (0, 1))
+
+
+def test_nodes_that_disagree_on_the_classes_are_told_apart() -> None:
+    parts = [EvaluateResult(count=3, confusion=((3,),)), EvaluateResult(count=2, confusion=((2, 0), (0, 0)))]
+    with pytest.raises(ModelFailed, match="how many classes the model has: 1 and 2"):
+        merge(parts)
 
 
 def evaluate_task(slices: tuple[DataSlice, ...]) -> EvaluateTask:

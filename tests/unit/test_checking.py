@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from coordinator.checking import Doubts, bounded_error, bounded_renewal, is_no_number, violation
+from coordinator.checking import Doubts, bounded_error, bounded_renewal, is_no_number, violation, wrong_signature
 from potluck.messages import (
     AnyTask,
     AnyTaskResult,
@@ -177,3 +177,26 @@ def test_what_is_shown_of_progress_and_errors_has_bounds() -> None:
     assert bounded_renewal(TRAIN, said).done < 1000
     assert len(bounded_error(ErrorInfo(code="c", message="x" * 200_000)).message) == 4000
     assert bounded_error(error := ErrorInfo(code="c", message="x")) is error
+
+
+@pytest.mark.parametrize(
+    ("signature", "said"),
+    [
+        (Signature(inputs=(TensorSpec(name="x", datatype="FP32", shape=(-1, 2)),), outputs=()), ""),
+        (
+            Signature(
+                inputs=(TensorSpec(name="x", datatype="BYTES", shape=(-1, -1)),), outputs=(), pixel_scale=1 / 255
+            ),
+            "",
+        ),
+        (Signature(inputs=(TensorSpec(name="x", datatype="FP31", shape=(-1, 2)),), outputs=()), "datatype 'FP31'"),
+        (Signature(inputs=(TensorSpec(name="x", datatype="FP32", shape=(-7, 2)),), outputs=()), "shape [-7, 2]"),
+        (Signature(inputs=(TensorSpec(name="x", datatype="FP32", shape=(1,) * 99),), outputs=()), "shape [1, 1"),
+        (Signature(inputs=(), outputs=(TensorSpec(name="x" * 300, datatype="FP32", shape=(-1,)),)), "very long ones"),
+        (Signature(inputs=(), outputs=(), pixel_scale=inf), "pixel_scale is inf"),
+    ],
+)
+def test_a_signature_that_none_can_have(signature: Signature, said: str) -> None:
+    found = wrong_signature(signature)
+    assert said in found
+    assert bool(said) == bool(found)

@@ -43,7 +43,7 @@ def test_msgpack_keeps_everything(request_id: str, reply_to: str, inputs: tuple[
     assert codec.decode(codec.encode(message)) == (message, "msgpack")
 
 
-@given(text, st.floats(0, 1e12), text)
+@given(text, st.floats(0, 1e11), text)
 def test_json_keeps_everything(request_id: str, expires: float, job_id: str) -> None:
     message = CancelJob(id=request_id, expires=expires, job_id=job_id)
     assert codec.decode(codec.encode(message, "json")) == (message, "json")

@@ -13,7 +13,7 @@ from coordinator.collecting import Collector
 from potluck import weights
 from potluck.blobs.store import BlobStore, hash_file
 from potluck.errors import EngineFailed
-from potluck.messages import BlobRef, Step, SyncResult
+from potluck.messages import BlobRef, Step, SyncResult, TrainResult
 from potluck.updates import write_update
 
 
@@ -95,3 +95,11 @@ def test_a_step_that_leads_elsewhere_is_not_followed(tmp_path: Path) -> None:
                 SyncResult(samples=1, steps=1, weights=result.weights, optimizer=result.optimizer, step=broken)
             )
         )
+
+
+def test_what_is_larger_than_the_store_is_seen_by_the_sizes_it_names(tmp_path: Path) -> None:
+    collector = Collector(BlobStore(tmp_path, 1000), None)  # type: ignore[arg-type]
+    for size, large in ((500, 0), (501, 1002)):
+        ref = BlobRef(sha256="0" * 64, size=size)
+        part = TrainResult(base=ref, update=ref, samples=1, steps=1, seconds=1.0, metrics={})
+        assert collector.too_large(part) == large

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from potluck.data.order import cuts, shuffled
+from potluck.messages import SHARDS_LIMIT
 
 
 @given(st.lists(st.integers(-1, 5), min_size=1, max_size=300), st.integers(0, 2**31))
@@ -50,6 +51,12 @@ def test_cuts_cover_everything_once(sizes: list[int], shard_bytes: int) -> None:
 @pytest.mark.parametrize(("count", "shards"), [(1, 1), (15, 1), (64, 4), (10_000, 32)])
 def test_small_sets_are_cut_so_that_nodes_can_share_them(count: int, shards: int) -> None:
     assert len(cuts([100] * count, 8 << 20)) == shards
+
+
+def test_a_set_has_no_more_shards_than_a_lease_can_name() -> None:
+    found = cuts([1 << 20] * 100_000, 8 << 20)
+    assert len(found) == SHARDS_LIMIT
+    assert max(stop - start for start, stop in found) == 200
 
 
 def test_shards_are_of_the_size_asked_for() -> None:

@@ -57,13 +57,39 @@ def test_on_every_node_means_also_on_those_that_join() -> None:
     assert [load.node_id for load in loads(deployment, places(a=1, b=1, c=1), 0.5)] == ["c"]
 
 
-def test_a_model_that_cannot_be_loaded_fails_the_deployment_at_once() -> None:
+def test_a_model_that_cannot_be_loaded_fails_the_deployment_once_two_nodes_say_so() -> None:
     deployment = Deployment("m:1", MODEL, 1)
-    (first,) = loads(deployment, places(a=1, b=1))
-    deployment.lost(first.replica_id, BROKEN, 0.0)
+    for node_id in "ab":
+        assert not deployment.failed
+        (load,) = loads(deployment, places(a=2, b=1, c=0.5))
+        assert load.node_id == node_id
+        deployment.lost(load.replica_id, BROKEN, 0.0)
     assert deployment.failed
     assert deployment.error == BROKEN
-    assert loads(deployment, places(a=1, b=1), 100.0) == []
+    assert loads(deployment, places(a=1, b=1, c=1), 100.0) == []
+
+
+def test_a_model_that_the_only_node_cannot_load_fails_the_deployment_at_once() -> None:
+    deployment = Deployment("m:1", MODEL, 1)
+    (load,) = loads(deployment, places(a=1))
+    deployment.lost(load.replica_id, BROKEN, 0.0)
+    assert loads(deployment, places(a=1)) == []
+    assert deployment.failed
+
+
+def test_one_node_that_is_broken_itself_keeps_no_model_from_the_others() -> None:
+    deployment = Deployment("m:1", MODEL, 1)
+    (load,) = loads(deployment, places(a=2, b=1))
+    deployment.lost(load.replica_id, BROKEN, 0.0)
+    (load,) = loads(deployment, places(a=2, b=1))
+    assert deployment.loaded(load.replica_id, SIGNATURE)
+    assert not deployment.failing
+    assert deployment.error is None
+    assert deployment.complete(places(a=2, b=1))
+    deployment.node_lost("b")
+    assert loads(deployment, places(a=2), 1000.0) == [], "it is asked again once it has been started again"
+    deployment.node_lost("a")
+    assert [one.node_id for one in loads(deployment, places(a=2), 1000.0)] == ["a"]
 
 
 def test_nodes_that_do_not_allow_the_code_are_left_out() -> None:

@@ -165,6 +165,18 @@ def test_holders_are_waited_for_at_the_beginning_also_where_the_first_engine_was
     assert (lease.node_id, lease.shard_id) == ("n1", "round-0")
 
 
+def test_a_holder_that_hangs_for_a_moment_is_not_left_out() -> None:
+    """Short rounds would else go on without it, and the last of them without what only it has."""
+    play = Play({"n1": 100, "n2": 100}, round_seconds=0.02)
+    play.plan()
+    play.finish("n1", 50, 5, 100)
+    play.now += 15
+    assert play.plan() == []
+    play.now += 10
+    (closing,) = play.plan()
+    assert isinstance(closing, CloseRound)
+
+
 def test_updates_are_held_against_the_same_nodes_own_and_not_against_others() -> None:
     play = Play({"n1": 100, "n2": 100})
     for size in (1.0, 1.2, 12.0):

@@ -4,8 +4,9 @@ import pytest
 from msgspec.structs import replace
 
 from coordinator import membership
-from coordinator.membership import Membership, NodeJoined, NodeLost, NodeRefused
-from potluck.messages import Capacity, NodeCapacity, NodeStatus, NodeTelemetry
+from coordinator.membership import Membership, NodeJoined, NodeLost, NodeRefused, NodeUnknown
+from potluck import codec
+from potluck.messages import Capacity, DataFormat, Gpu, NodeCapacity, NodeData, NodeStatus, NodeTelemetry
 
 
 def birth(session: str, state: str = "online") -> NodeStatus:
@@ -42,7 +43,7 @@ def test_silence_makes_a_suspect_and_then_a_loss_and_telemetry_brings_it_back() 
     assert len(members.online()) == 1
     assert [type(change) for change in members.tick(20)] == [NodeLost]
     assert members.tick(30) == []
-    assert members.on_telemetry(telemetry("other"), 31) == []
+    assert members.on_telemetry(telemetry("other"), 31) == [NodeUnknown("n")]
     assert members.on_telemetry(telemetry("1"), 31) == [NodeJoined("n")]
 
 
@@ -85,6 +86,34 @@ def test_whoever_left_did_not_get_lost_and_what_it_did_is_not_told_any_more() ->
     members.tick(120)
     (info,) = members.infos()
     assert (info.state, info.left) == ("offline", False)
+
+
+def test_of_whom_nothing_but_telemetry_is_heard_a_birth_is_asked_for() -> None:
+    members = Membership(timeout_seconds=10)
+    assert members.on_telemetry(telemetry("1"), 0) == [NodeUnknown("n")]
+    members.on_status(birth("1"), 1)
+    assert members.on_telemetry(telemetry("1"), 2) == []
+    members.on_status(birth("forged"), 3)
+    assert members.on_telemetry(telemetry("1"), 4) == [NodeUnknown("n")]
+
+
+def test_what_a_node_says_of_itself_goes_into_a_listing() -> None:
+    members = Membership(timeout_seconds=10)
+    long = "é" * 100_000
+    members.on_status(replace(birth("1"), software={long: long} | {str(number): "1" for number in range(10_000)}), 0)
+    gpus = (Gpu(name=long, memory_bytes=1),) * 1000
+    capacity = Capacity(hostname=long, system=long, cores=1, memory_bytes=1, gpus=gpus, runtimes={"tensorflow": long})
+    format = DataFormat(kind="images", classes=tuple(f"class number {number}" for number in range(10_000)))
+    data = (
+        NodeData(name="small", format=DataFormat(kind="images", classes=("a",)), count=1),
+        NodeData(name="large", format=format, count=1),
+    )
+    members.on_capacity(NodeCapacity(node_id="n", capacity=capacity, data=data, data_missing={"gone": long}))
+    (info,) = members.infos()
+    assert len(codec.pack(info)) < 100_000
+    assert [one.name for one in info.data] == ["small"]
+    assert "class names" in info.data_missing["large"]
+    assert members.on_status(replace(birth("2"), session=long), 1) == [NodeRefused("n")]
 
 
 def test_who_speaks_another_protocol_is_left_out_and_named() -> None:

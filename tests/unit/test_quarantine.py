@@ -12,10 +12,15 @@ from coordinator.dispatcher import Dispatcher
 from coordinator.holders import Holders
 from coordinator.leases import Held, Leases
 from coordinator.membership import Membership
+from potluck import codec
 from potluck.messages import (
+    CLASS_NAMES_LIMIT_BYTES,
+    INLINE_LIMIT_BYTES,
+    SHARDS_LIMIT,
     BlobRef,
     Capacity,
     DataFormat,
+    DataShard,
     DataSlice,
     EvaluateResult,
     EvaluateTask,
@@ -23,6 +28,7 @@ from potluck.messages import (
     NodeCapacity,
     NodeStatus,
     PredictResult,
+    TrainTask,
 )
 from potluck.settings import CoordinatorSettings
 from potluck.topics import Topics
@@ -48,6 +54,8 @@ class Bench:
             holders=Holders(self.membership, lambda: ()),
         )  # fmt: skip
         others: Any = {name: Mock() for name in ("announcer", "registry", "serving", "jobs", "collector", "packed")}
+        self.collector = others["collector"]
+        self.collector.too_large.return_value = 0
         self.dispatcher = Dispatcher(leases=self.leases, settings=CoordinatorSettings(), clock=lambda: 0.0, **others)
 
     def born(self, node_id: str, session: str) -> None:
@@ -96,3 +104,54 @@ def test_who_alone_says_so_each_time_gets_no_more_jobs() -> None:
 
 def test_the_only_node_is_believed() -> None:
     assert Bench("n1").refusal("n1", NO_NUMBER) == ""
+
+
+def test_a_result_for_which_there_could_never_be_room_is_not_waited_for() -> None:
+    bench = Bench("n1", "n2")
+    bench.collector.too_large.return_value = 2**50
+    assert bench.refusal("n1", GOOD) == "disk_full"
+    assert bench.leases.quarantined() == {}, "the coordinator may be small"
+
+
+def test_who_refuses_what_it_is_offered_is_offered_less_and_less() -> None:
+    bench = Bench("n1", "n2")
+
+    def free(now: float) -> dict[str, int]:
+        return {node.node_id: node.free_slots for node in bench.leases.view(now).nodes}
+
+    now, gaps = 0.0, []
+    for _ in range(10):
+        bench.leases.refused("n1", now)
+        before = now
+        while not free(now)["n1"]:
+            assert free(now)["n2"] == 2
+            now += 0.25
+        gaps.append(now - before)
+    assert gaps == [0.5, 1, 2, 4, 8, 16, 32, 60, 60, 60]
+    bench.leases.accepted("n1")
+    bench.leases.refused("n1", now)
+    assert free(now + 0.5)["n1"] == 2
+
+
+def test_a_lease_on_a_large_data_set_goes_into_a_message() -> None:
+    """As many shards as a data set may have, names of classes as long as they may be, and each shard on many nodes."""
+    bench = Bench(*(f"node-{number}" for number in range(20)))
+    for number in range(20):
+        url = f"http://machine-{number}.laboratory.example:31{number:03}"
+        bench.membership.on_status(NodeStatus(node_id=f"node-{number}", session="2", state="online", http=(url,)), 0.0)
+    shards = tuple(
+        DataShard(blob=BlobRef(sha256=f"{number:064x}", size=2**28), count=10**6) for number in range(SHARDS_LIMIT)
+    )
+    for number in range(20):
+        bench.leases._holders.stored(f"node-{number}", [shard.blob.sha256 for shard in shards])
+    classes = tuple(f"{number:064}" for number in range(CLASS_NAMES_LIMIT_BYTES // 64))
+    task = TrainTask(
+        model=BLOB, weights=BLOB, data=shards, format=DataFormat(kind="images", classes=classes), image=None, round=0, samples=1,
+        seconds=1.0, batch_size=32, seed=1, compression="int8",
+    )  # fmt: skip
+    sent: list[Any] = []
+    bench.leases.command = lambda node_id, message: sent.append(message)  # type: ignore[method-assign]
+    lease = LeaseShard(epoch=1, job_id="j", shard_id="round-0", attempt_id="a", lease_seconds=1, task=task)
+    bench.leases.send(Held("j", "node-1", lease, heard_at=0.0), 0.0)
+    assert len(codec.encode(sent[0])) < INLINE_LIMIT_BYTES
+    assert all(len(shard.blob.holders) == 1 for shard in sent[0].task.data), "and each can be had somewhere"

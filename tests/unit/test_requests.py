@@ -10,23 +10,36 @@ import pytest
 
 from coordinator.dispatcher import Dispatcher
 from coordinator.journal import Journal
-from coordinator.requests import Requests, _is_same
+from coordinator.membership import Membership
+from coordinator.requests import MANIFEST_LIMIT_BYTES, Requests, _is_same
 from coordinator.serving.registry import Registry
 from potluck import codec
 from potluck.blobs.store import BlobStore
+from potluck.client import listings
 from potluck.exchange import Envelope
 from potluck.messages import (
     INLINE_LIMIT_BYTES,
+    SHARDS_LIMIT,
+    AddDataset,
     AnyJobSpec,
     BlobRef,
+    Capacity,
+    DataFormat,
+    Dataset,
+    DataShard,
     Deploy,
+    DeploymentInfo,
     Evaluate,
     ListModels,
     Message,
     ModelChanged,
     ModelInfo,
     ModelsListed,
+    NodeCapacity,
+    NodeData,
+    NodeStatus,
     RemoveAlias,
+    ReplicaInfo,
     Train,
     Undeploy,
 )
@@ -115,6 +128,92 @@ def test_a_list_of_models_comes_in_messages_that_are_small_enough(tmp_path: Path
     assert tuple(found) == registry.models()
     assert len(answered) > 2
     journal.close()
+
+
+class Listing:
+    """Nodes, deployments and data sets, as many as you like."""
+
+    def __init__(self, tmp_path: Path, count: int) -> None:
+        self.membership = Membership(timeout_seconds=10)
+        for number in range(count):
+            node_id = f"node-{number:04}"
+            self.membership.on_status(
+                NodeStatus(node_id=node_id, session="1", state="online", http=("http://10.0.0.1:1",)), 0.0
+            )
+            capacity = Capacity(
+                hostname="ä" * 200, system="Linux", cores=4, memory_bytes=2**33, runtimes={"tensorflow": "2"}
+            )
+            data = NodeData(name=f"own-{number:04}", format=DataFormat(kind="images", classes=("a", "b")), count=5)
+            self.membership.on_capacity(NodeCapacity(node_id=node_id, capacity=capacity, data=(data,)))
+        self.journal = Journal(tmp_path / "journal")
+        self.registry = Registry(self.journal)
+        for number in range(count):
+            parts = DataFormat(kind="images", classes=tuple("class " + "ä" * 100 + str(n) for n in range(20)))
+            shard = DataShard(blob=BlobRef(sha256="1" * 64, size=1), count=1)
+            made = Dataset(name=f"d-{number:04}", format=parts, count=1, shards=(shard,))
+            self.registry.add_dataset(made.name, BlobRef(sha256=f"{number:064x}", size=1), made)
+        replica = ReplicaInfo(replica_id="m:1/node/1", node_id="node", state="ready")
+        deployed = [
+            DeploymentInfo(name=f"m{number:04}:1", wanted=20, replicas=(replica,) * 20) for number in range(count)
+        ]
+        serving: Any = SimpleNamespace(deployments=lambda: deployed)
+        nothing: Any = None
+        self.answered: list[Message] = []
+        replies: Any = SimpleNamespace(reply=lambda question, answer: self.answered.append(answer))
+        self.requests = Requests(
+            outbox=replies, dispatcher=nothing, registry=self.registry, serving=serving, membership=self.membership, deletion=nothing,
+            packed=nothing, holders=nothing, store=BlobStore(tmp_path / "blobs", 1), urls=lambda: (),
+        )  # fmt: skip
+
+    async def ask(self, question: Message, kind: Any) -> Any:
+        """As a client's connection has it."""
+        self.requests.on_request(Envelope("t", question, reply_to="a"))
+        answer = self.answered[-1]
+        assert isinstance(answer, kind)
+        assert len(codec.encode(answer, "json")) < INLINE_LIMIT_BYTES
+        return answer
+
+
+async def test_whatever_is_listed_comes_in_messages_that_are_small_enough(tmp_path: Path) -> None:
+    listing: Any = Listing(tmp_path, 1200)
+    nodes, _ = await listings.nodes(listing)
+    assert [node.node_id for node in nodes] == [f"node-{number:04}" for number in range(1200)]
+    assert len(listing.answered) > 2
+    deployments = await listings.deployments(listing)
+    assert [one.name for one in deployments] == [f"m{number:04}:1" for number in range(1200)]
+    datasets = await listings.datasets(listing)
+    names = [*(f"d-{number:04}" for number in range(1200)), *(f"node:own-{number:04}" for number in range(1200))]
+    assert [one.name for one in datasets] == names
+    listing.journal.close()
+
+
+@pytest.mark.parametrize(
+    ("shards", "classes", "said"),
+    [
+        (SHARDS_LIMIT + 1, 2, "501 shards, 500 are allowed"),
+        (1, 10_000, "the names of the 10000 classes"),
+        (SHARDS_LIMIT, 2, "not in the coordinator's store"),
+    ],
+)
+def test_a_manifest_that_no_lease_could_carry_is_refused(tmp_path: Path, shards: int, classes: int, said: str) -> None:
+    store = BlobStore(tmp_path / "blobs", 2**30)
+    parts = tuple(DataShard(blob=BlobRef(sha256=f"{number:064x}", size=1), count=1) for number in range(shards))
+    names = tuple(f"class {number}" for number in range(classes))
+    made = Dataset(name="d", format=DataFormat(kind="images", classes=names), count=shards, shards=parts)
+    ref = store.put_bytes(codec.pack(made))
+    errors: list[str] = []
+    replies: Any = SimpleNamespace(reply=None, refuse=lambda question, error: errors.append(error.message))
+    nothing: Any = None
+    requests = Requests(
+        outbox=replies, dispatcher=nothing, registry=nothing, serving=nothing, membership=nothing, deletion=nothing, packed=nothing,
+        holders=nothing, store=store, urls=lambda: (),
+    )  # fmt: skip
+    requests.on_request(Envelope("t", AddDataset(name="d", manifest=ref), reply_to="a"))
+    assert said in errors[0]
+    huge = BlobRef(sha256=ref.sha256, size=MANIFEST_LIMIT_BYTES + 1)
+    store.size = lambda sha256: huge.size  # type: ignore[method-assign]
+    requests.on_request(Envelope("t", AddDataset(name="d", manifest=huge), reply_to="a"))
+    assert f"{MANIFEST_LIMIT_BYTES} are allowed" in errors[1]
 
 
 def test_jobs_are_listed_from_where_a_client_stands() -> None:

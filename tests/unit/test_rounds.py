@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from coordinator.jobs import (
+    OPINION_SECONDS,
     AnyEvent,
     AttemptEnded,
     AttemptFinished,
@@ -151,6 +152,11 @@ class Simulation:
                 self.record(EpochEnded(at=self.now, epoch=decision.epoch))
             case Complete():
                 self.complete = True
+
+    def error(self, *nodes: str) -> ErrorInfo | None:
+        """What the job has to end with, while these nodes are there."""
+        views = tuple(NodeView(name, 1.0, free_slots=1, idle=True) for name in nodes)
+        return self.job.error(3, ClusterView(views, self.now))
 
     def finish(self, attempt_id: str) -> None:
         self.now += 0.1
@@ -474,10 +480,10 @@ def fails(play: Simulation, node_id: str, error: ErrorInfo = DIED) -> None:
 def test_a_node_that_fails_again_and_again_ends_the_job_that_it_has_alone() -> None:
     play = Simulation(validation=False)
     for _ in range(3):
-        assert play.job.error(attempts_limit=3) is None
+        assert play.error("a") is None
         play.plan("a")
         fails(play, "a")
-    assert play.job.error(attempts_limit=3) == replace(DIED, message="node a: died")
+    assert play.error("a") == replace(DIED, message="node a: died")
 
 
 def test_engines_that_all_die_once_end_nothing() -> None:
@@ -485,7 +491,7 @@ def test_engines_that_all_die_once_end_nothing() -> None:
     play.plan("a", "b", "c")
     for node_id in ("a", "b", "c"):
         fails(play, node_id)
-    assert play.job.error(attempts_limit=3) is None
+    assert play.error("a", "b", "c") is None
     play.run("a", "b", "c")
     assert play.complete
 
@@ -495,7 +501,7 @@ def test_a_node_that_fails_ends_nothing_while_another_is_at_work_and_all_of_them
     play.plan("a", "b")
     for _ in range(5):
         fails(play, "b")
-        assert play.job.error(attempts_limit=3) is None
+        assert play.error("a", "b") is None
         play.plan("a", "b")
         if "b" not in {attempt.node_id for attempt in play.job.attempts.values()}:
             play.record(
@@ -506,7 +512,7 @@ def test_a_node_that_fails_ends_nothing_while_another_is_at_work_and_all_of_them
         play.record(
             AttemptLeased(at=play.now, attempt_id=f"again-{play.now}", shard_id="round-0", node_id="a", task=None)
         )
-    assert play.job.error(attempts_limit=3) is not None
+    assert play.error("a", "b") is not None
 
 
 def test_what_is_wrong_with_the_validation_data_is_said_of_them() -> None:
@@ -517,7 +523,7 @@ def test_what_is_wrong_with_the_validation_data_is_said_of_them() -> None:
         play.plan("a")
     wrong = ErrorInfo(code="invalid_data", message="the targets are classes 5 to 7")
     play.record(AttemptEnded(at=1, attempt_id=next(iter(play.job.attempts)), reason="", error=wrong))
-    assert play.job.error(attempts_limit=3) == replace(wrong, message="in validation: the targets are classes 5 to 7")
+    assert play.error("a") == replace(wrong, message="in validation: the targets are classes 5 to 7")
 
 
 def test_a_first_batch_of_the_validation_data_is_looked_at_once_and_before_all_else() -> None:
@@ -537,16 +543,53 @@ def test_a_first_batch_of_the_validation_data_is_looked_at_once_and_before_all_e
     play = Simulation(epochs=2)
     play.plan("a")
     play.record(AttemptEnded(at=1, attempt_id=next(iter(play.job.attempts)), reason="", error=wrong))
-    assert play.job.error(attempts_limit=3) == replace(wrong, message="in validation: the targets are classes 5 to 7")
+    assert play.error("a") == replace(wrong, message="in validation: the targets are classes 5 to 7")
 
 
-def test_an_error_that_trying_again_cannot_mend_ends_the_job_at_once() -> None:
+def test_an_error_that_trying_again_cannot_mend_ends_the_job_once_two_nodes_say_it() -> None:
     play = Simulation(validation=False)
+    play.by_hand = True  # both get ready
     play.plan("a", "b")
-    _, two = play.job.attempts
-    fatal = ErrorInfo(code="invalid_model", message="no")
-    play.record(AttemptEnded(at=0, attempt_id=two, reason="", error=fatal))
-    assert play.job.error(attempts_limit=3) == fatal
+    one, two = play.job.attempts
+    wrong = ErrorInfo(code="invalid_model", message="no")
+    play.record(AttemptEnded(at=0, attempt_id=two, reason="", error=wrong))
+    assert play.error("b") == wrong, "nobody else is there"
+    assert play.error("a", "b") is None
+    play.record(AttemptEnded(at=0, attempt_id=one, reason="", error=replace(wrong, message="no, too")))
+    assert play.error("a", "b") == wrong
+
+
+def test_an_error_that_only_one_node_has_is_its_own() -> None:
+    """It lacks a library, or lies: the others finish the job, and it gets no more of it."""
+    play = Simulation(epochs=1, validation=False)
+    play.by_hand = True
+    play.plan("a", "b")
+    broken = next(attempt for attempt in play.job.attempts.values() if attempt.node_id == "b")
+    wrong = ErrorInfo(code="invalid_model", message="no module named 'regex'")
+    play.record(AttemptEnded(at=0.0, attempt_id=broken.attempt_id, reason="", error=wrong))
+    play.now += 2 * OPINION_SECONDS
+    assert play.error("a", "b") == wrong, "so long nobody has shown that it can be done: somebody waits for the error"
+    play.finish(next(iter(play.job.attempts)))
+    assert play.error("a", "b") is None
+    assert play.error("b") is None, "it can be done, by one that is away now"
+    while not play.complete:
+        play.plan("a", "b")
+        assert {attempt.node_id for attempt in play.job.attempts.values()} <= {"a"}
+        for attempt_id in list(play.job.attempts):
+            play.finish(attempt_id)
+
+
+def test_what_one_node_says_of_the_validation_data_another_looks_at() -> None:
+    play = Simulation(epochs=1)
+    play.plan("a", "b")
+    check = next(attempt for attempt in play.job.attempts.values() if attempt.shard_id == "check-validation")
+    wrong = ErrorInfo(code="invalid_data", message="the targets are classes 5 to 7")
+    play.record(AttemptEnded(at=1, attempt_id=check.attempt_id, reason="", error=wrong))
+    play.plan("a", "b")
+    (again,) = [attempt for attempt in play.job.attempts.values() if attempt.shard_id == "check-validation"]
+    assert again.node_id != check.node_id
+    play.record(AttemptEnded(at=1, attempt_id=again.attempt_id, reason="", error=wrong))
+    assert play.error("a", "b") == replace(wrong, message="in validation: the targets are classes 5 to 7")
 
 
 def test_a_node_that_fails_rests_while_the_others_go_on() -> None:
@@ -605,7 +648,7 @@ def test_a_node_without_the_memory_is_left_out_the_second_time_and_the_others_fi
         small = next(attempt for attempt in play.job.attempts.values() if attempt.node_id == "b")
         play.record(AttemptEnded(at=play.now, attempt_id=small.attempt_id, reason="", error=short))
         play.finish(next(iter(play.job.attempts)))
-        assert play.job.error(attempts_limit=3) is None
+        assert play.error("a", "b") is None
     assert play.job.refused == {"b": short}
     play.run("a", "b")
     assert play.complete

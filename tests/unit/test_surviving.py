@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from potluck import logs
 from potluck.errors import NotFound, Unavailable
 from potluck.logs import Seldom
 from potluck.surviving import as_defect, outlived, surviving
@@ -48,3 +49,9 @@ def test_each_subject_has_its_time_and_many_share_one() -> None:
     assert seldom.due("") == 99
     now = 50.0
     assert seldom.due("c") == 0  # those of before are forgotten
+
+
+def test_what_others_name_obeys_nobody_in_a_log() -> None:
+    assert logs.fields(node="n", odd="a\nERROR forged line", colour="\x1b[31m", plain="ünïcode") == (
+        "node=n odd='a\\nERROR forged line' colour='\\x1b[31m' plain=ünïcode"
+    )

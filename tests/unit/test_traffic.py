@@ -18,7 +18,7 @@ from coordinator.serving.records import (
     Woken,
 )
 from coordinator.serving.traffic import ANSWERS_LEAST, Traffic, worse
-from coordinator.serving.windows import SLOT_SECONDS, WINDOW_SECONDS, Summary, Window
+from coordinator.serving.windows import IMPATIENT_SECONDS, SLOT_SECONDS, WINDOW_SECONDS, Summary, Window
 from potluck import codec
 from potluck.messages import BlobRef, Deploy
 
@@ -90,7 +90,8 @@ def test_what_says_nothing_against_a_version_is_no_failure() -> None:
     assert window.summary(0.0).count == 0
     against = ("timed_out", "model_failed", "invalid_model", "engine_failed", "model_crashed", "out_of_memory")
     for code in (*against, "unavailable", "internal"):
-        window.answered(0.0, 0.1, code)
+        window.answered(0.0, IMPATIENT_SECONDS, code)
+    window.answered(0.0, IMPATIENT_SECONDS / 2, "timed_out")  # its client's impatience
     found = window.summary(0.0)
     assert (found.count, found.failures) == (8, 8)
 

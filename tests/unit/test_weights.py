@@ -1,6 +1,7 @@
 """Files of weights: what the library reads is what was written, and the same tensors are the same bytes."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +79,8 @@ def broken(header: object, data: bytes = b"") -> bytes:
         broken({"a": 1}),
         broken({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}),  # ends too early
         broken({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}, b"1234"),
+        broken({"a": {"dtype": "F32", "shape": [math.inf], "data_offsets": [0, 4]}}, b"1234"),
+        (100_000).to_bytes(8, "little") + b"[" * 100_000,
         broken({"a": {"dtype": "F32", "shape": [-1], "data_offsets": [4, 0]}}, b"1234"),
         broken({"a": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}}, b"1234"),
         broken({"a": {"dtype": "F32", "shape": ["x"], "data_offsets": [0, 4]}}, b"1234"),
