@@ -6,9 +6,13 @@ ours, and another distribution with such a package writes over our files. So we 
 
 from __future__ import annotations
 
+import csv
+import hashlib
 import importlib
 import logging
 import sys
+from base64 import urlsafe_b64encode
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -33,11 +37,46 @@ def check(name: str) -> None:
             "it, or give potluck a virtual environment of its own"
         )
     if MARK not in found.read_text(encoding="utf-8", errors="replace"):
-        raise InvalidSettings(
-            f"{found} is not potluck's any more: another distribution has a package {name!r}, and its files lie over those of "
-            f"potluck at {Path(potluck.__file__).parent}; uninstall it and install potluck again, best in a virtual environment of "
-            "its own"
-        )
+        raise _lost(found, name, "another distribution")
+    site = Path(potluck.__file__).parents[1]
+    for distribution, path in _claimed(name, site):
+        raise _lost(path, name, distribution)
+
+
+def _lost(path: Path, name: str, to: str) -> InvalidSettings:
+    return InvalidSettings(
+        f"{path} is not potluck's any more: {to} has a package {name!r}, and its files lie over those of potluck at "
+        f"{Path(potluck.__file__).parent}; uninstall it and install potluck again, best in a virtual environment of its own"
+    )
+
+
+def _claimed(name: str, site: Path) -> Iterator[tuple[str, Path]]:
+    """(another distribution, a file of our package that it has changed), as the lists of what was installed here say.
+
+    Only those are looked at whose list has such a file: of a checkout there is no list, and what is ours its owner may change.
+    """
+    own = site / f"potluck-{potluck.__version__}.dist-info" / "RECORD"
+    hashes = {path: digest for path, digest in _recorded(own) if path.startswith(f"{name}/") and digest}
+    for record in sorted(site.glob("*.dist-info/RECORD")) if hashes else ():
+        if record == own or f"\n{name}/".encode() not in b"\n" + record.read_bytes():
+            continue
+        for path, _ in _recorded(record):
+            if path in hashes and _digest(site / path) != hashes[path]:
+                yield record.parent.name.removesuffix(".dist-info"), site / path
+
+
+def _recorded(record: Path) -> Iterator[tuple[str, str]]:
+    """(path, digest) of each file of a distribution, as its RECORD has them (PyPA, recording installed projects); none without one."""
+    if record.is_file():
+        with record.open(newline="", encoding="utf-8", errors="replace") as file:
+            yield from ((row[0], row[1]) for row in csv.reader(file) if len(row) > 1)
+
+
+def _digest(path: Path) -> str:
+    """As a RECORD has it; empty for a file that is gone."""
+    if not path.is_file():
+        return ""
+    return "sha256=" + urlsafe_b64encode(hashlib.sha256(path.read_bytes()).digest()).rstrip(b"=").decode()
 
 
 def start(name: str) -> None:

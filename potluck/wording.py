@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 def counted(count: float, one: str, many: str = "") -> str:
     """As people say it: `1 node`, `1,200 items`; `many` where that is not `one` with an s."""
@@ -12,3 +14,9 @@ def counted(count: float, one: str, many: str = "") -> str:
 def be(count: float) -> str:
     """The verb after so many things: `1 node is online`, `2 nodes are online`."""
     return "is" if count == 1 else "are"
+
+
+def first(names: Sequence[str], most: int) -> str:
+    """The first of them, and how many more there are: `a, b and 3 more`."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from potluck import tensors
+from potluck.data.items import are_pixels
 from potluck.errors import InvalidRequest
 from potluck.messages import Tensor, TensorSpec
 from potluck.specs import matched, shape_for
@@ -23,12 +24,12 @@ def fit(
 ) -> list[Array]:
     """A request's arrays in the order of the model's inputs. Raises InvalidRequest, naming expected and given.
 
-    What are pixels (`_are_pixels`) is multiplied by `pixel_scale`, as files of images are, and refused where that is 0.
+    What are pixels (`potluck.data.items.are_pixels`) is multiplied by `pixel_scale`, as files of images are, and refused where that is 0.
     """
     arrays = []
     for spec, dtype, tensor in zip(specs, dtypes, matched(request, specs), strict=True):
         array = tensors.to_numpy(tensor).reshape(shape_for(tensor, spec))
-        if pixel_scale != 1.0 and _are_pixels(array, dtype):
+        if pixel_scale != 1.0 and are_pixels(array, dtype):
             array = _scaled(array, pixel_scale, spec)
         arrays.append(array if array.dtype == dtype else _cast(array, dtype, spec, tensor.datatype))
     return arrays
@@ -55,11 +56,6 @@ def padded(array: Array, rows: int) -> Array:
     found = np.empty((rows, *array.shape[1:]), array.dtype)
     found[: len(array)], found[len(array) :] = array, array[-1]
     return found
-
-
-def _are_pixels(array: Array, dtype: np.dtype[Any]) -> bool:
-    """Whether these are images of 8 bits, and the input takes floats: nobody but a decoder of images makes such arrays."""
-    return array.dtype == np.uint8 and dtype.kind == "f" and array.ndim == 4 and array.shape[3] in (1, 3, 4)
 
 
 def _scaled(array: Array, pixel_scale: float, spec: TensorSpec) -> Array:

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from node.engine import runtime, shards
+from node.engine import pixels, runtime, shards
 from node.engine.decoders import Decoder, ImageDecoder, decoder_for, item_bytes, undecodable
 from node.engine.shards import Array, Part
 from potluck.data.folders import Unusable
+from potluck.data.items import are_pixels
 from potluck.errors import InvalidRequest
 from potluck.messages import DataFormat, ImageOptions
 from potluck.specs import shown
@@ -32,6 +33,8 @@ class Source:
     data: DataFormat
     decoder: Decoder | None
     """What makes files into tensors; arrays need none."""
+    pixel_scale: float = 1.0
+    """What pixels in arrays are multiplied by; 0: nobody has said it."""
 
     @property
     def image(self) -> ImageOptions | None:
@@ -71,7 +74,7 @@ class Source:
             for encoded in _groups(parts):
                 yield from ([items] for items in self._decoded(self.decoder, encoded, batch_size))
             return
-        arrays = fit(self.model, shards.load_arrays(parts, self.data.inputs))
+        arrays = self._arrays(parts)
         for start in range(0, len(arrays[0]), batch_size):
             yield [tf.convert_to_tensor(array[start : start + batch_size]) for array in arrays]
 
@@ -81,7 +84,7 @@ class Source:
         `known`: decoded items of parts that need not be decoded again; in their place come those of these parts.
         """
         if self.decoder is None:
-            return [runtime.held(array) for array in fit(self.model, shards.load_arrays(parts, self.data.inputs))]
+            return [runtime.held(array) for array in self._arrays(parts)]
         shape = (sum(part.count for part in parts), *self.decoder.shape)
         dtype = self.decoder.dtype.as_numpy_dtype
         items = np.empty(shape, dtype) if self.decoder.dtype == tf.string else shards.aligned(shape, dtype)
@@ -98,6 +101,9 @@ class Source:
             known.clear()
             known.update(found)
         return [runtime.held(items)]
+
+    def _arrays(self, parts: Sequence[Part]) -> list[Array]:
+        return fit(self.model, shards.load_arrays(parts, self.data.inputs), self.pixel_scale)
 
     def _fill(self, decoder: Decoder, rows: Array, part: Part) -> None:
         """Decode all items of a part into these rows."""
@@ -170,11 +176,17 @@ def _images(decoder: ImageDecoder, rows: Array, files: Sequence[bytes], before: 
 
 def source_for(model: Any, data: DataFormat, image: ImageOptions | None) -> Source:
     """Raises InvalidModel and InvalidRequest where data and model do not fit."""
-    return Source(model, data, decoder_for(model, data, image))
+    decoder = decoder_for(model, data, image)
+    if decoder is not None or image is None:
+        return Source(model, data, decoder)
+    return Source(model, data, None, pixels.expected(model) if image.scale is None else image.scale)
 
 
-def fit(model: Any, inputs: dict[str, Array]) -> list[Array]:
-    """The arrays in the order of the model's inputs, in their dtypes. Raises InvalidRequest naming both shapes."""
+def fit(model: Any, inputs: dict[str, Array], pixel_scale: float = 1.0) -> list[Array]:
+    """The arrays in the order of the model's inputs, in their dtypes. Raises InvalidRequest naming both shapes.
+
+    What are pixels is multiplied by `pixel_scale`, as it is in a request, and refused where that is 0.
+    """
     specs = runtime.signature(model).inputs
     wanted = [spec.name for spec in specs]
     if len(inputs) != len(wanted):
@@ -199,7 +211,20 @@ def fit(model: Any, inputs: dict[str, Array]) -> list[Array]:
             raise InvalidRequest(
                 f"the model's input '{spec.name}' takes text, but the data has numbers: give a folder of .txt files"
             )
+        if pixel_scale != 1.0 and are_pixels(array, tf.as_dtype(tensor.dtype).as_numpy_dtype):
+            array = _scaled(array, pixel_scale, spec.name)
         found.append(array.astype(tensor.dtype, copy=False) if array.dtype.kind in "fiub" else array)
+    return found
+
+
+def _scaled(array: Array, pixel_scale: float, name: str) -> Array:
+    if not pixel_scale:
+        raise InvalidRequest(
+            f"the data has pixels of 8 bits for the model's input '{name}', and nothing says whether the model takes them as 0 to 255 "
+            "or as 0 to 1: give floats, as in its training, or register it with image options that name the scale "
+            "(ImageOptions(..., scale=...), --image HxW:SCALE)"
+        )
+    found: Array = array * np.float32(pixel_scale)
     return found
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from potluck.messages import DeploymentInfo, JobChanged, ModelInfo, TensorSpec
+from potluck.wording import be
 
 if TYPE_CHECKING:
     from potluck.client import Client
@@ -27,8 +28,9 @@ _CONNECT_SECONDS = 0.5
 def lines(client: Client, name: str) -> list[str]:
     """What to print when the deployment `name` is ready."""
     found = [one for one in client.deployments() if one.name == name]
-    asked = [line for one in found for line in ask(client.gateway(), client.get_model(name), one)]
-    return ["\nask it, for instance:", *asked] if asked else []
+    info = client.get_model(name)
+    asked = [line for one in found for line in ask(client.gateway(), info, one)]
+    return [f"\nask it, for instance{made_up(info)}:", *asked] if asked else []
 
 
 class Early:
@@ -51,10 +53,8 @@ class Early:
                 continue
             self._said = True
             nodes = ", ".join(replica.node_id for replica in one.replicas if replica.state == "ready")
-            return [
-                f"{one.name} on {nodes} answers already:",
-                *ask(self._client.gateway(), self._client.get_model(one.name), one),
-            ]
+            info = self._client.get_model(one.name)
+            return [f"{one.name} on {nodes} answers already{made_up(info)}:", *ask(self._client.gateway(), info, one)]
         return []
 
 
@@ -81,6 +81,17 @@ def ask(addresses: Sequence[str], info: ModelInfo, deployment: DeploymentInfo) -
     parts = [_made(spec) for spec in inputs]
     between = "printf ', '; "
     return [*lines, f"""{{ printf '{{"inputs": ['; {between.join(parts)}printf ']}}'; }} | curl {infer} -d @-"""]
+
+
+def made_up(info: ModelInfo) -> str:
+    """A remark on values that a model need not know, as one with a vocabulary; empty where the lines have none."""
+    inputs = info.signature.inputs if info.signature is not None else ()
+    if _takes_images(info, inputs):
+        return ""
+    values = dict.fromkeys(
+        json.dumps(_value(spec)) for spec in inputs if spec.datatype.startswith(("BYTES", "INT", "UINT"))
+    )
+    return f" ({' and '.join(values)} {be(len(values))} made up: put in what the model knows)" if values else ""
 
 
 def _takes_images(info: ModelInfo, inputs: Sequence[TensorSpec]) -> bool:

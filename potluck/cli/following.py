@@ -72,13 +72,17 @@ def ended(job: Job, as_json: bool, *, verbose: bool = False, beside: Beside = la
     return job.result()
 
 
-def name_data(job: Job, data: str) -> None:
-    """Say as what data set the files that somebody gave were packed for a job, and what becomes of it."""
+def name_data(job: Job, data: str, validation: str | None = None) -> None:
+    """Say as what data sets the files that somebody gave were packed for a job, and what becomes of them."""
     from potluck.client.sources import as_name
+    from potluck.messages import Train
 
-    if as_name(data) is None:
-        name = job.status().subject.data
-        note(f"job {job.id}: {data} is packed as data set {name}, which is forgotten with the job")
+    given = {data: job.status().subject.data}
+    if validation is not None and isinstance(job.asked, Train):
+        given.setdefault(validation, job.asked.validation or "")
+    for path, name in given.items():
+        if as_name(path) is None:
+            note(f"job {job.id}: {path} is packed as data set {name}, which is forgotten with the job")
 
 
 def plain_lines(

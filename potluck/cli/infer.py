@@ -81,10 +81,11 @@ def read_input(source: str, info: ModelInfo, image: ImageOptions | None) -> Any:
     import numpy as np
 
     from potluck.client import files
+    from potluck.data import items
     from potluck.errors import InvalidData, InvalidRequest
 
     path = Path(source)
-    if source == "-" or source.lstrip()[:1] in ("[", "{") or path.suffix == ".json":
+    if source == "-" or source.lstrip()[:1] in ("[", "{", '"') or path.suffix == ".json":
         if image is not None:
             raise InvalidRequest("--image says how an image becomes a tensor, and the input is no image: leave it out")
         try:
@@ -94,6 +95,8 @@ def read_input(source: str, info: ModelInfo, image: ImageOptions | None) -> Any:
         except (ValueError, OSError) as error:
             raise InvalidData(f"the input is not JSON: {error}") from error
         try:
+            if isinstance(value, str):
+                return items.text(value.encode(), info, "the input")
             if isinstance(value, dict):
                 return {
                     name: np.asarray(array, dtype=np.float32) if _is_float(array) else np.asarray(array)

@@ -37,6 +37,8 @@ CLAIM = "0-"
 CLAIM_SECONDS = 1.0
 NODES_SEEN_SECONDS = 0.3
 """Nodes are seen by mDNS as soon as the coordinator is; this much later at most."""
+HERE_SECONDS = 1.0
+"""Who asks by mDNS hears of what is on the same machine within this."""
 BACKOFF_SECONDS = (0.5, 30.0)
 STEADY_SECONDS = 60.0
 """A daemon that ran this long has its back-off forgiven."""
@@ -91,6 +93,7 @@ class Joining:
         async with AsyncExitStack() as claims, asyncio.TaskGroup() as tasks:
             if network.seeds:
                 self._say(f"joining cluster {network.cluster!r} at {', '.join(network.seeds)}")
+                await self._check_alone_at_seeds()
             else:
                 self._say(f"looking for cluster {network.cluster!r} ({network.discovery.window_seconds:g} s)")
                 around = await self._look_around(claims)
@@ -199,6 +202,15 @@ class Joining:
         await discovery.wait_for(lambda one: one.role == "node", NODES_SEEN_SECONDS)
         if (node := await here.node_here(discovery.services("node"))) is not None:
             raise already(f"the node {node.id} (cluster {node.cluster!r}) at http://{node.host}:{node.port}")
+
+    async def _check_alone_at_seeds(self) -> None:
+        """The same where nothing has been looked for yet."""
+        if self._plan.state_dir is not None or not self._plan.network.discovery.enabled:
+            return
+        with contextlib.suppress(Unavailable):  # no multicast: then nothing is to be seen
+            async with self._discovery() as discovery:
+                await discovery.wait_for(lambda one: one.role == "node" and here.is_here(one), HERE_SECONDS)
+                await self._check_alone(discovery)
 
     def _rivals(self, discovery: Discovery, own_id: str, given_up: set[str]) -> list[str]:
         ours = {own_id, f"{CLAIM}{own_id}"}

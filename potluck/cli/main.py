@@ -70,7 +70,7 @@ def options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and leave.")
     ] = False,
 ) -> None:
-    begin(context, Session(seed, cluster, timeout, verbose))
+    begin(context, Session(seed, cluster, timeout, verbose, debug))
     if debug:
         from potluck import logs
 

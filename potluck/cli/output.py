@@ -43,8 +43,16 @@ PIPE_COLUMNS = 10_000
 
 def show(renderable: RenderableType) -> None:
     """Print for people, on standard output. What is longer than the terminal is left to it: it gives it back whole."""
-    console = Console(width=None if sys.stdout.isatty() else PIPE_COLUMNS, markup=False)
-    console.print(renderable, soft_wrap=isinstance(renderable, str), crop=False)
+    _console().print(renderable, soft_wrap=isinstance(renderable, str), crop=False)
+
+
+def columns() -> int:
+    """As many as a line has where `show` prints."""
+    return _console().width
+
+
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else PIPE_COLUMNS, markup=False)
 
 
 def note(text: str) -> None:

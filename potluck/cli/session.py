@@ -32,7 +32,6 @@ _IMAGE = re.compile(
 )
 _WITH_VALUE = ("--seed", "--cluster", "--timeout")
 _FLAGS = ("--debug", "--verbose", "-v")
-_OWN_OPTIONS = ("up", "demo")
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,7 @@ class Session:
     cluster: str | None = None
     timeout: float | None = None
     verbose: bool = False
+    debug: bool = False
 
     def client(self) -> Client:
         """A client, to be entered. Its import is heavy, so it is here."""
@@ -78,7 +78,7 @@ def session(context: typer.Context) -> Session:
 def global_options_first(arguments: Sequence[str]) -> list[str]:
     """The same command line with the options that hold for every command before the command, wherever they stood.
 
-    `up` and `demo` have such options of their own, which stay; nothing after `--` is touched.
+    Nothing after `--` is touched.
     """
     ours: list[str] = []
     rest: list[str] = []
@@ -86,7 +86,7 @@ def global_options_first(arguments: Sequence[str]) -> list[str]:
     while waiting:
         argument = waiting.pop(0)
         name, has_value, _ = argument.partition("=")
-        if argument == "--" or (not argument.startswith("-") and argument in _OWN_OPTIONS and not rest):
+        if argument == "--":
             rest += [argument, *waiting]
             break
         if argument in _FLAGS or (name in _WITH_VALUE and has_value):

@@ -11,12 +11,15 @@ import typer
 from potluck.cli.session import Json, session
 
 if TYPE_CHECKING:
+    from rich.text import Text
+
     from potluck.client.health import Health
 
 LINES = 10
 """As many as are shown: what is wrong beyond them is counted."""
-PARTS = 7
-"""Lines about the cluster itself, before what is wrong."""
+NAMED = 3
+"""Deployments, and nodes that wait."""
+Row = tuple[str, "str | Text"]
 WRONG, UNREACHED = 1, 4
 """Exit codes, as those of `potluck.errors`."""
 
@@ -36,13 +39,30 @@ def status(context: typer.Context, as_json: Json = False) -> None:
     if as_json:
         output.emit({"healthy": not found.problems, **output.plain(found), "here": local})
     else:
-        output.show(Facts(list(facts(found, local))))
+        output.show(Facts(fitting(found, local, output.columns())))
     if found.problems:
         raise typer.Exit(WRONG if found.reachable else UNREACHED)
 
 
-def facts(found: Health, local: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """The lines, each with what it is about."""
+def fitting(found: Health, local: Sequence[str], width: int) -> list[Row]:
+    """What is shown of it in LINES lines of that width: of what is wrong at least the first, of the cluster what leaves room for that."""
+    from potluck.cli.listing import Facts
+
+    parts = list(facts(found, local))
+    told = [("wrong", text) for text in found.problems] + [("note", text) for text in found.remarks]
+    rows = parts
+    for kept in range(len(parts), 0, -1):
+        for count in range(len(told), min(1, len(told)) - 1, -1):
+            more = len(told) - count
+            rows = [*parts[:kept], *told[:count]]
+            rows += [("", f"and {more} more: `potluck status --json` has all of it")] if more else []
+            if len(list(Facts(rows).lines(width))) <= LINES:
+                return rows
+    return rows
+
+
+def facts(found: Health, local: Sequence[str]) -> Iterator[Row]:
+    """The lines about the cluster itself, each with what it is about."""
     from potluck.sole_use import clock_text
     from potluck.wording import be, counted
 
@@ -57,20 +77,14 @@ def facts(found: Health, local: Sequence[str]) -> Iterator[tuple[str, str]]:
     yield "nodes", nodes_text(found)
     yield "work", work_text(found)
     yield "here", "; ".join(local) or "no `potluck up` and no service of potluck runs on this machine"
-    told = [("wrong", text) for text in found.problems] + [("note", text) for text in found.remarks]
-    room = LINES - PARTS
-    shown = told if len(told) <= room else told[: room - 1]
-    yield from shown
-    if len(told) > len(shown):
-        yield "", f"and {len(told) - len(shown)} more: `potluck nodes`, `potluck deployments`, `potluck status --json`"
 
 
 def nodes_text(found: Health) -> str:
     from potluck.cli.output import bytes_text
-    from potluck.wording import counted
+    from potluck.wording import counted, first
 
     if found.waiting:
-        return f"{counted(len(found.waiting), 'node')} without a coordinator: {', '.join(found.waiting)}"
+        return f"{counted(len(found.waiting), 'node')} without a coordinator: {first(found.waiting, NAMED)}"
     if found.coordinator != "online":
         return ""
     online = [node for node in found.nodes if node.state != "offline"]
@@ -86,13 +100,14 @@ def nodes_text(found: Health) -> str:
 
 
 def work_text(found: Health) -> str:
-    from potluck.wording import counted
+    from potluck.wording import counted, first
 
     if found.coordinator != "online":
         return ""
     jobs = Counter(job.state for job in found.jobs)
     parts = [f"{counted(count, 'job')} {state}" for state, count in sorted(jobs.items(), reverse=True)]
+    deployed = []
     for deployment in found.deployments:
         ready = sum(replica.state == "ready" for replica in deployment.replicas)
-        parts.append(f"{deployment.name} {deployment.state} on {counted(ready, 'node')}")
-    return ", ".join(parts) or "nothing is deployed, no job runs"
+        deployed.append(f"{deployment.name} {deployment.state} on {counted(ready, 'node')}")
+    return ", ".join([*parts, *([first(deployed, NAMED)] if deployed else [])]) or "nothing is deployed, no job runs"

@@ -167,7 +167,7 @@ def train(
                 **hiding,
             )
         if not as_json:
-            following.name_data(job, data)
+            following.name_data(job, data, validation)
         if detach:
             if as_json:
                 out.emit({"job_id": job.id})

@@ -43,13 +43,13 @@ def up(
         typer.Option(metavar="NAME=PATH", help="Data that live here and never leave: train on node:NAME. Repeatable."),
     ] = None,
     log_level: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="LEVEL",
-            help="Of the daemons' logs.",
+            help="Of the daemons' logs (default: WARNING; with --debug DEBUG).",
             autocompletion=completion.words("DEBUG", "INFO", "WARNING", "ERROR"),
         ),
-    ] = "WARNING",
+    ] = None,
 ) -> None:
     """Join the cluster on this network, or start one: run this on every machine."""
     import asyncio
@@ -68,6 +68,7 @@ def up(
     Topics(settings.cluster)
     where = Listen(host=listen or ("0.0.0.0" if insecure else "127.0.0.1"), insecure=insecure)  # noqa: S104 - asked for
     check_listen(where)
+    log_level = log_level or ("DEBUG" if given.debug else "WARNING")
     logs.configure(log_level)
     if insecure:
         note(

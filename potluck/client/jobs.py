@@ -24,6 +24,7 @@ from potluck.client.models import load_model
 from potluck.client.signatures import suggesting
 from potluck.errors import Conflict, NotFound, PotluckError, TimedOut
 from potluck.messages import (
+    AnyJobSpec,
     BlobRef,
     CancelJob,
     EpochMetrics,
@@ -76,8 +77,10 @@ class JobFeed:
 class AsyncJob:
     """One job of the cluster, by its id."""
 
-    def __init__(self, connection: Connection, job_id: str) -> None:
+    def __init__(self, connection: Connection, job_id: str, asked: AnyJobSpec | None = None) -> None:
         self.id = job_id
+        self.asked = asked
+        """What this client has asked for; None of a job that was there."""
         self._connection = connection
         self._ended: JobEnded | None = None
 

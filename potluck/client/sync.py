@@ -93,6 +93,7 @@ class Job:
 
     def __init__(self, portal: Portal, job: AsyncJob) -> None:
         self.id = job.id
+        self.asked = job.asked
         self._portal = portal
         self._job = job
 

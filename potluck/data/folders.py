@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import shlex
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import chain, islice
@@ -29,8 +30,11 @@ NAMED_LIMIT = 1000
 """So many skipped items are named in a manifest."""
 LEARNT = frozenset({"train", "training"})
 TRIED = frozenset({"val", "valid", "validation", "dev", "eval", "evaluation"})
-PARTS = LEARNT | TRIED | {"test", "testing"}
+UNLABELLED = frozenset({"pred"})
+PARTS = LEARNT | TRIED | UNLABELLED | {"test", "testing"}
 """What folders are named that hold parts of a set, and not classes."""
+AROUND = frozenset({"", "data", "image", "images", "img", "seg", "split", "x", "y"})
+"""Words that stand beside these in names of parts, and name no class: `seg_train`, `test_images`."""
 LEFT_BEHIND = frozenset({"thumbs.db", "desktop.ini", "__macosx", "__pycache__"})
 """What systems leave in folders, and hide where they are at home."""
 _CHECKS_AT_ONCE = 1024
@@ -74,37 +78,44 @@ class Kind:
 
 
 def pack_folder(folder: Path, labels: bool, packing: Packing, kinds: Sequence[Kind]) -> Dataset:
-    """Class folders with files of one of `kinds`; an empty one is a class without items, as in Keras. With `labels` False and such
-    files directly in `folder`, or parts of a set as its folders: all below it, without classes.
+    """Class folders with files of one of `kinds`; an empty one is a class without items, as in Keras. With `labels` False: all such
+    files in and below `folder`, without classes, as the names of its folders may be anything.
 
     Raises InvalidData: no class folders, parts of a set instead, a class of nothing but other files, nothing to pack, several kinds,
     or too much that cannot be used.
     """
     with reading(folder):
         entries = sorted(path for path in folder.iterdir() if not _is_hidden(path.name))
-        parts = _parts([path for path in entries if path.is_dir()])
-        if parts and labels:
+        parts = _parts([path for path in entries if path.is_dir()]) if labels else []
+        if parts:
             raise InvalidData(_no_classes(folder, parts))
         files = {path: files_in(path, kinds) for path in entries if path.is_dir()}
-    direct = [path for path in entries if _is_of(path, kinds) and path.is_file()]
+    plain = [path for path in entries if path.is_file()]
+    direct = [path for path in plain if _is_of(path, kinds)]
     below = [path for found in files.values() for path in found]
-    kind, others = _kind_of(folder, (direct + below) if not labels else (below or direct), kinds)
+    kind, others = _kind_of(folder, (below or direct) if labels else direct + below, kinds, labels)
     beside = [path for path in direct if _is_of(path, [kind])]
-    unread = [f"{_text(path.relative_to(folder).as_posix())}: {_CONVERT}" for path in unread_in(folder, kind)]
-    if not labels and (beside or parts):
-        plain = [_item(path, folder, -1) for path in sorted(set(beside + below) - others)]
-        remarks = _about_files([*others, *_unknown_in(folder, kinds)], folder)
-        return pack_items(kind, plain, (), packing, left_out=unread, remarks=remarks)
+    unread = unread_in(folder, kind)
+    convert = [f"{_text(path.relative_to(folder).as_posix())}: {_CONVERT}" for path in unread]
     unknown = {path: _unknown_in(path, kinds) for path in files}
+    links = {path: _links_in(path) for path in files}
+    left_out = others.union(set(plain) - set(beside) - set(unread), *unknown.values())
+    nowhere = [path for path in entries if path.is_symlink() and not path.exists()]
+    unfollowed = [*nowhere, *chain.from_iterable(links.values())]
+    remarks = [*_about_files(left_out, folder), *_about_links(unfollowed, folder)]
+    if not labels:
+        every = [_item(path, folder, -1) for path in sorted({*beside, *below} - others)]
+        return pack_items(kind, every, (), packing, left_out=convert, remarks=remarks)
     empty: list[str] = []
     items: list[Item] = []
     classes: list[str] = []
     for class_folder, found in files.items():
         of_class = [_item(path, folder, len(classes)) for path in found if path not in others]
         unread_text = _unread_text(class_folder, [kind])
-        if not of_class and (found or unread_text or unknown[class_folder] or not below):
+        if not of_class and (found or unread_text or unknown[class_folder] or links[class_folder] or not below):
+            links_text = "; links to folders are not followed" if links[class_folder] else ""
             raise InvalidData(
-                f"class folder {class_folder} has no {kind.many} ({_suffixes([kind])}){unread_text}: add some, or remove the folder"
+                f"class folder {class_folder} has no {kind.many} ({_suffixes([kind])}){unread_text}{links_text}: add some, or remove the folder"
             )
         if not of_class:
             empty.append(_text(class_folder.name))
@@ -115,12 +126,11 @@ def pack_folder(folder: Path, labels: bool, packing: Packing, kinds: Sequence[Ki
             f"{folder} has {counted(len(beside), kind.one, kind.many)} but no class folders: put each {kind.one} into a folder named for its class"
         )
     skipped = [f"{_text(path.name)}: lies beside the class folders, in none of them" for path in beside]
-    remarks = _about_files([*others, *chain.from_iterable(unknown.values())], folder)
     if empty:
         remarks.append(
             f"{counted(len(empty), 'class folder')} empty, a class all the same (remove what is none): {some(empty)}"
         )
-    return pack_items(kind, items, classes, packing, skipped, unread, remarks)
+    return pack_items(kind, items, classes, packing, skipped, convert, remarks)
 
 
 def unread_in(folder: Path, kind: Kind) -> list[Path]:
@@ -129,10 +139,23 @@ def unread_in(folder: Path, kind: Kind) -> list[Path]:
 
 
 def _parts(folders: Sequence[Path]) -> list[Path]:
-    """Those that are parts of a set, by their names: two at least, or the only one where it has folders of its own. Then none is a class."""
+    """Those that are parts of a set, by their names: two at least, or the only one where it has folders of its own. Then none is a class.
+
+    What has other words in its name than that of a part is one only where all are, and of different parts: `test1` and `test2` may be
+    classes.
+    """
     parts = [path for path in folders if path.name.casefold() in PARTS]
+    if len(parts) > 1:
+        return parts
+    words = {_part(path.name) for path in folders}
     alone = len(folders) == 1 and any(path.is_dir() and not _is_hidden(path.name) for path in folders[0].iterdir())
-    return parts if len(parts) > 1 or alone else []
+    return list(folders) if "" not in words and (len(words) > 1 or alone) else []
+
+
+def _part(name: str) -> str:
+    """Which part of a set a folder of this name holds, as it says: "train" of `train_images2`. Empty where its words say something else."""
+    words = [word.removesuffix("set") for word in re.findall(r"[^\W\d_]+", name.casefold())]
+    return next((word for word in words if word in PARTS), "") if PARTS.union(AROUND).issuperset(words) else ""
 
 
 def _no_classes(folder: Path, parts: Sequence[Path]) -> str:
@@ -141,9 +164,11 @@ def _no_classes(folder: Path, parts: Sequence[Path]) -> str:
     what = f"is a part of a data set and no class: give {parts[0]}"
     if len(parts) > 1:
         what = "are parts of a data set and no classes: give one of them"
-    learnt = next((path for path in parts if path.name.casefold() in LEARNT), None)
+    learnt = next((path for path in parts if _part(path.name) in LEARNT), None)
     held_out = min(
-        (path for path in parts if path != learnt), key=lambda path: path.name.casefold() not in TRIED, default=None
+        (path for path in parts if _part(path.name) not in LEARNT | UNLABELLED),
+        key=lambda path: _part(path.name) not in TRIED,
+        default=None,
     )
     if learnt is None or held_out is None:
         return f"{folder}: {names} {what}"
@@ -194,7 +219,7 @@ def pack_items(
     return packing.dataset(described, shards, keys, labels, [*bad, *left_out][:NAMED_LIMIT], remarks)
 
 
-def _kind_of(folder: Path, files: Sequence[Path], kinds: Sequence[Kind]) -> tuple[Kind, set[Path]]:
+def _kind_of(folder: Path, files: Sequence[Path], kinds: Sequence[Kind], labels: bool) -> tuple[Kind, set[Path]]:
     """The kind of most of the files, and those of others. Raises InvalidData without files, and for a mixture.
 
     A file of notes in a folder of images is no mixture: one of another kind is left out, and up to 1 %.
@@ -203,8 +228,8 @@ def _kind_of(folder: Path, files: Sequence[Path], kinds: Sequence[Kind]) -> tupl
     kind = max(kinds, key=lambda kind: len(found[kind.name]))
     if not found[kind.name]:
         raise InvalidData(
-            f"{folder} has no class folders with {', '.join(kind.many for kind in kinds)}: "
-            f"expected {folder}/<class>/<file> ({_suffixes(kinds)}){_unread_text(folder, kinds)}"
+            f"{folder} has no {'class folders with ' if labels else ''}{', '.join(kind.many for kind in kinds)}: "
+            f"expected {folder}/{'<class>/' if labels else ''}<file> ({_suffixes(kinds)}){_unread_text(folder, kinds)}"
         )
     others = {path for name, paths in found.items() if name != kind.name for path in paths}
     if len(others) > max(1, len(files) * BAD_SHARE_LIMIT) or 2 * len(others) >= len(files):
@@ -297,35 +322,47 @@ def _is_of(path: Path, kinds: Sequence[Kind]) -> bool:
 
 def files_in(folder: Path, kinds: Sequence[Kind]) -> list[Path]:
     """All below `folder` of these kinds, nested ones too; hidden files and folders are left out."""
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if _is_of(path, kinds) and not any(map(_is_hidden, path.relative_to(folder).parts)) and path.is_file()
-    )
+    return sorted(path for path in _visible(folder) if _is_of(path, kinds) and path.is_file())
 
 
 def _unknown_in(folder: Path, kinds: Sequence[Kind]) -> list[Path]:
     """The other files below `folder`, hidden ones left out."""
-    known = frozenset[str]().union(*(kind.suffixes | kind.unread for kind in kinds))
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() not in known
-        and not any(map(_is_hidden, path.relative_to(folder).parts))
-        and path.is_file()
-    )
+    return sorted(path for path in _visible(folder) if _is_unknown(path, kinds) and path.is_file())
 
 
-def _about_files(left_out: Sequence[Path], folder: Path) -> list[str]:
+def _links_in(folder: Path) -> list[Path]:
+    """Links below `folder` to folders, which might lead round in circles, and to nothing: no file is found by way of them."""
+    return sorted(path for path in _visible(folder) if path.is_symlink() and not path.is_file())
+
+
+def _visible(folder: Path) -> Iterator[Path]:
+    """All below `folder`, but hidden files and folders, and what these or links to folders lead to."""
+    return (path for path in folder.rglob("*") if not any(map(_is_hidden, path.relative_to(folder).parts)))
+
+
+def _is_unknown(path: Path, kinds: Sequence[Kind]) -> bool:
+    suffix = path.suffix.lower()
+    return not any(suffix in kind.suffixes or suffix in kind.unread for kind in kinds)
+
+
+def _about_files(left_out: Iterable[Path], folder: Path) -> list[str]:
     """A sentence about files that are not of the set's kind; nothing where there are none."""
-    if not left_out:
+    if not (left_out := sorted(left_out)):
         return []
     suffixes = Counter(path.suffix.lower() or "no suffix" for path in left_out)
     counts = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(5))
-    names = some([_text(path.relative_to(folder).as_posix()) for path in sorted(left_out)])
+    names = some([_text(path.relative_to(folder).as_posix()) for path in left_out])
     return [
         f"{counted(len(left_out), 'file')} of other kinds left out ({counts}{', ...' if len(suffixes) > 5 else ''}): {names}"
     ]
+
+
+def _about_links(links: Sequence[Path], folder: Path) -> list[str]:
+    """A sentence about links that were not followed; nothing where there are none."""
+    if not links:
+        return []
+    names = some([_text(path.relative_to(folder).as_posix()) for path in links])
+    return [f"{counted(len(links), 'link')} to folders or to nothing left out (copy what is to be taken): {names}"]
 
 
 def _is_hidden(name: str) -> bool:

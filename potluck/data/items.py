@@ -70,6 +70,11 @@ def recording(data: bytes, info: ModelInfo, what: str = "the recording") -> Arra
         raise InvalidData(f"{what} cannot be read as a recording: {error}") from error
 
 
+def are_pixels(array: Array, dtype: np.dtype[Any]) -> bool:
+    """Whether these are images of 8 bits, and the input takes floats: nobody but a decoder of images makes such arrays."""
+    return array.dtype == np.uint8 and np.dtype(dtype).kind == "f" and array.ndim == 4 and array.shape[3] in CHANNELS
+
+
 def image_options(info: ModelInfo, hint: str, asked: ImageOptions | None = None) -> ImageOptions:
     """How images become the model's input, all of it said: as asked, else as registered, else as its input and its own layers have it.
 
@@ -110,7 +115,12 @@ def check_scale(options: ImageOptions, dtype: np.dtype[Any]) -> None:
     """Raises InvalidRequest where the dtype of a model's input does not hold the pixels."""
     if dtype.kind not in "iu":
         return
-    if options.scale is not None and (options.scale < 1 or 255 * options.scale > np.iinfo(dtype).max):
+    if (largest := np.iinfo(dtype).max) < 255:
+        raise InvalidRequest(
+            f"the model's input is whole numbers of at most {largest} ({dtype.name}), and pixels are 0 to 255: begin the model with an "
+            "input of uint8, or of floats"
+        )
+    if options.scale is not None and (options.scale < 1 or 255 * options.scale > largest):
         raise InvalidRequest(
             f"the model's input is whole numbers ({dtype.name}), and pixels of 0 to 255 times {options.scale:g} do not fit into them: "
             "leave out the scale"

@@ -43,8 +43,8 @@ def pack(
 
     `target` names the array, column or feature to learn, or several arrays or columns: one for each output of a model.
     `sample_weight` names the array or column with the weight of each item in the loss. `shuffle` spreads the classes over all shards; without it the
-    input's order is kept. `labels` False allows files without class folders, for prediction. `progress` gets (items done,
-    items in all). Raises InvalidData, saying what is wrong with which file, row or array; DiskFull.
+    input's order is kept. `labels` False takes all files in and below a folder without classes, for prediction. `progress` gets
+    (items done, items in all). Raises InvalidData, saying what is wrong with which file, row or array; DiskFull.
     """
     pinned: list[str] = []
 

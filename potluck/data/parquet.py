@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from potluck import extras
-from potluck.data.packing import Array, Target
-from potluck.data.tables import Table, check_width, listed, table_of
+from potluck.data.packing import Array, Target, target_names
+from potluck.data.tables import Table, check_width, listed, table_of, target_columns
 from potluck.errors import InvalidData
 from potluck.wording import counted
 
@@ -22,6 +23,12 @@ BATCH_ROWS = 65_536
 READ_BYTES = 1 << 20
 """So much of a column is read from the file at once."""
 _PANDAS_INDEX = re.compile(r"__index_level_\d+__")
+
+
+class _Pandas(msgspec.Struct):
+    """What pandas writes beside a table."""
+
+    index_columns: list[str | dict[str, Any]] = []
 
 
 def files_in(folder: Path) -> list[Path]:
@@ -40,10 +47,14 @@ def read(files: Sequence[Path], target: Target, sample_weight: str | None = None
     column: for columns that are not numbers, missing, infinite or not-a-number values, files whose columns differ, and
     damaged ones; and where pyarrow is missing.
     """
-    names, index, rows = _described(files[0])
+    wanted = (*target_names(target), *([sample_weight] if sample_weight else []))
+    names, index, rows = _described(files[0], wanted)
+    if len(index) == 1 and {*wanted, *target_columns(names, target)}.issuperset(names):  # what else should it be?
+        wanted = (*wanted, *index)
+        names, index, rows = _described(files[0], wanted)
     check_width(files[0], len(names))
     for path in files[1:]:
-        others, _, more = _described(path)
+        others, _, more = _described(path, wanted)
         if sorted(others) != sorted(names):
             raise InvalidData(f"{path} has other columns than {files[0].name}: {listed(others)}")
         rows += more
@@ -121,12 +132,26 @@ def names_in(path: Path) -> tuple[str, ...]:
     return tuple(_described(path)[0])
 
 
-def _described(path: Path) -> tuple[list[str], list[str], int]:
-    """(its columns; those that are an index which pandas wrote beside them; how many rows it says it has)."""
+def _described(path: Path, wanted: Sequence[str] = ()) -> tuple[list[str], list[str], int]:
+    """(its columns; those that are an index which pandas wrote beside them, but `wanted` ones; how many rows it says it has)."""
     with _opened(path) as file:
-        index = [name for name in file.schema_arrow.names if _PANDAS_INDEX.fullmatch(name)]
+        named = _named_index(file.schema_arrow.metadata or {})
+        index = [
+            name
+            for name in file.schema_arrow.names
+            if (name in named or _PANDAS_INDEX.fullmatch(name)) and name not in wanted
+        ]
         names = [name for name in file.schema_arrow.names if name not in index]
         return names, index, max(0, file.metadata.num_rows)
+
+
+def _named_index(metadata: Mapping[bytes, bytes]) -> list[str]:
+    """The columns that pandas says are its index; a range of numbers, which it describes in their place, has none."""
+    try:
+        found = msgspec.json.decode(metadata.get(b"pandas", b"{}"), type=_Pandas)
+    except msgspec.MsgspecError:  # another program's
+        return []
+    return [column for column in found.index_columns if isinstance(column, str)]
 
 
 def _decoded(column: Any) -> Any:
@@ -174,7 +199,7 @@ def _float32(where: str, name: str, first: int, column: Any) -> Array:
 
 
 def _missing(where: str, row: int, name: str) -> InvalidData:
-    return InvalidData(f"{where}, row {row}: {name} is missing: fill it in, or leave the row out")
+    return InvalidData(f"{where}, row {row}: {name} has no value: fill it in, or leave the row out")
 
 
 @contextmanager

@@ -21,7 +21,8 @@ TARGET_NAMES = ("y", "target", "label", "class")
 """Columns that are taken for the target when none is named, in any case of letters."""
 COLUMNS_LIMIT = 100_000
 """Of a table: genes are 60,000, and each column takes time of its own. What has more is an array, and can be given as one."""
-_INDEX = re.compile(r"(Unnamed: \d+)?")
+_INDEX = re.compile(r"(Unnamed: \d+(\.\d+)*)?")
+"""A column without a name, and what pandas calls it when it reads it, also several of them."""
 _BOOLEANS = {"true": 1.0, "false": 0.0}
 """As pandas and Parquet have them, in any case of letters."""
 _LISTED = 100
@@ -99,12 +100,17 @@ def table_of(path: Path, columns: Columns, target: Target, sample_weight: str | 
             found["y"], classes = class_indexes(values.tolist(), f"{path}: the target {name!r}")
     if weight is not None:
         found[WEIGHT_NAME] = columns.floats([weight])[:, 0]
-    remarks = tuple(
-        f"the first column, {name!r}, is left out as an index, such as pandas writes: name it if it is an input"
-        for name in index
+    remarks = (
+        (f"{_first(index)} left out as an index, such as pandas writes: name it if it is an input",) if index else ()
     )
     learnt: Target = targets if several else "y" if targets else None
     return Table(found, learnt, classes, WEIGHT_NAME if weight is not None else None, remarks)
+
+
+def _first(names: Sequence[str]) -> str:
+    """For people: the first columns, and what these are."""
+    shown = ", ".join(map(repr, names))
+    return f"the first column, {shown}, is" if len(names) == 1 else f"the first {len(names)} columns, {shown}, are each"
 
 
 def check_width(path: Path, columns: int) -> None:
@@ -153,9 +159,10 @@ class _CsvColumns:
             values = _numbers([row[index] for row in self.rows])
             with np.errstate(over="ignore"):  # found below
                 found[:, place] = values
-            bad = ~np.isfinite(found[:, place])
-            if bad.any():
-                row = int(bad.argmax())
+            bad = np.flatnonzero(~np.isfinite(found[:, place])).tolist()
+            if bad:
+                # Among booleans it is the odd one that is wrong, not the first of them.
+                row = next((row for row in bad if not _is_boolean(self.rows[row][index])), bad[0])
                 raise InvalidData(
                     f"{self.path}, line {self.lines[row]}: column {name!r} {_fault(self.rows[row][index], name)}"
                 )
@@ -166,7 +173,7 @@ class _CsvColumns:
         texts = [row[index].strip() for row in self.rows]
         missing = next((line for line, text in zip(self.lines, texts, strict=True) if _is_missing(text)), None)
         if missing is not None:
-            raise InvalidData(f"{self.path}, line {missing}: the target {name!r} is missing")
+            raise InvalidData(f"{self.path}, line {missing}: the target {name!r} has no value")
         numbers = _numbers(texts)
         return numbers if np.isfinite(numbers).all() else np.asarray(texts, object)
 
@@ -218,13 +225,17 @@ def _number(text: str) -> float:
         return float("nan")
 
 
+def _is_boolean(text: str) -> bool:
+    return text.strip().lower() in _BOOLEANS
+
+
 def _is_missing(text: str) -> bool:
     return text.strip().lower() in ("", "nan", "na", "n/a", "null", "none")
 
 
 def _fault(text: str, name: str) -> str:
     if _is_missing(text):
-        return "is missing: fill it in, or leave the row out"
+        return "has no value: fill it in, or leave the row out"
     if np.isnan(_number(text)):
         return f"is {text!r}, not a number: leave the column out, write numbers for it, or name it as the target (--target {shlex.quote(name)}) where it is the class"
     return f"is {text!r}, which is more than float32 holds"

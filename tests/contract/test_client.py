@@ -158,7 +158,7 @@ async def test_training_sends_the_file_and_the_job(
     assert spec.image is not None
     assert spec.image.channels == 1, "as the model's input has it"
     assert coordinator.store.read(spec.model.sha256) == file.read_bytes()
-    assert job.id == "job-1"
+    assert (job.id, job.asked) == ("job-1", spec)
 
 
 async def test_bad_models_and_options_are_refused_before_anything_is_sent(

@@ -17,8 +17,8 @@ from PIL import Image
 from safetensors.numpy import save
 
 from node.engine import frames
-from potluck.errors import BadMessage, Cancelled, InvalidData, InvalidModel
-from potluck.messages import ImageOptions, Tensor
+from potluck.errors import BadMessage, Cancelled, InvalidData, InvalidModel, InvalidRequest
+from potluck.messages import DataFormat, ImageOptions, Tensor
 from potluck.tensors import from_numpy, to_numpy
 from support.engine_lab import IMAGES, Lab, engine_lab, evaluation, pictures, prediction, training
 from support.models import Files, blobs, dense, whole
@@ -219,6 +219,40 @@ async def test_whatever_kind_of_image_becomes_what_the_model_takes(lab: Lab) -> 
         np.testing.assert_allclose(means[:6], [np.array(expected) / 255] * 6, atol=0.02)
         assert means.min() >= 0
         assert means.max() <= 1
+
+
+@pytest.mark.parametrize(("scale", "rescaled"), [(1 / 255, False), (1.0, False), (None, True), (None, False)])
+async def test_pixels_in_arrays_are_scaled_as_they_are_in_requests(
+    tmp_path: Path, scale: float | None, rescaled: bool
+) -> None:
+    """Where image options are registered with the model: the same array says the same, whichever way it comes in."""
+    import keras
+
+    from node.engine import fitting, inputs
+    from node.engine.pixels import expected
+    from node.engine.runtime import signature
+    from node.engine.shards import Part
+
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 5, 7, 3), np.uint8)
+    first = keras.layers.Rescaling(1 / 255) if rescaled else keras.layers.ReLU()
+    model = keras.Sequential([keras.Input((5, 7, 3)), first])
+    files = Files(tmp_path)
+    parts = [Part(files.paths[shard.blob.sha256], 0, shard.count) for shard in files.arrays(1, x=pixels)]
+    data, options = DataFormat(kind="arrays", inputs=("x",)), ImageOptions(height=5, width=7, scale=scale)
+    source = inputs.source_for(model, data, options)
+    asked = [from_numpy("x", pixels)]
+    specs, dtypes = signature(model).inputs, [np.dtype(np.float32)]
+    registered = expected(model) if scale is None else scale
+    if not registered:
+        for way in (lambda: fitting.fit(asked, specs, dtypes, registered), lambda: source.load(parts)):
+            with pytest.raises(InvalidRequest, match="nothing says whether the model takes them as 0 to 255 or as 0"):
+                way()
+        return
+    (right,) = fitting.fit(asked, specs, dtypes, registered)
+    np.testing.assert_array_equal(source.load(parts)[0], right)
+    np.testing.assert_array_equal(np.concatenate([batch for (batch,) in source.batches(parts, 2)]), right)
+    (plain,) = inputs.source_for(model, data, None).load(parts)
+    np.testing.assert_array_equal(plain, pixels.astype(np.float32))
 
 
 async def test_an_image_of_another_size_for_a_model_that_takes_any(lab: Lab) -> None:

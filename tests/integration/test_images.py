@@ -151,6 +151,7 @@ def test_a_model_gets_the_pixels_that_its_layers_expect(
         .predictions[sorted(file.parent.iterdir()).index(file)],
         "infer": client.infer(name, file),
         "uint8": client.infer(name, pixels),
+        "predict, uint8": client.predict(name, pixels[None]).wait(timeout=120).predictions,
         "HTTP": classified(cluster, name, file.read_bytes(), 2, ("a", "b"))[1:],
     }
     for way, answer in answers.items():

@@ -120,6 +120,22 @@ def test_a_module_of_a_daemons_name_is_no_daemon(installed: Path, tmp_path: Path
     assert str(site(installed) / name / "__init__.py") in said
 
 
+def test_a_module_that_another_distribution_wrote_over_is_found_out(installed: Path, tmp_path: Path) -> None:
+    """Also where it has no `__init__.py`, and so merges into ours; not where it only has others beside them, or lies below."""
+    ours, record = site(installed) / "node" / "executor.py", site(installed) / "trees-1.0.dist-info" / "RECORD"
+    kept = ours.read_text()
+    record.parent.mkdir()
+    try:
+        record.write_text("trees.py,,\nnode/executor.py,sha256=x,1\nnode/oak.py,sha256=x,1\n")
+        assert "usage" in run(installed / "bin/potluck-node", "--help", cwd=tmp_path)
+        ours.write_text('"""Of trees."""\n')
+        said = run(installed / "bin/potluck-node", "--help", cwd=tmp_path, code=2)
+        assert f"{ours} is not potluck's any more: trees-1.0 has a package 'node'" in said
+    finally:
+        ours.write_text(kept)
+        shutil.rmtree(record.parent)
+
+
 def test_a_package_that_another_distribution_wrote_over_is_found_out(installed: Path, tmp_path: Path) -> None:
     ours = site(installed) / "node" / "__init__.py"
     kept = ours.read_text()

@@ -61,8 +61,10 @@ def potluck(*arguments: str) -> subprocess.CompletedProcess[str]:
     [
         ("nodes --seed h --json", "--seed h nodes --json"),
         ("--cluster=a train m d --timeout 3", "--cluster=a --timeout 3 train m d"),
-        ("up --seed h --insecure", "up --seed h --insecure"),
-        ("--debug up --cluster c", "--debug up --cluster c"),
+        ("up --seed h --insecure", "--seed h up --insecure"),
+        ("--debug up --cluster c", "--debug --cluster c up"),
+        ("up -v --debug --timeout 5 --data a=b", "-v --debug --timeout 5 up --data a=b"),
+        ("demo --seed h --keep f", "--seed h demo --keep f"),
         ("infer m -- --seed", "infer m -- --seed"),
         ("evaluate up --seed h", "--seed h evaluate up"),
     ],
@@ -140,6 +142,12 @@ def test_texts_get_the_shape_of_the_input(tmp_path: Path) -> None:
     assert read_input(str(path), model((-1, 1), "BYTES"), None).tolist() == [["größer\nthan life"]]
     assert read_input('["a", "b"]', model((-1,), "BYTES"), None).tolist() == ["a", "b"]
     assert read_input('["a"]', model((-1, 1), "BYTES"), None).tolist() == [["a"]]
+    assert read_input('"a \\"fine\\" film"', model((-1,), "BYTES"), None).tolist() == ['a "fine" film']
+    assert read_input(' "a"', model((-1, 1), "BYTES"), None).tolist() == [["a"]]
+    with pytest.raises(InvalidRequest, match="the input is text, and model m:1 takes none"):
+        read_input('"a"', model((-1, 4)), None)
+    with pytest.raises(InvalidData, match="the input is not JSON"):
+        read_input('"a', model((-1,), "BYTES"), None)
     with pytest.raises(InvalidRequest, match="is text, and model m:1 takes none"):
         read_input(str(path), model((-1, 4)), None)
     with pytest.raises(InvalidRequest, match="--image"):
@@ -276,6 +284,41 @@ def test_a_data_set_with_the_name_of_a_folder_here_is_said_to_be_hidden_by_it(
         said = capsys.readouterr()
         assert "films" in said.out
         assert ("DATA films means what lies here by that name" in said.err) == bool(here)
+
+
+def test_each_data_set_that_is_packed_for_a_job_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    client = mock.MagicMock()
+    job = client.__enter__.return_value.train.return_value
+    job.id, job.status.return_value.subject.data = "j", "train-0a"
+    monkeypatch.setattr("potluck.cli.session.Session.client", lambda self: client)
+    monkeypatch.chdir(tmp_path)
+    for folder in ("train", "test"):
+        (tmp_path / folder).mkdir()
+    for validation, packed in (("test", "test-1b"), ("held-out", "held-out"), (None, None)):
+        job.asked = Train(model="m", dataset="train-0a", validation=packed)
+        options = ["--validation", validation] if validation else []
+        app(["train", "m", "train", "--detach", *options], standalone_mode=False)
+        said = [line for line in capsys.readouterr().err.splitlines() if "is packed as" in line]
+        expected = ["train is packed as data set train-0a"]
+        expected += ["test is packed as data set test-1b"] if validation == "test" else []
+        assert said == [f"job j: {one}, which is forgotten with the job" for one in expected]
+
+
+@pytest.mark.parametrize(
+    ("options", "level"),
+    [([], "WARNING"), (["--debug"], "DEBUG"), (["--debug", "--log-level", "INFO"], "INFO")],
+)
+def test_debugging_reaches_the_daemons(options: list[str], level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    joining = mock.MagicMock()
+    joining.return_value.run = mock.AsyncMock()
+    configure = mock.Mock()
+    monkeypatch.setattr("potluck.cli.joining.Joining", joining)
+    monkeypatch.setattr("potluck.logs.configure", configure)
+    app(global_options_first(["up", *options]), standalone_mode=False)
+    assert joining.call_args.args[0].log_level == level
+    assert configure.call_args.args == (level,)
 
 
 @pytest.mark.parametrize("command", ["cancel", "stop"])

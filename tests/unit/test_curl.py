@@ -90,6 +90,31 @@ def test_what_takes_files_is_asked_with_one_and_as_it_is(tmp_path: Path) -> None
     assert "/v2/" in line, "of images of any size it is not known how large they may be"
 
 
+@pytest.mark.parametrize(
+    ("inputs", "remark"),
+    [
+        ((spec("colour", "BYTES"),), ' ("a text" is made up: put in what the model knows)'),
+        ((spec("code", "INT64", 1), spec("more", "UINT8")), " (0 is made up: put in what the model knows)"),
+        ((spec("a", "FP32", 4), spec("b", "INT32"), spec("c", "BYTES")),
+         ' (0 and "a text" are made up: put in what the model knows)'),
+        ((spec("x", "FP32", 4), spec("flag", "BOOL")), ""),
+        ((spec("pixels", "UINT8", 8, 8, 3),), ""),
+    ],
+)  # fmt: skip
+def test_what_a_model_may_not_know_is_said_to_be_made_up(inputs: tuple[TensorSpec, ...], remark: str) -> None:
+    client = FakeClient("ready")
+    client.inputs = inputs
+    said, *_ = curl.lines(client, "m:2")  # type: ignore[arg-type]
+    assert said == f"\nask it, for instance{remark}:"
+    client.states = ("ready", "loading")
+    state = JobChanged(
+        job_id="j", kind="deploy", state="running", created_at=1.0,
+        progress=JobProgress(message="m:2 on n1 is ready"), subject=JobSubject(model="m"),
+    )  # fmt: skip
+    said, *_ = curl.Early(client).lines(state)  # type: ignore[arg-type]
+    assert said == f"m:2 on n1 answers already{remark}:"
+
+
 def test_what_does_not_answer_to_the_plain_name_is_asked_by_version() -> None:
     [line] = curl.ask(NOWHERE, model(spec("x", "FP32", 4)), replace(STABLE, role="shadow"))
     assert shlex.split(line)[1] == "http://127.0.0.1:1/v2/models/m/versions/2/infer"
@@ -109,6 +134,7 @@ class FakeClient:
 
     def __init__(self, *states: Literal["loading", "ready"]) -> None:
         self.states = states
+        self.inputs: tuple[TensorSpec, ...] = (spec("x", "FP32", 2),)
 
     def deployments(self) -> tuple[DeploymentInfo, ...]:
         replicas = tuple(
@@ -122,7 +148,7 @@ class FakeClient:
         return NOWHERE
 
     def get_model(self, name: str) -> ModelInfo:
-        return model(spec("x", "FP32", 2))
+        return model(*self.inputs)
 
 
 def test_how_to_ask_is_said_once_the_first_replica_is_ready() -> None:

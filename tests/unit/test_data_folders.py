@@ -86,8 +86,48 @@ def test_a_folder_too_far_up_is_refused_with_what_is_meant(tmp_path: Path, store
     with pytest.raises(InvalidData, match=rf"train is a part of a data set and no class: give {folder}/train$"):
         pack(folder, "x", store)
     assert pack(data("test", "train"), "x", store, labels=False).format.classes == ()  # to predict, all of it
+    with pytest.raises(InvalidData, match=r"seg_train' --validation '[^']*/seg_test' "):
+        pack(data("seg_pred", "seg_test", "seg_train"), "x", store)
     write_files(tmp_path / "vehicles", {"car/a.txt": b"a car", "train/a.txt": b"a train"})
     assert pack(tmp_path / "vehicles", "x", store).format.classes == ("car", "train")
+
+
+@pytest.mark.parametrize(
+    ("names", "parts"),
+    [
+        (("training_set", "test_set"), True),
+        (("train_images", "Test-Images"), True),
+        (("x_train", "x_test", "x_val"), True),
+        (("train2017", "val2017"), True),
+        (("trainset", "testset"), True),
+        (("train", "test1"), True),
+        (("test_tube", "flask"), False),
+        (("test_tube", "train_images"), False),
+        (("train_set", "test_set", "car"), False),
+        (("test1", "test2", "test3"), False),
+        (("train", "bus"), False),
+    ],
+)
+def test_parts_of_a_set_are_known_by_the_words_in_their_names(
+    tmp_path: Path, store: BlobStore, names: tuple[str, ...], parts: bool
+) -> None:
+    for name in names:
+        write_files(tmp_path / "data", {f"{name}/a/1.txt": b"a"})
+    if not parts:
+        assert pack(tmp_path / "data", "x", store).format.classes == tuple(sorted(names))
+        return
+    with pytest.raises(InvalidData, match="are parts of a data set and no classes"):
+        pack(tmp_path / "data", "x", store)
+
+
+def test_a_part_alone_is_one_where_it_has_folders(tmp_path: Path, store: BlobStore) -> None:
+    folder = write_files(tmp_path / "data", {"training_set/a.txt": b"a"})
+    assert pack(folder, "x", store).format.classes == ("training_set",)
+    write_files(folder, {"training_set/cats/a.txt": b"a"})
+    with pytest.raises(
+        InvalidData, match=rf"training_set is a part of a data set and no class: give {folder}/training"
+    ):
+        pack(folder, "x", store)
 
 
 @pytest.mark.parametrize("labels", [True, False])
@@ -112,6 +152,38 @@ def test_what_is_left_out_is_named_and_counted(tmp_path: Path, store: BlobStore,
         "4 files of other kinds left out (2 .mp3, 1 .txt, 1 no suffix): high/notes.txt, low/a.mp3, low/cover, low/deep/b.MP3"
     )
     assert pack(write_tones(tmp_path / "plain", 20), "x", store).remarks == ()
+
+
+def test_what_lies_beside_the_class_folders_is_named_too(tmp_path: Path, store: BlobStore) -> None:
+    files = {"labels.csv": b"a,b", "README.md": b"films", "LICENSE": b"free", "cover.png": b"x", ".hidden": b""}
+    dataset = pack(write_files(write_texts(tmp_path / "films", 100), files), "films", store)
+    assert (dataset.count, dataset.skipped) == (100, ())
+    assert dataset.remarks == (
+        "4 files of other kinds left out (1 no suffix, 1 .md, 1 .png, 1 .csv): LICENSE, README.md, cover.png, labels.csv",
+    )
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_links_to_folders_are_named_and_not_followed(tmp_path: Path, store: BlobStore, labels: bool) -> None:
+    elsewhere = write_texts(tmp_path / "elsewhere", 10)
+    folder = write_texts(tmp_path / "films", 100)
+    (folder / "good" / "more").symlink_to(elsewhere / "good")
+    (folder / "bad" / "all").symlink_to(folder)
+    (folder / "bad" / "gone.txt").symlink_to(tmp_path / "nowhere")
+    (folder / "lost").symlink_to(tmp_path / "nowhere")
+    (folder / "good" / "one.txt").symlink_to(elsewhere / "bad" / "0000.txt")  # a link to a file is that file
+    dataset = pack(folder, "films", store, labels=labels)
+    assert dataset.count == 101
+    assert dataset.remarks == (
+        "4 links to folders or to nothing left out (copy what is to be taken): lost, bad/all, bad/gone.txt, good/more",
+    )
+    (folder / "new").mkdir()
+    (folder / "new" / "more").symlink_to(elsewhere / "good")
+    if labels:
+        with pytest.raises(
+            InvalidData, match=r"films/new has no texts .*; links to folders are not followed: add some"
+        ):
+            pack(folder, "films", store)
 
 
 def test_an_empty_class_folder_is_a_class_without_items(tmp_path: Path, store: BlobStore) -> None:
@@ -144,6 +216,19 @@ def test_texts_without_classes_are_for_prediction(tmp_path: Path, store: BlobSto
     ]
     with pytest.raises(InvalidData, match=r"2 of 3 texts cannot be used .* a.txt: lies beside the class folders"):
         pack(folder, "new", store)
+
+
+def test_to_predict_folders_are_no_classes(tmp_path: Path, store: BlobStore) -> None:
+    """As in an album, whose folders are years: what the classes are, the model says."""
+    album = write_files(tmp_path / "album", {"2023/a.txt": b"one", "2024/b.txt": b"two", "videos/c.mp4": b"x"})
+    (album / "2025").mkdir()
+    dataset = pack(album, "album", store, labels=False, shuffle=False)
+    assert (dataset.format.classes, dataset.class_counts) == ((), ())
+    assert keys_of(dataset, store) == ["2023/a.txt", "2024/b.txt"]
+    assert [label for _, _, label in images_of(dataset, store)] == [-1, -1]
+    assert dataset.remarks == ("1 file of other kinds left out (1 .mp4): videos/c.mp4",)
+    with pytest.raises(InvalidData, match=r"2025 has no images, texts, recordings: expected \S*/2025/<file> \(\."):
+        pack(album / "2025", "album", store, labels=False)
 
 
 def test_hostile_names_become_keys_and_nothing_else(tmp_path: Path, store: BlobStore) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
@@ -110,6 +111,25 @@ def test_inputs_of_every_kind_of_number(tmp_path: Path, store: BlobStore) -> Non
     assert dataset.remarks == ("column '__index_level_0__' is left out as the index that pandas wrote",)
 
 
+def test_an_index_with_a_name_is_left_out_and_named(tmp_path: Path, store: BlobStore) -> None:
+    plain = pack(write(tmp_path / "plain.parquet", a=[1.5, 2.5], y=[0, 1]), "t", store)
+
+    path = tmp_path / "named.parquet"
+    pd.DataFrame({"a": [1.5, 2.5], "y": [0, 1]}, pd.Index(["row one", "row two"], name="id")).to_parquet(path)
+    dataset = pack(path, "t", store)
+    assert dataset.shards == plain.shards
+    assert dataset.remarks == ("column 'id' is left out as the index that pandas wrote",)
+    assert pack(path, "t", store, target="id").format.classes == ("row one", "row two")
+    pd.DataFrame({"y": [0, 1]}, pd.Index([1.5, 2.5], name="a")).to_parquet(path)  # what else should it be?
+    assert pack(path, "t", store) == plain
+    pd.DataFrame({"a": [1.5, 2.5], "y": [0, 1]}, pd.RangeIndex(2, name="id")).to_parquet(path)  # stores no column
+    assert pack(path, "t", store) == plain
+    for odd in (b"[1", b'{"index_columns": 7}'):
+        table = pa.table({"a": [1.5, 2.5], "y": [0, 1]})
+        parquet.write_table(table.replace_schema_metadata({b"pandas": odd}), path)
+        assert pack(path, "t", store) == plain
+
+
 def test_many_batches_and_the_parts_of_a_folder_are_one_table(tmp_path: Path, store: BlobStore) -> None:
     rows = 2 * BATCH_ROWS + 10
     values = np.arange(rows, dtype=np.float32)
@@ -129,15 +149,15 @@ def test_many_batches_and_the_parts_of_a_folder_are_one_table(tmp_path: Path, st
 @pytest.mark.parametrize(
     ("columns", "target", "message"),
     [
-        ({"a": [1, 2], "b": [1.0, None]}, None, "row 2: column 'b' is missing: fill it in"),
-        ({"a": [1, 2], "b": [1.0, float("nan")]}, None, "row 2: column 'b' is missing"),
+        ({"a": [1, 2], "b": [1.0, None]}, None, "row 2: column 'b' has no value: fill it in"),
+        ({"a": [1, 2], "b": [1.0, float("nan")]}, None, "row 2: column 'b' has no value"),
         ({"a": [1, 2], "b": [1e50, 1]}, None, r"row 1: column 'b' is 1e\+50, which is more than float32 holds"),
         ({"a": [1, 2], "b": ["red", "blue"]}, None, "column 'b' holds string, not numbers: leave the column out"),
         ({"a": [1, 2], "b": [[1.0], [2.0]]}, None, "column 'b' holds list<.*>, not numbers"),
         ({"a": [1, 2], "b": pa.array([0, 1], pa.timestamp("s"))}, None, "column 'b' holds timestamp"),
-        ({"a": [1, 2], "y": ["cat", None]}, None, "row 2: the target 'y' is missing"),
-        ({"a": [1, 2], "y": ["cat", "  "]}, None, "row 2: the target 'y' is missing"),
-        ({"a": [1, 2], "y": [1.0, None]}, None, "row 2: the target 'y' is missing"),
+        ({"a": [1, 2], "y": ["cat", None]}, None, "row 2: the target 'y' has no value"),
+        ({"a": [1, 2], "y": ["cat", "  "]}, None, "row 2: the target 'y' has no value"),
+        ({"a": [1, 2], "y": [1.0, None]}, None, "row 2: the target 'y' has no value"),
         ({"a": [1, 2], "y": [b"a", b"b"]}, None, "the target 'y' holds binary"),
         ({"a": [1], "b": [2]}, "c", "no column 'c': its columns are a, b"),
         ({"y": [1]}, None, "no columns beside the target 'y'"),

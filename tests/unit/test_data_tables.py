@@ -103,7 +103,10 @@ def test_an_index_without_a_name_is_left_out_and_named(tmp_path: Path, store: Bl
     (remark,) = dataset.remarks
     assert remark.startswith(f"the first column, {head.strip(chr(34))!r}, is left out as an index")
     two = pack(write(tmp_path, f"{head},Unnamed: 1,a,y\n0,0,1.5,0\n0,1,2.5,1\n"), "t", store)
-    assert (two.shards, len(two.remarks)) == (plain.shards, 2)
+    assert two.shards == plain.shards
+    assert two.remarks[0].startswith(
+        f"the first 2 columns, {head.strip(chr(34))!r}, 'Unnamed: 1', are each left out as an"
+    )
     wanted = pack(write(tmp_path, f"{head},a\n0,1.5\n1,2.5\n"), "t", store, target=head.strip('"'))
     assert (wanted.shards, wanted.remarks) == (plain.shards, ())
     alone = pack(write(tmp_path, f"{head},y\n1.5,0\n2.5,1\n"), "t", store)  # what else should it be?
@@ -112,12 +115,30 @@ def test_an_index_without_a_name_is_left_out_and_named(tmp_path: Path, store: Bl
         pack(write(tmp_path, "a,,\n1,2,3\n"), "t", store)
 
 
+@pytest.mark.parametrize("index", [["", "Unnamed: 0.1", "Unnamed: 0"], ["Unnamed: 0.1", "Unnamed: 0"]])
+def test_an_index_that_was_saved_again_and_again_is_left_out(
+    tmp_path: Path, store: BlobStore, index: list[str]
+) -> None:
+    plain = pack(write(tmp_path, "a,label\n1.5,0\n2.5,1\n"), "t", store)
+    zeros = "0," * len(index)
+    dataset = pack(write(tmp_path, f"{','.join(index)},a,label\n{zeros}1.5,0\n{zeros}2.5,1\n"), "t", store)
+    assert dataset.shards == plain.shards
+    (remark,) = dataset.remarks
+    assert f"{', '.join(map(repr, index))}, are each left out as an index" in remark
+    alike = pack(write(tmp_path, "Unnamed: 0.x,label\n1.5,0\n2.5,1\n"), "t", store)
+    assert (alike.shards, alike.remarks) == (plain.shards, ())
+
+
 def test_booleans_are_numbers(tmp_path: Path, store: BlobStore) -> None:
     plain = pack(write(tmp_path, "a,red,y\n1,1,0\n2,0,1\n"), "t", store)
     assert pack(write(tmp_path, "a,red,y\n1,True,False\n2, False ,True\n"), "t", store) == plain
     assert pack(write(tmp_path, "a,red,y\n1,TRUE,false\n2,FALSE,true\n"), "t", store) == plain
-    for odd in ("yes", "1", ""):
-        with pytest.raises(InvalidData, match=r"line [23]: column 'red' is "):
+    for odd, message in {
+        "yes": "line 3: column 'red' is 'yes', not a number",
+        "": "line 3: column 'red' has no value: fill it in",
+        "1": "line 2: column 'red' is 'True', not a number",
+    }.items():
+        with pytest.raises(InvalidData, match=message):
             pack(write(tmp_path, f"a,red,y\n1,True,0\n2,{odd},1\n"), "t", store)
 
 
@@ -137,12 +158,12 @@ def test_byte_order_mark_quotes_and_spaces(tmp_path: Path, store: BlobStore) -> 
         ("a,a\n1,2\n", None, "two columns have the name 'a'"),
         ("a;b\n1;2\n", None, "not separated by commas"),
         ("a,b\n1,2\n3\n", None, "line 3: 1 value for 2 columns"),
-        ("a,b\n1,2\n\n3,\n", None, "line 4: column 'b' is missing"),
-        ("a,b\n1,2\n3,NaN\n", None, "line 3: column 'b' is missing"),
+        ("a,b\n1,2\n\n3,\n", None, "line 4: column 'b' has no value"),
+        ("a,b\n1,2\n3,NaN\n", None, "line 3: column 'b' has no value"),
         ("a,b\n1,2\n3,red\n", None, "line 3: column 'b' is 'red', not a number"),
         ("a,b\n1,1e50\n", None, "line 2: column 'b' is '1e50', which is more than float32 holds"),
         ('a,b\n1,"x\ny"\n', None, "line 3: column 'b'"),
-        ("a,y\n1,cat\n2,\n", None, "line 3: the target 'y' is missing"),
+        ("a,y\n1,cat\n2,\n", None, "line 3: the target 'y' has no value"),
         ("a,b\n1,2\n", "c", "no column 'c': its columns are a, b"),
         ("y\n1\n", None, "no columns beside the target 'y'"),
         ('a,b\n1,"2\n', None, "cannot be read as CSV"),

@@ -93,9 +93,12 @@ def test_what_is_asked_goes_before_what_is_registered_and_that_before_what_layer
     assert scale(info(expected=1.0, image=sized(0.5)), sized(None)) == 0.5, "another size, and nothing of the scale"
     assert scale(info(expected=1.0, image=sized(0.5)), sized(2.0)) == 2.0
     assert items.image_options(info(), "", sized(None)).height == 4
-    for datatype, wrong in (("UINT8", 1 / 255), ("INT8", 1.0), ("UINT8", 2.0)):
-        with pytest.raises(InvalidRequest, match=r"whole numbers \(u?int8\), .*leave out the scale"):
-            scale(info(datatype), sized(wrong))
+    for wrong in (1 / 255, 2.0):
+        with pytest.raises(InvalidRequest, match=r"whole numbers \(uint8\), .*leave out the scale"):
+            scale(info("UINT8"), sized(wrong))
+    for given in (None, sized(1.0)):
+        with pytest.raises(InvalidRequest, match=r"at most 127 \(int8\), and pixels are 0 to 255: begin .* uint8, or"):
+            scale(info("INT8"), given)
 
 
 def test_images_that_cannot_be_read_are_named_and_counted(tmp_path: Path) -> None:

@@ -6,8 +6,9 @@ import pytest
 from msgspec.structs import replace
 from typer.testing import CliRunner
 
+from potluck.cli.listing import Facts
 from potluck.cli.main import app
-from potluck.cli.status import LINES, facts
+from potluck.cli.status import LINES, fitting
 from potluck.client import health
 from potluck.client.health import Health, clocks, remarks, troubles
 from potluck.messages import Capacity, DeploymentInfo, ErrorInfo, NodeInfo, ReplicaInfo
@@ -87,12 +88,53 @@ def test_a_node_that_left_is_no_trouble_and_loopback_is_remarked() -> None:
     assert gone.startswith("node shed-2 left at")
 
 
-def test_ten_lines_hold_any_number_of_troubles() -> None:
-    found = replace(WELL, nodes=tuple(replace(NODE, node_id=f"n{number}", state="suspect") for number in range(20)))
-    found = replace(found, problems=tuple(troubles(found)))
-    lines = list(facts(found, ["here"]))
-    assert len(lines) == LINES
-    assert lines[-1][1].startswith("and 18 more")
+def test_nodes_of_which_the_same_is_wrong_are_named_together() -> None:
+    gone = [replace(NODE, node_id=f"shed-{number}", state="offline") for number in range(5)]
+    (said,) = troubles(replace(WELL, nodes=(NODE, *gone[:3])))
+    assert said.startswith("nodes shed-0, shed-1, shed-2 are offline, last heard of ")
+    silent = [replace(node, state="suspect") for node in gone]
+    (said,) = troubles(replace(WELL, nodes=(NODE, *silent)))
+    assert said.startswith("nodes shed-0, shed-1, shed-2 and 2 more are silent since ")
+
+
+@pytest.mark.parametrize("width", [80, 10_000])
+@pytest.mark.parametrize("count", [0, 1, 2, 20])
+def test_ten_lines_hold_any_number_of_troubles(width: int, count: int) -> None:
+    """The first is whole, the others are counted; with long ids, many deployments, and much on this machine."""
+    others = tuple(f"10.0.0.{number}:1883" for number in range(9))
+    deployments = tuple(replace(FAILING, name=f"a-model-with-a-long-name-{number}:12") for number in range(count))
+    nodes = tuple(
+        replace(NODE, node_id=f"the-{state}-{number}", state=state, clock_ahead_seconds=60.0 * number)  # type: ignore[arg-type]
+        for state in ("offline", "suspect", "online")
+        for number in range(count)
+    )
+    found = replace(WELL, since=1e9, nodes=nodes, deployments=deployments, others=others if count > 1 else ())
+    found = replace(found, problems=tuple(troubles(found)), remarks=tuple(remarks(found)))
+    local = [str(User(what, "default", 17 + count)) for what in ("up", "node", "coordinator")]
+    rows = fitting(found, local, width)
+    lines = [line.plain for line in Facts(rows).lines(width)]
+    assert len(lines) <= LINES
+    assert ("wrong", found.problems[0]) in rows
+    shown = [text for name, text in rows if name == "wrong"]
+    more = len(found.problems) - len(shown)
+    assert more == 0 or rows[-1] == ("", f"and {more} more: `potluck status --json` has all of it")
+
+
+def test_what_leaves_no_room_for_what_is_wrong_is_not_shown() -> None:
+    found = replace(WELL, problems=("x " * 200, "y"))
+    names = [name for name, _ in fitting(found, ["here"], 80)]
+    assert names == ["cluster", "broker", "coordinator", "wrong", "wrong"]
+
+
+def test_three_nodes_that_are_gone_are_named_in_ten_lines_of_80_columns() -> None:
+    gone = tuple(replace(NODE, node_id=f"machine-{number}", state="offline") for number in range(3))
+    found = replace(WELL, nodes=(NODE, *gone))
+    rows = fitting(replace(found, problems=tuple(troubles(found))), ["here"], 80)
+    lines = [line.plain for line in Facts(rows).lines(80)]
+    assert len(lines) <= LINES
+    assert max(map(len, lines)) <= 80
+    assert "machine-0, machine-1, machine-2" in "".join(lines)
+    assert ("here", "here") in rows
 
 
 @pytest.mark.parametrize(

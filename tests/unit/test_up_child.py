@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import uuid
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,8 @@ import pytest
 from potluck.cli import joining
 from potluck.cli.joining import TRIES, Child, Joining
 from potluck.cli.plan import Plan
-from potluck.discovery import Service
-from potluck.errors import GaveWay, Unavailable
+from potluck.discovery import Discovery, Service
+from potluck.errors import Conflict, GaveWay, Unavailable
 from potluck.settings import Listen, NetworkSettings
 from support.eventually import eventually
 
@@ -101,3 +102,33 @@ async def test_a_port_that_was_taken_is_warned_of_by_the_daemon_alone(
     async with asyncio.TaskGroup() as tasks:
         await joining_one._start_coordinator(tasks)
     assert said == ["started the broker 127.0.0.1:1883 and the gateway http://127.0.0.1:7815"]
+
+
+async def test_beside_a_node_of_another_user_none_is_started_at_a_seed_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    cluster, started = f"t{uuid.uuid4().hex[:8]}", asyncio.Event()
+
+    async def run(*_: object) -> None:
+        started.set()
+
+    async def serve(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.close()
+
+    def up(state_dir: Path | None) -> Joining:
+        network = NetworkSettings(cluster=cluster, seeds=("127.0.0.1:1",))
+        return Joining(Plan(network, Listen(), state_dir, None, "WARNING"), print)
+
+    monkeypatch.setattr(Child, "run", run)
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with server, Discovery(cluster) as discovery:
+        port = server.sockets[0].getsockname()[1]
+        await discovery.advertise(Service("theirs", cluster, "node", "127.0.0.1", port))
+        with pytest.raises(
+            Conflict, match=rf"there is the node theirs \(cluster '{cluster}'\) at http://127.0.0.1:{port}"
+        ):
+            await up(None).run(asyncio.Event())
+        assert not started.is_set()
+        await up(tmp_path / "another").run(asyncio.Event())
+        assert started.is_set()
