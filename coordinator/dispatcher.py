@@ -434,9 +434,10 @@ class Dispatcher:
             self._violated(held, node_id, reason)
             return error_info(EngineFailed(f"its result is not what was asked for: {reason}"))
         if size := self._collector.too_large(result):
-            return error_info(
-                DiskFull(f"its result has {size} bytes, more than the coordinator may keep (blob_limit_bytes)")
+            full = DiskFull(
+                f"a result has {size} bytes, more than the coordinator may keep: raise its blob_limit_bytes"
             )
+            return replace(error_info(full), retryable=False)  # by itself nothing becomes of it
         doubts = self._doubts.setdefault(held.job_id, Doubts())
         if not is_no_number(result):
             if liar := doubts.disproved(lease.shard_id, node_id):

@@ -9,6 +9,8 @@ from coordinator.membership import Membership
 
 PEERS_NAMED = 8
 """Nodes named as holders of a blob, beside ourselves."""
+OWN_NAMED = 3
+"""Of our own addresses, where little can be said."""
 HOLDERS_LIMIT = 100_000
 """Blobs whose holders are remembered, the newest; others are still to be had from us."""
 
@@ -39,5 +41,7 @@ class Holders:
         return self.nodes(sha256) + self._urls()
 
     def few(self, sha256: str) -> tuple[str, ...]:
-        """The same, for messages that name many blobs: of each a node and ourselves."""
-        return self.nodes(sha256)[:1] + self._urls()[:1]
+        """The same, for messages that name many blobs: of each one of the nodes, not always the same, and ourselves."""
+        nodes = self.nodes(sha256)
+        chosen = int(sha256[-8:], 16) % len(nodes) if nodes else 0
+        return nodes[chosen : chosen + 1] + self._urls()[:OWN_NAMED]

@@ -7,13 +7,14 @@ Pure: no clock, no randomness, no input or output.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from msgspec import Struct, json
 from msgspec.structs import replace
 
-from coordinator.placement import ClusterView
+from coordinator.placement import ClusterView, NodeView
 from potluck.errors import (
     CodeNotAllowed,
     EngineFailed,
@@ -267,11 +268,14 @@ class Job:
     """Attempts of each node that ended with an error, since any has succeeded."""
     last_error: ErrorInfo | None = None
     hopeless: dict[str, ErrorInfo] = field(default_factory=dict)
-    """What nodes said that trying again cannot mend. One may be wrong (it lacks a library, say): the word of two ends the job."""
+    """What nodes said that trying again cannot mend. One may be wrong (it lacks a library, say) and gets no more of the job while
+    there are others; the word of two ends it."""
     hopeless_at: float = 0.0
     """When the first said so."""
     done_by: set[str] = field(default_factory=set)
     """Nodes that have done something for it."""
+    touched_at: float = 0.0
+    """When an attempt last began or ended."""
     participants: set[str] = field(default_factory=set)
     resting: dict[str, float] = field(default_factory=dict)
     """Nodes that reported an error, and until when they get nothing of this job."""
@@ -327,6 +331,7 @@ class Job:
             case AttemptLeased():
                 attempt = Attempt(event.attempt_id, event.shard_id, event.node_id, event.at)
                 self.attempts[attempt.attempt_id] = attempt
+                self.touched_at = event.at
                 self.participants.add(attempt.node_id)
                 if self.state == "queued":
                     self.state, self.started_at = "running", event.at
@@ -335,7 +340,7 @@ class Job:
                 finished = self.attempts.pop(event.attempt_id, None)
                 if finished is not None:
                     self.done_by.add(finished.node_id)
-                    self.hopeless.pop(finished.node_id, None)
+                    self.touched_at = event.at
                     if not isinstance(event.result, WarmUpResult):  # to be ready is not yet to succeed
                         self.failures.clear()
                         self.short.discard(finished.node_id)
@@ -344,6 +349,7 @@ class Job:
             case AttemptEnded():
                 ended = self.attempts.pop(event.attempt_id, None)
                 if ended is not None:
+                    self.touched_at = event.at
                     self._strategy.ended(ended, event.error)
                     if event.error is not None and event.error.code != PeerLost.code:
                         self._failed(_placed(event.error, ended), ended.node_id, event.at)
@@ -377,7 +383,9 @@ class Job:
             reason = self.refused[view.nodes[0].node_id]
             what = "runs this model" if reason.code == CodeNotAllowed.code else "can do this job"
             raise from_code(reason.code, f"no node {what}: {reason.message}")
-        nodes = [node for node in nodes if node.node_id not in self.hopeless] or nodes
+        others = [node for node in nodes if node.node_id not in self.hopeless]
+        if others and not self._stuck(others, view.now):
+            nodes = others
         resting = frozenset(node.node_id for node in nodes if self.resting.get(node.node_id, 0.0) > view.now)
         rested = tuple(node for node in nodes if node.node_id not in resting)
         return self.strategy.plan(ClusterView(rested, view.now, resting), self.attempts)
@@ -400,10 +408,17 @@ class Job:
         """
         if len(self.hopeless) > 1:
             return False
-        if self.done_by - self.hopeless.keys():
+        if not view.nodes or self.done_by - self.hopeless.keys():
             return True
-        others = any(node.node_id not in self.hopeless | self.refused for node in view.nodes)
-        return others and view.now - self.hopeless_at < OPINION_SECONDS
+        others = {node.node_id for node in view.nodes} | self.participants
+        return (
+            bool(others - self.hopeless.keys() - self.refused.keys()) and view.now - self.hopeless_at < OPINION_SECONDS
+        )
+
+    def _stuck(self, others: Sequence[NodeView], now: float) -> bool:
+        """Whether those that never called the job hopeless have room for it, and do nothing: what is left may need one that did."""
+        idle = not self.attempts and now - self.touched_at >= OPINION_SECONDS
+        return bool(self.hopeless) and idle and all(node.free_slots for node in others)
 
     def changed(self, progress: JobProgress) -> JobChanged:
         """The job as clients see it."""

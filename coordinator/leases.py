@@ -14,7 +14,7 @@ from coordinator.holders import Holders
 from coordinator.jobs import Attempt, Job
 from coordinator.membership import Membership
 from coordinator.placement import ClusterView, NodeView
-from potluck.messages import AnyTask, ForgetJob, LeaseShard, Message, WithdrawLease
+from potluck.messages import AnyTask, ForgetJob, LeaseShard, Message, WarmUpTask, WithdrawLease
 from potluck.outbox import Outbox
 from potluck.settings import CoordinatorSettings
 from potluck.topics import Topics
@@ -33,6 +33,13 @@ def on_nodes(stages: Iterable[tuple[str, str]]) -> str:
     for stage, node_id in stages:
         nodes.setdefault(stage, set()).add(node_id)
     return "; ".join(f"{stage} on {', '.join(sorted(nodes[stage]))}" for stage in sorted(nodes) if stage)
+
+
+def _shards(task: AnyTask) -> int:
+    """How many blobs of a data set a task names."""
+    if isinstance(task, WarmUpTask):
+        task = task.task
+    return len(getattr(task, "data", ())) + len(getattr(task, "slices", ()))
 
 
 @dataclass
@@ -140,7 +147,7 @@ class Leases:
         held.sent_at = now
         member = self._membership.get(held.node_id)
         if member is not None and member.state != "offline":
-            many = len(getattr(held.message.task, "data", ())) > MANY_SHARDS
+            many = _shards(held.message.task) > MANY_SHARDS
             self.command(held.node_id, locate(held.message, self._holders.few if many else self._holders.of))
 
     def withdraw(self, node_id: str, attempt_id: str, reason: str) -> None:

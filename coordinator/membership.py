@@ -13,6 +13,7 @@ from typing import Literal
 
 from msgspec.structs import replace as changed
 
+from potluck import codec
 from potluck.addresses import is_address
 from potluck.messages import (
     CLASS_NAMES_LIMIT_BYTES,
@@ -30,6 +31,8 @@ ADDRESSES_KEPT = 32
 """Of a node; a machine has a few."""
 WORD_LIMIT = 256
 """Signs of a name that a node gives, of itself or what it has: all of that goes into listings."""
+LISTED_LIMIT_BYTES = 150 * 1024
+"""Of a node in a listing, as msgpack: class names and all."""
 NAMED_LIMIT = 64
 """Things of a kind that a node has."""
 MEMBERS_LIMIT = 4000
@@ -265,7 +268,9 @@ class Membership:
     def infos(self) -> tuple[NodeInfo, ...]:
         """The members as clients see them."""
         return tuple(
-            _info(member) for member in sorted(self.members.values(), key=lambda m: m.node_id) if member.session
+            _fitting(_info(member))
+            for member in sorted(self.members.values(), key=lambda m: m.node_id)
+            if member.session
         )
 
 
@@ -300,6 +305,15 @@ def _listable(message: NodeCapacity) -> tuple[tuple[NodeData, ...], dict[str, st
     return tuple(found), missing
 
 
+def _fitting(info: NodeInfo) -> NodeInfo:
+    """Without what makes it larger than LISTED_LIMIT_BYTES, if something does: it stands beside those of others."""
+    for name, less in (("data_missing", {}), ("software", {}), ("replicas", ()), ("data", ()), ("capacity", _UNKNOWN)):
+        if len(codec.pack(info)) <= LISTED_LIMIT_BYTES:
+            break
+        info = changed(info, **{name: less})
+    return info
+
+
 def _info(member: Member) -> NodeInfo:
     now = (
         member.telemetry if member.state != "offline" else None
@@ -321,5 +335,5 @@ def _info(member: Member) -> NodeInfo:
         left=member.left,
         left_out=member.left_out,
         clock_ahead_seconds=member.clock_ahead_seconds,
-        shortage=now.shortage if now else "",
+        shortage=now.shortage[:WORD_LIMIT] if now else "",
     )

@@ -78,10 +78,14 @@ class Neighbours:
         browse_at = time.monotonic() + BROWSE_AGAIN_SECONDS
         while True:
             with surviving("look for other coordinators", fatal=(GaveWay,)):
-                # The network as it is now: a cable is plugged in, a switch is on again, an address comes late.
-                if not await self._discovery.refresh() and time.monotonic() >= browse_at:
-                    browse_at = time.monotonic() + BROWSE_AGAIN_SECONDS
-                    await self._discovery.look_again()
+                try:
+                    # The network as it is now: a cable is plugged in, a switch is on again, an address comes late.
+                    if not await self._discovery.refresh() and time.monotonic() >= browse_at:
+                        browse_at = time.monotonic() + BROWSE_AGAIN_SECONDS
+                        await self._discovery.look_again()
+                except Unavailable as error:
+                    if self._seldom.due("network") is not None:
+                        log.warning("the network cannot be searched %s", fields(reason=error.message))
                 await asyncio.gather(*(self._look(place) for place in self._choose(time.monotonic())))
             await asyncio.sleep(LOOK_SECONDS)
 

@@ -25,6 +25,7 @@ from potluck import codec
 from potluck.addresses import check_holders
 from potluck.blobs.store import BlobStore
 from potluck.bus import Envelope
+from potluck.data.packing import check_class_names
 from potluck.deadlines import deadline, too_late
 from potluck.errors import (
     BadMessage,
@@ -36,7 +37,6 @@ from potluck.errors import (
     TimedOut,
 )
 from potluck.messages import (
-    CLASS_NAMES_LIMIT_BYTES,
     NODE_DATA,
     SHARDS_LIMIT,
     AddDataset,
@@ -281,11 +281,7 @@ class Requests:
             raise InvalidData(
                 f"data set {message.name!r} has {len(dataset.shards)} shards, {SHARDS_LIMIT} are allowed: make larger ones"
             )
-        if (size := sum(len(name.encode()) for name in dataset.format.classes)) > CLASS_NAMES_LIMIT_BYTES:
-            raise InvalidData(
-                f"the names of the {len(dataset.format.classes)} classes of data set {message.name!r} have {size} bytes, "
-                f"{CLASS_NAMES_LIMIT_BYTES} are allowed: give them shorter names, or numbers"
-            )
+        check_class_names(dataset.format.classes, f"data set {message.name!r}")
         _, *parts = dataset_blobs(message.manifest, dataset)
         for ref in parts:
             check_holders(ref.holders, f"the manifest of data set {message.name!r}")

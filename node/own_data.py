@@ -9,9 +9,9 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from potluck import codec, lifecycle
+from potluck import lifecycle
 from potluck.blobs.store import BlobStore
-from potluck.errors import InvalidData, InvalidRequest, PotluckError, Unavailable
+from potluck.errors import InvalidRequest, PotluckError, Unavailable
 from potluck.logs import fields
 from potluck.messages import AnyTask, Dataset, DataSlice, EvaluateTask, NodeData, TrainTask, WarmUpTask
 from potluck.settings import NodeDataSettings
@@ -19,8 +19,6 @@ from potluck.settings import NodeDataSettings
 log = logging.getLogger(__name__)
 
 NO_LIMIT = 1 << 62
-ANNOUNCED_LIMIT_BYTES = 128 * 1024
-"""What others may know of the data must fit into one message, beside this node's capacity."""
 REASON_LIMIT = 600
 _HIDDEN = {
     "ProtectHome": ("/home", "/root", "/run/user"),
@@ -85,15 +83,11 @@ class OwnData:
     def _add(self, name: str, path: Path, given: NodeDataSettings) -> None:
         # Here: it reads images and tables, which most nodes do not need.
         from potluck.data.pack import pack
-        from potluck.data.packing import remarks
+        from potluck.data.packing import check_class_names, remarks
 
         data = pack(path, name, self._store, target=given.target, sample_weight=given.sample_weight)
         packed = {**self._packed, name: data}
-        size = len(codec.pack([data.format for data in packed.values()]))
-        if size > ANNOUNCED_LIMIT_BYTES:
-            raise InvalidData(
-                f"with it, the names of classes take {size} bytes, and {ANNOUNCED_LIMIT_BYTES} can be announced"
-            )
+        check_class_names([one for data in packed.values() for one in data.format.classes], "with it")
         self._packed = packed
         for remark in remarks(data):
             log.warning("data ready, but %s", fields(data=name, path=path, remark=remark))

@@ -41,6 +41,8 @@ Addresses = Callable[[], Awaitable[tuple[str, int]]]
 
 _QUEUED_LIMIT = 2000
 _RECEIVE_BYTES = 1 << 17
+_THREAD_SECONDS = 0.02
+"""How often it is looked whether the thread that connects is over, for whoever does not want that any more."""
 
 
 def in_turn(addresses: Sequence[tuple[str, int]]) -> Addresses:
@@ -299,6 +301,7 @@ class _Link(aiomqtt.Client):
         """Packets that are written when this turn of the loop is over."""
         self._splitter = packets.Splitter(limit_bytes)
         self._in_loop = False
+        self._thread: Literal["", "runs", "over"] = ""
         super().__init__(
             *address,
             identifier=bus.client_id,
@@ -326,14 +329,33 @@ class _Link(aiomqtt.Client):
         try:
             await asyncio.shield(opening)
         except BaseException:
-            # The thread that connects cannot be cancelled; the probe before it made sure that it will not take long.
+            await self._thread_over()
+            opening.cancel()  # what is left is the broker's answer, which may never come
             await asyncio.wait([opening])
-            if opening.exception() is None:
+            if not opening.cancelled() and opening.exception() is None:
                 await self.close()  # cancelled, but connected by now: a goodbye keeps the will from being sent
             else:
                 self._drop()
             raise
         self._in_loop = True
+
+    def _client_connect(self) -> None:
+        """In a thread."""
+        self._thread = "runs"
+        try:
+            super()._client_connect()
+        finally:
+            self._thread = "over"
+
+    async def _thread_over(self) -> None:
+        """Return when the thread that connects is not at work any more, and what it has asked the loop for is done.
+
+        It cannot be cancelled once it has begun; the probe before it made sure that it will not take long.
+        """
+        await asyncio.sleep(_THREAD_SECONDS)
+        while self._thread == "runs":  # noqa: ASYNC110 - a thread sets it
+            await asyncio.sleep(_THREAD_SECONDS)
+        await asyncio.sleep(0)
 
     @property
     def lost(self) -> asyncio.Future[None]:

@@ -126,9 +126,13 @@ class Discovery:
             self._interfaces = []
             await self._close()
             self._found.clear()
-            self._open(interfaces)
-            if self._service is not None:
-                await self._register(self._service)
+            try:
+                self._open(interfaces)
+                if self._service is not None:
+                    await self._register(self._service)
+            except Unavailable:
+                self._interfaces = []  # the next call tries again
+                raise
         return True
 
     async def look_again(self) -> None:

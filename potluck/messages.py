@@ -21,7 +21,7 @@ INPUT_BLOB_LIMIT_BYTES = 64 * 2**20
 """Largest input of an inference that is a blob."""
 SHARDS_LIMIT = 500
 """Of a data set: a lease that names them all, with who has each, goes into a message."""
-CLASS_NAMES_LIMIT_BYTES = 64 * 1024
+CLASS_NAMES_LIMIT_BYTES = 112 * 1024
 """Of a data set: they go with every lease and into every listing."""
 
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")]

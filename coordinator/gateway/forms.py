@@ -14,6 +14,7 @@ from potluck.errors import InvalidRequest
 PARTS_LIMIT = 100
 """Of a form; a file after so many others is not looked for."""
 HEAD_LIMIT_BYTES = 8 * 1024
+HEADS_LIMIT_BYTES = 16 * 1024
 _BOUNDARY_LIMIT = 70
 """Signs, as the standard has it."""
 _PLAIN = ("", "7bit", "8bit", "binary")
@@ -23,6 +24,7 @@ def first_file(content_type: str, body: bytes) -> tuple[str, bytes]:
     """(its type, its bytes) of the first part with a file's name; `content_type` is the request's header. Raises InvalidRequest."""
     delimiter = b"--" + _boundary(content_type)
     end = -2 if body.startswith(delimiter) else body.find(b"\r\n" + delimiter)
+    left = HEADS_LIMIT_BYTES
     for _ in range(PARTS_LIMIT):
         begin = end + 2 + len(delimiter)
         if end == -1 or body.startswith(b"--", begin):
@@ -33,6 +35,9 @@ def first_file(content_type: str, body: bytes) -> tuple[str, bytes]:
             raise InvalidRequest(
                 f"the form cannot be read: a part has no head, or one of over {HEAD_LIMIT_BYTES} bytes"
             )
+        left -= head_end - head_begin
+        if left < 0:
+            raise InvalidRequest(f"the form cannot be read: the heads of its parts are over {HEADS_LIMIT_BYTES} bytes")
         end = body.find(b"\r\n" + delimiter, head_end)
         if end < 0:
             raise InvalidRequest("the form cannot be read: its end is cut off")

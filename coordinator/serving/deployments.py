@@ -97,8 +97,8 @@ class Deployment:
     """Whether a replica was ready once: from then on loading is tried again for ever."""
     resting: dict[str, float] = field(default_factory=dict)
     """Nodes that failed, and until when they are left alone."""
-    refused: set[str] = field(default_factory=set)
-    """Nodes that do not allow the model's code, or that have not enough memory."""
+    refused: dict[str, ErrorInfo] = field(default_factory=dict)
+    """Nodes that cannot have it, and why: they do not allow the model's code, have not the memory, or cannot load it."""
     short: set[str] = field(default_factory=set)
     """Nodes whose memory ran out once: maybe because of others."""
     hopeless: set[str] = field(default_factory=set)
@@ -155,7 +155,7 @@ class Deployment:
         return [
             place
             for place in self.suited(places)
-            if place.node_id not in here | self.refused and place.fits(self.need_bytes)
+            if place.node_id not in here | self.refused.keys() and place.fits(self.need_bytes)
         ]
 
     @property
@@ -181,7 +181,7 @@ class Deployment:
             return self.wanted
         held = {replica.node_id for replica in self.replicas.values()}
         fit = {place.node_id for place in self.suited(places) if place.fits(self.need_bytes)}
-        return len(fit - self.refused | held)
+        return len(fit - self.refused.keys() | held)
 
     def complete(self, places: Sequence[Place]) -> bool:
         """Whether all wanted replicas are ready."""
@@ -271,16 +271,16 @@ class Deployment:
         if error is None or (error.code == EngineFailed.code and not loading):
             return True
         if error.code == CodeNotAllowed.code or (error.code == OutOfMemory.code and node_id in self.short):
-            self.refused.add(node_id)
+            self.refused[node_id] = error
             self.error = error
             return True
-        if loading and not error.retryable and not self.settled:
-            # A model that is itself at fault is so elsewhere too: another node is to say the same, where there is one.
-            if self.hopeless:
-                self.failures = FAILURES_LIMIT
+        if loading and not error.retryable and (self.ready or not self.settled):
+            # A model that is itself at fault is so elsewhere too: another node is to say the same, or has shown that it is not.
+            self.refused[node_id] = error
             self.hopeless.add(node_id)
-            self.refused.add(node_id)
-            self.error = error
+            if not self.ready:
+                self.error = error
+                self.failures = FAILURES_LIMIT if len(self.hopeless) > 1 else self.failures
             return True
         if error.code == OutOfMemory.code:
             self.short.add(node_id)
@@ -300,7 +300,7 @@ class Deployment:
         for replica_id in gone:
             del self.replicas[replica_id]
         self.resting.pop(node_id, None)
-        self.refused.discard(node_id)
+        self.refused.pop(node_id, None)
         self.short.discard(node_id)
         self.hopeless.discard(node_id)
         return gone

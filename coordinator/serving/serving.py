@@ -155,12 +155,13 @@ class Serving:
                 raise TimedOut(f"{ready} of {counted(wanted, 'replica')} of {name} {be(ready)} ready so far")
             suited = deployment.suited(places)
             able = [place for place in suited if place.node_id not in deployment.refused]
-            if len(able) < wanted <= len(suited) and ready == len(able) and deployment.error is not None:
+            if len(able) < wanted <= len(suited) and ready == len(able) and deployment.refused:
                 self.give_up(name)
+                reason = next(iter(deployment.refused.values()))
                 raise from_code(
-                    deployment.error.code,
+                    reason.code,
                     f"{ready} of {counted(wanted, 'replica')} of {name} {be(ready)} ready, and {counted(len(suited) - len(able), 'node')} "
-                    f"cannot load it: {deployment.error.message}",
+                    f"cannot have it: {reason.message}",
                 )
             if not deployment.cramped:
                 roomy_at = now

@@ -191,6 +191,8 @@ class RoundsStrategy:
     def epoch_full(self) -> bool:
         """Whether the samples of the present epoch are seen, up to less than one batch; what is less than that for each node, and
         little, is left to the next epoch: a round would cost all of them more than it brings."""
+        if self.validating is not None:  # whatever is asked meanwhile: its numbers are those of these weights
+            return True
         left = (self.epochs_ended + 1) * self.dataset.count - self.samples
         if left < min(self.spec.batch_size, self.dataset.count):
             return True

@@ -52,7 +52,7 @@ def fitting(found: Health, local: Sequence[str], width: int) -> list[Row]:
     told = [("wrong", text) for text in found.problems] + [("note", text) for text in found.remarks]
     rows = parts
     for kept in range(len(parts), 0, -1):
-        for count in range(len(told), min(1, len(told)) - 1, -1):
+        for count in range(min(len(told), LINES), min(1, len(told)) - 1, -1):
             more = len(told) - count
             rows = [*parts[:kept], *told[:count]]
             rows += [("", f"and {more} more: `potluck status --json` has all of it")] if more else []

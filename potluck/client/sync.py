@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar, Unpack
@@ -20,6 +21,7 @@ from potluck.client.training import TrainOptions
 from potluck.data.packing import Target
 from potluck.errors import InvalidRequest
 from potluck.messages import (
+    AnyJobSpec,
     DatasetInfo,
     DeploymentInfo,
     EpochMetrics,
@@ -35,6 +37,8 @@ from potluck.messages import (
 T = TypeVar("T")
 
 _LEAVE_SECONDS = 10.0
+_LOOK_SECONDS = 0.2
+"""How often a thread that waits looks whether it was interrupted: a signal that comes as it begins to wait does not wake it."""
 
 
 class Portal:
@@ -50,11 +54,29 @@ class Portal:
         if self._loop.is_closed() or threading.current_thread() is self._thread:
             coroutine.close()
             raise InvalidRequest("the client is closed, or was called from its own thread: make a new one")
-        future = self.start(coroutine)
+        future: Future[T] = Future()
+        tasks: list[asyncio.Task[T]] = []
+
+        def begin() -> None:
+            tasks.append(self._loop.create_task(coroutine))
+            tasks[0].add_done_callback(lambda task: _copy(task, future))
+
+        def give_up() -> None:
+            if tasks:
+                tasks[0].cancel()
+            else:
+                coroutine.close()
+
         try:
+            # What interrupts us may come at any line, also before we know what we have started.
+            self._loop.call_soon_threadsafe(begin)
+            while not future.done():
+                with suppress(TimeoutError):
+                    return future.result(_LOOK_SECONDS)
             return future.result()
         except BaseException:
-            future.cancel()
+            with suppress(RuntimeError):  # closed
+                self._loop.call_soon_threadsafe(give_up)
             raise
 
     def start(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
@@ -87,18 +109,32 @@ class Portal:
             self._loop.close()
 
 
+def _copy(task: asyncio.Task[T], future: Future[T]) -> None:
+    """How a task ended, for whoever waits in another thread."""
+    if task.cancelled():
+        future.cancel()
+    elif (error := task.exception()) is not None:
+        future.set_exception(error)
+    else:
+        future.set_result(task.result())
+
+
 @suggesting
 class Job:
     """One job of the cluster, by its id."""
 
     def __init__(self, portal: Portal, job: AsyncJob) -> None:
         self.id = job.id
-        self.asked = job.asked
         self._portal = portal
         self._job = job
 
     def __repr__(self) -> str:
         return f"<Job {self.id}>"
+
+    @property
+    def asked(self) -> AnyJobSpec | None:
+        """What was asked for, where this client asked; the data sets that it packed are named there."""
+        return self._job.asked
 
     def status(self) -> JobChanged:
         """Its state now. Raises NotFound."""

@@ -20,7 +20,7 @@ from typing import Literal
 
 import numpy as np
 
-from potluck.data.packing import Array, Packing, reading, some
+from potluck.data.packing import Array, Packing, check_class_names, reading, some
 from potluck.errors import InvalidData
 from potluck.messages import DataFormat, Dataset, DataShard
 from potluck.wording import counted
@@ -130,6 +130,7 @@ def pack_folder(folder: Path, labels: bool, packing: Packing, kinds: Sequence[Ki
         remarks.append(
             f"{counted(len(empty), 'class folder')} empty, a class all the same (remove what is none): {some(empty)}"
         )
+    check_class_names(classes, str(folder))
     return pack_items(kind, items, classes, packing, skipped, convert, remarks)
 
 

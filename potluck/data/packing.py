@@ -13,7 +13,7 @@ import numpy as np
 from potluck import codec
 from potluck.data.order import cuts, shuffled
 from potluck.errors import InvalidData
-from potluck.messages import BlobRef, DataFormat, Dataset, DataShard
+from potluck.messages import CLASS_NAMES_LIMIT_BYTES, BlobRef, DataFormat, Dataset, DataShard
 from potluck.wording import be, counted
 
 Array = np.ndarray[Any, Any]
@@ -104,11 +104,21 @@ def target_names(target: Target) -> tuple[str, ...]:
     return (target,) if isinstance(target, str) else tuple(dict.fromkeys(target or ()))
 
 
+def check_class_names(classes: Sequence[str], what: str) -> None:
+    """Raises InvalidData where they do not go into a lease and a listing; `what` has them."""
+    if (size := sum(len(name.encode()) for name in classes)) > CLASS_NAMES_LIMIT_BYTES:
+        raise InvalidData(
+            f"{what}: the names of the {len(classes)} classes have {size} bytes, {CLASS_NAMES_LIMIT_BYTES} are allowed: "
+            "give them shorter names, or numbers"
+        )
+
+
 def class_indexes(texts: Sequence[str], what: str) -> tuple[Array, tuple[str, ...]]:
     """(index of each text, the classes in the order of the alphabet). Raises InvalidData for too many; `what` names them."""
     classes = tuple(sorted(set(texts)))
     if len(classes) > CLASSES_LIMIT:
         raise InvalidData(f"{what} has {len(classes)} different texts (first: {classes[0]!r}): these are no classes")
+    check_class_names(classes, what)
     index_of = {label: index for index, label in enumerate(classes)}
     return np.fromiter((index_of[text] for text in texts), np.int64, len(texts)), classes
 

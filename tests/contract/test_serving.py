@@ -135,6 +135,30 @@ async def test_a_model_that_cannot_be_loaded_says_why(lab: Lab, stack: AsyncExit
     assert lab.serving.deployments() == ()
 
 
+@pytest.mark.parametrize("first", ["a", "b"])
+async def test_more_replicas_than_nodes_that_can_load_it(lab: Lab, stack: AsyncExitStack, first: str) -> None:
+    """Whoever comes first, the one that can or the one that cannot."""
+    nodes = {name: await lab.join(stack, name) for name in "ab"}
+    nodes["a"].broken = True
+    nodes[first].slow_to_load = True
+    lab.add_model()
+    asked = asyncio.create_task(lab.deploy("m", 2))
+    await eventually(
+        lambda: (
+            "m:1" in lab.serving._deployments
+            and lab.serving._deployments["m:1"].refused.keys()
+            | {replica.node_id for replica in lab.serving._deployments["m:1"].ready}
+        )
+    )
+    nodes[first].slow_to_load = False
+    with pytest.raises(InvalidModel, match=r"1 of 2 replicas of m:1 is ready, and 1 node cannot have it: .*Lambda"):
+        await asked
+    (info,) = lab.serving.deployments()
+    assert [replica.node_id for replica in info.replicas if replica.state == "ready"] == ["b"]
+    async with client(lab) as bus:
+        await ask(bus, question(1, 2), "m:1")
+
+
 async def test_a_node_says_nothing_of_the_replicas_of_another(lab: Lab, stack: AsyncExitStack) -> None:
     for name in ("a", "b"):
         await lab.join(stack, name)
@@ -286,7 +310,7 @@ async def test_a_failed_change_leaves_what_works(lab: Lab, stack: AsyncExitStack
     await lab.deploy("m", 1)
     second = await lab.join(stack, "b")
     second.broken = True
-    with pytest.raises(InvalidModel, match=r"Lambda.*; 1 of 2 replicas is ready"):
+    with pytest.raises(InvalidModel, match=r"1 of 2 replicas of m:1 is ready, and 1 node cannot have it: .*Lambda"):
         await lab.deploy("m", 2)
     async with client(lab) as bus:
         assert (await ask(bus, question(1, 1))).model == "m:1"
@@ -305,7 +329,7 @@ async def test_nodes_that_are_lost_while_it_loads(
     deploying = asyncio.create_task(lab.deploy("m", 2))
     await eventually(lambda: lab.serving.deployments() and lab.serving.ready("m"))
     lab.leave("b")
-    with pytest.raises(Unavailable, match="1 of 2 replicas of m:1 is ready, and only 1 node with"):
+    with pytest.raises(Unavailable, match=r"1 of 2 replicas of m:1 is ready, and only 1 node with"):
         await deploying
     assert lab.serving.ready("m")  # what there is stays, and another node completes it
     await lab.join(stack, "c")

@@ -92,6 +92,16 @@ def test_one_node_that_is_broken_itself_keeps_no_model_from_the_others() -> None
     assert [one.node_id for one in loads(deployment, places(a=2), 1000.0)] == ["a"]
 
 
+def test_a_node_that_cannot_load_what_another_has_ready_spoils_nothing() -> None:
+    deployment = Deployment("m:1", MODEL, wanted=0)
+    first, second = loads(deployment, places(a=2, b=1))
+    assert deployment.loaded(first.replica_id, SIGNATURE)
+    deployment.lost(second.replica_id, BROKEN, 0.0)
+    assert not deployment.failing
+    assert deployment.refused == {second.node_id: BROKEN}
+    assert deployment.state(places(a=2, b=1)) == "ready", "one on every node that can have it"
+
+
 def test_nodes_that_do_not_allow_the_code_are_left_out() -> None:
     refusal = ErrorInfo(code="code_not_allowed", message="own layer")
     deployment = Deployment("m:1", MODEL, wanted=0)

@@ -4,7 +4,7 @@ import pytest
 from msgspec.structs import replace
 
 from coordinator import membership
-from coordinator.membership import Membership, NodeJoined, NodeLost, NodeRefused, NodeUnknown
+from coordinator.membership import LISTED_LIMIT_BYTES, Membership, NodeJoined, NodeLost, NodeRefused, NodeUnknown
 from potluck import codec
 from potluck.messages import Capacity, DataFormat, Gpu, NodeCapacity, NodeData, NodeStatus, NodeTelemetry
 
@@ -103,7 +103,7 @@ def test_what_a_node_says_of_itself_goes_into_a_listing() -> None:
     members.on_status(replace(birth("1"), software={long: long} | {str(number): "1" for number in range(10_000)}), 0)
     gpus = (Gpu(name=long, memory_bytes=1),) * 1000
     capacity = Capacity(hostname=long, system=long, cores=1, memory_bytes=1, gpus=gpus, runtimes={"tensorflow": long})
-    format = DataFormat(kind="images", classes=tuple(f"class number {number}" for number in range(10_000)))
+    format = DataFormat(kind="images", classes=tuple(f"class number {number}" for number in range(20_000)))
     data = (
         NodeData(name="small", format=DataFormat(kind="images", classes=("a",)), count=1),
         NodeData(name="large", format=format, count=1),
@@ -114,6 +114,11 @@ def test_what_a_node_says_of_itself_goes_into_a_listing() -> None:
     assert [one.name for one in info.data] == ["small"]
     assert "class names" in info.data_missing["large"]
     assert members.on_status(replace(birth("2"), session=long), 1) == [NodeRefused("n")]
+    loud = replace(telemetry("1"), shortage=long, replicas=tuple(f"{number:0300}" for number in range(500)))
+    members.on_telemetry(loud, 2)
+    members.on_status(replace(birth("1"), software={str(number): "\U0001f600" * 250 for number in range(64)}), 2)
+    (info,) = members.infos()
+    assert len(codec.pack(info)) <= LISTED_LIMIT_BYTES
 
 
 def test_who_speaks_another_protocol_is_left_out_and_named() -> None:

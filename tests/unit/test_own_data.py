@@ -100,11 +100,13 @@ def test_more_names_of_classes_than_fit_into_a_message_are_refused(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "many.csv"
-    path.write_text("a,kind\n" + "".join(f"{i},{'long name ' * 20}{i}\n" for i in range(1000)))
-    own = OwnData(tmp_path / "data", {"many": NodeDataSettings(path=str(path), target="kind")})
-    assert not own.pack("many")
-    assert own.announced == ()
-    assert "can be announced" in caplog.text
+    path.write_text("a,kind\n" + "".join(f"{i},{'long name ' * 10}{i}\n" for i in range(1000)))
+    settings = NodeDataSettings(path=str(path), target="kind")
+    own = OwnData(tmp_path / "data", {"many": settings, "as many": settings})
+    assert own.pack("many")
+    assert not own.pack("as many")
+    assert [data.name for data in own.announced] == ["many"]
+    assert "with it: the names of the 2000 classes have" in caplog.text
 
 
 def test_a_task_is_filled_in_with_shards_and_the_jobs_numbers_of_classes(own: OwnData) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
+from msgspec.structs import replace
 
 from coordinator.dispatcher import Dispatcher
 from coordinator.holders import Holders
@@ -29,6 +30,7 @@ from potluck.messages import (
     NodeStatus,
     PredictResult,
     TrainTask,
+    WarmUpTask,
 )
 from potluck.settings import CoordinatorSettings
 from potluck.topics import Topics
@@ -144,14 +146,21 @@ def test_a_lease_on_a_large_data_set_goes_into_a_message() -> None:
     )
     for number in range(20):
         bench.leases._holders.stored(f"node-{number}", [shard.blob.sha256 for shard in shards])
-    classes = tuple(f"{number:064}" for number in range(CLASS_NAMES_LIMIT_BYTES // 64))
+    classes = tuple(f"{number:05}" for number in range(CLASS_NAMES_LIMIT_BYTES // 5))
+    bench.leases._holders._urls = lambda: tuple(f"http://192.168.100.{number}:7814" for number in range(100, 120))
     task = TrainTask(
         model=BLOB, weights=BLOB, data=shards, format=DataFormat(kind="images", classes=classes), image=None, round=0, samples=1,
         seconds=1.0, batch_size=32, seed=1, compression="int8",
     )  # fmt: skip
     sent: list[Any] = []
     bench.leases.command = lambda node_id, message: sent.append(message)  # type: ignore[method-assign]
-    lease = LeaseShard(epoch=1, job_id="j", shard_id="round-0", attempt_id="a", lease_seconds=1, task=task)
-    bench.leases.send(Held("j", "node-1", lease, heard_at=0.0), 0.0)
-    assert len(codec.encode(sent[0])) < INLINE_LIMIT_BYTES
-    assert all(len(shard.blob.holders) == 1 for shard in sent[0].task.data), "and each can be had somewhere"
+    evaluate = replace(
+        TASK, slices=tuple(DataSlice(blob=shard.blob, start=0, stop=10**6) for shard in shards), format=task.format
+    )
+    for one in (task, WarmUpTask(task=task), evaluate):
+        lease = LeaseShard(epoch=1, job_id="j" * 16, shard_id="round-0", attempt_id="a" * 16, lease_seconds=1, task=one)
+        bench.leases.send(Held("j", "node-1", lease, heard_at=0.0), 0.0)
+        assert len(codec.encode(sent[-1])) < INLINE_LIMIT_BYTES
+    peers = [shard.blob.holders[0] for shard in sent[0].task.data]
+    assert len(set(peers)) > 5, "one of those that have it, and not always the same"
+    assert all(len(shard.blob.holders) == 4 for shard in sent[0].task.data)

@@ -191,7 +191,7 @@ async def test_whatever_is_listed_comes_in_messages_that_are_small_enough(tmp_pa
     ("shards", "classes", "said"),
     [
         (SHARDS_LIMIT + 1, 2, "501 shards, 500 are allowed"),
-        (1, 10_000, "the names of the 10000 classes"),
+        (1, 20_000, "the names of the 20000 classes have"),
         (SHARDS_LIMIT, 2, "not in the coordinator's store"),
     ],
 )

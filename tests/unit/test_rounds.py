@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -553,10 +554,17 @@ def test_an_error_that_trying_again_cannot_mend_ends_the_job_once_two_nodes_say_
     one, two = play.job.attempts
     wrong = ErrorInfo(code="invalid_model", message="no")
     play.record(AttemptEnded(at=0, attempt_id=two, reason="", error=wrong))
-    assert play.error("b") == wrong, "nobody else is there"
     assert play.error("a", "b") is None
     play.record(AttemptEnded(at=0, attempt_id=one, reason="", error=replace(wrong, message="no, too")))
     assert play.error("a", "b") == wrong
+
+
+def test_an_error_that_trying_again_cannot_mend_ends_the_job_of_a_node_alone_at_once() -> None:
+    play = Simulation(validation=False)
+    play.plan("a")
+    wrong = ErrorInfo(code="invalid_model", message="no")
+    play.record(AttemptEnded(at=0, attempt_id=next(iter(play.job.attempts)), reason="", error=wrong))
+    assert play.error("a") == wrong
 
 
 def test_an_error_that_only_one_node_has_is_its_own() -> None:
@@ -577,6 +585,64 @@ def test_an_error_that_only_one_node_has_is_its_own() -> None:
         assert {attempt.node_id for attempt in play.job.attempts.values()} <= {"a"}
         for attempt_id in list(play.job.attempts):
             play.finish(attempt_id)
+
+
+def test_a_node_that_called_it_hopeless_stays_out_whatever_else_it_finishes() -> None:
+    """It holds two leases: the other one, about other things, may end well. Else the word of two would never stand together."""
+    play = Simulation(epochs=1)
+    play.by_hand = True
+    play.plan("a", "b")
+    check = next(attempt for attempt in play.job.attempts.values() if attempt.shard_id == "check-validation")
+    wrong = ErrorInfo(code="invalid_data", message="the targets are classes 5 to 7")
+    play.record(AttemptEnded(at=1, attempt_id=check.attempt_id, reason="", error=wrong))
+    for attempt_id in list(play.job.attempts):
+        play.finish(attempt_id)
+    play.plan("a", "b")
+    again = next(attempt for attempt in play.job.attempts.values() if attempt.shard_id == "check-validation")
+    assert again.node_id != check.node_id
+    for attempt_id in list(play.job.attempts):
+        if attempt_id != again.attempt_id:
+            play.finish(attempt_id)
+    play.record(AttemptEnded(at=1, attempt_id=again.attempt_id, reason="", error=wrong))
+    assert play.error("a", "b") is not None
+
+
+def test_where_the_others_can_do_nothing_it_is_tried_again_and_in_the_end_given_up() -> None:
+    play = Simulation(epochs=1, validation=False)
+    play.plan("a", "b")
+    wrong = ErrorInfo(code="invalid_model", message="no")
+    play.record(AttemptEnded(at=0.0, attempt_id=next(iter(play.job.attempts)), reason="", error=wrong))
+    out, (left,) = next(iter(play.job.hopeless)), [one.node_id for one in play.job.attempts.values()]
+    for attempt_id in list(play.job.attempts):
+        play.finish(attempt_id)
+    assert play.error("a", "b") is None
+    assert play.error() is None, "after a restart nobody is known yet"
+
+    def nodes(now: float, *names: str, free: int = 1) -> set[str]:
+        seen: list[str] = []
+        strategy: Any = play.job.strategy
+        play.job.strategy = SimpleNamespace(
+            plan=lambda view, attempts: seen.extend(node.node_id for node in view.nodes) or []
+        )
+        views = tuple(NodeView(name, 1.0, free_slots=free, idle=True) for name in names)
+        play.job.plan(ClusterView(views, now))
+        play.job.strategy = strategy
+        return set(seen)
+
+    later = play.now + OPINION_SECONDS
+    assert nodes(play.now, "a", "b") == {left}
+    assert nodes(later, "a", "b") == {"a", "b"}, "nothing has come of it for so long"
+    assert nodes(later, "a", "b", free=0) == {left}, "it is busy with other jobs"
+    assert nodes(later, out) == {out}
+
+
+def test_what_is_asked_while_an_epoch_is_validated_does_not_open_it_again() -> None:
+    play = Simulation(epochs=3, shards=(105,) * 10)
+    play.strategy.crew, play.strategy.samples = frozenset("abc"), 1050 - 25
+    assert play.strategy.epoch_full
+    play.strategy.validating = play.strategy.validation(None, None, 1)  # type: ignore[misc]
+    play.strategy.stop()
+    assert play.strategy.epoch_full
 
 
 def test_what_one_node_says_of_the_validation_data_another_looks_at() -> None:

@@ -444,9 +444,6 @@ async def test_what_many_bodies_take_together_is_bounded(lab: Lab, http: Http) -
         await lab.serving.undeploy("m")
         for answer in held:
             assert (await answer).status == 503
-    held.clear()
-    for answer in held:
-        assert (await answer).status == 503
     async with session.post(f"{base}/v2/models/m/infer", data=io.BytesIO(body)) as response:
         assert response.status == 404  # there is room again
 
