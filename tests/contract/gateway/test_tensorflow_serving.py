@@ -187,6 +187,7 @@ WRONG: list[Any] = [
     ("m:predict", {"inputs": [1, [2]]}, 400, "Encountered list at unexpected level: 1 expected < 1"),
     ("m:predict", '{"inputs": ' + "[" * 40 + "]" * 40 + "}", 400, "nested deeper"),
     ("texts:predict", {"instances": [{"b64": "?"}]}, 400, "Unable to base64 decode"),
+    ("texts:predict", {"instances": [{"b64": "\x80"}]}, 400, "Unable to base64 decode"),
     ("texts:predict", {"instances": ["a", 1]}, 400, "JSON Value: 1 Type: Number is not of expected type: string"),
     ("two:predict", {"instances": [[1, 2]]}, 400, "instances is a plain list, but expecting list of objects"),
     ("two:predict", {"inputs": [[1, 2]]}, 400, "inputs is a plain value/list, but expecting an object"),
