@@ -4,7 +4,8 @@
         job = client.train(model, "pictures/train", validation="pictures/test", epochs=10, name="pictures")
         print(job.history)
 
-`Client` (`AsyncClient` for asyncio) asks a cluster, `Job` and `AsyncJob` are what it answers, `errors` what it raises.
+`Client` (`AsyncClient` for asyncio) asks a cluster, `Job` and `AsyncJob` are what it answers, `errors` what it raises;
+`ImageOptions` say how pictures become what a model takes.
 """
 
 from importlib import import_module as _import_module
@@ -14,10 +15,11 @@ from typing import Any as _Any
 if _TYPE_CHECKING:
     from potluck import errors
     from potluck.client import AsyncClient, AsyncJob, Client, Job
+    from potluck.messages import ImageOptions
 
     __version__: str
 
-__all__ = ["AsyncClient", "AsyncJob", "Client", "Job", "__version__", "errors"]
+__all__ = ["AsyncClient", "AsyncJob", "Client", "ImageOptions", "Job", "__version__", "errors"]
 
 
 def __getattr__(name: str) -> _Any:
@@ -26,6 +28,8 @@ def __getattr__(name: str) -> _Any:
         return _import_module("importlib.metadata").version("potluck")
     if name in {"AsyncClient", "AsyncJob", "Client", "Job"}:
         return getattr(_import_module("potluck.client"), name)
+    if name == "ImageOptions":
+        return _import_module("potluck.messages").ImageOptions
     if name == "errors":
         return _import_module("potluck.errors")
     raise AttributeError(f"module 'potluck' has no attribute {name!r}")

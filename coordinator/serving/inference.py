@@ -9,10 +9,9 @@ from math import inf
 
 from msgspec.structs import replace
 
+from coordinator.serving.batches import Batch, Request
 from coordinator.serving.hedging import LEAST_SECONDS
-from coordinator.serving.lanes import Batch
 from coordinator.serving.metrics import ServingMetrics
-from coordinator.serving.queueing import Request
 from coordinator.serving.registry import Registry
 from coordinator.serving.router import Router
 from coordinator.serving.traffic import Traffic

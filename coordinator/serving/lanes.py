@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from heapq import nsmallest
 from math import inf
 
-from coordinator.serving.queueing import Request
+from coordinator.serving.batches import Batch, Request
 from coordinator.serving.timing import TimeModel
 
 BATCHES_IN_FLIGHT = 2
@@ -37,27 +37,6 @@ ROUNDING = 1e-6
 """A sum of rates that is less is what rounding left of one that is none."""
 PATIENCE = 4
 """A batch is lost when it takes so many times what its replica needs for all it has; at most so many times the usual limit."""
-
-
-@dataclass(eq=False, slots=True)
-class Batch:
-    batch_id: str
-    replica_id: str
-    node_id: str
-    requests: list[Request]
-    rows: int
-    sent_at: float
-    out: bool = True
-    """Whether it is on its way, and waited for."""
-    twin: Batch | None = None
-    """The same requests, or some of them, at another replica."""
-    probe: bool = False
-    """Sent to learn how long it takes: nobody needs its answer, and it is not withdrawn."""
-
-    @property
-    def wanted(self) -> bool:
-        """Whether anybody waits for its answer."""
-        return not all(request.answered for request in self.requests)
 
 
 @dataclass(eq=False, slots=True)

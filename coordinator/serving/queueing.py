@@ -10,50 +10,12 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING
 
-from potluck.errors import PotluckError
-from potluck.messages import RequestOutcome, Tensor
-
-if TYPE_CHECKING:
-    from coordinator.serving.lanes import Batch
+from coordinator.serving.batches import Request
 
 SHARE = 8
 LOOK_AHEAD = 16
 """So many are looked at for one that may go to a certain node."""
-
-Answer = Callable[[RequestOutcome | PotluckError], None]
-
-
-@dataclass(eq=False, slots=True)
-class Request:
-    inputs: tuple[Tensor, ...]
-    answer: Answer
-    deadline: float
-    size_bytes: int
-    rows: int = 1
-    priority: int = 0
-    asked_at: float = 0.0
-    attempts: int = 0
-    failure: str = ""
-    """What the last attempt failed with."""
-    crashes: int = 0
-    """Engines that died while they computed it: then it is computed alone, so that nobody suffers with it."""
-    answered: bool = False
-    batch: Batch | None = None
-    """With which it was sent last."""
-    held_by: str = ""
-    """The node that has its inputs, where they are not in the request and a node has them."""
-    moving_seconds: float = 0.0
-    """What it takes another node to fetch them."""
-    inputs_lost: bool = False
-    """That node is gone."""
-
-    def settle(self, outcome: RequestOutcome | PotluckError) -> None:
-        """Answer it, unless that was done."""
-        if not self.answered:
-            self.answered = True
-            self.answer(outcome)
 
 
 @dataclass(eq=False, slots=True)

@@ -24,9 +24,10 @@ from heapq import heappop, heappush
 from itertools import islice
 from math import inf
 
+from coordinator.serving.batches import Batch, Request
 from coordinator.serving.hedging import LEAST_SECONDS, Hedging
-from coordinator.serving.lanes import BATCH_TARGET_SECONDS, BATCHES_AHEAD, HEADROOM, LATE, Batch, Lane, Lanes
-from coordinator.serving.queueing import Request, RequestQueue
+from coordinator.serving.lanes import BATCH_TARGET_SECONDS, BATCHES_AHEAD, HEADROOM, LATE, Lane, Lanes
+from coordinator.serving.queueing import RequestQueue
 from potluck.errors import Cancelled, InputsLost, ModelCrashed, Overloaded, PotluckError, TimedOut, Unavailable
 from potluck.messages import RequestOutcome
 from potluck.wording import counted

@@ -10,9 +10,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from coordinator.serving.batches import Batch, Request
 from coordinator.serving.hedging import LEAST_SECONDS
-from coordinator.serving.lanes import Batch
-from coordinator.serving.queueing import Request
 from coordinator.serving.router import Router
 from potluck.errors import Overloaded, PotluckError
 from potluck.messages import RequestOutcome

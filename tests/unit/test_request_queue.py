@@ -8,7 +8,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from coordinator.serving.queueing import SHARE, Request, RequestQueue
+from coordinator.serving.batches import Request
+from coordinator.serving.queueing import SHARE, RequestQueue
 
 
 def request(priority: int = 0, rows: int = 1, asked_at: float = 0.0, held_by: str = "") -> Request:

@@ -10,8 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from coordinator.serving.lanes import Batch
-from coordinator.serving.queueing import Request
+from coordinator.serving.batches import Batch, Request
 from coordinator.serving.router import ATTEMPTS_LIMIT, Router
 from potluck.errors import Overloaded, PotluckError, TimedOut, Unavailable
 from potluck.messages import ErrorInfo, RequestOutcome

@@ -9,8 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from coordinator.serving.lanes import Batch
-from coordinator.serving.queueing import Request
+from coordinator.serving.batches import Batch, Request
 from coordinator.serving.router import Router
 from potluck.errors import InputsLost, PotluckError
 from potluck.messages import ErrorInfo, RequestOutcome
