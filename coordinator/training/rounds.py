@@ -108,6 +108,8 @@ class RoundsStrategy:
     step: Step | None = None
     """What led to `weights`, for the nodes that have those before."""
     velocity: BlobRef | None = None
+    usual: float = 0.0
+    """The size of an update for each sample, the median of a round, as large as it ever was."""
     agreement: float | None = None
     """How alike the nodes' updates have been until now."""
     best: Best | None = None
@@ -304,6 +306,9 @@ class RoundsStrategy:
         self.round += 1
         self.due = 0.0
         self.round_metrics.append((event.samples, event.metrics))
+        used = [one for node_id, one in self.contributions.items() if node_id not in event.rejected]
+        if used:
+            self.usual = max(self.usual, statistics.median_low(one.norm / max(1, one.samples) for one in used))
         self.crew, self.contributions, self.promised = frozenset(self.contributions), {}, frozenset()
 
     def ended_epoch(self, event: EpochEnded) -> None:
@@ -360,8 +365,9 @@ class RoundsStrategy:
         """Nodes that are in no round now, and why."""
         found = dict(self.slow)
         for attempt, _, _ in running.values():
-            if attempt.shard_id == WARM_UP and self.readiness.ready:
-                found.setdefault(attempt.node_id, "it gets ready")
+            if attempt.shard_id == WARM_UP:
+                if self.readiness.ready:  # else nobody takes part yet
+                    found.setdefault(attempt.node_id, "it gets ready")
             elif of_rounds(attempt) and not self._of_round(attempt):
                 found[attempt.node_id] = "its part takes longer than it should, and the others go on without it"
         return found
@@ -534,8 +540,11 @@ class RoundsStrategy:
         return found[best].base
 
     def _exploded(self, results: dict[str, TrainResult]) -> dict[str, str]:
-        """Of a round's results those that went too far, and why."""
-        return exploded({key: (result.norm, result.samples) for key, result in results.items()})
+        """Of a round's results those that went too far, and why: farther, too, than updates of this job ever did. Where little is left to
+        learn, those of a node that has just come are many times as large as the others', and good.
+        """
+        found = exploded({key: (result.norm, result.samples) for key, result in results.items()})
+        return {key: reason for key, reason in found.items() if results[key].norm > self.usual * results[key].samples}
 
     def _reject(self, node_id: str, reason: str) -> None:
         self.rejections[node_id] = self.rejections.get(node_id, 0) + 1

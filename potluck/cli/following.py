@@ -234,11 +234,21 @@ def picture(state: JobChanged, *, verbose: bool = False) -> RenderableType:
 def _live(job: Job, verbose: bool, beside: Beside) -> None:
     console = Console(stderr=True)
     ended = EndedEpochs(job.epochs_so_far)
-    with Live(Spinner("dots", f"job {job.id}"), console=console, refresh_per_second=8) as live:
+    shown: RenderableType = Spinner("dots", f"job {job.id}")
+
+    def now() -> RenderableType:
+        """With what keeps news of it away."""
+        trouble = job.trouble()
+        return Group(shown, Line(Text(f"no news: {trouble}", style="red"), indent=2)) if trouble else shown
+
+    with Live(get_renderable=now, console=console, refresh_per_second=8) as live:
         for state in job.states():
-            for line in (*ended.lines(state), *beside(state)):
+            for line in ended.lines(state):
                 live.console.print(Line(line))
-            live.update(picture(state, verbose=verbose))
+            for line in beside(state):  # which may be there to be copied: the terminal gives it back whole
+                live.console.print(Text(line), soft_wrap=True)
+            shown = picture(state, verbose=verbose)
+            live.refresh()
 
 
 @contextmanager

@@ -149,16 +149,27 @@ class Connection:
             discovery.wait_for(lambda one: one.role == "coordinator" and one.broker_port > 0, limit_seconds)
             for discovery in found
         ]
-        if await _first_found(seen) is None:
-            local = [user for user in users_here() if user.cluster == settings.cluster]
-            knocks = [_knock_at(user.broker, limit_seconds) for user in local if user.broker]
-            if knocks and (known := await _first_found(knocks)) is not None:
+        local = [user for user in users_here() if user.cluster == settings.cluster]
+        knocking = asyncio.create_task(
+            _first_found([_knock_at(user.broker, limit_seconds) for user in local if user.broker])
+        )
+        try:
+            heard = await _first_found(seen)
+            known = await knocking if heard is None else None
+        finally:
+            knocking.cancel()
+            await asyncio.wait([knocking])
+        if heard is None:
+            if known is not None:
                 return broker_addresses(replace(settings, seeds=(known,)), None)
-            advice = (
-                f"{local[0]} runs on this machine: where that has just started, ask again in a moment, else its log says why"
-                if local
-                else f"start one with `{typed('potluck up', settings.cluster)}`"
-            )
+            advice = f"start one with `{typed('potluck up', settings.cluster)}`"
+            if local:
+                advice = f"{local[0]} runs on this machine: where that has just started, ask again in a moment, else its log says why"
+            if lost := [user for user in local if user.broker]:
+                advice = (
+                    f"{lost[0]} runs on this machine, and the broker that it had, {lost[0].broker}, does not answer: is that machine on, "
+                    "and the network up"
+                )
             raise Unavailable(
                 f"no cluster {settings.cluster!r} is found: within {limit_seconds:g} s no coordinator answered by mDNS on "
                 f"{', '.join(dict.fromkeys(['127.0.0.1', *lan_addresses()]))}: {advice}, or name its "
@@ -410,6 +421,8 @@ async def _knock_at(place: str, limit_seconds: float) -> str | None:
 
 async def _first_found(asked: Sequence[Awaitable[T | None]]) -> T | None:
     """The first result that is not None; what still runs then is cancelled. None when there is none."""
+    if not asked:
+        return None
     running = [asyncio.ensure_future(one) for one in asked]
     try:
         for first in asyncio.as_completed(running):

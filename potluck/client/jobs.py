@@ -97,6 +97,10 @@ class AsyncJob:
             await _news(feed, 0.2)
             return feed.state or state_of(answer)
 
+    def trouble(self) -> str:
+        """Why nothing is heard of it: the connection to the cluster is lost; "": it is there."""
+        return self._connection.bus.trouble()
+
     async def progress(self) -> AsyncGenerator[JobProgress, None]:
         """Each new progress until the job ends, whichever way: `wait` tells how."""
         seen: JobProgress | None = None

@@ -140,6 +140,10 @@ class Job:
         """Its state now. Raises NotFound."""
         return self._portal.call(self._job.status())
 
+    def trouble(self) -> str:
+        """Why nothing is heard of it: the connection to the cluster is lost; "": it is there."""
+        return self._job.trouble()
+
     def progress(self) -> Iterator[JobProgress]:
         """Each new progress until the job ends, whichever way: `wait` tells how."""
         return self._each(self._job.progress())

@@ -97,3 +97,18 @@ def test_what_is_left_half_read_is_let_go_without_a_wait() -> None:
     assert next(states) == 0
     portal.close()
     del states  # after the client is closed: nothing is raised that could only be printed
+
+
+def test_an_interrupt_while_the_program_is_imported_is_quiet_too() -> None:
+    program = """
+import sys
+class Interrupted:
+    def find_spec(self, name, path=None, target=None):
+        if name == "potluck.cli.main":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupted())
+from potluck.cli.start import main
+main()
+"""
+    ended = subprocess.run((sys.executable, "-c", program), capture_output=True, text=True, timeout=30, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import sys
 from pathlib import Path
@@ -13,10 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 from PIL import Image
+from rich.console import Console
 from typer.testing import CliRunner
 
 from coordinator.jobs import ROUNDS_LIMIT_BYTES, EpochEnded, Job, JobSubmitted, RoundClosed
 from potluck import codec
+from potluck.cli import following
 from potluck.cli.jobs import EPOCHS
 from potluck.cli.main import app
 from potluck.cli.session import Session
@@ -273,7 +276,7 @@ def test_a_job_that_has_ended_is_shown_and_drawn(tmp_path: Path, monkeypatch: py
     ended = job_ended(2, best_epoch=1)
     shown = run(monkeypatch, "succeeded", ended, "--plot", str(tmp_path / "o.png"), "--tensorboard", str(tmp_path))
     assert shown.exit_code == 0, shown.output
-    for part in ("computing", "exchanged", "val_loss -2.0000", "best epoch: 1", "n3 is left out: its loss became nan"):
+    for part in ("computing", "exchanged", "val_loss -2.0000", "the model is the one of epoch 1, the best", "n3 is left out: its loss became nan"):
         assert part in shown.stdout, part
     assert f"tensorboard --logdir {tmp_path}" in shown.stderr
     assert (tmp_path / "o.png").exists()
@@ -298,3 +301,20 @@ def test_what_cannot_be_drawn_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
     assert isinstance(refused.exception, Conflict)
     assert "--wait" in str(refused.exception)
     assert isinstance(run(monkeypatch, "running", None, "--plot", "o.gif").exception, InvalidRequest)
+
+
+def test_lines_that_may_be_copied_stay_whole_beside_a_live_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And it says why there is no news."""
+    written = io.StringIO()
+    console = Console(file=written, width=40, force_terminal=True, color_system=None)
+    monkeypatch.setattr(following, "Console", lambda **_: console)
+    line = "echo iVBORw0KGgo= | base64 -d | curl --data-binary @- http://192.168.1.7:7814/models/pictures/classify"
+    trouble = ["", "the connection to the broker is lost"]
+    state = JobChanged(job_id="j", kind="deploy", state="running", created_at=0.0, progress=JobProgress())
+    job: Any = SimpleNamespace(id="j", states=lambda: [state], epochs_so_far=tuple, trouble=lambda: trouble[0])
+    following._live(job, False, lambda _: [line])
+    assert f"{line}\n" in written.getvalue().replace("\r", "")
+    assert "no news" not in written.getvalue()
+    trouble[0] = trouble[1]
+    following._live(job, False, lambda _: ())
+    assert "no news: the connection to the" in written.getvalue()

@@ -899,6 +899,38 @@ def test_updates_that_go_too_far_are_left_out_and_their_node_after_three() -> No
     assert {attempt.node_id for attempt in play.job.attempts.values()} == {"c"}
 
 
+def test_a_node_that_comes_when_little_is_left_to_learn_is_welcome() -> None:
+    """Its optimizer is new and takes steps of the usual size, where the others' have become tiny."""
+    play = Simulation(epochs=30, validation=False)
+    nodes = ["a", "b"]
+    for number in range(6):
+        if number == 3:
+            play.norms = {"a": 0.01, "b": 0.01, "c": 0.5}
+            nodes.append("c")
+        play.plan(*nodes)
+        for attempt_id in list(play.job.attempts):
+            play.finish(attempt_id)
+        play.plan(*nodes)
+    assert "c" in play.strategy.crew | {attempt.node_id for attempt in play.job.attempts.values()}
+    assert not play.strategy.rejections
+    play.norms["c"] = 1000.0
+    for attempt_id in list(play.job.attempts):
+        play.finish(attempt_id)
+    play.plan(*nodes)
+    assert play.strategy.rejections == {"c": 1}, "what never was is no use now either"
+
+
+def test_while_all_get_ready_nobody_takes_no_part() -> None:
+    play = Simulation(validation=False)
+    play.by_hand = True
+    play.plan("a", "b")
+    running: dict[str, Any] = {key: (attempt, 0, {}) for key, attempt in play.job.attempts.items()}
+    assert not play.strategy.progress(running).waiting
+    play.finish(next(iter(play.job.attempts)))
+    running = {key: (attempt, 0, {}) for key, attempt in play.job.attempts.items()}
+    assert list(play.strategy.progress(running).waiting.values()) == ["it gets ready"]
+
+
 def test_a_good_round_forgives_and_weights_that_are_not_finite_count_as_no_use() -> None:
     play = Simulation(epochs=30, validation=False)
     diverged = ErrorInfo(code="diverged", message="the loss became nan", retryable=True)
