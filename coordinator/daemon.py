@@ -87,7 +87,6 @@ class Coordinator:
         self._rival_seen = asyncio.Event()
         self._seldom = Seldom(LOG_SECONDS)
         self._announced = asyncio.Event()
-        self._epoch = 0
         self._urls: tuple[str, ...] = ()
         self._neighbours: Neighbours | None = None
         self._gave_way: GaveWay | None = None
@@ -98,7 +97,6 @@ class Coordinator:
         async with AsyncExitStack() as stack:
             tell_lock = stack.enter_context(sole_use(self.folder, "coordinator", settings.cluster))
             journal = Journal(self.folder / "journal.sqlite", least_epoch=int(time.time()))
-            self._epoch = journal.epoch
             stack.callback(journal.close)
             store = BlobStore(self.folder / "blobs", settings.blob_limit_bytes)
             broker, addresses = await self._broker(stack)
@@ -423,8 +421,7 @@ class Coordinator:
                     self._serving.node_lost(change.node_id)
                 case NodeUnknown():
                     if self._seldom.due(f"rebirth of {change.node_id}") is not None:
-                        rebirth = Rebirth(epoch=self._epoch)
-                        self._outbox.publish(self.topics.node(change.node_id, "inbox"), rebirth)
+                        self._outbox.publish(self.topics.node(change.node_id, "inbox"), Rebirth())
                 case NodeRefused():
                     if (more := self._seldom.due("no room")) is not None:
                         facts = fields(node=change.node_id, limit=MEMBERS_LIMIT, more=more or None)

@@ -243,9 +243,10 @@ class Dispatcher:
                     ticked_at = now
                     with surviving("leases", fatal=FATAL):
                         self._tick(now)
-                for job_id in list(self._dirty):
-                    self._dirty.pop(job_id, None)
-                    self._plan(self._store.jobs[job_id])
+                # Whoever has got nothing for the longest time comes first: else the oldest jobs take every slot that is free.
+                for job in sorted((self._store.jobs[job_id] for job_id in self._dirty), key=lambda job: job.leased_at):
+                    self._dirty.pop(job.job_id, None)
+                    self._plan(job)
                 with surviving("news of jobs", fatal=FATAL):
                     self._announcer.tell_due(now)
 
@@ -461,6 +462,8 @@ class Dispatcher:
 
     async def _close_round(self, job: Job, decision: CloseRound) -> None:
         spec, strategy = job.submitted.spec, job.strategy
+        if job.ended is not None:
+            return
         assert isinstance(spec, Train)
         assert isinstance(strategy, RoundsStrategy)
         if spec.privacy is not None and spec.privacy.noise_multiplier:
@@ -516,6 +519,8 @@ class Dispatcher:
             self._finish(job, "succeeded", deployment=name, **parts)
 
     async def _complete(self, job: Job) -> None:
+        if job.ended is not None:
+            return
         parts = await self._collector.result(job)
         spec = job.submitted.spec
         if not job.active:

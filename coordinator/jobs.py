@@ -274,6 +274,8 @@ class Job:
     """When the first said so."""
     done_by: set[str] = field(default_factory=set)
     """Nodes that have done something for it."""
+    leased_at: float = 0.0
+    """When it last got a part of a node's time."""
     touched_at: float = 0.0
     """When an attempt last began or ended."""
     participants: set[str] = field(default_factory=set)
@@ -331,7 +333,7 @@ class Job:
             case AttemptLeased():
                 attempt = Attempt(event.attempt_id, event.shard_id, event.node_id, event.at)
                 self.attempts[attempt.attempt_id] = attempt
-                self.touched_at = event.at
+                self.touched_at = self.leased_at = event.at
                 self.participants.add(attempt.node_id)
                 if self.state == "queued":
                     self.state, self.started_at = "running", event.at

@@ -50,6 +50,8 @@ from potluck.wording import be, counted
 
 log = logging.getLogger(__name__)
 
+LOADED_KEPT = 16
+"""Data sets of jobs in memory: those that are alike share one."""
 JOBS_KEPT = 1000
 """Ended jobs that are remembered."""
 JOBS_REPUBLISHED = 100
@@ -84,6 +86,7 @@ class JobStore:
         self._journal = journal
         self._registry = registry
         self._blobs = store
+        self._loaded: dict[str, Dataset] = {}
         self._urls = urls
         self._node_data = node_data
         self._requests: dict[str, str] = {}
@@ -238,6 +241,7 @@ class JobStore:
         )
         for sha256 in self._pinned(job):
             self._blobs.unpin(sha256)
+        job.strategy = job.dataset = None  # what is asked of it from now on stands in its result
         old = [job_id for job_id in self.jobs if job_id not in self.active][:-JOBS_KEPT]
         for job_id in old:
             forgotten = self.jobs.pop(job_id)
@@ -281,6 +285,8 @@ class JobStore:
             return
         if job.active:
             self.active[job.job_id] = None
+        else:
+            job.strategy = job.dataset = None
         self._insert(job)
 
     def _apply(self, job: Job, event: AnyEvent) -> None:
@@ -360,12 +366,18 @@ class JobStore:
         return replace(model, holders=()), None, "keras"
 
     def _manifest(self, dataset: Dataset) -> BlobRef:
-        return self._blobs.put_bytes(codec.pack(dataset))
+        """What a job needs of a data set: not the names of what was left out of it."""
+        return self._blobs.put_bytes(codec.pack(replace(dataset, skipped=(), remarks=())))
 
     def _load(self, manifest: BlobRef | None) -> Dataset | None:
         if manifest is None or not self._blobs.has(manifest.sha256):
             return None
-        return codec.unpack(self._blobs.read(manifest.sha256), Dataset)
+        if (found := self._loaded.pop(manifest.sha256, None)) is None:
+            found = codec.unpack(self._blobs.read(manifest.sha256), Dataset)
+        self._loaded[manifest.sha256] = found  # the last that was asked for
+        while len(self._loaded) > LOADED_KEPT:
+            del self._loaded[next(iter(self._loaded))]
+        return found
 
 
 def _image(asked: ImageOptions | None, registered: ImageOptions | None) -> ImageOptions | None:

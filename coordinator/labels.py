@@ -8,6 +8,7 @@ from msgspec.structs import replace
 
 from potluck.errors import InvalidRequest
 from potluck.messages import Dataset, ModelInfo
+from potluck.wording import printable
 
 
 def as_trained_on(held_out: Dataset, data: Dataset) -> Dataset:
@@ -67,4 +68,4 @@ def counted(data: Dataset, classes: tuple[str, ...]) -> Dataset:
 
 def listed(classes: Sequence[str]) -> str:
     """For people: the first of them, or "none"."""
-    return ", ".join(classes[:12]) + (", ..." if len(classes) > 12 else "") if classes else "none"
+    return ", ".join(map(printable, classes[:12])) + (", ..." if len(classes) > 12 else "") if classes else "none"

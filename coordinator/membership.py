@@ -6,7 +6,7 @@ and `offline` after the whole, or at once by its will.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Literal
@@ -37,8 +37,12 @@ NAMED_LIMIT = 64
 """Things of a kind that a node has."""
 MEMBERS_LIMIT = 4000
 """Ids can be made up: beyond so many, whoever has been gone the longest is forgotten, and where nobody is, nobody more comes in."""
+FORGOTTEN_SECONDS = 60.0
+"""So long after its loss a node is forgotten that never said more than its birth: its name may have been made up."""
+QUARANTINE_SECONDS = 600.0
+"""For so long a node gets no jobs, unless it is started again: somebody else may have spoken in its name."""
 VIOLATIONS_LIMIT = 3
-"""Results that are not what was asked for, after which a node gets no more jobs until it is started again."""
+"""Results that are not what was asked for, after which it is in quarantine."""
 _UNKNOWN = Capacity(hostname="", system="", cores=1, memory_bytes=0)
 
 
@@ -64,7 +68,8 @@ class Member:
     violations: int = 0
     """Results of this session that were not what their lease asked for."""
     quarantined: str = ""
-    """Why this session gets no jobs any more."""
+    """Why this session gets no jobs for a while."""
+    quarantined_at: float = 0.0
 
     @property
     def left_out(self) -> str:
@@ -208,11 +213,14 @@ class Membership:
         )
         if gone is None:
             return False
-        del self.members[gone.node_id]
-        for url in gone.http:
-            if self._at.get(url) == gone.node_id:
-                del self._at[url]
+        self._forget(gone)
         return True
+
+    def _forget(self, member: Member) -> None:
+        del self.members[member.node_id]
+        for url in member.http:
+            if self._at.get(url) == member.node_id:
+                del self._at[url]
 
     def violated(self, node_id: str, reason: str) -> bool:
         """A result of the node was not what its lease asked for: whether that was once too often."""
@@ -223,13 +231,14 @@ class Membership:
         words = (
             f"{count} of its results were not what was asked for (last: {reason}): start it again when that is mended"
         )
-        self.members[node_id] = replace(known, violations=count, quarantined=words if count >= VIOLATIONS_LIMIT else "")
+        quarantined = words if count >= VIOLATIONS_LIMIT else ""
+        self.members[node_id] = replace(known, violations=count, quarantined=quarantined, quarantined_at=known.seen_at)
         return count >= VIOLATIONS_LIMIT
 
     def quarantine(self, node_id: str, reason: str) -> None:
         """Give it no jobs any more until it is started again."""
         if (known := self.members.get(node_id)) is not None and not known.quarantined:
-            self.members[node_id] = replace(known, quarantined=reason)
+            self.members[node_id] = replace(known, quarantined=reason, quarantined_at=known.seen_at)
 
     def quarantined(self) -> dict[str, str]:
         """Members that get no jobs, and why."""
@@ -258,20 +267,24 @@ class Membership:
         changes: list[Change] = []
         for member in list(self.members.values()):
             silent = now - member.seen_at
-            if member.state != "offline" and silent > self.timeout_seconds:
+            if member.quarantined and now - member.quarantined_at > QUARANTINE_SECONDS:
+                member = replace(member, violations=0, quarantined="")
+                self.members[member.node_id] = member
+            never = member.session and member.telemetry is None and member.state == "offline"
+            if never and silent > self.timeout_seconds + FORGOTTEN_SECONDS:
+                self._forget(member)
+            elif member.state != "offline" and silent > self.timeout_seconds:
                 self.members[member.node_id] = replace(member, state="offline")
                 changes.append(NodeLost(member.node_id, f"nothing was heard of it for {silent:.0f} s"))
             elif member.state == "online" and silent > self.timeout_seconds / 2:
                 self.members[member.node_id] = replace(member, state="suspect")
         return changes
 
-    def infos(self) -> tuple[NodeInfo, ...]:
-        """The members as clients see them."""
-        return tuple(
-            _fitting(_info(member))
-            for member in sorted(self.members.values(), key=lambda m: m.node_id)
-            if member.session
-        )
+    def infos(self, after: str = "") -> Iterator[NodeInfo]:
+        """The members as clients see them, by id, those behind `after`; each is made when it is asked for."""
+        for node_id in sorted(self.members):
+            if node_id > after and self.members[node_id].session:
+                yield _fitting(_info(self.members[node_id]))
 
 
 def _short(words: Mapping[str, str]) -> dict[str, str]:

@@ -91,7 +91,7 @@ log = logging.getLogger(__name__)
 P = TypeVar("P", bound=Struct)
 
 ONCE = RemoveAlias | DeleteModel | RemoveDataset | Promote | RollBack
-MANIFEST_LIMIT_BYTES = 8 * 2**20
+MANIFEST_LIMIT_BYTES = 2 * 2**20
 LISTED_BYTES = 96 * 1024
 """Models or jobs in one answer, as msgpack: in JSON they may be twice as long."""
 PLACES_TOLD = 16
@@ -197,8 +197,7 @@ class Requests:
                 listed, more = _page(self._dispatcher.all_described(message.after))
                 return JobsListed(jobs=listed, more=more)
             case ListNodes():
-                there = (node for node in self._membership.infos() if node.node_id > message.after)
-                nodes, more = _page(there)
+                nodes, more = _page(self._membership.infos(message.after))
                 return NodesListed(nodes=nodes, sent_at=self._clock(), more=more)
             case ListModels():
                 return self._list_models(message.after)

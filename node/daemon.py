@@ -285,9 +285,8 @@ class Node:
             case ReleaseBlob() as command:
                 if self._assignments.accepts(command.epoch):
                     self._copies.release(command)
-            case Rebirth() as command:
-                if self._assignments.accepts(command.epoch):
-                    self._presence.tell_again(self._outbox)
+            case Rebirth():
+                self._presence.tell_again(self._outbox)
             case other:
                 if (more := self._seldom.due("command")) is not None:
                     log.info("command ignored %s", fields(type=type(other).__name__, more=more or None))

@@ -1219,9 +1219,7 @@ class ReleaseBlob(Message, frozen=True):
 
 
 class Rebirth(Message, frozen=True):
-    """Publish your status and capacity again: this coordinator hears your telemetry, and does not know you."""
-
-    epoch: Epoch
+    """Publish your status and capacity again: the coordinator hears your telemetry, and does not know you."""
 
 
 class RunInference(Message, frozen=True):

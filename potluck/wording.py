@@ -1,4 +1,4 @@
-"""How counts are told to people."""
+"""How counts and names are told to people."""
 
 from __future__ import annotations
 
@@ -9,6 +9,15 @@ def counted(count: float, one: str, many: str = "") -> str:
     """As people say it: `1 node`, `1,200 items`; `many` where that is not `one` with an s."""
     number = f"{count:,.0f}"
     return f"{number} {one if number == '1' else many or one + 's'}"
+
+
+def printable(text: str, kept: str = "") -> str:
+    r"""The same with signs that a terminal would obey, not show, as escapes (`\n`, `\x1b`); those in `kept` stay."""
+    if text.isprintable():
+        return text
+    return "".join(
+        sign if sign.isprintable() or sign in kept else sign.encode("unicode_escape").decode() for sign in text
+    )
 
 
 def be(count: float) -> str:

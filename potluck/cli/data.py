@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -52,8 +53,8 @@ def add(
     output.show(output.datasets_table([info]))
     if is_here(info.name):
         output.note(
-            f"in this folder, DATA {info.name} means what lies here by that name, and is packed anew: "
-            "add it with another --name to use the data set here"
+            f"in this folder, DATA {info.name} means the {'folder' if Path(info.name).is_dir() else 'file'} of that name: "
+            "to use the data set, work in another folder, or add it with another --name"
         )
 
 

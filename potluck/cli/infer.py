@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +12,7 @@ import typer
 
 from potluck.cli import completion
 from potluck.cli.session import ImageSize, Json, image_size, session
+from potluck.wording import printable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from potluck.messages import ImageOptions, ModelInfo
 
 _SHOWN_CLASSES = 5
+_GIVE = "give an image, .txt, .wav, .npy, .json, or JSON itself"
 
 
 def infer(
@@ -39,12 +42,17 @@ def infer(
     as_json: Json = False,
 ) -> None:
     """Ask a deployed model."""
+    import numpy as np
+
     from potluck.cli import output
     from potluck.client import files
     from potluck.client.models import image_options
     from potluck.data import images, items
+    from potluck.errors import InvalidRequest
     from potluck.scores import of_classes
 
+    if not all(sources):
+        raise InvalidRequest(f"INPUT is empty: {_GIVE}")
     size = image_size(image)
     with session(context).client() as client:
         info = client.deployed_model(model)
@@ -58,6 +66,8 @@ def infer(
             names = [str(path) for path in paths]
             found = client.infer(model, paths, image=asked)
     outputs = found if isinstance(found, dict) else {"": found}
+    if any(array.dtype.kind == "f" and not np.isfinite(array).all() for array in outputs.values()):
+        output.note("the answer has numbers that are not finite (infinite, or not a number): JSON shows them as null")
     if as_json:
         told = {"model": f"{info.name}:{info.version}", "classes": info.classes, "outputs": found}
         output.emit({**told, "files": names} if names else told)
@@ -71,7 +81,7 @@ def infer(
         before = f"{name}: " if name else ""
         if names:
             for row, answer in zip(rows, array, strict=True):
-                output.show(f"{before}{row}: {json.dumps(output.plain(answer))}")
+                output.show(f"{before}{printable(row)}: {json.dumps(output.plain(answer))}")
         else:
             output.show(f"{before}{json.dumps(output.plain(array))}")
 
@@ -94,6 +104,8 @@ def read_input(source: str, info: ModelInfo, image: ImageOptions | None) -> Any:
             )
         except (ValueError, OSError) as error:
             raise InvalidData(f"the input is not JSON: {error}") from error
+        if (place := _not_finite(value)) is not None:
+            raise InvalidData(f"the input has a number that is not finite{place and f' at {place}'}: give one that is")
         try:
             if isinstance(value, str):
                 return items.text(value.encode(), info, "the input")
@@ -111,7 +123,7 @@ def read_input(source: str, info: ModelInfo, image: ImageOptions | None) -> Any:
     except OSError:  # too long for a name, or in a folder that may not be read
         there = False
     if not there:
-        raise InvalidData(f"there is no file {path}: give an image, .txt, .wav, .npy, .json, or JSON itself")
+        raise InvalidData(f"there is no file {path}: {_GIVE}")
     return files.read([path], info, image)
 
 
@@ -127,6 +139,17 @@ def _dtype_of(info: ModelInfo) -> Any:
         return np.dtype(object)
     wanted = DTYPES.get(inputs[0].datatype) if len(inputs) == 1 else None
     return wanted if wanted is not None and wanted.kind in "iub" else np.dtype(np.float32)
+
+
+def _not_finite(value: Any) -> str | None:
+    """Where in JSON the first number is that is infinite, as 1e999 becomes, or none: `[0][2]`."""
+    if isinstance(value, float):
+        return None if math.isfinite(value) else ""
+    within = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in within:
+        if (place := _not_finite(item)) is not None:
+            return f"[{json.dumps(key)}]{place}"
+    return None
 
 
 def _is_float(value: Any) -> bool:

@@ -111,7 +111,7 @@ def job(
         if ended.rounds and verbose:
             output.show(output.rounds_table(ended.rounds))
         if ended.best_epoch:
-            output.show(f"best epoch: {ended.best_epoch}, and the model is the one after it")
+            output.show(f"the model is the one of epoch {ended.best_epoch}, the best")
         for reason in following.left_out(state.progress):
             output.show(reason)
         if ended.before is not None and ended.evaluation is not None:

@@ -12,8 +12,12 @@ from dataclasses import dataclass, field
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
+from potluck.wording import printable
+
 GAP = 2
 """Spaces between two columns, and before what stands below an entry."""
+PIPE_COLUMNS = 10_000
+"""More than any line has: a pipe has no width, and nothing is broken to fit into one."""
 NOTHING = ("", "-", "?")
 """Cells that are not worth a word below an entry."""
 
@@ -22,7 +26,7 @@ NOTHING = ("", "-", "?")
 class Listing:
     """Rows below a heading. The columns come in the order of their worth: those at the end that do not fit stand below, by name.
 
-    `below[i]` are lines of text for people that stand below row i in any case; their words wrap.
+    `below[i]` are lines of text for people that stand below row i, and their words wrap; in a pipe they end its line.
     """
 
     columns: Sequence[str]
@@ -40,16 +44,21 @@ class Listing:
         """As it is printed on so many columns."""
         rows = [[_text(cell) for cell in row] for row in self.rows]
         widths = self._widths()
-        shown = _fitting(widths, width)
-        yield self._line([Text(column, style="bold") for column in self.columns[:shown]], widths)
+        piped = width >= PIPE_COLUMNS
+        shown = len(widths) if piped else _fitting(widths, width)
+        yield self._line([Text(printable(column), style="bold") for column in self.columns[:shown]], widths)
         for place, row in enumerate(rows):
-            yield self._line(row[:shown], widths)
+            told = self.below[place] if self.below else ()
+            line = self._line(row[:shown], widths)
+            if piped:  # programs there take a line for an entry
+                yield Text(" " * GAP).join([line, *map(_text, told)])
+                continue
+            yield line
             facts = [
                 Text.assemble((f"{column} " if column else "", "dim"), cell)
                 for column, cell in zip(self.columns[shown:], row[shown:], strict=True)
                 if cell.plain not in NOTHING
             ]
-            told = self.below[place] if self.below else ()
             for text in (*_joined(facts, width - GAP), *(line for said in told for line in wrapped(said, width - GAP))):
                 yield Text.assemble(" " * GAP, text)
 
@@ -81,7 +90,7 @@ class Facts:
 
     def lines(self, width: int) -> Iterator[Text]:
         """As they are printed on so many columns."""
-        rows = [(name, _text(said)) for name, said in self.rows if _text(said).plain]
+        rows = [(printable(name), _text(said, "\n")) for name, said in self.rows if _text(said).plain]
         indent = max([len(name) for name, _ in rows], default=0) + GAP
         for name, said in rows:
             head = Text.assemble((name, "bold"), " " * (indent - len(name)))
@@ -139,8 +148,12 @@ def _fitting(widths: Sequence[int], width: int) -> int:
     return len(widths)
 
 
-def _text(cell: str | Text) -> Text:
-    return cell if isinstance(cell, Text) else Text(cell)
+def _text(cell: str | Text, kept: str = "") -> Text:
+    """What is shown of a cell: names in it come from files and from other people, and may hold anything."""
+    if isinstance(cell, str):
+        return Text(printable(cell, kept))
+    shown = printable(cell.plain, kept)
+    return cell if shown == cell.plain else Text(shown, style=cell.style)
 
 
 def _whole(line: Text) -> Text:

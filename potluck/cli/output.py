@@ -14,7 +14,7 @@ from msgspec import Struct
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.text import Text
 
-from potluck.cli.listing import NOTHING, Facts, Line, Listing
+from potluck.cli.listing import NOTHING, PIPE_COLUMNS, Facts, Line, Listing
 from potluck.errors import PotluckError
 from potluck.messages import (
     DatasetInfo,
@@ -27,7 +27,7 @@ from potluck.messages import (
     RoundMetrics,
     TensorSpec,
 )
-from potluck.wording import counted
+from potluck.wording import counted, printable
 
 _COLORS = {
     "online": "green", "ready": "green", "succeeded": "green", "running": "cyan", "loading": "cyan", "queued": "yellow",
@@ -35,15 +35,18 @@ _COLORS = {
     "idle": "yellow", "evicted": "yellow", "withdrawn": "red", "retired": "yellow", "failing": "red",
 }  # fmt: skip
 
+_LINES = "\n"
+"""What stays in sentences as it is, for some end with lines of a log."""
 CONFUSED = 20
 """Pairs of classes that are named where the whole confusion matrix does not fit."""
-PIPE_COLUMNS = 10_000
-"""More than any line has: a pipe has no width, and nothing is broken to fit into one."""
 
 
 def show(renderable: RenderableType) -> None:
     """Print for people, on standard output. What is longer than the terminal is left to it: it gives it back whole."""
-    _console().print(renderable, soft_wrap=isinstance(renderable, str), crop=False)
+    if isinstance(renderable, str):
+        _console().print(printable(renderable, _LINES), soft_wrap=True, crop=False)
+    else:
+        _console().print(renderable, crop=False)
 
 
 def columns() -> int:
@@ -57,7 +60,7 @@ def _console() -> Console:
 
 def note(text: str) -> None:
     """A remark for people, on standard error, so that standard output stays what was asked for."""
-    Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(text)
+    Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(printable(text, _LINES))
 
 
 def emit(value: Any) -> None:
@@ -67,7 +70,7 @@ def emit(value: Any) -> None:
 
 def error_line(error: PotluckError) -> str:
     """One clear sentence, for standard error."""
-    return f"potluck: {error.message}\n"
+    return f"potluck: {printable(error.message, _LINES)}\n"
 
 
 def plain(value: Any) -> Any:
@@ -290,7 +293,7 @@ def model_report(model: ModelInfo) -> Facts:
             ("outputs", "\n".join(map(spec_text, signature.outputs)) if signature else ""),
             ("images", _images_text(model)),
             ("recordings", f"{model.rate:,} samples a second" if model.rate else ""),
-            ("classes", ", ".join(model.classes)),
+            ("classes", ", ".join(map(printable, model.classes))),
             ("metrics", metrics_text(model.metrics)),
             ("held by", "\n".join(ref.holders)),
         ]
@@ -312,7 +315,7 @@ def _images_text(model: ModelInfo) -> str:
 
 
 def tags_text(tags: Mapping[str, str]) -> str:
-    return "  ".join(f"{key}={value}" for key, value in sorted(tags.items()))
+    return printable("  ".join(f"{key}={value}" for key, value in sorted(tags.items())))
 
 
 def spec_text(spec: TensorSpec) -> str:
@@ -387,7 +390,7 @@ def evaluation_report(evaluation: Evaluation) -> Group:
     if evaluation.confusion:
         parts += ["", Confusion(evaluation)]
     if evaluation.remark:
-        parts += ["", Text(evaluation.remark)]
+        parts += ["", Text(printable(evaluation.remark))]
     return Group(*parts)
 
 

@@ -10,12 +10,14 @@ from msgspec import Meta, structs
 
 from potluck.client import arguments
 from potluck.errors import InvalidRequest
-from potluck.messages import Deploy, Factor, Objective, Positive, Quantization, Seconds
+from potluck.messages import Deploy, Factor, Objective, Quantization, Seconds
 
 IDLE_SECONDS = 300.0
 """After so long without a request `0..MAX` holds none, where nothing else is said."""
 _RANGE = re.compile(r"^(\d{1,6})\.\.(\d{1,6})\Z")
-_REPLICAS = "a whole number of at least 1, 'all', or 'MIN..MAX'"
+_REPLICAS = "a whole number from 1 to 999,999, 'all', or 'MIN..MAX'"
+Replicas = Annotated[int, Meta(ge=1, le=999_999)]
+"""As many digits as `MIN..MAX` takes."""
 Share = Annotated[int, Meta(ge=1, le=100)]
 _SECONDS = "a number of seconds of at least 0"
 _KINDS: dict[str, tuple[Any, str]] = {
@@ -98,4 +100,4 @@ def _replicas(given: object, options: Mapping[str, Any]) -> dict[str, Any]:
         return {"replicas": 0}
     if isinstance(given, str) and given.isdecimal():
         given = int(given)
-    return {"replicas": arguments.checked("replicas", given, Positive, _REPLICAS)}
+    return {"replicas": arguments.checked("replicas", given, Replicas, _REPLICAS)}

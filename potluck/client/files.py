@@ -15,6 +15,7 @@ from potluck.data.packing import some
 from potluck.errors import InvalidData, InvalidRequest
 from potluck.messages import ImageOptions, ModelInfo
 from potluck.tensors import shape_text
+from potluck.wording import printable
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +106,7 @@ def _in_folder(folder: Path, info: ModelInfo) -> list[Path]:
     found = folders.files_in(folder, [kind])
     unread = folders.unread_in(folder, kind)
     if unread:
-        shown = some([path.name for path in unread])
+        shown = printable(some([path.name for path in unread]))
         log.warning("%d of %d files cannot be read and are left out: %s", len(unread), len(found) + len(unread), shown)
     if found:
         return found

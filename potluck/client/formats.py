@@ -68,11 +68,15 @@ def _whole(path: Path) -> ModelFormat:
 def export_path(info: ModelInfo, path: Path) -> Path:
     """Where a model is written to: `path`, or in that folder by the model's own name. Raises InvalidRequest."""
     if info.format == "savedmodel":
+        if path.suffix in (*SUFFIXES.values(), ".pb"):
+            raise InvalidRequest(
+                f"model {info.name}:{info.version} is a SavedModel, which is a folder: name it {path.with_suffix('').name}"
+            )
         return path
     suffix = SUFFIXES[info.format]
     if path.is_dir():
         return path / f"{info.name}-{info.version}{suffix}"
-    if path.suffix in SUFFIXES.values() and path.suffix != suffix:
+    if path.suffix != suffix:
         raise InvalidRequest(
             f"model {info.name}:{info.version} is a {WORDS[info.format]}: name the file {path.with_suffix(suffix).name}, "
             "since programs tell the format by that"

@@ -74,7 +74,7 @@ class Wanted:
         except InvalidRequest as error:
             if (found := roles()) is None or len(found.names) < 2:
                 raise
-            raise InvalidRequest(f"{error.message}; {_told(found)}") from error
+            raise InvalidRequest(f"{error.message}; {_told(found, item, self.shape)}") from error
         self.check_classes(argument, dataset.format.classes)
 
 
@@ -104,16 +104,25 @@ def _untold(roles: Roles) -> str:
     )
 
 
-def _told(roles: Roles) -> str:
-    """What was taken for what, and what to type where that is not meant."""
-    taken = f"the target {', '.join(map(repr, roles.targets))}" if roles.targets else "none of them the target"
+def _told(roles: Roles, item: tuple[int, ...] | None, shape: tuple[int | None, ...] | None) -> str:
+    """What was taken for what, and what helps."""
+    if roles.what == "columns" and shape is not None and len(shape) == 4:
+        return "the model takes images, and a table holds none: give a folder of images, or a model for the table"
+    if not roles.targets:
+        return (
+            f"its {roles.what} are {listed(roles.names)}, none of them the target: name what is the target with target=NAME "
+            "(--target NAME)"
+        )
+    rest = [name for name in roles.names if name not in roles.targets]
     return (
-        f"its {roles.what} are {listed(roles.names)}, {taken}: name what is the target with target=NAME (--target NAME)"
+        f"its {roles.what} are {listed(rest)} without the target {', '.join(map(repr, roles.targets))}: make the model's input "
+        f"{item}, or give data that fit"
     )
 
 
 def listed(names: Sequence[str]) -> str:
     """The first of them and the last ones."""
+    names = [name or "(no name)" for name in names]
     if len(names) <= _FIRST + _LAST + 1:
         return ", ".join(names)
     return f"{', '.join(names[:_FIRST])}, ..., {', '.join(names[-_LAST:])}; {len(names)} in all"

@@ -25,6 +25,7 @@ from potluck.client.models import MODEL_FIRST, is_model
 from potluck.data.packing import WEIGHT_NAME, Target, remarks
 from potluck.errors import Cancelled, InvalidData, InvalidRequest
 from potluck.messages import NODE_DATA, AddDataset, BlobRef, Dataset, DatasetAdded, DatasetInfo
+from potluck.wording import printable
 
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 Progress = Callable[[str, int, int], None]
@@ -219,7 +220,7 @@ async def add(
 def _remark(dataset: Dataset, argument: str) -> None:
     """Warn of what was left out, and of what whoever gave the data may not have meant."""
     for remark in remarks(dataset):
-        log.warning("%s: %s", argument, remark)
+        log.warning("%s: %s", argument, printable(remark))
 
 
 def remark_hidden(argument: str, name: str) -> None:

@@ -53,6 +53,8 @@ def text(data: bytes, info: ModelInfo, what: str = "the text") -> Array:
         found = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise InvalidData(f"{what} cannot be read as text in UTF-8: {error}") from error
+    if not found.strip():
+        raise InvalidData(f"{what} is empty: give one with words in it")
     return np.asarray([found], object).reshape([1] * len(input_shape(info) or (1,)))
 
 

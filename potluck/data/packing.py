@@ -22,6 +22,8 @@ Target = str | Sequence[str] | None
 WEIGHT_NAME = "sample_weight"
 """The name of what holds the weights of the items in the loss, when none is named."""
 _NAMED = 5
+NAME_LIMIT = 500
+"""Signs that are kept of what is said of an item that was left out."""
 CLASSES_LIMIT = 10_000
 """More classes than that are taken for something else than classes."""
 
@@ -76,7 +78,7 @@ class Packing:
             count=sum(shard.count for shard in shards),
             shards=tuple(shards),
             class_counts=counts,
-            skipped=tuple(skipped),
+            skipped=tuple(text[:NAME_LIMIT] for text in skipped),
             keys=self.put(codec.pack(list(keys), "json")),
             remarks=tuple(remarks),
         )

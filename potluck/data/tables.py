@@ -123,7 +123,9 @@ def check_width(path: Path, columns: int) -> None:
 
 def listed(names: Sequence[str]) -> str:
     """Names of columns for an error: the first of them, where there are very many."""
-    return ", ".join(names[:_LISTED]) + (f", ... ({len(names)} in all)" if len(names) > _LISTED else "")
+    return ", ".join(name or "(no name)" for name in names[:_LISTED]) + (
+        f", ... ({len(names)} in all)" if len(names) > _LISTED else ""
+    )
 
 
 def target_columns(names: Sequence[str], target: Target) -> tuple[str, ...]:

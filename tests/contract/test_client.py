@@ -242,9 +242,17 @@ async def test_what_data_lack_is_said_with_their_names_before_they_are_sent(
     with pytest.raises(InvalidData, match=r"it holds only 'x', so give both, as arrays \(x, y\)"):
         await client.train(model, np.zeros((6, 4)))
     table.write_text("id,a,b,c,d,class\n" + "1,1,2,3,4,0\n" * 6)
-    fits = r"has shape \(4\), but the data has \(5\) per item; its columns are id, a, b, c, d, class, the target 'class': name"
+    fits = r"has shape \(4\), but the data has \(5\) per item; its columns are id, a, b, c, d without the target 'class': make .* \(5,\)"
     with pytest.raises(InvalidRequest, match=fits):
         await client.train(model, table)
+    table.write_text(",id,a,b,c,d,buys\n" + "0,1,1,2,3,4,0\n" * 6)
+    fits = r"its columns are \(no name\), id, a, b, c, d without the target 'buys': make the model's input \(5,\)"
+    with pytest.raises(InvalidRequest, match=fits):
+        await client.train(model, table, target="buys")
+    with pytest.raises(
+        InvalidRequest, match=r"\(no name\), id, a, b, c, d, buys, none of them the target: name what is"
+    ):
+        await client.predict(model, table)
     with pytest.raises(InvalidModel, match="data has 4 classes, but the model takes 3: make its last layer 4 units"):
         await client.train(model, {"x": np.zeros((8, 4)), "y": np.array(list("abcdabcd"))})
     assert not [asked for asked in coordinator.asked if isinstance(asked, AddDataset | SubmitJob)]
@@ -262,6 +270,8 @@ async def test_files_of_another_kind_than_the_model_takes_are_refused_before_a_j
     config = {"class_name": "Functional", "config": {"layers": layers}, "compile_config": {"loss": "mse"}}
     with zipfile.ZipFile(free, "w") as archive:
         archive.writestr("config.json", json.dumps(config))
+    table = tmp_path / "shop.csv"
+    table.write_text("age,price,label\n" + "1,2,0\n" * 6)
     said = r"data holds images, each \(height, width, channels\), and the model's input has shape \(4\)"
     for ask in (client.train, client.evaluate, client.predict):
         with pytest.raises(InvalidRequest, match=said):
@@ -270,6 +280,8 @@ async def test_files_of_another_kind_than_the_model_takes_are_refused_before_a_j
             await ask(free, "pictures")
         with pytest.raises(InvalidRequest, match="data holds recordings, each"):
             await ask(free, "tones")
+        with pytest.raises(InvalidRequest, match="the model takes images, and a table holds none: give a folder"):
+            await ask(free, table)
     assert jobs_of(coordinator) == []
     await client.train(free, "pictures", image=(8, 8))
     await client.train(model, "rows")
@@ -798,6 +810,10 @@ async def test_models_come_back_as_they_were_given(
     assert (await client.register(given, source="made by hand")).source == "made by hand"
     assert await client.export("m", tmp_path / "back") == tmp_path / "back" / "m-1.keras"
     assert (tmp_path / "back" / "m-1.keras").read_bytes() == given.read_bytes()
+    with pytest.raises(InvalidRequest, match=r"name the file x\.keras"):
+        await client.export("m", tmp_path / "x.pb")
+    with pytest.raises(InvalidRequest, match=r"a SavedModel, which is a folder: name it x$"):
+        await client.export("digits:1", tmp_path / "x.pb")
 
 
 async def test_the_synchronous_client_on_a_real_broker(tmp_path: Path) -> None:

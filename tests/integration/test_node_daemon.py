@@ -207,9 +207,10 @@ async def test_a_coordinator_that_comes_later_is_told_again(lab: Lab) -> None:
 async def test_who_is_not_known_is_asked_for_its_birth(lab: Lab) -> None:
     await lab.node()
     born = await lab.heard(NodeStatus)
+    await lab.heard(NodeCapacity)  # behind its birth
     capacities = len(lab.all(NodeCapacity))
-    await lab.command(Rebirth(epoch=1))
-    await lab.command(Rebirth(epoch=1))
+    await lab.command(Rebirth())
+    await lab.command(Rebirth())
     await lab.heard(NodeStatus, lambda one: one == born, after=1)
     await lab.heard(NodeCapacity, after=capacities)
     await lab.lease("a1", "join")

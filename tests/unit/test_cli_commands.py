@@ -129,10 +129,34 @@ def test_json_and_arrays_get_their_batch_axis(tmp_path: Path) -> None:
             read_input(array, model((-1, 2)), ImageOptions(height=2, width=1))
     with pytest.raises(InvalidData, match="no file"):
         read_input("x" * 300, model((-1, 2)), None)
-    with pytest.raises(InvalidData, match="no file"):
-        read_input("", model((-1, 2)), None)
     with pytest.raises(InvalidData, match="JSON"):
         read_input("[1,", model((-1, 2)), None)
+    with pytest.raises(InvalidData, match=r"not finite at \[0\]\[1\]: give"):
+        read_input("[[1, 1e999]]", model((-1, 2)), None)
+    with pytest.raises(InvalidData, match=r'not finite at \["a"\]\[0\]: give'):
+        read_input('{"a": [NaN]}', model((-1, 2)), None)
+
+
+def test_an_empty_input_is_refused_and_not_read_as_the_folder_here() -> None:
+    refused = potluck("infer", "m", "")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr.startswith("potluck: INPUT is empty: give an image")
+
+
+def test_what_is_asked_of_files_is_told_with_names_that_a_terminal_only_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    client = mock.MagicMock()
+    client.__enter__.return_value.deployed_model.return_value = model((-1, 2))
+    client.__enter__.return_value.infer.return_value = np.array([[1.0], [np.nan]], np.float32)
+    monkeypatch.setattr("potluck.cli.session.Session.client", lambda self: client)
+    names = [str(tmp_path / name) for name in ("\x1b[31m\n.npy", "é.npy")]
+    for name in names:
+        np.save(name, np.zeros((1, 2), np.float32))
+    app(["infer", "m", *names], standalone_mode=False)
+    said = capsys.readouterr()
+    assert said.out == f"{tmp_path}/\\x1b[31m\\n.npy: [1.0]\n{tmp_path}/é.npy: [null]\n"
+    assert "not finite" in said.err
 
 
 def test_texts_get_the_shape_of_the_input(tmp_path: Path) -> None:
@@ -152,6 +176,9 @@ def test_texts_get_the_shape_of_the_input(tmp_path: Path) -> None:
         read_input(str(path), model((-1, 4)), None)
     with pytest.raises(InvalidRequest, match="--image"):
         read_input(str(path), model((-1,), "BYTES"), ImageOptions(height=2, width=1))
+    path.write_text(" \n")
+    with pytest.raises(InvalidData, match=r"film\.txt is empty"):
+        read_input(str(path), model((-1,), "BYTES"), None)
     path.write_bytes(b"\xff")
     with pytest.raises(InvalidData, match="cannot be read as text in UTF-8"):
         read_input(str(path), model((-1,), "BYTES"), None)
@@ -246,7 +273,7 @@ def test_a_deployment_that_cannot_be_is_refused_before_training(unused_tcp_port:
     for typed, said in (
         (("--deploy", "2"), "--deploy needs --name"),
         (("--deploy", "2", "--name", "m", "--detach"), "--detach does not wait"),
-        (("--deploy", "some", "--name", "m"), "a whole number of at least 1"),
+        (("--deploy", "some", "--name", "m"), "a whole number from 1 to 999,999"),
     ):
         refused = potluck("train", "m.keras", "d", *typed, *nowhere)
         assert (refused.returncode, refused.stdout) == (2, "")
@@ -283,7 +310,7 @@ def test_a_data_set_with_the_name_of_a_folder_here_is_said_to_be_hidden_by_it(
         app(["data", "add", "films"], standalone_mode=False)
         said = capsys.readouterr()
         assert "films" in said.out
-        assert ("DATA films means what lies here by that name" in said.err) == bool(here)
+        assert ("DATA films means the folder of that name" in said.err) == bool(here)
 
 
 def test_each_data_set_that_is_packed_for_a_job_is_named(

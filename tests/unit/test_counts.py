@@ -1,4 +1,4 @@
-"""Counts as people say them, wherever one is printed."""
+"""Counts as people say them, and names as they may be printed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import potluck
-from potluck.wording import be, counted
+from potluck.wording import be, counted, printable
 
 PLURAL = re.compile(
     r"\{[^{}]*\b(len|count|ready|there|total)\b[^{}]*\} (nodes|images|replicas|items|jobs|files|epochs|rows|models|requests)\b"
@@ -21,6 +21,12 @@ def test_one_of_a_thing_is_singular() -> None:
         "1 node is",
         "1,200 nodes are",
     ]
+
+
+def test_names_are_printable_and_stay_readable() -> None:
+    assert printable("größe 猫 🐈 a\\b") == "größe 猫 🐈 a\\b"
+    assert printable("a\n\t\x1b[2J\u202e\udc80") == r"a\n\t\x1b[2J\u202e\udc80"
+    assert printable("a\n\r", "\n") == "a\n\\r"
 
 
 def test_no_count_is_printed_without_the_helper() -> None:

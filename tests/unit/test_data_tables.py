@@ -165,6 +165,7 @@ def test_byte_order_mark_quotes_and_spaces(tmp_path: Path, store: BlobStore) -> 
         ('a,b\n1,"x\ny"\n', None, "line 3: column 'b'"),
         ("a,y\n1,cat\n2,\n", None, "line 3: the target 'y' has no value"),
         ("a,b\n1,2\n", "c", "no column 'c': its columns are a, b"),
+        (",b\n1,2\n", "c", "no column 'c': its columns are .no name., b"),
         ("y\n1\n", None, "no columns beside the target 'y'"),
         ('a,b\n1,"2\n', None, "cannot be read as CSV"),
     ],

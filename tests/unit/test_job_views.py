@@ -276,7 +276,13 @@ def test_a_job_that_has_ended_is_shown_and_drawn(tmp_path: Path, monkeypatch: py
     ended = job_ended(2, best_epoch=1)
     shown = run(monkeypatch, "succeeded", ended, "--plot", str(tmp_path / "o.png"), "--tensorboard", str(tmp_path))
     assert shown.exit_code == 0, shown.output
-    for part in ("computing", "exchanged", "val_loss -2.0000", "the model is the one of epoch 1, the best", "n3 is left out: its loss became nan"):
+    for part in (
+        "computing",
+        "exchanged",
+        "val_loss -2.0000",
+        "the model is the one of epoch 1, the best",
+        "n3 is left out: its loss became nan",
+    ):
         assert part in shown.stdout, part
     assert f"tensorboard --logdir {tmp_path}" in shown.stderr
     assert (tmp_path / "o.png").exists()

@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 from rich.console import Console, RenderableType
+from rich.text import Text
 
 from potluck.cli import output
-from potluck.cli.listing import Facts, Listing
+from potluck.cli.listing import PIPE_COLUMNS, Facts, Line, Listing
 from potluck.messages import (
     BlobRef,
     ClassScore,
@@ -134,7 +135,7 @@ LISTINGS: tuple[tuple[RenderableType, tuple[str, ...]], ...] = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("width", [60, 80, output.PIPE_COLUMNS])
+@pytest.mark.parametrize("width", [60, 80, PIPE_COLUMNS])
 @pytest.mark.parametrize(("listing", "parts"), LISTINGS)
 def test_what_people_copy_is_whole_in_every_listing(
     listing: RenderableType, parts: tuple[str, ...], width: int
@@ -158,7 +159,7 @@ def test_a_confusion_matrix_that_does_not_fit_is_told_by_what_was_confused() -> 
         ["9", "class number 5", "class number 6"],
         ["2", "class number 3", "class number 4"],
     ]
-    assert "confusion (rows: truth)" in printed(output.Confusion(evaluation), output.PIPE_COLUMNS)
+    assert "confusion (rows: truth)" in printed(output.Confusion(evaluation), PIPE_COLUMNS)
 
 
 @pytest.mark.parametrize("text", ["saved as /home/[me]/model.keras", f"{'x' * 100} {'y' * 100}"])
@@ -166,3 +167,23 @@ def test_a_sentence_is_printed_as_it_is(text: str, capsys: pytest.CaptureFixture
     """Brackets are no markup, and the terminal itself wraps."""
     output.show(text)
     assert capsys.readouterr().out == f"{text}\n"
+
+
+def test_a_pipe_gets_a_line_for_each_entry() -> None:
+    listing = Listing(["a", "b"], [["x", "1"], ["y", "2"]], below=[["told of x", "and more"], []])
+    assert printed(listing, PIPE_COLUMNS) == "a  b\nx  1  told of x  and more\ny  2\n"
+
+
+@pytest.mark.parametrize("width", [60, PIPE_COLUMNS])
+def test_a_terminal_shows_names_and_does_not_obey_them(width: int) -> None:
+    name = "red\x1b[31m\nnext é 猫"
+    data = DatasetInfo(name="d", kind="images", count=2, shards=1, size_bytes=1, classes=(name,))
+    for shown in (
+        output.datasets_table([data]),
+        output.model_report(replace(MODEL, classes=(name,))),
+        Listing([name], [[Text(name, style="red")]], right=[name], below=[[name]]),
+        Line(name),
+    ):
+        assert "red\\x1b[31m\\nnext é 猫" in (text := printed(shown, width))
+        assert "\x1b" not in text
+        assert "\nnext" not in text

@@ -4,7 +4,15 @@ import pytest
 from msgspec.structs import replace
 
 from coordinator import membership
-from coordinator.membership import LISTED_LIMIT_BYTES, Membership, NodeJoined, NodeLost, NodeRefused, NodeUnknown
+from coordinator.membership import (
+    LISTED_LIMIT_BYTES,
+    QUARANTINE_SECONDS,
+    Membership,
+    NodeJoined,
+    NodeLost,
+    NodeRefused,
+    NodeUnknown,
+)
 from potluck import codec
 from potluck.messages import Capacity, DataFormat, Gpu, NodeCapacity, NodeData, NodeStatus, NodeTelemetry
 
@@ -50,7 +58,7 @@ def test_silence_makes_a_suspect_and_then_a_loss_and_telemetry_brings_it_back() 
 def test_capacity_may_arrive_before_the_birth() -> None:
     members = Membership(timeout_seconds=10)
     members.on_capacity(NodeCapacity(node_id="n", capacity=Capacity(hostname="h", system="s", cores=4, memory_bytes=1)))
-    assert members.infos() == ()
+    assert list(members.infos()) == []
     members.on_status(birth("1"), 0)
     (info,) = members.infos()
     assert info.capacity.cores == 4
@@ -68,9 +76,9 @@ def test_what_a_node_runs_and_which_data_it_lacks_are_listed() -> None:
     (info,) = members.infos()
     assert (info.software, info.data_missing, info.capacity.cores) == ({"potluck": "1"}, {"photos": "gone"}, 2)
     members.on_status(NodeStatus(node_id="n", session="1", state="online", software={"potluck": "2"}), 1)
-    assert members.infos()[0].software == {"potluck": "2"}
+    assert next(members.infos()).software == {"potluck": "2"}
     members.on_status(NodeStatus(node_id="n", session="1", state="offline"), 2)
-    assert members.infos()[0].software == {"potluck": "2"}, "what was there when it left"
+    assert next(members.infos()).software == {"potluck": "2"}, "what was there when it left"
 
 
 def test_whoever_left_did_not_get_lost_and_what_it_did_is_not_told_any_more() -> None:
@@ -86,6 +94,36 @@ def test_whoever_left_did_not_get_lost_and_what_it_did_is_not_told_any_more() ->
     members.tick(120)
     (info,) = members.infos()
     assert (info.state, info.left) == ("offline", False)
+
+
+def test_a_quarantine_ends() -> None:
+    """Who forged the results in a node's name cannot stop it for ever."""
+    members = Membership(timeout_seconds=10)
+    members.on_status(birth("1"), 0)
+    for reason in "abc":
+        members.violated("n", reason)
+    now = 0.0
+    while members.quarantined():
+        now += 5
+        members.heard("n", now)
+        members.tick(now)
+    assert QUARANTINE_SECONDS < now < QUARANTINE_SECONDS + 10
+    assert not members.violated("n", "again")
+
+
+def test_who_was_never_more_than_a_birth_is_forgotten() -> None:
+    members = Membership(timeout_seconds=10)
+    members.on_status(birth("1"), 0)
+    members.on_telemetry(telemetry("1"), 1)
+    for number in range(50):
+        members.on_status(
+            NodeStatus(node_id=f"f{number}", session="s", state="online", http=("http://127.0.0.1:1",)), 1
+        )
+    for now in (12, 30, 60, 80):
+        members.tick(now)
+    assert [node.node_id for node in members.infos()] == ["n"]
+    assert members.node_at("http://127.0.0.1:1") == ""
+    assert list(members.infos("n")) == []
 
 
 def test_of_whom_nothing_but_telemetry_is_heard_a_birth_is_asked_for() -> None:
@@ -125,10 +163,10 @@ def test_who_speaks_another_protocol_is_left_out_and_named() -> None:
     members = Membership(timeout_seconds=10)
     members.on_status(replace(birth("1"), version=2), 0)
     assert members.online() == []
-    assert "speaks version 2 of the protocol, and the coordinator 1" in members.infos()[0].left_out
+    assert "speaks version 2 of the protocol, and the coordinator 1" in next(members.infos()).left_out
     members.on_status(birth("1"), 1)  # the same session, as nobody does it
     assert len(members.online()) == 1
-    assert members.infos()[0].left_out == ""
+    assert next(members.infos()).left_out == ""
 
 
 def test_the_third_violation_ends_in_quarantine_until_the_node_is_started_again() -> None:
@@ -136,8 +174,8 @@ def test_the_third_violation_ends_in_quarantine_until_the_node_is_started_again(
     assert not members.violated("n", "unknown")
     members.on_status(birth("1"), 0)
     assert [members.violated("n", reason) for reason in ("a", "b", "c", "d")] == [False, False, True, False]
-    assert members.quarantined() == {"n": members.infos()[0].left_out}
-    assert "3 of its results were not what was asked for (last: c)" in members.infos()[0].left_out
+    assert members.quarantined() == {"n": next(members.infos()).left_out}
+    assert "3 of its results were not what was asked for (last: c)" in next(members.infos()).left_out
     members.on_status(birth("1", "offline"), 1)
     members.on_status(birth("1"), 2)
     assert members.quarantined()  # the same session
@@ -149,10 +187,10 @@ def test_a_capacity_that_cannot_be_read_is_named_where_none_is_known() -> None:
     members = Membership(timeout_seconds=10)
     members.on_unreadable_capacity("n", "gflops")
     members.on_status(birth("1"), 0)
-    assert members.infos()[0].left_out == "its capacity cannot be read: gflops"
+    assert next(members.infos()).left_out == "its capacity cannot be read: gflops"
     members.on_capacity(NodeCapacity(node_id="n", capacity=Capacity(hostname="h", system="s", cores=4, memory_bytes=1)))
     members.on_unreadable_capacity("n", "gflops")  # of somebody else
-    assert members.infos()[0].left_out == ""
+    assert next(members.infos()).left_out == ""
 
 
 def test_made_up_ids_fill_no_memory_and_push_out_nobody_who_is_there(monkeypatch: pytest.MonkeyPatch) -> None:

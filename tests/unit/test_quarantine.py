@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from math import nan
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -34,6 +36,7 @@ from potluck.messages import (
 )
 from potluck.settings import CoordinatorSettings
 from potluck.topics import Topics
+from support.eventually import eventually
 
 BLOB = BlobRef(sha256="a" * 64, size=1)
 TASK = EvaluateTask(
@@ -164,3 +167,23 @@ def test_a_lease_on_a_large_data_set_goes_into_a_message() -> None:
     peers = [shard.blob.holders[0] for shard in sent[0].task.data]
     assert len(set(peers)) > 5, "one of those that have it, and not always the same"
     assert all(len(shard.blob.holders) == 4 for shard in sent[0].task.data)
+
+
+async def test_whoever_waits_the_longest_for_a_nodes_time_is_planned_first() -> None:
+    """Jobs without an end would else keep all that come later from any."""
+    bench = Bench("n1")
+    jobs = {
+        name: SimpleNamespace(job_id=name, leased_at=at)
+        for name, at in (("endless", 50.0), ("new", 0.0), ("older", 20.0))
+    }
+    store: Any = SimpleNamespace(active={}, jobs=jobs, pin_rounds=lambda: None)
+    planned: list[str] = []
+    dispatcher: Any = bench.dispatcher
+    dispatcher._store, dispatcher._plan = store, lambda job: planned.append(job.job_id)
+    dispatcher._dirty = dict.fromkeys(jobs)
+    dispatcher._wake.set()
+    running = asyncio.create_task(dispatcher.run())
+    await eventually(lambda: len(planned) == 3)
+    running.cancel()
+    await asyncio.wait([running])
+    assert planned == ["new", "older", "endless"]
