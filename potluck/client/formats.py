@@ -14,6 +14,8 @@ from potluck.messages import ModelFormat, ModelInfo
 
 SUFFIXES: dict[ModelFormat, str] = {"keras": ".keras", "h5": ".h5", "tflite": ".tflite"}
 """How files of a format are named. A SavedModel is a folder."""
+OTHER_SUFFIXES: dict[ModelFormat, tuple[str, ...]] = {"h5": (".hdf5", ".hdf")}
+"""That programs know as well."""
 WORDS: dict[ModelFormat, str] = {
     "keras": ".keras file",
     "h5": "Keras HDF5 file",
@@ -76,7 +78,7 @@ def export_path(info: ModelInfo, path: Path) -> Path:
     suffix = SUFFIXES[info.format]
     if path.is_dir():
         return path / f"{info.name}-{info.version}{suffix}"
-    if path.suffix != suffix:
+    if path.suffix not in (suffix, *OTHER_SUFFIXES.get(info.format, ())):
         raise InvalidRequest(
             f"model {info.name}:{info.version} is a {WORDS[info.format]}: name the file {path.with_suffix(suffix).name}, "
             "since programs tell the format by that"
