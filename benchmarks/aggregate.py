@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from coordinator.training.outer import Outer, combine
+from coordinator.dispatch.outer import Outer, combine
 
 
 def main() -> None:

@@ -27,8 +27,8 @@ import psutil
 from echo import NODELAY
 from report import Report
 
-from potluck.broker import start_broker
 from potluck.lifecycle import die_with_parent
+from potluck.net.broker import start_broker
 from potluck.settings import BrokerSettings, Listen
 
 V311 = aiomqtt.ProtocolVersion.V311

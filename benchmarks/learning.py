@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from coordinator.training import outer
+from coordinator.dispatch import outer
 from node.engine.tasks import Tasks
-from potluck.messages import BlobRef, Compression, DataFormat, DataShard, EvaluateTask, TrainResult, TrainTask
-from potluck.updates import apply_update
+from potluck.weights.updates import apply_update
+from potluck.wire.messages import BlobRef, Compression, DataFormat, DataShard, EvaluateTask, TrainResult, TrainTask
 from support.models import Files, whole
 
 BATCH = 32

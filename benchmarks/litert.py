@@ -25,8 +25,8 @@ from report import OtherLoad, Report
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from node.engine.process import Engine
 from node.engine.watch import Limits
-from potluck.messages import BlobRef, ConvertTask, DataFormat, EvaluateTask, ModelFormat
-from potluck.tensors import from_numpy
+from potluck.wire.messages import BlobRef, ConvertTask, DataFormat, EvaluateTask, ModelFormat
+from potluck.wire.tensors import from_numpy
 from support.digits import digits
 from support.models import Files, converted, convolutional, exported, whole
 

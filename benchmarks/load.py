@@ -26,13 +26,13 @@ import numpy as np
 import psutil
 from report import Report, percentiles
 
-from potluck.bus import MqttBus
+from potluck.bus.mqtt import MqttBus
 from potluck.client import AsyncClient, AsyncJob
 from potluck.errors import PotluckError
 from potluck.local_cluster import Daemon, LocalCluster
-from potluck.messages import Infer, Inferred, Tensor
-from potluck.tensors import from_numpy
-from potluck.topics import Topics
+from potluck.wire.messages import Infer, Inferred, Tensor
+from potluck.wire.tensors import from_numpy
+from potluck.wire.topics import Topics
 
 SIZE = 16
 DEADLINE_SECONDS = 0.5

@@ -372,7 +372,7 @@ def synchronous(lab: Lab, report: Report) -> None:
 
 def predicted(lab: Lab, report: Report) -> None:
     """What the cost model says of both strategies on two nodes, against what they took: a model of 2.4 million weights."""
-    from coordinator.training.costs import Costs, predict
+    from coordinator.plans.training.costs import Costs, predict
 
     size, megabits = 64, 1000  # of a step together, a third is computing, a third the wire, a third packing
     data, model = lab.digits(600 if lab.quick else 3000), lab.cnn(size)
@@ -406,8 +406,8 @@ def weights_bytes(model: Path) -> int:
 
 def aggregation(lab: Lab, report: Report) -> None:
     """Memory of a whole process that takes the outer step of 2 and of 12 nodes' updates, against the model's size."""
-    from potluck.updates import write_update
-    from potluck.weights import save
+    from potluck.weights.files import save
+    from potluck.weights.updates import write_update
 
     shapes = [(3, 3, 64, 128), (1024, 1024)] if lab.quick else [(3, 3, 64, 128), (25088, 512), (512, 10)]
     rng = np.random.default_rng(0)

@@ -12,45 +12,45 @@ from contextlib import AsyncExitStack
 
 from msgspec.structs import replace
 
-from coordinator import federated
-from coordinator.announcer import Announcer
-from coordinator.collecting import Collector
-from coordinator.copies import Copies
-from coordinator.deletion import Deletion
-from coordinator.dispatcher import Dispatcher
+from coordinator.copies.locations import Holders
+from coordinator.copies.pins import Keeping
+from coordinator.copies.replication import Copies
+from coordinator.dispatch.announcer import Announcer
+from coordinator.dispatch.collecting import Collector
+from coordinator.dispatch.deletion import Deletion
+from coordinator.dispatch.dispatcher import Dispatcher
+from coordinator.dispatch.jobstore import JobStore
+from coordinator.dispatch.leases import Leases
+from coordinator.dispatch.packed import Packed
 from coordinator.gateway import routes as gateway
 from coordinator.gateway.answers import in_words
 from coordinator.gateway.shelf import Shelf
-from coordinator.holders import Holders
-from coordinator.jobstore import JobStore
 from coordinator.journal import FATAL, Journal
-from coordinator.keeping import Keeping
-from coordinator.leases import Leases
 from coordinator.membership import MEMBERS_LIMIT, Change, Membership, NodeJoined, NodeLost, NodeRefused, NodeUnknown
 from coordinator.neighbours import Neighbours
-from coordinator.packed import Packed
+from coordinator.plans import node_data as federated
+from coordinator.registry import Registry
 from coordinator.requests import Requests
 from coordinator.serving.inference import Inference
-from coordinator.serving.registry import Registry
 from coordinator.serving.serving import Serving
 from potluck import lifecycle
 from potluck.blobs import server as blob_server
 from potluck.blobs.download import Downloader
 from potluck.blobs.store import BlobStore
-from potluck.broker import Broker, start_broker
-from potluck.bus import Addresses, Envelope, MqttBus, Will, in_turn
-from potluck.discovery import Discovery, Service
+from potluck.bus.filters import matches
+from potluck.bus.mqtt import Addresses, Envelope, MqttBus, Will, in_turn
+from potluck.bus.outbox import Outbox
 from potluck.errors import Conflict, GaveWay, PotluckError, Unavailable
-from potluck.filters import matches
-from potluck.http import serve_http
 from potluck.logs import Seldom, fields
-from potluck.messages import PROTOCOL_VERSION, CoordinatorStatus, NodeCapacity, NodeStatus, NodeTelemetry, Rebirth
-from potluck.network import base_urls, bind_gateway, reachable_addresses
-from potluck.outbox import Outbox
+from potluck.net.addresses import base_urls, bind_gateway, reachable_addresses
+from potluck.net.broker import Broker, start_broker
+from potluck.net.discovery import Discovery, Service
+from potluck.net.http import serve_http
 from potluck.settings import CoordinatorSettings, check_listen, is_loopback, parse_address, short_hostname, state_folder
 from potluck.sole_use import sole_use
 from potluck.surviving import surviving
-from potluck.topics import NODE_ID, Topics
+from potluck.wire.messages import PROTOCOL_VERSION, CoordinatorStatus, NodeCapacity, NodeStatus, NodeTelemetry, Rebirth
+from potluck.wire.topics import NODE_ID, Topics
 
 log = logging.getLogger(__name__)
 

@@ -17,9 +17,9 @@ from typing import TypeVar
 
 import msgspec
 
-from potluck import codec
 from potluck.errors import Conflict, Unavailable
 from potluck.logs import fields
+from potluck.wire import codec
 
 log = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ from typing import Literal
 
 from msgspec.structs import replace as changed
 
-from potluck import codec
-from potluck.addresses import is_address
-from potluck.messages import (
+from potluck.wire import codec
+from potluck.wire.addresses import is_address
+from potluck.wire.messages import (
     CLASS_NAMES_LIMIT_BYTES,
     PROTOCOL_VERSION,
     Capacity,

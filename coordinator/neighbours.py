@@ -13,15 +13,15 @@ import time
 import uuid
 from collections.abc import Callable
 
-from potluck.bus import Envelope, MqttBus, in_turn
-from potluck.discovery import Discovery, Service
+from potluck.bus.mqtt import Envelope, MqttBus, in_turn
 from potluck.errors import GaveWay, Unavailable
 from potluck.logs import Seldom, fields
-from potluck.messages import CoordinatorStatus
-from potluck.network import refusal
+from potluck.net.addresses import refusal
+from potluck.net.discovery import Discovery, Service
 from potluck.settings import BusTimings
 from potluck.surviving import surviving
-from potluck.topics import Topics
+from potluck.wire.messages import CoordinatorStatus
+from potluck.wire.topics import Topics
 
 log = logging.getLogger(__name__)
 

@@ -12,21 +12,19 @@ from typing import TypeVar
 from msgspec import Struct
 from msgspec.structs import replace
 
-from coordinator import federated
-from coordinator.collecting import locate
-from coordinator.deletion import Deletion
-from coordinator.dispatcher import Dispatcher
-from coordinator.holders import Holders
+from coordinator.copies.locations import Holders
+from coordinator.dispatch.collecting import locate
+from coordinator.dispatch.deletion import Deletion
+from coordinator.dispatch.dispatcher import Dispatcher
+from coordinator.dispatch.packed import Packed
 from coordinator.membership import Membership
-from coordinator.packed import Packed
-from coordinator.serving.registry import Registry, dataset_blobs
+from coordinator.plans import node_data as federated
+from coordinator.registry import Registry, dataset_blobs
 from coordinator.serving.serving import Serving
-from potluck import codec
-from potluck.addresses import check_holders
 from potluck.blobs.store import BlobStore
-from potluck.bus import Envelope
+from potluck.bus.mqtt import Envelope
+from potluck.bus.outbox import Outbox
 from potluck.data.packing import check_class_names
-from potluck.deadlines import deadline, too_late
 from potluck.errors import (
     BadMessage,
     Conflict,
@@ -36,7 +34,11 @@ from potluck.errors import (
     Overloaded,
     TimedOut,
 )
-from potluck.messages import (
+from potluck.surviving import as_defect
+from potluck.wire import codec
+from potluck.wire.addresses import check_holders
+from potluck.wire.deadlines import deadline, too_late
+from potluck.wire.messages import (
     NODE_DATA,
     SHARDS_LIMIT,
     AddDataset,
@@ -82,8 +84,6 @@ from potluck.messages import (
     Undeploy,
     Undeployed,
 )
-from potluck.outbox import Outbox
-from potluck.surviving import as_defect
 from potluck.wording import be, counted
 
 log = logging.getLogger(__name__)

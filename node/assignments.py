@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from potluck.messages import (
+from potluck.wire.messages import (
     AcknowledgeResult,
     ErrorInfo,
     LeaseRefused,

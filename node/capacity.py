@@ -20,7 +20,7 @@ import psutil
 from node.cgroup import Cgroup, read_text
 from potluck.lifecycle import die_with_parent
 from potluck.logs import fields
-from potluck.messages import Capacity, Gpu, NodeTelemetry
+from potluck.wire.messages import Capacity, Gpu, NodeTelemetry
 
 log = logging.getLogger(__name__)
 

@@ -8,11 +8,11 @@ from collections.abc import Callable
 
 from potluck.blobs.download import Downloader
 from potluck.blobs.store import BlobStore
+from potluck.bus.outbox import error_info
 from potluck.errors import Overloaded, Unavailable
 from potluck.logs import fields
-from potluck.messages import BlobRef, BlobsStored, HoldBlob, HoldFailed, Message, ReleaseBlob
-from potluck.outbox import error_info
 from potluck.surviving import as_defect
+from potluck.wire.messages import BlobRef, BlobsStored, HoldBlob, HoldFailed, Message, ReleaseBlob
 
 log = logging.getLogger(__name__)
 

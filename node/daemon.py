@@ -30,12 +30,17 @@ from potluck import lifecycle
 from potluck.blobs import server as blob_server
 from potluck.blobs.download import Downloader
 from potluck.blobs.store import BlobStore
-from potluck.bus import Addresses, Envelope, MqttBus, Will
-from potluck.discovery import Discovery, broker_addresses
+from potluck.bus.mqtt import Addresses, Envelope, MqttBus, Will
+from potluck.bus.outbox import Outbox
 from potluck.errors import Conflict, Unavailable
-from potluck.http import serve_http
 from potluck.logs import Seldom, fields
-from potluck.messages import (
+from potluck.net.addresses import bind, reachable_addresses
+from potluck.net.discovery import Discovery, broker_addresses
+from potluck.net.http import serve_http
+from potluck.settings import NodeSettings, check_listen, state_folder
+from potluck.sole_use import sole_use
+from potluck.surviving import surviving
+from potluck.wire.messages import (
     PROTOCOL_VERSION,
     AcknowledgeResult,
     BlobsStored,
@@ -51,12 +56,7 @@ from potluck.messages import (
     UnloadModel,
     WithdrawLease,
 )
-from potluck.network import bind, reachable_addresses
-from potluck.outbox import Outbox
-from potluck.settings import NodeSettings, check_listen, state_folder
-from potluck.sole_use import sole_use
-from potluck.surviving import surviving
-from potluck.topics import Topics
+from potluck.wire.topics import Topics
 
 log = logging.getLogger(__name__)
 

@@ -16,12 +16,14 @@ from msgspec.structs import replace
 from node.engine.process import Engine
 from node.own_data import OwnData
 from node.slot import EngineSlot
-from potluck import codec
 from potluck.blobs.download import Downloader
 from potluck.blobs.store import BlobStore, no_room
+from potluck.bus.outbox import error_info
 from potluck.errors import Cancelled, InvalidModel, PotluckError, TooLarge, Unavailable
 from potluck.logs import fields
-from potluck.messages import (
+from potluck.surviving import as_defect, outlived
+from potluck.wire import codec
+from potluck.wire.messages import (
     INLINE_LIMIT_BYTES,
     AnyTask,
     AnyTaskResult,
@@ -42,8 +44,6 @@ from potluck.messages import (
     TrainResult,
     WarmUpTask,
 )
-from potluck.outbox import error_info
-from potluck.surviving import as_defect, outlived
 
 log = logging.getLogger(__name__)
 

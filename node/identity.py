@@ -8,7 +8,7 @@ from pathlib import Path
 
 from potluck.errors import InvalidSettings
 from potluck.settings import short_hostname
-from potluck.topics import NODE_ID
+from potluck.wire.topics import NODE_ID
 
 
 def node_id(configured: str, folder: Path) -> str:

@@ -24,8 +24,8 @@ from potluck.blobs.store import BlobStore, is_made_up
 from potluck.blobs.transfer import Timings
 from potluck.errors import PotluckError
 from potluck.logs import fields
-from potluck.messages import INPUT_BLOB_LIMIT_BYTES, BlobRef
 from potluck.surviving import surviving
+from potluck.wire.messages import INPUT_BLOB_LIMIT_BYTES, BlobRef
 
 log = logging.getLogger(__name__)
 

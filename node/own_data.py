@@ -13,8 +13,8 @@ from potluck import lifecycle
 from potluck.blobs.store import BlobStore
 from potluck.errors import InvalidRequest, PotluckError, Unavailable
 from potluck.logs import fields
-from potluck.messages import AnyTask, Dataset, DataSlice, EvaluateTask, NodeData, TrainTask, WarmUpTask
 from potluck.settings import NodeDataSettings
+from potluck.wire.messages import AnyTask, Dataset, DataSlice, EvaluateTask, NodeData, TrainTask, WarmUpTask
 
 log = logging.getLogger(__name__)
 

@@ -14,16 +14,16 @@ from msgspec.structs import replace
 from node import capacity as capacities
 from node.speed import Speed, idle
 from potluck import __version__, lifecycle
-from potluck.bus import Bus, Envelope
-from potluck.discovery import Discovery, Service
+from potluck.bus.mqtt import Bus, Envelope
+from potluck.bus.outbox import Outbox
 from potluck.errors import Conflict, PotluckError, Unavailable
 from potluck.logs import fields
-from potluck.messages import Capacity, CoordinatorStatus, NodeCapacity, NodeData, NodeStatus, NodeTelemetry
-from potluck.network import base_urls, reachable_addresses
-from potluck.outbox import Outbox
+from potluck.net.addresses import base_urls, reachable_addresses
+from potluck.net.discovery import Discovery, Service
 from potluck.settings import NodeSettings
 from potluck.surviving import surviving
-from potluck.topics import Topics
+from potluck.wire.messages import Capacity, CoordinatorStatus, NodeCapacity, NodeData, NodeStatus, NodeTelemetry
+from potluck.wire.topics import Topics
 
 log = logging.getLogger(__name__)
 

@@ -21,8 +21,8 @@ from node.inputs import Inputs
 from node.slot import EngineSlot
 from potluck.blobs.download import Downloader
 from potluck.blobs.store import BlobStore
+from potluck.bus.outbox import Outbox, error_info
 from potluck.crashes import Crashes
-from potluck.deadlines import deadline, too_late
 from potluck.errors import (
     Cancelled,
     CorruptBlob,
@@ -38,7 +38,9 @@ from potluck.errors import (
     Unavailable,
 )
 from potluck.logs import fields
-from potluck.messages import (
+from potluck.surviving import as_defect, outlived
+from potluck.wire.deadlines import deadline, too_late
+from potluck.wire.messages import (
     INPUT_BLOB_LIMIT_BYTES,
     BlobRef,
     CancelInference,
@@ -53,8 +55,6 @@ from potluck.messages import (
     Tensor,
     UnloadModel,
 )
-from potluck.outbox import Outbox, error_info
-from potluck.surviving import as_defect, outlived
 
 log = logging.getLogger(__name__)
 
@@ -357,7 +357,7 @@ class Replicas:
             if tensor.datatype != "BYTES":
                 return tensor
             data = await asyncio.to_thread(path.read_bytes)
-            from potluck.tensors import unpacked  # numpy, which a daemon at rest does without
+            from potluck.wire.tensors import unpacked  # numpy, which a daemon at rest does without
 
             return replace(tensor, data=unpacked(tensor.name, tensor.datatype, data))
         except OSError as error:

@@ -10,12 +10,12 @@ from aiohttp import web
 from coordinator.gateway.answers import Handler, compressed, guarded
 from coordinator.gateway.bodies import Bodies
 from coordinator.gateway.shelf import Shelf
+from coordinator.registry import Registry
 from coordinator.serving.inference import INPUT_LIMIT_BYTES, Inference, size_bytes
-from coordinator.serving.registry import Registry
 from coordinator.serving.serving import Serving
 from potluck.errors import InvalidRequest
-from potluck.messages import BlobRef, Inferred, ModelInfo, Signature, Tensor
 from potluck.settings import CoordinatorSettings
+from potluck.wire.messages import BlobRef, Inferred, ModelInfo, Signature, Tensor
 
 TIMEOUT_HEADER = "Request-Timeout"
 """How many seconds the client waits: what it asks is given up then. (No protocol here has a header of its own for it.)"""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from potluck.errors import InvalidRequest
-from potluck.tensors import unpacked
+from potluck.wire.tensors import unpacked
 from potluck.wording import counted
 
 EXTENSION = "binary_tensor_data"

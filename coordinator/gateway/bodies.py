@@ -16,10 +16,10 @@ from aiohttp import ClientPayloadError, web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from potluck.errors import InvalidRequest, Overloaded, TimedOut, TooLarge
-from potluck.http import TOO_SLOW, Patience, words
+from potluck.net.http import TOO_SLOW, Patience, words
 
 IDLE_SECONDS = 30.0
-"""A body of which no byte arrives for so long is given up, and one that is slow (`potluck.http.Patience`)."""
+"""A body of which no byte arrives for so long is given up, and one that is slow (`potluck.net.http.Patience`)."""
 HELD_AT_ONCE = 4
 """So many bodies of the largest size are held at once; what is over is refused, and may come back."""
 HELD_EACH = 3

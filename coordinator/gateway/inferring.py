@@ -16,9 +16,9 @@ from coordinator.gateway.asking import Asking
 from coordinator.gateway.bodies import beside, decoded
 from coordinator.serving.inference import size_bytes
 from potluck.errors import InvalidRequest
-from potluck.messages import Count, Inferred, ModelInfo, Signature, Tensor
 from potluck.scores import of_classes
-from potluck.tensors import from_numpy, packed, plain, to_numpy
+from potluck.wire.messages import Count, Inferred, ModelInfo, Signature, Tensor
+from potluck.wire.tensors import from_numpy, packed, plain, to_numpy
 
 _MICROSECONDS = 1e-6
 _OCTETS = "application/octet-stream"

@@ -13,9 +13,9 @@ from coordinator.gateway.asking import Asking
 from coordinator.gateway.bodies import decoded
 from coordinator.gateway.inferring import Inferring
 from potluck import __version__
-from potluck.bus import Bus
+from potluck.bus.mqtt import Bus
 from potluck.errors import Unavailable
-from potluck.messages import ModelFormat, TensorSpec
+from potluck.wire.messages import ModelFormat, TensorSpec
 
 PLATFORMS: dict[ModelFormat, str] = {
     "keras": "tensorflow_keras",

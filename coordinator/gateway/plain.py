@@ -16,9 +16,9 @@ from coordinator.gateway.bodies import beside, plain
 from coordinator.serving.inference import size_bytes
 from potluck.data import images, items
 from potluck.errors import InvalidData, InvalidRequest
-from potluck.messages import Inferred, ModelInfo, Signature, Tensor
 from potluck.scores import of_classes
-from potluck.tensors import from_numpy, to_numpy
+from potluck.wire.messages import Inferred, ModelInfo, Signature, Tensor
+from potluck.wire.tensors import from_numpy, to_numpy
 
 SHOWN_CLASSES = 5
 """In an answer, unless `?top=` says how many."""

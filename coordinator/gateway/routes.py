@@ -11,10 +11,10 @@ from coordinator.gateway.plain import Plain
 from coordinator.gateway.shelf import Shelf
 from coordinator.gateway.tensorflow_serving import TensorFlowServing
 from coordinator.membership import Membership
+from coordinator.registry import Registry
 from coordinator.serving.inference import Inference
-from coordinator.serving.registry import Registry
 from coordinator.serving.serving import Serving
-from potluck.bus import Bus
+from potluck.bus.mqtt import Bus
 from potluck.settings import CoordinatorSettings
 
 

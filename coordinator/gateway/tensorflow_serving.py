@@ -18,9 +18,9 @@ from coordinator.gateway.asking import Asking
 from coordinator.gateway.bodies import beside, plain
 from coordinator.serving.inference import size_bytes
 from potluck.errors import InvalidRequest, NotFound
-from potluck.messages import Signature, Tensor, TensorSpec
 from potluck.scores import of_classes
-from potluck.tensors import to_numpy
+from potluck.wire.messages import Signature, Tensor, TensorSpec
+from potluck.wire.tensors import to_numpy
 
 SIGNATURE = "serving_default"
 _METHODS = {

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from potluck.errors import PotluckError
-from potluck.messages import RequestOutcome, Tensor
+from potluck.wire.messages import RequestOutcome, Tensor
 
 Answer = Callable[[RequestOutcome | PotluckError], None]
 

@@ -14,10 +14,10 @@ from typing import Literal
 
 from msgspec.structs import replace
 
-from coordinator.placement import RUNTIME_OF
+from coordinator.plans.placement import RUNTIME_OF
 from potluck.crashes import Crashes
 from potluck.errors import CodeNotAllowed, EngineFailed, InvalidRequest, ModelCrashed, OutOfMemory
-from potluck.messages import BlobRef, Deploy, ErrorInfo, ModelFormat, ReplicaInfo, Signature
+from potluck.wire.messages import BlobRef, Deploy, ErrorInfo, ModelFormat, ReplicaInfo, Signature
 
 FAILURES_LIMIT = 3
 RETRY_SECONDS = 5.0

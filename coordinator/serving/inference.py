@@ -9,17 +9,19 @@ from math import inf
 
 from msgspec.structs import replace
 
+from coordinator.registry import Registry
 from coordinator.serving.batches import Batch, Request
 from coordinator.serving.hedging import LEAST_SECONDS
 from coordinator.serving.metrics import ServingMetrics
-from coordinator.serving.registry import Registry
 from coordinator.serving.router import Router
 from coordinator.serving.traffic import Traffic
-from potluck.addresses import check_holders
-from potluck.bus import Bus, Envelope
-from potluck.deadlines import deadline, too_late
+from potluck.bus.mqtt import Bus, Envelope
+from potluck.bus.outbox import Outbox
 from potluck.errors import InvalidRequest, ModelFailed, NotFound, PotluckError, TimedOut, TooLarge, from_code
-from potluck.messages import (
+from potluck.settings import CoordinatorSettings
+from potluck.wire.addresses import check_holders
+from potluck.wire.deadlines import deadline, too_late
+from potluck.wire.messages import (
     INLINE_LIMIT_BYTES,
     BlobRef,
     CancelInfer,
@@ -33,11 +35,9 @@ from potluck.messages import (
     Tensor,
     TensorSpec,
 )
-from potluck.outbox import Outbox
-from potluck.settings import CoordinatorSettings
-from potluck.specs import matched
-from potluck.tensors import plain
-from potluck.topics import Topics
+from potluck.wire.specs import matched
+from potluck.wire.tensors import plain
+from potluck.wire.topics import Topics
 
 INPUT_LIMIT_BYTES = INLINE_LIMIT_BYTES - 16 * 1024
 """Inputs of one request: with what goes around them they fit into a message."""

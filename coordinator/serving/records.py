@@ -9,7 +9,7 @@ from msgspec import Struct
 from coordinator.serving.deployments import Deployment, Parking
 from coordinator.serving.traffic import Role, Traffic
 from potluck.crashes import Crashes
-from potluck.messages import BlobRef, Deploy, ModelFormat
+from potluck.wire.messages import BlobRef, Deploy, ModelFormat
 
 STREAM = "deployments"
 

@@ -11,7 +11,8 @@ from msgspec.structs import replace
 
 from coordinator.journal import FATAL, Journal
 from coordinator.membership import Membership
-from coordinator.placement import RUNTIME_OF, WORDS
+from coordinator.plans.placement import RUNTIME_OF, WORDS
+from coordinator.registry import Registry
 from coordinator.serving import deployments, memory
 from coordinator.serving.autoscaling import Autoscaling
 from coordinator.serving.deployments import Deployment, Place
@@ -24,10 +25,10 @@ from coordinator.serving.records import (
     Undeployed,
     model_of,
 )
-from coordinator.serving.registry import Registry
 from coordinator.serving.rollout import Rollout
 from coordinator.serving.router import Router
 from coordinator.serving.upkeep import Upkeep
+from potluck.bus.outbox import Outbox
 from potluck.errors import (
     Cancelled,
     InvalidRequest,
@@ -37,15 +38,14 @@ from potluck.errors import (
     from_code,
 )
 from potluck.logs import fields
-from potluck.messages import (
+from potluck.settings import CoordinatorSettings
+from potluck.surviving import surviving
+from potluck.wire.messages import (
     Deploy,
     DeploymentInfo,
     Signature,
 )
-from potluck.outbox import Outbox
-from potluck.settings import CoordinatorSettings
-from potluck.surviving import surviving
-from potluck.topics import Topics
+from potluck.wire.topics import Topics
 from potluck.wording import be, counted
 
 log = logging.getLogger(__name__)

@@ -6,19 +6,21 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from coordinator.checking import wrong_signature
-from coordinator.leases import on_nodes
+from coordinator.dispatch.checking import wrong_signature
+from coordinator.dispatch.leases import on_nodes
 from coordinator.membership import Membership
-from coordinator.placement import RUNTIME_OF, WORDS
+from coordinator.plans.placement import RUNTIME_OF, WORDS
+from coordinator.registry import Registry, pixel_scale
 from coordinator.serving import memory
 from coordinator.serving.deployments import Deployment, Load, Place
 from coordinator.serving.inference import Inference
 from coordinator.serving.records import AnyDeploymentEvent, Measured, Parked, Records, Settled, Woken, model_of
-from coordinator.serving.registry import Registry, pixel_scale
 from coordinator.serving.room import Room
+from potluck.bus.outbox import Outbox, error_info
 from potluck.errors import EngineFailed, ModelCrashed
 from potluck.logs import fields
-from potluck.messages import (
+from potluck.settings import CoordinatorSettings
+from potluck.wire.messages import (
     BlobRef,
     ErrorInfo,
     InferenceFinished,
@@ -30,9 +32,7 @@ from potluck.messages import (
     NodeTelemetry,
     UnloadModel,
 )
-from potluck.outbox import Outbox, error_info
-from potluck.settings import CoordinatorSettings
-from potluck.topics import Topics
+from potluck.wire.topics import Topics
 
 log = logging.getLogger(__name__)
 

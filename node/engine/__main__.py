@@ -26,7 +26,7 @@ from node.engine.wording import one_line
 from potluck import __version__
 from potluck.blobs.store import no_room
 from potluck.errors import BadMessage, Cancelled, EngineFailed, InvalidModel, Overloaded, PotluckError, TimedOut
-from potluck.messages import BlobRef, ErrorInfo, Tensor
+from potluck.wire.messages import BlobRef, ErrorInfo, Tensor
 
 if TYPE_CHECKING:
     from node.engine.tasks import Tasks

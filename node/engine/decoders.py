@@ -15,8 +15,8 @@ from potluck.data import images
 from potluck.data.folders import Unusable
 from potluck.data.items import CHANNELS, check_scale
 from potluck.errors import InvalidData, InvalidModel, InvalidRequest
-from potluck.messages import DataFormat, ImageOptions
-from potluck.specs import shown
+from potluck.wire.messages import DataFormat, ImageOptions
+from potluck.wire.specs import shown
 
 _NO_IMAGE, _END = "the image is refused: ", " (end)"
 """What stands around the reason in the error that TensorFlow makes of it, among other lines."""

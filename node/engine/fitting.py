@@ -7,11 +7,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from potluck import tensors
 from potluck.data.items import are_pixels
 from potluck.errors import InvalidRequest
-from potluck.messages import Tensor, TensorSpec
-from potluck.specs import matched, shape_for
+from potluck.wire import tensors
+from potluck.wire.messages import Tensor, TensorSpec
+from potluck.wire.specs import matched, shape_for
 
 Array = np.ndarray[Any, Any]
 

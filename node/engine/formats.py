@@ -9,7 +9,7 @@ from pathlib import Path
 from node.engine.replicas import Model
 from potluck import extras
 from potluck.errors import Unavailable
-from potluck.messages import ModelFormat
+from potluck.wire.messages import ModelFormat
 
 
 def has_tensorflow() -> bool:

@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Struct
 
 from potluck.errors import BadMessage, TooLarge
-from potluck.messages import (
+from potluck.wire.messages import (
     AnyTask,
     AnyTaskResult,
     BlobRef,

@@ -16,8 +16,8 @@ from node.engine.replicas import Model
 from node.engine.shards import Part
 from node.engine.truth import by_output
 from potluck.errors import InvalidData, InvalidModel, InvalidRequest
-from potluck.messages import EvaluateResult, Signature, TensorSpec
-from potluck.specs import shown
+from potluck.wire.messages import EvaluateResult, Signature, TensorSpec
+from potluck.wire.specs import shown
 
 Step = Callable[[int], None]
 

@@ -18,8 +18,8 @@ from ai_edge_litert.interpreter import Interpreter
 from node.engine.fitting import Array
 from node.engine.wording import one_line
 from potluck.errors import InvalidModel, ModelFailed
-from potluck.messages import Signature, TensorSpec
-from potluck.tensors import datatype_of
+from potluck.wire.messages import Signature, TensorSpec
+from potluck.wire.tensors import datatype_of
 
 ROWS_LIMIT = 32
 """More in one batch take memory, and are no faster."""

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from node.engine import runtime
 from potluck.data.images import DEFAULT_SCALE
 from potluck.data.items import scale_of
-from potluck.messages import Signature
+from potluck.wire.messages import Signature
 
 _KEEP = frozenset(
     [

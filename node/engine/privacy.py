@@ -17,10 +17,10 @@ import tensorflow as tf
 
 from node.engine import runtime
 from node.engine.truth import Truth
-from potluck import weights as files
 from potluck.errors import InvalidModel
-from potluck.messages import Privacy
-from potluck.updates import Role
+from potluck.weights import files
+from potluck.weights.updates import Role
+from potluck.wire.messages import Privacy
 
 AT_ONCE = 16
 GRADIENTS_BYTES = 64 * 2**20

@@ -26,7 +26,7 @@ from node.engine.watch import Limits, Verdict, Watch, out_of_memory
 from potluck import errors
 from potluck.errors import EngineFailed, ModelCrashed, OutOfMemory, PotluckError
 from potluck.lifecycle import die_with_parent
-from potluck.messages import AnyTask, AnyTaskResult, BlobRef, ModelFormat, RequestOutcome, Signature, Tensor
+from potluck.wire.messages import AnyTask, AnyTaskResult, BlobRef, ModelFormat, RequestOutcome, Signature, Tensor
 
 log = logging.getLogger(__name__)
 

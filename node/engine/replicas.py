@@ -16,10 +16,10 @@ from msgspec.structs import replace
 from node.engine import fitting
 from node.engine.fitting import Array, padded
 from node.engine.wording import one_line
-from potluck import tensors
 from potluck.errors import InvalidModel, InvalidRequest, ModelFailed, NotFound, OutOfMemory, PotluckError
-from potluck.messages import ErrorInfo, ModelFormat, RequestOutcome, Signature, Tensor
-from potluck.specs import shown
+from potluck.wire import tensors
+from potluck.wire.messages import ErrorInfo, ModelFormat, RequestOutcome, Signature, Tensor
+from potluck.wire.specs import shown
 from potluck.wording import counted
 
 

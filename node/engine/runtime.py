@@ -19,11 +19,11 @@ from node.engine import archives, code, memory, state
 from node.engine.memory import shortage
 from node.engine.shards import ALIGNMENT, aligned
 from node.engine.wording import one_line
-from potluck import weights
 from potluck.errors import InvalidModel
-from potluck.messages import Signature, TensorSpec
-from potluck.specs import shown
-from potluck.tensors import datatype_of
+from potluck.weights import files as weights
+from potluck.wire.messages import Signature, TensorSpec
+from potluck.wire.specs import shown
+from potluck.wire.tensors import datatype_of
 
 HDF5 = b"\x89HDF\r\n\x1a\n"
 """What such a file begins with."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import keras
 
-from potluck.updates import Role
+from potluck.weights.updates import Role
 
 READS = frozenset({"ReadVariableOp", "ResourceGather", "ResourceGatherNd", "VariableShape"})
 """Operations that leave a variable as it is."""

@@ -31,10 +31,10 @@ from node.engine.state import changing
 from node.engine.training import PROGRESS_SECONDS
 from node.engine.truth import truth_of
 from node.engine.wording import one_line
-from potluck import weights
 from potluck.data.order import passes
 from potluck.errors import Cancelled, InvalidModel, PeerLost
-from potluck.messages import SyncTask
+from potluck.weights import files as weights
+from potluck.wire.messages import SyncTask
 from potluck.wording import counted
 
 MEANS = ("sum_over_batch_size",)

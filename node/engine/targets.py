@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from potluck.errors import InvalidModel, InvalidRequest
-from potluck.specs import shown
+from potluck.wire.specs import shown
 from potluck.wording import counted
 
 Array = np.ndarray[Any, Any]

@@ -28,9 +28,9 @@ from node.engine.memory import shortage
 from node.engine.shards import Part
 from node.engine.synchronous import Member
 from node.engine.training import Session
-from potluck import updates
 from potluck.errors import Cancelled, Diverged, PeerLost
-from potluck.messages import (
+from potluck.weights import updates
+from potluck.wire.messages import (
     AnyTask,
     AnyTaskResult,
     BlobRef,
@@ -52,7 +52,7 @@ from potluck.messages import (
     WarmUpResult,
     WarmUpTask,
 )
-from potluck.tensors import from_numpy
+from potluck.wire.tensors import from_numpy
 
 Progress = Callable[[int, dict[str, float]], None]
 Paths = dict[str, Path]

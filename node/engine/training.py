@@ -24,7 +24,7 @@ from node.engine.shards import Part
 from node.engine.truth import Truth, truth_of
 from node.engine.wording import one_line
 from potluck.errors import Cancelled, InvalidModel, PotluckError
-from potluck.messages import ImageOptions, TrainTask
+from potluck.wire.messages import ImageOptions, TrainTask
 
 PROGRESS_SECONDS = 1.0
 MEMORY_LIMIT_BYTES = 2 * 2**30

@@ -13,7 +13,7 @@ from typing import Literal
 from node.engine import frames
 from node.engine.progress import LONGEST_STEP_SECONDS, Progress, Reading
 from potluck.errors import EngineFailed, OutOfMemory, PotluckError
-from potluck.messages import SyncTask
+from potluck.wire.messages import SyncTask
 
 PATIENCE_SECONDS = 1800.0
 """So long may an engine start, or say nothing, that does get further."""

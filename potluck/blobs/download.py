@@ -18,12 +18,12 @@ import aiohttp
 import msgspec
 from aiohttp import hdrs
 
-from potluck.addresses import NO_ADDRESS, is_address
 from potluck.blobs.store import BlobStore, hash_file
 from potluck.blobs.transfer import TIMINGS, Timings, Transfer, explained
 from potluck.errors import DiskFull, InvalidRequest, NotFound, TooLarge, Unavailable
 from potluck.logs import fields
-from potluck.messages import BlobRef
+from potluck.wire.addresses import NO_ADDRESS, is_address
+from potluck.wire.messages import BlobRef
 
 log = logging.getLogger(__name__)
 

@@ -15,10 +15,10 @@ from aiohttp.abc import AbstractStreamWriter
 
 from potluck.blobs.store import BlobStore, NewFile, is_sha256, made_up_name
 from potluck.errors import DiskFull, NotFound, PotluckError, TooLarge
-from potluck.http import TOO_SLOW, Patience
+from potluck.net.http import TOO_SLOW, Patience
 
 IDLE_SECONDS = 30.0
-"""An upload of which no byte arrives for so long is given up, and one that is slow (`potluck.http.Patience`)."""
+"""An upload of which no byte arrives for so long is given up, and one that is slow (`potluck.net.http.Patience`)."""
 
 _OCTETS = "application/octet-stream"
 _LEFT_SECONDS = 1.0

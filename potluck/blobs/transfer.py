@@ -14,12 +14,12 @@ from typing import Any, TypeVar
 import aiohttp
 from aiohttp import hdrs
 
-from potluck.addresses import NO_ADDRESS, is_address
 from potluck.blobs.partial import Partial
 from potluck.blobs.store import BlobStore, no_room
 from potluck.errors import CorruptBlob, Unavailable
 from potluck.logs import fields
-from potluck.messages import BlobRef
+from potluck.wire.addresses import NO_ADDRESS, is_address
+from potluck.wire.messages import BlobRef
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from potluck.messages import DeploymentInfo, JobChanged, ModelInfo, TensorSpec
+from potluck.wire.messages import DeploymentInfo, JobChanged, ModelInfo, TensorSpec
 from potluck.wording import be
 
 if TYPE_CHECKING:

@@ -27,7 +27,7 @@ from potluck.cli import output
 from potluck.client import Client, Job
 from potluck.errors import NotFound, PotluckError, TimedOut
 from potluck.local_cluster import LocalCluster
-from potluck.messages import JobProgress, NodeInfo
+from potluck.wire.messages import JobProgress, NodeInfo
 from potluck.wording import counted
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from potluck.wording import counted
 
 if TYPE_CHECKING:
     from potluck.client import Job
-    from potluck.messages import EpochMetrics, JobChanged, JobEnded, JobProgress
+    from potluck.wire.messages import EpochMetrics, JobChanged, JobEnded, JobProgress
 
     Beside = Callable[[JobChanged], Iterable[str]]
     """Lines to say beside a job's progress."""
@@ -75,7 +75,7 @@ def ended(job: Job, as_json: bool, *, verbose: bool = False, beside: Beside = la
 def name_data(job: Job, data: str, validation: str | None = None) -> None:
     """Say as what data sets the files that somebody gave were packed for a job, and what becomes of them."""
     from potluck.client.sources import as_name
-    from potluck.messages import Train
+    from potluck.wire.messages import Train
 
     given = {data: job.status().subject.data}
     if validation is not None and isinstance(job.asked, Train):

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from potluck.discovery import Service
-from potluck.network import lan_addresses, refusal
+from potluck.net.addresses import lan_addresses, refusal
+from potluck.net.discovery import Service
 from potluck.settings import state_folder
 from potluck.sole_use import WHATS, User, clock_text, user_of, users_here
 

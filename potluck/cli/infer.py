@@ -17,7 +17,7 @@ from potluck.wording import printable
 if TYPE_CHECKING:
     import numpy as np
 
-    from potluck.messages import ImageOptions, ModelInfo
+    from potluck.wire.messages import ImageOptions, ModelInfo
 
 _SHOWN_CLASSES = 5
 _GIVE = "give an image, .txt, .wav, .npy, .json, or JSON itself"
@@ -132,7 +132,7 @@ def _dtype_of(info: ModelInfo) -> Any:
     import numpy as np
 
     from potluck.data.items import takes_text
-    from potluck.tensors import DTYPES
+    from potluck.wire.tensors import DTYPES
 
     inputs = info.signature.inputs if info.signature is not None else ()
     if takes_text(info):

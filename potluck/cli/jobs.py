@@ -12,7 +12,7 @@ from potluck.cli.session import Json, check_output, session
 
 if TYPE_CHECKING:
     from potluck.client import Job
-    from potluck.messages import JobEnded
+    from potluck.wire.messages import JobEnded
 
 EPOCHS = 10
 """As many are shown of a job, unless all are asked for: the newest."""

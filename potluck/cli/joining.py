@@ -18,10 +18,10 @@ from potluck import lifecycle
 from potluck.cli import here
 from potluck.cli.notices import Notices
 from potluck.cli.plan import Plan, already
-from potluck.discovery import Discovery, Service
 from potluck.errors import GaveWay, Unavailable
 from potluck.logs import fields
-from potluck.network import lan_addresses, reachable_addresses
+from potluck.net.addresses import lan_addresses, reachable_addresses
+from potluck.net.discovery import Discovery, Service
 from potluck.settings import is_loopback, parse_address, typed
 from potluck.sole_use import sole_use
 

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from potluck.cli.listing import NOTHING, PIPE_COLUMNS, Facts, Line, Listing
 from potluck.errors import PotluckError
-from potluck.messages import (
+from potluck.wire.messages import (
     DatasetInfo,
     DeploymentInfo,
     EpochMetrics,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from potluck.cli import here
 from potluck.errors import Conflict
-from potluck.network import bind
+from potluck.net.addresses import bind
 from potluck.settings import Listen, NetworkSettings, is_loopback, parse_address
 
 

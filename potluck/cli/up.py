@@ -60,7 +60,7 @@ def up(
     from potluck.cli.output import note
     from potluck.cli.plan import Plan
     from potluck.settings import Listen, NetworkSettings, check_listen, load
-    from potluck.topics import Topics
+    from potluck.wire.topics import Topics
 
     given: Session = session(context)
     seeds = [text] if (text := seed or given.seed) else None

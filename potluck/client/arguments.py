@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from potluck.errors import InvalidRequest
-from potluck.messages import Name, Positive, Seconds, TagKey, TagValue
+from potluck.wire.messages import Name, Positive, Seconds, TagKey, TagValue
 
 _SHORT = reprlib.Repr()
 _SHORT.maxother = _SHORT.maxstring = 80

@@ -15,8 +15,7 @@ from typing import Any, TypeVar, Unpack
 import numpy as np
 from msgspec.structs import replace
 
-from potluck import tensors
-from potluck.bus import Bus
+from potluck.bus.mqtt import Bus
 from potluck.client import arguments, deploying, formats, listings, sources, training
 from potluck.client.connection import Connection, client_settings
 from potluck.client.deploying import DeployOptions
@@ -37,7 +36,8 @@ from potluck.client.signatures import suggesting, with_options
 from potluck.client.training import TrainOptions
 from potluck.data.packing import Target
 from potluck.errors import Conflict, InvalidData, InvalidRequest, NotFound
-from potluck.messages import (
+from potluck.wire import tensors
+from potluck.wire.messages import (
     INLINE_LIMIT_BYTES,
     Alias,
     AnyJobSpec,

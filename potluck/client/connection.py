@@ -17,11 +17,14 @@ from typing import TYPE_CHECKING, TypeVar
 from msgspec.structs import replace
 
 from potluck.blobs.store import BlobStore
-from potluck.bus import Addresses, Bus, Envelope, Handler, MqttBus
+from potluck.bus.mqtt import Addresses, Bus, Envelope, Handler, MqttBus
 from potluck.client.arguments import checked
 from potluck.errors import InvalidRequest, PotluckError, TimedOut, Unavailable, expected
 from potluck.logs import fields
-from potluck.messages import (
+from potluck.net.addresses import lan_addresses, refusal
+from potluck.settings import ClientSettings, PositiveSeconds, load, parse_address, typed
+from potluck.sole_use import users_here
+from potluck.wire.messages import (
     PROTOCOL_VERSION,
     BlobRef,
     CancelInfer,
@@ -31,10 +34,7 @@ from potluck.messages import (
     Message,
     Undeploy,
 )
-from potluck.network import lan_addresses, refusal
-from potluck.settings import ClientSettings, PositiveSeconds, load, parse_address, typed
-from potluck.sole_use import users_here
-from potluck.topics import Topics
+from potluck.wire.topics import Topics
 
 if TYPE_CHECKING:
     from potluck.blobs.download import Downloader
@@ -134,7 +134,7 @@ class Connection:
         would rather wait.
         """
         # here: it takes time that a job's client need not spend
-        from potluck.discovery import Discovery, broker_addresses
+        from potluck.net.discovery import Discovery, broker_addresses
 
         settings = self.settings
         if settings.seeds or not settings.discovery.enabled:

@@ -10,7 +10,7 @@ from msgspec import Meta, structs
 
 from potluck.client import arguments
 from potluck.errors import InvalidRequest
-from potluck.messages import Deploy, Factor, Objective, Quantization, Seconds
+from potluck.wire.messages import Deploy, Factor, Objective, Quantization, Seconds
 
 IDLE_SECONDS = 300.0
 """After so long without a request `0..MAX` holds none, where nothing else is said."""

@@ -13,8 +13,8 @@ from potluck.client.sources import existing
 from potluck.data import audio, folders, images, items, texts
 from potluck.data.packing import some
 from potluck.errors import InvalidData, InvalidRequest
-from potluck.messages import ImageOptions, ModelInfo
-from potluck.tensors import shape_text
+from potluck.wire.messages import ImageOptions, ModelInfo
+from potluck.wire.tensors import shape_text
 from potluck.wording import printable
 
 log = logging.getLogger(__name__)

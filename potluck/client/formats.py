@@ -10,7 +10,7 @@ from pathlib import Path
 from potluck import savedmodels
 from potluck.client import arguments
 from potluck.errors import InvalidModel, InvalidRequest
-from potluck.messages import ModelFormat, ModelInfo
+from potluck.wire.messages import ModelFormat, ModelInfo
 
 SUFFIXES: dict[ModelFormat, str] = {"keras": ".keras", "h5": ".h5", "tflite": ".tflite"}
 """How files of a format are named. A SavedModel is a folder."""

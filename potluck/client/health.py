@@ -13,11 +13,13 @@ from urllib.parse import urlsplit
 from msgspec import Struct
 from msgspec.structs import replace
 
+from potluck.bus.exchange import Envelope
 from potluck.client import listings
 from potluck.client.connection import Connection
 from potluck.errors import PotluckError, TimedOut, Unavailable
-from potluck.exchange import Envelope
-from potluck.messages import (
+from potluck.settings import ClientSettings, is_loopback, typed
+from potluck.sole_use import User, clock_text, users_here
+from potluck.wire.messages import (
     CoordinatorStatus,
     DeploymentInfo,
     JobChanged,
@@ -25,8 +27,6 @@ from potluck.messages import (
     NodeStatus,
     NodeTelemetry,
 )
-from potluck.settings import ClientSettings, is_loopback, typed
-from potluck.sole_use import User, clock_text, users_here
 from potluck.wording import first
 
 ASK_SECONDS = 5.0

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from potluck.client.connection import Connection
 from potluck.errors import InputsLost, PotluckError, TimedOut, TooLarge, Unavailable
 from potluck.logs import fields
-from potluck.messages import (
+from potluck.wire.messages import (
     INPUT_BLOB_LIMIT_BYTES,
     BlobRef,
     FindReplicas,

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from msgspec.structs import replace
 
-from potluck import errors, tensors
-from potluck.bus import Envelope
+from potluck import errors
+from potluck.bus.mqtt import Envelope
 from potluck.client import arguments, event_files, plots
 from potluck.client.callbacks import Callbacks
 from potluck.client.connection import Connection
@@ -23,7 +23,8 @@ from potluck.client.listings import completed
 from potluck.client.models import load_model
 from potluck.client.signatures import suggesting
 from potluck.errors import Conflict, NotFound, PotluckError, TimedOut
-from potluck.messages import (
+from potluck.wire import tensors
+from potluck.wire.messages import (
     AnyJobSpec,
     BlobRef,
     CancelJob,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from msgspec.structs import replace
 
 from potluck.client.connection import Connection
-from potluck.messages import (
+from potluck.wire.messages import (
     DatasetInfo,
     DatasetsListed,
     DeploymentInfo,

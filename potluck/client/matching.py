@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from potluck.data.packing import Roles
 from potluck.errors import InvalidData, InvalidModel, InvalidRequest
-from potluck.messages import Dataset
-from potluck.tensors import shape_text
+from potluck.wire.messages import Dataset
+from potluck.wire.tensors import shape_text
 
 _RANKS = {"images": (4,), "audio": (2, 3)}
 """Axes of an input, the batch's among them, that takes files of a kind."""

@@ -9,7 +9,7 @@ from typing import Any
 from potluck import extras
 from potluck.client import arguments
 from potluck.errors import InvalidRequest
-from potluck.messages import EpochMetrics, JobEnded
+from potluck.wire.messages import EpochMetrics, JobEnded
 
 SUFFIXES = (".png", ".svg", ".pdf")
 PANEL_INCHES = (5.6, 3.6)

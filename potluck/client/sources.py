@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 from msgspec.structs import replace
 
-from potluck import codec
 from potluck.blobs.store import BlobStore
 from potluck.client.arguments import name as checked_name
 from potluck.client.arguments import shown
@@ -24,7 +23,8 @@ from potluck.client.matching import ANYTHING, Wanted
 from potluck.client.models import MODEL_FIRST, is_model
 from potluck.data.packing import WEIGHT_NAME, Target, remarks
 from potluck.errors import Cancelled, InvalidData, InvalidRequest
-from potluck.messages import NODE_DATA, AddDataset, BlobRef, Dataset, DatasetAdded, DatasetInfo
+from potluck.wire import codec
+from potluck.wire.messages import NODE_DATA, AddDataset, BlobRef, Dataset, DatasetAdded, DatasetInfo
 from potluck.wording import printable
 
 Arrays = Mapping[str, np.ndarray[Any, Any]]

@@ -20,7 +20,7 @@ from potluck.client.sources import Progress
 from potluck.client.training import TrainOptions
 from potluck.data.packing import Target
 from potluck.errors import InvalidRequest
-from potluck.messages import (
+from potluck.wire.messages import (
     AnyJobSpec,
     DatasetInfo,
     DeploymentInfo,

@@ -10,7 +10,7 @@ from msgspec import Meta
 
 from potluck.client import arguments
 from potluck.errors import InvalidRequest
-from potluck.messages import Compression, Epochs, Privacy, Seed, Strategy, Train
+from potluck.wire.messages import Compression, Epochs, Privacy, Seed, Strategy, Train
 
 _SECONDS = "a number of seconds above 0, at most 86,400 (0: as measured speed and bandwidth suggest)"
 AUTO, AUTO_METRIC = "auto", "val_loss"

@@ -15,7 +15,7 @@ from safetensors.numpy import save
 
 from potluck.data.packing import CLASSES_LIMIT, WEIGHT_NAME, Array, Packing, Target, class_indexes, target_names
 from potluck.errors import InvalidData
-from potluck.messages import DataFormat, Dataset, DataShard
+from potluck.wire.messages import DataFormat, Dataset, DataShard
 
 TARGET_NAMES = ("y", "y_train", "y_test", "y_val", "target", "targets", "label", "labels")
 """Names that are taken for the target when none is named, in any case of letters: `X` and `Y` are common."""

@@ -18,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 
 from potluck.data.folders import Checked, Kind, Unusable
 from potluck.data.packing import Array
-from potluck.messages import ImageOptions
+from potluck.wire.messages import ImageOptions
 
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 """What is decoded (MPO is JPEG): Pillow knows others, some by way of other programs."""

@@ -11,8 +11,8 @@ from potluck.data import images
 from potluck.data.audio import fitted
 from potluck.data.folders import Unusable
 from potluck.errors import InvalidData, InvalidRequest
-from potluck.messages import ImageOptions, ModelInfo
-from potluck.tensors import DTYPES, shape_text
+from potluck.wire.messages import ImageOptions, ModelInfo
+from potluck.wire.tensors import DTYPES, shape_text
 
 Array = np.ndarray[Any, Any]
 CHANNELS = (1, 3, 4)

@@ -28,8 +28,8 @@ from potluck.blobs.download import Downloader
 from potluck.blobs.store import BlobStore
 from potluck.blobs.transfer import CHUNK_BYTES, Timings
 from potluck.errors import CorruptBlob, DiskFull, InvalidRequest, TooLarge, Unavailable
-from potluck.http import serve_http
-from potluck.messages import BlobRef
+from potluck.net.http import serve_http
+from potluck.wire.messages import BlobRef
 from support.eventually import eventually
 
 QUICK = Timings(connect_seconds=1.0, idle_seconds=1.0, hedge_seconds=0.3, rest_seconds=0.01)
@@ -628,7 +628,7 @@ async def test_a_download_is_resumed_after_the_downloader_was_killed(hold: Hold,
 import asyncio, pathlib
 from potluck.blobs.download import Downloader
 from potluck.blobs.store import BlobStore
-from potluck.messages import BlobRef
+from potluck.wire.messages import BlobRef
 async def main():
     async with Downloader(BlobStore(pathlib.Path({str(tmp_path / "here")!r}), 1 << 30)) as downloader:
         await downloader.fetch(BlobRef(sha256={sha(data)!r}, size={len(data)}, holders=({url!r},)))

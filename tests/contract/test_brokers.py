@@ -11,8 +11,8 @@ from typing import Any
 import psutil
 import pytest
 
-from potluck import broker_embedded
-from potluck.broker import PACKET_LIMIT_BYTES, QUEUED_LIMIT_BYTES
+from potluck.net import broker_embedded
+from potluck.net.broker import PACKET_LIMIT_BYTES, QUEUED_LIMIT_BYTES
 from support.brokers import TestBroker
 from support.eventually import eventually
 from support.raw_mqtt import CONNACK, DISCONNECT, PUBLISH, RawClient, connect

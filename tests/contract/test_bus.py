@@ -18,9 +18,10 @@ import pytest
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
-from potluck.bus import Bus, Envelope, MqttBus, Will, request_failed
+from potluck.bus.mqtt import Bus, Envelope, MqttBus, Will, request_failed
 from potluck.errors import InvalidRequest, NotFound, TimedOut, TooLarge, Unavailable
-from potluck.messages import (
+from potluck.settings import BusTimings
+from potluck.wire.messages import (
     INLINE_LIMIT_BYTES,
     AcknowledgeResult,
     CancelJob,
@@ -35,8 +36,7 @@ from potluck.messages import (
     RequestFailed,
     Tensor,
 )
-from potluck.settings import BusTimings
-from potluck.topics import Topics
+from potluck.wire.topics import Topics
 from support.brokers import TestBroker
 from support.eventually import eventually
 from support.fake_bus import FakeBroker, FakeBus

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from potluck.bus import MqttBus
+from potluck.bus.mqtt import MqttBus
 from potluck.client import AsyncClient, Client
 from potluck.client import connection as connection_module
 from potluck.errors import (
@@ -29,7 +29,7 @@ from potluck.errors import (
     TooLarge,
     Unavailable,
 )
-from potluck.messages import (
+from potluck.wire.messages import (
     AddDataset,
     BlobRef,
     CancelInfer,
@@ -58,7 +58,7 @@ from potluck.messages import (
     Tensor,
     Train,
 )
-from potluck.topics import Topics
+from potluck.wire.topics import Topics
 from support.brokers import TestBroker, some_kind
 from support.eventually import eventually
 from support.fake_bus import FakeBroker, FakeBus

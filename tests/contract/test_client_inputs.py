@@ -18,9 +18,9 @@ from potluck.client import AsyncClient
 from potluck.client import inputs as inputs_module
 from potluck.client.inputs import Choice
 from potluck.errors import BadMessage, InputsLost, PotluckError, TimedOut, Unavailable
-from potluck.http import serve_http
-from potluck.messages import BlobRef, FindReplicas, Infer, Inferred, Message, ReplicaPlace, ReplicasFound
-from potluck.tensors import from_numpy
+from potluck.net.http import serve_http
+from potluck.wire.messages import BlobRef, FindReplicas, Infer, Inferred, Message, ReplicaPlace, ReplicasFound
+from potluck.wire.tensors import from_numpy
 from support.fake_bus import FakeBroker, FakeBus
 from support.scripted_coordinator import ScriptedCoordinator
 

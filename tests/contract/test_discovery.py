@@ -12,9 +12,9 @@ import pytest
 from zeroconf import IPVersion
 from zeroconf.asyncio import AsyncServiceInfo, AsyncZeroconf
 
-from potluck import discovery as module
-from potluck.discovery import SERVICE_TYPE, Discovery, Role, Service, broker_addresses
 from potluck.errors import Unavailable
+from potluck.net import discovery as module
+from potluck.net.discovery import SERVICE_TYPE, Discovery, Role, Service, broker_addresses
 from potluck.settings import NetworkSettings
 from support.eventually import eventually
 

@@ -16,7 +16,7 @@ from aiohttp import web
 
 from potluck.blobs import server
 from potluck.blobs.store import BlobStore
-from potluck.http import LEAST_RATE, Patience, serve_http
+from potluck.net.http import LEAST_RATE, Patience, serve_http
 from potluck.settings import HttpSettings
 from support.eventually import eventually
 

@@ -22,8 +22,8 @@ from potluck.blobs import server
 from potluck.blobs.download import Downloader
 from potluck.blobs.store import BlobStore, NewFile, is_made_up
 from potluck.errors import PotluckError, Unavailable
-from potluck.http import serve_http
-from potluck.messages import BlobRef
+from potluck.net.http import serve_http
+from potluck.wire.messages import BlobRef
 from support.eventually import eventually
 
 LIMIT_BYTES = 3_000_000

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from potluck.broker import PACKET_LIMIT_BYTES
+from potluck.net.broker import PACKET_LIMIT_BYTES
 from support.brokers import TestBroker
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "protocol.md"

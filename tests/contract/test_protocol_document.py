@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from potluck import codec, errors, messages, topics
+from potluck import errors
 from potluck.cli.output import plain
-from potluck.messages import INLINE_LIMIT_BYTES, AnyMessage
+from potluck.wire import codec, messages, topics
+from potluck.wire.messages import INLINE_LIMIT_BYTES, AnyMessage
 
 TEXT = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"```json\n(.*?)```", TEXT, flags=re.DOTALL)

@@ -8,11 +8,11 @@ from contextlib import AsyncExitStack
 
 import pytest
 
-from potluck import codec
+from potluck.bus.exchange import Envelope
 from potluck.errors import PotluckError
-from potluck.exchange import Envelope
-from potluck.messages import GetJob, ListNodes, Message, NodesListed, RequestFailed
-from potluck.topics import Topics
+from potluck.wire import codec
+from potluck.wire.messages import GetJob, ListNodes, Message, NodesListed, RequestFailed
+from potluck.wire.topics import Topics
 from support.eventually import eventually
 from support.fake_bus import FakeBroker, FakeBus
 

@@ -15,7 +15,7 @@ import pytest
 from msgspec.structs import replace
 
 from potluck.errors import Conflict, InvalidRequest, NotFound, PotluckError
-from potluck.messages import DeploymentInfo, ErrorInfo
+from potluck.wire.messages import DeploymentInfo, ErrorInfo
 from support.eventually import eventually
 from support.fake_bus import FakeBus
 from support.serving_lab import Lab, Node, ask, client, question

@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coordinator.serving.inference import size_bytes
-from potluck import codec, tensors
+from potluck.bus.exchange import Envelope
 from potluck.errors import Cancelled, InvalidModel, InvalidRequest, NotFound, TimedOut, TooLarge, Unavailable
-from potluck.exchange import Envelope
-from potluck.messages import (
+from potluck.wire import codec, tensors
+from potluck.wire.messages import (
     BlobRef,
     Deploy,
     ErrorInfo,

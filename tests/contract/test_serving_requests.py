@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from potluck import tensors
 from potluck.errors import Cancelled, InvalidRequest, TimedOut
-from potluck.messages import CancelInfer, Infer, Signature, TensorSpec
+from potluck.wire import tensors
+from potluck.wire.messages import CancelInfer, Infer, Signature, TensorSpec
 from support.eventually import eventually
 from support.serving_lab import TOPICS, Lab, ask, client, question
 

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from potluck.bus import MqttBus
+from potluck.bus.mqtt import MqttBus
 from potluck.client import health
-from potluck.messages import CoordinatorStatus, NodeStatus, NodeTelemetry
 from potluck.settings import ClientSettings
 from potluck.sole_use import clock_text, sole_use
-from potluck.topics import Topics
+from potluck.wire.messages import CoordinatorStatus, NodeStatus, NodeTelemetry
+from potluck.wire.topics import Topics
 from support.brokers import TestBroker, some_kind
 
 TOPICS = Topics("lab")

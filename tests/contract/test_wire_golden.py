@@ -18,9 +18,9 @@ import msgpack
 import msgspec
 import pytest
 
-from potluck import codec, messages
-from potluck.codec import Encoding
-from potluck.messages import AnyMessage, Message
+from potluck.wire import codec, messages
+from potluck.wire.codec import Encoding
+from potluck.wire.messages import AnyMessage, Message
 
 GOLDEN = Path(__file__).parent / "golden"
 KINDS: list[type[Message]] = list(AnyMessage.__args__)

@@ -18,7 +18,7 @@ import pytest
 from potluck.client import AsyncClient
 from potluck.errors import PotluckError
 from potluck.local_cluster import LocalCluster
-from potluck.messages import (
+from potluck.wire.messages import (
     AcknowledgeResult,
     AnyMessage,
     BlobsStored,

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from safetensors.numpy import save
 
 from potluck.errors import Cancelled, InvalidModel, InvalidRequest
-from potluck.messages import (
+from potluck.wire.messages import (
     DataFormat,
     EvaluateResult,
     ExportResult,
@@ -24,7 +24,7 @@ from potluck.messages import (
     PredictResult,
     TrainResult,
 )
-from potluck.tensors import to_numpy
+from potluck.wire.tensors import to_numpy
 from support.engine_lab import IMAGES, Lab, engine_lab, evaluation, pictures, prediction, training
 from support.models import Files, blobs, dense, whole
 

@@ -12,7 +12,7 @@ import pytest
 
 from node.engine.fusing import WORTHWHILE_NUMBERS, fuse, unfuse
 from node.engine.tasks import Tasks
-from potluck.messages import SyncTask
+from potluck.wire.messages import SyncTask
 from support.engine_lab import training
 from support.models import Files
 

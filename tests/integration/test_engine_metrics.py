@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import pytest_asyncio
 
-from coordinator.batch import merge
-from coordinator.results import evaluation as report_of
-from coordinator.training.scores import evaluation_metrics
+from coordinator.dispatch.results import evaluation as report_of
+from coordinator.plans.batch import merge
+from coordinator.plans.training.scores import evaluation_metrics
 from potluck.errors import InvalidRequest
-from potluck.messages import EvaluateTask
+from potluck.wire.messages import EvaluateTask
 from support.engine_lab import Lab, engine_lab, evaluation, training
 from support.models import whole
 

@@ -10,8 +10,8 @@ import pytest
 import pytest_asyncio
 from msgspec.structs import replace
 
-from potluck import weights
-from potluck.messages import ExportTask
+from potluck.weights import files as weights
+from potluck.wire.messages import ExportTask
 from support.engine_lab import Lab, engine_lab, evaluation, prediction, training
 from support.models import whole
 

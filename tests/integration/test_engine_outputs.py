@@ -11,12 +11,12 @@ import pytest
 import pytest_asyncio
 from msgspec.structs import replace
 
-from coordinator.batch import merge
-from coordinator.training.scores import evaluation_metrics
+from coordinator.plans.batch import merge
+from coordinator.plans.training.scores import evaluation_metrics
 from potluck.errors import InvalidRequest
-from potluck.messages import DataFormat, SyncTask
-from potluck.tensors import to_numpy
-from potluck.weights import load
+from potluck.weights.files import load
+from potluck.wire.messages import DataFormat, SyncTask
+from potluck.wire.tensors import to_numpy
 from support.engine_lab import Lab, engine_lab, evaluation, prediction, training
 from support.models import whole
 

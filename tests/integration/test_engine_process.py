@@ -17,7 +17,7 @@ import pytest
 from node.engine.process import Engine
 from node.engine.watch import Limits
 from potluck.errors import EngineFailed
-from potluck.tensors import from_numpy
+from potluck.wire.tensors import from_numpy
 from support import allowing
 from support.engine_lab import training
 from support.eventually import eventually

@@ -11,7 +11,7 @@ import pytest_asyncio
 from msgspec.structs import replace
 
 from potluck.errors import CodeNotAllowed, InvalidData, InvalidModel, InvalidRequest
-from potluck.messages import (
+from potluck.wire.messages import (
     DataFormat,
     ImageOptions,
 )

@@ -18,7 +18,7 @@ import pytest_asyncio
 from node.engine.process import Engine
 from node.engine.watch import Limits
 from potluck.errors import EngineFailed, InvalidModel, OutOfMemory
-from potluck.tensors import from_numpy
+from potluck.wire.tensors import from_numpy
 from support.engine_lab import Lab, engine_lab, prediction, training
 from support.models import dense, whole
 

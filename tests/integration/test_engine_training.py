@@ -12,8 +12,8 @@ import pytest_asyncio
 from msgspec.structs import replace
 
 from potluck.errors import InvalidRequest
-from potluck.messages import ExportTask
-from potluck.weights import Reader
+from potluck.weights.files import Reader
+from potluck.wire.messages import ExportTask
 from support.engine_lab import Lab, engine_lab, training
 from support.models import ARRAYS, blobs
 

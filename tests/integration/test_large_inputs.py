@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from potluck import tensors
 from potluck.client import AsyncClient
 from potluck.client.connection import Connection
 from potluck.errors import InputsLost, Unavailable
 from potluck.local_cluster import Daemon, LocalCluster
-from potluck.messages import BlobRef, FindReplicas, Infer, Inferred, ModelRegistered, RegisterModel, ReplicasFound
+from potluck.wire import tensors
+from potluck.wire.messages import BlobRef, FindReplicas, Infer, Inferred, ModelRegistered, RegisterModel, ReplicasFound
 from support.eventually import eventually
 from support.fake_nodes import fake_node
 

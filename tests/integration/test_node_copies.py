@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from potluck.messages import BlobRef, BlobsStored, HoldBlob, HoldFailed, NodeStatus, ReleaseBlob
+from potluck.wire.messages import BlobRef, BlobsStored, HoldBlob, HoldFailed, NodeStatus, ReleaseBlob
 from support.node_lab import Lab, node_lab
 
 

@@ -17,9 +17,9 @@ import psutil
 import pytest
 from msgspec.structs import replace
 
-from potluck.bus import MqttBus
-from potluck.discovery import Discovery, Service
-from potluck.messages import (
+from potluck.bus.mqtt import MqttBus
+from potluck.net.discovery import Discovery, Service
+from potluck.wire.messages import (
     BlobRef,
     BlobsStored,
     CoordinatorStatus,

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from potluck import extras
-from potluck.messages import (
+from potluck.wire.messages import (
     DataSlice,
     InferenceFinished,
     ModelLoaded,
@@ -20,7 +20,7 @@ from potluck.messages import (
     PredictTask,
     ShardFailed,
 )
-from potluck.tensors import from_numpy, to_numpy
+from potluck.wire.tensors import from_numpy, to_numpy
 from support import models
 from support.node_lab import node_lab
 from support.processes import engines

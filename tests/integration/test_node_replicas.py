@@ -12,7 +12,7 @@ import numpy as np
 import psutil
 import pytest
 
-from potluck.messages import (
+from potluck.wire.messages import (
     BlobRef,
     DataSlice,
     ErrorInfo,
@@ -31,7 +31,7 @@ from potluck.messages import (
     TrainTask,
     UnloadModel,
 )
-from potluck.tensors import from_numpy, to_numpy
+from potluck.wire.tensors import from_numpy, to_numpy
 from support import allowing, models
 from support.eventually import eventually
 from support.node_lab import Lab, NodeProcess, node_lab

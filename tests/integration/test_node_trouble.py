@@ -14,8 +14,8 @@ import psutil
 import pytest
 from aiohttp import web
 
-from potluck.http import serve_http
-from potluck.messages import (
+from potluck.net.http import serve_http
+from potluck.wire.messages import (
     BlobRef,
     ExportTask,
     ForgetJob,

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 
 from potluck import Client
-from potluck.bus import MqttBus
+from potluck.bus.mqtt import MqttBus
 from potluck.client.health import examine
 from potluck.errors import GaveWay
 from potluck.lifecycle import die_with_parent
 from potluck.local_cluster import LocalCluster
-from potluck.messages import CoordinatorStatus
 from potluck.settings import ClientSettings
-from potluck.topics import Topics
+from potluck.wire.messages import CoordinatorStatus
+from potluck.wire.topics import Topics
 from support.brokers import TestBroker, some_kind
 from support.eventually import eventually
 

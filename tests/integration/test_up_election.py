@@ -19,7 +19,7 @@ from support.eventually import eventually
 STAND_IN = """
 import asyncio, signal, sys
 from pathlib import Path
-from potluck.discovery import Discovery, Service
+from potluck.net.discovery import Discovery, Service
 
 async def main():
     cluster = sys.argv[sys.argv.index("--cluster") + 1]

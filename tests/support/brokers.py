@@ -9,7 +9,7 @@ from typing import Literal
 
 import pytest
 
-from potluck.broker import Broker, find_mosquitto, start_broker
+from potluck.net.broker import Broker, find_mosquitto, start_broker
 from potluck.settings import BrokerSettings, Listen
 
 BrokerKind = Literal["mosquitto", "embedded"]

@@ -15,9 +15,9 @@ from msgspec.structs import replace
 
 from node.engine.process import Engine
 from node.engine.watch import Limits
-from potluck.messages import BlobRef, DataFormat, EvaluateTask, PredictTask, TrainResult, TrainTask
-from potluck.updates import apply_update
-from potluck.weights import load
+from potluck.weights.files import load
+from potluck.weights.updates import apply_update
+from potluck.wire.messages import BlobRef, DataFormat, EvaluateTask, PredictTask, TrainResult, TrainTask
 from support import models
 from support.models import Files
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
-from potluck import codec
+from potluck.bus.exchange import Bus, Will
+from potluck.bus.filters import matches
+from potluck.bus.properties import Mirrored
 from potluck.errors import PotluckError, Unavailable
-from potluck.exchange import Bus, Will
-from potluck.filters import matches
-from potluck.messages import Message
-from potluck.mirror import Mirrored
 from potluck.settings import BusTimings
-from potluck.topics import Topics
+from potluck.wire import codec
+from potluck.wire.messages import Message
+from potluck.wire.topics import Topics
 
 
 class FakeBroker:

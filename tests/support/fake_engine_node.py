@@ -15,7 +15,7 @@ from node.__main__ import main
 from node.engine.process import EngineInfo
 from node.engine.watch import Limits
 from potluck.errors import Cancelled, EngineFailed, InvalidModel, ModelCrashed, NotFound
-from potluck.messages import (
+from potluck.wire.messages import (
     AnyTask,
     AnyTaskResult,
     BlobRef,

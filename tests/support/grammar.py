@@ -1,4 +1,4 @@
-"""Every message there is, with odd values in each of its fields: made from the types in `potluck.messages`."""
+"""Every message there is, with odd values in each of its fields: made from the types in `potluck.wire.messages`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from msgspec import inspect
 
-from potluck.messages import Message
+from potluck.wire.messages import Message
 
 Plain = dict[str, Any]
 _DEPTH = 4

@@ -18,10 +18,12 @@ from msgspec.structs import replace
 from potluck.blobs import server
 from potluck.blobs.download import Downloader
 from potluck.blobs.store import BlobStore
-from potluck.bus import Envelope, MqttBus
-from potluck.http import serve_http
+from potluck.bus.mqtt import Envelope, MqttBus
 from potluck.lifecycle import die_with_parent
-from potluck.messages import (
+from potluck.net.addresses import bind
+from potluck.net.http import serve_http
+from potluck.settings import BusTimings, Listen
+from potluck.wire.messages import (
     AcknowledgeResult,
     BlobRef,
     CoordinatorStatus,
@@ -35,9 +37,7 @@ from potluck.messages import (
     ShardFinished,
     Tensor,
 )
-from potluck.network import bind
-from potluck.settings import BusTimings, Listen
-from potluck.topics import Topics
+from potluck.wire.topics import Topics
 from support.brokers import BrokerKind, TestBroker, some_kind
 from support.eventually import eventually
 

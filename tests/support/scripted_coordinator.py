@@ -14,10 +14,10 @@ from aiohttp import web
 
 from potluck.blobs import server
 from potluck.blobs.store import BlobStore
-from potluck.bus import Bus, Envelope
+from potluck.bus.exchange import request_failed
+from potluck.bus.mqtt import Bus, Envelope
 from potluck.errors import NotFound, PotluckError
-from potluck.exchange import request_failed
-from potluck.messages import (
+from potluck.wire.messages import (
     AddDataset,
     BlobRef,
     CoordinatorStatus,

@@ -14,12 +14,14 @@ from msgspec.structs import replace
 
 from coordinator.journal import Journal
 from coordinator.membership import Membership
+from coordinator.registry import Registry
 from coordinator.serving.inference import Inference
-from coordinator.serving.registry import Registry
 from coordinator.serving.serving import Serving
-from potluck import tensors
-from potluck.exchange import Envelope
-from potluck.messages import (
+from potluck.bus.exchange import Envelope
+from potluck.bus.outbox import Outbox
+from potluck.settings import CoordinatorSettings
+from potluck.wire import tensors
+from potluck.wire.messages import (
     BlobRef,
     CancelInference,
     Capacity,
@@ -41,9 +43,7 @@ from potluck.messages import (
     TensorSpec,
     UnloadModel,
 )
-from potluck.outbox import Outbox
-from potluck.settings import CoordinatorSettings
-from potluck.topics import Topics
+from potluck.wire.topics import Topics
 from support.fake_bus import FakeBroker, FakeBus
 
 TOPICS = Topics("serve")

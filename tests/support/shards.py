@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load
 
-from potluck import codec
 from potluck.blobs.store import BlobStore
-from potluck.messages import Dataset
+from potluck.wire import codec
+from potluck.wire.messages import Dataset
 
 
 def new_store(tmp_path: Path) -> BlobStore:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from potluck.addresses import check_holders, is_address
 from potluck.errors import InvalidRequest
+from potluck.wire.addresses import check_holders, is_address
 
 
 @pytest.mark.parametrize(

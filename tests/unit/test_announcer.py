@@ -7,11 +7,11 @@ from typing import Any, cast
 
 import pytest
 
-from coordinator.announcer import Announcer
-from coordinator.leases import on_nodes
-from coordinator.placement import ClusterView, NodeView
-from potluck.outbox import Outbox
-from potluck.topics import Topics
+from coordinator.dispatch.announcer import Announcer
+from coordinator.dispatch.leases import on_nodes
+from coordinator.plans.placement import ClusterView, NodeView
+from potluck.bus.outbox import Outbox
+from potluck.wire.topics import Topics
 
 
 def node(name: str, *, gives_way: bool = False, runtimes: frozenset[str] = frozenset({"tensorflow"})) -> NodeView:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
 
 from node.assignments import FENCE_SECONDS, QUEUE_LIMIT, Assignments, Effect, GiveUp, Outcome, Prefetch, Run, Send, Stop
-from potluck.messages import (
+from potluck.wire.messages import (
     AcknowledgeResult,
     BlobRef,
     ErrorInfo,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from coordinator.federated import fits, joined
+from coordinator.plans.node_data import fits, joined
 from potluck.errors import InvalidRequest
-from potluck.messages import DataFormat, NodeData
+from potluck.wire.messages import DataFormat, NodeData
 
 
 def held(rate: int) -> NodeData:

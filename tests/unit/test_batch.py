@@ -7,12 +7,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from coordinator.batch import BatchStrategy, ItemIndex, merge
-from coordinator.jobs import Attempt, Complete, Lease, Withdraw
-from coordinator.placement import ClusterView, NodeView
-from coordinator.training.scores import evaluation_metrics
+from coordinator.plans.batch import BatchStrategy, ItemIndex, merge
+from coordinator.plans.job import Attempt, Complete, Lease, Withdraw
+from coordinator.plans.placement import ClusterView, NodeView
+from coordinator.plans.training.scores import evaluation_metrics
 from potluck.errors import ModelFailed
-from potluck.messages import (
+from potluck.wire.messages import (
     BlobRef,
     DataFormat,
     DataShard,

@@ -14,9 +14,9 @@ from typing import Any
 import psutil
 import pytest
 
-from potluck import broker
-from potluck.broker import find_mosquitto, start_broker
 from potluck.errors import InvalidSettings, Unavailable
+from potluck.net import broker
+from potluck.net.broker import find_mosquitto, start_broker
 from potluck.settings import BrokerSettings, Listen
 from support.brokers import mosquitto_or_skip
 from support.eventually import eventually
@@ -83,7 +83,7 @@ async def test_it_dies_with_its_parent(kind: Any, tmp_path: Path) -> None:
     script = f"""
 import asyncio, sys
 from pathlib import Path
-from potluck.broker import start_broker
+from potluck.net.broker import start_broker
 from potluck.settings import BrokerSettings, Listen
 async def main():
     started = await start_broker(BrokerSettings(mode={kind!r}, port=0), Listen(), Path({str(tmp_path)!r}))

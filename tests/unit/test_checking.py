@@ -8,8 +8,15 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from coordinator.checking import Doubts, bounded_error, bounded_renewal, is_no_number, violation, wrong_signature
-from potluck.messages import (
+from coordinator.dispatch.checking import (
+    Doubts,
+    bounded_error,
+    bounded_renewal,
+    is_no_number,
+    violation,
+    wrong_signature,
+)
+from potluck.wire.messages import (
     AnyTask,
     AnyTaskResult,
     BlobRef,

@@ -25,7 +25,7 @@ from potluck.client import files
 from potluck.client.training import TrainOptions
 from potluck.data import items
 from potluck.errors import InvalidData, InvalidRequest
-from potluck.messages import (
+from potluck.wire.messages import (
     BlobRef,
     Compression,
     DatasetInfo,

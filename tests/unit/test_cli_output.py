@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from rich.console import Console
 
 from potluck.cli import following, output, predict
-from potluck.messages import (
+from potluck.wire.messages import (
     Capacity,
     ClassScore,
     EpochMetrics,

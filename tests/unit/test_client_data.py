@@ -17,8 +17,8 @@ from potluck.client.matching import listed
 from potluck.client.models import keras_file
 from potluck.client.sources import as_arrays, given
 from potluck.errors import DiskFull, InvalidData
-from potluck.messages import BlobRef
 from potluck.settings import ClientSettings
+from potluck.wire.messages import BlobRef
 
 X, A, B = np.zeros((4, 2)), np.arange(4), np.ones((4, 3))
 W = np.linspace(0, 1, 4)

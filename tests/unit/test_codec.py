@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from potluck import codec
 from potluck.errors import BadMessage, TooLarge
-from potluck.messages import (
+from potluck.wire import codec
+from potluck.wire.messages import (
     INLINE_LIMIT_BYTES,
     BlobRef,
     CancelJob,

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from coordinator.collecting import Collector
-from potluck import weights
+from coordinator.dispatch.collecting import Collector
 from potluck.blobs.store import BlobStore, hash_file
 from potluck.errors import EngineFailed
-from potluck.messages import BlobRef, Step, SyncResult, TrainResult
-from potluck.updates import write_update
+from potluck.weights import files as weights
+from potluck.weights.updates import write_update
+from potluck.wire.messages import BlobRef, Step, SyncResult, TrainResult
 
 
 @dataclass

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from potluck.broker import find_mosquitto
+from potluck.net.broker import find_mosquitto
 from potluck.settings import CoordinatorSettings, NetworkSettings, NodeSettings, load
 from support.eventually import eventually
 

@@ -14,7 +14,7 @@ import pytest
 from msgspec.structs import replace
 
 from potluck.cli import curl
-from potluck.messages import (
+from potluck.wire.messages import (
     BlobRef,
     DeploymentInfo,
     ImageOptions,

@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 
-from coordinator.deletion import Deletion
-from coordinator.jobs import Job, JobFinished
-from coordinator.jobstore import JobStore
+from coordinator.copies.pins import Keeping
+from coordinator.dispatch.deletion import Deletion
+from coordinator.dispatch.jobstore import JobStore
+from coordinator.dispatch.packed import KEPT_SECONDS, Packed
 from coordinator.journal import Journal
-from coordinator.keeping import Keeping
-from coordinator.packed import KEPT_SECONDS, Packed
-from coordinator.serving.registry import Registry
-from potluck import codec
+from coordinator.plans.job import Job, JobFinished
+from coordinator.registry import Registry
 from potluck.blobs.store import BlobStore
 from potluck.errors import Conflict, InvalidRequest, NotFound
-from potluck.messages import (
+from potluck.wire import codec
+from potluck.wire.messages import (
     AnyJobSpec,
     DataFormat,
     Dataset,

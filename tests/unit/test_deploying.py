@@ -11,7 +11,7 @@ from potluck.cli import output
 from potluck.cli.models import _seconds
 from potluck.client import deploying
 from potluck.errors import InvalidRequest
-from potluck.messages import Deploy, DeploymentInfo, ReplicaInfo
+from potluck.wire.messages import Deploy, DeploymentInfo, ReplicaInfo
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from node.engine import frames
-from potluck import codec
 from potluck.errors import BadMessage, TooLarge
-from potluck.messages import BlobRef, ErrorInfo, ExportTask, RequestOutcome, Tensor
+from potluck.wire import codec
+from potluck.wire.messages import BlobRef, ErrorInfo, ExportTask, RequestOutcome, Tensor
 
 BLOB = BlobRef(sha256="a" * 64, size=3)
 TENSOR = Tensor(name="x", datatype="FP32", shape=(1, 2), data=b"\0" * 8)

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from coordinator.federated import NodesEvaluation, described, fits, joined
-from coordinator.jobs import Attempt, CloseEpoch, CloseRound, Complete, JobSubmitted, Lease, RoundClosed
-from coordinator.placement import ClusterView, NodeView
-from coordinator.strategies import strategy_for
-from coordinator.training import privacy
-from coordinator.training.federated import GRACE_LEAST, FederatedStrategy
-from coordinator.training.outer import nova_scales
-from coordinator.training.readiness import WARM_UP
+from coordinator.dispatch.outer import nova_scales
+from coordinator.plans.job import Attempt, CloseEpoch, CloseRound, Complete, JobSubmitted, Lease, RoundClosed
+from coordinator.plans.node_data import NodesEvaluation, described, fits, joined
+from coordinator.plans.placement import ClusterView, NodeView
+from coordinator.plans.strategies import strategy_for
+from coordinator.plans.training import privacy
+from coordinator.plans.training.federated import GRACE_LEAST, FederatedStrategy
+from coordinator.plans.training.readiness import WARM_UP
 from potluck.errors import InvalidRequest, NotFound
-from potluck.messages import (
+from potluck.wire.messages import (
     BlobRef,
     DataFormat,
     ErrorInfo,

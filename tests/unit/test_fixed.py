@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from coordinator.jobs import Attempt, CloseRound, JobSubmitted, Lease, RoundClosed
-from coordinator.placement import ClusterView, NodeView
-from coordinator.strategies import strategy_for
-from coordinator.training.fixed import FixedStrategy
-from coordinator.training.readiness import WARM_UP
-from potluck.messages import (
+from coordinator.plans.job import Attempt, CloseRound, JobSubmitted, Lease, RoundClosed
+from coordinator.plans.placement import ClusterView, NodeView
+from coordinator.plans.strategies import strategy_for
+from coordinator.plans.training.fixed import FixedStrategy
+from coordinator.plans.training.readiness import WARM_UP
+from potluck.wire.messages import (
     BlobRef,
     DataFormat,
     Dataset,

@@ -10,8 +10,8 @@ import pytest
 
 from potluck.cli import here
 from potluck.cli.plan import Plan
-from potluck.discovery import Service
 from potluck.errors import Conflict, InvalidSettings
+from potluck.net.discovery import Service
 from potluck.settings import Listen, NetworkSettings
 from potluck.sole_use import User
 

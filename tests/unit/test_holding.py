@@ -8,8 +8,17 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from coordinator.holding import ASKED_LIMIT, GONE_SECONDS, RESEND_SECONDS, REST_SECONDS, Hold, Holding, Place, Release
-from potluck.messages import BlobRef
+from coordinator.copies.plan import (
+    ASKED_LIMIT,
+    GONE_SECONDS,
+    RESEND_SECONDS,
+    REST_SECONDS,
+    Hold,
+    Holding,
+    Place,
+    Release,
+)
+from potluck.wire.messages import BlobRef
 
 
 def blob(number: int, size: int = 10) -> BlobRef:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from coordinator.jobstore import meant
+from coordinator.dispatch.jobstore import meant
 from potluck.errors import InvalidRequest, NotFound
 
 KNOWN = ("4be1c06f2a9d", "4be1", "4c00aa11bb22", "77ab03c51e20")

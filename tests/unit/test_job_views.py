@@ -17,15 +17,15 @@ from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
-from coordinator.jobs import ROUNDS_LIMIT_BYTES, EpochEnded, Job, JobSubmitted, RoundClosed
-from potluck import codec
+from coordinator.plans.job import ROUNDS_LIMIT_BYTES, EpochEnded, Job, JobSubmitted, RoundClosed
 from potluck.cli import following
 from potluck.cli.jobs import EPOCHS
 from potluck.cli.main import app
 from potluck.cli.session import Session
 from potluck.client import event_files, plots
 from potluck.errors import Conflict, InvalidRequest
-from potluck.messages import (
+from potluck.wire import codec
+from potluck.wire.messages import (
     INLINE_LIMIT_BYTES,
     BlobRef,
     EpochMetrics,

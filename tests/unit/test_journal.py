@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.jobs import AnyEvent, AttemptEnded, JobStarted
 from coordinator.journal import Journal
+from coordinator.plans.job import AnyEvent, AttemptEnded, JobStarted
 from potluck.errors import Conflict, Unavailable
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from coordinator import labels
+from coordinator.plans import labels
 from potluck.errors import InvalidRequest
-from potluck.messages import BlobRef, DataFormat, Dataset, ModelInfo
+from potluck.wire.messages import BlobRef, DataFormat, Dataset, ModelInfo
 
 
 def data(name: str, *classes: str) -> Dataset:

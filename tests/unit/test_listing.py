@@ -13,7 +13,7 @@ from rich.text import Text
 
 from potluck.cli import output
 from potluck.cli.listing import PIPE_COLUMNS, Facts, Line, Listing
-from potluck.messages import (
+from potluck.wire.messages import (
     BlobRef,
     ClassScore,
     DatasetInfo,

@@ -13,8 +13,8 @@ from coordinator.membership import (
     NodeRefused,
     NodeUnknown,
 )
-from potluck import codec
-from potluck.messages import Capacity, DataFormat, Gpu, NodeCapacity, NodeData, NodeStatus, NodeTelemetry
+from potluck.wire import codec
+from potluck.wire.messages import Capacity, DataFormat, Gpu, NodeCapacity, NodeData, NodeStatus, NodeTelemetry
 
 
 def birth(session: str, state: str = "online") -> NodeStatus:

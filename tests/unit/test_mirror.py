@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
-from potluck.messages import JobAccepted, ListJobs
-from potluck.mirror import Mirrored, mirror, pack
+from potluck.bus.properties import Mirrored, mirror, pack
+from potluck.wire.messages import JobAccepted, ListJobs
 
 text = st.text(st.characters(codec="utf-8", exclude_characters="\0\ufeff"), max_size=300)
 

@@ -10,11 +10,11 @@ import pytest
 from msgspec.structs import replace
 
 from coordinator.neighbours import ASKED_AT_ONCE, OTHERS_NAMED, Neighbours, gives_way
-from potluck.discovery import Discovery, Service, precedence
-from potluck.messages import CoordinatorStatus
-from potluck.network import refusal
+from potluck.net.addresses import refusal
+from potluck.net.discovery import Discovery, Service, precedence
 from potluck.settings import BusTimings
-from potluck.topics import Topics
+from potluck.wire.messages import CoordinatorStatus
+from potluck.wire.topics import Topics
 
 OLD = CoordinatorStatus(session="a", epoch=1, state="online", cluster_id="0b", founded=100.0)
 NEW = CoordinatorStatus(session="b", epoch=2, state="online", cluster_id="0a", founded=200.0)

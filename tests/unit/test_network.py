@@ -9,9 +9,10 @@ from contextlib import ExitStack
 
 import pytest
 
-from potluck import network, settings
+from potluck import settings
 from potluck.errors import CannotListen
-from potluck.network import bind, bind_gateway
+from potluck.net import addresses as network
+from potluck.net.addresses import bind, bind_gateway
 from potluck.settings import CoordinatorSettings, GatewayListen, Listen, load
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from potluck.exchange import Envelope
-from potluck.messages import INLINE_LIMIT_BYTES, AcknowledgeResult, ListNodes
-from potluck.outbox import Outbox
-from potluck.topics import Topics
+from potluck.bus.exchange import Envelope
+from potluck.bus.outbox import Outbox
+from potluck.wire.messages import INLINE_LIMIT_BYTES, AcknowledgeResult, ListNodes
+from potluck.wire.topics import Topics
 from support.eventually import eventually
 from support.fake_bus import FakeBroker, FakeBus
 

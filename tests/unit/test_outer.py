@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.training.outer import MOMENTUM_LIMIT, Outer, agreement_of, combine, outer_for
-from coordinator.training.rounds import exploded
-from potluck import weights
+from coordinator.dispatch.outer import MOMENTUM_LIMIT, Outer, agreement_of, combine, outer_for
+from coordinator.plans.training.rounds import exploded
 from potluck.errors import Diverged, InvalidModel
-from potluck.updates import apply_update, write_update
+from potluck.weights import files as weights
+from potluck.weights.updates import apply_update, write_update
 
 Array = np.ndarray[Any, Any]
 PLAIN = Outer(1.0, 0.0)

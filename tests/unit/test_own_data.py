@@ -11,8 +11,8 @@ from msgspec.structs import replace
 
 from node.own_data import OwnData
 from potluck.errors import InvalidRequest, Unavailable
-from potluck.messages import BlobRef, DataFormat, EvaluateTask, ExportTask, Privacy, TrainTask
 from potluck.settings import NodeDataSettings
+from potluck.wire.messages import BlobRef, DataFormat, EvaluateTask, ExportTask, Privacy, TrainTask
 
 MODEL = BlobRef(sha256="a" * 64, size=1)
 

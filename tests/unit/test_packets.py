@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
-from potluck import packets
+from potluck.bus import packets
+from potluck.bus.properties import Mirrored, pack
 from potluck.errors import BadMessage
-from potluck.mirror import Mirrored, pack
 
 TOPICS = st.text(st.characters(exclude_characters="+#\0", exclude_categories=("Cs",)), min_size=1, max_size=40)
 PAYLOADS = st.binary(max_size=20) | st.integers(0, 70_000).map(bytes)

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.placement import NodeView, assign, speeds, split, split_in_time, without_slow
+from coordinator.plans.placement import NodeView, assign, speeds, split, split_in_time, without_slow
 
 rates_by_node = st.dictionaries(st.sampled_from("abcdefgh"), st.floats(0.01, 1000), min_size=1)
 

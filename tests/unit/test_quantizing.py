@@ -4,11 +4,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from coordinator.jobs import Attempt, Complete, Lease
-from coordinator.placement import ClusterView, NodeView
-from coordinator.quantizing import CALIBRATION_ITEMS, CONVERT, QuantizeStrategy, convert_task
-from coordinator.training.scores import changes
-from potluck.messages import (
+from coordinator.plans.job import Attempt, Complete, Lease
+from coordinator.plans.placement import ClusterView, NodeView
+from coordinator.plans.quantizing import CALIBRATION_ITEMS, CONVERT, QuantizeStrategy, convert_task
+from coordinator.plans.training.scores import changes
+from potluck.wire.messages import (
     BlobRef,
     ConvertResult,
     ConvertTask,

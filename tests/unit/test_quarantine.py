@@ -11,12 +11,13 @@ from unittest.mock import Mock
 import pytest
 from msgspec.structs import replace
 
-from coordinator.dispatcher import Dispatcher
-from coordinator.holders import Holders
-from coordinator.leases import Held, Leases
+from coordinator.copies.locations import Holders
+from coordinator.dispatch.dispatcher import Dispatcher
+from coordinator.dispatch.leases import Held, Leases
 from coordinator.membership import Membership
-from potluck import codec
-from potluck.messages import (
+from potluck.settings import CoordinatorSettings
+from potluck.wire import codec
+from potluck.wire.messages import (
     CLASS_NAMES_LIMIT_BYTES,
     INLINE_LIMIT_BYTES,
     SHARDS_LIMIT,
@@ -34,8 +35,7 @@ from potluck.messages import (
     TrainTask,
     WarmUpTask,
 )
-from potluck.settings import CoordinatorSettings
-from potluck.topics import Topics
+from potluck.wire.topics import Topics
 from support.eventually import eventually
 
 BLOB = BlobRef(sha256="a" * 64, size=1)

@@ -8,9 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coordinator.journal import Journal
-from coordinator.serving.registry import TAGS_LIMIT, ModelAdded, Registry, pixel_scale
+from coordinator.registry import TAGS_LIMIT, ModelAdded, Registry, pixel_scale
 from potluck.errors import InvalidRequest, NotFound
-from potluck.messages import BlobRef, DataFormat, Dataset, DataShard, ImageOptions, ModelInfo, Signature, TensorSpec
+from potluck.wire.messages import (
+    BlobRef,
+    DataFormat,
+    Dataset,
+    DataShard,
+    ImageOptions,
+    ModelInfo,
+    Signature,
+    TensorSpec,
+)
 
 
 def blob(number: int) -> BlobRef:

@@ -19,9 +19,10 @@ from node.inputs import Inputs
 from node.replicas import Replicas
 from potluck.blobs.download import Downloader
 from potluck.blobs.store import BlobStore
-from potluck.bus import Bus
+from potluck.bus.mqtt import Bus
+from potluck.bus.outbox import Outbox
 from potluck.errors import EngineFailed, ModelCrashed, Overloaded, PotluckError
-from potluck.messages import (
+from potluck.wire.messages import (
     BlobRef,
     InferenceFinished,
     LoadModel,
@@ -34,7 +35,6 @@ from potluck.messages import (
     Signature,
     UnloadModel,
 )
-from potluck.outbox import Outbox
 from support.eventually import eventually
 from support.fake_bus import FakeBroker, FakeBus
 

@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 
-from coordinator.dispatcher import Dispatcher
+from coordinator.dispatch.dispatcher import Dispatcher
 from coordinator.journal import Journal
 from coordinator.membership import Membership
+from coordinator.registry import Registry
 from coordinator.requests import MANIFEST_LIMIT_BYTES, Requests, _is_same
-from coordinator.serving.registry import Registry
-from potluck import codec
 from potluck.blobs.store import BlobStore
+from potluck.bus.exchange import Envelope
 from potluck.client import listings
-from potluck.exchange import Envelope
-from potluck.messages import (
+from potluck.wire import codec
+from potluck.wire.messages import (
     INLINE_LIMIT_BYTES,
     SHARDS_LIMIT,
     AddDataset,

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_fscore_support
 
-from coordinator.results import evaluation, predictions
+from coordinator.dispatch.results import evaluation, predictions
 from potluck.blobs.store import BlobStore
 from potluck.errors import InvalidModel
-from potluck.messages import EvaluateResult, PredictResult, Tensor
+from potluck.wire.messages import EvaluateResult, PredictResult, Tensor
 
 
 def test_scores_equal_scikit_learns() -> None:

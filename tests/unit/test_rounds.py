@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from coordinator.jobs import (
+from coordinator.plans.job import (
     OPINION_SECONDS,
     AnyEvent,
     AttemptEnded,
@@ -29,14 +29,14 @@ from coordinator.jobs import (
     StopAsked,
     Withdraw,
 )
-from coordinator.placement import ClusterView, NodeView
-from coordinator.strategies import strategy_for
-from coordinator.training.readiness import AGAIN_SECONDS, WARM_UP
-from coordinator.training.rounds import LOST_SECONDS, RoundsStrategy
-from coordinator.training.scores import Best, direction, is_better
-from potluck import codec
+from coordinator.plans.placement import ClusterView, NodeView
+from coordinator.plans.strategies import strategy_for
+from coordinator.plans.training.readiness import AGAIN_SECONDS, WARM_UP
+from coordinator.plans.training.rounds import LOST_SECONDS, RoundsStrategy
+from coordinator.plans.training.scores import Best, direction, is_better
 from potluck.errors import InvalidRequest, OutOfMemory
-from potluck.messages import (
+from potluck.wire import codec
+from potluck.wire.messages import (
     BlobRef,
     DataFormat,
     Dataset,

@@ -13,7 +13,7 @@ from node import capacity, presence
 from node.presence import Presence
 from node.speed import AGREEING, WAITS_SECONDS, Speed, idle
 from potluck.settings import NodeSettings
-from potluck.topics import Topics
+from potluck.wire.topics import Topics
 
 
 def after(first: float, *found: float) -> tuple[Speed, list[bool]]:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.jobs import (
+from coordinator.plans.job import (
     AnyEvent,
     Attempt,
     AttemptEnded,
@@ -24,15 +24,15 @@ from coordinator.jobs import (
     RoundClosed,
     Withdraw,
 )
-from coordinator.placement import ClusterView, NodeView
-from coordinator.strategies import strategy_for
-from coordinator.training import costs, group
-from coordinator.training.costs import Costs, predict
-from coordinator.training.readiness import WARM_UP
-from coordinator.training.sync import FORMING_SECONDS, TRIES_LIMIT, SyncStrategy
+from coordinator.plans.placement import ClusterView, NodeView
+from coordinator.plans.strategies import strategy_for
+from coordinator.plans.training import costs, group
+from coordinator.plans.training.costs import Costs, predict
+from coordinator.plans.training.readiness import WARM_UP
+from coordinator.plans.training.sync import FORMING_SECONDS, TRIES_LIMIT, SyncStrategy
 from potluck.data.order import passes
 from potluck.errors import Unavailable
-from potluck.messages import (
+from potluck.wire.messages import (
     BlobRef,
     DataFormat,
     Dataset,

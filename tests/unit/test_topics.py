@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from potluck.bus.filters import FilterTable, check_filter, matches
 from potluck.errors import InvalidRequest, InvalidSettings
-from potluck.filters import FilterTable, check_filter, matches
-from potluck.topics import Topics
+from potluck.wire.topics import Topics
 
 TOPICS = Topics("lab-1")
 levels = st.text(st.characters(codec="utf-8", exclude_characters="/+#\0$"), max_size=4)

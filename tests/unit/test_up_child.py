@@ -12,8 +12,8 @@ import pytest
 from potluck.cli import joining
 from potluck.cli.joining import TRIES, Child, Joining
 from potluck.cli.plan import Plan
-from potluck.discovery import Discovery, Service
 from potluck.errors import Conflict, GaveWay, Unavailable
+from potluck.net.discovery import Discovery, Service
 from potluck.settings import Listen, NetworkSettings
 from support.eventually import eventually
 

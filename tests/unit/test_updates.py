@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from potluck import updates, weights
 from potluck.errors import Diverged, InvalidModel
-from potluck.updates import BLOCK, SMALL, apply_update, dequantise, norm, quantise, write_update
+from potluck.weights import files as weights
+from potluck.weights import updates
+from potluck.weights.updates import BLOCK, SMALL, apply_update, dequantise, norm, quantise, write_update
 
 VALUES = arrays.arrays(
     np.float32,

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from coordinator.dispatcher import ROOM_SECONDS, Dispatcher
+from coordinator.dispatch.dispatcher import ROOM_SECONDS, Dispatcher
 from potluck.errors import DiskFull, InvalidModel
 from potluck.settings import CoordinatorSettings
 

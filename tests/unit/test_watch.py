@@ -12,7 +12,7 @@ from node.engine import frames
 from node.engine.progress import Reading
 from node.engine.watch import Limits, Verdict, Watch
 from potluck.errors import EngineFailed, OutOfMemory
-from potluck.messages import BlobRef, DataFormat, EvaluateTask, Signature, SyncTask
+from potluck.wire.messages import BlobRef, DataFormat, EvaluateTask, Signature, SyncTask
 
 LIMITS = Limits(start_seconds=120, silence_seconds=20, batch_seconds=60, load_seconds=300)
 MODEL = BlobRef(sha256="0" * 64, size=1)

@@ -19,8 +19,8 @@ from coordinator.gateway.shelf import Shelf
 from potluck.blobs import server as blob_server
 from potluck.blobs.download import Downloader
 from potluck.blobs.store import BlobStore
-from potluck.http import serve_http
-from potluck.messages import BlobRef, Signature
+from potluck.net.http import serve_http
+from potluck.wire.messages import BlobRef, Signature
 from support.serving_lab import Lab
 
 Deploy = Callable[..., Awaitable[None]]

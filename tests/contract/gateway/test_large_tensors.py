@@ -20,8 +20,8 @@ from msgspec.structs import replace
 from coordinator.serving.inference import INPUT_LIMIT_BYTES
 from potluck.blobs import server as blob_server
 from potluck.blobs.store import BlobStore
-from potluck.http import serve_http
-from potluck.messages import BlobRef, Signature, TensorSpec
+from potluck.net.http import serve_http
+from potluck.wire.messages import BlobRef, Signature, TensorSpec
 from support.eventually import eventually
 from support.serving_lab import Lab
 

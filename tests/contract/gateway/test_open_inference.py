@@ -18,7 +18,7 @@ import pytest
 
 from potluck import __version__
 from potluck.errors import Unavailable
-from potluck.messages import BlobRef, ErrorInfo, ModelFormat, NodeStatus, Signature, TensorSpec
+from potluck.wire.messages import BlobRef, ErrorInfo, ModelFormat, NodeStatus, Signature, TensorSpec
 from support.eventually import eventually
 from support.serving_lab import Lab, question
 

@@ -1,0 +1,1 @@
+"""Who has which blob, and where copies are to be."""

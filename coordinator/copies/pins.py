@@ -1,0 +1,30 @@
+"""What the registry names is kept: its blobs are pinned in the coordinator's store for as long as it names them."""
+
+from __future__ import annotations
+
+from coordinator.registry import Registry, dataset_blobs
+from potluck.blobs.store import BlobStore
+
+
+class Keeping:
+    """Pins, as the registry stands. From its making on it follows every change of the registry."""
+
+    def __init__(self, registry: Registry, store: BlobStore) -> None:
+        self._registry = registry
+        self._store = store
+        self._pinned: set[str] = set()
+        self._follow()
+        registry.on_change(self._follow)
+
+    def _follow(self) -> None:
+        wanted = {info.model.sha256 for info in self._registry.models()}
+        for listed in self._registry.datasets():
+            name = listed.name
+            wanted.update(
+                ref.sha256 for ref in dataset_blobs(self._registry.manifest(name), self._registry.dataset(name))
+            )
+        for sha256 in wanted - self._pinned:
+            self._store.pin(sha256)
+        for sha256 in self._pinned - wanted:
+            self._store.unpin(sha256)
+        self._pinned = wanted

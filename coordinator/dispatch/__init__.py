@@ -1,0 +1,1 @@
+"""Performs what plans decide: leases, results, rounds, and what is told of jobs."""

@@ -1,0 +1,267 @@
+"""What the coordinator does with the blobs of results: fetch, average, join, and throw away what is no longer needed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from typing import Any, TypeVar
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from coordinator.dispatch import outer, results
+from coordinator.plans.batch import BatchStrategy, merge
+from coordinator.plans.job import CloseRound, Job, RoundClosed
+from coordinator.plans.node_data import NodesEvaluation
+from coordinator.plans.quantizing import QuantizeStrategy
+from coordinator.plans.training.rounds import RoundsStrategy
+from coordinator.plans.training.scores import weighted
+from potluck.blobs.download import Downloader
+from potluck.blobs.store import BlobStore, hash_file, no_room
+from potluck.errors import EngineFailed, InvalidModel
+from potluck.weights import updates
+from potluck.wire.messages import (
+    AnyTaskResult,
+    BlobRef,
+    Compression,
+    ConvertResult,
+    Deploy,
+    Evaluate,
+    EvaluateResult,
+    ExportResult,
+    Predict,
+    PredictResult,
+    Step,
+    SyncResult,
+    Tensor,
+    Train,
+    TrainResult,
+    WarmUpResult,
+)
+
+S = TypeVar("S")
+_STEP_FILES = 3
+"""That an outer step writes, each as large as the weights at most."""
+
+
+class Collector:
+    """Blobs of results in the coordinator's store."""
+
+    def __init__(self, store: BlobStore, downloader: Downloader) -> None:
+        self._store = store
+        self._downloader = downloader
+
+    def too_large(self, result: AnyTaskResult) -> int:
+        """The bytes of a result's blobs where there could never be room for them; 0: there could."""
+        size = sum(ref.size for ref in _blobs(result))
+        return size if size > self._store.limit_bytes else 0
+
+    async def collect(self, result: AnyTaskResult) -> AnyTaskResult:
+        """The same result with all its blobs in our store. Raises Unavailable when nobody has one any more, CorruptBlob.
+
+        Of training they are kept until this returns: record it before you wait for anything.
+        """
+        match result:
+            case TrainResult():
+                with self._store.pinning() as pin:
+                    base, update = await self._fetch(result.base, pin), await self._fetch(result.update, pin)
+                    norm = await asyncio.to_thread(self._norm, update, base)
+                    return replace(result, base=base, update=update, norm=norm)
+            case ExportResult() | ConvertResult():
+                return replace(result, model=await self._fetch(result.model))
+            case PredictResult():
+                return replace(result, outputs=tuple([await self._output(tensor) for tensor in result.outputs]))
+            case SyncResult():
+                if result.weights is None or result.optimizer is None:
+                    return result
+                with self._store.pinning() as pin:
+                    if result.step is not None and self._store.has(result.step.base.sha256):
+                        await self._follow(result.step, result.weights, pin)
+                    kept, state = await self._fetch(result.weights, pin), await self._fetch(result.optimizer, pin)
+                    return replace(result, weights=kept, optimizer=state, step=None)
+            case EvaluateResult() | WarmUpResult():
+                return result
+
+    async def close_round(self, decision: CloseRound, spec: Train, clock: Callable[[], float]) -> RoundClosed:
+        """Take a round's outer step. Raises InvalidModel, Diverged.
+
+        What it makes is kept until this returns: record it before you wait for anything.
+        """
+        base = decision.results[0].base
+        settings = outer.outer_for(
+            decision.round,
+            decision.done,
+            1.0 if decision.agreement is None else decision.agreement,
+            spec.outer_learning_rate,
+            spec.outer_momentum,
+            max(part.momentum for part in decision.results) if decision.by_items else 0.0,
+        )
+        parts = decision.results
+        counts = [part.items if decision.by_items else part.samples for part in parts]
+        scales = outer.nova_scales(counts, [part.steps for part in parts]) if decision.by_items else [1.0] * len(parts)
+        with self._store.pinning() as pin:
+            step, weights, velocity, square = await asyncio.to_thread(
+                self._take_step, decision, base, settings, spec.compression, counts, scales, pin
+            )
+            return RoundClosed(
+                at=clock(),
+                round=decision.round,
+                base=base,
+                step=step,
+                weights=weights,
+                velocity=velocity,
+                samples=sum(part.samples for part in parts),
+                learning_rate=settings.learning_rate,
+                momentum=settings.momentum,
+                agreement=outer.agreement_of(
+                    square,
+                    [(part.norm * scale, count) for part, scale, count in zip(parts, scales, counts, strict=True)],
+                    decision.agreement,
+                ),
+                metrics=weighted([(count, part.metrics) for count, part in zip(counts, parts, strict=True)]),
+                rejected=decision.rejected,
+            )
+
+    def drop_round(self, decision: CloseRound, before: Step | None, closed: RoundClosed, keep: set[str]) -> None:
+        """Throw away what a closed round has used up: its updates, and the weights and state that it began from."""
+        found = (*(part.update for part in decision.results), closed.base, decision.velocity)
+        self.drop([ref for ref in (*found, before.update if before else None) if ref is not None], keep)
+
+    def drop(self, used: Iterable[BlobRef], keep: set[str]) -> None:
+        """Throw away what is no longer needed, but not what is in `keep`."""
+        for ref in used:
+            if ref.sha256 not in keep:
+                self._store.delete(ref.sha256)
+
+    async def result(self, job: Job) -> dict[str, Any]:
+        """What the result of a job with all its work done holds, as fields of `JobEnded` (and a `signature`)."""
+        spec, strategy, dataset = job.submitted.spec, job.strategy, job.dataset
+        labels = dataset.format.classes if dataset else ()
+        if isinstance(strategy, QuantizeStrategy) and strategy.converted is not None and isinstance(spec, Deploy):
+            before, after = (
+                results.evaluation(merge([part for part in parts if isinstance(part, EvaluateResult)]), labels)
+                for parts in strategy.evaluated()
+            )
+            on = spec.evaluation or spec.calibration or ""
+            return {"model": strategy.converted, "before": before, "evaluation": after, "evaluated_on": on}
+        if isinstance(strategy, RoundsStrategy) and strategy.exported is not None:
+            exported = strategy.exported
+            best = strategy.best.epoch if strategy.best else 0
+            return {"model": exported.model, "signature": exported.signature, "classes": labels, "best_epoch": best}
+        if isinstance(strategy, BatchStrategy | NodesEvaluation) and isinstance(spec, Evaluate):
+            merged = merge([part for part in strategy.in_order() if isinstance(part, EvaluateResult)])
+            return {"evaluation": results.evaluation(merged, labels), "classes": labels}
+        if isinstance(strategy, BatchStrategy) and isinstance(spec, Predict):
+            parts = [part for part in strategy.in_order() if isinstance(part, PredictResult)]
+            outputs = await asyncio.to_thread(results.predictions, parts, self._store)
+            # The scores are of the model's classes, of which the data may have none, or some.
+            labels = job.submitted.classes or labels
+            return {"outputs": outputs, "classes": labels, "keys": dataset.keys if dataset else None}
+        raise InvalidModel(f"job {job.job_id} has no result")
+
+    def _take_step(
+        self,
+        decision: CloseRound,
+        base: BlobRef,
+        settings: outer.Outer,
+        compression: Compression,
+        counts: Sequence[int],
+        scales: Sequence[float],
+        pin: Callable[[str], None],
+    ) -> tuple[BlobRef, BlobRef, BlobRef, float]:
+        with ExitStack() as stack:
+            stack.enter_context(no_room())
+            self._store.clear(_STEP_FILES * base.size)
+            step, after, moving = (stack.enter_context(self._store.new_file()).path for _ in range(3))
+            square = outer.combine(
+                self._store.path(base.sha256),
+                [
+                    (self._store.path(part.update.sha256), count)
+                    for part, count in zip(decision.results, counts, strict=True)
+                ],
+                self._store.path(decision.velocity.sha256) if decision.velocity else None,
+                settings,
+                compression,
+                scales=scales,
+                step=step,
+                after=after,
+                velocity_after=moving,
+            )
+            put: list[BlobRef] = []
+            for path in (step, after, moving):
+                sha256, _ = hash_file(path)
+                pin(sha256)  # first: another job may throw the same blob away at any time
+                put.append(self._store.adopt(path, sha256))
+            return put[0], put[1], put[2], square
+
+    def _norm(self, update: BlobRef, base: BlobRef) -> float:
+        try:
+            return updates.norm(self._store.path(update.sha256), self._store.path(base.sha256))
+        except InvalidModel as error:
+            raise EngineFailed(f"the node's update cannot be used: {error.message}") from error
+
+    async def _output(self, tensor: Tensor) -> Tensor:
+        if isinstance(tensor.data, BlobRef):
+            return replace(tensor, data=await self._fetch(tensor.data))
+        if isinstance(tensor.data, bytes):
+            # The journal holds the event, the store holds the bytes.
+            return replace(tensor, data=await asyncio.to_thread(self._store.put_bytes, tensor.data))
+        return tensor
+
+    async def _follow(self, step: Step, weights: BlobRef, pin: Callable[[str], None]) -> None:
+        """Have the file of `weights` by a step from those before, if it leads there."""
+        pin(step.base.sha256)
+        with self._store.pinning() as used:
+            update = await self._fetch(step.update, used)
+            await asyncio.to_thread(self._apply, step.base, update, weights, pin)
+        self._store.delete(update.sha256)
+
+    def _apply(self, base: BlobRef, update: BlobRef, weights: BlobRef, pin: Callable[[str], None]) -> None:
+        with self._store.new_file() as file, no_room():
+            self._store.clear(weights.size)
+            try:
+                updates.apply_update(self._store.path(base.sha256), self._store.path(update.sha256), file.path)
+            except InvalidModel as error:
+                raise EngineFailed(f"the node's checkpoint cannot be used: {error.message}") from error
+            sha256, _ = hash_file(file.path)
+            if sha256 == weights.sha256:
+                pin(sha256)
+                self._store.adopt(file.path, sha256)
+
+    async def _fetch(self, ref: BlobRef, pin: Callable[[str], None] | None = None) -> BlobRef:
+        if pin is not None:
+            pin(ref.sha256)
+        await self._downloader.fetch(ref)
+        return BlobRef(sha256=ref.sha256, size=ref.size)
+
+
+def _blobs(value: object) -> Iterator[BlobRef]:
+    """All that a message refers to."""
+    if isinstance(value, BlobRef):
+        yield value
+    elif isinstance(value, Struct):
+        for name in value.__struct_fields__:
+            yield from _blobs(getattr(value, name))
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from _blobs(item)
+
+
+def locate(value: S, holders_of: Callable[[str], tuple[str, ...]]) -> S:
+    """The same message with every blob reference in it naming its holders; those it named already come first."""
+    if isinstance(value, BlobRef):
+        found = dict.fromkeys((*value.holders, *holders_of(value.sha256)))
+        return replace(value, holders=tuple(found))
+    if isinstance(value, Struct):
+        changed = {}
+        for name in value.__struct_fields__:
+            before = getattr(value, name)
+            if isinstance(before, Struct | tuple):
+                after = locate(before, holders_of)
+                if after is not before:
+                    changed[name] = after
+        return replace(value, **changed) if changed else value
+    if isinstance(value, tuple) and any(isinstance(item, Struct | tuple) for item in value):
+        return tuple(locate(item, holders_of) for item in value)  # type: ignore[return-value]
+    return value

@@ -1,0 +1,641 @@
+"""Performs what the plans of jobs decide: journals events, leases shards, collects results, tells clients.
+
+Level-triggered: whenever something changed, and at every tick, each active job plans again from its state. What a plan
+asks for twice is done once, and what was lost on the way (a message, a node, this process) is asked for again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import suppress
+from dataclasses import replace as replace_view
+from typing import Any
+
+from msgspec.structs import replace
+
+from coordinator.dispatch.announcer import PROGRESS_SECONDS, Announcer
+from coordinator.dispatch.checking import Doubts, bounded_error, bounded_renewal, is_no_number, violation
+from coordinator.dispatch.collecting import Collector
+from coordinator.dispatch.jobstore import JobStore, meant
+from coordinator.dispatch.leases import Held, Leases
+from coordinator.dispatch.packed import Packed
+from coordinator.journal import FATAL
+from coordinator.plans.job import (
+    CHECK,
+    AnyEvent,
+    AttemptEnded,
+    AttemptFinished,
+    AttemptLeased,
+    CloseEpoch,
+    CloseRound,
+    CloseSync,
+    Complete,
+    Decision,
+    EpochEnded,
+    Job,
+    JobFinished,
+    JobStarted,
+    Lease,
+    RoundClosed,
+    StopAsked,
+    Withdraw,
+)
+from coordinator.plans.training import privacy, scores
+from coordinator.plans.training.rounds import RoundsStrategy
+from coordinator.plans.training.sync import SyncStrategy
+from coordinator.registry import Registry
+from coordinator.serving.serving import Serving
+from potluck.bus.outbox import error_info
+from potluck.errors import Cancelled, Conflict, DiskFull, Diverged, EngineFailed, PotluckError, Unavailable
+from potluck.logs import fields
+from potluck.settings import CoordinatorSettings
+from potluck.surviving import surviving
+from potluck.wire.messages import (
+    AcknowledgeResult,
+    AnyJobSpec,
+    AnyTaskResult,
+    BlobRef,
+    Deploy,
+    ErrorInfo,
+    JobChanged,
+    JobEnded,
+    LeaseRefused,
+    LeaseRenewed,
+    LeaseTaken,
+    Message,
+    ShardFailed,
+    ShardFinished,
+    Train,
+)
+
+log = logging.getLogger(__name__)
+
+ROOM_SECONDS = 5.0
+"""How long an action waits that had no room on our disk, before it is tried again."""
+
+
+class Dispatcher:
+    """All jobs of the coordinator. `run` must be under way for anything to happen."""
+
+    def __init__(
+        self,
+        *,
+        announcer: Announcer,
+        registry: Registry,
+        serving: Serving,
+        jobs: JobStore,
+        leases: Leases,
+        collector: Collector,
+        packed: Packed,
+        settings: CoordinatorSettings,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._announcer = announcer
+        self._registry = registry
+        self._serving = serving
+        self._store = jobs
+        self._leases = leases
+        self._collector = collector
+        self._packed = packed
+        self._settings = settings
+        self._clock = clock
+        self._actions: dict[tuple[str, str], asyncio.Task[None]] = {}
+        self._no_room: dict[tuple[str, str], float] = {}
+        """Actions of jobs for which there was no room, and when they are tried again."""
+        self._dirty: dict[str, None] = {}
+        self._doubts: dict[str, Doubts] = {}
+        """By job. In memory only: after a restart a loss that is no number is doubted anew."""
+        self._wake = asyncio.Event()
+        self._tasks: asyncio.TaskGroup | None = None
+
+    # --- what clients ask ---------------------------------------------------------------------------------------------
+
+    def submit(self, spec: AnyJobSpec, request_id: str) -> Job:
+        """A new job, or the one that this request made before. Raises NotFound, InvalidRequest."""
+        known = self._store.by_request(request_id)
+        if known is not None:
+            return known
+        try:
+            submitted = self._store.resolve(spec, request_id, uuid.uuid4().hex[:12], self._clock())
+        except PotluckError:
+            self._packed.refused(spec)
+            raise
+        job = self._store.add(submitted)
+        self._packed.asked(spec)
+        log.info("job submitted %s", fields(job=job.job_id, kind=job.kind))
+        self._changed(job)
+        return job
+
+    def cancel(self, job_id: str) -> Job:
+        """End a job that has not ended yet. Raises NotFound."""
+        job = self.job(job_id)
+        if job.active:
+            self._finish(job, "cancelled", error=error_info(Cancelled(f"job {job.job_id} was cancelled")))
+            if (deploying := self._actions.get((job.job_id, "deploy"))) is not None:
+                deploying.cancel()
+            if job.deploying:
+                self._serving.give_up(job.deploying)
+        return job
+
+    def stop(self, job_id: str) -> Job:
+        """End a training job after the epoch that is under way. Raises NotFound, and Conflict for a job of another kind."""
+        job = self.job(job_id)
+        if not isinstance(job.submitted.spec, Train):
+            raise Conflict(
+                f"job {job.job_id} is of kind {job.kind!r}: only training can end early; `potluck cancel` ends others"
+            )
+        if job.active:
+            self._record(job, StopAsked(at=self._clock()))
+            self._changed(job)
+        return job
+
+    def job(self, job_id: str) -> Job:
+        """By its id, or what only its id begins with. Raises NotFound, and InvalidRequest where several ids begin so."""
+        return self._store.jobs[meant(job_id, self._store.jobs)]
+
+    def described(self, job: Job) -> JobChanged:
+        return self._announcer.described(job, self._clock())
+
+    def ended(self, job: Job) -> JobEnded | None:
+        """The result of a job that has ended, its blobs to be had from here."""
+        return self._announcer.ended(job)
+
+    def all_described(self, after: str) -> Iterator[JobChanged]:
+        """The jobs that came after one of this id, oldest first; all where there is none."""
+        jobs = self._store.jobs
+        known = after in jobs
+        for job_id, job in jobs.items():
+            if not known:
+                yield self.described(job)
+            known = known and job_id != after
+
+    def republish(self) -> None:
+        """Say again what is retained: after a reconnect, perhaps to a broker that forgot."""
+        self._announcer.tell_all(self._clock())
+
+    # --- what nodes say -----------------------------------------------------------------------------------------------
+
+    def on_node_message(self, node_id: str, message: Message) -> None:
+        """Any event of a node that concerns shards; others are not ours."""
+        match message:
+            case LeaseTaken():
+                if (held := self._heard(node_id, message.attempt_id)) is not None:
+                    held.taken = True
+                    self._leases.accepted(node_id)
+            case LeaseRenewed():
+                if (held := self._heard(node_id, message.attempt_id)) is not None:
+                    said = bounded_renewal(held.message.task, message)
+                    held.taken, held.done, held.metrics, held.stage = True, said.done, said.metrics, said.stage
+                    self._announcer.changed(held.job_id)
+                elif message.attempt_id not in self._leases:
+                    # We have given it up (or were started anew without it): the node must not work in vain.
+                    self._leases.withdraw(node_id, message.attempt_id, "unknown")
+            case LeaseRefused():
+                if self._heard(node_id, message.attempt_id) is not None:
+                    # Not the shard's fault: it is given to another, and does not count as a failure.
+                    self._leases.refused(node_id, self._clock())
+                    self._end_attempt(message.attempt_id, f"refused: {message.error.message[:200]}", None)
+            case ShardFailed():
+                held = self._heard(node_id, message.attempt_id)
+                self._leases.command(node_id, AcknowledgeResult(attempt_id=message.attempt_id))
+                if held is not None and not held.collecting:
+                    error = bounded_error(message.error)
+                    self._end_attempt(message.attempt_id, "the node reported an error", error)
+            case ShardFinished():
+                held = self._heard(node_id, message.attempt_id)
+                if held is None:
+                    self._leases.command(node_id, AcknowledgeResult(attempt_id=message.attempt_id))
+                elif not held.collecting:
+                    self._act(held.job_id, f"collect {message.attempt_id}", self._collect(message))
+            case _:
+                pass
+
+    def node_joined(self) -> None:
+        self._dirty.update(dict.fromkeys(self._store.active))
+        self._wake.set()
+
+    def node_lost(self, node_id: str, reason: str) -> None:
+        """What the node held under lease goes back, at once."""
+        for attempt_id in self._leases.of_node(node_id):
+            self._end_attempt(attempt_id, f"node {node_id} was lost: {reason}", None)
+
+    # --- the loop -----------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Plan and act until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            self._tasks = tasks
+            self._resume()
+            ticked_at = 0.0
+            while True:
+                try:
+                    async with asyncio.timeout(min(PROGRESS_SECONDS, self._settings.resend_seconds) / 2):
+                        await self._wake.wait()
+                except TimeoutError:
+                    pass  # time to tick
+                self._wake.clear()
+                now = self._clock()
+                if now - ticked_at >= self._settings.resend_seconds / 2:
+                    ticked_at = now
+                    with surviving("leases", fatal=FATAL):
+                        self._tick(now)
+                # Whoever has got nothing for the longest time comes first: else the oldest jobs take every slot that is free.
+                for job in sorted((self._store.jobs[job_id] for job_id in self._dirty), key=lambda job: job.leased_at):
+                    self._dirty.pop(job.job_id, None)
+                    self._plan(job)
+                with surviving("news of jobs", fatal=FATAL):
+                    self._announcer.tell_due(now)
+
+    def _resume(self) -> None:
+        """Take up what the journal says is under way; nodes that still work on it go on."""
+        now = self._clock()
+        for job_id in self._store.active:
+            job = self._store.jobs[job_id]
+            for attempt in job.attempts.values():
+                self._leases.hold(job, attempt, self._store.task_of(attempt), now)
+            log.info("job resumed %s", fields(job=job_id, kind=job.kind, attempts=len(job.attempts)))
+            self._changed(job)
+
+    def _tick(self, now: float) -> None:
+        for attempt_id, held in self._leases.expired(now):
+            reason = f"nothing was heard of it for {now - held.heard_at:.0f} s"
+            self._leases.withdraw(held.node_id, attempt_id, reason)
+            self._end_attempt(attempt_id, reason, None)
+        self._leases.send_due(now)
+        self._packed.tick()
+        self._store.pin_rounds()
+        self._dirty.update(dict.fromkeys(self._store.active))
+
+    def _plan(self, job: Job) -> None:
+        # A defect in one job's plan or state must not stop the others, nor the coordinator again at each start.
+        try:
+            self._plan_guarded(job)
+        except PotluckError as error:
+            self._finish(job, "failed", error=error_info(error))
+        except Exception as error:
+            log.exception("planning failed %s", fields(job=job.job_id))
+            if job.active:
+                self._finish(job, "failed", error=ErrorInfo(code="internal", message=f"planning failed: {error!r}"))
+
+    def _plan_guarded(self, job: Job) -> None:
+        if not job.active:
+            return
+        error = job.error(self._settings.attempts_limit, self._leases.view(self._clock()))
+        if error is not None:
+            self._finish(job, "failed", error=error)
+            return
+        if isinstance(job.submitted.spec, Deploy) and job.strategy is None:
+            self._act(job.job_id, "deploy", self._deploy(job, job.submitted.spec))
+            return
+        for decision in self._decisions(job):
+            self._perform(job, decision)
+
+    def _decisions(self, job: Job) -> list[Decision]:
+        """The job's plan; without the node that makes planning fail, where there is one."""
+        view = self._leases.view(self._clock())
+        try:
+            return job.plan(view)
+        except PotluckError:
+            raise
+        except Exception as error:
+            for node in view.nodes:
+                others = replace_view(view, nodes=tuple(other for other in view.nodes if other is not node))
+                with suppress(Exception):
+                    decisions = job.plan(others)
+                    log.exception("planning failed with a node %s", fields(job=job.job_id, node=node.node_id))
+                    self._leases.quarantine(node.node_id, f"planning failed with it: {repr(error)[:200]}")
+                    return decisions
+            raise
+
+    def _perform(self, job: Job, decision: Decision) -> None:
+        now = self._clock()
+        match decision:
+            case Lease():
+                attempt_id = uuid.uuid4().hex[:16]
+                self._record(
+                    job,
+                    AttemptLeased(
+                        at=now,
+                        attempt_id=attempt_id,
+                        shard_id=decision.shard_id,
+                        node_id=decision.node_id,
+                        task=decision.task,
+                    ),
+                )
+                self._leases.send(self._leases.hold(job, job.attempts[attempt_id], decision.task, now), now)
+            case Withdraw():
+                if (held := self._leases.get(decision.attempt_id)) is not None:
+                    self._leases.withdraw(held.node_id, decision.attempt_id, decision.reason)
+                self._end_attempt(decision.attempt_id, decision.reason, None)
+            case CloseRound():
+                self._act(job.job_id, f"round {decision.round}", self._close_round(job, decision))
+            case CloseSync():
+                self._close_sync(job, decision)
+            case CloseEpoch():
+                epoch = decision.epoch
+                self._record(job, EpochEnded(at=now, epoch=decision.epoch))
+                log.info(
+                    "epoch ended %s",
+                    fields(
+                        job=job.job_id,
+                        epoch=epoch.epoch,
+                        rounds=epoch.rounds,
+                        computing=round(epoch.computing, 3),
+                        **epoch.metrics,
+                    ),
+                )
+                self._changed(job)
+            case Complete() if (job.job_id, "deploy") not in self._actions:  # else it is past that
+                self._act(job.job_id, "complete", self._complete(job))
+
+    # --- actions: what takes time ---------------------------------------------------------------------------------------
+
+    def _act(self, job_id: str, name: str, action: Coroutine[Any, Any, None]) -> None:
+        """Start an action of a job, unless the same one is under way."""
+        key = (job_id, name)
+        if key in self._actions or self._tasks is None or self._clock() < self._no_room.get(key, 0.0):
+            action.close()
+            return
+        task = self._tasks.create_task(self._guard(job_id, name, action), name=f"{job_id} {name}")
+        self._actions[key] = task
+        task.add_done_callback(lambda _: self._actions.pop(key, None))
+
+    async def _guard(self, job_id: str, name: str, action: Coroutine[Any, Any, None]) -> None:
+        job = self._store.jobs[job_id]
+        try:
+            await action
+            self._found_room(job_id)
+        except PotluckError as error:
+            if not job.active:
+                return
+            if isinstance(error, DiskFull) and name != "deploy":  # which is about the nodes' disks
+                self._wait_for_room(job, name, error)
+            else:
+                self._finish(job, "failed", error=error_info(error))
+        except Exception as error:  # the same boundary as in _plan: one job's defect stays its own
+            log.exception("action failed %s", fields(job=job_id))
+            if job.active:
+                self._finish(job, "failed", error=ErrorInfo(code="internal", message=f"internal error: {error!r}"))
+
+    def _wait_for_room(self, job: Job, name: str, error: DiskFull) -> None:
+        """A full disk is no fault of a job's: what it has stays, and the next plan asks for the same again."""
+        if not any(job_id == job.job_id for job_id, _ in self._no_room):
+            log.warning("job waits for room %s", fields(job=job.job_id, reason=error.message))
+        self._no_room[job.job_id, name] = self._clock() + ROOM_SECONDS
+        self._announcer.doing(job.job_id, f"waits for room at the coordinator: {error.message}")
+
+    def _found_room(self, job_id: str) -> None:
+        left = {key: at for key, at in self._no_room.items() if key[0] != job_id}
+        if len(left) < len(self._no_room):
+            self._no_room = left
+            log.info("job goes on, there is room %s", fields(job=job_id))
+            self._announcer.doing(job_id, "")
+
+    async def _collect(self, message: ShardFinished) -> None:
+        attempt_id = message.attempt_id
+        held = self._leases.get(attempt_id)
+        if held is None:
+            return
+        held.collecting = True
+        job = self._store.jobs[held.job_id]
+        strategy, attempt = job.strategy, job.attempts.get(attempt_id)
+        result: AnyTaskResult = message.result
+        if (refusal := self._refusal(held, result)) is not None:
+            held.collecting = False
+            self._end_attempt(attempt_id, "its result is not used", refusal)
+            return
+        try:
+            if attempt is None or not isinstance(strategy, RoundsStrategy) or strategy.wants(attempt):
+                result = await self._collector.collect(result)
+        except Unavailable as error:
+            held.collecting = False
+            self._end_attempt(attempt_id, f"its result could not be fetched: {error.message}", None)
+            return
+        except DiskFull:
+            held.collecting = False  # its node keeps it, and offers it again until we have taken it
+            raise
+        except PotluckError as error:
+            held.collecting = False
+            self._end_attempt(attempt_id, "its result cannot be used", error_info(error))
+            return
+        if attempt_id in self._leases:
+            self._record(job, AttemptFinished(at=self._clock(), attempt_id=attempt_id, result=result))
+            self._drop(attempt_id)
+        self._leases.command(held.node_id, AcknowledgeResult(attempt_id=attempt_id))
+        self._changed(job)
+
+    def _refusal(self, held: Held, result: AnyTaskResult) -> ErrorInfo | None:
+        """Why the result of a lease is not taken: it is not what was asked for, or another node is to see whether it is so."""
+        lease, node_id = held.message, held.node_id
+        if reason := violation(lease.task, result, self._leases.own_items(node_id, lease.task)):
+            self._violated(held, node_id, reason)
+            return error_info(EngineFailed(f"its result is not what was asked for: {reason}"))
+        if size := self._collector.too_large(result):
+            full = DiskFull(
+                f"a result has {size} bytes, more than the coordinator may keep: raise its blob_limit_bytes"
+            )
+            return replace(error_info(full), retryable=False)  # by itself nothing becomes of it
+        doubts = self._doubts.setdefault(held.job_id, Doubts())
+        if not is_no_number(result):
+            if liar := doubts.disproved(lease.shard_id, node_id):
+                self._violated(held, liar, f"it said of {lease.shard_id} that the loss is no number, and it is one")
+            return None
+        if lease.shard_id == CHECK or getattr(lease.task, "node_data", None):
+            return None  # nothing follows from it; or nobody else has the data
+        alone = not any(node.node_id != node_id for node in self._leases.view(self._clock()).nodes)
+        if not doubts.doubted(lease.shard_id, node_id, alone=alone):
+            return None
+        return error_info(
+            Diverged(f"node {node_id} says that the loss is no number: another node is to see whether it is")
+        )
+
+    def _violated(self, held: Held, node_id: str, reason: str) -> None:
+        where = fields(job=held.job_id, shard=held.message.shard_id, node=node_id, reason=reason)
+        log.warning("result of a node is not what was asked for %s", where)
+        if self._leases.violated(node_id, reason):
+            log.error("node gets no jobs any more %s", fields(node=node_id, reason=reason))
+            self._announcer.changed(held.job_id)
+
+    async def _close_round(self, job: Job, decision: CloseRound) -> None:
+        spec, strategy = job.submitted.spec, job.strategy
+        if job.ended is not None:
+            return
+        assert isinstance(spec, Train)
+        assert isinstance(strategy, RoundsStrategy)
+        if spec.privacy is not None and spec.privacy.noise_multiplier:
+            await asyncio.to_thread(privacy.load)  # in the loop, nothing else would be answered meanwhile
+        closed = await self._collector.close_round(decision, spec, self._clock)
+        if job.active:  # nothing may be awaited before it is recorded: what has come is pinned until here
+            before = strategy.step
+            self._record(job, closed)
+            self._store.pin_rounds()
+            self._collector.drop_round(decision, before, closed, self._store.kept())
+            outer = {"outer_learning_rate": closed.learning_rate, "outer_momentum": round(closed.momentum, 3)}
+            rejected = ",".join(closed.rejected) or None
+            log.info(
+                "round closed %s",
+                fields(
+                    job=job.job_id,
+                    round=closed.round,
+                    samples=closed.samples,
+                    rejected=rejected,
+                    **outer,
+                    **closed.metrics,
+                ),
+            )
+            self._changed(job)
+
+    def _close_sync(self, job: Job, decision: CloseSync) -> None:
+        strategy = job.strategy
+        assert isinstance(strategy, SyncStrategy)
+        used = [ref for ref in (strategy.weights, strategy.optimizer) if ref is not None]
+        closed = RoundClosed(
+            at=self._clock(),
+            round=decision.round,
+            weights=decision.weights,
+            optimizer=decision.optimizer,
+            samples=decision.samples,
+            metrics=decision.metrics,
+        )
+        self._record(job, closed)
+        self._store.pin_rounds()
+        self._collector.drop(used, self._store.kept())
+        log.info(
+            "round closed %s", fields(job=job.job_id, round=closed.round, samples=closed.samples, **closed.metrics)
+        )
+        self._changed(job)
+
+    async def _deploy(self, job: Job, spec: Deploy, **parts: Any) -> None:
+        if job.state == "queued":
+            self._record(job, JobStarted(at=self._clock()))
+            self._changed(job)
+        job.deploying = spec.model
+        name = await self._serving.deploy(spec, lambda stage: self._announcer.doing(job.job_id, stage))
+        if job.active:
+            self._finish(job, "succeeded", deployment=name, **parts)
+
+    async def _complete(self, job: Job) -> None:
+        if job.ended is not None:
+            return
+        parts = await self._collector.result(job)
+        spec = job.submitted.spec
+        if not job.active:
+            return
+        if isinstance(spec, Train) and spec.register is not None and isinstance(parts.get("model"), BlobRef):
+            info = self._registry.add_model(
+                spec.register,
+                parts["model"],
+                signature=parts.pop("signature", None),
+                image=job.image or job.submitted.image,
+                classes=parts.get("classes", ()),
+                rate=job.dataset.format.rate if job.dataset else 0,
+                metrics=_metrics_of(job, parts.get("best_epoch", 0)),
+                source=f"job {job.job_id}",
+                job_id=job.job_id,
+                now=self._clock(),
+            )
+            parts["registered"] = f"{info.name}:{info.version}"
+        if isinstance(spec, Deploy):
+            self._register_quantized(job, spec, parts)
+            as_it_is = replace(spec, model=parts["registered"], quantize="none", calibration=None, evaluation=None)
+            self._act(job.job_id, "deploy", self._deploy(job, as_it_is, **parts))
+            return
+        parts.pop("signature", None)
+        self._finish(job, "succeeded", **parts)
+
+    def _register_quantized(self, job: Job, spec: Deploy, parts: dict[str, Any]) -> None:
+        """The converted model, as a version of a name of its own; its metrics say what the conversion has changed."""
+        original = self._registry.model(spec.model)
+        info = self._registry.add_model(
+            f"{original.name}-{spec.quantize}",
+            parts["model"],
+            format="tflite",
+            image=job.image or original.image,
+            classes=original.classes,
+            rate=original.rate,
+            metrics=scores.changes(parts["before"].metrics, parts["evaluation"].metrics),
+            source=f"{spec.model}, {spec.quantize}",
+            job_id=job.job_id,
+            now=self._clock(),
+        )
+        parts["registered"] = f"{info.name}:{info.version}"
+
+    # --- bookkeeping ----------------------------------------------------------------------------------------------------
+
+    def _finish(self, job: Job, state: Any, **parts: Any) -> None:
+        """End a job: journal, take leases back, tell everybody."""
+        if not job.active:
+            return
+        now = self._clock()
+        result = JobEnded(
+            job_id=job.job_id,
+            kind=job.kind,
+            state=state,
+            created_at=job.submitted.at,
+            started_at=job.started_at,
+            ended_at=now,
+            history=job.told_history,
+            rounds=tuple(job.rounds),
+            checkpoint=strategy.weights if isinstance(strategy := job.strategy, RoundsStrategy) else None,
+            image=job.image,
+            **parts,
+        )
+        for attempt_id in list(job.attempts):
+            held = self._leases.get(attempt_id)
+            if held is not None:
+                self._leases.withdraw(held.node_id, attempt_id, f"the job has {state}")
+                self._drop(attempt_id)
+        final = self.described(job).progress
+        self._record(job, JobFinished(at=now, result=result))
+        self._leases.forget(job)
+        self._no_room = {key: at for key, at in self._no_room.items() if key[0] != job.job_id}
+        self._doubts.pop(job.job_id, None)
+        for forgotten in self._store.ended(job, final):
+            self._announcer.forget(forgotten)
+        self._packed.ended(job.submitted.spec)
+        reason = result.error.message if result.error else None
+        log.info("job ended %s", fields(job=job.job_id, state=state, error=reason))
+        self._announcer.tell(job, now)
+        self._dirty.update(dict.fromkeys(self._store.active))
+        self._wake.set()
+
+    def _record(self, job: Job, event: AnyEvent) -> None:
+        self._store.record(job, event)
+
+    def _heard(self, node_id: str, attempt_id: str) -> Held | None:
+        return self._leases.heard(node_id, attempt_id, self._clock())
+
+    def _end_attempt(self, attempt_id: str, reason: str, error: ErrorInfo | None) -> None:
+        held = self._leases.get(attempt_id)
+        if held is None:
+            return
+        job = self._store.jobs[held.job_id]
+        log.info(
+            "attempt ended %s",
+            fields(job=job.job_id, attempt=attempt_id, node=held.node_id, reason=error.message if error else reason),
+        )
+        self._record(job, AttemptEnded(at=self._clock(), attempt_id=attempt_id, reason=reason, error=error))
+        self._drop(attempt_id)
+        self._changed(job)
+
+    def _drop(self, attempt_id: str) -> None:
+        self._leases.drop(attempt_id)
+        # A free slot may serve any job.
+        self._dirty.update(dict.fromkeys(self._store.active))
+        self._wake.set()
+
+    def _changed(self, job: Job) -> None:
+        if job.active:
+            self._dirty[job.job_id] = None
+        self._announcer.changed(job.job_id)
+        self._wake.set()
+
+
+def _metrics_of(job: Job, best_epoch: int) -> dict[str, float]:
+    """Those of the epoch that a training job's model is of: the best one where a metric was monitored, else the last."""
+    found = [epoch for epoch in job.history if epoch.epoch == best_epoch] or job.history[-1:]
+    return dict(found[0].metrics) if found else {}

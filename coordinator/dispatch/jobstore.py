@@ -1,0 +1,452 @@
+"""All jobs, in memory as the journal gives them: submitting resolves names, ending compacts the stream."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Iterator
+
+from msgspec.structs import replace
+
+from coordinator.journal import Journal
+from coordinator.plans import labels
+from coordinator.plans.job import (
+    AnyEvent,
+    Attempt,
+    AttemptEnded,
+    AttemptFinished,
+    AttemptLeased,
+    Job,
+    JobFinished,
+    JobSubmitted,
+)
+from coordinator.plans.labels import listed
+from coordinator.plans.strategies import strategy_for
+from coordinator.plans.training import privacy
+from coordinator.plans.training.rounds import RoundsStrategy
+from coordinator.plans.training.scores import direction
+from coordinator.registry import Registry
+from potluck.blobs.store import BlobStore
+from potluck.errors import InvalidRequest, NotFound, PotluckError
+from potluck.logs import fields
+from potluck.wire import codec
+from potluck.wire.messages import (
+    NODE_DATA,
+    AnyJobSpec,
+    AnyTask,
+    BlobRef,
+    DataFormat,
+    Dataset,
+    Deploy,
+    Evaluate,
+    ImageOptions,
+    JobChanged,
+    JobProgress,
+    ModelFormat,
+    ModelInfo,
+    Predict,
+    Train,
+)
+from potluck.wording import be, counted
+
+log = logging.getLogger(__name__)
+
+LOADED_KEPT = 16
+"""Data sets of jobs in memory: those that are alike share one."""
+JOBS_KEPT = 1000
+"""Ended jobs that are remembered."""
+JOBS_REPUBLISHED = 100
+
+
+def meant(job_id: str, known: Collection[str]) -> str:
+    """The id that this is, or that alone begins with it. Raises NotFound, and InvalidRequest where several do."""
+    if job_id in known:
+        return job_id
+    found = [one for one in known if job_id and one.startswith(job_id)]
+    if not found:
+        raise NotFound(f"there is no job {job_id!r}: `potluck jobs` lists them")
+    if len(found) > 1:
+        raise InvalidRequest(
+            f"{counted(len(found), 'job')} begin with {job_id!r}: {listed(found)}: write more of the one that is meant"
+        )
+    return found[0]
+
+
+class JobStore:
+    """Jobs by id, oldest first."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        registry: Registry,
+        store: BlobStore,
+        urls: Callable[[], tuple[str, ...]],
+        node_data: Callable[[str], Dataset],
+    ) -> None:
+        """`node_data` gives the data set of a name that lives on the nodes; it raises NotFound, InvalidRequest."""
+        self._journal = journal
+        self._registry = registry
+        self._blobs = store
+        self._loaded: dict[str, Dataset] = {}
+        self._urls = urls
+        self._node_data = node_data
+        self._requests: dict[str, str] = {}
+        self._tasks: dict[str, AnyTask] = {}
+        self._final: dict[str, JobProgress] = {}
+        self._rounds: set[str] = set()
+        """Blobs that are pinned since training under way rests on them."""
+        self.jobs: dict[str, Job] = {}
+        self.active: dict[str, None] = {}
+        for stream in journal.streams("job/"):
+            try:
+                self._replay(stream)
+            except (PotluckError, ValueError) as error:
+                log.error("job cannot be resumed %s", fields(stream=stream, reason=error))
+
+    def resolve(self, spec: AnyJobSpec, request_id: str, job_id: str, now: float) -> JobSubmitted:
+        """The job with its names looked up. Raises NotFound, InvalidRequest."""
+        if isinstance(spec, Deploy):
+            info = self._registry.model(spec.model)
+            named = replace(spec, model=f"{info.name}:{info.version}")
+            submitted = JobSubmitted(
+                at=now, job_id=job_id, request_id=request_id, spec=named, model=info.model, model_format=info.format
+            )
+            return submitted if spec.quantize == "none" else self._quantized(submitted, named, info)
+        model, image, model_format = self._model(spec.model)
+        known = self._registry.model(spec.model).classes if isinstance(spec.model, str) else ()
+        if isinstance(spec, Predict) and spec.dataset.startswith(NODE_DATA):
+            raise InvalidRequest(
+                f"{spec.dataset} stays on its nodes, and so would predictions for it: evaluate it instead"
+            )
+        dataset = self._dataset(spec.dataset)
+        if isinstance(spec, Predict | Evaluate) and isinstance(spec.model, str):
+            _check_rate(self._registry.model(spec.model), dataset)
+        if isinstance(spec, Evaluate) and isinstance(spec.model, str):
+            dataset = labels.as_known(dataset, self._registry.model(spec.model))
+        validation = None
+        if isinstance(spec, Train):
+            if model_format not in ("keras", "h5"):
+                raise InvalidRequest(
+                    f"model {spec.model} is a graph ({model_format}), and cannot be trained: train a Keras model"
+                )
+            self._check_training(spec, dataset)
+        if isinstance(spec, Train) and spec.validation is not None:
+            held_out = self._dataset(spec.validation)
+            _check_alike(spec, dataset.format, held_out.format)
+            validation = self._manifest(labels.as_trained_on(held_out, dataset))
+        return JobSubmitted(
+            at=now,
+            job_id=job_id,
+            request_id=request_id,
+            spec=spec,
+            model=model,
+            image=_image(spec.image, image),
+            dataset=self._manifest(dataset),
+            validation=validation,
+            model_format=model_format,
+            classes=known,
+        )
+
+    def _quantized(self, submitted: JobSubmitted, spec: Deploy, info: ModelInfo) -> JobSubmitted:
+        """A deployment of what is to be made of a model. Raises NotFound, InvalidRequest."""
+        if info.format == "tflite":
+            raise InvalidRequest(
+                f"{spec.model} is a LiteRT model already: deploy it as it is, or quantize what it was made of"
+            )
+        if info.signature is not None and any(one.datatype == "BYTES" for one in info.signature.inputs):
+            raise InvalidRequest(
+                f"{spec.model} takes text, and a LiteRT model cannot: deploy it as it is, or keep text layers out of it"
+            )
+        trained = self.jobs.get(info.job_id)
+        learnt = trained.submitted.spec.dataset if trained and isinstance(trained.submitted.spec, Train) else None
+        calibration = spec.calibration or learnt
+        if calibration is None:
+            raise InvalidRequest(
+                f"nothing is known of data for {spec.model}: name a data set that shows what is usual (calibration, --calibration)"
+            )
+        if calibration.startswith(NODE_DATA):
+            raise InvalidRequest(
+                f"{calibration} stays on its nodes: name another data set to calibrate with (--calibration)"
+            )
+        data = self._learnt_from(trained) if trained and not spec.calibration else self._registry.dataset(calibration)
+        measured = self._registry.dataset(spec.evaluation) if spec.evaluation else data
+        for dataset in (data, measured):
+            _check_rate(info, dataset)
+        return replace(
+            submitted,
+            spec=replace(spec, calibration=calibration, evaluation=spec.evaluation or calibration),
+            image=info.image,
+            dataset=self._manifest(labels.as_known(measured, info)),
+            validation=self._manifest(data),
+        )
+
+    def _learnt_from(self, trained: Job) -> Dataset:
+        """The data set of a training job, by its name, or as the job had it while its bytes are there. Raises NotFound."""
+        name = getattr(trained.submitted.spec, "dataset", "")
+        try:
+            return self._registry.dataset(name)
+        except NotFound:
+            found = self._load(trained.submitted.dataset)
+            if found is not None and all(self._blobs.has(shard.blob.sha256) for shard in found.shards):
+                return found
+        raise NotFound(
+            f"data set {name!r}, which the model was trained on, is gone (what is packed for a job goes with it): name data that "
+            "show what is usual (calibration, --calibration)"
+        )
+
+    def add(self, submitted: JobSubmitted) -> Job:
+        """Journal a new job."""
+        job = self._make(submitted)
+        self._journal.append(f"job/{job.job_id}", submitted)
+        self._insert(job)
+        self.active[job.job_id] = None
+        return job
+
+    def by_request(self, request_id: str) -> Job | None:
+        return self.jobs.get(self._requests.get(request_id, "")) if request_id else None
+
+    def results(self) -> set[str]:
+        """The blobs of models and keys in results that are remembered: they may still be asked for."""
+        ended = [job.ended for job in self.jobs.values() if job.ended is not None]
+        return {ref.sha256 for one in ended for ref in (one.model, one.keys) if ref is not None}
+
+    def kept(self) -> set[str]:
+        """The blobs of training that some job rests on, or may be resumed from: jobs that began alike hold the same ones."""
+        strategies = [self.jobs[job_id].strategy for job_id in self.active]
+        found = {sha256 for strategy in strategies if isinstance(strategy, RoundsStrategy) for sha256 in strategy.kept}
+        ended = [job.ended.checkpoint for job in self.jobs.values() if job.ended is not None]
+        return found | {ref.sha256 for ref in ended if ref is not None}
+
+    def pin_rounds(self) -> None:
+        """Keep what the training under way rests on, whatever else wants room."""
+        strategies = [self.jobs[job_id].strategy for job_id in self.active]
+        wanted = {sha256 for strategy in strategies if isinstance(strategy, RoundsStrategy) for sha256 in strategy.kept}
+        for sha256 in wanted - self._rounds:
+            self._blobs.pin(sha256)
+        for sha256 in self._rounds - wanted:
+            self._blobs.unpin(sha256)
+        self._rounds = wanted
+
+    def record(self, job: Job, event: AnyEvent) -> None:
+        """Journal an event, and then let it happen."""
+        self._journal.append(f"job/{job.job_id}", event)
+        self._apply(job, event)
+
+    def ended(self, job: Job, final: JobProgress) -> list[str]:
+        """Shorten the stream of a job that has ended; returns ids of old jobs that are forgotten for it."""
+        assert job.ended is not None
+        self.active.pop(job.job_id, None)
+        self._final[job.job_id] = final
+        self._journal.rewrite(
+            f"job/{job.job_id}", [job.submitted, JobFinished(at=job.ended.ended_at, result=job.ended)]
+        )
+        for sha256 in self._pinned(job):
+            self._blobs.unpin(sha256)
+        job.strategy = job.dataset = None  # what is asked of it from now on stands in its result
+        old = [job_id for job_id in self.jobs if job_id not in self.active][:-JOBS_KEPT]
+        for job_id in old:
+            forgotten = self.jobs.pop(job_id)
+            self._requests.pop(forgotten.submitted.request_id, None)
+            self._final.pop(job_id, None)
+            self._journal.rewrite(f"job/{job_id}", [])
+        return old
+
+    def recent(self) -> list[Job]:
+        """The jobs whose state is worth saying again."""
+        ended = [job for job in self.jobs.values() if not job.active][-JOBS_REPUBLISHED:]
+        return [*ended, *(self.jobs[job_id] for job_id in self.active)]
+
+    def task_of(self, attempt: Attempt) -> AnyTask:
+        """The task of an open attempt that was replayed."""
+        return self._tasks[attempt.attempt_id]
+
+    def described(
+        self, job: Job, running: dict[str, tuple[Attempt, int, dict[str, float]]], *, waiting: str
+    ) -> JobChanged:
+        """`waiting`: for what, where it does not go on; "" where it does."""
+        progress = self._final.get(job.job_id) or JobProgress()
+        if job.active and job.strategy is not None:
+            progress = replace(job.strategy.progress(running), image=job.image)
+            if job.refused:
+                reasons = {node_id: error.message for node_id, error in job.refused.items()}
+                progress = replace(progress, quarantined=progress.quarantined | reasons)
+        if job.active and waiting:
+            progress = replace(progress, message=waiting)
+        return job.changed(progress)
+
+    def _replay(self, stream: str) -> None:
+        job: Job | None = None
+        events: Iterator[AnyEvent] = self._journal.replay(stream, AnyEvent)  # type: ignore[arg-type]
+        for event in events:
+            if isinstance(event, JobSubmitted):
+                job = self._make(event)
+            elif job is not None:
+                self._apply(job, event)
+        if job is None:
+            return
+        if job.active:
+            self.active[job.job_id] = None
+        else:
+            job.strategy = job.dataset = None
+        self._insert(job)
+
+    def _apply(self, job: Job, event: AnyEvent) -> None:
+        if isinstance(event, AttemptLeased):
+            self._tasks[event.attempt_id] = event.task
+        job.apply(event)
+        if isinstance(event, AttemptFinished | AttemptEnded):
+            self._tasks.pop(event.attempt_id, None)
+
+    def _make(self, submitted: JobSubmitted) -> Job:
+        # Ended jobs need no strategy; whether this one has ended is only known later, so its data sets may be gone.
+        dataset = self._load(submitted.dataset)
+        strategy = None
+        if dataset is not None or submitted.dataset is None:
+            strategy = strategy_for(submitted, dataset, self._load(submitted.validation))
+        return Job(submitted=submitted, strategy=strategy, dataset=dataset)
+
+    def _insert(self, job: Job) -> None:
+        self.jobs[job.job_id] = job
+        if job.submitted.request_id:
+            self._requests[job.submitted.request_id] = job.job_id
+        if job.active:
+            for sha256 in self._pinned(job):
+                self._blobs.pin(sha256)
+
+    def _pinned(self, job: Job) -> list[str]:
+        """Blobs that must stay while the job is under way, also when the names of its data sets go to others."""
+        submitted = job.submitted
+        begun = submitted.spec.weights if isinstance(submitted.spec, Train) else None
+        refs = [ref for ref in (submitted.model, submitted.dataset, submitted.validation, begun) if ref is not None]
+        datasets = [one for one in (job.dataset, self._load(submitted.validation)) if one is not None]
+        return [ref.sha256 for ref in refs] + [shard.blob.sha256 for one in datasets for shard in one.shards]
+
+    def _check_training(self, spec: Train, dataset: Dataset) -> None:
+        if spec.initial_epoch >= spec.epochs:
+            raise InvalidRequest(
+                f"{counted(spec.initial_epoch, 'epoch')} {be(spec.initial_epoch)} trained already (initial_epoch), and epochs={spec.epochs} is the number in all: ask for more"
+            )
+        if spec.patience is not None and not spec.monitor:
+            raise InvalidRequest("patience needs a metric to monitor, such as val_loss")
+        if spec.monitor and direction(spec) is None:
+            raise InvalidRequest(
+                f"is {spec.monitor!r} better when it is small, or when it is large? Its name does not tell: "
+                "say monitor_mode 'min' or 'max'"
+            )
+        if spec.monitor.startswith("val_") and spec.validation is None:
+            raise InvalidRequest(f"monitor {spec.monitor!r} needs validation data")
+        _check_private(spec, dataset)
+        if spec.deterministic and (spec.strategy == "sync" or spec.dataset.startswith(NODE_DATA)):
+            what = "strategy 'sync'" if spec.strategy == "sync" else spec.dataset
+            raise InvalidRequest(
+                f"deterministic is for rounds over data that any node may take, and {what} is not: leave one of them out"
+            )
+        classes = dataset.format.classes
+        unknown = [label for label in spec.class_weight if classes and label not in classes]
+        if unknown:
+            raise InvalidRequest(f"class_weight names {listed(unknown)}, but the classes are {listed(classes)}")
+        if spec.weights is not None and not self._blobs.has(spec.weights.sha256):
+            raise NotFound(f"the checkpoint {spec.weights.sha256[:12]} is not in the coordinator's store any more")
+
+    def _dataset(self, name: str) -> Dataset:
+        if name.startswith(NODE_DATA):
+            return self._node_data(name.removeprefix(NODE_DATA))
+        return self._registry.dataset(name)
+
+    def _model(self, model: str | BlobRef) -> tuple[BlobRef, ImageOptions | None, ModelFormat]:
+        if isinstance(model, str):
+            info = self._registry.model(model)
+            return info.model, info.image, info.format
+        if not self._blobs.has(model.sha256):
+            raise NotFound(
+                f"the model blob {model.sha256[:12]} is not in the coordinator's store: "
+                f"PUT it to {(self._urls() or ('<coordinator>',))[0]}/blobs/{model.sha256} first"
+            )
+        if (size := self._blobs.size(model.sha256)) != model.size:
+            raise InvalidRequest(f"the model blob {model.sha256[:12]} has {size} bytes, not {model.size}")
+        return replace(model, holders=()), None, "keras"
+
+    def _manifest(self, dataset: Dataset) -> BlobRef:
+        """What a job needs of a data set: not the names of what was left out of it."""
+        return self._blobs.put_bytes(codec.pack(replace(dataset, skipped=(), remarks=())))
+
+    def _load(self, manifest: BlobRef | None) -> Dataset | None:
+        if manifest is None or not self._blobs.has(manifest.sha256):
+            return None
+        if (found := self._loaded.pop(manifest.sha256, None)) is None:
+            found = codec.unpack(self._blobs.read(manifest.sha256), Dataset)
+        self._loaded[manifest.sha256] = found  # the last that was asked for
+        while len(self._loaded) > LOADED_KEPT:
+            del self._loaded[next(iter(self._loaded))]
+        return found
+
+
+def _image(asked: ImageOptions | None, registered: ImageOptions | None) -> ImageOptions | None:
+    """How images become a model's input: what is asked for goes before what was registered with it, each for itself."""
+    if asked is None or registered is None or asked.scale is not None:
+        return asked or registered
+    return replace(asked, scale=registered.scale)
+
+
+def _check_private(spec: Train, dataset: Dataset) -> None:
+    """What holds for data that live on nodes, and only for them. Raises InvalidRequest."""
+    stays, rules = spec.dataset.startswith(NODE_DATA), spec.privacy
+    if stays and spec.strategy == "sync":
+        raise InvalidRequest(
+            f"{spec.dataset} stays on its nodes, and strategy 'sync' gives every node all data: use 'local' or 'auto'"
+        )
+    if rules is None:
+        return
+    if not stays:
+        raise InvalidRequest(
+            f"l2_norm_clip and noise_multiplier hide data that live on nodes, and {spec.dataset!r} does not: "
+            "name it under [data] in the nodes' settings and train on node:NAME, or leave them out"
+        )
+    if not rules.noise_multiplier:
+        return
+    privacy.check()
+    if (spec.validation or "").startswith(NODE_DATA):
+        raise InvalidRequest(
+            f"validation on {spec.validation} would tell of data that noise is to hide: give a data set that may be known"
+        )
+    if spec.monitor and not spec.monitor.startswith("val_"):
+        raise InvalidRequest(
+            f"monitor {spec.monitor!r}: with noise, metrics of training are left out: monitor a val_ metric"
+        )
+    if rules.unit == "example" and rules.delta * dataset.count >= 1:
+        raise InvalidRequest(
+            f"delta {rules.delta:g} says nothing for {counted(dataset.count, 'item')}: it must be well below {1 / dataset.count:.1g}"
+        )
+
+
+def _check_rate(model: ModelInfo, dataset: Dataset) -> None:
+    """To a model, recordings at another rate are other sounds. Raises InvalidRequest."""
+    if model.rate and dataset.format.rate not in (0, model.rate):
+        raise InvalidRequest(
+            f"model {model.name}:{model.version} was trained on {model.rate} samples a second, and data set "
+            f"{dataset.name!r} has {dataset.format.rate}: resample the recordings"
+        )
+
+
+def _check_alike(spec: Train, data: DataFormat, held_out: DataFormat) -> None:
+    """Before a whole epoch is trained. Raises InvalidRequest."""
+    if held_out.kind != data.kind:
+        raise InvalidRequest(
+            f"data set {spec.dataset!r} holds {data.kind}, and {spec.validation!r} {held_out.kind}: a model takes one of them"
+        )
+    if held_out.rate != data.rate:
+        raise InvalidRequest(
+            f"data set {spec.dataset!r} has {data.rate} samples a second, and {spec.validation!r} {held_out.rate}: resample one"
+        )
+    alone = len(held_out.inputs) == len(data.inputs) == 1  # then its name says nothing: X or x
+    if sorted(held_out.inputs) != sorted(data.inputs) and not alone:
+        raise InvalidRequest(
+            f"data set {spec.dataset!r} has the inputs {', '.join(data.inputs)}, and {spec.validation!r} "
+            f"{', '.join(held_out.inputs)}: validation data needs the same"
+        )
+    if sorted(held_out.targets) != sorted(data.targets):
+        raise InvalidRequest(
+            f"data set {spec.dataset!r} has the targets {', '.join(data.targets) or data.target or 'none'}, and "
+            f"{spec.validation!r} {', '.join(held_out.targets) or held_out.target or 'none'}: validation data needs the same"
+        )
+    if data.target and not held_out.target:
+        raise InvalidRequest(f"data set {spec.validation!r} has no target to validate against: name its --target")

@@ -1,0 +1,215 @@
+"""The leases that are out: which node holds which attempt, when it was last heard of, and what must be said again.
+
+In memory only: a coordinator that starts again holds the attempts of its journal anew, and learns from the nodes' renewals.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from coordinator.copies.locations import Holders
+from coordinator.dispatch.collecting import locate
+from coordinator.membership import Membership
+from coordinator.plans.job import Attempt, Job
+from coordinator.plans.placement import ClusterView, NodeView
+from potluck.bus.outbox import Outbox
+from potluck.settings import CoordinatorSettings
+from potluck.wire.messages import AnyTask, ForgetJob, LeaseShard, Message, WarmUpTask, WithdrawLease
+from potluck.wire.topics import Topics
+
+MANY_SHARDS = 100
+"""With more in a lease, few holders are named of each: it has to go into a message."""
+REFUSED_SECONDS = 0.5
+REFUSED_LIMIT_SECONDS = 60.0
+SLOTS = 2
+"""Attempts that a node holds at most: one running, one prefetched."""
+
+
+def on_nodes(stages: Iterable[tuple[str, str]]) -> str:
+    """What each node does, for people: `loading the model on n3; starting engine (TensorFlow) on n1, n2`."""
+    nodes: dict[str, set[str]] = {}
+    for stage, node_id in stages:
+        nodes.setdefault(stage, set()).add(node_id)
+    return "; ".join(f"{stage} on {', '.join(sorted(nodes[stage]))}" for stage in sorted(nodes) if stage)
+
+
+def _shards(task: AnyTask) -> int:
+    """How many blobs of a data set a task names."""
+    if isinstance(task, WarmUpTask):
+        task = task.task
+    return len(getattr(task, "data", ())) + len(getattr(task, "slices", ()))
+
+
+@dataclass
+class Held:
+    """An attempt under lease: when its node was last heard of it, and what it said."""
+
+    job_id: str
+    node_id: str
+    message: LeaseShard
+    heard_at: float
+    sent_at: float = 0.0
+    taken: bool = False
+    collecting: bool = False
+    """Its result is being fetched: nothing else can end it now."""
+    done: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    stage: str = ""
+
+
+class Leases:
+    """All of them by attempt, and the commands that concern them."""
+
+    def __init__(
+        self,
+        *,
+        topics: Topics,
+        outbox: Outbox,
+        membership: Membership,
+        settings: CoordinatorSettings,
+        epoch: int,
+        holders: Holders,
+    ) -> None:
+        self._topics = topics
+        self._outbox = outbox
+        self._membership = membership
+        self._settings = settings
+        self._epoch = epoch
+        self._holders = holders
+        self._held: dict[str, Held] = {}
+        self._load: Counter[str] = Counter()
+        self._refusing: dict[str, tuple[int, float]] = {}
+        """How often in a row a node has refused, and until when it is offered nothing."""
+
+    def __contains__(self, attempt_id: str) -> bool:
+        return attempt_id in self._held
+
+    def get(self, attempt_id: str) -> Held | None:
+        return self._held.get(attempt_id)
+
+    def of_node(self, node_id: str) -> list[str]:
+        """Attempts that end when this node is lost."""
+        return [key for key, held in self._held.items() if held.node_id == node_id and not held.collecting]
+
+    def hold(self, job: Job, attempt: Attempt, task: AnyTask, now: float) -> Held:
+        """A lease begins (or goes on, after a restart); it is sent with the next `send_due`."""
+        message = LeaseShard(
+            epoch=self._epoch,
+            job_id=job.job_id,
+            shard_id=attempt.shard_id,
+            attempt_id=attempt.attempt_id,
+            lease_seconds=self._settings.lease_seconds,
+            task=task,
+        )
+        held = self._held[attempt.attempt_id] = Held(job.job_id, attempt.node_id, message, heard_at=now)
+        self._load[attempt.node_id] += 1
+        return held
+
+    def drop(self, attempt_id: str) -> None:
+        """A lease ends."""
+        held = self._held.pop(attempt_id)
+        self._load[held.node_id] -= 1
+        if self._load[held.node_id] <= 0:
+            del self._load[held.node_id]
+
+    def heard(self, node_id: str, attempt_id: str, now: float) -> Held | None:
+        """The lease that its node spoke of; None when it is not out to that node."""
+        held = self._held.get(attempt_id)
+        if held is None or held.node_id != node_id:
+            return None
+        held.heard_at = now
+        return held
+
+    def refused(self, node_id: str, now: float) -> None:
+        """The node does not want what it is offered: it is offered nothing for a while, for longer each time."""
+        times = self._refusing.get(node_id, (0, 0.0))[0] + 1
+        rest_seconds = min(REFUSED_SECONDS * 2.0 ** (times - 1), REFUSED_LIMIT_SECONDS)
+        self._refusing[node_id] = times, now + rest_seconds
+
+    def accepted(self, node_id: str) -> None:
+        """It takes what it is offered."""
+        self._refusing.pop(node_id, None)
+
+    def expired(self, now: float) -> list[tuple[str, Held]]:
+        """Leases that were not renewed in time."""
+        limit = self._settings.lease_seconds
+        return [(key, held) for key, held in self._held.items() if not held.collecting and now - held.heard_at > limit]
+
+    def send_due(self, now: float) -> None:
+        """Send, or send again, what its node has not said that it took."""
+        for held in self._held.values():
+            if not held.taken and now - held.sent_at >= self._settings.resend_seconds:
+                self.send(held, now)
+
+    def send(self, held: Held, now: float) -> None:
+        held.sent_at = now
+        member = self._membership.get(held.node_id)
+        if member is not None and member.state != "offline":
+            many = _shards(held.message.task) > MANY_SHARDS
+            self.command(held.node_id, locate(held.message, self._holders.few if many else self._holders.of))
+
+    def withdraw(self, node_id: str, attempt_id: str, reason: str) -> None:
+        self.command(node_id, WithdrawLease(epoch=self._epoch, attempt_id=attempt_id, reason=reason))
+
+    def forget(self, job: Job) -> None:
+        """Nodes that took part in a job may drop what they keep for it."""
+        for node_id in job.participants:
+            self.command(node_id, ForgetJob(job_id=job.job_id))
+
+    def command(self, node_id: str, message: Message) -> None:
+        self._outbox.publish(self._topics.node(node_id, "inbox"), message)
+
+    def running(self, job: Job) -> dict[str, tuple[Attempt, int, dict[str, float]]]:
+        """What the open attempts of a job have reported."""
+        return {
+            attempt_id: (attempt, self._held[attempt_id].done, self._held[attempt_id].metrics)
+            for attempt_id, attempt in job.attempts.items()
+            if attempt_id in self._held
+        }
+
+    def stage(self, job: Job) -> str:
+        """What the nodes do before they compute, for people: `starting engine (TensorFlow) on n1, n2`. "" once one computes."""
+        held = [self._held[attempt_id] for attempt_id in job.attempts if attempt_id in self._held]
+        if any(one.done for one in held):
+            return ""
+        return on_nodes((one.stage, one.node_id) for one in held)
+
+    def violated(self, node_id: str, reason: str) -> bool:
+        """A result was not what its lease asked for: whether the node gets no more jobs for that."""
+        return self._membership.violated(node_id, reason)
+
+    def own_items(self, node_id: str, task: AnyTask) -> int | None:
+        """Of the data that live on the node and that the task is about, as it has announced them."""
+        name = getattr(task, "node_data", None)
+        member = self._membership.get(node_id)
+        found = [data.count for data in member.data if data.name == name] if name and member is not None else []
+        return found[0] if found else None
+
+    def quarantine(self, node_id: str, reason: str) -> None:
+        self._membership.quarantine(node_id, reason)
+
+    def quarantined(self) -> dict[str, str]:
+        """Nodes that get no jobs, and why."""
+        return self._membership.quarantined()
+
+    def view(self, now: float) -> ClusterView:
+        """The nodes that can compute, and how much more each may be given."""
+        return ClusterView(tuple(self._nodes(now)), now)
+
+    def _nodes(self, now: float) -> Iterator[NodeView]:
+        for member in self._membership.online():
+            if "tensorflow" in member.capacity.runtimes and not member.quarantined:
+                load = self._load[member.node_id]
+                resting = self._refusing.get(member.node_id, (0, 0.0))[1] > now
+                yield NodeView(
+                    member.node_id,
+                    member.capacity.gflops,
+                    free_slots=0 if resting else SLOTS - load,
+                    idle=load == 0,
+                    collective=member.collective,
+                    data=member.data,
+                    runtimes=frozenset(member.capacity.runtimes),
+                    gives_way=member.telemetry is not None and member.telemetry.gives_way,
+                )

@@ -1,0 +1,299 @@
+"""Evaluate and predict: one queue of items, cut into chunks by the measured speed of whoever asks next.
+
+Guided self-scheduling (Polychronopoulos and Kuck, 1987): a chunk is half of the remaining work, shared by speed, and a few
+seconds at most. When the queue is empty, an idle node gets a backup attempt at the oldest straggler (MapReduce,
+Dean and Ghemawat, 2004); the first result counts, so each item is in the output exactly once. At the end of an evaluation in
+several parts, a node makes values of what all of them have counted for metrics that are no means. Pure.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+from msgspec.structs import replace
+
+from coordinator.plans.job import Attempt, Complete, Decision, EpochEnded, Lease, RoundClosed, Withdraw
+from coordinator.plans.placement import ClusterView, speeds
+from potluck.errors import ModelFailed
+from potluck.wire.messages import (
+    AnyTask,
+    AnyTaskResult,
+    DataShard,
+    DataSlice,
+    ErrorInfo,
+    EvaluateResult,
+    EvaluateTask,
+    JobProgress,
+    PredictTask,
+    TaskResult,
+)
+
+CHUNK_SECONDS = 3.0
+"""A chunk is at most this long at the node's measured speed: what a lost node can cost."""
+PROBE_ITEMS = 256
+"""A first chunk, while the speed is not known."""
+BACKUP_FACTOR = 2.0
+"""A backup is started when an attempt has taken this many times what its node's speed promised."""
+
+Range = tuple[int, int]
+
+
+class ItemIndex:
+    """Item numbers of a whole data set -> slices of its shards."""
+
+    def __init__(self, shards: tuple[DataShard, ...]) -> None:
+        self._shards = shards
+        self._ends = list(accumulate(shard.count for shard in shards))
+        self.count = self._ends[-1] if self._ends else 0
+
+    def slices(self, start: int, stop: int) -> tuple[DataSlice, ...]:
+        """The slices that hold items `start` to `stop` (exclusive), in order."""
+        found: list[DataSlice] = []
+        position = bisect_right(self._ends, start)
+        while start < stop:
+            begin = self._ends[position] - self._shards[position].count
+            end = min(stop, self._ends[position])
+            found.append(DataSlice(blob=self._shards[position].blob, start=start - begin, stop=end - begin))
+            start, position = end, position + 1
+        return tuple(found)
+
+
+@dataclass
+class _Chunk:
+    items: Range
+    task: AnyTask
+    attempts: set[str] = field(default_factory=set)
+
+    @property
+    def count(self) -> int:
+        return self.items[1] - self.items[0]
+
+
+@dataclass
+class BatchStrategy:
+    """Items 0 to `total` by chunks; `task_for(slices)` makes the task. Results by first item, each once."""
+
+    index: ItemIndex
+    batch_size: int
+    task_for: Callable[[tuple[DataSlice, ...]], EvaluateTask | PredictTask]
+    prefix: str = "items"
+    runtime: str = "tensorflow"
+    """What a node needs beside what decodes the data."""
+    next_item: int = 0
+    done_items: int = 0
+    chunks: dict[str, _Chunk] = field(default_factory=dict)
+    returned: dict[str, None] = field(default_factory=dict)
+    """Chunks that were leased and came back, in order."""
+    results: dict[int, TaskResult] = field(default_factory=dict)
+    measured: dict[str, float] = field(default_factory=dict)
+    valued: EvaluateResult | None = None
+    """Values of the `states` of all results."""
+
+    @property
+    def total(self) -> int:
+        return self.index.count
+
+    @property
+    def complete(self) -> bool:
+        return self.done_items == self.total
+
+    def first(self) -> EvaluateTask | PredictTask:
+        """The task of the first batch alone."""
+        return self.task_for(self.index.slices(0, min(self.batch_size, self.total)))
+
+    def plan(self, view: ClusterView, attempts: dict[str, Attempt]) -> list[Decision]:
+        decisions: list[Decision] = [
+            Withdraw(attempt.attempt_id, "another attempt was first")
+            for attempt in attempts.values()
+            if attempt.shard_id.startswith(self.prefix) and attempt.shard_id not in {*self.chunks, self._values_id}
+        ]
+        view = view.having(self.runtime)
+        if self.complete:
+            return [*decisions, *self._plan_values(view, attempts)]
+        rates = speeds(view.nodes, self.measured)
+        next_item, returned = self.next_item, list(self.returned)
+        # One chunk a node and turn, fastest first, so that the last chunks go to those who finish them soonest.
+        for turn in range(max((node.free_slots for node in view.nodes), default=0)):
+            for node in sorted(view.nodes, key=lambda node: (-rates[node.node_id], node.node_id)):
+                if node.free_slots <= turn:
+                    continue
+                if returned:
+                    shard_id = returned.pop(0)
+                    decisions.append(Lease(shard_id, node.node_id, self.chunks[shard_id].task))
+                elif next_item < self.total:
+                    size = self._chunk_size(self.total - next_item, node.node_id, rates)
+                    stop = min(self.total, next_item + size)
+                    task = self.task_for(self.index.slices(next_item, stop))
+                    decisions.append(Lease(f"{self.prefix}-{next_item}-{stop}", node.node_id, task))
+                    next_item = stop
+        if not returned and next_item >= self.total:
+            leased = {decision.node_id for decision in decisions if isinstance(decision, Lease)}
+            decisions += self._backups(view, attempts, rates, leased)
+        return decisions
+
+    def leased(self, attempt: Attempt, task: AnyTask) -> None:
+        if attempt.shard_id == self._values_id:
+            return
+        chunk = self.chunks.get(attempt.shard_id)
+        if chunk is None:
+            start, stop = (int(part) for part in attempt.shard_id.rsplit("-", 2)[1:])
+            chunk = self.chunks[attempt.shard_id] = _Chunk((start, stop), task)
+            self.next_item = max(self.next_item, stop)
+        chunk.attempts.add(attempt.attempt_id)
+        self.returned.pop(attempt.shard_id, None)
+
+    def finished(self, attempt: Attempt, result: AnyTaskResult, at: float) -> None:
+        if attempt.shard_id == self._values_id and isinstance(result, EvaluateResult):
+            self.valued = result
+            return
+        if result.seconds > 0 and isinstance(result, TaskResult):
+            rate = getattr(result, "count", 0) / result.seconds
+            before = self.measured.get(attempt.node_id, rate)
+            self.measured[attempt.node_id] = (before + rate) / 2
+        chunk = self.chunks.pop(attempt.shard_id, None)
+        if chunk is None:
+            return
+        self.returned.pop(attempt.shard_id, None)
+        self.results[chunk.items[0]] = result
+        self.done_items += chunk.count
+
+    def ended(self, attempt: Attempt, error: ErrorInfo | None) -> None:
+        chunk = self.chunks.get(attempt.shard_id)
+        if chunk is not None:
+            chunk.attempts.discard(attempt.attempt_id)
+            if not chunk.attempts:
+                self.returned[attempt.shard_id] = None
+
+    def closed_round(self, event: RoundClosed) -> None:
+        raise ValueError("only training has rounds")
+
+    def ended_epoch(self, event: EpochEnded) -> None:
+        raise ValueError("only training has epochs")
+
+    def stop(self) -> None:
+        raise ValueError("only training can stop before its end")
+
+    def progress(self, running: dict[str, tuple[Attempt, int, dict[str, float]]]) -> JobProgress:
+        best: dict[str, int] = {}
+        for attempt, done, _ in running.values():
+            if attempt.shard_id in self.chunks:
+                best[attempt.shard_id] = max(
+                    best.get(attempt.shard_id, 0), min(done, self.chunks[attempt.shard_id].count)
+                )
+        at_work = {attempt.node_id for attempt, _, _ in running.values()}
+        nodes = {node_id: rate for node_id, rate in self.measured.items() if node_id in at_work}
+        return JobProgress(
+            done=self.done_items + sum(best.values()),
+            total=self.total,
+            nodes=nodes,
+            items_per_second=sum(nodes.values()),
+        )
+
+    def in_order(self) -> list[TaskResult]:
+        """The results in the order of the items; behind them, the values of what they have counted."""
+        found = [self.results[start] for start in sorted(self.results)]
+        return [*found, self.valued] if self.valued is not None else found
+
+    def check_invariants(self) -> None:
+        """Every item is in exactly one place: done, in a chunk, or not yet cut."""
+        in_chunks = sum(chunk.count for chunk in self.chunks.values())
+        assert self.done_items + in_chunks + (self.total - self.next_item) == self.total
+        assert all(not self.chunks[shard_id].attempts for shard_id in self.returned)
+        assert all(chunk.attempts or name in self.returned for name, chunk in self.chunks.items())
+
+    def _plan_values(self, view: ClusterView, attempts: dict[str, Attempt]) -> list[Decision]:
+        """Who makes values of the parts' states; the end, where that is done or not needed."""
+        parts = [result for result in self.results.values() if isinstance(result, EvaluateResult)]
+        states = merge(parts).states if self.valued is None and len(parts) > 1 else {}
+        if not states:
+            return [Complete()]
+        free = [node.node_id for node in view.nodes if node.free_slots]
+        if not free or any(attempt.shard_id == self._values_id for attempt in attempts.values()):
+            return []
+        rates = speeds(view.nodes, self.measured)
+        task = replace(self.task_for(self.index.slices(0, 1)), states=states)
+        return [Lease(self._values_id, max(free, key=lambda node_id: (rates[node_id], node_id)), task)]
+
+    @property
+    def _values_id(self) -> str:
+        return f"{self.prefix}-values"
+
+    def _chunk_size(self, remaining: int, node_id: str, rates: dict[str, float]) -> int:
+        share = rates[node_id] / sum(rates.values())
+        size = remaining * share / 2
+        if self.measured:
+            size = min(size, rates[node_id] * CHUNK_SECONDS)
+            size = max(size, rates[node_id] * CHUNK_SECONDS / 12)
+        else:
+            size = min(size, max(PROBE_ITEMS, self.batch_size))
+        batches = max(1, round(size / self.batch_size))
+        return batches * self.batch_size
+
+    def _backups(
+        self, view: ClusterView, attempts: dict[str, Attempt], rates: dict[str, float], busy: set[str]
+    ) -> list[Decision]:
+        late: list[tuple[float, str, str]] = []
+        for shard_id, chunk in self.chunks.items():
+            if len(chunk.attempts) != 1:
+                continue
+            attempt = attempts.get(next(iter(chunk.attempts)))
+            if attempt is None:
+                continue
+            promised = (
+                chunk.count / self.measured[attempt.node_id] if attempt.node_id in self.measured else CHUNK_SECONDS
+            )
+            if view.now - attempt.leased_at > BACKUP_FACTOR * max(promised, CHUNK_SECONDS):
+                late.append((attempt.leased_at, shard_id, attempt.node_id))
+        idle = [node for node in view.nodes if node.idle and node.free_slots and node.node_id not in busy]
+        idle.sort(key=lambda node: (-rates[node.node_id], node.node_id))
+        found: list[Decision] = []
+        for _, shard_id, owner in sorted(late):
+            node = next((node for node in idle if node.node_id != owner), None)
+            if node is None:
+                break
+            idle.remove(node)
+            found.append(Lease(shard_id, node.node_id, self.chunks[shard_id].task))
+        return found
+
+
+def merge(results: list[EvaluateResult]) -> EvaluateResult:
+    """The sum of the parts: counts exactly, sums to the rounding of float64 (they are weighed anew)."""
+    count = sum(result.count for result in results)
+    sums: dict[str, float] = {}
+    counts: dict[str, float] = {}
+    for result in results:
+        for name, value in result.sums.items():
+            weight = result.counts.get(name, float(result.count))
+            sums[name] = sums.get(name, 0.0) + (value / result.count * weight if result.count else 0.0)
+            counts[name] = counts.get(name, 0.0) + weight
+    # Each a sum of means by weight: as if over the items again, which is what `sums` are.
+    sums = {name: value / counts[name] * count if counts[name] else 0.0 for name, value in sums.items()}
+    parts = [result for result in results if result.count]
+    states: dict[str, tuple[float, ...]] = {
+        name: tuple(map(sum, zip(*(part.states[name] for part in parts), strict=True)))
+        for name, row in (parts[0].states.items() if parts else ())
+        if all(len(part.states.get(name, ())) == len(row) for part in parts)
+    }
+    # Those of a part alone, or those that were made of the states of all.
+    values = [result.values for result in results if not result.count or len(parts) == 1]
+    tables = [result.confusion for result in results if result.confusion]
+    confusion: tuple[tuple[int, ...], ...] = ()
+    if len({len(table) for table in tables}) > 1:
+        sizes = " and ".join(str(size) for size in sorted({len(table) for table in tables}))
+        raise ModelFailed(f"the nodes do not agree how many classes the model has: {sizes}")
+    if tables:
+        confusion = tuple(tuple(sum(cells) for cells in zip(*rows, strict=True)) for rows in zip(*tables, strict=True))
+    return EvaluateResult(
+        count=count,
+        sums=sums,
+        confusion=confusion,
+        counts={name: value for name, value in counts.items() if value != count},
+        states=states,
+        values={name: value for found in values for name, value in found.items()},
+        seconds=sum(result.seconds for result in results),
+        threshold=parts[0].threshold if parts else None,
+        middle=parts[0].middle if parts else None,
+    )

@@ -1,0 +1,525 @@
+"""Jobs as pure transitions: events change the state, `plan` reads it and decides what to do next.
+
+Every event is journaled before its effects happen; replaying a job's events gives its state back, and planning again from
+there repeats the effects that a killed coordinator did not come to. So nothing else needs to be remembered.
+Pure: no clock, no randomness, no input or output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from msgspec import Struct, json
+from msgspec.structs import replace
+
+from coordinator.plans.placement import ClusterView, NodeView
+from potluck.errors import (
+    CodeNotAllowed,
+    EngineFailed,
+    InvalidData,
+    InvalidModel,
+    InvalidRequest,
+    ModelFailed,
+    OutOfMemory,
+    PeerLost,
+    from_code,
+)
+from potluck.wire.messages import (
+    AnyJobSpec,
+    AnyTask,
+    AnyTaskResult,
+    BlobRef,
+    Dataset,
+    Deploy,
+    EpochMetrics,
+    ErrorInfo,
+    ImageOptions,
+    JobChanged,
+    JobEnded,
+    JobProgress,
+    JobState,
+    JobSubject,
+    ModelFormat,
+    RoundMetrics,
+    Train,
+    TrainResult,
+    WarmUpResult,
+)
+
+OPINION_SECONDS = 30.0
+"""So long another node may take to show that the job can be done, or to agree that it cannot."""
+REST_SECONDS = 1.0
+VALIDATION = "validation-"
+"""What the ids of shards of validation begin with."""
+CHECK = "check-validation"
+"""The id of the shard that looks at validation data before they are due."""
+"""A node that reported an error rests for twice as long, and twice that after the next in a row."""
+ROUNDS_LIMIT_BYTES = 64 * 1024
+"""What a job's rounds take in its result, at most: the whole of it must fit into one message."""
+HISTORY_LIMIT_BYTES = 160 * 1024
+"""Rounds and epochs together: beside very many epochs fewer rounds are kept."""
+
+# --- events: what is in the journal -----------------------------------------------------------------------------------
+
+
+class Event(Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="event", tag=True):
+    """`at` is Unix time in seconds."""
+
+    at: float
+
+
+class JobSubmitted(Event, frozen=True):
+    """The job with every name resolved: what it works on does not change when a name is given away again."""
+
+    job_id: str
+    request_id: str
+    spec: AnyJobSpec
+    model: BlobRef | None = None
+    image: ImageOptions | None = None
+    dataset: BlobRef | None = None
+    validation: BlobRef | None = None
+    model_format: ModelFormat = "keras"
+    classes: tuple[str, ...] = ()
+    """Of the model's scores, where it is registered with such."""
+
+
+class JobStarted(Event, frozen=True):
+    """A job without shards is at work; others start with their first lease."""
+
+
+class AttemptLeased(Event, frozen=True):
+    attempt_id: str
+    shard_id: str
+    node_id: str
+    task: AnyTask
+
+
+class AttemptFinished(Event, frozen=True):
+    """Its result's blobs are in the coordinator's store."""
+
+    attempt_id: str
+    result: AnyTaskResult
+
+
+class AttemptEnded(Event, frozen=True):
+    """Ended without a result. `error` is set when the node reported one, not when the node or the lease was lost."""
+
+    attempt_id: str
+    reason: str
+    error: ErrorInfo | None = None
+
+
+class RoundClosed(Event, frozen=True, kw_only=True):
+    """The outer step of a round is taken, and its weights are a checkpoint in the store.
+
+    `step` led there from `base`; `velocity` is the outer optimizer's state, `agreement` says how alike the nodes' updates have been
+    (1: all the same). `rejected`: nodes whose update was left out. Of synchronous training there is `optimizer`, its state, instead.
+    """
+
+    round: int
+    base: BlobRef | None = None
+    step: BlobRef | None = None
+    weights: BlobRef
+    velocity: BlobRef | None = None
+    optimizer: BlobRef | None = None
+    samples: int
+    learning_rate: float = 1.0
+    momentum: float = 0.0
+    agreement: float = 1.0
+    metrics: dict[str, float] = {}
+    rejected: dict[str, str] = {}
+
+
+class EpochEnded(Event, frozen=True):
+    epoch: EpochMetrics
+
+
+class StopAsked(Event, frozen=True):
+    """Training is to end after the epoch that is under way."""
+
+
+class JobFinished(Event, frozen=True):
+    result: JobEnded
+
+
+AnyEvent = (
+    JobSubmitted
+    | JobStarted
+    | AttemptLeased
+    | AttemptFinished
+    | AttemptEnded
+    | RoundClosed
+    | EpochEnded
+    | StopAsked
+    | JobFinished
+)
+
+
+# --- decisions: what a plan asks the dispatcher to do --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Lease:
+    """Give this shard to this node."""
+
+    shard_id: str
+    node_id: str
+    task: AnyTask
+
+
+@dataclass(frozen=True)
+class Withdraw:
+    """Take an attempt back, whose result is no longer wanted."""
+
+    attempt_id: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class CloseRound:
+    """Take the outer step with these results; answered by `RoundClosed`.
+
+    `done`: the share of the job that is done with it. `agreement`: of the rounds before. `rejected`: nodes left out, and why.
+    `by_items`: each result stands for the data that live on its node, not for the samples that it has seen.
+    """
+
+    round: int
+    results: tuple[TrainResult, ...]
+    done: float
+    agreement: float | None
+    velocity: BlobRef | None
+    rejected: dict[str, str]
+    by_items: bool = False
+
+
+@dataclass(frozen=True)
+class CloseSync:
+    """A stretch of synchronous training is done, and this is its checkpoint; answered by `RoundClosed`."""
+
+    round: int
+    weights: BlobRef
+    optimizer: BlobRef
+    samples: int
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class CloseEpoch:
+    """Answered by `EpochEnded`."""
+
+    epoch: EpochMetrics
+
+
+@dataclass(frozen=True)
+class Complete:
+    """All the work is done: put the result together and end the job as succeeded."""
+
+
+Decision = Lease | Withdraw | CloseRound | CloseSync | CloseEpoch | Complete
+
+
+# --- state -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Attempt:
+    attempt_id: str
+    shard_id: str
+    node_id: str
+    leased_at: float
+
+
+class Strategy(Protocol):
+    """How one kind of job is cut into shards. The job tells it of attempts; it decides."""
+
+    def plan(self, view: ClusterView, attempts: dict[str, Attempt]) -> list[Decision]: ...
+
+    def leased(self, attempt: Attempt, task: AnyTask) -> None: ...
+
+    def finished(self, attempt: Attempt, result: AnyTaskResult, at: float) -> None: ...
+
+    def ended(self, attempt: Attempt, error: ErrorInfo | None) -> None: ...
+
+    def closed_round(self, event: RoundClosed) -> None: ...
+
+    def ended_epoch(self, event: EpochEnded) -> None: ...
+
+    def stop(self) -> None: ...
+
+    def progress(self, running: dict[str, tuple[Attempt, int, dict[str, float]]]) -> JobProgress:
+        """`running`: for each open attempt what it has reported: items done, and metrics."""
+        ...
+
+
+@dataclass
+class Job:
+    """One job: its strategy's state, and the attempts that are open."""
+
+    submitted: JobSubmitted
+    strategy: Strategy | None
+    dataset: Dataset | None = None
+    state: JobState = "queued"
+    started_at: float = 0.0
+    ended: JobEnded | None = None
+    attempts: dict[str, Attempt] = field(default_factory=dict)
+    failures: dict[str, int] = field(default_factory=dict)
+    """Attempts of each node that ended with an error, since any has succeeded."""
+    last_error: ErrorInfo | None = None
+    hopeless: dict[str, ErrorInfo] = field(default_factory=dict)
+    """What nodes said that trying again cannot mend. One may be wrong (it lacks a library, say) and gets no more of the job while
+    there are others; the word of two ends it."""
+    hopeless_at: float = 0.0
+    """When the first said so."""
+    done_by: set[str] = field(default_factory=set)
+    """Nodes that have done something for it."""
+    leased_at: float = 0.0
+    """When it last got a part of a node's time."""
+    touched_at: float = 0.0
+    """When an attempt last began or ended."""
+    participants: set[str] = field(default_factory=set)
+    resting: dict[str, float] = field(default_factory=dict)
+    """Nodes that reported an error, and until when they get nothing of this job."""
+    refused: dict[str, ErrorInfo] = field(default_factory=dict)
+    """Nodes that do not allow the model's code, or have not the memory, and what they said: they get nothing of this job."""
+    short: set[str] = field(default_factory=set)
+    """Nodes whose last attempt ended because they had not enough memory: a second time, and they are left out."""
+    history: list[EpochMetrics] = field(default_factory=list)
+    rounds: list[RoundMetrics] = field(default_factory=list)
+    rounds_stride: int = 1
+    """Of so many rounds one is kept: a power of two."""
+    rounds_bytes: int = 0
+    history_bytes: int = 0
+    deploying: str = ""
+    """The model that is being deployed for it."""
+    image: ImageOptions | None = None
+    """How images become the model's input, as the first node that has done so says."""
+
+    @property
+    def job_id(self) -> str:
+        return self.submitted.job_id
+
+    @property
+    def kind(self) -> str:
+        return str(self.submitted.spec.__struct_config__.tag)
+
+    @property
+    def subject(self) -> JobSubject:
+        """What it is about, as people call it."""
+        spec, done = self.submitted.spec, self.ended.registered if self.ended is not None else ""
+        data = data_of(spec)
+        if isinstance(spec, Deploy):
+            return JobSubject(name=done, model=spec.model, data=data[-1] if data else "")
+        model = spec.model if isinstance(spec.model, str) else spec.model_name or spec.model.sha256[:12]
+        asked = spec.register if isinstance(spec, Train) else None
+        return JobSubject(name=done or asked or "", model=model, data=spec.dataset)
+
+    @property
+    def runtimes(self) -> tuple[str, ...]:
+        """What a node must have to do all of it."""
+        if self.strategy is None:
+            return ()
+        lite = self.submitted.model_format == "tflite" or isinstance(self.submitted.spec, Deploy)
+        return ("tensorflow", "litert") if lite else ("tensorflow",)
+
+    @property
+    def active(self) -> bool:
+        return self.state in ("queued", "running")
+
+    def apply(self, event: AnyEvent) -> None:
+        """Change the state. Events of attempts that are not open any more are ignored: a result counts once."""
+        match event:
+            case AttemptLeased():
+                attempt = Attempt(event.attempt_id, event.shard_id, event.node_id, event.at)
+                self.attempts[attempt.attempt_id] = attempt
+                self.touched_at = self.leased_at = event.at
+                self.participants.add(attempt.node_id)
+                if self.state == "queued":
+                    self.state, self.started_at = "running", event.at
+                self._strategy.leased(attempt, event.task)
+            case AttemptFinished():
+                finished = self.attempts.pop(event.attempt_id, None)
+                if finished is not None:
+                    self.done_by.add(finished.node_id)
+                    self.touched_at = event.at
+                    if not isinstance(event.result, WarmUpResult):  # to be ready is not yet to succeed
+                        self.failures.clear()
+                        self.short.discard(finished.node_id)
+                    self.image = self.image or event.result.image
+                    self._strategy.finished(finished, event.result, event.at)
+            case AttemptEnded():
+                ended = self.attempts.pop(event.attempt_id, None)
+                if ended is not None:
+                    self.touched_at = event.at
+                    self._strategy.ended(ended, event.error)
+                    if event.error is not None and event.error.code != PeerLost.code:
+                        self._failed(_placed(event.error, ended), ended.node_id, event.at)
+            case RoundClosed():
+                self._strategy.closed_round(event)
+                self._keep(event)
+            case EpochEnded():
+                self.history.append(event.epoch)
+                self.history_bytes += _size(event.epoch)
+                self._strategy.ended_epoch(event)
+            case StopAsked():
+                self._strategy.stop()
+            case JobFinished():
+                self.ended = event.result
+                self.state = event.result.state
+                self.attempts.clear()
+            case JobStarted():
+                self.state, self.started_at = "running", event.at
+            case JobSubmitted():
+                raise ValueError("a job is submitted once")
+
+    def plan(self, view: ClusterView) -> list[Decision]:
+        """What to do next. The same state and view give the same decisions.
+
+        Raises CodeNotAllowed or OutOfMemory when all nodes are left out, and the first of them for that.
+        """
+        if not self.active or self.strategy is None:
+            return []
+        nodes = [node for node in view.nodes if node.node_id not in self.refused]
+        if view.nodes and not nodes and self.participants <= self.refused.keys():
+            reason = self.refused[view.nodes[0].node_id]
+            what = "runs this model" if reason.code == CodeNotAllowed.code else "can do this job"
+            raise from_code(reason.code, f"no node {what}: {reason.message}")
+        others = [node for node in nodes if node.node_id not in self.hopeless]
+        if others and not self._stuck(others, view.now):
+            nodes = others
+        resting = frozenset(node.node_id for node in nodes if self.resting.get(node.node_id, 0.0) > view.now)
+        rested = tuple(node for node in nodes if node.node_id not in resting)
+        return self.strategy.plan(ClusterView(rested, view.now, resting), self.attempts)
+
+    def error(self, attempts_limit: int, view: ClusterView) -> ErrorInfo | None:
+        """The error this job must end with: one that trying again cannot mend, or too many in a row of a node, with nobody else at work."""
+        if self.hopeless and not self._other_opinion(view):
+            return next(iter(self.hopeless.values()))
+        if max(self.failures.values(), default=0) < attempts_limit:
+            return None
+        # Who is at work and has not failed so often may yet succeed: that all die once is no sign that nobody can do it.
+        hope = any(self.failures.get(attempt.node_id, 0) < attempts_limit for attempt in self.attempts.values())
+        return None if hope else self.last_error
+
+    def _other_opinion(self, view: ClusterView) -> bool:
+        """Whether what one node says cannot be mended may be that node's own trouble, and another is there to see.
+
+        One that has done something for the job is waited for, also while it is away; one that has not yet, for so long only:
+        somebody waits to hear of a mistake of theirs.
+        """
+        if len(self.hopeless) > 1:
+            return False
+        if not view.nodes or self.done_by - self.hopeless.keys():
+            return True
+        others = {node.node_id for node in view.nodes} | self.participants
+        return (
+            bool(others - self.hopeless.keys() - self.refused.keys()) and view.now - self.hopeless_at < OPINION_SECONDS
+        )
+
+    def _stuck(self, others: Sequence[NodeView], now: float) -> bool:
+        """Whether those that never called the job hopeless have room for it, and do nothing: what is left may need one that did."""
+        idle = not self.attempts and now - self.touched_at >= OPINION_SECONDS
+        return bool(self.hopeless) and idle and all(node.free_slots for node in others)
+
+    def changed(self, progress: JobProgress) -> JobChanged:
+        """The job as clients see it."""
+        ended = self.ended
+        return JobChanged(
+            job_id=self.job_id,
+            kind=self.kind,
+            state=self.state,
+            created_at=self.submitted.at,
+            started_at=self.started_at or (ended.started_at if ended else 0.0),
+            ended_at=ended.ended_at if ended else 0.0,
+            progress=replace(progress, message="") if ended else progress,
+            error=ended.error if ended else None,
+            subject=self.subject,
+        )
+
+    @property
+    def told_history(self) -> tuple[EpochMetrics, ...]:
+        """The epochs as the result tells them: every second, fourth, ... of very many, and always the last."""
+        stride = 1
+        while True:
+            kept = self.history[::-1][::stride][::-1]
+            if len(kept) < 2 or sum(map(_size, kept)) <= HISTORY_LIMIT_BYTES:
+                return tuple(kept)
+            stride *= 2
+
+    def epochs_after(self, number: int) -> tuple[EpochMetrics, ...]:
+        """The epochs above `number`, as many as fit into a message; of a job that has ended, as its result tells them."""
+        known = self.ended.history if self.ended is not None else self.history
+        kept: list[EpochMetrics] = []
+        size = 0
+        for epoch in known:
+            if epoch.epoch > number:
+                size += _size(epoch)
+                if kept and size > HISTORY_LIMIT_BYTES:
+                    break
+                kept.append(epoch)
+        return tuple(kept)
+
+    def _keep(self, closed: RoundClosed) -> None:
+        """Add a round to those that the result tells of. When they grow too many, every second goes."""
+        if closed.round % self.rounds_stride == 0:
+            self.rounds.append(
+                RoundMetrics(
+                    round=closed.round,
+                    samples=closed.samples,
+                    metrics=closed.metrics,
+                    outer_learning_rate=closed.learning_rate,
+                    outer_momentum=closed.momentum,
+                    closed_at=closed.at,
+                    rejected=closed.rejected,
+                )
+            )
+            self.rounds_bytes += _size(self.rounds[-1])
+        room = min(ROUNDS_LIMIT_BYTES, HISTORY_LIMIT_BYTES - self.history_bytes)
+        while self.rounds_bytes > room and len(self.rounds) > 1:
+            self.rounds_stride *= 2
+            self.rounds = [kept for kept in self.rounds if kept.round % self.rounds_stride == 0]
+            self.rounds_bytes = sum(map(_size, self.rounds))
+
+    @property
+    def _strategy(self) -> Strategy:
+        if self.strategy is None:
+            raise ValueError(f"job {self.job_id} has no shards")
+        return self.strategy
+
+    def _failed(self, error: ErrorInfo, node_id: str, at: float) -> None:
+        if error.code == CodeNotAllowed.code or (error.code == OutOfMemory.code and node_id in self.short):
+            self.refused[node_id] = error
+            return
+        if error.code == OutOfMemory.code:
+            self.short.add(node_id)
+        if error.code == EngineFailed.code:
+            error = replace(error, message=f"node {node_id}: {error.message}")
+        self.last_error = error
+        self.failures[node_id] = times = self.failures.get(node_id, 0) + 1
+        # It rests, so that a node at which everything fails at once is not all that the job is tried on.
+        self.resting[node_id] = at + REST_SECONDS * 2**times
+        if not error.retryable:
+            self.hopeless_at = self.hopeless_at or at
+            self.hopeless.setdefault(node_id, error)
+
+
+def data_of(spec: AnyJobSpec) -> tuple[str, ...]:
+    """The names of the data sets that a job works on, twice where it has two uses for one."""
+    if isinstance(spec, Deploy):
+        return tuple(name for name in (spec.calibration, spec.evaluation) if name)
+    validation = spec.validation if isinstance(spec, Train) else None
+    return (spec.dataset, *([validation] if validation else []))
+
+
+def _placed(error: ErrorInfo, attempt: Attempt) -> ErrorInfo:
+    """The error with the data set that it speaks of, where that is not the one to train on."""
+    about_data = error.code in (InvalidData.code, InvalidModel.code, InvalidRequest.code, ModelFailed.code)
+    if about_data and attempt.shard_id.startswith((VALIDATION, CHECK)):
+        return replace(error, message=f"in validation: {error.message}")
+    return error
+
+
+def _size(part: RoundMetrics | EpochMetrics) -> int:
+    """Bytes in a JSON message; less in msgpack."""
+    return len(json.encode(part)) + 1

@@ -1,0 +1,112 @@
+"""From a submitted job to the strategy that cuts it into shards. Pure."""
+
+from __future__ import annotations
+
+from msgspec.structs import replace
+
+from coordinator.plans.batch import BatchStrategy, ItemIndex
+from coordinator.plans.job import VALIDATION, JobSubmitted, Strategy
+from coordinator.plans.node_data import NodesEvaluation
+from coordinator.plans.placement import RUNTIME_OF
+from coordinator.plans.quantizing import QuantizeStrategy, convert_task
+from coordinator.plans.training.federated import FederatedStrategy
+from coordinator.plans.training.fixed import FixedStrategy
+from coordinator.plans.training.rounds import Evaluation, RoundsStrategy
+from coordinator.plans.training.sync import SyncStrategy
+from potluck.wire.messages import (
+    NODE_DATA,
+    BlobRef,
+    Dataset,
+    DataSlice,
+    Deploy,
+    Evaluate,
+    EvaluateTask,
+    ImageOptions,
+    ModelFormat,
+    Predict,
+    PredictTask,
+    Step,
+    Train,
+)
+
+
+def strategy_for(job: JobSubmitted, dataset: Dataset | None, validation: Dataset | None) -> Strategy | None:
+    """The strategy of a job over its data sets; None for a deployment of a model as it is, which has no shards.
+
+    Of one that is quantised first, the second data set is what it is calibrated with.
+    """
+    spec, model, image = job.spec, job.model, job.image
+    if isinstance(spec, Deploy):
+        if spec.quantize == "none" or model is None or dataset is None or validation is None:
+            return None
+        task = convert_task(model, job.model_format, image, validation)
+        return QuantizeStrategy(model, job.model_format, image, dataset, task)
+    if model is None or dataset is None:
+        raise ValueError(f"job {job.job_id} was submitted without its model or data set")
+    if isinstance(spec, Train):
+        make = None
+        if validation is not None:
+            held_out, stays = validation, (spec.validation or "").startswith(NODE_DATA)
+
+            def make(weights: BlobRef | None, step: Step | None, epoch: int) -> Evaluation:
+                prefix = f"{VALIDATION}{epoch}"
+                return _evaluation(model, weights, step, held_out, image, spec.batch_size, prefix, stays)
+
+        kind: type[RoundsStrategy] = RoundsStrategy if spec.strategy == "local" else SyncStrategy
+        if spec.dataset.startswith(NODE_DATA):
+            kind = FederatedStrategy
+        elif spec.deterministic:
+            kind = FixedStrategy
+        return kind(spec=spec, model=model, image=image, dataset=dataset, validation=make)
+    if isinstance(spec, Evaluate):
+        stays = spec.dataset.startswith(NODE_DATA)
+        return _evaluation(model, None, None, dataset, image, spec.batch_size, "evaluate", stays, job.model_format)
+    return _prediction(model, dataset, image, spec, job.model_format)
+
+
+def _evaluation(
+    model: BlobRef,
+    weights: BlobRef | None,
+    step: Step | None,
+    dataset: Dataset,
+    image: ImageOptions | None,
+    batch_size: int,
+    prefix: str,
+    stays: bool,
+    model_format: ModelFormat = "keras",
+) -> Evaluation:
+    """`stays`: the data live on the nodes."""
+
+    def task_for(slices: tuple[DataSlice, ...]) -> EvaluateTask:
+        return EvaluateTask(
+            model=model,
+            weights=weights,
+            slices=slices,
+            format=dataset.format,
+            image=image,
+            batch_size=batch_size,
+            step=step,
+            model_format=model_format,
+        )
+
+    if stays:
+        return NodesEvaluation(dataset, replace(task_for(()), node_data=dataset.name), prefix)
+    runtime = RUNTIME_OF[model_format]
+    return BatchStrategy(ItemIndex(dataset.shards), batch_size, task_for, prefix=prefix, runtime=runtime)
+
+
+def _prediction(
+    model: BlobRef, dataset: Dataset, image: ImageOptions | None, spec: Predict, model_format: ModelFormat
+) -> BatchStrategy:
+    def task_for(slices: tuple[DataSlice, ...]) -> PredictTask:
+        return PredictTask(
+            model=model,
+            slices=slices,
+            format=dataset.format,
+            image=image,
+            batch_size=spec.batch_size,
+            model_format=model_format,
+        )
+
+    runtime = RUNTIME_OF[model_format]
+    return BatchStrategy(ItemIndex(dataset.shards), spec.batch_size, task_for, prefix="predict", runtime=runtime)

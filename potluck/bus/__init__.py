@@ -1,0 +1,1 @@
+"""One connection to a broker, and what is said and asked over it."""

@@ -1,0 +1,370 @@
+"""What is said on the bus, over whatever transport: envelopes, questions and answers, and what was not understood."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import msgspec
+
+from potluck import errors
+from potluck.bus.filters import FilterTable
+from potluck.bus.properties import Mirrored, mirror
+from potluck.errors import BadMessage, Conflict, InvalidRequest, Overloaded, PotluckError, TimedOut, TooLarge
+from potluck.logs import Seldom, fields
+from potluck.surviving import as_defect, surviving
+from potluck.wire import codec
+from potluck.wire.codec import Encoding
+from potluck.wire.messages import ErrorInfo, Inferred, JobEnded, Message, RequestFailed
+from potluck.wire.topics import Topics
+from potluck.wording import counted
+
+log = logging.getLogger(__name__)
+
+_SALVAGE_LIMIT_BYTES = 2 * 2**20
+_LOG_SECONDS = 5.0
+"""So long nothing more is said of a topic on which there was something malformed, or that a handler failed at."""
+_PENDING_LIMIT = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """A message as it came. `reply_to` and `message.id` come from the body, else from the MQTT 5 properties."""
+
+    topic: str
+    message: Message
+    encoding: Encoding = "msgpack"
+    retained: bool = False
+    reply_to: str = ""
+    correlation: bytes | None = None
+    qos: int = 1
+
+
+@dataclass(frozen=True)
+class Will:
+    """What the broker publishes (retained, QoS 1) when this client goes without a goodbye."""
+
+    topic: str
+    message: Message
+
+
+Handler = Callable[[Envelope], None]
+"""Synchronous and quick, called in the order of arrival. What it raises is logged. May see a message twice."""
+
+
+def request_failed(error: PotluckError, request_id: str = "") -> RequestFailed:
+    """The answer that says `error`."""
+    info = ErrorInfo(
+        code=error.code,
+        message=error.message,
+        retryable=error.retryable,
+        retry_after_seconds=error.retry_after_seconds,
+    )
+    return RequestFailed(id=request_id, error=info)
+
+
+class Bus(ABC):
+    """What every part of a daemon or client gets to speak with the others; transports fill in the abstract methods."""
+
+    def __init__(self, topics: Topics, client_id: str) -> None:
+        self.topics = topics
+        self.client_id = client_id
+        self.counters: dict[str, int] = dict.fromkeys(
+            (
+                "received",
+                "published",
+                "malformed",
+                "handler_errors",
+                "unexpected_answers",
+                "refused_replies",
+                "connects",
+            ),
+            0,
+        )
+        self._subscriptions: FilterTable[tuple[int, tuple[Handler, ...]]] = FilterTable()
+        self._pending: dict[str, asyncio.Future[Message]] = {}
+        self._failures: asyncio.Queue[tuple[Envelope, PotluckError]] = asyncio.Queue(100)
+        self.on_refused: Callable[[str, PotluckError], None] = lambda topic, error: None
+        """Told of what could not be read: its topic, and why."""
+        self._refused_logs = Seldom(_LOG_SECONDS)
+        self._withheld_logs = Seldom(_LOG_SECONDS)
+        self._fault_logs = Seldom(_LOG_SECONDS)
+
+    @abstractmethod
+    async def run(self) -> None:
+        """Connect, dispatch and reconnect until cancelled; then leave cleanly, without the will."""
+
+    @abstractmethod
+    async def connected(self, timeout_seconds: float) -> None:
+        """Return once connected and subscribed. Raises Unavailable, naming what was tried and why it failed."""
+
+    @abstractmethod
+    def on_connect(self, callback: Callable[[], Awaitable[None]]) -> None:
+        """Call `callback` after each (re)connect, subscriptions already made: births go here."""
+
+    @property
+    def address(self) -> tuple[str, int] | None:
+        """The broker that this is connected to; None while there is none."""
+        return None
+
+    @property
+    def place(self) -> str:
+        """`host:port` of that broker; "" while there is none."""
+        return "{}:{}".format(*self.address) if self.address else ""
+
+    def trouble(self) -> str:
+        """Why nothing comes or goes now; "" where nothing is known to be wrong."""
+        return ""
+
+    @abstractmethod
+    async def _send(
+        self, topic: str, payload: bytes, qos: int, retain: bool, mirrored: Mirrored | None = None
+    ) -> None: ...
+
+    @abstractmethod
+    def _send_now(self, topic: str, payload: bytes, retain: bool, mirrored: Mirrored | None) -> bool:
+        """Send at QoS 0 if the connection takes it now; False when nothing was sent."""
+
+    @abstractmethod
+    def _subscribe_now(self, topic_filter: str, qos: int) -> None: ...
+
+    @abstractmethod
+    def _unsubscribe_now(self, topic_filter: str) -> None: ...
+
+    def subscribe(self, topic_filter: str, handler: Handler, *, qos: int = 1) -> None:
+        """At any time; kept over reconnects. Several handlers may share a filter. Raises ValueError for a bad filter."""
+        _, handlers = self._subscriptions.get(topic_filter) or (0, ())
+        self._subscriptions[topic_filter] = (qos, (*handlers, handler))
+        self._subscribe_now(topic_filter, qos)
+
+    def unsubscribe(self, topic_filter: str) -> None:
+        """Forget the filter and all of its handlers."""
+        if self._subscriptions.pop(topic_filter) is not None:
+            self._unsubscribe_now(topic_filter)
+
+    async def publish(
+        self,
+        topic: str,
+        message: Message,
+        *,
+        qos: int = 1,
+        retain: bool = False,
+        encoding: Encoding = "msgpack",
+        expiry_seconds: float | None = None,
+    ) -> None:
+        """Send `message`. Waits for the connection, and at QoS 1 for the broker's receipt, for a bounded time.
+
+        `expiry_seconds` also fills in `expires` in the body. Raises Unavailable, TooLarge, and Overloaded when too much waits
+        to be sent.
+        """
+        payload, mirrored = self._packed(message, encoding, expiry_seconds)
+        await self._send(topic, payload, qos, retain, mirrored)
+
+    def publish_now(
+        self,
+        topic: str,
+        message: Message,
+        *,
+        qos: int = 1,
+        retain: bool = False,
+        encoding: Encoding = "msgpack",
+        expiry_seconds: float | None = None,
+    ) -> bool:
+        """`publish`, where that can be done without waiting: at QoS 0, and while the connection takes it. False: it cannot."""
+        if qos:
+            return False
+        payload, mirrored = self._packed(message, encoding, expiry_seconds)
+        return self._send_now(topic, payload, retain, mirrored)
+
+    @staticmethod
+    def _packed(message: Message, encoding: Encoding, expiry_seconds: float | None) -> tuple[bytes, Mirrored]:
+        if expiry_seconds is not None and not message.expires:
+            message = msgspec.structs.replace(message, expires=time.time() + expiry_seconds)
+        return codec.encode(message, encoding), mirror(message, encoding, expiry_seconds)
+
+    async def clear(self, topic: str) -> None:
+        """Remove the retained message of `topic`."""
+        await self._send(topic, b"", 1, True)
+
+    async def reply(self, to: Envelope, message: Message, *, qos: int | None = None) -> None:
+        """Answer in the encoding of the question, with its id and QoS. Nothing happens when no answer was asked for.
+
+        An answer that is too large becomes RequestFailed; a `reply_to` that may not be used is logged and counted.
+        """
+        answer = self._answer(to, message)
+        if answer is not None:
+            payload, mirrored = answer
+            await self._send(to.reply_to, payload, to.qos if qos is None else qos, False, mirrored)
+
+    def reply_now(self, to: Envelope, message: Message) -> bool:
+        """`reply`, where that can be done without waiting, as `publish_now`. False: it cannot."""
+        if to.qos and to.reply_to:
+            return False
+        answer = self._answer(to, message)
+        return answer is None or self._send_now(to.reply_to, answer[0], False, answer[1])
+
+    def _answer(self, to: Envelope, message: Message) -> tuple[bytes, Mirrored] | None:
+        """What to send; None where no answer was asked for, or may be sent."""
+        if not to.reply_to:
+            return None
+        try:
+            self.topics.check_reply_to(to.reply_to)
+        except InvalidRequest as error:
+            self.counters["refused_replies"] += 1
+            if (more := self._withheld_logs.due(to.topic)) is not None:
+                log.warning("answer withheld %s", fields(topic=to.topic, reason=error.message, more=more or None))
+            return None
+        if message.id != to.message.id:
+            message = msgspec.structs.replace(message, id=to.message.id)
+        if to.encoding == "json" and isinstance(message, Inferred | JobEnded):
+            message = _readable(message)
+        try:
+            payload = codec.encode(message, to.encoding)
+        except TooLarge as error:
+            message = request_failed(error, to.message.id)
+            payload = codec.encode(message, to.encoding)
+        correlation = message.id.encode() if to.correlation is None else to.correlation
+        return payload, mirror(message, to.encoding, correlation=correlation)
+
+    async def request(
+        self, topic: str, message: Message, *, timeout_seconds: float, qos: int = 1, encoding: Encoding = "msgpack"
+    ) -> Message:
+        """The answer to `message`, which comes to this client's inbox; an empty `id` gets a fresh one.
+
+        Raises the error that the answer carries, TimedOut, Unavailable, TooLarge, or Conflict when `id` is being asked.
+        """
+        inbox = self.topics.client_inbox(self.client_id)
+        if self._subscriptions.get(inbox) is None:
+            self.subscribe(inbox, self._on_answer)
+        request_id = message.id or uuid.uuid4().hex
+        if request_id in self._pending:
+            raise Conflict(f"a request with the id {request_id!r} is under way: use a fresh one")
+        if len(self._pending) >= _PENDING_LIMIT:
+            raise Overloaded(f"{counted(len(self._pending), 'request')} without an answer yet: try again later")
+        message = msgspec.structs.replace(message, id=request_id, reply_to=inbox)
+        answered: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+        self._pending[request_id] = answered
+        mirrored = mirror(message, encoding, timeout_seconds)
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                await self._send(topic, codec.encode(message, encoding), qos, False, mirrored)
+                answer = await answered
+        except TimeoutError:
+            why = self.trouble() or "is whoever serves it running?"
+            raise TimedOut(
+                f"no answer to {type(message).__name__} on {topic} within {round(timeout_seconds, 2):g} s: {why}"
+            ) from None
+        finally:
+            self._pending.pop(request_id, None)
+        if isinstance(answer, RequestFailed):
+            failed = answer.error
+            raise errors.from_code(failed.code, failed.message, failed.retry_after_seconds)
+        return answer
+
+    def give_up(self, request_id: str, error: PotluckError) -> None:
+        """Let a request that waits for its answer end with this error; nothing happens when it waits no more."""
+        pending = self._pending.get(request_id)
+        if pending is not None and not pending.done():
+            pending.set_exception(error)
+
+    def _on_answer(self, envelope: Envelope) -> None:
+        answered = self._pending.pop(envelope.message.id, None)
+        if answered is None or answered.done():
+            self.counters["unexpected_answers"] += 1
+        else:
+            answered.set_result(envelope.message)
+
+    def _dispatch(
+        self, topic: str, payload: bytes, qos: int, retained: bool, response_topic: str, correlation: bytes | None
+    ) -> None:
+        """Decode what arrived and call the handlers. Never raises."""
+        with surviving("message received"):
+            self._decode(topic, payload, qos, retained, response_topic, correlation)
+
+    def _decode(
+        self, topic: str, payload: bytes, qos: int, retained: bool, response_topic: str, correlation: bytes | None
+    ) -> None:
+        subscribed = self._subscriptions.find(topic)
+        if not payload or not subscribed:  # a retained message was cleared, or we just unsubscribed
+            return
+        self.counters["received"] += 1
+        try:
+            message, encoding = codec.decode(payload)
+        except (BadMessage, TooLarge) as error:
+            self._on_malformed(
+                Envelope(topic, Message(), "msgpack", retained, response_topic, correlation, qos), payload, error
+            )
+            return
+        if correlation is not None and not message.id:
+            message = msgspec.structs.replace(message, id=_text(correlation))
+        envelope = Envelope(topic, message, encoding, retained, message.reply_to or response_topic, correlation, qos)
+        for _, handlers in subscribed:
+            for handler in handlers:
+                try:
+                    handler(envelope)
+                except Exception:
+                    self.counters["handler_errors"] += 1
+                    kind = type(message).__name__
+                    if (more := self._fault_logs.due(f"{topic} {kind}")) is not None:
+                        log.exception("handler failed %s", fields(topic=topic, type=kind, more=more or None))
+                    fault = PotluckError(f"{type(message).__name__} met a fault of {self.client_id}: its log says more")
+                    self._answer_later(envelope, fault)
+
+    def _on_malformed(self, envelope: Envelope, payload: bytes, error: PotluckError) -> None:
+        self.counters["malformed"] += 1
+        if (more := self._refused_logs.due(envelope.topic)) is not None:
+            shown = fields(topic=envelope.topic, bytes=len(payload), error=error.message[:300], more=more or None)
+            log.warning("message refused %s", shown)
+        self.on_refused(envelope.topic, error)
+        if not self.topics.is_question(envelope.topic):
+            return
+        request_id, reply_to, encoding = "", "", None
+        if len(payload) <= _SALVAGE_LIMIT_BYTES:
+            request_id, reply_to, encoding = codec.salvage(payload)
+        if envelope.correlation is not None and not request_id:
+            request_id = _text(envelope.correlation)
+        if encoding is None:  # JSON can be read by people, and by whoever meant to send JSON
+            encoding = "json" if not 0x80 <= payload[0] <= 0xDF else "msgpack"
+        answer_to = Envelope(
+            envelope.topic,
+            Message(id=request_id),
+            encoding,
+            reply_to=reply_to or envelope.reply_to,
+            correlation=envelope.correlation,
+            qos=envelope.qos,
+        )
+        self._answer_later(answer_to, error)
+
+    def _answer_later(self, envelope: Envelope, error: PotluckError) -> None:
+        """Refuse a question that no handler answers; one too many at a time goes unanswered, and what is no question always."""
+        if envelope.reply_to and self.topics.is_question(envelope.topic) and not self._failures.full():
+            self._failures.put_nowait((envelope, error))
+
+    async def _answer_malformed(self) -> None:
+        """Send the answers that `_answer_later` queued, until cancelled."""
+        while True:
+            envelope, error = await self._failures.get()
+            try:
+                await self.reply(envelope, request_failed(error))
+            except Exception as failure:  # noqa: BLE001 - whatever an odd question leads to, the next one has its answer
+                reason = as_defect(failure, "answering").message
+                log.warning("answer lost %s", fields(topic=envelope.reply_to[:300], reason=reason))
+
+
+def _text(correlation: bytes) -> str:
+    try:
+        return correlation.decode()
+    except UnicodeDecodeError:
+        return correlation.hex()
+
+
+def _readable(message: Inferred | JobEnded) -> Message:
+    """The message with its tensors as lists, for JSON."""
+    from potluck.wire.tensors import as_lists  # numpy, which a daemon at rest does without
+
+    return msgspec.structs.replace(message, outputs=tuple(as_lists(tensor) for tensor in message.outputs))

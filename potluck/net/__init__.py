@@ -1,0 +1,1 @@
+"""Who is where, and servers of our own: mDNS, this machine's addresses, HTTP, brokers."""

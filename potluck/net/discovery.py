@@ -1,0 +1,367 @@
+"""Who is on the network: mDNS service discovery (RFC 6762, RFC 6763). The only import of zeroconf.
+
+It is a hint, never identity: what answers is checked by the bus it leads to, and static seeds work without it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import socket
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Literal, Self
+
+from zeroconf import Error as ZeroconfError
+from zeroconf import IPVersion, NonUniqueNameException, ServiceStateChange, Zeroconf
+from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo, AsyncZeroconf
+
+from potluck.errors import Unavailable
+from potluck.logs import fields
+from potluck.net.addresses import lan_addresses, reachable_addresses
+from potluck.settings import NetworkSettings, is_loopback, parse_address
+from potluck.wire.messages import PROTOCOL_VERSION
+
+log = logging.getLogger(__name__)
+
+SERVICE_TYPE = "_potluck._tcp.local."
+RESOLVE_MILLISECONDS = 3000
+FIND_SECONDS = 5.0
+ASKS_SECONDS = 4.0
+"""For so long after its begin a browser asks again and again by itself."""
+NAMES = 5
+"""Names that are tried before an advertisement is given up."""
+
+Role = Literal["node", "coordinator", "candidate"]
+
+
+@dataclass(frozen=True)
+class Service:
+    """What a daemon says of itself. `port` is that of its HTTP server, `broker_port` that of the bus (0: it has none).
+
+    `broker_host` is empty when the broker runs where the daemon does.
+    """
+
+    id: str
+    cluster: str
+    role: Role
+    host: str
+    port: int
+    broker_port: int = 0
+    broker_host: str = ""
+    cores: int = 0
+    memory_bytes: int = 0
+    gpus: int = 0
+    version: int = PROTOCOL_VERSION
+    founded: int = 0
+    """Of a coordinator: when its journal was begun, as Unix time in seconds."""
+    empty: bool = False
+    """Of a coordinator: whether nothing was kept in its journal yet."""
+
+
+class Discovery:
+    """Browses for the services of one cluster, and advertises one of our own; an async context manager.
+
+    Works on loopback alone when `listen_host` is a loopback address, else on the interfaces of the network, which `refresh`
+    looks at anew.
+    """
+
+    def __init__(self, cluster: str, *, listen_host: str = "127.0.0.1") -> None:
+        self._cluster = cluster
+        self._listen_host = listen_host
+        self._interfaces: list[str] = []
+        self._zeroconf: AsyncZeroconf | None = None
+        self._browser: AsyncServiceBrowser | None = None
+        self._browsing_since = 0.0
+        self._found: dict[str, Service] = {}
+        self._changed = asyncio.Event()
+        self._resolving: dict[str, asyncio.Task[None]] = {}
+        self._service: Service | None = None
+        self._info: AsyncServiceInfo | None = None
+        self._lock = asyncio.Lock()
+
+    async def __aenter__(self) -> Self:
+        """Raises Unavailable where there is no multicast."""
+        self._open(self._usable())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        async with self._lock:
+            await self._close()
+
+    async def advertise(self, service: Service) -> None:
+        """Let others find us, under another name when ours is taken. Raises Unavailable."""
+        async with self._lock:
+            self._service = service
+            await self._register(service)
+
+    async def update(self, service: Service) -> None:
+        """Say something else of ourselves: withdraw, and advertise anew (a role may have changed)."""
+        async with self._lock:
+            await self._unregister()
+            self._service = service
+            await self._register(service)
+
+    async def withdraw(self) -> None:
+        """Take the advertisement back, so that nobody has to wait for its time to live."""
+        async with self._lock:
+            self._service = None
+            await self._unregister()
+
+    async def refresh(self) -> bool:
+        """Use the network as it is now, and whether it had changed: a cable was plugged in, an address came late.
+
+        What was found before must be found anew. Raises Unavailable.
+        """
+        interfaces = self._usable()
+        if interfaces == self._interfaces:
+            return False
+        async with self._lock:
+            log.info("mDNS moves %s", fields(before=",".join(self._interfaces) or None, now=",".join(interfaces)))
+            self._interfaces = []
+            await self._close()
+            self._found.clear()
+            try:
+                self._open(interfaces)
+                if self._service is not None:
+                    await self._register(self._service)
+            except Unavailable:
+                self._interfaces = []  # the next call tries again
+                raise
+        return True
+
+    async def look_again(self) -> None:
+        """Ask the network once more who is there: a browser asks when it begins, and then hears whoever speaks up.
+
+        What came while a cable or a switch between us and them was out is found by this alone. Raises Unavailable.
+        """
+        async with self._lock:
+            if self._zeroconf is None or time.monotonic() - self._browsing_since < ASKS_SECONDS:
+                return
+            try:
+                # A browser that is ended before zeroconf has started takes zeroconf with it.
+                await self._zeroconf.zeroconf.async_wait_for_start()
+            except ZeroconfError as error:
+                raise Unavailable(f"mDNS has not started: {error!r}") from error
+            before, self._browser = self._browser, self._browse(self._zeroconf)
+            if before is not None:
+                await before.async_cancel()
+
+    def services(self, role: Role | None = None) -> list[Service]:
+        """What is known now, by id."""
+        found = (service for service in self._found.values() if role is None or service.role == role)
+        return sorted(found, key=lambda service: service.id)
+
+    async def wait_for(self, predicate: Callable[[Service], bool], timeout_seconds: float) -> Service | None:
+        """The first service that fits; None when none does in time."""
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                while True:
+                    self._changed.clear()
+                    for service in self.services():
+                        if predicate(service):
+                            return service
+                    await self._changed.wait()
+        except TimeoutError:
+            return None
+
+    def _usable(self) -> list[str]:
+        return ["127.0.0.1"] if is_loopback(self._listen_host) else lan_addresses() or ["127.0.0.1"]
+
+    def _open(self, interfaces: list[str]) -> None:
+        # IPv4 alone: beside another responder, IPv6 sockets end in EADDRINUSE, and every link here has IPv4.
+        try:
+            self._zeroconf = AsyncZeroconf(interfaces=list(interfaces), ip_version=IPVersion.V4Only)
+        except OSError as error:
+            raise Unavailable(
+                f"mDNS cannot be used on {', '.join(interfaces)} ({error}): name the broker with --seed HOST"
+            ) from error
+        self._interfaces = interfaces
+        self._browser = self._browse(self._zeroconf)
+
+    def _browse(self, zeroconf: AsyncZeroconf) -> AsyncServiceBrowser:
+        self._browsing_since = time.monotonic()
+        return AsyncServiceBrowser(zeroconf.zeroconf, SERVICE_TYPE, handlers=[self._on_change])
+
+    async def _close(self) -> None:
+        await self._unregister()
+        for task in self._resolving.values():
+            task.cancel()
+        await asyncio.gather(*self._resolving.values(), return_exceptions=True)
+        browser, self._browser = self._browser, None
+        opened, self._zeroconf = self._zeroconf, None
+        if browser is not None:
+            await browser.async_cancel()
+        if opened is not None:
+            await opened.async_close()
+
+    async def _register(self, service: Service) -> None:
+        if self._zeroconf is None:
+            raise Unavailable("mDNS is not usable now: the network went away")
+        for attempt in range(NAMES):
+            info = _info(service, _label(service, attempt), self._listen_host)
+            try:
+                # A random id needs no probes (750 ms); that of a node may have been given to two machines by hand.
+                await self._zeroconf.async_register_service(info, cooperating_responders=service.role != "node")
+            except NonUniqueNameException:
+                log.info("mDNS name taken %s", fields(name=info.name))
+                continue
+            except ZeroconfError as error:
+                raise Unavailable(f"{service.id} cannot be advertised by mDNS: {error!r}") from error
+            self._info = info
+            return
+        raise Unavailable(f"mDNS names like {service.id} are all taken on this network")
+
+    async def _unregister(self) -> None:
+        info, self._info = self._info, None
+        if info is not None and self._zeroconf is not None:
+            await (await self._zeroconf.async_unregister_service(info))
+
+    def _on_change(self, zeroconf: Zeroconf, service_type: str, name: str, state_change: ServiceStateChange) -> None:
+        resolving = self._resolving.pop(name, None)
+        if resolving is not None:
+            resolving.cancel()
+        if state_change is ServiceStateChange.Removed:
+            if self._found.pop(name, None) is not None:
+                self._changed.set()
+            return
+        task = asyncio.create_task(self._resolve(zeroconf, name), name=f"resolve {name}")
+        self._resolving[name] = task
+        task.add_done_callback(lambda done: self._resolving.get(name) is done and self._resolving.pop(name))
+
+    async def _resolve(self, zeroconf: Zeroconf, name: str) -> None:
+        info = AsyncServiceInfo(SERVICE_TYPE, name)
+        try:
+            if not await info.async_request(zeroconf, RESOLVE_MILLISECONDS):
+                return
+        except ZeroconfError as error:  # it ended meanwhile, or never began
+            log.debug("not resolved %s", fields(name=name[:100], reason=repr(error)))
+            return
+        service = _service(info)
+        if service is not None and service.cluster == self._cluster:
+            self._found[name] = service
+            self._changed.set()
+
+
+def precedence(coordinator: Service) -> tuple[bool, int, str]:
+    """Orders coordinators of one cluster's name, so that everybody tries the same first: one that keeps something, the oldest."""
+    return coordinator.empty, coordinator.founded, coordinator.id
+
+
+def broker_addresses(network: NetworkSettings, discovery: Discovery | None) -> Callable[[], Awaitable[tuple[str, int]]]:
+    """Where the bus may be, asked before each attempt to connect: the seeds in turn, then the coordinators that are found.
+
+    Raises Unavailable when there is nothing to try within a few seconds, saying what was looked for.
+    """
+    seeds = [parse_address(seed) for seed in network.seeds]
+    tried_at: dict[tuple[str, int], int] = {}
+    attempts = 0
+
+    def found() -> list[tuple[str, int]]:
+        services = sorted(discovery.services("coordinator"), key=precedence) if discovery is not None else []
+        return [(one.broker_host or one.host, one.broker_port) for one in services if one.broker_port]
+
+    async def following() -> tuple[str, int]:
+        nonlocal attempts
+        if discovery is not None:
+            await discovery.refresh()
+        elif not seeds:
+            raise Unavailable("no broker is known: name one with --seed HOST, or do not turn discovery off")
+        choices = [*seeds, *found()]
+        if not choices and discovery is not None:
+            await discovery.look_again()
+            await discovery.wait_for(lambda one: one.role == "coordinator" and one.broker_port > 0, FIND_SECONDS)
+            choices = found()
+        if not choices:
+            raise Unavailable(f"no coordinator of cluster {network.cluster!r} is found by mDNS yet")
+        # What was tried longest ago, or never: a coordinator that moved comes before its own stale record.
+        address = min(choices, key=lambda choice: tried_at.get(choice, 0))
+        attempts += 1
+        tried_at[address] = attempts
+        for gone in tried_at.keys() - set(choices):
+            del tried_at[gone]
+        return address
+
+    return following
+
+
+def _label(service: Service, attempt: int) -> str:
+    """The instance's name (RFC 6763, section 4.1.1: at most 63 bytes): nodes of two clusters may have the same id."""
+    told_apart = hashlib.sha256(f"{service.cluster} {service.role} {service.id}".encode()).hexdigest()[:6]
+    readable = "".join(sign if sign.isalnum() else "-" for sign in service.id[:40])
+    return f"{readable}-{told_apart}" + (f"-{attempt + 1}" if attempt else "")
+
+
+def _info(service: Service, label: str, listen_host: str) -> AsyncServiceInfo:
+    facts = {
+        "id": service.id,
+        "cluster": service.cluster,
+        "role": service.role,
+        "port": str(service.port),
+        "broker": str(service.broker_port),
+        "broker_host": service.broker_host,
+        "cores": str(service.cores),
+        "memory": str(service.memory_bytes),
+        "gpus": str(service.gpus),
+        "v": str(service.version),
+        "founded": str(service.founded),
+        "empty": str(int(service.empty)),
+    }
+    return AsyncServiceInfo(
+        SERVICE_TYPE,
+        f"{label}.{SERVICE_TYPE}",
+        addresses=[socket.inet_aton(address) for address in _ipv4(listen_host)],
+        port=service.port,
+        properties=facts,
+        # The host's own name belongs to its own responder (avahi): it would be renamed "-2".
+        server=f"{label}.local.",
+    )
+
+
+def _ipv4(listen_host: str) -> list[str]:
+    return [address for address in reachable_addresses(listen_host) if ":" not in address] or ["127.0.0.1"]
+
+
+_NUMBERS = ("port", "broker", "cores", "memory", "gpus", "v", "founded", "empty")
+
+
+def _service(info: AsyncServiceInfo) -> Service | None:
+    """None for what is not ours, or cannot be read."""
+    facts = info.decoded_properties
+    addresses = info.parsed_addresses(IPVersion.V4Only)
+    id, role = facts.get("id"), facts.get("role")
+    if not addresses or not id or role not in ("node", "coordinator", "candidate"):
+        return None
+    try:
+        numbers = {key: int(facts.get(key) or 0) for key in _NUMBERS}
+    except ValueError:
+        return None
+    broker_host = facts.get("broker_host") or ""
+    if not broker_host.isprintable() or min(numbers.values()) < 0 or max(numbers["port"], numbers["broker"]) > 65535:
+        return None
+    return Service(
+        id=id,
+        cluster=facts.get("cluster") or "",
+        role=role,  # type: ignore[arg-type]
+        host=_nearest(addresses),
+        port=numbers["port"],
+        broker_port=numbers["broker"],
+        broker_host=broker_host,
+        cores=numbers["cores"],
+        memory_bytes=numbers["memory"],
+        gpus=numbers["gpus"],
+        version=numbers["v"],
+        founded=numbers["founded"],
+        empty=bool(numbers["empty"]),
+    )
+
+
+def _nearest(addresses: list[str]) -> str:
+    """The address in a network that we are in too, by its first three octets; else the first."""
+    ours = {address.rpartition(".")[0] for address in lan_addresses()}
+    return next((address for address in addresses if address.rpartition(".")[0] in ours), addresses[0])

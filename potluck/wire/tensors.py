@@ -1,0 +1,201 @@
+"""Tensors on the wire <-> numpy, with the datatypes of the Open Inference Protocol (V2)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from msgspec.structs import replace
+
+from potluck.errors import InvalidRequest
+from potluck.wire.messages import Tensor
+from potluck.wording import counted
+
+DTYPES: dict[str, np.dtype[Any]] = {
+    "BOOL": np.dtype("?"),
+    "UINT8": np.dtype("<u1"),
+    "UINT16": np.dtype("<u2"),
+    "UINT32": np.dtype("<u4"),
+    "UINT64": np.dtype("<u8"),
+    "INT8": np.dtype("<i1"),
+    "INT16": np.dtype("<i2"),
+    "INT32": np.dtype("<i4"),
+    "INT64": np.dtype("<i8"),
+    "FP16": np.dtype("<f2"),
+    "FP32": np.dtype("<f4"),
+    "FP64": np.dtype("<f8"),
+}
+_LENGTH_BYTES = 4
+_DATATYPES = {(dtype.kind, dtype.itemsize): name for name, dtype in DTYPES.items()}
+
+
+def datatype_of(dtype: np.dtype[Any]) -> str:
+    """The protocol's name of a numpy dtype; BYTES for text. Raises InvalidRequest for one that it cannot carry."""
+    if dtype.kind in "SUO":
+        return "BYTES"
+    try:
+        return _DATATYPES[(dtype.kind, dtype.itemsize)]
+    except KeyError:
+        raise InvalidRequest(
+            f"arrays of dtype {dtype} cannot be sent: use one of {', '.join(DTYPES)} or text"
+        ) from None
+
+
+def from_numpy(name: str, array: np.ndarray[Any, Any], *, copy: bool = True) -> Tensor:
+    """A tensor with its data inline as bytes; text as a list of strings, or of bytes where any is not UTF-8.
+
+    Without `copy` numbers are a memoryview, of the array itself where that lies in memory as it does on the wire.
+    """
+    datatype = datatype_of(array.dtype)
+    if datatype == "BYTES":
+        flat = [item if isinstance(item, bytes) else str(item).encode() for item in array.ravel().tolist()]
+        return Tensor(name=name, datatype=datatype, shape=array.shape, data=_as_texts(flat))
+    whole = np.ascontiguousarray(array, dtype=DTYPES[datatype])
+    data: Any = whole.tobytes() if copy else whole.reshape(-1).view(np.uint8).data
+    return Tensor(name=name, datatype=datatype, shape=array.shape, data=data)
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """The same tensor, its list (flat or nested) as bytes; texts as a flat list.
+
+    Raises InvalidRequest where data, datatype and shape do not agree.
+    """
+    array = to_numpy(tensor)
+    if not isinstance(tensor.data, list):
+        return tensor
+    return replace(tensor, data=array.ravel().tolist() if tensor.datatype == "BYTES" else array.tobytes())
+
+
+def as_lists(tensor: Tensor) -> Tensor:
+    """The same tensor with its data as a flat list, for answers in JSON."""
+    if isinstance(tensor.data, bytes):
+        return Tensor(
+            name=tensor.name, datatype=tensor.datatype, shape=tensor.shape, data=to_numpy(tensor).ravel().tolist()
+        )
+    return tensor
+
+
+def to_numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
+    """The array of `tensor.shape`; read-only when the data came as bytes.
+
+    Raises InvalidRequest when the datatype is unknown, or when data and shape do not agree, and for data that is a blob
+    reference: whoever needs it pulls the blob first.
+    """
+    label, data, count = tensor.name, tensor.data, math.prod(tensor.shape)
+    if tensor.datatype == "BYTES":
+        if not isinstance(data, list):
+            raise InvalidRequest(f"tensor '{label}': BYTES data must be a list of strings")
+        flat = _flatten(data)
+        if not all(isinstance(item, str | bytes) for item in flat):
+            raise InvalidRequest(f"tensor '{label}': BYTES data must be a list of strings, and this one has others")
+        array = np.empty(len(flat), dtype=object)
+        array[:] = flat
+        return _shaped(array, tensor)
+    if tensor.datatype not in DTYPES:
+        raise InvalidRequest(
+            f"tensor '{label}': unknown datatype '{tensor.datatype}': use one of {', '.join(DTYPES)}, BYTES"
+        )
+    dtype = DTYPES[tensor.datatype]
+    if isinstance(data, bytes | memoryview):  # memory: of a file, within an engine
+        if len(data) != count * dtype.itemsize:
+            raise InvalidRequest(
+                f"tensor '{label}': {tensor.datatype} of shape {list(tensor.shape)} is {counted(count * dtype.itemsize, 'byte')}, "
+                f"but data has {len(data):,}"
+            )
+        return _shaped(np.frombuffer(data, dtype=dtype), tensor)
+    if isinstance(data, list):
+        try:
+            with np.errstate(over="ignore"):  # seen below
+                array = np.asarray(data, dtype=dtype)
+            # It may be read as a number, and where numpy is not told a type each number would get its room.
+            if _has_text(data):
+                raise ValueError("it has texts")
+            exact = dtype.kind == "f" or not array.size or np.asarray(data).dtype.kind in "iub"
+        except (ValueError, TypeError, OverflowError) as error:
+            raise InvalidRequest(f"tensor '{label}': data does not fit {tensor.datatype}: {error}") from error
+        if (
+            dtype.kind == "f"
+            and (over := np.isinf(array)).any()
+            and np.isfinite(np.asarray(data, np.float64)[over]).any()
+        ):
+            raise InvalidRequest(f"tensor '{label}': data does not fit {tensor.datatype}: a number is too large")
+        if not exact and not np.array_equal(array, np.asarray(data)):  # numpy would cut off what it cannot hold
+            raise InvalidRequest(f"tensor '{label}': data does not fit {tensor.datatype}: it has other numbers")
+        return _shaped(array, tensor)
+    raise InvalidRequest(f"tensor '{label}': its data is a blob, which must be pulled first")
+
+
+def packed(tensor: Tensor) -> bytes:
+    """The data of a tensor that is no blob as bytes alone: little-endian in C order, and an item of BYTES with its length as 4
+    bytes before it (binary tensor extension of the Open Inference Protocol). Raises InvalidRequest as `to_numpy` does.
+    """
+    if isinstance(tensor.data, bytes):
+        return tensor.data
+    array = to_numpy(tensor)
+    if tensor.datatype != "BYTES":
+        return array.tobytes()
+    items = [item if isinstance(item, bytes) else str(item).encode() for item in array.ravel().tolist()]
+    return b"".join([len(item).to_bytes(_LENGTH_BYTES, "little") + item for item in items])
+
+
+def unpacked(name: str, datatype: str, data: bytes) -> bytes | list[Any]:
+    """What `packed` wrote as the data of a tensor: bytes, and for BYTES a list of texts, or of bytes where any is not UTF-8.
+
+    Raises InvalidRequest for BYTES that are cut off.
+    """
+    if datatype != "BYTES":
+        return data
+    items: list[bytes] = []
+    at = 0
+    while at < len(data):
+        start = at + _LENGTH_BYTES
+        at = start + int.from_bytes(data[at:start], "little")
+        if at > len(data):
+            raise InvalidRequest(
+                f"tensor '{name}': an item of BYTES ends behind the tensor's {counted(len(data), 'byte')}"
+            )
+        items.append(data[start:at])
+    return _as_texts(items)
+
+
+def _as_texts(items: list[bytes]) -> list[Any]:
+    try:
+        return [item.decode() for item in items]
+    except UnicodeDecodeError:
+        return list(items)
+
+
+def _shaped(array: np.ndarray[Any, Any], tensor: Tensor) -> np.ndarray[Any, Any]:
+    count = math.prod(tensor.shape)
+    if array.size != count:
+        raise InvalidRequest(
+            f"tensor '{tensor.name}': shape {list(tensor.shape)} needs {counted(count, 'value')}, but data has {array.size:,}"
+        )
+    try:
+        return array.reshape(tensor.shape)
+    except ValueError as error:  # more dimensions than numpy has, or an empty one beside one that is too long
+        raise InvalidRequest(
+            f"tensor '{tensor.name}': it cannot have shape {list(tensor.shape)[:9]}: {error}"
+        ) from error
+
+
+def _has_text(data: list[Any]) -> bool:
+    """Whether there is a text in the list or its lists."""
+    kinds = set(map(type, data))
+    return bool(kinds & {str, bytes}) or (
+        list in kinds and any(_has_text(item) for item in data if isinstance(item, list))
+    )
+
+
+def _flatten(data: list[Any]) -> list[Any]:
+    """All that is in the list and its lists, in order, however deep."""
+    while any(isinstance(item, list) for item in data):
+        data = [part for item in data for part in (item if isinstance(item, list) else [item])]
+    return data
+
+
+def shape_text(shape: Sequence[int | None]) -> str:
+    """That of one item, for people, from one with the batch axis: `(any, 4)`."""
+    return f"({', '.join('any' if size is None else str(size) for size in shape[1:])})"
