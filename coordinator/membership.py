@@ -70,6 +70,8 @@ class Member:
     quarantined: str = ""
     """Why this session gets no jobs for a while."""
     quarantined_at: float = 0.0
+    spoke: bool = False
+    """Whether it ever said more than its birth."""
 
     @property
     def left_out(self) -> str:
@@ -236,7 +238,7 @@ class Membership:
         return count >= VIOLATIONS_LIMIT
 
     def quarantine(self, node_id: str, reason: str) -> None:
-        """Give it no jobs any more until it is started again."""
+        """Give it no jobs for a while, or until it is started again."""
         if (known := self.members.get(node_id)) is not None and not known.quarantined:
             self.members[node_id] = replace(known, quarantined=reason, quarantined_at=known.seen_at)
 
@@ -251,7 +253,7 @@ class Membership:
             return [NodeUnknown(telemetry.node_id)]
         ahead = telemetry.sent_at - now if telemetry.sent_at else 0.0
         self.members[telemetry.node_id] = replace(
-            known, state="online", seen_at=now, telemetry=telemetry, left=False, clock_ahead_seconds=ahead
+            known, state="online", seen_at=now, telemetry=telemetry, spoke=True, left=False, clock_ahead_seconds=ahead
         )
         return [NodeJoined(telemetry.node_id)] if known.state == "offline" else []
 
@@ -270,7 +272,7 @@ class Membership:
             if member.quarantined and now - member.quarantined_at > QUARANTINE_SECONDS:
                 member = replace(member, violations=0, quarantined="")
                 self.members[member.node_id] = member
-            never = member.session and member.telemetry is None and member.state == "offline"
+            never = member.session and not member.spoke and member.state == "offline"
             if never and silent > self.timeout_seconds + FORGOTTEN_SECONDS:
                 self._forget(member)
             elif member.state != "offline" and silent > self.timeout_seconds:

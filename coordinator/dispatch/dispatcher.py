@@ -244,7 +244,9 @@ class Dispatcher:
                     with surviving("leases", fatal=FATAL):
                         self._tick(now)
                 # Whoever has got nothing for the longest time comes first: else the oldest jobs take every slot that is free.
-                for job in sorted((self._store.jobs[job_id] for job_id in self._dirty), key=lambda job: job.leased_at):
+                due = [job for job_id in self._dirty if (job := self._store.jobs.get(job_id)) is not None]
+                self._dirty.clear()
+                for job in sorted(due, key=lambda job: job.leased_at):
                     self._dirty.pop(job.job_id, None)
                     self._plan(job)
                 with surviving("news of jobs", fatal=FATAL):
@@ -365,7 +367,9 @@ class Dispatcher:
         task.add_done_callback(lambda _: self._actions.pop(key, None))
 
     async def _guard(self, job_id: str, name: str, action: Coroutine[Any, Any, None]) -> None:
-        job = self._store.jobs[job_id]
+        if (job := self._store.jobs.get(job_id)) is None:
+            action.close()
+            return
         try:
             await action
             self._found_room(job_id)
@@ -457,7 +461,7 @@ class Dispatcher:
         where = fields(job=held.job_id, shard=held.message.shard_id, node=node_id, reason=reason)
         log.warning("result of a node is not what was asked for %s", where)
         if self._leases.violated(node_id, reason):
-            log.error("node gets no jobs any more %s", fields(node=node_id, reason=reason))
+            log.error("node gets no jobs for a while %s", fields(node=node_id, reason=reason))
             self._announcer.changed(held.job_id)
 
     async def _close_round(self, job: Job, decision: CloseRound) -> None:

@@ -242,7 +242,9 @@ class JobStore:
         for sha256 in self._pinned(job):
             self._blobs.unpin(sha256)
         job.strategy = job.dataset = None  # what is asked of it from now on stands in its result
-        old = [job_id for job_id in self.jobs if job_id not in self.active][:-JOBS_KEPT]
+        over = [one for one in self.jobs.values() if one.ended is not None]
+        over.sort(key=lambda one: one.ended.ended_at if one.ended is not None else 0.0)
+        old = [one.job_id for one in over[:-JOBS_KEPT]]
         for job_id in old:
             forgotten = self.jobs.pop(job_id)
             self._requests.pop(forgotten.submitted.request_id, None)

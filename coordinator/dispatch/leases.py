@@ -177,7 +177,7 @@ class Leases:
         return on_nodes((one.stage, one.node_id) for one in held)
 
     def violated(self, node_id: str, reason: str) -> bool:
-        """A result was not what its lease asked for: whether the node gets no more jobs for that."""
+        """A result was not what its lease asked for: whether the node gets no jobs for a while for that."""
         return self._membership.violated(node_id, reason)
 
     def own_items(self, node_id: str, task: AnyTask) -> int | None:

@@ -277,7 +277,7 @@ class Job:
     leased_at: float = 0.0
     """When it last got a part of a node's time."""
     touched_at: float = 0.0
-    """When an attempt last began or ended."""
+    """When an attempt last came to a result, or to an error of its own."""
     participants: set[str] = field(default_factory=set)
     resting: dict[str, float] = field(default_factory=dict)
     """Nodes that reported an error, and until when they get nothing of this job."""
@@ -333,7 +333,7 @@ class Job:
             case AttemptLeased():
                 attempt = Attempt(event.attempt_id, event.shard_id, event.node_id, event.at)
                 self.attempts[attempt.attempt_id] = attempt
-                self.touched_at = self.leased_at = event.at
+                self.leased_at = event.at
                 self.participants.add(attempt.node_id)
                 if self.state == "queued":
                     self.state, self.started_at = "running", event.at
@@ -351,7 +351,8 @@ class Job:
             case AttemptEnded():
                 ended = self.attempts.pop(event.attempt_id, None)
                 if ended is not None:
-                    self.touched_at = event.at
+                    if event.error is not None:
+                        self.touched_at = event.at
                     self._strategy.ended(ended, event.error)
                     if event.error is not None and event.error.code != PeerLost.code:
                         self._failed(_placed(event.error, ended), ended.node_id, event.at)
@@ -419,8 +420,9 @@ class Job:
 
     def _stuck(self, others: Sequence[NodeView], now: float) -> bool:
         """Whether those that never called the job hopeless have room for it, and do nothing: what is left may need one that did."""
-        idle = not self.attempts and now - self.touched_at >= OPINION_SECONDS
-        return bool(self.hopeless) and idle and all(node.free_slots for node in others)
+        seconds = now - self.touched_at if self.hopeless and not self.attempts else 0.0
+        # Who has no room may be busy with other jobs, or refuse what it is offered: that is waited for, but not for ever.
+        return seconds >= (OPINION_SECONDS if all(node.free_slots for node in others) else 10 * OPINION_SECONDS)
 
     def changed(self, progress: JobProgress) -> JobChanged:
         """The job as clients see it."""

@@ -200,6 +200,11 @@ class Deployment:
         places = self.suited(places)
         here = {replica.node_id for replica in self.replicas.values()}
         allowed = [place for place in places if place.node_id not in self.refused]
+        if self.settled and places and not allowed and not self.replicas and self.hopeless:
+            # Of what was ready once none is given up: all who could not load it are tried again.
+            self.refused = {node_id: why for node_id, why in self.refused.items() if node_id not in self.hopeless}
+            self.hopeless.clear()
+            allowed = [place for place in places if place.node_id not in self.refused]
         if places and not allowed and not self.replicas:
             self.failures = FAILURES_LIMIT
         places = allowed
@@ -278,6 +283,7 @@ class Deployment:
             # A model that is itself at fault is so elsewhere too: another node is to say the same, or has shown that it is not.
             self.refused[node_id] = error
             self.hopeless.add(node_id)
+            self.resting[node_id] = now + RETRY_SECONDS * 2**FAILURES_LIMIT
             if not self.ready:
                 self.error = error
                 self.failures = FAILURES_LIMIT if len(self.hopeless) > 1 else self.failures

@@ -157,7 +157,7 @@ class Serving:
             able = [place for place in suited if place.node_id not in deployment.refused]
             if len(able) < wanted <= len(suited) and ready == len(able) and deployment.refused:
                 self.give_up(name)
-                reason = next(iter(deployment.refused.values()))
+                reason = next(deployment.refused[place.node_id] for place in suited if place not in able)
                 raise from_code(
                     reason.code,
                     f"{ready} of {counted(wanted, 'replica')} of {name} {be(ready)} ready, and {counted(len(suited) - len(able), 'node')} "
@@ -311,6 +311,9 @@ class Serving:
             return memory.nowhere(deployment.need_bytes, deployment.cramped)
         if deployment.reason or deployment.error:
             return deployment.reason or (deployment.error.message if deployment.error else "")
+        if deployment.refused and len(deployment.ready) < deployment.wanted and not deployment.put_away:
+            node_id, why = next(iter(deployment.refused.items()))
+            return f"node {node_id} cannot have it: {why.message}"
         warm = min((replica.warm_rows for replica in deployment.ready), default=0)
         if 0 < warm < self._settings.batch_limit:
             return f"warmed up for batches of at most {warm} rows: that took {self._settings.warm_seconds:.0f} s"

@@ -71,6 +71,8 @@ class Portal:
             # What interrupts us may come at any line, also before we know what we have started.
             self._loop.call_soon_threadsafe(begin)
             while not future.done():
+                if self._loop.is_closed():
+                    raise InvalidRequest("the client was closed meanwhile: make a new one")
                 with suppress(TimeoutError):
                     return future.result(_LOOK_SECONDS)
             return future.result()

@@ -87,9 +87,8 @@ def test_one_node_that_is_broken_itself_keeps_no_model_from_the_others() -> None
     assert deployment.error is None
     assert deployment.complete(places(a=2, b=1))
     deployment.node_lost("b")
-    assert loads(deployment, places(a=2), 1000.0) == [], "it is asked again once it has been started again"
-    deployment.node_lost("a")
-    assert [one.node_id for one in loads(deployment, places(a=2), 1000.0)] == ["a"]
+    (again,) = loads(deployment, places(a=2), 1000.0)
+    assert again.node_id == "a", "what was ready once is not given up"
 
 
 def test_a_node_that_cannot_load_what_another_has_ready_spoils_nothing() -> None:
@@ -100,6 +99,19 @@ def test_a_node_that_cannot_load_what_another_has_ready_spoils_nothing() -> None
     assert not deployment.failing
     assert deployment.refused == {second.node_id: BROKEN}
     assert deployment.state(places(a=2, b=1)) == "ready", "one on every node that can have it"
+
+
+def test_what_was_ready_once_is_tried_again_also_on_a_node_that_could_not_load_it() -> None:
+    deployment = Deployment("m:1", MODEL, wanted=2)
+    first, second = loads(deployment, places(a=2, b=1))
+    for load in (first, second):
+        assert deployment.loaded(load.replica_id, SIGNATURE)
+    deployment.node_lost("b")
+    (load,) = loads(deployment, places(a=2, b=1), 1.0)
+    deployment.lost(load.replica_id, BROKEN, 1.0)
+    assert loads(deployment, places(a=2, b=1), 500.0) == []
+    deployment.node_lost("a")
+    assert [one.node_id for one in loads(deployment, places(b=1), 1000.0)] == ["b"]
 
 
 def test_nodes_that_do_not_allow_the_code_are_left_out() -> None:

@@ -119,7 +119,9 @@ def test_who_was_never_more_than_a_birth_is_forgotten() -> None:
         members.on_status(
             NodeStatus(node_id=f"f{number}", session="s", state="online", http=("http://127.0.0.1:1",)), 1
         )
-    for now in (12, 30, 60, 80):
+    members.on_status(birth("1"), 2)  # connected anew, and lost before it says more
+    members.on_status(replace(birth("2")), 3)
+    for now in (14, 30, 60, 90):
         members.tick(now)
     assert [node.node_id for node in members.infos()] == ["n"]
     assert members.node_at("http://127.0.0.1:1") == ""

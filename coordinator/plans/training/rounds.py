@@ -307,7 +307,7 @@ class RoundsStrategy:
         self.due = 0.0
         self.round_metrics.append((event.samples, event.metrics))
         used = [one for node_id, one in self.contributions.items() if node_id not in event.rejected]
-        if used:
+        if len(used) > 1:  # one alone is held against nobody
             self.usual = max(self.usual, statistics.median_low(one.norm / max(1, one.samples) for one in used))
         self.crew, self.contributions, self.promised = frozenset(self.contributions), {}, frozenset()
 
