@@ -436,6 +436,19 @@ def test_nodes_that_are_alike_are_waited_for_a_moment() -> None:
     assert {attempt.shard_id for attempt in play.job.attempts.values()} == {"round-0"}
 
 
+def test_a_far_slower_node_is_not_waited_for_a_moment() -> None:
+    """A second of each job, where a node with a twentieth of a core gets ready."""
+    play = Simulation(epochs=8, validation=False)
+    play.by_hand = True
+    play.plan("a", "b")
+    play.now = 10.0
+    play.finish(next(iter(play.job.attempts)))
+    ready = next(iter(play.strategy.readiness.ready))
+    views = tuple(NodeView(name, 40.0 if name == ready else 2.0, free_slots=1, idle=True) for name in "ab")
+    decisions = play.job.plan(ClusterView(views, play.now))
+    assert [decision.node_id for decision in decisions if isinstance(decision, Lease)] == [ready]
+
+
 def test_a_node_that_brings_less_than_it_costs_is_left_out_and_measured_again() -> None:
     play = Simulation(epochs=40, validation=False)
     play.rates = {"a": 400.0, "b": 4.0}

@@ -229,7 +229,12 @@ class RoundsStrategy:
 
     def _hopes(self, view: ClusterView, attempts: dict[str, Attempt]) -> bool:
         """Whether the first round should wait a moment longer, for nodes that will be ready about now."""
-        return self.readiness.hopes(view.now, attempts, GRACE, GRACE_SECONDS)
+        return self.readiness.hopes(view.now, attempts, GRACE, GRACE_SECONDS, self._alike(view))
+
+    def _alike(self, view: ClusterView) -> set[str]:
+        """The nodes that get ready about as soon as those that are: far slower ones are waited for in vain."""
+        best = max((node.gflops for node in view.nodes if node.node_id in self.readiness.ready), default=0.0)
+        return {node.node_id for node in view.nodes if node.gflops * SLOWEST >= best or not node.gflops}
 
     def leased(self, attempt: Attempt, task: AnyTask) -> None:
         if isinstance(task, TrainTask):

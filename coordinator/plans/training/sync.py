@@ -16,7 +16,7 @@ from coordinator.plans.job import Attempt, CloseSync, Decision, Lease, RoundClos
 from coordinator.plans.placement import ClusterView, NodeView, speeds
 from coordinator.plans.training import group
 from coordinator.plans.training.costs import Costs, Prediction, bandwidth_of, computing_seconds, predict
-from coordinator.plans.training.rounds import OVERHEADS_KEPT, PACES_KEPT, PROBE_SECONDS, SLOWEST, RoundsStrategy
+from coordinator.plans.training.rounds import OVERHEADS_KEPT, PACES_KEPT, PROBE_SECONDS, RoundsStrategy
 from coordinator.plans.training.scores import weighted
 from potluck.errors import Unavailable
 from potluck.wire.messages import (
@@ -221,9 +221,7 @@ class SyncStrategy(RoundsStrategy):
     def _hopes(self, view: ClusterView, attempts: dict[str, Attempt]) -> bool:
         if not self.synchronous:
             return super()._hopes(view, attempts)
-        best = max((node.gflops for node in view.nodes if node.node_id in self.readiness.ready), default=0.0)
-        alike = {node.node_id for node in view.nodes if node.gflops * SLOWEST >= best}
-        return self.readiness.hopes(view.now, attempts, GRACE, GRACE_SECONDS, alike) or super()._hopes(view, attempts)
+        return self.readiness.hopes(view.now, attempts, GRACE, GRACE_SECONDS, self._alike(view))
 
     def _holders(self, view: ClusterView) -> list[NodeView]:
         """Of nodes that can take part in no group, the one with the fastest processor, alone."""
