@@ -13,7 +13,6 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from coordinator.copies.locations import Holders
-from coordinator.dispatch.collecting import locate
 from coordinator.dispatch.deletion import Deletion
 from coordinator.dispatch.dispatcher import Dispatcher
 from coordinator.dispatch.packed import Packed
@@ -84,6 +83,7 @@ from potluck.wire.messages import (
     Undeploy,
     Undeployed,
 )
+from potluck.wire.refs import locate
 from potluck.wording import be, counted
 
 log = logging.getLogger(__name__)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from msgspec import Struct
 from msgspec.structs import replace
 
 from node.engine.process import Engine
@@ -44,6 +43,7 @@ from potluck.wire.messages import (
     TrainResult,
     WarmUpTask,
 )
+from potluck.wire.refs import blob_refs
 
 log = logging.getLogger(__name__)
 
@@ -405,15 +405,3 @@ def _runtime(task: AnyTask) -> str:
 
 def _disk_trouble(error: OSError) -> PotluckError:
     return Unavailable(f"this node's disk fails: {error}")
-
-
-def blob_refs(value: Any) -> Iterator[BlobRef]:
-    """Every blob that a task names."""
-    if isinstance(value, BlobRef):
-        yield value
-    elif isinstance(value, Struct):
-        for name in value.__struct_fields__:
-            yield from blob_refs(getattr(value, name))
-    elif isinstance(value, tuple):
-        for item in value:
-            yield from blob_refs(item)

@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 from msgspec.structs import replace
 
-from coordinator.dispatch.collecting import locate
 from coordinator.dispatch.jobstore import JobStore
 from coordinator.dispatch.leases import Leases
 from coordinator.plans.job import Job
 from coordinator.plans.placement import WORDS
 from potluck.bus.outbox import Outbox
 from potluck.wire.messages import JobChanged, JobEnded
+from potluck.wire.refs import locate
 from potluck.wire.topics import Topics
 
 PROGRESS_SECONDS = 0.5

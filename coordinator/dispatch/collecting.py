@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from typing import Any, TypeVar
+from typing import Any
 
-from msgspec import Struct
 from msgspec.structs import replace
 
 from coordinator.dispatch import outer, results
@@ -39,8 +38,8 @@ from potluck.wire.messages import (
     TrainResult,
     WarmUpResult,
 )
+from potluck.wire.refs import blob_refs
 
-S = TypeVar("S")
 _STEP_FILES = 3
 """That an outer step writes, each as large as the weights at most."""
 
@@ -54,7 +53,7 @@ class Collector:
 
     def too_large(self, result: AnyTaskResult) -> int:
         """The bytes of a result's blobs where there could never be room for them; 0: there could."""
-        size = sum(ref.size for ref in _blobs(result))
+        size = sum(ref.size for ref in blob_refs(result))
         return size if size > self._store.limit_bytes else 0
 
     async def collect(self, result: AnyTaskResult) -> AnyTaskResult:
@@ -234,34 +233,3 @@ class Collector:
             pin(ref.sha256)
         await self._downloader.fetch(ref)
         return BlobRef(sha256=ref.sha256, size=ref.size)
-
-
-def _blobs(value: object) -> Iterator[BlobRef]:
-    """All that a message refers to."""
-    if isinstance(value, BlobRef):
-        yield value
-    elif isinstance(value, Struct):
-        for name in value.__struct_fields__:
-            yield from _blobs(getattr(value, name))
-    elif isinstance(value, tuple):
-        for item in value:
-            yield from _blobs(item)
-
-
-def locate(value: S, holders_of: Callable[[str], tuple[str, ...]]) -> S:
-    """The same message with every blob reference in it naming its holders; those it named already come first."""
-    if isinstance(value, BlobRef):
-        found = dict.fromkeys((*value.holders, *holders_of(value.sha256)))
-        return replace(value, holders=tuple(found))
-    if isinstance(value, Struct):
-        changed = {}
-        for name in value.__struct_fields__:
-            before = getattr(value, name)
-            if isinstance(before, Struct | tuple):
-                after = locate(before, holders_of)
-                if after is not before:
-                    changed[name] = after
-        return replace(value, **changed) if changed else value
-    if isinstance(value, tuple) and any(isinstance(item, Struct | tuple) for item in value):
-        return tuple(locate(item, holders_of) for item in value)  # type: ignore[return-value]
-    return value

@@ -10,13 +10,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from coordinator.copies.locations import Holders
-from coordinator.dispatch.collecting import locate
 from coordinator.membership import Membership
 from coordinator.plans.job import Attempt, Job
 from coordinator.plans.placement import ClusterView, NodeView
 from potluck.bus.outbox import Outbox
 from potluck.settings import CoordinatorSettings
 from potluck.wire.messages import AnyTask, ForgetJob, LeaseShard, Message, WarmUpTask, WithdrawLease
+from potluck.wire.refs import locate
 from potluck.wire.topics import Topics
 
 MANY_SHARDS = 100
