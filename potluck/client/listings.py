@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
+
 from msgspec.structs import replace
 
 from potluck.client.connection import Connection
@@ -23,6 +26,8 @@ from potluck.wire.messages import (
     NodesListed,
 )
 
+T = TypeVar("T")
+
 
 async def jobs(connection: Connection) -> tuple[JobChanged, ...]:
     """Every job that the coordinator remembers, oldest first."""
@@ -37,47 +42,57 @@ async def jobs(connection: Connection) -> tuple[JobChanged, ...]:
 
 async def models(connection: Connection) -> tuple[ModelInfo, ...]:
     """Every version of every registered model."""
-    found: list[ModelInfo] = []
-    more = True
-    while more:
-        after = f"{found[-1].name}:{found[-1].version}" if found else ""
+
+    async def ask(last: ModelInfo | None) -> tuple[Sequence[ModelInfo], bool]:
+        after = f"{last.name}:{last.version}" if last is not None else ""
         answer = await connection.ask(ListModels(after=after), ModelsListed)
-        found += answer.models
-        more = answer.more and bool(answer.models)
-    return tuple(found)
+        return answer.models, answer.more
+
+    return await _all(ask)
 
 
 async def deployments(connection: Connection) -> tuple[DeploymentInfo, ...]:
     """What is deployed, and where."""
-    found: list[DeploymentInfo] = []
-    more = True
-    while more:
-        answer = await connection.ask(ListDeployments(after=found[-1].name if found else ""), DeploymentsListed)
-        found += answer.deployments
-        more = answer.more and bool(answer.deployments)
-    return tuple(found)
+
+    async def ask(last: DeploymentInfo | None) -> tuple[Sequence[DeploymentInfo], bool]:
+        answer = await connection.ask(ListDeployments(after=last.name if last is not None else ""), DeploymentsListed)
+        return answer.deployments, answer.more
+
+    return await _all(ask)
 
 
 async def datasets(connection: Connection) -> tuple[DatasetInfo, ...]:
     """The registered data sets, and those that live on nodes."""
-    found: list[DatasetInfo] = []
-    more = True
-    while more:
-        answer = await connection.ask(ListDatasets(after=found[-1].name if found else ""), DatasetsListed)
-        found += answer.datasets
-        more = answer.more and bool(answer.datasets)
-    return tuple(found)
+
+    async def ask(last: DatasetInfo | None) -> tuple[Sequence[DatasetInfo], bool]:
+        answer = await connection.ask(ListDatasets(after=last.name if last is not None else ""), DatasetsListed)
+        return answer.datasets, answer.more
+
+    return await _all(ask)
 
 
 async def nodes(connection: Connection) -> tuple[tuple[NodeInfo, ...], float]:
     """The nodes by id, and when that was by the coordinator's clock (0: it does not say)."""
-    found: list[NodeInfo] = []
+    sent_at = 0.0
+
+    async def ask(last: NodeInfo | None) -> tuple[Sequence[NodeInfo], bool]:
+        nonlocal sent_at
+        answer = await connection.ask(ListNodes(after=last.node_id if last is not None else ""), NodesListed)
+        sent_at = answer.sent_at
+        return answer.nodes, answer.more
+
+    return await _all(ask), sent_at
+
+
+async def _all(ask: Callable[[T | None], Awaitable[tuple[Sequence[T], bool]]]) -> tuple[T, ...]:
+    """All pages of a listing. `ask` gets the last entry of the page before, and gives the next page and whether there are more."""
+    found: list[T] = []
     more = True
     while more:
-        answer = await connection.ask(ListNodes(after=found[-1].node_id if found else ""), NodesListed)
-        found += answer.nodes
-        more = answer.more and bool(answer.nodes)
-    return tuple(found), answer.sent_at
+        page, more = await ask(found[-1] if found else None)
+        found += page
+        more = more and bool(page)
+    return tuple(found)
 
 
 def completed(state: JobChanged) -> JobChanged:
