@@ -127,8 +127,15 @@ class Bus(ABC):
     ) -> None: ...
 
     @abstractmethod
-    def _send_now(self, topic: str, payload: bytes, retain: bool, mirrored: Mirrored | None) -> bool:
-        """Send at QoS 0 if the connection takes it now; False when nothing was sent."""
+    def _send_now(self, topic: str, payload: bytes, qos: int, retain: bool, mirrored: Mirrored | None) -> bool:
+        """Send if the connection takes it now; False when nothing was sent.
+
+        What goes at QoS 1 and is not acknowledged when the connection is lost goes again with the next one.
+        """
+
+    @abstractmethod
+    async def room(self) -> None:
+        """Return when the connection may take more. Raises Unavailable when that does not come about in a bounded time."""
 
     @abstractmethod
     def _subscribe_now(self, topic_filter: str, qos: int) -> None: ...
@@ -175,11 +182,12 @@ class Bus(ABC):
         encoding: Encoding = "msgpack",
         expiry_seconds: float | None = None,
     ) -> bool:
-        """`publish`, where that can be done without waiting: at QoS 0, and while the connection takes it. False: it cannot."""
-        if qos:
-            return False
+        """`publish`, where that can be done without waiting: while the connection takes it. False: it cannot.
+
+        At QoS 1 the broker's receipt comes later; where it refuses the message, the log says so.
+        """
         payload, mirrored = self._packed(message, encoding, expiry_seconds)
-        return self._send_now(topic, payload, retain, mirrored)
+        return self._send_now(topic, payload, qos, retain, mirrored)
 
     @staticmethod
     def _packed(message: Message, encoding: Encoding, expiry_seconds: float | None) -> tuple[bytes, Mirrored]:
@@ -190,6 +198,10 @@ class Bus(ABC):
     async def clear(self, topic: str) -> None:
         """Remove the retained message of `topic`."""
         await self._send(topic, b"", 1, True)
+
+    def clear_now(self, topic: str) -> bool:
+        """`clear`, where that can be done without waiting, as `publish_now`. False: it cannot."""
+        return self._send_now(topic, b"", 1, True, None)
 
     async def reply(self, to: Envelope, message: Message, *, qos: int | None = None) -> None:
         """Answer in the encoding of the question, with its id and QoS. Nothing happens when no answer was asked for.
@@ -203,10 +215,8 @@ class Bus(ABC):
 
     def reply_now(self, to: Envelope, message: Message) -> bool:
         """`reply`, where that can be done without waiting, as `publish_now`. False: it cannot."""
-        if to.qos and to.reply_to:
-            return False
         answer = self._answer(to, message)
-        return answer is None or self._send_now(to.reply_to, answer[0], False, answer[1])
+        return answer is None or self._send_now(to.reply_to, answer[0], to.qos, False, answer[1])
 
     def _answer(self, to: Envelope, message: Message) -> tuple[bytes, Mirrored] | None:
         """What to send; None where no answer was asked for, or may be sent."""

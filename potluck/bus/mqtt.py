@@ -9,19 +9,21 @@ import os
 import random
 import socket
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Literal, cast
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
 
 import aiomqtt
 from paho.mqtt.client import (
     MQTT_CLEAN_START_FIRST_ONLY,
     MQTT_ERR_CONN_LOST,
-    MQTT_ERR_QUEUE_SIZE,
     MQTT_ERR_SUCCESS,
     error_string,
 )
 from paho.mqtt.exception import MalformedPacket
-from paho.mqtt.properties import Properties
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from potluck.bus import packets
@@ -41,9 +43,31 @@ Addresses = Callable[[], Awaitable[tuple[str, int]]]
 """Where to connect next: asked before each attempt. Raises Unavailable while there is nowhere to go."""
 
 _QUEUED_LIMIT = 2000
+"""Callers that wait to send, on one connection."""
+_UNDER_WAY_LIMIT = 100
+"""Messages at QoS 1 that the broker has not acknowledged yet, on one connection; fewer where it says so (MQTT 5, Receive Maximum)."""
+_GATHERED_LIMIT_BYTES = 1 << 18
+_OWN_IDS = range(0x8000, 0x10000)
+"""Packet ids of what is published here; paho counts its own, of subscriptions, from 1."""
 _RECEIVE_BYTES = 1 << 17
 _THREAD_SECONDS = 0.02
 """How often it is looked whether the thread that connects is over, for whoever does not want that any more."""
+
+
+Receipt = Callable[[Exception | None], None]
+"""Called when the broker has a message, or with the reason why it has not."""
+
+
+@dataclass(eq=False, slots=True)
+class _UnderWay:
+    """A message that was handed over and goes again with the next connection unless the broker has it."""
+
+    topic: str
+    payload: bytes
+    retain: bool
+    mirrored: Mirrored | None
+    given_up_at: float
+    """On the monotonic clock."""
 
 
 def in_turn(addresses: Sequence[tuple[str, int]]) -> Addresses:
@@ -84,6 +108,9 @@ class MqttBus(Bus):
         self._callbacks: list[Callable[[], Awaitable[None]]] = []
         self._link: _Link | None = None
         self._ready = asyncio.Event()
+        self._under_way: dict[_UnderWay, None] = {}
+        self._again: deque[_UnderWay] = deque()
+        """Of these, what a connection that is lost has left, and the present one has not had yet."""
 
     def on_connect(self, callback: Callable[[], Awaitable[None]]) -> None:
         self._callbacks.append(callback)
@@ -134,6 +161,8 @@ class MqttBus(Bus):
             await link.subscribe_all(wanted)
             link.subscribe_soon([pair for pair in self._wanted() if pair not in wanted])  # asked for in the meantime
             self._link = link
+            self._again = deque(self._under_way)
+            self._send_again()
             self._tried.clear()
             self.counters["connects"] += 1
             self._ready.set()
@@ -192,8 +221,6 @@ class MqttBus(Bus):
         return f"the connection to the broker is lost ({self._what_was_tried()}), check that it runs"
 
     async def _send(self, topic: str, payload: bytes, qos: int, retain: bool, mirrored: Mirrored | None = None) -> None:
-        if qos == 0 and self._send_now(topic, payload, retain, mirrored):
-            return
         limit_seconds = self._timings.connect_timeout_seconds
         deadline = time.monotonic() + limit_seconds
         while True:
@@ -215,11 +242,58 @@ class MqttBus(Bus):
             self.counters["published"] += 1
             return
 
-    def _send_now(self, topic: str, payload: bytes, retain: bool, mirrored: Mirrored | None) -> bool:
-        if self._link is None or not self._link.send_now(topic, payload, retain, mirrored):
+    def _send_now(self, topic: str, payload: bytes, qos: int, retain: bool, mirrored: Mirrored | None) -> bool:
+        link = self._link
+        if link is None or self._again:
+            return False
+        if qos:
+            limit = time.monotonic() + self._timings.connect_timeout_seconds
+            message = _UnderWay(topic, payload, retain, mirrored, limit)
+            if not self._hand_over(link, message):
+                return False
+            self._under_way[message] = None
+        elif not link.post(topic, payload, retain, mirrored):
             return False
         self.counters["published"] += 1
         return True
+
+    async def room(self) -> None:
+        limit_seconds = self._timings.connect_timeout_seconds
+        deadline = asyncio.get_running_loop().time() + limit_seconds
+        await self.connected(limit_seconds)
+        try:
+            async with asyncio.timeout_at(deadline):
+                while (link := self._link) is not None and (self._again or not link.has_room):
+                    await link.room()
+        except TimeoutError:
+            raise self._unavailable(f"the broker did not take a message within {limit_seconds:g} s") from None
+        except OSError as error:
+            log.debug("no room on a connection that is lost %s", fields(reason=str(error)))
+        await asyncio.sleep(0)
+
+    def _hand_over(self, link: _Link, message: _UnderWay) -> bool:
+        return link.post(
+            message.topic, message.payload, message.retain, message.mirrored, partial(self._on_receipt, message)
+        )
+
+    def _on_receipt(self, message: _UnderWay, error: Exception | None) -> None:
+        if isinstance(error, OSError):
+            return  # it goes again with the next connection
+        self._under_way.pop(message, None)
+        if error is not None:
+            log.info("message dropped %s", fields(topic=message.topic, reason=error))
+        self._send_again()
+
+    def _send_again(self) -> None:
+        """What the last connection has left, as far as this one takes it; not what is too old by now."""
+        while self._again and self._link is not None:
+            message = self._again[0]
+            if message.given_up_at < time.monotonic():
+                del self._under_way[message]
+                log.info("message dropped %s", fields(topic=message.topic, reason="the broker has not taken it"))
+            elif not self._hand_over(self._link, message):
+                return
+            self._again.popleft()
 
     def _subscribe_now(self, topic_filter: str, qos: int) -> None:
         if self._link is not None:
@@ -270,6 +344,8 @@ def no_broker(said: bytes) -> str:
 
 
 _CONNACK = b"\x20"
+_REFUSED = 0x80
+"""Reason codes from here on say so (MQTT 5, section 2.4)."""
 _PROBE = bytes((0x10, 13, 0, 4)) + b"MQTT" + bytes((5, 2, 0, 5, 0, 0, 0))
 """CONNECT: MQTT 5, clean start, keep alive 5 s, no properties, empty client id."""
 
@@ -279,8 +355,10 @@ class _Link(aiomqtt.Client):
 
     aiomqtt queues each message, makes a task for each, and wakes the loop through a pipe for each write; paho calls the kernel
     three times for a packet that it reads, and makes a dozen objects for one that it writes. The overrides below spare that:
-    messages are read and, at QoS 0, written here, and paho has the rest (connecting, subscriptions, QoS 1 to the broker, pings).
+    messages are read and written here, and paho has the rest (connecting, subscriptions, pings).
     They rest on private names of aiomqtt 2.5 and paho 2, which the contract tests hold in place.
+
+    At QoS 1 several messages are under way at once: their order is the broker's to keep (MQTT 5, section 4.6).
     """
 
     def __init__(
@@ -295,11 +373,17 @@ class _Link(aiomqtt.Client):
         self._bus = bus
         self.address = address
         self._v5 = version is aiomqtt.ProtocolVersion.V5
-        self._receipts: dict[int, asyncio.Future[None]] = {}
+        self._receipts: dict[int, Receipt] = {}
+        """Of what the broker has not acknowledged yet, by packet id."""
+        self._ids = itertools.cycle(_OWN_IDS)
+        self._limit = _UNDER_WAY_LIMIT
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        """Callers that wait until there is room."""
         self._grants: dict[int, asyncio.Future[None] | None] = {}
         self._flush_handle: asyncio.Handle | None = None
         self._gathered: list[bytes] = []
         """Packets that are written when this turn of the loop is over."""
+        self._gathered_bytes = 0
         self._splitter = packets.Splitter(limit_bytes)
         self._in_loop = False
         self._thread: Literal["", "runs", "over"] = ""
@@ -314,8 +398,6 @@ class _Link(aiomqtt.Client):
             timeout=timings.connect_timeout_seconds,
             will=None if will is None else aiomqtt.Will(will.topic, codec.encode(will.message), 1, True),
             socket_options=[(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)],
-            max_queued_outgoing_messages=_QUEUED_LIMIT,
-            max_inflight_messages=20,  # the receive maximum of an unconfigured mosquitto
             logger=log.getChild("paho"),
         )
         self._client.connect_timeout = timings.connect_timeout_seconds
@@ -386,69 +468,126 @@ class _Link(aiomqtt.Client):
             if future.done() and not future.cancelled():
                 future.exception()  # retrieved: asyncio need not complain
         lost = ConnectionError("the connection was lost")
-        for waiter in (*self._receipts.values(), *self._grants.values()):
+        for waiter in (*self._waiting, *self._grants.values()):
             if waiter is not None and not waiter.done():
                 waiter.set_exception(lost)
                 waiter.exception()
+        for receipt in list(self._receipts.values()):
+            receipt(lost)
+        self._receipts.clear()
 
     # sending
 
-    def send_now(self, topic: str, payload: bytes, retain: bool, mirrored: Mirrored | None) -> bool:
-        """Write a QoS 0 message if the socket takes it now. False when nothing was sent: then `send` must."""
-        if self._client.want_write() or self._disconnected.done():
+    @property
+    def has_room(self) -> bool:
+        """Whether `post` takes a message now."""
+        return len(self._receipts) < self._limit and not self._client.want_write() and not self._disconnected.done()
+
+    def post(
+        self, topic: str, payload: bytes, retain: bool, mirrored: Mirrored | None, receipt: Receipt | None = None
+    ) -> bool:
+        """Write a message, at QoS 1 where somebody wants its receipt. False when there is no room: nothing was sent."""
+        if not self.has_room:
             return False
         properties = b"" if not self._v5 else b"\0" if mirrored is None else pack(mirrored).payload
-        self._write(packets.publish(topic, payload, retain, properties))
+        packet_id = 0
+        if receipt is not None:
+            packet_id = next(self._ids)
+            while packet_id in self._receipts:
+                packet_id = next(self._ids)
+        packet = packets.publish(topic, payload, retain, properties, packet_id.to_bytes(2, "big") if packet_id else b"")
+        if receipt is not None:
+            self._receipts[packet_id] = receipt
+        self._write(packet)
         return True
 
     async def send(self, topic: str, payload: bytes, qos: int, retain: bool, mirrored: Mirrored | None) -> None:
-        """Write, and wait until the broker has it (QoS 1) or the socket has taken it (QoS 0). Raises OSError, Overloaded."""
-        properties = cast(Properties, pack(mirrored)) if self._v5 and mirrored is not None else None
-        info = self._client.publish(topic, payload, qos, retain, properties)
-        self._flush()
-        if info.rc == MQTT_ERR_QUEUE_SIZE:
-            raise Overloaded(f"{_QUEUED_LIMIT} messages wait for the broker: try again later", retry_after_seconds=1.0)
-        if info.rc != MQTT_ERR_SUCCESS:
+        """Write, and at QoS 1 wait until the broker has it. Raises OSError, Overloaded, Unavailable when the broker refuses it."""
+        received = self._loop.create_future()
+
+        def receipt(error: Exception | None) -> None:
+            if received.done():
+                return
+            if error is None:
+                received.set_result(None)
+            else:
+                received.set_exception(error)
+                received.exception()
+
+        wanted = receipt if qos else None
+        if self._waiting or not self.post(topic, payload, retain, mirrored, wanted):
+            await self.room()
+            while not self.post(topic, payload, retain, mirrored, wanted):
+                await self.room()
+        if qos:
+            await received
+
+    async def room(self) -> None:
+        """Return when there may be room: whoever came first goes first. Raises OSError, Overloaded."""
+        if self._disconnected.done():
             raise ConnectionError("the connection is lost")
-        if info.is_published():
-            return
-        receipt = self._loop.create_future()
-        self._receipts[info.mid] = receipt
+        if len(self._waiting) >= _QUEUED_LIMIT:
+            raise Overloaded(f"{_QUEUED_LIMIT} messages wait for the broker: try again later", retry_after_seconds=1.0)
+        waiter = self._loop.create_future()
+        self._waiting.append(waiter)
         try:
-            await receipt
+            await waiter
         finally:
-            self._receipts.pop(info.mid, None)
+            if not waiter.done() or waiter.cancelled():
+                with suppress(ValueError):  # it was told already
+                    self._waiting.remove(waiter)
+                self._tell_waiting()
+
+    def _tell_waiting(self) -> None:
+        """There is room for so many."""
+        if self._waiting and self.has_room:
+            for _ in range(self._limit - len(self._receipts)):
+                if not self._waiting:
+                    return
+                waiter = self._waiting.popleft()
+                if not waiter.done():
+                    waiter.set_result(None)
 
     def _write(self, packet: bytes) -> None:
         """The first packet in a turn of the loop goes out at once; those that follow go together when the turn is over."""
         if self._flush_handle is not None:
             self._gathered.append(packet)
+            self._gathered_bytes += len(packet)
+            if self._gathered_bytes > _GATHERED_LIMIT_BYTES:
+                self._push_gathered()
             return
         self._flush_handle = self._loop.call_soon(self._flush)
         self._push(packet)
 
     def _push(self, data: bytes) -> None:
-        """Hand bytes to the socket; what it does not take goes before all that waits in paho's queue."""
+        """Hand bytes to the socket; what it does not take waits behind what paho's queue holds already."""
+        taken = 0
         try:
-            taken = self._client._sock_send(data)
+            if not self._client.want_write():  # else a packet may be half written
+                taken = self._client._sock_send(data)
         except BlockingIOError:
-            taken = 0
+            pass  # the socket is full
         except OSError as error:
             self.give_up(error)
             return
         if taken < len(data):
             rest = data[taken:]
-            self._client._out_packet.appendleft(
+            self._client._out_packet.append(
                 {"command": 0, "mid": 0, "qos": 1, "pos": 0, "to_process": len(rest), "packet": rest, "info": None}
             )
+
+    def _push_gathered(self) -> None:
+        gathered = b"".join(self._gathered)
+        self._gathered.clear()
+        self._gathered_bytes = 0
+        self._push(gathered)
 
     def _flush(self) -> None:
         self._flush_handle = None
         if self._gathered:
-            gathered = b"".join(self._gathered)
-            self._gathered.clear()
-            self._push(gathered)
+            self._push_gathered()
         if not self._client.want_write():
+            self._tell_waiting()
             return
         try:
             self._client.loop_write()
@@ -458,6 +597,8 @@ class _Link(aiomqtt.Client):
         sock = self._client.socket()
         if sock is not None and self._client.want_write():
             self._loop.add_writer(sock.fileno(), self._flush)
+        else:
+            self._tell_waiting()
 
     def _on_socket_register_write(self, client: Any, userdata: Any, sock: Any) -> None:
         if not self._in_loop:
@@ -465,14 +606,17 @@ class _Link(aiomqtt.Client):
         elif self._flush_handle is None:  # no pipe, no poll: write when this turn of the loop is over
             self._flush_handle = self._loop.call_soon(self._flush)
 
-    def _on_publish(self, client: Any, userdata: Any, mid: int, reason_code: Any, properties: Any) -> None:
-        receipt = self._receipts.get(mid)
-        if receipt is None or receipt.done():
-            return
-        if getattr(reason_code, "is_failure", False):
-            receipt.set_exception(Unavailable(f"the broker refused the message: {reason_code}"))
-        else:
-            receipt.set_result(None)
+    def _on_connect(self, client: Any, userdata: Any, flags: Any, reason_code: Any, properties: Any = None) -> None:
+        self._limit = min(_UNDER_WAY_LIMIT, getattr(properties, "ReceiveMaximum", _UNDER_WAY_LIMIT))
+        super()._on_connect(client, userdata, flags, reason_code, properties)
+
+    def _on_puback(self, body: bytes) -> None:
+        packet_id, code = packets.read_puback(body)
+        receipt = self._receipts.pop(packet_id, None)
+        if receipt is None:
+            return  # a receipt that came twice
+        receipt(Unavailable(f"the broker refused the message: 0x{code:02x}") if code >= _REFUSED else None)
+        self._tell_waiting()
 
     # subscribing
 
@@ -532,6 +676,8 @@ class _Link(aiomqtt.Client):
                 for first, body in self._splitter.feed(data):
                     if first & 0xF0 == packets.PUBLISH:
                         self._received(packets.read_publish(first, body, v5=self._v5))
+                    elif first & 0xF0 == packets.PUBACK:
+                        self._on_puback(body)
                     else:
                         self._hand_on(first, body)
                     if self._client._sock is None:

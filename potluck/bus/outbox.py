@@ -1,6 +1,6 @@
-"""What a daemon says on the bus: one bounded queue and one sender, so that nobody who decides has to wait.
+"""What a daemon says on the bus: one bounded queue, so that nobody who decides has to wait.
 
-What can be sent without waiting (QoS 0) is sent at once, unless something waits that was said before it.
+What the connection takes is sent at once, unless something waits that was said before it, or is to be on disk first.
 
 Nothing here is relied upon for delivery: commands are resent until acknowledged, retained states are published again after
 every reconnect, and a question whose answer is lost is asked again by its client.
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any
 
 from potluck.bus.mqtt import Bus, Envelope
@@ -23,38 +23,45 @@ log = logging.getLogger(__name__)
 
 
 class Outbox:
-    """Publishes in the order of the calls. When more than `limit` messages wait, new ones are dropped and counted."""
+    """Publishes in the order of the calls. When more than `limit` messages wait, new ones are dropped and counted.
 
-    def __init__(self, bus: Bus, limit: int = 10_000) -> None:
+    `before` is called before anything is sent, for all that was said in one turn of the loop together: what a message rests on is
+    written down by then. What it raises ends `run`.
+    """
+
+    def __init__(self, bus: Bus, limit: int = 10_000, *, before: Callable[[], None] | None = None) -> None:
         self._bus = bus
-        self._queue: asyncio.Queue[Callable[[], Awaitable[None]]] = asyncio.Queue(limit)
+        self._queue: asyncio.Queue[Callable[[], bool]] = asyncio.Queue(limit)
+        self._before = before
         self._waiting = 0
         """In the queue, or with the sender."""
         self.dropped = 0
 
     def publish(self, topic: str, message: Message, **options: Any) -> None:
         """`options` as `Bus.publish` has them."""
-        if not self._now(lambda: self._bus.publish_now(topic, message, **options)):
-            self._put(lambda: self._bus.publish(topic, message, **options))
+        self._send(lambda: self._bus.publish_now(topic, message, **options))
 
     def clear(self, topic: str) -> None:
-        self._put(lambda: self._bus.clear(topic))
+        """Remove the retained message of `topic`."""
+        self._send(lambda: self._bus.clear_now(topic))
 
     def reply(self, question: Envelope, answer: Message) -> None:
-        if not self._now(lambda: self._bus.reply_now(question, answer)):
-            self._put(lambda: self._bus.reply(question, answer))
+        self._send(lambda: self._bus.reply_now(question, answer))
 
     def refuse(self, question: Envelope, error: PotluckError) -> None:
         self.reply(question, RequestFailed(error=error_info(error)))
 
     async def run(self) -> None:
-        """Send until cancelled."""
+        """Send until cancelled. Raises what `before` raises."""
         while True:
             send = await self._queue.get()
+            if self._before is not None:
+                self._before()
             try:
-                await send()
-            except Exception as error:  # noqa: BLE001 - an odd message is lost, and those behind it are not
-                self._drop(as_defect(error, "sending"))
+                while not self._over(send):
+                    await self._bus.room()
+            except PotluckError as error:
+                self._drop(error)
             finally:
                 self._waiting -= 1
                 self._queue.task_done()
@@ -63,22 +70,22 @@ class Outbox:
         """Return when everything that was published before has been sent or dropped."""
         await self._queue.join()
 
-    def _now(self, send: Callable[[], bool]) -> bool:
-        """Whether it was dealt with at once."""
-        if self._waiting:
-            return False
-        try:
-            return send()
-        except Exception as error:  # noqa: BLE001 - the same
-            self._drop(as_defect(error, "sending"))
-            return True
-
-    def _put(self, send: Callable[[], Awaitable[None]]) -> None:
+    def _send(self, send: Callable[[], bool]) -> None:
+        if self._before is None and not self._waiting and self._over(send):
+            return
         try:
             self._queue.put_nowait(send)
             self._waiting += 1
         except asyncio.QueueFull:
             self.dropped += 1
+
+    def _over(self, send: Callable[[], bool]) -> bool:
+        """Whether it was dealt with: sent, or dropped as nobody can send it."""
+        try:
+            return send()
+        except Exception as error:  # noqa: BLE001 - an odd message is lost, and those behind it are not
+            self._drop(as_defect(error, "sending"))
+            return True
 
     def _drop(self, error: PotluckError) -> None:
         self.dropped += 1

@@ -11,8 +11,10 @@ from typing import NamedTuple
 from potluck.errors import BadMessage
 
 PUBLISH = 0x30
+PUBACK = 0x40
 PACKET_LIMIT_BYTES = 2 * 2**20
 """Above the limit of a message, so that whoever exceeds that gets an answer and keeps the connection."""
+_QOS_1 = 0x02
 _LENGTH_BYTES = 4
 """Of a remaining length, at most."""
 
@@ -28,14 +30,19 @@ class Publish(NamedTuple):
     properties: bytes = b""
 
 
-def publish(topic: str, payload: bytes, retain: bool, properties: bytes) -> bytes:
-    """A PUBLISH at QoS 0. `properties` with their length, as MQTT 5 has them; empty in 3.1.1. Raises ValueError for a bad topic."""
+def publish(topic: str, payload: bytes, retain: bool, properties: bytes, packet_id: bytes = b"") -> bytes:
+    """A PUBLISH, at QoS 1 where it has a packet id. `properties` with their length, as MQTT 5 has them; empty in 3.1.1.
+
+    Raises ValueError for a bad topic.
+    """
     head = _topic(topic)
+    first = PUBLISH | retain | (_QOS_1 if packet_id else 0)
     return b"".join(
         (
-            b"\x31" if retain else b"\x30",
-            length(len(head) + len(properties) + len(payload)),
+            bytes((first,)),
+            length(len(head) + len(packet_id) + len(properties) + len(payload)),
             head,
+            packet_id,
             properties,
             payload,
         )
@@ -45,6 +52,13 @@ def publish(topic: str, payload: bytes, retain: bool, properties: bytes) -> byte
 def puback(packet_id: bytes) -> bytes:
     """The receipt of a PUBLISH at QoS 1."""
     return b"\x40\x02" + packet_id
+
+
+def read_puback(body: bytes) -> tuple[int, int]:
+    """Of which packet it is the receipt, and the reason code: from 0x80 on the broker has refused it (MQTT 5, section 3.4.2)."""
+    if len(body) < 2:
+        raise BadMessage("a PUBACK names no packet")
+    return int.from_bytes(body[:2], "big"), body[2] if len(body) > 2 else 0
 
 
 def read_publish(first: int, body: bytes, *, v5: bool) -> Publish:

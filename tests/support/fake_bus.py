@@ -147,12 +147,15 @@ class FakeBus(Bus):
         self.broker.publish(topic, payload, qos, retain, mirrored)
         await asyncio.sleep(0)
 
-    def _send_now(self, topic: str, payload: bytes, retain: bool, mirrored: Mirrored | None) -> bool:
+    def _send_now(self, topic: str, payload: bytes, qos: int, retain: bool, mirrored: Mirrored | None) -> bool:
         if not self._ready.is_set():
             return False
         self.counters["published"] += 1
-        self.broker.publish(topic, payload, 0, retain, mirrored)
+        self.broker.publish(topic, payload, qos, retain, mirrored)
         return True
+
+    async def room(self) -> None:
+        await self.connected(self._timings.connect_timeout_seconds)
 
     def trouble(self) -> str:
         return "" if self._ready.is_set() else "the connection to the broker is lost"

@@ -1,0 +1,297 @@
+"""One coordinator and very many nodes: shards a second of its CPU time, at rest, as all join at once, and beside Dask's scheduler.
+
+The nodes are simulated (`simulated.py`: real MQTT, no TensorFlow, results at once); the coordinator, its journal and mosquitto are
+real. The simulator wants CPU too, so that both the coordinator's CPU time and wall time are measured. A job evaluates made-up items, one
+batch a shard; shards count when the coordinator has acknowledged their results, which are in its journal then.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+import uuid
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from hashlib import sha256
+from pathlib import Path
+from typing import Self
+
+import psutil
+from report import OtherLoad, Report
+
+from potluck.bus.mqtt import MqttBus, in_turn
+from potluck.lifecycle import die_with_parent
+from potluck.local_cluster import LocalCluster
+from potluck.wire import codec
+from potluck.wire.messages import (
+    AddDataset,
+    BlobRef,
+    CancelJob,
+    DataFormat,
+    Dataset,
+    DataShard,
+    Evaluate,
+    JobAccepted,
+    ListNodes,
+    Message,
+    NodesListed,
+    RegisterModel,
+    SubmitJob,
+)
+from potluck.wire.topics import Topics
+
+BATCH = 32
+SHARDS = 10
+ITEMS = 100_000_000
+"""Of the data set: more than any job here comes to."""
+FILES = 16_384
+"""That this process and what it starts may have open."""
+JOIN_SECONDS = 120.0
+
+
+class Cluster:
+    """A coordinator with a broker and `count` simulated nodes; `settings` are the coordinator's, as its environment has them."""
+
+    def __init__(self, folder: Path, count: int, *, wait: bool = True) -> None:
+        self.name = f"scale-{uuid.uuid4().hex[:6]}"
+        self.count = count
+        self._wait = wait
+        self._folder = folder
+        self._stack = AsyncExitStack()
+        self.topics = Topics(self.name)
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self._start()
+        except BaseException:
+            await self._stack.aclose()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._stack.aclose()
+
+    async def _start(self) -> None:
+        cluster = self._stack.enter_context(
+            LocalCluster(self._folder / self.name, cluster=self.name, nodes=0, discovery=False)
+        )
+        self.cluster = cluster
+        self.process = psutil.Process(cluster.coordinator.pid)
+        self.bus = MqttBus(in_turn([("127.0.0.1", cluster.broker_port)]), self.topics, client_id=f"bench-{self.name}")
+        running = asyncio.create_task(self.bus.run())
+        self._stack.push_async_callback(_end, running)
+        await self.bus.connected(10.0)
+        model = await self._put(b"no model")
+        await self.ask(RegisterModel(name="model", model=model))
+        shards = [DataShard(blob=await self._put(b"shard %d" % n), count=ITEMS // SHARDS) for n in range(SHARDS)]
+        dataset = Dataset(
+            name="data", format=DataFormat(kind="arrays", inputs=("x",), target="y"), count=ITEMS, shards=tuple(shards)
+        )
+        await self.ask(AddDataset(name="data", manifest=await self._put(codec.pack(dataset))))
+        self.idle_cpu = self.cpu()
+        self.joining_at = time.monotonic()
+        if self.count:
+            await self._simulate()
+
+    async def _simulate(self) -> None:
+        command = [sys.executable, str(Path(__file__).with_name("simulated.py")), f"127.0.0.1:{self.cluster.broker_port}", self.name, str(self.count)]  # fmt: skip
+        self.simulator = await asyncio.create_subprocess_exec(
+            *command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, preexec_fn=die_with_parent()
+        )
+        self._stack.push_async_callback(_stop, self.simulator)
+        assert self.simulator.stdout is not None
+        async with asyncio.timeout(JOIN_SECONDS):
+            line = await self.simulator.stdout.readline()
+        assert line.startswith(b"joined"), line
+        self.connected_seconds = float(line.split()[1])
+        while self._wait and await self.online() < self.count:
+            if time.monotonic() - self.joining_at > JOIN_SECONDS:
+                raise TimeoutError(f"{await self.online()} of {self.count} nodes are online after {JOIN_SECONDS:.0f} s")
+            await asyncio.sleep(0.2)
+
+    async def online(self) -> int:
+        """Nodes that the coordinator lists as online, page by page."""
+        found, after = 0, ""
+        while True:
+            answer = await self.ask(ListNodes(after=after))
+            assert isinstance(answer, NodesListed)
+            found += sum(node.state == "online" for node in answer.nodes)
+            if not answer.more:
+                return found
+            after = answer.nodes[-1].node_id
+
+    async def ask(self, question: Message, topic: str = "") -> Message:
+        return await self.bus.request(topic or self.topics.coordinator_inbox, question, timeout_seconds=60.0)
+
+    async def submit(self) -> str:
+        answer = await self.ask(
+            SubmitJob(job=Evaluate(model="model:1", dataset="data", batch_size=BATCH)), self.topics.jobs_submit
+        )
+        assert isinstance(answer, JobAccepted)
+        return answer.job_id
+
+    async def cancel(self, job_id: str) -> None:
+        await self.ask(CancelJob(job_id=job_id))
+
+    async def counts(self) -> dict[str, float]:
+        """What the simulated nodes have done."""
+        assert self.simulator.stdin is not None
+        assert self.simulator.stdout is not None
+        self.simulator.stdin.write(b"\n")
+        found: dict[str, float] = json.loads(await self.simulator.stdout.readline())
+        return found
+
+    def cpu(self) -> float:
+        """Seconds of CPU that the coordinator has used, without its broker."""
+        times = self.process.cpu_times()
+        return float(times.user + times.system)
+
+    async def measure(self, seconds: float) -> dict[str, float]:
+        """Shards, and the coordinator's CPU seconds, in so many seconds."""
+        before, cpu, at = await self.counts(), self.cpu(), time.monotonic()
+        broker = _broker_cpu(self.process)
+        await asyncio.sleep(seconds)
+        after = await self.counts()
+        took = time.monotonic() - at
+        shards = after["acknowledged"] - before["acknowledged"]
+        used = self.cpu() - cpu
+        return {
+            "shards": shards,
+            "seconds": took,
+            "cpu_seconds": used,
+            "broker_cpu_seconds": _broker_cpu(self.process) - broker,
+            "per_second": shards / took,
+            "per_cpu_second": shards / used if used else 0.0,
+            "refused": after["refused"] - before["refused"],
+        }
+
+    async def _put(self, data: bytes) -> BlobRef:
+        name = sha256(data).hexdigest()
+        request = urllib.request.Request(f"{self.cluster.http_url}/blobs/{name}", data, method="PUT")
+        await asyncio.to_thread(lambda: urllib.request.urlopen(request, timeout=10).close())
+        return BlobRef(sha256=name, size=len(data))
+
+
+def _broker_cpu(coordinator: psutil.Process) -> float:
+    return float(sum(sum(child.cpu_times()[:2]) for child in coordinator.children()))
+
+
+async def _end(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.wait([task])
+
+
+async def _stop(process: asyncio.subprocess.Process) -> None:
+    assert process.stdin is not None
+    process.stdin.close()
+    try:
+        await asyncio.wait_for(process.wait(), 20)
+    except TimeoutError:
+        process.kill()
+        await process.wait()
+
+
+async def shards(folder: Path, report: Report, nodes: int, jobs: int, seconds: float) -> dict[str, float]:
+    """`jobs` jobs on so many nodes."""
+    async with Cluster(folder, nodes) as cluster:
+        submitted = [await cluster.submit() for _ in range(jobs)]
+        await asyncio.sleep(min(3.0, seconds))
+        found = await cluster.measure(seconds)
+        for job_id in submitted:
+            await cluster.cancel(job_id)
+    report.rows.append(
+        (
+            f"{nodes} nodes, {jobs} jobs" if jobs > 1 else f"{nodes} nodes, one job",
+            f"{found['per_second']:.0f}",
+            f"{found['per_cpu_second']:.0f}",
+            f"{found['cpu_seconds'] / found['seconds']:.2f}",
+            f"{found['broker_cpu_seconds'] / found['seconds']:.2f}",
+        )
+    )
+    return found
+
+
+async def rest(folder: Path, report: Report, nodes: int, seconds: float) -> dict[str, float]:
+    """Nodes that have nothing to do; how long it took until all were listed."""
+    async with Cluster(folder, nodes) as cluster:
+        joined = time.monotonic() - cluster.joining_at
+        joining_cpu = cluster.cpu() - cluster.idle_cpu
+        await asyncio.sleep(min(3.0, seconds))
+        found = await cluster.measure(seconds)
+        found |= {
+            "joined_seconds": joined,
+            "joining_cpu_seconds": joining_cpu,
+            "connected_seconds": cluster.connected_seconds,
+        }
+        found["listed"] = await cluster.online()
+    found["cores"] = found["cpu_seconds"] / found["seconds"]
+    report.rows.append(
+        (
+            f"{nodes} nodes at rest",
+            "",
+            "",
+            f"{found['cores']:.3f}",
+            f"{found['broker_cpu_seconds'] / found['seconds']:.2f}",
+        )
+    )
+    report.rows.append((f"{nodes} nodes join, all listed after", f"{joined:.1f} s", "", f"{joining_cpu:.2f} s", ""))
+    return found
+
+
+CHECKS = (
+    "shards_per_cpu_second_100",
+    "shards_per_cpu_second_1000",
+    "shards_per_cpu_second_200_jobs",
+    "thousand_nodes_cores",
+    "five_thousand_nodes",
+)
+
+
+async def run(folder: Path, report: Report, only: Callable[[str], bool], *, quick: bool) -> None:
+    seconds = 2.0 if quick else 10.0
+    size = 100 if quick else 1000
+    if only("shards_per_cpu_second_100"):
+        found = report.figures["shards_100"] = await shards(folder, report, 20 if quick else 100, 1, seconds)
+        report.check("shards_per_cpu_second_100", found["per_cpu_second"], at_least=3000)
+    if only("shards_per_cpu_second_1000"):
+        found = report.figures["shards_1000"] = await shards(folder, report, size, 1, seconds)
+        report.check("shards_per_cpu_second_1000", found["per_cpu_second"], at_least=3000)
+        report.check("shards_per_second_1000", found["per_second"], at_least=1000)
+    if only("shards_per_cpu_second_200_jobs"):
+        jobs = 20 if quick else 200
+        found = report.figures["shards_200_jobs"] = await shards(folder, report, 20 if quick else 100, jobs, seconds)
+        report.check("shards_per_cpu_second_200_jobs", found["per_cpu_second"], at_least=2500)
+    if only("thousand_nodes_cores"):
+        found = report.figures["rest_1000"] = await rest(folder, report, size, seconds)
+        report.check("thousand_nodes_cores", found["cores"], at_most=0.15)
+        report.check("join_storm_seconds", found["joined_seconds"], at_most=10)
+    if only("five_thousand_nodes"):
+        size = 200 if quick else 5000
+        found = report.figures["rest_5000"] = await rest(folder, report, size, seconds)
+        report.check("five_thousand_nodes", found["listed"] / size, at_least=1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="few nodes, briefly: that it works, not what it says")
+    parser.add_argument("--only", choices=CHECKS, action="append", help="these checks alone")
+    given = parser.parse_args()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(FILES, hard)), hard))
+    report = Report("scale", columns=("", "shards/s", "shards/CPU s", "coordinator's cores", "broker's"))
+    others = OtherLoad()
+    with tempfile.TemporaryDirectory() as folder:
+        asyncio.run(run(Path(folder), report, lambda name: not given.only or name in given.only, quick=given.quick))
+    report.figures["cores_used_by_others"] = round(others.cores(), 2)
+    report.show()
+
+
+if __name__ == "__main__":
+    main()
