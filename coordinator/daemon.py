@@ -136,7 +136,7 @@ class Coordinator:
                 will=Will(status_topic, offline),
                 timings=settings.bus,
             )
-            self._outbox = Outbox(bus)
+            self._outbox = Outbox(bus, before=journal.flush)
             self._membership = Membership(settings.node_timeout_seconds)
             holders = Holders(self._membership, urls)
             registry = Registry(journal)

@@ -70,6 +70,8 @@ class Journal:
         # A journal in memory (`:memory:`, sqlite3_open(3)) has no disk that could be full.
         beside = path.with_name(f"{path.name}.ballast") if path.exists() else None
         self._ballast = _Ballast(beside)
+        self._soon: list[tuple[str, bytes]] = []
+        """Rows that the next write takes along."""
         facts: dict[str, int] = dict(self._db.execute("SELECT key, value FROM facts").fetchall())
         self.epoch = facts["epoch"]
         self.cluster_id = f"{facts['cluster']:016x}"
@@ -78,20 +80,39 @@ class Journal:
     @property
     def empty(self) -> bool:
         """Whether there is no event in it."""
+        self.flush()
         return self._db.execute("SELECT 1 FROM events LIMIT 1").fetchone() is None
 
     def append(self, stream: str, *events: msgspec.Struct) -> None:
         """Write `events` to `stream`, all or none, before returning. Raises Unavailable, when the disk is full for one."""
-        rows = [(stream, codec.pack(event)) for event in events]
+        self._insert([*self._soon, *_rows(stream, events)])
+
+    def append_soon(self, stream: str, *events: msgspec.Struct) -> None:
+        """Write `events` to `stream` with the next `flush`: nothing that follows from them may leave this process before.
+
+        One transaction for all that happens at once costs a tenth of one for each.
+        """
+        self._soon += _rows(stream, events)
+
+    def flush(self) -> None:
+        """Write what waits to be written. Raises Unavailable; then it still waits."""
+        if self._soon:
+            self._insert(self._soon)
+
+    def _insert(self, rows: list[tuple[str, bytes]]) -> None:
+        """These, among them all that wait."""
         self._write(lambda: self._db.executemany("INSERT INTO events (stream, body) VALUES (?, ?)", rows))
+        self._soon = []
 
     def replay(self, stream: str, kind: type[T]) -> Iterator[T]:
         """The events of `stream` in order, as `kind` (a tagged union of structs)."""
+        self.flush()
         for (body,) in self._db.execute("SELECT body FROM events WHERE stream = ? ORDER BY seq", (stream,)).fetchall():
             yield codec.unpack(body, kind)
 
     def streams(self, prefix: str) -> list[str]:
         """The names of streams that begin with `prefix`, oldest first."""
+        self.flush()
         rows = self._db.execute(
             "SELECT stream FROM events WHERE substr(stream, 1, ?) = ? GROUP BY stream ORDER BY min(seq)",
             (len(prefix), prefix),
@@ -100,7 +121,8 @@ class Journal:
 
     def rewrite(self, stream: str, events: Iterable[msgspec.Struct]) -> None:
         """Replace a stream by fewer events that give the same state (none: the stream is gone)."""
-        rows = [(stream, codec.pack(event)) for event in events]
+        self.flush()
+        rows = _rows(stream, events)
 
         def work() -> None:
             self._db.execute("DELETE FROM events WHERE stream = ?", (stream,))
@@ -109,7 +131,10 @@ class Journal:
         self._write(work)
 
     def close(self) -> None:
-        self._db.close()
+        try:
+            self.flush()
+        finally:
+            self._db.close()
 
     def _write(self, work: Callable[[], object]) -> None:
         """All of `work` or none of it; once more without the ballast where the disk is full. Raises Unavailable."""
@@ -132,6 +157,10 @@ class Journal:
         self._db.execute("BEGIN IMMEDIATE")
         with self._db:
             work()
+
+
+def _rows(stream: str, events: Iterable[msgspec.Struct]) -> list[tuple[str, bytes]]:
+    return [(stream, codec.pack(event)) for event in events]
 
 
 class _Ballast:

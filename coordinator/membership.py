@@ -35,7 +35,7 @@ LISTED_LIMIT_BYTES = 150 * 1024
 """Of a node in a listing, as msgpack: class names and all."""
 NAMED_LIMIT = 64
 """Things of a kind that a node has."""
-MEMBERS_LIMIT = 4000
+MEMBERS_LIMIT = 10_000
 """Ids can be made up: beyond so many, whoever has been gone the longest is forgotten, and where nobody is, nobody more comes in."""
 FORGOTTEN_SECONDS = 60.0
 """So long after its loss a node is forgotten that never said more than its birth: its name may have been made up."""
@@ -46,8 +46,10 @@ VIOLATIONS_LIMIT = 3
 _UNKNOWN = Capacity(hostname="", system="", cores=1, memory_bytes=0)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Member:
+    """Only `seen_at` changes in place: it does with each message. All else is a new one."""
+
     node_id: str
     session: str
     state: MemberState
@@ -72,6 +74,11 @@ class Member:
     quarantined_at: float = 0.0
     spoke: bool = False
     """Whether it ever said more than its birth."""
+
+    @property
+    def available(self) -> bool:
+        """Whether it may be given work."""
+        return self.state == "online" and self.version == PROTOCOL_VERSION
 
     @property
     def left_out(self) -> str:
@@ -119,11 +126,17 @@ class Membership:
     members: dict[str, Member] = field(default_factory=dict)
     _at: dict[str, str] = field(default_factory=dict)
     """Node ids by HTTP address."""
+    _watchers: list[set[str]] = field(default_factory=list)
+
+    def watch(self) -> set[str]:
+        """The ids of members of which something changed that decides on their work; whoever asked takes them out."""
+        watcher = set(self.members)
+        self._watchers.append(watcher)
+        return watcher
 
     def online(self) -> list[Member]:
         """Members that may be given work, in the order of their ids."""
-        there = (m for m in self.members.values() if m.state == "online" and m.version == PROTOCOL_VERSION)
-        return sorted(there, key=lambda m: m.node_id)
+        return sorted((m for m in self.members.values() if m.available), key=lambda m: m.node_id)
 
     def get(self, node_id: str) -> Member | None:
         return self.members.get(node_id)
@@ -149,7 +162,7 @@ class Membership:
         if status.state == "offline":
             if known is None or known.session != status.session or known.state == "offline":
                 return []
-            self.members[status.node_id] = replace(known, state="offline", left=status.left)
+            self._put(replace(known, state="offline", left=status.left))
             return [NodeLost(status.node_id, "it left" if status.left else "it went offline")]
         if len(status.session) > WORD_LIMIT or (known is None and not self._room()):
             return [NodeRefused(status.node_id)]
@@ -159,31 +172,35 @@ class Membership:
                 del self._at[url]
         self._at.update(dict.fromkeys(http, status.node_id))
         if known is not None and known.session == status.session and known.state == "online":
-            self.members[status.node_id] = replace(
-                known,
-                http=http,
-                collective=collective,
-                software=software,
-                version=status.version,
-                seen_at=now,
+            self._put(
+                replace(
+                    known,
+                    http=http,
+                    collective=collective,
+                    software=software,
+                    version=status.version,
+                    seen_at=now,
+                )
             )
             return []
         if known is not None and known.session != status.session and known.state != "offline":
             changes.append(NodeLost(status.node_id, "it was started again"))
         known = known or Member(status.node_id, "", "offline", 0.0)  # of which capacity and data stay
-        self.members[status.node_id] = replace(
-            known,
-            session=status.session,
-            state="online",
-            seen_at=now,
-            http=http,
-            collective=collective,
-            software=software,
-            telemetry=None,
-            left=False,
-            version=status.version,
-            violations=known.violations if known.session == status.session else 0,
-            quarantined=known.quarantined if known.session == status.session else "",
+        self._put(
+            replace(
+                known,
+                session=status.session,
+                state="online",
+                seen_at=now,
+                http=http,
+                collective=collective,
+                software=software,
+                telemetry=None,
+                left=False,
+                version=status.version,
+                violations=known.violations if known.session == status.session else 0,
+                quarantined=known.quarantined if known.session == status.session else "",
+            )
         )
         return [*changes, NodeJoined(status.node_id)]
 
@@ -193,9 +210,7 @@ class Membership:
         # Retained capacity may arrive before the birth.
         known = self.members.get(message.node_id) or Member(message.node_id, "", "offline", 0.0)
         data, missing = _listable(message)
-        self.members[message.node_id] = replace(
-            known, capacity=_bounded(message.capacity), data=data, data_missing=missing, unreadable=""
-        )
+        self._put(replace(known, capacity=_bounded(message.capacity), data=data, data_missing=missing, unreadable=""))
         return []
 
     def on_unreadable_capacity(self, node_id: str, reason: str) -> None:
@@ -204,7 +219,15 @@ class Membership:
             return
         known = self.members.get(node_id) or Member(node_id, "", "offline", 0.0)
         if known.capacity is _UNKNOWN:
-            self.members[node_id] = replace(known, unreadable=f"its capacity cannot be read: {reason[:200]}")
+            self._put(replace(known, unreadable=f"its capacity cannot be read: {reason[:200]}"))
+
+    def _put(self, member: Member) -> None:
+        self.members[member.node_id] = member
+        self._tell(member.node_id)
+
+    def _tell(self, node_id: str) -> None:
+        for watcher in self._watchers:
+            watcher.add(node_id)
 
     def _room(self) -> bool:
         """Whether there is room for one more member, which may take that of one that is offline."""
@@ -220,6 +243,7 @@ class Membership:
 
     def _forget(self, member: Member) -> None:
         del self.members[member.node_id]
+        self._tell(member.node_id)
         for url in member.http:
             if self._at.get(url) == member.node_id:
                 del self._at[url]
@@ -234,13 +258,13 @@ class Membership:
             f"{count} of its results were not what was asked for (last: {reason}): start it again when that is mended"
         )
         quarantined = words if count >= VIOLATIONS_LIMIT else ""
-        self.members[node_id] = replace(known, violations=count, quarantined=quarantined, quarantined_at=known.seen_at)
+        self._put(replace(known, violations=count, quarantined=quarantined, quarantined_at=known.seen_at))
         return count >= VIOLATIONS_LIMIT
 
     def quarantine(self, node_id: str, reason: str) -> None:
         """Give it no jobs for a while, or until it is started again."""
         if (known := self.members.get(node_id)) is not None and not known.quarantined:
-            self.members[node_id] = replace(known, quarantined=reason, quarantined_at=known.seen_at)
+            self._put(replace(known, quarantined=reason, quarantined_at=known.seen_at))
 
     def quarantined(self) -> dict[str, str]:
         """Members that get no jobs, and why."""
@@ -255,13 +279,18 @@ class Membership:
         self.members[telemetry.node_id] = replace(
             known, state="online", seen_at=now, telemetry=telemetry, spoke=True, left=False, clock_ahead_seconds=ahead
         )
+        gave_way = known.telemetry is not None and known.telemetry.gives_way
+        if known.state != "online" or telemetry.gives_way != gave_way:
+            self._tell(telemetry.node_id)
         return [NodeJoined(telemetry.node_id)] if known.state == "offline" else []
 
     def heard(self, node_id: str, now: float) -> list[Change]:
         """Any message of a node is a sign of life, unless its will said otherwise."""
         known = self.members.get(node_id)
-        if known is not None and known.state != "offline":
-            self.members[node_id] = replace(known, state="online", seen_at=now)
+        if known is not None and known.state == "online":
+            known.seen_at = now
+        elif known is not None and known.state != "offline":
+            self._put(replace(known, state="online", seen_at=now))
         return []
 
     def tick(self, now: float) -> list[Change]:
@@ -271,15 +300,15 @@ class Membership:
             silent = now - member.seen_at
             if member.quarantined and now - member.quarantined_at > QUARANTINE_SECONDS:
                 member = replace(member, violations=0, quarantined="")
-                self.members[member.node_id] = member
+                self._put(member)
             never = member.session and not member.spoke and member.state == "offline"
             if never and silent > self.timeout_seconds + FORGOTTEN_SECONDS:
                 self._forget(member)
             elif member.state != "offline" and silent > self.timeout_seconds:
-                self.members[member.node_id] = replace(member, state="offline")
+                self._put(replace(member, state="offline"))
                 changes.append(NodeLost(member.node_id, f"nothing was heard of it for {silent:.0f} s"))
             elif member.state == "online" and silent > self.timeout_seconds / 2:
-                self.members[member.node_id] = replace(member, state="suspect")
+                self._put(replace(member, state="suspect"))
         return changes
 
     def infos(self, after: str = "") -> Iterator[NodeInfo]:

@@ -56,6 +56,10 @@ class Collector:
         size = sum(ref.size for ref in blob_refs(result))
         return size if size > self._store.limit_bytes else 0
 
+    def at_hand(self, result: AnyTaskResult) -> bool:
+        """Whether a result has no blobs that are to be fetched."""
+        return isinstance(result, EvaluateResult | WarmUpResult)
+
     async def collect(self, result: AnyTaskResult) -> AnyTaskResult:
         """The same result with all its blobs in our store. Raises Unavailable when nobody has one any more, CorruptBlob.
 

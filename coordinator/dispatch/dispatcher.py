@@ -74,6 +74,9 @@ from potluck.wire.messages import (
 
 log = logging.getLogger(__name__)
 
+REST_FACTOR = 5.0
+REST_LIMIT_SECONDS = 0.02
+"""After planning it rests for so many times as long as that took, and no longer than this: plans cost by nodes, not by what happened."""
 ROOM_SECONDS = 5.0
 """How long an action waits that had no room on our disk, before it is tried again."""
 
@@ -107,6 +110,10 @@ class Dispatcher:
         self._no_room: dict[tuple[str, str], float] = {}
         """Actions of jobs for which there was no room, and when they are tried again."""
         self._dirty: dict[str, None] = {}
+        """Jobs of which something changed."""
+        self._offered = False
+        """Whether there may be a free slot, for whichever job."""
+        self._rest_seconds = 0.0
         self._doubts: dict[str, Doubts] = {}
         """By job. In memory only: after a restart a loss that is no number is doubted anew."""
         self._wake = asyncio.Event()
@@ -210,13 +217,12 @@ class Dispatcher:
                 if held is None:
                     self._leases.command(node_id, AcknowledgeResult(attempt_id=message.attempt_id))
                 elif not held.collecting:
-                    self._act(held.job_id, f"collect {message.attempt_id}", self._collect(message))
+                    self._on_result(held, message)
             case _:
                 pass
 
     def node_joined(self) -> None:
-        self._dirty.update(dict.fromkeys(self._store.active))
-        self._wake.set()
+        self._offer()
 
     def node_lost(self, node_id: str, reason: str) -> None:
         """What the node held under lease goes back, at once."""
@@ -237,20 +243,32 @@ class Dispatcher:
                         await self._wake.wait()
                 except TimeoutError:
                     pass  # time to tick
+                await asyncio.sleep(self._rest_seconds)  # what happens meanwhile is planned for together
                 self._wake.clear()
                 now = self._clock()
                 if now - ticked_at >= self._settings.resend_seconds / 2:
                     ticked_at = now
                     with surviving("leases", fatal=FATAL):
                         self._tick(now)
-                # Whoever has got nothing for the longest time comes first: else the oldest jobs take every slot that is free.
-                due = [job for job_id in self._dirty if (job := self._store.jobs.get(job_id)) is not None]
-                self._dirty.clear()
-                for job in sorted(due, key=lambda job: job.leased_at):
-                    self._dirty.pop(job.job_id, None)
-                    self._plan(job)
+                self._plan_due()
                 with surviving("news of jobs", fatal=FATAL):
                     self._announcer.tell_due(now)
+                self._store.flush()
+
+    def _plan_due(self) -> None:
+        """Of the jobs of which something changed; and where there are free slots, of all in turn until they are taken.
+
+        Whoever has got nothing for the longest time comes first: else the oldest jobs take every slot that is free.
+        """
+        began = time.perf_counter()
+        due, offered = self._dirty, self._offered
+        self._dirty, self._offered = {}, False
+        found = [job for job_id in (self._store.active if offered else due) if (job := self._store.jobs.get(job_id))]
+        for job in sorted(found, key=lambda job: job.leased_at):
+            if job.job_id in due or self._leases.free(self._clock()):
+                self._dirty.pop(job.job_id, None)
+                self._plan(job)
+        self._rest_seconds = min(REST_LIMIT_SECONDS, REST_FACTOR * (time.perf_counter() - began))
 
     def _resume(self) -> None:
         """Take up what the journal says is under way; nodes that still work on it go on."""
@@ -380,10 +398,13 @@ class Dispatcher:
                 self._wait_for_room(job, name, error)
             else:
                 self._finish(job, "failed", error=error_info(error))
-        except Exception as error:  # the same boundary as in _plan: one job's defect stays its own
-            log.exception("action failed %s", fields(job=job_id))
-            if job.active:
-                self._finish(job, "failed", error=ErrorInfo(code="internal", message=f"internal error: {error!r}"))
+        except Exception as error:  # noqa: BLE001 - the same boundary as in _plan: one job's defect stays its own
+            self._broke(job, name, error)
+
+    def _broke(self, job: Job, what: str, error: Exception) -> None:
+        log.exception("action failed %s", fields(job=job.job_id, action=what))
+        if job.active:
+            self._finish(job, "failed", error=ErrorInfo(code="internal", message=f"internal error: {error!r}"))
 
     def _wait_for_room(self, job: Job, name: str, error: DiskFull) -> None:
         """A full disk is no fault of a job's: what it has stays, and the next plan asks for the same again."""
@@ -399,19 +420,26 @@ class Dispatcher:
             log.info("job goes on, there is room %s", fields(job=job_id))
             self._announcer.doing(job_id, "")
 
-    async def _collect(self, message: ShardFinished) -> None:
+    def _on_result(self, held: Held, message: ShardFinished) -> None:
+        """Take a result that is what was asked for: at once, where nothing is to be fetched for it."""
+        job = self._store.jobs[held.job_id]
+        try:
+            if (refusal := self._refusal(held, message.result)) is not None:
+                self._end_attempt(message.attempt_id, "its result is not used", refusal)
+            elif self._collector.at_hand(message.result):
+                self._take(job, held, message.attempt_id, message.result)
+            else:
+                self._act(job.job_id, f"collect {message.attempt_id}", self._collect(job, held, message))
+        except Exception as error:  # noqa: BLE001 - the same boundary as in _plan: one job's defect stays its own
+            self._broke(job, "a result", error)
+
+    async def _collect(self, job: Job, held: Held, message: ShardFinished) -> None:
         attempt_id = message.attempt_id
-        held = self._leases.get(attempt_id)
-        if held is None:
+        if attempt_id not in self._leases:
             return
         held.collecting = True
-        job = self._store.jobs[held.job_id]
         strategy, attempt = job.strategy, job.attempts.get(attempt_id)
         result: AnyTaskResult = message.result
-        if (refusal := self._refusal(held, result)) is not None:
-            held.collecting = False
-            self._end_attempt(attempt_id, "its result is not used", refusal)
-            return
         try:
             if attempt is None or not isinstance(strategy, RoundsStrategy) or strategy.wants(attempt):
                 result = await self._collector.collect(result)
@@ -426,6 +454,9 @@ class Dispatcher:
             held.collecting = False
             self._end_attempt(attempt_id, "its result cannot be used", error_info(error))
             return
+        self._take(job, held, attempt_id, result)
+
+    def _take(self, job: Job, held: Held, attempt_id: str, result: AnyTaskResult) -> None:
         if attempt_id in self._leases:
             self._record(job, AttemptFinished(at=self._clock(), attempt_id=attempt_id, result=result))
             self._drop(attempt_id)
@@ -604,8 +635,7 @@ class Dispatcher:
         reason = result.error.message if result.error else None
         log.info("job ended %s", fields(job=job.job_id, state=state, error=reason))
         self._announcer.tell(job, now)
-        self._dirty.update(dict.fromkeys(self._store.active))
-        self._wake.set()
+        self._offer()
 
     def _record(self, job: Job, event: AnyEvent) -> None:
         self._store.record(job, event)
@@ -628,8 +658,11 @@ class Dispatcher:
 
     def _drop(self, attempt_id: str) -> None:
         self._leases.drop(attempt_id)
-        # A free slot may serve any job.
-        self._dirty.update(dict.fromkeys(self._store.active))
+        self._offer()
+
+    def _offer(self) -> None:
+        """There is a free slot, or a new node: it may serve any job."""
+        self._offered = True
         self._wake.set()
 
     def _changed(self, job: Job) -> None:

@@ -55,6 +55,7 @@ LOADED_KEPT = 16
 JOBS_KEPT = 1000
 """Ended jobs that are remembered."""
 JOBS_REPUBLISHED = 100
+OF_ATTEMPTS = AttemptLeased | AttemptFinished | AttemptEnded
 
 
 def meant(job_id: str, known: Collection[str]) -> str:
@@ -227,9 +228,17 @@ class JobStore:
         self._rounds = wanted
 
     def record(self, job: Job, event: AnyEvent) -> None:
-        """Journal an event, and then let it happen."""
-        self._journal.append(f"job/{job.job_id}", event)
+        """Journal an event, and then let it happen.
+
+        What becomes of attempts is written with whatever else happens in this turn of the loop, before a message tells of it.
+        """
+        append = self._journal.append_soon if isinstance(event, OF_ATTEMPTS) else self._journal.append
+        append(f"job/{job.job_id}", event)
         self._apply(job, event)
+
+    def flush(self) -> None:
+        """Write what is not written yet. Raises Unavailable."""
+        self._journal.flush()
 
     def ended(self, job: Job, final: JobProgress) -> list[str]:
         """Shorten the stream of a job that has ended; returns ids of old jobs that are forgotten for it."""

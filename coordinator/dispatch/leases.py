@@ -5,8 +5,7 @@ In memory only: a coordinator that starts again holds the attempts of its journa
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from coordinator.copies.locations import Holders
@@ -79,7 +78,14 @@ class Leases:
         self._epoch = epoch
         self._holders = holders
         self._held: dict[str, Held] = {}
-        self._load: Counter[str] = Counter()
+        self._of_node: dict[str, set[str]] = {}
+        """Attempts by node; nodes without any are not there."""
+        self._views: dict[str, NodeView] = {}
+        """Of the nodes that can compute, by id and in that order: made anew when something about a node changes."""
+        self._changed = membership.watch()
+        self._nodes: tuple[NodeView, ...] = ()
+        self._free: set[str] = set()
+        """Those that may be given more."""
         self._refusing: dict[str, tuple[int, float]] = {}
         """How often in a row a node has refused, and until when it is offered nothing."""
 
@@ -91,7 +97,7 @@ class Leases:
 
     def of_node(self, node_id: str) -> list[str]:
         """Attempts that end when this node is lost."""
-        return [key for key, held in self._held.items() if held.node_id == node_id and not held.collecting]
+        return [key for key in self._of_node.get(node_id, ()) if not self._held[key].collecting]
 
     def hold(self, job: Job, attempt: Attempt, task: AnyTask, now: float) -> Held:
         """A lease begins (or goes on, after a restart); it is sent with the next `send_due`."""
@@ -104,15 +110,18 @@ class Leases:
             task=task,
         )
         held = self._held[attempt.attempt_id] = Held(job.job_id, attempt.node_id, message, heard_at=now)
-        self._load[attempt.node_id] += 1
+        self._of_node.setdefault(attempt.node_id, set()).add(attempt.attempt_id)
+        self._changed.add(attempt.node_id)
         return held
 
     def drop(self, attempt_id: str) -> None:
         """A lease ends."""
         held = self._held.pop(attempt_id)
-        self._load[held.node_id] -= 1
-        if self._load[held.node_id] <= 0:
-            del self._load[held.node_id]
+        own = self._of_node[held.node_id]
+        own.discard(attempt_id)
+        if not own:
+            del self._of_node[held.node_id]
+        self._changed.add(held.node_id)
 
     def heard(self, node_id: str, attempt_id: str, now: float) -> Held | None:
         """The lease that its node spoke of; None when it is not out to that node."""
@@ -130,7 +139,8 @@ class Leases:
 
     def accepted(self, node_id: str) -> None:
         """It takes what it is offered."""
-        self._refusing.pop(node_id, None)
+        if self._refusing.pop(node_id, None) is not None:
+            self._changed.add(node_id)
 
     def expired(self, now: float) -> list[tuple[str, Held]]:
         """Leases that were not renewed in time."""
@@ -196,20 +206,46 @@ class Leases:
 
     def view(self, now: float) -> ClusterView:
         """The nodes that can compute, and how much more each may be given."""
-        return ClusterView(tuple(self._nodes(now)), now)
+        if self._changed or self._refusing:
+            self._look_again(now)
+        return ClusterView(self._nodes, now)
 
-    def _nodes(self, now: float) -> Iterator[NodeView]:
-        for member in self._membership.online():
-            if "tensorflow" in member.capacity.runtimes and not member.quarantined:
-                load = self._load[member.node_id]
-                resting = self._refusing.get(member.node_id, (0, 0.0))[1] > now
-                yield NodeView(
-                    member.node_id,
-                    member.capacity.gflops,
-                    free_slots=0 if resting else SLOTS - load,
-                    idle=load == 0,
-                    collective=member.collective,
-                    data=member.data,
-                    runtimes=frozenset(member.capacity.runtimes),
-                    gives_way=member.telemetry is not None and member.telemetry.gives_way,
-                )
+    def free(self, now: float) -> bool:
+        """Whether any node may be given more."""
+        if self._changed or self._refusing:
+            self._look_again(now)
+        return bool(self._free)
+
+    def _look_again(self, now: float) -> None:
+        """At the nodes of which something changed, or may have by time alone."""
+        count = len(self._views)
+        for node_id in (*self._changed, *self._refusing):
+            self._free.discard(node_id)
+            if (view := self._view_of(node_id, now)) is not None:
+                self._views[node_id] = view
+                if view.free_slots:
+                    self._free.add(node_id)
+            else:
+                count -= self._views.pop(node_id, None) is not None
+        self._changed.clear()
+        if len(self._views) > count:
+            self._views = dict(sorted(self._views.items()))
+        self._nodes = tuple(self._views.values())
+
+    def _view_of(self, node_id: str, now: float) -> NodeView | None:
+        """None where it is not there, or cannot compute."""
+        member = self._membership.get(node_id)
+        if member is None or not member.available or "tensorflow" not in member.capacity.runtimes or member.quarantined:
+            return None
+        load = len(self._of_node.get(node_id, ()))
+        resting = self._refusing.get(node_id, (0, 0.0))[1] > now
+        return NodeView(
+            node_id,
+            member.capacity.gflops,
+            free_slots=0 if resting else max(0, SLOTS - load),
+            idle=load == 0,
+            collective=member.collective,
+            data=member.data,
+            runtimes=frozenset(member.capacity.runtimes),
+            gives_way=member.telemetry is not None and member.telemetry.gives_way,
+        )

@@ -9,6 +9,7 @@ several parts, a node makes values of what all of them have counted for metrics 
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -16,7 +17,7 @@ from itertools import accumulate
 from msgspec.structs import replace
 
 from coordinator.plans.job import Attempt, Complete, Decision, EpochEnded, Lease, RoundClosed, Withdraw
-from coordinator.plans.placement import ClusterView, speeds
+from coordinator.plans.placement import ClusterView, NodeView, speeds
 from potluck.errors import ModelFailed
 from potluck.wire.messages import (
     AnyTask,
@@ -91,6 +92,8 @@ class BatchStrategy:
     measured: dict[str, float] = field(default_factory=dict)
     valued: EvaluateResult | None = None
     """Values of the `states` of all results."""
+    late: dict[str, None] = field(default_factory=dict)
+    """Attempts at chunks of which another was done first, in order."""
 
     @property
     def total(self) -> int:
@@ -106,32 +109,35 @@ class BatchStrategy:
 
     def plan(self, view: ClusterView, attempts: dict[str, Attempt]) -> list[Decision]:
         decisions: list[Decision] = [
-            Withdraw(attempt.attempt_id, "another attempt was first")
-            for attempt in attempts.values()
-            if attempt.shard_id.startswith(self.prefix) and attempt.shard_id not in {*self.chunks, self._values_id}
+            Withdraw(attempt_id, "another attempt was first") for attempt_id in self.late if attempt_id in attempts
         ]
         view = view.having(self.runtime)
         if self.complete:
             return [*decisions, *self._plan_values(view, attempts)]
+        free = [node for node in view.nodes if node.free_slots]
+        if not free:
+            return decisions
         rates = speeds(view.nodes, self.measured)
-        next_item, returned = self.next_item, list(self.returned)
+        whole = sum(rates.values())
+        next_item, returned = self.next_item, deque(self.returned)
         # One chunk a node and turn, fastest first, so that the last chunks go to those who finish them soonest.
-        for turn in range(max((node.free_slots for node in view.nodes), default=0)):
-            for node in sorted(view.nodes, key=lambda node: (-rates[node.node_id], node.node_id)):
+        free.sort(key=lambda node: (-rates[node.node_id], node.node_id))
+        for turn in range(max(node.free_slots for node in free)):
+            for node in free:
                 if node.free_slots <= turn:
                     continue
                 if returned:
-                    shard_id = returned.pop(0)
+                    shard_id = returned.popleft()
                     decisions.append(Lease(shard_id, node.node_id, self.chunks[shard_id].task))
                 elif next_item < self.total:
-                    size = self._chunk_size(self.total - next_item, node.node_id, rates)
+                    size = self._chunk_size(self.total - next_item, rates[node.node_id], whole)
                     stop = min(self.total, next_item + size)
                     task = self.task_for(self.index.slices(next_item, stop))
                     decisions.append(Lease(f"{self.prefix}-{next_item}-{stop}", node.node_id, task))
                     next_item = stop
         if not returned and next_item >= self.total:
             leased = {decision.node_id for decision in decisions if isinstance(decision, Lease)}
-            decisions += self._backups(view, attempts, rates, leased)
+            decisions += self._backups(free, attempts, rates, leased, view.now)
         return decisions
 
     def leased(self, attempt: Attempt, task: AnyTask) -> None:
@@ -153,14 +159,17 @@ class BatchStrategy:
             rate = getattr(result, "count", 0) / result.seconds
             before = self.measured.get(attempt.node_id, rate)
             self.measured[attempt.node_id] = (before + rate) / 2
+        self.late.pop(attempt.attempt_id, None)
         chunk = self.chunks.pop(attempt.shard_id, None)
         if chunk is None:
             return
+        self.late.update(dict.fromkeys(sorted(chunk.attempts - {attempt.attempt_id})))
         self.returned.pop(attempt.shard_id, None)
         self.results[chunk.items[0]] = result
         self.done_items += chunk.count
 
     def ended(self, attempt: Attempt, error: ErrorInfo | None) -> None:
+        self.late.pop(attempt.attempt_id, None)
         chunk = self.chunks.get(attempt.shard_id)
         if chunk is not None:
             chunk.attempts.discard(attempt.attempt_id)
@@ -221,19 +230,19 @@ class BatchStrategy:
     def _values_id(self) -> str:
         return f"{self.prefix}-values"
 
-    def _chunk_size(self, remaining: int, node_id: str, rates: dict[str, float]) -> int:
-        share = rates[node_id] / sum(rates.values())
-        size = remaining * share / 2
+    def _chunk_size(self, remaining: int, rate: float, whole: float) -> int:
+        """For a node that does `rate` items of the `whole` that all do in a second."""
+        size = remaining * rate / whole / 2
         if self.measured:
-            size = min(size, rates[node_id] * CHUNK_SECONDS)
-            size = max(size, rates[node_id] * CHUNK_SECONDS / 12)
+            size = min(size, rate * CHUNK_SECONDS)
+            size = max(size, rate * CHUNK_SECONDS / 12)
         else:
             size = min(size, max(PROBE_ITEMS, self.batch_size))
         batches = max(1, round(size / self.batch_size))
         return batches * self.batch_size
 
     def _backups(
-        self, view: ClusterView, attempts: dict[str, Attempt], rates: dict[str, float], busy: set[str]
+        self, free: list[NodeView], attempts: dict[str, Attempt], rates: dict[str, float], busy: set[str], now: float
     ) -> list[Decision]:
         late: list[tuple[float, str, str]] = []
         for shard_id, chunk in self.chunks.items():
@@ -245,10 +254,9 @@ class BatchStrategy:
             promised = (
                 chunk.count / self.measured[attempt.node_id] if attempt.node_id in self.measured else CHUNK_SECONDS
             )
-            if view.now - attempt.leased_at > BACKUP_FACTOR * max(promised, CHUNK_SECONDS):
+            if now - attempt.leased_at > BACKUP_FACTOR * max(promised, CHUNK_SECONDS):
                 late.append((attempt.leased_at, shard_id, attempt.node_id))
-        idle = [node for node in view.nodes if node.idle and node.free_slots and node.node_id not in busy]
-        idle.sort(key=lambda node: (-rates[node.node_id], node.node_id))
+        idle = [node for node in free if node.idle and node.node_id not in busy]
         found: list[Decision] = []
         for _, shard_id, owner in sorted(late):
             node = next((node for node in idle if node.node_id != owner), None)

@@ -381,11 +381,15 @@ class Job:
         """
         if not self.active or self.strategy is None:
             return []
-        nodes = [node for node in view.nodes if node.node_id not in self.refused]
+        nodes: Sequence[NodeView] = view.nodes
+        if self.refused:
+            nodes = [node for node in nodes if node.node_id not in self.refused]
         if view.nodes and not nodes and self.participants <= self.refused.keys():
             reason = self.refused[view.nodes[0].node_id]
             what = "runs this model" if reason.code == CodeNotAllowed.code else "can do this job"
             raise from_code(reason.code, f"no node {what}: {reason.message}")
+        if not (self.refused or self.hopeless or self.resting):
+            return self.strategy.plan(view, self.attempts)
         others = [node for node in nodes if node.node_id not in self.hopeless]
         if others and not self._stuck(others, view.now):
             nodes = others

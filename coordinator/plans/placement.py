@@ -61,6 +61,8 @@ class ClusterView:
 
     def having(self, runtime: str) -> ClusterView:
         """The same with only those nodes that have it."""
+        if all(runtime in node.runtimes for node in self.nodes):
+            return self
         return replace(self, nodes=tuple(node for node in self.nodes if runtime in node.runtimes))
 
     @property
@@ -74,7 +76,7 @@ def speeds(nodes: Sequence[NodeView], measured: Mapping[str, float]) -> dict[str
     known = [rate for rate in rates.values() if rate > 0]
     typical = sum(known) / len(known) if known else 1.0
     rates = {node_id: rate if rate > 0 else typical for node_id, rate in rates.items()}
-    both = [node_id for node_id in rates if measured.get(node_id, 0.0) > 0]
+    both = {node_id: None for node_id in rates if measured.get(node_id, 0.0) > 0}
     factor = sum(measured[node_id] for node_id in both) / sum(rates[node_id] for node_id in both) if both else 1.0
     return {node_id: measured[node_id] if node_id in both else rate * factor for node_id, rate in rates.items()}
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from coordinator.dispatch.checking import wrong_signature
 from coordinator.dispatch.leases import on_nodes
-from coordinator.membership import Membership
+from coordinator.membership import Member, Membership
 from coordinator.plans.placement import RUNTIME_OF, WORDS
 from coordinator.registry import Registry, pixel_scale
 from coordinator.serving import memory
@@ -111,26 +111,28 @@ class Upkeep:
 
     def node_joined(self, node_id: str) -> None:
         self.changed.set()
-        self._take_stock(node_id)
+        if (member := self._membership.get(node_id)) is not None:
+            self._take_stock([member])
         for deployment in self._records.deployments.values():
             self.reconcile(deployment)
 
-    def _take_stock(self, node_id: str) -> None:
-        """Adopt what a node says it holds and a deployment misses; what nobody wants is to go.
+    def _take_stock(self, members: Iterable[Member]) -> None:
+        """Adopt what nodes say they hold and a deployment misses; what nobody wants is to go.
 
         That is left over from before a restart of ours, or from a time when the node could not be reached.
         """
-        member = self._membership.get(node_id)
-        telemetry = member.telemetry if member is not None else None
-        if telemetry is None or self._seen.get(node_id) is telemetry:
-            return
-        self._seen[node_id] = telemetry
-        places = self.places()
-        for replica_id in telemetry.replicas:
-            deployment = self._records.deployments.get(_name_of(replica_id))
-            ours = deployment is not None and _node_of(replica_id) == node_id
-            if deployment is None or not ours or not deployment.adopt(replica_id, node_id, places):
-                self.unload(node_id, replica_id)
+        places: list[Place] | None = None
+        for member in members:
+            node_id, telemetry = member.node_id, member.telemetry
+            if telemetry is None or self._seen.get(node_id) is telemetry:
+                continue
+            self._seen[node_id] = telemetry
+            for replica_id in telemetry.replicas:
+                places = self.places() if places is None else places
+                deployment = self._records.deployments.get(_name_of(replica_id))
+                ours = deployment is not None and _node_of(replica_id) == node_id
+                if deployment is None or not ours or not deployment.adopt(replica_id, node_id, places):
+                    self.unload(node_id, replica_id)
 
     def _on_loaded(self, node_id: str, message: ModelLoaded) -> None:
         name = _name_of(message.replica_id)
@@ -161,8 +163,7 @@ class Upkeep:
 
     def tick(self) -> None:
         """Let time pass: what nodes say is looked at, and what is missing is asked for again."""
-        for member in self._membership.online():
-            self._take_stock(member.node_id)
+        self._take_stock(self._membership.online())
         for deployment in list(self._records.deployments.values()):
             if deployment.parked and self._inference.router_of(deployment.name).queue:
                 self.wake(deployment)  # its last replica died with requests on the way
