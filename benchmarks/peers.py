@@ -23,16 +23,21 @@ from potluck.errors import TimedOut, Unavailable
 from potluck.lifecycle import die_with_parent
 
 TENSORFLOW = ("tensorflow-cpu==2.21.0", "keras==3.15.1")
-PACKAGES = {"mlserver": ("mlserver==1.7.1", *TENSORFLOW), "ray": ("ray[serve]==2.60.0", *TENSORFLOW)}
+PACKAGES = {
+    "mlserver": ("mlserver==1.7.1", *TENSORFLOW),
+    "ray": ("ray[serve]==2.60.0", *TENSORFLOW),
+    "dask": ("distributed==2026.8.0",),
+}
 """Of each environment; together they cannot be installed."""
 FOLDER = Path(__file__).parents[1] / ".cache" / "peers"
 APPS = Path(__file__).with_name("peer_apps")
 READY_SECONDS = 120.0
 
 
-def install() -> None:
-    """Make the environments, unless they are there. Raises CalledProcessError."""
-    for name, packages in PACKAGES.items():
+def install(*names: str) -> None:
+    """Make the environments of these, unless they are there. Raises CalledProcessError."""
+    for name in names:
+        packages = PACKAGES[name]
         folder, stamp = FOLDER / name, FOLDER / name / "installed"
         if stamp.is_file() and stamp.read_text().split() == list(packages):
             continue

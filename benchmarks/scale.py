@@ -23,6 +23,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Self
 
+import peers
 import psutil
 from report import OtherLoad, Report
 
@@ -245,6 +246,53 @@ async def rest(folder: Path, report: Report, nodes: int, seconds: float) -> dict
     return found
 
 
+async def dask(report: Report, workers: int, tasks: int, seconds: float) -> dict[str, float]:
+    """The CPU time of Dask's scheduler a task, with so many simulated workers, asked for `tasks` at a time."""
+    peers.install("dask")
+    python, script = str(peers.FOLDER / "dask" / "bin" / "python"), str(peers.APPS / "dask_app.py")
+    async with AsyncExitStack() as stack:
+
+        async def start(*arguments: str) -> asyncio.subprocess.Process:
+            process = await asyncio.create_subprocess_exec(
+                python, script, *arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                preexec_fn=die_with_parent(),
+            )  # fmt: skip
+            stack.push_async_callback(_kill, process)
+            return process
+
+        async def said(process: asyncio.subprocess.Process) -> str:
+            assert process.stdout is not None
+            async with asyncio.timeout(JOIN_SECONDS + seconds):
+                return (await process.stdout.readline()).decode().strip()
+
+        scheduler = await start("scheduler", "0")
+        address = await said(scheduler)
+        assert await said(await start("workers", address, str(workers))) == "joined"
+        client = await start("client", address, str(tasks), str(seconds))
+        assert await said(client) == "ready"
+        used, at = psutil.Process(scheduler.pid).cpu_times(), time.monotonic()
+        assert client.stdin is not None
+        client.stdin.write(b"\n")
+        done = int(await said(client))
+        after, took = psutil.Process(scheduler.pid).cpu_times(), time.monotonic() - at
+    cpu = after.user + after.system - used.user - used.system
+    found = {
+        "tasks": done,
+        "seconds": took,
+        "cpu_seconds": cpu,
+        "per_second": done / took,
+        "per_cpu_second": done / cpu,
+    }
+    report.rows.append((f"Dask, {workers} workers", f"{done / took:.0f}", f"{done / cpu:.0f}", f"{cpu / took:.2f}", ""))
+    return found
+
+
+async def _kill(process: asyncio.subprocess.Process) -> None:
+    if process.returncode is None:
+        process.kill()
+    await process.wait()
+
+
 CHECKS = (
     "shards_per_cpu_second_100",
     "shards_per_cpu_second_1000",
@@ -264,6 +312,8 @@ async def run(folder: Path, report: Report, only: Callable[[str], bool], *, quic
         found = report.figures["shards_1000"] = await shards(folder, report, size, 1, seconds)
         report.check("shards_per_cpu_second_1000", found["per_cpu_second"], at_least=3000)
         report.check("shards_per_second_1000", found["per_second"], at_least=1000)
+        rival = report.figures["dask_1000"] = await dask(report, size, 1000 if quick else 20_000, seconds)
+        report.check("tasks_over_dask", found["per_cpu_second"] / rival["per_cpu_second"], at_least=0.7)
     if only("shards_per_cpu_second_200_jobs"):
         jobs = 20 if quick else 200
         found = report.figures["shards_200_jobs"] = await shards(folder, report, 20 if quick else 100, jobs, seconds)

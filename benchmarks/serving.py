@@ -378,7 +378,7 @@ def main() -> None:
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     parts = [part for part, checks in PARTS.items() if arguments.only is None or arguments.only in checks]
     if {alone, throughput} & set(parts) and not arguments.quick:
-        peers.install()
+        peers.install("mlserver", "ray")
     report = Report("serving", columns=("", "rate", "p50 ms", "p99 ms"))
     with tempfile.TemporaryDirectory(prefix="potluck-bench-") as folder:
         lab = Lab(Path(folder), arguments.quick, arguments.turns)

@@ -23,6 +23,7 @@ from potluck.bus import packets
 from potluck.wire import codec
 from potluck.wire.messages import (
     AcknowledgeResult,
+    BlobsStored,
     Capacity,
     EvaluateResult,
     EvaluateTask,
@@ -68,6 +69,7 @@ class Node(asyncio.Protocol):
         self._splitter = packets.Splitter()
         self._ids = itertools.cycle(range(1, 0x10000))
         self._held: set[str] = set()
+        self._blobs: set[str] = set()
         self._transport: asyncio.Transport | None = None
         self.joined = asyncio.get_running_loop().create_future()
 
@@ -154,6 +156,10 @@ class Node(asyncio.Protocol):
                     return  # its result is on the way
                 self._counts.leased += 1
                 self._held.add(message.attempt_id)
+                blobs = {ref.sha256 for ref in (task.model, *(one.blob for one in task.slices))} - self._blobs
+                if blobs:  # as if it had fetched them
+                    self._blobs |= blobs
+                    self._publish(self._outbox, BlobsStored(blobs=tuple(sorted(blobs))))
                 count = sum(one.stop - one.start for one in task.slices)
                 result = EvaluateResult(
                     count=count, sums={"loss": 1.0 * count}, seconds=CHUNK_SECONDS * count / task.batch_size

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterable
-from itertools import islice
+from itertools import chain, islice
 
 from coordinator.membership import Membership
 
 PEERS_NAMED = 8
 """Nodes named as holders of a blob, beside ourselves."""
+PEERS_LOOKED_AT = 64
+"""Of those that have a blob, until PEERS_NAMED are found that are online: what they were may be long ago."""
 OWN_NAMED = 3
 """Of our own addresses, where little can be said."""
 HOLDERS_LIMIT = 100_000
@@ -21,18 +24,24 @@ class Holders:
     def __init__(self, membership: Membership, urls: Callable[[], tuple[str, ...]]) -> None:
         self._membership = membership
         self._urls = urls
-        self._nodes: dict[str, set[str]] = {}
+        self._nodes: dict[str, dict[str, None]] = {}
 
     def stored(self, node_id: str, blobs: Iterable[str]) -> None:
         """A node now has these blobs."""
         for sha256 in blobs:
-            self._nodes.setdefault(sha256, set()).add(node_id)
+            self._nodes.setdefault(sha256, {})[node_id] = None
         while len(self._nodes) > HOLDERS_LIMIT:
             del self._nodes[next(iter(self._nodes))]
 
     def nodes(self, sha256: str) -> tuple[str, ...]:
-        """Base URLs of the nodes that have a blob and are online."""
-        members = (self._membership.get(node_id) for node_id in sorted(self._nodes.get(sha256, ())))
+        """Base URLs of the nodes that have a blob and are online; of very many, some by chance: no node is asked by all."""
+        known = self._nodes.get(sha256, {})
+        if len(known) <= PEERS_LOOKED_AT:
+            looked_at: Iterable[str] = sorted(known)
+        else:
+            first = random.randrange(len(known))
+            looked_at = islice(chain(islice(known, first, None), known), PEERS_LOOKED_AT)
+        members = map(self._membership.get, looked_at)
         there = (url for member in members if member and member.state == "online" for url in member.http[:1])
         return tuple(islice(there, PEERS_NAMED))
 
