@@ -182,8 +182,13 @@ class Assignments:
         return []
 
     def on_renewal_due(self) -> list[Effect]:
-        """Tell the coordinator that we are still at it."""
-        return [Send(_renewed(attempt_id, held)) for attempt_id, held in self.held.items() if held.state != "reporting"]
+        """Tell the coordinator that we are still at it: in one message, by the lease that something is to be said of."""
+        held = [attempt_id for attempt_id, one in self.held.items() if one.state != "reporting"]
+        if not held:
+            return []
+        said = next((attempt_id for attempt_id in held if self.held[attempt_id].state == "running"), held[0])
+        also = tuple(attempt_id for attempt_id in held if attempt_id != said)
+        return [Send(_renewed(said, self.held[said], also))]
 
     def on_resend_due(self) -> list[Effect]:
         """Report again what was not acknowledged."""
@@ -232,5 +237,5 @@ class Assignments:
         return []
 
 
-def _renewed(attempt_id: str, held: _Held) -> LeaseRenewed:
-    return LeaseRenewed(attempt_id=attempt_id, done=held.done, metrics=held.metrics, stage=held.stage)
+def _renewed(attempt_id: str, held: _Held, also: tuple[str, ...] = ()) -> LeaseRenewed:
+    return LeaseRenewed(attempt_id=attempt_id, done=held.done, metrics=held.metrics, stage=held.stage, also=also)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import islice
 
 from msgspec.structs import replace
 
@@ -11,13 +12,29 @@ from coordinator.dispatch.leases import Leases
 from coordinator.plans.job import Job
 from coordinator.plans.placement import WORDS
 from potluck.bus.outbox import Outbox
-from potluck.wire.messages import JobChanged, JobEnded
+from potluck.wire.messages import JobChanged, JobEnded, JobProgress
 from potluck.wire.refs import locate
 from potluck.wire.topics import Topics
 
 PROGRESS_SECONDS = 0.5
 """A job's state is told at most once in this time while it runs."""
 RETAIN_SECONDS = 24 * 3600.0
+NODES_TOLD = 50
+"""Of a job's nodes, in what is told of it again and again."""
+
+
+def bounded(progress: JobProgress) -> JobProgress:
+    """The same, of very many nodes the fastest, and some of those that are left out: it is told twice a second."""
+    if max(map(len, (progress.nodes, progress.quarantined, progress.waiting))) <= NODES_TOLD:
+        return progress
+    fastest = sorted(progress.nodes, key=lambda node_id: (-progress.nodes[node_id], node_id))[:NODES_TOLD]
+    return replace(
+        progress,
+        nodes={node_id: progress.nodes[node_id] for node_id in sorted(fastest)},
+        nodes_more=len(progress.nodes) - len(fastest),
+        quarantined=dict(islice(progress.quarantined.items(), NODES_TOLD)),
+        waiting=dict(islice(progress.waiting.items(), NODES_TOLD)),
+    )
 
 
 class Announcer:
@@ -47,10 +64,10 @@ class Announcer:
         else:
             waiting = self._doing.get(job.job_id, "") or self._leases.stage(job)
         described = self._jobs.described(job, running, waiting=waiting)
+        progress = described.progress
         if job.active and (left_out := self._leases.quarantined()):
-            progress = replace(described.progress, quarantined=left_out | described.progress.quarantined)
-            return replace(described, progress=progress)
-        return described
+            progress = replace(progress, quarantined=left_out | progress.quarantined)
+        return replace(described, progress=bounded(progress))
 
     def ended(self, job: Job) -> JobEnded | None:
         """The result of a job that has ended, its blobs to be had from here."""

@@ -74,6 +74,8 @@ from potluck.wire.messages import (
 
 log = logging.getLogger(__name__)
 
+ALSO_LIMIT = 8
+"""Attempts beside the one that a node speaks of: it holds fewer."""
 REST_FACTOR = 5.0
 REST_LIMIT_SECONDS = 0.02
 """After planning it rests for so many times as long as that took, and no longer than this: plans cost by nodes, not by what happened."""
@@ -196,11 +198,14 @@ class Dispatcher:
             case LeaseRenewed():
                 if (held := self._heard(node_id, message.attempt_id)) is not None:
                     said = bounded_renewal(held.message.task, message)
-                    held.taken, held.done, held.metrics, held.stage = True, said.done, said.metrics, said.stage
+                    held.done, held.metrics, held.stage = said.done, said.metrics, said.stage
                     self._announcer.changed(held.job_id)
-                elif message.attempt_id not in self._leases:
-                    # We have given it up (or were started anew without it): the node must not work in vain.
-                    self._leases.withdraw(node_id, message.attempt_id, "unknown")
+                for attempt_id in (message.attempt_id, *message.also[:ALSO_LIMIT]):
+                    if (held := self._heard(node_id, attempt_id)) is not None:
+                        held.taken = True
+                    elif attempt_id not in self._leases:
+                        # We have given it up (or were started anew without it): the node must not work in vain.
+                        self._leases.withdraw(node_id, attempt_id, "unknown")
             case LeaseRefused():
                 if self._heard(node_id, message.attempt_id) is not None:
                     # Not the shard's fault: it is given to another, and does not count as a failure.

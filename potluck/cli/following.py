@@ -154,7 +154,7 @@ def progress_text(progress: JobProgress) -> str:
     if progress.total:
         parts.append(f"{progress.done:,}/{counted(progress.total, 'item')} ({progress.done / progress.total:.0%})")
     if progress.items_per_second:
-        parts.append(f"{rate_text(progress.items_per_second)} on {counted(len(progress.nodes), 'node')}")
+        parts.append(f"{rate_text(progress.items_per_second)} on {counted(len(progress.nodes) + progress.nodes_more, 'node')}")
     if (left := seconds_left(progress)) is not None:
         parts.append(f"{seconds_text(left)} left")
     training, validated = current_texts(progress)
@@ -221,6 +221,8 @@ def picture(state: JobChanged, *, verbose: bool = False) -> RenderableType:
         Text(f"    {node:<24} {rate_text(speed):>18}", style="dim", no_wrap=True, overflow="ignore")
         for node, speed in progress.nodes.items()
     ]
+    if progress.nodes_more:
+        lines.append(Text(f"    and {counted(progress.nodes_more, 'node')} more", style="dim"))
     if progress.image:
         lines.append(Line(Text(f"images {images_text(progress)}", style="dim"), indent=2))
     if verbose and progress.strategy:

@@ -383,7 +383,9 @@ class JobProgress(Part, frozen=True):
     items_per_second: float = 0.0
     """Of all together, with what they wait for each other and for what is sent."""
     nodes: dict[str, float] = {}
-    """Items per second of each node at work, while it computes."""
+    """Items per second of each node at work, while it computes; of very many the fastest."""
+    nodes_more: Count = 0
+    """Nodes at work that are not among `nodes`."""
     message: str = ""
     quarantined: dict[str, str] = {}
     """Nodes that are left out of the job, and why."""
@@ -1260,6 +1262,8 @@ class LeaseRenewed(Message, frozen=True):
     metrics: dict[str, float] = {}
     stage: str = ""
     """For people, before the first item: `starting engine (TensorFlow)`, `loading the model`."""
+    also: tuple[str, ...] = ()
+    """Other attempts that the node holds, and of which there is nothing else to say."""
 
 
 class ShardFinished(Message, frozen=True):

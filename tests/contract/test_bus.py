@@ -774,6 +774,58 @@ async def test_paho_internals_that_the_bus_rests_on(mosquitto: Bench, caplog: py
     assert not caplog.records
 
 
+async def test_receipts_do_not_tear_a_packet_that_is_half_written(mosquitto: Bench) -> None:
+    """Whoever hears its own large messages at QoS 1 acknowledges them while the socket is full of the next ones."""
+    alice, bob = await mosquitto.connected("alice", "bob")
+    got, handler = inbox()
+    alice.subscribe(TOPICS.jobs_submit, handler)
+    await alice.publish(TOPICS.node("x", "inbox"), ListJobs())
+    for number in range(200):
+        message = AcknowledgeResult(attempt_id=f"{number:03}" + "x" * 200_000)
+        while not alice.publish_now(TOPICS.jobs_submit, message):
+            await alice.room()
+        assert bob.publish_now(TOPICS.jobs_submit, AcknowledgeResult(attempt_id="b")) or await bob.room() is None
+    await eventually(lambda: len([1 for envelope in got if len(envelope.message.attempt_id) > 1]) == 200)  # type: ignore[attr-defined]
+    assert alice.counters["connects"] == 1
+
+
+async def test_many_are_under_way_at_once_and_none_is_lost_with_the_connection(bench: Bench) -> None:
+    alice, bob = await bench.connected("alice", "bob")
+    got, handler = inbox()
+    bob.subscribe(TOPICS.jobs_submit, handler)
+    await bob.publish(TOPICS.node("x", "inbox"), ListJobs())
+    most = 0
+    for number in range(500):
+        message = AcknowledgeResult(attempt_id=f"{number:03}")
+        while not alice.publish_now(TOPICS.jobs_submit, message):
+            await alice.room()
+        if isinstance(alice, MqttBus):
+            most = max(most, len(alice._under_way))
+        if number in (120, 333):
+            bench.cut(alice)
+    await eventually(lambda: len({envelope.message.attempt_id for envelope in got}) == 500)  # type: ignore[attr-defined]
+    firsts = list(dict.fromkeys(envelope.message.attempt_id for envelope in got))  # type: ignore[attr-defined]
+    assert firsts == sorted(firsts), "in the order of the calls, but for what came twice"
+    if isinstance(alice, MqttBus):
+        assert 1 < most <= 100
+        await eventually(lambda: not alice._under_way)  # type: ignore[attr-defined]
+
+
+async def test_a_message_that_nobody_took_in_time_is_not_sent_late(mosquitto: Bench) -> None:
+    (alice,) = await mosquitto.connected("alice")
+    assert isinstance(alice, MqttBus)
+    assert mosquitto.broker is not None
+    mosquitto.broker.freeze()
+    assert alice.publish_now(TOPICS.jobs_submit, ListNodes())
+    assert alice._under_way
+    for message in alice._under_way:
+        message.given_up_at = 0.0
+    mosquitto.cut(alice)
+    mosquitto.broker.thaw()
+    await eventually(lambda: alice.counters["connects"] == 2)
+    assert not alice._under_way
+
+
 async def test_a_question_says_when_the_broker_went(bench: Bench) -> None:
     """Whoever waits for an answer should not look for the fault where the question went."""
     (alice,) = await bench.connected("alice")

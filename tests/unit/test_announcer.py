@@ -7,10 +7,12 @@ from typing import Any, cast
 
 import pytest
 
-from coordinator.dispatch.announcer import Announcer
+from coordinator.dispatch.announcer import NODES_TOLD, Announcer, bounded
 from coordinator.dispatch.leases import on_nodes
 from coordinator.plans.placement import ClusterView, NodeView
 from potluck.bus.outbox import Outbox
+from potluck.wire import codec
+from potluck.wire.messages import JobChanged, JobProgress
 from potluck.wire.topics import Topics
 
 
@@ -33,11 +35,27 @@ def test_a_job_says_what_it_waits_for(nodes: tuple[NodeView, ...], told: str) ->
     leases = SimpleNamespace(
         view=lambda now: ClusterView(nodes, now), running=lambda job: at_work, stage=lambda job: ""
     )
-    jobs = SimpleNamespace(described=lambda job, running, *, waiting: waiting)
-    announcer = Announcer(Topics("test"), cast(Outbox, None), cast(Any, jobs), cast(Any, leases), lambda: ())
-    assert (
-        announcer.described(cast(Any, SimpleNamespace(job_id="j", runtimes=("tensorflow",), active=False)), 0.0) == told
+    jobs = SimpleNamespace(
+        described=lambda job, running, *, waiting: JobChanged(
+            job_id="j", kind="predict", state="running", created_at=0.0, progress=JobProgress(message=waiting)
+        )
     )
+    announcer = Announcer(Topics("test"), cast(Outbox, None), cast(Any, jobs), cast(Any, leases), lambda: ())
+    described = announcer.described(cast(Any, SimpleNamespace(job_id="j", runtimes=("tensorflow",), active=False)), 0.0)
+    assert described.progress.message == told
+
+
+def test_of_a_thousand_nodes_the_fastest_are_told_and_how_many_more_there_are() -> None:
+    few = JobProgress(nodes={"a": 1.0, "b": 2.0}, waiting={"c": "it starts"})
+    assert bounded(few) is few
+    many = JobProgress(
+        nodes={f"n{number:03}": float(number) for number in range(1000)},
+        waiting={f"w{number}": "it starts" for number in range(1000)},
+    )
+    told = bounded(many)
+    assert list(told.nodes) == [f"n{number:03}" for number in range(950, 1000)]
+    assert (told.nodes_more, len(told.waiting)) == (950, NODES_TOLD)
+    assert len(codec.pack(told, "json")) < 4000
 
 
 def test_what_nodes_do_before_they_compute_is_told_by_stage() -> None:

@@ -11,6 +11,7 @@ import pytest
 from coordinator.journal import Journal
 from coordinator.plans.job import AnyEvent, AttemptEnded, JobStarted
 from potluck.errors import Conflict, Unavailable
+from potluck.wire import codec
 
 
 def test_events_come_back_in_order_and_by_stream(tmp_path: Path) -> None:
@@ -58,6 +59,47 @@ def test_a_full_disk_is_said_and_loses_nothing(tmp_path: Path) -> None:
     journal._db.execute(f"PRAGMA max_page_count = {pages + 99}")
     journal.append("job/1", JobStarted(at=3.0))
     assert [event.at for event in journal.replay("job/1", AnyEvent)] == [1.0, 3.0]  # type: ignore[arg-type]
+    journal.close()
+
+
+def test_what_is_written_soon_is_written_with_the_next_in_the_order_of_the_calls(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "j")
+
+    def on_disk() -> list[float]:
+        kept = journal._db.execute("SELECT body FROM events ORDER BY seq").fetchall()
+        return [codec.unpack(body, JobStarted).at for (body,) in kept]
+
+    for at in (1.0, 2.0):
+        journal.append_soon("job/1", JobStarted(at=at))
+    assert on_disk() == []
+    journal.append("job/2", JobStarted(at=3.0))
+    assert on_disk() == [1.0, 2.0, 3.0]
+    journal.append_soon("job/1", JobStarted(at=4.0))
+    journal.flush()
+    journal.append_soon("job/1", JobStarted(at=5.0))
+    assert on_disk() == [1.0, 2.0, 3.0, 4.0]
+    assert [event.at for event in journal.replay("job/1", AnyEvent)] == [1.0, 2.0, 4.0, 5.0]  # type: ignore[arg-type]
+    journal.append_soon("job/1", JobStarted(at=6.0))
+    journal.close()
+    again = Journal(tmp_path / "j")
+    assert [event.at for event in again.replay("job/1", AnyEvent)] == [1.0, 2.0, 4.0, 5.0, 6.0]  # type: ignore[arg-type]
+    again.close()
+
+
+def test_what_could_not_be_written_soon_still_waits(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "j")
+    journal.append("job/1", JobStarted(at=1.0))
+    pages = journal._db.execute("PRAGMA page_count").fetchone()[0]
+    journal._db.execute(f"PRAGMA max_page_count = {pages + 1}")
+    journal.append_soon("job/1", *(AttemptEnded(at=2.0, attempt_id="a", reason="r" * 4096) for _ in range(9)))
+    with pytest.raises(Unavailable, match="full"):
+        journal.flush()
+    with pytest.raises(Unavailable, match="full"):
+        journal.append("job/2", JobStarted(at=3.0))
+    journal._db.execute(f"PRAGMA max_page_count = {pages + 99}")
+    journal.flush()
+    assert len(list(journal.replay("job/1", AnyEvent))) == 10  # type: ignore[arg-type]
+    assert journal.streams("job/") == ["job/1"], "whoever wrote the other was told that it was not written"
     journal.close()
 
 

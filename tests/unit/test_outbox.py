@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import pytest
+
 from potluck.bus.exchange import Envelope
 from potluck.bus.outbox import Outbox
+from potluck.errors import Unavailable
 from potluck.wire.messages import INLINE_LIMIT_BYTES, AcknowledgeResult, ListNodes
 from potluck.wire.topics import Topics
 from support.eventually import eventually
@@ -76,3 +79,38 @@ async def test_what_cannot_be_sent_is_dropped_and_counted() -> None:
         assert got == [numbered(number) for number in range(3)]
         for task in running:
             task.cancel()
+
+
+async def test_nothing_goes_out_before_what_it_rests_on_is_written() -> None:
+    broker = FakeBroker()
+    bus = FakeBus(broker, client_id="a")
+    told: list[int] = []
+    outbox = Outbox(bus, before=lambda: told.append(len(broker.messages(TOPIC))))
+    async with asyncio.TaskGroup() as tasks:
+        running = [tasks.create_task(bus.run()), tasks.create_task(outbox.run())]
+        await bus.connected(1)
+        for number in range(3):
+            outbox.publish(TOPIC, numbered(number), qos=number % 2)
+        assert broker.messages(TOPIC) == []
+        await outbox.drained()
+        assert broker.messages(TOPIC) == [numbered(number) for number in range(3)]
+        assert told[0] == 0
+        for task in running:
+            task.cancel()
+
+
+async def test_what_cannot_be_written_ends_the_sending_and_is_not_sent() -> None:
+    def fails() -> None:
+        raise Unavailable("the journal cannot be written")
+
+    broker = FakeBroker()
+    bus = FakeBus(broker, client_id="a")
+    outbox = Outbox(bus, before=fails)
+    running = asyncio.create_task(bus.run())
+    await bus.connected(1)
+    outbox.publish(TOPIC, numbered(1))
+    with pytest.raises(Unavailable, match="the journal"):
+        await outbox.run()
+    assert broker.messages(TOPIC) == []
+    running.cancel()
+    await asyncio.wait([running])

@@ -1,0 +1,161 @@
+"""The leases that are out: the view of the nodes is kept, and always what a fresh look at all of them would give."""
+
+from __future__ import annotations
+
+import random
+from types import SimpleNamespace
+from typing import Any, cast
+from unittest.mock import Mock
+
+import pytest
+
+from coordinator.copies.locations import PEERS_NAMED, Holders
+from coordinator.dispatch.leases import SLOTS, Leases
+from coordinator.membership import Membership
+from coordinator.plans.job import Attempt
+from coordinator.plans.placement import NodeView
+from potluck.settings import CoordinatorSettings
+from potluck.wire.messages import (
+    BlobRef,
+    Capacity,
+    DataFormat,
+    DataSlice,
+    EvaluateTask,
+    NodeCapacity,
+    NodeStatus,
+    NodeTelemetry,
+)
+from potluck.wire.topics import Topics
+
+BLOB = BlobRef(sha256="a" * 64, size=1)
+TASK = EvaluateTask(
+    model=BLOB, weights=None, slices=(DataSlice(blob=BLOB, start=0, stop=8),), format=DataFormat(kind="arrays"), image=None,
+    batch_size=4,
+)  # fmt: skip
+JOB = cast(Any, SimpleNamespace(job_id="j"))
+NODES = [f"n{number}" for number in range(6)]
+
+
+class Bench:
+    def __init__(self) -> None:
+        self.membership = Membership(timeout_seconds=10)
+        self.leases = Leases(
+            topics=Topics("test"), outbox=Mock(), membership=self.membership, settings=CoordinatorSettings(), epoch=1,
+            holders=Holders(self.membership, lambda: ()),
+        )  # fmt: skip
+        self.refusing: dict[str, tuple[int, float]] = self.leases._refusing
+        self.now = 0.0
+
+    def born(self, node_id: str, *, session: str = "1", runtimes: tuple[str, ...] = ("tensorflow",)) -> None:
+        capacity = Capacity(
+            hostname="h", system="s", cores=1, memory_bytes=1, runtimes=dict.fromkeys(runtimes, "2"), gflops=3.0
+        )
+        self.membership.on_capacity(NodeCapacity(node_id=node_id, capacity=capacity))
+        self.membership.on_status(
+            NodeStatus(node_id=node_id, session=session, state="online", http=(f"http://{node_id}:1",)), self.now
+        )
+
+    def tells(self, node_id: str, *, gives_way: bool = False) -> None:
+        member = self.membership.get(node_id)
+        self.membership.on_telemetry(
+            NodeTelemetry(
+                node_id=node_id, session=member.session if member else "", cpu_percent=1, memory_used_bytes=1,
+                memory_available_bytes=1, gives_way=gives_way,
+            ),
+            self.now,
+        )  # fmt: skip
+
+    def hold(self, attempt_id: str, node_id: str) -> None:
+        self.leases.hold(JOB, Attempt(attempt_id, "items-0-8", node_id, self.now), TASK, self.now)
+
+    def looked_at_anew(self) -> tuple[NodeView, ...]:
+        """Every node, as nothing that is kept has it."""
+        found = []
+        for member in self.membership.online():
+            if "tensorflow" in member.capacity.runtimes and not member.quarantined:
+                load = sum(held.node_id == member.node_id for held in self.leases._held.values())
+                resting = self.refusing.get(member.node_id, (0, 0.0))[1] > self.now
+                found.append(
+                    NodeView(
+                        member.node_id,
+                        member.capacity.gflops,
+                        free_slots=0 if resting else max(0, SLOTS - load),
+                        idle=load == 0,
+                        collective=member.collective,
+                        data=member.data,
+                        runtimes=frozenset(member.capacity.runtimes),
+                        gives_way=member.telemetry is not None and member.telemetry.gives_way,
+                    )
+                )
+        return tuple(found)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_view_is_what_a_fresh_look_gives_whatever_happens(seed: int) -> None:
+    bench, chance = Bench(), random.Random(seed)
+    held: list[str] = []
+    for number in range(400):
+        node_id = chance.choice(NODES)
+        match chance.randrange(10):
+            case 0:
+                bench.born(
+                    node_id, session=str(chance.randrange(3)), runtimes=chance.choice((("tensorflow",), ("litert",)))
+                )
+            case 1:
+                bench.membership.on_status(
+                    NodeStatus(node_id=node_id, session=str(chance.randrange(3)), state="offline"), bench.now
+                )
+            case 2:
+                bench.tells(node_id, gives_way=chance.random() < 0.5)
+            case 3:
+                bench.leases.refused(node_id, bench.now)
+            case 4:
+                bench.leases.accepted(node_id)
+            case 5:
+                bench.membership.quarantine(node_id, "it lies")
+            case 6:
+                bench.now += chance.choice((0.3, 1.0, 6.0, 700.0))
+                bench.membership.tick(bench.now)
+            case 7 if held:
+                bench.leases.drop(held.pop(chance.randrange(len(held))))
+            case 8:
+                bench.membership.heard(node_id, bench.now)
+            case _:
+                bench.hold(f"a{number}", node_id)
+                held.append(f"a{number}")
+        expected = bench.looked_at_anew()
+        assert bench.leases.view(bench.now).nodes == expected
+        assert bench.leases.free(bench.now) == any(node.free_slots for node in expected)
+        for name in NODES:
+            assert sorted(bench.leases.of_node(name)) == sorted(
+                key for key, one in bench.leases._held.items() if one.node_id == name
+            )
+
+
+def test_what_did_not_change_is_not_looked_at_again() -> None:
+    bench = Bench()
+    for node_id in NODES:
+        bench.born(node_id)
+    before = bench.leases.view(0.0).nodes
+    for node_id in NODES:
+        bench.tells(node_id)
+        bench.membership.heard(node_id, 1.0)
+    assert bench.leases.view(1.0).nodes is before
+    bench.hold("a", "n2")
+    after = bench.leases.view(1.0).nodes
+    assert [one is other for one, other in zip(before, after, strict=True)] == [node != "n2" for node in NODES]
+
+
+def test_of_very_many_holders_not_always_the_same_are_named() -> None:
+    bench = Bench()
+    holders = Holders(bench.membership, lambda: ("http://coordinator:1",))
+    for number in range(1000):
+        bench.born(f"n{number:03}")
+        holders.stored(f"n{number:03}", ["a" * 64])
+    named = [holders.nodes("a" * 64) for _ in range(50)]
+    assert all(len(set(one)) == PEERS_NAMED for one in named)
+    assert len(set().union(*named)) > 3 * PEERS_NAMED
+    few = Holders(bench.membership, lambda: ())
+    for number in (5, 3):
+        few.stored(f"n{number:03}", ["b" * 64])
+    assert few.nodes("b" * 64) == ("http://n003:1", "http://n005:1")
