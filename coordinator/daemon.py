@@ -96,7 +96,7 @@ class Coordinator:
         settings = self.settings
         async with AsyncExitStack() as stack:
             tell_lock = stack.enter_context(sole_use(self.folder, "coordinator", settings.cluster))
-            journal = Journal(self.folder / "journal.sqlite", least_epoch=int(time.time()))
+            journal = Journal(self.folder / "journal.sqlite")
             stack.callback(journal.close)
             store = BlobStore(self.folder / "blobs", settings.blob_limit_bytes)
             broker, addresses = await self._broker(stack)
@@ -110,7 +110,9 @@ class Coordinator:
 
             downloader = await stack.enter_async_context(Downloader(store))
 
-            offline = CoordinatorStatus(session=self.session, epoch=journal.epoch, state="offline")
+            offline = CoordinatorStatus(
+                session=self.session, epoch=journal.epoch, state="offline", cluster_id=journal.cluster_id
+            )
             since = time.time()
 
             def online() -> CoordinatorStatus:
@@ -207,6 +209,7 @@ class Coordinator:
                 holders=holders,
                 store=store,
                 urls=urls,
+                sync=journal.sync,
             )
             self._subscribe(bus, requests)
 

@@ -1,23 +1,29 @@
 """The journal (SQLite, WAL): every change of state is an event in it before its effects happen.
 
-Events are structs in named streams (`job/<id>`, `registry`, `deployments`); a state is what replaying its stream gives.
-Each opening of the journal raises the epoch, which fences commands of a coordinator that was here before.
+Events are structs in named streams (`job/<id>`, `registry`, `deployments`); a state is what replaying its stream gives. Each has a number,
+which is never used again: whoever has read up to one can `follow` from there. A snapshot begins a stream anew, and what came
+before it goes.
+
+Each opening of the journal raises the epoch (the term of Raft, section 5.1), which fences commands of a coordinator that was here before.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import os
 import secrets
 import shutil
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import msgspec
 
-from potluck.errors import Conflict, Unavailable
+from potluck.errors import Conflict, NotFound, Unavailable
 from potluck.logs import fields
 from potluck.wire import codec
 
@@ -31,21 +37,47 @@ RETAKE_SECONDS = 30.0
 FATAL = (Unavailable,)
 """What nobody goes on after: what is not in the journal must not happen."""
 
+GONE_KEPT = 10_000
+"""Streams that are gone, of which the journal still says so: whoever follows hears of it."""
+
 _SCHEMA = """
-CREATE TABLE IF NOT EXISTS events (seq INTEGER PRIMARY KEY, stream TEXT NOT NULL, body BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS events
+    (seq INTEGER PRIMARY KEY AUTOINCREMENT, stream TEXT NOT NULL, body BLOB NOT NULL, begins INTEGER NOT NULL DEFAULT 0);
 CREATE INDEX IF NOT EXISTS events_by_stream ON events (stream, seq);
 CREATE TABLE IF NOT EXISTS facts (key TEXT PRIMARY KEY, value INTEGER NOT NULL);
 """
+_UNNUMBERED = "SELECT 1 FROM sqlite_master WHERE name = 'events' AND sql NOT LIKE '%AUTOINCREMENT%'"
+_NUMBER = """
+BEGIN IMMEDIATE;
+ALTER TABLE events RENAME TO unnumbered;
+DROP INDEX IF EXISTS events_by_stream;
+CREATE TABLE events
+    (seq INTEGER PRIMARY KEY AUTOINCREMENT, stream TEXT NOT NULL, body BLOB NOT NULL, begins INTEGER NOT NULL DEFAULT 0);
+INSERT INTO events (seq, stream, body) SELECT seq, stream, body FROM unnumbered;
+DROP TABLE unnumbered;
+COMMIT;
+"""
+"""A journal of before events kept their numbers."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An event as `follow` gives it; `begins`: its stream begins with it, whatever was there before. An empty body: the stream is gone."""
+
+    number: int
+    stream: str
+    begins: bool
+    body: bytes
 
 
 class Journal:
     """An open journal. One process at a time: opening it twice raises Conflict.
 
-    The epoch is one more than the last, and at least `least_epoch`: given the time, a coordinator whose journal was lost is
-    still newer than what its nodes have seen. `cluster_id` and `founded` (Unix time in whole seconds; 0: nobody knows) are the journal's own.
+    The epoch is one more than the last. `cluster_id` and `founded` (Unix time in whole seconds; 0: nobody knows) are the journal's own: a
+    journal that was lost is another cluster's, whose epochs nobody compares with those of before.
     """
 
-    def __init__(self, path: Path, *, least_epoch: int = 0) -> None:
+    def __init__(self, path: Path) -> None:
         self._path = path
         self._db = sqlite3.connect(path, isolation_level=None, timeout=1.0)
         try:
@@ -53,10 +85,13 @@ class Journal:
             self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=NORMAL")
+            if self._db.execute(_UNNUMBERED).fetchone() is not None:
+                self._db.executescript(_NUMBER)
             self._db.executescript(_SCHEMA)
             self._db.execute("BEGIN IMMEDIATE")
             self._db.execute("INSERT OR IGNORE INTO facts VALUES ('epoch', 0)")
-            self._db.execute("UPDATE facts SET value = max(value + 1, ?) WHERE key = 'epoch'", (least_epoch,))
+            self._db.execute("INSERT OR IGNORE INTO facts VALUES ('forgotten', 0)")
+            self._db.execute("UPDATE facts SET value = value + 1 WHERE key = 'epoch'")
             self._db.execute("INSERT OR IGNORE INTO facts VALUES ('cluster', ?)", (secrets.randbits(63),))
             # A journal older than this fact is older than all that have it.
             began = "SELECT 'founded', CASE WHEN EXISTS (SELECT 1 FROM events) THEN 0 ELSE ? END"
@@ -76,12 +111,16 @@ class Journal:
         self.epoch = facts["epoch"]
         self.cluster_id = f"{facts['cluster']:016x}"
         self.founded = facts["founded"]
+        self._forgotten = facts["forgotten"]
+        """The last number at which something was that nobody can be told of any more."""
+        self._syncing: asyncio.Task[None] | None = None
+        self._syncing_next: asyncio.Task[None] | None = None
 
     @property
     def empty(self) -> bool:
         """Whether there is no event in it."""
         self.flush()
-        return self._db.execute("SELECT 1 FROM events LIMIT 1").fetchone() is None
+        return self._db.execute("SELECT 1 FROM events WHERE length(body) > 0 LIMIT 1").fetchone() is None
 
     def append(self, stream: str, *events: msgspec.Struct) -> None:
         """Write `events` to `stream`, all or none, before returning. Raises Unavailable, when the disk is full for one."""
@@ -107,28 +146,80 @@ class Journal:
     def replay(self, stream: str, kind: type[T]) -> Iterator[T]:
         """The events of `stream` in order, as `kind` (a tagged union of structs)."""
         self.flush()
-        for (body,) in self._db.execute("SELECT body FROM events WHERE stream = ? ORDER BY seq", (stream,)).fetchall():
+        rows = self._db.execute("SELECT body FROM events WHERE stream = ? AND length(body) > 0 ORDER BY seq", (stream,))
+        for (body,) in rows.fetchall():
             yield codec.unpack(body, kind)
 
     def streams(self, prefix: str) -> list[str]:
         """The names of streams that begin with `prefix`, oldest first."""
         self.flush()
         rows = self._db.execute(
-            "SELECT stream FROM events WHERE substr(stream, 1, ?) = ? GROUP BY stream ORDER BY min(seq)",
+            "SELECT stream FROM events WHERE substr(stream, 1, ?) = ? AND length(body) > 0 GROUP BY stream ORDER BY min(seq)",
             (len(prefix), prefix),
         )
         return [stream for (stream,) in rows.fetchall()]
 
-    def rewrite(self, stream: str, events: Iterable[msgspec.Struct]) -> None:
-        """Replace a stream by fewer events that give the same state (none: the stream is gone)."""
+    def follow(self, after: int, limit: int = 1000) -> list[Entry]:
+        """The next `limit` events behind number `after` (0: from the beginning), in order; of streams that began anew what they are now.
+
+        Raises NotFound where something between is forgotten: begin again, with nothing, at 0.
+        """
         self.flush()
-        rows = _rows(stream, events)
+        if 0 < after < self._forgotten:
+            raise NotFound(f"the journal is forgotten between {after} and {self._forgotten}: follow it from 0 again")
+        rows = self._db.execute(
+            "SELECT seq, stream, begins, body FROM events WHERE seq > ? ORDER BY seq LIMIT ?", (after, limit)
+        )
+        return [Entry(number, stream, bool(begins), body) for number, stream, begins, body in rows.fetchall()]
+
+    def snapshot(self, stream: str, events: Iterable[msgspec.Struct]) -> None:
+        """Begin a stream anew with fewer events that give the same state (none: the stream is gone); those before go."""
+        self.flush()
+        rows = _rows(stream, events) or [(stream, b"")]
 
         def work() -> None:
-            self._db.execute("DELETE FROM events WHERE stream = ?", (stream,))
-            self._db.executemany("INSERT INTO events (stream, body) VALUES (?, ?)", rows)
+            first, *rest = rows
+            begin = self._db.execute("INSERT INTO events (stream, body, begins) VALUES (?, ?, 1)", first).lastrowid
+            self._db.executemany("INSERT INTO events (stream, body) VALUES (?, ?)", rest)
+            self._db.execute("DELETE FROM events WHERE stream = ? AND seq < ?", (stream, begin))
 
         self._write(work)
+        if rows[0][1] == b"":
+            self._forget_gone()
+
+    def _forget_gone(self) -> None:
+        """Of streams that are gone, the oldest are not spoken of any more."""
+        gone = self._db.execute(
+            "SELECT seq FROM events WHERE length(body) = 0 ORDER BY seq DESC LIMIT 1 OFFSET ?", (GONE_KEPT,)
+        )
+        if (last := gone.fetchone()) is None:
+            return
+
+        def work() -> None:
+            self._db.execute("DELETE FROM events WHERE length(body) = 0 AND seq <= ?", last)
+            self._db.execute("UPDATE facts SET value = ? WHERE key = 'forgotten'", last)
+
+        self._write(work)
+        (self._forgotten,) = last
+
+    async def sync(self) -> None:
+        """Return when what was appended until now is on the disk for good: a power cut does not undo it either.
+
+        Callers at one time share a call of fsync(2), which is made beside the loop. Raises Unavailable.
+        """
+        self.flush()
+        if self._syncing_next is None:
+            self._syncing_next = asyncio.create_task(self._sync(self._syncing), name="journal-sync")
+        await asyncio.shield(self._syncing_next)
+
+    async def _sync(self, before: asyncio.Task[None] | None) -> None:
+        if before is not None:
+            await asyncio.wait([before])
+        self._syncing, self._syncing_next = self._syncing_next, None
+        try:
+            await asyncio.to_thread(_sync_file, self._path.with_name(f"{self._path.name}-wal"))
+        except OSError as error:
+            raise Unavailable(f"the journal {self._path} may not be on the disk: {error.strerror}") from error
 
     def close(self) -> None:
         try:
@@ -157,6 +248,16 @@ class Journal:
         self._db.execute("BEGIN IMMEDIATE")
         with self._db:
             work()
+
+
+def _sync_file(path: Path) -> None:
+    """What is in a file, and that it is there, is kept over a power cut."""
+    for one in (path, path.parent):
+        handle = os.open(one, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _rows(stream: str, events: Iterable[msgspec.Struct]) -> list[tuple[str, bytes]]:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import TypeVar
 
 from msgspec import Struct
@@ -31,6 +31,7 @@ from potluck.errors import (
     InvalidRequest,
     NotFound,
     Overloaded,
+    PotluckError,
     TimedOut,
 )
 from potluck.surviving import as_defect
@@ -116,8 +117,10 @@ class Requests:
         holders: Holders,
         store: BlobStore,
         urls: Callable[[], tuple[str, ...]],
+        sync: Callable[[], Awaitable[None]],
         clock: Callable[[], float] = time.time,
     ) -> None:
+        """`sync` returns when what was journaled is on the disk for good; it raises Unavailable."""
         self._outbox = outbox
         self._dispatcher = dispatcher
         self._registry = registry
@@ -129,7 +132,10 @@ class Requests:
         self._store = store
         self._urls = urls
         self._clock = clock
+        self._sync = sync
         self._undeploys: asyncio.Queue[Envelope] = asyncio.Queue(100)
+        self._accepted: asyncio.Queue[tuple[Envelope, Message]] = asyncio.Queue()
+        """Answers that promise something which a power cut is not to undo."""
         self._answered: dict[tuple[str, str], Message] = {}
 
     def on_request(self, envelope: Envelope) -> None:
@@ -143,14 +149,38 @@ class Requests:
             if isinstance(message, Undeploy):
                 if self._undeploys.full():
                     raise Overloaded("too many questions wait to undeploy: try again later", retry_after_seconds=1.0)
-                self._undeploys.put_nowait(envelope)  # the only question whose answer takes time
+                self._undeploys.put_nowait(envelope)  # takes time
                 return
-            self._outbox.reply(envelope, self._once(envelope, message))
+            answer = self._once(envelope, message)
+            if isinstance(answer, JobAccepted):
+                self._accepted.put_nowait((envelope, answer))
+            else:
+                self._outbox.reply(envelope, answer)
         except Exception as error:  # noqa: BLE001 - whoever asked hears of it, and nobody else
             self._outbox.refuse(envelope, as_defect(error, type(message).__name__))
 
     async def run(self) -> None:
         """Answer the questions that take time, until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._undeploy(), name="questions to undeploy")
+            tasks.create_task(self._accept(), name="jobs accepted")
+
+    async def _accept(self) -> None:
+        """Whoever asks for a job hears that we have it once it is on the disk; all that came meanwhile hear it together."""
+        while True:
+            answers = [await self._accepted.get()]
+            while not self._accepted.empty():
+                answers.append(self._accepted.get_nowait())
+            try:
+                await self._sync()
+            except PotluckError as error:
+                for envelope, _ in answers:
+                    self._outbox.refuse(envelope, error)
+            else:
+                for envelope, answer in answers:
+                    self._outbox.reply(envelope, answer)
+
+    async def _undeploy(self) -> None:
         while True:
             envelope = await self._undeploys.get()
             assert isinstance(envelope.message, Undeploy)

@@ -1,7 +1,7 @@
 """The leases that this node holds: pure transitions `(event) -> effects`. No clock, no input or output.
 
 A lease is queued, then running, then its outcome is reported until the coordinator acknowledges it. Every event may come
-twice (QoS 1, resends), and commands of an older coordinator than one that was seen on this connection are ignored.
+twice (QoS 1, resends), and commands of an older coordinator of the same cluster than one that was seen are ignored.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from potluck.wire.messages import (
 
 FENCE_SECONDS = 15.0
 """An epoch fences older ones off for so long after its coordinator was last heard of, which says that it is there every 5 s."""
+CLUSTERS_KNOWN = 16
 QUEUE_LIMIT = 3
 """Leases held and not reported yet: one runs, the blobs of the others are fetched meanwhile."""
 
@@ -83,6 +84,11 @@ class Assignments:
     """All leases by attempt, in the order they came."""
 
     epoch: int = 0
+    """The highest that was seen, of the coordinators of `cluster`."""
+    cluster: str = ""
+    """Its id: the epochs of another one, whose journal is another, say nothing."""
+    seen: dict[str, int] = field(default_factory=dict)
+    """The highest epochs of clusters that were here before, by id."""
     heard_at: float | None = None
     """When the coordinator of this epoch said that it is there, or an older one first did; None: neither yet."""
     draining: bool = False
@@ -107,11 +113,13 @@ class Assignments:
             self.epoch, self.heard_at = epoch, None
         return True
 
-    def on_coordinator(self, epoch: int, now: float) -> bool:
-        """A coordinator of this epoch says that it is there: whether it may command us.
+    def on_coordinator(self, epoch: int, now: float, cluster: str = "") -> bool:
+        """A coordinator of this epoch and cluster (by its id) says that it is there: whether it may command us.
 
         One of an older epoch may once the newer one is silent: whoever made it up in one message would else keep the real one out.
         """
+        if cluster != self.cluster:
+            self._turn_to(cluster)
         if epoch < self.epoch and self.heard_at is not None and now - self.heard_at > FENCE_SECONDS:
             self.epoch = epoch
         if self.accepts(epoch):
@@ -121,11 +129,17 @@ class Assignments:
         return False
 
     def on_disconnected(self) -> None:
-        """The bus is gone. What comes next may be another one, whose coordinator counts its epochs from the start.
+        """The bus is gone. What is known of epochs stays, or a coordinator that was replaced could command us on the next one.
 
         Leases stay: the same coordinator may come back to them, and another one will withdraw them.
         """
-        self.epoch, self.heard_at = 0, None
+        self.heard_at = None
+
+    def _turn_to(self, cluster: str) -> None:
+        self.seen[self.cluster] = self.epoch
+        while len(self.seen) > CLUSTERS_KNOWN:
+            del self.seen[next(iter(self.seen))]
+        self.cluster, self.epoch, self.heard_at = cluster, self.seen.pop(cluster, 0), None
 
     def on_lease(self, lease: LeaseShard) -> list[Effect]:
         """Take a lease, say again that we have it, or refuse it."""
@@ -176,6 +190,8 @@ class Assignments:
         return [*effects, *self._next()]
 
     def on_acknowledged(self, message: AcknowledgeResult) -> list[Effect]:
+        if message.epoch and not self.accepts(message.epoch):
+            return []  # the newer one is to have it, too
         held = self.held.get(message.attempt_id)
         if held is not None and held.state == "reporting":
             del self.held[message.attempt_id]

@@ -248,8 +248,10 @@ class Node:
                 log.error("coordinator of another protocol ignored: install the same potluck on both %s", versions)
             return
         self._coordinated = status.state == "online"
-        online = self._coordinated and self._assignments.on_coordinator(status.epoch, time.monotonic())
-        if online or (not self._coordinated and status.epoch >= self._assignments.epoch):
+        known = self._assignments
+        online = self._coordinated and known.on_coordinator(status.epoch, time.monotonic(), status.cluster_id)
+        ours = status.cluster_id in ("", known.cluster) and status.epoch >= known.epoch
+        if online or (not self._coordinated and ours):
             self._presence.on_coordinator(status, retained=envelope.retained)
             if online:
                 self._presence.tell_anew(status.session, self._outbox)
@@ -271,8 +273,9 @@ class Node:
                 self._perform_all(self._assignments.on_withdrawn(withdrawal))
             case AcknowledgeResult() as acknowledged:
                 self._perform_all(self._assignments.on_acknowledged(acknowledged))
-            case ForgetJob(job_id=job_id):
-                self._executor.forget(job_id)
+            case ForgetJob() as command:
+                if not command.epoch or self._assignments.accepts(command.epoch):
+                    self._executor.forget(command.job_id)
             case LoadModel() as command:
                 if self._assignments.accepts(command.epoch) and not self._assignments.draining:
                     self._replicas.load(command)

@@ -77,7 +77,7 @@ class Copies:
         for event in journal.replay(_STREAM, CopyHeld):
             if event.sha256 in registered:
                 self._held_by[event.sha256] = event.node_id
-        journal.rewrite(_STREAM, [CopyHeld(sha256=key, node_id=node_id) for key, node_id in self._held_by.items()])
+        journal.snapshot(_STREAM, [CopyHeld(sha256=key, node_id=node_id) for key, node_id in self._held_by.items()])
         for sha256, node_id in self._held_by.items():
             self._holding.copies[sha256] = Copy(node_id)
             holders.stored(node_id, [sha256])

@@ -55,7 +55,6 @@ from potluck.logs import fields
 from potluck.settings import CoordinatorSettings
 from potluck.surviving import surviving
 from potluck.wire.messages import (
-    AcknowledgeResult,
     AnyJobSpec,
     AnyTaskResult,
     BlobRef,
@@ -213,14 +212,14 @@ class Dispatcher:
                     self._end_attempt(message.attempt_id, f"refused: {message.error.message[:200]}", None)
             case ShardFailed():
                 held = self._heard(node_id, message.attempt_id)
-                self._leases.command(node_id, AcknowledgeResult(attempt_id=message.attempt_id))
+                self._leases.acknowledge(node_id, message.attempt_id)
                 if held is not None and not held.collecting:
                     error = bounded_error(message.error)
                     self._end_attempt(message.attempt_id, "the node reported an error", error)
             case ShardFinished():
                 held = self._heard(node_id, message.attempt_id)
                 if held is None:
-                    self._leases.command(node_id, AcknowledgeResult(attempt_id=message.attempt_id))
+                    self._leases.acknowledge(node_id, message.attempt_id)
                 elif not held.collecting:
                     self._on_result(held, message)
             case _:
@@ -465,7 +464,7 @@ class Dispatcher:
         if attempt_id in self._leases:
             self._record(job, AttemptFinished(at=self._clock(), attempt_id=attempt_id, result=result))
             self._drop(attempt_id)
-        self._leases.command(held.node_id, AcknowledgeResult(attempt_id=attempt_id))
+        self._leases.acknowledge(held.node_id, attempt_id)
         self._changed(job)
 
     def _refusal(self, held: Held, result: AnyTaskResult) -> ErrorInfo | None:

@@ -245,7 +245,7 @@ class JobStore:
         assert job.ended is not None
         self.active.pop(job.job_id, None)
         self._final[job.job_id] = final
-        self._journal.rewrite(
+        self._journal.snapshot(
             f"job/{job.job_id}", [job.submitted, JobFinished(at=job.ended.ended_at, result=job.ended)]
         )
         for sha256 in self._pinned(job):
@@ -258,7 +258,7 @@ class JobStore:
             forgotten = self.jobs.pop(job_id)
             self._requests.pop(forgotten.submitted.request_id, None)
             self._final.pop(job_id, None)
-            self._journal.rewrite(f"job/{job_id}", [])
+            self._journal.snapshot(f"job/{job_id}", [])
         return old
 
     def recent(self) -> list[Job]:

@@ -14,7 +14,7 @@ from coordinator.plans.job import Attempt, Job
 from coordinator.plans.placement import ClusterView, NodeView
 from potluck.bus.outbox import Outbox
 from potluck.settings import CoordinatorSettings
-from potluck.wire.messages import AnyTask, ForgetJob, LeaseShard, Message, WarmUpTask, WithdrawLease
+from potluck.wire.messages import AcknowledgeResult, AnyTask, ForgetJob, LeaseShard, Message, WarmUpTask, WithdrawLease
 from potluck.wire.refs import locate
 from potluck.wire.topics import Topics
 
@@ -166,7 +166,11 @@ class Leases:
     def forget(self, job: Job) -> None:
         """Nodes that took part in a job may drop what they keep for it."""
         for node_id in job.participants:
-            self.command(node_id, ForgetJob(job_id=job.job_id))
+            self.command(node_id, ForgetJob(job_id=job.job_id, epoch=self._epoch))
+
+    def acknowledge(self, node_id: str, attempt_id: str) -> None:
+        """We have what became of an attempt: its node need not say it again."""
+        self.command(node_id, AcknowledgeResult(attempt_id=attempt_id, epoch=self._epoch))
 
     def command(self, node_id: str, message: Message) -> None:
         self._outbox.publish(self._topics.node(node_id, "inbox"), message)

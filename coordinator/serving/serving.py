@@ -104,7 +104,7 @@ class Serving:
         self._autoscaling = Autoscaling(self._records, inference, record=self._record)
         for event in journal.replay(STREAM, AnyDeploymentEvent):  # type: ignore[arg-type, var-annotated]
             self._records.apply(event)
-        journal.rewrite(STREAM, self._records.events())
+        journal.snapshot(STREAM, self._records.events())
         for name, deployment in self._deployments.items():
             inference.open(name)
             inference.set_objective(name, deployment.asked.objective_seconds if deployment.asked is not None else 0.0)

@@ -221,7 +221,9 @@ def _shown(job: Job) -> Iterator[JobProgress]:
         task = bar.add_task("waiting", total=None, rest="")
         for progress in job.progress():
             epoch = f"epoch {progress.epoch}/{progress.epochs}" if progress.epochs else "items"
-            speed = f"{progress.items_per_second:,.0f}/s on {counted(len(progress.nodes) + progress.nodes_more, 'node')}"
+            speed = (
+                f"{progress.items_per_second:,.0f}/s on {counted(len(progress.nodes) + progress.nodes_more, 'node')}"
+            )
             pairs = [f"{name} {value:.3f}" for name, value in progress.metrics.items()]
             described = f"{epoch}  {progress.message}"
             rest = _fitting([speed, *pairs], console.width - len(described) - BESIDE_COLUMNS)

@@ -154,7 +154,9 @@ def progress_text(progress: JobProgress) -> str:
     if progress.total:
         parts.append(f"{progress.done:,}/{counted(progress.total, 'item')} ({progress.done / progress.total:.0%})")
     if progress.items_per_second:
-        parts.append(f"{rate_text(progress.items_per_second)} on {counted(len(progress.nodes) + progress.nodes_more, 'node')}")
+        parts.append(
+            f"{rate_text(progress.items_per_second)} on {counted(len(progress.nodes) + progress.nodes_more, 'node')}"
+        )
     if (left := seconds_left(progress)) is not None:
         parts.append(f"{seconds_text(left)} left")
     training, validated = current_texts(progress)

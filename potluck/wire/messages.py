@@ -1176,12 +1176,15 @@ class AcknowledgeResult(Message, frozen=True):
     """The coordinator has `ShardFinished` or `ShardFailed` of this attempt in its journal; the node stops resending."""
 
     attempt_id: str
+    epoch: Epoch = 0
+    """0: of a coordinator that does not say."""
 
 
 class ForgetJob(Message, frozen=True):
     """The job has ended: the engine may drop what it keeps for it."""
 
     job_id: str
+    epoch: Epoch = 0
 
 
 class LoadModel(Message, frozen=True):

@@ -58,6 +58,7 @@ class Machine(RuleBasedStateMachine):
         self.assignments = Assignments()
         self.count = 0
         self.epoch = 1
+        self.clusters = 0
         self.executing: str | None = None
         self.stopped = False
         self.started: list[str] = []
@@ -137,10 +138,13 @@ class Machine(RuleBasedStateMachine):
 
     @rule(epoch=st.integers(1, 5))
     def another_bus(self, epoch: int) -> None:
-        """Whose coordinator has a journal of its own: its epochs may be lower."""
+        """Whose coordinator has a journal of its own, and so another cluster's id: its epochs may be lower."""
         held = list(self.assignments.held)
         self.assignments.on_disconnected()
-        self.epoch = epoch
+        if self.assignments.epoch:
+            assert not self.assignments.accepts(self.assignments.epoch - 1)
+        self.epoch, self.clusters = epoch, self.clusters + 1
+        assert self.assignments.on_coordinator(epoch, 0.0, f"cluster {self.clusters}")
         assert self.assignments.accepts(epoch)
         assert list(self.assignments.held) == held
 
@@ -319,6 +323,32 @@ def test_an_epoch_that_nobody_repeats_keeps_no_coordinator_out() -> None:
     seen = [assignments.on_coordinator(7, now) for now in (5.0, 10.0, 15.0, 20.0, 25.0, 30.0)]
     assert seen == [False, False, False, False, True, True]
     assert assignments.on_lease(lease("a", epoch=7))
+
+
+def test_the_highest_epoch_of_a_cluster_is_remembered_over_disconnects_and_other_clusters() -> None:
+    assignments = Assignments()
+    assert assignments.on_coordinator(8, 0.0, "one")
+    assignments.on_disconnected()
+    assert not assignments.on_coordinator(7, 100.0, "one"), "it was replaced, however long that is ago"
+    assert assignments.on_lease(lease("a", epoch=7)) == []
+    assert assignments.on_coordinator(1, 101.0, "two")
+    assert assignments.on_lease(lease("b", epoch=1))
+    assert not assignments.on_coordinator(7, 102.0, "one")
+    assert assignments.on_coordinator(8, 103.0, "one")
+    for number in range(100):
+        assignments.on_coordinator(1, 104.0, f"made up {number}")
+    assert len(assignments.seen) <= 16
+
+
+def test_what_an_older_coordinator_acknowledges_is_said_again_to_the_newer() -> None:
+    assignments = Assignments()
+    assignments.on_lease(lease("a", epoch=8))
+    assignments.on_outcome(finished("a"))
+    assignments.on_acknowledged(AcknowledgeResult(attempt_id="a", epoch=7))
+    assert sent(assignments.on_resend_due()) == [finished("a")]
+    assignments.on_acknowledged(AcknowledgeResult(attempt_id="a", epoch=9))
+    assert sent(assignments.on_resend_due()) == []
+    assert assignments.epoch == 9
 
 
 def test_an_older_coordinator_is_fenced_off_while_the_newer_one_is_heard_of() -> None:

@@ -1,16 +1,19 @@
 """The journal: what is appended is there after a crash, once, in order; and each opening is a new epoch."""
 
+import asyncio
 import os
+import random
 import shutil
 import sqlite3
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
 
 from coordinator.journal import Journal
 from coordinator.plans.job import AnyEvent, AttemptEnded, JobStarted
-from potluck.errors import Conflict, Unavailable
+from potluck.errors import Conflict, NotFound, Unavailable
 from potluck.wire import codec
 
 
@@ -35,10 +38,6 @@ def test_each_opening_raises_the_epoch(tmp_path: Path) -> None:
         epochs.append(journal.epoch)
         journal.close()
     assert epochs == [1, 2, 3]
-    for least, expected in ((100, 100), (50, 101)):
-        journal = Journal(tmp_path / "j", least_epoch=least)
-        assert journal.epoch == expected
-        journal.close()
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:
@@ -103,12 +102,12 @@ def test_what_could_not_be_written_soon_still_waits(tmp_path: Path) -> None:
     journal.close()
 
 
-def test_rewriting_replaces_a_stream(tmp_path: Path) -> None:
+def test_a_snapshot_replaces_a_stream(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "j")
     journal.append("job/1", JobStarted(at=1.0), JobStarted(at=2.0))
-    journal.rewrite("job/1", [JobStarted(at=3.0)])
+    journal.snapshot("job/1", [JobStarted(at=3.0)])
     assert [event.at for event in journal.replay("job/1", AnyEvent)] == [3.0]  # type: ignore[arg-type]
-    journal.rewrite("job/1", [])
+    journal.snapshot("job/1", [])
     assert journal.streams("job/") == []
     journal.close()
 
@@ -156,3 +155,126 @@ def test_a_journal_from_before_there_were_beginnings_is_the_oldest(tmp_path: Pat
     again = Journal(tmp_path / "j")
     assert again.founded == 0
     again.close()
+
+
+def followed(journal: Journal, streams: dict[str, list[bytes]], after: int, limit: int = 1000) -> int:
+    """`streams` as whoever follows has them after `limit` more; the number of the last."""
+    for entry in journal.follow(after, limit):
+        assert entry.number > after
+        after = entry.number
+        if entry.begins:
+            streams.pop(entry.stream, None)
+        if entry.body:
+            streams.setdefault(entry.stream, []).append(entry.body)
+    return after
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_whoever_follows_has_what_is_replayed_however_seldom_they_look(tmp_path: Path, seed: int) -> None:
+    journal, chance = Journal(tmp_path / "j"), random.Random(seed)
+    streams: dict[str, list[bytes]] = {}
+    after, highest = 0, 0
+    for number in range(400):
+        stream = f"job/{chance.randrange(8)}"
+        match chance.randrange(6):
+            case 0:
+                journal.snapshot(stream, [JobStarted(at=float(number))] * chance.randrange(3))
+            case 1:
+                after = followed(journal, streams, after, limit=chance.randrange(1, 20))
+            case 2:
+                journal.append_soon(stream, JobStarted(at=float(number)))
+            case 3 if chance.random() < 0.2:
+                journal.close()
+                journal = Journal(tmp_path / "j")
+            case _:
+                journal.append(stream, JobStarted(at=float(number)))
+        newest = max((entry.number for entry in journal.follow(0)), default=0)
+        assert newest >= highest, "numbers are never used again"
+        highest = newest
+    while (last := followed(journal, streams, after)) > after:
+        after = last
+    expected = {
+        stream: [codec.pack(event) for event in journal.replay(stream, AnyEvent)]  # type: ignore[arg-type, var-annotated]
+        for stream in journal.streams("")
+    }
+    assert streams == expected
+    journal.close()
+
+
+def test_whoever_is_too_far_behind_is_told_to_begin_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coordinator.journal.GONE_KEPT", 3)
+    journal = Journal(tmp_path / "j")
+    streams: dict[str, list[bytes]] = {}
+    for number in range(10):
+        journal.append(f"job/{number}", JobStarted(at=1.0))
+    after = followed(journal, streams, 0)
+    for number in range(9):
+        journal.snapshot(f"job/{number}", [])
+    with pytest.raises(NotFound, match="follow it from 0 again"):
+        journal.follow(after)
+    streams.clear()
+    followed(journal, streams, 0)
+    assert list(streams) == journal.streams("") == ["job/9"]
+    assert len(journal.follow(0)) == 4
+    journal.close()
+    again = Journal(tmp_path / "j")
+    with pytest.raises(NotFound):
+        again.follow(after)
+    again.close()
+
+
+def test_a_journal_of_before_there_were_numbers_for_good_is_read(tmp_path: Path) -> None:
+    old = sqlite3.connect(tmp_path / "j")
+    old.executescript(
+        "CREATE TABLE events (seq INTEGER PRIMARY KEY, stream TEXT NOT NULL, body BLOB NOT NULL);"
+        "CREATE INDEX events_by_stream ON events (stream, seq);"
+        "CREATE TABLE facts (key TEXT PRIMARY KEY, value INTEGER NOT NULL);"
+        "INSERT INTO facts VALUES ('epoch', 1795982386), ('cluster', 7), ('founded', 5);"
+    )
+    rows = [("job/1", codec.pack(JobStarted(at=float(at)))) for at in range(5)]
+    old.executemany("INSERT INTO events (stream, body) VALUES (?, ?)", rows)
+    old.execute("DELETE FROM events WHERE seq = 2")
+    old.commit()
+    old.close()
+    for opened in (1, 2):
+        journal = Journal(tmp_path / "j")
+        assert [event.at for event in journal.replay("job/1", AnyEvent)] == [0.0, 2.0, 3.0, 4.0]  # type: ignore[arg-type]
+        assert (journal.epoch, journal.founded, journal.cluster_id) == (1795982386 + opened, 5, f"{7:016x}")
+        assert [entry.number for entry in journal.follow(0)] == [1, 3, 4, 5]
+        journal.close()
+
+
+async def test_what_is_synced_is_on_the_disk_and_callers_share_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal, synced = Journal(tmp_path / "j"), list[int]()
+    fsync, release = os.fsync, threading.Event()
+
+    def counted(handle: int) -> None:
+        release.wait(10)
+        synced.append(os.fstat(handle).st_ino)
+        fsync(handle)
+
+    monkeypatch.setattr("os.fsync", counted)
+    journal.append_soon("job/1", JobStarted(at=1.0))
+    first = asyncio.create_task(journal.sync())
+    await asyncio.sleep(0)
+    others = [asyncio.create_task(journal.sync()) for _ in range(20)]
+    await asyncio.sleep(0)
+    assert not first.done()
+    release.set()
+    await asyncio.gather(first, *others)
+    assert synced.count((tmp_path / "j-wal").stat().st_ino) <= 2, (
+        "one under way when they asked, and one that began after"
+    )
+    assert len(list(journal.replay("job/1", AnyEvent))) == 1  # type: ignore[arg-type]
+
+    def fails(handle: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("os.fsync", fails)
+    with pytest.raises(Unavailable, match="Input/output error"):
+        await journal.sync()
+    monkeypatch.undo()
+    await journal.sync()
+    journal.close()

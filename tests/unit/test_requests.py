@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -16,6 +17,7 @@ from coordinator.requests import MANIFEST_LIMIT_BYTES, Requests, _is_same
 from potluck.blobs.store import BlobStore
 from potluck.bus.exchange import Envelope
 from potluck.client import listings
+from potluck.errors import Unavailable
 from potluck.wire import codec
 from potluck.wire.messages import (
     INLINE_LIMIT_BYTES,
@@ -40,9 +42,15 @@ from potluck.wire.messages import (
     NodeStatus,
     RemoveAlias,
     ReplicaInfo,
+    SubmitJob,
     Train,
     Undeploy,
 )
+from support.eventually import eventually
+
+
+async def synced() -> None:
+    """What was written is on the disk."""
 
 
 class Replies:
@@ -61,11 +69,45 @@ def test_too_many_questions_at_a_time_are_refused(tmp_path: Path) -> None:
     nothing: Any = None
     requests = Requests(
         outbox=replies, dispatcher=nothing, registry=nothing, serving=nothing, membership=nothing, deletion=nothing, packed=nothing, holders=nothing,
-        store=BlobStore(tmp_path, 1), urls=lambda: (),
+        store=BlobStore(tmp_path, 1), urls=lambda: (), sync=synced,
     )  # fmt: skip
     for number in range(102):
         requests.on_request(Envelope("t", Undeploy(id=str(number), model="m"), reply_to="a"))
     assert replies.refused == ["overloaded", "overloaded"]
+
+
+async def test_a_job_is_acknowledged_when_it_is_on_the_disk_and_those_that_wait_share_that(tmp_path: Path) -> None:
+    syncs: list[asyncio.Future[None]] = []
+
+    async def sync() -> None:
+        syncs.append(asyncio.get_running_loop().create_future())
+        await syncs[-1]
+
+    said: list[tuple[str, str]] = []
+    replies: Any = SimpleNamespace(
+        reply=lambda question, answer: said.append((question.message.id, answer.job_id)),
+        refuse=lambda question, error: said.append((question.message.id, error.code)),
+    )
+    spec = Evaluate(model="m", dataset="d")
+    job: Any = SimpleNamespace(job_id="j", submitted=SimpleNamespace(spec=spec))
+    nothing: Any = None
+    requests = Requests(
+        outbox=replies, dispatcher=cast(Any, SimpleNamespace(submit=lambda spec, request_id: job)), registry=nothing, serving=nothing,
+        membership=nothing, deletion=nothing, packed=nothing, holders=nothing, store=BlobStore(tmp_path, 1), urls=lambda: (), sync=sync,
+    )  # fmt: skip
+    running = asyncio.create_task(requests.run())
+    for number in range(5):
+        requests.on_request(Envelope("t", SubmitJob(id=f"q{number}", job=spec), reply_to="a"))
+        await asyncio.sleep(0.01)
+    assert (said, len(syncs)) == ([], 1)
+    syncs[0].set_result(None)
+    await eventually(lambda: len(syncs) == 2)
+    assert said == [("q0", "j")]
+    syncs[1].set_exception(Unavailable("the journal may not be on the disk"))
+    await eventually(lambda: len(said) == 5)
+    assert said[1:] == [(f"q{number}", "unavailable") for number in range(1, 5)]
+    running.cancel()
+    await asyncio.wait([running])
 
 
 def test_a_question_whose_time_is_up_is_told_by_whose_clock(tmp_path: Path) -> None:
@@ -75,7 +117,7 @@ def test_a_question_whose_time_is_up_is_told_by_whose_clock(tmp_path: Path) -> N
     replies.refuse = lambda question, error: said.append(f"{error.code}: {error.message}")
     requests = Requests(
         outbox=replies, dispatcher=nothing, registry=nothing, serving=nothing, membership=nothing, deletion=nothing, packed=nothing, holders=nothing,
-        store=BlobStore(tmp_path, 1), urls=lambda: (), clock=lambda: 5000.0,
+        store=BlobStore(tmp_path, 1), urls=lambda: (), sync=synced, clock=lambda: 5000.0,
     )  # fmt: skip
     requests.on_request(Envelope("t", Undeploy(id="1", model="m", expires=1400.0), reply_to="a"))
     assert len(said) == 1
@@ -93,7 +135,7 @@ def test_what_was_taken_away_is_answered_alike_when_it_is_asked_again(tmp_path: 
     replies.reply = lambda question, answer: answered.append(answer)
     requests = Requests(
         outbox=replies, dispatcher=nothing, registry=registry, serving=nothing, membership=nothing, deletion=nothing, packed=nothing,
-        holders=nothing, store=BlobStore(tmp_path / "blobs", 1), urls=lambda: (),
+        holders=nothing, store=BlobStore(tmp_path / "blobs", 1), urls=lambda: (), sync=synced,
     )  # fmt: skip
     for question_id in ("q-1", "q-1", "q-2", "q-1"):
         requests.on_request(Envelope("t", RemoveAlias(id=question_id, model="m:prod"), reply_to="a"))
@@ -113,7 +155,7 @@ def test_a_list_of_models_comes_in_messages_that_are_small_enough(tmp_path: Path
     replies.reply = lambda question, answer: answered.append(answer)
     requests = Requests(
         outbox=replies, dispatcher=nothing, registry=registry, serving=nothing, membership=nothing, deletion=nothing, packed=nothing,
-        holders=nothing, store=BlobStore(tmp_path / "blobs", 1), urls=lambda: (),
+        holders=nothing, store=BlobStore(tmp_path / "blobs", 1), urls=lambda: (), sync=synced,
     )  # fmt: skip
     found: list[ModelInfo] = []
     more = True
@@ -162,7 +204,7 @@ class Listing:
         replies: Any = SimpleNamespace(reply=lambda question, answer: self.answered.append(answer))
         self.requests = Requests(
             outbox=replies, dispatcher=nothing, registry=self.registry, serving=serving, membership=self.membership, deletion=nothing,
-            packed=nothing, holders=nothing, store=BlobStore(tmp_path / "blobs", 1), urls=lambda: (),
+            packed=nothing, holders=nothing, store=BlobStore(tmp_path / "blobs", 1), urls=lambda: (), sync=synced,
         )  # fmt: skip
 
     async def ask(self, question: Message, kind: Any) -> Any:
@@ -206,7 +248,7 @@ def test_a_manifest_that_no_lease_could_carry_is_refused(tmp_path: Path, shards:
     nothing: Any = None
     requests = Requests(
         outbox=replies, dispatcher=nothing, registry=nothing, serving=nothing, membership=nothing, deletion=nothing, packed=nothing,
-        holders=nothing, store=store, urls=lambda: (),
+        holders=nothing, store=store, urls=lambda: (), sync=synced,
     )  # fmt: skip
     requests.on_request(Envelope("t", AddDataset(name="d", manifest=ref), reply_to="a"))
     assert said in errors[0]
