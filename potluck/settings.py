@@ -41,6 +41,8 @@ class BusTimings(Section, frozen=True):
     connect_timeout_seconds: PositiveSeconds = 5.0
     reconnect_min_seconds: PositiveSeconds = 0.2
     reconnect_max_seconds: PositiveSeconds = 5.0
+    plain: bool = False
+    """Use public parts of the MQTT library alone: slower, and what is used anyhow where its version is not known."""
 
 
 class Listen(Section, frozen=True):

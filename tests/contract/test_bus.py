@@ -14,11 +14,15 @@ from typing import Any, Literal
 
 import aiomqtt
 import msgpack
+import msgspec
 import pytest
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
+from potluck.bus import mqtt, quick_link
+from potluck.bus.link import PlainLink
 from potluck.bus.mqtt import Bus, Envelope, MqttBus, Will, request_failed
+from potluck.bus.quick_link import QuickLink
 from potluck.errors import InvalidRequest, NotFound, TimedOut, TooLarge, Unavailable
 from potluck.settings import BusTimings
 from potluck.wire.messages import (
@@ -50,8 +54,9 @@ TIMINGS = BusTimings(
 class Bench:
     """A broker and the buses on it; `broker` is None for the fake."""
 
-    def __init__(self, broker: TestBroker | None, version: int = 5) -> None:
+    def __init__(self, broker: TestBroker | None, version: int = 5, *, plain: bool = False) -> None:
         self.broker = broker
+        self.timings = msgspec.structs.replace(TIMINGS, plain=plain)
         self.fake = FakeBroker()
         self.version = version
         self.tasks: dict[Bus, asyncio.Task[None]] = {}
@@ -67,7 +72,7 @@ class Bench:
                 TOPICS,
                 client_id=client_id,
                 will=will,
-                timings=TIMINGS,
+                timings=self.timings,
                 highest_version=5 if self.version == 5 else 4,
             )
         self.tasks[bus] = asyncio.create_task(bus.run(), name=f"bus-{client_id}")
@@ -91,8 +96,9 @@ class Bench:
             bus.kill()
         else:
             assert isinstance(bus, MqttBus)
-            assert bus._link is not None
-            sock = bus._link._client.socket()
+            link = bus._link
+            assert isinstance(link, QuickLink | PlainLink)
+            sock = (link if isinstance(link, QuickLink) else link._mqtt)._client.socket()
             assert isinstance(sock, socket.socket)
             sock.shutdown(socket.SHUT_RDWR)
 
@@ -123,13 +129,14 @@ class Bench:
             await self.broker.stop()
 
 
-@pytest.fixture(params=["fake", "mosquitto-v5", "mosquitto-v311", "amqtt"])
+@pytest.fixture(params=["fake", "mosquitto-v5", "mosquitto-v311", "mosquitto-plain", "amqtt", "amqtt-plain"])
 async def bench(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Bench]:
     broker = None
     if request.param != "fake":
-        broker = TestBroker("embedded" if request.param == "amqtt" else "mosquitto", tmp_path)
+        broker = TestBroker("embedded" if request.param.startswith("amqtt") else "mosquitto", tmp_path)
         await broker.start()
-    made = Bench(broker, version=4 if request.param == "mosquitto-v311" else 5)
+    version = 4 if request.param == "mosquitto-v311" else 5
+    made = Bench(broker, version=version, plain=request.param.endswith("plain"))
     try:
         yield made
     finally:
@@ -768,10 +775,46 @@ async def test_paho_internals_that_the_bus_rests_on(mosquitto: Bench, caplog: py
         await eventually(lambda: len(got) == 400)
     assert isinstance(alice, MqttBus)
     link = alice._link
-    assert link is not None
+    assert isinstance(link, QuickLink)
     assert not link._receipts
     assert not link._client.want_write()
     assert not caplog.records
+
+
+def test_private_parts_of_the_libraries_are_there_and_one_that_goes_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A version that lacks one is named by this test; who installs it all the same gets the plain connection."""
+
+    async def missing() -> list[str]:
+        return quick_link.missing(aiomqtt.Client("localhost"))
+
+    assert asyncio.run(missing()) == []
+    monkeypatch.delattr(aiomqtt.Client, "_on_socket_open")
+    monkeypatch.setattr(aiomqtt.Client, "__init__", lambda self, *rest: None)
+    monkeypatch.delattr("paho.mqtt.client.Client._packet_handle")
+    assert {"aiomqtt._on_socket_open", "paho._packet_handle"} < set(asyncio.run(missing()))
+
+
+async def test_with_versions_that_are_not_known_the_bus_is_plain_and_says_so_once(
+    mosquitto: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(quick_link, "missing", lambda client: ["paho._sock_send"])
+    mqtt._unknown_parts.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING):
+            alice, bob = await mosquitto.connected("alice", "bob")
+        got, handler = inbox()
+        bob.subscribe(TOPICS.jobs_submit, handler)
+        await bob.publish(TOPICS.node("x", "inbox"), ListJobs())
+        await alice.publish(TOPICS.jobs_submit, ListNodes())
+        await eventually(lambda: len(got) == 1)
+        assert isinstance(alice, MqttBus)
+        assert isinstance(alice._link, PlainLink)
+        assert [record.getMessage() for record in caplog.records if "slower" in record.getMessage()] == [
+            "these versions of aiomqtt and paho are not known: the bus is slower missing=paho._sock_send "
+            "tested='aiomqtt 2.5.1, paho-mqtt 2.1.0 to 2.2.0'"
+        ]
+    finally:
+        mqtt._unknown_parts.cache_clear()
 
 
 async def test_receipts_do_not_tear_a_packet_that_is_half_written(mosquitto: Bench) -> None:
