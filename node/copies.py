@@ -8,10 +8,10 @@ from collections.abc import Callable
 
 from potluck.blobs.download import Downloader
 from potluck.blobs.store import BlobStore
-from potluck.bus.outbox import error_info
 from potluck.errors import Overloaded, Unavailable
 from potluck.logs import fields
 from potluck.surviving import as_defect
+from potluck.wire.failures import error_info
 from potluck.wire.messages import BlobRef, BlobsStored, HoldBlob, HoldFailed, Message, ReleaseBlob
 
 log = logging.getLogger(__name__)

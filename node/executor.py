@@ -17,11 +17,11 @@ from node.own_data import OwnData
 from node.slot import EngineSlot
 from potluck.blobs.download import Downloader
 from potluck.blobs.store import BlobStore, no_room
-from potluck.bus.outbox import error_info
 from potluck.errors import Cancelled, InvalidModel, PotluckError, TooLarge, Unavailable
 from potluck.logs import fields
 from potluck.surviving import as_defect, outlived
 from potluck.wire import codec
+from potluck.wire.failures import error_info
 from potluck.wire.messages import (
     INLINE_LIMIT_BYTES,
     AnyTask,

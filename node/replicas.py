@@ -21,7 +21,7 @@ from node.inputs import Inputs
 from node.slot import EngineSlot
 from potluck.blobs.download import Downloader
 from potluck.blobs.store import BlobStore
-from potluck.bus.outbox import Outbox, error_info
+from potluck.bus.outbox import Outbox
 from potluck.crashes import Crashes
 from potluck.errors import (
     Cancelled,
@@ -40,6 +40,7 @@ from potluck.errors import (
 from potluck.logs import fields
 from potluck.surviving import as_defect, outlived
 from potluck.wire.deadlines import deadline, too_late
+from potluck.wire.failures import error_info
 from potluck.wire.messages import (
     INPUT_BLOB_LIMIT_BYTES,
     BlobRef,

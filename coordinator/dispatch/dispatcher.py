@@ -49,11 +49,11 @@ from coordinator.plans.training.rounds import RoundsStrategy
 from coordinator.plans.training.sync import SyncStrategy
 from coordinator.registry import Registry
 from coordinator.serving.serving import Serving
-from potluck.bus.outbox import error_info
 from potluck.errors import Cancelled, Conflict, DiskFull, Diverged, EngineFailed, PotluckError, Unavailable
 from potluck.logs import fields
 from potluck.settings import CoordinatorSettings
 from potluck.surviving import surviving
+from potluck.wire.failures import error_info
 from potluck.wire.messages import (
     AnyJobSpec,
     AnyTaskResult,

@@ -24,8 +24,8 @@ from potluck.errors import (
     ModelFailed,
     OutOfMemory,
     PeerLost,
-    from_code,
 )
+from potluck.wire.failures import as_error
 from potluck.wire.messages import (
     AnyJobSpec,
     AnyTask,
@@ -387,7 +387,7 @@ class Job:
         if view.nodes and not nodes and self.participants <= self.refused.keys():
             reason = self.refused[view.nodes[0].node_id]
             what = "runs this model" if reason.code == CodeNotAllowed.code else "can do this job"
-            raise from_code(reason.code, f"no node {what}: {reason.message}")
+            raise as_error(reason, f"no node {what}: {reason.message}")
         if not (self.refused or self.hopeless or self.resting):
             return self.strategy.plan(view, self.attempts)
         others = [node for node in nodes if node.node_id not in self.hopeless]

@@ -17,16 +17,16 @@ from coordinator.serving.router import Router
 from coordinator.serving.traffic import Traffic
 from potluck.bus.mqtt import Bus, Envelope
 from potluck.bus.outbox import Outbox
-from potluck.errors import InvalidRequest, ModelFailed, NotFound, PotluckError, TimedOut, TooLarge, from_code
+from potluck.errors import InvalidRequest, ModelFailed, NotFound, PotluckError, TimedOut, TooLarge
 from potluck.settings import CoordinatorSettings
 from potluck.wire.addresses import check_holders
 from potluck.wire.deadlines import deadline, too_late
+from potluck.wire.failures import as_error
 from potluck.wire.messages import (
     INLINE_LIMIT_BYTES,
     BlobRef,
     CancelInfer,
     CancelInference,
-    ErrorInfo,
     Infer,
     InferenceFinished,
     Inferred,
@@ -224,7 +224,7 @@ class Inference:
             if isinstance(outcome, PotluckError):
                 self._outbox.refuse(envelope, outcome)
             elif outcome.error is not None:
-                self._outbox.refuse(envelope, _error_of(outcome.error))
+                self._outbox.refuse(envelope, as_error(outcome.error))
             else:
                 self._outbox.reply(envelope, Inferred(model=name, outputs=outcome.outputs))
 
@@ -262,7 +262,7 @@ class Inference:
             if isinstance(outcome, PotluckError):
                 answered.set_exception(outcome)
             elif outcome.error is not None:
-                answered.set_exception(_error_of(outcome.error))
+                answered.set_exception(as_error(outcome.error))
             else:
                 answered.set_result(outcome)
 
@@ -445,11 +445,7 @@ def _rows(tensor: Tensor) -> int:
     return min(tensor.shape[0], most, ROWS_COUNTED) or 1 if tensor.shape else 1
 
 
-def _error_of(info: ErrorInfo) -> PotluckError:
-    return from_code(info.code, info.message, info.retry_after_seconds)
-
-
 def _failure(outcome: RequestOutcome | PotluckError) -> str:
     if isinstance(outcome, PotluckError):
         return outcome.code
-    return _error_of(outcome.error).code if outcome.error is not None else ""  # one of ours, whatever its node said
+    return as_error(outcome.error).code if outcome.error is not None else ""  # one of ours, whatever its node said

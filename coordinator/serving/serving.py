@@ -35,11 +35,11 @@ from potluck.errors import (
     NotFound,
     TimedOut,
     Unavailable,
-    from_code,
 )
 from potluck.logs import fields
 from potluck.settings import CoordinatorSettings
 from potluck.surviving import surviving
+from potluck.wire.failures import as_error
 from potluck.wire.messages import (
     Deploy,
     DeploymentInfo,
@@ -150,7 +150,7 @@ class Serving:
                 if deployment.failed:
                     self._remove(name)
                 left = f"; {ready} of {counted(wanted, 'replica')} {be(ready)} ready" if ready else ""
-                raise from_code(deployment.error.code, f"{name} could not be loaded: {deployment.error.message}{left}")
+                raise as_error(deployment.error, f"{name} could not be loaded: {deployment.error.message}{left}")
             if now > deadline:
                 raise TimedOut(f"{ready} of {counted(wanted, 'replica')} of {name} {be(ready)} ready so far")
             suited = deployment.suited(places)
@@ -158,8 +158,8 @@ class Serving:
             if len(able) < wanted <= len(suited) and ready == len(able) and deployment.refused:
                 self.give_up(name)
                 reason = next(deployment.refused[place.node_id] for place in suited if place not in able)
-                raise from_code(
-                    reason.code,
+                raise as_error(
+                    reason,
                     f"{ready} of {counted(wanted, 'replica')} of {name} {be(ready)} ready, and {counted(len(suited) - len(able), 'node')} "
                     f"cannot have it: {reason.message}",
                 )

@@ -16,10 +16,11 @@ from coordinator.serving.deployments import Deployment, Load, Place
 from coordinator.serving.inference import Inference
 from coordinator.serving.records import AnyDeploymentEvent, Measured, Parked, Records, Settled, Woken, model_of
 from coordinator.serving.room import Room
-from potluck.bus.outbox import Outbox, error_info
+from potluck.bus.outbox import Outbox
 from potluck.errors import EngineFailed, ModelCrashed
 from potluck.logs import fields
 from potluck.settings import CoordinatorSettings
+from potluck.wire.failures import error_info
 from potluck.wire.messages import (
     BlobRef,
     ErrorInfo,

@@ -26,7 +26,8 @@ from node.engine.wording import one_line
 from potluck import __version__
 from potluck.blobs.store import no_room
 from potluck.errors import BadMessage, Cancelled, EngineFailed, InvalidModel, Overloaded, PotluckError, TimedOut
-from potluck.wire.messages import BlobRef, ErrorInfo, Tensor
+from potluck.wire.failures import error_info
+from potluck.wire.messages import BlobRef, Tensor
 
 if TYPE_CHECKING:
     from node.engine.tasks import Tasks
@@ -225,13 +226,7 @@ def _mapped(tensor: Tensor, files: Mapping[str, str]) -> Tensor:
 
 
 def _failed(number: int, error: PotluckError) -> frames.Failed:
-    info = ErrorInfo(
-        code=error.code,
-        message=error.message,
-        retryable=error.retryable,
-        retry_after_seconds=error.retry_after_seconds,
-    )
-    return frames.Failed(number=number, error=info)
+    return frames.Failed(number=number, error=error_info(error))
 
 
 def _beat(channel: Channel) -> None:

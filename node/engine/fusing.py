@@ -12,6 +12,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from node.engine import keras_parts
+
 WORTHWHILE_NUMBERS = 1_000_000
 """State of an optimizer below which compiling, and calling what was compiled, takes longer than it saves."""
 
@@ -32,7 +34,7 @@ def fuse(optimizer: Any) -> bool:
         if any(isinstance(gradient, tf.IndexedSlices) for gradient in gradients):  # of embeddings: few rows of many
             plain(gradients, trainable_variables)
             return
-        variables = optimizer._trainable_variables if trainable_variables is None else list(trainable_variables)
+        variables = keras_parts.trained_by(optimizer) if trainable_variables is None else list(trainable_variables)
         key = tuple(map(id, variables))
         if key not in programs:
             programs[key] = tf.function(lambda *found: plain(list(found), variables), jit_compile=True)

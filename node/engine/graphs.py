@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from node.engine import fitting, pixels, runtime
+from node.engine import fitting, pixels, runtime, tensorflow_parts
 from node.engine.fitting import Array
 from node.engine.memory import shortage
 from node.engine.wording import one_line
@@ -110,15 +110,12 @@ class Graph:
         that are constants can be laid out for the processor once (MobileNetV2: 1.3 to 1.6 times as fast). A few copies of the weights are
         what this costs. Raises ValueError for a function that reads or keeps more than variables.
         """
-        from tensorflow.core.protobuf import config_pb2
-        from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
-
         if tf.config.list_logical_devices("GPU"):
             raise ValueError("it is for models that run on CPUs")
         held = [tensor for tensor in self._function.captured_inputs if tensor.dtype == tf.resource]
         if len(held) > len(self._function.graph.variables):
             raise ValueError("it holds more than variables: a table, it may be")
-        frozen = convert_variables_to_constants_v2(self._function)
+        frozen = tensorflow_parts.with_constants(self._function)
         stateful = {operation.type for operation in frozen.graph.get_operations() if operation.op_def.is_stateful}
         if frozen.captured_inputs or stateful - {"Placeholder"}:
             raise ValueError(f"it does more than compute: {', '.join(sorted(stateful))}")
@@ -126,30 +123,11 @@ class Graph:
         with graph.as_default():
             tf.import_graph_def(frozen.graph.as_graph_def(), name="")
         session = tf.compat.v1.Session(graph=graph, config=tf.compat.v1.ConfigProto(inter_op_parallelism_threads=-1))
-        options = config_pb2.CallableOptions()
-        options.feed.extend(tensor.name for tensor in frozen.inputs)
-        options.fetch.extend(tensor.name for tensor in frozen.outputs)
-        call: Call = session._make_callable_from_options(options)
-        return call
+        names = [[tensor.name for tensor in tensors] for tensors in (frozen.inputs, frozen.outputs)]
+        return tensorflow_parts.session_call(session, *names)
 
     def _direct_call(self) -> Call:
-        """What a concrete function comes to in the end. Inputs are not copied: nobody writes to them, and nothing keeps them."""
-        from tensorflow.python import pywrap_tfe
-        from tensorflow.python.eager import context
-        from tensorflow.python.framework.ops import EagerTensor
-
-        inner, captured = self._function._inference_function, list(self._function.captured_inputs)
-        where = context.context()
-        handle, device = where._handle, where.device_name
-        name, outputs = inner.name, len(inner.function_type.flat_outputs)
-        attributes = ("executor_type", "", "config_proto", where.function_call_options.config_proto_serialized)
-
-        def call(*arrays: Array) -> list[Array]:
-            inputs = [EagerTensor(array, device, None) for array in arrays]
-            found = pywrap_tfe.TFE_Py_Execute(handle, device, name, inputs + captured, attributes, outputs)
-            return [output.numpy() for output in found]
-
-        return call
+        return tensorflow_parts.direct_call(self._function)
 
     def _ordinary_call(self) -> Call:
         function = self._function

@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from node.engine import runtime
+from node.engine import keras_parts, runtime
 from node.engine.truth import Truth
 from node.engine.wording import one_line
 from potluck.errors import InvalidModel
@@ -68,7 +68,7 @@ class Loaded:
     @property
     def parts(self) -> list[tuple[str, float, bool]]:
         """Of the losses of several outputs, after a first batch: name, weight in the loss, and whether they are sums."""
-        compiled = self.model._compile_loss
+        compiled = keras_parts.compiled_losses(self.model)
         if compiled is None or not compiled.metrics:
             return []
         return [
@@ -77,7 +77,7 @@ class Loaded:
                 1.0 if part.loss_weights is None else float(part.loss_weights),
                 getattr(part.loss, "reduction", None) == "sum",
             )
-            for metric, part in zip(compiled.metrics, compiled._flat_losses, strict=True)
+            for metric, part in zip(compiled.metrics, keras_parts.flat_losses(compiled), strict=True)
         ]
 
     def mean_metrics(self) -> dict[str, tuple[float, float]]:
@@ -146,7 +146,7 @@ class Loaded:
 
     def _own_metrics(self) -> list[Any]:
         """Without those that follow the losses of outputs: in a graph for batches of any size they forget how large each was."""
-        losses = {id(metric) for metric in getattr(self.model._compile_loss, "metrics", ())}
+        losses = {id(metric) for metric in getattr(keras_parts.compiled_losses(self.model), "metrics", ())}
         return [metric for metric in self.model.metrics if id(metric) not in losses]
 
     def _predict_step(self, *batch: Any) -> list[Any]:
@@ -159,7 +159,7 @@ class Loaded:
         loss = model.compute_loss(x=x, y=target, y_pred=outputs, sample_weight=weights, training=False)
         penalty = tf.add_n([tf.cast(part, tf.float32) for part in model.losses]) if model.losses else 0.0
         parts = []
-        for metric in getattr(model._compile_loss, "metrics", ()):
+        for metric in getattr(keras_parts.compiled_losses(model), "metrics", ()):
             parts.append(tf.identity(metric.result()))  # of this batch alone
             metric.reset_state()
         model.compute_metrics(x, target, outputs, sample_weight=weights)

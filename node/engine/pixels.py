@@ -10,7 +10,7 @@ import keras
 import numpy as np
 from msgspec.structs import replace
 
-from node.engine import runtime
+from node.engine import keras_parts, runtime
 from potluck.data.images import DEFAULT_SCALE
 from potluck.data.items import scale_of
 from potluck.wire.messages import Signature
@@ -168,7 +168,7 @@ class _Walk:
 def _graph(model: Any) -> Any:
     """A model as a Functional one; None for what is none."""
     if isinstance(model, keras.Sequential):
-        model = getattr(model, "_functional", None)
+        model = keras_parts.functional(model)
     return model if isinstance(model, keras.Model) and hasattr(model, "_nodes_by_depth") else None
 
 

@@ -15,7 +15,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from node.engine import runtime
+from node.engine import keras_parts, runtime
 from node.engine.truth import Truth
 from potluck.errors import InvalidModel
 from potluck.weights import files
@@ -29,7 +29,7 @@ GRADIENTS_BYTES = 64 * 2**20
 
 def check(model: Any) -> None:
     """Raises InvalidModel for a model whose training cannot hide items."""
-    for layer in model._flatten_layers():
+    for layer in keras_parts.all_layers(model):
         if isinstance(layer, keras.layers.BatchNormalization) and layer.trainable:
             raise InvalidModel(
                 f"layer '{layer.name}' (BatchNormalization) mixes the items of a batch, so that none can be hidden: "

@@ -23,9 +23,9 @@ from node.engine import frames
 from node.engine.link import Link, OnProgress
 from node.engine.progress import Progress, read
 from node.engine.watch import Limits, Verdict, Watch, out_of_memory
-from potluck import errors
 from potluck.errors import EngineFailed, ModelCrashed, OutOfMemory, PotluckError
 from potluck.lifecycle import die_with_parent
+from potluck.wire.failures import as_error
 from potluck.wire.messages import AnyTask, AnyTaskResult, BlobRef, ModelFormat, RequestOutcome, Signature, Tensor
 
 log = logging.getLogger(__name__)
@@ -299,8 +299,7 @@ class Engine:
         finally:
             self._link.forget(frame.number)
         if isinstance(answer, frames.Failed):
-            info = answer.error
-            raise errors.from_code(info.code, info.message, info.retry_after_seconds)
+            raise as_error(answer.error)
         return answer
 
     async def _ask_of(self, replica_id: str, frame: frames.Frame) -> frames.Frame:

@@ -18,7 +18,8 @@ from node.engine.fitting import Array, padded
 from node.engine.wording import one_line
 from potluck.errors import InvalidModel, InvalidRequest, ModelFailed, NotFound, OutOfMemory, PotluckError
 from potluck.wire import tensors
-from potluck.wire.messages import ErrorInfo, ModelFormat, RequestOutcome, Signature, Tensor
+from potluck.wire.failures import error_info
+from potluck.wire.messages import ModelFormat, RequestOutcome, Signature, Tensor
 from potluck.wire.specs import shown
 from potluck.wording import counted
 
@@ -222,4 +223,4 @@ def _doubtful(outcome: RequestOutcome) -> RequestOutcome:
 
 
 def _failed(error: PotluckError) -> RequestOutcome:
-    return RequestOutcome(error=ErrorInfo(code=error.code, message=error.message, retryable=error.retryable))
+    return RequestOutcome(error=error_info(error))

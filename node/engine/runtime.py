@@ -15,7 +15,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from node.engine import archives, code, memory, state
+from node.engine import archives, code, keras_parts, memory, state
 from node.engine.memory import shortage
 from node.engine.shards import ALIGNMENT, aligned
 from node.engine.wording import one_line
@@ -94,7 +94,7 @@ def _weights_from_disk() -> Iterator[None]:
     file, or loading fails; layers of users may keep some out of it, so that theirs are drawn. Large ones are read into memory that
     TensorFlow then takes as it is.
     """
-    from keras.src.saving import saving_lib
+    saving_lib = keras_parts.saving()
 
     def nothing(self: Any, shape: Any, dtype: Any = None, **_: Any) -> Any:
         return tf.raw_ops.Empty(shape=shape, dtype=keras.backend.standardize_dtype(dtype), init=False)
@@ -161,7 +161,7 @@ def signature(model: Any) -> Signature:
 
 def input_names(model: Any) -> list[str]:
     """In the order of `model.inputs`: the keys of a model that takes a map, as Keras goes by them, else the names of the layers."""
-    struct = getattr(model, "_inputs_struct", None)
+    struct = keras_parts.inputs_of(model)
     if isinstance(struct, dict) and len(struct) == len(model.inputs):
         keys = {id(tensor): str(key) for key, tensor in struct.items()}
         return [keys[id(tensor)] for tensor in model.inputs]
@@ -171,7 +171,7 @@ def input_names(model: Any) -> list[str]:
 def output_names(model: Any) -> list[str]:
     """In the order of `model.outputs`: the keys of a model that answers a map, else the names of the layers."""
     count = len(model.outputs)
-    struct = getattr(model, "_outputs_struct", None)
+    struct = keras_parts.outputs_of(model)
     if isinstance(struct, dict) and len(struct) == count:
         keys = {id(tensor): str(key) for key, tensor in struct.items()}
         return [keys[id(tensor)] for tensor in model.outputs]
@@ -193,7 +193,7 @@ def output_losses(model: Any) -> list[Any]:
 
 def packed(model: Any, tensors: Sequence[Any]) -> Any:
     """Tensors in the order of `model.inputs` as the model is called with: alone, or in its own list or map."""
-    struct = getattr(model, "_inputs_struct", None)
+    struct = keras_parts.inputs_of(model)
     if struct is None:
         return tensors[0] if len(tensors) == 1 else tuple(tensors)
     if isinstance(struct, list):
@@ -205,7 +205,7 @@ def packed_targets(model: Any, tensors: Sequence[Any]) -> Any:
     """Targets in the order of `model.outputs` as the compiled loss takes them: alone, or in the model's own list or map."""
     if len(tensors) == 1:
         return tensors[0]
-    struct = getattr(model, "_outputs_struct", None)
+    struct = keras_parts.outputs_of(model)
     if struct is None or isinstance(struct, list):
         return tuple(tensors)
     return keras.tree.pack_sequence_as(keras.tree.lists_to_tuples(struct), list(tensors))
@@ -230,7 +230,7 @@ def flat(outputs: Any) -> list[Any]:
 
 def _input_name(tensor: Any) -> str:
     """That of its input layer: unlike the tensor's, it stands in the file."""
-    history = getattr(tensor, "_keras_history", None)
+    history = keras_parts.history(tensor)
     return str(history.operation.name if history is not None else tensor.name)
 
 

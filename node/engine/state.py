@@ -8,6 +8,7 @@ from typing import Any
 
 import keras
 
+from node.engine import keras_parts
 from potluck.weights.updates import Role
 
 READS = frozenset({"ReadVariableOp", "ResourceGather", "ResourceGatherNd", "VariableShape"})
@@ -22,7 +23,7 @@ def roles(model: Any) -> list[Role]:
     """
     statistics = {
         id(variable)
-        for layer in model._flatten_layers()
+        for layer in keras_parts.all_layers(model)
         if isinstance(layer, keras.layers.BatchNormalization)
         for variable in layer.non_trainable_variables
     }

@@ -22,7 +22,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from node.engine import fusing, inputs, runtime, shards, training
+from node.engine import fusing, inputs, keras_parts, runtime, shards, training
 from node.engine.decoders import Decoder
 from node.engine.gate import Gate
 from node.engine.memory import shortage
@@ -212,7 +212,7 @@ class Member:
                 predicted = model(x, training=True)
                 loss = model.compute_loss(x, y, predicted, weight, training=True)
                 scaled = model.optimizer.scale_loss(loss) * tf.cast(part_of(y), loss.dtype)
-            model._loss_tracker.update_state(loss, sample_weight=mine)
+            keras_parts.loss_mean(model).update_state(loss, sample_weight=mine)
             model.compute_metrics(x, y, predicted, weight)
             found = tape.gradient(scaled, [variable.value for variable in model.trainable_variables])
             # Of embeddings it has the rows that were looked up, each as often as it was: Keras's optimizers square them apart.

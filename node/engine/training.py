@@ -16,7 +16,7 @@ import numpy as np
 import psutil
 import tensorflow as tf
 
-from node.engine import decoders, fusing, inputs, privacy, runtime, shards, state
+from node.engine import decoders, fusing, inputs, keras_parts, privacy, runtime, shards, state
 from node.engine.decoders import Decoder
 from node.engine.gate import Gate
 from node.engine.loaded import FAILURES
@@ -196,8 +196,8 @@ class Session:
         """Set a schedule of the learning rate to where the whole cluster is, which has trained on `seen` samples."""
         optimizer = self.model.optimizer
         optimizer = getattr(optimizer, "inner_optimizer", optimizer)  # that which scales the loss goes around it
-        if isinstance(getattr(optimizer, "_learning_rate", None), keras.optimizers.schedules.LearningRateSchedule):
-            steps, every = optimizer._iterations, optimizer.gradient_accumulation_steps or 1
+        if keras_parts.schedule(optimizer) is not None:
+            steps, every = keras_parts.steps(optimizer), optimizer.gradient_accumulation_steps or 1
             # Gradients that are being accumulated go on where they are.
             steps.assign(seen // self._batch // every * every + int(steps.numpy()) % every)
 

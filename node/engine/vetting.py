@@ -20,9 +20,8 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from tensorflow.core.protobuf.meta_graph_pb2 import AssetFileDef
-from tensorflow.python.framework import op_def_registry
 
-from node.engine import code
+from node.engine import code, tensorflow_parts
 from node.engine.operations import ALLOWED, FILLS_TABLE, PYTHON, READS_CHECKPOINT, WRITES_CHECKPOINTS
 from potluck.errors import CodeNotAllowed, InvalidModel
 
@@ -138,7 +137,7 @@ class _Vetting:
 
     def _is_call(self, node: Any) -> bool:
         """Whether its operation is a function; those of TensorFlow come first."""
-        return node.op in self._functions and op_def_registry.get(node.op) is None
+        return node.op in self._functions and not tensorflow_parts.is_operation(node.op)
 
     def _check_operations(self) -> None:
         refused: dict[str, str] = {}
@@ -147,7 +146,7 @@ class _Vetting:
             for node in body.nodes.values():
                 if node.op not in ALLOWED and node.op not in special and not self._is_call(node):
                     refused.setdefault(node.op, body.place)
-        unknown = [name for name in refused if op_def_registry.get(name) is None]
+        unknown = [name for name in refused if not tensorflow_parts.is_operation(name)]
         if unknown:
             raise InvalidModel(
                 f"the SavedModel has operations that TensorFlow does not have ({_shown(refused, unknown)}), and a SavedModel does not "

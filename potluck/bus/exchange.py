@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import msgspec
 
-from potluck import errors
 from potluck.bus.filters import FilterTable
 from potluck.bus.properties import Mirrored, mirror
 from potluck.errors import BadMessage, Conflict, InvalidRequest, Overloaded, PotluckError, TimedOut, TooLarge
@@ -20,7 +19,8 @@ from potluck.logs import Seldom, fields
 from potluck.surviving import as_defect, surviving
 from potluck.wire import codec
 from potluck.wire.codec import Encoding
-from potluck.wire.messages import ErrorInfo, Inferred, JobEnded, Message, RequestFailed
+from potluck.wire.failures import as_error, error_info
+from potluck.wire.messages import Inferred, JobEnded, Message, RequestFailed
 from potluck.wire.topics import Topics
 from potluck.wording import counted
 
@@ -59,13 +59,7 @@ Handler = Callable[[Envelope], None]
 
 def request_failed(error: PotluckError, request_id: str = "") -> RequestFailed:
     """The answer that says `error`."""
-    info = ErrorInfo(
-        code=error.code,
-        message=error.message,
-        retryable=error.retryable,
-        retry_after_seconds=error.retry_after_seconds,
-    )
-    return RequestFailed(id=request_id, error=info)
+    return RequestFailed(id=request_id, error=error_info(error))
 
 
 class Bus(ABC):
@@ -272,8 +266,7 @@ class Bus(ABC):
         finally:
             self._pending.pop(request_id, None)
         if isinstance(answer, RequestFailed):
-            failed = answer.error
-            raise errors.from_code(failed.code, failed.message, failed.retry_after_seconds)
+            raise as_error(answer.error)
         return answer
 
     def give_up(self, request_id: str, error: PotluckError) -> None:

@@ -17,7 +17,8 @@ from potluck.bus.mqtt import Bus, Envelope
 from potluck.errors import PotluckError
 from potluck.logs import fields
 from potluck.surviving import as_defect
-from potluck.wire.messages import ErrorInfo, Message, RequestFailed
+from potluck.wire.failures import error_info
+from potluck.wire.messages import Message, RequestFailed
 
 log = logging.getLogger(__name__)
 
@@ -90,13 +91,3 @@ class Outbox:
     def _drop(self, error: PotluckError) -> None:
         self.dropped += 1
         log.info("message dropped %s", fields(code=error.code, reason=error.message))
-
-
-def error_info(error: PotluckError) -> ErrorInfo:
-    """An error as it goes on the wire."""
-    return ErrorInfo(
-        code=error.code,
-        message=error.message,
-        retryable=error.retryable,
-        retry_after_seconds=error.retry_after_seconds,
-    )

@@ -24,6 +24,7 @@ from potluck.client.models import load_model
 from potluck.client.signatures import suggesting
 from potluck.errors import Conflict, NotFound, PotluckError, TimedOut
 from potluck.wire import tensors
+from potluck.wire.failures import as_error
 from potluck.wire.messages import (
     AnyJobSpec,
     BlobRef,
@@ -369,7 +370,7 @@ def job_error(ended: JobEnded) -> PotluckError:
         return errors.from_code(
             "cancelled" if ended.state == "cancelled" else "internal", f"job {ended.job_id}: {ended.state}"
         )
-    return errors.from_code(ended.error.code, ended.error.message, ended.error.retry_after_seconds)
+    return as_error(ended.error)
 
 
 def history_of(ended: JobEnded) -> dict[str, list[float]]:

@@ -1,0 +1,21 @@
+"""Errors as they go on the wire, and back: the only place that knows both forms."""
+
+from __future__ import annotations
+
+from potluck.errors import PotluckError, from_code
+from potluck.wire.messages import ErrorInfo
+
+
+def error_info(error: PotluckError) -> ErrorInfo:
+    """What is sent of an error."""
+    return ErrorInfo(
+        code=error.code,
+        message=error.message,
+        retryable=error.retryable,
+        retry_after_seconds=error.retry_after_seconds,
+    )
+
+
+def as_error(info: ErrorInfo, message: str = "") -> PotluckError:
+    """The exception of an error that was received, with other words where they are given; of a code that is not known, the base class."""
+    return from_code(info.code, message or info.message, info.retry_after_seconds)
