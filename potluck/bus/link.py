@@ -10,7 +10,7 @@ import logging
 import socket
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import aiomqtt
@@ -208,10 +208,10 @@ class PlainLink(Link):
 
     def subscribe_soon(self, filters: list[tuple[str, int]]) -> None:
         if filters:
-            self._ask(self.subscribe_all(filters))
+            self._ask(lambda: self.subscribe_all(filters))
 
     def unsubscribe_soon(self, topic_filter: str) -> None:
-        self._ask(self._mqtt.unsubscribe(topic_filter))
+        self._ask(lambda: self._mqtt.unsubscribe(topic_filter))
 
     @property
     def places(self) -> int:
@@ -260,12 +260,12 @@ class PlainLink(Link):
         except aiomqtt.MqttError as error:
             self.give_up(error)
 
-    def _ask(self, question: Any) -> None:
+    def _ask(self, question: Callable[[], Awaitable[object]]) -> None:
         """What nobody waits for."""
 
         async def asked() -> None:
             try:
-                await question
+                await question()
             except (PotluckError, aiomqtt.MqttError) as error:
                 log.debug("not asked of the broker %s", fields(reason=error))
 
