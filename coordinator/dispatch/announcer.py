@@ -63,7 +63,7 @@ class Announcer:
             waiting = f"gives way to inference on {', '.join(giving_way)}"
         else:
             waiting = self._doing.get(job.job_id, "") or self._leases.stage(job)
-        described = self._jobs.described(job, running, waiting=waiting)
+        described = self._jobs.described(job, running, nodes, waiting=waiting)
         progress = described.progress
         if job.active and (left_out := self._leases.quarantined()):
             progress = replace(progress, quarantined=left_out | progress.quarantined)

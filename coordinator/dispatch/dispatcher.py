@@ -40,9 +40,11 @@ from coordinator.plans.job import (
     JobFinished,
     JobStarted,
     Lease,
+    Record,
     RoundClosed,
     StopAsked,
     Withdraw,
+    settled,
 )
 from coordinator.plans.training import privacy, scores
 from coordinator.plans.training.rounds import RoundsStrategy
@@ -322,14 +324,14 @@ class Dispatcher:
         """The job's plan; without the node that makes planning fail, where there is one."""
         view = self._leases.view(self._clock())
         try:
-            return job.plan(view)
+            return settled(job, view, lambda event: self._record(job, event))
         except PotluckError:
             raise
         except Exception as error:
             for node in view.nodes:
                 others = replace_view(view, nodes=tuple(other for other in view.nodes if other is not node))
                 with suppress(Exception):
-                    decisions = job.plan(others)
+                    decisions = settled(job, others, lambda event: self._record(job, event))
                     log.exception("planning failed with a node %s", fields(job=job.job_id, node=node.node_id))
                     self._leases.quarantine(node.node_id, f"planning failed with it: {repr(error)[:200]}")
                     return decisions
@@ -355,6 +357,8 @@ class Dispatcher:
                 if (held := self._leases.get(decision.attempt_id)) is not None:
                     self._leases.withdraw(held.node_id, decision.attempt_id, decision.reason)
                 self._end_attempt(decision.attempt_id, decision.reason, None)
+            case Record():
+                raise AssertionError("choices are recorded before their plan is performed")
             case CloseRound():
                 self._act(job.job_id, f"round {decision.round}", self._close_round(job, decision))
             case CloseSync():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 from msgspec.structs import replace
 
@@ -20,6 +20,8 @@ from coordinator.plans.job import (
     JobSubmitted,
 )
 from coordinator.plans.labels import listed
+from coordinator.plans.past import with_choices
+from coordinator.plans.placement import NodeView
 from coordinator.plans.strategies import strategy_for
 from coordinator.plans.training import privacy
 from coordinator.plans.training.rounds import RoundsStrategy
@@ -271,12 +273,17 @@ class JobStore:
         return self._tasks[attempt.attempt_id]
 
     def described(
-        self, job: Job, running: dict[str, tuple[Attempt, int, dict[str, float]]], *, waiting: str
+        self,
+        job: Job,
+        running: dict[str, tuple[Attempt, int, dict[str, float]]],
+        nodes: Sequence[NodeView] = (),
+        *,
+        waiting: str,
     ) -> JobChanged:
-        """`waiting`: for what, where it does not go on; "" where it does."""
+        """`nodes`: those that can compute now. `waiting`: for what, where it does not go on; "" where it does."""
         progress = self._final.get(job.job_id) or JobProgress()
         if job.active and job.strategy is not None:
-            progress = replace(job.strategy.progress(running), image=job.image)
+            progress = replace(job.strategy.progress(running, nodes), image=job.image)
             if job.refused:
                 reasons = {node_id: error.message for node_id, error in job.refused.items()}
                 progress = replace(progress, quarantined=progress.quarantined | reasons)
@@ -287,7 +294,7 @@ class JobStore:
     def _replay(self, stream: str) -> None:
         job: Job | None = None
         events: Iterator[AnyEvent] = self._journal.replay(stream, AnyEvent)  # type: ignore[arg-type]
-        for event in events:
+        for event in with_choices(events):
             if isinstance(event, JobSubmitted):
                 job = self._make(event)
             elif job is not None:

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
 from msgspec.structs import replace
 
-from coordinator.plans.job import Attempt, Complete, Decision, EpochEnded, Lease, RoundClosed, Withdraw
+from coordinator.plans.job import Attempt, Complete, Decision, Lease, Withdraw
 from coordinator.plans.placement import ClusterView, NodeView, speeds
 from potluck.errors import ModelFailed
 from potluck.wire.messages import (
@@ -176,16 +176,9 @@ class BatchStrategy:
             if not chunk.attempts:
                 self.returned[attempt.shard_id] = None
 
-    def closed_round(self, event: RoundClosed) -> None:
-        raise ValueError("only training has rounds")
-
-    def ended_epoch(self, event: EpochEnded) -> None:
-        raise ValueError("only training has epochs")
-
-    def stop(self) -> None:
-        raise ValueError("only training can stop before its end")
-
-    def progress(self, running: dict[str, tuple[Attempt, int, dict[str, float]]]) -> JobProgress:
+    def progress(
+        self, running: dict[str, tuple[Attempt, int, dict[str, float]]], nodes: Sequence[NodeView] = ()
+    ) -> JobProgress:
         best: dict[str, int] = {}
         for attempt, done, _ in running.values():
             if attempt.shard_id in self.chunks:
@@ -193,12 +186,12 @@ class BatchStrategy:
                     best.get(attempt.shard_id, 0), min(done, self.chunks[attempt.shard_id].count)
                 )
         at_work = {attempt.node_id for attempt, _, _ in running.values()}
-        nodes = {node_id: rate for node_id, rate in self.measured.items() if node_id in at_work}
+        rates = {node_id: rate for node_id, rate in self.measured.items() if node_id in at_work}
         return JobProgress(
             done=self.done_items + sum(best.values()),
             total=self.total,
-            nodes=nodes,
-            items_per_second=sum(nodes.values()),
+            nodes=rates,
+            items_per_second=sum(rates.values()),
         )
 
     def in_order(self) -> list[TaskResult]:

@@ -7,9 +7,9 @@ Pure: no clock, no randomness, no input or output.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from msgspec import Struct, json
 from msgspec.structs import replace
@@ -140,6 +140,40 @@ class StopAsked(Event, frozen=True):
     """Training is to end after the epoch that is under way."""
 
 
+class StrategyChosen(Event, frozen=True):
+    """What `auto` goes on with, and why, in words."""
+
+    chosen: Literal["local", "sync"]
+    why: str
+
+
+class RoundPlanned(Event, frozen=True):
+    """How the rounds from this one on share the data: shards by index, and speed as a share of all. `slow`: the nodes that are left
+    out since they would bring less than they cost, and why."""
+
+    round: int
+    assigned: dict[str, tuple[int, ...]] = {}
+    shares: dict[str, float] = {}
+    slow: dict[str, str] = {}
+
+
+class ReadyAgain(Event, frozen=True):
+    """These nodes were too slow for long enough: they are to be measured anew."""
+
+    nodes: tuple[str, ...]
+
+
+class RoundBroken(Event, frozen=True):
+    """A synchronous round that can have no result any more."""
+
+    round: int
+    reason: str
+
+
+class GaveWay(Event, frozen=True):
+    """A member of a synchronous group stands still for inference, and all others with it."""
+
+
 class JobFinished(Event, frozen=True):
     result: JobEnded
 
@@ -153,8 +187,15 @@ AnyEvent = (
     | RoundClosed
     | EpochEnded
     | StopAsked
+    | StrategyChosen
+    | RoundPlanned
+    | ReadyAgain
+    | RoundBroken
+    | GaveWay
     | JobFinished
 )
+OfTraining = RoundClosed | EpochEnded | StopAsked | StrategyChosen | RoundPlanned | ReadyAgain | RoundBroken | GaveWay
+"""What happens in training alone."""
 
 
 # --- decisions: what a plan asks the dispatcher to do --------------------------------------------------------------------
@@ -217,7 +258,16 @@ class Complete:
     """All the work is done: put the result together and end the job as succeeded."""
 
 
-Decision = Lease | Withdraw | CloseRound | CloseSync | CloseEpoch | Complete
+@dataclass(frozen=True)
+class Record:
+    """A choice that later plans rest on: it is journaled, and then planned again. A plan changes nothing by itself."""
+
+    event: OfTraining
+
+
+Decision = Lease | Withdraw | CloseRound | CloseSync | CloseEpoch | Complete | Record
+CHOICES_LIMIT = 8
+"""In a row, before anything else is decided."""
 
 
 # --- state -----------------------------------------------------------------------------------------------------------
@@ -242,14 +292,19 @@ class Strategy(Protocol):
 
     def ended(self, attempt: Attempt, error: ErrorInfo | None) -> None: ...
 
-    def closed_round(self, event: RoundClosed) -> None: ...
+    def progress(
+        self, running: dict[str, tuple[Attempt, int, dict[str, float]]], nodes: Sequence[NodeView] = ()
+    ) -> JobProgress:
+        """`running`: for each open attempt what it has reported: items done, and metrics. `nodes`: those that can compute now."""
+        ...
 
-    def ended_epoch(self, event: EpochEnded) -> None: ...
 
-    def stop(self) -> None: ...
+@runtime_checkable
+class Training(Strategy, Protocol):
+    """How training is cut into rounds."""
 
-    def progress(self, running: dict[str, tuple[Attempt, int, dict[str, float]]]) -> JobProgress:
-        """`running`: for each open attempt what it has reported: items done, and metrics."""
+    def happened(self, event: OfTraining) -> Training:
+        """What only training knows: a round was closed, an epoch has ended, a choice was made. The strategy that goes on."""
         ...
 
 
@@ -357,14 +412,14 @@ class Job:
                     if event.error is not None and event.error.code != PeerLost.code:
                         self._failed(_placed(event.error, ended), ended.node_id, event.at)
             case RoundClosed():
-                self._strategy.closed_round(event)
+                self.strategy = self._training.happened(event)
                 self._keep(event)
             case EpochEnded():
                 self.history.append(event.epoch)
                 self.history_bytes += _size(event.epoch)
-                self._strategy.ended_epoch(event)
-            case StopAsked():
-                self._strategy.stop()
+                self.strategy = self._training.happened(event)
+            case StopAsked() | StrategyChosen() | RoundPlanned() | ReadyAgain() | RoundBroken() | GaveWay():
+                self.strategy = self._training.happened(event)
             case JobFinished():
                 self.ended = event.result
                 self.state = event.result.state
@@ -375,7 +430,7 @@ class Job:
                 raise ValueError("a job is submitted once")
 
     def plan(self, view: ClusterView) -> list[Decision]:
-        """What to do next. The same state and view give the same decisions.
+        """What to do next. The same state and view give the same decisions, and the state stays as it is.
 
         Raises CodeNotAllowed or OutOfMemory when all nodes are left out, and the first of them for that.
         """
@@ -488,6 +543,12 @@ class Job:
             self.rounds_bytes = sum(map(_size, self.rounds))
 
     @property
+    def _training(self) -> Training:
+        if not isinstance(self.strategy, Training):
+            raise ValueError(f"job {self.job_id} is no training")
+        return self.strategy
+
+    @property
     def _strategy(self) -> Strategy:
         if self.strategy is None:
             raise ValueError(f"job {self.job_id} has no shards")
@@ -508,6 +569,21 @@ class Job:
         if not error.retryable:
             self.hopeless_at = self.hopeless_at or at
             self.hopeless.setdefault(node_id, error)
+
+
+def settled(job: Job, view: ClusterView, record: Callable[[OfTraining], None]) -> list[Decision]:
+    """The job's plan once all choices that it rests on are made: each is given to `record`, which applies it.
+
+    Raises what `Job.plan` raises, and RuntimeError for a plan that never comes to an end of choosing.
+    """
+    for _ in range(CHOICES_LIMIT):
+        decisions = job.plan(view)
+        choices = [decision.event for decision in decisions if isinstance(decision, Record)]
+        if not choices:
+            return decisions
+        for event in choices:
+            record(event)
+    raise RuntimeError(f"the plan of job {job.job_id} goes on choosing: {choices[-1]!r}")
 
 
 def data_of(spec: AnyJobSpec) -> tuple[str, ...]:

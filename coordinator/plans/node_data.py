@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from coordinator.plans.job import Attempt, Complete, Decision, EpochEnded, Lease, RoundClosed
+from coordinator.plans.job import Attempt, Complete, Decision, Lease
 from coordinator.plans.placement import ClusterView, NodeView
 from potluck.errors import InvalidRequest, NotFound
 from potluck.wire.messages import (
@@ -116,16 +116,9 @@ class NodesEvaluation:
         if error is not None:
             self.errors[attempt.node_id] = self.errors.get(attempt.node_id, 0) + 1
 
-    def closed_round(self, event: RoundClosed) -> None:
-        raise ValueError("only training has rounds")
-
-    def ended_epoch(self, event: EpochEnded) -> None:
-        raise ValueError("only training has epochs")
-
-    def stop(self) -> None:
-        raise ValueError("only training can stop before its end")
-
-    def progress(self, running: dict[str, tuple[Attempt, int, dict[str, float]]]) -> JobProgress:
+    def progress(
+        self, running: dict[str, tuple[Attempt, int, dict[str, float]]], nodes: Sequence[NodeView] = ()
+    ) -> JobProgress:
         done = sum(result.count for result in self.results.values()) + sum(done for _, done, _ in running.values())
         return JobProgress(done=min(done, self.data.count), total=self.data.count)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from coordinator.plans.batch import BatchStrategy, ItemIndex
-from coordinator.plans.job import Attempt, Complete, Decision, EpochEnded, Lease, RoundClosed
-from coordinator.plans.placement import RUNTIME_OF, ClusterView
+from coordinator.plans.job import Attempt, Complete, Decision, Lease
+from coordinator.plans.placement import RUNTIME_OF, ClusterView, NodeView
 from potluck.wire.messages import (
     AnyTask,
     AnyTaskResult,
@@ -88,16 +89,9 @@ class QuantizeStrategy:
         elif (part := self._part(attempt)) is not None:
             part.ended(attempt, error)
 
-    def closed_round(self, event: RoundClosed) -> None:
-        raise ValueError("only training has rounds")
-
-    def ended_epoch(self, event: EpochEnded) -> None:
-        raise ValueError("only training has epochs")
-
-    def stop(self) -> None:
-        raise ValueError("only training can stop before its end")
-
-    def progress(self, running: dict[str, tuple[Attempt, int, dict[str, float]]]) -> JobProgress:
+    def progress(
+        self, running: dict[str, tuple[Attempt, int, dict[str, float]]], nodes: Sequence[NodeView] = ()
+    ) -> JobProgress:
         """Items evaluated, of both models."""
         parts = [part.progress(running) for part in (self.before, self.after) if part is not None]
         message = "converting" if self.converted is None else "evaluating"

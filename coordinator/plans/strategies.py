@@ -9,6 +9,7 @@ from coordinator.plans.job import VALIDATION, JobSubmitted, Strategy
 from coordinator.plans.node_data import NodesEvaluation
 from coordinator.plans.placement import RUNTIME_OF
 from coordinator.plans.quantizing import QuantizeStrategy, convert_task
+from coordinator.plans.training.auto import AutoStrategy
 from coordinator.plans.training.federated import FederatedStrategy
 from coordinator.plans.training.fixed import FixedStrategy
 from coordinator.plans.training.rounds import Evaluation, RoundsStrategy
@@ -28,6 +29,8 @@ from potluck.wire.messages import (
     Step,
     Train,
 )
+
+KINDS: dict[str, type[RoundsStrategy]] = {"local": RoundsStrategy, "sync": SyncStrategy, "auto": AutoStrategy}
 
 
 def strategy_for(job: JobSubmitted, dataset: Dataset | None, validation: Dataset | None) -> Strategy | None:
@@ -52,7 +55,7 @@ def strategy_for(job: JobSubmitted, dataset: Dataset | None, validation: Dataset
                 prefix = f"{VALIDATION}{epoch}"
                 return _evaluation(model, weights, step, held_out, image, spec.batch_size, prefix, stays)
 
-        kind: type[RoundsStrategy] = RoundsStrategy if spec.strategy == "local" else SyncStrategy
+        kind: type[RoundsStrategy] = KINDS[spec.strategy]
         if spec.dataset.startswith(NODE_DATA):
             kind = FederatedStrategy
         elif spec.deterministic:

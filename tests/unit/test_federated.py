@@ -10,7 +10,7 @@ import pytest
 from msgspec.structs import replace
 
 from coordinator.dispatch.outer import nova_scales
-from coordinator.plans.job import Attempt, CloseEpoch, CloseRound, Complete, JobSubmitted, Lease, RoundClosed
+from coordinator.plans.job import Attempt, CloseEpoch, CloseRound, Complete, JobSubmitted, Lease, Record, RoundClosed
 from coordinator.plans.node_data import NodesEvaluation, described, fits, joined
 from coordinator.plans.placement import ClusterView, NodeView
 from coordinator.plans.strategies import strategy_for
@@ -104,8 +104,13 @@ class Play:
 
     def plan(self, *names: str) -> list[Any]:
         view = ClusterView(tuple(self.views[name] for name in names or self.views), self.now)
+        before = repr(self.strategy)
         decisions = self.strategy.plan(view, self.attempts)
+        assert repr(self.strategy) == before, "a plan changed the state"
         for decision in decisions:
+            if isinstance(decision, Record):
+                self.strategy.happened(decision.event)
+                return self.plan(*names)
             if isinstance(decision, Lease):
                 attempt = Attempt(f"a{len(self.attempts)}-{self.now}", decision.shard_id, decision.node_id, self.now)
                 self.strategy.leased(attempt, decision.task)
@@ -128,7 +133,7 @@ class Play:
         self.strategy.finished(attempt, result, self.now)
 
     def close(self, samples: int) -> None:
-        self.strategy.closed_round(
+        self.strategy.happened(
             RoundClosed(
                 at=self.now, round=self.strategy.round, base=blob(2), step=blob(4), weights=blob(5), velocity=blob(6),
                 samples=samples, metrics={},

@@ -49,7 +49,9 @@ class Play:
     def plan(self, *names: str, gflops: float = 1.0) -> list[Any]:
         busy = [attempt.node_id for attempt in self.attempts.values()]
         nodes = tuple(NodeView(name, gflops, 1 - busy.count(name), idle=name not in busy) for name in names)
+        before = repr(self.strategy)
         decisions = self.strategy.plan(ClusterView(nodes, self.now), self.attempts)
+        assert repr(self.strategy) == before, "a plan changed the state"
         for decision in decisions:
             if isinstance(decision, Lease):
                 self.number += 1
@@ -129,7 +131,7 @@ def test_the_next_round_has_as_many_parts_though_nodes_came_and_went() -> None:
     play.plan("n1", "n2")
     play.finish("n1")
     play.finish("n2")
-    play.strategy.closed_round(
+    play.strategy.happened(
         RoundClosed(
             at=2.0, round=0, base=blob(2), step=blob(4), weights=blob(5), velocity=blob(6), samples=120, metrics={}
         )

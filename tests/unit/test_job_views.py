@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import given, settings
@@ -18,6 +19,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from coordinator.plans.job import ROUNDS_LIMIT_BYTES, EpochEnded, Job, JobSubmitted, RoundClosed
+from coordinator.plans.training.rounds import RoundsStrategy
 from potluck.cli import following
 from potluck.cli.jobs import EPOCHS
 from potluck.cli.main import app
@@ -66,10 +68,16 @@ def job_ended(epochs: int, metrics: tuple[str, ...] = ("loss", "accuracy"), **pa
 # --- rounds ------------------------------------------------------------------------------------------------------------
 
 
+def training() -> Any:
+    """A strategy that whatever happens leaves as it is."""
+    strategy = Mock(spec=RoundsStrategy)
+    strategy.happened.side_effect = lambda event: strategy
+    return strategy
+
+
 def job_after(rounds: int, metrics: dict[str, float]) -> Job:
     spec = Train(model="m", dataset="d")
-    strategy: Any = SimpleNamespace(closed_round=lambda event: None)
-    job = Job(JobSubmitted(at=0.0, job_id="j", request_id="", spec=spec), strategy)
+    job = Job(JobSubmitted(at=0.0, job_id="j", request_id="", spec=spec), training())
     for number in range(rounds):
         job.apply(closed(number, metrics))
     return job
@@ -106,9 +114,7 @@ def test_however_many_rounds_they_fit_into_a_message_evenly(rounds: int, names: 
 
 def test_beside_very_many_epochs_fewer_rounds_are_kept() -> None:
     metrics = dict.fromkeys(("loss", "accuracy", "val_loss", "val_accuracy"), 1 / 3)
-    strategy: Any = SimpleNamespace(closed_round=lambda event: None, ended_epoch=lambda event: None)
     job = job_after(0, {})
-    job.strategy = strategy
     kept = []
     for number in range(1000):
         job.apply(closed(number, metrics))

@@ -54,6 +54,7 @@ from potluck.wire.messages import (
     WarmUpResult,
     WarmUpTask,
 )
+from support.purely import planned
 
 
 def blob(number: int) -> BlobRef:
@@ -112,7 +113,7 @@ class Simulation:
             views = tuple(
                 NodeView(name, 1.0, free_slots=1 if name in busy else 2, idle=name not in busy) for name in nodes
             )
-            decisions = self.job.plan(ClusterView(views, self.now))
+            decisions = planned(self.job, ClusterView(views, self.now), self.events, self.new_job, self.record)
             for decision in decisions:
                 self.perform(decision)
             warming = [key for key, attempt in self.job.attempts.items() if attempt.shard_id == WARM_UP]
@@ -445,7 +446,7 @@ def test_a_far_slower_node_is_not_waited_for_a_moment() -> None:
     play.finish(next(iter(play.job.attempts)))
     ready = next(iter(play.strategy.readiness.ready))
     views = tuple(NodeView(name, 40.0 if name == ready else 2.0, free_slots=1, idle=True) for name in "ab")
-    decisions = play.job.plan(ClusterView(views, play.now))
+    decisions = planned(play.job, ClusterView(views, play.now), play.events, play.new_job, play.record)
     assert [decision.node_id for decision in decisions if isinstance(decision, Lease)] == [ready]
 
 
@@ -510,6 +511,12 @@ def test_engines_that_all_die_once_end_nothing() -> None:
     assert play.complete
 
 
+def leased(play: Simulation, node_id: str) -> AttemptLeased:
+    """One more part of the first round."""
+    task = next(iter(play.tasks.values()))
+    return AttemptLeased(at=play.now, attempt_id=f"again-{play.now}", shard_id="round-0", node_id=node_id, task=task)
+
+
 def test_a_node_that_fails_ends_nothing_while_another_is_at_work_and_all_of_them_do() -> None:
     play = Simulation(validation=False)
     play.plan("a", "b")
@@ -518,14 +525,10 @@ def test_a_node_that_fails_ends_nothing_while_another_is_at_work_and_all_of_them
         assert play.error("a", "b") is None
         play.plan("a", "b")
         if "b" not in {attempt.node_id for attempt in play.job.attempts.values()}:
-            play.record(
-                AttemptLeased(at=play.now, attempt_id=f"again-{play.now}", shard_id="round-0", node_id="b", task=None)
-            )
+            play.record(leased(play, "b"))
     for _ in range(3):
         fails(play, "a")
-        play.record(
-            AttemptLeased(at=play.now, attempt_id=f"again-{play.now}", shard_id="round-0", node_id="a", task=None)
-        )
+        play.record(leased(play, "a"))
     assert play.error("a", "b") is not None
 
 
@@ -654,7 +657,7 @@ def test_what_is_asked_while_an_epoch_is_validated_does_not_open_it_again() -> N
     play.strategy.crew, play.strategy.samples = frozenset("abc"), 1050 - 25
     assert play.strategy.epoch_full
     play.strategy.validating = play.strategy.validation(None, None, 1)  # type: ignore[misc]
-    play.strategy.stop()
+    play.strategy.happened(StopAsked(at=0.0))
     assert play.strategy.epoch_full
 
 

@@ -22,11 +22,13 @@ from coordinator.plans.job import (
     JobSubmitted,
     Lease,
     RoundClosed,
+    StrategyChosen,
     Withdraw,
 )
 from coordinator.plans.placement import ClusterView, NodeView
 from coordinator.plans.strategies import strategy_for
 from coordinator.plans.training import costs, group
+from coordinator.plans.training.auto import AutoStrategy
 from coordinator.plans.training.costs import Costs, predict
 from coordinator.plans.training.readiness import WARM_UP
 from coordinator.plans.training.sync import FORMING_SECONDS, TRIES_LIMIT, SyncStrategy
@@ -47,6 +49,7 @@ from potluck.wire.messages import (
     WarmUpResult,
     WarmUpTask,
 )
+from support.purely import planned
 
 LOST = ErrorInfo(code="peer_lost", message="another member of the group is gone", retryable=True)
 
@@ -83,8 +86,9 @@ class Simulation:
         return Job(submitted=self.submitted, strategy=strategy_for(self.submitted, self.data, None), dataset=self.data)
 
     @property
-    def strategy(self) -> SyncStrategy:
-        assert isinstance(self.job.strategy, SyncStrategy)
+    def strategy(self) -> Any:
+        """`SyncStrategy`; `AutoStrategy` while it has not chosen that."""
+        assert isinstance(self.job.strategy, SyncStrategy | AutoStrategy)
         return self.job.strategy
 
     def record(self, event: AnyEvent) -> None:
@@ -105,7 +109,7 @@ class Simulation:
             )
             for name in nodes
         )
-        decisions = self.job.plan(ClusterView(views, self.now))
+        decisions = planned(self.job, ClusterView(views, self.now), self.events, self.new_job, self.record)
         warmed = False
         for decision in decisions:
             self.number += 1
@@ -330,7 +334,7 @@ def test_nodes_that_can_be_in_no_group_are_told_of() -> None:
     (lease,) = simulation.job.plan(ClusterView(views, 1.0))
     assert isinstance(lease, Lease)
     assert lease.node_id == "a"
-    assert "--insecure" in simulation.strategy.progress({}).waiting["b"]
+    assert "--insecure" in simulation.strategy.progress({}, views).waiting["b"]
 
 
 def test_shares_stay_until_one_is_off_by_a_tenth() -> None:
@@ -419,9 +423,12 @@ def test_auto_counts_the_weights_that_are_trained() -> None:
             velocity=blob(5), samples=128, metrics={},
         )
     )  # fmt: skip
+    view = ClusterView(tuple(NodeView(name, 1.0, 2, collective=f"{name}:1") for name in "ab"), lab.now)
+    assert lab.strategy.prediction(view).costs.weights_bytes == 41_000
     lab.plan("a", "b")
-    assert lab.strategy.prediction is not None
-    assert lab.strategy.prediction.costs.weights_bytes == 41_000
+    (chosen,) = [event for event in lab.events if isinstance(event, StrategyChosen)]
+    assert lab.strategy.progress({}).strategy == chosen.why
+    assert "0.0 MB of weights" in chosen.why
 
 
 CNN = Costs((100.0, 100.0), 51_600_000, 100_000_000, 60_000, 64, 12.5e6)

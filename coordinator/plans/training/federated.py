@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from msgspec.structs import replace as changed
@@ -46,15 +47,16 @@ class FederatedStrategy(RoundsStrategy):
             before = self.spent.get(attempt.node_id, privacy.Spent(result.items))
             self.spent[attempt.node_id] = replace(before, steps=before.steps + result.steps, rounds=before.rounds + 1)
 
-    def closed_round(self, event: RoundClosed) -> None:
-        used = self.contributions.keys() - event.rejected.keys() if event.round == self.round else set()
-        for node_id in used:
+    def _closed_round(self, event: RoundClosed) -> None:
+        for node_id in self.contributions.keys() - event.rejected.keys():
             kept = [*self.sizes.get(node_id, ()), _size(self.contributions[node_id])]
             self.sizes[node_id] = kept[-SIZES_KEPT:]
-        super().closed_round(event)
+        super()._closed_round(event)
 
-    def progress(self, running: dict[str, tuple[Attempt, int, dict[str, float]]]) -> JobProgress:
-        found = super().progress(running)
+    def progress(
+        self, running: dict[str, tuple[Attempt, int, dict[str, float]]], nodes: Sequence[NodeView] = ()
+    ) -> JobProgress:
+        found = super().progress(running, nodes)
         idle = not running and not self.all_trained and not self.contributions
         message = f"waiting for a node that holds {self.spec.dataset}" if idle else found.message
         strategy = "; ".join(["local, since the data stay on the nodes", *self._worth_of_noise()])
@@ -84,7 +86,7 @@ class FederatedStrategy(RoundsStrategy):
         rates = speeds(free, self.measured)
         held = {node.node_id: node.holds(self.dataset.name) for node in free}
         decisions: list[Decision] = []
-        for node_id, samples in self._parts(rates).items():
+        for node_id, samples in self._parts(rates)[0].items():
             data = held[node_id]
             assert data is not None
             batch = min(self.spec.batch_size, data.count)

@@ -8,6 +8,7 @@ sooner, and a part that is late is given to another node as well.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from msgspec.structs import replace
@@ -40,8 +41,10 @@ class FixedStrategy(RoundsStrategy):
         if isinstance(task, TrainTask):
             self.parts = task.parts
 
-    def progress(self, running: dict[str, tuple[Attempt, int, dict[str, float]]]) -> JobProgress:
-        return replace(super().progress(running), strategy="local, deterministic")
+    def progress(
+        self, running: dict[str, tuple[Attempt, int, dict[str, float]]], nodes: Sequence[NodeView] = ()
+    ) -> JobProgress:
+        return replace(super().progress(running, nodes), strategy="local, deterministic")
 
     def _leases(self, view: ClusterView, attempts: dict[str, Attempt], in_time: list[Attempt]) -> list[Decision]:
         """The parts that nobody does, to the nodes that can begin one, one each. `in_time`: attempts that are waited for."""

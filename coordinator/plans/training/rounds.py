@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from msgspec.structs import replace
@@ -28,7 +28,13 @@ from coordinator.plans.job import (
     Decision,
     EpochEnded,
     Lease,
+    OfTraining,
+    ReadyAgain,
+    Record,
     RoundClosed,
+    RoundPlanned,
+    StopAsked,
+    Training,
     Withdraw,
 )
 from coordinator.plans.node_data import NodesEvaluation
@@ -162,7 +168,7 @@ class RoundsStrategy:
     epoch_started_at: float = 0.0
 
     def __post_init__(self) -> None:
-        self.weights = self.spec.weights
+        self.weights = self.weights or self.spec.weights
 
     @property
     def epochs(self) -> int:
@@ -211,6 +217,9 @@ class RoundsStrategy:
             return self._plan_export(view, attempts)
         if self.epoch_full and self.round_metrics:
             return self._plan_validation(view, attempts)
+        stale = tuple(sorted(node_id for node_id in self.slow if self.readiness.stale(node_id, view.now)))
+        if stale:
+            return [Record(ReadyAgain(at=view.now, nodes=stale))]
         return [*self._plan_warm_ups(view, attempts), *self._plan_round(view, attempts)]
 
     def _plan_round(self, view: ClusterView, attempts: dict[str, Attempt]) -> list[Decision]:
@@ -286,9 +295,26 @@ class RoundsStrategy:
         elif error is None or error.retryable:
             self.readiness.lost(attempt.node_id)
 
-    def closed_round(self, event: RoundClosed) -> None:
-        if event.round != self.round:
-            return
+    def happened(self, event: OfTraining) -> Training:
+        match event:
+            case RoundClosed():
+                if event.round == self.round:
+                    self._closed_round(event)
+            case EpochEnded():
+                self._ended_epoch(event)
+            case StopAsked() if self.stop_after is None:
+                self.stop_after = self.epochs_ended + 1  # the epoch that is under way is the last
+            case RoundPlanned():
+                self.assigned, self.shares = dict(event.assigned) or self.assigned, dict(event.shares) or self.shares
+                self.slow = event.slow
+            case ReadyAgain():
+                for node_id in event.nodes:
+                    self.readiness.lost(node_id)
+            case _:
+                pass
+        return self
+
+    def _closed_round(self, event: RoundClosed) -> None:
         computing = max((result.seconds for result in self.contributions.values()), default=0.0)
         overhead = max(0.0, event.at - self.opened_at - computing)
         self.overheads = [*self.overheads, overhead][-OVERHEADS_KEPT:]
@@ -316,7 +342,7 @@ class RoundsStrategy:
             self.usual = max(self.usual, statistics.median_low(one.norm / max(1, one.samples) for one in used))
         self.crew, self.contributions, self.promised = frozenset(self.contributions), {}, frozenset()
 
-    def ended_epoch(self, event: EpochEnded) -> None:
+    def _ended_epoch(self, event: EpochEnded) -> None:
         self.epochs_ended += 1
         self.last_epoch = event.epoch
         value = event.epoch.metrics.get(self.spec.monitor, math.nan)
@@ -328,16 +354,13 @@ class RoundsStrategy:
         self.exchanged_before = self.exchanged_bytes
         self.validating = None
 
-    def stop(self) -> None:
-        """The epoch that is under way is the last."""
-        if self.stop_after is None:
-            self.stop_after = self.epochs_ended + 1
-
-    def progress(self, running: dict[str, tuple[Attempt, int, dict[str, float]]]) -> JobProgress:
+    def progress(
+        self, running: dict[str, tuple[Attempt, int, dict[str, float]]], nodes: Sequence[NodeView] = ()
+    ) -> JobProgress:
         # With those that are done before the others; between rounds, in validation and at the end, those of the last round.
         training_now = {attempt.node_id for attempt, _, _ in running.values() if self._of_round(attempt)}
         at_work = training_now | self.contributions.keys() or self.crew
-        nodes = {name: rate for name, rate in self.measured.items() if name in at_work}
+        rates = {name: rate for name, rate in self.measured.items() if name in at_work}
         training = sum(items for attempt, items, _ in running.values() if self._of_round(attempt))
         done = self._done_parts()
         training += sum(samples for samples, _ in done)
@@ -352,8 +375,8 @@ class RoundsStrategy:
             epochs=self.spec.initial_epoch + self.epochs,
             round=self.round,
             metrics=metrics,
-            items_per_second=self._pace or sum(nodes.values()),
-            nodes=nodes,
+            items_per_second=self._pace or sum(rates.values()),
+            nodes=rates,
             message=message,
             quarantined=self.quarantined,
             waiting=self._waiting(running),
@@ -384,8 +407,6 @@ class RoundsStrategy:
             for attempt in attempts.values()
             if of_rounds(attempt) and view.now - max(attempt.leased_at, self.opened_at) > LOST_SECONDS
         ]
-        for node_id in [node_id for node_id in self.slow if self.readiness.stale(node_id, view.now)]:
-            self.readiness.lost(node_id)
         holders = self._holders(view)
         nodes = self.readiness.needing(holders, attempts)
         if not nodes:
@@ -442,10 +463,13 @@ class RoundsStrategy:
             return []
         rates = speeds(free, self.measured)
         # Those of the round before first: they have the data, and their optimizers know the way.
-        chosen = sorted(rates, key=lambda node_id: (node_id not in self.shares, -rates[node_id], node_id))[: self._room]
-        parts = self._parts({node_id: rates[node_id] for node_id in sorted(chosen)})
+        chosen = sorted(rates, key=lambda node_id: (node_id not in self.crew, -rates[node_id], node_id))[: self._room]
+        parts, slow = self._parts({node_id: rates[node_id] for node_id in sorted(chosen)})
         rates = {node_id: rates[node_id] for node_id in parts}
-        data = self._assignment(rates)
+        data, shares = self._assignment(rates)
+        if (data, shares, slow) != (self.assigned, self.shares, self.slow):
+            planned = RoundPlanned(at=view.now, round=self.round, assigned=data, shares=shares, slow=slow)
+            return [Record(planned)]
         decisions: list[Decision] = []
         for node_id, samples in parts.items():
             # Whole batches, so that no step trains on a few items only, and every node takes part.
@@ -483,14 +507,15 @@ class RoundsStrategy:
             step=self.step,
         )
 
-    def _parts(self, rates: dict[str, float]) -> dict[str, int]:
-        """The samples of each node in the round that opens: such that all end together; without those that cost more than they bring."""
+    def _parts(self, rates: dict[str, float]) -> tuple[dict[str, int], dict[str, str]]:
+        """The samples of each node in the round that opens, such that all end together; and those that are left out, since they cost
+        more than they bring, with the reason."""
         wanted = self._round_size(rates)
         # The lower median: what is done once, as reading data that are new to a node, is no reason to give it less.
         delays = {node_id: max(0.0, statistics.median_low(kept)) for node_id, kept in self.delays.items()}
-        found, self.slow = self._shared(wanted, rates, delays)
+        found, slow = self._shared(wanted, rates, delays)
         few = min(self.spec.batch_size, max(1, wanted // len(found)))
-        return {node_id: max(samples, few) for node_id, samples in found.items()}
+        return {node_id: max(samples, few) for node_id, samples in found.items()}, slow
 
     def _shared(
         self, wanted: int, rates: dict[str, float], delays: dict[str, float]
@@ -556,29 +581,28 @@ class RoundsStrategy:
         if self.rejections[node_id] >= REJECTIONS_LIMIT:
             self.quarantined[node_id] = reason
 
-    def _assignment(self, rates: dict[str, float]) -> dict[str, tuple[int, ...]]:
-        """Data shards by speed; kept as they are while the same nodes hold them and no share has moved by a third."""
+    def _assignment(self, rates: dict[str, float]) -> tuple[dict[str, tuple[int, ...]], dict[str, float]]:
+        """Data shards by speed, and the shares that they rest on; kept as they are while the same nodes hold them and no share has
+        moved by a third."""
         total = sum(rates.values())
         shares = {node_id: rate / total for node_id, rate in rates.items()}
         same_nodes = self.shares.keys() == shares.keys()
         if not same_nodes or any(abs(shares[name] - self.shares[name]) > self.shares[name] / 3 for name in shares):
             counts = [shard.count for shard in self.dataset.shards]
-            self.assigned = assign(counts, rates, self.assigned)
-            self.shares = shares
-        return self.assigned
+            return assign(counts, rates, self.assigned), shares
+        return self.assigned, self.shares
 
     def _plan_validation(self, view: ClusterView, attempts: dict[str, Attempt]) -> list[Decision]:
         decisions: list[Decision] = []
         validated: dict[str, float] = {}
         if self.validation is not None:
-            if self.validating is None:
-                self.validating = self.validation(self.weights, self.step, self.epochs_ended + 1)
-            able = self.readiness.able(view, attempts) if isinstance(self.validating, BatchStrategy) else view
-            decisions = self.validating.plan(able if able.nodes else view, attempts)
+            validating = self.validating or self.validation(self.weights, self.step, self.epochs_ended + 1)
+            able = self.readiness.able(view, attempts) if isinstance(validating, BatchStrategy) else view
+            decisions = validating.plan(able if able.nodes else view, attempts)
             if Complete() not in decisions:
                 return decisions
             decisions.remove(Complete())
-            parts = [part for part in self.validating.in_order() if isinstance(part, EvaluateResult)]
+            parts = [part for part in validating.in_order() if isinstance(part, EvaluateResult)]
             validated = {f"val_{name}": value for name, value in evaluation_metrics(merge(parts)).items()}
         metrics = self._epoch_metrics() | validated
         seconds = max(0.0, view.now - self.epoch_started_at) if self.epoch_started_at else 0.0
@@ -641,7 +665,6 @@ class RoundsStrategy:
 
     def _of_validation(self, attempt: Attempt) -> bool:
         if self.validating is None and self.validation is not None and attempt.shard_id.startswith(VALIDATION):
-            # Replaying: the plan that made it is not in the journal, but it follows from the state.
             self.validating = self.validation(self.weights, self.step, self.epochs_ended + 1)
         return self.validating is not None and attempt.shard_id.startswith(self.validating.prefix + "-")
 

@@ -1,4 +1,4 @@
-"""Synchronous training, the strategy `sync`, and the choice that `auto` makes: pure.
+"""Synchronous training, the strategy `sync`: pure.
 
 The members of a group take every step together, so the result is that of one machine with the same batches. A round is here the
 stretch of steps between two checkpoints, which member 0 writes. When a member is lost, what is left forms a new group and goes
@@ -8,14 +8,28 @@ on from the last checkpoint; nodes that get ready later join at the next round, 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
-from coordinator.plans.job import Attempt, CloseSync, Decision, Lease, RoundClosed, Withdraw
+from coordinator.plans.job import (
+    Attempt,
+    CloseSync,
+    Decision,
+    GaveWay,
+    Lease,
+    OfTraining,
+    Record,
+    RoundBroken,
+    RoundClosed,
+    RoundPlanned,
+    Training,
+    Withdraw,
+)
 from coordinator.plans.placement import ClusterView, NodeView, speeds
 from coordinator.plans.training import group
-from coordinator.plans.training.costs import Costs, Prediction, bandwidth_of, computing_seconds, predict
+from coordinator.plans.training.costs import computing_seconds
 from coordinator.plans.training.rounds import OVERHEADS_KEPT, PACES_KEPT, PROBE_SECONDS, RoundsStrategy
 from coordinator.plans.training.scores import weighted
 from potluck.errors import Unavailable
@@ -27,7 +41,6 @@ from potluck.wire.messages import (
     JobProgress,
     SyncResult,
     SyncTask,
-    TrainTask,
 )
 from potluck.wording import counted
 
@@ -53,11 +66,15 @@ NOT_TOGETHER = (
 )
 
 
+GAVE_WAY_SECONDS = 5.0
+"""How often it is noted that a member gives way."""
+
+
 @dataclass
 class SyncStrategy(RoundsStrategy):
-    """`chosen` is empty while `auto` has not measured enough; until then, and when it is `local`, rounds are as there."""
+    """`why` says in words why it is this one, where `auto` chose it."""
 
-    chosen: str = ""
+    why: str = "sync"
     optimizer: BlobRef | None = None
     members: tuple[str, ...] = ()
     """Of the group, in the order of their ranks."""
@@ -78,16 +95,6 @@ class SyncStrategy(RoundsStrategy):
     gave_way_at: float = 0.0
     """When a member was last seen to stand still for inference, and all with it."""
     step_seconds: float = 0.0
-    bandwidths: dict[str, float] = field(default_factory=dict)
-    """Bytes a second that nodes have fetched with."""
-    prediction: Prediction | None = None
-    alone: dict[str, str] = field(default_factory=dict)
-    """Nodes that can take part in no group, and why."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.spec.strategy != "auto":
-            self.chosen = self.spec.strategy
 
     @property
     def batch(self) -> int:
@@ -99,17 +106,10 @@ class SyncStrategy(RoundsStrategy):
         found = [self.optimizer, *(ref for part in self.parts.values() for ref in (part.weights, part.optimizer))]
         return super().kept | {ref.sha256 for ref in found if ref is not None}
 
-    @property
-    def synchronous(self) -> bool:
-        return self.chosen == "sync"
-
     def leased(self, attempt: Attempt, task: AnyTask) -> None:
         if not isinstance(task, SyncTask):
-            if self.round and isinstance(task, TrainTask):
-                self.chosen = "local"  # replaying: what was chosen then holds
             super().leased(attempt, task)
             return
-        self.chosen = "sync"
         if task.rank == 0 and attempt.shard_id == self._shard_id:
             self.opened_at = attempt.leased_at
             self.begins = task.begins
@@ -126,8 +126,6 @@ class SyncStrategy(RoundsStrategy):
         self.epoch_started_at = self.epoch_started_at or attempt.leased_at
 
     def finished(self, attempt: Attempt, result: AnyTaskResult, at: float) -> None:
-        if bandwidth := bandwidth_of(result):
-            self.bandwidths[attempt.node_id] = bandwidth
         if not isinstance(result, SyncResult):
             super().finished(attempt, result, at)
         elif attempt.shard_id == self._shard_id:
@@ -136,17 +134,22 @@ class SyncStrategy(RoundsStrategy):
                 self.measured[attempt.node_id] = result.rate
 
     def ended(self, attempt: Attempt, error: ErrorInfo | None) -> None:
-        if self.synchronous and attempt.shard_id == self._shard_id:
+        if attempt.shard_id == self._shard_id:
             self.broken = self.broken or (error.message if error is not None else f"node {attempt.node_id} was lost")
             return  # how fast its members are is known, and engines start anew for the next group anyway
         super().ended(attempt, error)
 
-    def closed_round(self, event: RoundClosed) -> None:
-        if event.step is not None:
-            super().closed_round(event)
-            return
-        if event.round != self.round:
-            return
+    def happened(self, event: OfTraining) -> Training:
+        match event:
+            case RoundBroken() if event.round == self.round:
+                self.broken = self.broken or event.reason
+            case GaveWay():
+                self.gave_way_at = event.at
+            case _:
+                super().happened(event)
+        return self
+
+    def _closed_round(self, event: RoundClosed) -> None:
         computing = max((part.seconds for part in self.parts.values()), default=0.0)
         overhead = max(0.0, event.at - self.opened_at - computing)
         if not self.begins:  # forming a group is no part of what a round costs
@@ -171,11 +174,7 @@ class SyncStrategy(RoundsStrategy):
         self.crew, self.parts, self.broken, self.tries = frozenset(self.parts), {}, "", 0
 
     def plan(self, view: ClusterView, attempts: dict[str, Attempt]) -> list[Decision]:
-        if not self.chosen and self.round:
-            self._choose(view)
-        able = self._holders(view)
-        self.alone = {node.node_id: NOT_TOGETHER for node in view.nodes if node not in able}
-        if self.synchronous and not self.epoch_full and not self.all_trained:
+        if not self.epoch_full and not self.all_trained:
             mine = [attempt for attempt in attempts.values() if attempt.shard_id == self._shard_id]
             if mine:
                 return [*self._plan_warm_ups(view, attempts), *self._watch(view, mine)]
@@ -183,51 +182,31 @@ class SyncStrategy(RoundsStrategy):
                 return closing
         return super().plan(view, attempts)
 
-    def progress(self, running: dict[str, tuple[Attempt, int, dict[str, float]]]) -> JobProgress:
-        text = self.prediction.words(self.chosen) if self.prediction is not None else self.chosen
-        found = super().progress(running)
-        return replace(found, strategy=text, waiting=self.alone | found.waiting)
+    def progress(
+        self, running: dict[str, tuple[Attempt, int, dict[str, float]]], nodes: Sequence[NodeView] = ()
+    ) -> JobProgress:
+        found = super().progress(running, nodes)
+        able = self._holders(ClusterView(tuple(nodes), 0.0))
+        alone = {node.node_id: NOT_TOGETHER for node in nodes if node not in able}
+        return replace(found, strategy=self.why, waiting=alone | found.waiting)
 
     def _done_parts(self) -> list[tuple[int, dict[str, float]]]:
         return super()._done_parts() + [(part.samples, part.metrics) for part in self.parts.values()]
 
-    def _choose(self, view: ClusterView) -> None:
-        """By the cost model, from what the first round has measured of the nodes that are here."""
-        nodes = [node for node in view.nodes if node.node_id in self.measured and node.node_id not in self.slow]
-        rates = {node.node_id: self.measured[node.node_id] for node in nodes}
-        if self.weights is None or not nodes:
-            return
-        self.prediction = predict(
-            Costs(
-                rates=tuple(rates.values()),
-                weights_bytes=self.trained_bytes or self.weights.size,
-                data_bytes=sum(shard.blob.size for shard in self.dataset.shards),
-                samples=max(1, self.total - self.samples),
-                batch_size=self.batch,
-                bandwidth=statistics.median(self.bandwidths.values()) if self.bandwidths else None,
-                together=all(node.collective for node in nodes),
-            )
-        )
-        self.chosen = self.prediction.choice
-
     @property
     def _may_leave(self) -> bool:
-        return not self.synchronous and super()._may_leave  # its steps are those of one process
+        return False  # its steps are those of one process
 
     @property
     def _room(self) -> int:
-        return self.batch if self.synchronous else super()._room  # members have an item of each step at least
+        return self.batch  # members have an item of each step at least
 
     def _hopes(self, view: ClusterView, attempts: dict[str, Attempt]) -> bool:
-        if not self.synchronous:
-            return super()._hopes(view, attempts)
         return self.readiness.hopes(view.now, attempts, GRACE, GRACE_SECONDS, self._alike(view))
 
     def _holders(self, view: ClusterView) -> list[NodeView]:
         """Of nodes that can take part in no group, the one with the fastest processor, alone."""
         nodes = super()._holders(view)
-        if not self.synchronous:
-            return nodes
         able = [node for node in nodes if node.collective]
         if not able and nodes:
             rates = speeds(nodes, self.measured)
@@ -235,8 +214,6 @@ class SyncStrategy(RoundsStrategy):
         return able
 
     def _open_round(self, view: ClusterView) -> list[Decision]:
-        if not self.synchronous:
-            return super()._open_round(view)
         if self.broken and self.tries + 1 >= TRIES_LIMIT:
             raise Unavailable(
                 f"synchronous training broke off {counted(self.tries + 1, 'time')} in a row: {self.broken}"
@@ -256,9 +233,11 @@ class SyncStrategy(RoundsStrategy):
             new = group.worth_joining(self.batch, left, members, rates, took)
             chosen = [*self.members, *new]
             rates |= members
-            self.slow = {name: "it would cost more than it brings" for name in rates if name not in chosen}
+            slow = {name: "it would cost more than it brings" for name in rates if name not in chosen}
         else:
-            chosen, self.slow = group.first_members(self.batch, left, rates, took)
+            chosen, slow = group.first_members(self.batch, left, rates, took)
+        if slow != self.slow:
+            return [Record(RoundPlanned(at=view.now, round=self.round, slow=slow))]
         shares = group.shares(self.batch, {name: rates[name] for name in chosen}, self.batches if whole else {})
         begins = not whole or shares.keys() != set(self.members)  # a new one, or one so slow that it gets nothing
         ranked = list(shares) if begins else list(self.members)
@@ -300,12 +279,16 @@ class SyncStrategy(RoundsStrategy):
     def _watch(self, view: ClusterView, mine: list[Attempt]) -> list[Decision]:
         slowest = max((self.readiness.took.get(name, 0.0) for name in self.members), default=0.0)
         patience = max(FORMING_SECONDS, FORMING_FACTOR * slowest) if self.begins else STUCK_SECONDS
-        if any(node.gives_way and node.node_id in self.members for node in view.nodes):
-            self.gave_way_at = view.now
-        late = view.now - max(self.opened_at, self.gave_way_at) > max(patience, STUCK_FACTOR * self.planned_seconds)
-        if not self.broken and not late:
+        gives_way = any(node.gives_way and node.node_id in self.members for node in view.nodes)
+        if gives_way and view.now - self.gave_way_at >= GAVE_WAY_SECONDS:
+            return [Record(GaveWay(at=view.now))]
+        began = view.now if gives_way else max(self.opened_at, self.gave_way_at)
+        late = view.now - began > max(patience, STUCK_FACTOR * self.planned_seconds)
+        if late and not self.broken:
+            reason = "its members wait for each other: can all of them reach the others' addresses?"
+            return [Record(RoundBroken(at=view.now, round=self.round, reason=reason))]
+        if not self.broken:
             return []
-        self.broken = self.broken or "its members wait for each other: can all of them reach the others' addresses?"
         return [Withdraw(attempt.attempt_id, f"the group is no more: {self.broken}") for attempt in mine]
 
     def _close_sync(self) -> list[Decision]:

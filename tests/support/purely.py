@@ -1,0 +1,33 @@
+"""Plans of jobs, held to what they promise: they change nothing, and a job that is replayed from its events plans the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from coordinator.plans.job import CHOICES_LIMIT, AnyEvent, Decision, Job, Record
+from coordinator.plans.placement import ClusterView
+from potluck.wire import codec
+
+
+def planned(
+    job: Job,
+    view: ClusterView,
+    events: Sequence[AnyEvent],
+    new_job: Callable[[], Job],
+    record: Callable[[AnyEvent], None],
+) -> list[Decision]:
+    """The decisions once all choices are made, each of which goes to `record`, which applies it and puts it among the events."""
+    for _ in range(CHOICES_LIMIT):
+        before = repr(job)
+        decisions = job.plan(view)
+        assert repr(job) == before, "a plan changed the state"
+        again = new_job()
+        for event in events:
+            again.apply(codec.unpack(codec.pack(event), AnyEvent))  # type: ignore[arg-type]
+        assert again.plan(view) == decisions, "a job that was replayed plans otherwise"
+        choices = [decision.event for decision in decisions if isinstance(decision, Record)]
+        if not choices:
+            return decisions
+        for event in choices:
+            record(event)
+    raise AssertionError("it goes on choosing")
