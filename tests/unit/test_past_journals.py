@@ -1,0 +1,73 @@
+"""Journals that an earlier version wrote: at each event they give a state that plans, and at the end what they gave then.
+
+`journals/<name>.msgpack`: the events of a job as they stood in its stream, its data sets, and its state when the journal was kept.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import pytest
+
+from coordinator.plans.job import AnyEvent, AttemptLeased, Job, JobSubmitted, Record, settled
+from coordinator.plans.past import with_choices
+from coordinator.plans.placement import ClusterView, NodeView
+from coordinator.plans.strategies import strategy_for
+from coordinator.plans.training.auto import AutoStrategy
+from coordinator.plans.training.rounds import RoundsStrategy
+from coordinator.plans.training.sync import SyncStrategy
+from potluck.wire import codec
+from potluck.wire.messages import Dataset
+
+JOURNALS = sorted((Path(__file__).parent / "journals").iterdir())
+VIEWS = tuple(NodeView(name, 1.0, free_slots=1, idle=False, collective=f"{name}:1") for name in "abc")
+
+
+def replayed(kept: dict[str, Any], count: int) -> tuple[Job, float]:
+    """The job after its first `count` events, and the time of the last."""
+    events = [codec.unpack(event, AnyEvent) for event in kept["events"][:count]]  # type: ignore[arg-type]
+    submitted = events[0]
+    assert isinstance(submitted, JobSubmitted)
+    data = codec.unpack(kept["dataset"], Dataset)
+    validation = codec.unpack(kept["validation"], Dataset) if kept["validation"] else None
+    job = Job(submitted=submitted, strategy=strategy_for(submitted, data, validation), dataset=data)
+    for event in with_choices(events):
+        if not isinstance(event, JobSubmitted):
+            job.apply(event)
+    return job, events[-1].at
+
+
+@pytest.mark.parametrize("path", JOURNALS, ids=lambda path: path.stem)
+def test_an_earlier_journal_is_read_and_planned_from_at_every_event(path: Path) -> None:
+    kept = msgpack.unpackb(path.read_bytes())
+    for count in range(1, len(kept["events"]) + 1):
+        job, at = replayed(kept, count)
+        decisions = settled(job, ClusterView(VIEWS, at), job.apply)
+        assert not any(isinstance(decision, Record) for decision in decisions)
+    job, _ = replayed(kept, len(kept["events"]))
+    strategy = job.strategy
+    assert isinstance(strategy, RoundsStrategy)
+    found = {
+        "round": strategy.round,
+        "samples": strategy.samples,
+        "epochs_ended": strategy.epochs_ended,
+        "weights": strategy.weights.sha256 if strategy.weights is not None else "",
+    }
+    assert found == {name: kept["state"][name] for name in found}
+
+
+@pytest.mark.parametrize(("name", "kind"), [("auto-local", AutoStrategy), ("auto-sync", SyncStrategy)])
+def test_what_auto_chose_then_holds(name: str, kind: type[RoundsStrategy]) -> None:
+    (path,) = [path for path in JOURNALS if path.stem == name]
+    kept = msgpack.unpackb(path.read_bytes())
+    chosen = [
+        count
+        for count in range(1, len(kept["events"]) + 1)
+        if isinstance(codec.unpack(kept["events"][count - 1], AnyEvent), AttemptLeased)  # type: ignore[arg-type]
+    ]
+    job, _ = replayed(kept, chosen[-1])
+    assert isinstance(job.strategy, kind)
+    if isinstance(job.strategy, AutoStrategy):
+        assert job.strategy.chosen == "local"
