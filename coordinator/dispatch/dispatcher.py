@@ -282,7 +282,7 @@ class Dispatcher:
         for job_id in self._store.active:
             job = self._store.jobs[job_id]
             for attempt in job.attempts.values():
-                self._leases.hold(job, attempt, self._store.task_of(attempt), now)
+                self._leases.hold(job, attempt, now)
             log.info("job resumed %s", fields(job=job_id, kind=job.kind, attempts=len(job.attempts)))
             self._changed(job)
 
@@ -352,7 +352,7 @@ class Dispatcher:
                         task=decision.task,
                     ),
                 )
-                self._leases.send(self._leases.hold(job, job.attempts[attempt_id], decision.task, now), now)
+                self._leases.send(self._leases.hold(job, job.attempts[attempt_id], now), now)
             case Withdraw():
                 if (held := self._leases.get(decision.attempt_id)) is not None:
                     self._leases.withdraw(held.node_id, decision.attempt_id, decision.reason)

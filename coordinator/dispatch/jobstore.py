@@ -34,7 +34,6 @@ from potluck.wire import codec
 from potluck.wire.messages import (
     NODE_DATA,
     AnyJobSpec,
-    AnyTask,
     BlobRef,
     DataFormat,
     Dataset,
@@ -93,7 +92,6 @@ class JobStore:
         self._urls = urls
         self._node_data = node_data
         self._requests: dict[str, str] = {}
-        self._tasks: dict[str, AnyTask] = {}
         self._final: dict[str, JobProgress] = {}
         self._rounds: set[str] = set()
         """Blobs that are pinned since training under way rests on them."""
@@ -236,7 +234,7 @@ class JobStore:
         """
         append = self._journal.append_soon if isinstance(event, OF_ATTEMPTS) else self._journal.append
         append(f"job/{job.job_id}", event)
-        self._apply(job, event)
+        job.apply(event)
 
     def flush(self) -> None:
         """Write what is not written yet. Raises Unavailable."""
@@ -268,10 +266,6 @@ class JobStore:
         ended = [job for job in self.jobs.values() if not job.active][-JOBS_REPUBLISHED:]
         return [*ended, *(self.jobs[job_id] for job_id in self.active)]
 
-    def task_of(self, attempt: Attempt) -> AnyTask:
-        """The task of an open attempt that was replayed."""
-        return self._tasks[attempt.attempt_id]
-
     def described(
         self,
         job: Job,
@@ -298,7 +292,7 @@ class JobStore:
             if isinstance(event, JobSubmitted):
                 job = self._make(event)
             elif job is not None:
-                self._apply(job, event)
+                job.apply(event)
         if job is None:
             return
         if job.active:
@@ -306,13 +300,6 @@ class JobStore:
         else:
             job.strategy = job.dataset = None
         self._insert(job)
-
-    def _apply(self, job: Job, event: AnyEvent) -> None:
-        if isinstance(event, AttemptLeased):
-            self._tasks[event.attempt_id] = event.task
-        job.apply(event)
-        if isinstance(event, AttemptFinished | AttemptEnded):
-            self._tasks.pop(event.attempt_id, None)
 
     def _make(self, submitted: JobSubmitted) -> Job:
         # Ended jobs need no strategy; whether this one has ended is only known later, so its data sets may be gone.

@@ -99,15 +99,16 @@ class Leases:
         """Attempts that end when this node is lost."""
         return [key for key in self._of_node.get(node_id, ()) if not self._held[key].collecting]
 
-    def hold(self, job: Job, attempt: Attempt, task: AnyTask, now: float) -> Held:
+    def hold(self, job: Job, attempt: Attempt, now: float) -> Held:
         """A lease begins (or goes on, after a restart); it is sent with the next `send_due`."""
+        assert attempt.task is not None
         message = LeaseShard(
             epoch=self._epoch,
             job_id=job.job_id,
             shard_id=attempt.shard_id,
             attempt_id=attempt.attempt_id,
             lease_seconds=self._settings.lease_seconds,
-            task=task,
+            task=attempt.task,
         )
         held = self._held[attempt.attempt_id] = Held(job.job_id, attempt.node_id, message, heard_at=now)
         self._of_node.setdefault(attempt.node_id, set()).add(attempt.attempt_id)

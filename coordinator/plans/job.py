@@ -279,6 +279,8 @@ class Attempt:
     shard_id: str
     node_id: str
     leased_at: float
+    task: AnyTask | None = field(default=None, repr=False, compare=False)
+    """What was leased."""
 
 
 class Strategy(Protocol):
@@ -386,7 +388,7 @@ class Job:
         """Change the state. Events of attempts that are not open any more are ignored: a result counts once."""
         match event:
             case AttemptLeased():
-                attempt = Attempt(event.attempt_id, event.shard_id, event.node_id, event.at)
+                attempt = Attempt(event.attempt_id, event.shard_id, event.node_id, event.at, event.task)
                 self.attempts[attempt.attempt_id] = attempt
                 self.leased_at = event.at
                 self.participants.add(attempt.node_id)

@@ -66,7 +66,7 @@ class Bench:
         )  # fmt: skip
 
     def hold(self, attempt_id: str, node_id: str) -> None:
-        self.leases.hold(JOB, Attempt(attempt_id, "items-0-8", node_id, self.now), TASK, self.now)
+        self.leases.hold(JOB, Attempt(attempt_id, "items-0-8", node_id, self.now, TASK), self.now)
 
     def looked_at_anew(self) -> tuple[NodeView, ...]:
         """Every node, as nothing that is kept has it."""
