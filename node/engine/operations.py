@@ -9,7 +9,7 @@ its inputs, and gives it as outputs; the model's own variables, tables and gener
 - other models of the process: sessions, queues, stages, locks and batches, which are found by their names;
 - memory that nobody has written to (Empty), and what TensorFlow's own passes put into graphs (`_FusedConv2D`, `_MklConv2D`, ...).
 
-`tests/unit/test_operations.py` holds this list against all that the installed TensorFlow registers.
+`tests/unit/node/engine/test_operations.py` holds this list against all that the installed TensorFlow registers.
 """
 
 CONTROL = """

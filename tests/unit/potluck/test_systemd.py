@@ -12,7 +12,7 @@ import pytest
 from potluck.errors import CannotListen, GaveWay, InvalidSettings
 from potluck.lifecycle import REPORT_SECONDS
 
-FOLDER = Path(__file__).parents[2] / "systemd"
+FOLDER = Path(__file__).parents[3] / "systemd"
 NAMES = ("potluck-coordinator", "potluck-node")
 BACKOFF_SINCE = 254
 """The systemd that first knows RestartSteps."""

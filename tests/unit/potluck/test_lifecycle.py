@@ -19,7 +19,7 @@ from potluck import lifecycle, logs
 from potluck.errors import CannotListen, Conflict, InvalidSettings, Unavailable, expected, from_code
 from potluck.settings import CoordinatorSettings
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(autouse=True)

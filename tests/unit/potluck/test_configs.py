@@ -16,7 +16,7 @@ from potluck.net.broker import find_mosquitto
 from potluck.settings import CoordinatorSettings, NetworkSettings, NodeSettings, load
 from support.eventually import eventually
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = Path(__file__).parents[3] / "configs"
 EXAMPLES = pytest.mark.parametrize(("name", "kind"), [("node", NodeSettings), ("coordinator", CoordinatorSettings)])
 
 
