@@ -36,7 +36,7 @@ def test_a_job_says_what_it_waits_for(nodes: tuple[NodeView, ...], told: str) ->
         view=lambda now: ClusterView(nodes, now), running=lambda job: at_work, stage=lambda job: ""
     )
     jobs = SimpleNamespace(
-        described=lambda job, running, *, waiting: JobChanged(
+        described=lambda job, running, nodes, *, waiting: JobChanged(
             job_id="j", kind="predict", state="running", created_at=0.0, progress=JobProgress(message=waiting)
         )
     )
