@@ -428,8 +428,25 @@ async def test_a_new_bus_may_have_a_coordinator_that_counts_from_one(lab: Lab) -
     await lab.broker.start()  # mosquitto without persistence: nothing is retained
     await lab.bus.connected(5)
     await lab.heard(NodeStatus, lambda one: one.state == "online", after=told)
+    await lab.online(epoch=1, cluster_id="another")
     await lab.lease("a2", "join", epoch=1)
     await lab.heard(ShardFinished, lambda one: one.attempt_id == "a2")
+
+
+async def test_a_coordinator_that_was_replaced_is_obeyed_on_no_bus(lab: Lab) -> None:
+    await lab.node()
+    await lab.online(epoch=9)
+    await lab.lease("a1", "join", epoch=9)
+    await lab.heard(ShardFinished)
+    told = len(lab.all(NodeStatus))
+    await lab.broker.kill()
+    await lab.broker.start()
+    await lab.bus.connected(5)
+    await lab.heard(NodeStatus, lambda one: one.state == "online", after=told)
+    await lab.lease("a2", "join", epoch=8)
+    await lab.lease("a3", "join", epoch=9)
+    await lab.heard(ShardFinished, lambda one: one.attempt_id == "a3")
+    assert not [one for one in lab.all(LeaseTaken) if one.attempt_id == "a2"]
 
 
 async def test_errors_are_told_as_they_are(lab: Lab) -> None:

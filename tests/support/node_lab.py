@@ -152,8 +152,10 @@ class Lab:
 
     # --- what the coordinator says
 
-    async def online(self, epoch: int = 1) -> None:
-        status = CoordinatorStatus(session=f"s{epoch}", epoch=epoch, state="online", http=self.urls)
+    async def online(self, epoch: int = 1, cluster_id: str = "") -> None:
+        status = CoordinatorStatus(
+            session=f"{cluster_id}s{epoch}", epoch=epoch, state="online", http=self.urls, cluster_id=cluster_id
+        )
         await self.bus.publish(TOPICS.coordinator_status, status, retain=True)
 
     async def command(self, message: Message, *, qos: int = 1) -> None:
