@@ -49,7 +49,20 @@ from potluck.net.http import serve_http
 from potluck.settings import CoordinatorSettings, check_listen, is_loopback, parse_address, short_hostname, state_folder
 from potluck.sole_use import sole_use
 from potluck.surviving import surviving
-from potluck.wire.messages import PROTOCOL_VERSION, CoordinatorStatus, NodeCapacity, NodeStatus, NodeTelemetry, Rebirth
+from potluck.wire.messages import (
+    PROTOCOL_VERSION,
+    BlobsStored,
+    CoordinatorStatus,
+    HoldFailed,
+    InferenceFinished,
+    ModelLoaded,
+    ModelLoadFailed,
+    ModelUnloaded,
+    NodeCapacity,
+    NodeStatus,
+    NodeTelemetry,
+    Rebirth,
+)
 from potluck.wire.topics import NODE_ID, Topics
 
 log = logging.getLogger(__name__)
@@ -384,9 +397,15 @@ class Coordinator:
     def _on_outbox(self, envelope: Envelope) -> None:
         node_id = self.topics.segment(envelope.topic, 1)
         self._notice(self._membership.heard(node_id, time.time()))
-        self._copies.on_node_message(node_id, envelope.message)
-        self._serving.on_node_event(node_id, envelope.message)
-        self._dispatcher.on_node_message(node_id, envelope.message)
+        match envelope.message:
+            case InferenceFinished() as answers:
+                self._serving.on_answers(node_id, answers)
+            case BlobsStored() | HoldFailed() as of_blobs:
+                self._copies.on_node_message(node_id, of_blobs)
+            case ModelLoaded() | ModelLoadFailed() | ModelUnloaded() as of_a_replica:
+                self._serving.on_node_event(node_id, of_a_replica)
+            case of_a_shard:
+                self._dispatcher.on_node_message(node_id, of_a_shard)
 
     def _on_presence(self, envelope: Envelope) -> None:
         message, now = envelope.message, time.time()

@@ -23,6 +23,17 @@ FAILURES_LIMIT = 3
 RETRY_SECONDS = 5.0
 """A node whose replica failed is left alone for so long, doubled with each failure up to FAILURES_LIMIT."""
 
+
+def name_of(replica_id: str) -> str:
+    """The deployment of a replica, as its id says (`Deployment.plan`)."""
+    return replica_id.split("/", 1)[0]
+
+
+def node_of(replica_id: str) -> str:
+    """Who has it, as its id says."""
+    return replica_id.partition("/")[2].partition("/")[0]
+
+
 ReplicaState = Literal["loading", "ready", "failed"]
 Parking = Literal["idle", "evicted", "withdrawn"]
 State = Literal["loading", "ready", "failing", "idle", "evicted", "withdrawn", "retired"]

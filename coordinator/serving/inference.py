@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Mapping
 from math import inf
@@ -11,6 +12,7 @@ from msgspec.structs import replace
 
 from coordinator.registry import Registry
 from coordinator.serving.batches import Batch, Request
+from coordinator.serving.deployments import name_of, node_of
 from coordinator.serving.hedging import LEAST_SECONDS
 from coordinator.serving.metrics import ServingMetrics
 from coordinator.serving.router import Router
@@ -18,6 +20,7 @@ from coordinator.serving.traffic import Traffic
 from potluck.bus.mqtt import Bus, Envelope
 from potluck.bus.outbox import Outbox
 from potluck.errors import InvalidRequest, ModelFailed, NotFound, PotluckError, TimedOut, TooLarge
+from potluck.logs import fields
 from potluck.settings import CoordinatorSettings
 from potluck.wire.addresses import check_holders
 from potluck.wire.deadlines import deadline, too_late
@@ -27,6 +30,7 @@ from potluck.wire.messages import (
     BlobRef,
     CancelInfer,
     CancelInference,
+    ErrorInfo,
     Infer,
     InferenceFinished,
     Inferred,
@@ -38,6 +42,8 @@ from potluck.wire.messages import (
 from potluck.wire.specs import matched
 from potluck.wire.tensors import plain
 from potluck.wire.topics import Topics
+
+log = logging.getLogger(__name__)
 
 INPUT_LIMIT_BYTES = INLINE_LIMIT_BYTES - 16 * 1024
 """Inputs of one request: with what goes around them they fit into a message."""
@@ -85,6 +91,8 @@ class Inference:
         """Deployments that take no more requests; those that they have are answered."""
         self.on_demand: Callable[[Router], None] = lambda router: None
         """Called with a router that is asked while it has no replica; what it raises is the answer."""
+        self.on_missing: Callable[[str, str, ErrorInfo], None] = lambda node_id, replica_id, error: None
+        """Called with a replica that its node does not have, and what that said."""
         self.asked_at: dict[str, float] = {}
         """When each deployment was last asked, or got a replica to be asked."""
         self.metrics = ServingMetrics()
@@ -278,12 +286,19 @@ class Inference:
             raise
         return Inferred(model=router.name, outputs=outcome.outputs)
 
-    def finished(self, name: str, message: InferenceFinished) -> None:
-        """A batch of this deployment came back."""
-        router = self._routers.get(name)
+    def on_answers(self, node_id: str, message: InferenceFinished) -> None:
+        """A batch came back from a node."""
+        if node_of(message.replica_id) != node_id:
+            log.debug("answers of a replica of another ignored %s", fields(node=node_id, replica=message.replica_id))
+            return
+        router = self._routers.get(name_of(message.replica_id))
         if router is not None:
             router.finished(message.replica_id, message.id, message.outcomes, self._clock(), message.seconds)
             self._pump(router)
+        for outcome in message.outcomes:
+            if outcome.error is not None and outcome.error.code == NotFound.code:
+                self.on_missing(node_id, message.replica_id, outcome.error)
+                break
 
     def _submit(
         self,

@@ -97,6 +97,8 @@ class Serving:
             clock=clock,
         )
         self.on_node_event = self._upkeep.on_node_event
+        self.on_answers = inference.on_answers
+        inference.on_missing = self._upkeep.replica_gone
         self.node_lost = self._upkeep.node_lost
         self.node_joined = self._upkeep.node_joined
         self.nodes_of = inference.nodes_of

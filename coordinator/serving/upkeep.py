@@ -12,7 +12,7 @@ from coordinator.membership import Member, Membership
 from coordinator.plans.placement import RUNTIME_OF, WORDS
 from coordinator.registry import Registry, pixel_scale
 from coordinator.serving import memory
-from coordinator.serving.deployments import Deployment, Load, Place
+from coordinator.serving.deployments import Deployment, Load, Place, name_of, node_of
 from coordinator.serving.inference import Inference
 from coordinator.serving.records import AnyDeploymentEvent, Measured, Parked, Records, Settled, Woken, model_of
 from coordinator.serving.room import Room
@@ -24,7 +24,6 @@ from potluck.wire.failures import error_info
 from potluck.wire.messages import (
     BlobRef,
     ErrorInfo,
-    InferenceFinished,
     LoadModel,
     Message,
     ModelLoaded,
@@ -75,25 +74,18 @@ class Upkeep:
 
     def on_node_event(self, node_id: str, message: Message) -> None:
         """Any event of a node that concerns replicas of its own; others are not ours."""
-        if not isinstance(message, InferenceFinished | ModelLoaded | ModelLoadFailed | ModelUnloaded):
+        if not isinstance(message, ModelLoaded | ModelLoadFailed | ModelUnloaded):
             return
-        if _node_of(message.replica_id) != node_id:
+        if node_of(message.replica_id) != node_id:
             log.debug("word on a replica of another ignored %s", fields(node=node_id, replica=message.replica_id))
-            return
-        match message:
-            case InferenceFinished():
-                self._inference.finished(_name_of(message.replica_id), message)
-                for outcome in message.outcomes:
-                    if outcome.error is not None and outcome.error.code == "not_found":
-                        self._replica_gone(node_id, message.replica_id, outcome.error)
-                        break
-            case ModelLoaded():
-                self._on_loaded(node_id, message)
-            case ModelLoadFailed() | ModelUnloaded():
-                self._replica_gone(node_id, message.replica_id, message.error)
+        elif isinstance(message, ModelLoaded):
+            self._on_loaded(node_id, message)
+        else:
+            self.replica_gone(node_id, message.replica_id, message.error)
 
-    def _replica_gone(self, node_id: str, replica_id: str, error: ErrorInfo | None) -> None:
-        deployment = self._records.deployments.get(_name_of(replica_id))
+    def replica_gone(self, node_id: str, replica_id: str, error: ErrorInfo | None) -> None:
+        """A node has a replica no more."""
+        deployment = self._records.deployments.get(name_of(replica_id))
         if deployment is not None and deployment.lost(replica_id, error, self._clock()):
             crashed = error is not None and error.code == ModelCrashed.code
             self._inference.remove_replica(deployment.name, replica_id, crashed=crashed)
@@ -130,13 +122,13 @@ class Upkeep:
             self._seen[node_id] = telemetry
             for replica_id in telemetry.replicas:
                 places = self.places() if places is None else places
-                deployment = self._records.deployments.get(_name_of(replica_id))
-                ours = deployment is not None and _node_of(replica_id) == node_id
+                deployment = self._records.deployments.get(name_of(replica_id))
+                ours = deployment is not None and node_of(replica_id) == node_id
                 if deployment is None or not ours or not deployment.adopt(replica_id, node_id, places):
                     self.unload(node_id, replica_id)
 
     def _on_loaded(self, node_id: str, message: ModelLoaded) -> None:
-        name = _name_of(message.replica_id)
+        name = name_of(message.replica_id)
         deployment = self._records.deployments.get(name)
         if deployment is None or message.replica_id not in deployment.replicas:
             # Of before a restart, or not wanted any more: the node need not hold it.
@@ -144,7 +136,7 @@ class Upkeep:
             return
         if reason := wrong_signature(message.signature):
             self.unload(node_id, message.replica_id)
-            self._replica_gone(node_id, message.replica_id, error_info(EngineFailed(f"node {node_id}: {reason}")))
+            self.replica_gone(node_id, message.replica_id, error_info(EngineFailed(f"node {node_id}: {reason}")))
             return
         settled = deployment.settled
         if deployment.loaded(message.replica_id, message.signature, message.warm_rows):
@@ -252,12 +244,3 @@ class Upkeep:
 
     def _command(self, node_id: str, message: Message) -> None:
         self._outbox.publish(self._topics.node(node_id, "inbox"), message)
-
-
-def _name_of(replica_id: str) -> str:
-    return replica_id.split("/", 1)[0]
-
-
-def _node_of(replica_id: str) -> str:
-    """Who has it, as its id says (`Deployment.plan`)."""
-    return replica_id.partition("/")[2].partition("/")[0]

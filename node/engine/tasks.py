@@ -161,12 +161,11 @@ class Tasks:
         outcome = session.train(task.samples, seconds, cancelled, progress, overlap=task.overlap, gate=self.gate)
         target = self._scratch / "update.new"
         after = privacy.protected(paths[base.sha256], outcome.weights, task.privacy, session.roles)
-        norm = updates.write_update(target, paths[base.sha256], after, task.compression, session.roles)
+        updates.write_update(target, paths[base.sha256], after, task.compression, session.roles)
         self._ahead = session if task.overlap else None
         return TrainResult(
             base=base,
             update=self._blob(target),
-            norm=norm,
             samples=outcome.samples,
             steps=outcome.steps,
             metrics=outcome.metrics,

@@ -254,8 +254,8 @@ def roles_by_name(names: Iterable[str]) -> list[Role]:
 
 def write_update(
     path: Path, before: Path, after: Sequence[Array], compression: Compression, roles: Sequence[Role] | None = None
-) -> float:
-    """The update that leads from the weights in the file `before` to those of `after`, which are in memory; returns its norm.
+) -> None:
+    """The update that leads from the weights in the file `before` to those of `after`, which are in memory.
 
     `roles` are in the order of `after`; None: by the names in the file. Raises InvalidModel where they do not fit, Diverged where
     they are not finite.
@@ -288,8 +288,14 @@ def write_update(
             for spec, travel in plan:
                 values = travel == "mean" or travel == "value"
                 pieces = (flat[spec.name][a:b] if values else difference(spec.name, a, b) for a, b in spans(spec))
-                writer.write(travel, pieces)
-    return norm(path, before)
+                writer.write(travel, pieces if travel == "value" else map(_finite, pieces))
+
+
+def _finite(piece: Array) -> Array:
+    """The same. Raises Diverged where it is not finite."""
+    if piece.dtype.kind == "f" and not np.isfinite(piece).all():
+        raise Diverged(_DIVERGED)
+    return piece
 
 
 def norm(path: Path, weights: Path) -> float:

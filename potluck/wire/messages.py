@@ -1069,7 +1069,7 @@ class TrainResult(TaskResult, frozen=True, tag="train"):
     `items` are those of the data that it was trained on, however many of them this round has seen.
 
     `metrics` are sums over `samples` divided by `samples`, named as Keras names them. `norm` is that of the update (L2, of
-    all weights that are trained); the coordinator measures it anew. `seconds_ahead` were computed before the lease began. `trained_bytes`
+    all weights that are trained), which the coordinator measures. `seconds_ahead` were computed before the lease began. `trained_bytes`
     are those of the trained weights as float32; 0: nobody says. `momentum` is that of the model's optimizer, where it makes steps longer.
     """
 

@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from node.engine.process import Engine
 from node.engine.watch import Limits
 from potluck.weights.files import load
-from potluck.weights.updates import apply_update
+from potluck.weights.updates import apply_update, norm
 from potluck.wire.messages import BlobRef, DataFormat, EvaluateTask, PredictTask, TrainResult, TrainTask
 from support import models
 from support.models import Files
@@ -43,6 +43,11 @@ class Lab:
             ),
             120,
         )
+
+    def norm(self, result: TrainResult) -> float:
+        """Of the update that a round has made, as the coordinator measures it."""
+        base = self.files.paths.get(result.base.sha256, self.scratch / result.base.sha256)
+        return norm(self.scratch / result.update.sha256, base)
 
     def after(self, result: TrainResult) -> BlobRef:
         """The weights after a round, as a blob that tasks may name."""

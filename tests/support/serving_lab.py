@@ -231,7 +231,11 @@ class Lab:
             self.serving.node_joined(node_id)
 
     def _on_outbox(self, envelope: Envelope) -> None:
-        self.serving.on_node_event(TOPICS.segment(envelope.topic, 1), envelope.message)
+        node_id = TOPICS.segment(envelope.topic, 1)
+        if isinstance(envelope.message, InferenceFinished):
+            self.serving.on_answers(node_id, envelope.message)
+        else:
+            self.serving.on_node_event(node_id, envelope.message)
 
     async def _run(self) -> None:
         async with asyncio.TaskGroup() as tasks:
