@@ -6,18 +6,25 @@ PYTHON := $(shell for try in "python3 14" "python3.13 14" "python3.12 14" "pytho
 VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS := engine,litert,broker,tfrecord,parquet,demo
-INSTALL := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check
+INSTALL := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check $(NEWEST) $(LIMITS:%=--constraint=%)
 
-.PHONY: help demo test check bench packages clean
+.PHONY: help demo test test-lowest test-newest check bench packages clean
 
 help:  ## Say what there is
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-demo: $(VENV)/.demo  ## Start a broker, a coordinator and three nodes here, and let them do the main job
+demo: $(VENV)/.demo  ## Start a broker, a coordinator and three nodes here, and let them train, deploy and ask a model
 	@$(BIN)/potluck demo
 
 test: packages $(VENV)/.dev  ## Run all tests; PYTEST="tests/unit -k rounds" runs a part
 	@$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder $(PYTEST)
+
+test-lowest:  ## Unit and contract tests on the lowest versions that pyproject.toml allows
+	@$(MAKE) --no-print-directory VENV=.venv-lowest LIMITS=.venv-lowest/lowest.txt PYTEST="tests/unit tests/contract" test
+
+test-newest:  ## The same on the newest versions that there are
+	@rm -f .venv-newest/.demo .venv-newest/.dev
+	@$(MAKE) --no-print-directory VENV=.venv-newest NEWEST="--upgrade --upgrade-strategy=eager" PYTEST="tests/unit tests/contract" test
 
 check: $(VENV)/.dev  ## Lint, format, types, and the rules of who imports whom
 	$(BIN)/ruff check .
@@ -26,10 +33,10 @@ check: $(VENV)/.dev  ## Lint, format, types, and the rules of who imports whom
 	$(BIN)/lint-imports
 
 bench: $(VENV)/.dev  ## Run the benchmarks in full
-	@for file in latency scaling training serving litert; do $(BIN)/python benchmarks/$$file.py || exit 1; done
+	@for file in latency scaling scale training serving litert; do $(BIN)/python benchmarks/$$file.py || exit 1; done
 
 clean:  ## Remove what make made
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .venv-lowest .venv-newest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Debian's python3-pip comes without python3-venv: then pip itself puts a pip into the environment.
@@ -45,6 +52,7 @@ $(VENV)/bin/python:
 
 # A stamp for each set of packages: they are installed again only when pyproject.toml has changed.
 $(VENV)/.demo: pyproject.toml | $(VENV)/bin/python
+	@$(if $(LIMITS),$(BIN)/python tests/support/bounds.py >$(LIMITS))
 	@echo "installing potluck with TensorFlow (once; about 2 GB on disk)"
 	@$(INSTALL) --editable '.[$(EXTRAS)]'
 	@touch $@

@@ -1,4 +1,4 @@
-"""The founding example: a CNN learns images from folders on all machines, is deployed, and is asked.
+"""A CNN learns images from folders on all machines, is deployed, and is asked.
 
 Needs a running cluster (`potluck up` on each machine) and the folders `train` and `test`, one sub-folder a class:
 

@@ -1,4 +1,4 @@
-"""`potluck demo`: a broker, a coordinator and three nodes on this machine do the main job, and one of them is killed on the way."""
+"""`potluck demo`: a broker, a coordinator and three nodes on this machine train, evaluate, deploy and ask a model, and one is killed."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def demo(
     epochs: Annotated[int, typer.Option(min=1, help="Epochs to train.")] = EPOCHS,
     keep: Annotated[Path | None, typer.Option(help="Keep the data, the model and the logs in this folder.")] = None,
 ) -> None:
-    """Run the main job on this machine: discover, train, survive a kill, evaluate, deploy, ask."""
+    """Try it all on this machine: discover, train, survive a kill, evaluate, deploy, ask."""
     started = time.monotonic()
     with ExitStack() as stack, _terminated_as_interrupt():
         folder = keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="potluck-demo-")))

@@ -111,7 +111,7 @@ def _add_demo(arguments: list[str]) -> None:
 
     @app.command("demo")
     def stub() -> None:
-        """Run the main job on this machine: discover, train, survive a kill, evaluate, deploy, ask."""
+        """Try it all on this machine: discover, train, survive a kill, evaluate, deploy, ask."""
 
 
 if __name__ == "__main__":
