@@ -5,6 +5,8 @@ PYTHON := $(shell for try in "python3 14" "python3.13 14" "python3.12 14" "pytho
 	$$1 -c "import sys; sys.exit(not (3, 11) <= sys.version_info < (3, $$2))" 2>/dev/null && { command -v $$1; break; }; done)
 VENV := .venv
 BIN := $(VENV)/bin
+# What old packages say to new ones that they rest on is no matter of ours.
+OLD := -W ignore::DeprecationWarning -W ignore::UserWarning
 EXTRAS := engine,litert,broker,tfrecord,parquet,demo
 INSTALL := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check $(NEWEST) $(LIMITS:%=--constraint=%)
 
@@ -20,7 +22,7 @@ test: packages $(VENV)/.dev  ## Run all tests; PYTEST="tests/unit -k rounds" run
 	@$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder $(PYTEST)
 
 test-lowest:  ## Unit and contract tests on the lowest versions that pyproject.toml allows
-	@$(MAKE) --no-print-directory VENV=.venv-lowest LIMITS=.venv-lowest/lowest.txt PYTEST="tests/unit tests/contract" test
+	@$(MAKE) --no-print-directory VENV=.venv-lowest LIMITS=.venv-lowest/lowest.txt PYTEST="tests/unit tests/contract $(OLD)" test
 
 test-newest:  ## The same on the newest versions that there are
 	@rm -f .venv-newest/.demo .venv-newest/.dev

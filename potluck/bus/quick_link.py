@@ -13,8 +13,8 @@ import time
 from typing import Any, Literal
 
 import aiomqtt
+from paho.mqtt import MQTTException
 from paho.mqtt.client import MQTT_ERR_CONN_LOST, MQTT_ERR_SUCCESS, Client, error_string
-from paho.mqtt.exception import MalformedPacket
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from potluck.bus import packets
@@ -342,7 +342,7 @@ class QuickLink(Link, aiomqtt.Client):
                     return
         except BlockingIOError:
             return
-        except (OSError, BadMessage, MalformedPacket) as error:
+        except (OSError, BadMessage, MQTTException) as error:
             self._broken(error)
 
     def _received(self, message: packets.Publish) -> None:
