@@ -131,15 +131,18 @@ class _Door:
         self._peers[connection.peer].waiting.pop(connection, None)
 
     async def sweep(self) -> NoReturn:
-        """Close those whose head takes too long, until cancelled."""
+        """Close those whose head takes too long, or that never said a word, until cancelled."""
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(self.limits.header_seconds / _SWEEPS)
-            oldest = loop.time() - self.limits.header_seconds
-            late = [one for peer in self._peers.values() for one in peer.waiting if one.began_at < oldest]
-            for connection in late:
-                log.info("request is not whole in time %s", fields(peer=connection.peer))
-                connection.force_close()
+            oldest, dumb = loop.time() - self.limits.header_seconds, loop.time() - self.limits.idle_seconds
+            waiting = [one for peer in self._peers.values() for one in peer.waiting]
+            for connection in waiting:
+                if connection.began_at < oldest:
+                    log.info("request is not whole in time %s", fields(peer=connection.peer))
+                    connection.force_close()
+                elif not connection.heard and connection.came_at < dumb:  # aiohttp waits for ever, before 3.14.4
+                    connection.force_close()
 
     def _free(self, peer: _Peer, host: str) -> bool:
         """Whether one that waits could be closed."""
@@ -174,6 +177,9 @@ class _Connection(web.RequestHandler):
         self._door = door
         self._inside = False
         self.peer = ""
+        self.came_at = _NEVER
+        self.heard = False
+        """Whether a byte ever came."""
         self.began_at = _NEVER
         """When the first byte of a request came whose head is not whole yet, by the loop's clock."""
 
@@ -185,11 +191,13 @@ class _Connection(web.RequestHandler):
             transport.close()
             return
         self._inside = True
+        self.came_at = asyncio.get_running_loop().time()
         _bound_silence(transport, self._door.limits.idle_seconds)
         super().connection_made(transport)
         self._door.waits(self)
 
     def data_received(self, data: bytes) -> None:
+        self.heard = True
         if self.began_at == _NEVER:
             self.began_at = asyncio.get_running_loop().time()
         super().data_received(data)

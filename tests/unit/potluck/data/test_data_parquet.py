@@ -72,7 +72,7 @@ def test_several_targets_and_weights_are_the_same_as_from_csv(tmp_path: Path, st
         (pa.array([True, False, True]), np.int64),
         (pa.array([1.0, 2.0, 3.0]), np.int64),
         (pa.array([0.5, 1, 2]), np.float32),
-        (pa.array([0.5, 1, 2], pa.float16()), np.float32),
+        (pa.array(np.array([0.5, 1, 2], np.float16)), np.float32),
         (pa.array([1, 2, 2**64 - 1], pa.uint64()), np.float32),
     ],
 )
