@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from potluck.client import AsyncClient
 from potluck.lifecycle import die_with_parent
 from potluck.local_cluster import LocalCluster
 
+PLAIN = "POTLUCK_BUS__PLAIN"
 WARM_UP = 50
 TURN = 50
 
@@ -91,7 +94,17 @@ async def timed(ask: Callable[[], Awaitable[Any]], count: int, into: list[float]
         into.append(time.perf_counter() - started)
 
 
-async def measure(cluster: LocalCluster, model: Path, turns: int, report: Report) -> None:
+@contextmanager
+def plain() -> Iterator[None]:
+    """Clients that are made within use public names of the MQTT library alone."""
+    os.environ[PLAIN] = "true"
+    try:
+        yield
+    finally:
+        del os.environ[PLAIN]
+
+
+async def measure(cluster: LocalCluster, plain_one: LocalCluster, model: Path, turns: int, report: Report) -> None:
     row = np.random.default_rng(0).random((1, 64), np.float32)
     async with AsyncClient(f"{cluster.broker_host}:{cluster.broker_port}", cluster=cluster.cluster) as client:
         await client.register(model, "mlp")
@@ -99,9 +112,19 @@ async def measure(cluster: LocalCluster, model: Path, turns: int, report: Report
         async with (
             Echo(cluster.broker_host, cluster.broker_port, 0, row.tobytes() + b"x" * 150) as echo,
             AsyncClient(f"{cluster.broker_host}:{cluster.broker_port}", cluster=cluster.cluster) as other,
+            AsyncExitStack() as stack,
         ):
-            seconds: dict[str, list[float]] = {"echo": [], "infer": []}
-            asks = {"echo": echo.ask, "infer": lambda: client.infer("mlp", row)}
+            with plain():
+                there = AsyncClient(f"{plain_one.broker_host}:{plain_one.broker_port}", cluster=plain_one.cluster)
+                slow = await stack.enter_async_context(there)
+            await slow.register(model, "mlp")
+            await (await slow.deploy("mlp", replicas=1)).wait(timeout=120)
+            asks: dict[str, Callable[[], Awaitable[Any]]] = {
+                "echo": echo.ask,
+                "infer": lambda: client.infer("mlp", row),
+                "plain": lambda: slow.infer("mlp", row),
+            }
+            seconds: dict[str, list[float]] = {name: [] for name in asks}
             for ask in asks.values():
                 await timed(ask, WARM_UP, [])
             for _ in range(turns):
@@ -112,7 +135,12 @@ async def measure(cluster: LocalCluster, model: Path, turns: int, report: Report
             await asyncio.gather(*both)
             rate = len(both) * TURN / (time.perf_counter() - started)
     report.columns = ("over MQTT, QoS 0", "p50 ms", "p95 ms", "p99 ms")
-    for name, label in (("echo", "raw echo (2 hops there and back)"), ("infer", "inference of a 64-128-10 MLP")):
+    labels = {
+        "echo": "raw echo (2 hops there and back)",
+        "infer": "inference of a 64-128-10 MLP",
+        "plain": "the same on plain connections (bus.plain)",
+    }
+    for name, label in labels.items():
         found = percentiles(seconds[name])
         report.figures[name] = found
         report.rows.append((label, *(f"{value:.3f}" for value in found.values())))
@@ -120,6 +148,9 @@ async def measure(cluster: LocalCluster, model: Path, turns: int, report: Report
     report.rows.append((f"inferences a second, 16 at a time: {rate:.0f}", "", "", ""))
     ratio = statistics.median(seconds["infer"]) / statistics.median(seconds["echo"])
     report.check("infer_over_echo", ratio, at_most=4.0)
+    report.figures["plain_over_quick"] = round(
+        statistics.median(seconds["plain"]) / statistics.median(seconds["infer"]), 3
+    )
 
 
 def main() -> None:
@@ -129,8 +160,13 @@ def main() -> None:
     report = Report("latency")
     with tempfile.TemporaryDirectory(prefix="potluck-bench-") as folder:
         model = small_model(Path(folder) / "mlp.keras")
-        with LocalCluster(Path(folder) / "cluster", cluster="bench", nodes=1, discovery=False) as cluster:
-            asyncio.run(measure(cluster, model, 4 if arguments.quick else 40, report))
+        with (
+            LocalCluster(Path(folder) / "cluster", cluster="bench", nodes=1, discovery=False) as cluster,
+            LocalCluster(
+                Path(folder) / "plain", cluster="plain", nodes=1, discovery=False, environment={PLAIN: "true"}
+            ) as plain_one,
+        ):
+            asyncio.run(measure(cluster, plain_one, model, 4 if arguments.quick else 40, report))
     report.show()
 
 

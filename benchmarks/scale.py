@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import random
 import resource
 import subprocess
 import sys
@@ -21,28 +22,40 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack
 from hashlib import sha256
 from pathlib import Path
-from typing import Self
+from types import SimpleNamespace
+from typing import Any, Self
 
 import peers
 import psutil
 from report import OtherLoad, Report
 
+from coordinator.copies.locations import Holders
+from coordinator.dispatch.leases import Leases
+from coordinator.membership import Membership
+from coordinator.plans.job import AttemptFinished, AttemptLeased, Job, JobSubmitted, Lease
+from coordinator.plans.strategies import strategy_for
 from potluck.bus.mqtt import MqttBus, in_turn
 from potluck.lifecycle import die_with_parent
 from potluck.local_cluster import LocalCluster
+from potluck.settings import CoordinatorSettings
 from potluck.wire import codec
 from potluck.wire.messages import (
     AddDataset,
     BlobRef,
     CancelJob,
+    Capacity,
     DataFormat,
     Dataset,
     DataShard,
     Evaluate,
+    EvaluateResult,
+    EvaluateTask,
     JobAccepted,
     ListNodes,
     Message,
+    NodeCapacity,
     NodesListed,
+    NodeStatus,
     RegisterModel,
     SubmitJob,
 )
@@ -246,6 +259,54 @@ async def rest(folder: Path, report: Report, nodes: int, seconds: float) -> dict
     return found
 
 
+def deciding_seconds(nodes: int, turns: int) -> float:
+    """Of one decision (a lease), where a tenth of the nodes has a free slot: the view of the nodes and the plan of one job, in memory."""
+    membership, topics = Membership(timeout_seconds=1e9), Topics("plan")
+    outbox: Any = SimpleNamespace(publish=lambda *_, **__: None)
+    leases = Leases(
+        topics=topics, outbox=outbox, membership=membership, settings=CoordinatorSettings(), epoch=1,
+        holders=Holders(membership, lambda: ()),
+    )  # fmt: skip
+    for number in range(nodes):
+        node_id = f"n{number:05}"
+        capacity = Capacity(
+            hostname="h", system="s", cores=1, memory_bytes=1, runtimes={"tensorflow": "2"}, gflops=10.0
+        )
+        membership.on_capacity(NodeCapacity(node_id=node_id, capacity=capacity))
+        membership.on_status(NodeStatus(node_id=node_id, session="1", state="online"), 0.0)
+    blob = BlobRef(sha256="0" * 64, size=1)
+    shards = tuple(DataShard(blob=blob, count=ITEMS // SHARDS) for _ in range(SHARDS))
+    data = Dataset(name="d", format=DataFormat(kind="arrays", inputs=("x",), target="y"), count=ITEMS, shards=shards)
+    submitted = JobSubmitted(
+        at=0.0, job_id="j", request_id="", spec=Evaluate(model="m", dataset="d", batch_size=BATCH), model=blob
+    )
+    job = Job(submitted=submitted, strategy=strategy_for(submitted, data, None), dataset=data)
+    chance, spent, decided, number = random.Random(0), 0.0, 0, 0
+    for turn in range(-3, turns):
+        began = time.perf_counter()
+        decisions = job.plan(leases.view(0.0))
+        took = time.perf_counter() - began
+        if turn >= 0:
+            spent, decided = spent + took, decided + len(decisions)
+        for decision in decisions:
+            assert isinstance(decision, Lease)
+            number += 1
+            job.apply(
+                AttemptLeased(
+                    at=0.0, attempt_id=str(number), shard_id=decision.shard_id, node_id=decision.node_id, task=decision.task
+                )
+            )  # fmt: skip
+            leases.hold(job, job.attempts[str(number)], 0.0)
+        for attempt in chance.sample(list(job.attempts.values()), max(1, nodes // 10)):
+            task = attempt.task
+            assert isinstance(task, EvaluateTask)
+            count = sum(one.stop - one.start for one in task.slices)
+            result = EvaluateResult(count=count, sums={"loss": 1.0}, seconds=3.0 * count / BATCH)
+            job.apply(AttemptFinished(at=0.0, attempt_id=attempt.attempt_id, result=result))
+            leases.drop(attempt.attempt_id)
+    return spent / decided
+
+
 async def dask(report: Report, workers: int, tasks: int, seconds: float) -> dict[str, float]:
     """The CPU time of Dask's scheduler a task, with so many simulated workers, asked for `tasks` at a time."""
     peers.install("dask")
@@ -297,6 +358,7 @@ CHECKS = (
     "shards_per_cpu_second_100",
     "shards_per_cpu_second_1000",
     "shards_per_cpu_second_200_jobs",
+    "plan_growth",
     "thousand_nodes_cores",
     "five_thousand_nodes",
 )
@@ -318,6 +380,11 @@ async def run(folder: Path, report: Report, only: Callable[[str], bool], *, quic
         jobs = 20 if quick else 200
         found = report.figures["shards_200_jobs"] = await shards(folder, report, 20 if quick else 100, jobs, seconds)
         report.check("shards_per_cpu_second_200_jobs", found["per_cpu_second"], at_least=2500)
+    if only("plan_growth"):
+        few, many = (deciding_seconds(count, 5 if quick else 50) for count in (100, 1000))
+        report.figures["deciding_seconds"] = {"100": few, "1000": many}
+        report.rows.append(("one decision, 100 and 1,000 nodes", "", "", f"{few * 1e6:.0f}, {many * 1e6:.0f} us", ""))
+        report.check("plan_growth", many / few, at_most=3)
     if only("thousand_nodes_cores"):
         found = report.figures["rest_1000"] = await rest(folder, report, size, seconds)
         report.check("thousand_nodes_cores", found["cores"], at_most=0.15)
