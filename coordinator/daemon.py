@@ -12,6 +12,7 @@ from contextlib import AsyncExitStack
 
 from msgspec.structs import replace
 
+from coordinator.control import Control
 from coordinator.copies.locations import Holders
 from coordinator.copies.pins import Keeping
 from coordinator.copies.replication import Copies
@@ -211,8 +212,7 @@ class Coordinator:
                 packed=packed,
                 settings=settings,
             )
-            requests = Requests(
-                outbox=self._outbox,
+            control = Control(
                 dispatcher=self._dispatcher,
                 registry=registry,
                 serving=self._serving,
@@ -224,6 +224,7 @@ class Coordinator:
                 urls=urls,
                 sync=journal.sync,
             )
+            requests = Requests(self._outbox, control)
             self._subscribe(bus, requests)
 
             async def announce() -> None:

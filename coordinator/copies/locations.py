@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterable
 from itertools import chain, islice
 
@@ -25,6 +24,7 @@ class Holders:
         self._membership = membership
         self._urls = urls
         self._nodes: dict[str, dict[str, None]] = {}
+        self._turn = 0
 
     def stored(self, node_id: str, blobs: Iterable[str]) -> None:
         """A node now has these blobs."""
@@ -34,12 +34,13 @@ class Holders:
             del self._nodes[next(iter(self._nodes))]
 
     def nodes(self, sha256: str) -> tuple[str, ...]:
-        """Base URLs of the nodes that have a blob and are online; of very many, some by chance: no node is asked by all."""
+        """Base URLs of the nodes that have a blob and are online; of very many, some in turn: no node is asked by all."""
         known = self._nodes.get(sha256, {})
         if len(known) <= PEERS_LOOKED_AT:
             looked_at: Iterable[str] = sorted(known)
         else:
-            first = random.randrange(len(known))
+            self._turn += PEERS_NAMED
+            first = self._turn % len(known)
             looked_at = islice(chain(islice(known, first, None), known), PEERS_LOOKED_AT)
         members = map(self._membership.get, looked_at)
         there = (url for member in members if member and member.state == "online" for url in member.http[:1])

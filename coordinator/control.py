@@ -1,0 +1,339 @@
+"""What clients may ask of the coordinator: one core behind every transport, which knows none of them."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from coordinator.copies.locations import Holders
+from coordinator.dispatch.deletion import Deletion
+from coordinator.dispatch.dispatcher import Dispatcher
+from coordinator.dispatch.packed import Packed
+from coordinator.membership import Membership
+from coordinator.plans import node_data as federated
+from coordinator.registry import Registry, dataset_blobs
+from coordinator.serving.serving import Serving
+from potluck.blobs.store import BlobStore
+from potluck.data.packing import check_class_names
+from potluck.errors import (
+    BadMessage,
+    Conflict,
+    InvalidData,
+    InvalidRequest,
+    NotFound,
+)
+from potluck.wire import codec
+from potluck.wire.addresses import check_holders
+from potluck.wire.messages import (
+    NODE_DATA,
+    SHARDS_LIMIT,
+    AddDataset,
+    AnyJobSpec,
+    BlobRef,
+    CancelJob,
+    Dataset,
+    DatasetAdded,
+    DatasetRemoved,
+    DatasetsListed,
+    DeleteModel,
+    Deploy,
+    DeploymentsListed,
+    FindReplicas,
+    GetHistory,
+    GetJob,
+    GetModel,
+    HistoryListed,
+    JobAccepted,
+    JobsListed,
+    ListDatasets,
+    ListDeployments,
+    ListJobs,
+    ListModels,
+    ListNodes,
+    Message,
+    ModelChanged,
+    ModelRegistered,
+    ModelsDeleted,
+    ModelsListed,
+    NodesListed,
+    Promote,
+    RegisterModel,
+    RemoveAlias,
+    RemoveDataset,
+    ReplicaPlace,
+    ReplicasFound,
+    RollBack,
+    SetAlias,
+    StopTraining,
+    SubmitJob,
+    TagModel,
+    Undeploy,
+    Undeployed,
+)
+from potluck.wire.refs import locate
+from potluck.wording import be, counted
+
+P = TypeVar("P", bound=Struct)
+
+ONCE = RemoveAlias | DeleteModel | RemoveDataset | Promote | RollBack
+MANIFEST_LIMIT_BYTES = 2 * 2**20
+LISTED_BYTES = 96 * 1024
+"""Models or jobs in one answer, as msgpack: in JSON they may be twice as long."""
+PLACES_TOLD = 16
+"""Nodes with replicas that a client is told: it sends inputs to each in turn, and asks again soon."""
+ANSWERS_KEPT = 256
+"""Answers to questions that can be carried out once: asked again, they would find nothing to do."""
+
+
+@dataclass(frozen=True)
+class Later:
+    """An answer that takes time: what it rests on has begun, or begins when `answer` is awaited."""
+
+    answer: Callable[[], Awaitable[Message]]
+
+
+class Control:
+    """What clients may ask of the coordinator, whatever brought the question: each message type to the part that answers it."""
+
+    def __init__(
+        self,
+        *,
+        dispatcher: Dispatcher,
+        registry: Registry,
+        serving: Serving,
+        membership: Membership,
+        deletion: Deletion,
+        packed: Packed,
+        holders: Holders,
+        store: BlobStore,
+        urls: Callable[[], tuple[str, ...]],
+        sync: Callable[[], Awaitable[None]],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """`sync` returns when what was journaled is on the disk for good; it raises Unavailable."""
+        self._dispatcher = dispatcher
+        self._registry = registry
+        self._serving = serving
+        self._membership = membership
+        self._deletion = deletion
+        self._packed = packed
+        self._holders = holders
+        self._store = store
+        self._urls = urls
+        self._sync = sync
+        self._clock = clock
+        self._answered: dict[tuple[str, str], Message] = {}
+
+    def answer(self, message: Message, caller: str = "") -> Message | Later:
+        """The answer to a question of `caller` ("": of nobody who could ask again): whoever asks the same again, with the same id, is
+        told the same again. Lists come in pages: as much as goes into one message, and whether there is more.
+
+        Raises a PotluckError where that is the answer, InvalidRequest for what is no question.
+        """
+        asked = (caller, message.id)
+        if not isinstance(message, ONCE) or not all(asked):
+            return self._answer(message, " ".join(asked) if all(asked) else "")
+        # What can be carried out once would find nothing to do.
+        if asked not in self._answered:
+            self._answered[asked] = self._answer_once(message)
+            if len(self._answered) > ANSWERS_KEPT:
+                del self._answered[next(iter(self._answered))]
+        return self._answered[asked]
+
+    def _answer_once(self, message: Message) -> Message:
+        answer = self._answer(message, "")
+        assert isinstance(answer, Message)
+        return answer
+
+    def _answer(self, message: Message, request_id: str) -> Message | Later:
+        match message:
+            case SubmitJob():
+                # The same question asked twice (QoS 1, or a client that tries again) is one job.
+                job = self._dispatcher.submit(message.job, request_id)
+                if not _is_same(job.submitted.spec, message.job):
+                    raise Conflict(
+                        f"the id {message.id[:80]!r} was used for job {job.job_id}, which is another one: "
+                        "submit each job with an id of its own"
+                    )
+                return Later(lambda: self._accepted(job.job_id))
+            case Undeploy():
+                return Later(lambda: self._undeploy(message.model))
+            case CancelJob():
+                return self._dispatcher.described(self._dispatcher.cancel(message.job_id))
+            case StopTraining():
+                return self._dispatcher.described(self._dispatcher.stop(message.job_id))
+            case GetHistory():
+                job = self._dispatcher.job(message.job_id)
+                return HistoryListed(job_id=job.job_id, epochs=job.epochs_after(message.after))
+            case GetJob():
+                job = self._dispatcher.job(message.job_id)
+                return self._dispatcher.ended(job) or self._dispatcher.described(job)
+            case ListJobs():
+                listed, more = _page(self._dispatcher.all_described(message.after))
+                return JobsListed(jobs=listed, more=more)
+            case ListNodes():
+                nodes, more = _page(self._membership.infos(message.after))
+                return NodesListed(nodes=nodes, sent_at=self._clock(), more=more)
+            case ListModels():
+                return self._list_models(message.after)
+            case GetModel():
+                return ModelRegistered(model=locate(self._registry.model(message.model), self._holders.of))
+            case RegisterModel():
+                return self._register(message)
+            case SetAlias():
+                return ModelChanged(model=self._registry.set_alias(message.model, message.alias))
+            case RemoveAlias():
+                return ModelChanged(model=self._registry.remove_alias(message.model))
+            case TagModel():
+                return ModelChanged(model=self._registry.tag(message.model, message.tags, message.remove))
+            case DeleteModel():
+                return ModelsDeleted(models=self._deletion.delete_models(message.model, every=message.every_version))
+            case ListDatasets():
+                return self._list_datasets(message.after)
+            case AddDataset():
+                return self._add_dataset(message)
+            case RemoveDataset():
+                self._deletion.remove_dataset(message.name)
+                return DatasetRemoved(name=message.name)
+            case ListDeployments():
+                found = (one for one in self._serving.deployments() if one.name > message.after)
+                deployments, more = _page(found)
+                return DeploymentsListed(deployments=deployments, more=more)
+            case FindReplicas():
+                return self._find_replicas(message.model)
+            case Promote():
+                return DeploymentsListed(deployments=self._serving.promote(message.model))
+            case RollBack():
+                return DeploymentsListed(deployments=self._serving.roll_back(message.model))
+            case _:
+                raise InvalidRequest(
+                    f"{type(message).__name__} is not a question to the coordinator: see docs/protocol.md"
+                )
+
+    async def _accepted(self, job_id: str) -> Message:
+        """Whoever asks for a job hears that we have it once a power cut does not undo it."""
+        await self._sync()
+        return JobAccepted(job_id=job_id)
+
+    async def _undeploy(self, model: str) -> Message:
+        return Undeployed(deployments=await self._serving.undeploy(self._registry.version_of(model)))
+
+    def _find_replicas(self, model: str) -> ReplicasFound:
+        members = [self._membership.get(node_id) for node_id in self._serving.nodes_of(model)]
+        there = [member for member in members if member is not None and member.http]
+        told = random.sample(there, min(len(there), PLACES_TOLD))
+        return ReplicasFound(replicas=tuple([ReplicaPlace(node_id=one.node_id, http=one.http) for one in told]))
+
+    def _list_models(self, after: str) -> Message:
+        listed, more = _page(self._registry.models(after))
+        return ModelsListed(models=listed, more=more)
+
+    def _list_datasets(self, after: str) -> Message:
+        living = federated.described(self._membership.data())
+        found = ((one.name.startswith(NODE_DATA), one.name, one) for one in (*self._registry.datasets(), *living))
+        last = (after.startswith(NODE_DATA), after)
+        listed, more = _page(one for lives, name, one in found if (lives, name) > last)
+        return DatasetsListed(datasets=listed, more=more)
+
+    def _register(self, message: RegisterModel) -> Message:
+        self._need(message.model, "model")
+        info = self._registry.add_model(
+            message.name,
+            replace(message.model, holders=()),  # it is here
+            format=message.format,
+            image=message.image,
+            classes=message.classes,
+            tags=message.tags,
+            source=message.source,
+            now=self._clock(),
+        )
+        return ModelRegistered(model=info)
+
+    def _add_dataset(self, message: AddDataset) -> Message:
+        self._need(message.manifest, "manifest")
+        if message.manifest.size > MANIFEST_LIMIT_BYTES:
+            raise InvalidData(
+                f"the manifest of data set {message.name!r} has {message.manifest.size} bytes: {MANIFEST_LIMIT_BYTES} are allowed"
+            )
+        try:
+            dataset = codec.unpack(self._store.read(message.manifest.sha256), Dataset)
+        except BadMessage as error:
+            raise InvalidData(f"the manifest of data set {message.name!r} is not one: {error.message}") from error
+        if len(dataset.shards) > SHARDS_LIMIT:
+            raise InvalidData(
+                f"data set {message.name!r} has {len(dataset.shards)} shards, {SHARDS_LIMIT} are allowed: make larger ones"
+            )
+        check_class_names(dataset.format.classes, f"data set {message.name!r}")
+        _, *parts = dataset_blobs(message.manifest, dataset)
+        for ref in parts:
+            check_holders(ref.holders, f"the manifest of data set {message.name!r}")
+        missing = [ref.sha256 for ref in parts if not self._store.has(ref.sha256)]
+        if missing:
+            raise InvalidData(
+                f"{len(missing)} of {counted(len(parts), 'blob')} of data set {message.name!r} {be(len(missing))} not in the "
+                f"coordinator's store (first: {missing[0][:12]}): PUT them to {self._where()}/blobs/<sha256> first"
+            )
+        for ref in parts:
+            if (size := self._store.size(ref.sha256)) != ref.size:
+                raise InvalidData(
+                    f"the manifest of data set {message.name!r} says that blob {ref.sha256[:12]} has {ref.size} bytes: "
+                    f"it has {size}"
+                )
+        if sum(shard.count for shard in dataset.shards) != dataset.count or not dataset.count:
+            raise InvalidData(
+                f"the manifest of data set {message.name!r} counts {counted(dataset.count, 'item')}, its shards do not"
+            )
+        added = self._registry.add_dataset(
+            message.name, replace(message.manifest, holders=()), dataset, packed=message.packed
+        )
+        if message.packed:
+            self._packed.added(message.name)
+        return DatasetAdded(dataset=added)
+
+    def _need(self, ref: BlobRef, what: str) -> None:
+        """Raises NotFound when the blob is not here, InvalidRequest when it has another size than its reference says."""
+        if not self._store.has(ref.sha256):
+            raise NotFound(
+                f"the {what} blob {ref.sha256[:12]} is not in the coordinator's store: "
+                f"PUT it to {self._where()}/blobs/{ref.sha256} first"
+            )
+        size = self._store.size(ref.sha256)
+        if size != ref.size:
+            raise InvalidRequest(f"the {what} blob {ref.sha256[:12]} has {size} bytes, not {ref.size}")
+
+    def _where(self) -> str:
+        return (self._urls() or ("<coordinator>",))[0]
+
+
+def _page(found: Iterable[P]) -> tuple[tuple[P, ...], bool]:
+    """As many of the first as go into an answer, and whether there are more."""
+    listed: list[P] = []
+    size = 0
+    for one in found:
+        size += len(codec.pack(one))
+        if listed and size > LISTED_BYTES:
+            return tuple(listed), True
+        listed.append(one)
+    return tuple(listed), False
+
+
+def _is_same(kept: AnyJobSpec, asked: AnyJobSpec) -> bool:
+    """Whether a job that is kept is the one asked for: a deployment is kept with the version that its name or alias stood for, and
+    with the data that it is quantized by."""
+    if isinstance(kept, Deploy) and isinstance(asked, Deploy):
+        name, _, version = asked.model.partition(":")
+        named = kept.model if version.isdigit() else kept.model.partition(":")[0]
+        meant = replace(
+            asked,
+            model=asked.model if version.isdigit() else name,
+            calibration=asked.calibration or kept.calibration,
+            evaluation=asked.evaluation or kept.evaluation,
+        )
+        return replace(kept, model=named) == meant
+    return kept == asked
