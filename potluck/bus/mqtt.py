@@ -261,6 +261,7 @@ class MqttBus(Bus):
             async with asyncio.timeout_at(deadline):
                 while (link := self._link) is not None and (self._again or not link.places):
                     await link.room()
+                    self._send_again()
         except TimeoutError:
             raise self._unavailable(f"the broker did not take a message within {limit_seconds:g} s") from None
         except OSError as error:

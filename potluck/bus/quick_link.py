@@ -188,8 +188,10 @@ class QuickLink(Link, aiomqtt.Client):
     def post(
         self, topic: str, payload: bytes, retain: bool, mirrored: Mirrored | None, receipt: Receipt | None = None
     ) -> bool:
-        if self.places <= 0:
+        if self._client.want_write() or self._disconnected.done():
             return False
+        if receipt is not None and len(self._receipts) >= self._limit:
+            return False  # at QoS 0 nothing is counted
         properties = b"" if not self._v5 else b"\0" if mirrored is None else pack(mirrored).payload
         packet_id = 0
         if receipt is not None:

@@ -1,0 +1,202 @@
+"""The dispatcher on a real journal and a bus in memory: shards are done once, in turn, and written down before anybody hears of them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from coordinator.copies.locations import Holders
+from coordinator.dispatch.announcer import Announcer
+from coordinator.dispatch.collecting import Collector
+from coordinator.dispatch.dispatcher import Dispatcher
+from coordinator.dispatch.jobstore import JobStore
+from coordinator.dispatch.leases import Leases
+from coordinator.journal import Journal
+from coordinator.membership import Membership
+from coordinator.plans.job import AnyEvent, AttemptEnded, AttemptFinished, AttemptLeased, Job
+from coordinator.registry import Registry
+from potluck.blobs.store import BlobStore
+from potluck.bus.exchange import Envelope
+from potluck.bus.outbox import Outbox
+from potluck.settings import CoordinatorSettings
+from potluck.wire import codec
+from potluck.wire.messages import (
+    AcknowledgeResult,
+    BlobRef,
+    Capacity,
+    DataFormat,
+    Dataset,
+    DataShard,
+    Evaluate,
+    EvaluateResult,
+    EvaluateTask,
+    LeaseShard,
+    LeaseTaken,
+    NodeCapacity,
+    NodeStatus,
+    ShardFinished,
+)
+from potluck.wire.topics import Topics
+from support.eventually import eventually
+from support.fake_bus import FakeBroker, FakeBus
+
+TOPICS = Topics("test")
+ITEMS = 4096
+
+
+class Lab:
+    """`mute` nodes take leases and never say more. What reaches a node is checked against the journal at that moment."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.broker = FakeBroker()
+        self.store = BlobStore(folder / "blobs", 2**30)
+        self.membership = Membership(timeout_seconds=60)
+        self.mute: set[str] = set()
+        self.done: dict[str, list[str]] = {}
+        """Attempts that each node was acknowledged."""
+        self.unwritten: list[str] = []
+        """What nodes heard of before it was written."""
+
+    def open(self) -> None:
+        """A coordinator on the journal, as after a start."""
+        self.journal = Journal(self.folder / "journal")
+        self.bus = FakeBus(self.broker, TOPICS, client_id=f"coordinator-{self.journal.epoch}")
+        self.outbox = Outbox(self.bus, before=self.journal.flush)
+        settings = CoordinatorSettings(resend_seconds=0.2)
+        registry = Registry(self.journal)
+        self.jobs = JobStore(self.journal, registry, self.store, tuple, lambda name: Dataset)  # type: ignore[arg-type, return-value]
+        leases = Leases(
+            topics=TOPICS, outbox=self.outbox, membership=self.membership, settings=settings, epoch=self.journal.epoch,
+            holders=Holders(self.membership, tuple),
+        )  # fmt: skip
+        packed: Any = SimpleNamespace(
+            asked=lambda spec: None, refused=lambda spec: None, ended=lambda spec: None, tick=lambda: None
+        )
+        nothing: Any = None
+        self.registry = registry
+        self.dispatcher = Dispatcher(
+            announcer=Announcer(TOPICS, self.outbox, self.jobs, leases, tuple), registry=registry, serving=nothing, jobs=self.jobs,
+            leases=leases, collector=Collector(self.store, nothing), packed=packed, settings=settings,
+        )  # fmt: skip
+        self.bus.subscribe(TOPICS.node("+", "outbox"), self._on_outbox)
+        self.tasks = [asyncio.create_task(part) for part in (self.bus.run(), self.outbox.run(), self.dispatcher.run())]
+
+    async def close(self) -> None:
+        for task in self.tasks:
+            task.cancel()
+        await asyncio.wait(self.tasks)
+        self.journal.close()
+
+    def _on_outbox(self, envelope: Envelope) -> None:
+        self.dispatcher.on_node_message(TOPICS.segment(envelope.topic, 1), envelope.message)
+
+    async def node(self, node_id: str, seconds: float = 0.0) -> FakeBus:
+        """One that has the result of a shard after so long."""
+        capacity = Capacity(hostname="h", system="s", cores=1, memory_bytes=1, runtimes={"tensorflow": "2"}, gflops=1.0)
+        self.membership.on_capacity(NodeCapacity(node_id=node_id, capacity=capacity))
+        self.membership.on_status(NodeStatus(node_id=node_id, session="1", state="online"), 0.0)
+        bus = FakeBus(self.broker, TOPICS, client_id=node_id)
+        outbox = TOPICS.node(node_id, "outbox")
+        said: set[str] = set()
+
+        def on_command(envelope: Envelope) -> None:
+            match envelope.message:
+                case LeaseShard(task=EvaluateTask() as task, attempt_id=attempt_id):
+                    self._written(AttemptLeased, attempt_id)
+                    bus.publish_now(outbox, LeaseTaken(attempt_id=attempt_id))
+                    if node_id not in self.mute and attempt_id not in said:
+                        said.add(attempt_id)
+                        count = sum(one.stop - one.start for one in task.slices)
+                        result = EvaluateResult(count=count, sums={"loss": 2.0 * count}, seconds=0.05)
+                        asyncio.get_running_loop().call_later(
+                            seconds, bus.publish_now, outbox, ShardFinished(attempt_id=attempt_id, result=result)
+                        )
+                case AcknowledgeResult(attempt_id=attempt_id):
+                    self._written(AttemptFinished, attempt_id)
+                    self.done.setdefault(node_id, []).append(attempt_id)
+                case _:
+                    pass
+
+        bus.subscribe(TOPICS.node(node_id, "inbox"), on_command)
+        self.tasks.append(asyncio.create_task(bus.run()))
+        await bus.connected(1)
+        self.dispatcher.node_joined()
+        return bus
+
+    def _written(self, kind: type[AttemptLeased | AttemptFinished], attempt_id: str) -> None:
+        rows = self.journal._db.execute("SELECT body FROM events").fetchall()
+        events = [codec.unpack(body, AnyEvent) for (body,) in rows if attempt_id.encode() in body]  # type: ignore[arg-type]
+        ended = [event for event in events if isinstance(event, AttemptFinished | AttemptEnded)]
+        if not any(isinstance(event, kind) for event in (*events, *ended)) and self.jobs.active:
+            self.unwritten.append(f"{kind.__name__} {attempt_id}")
+
+    def submit(self, request_id: str = "") -> Job:
+        blob = self.store.put_bytes(b"no model")
+        self.registry.add_model("m", blob, now=1.0)
+        shards = tuple(
+            DataShard(blob=self.store.put_bytes(b"shard %d" % number), count=ITEMS // 4) for number in range(4)
+        )
+        data = Dataset(name="d", format=DataFormat(kind="arrays", inputs=("x",)), count=ITEMS, shards=shards)
+        self.registry.add_dataset("d", self.store.put_bytes(codec.pack(data)), data)
+        return self.dispatcher.submit(Evaluate(model="m:1", dataset="d", batch_size=16), request_id)
+
+
+@pytest.fixture
+async def lab(tmp_path: Path) -> AsyncIterator[Lab]:
+    made = Lab(tmp_path)
+    made.open()
+    yield made
+    await made.close()
+
+
+def loss(job: Job) -> float:
+    assert job.ended is not None
+    assert job.ended.state == "succeeded", job.ended.error
+    assert job.ended.evaluation is not None
+    return job.ended.evaluation.metrics["loss"]
+
+
+async def test_a_job_is_done_by_all_and_nobody_hears_of_what_is_not_written(lab: Lab) -> None:
+    for number in range(5):
+        await lab.node(f"n{number}")
+    job = lab.submit()
+    await eventually(lambda: job.ended is not None)
+    assert loss(job) == 2.0
+    assert job.ended is not None
+    assert job.ended.evaluation is not None
+    assert job.ended.evaluation.count == ITEMS
+    assert set(lab.done) == {f"n{number}" for number in range(5)}
+    assert lab.unwritten == []
+
+
+async def test_jobs_get_free_slots_in_turn(lab: Lab) -> None:
+    await lab.node("n1", seconds=0.02)
+    jobs = [lab.submit(f"q{number}") for number in range(6)]
+    await eventually(lambda: all(job.leased_at for job in jobs), timeout_seconds=5)
+    assert not any(job.ended for job in jobs), "the last has begun before the first has ended"
+
+
+async def test_a_coordinator_that_starts_again_goes_on_where_it_was(lab: Lab) -> None:
+    lab.mute = {"n1"}
+    await lab.node("n1")
+    job = lab.submit("asked once")
+    await eventually(lambda: bool(job.attempts))
+    open_attempts = set(job.attempts)
+    await lab.close()
+    lab.mute = set()
+    lab.tasks = []
+    lab.open()
+    again = lab.dispatcher.submit(job.submitted.spec, "asked once")
+    assert again.job_id == job.job_id
+    assert set(again.attempts) == open_attempts
+    await lab.node("n1")  # what it held is leased to it again, and done
+    await eventually(lambda: again.ended is not None)
+    assert loss(again) == 2.0
+    assert open_attempts <= set(lab.done["n1"])
+    assert isinstance(again.submitted.model, BlobRef)
