@@ -77,9 +77,10 @@ log = logging.getLogger(__name__)
 
 ALSO_LIMIT = 8
 """Attempts beside the one that a node speaks of: it holds fewer."""
-REST_FACTOR = 5.0
+REST_FACTOR = 10.0
 REST_LIMIT_SECONDS = 0.02
-"""After planning it rests for so many times as long as that took, and no longer than this: plans cost by nodes, not by what happened."""
+"""After planning it rests for so many times as long as the plans alone took, and no longer than this: they cost by nodes, and not by
+what happened."""
 ROOM_SECONDS = 5.0
 """How long an action waits that had no room on our disk, before it is tried again."""
 
@@ -116,7 +117,7 @@ class Dispatcher:
         """Jobs of which something changed."""
         self._offered = False
         """Whether there may be a free slot, for whichever job."""
-        self._rest_seconds = 0.0
+        self._planning_seconds = self._rest_seconds = 0.0
         self._doubts: dict[str, Doubts] = {}
         """By job. In memory only: after a restart a loss that is no number is doubted anew."""
         self._wake = asyncio.Event()
@@ -266,7 +267,7 @@ class Dispatcher:
 
         Whoever has got nothing for the longest time comes first: else the oldest jobs take every slot that is free.
         """
-        began = time.perf_counter()
+        self._planning_seconds = 0.0
         due, offered = self._dirty, self._offered
         self._dirty, self._offered = {}, False
         found = [job for job_id in (self._store.active if offered else due) if (job := self._store.jobs.get(job_id))]
@@ -274,7 +275,7 @@ class Dispatcher:
             if job.job_id in due or self._leases.free(self._clock()):
                 self._dirty.pop(job.job_id, None)
                 self._plan(job)
-        self._rest_seconds = min(REST_LIMIT_SECONDS, REST_FACTOR * (time.perf_counter() - began))
+        self._rest_seconds = min(REST_LIMIT_SECONDS, REST_FACTOR * self._planning_seconds)
 
     def _resume(self) -> None:
         """Take up what the journal says is under way; nodes that still work on it go on."""
@@ -317,7 +318,10 @@ class Dispatcher:
         if isinstance(job.submitted.spec, Deploy) and job.strategy is None:
             self._act(job.job_id, "deploy", self._deploy(job, job.submitted.spec))
             return
-        for decision in self._decisions(job):
+        began = time.perf_counter()
+        decisions = self._decisions(job)
+        self._planning_seconds += time.perf_counter() - began
+        for decision in decisions:
             self._perform(job, decision)
 
     def _decisions(self, job: Job) -> list[Decision]:

@@ -15,9 +15,14 @@ from coordinator.plans.job import (
     AttemptEnded,
     AttemptFinished,
     AttemptLeased,
+    GaveWay,
     Job,
     JobFinished,
     JobSubmitted,
+    ReadyAgain,
+    RoundBroken,
+    RoundPlanned,
+    StrategyChosen,
 )
 from coordinator.plans.labels import listed
 from coordinator.plans.past import with_choices
@@ -56,7 +61,10 @@ LOADED_KEPT = 16
 JOBS_KEPT = 1000
 """Ended jobs that are remembered."""
 JOBS_REPUBLISHED = 100
-OF_ATTEMPTS = AttemptLeased | AttemptFinished | AttemptEnded
+SOON = (
+    AttemptLeased | AttemptFinished | AttemptEnded | StrategyChosen | RoundPlanned | ReadyAgain | RoundBroken | GaveWay
+)
+"""Nothing is thrown away for these: they are written before a message tells of them, and no sooner."""
 
 
 def meant(job_id: str, known: Collection[str]) -> str:
@@ -230,9 +238,9 @@ class JobStore:
     def record(self, job: Job, event: AnyEvent) -> None:
         """Journal an event, and then let it happen.
 
-        What becomes of attempts is written with whatever else happens in this turn of the loop, before a message tells of it.
+        What becomes of attempts, and what is chosen, is written with whatever else happens in this turn of the loop, before a message tells of it.
         """
-        append = self._journal.append_soon if isinstance(event, OF_ATTEMPTS) else self._journal.append
+        append = self._journal.append_soon if isinstance(event, SOON) else self._journal.append
         append(f"job/{job.job_id}", event)
         job.apply(event)
 
