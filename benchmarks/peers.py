@@ -1,7 +1,8 @@
 """Other servers of models, each in an environment of its own below `.cache/`, made when first needed (about 2 GB each).
 
 Each is set up as its documentation advises for throughput on one machine: MLServer in its own process with adaptive batching
-(its parallel workers do not start beside the current uvloop), Ray Serve with `serve.batch` and its throughput settings.
+(its parallel workers do not start beside the current uvloop), Ray Serve with `serve.batch` and its throughput settings, LitServe
+with batching and its fast queue, BentoML with an adaptive batch; one process each computes, as one node of ours does.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ TENSORFLOW = ("tensorflow-cpu==2.21.0", "keras==3.15.1")
 PACKAGES = {
     "mlserver": ("mlserver==1.7.1", *TENSORFLOW),
     "ray": ("ray[serve]==2.60.0", *TENSORFLOW),
+    "litserve": ("litserve==0.2.19", "uvloop", *TENSORFLOW),
+    "bentoml": ("bentoml==1.4.40", *TENSORFLOW),
     "dask": ("distributed==2026.8.0",),
 }
 """Of each environment; together they cannot be installed."""
@@ -156,6 +159,46 @@ class RayServe(Peer):
             self._process.wait(30)
         except subprocess.TimeoutExpired:
             super()._stop()
+
+
+class LitServe(Peer):
+    def __init__(self, name: str, folder: Path, model: Path, body: bytes, batch_seconds: float) -> None:
+        super().__init__(name, folder)
+        self._model = model
+        self._body = body
+        self._batch_seconds = batch_seconds
+        self.url = f"http://127.0.0.1:{self.port}/predict"
+
+    def _start(self) -> None:
+        python, script = str(FOLDER / "litserve" / "bin" / "python"), str(APPS / "lit_app.py")
+        self._run([python, script, str(self._model), str(self.port), str(self._batch_seconds)], {})
+        self._wait(self._body)
+
+
+class BentoML(Peer):
+    """`body` is JSON as it takes it: `{"inputs": rows}`."""
+
+    def __init__(self, name: str, folder: Path, model: Path, body: bytes) -> None:
+        super().__init__(name, folder)
+        self._model = model
+        self._body = body
+        self.url = f"http://127.0.0.1:{self.port}/predict"
+
+    def _start(self) -> None:
+        shutil.copy(APPS / "bento_app.py", self.folder)
+        command = [
+            str(FOLDER / "bentoml" / "bin" / "bentoml"),
+            "serve",
+            "bento_app:Mlp",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+        ]
+        self._run(
+            command, {"MODEL": str(self._model), "PYTHONPATH": str(self.folder), "BENTOML_DO_NOT_TRACK": "True", "BENTOML_HOME": str(self.folder)}
+        )  # fmt: skip
+        self._wait(self._body)
 
 
 def ask(url: str, body: bytes) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""Models that are served: against MLServer and Ray Serve, against bare TensorFlow, and while a version is replaced.
+"""Models that are served: against MLServer, Ray Serve, LitServe and BentoML, against bare TensorFlow, and while a version is replaced.
 
 The small model (64-128-10) is asked by closed-loop clients, 1, 8 and 32 of them, in one process beside the server (see
 clients.py); servers and clients share all cores, and run in turn. Over HTTP everybody gets the same JSON. Over MQTT the clients
@@ -54,6 +54,9 @@ class Lab:
         self.body = folder / "body.json"
         tensor = {"name": "x", "datatype": "FP32", "shape": [1, 64], "data": self.row.ravel().tolist()}
         self.body.write_text(json.dumps({"inputs": [tensor]}))
+        self.rows = folder / "rows.json"
+        """The same for a server that takes arrays by the name of an argument."""
+        self.rows.write_text(json.dumps({"inputs": self.row.tolist()}))
 
     def mlp(self, version: int = 1) -> Path:
         """Each time it is made it has other weights."""
@@ -112,12 +115,15 @@ def throughput(lab: Lab, report: Report) -> None:
             )
     report.figures["throughput"] = median
     if lab.quick:
-        report.rows.append(("MLServer and Ray Serve are left out of a short run", "", "", ""))
+        report.rows.append(("the others are left out of a short run", "", "", ""))
         return
     mqtt, http, mlserver, ray = (median[name] for name in ("ours, MQTT", "ours, HTTP", "MLServer", "Ray Serve"))
     report.check("mqtt_over_mlserver", mqtt[32]["per_second"] / mlserver[32]["per_second"], at_least=1.5)
     report.check("mqtt_over_ray", mqtt[32]["per_second"] / ray[32]["per_second"], at_least=5.0)
     report.check("http_over_mlserver", http[32]["per_second"] / mlserver[32]["per_second"], at_least=1.0)
+    for name in ("LitServe", "BentoML"):
+        theirs = median[name][32]["per_second"]
+        report.check(f"over_{name.lower()}", min(mqtt[32]["per_second"], http[32]["per_second"]) / theirs, at_least=1.5)
 
 
 def alone(lab: Lab, report: Report) -> None:
@@ -194,10 +200,13 @@ def _others(lab: Lab, turn: int) -> dict[str, Measured]:
         (peers.MLServer("MLServer", folder / "mlserver", model, body, BATCH_SECONDS), CLIENTS),
         (peers.MLServer("MLServer, not batching", folder / "mlserver-plain", model, body, None), (1, 32)),
         (peers.RayServe("Ray Serve", folder / "ray", model, body, BATCH_SECONDS), CLIENTS),
+        (peers.LitServe("LitServe", folder / "litserve", model, body, BATCH_SECONDS), CLIENTS),
+        (peers.BentoML("BentoML", folder / "bentoml", model, lab.rows.read_bytes()), CLIENTS),
     ]
     for peer, clients in servers:
+        asked = lab.rows if isinstance(peer, peers.BentoML) else lab.body
         with peer:
-            found[peer.name] = {n: lab.clients("http", peer.url, lab.body, n, lab.seconds) for n in clients}
+            found[peer.name] = {n: lab.clients("http", peer.url, asked, n, lab.seconds) for n in clients}
     return found
 
 
@@ -361,7 +370,7 @@ def under_load(part: Callable[[bool, Report], None]) -> Callable[[Lab, Report], 
 
 PARTS: dict[Callable[[Lab, Report], None], tuple[str, ...]] = {
     alone: ("latency_over_mlserver",),
-    throughput: ("mqtt_over_mlserver", "mqtt_over_ray", "http_over_mlserver"),
+    throughput: ("mqtt_over_mlserver", "mqtt_over_ray", "http_over_mlserver", "over_litserve", "over_bentoml"),
     cnn: ("cnn_over_bare",),
     swap: ("swap_failures", "swap_recovery_seconds"),
     **{under_load(part): checks for part, checks in load.PARTS.items()},
@@ -378,7 +387,9 @@ def main() -> None:
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     parts = [part for part, checks in PARTS.items() if arguments.only is None or arguments.only in checks]
     if {alone, throughput} & set(parts) and not arguments.quick:
-        peers.install("mlserver", "ray")
+        peers.install("mlserver")
+    if throughput in parts and not arguments.quick:
+        peers.install("ray", "litserve", "bentoml")
     report = Report("serving", columns=("", "rate", "p50 ms", "p99 ms"))
     with tempfile.TemporaryDirectory(prefix="potluck-bench-") as folder:
         lab = Lab(Path(folder), arguments.quick, arguments.turns)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import os
+import re
 import signal
 import socket
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
+from potluck import lifecycle
 from potluck.errors import InvalidSettings, Unavailable
 from potluck.net import broker
 from potluck.net.broker import find_mosquitto, start_broker
@@ -51,6 +53,18 @@ async def test_a_broker_listens_when_it_is_started_and_not_after_it_was_stopped(
     assert not accepts("127.0.0.1", started.port)
     assert not psutil.pid_exists(started.pid)
     assert folder_is_empty(tmp_path), "nothing is left in the state folder"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of another process are Linux's")
+async def test_it_may_have_as_many_connections_as_the_daemon_allows_itself_files(kind: Any, tmp_path: Path) -> None:
+    """mosquitto never raises its own limit, which is 1,024 on most systems: 5,000 nodes come to it all the same."""
+    allowed = lifecycle.raise_file_limit()
+    started = await start_broker(BrokerSettings(mode=kind, port=0), Listen(), tmp_path)
+    limits = (Path("/proc") / str(started.pid) / "limits").read_text()
+    await started.stop()
+    soft, hard = (int(value) for value in re.findall(r"^Max open files\s+(\d+)\s+(\d+)", limits, re.MULTILINE)[0])
+    assert soft == allowed
+    assert soft > 5000 or hard <= 5000
 
 
 async def test_wait_returns_when_the_broker_dies(kind: Any, tmp_path: Path) -> None:
