@@ -81,6 +81,8 @@ from potluck.wording import be, counted
 
 P = TypeVar("P", bound=Struct)
 
+TAKES_TIME = SubmitJob | Undeploy
+"""Questions whose answer is `Later`."""
 ONCE = RemoveAlias | DeleteModel | RemoveDataset | Promote | RollBack
 MANIFEST_LIMIT_BYTES = 2 * 2**20
 LISTED_BYTES = 96 * 1024

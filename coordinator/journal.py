@@ -70,6 +70,14 @@ class Entry:
     body: bytes
 
 
+@dataclass(frozen=True)
+class Place:
+    """How far somebody has followed: up to `number`, and what was forgotten up to `covers` they never had."""
+
+    number: int
+    covers: int
+
+
 class Journal:
     """An open journal. One process at a time: opening it twice raises Conflict.
 
@@ -102,6 +110,8 @@ class Journal:
             if error.sqlite_errorcode in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
                 raise Conflict(f"the journal {path} is in use ({error}): does another coordinator run?") from error
             raise Unavailable(f"the journal {path} cannot be opened: {error}") from error
+        if path.exists():  # no epoch and no number is given out again after a power cut
+            _sync_file(path.with_name(f"{path.name}-wal"))
         # A journal in memory (`:memory:`, sqlite3_open(3)) has no disk that could be full.
         beside = path.with_name(f"{path.name}.ballast") if path.exists() else None
         self._ballast = _Ballast(beside)
@@ -113,6 +123,8 @@ class Journal:
         self.founded = facts["founded"]
         self._forgotten = facts["forgotten"]
         """The last number at which something was that nobody can be told of any more."""
+        self._unsafe: Unavailable | None = None
+        """Why nothing that is written can be relied upon any more."""
         self._syncing: asyncio.Task[None] | None = None
         self._syncing_next: asyncio.Task[None] | None = None
 
@@ -135,6 +147,8 @@ class Journal:
 
     def flush(self) -> None:
         """Write what waits to be written. Raises Unavailable; then it still waits."""
+        if self._unsafe is not None:
+            raise self._unsafe
         if self._soon:
             self._insert(self._soon)
 
@@ -159,18 +173,24 @@ class Journal:
         )
         return [stream for (stream,) in rows.fetchall()]
 
-    def follow(self, after: int, limit: int = 1000) -> list[Entry]:
-        """The next `limit` events behind number `after` (0: from the beginning), in order; of streams that began anew what they are now.
+    async def follow(self, place: Place | None = None, limit: int = 1000) -> tuple[list[Entry], Place]:
+        """The next `limit` events behind a place (None: from the beginning), in order, and the place behind them; of streams that began
+        anew what they are now. Only what a power cut does not undo is told.
 
-        Raises NotFound where something between is forgotten: begin again, with nothing, at 0.
+        Raises NotFound where something between is forgotten: begin again, with nothing. Raises Unavailable as `sync`.
         """
-        self.flush()
-        if 0 < after < self._forgotten:
-            raise NotFound(f"the journal is forgotten between {after} and {self._forgotten}: follow it from 0 again")
+        await self.sync()
+        if place is None:
+            (newest,) = self._db.execute("SELECT coalesce(max(seq), 0) FROM events").fetchone()
+            place = Place(0, newest)
+        if place.covers < self._forgotten:
+            raise NotFound(f"the journal is forgotten up to {self._forgotten}: follow it from the beginning again")
         rows = self._db.execute(
-            "SELECT seq, stream, begins, body FROM events WHERE seq > ? ORDER BY seq LIMIT ?", (after, limit)
+            "SELECT seq, stream, begins, body FROM events WHERE seq > ? ORDER BY seq LIMIT ?", (place.number, limit)
         )
-        return [Entry(number, stream, bool(begins), body) for number, stream, begins, body in rows.fetchall()]
+        found = [Entry(number, stream, bool(begins), body) for number, stream, begins, body in rows.fetchall()]
+        number = found[-1].number if found else place.number
+        return found, Place(number, max(place.covers, number))
 
     def snapshot(self, stream: str, events: Iterable[msgspec.Struct]) -> None:
         """Begin a stream anew with fewer events that give the same state (none: the stream is gone); those before go."""
@@ -219,7 +239,11 @@ class Journal:
         try:
             await asyncio.to_thread(_sync_file, self._path.with_name(f"{self._path.name}-wal"))
         except OSError as error:
-            raise Unavailable(f"the journal {self._path} may not be on the disk: {error.strerror}") from error
+            # The kernel says it once and forgets: what was written before may have a hole (fsync(2), "EIO").
+            self._unsafe = Unavailable(
+                f"the journal {self._path} may not be on the disk ({error.strerror}): look after the disk, and start the coordinator again"
+            )
+            raise self._unsafe from error
 
     def close(self) -> None:
         try:

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable
 
-from coordinator.control import Control, Later
+from coordinator.control import TAKES_TIME, Control, Later
 from potluck.bus.mqtt import Envelope
 from potluck.bus.outbox import Outbox
 from potluck.errors import Overloaded, TimedOut
@@ -34,13 +34,13 @@ class Requests:
             self._outbox.refuse(envelope, TimedOut(too_late(message, now, "the coordinator's")))
             return
         try:
-            answer = self._control.answer(message, envelope.reply_to)
-            if not isinstance(answer, Later):
-                self._outbox.reply(envelope, answer)
-            elif self._later.full():
+            if isinstance(message, TAKES_TIME) and self._later.full():  # before anything is done
                 raise Overloaded("too many questions wait for their answers: try again later", retry_after_seconds=1.0)
-            else:
+            answer = self._control.answer(message, envelope.reply_to)
+            if isinstance(answer, Later):
                 self._later.put_nowait((envelope, answer))
+            else:
+                self._outbox.reply(envelope, answer)
         except Exception as error:  # noqa: BLE001 - whoever asked hears of it, and nobody else
             self._outbox.refuse(envelope, as_defect(error, type(message).__name__))
 

@@ -85,12 +85,16 @@ class Assignments:
 
     epoch: int = 0
     """The highest that was seen, of the coordinators of `cluster`."""
+    announced: bool = False
+    """Whether a coordinator has said of itself that it is there: from then on it alone commands."""
     cluster: str = ""
     """Its id: the epochs of another one, whose journal is another, say nothing."""
     seen: dict[str, int] = field(default_factory=dict)
     """The highest epochs of clusters that were here before, by id."""
     heard_at: float | None = None
-    """When the coordinator of this epoch said that it is there, or an older one first did; None: neither yet."""
+    """When the coordinator of this epoch said last that it is there; None: not since the connection or the coordinator went."""
+    older_at: float | None = None
+    """Since when an older one says so in its place."""
     draining: bool = False
     held: dict[str, _Held] = field(default_factory=dict)
     stopping: str = ""
@@ -106,40 +110,54 @@ class Assignments:
         return bool(self.stopping) or any(held.state != "reporting" for held in self.held.values())
 
     def accepts(self, epoch: int) -> bool:
-        """Whether a coordinator of this epoch may command us: no newer one was heard of. A newer one is remembered."""
-        if epoch < self.epoch:
-            return False
-        if epoch > self.epoch:
-            self.epoch, self.heard_at = epoch, None
+        """Whether a coordinator of this epoch may command us: the one that was announced, or the newest while none ever was."""
+        if self.announced or epoch < self.epoch:
+            return epoch == self.epoch
+        self.epoch = epoch
         return True
 
     def on_coordinator(self, epoch: int, now: float, cluster: str = "") -> bool:
         """A coordinator of this epoch and cluster (by its id) says that it is there: whether it may command us.
 
-        One of an older epoch may once the newer one is silent: whoever made it up in one message would else keep the real one out.
+        One of an older epoch may once the newer one is silent: whoever made it up in one message would else keep the real one out. The same
+        holds for one of another cluster; after a disconnect, it may at once.
         """
-        if cluster != self.cluster:
+        fenced = self.heard_at is not None and now - self.heard_at <= FENCE_SECONDS
+        if self.announced and cluster != self.cluster:
+            if fenced or epoch < self.seen.get(cluster, 0):
+                return False
             self._turn_to(cluster)
-        if epoch < self.epoch and self.heard_at is not None and now - self.heard_at > FENCE_SECONDS:
-            self.epoch = epoch
-        if self.accepts(epoch):
-            self.heard_at = now
-            return True
-        self.heard_at = now if self.heard_at is None else self.heard_at
-        return False
+        if epoch < self.epoch:
+            since = self.older_at if self.heard_at is None else self.heard_at
+            if since is None:
+                self.older_at = since = now
+            if now - since <= FENCE_SECONDS:
+                return False
+        self.announced, self.cluster, self.epoch = True, cluster, epoch
+        self.heard_at, self.older_at = now, None
+        return True
+
+    def on_offline(self, epoch: int, cluster: str = "") -> bool:
+        """A coordinator says that it goes: whether it is the one that commands us. Another may take its place at once."""
+        ours = cluster in ("", self.cluster) and epoch >= self.epoch
+        if ours:
+            self.heard_at = None
+        return ours
 
     def on_disconnected(self) -> None:
         """The bus is gone. What is known of epochs stays, or a coordinator that was replaced could command us on the next one.
 
         Leases stay: the same coordinator may come back to them, and another one will withdraw them.
         """
-        self.heard_at = None
+        self.heard_at = self.older_at = None
 
     def _turn_to(self, cluster: str) -> None:
+        """What was seen of the other cluster holds, should it be here again."""
+        epoch = self.seen.pop(cluster, 0)
         self.seen[self.cluster] = self.epoch
         while len(self.seen) > CLUSTERS_KNOWN:
             del self.seen[next(iter(self.seen))]
-        self.cluster, self.epoch, self.heard_at = cluster, self.seen.pop(cluster, 0), None
+        self.epoch, self.heard_at, self.older_at = epoch, None, None
 
     def on_lease(self, lease: LeaseShard) -> list[Effect]:
         """Take a lease, say again that we have it, or refuse it."""

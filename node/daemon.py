@@ -250,8 +250,7 @@ class Node:
         self._coordinated = status.state == "online"
         known = self._assignments
         online = self._coordinated and known.on_coordinator(status.epoch, time.monotonic(), status.cluster_id)
-        ours = status.cluster_id in ("", known.cluster) and status.epoch >= known.epoch
-        if online or (not self._coordinated and ours):
+        if online or (not self._coordinated and known.on_offline(status.epoch, status.cluster_id)):
             self._presence.on_coordinator(status, retained=envelope.retained)
             if online:
                 self._presence.tell_anew(status.session, self._outbox)

@@ -9,8 +9,8 @@ from coordinator.membership import Membership
 
 PEERS_NAMED = 8
 """Nodes named as holders of a blob, beside ourselves."""
-PEERS_LOOKED_AT = 64
-"""Of those that have a blob, until PEERS_NAMED are found that are online: what they were may be long ago."""
+MANY = 64
+"""Where more have a blob, not always the same are named."""
 OWN_NAMED = 3
 """Of our own addresses, where little can be said."""
 HOLDERS_LIMIT = 100_000
@@ -36,12 +36,12 @@ class Holders:
     def nodes(self, sha256: str) -> tuple[str, ...]:
         """Base URLs of the nodes that have a blob and are online; of very many, some in turn: no node is asked by all."""
         known = self._nodes.get(sha256, {})
-        if len(known) <= PEERS_LOOKED_AT:
+        if len(known) <= MANY:
             looked_at: Iterable[str] = sorted(known)
         else:
             self._turn += PEERS_NAMED
             first = self._turn % len(known)
-            looked_at = islice(chain(islice(known, first, None), known), PEERS_LOOKED_AT)
+            looked_at = chain(islice(known, first, None), islice(known, first))
         members = map(self._membership.get, looked_at)
         there = (url for member in members if member and member.state == "online" for url in member.http[:1])
         return tuple(islice(there, PEERS_NAMED))

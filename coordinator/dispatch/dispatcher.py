@@ -7,6 +7,7 @@ asks for twice is done once, and what was lost on the way (a message, a node, th
 from __future__ import annotations
 
 import asyncio
+import copy
 import logging
 import time
 import uuid
@@ -35,17 +36,20 @@ from coordinator.plans.job import (
     CloseSync,
     Complete,
     Decision,
+    EndlessChoices,
     EpochEnded,
     Job,
     JobFinished,
     JobStarted,
     Lease,
+    OfTraining,
     Record,
     RoundClosed,
     StopAsked,
     Withdraw,
     settled,
 )
+from coordinator.plans.placement import ClusterView
 from coordinator.plans.training import privacy, scores
 from coordinator.plans.training.rounds import RoundsStrategy
 from coordinator.plans.training.sync import SyncStrategy
@@ -329,13 +333,18 @@ class Dispatcher:
         view = self._leases.view(self._clock())
         try:
             return settled(job, view, lambda event: self._record(job, event))
+        except EndlessChoices as error:
+            log.error("planning goes on choosing, and is tried again %s", fields(job=job.job_id, reason=error))
+            return []
         except PotluckError:
             raise
         except Exception as error:
             for node in view.nodes:
                 others = replace_view(view, nodes=tuple(other for other in view.nodes if other is not node))
                 with suppress(Exception):
-                    decisions = settled(job, others, lambda event: self._record(job, event))
+                    decisions, choices = _tried(job, others)
+                    for event in choices:
+                        self._record(job, event)
                     log.exception("planning failed with a node %s", fields(job=job.job_id, node=node.node_id))
                     self._leases.quarantine(node.node_id, f"planning failed with it: {repr(error)[:200]}")
                     return decisions
@@ -520,6 +529,7 @@ class Dispatcher:
             before = strategy.step
             self._record(job, closed)
             self._store.pin_rounds()
+            await self._store.sync()  # else a power cut could undo that, and not what is thrown away
             self._collector.drop_round(decision, before, closed, self._store.kept())
             outer = {"outer_learning_rate": closed.learning_rate, "outer_momentum": round(closed.momentum, 3)}
             rejected = ",".join(closed.rejected) or None
@@ -536,6 +546,10 @@ class Dispatcher:
             )
             self._changed(job)
 
+    async def _drop_used(self, used: list[BlobRef]) -> None:
+        await self._store.sync()
+        self._collector.drop(used, self._store.kept())
+
     def _close_sync(self, job: Job, decision: CloseSync) -> None:
         strategy = job.strategy
         assert isinstance(strategy, SyncStrategy)
@@ -550,7 +564,7 @@ class Dispatcher:
         )
         self._record(job, closed)
         self._store.pin_rounds()
-        self._collector.drop(used, self._store.kept())
+        self._act(job.job_id, f"drop of round {decision.round}", self._drop_used(used))
         log.info(
             "round closed %s", fields(job=job.job_id, round=closed.round, samples=closed.samples, **closed.metrics)
         )
@@ -682,6 +696,17 @@ class Dispatcher:
             self._dirty[job.job_id] = None
         self._announcer.changed(job.job_id)
         self._wake.set()
+
+
+def _tried(job: Job, view: ClusterView) -> tuple[list[Decision], list[OfTraining]]:
+    """A plan for this view and the choices that it rests on, without a change to the job."""
+    trial, choices = copy.deepcopy(job), list[OfTraining]()
+
+    def choose(event: OfTraining) -> None:
+        trial.apply(event)
+        choices.append(event)
+
+    return settled(trial, view, choose), choices
 
 
 def _metrics_of(job: Job, best_epoch: int) -> dict[str, float]:

@@ -248,6 +248,10 @@ class JobStore:
         """Write what is not written yet. Raises Unavailable."""
         self._journal.flush()
 
+    async def sync(self) -> None:
+        """Return when a power cut does not undo what was recorded. Raises Unavailable."""
+        await self._journal.sync()
+
     def ended(self, job: Job, final: JobProgress) -> list[str]:
         """Shorten the stream of a job that has ended; returns ids of old jobs that are forgotten for it."""
         assert job.ended is not None

@@ -88,6 +88,8 @@ class Leases:
         """Those that may be given more."""
         self._refusing: dict[str, tuple[int, float]] = {}
         """How often in a row a node has refused, and until when it is offered nothing."""
+        self._resting: dict[str, float] = {}
+        """Of these, those whose time is not known to be over."""
 
     def __contains__(self, attempt_id: str) -> bool:
         return attempt_id in self._held
@@ -137,10 +139,13 @@ class Leases:
         times = self._refusing.get(node_id, (0, 0.0))[0] + 1
         rest_seconds = min(REFUSED_SECONDS * 2.0 ** (times - 1), REFUSED_LIMIT_SECONDS)
         self._refusing[node_id] = times, now + rest_seconds
+        self._resting[node_id] = now + rest_seconds
+        self._changed.add(node_id)
 
     def accepted(self, node_id: str) -> None:
         """It takes what it is offered."""
         if self._refusing.pop(node_id, None) is not None:
+            self._resting.pop(node_id, None)
             self._changed.add(node_id)
 
     def expired(self, now: float) -> list[tuple[str, Held]]:
@@ -211,20 +216,23 @@ class Leases:
 
     def view(self, now: float) -> ClusterView:
         """The nodes that can compute, and how much more each may be given."""
-        if self._changed or self._refusing:
-            self._look_again(now)
+        self._look_again(now)
         return ClusterView(self._nodes, now)
 
     def free(self, now: float) -> bool:
         """Whether any node may be given more."""
-        if self._changed or self._refusing:
-            self._look_again(now)
+        self._look_again(now)
         return bool(self._free)
 
     def _look_again(self, now: float) -> None:
         """At the nodes of which something changed, or may have by time alone."""
+        for node_id in [node_id for node_id, until in self._resting.items() if until <= now]:
+            del self._resting[node_id]
+            self._changed.add(node_id)
+        if not self._changed:
+            return
         count = len(self._views)
-        for node_id in (*self._changed, *self._refusing):
+        for node_id in self._changed:
             self._free.discard(node_id)
             if (view := self._view_of(node_id, now)) is not None:
                 self._views[node_id] = view
@@ -240,6 +248,8 @@ class Leases:
     def _view_of(self, node_id: str, now: float) -> NodeView | None:
         """None where it is not there, or cannot compute."""
         member = self._membership.get(node_id)
+        if member is None:
+            self._refusing.pop(node_id, None)
         if member is None or not member.available or "tensorflow" not in member.capacity.runtimes or member.quarantined:
             return None
         load = len(self._of_node.get(node_id, ()))

@@ -573,10 +573,14 @@ class Job:
             self.hopeless.setdefault(node_id, error)
 
 
+class EndlessChoices(Exception):
+    """A plan makes one choice after the other: a defect of ours, and no node's."""
+
+
 def settled(job: Job, view: ClusterView, record: Callable[[OfTraining], None]) -> list[Decision]:
     """The job's plan once all choices that it rests on are made: each is given to `record`, which applies it.
 
-    Raises what `Job.plan` raises, and RuntimeError for a plan that never comes to an end of choosing.
+    Raises what `Job.plan` raises, and EndlessChoices for a plan that never comes to an end of choosing.
     """
     for _ in range(CHOICES_LIMIT):
         decisions = job.plan(view)
@@ -585,7 +589,7 @@ def settled(job: Job, view: ClusterView, record: Callable[[OfTraining], None]) -
             return decisions
         for event in choices:
             record(event)
-    raise RuntimeError(f"the plan of job {job.job_id} goes on choosing: {choices[-1]!r}")
+    raise EndlessChoices(f"the plan of job {job.job_id} goes on choosing: {choices[-1]!r}")
 
 
 def data_of(spec: AnyJobSpec) -> tuple[str, ...]:

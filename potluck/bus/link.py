@@ -50,6 +50,8 @@ class Link(ABC):
         self._arrived = arrived
         self._room: deque[asyncio.Future[None]] = deque()
         """Callers that wait until there is some."""
+        self.on_room: Callable[[], None] = lambda: None
+        """Called when there may be some, before anybody else hears of it."""
 
     @property
     def version_name(self) -> str:
@@ -133,7 +135,9 @@ class Link(ABC):
 
     def _tell_room(self) -> None:
         """There may be room again."""
-        for _ in range(min(self.places, len(self._room))):
+        if self.places > 0:
+            self.on_room()
+        for _ in range(max(0, min(self.places, len(self._room)))):
             waiter = self._room.popleft()
             if not waiter.done():
                 waiter.set_result(None)
@@ -145,7 +149,10 @@ class Link(ABC):
 
 
 class PlainLink(Link):
-    """On public names of aiomqtt and paho alone: for versions whose private ones are not those that `QuickLink` knows. Slower."""
+    """On public names of aiomqtt and paho alone: for versions whose private ones are not those that `QuickLink` knows.
+
+    It is slower, and cannot tell that a broker refused a message: aiomqtt does not say.
+    """
 
     def __init__(
         self,
@@ -159,6 +166,7 @@ class PlainLink(Link):
     ) -> None:
         super().__init__(address, version, arrived)
         self._mqtt = aiomqtt.Client(**options(address, version, client_id, will, timings))
+        self._mqtt.pending_calls_threshold = PLAIN_LIMIT + 10  # it warns of more
         self._lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._reading: asyncio.Task[None] | None = None
         self._sending: set[asyncio.Task[None]] = set()
@@ -169,9 +177,10 @@ class PlainLink(Link):
         opening = asyncio.create_task(self._mqtt.__aenter__(), name="bus-open")
         try:
             await asyncio.shield(opening)
-        except asyncio.CancelledError:
+        except BaseException:
             await asyncio.wait([opening])  # it connects in a thread, which cannot be cancelled; its time is bounded
-            self._open = opening.exception() is None
+            opening.exception()  # retrieved
+            self._open = True  # or half of it is
             await self.close()
             raise
         self._open = True

@@ -90,6 +90,8 @@ class MqttBus(Bus):
         self._under_way: dict[_UnderWay, None] = {}
         self._again: deque[_UnderWay] = deque()
         """Of these, what a connection that is lost has left, and the present one has not had yet."""
+        self._newest: dict[str, _UnderWay] = {}
+        """What was said last to be retained, by topic, since something has been under way."""
 
     def on_connect(self, callback: Callable[[], Awaitable[None]]) -> None:
         self._callbacks.append(callback)
@@ -133,6 +135,10 @@ class MqttBus(Bus):
 
     def _make(self, address: tuple[str, int], version: aiomqtt.ProtocolVersion) -> Link:
         if self._timings.plain or _unknown_parts():
+            if self._visiting:
+                raise Unavailable(
+                    "a broker that may be anybody's is not visited on a plain connection: it has no limit"
+                )
             return PlainLink(
                 address, version, self._on_arrived, client_id=self.client_id, will=self._will, timings=self._timings
             )
@@ -154,10 +160,19 @@ class MqttBus(Bus):
         """Use `link` until it is lost, which raises, or until cancelled."""
         try:
             wanted = self._wanted()
-            await link.subscribe_all(wanted)
+            subscribing = asyncio.create_task(link.subscribe_all(wanted), name="bus-subscribe")
+            try:
+                await asyncio.wait({subscribing, link.lost}, return_when=asyncio.FIRST_COMPLETED)
+                if not subscribing.done():
+                    raise Unavailable(f"the connection was lost: {link.lost.exception() or 'the broker closed it'}")
+                subscribing.result()
+            finally:
+                subscribing.cancel()
+                await asyncio.wait({subscribing})
             link.subscribe_soon([pair for pair in self._wanted() if pair not in wanted])  # asked for in the meantime
             self._link = link
             self._again = deque(self._under_way)
+            link.on_room = self._send_again
             self._send_again()
             self._tried.clear()
             self.counters["connects"] += 1
@@ -225,6 +240,8 @@ class MqttBus(Bus):
             assert link is not None
             try:
                 async with asyncio.timeout_at(asyncio.get_running_loop().time() + deadline - time.monotonic()):
+                    while self._again and link is self._link:  # which was said before
+                        await link.room()
                     await link.send(topic, payload, qos, retain, mirrored)
             except TimeoutError:
                 raise self._unavailable(f"the broker did not take a message within {limit_seconds:g} s") from None
@@ -248,6 +265,8 @@ class MqttBus(Bus):
             if not self._hand_over(link, message):
                 return False
             self._under_way[message] = None
+            if retain:
+                self._newest[topic] = message
         elif not link.post(topic, payload, retain, mirrored):
             return False
         self.counters["published"] += 1
@@ -259,9 +278,11 @@ class MqttBus(Bus):
         await self.connected(limit_seconds)
         try:
             async with asyncio.timeout_at(deadline):
-                while (link := self._link) is not None and (self._again or not link.places):
-                    await link.room()
+                while (link := self._link) is not None:
                     self._send_again()
+                    if not self._again and link.places:
+                        break
+                    await link.room()
         except TimeoutError:
             raise self._unavailable(f"the broker did not take a message within {limit_seconds:g} s") from None
         except OSError as error:
@@ -277,6 +298,8 @@ class MqttBus(Bus):
         if isinstance(error, OSError):
             return  # it goes again with the next connection
         self._under_way.pop(message, None)
+        if not self._under_way:
+            self._newest.clear()
         if error is not None:
             log.info("message dropped %s", fields(topic=message.topic, reason=error))
         self._send_again()
@@ -285,7 +308,9 @@ class MqttBus(Bus):
         """What the last connection has left, as far as this one takes it; not what is too old by now."""
         while self._again and self._link is not None:
             message = self._again[0]
-            if message.given_up_at < time.monotonic():
+            if message.retain and self._newest.get(message.topic) is not message:
+                del self._under_way[message]  # a broker may have had what was said later: it is not to be undone
+            elif message.given_up_at < time.monotonic():
                 del self._under_way[message]
                 log.info("message dropped %s", fields(topic=message.topic, reason="the broker has not taken it"))
             elif not self._hand_over(self._link, message):

@@ -140,6 +140,8 @@ class RoundsStrategy:
     readiness: Readiness = field(default_factory=Readiness)
     slow: dict[str, str] = field(default_factory=dict)
     """Nodes that the last round was opened without, since they bring less than they cost, and why."""
+    slow_at: float = 0.0
+    """When that was found."""
     overheads: list[float] = field(default_factory=list)
     """Seconds that the last rounds have cost beside computing: transfers, the outer step, setting weights."""
     assigned: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -217,9 +219,8 @@ class RoundsStrategy:
             return self._plan_export(view, attempts)
         if self.epoch_full and self.round_metrics:
             return self._plan_validation(view, attempts)
-        stale = tuple(sorted(node_id for node_id in self.slow if self.readiness.stale(node_id, view.now)))
-        if stale:
-            return [Record(ReadyAgain(at=view.now, nodes=stale))]
+        if choice := self._measured_anew(view):
+            return choice
         return [*self._plan_warm_ups(view, attempts), *self._plan_round(view, attempts)]
 
     def _plan_round(self, view: ClusterView, attempts: dict[str, Attempt]) -> list[Decision]:
@@ -306,7 +307,7 @@ class RoundsStrategy:
                 self.stop_after = self.epochs_ended + 1  # the epoch that is under way is the last
             case RoundPlanned():
                 self.assigned, self.shares = dict(event.assigned) or self.assigned, dict(event.shares) or self.shares
-                self.slow = event.slow
+                self.slow, self.slow_at = event.slow, event.at
             case ReadyAgain():
                 for node_id in event.nodes:
                     self.readiness.lost(node_id)
@@ -399,6 +400,13 @@ class RoundsStrategy:
             elif of_rounds(attempt) and not self._of_round(attempt):
                 found[attempt.node_id] = "its part takes longer than it should, and the others go on without it"
         return found
+
+    def _measured_anew(self, view: ClusterView) -> list[Decision]:
+        """Nodes that were left out for being slow, and may have become faster: not those of this very plan."""
+        if view.now <= self.slow_at:
+            return []
+        stale = tuple(sorted(node_id for node_id in self.slow if self.readiness.stale(node_id, view.now)))
+        return [Record(ReadyAgain(at=view.now, nodes=stale))] if stale else []
 
     def _plan_warm_ups(self, view: ClusterView, attempts: dict[str, Attempt]) -> list[Decision]:
         """Nodes that are to get ready, and those of which nothing is to be expected any more."""

@@ -177,6 +177,8 @@ class SyncStrategy(RoundsStrategy):
         if not self.epoch_full and not self.all_trained:
             mine = [attempt for attempt in attempts.values() if attempt.shard_id == self._shard_id]
             if mine:
+                if choice := self._measured_anew(view):
+                    return choice
                 return [*self._plan_warm_ups(view, attempts), *self._watch(view, mine)]
             if closing := self._close_sync():
                 return closing

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.journal import Journal
+from coordinator.journal import Journal, Place
 from coordinator.plans.job import AnyEvent, AttemptEnded, JobStarted
 from potluck.errors import Conflict, NotFound, Unavailable
 from potluck.wire import codec
@@ -157,11 +157,13 @@ def test_a_journal_from_before_there_were_beginnings_is_the_oldest(tmp_path: Pat
     again.close()
 
 
-def followed(journal: Journal, streams: dict[str, list[bytes]], after: int, limit: int = 1000) -> int:
-    """`streams` as whoever follows has them after `limit` more; the number of the last."""
-    for entry in journal.follow(after, limit):
-        assert entry.number > after
-        after = entry.number
+async def followed(journal: Journal, streams: dict[str, list[bytes]], place: Place | None, limit: int = 1000) -> Place:
+    """`streams` as whoever follows has them after `limit` more, and the place that they came to."""
+    entries, after = await journal.follow(place, limit)
+    last = place.number if place else 0
+    for entry in entries:
+        assert entry.number > last
+        last = entry.number
         if entry.begins:
             streams.pop(entry.stream, None)
         if entry.body:
@@ -169,18 +171,35 @@ def followed(journal: Journal, streams: dict[str, list[bytes]], after: int, limi
     return after
 
 
+async def caught_up(journal: Journal, streams: dict[str, list[bytes]], place: Place | None, limit: int = 1000) -> Place:
+    while (after := await followed(journal, streams, place, limit)) != place:
+        place = after
+    return after
+
+
+def replayed(journal: Journal) -> dict[str, list[bytes]]:
+    return {
+        stream: [codec.pack(event) for event in journal.replay(stream, AnyEvent)]  # type: ignore[arg-type, var-annotated]
+        for stream in journal.streams("")
+    }
+
+
 @pytest.mark.parametrize("seed", range(6))
-def test_whoever_follows_has_what_is_replayed_however_seldom_they_look(tmp_path: Path, seed: int) -> None:
+async def test_whoever_follows_has_what_is_replayed_however_seldom_they_look(
+    tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.fsync", lambda handle: None)
     journal, chance = Journal(tmp_path / "j"), random.Random(seed)
     streams: dict[str, list[bytes]] = {}
-    after, highest = 0, 0
+    place: Place | None = None
+    highest = 0
     for number in range(400):
         stream = f"job/{chance.randrange(8)}"
         match chance.randrange(6):
             case 0:
                 journal.snapshot(stream, [JobStarted(at=float(number))] * chance.randrange(3))
             case 1:
-                after = followed(journal, streams, after, limit=chance.randrange(1, 20))
+                place = await followed(journal, streams, place, limit=chance.randrange(1, 20))
             case 2:
                 journal.append_soon(stream, JobStarted(at=float(number)))
             case 3 if chance.random() < 0.2:
@@ -188,42 +207,42 @@ def test_whoever_follows_has_what_is_replayed_however_seldom_they_look(tmp_path:
                 journal = Journal(tmp_path / "j")
             case _:
                 journal.append(stream, JobStarted(at=float(number)))
-        newest = max((entry.number for entry in journal.follow(0)), default=0)
+        newest = (await journal.follow(None, 1))[1].covers
         assert newest >= highest, "numbers are never used again"
         highest = newest
-    while (last := followed(journal, streams, after)) > after:
-        after = last
-    expected = {
-        stream: [codec.pack(event) for event in journal.replay(stream, AnyEvent)]  # type: ignore[arg-type, var-annotated]
-        for stream in journal.streams("")
-    }
-    assert streams == expected
+    await caught_up(journal, streams, place)
+    assert streams == replayed(journal)
     journal.close()
 
 
-def test_whoever_is_too_far_behind_is_told_to_begin_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_whoever_is_too_far_behind_is_told_to_begin_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("coordinator.journal.GONE_KEPT", 3)
     journal = Journal(tmp_path / "j")
     streams: dict[str, list[bytes]] = {}
     for number in range(10):
         journal.append(f"job/{number}", JobStarted(at=1.0))
-    after = followed(journal, streams, 0)
+    for number in range(5):
+        journal.append("long", JobStarted(at=float(number)))
+    place = await caught_up(journal, streams, None)
     for number in range(9):
         journal.snapshot(f"job/{number}", [])
-    with pytest.raises(NotFound, match="follow it from 0 again"):
-        journal.follow(after)
-    streams.clear()
-    followed(journal, streams, 0)
-    assert list(streams) == journal.streams("") == ["job/9"]
-    assert len(journal.follow(0)) == 4
+    with pytest.raises(NotFound, match="from the beginning again"):
+        await journal.follow(place)
+    for limit in (1000, 2):  # in one page, and in many: who began after the forgetting goes on
+        streams.clear()
+        await caught_up(journal, streams, None, limit)
+        assert streams == replayed(journal)
+        assert sorted(streams) == ["job/9", "long"]
     journal.close()
     again = Journal(tmp_path / "j")
     with pytest.raises(NotFound):
-        again.follow(after)
+        await again.follow(place)
     again.close()
 
 
-def test_a_journal_of_before_there_were_numbers_for_good_is_read(tmp_path: Path) -> None:
+async def test_a_journal_of_before_there_were_numbers_for_good_is_read(tmp_path: Path) -> None:
     old = sqlite3.connect(tmp_path / "j")
     old.executescript(
         "CREATE TABLE events (seq INTEGER PRIMARY KEY, stream TEXT NOT NULL, body BLOB NOT NULL);"
@@ -240,7 +259,7 @@ def test_a_journal_of_before_there_were_numbers_for_good_is_read(tmp_path: Path)
         journal = Journal(tmp_path / "j")
         assert [event.at for event in journal.replay("job/1", AnyEvent)] == [0.0, 2.0, 3.0, 4.0]  # type: ignore[arg-type]
         assert (journal.epoch, journal.founded, journal.cluster_id) == (1795982386 + opened, 5, f"{7:016x}")
-        assert [entry.number for entry in journal.follow(0)] == [1, 3, 4, 5]
+        assert [entry.number for entry in (await journal.follow())[0]] == [1, 3, 4, 5]
         journal.close()
 
 
@@ -276,5 +295,10 @@ async def test_what_is_synced_is_on_the_disk_and_callers_share_it(
     with pytest.raises(Unavailable, match="Input/output error"):
         await journal.sync()
     monkeypatch.undo()
-    await journal.sync()
-    journal.close()
+    for _ in range(2):
+        with pytest.raises(Unavailable, match="start the coordinator again"):
+            await journal.sync()  # the kernel says it once
+    with pytest.raises(Unavailable, match="start the coordinator again"):
+        journal.flush()
+    with pytest.raises(Unavailable):
+        journal.close()

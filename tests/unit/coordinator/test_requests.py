@@ -16,7 +16,7 @@ from coordinator.dispatch.dispatcher import Dispatcher
 from coordinator.journal import Journal
 from coordinator.membership import Membership
 from coordinator.registry import Registry
-from coordinator.requests import Requests
+from coordinator.requests import LATER_LIMIT, Requests
 from potluck.blobs.store import BlobStore
 from potluck.bus.exchange import Envelope
 from potluck.client import listings
@@ -116,6 +116,26 @@ async def test_a_job_is_acknowledged_when_it_is_on_the_disk(tmp_path: Path) -> N
     assert said[1:] == [(f"q{number}", "unavailable") for number in range(1, 5)]
     running.cancel()
     await asyncio.wait([running])
+
+
+async def test_a_job_that_is_refused_for_too_many_was_not_submitted(tmp_path: Path) -> None:
+    submitted: list[str] = []
+    spec = Evaluate(model="m", dataset="d")
+    job: Any = SimpleNamespace(job_id="j", submitted=SimpleNamespace(spec=spec))
+
+    def submit(asked: AnyJobSpec, request_id: str) -> Any:
+        submitted.append(request_id)
+        return job
+
+    replies: Any = Replies()
+    nothing: Any = None
+    requests = asking(
+        outbox=replies, dispatcher=cast(Any, SimpleNamespace(submit=submit)), registry=nothing, serving=nothing, membership=nothing,
+        deletion=nothing, packed=nothing, holders=nothing, store=BlobStore(tmp_path, 1), urls=lambda: (), sync=synced,
+    )  # fmt: skip
+    for number in range(LATER_LIMIT + 20):
+        requests.on_request(Envelope("t", SubmitJob(id=f"q{number}", job=spec), reply_to="a"))
+    assert (len(submitted), replies.refused) == (LATER_LIMIT, ["overloaded"] * 20)
 
 
 def test_a_question_whose_time_is_up_is_told_by_whose_clock(tmp_path: Path) -> None:

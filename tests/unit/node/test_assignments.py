@@ -133,7 +133,8 @@ class Machine(RuleBasedStateMachine):
     @rule(raised=st.integers(0, 2))
     def a_coordinator_announces_itself(self, raised: int) -> None:
         self.epoch += raised
-        assert self.assignments.accepts(self.epoch)
+        cluster = f"cluster {self.clusters}" if self.clusters else ""
+        assert self.assignments.on_coordinator(self.epoch, 0.0, cluster)
         assert self.assignments.epoch == self.epoch
 
     @rule(epoch=st.integers(1, 5))
@@ -319,9 +320,10 @@ def test_an_epoch_that_nobody_repeats_keeps_no_coordinator_out() -> None:
     """A message with an epoch that was made up did, until the node was started again."""
     assignments = Assignments()
     assert assignments.on_coordinator(7, now=0.0)
-    assert assignments.accepts(2**53)
+    assert not assignments.accepts(2**53), "a command says nothing of who is there"
+    assert assignments.on_coordinator(2**53, now=0.0)
     seen = [assignments.on_coordinator(7, now) for now in (5.0, 10.0, 15.0, 20.0, 25.0, 30.0)]
-    assert seen == [False, False, False, False, True, True]
+    assert seen == [False, False, False, True, True, True]
     assert assignments.on_lease(lease("a", epoch=7))
 
 
@@ -333,10 +335,15 @@ def test_the_highest_epoch_of_a_cluster_is_remembered_over_disconnects_and_other
     assert assignments.on_lease(lease("a", epoch=7)) == []
     assert assignments.on_coordinator(1, 101.0, "two")
     assert assignments.on_lease(lease("b", epoch=1))
-    assert not assignments.on_coordinator(7, 102.0, "one")
-    assert assignments.on_coordinator(8, 103.0, "one")
+    assert not assignments.on_coordinator(8, 102.0, "one"), "the other is heard of"
+    assert not assignments.accepts(8), "its epochs are counted apart"
+    assert not assignments.on_coordinator(7, 200.0, "one")
+    assert assignments.on_coordinator(8, 201.0, "one")
+    assert assignments.on_offline(8, "one")
+    assert assignments.on_coordinator(1, 202.0, "two"), "the place is free"
     for number in range(100):
-        assignments.on_coordinator(1, 104.0, f"made up {number}")
+        assignments.on_disconnected()
+        assert assignments.on_coordinator(1, 204.0, f"made up {number}")
     assert len(assignments.seen) <= 16
 
 
@@ -348,7 +355,16 @@ def test_what_an_older_coordinator_acknowledges_is_said_again_to_the_newer() -> 
     assert sent(assignments.on_resend_due()) == [finished("a")]
     assignments.on_acknowledged(AcknowledgeResult(attempt_id="a", epoch=9))
     assert sent(assignments.on_resend_due()) == []
-    assert assignments.epoch == 9
+
+
+def test_a_coordinator_of_another_cluster_keeps_the_real_one_out_for_no_longer_than_it_is_heard() -> None:
+    assignments = Assignments()
+    assert assignments.on_coordinator(1, 0.0, "real")
+    for now in range(0, 60, 5):
+        assert assignments.on_coordinator(1, float(now), "real")
+        assert not assignments.on_coordinator(57, now + 1.0, "of before")
+        assert not assignments.accepts(57)
+        assert assignments.accepts(1)
 
 
 def test_an_older_coordinator_is_fenced_off_while_the_newer_one_is_heard_of() -> None:

@@ -132,8 +132,9 @@ class Lab:
     def _written(self, kind: type[AttemptLeased | AttemptFinished], attempt_id: str) -> None:
         rows = self.journal._db.execute("SELECT body FROM events").fetchall()
         events = [codec.unpack(body, AnyEvent) for (body,) in rows if attempt_id.encode() in body]  # type: ignore[arg-type]
-        ended = [event for event in events if isinstance(event, AttemptFinished | AttemptEnded)]
-        if not any(isinstance(event, kind) for event in (*events, *ended)) and self.jobs.active:
+        if not any(isinstance(event, kind | AttemptFinished | AttemptEnded) for event in events) and all(
+            job.active for job in self.jobs.jobs.values()
+        ):
             self.unwritten.append(f"{kind.__name__} {attempt_id}")
 
     def submit(self, request_id: str = "") -> Job:

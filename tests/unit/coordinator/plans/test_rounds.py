@@ -422,6 +422,27 @@ def test_no_more_nodes_get_ready_than_can_take_part_and_one_more() -> None:
     assert len(play.job.attempts) == 3
 
 
+def test_slow_nodes_that_were_ready_for_long_are_not_found_stale_in_the_plan_that_leaves_them_out() -> None:
+    """Each was, and another was chosen in its place: a plan that went on choosing."""
+    play = Simulation(epochs=200, validation=False, shards=(10, 10))
+    play.rates = {"a": 1000.0, **dict.fromkeys("bcdefgh", 1.0)}
+
+    def rounds(nodes: str, count: int) -> None:
+        for _ in range(count):
+            play.plan(*nodes)
+            for attempt_id in list(play.job.attempts):
+                play.finish(attempt_id)
+            play.plan(*nodes)
+
+    rounds("abcd", 2)
+    rounds("abefg", 2)  # c and d are away while they do nothing
+    play.now += AGAIN_SECONDS - 2
+    rounds("abcdefg", 1)
+    play.now += 2 * AGAIN_SECONDS
+    rounds("abcdefg", 3)
+    assert play.strategy.round >= 8
+
+
 def test_nodes_that_are_alike_are_waited_for_a_moment() -> None:
     play = Simulation(epochs=8, validation=False)
     play.by_hand = True

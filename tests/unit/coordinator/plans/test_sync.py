@@ -328,6 +328,20 @@ def test_a_node_with_a_twentieth_of_the_speed_is_no_member_of_the_first_group() 
     assert simulation.strategy.progress({}).waiting.keys() == {"b"}
 
 
+def test_a_node_that_was_too_slow_is_measured_again_while_a_round_is_open() -> None:
+    lab = Simulation(items=32_000, epochs=3)
+    lab.rates = {"a": 20.0, "b": 1.0, "c": 9.0}
+    lab.took = {"a": 10.0, "b": 200.0, "c": 15.0}
+    lab.plan("a", "b", "c")
+    assert "b" in lab.strategy.slow
+    lab.giving_way = {"a"}  # so that the round is not broken off
+    for _ in range(6):
+        lab.now += 60.0
+        lab.plan("a", "b", "c")
+    again = [event for event in lab.events if isinstance(event, AttemptLeased) and event.shard_id == WARM_UP]
+    assert [event.node_id for event in again].count("b") == 2
+
+
 def test_nodes_that_can_be_in_no_group_are_told_of() -> None:
     simulation = Simulation()
     views = (NodeView("a", 1.0, 2, collective="a:1"), NodeView("b", 1.0, 2))
