@@ -71,7 +71,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Place:
+class Position:
     """How far somebody has followed: up to `number`, and what was forgotten up to `covers` they never had."""
 
     number: int
@@ -173,7 +173,7 @@ class Journal:
         )
         return [stream for (stream,) in rows.fetchall()]
 
-    async def follow(self, place: Place | None = None, limit: int = 1000) -> tuple[list[Entry], Place]:
+    async def follow(self, place: Position | None = None, limit: int = 1000) -> tuple[list[Entry], Position]:
         """The next `limit` events behind a place (None: from the beginning), in order, and the place behind them; of streams that began
         anew what they are now. Only what a power cut does not undo is told.
 
@@ -182,7 +182,7 @@ class Journal:
         await self.sync()
         if place is None:
             (newest,) = self._db.execute("SELECT coalesce(max(seq), 0) FROM events").fetchone()
-            place = Place(0, newest)
+            place = Position(0, newest)
         if place.covers < self._forgotten:
             raise NotFound(f"the journal is forgotten up to {self._forgotten}: follow it from the beginning again")
         rows = self._db.execute(
@@ -190,7 +190,7 @@ class Journal:
         )
         found = [Entry(number, stream, bool(begins), body) for number, stream, begins, body in rows.fetchall()]
         number = found[-1].number if found else place.number
-        return found, Place(number, max(place.covers, number))
+        return found, Position(number, max(place.covers, number))
 
     def snapshot(self, stream: str, events: Iterable[msgspec.Struct]) -> None:
         """Begin a stream anew with fewer events that give the same state (none: the stream is gone); those before go."""

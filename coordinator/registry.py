@@ -63,19 +63,19 @@ class ModelDeleted(RegistryEvent, frozen=True):
     version: int
 
 
-class DatasetAdded(RegistryEvent, frozen=True):
+class DatasetRecorded(RegistryEvent, frozen=True, tag="DatasetAdded"):
     manifest: BlobRef
     dataset: Dataset
     packed: bool = False
     """Packed for a job, and named by nobody."""
 
 
-class DatasetRemoved(RegistryEvent, frozen=True):
+class DatasetForgotten(RegistryEvent, frozen=True, tag="DatasetRemoved"):
     name: str
 
 
 AnyRegistryEvent = (
-    ModelAdded | SignatureLearnt | AliasSet | AliasRemoved | TagsSet | ModelDeleted | DatasetAdded | DatasetRemoved
+    ModelAdded | SignatureLearnt | AliasSet | AliasRemoved | TagsSet | ModelDeleted | DatasetRecorded | DatasetForgotten
 )
 
 
@@ -89,14 +89,14 @@ class Registry:
         self._aliases: dict[str, dict[str, int]] = {}
         self._newest: dict[str, int] = {}
         """The highest version that each name ever had: numbers of versions that were deleted are not given again."""
-        self._datasets: dict[str, DatasetAdded] = {}
-        self._left: dict[str, DatasetAdded] = {}
+        self._datasets: dict[str, DatasetRecorded] = {}
+        self._left: dict[str, DatasetRecorded] = {}
         """What was packed for a job and forgotten: its bytes may be there still."""
         self._watchers: list[Callable[[], None]] = []
         for event in journal.replay(_STREAM, AnyRegistryEvent):  # type: ignore[arg-type, var-annotated]
-            if isinstance(event, DatasetAdded):
+            if isinstance(event, DatasetRecorded):
                 self._left.pop(event.dataset.name, None)
-            elif isinstance(event, DatasetRemoved) and self._datasets[event.name].packed:
+            elif isinstance(event, DatasetForgotten) and self._datasets[event.name].packed:
                 self._left[event.name] = self._datasets[event.name]
             self._apply(event)
 
@@ -230,7 +230,7 @@ class Registry:
         if known is None or known.dataset != named or (known.packed and not packed):
             ref = BlobRef(sha256=manifest.sha256, size=manifest.size)
             packed = packed and (known is None or known.packed)
-            self._record(DatasetAdded(manifest=ref, dataset=named, packed=packed))
+            self._record(DatasetRecorded(manifest=ref, dataset=named, packed=packed))
         return _info(self._datasets[name])
 
     def packed(self) -> set[str]:
@@ -245,7 +245,7 @@ class Registry:
     def remove_dataset(self, name: str) -> None:
         """Forget a data set; that no job uses it is the caller's to know. Raises NotFound."""
         self._added(name)
-        self._record(DatasetRemoved(name=name))
+        self._record(DatasetForgotten(name=name))
 
     def dataset(self, name: str) -> Dataset:
         """Raises NotFound, naming what is near."""
@@ -258,7 +258,7 @@ class Registry:
     def datasets(self) -> tuple[DatasetInfo, ...]:
         return tuple(_info(self._datasets[name]) for name in sorted(self._datasets))
 
-    def _added(self, name: str) -> DatasetAdded:
+    def _added(self, name: str) -> DatasetRecorded:
         found = self._datasets.get(name)
         if found is None:
             _nothing("data set", name, self._datasets, "`potluck data list` lists them")
@@ -312,9 +312,9 @@ class Registry:
                 del self._models[event.name][event.version]
                 if not self._models[event.name]:
                     del self._models[event.name]
-            case DatasetAdded():
+            case DatasetRecorded():
                 self._datasets[event.dataset.name] = event
-            case DatasetRemoved():
+            case DatasetForgotten():
                 del self._datasets[event.name]
 
     def _take_alias(self, name: str, alias: str) -> None:
@@ -365,7 +365,7 @@ def dataset_blobs(manifest: BlobRef, dataset: Dataset) -> list[BlobRef]:
     return [manifest, *keys, *(shard.blob for shard in dataset.shards)]
 
 
-def _info(added: DatasetAdded) -> DatasetInfo:
+def _info(added: DatasetRecorded) -> DatasetInfo:
     dataset = added.dataset
     return DatasetInfo(
         name=dataset.name,

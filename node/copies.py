@@ -20,7 +20,7 @@ COPIES_LIMIT = 10_000
 """Blobs that are held or being fetched; more is a fault of somebody."""
 
 
-class Copies:
+class HeldCopies:
     """Blobs by hash. `run` must be under way. What becomes of them is told to `say`."""
 
     def __init__(self, store: BlobStore, downloader: Downloader, say: Callable[[Message], None]) -> None:

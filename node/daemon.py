@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from node import capacity as capacities
 from node import identity
 from node.assignments import FENCE_SECONDS, Assignments, Effect, GiveUp, Prefetch, Run, Send, Stop
-from node.copies import Copies
+from node.copies import HeldCopies
 from node.engine.process import Engine, EngineInfo
 from node.engine.watch import Limits
 from node.executor import Executor
@@ -127,7 +127,9 @@ class Node:
             fast = Outbox(self._bus)
             own_data = OwnData(self.folder / "data", settings.data)
             self._make_engines(store, downloader, inputs, fast, own_data)
-            self._copies = Copies(store, downloader, lambda message: self._outbox.publish(self._outbox_topic, message))
+            self._copies = HeldCopies(
+                store, downloader, lambda message: self._outbox.publish(self._outbox_topic, message)
+            )
             stack.push_async_callback(self._work_slot.stop)
             stack.push_async_callback(self._serve_slot.stop)
             stack.push_async_callback(self._replicas.stop)

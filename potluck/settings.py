@@ -83,7 +83,7 @@ class BrokerSettings(Section, frozen=True):
     port: Port = BROKER_PORT
 
 
-class Discovery(Section, frozen=True):
+class DiscoverySettings(Section, frozen=True):
     """mDNS. It is a hint: `seeds` in `NetworkSettings` work without it."""
 
     enabled: bool = True
@@ -95,7 +95,7 @@ class NetworkSettings(Section, frozen=True):
 
     cluster: str = "default"
     seeds: tuple[str, ...] = ()
-    discovery: Discovery = Discovery()
+    discovery: DiscoverySettings = DiscoverySettings()
     bus: BusTimings = BusTimings()
 
 

@@ -25,7 +25,7 @@ ASKED_LIMIT = 32
 
 
 @dataclass(frozen=True)
-class Place:
+class CopyPlace:
     """A node that is online. `elsewhere`: on another machine than the coordinator."""
 
     node_id: str
@@ -64,7 +64,7 @@ class Holding:
     gone_at: dict[str, float] = field(default_factory=dict)
     resting: dict[tuple[str, str], float] = field(default_factory=dict)
 
-    def plan(self, blobs: Mapping[str, BlobRef], places: Sequence[Place], now: float) -> list[Hold | Release]:
+    def plan(self, blobs: Mapping[str, BlobRef], places: Sequence[CopyPlace], now: float) -> list[Hold | Release]:
         """Commands that bring a copy of each of `blobs` (by hash) to a node."""
         online = {place.node_id: place for place in places}
         self._notice(online, blobs, now)
@@ -117,7 +117,7 @@ class Holding:
             assert copy.asked_at is not None or not copy.held
             assert copy.asked_at is None or sha256 in self.told[copy.node_id]
 
-    def _notice(self, online: Mapping[str, Place], blobs: Mapping[str, BlobRef], now: float) -> None:
+    def _notice(self, online: Mapping[str, CopyPlace], blobs: Mapping[str, BlobRef], now: float) -> None:
         """What is not registered any more needs no copy; who is not there may have been gone for too long."""
         for sha256 in self.copies.keys() - blobs.keys():
             del self.copies[sha256]
@@ -129,7 +129,7 @@ class Holding:
                 del self.copies[sha256]
 
     def _choose(
-        self, sha256: str, copy: Copy | None, online: Mapping[str, Place], load: Counter[str], size: int
+        self, sha256: str, copy: Copy | None, online: Mapping[str, CopyPlace], load: Counter[str], size: int
     ) -> Copy | None:
         """A copy at the best place, where that is elsewhere than the one that there is."""
         best = self._best(sha256, online, load)
@@ -141,11 +141,11 @@ class Holding:
         made = self.copies[sha256] = Copy(best.node_id)
         return made
 
-    def _best(self, sha256: str, online: Mapping[str, Place], load: Counter[str]) -> Place | None:
+    def _best(self, sha256: str, online: Mapping[str, CopyPlace], load: Counter[str]) -> CopyPlace | None:
         free = [place for place in online.values() if (place.node_id, sha256) not in self.resting]
         return min(free, key=lambda place: (not place.elsewhere, load[place.node_id], place.node_id), default=None)
 
-    def _releases(self, online: Mapping[str, Place], blobs: Mapping[str, BlobRef]) -> list[Hold | Release]:
+    def _releases(self, online: Mapping[str, CopyPlace], blobs: Mapping[str, BlobRef]) -> list[Hold | Release]:
         """What is not registered any more, or has another holder by now, need not be held."""
         found: list[Hold | Release] = []
         for node_id in sorted(online.keys() & self.told.keys()):

@@ -12,7 +12,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from coordinator.copies.locations import Holders
-from coordinator.copies.plan import REST_SECONDS, RETRY_SECONDS, Copy, Hold, Holding, Place
+from coordinator.copies.plan import REST_SECONDS, RETRY_SECONDS, Copy, CopyPlace, Hold, Holding
 from coordinator.journal import FATAL, Journal
 from coordinator.membership import Membership
 from coordinator.registry import Registry
@@ -173,9 +173,9 @@ class Copies:
     def _blobs(self) -> dict[str, BlobRef]:
         return {info.model.sha256: info.model for info in self._registry.models()}
 
-    def _places(self) -> list[Place]:
+    def _places(self) -> list[CopyPlace]:
         return [
-            Place(member.node_id, elsewhere=member.capacity.hostname != self._hostname)
+            CopyPlace(member.node_id, elsewhere=member.capacity.hostname != self._hostname)
             for member in self._membership.online()
             if member.http
         ]

@@ -31,6 +31,7 @@ from coordinator.plans.job import (
     AttemptEnded,
     AttemptFinished,
     AttemptLeased,
+    Choose,
     CloseEpoch,
     CloseRound,
     CloseSync,
@@ -43,7 +44,6 @@ from coordinator.plans.job import (
     JobStarted,
     Lease,
     OfTraining,
-    Record,
     RoundClosed,
     StopAsked,
     Withdraw,
@@ -370,7 +370,7 @@ class Dispatcher:
                 if (held := self._leases.get(decision.attempt_id)) is not None:
                     self._leases.withdraw(held.node_id, decision.attempt_id, decision.reason)
                 self._end_attempt(decision.attempt_id, decision.reason, None)
-            case Record():
+            case Choose():
                 raise AssertionError("choices are recorded before their plan is performed")
             case CloseRound():
                 self._act(job.job_id, f"round {decision.round}", self._close_round(job, decision))

@@ -15,13 +15,13 @@ from coordinator.plans.job import (
     AttemptEnded,
     AttemptFinished,
     AttemptLeased,
-    GaveWay,
     Job,
     JobFinished,
     JobSubmitted,
     ReadyAgain,
     RoundBroken,
     RoundPlanned,
+    StoodStill,
     StrategyChosen,
 )
 from coordinator.plans.labels import listed
@@ -62,7 +62,14 @@ JOBS_KEPT = 1000
 """Ended jobs that are remembered."""
 JOBS_REPUBLISHED = 100
 SOON = (
-    AttemptLeased | AttemptFinished | AttemptEnded | StrategyChosen | RoundPlanned | ReadyAgain | RoundBroken | GaveWay
+    AttemptLeased
+    | AttemptFinished
+    | AttemptEnded
+    | StrategyChosen
+    | RoundPlanned
+    | ReadyAgain
+    | RoundBroken
+    | StoodStill
 )
 """Nothing is thrown away for these: they are written before a message tells of them, and no sooner."""
 

@@ -30,7 +30,7 @@ def split(body: bytes, header_length: str | None) -> tuple[bytes, bytes]:
     return body[:length], body[length:]
 
 
-class Reader:
+class TensorReader:
     """Hands out the tensors behind the JSON, in order. Raises InvalidRequest where a size is not one of theirs."""
 
     def __init__(self, tail: bytes) -> None:

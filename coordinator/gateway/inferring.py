@@ -155,7 +155,7 @@ def check(name: str, signature: Signature, inputs: Sequence[Tensor]) -> None:
 
 def _inputs(asked: InferRequest, tail: bytes) -> tuple[Tensor, ...]:
     """The input tensors, their data from the JSON or from what is behind it, as bytes or texts. Raises InvalidRequest."""
-    reader = binary.Reader(tail)
+    reader = binary.TensorReader(tail)
     inputs = []
     for one in asked.inputs:
         size = None if one.parameters is None else one.parameters.get(binary.SIZE)

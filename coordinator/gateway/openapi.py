@@ -33,7 +33,7 @@ _STRUCTS = (
     tensorflow_serving.Metadata,
     plain.Classified,
     plain.Outputs,
-    plain.Deployed,
+    plain.DeployedModel,
 )
 _OCTETS = "application/octet-stream"
 _JSON = "application/json"

@@ -52,7 +52,7 @@ class Outputs(msgspec.Struct):
     outputs: dict[str, Any]
 
 
-class Deployed(msgspec.Struct):
+class DeployedModel(msgspec.Struct):
     model: str
     ready: bool
     classes: tuple[str, ...]
@@ -77,7 +77,7 @@ class Plain:
         serving = self._asking.serving
         return encoded(
             [
-                Deployed(one.name, serving.ready(one.name), self._asking.info(one.name).classes)
+                DeployedModel(one.name, serving.ready(one.name), self._asking.info(one.name).classes)
                 for one in serving.deployments()
             ]
         )

@@ -170,7 +170,7 @@ class RoundBroken(Event, frozen=True):
     reason: str
 
 
-class GaveWay(Event, frozen=True):
+class StoodStill(Event, frozen=True):
     """A member of a synchronous group stands still for inference, and all others with it."""
 
 
@@ -191,10 +191,12 @@ AnyEvent = (
     | RoundPlanned
     | ReadyAgain
     | RoundBroken
-    | GaveWay
+    | StoodStill
     | JobFinished
 )
-OfTraining = RoundClosed | EpochEnded | StopAsked | StrategyChosen | RoundPlanned | ReadyAgain | RoundBroken | GaveWay
+OfTraining = (
+    RoundClosed | EpochEnded | StopAsked | StrategyChosen | RoundPlanned | ReadyAgain | RoundBroken | StoodStill
+)
 """What happens in training alone."""
 
 
@@ -259,13 +261,13 @@ class Complete:
 
 
 @dataclass(frozen=True)
-class Record:
+class Choose:
     """A choice that later plans rest on: it is journaled, and then planned again. A plan changes nothing by itself."""
 
     event: OfTraining
 
 
-Decision = Lease | Withdraw | CloseRound | CloseSync | CloseEpoch | Complete | Record
+Decision = Lease | Withdraw | CloseRound | CloseSync | CloseEpoch | Complete | Choose
 CHOICES_LIMIT = 8
 """In a row, before anything else is decided."""
 
@@ -420,7 +422,7 @@ class Job:
                 self.history.append(event.epoch)
                 self.history_bytes += _size(event.epoch)
                 self.strategy = self._training.happened(event)
-            case StopAsked() | StrategyChosen() | RoundPlanned() | ReadyAgain() | RoundBroken() | GaveWay():
+            case StopAsked() | StrategyChosen() | RoundPlanned() | ReadyAgain() | RoundBroken() | StoodStill():
                 self.strategy = self._training.happened(event)
             case JobFinished():
                 self.ended = event.result
@@ -584,7 +586,7 @@ def settled(job: Job, view: ClusterView, record: Callable[[OfTraining], None]) -
     """
     for _ in range(CHOICES_LIMIT):
         decisions = job.plan(view)
-        choices = [decision.event for decision in decisions if isinstance(decision, Record)]
+        choices = [decision.event for decision in decisions if isinstance(decision, Choose)]
         if not choices:
             return decisions
         for event in choices:

@@ -70,11 +70,11 @@ class Retired(DeploymentEvent, frozen=True):
     """It takes no more requests, and goes when those that it has are answered."""
 
 
-class Undeployed(DeploymentEvent, frozen=True):
+class TakenDown(DeploymentEvent, frozen=True, tag="Undeployed"):
     pass
 
 
-AnyDeploymentEvent = Deployed | Settled | Routed | Scaled | Measured | Parked | Woken | Retired | Undeployed
+AnyDeploymentEvent = Deployed | Settled | Routed | Scaled | Measured | Parked | Woken | Retired | TakenDown
 
 
 @dataclass
@@ -109,7 +109,7 @@ class Records:
                 deployment.parked, deployment.reason = None, ""
             case Retired():
                 self.deployments[event.name].retired = True
-            case Undeployed():
+            case TakenDown():
                 self.deployments.pop(event.name, None)
                 self.traffic[model_of(event.name)].without(event.name)
         self._choose(model_of(event.name))

@@ -22,7 +22,7 @@ from coordinator.serving.records import (
     AnyDeploymentEvent,
     Deployed,
     Records,
-    Undeployed,
+    TakenDown,
     model_of,
 )
 from coordinator.serving.rollout import Rollout
@@ -274,7 +274,7 @@ class Serving:
         deployment = self._deployments.get(name)
         if deployment is None:
             return
-        self._record(Undeployed(name=name))
+        self._record(TakenDown(name=name))
         for replica in deployment.replicas.values():
             self._upkeep.unload(replica.node_id, replica.replica_id)
         log.info("undeployed %s", fields(model=name))
@@ -290,7 +290,7 @@ class Serving:
             self._inference.asked_at[event.name] = self._clock()
         if isinstance(event, Deployed) and event.asked is not None:
             self._inference.set_objective(event.name, event.asked.objective_seconds)
-        if isinstance(event, Undeployed):
+        if isinstance(event, TakenDown):
             self._inference.close(event.name, Unavailable(f"{event.name} was undeployed"))
 
     def _on_demand(self, router: Router) -> None:

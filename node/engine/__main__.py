@@ -21,7 +21,7 @@ from msgspec.structs import replace
 
 from node.engine import formats, frames, memory
 from node.engine.memory import shortage
-from node.engine.replicas import Replicas
+from node.engine.replicas import LoadedReplicas
 from node.engine.wording import one_line
 from potluck import __version__
 from potluck.blobs.store import no_room
@@ -43,7 +43,7 @@ class Channel:
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._lock = threading.Lock()
-        self._splitter = frames.Splitter()
+        self._splitter = frames.FrameSplitter()
         self._frames: deque[frames.ToEngine] = deque()
         self._cancelled: set[int] = set()
 
@@ -81,7 +81,7 @@ class Channel:
             except BadMessage as error:  # the question fails, and not the engine with all it holds
                 self.send(_failed(frames.number_of(body), error))
                 continue
-            if isinstance(frame, frames.CancelInfer):
+            if isinstance(frame, frames.CancelBatch):
                 self._cancelled.add(frame.number)
             else:
                 self._frames.append(frame)
@@ -93,7 +93,7 @@ class Server:
     `tasks` is None where there is no TensorFlow: then it has replicas alone.
     """
 
-    def __init__(self, channel: Channel, replicas: Replicas, tasks: Tasks | None) -> None:
+    def __init__(self, channel: Channel, replicas: LoadedReplicas, tasks: Tasks | None) -> None:
         self._channel = channel
         self._replicas = replicas
         self._tasks = tasks
@@ -105,7 +105,7 @@ class Server:
         """Until the parent closes its end."""
         while (frame := self._channel.receive()) is not None:
             match frame:
-                case frames.Infer():
+                case frames.RunBatch():
                     self._answer(self._infer, frame)
                 case frames.Pause():
                     self._let_work(False)
@@ -119,7 +119,7 @@ class Server:
                         cancel.set()
                 case frames.ApplyStep():
                     self._later(self._apply_step, frame)
-                case frames.ForgetJob():
+                case frames.DropJob():
                     self._later(self._forget, frame)
                 case frames.LoadReplica():
                     self._later(self._load, frame)
@@ -171,7 +171,7 @@ class Server:
         made = self._need_tasks().apply_step(Path(frame.weights), Path(frame.update))
         return frames.StepApplied(number=frame.number, weights=made)
 
-    def _forget(self, frame: frames.ForgetJob) -> None:
+    def _forget(self, frame: frames.DropJob) -> None:
         if self._tasks is not None:
             self._tasks.forget(frame.job_id)
 
@@ -187,7 +187,7 @@ class Server:
         self._replicas.unload(frame.replica_id)
         return frames.Done(number=frame.number)
 
-    def _infer(self, frame: frames.Infer) -> frames.Frame:
+    def _infer(self, frame: frames.RunBatch) -> frames.Frame:
         if self._channel.cancelled(frame.number):
             raise Cancelled("nobody waits for this batch any more")
         if frame.expires and time.time() > frame.expires:
@@ -197,7 +197,7 @@ class Server:
         if frame.files:
             requests = tuple([tuple([_mapped(tensor, frame.files) for tensor in request]) for request in requests])
         outcomes = self._replicas.infer(frame.replica_id, requests)
-        return frames.Inferred(number=frame.number, outcomes=outcomes, seconds=time.perf_counter() - started)
+        return frames.BatchRun(number=frame.number, outcomes=outcomes, seconds=time.perf_counter() - started)
 
     def _work(self) -> None:
         while True:
@@ -278,7 +278,7 @@ def main() -> None:
         runtimes["litert"] = formats.litert_version()
     if memory.limit_bytes and not gpus:  # for those, drivers reserve much address space that is no memory
         memory.hold_to_limit(threads)
-    replicas = Replicas(lambda model_format, path: formats.load(model_format, path, scratch, threads))
+    replicas = LoadedReplicas(lambda model_format, path: formats.load(model_format, path, scratch, threads))
     server = Server(channel, replicas, tasks)
     # A full collection over all that TensorFlow made takes longer than a hundred inferences: leave that out from now on.
     gc.collect()

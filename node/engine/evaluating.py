@@ -15,7 +15,7 @@ import numpy as np
 from node.engine import runtime
 from node.engine.inputs import Source
 from node.engine.loaded import Loaded, Scored
-from node.engine.shards import Part
+from node.engine.shards import ShardPart
 from node.engine.targets import Labels
 from node.engine.truth import truth_of
 from potluck.wire.messages import EvaluateResult
@@ -28,7 +28,7 @@ STATES_NUMBERS = 8192
 Step = Callable[[int], None]
 
 
-def evaluate(loaded: Loaded, source: Source, parts: Sequence[Part], batch_size: int, step: Step) -> EvaluateResult:
+def evaluate(loaded: Loaded, source: Source, parts: Sequence[ShardPart], batch_size: int, step: Step) -> EvaluateResult:
     """`step` is told the items so far. The confusion matrix is empty unless the model has one output, and each item one class."""
     model = loaded.model
     truth = truth_of(source, parts, "to evaluate against")

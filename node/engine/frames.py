@@ -46,7 +46,7 @@ class CancelTask(Frame, frozen=True):
     pass
 
 
-class ForgetJob(Frame, frozen=True):
+class DropJob(Frame, frozen=True):
     job_id: str
 
 
@@ -75,7 +75,7 @@ class UnloadReplica(Frame, frozen=True):
     replica_id: str
 
 
-class Infer(Frame, frozen=True):
+class RunBatch(Frame, frozen=True):
     """`expires` 0 means never. `files`: a local path for every blob among the tensors, by SHA-256."""
 
     replica_id: str
@@ -84,8 +84,8 @@ class Infer(Frame, frozen=True):
     files: dict[str, str] = {}
 
 
-class CancelInfer(Frame, frozen=True):
-    """The `Infer` of this number need not be computed; it is answered all the same."""
+class CancelBatch(Frame, frozen=True):
+    """The `RunBatch` of this number need not be computed; it is answered all the same."""
 
 
 class Pause(Frame, frozen=True):
@@ -124,7 +124,7 @@ class Done(Frame, frozen=True):
     pass
 
 
-class Inferred(Frame, frozen=True):
+class BatchRun(Frame, frozen=True):
     outcomes: tuple[RequestOutcome, ...]
     seconds: float
 
@@ -134,9 +134,9 @@ class Failed(Frame, frozen=True):
 
 
 ToEngine = (
-    RunTask | CancelTask | ForgetJob | ApplyStep | LoadReplica | UnloadReplica | Infer | CancelInfer | Pause | Resume
+    RunTask | CancelTask | DropJob | ApplyStep | LoadReplica | UnloadReplica | RunBatch | CancelBatch | Pause | Resume
 )
-FromEngine = Started | Heartbeat | TaskProgressed | TaskDone | StepApplied | ReplicaLoaded | Done | Inferred | Failed
+FromEngine = Started | Heartbeat | TaskProgressed | TaskDone | StepApplied | ReplicaLoaded | Done | BatchRun | Failed
 
 
 _ENCODER = msgspec.msgpack.Encoder()
@@ -190,7 +190,7 @@ def _decoded(decoder: msgspec.msgpack.Decoder[Any], body: bytes) -> Any:
         raise BadMessage(f"a frame cannot be read: {error}") from error
 
 
-class Splitter:
+class FrameSplitter:
     """Cuts a stream into the bodies of its frames, however it arrives in pieces."""
 
     def __init__(self) -> None:

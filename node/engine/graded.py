@@ -13,7 +13,7 @@ from node.engine.evaluating import CONFUSION_CLASSES
 from node.engine.fitting import Array
 from node.engine.inputs import Source
 from node.engine.replicas import Model
-from node.engine.shards import Part
+from node.engine.shards import ShardPart
 from node.engine.truth import by_output
 from potluck.errors import InvalidData, InvalidModel, InvalidRequest
 from potluck.wire.messages import EvaluateResult, Signature, TensorSpec
@@ -49,7 +49,7 @@ THRESHOLD = 0.5
 """An output above it counts as class 1, where one output tells two classes apart: nobody says otherwise without a loss."""
 
 
-def grade(model: Graded, source: Source, parts: Sequence[Part], batch_size: int, step: Step) -> EvaluateResult:
+def grade(model: Graded, source: Source, parts: Sequence[ShardPart], batch_size: int, step: Step) -> EvaluateResult:
     """How often it is right, where the targets are classes; else its mean absolute and squared error. Of several outputs each is
     scored, and its name stands before what is said of it: `size_mae`. The confusion matrix is that of a single output.
 

@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from node.engine import pixels, runtime, shards
 from node.engine.decoders import Decoder, ImageDecoder, decoder_for, item_bytes, undecodable
-from node.engine.shards import Array, Part
+from node.engine.shards import Array, ShardPart
 from potluck.data.folders import Unusable
 from potluck.data.items import are_pixels
 from potluck.errors import InvalidRequest
@@ -41,14 +41,14 @@ class Source:
         """How images become the model's input; None for other data."""
         return self.decoder.options if isinstance(self.decoder, ImageDecoder) else None
 
-    def decoded_bytes(self, parts: Sequence[Part]) -> int:
+    def decoded_bytes(self, parts: Sequence[ShardPart]) -> int:
         """Memory that all items take that have to be decoded."""
         if self.decoder is None:
             return 0
         each = item_bytes(self.decoder)
         return sum(each * part.count if each else shards.files_bytes(part) for part in parts)
 
-    def targets(self, parts: Sequence[Part]) -> dict[str, Array]:
+    def targets(self, parts: Sequence[ShardPart]) -> dict[str, Array]:
         """The targets by name, class numbers as `data` counts classes; none where there are none, or not for each item.
 
         Raises InvalidData.
@@ -57,18 +57,18 @@ class Source:
         found = self._stored_targets(parts)
         return {name: places[target] for name, target in found.items()} if len(places) else found
 
-    def _stored_targets(self, parts: Sequence[Part]) -> dict[str, Array]:
+    def _stored_targets(self, parts: Sequence[ShardPart]) -> dict[str, Array]:
         if self.decoder is None:
             names = self.data.targets or ((self.data.target,) if self.data.target else ())
             return shards.load_arrays(parts, names)
         classes = np.concatenate([shards.item_classes(part) for part in parts]) if parts else np.zeros(0, np.int64)
         return {} if len(classes) and classes.min() < 0 else {"class": classes}
 
-    def weights(self, parts: Sequence[Part]) -> Array | None:
+    def weights(self, parts: Sequence[ShardPart]) -> Array | None:
         """Weights of the items in the loss, where the data has such. Raises InvalidData."""
         return shards.load_arrays(parts, [self.data.weight])[self.data.weight] if self.data.weight else None
 
-    def batches(self, parts: Sequence[Part], batch_size: int) -> Iterator[list[Any]]:
+    def batches(self, parts: Sequence[ShardPart], batch_size: int) -> Iterator[list[Any]]:
         """Tensors in the order of the model's inputs, `batch_size` items at a time (the last may be fewer). Raises InvalidData."""
         if self.decoder is not None:
             for encoded in _groups(parts):
@@ -78,7 +78,7 @@ class Source:
         for start in range(0, len(arrays[0]), batch_size):
             yield [tf.convert_to_tensor(array[start : start + batch_size]) for array in arrays]
 
-    def load(self, parts: Sequence[Part], known: dict[Part, Array] | None = None) -> list[Any]:
+    def load(self, parts: Sequence[ShardPart], known: dict[ShardPart, Array] | None = None) -> list[Any]:
         """All items as tensors in the host's memory, in the order of the model's inputs. Raises InvalidData, InvalidRequest.
 
         `known`: decoded items of parts that need not be decoded again; in their place come those of these parts.
@@ -89,7 +89,7 @@ class Source:
         dtype = self.decoder.dtype.as_numpy_dtype
         items = np.empty(shape, dtype) if self.decoder.dtype == tf.string else shards.aligned(shape, dtype)
         position = 0
-        found: dict[Part, Array] = {}
+        found: dict[ShardPart, Array] = {}
         for part in parts:
             mine = found[part] = items[position : position + part.count]
             if known is not None and part in known:
@@ -102,10 +102,10 @@ class Source:
             known.update(found)
         return [runtime.held(items)]
 
-    def _arrays(self, parts: Sequence[Part]) -> list[Array]:
+    def _arrays(self, parts: Sequence[ShardPart]) -> list[Array]:
         return fit(self.model, shards.load_arrays(parts, self.data.inputs), self.pixel_scale)
 
-    def _fill(self, decoder: Decoder, rows: Array, part: Part) -> None:
+    def _fill(self, decoder: Decoder, rows: Array, part: ShardPart) -> None:
         """Decode all items of a part into these rows."""
         done = 0
         for encoded in _groups([part]):
@@ -228,7 +228,7 @@ def _scaled(array: Array, pixel_scale: float, name: str) -> Array:
     return found
 
 
-def _groups(parts: Sequence[Part]) -> Iterator[list[bytes]]:
+def _groups(parts: Sequence[ShardPart]) -> Iterator[list[bytes]]:
     group: list[bytes] = []
     size = 0
     for part in parts:

@@ -11,14 +11,14 @@ from potluck.errors import BadMessage, EngineFailed, PotluckError
 OnProgress = Callable[[int, dict[str, float]], None]
 
 
-class Link(asyncio.Protocol):
+class EngineLink(asyncio.Protocol):
     """`on_heard` is told of each piece, of those within a frame with None."""
 
     def __init__(self, on_heard: Callable[[frames.FromEngine | None], None]) -> None:
         self.started: asyncio.Future[frames.Started] = asyncio.get_running_loop().create_future()
         self._on_heard = on_heard
         self._transport: asyncio.Transport | None = None
-        self._splitter = frames.Splitter()
+        self._splitter = frames.FrameSplitter()
         self._waiting: dict[int, tuple[asyncio.Future[frames.Frame], OnProgress | None]] = {}
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:

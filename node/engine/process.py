@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 
 from node.engine import frames
-from node.engine.link import Link, OnProgress
+from node.engine.link import EngineLink, OnProgress
 from node.engine.progress import Progress, read
 from node.engine.watch import Limits, Verdict, Watch, out_of_memory
 from potluck.errors import EngineFailed, ModelCrashed, OutOfMemory, PotluckError
@@ -69,7 +69,7 @@ class Engine:
         self._limits = limits
         self._watch = Watch(limits)
         self._process: asyncio.subprocess.Process | None = None
-        self._link: Link | None = None
+        self._link: EngineLink | None = None
         self._numbers = itertools.count(1)
         self._batches: dict[str, int] = {}
         """Numbers of the inferences under way, by the ids of their batches."""
@@ -129,7 +129,7 @@ class Engine:
             raise
         finally:
             theirs.close()
-        _, self._link = await loop.create_connection(lambda: Link(self._watch.heard), sock=ours)
+        _, self._link = await loop.create_connection(lambda: EngineLink(self._watch.heard), sock=ours)
         self._tasks = [
             asyncio.create_task(self._read_stderr(), name="engine stderr"),
             asyncio.create_task(self._keep_watch(), name="engine watch"),
@@ -247,7 +247,7 @@ class Engine:
         Raises TimedOut when it would begin after `expires`, Cancelled, and ModelCrashed when the engine dies of it.
         """
         number = self._batches[batch_id] = next(self._numbers)
-        frame = frames.Infer(
+        frame = frames.RunBatch(
             number=number,
             replica_id=replica_id,
             requests=tuple([tuple(request) for request in requests]),
@@ -258,18 +258,18 @@ class Engine:
             answer = await self._ask_of(replica_id, frame)
         finally:
             self._batches.pop(batch_id, None)
-        assert isinstance(answer, frames.Inferred)
+        assert isinstance(answer, frames.BatchRun)
         return list(answer.outcomes), answer.seconds
 
     def cancel_inference(self, batch_id: str) -> None:
         """Leave this batch out, if it has not begun: `infer` raises Cancelled then."""
         number = self._batches.get(batch_id)
         if number is not None and self.alive:
-            self._send(frames.CancelInfer(number=number))
+            self._send(frames.CancelBatch(number=number))
 
     async def forget_job(self, job_id: str) -> None:
         if self.alive:
-            self._send(frames.ForgetJob(job_id=job_id))
+            self._send(frames.DropJob(job_id=job_id))
 
     async def stop(self, grace_seconds: float = 2.0) -> None:
         """End the child: closing its socket asks it to go, SIGKILL makes it. Whoever waits for an answer gets EngineFailed."""

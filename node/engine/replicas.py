@@ -50,7 +50,7 @@ Load = Callable[[ModelFormat, Path], Model]
 """Raises InvalidModel, CodeNotAllowed, Unavailable."""
 
 
-class Replicas:
+class LoadedReplicas:
     """By replica id. `load` and `unload` may run beside `infer`, on another thread."""
 
     def __init__(self, load: Load) -> None:

@@ -24,7 +24,7 @@ ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
-class Part:
+class ShardPart:
     """Items `start` to `stop` (exclusive) of the shard at `path`."""
 
     path: Path
@@ -83,14 +83,14 @@ def file_index(path: Path) -> FileIndex:
     return FileIndex(table[:, 0], table[:, 1], np.array(classes, np.int64))
 
 
-def item_classes(part: Part) -> Array:
+def item_classes(part: ShardPart) -> Array:
     """Class indexes of its items. Raises InvalidData, also when the shard has fewer items."""
     index = file_index(part.path)
     _check_count(part, len(index.classes))
     return index.classes[part.start : part.stop]
 
 
-def item_files(part: Part) -> Iterator[bytes]:
+def item_files(part: ShardPart) -> Iterator[bytes]:
     """The items' files, one after the other. Raises InvalidData."""
     index = file_index(part.path)
     _check_count(part, len(index.classes))
@@ -102,12 +102,12 @@ def item_files(part: Part) -> Iterator[bytes]:
             yield file.read(size)
 
 
-def files_bytes(part: Part) -> int:
+def files_bytes(part: ShardPart) -> int:
     """The size of its items' files. Raises InvalidData."""
     return int(file_index(part.path).sizes[part.start : part.stop].sum())
 
 
-def load_arrays(parts: Sequence[Part], names: Sequence[str]) -> dict[str, Array]:
+def load_arrays(parts: Sequence[ShardPart], names: Sequence[str]) -> dict[str, Array]:
     """Arrays by name, joined over the parts. Raises InvalidData."""
     found: dict[str, list[Array]] = {name: [] for name in names}
     for part in parts:
@@ -139,7 +139,7 @@ def _joined(arrays: Sequence[Array]) -> Array:
     return np.concatenate(arrays, out=aligned(shape, arrays[0].dtype))
 
 
-def _check_count(part: Part, count: int) -> None:
+def _check_count(part: ShardPart, count: int) -> None:
     if part.stop > count or part.start > part.stop:
         raise InvalidData(
             f"{part.label} has {counted(count, 'item')}, but items {part.start} to {part.stop} are wanted: add the data set again"

@@ -26,7 +26,7 @@ from node.engine import fusing, inputs, keras_parts, runtime, shards, training
 from node.engine.decoders import Decoder
 from node.engine.gate import Gate
 from node.engine.memory import shortage
-from node.engine.shards import Part
+from node.engine.shards import ShardPart
 from node.engine.state import changing
 from node.engine.training import PROGRESS_SECONDS
 from node.engine.truth import truth_of
@@ -47,7 +47,7 @@ BATCHES_AHEAD = 2
 """Made ready while a step runs."""
 
 
-class Member:
+class GroupMember:
     """One member of a group that trains a compiled model. Raises what `begin` does."""
 
     def __init__(self, task: SyncTask, paths: dict[str, Path], scratch: Path) -> None:
@@ -63,7 +63,7 @@ class Member:
             runtime.set_weights(self.model, paths[task.weights.sha256])
         if task.optimizer is not None:
             _set_optimizer(self.model.optimizer, paths[task.optimizer.sha256])
-        self._load(task, [Part(paths[shard.blob.sha256], 0, shard.count) for shard in task.data])
+        self._load(task, [ShardPart(paths[shard.blob.sha256], 0, shard.count) for shard in task.data])
         self._steps: dict[tuple[int, int], Any] = {}
         """Compiled, by (items of this member, items of all)."""
         self._alone: Any = None
@@ -136,7 +136,7 @@ class Member:
         variables = self.model.optimizer.variables
         weights.save(optimizer_path, ((f"o{i:05}", np.asarray(value)) for i, value in enumerate(variables)))
 
-    def _load(self, task: SyncTask, parts: Sequence[Part]) -> None:
+    def _load(self, task: SyncTask, parts: Sequence[ShardPart]) -> None:
         """All of the data: any member may come to any item."""
         source = inputs.source_for(self.model, task.format, task.image)
         self.image = source.image

@@ -25,9 +25,9 @@ from node.engine.graded import Graded, grade
 from node.engine.inputs import source_for
 from node.engine.loaded import Loaded
 from node.engine.memory import shortage
-from node.engine.shards import Part
-from node.engine.synchronous import Member
-from node.engine.training import Session
+from node.engine.shards import ShardPart
+from node.engine.synchronous import GroupMember
+from node.engine.training import TrainingSession
 from potluck.errors import Cancelled, Diverged, PeerLost
 from potluck.weights import updates
 from potluck.wire.messages import (
@@ -70,11 +70,11 @@ class Tasks:
         self._scratch = scratch
         self.gate = Gate()
         self._threads = threads
-        self._sessions: OrderedDict[str, Session] = OrderedDict()
+        self._sessions: OrderedDict[str, TrainingSession] = OrderedDict()
         self._models: OrderedDict[tuple[str, bool], Loaded] = OrderedDict()
         self._graded_models: OrderedDict[str, Graded] = OrderedDict()
-        self._ahead: Session | None = None
-        self._member: Member | None = None
+        self._ahead: TrainingSession | None = None
+        self._member: GroupMember | None = None
         self._formation = ""
         self._checkpoint: tuple[BlobRef, Path] | None = None
         """The group's last one, and its file."""
@@ -199,19 +199,19 @@ class Tasks:
         seconds = time.perf_counter() - started
         return WarmUpResult(rate=rate, beside_seconds=beside_seconds, seconds=seconds, image=session.image)
 
-    def _session(self, job_id: str, task: TrainTask, paths: Paths) -> Session:
+    def _session(self, job_id: str, task: TrainTask, paths: Paths) -> TrainingSession:
         """That of the job, made where there is none."""
         session = self._sessions.get(job_id)
         if session is None:
             model = runtime.load_model(paths[task.model.sha256], self._scratch, compiled=True)
             runtime.need_trainable(model)
-            session = self._sessions[job_id] = Session(model, seed=task.seed)
+            session = self._sessions[job_id] = TrainingSession(model, seed=task.seed)
             while len(self._sessions) > SESSIONS_KEPT:
                 self._close(next(iter(self._sessions)))
         self._sessions.move_to_end(job_id)
         return session
 
-    def _weights_now(self, session: Session, paths: Paths) -> BlobRef:
+    def _weights_now(self, session: TrainingSession, paths: Paths) -> BlobRef:
         """A file of the weights that the model has; its path is added to `paths`."""
         target = self._scratch / "weights.new"
         runtime.save_weights(session.model, target)
@@ -219,8 +219,8 @@ class Tasks:
         paths[found.sha256] = self._scratch / found.sha256
         return found
 
-    def _use_data(self, session: Session, task: TrainTask, paths: Paths) -> list[Part]:
-        parts = [Part(paths[shard.blob.sha256], 0, shard.count) for shard in task.data]
+    def _use_data(self, session: TrainingSession, task: TrainTask, paths: Paths) -> list[ShardPart]:
+        parts = [ShardPart(paths[shard.blob.sha256], 0, shard.count) for shard in task.data]
         session.use_data(task, parts)
         if task.parts:
             session.begin_anew(task.seed, task.round, task.part)
@@ -235,7 +235,7 @@ class Tasks:
         formation = f"{job_id} {task.formation}"
         if task.begins:
             self._close(job_id)  # what got ready is not what trains: it would be in memory twice
-            self._member = Member(task, paths, self._scratch)
+            self._member = GroupMember(task, paths, self._scratch)
             self._formation = formation
             self._checkpoint = None
             if task.weights is not None and task.rank == 0:
@@ -275,7 +275,7 @@ class Tasks:
             shutil.copyfile(path, kept)
         self._checkpoint = ref, kept
 
-    def _step(self, member: Member) -> Step | None:
+    def _step(self, member: GroupMember) -> Step | None:
         """What leads from the last checkpoint to the member's weights, where that is less than half of them."""
         if self._checkpoint is None:
             return None
@@ -424,5 +424,5 @@ def _is_graph(model_format: ModelFormat) -> bool:
     return model_format in ("savedmodel", "tflite")
 
 
-def _parts(slices: Sequence[DataSlice], paths: Paths) -> list[Part]:
-    return [Part(paths[piece.blob.sha256], piece.start, piece.stop) for piece in slices]
+def _parts(slices: Sequence[DataSlice], paths: Paths) -> list[ShardPart]:
+    return [ShardPart(paths[piece.blob.sha256], piece.start, piece.stop) for piece in slices]

@@ -20,7 +20,7 @@ from node.engine import decoders, fusing, inputs, keras_parts, privacy, runtime,
 from node.engine.decoders import Decoder
 from node.engine.gate import Gate
 from node.engine.loaded import FAILURES
-from node.engine.shards import Part
+from node.engine.shards import ShardPart
 from node.engine.truth import Truth, truth_of
 from node.engine.wording import one_line
 from potluck.errors import Cancelled, InvalidModel, PotluckError
@@ -62,7 +62,7 @@ class _Ahead:
     seconds: float = 0.0
 
 
-class Session:
+class TrainingSession:
     """A compiled model in training. The step is Keras's own (`train_function`), so whatever was compiled holds."""
 
     def __init__(self, model: Any, seed: int) -> None:
@@ -76,7 +76,7 @@ class Session:
         self._beginning: list[Any] = []
         self._data_key: tuple[Any, ...] = ()
         self._decoded_as: tuple[Any, Any] = (None, None)
-        self._decoded: dict[Part, Any] = {}
+        self._decoded: dict[ShardPart, Any] = {}
         """Items of the parts in use: with other shares, nodes get other parts, and most of them are the same."""
         self._batches: Callable[[], Any] = list
         self._iterator: Any = None
@@ -92,7 +92,7 @@ class Session:
         self._ahead: _Ahead | None = None
         self._check_every = GPU_CHECK_STEPS if tf.config.list_logical_devices("GPU") else 1
 
-    def use_data(self, task: TrainTask, parts: Sequence[Part]) -> None:
+    def use_data(self, task: TrainTask, parts: Sequence[ShardPart]) -> None:
         """Train on these shards from now on; nothing happens when they are the same as before.
 
         Raises InvalidData, InvalidRequest, InvalidModel.
@@ -372,7 +372,7 @@ class Session:
 
         return batches
 
-    def _streamed(self, decoder: Decoder, parts: Sequence[Part], truth: Truth) -> Callable[[int], Any]:
+    def _streamed(self, decoder: Decoder, parts: Sequence[ShardPart], truth: Truth) -> Callable[[int], Any]:
         """Items decoded as they are needed, for data that does not fit into memory."""
         starts = np.cumsum([0, *(part.count for part in parts)])
         rest = truth.columns

@@ -10,7 +10,7 @@ import numpy as np
 
 from node.engine import runtime
 from node.engine.inputs import Source
-from node.engine.shards import Array, Part
+from node.engine.shards import Array, ShardPart
 from node.engine.targets import Labels, encode, item_weights, labels_for
 from potluck.errors import InvalidData, InvalidRequest
 from potluck.wording import counted
@@ -43,7 +43,7 @@ class Truth:
 
 
 def truth_of(
-    source: Source, parts: Sequence[Part], purpose: str, class_weight: Mapping[str, float] | None = None
+    source: Source, parts: Sequence[ShardPart], purpose: str, class_weight: Mapping[str, float] | None = None
 ) -> Truth:
     """All items of the parts. `purpose` says what they are wanted for, as in "to train on".
 

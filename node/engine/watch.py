@@ -101,7 +101,7 @@ class Watch:
 
     def asked(self, frame: frames.Frame) -> None:
         match frame:
-            case frames.Infer():
+            case frames.RunBatch():
                 self._batches[frame.number] = _Work("batch", frame.replica_id, frame.expires)
             case frames.LoadReplica():
                 self._others[frame.number] = _Work("load", frame.replica_id)
@@ -130,7 +130,7 @@ class Watch:
         if other is not None and isinstance(frame, frames.ReplicaLoaded):
             self._load_took[other.replica_id] = other.seconds
         batch = self._batches.pop(frame.number, None)
-        if batch is not None and isinstance(frame, frames.Inferred):
+        if batch is not None and isinstance(frame, frames.BatchRun):
             self._slowest[batch.replica_id] = max(frame.seconds, self._slowest.get(batch.replica_id, 0.0))
 
     # --- what that means

@@ -310,7 +310,7 @@ async def test_images_that_do_not_fit_into_memory_are_streamed(tmp_path: Path, m
     import keras
 
     from node.engine import training as engine_training
-    from node.engine.shards import Part
+    from node.engine.shards import ShardPart
 
     monkeypatch.setattr(engine_training, "MEMORY_LIMIT_BYTES", 0)
     files = Files(tmp_path)
@@ -318,9 +318,9 @@ async def test_images_that_do_not_fit_into_memory_are_streamed(tmp_path: Path, m
     layers = [keras.layers.Flatten(), keras.layers.Dense(2, activation="softmax")]
     model = keras.Sequential([keras.Input((6, 6, 3)), *layers])
     model.compile(optimizer=keras.optimizers.Adam(0.01), loss="categorical_crossentropy", metrics=["accuracy"])
-    session = engine_training.Session(model, seed=0)
+    session = engine_training.TrainingSession(model, seed=0)
     task = training(shards[0].blob, shards, format=IMAGES, batch_size=16)
-    session.use_data(task, [Part(files.paths[shard.blob.sha256], 0, shard.count) for shard in shards])
+    session.use_data(task, [ShardPart(files.paths[shard.blob.sha256], 0, shard.count) for shard in shards])
     outcomes = [session.train(640, 60, threading.Event(), lambda done, metrics: None) for _ in range(3)]
     assert [outcome.samples for outcome in outcomes] == [640] * 3
     assert outcomes[-1].metrics["accuracy"] > 0.9

@@ -131,16 +131,16 @@ async def test_files_that_do_not_fit_into_memory_are_streamed(
 ) -> None:
     """In this process, where the limit can be lowered."""
     from node.engine import training as engine_training
-    from node.engine.shards import Part
+    from node.engine.shards import ShardPart
 
     monkeypatch.setattr(engine_training, "MEMORY_LIMIT_BYTES", 0)
     files = Files(tmp_path / "blobs")
     folder = (write_texts if kind == "texts" else write_tones)(tmp_path / "data", 64)
     dataset = packed(files, folder, tmp_path)
     model = text_model(folder, optimizer=_adam()) if kind == "texts" else audio_model(optimizer=_adam())
-    session = engine_training.Session(model, seed=0)
+    session = engine_training.TrainingSession(model, seed=0)
     task = training(dataset.shards[0].blob, dataset.shards, format=dataset.format, batch_size=16)
-    session.use_data(task, [Part(files.paths[shard.blob.sha256], 0, shard.count) for shard in dataset.shards])
+    session.use_data(task, [ShardPart(files.paths[shard.blob.sha256], 0, shard.count) for shard in dataset.shards])
     outcomes = [session.train(640, 60, threading.Event(), lambda done, metrics: None) for _ in range(3)]
     assert [outcome.samples for outcome in outcomes] == [640] * 3
     assert outcomes[-1].metrics["accuracy"] > 0.9
@@ -174,7 +174,7 @@ async def test_a_group_of_one_takes_the_steps_of_keras(
         steps=5,
         begins=True,
     )
-    member = synchronous.Member(task, files.paths, tmp_path)
+    member = synchronous.GroupMember(task, files.paths, tmp_path)
     member.train(task, threading.Event(), lambda done, metrics: None)
     model.fit(reshaped(x, model), y, batch_size=64, epochs=5, shuffle=False, verbose=0)
     for ours, theirs in zip(member.model.get_weights(), model.get_weights(), strict=True):

@@ -39,16 +39,16 @@ async def test_tracing_leaves_no_trace(tmp_path: Path) -> None:
     """In this process, where all variables can be looked at: weights, statistics, dropout's seeds, optimizer, metrics."""
     import keras
 
-    from node.engine.shards import Part
-    from node.engine.training import Session
+    from node.engine.shards import ShardPart
+    from node.engine.training import TrainingSession
 
     x, y = blobs(96)
     files = Files(tmp_path)
     for optimizer in ("adam", keras.optimizers.SGD(0.1, momentum=0.9, use_ema=True, ema_momentum=0.9)):
         model = dense(optimizer=optimizer)
         (shard,) = files.arrays(1, x=x, y=y)
-        session = Session(model, seed=0)
-        session.use_data(training(shard.blob, (shard,)), [Part(files.paths[shard.blob.sha256], 0, 96)])
+        session = TrainingSession(model, seed=0)
+        session.use_data(training(shard.blob, (shard,)), [ShardPart(files.paths[shard.blob.sha256], 0, 96)])
         model.optimizer.build(model.trainable_variables)
         assert any("seed" in variable.path for variable in model.variables)
         state = {variable.path: variable.numpy() for variable in (*model.variables, *model.optimizer.variables)}
@@ -65,8 +65,8 @@ async def test_tracing_leaves_no_trace(tmp_path: Path) -> None:
 
 async def test_a_rehearsal_that_is_broken_off_is_no_beginning(tmp_path: Path) -> None:
     """Else the first round would begin from weights that are nobody's."""
-    from node.engine.shards import Part
-    from node.engine.training import Session
+    from node.engine.shards import ShardPart
+    from node.engine.training import TrainingSession
 
     class SetAtTheSecondLook(threading.Event):
         looks = 0
@@ -78,13 +78,13 @@ async def test_a_rehearsal_that_is_broken_off_is_no_beginning(tmp_path: Path) ->
     x, y = blobs(64)
     files = Files(tmp_path)
     (shard,) = files.arrays(1, x=x, y=y)
-    session = Session(dense(), seed=0)
-    session.use_data(training(None, (shard,)), [Part(files.paths[shard.blob.sha256], 0, shard.count)])
+    session = TrainingSession(dense(), seed=0)
+    session.use_data(training(None, (shard,)), [ShardPart(files.paths[shard.blob.sha256], 0, shard.count)])
     with pytest.raises(Cancelled):
         session.rehearse(SetAtTheSecondLook(), lambda: None)
     assert session.begun
-    fresh = Session(dense(), seed=0)
-    fresh.use_data(training(None, (shard,)), [Part(files.paths[shard.blob.sha256], 0, shard.count)])
+    fresh = TrainingSession(dense(), seed=0)
+    fresh.use_data(training(None, (shard,)), [ShardPart(files.paths[shard.blob.sha256], 0, shard.count)])
     fresh.rehearse(threading.Event(), lambda: None)
     assert not fresh.begun
 
@@ -231,13 +231,13 @@ async def test_pixels_in_arrays_are_scaled_as_they_are_in_requests(
     from node.engine import fitting, inputs
     from node.engine.pixels import expected
     from node.engine.runtime import signature
-    from node.engine.shards import Part
+    from node.engine.shards import ShardPart
 
     pixels = np.random.default_rng(0).integers(0, 256, (3, 5, 7, 3), np.uint8)
     first = keras.layers.Rescaling(1 / 255) if rescaled else keras.layers.ReLU()
     model = keras.Sequential([keras.Input((5, 7, 3)), first])
     files = Files(tmp_path)
-    parts = [Part(files.paths[shard.blob.sha256], 0, shard.count) for shard in files.arrays(1, x=pixels)]
+    parts = [ShardPart(files.paths[shard.blob.sha256], 0, shard.count) for shard in files.arrays(1, x=pixels)]
     data, options = DataFormat(kind="arrays", inputs=("x",)), ImageOptions(height=5, width=7, scale=scale)
     source = inputs.source_for(model, data, options)
     asked = [from_numpy("x", pixels)]
@@ -385,16 +385,16 @@ async def test_what_is_told_later_of_the_images_is_no_reason_to_decode_them_agai
     """The first round is on its way before anybody knows the size and scale that a model takes."""
     import keras
 
-    from node.engine.shards import Part
-    from node.engine.training import Session
+    from node.engine.shards import ShardPart
+    from node.engine.training import TrainingSession
 
     files = Files(tmp_path)
     shards = [files.images(pictures(4, size)) for size in (12, 13)]
-    parts = [Part(files.paths[shard.blob.sha256], 0, shard.count) for shard in shards]
+    parts = [ShardPart(files.paths[shard.blob.sha256], 0, shard.count) for shard in shards]
     model = keras.Sequential([keras.Input((12, 12, 3)), keras.layers.Flatten(), keras.layers.Dense(2)])
     model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     decoded = watched(monkeypatch)
-    session = Session(model, 0)
+    session = TrainingSession(model, 0)
     task = training(files.put(b"the model's file"), tuple(shards), format=IMAGES, batch_size=4)
     session.use_data(task, parts)
     assert session.image is not None
@@ -409,15 +409,15 @@ async def test_parts_that_stay_are_not_decoded_again(tmp_path: Path, monkeypatch
     import keras
 
     from node.engine import inputs
-    from node.engine.shards import Part
+    from node.engine.shards import ShardPart
 
     files = Files(tmp_path)
     shards = [files.images(pictures(4, size)) for size in (12, 13, 14)]
-    parts = [Part(files.paths[shard.blob.sha256], 0, shard.count) for shard in shards]
+    parts = [ShardPart(files.paths[shard.blob.sha256], 0, shard.count) for shard in shards]
     model = keras.Sequential([keras.Input((12, 12, 3)), keras.layers.Flatten(), keras.layers.Dense(2)])
     source = inputs.source_for(model, IMAGES, None)
     decoded = watched(monkeypatch)
-    known: dict[Part, Any] = {}
+    known: dict[ShardPart, Any] = {}
     source.load(parts[:2], known)
     (moved,) = source.load([parts[2], parts[1]], known)
     assert decoded == parts

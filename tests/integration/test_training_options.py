@@ -307,7 +307,7 @@ def test_a_schedule_follows_the_samples_of_the_cluster(every: int | None, policy
     """Also around an optimizer that accumulates gradients, and one that scales the loss."""
     import keras
 
-    from node.engine.training import Session
+    from node.engine.training import TrainingSession
 
     keras.config.set_dtype_policy(policy)
     try:
@@ -315,7 +315,7 @@ def test_a_schedule_follows_the_samples_of_the_cluster(every: int | None, policy
         schedule = keras.optimizers.schedules.PiecewiseConstantDecay([50], [0.1, 0.2])
         model.compile(keras.optimizers.SGD(schedule, gradient_accumulation_steps=every), "mse")
         model.optimizer.build(model.trainable_variables)
-        session = Session(model, seed=0)
+        session = TrainingSession(model, seed=0)
         session._batch = 32
         session.follow(3200)
         assert float(model.optimizer.learning_rate) == pytest.approx(0.2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from coordinator.plans.job import CHOICES_LIMIT, AnyEvent, Decision, Job, Record
+from coordinator.plans.job import CHOICES_LIMIT, AnyEvent, Choose, Decision, Job
 from coordinator.plans.placement import ClusterView
 from potluck.wire import codec
 
@@ -25,7 +25,7 @@ def planned(
         for event in events:
             again.apply(codec.unpack(codec.pack(event), AnyEvent))  # type: ignore[arg-type]
         assert again.plan(view) == decisions, "a job that was replayed plans otherwise"
-        choices = [decision.event for decision in decisions if isinstance(decision, Record)]
+        choices = [decision.event for decision in decisions if isinstance(decision, Choose)]
         if not choices:
             return decisions
         for event in choices:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 
 from msgspec.structs import replace
 
-from coordinator.plans.job import Attempt, Decision, OfTraining, Record, StrategyChosen, Training
+from coordinator.plans.job import Attempt, Choose, Decision, OfTraining, StrategyChosen, Training
 from coordinator.plans.placement import ClusterView, NodeView
 from coordinator.plans.training.costs import Costs, Prediction, bandwidth_of, predict
 from coordinator.plans.training.rounds import RoundsStrategy
@@ -41,7 +41,7 @@ class AutoStrategy(RoundsStrategy):
 
     def plan(self, view: ClusterView, attempts: dict[str, Attempt]) -> list[Decision]:
         if not self.chosen and self.round and (found := self.prediction(view)) is not None:
-            return [Record(StrategyChosen(at=view.now, chosen=found.choice, why=found.words(found.choice)))]
+            return [Choose(StrategyChosen(at=view.now, chosen=found.choice, why=found.words(found.choice)))]
         return super().plan(view, attempts)
 
     def progress(

@@ -22,6 +22,7 @@ from coordinator.plans.job import (
     CHECK,
     VALIDATION,
     Attempt,
+    Choose,
     CloseEpoch,
     CloseRound,
     Complete,
@@ -30,7 +31,6 @@ from coordinator.plans.job import (
     Lease,
     OfTraining,
     ReadyAgain,
-    Record,
     RoundClosed,
     RoundPlanned,
     StopAsked,
@@ -406,7 +406,7 @@ class RoundsStrategy:
         if view.now <= self.slow_at:
             return []
         stale = tuple(sorted(node_id for node_id in self.slow if self.readiness.stale(node_id, view.now)))
-        return [Record(ReadyAgain(at=view.now, nodes=stale))] if stale else []
+        return [Choose(ReadyAgain(at=view.now, nodes=stale))] if stale else []
 
     def _plan_warm_ups(self, view: ClusterView, attempts: dict[str, Attempt]) -> list[Decision]:
         """Nodes that are to get ready, and those of which nothing is to be expected any more."""
@@ -477,7 +477,7 @@ class RoundsStrategy:
         data, shares = self._assignment(rates)
         if (data, shares, slow) != (self.assigned, self.shares, self.slow):
             planned = RoundPlanned(at=view.now, round=self.round, assigned=data, shares=shares, slow=slow)
-            return [Record(planned)]
+            return [Choose(planned)]
         decisions: list[Decision] = []
         for node_id, samples in parts.items():
             # Whole batches, so that no step trains on a few items only, and every node takes part.

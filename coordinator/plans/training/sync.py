@@ -15,15 +15,15 @@ from msgspec.structs import replace
 
 from coordinator.plans.job import (
     Attempt,
+    Choose,
     CloseSync,
     Decision,
-    GaveWay,
     Lease,
     OfTraining,
-    Record,
     RoundBroken,
     RoundClosed,
     RoundPlanned,
+    StoodStill,
     Training,
     Withdraw,
 )
@@ -143,7 +143,7 @@ class SyncStrategy(RoundsStrategy):
         match event:
             case RoundBroken() if event.round == self.round:
                 self.broken = self.broken or event.reason
-            case GaveWay():
+            case StoodStill():
                 self.gave_way_at = event.at
             case _:
                 super().happened(event)
@@ -239,7 +239,7 @@ class SyncStrategy(RoundsStrategy):
         else:
             chosen, slow = group.first_members(self.batch, left, rates, took)
         if slow != self.slow:
-            return [Record(RoundPlanned(at=view.now, round=self.round, slow=slow))]
+            return [Choose(RoundPlanned(at=view.now, round=self.round, slow=slow))]
         shares = group.shares(self.batch, {name: rates[name] for name in chosen}, self.batches if whole else {})
         begins = not whole or shares.keys() != set(self.members)  # a new one, or one so slow that it gets nothing
         ranked = list(shares) if begins else list(self.members)
@@ -283,12 +283,12 @@ class SyncStrategy(RoundsStrategy):
         patience = max(FORMING_SECONDS, FORMING_FACTOR * slowest) if self.begins else STUCK_SECONDS
         gives_way = any(node.gives_way and node.node_id in self.members for node in view.nodes)
         if gives_way and view.now - self.gave_way_at >= GAVE_WAY_SECONDS:
-            return [Record(GaveWay(at=view.now))]
+            return [Choose(StoodStill(at=view.now))]
         began = view.now if gives_way else max(self.opened_at, self.gave_way_at)
         late = view.now - began > max(patience, STUCK_FACTOR * self.planned_seconds)
         if late and not self.broken:
             reason = "its members wait for each other: can all of them reach the others' addresses?"
-            return [Record(RoundBroken(at=view.now, round=self.round, reason=reason))]
+            return [Choose(RoundBroken(at=view.now, round=self.round, reason=reason))]
         if not self.broken:
             return []
         return [Withdraw(attempt.attempt_id, f"the group is no more: {self.broken}") for attempt in mine]

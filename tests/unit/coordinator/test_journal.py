@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.journal import Journal, Place
+from coordinator.journal import Journal, Position
 from coordinator.plans.job import AnyEvent, AttemptEnded, JobStarted
 from potluck.errors import Conflict, NotFound, Unavailable
 from potluck.wire import codec
@@ -157,7 +157,9 @@ def test_a_journal_from_before_there_were_beginnings_is_the_oldest(tmp_path: Pat
     again.close()
 
 
-async def followed(journal: Journal, streams: dict[str, list[bytes]], place: Place | None, limit: int = 1000) -> Place:
+async def followed(
+    journal: Journal, streams: dict[str, list[bytes]], place: Position | None, limit: int = 1000
+) -> Position:
     """`streams` as whoever follows has them after `limit` more, and the place that they came to."""
     entries, after = await journal.follow(place, limit)
     last = place.number if place else 0
@@ -171,7 +173,9 @@ async def followed(journal: Journal, streams: dict[str, list[bytes]], place: Pla
     return after
 
 
-async def caught_up(journal: Journal, streams: dict[str, list[bytes]], place: Place | None, limit: int = 1000) -> Place:
+async def caught_up(
+    journal: Journal, streams: dict[str, list[bytes]], place: Position | None, limit: int = 1000
+) -> Position:
     while (after := await followed(journal, streams, place, limit)) != place:
         place = after
     return after
@@ -191,7 +195,7 @@ async def test_whoever_follows_has_what_is_replayed_however_seldom_they_look(
     monkeypatch.setattr("os.fsync", lambda handle: None)
     journal, chance = Journal(tmp_path / "j"), random.Random(seed)
     streams: dict[str, list[bytes]] = {}
-    place: Place | None = None
+    place: Position | None = None
     highest = 0
     for number in range(400):
         stream = f"job/{chance.randrange(8)}"

@@ -13,9 +13,9 @@ from coordinator.copies.plan import (
     GONE_SECONDS,
     RESEND_SECONDS,
     REST_SECONDS,
+    CopyPlace,
     Hold,
     Holding,
-    Place,
     Release,
 )
 from potluck.wire.messages import BlobRef
@@ -29,8 +29,8 @@ def blobs(*numbers: int) -> dict[str, BlobRef]:
     return {blob(number).sha256: blob(number) for number in numbers}
 
 
-A, B, C = Place("a"), Place("b"), Place("c")
-HERE = Place("here", elsewhere=False)
+A, B, C = CopyPlace("a"), CopyPlace("b"), CopyPlace("c")
+HERE = CopyPlace("here", elsewhere=False)
 ONE, TWO = blob(1).sha256, blob(2).sha256
 
 
@@ -123,7 +123,7 @@ class Nodes(RuleBasedStateMachine):
         self.holding = Holding()
         self.now = 0.0
         self.models = blobs(1, 2, 3)
-        self.online: dict[str, Place] = {"a": A, "b": B}
+        self.online: dict[str, CopyPlace] = {"a": A, "b": B}
         self.disks: dict[str, set[str]] = {name: set() for name in ("a", "b", "c", "here")}
         self.asked: list[Hold] = []
 
@@ -158,7 +158,7 @@ class Nodes(RuleBasedStateMachine):
             self.holding.stored(hold.node_id, sha256)
 
     @rule(place=st.sampled_from([A, B, C, HERE]))
-    def come_or_go(self, place: Place) -> None:
+    def come_or_go(self, place: CopyPlace) -> None:
         if self.online.pop(place.node_id, None) is None:
             self.online[place.node_id] = place
             self.holding.joined(place.node_id)

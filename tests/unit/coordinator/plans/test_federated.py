@@ -10,7 +10,7 @@ import pytest
 from msgspec.structs import replace
 
 from coordinator.dispatch.outer import nova_scales
-from coordinator.plans.job import Attempt, CloseEpoch, CloseRound, Complete, JobSubmitted, Lease, Record, RoundClosed
+from coordinator.plans.job import Attempt, Choose, CloseEpoch, CloseRound, Complete, JobSubmitted, Lease, RoundClosed
 from coordinator.plans.node_data import NodesEvaluation, described, fits, joined
 from coordinator.plans.placement import ClusterView, NodeView
 from coordinator.plans.strategies import strategy_for
@@ -108,7 +108,7 @@ class Play:
         decisions = self.strategy.plan(view, self.attempts)
         assert repr(self.strategy) == before, "a plan changed the state"
         for decision in decisions:
-            if isinstance(decision, Record):
+            if isinstance(decision, Choose):
                 self.strategy.happened(decision.event)
                 return self.plan(*names)
             if isinstance(decision, Lease):

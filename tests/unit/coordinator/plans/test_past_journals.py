@@ -11,7 +11,7 @@ from typing import Any
 import msgpack
 import pytest
 
-from coordinator.plans.job import AnyEvent, AttemptLeased, Job, JobSubmitted, Record, settled
+from coordinator.plans.job import AnyEvent, AttemptLeased, Choose, Job, JobSubmitted, settled
 from coordinator.plans.past import with_choices
 from coordinator.plans.placement import ClusterView, NodeView
 from coordinator.plans.strategies import strategy_for
@@ -45,7 +45,7 @@ def test_an_earlier_journal_is_read_and_planned_from_at_every_event(path: Path) 
     for count in range(1, len(kept["events"]) + 1):
         job, at = replayed(kept, count)
         decisions = settled(job, ClusterView(VIEWS, at), job.apply)
-        assert not any(isinstance(decision, Record) for decision in decisions)
+        assert not any(isinstance(decision, Choose) for decision in decisions)
     job, _ = replayed(kept, len(kept["events"]))
     strategy = job.strategy
     assert isinstance(strategy, RoundsStrategy)

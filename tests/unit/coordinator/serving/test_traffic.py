@@ -14,7 +14,7 @@ from coordinator.serving.records import (
     Retired,
     Routed,
     Settled,
-    Undeployed,
+    TakenDown,
     Woken,
 )
 from coordinator.serving.traffic import ANSWERS_LEAST, Traffic, worse
@@ -135,8 +135,8 @@ class Life(RuleBasedStateMachine):
         self.record(Deployed(name=f"m:{version}", model=MODEL, wanted=wanted, asked=spec))
 
     @precondition(lambda self: self.records.deployments)
-    @rule(data=st.data(), what=st.sampled_from((Settled, Woken, Retired, Undeployed)))
-    def change(self, data: st.DataObject, what: type[Settled | Woken | Retired | Undeployed]) -> None:
+    @rule(data=st.data(), what=st.sampled_from((Settled, Woken, Retired, TakenDown)))
+    def change(self, data: st.DataObject, what: type[Settled | Woken | Retired | TakenDown]) -> None:
         self.record(what(name=data.draw(st.sampled_from(sorted(self.records.deployments)))))
 
     @precondition(lambda self: self.records.deployments)
@@ -182,5 +182,5 @@ def test_a_journal_from_before_there_was_traffic_means_the_newest_version_that_w
     assert records.traffic["m"].stable == "m:1"
     records.apply(Settled(name="m:2"))
     assert records.traffic["m"].stable == "m:2"
-    records.apply(Undeployed(name="m:2"))
+    records.apply(TakenDown(name="m:2"))
     assert records.traffic["m"].stable == "m:1"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from node.engine.fitting import Array
-from node.engine.replicas import Replicas, warm_up
+from node.engine.replicas import LoadedReplicas, warm_up
 from potluck.errors import InvalidModel, ModelFailed, OutOfMemory, PotluckError
 from potluck.wire.messages import Signature, TensorSpec
 from potluck.wire.tensors import from_numpy, to_numpy
@@ -84,7 +84,7 @@ def test_sizes_for_which_there_is_no_memory_are_left_cold() -> None:
 
 
 def test_requests_that_do_not_fit_together_run_one_by_one() -> None:
-    replicas = Replicas(lambda model_format, path: Model(lambda rows: rows, breaks_at=2, error=OutOfMemory))
+    replicas = LoadedReplicas(lambda model_format, path: Model(lambda rows: rows, breaks_at=2, error=OutOfMemory))
     replicas.load("r", "keras", Path("model"), 2, 1.0)
     outcomes = replicas.infer("r", [(from_numpy("x", np.zeros((rows, 4), np.float32)),) for rows in (1, 2, 3, 1)])
     assert [outcome.error.code if outcome.error else "" for outcome in outcomes] == ["", "", "out_of_memory", ""]
@@ -98,7 +98,7 @@ def test_what_is_invented_for_a_model_proves_nothing_against_it() -> None:
 
 
 def test_a_batch_is_filled_up_with_a_row_that_it_has() -> None:
-    replicas = Replicas(lambda model_format, path: Model(even, takes=(7.0, 8.0)))
+    replicas = LoadedReplicas(lambda model_format, path: Model(even, takes=(7.0, 8.0)))
     replicas.load("r", "keras", Path("model"), 4, 1.0)
     rows = np.array([[7.0] * 4, [7.0] * 4, [8.0] * 4], np.float32)
     (outcome,) = replicas.infer("r", [(from_numpy("x", rows),)])
@@ -107,7 +107,7 @@ def test_a_batch_is_filled_up_with_a_row_that_it_has() -> None:
 
 
 def test_who_is_at_fault_is_open_until_something_has_run() -> None:
-    replicas = Replicas(lambda model_format, path: Model(even, takes=(7.0,)))
+    replicas = LoadedReplicas(lambda model_format, path: Model(even, takes=(7.0,)))
     replicas.load("r", "keras", Path("model"), 4, 1.0)
 
     def said(value: float) -> str:

@@ -28,16 +28,16 @@ def load(number: int, replica_id: str = "m:1/1") -> frames.LoadReplica:
     return frames.LoadReplica(number=number, replica_id=replica_id, path="")
 
 
-def infer(number: int, replica_id: str = "m:1/1", expires: float = 0.0) -> frames.Infer:
-    return frames.Infer(number=number, replica_id=replica_id, requests=(), expires=expires)
+def infer(number: int, replica_id: str = "m:1/1", expires: float = 0.0) -> frames.RunBatch:
+    return frames.RunBatch(number=number, replica_id=replica_id, requests=(), expires=expires)
 
 
 def loaded(number: int) -> frames.ReplicaLoaded:
     return frames.ReplicaLoaded(number=number, signature=Signature(inputs=(), outputs=()), resident_bytes=0)
 
 
-def inferred(number: int, seconds: float = 0.1) -> frames.Inferred:
-    return frames.Inferred(number=number, outcomes=(), seconds=seconds)
+def inferred(number: int, seconds: float = 0.1) -> frames.BatchRun:
+    return frames.BatchRun(number=number, outcomes=(), seconds=seconds)
 
 
 @dataclass
