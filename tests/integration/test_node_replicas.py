@@ -195,6 +195,7 @@ async def test_the_engine_of_a_replica_is_not_idle(lab: Lab) -> None:
 
 async def test_an_older_coordinator_unloads_nothing(lab: Lab) -> None:
     await lab.node()
+    await lab.online(epoch=3)
     await lab.load(REPLICA, epoch=3)
     await lab.heard(ModelLoaded)
     await lab.command(UnloadModel(epoch=2, replica_id=REPLICA))
