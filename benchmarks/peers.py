@@ -17,6 +17,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -75,11 +76,11 @@ class Peer:
 
     def _stop(self) -> None:
         self._process.send_signal(signal.SIGTERM)
-        try:
+        with suppress(subprocess.TimeoutExpired):
             self._process.wait(20)
-        except subprocess.TimeoutExpired:
+        with suppress(ProcessLookupError):  # what it started and did not end: LitServe leaves its workers
             os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+        self._process.wait()
 
     def _run(self, command: list[str], environment: Mapping[str, str]) -> None:
         with (self.folder / "log").open("wb") as log:
