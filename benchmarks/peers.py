@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -52,7 +53,7 @@ def install(*names: str) -> None:
         stamp.write_text("\n".join(packages))
 
 
-class Peer:
+class Peer(ABC):
     """A server of the model at `path`, from `__enter__` to `__exit__`; it takes requests at `url`."""
 
     def __init__(self, name: str, folder: Path) -> None:
@@ -71,8 +72,9 @@ class Peer:
     ) -> None:
         self._stop()
 
+    @abstractmethod
     def _start(self) -> None:
-        raise NotImplementedError
+        """Run it, and return once it answers."""
 
     def _stop(self) -> None:
         self._process.send_signal(signal.SIGTERM)

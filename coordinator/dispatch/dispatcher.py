@@ -11,6 +11,7 @@ import copy
 import logging
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import suppress
 from dataclasses import replace as replace_view
@@ -85,6 +86,8 @@ REST_FACTOR = 10.0
 REST_LIMIT_SECONDS = 0.02
 """After planning it rests for so many times as long as the plans alone took, and no longer than this: they cost by nodes, and not by
 what happened."""
+ENDLESS_LIMIT = 10
+"""So often a plan of a job may go on choosing before the job fails."""
 ROOM_SECONDS = 5.0
 """How long an action waits that had no room on our disk, before it is tried again."""
 
@@ -124,6 +127,8 @@ class Dispatcher:
         self._planning_seconds = self._rest_seconds = 0.0
         self._doubts: dict[str, Doubts] = {}
         """By job. In memory only: after a restart a loss that is no number is doubted anew."""
+        self._endless: Counter[str] = Counter()
+        """How often a plan of each job went on choosing."""
         self._wake = asyncio.Event()
         self._tasks: asyncio.TaskGroup | None = None
 
@@ -333,8 +338,13 @@ class Dispatcher:
         view = self._leases.view(self._clock())
         try:
             return settled(job, view, lambda event: self._record(job, event))
-        except EndlessChoices as error:
-            log.error("planning goes on choosing, and is tried again %s", fields(job=job.job_id, reason=error))
+        except (
+            EndlessChoices
+        ) as error:  # no node's fault; what was chosen stands, so that the next plan may come to an end
+            self._endless[job.job_id] += 1
+            if self._endless[job.job_id] >= ENDLESS_LIMIT:
+                raise
+            log.warning("planning goes on choosing, and is tried again %s", fields(job=job.job_id, reason=error))
             return []
         except PotluckError:
             raise
@@ -655,6 +665,7 @@ class Dispatcher:
         self._leases.forget(job)
         self._no_room = {key: at for key, at in self._no_room.items() if key[0] != job.job_id}
         self._doubts.pop(job.job_id, None)
+        self._endless.pop(job.job_id, None)
         for forgotten in self._store.ended(job, final):
             self._announcer.forget(forgotten)
         self._packed.ended(job.submitted.spec)

@@ -18,7 +18,7 @@ from coordinator.plans.job import (
     Job,
     JobFinished,
     JobSubmitted,
-    ReadyAgain,
+    MeasureAgain,
     RoundBroken,
     RoundPlanned,
     StoodStill,
@@ -67,7 +67,7 @@ SOON = (
     | AttemptEnded
     | StrategyChosen
     | RoundPlanned
-    | ReadyAgain
+    | MeasureAgain
     | RoundBroken
     | StoodStill
 )

@@ -157,7 +157,7 @@ class RoundPlanned(Event, frozen=True):
     slow: dict[str, str] = {}
 
 
-class ReadyAgain(Event, frozen=True):
+class MeasureAgain(Event, frozen=True):
     """These nodes were too slow for long enough: they are to be measured anew."""
 
     nodes: tuple[str, ...]
@@ -189,13 +189,13 @@ AnyEvent = (
     | StopAsked
     | StrategyChosen
     | RoundPlanned
-    | ReadyAgain
+    | MeasureAgain
     | RoundBroken
     | StoodStill
     | JobFinished
 )
 OfTraining = (
-    RoundClosed | EpochEnded | StopAsked | StrategyChosen | RoundPlanned | ReadyAgain | RoundBroken | StoodStill
+    RoundClosed | EpochEnded | StopAsked | StrategyChosen | RoundPlanned | MeasureAgain | RoundBroken | StoodStill
 )
 """What happens in training alone."""
 
@@ -422,7 +422,7 @@ class Job:
                 self.history.append(event.epoch)
                 self.history_bytes += _size(event.epoch)
                 self.strategy = self._training.happened(event)
-            case StopAsked() | StrategyChosen() | RoundPlanned() | ReadyAgain() | RoundBroken() | StoodStill():
+            case StopAsked() | StrategyChosen() | RoundPlanned() | MeasureAgain() | RoundBroken() | StoodStill():
                 self.strategy = self._training.happened(event)
             case JobFinished():
                 self.ended = event.result

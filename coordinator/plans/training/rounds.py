@@ -29,8 +29,8 @@ from coordinator.plans.job import (
     Decision,
     EpochEnded,
     Lease,
+    MeasureAgain,
     OfTraining,
-    ReadyAgain,
     RoundClosed,
     RoundPlanned,
     StopAsked,
@@ -308,7 +308,7 @@ class RoundsStrategy:
             case RoundPlanned():
                 self.assigned, self.shares = dict(event.assigned) or self.assigned, dict(event.shares) or self.shares
                 self.slow, self.slow_at = event.slow, event.at
-            case ReadyAgain():
+            case MeasureAgain():
                 for node_id in event.nodes:
                     self.readiness.lost(node_id)
             case _:
@@ -406,7 +406,7 @@ class RoundsStrategy:
         if view.now <= self.slow_at:
             return []
         stale = tuple(sorted(node_id for node_id in self.slow if self.readiness.stale(node_id, view.now)))
-        return [Choose(ReadyAgain(at=view.now, nodes=stale))] if stale else []
+        return [Choose(MeasureAgain(at=view.now, nodes=stale))] if stale else []
 
     def _plan_warm_ups(self, view: ClusterView, attempts: dict[str, Attempt]) -> list[Decision]:
         """Nodes that are to get ready, and those of which nothing is to be expected any more."""

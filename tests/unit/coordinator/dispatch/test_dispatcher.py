@@ -18,7 +18,15 @@ from coordinator.dispatch.jobstore import JobStore
 from coordinator.dispatch.leases import Leases
 from coordinator.journal import Journal
 from coordinator.membership import Membership
-from coordinator.plans.job import AnyEvent, AttemptEnded, AttemptFinished, AttemptLeased, Job
+from coordinator.plans.job import (
+    AnyEvent,
+    AttemptEnded,
+    AttemptFinished,
+    AttemptLeased,
+    EndlessChoices,
+    Job,
+    settled,
+)
 from coordinator.registry import Registry
 from potluck.blobs.store import BlobStore
 from potluck.bus.exchange import Envelope
@@ -181,6 +189,28 @@ async def test_jobs_get_free_slots_in_turn(lab: Lab) -> None:
     jobs = [lab.submit(f"q{number}") for number in range(6)]
     await eventually(lambda: all(job.leased_at for job in jobs), timeout_seconds=5)
     assert not any(job.ended for job in jobs), "the last has begun before the first has ended"
+
+
+async def test_a_job_whose_plan_goes_on_choosing_ends_and_no_node_is_blamed(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await lab.node("n1")
+    other = lab.submit()
+
+    def goes_on(job: Job, view: Any, record: Any) -> list[Any]:
+        if job is other:
+            return settled(job, view, record)
+        raise EndlessChoices("for ever")
+
+    monkeypatch.setattr("coordinator.dispatch.dispatcher.settled", goes_on)
+    job = lab.submit("endless")
+    await eventually(lambda: job.ended is not None, timeout_seconds=10)
+    assert job.ended is not None
+    assert job.ended.error is not None
+    assert (job.ended.error.code, "for ever" in job.ended.error.message) == ("internal", True)
+    assert lab.membership.quarantined() == {}
+    await eventually(lambda: other.ended is not None)
+    assert loss(other) == 2.0
 
 
 async def test_a_coordinator_that_starts_again_goes_on_where_it_was(lab: Lab) -> None:
