@@ -5,7 +5,7 @@ PYTHON := $(shell for try in "python3 14" "python3.13 14" "python3.12 14" "pytho
 	$$1 -c "import sys; sys.exit(not (3, 11) <= sys.version_info < (3, $$2))" 2>/dev/null && { command -v $$1; break; }; done)
 VENV := .venv
 BIN := $(VENV)/bin
-# What old packages say to new ones that they rest on is no matter of ours.
+# Warnings of old packages about newer ones that they use: we cannot change those.
 OLD := -W ignore::DeprecationWarning -W ignore::UserWarning
 EXTRAS := engine,litert,broker,tfrecord,parquet,demo
 INSTALL := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check $(NEWEST) $(LIMITS:%=--constraint=%)
