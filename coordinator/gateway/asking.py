@@ -11,7 +11,8 @@ from coordinator.gateway.answers import Handler, compressed, guarded
 from coordinator.gateway.bodies import Bodies
 from coordinator.gateway.shelf import Shelf
 from coordinator.registry import Registry
-from coordinator.serving.inference import INPUT_LIMIT_BYTES, Inference, size_bytes
+from coordinator.serving.inference import Inference
+from coordinator.serving.inputs import INPUT_LIMIT_BYTES, size_bytes
 from coordinator.serving.serving import Serving
 from potluck.errors import InvalidRequest
 from potluck.settings import CoordinatorSettings

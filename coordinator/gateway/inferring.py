@@ -14,7 +14,7 @@ from coordinator.gateway import binary
 from coordinator.gateway.answers import encoded
 from coordinator.gateway.asking import Asking
 from coordinator.gateway.bodies import beside, decoded
-from coordinator.serving.inference import size_bytes
+from coordinator.serving.inputs import size_bytes
 from potluck.errors import InvalidRequest
 from potluck.scores import of_classes
 from potluck.wire.messages import Count, Inferred, ModelInfo, Signature, Tensor

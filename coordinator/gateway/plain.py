@@ -13,7 +13,7 @@ from coordinator.gateway import forms, json_arrays, streaming
 from coordinator.gateway.answers import encoded, guarded
 from coordinator.gateway.asking import Asking
 from coordinator.gateway.bodies import beside, plain
-from coordinator.serving.inference import size_bytes
+from coordinator.serving.inputs import size_bytes
 from potluck.data import images, items
 from potluck.errors import InvalidData, InvalidRequest
 from potluck.scores import of_classes

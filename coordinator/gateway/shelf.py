@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 
 from msgspec.structs import replace
 
-from coordinator.serving.inference import INPUT_LIMIT_BYTES, size_bytes
+from coordinator.serving.inputs import INPUT_LIMIT_BYTES, size_bytes
 from potluck.blobs.download import Downloader
 from potluck.blobs.store import BlobStore
 from potluck.errors import TooLarge, Unavailable

@@ -16,7 +16,7 @@ from coordinator.gateway import json_arrays, tensorflow_inputs
 from coordinator.gateway.answers import encoded, guarded
 from coordinator.gateway.asking import Asking
 from coordinator.gateway.bodies import beside, plain
-from coordinator.serving.inference import size_bytes
+from coordinator.serving.inputs import size_bytes
 from potluck.errors import InvalidRequest, NotFound
 from potluck.scores import of_classes
 from potluck.wire.messages import Signature, Tensor, TensorSpec

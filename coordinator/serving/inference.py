@@ -8,25 +8,22 @@ import time
 from collections.abc import Callable, Mapping
 from math import inf
 
-from msgspec.structs import replace
-
 from coordinator.registry import Registry
 from coordinator.serving.batches import Batch, Request
 from coordinator.serving.deployments import name_of, node_of
 from coordinator.serving.hedging import LEAST_SECONDS
+from coordinator.serving.inputs import as_sent, batched, rows_of, taken
 from coordinator.serving.metrics import ServingMetrics
 from coordinator.serving.router import Router
 from coordinator.serving.traffic import Traffic
 from potluck.bus.mqtt import Bus, Envelope
 from potluck.bus.outbox import Outbox
-from potluck.errors import InvalidRequest, ModelFailed, NotFound, PotluckError, TimedOut, TooLarge
+from potluck.errors import InvalidRequest, ModelFailed, NotFound, PotluckError, TimedOut
 from potluck.logs import fields
 from potluck.settings import CoordinatorSettings
-from potluck.wire.addresses import check_holders
 from potluck.wire.deadlines import deadline, too_late
 from potluck.wire.failures import as_error
 from potluck.wire.messages import (
-    INLINE_LIMIT_BYTES,
     BlobRef,
     CancelInfer,
     CancelInference,
@@ -36,24 +33,19 @@ from potluck.wire.messages import (
     Inferred,
     RequestOutcome,
     RunInference,
+    Signature,
     Tensor,
-    TensorSpec,
 )
 from potluck.wire.specs import matched
-from potluck.wire.tensors import plain
 from potluck.wire.topics import Topics
 
 log = logging.getLogger(__name__)
 
-INPUT_LIMIT_BYTES = INLINE_LIMIT_BYTES - 16 * 1024
-"""Inputs of one request: with what goes around them they fit into a message."""
 BATCH_SECONDS = 10.0
 """A batch that is away for longer is asked again elsewhere: it runs at QoS 0, and a node may be frozen.
 
 Where requests may take longer than usual (`inference_seconds`), a third of that: there are two tries more.
 """
-ROWS_COUNTED = 1024
-"""A request counts for at most so many rows: what it claims of a blob is seen to be true only by whoever has fetched it."""
 MOVED_BYTES_PER_SECOND = 100e6
 """How fast a node fetches inputs that another one has: what a gigabit network carries, about."""
 SHADOW_QUEUE_LIMIT = 8
@@ -242,11 +234,10 @@ class Inference:
                 raise TimedOut(too_late(message, now, "the coordinator's"))
             router = self._route(model)
             name = router.name
-            inputs = self._batched(name, message.inputs)
-            request = self._submit(router, model, inputs, answer, now, until, message.priority)
+            request = self._submit(router, model, message.inputs, answer, now, until, message.priority)
             if message.id and not request.answered:
                 self._asked[key] = router, request
-            self._copy(model, inputs, now, until)
+            self._copy(model, message.inputs, now, until)
         except PotluckError as error:
             answer(error)
 
@@ -310,23 +301,14 @@ class Inference:
         deadline: float,
         priority: int = 0,
     ) -> Request:
-        if not inputs:
-            raise InvalidRequest("a request needs at least one input tensor")
-        for tensor in inputs:
-            if isinstance(tensor.data, BlobRef):
-                check_holders(tensor.data.holders, f"input {tensor.name[:80]!r}")
-        # Lists as bytes: they are checked here, where only their own request can fail, and do not grow on their way.
-        inputs = tuple([plain(tensor) if isinstance(tensor.data, list) else tensor for tensor in inputs])
-        size = sum([size_bytes(tensor) for tensor in inputs])
-        if size > INPUT_LIMIT_BYTES:
-            raise TooLarge(
-                f"the inputs are {size} bytes, and {INPUT_LIMIT_BYTES} go into a message: send fewer rows at once, or a blob"
-            )
-        self._check(router.name, model, inputs)
+        signature = self._registry.model(router.name).signature
+        inputs, size = as_sent(batched(inputs, signature))
+        if signature is not None and signature.inputs:  # else nothing is known of what it takes
+            self._check(router.name, model, inputs, signature)
         self.asked_at[router.name] = now
         if not router.lanes:
             self.on_demand(router)
-        request = Request(inputs, answer, deadline, size, _rows(inputs[0]), priority)
+        request = Request(inputs, answer, deadline, size, rows_of(inputs[0]), priority)
         blobs = [tensor.data for tensor in inputs if isinstance(tensor.data, BlobRef)]
         if blobs:
             request.held_by = next(filter(None, [self._node_at(holder) for ref in blobs for holder in ref.holders]), "")
@@ -335,48 +317,21 @@ class Inference:
         self._pump(router)
         return request
 
-    def _batched(self, name: str, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """A single item gets the batch axis that it lacks, in all of its tensors."""
-        signature = self._registry.model(name).signature
-        if signature is None or len(signature.inputs) != len(inputs):
-            return inputs
-        specs = {spec.name: spec for spec in signature.inputs}
-        alone = signature.inputs[0] if len(inputs) == 1 else None  # its name need not be said
-        for tensor in inputs:
-            spec = alone or specs.get(tensor.name)
-            # Of such items a list of texts is a batch, and a text is an item.
-            if spec is None or len(tensor.shape) != len(spec.shape) - 1 - _is_one_text(spec):
-                return inputs
-        return tuple([replace(tensor, shape=(1, *tensor.shape)) for tensor in inputs])
-
-    def _check(self, name: str, model: str, inputs: tuple[Tensor, ...]) -> None:
+    def _check(self, name: str, model: str, inputs: tuple[Tensor, ...], signature: Signature) -> None:
         """Whether the deployment that `model` means now takes such a request. Raises InvalidRequest, naming both shapes.
 
         Where the version beside it does, that one's clients are not to blame: it is ModelFailed, which counts against this one.
         """
-        signature = self._registry.model(name).signature
-        if signature is None or not signature.inputs:  # nothing is known of what it takes
-            return
         try:
             matched(inputs, signature.inputs)
         except InvalidRequest as error:
-            if other := self._taken_by(self._traffic.get(model), name, inputs):
+            traffic = self._traffic.get(model)
+            other = traffic.beside(name) if traffic is not None else ""
+            if other and taken(inputs, self._registry.model(other).signature):
                 raise ModelFailed(
                     f"{error.message}; {other} takes this request, so {name} replaces it badly"
                 ) from error
             raise
-
-    def _taken_by(self, traffic: Traffic | None, name: str, inputs: tuple[Tensor, ...]) -> str:
-        """The version that this one is to replace, or has replaced, where a request fits that; else ""."""
-        other = "" if traffic is None else traffic.previous if name == traffic.stable else traffic.stable
-        signature = self._registry.model(other).signature if other else None
-        if signature is None:
-            return ""
-        try:
-            matched(inputs, signature.inputs)
-        except InvalidRequest:
-            return ""
-        return other
 
     def _cancel(self, asked: tuple[Router, Request] | None) -> None:
         if asked is not None:
@@ -436,28 +391,6 @@ class Inference:
             objective_seconds=router.objective_seconds,
         )
         self._outbox.publish(self._topics.node(batch.node_id, "inbox"), message, qos=0)
-
-
-def _is_one_text(spec: TensorSpec) -> bool:
-    return spec.datatype == "BYTES" and tuple(spec.shape[1:]) == (1,)
-
-
-def size_bytes(tensor: Tensor) -> int:
-    """What it takes in a message, at most: a batch that is too large would be lost with all who are in it."""
-    data = tensor.data
-    rest = 64 + len(tensor.name.encode()) + len(tensor.datatype.encode()) + 9 * len(tensor.shape)
-    if isinstance(data, bytes):
-        return len(data) + rest
-    if isinstance(data, list):
-        return sum([5 + len(text if isinstance(text, bytes) else text.encode()) for text in data]) + rest
-    return rest + sum([5 + len(holder.encode()) for holder in data.holders]) + 120
-
-
-def _rows(tensor: Tensor) -> int:
-    """How many it counts for, whatever its shape claims: others wait by that."""
-    data = tensor.data
-    most = len(data) if isinstance(data, bytes | list) else data.size
-    return min(tensor.shape[0], most, ROWS_COUNTED) or 1 if tensor.shape else 1
 
 
 def _failure(outcome: RequestOutcome | PotluckError) -> str:

@@ -66,6 +66,10 @@ class Traffic:
             return self.weight
         return 100 - (self.weight if self.canary else 0) if name == self.stable else 0
 
+    def beside(self, name: str) -> str:
+        """The version that this one is to replace, or has replaced."""
+        return self.previous if name == self.stable else self.stable
+
     def without(self, name: str) -> None:
         """It is gone. Where that was the stable version and there is none before it, nothing of what was chosen holds."""
         if self.stable == name:

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.serving.inference import size_bytes
+from coordinator.serving.inputs import size_bytes
 from potluck.bus.exchange import Envelope
 from potluck.errors import Cancelled, InvalidModel, InvalidRequest, NotFound, TimedOut, TooLarge, Unavailable
 from potluck.wire import codec, tensors

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from coordinator.serving.inference import INPUT_LIMIT_BYTES
+from coordinator.serving.inputs import INPUT_LIMIT_BYTES
 from potluck.blobs import server as blob_server
 from potluck.blobs.store import BlobStore
 from potluck.net.http import serve_http

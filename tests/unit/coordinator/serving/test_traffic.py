@@ -29,6 +29,11 @@ def everything(name: str) -> bool:
     return True
 
 
+def test_each_version_is_beside_the_one_that_it_replaces_or_has_replaced() -> None:
+    traffic = Traffic("m", stable="m:2", canary="m:3", previous="m:1")
+    assert [traffic.beside(f"m:{version}") for version in (1, 2, 3)] == ["m:2", "m:1", "m:2"]
+
+
 @given(weight=st.integers(0, 100), begin=st.integers(0, 300), step=st.integers(1, 20))
 def test_a_canary_gets_its_share_whatever_the_period_of_the_questions(weight: int, begin: int, step: int) -> None:
     traffic = Traffic("m", stable="m:1", canary="m:2", weight=weight)

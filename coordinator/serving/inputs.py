@@ -1,0 +1,82 @@
+"""Inputs of a request: whether a model takes them, and what they weigh. Pure."""
+
+from __future__ import annotations
+
+from msgspec.structs import replace
+
+from potluck.errors import InvalidRequest, TooLarge
+from potluck.wire.addresses import check_holders
+from potluck.wire.messages import INLINE_LIMIT_BYTES, BlobRef, Signature, Tensor, TensorSpec
+from potluck.wire.specs import matched
+from potluck.wire.tensors import plain
+
+INPUT_LIMIT_BYTES = INLINE_LIMIT_BYTES - 16 * 1024
+"""Inputs of one request: with what goes around them they fit into a message."""
+ROWS_COUNTED = 1024
+"""A request counts for at most so many rows: what it claims of a blob is seen to be true only by whoever has fetched it."""
+
+
+def batched(inputs: tuple[Tensor, ...], signature: Signature | None) -> tuple[Tensor, ...]:
+    """A single item gets the batch axis that it lacks, in all of its tensors."""
+    if signature is None or len(signature.inputs) != len(inputs):
+        return inputs
+    alone = signature.inputs[0] if len(inputs) == 1 else None  # its name need not be said
+    if alone is not None and len(inputs[0].shape) == len(alone.shape):  # as most are
+        return inputs
+    specs = {spec.name: spec for spec in signature.inputs}
+    for tensor in inputs:
+        spec = alone or specs.get(tensor.name)
+        # Of such items a list of texts is a batch, and a text is an item.
+        if spec is None or len(tensor.shape) != len(spec.shape) - 1 - _is_one_text(spec):
+            return inputs
+    return tuple([replace(tensor, shape=(1, *tensor.shape)) for tensor in inputs])
+
+
+def as_sent(inputs: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], int]:
+    """The same as they go to a replica, and what they take in a message at most. Raises InvalidRequest, TooLarge for what cannot go."""
+    if not inputs:
+        raise InvalidRequest("a request needs at least one input tensor")
+    for tensor in inputs:
+        if isinstance(tensor.data, BlobRef):
+            check_holders(tensor.data.holders, f"input {tensor.name[:80]!r}")
+    # Lists as bytes: they are checked here, where only their own request can fail, and do not grow on their way.
+    inputs = tuple([plain(tensor) if isinstance(tensor.data, list) else tensor for tensor in inputs])
+    size = sum([size_bytes(tensor) for tensor in inputs])
+    if size > INPUT_LIMIT_BYTES:
+        raise TooLarge(
+            f"the inputs are {size} bytes, and {INPUT_LIMIT_BYTES} go into a message: send fewer rows at once, or a blob"
+        )
+    return inputs, size
+
+
+def taken(inputs: tuple[Tensor, ...], signature: Signature | None) -> bool:
+    """Whether a model is known to take them."""
+    if signature is None:
+        return False
+    try:
+        matched(inputs, signature.inputs)
+    except InvalidRequest:
+        return False
+    return True
+
+
+def size_bytes(tensor: Tensor) -> int:
+    """What it takes in a message, at most: a batch that is too large would be lost with all who are in it."""
+    data = tensor.data
+    rest = 64 + len(tensor.name.encode()) + len(tensor.datatype.encode()) + 9 * len(tensor.shape)
+    if isinstance(data, bytes):
+        return len(data) + rest
+    if isinstance(data, list):
+        return sum([5 + len(text if isinstance(text, bytes) else text.encode()) for text in data]) + rest
+    return rest + sum([5 + len(holder.encode()) for holder in data.holders]) + 120
+
+
+def rows_of(tensor: Tensor) -> int:
+    """How many it counts for, whatever its shape claims: others wait by that."""
+    data = tensor.data
+    most = len(data) if isinstance(data, bytes | list) else data.size
+    return min(tensor.shape[0], most, ROWS_COUNTED) or 1 if tensor.shape else 1
+
+
+def _is_one_text(spec: TensorSpec) -> bool:
+    return spec.datatype == "BYTES" and tuple(spec.shape[1:]) == (1,)
