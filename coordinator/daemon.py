@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable
 from contextlib import AsyncExitStack
+from functools import partial
 
 from msgspec.structs import replace
 
@@ -32,6 +33,8 @@ from coordinator.neighbours import Neighbours
 from coordinator.plans import node_data as federated
 from coordinator.registry import Registry
 from coordinator.requests import Requests
+from coordinator.serving.bus_requests import BusRequests
+from coordinator.serving.endpoints import OneNode
 from coordinator.serving.inference import Inference
 from coordinator.serving.serving import Serving
 from potluck import lifecycle
@@ -167,13 +170,14 @@ class Coordinator:
                 topics=self.topics,
                 outbox=self._outbox,
             )
+            answers = Outbox(bus)  # of its own: nothing of control goes before an answer, or a batch
             self._inference = Inference(
-                bus=bus,
-                topics=self.topics,
                 registry=registry,
                 settings=settings,
                 node_at=self._membership.node_at,
             )
+            stack.callback(self._inference.stop)
+            bus_requests = BusRequests(self._inference, topics=self.topics, outbox=answers, settings=settings)
             self._serving = Serving(
                 topics=self.topics,
                 outbox=self._outbox,
@@ -183,6 +187,7 @@ class Coordinator:
                 journal=journal,
                 settings=settings,
                 holders=holders.of,
+                endpoint=partial(OneNode, topics=self.topics, outbox=answers),
                 epoch=journal.epoch,
             )
             jobs = JobStore(
@@ -225,7 +230,7 @@ class Coordinator:
                 sync=journal.sync,
             )
             requests = Requests(self._outbox, control)
-            self._subscribe(bus, requests)
+            self._subscribe(bus, requests, bus_requests)
 
             async def announce() -> None:
                 await self._stand_alone()
@@ -244,7 +249,7 @@ class Coordinator:
                         ("outbox", self._outbox.run()),
                         ("dispatcher", self._dispatcher.run()),
                         ("serving", self._serving.run()),
-                        ("inference", self._inference.run()),
+                        ("answers", answers.run()),
                         ("requests", requests.run()),
                         ("copies", self._copies.run()),
                         ("ticks", self._tick()),
@@ -333,11 +338,11 @@ class Coordinator:
         host = "127.0.0.1" if broker.host in ("0.0.0.0", "::", "") else broker.host  # noqa: S104 - recognised, not bound
         return broker, in_turn([(host, broker.port)])
 
-    def _subscribe(self, bus: MqttBus, requests: Requests) -> None:
+    def _subscribe(self, bus: MqttBus, requests: Requests, bus_requests: BusRequests) -> None:
         topics = self.topics
         bus.subscribe(topics.coordinator_inbox, requests.on_request)
         bus.subscribe(topics.jobs_submit, requests.on_request)
-        bus.subscribe(topics.infer("+"), self._inference.on_infer)
+        bus.subscribe(topics.infer("+"), bus_requests.on_infer)
         bus.subscribe(topics.coordinator_status, self._on_coordinator)
         bus.subscribe(topics.node("+", "outbox"), self._on_outbox)
         bus.subscribe(topics.node("+", "status"), self._on_presence)
@@ -400,7 +405,7 @@ class Coordinator:
         self._notice(self._membership.heard(node_id, time.time()))
         match envelope.message:
             case InferenceFinished() as answers:
-                self._serving.on_answers(node_id, answers)
+                self._inference.on_answers(node_id, answers)
             case BlobsStored() | HoldFailed() as of_blobs:
                 self._copies.on_node_message(node_id, of_blobs)
             case ModelLoaded() | ModelLoadFailed() | ModelUnloaded() as of_a_replica:

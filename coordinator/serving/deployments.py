@@ -29,11 +29,6 @@ def name_of(replica_id: str) -> str:
     return replica_id.split("/", 1)[0]
 
 
-def node_of(replica_id: str) -> str:
-    """Who has it, as its id says."""
-    return replica_id.partition("/")[2].partition("/")[0]
-
-
 ReplicaState = Literal["loading", "ready", "failed"]
 Parking = Literal["idle", "evicted", "withdrawn"]
 State = Literal["loading", "ready", "failing", "idle", "evicted", "withdrawn", "retired"]
@@ -267,6 +262,8 @@ class Deployment:
         """
         if replica_id in self.replicas:
             return self.replicas[replica_id].node_id == node_id
+        if not replica_id.startswith(f"{self.name}/{node_id}/"):  # as `plan` makes them: it is another node's
+            return False
         settled = [replica.node_id for replica in self.replicas.values() if replica.state == "ready" or replica.held]
         if node_id in settled or len(settled) >= self.target(places) or self.failed or self.crashing:
             return False

@@ -1,4 +1,4 @@
-"""Inference requests: from the bus and the gateway through the routers of deployments to replicas, and their answers."""
+"""Requests for inference and their answers, from the bus as from the gateway: which router, which endpoint, and what is counted."""
 
 from __future__ import annotations
 
@@ -6,43 +6,28 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from math import inf
 
 from coordinator.registry import Registry
-from coordinator.serving.batches import Batch, Request
-from coordinator.serving.deployments import name_of, node_of
+from coordinator.serving.batches import Request
+from coordinator.serving.endpoints import Endpoint
 from coordinator.serving.hedging import LEAST_SECONDS
 from coordinator.serving.inputs import as_sent, batched, rows_of, taken
 from coordinator.serving.metrics import ServingMetrics
 from coordinator.serving.router import Router
 from coordinator.serving.traffic import Traffic
-from potluck.bus.mqtt import Bus, Envelope
-from potluck.bus.outbox import Outbox
-from potluck.errors import InvalidRequest, ModelFailed, NotFound, PotluckError, TimedOut
+from potluck.errors import InvalidRequest, ModelFailed, NotFound, PotluckError
 from potluck.logs import fields
 from potluck.settings import CoordinatorSettings
-from potluck.wire.deadlines import deadline, too_late
 from potluck.wire.failures import as_error
-from potluck.wire.messages import (
-    BlobRef,
-    CancelInfer,
-    CancelInference,
-    ErrorInfo,
-    Infer,
-    InferenceFinished,
-    Inferred,
-    RequestOutcome,
-    RunInference,
-    Signature,
-    Tensor,
-)
+from potluck.wire.messages import BlobRef, ErrorInfo, InferenceFinished, Inferred, RequestOutcome, Signature, Tensor
 from potluck.wire.specs import matched
-from potluck.wire.topics import Topics
 
 log = logging.getLogger(__name__)
 
 BATCH_SECONDS = 10.0
-"""A batch that is away for longer is asked again elsewhere: it runs at QoS 0, and a node may be frozen.
+"""A batch that is away for longer is asked again elsewhere: it may be lost on its way, and a node may be frozen.
 
 Where requests may take longer than usual (`inference_seconds`), a third of that: there are two tries more.
 """
@@ -52,30 +37,60 @@ SHADOW_QUEUE_LIMIT = 8
 """A shadow that is further behind gets no copies: it must cost nobody anything."""
 
 
+@dataclass(eq=False, slots=True)
+class Asked:
+    """A request, for the one who asked: `Inference.cancel` cancels it."""
+
+    answer: Callable[[Inferred | PotluckError], None]
+    metrics: ServingMetrics
+    clock: Callable[[], float]
+    at: float
+    router: Router | None = None
+    """None: what was asked for is not deployed."""
+    request: Request | None = None
+    """None: it was refused, or is answered."""
+
+    @property
+    def waits(self) -> bool:
+        """Whether its answer is still to come."""
+        return self.request is not None and not self.request.answered
+
+    def settle(self, outcome: RequestOutcome | PotluckError) -> None:
+        """Count the outcome, and answer."""
+        self.request = None  # which holds this in turn: neither is to wait for the garbage collector
+        # All names that are not deployed are counted as one: anybody can make up such names.
+        name = self.router.name if self.router is not None else ""
+        found: Inferred | PotluckError
+        if isinstance(outcome, PotluckError):
+            found = outcome
+        elif outcome.error is not None:
+            found = as_error(outcome.error)  # one of ours, whatever its node said
+        else:
+            found = Inferred(model=name, outputs=outcome.outputs)
+        now = self.clock()
+        self.metrics.answered(name, now, now - self.at, found.code if isinstance(found, PotluckError) else "")
+        self.answer(found)
+
+
 class Inference:
-    """One router for each deployment. `run` must be under way."""
+    """One router for each deployment, and an endpoint for each of its replicas that are ready."""
 
     def __init__(
         self,
         *,
-        bus: Bus,
-        topics: Topics,
         registry: Registry,
         settings: CoordinatorSettings,
         node_at: Callable[[str], str] = lambda url: "",
         clock: Callable[[], float] = time.time,
     ) -> None:
         """`node_at` says which node has an HTTP address; "": none."""
-        self._topics = topics
         self._node_at = node_at
-        self._outbox = Outbox(bus)
-        """Of its own: nothing of control goes before an answer."""
         self._registry = registry
         self._settings = settings
         self._clock = clock
         self._routers: dict[str, Router] = {}
-        self._asked: dict[tuple[str, str], tuple[Router, Request]] = {}
-        """What waits for its answer, by where that goes and the question's id."""
+        self._endpoints: dict[str, tuple[Endpoint, Router]] = {}
+        """By replica id, with the router whose batches go there."""
         self._timers: dict[str, asyncio.TimerHandle] = {}
         """When a router is to look for batches that are late."""
         self._traffic: Mapping[str, Traffic] = {}
@@ -89,13 +104,11 @@ class Inference:
         """When each deployment was last asked, or got a replica to be asked."""
         self.metrics = ServingMetrics()
 
-    async def run(self) -> None:
-        """Send answers, until cancelled."""
-        try:
-            await self._outbox.run()
-        finally:
-            for timer in self._timers.values():
-                timer.cancel()
+    def stop(self) -> None:
+        """Look for late batches no more."""
+        for timer in self._timers.values():
+            timer.cancel()
+        self._timers.clear()
 
     # --- deployments come and go ----------------------------------------------------------------------------------------
 
@@ -113,6 +126,8 @@ class Inference:
         self.metrics.windows.pop(name, None)
         router = self._routers.pop(name, None)
         if router is not None:
+            for replica_id in router.lanes:
+                del self._endpoints[replica_id]
             router.close(error)
         if (timer := self._timers.pop(name, None)) is not None:
             timer.cancel()
@@ -130,33 +145,42 @@ class Inference:
         """Which deployments a plain name means, by name; the map may change."""
         self._traffic = traffic
 
-    def add_replica(self, name: str, replica_id: str, node_id: str) -> None:
-        """A replica is ready."""
+    def add_replica(self, name: str, endpoint: Endpoint) -> None:
+        """A replica of this deployment is ready."""
         router = self._routers[name]
         self.asked_at[name] = self._clock()
-        router.add_replica(replica_id, node_id)
+        self._endpoints[endpoint.replica_id] = endpoint, router
+        router.add_replica(endpoint.replica_id, endpoint.takes_at)
         self._pump(router)
 
-    def remove_replica(self, name: str, replica_id: str, *, crashed: bool = False) -> None:
+    def remove_replica(self, replica_id: str, *, crashed: bool = False) -> None:
         """A replica is gone: what is on its way to it is asked again elsewhere. `crashed`: its engine died of what it computed."""
-        router = self._routers[name]
-        router.remove_replica(replica_id, self._clock(), crashed=crashed)
-        self._pump(router)
-
-    def ask_again(self, node_id: str) -> None:
-        """This node connected anew, or we did: batches travel at QoS 0, and none is kept for whoever is not there."""
-        for router in self._routers.values():
-            router.ask_again(node_id, self._clock())
+        if replica_id in self._endpoints:
+            _, router = self._endpoints.pop(replica_id)
+            router.remove_replica(replica_id, self._clock(), crashed=crashed)
             self._pump(router)
 
-    def inputs_lost(self, node_id: str) -> None:
-        """A node is gone, and the inputs that it had: requests with those are answered so, and not tried elsewhere."""
+    def ask_again(self, node_id: str) -> None:
+        """This node connected anew, or we did: batches may be lost, and none is kept for whoever is not there."""
+        for endpoint, router in self._on(node_id):
+            router.ask_again(endpoint.replica_id, self._clock())
+            self._pump(router)
+
+    def node_lost(self, node_id: str) -> None:
+        """A node is gone, and with it the replicas on it and the inputs that it had. Requests with those are answered InputsLost, and not
+        tried elsewhere.
+        """
         for router in self._routers.values():
             router.inputs_lost(node_id)
+        for endpoint, _ in self._on(node_id):
+            self.remove_replica(endpoint.replica_id)
+
+    def _on(self, node_id: str) -> list[tuple[Endpoint, Router]]:
+        return [found for found in self._endpoints.values() if node_id in found[0].nodes]
 
     def nodes_of(self, model: str) -> list[str]:
-        """Those with a replica of a deployed model that is ready, heard of, and not far slower than others; inputs may be sent there.
-        Raises NotFound.
+        """The nodes that inputs of a deployed model may be sent to: where replicas take batches that are ready, answer, and are not far
+        slower than others. Raises NotFound.
 
         None while it has a shadow, which may ask for the inputs when the other's node has done with them.
         """
@@ -164,7 +188,8 @@ class Inference:
         if traffic is not None and traffic.shadow:
             return []
         lanes = self.router(model).lanes
-        return [lane.node_id for lane in lanes.values() if not lane.silent and not lanes.slow(lane)]
+        good = [replica_id for replica_id, lane in lanes.items() if not lane.silent and not lanes.slow(lane)]
+        return list(dict.fromkeys([self._endpoints[replica_id][0].takes_at for replica_id in good]))
 
     def expire(self) -> None:
         """Time passes: late batches are asked again elsewhere, and requests past their deadline answered."""
@@ -201,91 +226,68 @@ class Inference:
 
     # --- requests -------------------------------------------------------------------------------------------------------
 
-    def on_infer(self, envelope: Envelope) -> None:
-        """Handler for `models/<name>/infer`."""
-        message = envelope.message
-        if isinstance(message, CancelInfer):
-            self._cancel(self._asked.get((envelope.reply_to, message.id)))
-            return
-        if not isinstance(message, Infer):
-            self._outbox.refuse(
-                envelope, InvalidRequest(f"{type(message).__name__} is not Infer: see docs/protocol.md")
-            )
-            return
-        model = self._topics.segment(envelope.topic, 1)
-        now = self._clock()
-        until = min(deadline(message, now), now + self._settings.inference_seconds)
-        key = (envelope.reply_to, message.id)
-
-        def answer(outcome: RequestOutcome | PotluckError) -> None:
-            self._asked.pop(key, None)
-            answered_at = self._clock()
-            self.metrics.answered(name, answered_at, answered_at - now, _failure(outcome))
-            if isinstance(outcome, PotluckError):
-                self._outbox.refuse(envelope, outcome)
-            elif outcome.error is not None:
-                self._outbox.refuse(envelope, as_error(outcome.error))
-            else:
-                self._outbox.reply(envelope, Inferred(model=name, outputs=outcome.outputs))
-
-        name = ""  # names that are not deployed are whatever is asked for: they are counted as one
+    def ask(
+        self,
+        model: str,
+        inputs: tuple[Tensor, ...],
+        answer: Callable[[Inferred | PotluckError], None],
+        now: float,
+        until: float,
+        priority: int = 0,
+    ) -> Asked:
+        """Ask a deployed model: `name`, `name:version` or `name:alias`. `answer` gets its outputs or the error, `until` at the latest. It
+        may be called before this returns.
+        """
+        asked = Asked(answer, self.metrics, self._clock, now)
         try:
-            if until <= now:
-                raise TimedOut(too_late(message, now, "the coordinator's"))
-            router = self._route(model)
-            name = router.name
-            request = self._submit(router, model, message.inputs, answer, now, until, message.priority)
-            if message.id and not request.answered:
-                self._asked[key] = router, request
-            self._copy(model, message.inputs, now, until)
+            router = asked.router = self._route(model)
+            asked.request = self._submit(router, model, inputs, asked.settle, now, until, priority)
+            self._copy(model, inputs, now, until)
         except PotluckError as error:
-            answer(error)
+            asked.settle(error)
+        return asked
 
     async def infer(
         self, model: str, inputs: tuple[Tensor, ...], timeout_seconds: float, *, priority: int = 0
     ) -> Inferred:
-        """One request of the gateway; when it is cancelled, its answer is computed no more.
+        """Ask, and wait for the answer. Cancelling this cancels the request.
 
         Raises NotFound, InvalidRequest, Overloaded, TimedOut, Unavailable.
         """
-        router = self._route(model)
-        now = self._clock()
-        answered: asyncio.Future[RequestOutcome] = asyncio.get_running_loop().create_future()
-        request: Request | None = None
+        answered: asyncio.Future[Inferred] = asyncio.get_running_loop().create_future()
 
-        def answer(outcome: RequestOutcome | PotluckError) -> None:
-            answered_at = self._clock()
-            self.metrics.answered(router.name, answered_at, answered_at - now, _failure(outcome))
-            if answered.done():
+        def answer(found: Inferred | PotluckError) -> None:
+            if answered.done():  # whoever asked has given up
                 return
-            if isinstance(outcome, PotluckError):
-                answered.set_exception(outcome)
-            elif outcome.error is not None:
-                answered.set_exception(as_error(outcome.error))
+            if isinstance(found, PotluckError):
+                answered.set_exception(found)
             else:
-                answered.set_result(outcome)
+                answered.set_result(found)
 
+        now = self._clock()
+        asked = self.ask(model, inputs, answer, now, now + timeout_seconds, priority)
         try:
-            request = self._submit(router, model, inputs, answer, now, now + timeout_seconds, priority)
-            self._copy(model, inputs, now, now + timeout_seconds)
-        except PotluckError as error:
-            answer(error)
-        try:
-            outcome = await answered
+            return await answered
         except asyncio.CancelledError:
-            self._cancel((router, request) if request is not None else None)
+            self.cancel(asked)
             raise
-        return Inferred(model=router.name, outputs=outcome.outputs)
+
+    def cancel(self, asked: Asked) -> None:
+        """Nobody waits for the answer any more: unless there was one, it is Cancelled."""
+        if asked.router is not None and asked.request is not None:
+            asked.router.cancel(asked.request)
+            self._pump(asked.router)
 
     def on_answers(self, node_id: str, message: InferenceFinished) -> None:
         """A batch came back from a node."""
-        if node_of(message.replica_id) != node_id:
+        endpoint, router = self._endpoints.get(message.replica_id, (None, None))
+        if endpoint is None or router is None:
+            return  # gone meanwhile
+        if endpoint.answers_from != node_id:
             log.debug("answers of a replica of another ignored %s", fields(node=node_id, replica=message.replica_id))
             return
-        router = self._routers.get(name_of(message.replica_id))
-        if router is not None:
-            router.finished(message.replica_id, message.id, message.outcomes, self._clock(), message.seconds)
-            self._pump(router)
+        router.finished(message.replica_id, message.id, message.outcomes, self._clock(), message.seconds)
+        self._pump(router)
         for outcome in message.outcomes:
             if outcome.error is not None and outcome.error.code == NotFound.code:
                 self.on_missing(node_id, message.replica_id, outcome.error)
@@ -298,7 +300,7 @@ class Inference:
         inputs: tuple[Tensor, ...],
         answer: Callable[[RequestOutcome | PotluckError], None],
         now: float,
-        deadline: float,
+        until: float,
         priority: int = 0,
     ) -> Request:
         signature = self._registry.model(router.name).signature
@@ -308,7 +310,7 @@ class Inference:
         self.asked_at[router.name] = now
         if not router.lanes:
             self.on_demand(router)
-        request = Request(inputs, answer, deadline, size, rows_of(inputs[0]), priority)
+        request = Request(inputs, answer, until, size, rows_of(inputs[0]), priority)
         blobs = [tensor.data for tensor in inputs if isinstance(tensor.data, BlobRef)]
         if blobs:
             request.held_by = next(filter(None, [self._node_at(holder) for ref in blobs for holder in ref.holders]), "")
@@ -333,41 +335,31 @@ class Inference:
                 ) from error
             raise
 
-    def _cancel(self, asked: tuple[Router, Request] | None) -> None:
-        if asked is not None:
-            router, request = asked
-            router.cancel(request)
-            self._pump(router)
-
-    def _copy(self, model: str, inputs: tuple[Tensor, ...], now: float, deadline: float) -> None:
+    def _copy(self, model: str, inputs: tuple[Tensor, ...], now: float, until: float) -> None:
         """Ask the model's shadow the same, if it has one that keeps up; its answer is measured, and goes nowhere."""
         traffic = self._traffic.get(model)
         router = self._routers.get(traffic.shadow) if traffic is not None and traffic.shadow else None
         limit = min(SHADOW_QUEUE_LIMIT, self._settings.queue_limit)
         if router is None or not router.lanes or len(router.queue) >= limit:
             return
-        name = router.name
-
-        def measure(outcome: RequestOutcome | PotluckError) -> None:
-            answered_at = self._clock()
-            self.metrics.answered(name, answered_at, answered_at - now, _failure(outcome))
-
+        asked = Asked(_to_nobody, self.metrics, self._clock, now, router)
         try:
-            self._submit(router, model, inputs, measure, now, deadline)
+            self._submit(router, model, inputs, asked.settle, now, until)
         except PotluckError as error:  # it is behind, by its objective: the copy goes nowhere, and is counted so
-            measure(error)
+            asked.settle(error)
 
     def _pump(self, router: Router) -> None:
         """Send what can be sent, withdraw what nobody wants, and look again when something is late."""
-        for batch in router.dispatch(self._clock()):
-            self._send(router, batch)
+        now = self._clock()
+        for batch in router.dispatch(now):
+            self._endpoints[batch.replica_id][0].send(batch)
         while router.withdrawn:
             batch = router.withdrawn.pop()
-            message = CancelInference(id=batch.batch_id, replica_id=batch.replica_id)
-            self._outbox.publish(self._topics.node(batch.node_id, "inbox"), message, qos=0)
+            if batch.replica_id in self._endpoints:
+                self._endpoints[batch.replica_id][0].withdraw(batch)
         if len(router.lanes) > 1 and (due := router.hedge_at()) < inf:
             loop = asyncio.get_running_loop()
-            at = loop.time() + max(LEAST_SECONDS, due - self._clock())
+            at = loop.time() + max(LEAST_SECONDS, due - now)
             timer = self._timers.get(router.name)
             if timer is None or timer.when() > at + LEAST_SECONDS:  # what was sent last may be late first
                 if timer is not None:
@@ -377,23 +369,9 @@ class Inference:
     def _hedge(self, router: Router) -> None:
         self._timers.pop(router.name, None)
         for batch in router.hedge(self._clock()):
-            self._send(router, batch)
+            self._endpoints[batch.replica_id][0].send(batch)
         self._pump(router)
 
-    def _send(self, router: Router, batch: Batch) -> None:
-        until = max([request.deadline for request in batch.requests])
-        message = RunInference(
-            id=batch.batch_id,
-            replica_id=batch.replica_id,
-            expires=until,
-            valid_seconds=max(LEAST_SECONDS, until - self._clock()),
-            requests=tuple([request.inputs for request in batch.requests]),
-            objective_seconds=router.objective_seconds,
-        )
-        self._outbox.publish(self._topics.node(batch.node_id, "inbox"), message, qos=0)
 
-
-def _failure(outcome: RequestOutcome | PotluckError) -> str:
-    if isinstance(outcome, PotluckError):
-        return outcome.code
-    return as_error(outcome.error).code if outcome.error is not None else ""  # one of ours, whatever its node said
+def _to_nobody(answer: Inferred | PotluckError) -> None:
+    """Nobody waits for it."""

@@ -41,8 +41,11 @@ PATIENCE = 4
 
 @dataclass(eq=False, slots=True)
 class Lane:
+    """One replica."""
+
     replica_id: str
-    node_id: str
+    near: str = ""
+    """It need not fetch inputs that are held there (`Request.held_by`); "": it must fetch all."""
     time: TimeModel = field(default_factory=TimeModel)
     limit: int = 0
     """Rows of a batch here."""
@@ -141,8 +144,8 @@ class Lanes(dict[str, Lane]):
         """The quickest, of those that are known."""
         self.open: list[Lane] = []
         """Those with room for a batch, in no order: a message costs the same with three replicas as with a thousand."""
-        self._at: dict[str, Lane] = {}
-        """By the node that it is on."""
+        self._near: dict[str, list[Lane]] = {}
+        """By their `near`."""
         self._quickest_seconds = 0.0
         """What a row takes on the quickest; 0: nothing is known of any."""
         self._slow: list[Lane] = []
@@ -152,7 +155,8 @@ class Lanes(dict[str, Lane]):
 
     def add(self, lane: Lane) -> None:
         self[lane.replica_id] = lane
-        self._at[lane.node_id] = lane
+        if lane.near:
+            self._near.setdefault(lane.near, []).append(lane)
         self.measure(lane)
         self.note_room(lane)
 
@@ -160,8 +164,10 @@ class Lanes(dict[str, Lane]):
         """It, unless it is not here."""
         lane = self.pop(replica_id, None)
         if lane is not None:
-            if self._at.get(lane.node_id) is lane:
-                del self._at[lane.node_id]
+            if lane.near:
+                self._near[lane.near].remove(lane)
+                if not self._near[lane.near]:
+                    del self._near[lane.near]
             self._shut(lane)
             self._count(lane, 0, 0.0)
             self.rows_out -= lane.rows
@@ -171,7 +177,7 @@ class Lanes(dict[str, Lane]):
     def clear(self) -> None:
         super().clear()
         self.open.clear()
-        self._at.clear()
+        self._near.clear()
         self._compare()
 
     def sent(self, lane: Lane, batch: Batch) -> None:
@@ -232,22 +238,27 @@ class Lanes(dict[str, Lane]):
         return one if one.wait(now) <= other.wait(now) else other
 
     def pick_for(self, request: Request, holders: Set[str], now: float) -> Lane | None:
-        """Where this request goes: to the node that has its inputs. Another one fetches them only while it has nothing to do (nor do
-        requests wait for it: `holders` are all who are waited for), and where that is quicker. None: it waits.
+        """Where this request goes: to a replica near its inputs. Another one fetches them only while it has nothing to do (nor do
+        requests wait for it: `holders` is `held_by` of all that wait), and where that is quicker. None: it waits.
         """
         other = self.pick(now)
         own = self.holder(request, now)
         if own is None or own is other:
             return other
-        idle = other is not None and not other.batches and not other.silent and other.node_id not in holders
+        idle = other is not None and not other.batches and not other.silent and other.near not in holders
         if other is not None and idle and request.moving_seconds + other.wait(now)[1] < own.wait(now)[1]:
             return other
         return None if own.full else own
 
     def holder(self, request: Request, now: float) -> Lane | None:
-        """Who has its inputs, and is there to be waited for."""
-        own = self._at.get(request.held_by)
-        return None if own is None or own.silent or own.rests_until > now else own
+        """The lane near its inputs, if it is worth waiting for. Of several lanes, one with room, or else the one with the shortest wait."""
+        own: Lane | None = None
+        for lane in self._near.get(request.held_by, ()):
+            if lane.silent or lane.rests_until > now:
+                continue
+            if own is None or (lane.full, lane.wait(now)) < (own.full, own.wait(now)):
+                own = lane
+        return own
 
     def least_wait(self, lanes: list[Lane], now: float) -> Lane | None:
         """Of those that do not rest."""
@@ -334,7 +345,9 @@ class Lanes(dict[str, Lane]):
             assert (lane.open_at >= 0) == (not lane.full)
             assert lane.open_at < 0 or self.open[lane.open_at] is lane
             assert all(batch.out for batch in lane.batches.values())
-        assert all(self[lane.replica_id] is lane and lane.node_id == node for node, lane in self._at.items())
+        near = [lane for place, lanes in self._near.items() for lane in lanes if lane.near == place]
+        assert all(self[lane.replica_id] is lane for lane in near)
+        assert len(near) == sum(bool(lane.near) for lane in self.values()) == sum(map(len, self._near.values()))
         assert len(self.open) == sum(lane.open_at >= 0 for lane in self.values())
         assert self.rows_out == sum(lane.rows for lane in self.values())
         assert self.rows_at_once == sum(lane.limit for lane in self.values())

@@ -15,7 +15,7 @@ from coordinator.serving.batches import Request
 
 SHARE = 8
 LOOK_AHEAD = 16
-"""So many are looked at for one that may go to a certain node."""
+"""So many are looked at for one that may go to a certain replica."""
 
 
 @dataclass(eq=False, slots=True)
@@ -35,7 +35,7 @@ class RequestQueue:
     def __init__(self) -> None:
         self.rows = 0
         self.held = 0
-        """Requests whose inputs a node has."""
+        """Requests with `held_by`."""
         self._size = 0
         self._classes = [_Class(0)]
         """Highest first; none is empty unless it is the only one."""
@@ -79,13 +79,13 @@ class RequestQueue:
         if self.held:
             yield from [request for request in islice(self, LOOK_AHEAD) if request is not head]
 
-    def next_for(self, node_id: str) -> Request | None:
-        """The first whose inputs no other node has; None where there is none among those that are looked at."""
+    def next_for(self, near: str) -> Request | None:
+        """The first whose inputs are held there (`Lane.near`), or nowhere; None: there is none among those that are looked at."""
         if not self._size:
             return None
         if not self.held:
             return self.head()
-        return next((request for request in self.first() if request.held_by in ("", node_id)), None)
+        return next((request for request in self.first() if request.held_by in ("", near)), None)
 
     def pop(self) -> Request:
         """Take the head out."""

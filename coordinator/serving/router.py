@@ -8,13 +8,15 @@ when it comes, with the time after which the queue will be short. A batch that i
 whichever answer comes first counts: a request is answered once, by its deadline. A replica that answers with failures
 rests for a moment: failing is quick, and would draw everything to it.
 
-A request whose inputs a node has goes to the replica there. Another one fetches them only while it has nothing to do, and where
+A request whose inputs are held somewhere goes to a replica near them. Another one fetches them only while it has nothing to do, and where
 that is quicker: one that has work loses nothing by waiting for requests of its own.
 
 A replica that is far slower than another gets no more than it is expected to answer sooner than the quick one would, queue and all: it
 makes nobody wait. Where it gets nothing for long, it is tried with a request that a quick one answers meanwhile.
 
 A batch that is slow to come back is asked again elsewhere (`hedging`), and one that nobody waits for any more is withdrawn.
+
+The router knows a replica by its id. Which nodes it is on, its endpoint knows; `inference` asks that, and tells the router.
 """
 
 from __future__ import annotations
@@ -64,7 +66,7 @@ class Router:
         self._late: list[tuple[float, int, Batch]] = []
         """When it is late, as a heap; what is not away any more is left in it until its turn."""
         self.withdrawn: list[Batch] = []
-        """Batches that nobody waits for any more; whoever tells their nodes takes them out."""
+        """Batches that nobody waits for any more. `inference` takes them out, and tells their replicas."""
         self.served = 0
         self.trouble = ""
         """Why no replica is ready, for those who wait in vain."""
@@ -93,9 +95,10 @@ class Router:
     def set_objective(self, seconds: float) -> None:
         self.lanes.set_objective(seconds)
 
-    def add_replica(self, replica_id: str, node_id: str) -> None:
+    def add_replica(self, replica_id: str, near: str = "") -> None:
+        """It takes batches from now on. `near` as in `Lane`."""
         if replica_id not in self.lanes:
-            self.lanes.add(Lane(replica_id, node_id))
+            self.lanes.add(Lane(replica_id, near))
 
     def remove_replica(self, replica_id: str, now: float, *, crashed: bool = False) -> None:
         """It is gone: what was on its way to it is asked again elsewhere. `crashed`: its engine died of what it computed."""
@@ -137,7 +140,7 @@ class Router:
             if lane is None:
                 break
             limit = lane.limit
-            if not first.held_by or first.held_by != lane.node_id:
+            if not first.held_by or first.held_by != lane.near:
                 limit = lanes.most_rows(lane, first.rows, self.queue.rows, now)
             if not limit:
                 # The slow one had better not. Another fetches what the holder has only while it has nothing to do, as above.
@@ -276,12 +279,12 @@ class Router:
                 request.settle(outcome)
                 self.queue.remove(request)
 
-    def ask_again(self, node_id: str, now: float) -> None:
-        """What is on its way to this node, or back, may be lost: it is asked again, and whichever answer comes first counts."""
-        for lane in self.lanes.values():
-            if lane.node_id == node_id:
-                for batch in reversed(list(lane.batches.values())):
-                    self._overdue(lane, batch, now)
+    def ask_again(self, replica_id: str, now: float) -> None:
+        """What is on its way to this replica, or back, may be lost: it is asked again, and whichever answer comes first counts."""
+        lane = self.lanes.get(replica_id)
+        if lane is not None:
+            for batch in reversed(list(lane.batches.values())):
+                self._overdue(lane, batch, now)
 
     def expire(self, now: float, batch_seconds: float) -> None:
         """Answer requests whose time is up, and ask those elsewhere whose batch has not come back."""
@@ -302,13 +305,13 @@ class Router:
                             self._time_out(request)
         self.lanes.tick(now)
 
-    def inputs_lost(self, node_id: str) -> None:
-        """A node is gone, and with it the inputs that it had: whoever sent them there can send them again."""
+    def inputs_lost(self, holder: str) -> None:
+        """The holder of some inputs (`Request.held_by`) is gone, and they with it: their clients can send them again."""
         for lane in self.lanes.values():
             for batch in lane.batches.values():
                 for request in batch.requests:
-                    request.inputs_lost = request.inputs_lost or request.held_by == node_id
-        for request in self.queue.remove_if(lambda request: request.held_by == node_id):
+                    request.inputs_lost = request.inputs_lost or request.held_by == holder
+        for request in self.queue.remove_if(lambda request: request.held_by == holder):
             request.settle(self._lost())
 
     def close(self, error: PotluckError) -> None:
@@ -361,7 +364,7 @@ class Router:
     # --- which replica, and what it gets --------------------------------------------------------------------------------
 
     def _turn(self, now: float) -> tuple[Lane | None, Request]:
-        """Whose turn it is, and where: the head's, unless it waits for the node that has its inputs."""
+        """Whose turn it is, and where: the head's, unless it waits for a replica near its inputs."""
         if not self.queue.held:
             return self.lanes.pick(now), self.queue.head()
         waiting = list(self.queue.first())
@@ -391,7 +394,7 @@ class Router:
                     self._time_out(request)
                 else:
                     request.settle(self._overloaded("cannot be answered by its deadline any more"))
-                following = queue.next_for(lane.node_id)
+                following = queue.next_for(lane.near)
                 continue
             if taken and (rows + request.rows > limit or size + request.size_bytes > BATCH_BYTES):
                 break
@@ -402,13 +405,13 @@ class Router:
             rows += request.rows
             size += request.size_bytes
             taken.append(request)
-            following = queue.next_for(lane.node_id)
+            following = queue.next_for(lane.near)
         return taken, rows
 
     def _batch(self, lane: Lane, requests: list[Request], rows: int, now: float) -> Batch:
         """On its way to this replica from now on."""
         self._number += 1
-        batch = Batch(f"{self.name}/{self._number}", lane.replica_id, lane.node_id, requests, rows, now)
+        batch = Batch(f"{self.name}/{self._number}", lane.replica_id, requests, rows, now, self.objective_seconds)
         self.lanes.sent(lane, batch)
         return batch
 

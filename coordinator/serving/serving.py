@@ -16,6 +16,7 @@ from coordinator.registry import Registry
 from coordinator.serving import deployments, memory
 from coordinator.serving.autoscaling import Autoscaling
 from coordinator.serving.deployments import Deployment, Place
+from coordinator.serving.endpoints import Endpoint
 from coordinator.serving.inference import Inference
 from coordinator.serving.records import (
     STREAM,
@@ -60,7 +61,7 @@ LOADING_SECONDS = 5.0
 
 
 class Serving:
-    """All deployments of the coordinator. `run` must be under way."""
+    """All deployments of the coordinator. `run` must be under way. `endpoint(replica_id, node_id)` makes the endpoint of a replica."""
 
     def __init__(
         self,
@@ -73,6 +74,7 @@ class Serving:
         journal: Journal,
         settings: CoordinatorSettings,
         holders: Callable[[str], tuple[str, ...]],
+        endpoint: Callable[[str, str], Endpoint],
         epoch: int,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -94,10 +96,10 @@ class Serving:
             holders=holders,
             epoch=epoch,
             record=self._record,
+            endpoint=endpoint,
             clock=clock,
         )
         self.on_node_event = self._upkeep.on_node_event
-        self.on_answers = inference.on_answers
         inference.on_missing = self._upkeep.replica_gone
         self.node_lost = self._upkeep.node_lost
         self.node_joined = self._upkeep.node_joined

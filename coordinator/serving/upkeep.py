@@ -12,7 +12,8 @@ from coordinator.membership import Member, Membership
 from coordinator.plans.placement import RUNTIME_OF, WORDS
 from coordinator.registry import Registry, pixel_scale
 from coordinator.serving import memory
-from coordinator.serving.deployments import Deployment, Load, Place, name_of, node_of
+from coordinator.serving.deployments import Deployment, Load, Place, name_of
+from coordinator.serving.endpoints import Endpoint
 from coordinator.serving.inference import Inference
 from coordinator.serving.records import AnyDeploymentEvent, Measured, Parked, Records, Settled, Woken, model_of
 from coordinator.serving.room import Room
@@ -38,7 +39,9 @@ log = logging.getLogger(__name__)
 
 
 class Upkeep:
-    """Of all deployments. `record` journals an event and applies it; `changed` is set when something may be ready."""
+    """Of all deployments. `record` journals an event and applies it; `changed` is set when something may be ready.
+    `endpoint(replica_id, node_id)` makes the endpoint of a replica.
+    """
 
     def __init__(
         self,
@@ -53,6 +56,7 @@ class Upkeep:
         holders: Callable[[str], tuple[str, ...]],
         epoch: int,
         record: Callable[[AnyDeploymentEvent], None],
+        endpoint: Callable[[str, str], Endpoint],
         clock: Callable[[], float],
     ) -> None:
         self._records = records
@@ -65,6 +69,7 @@ class Upkeep:
         self._holders = holders
         self._epoch = epoch
         self._record = record
+        self._endpoint = endpoint
         self._clock = clock
         self._room = Room(records, inference)
         self._seen: dict[str, NodeTelemetry] = {}
@@ -76,7 +81,9 @@ class Upkeep:
         """Any event of a node that concerns replicas of its own; others are not ours."""
         if not isinstance(message, ModelLoaded | ModelLoadFailed | ModelUnloaded):
             return
-        if node_of(message.replica_id) != node_id:
+        deployment = self._records.deployments.get(name_of(message.replica_id))
+        replica = deployment.replicas.get(message.replica_id) if deployment is not None else None
+        if replica is not None and replica.node_id != node_id:
             log.debug("word on a replica of another ignored %s", fields(node=node_id, replica=message.replica_id))
         elif isinstance(message, ModelLoaded):
             self._on_loaded(node_id, message)
@@ -88,18 +95,15 @@ class Upkeep:
         deployment = self._records.deployments.get(name_of(replica_id))
         if deployment is not None and deployment.lost(replica_id, error, self._clock()):
             crashed = error is not None and error.code == ModelCrashed.code
-            self._inference.remove_replica(deployment.name, replica_id, crashed=crashed)
+            self._inference.remove_replica(replica_id, crashed=crashed)
             reason = error.message if error else "asked for"
             log.info("replica gone %s", fields(replica=replica_id, node=node_id, reason=reason))
             self.reconcile(deployment)
 
     def node_lost(self, node_id: str) -> None:
-        self._inference.inputs_lost(node_id)
+        self._inference.node_lost(node_id)
         for deployment in self._records.deployments.values():
-            gone = deployment.node_lost(node_id)
-            for replica_id in gone:
-                self._inference.remove_replica(deployment.name, replica_id)
-            if gone:
+            if deployment.node_lost(node_id):
                 self.reconcile(deployment)
 
     def node_joined(self, node_id: str) -> None:
@@ -123,8 +127,7 @@ class Upkeep:
             for replica_id in telemetry.replicas:
                 places = self.places() if places is None else places
                 deployment = self._records.deployments.get(name_of(replica_id))
-                ours = deployment is not None and node_of(replica_id) == node_id
-                if deployment is None or not ours or not deployment.adopt(replica_id, node_id, places):
+                if deployment is None or not deployment.adopt(replica_id, node_id, places):
                     self.unload(node_id, replica_id)
 
     def _on_loaded(self, node_id: str, message: ModelLoaded) -> None:
@@ -149,7 +152,7 @@ class Upkeep:
             if self._records.resident.get(name, 0) < message.resident_bytes <= most:
                 self._record(Measured(name=name, resident_bytes=message.resident_bytes))
             self._registry.describe(name, message.signature)
-            self._inference.add_replica(name, message.replica_id, node_id)
+            self._inference.add_replica(name, self._endpoint(message.replica_id, node_id))
             self.changed.set()
 
     # --- keeping things as wanted ----------------------------------------------------------------------------------------
@@ -192,7 +195,7 @@ class Upkeep:
                 )
                 self._command(command.node_id, message)
             else:
-                self._inference.remove_replica(deployment.name, command.replica_id)
+                self._inference.remove_replica(command.replica_id)
                 self.unload(command.node_id, command.replica_id)
         self.changed.set()
 

@@ -122,8 +122,9 @@ async def test_what_the_old_version_has_is_answered_before_it_goes(lab: Lab, nod
         with pytest.raises(NotFound):
             await ask(bus, question(1, 2), "m:1")
         node.mute = False
-        lab.inference.router_of("m:1").remove_replica(found(lab)["m:1"].replicas[0].replica_id, 0.0)
-        lab.inference.add_replica("m:1", found(lab)["m:1"].replicas[0].replica_id, "a")  # it is asked again
+        replica_id = found(lab)["m:1"].replicas[0].replica_id
+        lab.inference.remove_replica(replica_id)
+        lab.inference.add_replica("m:1", lab.endpoint(replica_id, "a"))  # it is asked again
         assert (await asked).model == "m:1"
         await eventually(lambda: roles(lab) == {"m:2": "stable"})
 

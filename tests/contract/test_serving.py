@@ -179,7 +179,7 @@ async def test_a_node_says_nothing_of_the_replicas_of_another(lab: Lab, stack: A
         await eventually(lambda: lab.nodes[replica.node_id].asked)
         batch = lab.nodes[replica.node_id].asked[0]
         forged = RequestOutcome(outputs=question(6, 6).inputs)
-        lab.serving.on_answers(liar, InferenceFinished(id=batch.id, replica_id=batch.replica_id, outcomes=(forged,)))
+        lab.inference.on_answers(liar, InferenceFinished(id=batch.id, replica_id=batch.replica_id, outcomes=(forged,)))
         lab.nodes[replica.node_id].mute = False
         lab.nodes[replica.node_id].on_command(Envelope("", batch))
         np.testing.assert_array_equal(tensors.to_numpy((await asked).outputs[0]), [[2, 4]])

@@ -50,7 +50,7 @@ async def test_who_gives_up_is_not_answered_with_outputs_and_the_node_is_told(la
         with pytest.raises(Cancelled, match="cancelled"):
             await asked
         await eventually(lambda: node.cancelled == [node.asked[0].id])
-        assert lab.inference._asked == {}
+        assert lab.bus_requests._asked == {}
 
 
 async def test_a_question_of_the_gateway_that_is_given_up(lab: Lab, stack: AsyncExitStack) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from msgspec.structs import replace
 from coordinator.journal import Journal
 from coordinator.membership import Membership
 from coordinator.registry import Registry
+from coordinator.serving.bus_requests import BusRequests
+from coordinator.serving.endpoints import OneNode
 from coordinator.serving.inference import Inference
 from coordinator.serving.serving import Serving
 from potluck.bus.exchange import Envelope
@@ -160,15 +163,18 @@ class Lab:
         def clock() -> float:
             return time.time() + ahead_seconds
 
-        self.inference = Inference(
-            bus=self.bus, topics=TOPICS, registry=self.registry, settings=self.settings, clock=clock
+        self.inference = Inference(registry=self.registry, settings=self.settings, clock=clock)
+        self.answers = Outbox(self.bus)
+        self.endpoint = partial(OneNode, topics=TOPICS, outbox=self.answers)
+        self.bus_requests = BusRequests(
+            self.inference, topics=TOPICS, outbox=self.answers, settings=self.settings, clock=clock
         )
         self.serving = Serving(
             topics=TOPICS, outbox=self.outbox, inference=self.inference, membership=self.membership,
             registry=self.registry, journal=self.journal, settings=self.settings, holders=lambda sha256: ("http://here",),
-            epoch=self.journal.epoch, clock=clock,
+            endpoint=self.endpoint, epoch=self.journal.epoch, clock=clock,
         )  # fmt: skip
-        self.bus.subscribe(TOPICS.infer("+"), self.inference.on_infer)
+        self.bus.subscribe(TOPICS.infer("+"), self.bus_requests.on_infer)
         self.bus.subscribe(TOPICS.node("+", "outbox"), self._on_outbox)
         self.running = asyncio.create_task(self._run(), name="lab")
         stack.push_async_callback(self.close)
@@ -180,6 +186,7 @@ class Lab:
         if not self.running.done():
             self.running.cancel()
             await asyncio.wait([self.running])
+            self.inference.stop()
             self.journal.close()
 
     async def deploy(self, model: str, replicas: int = 1, **options: Any) -> str:
@@ -233,13 +240,13 @@ class Lab:
     def _on_outbox(self, envelope: Envelope) -> None:
         node_id = TOPICS.segment(envelope.topic, 1)
         if isinstance(envelope.message, InferenceFinished):
-            self.serving.on_answers(node_id, envelope.message)
+            self.inference.on_answers(node_id, envelope.message)
         else:
             self.serving.on_node_event(node_id, envelope.message)
 
     async def _run(self) -> None:
         async with asyncio.TaskGroup() as tasks:
-            for part in (self.bus.run(), self.outbox.run(), self.serving.run(), self.inference.run()):
+            for part in (self.bus.run(), self.outbox.run(), self.answers.run(), self.serving.run()):
                 tasks.create_task(part)
 
 

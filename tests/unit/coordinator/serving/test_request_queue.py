@@ -54,7 +54,7 @@ def test_the_newest_of_the_lowest_makes_room_and_a_share_stays() -> None:
     assert queue_of(0, -5, 0, -5).crowd_out(0).asked_at == 3.0  # type: ignore[union-attr]
 
 
-def test_the_next_for_a_node_is_one_that_no_other_node_has() -> None:
+def test_the_next_for_a_replica_is_one_whose_inputs_are_near_it_or_in_the_request() -> None:
     queue = RequestQueue()
     assert queue.next_for("a") is None
     first, second, third = (request(held_by=node, asked_at=at) for at, node in enumerate(("b", "a", "")))

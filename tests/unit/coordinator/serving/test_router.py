@@ -140,7 +140,7 @@ def test_whichever_answer_of_a_batch_that_was_asked_again_comes_first_counts_onc
     assert one.served == 1
 
 
-def test_what_was_on_its_way_to_a_node_that_connected_anew_is_asked_again_at_once() -> None:
+def test_what_was_on_its_way_to_a_replica_and_may_be_lost_is_asked_again_at_once() -> None:
     one = router()
     one.add_replica("r", "n")
     first, lost = ask(one), one.dispatch(0.0)
@@ -149,7 +149,7 @@ def test_what_was_on_its_way_to_a_node_that_connected_anew_is_asked_again_at_onc
     assert [len(batch.requests) for batch in lost] == [1, 1]
     one.ask_again("another", 0.1)
     assert one.dispatch(0.1) == []
-    one.ask_again("n", 0.2)
+    one.ask_again("r", 0.2)
     (again,) = one.dispatch(0.2)
     assert again.requests == [*lost[0].requests, *lost[1].requests]
     assert not one.lanes["r"].silent
@@ -475,7 +475,7 @@ class Traffic(RuleBasedStateMachine):
 
     @rule(replica=st.sampled_from("abcdefghijklmno"))
     def connect_anew(self, replica: str) -> None:
-        self.router.ask_again(f"node-{replica}", self.now)
+        self.router.ask_again(replica, self.now)
         self.out += self.router.dispatch(self.now)
 
     @precondition(lambda self: self.out)

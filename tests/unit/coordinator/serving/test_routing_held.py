@@ -28,7 +28,7 @@ def router(*nodes: str) -> Router:
     for node in nodes:
         ask(one, node, moving_seconds=100.0, now=START - 1.0)
         (batch,) = one.dispatch(START - 1.0)
-        assert batch.node_id == node
+        assert batch.replica_id == node
         one.finished(node, batch.batch_id, (OK,), START)
     return one
 
@@ -41,7 +41,7 @@ def ask(to: Router, held_by: str = "", rows: int = 8, moving_seconds: float = 0.
 
 
 def went(batches: list[Batch]) -> list[str]:
-    return [batch.node_id for batch in batches]
+    return [batch.replica_id for batch in batches]
 
 
 @pytest.mark.parametrize("node", ["a", "b", "c"])
@@ -79,6 +79,20 @@ def test_a_replica_with_work_waits_for_requests_of_its_own() -> None:
     assert [request.held_by for request in one.queue] == [""]
 
 
+def test_of_two_replicas_near_them_the_one_with_room_gets_them() -> None:
+    """Two on one machine, say."""
+    one = router("a", "b")
+    one.add_replica("a2", "a")
+    for _ in range(4):
+        ask(one, "a", moving_seconds=100.0)
+    assert sorted(went(one.dispatch(START))) == ["a", "a", "a2", "a2"]
+    one.remove_replica("a2", START)
+    one.lanes.check_invariants()
+    assert one.dispatch(START) == []  # what it had waits for the other one
+    one.remove_replica("a", START)
+    assert set(went(one.dispatch(START))) == {"b"}
+
+
 def test_what_no_node_has_does_not_wait_behind_what_one_has() -> None:
     one = router("a", "b")
     for node in ("a", "a", "b"):
@@ -88,7 +102,7 @@ def test_what_no_node_has_does_not_wait_behind_what_one_has() -> None:
     ask(one, rows=2)
     ask(one, rows=2)
     (batch,) = one.dispatch(START + 0.1)
-    assert (batch.node_id, batch.rows) == ("b", 4)
+    assert (batch.replica_id, batch.rows) == ("b", 4)
 
 
 def test_a_node_without_a_replica_or_that_is_silent_is_no_reason_to_wait() -> None:
@@ -121,7 +135,7 @@ def test_what_is_held_elsewhere_waits_for_nobody_when_a_slow_replica_is_drawn() 
     ):
         ask(one, node, rows=1, moving_seconds=100.0, now=now)
         (batch,) = one.dispatch(now)
-        assert batch.node_id == node
+        assert batch.replica_id == node
         now += seconds
         one.finished(node, batch.batch_id, (OK,), now)
     assert one.lanes.slow(one.lanes["b"])

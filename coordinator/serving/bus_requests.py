@@ -1,0 +1,70 @@
+"""Requests for inference that come over the bus, and their answers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+
+from coordinator.serving.inference import Asked, Inference
+from potluck.bus.exchange import Envelope
+from potluck.bus.outbox import Outbox
+from potluck.errors import InvalidRequest, PotluckError, TimedOut
+from potluck.settings import CoordinatorSettings
+from potluck.wire.deadlines import deadline, too_late
+from potluck.wire.messages import CancelInfer, Infer, Inferred
+from potluck.wire.topics import Topics
+
+
+class BusRequests:
+    """Gives them to `inference`, and publishes the answers by `outbox`."""
+
+    def __init__(
+        self,
+        inference: Inference,
+        *,
+        topics: Topics,
+        outbox: Outbox,
+        settings: CoordinatorSettings,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._inference = inference
+        self._topics = topics
+        self._outbox = outbox
+        self._limit_seconds = settings.inference_seconds
+        self._clock = clock
+        self._asked: dict[tuple[str, str], Asked] = {}
+        """Requests without an answer yet, by the topic that it goes to and the request's id."""
+
+    def on_infer(self, envelope: Envelope) -> None:
+        """Handler for `models/<name>/infer`."""
+        message = envelope.message
+        if isinstance(message, CancelInfer):
+            asked = self._asked.get((envelope.reply_to, message.id))
+            if asked is not None:
+                self._inference.cancel(asked)
+            return
+        if not isinstance(message, Infer):
+            self._outbox.refuse(
+                envelope, InvalidRequest(f"{type(message).__name__} is not Infer: see docs/protocol.md")
+            )
+            return
+        now = self._clock()
+        until = min(deadline(message, now), now + self._limit_seconds)
+        if until <= now:
+            error = TimedOut(too_late(message, now, "the coordinator's"))
+            self._inference.metrics.answered("", now, 0.0, error.code)
+            self._outbox.refuse(envelope, error)
+            return
+        model = self._topics.segment(envelope.topic, 1)
+        answer = partial(self._answer, envelope)
+        asked = self._inference.ask(model, message.inputs, answer, now, until, priority=message.priority)
+        if message.id and asked.waits:
+            self._asked[envelope.reply_to, message.id] = asked
+
+    def _answer(self, envelope: Envelope, answer: Inferred | PotluckError) -> None:
+        self._asked.pop((envelope.reply_to, envelope.message.id), None)
+        if isinstance(answer, PotluckError):
+            self._outbox.refuse(envelope, answer)
+        else:
+            self._outbox.reply(envelope, answer)
