@@ -140,7 +140,8 @@ class Coordinator:
                     http=self._urls,
                     software=lifecycle.software(),
                     since=since,
-                    shortage=store.shortage(),
+                    # A large blob may find no room where there is some for a small one.
+                    shortage=store.shortage() or self._dispatcher.shortage,
                     cluster_id=journal.cluster_id,
                     founded=journal.founded,
                     empty=journal.empty,

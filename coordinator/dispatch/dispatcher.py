@@ -14,6 +14,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from dataclasses import replace as replace_view
 from typing import Any
 
@@ -92,6 +93,14 @@ ROOM_SECONDS = 5.0
 """How long an action waits that had no room on our disk, before it is tried again."""
 
 
+@dataclass(frozen=True)
+class _NoRoom:
+    """An action that had no room on our disk: when it is tried again, and what was said."""
+
+    until: float
+    reason: str
+
+
 class Dispatcher:
     """All jobs of the coordinator. `run` must be under way for anything to happen."""
 
@@ -118,8 +127,8 @@ class Dispatcher:
         self._settings = settings
         self._clock = clock
         self._actions: dict[tuple[str, str], asyncio.Task[None]] = {}
-        self._no_room: dict[tuple[str, str], float] = {}
-        """Actions of jobs for which there was no room, and when they are tried again."""
+        self._no_room: dict[tuple[str, str], _NoRoom] = {}
+        """By job and action."""
         self._dirty: dict[str, None] = {}
         """Jobs of which something changed."""
         self._offered = False
@@ -183,6 +192,11 @@ class Dispatcher:
     def ended(self, job: Job) -> JobEnded | None:
         """The result of a job that has ended, its blobs to be had from here."""
         return self._announcer.ended(job)
+
+    @property
+    def shortage(self) -> str:
+        """Why jobs wait for room on our disk; "" where none does."""
+        return next((found.reason for found in self._no_room.values()), "")
 
     def all_described(self, after: str) -> Iterator[JobChanged]:
         """The jobs that came after one of this id, oldest first; all where there is none."""
@@ -408,7 +422,7 @@ class Dispatcher:
     def _act(self, job_id: str, name: str, action: Coroutine[Any, Any, None]) -> None:
         """Start an action of a job, unless the same one is under way."""
         key = (job_id, name)
-        if key in self._actions or self._tasks is None or self._clock() < self._no_room.get(key, 0.0):
+        if key in self._actions or self._tasks is None or self._waits_for_room(key):
             action.close()
             return
         task = self._tasks.create_task(self._guard(job_id, name, action), name=f"{job_id} {name}")
@@ -441,11 +455,15 @@ class Dispatcher:
         """A full disk is no fault of a job's: what it has stays, and the next plan asks for the same again."""
         if not any(job_id == job.job_id for job_id, _ in self._no_room):
             log.warning("job waits for room %s", fields(job=job.job_id, reason=error.message))
-        self._no_room[job.job_id, name] = self._clock() + ROOM_SECONDS
+        self._no_room[job.job_id, name] = _NoRoom(self._clock() + ROOM_SECONDS, error.message)
         self._announcer.doing(job.job_id, f"waits for room at the coordinator: {error.message}")
 
+    def _waits_for_room(self, key: tuple[str, str]) -> bool:
+        found = self._no_room.get(key)
+        return found is not None and self._clock() < found.until
+
     def _found_room(self, job_id: str) -> None:
-        left = {key: at for key, at in self._no_room.items() if key[0] != job_id}
+        left = {key: found for key, found in self._no_room.items() if key[0] != job_id}
         if len(left) < len(self._no_room):
             self._no_room = left
             log.info("job goes on, there is room %s", fields(job=job_id))
@@ -663,7 +681,7 @@ class Dispatcher:
         final = self.described(job).progress
         self._record(job, JobFinished(at=now, result=result))
         self._leases.forget(job)
-        self._no_room = {key: at for key, at in self._no_room.items() if key[0] != job.job_id}
+        self._no_room = {key: found for key, found in self._no_room.items() if key[0] != job.job_id}
         self._doubts.pop(job.job_id, None)
         self._endless.pop(job.job_id, None)
         for forgotten in self._store.ended(job, final):

@@ -53,12 +53,14 @@ def lab(monkeypatch: pytest.MonkeyPatch) -> Lab:
 async def test_what_finds_no_room_is_tried_again(lab: Lab) -> None:
     assert await lab.act("round 1", DiskFull("the disk is full"))
     assert (lab.told, lab.ended) == (["waits for room at the coordinator: the disk is full"], [])
+    assert lab.dispatcher.shortage == "the disk is full", "also where the store has room for something smaller"
     assert not await lab.act("round 1", None), "not at once"
     lab.now += ROOM_SECONDS
     assert await lab.act("round 1", DiskFull("the disk is full"))
     lab.now += ROOM_SECONDS
     assert await lab.act("round 1", None)
     assert lab.told[-1] == ""
+    assert lab.dispatcher.shortage == ""
     assert await lab.act("round 1", None), "nothing waits any more"
     assert lab.ended == []
 
