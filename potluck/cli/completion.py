@@ -1,4 +1,7 @@
-"""What the shell offers for ids and names: those that the cluster has now, asked in a moment; and nothing, silently, without one."""
+"""Shell completion of ids and names: asks the cluster, for a moment, for those that it has now.
+
+Where no cluster answers, it silently offers nothing.
+"""
 
 from __future__ import annotations
 
@@ -20,21 +23,21 @@ if TYPE_CHECKING:
     from potluck.client.connection import Connection
 
 SECONDS = 1.0
-"""Nobody waits longer for a list to choose from."""
+"""How long completion waits for the cluster: nobody waits longer for a list to choose from."""
 
 Found = list[tuple[str, str]]
-"""What can be written, and a word on what it is."""
+"""Pairs of a word that can be typed, and its description."""
 
 _ASKED = "_POTLUCK_COMPLETE"
-"""What the shells' scripts set."""
+"""Variables that the shells' completion scripts set."""
 _BREAKS = ":="
 
 
 def run(program: Callable[[], None]) -> None:
-    """Run the command line; where bash asks it for what a word may become, answer so that bash can use it.
+    """Run the command line; where bash asks for completions, prepare the words and the answers for bash.
 
-    Bash ends words at `:` and `=` (COMP_WORDBREAKS) and typer does not, and what is answered takes the place of the last part alone.
-    So the parts are put together before, and what stands already is cut off the answers.
+    Bash ends words at `:` and `=` (COMP_WORDBREAKS); typer does not. Bash replaces only the last part of a word with the answer.
+    So the parts are joined before typer sees them, and the part that bash keeps is cut off the answers.
     """
     if os.environ.get(_ASKED) != "complete_bash":
         program()
@@ -50,7 +53,7 @@ def run(program: Callable[[], None]) -> None:
 
 
 def joined(parts: Sequence[str], at: int) -> tuple[list[str], int, str]:
-    """(whole words, which of them `parts[at]` is in, what of that bash leaves as it is). An empty part begins a word: a space stood before."""
+    """(whole words, index of the word with `parts[at]`, its start that bash keeps). An empty part starts a word: a space came before."""
     words: list[str] = []
     place, stands, open_ended = at, "", False
     for number, part in enumerate(parts):
@@ -67,7 +70,7 @@ def joined(parts: Sequence[str], at: int) -> tuple[list[str], int, str]:
 
 
 def words(*choices: str) -> Callable[[str], list[str]]:
-    """These words, for an option that takes one of them."""
+    """Completion for an option that takes one of these words."""
 
     def offered(incomplete: str) -> list[str]:
         return [choice for choice in choices if choice.startswith(incomplete)]
@@ -76,7 +79,7 @@ def words(*choices: str) -> Callable[[str], list[str]]:
 
 
 def jobs(context: typer.Context, incomplete: str) -> Found:
-    """Jobs by id, the newest first."""
+    """Jobs by id, newest first."""
 
     async def ask(connection: Connection) -> Found:
         from potluck.client import listings
@@ -108,7 +111,7 @@ def model_files(context: typer.Context, incomplete: str) -> Found:
 
 
 def deployments(context: typer.Context, incomplete: str) -> Found:
-    """Deployed models, by their plain names and by version."""
+    """Deployed models, by plain name and by version."""
 
     async def ask(connection: Connection) -> Found:
         from potluck.client import listings
@@ -136,7 +139,7 @@ def datasets(context: typer.Context, incomplete: str) -> Found:
 
 
 def data(context: typer.Context, incomplete: str) -> Found:
-    """Data sets, those that live on nodes too, and files."""
+    """Data sets, also those that live on nodes, and files."""
 
     async def ask(connection: Connection) -> Found:
         from potluck.client import listings
@@ -153,7 +156,7 @@ def _offered(context: typer.Context, incomplete: str, ask: Callable[[Connection]
 
     from potluck.client.connection import Connection, client_settings
 
-    logging.disable()  # whatever is said now stands in the middle of what somebody types
+    logging.disable()  # a log line would land in the middle of the text that somebody types
     given = context.find_root().params
 
     async def asked() -> Found:
@@ -169,7 +172,7 @@ def _offered(context: typer.Context, incomplete: str, ask: Callable[[Connection]
 
 
 def _files(incomplete: str) -> Iterator[tuple[str, str]]:
-    """What lies where the word leads to: the shell itself offers files only where nothing else is offered."""
+    """Files and folders that match the word. The shell offers files by itself only where we offer nothing."""
     folder, _, begun = incomplete.rpartition("/")
     where = Path(f"{folder}/" if "/" in incomplete else ".").expanduser()
     try:

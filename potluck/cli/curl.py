@@ -1,4 +1,4 @@
-"""Lines for a shell that ask a deployed model over HTTP, and work as they stand (docs/http.md)."""
+"""Shell lines that ask a deployed model over HTTP; they work as they are (docs/http.md)."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from potluck.client import Client
 
 INLINE_VALUES = 100
-"""An input of more values is made by the shell: nobody wants to see it."""
+"""An input with more values than this is made by shell commands, not written out."""
 FREE_SIZE = 32
-"""For a dimension that may have any size, but for the batch: more than the window of a usual layer."""
+"""The size to use for a dimension of any size (not the batch): more than the window of a usual layer."""
 _CONNECT_SECONDS = 0.5
 
 
@@ -34,12 +34,12 @@ def lines(client: Client, name: str) -> list[str]:
 
 
 class Early:
-    """Of a deployment that is being made: says once how to ask it, when a replica is ready and others load still."""
+    """For a deployment that is being made: gives the lines once, when one replica is ready while others still load."""
 
     def __init__(self, client: Client) -> None:
         self._client = client
         self._seen = ""
-        """What the job said when it was looked at last."""
+        """The job's message when it was last looked at."""
         self._said = False
 
     def lines(self, state: JobChanged) -> list[str]:
@@ -59,7 +59,7 @@ class Early:
 
 
 def ask(addresses: Sequence[str], info: ModelInfo, deployment: DeploymentInfo) -> list[str]:
-    """The lines for a model: one with a file of the user's where it takes images or recordings, and last one that needs nothing."""
+    """The lines for a model: the first with a file of the user's, where it takes images or recordings; the last needs no file."""
     address, signature = _reachable(addresses), info.signature
     by_name = deployment.role in ("stable", "canary")
     inputs = signature.inputs if signature is not None else ()
@@ -84,14 +84,14 @@ def ask(addresses: Sequence[str], info: ModelInfo, deployment: DeploymentInfo) -
 
 
 def made_up(info: ModelInfo) -> str:
-    """A remark on values that a model need not know, as one with a vocabulary; empty where the lines have none."""
+    """A remark that some values are made up (a model with a vocabulary may not know them); empty where the lines have none."""
     inputs = info.signature.inputs if info.signature is not None else ()
     if _takes_images(info, inputs):
         return ""
     values = dict.fromkeys(
         json.dumps(_value(spec)) for spec in inputs if spec.datatype.startswith(("BYTES", "INT", "UINT"))
     )
-    return f" ({' and '.join(values)} {be(len(values))} made up: put in what the model knows)" if values else ""
+    return f" ({' and '.join(values)} {be(len(values))} made up: use values that the model knows)" if values else ""
 
 
 def _takes_images(info: ModelInfo, inputs: Sequence[TensorSpec]) -> bool:
@@ -137,7 +137,7 @@ def _pixel() -> str:
 
 
 def _reachable(addresses: Sequence[str]) -> str:
-    """The first that takes a connection from here; else the first."""
+    """The first address that accepts a connection from here; else the first address."""
     for address in addresses:
         where = urlsplit(address)
         try:

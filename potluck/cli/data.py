@@ -12,7 +12,7 @@ from potluck.cli import completion
 from potluck.cli.session import Json, session
 from potluck.cli.suggesting import Command, Group
 
-data = typer.Typer(cls=Group, no_args_is_help=True, help="Add data sets to the cluster, list and remove them.")
+data = typer.Typer(cls=Group, no_args_is_help=True, help="Add data sets to the cluster, list them and remove them.")
 
 
 @data.command("add", cls=Command)
@@ -26,12 +26,13 @@ def add(
     ],
     name: Annotated[str | None, typer.Option(help="The data set's name (default: the file's or folder's).")] = None,
     target: Annotated[
-        list[str] | None, typer.Option(help="The label's column or array, for tables and .npz; again for more outputs.")
+        list[str] | None,
+        typer.Option(help="The label's column or array, for tables and .npz. Repeat it for more outputs."),
     ] = None,
     sample_weight: Annotated[str | None, typer.Option(help="The column or array with the weight of each item.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Pack a data set into shards, and bring it to the coordinator."""
+    """Pack a data set into shards, and send it to the coordinator."""
     from rich.console import Console
     from rich.progress import Progress
 
@@ -79,7 +80,7 @@ def remove(
     name: Annotated[str, typer.Argument(help="A registered data set.", autocompletion=completion.datasets)],
     as_json: Json = False,
 ) -> None:
-    """Forget a data set that no job uses."""
+    """Remove a data set that no job uses."""
     from potluck.cli import output
 
     with session(context).client() as client:

@@ -1,4 +1,4 @@
-"""`potluck demo`: a broker, a coordinator and three nodes on this machine train, evaluate, deploy and ask a model, and one is killed."""
+"""`potluck demo`: starts a broker, a coordinator and three nodes here; trains, kills a node, evaluates, deploys and asks a model."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ IMAGE_SIZE = 32
 EPOCHS = 20
 NODES = 3
 BESIDE_COLUMNS = 62
-"""What stands beside the texts of a line of progress: the bar, the share and the time."""
+"""Columns of a progress line for the bar, the share and the time."""
 WANTED_ACCURACY = 0.97
 
 console = Console()
@@ -47,7 +47,7 @@ def demo(
     epochs: Annotated[int, typer.Option(min=1, help="Epochs to train.")] = EPOCHS,
     keep: Annotated[Path | None, typer.Option(help="Keep the data, the model and the logs in this folder.")] = None,
 ) -> None:
-    """Try it all on this machine: discover, train, survive a kill, evaluate, deploy, ask."""
+    """Try potluck on this machine: discover, train, survive a kill, evaluate, deploy, ask."""
     started = time.monotonic()
     with ExitStack() as stack, _terminated_as_interrupt():
         folder = keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="potluck-demo-")))
@@ -67,7 +67,7 @@ def demo(
 
 
 class Demo:
-    """The steps in order; what one finds out the next ones use."""
+    """The steps in order; later steps use what earlier steps found out."""
 
     def __init__(self, folder: Path, epochs: int, stack: ExitStack) -> None:
         self.folder = folder
@@ -85,7 +85,7 @@ class Demo:
         self._ask()
 
     def _start(self) -> None:
-        _title(1, "Start a broker, a coordinator and three nodes; nobody is told an address")
+        _title(1, "Start a broker, a coordinator and three nodes; none is told an address")
         cluster = f"demo-{uuid.uuid4().hex[:8]}"
         with console.status("starting the processes, and looking for them by mDNS"):
             self.cluster = self.stack.enter_context(LocalCluster(self.folder / "cluster", cluster=cluster, nodes=NODES))
@@ -99,7 +99,7 @@ class Demo:
         console.print(output.nodes_table(self.client.nodes()), crop=False)
 
     def _write_digits(self) -> None:
-        _title(2, "Write 1,797 real handwritten digits as PNG files, a folder a class")
+        _title(2, "Write 1,797 real handwritten digits as PNG files, one folder per class")
         self.train_folder, self.test_folder = write_digits(self.folder)
         for folder in (self.train_folder, self.test_folder):
             count = sum(1 for _ in folder.glob("*/*.png"))
@@ -119,7 +119,7 @@ class Demo:
                 batch_size=32,
                 image=(IMAGE_SIZE, IMAGE_SIZE),
                 name="digits",
-                monitor=None,  # the last epoch's model, of which the line below tells
+                monitor=None,  # the last epoch's model: the line below shows that epoch's metrics
             )
         console.print(f"  model of {counted(self.model.count_params(), 'weight')}, job {self.job.id}")
         victim = self.cluster.nodes[-1]
@@ -129,7 +129,7 @@ class Demo:
                 victim.kill()
                 killed = True
                 console.print(
-                    f"  [bold red]SIGKILL[/] to node {victim.node_id} at epoch {progress.epoch}: the rest go on"
+                    f"  [bold red]SIGKILL[/] to node {victim.node_id} at epoch {progress.epoch}: the others go on"
                 )
         self.job.wait(timeout=30)
         last = {name: values[-1] for name, values in self.job.history.items()}
@@ -185,7 +185,7 @@ class Demo:
 
 
 def build_model(size: int, classes: int) -> Any:
-    """The founding example's network, compiled: Conv 32, 64, 128 with max-pooling, Dense 512, softmax."""
+    """The demo's network, compiled: Conv 32, 64, 128 with max-pooling, Dense 512, softmax."""
     with _quiet_stderr():
         import keras  # here, not above: the command line must not wait for TensorFlow
 
@@ -215,7 +215,7 @@ def write_digits(folder: Path) -> tuple[Path, Path]:
 
 
 def _shown(job: Job) -> Iterator[JobProgress]:
-    """The job's progress, drawn as a live bar while it is passed on."""
+    """Pass the job's progress on, and draw it as a live bar."""
     columns = (TextColumn("  {task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[rest]}"))
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bar:
         task = bar.add_task("waiting", total=None, rest="")
@@ -232,13 +232,13 @@ def _shown(job: Job) -> Iterator[JobProgress]:
 
 
 def _fitting(parts: Sequence[str], room: int) -> str:
-    """As many of the first parts as fit: a pair that is broken over two lines says nothing."""
+    """As many of the first parts as fit into `room`: a metric broken over two lines cannot be read."""
     texts = ["  ".join(parts[:count]) for count in range(len(parts), 0, -1)]
     return next((text for text in texts if len(text) <= room), "")
 
 
 def _samples(folder: Path) -> tuple[np.ndarray[Any, Any], list[int]]:
-    """The first test image of each class, as the model wants them: float32 in 0..1."""
+    """The first test image of each class as the model's input: float32 in 0..1."""
     import numpy as np
     from PIL import Image
 
@@ -293,7 +293,7 @@ def _require_packages() -> None:
 
 @contextmanager
 def _quiet_stderr() -> Iterator[None]:
-    """TensorFlow's greetings go nowhere: they come from C++ before any log level holds."""
+    """Hide TensorFlow's messages at import: C++ prints them before any log level takes effect."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     kept = os.dup(2)
     with Path(os.devnull).open("w") as nowhere:
@@ -307,7 +307,7 @@ def _quiet_stderr() -> Iterator[None]:
 
 @contextmanager
 def _terminated_as_interrupt() -> Iterator[None]:
-    """SIGTERM ends the demo as Ctrl-C does: in order."""
+    """SIGTERM ends the demo like Ctrl-C: in order."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt

@@ -26,12 +26,13 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     image: ImageSize = None,
     target: Annotated[
-        list[str] | None, typer.Option(help="The label's column or array, for tables and .npz; again for more outputs.")
+        list[str] | None,
+        typer.Option(help="The label's column or array, for tables and .npz. Repeat it for more outputs."),
     ] = None,
     sample_weight: Annotated[str | None, typer.Option(help="The column or array with the weight of each item.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure a model over the nodes: accuracy, precision, recall, F1, confusion matrix."""
+    """Measure a model on the nodes: accuracy, precision, recall, F1, confusion matrix."""
     from potluck.cli import following, output
 
     size = image_size(image)

@@ -1,4 +1,4 @@
-"""`potluck files`: where the example settings and the systemd units of this installation are."""
+"""`potluck files`: where this installation keeps the example settings and the systemd units."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def files() -> None:
 
 
 def folder() -> Path:
-    """A checkout itself, else `share/potluck` where the installer put it. Raises NotFound when it left that out."""
+    """The folder: a checkout itself, else `share/potluck` where the installer put it. Raises NotFound when the installer left it out."""
     from importlib.metadata import files as installed
 
     checkout = Path(potluck.__file__).parents[1]
@@ -27,4 +27,4 @@ def folder() -> Path:
     for file in installed("potluck") or ():
         if file.parent.name == UNITS and (found := Path(str(file.locate())).resolve()).is_file():
             return found.parents[1]
-    raise NotFound("this installation has no configs and units beside it: take them from the sources of potluck")
+    raise NotFound("this installation came without configs/ and systemd/: copy them from the sources of potluck")

@@ -1,4 +1,4 @@
-"""A job's progress as a person wants to see it: one live picture on a terminal, plain lines elsewhere."""
+"""Shows a job's progress to people: one live picture on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ if TYPE_CHECKING:
     from potluck.wire.messages import EpochMetrics, JobChanged, JobEnded, JobProgress
 
     Beside = Callable[[JobChanged], Iterable[str]]
-    """Lines to say beside a job's progress."""
+    """Gives extra lines to print with a job's progress."""
 
 BAR_COLUMNS = 20
-"""With what stands beside it, this fits into 60 columns."""
+"""Width of the bar: with the text beside it, the line fits into 60 columns."""
 PLAIN_SECONDS = 5.0
-"""On a log, how often a line is worth it when the epoch has not changed."""
+"""In plain lines: print one this often while the epoch does not change."""
 
 
 def follow(job: Job, *, quiet: bool = False, verbose: bool = False, beside: Beside = lambda state: ()) -> None:
-    """Show a job until it ends, on standard error; `verbose` with what its strategy says. Raises the job's error.
+    """Show a job on standard error until it ends; `verbose`: also what its strategy says. Raises the job's error.
 
     Ctrl-C leaves the job running and says so.
     """
@@ -52,12 +52,12 @@ def follow(job: Job, *, quiet: bool = False, verbose: bool = False, beside: Besi
         job.wait()
     except KeyboardInterrupt:
         shows, ends = (same_cluster(f"potluck {what} {job.id}") for what in ("job", "cancel"))
-        note(f"interrupted: job {job.id} goes on; `{shows}` shows it, `{ends}` ends it")
+        note(f"interrupted: job {job.id} goes on. `{shows}` shows it, `{ends}` ends it")
         raise typer.Exit(STATUS) from None
 
 
 def ended(job: Job, as_json: bool, *, verbose: bool = False, beside: Beside = lambda state: ()) -> JobEnded:
-    """Follow a job to its end; its result. Raises the job's error, after its result was printed where that is wanted as JSON."""
+    """Follow a job to its end, and return its result. Raises the job's error; with `as_json`, prints the result first."""
     try:
         follow(job, quiet=as_json, verbose=verbose, beside=beside)
     except PotluckError as error:
@@ -67,13 +67,13 @@ def ended(job: Job, as_json: bool, *, verbose: bool = False, beside: Beside = la
         if as_json:
             emit(job.result())
         elif state.kind == "train" and state.progress.round and not isinstance(error, InvalidModel | InvalidData):
-            note(f"the same command with --resume {job.id} goes on from its last round")
+            note(f"to continue from its last round, repeat the command with --resume {job.id}")
         raise
     return job.result()
 
 
 def name_data(job: Job, data: str, validation: str | None = None) -> None:
-    """Say as what data sets the files that somebody gave were packed for a job, and what becomes of them."""
+    """Tell under which names a user's files were packed as data sets for a job, and that these are removed with the job."""
     from potluck.client.sources import as_name
     from potluck.wire.messages import Train
 
@@ -82,7 +82,7 @@ def name_data(job: Job, data: str, validation: str | None = None) -> None:
         given.setdefault(validation, job.asked.validation or "")
     for path, name in given.items():
         if as_name(path) is None:
-            note(f"job {job.id}: {path} is packed as data set {name}, which is forgotten with the job")
+            note(f"job {job.id}: {path} is packed as data set {name}, which is removed with the job")
 
 
 def plain_lines(
@@ -93,7 +93,7 @@ def plain_lines(
     verbose: bool = False,
     beside: Beside = lambda state: (),
 ) -> Iterator[str]:
-    """A line when the state or the epoch changes, every few seconds between, and for each epoch that has ended."""
+    """A line when the state or the epoch changes, one every few seconds between, and one for each epoch that has ended."""
     said_at = float("-inf")
     key: tuple[object, ...] | None = None
     strategy = ""
@@ -118,7 +118,7 @@ def plain_lines(
 
 
 class EndedEpochs:
-    """Says of each epoch once what it ended with: progress tells of the one under way."""
+    """Gives the metrics of each ended epoch once: the progress tells only of the current epoch."""
 
     def __init__(self, epochs_so_far: Callable[[], Sequence[EpochMetrics]]) -> None:
         self._epochs_so_far = epochs_so_far
@@ -126,7 +126,7 @@ class EndedEpochs:
         self._said = 0
 
     def lines(self, state: JobChanged) -> Iterator[str]:
-        """Lines for those that ended since the state before."""
+        """Lines for the epochs that ended since the last call."""
         progress = state.progress
         last = state.state in ("succeeded", "failed", "cancelled")
         if state.kind != "train" or (progress.epoch <= max(1, self._at) and not last):
@@ -140,14 +140,14 @@ class EndedEpochs:
 
 
 def current_texts(progress: JobProgress) -> tuple[str, str]:
-    """Metrics of the epoch under way, and those of the last validation, which was another epoch's."""
+    """Metrics of the current epoch, and those of the last validation, which belong to an earlier epoch."""
     validated = {name: value for name, value in progress.metrics.items() if name.startswith("val_")}
     training = {name: value for name, value in progress.metrics.items() if name not in validated}
     return metrics_text(training), metrics_text(validated)
 
 
 def progress_text(progress: JobProgress) -> str:
-    """Everything in one line."""
+    """The whole progress in one line."""
     parts = []
     if progress.epochs:
         parts.append(f"epoch {progress.epoch}/{progress.epochs}")
@@ -186,14 +186,14 @@ def left_out(progress: JobProgress) -> list[str]:
 
 
 def seconds_left(progress: JobProgress) -> float | None:
-    """At the present speed; None when there is none."""
+    """Seconds that remain at the present speed; None when the speed is 0 or nothing remains."""
     if not progress.items_per_second or progress.done >= progress.total:
         return None
     return (progress.total - progress.done) / progress.items_per_second
 
 
 def picture(state: JobChanged, *, verbose: bool = False) -> RenderableType:
-    """A job as it stands: a bar, what remains, the metrics, and each node's speed; `verbose` with what its strategy says."""
+    """A job now: a bar, what remains, the metrics, and each node's speed; `verbose`: also what its strategy says."""
     progress = state.progress
     bar = Table.grid(padding=(0, 2))
     done = share(state)
@@ -241,7 +241,7 @@ def _live(job: Job, verbose: bool, beside: Beside) -> None:
     shown: RenderableType = Spinner("dots", f"job {job.id}")
 
     def now() -> RenderableType:
-        """With what keeps news of it away."""
+        """The last picture, and below it the reason where no news comes."""
         trouble = job.trouble()
         return Group(shown, Line(Text(f"no news: {trouble}", style="red"), indent=2)) if trouble else shown
 
@@ -249,7 +249,7 @@ def _live(job: Job, verbose: bool, beside: Beside) -> None:
         for state in job.states():
             for line in ended.lines(state):
                 live.console.print(Line(line))
-            for line in beside(state):  # which may be there to be copied: the terminal gives it back whole
+            for line in beside(state):  # a user may copy these lines: a terminal gives a long line back whole
                 live.console.print(Text(line), soft_wrap=True)
             shown = picture(state, verbose=verbose)
             live.refresh()

@@ -1,4 +1,4 @@
-"""What of potluck runs on this machine already: by its locks, its system services, and what it says by mDNS."""
+"""What of potluck runs on this machine: by its locks, its system services, and mDNS."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from potluck.sole_use import WHATS, User, clock_text, user_of, users_here
 NODE_UNIT = "potluck-node.service"
 UNITS = (NODE_UNIT, "potluck-coordinator.service")
 SYSTEMD = Path("/run/systemd/system")
-"""There when systemd runs this machine (sd_booted(3))."""
+"""Exists when systemd runs this machine (sd_booted(3))."""
 ASK_SECONDS = 3.0
 KNOCK_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
 class Unit:
-    """A system service of ours that runs, or tries to. `said` is its STATUS=."""
+    """A system service of ours that runs, or tries to run. `said` is its STATUS=."""
 
     name: str
     state: str
@@ -48,17 +48,17 @@ class Unit:
 
 
 def folder_of(state_dir: Path | None, what: str) -> Path:
-    """The state folder of `node`, `coordinator` or `up` where `--state-dir` is this."""
+    """The state folder of `node`, `coordinator` or `up` for this `--state-dir`."""
     return state_folder(str(state_dir / what) if state_dir is not None else "", what)
 
 
 def users(state_dir: Path | None, whats: Iterable[str] = WHATS) -> list[User]:
-    """Who uses the state folders of these now."""
+    """The processes that use these state folders now."""
     return [user for what in whats if (user := user_of(folder_of(state_dir, what), what)) is not None]
 
 
 def running() -> list[User | Unit]:
-    """What runs here, in whatever state folders; a daemon that `potluck up` or a system service runs goes without saying."""
+    """What runs here, in any state folder. A daemon that `potluck up` or a system service runs is not listed apart from it."""
     services = units()
     served = {unit.pid for unit in services}
     found = {(user.what, Path(user.folder)): user for user in (*users(None), *users_here())}
@@ -69,7 +69,7 @@ def running() -> list[User | Unit]:
 
 
 def units() -> list[Unit]:
-    """Our system services that are not at rest. Empty where systemd cannot be asked."""
+    """Our system services that are active, activating or reloading. Empty where systemd cannot be asked."""
     if not SYSTEMD.is_dir():
         return []
     names = "Id,ActiveState,MainPID,ActiveEnterTimestamp,StatusText"
@@ -97,12 +97,12 @@ def _unit(block: str) -> Unit | None:
 
 
 def is_here(service: Service) -> bool:
-    """Whether what mDNS tells of is on this machine."""
+    """Whether a service found by mDNS is on this machine."""
     return service.host in ("127.0.0.1", *lan_addresses())
 
 
 async def node_here(services: Iterable[Service]) -> Service | None:
-    """The first node among these that is on this machine and answers; what mDNS says alone may be of yesterday."""
+    """The first of these nodes that is on this machine and answers. mDNS alone may be out of date."""
     for service in services:
         if service.role == "node" and is_here(service) and not await refusal(service.host, service.port, KNOCK_SECONDS):
             return service

@@ -35,13 +35,13 @@ def infer(
         list[str],
         typer.Argument(
             metavar="INPUT...",
-            help="Images, .txt, .wav or .npy files, or a folder of them; or .json, JSON itself, or - for JSON on standard input.",
+            help="Images, .txt, .wav or .npy files, or a folder of them; or a .json file, JSON itself, or - for JSON on standard input.",
         ),
     ],
     image: ImageSize = None,
     as_json: Json = False,
 ) -> None:
-    """Ask a deployed model."""
+    """Ask a deployed model for its answer to an input."""
     import numpy as np
 
     from potluck.cli import output
@@ -87,7 +87,7 @@ def infer(
 
 
 def read_input(source: str, info: ModelInfo, image: ImageOptions | None) -> Any:
-    """What to ask: an array with its batch axis, or a map of them. Raises InvalidData; InvalidRequest for `image` with arrays."""
+    """The model's input: an array with its batch axis, or a map of arrays. Raises InvalidData; InvalidRequest for `image` with arrays."""
     import numpy as np
 
     from potluck.client import files
@@ -97,7 +97,7 @@ def read_input(source: str, info: ModelInfo, image: ImageOptions | None) -> Any:
     path = Path(source)
     if source == "-" or source.lstrip()[:1] in ("[", "{", '"') or path.suffix == ".json":
         if image is not None:
-            raise InvalidRequest("--image says how an image becomes a tensor, and the input is no image: leave it out")
+            raise InvalidRequest("--image is only for images, and this input is not an image: leave --image out")
         try:
             value = json.loads(
                 sys.stdin.read() if source == "-" else path.read_text() if path.suffix == ".json" else source
@@ -114,13 +114,13 @@ def read_input(source: str, info: ModelInfo, image: ImageOptions | None) -> Any:
                     name: np.asarray(array, dtype=np.float32) if _is_float(array) else np.asarray(array)
                     for name, array in value.items()
                 }
-            with np.errstate(over="ignore"):  # too large for float32 is infinite, as on a node
+            with np.errstate(over="ignore"):  # as on a node: a value too large for float32 becomes infinite
                 return files.with_batch(np.asarray(value, dtype=_dtype_of(info)), info)
         except (ValueError, TypeError) as error:
-            raise InvalidData(f"the input is not an array that the model takes: {error}") from error
+            raise InvalidData(f"the model cannot take this input as an array: {error}") from error
     try:
         there = path.is_file()
-    except OSError:  # too long for a name, or in a folder that may not be read
+    except OSError:  # the text is too long for a file's name, or its folder may not be read
         there = False
     if not there:
         raise InvalidData(f"there is no file {path}: {_GIVE}")
@@ -128,7 +128,7 @@ def read_input(source: str, info: ModelInfo, image: ImageOptions | None) -> Any:
 
 
 def _dtype_of(info: ModelInfo) -> Any:
-    """What JSON becomes: the datatype of the model's only input where that is whole numbers or text, else float32."""
+    """The dtype for JSON input: that of the model's only input where it takes whole numbers or text, else float32."""
     import numpy as np
 
     from potluck.data.items import takes_text
@@ -142,7 +142,7 @@ def _dtype_of(info: ModelInfo) -> Any:
 
 
 def _not_finite(value: Any) -> str | None:
-    """Where in JSON the first number is that is infinite, as 1e999 becomes, or none: `[0][2]`."""
+    """The place of the first number in JSON that is infinite (1e999 becomes so) or not a number, as `[0][2]`."""
     if isinstance(value, float):
         return None if math.isfinite(value) else ""
     within = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()

@@ -1,4 +1,4 @@
-"""Ctrl-C: the first one ends the command in order, and those that follow quickly do not break into that."""
+"""Ctrl-C: the first one ends the command in order; others soon after do not disturb that."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import time
 from types import FrameType
 
 STATUS = 130
-"""Exit code of a program that SIGINT ended, as shells have it."""
+"""Exit code of a program that SIGINT ended, as shells define it."""
 ORDERLY_SECONDS = 5.0
-"""So long a command may take to clean up; another Ctrl-C after that ends it at once."""
+"""How long a command may take to clean up; after that, another Ctrl-C ends it at once."""
 
 
 def once() -> None:
-    """Have the first SIGINT of this process raise KeyboardInterrupt, and no other.
+    """Let only the first SIGINT of this process raise KeyboardInterrupt.
 
-    A second one would be raised wherever the first is being dealt with: in a destructor, or while Python ends, where it is printed.
-    Nothing is changed where SIGINT is not Python's own (a shell that starts a program in the background has it ignored).
+    A second KeyboardInterrupt could be raised while the first is handled: in a destructor, or while Python ends, where it is printed.
+    Changes nothing where SIGINT does not have Python's own handler (a shell ignores SIGINT for a program in the background).
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _first)
@@ -31,10 +31,10 @@ def _first(number: int, frame: FrameType | None) -> None:
     def again(number: int, frame: FrameType | None) -> None:
         if time.monotonic() > in_order_until:
             if sys.stderr.isatty():
-                os.write(sys.stderr.fileno(), b"\x1b[?25h\n")  # a live picture has hidden the cursor (DECTCEM)
+                os.write(sys.stderr.fileno(), b"\x1b[?25h\n")  # a live picture has hidden the cursor: show it (DECTCEM)
             os._exit(STATUS)
 
     signal.signal(signal.SIGINT, again)
-    # When threads have ended there is nothing left to end; Python takes our handler away then, and the signal would kill us.
+    # When Python ends, it removes our handler after the threads have ended. A signal would then kill us, with nothing left to end.
     atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
     raise KeyboardInterrupt

@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from potluck.wire.messages import JobEnded
 
 EPOCHS = 10
-"""As many are shown of a job, unless all are asked for: the newest."""
+"""How many epochs of a job are shown without --verbose: the newest."""
 
 JobId = Annotated[
     str,
     typer.Argument(
         metavar="ID",
-        help="The job's id, as `potluck jobs` shows it, or as much of it as no other has.",
+        help="The job's id, as `potluck jobs` shows it, or a beginning of it that only this job has.",
         autocompletion=completion.jobs,
     ),
 ]
@@ -45,25 +45,25 @@ def job(
     context: typer.Context,
     job_id: JobId,
     wait: Annotated[
-        bool, typer.Option("--wait", help="Follow it until it ends; its error becomes the exit code.")
+        bool, typer.Option("--wait", help="Follow the job until it ends; its error becomes the exit code.")
     ] = False,
     plot: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Draw loss and metrics over the epochs, to this .png, .svg or .pdf."),
+        typer.Option(metavar="FILE", help="Draw loss and metrics over the epochs into this .png, .svg or .pdf file."),
     ] = None,
     tensorboard: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Write event files for TensorBoard below this folder.")
+        Path | None, typer.Option(metavar="FOLDER", help="Write event files for TensorBoard into this folder.")
     ] = None,
     save: Annotated[
         Path | None,
         typer.Option(
             "--output", "-o", metavar="FILE",
-            help="Save the trained model as this .keras file, predictions as .csv, .json, .npy or .npz.",
+            help="Save the trained model as this .keras file, or predictions as .csv, .json, .npy or .npz.",
         ),
     ] = None,
     as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Show one job: its state, its last epochs, and its result when it has ended; save what it made."""
+    """Show one job: its state, its last epochs, and its result when it has ended; save its model or predictions."""
     from potluck.cli import following, output
     from potluck.client import event_files, plots
     from potluck.client.jobs import ENDED, job_error
@@ -86,15 +86,13 @@ def job(
         ended = found.result() if wait or state.state in ENDED else None
         failed = wait and ended is not None and ended.state != "succeeded"
         if ended is None and (plot or tensorboard or save):
-            raise Conflict(
-                f"job {found.id} is {state.state}: its result is there when it has ended, and --wait waits for that"
-            )
+            raise Conflict(f"job {found.id} is {state.state}: its result comes when it ends. Add --wait to wait for it")
         if save is not None and ended is not None and not failed:
             output.note(f"saved as {_save(found, ended, save)}")
         if plot is not None and not failed:
             output.note(f"drawn: {found.plot(plot)}")
         if tensorboard is not None and not failed:
-            output.note(f"written: see it with tensorboard --logdir {found.tensorboard(tensorboard)}")
+            output.note(f"written. To see it, type: tensorboard --logdir {found.tensorboard(tensorboard)}")
         if as_json:
             output.emit(ended or state)
             if ended is not None and failed:
@@ -111,7 +109,7 @@ def job(
         if ended.rounds and verbose:
             output.show(output.rounds_table(ended.rounds))
         if ended.best_epoch:
-            output.show(f"the model is the one of epoch {ended.best_epoch}, the best")
+            output.show(f"the model is that of the best epoch, {ended.best_epoch}")
         for reason in following.left_out(state.progress):
             output.show(reason)
         if ended.before is not None and ended.evaluation is not None:
@@ -124,7 +122,7 @@ def job(
 
 
 def _save(job: Job, ended: JobEnded, path: Path) -> Path:
-    """Save what a job made; where that is. Raises Conflict for one that made nothing, InvalidRequest, and the job's error."""
+    """Save a job's model or predictions; returns the path. Raises Conflict for other jobs, InvalidRequest, and the job's error."""
     from potluck.cli.predict import check_suffix, predicted, save
     from potluck.cli.train import check_keras
     from potluck.errors import Conflict
@@ -136,12 +134,12 @@ def _save(job: Job, ended: JobEnded, path: Path) -> Path:
         check_keras(path)
         return Path(job.model(path))
     raise Conflict(
-        f"job {job.id} is of kind {ended.kind!r}: only models and predictions can be saved; --json has the rest"
+        f"job {job.id} is of kind {ended.kind!r}: only models and predictions can be saved. --json prints the rest"
     )
 
 
 def stop(context: typer.Context, job_id: JobId, as_json: Json = False) -> None:
-    """End training after the epoch that is under way, and keep what it has learnt."""
+    """End training after the current epoch, and keep its result."""
     from potluck.cli import output
 
     with session(context).client() as client:
@@ -151,11 +149,11 @@ def stop(context: typer.Context, job_id: JobId, as_json: Json = False) -> None:
     elif state.state in ("queued", "running"):
         output.show(f"job {state.job_id} ends after epoch {state.progress.epoch}")
     else:
-        output.show(f"job {state.job_id} had ended already: {state.state}")
+        output.show(f"job {state.job_id} had already ended: {state.state}")
 
 
 def cancel(context: typer.Context, job_id: JobId, as_json: Json = False) -> None:
-    """End a job."""
+    """End a job now; it keeps no result."""
     from potluck.cli import output
 
     with session(context).client() as client:
@@ -165,4 +163,4 @@ def cancel(context: typer.Context, job_id: JobId, as_json: Json = False) -> None
     elif state.state == "cancelled":
         output.show(f"job {state.job_id} is cancelled")
     else:
-        output.show(f"job {state.job_id} had ended already: {state.state}")
+        output.show(f"job {state.job_id} had already ended: {state.state}")

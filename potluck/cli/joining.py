@@ -31,22 +31,22 @@ LAUNCHER = ("-P", "-m", "potluck.daemons")
 WAIT_FOR_ELECTED_SECONDS = 15.0
 STOP_SECONDS = 15.0
 TOLD_SECONDS = 1.5
-"""How a daemon is, is passed on when it has been so for this long: what lies on the way would only alarm."""
+"""A daemon's status is shown when it has lasted this long: short-lived ones on the way would only alarm."""
 CLAIM = "0-"
-"""Ids that begin so sort before every random id, which are hexadecimal."""
+"""Ids that begin like this sort before every random id, which are hexadecimal."""
 CLAIM_SECONDS = 1.0
 NODES_SEEN_SECONDS = 0.3
-"""Nodes are seen by mDNS as soon as the coordinator is; this much later at most."""
+"""A machine's node is visible by mDNS at most this much later than its coordinator."""
 HERE_SECONDS = 1.0
-"""Who asks by mDNS hears of what is on the same machine within this."""
+"""An mDNS query hears of services on the same machine within this time."""
 BACKOFF_SECONDS = (0.5, 30.0)
 STEADY_SECONDS = 60.0
-"""A daemon that ran this long has its back-off forgiven."""
+"""After a daemon has run this long, its back-off starts again from the beginning."""
 TRIES = 6
-"""A daemon that ended so many times in a row, and never ran as long, will not run: the state folder is another's, it may be."""
+"""After this many ends in a row, each before STEADY_SECONDS, a daemon is given up: another process may use its state folder."""
 GAVE_WAY = GaveWay.exit_code
 PERMANENT = (2, 5)
-"""Exit codes of daemons that starting again cannot help: wrong settings, and addresses that somebody here has just chosen."""
+"""Exit codes of daemons for which a restart cannot help: wrong settings, and an address that the user chose and that cannot be used."""
 
 
 def elected(own_id: str, others: Sequence[str]) -> bool:
@@ -81,7 +81,7 @@ class Joining:
         finally:
             working.cancel()
             stopping.cancel()
-            # The node first: it gives its leases back while somebody is there to take them.
+            # The node ends first: it gives its leases back while the coordinator can still take them.
             for child in reversed(self._children):
                 await child.stop()
             await asyncio.wait((working, stopping))
@@ -102,19 +102,19 @@ class Joining:
                 for other in around.services("coordinator") if around is not None else ():
                     if not here.is_here(other):
                         self._say(
-                            f"cluster {other.cluster!r} is on this network too, at {other.host}: this machine is not in it"
+                            f"cluster {other.cluster!r} is on this network too, at {other.host}: this machine does not join it"
                         )
                 await claims.aclose()
             tasks.create_task(self._child("node").run(), name="node")
             self._say_who_is_served()
             status = typed("potluck status", self._plan.network.cluster)
-            self._say(f"this machine's node starts; `{status}` says how the cluster is; Ctrl-C leaves")
+            self._say(f"this machine's node starts. `{status}` shows the cluster; Ctrl-C leaves it")
 
     async def _look_around(self, until: AsyncExitStack) -> Discovery | None:
-        """Where this machine keeps to itself, still look at the network: who forgot --insecure hears what is there."""
+        """The network's services where this machine only serves itself: a user who forgot --insecure is told what is there."""
         if not self._plan.private or not lan_addresses():
             return None
-        with contextlib.suppress(Unavailable):  # no multicast: then nothing is to be seen
+        with contextlib.suppress(Unavailable):  # no multicast: nothing can be seen then
             return await until.enter_async_context(Discovery(self._plan.network.cluster, listen_host="0.0.0.0"))  # noqa: S104 - only looks
         return None
 
@@ -135,13 +135,11 @@ class Joining:
         if all(is_loopback(parse_address(seed)[0]) for seed in plan.network.seeds):
             what = "only this machine is served"
         else:
-            what = (
-                "this node listens on this machine alone, where the others of its cluster cannot fetch what they need"
-            )
+            what = "this node listens on this machine only: the other nodes of its cluster cannot fetch what they need from it"
         here_too, others = plan.shared(), plan.shared(elsewhere=True)
         where = "here and on the other machines" if others == here_too else "here"
         self._say(
-            f"{what}; to share, end this with Ctrl-C, and on a network that you trust type {where}:\n    {here_too}"
+            f"{what}. To share it, end this with Ctrl-C, and on a network that you trust type {where}:\n    {here_too}"
         )
         if others != here_too:
             self._say(f"and on the other machines:\n    {others}")
@@ -156,7 +154,7 @@ class Joining:
             found = await discovery.wait_for(_is_coordinator, WAIT_FOR_ELECTED_SECONDS)
         if found is None:
             raise Unavailable(
-                f"the coordinator that was started is not to be seen within {WAIT_FOR_ELECTED_SECONDS:g} s: "
+                f"the coordinator was started, but mDNS does not show it within {WAIT_FOR_ELECTED_SECONDS:g} s: "
                 "its log above says why; --log-level INFO says more"
             )
         return found
@@ -164,9 +162,9 @@ class Joining:
     async def _settle(self, claims: AsyncExitStack) -> bool:
         """Whether this machine shall start the coordinator; False when one is there.
 
-        Everybody who looks says so (a candidate with a random id). After the window the smallest id wins; it claims the place
-        (a candidate whose id sorts before all others) for as long as `claims` lasts, so that whoever comes while its
-        coordinator starts waits for that; of two claims at once the smaller holds.
+        Every machine that looks announces a candidate with a random id. After the window the smallest id wins. The winner claims the
+        place: it announces a candidate whose id sorts before all others, for as long as `claims` lasts. A machine that comes while the
+        coordinator starts therefore waits for it. Of two claims at once, the smaller id holds.
         """
         own_id = uuid.uuid4().hex[:12]
         window = self._plan.network.discovery.window_seconds
@@ -193,10 +191,10 @@ class Joining:
                 self._say("found none yet; another machine is about to start it: waiting")
                 if await self._found(discovery, WAIT_FOR_ELECTED_SECONDS):
                     return False
-                given_up.update(rivals)  # they may have gone without a word: choose again without them
+                given_up.update(rivals)  # the rivals may have left without a word: choose again without them
 
     async def _check_alone(self, discovery: Discovery) -> None:
-        """Raises Conflict where a node of this cluster that another user, or another folder, started is on this machine."""
+        """Raises Conflict where this machine already has a node of this cluster, started by another user or from another folder."""
         if self._plan.state_dir is not None:
             return
         await discovery.wait_for(lambda one: one.role == "node", NODES_SEEN_SECONDS)
@@ -204,10 +202,10 @@ class Joining:
             raise already(f"the node {node.id} (cluster {node.cluster!r}) at http://{node.host}:{node.port}")
 
     async def _check_alone_at_seeds(self) -> None:
-        """The same where nothing has been looked for yet."""
+        """The same check where mDNS was not used yet."""
         if self._plan.state_dir is not None or not self._plan.network.discovery.enabled:
             return
-        with contextlib.suppress(Unavailable):  # no multicast: then nothing is to be seen
+        with contextlib.suppress(Unavailable):  # no multicast: nothing can be seen then
             async with self._discovery() as discovery:
                 await discovery.wait_for(lambda one: one.role == "node" and here.is_here(one), HERE_SECONDS)
                 await self._check_alone(discovery)
@@ -237,9 +235,9 @@ class Joining:
 
 
 class Child:
-    """A daemon's process: started again with back-off when it ends, told to end by `stop`. It dies with us.
+    """A daemon's process: restarted with back-off when it ends; `stop` ends it. The kernel ends it when we die.
 
-    `say` gets how it says it is, whenever that changes.
+    `say` gets its status whenever that changes.
     """
 
     def __init__(self, name: str, command: list[str], say: Callable[[str], None]) -> None:
@@ -251,7 +249,7 @@ class Child:
         self._stopping = asyncio.Event()
 
     async def run(self) -> None:
-        """Keep it running until `stop` or cancelled, or it gives way. Raises Unavailable when its settings are wrong, or it never runs for long."""
+        """Run the daemon until `stop`, a cancel, or until it gives way. Raises Unavailable: wrong settings, or it ended early TRIES times."""
         delay = BACKOFF_SECONDS[0]
         tries: int | None = TRIES
         with Notices(self._told) as notices:
@@ -262,26 +260,24 @@ class Child:
                     return
                 if status == GAVE_WAY:
                     self._say(
-                        f"the {self._name} gave way to the one that was there: this machine belongs to its cluster"
+                        f"the {self._name} gave way to another one that was there first: this machine joins its cluster"
                     )
                     return
                 if status in PERMANENT:
-                    raise Unavailable(f"the {self._name} cannot run: what it wrote above says why")
+                    raise Unavailable(f"the {self._name} cannot run: its output above says why")
                 if time.monotonic() - started > STEADY_SECONDS:
                     delay, tries = BACKOFF_SECONDS[0], None
                 elif tries is not None:
                     tries -= 1
                     if not tries:
-                        raise Unavailable(
-                            f"the {self._name} ended {TRIES} times in a row: what it wrote above says why"
-                        )
+                        raise Unavailable(f"the {self._name} ended {TRIES} times in a row: its output above says why")
                 how = f"by {signal.Signals(-status).name}" if status < 0 else f"with status {status}"
-                self._say(f"the {self._name} ended {how}: it is started again in {delay:g} s or less")
+                self._say(f"the {self._name} ended {how}: it starts again within {delay:g} s")
                 await asyncio.sleep(random.uniform(delay / 2, delay))
                 delay = min(2 * delay, BACKOFF_SECONDS[1])
 
     async def _run_once(self, environment: Mapping[str, str]) -> int:
-        # A session of its own: Ctrl-C reaches us alone, and we end the daemons in order.
+        # Its own session: Ctrl-C reaches only us, and we end the daemons in order.
         self._process = await asyncio.create_subprocess_exec(
             *self._command,
             stdin=asyncio.subprocess.DEVNULL,
@@ -292,7 +288,7 @@ class Child:
         return await self._process.wait()
 
     def _told(self, text: str) -> None:
-        """Pass it on a while later, unless something else was told since, or it has ended: then what it wrote says the same."""
+        """Pass a status on after a while, unless another status came since. Drop it when the daemon has ended: its output says the same."""
         if self._telling is not None:
             self._telling.cancel()
 
@@ -303,7 +299,7 @@ class Child:
         self._telling = asyncio.get_running_loop().call_later(TOLD_SECONDS, say)
 
     async def stop(self) -> None:
-        """SIGTERM, a while to end in order, then SIGKILL."""
+        """Send SIGTERM, wait a while, then send SIGKILL."""
         self._stopping.set()
         process = self._process
         if process is None or process.returncode is not None:
@@ -321,7 +317,7 @@ class Child:
 
 
 def first_of(error: BaseException) -> BaseException:
-    """The first error of a group."""
+    """The first error in a group of errors."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error

@@ -1,7 +1,7 @@
-"""Listings for people: a line an entry, and below it what does not fit into the line. What is copied from one is never broken.
+"""Listings for people: one line per entry, and below it what does not fit into the line. A text that people copy is never broken.
 
-A terminal wraps a line that is longer than itself, and gives it back whole when it is copied; so a name that is longer than the line
-is left to the terminal, and everything else is laid out here.
+A terminal wraps a line that is too long, and gives it back whole when it is copied. So the terminal wraps a name that is longer
+than the line; everything else is laid out here.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from rich.text import Text
 from potluck.wording import printable
 
 GAP = 2
-"""Spaces between two columns, and before what stands below an entry."""
+"""Spaces between two columns, and before the lines below an entry."""
 PIPE_COLUMNS = 10_000
-"""More than any line has: a pipe has no width, and nothing is broken to fit into one."""
+"""Wider than any line: a pipe has no width, and nothing is broken there."""
 NOTHING = ("", "-", "?")
-"""Cells that are not worth a word below an entry."""
+"""Cells that say nothing: they are not repeated below an entry."""
 
 
 @dataclass
 class Listing:
-    """Rows below a heading. The columns come in the order of their worth: those at the end that do not fit stand below, by name.
+    """Rows below a heading, the most important columns first. Columns at the end that do not fit stand below the row, with their names.
 
-    `below[i]` are lines of text for people that stand below row i, and their words wrap; in a pipe they end its line.
+    `below[i]` are lines of text for people below row i, and their words wrap; in a pipe they end its line.
     """
 
     columns: Sequence[str]
@@ -37,11 +37,11 @@ class Listing:
 
     @property
     def width(self) -> int:
-        """Of a line that has all columns."""
+        """Width of a line with all columns."""
         return sum(self._widths()) + GAP * (len(self.columns) - 1)
 
     def lines(self, width: int) -> Iterator[Text]:
-        """As it is printed on so many columns."""
+        """The printed lines for a terminal of `width` columns."""
         rows = [[_text(cell) for cell in row] for row in self.rows]
         widths = self._widths()
         piped = width >= PIPE_COLUMNS
@@ -50,7 +50,7 @@ class Listing:
         for place, row in enumerate(rows):
             told = self.below[place] if self.below else ()
             line = self._line(row[:shown], widths)
-            if piped:  # programs there take a line for an entry
+            if piped:  # programs read one entry per line
                 yield Text(" " * GAP).join([line, *map(_text, told)])
                 continue
             yield line
@@ -84,12 +84,12 @@ class Listing:
 
 @dataclass
 class Facts:
-    """What is known of one thing: a line for each, its name before it. What is not known is left out."""
+    """Facts about one thing: one line for each, after its name. Unknown facts are left out."""
 
     rows: Sequence[tuple[str, str | Text]]
 
     def lines(self, width: int) -> Iterator[Text]:
-        """As they are printed on so many columns."""
+        """The printed lines for a terminal of `width` columns."""
         rows = [(printable(name), _text(said, "\n")) for name, said in self.rows if _text(said).plain]
         indent = max([len(name) for name, _ in rows], default=0) + GAP
         for name, said in rows:
@@ -105,7 +105,7 @@ class Facts:
 
 @dataclass
 class Line:
-    """A line of text that is broken as those below an entry are."""
+    """A line of text that wraps like those below an entry."""
 
     text: str | Text
     indent: int = 0
@@ -116,12 +116,12 @@ class Line:
 
 
 def wrapped(text: str | Text, width: int) -> Iterator[Text]:
-    """Its lines, broken at gaps (`loss 0.5  accuracy 0.9`), or else between words: one that is longer than the line stays whole."""
+    """The lines of a text, broken at gaps (`loss 0.5  accuracy 0.9`) or else between words; a longer word stays whole."""
     return _joined(_text(text).split(" " * GAP), width)
 
 
 def _joined(pieces: Iterable[Text], width: int, between: str = " " * GAP) -> Iterator[Text]:
-    """The pieces in lines; one that is longer than a line is broken at its gaps, or between its words."""
+    """The pieces in lines; a piece longer than a line is broken at its gaps, or between its words."""
     line: Text | None = None
     for piece in pieces:
         if line is not None and line.cell_len + len(between) + piece.cell_len <= width:
@@ -139,7 +139,7 @@ def _joined(pieces: Iterable[Text], width: int, between: str = " " * GAP) -> Ite
 
 
 def _fitting(widths: Sequence[int], width: int) -> int:
-    """How many of the first columns fit into a line, one at least."""
+    """How many of the first columns fit into a line; at least one."""
     taken = -GAP
     for place, column in enumerate(widths):
         taken += GAP + column
@@ -149,7 +149,7 @@ def _fitting(widths: Sequence[int], width: int) -> int:
 
 
 def _text(cell: str | Text, kept: str = "") -> Text:
-    """What is shown of a cell: names in it come from files and from other people, and may hold anything."""
+    """A cell as it is shown: names come from files and other people, and may contain any character."""
     if isinstance(cell, str):
         return Text(printable(cell, kept))
     shown = printable(cell.plain, kept)
@@ -157,6 +157,6 @@ def _text(cell: str | Text, kept: str = "") -> Text:
 
 
 def _whole(line: Text) -> Text:
-    """As a line that rich neither wraps nor cuts."""
+    """A line that rich neither wraps nor cuts."""
     line.no_wrap, line.overflow = True, "ignore"
     return line

@@ -1,4 +1,4 @@
-"""The command line: `potluck COMMAND`. Heavy imports happen inside the commands, so that help is quick."""
+"""The command line: `potluck COMMAND`. Commands do their heavy imports inside, so that help is quick."""
 
 from __future__ import annotations
 
@@ -63,11 +63,13 @@ def options(
         float | None, typer.Option(min=0.1, metavar="SECONDS", help="How long to wait for an answer (default: 30).")
     ] = None,
     verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Say more of how: what a strategy reckons and does.")
+        bool, typer.Option("--verbose", "-v", help="Say more: what a training strategy computes and does.")
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Log, and show where an error came from.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Log what happens, and show where an error came from.")
+    ] = False,
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and leave.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     begin(context, Session(seed, cluster, timeout, verbose, debug))
@@ -76,8 +78,8 @@ def options(
 
         logs.configure("DEBUG")
     else:
-        logging.getLogger("potluck").setLevel(logging.ERROR)  # what goes wrong is said in one sentence instead
-        for data in ("sources", "files"):  # items of a user's data that are left out
+        logging.getLogger("potluck").setLevel(logging.ERROR)  # an error is shown as one sentence instead
+        for data in ("sources", "files"):  # they log which items of a user's data are left out
             logging.getLogger(f"potluck.client.{data}").setLevel(logging.WARNING)
 
 
@@ -100,7 +102,7 @@ def main() -> None:
 
 
 def _add_demo(arguments: list[str]) -> None:
-    """The demo imports much, so it is loaded only when it is asked for."""
+    """Load the demo only when it is asked for: it imports much."""
     if find_spec("potluck.cli.demo") is None:
         return
     if "demo" in arguments:
@@ -111,7 +113,7 @@ def _add_demo(arguments: list[str]) -> None:
 
     @app.command("demo")
     def stub() -> None:
-        """Try it all on this machine: discover, train, survive a kill, evaluate, deploy, ask."""
+        """Try potluck on this machine: discover, train, survive a kill, evaluate, deploy, ask."""
 
 
 if __name__ == "__main__":

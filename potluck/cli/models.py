@@ -20,28 +20,39 @@ def deploy(
         ),
     ],
     replicas: Annotated[
-        str, typer.Option(metavar="N|all|MIN..MAX", help="On how many nodes: a number, all, or as the load asks for.")
+        str, typer.Option(metavar="N|all|MIN..MAX", help="On how many nodes: a number, all, or MIN..MAX by load.")
     ] = "1",
     name: Annotated[str | None, typer.Option(help="For a file: register it under this name.")] = None,
     canary: Annotated[
-        int | None, typer.Option(min=1, max=100, metavar="PERCENT", help="Let it answer so many of the questions.")
+        int | None,
+        typer.Option(min=1, max=100, metavar="PERCENT", help="Let it answer this percentage of the requests."),
     ] = None,
-    shadow: Annotated[bool, typer.Option("--shadow", help="Let it have copies of the questions, to measure.")] = False,
-    keep: Annotated[bool, typer.Option("--keep", help="Leave the version deployed that it replaces.")] = False,
+    shadow: Annotated[bool, typer.Option("--shadow", help="Send it copies of the requests, to measure it.")] = False,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the version that it replaces deployed.")] = False,
     rollback_factor: Annotated[
-        float | None, typer.Option(min=0, help="Withdraw it when it does so many times worse; 0: never (default 2).")
+        float | None, typer.Option(min=0, help="Withdraw it when it is this many times worse; 0: never (default 2).")
     ] = None,
     watch: Annotated[
         float | None,
-        typer.Option(min=0, metavar="SECONDS", help="So long the version before is kept to go back to (default 30)."),
+        typer.Option(
+            min=0, metavar="SECONDS", help="How long to keep the version before, to go back to it (default 30)."
+        ),
     ] = None,
     queue: Annotated[
         float | None,
-        typer.Option(min=0, metavar="SECONDS", help="With MIN..MAX: more replicas while requests wait longer (0.2)."),
+        typer.Option(
+            min=0,
+            metavar="SECONDS",
+            help="With MIN..MAX: add replicas while requests wait longer than this (default 0.2).",
+        ),
     ] = None,
     idle: Annotated[
         float | None,
-        typer.Option(min=0, metavar="SECONDS", help="Hold none after so long without a request, until the next one."),
+        typer.Option(
+            min=0,
+            metavar="SECONDS",
+            help="Unload all replicas after this long without a request, until the next request.",
+        ),
     ] = None,
     objective: Annotated[
         str | None, typer.Option(metavar="TIME", help="How long an answer may take: 50ms, or 0.05 (seconds).")
@@ -50,7 +61,7 @@ def deploy(
         str | None,
         typer.Option(
             metavar="int8",
-            help="Deploy NAME-int8 instead: a LiteRT model, made now, of a quarter of the size.",
+            help="Deploy NAME-int8 instead: a LiteRT model made from this one now, a quarter of its size.",
             autocompletion=completion.words("int8"),
         ),
     ] = None,
@@ -58,7 +69,7 @@ def deploy(
         str | None,
         typer.Option(
             metavar="DATA",
-            help="With --quantize: data that show what is usual (those that it was trained on).",
+            help="With --quantize: data like the usual inputs (default: the model's training data).",
             autocompletion=completion.data,
         ),
     ] = None,
@@ -66,7 +77,7 @@ def deploy(
         str | None,
         typer.Option(
             metavar="DATA",
-            help="With --quantize: measure both models on these (on the former).",
+            help="With --quantize: data to measure both models on (default: those of --calibration).",
             autocompletion=completion.data,
         ),
     ] = None,
@@ -84,7 +95,7 @@ def deploy(
         "quantize": quantize, "calibration": calibration, "evaluation": evaluation,
     }  # fmt: skip
     options = DeployOptions(**{key: value for key, value in given.items() if value is not None})  # type: ignore[typeddict-item]
-    deploying.fields(replicas, options)  # what is wrong is said before anything is looked for
+    deploying.fields(replicas, options)  # wrong options are refused before anything is looked up
     with session(context).client() as client:
         job = client.deploy(model, replicas, name=name, **options)
         early = curl.Early(client)
@@ -120,7 +131,7 @@ def rollback(
     model: Annotated[str, typer.Argument(help="A model's plain name.", autocompletion=completion.deployments)],
     as_json: Json = False,
 ) -> None:
-    """Withdraw the canary or shadow of a model, else go back to the version before."""
+    """Withdraw the canary or shadow of a model; if it has none, go back to the version before."""
     from potluck.cli import output
 
     with session(context).client() as client:
@@ -136,7 +147,7 @@ def _seconds(text: str) -> float:
     except ValueError:
         seconds = -1.0
     if not 0.0 <= seconds <= 3600.0:
-        raise typer.BadParameter(f"{text!r} is no time between 0 and an hour: write 50ms, or 0.05 (seconds)")
+        raise typer.BadParameter(f"{text!r} is not a time between 0 and an hour: write 50ms, or 0.05 (seconds)")
     return seconds
 
 
@@ -172,4 +183,4 @@ def deployments(context: typer.Context, as_json: Json = False) -> None:
     elif found:
         output.show(output.deployments_table(found))
     else:
-        output.note("nothing is deployed: `potluck deploy MODEL` does it")
+        output.note("nothing is deployed: `potluck deploy MODEL` deploys a model")

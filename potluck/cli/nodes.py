@@ -1,4 +1,4 @@
-"""`potluck nodes`: who is there, and what each has and does."""
+"""`potluck nodes`: the nodes, and what each has and does."""
 
 from __future__ import annotations
 

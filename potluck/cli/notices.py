@@ -1,4 +1,4 @@
-"""What a daemon tells its supervisor (sd_notify(3)), heard by `potluck up` as systemd would: how it is, whenever that changes."""
+"""What daemons tell their supervisor (sd_notify(3)), read by `potluck up` as systemd would: their status, whenever it changes."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from typing import Self
 log = logging.getLogger(__name__)
 
 _CREDENTIALS = struct.Struct("3i")
-"""pid, uid, gid, which the kernel vouches for (unix(7), SCM_CREDENTIALS)."""
+"""pid, uid and gid of the sender; the kernel vouches for them (unix(7), SCM_CREDENTIALS)."""
 _LIMIT_BYTES = 4096
 
 
 class Notices:
-    """An address for NOTIFY_SOCKET; `told` is called with each text of STATUS= that is not the one before. A context manager.
+    """An address for NOTIFY_SOCKET. `told` is called with each new text of STATUS=. A context manager.
 
-    The address is an abstract one, so that nothing is left of it however we end; so only what this user's processes send is heard.
+    The address is abstract, so nothing is left behind however we end. Any user can send to it, so only this user's processes are heard.
     """
 
     def __init__(self, told: Callable[[str], None]) -> None:

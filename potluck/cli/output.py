@@ -36,13 +36,13 @@ _COLORS = {
 }  # fmt: skip
 
 _LINES = "\n"
-"""What stays in sentences as it is, for some end with lines of a log."""
+"""Characters that error sentences keep: some sentences end with lines of a log."""
 CONFUSED = 20
-"""Pairs of classes that are named where the whole confusion matrix does not fit."""
+"""How many pairs of confused classes are named where the whole confusion matrix does not fit."""
 
 
 def show(renderable: RenderableType) -> None:
-    """Print for people, on standard output. What is longer than the terminal is left to it: it gives it back whole."""
+    """Print for people, on standard output. The terminal wraps a line that is too long, and gives it back whole when it is copied."""
     if isinstance(renderable, str):
         _console().print(printable(renderable, _LINES), soft_wrap=True, crop=False)
     else:
@@ -50,7 +50,7 @@ def show(renderable: RenderableType) -> None:
 
 
 def columns() -> int:
-    """As many as a line has where `show` prints."""
+    """How many columns `show` has for a line."""
     return _console().width
 
 
@@ -59,12 +59,12 @@ def _console() -> Console:
 
 
 def note(text: str) -> None:
-    """A remark for people, on standard error, so that standard output stays what was asked for."""
+    """Print a remark for people on standard error: standard output holds only what was asked for."""
     Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(printable(text, _LINES))
 
 
 def emit(value: Any) -> None:
-    """Print as JSON, on standard output."""
+    """Print JSON on standard output."""
     sys.stdout.write(json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -74,7 +74,7 @@ def error_line(error: PotluckError) -> str:
 
 
 def plain(value: Any) -> Any:
-    """Structs, tuples and numpy values as JSON has them, every field present; what is not a finite number is null."""
+    """Structs, tuples and numpy values as JSON has them, with every field; a number that is not finite becomes null."""
     if isinstance(value, Struct):
         return {name: plain(getattr(value, name)) for name in value.__struct_fields__}
     if isinstance(value, Mapping):
@@ -97,7 +97,7 @@ def table(
     right: Sequence[str] = (),
     below: Sequence[Sequence[str | Text]] = (),
 ) -> Listing:
-    """A listing; the columns named in `right` hold numbers, and `below` has the lines below each row."""
+    """A listing: columns named in `right` hold numbers, `below` has the lines below each row."""
     return Listing(columns, list(rows), right, below)
 
 
@@ -106,7 +106,7 @@ def colored(state: str) -> Text:
 
 
 def bytes_text(count: float) -> str:
-    """As people read it: `1.5 GiB`."""
+    """A size as people read it: `1.5 GiB`."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
@@ -115,7 +115,7 @@ def bytes_text(count: float) -> str:
 
 
 def seconds_text(seconds: float) -> str:
-    """As people read it: `1 h 05 min`, `2 min 03 s`, `4 s`."""
+    """A time as people read it: `1 h 05 min`, `2 min 03 s`, `4 s`."""
     whole = max(0, round(seconds))
     if whole >= 3600:
         return f"{whole // 3600} h {whole % 3600 // 60:02} min"
@@ -128,9 +128,9 @@ def rate_text(items_per_second: float) -> str:
 
 
 def share(job: JobChanged) -> float | None:
-    """How much of a job is done, 0 to 1; None where that is not known."""
+    """How much of a job is done, 0 to 1; None where that is unknown."""
     if job.state == "succeeded":
-        return 1.0  # also where the coordinator was started anew, and remembers no counts
+        return 1.0  # also after a restart of the coordinator, which then remembers no counts
     return job.progress.done / job.progress.total if job.progress.total else None
 
 
@@ -139,7 +139,7 @@ def metrics_text(metrics: Mapping[str, float]) -> str:
 
 
 def nodes_table(nodes: Iterable[NodeInfo]) -> Listing:
-    """What each has and does. Of one that is offline the load is not known, and is not shown."""
+    """What each node has and does. The load of an offline node is unknown, and is not shown."""
 
     def told(node: NodeInfo) -> list[Text]:
         return [Text(f"left out: {node.left_out}", style="red")] if node.left_out else []
@@ -169,14 +169,14 @@ def work_text(node: NodeInfo) -> str:
 
 
 def runtimes_text(node: NodeInfo) -> str:
-    """What a node can run models with: `TensorFlow 2.21.0, LiteRT 2.3.0`."""
+    """The runtimes of a node: `TensorFlow 2.21.0, LiteRT 2.3.0`."""
     names = {"tensorflow": "TensorFlow", "litert": "LiteRT"}
     has = node.capacity.runtimes
     return ", ".join(f"{name} {has[key]}" for key, name in names.items() if key in has) or "no runtime"
 
 
 def jobs_table(jobs: Iterable[JobChanged]) -> Listing:
-    """A job a line; below it what it does, what it reached, or why it failed."""
+    """One line per job; below it what the job does, what it reached, or why it failed."""
 
     def row(job: JobChanged) -> tuple[str | Text, ...]:
         done, subject = share(job), job.subject
@@ -198,7 +198,7 @@ def jobs_table(jobs: Iterable[JobChanged]) -> Listing:
 
 
 def epochs_table(history: Sequence[EpochMetrics], shown: int | None = None) -> Facts:
-    """Of each epoch its metrics, and below them what it took; `shown`: only of so many, the last ones."""
+    """The metrics of each epoch, and below them its costs; `shown`: only the last so many epochs."""
     width = max(len("epoch"), *(len(str(epoch.epoch)) for epoch in history))
     rows: list[tuple[str, str | Text]] = [("epoch", Text("metrics", "bold"))]
     samples = 0
@@ -220,7 +220,7 @@ def epochs_table(history: Sequence[EpochMetrics], shown: int | None = None) -> F
 
 
 def rounds_table(rounds: Iterable[RoundMetrics]) -> Listing:
-    """What the outer optimizer did; those that were thinned out are missing."""
+    """What the outer optimizer did in each round. In a very long list, some rounds are missing."""
     rows = [
         (
             str(one.round), str(one.samples), f"{one.outer_learning_rate:.3f}", f"{one.outer_momentum:.3f}",
@@ -237,7 +237,7 @@ def ago_text(at: float) -> str:
 
 
 def models_table(models: Iterable[ModelInfo]) -> Listing:
-    """A version a line. What is known of none, as inputs and outputs are before a model is loaded once, has no column."""
+    """One line per version. A column that no version fills is left out (inputs and outputs are unknown until a model is loaded once)."""
 
     def row(model: ModelInfo) -> tuple[str | Text, ...]:
         signature = model.signature
@@ -264,14 +264,14 @@ def _told(
     right: Sequence[str],
     below: Sequence[Sequence[str | Text]] = (),
 ) -> Listing:
-    """A table without the columns in which no row says anything."""
+    """A table without its empty columns."""
     told = [place for place in range(len(columns)) if any(cells[place] not in NOTHING for cells in rows)]
     kept = [[cells[place] for place in told] for cells in rows]
     return table([columns[place] for place in told], kept, right=right, below=below)
 
 
 def model_report(model: ModelInfo) -> Facts:
-    """Everything that the registry knows of a version."""
+    """Everything that the registry knows about a version."""
     signature, ref = model.signature, model.model
     return Facts(
         [
@@ -288,7 +288,7 @@ def model_report(model: ModelInfo) -> Facts:
             ("sha256", ref.sha256),
             (
                 "inputs",
-                "\n".join(map(spec_text, signature.inputs)) if signature else "not known before it is deployed once",
+                "\n".join(map(spec_text, signature.inputs)) if signature else "unknown until it is deployed once",
             ),
             ("outputs", "\n".join(map(spec_text, signature.outputs)) if signature else ""),
             ("images", _images_text(model)),
@@ -301,7 +301,7 @@ def model_report(model: ModelInfo) -> Facts:
 
 
 def _images_text(model: ModelInfo) -> str:
-    """How files of images become its input; empty where it takes none."""
+    """How image files become the model's input; empty where it takes no images."""
     from potluck.data.items import CHANNELS, image_options, input_shape, pixels_text
     from potluck.errors import InvalidRequest
 
@@ -310,7 +310,7 @@ def _images_text(model: ModelInfo) -> str:
         return ""
     try:
         return pixels_text(image_options(model, ""))
-    except InvalidRequest:  # its input has any size
+    except InvalidRequest:  # the model takes inputs of any size
         return ""
 
 
@@ -324,7 +324,7 @@ def spec_text(spec: TensorSpec) -> str:
 
 
 def deployments_table(deployments: Iterable[DeploymentInfo]) -> Listing:
-    """A deployment a line; below it its replicas, each on a line of its own, and what there is to say."""
+    """One line per deployment; below it one line for each replica, and remarks."""
 
     def row(found: DeploymentInfo) -> tuple[str | Text, ...]:
         ready = sum(replica.state == "ready" for replica in found.replicas)
@@ -360,18 +360,18 @@ def milliseconds_text(seconds: float) -> str:
 
 
 def datasets_table(datasets: Iterable[DatasetInfo]) -> Listing:
-    """A data set a line; those that live on nodes with their names, all others are the coordinator's."""
+    """One line per data set, with the nodes that it lives on; data sets without nodes are the coordinator's."""
 
     def row(data: DatasetInfo) -> tuple[str | Text, ...]:
         classes = ", ".join(data.classes[:10]) + (", ..." if len(data.classes) > 10 else "")
-        here = not data.nodes  # of what lives on nodes, neither size nor what was left out is known
+        here = not data.nodes  # for data that live on nodes, the size and the skipped items are unknown
         size = bytes_text(data.size_bytes) if here else "-"
         left_out = str(data.skipped) if data.skipped and here else "-"
         return data.name, data.kind, str(data.count), size, classes or "-", left_out, ", ".join(data.nodes) or "-"
 
     columns = ("data set", "kind", "items", "size", "classes", "skipped", "lives on")
     shown = list(datasets)
-    below = [[Text("packed for a job, and forgotten with it", style="dim")] if data.packed else [] for data in shown]
+    below = [[Text("packed for a job, and removed with it", style="dim")] if data.packed else [] for data in shown]
     return _told(columns, list(map(row, shown)), right=("items", "size", "skipped"), below=below)
 
 
@@ -395,8 +395,8 @@ def evaluation_report(evaluation: Evaluation) -> Group:
 
 
 def change_text(name: str, before: Evaluation, after: Evaluation, data: str) -> str:
-    """How a model that was converted does, and how what it was made of does, in one line."""
-    told = ("accuracy", "mae", "mse")  # of one of several outputs with its name before: `size_mae`
+    """The metrics of a converted model beside those of its original, in one line."""
+    told = ("accuracy", "mae", "mse")  # with several outputs, a name begins with the output's: `size_mae`
     both = [name for name in after.metrics if name in before.metrics and name.rpartition("_")[2] in told]
     changes = ", ".join(
         f"{metric} {after.metrics[metric]:.4f} instead of {before.metrics[metric]:.4f} "
@@ -408,7 +408,7 @@ def change_text(name: str, before: Evaluation, after: Evaluation, data: str) -> 
 
 @dataclass
 class Confusion:
-    """Rows are the truth, columns what was said; the diagonal is right. Too wide for the terminal, what was confused is listed instead."""
+    """Rows are the truth, columns what was said; the diagonal is right. Where it is too wide, the confused pairs are listed instead."""
 
     evaluation: Evaluation
 

@@ -1,7 +1,7 @@
-"""An inference over MQTT with nothing of potluck in it: `plain_mqtt.py HOST PORT CLUSTER MODEL < request.json`.
+"""An inference over MQTT without any potluck code: `plain_mqtt.py HOST PORT CLUSTER MODEL < request.json`.
 
-Any MQTT library in any language does the same: subscribe to a topic of your own, publish the question with `id` and `reply_to`,
-and wait there for the message with that `id`. Whatever else comes is not the answer: some brokers send what nobody asked for.
+Any MQTT library in any language can do the same: subscribe to a topic of your own, publish the question with `id` and `reply_to`,
+and wait for the message with that `id`. Ignore other messages: some brokers send what nobody asked for.
 """
 
 import json
@@ -36,7 +36,7 @@ def on_message(client, userdata, message):  # type: ignore[no-untyped-def]
 
 
 def is_answer(payload: bytes) -> bool:
-    """Whether it has our question's id, and is of a type that answers it: the answer comes in JSON, as the question did."""
+    """Whether this message has our question's id and the type of an answer. The answer is JSON, as the question was."""
     try:
         message = json.loads(payload)
     except ValueError:

@@ -22,7 +22,7 @@ class Plan:
     broker_port: int | None
     log_level: str
     data: tuple[str, ...] = ()
-    """`NAME=PATH` of the data that live here."""
+    """`NAME=PATH` of data that live on this machine."""
     gateway_port: int | None = None
 
     def flags(self, daemon: str) -> list[str]:
@@ -49,7 +49,7 @@ class Plan:
         return is_loopback(self.listen.host)
 
     def shared(self, *, elsewhere: bool = False) -> str:
-        """The command line that is this plan and serves the network; `elsewhere`: on other machines, without what is this one's own."""
+        """The command line that repeats this plan for the network; `elsewhere`: for other machines, without this machine's own options."""
         words = ["potluck", "up", "--insecure"]
         for seed in self.network.seeds:
             if not (elsewhere and is_loopback(parse_address(seed)[0])):
@@ -68,9 +68,9 @@ class Plan:
         return shlex.join(words)
 
     def check_free(self) -> None:
-        """Raises Conflict where this machine has a node already, or another `up`, saying which and what to do.
+        """Raises Conflict where this machine already has a node or another `up`; the error names it and what to do.
 
-        Who names a state folder means a second one on this machine: then only that folder is looked at.
+        A user who names a state folder wants a second one on this machine: then only that folder is checked.
         """
         for user in here.users(self.state_dir, ("up", "node")):
             raise already(str(user), f"kill {user.pid}" if user.pid and not user.elsewhere else "")
@@ -79,15 +79,15 @@ class Plan:
                 raise already(str(unit), "sudo systemctl stop potluck-node")
 
     def check_ports(self) -> None:
-        """Raises InvalidSettings where a port that was asked for is taken, and names the option of `up` that chooses another."""
+        """Raises InvalidSettings where a port that was asked for is taken; the error names the option of `up` for another port."""
         for option, port in (("--broker-port", self.broker_port), ("--gateway-port", self.gateway_port)):
             if port:
                 bind(Listen(host=self.listen.host, port=port), option).close()
 
 
 def already(who: str, end: str = "") -> Conflict:
-    """What there is in place of what was asked for, and what ends it."""
+    """The error that names what already runs here, and what ends it."""
     return Conflict(
-        f"nothing is started: there is {who} already; `potluck status` says how it is"
+        f"nothing was started: this machine already has {who}; `potluck status` shows its state"
         + (f", `{end}` ends it" if end else "")
     )

@@ -38,7 +38,7 @@ def predict(
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     image: ImageSize = None,
     target: Annotated[
-        list[str] | None, typer.Option(help="A column or array to leave out of the inputs; again for more.")
+        list[str] | None, typer.Option(help="A column or array to leave out of the inputs. Repeat it for more.")
     ] = None,
     output: Annotated[
         Path | None,
@@ -46,7 +46,7 @@ def predict(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Predict over the nodes, each item once, in input order."""
+    """Predict on the nodes: each item once, in input order."""
     from potluck.cli import following
     from potluck.cli import output as out
 
@@ -72,7 +72,7 @@ def predict(
 
 
 def check_suffix(path: Path) -> None:
-    """Raises InvalidRequest where predictions cannot be written as a file of this name."""
+    """Raises InvalidRequest where predictions cannot be written to a file with this suffix."""
     from potluck.errors import InvalidRequest
 
     if path.suffix not in SUFFIXES:
@@ -80,29 +80,33 @@ def check_suffix(path: Path) -> None:
 
 
 def predicted(job: Job) -> dict[str, np.ndarray[Any, Any]]:
-    """A job's predictions by output; the only one has no name."""
+    """A job's predictions by output; a model's only output has the name ''."""
     found = job.predictions
     return found if isinstance(found, dict) else {"": found}
 
 
 def save(path: Path, outputs: dict[str, np.ndarray[Any, Any]], keys: list[str], classes: tuple[str, ...]) -> Path:
-    """`write`, and a remark where that is another file. Raises InvalidRequest."""
+    """Write the predictions, and tell where the file has another name than asked for. Raises InvalidRequest."""
     from potluck.cli.output import note
 
     written = write(path, outputs, keys, classes)
     if written != path:
-        note(f"the model has {counted(len(outputs), 'output')}, and a .npy file holds one: they are in a .npz file")
+        note(
+            f"the model has {counted(len(outputs), 'output')}, and a .npy file holds only one: they are in a .npz file"
+        )
     return written
 
 
 def write(path: Path, outputs: dict[str, np.ndarray[Any, Any]], keys: list[str], classes: tuple[str, ...]) -> Path:
-    """Write predictions as the suffix says, several outputs as `.npz` in place of `.npy`; the file. Raises InvalidRequest."""
+    """Write predictions in the suffix's format (several outputs: `.npz` instead of `.npy`); returns the path. Raises InvalidRequest."""
     import numpy as np
 
     from potluck.cli.output import plain
     from potluck.errors import InvalidRequest
 
-    if path.suffix == ".npy" and len(outputs) > 1:  # only now is it known, and the work is done
+    if (
+        path.suffix == ".npy" and len(outputs) > 1
+    ):  # the number of outputs is known only now, and the work is done: do not refuse it
         path = path.with_suffix(".npz")
     try:
         if path.suffix == ".npy":
@@ -119,13 +123,13 @@ def write(path: Path, outputs: dict[str, np.ndarray[Any, Any]], keys: list[str],
 
 
 def as_map(outputs: dict[str, np.ndarray[Any, Any]], keys: list[str], classes: tuple[str, ...]) -> dict[str, Any]:
-    """Everything, for JSON: `predictions` is a list, or a map of lists for a model with several outputs."""
+    """Everything as JSON has it: `predictions` is a list, or a map of lists for a model with several outputs."""
     found: Any = outputs if len(outputs) > 1 else next(iter(outputs.values()))
     return {"keys": keys, "classes": list(classes), "predicted": labels(outputs, classes), "predictions": found}
 
 
 def as_csv(outputs: dict[str, np.ndarray[Any, Any]], keys: list[str], classes: tuple[str, ...]) -> str:
-    """A row an item: its key, the predicted class where there are classes, then every number."""
+    """One row per item: its key, the predicted class where there are classes, then every number."""
     count = len(next(iter(outputs.values())))
     predicted = labels(outputs, classes)
     flat = {name: array.reshape(count, -1) for name, array in outputs.items()}
@@ -144,7 +148,7 @@ def as_csv(outputs: dict[str, np.ndarray[Any, Any]], keys: list[str], classes: t
 
 
 def labels(outputs: dict[str, np.ndarray[Any, Any]], classes: tuple[str, ...]) -> list[str]:
-    """The class with the highest score of each item; empty where the outputs are not scores of these classes."""
+    """The class with the highest score for each item; empty where the outputs are not scores of these classes."""
     from potluck.scores import of_classes
 
     if len(outputs) != 1 or (scores := next(iter(outputs.values()))).ndim != 2:

@@ -25,7 +25,7 @@ Version = Annotated[
         autocompletion=completion.models,
     ),
 ]
-Tags = Annotated[list[str] | None, typer.Option("--tag", metavar="KEY=VALUE", help="A tag; again for more.")]
+Tags = Annotated[list[str] | None, typer.Option("--tag", metavar="KEY=VALUE", help="A tag. Repeat it for more.")]
 
 
 @models.callback()
@@ -48,7 +48,7 @@ def list_models(context: typer.Context, as_json: Json = False) -> None:
 
 @models.command("show", cls=Command)
 def show(context: typer.Context, model: Version, as_json: Json = False) -> None:
-    """Everything that is known of a model, and where its bytes are."""
+    """Show everything that is known about a model, and where its bytes are."""
     from potluck.cli import output
 
     with session(context).client() as client:
@@ -69,10 +69,12 @@ def add(
     tag: Tags = None,
     labels: Annotated[
         str | None,
-        typer.Option(metavar="A,B,C|FILE", help="The classes in the order of the scores; a file has one a line."),
+        typer.Option(
+            metavar="A,B,C|FILE", help="The classes in the order of the scores, or a file with one class per line."
+        ),
     ] = None,
     image: ImageSize = None,
-    source: Annotated[str | None, typer.Option(help="Where it came from (default: the file's name).")] = None,
+    source: Annotated[str | None, typer.Option(help="Where the model came from (default: the file's name).")] = None,
     as_json: Json = False,
 ) -> None:
     """Register a model as the next version of a name."""
@@ -114,10 +116,10 @@ def alias(
     alias: Annotated[
         str | None, typer.Argument(metavar="ALIAS", help="Its name for this version, such as prod.")
     ] = None,
-    remove: Annotated[bool, typer.Option("--remove", help="Forget the alias, MODEL being name:alias.")] = False,
+    remove: Annotated[bool, typer.Option("--remove", help="Remove an alias: MODEL is name:alias.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Let name:ALIAS be this version from now on: `potluck models alias digits:3 prod`."""
+    """Make name:ALIAS another name for this version: `potluck models alias digits:3 prod`."""
     from potluck.cli import output
     from potluck.errors import InvalidRequest
 
@@ -128,7 +130,7 @@ def alias(
     if as_json:
         output.emit(info)
     elif alias is None:
-        output.show(f"{model} is forgotten: it was {info.name}:{info.version}")
+        output.show(f"removed alias {model}, which was {info.name}:{info.version}")
     else:
         output.show(f"{info.name}:{alias} is {info.name}:{info.version}")
 
@@ -138,10 +140,12 @@ def tag(
     context: typer.Context,
     model: Version,
     tags: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
-    remove: Annotated[list[str] | None, typer.Option(metavar="KEY", help="Take this tag away; again for more.")] = None,
+    remove: Annotated[
+        list[str] | None, typer.Option(metavar="KEY", help="Remove this tag. Repeat it for more.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Set tags of a version, or take them away."""
+    """Set tags of a version, or remove them."""
     from potluck.cli import output
 
     said = read_tags(tags)
@@ -157,10 +161,10 @@ def tag(
 def delete(
     context: typer.Context,
     model: Version,
-    every_version: Annotated[bool, typer.Option("--all", help="Every version of the name.")] = False,
+    every_version: Annotated[bool, typer.Option("--all", help="Delete every version of the name.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Delete a version that no deployment, alias or job uses; its number is never given again."""
+    """Delete a version that no deployment, alias or job uses. Its number is never used again."""
     from potluck.cli import output
 
     with session(context).client() as client:
@@ -172,7 +176,7 @@ def delete(
 
 
 def read_tags(given: list[str] | None) -> dict[str, str]:
-    """`key=value` each. Raises InvalidRequest."""
+    """A map from `key=value` texts. Raises InvalidRequest."""
     from potluck.errors import InvalidRequest
 
     tags: dict[str, str] = {}
@@ -185,7 +189,7 @@ def read_tags(given: list[str] | None) -> dict[str, str]:
 
 
 def read_labels(text: str | None) -> tuple[str, ...]:
-    """`a,b,c`, or the lines of a file. Raises InvalidRequest."""
+    """The classes from `a,b,c`, or from the lines of a file. Raises InvalidRequest."""
     from potluck.errors import InvalidRequest
 
     if text is None:
@@ -199,6 +203,6 @@ def read_labels(text: str | None) -> tuple[str, ...]:
         raise InvalidRequest(f"--labels {text}: the file cannot be read as text in UTF-8: {error}") from error
     labels = tuple(label.strip() for label in text.split(","))
     if len(labels) < 2 or not all(labels):
-        what = "this is a folder, name a file with a class a line" if path.is_dir() else "there is no such file"
+        what = "this is a folder; name a file with one class per line" if path.is_dir() else "there is no such file"
         raise InvalidRequest(f"--labels {text!r}: {what}; or write the classes as a,b,c")
     return labels

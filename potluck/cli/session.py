@@ -22,7 +22,7 @@ ImageSize = Annotated[
     typer.Option(
         "--image",
         metavar="HxW",
-        help="Resize images to this size (default: the model's input). HxWxC says the channels too, HxW:1 that pixels stay 0 to 255 "
+        help="Resize images to this size (default: the model's input). HxWxC sets the channels too. HxW:1 keeps pixels at 0 to 255 "
         "(default: as the model's first layers expect them, else times 1/255).",
     ),
 ]
@@ -45,7 +45,7 @@ class Session:
     debug: bool = False
 
     def client(self) -> Client:
-        """A client, to be entered. Its import is heavy, so it is here."""
+        """A client for a `with` statement. Imported here, because its import is heavy."""
         from potluck.client import Client
 
         return Client(self.seed, cluster=self.cluster, timeout=self.timeout)
@@ -55,13 +55,13 @@ _present: ContextVar[Session] = ContextVar("session", default=Session())  # noqa
 
 
 def begin(context: typer.Context, given: Session) -> None:
-    """Keep what was given before the command, for the command and for what it tells to type next."""
+    """Keep the options before the command: for the command, and for the commands that it suggests next."""
     context.obj = given
     _present.set(given)
 
 
 def same_cluster(command: str) -> str:
-    """A command as it must be typed to reach the cluster of the present one: with the options that say which."""
+    """A command as the user must type it to reach the present cluster: with --seed and --cluster where they were given."""
     given = _present.get()
     options = [
         f" {option} {value}" for option, value in (("--seed", given.seed), ("--cluster", given.cluster)) if value
@@ -76,9 +76,9 @@ def session(context: typer.Context) -> Session:
 
 
 def global_options_first(arguments: Sequence[str]) -> list[str]:
-    """The same command line with the options that hold for every command before the command, wherever they stood.
+    """The same command line, with the options of every command moved before the command.
 
-    Nothing after `--` is touched.
+    Leaves everything after `--` as it is.
     """
     ours: list[str] = []
     rest: list[str] = []
@@ -100,7 +100,7 @@ def global_options_first(arguments: Sequence[str]) -> list[str]:
 
 
 def image_size(text: str | None) -> tuple[int, ...] | ImageOptions | None:
-    """`--image`: `HxW` or `HxWxC`, and what pixels are multiplied by: `HxW:SCALE`. Raises InvalidRequest."""
+    """The value of `--image`: `HxW` or `HxWxC`, and a factor for pixels: `HxW:SCALE`. Raises InvalidRequest."""
     if text is None:
         return None
     found = _IMAGE.fullmatch(text.lower())
@@ -108,7 +108,7 @@ def image_size(text: str | None) -> tuple[int, ...] | ImageOptions | None:
         from potluck.errors import InvalidRequest
 
         raise InvalidRequest(
-            f"--image {text!r}: write height x width, as in 128x128 (128x128x1 in grey; 128x128:1 for pixels of 0 to 255)"
+            f"--image {text!r}: write height x width, as in 128x128 (128x128x1 for grey images; 128x128:1 for pixels of 0 to 255)"
         )
     size = tuple(int(part) for part in found.group("height", "width", "channels") if part)
     if found["scale"] is None:
@@ -123,7 +123,7 @@ def image_size(text: str | None) -> tuple[int, ...] | ImageOptions | None:
 
 
 def check_output(path: Path) -> None:
-    """`--output`, before the work is done that it is for. Raises InvalidRequest where a file cannot be written."""
+    """Check `--output` before the work begins. Raises InvalidRequest where the file cannot be written."""
     from potluck.errors import InvalidRequest
 
     folder = path.resolve().parent
@@ -132,4 +132,6 @@ def check_output(path: Path) -> None:
     if path.is_dir():
         raise InvalidRequest(f"--output {path}: this is a folder: name a file")
     if not os.access(path if path.exists() else folder, os.W_OK):
-        raise InvalidRequest(f"--output {path}: {path if path.exists() else folder} may not be written to")
+        raise InvalidRequest(
+            f"--output {path}: {path if path.exists() else folder} cannot be written: you have no permission"
+        )

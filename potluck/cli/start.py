@@ -1,4 +1,4 @@
-"""Where the command `potluck` begins: what follows takes some tenths of a second to import, and Ctrl-C may come meanwhile."""
+"""Where the command `potluck` begins. The imports that follow take some tenths of a second, and Ctrl-C may come meanwhile."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from potluck.cli import interrupts
 
 
 def main() -> None:
-    """Run the command line, as `potluck.cli.main.main` has it."""
+    """Run `potluck.cli.main.main`."""
     interrupts.once()
     try:
         from potluck.cli.main import main as run

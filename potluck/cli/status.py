@@ -1,4 +1,4 @@
-"""`potluck status`: how the cluster is and what is wrong with it, in ten lines."""
+"""`potluck status`: the state of the cluster and what is wrong with it, in ten lines."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
     from potluck.client.health import Health
 
 LINES = 10
-"""As many as are shown: what is wrong beyond them is counted."""
+"""How many lines are shown: further problems are only counted."""
 NAMED = 3
-"""Deployments, and nodes that wait."""
+"""How many deployments, and how many waiting nodes, are named."""
 Row = tuple[str, "str | Text"]
 WRONG, UNREACHED = 1, 4
-"""Exit codes, as those of `potluck.errors`."""
+"""Exit codes, as in `potluck.errors`."""
 
 
 def status(context: typer.Context, as_json: Json = False) -> None:
-    """Say how the cluster is: broker, gateway, coordinator, nodes, what runs, what is wrong. Exit code 0: nothing is."""
+    """Show the state of the cluster: broker, gateway, coordinator, nodes, work, problems. Exit code 0: nothing is wrong."""
     import asyncio
 
     from potluck.cli import here, output
@@ -45,7 +45,7 @@ def status(context: typer.Context, as_json: Json = False) -> None:
 
 
 def fitting(found: Health, local: Sequence[str], width: int) -> list[Row]:
-    """What is shown of it in LINES lines of that width: of what is wrong at least the first, of the cluster what leaves room for that."""
+    """The rows to show in LINES lines of this width: at least the first problem, then as much about the cluster as still fits."""
     from potluck.cli.listing import Facts
 
     parts = list(facts(found, local))
@@ -55,14 +55,14 @@ def fitting(found: Health, local: Sequence[str], width: int) -> list[Row]:
         for count in range(min(len(told), LINES), min(1, len(told)) - 1, -1):
             more = len(told) - count
             rows = [*parts[:kept], *told[:count]]
-            rows += [("", f"and {more} more: `potluck status --json` has all of it")] if more else []
+            rows += [("", f"and {more} more: `potluck status --json` shows all of them")] if more else []
             if len(list(Facts(rows).lines(width))) <= LINES:
                 return rows
     return rows
 
 
 def facts(found: Health, local: Sequence[str]) -> Iterator[Row]:
-    """The lines about the cluster itself, each with what it is about."""
+    """The rows about the cluster itself, each with its subject."""
     from potluck.sole_use import clock_text
     from potluck.wording import be, counted
 
@@ -71,7 +71,7 @@ def facts(found: Health, local: Sequence[str]) -> Iterator[Row]:
         f"{counted(len(found.problems), 'thing')} {be(len(found.problems))} wrong" if found.problems else "all is well"
     )
     yield "cluster", f"{found.cluster}: {wrong}"
-    yield "broker", found.broker or "none is reached"
+    yield "broker", found.broker or "no broker is reached"
     yield "coordinator", f"{found.coordinator}{since}" if found.coordinator else ""
     yield "gateway", "  ".join(found.gateway)
     yield "nodes", nodes_text(found)

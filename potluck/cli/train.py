@@ -25,13 +25,14 @@ def train(
         ),
     ],
     validation: Annotated[
-        str | None, typer.Option(help="Data to measure each epoch on.", autocompletion=completion.data)
+        str | None, typer.Option(help="Data to measure the model on after each epoch.", autocompletion=completion.data)
     ] = None,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the data, over the whole cluster.")] = 1,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the data by the whole cluster.")] = 1,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples in a step, on each node.")] = 32,
     image: ImageSize = None,
     target: Annotated[
-        list[str] | None, typer.Option(help="The label's column or array, for tables and .npz; again for more outputs.")
+        list[str] | None,
+        typer.Option(help="The label's column or array, for tables and .npz. Repeat it for more outputs."),
     ] = None,
     sample_weight: Annotated[str | None, typer.Option(help="The column or array with the weight of each item.")] = None,
     name: Annotated[str | None, typer.Option(help="Register the result under this name.")] = None,
@@ -39,7 +40,7 @@ def train(
     strategy: Annotated[
         str,
         typer.Option(
-            help="local: in rounds; sync: each step together, exactly; auto: by measured speed and bandwidth.",
+            help="local: nodes exchange weights in rounds; sync: after every step; auto: chosen by measured speed and bandwidth.",
             autocompletion=completion.words("auto", "local", "sync"),
         ),
     ] = "auto",
@@ -50,64 +51,68 @@ def train(
     monitor: Annotated[
         str,
         typer.Option(
-            help="Keep the model of the epoch in which this metric is best; auto: val_loss, with validation data; none: of the last.",
+            help="Keep the epoch with the best value of this metric; auto: val_loss, with validation data; none: keep the last.",
             autocompletion=completion.words("auto", "none", "loss", "accuracy", "val_loss", "val_accuracy"),
         ),
     ] = "auto",
     monitor_mode: Annotated[
         str,
         typer.Option(
-            help="min or max: whether --monitor is better small or large; auto: by its name.",
+            help="Whether a smaller (min) or larger (max) --monitor is better; auto: by its name.",
             autocompletion=completion.words("auto", "min", "max"),
         ),
     ] = "auto",
     patience: Annotated[
-        int | None, typer.Option(min=1, help="End after so many epochs in which --monitor got no better.")
+        int | None, typer.Option(min=1, help="End after this many epochs in a row without a better --monitor.")
     ] = None,
     class_weight: Annotated[
-        list[str] | None, typer.Option(metavar="CLASS=WEIGHT", help="Weigh a class in the loss; may be repeated.")
+        list[str] | None,
+        typer.Option(metavar="CLASS=WEIGHT", help="Weight of a class in the loss. Repeat it for more classes."),
     ] = None,
     resume: Annotated[
         str | None,
         typer.Option(
-            metavar="JOB", help="Go on where this ended job stands, to --epochs in all.", autocompletion=completion.jobs
+            metavar="JOB",
+            help="Continue this ended job from where it stopped, to --epochs in all.",
+            autocompletion=completion.jobs,
         ),
     ] = None,
     compression: Annotated[
         str,
         typer.Option(
-            help="Of updates on the network: auto, none, int8 or int4.",
+            help="How updates are compressed for the network: auto, none, int8 or int4.",
             autocompletion=completion.words("auto", "none", "int8", "int4"),
         ),
     ] = "auto",
     deterministic: Annotated[
-        bool, typer.Option("--deterministic", help="The same nodes give the same bits again; no time budgets.")
+        bool,
+        typer.Option("--deterministic", help="The same nodes give exactly the same result again; no time budgets."),
     ] = False,
     l2_norm_clip: Annotated[
         float | None,
-        typer.Option(min=0.0, help="On node:NAME: cut the gradient of each example (DP-SGD) to this norm."),
+        typer.Option(min=0.0, help="With node:NAME: clip each example's gradient to this norm (DP-SGD)."),
     ] = None,
     noise_multiplier: Annotated[
-        float | None, typer.Option(min=0.0, help="Noise, as a multiple of --l2-norm-clip; epochs tell its epsilon.")
+        float | None,
+        typer.Option(min=0.0, help="Add noise, as a multiple of --l2-norm-clip; each epoch then shows its epsilon."),
     ] = None,
     private_unit: Annotated[
         str | None,
         typer.Option(
-            help="What is hidden: each example (default), or each node (its update is cut instead).",
+            help="What to hide: each example (default), or each node (its update is clipped instead).",
             autocompletion=completion.words("example", "node"),
         ),
     ] = None,
     delta: Annotated[
-        float | None, typer.Option(help="Of (epsilon, delta): well below 1 / examples (default 1e-5).")
+        float | None,
+        typer.Option(help="The delta of (epsilon, delta): choose it well below 1 / examples (default 1e-5)."),
     ] = None,
-    seed_number: Annotated[int, typer.Option("--random-seed", help="For shuffling and initial state.")] = 0,
+    seed_number: Annotated[int, typer.Option("--random-seed", help="Seed for shuffling and initial state.")] = 0,
     deploy: Annotated[
         str | None,
-        typer.Option(
-            metavar="N|all|MIN..MAX", help="Deploy the result on so many nodes, ready to be asked; needs --name."
-        ),
+        typer.Option(metavar="N|all|MIN..MAX", help="Deploy the result on this many nodes; needs --name."),
     ] = None,
-    detach: Annotated[bool, typer.Option("--detach", help="Print the job's id and leave.")] = False,
+    detach: Annotated[bool, typer.Option("--detach", help="Print the job's id and exit; the job goes on.")] = False,
     as_json: Json = False,
 ) -> None:
     """Train a Keras model on all nodes."""
@@ -121,7 +126,7 @@ def train(
     if output is not None:
         if detach:
             raise InvalidRequest(
-                "--output needs the end of the job, --detach does not wait for it: leave out one of them"
+                "--output needs the end of the job, and --detach does not wait for it: leave one of them out"
             )
         check_output(output)
         check_keras(output)
@@ -129,9 +134,9 @@ def train(
         deploying.fields(deploy, {})
         if name is None or detach:
             why = (
-                "needs the end of the job, --detach does not wait for it"
+                "needs the end of the job, and --detach does not wait for it: leave one of them out"
                 if detach
-                else "needs --name, by which it is asked"
+                else "needs --name: the deployed model is asked by its name"
             )
             raise InvalidRequest(f"--deploy {why}")
     size = image_size(image)
@@ -192,7 +197,7 @@ def train(
         elif not ended.registered:
             saves = same_cluster(f"potluck job {job.id} --output FILE.keras")
             out.show(f"the model is job {job.id}'s result: `{saves}` saves it")
-        if deploy is not None:  # last: the model is there also where this fails
+        if deploy is not None:  # last: the model is safe even if this fails
             following.ended(client.deploy(ended.registered, deploy), as_json, verbose=session(context).verbose)
             out.show(f"deployed {ended.registered}: `{same_cluster(f'potluck infer {name} INPUT')}` asks it")
             for line in curl.lines(client, ended.registered):
@@ -200,15 +205,15 @@ def train(
 
 
 def check_keras(path: Path) -> None:
-    """Raises InvalidRequest for another suffix: loaders go by the name, and would not open a model under it."""
+    """Raises InvalidRequest for another suffix: loaders choose the format by the suffix, and could not open the model."""
     from potluck.errors import InvalidRequest
 
     if path.suffix != ".keras":
-        raise InvalidRequest(f"--output {path}: the result is a .keras file: name it {path.with_suffix('.keras')}")
+        raise InvalidRequest(f"--output {path}: the result is a .keras file; name it {path.with_suffix('.keras')}")
 
 
 def class_weights(texts: list[str]) -> dict[str, float]:
-    """`cat=2.5` for each class. Raises InvalidRequest."""
+    """A map from `cat=2.5` texts. Raises InvalidRequest."""
     from potluck.errors import InvalidRequest
 
     found: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""`potluck up`: this machine joins the cluster it finds, or starts one; its daemons are looked after until Ctrl-C."""
+"""`potluck up`: this machine joins the cluster it finds, or starts one, and keeps its daemons running until Ctrl-C."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from potluck.cli.session import Session, session
 def up(
     context: typer.Context,
     insecure: Annotated[
-        bool, typer.Option("--insecure", help="Listen on the network, without encryption or identities.")
+        bool, typer.Option("--insecure", help="Serve the network, without encryption or identities.")
     ] = False,
     listen: Annotated[
         str | None,
         typer.Option(metavar="ADDRESS", help="Listen here (default: 127.0.0.1; with --insecure every interface)."),
     ] = None,
     seed: Annotated[
-        str | None, typer.Option(metavar="HOST[:PORT]", help="Join the cluster whose broker this is; start none.")
+        str | None, typer.Option(metavar="HOST[:PORT]", help="Join the cluster with this broker, and start none.")
     ] = None,
     cluster: Annotated[str | None, typer.Option(metavar="NAME", help="The cluster's name (default: default).")] = None,
     state_dir: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Where journal, blobs and the node's identity are kept.")
+        Path | None, typer.Option(metavar="FOLDER", help="Where to keep the journal, blobs and the node's identity.")
     ] = None,
     broker_port: Annotated[
         int | None, typer.Option(min=0, max=65535, help="Port of the broker, where one is started (default: 1883).")
@@ -40,13 +40,15 @@ def up(
     ] = None,
     data: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=PATH", help="Data that live here and never leave: train on node:NAME. Repeatable."),
+        typer.Option(
+            metavar="NAME=PATH", help="Data that stay on this machine: train on node:NAME. Repeat it for more."
+        ),
     ] = None,
     log_level: Annotated[
         str | None,
         typer.Option(
             metavar="LEVEL",
-            help="Of the daemons' logs (default: WARNING; with --debug DEBUG).",
+            help="Level of the daemons' logs (default: WARNING; with --debug DEBUG).",
             autocompletion=completion.words("DEBUG", "INFO", "WARNING", "ERROR"),
         ),
     ] = None,
@@ -72,7 +74,7 @@ def up(
     logs.configure(log_level)
     if insecure:
         note(
-            "WARNING: --insecure: whoever reaches this machine over the network can use its computing power and read its "
+            "WARNING: --insecure: everybody on the network can use this machine's computing power and read its "
             "models and data; nothing is encrypted. Use it on networks that you trust."
         )
     if not any(map(find_spec, ("tensorflow", "ai_edge_litert"))):

@@ -258,13 +258,13 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(
     other = potluck("train", "m", "d", "--output", str(tmp_path / "o.h5"), "--seed", f"127.0.0.1:{unused_tcp_port}")
     assert (other.returncode, other.stdout) == (2, "")
     assert (
-        other.stderr == f"potluck: --output {tmp_path}/o.h5: the result is a .keras file: name it {tmp_path}/o.keras\n"
+        other.stderr == f"potluck: --output {tmp_path}/o.h5: the result is a .keras file; name it {tmp_path}/o.keras\n"
     )
     with pytest.raises(InvalidRequest, match="this is a folder"):
         check_output(tmp_path)
     check_output(tmp_path / "o.csv")
     monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write everywhere
-    with pytest.raises(InvalidRequest, match=f"o.csv: {tmp_path} may not be written"):
+    with pytest.raises(InvalidRequest, match=f"o.csv: {tmp_path} cannot be written: you have no permission"):
         check_output(tmp_path / "o.csv")
 
 
@@ -330,7 +330,7 @@ def test_each_data_set_that_is_packed_for_a_job_is_named(
         said = [line for line in capsys.readouterr().err.splitlines() if "is packed as" in line]
         expected = ["train is packed as data set train-0a"]
         expected += ["test is packed as data set test-1b"] if validation == "test" else []
-        assert said == [f"job j: {one}, which is forgotten with the job" for one in expected]
+        assert said == [f"job j: {one}, which is removed with the job" for one in expected]
 
 
 @pytest.mark.parametrize(
@@ -359,7 +359,7 @@ def test_a_job_that_has_ended_is_said_to_have(
     ) = ended
     monkeypatch.setattr("potluck.cli.session.Session.client", lambda self: client)
     app([command, "j"], standalone_mode=False)
-    assert capsys.readouterr().out == "job j had ended already: succeeded\n"
+    assert capsys.readouterr().out == "job j had already ended: succeeded\n"
 
 
 def test_numbers_in_json_become_what_the_model_takes(tmp_path: Path) -> None:

@@ -93,10 +93,10 @@ def test_what_takes_files_is_asked_with_one_and_as_it_is(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("inputs", "remark"),
     [
-        ((spec("colour", "BYTES"),), ' ("a text" is made up: put in what the model knows)'),
-        ((spec("code", "INT64", 1), spec("more", "UINT8")), " (0 is made up: put in what the model knows)"),
+        ((spec("colour", "BYTES"),), ' ("a text" is made up: use values that the model knows)'),
+        ((spec("code", "INT64", 1), spec("more", "UINT8")), " (0 is made up: use values that the model knows)"),
         ((spec("a", "FP32", 4), spec("b", "INT32"), spec("c", "BYTES")),
-         ' (0 and "a text" are made up: put in what the model knows)'),
+         ' (0 and "a text" are made up: use values that the model knows)'),
         ((spec("x", "FP32", 4), spec("flag", "BOOL")), ""),
         ((spec("pixels", "UINT8", 8, 8, 3),), ""),
     ],

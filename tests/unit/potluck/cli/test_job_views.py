@@ -286,7 +286,7 @@ def test_a_job_that_has_ended_is_shown_and_drawn(tmp_path: Path, monkeypatch: py
         "computing",
         "exchanged",
         "val_loss -2.0000",
-        "the model is the one of epoch 1, the best",
+        "the model is that of the best epoch, 1",
         "n3 is left out: its loss became nan",
     ):
         assert part in shown.stdout, part

@@ -117,7 +117,7 @@ def test_ten_lines_hold_any_number_of_troubles(width: int, count: int) -> None:
     assert ("wrong", found.problems[0]) in rows
     shown = [text for name, text in rows if name == "wrong"]
     more = len(found.problems) - len(shown)
-    assert more == 0 or rows[-1] == ("", f"and {more} more: `potluck status --json` has all of it")
+    assert more == 0 or rows[-1] == ("", f"and {more} more: `potluck status --json` shows all of them")
 
 
 def test_what_leaves_no_room_for_what_is_wrong_is_not_shown() -> None:

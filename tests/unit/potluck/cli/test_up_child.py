@@ -51,7 +51,7 @@ async def test_a_coordinator_that_gave_way_is_not_started_again(told: Path) -> N
     async with asyncio.timeout(30):
         await child.run()
     assert started(told) == 1
-    assert said == ["the coordinator gave way to the one that was there: this machine belongs to its cluster"]
+    assert said == ["the coordinator gave way to another one that was there first: this machine joins its cluster"]
 
 
 async def test_how_a_daemon_says_it_is_is_passed_on_once_it_stays_so(
@@ -126,7 +126,8 @@ async def test_beside_a_node_of_another_user_none_is_started_at_a_seed_either(
         port = server.sockets[0].getsockname()[1]
         await discovery.advertise(Service("theirs", cluster, "node", "127.0.0.1", port))
         with pytest.raises(
-            Conflict, match=rf"there is the node theirs \(cluster '{cluster}'\) at http://127.0.0.1:{port}"
+            Conflict,
+            match=rf"this machine already has the node theirs \(cluster '{cluster}'\) at http://127.0.0.1:{port}",
         ):
             await up(None).run(asyncio.Event())
         assert not started.is_set()
