@@ -153,7 +153,7 @@ def stop(context: typer.Context, job_id: JobId, as_json: Json = False) -> None:
 
 
 def cancel(context: typer.Context, job_id: JobId, as_json: Json = False) -> None:
-    """End a job now; it keeps no result."""
+    """End a job now."""
     from potluck.cli import output
 
     with session(context).client() as client:

@@ -1,4 +1,4 @@
-"""Ask a cluster from Python: `Client`, and `AsyncClient` for asyncio, as httpx has them."""
+"""Ask a cluster from Python: `Client`, and `AsyncClient` for asyncio (named as in httpx)."""
 
 from importlib import import_module as _import_module
 from typing import TYPE_CHECKING as _TYPE_CHECKING
@@ -14,7 +14,7 @@ _WHERE = {"AsyncClient": "async_client", "AsyncJob": "jobs", "Client": "sync", "
 
 
 def __getattr__(name: str) -> _Any:
-    # Loaded when first asked for: the shell completes names with a part of this package alone.
+    # Loaded when first used: shell completion needs only a part of this package.
     if name not in _WHERE:
         raise AttributeError(f"module 'potluck.client' has no attribute {name!r}")
     return getattr(_import_module(f"potluck.client.{_WHERE[name]}"), name)

@@ -1,4 +1,4 @@
-"""The client for asyncio: everything that one may ask of a cluster."""
+"""The client for asyncio: everything that one can ask of a cluster."""
 
 from __future__ import annotations
 
@@ -99,9 +99,9 @@ M = TypeVar("M", bound=Message)
 class AsyncClient:
     """A client of one cluster.
 
-    `seed` is a broker address (`host` or `host:port`), or several; without one, `POTLUCK_SEEDS` or the settings file name it, or the
-    cluster is found by mDNS. `timeout` bounds each question, in seconds; jobs take as long as they take.
-    Use it as an async context manager, or call `aclose`. It connects when entered or first asked. All methods raise
+    `seed` is a broker's address (`host` or `host:port`), or several. Without `seed`, the address comes from `POTLUCK_SEEDS`, the settings
+    file or mDNS. `timeout` limits each question, in seconds; jobs have no limit.
+    Use the client as an async context manager, or call `aclose`. It connects when entered or first used. All methods raise
     subclasses of `potluck.errors.PotluckError`, also Unavailable and TimedOut.
     """
 
@@ -119,7 +119,7 @@ class AsyncClient:
         self._opening = asyncio.Lock()
         self._large_inputs = LargeInputs()
         self._answered: dict[str, tuple[float, ModelInfo]] = {}
-        """Until when which model is taken to answer to a name."""
+        """For each name: until when, and which model, answers to it without asking again."""
 
     async def __aenter__(self) -> AsyncClient:
         await self._connected()
@@ -131,7 +131,7 @@ class AsyncClient:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Disconnect, and remove temporary files. May be called twice."""
+        """Disconnect, and remove temporary files. Can be called twice."""
         connection, self._connection = self._connection, None
         if connection is not None:
             await connection.__aexit__(None, None, None)
@@ -144,11 +144,11 @@ class AsyncClient:
     # --- the cluster ----------------------------------------------------------------------------------------------------
 
     async def gateway(self) -> tuple[str, ...]:
-        """The addresses at which the cluster is asked over HTTP, each `http://HOST:PORT`. Raises Unavailable."""
+        """The addresses of the cluster's HTTP gateway, each `http://HOST:PORT`. Raises Unavailable."""
         return (await (await self._connected()).coordinator()).http
 
     async def nodes(self) -> tuple[NodeInfo, ...]:
-        """Every node that the coordinator knows, also those that are offline."""
+        """Every node that the coordinator knows, offline nodes too."""
         return (await listings.nodes(await self._connected()))[0]
 
     async def jobs(self) -> tuple[JobChanged, ...]:
@@ -156,13 +156,13 @@ class AsyncClient:
         return await listings.jobs(await self._connected())
 
     async def job(self, job_id: str) -> AsyncJob:
-        """A job by its id, or by what only its id begins with. Raises NotFound, and InvalidRequest where several ids begin so."""
+        """A job by its id, or by a beginning that only its id has. Raises NotFound, and InvalidRequest where several ids begin so."""
         job_id = arguments.text("job_id", job_id, "a job's id")
         found = await self._ask(GetJob(job_id=job_id), Message)
         return AsyncJob(await self._connected(), found.job_id if isinstance(found, JobChanged | JobEnded) else job_id)
 
     async def cancel(self, job_id: str) -> JobChanged:
-        """End a job. Raises NotFound."""
+        """End a job now. Raises NotFound."""
         return await self._ask(CancelJob(job_id=arguments.text("job_id", job_id, "a job's id")), JobChanged)
 
     # --- jobs -----------------------------------------------------------------------------------------------------------
@@ -185,12 +185,12 @@ class AsyncClient:
         """Train a compiled keras.Model, a `.keras` file or a registered model on all nodes.
 
         `data` and `validation` are registered names, paths, `"node:name"` for data that live on the nodes, or arrays `(x, y)` or
-        `(x, y, sample_weight)`. For a model with several outputs, `y` is a map by their names or a list. In files `target` names
-        the column or array to learn (or several), and `sample_weight` the one with the weight of each item in the loss. `image` says
-        how images become tensors, None: as the model's input is. The result is registered as `name` when that is given.
-        Raises NotFound, InvalidModel, InvalidData and InvalidRequest before a job is made for what the arguments, the model's file and
-        the data tell: data of another kind or shape than the model takes, no target, images without a size, more classes than the last
-        layer of a file has units. What only the nodes see ends the job, and `job.wait()` raises it.
+        `(x, y, sample_weight)`. For a model with several outputs, `y` is a map by output name, or a list. In files, `target` names the
+        column or array to learn (or several), and `sample_weight` the one with the weight of each item in the loss. `image` says
+        how images become tensors; None: as the model's input needs them. With `name`, the result is registered under that name.
+        Raises NotFound, InvalidModel, InvalidData and InvalidRequest before a job is made, as far as the arguments, the model's file and
+        the data show what is wrong: data of the wrong kind or shape, no target, images without a size, more classes than units in
+        the last layer of the file. An error that only nodes can see ends the job, and `job.wait()` raises it.
         """
         epochs = arguments.checked("epochs", epochs, Epochs, "a whole number from 1 to 1,000,000")
         batch_size = arguments.at_least_one("batch_size", batch_size)
@@ -228,7 +228,7 @@ class AsyncClient:
         target: Target = None,
         sample_weight: str | None = None,
     ) -> AsyncJob:
-        """Metrics of a model over labelled data: `job.evaluation` after `job.wait()`. Raises what `train` does."""
+        """Measure a model on labelled data: `job.evaluation` after `job.wait()`. Raises the errors of `train`."""
         batch_size, roles = arguments.at_least_one("batch_size", batch_size), _Roles.of(target, sample_weight, data)
         given = roles.given("data", data)
         asked = await self._model(model, image, compiled=False)
@@ -246,7 +246,7 @@ class AsyncClient:
     ) -> AsyncJob:
         """A model's outputs for a whole data set or array: `job.predictions()`. `target` names columns to leave out.
 
-        Raises what `train` does.
+        Raises the errors of `train`.
         """
         batch_size, roles = arguments.at_least_one("batch_size", batch_size), _Roles.of(target, None, data)
         given = roles.given("data", data)
@@ -266,18 +266,20 @@ class AsyncClient:
         wait: bool = False,
         **options: Unpack[DeployOptions],
     ) -> AsyncJob:
-        """Keep a model loaded on `replicas` nodes (0 or `"all"`: on all; `"1..4"`: as many as the load asks for).
+        """Keep a model loaded on `replicas` nodes (0 or `"all"`: on all nodes; `"1..4"`: by load, between these).
 
-        The job succeeds when they are ready, and it answers to its plain name; `wait` waits for that. A keras.Model or a model's file
-        or folder is registered first, as `name` or its own name.
+        The job succeeds when the replicas are ready and the model answers to its plain name; `wait` waits for that. A keras.Model, or a
+        model's file or folder, is registered first, as `name` or under its own name.
 
-        Raises NotFound, InvalidModel and InvalidRequest for what the arguments and the file tell. What the coordinator finds ends the
-        job, and `job.wait()` raises it: more replicas than nodes (it waits a while for those that are about to join), no memory.
+        Raises NotFound, InvalidModel and InvalidRequest for errors in the arguments and the file. An error that the coordinator finds
+        ends the job, and `job.wait()` raises it: more replicas than nodes (after waiting a while for more nodes), too little memory.
         """
         fields, wait = deploying.fields(replicas, options), arguments.flag("wait", wait)
         if isinstance(model, str) and not is_model_path(model):
             if name is not None:
-                raise InvalidRequest(f"name is for a keras.Model or a file, and {model!r} has its name: leave name out")
+                raise InvalidRequest(
+                    f"name is only for a keras.Model or a file, and {model!r} already has a name: leave name out"
+                )
             registered = model
         else:
             info = await self.register(model, name)
@@ -291,19 +293,19 @@ class AsyncClient:
         return await job.wait() if wait else job
 
     async def promote(self, model: str) -> tuple[DeploymentInfo, ...]:
-        """Make the canary (or shadow) of `model` the version that answers; this model's deployments. Raises NotFound, Conflict."""
+        """Make the canary (or shadow) of `model` the version that answers; returns the model's deployments. Raises NotFound, Conflict."""
         return (await self._ask(Promote(model=arguments.text("model", model, _NAMED)), DeploymentsListed)).deployments
 
     async def roll_back(self, model: str) -> tuple[DeploymentInfo, ...]:
-        """Withdraw the canary or shadow of `model`, else go back to the version before. Raises NotFound, Conflict."""
+        """Withdraw the canary or shadow of `model`, or without one go back to the version before. Raises NotFound, Conflict."""
         return (await self._ask(RollBack(model=arguments.text("model", model, _NAMED)), DeploymentsListed)).deployments
 
     async def undeploy(self, model: str) -> tuple[str, ...]:
-        """Unload `name` (every version) or `name:version` from all nodes; what was unloaded. Raises NotFound."""
+        """Unload `name` (every version) or `name:version` from all nodes; returns the names unloaded. Raises NotFound."""
         return (await self._ask(Undeploy(model=arguments.text("model", model, _NAMED)), Undeployed)).deployments
 
     async def deployments(self) -> tuple[DeploymentInfo, ...]:
-        """What is deployed, and where."""
+        """The deployments, with the nodes that they are on."""
         return await listings.deployments(await self._connected())
 
     async def models(self) -> tuple[ModelInfo, ...]:
@@ -324,11 +326,11 @@ class AsyncClient:
         tags: Mapping[str, str] | None = None,
         source: str | None = None,
     ) -> ModelInfo:
-        """Register a model as the next version of `name` (by default its own name): a keras.Model, the path of a `.keras`, `.h5` or
-        `.tflite` file, or of a SavedModel's folder. The same bytes again keep their version.
+        """Register a model as the next version of `name` (default: its own name): a keras.Model, or the path of a `.keras`, `.h5` or
+        `.tflite` file or of a SavedModel's folder. The same bytes again keep their version.
 
-        `classes` are the labels of its scores in their order, `source` says to people where it came from (by default the file's name).
-        Raises InvalidModel, saying what is wrong with a file that is none of these.
+        `classes` are the labels of its scores, in order. `source` tells people where the model came from (default: the file's name).
+        Raises InvalidModel for any other file, saying what is wrong with it.
         """
         given, image = arguments.name("name", name), image_argument(image)
         labels = arguments.checked("classes", classes, tuple[str, ...], "a list of the classes' names")
@@ -347,10 +349,10 @@ class AsyncClient:
         return (await self._ask(question, ModelRegistered)).model
 
     async def export(self, model: str, path: str | Path) -> Path:
-        """Write a registered model to `path`, as the file or folder that it was registered from; where it is then.
+        """Write a registered model to `path`, as the file or folder that it was registered from; returns where it was written.
 
-        In a folder that is there a file gets the model's own name. A SavedModel becomes a folder, which must be new or empty.
-        Raises NotFound, InvalidRequest where that cannot be written.
+        If `path` is an existing folder, a file gets the model's own name in it. A SavedModel becomes a folder, which must be new or empty.
+        Raises NotFound, and InvalidRequest where it cannot be written.
         """
         target = arguments.given_path("path", path)
         info = await self.get_model(model)
@@ -360,24 +362,24 @@ class AsyncClient:
         return target
 
     async def set_alias(self, model: str, alias: str) -> ModelInfo:
-        """From now on `name:alias` is the version that `model` is now: `set_alias("digits:3", "prod")` makes `digits:prod`.
+        """Let `name:alias` mean the version that `model` is now: `set_alias("digits:3", "prod")` makes `digits:prod`.
 
-        Raises NotFound, InvalidRequest for an alias that looks like a version.
+        Raises NotFound, and InvalidRequest for an alias that looks like a version.
         """
-        takes = "made of letters, digits, '.', '_' and '-', at most 64, a letter first; not latest or v3, which look like a version"
+        takes = "made of letters, digits, '.', '_' and '-', at most 64, beginning with a letter; not latest or v3, which look like a version"
         question = SetAlias(
             model=arguments.text("model", model, _NAMED), alias=arguments.checked("alias", alias, Alias, takes)
         )
         return (await self._ask(question, ModelChanged)).model
 
     async def remove_alias(self, model: str) -> ModelInfo:
-        """Forget an alias, `name:alias`; the version that it was. Raises NotFound, InvalidRequest."""
+        """Remove an alias, `name:alias`; returns the version that it named. Raises NotFound, InvalidRequest."""
         return (await self._ask(RemoveAlias(model=arguments.text("model", model, _NAMED)), ModelChanged)).model
 
     async def tag_model(
         self, model: str, tags: Mapping[str, str] | None = None, *, remove: Iterable[str] = ()
     ) -> ModelInfo:
-        """Set tags of a version, and take away those named in `remove`. Raises NotFound, InvalidRequest."""
+        """Set tags of a version, and remove the tags named in `remove`. Raises NotFound, InvalidRequest."""
         question = TagModel(
             model=arguments.text("model", model, _NAMED),
             tags=arguments.tags(tags),
@@ -386,9 +388,9 @@ class AsyncClient:
         return (await self._ask(question, ModelChanged)).model
 
     async def delete_model(self, model: str, *, every_version: bool = False) -> tuple[str, ...]:
-        """Delete a version, or with `every_version` all of a name; what was deleted. Its number is never given again.
+        """Delete a version, or with `every_version` all of a name; returns the deleted versions. Their numbers are never used again.
 
-        Raises NotFound, and Conflict while a deployment, an alias or a job uses one.
+        Raises NotFound, and Conflict while a deployment, an alias or a job uses one of them.
         """
         question = DeleteModel(
             model=arguments.text("model", model, _NAMED), every_version=arguments.flag("every_version", every_version)
@@ -396,7 +398,7 @@ class AsyncClient:
         return (await self._ask(question, ModelsDeleted)).models
 
     async def deployed_model(self, model: str) -> ModelInfo:
-        """What is registered of the version that answers to `model`: of a plain name the stable one's, which may not be the newest.
+        """The registered version that answers to `model`. For a plain name that is the stable version, which may not be the newest.
 
         Raises NotFound.
         """
@@ -417,20 +419,20 @@ class AsyncClient:
     ) -> Predictions:
         """The outputs of a deployed model for a batch of inputs: one array, or one for each output by its name.
 
-        `inputs` is one array (with the batch as first axis, which a single item may lack), a map of arrays by input name, or files: a
-        path, a list of paths, or a folder, whose files are taken in the order of their names. They become arrays as they do in
-        training and over HTTP; `image` says how where the model does not. Of a model that takes text, a `str` is a text, and a `Path`
-        a file. Lists of numbers become float32; images of uint8 for a model of floats are scaled as files are.
+        `inputs` is one array (its first axis is the batch; a single item may lack it), a map of arrays by input name, or files: a
+        path, a list of paths, or a folder, whose files are taken in the order of their names. Files become arrays as in
+        training and over HTTP; `image` says how where the model does not. For a model that takes text, a `str` is a text, and only a
+        `Path` names a file. Lists of numbers become float32; uint8 images for a model of floats are scaled like image files.
 
-        `timeout` goes with the request (each, where there are very many files): what cannot be answered by then is refused at once. Where
-        requests wait, those of a higher `priority` (-10 to 10) go first. Large arrays are sent as they lie in memory: change them only
-        when the answer is there. When this is cancelled, the cluster gives up the request too. Raises NotFound,
+        `timeout` goes with the request (with each request, where there are very many files): what cannot be answered by then is refused
+        at once. Where requests wait, those with a higher `priority` (-10 to 10) go first. Large arrays are sent straight from memory: do not
+        change them before the answer is there. Cancelling this cancels the request in the cluster too. Raises NotFound,
         InvalidRequest (a shape that does not fit), InvalidData (a file that cannot be read), Overloaded (with `retry_after_seconds`),
         TimedOut.
         """
         size = image_argument(image)
         if arguments.may_name_files(inputs):
-            from potluck.client import files  # here: it reads images, which most clients do not need
+            from potluck.client import files  # imported here: it reads images, which most clients do not need
             from potluck.data.items import input_shape
 
             info = await self._answering(model)
@@ -444,13 +446,11 @@ class AsyncClient:
                 ]
                 return _joined(answers)
         if size is not None:
-            raise InvalidRequest(
-                "image says how image files become tensors, and the inputs are no files: leave out image"
-            )
+            raise InvalidRequest("image is only for image files, and the inputs are not files: leave image out")
         return await self._infer(model, inputs, timeout, priority)
 
     async def _answering(self, model: str) -> ModelInfo:
-        """As `deployed_model`, not asked anew for a while."""
+        """Like `deployed_model`, but remembers the answer for a while."""
         now = asyncio.get_running_loop().time()
         known = self._answered.get(model)
         if known is None or known[0] < now:
@@ -493,7 +493,7 @@ class AsyncClient:
     ) -> DatasetInfo:
         """Register a folder of class folders, an `.npz`, `.csv`, Parquet or TFRecord file, or arrays `(x, y)`; see docs/data.md.
 
-        Without a name: the file's or folder's own. What the coordinator has already is not sent again.
+        Without `name`, it gets the file's or folder's own name. Shards that the coordinator already has are not sent again.
         """
         if name is None and isinstance(data, str | Path):
             name = sources.path_name(data)
@@ -503,13 +503,13 @@ class AsyncClient:
                 f"{arguments.shown(data)} is a model: `potluck models add` (client.register) registers it"
             )
         if isinstance(data, str):
-            data = Path(data)  # what is to be added is no name
+            data = Path(data)  # data to be added are never the name of a data set
         given = sources.given(data, roles.target, roles.sample_weight)
         assert isinstance(given, sources.Given)
         return await sources.add(await self._connected(), given, name=name, progress=progress)
 
     async def remove_data(self, name: str) -> None:
-        """Forget a registered data set. Raises NotFound, and Conflict while a job uses it."""
+        """Remove a registered data set. Raises NotFound, and Conflict while a job uses it."""
         asked = arguments.name("name", arguments.text("name", name, "the name of a registered data set"))
         await self._ask(RemoveDataset(name=asked or ""), DatasetRemoved)
 
@@ -533,7 +533,7 @@ class AsyncClient:
         return AsyncJob(connection, accepted.job_id, spec)
 
     async def _model(self, model: object, image: Image | None, *, compiled: bool) -> _Asked:
-        """The model that a job is about. Raises NotFound, InvalidModel, InvalidRequest: before data are packed for it."""
+        """The model for a job. Raises NotFound, InvalidModel, InvalidRequest: before the job's data are packed."""
         image = image_argument(image)
         if isinstance(model, str) and not is_model_path(model):
             info = await self._registered(model)
@@ -551,7 +551,7 @@ class AsyncClient:
         return _Asked(ref, called[:256], options, Wanted(file.input_shape, file.room, known, known))
 
     async def _registered(self, model: str) -> ModelInfo:
-        """Raises NotFound, and says so where what was meant may be a file or folder."""
+        """A registered model. Raises NotFound, with a hint where `model` may be meant as a file, a folder or data."""
         try:
             return await self.get_model(model)
         except NotFound as error:
@@ -560,13 +560,13 @@ class AsyncClient:
             if not sources.is_here(model):
                 raise
             raise NotFound(
-                f"{error.message} (what lies here by that name is taken for a model as ./{model}: write that, if it is one)"
+                f"{error.message} (there is a file or folder of that name here: if that is the model, write ./{model})"
             ) from error
 
     async def _push_model(
         self, model: object, *, for_jobs: bool = False, compiled: bool = False
     ) -> tuple[ModelFile, BlobRef]:
-        """Check a model, and only then connect and push it."""
+        """Check a model; only then connect, and push it."""
         with tempfile.TemporaryDirectory(prefix="potluck-") as folder:
             if for_jobs:
                 file = await asyncio.to_thread(keras_file, model, Path(folder), compiled=compiled)
@@ -576,23 +576,23 @@ class AsyncClient:
         return file, BlobRef(sha256=ref.sha256, size=ref.size)
 
     async def _resumed(self, job: object) -> dict[str, Any]:
-        """Where a training job that has ended stands, as fields of `Train`. Raises NotFound, Conflict."""
+        """Where an ended training job stopped, as fields of `Train`. Raises NotFound, Conflict."""
         found = await self.job(getattr(job, "id", None) or arguments.text("resume", job, "a job or its id"))
         answer = await self._ask(GetJob(job_id=found.id), Message)
         if not isinstance(answer, JobEnded):
-            raise Conflict(f"job {found.id} has not ended: cancel it, or wait for it, before you resume it")
+            raise Conflict(f"job {found.id} has not ended: cancel it or wait for it before you resume it")
         if answer.checkpoint is None:
-            raise Conflict(f"job {found.id} ({answer.kind}) has no checkpoint to go on from")
+            raise Conflict(f"job {found.id} ({answer.kind}) has no checkpoint to continue from")
         done = answer.history[-1].epoch if answer.history else 0
         return {"weights": replace(answer.checkpoint, holders=()), "initial_epoch": done}
 
     async def _data(
         self, argument: str, given: sources.Given | str, asked: _Asked | None, *, for_prediction: bool = False
     ) -> str:
-        """The name of a data set, registered now where it was not; for prediction in its own order, labelled or not.
+        """The name of a data set; data that are not registered are registered now. For prediction they keep their order and need no labels.
 
-        Raises InvalidData, InvalidRequest and InvalidModel where it cannot fit the model: before anything is sent, and where that can
-        be, before anything is packed. Errors call the data `argument`.
+        Raises InvalidData, InvalidRequest and InvalidModel where the data cannot fit the model: before anything is sent, and where
+        possible before anything is packed. Errors call the data `argument`.
         """
         wanted = ANYTHING if asked is None else dataclasses.replace(asked.wanted, target=not for_prediction)
         if isinstance(given, str):
@@ -617,7 +617,7 @@ class AsyncClient:
         return added.name
 
     async def _known_data(self, name: str) -> None:
-        """Raises NotFound where no data set has this name: before another one is packed in vain."""
+        """Raises NotFound where no data set has this name: before other data are packed for nothing."""
         known = [info.name for info in await self.datasets()]
         if name not in known:
             near = difflib.get_close_matches(name, known)
@@ -627,7 +627,7 @@ class AsyncClient:
 
 @dataclass(frozen=True)
 class _Asked:
-    """The model of a job: its name or blob, what people call that, image options, and what it wants of data."""
+    """The model of a job: its name or blob, its name for people, image options, and what it requires of data."""
 
     model: str | BlobRef
     called: str
@@ -636,32 +636,32 @@ class _Asked:
 
     @property
     def fields(self) -> dict[str, Any]:
-        """As they stand in a job."""
+        """The model as fields of a job."""
         return {"model": self.model, "model_name": self.called, "image": self.image}
 
 
 @dataclass(frozen=True)
 class _Roles:
-    """What `target` and `sample_weight` name in files and maps."""
+    """The names that `target` and `sample_weight` give to columns or arrays of files and maps."""
 
     target: Target
     sample_weight: str | None
 
     @classmethod
     def of(cls, target: object, sample_weight: object, *given: object) -> _Roles:
-        """The arguments. Raises InvalidRequest where no data would be packed with one: it would change nothing."""
+        """The arguments, checked. Raises InvalidRequest where none of the data are packed with one of them: it would have no effect."""
         found = cls(arguments.target(target), arguments.sample_weight(sample_weight))
         if not any(map(sources.takes_target, given)):
             for name, value in (("target", found.target), ("sample_weight", found.sample_weight)):
                 if value is not None:
                     raise InvalidRequest(
-                        f"{name} {value!r} names a column or array of a file or a map, and the data is neither: "
+                        f"{name} {value!r} names a column or array of a file or a map, but the data is neither: "
                         f"leave out {name} (--{name.replace('_', '-')})"
                     )
         return found
 
     def given(self, argument: str, data: object) -> sources.Given | str:
-        """What of `data` is to be packed, or its name. Raises InvalidData."""
+        """The part of `data` to be packed, or its name. Raises InvalidData."""
         return sources.given(data, self.target, self.sample_weight, argument)
 
 
@@ -672,7 +672,7 @@ def _topic_name(model: str) -> str:
 
 
 def _joined(answers: list[Predictions]) -> Predictions:
-    """The answers to parts of a batch as one."""
+    """Joins the answers to the parts of a batch."""
     first = answers[0]
     if len(answers) == 1:
         return first
@@ -682,15 +682,15 @@ def _joined(answers: list[Predictions]) -> Predictions:
 
 
 def _as_array(value: Any) -> np.ndarray[Any, Any]:
-    """Lists of Python floats as float32, which models work in; an array stays what it is."""
+    """Lists of Python floats as float32, the type that models use; an array stays as it is."""
     try:
         array = np.asarray(value)
     except (ValueError, TypeError) as error:
         raise InvalidRequest(
             f"the input is not an array: {error} (a model of several inputs takes a map of arrays by input name)"
         ) from error
-    if array.size == 0 and isinstance(value, list | tuple):  # of what type its rows would be cannot be told
-        raise InvalidRequest("the input has no rows: ask for one at least")
+    if array.size == 0 and isinstance(value, list | tuple):  # the type of its rows is unknown
+        raise InvalidRequest("the input has no rows: give at least one")
     if array.dtype == object and not all(isinstance(item, str | bytes) for item in array.flat):
         raise InvalidRequest(
             "inputs must be an array, nested lists of numbers or text, or a map of them by input name, "

@@ -1,4 +1,4 @@
-"""Keras callbacks for training that happens elsewhere: told of epochs as they end, in the process that follows the job."""
+"""Keras callbacks for training on the cluster: they are called as epochs end, in the process that follows the job."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ CALLED = ("set_params", "set_model", "on_train_begin", "on_epoch_begin", "on_epo
 
 
 class Elsewhere:
-    """What a callback has for its model: it can end training (`stop_training = True`), as in Keras, and has nothing else."""
+    """The `model` of a callback: it can end training (`stop_training = True`), as in Keras, and has nothing else."""
 
     def __init__(self) -> None:
         self.stop_training = False
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(
-            f"the model is being trained on the cluster: a callback has no {name!r} of it here, only logs and stop_training"
+            f"the model trains on the cluster: a callback cannot use its {name!r} here, only logs and stop_training"
         )
 
 
 class Callbacks:
-    """Callbacks as `keras.Model.fit` takes them; a method that one lacks is not called. Raises InvalidRequest for none."""
+    """Callbacks as `keras.Model.fit` takes them; a missing method is skipped. Raises InvalidRequest for an object that is no callback."""
 
     def __init__(self, callbacks: object) -> None:
         many = callbacks if isinstance(callbacks, Iterable) else (callbacks,)
@@ -39,13 +39,13 @@ class Callbacks:
         self._logs: dict[str, float] = {}
 
     def begin(self, epochs: int) -> None:
-        """Training of so many epochs begins."""
+        """Call this when training begins, with the number of epochs."""
         self._call("set_params", {"epochs": epochs, "steps": None, "verbose": 0})
         self._call("set_model", self._model)
         self._call("on_train_begin", {})
 
     def epoch(self, epoch: EpochMetrics) -> bool:
-        """An epoch has ended (callbacks count from 0); whether one of them wants training to stop, once."""
+        """Call this when an epoch has ended (callbacks count from 0); True once, when a callback wants training to stop."""
         self._logs = epoch.metrics
         self._call("on_epoch_begin", epoch.epoch - 1, {})
         self._call("on_epoch_end", epoch.epoch - 1, dict(self._logs))
@@ -53,7 +53,7 @@ class Callbacks:
         return self._stopped and not before
 
     def end(self) -> None:
-        """Training has ended, whichever way."""
+        """Call this when training has ended, in any way."""
         self._call("on_train_end", dict(self._logs))
 
     def _call(self, name: str, *arguments: Any) -> None:

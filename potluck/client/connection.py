@@ -1,4 +1,4 @@
-"""A client's link to one cluster: bus, discovery, the coordinator's status, and the blobs it pushes and pulls."""
+"""A client's link to one cluster: bus, discovery, the coordinator's status, and the blobs that it pushes and pulls."""
 
 from __future__ import annotations
 
@@ -46,22 +46,22 @@ T = TypeVar("T")
 
 _PUSHES_AT_ONCE = 4
 _STORE_LIMIT_BYTES = 1 << 50
-"""The store is a temporary folder: only the disk limits it."""
+"""No limit: the store is a temporary folder, and only the disk limits it."""
 _FIND_SECONDS = 4.0
-"""A cluster that is there is seen within this time, however patient the questions are: `potluck up` looks for three seconds."""
+"""mDNS finds an existing cluster within this time, even where questions may take longer: `potluck up` looks for three seconds."""
 _ASK_AGAIN_SECONDS = 5.0
-"""A question without an answer is asked again after this time, with its id: a coordinator that was started anew gets it too."""
+"""After this time without an answer, a question is sent again with the same id: a restarted coordinator gets it too."""
 _CANCEL_SECONDS = 1.0
 _NODE_CONNECT_SECONDS = 1.0
-"""A node that does not answer sooner may be one that cannot be reached from here."""
+"""A node that does not answer within this time may be unreachable from here."""
 
 
 class _MayBeLost(Unavailable):
-    """What was asked, or its answer, may not have arrived. Never leaves this module."""
+    """The question or its answer may not have arrived. Never leaves this module."""
 
 
 class Connection:
-    """Open from `__aenter__` to `__aexit__`. Raises Unavailable when no broker is found in time, or no coordinator where that is needed."""
+    """Open between `__aenter__` and `__aexit__`. Raises Unavailable when no broker, or no coordinator that is needed, is found in time."""
 
     def __init__(self, settings: ClientSettings, *, bus: Bus | None = None, needs_coordinator: bool = True) -> None:
         self.settings = settings
@@ -71,11 +71,11 @@ class Connection:
         self._status: CoordinatorStatus | None = None
         self._online = asyncio.Event()
         self._inferring: set[str] = set()
-        """Ids of the inferences that wait for their answers."""
+        """Ids of inferences that wait for their answers."""
         self._cut = False
+        """Whether the connection was lost and the coordinator has not been heard since: it may have lost its own connection too."""
         self._foreign = 0
-        """The version of the protocol that the coordinator speaks, where that is another one."""
-        """Whether the connection was lost, and the coordinator has not been heard since: it may have lost its own as well."""
+        """The version of the protocol that the coordinator speaks, where it differs from ours; else 0."""
         self._followers: dict[str, list[Handler]] = {}
         self._stack = AsyncExitStack()
         self._downloader: Downloader | None = None
@@ -113,7 +113,7 @@ class Connection:
         self.bus.subscribe(self.topics.coordinator_status, self._on_status)
         self.bus.on_connect(self._connected)
         self._running = asyncio.create_task(self.bus.run(), name="client bus")
-        # One attempt, and a moment more, so that the bus knows by then why it failed.
+        # Long enough for one attempt and a moment more: the bus then knows why it failed.
         await self.bus.connected(min(self.settings.timeout_seconds, self.settings.bus.connect_timeout_seconds + 1.0))
         if self._needs_coordinator:
             await self.coordinator(limit_seconds)
@@ -124,16 +124,16 @@ class Connection:
             running.cancel()
             await asyncio.wait([running])
             if not running.cancelled():
-                running.exception()  # it ended before: whoever asked was told that there is no connection
+                running.exception()  # it ended before us: callers were told that there is no connection
         await self._stack.aclose()
 
     async def _addresses(self, limit_seconds: float) -> Addresses:
-        """Where the broker is: the seeds, else mDNS on loopback and on the network, whichever answers first, else what daemons here know.
+        """Where the broker is: the seeds; else mDNS on loopback and on the network, whichever answers first; else what daemons here know.
 
-        A coordinator that hangs does not answer by mDNS, and its broker is there all the same. Raises Unavailable when nothing answers in time, and at once when every seed refuses: a client is not a daemon, which
-        would rather wait.
+        A coordinator that hangs does not answer by mDNS, but its broker still works. Raises Unavailable when nothing answers in time, and
+        at once when every seed refuses: a daemon would wait, a client does not.
         """
-        # here: it takes time that a job's client need not spend
+        # imported here: the import takes time, and job clients do not need it
         from potluck.net.discovery import Discovery, broker_addresses
 
         settings = self.settings
@@ -164,14 +164,14 @@ class Connection:
                 return broker_addresses(replace(settings, seeds=(known,)), None)
             advice = f"start one with `{typed('potluck up', settings.cluster)}`"
             if local:
-                advice = f"{local[0]} runs on this machine: where that has just started, ask again in a moment, else its log says why"
+                advice = f"{local[0]} runs on this machine: if it has just started, try again in a moment, else its log says why"
             if lost := [user for user in local if user.broker]:
                 advice = (
-                    f"{lost[0]} runs on this machine, and the broker that it had, {lost[0].broker}, does not answer: is that machine on, "
+                    f"{lost[0]} runs on this machine, but its broker, {lost[0].broker}, does not answer: is the broker's machine on, "
                     "and the network up"
                 )
             raise Unavailable(
-                f"no cluster {settings.cluster!r} is found: within {limit_seconds:g} s no coordinator answered by mDNS on "
+                f"no cluster {settings.cluster!r} was found: within {limit_seconds:g} s, no coordinator answered by mDNS on "
                 f"{', '.join(dict.fromkeys(['127.0.0.1', *lan_addresses()]))}: {advice}, or name its "
                 "broker with --seed HOST[:PORT]"
             )
@@ -203,7 +203,7 @@ class Connection:
             return
         if message.state == "online":
             known = self._status
-            # Started anew, or away for a while; and what is retained does not say that it is there now.
+            # The coordinator was restarted, or away for a while. A retained message does not prove that it is there now.
             lost = (known is not None and (known.session != message.session or not self._online.is_set())) or self._cut
             self._cut = self._cut and envelope.retained
             self._status = message
@@ -214,13 +214,13 @@ class Connection:
             self._online.clear()
 
     async def _connected(self) -> None:
-        """After each connect. Inferences travel at QoS 0: none is kept for whoever is not there."""
+        """Called after each connect. Inferences travel at QoS 0: the broker keeps none for a coordinator that is away."""
         self._cut = self._status is not None
         self._ask_again()
 
     def _ask_again(self) -> None:
         for question_id in tuple(self._inferring):
-            self.bus.give_up(question_id, _MayBeLost("the coordinator was not there, or could not be reached"))
+            self.bus.give_up(question_id, _MayBeLost("the coordinator was away, or could not be reached"))
 
     async def coordinator(self, timeout_seconds: float | None = None) -> CoordinatorStatus:
         """The status of the coordinator, once it is online. Raises Unavailable."""
@@ -233,11 +233,11 @@ class Connection:
                 cluster = self.settings.cluster
                 if self._foreign:
                     raise Unavailable(
-                        f"the coordinator of cluster {cluster!r} speaks version {self._foreign} of the protocol, and this program "
+                        f"the coordinator of cluster {cluster!r} speaks version {self._foreign} of the protocol, but this program speaks version "
                         f"{PROTOCOL_VERSION}: install the same potluck on both"
                     ) from None
                 advice = (
-                    f"one runs on this machine, and hangs, unless it has just started: `{typed('potluck status', cluster)}` says more"
+                    f"one runs on this machine and hangs, unless it has just started: `{typed('potluck status', cluster)}` says more"
                     if any(user.what == "coordinator" and user.cluster == cluster for user in users_here())
                     else f"start one with `{typed('potluck up', cluster)}` (or potluck-coordinator), or name another --cluster"
                 )
@@ -250,9 +250,9 @@ class Connection:
     # --- questions ------------------------------------------------------------------------------------------------------
 
     async def ask(self, question: Message, answer: type[M], *, topic: str | None = None) -> M:
-        """The coordinator's answer. Raises the error it carries, TimedOut, Unavailable.
+        """The coordinator's answer. Raises the error that the answer carries, TimedOut, Unavailable.
 
-        A question may be asked more than once, with the same id; the coordinator answers each alike.
+        A question may be sent more than once, with the same id; the coordinator then gives the same answer.
         """
         deadline = time.monotonic() + self.settings.timeout_seconds
         question_id = uuid.uuid4().hex
@@ -274,9 +274,9 @@ class Connection:
             return expect(got, answer)
 
     async def infer(self, name: str, question: Infer, timeout_seconds: float | None = None) -> Inferred:
-        """One inference, asked once, and again only where that was lost: an overloaded cluster is not helped by more questions.
+        """One inference. It is sent again only where it was lost: more requests do not help an overloaded cluster.
 
-        With a `timeout_seconds` of its own the cluster knows by when the answer must be there, and when this is cancelled, too.
+        With `timeout_seconds`, the cluster knows the deadline of the request. Cancelling this cancels the request in the cluster.
         """
         limit_seconds = self.settings.timeout_seconds if timeout_seconds is None else timeout_seconds
         if timeout_seconds is not None:
@@ -289,7 +289,7 @@ class Connection:
                 await self.bus.connected(left)
             if not self._online.is_set():
                 await self.coordinator(left)
-            if timeout_seconds is not None:  # counted from its receipt: the coordinator's clock may be another one
+            if timeout_seconds is not None:  # counted from receipt: the coordinator's clock may differ
                 question = replace(question, valid_seconds=left)
             self._inferring.add(question_id)
             try:
@@ -306,7 +306,7 @@ class Connection:
             return expect(got, Inferred)
 
     async def _cancel(self, name: str, question_id: str) -> None:
-        """Say that nobody waits for this inference any more; where that cannot be said soon, it is computed for nothing."""
+        """Tell that nobody waits for this inference any more. Where that cannot be sent soon, it is computed for nothing."""
         message = CancelInfer(id=question_id, reply_to=self.topics.client_inbox(self.bus.client_id))
         try:
             async with asyncio.timeout(_CANCEL_SECONDS):
@@ -315,7 +315,7 @@ class Connection:
             log.info("inference not cancelled %s", fields(model=name, reason=str(error)))
 
     def follow(self, job_id: str, handler: Handler) -> Callable[[], None]:
-        """Have `handler` called with what the bus says of a job, until what is returned is called."""
+        """Call `handler` with messages about a job, until the returned function is called."""
         followers = self._followers.setdefault(job_id, [])
         followers.append(handler)
         topics = [self.topics.job(job_id, leaf) for leaf in ("status", "result")]
@@ -337,7 +337,7 @@ class Connection:
         return leave
 
     async def _blobs(self) -> Downloader:
-        """Made when first needed: HTTP is slow to import, and who asks what there is needs none."""
+        """Made on first use: HTTP is slow to import, and many questions do not need it."""
         async with self._making:
             if self._downloader is None:
                 from potluck.blobs.download import Downloader
@@ -348,7 +348,7 @@ class Connection:
     # --- blobs ----------------------------------------------------------------------------------------------------------
 
     async def push(self, source: bytes | memoryview | Path) -> BlobRef:
-        """Bring bytes or a file to the coordinator's store, unless it is there. Raises Unavailable, TooLarge."""
+        """Bring bytes or a file to the coordinator's store, unless they are there. Raises Unavailable, TooLarge."""
         status = await self.coordinator()
         if not status.http:
             raise Unavailable("the coordinator names no HTTP address to push blobs to: is it listening?")
@@ -356,12 +356,12 @@ class Connection:
 
     @contextmanager
     def packing_store(self) -> Iterator[BlobStore]:
-        """A store for what is packed to be pushed, until the end of the block."""
+        """A temporary store for packing blobs before they are pushed; removed at the end of the block."""
         with tempfile.TemporaryDirectory(prefix="packing-", dir=self.folder, ignore_cleanup_errors=True) as folder:
-            yield BlobStore(Path(folder), _STORE_LIMIT_BYTES)  # a thread that was cancelled may still write there
+            yield BlobStore(Path(folder), _STORE_LIMIT_BYTES)  # a cancelled thread may still write to the folder
 
     async def push_blobs(self, store: BlobStore, refs: Sequence[BlobRef], sent: Callable[[BlobRef], None]) -> None:
-        """Push blobs of a local store, a few at a time, and tell of each. The first error ends it, and is raised: no group of them."""
+        """Push blobs of a local store, a few at a time; calls `sent` for each. The first error stops it and is raised, not in a group."""
         slots = asyncio.Semaphore(_PUSHES_AT_ONCE)
 
         async def one(ref: BlobRef) -> None:
@@ -377,10 +377,10 @@ class Connection:
             if (known := expected(group)) is not None:
                 raise known from None
             errors = [error for error in group.exceptions if isinstance(error, PotluckError)]
-            raise (errors or group.exceptions)[0] from group  # what else went wrong shows in its traceback
+            raise (errors or group.exceptions)[0] from group  # other errors show in its traceback
 
     async def send_inputs(self, data: bytes | memoryview, base: str) -> BlobRef:
-        """Send a request's inputs to a node at this address. Raises Unavailable, soon where it cannot be reached."""
+        """Send a request's inputs to a node at this address. Raises Unavailable, soon if the node cannot be reached."""
         return await (await self._blobs()).send_inputs(data, base, _NODE_CONNECT_SECONDS)
 
     async def fetch(self, ref: BlobRef) -> Path:
@@ -391,7 +391,7 @@ class Connection:
 
 
 async def _knock(brokers: Sequence[tuple[str, int]], limit_seconds: float) -> tuple[str, int]:
-    """The first of the brokers that takes a connection. Raises Unavailable as soon as none will, with each one's reason."""
+    """The first broker that accepts a connection. Raises Unavailable, with the reason of each, as soon as none is left."""
     reasons: dict[str, str] = {}
 
     async def knock(host: str, port: int) -> tuple[str, int] | None:
@@ -401,7 +401,7 @@ async def _knock(brokers: Sequence[tuple[str, int]], limit_seconds: float) -> tu
         return host, port
 
     if not brokers:
-        raise Unavailable("no broker is known: name one with --seed HOST[:PORT], or do not turn discovery off")
+        raise Unavailable("no broker is known: name one with --seed HOST[:PORT], or turn discovery on")
     if (answering := await _first_found([knock(*broker) for broker in brokers])) is not None:
         return answering
     where = "; ".join(f"{place} ({reason})" for place, reason in reasons.items())
@@ -411,7 +411,7 @@ async def _knock(brokers: Sequence[tuple[str, int]], limit_seconds: float) -> tu
 
 
 async def _knock_at(place: str, limit_seconds: float) -> str | None:
-    """The `host:port` itself when a connection is taken there."""
+    """`place` (`host:port`) when it accepts a connection, else None."""
     try:
         await _knock([parse_address(place)], limit_seconds)
     except Unavailable:
@@ -420,7 +420,7 @@ async def _knock_at(place: str, limit_seconds: float) -> str | None:
 
 
 async def _first_found(asked: Sequence[Awaitable[T | None]]) -> T | None:
-    """The first result that is not None; what still runs then is cancelled. None when there is none."""
+    """The first result that is not None; cancels the rest. None when all results are None."""
     if not asked:
         return None
     running = [asyncio.ensure_future(one) for one in asked]
@@ -436,7 +436,7 @@ async def _first_found(asked: Sequence[Awaitable[T | None]]) -> T | None:
 
 
 def expect(message: Message, kind: type[M]) -> M:
-    """`message`, when it is of the kind that answers the question."""
+    """`message`, if it has the type that answers the question. Raises InvalidRequest otherwise."""
     if not isinstance(message, kind):
         raise InvalidRequest(
             f"the coordinator answered with {type(message).__name__} where {kind.__name__} was expected: "
@@ -446,8 +446,8 @@ def expect(message: Message, kind: type[M]) -> M:
 
 
 def client_settings(seed: str | Sequence[str] | None, cluster: str | None, timeout: float | None) -> ClientSettings:
-    """Settings from `client.toml` in the user's configuration folder where there is one (XDG base directory specification),
-    from `POTLUCK_*`, and from what is given here. Raises InvalidSettings, and InvalidRequest for arguments of wrong types.
+    """Settings from `client.toml` in the user's configuration folder, if it exists (XDG base directory specification),
+    from `POTLUCK_*`, and from these arguments. Raises InvalidSettings, and InvalidRequest for arguments of wrong types.
     """
     given = (seed,) if isinstance(seed, str) else seed or ()
     seeds = checked("seed", given, tuple[str, ...], "a broker address (`host` or `host:port`), or several")

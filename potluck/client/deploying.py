@@ -13,11 +13,11 @@ from potluck.errors import InvalidRequest
 from potluck.wire.messages import Deploy, Factor, Objective, Quantization, Seconds
 
 IDLE_SECONDS = 300.0
-"""After so long without a request `0..MAX` holds none, where nothing else is said."""
+"""Default for `0..MAX`: all replicas are unloaded after this long without a request."""
 _RANGE = re.compile(r"^(\d{1,6})\.\.(\d{1,6})\Z")
 _REPLICAS = "a whole number from 1 to 999,999, 'all', or 'MIN..MAX'"
 Replicas = Annotated[int, Meta(ge=1, le=999_999)]
-"""As many digits as `MIN..MAX` takes."""
+"""As many digits as `MIN..MAX` allows."""
 Share = Annotated[int, Meta(ge=1, le=100)]
 _SECONDS = "a number of seconds of at least 0"
 _KINDS: dict[str, tuple[Any, str]] = {
@@ -34,23 +34,23 @@ _KINDS: dict[str, tuple[Any, str]] = {
 DATA = ("calibration", "evaluation")
 """Options that are data."""
 DEFAULTS = {field.name: field.default for field in structs.fields(Deploy)} | {"canary": None, "objective": 0.0}
-"""What an option is that is not given."""
+"""Defaults of the options."""
 
 
 class DeployOptions(TypedDict, total=False):
     """Options of `deploy` that are seldom needed.
 
-    - `canary`: let it answer so many percent of the plain name's questions, until it is promoted or rolled back.
-    - `shadow`: let it have a copy of each, and throw its answers away. `keep`: leave the version deployed that it replaces.
-    - `rollback_factor`: withdraw it when failures or p99 are so many times those of the version before (0: never), which is kept
-      for `watch_seconds` for that.
-    - `queue_seconds`: with `replicas="1..4"`, more are loaded while requests wait for longer.
-    - `idle_seconds`: hold none after so long without a request, until the next one (0: always hold them).
-    - `objective`: how long an answer may take, in seconds: batches are as large as that allows, training on the same nodes gives way, and
-      what would take longer is refused with Overloaded (0: requests wait for as long as their timeouts allow).
-    - `quantize="int8"`: deploy `<name>-int8` instead, a LiteRT model of a quarter of the size that the job makes. `calibration` is data
-      that show what is usual (None: those that it was trained on), `evaluation` those on which both models are measured (None: on
-      those again): registered names, paths or arrays. `job.result()` has `evaluation`, and `before`, that of the original.
+    - `canary`: let it answer this percentage of the requests to the plain name, until it is promoted or rolled back.
+    - `shadow`: send it a copy of each request, and drop its answers. `keep`: keep the version that it replaces deployed.
+    - `rollback_factor`: withdraw it when its failures or p99 are this many times those of the version before (0: never). The version
+      before is kept for `watch_seconds` for that.
+    - `queue_seconds`: with `replicas="1..4"`, more replicas are loaded while requests wait longer than this.
+    - `idle_seconds`: unload all replicas after this long without a request, until the next request (0: never).
+    - `objective`: how long an answer may take, in seconds. Batches are as large as that allows, training on the same nodes gives way, and
+      a request that would take longer is refused with Overloaded (0: requests wait for as long as their timeouts allow).
+    - `quantize="int8"`: deploy `<name>-int8` instead, a LiteRT model that the job makes, a quarter of the size. `calibration` is data
+      like the usual inputs (None: the model's training data), `evaluation` is data to measure both models on (None: the
+      calibration data): registered names, paths or arrays. `job.result()` has `evaluation`, and `before`, that of the original.
     """
 
     canary: int
@@ -67,12 +67,14 @@ class DeployOptions(TypedDict, total=False):
 
 
 def fields(replicas: object, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options as fields of `Deploy`, but for those that are data. Raises InvalidRequest."""
+    """The options as fields of `Deploy`, without those that are data. Raises InvalidRequest."""
     found: dict[str, Any] = {}
     for name, value in options.items():
         if name in DATA:
             if value is not None and options.get("quantize", "none") == "none":
-                raise InvalidRequest(f"{name} is for a model that is quantized: add quantize='int8', or leave it out")
+                raise InvalidRequest(
+                    f"{name} is only for a model that is quantized: add quantize='int8', or leave {name} out"
+                )
             continue
         found[name] = arguments.checked(name, value, *_KINDS[name])
     if 0 < found.get("rollback_factor", 0) <= 1:
@@ -83,7 +85,7 @@ def fields(replicas: object, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def data(options: Mapping[str, Any]) -> dict[str, object]:
-    """The options that are data, where they are given."""
+    """The given options that are data."""
     return {name: options[name] for name in DATA if options.get(name) is not None}
 
 
@@ -93,7 +95,9 @@ def _replicas(given: object, options: Mapping[str, Any]) -> dict[str, Any]:
         if not 0 < most >= least:
             raise InvalidRequest(f"replicas must be MIN..MAX with MAX at least MIN and 1, not {given!r}")
         if least and options.get("idle_seconds"):
-            raise InvalidRequest(f"with replicas={given!r} never fewer than {least} are held: write '0..{most}'")
+            raise InvalidRequest(
+                f"replicas={given!r} always keeps {least} loaded: to unload all when idle, write '0..{most}'"
+            )
         idle = {} if least else {"idle_seconds": IDLE_SECONDS}
         return {"replicas": max(1, least), "min_replicas": least, "max_replicas": most, **idle}
     if given == "all":

@@ -1,4 +1,4 @@
-"""A training job's history as TensorBoard reads it, in the runs and under the names that Keras' callback gives them."""
+"""A training job's history for TensorBoard, with the runs and names of Keras' callback."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ Scalar = tuple[str, float, int, float]
 
 
 def check_folder(folder: Path, job_id: str) -> Path:
-    """Raises InvalidRequest where nothing can be written there, or another's event files are there already: TensorBoard would
-    draw both as one line.
+    """`folder`, checked. Raises InvalidRequest where nothing can be written, or where another run's event files are: TensorBoard
+    would draw both as one line.
     """
     _writer()
     for run in RUNS:
@@ -31,9 +31,9 @@ def check_folder(folder: Path, job_id: str) -> Path:
 
 
 def save(ended: JobEnded, folder: Path) -> None:
-    """Write `train` and, where there was any, `validation` below `folder`; earlier files of the same job are replaced.
+    """Write `train` and, if there is one, `validation` below `folder`; replaces earlier files of the same job.
 
-    Raises InvalidRequest where that cannot be done.
+    Raises InvalidRequest where they cannot be written.
     """
     check_folder(folder, ended.job_id)
     try:
@@ -50,7 +50,7 @@ def save(ended: JobEnded, folder: Path) -> None:
 
 
 def scalars(ended: JobEnded) -> dict[str, list[Scalar]]:
-    """By run. Steps of epochs count from 0, as Keras counts them there; those of rounds from 0 too."""
+    """Scalars by run. Steps count from 0, for epochs (as in Keras) and for rounds."""
     found: dict[str, list[Scalar]] = {run: [] for run in RUNS}
     at = ended.started_at
     for epoch in ended.history:
@@ -81,7 +81,7 @@ def _suffix(job_id: str) -> str:
 
 
 def _writer() -> Any:
-    # tensorboardX and not TensorFlow's own writer: it is small, imports in a moment, and a client need not have TensorFlow.
+    # tensorboardX, not TensorFlow's own writer: it is small and quick to import, and a client may not have TensorFlow.
     try:
         from tensorboardX import SummaryWriter
     except ImportError as error:

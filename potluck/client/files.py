@@ -1,4 +1,4 @@
-"""Files as what a deployed model is asked about: images, texts, recordings and arrays; one, several, or all in a folder."""
+"""Files as inputs for a deployed model: images, texts, recordings and arrays; one, several, or all in a folder."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from potluck.wording import printable
 log = logging.getLogger(__name__)
 
 FILES_AT_ONCE = 32
-"""In one request: decoded images are large, and a folder may have very many."""
+"""Files in one request: decoded images are large, and a folder may have very many."""
 DATA_SETS = (".npz", ".csv", ".parquet", ".tfrecord", ".tfrecords")
-"""Files of many items, which are for `predict`."""
+"""Files of many items: those are for `predict`."""
 NO_IMAGES = (".keras", ".h5", ".tflite", ".pkl", ".zip")
-"""Files that people try, and that are no images whatever is in them."""
+"""Files that people try, but that are never images."""
 KINDS = (images.KIND, texts.KIND, audio.KIND)
 
 
 def paths(inputs: Any, info: ModelInfo) -> list[Path]:
-    """The files that are named, those of a folder in the order of their names; none where these are texts for a model that takes text:
-    of such a model, only a Path names a file. Raises InvalidData.
+    """The files that `inputs` names; those of a folder in the order of their names. Empty where `inputs` are texts for a model that takes
+    text: for such a model, only a Path names a file. Raises InvalidData.
     """
     named = list(inputs) if isinstance(inputs, list | tuple) else [inputs]
     if items.takes_text(info) and any(isinstance(each, str) for each in named):
@@ -43,7 +43,7 @@ def paths(inputs: Any, info: ModelInfo) -> list[Path]:
 
 
 def chunks(found: Sequence[Path]) -> Iterator[Sequence[Path]]:
-    """As many at a time as go into a request."""
+    """The files in groups, each for one request."""
     for start in range(0, len(found), FILES_AT_ONCE):
         yield found[start : start + FILES_AT_ONCE]
 
@@ -54,13 +54,13 @@ def read(found: Sequence[Path], info: ModelInfo, image: ImageOptions | None = No
     for path, batch in zip(found, batches, strict=True):
         if batch.shape[1:] != batches[0].shape[1:]:
             raise InvalidData(
-                f"{path} has items of shape {batch.shape[1:]}, and {found[0]} of {batches[0].shape[1:]}: ask about each by itself"
+                f"{path} has items of shape {batch.shape[1:]}, and {found[0]} of {batches[0].shape[1:]}: ask for each file by itself"
             )
     return batches[0] if len(batches) == 1 else np.concatenate(batches)
 
 
 def read_array(path: Path) -> np.ndarray[Any, Any]:
-    """A `.npy` file. Raises InvalidData."""
+    """The array in a `.npy` file. Raises InvalidData."""
     try:
         array = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
@@ -71,7 +71,7 @@ def read_array(path: Path) -> np.ndarray[Any, Any]:
 
 
 def with_batch(array: np.ndarray[Any, Any], info: ModelInfo) -> np.ndarray[Any, Any]:
-    """A single item gets the batch axis that it lacks."""
+    """The array with a batch axis: a single item gets one."""
     shape = items.input_shape(info)
     return array[None] if shape is not None and array.ndim == len(shape) - 1 else array
 
@@ -79,9 +79,7 @@ def with_batch(array: np.ndarray[Any, Any], info: ModelInfo) -> np.ndarray[Any, 
 def _batch(path: Path, info: ModelInfo, image: ImageOptions | None) -> np.ndarray[Any, Any]:
     suffix = path.suffix.lower()
     if image is not None and suffix in (".npy", ".txt", ".wav"):
-        raise InvalidRequest(
-            f"--image (image) says how an image becomes a tensor, and {path.name} is no image: leave it out"
-        )
+        raise InvalidRequest(f"image (--image) is only for images, and {path.name} is not an image: leave image out")
     if suffix == ".npy":
         return with_batch(read_array(path), info)
     if suffix == ".txt":
@@ -89,10 +87,10 @@ def _batch(path: Path, info: ModelInfo, image: ImageOptions | None) -> np.ndarra
     if suffix == ".wav":
         return items.recording(_bytes(path, "a recording"), info, str(path))
     if suffix in DATA_SETS:
-        raise _for_prediction(path, "holds a data set, and not one item", info)
+        raise _for_prediction(path, "holds a data set, not one item", info)
     if suffix in NO_IMAGES:
         raise InvalidData(
-            f"{path} is no image: give an image, .npy, or JSON (for several inputs a map of them by name)"
+            f"{path} is not an image: give an image, .npy, or JSON (for several inputs: a map of them by name)"
         )
     if suffix in images.KIND.unread:
         raise InvalidData(f"{path}: {suffix} {images.CONVERT}")
@@ -101,7 +99,7 @@ def _batch(path: Path, info: ModelInfo, image: ImageOptions | None) -> np.ndarra
 
 
 def _in_folder(folder: Path, info: ModelInfo) -> list[Path]:
-    """The files of the kind that the model takes. Raises InvalidData without any, saying what is there instead."""
+    """The files in the folder of the kind that the model takes. Raises InvalidData where it has none, saying what it has."""
     kind = _kind(info)
     found = folders.files_in(folder, [kind])
     unread = folders.unread_in(folder, kind)
@@ -114,7 +112,7 @@ def _in_folder(folder: Path, info: ModelInfo) -> list[Path]:
     if not others:
         raise InvalidData(f"{folder} has no files")
     if tables := [path for path in others if path.suffix.lower() in DATA_SETS]:
-        raise _for_prediction(tables[0], "holds a data set, and not one item", info)
+        raise _for_prediction(tables[0], "holds a data set, not one item", info)
     if any(path.suffix.lower() == ".npy" for path in others):
         raise InvalidData(f"{folder} holds arrays: name the files themselves, as in {folder}/*.npy")
     shape = items.input_shape(info)
@@ -123,12 +121,12 @@ def _in_folder(folder: Path, info: ModelInfo) -> list[Path]:
         takes = f"arrays of the shape {shape_text(shape)} (.npy, JSON)"
     given = next((one.many for one in KINDS if folders.files_in(folder, [one])), "files")
     raise InvalidData(
-        f"{folder} holds {given} ({some([path.name for path in others])}), and model {info.name}:{info.version} takes {takes}"
+        f"{folder} holds {given} ({some([path.name for path in others])}), but model {info.name}:{info.version} takes {takes}"
     )
 
 
 def _kind(info: ModelInfo) -> folders.Kind:
-    """Of files that the model may take."""
+    """The kind of files that the model takes."""
     shape = items.input_shape(info)
     if items.takes_text(info):
         return texts.KIND
@@ -137,8 +135,8 @@ def _kind(info: ModelInfo) -> folders.Kind:
 
 def _for_prediction(path: Path, what: str, info: ModelInfo) -> InvalidData:
     return InvalidData(
-        f"{path} {what}: `potluck predict {info.name}:{info.version} {path}` (client.predict) asks about every row of it; "
-        "here give .npy or JSON (for several inputs a map of them by name)"
+        f"{path} {what}: `potluck predict {info.name}:{info.version} {path}` (client.predict) predicts every row of it; "
+        "here give .npy or JSON (for several inputs: a map of them by name)"
     )
 
 

@@ -1,4 +1,4 @@
-"""Which of the four formats a model's file has, told by what is in it and not by its name; and the files of models that come back."""
+"""Finds which of the four formats a model's file has, from its content and not its name; writes models back to files."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from potluck.errors import InvalidModel, InvalidRequest
 from potluck.wire.messages import ModelFormat, ModelInfo
 
 SUFFIXES: dict[ModelFormat, str] = {"keras": ".keras", "h5": ".h5", "tflite": ".tflite"}
-"""How files of a format are named. A SavedModel is a folder."""
+"""The suffix of each format. A SavedModel is a folder."""
 OTHER_SUFFIXES: dict[ModelFormat, tuple[str, ...]] = {"h5": (".hdf5", ".hdf")}
-"""That programs know as well."""
+"""Other suffixes that programs know."""
 WORDS: dict[ModelFormat, str] = {
     "keras": ".keras file",
     "h5": "Keras HDF5 file",
@@ -27,7 +27,7 @@ _TFLITE = b"TFL3"
 
 
 def format_of(path: Path) -> ModelFormat:
-    """Raises InvalidModel for what is none of them, or holds no whole model, saying what it is instead. Blocks."""
+    """The format of a model's file. Raises InvalidModel for another file or an incomplete model, saying what it is. Blocks."""
     try:
         if path.is_dir():
             savedmodels.check(path)
@@ -45,12 +45,12 @@ def format_of(path: Path) -> ModelFormat:
     if head[4:8] == _TFLITE:
         return "tflite"
     if zipfile.is_zipfile(path):
-        return "keras"  # whether Keras wrote it, its config.json tells
+        return "keras"  # config.json tells later whether Keras wrote it
     if path.name == savedmodels.GRAPH:
         raise InvalidModel(f"{path} is only a part of a SavedModel: give its folder, {path.parent}")
     kind = {"keras": "a zip", "h5": "HDF5", "tflite": "a FlatBuffer"}
     named = next((known for known, suffix in SUFFIXES.items() if path.suffix == suffix), None)
-    wanted = f"not a {path.suffix} file: it is not {kind[named]}, and begins with {head!r}" if named else "no model"
+    wanted = f"not a {path.suffix} file: it is not {kind[named]}, it begins with {head!r}" if named else "no model"
     raise InvalidModel(
         f"{path} is {wanted}: give a .keras, .h5 or .tflite file, or a SavedModel's folder, "
         "as model.save('name.keras') or model.export(folder) writes it"
@@ -58,17 +58,17 @@ def format_of(path: Path) -> ModelFormat:
 
 
 def _whole(path: Path) -> ModelFormat:
-    """`h5`, where the file holds a model and not its weights alone. Raises InvalidModel."""
+    """`h5`, where the file holds a whole model, not only weights. Raises InvalidModel."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         if content.find(b"model_config") < 0:
             raise InvalidModel(
-                f"{path} is an HDF5 file without a model in it (of weights alone, perhaps): save the model with model.save(path)"
+                f"{path} is an HDF5 file without a model (it may hold only weights): save the model with model.save(path)"
             )
     return "h5"
 
 
 def export_path(info: ModelInfo, path: Path) -> Path:
-    """Where a model is written to: `path`, or in that folder by the model's own name. Raises InvalidRequest."""
+    """Where to write a model: `path` itself, or if that is a folder, a file in it with the model's name. Raises InvalidRequest."""
     if info.format == "savedmodel":
         if path.suffix in (*SUFFIXES.values(), ".pb"):
             raise InvalidRequest(
@@ -81,14 +81,14 @@ def export_path(info: ModelInfo, path: Path) -> Path:
     if path.suffix not in (suffix, *OTHER_SUFFIXES.get(info.format, ())):
         raise InvalidRequest(
             f"model {info.name}:{info.version} is a {WORDS[info.format]}: name the file {path.with_suffix(suffix).name}, "
-            "since programs tell the format by that"
+            "because programs tell the format by the suffix"
         )
     arguments.in_a_folder(f"model {info.name}:{info.version}", path)
     return path
 
 
 def write(blob: Path, info: ModelInfo, path: Path) -> None:
-    """Write a model's blob as what it was made from, to what `export_path` said. Raises InvalidRequest, InvalidModel. Blocks."""
+    """Write a model's blob to the result of `export_path`, in its original format. Raises InvalidRequest, InvalidModel. Blocks."""
     if info.format == "savedmodel":
         savedmodels.unpack(blob, path)
         return

@@ -1,4 +1,4 @@
-"""How a cluster is, also where much of it is broken: what can be found out is, and the rest is named as wrong."""
+"""The health of a cluster, also of a broken one: finds out what it can, and names the rest as problems."""
 
 from __future__ import annotations
 
@@ -31,51 +31,51 @@ from potluck.wording import first
 
 ASK_SECONDS = 5.0
 STATUS_SECONDS = 1.0
-"""A retained message follows its subscription at once."""
+"""How long to wait for a retained message: it follows its subscription at once."""
 TELEMETRY_SECONDS = 6.0
-"""Nodes speak every five seconds, unless they were told otherwise."""
+"""How long to listen for nodes: they send every five seconds by default."""
 GATEWAY_SECONDS = 2.0
 RUNTIMES = ("tensorflow", "litert")
 NAMED = 3
-"""Of nodes of which the same is wrong."""
+"""How many nodes with the same problem are named."""
 CLOCK_SECONDS = 3.0
-"""Clocks that differ by less do no harm: what has a deadline has it in tens of seconds."""
+"""Clocks may differ by this much without harm: deadlines are tens of seconds."""
 
 
 class Health(Struct, frozen=True, kw_only=True):
-    """What was found, and in `problems` what is wrong with it, in sentences; `remarks` are worth knowing, and no trouble."""
+    """The findings. `problems` are sentences about what is wrong; `remarks` are sentences worth knowing, but no problems."""
 
     cluster: str
     broker: str = ""
-    """`host:port`; "": none was reached."""
+    """`host:port`; "": no broker was reached."""
     coordinator: str = ""
-    """`online`, `silent` (it should be there, and does not answer) or `offline`; "" without a broker."""
+    """`online`, `silent` (it should be there, but does not answer) or `offline`; "" without a broker."""
     since: float = 0.0
-    """Since when the coordinator is in that state; 0: nobody knows."""
+    """Since when the coordinator is in that state; 0: unknown."""
     gateway: tuple[str, ...] = ()
     nodes: tuple[NodeInfo, ...] = ()
     waiting: tuple[str, ...] = ()
-    """Nodes that are there while there is no coordinator to tell of them."""
+    """Nodes that send while there is no coordinator."""
     deployments: tuple[DeploymentInfo, ...] = ()
     jobs: tuple[JobChanged, ...] = ()
-    """Those that have not ended."""
+    """Jobs that have not ended."""
     shortage: str = ""
-    """Why the coordinator can take no more blobs."""
+    """Why the coordinator can store no more blobs."""
     others: tuple[str, ...] = ()
-    """Brokers, as `host:port`, of other coordinators that serve a cluster of this name."""
+    """Brokers, as `host:port`, of other coordinators that serve a cluster of the same name."""
     clock_ahead_seconds: float = 0.0
-    """How far this machine's clock is ahead of the coordinator's; 0 where that one did not say."""
+    """How far this machine's clock is ahead of the coordinator's; 0 where the coordinator did not say."""
     problems: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
 
     @property
     def reachable(self) -> bool:
-        """Whether there is a cluster to speak with."""
+        """Whether any of the cluster answers."""
         return self.coordinator == "online"
 
 
 async def examine(settings: ClientSettings) -> Health:
-    """Look at a cluster, and at what of it runs on this machine. Raises nothing for what is wrong with it."""
+    """Look at a cluster, and at its parts on this machine. Raises nothing for what is wrong with it."""
     local = [user for user in users_here() if user.cluster == settings.cluster]
     connection = Connection(settings, needs_coordinator=False)
     try:
@@ -103,8 +103,8 @@ async def _with_coordinator(
             jobs = await listings.jobs(connection)
     except (TimeoutError, TimedOut):
         problem = (
-            f"the coordinator at {', '.join(status.http)} does not answer: the broker has it as online, and it said nothing "
-            f"within {ASK_SECONDS:g} s: it hangs, or is very busy; {_end_it(local) or 'look at its log there, or start it again'}"
+            f"the coordinator at {', '.join(status.http)} does not answer: the broker has it as online, but it said nothing "
+            f"within {ASK_SECONDS:g} s. It hangs, or is very busy: {_end_it(local) or 'look at its log there, or restart it'}"
         )
         return Health(
             cluster=cluster, broker=broker, coordinator="silent", gateway=status.http, problems=(problem,)
@@ -118,13 +118,13 @@ async def _with_coordinator(
     unreached = (
         []
         if answers
-        else [f"the gateway does not answer from here at {', '.join(status.http)}: is a firewall between?"]
+        else [f"the gateway does not answer from here at {', '.join(status.http)}: is there a firewall in between?"]
     )
     return _with(found, [*unreached, *troubles(found, local)], remarks(found))
 
 
 async def _without_coordinator(connection: Connection, broker: str, local: Sequence[User]) -> Health:
-    """Listen for a while: nodes say that they are there, and since when they miss the coordinator."""
+    """Listen for a while: nodes tell that they are there, and since when they miss the coordinator."""
     topics, bus = connection.topics, connection.bus
     lost_at: list[float] = []
     online: dict[str, str] = {}
@@ -155,13 +155,13 @@ async def _without_coordinator(connection: Connection, broker: str, local: Seque
                 changed.clear()
                 await changed.wait()
     except TimeoutError:
-        pass  # some are silent: they are not there, or wait for longer
+        pass  # some nodes did not send: they are gone, or send less often
     since = min(lost_at, default=0.0)
     told = f" since {clock_text(since)}" if since else ""
     cluster = connection.settings.cluster
     here = _end_it(local)
     advice = (
-        f"one runs on this machine, and hangs, unless it has just started; {here}"
+        f"one runs on this machine and hangs, unless it has just started; {here}"
         if here
         else f"start one with `{typed('potluck up', cluster)}` (or the service potluck-coordinator)"
     )
@@ -176,15 +176,15 @@ async def _without_coordinator(connection: Connection, broker: str, local: Seque
 
 
 def _end_it(local: Sequence[User]) -> str:
-    """How to end the coordinator that runs on this machine; "" where none does."""
+    """How to end the coordinator that runs on this machine; "" where none runs."""
     for user in local:
         if user.what == "coordinator" and user.pid:
-            return f"look at its log, or end it with `kill -9 {user.pid}`: `potluck up` and systemd start it anew"
+            return f"look at its log, or end it with `kill -9 {user.pid}`: `potluck up` and systemd start it again"
     return ""
 
 
 def troubles(found: Health, local: Sequence[User] = ()) -> list[str]:
-    """What is wrong with a cluster whose coordinator answers, the worst first; `local` is what of it runs on this machine."""
+    """The problems of a cluster whose coordinator answers, the worst first; `local`: its parts on this machine."""
     said = []
     for deployment in found.deployments:
         if deployment.state == "failing":
@@ -193,23 +193,23 @@ def troubles(found: Health, local: Sequence[User] = ()) -> list[str]:
     if found.others:
         said.append(
             f"other coordinators serve a cluster named {found.cluster!r} on this network, with brokers at {', '.join(found.others)}: "
-            "nodes and clients may find either; stop all but one, or give them names with --cluster"
+            "nodes and clients may find any of them; stop all but one, or give each another name with --cluster"
         )
     if found.shortage:
-        said.append(f"the coordinator takes no more data, models and results, and jobs wait: {found.shortage}")
+        said.append(f"the coordinator can store no more data, models and results, and jobs wait: {found.shortage}")
     if found.nodes and all(node.state == "offline" for node in found.nodes):
         said.append(f"no node is online: run `{typed('potluck up', found.cluster)}` on each machine")
     elif not found.nodes:
         here = next((user for user in local if user.what != "coordinator"), None)
         said.append(
-            f"no node has come yet, and {here} runs on this machine: just after a start ask again in a moment, else its log says why"
+            f"no node has joined yet, but {here} runs on this machine: if it has just started, try again in a moment, else its log says why"
             if here
-            else f"no node has come yet: run `{typed('potluck up', found.cluster)}` on each machine"
+            else f"no node has joined yet: run `{typed('potluck up', found.cluster)}` on each machine"
         )
     gone = [node for node in found.nodes if node.state == "offline" and not node.left]
     if gone:
         said.append(
-            f"{_nodes(gone)} offline, last heard of {clock_text(max(node.seen_at for node in gone))}: "
+            f"{_nodes(gone)} offline, last seen {clock_text(max(node.seen_at for node in gone))}: "
             + ("is the machine on, and on the network?" if len(gone) == 1 else "are they on, and on the network?")
         )
     silent = [node for node in found.nodes if node.state == "suspect"]
@@ -218,17 +218,17 @@ def troubles(found: Health, local: Sequence[User] = ()) -> list[str]:
     for node in found.nodes:
         if node.state == "online" and node.capacity.runtimes.keys().isdisjoint(RUNTIMES):
             said.append(
-                f"node {node.node_id} computes nothing: neither TensorFlow nor LiteRT is installed with potluck there (docs/install.md, Extras)"
+                f"node {node.node_id} cannot compute: neither TensorFlow nor LiteRT is installed with potluck there (docs/install.md, Extras)"
             )
         if node.shortage:
-            said.append(f"node {node.node_id} takes no more data and models: {node.shortage}")
+            said.append(f"node {node.node_id} can store no more data and models: {node.shortage}")
     return [*said, *clocks(found.nodes, found.clock_ahead_seconds)]
 
 
 def clocks(nodes: Sequence[NodeInfo], ahead_seconds: float | None = None) -> list[str]:
-    """Whose clock is wrong, and by how much; `ahead_seconds`: how far this machine's is ahead of the coordinator's, where that is known.
+    """Sentences about wrong clocks, and by how much; `ahead_seconds`: how far this machine's is ahead of the coordinator's, if known.
 
-    Where all others agree with each other, it is the coordinator's.
+    Where all other clocks agree with each other, the coordinator's is wrong.
     """
     others = {f"node {node.node_id}'s": node.clock_ahead_seconds for node in nodes if node.state == "online"}
     if ahead_seconds is not None:
@@ -240,11 +240,11 @@ def clocks(nodes: Sequence[NodeInfo], ahead_seconds: float | None = None) -> lis
 
 
 def remarks(found: Health) -> list[str]:
-    """What is worth knowing, and no trouble."""
+    """Sentences worth knowing that are no problems."""
     said = []
     if found.gateway and all(is_loopback(urlsplit(url).hostname or "") for url in found.gateway):
         said.append(
-            "only the coordinator's machine is served; to share, end `potluck up` there, and type there and on the others:\n"
+            "only the coordinator's machine is served. To share it, end `potluck up` there, and type there and on the others:\n"
             f"{typed('potluck up --insecure', found.cluster)}"
         )
     said += [
@@ -256,7 +256,7 @@ def remarks(found: Health) -> list[str]:
 
 
 def _nodes(nodes: Sequence[NodeInfo]) -> str:
-    """Which they are, and the verb after that: there may be very many, and `nodes` has them all."""
+    """The names of nodes, and the verb after them. Names only a few: there may be very many, and `nodes` has them all."""
     names = first([node.node_id for node in nodes], NAMED)
     return f"node {names} is" if len(nodes) == 1 else f"nodes {names} are"
 

@@ -1,4 +1,4 @@
-"""Inputs too large for a message: straight to a node with a replica, and over the coordinator's store where none can be reached."""
+"""Inputs too large for a message: they go straight to a node with a replica, or through the coordinator's store."""
 
 from __future__ import annotations
 
@@ -29,27 +29,27 @@ from potluck.wire.messages import (
 log = logging.getLogger(__name__)
 
 KNOWN_SECONDS = 5.0
-"""For so long a model's replicas are taken to be where they were."""
+"""How long a list of a model's replicas is used before asking again."""
 FIND_SECONDS = 2.0
-"""A coordinator that does not say sooner where they are is not waited for."""
+"""How long to wait for the coordinator's list of replicas."""
 LEFT_ALONE_SECONDS = 60.0
-"""A node that could not be reached, or that lost what it was sent, is sent nothing for so long."""
+"""How long to send nothing to a node that could not be reached, or that lost its inputs."""
 NODES_TRIED = 2
-"""Before the coordinator's store: whoever cannot reach two may reach none."""
+"""How many nodes to try before the coordinator's store: a client that cannot reach two may reach none."""
 
 
 @dataclass
 class Choice:
-    """Which node the next inputs go to: the one with least of ours under way, of those that are left at random."""
+    """Chooses the node for the next inputs: the one with the fewest requests of ours; at random among equals."""
 
     rng: random.Random = field(default_factory=random.Random)
     under_way: Counter[str] = field(default_factory=Counter)
-    """Requests of ours whose inputs a node has, by its id."""
+    """Our requests under way whose inputs a node has, by node id."""
     left_alone: dict[str, float] = field(default_factory=dict)
-    """Nodes that failed, and until when."""
+    """Nodes that failed, and until when to avoid them."""
 
     def order(self, places: Sequence[ReplicaPlace], now: float) -> list[ReplicaPlace]:
-        """Those that may be tried, the best first."""
+        """The nodes to try, the best first."""
         self.left_alone = {node_id: until for node_id, until in self.left_alone.items() if until > now}
         usable = [place for place in places if place.node_id not in self.left_alone]
         return sorted(usable, key=lambda place: (self.under_way[place.node_id], self.rng.random()))[:NODES_TRIED]
@@ -65,7 +65,7 @@ class _Found:
 
 
 class LargeInputs:
-    """Of one client: what it knows of where replicas are, and what it has sent there."""
+    """What one client knows of where replicas are, and which inputs it has sent there."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -76,9 +76,9 @@ class LargeInputs:
     async def infer(
         self, connection: Connection, model: str, question: Infer, timeout_seconds: float | None
     ) -> Inferred:
-        """Ask with inputs that are sent as blobs. Where the node that has them is lost before it answers, they are sent again.
+        """Ask with inputs sent as blobs. If the node that has them is lost before it answers, they are sent again.
 
-        Raises TooLarge for one that no node takes.
+        Raises TooLarge for an input that no node takes.
         """
         began = self._clock()
         sizes = [len(tensor.data) for tensor in question.inputs if isinstance(tensor.data, bytes | memoryview)]
@@ -108,7 +108,7 @@ class LargeInputs:
     async def _places(
         self, connection: Connection, model: str, timeout_seconds: float | None
     ) -> tuple[ReplicaPlace, ...]:
-        """Nodes with replicas; none where there are none, or the coordinator is too old to say."""
+        """Nodes with replicas; empty where there are none, or where the coordinator is too old to tell."""
         limit_seconds = FIND_SECONDS if timeout_seconds is None else min(FIND_SECONDS, timeout_seconds)
         async with self._asking.setdefault(model, asyncio.Lock()):
             known = self._found.get(model)
@@ -116,14 +116,17 @@ class LargeInputs:
                 try:
                     async with asyncio.timeout(limit_seconds):
                         places = (await connection.ask(FindReplicas(model=model), ReplicasFound)).replicas
-                except (PotluckError, TimeoutError) as error:  # what is wrong with the model, its inference will say
+                except (
+                    PotluckError,
+                    TimeoutError,
+                ) as error:  # if something is wrong with the model, its inference tells
                     log.info("no replicas to send inputs to %s", fields(model=model, reason=str(error)))
                     places = ()
                 known = self._found[model] = _Found(places, self._clock() + KNOWN_SECONDS)
             return known.places
 
     async def _sent(self, connection: Connection, place: ReplicaPlace, question: Infer) -> Infer:
-        """The question, its inputs with the node. Raises InputsLost."""
+        """The question, with its inputs on the node. Raises InputsLost."""
         reasons: list[str] = []
         for base in place.http:
             try:
@@ -145,11 +148,11 @@ async def _in_time(sending: Awaitable[Infer], limit_seconds: float | None) -> In
         async with asyncio.timeout(limit_seconds):
             return await sending
     except TimeoutError:
-        raise TimedOut("the inputs could not be sent in the time that the request has") from None
+        raise TimedOut("the inputs could not be sent within the request's timeout") from None
 
 
 async def _pushed(connection: Connection, question: Infer) -> Infer:
-    """The question, its inputs in the coordinator's store. Raises Unavailable, TooLarge."""
+    """The question, with its inputs in the coordinator's store. Raises Unavailable, TooLarge."""
     inputs: list[Tensor] = []
     for tensor in question.inputs:
         if isinstance(tensor.data, bytes | memoryview):

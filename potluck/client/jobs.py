@@ -1,4 +1,4 @@
-"""A job as a client follows it: its state as the bus tells it, with questions to the coordinator in between."""
+"""A job as a client follows it: its states come from the bus; in between, the client asks the coordinator."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ Predictions = np.ndarray[Any, Any] | dict[str, np.ndarray[Any, Any]]
 
 
 class JobFeed:
-    """The newest state of one job. States that are passed over while nobody looks are not kept."""
+    """The newest state of one job. States that nobody looked at in time are not kept."""
 
     def __init__(self) -> None:
         self.state: JobChanged | None = None
@@ -63,7 +63,7 @@ class JobFeed:
         self.take(envelope.message)
 
     def take(self, message: Message) -> None:
-        """What a message says. A job that has ended stays so."""
+        """Take the news in a message. A job that has ended stays ended."""
         if isinstance(message, JobEnded):
             self.ended = message
         elif isinstance(message, JobChanged):
@@ -82,7 +82,7 @@ class AsyncJob:
     def __init__(self, connection: Connection, job_id: str, asked: AnyJobSpec | None = None) -> None:
         self.id = job_id
         self.asked = asked
-        """What this client has asked for; None of a job that was there."""
+        """What this client asked for; None for a job that it did not submit."""
         self._connection = connection
         self._ended: JobEnded | None = None
 
@@ -95,16 +95,16 @@ class AsyncJob:
         if isinstance(answer, JobChanged):
             return completed(answer)
         async with self._feed() as feed:
-            # The last progress stands in the retained status; a result has none.
+            # The retained status has the last progress; a result has none.
             await _news(feed, 0.2)
             return feed.state or state_of(answer)
 
     def trouble(self) -> str:
-        """Why nothing is heard of it: the connection to the cluster is lost; "": it is there."""
+        """Why there is no news of the job: the connection to the cluster is lost; "": there is a connection."""
         return self._connection.bus.trouble()
 
     async def progress(self) -> AsyncGenerator[JobProgress, None]:
-        """Each new progress until the job ends, whichever way: `wait` tells how."""
+        """Each new progress until the job ends in any way; `wait` tells how it ended."""
         seen: JobProgress | None = None
         async with aclosing(self.states()) as states:
             async for state in states:
@@ -113,11 +113,13 @@ class AsyncJob:
                     yield seen
 
     async def states(self) -> AsyncGenerator[JobChanged, None]:
-        """Each new state, the final one last. Goes on over lost connections and coordinators that are started anew."""
+        """Each new state, the final one last. Goes on over lost connections and restarted coordinators."""
         seen: JobChanged | None = None
         async with self._feed() as feed:
             heard_at = time.monotonic()
-            await self._poll(feed, heard_at)  # the bus may have forgotten, and an unknown job is known at once
+            await self._poll(
+                feed, heard_at
+            )  # the bus may have lost the job's state, and the coordinator knows at once that a job is unknown
             while True:
                 if not await _news(feed, _POLL_SECONDS):
                     await self._poll(feed, heard_at)
@@ -135,7 +137,7 @@ class AsyncJob:
                     return
 
     async def epochs(self) -> AsyncGenerator[EpochMetrics, None]:
-        """Each epoch of a training job once, in order, as it ends, from the first; until the job ends, whichever way."""
+        """Each epoch of a training job once, in order from the first, as it ends; until the job ends in any way."""
         after, at = 0, 0
         async with aclosing(self.states()) as states:
             async for state in states:
@@ -147,7 +149,7 @@ class AsyncJob:
                             yield epoch
 
     async def epochs_so_far(self) -> tuple[EpochMetrics, ...]:
-        """The epochs that have ended by now; of a job that trains nothing, none."""
+        """The epochs that have ended by now; empty for a job that does not train."""
         return tuple([epoch async for epoch in self._epochs_after(0)])
 
     async def _epochs_after(self, number: int) -> AsyncGenerator[EpochMetrics, None]:
@@ -160,10 +162,10 @@ class AsyncJob:
                 return
 
     async def follow(self, callbacks: object = ()) -> dict[str, list[float]]:
-        """Wait for a training job like `wait`, and tell Keras callbacks of each epoch as it ends; the history.
+        """Wait for a training job like `wait`, and call Keras callbacks for each epoch as it ends; returns the history.
 
-        They have the logs of epochs, which count from 0; their `model` has nothing but `stop_training`, which ends the job after
-        the epoch that is under way then. What a callback raises ends the following, and the job goes on.
+        Callbacks get the logs of epochs, counted from 0. Their `model` has only `stop_training`, which ends the job after the current
+        epoch. An error raised by a callback ends the following, but the job goes on.
         """
         told = Callbacks(callbacks)
         told.begin((await self.status()).progress.epochs)
@@ -176,34 +178,34 @@ class AsyncJob:
         return self.history
 
     async def wait(self, timeout: float | None = None) -> AsyncJob:
-        """Wait until the job has succeeded. Raises the job's error when it failed or was cancelled, TimedOut otherwise."""
+        """Wait until the job has succeeded. Raises the job's error when it failed or was cancelled; TimedOut after `timeout` seconds."""
         limit_seconds = arguments.timeout(timeout)
         try:
             async with asyncio.timeout(limit_seconds):
                 ended = await self.result()
         except TimeoutError:
-            raise TimedOut(f"job {self.id} has not ended within {limit_seconds:g} s: it goes on") from None
+            raise TimedOut(f"job {self.id} has not ended within {limit_seconds:g} s; it goes on") from None
         if ended.state != "succeeded":
             raise job_error(ended)
         return self
 
     async def result(self) -> JobEnded:
-        """What the job ended with, once it has, whether it succeeded or not."""
+        """The result of a job that has ended, whether it succeeded or not."""
         if self._ended is None:
             async for _ in self.states():
                 pass
             answer = await self._get()
             if not isinstance(answer, JobEnded):
-                raise Conflict(f"job {self.id} is {answer.state} again: ask once more")
+                raise Conflict(f"job {self.id} is {answer.state} again: try again")
             self._ended = answer
         return self._ended
 
     async def stop(self) -> JobChanged:
-        """End training after the epoch that is under way, as if it had been the last. Raises Conflict for another kind of job."""
+        """End training after the current epoch, as if it had been the last. Raises Conflict for another kind of job."""
         return await self._connection.ask(StopTraining(job_id=self.id), JobChanged)
 
     async def cancel(self) -> JobChanged:
-        """End the job. Nothing happens to one that has ended."""
+        """End the job now. Does nothing to a job that has ended."""
         return await self._connection.ask(CancelJob(job_id=self.id), JobChanged)
 
     @property
@@ -213,7 +215,7 @@ class AsyncJob:
 
     @property
     def rounds(self) -> tuple[RoundMetrics, ...]:
-        """The rounds of a training job, evenly thinned where there were very many. Raises Conflict before `wait`."""
+        """The rounds of a training job; of a very long list, an even selection. Raises Conflict before `wait`."""
         return self._known().rounds
 
     @property
@@ -227,8 +229,8 @@ class AsyncJob:
         return self._known().registered
 
     async def model(self, path: str | Path | None = None, *, safe_mode: bool = True) -> Any:
-        """The trained model, loaded as a keras.Model (in `safe_mode` no code of its file runs, as Keras has it). With `path`:
-        the file is saved there instead, Keras is not needed, and the path returned.
+        """The trained model, loaded as a keras.Model (in `safe_mode`, as in Keras, no code in its file runs). With `path`, the file is saved
+        there instead and the path returned; that does not need Keras.
         """
         if (target := arguments.path("path", path)) is not None:
             arguments.in_a_folder("the model", target)
@@ -244,7 +246,7 @@ class AsyncJob:
         return await asyncio.to_thread(load_model, file, safe_mode=safe_mode)
 
     async def plot(self, path: str | Path) -> Path:
-        """Draw loss and metrics over the epochs, once the job has ended, as a .png, .svg or .pdf; the path. Needs matplotlib.
+        """Draw loss and metrics over the epochs into a .png, .svg or .pdf file, once the job has ended; returns the path. Needs matplotlib.
 
         Raises InvalidRequest, and Conflict for a job without epochs.
         """
@@ -254,8 +256,8 @@ class AsyncJob:
         return target
 
     async def tensorboard(self, folder: str | Path) -> Path:
-        """Write event files that TensorBoard opens, once the job has ended: the runs `train` and `validation` below `folder`,
-        with scalars as Keras' callback names them, and those of rounds. The folder. Needs tensorboardX.
+        """Write event files for TensorBoard, once the job has ended: the runs `train` and `validation` below `folder`, with Keras'
+        names for scalars, and with scalars for rounds. Returns the folder. Needs tensorboardX.
 
         Raises InvalidRequest, and Conflict for a job without epochs.
         """
@@ -265,10 +267,10 @@ class AsyncJob:
         return target
 
     async def predictions(self) -> Predictions:
-        """The outputs of a predict job in input order: one array, or one for each output by its name.
+        """The outputs of a predict job in input order: one array, or a map from output names to arrays.
 
-        Items of a packed data set stand in it in any order; their keys say which is which. Rows come back in the order of
-        their numbers, files in the order of their paths.
+        Rows come back in the order of their numbers, files in the order of their paths. (A packed data set holds its items in any order;
+        their keys tell which is which.)
         """
         await self.wait()
         known = self._known()
@@ -283,7 +285,7 @@ class AsyncJob:
         return outputs[order]
 
     async def keys(self) -> list[str]:
-        """The name of each item of a predict job, in the order of the predictions; empty where the data set has none."""
+        """The name of each item of a predict job, in the order of the predictions; empty where the data set has no names."""
         await self.wait()
         keys = await self._keys()
         order = input_order(keys)
@@ -293,7 +295,7 @@ class AsyncJob:
 
     def _known(self) -> JobEnded:
         if self._ended is None:
-            raise Conflict(f"job {self.id} has not been waited for: call wait() first")
+            raise Conflict(f"job {self.id} may still run: call wait() first")
         return self._ended
 
     async def _keys(self) -> list[str]:
@@ -310,9 +312,9 @@ class AsyncJob:
         raise Conflict(f"the coordinator answered GetJob with {type(answer).__name__}")
 
     async def _poll(self, feed: JobFeed, heard_at: float) -> None:
-        """Ask for the state. A coordinator that is away for less than the timeout is waited for.
+        """Ask for the state. Tolerates a coordinator that is away for less than the timeout (at least 60 s).
 
-        What the bus says meanwhile is newer than the answer may be, which is of when it was asked.
+        The answer shows the state when it was asked for. News from the bus that came meanwhile is newer.
         """
         before = feed.state
         try:
@@ -329,7 +331,7 @@ class AsyncJob:
 
     @asynccontextmanager
     async def _feed(self) -> AsyncIterator[JobFeed]:
-        """What the bus says of the job while the context lasts."""
+        """The bus's news of the job while the context lasts."""
         feed = JobFeed()
         leave = self._connection.follow(self.id, feed.on_message)
         try:
@@ -348,7 +350,7 @@ async def _news(feed: JobFeed, timeout_seconds: float) -> bool:
 
 
 def state_of(ended: JobEnded, progress: JobProgress = JobProgress()) -> JobChanged:  # noqa: B008 - frozen
-    """The final state that a result implies."""
+    """The final state that belongs to a result."""
     return completed(
         JobChanged(
             job_id=ended.job_id,
@@ -374,27 +376,27 @@ def job_error(ended: JobEnded) -> PotluckError:
 
 
 def history_of(ended: JobEnded) -> dict[str, list[float]]:
-    """As Keras' `History.history`; an epoch without some metric has NaN there."""
+    """Metrics by name, as Keras' `History.history`; NaN where an epoch lacks a metric."""
     names = dict.fromkeys(name for epoch in ended.history for name in epoch.metrics)
     return {name: [epoch.metrics.get(name, float("nan")) for epoch in ended.history] for name in names}
 
 
 def trained(ended: JobEnded) -> JobEnded:
-    """The same. Raises Conflict for a job without epochs."""
+    """`ended` itself. Raises Conflict for a job without epochs."""
     if not any(epoch.metrics for epoch in ended.history):
         raise Conflict(f"job {ended.job_id} ({ended.kind}, {ended.state}) has no epochs to show")
     return ended
 
 
 def evaluation_of(ended: JobEnded) -> Evaluation:
-    """Raises Conflict for another kind of job."""
+    """The evaluation. Raises Conflict for another kind of job."""
     if ended.evaluation is None:
         raise Conflict(f"job {ended.job_id} ({ended.kind}, {ended.state}) has no evaluation")
     return ended.evaluation
 
 
 def model_of(ended: JobEnded) -> BlobRef:
-    """Raises Conflict for another kind of job."""
+    """The model's blob. Raises Conflict for another kind of job."""
     if ended.model is None:
         raise Conflict(f"job {ended.job_id} ({ended.kind}, {ended.state}) has no model")
     return ended.model
@@ -409,7 +411,7 @@ async def fetch_tensor(connection: Connection, tensor: Tensor) -> Tensor:
 
 
 def as_arrays(outputs: list[Tensor]) -> Predictions:
-    """One output as an array, several by their names."""
+    """The only output as an array; several outputs as a map by name."""
     arrays = {tensor.name: tensors.to_numpy(tensor) for tensor in outputs}
     if len(arrays) == 1:
         return next(iter(arrays.values()))
@@ -417,7 +419,7 @@ def as_arrays(outputs: list[Tensor]) -> Predictions:
 
 
 def input_order(keys: list[str]) -> list[int] | None:
-    """The position of each item in the order of its keys, by number where all are numbers; None where they stand so already."""
+    """The position of each item in the order of its keys, by number where all are numbers; None where they are in order already."""
     if all(key.isdecimal() for key in keys):
         order = sorted(range(len(keys)), key=lambda index: int(keys[index]))
     else:

@@ -1,4 +1,4 @@
-"""What there is in a cluster, asked to the end where it does not go into one message. Light to import: the shell asks while somebody types."""
+"""Complete listings of a cluster, asked page by page. Light to import: shell completion uses it."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ async def models(connection: Connection) -> tuple[ModelInfo, ...]:
 
 
 async def deployments(connection: Connection) -> tuple[DeploymentInfo, ...]:
-    """What is deployed, and where."""
+    """The deployments, with the nodes that they are on."""
 
     async def ask(last: DeploymentInfo | None) -> tuple[Sequence[DeploymentInfo], bool]:
         answer = await connection.ask(ListDeployments(after=last.name if last is not None else ""), DeploymentsListed)
@@ -72,7 +72,7 @@ async def datasets(connection: Connection) -> tuple[DatasetInfo, ...]:
 
 
 async def nodes(connection: Connection) -> tuple[tuple[NodeInfo, ...], float]:
-    """The nodes by id, and when that was by the coordinator's clock (0: it does not say)."""
+    """The nodes by id, and the time of the answer by the coordinator's clock (0: unknown)."""
     sent_at = 0.0
 
     async def ask(last: NodeInfo | None) -> tuple[Sequence[NodeInfo], bool]:
@@ -85,7 +85,7 @@ async def nodes(connection: Connection) -> tuple[tuple[NodeInfo, ...], float]:
 
 
 async def _all(ask: Callable[[T | None], Awaitable[tuple[Sequence[T], bool]]]) -> tuple[T, ...]:
-    """All pages of a listing. `ask` gets the last entry of the page before, and gives the next page and whether there are more."""
+    """All pages of a listing. `ask` gets the last entry of the page before; it returns the next page, and whether more follow."""
     found: list[T] = []
     more = True
     while more:
@@ -96,7 +96,7 @@ async def _all(ask: Callable[[T | None], Awaitable[tuple[Sequence[T], bool]]]) -
 
 
 def completed(state: JobChanged) -> JobChanged:
-    """The same state, with all of the work done where the job succeeded: the last count is from before the end."""
+    """The same state; where the job succeeded, with all work done: the last count is from before the end."""
     if state.state != "succeeded":
         return state
     return replace(state, progress=replace(state.progress, done=state.progress.total, message=""))

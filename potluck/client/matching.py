@@ -1,4 +1,4 @@
-"""Whether data can be what a model takes, as far as that is known here: said before anything is sent. What only a node knows, it says."""
+"""Checks, before anything is sent, whether data fit a model, as far as the client can know. Nodes find the rest."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from potluck.wire.messages import Dataset
 from potluck.wire.tensors import shape_text
 
 _RANKS = {"images": (4,), "audio": (2, 3)}
-"""Axes of an input, the batch's among them, that takes files of a kind."""
+"""How many axes the input of a model for such files has, with the batch axis."""
 _TAKEN = {"images": "(height, width, channels)", "audio": "(samples,) or (samples, channels)"}
 _FIRST, _LAST = 8, 3
-"""Names of columns that an error has: the last one is often the target."""
+"""How many column names an error shows, from the front and the end: the last one is often the target."""
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a job asks of its data. `shape` is that of the model's only input, `room` how many classes it can learn; None: not known here.
+    """What a job requires of its data. `shape`: of the model's only input; `room`: how many classes it can learn; None: unknown here.
 
-    `only_images`: an option says how images become that input. `sized`: of what size they are is known, also where `shape` leaves it
-    open. `target`: the job learns, or measures, and needs one.
+    `only_images`: an option is given that is only for images. `sized`: the size of the images is known, even where `shape` leaves it
+    open. `target`: the job learns or measures, and needs a target.
     """
 
     shape: tuple[int | None, ...] | None = None
@@ -32,43 +32,43 @@ class Wanted:
     target: bool = False
 
     def check(self, argument: str, kind: str, classes: Sequence[str]) -> None:
-        """A data set of a kind. Raises InvalidRequest, InvalidModel."""
+        """Check a data set's kind and classes. Raises InvalidRequest, InvalidModel."""
         if self.only_images and kind != "images":
             raise InvalidRequest(
-                f"image says how images become tensors, and {argument} holds no images: leave out image (--image), or give some"
+                f"image (--image) is only for images, and {argument} holds no images: leave image out, or give images"
             )
         shape = self.shape
         if shape is not None and kind in _RANKS:
             if len(shape) not in _RANKS[kind]:
                 raise InvalidRequest(
-                    f"{argument} holds {'images' if kind == 'images' else 'recordings'}, each {_TAKEN[kind]}, and the model's input "
-                    f"has shape {shape_text(shape)}: give data of that shape, or a model for these"
+                    f"{argument} holds {'images' if kind == 'images' else 'recordings'}, each {_TAKEN[kind]}, but the model's input "
+                    f"has shape {shape_text(shape)}: give data of that shape, or a model for these data"
                 )
             if kind == "images" and not self.sized and None in shape[1:]:
                 raise InvalidRequest(
-                    f"{argument} holds images, and the model's input has shape {shape_text(shape)}: say the size of the images, "
+                    f"{argument} holds images, but the model's input has shape {shape_text(shape)}: give the size of the images, "
                     "image=(height, width) (--image HxW)"
                 )
         self.check_classes(argument, classes)
 
     def check_classes(self, argument: str, classes: Sequence[str]) -> None:
-        """Raises InvalidModel."""
+        """Check that the model has room for the classes. Raises InvalidModel."""
         if self.target and self.room is not None and len(classes) > self.room:
             raise InvalidModel(
-                f"{argument} has {len(classes)} classes, but the model takes {self.room}: make its last layer {len(classes)} units"
+                f"{argument} has {len(classes)} classes, but the model takes {self.room}: give its last layer {len(classes)} units"
             )
 
     def check_packed(
         self, argument: str, dataset: Dataset, item: tuple[int, ...] | None, roles: Callable[[], Roles | None]
     ) -> None:
-        """Data that were packed here. `item` is the shape of an item where they are one array, `roles` says what in them is what.
+        """Check data that were packed here. `item`: the shape of one item, where the data are one array; `roles`: which part is what.
 
         Raises InvalidData, InvalidRequest, InvalidModel.
         """
         self.check(argument, dataset.format.kind, ())  # a wrong shape says more than wrong classes
         labelled = dataset.format.kind != "arrays" or dataset.format.target or dataset.format.targets
         if self.target and not labelled and (found := roles()) is not None:
-            raise InvalidData(f"{argument} has no target to learn or to measure by: {_untold(found)}")
+            raise InvalidData(f"{argument} has no target to learn or to compare with: {_untold(found)}")
         try:
             check_fit(argument, item, self.shape)
         except InvalidRequest as error:
@@ -82,8 +82,10 @@ ANYTHING = Wanted()
 
 
 def check_fit(argument: str, given: tuple[int, ...] | None, shape: tuple[int | None, ...] | None) -> None:
-    """Whether items of an array can be the input of a model; None is not known. Raises InvalidRequest naming both shapes."""
-    if given is None or shape is None or (not given and shape[1:] == (1,)):  # a column of numbers is an input of one
+    """Check that items of an array fit a model's input; None: unknown. Raises InvalidRequest, naming both shapes."""
+    if (
+        given is None or shape is None or (not given and shape[1:] == (1,))
+    ):  # a column of numbers can be an input of one number
         return
     if len(given) != len(shape) - 1 or any(
         want is not None and want != have for want, have in zip(shape[1:], given, strict=True)
@@ -94,7 +96,7 @@ def check_fit(argument: str, given: tuple[int, ...] | None, shape: tuple[int | N
 
 
 def _untold(roles: Roles) -> str:
-    """Why none was found, and what to type."""
+    """Why no target was found, and what to type."""
     if len(roles.names) == 1:
         (name,) = roles.names
         return f"it holds only {name!r}, so give both, as arrays (x, y) or in one file"
@@ -105,12 +107,12 @@ def _untold(roles: Roles) -> str:
 
 
 def _told(roles: Roles, item: tuple[int, ...] | None, shape: tuple[int | None, ...] | None) -> str:
-    """What was taken for what, and what helps."""
+    """Which columns were taken as inputs and target, and what helps."""
     if roles.what == "columns" and shape is not None and len(shape) == 4:
-        return "the model takes images, and a table holds none: give a folder of images, or a model for the table"
+        return "the model takes images, but a table holds none: give a folder of images, or a model for the table"
     if not roles.targets:
         return (
-            f"its {roles.what} are {listed(roles.names)}, none of them the target: name what is the target with target=NAME "
+            f"its {roles.what} are {listed(roles.names)}, none of them is the target: name the target with target=NAME "
             "(--target NAME)"
         )
     rest = [name for name in roles.names if name not in roles.targets]
@@ -121,7 +123,7 @@ def _told(roles: Roles, item: tuple[int, ...] | None, shape: tuple[int | None, .
 
 
 def listed(names: Sequence[str]) -> str:
-    """The first of them and the last ones."""
+    """The names, or of many the first and the last ones."""
     names = [name or "(no name)" for name in names]
     if len(names) <= _FIRST + _LAST + 1:
         return ", ".join(names)

@@ -1,7 +1,7 @@
 """Models on the client's side: checked and saved before anything is sent, loaded when they come back.
 
-A `.keras` file is a zip with `config.json`, which is read here without Keras; only a keras.Model needs it, and that is there then.
-Files of other formats go as they are, and the nodes look into them.
+A `.keras` file is a zip with a `config.json`, which is read here without Keras. Only a keras.Model needs Keras, which its maker
+has already imported. Files of other formats are sent as they are, and the nodes check them.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from potluck.wire.messages import ImageOptions, ModelFormat, Positive
 SUFFIX = SUFFIXES["keras"]
 MODEL_FIRST = "the model comes first and then the data, train(model, data) (potluck train MODEL DATA)"
 _KNOWN_PACKAGES = ("builtins", "keras", "keras_hub", "keras_cv", "keras_nlp")
-"""Whose classes Keras finds without being told."""
+"""Packages whose classes Keras finds by itself."""
 
 
 @dataclass(frozen=True)
 class ModelFile:
-    """A file to be sent. `input_shape` is that of a single input, None where it has several or does not say.
+    """A file to send. `input_shape`: of the only input; None where the model has several inputs or the file does not say.
 
-    `source` says to people where the model came from. `room` is how many classes it can learn, None where its last layer and its
-    loss do not tell.
+    `source` tells people where the model came from. `room`: how many classes it can learn; None where its last layer and loss do not
+    tell.
     """
 
     path: Path
@@ -44,25 +44,25 @@ class ModelFile:
 
 
 def is_keras_model(value: object) -> bool:
-    """Whether it is a keras.Model: it can only be one where its maker imported Keras."""
+    """Whether it is a keras.Model: that is only possible where Keras has been imported."""
     keras = sys.modules.get("keras")
     return keras is not None and isinstance(value, keras.Model)
 
 
 def is_model_path(value: object) -> bool:
-    """Whether it names a file rather than a model of the registry."""
+    """Whether it names a file rather than a registered model."""
     return isinstance(value, Path) or (
         isinstance(value, str) and (value.endswith(tuple(SUFFIXES.values())) or "/" in value)
     )
 
 
 def is_model(value: object) -> bool:
-    """Whether it can be nothing else: a keras.Model, or the path of a `.keras` file."""
+    """Whether it can only be a model: a keras.Model, or the path of a `.keras` file."""
     return is_keras_model(value) or (isinstance(value, str | Path) and Path(value).suffix == SUFFIX)
 
 
 def model_file(model: object, folder: Path) -> ModelFile:
-    """The file of a keras.Model (saved in `folder`) or of a path; a SavedModel's folder is packed there. Raises InvalidModel; blocks."""
+    """The file of a keras.Model (saved in `folder`) or at a path; packs a SavedModel's folder into `folder`. Raises InvalidModel. Blocks."""
     if is_keras_model(model):
         return keras_file(model, folder, compiled=False)
     path = _path(model)
@@ -77,14 +77,14 @@ def model_file(model: object, folder: Path) -> ModelFile:
 
 
 def keras_file(model: object, folder: Path, *, compiled: bool) -> ModelFile:
-    """The same for what is trained, evaluated or predicted with: a keras.Model or a `.keras` file. Raises InvalidModel; blocks."""
+    """The file for training, evaluating and predicting: of a keras.Model, or a `.keras` file. Raises InvalidModel. Blocks."""
     if is_keras_model(model):
         path, source = save_model(model, folder), "a keras.Model"
     else:
         path, source = _path(model), ""
         if (found := format_of(path)) != "keras":
             raise InvalidModel(
-                f"{path} is a {WORDS[found]}, and this takes a {SUFFIX} file: load it with Keras and save it as one, or register "
+                f"{path} is a {WORDS[found]}, but this takes a {SUFFIX} file: load it with Keras and save it as one, or register "
                 "and deploy it as it is"
             )
     config = _read_config(path)
@@ -95,8 +95,8 @@ def keras_file(model: object, folder: Path, *, compiled: bool) -> ModelFile:
         )
     if own := _unregistered(config):
         raise InvalidModel(
-            f"model {name!r} has a class of its own, {own!r}, that is not registered, so no node could load it: decorate it with "
-            "@keras.saving.register_keras_serializable(), and name its module in allow_code of the nodes' configuration"
+            f"model {name!r} has its own class {own!r}, which is not registered, so no node could load it: decorate it with "
+            "@keras.saving.register_keras_serializable(), and name its module in allow_code in the nodes' settings"
         )
     return ModelFile(path, name, _input_shape(config), source=source, room=_room(config))
 
@@ -110,7 +110,7 @@ def _path(model: object) -> Path:
 
 
 def save_model(model: Any, folder: Path) -> Path:
-    """`model` as a `.keras` file in `folder`. Raises InvalidModel."""
+    """Save `model` as a `.keras` file in `folder`; returns the path. Raises InvalidModel."""
     if not model.built:
         raise InvalidModel(
             f"model {model.name!r} has no weights yet: give it an input shape (keras.Input) or call it once before sending it"
@@ -124,20 +124,20 @@ def save_model(model: Any, folder: Path) -> Path:
 
 
 def load_model(path: Path, *, safe_mode: bool = True) -> Any:
-    """The keras.Model of a file; in `safe_mode`, no code that stands in it runs. Raises InvalidModel."""
+    """The keras.Model in a file; in `safe_mode`, no code in the file runs. Raises InvalidModel."""
     try:
         import keras
     except ImportError as error:
         raise InvalidModel(
             f"Keras is not installed here, so the model cannot be loaded: {extras.install('engine')}, or save it with model(path)"
         ) from error
-    # Keras tells the format by the suffix, and a blob has none.
+    # Keras chooses the format by the suffix, and a blob has none.
     named = path.with_name(f"{path.name}{SUFFIX}")
     if not named.exists():
         named.hardlink_to(path)
     try:
         with warnings.catch_warnings():
-            # Results come with the optimizer's settings, and without its state.
+            # Results have the optimizer's settings, but not its state.
             warnings.filterwarnings("ignore", message="Skipping variable loading for optimizer")
             return keras.saving.load_model(named, safe_mode=safe_mode)
     except (ValueError, TypeError, OSError, KeyError) as error:
@@ -147,7 +147,7 @@ def load_model(path: Path, *, safe_mode: bool = True) -> Any:
 
 
 def image_argument(image: object) -> ImageOptions | tuple[int, ...] | None:
-    """The argument `image` as it may be. Raises InvalidRequest."""
+    """The argument `image`, checked. Raises InvalidRequest."""
     takes = "(height, width), (height, width, channels) with 1, 3 or 4 channels, or ImageOptions"
     found: ImageOptions | tuple[int, ...] | None
     found = checked("image", image, ImageOptions | tuple[Positive, ...] | None, takes)
@@ -159,9 +159,9 @@ def image_argument(image: object) -> ImageOptions | tuple[int, ...] | None:
 def image_options(
     image: ImageOptions | tuple[int, ...] | None, shape: tuple[int | None, ...] | None
 ) -> ImageOptions | None:
-    """How images become the model's input: as given, `(height, width[, channels])` completed from its input shape.
+    """How images become the model's input: as given, with `(height, width[, channels])` completed from the input shape.
 
-    None stays None: the nodes read it from the model then. Raises InvalidRequest, also for a size that the model does not take.
+    None stays None: the nodes then read it from the model. Raises InvalidRequest, also for a size that the model does not take.
     """
     image = image_argument(image)
     if image is None:
@@ -174,15 +174,15 @@ def image_options(
 
 
 def _fitting(image: ImageOptions, shape: tuple[int | None, ...] | None) -> ImageOptions:
-    """The same. Raises InvalidRequest for a size that the model does not take."""
+    """`image`, checked. Raises InvalidRequest for a size that the model does not take."""
     if shape is not None and len(shape) == 4:
         wanted = shape[1:3]
         if any(
             want is not None and want != have for want, have in zip(wanted, (image.height, image.width), strict=True)
         ):
             raise InvalidRequest(
-                f"image: the model takes images of {_size(wanted)}, and not of {image.height}x{image.width}: leave out image "
-                "(--image), and they are resized to that"
+                f"image: the model takes images of {_size(wanted)}, not of {image.height}x{image.width}: leave out image "
+                "(--image), and images are resized to that"
             )
     return image
 
@@ -207,9 +207,9 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _unregistered(config: Any) -> str | None:
-    """The first class in a model's configuration that is neither of Keras's own packages nor registered (`package>name`).
+    """The first class in a model's configuration that is neither from Keras's own packages nor registered (`package>name`).
 
-    Keras writes no module for one of `__main__`.
+    For a class of `__main__`, Keras writes no module.
     """
     if isinstance(config, list):
         return next((found for item in config if (found := _unregistered(item))), None)
@@ -224,7 +224,7 @@ def _unregistered(config: Any) -> str | None:
 
 
 def _input_shape(config: dict[str, Any]) -> tuple[int | None, ...] | None:
-    """The one input's shape with its batch axis, from what Keras recorded when the model was built."""
+    """The only input's shape with its batch axis, as Keras recorded it when the model was built."""
     build = config.get("build_config")
     shape = build.get("input_shape") if isinstance(build, dict) else None
     if shape is None:
@@ -237,9 +237,9 @@ def _input_shape(config: dict[str, Any]) -> tuple[int | None, ...] | None:
 
 
 def _room(config: dict[str, Any]) -> int | None:
-    """How many classes a model can learn: the units of its last layer, where that is a Dense and the compiled loss takes classes."""
+    """How many classes a model can learn: the units of its last layer, if that is a Dense and the compiled loss is for classes."""
     loss, inner = (config.get("compile_config") or {}).get("loss"), config.get("config") or {}
-    if isinstance(loss, dict):  # a Loss object, or a function by its name
+    if isinstance(loss, dict):  # a Loss object, or the name of a function
         loss = loss["config"] if loss.get("class_name") == "function" else loss.get("class_name")
     last, outputs = (inner.get("layers") or [{}])[-1], inner.get("output_layers")
     name, units = (last.get("config") or {}).get("name"), (last.get("config") or {}).get("units")

@@ -1,4 +1,4 @@
-"""A training job's history as a picture: a panel for each metric, training and validation over the epochs."""
+"""A training job's history as a picture: one panel per metric, training and validation over the epochs."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ SUFFIXES = (".png", ".svg", ".pdf")
 PANEL_INCHES = (5.6, 3.6)
 DOTS_PER_INCH = 150
 EPOCHS_MARKED = 30
-"""Up to so many epochs, each is a dot on its line."""
+"""Up to this many epochs, each epoch is a dot on its line."""
 _COLORS = {"training": "#1f6fb4", "validation": "#e0701a"}
 _INK, _FAINT = "#333333", "#d9d9d9"
 
 
 def check_path(path: Path) -> Path:
-    """Raises InvalidRequest where no picture can be drawn there: its suffix, its folder, or matplotlib is wrong or missing."""
+    """`path`, checked. Raises InvalidRequest where no picture can be drawn there: wrong suffix, no folder, or no matplotlib."""
     if path.suffix.lower() not in SUFFIXES:
-        raise InvalidRequest(f"the plot {str(path)!r} must end in .png, .svg or .pdf, which says what it will be")
+        raise InvalidRequest(f"the plot {str(path)!r} must end in .png, .svg or .pdf: the suffix chooses the format")
     arguments.in_a_folder("the plot", path)
     _matplotlib()
     return path
 
 
 def save(ended: JobEnded, path: Path) -> None:
-    """Draw the history of a training job to `path`. Raises InvalidRequest where that cannot be done."""
+    """Draw the history of a training job to `path`. Raises InvalidRequest where it cannot be written."""
     check_path(path)
     figure = _figure(ended)
     try:
@@ -40,7 +40,7 @@ def save(ended: JobEnded, path: Path) -> None:
 
 
 def panels(history: tuple[EpochMetrics, ...]) -> dict[str, dict[str, tuple[list[int], list[float]]]]:
-    """By metric, losses first, and by `training` or `validation`: epochs and finite values."""
+    """Epochs and finite values, by metric (losses first) and by `training` or `validation`."""
     found: dict[str, dict[str, tuple[list[int], list[float]]]] = {}
     for epoch in history:
         for name, value in epoch.metrics.items():
@@ -54,7 +54,7 @@ def panels(history: tuple[EpochMetrics, ...]) -> dict[str, dict[str, tuple[list[
 
 
 def _matplotlib() -> tuple[Any, Any]:
-    """(Figure, MaxNLocator). Without pyplot: it would choose a window system, and keep every figure."""
+    """(Figure, MaxNLocator). Does not use pyplot, which would choose a window system and keep every figure."""
     try:
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator

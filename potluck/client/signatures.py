@@ -1,4 +1,4 @@
-"""What the clients' methods take, told to people: whole signatures for `help`, and a near name for an argument that there is none of."""
+"""Helps people call the clients' methods: whole signatures for `help`, and a suggestion for an unknown argument."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ ELSEWHERE = {
     ("train", "detach"): "it returns at once, and job.wait() waits",
     ("predict", "output"): "job.predictions has the arrays",
 }
-"""What the command line has as an option, and a method has not: where it is instead."""
+"""Options that the command line has, but a method has not; and what to use instead."""
 
 C = TypeVar("C", bound=type)
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 class UnexpectedArgument(InvalidRequest, TypeError):
-    """A keyword argument that a method does not take; what Python raises for one is a TypeError, too."""
+    """An unknown keyword argument. It is also a TypeError, as Python raises for one."""
 
 
 class _Hint(str):
@@ -36,7 +36,7 @@ class _Hint(str):
 
 
 def with_options(options: type, defaults: Mapping[str, object]) -> Callable[[F], F]:
-    """For a method that takes `**options` of a TypedDict: its signature names each of them, its docstring tells of each."""
+    """For a method with `**options` of a TypedDict: its signature then names each option, its docstring describes each."""
 
     def told(method: F) -> F:
         whole = inspect.signature(method)
@@ -55,7 +55,7 @@ def with_options(options: type, defaults: Mapping[str, object]) -> Callable[[F],
 
 
 def told_by(other: Callable[..., Any]) -> Callable[[F], F]:
-    """For a method that does what another one does: that one's docstring, and what it says of its options."""
+    """For a method that does the same as another: it gets the other's docstring and signature."""
 
     def told(method: F) -> F:
         method.__doc__ = other.__doc__
@@ -67,7 +67,7 @@ def told_by(other: Callable[..., Any]) -> Callable[[F], F]:
 
 
 def suggesting(kind: C) -> C:
-    """A class whose public methods refuse a keyword that they do not take with the name that was meant."""
+    """Decorate a class: its public methods refuse an unknown keyword, and suggest the one that was meant."""
     for name, method in list(vars(kind).items()):
         if inspect.isfunction(method) and not name.startswith("_"):
             setattr(kind, name, _checked(method))
@@ -105,7 +105,7 @@ def _checked(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _readable(signature: inspect.Signature) -> inspect.Signature:
-    """The same, with annotations as they stand in the source."""
+    """The same signature, with annotations as the source writes them."""
 
     def hint(annotation: Any) -> Any:
         return _Hint(annotation) if isinstance(annotation, str) else annotation

@@ -1,4 +1,4 @@
-"""Data as a user has it (a registered name, files, arrays) made into a data set of the cluster."""
+"""Makes a data set of the cluster from a user's data: a registered name, files or arrays."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from potluck.wording import printable
 
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 Progress = Callable[[str, int, int], None]
-"""`(what, done, total)`: "packing" counts items, "sending" bytes. May be called in another thread."""
+"""`(what, done, total)`: "packing" counts items, "sending" bytes. Can be called in another thread."""
 
 _FILE_SUFFIXES = (".npz", ".csv", ".parquet", ".tfrecord", ".tfrecords", ".npy")
 _PACKED_NAME = "data"
@@ -39,19 +39,19 @@ log = logging.getLogger(__name__)
 
 
 def as_name(data: object) -> str | None:
-    """`data`, when it names a data set (registered, or `node:name`) rather than files or arrays: text that is no path here."""
+    """`data`, if it names a data set (registered, or `node:name`) rather than files or arrays: a text that is no path here; else None."""
     if isinstance(data, str) and data.startswith(NODE_DATA):
         return data
     if not isinstance(data, str) or "/" in data or data.startswith(".") or data.endswith(_FILE_SUFFIXES):
         return None
     try:
         return None if Path(data).exists() else data
-    except OSError:  # too long, or in a folder that may not be read: `existing` says so
+    except OSError:  # the name is too long, or its folder may not be read: `existing` reports that
         return None
 
 
 def is_data_file(name: str) -> bool:
-    """Whether a file of this name could only be data."""
+    """Whether a file with this name can only be data."""
     return name.endswith(_FILE_SUFFIXES)
 
 
@@ -64,24 +64,24 @@ def is_here(name: str) -> bool:
 
 
 def takes_target(data: object) -> bool:
-    """Whether a target may be named for `data`: a registered data set has its own, `(x, y)` says it, and `x` alone has none."""
+    """Whether `data` may come with a target: a registered data set has its own, `(x, y)` has it as y, and `x` alone has none."""
     return isinstance(data, Path | Mapping) or (isinstance(data, str) and as_name(data) is None)
 
 
 @dataclass(frozen=True)
 class Given:
-    """Data to be packed, as they were given, and what in them has which part. `stem` begins the name that they get without one."""
+    """Data to pack, as the user gave them, and the roles of their parts. `stem`: the start of the name where the user gives none."""
 
     source: Path | Arrays
     target: Target
     sample_weight: str | None
     stem: str = "arrays"
     name: str = ""
-    """The path, where a data set could have the same name."""
+    """The path, where a data set could have the same name; else empty."""
 
     @property
     def item_shape(self) -> tuple[int, ...] | None:
-        """That of the only input, where the data are arrays and it is known which of them that is."""
+        """The shape of one item, where the data are arrays and exactly one of them is the input; else None."""
         if not isinstance(self.source, Mapping):
             return None
         targets = (self.target,) if isinstance(self.target, str) else self.target or ()
@@ -90,9 +90,9 @@ class Given:
 
 
 def given(data: object, target: Target, sample_weight: str | None = None, argument: str = "data") -> Given | str:
-    """The name of a data set that is registered (or lives on nodes), or what is to be packed. Looks, and reads nothing.
+    """The name of a data set that is registered (or lives on nodes), or the data to pack. Reads no data.
 
-    Raises InvalidData for what can be neither, a model above all; errors call the data `argument`.
+    Raises InvalidData for anything else, such as a model; errors call the data `argument`.
     """
     if is_model(data):
         raise InvalidData(f"{argument} is a model, {shown(data)}: {MODEL_FIRST}")
@@ -104,14 +104,16 @@ def given(data: object, target: Target, sample_weight: str | None = None, argume
     try:
         checked_name(argument, name.removeprefix(NODE_DATA))
     except InvalidRequest as error:
-        raise InvalidData(f"there is no file or folder {name!r} here, and no data set has such a name") from error
+        raise InvalidData(
+            f"there is no file or folder {name!r} here, and it cannot be the name of a data set"
+        ) from error
     return name
 
 
 def as_arrays(data: object, target: Target, sample_weight: str | None = None, argument: str = "data") -> Given:
     """Named arrays, from `(x, y)`, `(x, y, sample_weight)`, `x`, or a map. Raises InvalidData.
 
-    `y` may be several: a map by the names of a model's outputs, or a list of arrays in their order.
+    `y` may be several targets: a map by the names of the model's outputs, or a list of arrays in their order.
     """
     try:
         if isinstance(data, Mapping):
@@ -121,14 +123,14 @@ def as_arrays(data: object, target: Target, sample_weight: str | None = None, ar
             named = _named(inputs) if isinstance(inputs, Mapping) else {"x": np.asarray(inputs)}
             targets = _targets(labels, named)
             if both := sorted(set(targets) & set(named)):
-                raise InvalidData(f"{argument} has {both[0]!r} both as input and as target: name one of them otherwise")
+                raise InvalidData(f"{argument} has {both[0]!r} both as input and as target: rename one of them")
             found, weight = named | targets, None
             if len(data) == 3 and data[2] is not None:
                 weight = next(name for name in (WEIGHT_NAME, f"potluck.{WEIGHT_NAME}") if name not in found)
                 found[weight] = np.asarray(data[2])
                 if found[weight].dtype.kind not in "fiub":
                     raise InvalidData(
-                        f"the third of {argument} is sample_weight, one array with the weight of each item, not {shown(data[2])}"
+                        f"the third part of {argument} must be sample_weight, one array with the weight of each item, not {shown(data[2])}"
                     )
             return Given(found, tuple(targets), weight)
         if isinstance(data, np.ndarray) or hasattr(data, "__array__"):
@@ -146,7 +148,7 @@ def _named(arrays: Mapping[Any, Any]) -> dict[str, np.ndarray[Any, Any]]:
 
 
 def _targets(y: object, inputs: Mapping[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
-    """By name: those of outputs, `y_0`, `y_1`, ... of several in order, or one that no input has."""
+    """Targets by name: the given names; for several without names `y_0`, `y_1`, ...; for one, a name that no input has."""
     if isinstance(y, Mapping):
         return _named(y)
     if isinstance(y, list | tuple) and len(y) > 1 and all(getattr(each, "ndim", 0) for each in y):
@@ -167,14 +169,17 @@ async def add(
     progress: Progress | None = None,
     argument: str = "data",
 ) -> DatasetInfo:
-    """Pack data, push what the coordinator does not have, and register it; without a name it gets one from its content.
+    """Pack data, push the shards that the coordinator lacks, and register the data set; without `name` it gets one from its content.
 
-    `for_job`: a job that uses it is asked for next, and it is forgotten with that. `labels` False takes images without class
-    folders, too. What is not as `wanted` is refused before anything is sent; errors call the data `argument`.
+    `for_job`: a job that uses the data set is submitted next; the data set is removed with that job. `labels` False: images need no
+    class folders. Data that do not fit `wanted` are refused before anything is sent; errors call the data `argument`.
     Raises InvalidData, InvalidRequest, InvalidModel.
     """
     from potluck.data.arrays import item_shape
-    from potluck.data.pack import pack, roles  # here: it reads images and tables, which most clients do not need
+    from potluck.data.pack import (
+        pack,
+        roles,
+    )  # imported here: it reads images and tables, which most clients do not need
 
     tell = progress or (lambda what, done, total: None)
     cancelled = threading.Event()
@@ -184,7 +189,7 @@ async def add(
             raise Cancelled("packing was cancelled")
         tell("packing", done, total)
 
-    # A store of its own: who sends the same data at the same time throws nothing away that is still wanted here.
+    # A store of its own: another user who sends the same data at the same time cannot delete blobs that are still needed here.
     with connection.packing_store() as store:
         try:
             dataset = await asyncio.to_thread(
@@ -199,7 +204,7 @@ async def add(
                 progress=packing,
             )
         except asyncio.CancelledError:
-            cancelled.set()  # a thread cannot be cancelled: it looks at this
+            cancelled.set()  # a thread cannot be cancelled: it checks this event
             raise
         inputs, item = dataset.format.inputs, None
         if dataset.format.kind == "arrays" and len(inputs) == 1:
@@ -218,22 +223,22 @@ async def add(
 
 
 def _remark(dataset: Dataset, argument: str) -> None:
-    """Warn of what was left out, and of what whoever gave the data may not have meant."""
+    """Warn of items that were left out, and of data that the user may not have meant."""
     for remark in remarks(dataset):
         log.warning("%s: %s", argument, printable(remark))
 
 
 def remark_hidden(argument: str, name: str) -> None:
-    """Warn that a file or folder here was taken, and not the data set of the same name."""
+    """Warn that a local file or folder was used, and not the data set with the same name."""
     log.warning(
-        "%s: %r is packed from what lies here by that name, and the data set %r of the cluster is not used: "
-        "write ./%s to mean that, or work in another folder to use this",
+        "%s: there is a file or folder %r here, and it is used instead of the cluster's data set %r: "
+        "to use the file or folder, write ./%s; to use the data set, work in another folder",
         *(argument, name, name, name),
     )
 
 
 async def _push(connection: Connection, store: BlobStore, refs: list[BlobRef], tell: Progress) -> None:
-    """Push the blobs of a local store, and drop each from it once it is there."""
+    """Push the blobs of a local store, and delete each from the store when it was sent."""
     total = sum(ref.size for ref in refs)
     done = 0
     tell("sending", 0, total)
@@ -248,7 +253,7 @@ async def _push(connection: Connection, store: BlobStore, refs: list[BlobRef], t
 
 
 def existing(data: str | Path) -> Path:
-    """Raises InvalidData where nothing is, or may be looked at."""
+    """`data` as a path. Raises InvalidData where there is nothing, or where it cannot be looked at."""
     try:
         if not Path(data).exists():
             raise InvalidData(f"there is no file or folder {str(data)!r} here")
@@ -258,13 +263,13 @@ def existing(data: str | Path) -> Path:
 
 
 def path_name(data: str | Path) -> str:
-    """A name for what lies at a path: its own, without the suffix of a file."""
+    """A name for a file or folder: its own, without a data file's suffix."""
     path = Path(data).resolve()
     return plain_name(path.stem if path.suffix in _FILE_SUFFIXES else path.name)
 
 
 def _plain(data: str | Path) -> str:
-    """The path, where it is written as the name of a data set would be; else empty."""
+    """`data`, where it could also be the name of a data set; else empty."""
     try:
         return (isinstance(data, str) and checked_name("data", data)) or ""
     except InvalidRequest:
@@ -272,5 +277,5 @@ def _plain(data: str | Path) -> str:
 
 
 def plain_name(text: str) -> str:
-    """`text` as a name may be written: letters, digits, '.', '_' and '-', at most 100."""
+    """`text` with only the characters of a name: letters, digits, '.', '_' and '-', at most 100."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-._")[:100] or "data"

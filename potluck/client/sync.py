@@ -1,4 +1,4 @@
-"""The client for programs without asyncio: the same one, on an event loop in a thread of its own."""
+"""The client for programs without asyncio: the same client, on an event loop in its own thread."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ T = TypeVar("T")
 
 _LEAVE_SECONDS = 10.0
 _LOOK_SECONDS = 0.2
-"""How often a thread that waits looks whether it was interrupted: a signal that comes as it begins to wait does not wake it."""
+"""How often a waiting thread checks for an interrupt: a signal that comes just as it begins to wait does not wake it."""
 
 
 class Portal:
-    """An event loop in a daemon thread. `call` runs a coroutine there; what interrupts the caller cancels it."""
+    """An event loop in a daemon thread. `call` runs a coroutine there; an interrupt of the caller cancels it."""
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
@@ -50,10 +50,10 @@ class Portal:
         self._thread.start()
 
     def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Its result. KeyboardInterrupt comes through at once, and the coroutine has ended by then or is being cancelled."""
+        """Run the coroutine and return its result. KeyboardInterrupt is raised at once; the coroutine has then ended or is being cancelled."""
         if self._loop.is_closed() or threading.current_thread() is self._thread:
             coroutine.close()
-            raise InvalidRequest("the client is closed, or was called from its own thread: make a new one")
+            raise InvalidRequest("the client is closed, or was called from its own thread: make a new client")
         future: Future[T] = Future()
         tasks: list[asyncio.Task[T]] = []
 
@@ -68,11 +68,11 @@ class Portal:
                 coroutine.close()
 
         try:
-            # What interrupts us may come at any line, also before we know what we have started.
+            # An interrupt can come at any line, also before we know what we have started.
             self._loop.call_soon_threadsafe(begin)
             while not future.done():
                 if self._loop.is_closed():
-                    raise InvalidRequest("the client was closed meanwhile: make a new one")
+                    raise InvalidRequest("the client was closed meanwhile: make a new client")
                 with suppress(TimeoutError):
                     return future.result(_LOOK_SECONDS)
             return future.result()
@@ -82,7 +82,7 @@ class Portal:
             raise
 
     def start(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
-        """Run it there, and do not wait for it."""
+        """Run the coroutine, without waiting for it."""
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     @property
@@ -90,7 +90,7 @@ class Portal:
         return self._loop.is_closed()
 
     def close(self) -> None:
-        """End the thread; what still runs there is cancelled, and waited for within bounds."""
+        """End the thread: cancels what still runs there, and waits a limited time for it."""
         if self._loop.is_closed():
             return
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -103,7 +103,7 @@ class Portal:
         finally:
             left = asyncio.all_tasks(self._loop)
             for task in left:
-                if not task.cancelling():  # else it is putting things down, which a second cancellation would end
+                if not task.cancelling():  # already cancelled: a second cancel would stop its cleanup
                     task.cancel()
             if left:
                 self._loop.run_until_complete(asyncio.wait(left, timeout=_LEAVE_SECONDS / 2))
@@ -112,7 +112,7 @@ class Portal:
 
 
 def _copy(task: asyncio.Task[T], future: Future[T]) -> None:
-    """How a task ended, for whoever waits in another thread."""
+    """Pass a task's result or error on to a future that another thread waits for."""
     if task.cancelled():
         future.cancel()
     elif (error := task.exception()) is not None:
@@ -135,7 +135,7 @@ class Job:
 
     @property
     def asked(self) -> AnyJobSpec | None:
-        """What was asked for, where this client asked; the data sets that it packed are named there."""
+        """What this client asked for, with the data sets that it packed; None for a job that it did not submit."""
         return self._job.asked
 
     def status(self) -> JobChanged:
@@ -143,11 +143,11 @@ class Job:
         return self._portal.call(self._job.status())
 
     def trouble(self) -> str:
-        """Why nothing is heard of it: the connection to the cluster is lost; "": it is there."""
+        """Why there is no news of the job: the connection to the cluster is lost; "": there is a connection."""
         return self._job.trouble()
 
     def progress(self) -> Iterator[JobProgress]:
-        """Each new progress until the job ends, whichever way: `wait` tells how."""
+        """Each new progress until the job ends in any way; `wait` tells how it ended."""
         return self._each(self._job.progress())
 
     def states(self) -> Iterator[JobChanged]:
@@ -155,63 +155,63 @@ class Job:
         return self._each(self._job.states())
 
     def epochs(self) -> Iterator[EpochMetrics]:
-        """Each epoch of a training job once, in order, as it ends, from the first; until the job ends, whichever way."""
+        """Each epoch of a training job once, in order from the first, as it ends; until the job ends in any way."""
         return self._each(self._job.epochs())
 
     def epochs_so_far(self) -> tuple[EpochMetrics, ...]:
-        """The epochs that have ended by now; of a job that trains nothing, none."""
+        """The epochs that have ended by now; empty for a job that does not train."""
         return self._portal.call(self._job.epochs_so_far())
 
     def follow(self, callbacks: object = ()) -> dict[str, list[float]]:
-        """Wait for a training job like `wait`, and tell Keras callbacks of each epoch as it ends; the history.
+        """Wait for a training job like `wait`, and call Keras callbacks for each epoch as it ends; returns the history.
 
-        They have the logs of epochs, which count from 0; their `model` has nothing but `stop_training`, which ends the job after
-        the epoch that is under way then. What a callback raises ends the following, and the job goes on.
+        Callbacks get the logs of epochs, counted from 0. Their `model` has only `stop_training`, which ends the job after the current
+        epoch. An error raised by a callback ends the following, but the job goes on.
         """
         told = Callbacks(callbacks)
         told.begin(self.status().progress.epochs)
-        for epoch in self.epochs():  # not in the client's thread: a callback may ask the client something
+        for epoch in self.epochs():  # not in the client's thread: a callback may use the client itself
             if told.epoch(epoch):
                 self.stop()
         told.end()
         return self.wait().history
 
     def wait(self, timeout: float | None = None) -> Job:
-        """Wait until the job has succeeded. Raises the job's error when it failed or was cancelled, TimedOut otherwise."""
+        """Wait until the job has succeeded. Raises the job's error when it failed or was cancelled; TimedOut after `timeout` seconds."""
         self._portal.call(self._job.wait(timeout))
         return self
 
     def result(self) -> JobEnded:
-        """What the job ended with, once it has, whether it succeeded or not."""
+        """The result of a job that has ended, whether it succeeded or not."""
         return self._portal.call(self._job.result())
 
     def stop(self) -> JobChanged:
-        """End training after the epoch that is under way, as if it had been the last. Raises Conflict for another kind of job."""
+        """End training after the current epoch, as if it had been the last. Raises Conflict for another kind of job."""
         return self._portal.call(self._job.stop())
 
     def cancel(self) -> JobChanged:
-        """End the job. Nothing happens to one that has ended."""
+        """End the job now. Does nothing to a job that has ended."""
         return self._portal.call(self._job.cancel())
 
     @property
     def history(self) -> dict[str, list[float]]:
-        """Metrics of each epoch, as Keras' `History.history`, once the job has ended: this waits for it."""
+        """Metrics of each epoch, as Keras' `History.history`. Waits for the job."""
         return history_of(self.result())
 
     @property
     def rounds(self) -> tuple[RoundMetrics, ...]:
-        """The rounds of a training job, evenly thinned where there were very many. Waits for it."""
+        """The rounds of a training job; of a very long list, an even selection. Waits for the job."""
         return self.result().rounds
 
     @property
     def evaluation(self) -> Evaluation:
-        """Merged metrics of an evaluation; waits for it. Raises the job's error, or Conflict for another kind of job."""
+        """Merged metrics of an evaluation. Waits for the job. Raises the job's error, or Conflict for another kind of job."""
         self.wait()
         return evaluation_of(self.result())
 
     @property
     def predictions(self) -> Predictions:
-        """The outputs of a predict job in input order: one array, or one for each output by its name. Waits for it."""
+        """The outputs of a predict job in input order: one array, or a map from output names to arrays. Waits for the job."""
         return self._portal.call(self._job.predictions())
 
     @property
@@ -225,18 +225,18 @@ class Job:
         return self.result().registered
 
     def model(self, path: str | Path | None = None, *, safe_mode: bool = True) -> Any:
-        """The trained model, loaded as a keras.Model (in `safe_mode` no code of its file runs, as Keras has it). With `path`:
-        the file is saved there instead, Keras is not needed, and the path returned. Waits for the job.
+        """The trained model, loaded as a keras.Model (in `safe_mode`, as in Keras, no code in its file runs). With `path`, the file is saved
+        there instead and the path returned; that does not need Keras. Waits for the job.
         """
         return self._portal.call(self._job.model(path, safe_mode=safe_mode))
 
     def plot(self, path: str | Path) -> Path:
-        """Draw loss and metrics over the epochs, once the job has ended, as a .png, .svg or .pdf; the path. Needs matplotlib."""
+        """Draw loss and metrics over the epochs into a .png, .svg or .pdf file, once the job has ended; returns the path. Needs matplotlib."""
         return self._portal.call(self._job.plot(path))
 
     def tensorboard(self, folder: str | Path) -> Path:
-        """Write event files that TensorBoard opens, once the job has ended: the runs `train` and `validation` below `folder`,
-        with scalars as Keras' callback names them, and those of rounds. The folder. Needs tensorboardX.
+        """Write event files for TensorBoard, once the job has ended: the runs `train` and `validation` below `folder`, with Keras'
+        names for scalars, and with scalars for rounds. Returns the folder. Needs tensorboardX.
         """
         return self._portal.call(self._job.tensorboard(folder))
 
@@ -245,7 +245,7 @@ class Job:
             while (value := self._portal.call(_next(source))) is not None:
                 yield value
         finally:
-            # Python may be collecting us, and prints what is raised then: so nothing is waited for that could be interrupted.
+            # Python may be collecting this generator, and prints errors raised then. So do not wait for anything that could be interrupted.
             if not self._portal.closed:
                 self._portal.start(source.aclose())
 
@@ -256,12 +256,12 @@ async def _next(source: AsyncGenerator[T, None]) -> T | None:
 
 @suggesting
 class Client:
-    """A client of one cluster; `AsyncClient` has the same for asyncio, and says more of each method.
+    """A client of one cluster; `AsyncClient` has the same methods for asyncio, and describes them in more detail.
 
-    `seed` is a broker address (`host` or `host:port`), or several; without one, `POTLUCK_SEEDS` or the settings file name it, or the
-    cluster is found by mDNS. `timeout` bounds each question, in seconds; jobs take as long as they take.
-    Use it as a context manager, or call `close`. All methods raise subclasses of `potluck.errors.PotluckError`, also
-    Unavailable and TimedOut. Threads may share it.
+    `seed` is a broker's address (`host` or `host:port`), or several. Without `seed`, the address comes from `POTLUCK_SEEDS`, the settings
+    file or mDNS. `timeout` limits each question, in seconds; jobs have no limit.
+    Use the client as a context manager, or call `close`. All methods raise subclasses of `potluck.errors.PotluckError`, also
+    Unavailable and TimedOut. Threads can share a client.
     """
 
     def __init__(
@@ -289,7 +289,7 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Disconnect, and remove temporary files. May be called twice."""
+        """Disconnect, and remove temporary files. Can be called twice."""
         if self._portal.closed:
             return
         try:
@@ -303,11 +303,11 @@ class Client:
         return self._client.cluster
 
     def gateway(self) -> tuple[str, ...]:
-        """The addresses at which the cluster is asked over HTTP, each `http://HOST:PORT`. Raises Unavailable."""
+        """The addresses of the cluster's HTTP gateway, each `http://HOST:PORT`. Raises Unavailable."""
         return self._portal.call(self._client.gateway())
 
     def nodes(self) -> tuple[NodeInfo, ...]:
-        """Every node that the coordinator knows, also those that are offline."""
+        """Every node that the coordinator knows, offline nodes too."""
         return self._portal.call(self._client.nodes())
 
     def jobs(self) -> tuple[JobChanged, ...]:
@@ -315,11 +315,11 @@ class Client:
         return self._portal.call(self._client.jobs())
 
     def job(self, job_id: str) -> Job:
-        """A job by its id, or by what only its id begins with. Raises NotFound, InvalidRequest."""
+        """A job by its id, or by a beginning that only its id has. Raises NotFound, InvalidRequest."""
         return self._job(self._client.job(job_id))
 
     def cancel(self, job_id: str) -> JobChanged:
-        """End a job. Raises NotFound."""
+        """End a job now. Raises NotFound."""
         return self._portal.call(self._client.cancel(job_id))
 
     @told_by(AsyncClient.train)
@@ -362,7 +362,7 @@ class Client:
         target: Target = None,
         sample_weight: str | None = None,
     ) -> Job:
-        """Metrics of a model over labelled data: `job.evaluation`. Raises what `train` does."""
+        """Measure a model on labelled data: `job.evaluation`. Raises the errors of `train`."""
         return self._job(
             self._client.evaluate(
                 model, data, batch_size=batch_size, image=image, target=target, sample_weight=sample_weight
@@ -378,7 +378,7 @@ class Client:
         image: Image | None = None,
         target: Target = None,
     ) -> Job:
-        """A model's outputs for a whole data set or array: `job.predictions`. Raises what `train` does."""
+        """A model's outputs for a whole data set or array: `job.predictions`. Raises the errors of `train`."""
         return self._job(self._client.predict(model, data, batch_size=batch_size, image=image, target=target))
 
     @told_by(AsyncClient.deploy)
@@ -398,15 +398,15 @@ class Client:
         return self._portal.call(self._client.promote(model))
 
     def roll_back(self, model: str) -> tuple[DeploymentInfo, ...]:
-        """Withdraw the canary or shadow of `model`, else go back to the version before. Raises NotFound, Conflict."""
+        """Withdraw the canary or shadow of `model`, or without one go back to the version before. Raises NotFound, Conflict."""
         return self._portal.call(self._client.roll_back(model))
 
     def undeploy(self, model: str) -> tuple[str, ...]:
-        """Unload `name` (every version) or `name:version` from all nodes; what was unloaded. Raises NotFound."""
+        """Unload `name` (every version) or `name:version` from all nodes; returns the names unloaded. Raises NotFound."""
         return self._portal.call(self._client.undeploy(model))
 
     def deployments(self) -> tuple[DeploymentInfo, ...]:
-        """What is deployed, and where."""
+        """The deployments, with the nodes that they are on."""
         return self._portal.call(self._client.deployments())
 
     def models(self) -> tuple[ModelInfo, ...]:
@@ -441,11 +441,11 @@ class Client:
         return self._portal.call(self._client.set_alias(model, alias))
 
     def remove_alias(self, model: str) -> ModelInfo:
-        """Forget an alias, `name:alias`; the version that it was. Raises NotFound, InvalidRequest."""
+        """Remove an alias, `name:alias`; returns the version that it named. Raises NotFound, InvalidRequest."""
         return self._portal.call(self._client.remove_alias(model))
 
     def tag_model(self, model: str, tags: Mapping[str, str] | None = None, *, remove: Iterable[str] = ()) -> ModelInfo:
-        """Set tags of a version, and take away those named in `remove`. Raises NotFound, InvalidRequest."""
+        """Set tags of a version, and remove the tags named in `remove`. Raises NotFound, InvalidRequest."""
         return self._portal.call(self._client.tag_model(model, tags, remove=remove))
 
     @told_by(AsyncClient.delete_model)
@@ -487,7 +487,7 @@ class Client:
         )
 
     def remove_data(self, name: str) -> None:
-        """Forget a registered data set. Raises NotFound, and Conflict while a job uses it."""
+        """Remove a registered data set. Raises NotFound, and Conflict while a job uses it."""
         self._portal.call(self._client.remove_data(name))
 
     def _job(self, asked: Coroutine[Any, Any, AsyncJob]) -> Job:

@@ -1,4 +1,4 @@
-"""The finer options of `train`, checked one by one."""
+"""The options of `train` that are seldom needed, checked one by one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from potluck.client import arguments
 from potluck.errors import InvalidRequest
 from potluck.wire.messages import Compression, Epochs, Privacy, Seed, Strategy, Train
 
-_SECONDS = "a number of seconds above 0, at most 86,400 (0: as measured speed and bandwidth suggest)"
+_SECONDS = "a number of seconds above 0, at most 86,400 (0: chosen from measured speed and bandwidth)"
 AUTO, AUTO_METRIC = "auto", "val_loss"
 _KINDS: dict[str, tuple[Any, str]] = {
     "strategy": (Strategy, "'auto', 'local' or 'sync'"),
@@ -51,27 +51,28 @@ DEFAULTS = (
     | dict.fromkeys(("class_weight", "l2_norm_clip"))
     | {"monitor": AUTO}
 )
-"""What an option is that is not given."""
+"""Defaults of the options."""
 
 
 class TrainOptions(TypedDict, total=False):
     """Options of `train` that are seldom needed.
 
     - `strategy`: `"local"` trains in rounds; `"sync"` takes every step on all nodes together, with `batch_size` items over all
-      of them, exactly as one machine would; `"auto"` measures, and takes `"sync"` where the network is fast enough for it.
+      of them, exactly as one machine would; `"auto"` measures, and uses `"sync"` where the network is fast enough for it.
     - `seed`: for shuffling and initial state.
-    - `monitor`: a metric of epochs; the result is the model after the best of them. `"auto"`: `val_loss` where validation data are
-      given; None: the model of the last epoch. `patience`: end after so many epochs that were not better by more than `min_delta`. `monitor_mode`: whether it is better when it is small (`"min"`) or large (`"max"`); `"auto"`
-      goes by the name, as Keras has them, and refuses one that does not tell.
-    - `class_weight`: from class labels (numbers, where classes have no label) to their weight in the loss; 1 where none is given.
-    - `resume`: a training job (or its id) that has ended; go on from its last round, up to `epochs` in all.
-    - `round_seconds`: how long nodes compute between two exchanges; 0: as measured speed and bandwidth suggest.
-    - `compression`: of updates on the network, `"auto"`, `"none"`, `"int8"` or `"int4"`. `overlap`: nodes compute while they travel.
-    - `outer_learning_rate`, `outer_momentum`: of the step that is taken with a round's mean update; None: by rule.
-    - `deterministic`: a fixed number of steps a round and every order fixed: the same nodes give the same bits again, also when some of
-      them were killed on the way. Rounds then last as long as the slowest node takes.
+    - `monitor`: a metric of epochs; the result is the model after the best epoch. `"auto"`: `val_loss` where validation data are
+      given; None: the model of the last epoch. `patience`: end after this many epochs in a row without an improvement above `min_delta`.
+      `monitor_mode`: whether a small (`"min"`) or large (`"max"`) value is better; `"auto"` decides by the name, as Keras does, and
+      refuses a name that does not tell.
+    - `class_weight`: a map from class labels (numbers, where classes have no label) to weights in the loss; 1 for the others.
+    - `resume`: an ended training job (or its id); continue from its last round, to `epochs` in all.
+    - `round_seconds`: how long nodes compute between two exchanges; 0: chosen from measured speed and bandwidth.
+    - `compression`: of updates on the network, `"auto"`, `"none"`, `"int8"` or `"int4"`. `overlap`: nodes compute while updates travel.
+    - `outer_learning_rate`, `outer_momentum`: of the step that applies a round's mean update; None: by rule.
+    - `deterministic`: a fixed number of steps per round, and a fixed order: the same nodes give exactly the same result again, also when
+      some of them were killed on the way. Rounds then last as long as the slowest node takes.
     - `l2_norm_clip`, `noise_multiplier`: for data that live on nodes: hide each example (`private_unit="example"`, DP-SGD) or each
-      node (`"node"`) behind noise; epochs then tell `epsilon`, for `delta`, instead of metrics of training. docs/federated.md.
+      node (`"node"`) with noise; epochs then have `epsilon`, for `delta`, instead of training metrics. See docs/federated.md.
     """
 
     strategy: Strategy
@@ -95,13 +96,13 @@ class TrainOptions(TypedDict, total=False):
 
 
 def fields(options: Mapping[str, Any], *, validated: bool) -> dict[str, Any]:
-    """The options as fields of `Train`, but for `resume`. `validated`: whether there are validation data. Raises InvalidRequest."""
+    """The options as fields of `Train`, without `resume`. `validated`: whether there are validation data. Raises InvalidRequest."""
     found: dict[str, Any] = {}
     if options.get("monitor", AUTO) == AUTO:
         options = {name: value for name, value in options.items() if name != "monitor"}
         if validated and options.get("monitor_mode") == "max":
             raise InvalidRequest(
-                f"monitor_mode 'max' of what? {AUTO_METRIC} is better when it is small: name the metric to monitor"
+                f"monitor_mode 'max' needs a metric: {AUTO_METRIC} is better when it is small; name the metric to monitor"
             )
         if validated:
             found["monitor"] = AUTO_METRIC
@@ -109,7 +110,7 @@ def fields(options: Mapping[str, Any], *, validated: bool) -> dict[str, Any]:
         if name == "resume":
             continue
         if name == "class_weight" and isinstance(value, Mapping):
-            value = {str(key): weight for key, weight in value.items()}  # numbers are classes without labels
+            value = {str(key): weight for key, weight in value.items()}  # a class without a label is a number
         kind, takes = _KINDS[name]
         checked = arguments.checked(name, value, kind, takes)
         if checked is not None:
@@ -117,9 +118,9 @@ def fields(options: Mapping[str, Any], *, validated: bool) -> dict[str, Any]:
     hiding = {field: found.pop(name) for name, field in _PRIVACY.items() if name in found}
     if hiding and "l2_norm_clip" not in hiding:
         if "noise_multiplier" in hiding:
-            raise InvalidRequest("noise is a multiple of the norm that gradients are cut to: give l2_norm_clip too")
+            raise InvalidRequest("noise_multiplier is a multiple of l2_norm_clip: give l2_norm_clip too")
         given = " and ".join(name for name, field in _PRIVACY.items() if field in hiding)
         raise InvalidRequest(
-            f"{given} alone would hide nothing: give l2_norm_clip and noise_multiplier too, or leave {given} out"
+            f"{given} alone hides nothing: give l2_norm_clip and noise_multiplier too, or leave {given} out"
         )
     return found | ({"privacy": Privacy(**hiding)} if hiding else {})

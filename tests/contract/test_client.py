@@ -179,7 +179,7 @@ async def test_bad_models_and_options_are_refused_before_anything_is_sent(
         await client.train("net", "images", name="a b")
     with pytest.raises(InvalidData, match="nowhere"):
         await client.train("net", tmp_path / "nowhere")
-    with pytest.raises(InvalidData, match="no data set has such a name"):
+    with pytest.raises(InvalidData, match="it cannot be the name of a data set"):
         await client.train("net", "my pictures")
     assert coordinator.asked == []
 
@@ -197,7 +197,7 @@ async def test_what_cannot_fit_is_said_before_data_are_packed(
         await client.train(file, (np.zeros((3, 28, 28)), y))
     with pytest.raises(InvalidRequest, match=f"validation: {shapes}"):
         await client.train(file, "images", validation=(np.zeros((3, 28, 28)), y))
-    with pytest.raises(InvalidRequest, match="takes images of 32x32, and not of 128x128: leave out image"):
+    with pytest.raises(InvalidRequest, match="takes images of 32x32, not of 128x128: leave out image"):
         await client.predict(file, tmp_path, image=(128, 128))
     with pytest.raises(NotFound, match=r"no data set 'imags': did you mean 'images'\?"):
         await client.train(file, "imags", validation=(np.zeros((3, 32, 32, 1)), y))
@@ -210,7 +210,9 @@ async def test_what_cannot_fit_is_said_before_data_are_packed(
     (tmp_path / "saved").mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
-        with pytest.raises(NotFound, match=r"what lies here by that name is taken for a model as \./saved"):
+        with pytest.raises(
+            NotFound, match=r"there is a file or folder of that name here: if that is the model, write \./saved"
+        ):
             await client.evaluate("saved", "images")
     assert not [asked for asked in coordinator.asked if isinstance(asked, AddDataset | SubmitJob)]
 
@@ -250,10 +252,10 @@ async def test_what_data_lack_is_said_with_their_names_before_they_are_sent(
     with pytest.raises(InvalidRequest, match=fits):
         await client.train(model, table, target="buys")
     with pytest.raises(
-        InvalidRequest, match=r"\(no name\), id, a, b, c, d, buys, none of them the target: name what is"
+        InvalidRequest, match=r"\(no name\), id, a, b, c, d, buys, none of them is the target: name the target"
     ):
         await client.predict(model, table)
-    with pytest.raises(InvalidModel, match="data has 4 classes, but the model takes 3: make its last layer 4 units"):
+    with pytest.raises(InvalidModel, match="data has 4 classes, but the model takes 3: give its last layer 4 units"):
         await client.train(model, {"x": np.zeros((8, 4)), "y": np.array(list("abcdabcd"))})
     assert not [asked for asked in coordinator.asked if isinstance(asked, AddDataset | SubmitJob)]
     with pytest.raises(InvalidData, match=r"^validation has no target .* holds only 'x'"):
@@ -272,15 +274,15 @@ async def test_files_of_another_kind_than_the_model_takes_are_refused_before_a_j
         archive.writestr("config.json", json.dumps(config))
     table = tmp_path / "shop.csv"
     table.write_text("age,price,label\n" + "1,2,0\n" * 6)
-    said = r"data holds images, each \(height, width, channels\), and the model's input has shape \(4\)"
+    said = r"data holds images, each \(height, width, channels\), but the model's input has shape \(4\)"
     for ask in (client.train, client.evaluate, client.predict):
         with pytest.raises(InvalidRequest, match=said):
             await ask(model, "pictures")
-        with pytest.raises(InvalidRequest, match=r"shape \(any, any, 3\): say the size of the images, .*--image HxW"):
+        with pytest.raises(InvalidRequest, match=r"shape \(any, any, 3\): give the size of the images, .*--image HxW"):
             await ask(free, "pictures")
         with pytest.raises(InvalidRequest, match="data holds recordings, each"):
             await ask(free, "tones")
-        with pytest.raises(InvalidRequest, match="the model takes images, and a table holds none: give a folder"):
+        with pytest.raises(InvalidRequest, match="the model takes images, but a table holds none: give a folder"):
             await ask(free, table)
     assert jobs_of(coordinator) == []
     await client.train(free, "pictures", image=(8, 8))
@@ -319,7 +321,7 @@ async def test_a_folder_named_as_a_data_set_is_taken_and_that_is_said(
     await client.train("net", "films")
     assert {record.name for record in caplog.records} == {"potluck.client.sources"}, "what the command line shows"
     assert (
-        "data: 'films' is packed from what lies here by that name, and the data set 'films' of the cluster"
+        "data: there is a file or folder 'films' here, and it is used instead of the cluster's data set 'films'"
         in caplog.text
     )
 
@@ -363,7 +365,7 @@ WRONG: dict[str, tuple[type[PotluckError], Callable[[AsyncClient], Awaitable[obj
     "round_seconds must be .*86,400": (InvalidRequest, lambda client: client.train("m", "d", round_seconds=1e9)),
     "round_seconds must be": (InvalidRequest, lambda client: client.train("m", "d", round_seconds="fast")),
     "seed must be": (InvalidRequest, lambda client: client.train("m", "d", seed=2**70)),
-    "private_unit alone would hide nothing": (
+    "private_unit alone hides nothing": (
         InvalidRequest,
         lambda client: client.train("m", "d", private_unit="node"),
     ),
@@ -388,7 +390,7 @@ WRONG: dict[str, tuple[type[PotluckError], Callable[[AsyncClient], Awaitable[obj
     "validation must be .*not 3": (InvalidData, lambda client: client.train("m", "d", validation=3)),
     "replicas must be .*not 'two'": (InvalidRequest, lambda client: client.deploy("m", replicas="two")),
     "replicas must be .*not -1": (InvalidRequest, lambda client: client.deploy("m", replicas=-1)),
-    "name is for": (InvalidRequest, lambda client: client.deploy("m", name="other")),
+    "name is only for": (InvalidRequest, lambda client: client.deploy("m", name="other")),
     "inputs must be .*object": (InvalidRequest, lambda client: client.infer("m", object())),
     "inputs must be .*None": (InvalidRequest, lambda client: client.infer("m", {"a": None})),
     "timeout must be": (InvalidRequest, lambda client: client.infer("m", X, timeout="soon")),
@@ -882,7 +884,7 @@ async def test_where_no_cluster_is_found_the_error_says_where_it_looked() -> Non
         await AsyncClient(cluster="nobody-is-there").nodes()
     assert time.monotonic() - started < 4
     for part in (
-        "no cluster 'nobody-is-there' is found",
+        "no cluster 'nobody-is-there' was found",
         "mDNS on 127.0.0.1",
         "`potluck up --cluster nobody-is-there`",
         "--seed HOST",

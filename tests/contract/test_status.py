@@ -88,7 +88,7 @@ async def test_a_coordinator_that_hangs_here_is_found_by_its_lock(
             unseen = ClientSettings(cluster="lab", timeout_seconds=1.0)
             assert f"coordinator (pid {os.getpid()}, cluster 'lab'" in (await health.examine(unseen)).problems[0]
             tell(settings.seeds[0])
-            for state, told in (("online", "it hangs, or is very busy"), ("offline", "and hangs, unless it has just")):
+            for state, told in (("online", "It hangs, or is very busy"), ("offline", "and hangs, unless it has just")):
                 status = CoordinatorStatus(session="c", epoch=1, state=state, http=("http://127.0.0.1:1",))
                 await bus.publish(TOPICS.coordinator_status, status, retain=True)
                 found = await health.examine(unseen)

@@ -175,7 +175,7 @@ def test_what_may_be_asked(cluster: LocalCluster, client: Client, folder: Path, 
     np.testing.assert_allclose(client.infer("asked", file, image=raw), expected * 255, atol=1e-4)
     with pytest.raises(InvalidRequest, match="nothing says whether the model takes them as 0 to 255 or as 0 to 1"):
         client.infer("asked", pixels)
-    with pytest.raises(InvalidRequest, match="the inputs are no files: leave out image"):
+    with pytest.raises(InvalidRequest, match="the inputs are not files: leave image out"):
         client.infer("asked", pixels, image=raw)
     with pytest.raises(InvalidData, match=r"there is no file or folder 'nowhere\.jpg' here"):
         client.infer("asked", "nowhere.jpg")

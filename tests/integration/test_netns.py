@@ -187,7 +187,7 @@ def test_they_train_and_evaluate_together_and_survive_a_pulled_cable(hosts: Host
     unplugged = next(host for host in hosts.machines if host != hosts.coordinator())
     hosts.network.cut(unplugged)
     wait_until(lambda: hosts.ask("status").returncode == 1, hosts, "the loss being told", seconds=60)
-    assert re.search(r"is (silent since|offline, last heard of)", hosts.ask("status").stdout)
+    assert re.search(r"is (silent since|offline, last seen)", hosts.ask("status").stdout)
     ended = hosts.ask("job", job_id, "--wait", "--json", seconds=150)
     assert ended.returncode == 0, ended.stderr + hosts.logs()
     assert json.loads(ended.stdout)["state"] == "succeeded"

@@ -38,7 +38,7 @@ def test_a_quantized_deployment(tmp_path: Path) -> None:
         client.register(model, "digits")
         with pytest.raises(InvalidRequest, match="nothing is known of data for digits:1"):
             client.deploy("digits", quantize="int8")
-        with pytest.raises(InvalidRequest, match="calibration is for a model that is quantized"):
+        with pytest.raises(InvalidRequest, match="calibration is only for a model that is quantized"):
             client.deploy("digits", calibration=data["x_train"])
         client.deploy(reader(), name="reader").wait(timeout=120)  # what it takes is known from its first replica on
         with pytest.raises(InvalidRequest, match="reader:1 takes text, and a LiteRT model cannot"):

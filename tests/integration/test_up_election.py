@@ -90,7 +90,7 @@ async def test_of_several_machines_one_starts_the_coordinator(folder: Path, seco
             machine.send_signal(signal.SIGTERM)
         assert [await asyncio.wait_for(machine.wait(), 20) for machine in machines] == [0, 0, 0]
     said = (folder / "log").read_text()
-    assert said.count("only this machine is served; to share") == 3
+    assert said.count("only this machine is served. To share") == 3
     assert f"on the other machines:\n    potluck up --insecure --cluster {cluster}\n" in said
     assert sorted(lines(folder / "stopped")) == ["coordinator", "node", "node", "node"], "each ended in order"
 

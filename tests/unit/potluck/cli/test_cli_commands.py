@@ -372,14 +372,14 @@ def test_numbers_in_json_become_what_the_model_takes(tmp_path: Path) -> None:
     for datatype, dtype in (("INT64", np.int64), ("INT32", np.int32), ("FP32", np.float32), ("FP16", np.float32)):
         assert read_input("[1, 2, 3]", info(datatype), None).dtype == dtype
     (tmp_path / "a.zip").write_bytes(b"")
-    with pytest.raises(InvalidData, match="is no image: give an image"):
+    with pytest.raises(InvalidData, match="is not an image: give an image"):
         read_input(str(tmp_path / "a.zip"), info("FP32"), None)
 
 
 @pytest.mark.parametrize("name", ["q.csv", "q.parquet", "q.npz", "q.tfrecord"])
 def test_who_asks_with_a_data_set_is_told_of_predict(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"")
-    said = rf"q\.\w+ holds a data set, and not one item: `potluck predict m:1 {tmp_path}/{name}`"
+    said = rf"q\.\w+ holds a data set, not one item: `potluck predict m:1 {tmp_path}/{name}`"
     with pytest.raises(InvalidData, match=said):
         read_input(str(tmp_path / name), model((-1, 4)), None)
     with pytest.raises(InvalidData, match=said):
@@ -391,13 +391,13 @@ def test_of_a_folder_is_said_what_is_in_it_and_what_the_model_takes(tmp_path: Pa
         (
             "a.png",
             model((-1, 4)),
-            r"holds images \(a.png\), and model m:1 takes arrays of the shape \(4\) \(\.npy, JSON\)",
+            r"holds images \(a.png\), but model m:1 takes arrays of the shape \(4\) \(\.npy, JSON\)",
         ),
-        ("a.txt", model((-1, 4)), r"holds texts \(a.txt\), and model m:1 takes arrays of the shape \(4\)"),
-        ("a.wav", model((-1, 8, 8, 3)), r"holds recordings \(a.wav\), and model m:1 takes images \(.*\.png"),
-        ("a.png", model((-1,), "BYTES"), r"holds images \(a.png\), and model m:1 takes texts \(\.txt\)"),
+        ("a.txt", model((-1, 4)), r"holds texts \(a.txt\), but model m:1 takes arrays of the shape \(4\)"),
+        ("a.wav", model((-1, 8, 8, 3)), r"holds recordings \(a.wav\), but model m:1 takes images \(.*\.png"),
+        ("a.png", model((-1,), "BYTES"), r"holds images \(a.png\), but model m:1 takes texts \(\.txt\)"),
         ("a.png", replace(model((-1, 4)), rate=8000), r"and model m:1 takes recordings \(\.wav\)"),
-        ("a.xyz", model((-1, 4)), r"holds files \(a.xyz\), and model m:1 takes arrays"),
+        ("a.xyz", model((-1, 4)), r"holds files \(a.xyz\), but model m:1 takes arrays"),
         ("a.npy", model((-1, 4)), r"holds arrays: name the files themselves, as in .*/\*\.npy"),
         ("", model((-1, 4)), "has no files"),
     )

@@ -35,22 +35,22 @@ def test_nothing_is_wrong_where_nothing_is() -> None:
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"nodes": ()}, "no node has come yet"),
+        ({"nodes": ()}, "no node has joined yet"),
         ({"nodes": (replace(NODE, state="offline"),)}, "no node is online"),
-        ({"nodes": (NODE, replace(NODE, node_id="shed-2", state="offline"))}, "node shed-2 is offline, last heard of "),
+        ({"nodes": (NODE, replace(NODE, node_id="shed-2", state="offline"))}, "node shed-2 is offline, last seen "),
         ({"nodes": (replace(NODE, state="suspect"),)}, "node attic-1 is silent since"),
         (
             {"nodes": (replace(NODE, capacity=replace(CAPACITY, runtimes={"keras": "3"})),)},
-            "node attic-1 computes nothing",
+            "node attic-1 cannot compute",
         ),
         ({"nodes": (replace(NODE, clock_ahead_seconds=-40.2),)}, "attic-1's clock is 40 s behind the coordinator's"),
         (
             {"shortage": "the disk is full"},
-            "the coordinator takes no more data, models and results, and jobs wait: the disk",
+            "the coordinator can store no more data, models and results, and jobs wait: the disk",
         ),
         (
             {"nodes": (replace(NODE, shortage="the disk is full"),)},
-            "node attic-1 takes no more data and models: the disk",
+            "node attic-1 can store no more data and models: the disk",
         ),
         ({"clock_ahead_seconds": 7200.0}, "this machine's clock is 7200 s ahead of the coordinator's"),
         ({"deployments": (FAILING,)}, "deployment digits:1 fails: no room"),
@@ -75,7 +75,7 @@ def test_a_node_that_runs_here_and_has_not_come_is_told_of() -> None:
     up, coordinator = User("up", "default", 17), User("coordinator", "default", 18)
     empty = replace(WELL, nodes=())
     (said,) = troubles(empty, [coordinator, up])
-    assert said.startswith("no node has come yet, and `potluck up` (pid 17, cluster 'default') runs on this machine")
+    assert said.startswith("no node has joined yet, but `potluck up` (pid 17, cluster 'default') runs on this machine")
     assert troubles(empty, [coordinator]) == troubles(empty)
 
 
@@ -91,7 +91,7 @@ def test_a_node_that_left_is_no_trouble_and_loopback_is_remarked() -> None:
 def test_nodes_of_which_the_same_is_wrong_are_named_together() -> None:
     gone = [replace(NODE, node_id=f"shed-{number}", state="offline") for number in range(5)]
     (said,) = troubles(replace(WELL, nodes=(NODE, *gone[:3])))
-    assert said.startswith("nodes shed-0, shed-1, shed-2 are offline, last heard of ")
+    assert said.startswith("nodes shed-0, shed-1, shed-2 are offline, last seen ")
     silent = [replace(node, state="suspect") for node in gone]
     (said,) = troubles(replace(WELL, nodes=(NODE, *silent)))
     assert said.startswith("nodes shed-0, shed-1, shed-2 and 2 more are silent since ")

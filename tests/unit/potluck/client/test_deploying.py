@@ -40,7 +40,7 @@ def test_replicas(replicas: int | str, fields: dict[str, Any]) -> None:
         (0, {}, "from 1 to 999,999, .all., or .MIN..MAX., not 0"),
         ("0", {}, "not 0"),
         ("9" * 20, {}, "from 1 to 999,999, .*, not 9999"),
-        ("1..4", {"idle_seconds": 60}, r"never fewer than 1 are held: write '0\.\.4'"),
+        ("1..4", {"idle_seconds": 60}, r"always keeps 1 loaded: to unload all when idle, write '0\.\.4'"),
         (1, {"canary": 101}, "canary must be a whole number of percent"),
         (1, {"canary": 0}, "of percent, from 1 to 100"),
         (1, {"rollback_factor": 0.5}, r"above 1, or 0 \(never\)"),

@@ -69,12 +69,12 @@ def test_a_format_is_told_by_the_content(tmp_path: Path, name: str) -> None:
     [
         (lambda path: path / "nowhere", "there is no model file"),
         (lambda path: written(path / "m.keras", b""), "is empty"),
-        (lambda path: written(path / "m.keras", b"hello there"), r"is not a \.keras file: it is not a zip, and begins with b'hello th'"),
+        (lambda path: written(path / "m.keras", b"hello there"), r"is not a \.keras file: it is not a zip, it begins with b'hello th'"),
         (lambda path: written(path / "m.h5", b"hello"), r"is not a \.h5 file: it is not HDF5"),
         (lambda path: written(path / "m.tflite", b"x"), r"is not a \.tflite file: it is not a FlatBuffer"),
         (lambda path: written(path / "m.onnx", b"\x08\x07"), r"is no model: give a \.keras, \.h5 or \.tflite"),
         (lambda path: written(path / "saved_model.pb", b"\x08\x01"), "only a part of a SavedModel: give its folder"),
-        (lambda path: hdf5(path / "w.weights.h5", "layer_names"), "without a model in it"),
+        (lambda path: hdf5(path / "w.weights.h5", "layer_names"), "HDF5 file without a model"),
         (lambda path: zipped(path / "torch.pt", "archive/data.pkl"), r"is not a \.keras file.*config\.json"),
         (lambda path: zipped(path / "list.keras", text="[]"), "config.json is not a map"),
         (lambda path: path, r"folder without saved_model\.pb"),
@@ -95,7 +95,7 @@ def test_files_are_named_and_say_where_they_came_from(tmp_path: Path) -> None:
     assert (packed.name, packed.format, packed.source) == ("net", "savedmodel", "imported from net")
     with tarfile.open(packed.path) as archive:
         assert "saved_model.pb" in archive.getnames()
-    with pytest.raises(InvalidModel, match=r"is a Keras HDF5 file, and this takes a \.keras file"):
+    with pytest.raises(InvalidModel, match=r"is a Keras HDF5 file, but this takes a \.keras file"):
         keras_file(tmp_path / "old net.h5", tmp_path, compiled=True)
     assert [is_model_path(text) for text in ("m.h5", "m.tflite", "./net", "net", "net:prod")] == [True] * 3 + [
         False
