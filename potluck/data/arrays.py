@@ -1,4 +1,4 @@
-"""Arrays in memory or from `.npz`, as safetensors shards: one tensor an input, and one for the target."""
+"""Arrays in memory or from `.npz`, as safetensors shards: one tensor per input, and one for the target."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from potluck.errors import InvalidData
 from potluck.wire.messages import DataFormat, Dataset, DataShard
 
 TARGET_NAMES = ("y", "y_train", "y_test", "y_val", "target", "targets", "label", "labels")
-"""Names that are taken for the target when none is named, in any case of letters: `X` and `Y` are common."""
+"""Usual names of targets, upper or lower case: used when the user names no target. `X` and `Y` are common."""
 PARTS = ("train", "test", "val")
-"""An `.npz` may hold several sets, told apart by `_train`, `_test` and `_val` at the end of the names."""
+"""An `.npz` may hold several sets; `_train`, `_test` and `_val` at the end of the names tell them apart."""
 
 _MAGIC = (b"PK", b"\x93NUMPY")
 _UNREADABLE = (
@@ -39,7 +39,7 @@ _UNREADABLE = (
     zipfile.BadZipFile,
     zlib.error,
 )
-"""What numpy and zipfile raise for damaged files, and for zip files of kinds that are not known."""
+"""Errors of numpy and zipfile for damaged files, and for unknown kinds of zip files."""
 
 
 def pack(
@@ -51,7 +51,7 @@ def pack(
     classes: Sequence[str] = (),
     remarks: Sequence[str] = (),
 ) -> Dataset:
-    """Raises InvalidData for arrays of unequal lengths, of objects, or without rows; for an unknown target or weight."""
+    """Pack arrays. Raises InvalidData for unequal lengths, Python objects, no rows, or an unknown target or weight."""
     found = {key: np.asarray(array) for key, array in source.items()}
     if not found:
         raise InvalidData("there are no arrays")
@@ -65,7 +65,9 @@ def pack(
     for key in targets:
         if not classes and found[key].dtype.kind in "US" and found[key].ndim == 1:
             if len(targets) > 1:
-                raise InvalidData(f"target {key!r} is text, and there are {len(targets)} targets: number its classes")
+                raise InvalidData(
+                    f"target {key!r} is text, and there are {len(targets)} targets: with several targets, classes must be numbers"
+                )
             texts = [text.decode(errors="replace") if isinstance(text, bytes) else text for text in found[key].tolist()]
             found[key], classes = class_indexes(texts, f"target {key!r}")
     found = {key: _plain(key, array) for key, array in found.items()}
@@ -101,7 +103,7 @@ def pack(
 
 
 def target_arrays(names: Sequence[str], target: Target) -> tuple[str, ...]:
-    """Those that are named, else the one of several that has a usual name: as it is written above, then in another case of letters."""
+    """The named targets; else, of several arrays, the one with a usual name: exactly as in TARGET_NAMES, or in another case."""
     if (targets := target_names(target)) or len(names) < 2:
         return targets
     named = sorted(names, key=lambda key: (key not in TARGET_NAMES, key))
@@ -109,7 +111,7 @@ def target_arrays(names: Sequence[str], target: Target) -> tuple[str, ...]:
 
 
 def names_in(path: Path) -> tuple[str, ...]:
-    """The names of the arrays in an `.npz` or `.npy` file that was read before."""
+    """The names of the arrays in an `.npz` or `.npy` file that can be read."""
     with np.load(path, allow_pickle=False) as loaded:
         return tuple(loaded.files)
 
@@ -119,14 +121,14 @@ def read_file(
 ) -> tuple[dict[str, Array], tuple[str, ...], str | None]:
     """The arrays of an `.npz` or `.npy` file, and the names of targets and weights among them.
 
-    Pickled objects are refused: they are code. Of several sets in one file (`x_train`, `y_train`, `x_test`, ...) the one is
-    taken that `target` is of, without the ending of its names. Raises InvalidData.
+    Refuses pickled objects: they are code. If a file holds several sets (`x_train`, `y_train`, `x_test`, ...), only the set that
+    `target` belongs to is returned, with the endings cut off its names. Raises InvalidData.
     """
     targets = target_names(target)
     try:
         with path.open("rb") as file:
             if not file.peek(6).startswith(_MAGIC):
-                raise InvalidData(f"{path} is not an {path.suffix} file: numpy.savez writes such")
+                raise InvalidData(f"{path} is not an {path.suffix} file: write it with numpy.savez")
             loaded = np.load(file, allow_pickle=False)
             if isinstance(loaded, np.ndarray):
                 return {"x": loaded}, targets, sample_weight
@@ -146,14 +148,14 @@ def read_file(
 
 
 def item_shape(shard: Path, name: str) -> tuple[int, ...]:
-    """The shape of an item of an array in a shard."""
+    """The shape of one item of an array in a shard."""
     with safe_open(shard, framework="numpy") as file:
         _, *shape = file.get_slice(name).get_shape()
     return tuple(shape)
 
 
 def _part(path: Path, names: Sequence[str], target: str | None) -> str:
-    """The ending of the names to take: empty for all of them."""
+    """The ending of the names to use; empty for all names."""
     endings = [f"_{part}" for part in PARTS]
     found = [ending for ending in endings if any(name.endswith(ending) for name in names)]
     if not found or not all(name.endswith(tuple(endings)) for name in names):
@@ -165,17 +167,15 @@ def _part(path: Path, names: Sequence[str], target: str | None) -> str:
         choices = " or ".join(repr(name) for name in names if name.lower().startswith(("y_", "label"))) or repr(
             names[0]
         )
-        raise InvalidData(
-            f"{path} holds several sets ({', '.join(names)}): say which one by naming its target, {choices}"
-        )
+        raise InvalidData(f"{path} holds several sets ({', '.join(names)}): choose one by its target: {choices}")
     return chosen
 
 
 def _plain(key: str, array: Array) -> Array:
     if array.dtype.kind not in "fiub" or array.dtype.itemsize > 8:
         raise InvalidData(
-            f"array {key!r} has dtype {array.dtype}: numbers of at most 64 bits are needed (texts go in as a folder of .txt files; "
-            "classes are named as the target, --target)"
+            f"array {key!r} has dtype {array.dtype}: it must hold numbers of at most 64 bits (for texts use a folder of .txt files; "
+            "for classes name it as the target, --target)"
         )
     if not array.ndim:
         raise InvalidData(f"array {key!r} is a single value: the first axis must be the rows")
@@ -183,14 +183,16 @@ def _plain(key: str, array: Array) -> Array:
 
 
 def _weights(key: str, array: Array) -> Array:
-    """Weights of items: a number each, or one for each step of time."""
+    """The weights of the items: one number each, or one for each time step."""
     if not np.isfinite(array).all():
-        raise InvalidData(f"the weights {key!r} are not all finite numbers: give each item a weight, 0 to leave it out")
+        raise InvalidData(
+            f"the weights {key!r} are not all finite numbers: give each item a weight; 0 leaves an item out"
+        )
     return array.astype(np.float32)
 
 
 def _labels(target: Array, are_classes: bool) -> Array | None:
-    """Class indexes to stratify by, where the target is such: few whole numbers, or one of several columns hot."""
+    """Class indexes to stratify by, where the target has them: few whole numbers, or one-hot columns; else None."""
     columns = target.reshape(len(target), -1) if target.size else target
     if columns.ndim != 2 or not columns.shape[1]:
         return None

@@ -1,6 +1,6 @@
-"""Recordings in shards: WAV files of 16-bit PCM with the plainest header, which TensorFlow decodes.
+"""Recordings in shards: WAV files of 16-bit PCM with the plainest header, which TensorFlow can decode.
 
-Read is RIFF/WAVE with PCM of 8 to 32 bits, or floats of 32 and 64, also by way of WAVE_FORMAT_EXTENSIBLE
+Reads RIFF/WAVE with PCM of 8 to 32 bits, or floats of 32 and 64 bits, also as WAVE_FORMAT_EXTENSIBLE
 (Multimedia Programming Interface and Data Specifications 1.0, IBM and Microsoft, 1991; Microsoft's WAVEFORMATEXTENSIBLE).
 """
 
@@ -17,13 +17,13 @@ from potluck.wording import counted
 
 _PCM, _FLOAT, _EXTENSIBLE = 1, 3, 0xFFFE
 _UNKNOWN_SIZES = (0x7FFFFFFF - 36, 0x7FFFF000, 0x7FFFFFFF, 0xFFFFFFFF)
-"""What programs that write to a pipe say of the length of their data: it goes to the end of the file."""
+"""The length that programs write when they write to a pipe: the data go to the end of the file."""
 CHANNELS_LIMIT = 32
 
 
 @dataclass(frozen=True)
 class Wave:
-    """A WAV file's samples as they are stored: `data` is frames of `channels` values of `bits` each."""
+    """A WAV file's samples as stored: `data` is frames of `channels` values of `bits` each."""
 
     floats: bool
     channels: int
@@ -37,7 +37,7 @@ class Wave:
 
 
 def read(data: bytes) -> Wave:
-    """Raises Unusable, saying why, for what is no WAV file, is cut off, has no samples, or holds a code that is not read."""
+    """Parse a WAV file. Raises Unusable, with the reason, for another file, one cut off or without samples, or an unknown coding."""
     if len(data) < 12 or data[:4] != b"RIFF" or data[8:12] != b"WAVE":
         raise Unusable("not a WAV file")
     form: tuple[bool, int, int, int] | None = None
@@ -65,7 +65,7 @@ def _form(chunk: bytes) -> tuple[bool, int, int, int]:
     if code == _EXTENSIBLE and len(chunk) >= 26:
         (code,) = struct.unpack_from("<H", chunk, 24)
     if (code, bits) not in {(_PCM, 8), (_PCM, 16), (_PCM, 24), (_PCM, 32), (_FLOAT, 32), (_FLOAT, 64)}:
-        raise Unusable(f"its samples are coded as format {code} of {bits} bits: write it anew as 16-bit PCM")
+        raise Unusable(f"its samples are coded as format {code} of {bits} bits: save it again as 16-bit PCM")
     if not 1 <= channels <= CHANNELS_LIMIT or not rate or frame != channels * bits // 8:
         raise Unusable(f"damaged: {channels} channels at {rate} samples a second, {frame} bytes a frame")
     return code == _FLOAT, channels, rate, bits
@@ -83,16 +83,16 @@ def _wave(form: tuple[bool, int, int, int], rest: memoryview, size: int) -> Wave
 
 
 def samples(wave: Wave) -> Array:
-    """int16 of shape (frames, channels). Floats run from -1 to 1, and what is beyond is clipped. Raises Unusable for NaN."""
+    """int16 samples of shape (frames, channels). Floats from -1 to 1 are scaled, values beyond are clipped. Raises Unusable for NaN."""
     found: Array
     if wave.floats:
         values = np.frombuffer(wave.data, f"<f{wave.bits // 8}")
         if not np.isfinite(values).all():
-            raise Unusable("has samples that are no finite numbers")
+            raise Unusable("has samples that are not finite numbers")
         found = np.minimum(np.round(np.clip(values, -1.0, 1.0) * 32768.0), 32767).astype("<i2")
-    elif wave.bits == 8:  # unsigned, unlike all others
+    elif wave.bits == 8:  # 8-bit samples are unsigned, unlike all others
         found = (np.frombuffer(wave.data, np.uint8).astype("<i2") - 128) << 8
-    else:  # the two bytes of most weight
+    else:  # keep the two most significant bytes
         size = wave.bits // 8
         raw = np.frombuffer(wave.data, np.uint8).reshape(-1, size)
         found = np.ascontiguousarray(raw[:, size - 2 :]).view("<i2")
@@ -113,13 +113,13 @@ def encode(values: Array, rate: int) -> bytes:
 
 
 def fitted(data: bytes, shape: tuple[int, ...], rate: int = 0) -> Array:
-    """float32 of `shape`, (samples,) or (samples, channels), as the nodes make it of a recording (docs/data.md).
+    """float32 of `shape`, (samples,) or (samples, channels), as nodes make it from a recording (docs/data.md).
 
-    Raises Unusable, also where it does not have `rate` samples a second (0: any will do).
+    Raises Unusable, also for a recording without `rate` samples a second (0: any rate is fine).
     """
     wave = read(data)
     if rate not in (0, wave.rate):
-        raise Unusable(f"it has {wave.rate} samples a second, and the model was trained on {rate}: resample it")
+        raise Unusable(f"it has {wave.rate} samples a second, but the model was trained on {rate}: resample it")
     values = samples(wave)[: shape[0]] / np.float32(32768)
     channels = shape[1] if len(shape) > 1 else 1
     if channels == 1:
@@ -132,7 +132,7 @@ def fitted(data: bytes, shape: tuple[int, ...], rate: int = 0) -> Array:
 
 
 def check(data: bytes) -> Checked:
-    """Raises Unusable."""
+    """Check a recording. Raises Unusable."""
     wave = read(data)
     if wave.floats:
         samples(wave)
@@ -140,7 +140,7 @@ def check(data: bytes) -> Checked:
 
 
 def write(data: bytes, checked: Checked) -> tuple[str, bytes]:
-    """(suffix, bytes) as in a shard. Raises Unusable."""
+    """(suffix, bytes) for a shard. Raises Unusable."""
     wave = read(data)
     if wave.rate != checked.rate:
         raise Unusable(f"has {wave.rate} samples a second now")

@@ -1,6 +1,6 @@
-"""Folders of files, a sub-folder a class, as WebDataset tars: `<key>.<suffix>` and `<key>.cls` (class index as text).
+"""Folders of files, one sub-folder per class, as WebDataset tars: `<key>.<suffix>` and `<key>.cls` (class index as text).
 
-What is particular to a kind of file stands in `images.py`, `texts.py` and `audio.py`, each with a `Kind`.
+`images.py`, `texts.py` and `audio.py` have what is special to one kind of file, each as a `Kind`.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ from potluck.wording import counted
 
 BAD_SHARE_LIMIT = 0.01
 NAMED_LIMIT = 1000
-"""So many skipped items are named in a manifest."""
+"""How many skipped items a manifest names."""
 LEARNT = frozenset({"train", "training"})
 TRIED = frozenset({"val", "valid", "validation", "dev", "eval", "evaluation"})
 UNLABELLED = frozenset({"pred"})
 PARTS = LEARNT | TRIED | UNLABELLED | {"test", "testing"}
-"""What folders are named that hold parts of a set, and not classes."""
+"""Names of folders that hold parts of a set, not classes."""
 AROUND = frozenset({"", "data", "image", "images", "img", "seg", "split", "x", "y"})
-"""Words that stand beside these in names of parts, and name no class: `seg_train`, `test_images`."""
+"""Other words in names of parts, which name no class: `seg_train`, `test_images`."""
 LEFT_BEHIND = frozenset({"thumbs.db", "desktop.ini", "__macosx", "__pycache__"})
-"""What systems leave in folders, and hide where they are at home."""
+"""Files that other systems leave in folders, and that are hidden there."""
 _CHECKS_AT_ONCE = 1024
 _CONVERT = "such files cannot be read: convert it to JPEG or PNG"
 
 
 class Unusable(Exception):
-    """Why a file cannot be an item."""
+    """Says why a file cannot be an item."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """A file to pack: its name among the set's keys, its class (-1: none), and how to get its bytes."""
+    """A file to pack: its key in the set, its class (-1: none), and how to get its bytes."""
 
     key: str
     label: int
@@ -56,7 +56,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Checked:
-    """A file that can be used: about its size in a shard, its suffix there (empty: it is written anew), and for sound its rate."""
+    """A usable file: its approximate size in a shard, its suffix there (empty: it is encoded again), and the rate of a recording."""
 
     size: int
     suffix: str
@@ -65,7 +65,7 @@ class Checked:
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of file. `check` looks at a whole file, `write` gives (suffix, bytes) as in a shard; both raise Unusable."""
+    """A kind of file. `check` checks a whole file, `write` gives (suffix, bytes) for a shard; both raise Unusable."""
 
     name: Literal["images", "texts", "audio"]
     one: str
@@ -74,15 +74,15 @@ class Kind:
     check: Callable[[bytes], Checked]
     write: Callable[[bytes, Checked], tuple[str, bytes]]
     unread: frozenset[str] = frozenset()
-    """Suffixes of such files that cannot be read: they are left out, and named."""
+    """Suffixes of files of this kind that cannot be read: they are left out, and named."""
 
 
 def pack_folder(folder: Path, labels: bool, packing: Packing, kinds: Sequence[Kind]) -> Dataset:
-    """Class folders with files of one of `kinds`; an empty one is a class without items, as in Keras. With `labels` False: all such
-    files in and below `folder`, without classes, as the names of its folders may be anything.
+    """Pack class folders with files of one of `kinds`; an empty folder is a class without items, as in Keras. With `labels` False:
+    all such files in and below `folder`, without classes; its folders may then have any name.
 
-    Raises InvalidData: no class folders, parts of a set instead, a class of nothing but other files, nothing to pack, several kinds,
-    or too much that cannot be used.
+    Raises InvalidData: no class folders, parts of a set instead of classes, a class with only other files, nothing to pack, several
+    kinds, or too many unusable files.
     """
     with reading(folder):
         entries = sorted(path for path in folder.iterdir() if not _is_hidden(path.name))
@@ -125,25 +125,25 @@ def pack_folder(folder: Path, labels: bool, packing: Packing, kinds: Sequence[Ki
         raise InvalidData(
             f"{folder} has {counted(len(beside), kind.one, kind.many)} but no class folders: put each {kind.one} into a folder named for its class"
         )
-    skipped = [f"{_text(path.name)}: lies beside the class folders, in none of them" for path in beside]
+    skipped = [f"{_text(path.name)}: is not in a class folder" for path in beside]
     if empty:
         remarks.append(
-            f"{counted(len(empty), 'class folder')} empty, a class all the same (remove what is none): {some(empty)}"
+            f"{counted(len(empty), 'class folder')} empty, but still a class (remove a folder that is no class): {some(empty)}"
         )
     check_class_names(classes, str(folder))
     return pack_items(kind, items, classes, packing, skipped, convert, remarks)
 
 
 def unread_in(folder: Path, kind: Kind) -> list[Path]:
-    """Files below `folder` that are of this kind by their suffix, and that cannot be read."""
+    """Files below `folder` that have a suffix of this kind but cannot be read."""
     return files_in(folder, [replace(kind, suffixes=kind.unread)])
 
 
 def _parts(folders: Sequence[Path]) -> list[Path]:
-    """Those that are parts of a set, by their names: two at least, or the only one where it has folders of its own. Then none is a class.
+    """The folders that are parts of a set, by their names; then no folder is a class. Empty where they are classes.
 
-    What has other words in its name than that of a part is one only where all are, and of different parts: `test1` and `test2` may be
-    classes.
+    Folders named exactly like parts must be two or more. Folders with other words in their names are parts only if all of them are, and
+    of different parts (`test1` and `test2` may be classes); a folder that is alone is a part if it has sub-folders.
     """
     parts = [path for path in folders if path.name.casefold() in PARTS]
     if len(parts) > 1:
@@ -154,17 +154,17 @@ def _parts(folders: Sequence[Path]) -> list[Path]:
 
 
 def _part(name: str) -> str:
-    """Which part of a set a folder of this name holds, as it says: "train" of `train_images2`. Empty where its words say something else."""
+    """The part of a set that this folder name means: "train" for `train_images2`. Empty where it has words that mean something else."""
     words = [word.removesuffix("set") for word in re.findall(r"[^\W\d_]+", name.casefold())]
     return next((word for word in words if word in PARTS), "") if PARTS.union(AROUND).issuperset(words) else ""
 
 
 def _no_classes(folder: Path, parts: Sequence[Path]) -> str:
-    """What is wrong with a folder too far up, and what is meant."""
+    """An error for a folder one level too high: it names the parts and what to type."""
     names = " and ".join(_text(path.name) for path in parts)
-    what = f"is a part of a data set and no class: give {parts[0]}"
+    what = f"is a part of a data set, not a class: give {parts[0]}"
     if len(parts) > 1:
-        what = "are parts of a data set and no classes: give one of them"
+        what = "are parts of a data set, not classes: give one of them"
     learnt = next((path for path in parts if _part(path.name) in LEARNT), None)
     held_out = min(
         (path for path in parts if _part(path.name) not in LEARNT | UNLABELLED),
@@ -188,9 +188,9 @@ def pack_items(
     left_out: Sequence[str] = (),
     remarks: Sequence[str] = (),
 ) -> Dataset:
-    """Check every file, and pack those that can be used. Raises InvalidData when more than 1 % cannot.
+    """Check every file, and pack the usable ones. Raises InvalidData when more than 1 % are unusable.
 
-    `skipped` count among those that cannot; `left_out` are named beside them, however many they are. `remarks` go into the manifest.
+    `skipped` count as unusable files. `left_out` are named with them, but do not count. `remarks` go into the manifest.
     """
     total = len(items)
     threads = min(8, (os.cpu_count() or 1) + 2)
@@ -221,9 +221,9 @@ def pack_items(
 
 
 def _kind_of(folder: Path, files: Sequence[Path], kinds: Sequence[Kind], labels: bool) -> tuple[Kind, set[Path]]:
-    """The kind of most of the files, and those of others. Raises InvalidData without files, and for a mixture.
+    """The kind of most files, and the files of other kinds. Raises InvalidData without files, and for a mixture.
 
-    A file of notes in a folder of images is no mixture: one of another kind is left out, and up to 1 %.
+    A few files of another kind are no mixture (notes in a folder of images): one file, or up to 1 %, is left out.
     """
     found = {kind.name: [path for path in files if _is_of(path, [kind])] for kind in kinds}
     kind = max(kinds, key=lambda kind: len(found[kind.name]))
@@ -239,18 +239,20 @@ def _kind_of(folder: Path, files: Sequence[Path], kinds: Sequence[Kind], labels:
             for kind in kinds
             if found[kind.name]
         )
-        raise InvalidData(f"{folder} is a mixture of {counts}: a data set holds one kind, so move the others elsewhere")
+        raise InvalidData(
+            f"{folder} is a mixture of {counts}: a data set holds one kind; move the others to another folder"
+        )
     return kind, others
 
 
 def _at_one_rate(kept: list[tuple[Item, Checked]], bad: list[str]) -> tuple[list[tuple[Item, Checked]], int]:
-    """The items with the rate that most have, and that rate; the others are added to `bad`."""
+    """The items with the most frequent rate, and that rate; the others are added to `bad`."""
     rates = Counter(checked.rate for _, checked in kept)
     if len(rates) < 2:
         return kept, next(iter(rates), 0)
     rate = max(rates, key=lambda rate: (rates[rate], -rate))
     bad += [
-        f"{item.key}: has {checked.rate} samples a second, and most have {rate}: resample it"
+        f"{item.key}: has {checked.rate} samples a second, but most have {rate}: resample it"
         for item, checked in kept
         if checked.rate != rate
     ]
@@ -264,7 +266,7 @@ def _usable(
     bad: Sequence[str],
     classes: Sequence[str],
 ) -> Array:
-    """The labels of the items to pack. Raises InvalidData when those are too few."""
+    """The labels of the items to pack. Raises InvalidData when too few are usable."""
     count = len(kept) + len(bad)
     if len(bad) > count * BAD_SHARE_LIMIT:
         shown = "; ".join(bad[:5]) + ("; ..." if len(bad) > 5 else "")
@@ -284,7 +286,7 @@ def _checked(kind: Kind, items: Sequence[Item], pool: ThreadPoolExecutor) -> Ite
 
 
 def _check(kind: Kind, item: Item) -> Checked | str:
-    """What it takes in a shard, when it can be used; else why not."""
+    """What a shard needs to know of a usable file; else the reason why it is unusable."""
     try:
         data = item.read()
         return kind.check(data) if data else "an empty file"
@@ -293,7 +295,7 @@ def _check(kind: Kind, item: Item) -> Checked | str:
 
 
 def _shard_file(kind: Kind, item: Item, checked: Checked) -> tuple[str, bytes]:
-    """(suffix, bytes) as in the shard. Raises InvalidData for a file that was changed meanwhile."""
+    """(suffix, bytes) for a shard. Raises InvalidData for a file that has changed since it was checked."""
     try:
         return kind.write(item.read(), checked)
     except (Unusable, OSError, LookupError) as error:
@@ -301,7 +303,7 @@ def _shard_file(kind: Kind, item: Item, checked: Checked) -> tuple[str, bytes]:
 
 
 def _tar(files: Iterator[tuple[str, bytes]], labels: Sequence[int], first: int) -> bytes:
-    """A tar that depends on its items alone: no times, no owners."""
+    """A tar whose bytes depend only on its items: no times, no owners."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
 
@@ -322,22 +324,22 @@ def _is_of(path: Path, kinds: Sequence[Kind]) -> bool:
 
 
 def files_in(folder: Path, kinds: Sequence[Kind]) -> list[Path]:
-    """All below `folder` of these kinds, nested ones too; hidden files and folders are left out."""
+    """All files of these kinds below `folder`, at any depth, without hidden files and folders."""
     return sorted(path for path in _visible(folder) if _is_of(path, kinds) and path.is_file())
 
 
 def _unknown_in(folder: Path, kinds: Sequence[Kind]) -> list[Path]:
-    """The other files below `folder`, hidden ones left out."""
+    """All other files below `folder`, without hidden ones."""
     return sorted(path for path in _visible(folder) if _is_unknown(path, kinds) and path.is_file())
 
 
 def _links_in(folder: Path) -> list[Path]:
-    """Links below `folder` to folders, which might lead round in circles, and to nothing: no file is found by way of them."""
+    """Links below `folder` to folders, or to nothing. They are not followed: they could lead in circles."""
     return sorted(path for path in _visible(folder) if path.is_symlink() and not path.is_file())
 
 
 def _visible(folder: Path) -> Iterator[Path]:
-    """All below `folder`, but hidden files and folders, and what these or links to folders lead to."""
+    """Everything below `folder`, without hidden files and folders and without what is behind these or behind links to folders."""
     return (path for path in folder.rglob("*") if not any(map(_is_hidden, path.relative_to(folder).parts)))
 
 
@@ -347,7 +349,7 @@ def _is_unknown(path: Path, kinds: Sequence[Kind]) -> bool:
 
 
 def _about_files(left_out: Iterable[Path], folder: Path) -> list[str]:
-    """A sentence about files that are not of the set's kind; nothing where there are none."""
+    """A sentence about files of other kinds; none where there are no such files."""
     if not (left_out := sorted(left_out)):
         return []
     suffixes = Counter(path.suffix.lower() or "no suffix" for path in left_out)
@@ -359,11 +361,13 @@ def _about_files(left_out: Iterable[Path], folder: Path) -> list[str]:
 
 
 def _about_links(links: Sequence[Path], folder: Path) -> list[str]:
-    """A sentence about links that were not followed; nothing where there are none."""
+    """A sentence about links that were not followed; none where there are no such links."""
     if not links:
         return []
     names = some([_text(path.relative_to(folder).as_posix()) for path in links])
-    return [f"{counted(len(links), 'link')} to folders or to nothing left out (copy what is to be taken): {names}"]
+    return [
+        f"{counted(len(links), 'link')} to folders or to nothing left out (replace a link by a copy to include its files): {names}"
+    ]
 
 
 def _is_hidden(name: str) -> bool:
@@ -371,11 +375,13 @@ def _is_hidden(name: str) -> bool:
 
 
 def _unread_text(folder: Path, kinds: Sequence[Kind]) -> str:
-    """For an error about a folder without files that can be read: those that are there and cannot be; empty where there are none."""
+    """For an error about a folder without readable files: names those that cannot be read; empty where there are none."""
     found = [path for kind in kinds for path in unread_in(folder, kind)]
     if not found:
         return ""
-    return f"; {len(found)} of others, such as {_text(found[0].name)}, cannot be read: convert them to JPEG or PNG"
+    return (
+        f"; {len(found)} in other formats, such as {_text(found[0].name)}, cannot be read: convert them to JPEG or PNG"
+    )
 
 
 def _item(path: Path, folder: Path, label: int) -> Item:
@@ -383,7 +389,7 @@ def _item(path: Path, folder: Path, label: int) -> Item:
 
 
 def _text(name: str) -> str:
-    """A file's name as text, though it be no UTF-8."""
+    """A file's name as text, even if it is not UTF-8."""
     return os.fsencode(name).decode(errors="replace")
 
 

@@ -1,7 +1,7 @@
-"""Images: the one decoder, which training, `predict`, `infer` and HTTP share, and how they stand in shards.
+"""Images: the only decoder, for training, `predict`, `infer` and HTTP, and the form of images in shards.
 
-The rule (docs/data.md, "Images"): the first frame, as grey, RGB or RGBA of 8 bits; of 16 bits the upper 8; alpha is dropped where
-none is asked for, and not blended; grey of colours is ITU-R 601; neither EXIF orientation nor colour profiles are applied.
+The rule (docs/data.md, "Images"): the first frame, as grey, RGB or RGBA with 8 bits; of 16 bits the upper 8. Alpha is dropped, not
+blended, where the model does not want it. Colours become grey by ITU-R 601. EXIF orientation and colour profiles are ignored.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from potluck.data.packing import Array
 from potluck.wire.messages import ImageOptions
 
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
-"""What is decoded (MPO is JPEG): Pillow knows others, some by way of other programs."""
+"""The formats that are decoded (MPO is JPEG). Pillow knows more, some through other programs."""
 PIXELS_LIMIT = 89_478_485
-"""Of an image as it is in the file: as many as Pillow takes without a word. A file of 60 KB may have twenty times as many, and each
+"""How many pixels an image file may have: Pillow warns above this. A file of 60 KB may have twenty times as many pixels, and each
 takes up to 4 bytes, twice."""
 DEFAULT_SCALE = 1.0 / 255.0
-"""Of pixels, for a model that does not say what its layers expect."""
+"""The factor for pixels where a model does not say what its layers expect."""
 _COPIED_JPEG_MODES = ("L", "RGB")
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
 _TAG_BITS, _TAG_PHOTOMETRIC = 258, 262
-"""Of TIFF 6.0: BitsPerSample, PhotometricInterpretation (0: white is zero)."""
+"""Tags of TIFF 6.0: BitsPerSample, PhotometricInterpretation (0: white is zero)."""
 _BRANDS = {
     b"heic": "HEIC", b"heix": "HEIC", b"heim": "HEIC", b"heis": "HEIC", b"hevc": "HEIC", b"hevx": "HEIC",
     b"mif1": "HEIF", b"msf1": "HEIF", b"avif": "AVIF", b"avis": "AVIF", b"crx ": "CR3",
@@ -48,9 +48,9 @@ _UNREAD = {
     b"v/1\x01": "OpenEXR",
     b"\x00\x00\x01\x00": "ICO",
 }
-"""How files of images begin that are not decoded."""
+"""First bytes of image formats that are not decoded."""
 CONVERT = "files cannot be read: convert it to JPEG or PNG"
-"""What to do with an image of these."""
+"""What to do with an image in such a format."""
 _UNDECODABLE = (
     OSError,
     ValueError,
@@ -63,25 +63,25 @@ _UNDECODABLE = (
     struct.error,
     zlib.error,
 )
-"""What Pillow's decoders raise for damaged files."""
+"""Errors of Pillow's decoders for damaged files."""
 
 
 def tensor(data: bytes, options: ImageOptions, *, whole: bool = False) -> Array:
-    """float32 of (height, width, channels): the pixels, resized bilinearly without smoothing, times `scale`.
+    """float32 of shape (height, width, channels): the pixels, resized bilinearly without smoothing, times `scale`.
 
-    `whole` rounds them, for an input of whole numbers. `options.scale` must be known. Raises Unusable.
+    `whole` rounds the values, for an input of whole numbers. `options.scale` must be known. Raises Unusable.
     """
     found = resized(pixels(data, options.channels), options.height, options.width)
     found = found.astype(np.float32, copy=False)
     if options.scale is None:
-        raise ValueError("what pixels are multiplied by is not known")
+        raise ValueError("the scale of the pixels is unknown")
     if options.scale != 1.0:
         found = found * np.float32(options.scale)
     return np.rint(found) if whole else found
 
 
 def pixels(data: bytes, channels: int, limit: int = PIXELS_LIMIT) -> Array:
-    """uint8 of (height, width, `channels`). Raises Unusable, also for more than `limit` pixels."""
+    """uint8 of shape (height, width, `channels`). Raises Unusable, also for more than `limit` pixels."""
     with _opened(data, limit) as image:
         plain = _plain(image)
         mode = _MODES[channels]
@@ -90,13 +90,13 @@ def pixels(data: bytes, channels: int, limit: int = PIXELS_LIMIT) -> Array:
 
 
 def resized(found: Array, height: int, width: int) -> Array:
-    """Bilinear with pixel centres at one half, as `tf.image.resize` does it without antialias; as it is where the size is right."""
+    """Resize bilinearly with pixel centres at one half, as `tf.image.resize` without antialias; returns an image of the right size as it is."""
     if found.shape[:2] == (height, width):
         return found
     channels = found.shape[2]
     top, bottom, down = _places(found.shape[0], height)
     left, right, along = _places(found.shape[1], width)
-    # Rows whole, and then single values of them: three times as quick as by row and column at once.
+    # First along whole rows, then along single values: three times as fast as both axes at once.
     rows = found.reshape(len(found), -1)
     first, second = ((place[:, None] * channels + np.arange(channels)).ravel() for place in (left, right))
     share = np.repeat(along, channels)
@@ -108,7 +108,7 @@ def resized(found: Array, height: int, width: int) -> Array:
 
 
 def check(data: bytes) -> Checked:
-    """Decodes it wholly. Raises Unusable."""
+    """Decode an image completely. Raises Unusable."""
     with _opened(data) as image:
         plain = _plain(image)
         suffix = _suffix(image)
@@ -116,7 +116,7 @@ def check(data: bytes) -> Checked:
 
 
 def write(data: bytes, checked: Checked) -> tuple[str, bytes]:
-    """(suffix, bytes) as in a shard. Raises Unusable."""
+    """(suffix, bytes) for a shard. Raises Unusable."""
     if checked.suffix:
         return checked.suffix, data
     with _opened(data) as image:
@@ -126,7 +126,7 @@ def write(data: bytes, checked: Checked) -> tuple[str, bytes]:
 
 
 def unread_format(data: bytes) -> str | None:
-    """What people call the format of an image that is not decoded, by its first bytes; None for all others."""
+    """The name of an image format that is not decoded, by its first bytes; None for any other file."""
     if data[4:8] == b"ftyp":
         return _BRANDS.get(bytes(data[8:12]))
     if data.lstrip()[:1] == b"<" and b"<svg" in data[:1024]:
@@ -136,7 +136,7 @@ def unread_format(data: bytes) -> str | None:
 
 @contextmanager
 def _opened(data: bytes, limit: int = PIXELS_LIMIT) -> Iterator[Image.Image]:
-    """An image whose pixels can be read. Raises Unusable for what Pillow raises within, and by its header for one that is too large."""
+    """An open image whose pixels can be read. Raises Unusable for Pillow's errors inside the block, and at once for too many pixels."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.width * image.height > limit:
@@ -148,7 +148,10 @@ def _opened(data: bytes, limit: int = PIXELS_LIMIT) -> Iterator[Image.Image]:
     except UnidentifiedImageError as error:
         format = unread_format(data)
         raise Unusable(f"{format} {CONVERT}" if format else "not an image") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # before we could ask for its size
+    except (
+        Image.DecompressionBombError,
+        Image.DecompressionBombWarning,
+    ) as error:  # raised before we can ask for the size
         found = re.search(r"\d+", str(error))
         raise _too_many(found[0] if found else "too many", limit) from error
     except _UNDECODABLE as error:
@@ -156,15 +159,15 @@ def _opened(data: bytes, limit: int = PIXELS_LIMIT) -> Iterator[Image.Image]:
 
 
 def _too_many(pixels: str, limit: int) -> Unusable:
-    return Unusable(f"it has {pixels} pixels, and {limit} are decoded at most: make it smaller")
+    return Unusable(f"it has {pixels} pixels, but at most {limit} are decoded: make it smaller")
 
 
 def _plain(image: Image.Image) -> Image.Image:
-    """The first frame as L, RGB or RGBA: what any number of channels is made of. Written as a PNG it gives the same again."""
+    """The first frame as L, RGB or RGBA, from which any number of channels is made. Writing it as PNG and reading it keeps it equal."""
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         return _of_16_bits(image)
     if image.mode in ("I", "F"):
-        raise Unusable("nothing says which of its values is white: write it with 8 or 16 bits without a sign")
+        raise Unusable("its range from black to white is unknown: save it with unsigned 8 or 16 bits")
     if image.mode in _ALPHA_MODES or "transparency" in image.info:
         mode = "RGBA"
     else:
@@ -173,7 +176,7 @@ def _plain(image: Image.Image) -> Image.Image:
 
 
 def _of_16_bits(image: Image.Image) -> Image.Image:
-    """Grey of 12 or 16 bits by the upper 8 of each, as libpng's `png_set_strip_16` has it, and so TensorFlow and Keras."""
+    """Grey of 12 or 16 bits by its upper 8 bits, like libpng's `png_set_strip_16`, and so like TensorFlow and Keras."""
     tags = getattr(image, "tag_v2", {})
     bits = int(tags.get(_TAG_BITS, (16,))[0])
     values = np.asarray(image).astype(np.int32) >> (bits - 8)
@@ -183,14 +186,14 @@ def _of_16_bits(image: Image.Image) -> Image.Image:
 
 
 def _suffix(image: Image.Image) -> str:
-    """The suffix under which the file stands in a shard as it is; empty if it is written anew, so that any program can read it there."""
+    """The suffix for a file that goes into a shard as it is; empty if it is encoded again, so that any program can read it."""
     if image.format == "PNG":
         return "png"
     return "jpg" if image.format in ("JPEG", "MPO") and image.mode in _COPIED_JPEG_MODES else ""
 
 
 def _check_png(data: bytes) -> None:
-    """Raises ValueError for what Pillow takes though it is damaged: a wrong CRC, or no end (PNG specification, 5.3)."""
+    """Raises ValueError for damage that Pillow accepts: a wrong CRC, or no end (PNG specification, 5.3)."""
     view = memoryview(data)
     place, kind = 8, b""
     while kind != b"IEND":
@@ -203,7 +206,7 @@ def _check_png(data: bytes) -> None:
 
 
 def _places(before: int, after: int) -> tuple[Array, Array, Array]:
-    """Of each pixel after resizing along an axis: the two that it lies between, and its share of the second."""
+    """For each pixel after resizing along an axis: the two pixels that it lies between, and the share of the second."""
     at = (np.arange(after, dtype=np.float32) + np.float32(0.5)) * np.float32(before / after) - np.float32(0.5)
     low = np.floor(at)
     return (

@@ -1,4 +1,4 @@
-"""The order of items in a data set, and where its shards are cut. Pure."""
+"""The order of items in a data set, and where it is cut into shards. Pure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from potluck.wire.messages import SHARDS_LIMIT
 SHARDS_WANTED = 32
 """Small sets are cut into this many shards, so that several nodes can share them by speed."""
 ITEMS_WANTED = 16
-"""But a shard has at least so many items, where there are that many."""
+"""A shard has at least this many items, if the set has them."""
 
 
 def shuffled(labels: np.ndarray[Any, Any] | None, count: int, seed: int) -> np.ndarray[Any, Any]:
@@ -32,7 +32,7 @@ def shuffled(labels: np.ndarray[Any, Any] | None, count: int, seed: int) -> np.n
 
 
 def cuts(sizes: Sequence[int] | np.ndarray[Any, Any], shard_bytes: int) -> list[tuple[int, int]]:
-    """(start, stop) of shards over items of `sizes` bytes: equal in bytes, up to about `shard_bytes` each, or SHARDS_LIMIT of them."""
+    """(start, stop) of shards over items of `sizes` bytes: equal in bytes, each up to about `shard_bytes`, or SHARDS_LIMIT of them."""
     ends = np.cumsum(np.asarray(sizes, np.float64))
     count = len(ends)
     if not count:
@@ -45,9 +45,9 @@ def cuts(sizes: Sequence[int] | np.ndarray[Any, Any], shard_bytes: int) -> list[
 
 
 def passes(count: int, seed: int, skip: int = 0) -> Iterator[int]:
-    """Item numbers for training, pass after pass without an end, each in an order of its own; the first `skip` are left out.
+    """Item numbers for training, pass after pass without end, each pass in its own order; leaves out the first `skip`.
 
-    The same on every machine, so members that take steps together need not tell each other what comes next.
+    The order is the same on every machine, so nodes that take steps together need not tell each other what comes next.
     """
     number, first = divmod(skip, count)
     while True:

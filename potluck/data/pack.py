@@ -1,7 +1,7 @@
 """Packs a data set into content-addressed shards, each with about the class mixture of the whole.
 
-What may be packed: a folder of class folders with images, texts or recordings, `.npz`, `.npy`, `.csv`, Parquet and TFRecord
-files, and arrays in memory.
+Accepts a folder of class folders with images, texts or recordings, `.npz`, `.npy`, `.csv`, Parquet and TFRecord files, and arrays
+in memory.
 The formats of shards are those of `potluck.wire.messages.DataFormat`; docs/data.md describes them for other programs.
 """
 
@@ -22,7 +22,7 @@ from potluck.wire.messages import BlobRef, Dataset
 
 SHARD_BYTES = 8 * 2**20
 FILES = (images.KIND, texts.KIND, audio.KIND)
-"""What class folders may hold."""
+"""The kinds of files that class folders may hold."""
 Progress = Callable[[int, int], None]
 
 
@@ -41,16 +41,16 @@ def pack(
 ) -> Dataset:
     """Write the shards of `source` to `store`; the same input gives the same shards.
 
-    `target` names the array, column or feature to learn, or several arrays or columns: one for each output of a model.
-    `sample_weight` names the array or column with the weight of each item in the loss. `shuffle` spreads the classes over all shards; without it the
-    input's order is kept. `labels` False takes all files in and below a folder without classes, for prediction. `progress` gets
-    (items done, items in all). Raises InvalidData, saying what is wrong with which file, row or array; DiskFull.
+    `target` names the array, column or feature to learn, or several: one for each output of a model. `sample_weight` names the array or
+    column with the weight of each item in the loss. `shuffle` spreads the classes over all shards; without it, items keep the input's
+    order. `labels` False, for prediction, takes all files in and below a folder, without classes. `progress` gets
+    (items done, items in all). Raises InvalidData, naming the file, row or array that is wrong; DiskFull.
     """
     pinned: list[str] = []
 
     def put(data: bytes) -> BlobRef:
         ref = store.put_bytes(data)
-        store.pin(ref.sha256)  # or a later shard might push it out
+        store.pin(ref.sha256)  # a later shard could make the store evict it
         pinned.append(ref.sha256)
         return ref
 
@@ -65,7 +65,7 @@ def pack(
 
 
 def roles(source: Path | Mapping[str, Any], target: Target = None) -> Roles | None:
-    """What was packed, by its names; None for a source that has no such, as TFRecords and folders of files."""
+    """What was packed, by name; None for a source without names, such as TFRecords and folders of files."""
     if isinstance(source, Mapping):
         return Roles("arrays", tuple(source), arrays.target_arrays(tuple(source), target), arrays.TARGET_NAMES)
     source = Path(source)
@@ -95,8 +95,10 @@ def _pack_path(source: Path, target: Target, sample_weight: str | None, labels: 
             taken = {*records, *parts}
             beside = sorted(path.name for path in source.iterdir() if path not in taken and path.name[0] not in "._")
         if records and parts:
-            raise InvalidData(f"{source} has TFRecord and Parquet files: a data set is of one kind, so move the others")
-        about = [f"{len(beside)} beside the files of data, left out: {some(beside)}"] if beside else []
+            raise InvalidData(
+                f"{source} has TFRecord and Parquet files: a data set holds one kind; move the others to another folder"
+            )
+        about = [f"{len(beside)} beside the data files left out: {some(beside)}"] if beside else []
         if parts:
             table = parquet.read(parts, target, sample_weight)
             return _pack_table(replace(table, remarks=(*table.remarks, *about)), packing)
@@ -114,7 +116,7 @@ def _pack_path(source: Path, target: Target, sample_weight: str | None, labels: 
     if suffix in tfrecords.SUFFIXES or ".tfrecord-" in source.name:
         return tfrecords.pack([source], _only_target(source, target, sample_weight), packing)
     raise InvalidData(
-        f"{source} is not a data set that can be packed: give a folder of class folders with images, texts or "
+        f"{source} cannot be packed as a data set: give a folder of class folders with images, texts or "
         "recordings, an .npz, .npy, .csv or .parquet file, or TFRecords"
     )
 
@@ -127,8 +129,8 @@ def _pack_table(table: tables.Table, packing: Packing) -> Dataset:
 
 
 def _only_target(source: Path, target: Target, sample_weight: str | None) -> str | None:
-    """The target of a kind of data that has one at most, and no weights. Raises InvalidData."""
+    """The target, for data with at most one target and no weights. Raises InvalidData for more."""
     if sample_weight is not None or len(target_names(target)) > 1:
         what = "weights of items are" if sample_weight is not None else "several targets are"
-        raise InvalidData(f"{source}: {what} read from .npz, tables and arrays only: make it one of these")
+        raise InvalidData(f"{source}: {what} read only from .npz, tables and arrays: save the data as one of these")
     return next(iter(target_names(target)), None)

@@ -1,4 +1,4 @@
-"""What packing is the same for every source: where shards go, in which order, how large, and who is told."""
+"""What is the same for every source when packing: order, size and place of shards, and progress."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from potluck.wording import be, counted
 
 Array = np.ndarray[Any, Any]
 Target = str | Sequence[str] | None
-"""The name of what is to be learned, or several of them; None: what has one of the usual names."""
+"""The name of the target, or several names; None: the source's part with a usual name."""
 WEIGHT_NAME = "sample_weight"
-"""The name of what holds the weights of the items in the loss, when none is named."""
+"""The usual name of the items' weights in the loss, when the user names none."""
 _NAMED = 5
 NAME_LIMIT = 500
-"""Signs that are kept of what is said of an item that was left out."""
+"""How many characters of a skipped item's description are kept."""
 CLASSES_LIMIT = 10_000
-"""More classes than that are taken for something else than classes."""
+"""More different labels than this are not taken for classes."""
 
 
 @dataclass(frozen=True)
 class Roles:
-    """What a source has, for errors: its `what` ("columns", "arrays") by `names`, those of them that are the target, and `usual`, the
-    names by which a target is known when none is named.
+    """The parts of a source, for errors: `what` they are ("columns", "arrays"), their `names`, which of them are `targets`, and the
+    `usual` names of targets.
     """
 
     what: str
@@ -52,11 +52,11 @@ class Packing:
     shard_bytes: int
 
     def order(self, labels: Array | None, count: int) -> Array:
-        """Indexes of the items in the order in which they are packed."""
+        """Indexes of the items in packing order."""
         return shuffled(labels, count, self.seed) if self.shuffle else np.arange(count)
 
     def cuts(self, sizes: Sequence[int] | Array) -> list[tuple[int, int]]:
-        """(start, stop) of each shard, for the sizes in bytes of items in packing order."""
+        """(start, stop) of each shard, from the sizes in bytes of the items in packing order."""
         return cuts(sizes, self.shard_bytes)
 
     def dataset(
@@ -68,7 +68,7 @@ class Packing:
         skipped: Sequence[str] = (),
         remarks: Sequence[str] = (),
     ) -> Dataset:
-        """The manifest. `keys` in packing order; `labels` are class indexes of all items in any order, where they have classes."""
+        """The manifest. `keys` are in packing order; `labels` are the class indexes of all items in any order, None without classes."""
         counts: tuple[int, ...] = ()
         if format.classes and labels is not None:
             counts = tuple(np.bincount(labels[labels >= 0], minlength=len(format.classes)).tolist())
@@ -85,7 +85,7 @@ class Packing:
 
 
 def remarks(dataset: Dataset) -> tuple[str, ...]:
-    """Sentences about all that packing left out, and what whoever gave the data may not have meant: what users are told."""
+    """Sentences for users: what packing left out, and what the user may not have meant."""
     skipped = dataset.skipped
     if not skipped:
         return dataset.remarks
@@ -97,29 +97,29 @@ def remarks(dataset: Dataset) -> tuple[str, ...]:
 
 
 def some(names: Sequence[str]) -> str:
-    """For people: the first of them."""
+    """The first few names, for people."""
     return ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
 
 
 def target_names(target: Target) -> tuple[str, ...]:
-    """The names of a target: none where it is None."""
+    """The names of a target; empty for None."""
     return (target,) if isinstance(target, str) else tuple(dict.fromkeys(target or ()))
 
 
 def check_class_names(classes: Sequence[str], what: str) -> None:
-    """Raises InvalidData where they do not go into a lease and a listing; `what` has them."""
+    """Raises InvalidData where the names are too long for a lease and a listing; `what` has the classes."""
     if (size := sum(len(name.encode()) for name in classes)) > CLASS_NAMES_LIMIT_BYTES:
         raise InvalidData(
-            f"{what}: the names of the {len(classes)} classes have {size} bytes, {CLASS_NAMES_LIMIT_BYTES} are allowed: "
+            f"{what}: the names of the {len(classes)} classes have {size} bytes, but only {CLASS_NAMES_LIMIT_BYTES} are allowed: "
             "give them shorter names, or numbers"
         )
 
 
 def class_indexes(texts: Sequence[str], what: str) -> tuple[Array, tuple[str, ...]]:
-    """(index of each text, the classes in the order of the alphabet). Raises InvalidData for too many; `what` names them."""
+    """(index of each text, the classes in alphabetical order). Raises InvalidData for too many classes; `what` has them."""
     classes = tuple(sorted(set(texts)))
     if len(classes) > CLASSES_LIMIT:
-        raise InvalidData(f"{what} has {len(classes)} different texts (first: {classes[0]!r}): these are no classes")
+        raise InvalidData(f"{what} has {len(classes)} different texts (first: {classes[0]!r}): these cannot be classes")
     check_class_names(classes, what)
     index_of = {label: index for index, label in enumerate(classes)}
     return np.fromiter((index_of[text] for text in texts), np.int64, len(texts)), classes
@@ -127,7 +127,7 @@ def class_indexes(texts: Sequence[str], what: str) -> tuple[Array, tuple[str, ..
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Raises InvalidData, naming the file, for an OSError within."""
+    """Turns an OSError in the block into InvalidData that names the file."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Parquet files as tables, with pyarrow: what becomes of columns is the same as for CSV."""
+"""Parquet files as tables, with pyarrow. Columns are treated as in CSV."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from potluck.wording import counted
 SUFFIXES = frozenset({".parquet"})
 BATCH_ROWS = 65_536
 READ_BYTES = 1 << 20
-"""So much of a column is read from the file at once."""
+"""How many bytes of a column are read from the file at once."""
 _PANDAS_INDEX = re.compile(r"__index_level_\d+__")
 
 
 class _Pandas(msgspec.Struct):
-    """What pandas writes beside a table."""
+    """The metadata that pandas adds to a table."""
 
     index_columns: list[str | dict[str, Any]] = []
 
 
 def files_in(folder: Path) -> list[Path]:
-    """Parquet files directly in `folder`, in the order of their names: the parts of one table."""
+    """Parquet files directly in `folder`, ordered by name: the parts of one table."""
     return sorted(
         path
         for path in folder.iterdir()
@@ -41,15 +41,17 @@ def files_in(folder: Path) -> list[Path]:
 
 
 def read(files: Sequence[Path], target: Target, sample_weight: str | None = None) -> Table:
-    """The rows of all files, one after the other.
+    """The rows of all files, one file after the other.
 
-    Memory holds the table as float32, and one batch of rows beside it. Raises InvalidData, naming file, row (from 1) and
-    column: for columns that are not numbers, missing, infinite or not-a-number values, files whose columns differ, and
-    damaged ones; and where pyarrow is missing.
+    Needs memory for the table as float32 and one batch of rows. Raises InvalidData, naming file, row (from 1) and column: for columns
+    that are not numbers; for missing, infinite or not-a-number values; for files with different columns; for damaged files; and where
+    pyarrow is not installed.
     """
     wanted = (*target_names(target), *([sample_weight] if sample_weight else []))
     names, index, rows = _described(files[0], wanted)
-    if len(index) == 1 and {*wanted, *target_columns(names, target)}.issuperset(names):  # what else should it be?
+    if len(index) == 1 and {*wanted, *target_columns(names, target)}.issuperset(
+        names
+    ):  # no other column is left to be the input
         wanted = (*wanted, *index)
         names, index, rows = _described(files[0], wanted)
     check_width(files[0], len(names))
@@ -61,13 +63,13 @@ def read(files: Sequence[Path], target: Target, sample_weight: str | None = None
     if not rows:
         raise InvalidData(f"{files[0]} has no rows")
     table = table_of(files[0], _ParquetColumns(files, names, rows), target, sample_weight)
-    remarks = [f"column {name!r} is left out as the index that pandas wrote" for name in index]
+    remarks = [f"column {name!r} is left out: it is the index that pandas wrote" for name in index]
     return replace(table, remarks=(*table.remarks, *remarks))
 
 
 @dataclass(frozen=True)
 class _ParquetColumns:
-    """`rows` is what the files say: they are not trusted to have so many."""
+    """`rows` is what the files claim; they may be wrong."""
 
     files: Sequence[Path]
     names: Sequence[str]
@@ -104,13 +106,13 @@ class _ParquetColumns:
                 parts.append(_numbers(where, f"the target {name!r}", first, column))
         if len({part.dtype.kind == "O" for part in parts}) > 1:
             raise InvalidData(
-                f"{self.files[0].parent}: the target {name!r} is text in some files, and numbers in others"
+                f"{self.files[0].parent}: the target {name!r} is text in some files and numbers in others"
             )
         return np.concatenate(parts)
 
     def _batches(self, names: Sequence[str]) -> Iterator[tuple[str, int, Any]]:
-        """(file, number of the first row, rows) of each batch that has any, with these columns at least."""
-        # A name with a dot would stand for what is nested in another column.
+        """(file, number of the first row, rows) of each batch that has rows, with at least these columns."""
+        # pyarrow would read a name with a dot as a part of a nested column.
         columns = None if any("." in name for name in names) else list(names)
         done = 0
         for path in self.files:
@@ -128,12 +130,12 @@ class _ParquetColumns:
 
 
 def names_in(path: Path) -> tuple[str, ...]:
-    """The columns of a file that was read before."""
+    """The columns of a file that can be read."""
     return tuple(_described(path)[0])
 
 
 def _described(path: Path, wanted: Sequence[str] = ()) -> tuple[list[str], list[str], int]:
-    """(its columns; those that are an index which pandas wrote beside them, but `wanted` ones; how many rows it says it has)."""
+    """(its columns; those of them that pandas wrote as an index and that are not `wanted`; the number of rows that it claims)."""
     with _opened(path) as file:
         named = _named_index(file.schema_arrow.metadata or {})
         index = [
@@ -146,16 +148,16 @@ def _described(path: Path, wanted: Sequence[str] = ()) -> tuple[list[str], list[
 
 
 def _named_index(metadata: Mapping[bytes, bytes]) -> list[str]:
-    """The columns that pandas says are its index; a range of numbers, which it describes in their place, has none."""
+    """The columns that pandas names as its index. A range of numbers is only described there, and has no column."""
     try:
         found = msgspec.json.decode(metadata.get(b"pandas", b"{}"), type=_Pandas)
-    except msgspec.MsgspecError:  # another program's
+    except msgspec.MsgspecError:  # another program wrote it
         return []
     return [column for column in found.index_columns if isinstance(column, str)]
 
 
 def _decoded(column: Any) -> Any:
-    """A column of categories as their values."""
+    """A column of categories as its values."""
     import pyarrow as pa
 
     return column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
@@ -166,7 +168,7 @@ def _is_text(pa: Any, kind: Any) -> bool:
 
 
 def _numbers(where: str, name: str, first: int, column: Any) -> Array:
-    """A column's numbers without missing ones; `first` is the number of its first row. Raises InvalidData."""
+    """A column's numbers, none missing; `first` is the number of its first row. Raises InvalidData."""
     import pyarrow as pa
     from pyarrow import compute
 
@@ -178,23 +180,23 @@ def _numbers(where: str, name: str, first: int, column: Any) -> Array:
         column = column.cast(pa.float64())
     elif not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
         raise InvalidData(
-            f"{where}: {name} holds {kind}, not numbers: leave the column out, write numbers for it, or name it as the target (--target) where it is the class"
+            f"{where}: {name} holds {kind}, not numbers: leave the column out, write numbers for it, or name it as the target (--target) if it is the class"
         )
     found: Array = column.to_numpy(zero_copy_only=False)
     return found
 
 
 def _float32(where: str, name: str, first: int, column: Any) -> Array:
-    """The same as float32. Raises InvalidData, also for what that does not hold."""
+    """A column's numbers as float32. Raises InvalidData, also for numbers too large for float32."""
     numbers = _numbers(where, name, first, column)
-    with np.errstate(over="ignore"):  # found below
+    with np.errstate(over="ignore"):  # checked below
         found = numbers.astype(np.float32)
     bad = ~np.isfinite(found)
     if bad.any():
         row = int(bad.argmax())
         if np.isnan(numbers[row]):
             raise _missing(where, first + row, name)
-        raise InvalidData(f"{where}, row {first + row}: {name} is {numbers[row]}, which is more than float32 holds")
+        raise InvalidData(f"{where}, row {first + row}: {name} is {numbers[row]}, which is too large for float32")
     return found
 
 
@@ -204,7 +206,7 @@ def _missing(where: str, row: int, name: str) -> InvalidData:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """A `pyarrow.parquet.ParquetFile`. Raises InvalidData, naming the file, for what pyarrow raises within."""
+    """A `pyarrow.parquet.ParquetFile`. Raises InvalidData, naming the file, for pyarrow's errors in the block."""
     try:
         import pyarrow as pa
         from pyarrow import parquet

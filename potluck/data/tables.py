@@ -1,4 +1,4 @@
-"""Tables as arrays: numeric columns are one input `x`, the target column is `y`. CSV files (RFC 4180, with a header) are read here."""
+"""Tables as arrays: numeric columns become one input `x`, the target column becomes `y`. Reads CSV files (RFC 4180, with a header)."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from potluck.errors import InvalidData
 from potluck.wording import counted
 
 TARGET_NAMES = ("y", "target", "label", "class")
-"""Columns that are taken for the target when none is named, in any case of letters."""
+"""Usual names of the target column, in any case: used when the user names none."""
 COLUMNS_LIMIT = 100_000
-"""Of a table: genes are 60,000, and each column takes time of its own. What has more is an array, and can be given as one."""
+"""How many columns a table may have: genes are 60,000, and each column takes time. Wider data can be given as one array."""
 _INDEX = re.compile(r"(Unnamed: \d+(\.\d+)*)?")
-"""A column without a name, and what pandas calls it when it reads it, also several of them."""
+"""A column without a name, or one that pandas named so because it had none; pandas repeats the number for several."""
 _BOOLEANS = {"true": 1.0, "false": 0.0}
-"""As pandas and Parquet have them, in any case of letters."""
+"""As pandas and Parquet write them, in any case."""
 _LISTED = 100
-"""Columns that an error names."""
+"""How many columns an error names."""
 _NONE = -1.0
 _WHOLE_LIMIT = 2.0**53
-"""Up to here float64 holds every whole number."""
+"""Up to here float64 represents every whole number exactly."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """`columns` are `x`, with a target `y` (several targets have their columns' names), and with weights `sample_weight`.
+    """`columns` become `x`, the target `y` (several targets keep their columns' names), and the weights `sample_weight`.
 
-    `classes` where the target was text. `remarks`: sentences about columns that were left out.
+    `classes`: where the target was text. `remarks`: sentences about columns that were left out.
     """
 
     columns: dict[str, Array]
@@ -47,7 +47,7 @@ class Table:
 
 
 class Columns(Protocol):
-    """The columns of a table as its file has them; both methods raise InvalidData, naming row and column."""
+    """The columns of a table in a file; both methods raise InvalidData, naming row and column."""
 
     @property
     def names(self) -> Sequence[str]: ...
@@ -56,17 +56,17 @@ class Columns(Protocol):
         """float32 of shape (rows, len(names)), all finite."""
 
     def target(self, name: str) -> Array:
-        """Numbers, all finite, or texts as objects, none missing."""
+        """Numbers, all finite, or texts as objects; none missing."""
 
 
 def table_of(path: Path, columns: Columns, target: Target, sample_weight: str | None = None) -> Table:
-    """A target of text becomes class indexes in the order of the alphabet; whole numbers become int64, others float32.
+    """The table of a file. A text target becomes class indexes in alphabetical order; whole numbers become int64, others float32.
 
-    Raises InvalidData: no such target, nothing beside it, a name twice, and what `columns` raises.
+    Raises InvalidData: no such target, no other column, a name used twice, and the errors of `columns`.
     """
     names = columns.names
     wanted = {*target_names(target), sample_weight}
-    # The first columns, as far as they are an index: without a name, or with the one that pandas gives such when it reads them.
+    # Index columns come first: columns without a name, or with the name that pandas gives to a column without one.
     index = list(takewhile(lambda name: _INDEX.fullmatch(name) and name not in wanted, names))
     rest = names[len(index) :]
     if len(set(rest)) != len(rest):
@@ -80,10 +80,10 @@ def table_of(path: Path, columns: Columns, target: Target, sample_weight: str | 
         raise InvalidData(f"{path} has no column {sample_weight!r}: its columns are {listed(names)}")
     weight = sample_weight or (WEIGHT_NAME if targets and WEIGHT_NAME in names else None)
     inputs = [name for name in rest if name not in targets and name != weight]
-    if not inputs and len(index) == 1:  # there is nothing else that it could be
+    if not inputs and len(index) == 1:  # no other column is left to be the input
         inputs, index = index, []
     if not inputs:
-        raise InvalidData(f"{path} has no columns beside the target {', '.join(map(repr, targets))}")
+        raise InvalidData(f"{path} has no columns besides the target {', '.join(map(repr, targets))}")
     several = len(targets) > 1
     x = next(name for name in ("x", "inputs", "potluck.x") if not several or name not in targets)
     found, classes = {x: columns.floats(inputs)}, tuple[str, ...]()
@@ -95,58 +95,62 @@ def table_of(path: Path, columns: Columns, target: Target, sample_weight: str | 
             )
             found[name if several else "y"] = values.astype(np.int64 if whole else np.float32)
         elif several:
-            raise InvalidData(f"{path}: the target {name!r} is text, and there are {len(targets)}: number its classes")
+            raise InvalidData(
+                f"{path}: the target {name!r} is text, and there are {len(targets)} targets: with several targets, classes must be numbers"
+            )
         else:
             found["y"], classes = class_indexes(values.tolist(), f"{path}: the target {name!r}")
     if weight is not None:
         found[WEIGHT_NAME] = columns.floats([weight])[:, 0]
     remarks = (
-        (f"{_first(index)} left out as an index, such as pandas writes: name it if it is an input",) if index else ()
+        (f"{_first(index)} left out as an index, such as pandas writes: give it a name if it is an input",)
+        if index
+        else ()
     )
     learnt: Target = targets if several else "y" if targets else None
     return Table(found, learnt, classes, WEIGHT_NAME if weight is not None else None, remarks)
 
 
 def _first(names: Sequence[str]) -> str:
-    """For people: the first columns, and what these are."""
+    """The first columns, as the beginning of a sentence."""
     shown = ", ".join(map(repr, names))
     return f"the first column, {shown}, is" if len(names) == 1 else f"the first {len(names)} columns, {shown}, are each"
 
 
 def check_width(path: Path, columns: int) -> None:
-    """Raises InvalidData for a table that is too wide."""
+    """Raises InvalidData for a table with too many columns."""
     if columns > COLUMNS_LIMIT:
         raise InvalidData(
-            f"{path} has {columns} columns, and a table has {COLUMNS_LIMIT} at most: save what is this wide as an array (.npy, .npz)"
+            f"{path} has {columns} columns, but a table may have at most {COLUMNS_LIMIT}: save data this wide as an array (.npy, .npz)"
         )
 
 
 def listed(names: Sequence[str]) -> str:
-    """Names of columns for an error: the first of them, where there are very many."""
+    """Names of columns for an error; of very many only the first."""
     return ", ".join(name or "(no name)" for name in names[:_LISTED]) + (
         f", ... ({len(names)} in all)" if len(names) > _LISTED else ""
     )
 
 
 def target_columns(names: Sequence[str], target: Target) -> tuple[str, ...]:
-    """Those that are named, else the first that has a usual name."""
+    """The named targets, else the first column with a usual name."""
     return target_names(target) or tuple([name for name in names if name.lower() in TARGET_NAMES][:1])
 
 
 def names_in(path: Path) -> tuple[str, ...]:
-    """The columns of a CSV file that was read before."""
+    """The columns of a CSV file that can be read."""
     with path.open(newline="", encoding="utf-8-sig") as file:
         return _header(csv.reader(file, strict=True))
 
 
 def read_csv(path: Path, target: Target, sample_weight: str | None = None) -> Table:
-    """Raises InvalidData, naming line and column: for text, missing, infinite or not-a-number values, and for ragged lines."""
+    """The table of a CSV file. Raises InvalidData, naming line and column: text, missing, infinite or not-a-number values, ragged lines."""
     return table_of(path, _CsvColumns(path, *_read(path)), target, sample_weight)
 
 
 @dataclass(frozen=True)
 class _CsvColumns:
-    """`lines` has the line at which each row ends."""
+    """`lines`: the line of the file at which each row ends."""
 
     path: Path
     names: Sequence[str]
@@ -155,15 +159,17 @@ class _CsvColumns:
 
     def floats(self, names: Sequence[str]) -> Array:
         found = np.empty((len(self.rows), len(names)), np.float32)
-        indexes = {name: index for index, name in reversed(list(enumerate(self.names)))}  # the first of several
+        indexes = {
+            name: index for index, name in reversed(list(enumerate(self.names)))
+        }  # of several columns with one name, the first
         for place, name in enumerate(names):
             index = indexes[name]
             values = _numbers([row[index] for row in self.rows])
-            with np.errstate(over="ignore"):  # found below
+            with np.errstate(over="ignore"):  # checked below
                 found[:, place] = values
             bad = np.flatnonzero(~np.isfinite(found[:, place])).tolist()
             if bad:
-                # Among booleans it is the odd one that is wrong, not the first of them.
+                # In a column of booleans, the value that is none is wrong, not the first one.
                 row = next((row for row in bad if not _is_boolean(self.rows[row][index])), bad[0])
                 raise InvalidData(
                     f"{self.path}, line {self.lines[row]}: column {name!r} {_fault(self.rows[row][index], name)}"
@@ -198,7 +204,7 @@ def _read(path: Path) -> tuple[list[str], list[list[str]], list[int]]:
     if not header or not rows:
         raise InvalidData(f"{path} needs a header line and at least one row")
     if len(header) == 1 and any(sign in header[0] for sign in ";\t|"):
-        raise InvalidData(f"{path}: its columns are not separated by commas: write it anew with ','")
+        raise InvalidData(f"{path}: its columns are not separated by commas: save it again with ','")
     if np.isfinite(_numbers(header)).all():
         raise InvalidData(f"{path} has no header: its first line must name the columns")
     for row, line in zip(rows, lines, strict=True):
@@ -212,7 +218,7 @@ def _header(reader: Iterator[list[str]]) -> tuple[str, ...]:
 
 
 def _numbers(texts: Sequence[str]) -> Array:
-    """Numbers as float64; nan for what is none. Where all are booleans, 0 and 1."""
+    """Numbers as float64, nan for a text that is no number. Where all texts are booleans: 0 and 1."""
     try:
         return np.asarray([float(text) for text in texts], np.float64)
     except ValueError:
@@ -239,5 +245,5 @@ def _fault(text: str, name: str) -> str:
     if _is_missing(text):
         return "has no value: fill it in, or leave the row out"
     if np.isnan(_number(text)):
-        return f"is {text!r}, not a number: leave the column out, write numbers for it, or name it as the target (--target {shlex.quote(name)}) where it is the class"
-    return f"is {text!r}, which is more than float32 holds"
+        return f"is {text!r}, not a number: leave the column out, write numbers for it, or name it as the target (--target {shlex.quote(name)}) if it is the class"
+    return f"is {text!r}, which is too large for float32"

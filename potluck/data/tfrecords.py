@@ -1,4 +1,4 @@
-"""TFRecord files of `tf.train.Example`, without TensorFlow: the framing here, the messages by protobuf.
+"""TFRecord files of `tf.train.Example`, without TensorFlow: read the framing here, the messages with protobuf.
 
 Format: https://www.tensorflow.org/tutorials/load_data/tfrecord (length, masked CRC of length, data, masked CRC of data).
 """
@@ -26,12 +26,12 @@ _IMAGE = ("image/encoded", "image", "image_raw", "jpeg", "png")
 _LABEL = ("image/class/label", "label", "class", "y", "target")
 _TEXT = ("image/class/text", "label_name", "class_name")
 Features = dict[str, Any]
-"""By name: a list of bytes, or an array of numbers."""
+"""Features by name: a list of bytes, or an array of numbers."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """Where a record's data lies in its file. `where` names it in messages and keys."""
+    """The place of a record's data in its file. `where` names it in errors and keys."""
 
     path: Path
     number: int
@@ -49,7 +49,7 @@ class Record:
 
 
 def files_in(folder: Path) -> list[Path]:
-    """TFRecord files directly in `folder`; also those named `name.tfrecord-00000-of-00010`."""
+    """TFRecord files directly in `folder`, also those named like `name.tfrecord-00000-of-00010`."""
     return sorted(
         path
         for path in folder.iterdir()
@@ -60,7 +60,7 @@ def files_in(folder: Path) -> list[Path]:
 
 
 def pack(files: Sequence[Path], target: str | None, packing: Packing, remarks: Sequence[str] = ()) -> Dataset:
-    """Records with an encoded image become images, records of numbers arrays; `remarks` go into the manifest.
+    """Pack records: with an encoded image as images, with numbers as arrays. `remarks` go into the manifest.
 
     Raises InvalidData, naming file and record.
     """
@@ -92,7 +92,7 @@ def _pack_arrays(
 ) -> Dataset:
     columns: dict[str, list[Any]] = {}
     for number, (record, features) in enumerate(records):
-        if not number:  # features of bytes that are no image: nothing to compute with, unless they are the labels
+        if not number:  # bytes that are no image cannot be computed with, unless they are the labels
             columns = {key: [] for key, value in features.items() if key == label or not isinstance(value, list)}
         for key, column in columns.items():
             value = features.get(key)
@@ -100,7 +100,7 @@ def _pack_arrays(
                 value = np.asarray([_label(record, features, key)])
             if not isinstance(value, np.ndarray) or (column and value.shape != column[0].shape):
                 wanted = f"{len(column[0])} numbers, as in the records before" if column else "numbers"
-                raise InvalidData(f"{record.where}: feature {key!r} has not {wanted}")
+                raise InvalidData(f"{record.where}: feature {key!r} must hold {wanted}")
             column.append(value)
     if not set(columns) - {label}:
         raise InvalidData(f"the records have neither an encoded image ({', '.join(_IMAGE)}) nor numbers")
@@ -113,7 +113,7 @@ def _pack_arrays(
 def _pack_images(
     records: Iterator[tuple[Record, Features]], image: str, label: str | None, packing: Packing, remarks: Sequence[str]
 ) -> Dataset:
-    """The images themselves stay in their files until they are packed."""
+    """Pack records with images; the images stay in their files until they are packed."""
     kept: list[Record] = []
     labels: list[int | str] = []
     names: dict[int | str, str] = {}
@@ -136,7 +136,7 @@ def _pack_images(
 
 
 def _classes(labels: Sequence[int | str], names: dict[int | str, str]) -> tuple[list[int], tuple[str, ...]]:
-    """Numbers are class indexes as they stand, so that a training and a test set agree; texts in the order of the alphabet."""
+    """Numbers are class indexes as they are, so that a training and a test set agree; texts get indexes in alphabetical order."""
     if not labels:
         return [], ()
     if any(isinstance(label, str) for label in labels):
@@ -145,7 +145,7 @@ def _classes(labels: Sequence[int | str], names: dict[int | str, str]) -> tuple[
     numbers = [int(label) for label in labels]
     if min(numbers) < 0 or max(numbers) >= CLASSES_LIMIT:
         raise InvalidData(
-            f"labels run from {min(numbers)} to {max(numbers)}: class indexes from 0 to {CLASSES_LIMIT - 1} are needed"
+            f"labels run from {min(numbers)} to {max(numbers)}: class indexes must be from 0 to {CLASSES_LIMIT - 1}"
         )
     return numbers, tuple(names.get(number, str(number)) for number in range(max(numbers) + 1))
 
@@ -157,7 +157,7 @@ def _label(record: Record, features: Features, key: str) -> int | str:
         return str(value[0].decode(errors="replace"))
     if isinstance(value, np.ndarray) and len(value) == 1 and value.dtype.kind == "i":
         return int(value[0])
-    raise InvalidData(f"{record.where}: label {key!r} is not one whole number or text")
+    raise InvalidData(f"{record.where}: label {key!r} must be one whole number or one text")
 
 
 def _image_in(record: Record, feature: str) -> bytes:
@@ -172,7 +172,7 @@ def _records(path: Path) -> Iterator[tuple[Record, bytes]]:
             if not offset and head.startswith(b"\x1f\x8b"):
                 raise InvalidData(f"{path} is compressed: unpack it with gunzip first")
             if len(head) < 12 or _masked_crc(head[:8]) != struct.unpack("<I", head[8:])[0]:
-                raise InvalidData(f"{path}: record {number} is damaged, or the file is no TFRecord file")
+                raise InvalidData(f"{path}: record {number} is damaged, or this is not a TFRecord file")
             (length,) = struct.unpack("<Q", head[:8])
             if length > RECORD_LIMIT_BYTES:
                 raise InvalidData(f"{path}: record {number} has {length} bytes; the limit is {RECORD_LIMIT_BYTES}")
@@ -205,7 +205,7 @@ def _features(data: bytes, record: Record) -> Features:
 
 @cache
 def _example() -> tuple[Any, type[Exception]]:
-    """The class of `tf.train.Example`, from a description of its fields (tensorflow/core/example/feature.proto)."""
+    """The class of `tf.train.Example`, made from a description of its fields (tensorflow/core/example/feature.proto)."""
     try:
         from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
     except ImportError:

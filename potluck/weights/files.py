@@ -1,7 +1,7 @@
-"""Tensors in a file, written and read piece by piece: safetensors, as https://github.com/huggingface/safetensors describes it.
+"""Tensors in a safetensors file, written and read piece by piece (https://github.com/huggingface/safetensors).
 
-Written here and not by its library for two reasons: the same tensors give the same bytes on every machine, so that a file's
-hash says whether two machines hold the same weights; and nobody needs memory for a whole file.
+The safetensors library is not used, for two reasons. Here, the same tensors give the same bytes on every machine, so a file's
+hash tells whether two machines hold the same weights. And nobody needs memory for a whole file.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Spec:
 
 
 class Writer:
-    """A file of the tensors in `specs`; a context manager. Their values follow by `write`, in order, in pieces of any size."""
+    """Writes a file of the tensors in `specs`; a context manager. Their values follow with `write`, in order, in pieces of any size."""
 
     def __init__(self, path: Path, specs: Sequence[Spec]) -> None:
         self.path = path
@@ -86,7 +86,7 @@ class Writer:
         return self
 
     def write(self, values: Array) -> None:
-        """The next values, of the dtype that is due."""
+        """Write the next values, in the dtype of their tensor."""
         assert self._file is not None
         data = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
         self._missing -= data.nbytes
@@ -102,7 +102,7 @@ class Writer:
 
 
 class Reader:
-    """The tensors of a file by name; a context manager. Raises InvalidModel for a file that is none."""
+    """Reads the tensors of a file by name; a context manager. Raises InvalidModel for another file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -126,7 +126,7 @@ class Reader:
         self._file.close()
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
-        """Values `start` to `stop` of the flattened tensor."""
+        """Values from `start` to `stop` of the flattened tensor."""
         assert self._file is not None
         spec = self.specs[name]
         stop = spec.count if stop is None else min(stop, spec.count)
@@ -137,13 +137,13 @@ class Reader:
         return values
 
     def whole(self, name: str) -> Array:
-        """The tensor in its shape."""
+        """The tensor with its shape."""
         return self.read(name).reshape(self.specs[name].shape)
 
     def _read_header(self, file: io.BufferedReader) -> None:
         (length,) = _LENGTH.unpack(file.read(_LENGTH.size).ljust(_LENGTH.size, b"\0"))
         if not 2 <= length <= _HEADER_LIMIT_BYTES:
-            raise ValueError("it does not begin as a safetensors file does")
+            raise ValueError("it does not begin like a safetensors file")
         header = json.loads(file.read(length))
         base, size = _LENGTH.size + length, self.path.stat().st_size
         for name, entry in header.items():
@@ -156,12 +156,12 @@ class Reader:
                 or stop - start != spec.size_bytes
                 or not 0 <= start <= stop <= size - base
             ):
-                raise ValueError(f"the place of {name} is not in it")
+                raise ValueError(f"{name} would be outside of it")
             self.specs[name], self._offsets[name] = spec, base + start
 
 
 def save(path: Path, tensors: Iterable[tuple[str, Array]]) -> None:
-    """Whole tensors that are in memory already."""
+    """Write whole tensors that are in memory."""
     kept = [(name, np.asarray(array)) for name, array in tensors]
     with Writer(path, [Spec(name, array.dtype, array.shape) for name, array in kept]) as writer:
         for _, array in kept:

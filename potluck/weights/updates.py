@@ -1,16 +1,16 @@
-"""Training updates: differences of weights, quantised blockwise, and the weights that they lead to.
+"""Training updates: differences of weights, quantised by blocks; and the weights that they lead to.
 
-An update of a large tensor travels as one scale for each BLOCK values (the largest of them by size) and 8 or 4 bits a value,
-symmetric and rounded to nearest: blockwise quantisation (Dettmers et al., "8-bit Optimizers via Block-wise
-Quantization", 2022), as DiLoCo's followers use it for outer gradients. Small tensors (biases, normalisation) travel as they are.
+An update of a large tensor travels as one scale per BLOCK values (the largest of them by size), and 8 or 4 bits per value,
+symmetric and rounded to nearest. This is blockwise quantisation (Dettmers et al., "8-bit Optimizers via Block-wise
+Quantization", 2022), as DiLoCo's followers use it for outer gradients. Small tensors (biases, normalisation) travel unquantised.
 
-State that is not trained (moving statistics, counters) has a domain that a difference with an error, or momentum, would lead out of: it
-travels as its new values, exactly, and what has not changed (frozen layers) does not travel at all.
+State that is not trained (moving statistics, counters) may only have certain values. A quantised difference, or momentum, could give
+it others. So it travels as its new values, exactly. Weights that have not changed (frozen layers) do not travel at all.
 
-A file of updates is safetensors. A difference of the weight `w00000` is there as `w00000` (itself), or as `w00000.int8` or
-`w00000.int4` (two values a byte, the first in the low bits, each plus 8) beside `w00000.scale`. New values are there as `s00001.mean`
-where the mean of several nodes' is of the same kind, and as `s00001.value` where one node's hold for all (of what is no floating-point
-number, a plain name says the same).
+A file of updates is safetensors. The difference of the weight `w00000` is stored as `w00000` (unquantised), or as `w00000.int8` or
+`w00000.int4` (two values per byte, the first in the low bits, each plus 8) together with `w00000.scale`. New values are stored as
+`s00001.mean` where the mean over several nodes makes sense, and as `s00001.value` where one node's values hold for all (also under
+the plain name, for a weight that is not floating-point).
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from potluck.wire.messages import Compression
 
 Kind = Literal["none", "int8", "int4"]
 Role = Literal["trained", "mean", "value"]
-"""Of a weight: trained; or state, of which nodes' means are taken, or one node's values."""
+"""The role of a weight: "trained"; or state that becomes the "mean" of the nodes' values, or one node's "value"."""
 Travel = Literal["none", "int8", "int4", "mean", "value"]
-"""How it is in a file: its difference in that kind, or its new values."""
+"""How a weight is stored in a file: its difference, quantised or not, or its new values."""
 
 BLOCK = 256
 PIECE = 512 * BLOCK
-"""Values that are worked on at once: memory does not depend on the size of the model."""
+"""How many values are worked on at once: memory does not depend on the size of the model."""
 SMALL = 4096
-"""A tensor of fewer values is not worth its error."""
+"""A tensor with fewer values is not quantised: the error is not worth the saving."""
 ERROR_LIMIT = 0.3
-"""Relative error of 4 bits (root of the mean square over that of the values) above which `auto` takes 8."""
+"""`auto` uses 8 bits where 4 bits have a larger relative error (RMS of the error over RMS of the values)."""
 SAMPLED_BLOCKS = 512
 _DIVERGED = (
     "training diverged: the update holds values that are not finite; lower the learning rate, "
@@ -48,18 +48,18 @@ _DIVERGED = (
 _LEVELS = {"int8": 127, "int4": 7}
 _BYTES = np.arange(256, dtype=np.uint8)
 _PAIRS = np.stack([_BYTES & 15, _BYTES >> 4], axis=1).astype(np.int8) - np.int8(8)
-"""The two values of 4 bits that a byte stands for."""
+"""The two 4-bit values of each byte."""
 _PAIRS_FLOAT = _PAIRS.astype(np.float32).view(np.uint64).reshape(-1)
-"""Both as one number of 64 bits, which is looked up at once."""
+"""Both values as one 64-bit number, so that one look-up gives both."""
 _SQUARES = {
     "int8": (_BYTES.view(np.int8).astype(np.int16) ** 2).astype(np.uint16),
     "int4": np.square(_PAIRS).sum(axis=1).astype(np.uint16),
 }
-"""By the byte: the sum of the squares of what it stands for."""
+"""For each byte: the sum of the squares of its values."""
 
 
 def quantise(values: Array, kind: Literal["int8", "int4"]) -> tuple[Array, Array]:
-    """(codes, scales) of float values: codes int8, or uint8 with two values each; scales float32, one a block.
+    """(codes, scales) of float values: codes int8, or uint8 with two values each; scales float32, one per block.
 
     Raises Diverged where a value is not finite.
     """
@@ -71,7 +71,7 @@ def quantise(values: Array, kind: Literal["int8", "int4"]) -> tuple[Array, Array
     scales = np.abs(blocks).max(axis=1) / np.float32(_LEVELS[kind])
     if not np.isfinite(scales).all():
         raise Diverged(_DIVERGED)
-    # Of values too small to have an inverse nothing is left.
+    # Values so small that their scale has no inverse become 0.
     inverse = np.divide(np.float32(1), scales, out=np.zeros_like(scales), where=scales > np.finfo(np.float32).tiny)
     levels = blocks * inverse[:, None]
     np.rint(levels, out=levels)
@@ -83,7 +83,7 @@ def quantise(values: Array, kind: Literal["int8", "int4"]) -> tuple[Array, Array
 
 
 def dequantise(codes: Array, scales: Array, kind: Literal["int8", "int4"], count: int) -> Array:
-    """The `count` float32 values that the codes stand for: the same bits on every machine."""
+    """The `count` float32 values of the codes: the same bits on every machine."""
     values = np.empty(len(scales) * BLOCK, np.float32)
     if kind == "int8":
         values[:count] = codes
@@ -96,14 +96,14 @@ def dequantise(codes: Array, scales: Array, kind: Literal["int8", "int4"], count
 
 
 def error(values: Array, kind: Literal["int8", "int4"]) -> float:
-    """Relative error of quantising: root mean square of what is lost, over that of the values."""
+    """Relative error of quantising: RMS of the error over RMS of the values."""
     lost = dequantise(*quantise(values, kind), kind, len(values)) - values
     norm = float(np.linalg.norm(values))
     return float(np.linalg.norm(lost)) / norm if norm else 0.0
 
 
 def choose(spec: Spec, compression: Compression, read: Callable[[int, int], Array]) -> Kind:
-    """How a tensor's difference travels, by its size and the error measured on some of its blocks. `read` gives values by position."""
+    """How a tensor's difference travels: by its size, and the error measured on some blocks. `read` gives values by position."""
     if compression == "none" or spec.dtype.kind != "f" or spec.count < SMALL:
         return "none"
     if compression != "auto":
@@ -115,7 +115,7 @@ def choose(spec: Spec, compression: Compression, read: Callable[[int, int], Arra
 
 
 class UpdateWriter:
-    """A file of updates for the weights in `plan`; a context manager. Their differences (or values) follow in order, in pieces of whole blocks."""
+    """Writes a file of updates for the weights in `plan`; a context manager. Differences (or values) follow in order, in whole blocks."""
 
     def __init__(self, path: Path, plan: Sequence[tuple[Spec, Travel]]) -> None:
         specs: list[Spec] = []
@@ -136,12 +136,12 @@ class UpdateWriter:
         self._writer.__exit__(*error)
 
     def write(self, kind: Travel, pieces: Iterable[Array]) -> None:
-        """Write one weight's difference, or its values."""
+        """Write one weight's difference or values."""
         for _ in self._written(kind, pieces):
             pass
 
     def write_and_read(self, kind: Travel, pieces: Iterable[Array]) -> Iterator[Array]:
-        """Write one weight's difference; yields each piece as a reader will have it. To be used to its end."""
+        """Write one weight's difference or values; yields each piece as a reader will get it. Must be used to its end."""
         for piece, quantised in self._written(kind, pieces):
             yield dequantise(*quantised, kind, len(piece)) if kind == "int8" or kind == "int4" else piece
 
@@ -157,14 +157,14 @@ class UpdateWriter:
 
 
 class UpdateReader:
-    """What a file of updates makes of weights; a context manager. Raises InvalidModel for a file that is none."""
+    """Reads a file of updates for weights; a context manager. Raises InvalidModel for another file."""
 
     def __init__(self, path: Path, weights: Reader) -> None:
-        """`weights`: those that the updates are for."""
+        """`weights`: the weights before the update."""
         self._file = Reader(path)
         self._weights = weights
         self.travels: dict[str, Travel] = {}
-        """How each weight travels; what is not in it stays as it is."""
+        """How each weight travels; a weight that is not here stays as it is."""
 
     def __enter__(self) -> UpdateReader:
         self._file.__enter__()
@@ -183,12 +183,12 @@ class UpdateReader:
         self._file.__exit__(*error)
 
     def role(self, name: str) -> Role | None:
-        """What a weight is: trained where its difference travels; None where it stays as it is."""
+        """The role of a weight: "trained" where its difference travels; None where it stays as it is."""
         travel = self.travels.get(name)
         return travel if travel is None or travel == "mean" or travel == "value" else "trained"
 
     def read(self, name: str, start: int, stop: int) -> Array:
-        """Of the flattened weight from `start` (at a block's beginning) to `stop`: differences where it is trained, else its new values."""
+        """A piece of the flattened weight, `start` at a block's beginning: differences where it is trained, else its values after the update."""
         travel = self.travels.get(name)
         stop = min(stop, self._weights.specs[name].count)
         if travel is None:
@@ -199,7 +199,7 @@ class UpdateReader:
         return self._file.read(key, start, stop)
 
     def square(self, name: str, start: int, stop: int) -> float:
-        """The sum of the squares of the same differences, from their codes; 0 of state. Raises Diverged where one is not finite."""
+        """The sum of the squares of these differences, from their codes; 0 for state. Raises Diverged where one is not finite."""
         travel = self.travels.get(name)
         if travel is None or travel == "value":
             return 0.0
@@ -242,26 +242,26 @@ class UpdateReader:
 
 
 def spans(spec: Spec) -> Iterator[tuple[int, int]]:
-    """Positions of the pieces of a flattened weight."""
+    """(start, stop) of the pieces of a flattened weight."""
     for start in range(0, spec.count, PIECE):
         yield start, min(start + PIECE, spec.count)
 
 
 def roles_by_name(names: Iterable[str]) -> list[Role]:
-    """Of weights that are named as in a file: w00000 is trained, of s00001 the mean is taken."""
+    """Roles by the names in a file: w00000 is trained, s00001 becomes the mean."""
     return ["trained" if name.startswith("w") else "mean" for name in names]
 
 
 def write_update(
     path: Path, before: Path, after: Sequence[Array], compression: Compression, roles: Sequence[Role] | None = None
 ) -> None:
-    """The update that leads from the weights in the file `before` to those of `after`, which are in memory.
+    """Write the update from the weights in the file `before` to the weights `after`, which are in memory.
 
-    `roles` are in the order of `after`; None: by the names in the file. Raises InvalidModel where they do not fit, Diverged where
-    they are not finite.
+    `roles` are in the order of `after`; None: by the names in the file. Raises InvalidModel where the weights do not fit, Diverged
+    where they are not finite.
     """
     with Reader(before) as base:
-        specs = sorted(base.specs.values(), key=lambda spec: spec.name[1:])  # in whatever order they were written
+        specs = sorted(base.specs.values(), key=lambda spec: spec.name[1:])  # whatever order they were written in
         if [spec.shape for spec in specs] != [array.shape for array in after]:
             raise InvalidModel("the weights before and after the round do not fit")
         flat = {
@@ -292,14 +292,14 @@ def write_update(
 
 
 def _finite(piece: Array) -> Array:
-    """The same. Raises Diverged where it is not finite."""
+    """`piece` itself. Raises Diverged where a value is not finite."""
     if piece.dtype.kind == "f" and not np.isfinite(piece).all():
         raise Diverged(_DIVERGED)
     return piece
 
 
 def norm(path: Path, weights: Path) -> float:
-    """Of an update for these weights: L2, over all that are trained. Raises InvalidModel, Diverged."""
+    """The L2 norm of an update for these weights, over all trained weights. Raises InvalidModel, Diverged."""
     with Reader(weights) as base, UpdateReader(path, base) as update:
         return math.sqrt(
             math.fsum(update.square(name, *span) for name, spec in base.specs.items() for span in spans(spec))
@@ -319,7 +319,7 @@ def square(piece: Array) -> float:
 
 
 def apply_update(before: Path, update: Path, target: Path) -> None:
-    """Write the weights that an update leads to: on every machine the same bytes. Raises InvalidModel."""
+    """Write the weights after an update: the same bytes on every machine. Raises InvalidModel."""
     with (
         Reader(before) as base,
         UpdateReader(update, base) as step,

@@ -501,7 +501,7 @@ async def test_a_folder_too_far_up_is_refused_and_what_is_left_out_is_told(
     (films / "test" / "odd").mkdir()
     await client.train("net", films / "train", validation=films / "test")
     assert "data: 1 file of other kinds left out (1 .md): good/notes.md" in caplog.text
-    assert "validation: 1 class folder empty, a class all the same (remove what is none): odd" in caplog.text
+    assert "validation: 1 class folder empty, but still a class (remove a folder that is no class): odd" in caplog.text
 
 
 async def test_progress_ends_with_the_job_and_the_result_is_read(

@@ -137,7 +137,7 @@ def test_recordings_from_the_command_line(cluster: LocalCluster, client: Client,
         client.evaluate("tones", other)
     refused = invoked(cluster, "infer", "tones", str(next(other.rglob("*.wav"))))
     assert refused.returncode != 0
-    assert "it has 16000 samples a second, and the model was trained on 8000" in " ".join(refused.stderr.split())
+    assert "it has 16000 samples a second, but the model was trained on 8000" in " ".join(refused.stderr.split())
 
 
 def test_a_parquet_table_gives_what_the_arrays_give(client: Client, tmp_path: Path) -> None:

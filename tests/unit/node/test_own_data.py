@@ -87,7 +87,7 @@ def test_a_folder_too_far_up_is_logged(tmp_path: Path, caplog: pytest.LogCapture
         (tmp_path / "films" / part / "good" / "1.txt").write_text("fine")
     own = OwnData(tmp_path / "data", {"films": str(tmp_path / "films")})
     assert not own.pack("films")
-    assert "test and train are parts of a data set and no classes: give one of them" in caplog.text
+    assert "test and train are parts of a data set, not classes: give one of them" in caplog.text
 
 
 def test_what_is_left_out_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -168,11 +168,11 @@ def test_texts_get_the_shape_of_the_input(tmp_path: Path) -> None:
     assert read_input('["a"]', model((-1, 1), "BYTES"), None).tolist() == [["a"]]
     assert read_input('"a \\"fine\\" film"', model((-1,), "BYTES"), None).tolist() == ['a "fine" film']
     assert read_input(' "a"', model((-1, 1), "BYTES"), None).tolist() == [["a"]]
-    with pytest.raises(InvalidRequest, match="the input is text, and model m:1 takes none"):
+    with pytest.raises(InvalidRequest, match="the input is text, but model m:1 takes no text"):
         read_input('"a"', model((-1, 4)), None)
     with pytest.raises(InvalidData, match="the input is not JSON"):
         read_input('"a', model((-1,), "BYTES"), None)
-    with pytest.raises(InvalidRequest, match="is text, and model m:1 takes none"):
+    with pytest.raises(InvalidRequest, match="is text, but model m:1 takes no text"):
         read_input(str(path), model((-1, 4)), None)
     with pytest.raises(InvalidRequest, match="--image"):
         read_input(str(path), model((-1,), "BYTES"), ImageOptions(height=2, width=1))
@@ -396,7 +396,7 @@ def test_of_a_folder_is_said_what_is_in_it_and_what_the_model_takes(tmp_path: Pa
         ("a.txt", model((-1, 4)), r"holds texts \(a.txt\), but model m:1 takes arrays of the shape \(4\)"),
         ("a.wav", model((-1, 8, 8, 3)), r"holds recordings \(a.wav\), but model m:1 takes images \(.*\.png"),
         ("a.png", model((-1,), "BYTES"), r"holds images \(a.png\), but model m:1 takes texts \(\.txt\)"),
-        ("a.png", replace(model((-1, 4)), rate=8000), r"and model m:1 takes recordings \(\.wav\)"),
+        ("a.png", replace(model((-1, 4)), rate=8000), r"but model m:1 takes recordings \(\.wav\)"),
         ("a.xyz", model((-1, 4)), r"holds files \(a.xyz\), but model m:1 takes arrays"),
         ("a.npy", model((-1, 4)), r"holds arrays: name the files themselves, as in .*/\*\.npy"),
         ("", model((-1, 4)), "has no files"),

@@ -48,7 +48,7 @@ def test_every_text_is_there_byte_for_byte_under_its_class_and_key(tmp_path: Pat
     [
         (b"", "an empty file"),
         (b" \n\t\r\n", "an empty file"),
-        ("größer".encode("latin-1"), "not UTF-8 (invalid start byte at byte 2): write it anew in UTF-8"),
+        ("größer".encode("latin-1"), "not UTF-8 (invalid start byte at byte 2): save it again as UTF-8"),
         ("hello".encode("utf-16"), "not UTF-8"),
     ],
 )
@@ -74,7 +74,7 @@ def test_a_folder_too_far_up_is_refused_with_what_is_meant(tmp_path: Path, store
     with pytest.raises(InvalidData) as caught:
         pack(folder, "x", store)
     assert caught.value.message == (
-        f"{folder}: Test and train are parts of a data set and no classes: give one of them. To train: potluck train MODEL "
+        f"{folder}: Test and train are parts of a data set, not classes: give one of them. To train: potluck train MODEL "
         f"'{folder}/train' --validation '{folder}/Test' (in Python: client.train(model, '{folder}/train', "
         f"validation='{folder}/Test'))"
     )
@@ -83,7 +83,7 @@ def test_a_folder_too_far_up_is_refused_with_what_is_meant(tmp_path: Path, store
     with pytest.raises(InvalidData, match=r"test and val are parts .*: give one of them$"):
         pack(data("test", "val"), "x", store)
     folder = data("train")
-    with pytest.raises(InvalidData, match=rf"train is a part of a data set and no class: give {folder}/train$"):
+    with pytest.raises(InvalidData, match=rf"train is a part of a data set, not a class: give {folder}/train$"):
         pack(folder, "x", store)
     assert pack(data("test", "train"), "x", store, labels=False).format.classes == ()  # to predict, all of it
     with pytest.raises(InvalidData, match=r"seg_train' --validation '[^']*/seg_test' "):
@@ -116,7 +116,7 @@ def test_parts_of_a_set_are_known_by_the_words_in_their_names(
     if not parts:
         assert pack(tmp_path / "data", "x", store).format.classes == tuple(sorted(names))
         return
-    with pytest.raises(InvalidData, match="are parts of a data set and no classes"):
+    with pytest.raises(InvalidData, match="are parts of a data set, not classes"):
         pack(tmp_path / "data", "x", store)
 
 
@@ -125,7 +125,7 @@ def test_a_part_alone_is_one_where_it_has_folders(tmp_path: Path, store: BlobSto
     assert pack(folder, "x", store).format.classes == ("training_set",)
     write_files(folder, {"training_set/cats/a.txt": b"a"})
     with pytest.raises(
-        InvalidData, match=rf"training_set is a part of a data set and no class: give {folder}/training"
+        InvalidData, match=rf"training_set is a part of a data set, not a class: give {folder}/training"
     ):
         pack(folder, "x", store)
 
@@ -175,7 +175,7 @@ def test_links_to_folders_are_named_and_not_followed(tmp_path: Path, store: Blob
     dataset = pack(folder, "films", store, labels=labels)
     assert dataset.count == 101
     assert dataset.remarks == (
-        "4 links to folders or to nothing left out (copy what is to be taken): lost, bad/all, bad/gone.txt, good/more",
+        "4 links to folders or to nothing left out (replace a link by a copy to include its files): lost, bad/all, bad/gone.txt, good/more",
     )
     (folder / "new").mkdir()
     (folder / "new" / "more").symlink_to(elsewhere / "good")
@@ -192,7 +192,7 @@ def test_an_empty_class_folder_is_a_class_without_items(tmp_path: Path, store: B
     write_files(folder, {"dull/.gitkeep": b""})
     dataset = pack(folder, "films", store)
     assert (dataset.format.classes, dataset.class_counts) == (("bad", "dull", "good"), (50, 0, 50))
-    assert dataset.remarks == ("1 class folder empty, a class all the same (remove what is none): dull",)
+    assert dataset.remarks == ("1 class folder empty, but still a class (remove a folder that is no class): dull",)
     assert {label for _, _, label in images_of(dataset, store)} == {0, 2}
 
 
@@ -214,7 +214,7 @@ def test_texts_without_classes_are_for_prediction(tmp_path: Path, store: BlobSto
         (b"two", -1),
         (b"three", -1),
     ]
-    with pytest.raises(InvalidData, match=r"2 of 3 texts cannot be used .* a.txt: lies beside the class folders"):
+    with pytest.raises(InvalidData, match=r"2 of 3 texts cannot be used .* a.txt: is not in a class folder"):
         pack(folder, "new", store)
 
 
@@ -300,11 +300,11 @@ BAD = {
     "cut in its format": (GOOD[:30], "cut off"),
     "silent": (wav(np.zeros(0)), "without samples"),
     "samples first": (GOOD[:12] + chunk(b"data", bytes(8)) + GOOD[12:], "its samples come before their format"),
-    "coded": (wav(tone(300, 10), bits=8, code=7), "coded as format 7 of 8 bits: write it anew as 16-bit PCM"),
+    "coded": (wav(tone(300, 10), bits=8, code=7), "coded as format 7 of 8 bits: save it again as 16-bit PCM"),
     "no channels": (GOOD[:22] + bytes(2) + GOOD[24:], "damaged: 0 channels"),
     "no rate": (GOOD[:24] + bytes(4) + GOOD[28:], "at 0 samples a second"),
-    "nan": (wav(np.full(8, np.nan), bits=32, code=FLOAT), "no finite numbers"),
-    "another rate": (wav(tone(300, 100), rate=16000), "has 16000 samples a second, and most have 8000: resample it"),
+    "nan": (wav(np.full(8, np.nan), bits=32, code=FLOAT), "not finite numbers"),
+    "another rate": (wav(tone(300, 100), rate=16000), "has 16000 samples a second, but most have 8000: resample it"),
 }
 
 
@@ -324,7 +324,7 @@ def test_a_recording_that_cannot_be_used_is_named_counted_and_skipped(
 def test_rates_that_differ_are_refused(tmp_path: Path, store: BlobStore) -> None:
     folder = write_tones(tmp_path / "tones", 20)
     write_tones(folder / "low" / "more", 4, rate=44100)
-    with pytest.raises(InvalidData, match=r"4 of 24 recordings cannot be used .*has 44100 samples a second, and most"):
+    with pytest.raises(InvalidData, match=r"4 of 24 recordings cannot be used .*has 44100 samples a second, but most"):
         pack(folder, "tones", store)
 
 

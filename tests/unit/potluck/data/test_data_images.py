@@ -189,7 +189,7 @@ def test_more_than_one_in_a_hundred_is_refused(train: Path, store: BlobStore) ->
 def test_images_beside_the_class_folders_count_as_skipped(train: Path, store: BlobStore) -> None:
     (train / "cover.png").write_bytes(encoded(photo(), "PNG"))
     dataset = pack(train, "digits", store)
-    assert dataset.skipped == ("cover.png: lies beside the class folders, in none of them",)
+    assert dataset.skipped == ("cover.png: is not in a class folder",)
 
 
 def test_unreadable_files_are_skipped_like_bad_ones(train: Path, store: BlobStore) -> None:
@@ -223,7 +223,7 @@ def test_what_is_wrong_with_a_folder_is_said(tmp_path: Path, store: BlobStore) -
         pack(folder, "x", store)
     file = tmp_path / "data.zip"
     file.write_bytes(b"")
-    with pytest.raises(InvalidData, match=r"data.zip is not a data set that can be packed"):
+    with pytest.raises(InvalidData, match=r"data.zip cannot be packed as a data set"):
         pack(file, "x", store)
 
 

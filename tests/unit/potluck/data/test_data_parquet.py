@@ -108,7 +108,7 @@ def test_inputs_of_every_kind_of_number(tmp_path: Path, store: BlobStore) -> Non
     dataset = pack(path, "t", store, shuffle=False)
     assert arrays_of(dataset, store)["x"].tolist() == [[1, 1, 1.5, 7], [2, 0, -2.25, 8]]
     assert dataset.format.target == ""
-    assert dataset.remarks == ("column '__index_level_0__' is left out as the index that pandas wrote",)
+    assert dataset.remarks == ("column '__index_level_0__' is left out: it is the index that pandas wrote",)
 
 
 def test_an_index_with_a_name_is_left_out_and_named(tmp_path: Path, store: BlobStore) -> None:
@@ -118,7 +118,7 @@ def test_an_index_with_a_name_is_left_out_and_named(tmp_path: Path, store: BlobS
     pd.DataFrame({"a": [1.5, 2.5], "y": [0, 1]}, pd.Index(["row one", "row two"], name="id")).to_parquet(path)
     dataset = pack(path, "t", store)
     assert dataset.shards == plain.shards
-    assert dataset.remarks == ("column 'id' is left out as the index that pandas wrote",)
+    assert dataset.remarks == ("column 'id' is left out: it is the index that pandas wrote",)
     assert pack(path, "t", store, target="id").format.classes == ("row one", "row two")
     pd.DataFrame({"y": [0, 1]}, pd.Index([1.5, 2.5], name="a")).to_parquet(path)  # what else should it be?
     assert pack(path, "t", store) == plain
@@ -142,7 +142,7 @@ def test_many_batches_and_the_parts_of_a_folder_are_one_table(tmp_path: Path, st
     assert pack(tmp_path / "parts", "t", store, shuffle=False) == whole
     write(tmp_path / "parts" / "year=2020" / "part.parquet", a=values[:9], b=-values[:9])
     (tmp_path / "parts" / "notes.txt").touch()
-    about = ("2 beside the files of data, left out: notes.txt, year=2020",)
+    about = ("2 beside the data files left out: notes.txt, year=2020",)
     assert pack(tmp_path / "parts", "t", store, shuffle=False).remarks == about
 
 
@@ -151,7 +151,7 @@ def test_many_batches_and_the_parts_of_a_folder_are_one_table(tmp_path: Path, st
     [
         ({"a": [1, 2], "b": [1.0, None]}, None, "row 2: column 'b' has no value: fill it in"),
         ({"a": [1, 2], "b": [1.0, float("nan")]}, None, "row 2: column 'b' has no value"),
-        ({"a": [1, 2], "b": [1e50, 1]}, None, r"row 1: column 'b' is 1e\+50, which is more than float32 holds"),
+        ({"a": [1, 2], "b": [1e50, 1]}, None, r"row 1: column 'b' is 1e\+50, which is too large for float32"),
         ({"a": [1, 2], "b": ["red", "blue"]}, None, "column 'b' holds string, not numbers: leave the column out"),
         ({"a": [1, 2], "b": [[1.0], [2.0]]}, None, "column 'b' holds list<.*>, not numbers"),
         ({"a": [1, 2], "b": pa.array([0, 1], pa.timestamp("s"))}, None, "column 'b' holds timestamp"),
@@ -160,7 +160,7 @@ def test_many_batches_and_the_parts_of_a_folder_are_one_table(tmp_path: Path, st
         ({"a": [1, 2], "y": [1.0, None]}, None, "row 2: the target 'y' has no value"),
         ({"a": [1, 2], "y": [b"a", b"b"]}, None, "the target 'y' holds binary"),
         ({"a": [1], "b": [2]}, "c", "no column 'c': its columns are a, b"),
-        ({"y": [1]}, None, "no columns beside the target 'y'"),
+        ({"y": [1]}, None, "no columns besides the target 'y'"),
         ({"a": pa.array([], pa.int8())}, None, "has no rows"),
     ],
 )
@@ -189,7 +189,7 @@ def test_a_name_twice_and_files_that_differ(tmp_path: Path, store: BlobStore) ->
     with pytest.raises(InvalidData, match=r"1.parquet has other columns than 0.parquet: b, y"):
         pack(tmp_path / "parts", "t", store)
     write(tmp_path / "parts" / "1.parquet", a=[1], y=[3])
-    with pytest.raises(InvalidData, match="the target 'y' is text in some files, and numbers in others"):
+    with pytest.raises(InvalidData, match="the target 'y' is text in some files and numbers in others"):
         pack(tmp_path / "parts", "t", store)
     (tmp_path / "parts" / "a.tfrecord").touch()
     with pytest.raises(InvalidData, match="has TFRecord and Parquet files"):

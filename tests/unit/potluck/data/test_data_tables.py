@@ -78,14 +78,16 @@ def test_several_targets_and_a_column_of_weights(tmp_path: Path, store: BlobStor
 
 def test_what_is_wrong_with_targets_and_weights_is_said(tmp_path: Path, store: BlobStore) -> None:
     path = write(tmp_path, "a,b,y,w\n1,cat,2,3\n4,dog,5,x\n")
-    with pytest.raises(InvalidData, match="'b' is text, and there are 2: number its classes"):
+    with pytest.raises(
+        InvalidData, match="'b' is text, and there are 2 targets: with several targets, classes must be numbers"
+    ):
         pack(path, "t", store, target=["b", "w"])
     with pytest.raises(InvalidData, match="line 3: column 'w' is 'x', not a number"):
         pack(path, "t", store, target="b", sample_weight="w")
     with pytest.raises(InvalidData, match="has no column 'v'"):
         pack(path, "t", store, target="b", sample_weight="v")
     (tmp_path / "cat").mkdir()
-    with pytest.raises(InvalidData, match="weights of items are read from"):
+    with pytest.raises(InvalidData, match="weights of items are read only from"):
         pack(tmp_path, "t", store, sample_weight="w")
 
 
@@ -161,12 +163,12 @@ def test_byte_order_mark_quotes_and_spaces(tmp_path: Path, store: BlobStore) -> 
         ("a,b\n1,2\n\n3,\n", None, "line 4: column 'b' has no value"),
         ("a,b\n1,2\n3,NaN\n", None, "line 3: column 'b' has no value"),
         ("a,b\n1,2\n3,red\n", None, "line 3: column 'b' is 'red', not a number"),
-        ("a,b\n1,1e50\n", None, "line 2: column 'b' is '1e50', which is more than float32 holds"),
+        ("a,b\n1,1e50\n", None, "line 2: column 'b' is '1e50', which is too large for float32"),
         ('a,b\n1,"x\ny"\n', None, "line 3: column 'b'"),
         ("a,y\n1,cat\n2,\n", None, "line 3: the target 'y' has no value"),
         ("a,b\n1,2\n", "c", "no column 'c': its columns are a, b"),
         (",b\n1,2\n", "c", "no column 'c': its columns are .no name., b"),
-        ("y\n1\n", None, "no columns beside the target 'y'"),
+        ("y\n1\n", None, "no columns besides the target 'y'"),
         ('a,b\n1,"2\n', None, "cannot be read as CSV"),
     ],
 )
@@ -216,7 +218,7 @@ def test_any_finite_numbers_come_through(
 def test_a_table_that_is_too_wide_is_refused_by_its_first_line(tmp_path: Path) -> None:
     path = tmp_path / "wide.csv"
     path.write_text(",".join(f"c{number}" for number in range(COLUMNS_LIMIT + 1)) + "\n\0 is read no further")
-    with pytest.raises(InvalidData, match=r"has 100001 columns, and a table has 100000 at most: .* as an array"):
+    with pytest.raises(InvalidData, match=r"has 100001 columns, but a table may have at most 100000: .* as an array"):
         read_csv(path, None)
 
 
