@@ -4,8 +4,8 @@
         job = client.train(model, "pictures/train", validation="pictures/test", epochs=10, name="pictures")
         print(job.history)
 
-`Client` (`AsyncClient` for asyncio) asks a cluster, `Job` and `AsyncJob` are what it answers, `errors` what it raises;
-`ImageOptions` say how pictures become what a model takes.
+`Client` (`AsyncClient` for asyncio) asks a cluster, `Job` and `AsyncJob` are its answers, `errors` has the errors that it raises;
+`ImageOptions` say how pictures become a model's input.
 """
 
 from importlib import import_module as _import_module
@@ -23,7 +23,7 @@ __all__ = ["AsyncClient", "AsyncJob", "Client", "ImageOptions", "Job", "__versio
 
 
 def __getattr__(name: str) -> _Any:
-    # Each is loaded when first asked for: a daemon needs no client and stays small, and metadata are slow to import for a shell.
+    # Loaded on first use: a daemon needs no client and stays small, and metadata are slow to import for shell completion.
     if name == "__version__":
         return _import_module("importlib.metadata").version("potluck")
     if name in {"AsyncClient", "AsyncJob", "Client", "Job"}:

@@ -1,4 +1,4 @@
-"""How often a model took its engine with it, of late. Pure; time is an argument."""
+"""Counts how often a model's engine died because of it in the last hour. Pure; time is an argument."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from dataclasses import dataclass, field
 
 CRASHES_LIMIT = 3
 CRASHES_SECONDS = 3600.0
-"""What happened before that counts no more: a model that crashes once a day is served."""
+"""Older crashes do not count: a model that crashes once a day is still served."""
 
 
 @dataclass
 class Crashes:
-    """Of one model, on a node or on all of them."""
+    """The crashes of one model, on one node or on all nodes."""
 
     at: list[float] = field(default_factory=list)
     reason: str = ""
-    """Of the last one."""
+    """The reason of the last crash."""
 
     def add(self, now: float, reason: str) -> None:
         self.at = [*self._recent(now), now]
@@ -25,13 +25,13 @@ class Crashes:
         return len(self._recent(now))
 
     def too_many(self, now: float) -> bool:
-        """Whether it is not to be loaded now."""
+        """Whether the model must not be loaded now."""
         return self.count(now) >= CRASHES_LIMIT
 
     @property
     def summary(self) -> str:
-        """For people, when there were too many."""
-        return f"its engine died of it {CRASHES_LIMIT} times within an hour, so it is not loaded for as long; the last time: {self.reason}"
+        """The reason for people, when there were too many crashes."""
+        return f"the model made its engine die {CRASHES_LIMIT} times within an hour, so it is not loaded for an hour; the last time: {self.reason}"
 
     def _recent(self, now: float) -> list[float]:
         return [at for at in self.at if now - at < CRASHES_SECONDS]

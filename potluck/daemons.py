@@ -1,7 +1,7 @@
 """Starts a daemon: `potluck-node`, `potluck-coordinator`, or `python -P -m potluck.daemons NAME [ARGUMENT...]`.
 
-The daemons' packages are named `node` and `coordinator`, and others may be, too: a `node.py` on PYTHONPATH is imported in place of
-ours, and another distribution with such a package writes over our files. So we look before anything of them is imported.
+The daemons' packages are named `node` and `coordinator`, and other packages may have these names. A `node.py` on PYTHONPATH is then
+imported instead of ours, and another distribution may overwrite our files. So this is checked before any of them is imported.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from potluck import logs
 from potluck.errors import InvalidSettings
 
 MARK = 'PART_OF = "potluck"'
-"""Stands in the `__init__.py` of each daemon's package."""
+"""A line in the `__init__.py` of each daemon's package."""
 
 
 def check(name: str) -> None:
-    """Raises InvalidSettings where the package that Python finds by this name is not of the same installation as this one."""
+    """Raises InvalidSettings where the package that Python finds by this name does not belong to this installation."""
     ours = Path(potluck.__file__).parents[1] / name / "__init__.py"
     spec = find_spec(name)
-    if spec is None or spec.origin is None:  # none, or a folder without __init__.py
-        raise InvalidSettings(f"potluck's package {name!r} should be at {ours} and is not: install potluck again")
+    if spec is None or spec.origin is None:  # no such package, or a folder without __init__.py
+        raise InvalidSettings(f"potluck's package {name!r} should be at {ours} but is not: install potluck again")
     found = Path(spec.origin)
     if found.resolve() != ours.resolve():
         raise InvalidSettings(
-            f"Python finds {found} by the name {name!r}, and potluck's is {ours}: take the other out of PYTHONPATH or uninstall "
-            "it, or give potluck a virtual environment of its own"
+            f"Python finds {found} by the name {name!r}, but potluck's package is {ours}: remove the other one from PYTHONPATH or uninstall "
+            "it, or install potluck in a virtual environment of its own"
         )
     if MARK not in found.read_text(encoding="utf-8", errors="replace"):
         raise _lost(found, name, "another distribution")
@@ -45,15 +45,15 @@ def check(name: str) -> None:
 
 def _lost(path: Path, name: str, to: str) -> InvalidSettings:
     return InvalidSettings(
-        f"{path} is not potluck's any more: {to} has a package {name!r}, and its files lie over those of potluck at "
+        f"{path} is not potluck's any more: {to} has a package {name!r}, and its files replaced potluck's at "
         f"{Path(potluck.__file__).parent}; uninstall it and install potluck again, best in a virtual environment of its own"
     )
 
 
 def _claimed(name: str, site: Path) -> Iterator[tuple[str, Path]]:
-    """(another distribution, a file of our package that it has changed), as the lists of what was installed here say.
+    """(another distribution, a file of our package that it has replaced), from the lists of installed files.
 
-    Only those are looked at whose list has such a file: of a checkout there is no list, and what is ours its owner may change.
+    Checks only files that our own list has. A checkout has no list: its owner may change the files.
     """
     own = site / f"potluck-{potluck.__version__}.dist-info" / "RECORD"
     hashes = {path: digest for path, digest in _recorded(own) if path.startswith(f"{name}/") and digest}
@@ -66,14 +66,14 @@ def _claimed(name: str, site: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _recorded(record: Path) -> Iterator[tuple[str, str]]:
-    """(path, digest) of each file of a distribution, as its RECORD has them (PyPA, recording installed projects); none without one."""
+    """(path, digest) of each file of a distribution, from its RECORD (PyPA, recording installed projects); none without a RECORD."""
     if record.is_file():
         with record.open(newline="", encoding="utf-8", errors="replace") as file:
             yield from ((row[0], row[1]) for row in csv.reader(file) if len(row) > 1)
 
 
 def _digest(path: Path) -> str:
-    """As a RECORD has it; empty for a file that is gone."""
+    """A file's digest as a RECORD has it; empty for a missing file."""
     if not path.is_file():
         return ""
     return "sha256=" + urlsafe_b64encode(hashlib.sha256(path.read_bytes()).digest()).rstrip(b"=").decode()

@@ -6,9 +6,9 @@ from typing import ClassVar
 
 
 class PotluckError(Exception):
-    """Base of all errors. `code` is stable and goes on the wire; `retryable` says that the same request may succeed later.
+    """Base of all errors. `code` is stable and goes on the wire; `retryable`: the same request may succeed later.
 
-    The message says what is wrong, why, and what to do about it, in one or two sentences.
+    The message says what is wrong, why, and what to do, in one or two sentences.
     """
 
     code: ClassVar[str] = "internal"
@@ -41,7 +41,7 @@ class InvalidRequest(PotluckError):
 
 
 class ModelFailed(InvalidRequest):
-    """A model that fails on a request that fits its signature: it may not take these values, or be itself at fault."""
+    """A model fails on a request that fits its signature: it may not take these values, or the model is wrong."""
 
     code = "model_failed"
 
@@ -54,21 +54,21 @@ class InvalidModel(PotluckError):
 
 
 class CodeNotAllowed(PotluckError):
-    """A model holds code of its users', and this node does not allow it. Another node may."""
+    """A model contains its users' code, which this node does not allow. Another node may."""
 
     code = "code_not_allowed"
     exit_code = 2
 
 
 class Diverged(PotluckError):
-    """Training whose loss or weights are no numbers any more, or went far away from those of the other nodes."""
+    """Training whose loss or weights are no longer numbers, or are far from those of the other nodes."""
 
     code = "diverged"
     retryable = True
 
 
 class InvalidData(PotluckError):
-    """A data set that is missing, empty, or has too many items that cannot be read."""
+    """A data set that is missing, empty, or has too many unreadable items."""
 
     code = "invalid_data"
     exit_code = 2
@@ -82,7 +82,7 @@ class InvalidSettings(PotluckError):
 
 
 class CannotListen(InvalidSettings):
-    """An address that is not this machine's, or a port that is taken: now. A network may come up late, a program may end."""
+    """An address that this machine does not have now, or a port that is taken now. That may change: a network comes up, a program ends."""
 
     exit_code = 5
 
@@ -101,7 +101,7 @@ class Conflict(PotluckError):
 
 
 class GaveWay(Conflict):
-    """A coordinator that had nothing to keep, where another serves the cluster: starting it again would change nothing."""
+    """A coordinator with an empty journal ends because another one serves the cluster. Starting it again would change nothing."""
 
     exit_code = 6
 
@@ -122,7 +122,7 @@ class Unavailable(PotluckError):
 
 
 class InputsLost(Unavailable):
-    """The inputs of a request are blobs that nobody has any more. Whoever sent them can send them again."""
+    """The inputs of a request are blobs that nobody has any more. Their sender can send them again."""
 
     code = "inputs_lost"
 
@@ -136,7 +136,7 @@ class TimedOut(PotluckError):
 
 
 class PeerLost(PotluckError):
-    """Another member of a group that trains synchronously is gone: what is left of the group forms anew."""
+    """Another member of a group that trains synchronously is gone: the remaining members form a new group."""
 
     code = "peer_lost"
     retryable = True
@@ -149,20 +149,20 @@ class Cancelled(PotluckError):
 
 
 class EngineFailed(PotluckError):
-    """The engine process died, froze, or raised outside of what the user's model or data explains."""
+    """The engine process died, froze, or failed for a reason that is not in the user's model or data."""
 
     code = "engine_failed"
     retryable = True
 
 
 class ModelCrashed(EngineFailed):
-    """The engine died while it loaded this model or ran it, or had to be killed since that did not end."""
+    """The engine died while it loaded or ran this model, or had to be killed because it did not finish."""
 
     code = "model_crashed"
 
 
 class OutOfMemory(PotluckError):
-    """A node has not enough memory, of its own or of its GPU, for a model and its data. Another node may have."""
+    """A node has too little memory, of its own or of its GPU, for a model and its data. Another node may have enough."""
 
     code = "out_of_memory"
     retryable = True
@@ -176,7 +176,7 @@ class CorruptBlob(PotluckError):
 
 
 class DiskFull(PotluckError):
-    """No room for a blob: on the disk, or within the store's limit beside what is pinned."""
+    """No room for a blob: on the disk, or within the store's limit, which pinned blobs fill."""
 
     code = "disk_full"
     retryable = True
@@ -195,9 +195,9 @@ def from_code(code: str, message: str, retry_after_seconds: float | None = None)
 
 
 def expected(error: BaseException) -> PotluckError | None:
-    """The first PotluckError of an error or a group of them; None where anything else is among them.
+    """The first PotluckError of an error or a group of errors; None where there is any other error among them.
 
-    In place of `except*`: what is raised within that (also SystemExit) comes out of it in a group before Python 3.11.4.
+    Used instead of `except*`: before Python 3.11.4, an error raised inside that (also SystemExit) comes out of it in a group.
     """
     if not isinstance(error, BaseExceptionGroup):
         return error if isinstance(error, PotluckError) else None

@@ -1,6 +1,6 @@
-"""How to add an extra (`potluck[parquet]`) to this installation: a command that works where potluck came from.
+"""How to add an extra (`potluck[parquet]`) to this installation: a command that works for the place potluck came from.
 
-The name alone would be looked up on an index, which has no potluck, or somebody else's.
+pip would look up the bare name on an index, which has no potluck, or another project with that name.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ _MACHINE = re.compile(r"""platform_machine\s*(?P<sign>[=!]=)\s*["'](?P<machine>[
 
 
 def install(*extras: str) -> str:
-    """The command that adds these extras here, to be pasted into a shell on this machine.
+    """The command that adds these extras here, ready to paste into a shell on this machine.
 
-    It names the folder, wheel or address that this was installed from (PEP 610), or the extras' own packages where that is gone, or
-    nothing says where it was.
+    It names the folder, wheel or address of this installation (PEP 610). Where that is gone or was not recorded, it names the extras'
+    own packages.
     """
     found = list(distributions(name="potluck"))
     recorded = [(one, text) for one in found if (text := one.read_text("direct_url.json"))]
-    # A checkout that is the current folder has metadata of its own, which do not tell.
+    # A checkout that is the current folder has its own metadata, which do not say where potluck came from.
     chosen, text = recorded[0] if recorded else (found[0], "{}")
     source = _source(json.loads(text), ",".join(extras))
     return shlex.join([*_installer(chosen), *(source or _packages(chosen, extras))])
 
 
 def _source(url: dict[str, Any], extras: str) -> list[str]:
-    """What pip takes for the place that `direct_url.json` names; empty where it is not there any more."""
+    """pip's name for the place that `direct_url.json` names; empty where it no longer exists."""
     address = str(url.get("url", ""))
     if not address.startswith("file:"):
         vcs = url.get("vcs_info")
@@ -52,7 +52,7 @@ def _source(url: dict[str, Any], extras: str) -> list[str]:
 
 
 def _packages(potluck: Distribution, extras: tuple[str, ...]) -> list[str]:
-    """The packages that the extras bring on this machine."""
+    """The packages that the extras install on this machine."""
     packages: dict[str, None] = {}
     for line in potluck.requires or ():
         found = _REQUIREMENT.fullmatch(line)
@@ -67,7 +67,7 @@ def _packages(potluck: Distribution, extras: tuple[str, ...]) -> list[str]:
 
 
 def _installer(potluck: Distribution) -> list[str]:
-    """pip of this environment, or uv, which makes environments without one."""
+    """The install command: pip of this environment, or uv, whose environments have no pip."""
     if find_spec("pip") is None and (potluck.read_text("INSTALLER") or "").strip() == "uv":
         return ["uv", "pip", "install", "--python", sys.executable]
     return [sys.executable, "-m", "pip", "install"]

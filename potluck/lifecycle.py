@@ -1,4 +1,4 @@
-"""How a daemon starts, tells systemd, and stops: signals, sd_notify, and children that die with their parent."""
+"""How a daemon starts, reports to systemd, and stops: signals, sd_notify, and children that die with their parent."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ S = TypeVar("S", NodeSettings, CoordinatorSettings)
 
 _PR_SET_PDEATHSIG = 1
 REPORT_SECONDS = 1.0
-"""How often `report` looks; a WatchdogSec must be several times as long."""
+"""How often `report` reports; a WatchdogSec must be several times as long."""
 
 FILES = 65_536
-"""So many a daemon would have open at most: more would only let those who take them take more memory."""
+"""The most open files that a daemon needs: a higher limit would only let others make it use more memory."""
 
 _notify_address = ""
 _watched = False
 
 
 def notify(state: str) -> None:
-    """Tell systemd `READY=1`, `STOPPING=1`, `STATUS=...` (sd_notify(3)); nothing happens outside of a unit."""
+    """Send systemd `READY=1`, `STOPPING=1`, `STATUS=...` (sd_notify(3)). Does nothing outside of a unit."""
     address = _notify_address or os.environ.get("NOTIFY_SOCKET", "")
     if not address:
         return
     if address.startswith("@"):
         address = "\0" + address[1:]
-    # Whoever listens may have gone, or may read nothing now (`potluck up` after Ctrl-Z): a daemon neither ends nor waits for that.
+    # The listener may be gone, or may not read now (`potluck up` after Ctrl-Z): the daemon must neither end nor wait.
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK) as sock:
         try:
             sock.sendto(state.encode(), address)
@@ -54,14 +54,14 @@ def notify(state: str) -> None:
 
 
 def is_service() -> bool:
-    """Whether systemd started this daemon; `potluck up` listens to it too, at an address that is no path."""
+    """Whether systemd started this daemon. (`potluck up` listens too, but at an address that is not a path.)"""
     return "/" in _notify_address
 
 
 async def report(standing: Callable[[], tuple[str, str]]) -> NoReturn:
-    """Keep systemd informed, until cancelled: of how the daemon stands, and by that alone that its loop turns (WATCHDOG=1).
+    """Report to systemd until cancelled: the daemon's status, and with WATCHDOG=1 that its loop still turns.
 
-    `standing` gives the state, beside which is shown since when it is the same, and a remark, which may change all the time.
+    `standing` gives the state, which is shown with the time since it last changed, and a remark, which may change all the time.
     """
     state, since, said = "", "", ""
     while True:
@@ -77,7 +77,7 @@ async def report(standing: Callable[[], tuple[str, str]]) -> NoReturn:
 
 
 def _keep_from_children() -> None:
-    """Take systemd's variables out of the environment: our children (a broker, an engine) are not to speak to it for us."""
+    """Remove systemd's variables from the environment: children (a broker, an engine) must not report to systemd for us."""
     global _notify_address, _watched
     _notify_address = os.environ.pop("NOTIFY_SOCKET", "")
     microseconds, process = os.environ.pop("WATCHDOG_USEC", ""), os.environ.pop("WATCHDOG_PID", "")
@@ -85,14 +85,14 @@ def _keep_from_children() -> None:
 
 
 def raise_file_limit() -> int:
-    """Files that this process may have open: as many as it may allow itself (setrlimit(2)), FILES at most, and not fewer than now."""
+    """Raise this process's limit of open files as far as allowed (setrlimit(2)), to at most FILES; never lowers it. Returns the limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = FILES if hard == resource.RLIM_INFINITY else min(hard, FILES)
     if soft == resource.RLIM_INFINITY or soft >= wanted:
         return soft
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    except (OSError, ValueError) as error:  # a system with a limit beside it
+    except (OSError, ValueError) as error:  # the system has another limit besides
         log.warning("limit of open files not raised %s", fields(limit=soft, wanted=wanted, reason=error))
         return soft
     return wanted
@@ -113,9 +113,9 @@ def stop_event(loop: asyncio.AbstractEventLoop) -> asyncio.Event:
 
 
 def die_with_parent() -> Callable[[], None] | None:
-    """A `preexec_fn` for subprocess: the child gets SIGKILL when its parent's thread ends (prctl(2)); None off Linux.
+    """A `preexec_fn` for subprocess: the kernel kills the child (SIGKILL) when its parent's thread ends (prctl(2)); None except on Linux.
 
-    The library is loaded here, before the fork: afterwards only async-signal-safe work is allowed.
+    Loads the library here, before the fork: after it, only async-signal-safe work is allowed.
     """
     if sys.platform != "linux":
         return None
@@ -124,33 +124,33 @@ def die_with_parent() -> Callable[[], None] | None:
 
     def set_death_signal() -> None:
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != parent:  # it died before prctl took effect
+        if os.getppid() != parent:  # the parent died before prctl took effect
             os._exit(1)
 
     return set_death_signal
 
 
 def software() -> dict[str, str]:
-    """The versions of potluck and Python in this process, by name, as a birth has them."""
+    """The versions of potluck and Python in this process, by name, for a birth."""
     return {"potluck": __version__, "python": platform.python_version()}
 
 
 def add_daemon_arguments(parser: argparse.ArgumentParser, *, port_default: str = "any free one") -> None:
-    """The flags that all daemons have."""
+    """Add the flags that all daemons have."""
     parser.add_argument("--config", metavar="FILE", help="settings in TOML (examples in configs/)")
     parser.add_argument("--cluster", metavar="NAME", help="the cluster's name (default: default)")
     parser.add_argument("--listen", metavar="ADDRESS", help="address to listen on (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, help=f"HTTP port (default: {port_default})")
     parser.add_argument(
-        "--insecure", action="store_true", default=None, help="allow --listen beyond loopback, unencrypted"
+        "--insecure", action="store_true", default=None, help="allow --listen beyond loopback, without encryption"
     )
-    parser.add_argument("--state-dir", metavar="FOLDER", help="where everything that must last is kept")
+    parser.add_argument("--state-dir", metavar="FOLDER", help="where to keep everything that must last")
     parser.add_argument("--no-discovery", dest="discovery", action="store_false", default=None, help="do not use mDNS")
     parser.add_argument("--log-level", metavar="LEVEL", help="DEBUG, INFO, WARNING or ERROR (default: INFO)")
 
 
 def daemon_flags(arguments: argparse.Namespace) -> dict[str, object]:
-    """Their values by the names of the settings; None where a flag was not given."""
+    """The values of these flags by the names of the settings; None for a flag that was not given."""
     return {
         "cluster": arguments.cluster,
         "listen.host": arguments.listen,
@@ -163,20 +163,20 @@ def daemon_flags(arguments: argparse.Namespace) -> dict[str, object]:
 
 
 def run_daemon(name: str, read_settings: Callable[[], S], serve: Callable[[S], Coroutine[Any, Any, None]]) -> None:
-    """Read the settings, configure the logs, serve, and exit: with the code of the PotluckError that ended it, if one did.
+    """Read the settings, set up the logs, serve, and exit: with the exit code of the PotluckError that ended the daemon, if one did.
 
-    Another error is a defect: it is logged with its traceback, and the exit code is 1.
+    Any other error is a defect: it is logged with its traceback, and the exit code is 1.
     """
-    logs.configure("INFO")  # for what is wrong with the settings
+    logs.configure("INFO")  # for errors in the settings
     _keep_from_children()
-    faulthandler.enable()  # systemd ends a daemon that hangs by SIGABRT: then it says where
+    faulthandler.enable()  # systemd ends a hanging daemon by SIGABRT: this prints where it hangs
     try:
         settings = read_settings()
         logs.configure(settings.log_level)
         raise_file_limit()
         if settings.listen.insecure:
             log.warning("INSECURE: %s listens on %s without encryption or identities", name, settings.listen.host)
-        # What is imported stays: without this each full collection looks at all of it, and nobody is answered meanwhile.
+        # Imported objects stay for ever. Without this, each full collection looks at all of them, and nobody is answered meanwhile.
         gc.collect()
         gc.freeze()
         asyncio.run(serve(settings))

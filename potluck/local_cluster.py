@@ -22,7 +22,7 @@ READY_SECONDS = 30.0
 
 @dataclass
 class Daemon:
-    """One daemon's process. Its output goes to `log_path`."""
+    """One daemon's process. It writes to `log_path`."""
 
     name: str
     command: list[str]
@@ -45,7 +45,7 @@ class Daemon:
         return self.process is not None and self.process.poll() is None
 
     def start(self) -> None:
-        """Start it, or start it again, on its cores."""
+        """Start the daemon, or start it again, on its cores."""
         died_with_us = lifecycle.die_with_parent()
         cores = self.cores
 
@@ -56,14 +56,14 @@ class Daemon:
                 os.sched_setaffinity(0, cores)
 
         with self.log_path.open("ab") as log:
-            # A session of its own: Ctrl-C reaches us alone, and we stop the daemons in order.
+            # Its own session: Ctrl-C reaches only us, and we stop the daemons in order.
             self.process = subprocess.Popen(
                 self.command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=self.environment,
                 start_new_session=True, preexec_fn=prepare,
             )  # fmt: skip
 
     def kill(self) -> None:
-        """SIGKILL: as a power cut would have it."""
+        """Send SIGKILL, like a power cut."""
         if self.process is not None:
             self.process.kill()
             self.process.wait()
@@ -73,7 +73,7 @@ class Daemon:
             self.process.send_signal(signal.SIGTERM)
 
     def wait(self, seconds: float) -> int | None:
-        """Its exit status; killed when it does not end in time (None)."""
+        """Its exit status; None if it did not end in time and was killed."""
         if self.process is None:
             return None
         try:
@@ -91,7 +91,8 @@ class LocalCluster:
     """A coordinator (with its broker) and `nodes` nodes below `folder`, on loopback with free ports; a context manager.
 
     The nodes find the coordinator by mDNS, as on a network; or, with `discovery=False`, by its address. `cores` pins
-    node i to the CPU `cores[i]`. `broker="external"` uses the one that runs at `broker_port`. Raises TimedOut or Unavailable, with the logs' ends, when it does not start.
+    node i to the CPU `cores[i]`. `broker="external"` uses the broker that runs at `broker_port`. Raises TimedOut or Unavailable, with
+    the ends of the logs, when the cluster does not start.
     """
 
     def __init__(
@@ -159,7 +160,7 @@ class LocalCluster:
         return node
 
     def restart_coordinator(self) -> None:
-        """Start it again where it was: same state, same broker port."""
+        """Start the coordinator again in the same place: same state, same broker port."""
         at = self.coordinator.command.index("--broker-port") + 1
         self.coordinator.command[at] = str(self.broker_port)
         self.coordinator.log_path.rename(self.coordinator.log_path.with_suffix(f".{time.monotonic_ns()}.log"))
@@ -167,7 +168,7 @@ class LocalCluster:
         self._wait_ready()
 
     def check(self) -> None:
-        """Raises Unavailable when a daemon ended that nobody stopped."""
+        """Raises Unavailable when a daemon ended by itself."""
         if not self.coordinator.running:
             raise Unavailable(f"the coordinator ended; its log ends:\n{self.coordinator.log_tail()}")
 
@@ -175,7 +176,7 @@ class LocalCluster:
         return "\n".join(f"--- {daemon.name}\n{daemon.log_tail()}" for daemon in (self.coordinator, *self.nodes))
 
     def stop(self) -> None:
-        """Stop nodes, then the coordinator; kill what does not end in time."""
+        """Stop the nodes, then the coordinator; kill those that do not end in time."""
         for node in self.nodes:
             node.terminate()
         for node in self.nodes:
@@ -200,7 +201,7 @@ class LocalCluster:
         return Daemon(name, command, self.folder / f"{name}.log", self._environment)
 
     def _wait_ready(self) -> None:
-        """Until the coordinator's log says that it is ready, and where."""
+        """Wait until the coordinator's log says that it is ready, and read its addresses there."""
         said = self._wait_said(self.coordinator, "coordinator ready ")
         self.http_url = said["http"]
         if self._broker != "external":
@@ -210,7 +211,7 @@ class LocalCluster:
         self._wait_said(node, "node joined ")
 
     def _wait_said(self, daemon: Daemon, words: str) -> dict[str, str]:
-        """The `key=value` fields of the first line in the daemon's log that has these words."""
+        """Wait for a line with these words in the daemon's log; returns the `key=value` fields of the first one."""
         deadline = time.monotonic() + READY_SECONDS
         while True:
             for line in daemon.log_path.read_text(errors="replace").splitlines():
@@ -219,5 +220,5 @@ class LocalCluster:
             if not daemon.running:
                 raise Unavailable(f"{daemon.name} ended; its log ends:\n{daemon.log_tail()}")
             if time.monotonic() > deadline:
-                raise TimedOut(f"{daemon.name} was not there in {READY_SECONDS:.0f} s:\n{self.log_tails()}")
+                raise TimedOut(f"{daemon.name} was not ready within {READY_SECONDS:.0f} s:\n{self.log_tails()}")
             time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""Logging as the daemons do it: one line an event, `key=value`, to standard error, with priorities where that is systemd's journal."""
+"""Logging in daemons: one line per event, `key=value`, on standard error, with priorities for systemd's journal."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ class _KeyValueFormatter(logging.Formatter):
 
 
 class _JournalFormatter(logging.Formatter):
-    """Without timestamps, for the journal has its own; each line with its priority, also those of a traceback."""
+    """Without timestamps, because the journal adds them; with a priority for each line, also for those of a traceback."""
 
     def format(self, record: logging.LogRecord) -> str:
         return _with_priority(record.levelno, super().format(record))
 
 
 class SeldomFilter(logging.Filter):
-    """Lets `count` lines of a kind through in `seconds`, and says with the next one how many were left out.
+    """Lets `count` lines of a kind through in `seconds`; the next line then says how many were left out.
 
-    Of a kind are those with the same first line of text, before values are filled in.
+    Lines are of one kind if they have the same first line of text, before values are filled in.
     """
 
     _KINDS_LIMIT = 1000
@@ -34,7 +34,7 @@ class SeldomFilter(logging.Filter):
         self._seconds = seconds
         self._clock = clock
         self._seen: dict[str, tuple[float, int]] = {}
-        """When the time of a kind began, and how many there were since."""
+        """When a kind's time began, and how many lines it had since."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         kind, now = str(record.msg).partition("\n")[0], self._clock()
@@ -50,7 +50,7 @@ class SeldomFilter(logging.Filter):
 
 
 def configure(level: str = "INFO") -> None:
-    """Send the logs of this process to standard error."""
+    """Send this process's logs to standard error."""
     handler = logging.StreamHandler(sys.stderr)
     line = "%(levelname)-7s %(name)s %(message)s"
     handler.setFormatter(_JournalFormatter(line) if _in_journal() else _KeyValueFormatter(f"%(asctime)s {line}"))
@@ -59,22 +59,22 @@ def configure(level: str = "INFO") -> None:
     root.setLevel(level.upper())
     for noisy in ("amqtt", "transitions", "mqtt", "aiohttp.access", "zeroconf", "asyncio"):
         logging.getLogger(noisy).setLevel(max(logging.WARNING, root.level))
-    loop = logging.getLogger("asyncio")  # it says so of each connection that it cannot take, a thousand times a second
+    loop = logging.getLogger("asyncio")  # asyncio logs each connection that it cannot accept, a thousand times a second
     loop.filters[:] = [SeldomFilter()]
 
 
 class Seldom:
-    """When it is time again to log of a subject: once in `seconds`. Beyond `limit` subjects in that time, the others are one."""
+    """Tells when to log about a subject again: once in `seconds`. Beyond `limit` subjects in that time, all others count as one."""
 
     def __init__(self, seconds: float, limit: int = 64, clock: Callable[[], float] = time.monotonic) -> None:
         self._seconds = seconds
         self._limit = limit
         self._clock = clock
         self._known: dict[str, tuple[float, int]] = {}
-        """Until when nothing is said of each, and how often there was something."""
+        """For each subject: until when to stay silent, and how often it was silent."""
 
     def due(self, subject: str) -> int | None:
-        """How often there was nothing said of this subject since the last time; None: it is not yet time again."""
+        """How often this subject was not logged since the last time; None: do not log now."""
         now = self._clock()
         if subject not in self._known and len(self._known) >= self._limit:
             self._known = {one: known for one, known in self._known.items() if known[0] > now}
@@ -84,18 +84,18 @@ class Seldom:
         if now < until:
             self._known[subject] = until, more + 1
             return None
-        self._known.pop(subject, None)  # behind the others
+        self._known.pop(subject, None)  # move it behind the others
         self._known[subject] = now + self._seconds, 0
         return more
 
 
 def say(level: int, text: str) -> None:
-    """Write to standard error for people, as it is; with its priority for the journal."""
+    """Write a text for people to standard error, as it is; in the journal with its priority."""
     sys.stderr.write((_with_priority(level, text) if _in_journal() else text) + "\n")
 
 
 def fields(**values: object) -> str:
-    """`key=value ...` in the order given, leaving out None; text with spaces, or signs that a terminal would obey, is quoted."""
+    """`key=value ...` in the order given, without None. Quotes a text with spaces, or with characters that a terminal would obey."""
     shown = ((key, str(value)) for key, value in values.items() if value is not None)
     return " ".join(f"{key}={text!r}" if _is_odd(text) else f"{key}={text}" for key, text in shown)
 
@@ -105,19 +105,19 @@ def _is_odd(text: str) -> bool:
 
 
 def _in_journal() -> bool:
-    """Whether standard error is the journal's: JOURNAL_STREAM names its device and inode (systemd.exec(5)).
+    """Whether standard error is the journal: JOURNAL_STREAM names its device and inode (systemd.exec(5)).
 
-    The variable alone says nothing: it is handed on to whatever a unit starts, wherever that writes.
+    The variable alone proves nothing: a unit's children inherit it, wherever they write.
     """
     try:
         found = os.fstat(sys.stderr.fileno())
-    except (OSError, ValueError):  # closed, or no file: under a test, in a notebook
+    except (OSError, ValueError):  # closed, or not a file: under a test, in a notebook
         return False
     return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
 
 
 def _with_priority(level: int, text: str) -> str:
-    """With syslog's number of the level at the beginning of each line (sd-daemon(3))."""
+    """The text with syslog's number of the level at the beginning of each line (sd-daemon(3))."""
     places = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))
     number = next((number for least, number in places if level >= least), 7)
     return "\n".join(f"<{number}>{line}" for line in text.split("\n"))

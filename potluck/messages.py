@@ -1,3 +1,3 @@
-"""`potluck.wire.messages`, by the name that programs of users have it by."""
+"""`potluck.wire.messages`, under the name that users' programs import."""
 
 from potluck.wire.messages import *  # noqa: F403

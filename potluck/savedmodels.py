@@ -1,4 +1,4 @@
-"""A SavedModel folder as one file, a tar, and back: the same folder gives the same bytes on every machine."""
+"""A SavedModel folder as one tar file, and back: the same folder gives the same bytes on every machine."""
 
 from __future__ import annotations
 
@@ -11,29 +11,31 @@ from potluck.errors import InvalidModel, InvalidRequest
 from potluck.wording import counted
 
 GRAPH = "saved_model.pb"
-"""What makes a folder a SavedModel."""
+"""The file that makes a folder a SavedModel."""
 ENTRIES_LIMIT = 10_000
 
 
 def check(folder: Path) -> None:
-    """Raises InvalidModel for a folder that is no SavedModel."""
+    """Raises InvalidModel for a folder that is not a SavedModel."""
     if not (folder / GRAPH).is_file():
         raise InvalidModel(
-            f"{folder} is a folder without {GRAPH}, so it is no SavedModel: give a model's file, or a folder that "
+            f"{folder} is a folder without {GRAPH}, so it is not a SavedModel: give a model's file, or a folder that "
             "model.export(folder) has written"
         )
 
 
 def pack(folder: Path, tar: Path) -> None:
-    """Write the files of `folder` as `tar`, `saved_model.pb` at its top: in the order of their names, without owners or times.
+    """Write the files of `folder` as `tar`, with `saved_model.pb` at the top: ordered by name, without owners or times.
 
-    Raises InvalidModel for a folder that is no SavedModel, or that cannot be read. Blocks.
+    Raises InvalidModel for a folder that is not a SavedModel, or cannot be read. Blocks.
     """
     check(folder)
     try:
         files = sorted((path.relative_to(folder).as_posix(), path) for path in folder.rglob("*") if path.is_file())
         if len(files) > ENTRIES_LIMIT:
-            raise InvalidModel(f"{folder} has {counted(len(files), 'file')}: a SavedModel may have {ENTRIES_LIMIT}")
+            raise InvalidModel(
+                f"{folder} has {counted(len(files), 'file')}: a SavedModel may have at most {ENTRIES_LIMIT}"
+            )
         with tarfile.open(tar, "w:", format=tarfile.PAX_FORMAT) as archive:
             for name, path in files:
                 entry = tarfile.TarInfo(name)
@@ -45,14 +47,14 @@ def pack(folder: Path, tar: Path) -> None:
 
 
 def unpack(tar: Path, folder: Path) -> None:
-    """Unpack `tar` as the new folder `folder`, whole or not at all.
+    """Unpack `tar` as the new folder `folder`, completely or not at all.
 
-    Raises InvalidModel for a tar with anything but files and folders, or with one that would lie outside; InvalidRequest where
-    `folder` is there and not empty, or cannot be written. Blocks.
+    Raises InvalidModel for a tar with anything but files and folders, or with an entry outside of it; InvalidRequest where
+    `folder` exists and is not empty, or cannot be written. Blocks.
     """
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise InvalidRequest(f"{folder} is there already: name a folder that is new, or empty")
+            raise InvalidRequest(f"{folder} exists already: name a new or empty folder")
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
             whole = Path(scratch) / "whole"
@@ -69,14 +71,14 @@ def _extract(tar: Path, folder: Path) -> None:
             for number, entry in enumerate(archive):
                 name = PurePosixPath(entry.name)
                 if name.is_absolute() or ".." in name.parts or number >= ENTRIES_LIMIT:
-                    raise InvalidModel(f"the SavedModel's tar has an entry that may not be there: {entry.name[:100]!r}")
+                    raise InvalidModel(f"the SavedModel's tar has an entry that is not allowed: {entry.name[:100]!r}")
                 if entry.isdir():
                     (folder / name).mkdir(parents=True, exist_ok=True)
                     continue
                 content = archive.extractfile(entry) if entry.isreg() and not entry.issparse() else None
                 if content is None:
                     raise InvalidModel(
-                        f"the SavedModel's tar has an entry that is no file or folder: {entry.name[:100]!r}"
+                        f"the SavedModel's tar has an entry that is neither a file nor a folder: {entry.name[:100]!r}"
                     )
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 with content, (folder / name).open("wb") as file:

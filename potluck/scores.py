@@ -1,4 +1,4 @@
-"""Scores of classes among a model's outputs, as every way to ask shows them. Pure."""
+"""Class scores among a model's outputs, in the form that every way to ask shows. Pure."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import numpy as np
 
 
 def of_classes(values: np.ndarray[Any, Any], classes: Sequence[str]) -> tuple[np.ndarray[Any, Any], tuple[str, ...]]:
-    """A score for each class on the last axis, and their labels; no labels where the model's classes do not fit.
+    """A score for each class on the last axis, and the class labels; no labels where the model's classes do not fit.
 
-    One score where a model has two classes is the second's (a sigmoid), and the first has the rest.
+    If a model with two classes has one score, that is the second class's (a sigmoid); the first class gets the rest.
     """
     if values.shape[-1] == 1 and len(classes) == 2:
         second = values.astype(np.float64)

@@ -1,6 +1,6 @@
 """Settings, read once: defaults, then a TOML file, then `POTLUCK_*` environment variables, then flags.
 
-Unknown keys are errors. Timings are settings, so that tests shrink them. Nothing reads the environment later.
+Unknown keys are errors. Timings are settings, so that tests can shorten them. Nothing reads the environment later.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LogLevel = Annotated[str, Meta(pattern=r"(?i)^(debug|info|warning|error)\Z")]
 
 
 LAMBDA = "lambda"
-"""In `allow_code`: code that stands in models themselves. No module can have this name."""
+"""In `allow_code`: allows code inside models. No module can have this name."""
 ModuleName = Annotated[str, Meta(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*\Z")]
 
 
@@ -42,11 +42,11 @@ class BusTimings(Section, frozen=True):
     reconnect_min_seconds: PositiveSeconds = 0.2
     reconnect_max_seconds: PositiveSeconds = 5.0
     plain: bool = False
-    """Use public parts of the MQTT library alone: slower, and what is used anyhow where its version is not known."""
+    """Use only public parts of the MQTT library. That is slower, and always so for unknown versions of the library."""
 
 
 class Listen(Section, frozen=True):
-    """Where a daemon listens, and whether it may do so beyond loopback without encryption (`insecure`)."""
+    """Where a daemon listens; `insecure` allows addresses beyond loopback, without encryption."""
 
     host: str = "127.0.0.1"
     port: Port = 0
@@ -54,30 +54,30 @@ class Listen(Section, frozen=True):
 
 
 class HttpSettings(Section, frozen=True):
-    """How much of a daemon's HTTP server others may hold: `connections` in all, and from one address."""
+    """How much of a daemon's HTTP server clients may use: `connections` in all, and from one address."""
 
     connections: Annotated[int, Meta(ge=2)] = 4096
     connections_per_address: Annotated[int, Meta(ge=1)] = 1024
     idle_seconds: PositiveSeconds = 75.0
-    """A connection on which nobody asks for so long is closed, and one whose client reads none of an answer for so long."""
+    """A connection is closed after this long without a request, or when the client reads nothing of an answer for this long."""
     header_seconds: PositiveSeconds = 20.0
-    """The head of a request must be whole so long after its first byte."""
+    """The head of a request must be complete this long after its first byte."""
 
 
 BROKER_PORT = 1883
-"""Of MQTT, as registered with IANA."""
+"""The MQTT port that is registered with IANA."""
 GATEWAY_PORT = 7814
-"""Of the coordinator's HTTP. Neither it nor the 30 ports after it are registered with IANA, and no well-known program uses it."""
+"""The coordinator's HTTP port. Neither it nor the 30 ports after it are registered with IANA or used by a well-known program."""
 
 
 class GatewayListen(Listen, frozen=True):
-    """Where the coordinator listens. While another program has GATEWAY_PORT, the next free one is taken; any other must be free."""
+    """Where the coordinator listens. If another program uses GATEWAY_PORT, the next free port is taken; any other port must be free."""
 
     port: Port = GATEWAY_PORT
 
 
 class BrokerSettings(Section, frozen=True):
-    """`mode`: `auto` takes a seed or a discovered broker, else a private mosquitto, else the embedded amqtt."""
+    """`mode`: `auto` uses a seed's or a discovered broker, else a private mosquitto, else the embedded amqtt."""
 
     mode: Literal["auto", "external", "mosquitto", "embedded"] = "auto"
     port: Port = BROKER_PORT
@@ -91,7 +91,7 @@ class DiscoverySettings(Section, frozen=True):
 
 
 class NetworkSettings(Section, frozen=True):
-    """What every daemon and client needs to find the others. `seeds` are broker addresses, `host` or `host:port`."""
+    """What every daemon and client needs to find the others. `seeds` are brokers' addresses, `host` or `host:port`."""
 
     cluster: str = "default"
     seeds: tuple[str, ...] = ()
@@ -100,9 +100,9 @@ class NetworkSettings(Section, frozen=True):
 
 
 class NodeDataSettings(Section, frozen=True):
-    """A data set that lives on this node: a folder or file, and for tables the columns or arrays to learn, and with the items' weights.
+    """A data set that lives on this node: a folder or file; for tables, also the columns or arrays with targets and items' weights.
 
-    With `least_noise_multiplier` above 0 it serves nothing but training with that much noise, or more.
+    With `least_noise_multiplier` above 0, it is used only for training with at least that much noise.
     """
 
     path: str
@@ -112,7 +112,7 @@ class NodeDataSettings(Section, frozen=True):
 
 
 class NodeSettings(NetworkSettings, frozen=True):
-    """The node daemon. `node_id` empty: made once and kept in `state_dir`."""
+    """Settings of the node daemon. Empty `node_id`: made once and kept in `state_dir`."""
 
     node_id: str = ""
     state_dir: str = ""
@@ -126,26 +126,26 @@ class NodeSettings(NetworkSettings, frozen=True):
     engine_start_seconds: PositiveSeconds = 120.0
     engine_silence_seconds: PositiveSeconds = 20.0
     engine_batch_seconds: PositiveSeconds = 60.0
-    """A batch of a replica that computes longer, and much longer than such batches did, has its engine killed."""
+    """An engine is killed when a replica's batch computes longer than this, and much longer than such batches did before."""
     engine_memory_bytes: Annotated[int, Meta(ge=0)] = 0
-    """What an engine may take; 0: what the machine, or the control group, has left when it starts, less a reserve."""
+    """How much memory an engine may use; 0: what the machine or control group has left when it starts, minus a reserve."""
     blob_limit_bytes: Annotated[int, Meta(ge=1)] = 20 * 2**30
     threads: Annotated[int, Meta(ge=0)] = 0
-    """Threads TensorFlow may use; 0: one for each core that the process may run on."""
+    """How many threads TensorFlow may use; 0: one per core that the process may run on."""
     allow_code: tuple[ModuleName, ...] = ()
-    """Python modules with layers, losses and metrics of users, which engines import; `lambda` allows code within models."""
+    """Python modules with users' layers, losses and metrics, which engines import; `lambda` allows code inside models."""
     sync_port: Port = 0
     """Where the engine meets others in synchronous training; 0: any free port. Only with `listen.insecure`."""
     give_way_share: Annotated[float, Meta(gt=0, le=1)] = 0.9
-    """Of the time in which a deployment's objective is at risk here, how much training may stand still for it."""
+    """Training may stand still for at most this share of the time in which a deployment's objective is at risk here."""
     data_retry_seconds: PositiveSeconds = 15.0
-    """The pause before data that could not be had are tried again; it grows, when that is in vain, to 20 times as long."""
+    """The pause before unavailable data are tried again; after repeated failures it grows to 20 times as long."""
     data: dict[Name, str | NodeDataSettings] = {}
-    """Data sets that live on this node and never leave it, by name: the path of each, or a table of its settings."""
+    """Data sets that live on this node and never leave it, by name: a path, or a table of settings for it."""
 
 
 class CoordinatorSettings(NetworkSettings, frozen=True):
-    """The coordinator daemon."""
+    """Settings of the coordinator daemon."""
 
     state_dir: str = ""
     listen: GatewayListen = GatewayListen()
@@ -156,33 +156,33 @@ class CoordinatorSettings(NetworkSettings, frozen=True):
     resend_seconds: PositiveSeconds = 1.0
     node_timeout_seconds: PositiveSeconds = 20.0
     attempts_limit: Annotated[int, Meta(ge=1)] = 3
-    """How often a shard may fail by an error (not by a lost node) before its job fails with that error."""
+    """How often a shard may fail with an error (not by a lost node) before its job fails with that error."""
     queue_limit: Annotated[int, Meta(ge=1)] = 1000
     batch_limit: Annotated[int, Meta(ge=1)] = 64
     warm_seconds: PositiveSeconds = 20.0
-    """A replica is ready when every batch size up to `batch_limit` was run once, or after so long."""
+    """A replica is ready when it has run every batch size up to `batch_limit` once, or after this long."""
     inference_seconds: PositiveSeconds = 30.0
     http_body_limit_bytes: Annotated[int, Meta(ge=1)] = 64 * 2**20
     blob_limit_bytes: Annotated[int, Meta(ge=1)] = 200 * 2**30
 
 
 class ClientSettings(NetworkSettings, frozen=True):
-    """A client or the command line. `timeout_seconds` bounds each question."""
+    """Settings of a client or the command line. `timeout_seconds` limits each question."""
 
     timeout_seconds: PositiveSeconds = 30.0
 
 
 UNKNOWN = "Object contains unknown field "
-"""How msgspec begins to say so."""
+"""The beginning of msgspec's error for an unknown field."""
 LISTS = (["seeds"], ["allow_code"])
-"""Settings that are written with commas in the environment."""
+"""Settings that are lists with commas in the environment."""
 S = TypeVar("S", bound=NetworkSettings)
 
 
 def load(kind: type[S], path: str | Path | None = None, flags: Mapping[str, Any] | None = None) -> S:
-    """Settings of `kind` from the file at `path`, the environment, and `flags` (dotted keys; None means not given).
+    """Settings of `kind` from the file at `path`, the environment, and `flags` (dotted keys; None: not given).
 
-    `POTLUCK_LISTEN__PORT=9000` sets `listen.port`; a list is written with commas. Raises InvalidSettings.
+    `POTLUCK_LISTEN__PORT=9000` sets `listen.port`; lists are written with commas. Raises InvalidSettings.
     """
     table: dict[str, Any] = {}
     if path is not None:
@@ -204,7 +204,7 @@ def load(kind: type[S], path: str | Path | None = None, flags: Mapping[str, Any]
 
 
 def check_listen(listen: Listen) -> None:
-    """Raises InvalidSettings for listening beyond loopback without `--insecure`."""
+    """Raises InvalidSettings for an address beyond loopback without `--insecure`."""
     if not listen.insecure and not is_loopback(listen.host):
         raise InvalidSettings(
             f"listening on {listen.host} opens this machine to the network without encryption or identities: "
@@ -213,7 +213,7 @@ def check_listen(listen: Listen) -> None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether `host` names this machine alone."""
+    """Whether `host` means only this machine."""
     try:
         return ip_address(host).is_loopback
     except ValueError:
@@ -237,12 +237,12 @@ def parse_address(text: str, default_port: int = BROKER_PORT) -> tuple[str, int]
 
 
 def typed(command: str, cluster: str) -> str:
-    """A command as it must be typed to reach `cluster`: what an error or a remark tells to type works when it is copied."""
+    """A command as the user must type it to reach `cluster`, so that a command in an error or a remark works when it is copied."""
     return command if cluster == NetworkSettings().cluster else f"{command} --cluster {cluster}"
 
 
 def state_folder(configured: str, daemon: str) -> Path:
-    """The daemon's folder, made if need be: as configured, systemd's StateDirectory, or below XDG_STATE_HOME (XDG base dir spec)."""
+    """The daemon's folder, made if needed: the configured one, systemd's StateDirectory, or one below XDG_STATE_HOME (XDG base dir spec)."""
     folder = configured or os.environ.get("STATE_DIRECTORY", "").split(":")[0]
     if not folder:
         base = os.environ.get("XDG_STATE_HOME") or str(Path("~/.local/state").expanduser())
@@ -258,7 +258,7 @@ def state_folder(configured: str, daemon: str) -> Path:
 
 
 def short_hostname() -> str:
-    """This machine's name as it may stand in a topic or an mDNS name: lower case letters, digits and '-', at most 20."""
+    """This machine's name for a topic or an mDNS name: lower-case letters, digits and '-', at most 20."""
     name = socket.gethostname().split(".")[0].lower()
     return "".join(sign if sign.isalnum() and sign.isascii() else "-" for sign in name).strip("-")[:20] or "node"
 
@@ -273,7 +273,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _reason(error: msgspec.ValidationError, kind: type[Struct]) -> str:
-    """What is wrong, with the setting's name as it is written in the file."""
+    """What is wrong, with the setting's name as the file has it."""
     what, _, place = str(error).replace("`", "").partition(" - at $")
     place = place.replace("[...]", ".*").lstrip(".")
     if not what.startswith(UNKNOWN):
@@ -291,6 +291,6 @@ def _put(table: dict[str, Any], keys: list[str], value: Any) -> None:
     for key in keys[:-1]:
         inner = table.setdefault(key, {})
         if not isinstance(inner, dict):
-            raise InvalidSettings(f"settings: {key} is {inner!r}, and no table: {'.'.join(keys)} has no place there")
+            raise InvalidSettings(f"settings: {key} is {inner!r}, not a table: {'.'.join(keys)} cannot be in it")
         table = inner
     table[keys[-1]] = value

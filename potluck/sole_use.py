@@ -1,4 +1,4 @@
-"""A state folder has one user at a time, whose lock says who it is. A lock ends with its process, however that ends."""
+"""A state folder has one user at a time, named in its lock. The lock ends with its process, however that ends."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from potluck.logs import fields
 log = logging.getLogger(__name__)
 
 TRIES = 5
-"""Whoever looks at a lock holds it for a moment: so often it is tried again, ..."""
+"""Another process that checks a lock holds it for a moment. So a taken lock is tried this many times, ..."""
 AGAIN_SECONDS = 0.05
-"""... after this time."""
+"""... with this pause in between."""
 SUFFIX = ".lock"
 WHATS = ("up", "node", "coordinator")
-"""Who has a lock."""
+"""What can have a lock."""
 LOCKS = Path("/proc/locks")
-"""Every lock of this machine, with the process that holds it (proc(5)); there on Linux only."""
+"""All locks on this machine, with the processes that hold them (proc(5)); exists only on Linux."""
 
 
 class User(Struct, frozen=True):
-    """Who uses a folder. `what` is one of WHATS; `pid` is 0 where that is not known.
+    """The user of a folder. `what` is one of WHATS; `pid` is 0 where it is unknown.
 
-    `broker` is the `host:port` at which it was connected last, `folder` the one that it uses; "" where that is not known.
+    `broker` is the `host:port` of its last connection, `folder` is the folder that it uses; "" where unknown.
     """
 
     what: str
@@ -47,7 +47,7 @@ class User(Struct, frozen=True):
 
     @property
     def elsewhere(self) -> bool:
-        """Whether it is on another machine: the folder is on the network."""
+        """Whether the user is on another machine: the folder is on a network disk."""
         return bool(self.host) and self.host != socket.gethostname()
 
     def __str__(self) -> str:
@@ -64,17 +64,17 @@ class User(Struct, frozen=True):
 
 
 def clock_text(at: float) -> str:
-    """The time of day as it was then here, with the day where that was not today: `10:31`, `Nov 3 10:31`."""
+    """The local time of day, with the date if it was not today: `10:31`, `Nov 3 10:31`."""
     then = time.localtime(at)
     return time.strftime("%H:%M" if then[:3] == time.localtime()[:3] else "%b %d %H:%M", then)
 
 
 @contextmanager
 def sole_use(folder: Path, what: str, cluster: str) -> Iterator[Callable[[str], None]]:
-    """Keep a state folder for ourselves: two daemons of a kind would delete each other's files. Raises Conflict, and says whose it is.
+    """Hold a state folder's lock: two daemons of a kind would delete each other's files. Raises Conflict, saying who has the lock.
 
-    What it gives is called with the broker's `host:port`, so that whoever reads the lock finds that without us.
-    Daemons of two kinds may share one (systemd's StateDirectory of a unit that runs `potluck up`).
+    Call the yielded function with the broker's `host:port`, so that others can read it from the lock.
+    Daemons of different kinds may share a folder (systemd's StateDirectory of a unit that runs `potluck up`).
     """
     try:
         descriptor = os.open(lock_of(folder, what), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -86,13 +86,15 @@ def sole_use(folder: Path, what: str, cluster: str) -> Iterator[Callable[[str], 
         if not _taken(descriptor):
             holder = _read(descriptor)
             raise Conflict(
-                f"the state folder {folder} is in use by another {holder or User(what)}: end that, or choose another folder with --state-dir"
+                f"the state folder {folder} is in use by another {holder or User(what)}: end that one, or choose another folder with --state-dir"
             )
         user = User(what, cluster, os.getpid(), time.time(), socket.gethostname())
 
         def tell(broker: str) -> None:
             text = msgspec.json.encode(replace(user, broker=broker))
-            os.pwrite(descriptor, text.ljust(os.fstat(descriptor).st_size), 0)  # in one piece: it is read at any time
+            os.pwrite(
+                descriptor, text.ljust(os.fstat(descriptor).st_size), 0
+            )  # in one write: others may read it at any time
 
         os.ftruncate(descriptor, 0)
         tell("")
@@ -102,7 +104,7 @@ def sole_use(folder: Path, what: str, cluster: str) -> Iterator[Callable[[str], 
 
 
 def user_of(folder: Path, what: str) -> User | None:
-    """Who uses a state folder as this now; None for nobody, and where that may not be looked at."""
+    """The user of a state folder for `what`; None if nobody uses it, or we may not look."""
     try:
         descriptor = os.open(lock_of(folder, what), os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
@@ -118,7 +120,7 @@ def user_of(folder: Path, what: str) -> User | None:
 
 
 def users_here() -> list[User]:
-    """Who of this user's processes on this machine has a lock of ours, in whatever folder. Empty where LOCKS is not to be had."""
+    """Processes of this user on this machine that hold a lock of ours, in any folder. Empty where LOCKS cannot be read."""
     try:
         lines = LOCKS.read_text().splitlines()
     except OSError as error:
@@ -131,7 +133,7 @@ def users_here() -> list[User]:
 
 
 def _locks_of(pid: str) -> Iterator[tuple[Path, str]]:
-    """The folders of the locks that a process has open, and as what. None of one that is gone, or another user's."""
+    """(folder, what) of the locks that a process has open. Empty for a process that is gone or another user's."""
     try:
         for link in Path(f"/proc/{pid}/fd").iterdir():
             path = link.readlink()
@@ -142,7 +144,7 @@ def _locks_of(pid: str) -> Iterator[tuple[Path, str]]:
 
 
 def lock_of(folder: Path, what: str) -> Path:
-    """The file that is locked."""
+    """The file to lock."""
     return folder / f"{what}{SUFFIX}"
 
 
@@ -162,4 +164,4 @@ def _read(descriptor: int) -> User | None:
     try:
         return msgspec.json.decode(os.pread(descriptor, 4096, 0), type=User)
     except msgspec.DecodeError:
-        return None  # it has the lock, and is about to say who it is
+        return None  # it has the lock, and is about to write who it is

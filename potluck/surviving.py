@@ -1,4 +1,4 @@
-"""A defect that one request, message or turn of a loop meets must not end the daemon with all it serves."""
+"""A defect in one request, message or turn of a loop must not end the daemon with everything that it serves."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SELDOM = Seldom(5.0)
 
 
 def as_defect(error: Exception, doing: str) -> PotluckError:
-    """What is told of an error that is none of ours, which is logged; ours stay as they are."""
+    """The error to tell: one of ours stays as it is; any other is logged, and becomes `a defect of potluck`."""
     if isinstance(error, PotluckError):
         return error
     _tell(doing, error)
@@ -29,7 +29,7 @@ def _tell(doing: str, error: Exception) -> None:
 
 @contextmanager
 def surviving(doing: str, *, fatal: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """Log whatever is raised inside, but for `fatal` errors, with its traceback, every few seconds at most; then go on after the block."""
+    """Log any error raised inside, except `fatal` ones, with its traceback, at most every few seconds; then go on after the block."""
     try:
         yield
     except fatal:
@@ -39,6 +39,6 @@ def surviving(doing: str, *, fatal: tuple[type[Exception], ...] = ()) -> Iterato
 
 
 async def outlived(work: Awaitable[object], doing: str) -> None:
-    """Await `work`, of which nobody waits for the outcome, as `surviving`."""
+    """Await `work` whose result nobody waits for, like `surviving`."""
     with surviving(doing):
         await work

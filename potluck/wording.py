@@ -1,4 +1,4 @@
-"""How counts and names are told to people."""
+"""How counts and names are shown to people."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 
 def counted(count: float, one: str, many: str = "") -> str:
-    """As people say it: `1 node`, `1,200 items`; `many` where that is not `one` with an s."""
+    """A count with its noun: `1 node`, `1,200 items`; `many` where the plural is not `one` with an s."""
     number = f"{count:,.0f}"
     return f"{number} {one if number == '1' else many or one + 's'}"
 
 
 def printable(text: str, kept: str = "") -> str:
-    r"""The same with signs that a terminal would obey, not show, as escapes (`\n`, `\x1b`); those in `kept` stay."""
+    r"""The same text, with escapes (`\n`, `\x1b`) for characters that a terminal would obey, not show; those in `kept` stay."""
     if text.isprintable():
         return text
     return "".join(
@@ -21,11 +21,11 @@ def printable(text: str, kept: str = "") -> str:
 
 
 def be(count: float) -> str:
-    """The verb after so many things: `1 node is online`, `2 nodes are online`."""
+    """The verb after a count: `1 node is online`, `2 nodes are online`."""
     return "is" if count == 1 else "are"
 
 
 def first(names: Sequence[str], most: int) -> str:
-    """The first of them, and how many more there are: `a, b and 3 more`."""
+    """The first names, and how many more there are: `a, b and 3 more`."""
     more = len(names) - most
     return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")

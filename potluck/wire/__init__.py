@@ -1,1 +1,1 @@
-"""What goes over a wire: messages, how they are written, topics, tensors, and checks of what others send."""
+"""What goes over a wire: messages, their encoding, topics, tensors, and checks of what others send."""

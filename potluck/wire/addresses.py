@@ -1,7 +1,7 @@
-"""Where blobs are to be had: `http://host:port`, and nothing else. Pure.
+"""Addresses of blob holders: `http://host:port`, and nothing else. Pure.
 
-Holders are named by whoever sends a message, and asked by us: an address with a path, a query or a user would let anyone
-make this machine ask for anything of anyone. The path is ours.
+The sender of a message names the holders, and we ask them. An address with a path, a query or a user would let any sender
+make this machine send any request to anyone. So we add the path ourselves.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ NO_ADDRESS = "is not an http://host:port address"
 
 
 def is_address(text: str) -> bool:
-    """Whether that is an address. Host names are as the DNS has them (RFC 1123, 2.1), others in their ASCII form."""
+    """Whether the text is such an address. Host names are as in the DNS (RFC 1123, 2.1), others in their ASCII form."""
     if len(text) > _LIMIT or not _ADDRESS.fullmatch(text):
         return False
     host, _, port = text.rstrip("/").partition("://")[2].rpartition(":")
@@ -32,7 +32,7 @@ def is_address(text: str) -> bool:
 
 
 def check_holders(holders: Iterable[str], what: str) -> None:
-    """Raises InvalidRequest where `what` is said to be held at something else than an address."""
+    """Raises InvalidRequest where a holder of `what` is not an address."""
     for holder in holders:
         if not is_address(holder):
             raise InvalidRequest(f"{what} names the holder {holder[:80]!r}, which {NO_ADDRESS}")

@@ -1,4 +1,4 @@
-"""Bytes <-> messages: msgpack or JSON, told apart by the first byte, checked against `potluck.wire.messages`.
+"""Bytes <-> messages: msgpack or JSON, recognised by the first byte, checked against `potluck.wire.messages`.
 
 msgpack maps begin with 0x80-0x8F, 0xDE or 0xDF, JSON objects with `{` (0x7B), so neither needs a label.
 """
@@ -25,7 +25,7 @@ CONTENT_TYPES: dict[Encoding, str] = {"msgpack": "application/msgpack", "json": 
 _LONG_NUMBER = re.compile(rb"[0-9]{19}")
 _IN_JSON = {key: re.compile(rb'"%s"\s*:\s*("(?:[^"\\]|\\.)*")' % key.encode(), re.DOTALL) for key in ("id", "reply_to")}
 _UNREADABLE = (ValueError, TypeError, RecursionError, msgpack.exceptions.UnpackException)
-"""What the parsers raise. TypeError: a map in msgpack may have a list for a key, which none of ours can."""
+"""Errors of the parsers. TypeError: a msgpack map may have a list as a key; our messages never have."""
 _NATIVE = {"msgpack": (bytes,), "json": ()}
 _PACKER = msgspec.msgpack.Encoder()
 T = TypeVar("T")
@@ -36,22 +36,22 @@ def encode(message: Message, encoding: Encoding = "msgpack", *, limit: int = INL
     payload = pack(message, encoding)
     if len(payload) > limit:
         raise TooLarge(
-            f"{type(message).__name__} is {len(payload)} bytes; the limit on the bus is {limit}: send what is large as a blob"
+            f"{type(message).__name__} is {len(payload)} bytes; the limit on the bus is {limit}: send large data as a blob"
         )
     return payload
 
 
 def decode(payload: bytes, *, limit: int = INLINE_LIMIT_BYTES) -> tuple[Message, Encoding]:
-    """The message in `payload` and how it was encoded. Raises TooLarge or BadMessage, naming the field."""
+    """(the message in `payload`, its encoding). Raises TooLarge or BadMessage, naming the field."""
     if len(payload) > limit:
-        raise TooLarge(f"a message of {len(payload)} bytes is over the limit of {limit}: send what is large as a blob")
+        raise TooLarge(f"a message of {len(payload)} bytes is over the limit of {limit}: send large data as a blob")
     if payload[:1] not in b"{ \t\r\n\xef":
-        # Nearly all of them are read here, in a fifth of the time; what is not is read again, to say what is wrong with it.
+        # The fast way, for nearly all messages: five times as fast. If it fails, the slow way below tells what is wrong.
         with suppress(msgspec.MsgspecError, *_UNREADABLE):
             return _decoder().decode(payload), "msgpack"
     value, encoding = _parse(payload)
     name = value.get("type")
-    # Converting to the one class, not to the union of all: msgspec would build that union anew for each message.
+    # Convert to the one class, not to the union of all: msgspec would build that union again for each message.
     kind = _kinds().get(name) if isinstance(name, str) else None
     return _convert(value, kind or AnyMessage, encoding), encoding
 
@@ -59,7 +59,7 @@ def decode(payload: bytes, *, limit: int = INLINE_LIMIT_BYTES) -> tuple[Message,
 def salvage(payload: bytes) -> tuple[str, str, Encoding | None]:
     """`(id, reply_to, encoding)` of a payload that did not decode, so that it can be answered; empty where unknown.
 
-    They are found beside what cannot be read, too: whoever made a mistake in one field should hear of it.
+    Finds them even where other fields cannot be read: the sender should hear of its mistake.
     """
     encoding = _encoding_of(payload)
     found: dict[str, str] = {}
@@ -75,7 +75,7 @@ def _fields_of_json(payload: bytes) -> Iterator[tuple[str, str]]:
     except BadMessage:
         for key, pattern in _IN_JSON.items():
             if (match := pattern.search(payload)) is not None:
-                with suppress(*_UNREADABLE):  # a text that cannot be sent back is as good as none
+                with suppress(*_UNREADABLE):  # a text that cannot be sent back is of no use
                     text = json.loads(match[1])
                     text.encode()
                     yield key, text
@@ -84,8 +84,8 @@ def _fields_of_json(payload: bytes) -> Iterator[tuple[str, str]]:
 
 
 def _fields_of_msgpack(payload: bytes) -> Iterator[tuple[str, str]]:
-    """The texts among the fields up to one that cannot be read. Libraries that know one kind of string write them as `bin`."""
-    # Texts as bytes and maps as lists: neither bad UTF-8 nor an odd key stands in the way of the next field.
+    """(name, text) of fields, up to the first field that cannot be read. Old libraries write texts as `bin`."""
+    # Read texts as bytes and maps as lists: then neither bad UTF-8 nor an unusual key stops before the next field.
     unpacker = msgpack.Unpacker(raw=True, strict_map_key=False, object_pairs_hook=list, max_buffer_size=len(payload))
     with suppress(*_UNREADABLE):
         unpacker.feed(payload)
@@ -97,9 +97,9 @@ def _fields_of_msgpack(payload: bytes) -> Iterator[tuple[str, str]]:
 
 
 def pack(value: Any, encoding: Encoding = "msgpack") -> bytes:
-    """Any struct or plain value as bytes, without a size limit: for files and for frames between our own processes.
+    """Any struct or plain value as bytes, without a size limit: for files, and for frames between our own processes.
 
-    Raises BadMessage for what an encoding cannot carry.
+    Raises BadMessage for a value that the encoding cannot carry.
     """
     try:
         if encoding == "msgpack":
@@ -110,7 +110,7 @@ def pack(value: Any, encoding: Encoding = "msgpack") -> bytes:
 
 
 def _json(plain: Any) -> str:
-    """JSON as RFC 8259 has it: there are no numbers that are not finite, so they are null."""
+    """JSON as in RFC 8259, which has no infinite numbers and no NaN: they become null."""
     try:
         return json.dumps(plain, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     except ValueError:
@@ -118,7 +118,7 @@ def _json(plain: Any) -> str:
 
 
 def finite(plain: Any) -> Any:
-    """The same plain value with None for each number that is not finite."""
+    """The same plain value, with None for each number that is not finite."""
     if isinstance(plain, float):
         return plain if math.isfinite(plain) else None
     if isinstance(plain, dict):
@@ -129,7 +129,7 @@ def finite(plain: Any) -> Any:
 
 
 def unpack(payload: bytes, kind: type[T]) -> T:
-    """The value of type `kind` in `payload`, which `pack` wrote. Raises BadMessage."""
+    """The value of type `kind` in `payload`, written by `pack`. Raises BadMessage."""
     value, encoding = _parse(payload)
     converted: T = _convert(value, kind, encoding)
     return converted
@@ -143,11 +143,11 @@ def _parse(payload: bytes) -> tuple[dict[Any, Any], Encoding]:
         raise BadMessage(f"the payload is neither a msgpack nor a JSON map: its first byte is 0x{payload[0]:02x}")
     try:
         if encoding == "json":
-            # Only where there may be one: the check costs as much as the rest.
+            # Check only where there may be a long number: the check costs as much as parsing.
             parse_int = _number if _LONG_NUMBER.search(payload) else None
             value = json.loads(payload.decode("utf-8-sig"), parse_int=parse_int)
             if b"\\ud" in payload or b"\\uD" in payload:
-                json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair cannot be sent on
+                json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair could not be sent on
         else:
             size = len(payload)
             value = msgpack.unpackb(
@@ -161,7 +161,7 @@ def _parse(payload: bytes) -> tuple[dict[Any, Any], Encoding]:
 
 
 def _encoding_of(payload: bytes) -> Encoding | None:
-    """As the first byte tells it."""
+    """The encoding that the first byte tells; None for any other byte."""
     first = payload[0] if payload else 0
     if first == 0x7B or first in b" \t\r\n\xef":
         return "json"
@@ -169,7 +169,7 @@ def _encoding_of(payload: bytes) -> Encoding | None:
 
 
 def _number(text: str) -> int | float:
-    """JSON has whole numbers of any size, msgpack of 64 bits: what is larger is a float, as in JavaScript."""
+    """A number from JSON. JSON has whole numbers of any size, msgpack of 64 bits: a larger one becomes a float, as in JavaScript."""
     value = int(text)
     return value if -(2**63) <= value < 2**64 else float(text)
 

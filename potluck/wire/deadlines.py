@@ -1,4 +1,4 @@
-"""By when a message is good, by the clock of whoever reads it: clocks of machines differ. Pure."""
+"""Until when a message is good, by the reader's clock: clocks of machines differ. Pure."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from potluck.wire.messages import Infer, Message, RunInference
 
 
 def deadline(message: Message, now: float) -> float:
-    """Unix time by this clock until which a message that came `now` is good; infinity: for ever.
+    """Unix time by this machine's clock until which a message that came at `now` is good; infinity: for ever.
 
-    What says for how long from its receipt (`valid_seconds`) needs no clocks that agree; else it is the sender's `expires`.
+    `valid_seconds` counts from receipt, so clocks need not agree; without it, the sender's `expires` counts.
     """
     if isinstance(message, Infer | RunInference) and message.valid_seconds:
         return now + message.valid_seconds
@@ -18,8 +18,8 @@ def deadline(message: Message, now: float) -> float:
 
 
 def too_late(message: Message, now: float, whose: str) -> str:
-    """What to say of one that came when its time was up; `whose`: the clock that `now` is of."""
+    """The error text for a message that came after its time; `whose`: the clock of `now`."""
     return (
-        f"it came {now - message.expires:.0f} s after its time was up (`expires`) by {whose} clock: where clocks differ, set them (NTP), "
-        "or say `valid_seconds`, which counts from the receipt"
+        f"it came {now - message.expires:.0f} s after its time was up (`expires`) by {whose} clock: if the clocks differ, set them (NTP), "
+        "or send `valid_seconds`, which counts from receipt"
     )

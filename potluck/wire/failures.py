@@ -1,4 +1,4 @@
-"""Errors as they go on the wire, and back: the only place that knows both forms."""
+"""Errors to the wire and back: the only place that knows both forms."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from potluck.wire.messages import ErrorInfo
 
 
 def error_info(error: PotluckError) -> ErrorInfo:
-    """What is sent of an error."""
+    """An error as it is sent."""
     return ErrorInfo(
         code=error.code,
         message=error.message,
@@ -17,5 +17,5 @@ def error_info(error: PotluckError) -> ErrorInfo:
 
 
 def as_error(info: ErrorInfo, message: str = "") -> PotluckError:
-    """The exception of an error that was received, with other words where they are given; of a code that is not known, the base class."""
+    """The exception for a received error, with `message` instead of its own text if given; an unknown code gives the base class."""
     return from_code(info.code, message or info.message, info.retry_after_seconds)

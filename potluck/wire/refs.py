@@ -1,4 +1,4 @@
-"""Blobs that messages refer to: all of them, and where they are to be had."""
+"""Finds the blobs that messages refer to, and adds their holders."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def blob_refs(value: Any) -> Iterator[BlobRef]:
 
 
 def locate(value: S, holders_of: Callable[[str], tuple[str, ...]]) -> S:
-    """The same message with every blob reference in it naming its holders; those it named already come first."""
+    """The same message, with holders in every blob reference; those that it already named come first."""
     if isinstance(value, BlobRef):
         found = dict.fromkeys((*value.holders, *holders_of(value.sha256)))
         return replace(value, holders=tuple(found))

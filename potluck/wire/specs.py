@@ -1,4 +1,4 @@
-"""Whether a request is what a model's signature asks for: said before it is sent anywhere, and again where it is computed. Pure."""
+"""Checks that a request fits a model's signature: before it is sent anywhere, and again where it is computed. Pure."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from potluck.wording import counted
 
 
 def matched(request: Sequence[Tensor], specs: Sequence[TensorSpec]) -> list[Tensor]:
-    """The tensors in the order of the model's inputs. Raises InvalidRequest, naming expected and given: how many, which, what shapes.
+    """The tensors in the order of the model's inputs. Raises InvalidRequest, naming what is expected and given: number, names, shapes.
 
-    A single input goes by any name. Whether data are what their shape says is not looked at.
+    A single input may have any name. Does not check that data fit their shape.
     """
     if len(request) != len(specs):
         raise InvalidRequest(
@@ -31,23 +31,23 @@ def matched(request: Sequence[Tensor], specs: Sequence[TensorSpec]) -> list[Tens
             w >= 0 and w != h for w, h in zip(spec.shape[1:], given[1:], strict=True)
         ):
             raise InvalidRequest(
-                f"input '{spec.name}' takes {spec.datatype} of shape {shown(spec.shape)}, the first being the batch, "
+                f"input '{spec.name}' takes {spec.datatype} of shape {shown(spec.shape)} (first the batch), "
                 f"but the request has {shown(given)}"
             )
     rows = ordered[0].shape[:1]
     if rows in ((), (0,)) or any(tensor.shape[:1] != rows for tensor in ordered):
-        raise InvalidRequest("the inputs of a request need the same number of rows, one at least")
+        raise InvalidRequest("all inputs of a request need the same number of rows, at least one")
     return ordered
 
 
 def shape_for(tensor: Tensor, spec: TensorSpec) -> tuple[int, ...]:
-    """Its shape as this input. A list of texts is one of lists of one, for a model whose items are such (`keras.Input((1,), dtype="string")`)."""
+    """The tensor's shape for this input. For a model with items like `keras.Input((1,), dtype="string")`, a list of texts gets a second axis."""
     texts = tensor.datatype == "BYTES" and len(tensor.shape) == 1 and tuple(spec.shape[1:]) == (1,)
     return (*tensor.shape, 1) if texts else tensor.shape
 
 
 def shown(dimensions: Sequence[int | None]) -> str:
-    """`(any, 32, 32, 3)`: None and -1 are dimensions that may have any size."""
+    """`(any, 32, 32, 3)`: None and -1 are dimensions of any size."""
     return "(" + ", ".join("any" if d is None or d < 0 else str(d) for d in dimensions) + ")"
 
 

@@ -32,7 +32,7 @@ _DATATYPES = {(dtype.kind, dtype.itemsize): name for name, dtype in DTYPES.items
 
 
 def datatype_of(dtype: np.dtype[Any]) -> str:
-    """The protocol's name of a numpy dtype; BYTES for text. Raises InvalidRequest for one that it cannot carry."""
+    """The protocol's name for a numpy dtype; BYTES for text. Raises InvalidRequest for a dtype that it cannot carry."""
     if dtype.kind in "SUO":
         return "BYTES"
     try:
@@ -44,9 +44,9 @@ def datatype_of(dtype: np.dtype[Any]) -> str:
 
 
 def from_numpy(name: str, array: np.ndarray[Any, Any], *, copy: bool = True) -> Tensor:
-    """A tensor with its data inline as bytes; text as a list of strings, or of bytes where any is not UTF-8.
+    """A tensor with inline data: numbers as bytes; text as a list of strings, or of bytes where any text is not UTF-8.
 
-    Without `copy` numbers are a memoryview, of the array itself where that lies in memory as it does on the wire.
+    Without `copy`, numbers are a memoryview: of the array itself, if its memory has the wire's layout.
     """
     datatype = datatype_of(array.dtype)
     if datatype == "BYTES":
@@ -58,9 +58,9 @@ def from_numpy(name: str, array: np.ndarray[Any, Any], *, copy: bool = True) -> 
 
 
 def plain(tensor: Tensor) -> Tensor:
-    """The same tensor, its list (flat or nested) as bytes; texts as a flat list.
+    """The same tensor, with a list (flat or nested) turned into bytes, or for texts into a flat list.
 
-    Raises InvalidRequest where data, datatype and shape do not agree.
+    Raises InvalidRequest where data, datatype and shape do not fit together.
     """
     array = to_numpy(tensor)
     if not isinstance(tensor.data, list):
@@ -78,10 +78,10 @@ def as_lists(tensor: Tensor) -> Tensor:
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
-    """The array of `tensor.shape`; read-only when the data came as bytes.
+    """The array with `tensor.shape`; read-only when the data came as bytes.
 
-    Raises InvalidRequest when the datatype is unknown, or when data and shape do not agree, and for data that is a blob
-    reference: whoever needs it pulls the blob first.
+    Raises InvalidRequest for an unknown datatype, for data that do not fit the shape, and for a blob reference: the caller must pull
+    the blob first.
     """
     label, data, count = tensor.name, tensor.data, math.prod(tensor.shape)
     if tensor.datatype == "BYTES":
@@ -89,7 +89,7 @@ def to_numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
             raise InvalidRequest(f"tensor '{label}': BYTES data must be a list of strings")
         flat = _flatten(data)
         if not all(isinstance(item, str | bytes) for item in flat):
-            raise InvalidRequest(f"tensor '{label}': BYTES data must be a list of strings, and this one has others")
+            raise InvalidRequest(f"tensor '{label}': BYTES data must be a list of strings, but it has other values")
         array = np.empty(len(flat), dtype=object)
         array[:] = flat
         return _shaped(array, tensor)
@@ -98,7 +98,7 @@ def to_numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
             f"tensor '{label}': unknown datatype '{tensor.datatype}': use one of {', '.join(DTYPES)}, BYTES"
         )
     dtype = DTYPES[tensor.datatype]
-    if isinstance(data, bytes | memoryview):  # memory: of a file, within an engine
+    if isinstance(data, bytes | memoryview):  # a memoryview is of a file, in an engine
         if len(data) != count * dtype.itemsize:
             raise InvalidRequest(
                 f"tensor '{label}': {tensor.datatype} of shape {list(tensor.shape)} is {counted(count * dtype.itemsize, 'byte')}, "
@@ -107,9 +107,9 @@ def to_numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
         return _shaped(np.frombuffer(data, dtype=dtype), tensor)
     if isinstance(data, list):
         try:
-            with np.errstate(over="ignore"):  # seen below
+            with np.errstate(over="ignore"):  # checked below
                 array = np.asarray(data, dtype=dtype)
-            # It may be read as a number, and where numpy is not told a type each number would get its room.
+            # A text could be read as a number; and without a dtype, numpy would make room for the longest text in every place.
             if _has_text(data):
                 raise ValueError("it has texts")
             exact = dtype.kind == "f" or not array.size or np.asarray(data).dtype.kind in "iub"
@@ -121,15 +121,15 @@ def to_numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
             and np.isfinite(np.asarray(data, np.float64)[over]).any()
         ):
             raise InvalidRequest(f"tensor '{label}': data does not fit {tensor.datatype}: a number is too large")
-        if not exact and not np.array_equal(array, np.asarray(data)):  # numpy would cut off what it cannot hold
+        if not exact and not np.array_equal(array, np.asarray(data)):  # numpy would cut off what does not fit
             raise InvalidRequest(f"tensor '{label}': data does not fit {tensor.datatype}: it has other numbers")
         return _shaped(array, tensor)
     raise InvalidRequest(f"tensor '{label}': its data is a blob, which must be pulled first")
 
 
 def packed(tensor: Tensor) -> bytes:
-    """The data of a tensor that is no blob as bytes alone: little-endian in C order, and an item of BYTES with its length as 4
-    bytes before it (binary tensor extension of the Open Inference Protocol). Raises InvalidRequest as `to_numpy` does.
+    """The data of a tensor as bytes (not for a blob): little-endian in C order; each item of BYTES after its length in 4 bytes
+    (binary tensor extension of the Open Inference Protocol). Raises InvalidRequest as `to_numpy` does.
     """
     if isinstance(tensor.data, bytes):
         return tensor.data
@@ -141,7 +141,7 @@ def packed(tensor: Tensor) -> bytes:
 
 
 def unpacked(name: str, datatype: str, data: bytes) -> bytes | list[Any]:
-    """What `packed` wrote as the data of a tensor: bytes, and for BYTES a list of texts, or of bytes where any is not UTF-8.
+    """The data of a tensor from the bytes of `packed`: bytes; for BYTES a list of texts, or of bytes where any text is not UTF-8.
 
     Raises InvalidRequest for BYTES that are cut off.
     """
@@ -154,7 +154,7 @@ def unpacked(name: str, datatype: str, data: bytes) -> bytes | list[Any]:
         at = start + int.from_bytes(data[at:start], "little")
         if at > len(data):
             raise InvalidRequest(
-                f"tensor '{name}': an item of BYTES ends behind the tensor's {counted(len(data), 'byte')}"
+                f"tensor '{name}': an item of BYTES goes beyond the tensor's {counted(len(data), 'byte')}"
             )
         items.append(data[start:at])
     return _as_texts(items)
@@ -175,14 +175,14 @@ def _shaped(array: np.ndarray[Any, Any], tensor: Tensor) -> np.ndarray[Any, Any]
         )
     try:
         return array.reshape(tensor.shape)
-    except ValueError as error:  # more dimensions than numpy has, or an empty one beside one that is too long
+    except ValueError as error:  # more dimensions than numpy has, or an empty dimension beside one that is too long
         raise InvalidRequest(
             f"tensor '{tensor.name}': it cannot have shape {list(tensor.shape)[:9]}: {error}"
         ) from error
 
 
 def _has_text(data: list[Any]) -> bool:
-    """Whether there is a text in the list or its lists."""
+    """Whether there is a text in the list or in lists inside it."""
     kinds = set(map(type, data))
     return bool(kinds & {str, bytes}) or (
         list in kinds and any(_has_text(item) for item in data if isinstance(item, list))
@@ -190,12 +190,12 @@ def _has_text(data: list[Any]) -> bool:
 
 
 def _flatten(data: list[Any]) -> list[Any]:
-    """All that is in the list and its lists, in order, however deep."""
+    """Everything in the list and the lists inside it, in order, at any depth."""
     while any(isinstance(item, list) for item in data):
         data = [part for item in data for part in (item if isinstance(item, list) else [item])]
     return data
 
 
 def shape_text(shape: Sequence[int | None]) -> str:
-    """That of one item, for people, from one with the batch axis: `(any, 4)`."""
+    """The shape of one item for people, from a shape with the batch axis: `(any, 4)`."""
     return f"({', '.join('any' if size is None else str(size) for size in shape[1:])})"

@@ -31,7 +31,7 @@ _SEGMENT = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,160}\Z")
 
 @dataclass(frozen=True)
 class Topics:
-    """The topics of one cluster. Raises InvalidSettings for a cluster name that cannot stand in a topic."""
+    """The topics of one cluster. Raises InvalidSettings for a cluster name that a topic cannot contain."""
 
     cluster: str
 
@@ -74,15 +74,15 @@ class Topics:
         return topic[len(self.root) + 1 :].split("/")[index]
 
     def is_question(self, topic: str) -> bool:
-        """Whether what comes there may be answered: everywhere else many listen, and each would."""
+        """Whether a message on this topic may be answered. On all other topics several listen, and each would answer."""
         parts = topic[len(self.root) + 1 :].split("/") if topic.startswith(f"{self.root}/") else []
         return parts in (["coordinator", "inbox"], ["jobs", "submit"]) or (
             len(parts) == 3 and parts[0] == "models" and parts[2] == "infer"
         )
 
     def check_reply_to(self, topic: str) -> str:
-        """`topic`, when an answer may go there. Raises InvalidRequest: nobody may make the coordinator speak to a node."""
-        # brokers hang up on whoever publishes to a topic with control characters or hundreds of levels
+        """`topic`, if an answer may go there. Raises InvalidRequest: nobody may make the coordinator write to a node."""
+        # a broker disconnects a client that publishes to a topic with control characters or hundreds of levels
         usable = topic.isprintable() and topic.count("/") < 100 and not any(sign in topic for sign in "+#")
         if not topic or not usable or len(topic.encode()) > 1024 or topic.startswith("$"):
             raise InvalidRequest(f"reply_to {topic[:80]!r} is not a topic that can be published to")

@@ -105,7 +105,7 @@ async def test_what_another_model_ended_is_back_at_once_and_what_ends_engines_is
     assert "3 times within an hour" in info.reason
     assert "a batch took more than 60 s" in info.reason
     async with client(lab) as bus:
-        with pytest.raises(Unavailable, match="m:1 has no replica: its engine died of it 3 times"):
+        with pytest.raises(Unavailable, match="m:1 has no replica: the model made its engine die 3 times"):
             await ask(bus, question(1, 2))
     node.loaded.clear()
     await lab.deploy("m", 1)  # begins anew

@@ -66,7 +66,7 @@ def test_what_is_wrong_in_a_file_is_named(tmp_path: Path, text: str, said: str) 
         ("POTLUCK_LISTEN", "0.0.0.0", "listen"),
         ("POTLUCK_LISTEN__INSECURE", "perhaps", "listen.insecure"),
         ("POTLUCK_LISTEN__PROT", "1", "prot"),
-        ("POTLUCK_THREADS__PORT", "1", "threads is 1, and no table"),
+        ("POTLUCK_THREADS__PORT", "1", "threads is 1, not a table"),
     ],
 )
 def test_what_is_wrong_in_the_environment_is_named(

@@ -147,7 +147,7 @@ def test_a_folder_that_is_in_use_is_left_alone(tmp_path: Path) -> None:
     savedmodels.pack(saved_model(tmp_path / "net"), tmp_path / "tar")
     mine = written(tmp_path / "mine", b"x")
     for taken in (tmp_path / "net", mine):
-        with pytest.raises(InvalidRequest, match="is there already: name a folder that is new, or empty"):
+        with pytest.raises(InvalidRequest, match="exists already: name a new or empty folder"):
             savedmodels.unpack(tmp_path / "tar", taken)
     with pytest.raises(InvalidRequest, match="cannot be written"):
         savedmodels.unpack(tmp_path / "tar", mine / "below")

@@ -113,7 +113,7 @@ def test_texts_and_bytes_survive_as_bytes_alone(items: list[bytes]) -> None:
         try:
             found = unpacked("x", "BYTES", raw[:end])
         except InvalidRequest as error:
-            assert "ends behind" in error.message  # noqa: PT017 - some ends are those of an item
+            assert "goes beyond" in error.message  # noqa: PT017 - some ends are those of an item
         else:
             assert len(found) < len(items)
 
