@@ -2,8 +2,8 @@
 
 A message is a plain map whose `type` is the class name below: commands in the imperative (`LeaseShard`), events in the
 past tense (`ShardFinished`). Unknown fields are ignored, new fields have defaults, types never change; the golden files in
-`tests/contract/golden` freeze the wire. A message is complete without MQTT 5: `id`, `reply_to` and `expires` stand in
-the body. An answer carries the `id` of its question.
+`tests/contract/golden` freeze the wire. A message is complete without MQTT 5: `id`, `reply_to` and `expires` are in
+the body. An answer has the `id` of its question.
 
 Units: `*_seconds` are seconds, `*_bytes` bytes, `*_at` and `expires` Unix time in seconds.
 """
@@ -18,47 +18,47 @@ PROTOCOL_VERSION = 1
 INLINE_LIMIT_BYTES = 256 * 1024
 """Largest message on the bus; larger tensors and files travel as blobs."""
 INPUT_BLOB_LIMIT_BYTES = 64 * 2**20
-"""Largest input of an inference that is a blob."""
+"""Largest blob that can be an input of an inference."""
 SHARDS_LIMIT = 500
-"""Of a data set: a lease that names them all, with who has each, goes into a message."""
+"""Most shards of a data set: a lease that names them all, with their holders, must fit into a message."""
 CLASS_NAMES_LIMIT_BYTES = 112 * 1024
-"""Of a data set: they go with every lease and into every listing."""
+"""Total size of a data set's class names: every lease and listing has them."""
 
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")]
 """A name that a user gives to a model or data set."""
 Alias = Annotated[str, Meta(pattern=r"^(?!latest\Z|v[0-9]+\Z)[A-Za-z][A-Za-z0-9._-]{0,63}\Z")]
-"""A name for one version of a model, `prod` in `digits:prod`; it looks like no version (`3`, `v3`), and `latest` is the plain name."""
+"""A name for one version of a model, `prod` in `digits:prod`. It must not look like a version (`3`, `v3`); `latest` is the plain name."""
 TagKey = Annotated[str, Meta(min_length=1, max_length=64)]
 TagValue = Annotated[str, Meta(max_length=256)]
 Source = Annotated[str, Meta(max_length=256)]
 NODE_DATA = "node:"
 DataName = Annotated[str, Meta(pattern=r"^(node:)?[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")]
-"""A registered data set, or with `node:` before its name data that live on the nodes and stay there."""
+"""A registered data set; or with `node:` before its name, data that live on the nodes and stay there."""
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Count = Annotated[int, Meta(ge=0, le=2**53)]
-"""Up to what JavaScript holds: sums of counts stay within the 64 bits of msgpack."""
+"""At most what JavaScript holds: sums of counts then fit into the 64 bits of msgpack."""
 Positive = Annotated[int, Meta(ge=1, le=2**53)]
 Seconds = Annotated[float, Meta(ge=0)]
 UnixTime = Annotated[float, Meta(ge=0, le=1e11)]
-"""0: not said."""
+"""0: unknown."""
 Epoch = Annotated[int, Meta(ge=0, le=2**53)]
-"""Of a coordinator's journal: the higher one is the newer one."""
+"""The epoch of a coordinator's journal: a higher one is newer."""
 Percent = Annotated[int, Meta(ge=0, le=100)]
 Factor = Annotated[float, Meta(ge=0)]
 Epochs = Annotated[int, Meta(ge=1, le=1_000_000)]
-"""With a limit, so that a job's samples can be counted in 64 bits."""
+"""Limited, so that a job's samples can be counted in 64 bits."""
 Seed = Annotated[int, Meta(ge=0, le=2**32 - 1)]
 
 
 Objective = Annotated[float, Meta(ge=0, le=3600)]
 Priority = Annotated[int, Meta(ge=-10, le=10)]
-"""Of a request; higher ones come first."""
+"""The priority of a request: a higher one comes first."""
 
 Compression = Literal["auto", "none", "int8", "int4"]
 Strategy = Literal["auto", "local", "sync"]
 Quantization = Literal["none", "int8"]
 ModelFormat = Literal["keras", "h5", "savedmodel", "tflite"]
-"""What a model's blob is: a `.keras` or `.h5` file, a tar of a SavedModel folder, or a LiteRT `.tflite` file."""
+"""The format of a model's blob: a `.keras` or `.h5` file, a tar of a SavedModel folder, or a LiteRT `.tflite` file."""
 
 
 class Part(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -66,7 +66,7 @@ class Part(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Message(Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="type", tag=True):
-    """What every message may carry. `expires` 0 means never."""
+    """The fields that every message may have. `expires` 0: never."""
 
     id: str = ""
     reply_to: str = ""
@@ -77,7 +77,7 @@ class Message(Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="
 
 
 class BlobRef(Part, frozen=True):
-    """Bytes named by their SHA-256, and the base URLs of those who hold them (`GET <holder>/blobs/<sha256>`)."""
+    """Bytes named by their SHA-256, and the base URLs of their holders (`GET <holder>/blobs/<sha256>`)."""
 
     sha256: Sha256
     size: Count
@@ -85,7 +85,7 @@ class BlobRef(Part, frozen=True):
 
 
 class Tensor(Part, frozen=True):
-    """A tensor as the Open Inference Protocol names it. `data` is bytes (little-endian, C order), a (nested) list, or a blob."""
+    """A tensor, named as in the Open Inference Protocol. `data` is bytes (little-endian, C order), a (nested) list, or a blob."""
 
     name: str
     datatype: str
@@ -105,11 +105,11 @@ class Signature(Part, frozen=True):
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     pixel_scale: float = 0.0
-    """What the model's own first layers expect pixels of 0 to 255 to be multiplied by (1: they scale them themselves); 0: they do not say."""
+    """The factor that the model's first layers expect for pixels of 0 to 255 (1: they scale pixels themselves); 0: they do not say."""
 
 
 class ErrorInfo(Part, frozen=True):
-    """An error on the wire; `code` is one of `potluck.errors`."""
+    """An error on the wire; `code` is one of those in `potluck.errors`."""
 
     code: str
     message: str
@@ -123,7 +123,7 @@ class Gpu(Part, frozen=True):
 
 
 class Capacity(Part, frozen=True):
-    """What a node has, and how fast that was measured to be (`gflops`: float32 matrix product, 0 until measured)."""
+    """What a node has, and its measured speed (`gflops`: float32 matrix product, 0 until measured)."""
 
     hostname: str
     system: str
@@ -135,13 +135,13 @@ class Capacity(Part, frozen=True):
 
 
 Side = Annotated[int, Meta(ge=1, le=4096)]
-"""Of an image as a model takes it, in pixels: with four channels of float32 256 MiB at most."""
+"""Most pixels of an image for a model: with four channels of float32, that is at most 256 MiB."""
 
 
 class ImageOptions(Part, frozen=True):
     """How images become tensors: decoded to `channels`, resized bilinearly to height x width, multiplied by `scale`.
 
-    `scale` None: by what the model's own layers expect, 1 (pixels 0 to 255) or 1/255 (docs/data.md, "What the model sees").
+    `scale` None: as the model's own layers expect, 1 (pixels 0 to 255) or 1/255 (docs/data.md, "What the model sees").
     """
 
     height: Side
@@ -158,13 +158,13 @@ class DataShard(Part, frozen=True):
 
 
 class DataFormat(Part, frozen=True):
-    """How the items of a data set's shards are read.
+    """How to read the items in a data set's shards.
 
     `images`, `texts`, `audio`: a WebDataset tar with `<key>.<png|jpg|...>`, `<key>.txt` (UTF-8) or `<key>.wav` (16-bit PCM, at
     `rate` samples a second), and `<key>.cls` (class index as text).
-    `arrays`: a safetensors file with one tensor per input name and, when there is a target, one under `target`.
-    For a model with several outputs there is one under each name of `targets` instead: the names of the outputs, or
-    `y_0`, `y_1`, ... for targets in their order. `weight` names a tensor with the weight of each item in the loss.
+    `arrays`: a safetensors file with one tensor per input name and, if there is a target, one named `target`.
+    For a model with several outputs, there is one for each of `targets` instead: the names of the outputs, or
+    `y_0`, `y_1`, ... for targets in order. `weight` names a tensor with the weight of each item in the loss.
     """
 
     kind: Literal["images", "arrays", "texts", "audio"]
@@ -174,14 +174,14 @@ class DataFormat(Part, frozen=True):
     targets: tuple[str, ...] = ()
     weight: str = ""
     places: tuple[Count, ...] = ()
-    """Where these shards count classes otherwise: their class i is class `places[i]` of `classes`."""
+    """Where these shards number classes differently: their class i is class `places[i]` of `classes`."""
     rate: Count = 0
 
 
 class Dataset(Part, frozen=True):
-    """A data set as the coordinator keeps it. Item order is that of `shards`; `keys` names each item (a blob of JSON).
+    """A data set as the coordinator keeps it. Items are in the order of `shards`; `keys` names each item (a blob of JSON).
 
-    `skipped` names items that could not be used; `remarks` are sentences about all else that was left out, or may not be meant.
+    `skipped` names items that could not be used; `remarks` are sentences about other data left out, or about likely mistakes.
     """
 
     name: Name
@@ -195,7 +195,7 @@ class Dataset(Part, frozen=True):
 
 
 class NodeData(Part, frozen=True):
-    """What a node says of a data set that it holds for itself: everything but the items."""
+    """What a node tells of a data set that lives on it: everything except the items."""
 
     name: Name
     format: DataFormat
@@ -203,11 +203,11 @@ class NodeData(Part, frozen=True):
 
 
 class Privacy(Part, frozen=True):
-    """What hides single examples, or whole nodes, in training on data of the nodes (differential privacy).
+    """How training on nodes' own data hides single examples, or whole nodes (differential privacy).
 
-    `unit` `example`: the gradient of each example is cut to the norm `l2_norm_clip`, and normal noise of `noise_multiplier` times that
-    is added to their sum (DP-SGD, Abadi et al., 2016); `node`: the same is done to the update of each node in each round
-    (McMahan et al., 2018). `delta` is that of (epsilon, delta).
+    `unit` `example`: the gradient of each example is clipped to the norm `l2_norm_clip`, and normal noise of `noise_multiplier` times
+    that norm is added to their sum (DP-SGD, Abadi et al., 2016); `node`: the same happens to each node's update in each round
+    (McMahan et al., 2018). `delta` is the delta of (epsilon, delta).
     """
 
     l2_norm_clip: Annotated[float, Meta(gt=0)]
@@ -217,9 +217,9 @@ class Privacy(Part, frozen=True):
 
 
 class Step(Part, frozen=True):
-    """Another way to the weights of a round, for who has those of the round before: what `update` makes of `base`.
+    """Another way to get a round's weights, for a node that has the weights before the round: apply `update` to `base`.
 
-    `update` is a file as `potluck.weights.updates` describes it; the result is the same to the bit as the file of the weights.
+    `update` is a file as in `potluck.weights.updates`; the result is exactly the file of the weights, bit for bit.
     """
 
     base: BlobRef
@@ -242,18 +242,19 @@ class JobSpec(Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="
 
 
 class Train(JobSpec, frozen=True, tag="train"):
-    """Train `model` on `dataset`; the result is a `.keras` file, registered as `register` when that is given.
+    """Train `model` on `dataset`; the result is a `.keras` file, registered as `register` if that is given.
 
-    `round_seconds` 0: as long as measured bandwidth and speed suggest. `compression` is that of updates on the network: `auto`
-    takes 4 bits a weight, or 8 where the measured error of 4 is large. With `overlap` nodes train on while updates travel.
-    `outer_learning_rate` and `outer_momentum` (Nesterov)
-    are those of the step that is taken with the mean of a round's updates; None: by rule (docs/training.md).
+    `round_seconds` 0: chosen from measured bandwidth and speed. `compression` is for updates on the network: `auto` uses 4 bits
+    per weight, or 8 where the measured error of 4 bits is large. With `overlap`, nodes train on while updates travel.
+    `outer_learning_rate` and `outer_momentum` (Nesterov) are for the step with the mean of a round's updates; None: by rule
+    (docs/training.md).
 
-    `strategy`: `local` trains in rounds, apart; `sync` takes every step together, with `batch_size` items over all nodes; `auto`
-    begins like `local`, and chooses by what was measured. `weights` begins from a checkpoint of an earlier job (`JobEnded.checkpoint`) instead of the model's own, and `initial_epoch`
-    counts on from there, to `epochs` in all. `class_weight` weighs the loss by a class's label. `monitor` names a metric of epochs
-    (`val_loss`): the result is the model as it was after the best epoch, and with `patience` training ends after so
-    many epochs that were not better than that by more than `min_delta`. `privacy` is for a `dataset` that lives on the nodes.
+    `strategy`: `local` trains in rounds; `sync` takes every step together, with `batch_size` items over all nodes; `auto`
+    begins like `local`, and then chooses by measurements. `weights`: begin from a checkpoint of an earlier job
+    (`JobEnded.checkpoint`) instead of the model's weights; `initial_epoch` counts on from there, to `epochs` in all. `class_weight`
+    weighs the loss by a class's label. `monitor` names a metric of epochs (`val_loss`): the result is the model after the best epoch;
+    with `patience`, training ends after this many epochs in a row that were not better by more than `min_delta`.
+    `privacy` is for a `dataset` that lives on the nodes.
     """
 
     model: str | BlobRef
@@ -275,14 +276,14 @@ class Train(JobSpec, frozen=True, tag="train"):
     class_weight: dict[str, Annotated[float, Meta(ge=0)]] = {}
     monitor: str = ""
     monitor_mode: Literal["auto", "min", "max"] = "auto"
-    """Whether it is better when it is small or large; `auto`: by its name, where that tells."""
+    """Whether a small or a large value is better; `auto`: decided by the metric's name, if that tells."""
     patience: Epochs | None = None
     min_delta: Annotated[float, Meta(ge=0)] = 0.0
     privacy: Privacy | None = None
     deterministic: bool = False
-    """Rounds of a fixed number of steps, parts that depend on nothing but their tasks: the same nodes give the same bits again."""
+    """Rounds have a fixed number of steps, and parts depend only on their tasks: the same nodes give exactly the same result again."""
     model_name: Source = ""
-    """What people call a model that is a blob: `cnn.keras`. In each kind of job."""
+    """People's name for a model that is a blob: `cnn.keras`. Every kind of job has this."""
 
 
 class Evaluate(JobSpec, frozen=True, tag="evaluate"):
@@ -302,19 +303,19 @@ class Predict(JobSpec, frozen=True, tag="predict"):
 
 
 class Deploy(JobSpec, frozen=True, tag="deploy"):
-    """Keep a registered model loaded on `replicas` nodes (0: on every node). Succeeds when all are ready.
+    """Keep a registered model loaded on `replicas` nodes (0: on every node). Succeeds when all replicas are ready.
 
-    Then it answers to the model's plain name, and the version that did so before goes (not with `keep`) after `watch_seconds`, when
-    what it was asked is answered. As a `canary` it answers only so many percent of the questions, as a `shadow` it gets
-    a copy of each and its answers are thrown away. One that does worse than the stable version by more than `rollback_factor`
-    in failures or p99 is withdrawn (0: never).
+    Then the model answers to its plain name. The version that did so before is unloaded (not with `keep`) after `watch_seconds`, when
+    its requests are answered. A `canary` answers only this percentage of the requests; a `shadow` gets a copy of each request, and its
+    answers are dropped. A version that is worse than the stable one by more than `rollback_factor` in failures or p99 is withdrawn
+    (0: never).
 
-    With `max_replicas` the number follows the load: more when requests wait for longer than `queue_seconds`, never fewer than
-    `min_replicas`. After `idle_seconds` without a request none is held until the next one (0: never so).
+    With `max_replicas`, the number follows the load: more while requests wait longer than `queue_seconds`, but never fewer than
+    `min_replicas`. After `idle_seconds` without a request all are unloaded, until the next request (0: never).
 
-    With `quantize` what is deployed is `<name>-int8`, a LiteRT model with whole numbers of 8 bits that this job makes: `calibration`
-    names data that show what is usual (None: those that the model was trained on), and both models are evaluated on `evaluation`
-    (None: on those again).
+    With `quantize`, the job makes and deploys `<name>-int8`, a LiteRT model with whole numbers of 8 bits. `calibration` names data
+    like the usual inputs (None: the model's training data), and both models are evaluated on `evaluation` (None: on the calibration
+    data).
     """
 
     model: str
@@ -329,8 +330,8 @@ class Deploy(JobSpec, frozen=True, tag="deploy"):
     queue_seconds: Seconds = 0.2
     idle_seconds: Seconds = 0.0
     objective_seconds: Objective = 0.0
-    """How long an answer may take: batches are as large as that allows, training gives way, and what would take longer is refused.
-    0: nobody said."""
+    """How long an answer may take: batches are as large as that allows, training gives way, and a request that would take longer is
+    refused. 0: no objective."""
     quantize: Quantization = "none"
     calibration: Name | None = None
     evaluation: Name | None = None
@@ -341,10 +342,10 @@ JobState = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 
 
 class EpochMetrics(Part, frozen=True):
-    """One epoch of a training job; metrics as Keras names them, validation ones with `val_`.
+    """One epoch of a training job; metrics have Keras' names, those of validation with `val_`.
 
-    `samples` counts from the job's beginning. `computing` is the share of the rounds' time in which nodes computed: the rest
-    went into exchanging weights. `exchanged_bytes` are those of the updates and steps of its rounds.
+    `samples` counts from the job's beginning. `computing` is the share of the rounds' time in which nodes computed; the rest
+    was exchange of weights. `exchanged_bytes` are those of the updates and steps of the epoch's rounds.
     """
 
     epoch: int
@@ -357,9 +358,9 @@ class EpochMetrics(Part, frozen=True):
 
 
 class RoundMetrics(Part, frozen=True):
-    """One round of a training job: metrics in training as Keras names them, and the outer step that was taken with its updates.
+    """One round of a training job: its training metrics with Keras' names, and the outer step that was taken with its updates.
 
-    `samples` are this round's own. `rejected`: nodes whose update was left out, and why.
+    `samples` are only this round's. `rejected`: nodes whose update was left out, and why.
     """
 
     round: int
@@ -372,7 +373,7 @@ class RoundMetrics(Part, frozen=True):
 
 
 class JobProgress(Part, frozen=True):
-    """What a person would want to see while a job runs. `done` and `total` count items (samples, for training)."""
+    """What a person wants to see while a job runs. `done` and `total` count items (samples, for training)."""
 
     done: Count = 0
     total: Count = 0
@@ -381,22 +382,22 @@ class JobProgress(Part, frozen=True):
     round: int = 0
     metrics: dict[str, float] = {}
     items_per_second: float = 0.0
-    """Of all together, with what they wait for each other and for what is sent."""
+    """Speed of all nodes together, including waiting for each other and for transfers."""
     nodes: dict[str, float] = {}
-    """Items per second of each node at work, while it computes; of very many the fastest."""
+    """Items per second of each working node, while it computes; of very many nodes only the fastest."""
     nodes_more: Count = 0
-    """Nodes at work that are not among `nodes`."""
+    """Number of working nodes that are not among `nodes`."""
     message: str = ""
     quarantined: dict[str, str] = {}
     """Nodes that are left out of the job, and why."""
     waiting: dict[str, str] = {}
-    """Nodes that take no part in training yet or for now, and why."""
+    """Nodes that do not take part in training yet, or not now, and why."""
     exchanged_bytes: Count = 0
-    """Of updates and steps, until now."""
+    """Updates and steps sent until now."""
     strategy: str = ""
-    """Of a training job: what `auto` chose, and the figures that it rests on."""
+    """In a training job: what `auto` chose, and the measurements that it used."""
     image: ImageOptions | None = None
-    """How images become the model's input, as the nodes read it from the model where the job does not say it."""
+    """How images become the model's input; read from the model where the job does not say it."""
 
 
 class ClassScore(Part, frozen=True):
@@ -408,10 +409,10 @@ class ClassScore(Part, frozen=True):
 
 
 class Evaluation(Part, frozen=True):
-    """Metrics merged from counts. `confusion[i][j]` counts items of class i predicted as j.
+    """Metrics merged from counts. `confusion[i][j]` is the number of items of class i predicted as j.
 
-    `precision`, `recall` and `f1` are those of class 1 where one output tells two classes apart (above `threshold`, as the
-    confusion matrix and the accuracy count); else unweighted means over classes, which are named `macro_...` beside compiled ones.
+    `precision`, `recall` and `f1` are of class 1 where one output tells two classes apart (above `threshold`, as also for the
+    confusion matrix and the accuracy); else they are unweighted means over classes, named `macro_...` if the model compiled its own.
     """
 
     count: int
@@ -420,7 +421,7 @@ class Evaluation(Part, frozen=True):
     classes: tuple[ClassScore, ...] = ()
     threshold: float | None = None
     remark: str = ""
-    """What should be known of the figures."""
+    """Remarks that people need to understand the metrics."""
 
 
 # --- client <-> coordinator ------------------------------------------------------------------------------------------
@@ -437,45 +438,45 @@ class JobAccepted(Message, frozen=True):
 
 
 class CancelJob(Message, frozen=True):
-    """Answered by `JobChanged` with the state it is in then."""
+    """Answered by `JobChanged` with the job's state then."""
 
     job_id: str
 
 
 class StopTraining(Message, frozen=True):
-    """End a training job after the epoch that is under way, as if it had been the last. Answered by `JobChanged`."""
+    """End a training job after the current epoch, as if it had been the last. Answered by `JobChanged`."""
 
     job_id: str
 
 
 class GetJob(Message, frozen=True):
-    """Answered by `JobChanged`, or by `JobEnded` when it has ended."""
+    """Answered by `JobChanged`, or by `JobEnded` if it has ended."""
 
     job_id: str
 
 
 class GetHistory(Message, frozen=True):
-    """The epochs of a training job that ended so far, also while it runs. Answered by `HistoryListed`."""
+    """The epochs of a training job that have ended so far, also while it runs. Answered by `HistoryListed`."""
 
     job_id: str
     after: Count = 0
-    """Those above this number only."""
+    """Only epochs above this number."""
 
 
 class ListJobs(Message, frozen=True):
     after: str = ""
-    """Those that were asked for after the job of this id; empty, or of a job that is forgotten: from the oldest on."""
+    """Only jobs submitted after this one; empty, or a job that is no longer known: from the oldest on."""
 
 
 class JobSubject(Part, frozen=True):
-    """What a job is about, as people call it; empty where there is no such thing."""
+    """What a job is about, with people's names; empty where the job has no such thing."""
 
     name: str = ""
-    """Under which its result is registered: `flowers` as it was asked for, `flowers:3` when that is done."""
+    """The name for its result: `flowers` as it was asked for, `flowers:3` once it is registered."""
     model: str = ""
-    """As it was asked for: `name`, `name:version`, or the name of a file."""
+    """The model as it was asked for: `name`, `name:version`, or the name of a file."""
     data: str = ""
-    """The data set that it works on."""
+    """The data set that the job works on."""
 
 
 class JobChanged(Message, frozen=True):
@@ -504,37 +505,37 @@ class JobEnded(Message, frozen=True):
     error: ErrorInfo | None = None
     model: BlobRef | None = None
     checkpoint: BlobRef | None = None
-    """Of a training job, also of one that failed or was cancelled: the weights after its last round."""
+    """The weights after the last round of a training job, also of a failed or cancelled one."""
     best_epoch: int = 0
-    """Where a metric was monitored: the epoch that `model` is of."""
+    """Where a metric was monitored: the epoch after which `model` was taken."""
     registered: str = ""
     history: tuple[EpochMetrics, ...] = ()
     rounds: tuple[RoundMetrics, ...] = ()
-    """Of a training job, evenly thinned where there were very many."""
+    """The rounds of a training job; of very many, an even selection."""
     evaluation: Evaluation | None = None
     outputs: tuple[Tensor, ...] = ()
-    """Predictions of the whole data set in item order; large ones as blobs."""
+    """Predictions for the whole data set in item order; large ones as blobs."""
     classes: tuple[str, ...] = ()
     keys: BlobRef | None = None
     deployment: str = ""
     before: Evaluation | None = None
-    """Where a model was converted to be deployed: how the original does on what `evaluation` is of."""
+    """Where a model was converted for deployment: the evaluation of the original on the same data as `evaluation`."""
     evaluated_on: str = ""
-    """The data set of both."""
+    """The data set of both evaluations."""
     subject: JobSubject = JobSubject()
     image: ImageOptions | None = None
     """How images became the model's input."""
 
 
 class JobsListed(Message, frozen=True):
-    """As many as go into a message, the oldest first. With `more`, ask again `after` the last of them."""
+    """As many as fit into a message, the oldest first. With `more`, ask again `after` the last of them."""
 
     jobs: tuple[JobChanged, ...]
     more: bool = False
 
 
 class HistoryListed(Message, frozen=True):
-    """The next epochs, as many as fit into a message; with none there is none yet."""
+    """The next epochs, as many as fit into a message; empty: no further epoch has ended yet."""
 
     job_id: str
     epochs: tuple[EpochMetrics, ...] = ()
@@ -551,44 +552,44 @@ class NodeInfo(Part, frozen=True):
     replicas: tuple[str, ...] = ()
     seen_at: float = 0.0
     data: tuple[NodeData, ...] = ()
-    """Data sets that live on it."""
+    """Data sets that live on the node."""
     gives_way: bool = False
-    """Whether jobs stand still on it while inference has an objective to keep."""
+    """Whether the node's jobs stand still, so that inference meets its objective."""
     software: dict[str, str] = {}
-    """Versions of what it runs, as in its birth."""
+    """Versions of its software, as in its birth."""
     data_missing: dict[str, str] = {}
-    """Data sets that its settings name and that cannot be had: why, by name."""
+    """Unavailable data sets that its settings name: the reason, by name."""
     left: bool = False
     """Whether it is offline because it was ended in order."""
     clock_ahead_seconds: float = 0.0
-    """How far its clock is ahead of the coordinator's, as its telemetry came; 0 where it did not say."""
+    """How far its clock was ahead of the coordinator's when its telemetry came; 0: unknown."""
     shortage: str = ""
-    """Why it can take no more blobs, as its telemetry says."""
+    """Why it can store no more blobs, from its telemetry."""
     left_out: str = ""
-    """Why it gets no jobs (or nothing at all, where it speaks another version of the protocol); empty: it does."""
+    """Why it gets no jobs (or nothing at all, if it speaks another version of the protocol); empty: it gets jobs."""
 
 
 class ListNodes(Message, frozen=True):
     after: str = ""
-    """Those whose ids come after this one; empty: from the first on."""
+    """Only nodes with ids after this one; empty: from the first on."""
 
 
 class NodesListed(Message, frozen=True):
-    """As many as go into a message. With `more`, ask again `after` the last of them."""
+    """As many as fit into a message. With `more`, ask again `after` the last of them."""
 
     nodes: tuple[NodeInfo, ...]
     sent_at: float = 0.0
-    """By the coordinator's clock; 0: it does not say."""
+    """The time of the answer by the coordinator's clock; 0: unknown."""
     more: bool = False
 
 
 class AddDataset(Message, frozen=True):
-    """Register a data set whose blobs the coordinator's store holds; `manifest` is the blob of a msgpack `Dataset` map."""
+    """Register a data set whose blobs are in the coordinator's store; `manifest` is the blob of a msgpack `Dataset` map."""
 
     name: Name
     manifest: BlobRef
     packed: bool = False
-    """Packed for a job that is asked for next, and named by nobody: it is forgotten when the last job that uses it has ended."""
+    """Packed for a job that is submitted next, without a name from a user: removed when the last job that uses it has ended."""
 
 
 class DatasetInfo(Part, frozen=True):
@@ -600,9 +601,9 @@ class DatasetInfo(Part, frozen=True):
     classes: tuple[str, ...] = ()
     skipped: int = 0
     nodes: tuple[str, ...] = ()
-    """Those that hold it, of data that live on nodes."""
+    """For data that live on nodes: the nodes that have it."""
     packed: bool = False
-    """Packed for a job, and forgotten with it."""
+    """Packed for a job, and removed with it."""
 
 
 class DatasetAdded(Message, frozen=True):
@@ -610,7 +611,7 @@ class DatasetAdded(Message, frozen=True):
 
 
 class RemoveDataset(Message, frozen=True):
-    """Forget a registered data set; refused with `conflict` while a job under way uses it. Answered by `DatasetRemoved`."""
+    """Remove a registered data set; refused with `conflict` while a running job uses it. Answered by `DatasetRemoved`."""
 
     name: Name
 
@@ -621,11 +622,11 @@ class DatasetRemoved(Message, frozen=True):
 
 class ListDatasets(Message, frozen=True):
     after: str = ""
-    """Those whose names come after this one, registered ones before those that live on nodes; empty: from the first on."""
+    """Only data sets with names after this one, registered ones before those that live on nodes; empty: from the first on."""
 
 
 class DatasetsListed(Message, frozen=True):
-    """As many as go into a message. With `more`, ask again `after` the last of them."""
+    """As many as fit into a message. With `more`, ask again `after` the last of them."""
 
     datasets: tuple[DatasetInfo, ...]
     more: bool = False
@@ -641,11 +642,11 @@ class RegisterModel(Message, frozen=True):
     classes: tuple[str, ...] = ()
     tags: dict[TagKey, TagValue] = {}
     source: Source = ""
-    """Where it came from, for people."""
+    """Where the model came from, for people."""
 
 
 class ModelInfo(Part, frozen=True):
-    """A version of a model. Nothing of it ever changes but its tags and aliases, and a signature that is learnt later."""
+    """A version of a model. Nothing in it changes, except its tags and aliases, and a signature that is learnt later."""
 
     name: str
     version: int
@@ -655,14 +656,14 @@ class ModelInfo(Part, frozen=True):
     image: ImageOptions | None = None
     classes: tuple[str, ...] = ()
     rate: Count = 0
-    """Samples a second of the recordings that it was trained on; 0 for other data."""
+    """Samples per second of the recordings that it was trained on; 0 for other data."""
     metrics: dict[str, float] = {}
     job_id: str = ""
     format: ModelFormat = "keras"
     tags: dict[str, str] = {}
     aliases: tuple[str, ...] = ()
     source: str = ""
-    """Where it came from, for people: `job 4be1c06f2a9d`, `imported from model.h5`."""
+    """Where the model came from, for people: `job 4be1c06f2a9d`, `imported from model.h5`."""
 
 
 class ModelRegistered(Message, frozen=True):
@@ -676,20 +677,20 @@ class GetModel(Message, frozen=True):
 
 
 class SetAlias(Message, frozen=True):
-    """From now on `name:alias` is the version that `model` is now. Answered by `ModelChanged`."""
+    """Let `name:alias` mean the version that `model` is now. Answered by `ModelChanged`."""
 
     model: str
     alias: Alias
 
 
 class RemoveAlias(Message, frozen=True):
-    """`model` is `name:alias`. Answered by `ModelChanged` with the version that it was."""
+    """`model` is `name:alias`. Answered by `ModelChanged` with the version that it named."""
 
     model: str
 
 
 class TagModel(Message, frozen=True):
-    """Set `tags` of a version, and take away those whose keys are in `remove`. Answered by `ModelChanged`."""
+    """Set `tags` of a version, and remove tags with keys in `remove`. Answered by `ModelChanged`."""
 
     model: str
     tags: dict[TagKey, TagValue] = {}
@@ -697,15 +698,15 @@ class TagModel(Message, frozen=True):
 
 
 class ModelChanged(Message, frozen=True):
-    """What people call a version, or say of it, is now so."""
+    """The new names and tags of a version."""
 
     model: ModelInfo
 
 
 class DeleteModel(Message, frozen=True):
-    """Delete a version, or with `every_version` all of the name `model`; their numbers are never given again.
+    """Delete a version, or with `every_version` all of the name `model`; their numbers are never used again.
 
-    Refused with `conflict` while a deployment, an alias or a job under way uses one. Answered by `ModelsDeleted`.
+    Refused with `conflict` while a deployment, an alias or a running job uses one. Answered by `ModelsDeleted`.
     """
 
     model: str
@@ -719,11 +720,11 @@ class ModelsDeleted(Message, frozen=True):
 
 class ListModels(Message, frozen=True):
     after: str = ""
-    """Those that come after this `name:version`, by name and version; empty: from the first on."""
+    """Only versions after this `name:version`, by name and version; empty: from the first on."""
 
 
 class ModelsListed(Message, frozen=True):
-    """As many as go into a message. With `more`, ask again `after` the last of them."""
+    """As many as fit into a message. With `more`, ask again `after` the last of them."""
 
     models: tuple[ModelInfo, ...]
     more: bool = False
@@ -735,34 +736,34 @@ class ReplicaInfo(Part, frozen=True):
     state: Literal["loading", "ready", "failed"]
     error: ErrorInfo | None = None
     warm_rows: int = 0
-    """Batches of up to so many rows were run before it was ready."""
+    """Before it was ready, batches of up to this many rows were run."""
 
 
 class DeploymentInfo(Part, frozen=True):
-    """What became of a deployment. Latencies (of good answers) and `failure_rate` are those of the last two minutes."""
+    """The state of a deployment. Latencies (of good answers) and `failure_rate` are of the last two minutes."""
 
     name: str
     """`name:version` of the model."""
     wanted: int
-    """Replicas while it is asked; 0: one on every node."""
+    """Wanted replicas while it gets requests; 0: one on every node."""
     replicas: tuple[ReplicaInfo, ...]
     queued: int = 0
     served: int = 0
     state: Literal["loading", "ready", "failing", "idle", "evicted", "withdrawn", "retired"] = "loading"
-    """`idle`, `evicted` and `withdrawn` ones hold no replica until they are asked; a `retired` one answers what it has, and goes."""
+    """`idle`, `evicted` and `withdrawn`: no replica until the next request; `retired`: answers the requests that it has, and then goes."""
     role: Literal["", "stable", "canary", "shadow", "previous"] = ""
-    """What it is to the model's plain name; "": it is asked by its own name alone."""
+    """Its role for the model's plain name; "": it answers only to its own name."""
     weight: int = 0
-    """Percent of the plain name's questions that it answers."""
+    """Percent of the requests to the plain name that it answers."""
     reason: str = ""
     """Why it is in this state, or has fewer replicas than wanted."""
     resident_bytes: int = 0
-    """Memory that a replica takes, as measured; 0: not yet."""
+    """Measured memory of one replica; 0: not measured yet."""
     min_replicas: int = 0
     max_replicas: int = 0
     objective_seconds: float = 0.0
     queue_seconds: float = 0.0
-    """How long a request that comes now waits for a replica, as expected."""
+    """How long a request that comes now is expected to wait for a replica."""
     p50_seconds: float = 0.0
     p99_seconds: float = 0.0
     failure_rate: float = 0.0
@@ -770,11 +771,11 @@ class DeploymentInfo(Part, frozen=True):
 
 class ListDeployments(Message, frozen=True):
     after: str = ""
-    """Those whose names come after this one; empty: from the first on."""
+    """Only deployments with names after this one; empty: from the first on."""
 
 
 class DeploymentsListed(Message, frozen=True):
-    """As many as go into a message. With `more`, ask again `after` the last of them."""
+    """As many as fit into a message. With `more`, ask again `after` the last of them."""
 
     deployments: tuple[DeploymentInfo, ...]
     more: bool = False
@@ -791,13 +792,13 @@ class Undeployed(Message, frozen=True):
 
 
 class Promote(Message, frozen=True):
-    """Make the canary (or shadow) of this model the stable version. Answered by `DeploymentsListed`, of this model."""
+    """Make the canary (or shadow) of this model the stable version. Answered by `DeploymentsListed` with this model's deployments."""
 
     model: str
 
 
 class RollBack(Message, frozen=True):
-    """Withdraw the canary or shadow of this model, or else go back to the version before. Answered by `DeploymentsListed`."""
+    """Withdraw the canary or shadow of this model; if it has none, go back to the version before. Answered by `DeploymentsListed`."""
 
     model: str
 
@@ -805,8 +806,8 @@ class RollBack(Message, frozen=True):
 class Infer(Message, frozen=True):
     """On `models/<name>/infer` (`name`, `name:version` or `name:alias`). Answered by `Inferred`.
 
-    Of the requests that wait, those of a higher `priority` go first; one that cannot be answered in time is refused at once: within
-    `valid_seconds` of its receipt, or, where that is 0, by `expires` on the coordinator's clock.
+    Waiting requests with a higher `priority` go first. A request that cannot be answered in time is refused at once: in time means
+    within `valid_seconds` of receipt, or, where that is 0, until `expires` on the coordinator's clock.
     """
 
     inputs: tuple[Tensor, ...]
@@ -815,8 +816,8 @@ class Infer(Message, frozen=True):
 
 
 class CancelInfer(Message, frozen=True):
-    """On the topic of an `Infer`, with its `id` and `reply_to`: nobody waits for its answer any more, which is the error `cancelled`
-    then, unless it was on its way. Not answered itself."""
+    """On the topic of an `Infer`, with its `id` and `reply_to`: nobody waits for its answer any more. The answer is then the error
+    `cancelled`, unless another one was already on its way. This message itself is not answered."""
 
 
 class Inferred(Message, frozen=True):
@@ -826,26 +827,26 @@ class Inferred(Message, frozen=True):
 
 
 class FindReplicas(Message, frozen=True):
-    """Where large inputs of a deployed model can be sent, as `POST <address>/inputs`. Answered by `ReplicasFound`."""
+    """Where to send large inputs of a deployed model, as `POST <address>/inputs`. Answered by `ReplicasFound`."""
 
     model: str
 
 
 class ReplicaPlace(Part, frozen=True):
-    """A node with a replica that is ready, and the addresses of its HTTP server."""
+    """A node with a ready replica, and the addresses of its HTTP server."""
 
     node_id: str
     http: tuple[str, ...]
 
 
 class ReplicasFound(Message, frozen=True):
-    """Some of the nodes, in no order, where there are many; none while no replica is ready."""
+    """If there are many nodes: some of them, in no order. Empty while no replica is ready."""
 
     replicas: tuple[ReplicaPlace, ...] = ()
 
 
 class RequestFailed(Message, frozen=True):
-    """The answer to any question that could not be answered otherwise."""
+    """The answer to any question that failed."""
 
     error: ErrorInfo
 
@@ -864,17 +865,17 @@ class CoordinatorStatus(Message, frozen=True):
     software: dict[str, str] = {}
     """Versions of `potluck` and `python`, by name."""
     since: UnixTime = 0.0
-    """When it came into this state; 0 in a will, which cannot know."""
+    """When it came into this state; 0 in a will, which cannot know that."""
     shortage: str = ""
-    """Why it can take no more blobs, and jobs wait: its disk is full; "": it can."""
+    """Why it can store no more blobs, so that jobs wait: its disk is full; "": it can."""
     cluster_id: str = ""
-    """Of the journal: a cluster's name may be given twice, this is drawn by lot. Empty in a will."""
+    """The id of the journal, drawn at random, because two clusters may have the same name. Empty in a will."""
     founded: UnixTime = 0.0
-    """When that journal was begun."""
+    """When that journal began."""
     empty: bool = False
-    """Whether nothing was kept in it yet: no job, no model."""
+    """Whether that journal is still empty: no job, no model."""
     others: tuple[str, ...] = ()
-    """Where other coordinators serve a cluster of this name on another bus, as `host:port` of their brokers."""
+    """Brokers (`host:port`) of other coordinators that serve a cluster of the same name on another bus."""
 
 
 class NodeStatus(Message, frozen=True):
@@ -886,9 +887,9 @@ class NodeStatus(Message, frozen=True):
     http: tuple[str, ...] = ()
     version: int = PROTOCOL_VERSION
     collective: str = ""
-    """`host:port` at which its engine takes part in synchronous training; empty where it may not."""
+    """`host:port` of its engine for synchronous training; empty where it must not take part."""
     software: dict[str, str] = {}
-    """Versions by name: `potluck` and `python` of the daemon, and of the runtimes that its engines have (`Capacity.runtimes`)."""
+    """Versions by name: `potluck` and `python` of the daemon, and the runtimes of its engines (`Capacity.runtimes`)."""
     left: bool = False
     """Whether it is offline because it was ended in order; never in a will."""
 
@@ -901,7 +902,7 @@ class NodeCapacity(Message, frozen=True):
     data: tuple[NodeData, ...] = ()
     """Data sets that live on it, and stay there."""
     data_missing: dict[str, str] = {}
-    """Data sets that its settings name and that cannot be had: why, by name."""
+    """Unavailable data sets that its settings name: the reason, by name."""
 
 
 class NodeTelemetry(Message, frozen=True):
@@ -916,29 +917,29 @@ class NodeTelemetry(Message, frozen=True):
     replicas: tuple[str, ...] = ()
     gpu_percent: tuple[float, ...] = ()
     serving: bool = False
-    """Whether the engine for replicas runs: what it takes is not available any more."""
+    """Whether the engine for replicas runs: its memory is not available any more."""
     gives_way: bool = False
-    """Whether jobs stand still on it while inference has an objective to keep."""
+    """Whether the node's jobs stand still, so that inference meets its objective."""
     sent_at: UnixTime = 0.0
-    """By the node's clock; 0: it does not say."""
+    """The time by the node's clock; 0: unknown."""
     coordinator_lost_at: UnixTime = 0.0
-    """Since when the node knows of no coordinator that is online; 0: there is one."""
+    """Since when the node knows no online coordinator; 0: it knows one."""
     shortage: str = ""
-    """Why it can take no more blobs: its disk is full; "": it can."""
+    """Why it can store no more blobs: its disk is full; "": it can."""
 
 
 # --- shards: what one node does ---------------------------------------------------------------------------------------
 
 
 class Task(Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="kind"):
-    """Base of what an engine is asked to do for a shard."""
+    """Base of the tasks that an engine gets for a shard."""
 
 
 class TrainTask(Task, frozen=True, tag="train"):
-    """One node's part of a round: train on `data` from `weights` until `samples` are seen or `seconds` are over.
+    """One node's part of a round: train on `data` from `weights` until `samples` are seen or `seconds` have passed.
 
-    The engine keeps model, optimizer and position in the data between the rounds of a job. `weights` None: the model's own.
-    `seen` counts the samples that the whole cluster has trained on before this round: a schedule of the learning rate follows it.
+    Between the rounds of a job, the engine keeps the model, the optimizer and its position in the data. `weights` None: the model's own.
+    `seen`: the samples that the whole cluster has trained on before this round; a learning rate schedule follows it.
     """
 
     model: BlobRef
@@ -955,21 +956,21 @@ class TrainTask(Task, frozen=True, tag="train"):
     seen: Count = 0
     class_weight: dict[str, float] = {}
     overlap: bool = False
-    """After the result, go on with what comes next until the next task: it counts for the next round."""
+    """After the result, train on until the next task comes: that counts for the next round."""
     step: Step | None = None
     node_data: Name | None = None
-    """Train on the data set that the node holds by this name, all of it; `data` is empty."""
+    """Train on all of the data set with this name that lives on the node; `data` is empty."""
     privacy: Privacy | None = None
     part: Count = 0
     parts: Count = 0
-    """Above 0: this is part `part` of so many, and its result depends on nothing but this task: the optimizer begins as in the model's
-    file, and the order of items with `seed` and `round`; `seconds` is no limit."""
+    """Above 0: this is part `part` of this many, and its result depends only on this task. The optimizer begins as in the model's
+    file, the order of items comes from `seed` and `round`, and `seconds` is no limit."""
 
 
 class WarmUpTask(Task, frozen=True, tag="warm_up"):
-    """Get ready for rounds: start the engine, build the model, load the data, compile a step, and take some that change nothing.
+    """Get ready for rounds: start the engine, build the model, load the data, compile a step, and take some steps that change nothing.
 
-    `task` is such as the node will be given then. Nothing waits for it, however long that takes.
+    `task` is like the tasks that the node will get then. Nothing waits for this, however long it takes.
     """
 
     task: TrainTask
@@ -978,10 +979,10 @@ class WarmUpTask(Task, frozen=True, tag="warm_up"):
 class SyncTask(Task, frozen=True, tag="sync"):
     """One member's part of synchronous training: `steps` steps together with all other `members` (`host:port`).
 
-    Of each step's items, `batches[i]` are those of member i; this node is member `rank`, and member 0 writes the checkpoint.
-    Step s (counted from `first_step`) takes the items from s times their sum on, of all of `data` in the order that `seed` gives.
-    `begins`: form the group and start from `weights` (None: the model's own) and the state of the optimizer in `optimizer`; else
-    the group `formation` goes on from where it is.
+    Of each step's items, `batches[i]` are for member i; this node is member `rank`, and member 0 writes the checkpoint.
+    Step s (counted from `first_step`) takes its items at s times their sum, from all of `data` in the order given by `seed`.
+    `begins`: form the group, and start from `weights` (None: the model's own) and the optimizer's state in `optimizer`; otherwise,
+    the group `formation` continues from where it is.
     """
 
     model: BlobRef
@@ -1010,13 +1011,13 @@ class EvaluateTask(Task, frozen=True, tag="evaluate"):
     batch_size: Positive
     step: Step | None = None
     node_data: Name | None = None
-    """Evaluate on all of the data set that the node holds by this name; `slices` is empty."""
+    """Evaluate on all of the data set with this name that lives on the node; `slices` is empty."""
     model_format: ModelFormat = "keras"
-    """`savedmodel` and `tflite` have no loss: they are scored by their outputs alone."""
+    """`savedmodel` and `tflite` have no loss: they are scored only by their outputs."""
     by_outputs: bool = False
-    """Score a Keras model so, too."""
+    """Score a Keras model by its outputs, too."""
     states: dict[str, tuple[float, ...]] = {}
-    """What all parts of an evaluation have counted: the answer is the `values` of that, and `slices` only shows what items look like."""
+    """The merged counts of all parts of an evaluation. The answer is their `values`; `slices` only shows what items look like."""
 
 
 class PredictTask(Task, frozen=True, tag="predict"):
@@ -1037,7 +1038,7 @@ class ExportTask(Task, frozen=True, tag="export"):
 
 
 class ConvertTask(Task, frozen=True, tag="convert"):
-    """Write `model` as a LiteRT model with whole numbers of 8 bits inside and floats outside; `slices` show what is usual."""
+    """Write `model` as a LiteRT model with whole numbers of 8 bits inside and floats outside; `slices` are data like the usual inputs."""
 
     model: BlobRef
     slices: tuple[DataSlice, ...]
@@ -1051,10 +1052,10 @@ AnyTask = TrainTask | EvaluateTask | PredictTask | ExportTask | SyncTask | Conve
 
 
 class TaskResult(Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="kind"):
-    """Base of what an engine answers. `seconds` is the time computing, without loading.
+    """Base of an engine's results. `seconds` is the computing time, without loading.
 
-    `fetched_bytes` is what the node fetched for it, in `fetch_seconds`: so much its link has shown to carry. `image` is how images
-    became the model's input, all of it said.
+    `fetched_bytes` is what the node fetched for it, in `fetch_seconds`: that shows the speed of its link. `image` is how images
+    became the model's input, complete.
     """
 
     seconds: float = 0.0
@@ -1065,12 +1066,12 @@ class TaskResult(Struct, frozen=True, kw_only=True, omit_defaults=True, tag_fiel
 
 class TrainResult(TaskResult, frozen=True, tag="train"):
     """`base` is a safetensors file of the weights before the round, in the order of `model.weights` (keys `w00000`, ... for
-    those that are trained, `s00001`, ... for other state), and `update` leads to those after it (`potluck.weights.updates`).
-    `items` are those of the data that it was trained on, however many of them this round has seen.
+    trained weights, `s00001`, ... for other state), and `update` leads to the weights after it (`potluck.weights.updates`).
+    `items` counts the data that the node trained on, however many of them this round has seen.
 
-    `metrics` are sums over `samples` divided by `samples`, named as Keras names them. `norm` is that of the update (L2, of
-    all weights that are trained), which the coordinator measures. `seconds_ahead` were computed before the lease began. `trained_bytes`
-    are those of the trained weights as float32; 0: nobody says. `momentum` is that of the model's optimizer, where it makes steps longer.
+    `metrics` are sums over `samples` divided by `samples`, with Keras' names. `norm` is that of the update (L2 over all
+    trained weights); the coordinator measures it. `seconds_ahead` were computed before the lease began. `trained_bytes` is the size
+    of the trained weights as float32; 0: unknown. `momentum` is that of the model's optimizer, where it makes steps longer.
     """
 
     base: BlobRef
@@ -1086,18 +1087,18 @@ class TrainResult(TaskResult, frozen=True, tag="train"):
 
 
 class WarmUpResult(TaskResult, frozen=True, tag="warm_up"):
-    """What a round will cost here: steps at `rate` items/s, and `beside_seconds` to set weights and to write an update."""
+    """Costs of a round here: steps at `rate` items/s, and `beside_seconds` to set weights and to write an update."""
 
     rate: float
     beside_seconds: Seconds
 
 
 class SyncResult(TaskResult, frozen=True, tag="sync"):
-    """`samples` are this member's own, of all `steps`; `seconds` includes waiting for the others, `rate` (items/s) does not.
+    """`samples` are only this member's, in all `steps`; `seconds` includes waiting for the others, `rate` (items/s) does not.
 
     Member 0 adds the checkpoint: `weights` as in training by rounds, and the `optimizer`'s variables (keys `o00000`, ...).
-    `step` is another way to these weights, for who has those of the round before: it is there where most of a model is not trained.
-    `reduced_bytes` are those that all members add up in a step: gradients, and the state that steps change; 0: nobody says.
+    `step` is another way to get these weights, for a node that has the weights of the round before; given where most of a model is
+    not trained. `reduced_bytes` is what all members add up in a step: gradients, and state that steps change; 0: unknown.
     """
 
     samples: Count
@@ -1111,16 +1112,16 @@ class SyncResult(TaskResult, frozen=True, tag="sync"):
 
 
 class EvaluateResult(TaskResult, frozen=True, tag="evaluate"):
-    """Sums and counts, so that results of several nodes merge exactly: `sums[name] / count` is a mean metric.
+    """Sums and counts, so that results of several nodes merge exactly: `sums[name] / count` is a metric's mean.
 
-    Metrics in `counts` are means over something else than items (by their weights, or over steps of time): results
+    Metrics in `counts` are means over something other than items (over weights, or over time steps): results
     merge as means of `sums[name] / count` weighted by `counts[name]`.
 
-    `states` are what compiled metrics that are no means (AUC, precision) have counted, in one row each: results merge by adding
-    them. `values` is what these metrics make of it. The answer to a task with `states` has those alone, and a `count` of 0.
+    `states` are the counts of compiled metrics that are not means (AUC, precision), one row each: results merge by adding
+    them. `values` are these metrics computed from them. The answer to a task with `states` has only `values`, and a `count` of 0.
 
-    `threshold`: of two classes that one output tells apart, the output above which an item counts as of class 1, for all that is told of
-    them; `middle`: where the loss has it.
+    `threshold`: where one output tells two classes apart, an item with an output above it counts as class 1, in all metrics;
+    `middle`: the threshold that belongs to the loss.
     """
 
     count: Count
@@ -1156,7 +1157,7 @@ AnyTaskResult = TrainResult | EvaluateResult | PredictResult | ExportResult | Sy
 
 
 class LeaseShard(Message, frozen=True):
-    """Do this shard; renew within `lease_seconds`, or it is given to another. Resent until `LeaseTaken` or its result comes."""
+    """Do this shard; renew within `lease_seconds`, or another node gets it. Resent until `LeaseTaken` or its result comes."""
 
     epoch: Epoch
     job_id: str
@@ -1173,15 +1174,15 @@ class WithdrawLease(Message, frozen=True):
 
 
 class AcknowledgeResult(Message, frozen=True):
-    """The coordinator has `ShardFinished` or `ShardFailed` of this attempt in its journal; the node stops resending."""
+    """`ShardFinished` or `ShardFailed` of this attempt is in the coordinator's journal; the node stops resending it."""
 
     attempt_id: str
     epoch: Epoch = 0
-    """0: of a coordinator that does not say."""
+    """0: from a coordinator that does not tell its epoch."""
 
 
 class ForgetJob(Message, frozen=True):
-    """The job has ended: the engine may drop what it keeps for it."""
+    """The job has ended: the engine may drop what it keeps for the job."""
 
     job_id: str
     epoch: Epoch = 0
@@ -1190,8 +1191,8 @@ class ForgetJob(Message, frozen=True):
 class LoadModel(Message, frozen=True):
     """Become a replica. Resent until `ModelLoaded` or `ModelLoadFailed` comes.
 
-    Before it is loaded, every batch size up to `warm_rows` is run once, for `warm_seconds` at most. Whole numbers of 8 bits (UINT8) for an
-    input of images in floats are pixels, and multiplied by `pixel_scale`; 0: by what the model's layers say, and refused where they do not.
+    Before it is ready, every batch size up to `warm_rows` is run once, for at most `warm_seconds`. UINT8 values for an input of float
+    images are pixels, and are multiplied by `pixel_scale`; 0: by what the model's layers say, and refused where they do not say it.
     """
 
     epoch: Epoch
@@ -1210,37 +1211,37 @@ class UnloadModel(Message, frozen=True):
 
 
 class HoldBlob(Message, frozen=True):
-    """Keep a copy of a registered model's blob for others, until `ReleaseBlob`. Resent until `BlobsStored` names it or `HoldFailed` comes."""
+    """Keep a copy of a registered model's blob for others, until `ReleaseBlob`. Resent until `BlobsStored` or `HoldFailed` names it."""
 
     epoch: Epoch
     blob: BlobRef
 
 
 class ReleaseBlob(Message, frozen=True):
-    """The blob need not be held any more."""
+    """The node need not keep the blob any more."""
 
     epoch: Epoch
     sha256: Sha256
 
 
 class Rebirth(Message, frozen=True):
-    """Publish your status and capacity again: the coordinator hears your telemetry, and does not know you."""
+    """Publish your status and capacity again: the coordinator gets your telemetry, but does not know you."""
 
 
 class RunInference(Message, frozen=True):
-    """A batch for a replica: several requests, run together and answered apart. `id` names the batch."""
+    """A batch for a replica: several requests, run together and answered separately. `id` names the batch."""
 
     replica_id: str
     requests: tuple[tuple[Tensor, ...], ...]
     objective_seconds: Objective = 0.0
-    """How long an answer may take: the node's training gives way when it takes longer."""
+    """How long an answer may take: the node's training gives way when answers take longer."""
     valid_seconds: Seconds = 0.0
-    """From its receipt on, whatever the node's clock says; 0: until `expires`."""
+    """Counted from receipt, whatever the node's clock says; 0: until `expires`."""
 
 
 class CancelInference(Message, frozen=True):
-    """Nobody waits for the batch of this `id` any more. What has not begun is answered with the error `cancelled`. At QoS 0, like
-    the batch."""
+    """Nobody waits for the batch with this `id` any more. Requests that have not begun are answered with the error `cancelled`.
+    At QoS 0, like the batch."""
 
     replica_id: str
 
@@ -1258,15 +1259,15 @@ class LeaseRefused(Message, frozen=True):
 
 
 class LeaseRenewed(Message, frozen=True):
-    """Still at it: `done` items so far of this attempt, and the metrics until now."""
+    """The node still works on the attempt: `done` items so far, and the metrics until now."""
 
     attempt_id: str
     done: Count = 0
     metrics: dict[str, float] = {}
     stage: str = ""
-    """For people, before the first item: `starting engine (TensorFlow)`, `loading the model`."""
+    """What it does before the first item, for people: `starting engine (TensorFlow)`, `loading the model`."""
     also: tuple[str, ...] = ()
-    """Other attempts that the node holds, and of which there is nothing else to say."""
+    """Other attempts that the node holds, and that have no news."""
 
 
 class ShardFinished(Message, frozen=True):
@@ -1280,7 +1281,7 @@ class ShardFailed(Message, frozen=True):
 
 
 class ModelLoaded(Message, frozen=True):
-    """`warm_rows`: the largest batch up to which all sizes were run; fewer than asked for where time was up or a size is free."""
+    """`warm_rows`: all batch sizes up to this one were run; fewer than asked for where time was up or a size is free."""
 
     replica_id: str
     signature: Signature
@@ -1294,21 +1295,21 @@ class ModelLoadFailed(Message, frozen=True):
 
 
 class ModelUnloaded(Message, frozen=True):
-    """Asked for, or the serving engine died: `error` says why in that case."""
+    """It was asked for, or the serving engine died: then `error` says why."""
 
     replica_id: str
     error: ErrorInfo | None = None
 
 
 class RequestOutcome(Part, frozen=True):
-    """What became of one request of a batch: its outputs, or its error."""
+    """The result of one request of a batch: its outputs, or its error."""
 
     outputs: tuple[Tensor, ...] = ()
     error: ErrorInfo | None = None
 
 
 class InferenceFinished(Message, frozen=True):
-    """`id` is that of `RunInference`; `outcomes` in the order of its requests. `seconds` is the engine's time."""
+    """`id` is that of `RunInference`; `outcomes` are in the order of its requests. `seconds` is the engine's time."""
 
     replica_id: str
     outcomes: tuple[RequestOutcome, ...]
@@ -1316,13 +1317,13 @@ class InferenceFinished(Message, frozen=True):
 
 
 class BlobsStored(Message, frozen=True):
-    """This node now holds these blobs and serves them to its peers."""
+    """This node now has these blobs, and serves them to its peers."""
 
     blobs: tuple[Sha256, ...]
 
 
 class HoldFailed(Message, frozen=True):
-    """This node cannot hold this blob: it cannot be fetched, or there is no room."""
+    """This node cannot hold this blob: it could not be fetched, or there is no room."""
 
     sha256: Sha256
     error: ErrorInfo

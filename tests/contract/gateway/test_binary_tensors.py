@@ -92,7 +92,7 @@ WRONG: list[Any] = [
     ({"inputs": [binary_input(True)]}, b"1", "binary_data_size is True"),
     ({"inputs": [binary_input(8, data=[1, 2])]}, b"12345678", "either data or"),
     ({"inputs": [binary_input(8, "FP31")]}, b"12345678", "FP31"),
-    ({"inputs": [binary_input(8, "BYTES")]}, struct.pack("<I", 5) + b"1234", "ends behind"),
+    ({"inputs": [binary_input(8, "BYTES")]}, struct.pack("<I", 5) + b"1234", "goes beyond"),
     (
         {"inputs": [binary_input(8)], "outputs": [{"name": "y", "parameters": {"binary_data": 1}}]},
         b"12345678",
