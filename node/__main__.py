@@ -22,20 +22,20 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--seed", metavar="HOST[:PORT]", action="append", help="address of the broker (default: found by mDNS)"
     )
-    parser.add_argument("--threads", type=int, metavar="N", help="threads TensorFlow may use (default: one a core)")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads TensorFlow may use (default: one per core)")
     parser.add_argument(
         "--data",
         metavar="NAME=PATH",
         action="append",
         type=data_set,
-        help="a data set that lives on this node and never leaves it: train on it as node:NAME; may be repeated",
+        help="a data set that lives on this node and never leaves it: train on it as node:NAME; repeat it for more",
     )
     parser.add_argument("--version", action="version", version=f"potluck {__version__}")
     return parser
 
 
 def data_set(text: str) -> tuple[str, str]:
-    """`NAME=PATH`. Raises ArgumentTypeError, which argparse shows."""
+    """(name, path) from `NAME=PATH`. Raises ArgumentTypeError, which argparse shows."""
     name, _, path = text.partition("=")
     if not name or not path:
         raise argparse.ArgumentTypeError(f"{text!r}: write NAME=PATH, as in photos=/srv/photos")
@@ -55,7 +55,7 @@ def settings_from(arguments: argparse.Namespace) -> NodeSettings:
         if name != LAMBDA and find_spec(name.partition(".")[0]) is None:
             raise InvalidSettings(
                 f"allow_code names the module {name!r}, which Python does not find: install it in potluck's environment, put "
-                "its folder on PYTHONPATH, or take it out of allow_code"
+                "its folder on PYTHONPATH, or remove it from allow_code"
             )
     return settings
 

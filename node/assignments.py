@@ -1,7 +1,7 @@
 """The leases that this node holds: pure transitions `(event) -> effects`. No clock, no input or output.
 
-A lease is queued, then running, then its outcome is reported until the coordinator acknowledges it. Every event may come
-twice (QoS 1, resends), and commands of an older coordinator of the same cluster than one that was seen are ignored.
+A lease is queued, then it runs, then its outcome is reported until the coordinator acknowledges it. Every event may come
+twice (QoS 1, resends). Commands from an older coordinator of the same cluster are ignored, once a newer one was seen.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from potluck.wire.messages import (
 )
 
 FENCE_SECONDS = 15.0
-"""An epoch fences older ones off for so long after its coordinator was last heard of, which says that it is there every 5 s."""
+"""For this long after its coordinator was last heard, an epoch keeps older ones out. Coordinators send their status every 5 s."""
 CLUSTERS_KNOWN = 16
 QUEUE_LIMIT = 3
-"""Leases held and not reported yet: one runs, the blobs of the others are fetched meanwhile."""
+"""Most leases held and not reported yet: one runs, meanwhile the blobs of the others are fetched."""
 
 LeaseState = Literal["queued", "running", "reporting"]
 Outcome = ShardFinished | ShardFailed
@@ -47,14 +47,14 @@ class Prefetch:
 
 @dataclass(frozen=True)
 class Run:
-    """Give this lease to the engine: no other is running."""
+    """Give this lease to the engine: no other lease is running."""
 
     lease: LeaseShard
 
 
 @dataclass(frozen=True)
 class Stop:
-    """Stop what is running: its lease was withdrawn."""
+    """Stop the running lease: it was withdrawn."""
 
     attempt_id: str
 
@@ -81,24 +81,24 @@ class _Held:
 
 @dataclass
 class Assignments:
-    """All leases by attempt, in the order they came."""
+    """All leases by attempt, in the order in which they came."""
 
     epoch: int = 0
-    """The highest that was seen, of the coordinators of `cluster`."""
+    """The highest epoch seen from the coordinators of `cluster`."""
     announced: bool = False
-    """Whether a coordinator has said of itself that it is there: from then on it alone commands."""
+    """Whether a coordinator has announced itself: from then on only that one commands."""
     cluster: str = ""
-    """Its id: the epochs of another one, whose journal is another, say nothing."""
+    """The id of its journal: epochs of another journal cannot be compared with its own."""
     seen: dict[str, int] = field(default_factory=dict)
     """The highest epochs of clusters that were here before, by id."""
     heard_at: float | None = None
-    """When the coordinator of this epoch said last that it is there; None: not since the connection or the coordinator went."""
+    """When the coordinator of this epoch last announced itself; None: not since the connection or the coordinator was lost."""
     older_at: float | None = None
-    """Since when an older one says so in its place."""
+    """Since when an older coordinator announces itself instead."""
     draining: bool = False
     held: dict[str, _Held] = field(default_factory=dict)
     stopping: str = ""
-    """The attempt whose engine work is being stopped: the next one waits for its end."""
+    """The attempt that the engine is stopping: the next one waits for its end."""
 
     @property
     def attempt_ids(self) -> tuple[str, ...]:
@@ -110,17 +110,17 @@ class Assignments:
         return bool(self.stopping) or any(held.state != "reporting" for held in self.held.values())
 
     def accepts(self, epoch: int) -> bool:
-        """Whether a coordinator of this epoch may command us: the one that was announced, or the newest while none ever was."""
+        """Whether a coordinator of this epoch may command us: the announced one, or the newest one while none was announced."""
         if self.announced or epoch < self.epoch:
             return epoch == self.epoch
         self.epoch = epoch
         return True
 
     def on_coordinator(self, epoch: int, now: float, cluster: str = "") -> bool:
-        """A coordinator of this epoch and cluster (by its id) says that it is there: whether it may command us.
+        """A coordinator of this epoch and cluster (by its id) announces itself; returns whether it may command us.
 
-        One of an older epoch may once the newer one is silent: whoever made it up in one message would else keep the real one out. The same
-        holds for one of another cluster; after a disconnect, it may at once.
+        An older epoch may do so once the newer one is silent: otherwise one forged message could keep the real coordinator out for ever. The
+        same holds for another cluster; after a disconnect, another cluster may do so at once.
         """
         fenced = self.heard_at is not None and now - self.heard_at <= FENCE_SECONDS
         if self.announced and cluster != self.cluster:
@@ -138,21 +138,21 @@ class Assignments:
         return True
 
     def on_offline(self, epoch: int, cluster: str = "") -> bool:
-        """A coordinator says that it goes: whether it is the one that commands us. Another may take its place at once."""
+        """A coordinator announces that it leaves; returns whether it is the one that commands us. Another may take its place at once."""
         ours = cluster in ("", self.cluster) and epoch >= self.epoch
         if ours:
             self.heard_at = None
         return ours
 
     def on_disconnected(self) -> None:
-        """The bus is gone. What is known of epochs stays, or a coordinator that was replaced could command us on the next one.
+        """The bus is gone. Known epochs stay: otherwise a replaced coordinator could command us on the next bus.
 
-        Leases stay: the same coordinator may come back to them, and another one will withdraw them.
+        Leases stay too: the same coordinator may come back to them, and another one will withdraw them.
         """
         self.heard_at = self.older_at = None
 
     def _turn_to(self, cluster: str) -> None:
-        """What was seen of the other cluster holds, should it be here again."""
+        """Switch to another cluster; remember the present one's epoch, in case it comes back."""
         epoch = self.seen.pop(cluster, 0)
         self.seen[self.cluster] = self.epoch
         while len(self.seen) > CLUSTERS_KNOWN:
@@ -160,9 +160,9 @@ class Assignments:
         self.epoch, self.heard_at, self.older_at = epoch, None, None
 
     def on_lease(self, lease: LeaseShard) -> list[Effect]:
-        """Take a lease, say again that we have it, or refuse it."""
+        """Take a lease, confirm again that we have it, or refuse it."""
         if not self.accepts(lease.epoch) or lease.attempt_id == self.stopping:
-            return []  # of a coordinator that has been replaced; or a late copy of what was withdrawn
+            return []  # from a coordinator that has been replaced; or a late copy of a withdrawn lease
         known = self.held.get(lease.attempt_id)
         if known is not None:
             return [Send(known.outcome or LeaseTaken(attempt_id=lease.attempt_id))]
@@ -189,7 +189,7 @@ class Assignments:
             held.done, held.metrics, held.stage = done, metrics, ""
 
     def on_stage(self, attempt_id: str, stage: str) -> list[Effect]:
-        """What is done before the first item takes long enough to be told of."""
+        """Report a stage before the first item that takes long."""
         held = self.held.get(attempt_id)
         if held is None or held.state != "running" or held.stage == stage:
             return []
@@ -197,7 +197,7 @@ class Assignments:
         return [Send(_renewed(attempt_id, held))]
 
     def on_outcome(self, outcome: Outcome) -> list[Effect]:
-        """The engine is through with an attempt, one way or another; what was withdrawn meanwhile is not reported."""
+        """The engine has finished an attempt, in any way. A withdrawn one is not reported."""
         if self.stopping == outcome.attempt_id:
             self.stopping = ""
         effects: list[Effect] = []
@@ -209,14 +209,14 @@ class Assignments:
 
     def on_acknowledged(self, message: AcknowledgeResult) -> list[Effect]:
         if message.epoch and not self.accepts(message.epoch):
-            return []  # the newer one is to have it, too
+            return []  # the newer coordinator must get the outcome, too
         held = self.held.get(message.attempt_id)
         if held is not None and held.state == "reporting":
             del self.held[message.attempt_id]
         return []
 
     def on_renewal_due(self) -> list[Effect]:
-        """Tell the coordinator that we are still at it: in one message, by the lease that something is to be said of."""
+        """Renew all leases in one message, named for the lease that has news."""
         held = [attempt_id for attempt_id, one in self.held.items() if one.state != "reporting"]
         if not held:
             return []
@@ -225,11 +225,11 @@ class Assignments:
         return [Send(_renewed(said, self.held[said], also))]
 
     def on_resend_due(self) -> list[Effect]:
-        """Report again what was not acknowledged."""
+        """Report unacknowledged outcomes again."""
         return [Send(held.outcome) for held in self.held.values() if held.outcome is not None]
 
     def on_drain(self) -> list[Effect]:
-        """This node stops: give everything back that is not done, and take nothing new."""
+        """This node stops: give back every unfinished lease, and take no new one."""
         self.draining = True
         error = self._refusal()
         assert error is not None
@@ -244,7 +244,7 @@ class Assignments:
         return effects
 
     def check_invariants(self) -> None:
-        """At most one runs, nothing runs while another is being stopped, and what is reported has an outcome."""
+        """At most one lease runs; none runs while another is being stopped; every reported lease has an outcome."""
         running = [held for held in self.held.values() if held.state == "running"]
         assert len(running) + bool(self.stopping) <= 1
         assert all((held.outcome is not None) == (held.state == "reporting") for held in self.held.values())
@@ -252,7 +252,7 @@ class Assignments:
         waiting = [held for held in self.held.values() if held.state != "reporting"]
         assert len(waiting) <= QUEUE_LIMIT
         assert not (self.draining and waiting)
-        assert running or self.stopping or not waiting  # nobody waits for nothing
+        assert running or self.stopping or not waiting  # a lease waits only for another one
 
     def _refusal(self) -> ErrorInfo | None:
         if self.draining:

@@ -1,6 +1,6 @@
-"""How fast this machine multiplies float32 matrices: run as a process of its own, prints GFLOP/s. `--gently`: at the lowest priority.
+"""Measures how fast this machine multiplies float32 matrices: its own process, prints GFLOP/s. `--gently`: at the lowest priority.
 
-It stands in for the speed of a model until one has been measured on this node.
+The result stands for the speed of a model until that was measured on this node.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ SECONDS = 0.3
 
 
 def measure() -> float:
-    """Best GFLOP/s of several products of SIZE x SIZE matrices, about SECONDS long in all."""
+    """The best GFLOP/s of several products of SIZE x SIZE matrices, in about SECONDS."""
     import numpy as np
 
     rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""What this machine has: cores, memory, GPUs, runtimes, and how fast it was measured to be."""
+"""What this machine has: cores, memory, GPUs, runtimes, and its measured speed."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ log = logging.getLogger(__name__)
 MEASURE_SECONDS = 30.0
 RESERVE_BYTES = 256 * 2**20
 RESERVE_SHARE = 0.05
-"""Of the memory, at least, which an engine leaves to others."""
+"""The least memory that an engine leaves to others."""
 ENGINE_LEAST_BYTES = 2**30
-"""With TensorFlow in it an engine takes half of that at rest: with less it is of no use."""
+"""The least memory for an engine: with TensorFlow, it needs half of that at rest."""
 DRIVER = Path("/proc/driver/nvidia")
-"""Where NVIDIA's driver tells of itself."""
+"""Exists where NVIDIA's driver is loaded."""
 RUNTIMES = {
     "tensorflow": ("tensorflow", "tensorflow-cpu", "tensorflow_cpu"),
     "keras": ("keras",),
@@ -53,18 +53,18 @@ def read(gflops: float = 0.0) -> Capacity:
 
 
 def cores(cgroup: Cgroup = Cgroup()) -> int:  # noqa: B008 - frozen
-    """Cores that this process may run on: affinity, and the CPU quota of its cgroups, rounded up; one at least."""
+    """Cores that this process may use: affinity, and the CPU quota of its cgroups, rounded up; at least one."""
     count = len(os.sched_getaffinity(0))
     return max(1, math.ceil(min(count, cgroup.cpus())))
 
 
 def memory_bytes(cgroup: Cgroup = Cgroup()) -> int:  # noqa: B008 - frozen
-    """Memory of the machine, or the limit of the process's cgroups when that is lower."""
+    """The machine's memory, or the limit of the process's cgroups if that is lower."""
     return int(min(psutil.virtual_memory().total, cgroup.memory_bytes()))
 
 
 def memory_for_an_engine(cgroup: Cgroup = Cgroup()) -> int:  # noqa: B008 - frozen
-    """What one that is started now may take: what is left, of the machine or within the process's cgroups, less a reserve for others."""
+    """How much memory an engine that starts now may use: what the machine or cgroups have left, minus a reserve for others."""
     left = min(psutil.virtual_memory().available, cgroup.memory_left())
     return int(max(ENGINE_LEAST_BYTES, left - max(RESERVE_BYTES, RESERVE_SHARE * memory_bytes(cgroup))))
 
@@ -72,7 +72,7 @@ def memory_for_an_engine(cgroup: Cgroup = Cgroup()) -> int:  # noqa: B008 - froz
 async def measure(kept_in: Path, threads: int = 0) -> float:
     """GFLOP/s on `threads` (0: all cores), measured in a short-lived process so that numpy stays out of this one.
 
-    Kept in the file `kept_in`. 0 when it cannot be measured: then placement takes this node for an average one.
+    The result is kept in the file `kept_in`. 0 when it cannot be measured: placement then assumes an average node.
     """
     threads = threads or cores()
     kept = read_text(kept_in).rpartition("\t")
@@ -84,7 +84,7 @@ async def measure(kept_in: Path, threads: int = 0) -> float:
 
 
 async def benchmark(threads: int = 0, *, gently: bool = False) -> float:
-    """GFLOP/s, measured now; 0 when it cannot be. `gently`: behind all else that this machine does."""
+    """GFLOP/s, measured now; 0 when that fails. `gently`: after everything else that this machine does."""
     threads = threads or cores()
     try:
         process = await asyncio.create_subprocess_exec(
@@ -113,10 +113,10 @@ async def benchmark(threads: int = 0, *, gently: bool = False) -> float:
 
 
 async def keep(kept_in: Path, gflops: float, threads: int = 0) -> None:
-    """Remember a speed for the next start."""
+    """Keep a speed for the next start."""
     try:
         await asyncio.to_thread(kept_in.write_text, f"{_measured_on(threads or cores())}\t{gflops}")
-    except OSError as error:  # then it is measured again next time
+    except OSError as error:  # it is measured again at the next start
         log.warning("speed not kept %s", fields(reason=error))
 
 
@@ -125,7 +125,7 @@ def _measured_on(threads: int) -> str:
 
 
 def processor_seconds() -> tuple[float, float]:
-    """What all processors of this machine have worked since it started, and that with the time in which they did nothing."""
+    """(busy, all) seconds of all processors of this machine since it started; `all` includes idle time."""
     times = psutil.cpu_times()
     whole = (
         times.user
@@ -137,7 +137,7 @@ def processor_seconds() -> tuple[float, float]:
 
 
 class Telemetry:
-    """Readings of this machine; the first CPU reading is of the time since this object was made."""
+    """Readings of this machine. The first CPU reading is for the time since this object was made."""
 
     def __init__(self) -> None:
         self._cpu_percent = psutil.cpu_percent()
@@ -156,7 +156,7 @@ class Telemetry:
         coordinator_lost_at: float = 0.0,
         shortage: str = "",
     ) -> NodeTelemetry:
-        """What can be read now, and for the rest what was read before: where no more files can be opened."""
+        """New readings; where they fail (too many open files), the ones from before."""
         try:
             self._memory = psutil.virtual_memory()
             self._cpu_percent = psutil.cpu_percent()
@@ -184,7 +184,7 @@ class Telemetry:
         try:
             handles = map(self._nvml.nvmlDeviceGetHandleByIndex, range(self._nvml.nvmlDeviceGetCount()))
             return tuple(float(self._nvml.nvmlDeviceGetUtilizationRates(handle).gpu) for handle in handles)
-        except self._nvml.NVMLError as error:  # a GPU that is cut in parts does not tell; one that is lost says so here
+        except self._nvml.NVMLError as error:  # a GPU that is cut into parts does not tell; a lost GPU raises here
             log.debug("no GPU readings %s", fields(reason=error))
             return ()
 
@@ -207,7 +207,7 @@ def _gpus() -> tuple[Gpu, ...]:
 
 @cache
 def _nvml() -> Any:
-    """NVIDIA's management library when it, its Python package and a GPU are there; else None."""
+    """NVIDIA's management library, if the library, its Python package and a GPU exist; else None."""
     try:
         import pynvml
 
@@ -226,7 +226,7 @@ def _nvml() -> Any:
 
 
 def _runtimes() -> dict[str, str]:
-    """Versions of what is installed, without importing it."""
+    """Versions of the installed runtimes, without importing them."""
     found = {}
     for runtime, names in RUNTIMES.items():
         for name in names:
@@ -239,7 +239,7 @@ def _runtimes() -> dict[str, str]:
 
 
 def _positive(text: str) -> float:
-    """The number in `text`; 0 for what is not a finite number above it."""
+    """The positive finite number in `text`; 0 for anything else."""
     try:
         value = float(text)
     except ValueError:

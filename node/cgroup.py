@@ -1,4 +1,4 @@
-"""The limits that the kernel sets to this process: its control group and those above it (cgroups(7), v2 and v1)."""
+"""The kernel's limits for this process: of its control group and the groups above it (cgroups(7), v2 and v1)."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path, PurePosixPath
 
 @dataclass(frozen=True)
 class Cgroup:
-    """Read where the kernel shows it; in a container the root of the tree is the container's own group."""
+    """Reads the limits where the kernel shows them; in a container, the root of the tree is the container's own group."""
 
     root: Path = Path("/sys/fs/cgroup")
     membership: Path = Path("/proc/self/cgroup")
 
     def cpus(self) -> float:
-        """CPUs' worth of time that may be used: the lowest quota on the way up; infinite where there is none."""
+        """How many CPUs may be used: the lowest quota of all groups; infinite without a quota."""
         lowest = math.inf
         for folder in self._folders("cpu"):
             quota, _, period = read_text(folder / "cpu.max").partition(" ")
@@ -27,7 +27,7 @@ class Cgroup:
         return lowest
 
     def memory_bytes(self) -> float:
-        """The lowest memory limit on the way up; infinite where there is none."""
+        """The lowest memory limit of all groups; infinite without a limit."""
         lowest = math.inf
         for folder in self._folders("memory"):
             for name in ("memory.max", "memory.limit_in_bytes"):
@@ -37,8 +37,7 @@ class Cgroup:
         return lowest
 
     def memory_left(self) -> float:
-        """What the tightest of the limits on the way up still allows, what can be dropped of files counted as free; infinite where there
-        is none."""
+        """The memory that the tightest limit still allows; file pages that can be dropped count as free. Infinite without a limit."""
         lowest = math.inf
         for folder in self._folders("memory"):
             for limit, usage, dropped in (
@@ -53,8 +52,8 @@ class Cgroup:
         return lowest
 
     def _folders(self, controller: str) -> Iterator[Path]:
-        """This process's folders for a controller and all folders above them, in each tree that may be mounted."""
-        paths = {"": "/", controller: "/"}  # by the controllers' names; v2 has one tree without a name
+        """This process's folders for a controller, and all folders above them, in each tree that may be mounted."""
+        paths = {"": "/", controller: "/"}  # paths by controller; v2 has one tree, without a name
         for line in read_text(self.membership).splitlines():
             _, _, rest = line.partition(":")
             names, _, path = rest.partition(":")
@@ -70,7 +69,7 @@ class Cgroup:
 
 
 def read_text(path: Path) -> str:
-    """What stands in a file, without white space around it; empty when it cannot be read."""
+    """The text of a file without white space around it; empty when it cannot be read."""
     try:
         return path.read_text(errors="replace").strip()
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Copies of registered models that this node holds for others, pinned, as the coordinator asks."""
+"""Copies of registered models that this node holds for others, pinned, as the coordinator commands."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from potluck.wire.messages import BlobRef, BlobsStored, HoldBlob, HoldFailed, Me
 log = logging.getLogger(__name__)
 
 COPIES_LIMIT = 10_000
-"""Blobs that are held or being fetched; more is a fault of somebody."""
+"""Most blobs held or being fetched: more would be somebody's mistake."""
 
 
 class HeldCopies:
-    """Blobs by hash. `run` must be under way. What becomes of them is told to `say`."""
+    """Blobs by hash. `run` must be running. Results go to `say`."""
 
     def __init__(self, store: BlobStore, downloader: Downloader, say: Callable[[Message], None]) -> None:
         self._store = store
@@ -30,17 +30,17 @@ class HeldCopies:
         self._held: set[str] = set()
         self._fetching: dict[str, asyncio.Task[None]] = {}
         self._one_at_a_time = asyncio.Semaphore(1)
-        """What is fetched for a shard or a replica is waited for, and this is not."""
+        """Copies are fetched with low priority: shards and replicas wait for their blobs, nobody waits for these."""
         self._tasks: asyncio.TaskGroup | None = None
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Work until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             self._tasks = tasks
             await asyncio.get_running_loop().create_future()
 
     def hold(self, command: HoldBlob) -> None:
-        """Have the blob and keep it; says again that it is here when it is."""
+        """Fetch the blob if needed, and pin it; reports again if it is here already."""
         sha256 = command.blob.sha256
         if sha256 in self._fetching:
             return
@@ -59,7 +59,7 @@ class HeldCopies:
             task.add_done_callback(lambda _: self._fetching.pop(sha256, None))
 
     def release(self, command: ReleaseBlob) -> None:
-        """Keep the blob no longer than anything else."""
+        """Unpin the blob: it is kept no longer than any other."""
         if (fetching := self._fetching.get(command.sha256)) is not None:
             fetching.cancel()
         self._let_go(command.sha256)

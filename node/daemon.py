@@ -63,16 +63,16 @@ log = logging.getLogger(__name__)
 IDLE_CHECK_SECONDS = 5.0
 PAUSE_CHECK_SECONDS = 0.25
 LOG_SECONDS = 60.0
-"""What is wrong with what others send is told again after so long."""
+"""How often to log again what is wrong with others' messages."""
 DATA_RETRIES_SLOW_DOWN = 20
-"""Reading a large data set that is no good takes as long each time."""
+"""How often to try data again: a large data set that is wrong takes as long to read each time."""
 
 
 class Node:
-    """One node. `run` returns after `stop` is set and everything is given back and put down in order.
+    """One node. `run` returns after `stop` is set, when everything is given back and closed in order.
 
-    Raises InvalidSettings for a listen address that is not allowed or taken, or a node id that cannot be used, and Conflict
-    when another node uses the same state folder, or its id.
+    Raises InvalidSettings for a listen address that is not allowed or not free, or an unusable node id; Conflict
+    when another node uses the same state folder or id.
     """
 
     def __init__(self, settings: NodeSettings) -> None:
@@ -89,20 +89,20 @@ class Node:
         self._said_gpus_idle = False
         self._conflict: Conflict | None = None
         self._coordinated = False
-        """Whether a coordinator is there, as the broker of now has it."""
+        """Whether a coordinator is there, as far as the present broker tells."""
         self._foreign = 0
-        """The version of the protocol that the coordinator speaks, where that is another one."""
+        """The coordinator's version of the protocol, where it differs from ours; else 0."""
         self._seldom = Seldom(LOG_SECONDS)
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Join the cluster as soon as there is one, and work for it until `stop`."""
+        """Join the cluster as soon as it exists, and work for it until `stop`."""
         settings = self.settings
         async with AsyncExitStack() as stack:
             self._tell_lock = stack.enter_context(sole_use(self.folder, "node", settings.cluster))
             sock = bind(settings.listen)
             stack.callback(sock.close)
             collective = ""
-            if settings.listen.insecure:  # TensorFlow's own server has no protection, and listens at all addresses
+            if settings.listen.insecure:  # TensorFlow's own server has no protection, and listens on all addresses
                 meeting = replace(settings.listen, port=settings.sync_port)
                 place = stack.enter_context(bind(meeting, "sync_port", listening=False))
                 host = reachable_addresses(settings.listen.host)[0]
@@ -120,7 +120,7 @@ class Node:
                 client_id=f"node-{self.node_id}-{self.session[:8]}",
                 will=Will(self._presence.status_topic, self._presence.status("offline")),
                 timings=settings.bus,
-                # Our own messages are complete without MQTT 5, and reading its properties costs a fifth of an inference.
+                # Our messages are complete without MQTT 5, and reading its properties costs a fifth of an inference.
                 highest_version=4,
             )
             self._outbox = Outbox(self._bus)
@@ -183,7 +183,7 @@ class Node:
                     log.info("node stopping %s", fields(node=self.node_id))
                     if discovery is not None:
                         await discovery.withdraw()
-                    # Leases are given back: nobody has to wait until they run out.
+                    # Give the leases back: others need not wait until they run out.
                     self._perform_all(self._assignments.on_drain())
                     await self._presence.goodbye(self._bus, self._outbox)
                 for task in running:
@@ -210,7 +210,7 @@ class Node:
 
         async def addresses() -> tuple[str, int]:
             self._coordinated = False
-            self._presence.lost()  # addresses are asked for when there is no connection any more
+            self._presence.lost()  # addresses are asked for when the connection is lost
             self._assignments.on_disconnected()
             return await following()
 
@@ -219,16 +219,14 @@ class Node:
     async def _birth(self) -> None:
         self._tell_lock(self._bus.place)
         await self._presence.birth(self._bus)
-        # A coordinator may have waited for these.
+        # A coordinator may wait for these.
         self._perform_all([*self._assignments.on_renewal_due(), *self._assignments.on_resend_due()])
 
     def _standing(self, own_data: OwnData) -> tuple[str, str]:
-        """How this node is placed, for systemd; and what is wrong with its data."""
+        """This node's state, for systemd; and what is wrong with its data."""
         node, cluster = f"node {self.node_id}", f"cluster {self.settings.cluster}"
         if self._presence.joined:
-            missing = (
-                f", whose coordinator speaks version {self._foreign} of the protocol, and this node {PROTOCOL_VERSION}"
-            )
+            missing = f", whose coordinator speaks version {self._foreign} of the protocol, but this node speaks {PROTOCOL_VERSION}"
             missing = missing if self._foreign else ", which has no coordinator"
             where = f"{node} is in {cluster}" + ("" if self._coordinated and not self._foreign else missing)
         elif self._presence.births:
@@ -258,9 +256,7 @@ class Node:
                 self._presence.tell_anew(status.session, self._outbox)
         elif self._coordinated and self._seldom.due("epoch") is not None:
             seen = fields(epoch=status.epoch, seen=self._assignments.epoch, seconds=FENCE_SECONDS)
-            log.warning(
-                "coordinator of an older epoch ignored, until the newer one is silent for some seconds %s", seen
-            )
+            log.warning("coordinator of an older epoch ignored until the newer one is silent for some seconds %s", seen)
 
     def _on_command(self, envelope: Envelope) -> None:
         match envelope.message:
@@ -326,7 +322,7 @@ class Node:
             return self._presence.urls
 
         def make(name: str, *, quick_kernels: bool = False) -> Engine:
-            shutil.rmtree(scratch / name, ignore_errors=True)  # what an engine that died was writing
+            shutil.rmtree(scratch / name, ignore_errors=True)  # files that a dead engine was writing
             return Engine(
                 scratch / name,
                 threads=settings.threads or capacities.cores(),
@@ -397,9 +393,9 @@ class Node:
             self._executor.give_way(self._gave_way)
 
     async def _pack(self, own_data: OwnData) -> None:
-        """Make the data that live here ready for training; each is announced as soon as it is.
+        """Prepare the data that live on this node for training; announces each data set as soon as it is ready.
 
-        What cannot be had is tried again: a disk is mounted late, rights are given, a file is put right.
+        Unavailable data are tried again: a disk is mounted late, permissions are given, a file is repaired.
         """
         pause = first = self.settings.data_retry_seconds
         waiting = own_data.names
@@ -415,16 +411,16 @@ class Node:
 
     def _on_engine_start(self, info: EngineInfo) -> None:
         self._presence.engine_runs(self._outbox, info.runtimes)
-        # Whoever has a GPU wants it to work, and TensorFlow says nothing where it cannot take it.
+        # Users with a GPU want to use it, but TensorFlow does not tell when it cannot.
         gpus = [gpu.name for gpu in self._presence.capacity.gpus]
-        hidden = "CUDA_VISIBLE_DEVICES" in os.environ  # then what TensorFlow sees was chosen
+        hidden = "CUDA_VISIBLE_DEVICES" in os.environ  # the user chose which GPUs TensorFlow sees
         if gpus and not info.gpus and not hidden and not self._said_gpus_idle and "tensorflow" in info.runtimes:
             self._said_gpus_idle = True
             log.warning(
                 "GPUs are not used %s",
                 fields(
                     gpus=", ".join(gpus),
-                    reason="TensorFlow does not see them: install the extra gpu in place of engine, and as a service let it have the "
+                    reason="TensorFlow does not see them: install the extra gpu instead of engine, and give a service access to the "
                     "devices (docs/install.md)",
                 ),
             )
@@ -432,7 +428,9 @@ class Node:
     async def _every(self, seconds: float, due: Callable[[], Iterable[Effect]]) -> None:
         while True:
             await asyncio.sleep(seconds)
-            if self._presence.joined:  # else it would only wait in the outbox, before what matters after a reconnect
+            if (
+                self._presence.joined
+            ):  # otherwise it waits in the outbox, and goes out before more urgent messages after a reconnect
                 with surviving("what is due"):
                     self._perform_all(due())
 

@@ -1,4 +1,4 @@
-"""Runs leased shards on the work engine: fetch the blobs, run the task, keep the result's blobs for those who need them."""
+"""Runs leased shards on the work engine: fetches their blobs, runs the task, and keeps the result's blobs for others."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ INLINE_RESULT_BYTES = 128 * 1024
 RESULT_LIMIT_BYTES = INLINE_LIMIT_BYTES - 4096
 FETCHES_AT_ONCE = 4
 STOP_SECONDS = 10.0
-"""How long an engine that has to stop a withdrawn task may get no further before it is killed."""
+"""How long an engine may make no progress after it was told to stop a withdrawn task; then it is killed."""
 STOP_BOUND_SECONDS = 60.0
-"""And how long it may take in all, where it does: it may trace or compile, and a fresh engine would have to do that again."""
+"""How long it may take in all while it makes progress: it may trace or compile, and a new engine would have to do that again."""
 
 T = TypeVar("T")
 
@@ -65,7 +65,7 @@ OnStored = Callable[[tuple[str, ...]], None]
 
 @dataclass
 class _Attempt:
-    """What runs. `engine` while it computes there."""
+    """The running attempt. `engine` is set while it computes there."""
 
     lease: LeaseShard
     withdrawn: asyncio.Event = field(default_factory=asyncio.Event)
@@ -74,7 +74,7 @@ class _Attempt:
 
 
 class Executor:
-    """One shard at a time; the next one's blobs are fetched meanwhile. Tell it of `Run`, `Prefetch` and `Stop`."""
+    """Runs one shard at a time, and fetches the next one's blobs meanwhile. Gets `Run`, `Prefetch` and `Stop`."""
 
     def __init__(
         self,
@@ -104,40 +104,40 @@ class Executor:
         self._grouped = ""
         """The job for which the engine is a member of a group."""
         self._last_job = ""
-        """The job of the attempt before: the first of another one has more to load, and says so."""
+        """The job of the attempt before. A new job's first attempt has more to load, and reports that."""
         self._running: _Attempt | None = None
         self._paused = False
         self._prefetches: dict[str, asyncio.Task[None]] = {}
-        # Apart, so that what runs never waits for what is only fetched ahead, from holders that may be slow.
+        # Two limits, so that the running shard never waits for prefetches from slow holders.
         self._fetching = asyncio.Semaphore(FETCHES_AT_ONCE)
         self._prefetching = asyncio.Semaphore(FETCHES_AT_ONCE)
 
     async def run(self) -> None:
-        """Must be under way for anything to happen; until cancelled."""
+        """Work until cancelled; nothing else here works without this."""
         async with asyncio.TaskGroup() as tasks:
             self._tasks = tasks
             await asyncio.get_running_loop().create_future()
 
     def prefetch(self, lease: LeaseShard) -> None:
-        """Fetch the blobs of a lease that waits for its turn."""
+        """Fetch the blobs of a lease that waits."""
         assert self._tasks is not None
         task = self._tasks.create_task(self._prefetch(lease), name=f"prefetch {lease.attempt_id}")
         self._prefetches[lease.attempt_id] = task
         task.add_done_callback(self._prefetched)
 
     def give_up(self, attempt_id: str) -> None:
-        """The lease was withdrawn before its turn came: nobody wants its blobs now."""
+        """The lease was withdrawn before it ran: stop fetching its blobs."""
         if (prefetch := self._prefetches.pop(attempt_id, None)) is not None:
             prefetch.cancel()
 
     def start(self, lease: LeaseShard) -> None:
-        """Work on this lease; its outcome is told to `on_outcome`, whatever happens."""
+        """Work on this lease; reports to `on_outcome` in any case."""
         assert self._tasks is not None
         attempt = self._running = _Attempt(lease)
         attempt.task = self._tasks.create_task(self._work(attempt), name=f"attempt {lease.attempt_id}")
 
     def stop(self, attempt_id: str) -> None:
-        """Stop this attempt, if it is what is running, at its next step."""
+        """Stop this attempt at its next step, if it is running."""
         assert self._tasks is not None
         self.give_up(attempt_id)
         attempt = self._running
@@ -147,22 +147,22 @@ class Executor:
 
     @property
     def computing(self) -> bool:
-        """Whether the engine works on a task: what can give way."""
+        """Whether the engine works on a task, which could give way."""
         attempt = self._running
         return attempt is not None and attempt.engine is not None
 
     def give_way(self, wanted: bool) -> None:
-        """Let tasks stand still from their next step or batch on, or go on."""
+        """Pause tasks at their next step or batch, or let them go on."""
         self._paused = wanted
         if (engine := self._slot.engine) is not None:
             (engine.pause if wanted else engine.resume)()
 
     def forget(self, job_id: str) -> None:
-        """The job has ended: the engine may drop what it keeps for it."""
+        """The job has ended: the engine may drop what it keeps for the job."""
         assert self._tasks is not None
         if (engine := self._slot.engine) is not None:
             self._tasks.create_task(outlived(engine.forget_job(job_id), "end of a job"), name=f"forget {job_id}")
-        if job_id == self._grouped:  # its engine listens to the whole network, and can be a member of no other group
+        if job_id == self._grouped:  # its engine listens on the whole network, and cannot join another group
             self._grouped = ""
             self._tasks.create_task(outlived(self._slot.retire(), "end of a group"), name=f"end the group of {job_id}")
 
@@ -193,7 +193,7 @@ class Executor:
         fetched = not missing
 
         def stage() -> None:
-            """Say what is waited for: the first attempt of a job has all of it to come, and an engine takes its time whenever it starts."""
+            """Report what the attempt waits for: a job's first attempt has to load everything, and an engine's start takes time."""
             if self._slot.engine is None:
                 self._on_stage(lease.attempt_id, f"starting engine ({_runtime(lease.task)})")
             elif first:
@@ -201,7 +201,7 @@ class Executor:
                 self._on_stage(lease.attempt_id, doing)
 
         stage()
-        # Its first start takes seconds, in which the blobs come.
+        # The first start takes seconds; blobs are fetched meanwhile.
         starting = None if group else asyncio.create_task(self._slot.get(), name="engine start")
         if starting is not None:
             starting.add_done_callback(lambda _: stage())
@@ -209,7 +209,7 @@ class Executor:
             files = await _unless(attempt.withdrawn, self._fetch(refs, self._fetching))
             fetch_seconds, fetched = time.perf_counter() - started, True
             if starting is None:
-                await self._slot.renew()  # TensorFlow takes the members of a group at its start only
+                await self._slot.renew()  # TensorFlow accepts a group's members only at its start
                 stage()
                 self._grouped = lease.job_id if len(group) > 1 else ""
             else:
@@ -223,7 +223,7 @@ class Executor:
                     raise Cancelled("the attempt was withdrawn")
                 attempt.engine = engine
                 stage()
-                if self._paused:  # it may have been started since
+                if self._paused:  # it may have started since the pause began
                     engine.pause()
                 try:
                     await self._complete(engine, task, files)
@@ -235,16 +235,16 @@ class Executor:
             return replace(result, fetched_bytes=missing, fetch_seconds=fetch_seconds)
         finally:
             if starting is not None:
-                starting.cancel()  # which ends the waiting, and not the start: the next attempt wants an engine too
+                starting.cancel()  # cancels the waiting, not the start: the next attempt needs an engine too
                 await asyncio.gather(starting, return_exceptions=True)
             for ref in refs:
                 self._store.unpin(ref.sha256)
             weights, step = _way(lease.task)
             if weights is not None and step is not None and self._store.has(weights.sha256):
-                self._store.delete(step.base.sha256)  # nobody goes back to the round before
+                self._store.delete(step.base.sha256)  # nobody needs the weights before this round any more
 
     def _needed(self, task: AnyTask) -> list[BlobRef]:
-        """The blobs that must be here: of two ways to a round's weights, the one for which less is missing."""
+        """The blobs that must be here. Of the two ways to a round's weights, it takes the one that needs fewer bytes."""
         weights, step = _way(task)
         if weights is None or step is None:
             return list(blob_refs(task))
@@ -253,7 +253,7 @@ class Executor:
         return [ref for ref in blob_refs(task) if ref.sha256 not in left_out]
 
     async def _complete(self, engine: Engine, task: AnyTask, files: dict[str, Path]) -> None:
-        """Make the round's weights of those before, where they were not fetched; fetch them after all where that fails."""
+        """Make the round's weights from those before, if they were not fetched; if that fails, fetch them."""
         weights, step = _way(task)
         if weights is None or step is None or weights.sha256 in files:
             return
@@ -263,7 +263,7 @@ class Executor:
         except InvalidModel as error:
             reason = error.message
         if reason:
-            log.warning("step does not lead to the weights, so they are fetched %s", fields(reason=reason))
+            log.warning("step does not give the weights: fetching them %s", fields(reason=reason))
             files |= await self._fetch([weights], self._fetching)
             return
         await self._adopt(made)
@@ -271,7 +271,7 @@ class Executor:
         self._on_stored((weights.sha256,))
 
     async def _fetch(self, refs: list[BlobRef], places: asyncio.Semaphore) -> dict[str, Path]:
-        """Files of all blobs; the coordinator learns which ones are new here."""
+        """Files of all blobs; tells the coordinator which blobs are new here."""
         distinct = {ref.sha256: ref for ref in refs}
         missing = tuple(sha256 for sha256 in distinct if not self._store.has(sha256))
 
@@ -305,10 +305,10 @@ class Executor:
         self._prefetches = {key: other for key, other in self._prefetches.items() if other is not task}
 
     async def _report(self, attempt_id: str, result: AnyTaskResult) -> ShardFinished:
-        """The result with its blobs in our store and us as their holder; small predictions stay inline. Raises TooLarge."""
+        """The result, with its blobs in our store and us as their holder; small predictions stay inline. Raises TooLarge."""
         try:
             if isinstance(result, TrainResult):
-                made = not self._store.has(result.base.sha256)  # in the first round, of the model's own weights
+                made = not self._store.has(result.base.sha256)  # in the first round, it has the model's own weights
                 base = await self._adopt(result.base)
                 result = replace(result, base=base, update=await self._adopt(result.update))
                 if made:
@@ -332,16 +332,16 @@ class Executor:
         message = ShardFinished(attempt_id=attempt_id, result=result)
         size = len(codec.pack(message))
         if size > RESULT_LIMIT_BYTES and isinstance(result, EvaluateResult) and result.confusion:
-            # Of many hundred classes: the metrics are what matters, and every shard leaves it out alike.
+            # With many hundred classes. The metrics matter more, and every shard leaves the matrix out.
             log.warning("confusion matrix left out %s", fields(attempt=attempt_id, classes=len(result.confusion)))
             message = ShardFinished(attempt_id=attempt_id, result=replace(result, confusion=()))
             size = len(codec.pack(message))
         if size > RESULT_LIMIT_BYTES:
-            raise TooLarge(f"the shard's result is {size} bytes; {RESULT_LIMIT_BYTES} can be sent")
+            raise TooLarge(f"the shard's result is {size} bytes; at most {RESULT_LIMIT_BYTES} can be sent")
         return message
 
     async def _adopt(self, ref: BlobRef) -> BlobRef:
-        """A blob that the engine has written, or that was here before; others get it from us."""
+        """A blob that the engine wrote, or that was here before, with us as its holder."""
         path = self._scratch / ref.sha256
         if path.exists():
             with no_room():
@@ -357,8 +357,8 @@ class Executor:
     async def _stop(self, attempt: _Attempt) -> None:
         engine, task = attempt.engine, attempt.task
         if engine is None or task is None:
-            return  # it is fetching or waits for the engine to start, which it gives up by itself, or it is done
-        if isinstance(attempt.lease.task, SyncTask):  # it may wait for a member that is gone, and no group comes back
+            return  # it is fetching, or waits for the engine's start: both stop by themselves; or it is done
+        if isinstance(attempt.lease.task, SyncTask):  # it may wait for a lost member, and a group is never formed again
             await engine.stop(grace_seconds=0)
             return
         await engine.cancel_task()
@@ -371,7 +371,7 @@ class Executor:
 
 
 async def _unless(withdrawn: asyncio.Event, work: Awaitable[T]) -> T:
-    """What `work` gives, but Cancelled at once when the attempt is withdrawn."""
+    """The result of `work`; raises Cancelled at once when the attempt is withdrawn."""
     doing = asyncio.ensure_future(work)
     given_up = asyncio.create_task(withdrawn.wait(), name="withdrawn")
     both: set[asyncio.Future[Any]] = {doing, given_up}
@@ -387,9 +387,9 @@ async def _unless(withdrawn: asyncio.Event, work: Awaitable[T]) -> T:
 
 
 def _way(task: AnyTask) -> tuple[BlobRef | None, Step | None]:
-    """The weights that a task is about, and the other way to them, where its files are others than they are themselves.
+    """(the weights of a task, the step that leads to them), where the step's files differ from the weights' own file; else no step.
 
-    A step that changes nothing leads to the file that it begins from; one from nothing but zeros is the same file as what it leads to.
+    A step that changes nothing leads to the file that it begins from. A step from zeros is the same file as its result.
     """
     if isinstance(task, PredictTask | SyncTask | ConvertTask | WarmUpTask):
         return None, None

@@ -1,42 +1,42 @@
 """When jobs on this node give way to inference, and when they go on. Pure.
 
-A deployment's objective is at risk here when a batch took more than half of it on this node, from its arrival to its outputs: the rest
-is for the way, and for those before it in the queue. Then a job (training, or what runs a model on a data set) stops at its next step or
-batch, and goes on when nothing was asked for a moment. It keeps a share of the time, whatever is asked: what a pause has cost it is owed,
-and when much is owed it runs until that is paid back.
+A deployment's objective is at risk here when a batch took more than half of it on this node, from its arrival to its outputs: the
+other half is for the network and the queue. Then the running job (training, or a model over a data set) stops at its next step or
+batch. It goes on when no request came for a moment. A job always gets a share of the time: each pause is owed to it, and when much is
+owed, it runs until that is paid back.
 """
 
 from __future__ import annotations
 
 AT_RISK = 0.5
-"""Share of its objective that a batch may take on a node."""
+"""The share of its objective that a batch may take on a node."""
 QUIET_SECONDS = 1.0
-"""A job goes on when no batch with an objective came for so long."""
+"""A job goes on when no batch with an objective came for this long."""
 LONGEST_SECONDS = 60.0
-"""A pause at most; then a job goes on for what is owed."""
+"""The longest pause; after it, a job runs until what it is owed is paid back."""
 
 
 class GivingWay:
-    """`share`: of the time of deployments at risk, how much jobs may stand still for; in (0, 1]."""
+    """`share`: how much of the time of deployments at risk jobs may stand still; in (0, 1]."""
 
     def __init__(self, share: float) -> None:
         self.paused = False
         self._cost = (1.0 - share) / share
-        """Seconds that a job is owed, for each that it stood still."""
+        """Seconds owed to a job for each second that it stood still."""
         self._owed = 0.0
         self._repaying = False
         self._counted_at = 0.0
         self._asked_at = 0.0
 
     def served(self, objective_seconds: float, seconds: float, now: float) -> None:
-        """A batch of a deployment with this objective took so long here, while this node worked on a job."""
+        """A batch of a deployment with this objective took `seconds` here, while this node worked on a job."""
         self.passed(now)
         self._asked_at = now
         if seconds > AT_RISK * objective_seconds and not self._repaying:
             self.paused = True
 
     def passed(self, now: float) -> None:
-        """Time has passed."""
+        """Account for the time that has passed until `now`."""
         elapsed, self._counted_at = max(0.0, now - self._counted_at), now
         if self.paused:
             self._owed += elapsed * self._cost

@@ -1,4 +1,4 @@
-"""Who this node is, from one start to the next."""
+"""This node's id, the same at every start."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from potluck.wire.topics import NODE_ID
 
 
 def node_id(configured: str, folder: Path) -> str:
-    """As configured; else the id kept in the state folder, made once of the machine's name and something random.
+    """The configured id; else the one in the state folder, made once from the machine's name and random characters.
 
-    Raises InvalidSettings for one that cannot stand in a topic.
+    Raises InvalidSettings for an id that a topic cannot contain.
     """
     if configured:
         if not NODE_ID.fullmatch(configured):

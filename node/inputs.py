@@ -1,7 +1,7 @@
-"""Inputs of requests that are too large for a message: sent here by clients, or fetched from whoever has them, and gone with their batch.
+"""Inputs of requests that are too large for a message: sent here by clients or fetched from their holders, and deleted with their batch.
 
-They have a store of their own, so that nothing of them is left when this process was killed. What clients send is not hashed unless another node
-has to fetch it.
+They have their own store, so that nothing of them stays when this process is killed. Inputs from clients are only hashed when another
+node has to fetch them.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from potluck.wire.messages import INPUT_BLOB_LIMIT_BYTES, BlobRef
 log = logging.getLogger(__name__)
 
 KEPT_SECONDS = 60.0
-"""What no batch has used for so long is thrown away: its request was answered elsewhere, or never came."""
+"""Inputs that no batch used for this long are deleted: the request was answered elsewhere, or never came."""
 TIMINGS = Timings(connect_seconds=1.0, failures_limit=2)
-"""A request waits for its inputs: whoever has them is given up sooner than one who has a model."""
+"""A request waits for its inputs, so a slow holder is given up sooner than for a model."""
 STORE_LIMIT_BYTES = 2**30
-"""Of all inputs together. Beyond that the least used of those that are in no batch make room."""
+"""Limit of all inputs together. Beyond it, the least used inputs that no batch needs are deleted."""
 
 
 class Inputs:
-    """An async context manager. `run` must be under way."""
+    """The store of inputs; an async context manager. `run` must be running."""
 
     def __init__(
         self, folder: Path, *, limit_bytes: int = STORE_LIMIT_BYTES, kept_seconds: float = KEPT_SECONDS
     ) -> None:
-        shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
+        shutil.rmtree(folder, ignore_errors=True)  # left by a process that was killed
         self.store = BlobStore(folder, limit_bytes)
         self._downloader = Downloader(self.store, TIMINGS)
         self._kept_seconds = kept_seconds
@@ -63,14 +63,14 @@ class Inputs:
         return server.inputs_routes(self.store, max_bytes=INPUT_BLOB_LIMIT_BYTES, refusal=refusal)
 
     async def run(self) -> None:
-        """Sweep what was left, until cancelled."""
+        """Delete old inputs, until cancelled."""
         while True:
             await asyncio.sleep(self._kept_seconds / 4)
-            with surviving("sweep of inputs"):  # by what their disk does, for one
+            with surviving("sweep of inputs"):  # its disk may fail, for example
                 await asyncio.to_thread(self._sweep)
 
     async def fetch(self, ref: BlobRef) -> Path:
-        """Its file, for a batch that needs it until `done`. Raises Unavailable, CorruptBlob, DiskFull."""
+        """The file of an input; a batch may use it until `done`. Raises Unavailable, CorruptBlob, DiskFull."""
         if is_made_up(ref.sha256) and not self.store.has(ref.sha256):
             ref = await self._downloader.named(ref)
         self.store.pin(ref.sha256)
@@ -81,14 +81,14 @@ class Inputs:
             raise
 
     def done(self, files: Iterable[Path], *, answered: bool) -> None:
-        """A batch is done with what was fetched for it. When it was answered, nobody needs that any more; else another node may."""
+        """A batch has used these inputs. If it was answered, they are deleted; if not, another node may need them."""
         for path in files:
             self.store.unpin(path.name)
             if answered:
-                self.store.delete(path.name)  # gone so soon, it need not reach the disk
+                self.store.delete(path.name)  # deleted so soon, it need not reach the disk
 
     def _sweep(self) -> None:
-        """Also what an upload or a download that broke off has left."""
+        """Delete old inputs, and the remains of broken uploads and downloads."""
         used_after = time.time() - self._kept_seconds
         for path in self.store.folder.iterdir():
             try:
@@ -98,8 +98,6 @@ class Inputs:
             if max(stat.st_atime, stat.st_mtime) > used_after:
                 continue
             if self.store.delete(path.name):
-                log.info(
-                    "inputs thrown away, which no batch came for %s", fields(blob=path.name[:12], size=stat.st_size)
-                )
+                log.info("inputs deleted: no batch used them %s", fields(blob=path.name[:12], size=stat.st_size))
             elif not self.store.has(path.name):
                 path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Data sets that live on this node and never leave it: packed for the engine in a store that nobody else is served from."""
+"""Data sets that live on this node and never leave it: packed for the engine, in a store that nobody else is served from."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _HIDDEN = {
     "ProtectHome": ("/home", "/root", "/run/user"),
     "PrivateTmp": ("/tmp", "/var/tmp"),  # noqa: S108 - compared, not written to
 }
-"""Settings of our units, and the folders that each hides (systemd.exec(5))."""
+"""Settings of our systemd units, and the folders that each setting hides (systemd.exec(5))."""
 
 
 class OwnData:
-    """What the settings name under `[data]`. `folder` is made anew, readable by this user only."""
+    """The data sets in the settings under `[data]`. `folder` is made again at each start, readable only by this user."""
 
     def __init__(self, folder: Path, settings: Mapping[str, str | NodeDataSettings]) -> None:
         shutil.rmtree(folder, ignore_errors=True)  # the files may have changed since
@@ -53,13 +53,13 @@ class OwnData:
 
     @property
     def missing(self) -> Mapping[str, str]:
-        """Why data that were tried are not available, by name."""
+        """Why data that were tried are unavailable, by name."""
         return self._missing
 
     def pack(self, name: str) -> bool:
-        """Make a data set ready; False where that fails, and a line in the log when the reason is new. Blocks: for a thread.
+        """Prepare a data set. False if that fails; logs a new reason once. Blocks: call it in a thread.
 
-        Whatever is wrong with somebody's files, the node goes on without them.
+        The node goes on without the data, whatever is wrong with the user's files.
         """
         given = self._settings[name]
         try:
@@ -81,7 +81,7 @@ class OwnData:
         return False
 
     def _add(self, name: str, path: Path, given: NodeDataSettings) -> None:
-        # Here: it reads images and tables, which most nodes do not need.
+        # Imported here: it reads images and tables, which most nodes do not need.
         from potluck.data.pack import pack
         from potluck.data.packing import check_class_names, remarks
 
@@ -94,9 +94,9 @@ class OwnData:
         log.info("data ready %s", fields(data=name, items=data.count, skipped=len(data.skipped)))
 
     def filled_in(self, task: AnyTask) -> tuple[AnyTask, dict[str, Path]]:
-        """A task about data of this node with its shards, and their files; any other task as it is.
+        """A task about data of this node, with its shards and their files; any other task as it is.
 
-        Raises Unavailable, and InvalidRequest for less noise than the data's owner asks for.
+        Raises Unavailable, and InvalidRequest for less noise than the data's owner requires.
         """
         if isinstance(task, WarmUpTask):
             inner, files = self.filled_in(task.task)
@@ -106,7 +106,7 @@ class OwnData:
             return task, {}
         data = self._packed.get(task.node_data)
         if data is None:
-            raise Unavailable(f"no data named {task.node_data!r} live on this node, or they are not ready yet")
+            raise Unavailable(f"this node has no data named {task.node_data!r}, or they are not ready yet")
         self._need_noise(task)
         unknown = set(data.format.classes) - set(task.format.classes)
         if unknown:
@@ -124,7 +124,7 @@ class OwnData:
         return replace(task, slices=slices, format=format), files
 
     def _need_noise(self, task: TrainTask | EvaluateTask) -> None:
-        """Raises InvalidRequest where a task would tell more of the data than this node's settings allow."""
+        """Raises InvalidRequest where a task would reveal more of the data than this node's settings allow."""
         name = task.node_data or ""
         least = self._settings[name].least_noise_multiplier
         privacy = task.privacy if isinstance(task, TrainTask) else None
@@ -132,19 +132,19 @@ class OwnData:
         if given < least:
             asked = f"this job has {given:g}" if isinstance(task, TrainTask) else "evaluation has none"
             raise InvalidRequest(
-                f"a node that holds {name!r} trains on it with noise_multiplier={least:g} or more only, and {asked} "
-                "(least_noise_multiplier in its configuration)"
+                f"a node with data {name!r} trains on them only with noise_multiplier={least:g} or more, but {asked} "
+                "(least_noise_multiplier in its settings)"
             )
 
 
 def _hidden(path: str) -> str:
-    """A hint where a path lies in what our systemd unit hides from us."""
+    """A hint, where a path lies in a folder that our systemd unit hides."""
     if lifecycle.is_service():
         for setting, folders in _HIDDEN.items():
             for folder in folders:
                 if Path(path).is_relative_to(folder):
                     return (
-                        f"; the service does not see what is in {folder} ({setting}): keep the data elsewhere, as in /srv, or "
-                        'let it see that one folder (docs/install.md, "Data of a node")'
+                        f"; the service cannot see files in {folder} ({setting}): keep the data elsewhere, as in /srv, or "
+                        'let it see that folder (docs/install.md, "Data of a node")'
                     )
     return ""

@@ -1,4 +1,4 @@
-"""What the cluster knows of this node: births and goodbyes, capacity, telemetry, the mDNS advertisement."""
+"""What the cluster knows of this node: birth and goodbye, capacity, telemetry, and the mDNS advertisement."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ log = logging.getLogger(__name__)
 
 GOODBYE_SECONDS = 2.0
 LOOK_SECONDS = 2.0
-"""For so long it is looked whether the machine is idle."""
+"""How long the machine is watched to see whether it is idle."""
 PUT_RIGHT_SECONDS = 1.0
-"""What others put in place of our birth or capacity is put right at once, and again with telemetry where it goes on."""
+"""When others overwrite our retained birth or capacity, we publish it again at once; if that goes on, only with telemetry."""
 COORDINATORS_KNOWN = 64
 RIVALS_NAMED = 64
 
 
 class Presence:
-    """One session of a node in its cluster. `joined`: the broker has had our birth, on the connection of now."""
+    """One session of a node in its cluster. `joined`: the broker has our birth, on the present connection."""
 
     def __init__(
         self, settings: NodeSettings, topics: Topics, node_id: str, session: str, port: int, collective: str
@@ -52,16 +52,16 @@ class Presence:
         self._data_missing: dict[str, str] = {}
         self._rivals: set[str] = set()
         self._living: set[str] = set()
-        """Of these, those that telemetry came from: two nodes with one id are not to take turns for ever."""
+        """Those of `_before` that sent telemetry: two nodes with one id must not replace each other for ever."""
         self._overwritten: set[str] = set()
-        """Topics on which something else than ours is retained."""
+        """Topics where a message of others is retained instead of ours."""
         self._put_right_at: dict[str, float] = {}
         self._coordinators: dict[str, None] = {}
-        """Sessions that we have told, or found at their place when we came."""
+        """Coordinator sessions that we have told of us, or that were there when we came."""
         self._before: dict[str, str] = {}
-        """Sessions that this id had when we came, and where they were: ours from before, unless one is heard of again."""
+        """Sessions of this id that were there when we came, and their addresses. They are our own earlier ones, unless one is heard again."""
         self.urls = base_urls(settings.listen.host, port)
-        """Where this node's blobs are to be had now: a machine's addresses come and go."""
+        """Present addresses of this node's blobs: a machine's addresses change."""
         self.status_topic = topics.node(node_id, "status")
         self._capacity_topic = topics.node(node_id, "capacity")
         self.collective = collective
@@ -70,7 +70,7 @@ class Presence:
         self.births = 0
         self._told_again_at = -PUT_RIGHT_SECONDS
         self._lost_at = 0.0
-        """On the monotonic clock: since when the broker that had us is gone; 0: it is there, or never was."""
+        """On the monotonic clock: since when the broker that we had joined is gone; 0: it is there, or we never joined."""
         self._coordinator_lost_at = time.time()
 
     @property
@@ -78,7 +78,7 @@ class Presence:
         return self._capacity
 
     def status(self, state: Literal["online", "offline"], *, left: bool = False) -> NodeStatus:
-        """A birth, or a will; a goodbye when we have `left`."""
+        """A birth or a will; a goodbye when we have `left`."""
         if state == "offline":
             return NodeStatus(node_id=self._node_id, session=self._session, state=state, left=left)
         return NodeStatus(
@@ -91,10 +91,10 @@ class Presence:
         )
 
     def watch(self, bus: Bus, outbox: Outbox, give_up: Callable[[Conflict], None]) -> None:
-        """Keep our retained birth in place: the will of an earlier session may come after it, and would hide us.
+        """Keep our retained birth in place: the will of an earlier session may come after it, and would make us look offline.
 
-        (The broker sends a will only when it notices the loss, long after a node that died has been started again.)
-        And `give_up` where this id has a node that was here before us, and lives: both would do what one is told.
+        (The broker sends a will only when it notices the loss: that may be long after a dead node was started again.)
+        Calls `give_up` where another living node had this id before us: both would carry out each command.
         """
 
         def on_status(envelope: Envelope) -> None:
@@ -105,7 +105,7 @@ class Presence:
             if not self.joined:
                 if isinstance(message, NodeStatus) and message.session != self._session and message.state == "online":
                     self._before[message.session] = ", ".join(message.http)
-                if self._being_born:  # then it may come after our birth, whose receipt we wait for
+                if self._being_born:  # it may come after our birth, which is not confirmed yet
                     self._overwritten.add(self.status_topic)
                 return
             other = ""
@@ -142,25 +142,25 @@ class Presence:
         bus.subscribe(self._topics.node(self._node_id, "telemetry"), on_telemetry)
 
     def _put_right(self, topic: str, outbox: Outbox) -> None:
-        """Say again what is to be retained there, in place of what somebody else has said."""
+        """Publish again what must be retained on this topic, in place of what others have published."""
         self._overwritten.add(topic)
         now = time.monotonic()
         if now - self._put_right_at.get(topic, -PUT_RIGHT_SECONDS) < PUT_RIGHT_SECONDS:
             return
         self._put_right_at[topic] = now
-        log.info("what others have said of this node is put right %s", fields(topic=topic))
+        log.info("messages of others about this node replaced %s", fields(topic=topic))
         message = self._capacity_message() if topic == self._capacity_topic else self.status("online")
         outbox.publish(topic, message, retain=True)
 
     def tell_anew(self, session: str, outbox: Outbox) -> None:
-        """A coordinator is there that has come after us: what is retained of us may be gone, or made up."""
+        """A new coordinator has come after us: our retained messages may be lost or forged, so publish them again."""
         if session in self._coordinators or not self.joined:
             return
         self._know(session)
         self.tell_again(outbox)
 
     def tell_again(self, outbox: Outbox) -> None:
-        """Who we are and what we have, as at birth; seldom, whoever asks."""
+        """Publish who we are and what we have, as at birth; not often, whoever asks."""
         now = time.monotonic()
         if self.joined and now - self._told_again_at >= PUT_RIGHT_SECONDS:
             self._told_again_at = now
@@ -173,23 +173,23 @@ class Presence:
             del self._coordinators[next(iter(self._coordinators))]
 
     def lost(self) -> None:
-        """There is no connection any more, nor, for all that is known, a coordinator: what is retained says so again."""
+        """The connection is lost, and so, as far as we know, the coordinator: its retained status will tell again."""
         self._coordinator_lost_at = self._coordinator_lost_at or time.time()
         if self.joined:
             self.joined = False
             self._lost_at = time.monotonic()
 
     def on_coordinator(self, status: CoordinatorStatus, *, retained: bool) -> None:
-        """Remember since when there is none: who asks how the cluster is hears it from us where nobody else is left."""
+        """Remember since when there is no coordinator: `potluck status` hears it from us when nobody else is left."""
         if status.state == "online":
             self._coordinator_lost_at = 0.0
-            if retained or not self.joined:  # it was there before us, and hears our birth
+            if retained or not self.joined:  # it was there before us, and gets our birth
                 self._know(status.session)
         elif not self._coordinator_lost_at:
             self._coordinator_lost_at = status.since or time.time()
 
     async def birth(self, bus: Bus) -> None:
-        """After each connect: the broker may have forgotten us, or published our will."""
+        """Publish our birth after each connect: the broker may have forgotten us, or published our will."""
         self.urls = base_urls(self._settings.listen.host, self._port)
         self._being_born = True
         try:
@@ -203,12 +203,12 @@ class Presence:
         if self._lost_at:
             away_seconds = round(time.monotonic() - self._lost_at, 1)
             self._lost_at = 0.0
-            # As loud as what was said of the loss: who saw that wants to know that it is over.
+            # A warning, as for the loss: people who saw that want to know that it is over.
             log.warning("node reconnected %s", fields(node=self._node_id, after_seconds=away_seconds))
 
     async def goodbye(self, bus: Bus, outbox: Outbox) -> None:
-        """Send what waits in `outbox`, and that we are gone; for GOODBYE_SECONDS at most, and only where somebody listens."""
-        if not self.joined and not self._being_born:  # what is being born may be known already
+        """Send what waits in `outbox`, and then our goodbye; takes at most GOODBYE_SECONDS, and only if somebody listens."""
+        if not self.joined and not self._being_born:  # a birth under way may be known already
             return
         self.joined = False
         try:
@@ -219,7 +219,7 @@ class Presence:
             log.info("no goodbye %s", fields(reason=str(error) or "the bus did not take it in time"))
 
     async def measure(self, bus: Bus, kept_in: Path, at_work: Callable[[], bool]) -> None:
-        """Find out how fast this machine is, after the birth, which must not wait for it; and again while it is idle (`speed`)."""
+        """Measure how fast this machine is, after the birth (which must not wait for it), and again while it is idle (`speed`)."""
         threads = self._settings.threads
         gflops = 0.0
         with surviving("measuring of speed"):
@@ -247,7 +247,7 @@ class Presence:
         await self._tell_capacity(bus)
 
     def engine_runs(self, outbox: Outbox, runtimes: Mapping[str, str]) -> None:
-        """Take note of the versions that an engine says it runs: others than when we started, where packages were upgraded since."""
+        """Note the versions of a started engine. They differ from ours where packages were upgraded after we started."""
         if (engine := runtimes.get("potluck", __version__)) != __version__:
             log.warning("engine of another version: restart this node %s", fields(engine=engine, node=__version__))
         known = self._capacity.runtimes
@@ -258,7 +258,7 @@ class Presence:
                 outbox.publish(self._capacity_topic, self._capacity_message(), retain=True)
 
     async def announce(self, bus: Bus, data: tuple[NodeData, ...], missing: Mapping[str, str]) -> None:
-        """Say which data sets live here, and which should but cannot be had."""
+        """Publish which data sets live here, and which of them are unavailable."""
         self._data, self._data_missing = data, dict(missing)
         await self._tell_capacity(bus)
 
@@ -271,7 +271,7 @@ class Presence:
         gives_way: Callable[[], bool],
         shortage: Callable[[], str],
     ) -> None:
-        """Say how busy this machine is, every `telemetry_seconds`, until cancelled."""
+        """Publish how busy this machine is, every `telemetry_seconds`, until cancelled."""
         readings = capacities.Telemetry()
         topic = self._topics.node(self._node_id, "telemetry")
         while True:
@@ -288,7 +288,7 @@ class Presence:
                 outbox.publish(topic, reading, qos=0, encoding="json")
 
     async def advertise(self, discovery: Discovery) -> None:
-        """Say by mDNS what does not change. The bus is what counts: this is for people and tools, and may fail."""
+        """Advertise facts that do not change by mDNS. It is for people and tools, and may fail: the bus is what counts."""
         service = Service(
             id=self._node_id,
             cluster=self._settings.cluster,
@@ -308,7 +308,7 @@ class Presence:
         if self.joined:
             try:
                 await self._publish_capacity(bus)
-            except PotluckError as error:  # the next birth will tell
+            except PotluckError as error:  # the next birth will tell it
                 log.debug("capacity not published yet %s", fields(reason=error.message))
 
     async def _publish_capacity(self, bus: Bus) -> None:

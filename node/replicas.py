@@ -1,7 +1,7 @@
-"""The models that this node keeps loaded for deployments, on an engine of their own: a poisonous job cannot take them down.
+"""The models that this node keeps loaded for deployments. They have their own engine, so that a bad job cannot end them.
 
-A model whose load or batch was under way when that engine died is loaded the next time on an engine for itself, and takes down nobody
-else; after three times within an hour it is refused.
+If that engine dies while it loads a model or runs its batch, the model is next loaded on an engine of its own, where it can end no
+other. After three times within an hour, it is refused.
 """
 
 from __future__ import annotations
@@ -60,20 +60,20 @@ from potluck.wire.messages import (
 log = logging.getLogger(__name__)
 
 REPLICAS_LIMIT = 256
-"""Replicas that are loaded or being loaded; memory ends long before, so more is a fault of somebody."""
+"""Most replicas loaded or being loaded: memory is full long before, so more would be somebody's mistake."""
 LOADS_LIMIT = 3
-"""Tries of a load that others make fail, whose engine it was."""
+"""How often a load is tried while other models on the same engine make it fail."""
 BATCHES_LIMIT = 256
-"""Batches that may wait for the engine; the coordinator sends two to a replica, so more is a fault of somebody."""
+"""Most batches that wait for the engine: the coordinator sends two per replica, so more would be somebody's mistake."""
 INLINE_OUTPUT_BYTES = 192 * 1024
-"""What the outputs of a batch may be in a message; larger tensors become blobs."""
+"""How large a batch's outputs may be in a message; larger tensors become blobs."""
 
 
 class Replicas:
-    """Replicas by id. `run` must be under way. Events go to `outbox`, answers to `fast`, both on `topic`.
+    """Replicas by id. `run` must be running. Events go to `outbox`, answers to `fast`, both on `topic`.
 
-    `slot` is shared by all but those that must be `alone`, in slots that are made by name. Of an engine's death in either they must be
-    told. `on_served` is told what each batch of a deployment with an objective took here: (objective, seconds).
+    All share `slot`, except those that must be `alone`, in slots made by name. Call `on_engine_death` when an engine of either dies.
+    `on_served` gets the time of each batch of a deployment with an objective: (objective, seconds).
     """
 
     def __init__(
@@ -96,12 +96,12 @@ class Replicas:
         self._slot = slot
         self._alone = alone
         self._own_slots: dict[str, EngineSlot] = {}
-        """Of the replicas that have one for themselves."""
+        """The slots of replicas that have an engine of their own."""
         self._own_count = 0
         self._engines: dict[str, Engine] = {}
-        """Where each replica is loaded."""
+        """The engine on which each replica is loaded."""
         self._crashes: dict[str, Crashes] = {}
-        """By the SHA-256 of models."""
+        """Crashes of each model, by its SHA-256."""
         self._outbox = outbox
         self._fast = fast
         self._topic = topic
@@ -112,7 +112,7 @@ class Replicas:
         self._loading: dict[str, asyncio.Task[None]] = {}
         self._batches = 0
         self._cancelled: set[str] = set()
-        """Batches that wait for their inputs, and that nobody waits for."""
+        """Batches that were cancelled while they wait for their inputs."""
         self._fetching: set[str] = set()
         self._tasks: asyncio.TaskGroup | None = None
 
@@ -122,26 +122,26 @@ class Replicas:
 
     @property
     def needed(self) -> bool:
-        """Whether the engine holds anything, or is about to."""
+        """Whether the engine holds a replica, or soon will."""
         return bool(self._loaded or self._loading)
 
     async def stop(self) -> None:
-        """End the engines of those that are alone."""
+        """Stop the engines that serve one replica only."""
         for slot in self._own_slots.values():
             await slot.stop()
 
     def no_inputs(self) -> PotluckError | None:
-        """Why nobody need send inputs here now; None while a replica is ready."""
-        return None if self._loaded else Unavailable("this node holds no replica")
+        """Why nobody should send inputs here now; None while a replica is ready."""
+        return None if self._loaded else Unavailable("this node has no replica")
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Work until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             self._tasks = tasks
             await asyncio.get_running_loop().create_future()
 
     def load(self, command: LoadModel) -> None:
-        """Become a replica; says again that it is one when it is."""
+        """Become a replica; reports again if it is one already."""
         known = self._loaded.get(command.replica_id)
         if known is not None:
             self._outbox.publish(self._topic, known)
@@ -157,7 +157,7 @@ class Replicas:
             task.add_done_callback(lambda _: self._loading.pop(command.replica_id, None))
 
     def unload(self, command: UnloadModel) -> None:
-        """Be a replica no more; says again that it is none when it is none."""
+        """Unload a replica; reports again if it is already unloaded."""
         if command.replica_id not in self._loaded and command.replica_id not in self._loading:
             self._outbox.publish(self._topic, ModelUnloaded(replica_id=command.replica_id))
             return
@@ -166,13 +166,13 @@ class Replicas:
         self._tasks.create_task(unloading, name=f"unload {command.replica_id}")
 
     def infer(self, command: RunInference) -> None:
-        """Run a batch, unless it is too late; the answer is `InferenceFinished`."""
+        """Run a batch unless it is too late; answers with `InferenceFinished`."""
         now = time.time()
         until = deadline(command, now)
         if until < now:
             self._answer(command, TimedOut(too_late(command, now, "this node's")))
             return
-        command = replace(command, expires=0.0 if until == inf else until)  # by the clock of this machine, from here on
+        command = replace(command, expires=0.0 if until == inf else until)  # from here on by this machine's clock
         if command.replica_id not in self._loaded or self._batches >= BATCHES_LIMIT:
             error: PotluckError = NotFound(f"replica {command.replica_id} is not loaded on this node")
             if self._batches >= BATCHES_LIMIT:
@@ -184,14 +184,14 @@ class Replicas:
         self._tasks.create_task(self._infer(command), name="batch")
 
     def cancel(self, command: CancelInference) -> None:
-        """Nobody waits for this batch any more: it is computed only where that has begun."""
+        """Nobody waits for this batch any more: it is only computed if that has begun."""
         if command.id in self._fetching:
             self._cancelled.add(command.id)
         elif (engine := self._engines.get(command.replica_id)) is not None:
             engine.cancel_inference(command.id)
 
     def on_engine_death(self, engine: Engine) -> None:
-        """Its replicas are gone; the coordinator decides what comes instead, and hears whose doing it was."""
+        """The engine's replicas are gone. Reports that, and which model was the cause; the coordinator decides what comes next."""
         for replica_id in [one for one, where in self._engines.items() if where is engine]:
             error = engine.blame(replica_id)
             if not _others_doing(error):
@@ -236,7 +236,7 @@ class Replicas:
         self._outbox.publish(self._topic, loaded)
 
     async def _on_an_engine(self, command: LoadModel, path: Path) -> tuple[Engine, Signature, int, int]:
-        """Load it: again where another model's doing ended the engine meanwhile."""
+        """Load it; try again when another model ended the engine meanwhile."""
         replica_id, tried = command.replica_id, 0
         while True:
             on: Engine | None = None
@@ -250,7 +250,7 @@ class Replicas:
 
             try:
                 found = await self._slot_for(replica_id).use(load)
-                if found[0].alive:  # else its death was told before the replica counted as one that it held
+                if found[0].alive:  # otherwise its death was reported before this replica was known to be on it
                     return found
                 raise found[0].blame(replica_id)
             except (EngineFailed, OutOfMemory) as error:
@@ -283,7 +283,7 @@ class Replicas:
             if not alone:
                 try:
                     await engine.unload_model(replica_id)
-                except PotluckError as error:  # it died, or has too much to do: it keeps the memory until it ends
+                except PotluckError as error:  # it died, or is too busy: it keeps the memory until it ends
                     log.info("engine did not unload %s", fields(replica=replica_id, reason=error.message))
         self._outbox.publish(self._topic, ModelUnloaded(replica_id=replica_id))
 
@@ -329,7 +329,7 @@ class Replicas:
             self._inputs.done(files.values(), answered=done)
 
     async def _all_at_hand(self, command: RunInference, files: dict[str, Path]) -> tuple[tuple[Tensor, ...], ...]:
-        """The requests with their blobs' files in `files`. Raises Cancelled when nobody wants them any more."""
+        """The requests, with the files of their blobs in `files`. Raises Cancelled when nobody wants them any more."""
         self._fetching.add(command.id)
         try:
             requests = tuple(
@@ -343,13 +343,13 @@ class Replicas:
             self._cancelled.discard(command.id)
 
     async def _at_hand(self, tensor: Tensor, files: dict[str, Path]) -> Tensor:
-        """The tensor with its file in `files` where it is a blob; text is read at once."""
+        """The tensor; for a blob, its file is in `files`, but text is read at once."""
         ref = tensor.data
         if not isinstance(ref, BlobRef):
             return tensor
         if ref.size > INPUT_BLOB_LIMIT_BYTES:
             raise TooLarge(
-                f"input '{tensor.name}' is a blob of {ref.size} bytes; {INPUT_BLOB_LIMIT_BYTES} is the limit"
+                f"input '{tensor.name}' is a blob of {ref.size} bytes; the limit is {INPUT_BLOB_LIMIT_BYTES}"
             )
         try:
             path = files.get(ref.sha256)
@@ -358,7 +358,9 @@ class Replicas:
             if tensor.datatype != "BYTES":
                 return tensor
             data = await asyncio.to_thread(path.read_bytes)
-            from potluck.wire.tensors import unpacked  # numpy, which a daemon at rest does without
+            from potluck.wire.tensors import (
+                unpacked,
+            )  # imported here: it needs numpy, which a daemon at rest does without
 
             return replace(tensor, data=unpacked(tensor.name, tensor.datatype, data))
         except OSError as error:
@@ -371,7 +373,7 @@ class Replicas:
             raise InputsLost(error.message) from error
 
     async def _as_blobs(self, outcomes: list[RequestOutcome]) -> list[RequestOutcome]:
-        """The outcomes with the tensors that make them too large for a message in our store."""
+        """The outcomes; tensors too large for a message are blobs in our store."""
         count = sum(len(outcome.outputs) for outcome in outcomes)
         share = INLINE_OUTPUT_BYTES // max(1, count)
 
@@ -397,7 +399,7 @@ class Replicas:
         self._fast.publish(self._topic, finished, qos=0)
 
     def _release(self, replica_id: str) -> None:
-        """Forget where a replica was, and end the engine that was only for it."""
+        """Forget where a replica was, and stop the engine that was only for it."""
         sha256: Any = self._models.pop(replica_id, None)
         if sha256 is not None:
             self._store.unpin(sha256)
@@ -409,7 +411,7 @@ class Replicas:
 
 
 def _others_doing(error: PotluckError) -> bool:
-    """Whether an engine died that had a replica, and not because of it."""
+    """Whether an engine with a replica died, and another model was the cause."""
     return isinstance(error, EngineFailed) and not isinstance(error, ModelCrashed)
 
 

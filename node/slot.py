@@ -1,4 +1,4 @@
-"""A place for an engine: started when work needs it, started anew when it died, stopped when it has been idle."""
+"""A place for an engine: started when work needs it, restarted when it died, stopped after being idle."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ T = TypeVar("T")
 
 
 class EngineSlot:
-    """`on_start` is told what an engine found here, and `on_death` of one that ended and that nobody stopped.
+    """`on_start` is called with the info of a started engine, `on_death` with an engine that died by itself.
 
-    A start that has begun is seen through, also when whoever wanted the engine wants it no more: the next one will.
+    A start that has begun is finished, even if nobody waits for the engine any more: the next caller will need it.
     """
 
     def __init__(
@@ -55,9 +55,11 @@ class EngineSlot:
         """A running engine. Raises EngineFailed when it does not start."""
         if self._starting is None or (self._starting.done() and self.engine is None):
             self._starting = asyncio.create_task(self._start(), name=f"{self._name} engine start")
-            self._starting.add_done_callback(lambda start: start.cancelled() or start.exception())  # it was logged
+            self._starting.add_done_callback(
+                lambda start: start.cancelled() or start.exception()
+            )  # its error was logged
         starting = self._starting
-        await asyncio.wait([starting])  # which does not end it when we are cancelled
+        await asyncio.wait([starting])  # cancelling us does not cancel the start
         if starting.cancelled():
             raise EngineFailed("the engine was stopped")
         self.touch()
@@ -69,7 +71,7 @@ class EngineSlot:
             engine = self._make()
             try:
                 info = await engine.start()
-            except PotluckError as error:  # nobody may be left whom this could be told
+            except PotluckError as error:  # perhaps nobody waits for this error any more
                 log.warning("engine did not start %s", fields(engine=self._name, reason=error.message))
                 raise
             gpus = {"gpus": ", ".join(info.gpus)} if info.gpus else {}
@@ -81,7 +83,7 @@ class EngineSlot:
             return engine
 
     async def use(self, work: Callable[[Engine], Awaitable[T]]) -> T:
-        """Run `work` with the engine; it is not idle meanwhile."""
+        """Run `work` with the engine; meanwhile the engine is not idle."""
         if self._stale and not self._in_use:
             await self.stop()
         self._in_use += 1
@@ -94,11 +96,11 @@ class EngineSlot:
             self._used_at = asyncio.get_running_loop().time()
 
     def touch(self) -> None:
-        """What was held until now counts as use: only from here on it is idle."""
+        """The engine was in use until now: its idle time begins here."""
         self._used_at = asyncio.get_running_loop().time()
 
     async def stop_idle(self, *, needed: bool) -> None:
-        """Stop the engine when it has been idle for long and is not `needed` for anything."""
+        """Stop the engine if it has been idle for long and is not `needed`."""
         idle = asyncio.get_running_loop().time() - self._used_at
         if self._engine is None or needed or self._in_use or idle < self._idle_seconds:
             return
@@ -108,7 +110,7 @@ class EngineSlot:
                 await self._discard()
 
     async def retire(self) -> None:
-        """Stop the engine unless nothing has run on it; where it is in use, give the next who wants one a fresh one."""
+        """Stop the engine unless nothing has run on it. If it is in use, the next caller gets a fresh one."""
         async with self._lock:
             if self._in_use:
                 self._stale = True
@@ -116,7 +118,7 @@ class EngineSlot:
                 await self._discard()
 
     async def renew(self) -> None:
-        """See to it that the next who uses it gets an engine on which nothing has run."""
+        """Make sure that the next caller gets an engine on which nothing has run."""
         if not self._fresh and (self._starting is None or self._starting.done()):
             await self.stop()
 
@@ -132,7 +134,7 @@ class EngineSlot:
         watch, self._watch = self._watch, None
         if watch is not None:
             if engine is not None and engine.alive:
-                watch.cancel()  # it ends because we say so: nobody need hear of it
+                watch.cancel()  # we stop it ourselves: do not report its death
             await asyncio.wait([watch])
         if engine is not None:
             await engine.stop()

@@ -162,8 +162,8 @@ async def test_what_is_refused_is_not_kept(taker: Taker, client: Downloader) -> 
                 assert response.status == 415
         async with session.put(f"{taker.url}/blobs/{'0' * 64}", data=b"soup") as response:
             assert response.status == 405
-    taker.refusal = Unavailable("this node holds no replica")
-    with pytest.raises(Unavailable, match="took no inputs: this node holds no replica"):
+    taker.refusal = Unavailable("this node has no replica")
+    with pytest.raises(Unavailable, match="took no inputs: this node has no replica"):
         await client.send_inputs(b"soup", taker.url, 1.0)
     assert taker.left() == []
 

@@ -176,7 +176,7 @@ async def test_a_node_without_a_replica_takes_none(cluster: Cluster) -> None:
         try:
             await cluster.connection.send_inputs(b"soup", place)
         except Unavailable as error:
-            return "holds no replica" in error.message
+            return "has no replica" in error.message
         return False
 
     await eventually(refused)
