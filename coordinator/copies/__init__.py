@@ -1,1 +1,1 @@
-"""Who has which blob, and where copies are to be."""
+"""Who has which blob, and where copies must be."""

@@ -1,4 +1,4 @@
-"""Who has which blob, as far as nodes have said: where it is to be had."""
+"""The holders of blobs, as far as nodes have reported them."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from itertools import chain, islice
 from coordinator.membership import Membership
 
 PEERS_NAMED = 8
-"""Nodes named as holders of a blob, beside ourselves."""
+"""How many nodes are named as holders of a blob, besides ourselves."""
 MANY = 64
-"""Where more have a blob, not always the same are named."""
+"""Where more nodes have a blob, the named ones change."""
 OWN_NAMED = 3
-"""Of our own addresses, where little can be said."""
+"""How many of our own addresses are named where space is short."""
 HOLDERS_LIMIT = 100_000
-"""Blobs whose holders are remembered, the newest; others are still to be had from us."""
+"""How many blobs' holders are remembered, the newest; others are still available from us."""
 
 
 class Holders:
-    """In memory only. `urls`: where blobs are to be had from us."""
+    """Only in memory. `urls`: our own addresses for blobs."""
 
     def __init__(self, membership: Membership, urls: Callable[[], tuple[str, ...]]) -> None:
         self._membership = membership
@@ -34,7 +34,7 @@ class Holders:
             del self._nodes[next(iter(self._nodes))]
 
     def nodes(self, sha256: str) -> tuple[str, ...]:
-        """Base URLs of the nodes that have a blob and are online; of very many, some in turn: no node is asked by all."""
+        """Base URLs of online nodes that have a blob; of very many, some in turn, so that no node is asked by all."""
         known = self._nodes.get(sha256, {})
         if len(known) <= MANY:
             looked_at: Iterable[str] = sorted(known)
@@ -47,11 +47,11 @@ class Holders:
         return tuple(islice(there, PEERS_NAMED))
 
     def of(self, sha256: str) -> tuple[str, ...]:
-        """Base URLs of who has a blob: the nodes first, so that the coordinator's link is the last resort."""
+        """Base URLs of a blob's holders: the nodes first, so that the coordinator's link is the last resort."""
         return self.nodes(sha256) + self._urls()
 
     def few(self, sha256: str) -> tuple[str, ...]:
-        """The same, for messages that name many blobs: of each one of the nodes, not always the same, and ourselves."""
+        """The same for messages that name many blobs: one node for each blob, not always the same, and ourselves."""
         nodes = self.nodes(sha256)
         chosen = int(sha256[-8:], 16) % len(nodes) if nodes else 0
         return nodes[chosen : chosen + 1] + self._urls()[:OWN_NAMED]

@@ -1,4 +1,4 @@
-"""What the registry names is kept: its blobs are pinned in the coordinator's store for as long as it names them."""
+"""Pins the blobs of registered models and data sets in the coordinator's store, as long as they are registered."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from potluck.blobs.store import BlobStore
 
 
 class Keeping:
-    """Pins, as the registry stands. From its making on it follows every change of the registry."""
+    """The pins for the present registry. Once made, it follows every change of the registry."""
 
     def __init__(self, registry: Registry, store: BlobStore) -> None:
         self._registry = registry

@@ -1,8 +1,8 @@
-"""Which node holds a copy of each registered model beside the coordinator. Pure; time is an argument.
+"""Decides which node holds a copy of each registered model besides the coordinator. Pure; time is an argument.
 
-Each blob has one holder: on another machine than the coordinator where there is one, and of those the node that holds fewest
-bytes. It stays the holder until it has been gone for a while, says that it cannot, or a node on another machine could take its
-place; whoever held a blob before keeps it until the next one has it.
+Each blob has one holder: if possible on another machine than the coordinator, and of those nodes the one with the fewest
+bytes. It stays the holder until it has been away for a while, reports that it cannot hold the blob, or a node on another machine
+could replace it. The old holder keeps a blob until the new holder has it.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from dataclasses import dataclass, field
 from potluck.wire.messages import BlobRef
 
 GONE_SECONDS = 60.0
-"""A holder that is away for so long is replaced: models are large, and most nodes that go come back."""
+"""A holder that is away for this long is replaced. That is long: models are large, and most nodes come back."""
 REST_SECONDS = 600.0
-"""A node that has no room for a blob is not asked to hold it again for so long."""
+"""How long not to ask a node again that had no room for a blob."""
 RETRY_SECONDS = 30.0
-"""The same for one that could not fetch it."""
+"""How long not to ask a node again that could not fetch a blob."""
 RESEND_SECONDS = 10.0
 ASKED_LIMIT = 32
-"""Blobs that a node is asked for at a time: it fetches one after the other."""
+"""How many blobs a node is asked to hold at a time: it fetches one after the other."""
 
 
 @dataclass(frozen=True)
 class CopyPlace:
-    """A node that is online. `elsewhere`: on another machine than the coordinator."""
+    """An online node. `elsewhere`: on another machine than the coordinator."""
 
     node_id: str
     elsewhere: bool = True
@@ -34,7 +34,7 @@ class CopyPlace:
 
 @dataclass(frozen=True)
 class Hold:
-    """Ask the node to hold the blob (again): the command is idempotent."""
+    """Ask the node to hold the blob; asking again is harmless."""
 
     node_id: str
     blob: BlobRef
@@ -48,7 +48,7 @@ class Release:
 
 @dataclass
 class Copy:
-    """`held`: its node has said so since it joined."""
+    """`held`: its node has reported it since it joined."""
 
     node_id: str
     held: bool = False
@@ -57,7 +57,7 @@ class Copy:
 
 @dataclass
 class Holding:
-    """`copies` by hash. `told`: what each node was asked to hold, and not to release since."""
+    """`copies` by hash. `told`: blobs that each node was asked to hold, and not yet to release."""
 
     copies: dict[str, Copy] = field(default_factory=dict)
     told: dict[str, set[str]] = field(default_factory=dict)
@@ -91,7 +91,7 @@ class Holding:
         return commands + self._releases(online, blobs)
 
     def stored(self, node_id: str, sha256: str) -> bool:
-        """The node has this blob: whether that makes it its holder, just now."""
+        """The node has this blob; returns whether that makes it the holder just now."""
         copy = self.copies.get(sha256)
         if copy is None or copy.node_id != node_id or copy.held or copy.asked_at is None:
             return False
@@ -99,26 +99,26 @@ class Holding:
         return True
 
     def failed(self, node_id: str, sha256: str, now: float, rest_seconds: float = REST_SECONDS) -> None:
-        """The node cannot hold this blob for now: another one is to. It stays told: what was sent twice may yet succeed."""
+        """The node cannot hold this blob now: choose another. The node stays in `told`: a command sent twice may still succeed."""
         self.resting[node_id, sha256] = now + rest_seconds
         copy = self.copies.get(sha256)
         if copy is not None and copy.node_id == node_id:
             del self.copies[sha256]
 
     def joined(self, node_id: str) -> None:
-        """The node is here again, and may not be what it was: it is asked for all that it holds."""
+        """The node is here again, and may have lost its blobs: it is asked again for all that it should hold."""
         for copy in self.copies.values():
             if copy.node_id == node_id:
                 copy.held, copy.asked_at = False, None
 
     def check_invariants(self) -> None:
-        """Whoever holds something was asked to, and what was asked for is released only when another has it."""
+        """Each holder was asked to hold its blob; a blob is released only when another node has it."""
         for sha256, copy in self.copies.items():
             assert copy.asked_at is not None or not copy.held
             assert copy.asked_at is None or sha256 in self.told[copy.node_id]
 
     def _notice(self, online: Mapping[str, CopyPlace], blobs: Mapping[str, BlobRef], now: float) -> None:
-        """What is not registered any more needs no copy; who is not there may have been gone for too long."""
+        """Blobs that are no longer registered need no copy; note since when holders are away, and drop those away for too long."""
         for sha256 in self.copies.keys() - blobs.keys():
             del self.copies[sha256]
         holders = {copy.node_id for copy in self.copies.values()}
@@ -131,7 +131,7 @@ class Holding:
     def _choose(
         self, sha256: str, copy: Copy | None, online: Mapping[str, CopyPlace], load: Counter[str], size: int
     ) -> Copy | None:
-        """A copy at the best place, where that is elsewhere than the one that there is."""
+        """A copy at the best place, if that is better than the present copy's place."""
         best = self._best(sha256, online, load)
         if best is None or (copy is not None and not best.elsewhere):
             return copy
@@ -146,7 +146,7 @@ class Holding:
         return min(free, key=lambda place: (not place.elsewhere, load[place.node_id], place.node_id), default=None)
 
     def _releases(self, online: Mapping[str, CopyPlace], blobs: Mapping[str, BlobRef]) -> list[Hold | Release]:
-        """What is not registered any more, or has another holder by now, need not be held."""
+        """Releases of blobs that are no longer registered, or have another holder now."""
         found: list[Hold | Release] = []
         for node_id in sorted(online.keys() & self.told.keys()):
             for sha256 in sorted(self.told[node_id]):

@@ -1,4 +1,4 @@
-"""Two machines at least have each registered model: `holding` plans the nodes' copies, and our own is looked after here."""
+"""Keeps each registered model on at least two machines: `plan` decides on the nodes' copies; our own copy is checked here."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ _STREAM = "copies"
 PLAN_SECONDS = 2.0
 LOG_SECONDS = 60.0
 MISSING_SECONDS = 5.0
-"""How often our own copies are looked for."""
+"""How often our own copies are checked."""
 
 
 class CopyHeld(Struct, frozen=True, kw_only=True, tag_field="event", tag=True):
-    """The node holds a copy of the blob; it takes the place of the one that did."""
+    """The node holds a copy of the blob, and replaces the holder before."""
 
     sha256: str
     node_id: str
 
 
 class Copies:
-    """Copies of the registered models' blobs. `run` must be under way."""
+    """Copies of the registered models' blobs. `run` must be running."""
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ class Copies:
     # --- what nodes say -----------------------------------------------------------------------------------------------
 
     def on_node_message(self, node_id: str, message: Message) -> None:
-        """Any event of a node that concerns blobs; others are not ours."""
+        """Handle a node's events about blobs; ignore others."""
         match message:
             case BlobsStored():
                 self._holders.stored(node_id, message.blobs)
@@ -112,12 +112,12 @@ class Copies:
             self._journal.append(_STREAM, CopyHeld(sha256=sha256, node_id=node_id))
             self._held_by[sha256] = node_id
             log.info("copy of a model held %s", fields(blob=sha256[:12], node=node_id))
-        self._wake.set()  # who held it before need not
+        self._wake.set()  # the holder before can release it
 
     # --- keeping things as wanted ---------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Work until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._keep_there(), name="copies on nodes")
             tasks.create_task(self._keep_here(), name="our own copies")
@@ -131,7 +131,7 @@ class Copies:
                 async with asyncio.timeout(PLAN_SECONDS):
                     await self._wake.wait()
             except TimeoutError:
-                pass  # nodes may have been gone for too long by now
+                pass  # some nodes may have been away for too long by now
 
     def _ask_nodes(self) -> None:
         for command in self._holding.plan(self._blobs(), self._places(), self._clock()):
@@ -143,7 +143,7 @@ class Copies:
                 self._outbox.publish(topic, ReleaseBlob(epoch=self._journal.epoch, sha256=command.sha256))
 
     async def _keep_here(self) -> None:
-        """What is damaged when we start is thrown away, and what is missing fetched from who has it."""
+        """Delete damaged copies when we start, and fetch missing ones from their holders."""
         for sha256 in self._blobs():
             with surviving("check of our copies", fatal=FATAL):
                 if self._store.has(sha256) and not await asyncio.to_thread(self._store.check, sha256):
@@ -157,7 +157,7 @@ class Copies:
 
     async def _bring_back(self, blob: BlobRef) -> None:
         sha256, nodes = blob.sha256, self._holders.nodes(blob.sha256)
-        reason = "none of those who have it is online"
+        reason = "no holder is online"
         try:
             if nodes:
                 await self._downloader.fetch(replace(blob, holders=nodes))

@@ -1,1 +1,1 @@
-"""Performs what plans decide: leases, results, rounds, and what is told of jobs."""
+"""Performs what plans decide: leases, results and rounds; and tells clients about jobs."""

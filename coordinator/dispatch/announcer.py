@@ -1,4 +1,4 @@
-"""What clients hear of jobs: states, retained and as they change, and results; and how a job is described when they ask."""
+"""What clients hear of jobs: their states (retained, and as they change), their results, and descriptions when they ask."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from potluck.wire.refs import locate
 from potluck.wire.topics import Topics
 
 PROGRESS_SECONDS = 0.5
-"""A job's state is told at most once in this time while it runs."""
+"""While a job runs, its state is published at most once in this time."""
 RETAIN_SECONDS = 24 * 3600.0
 NODES_TOLD = 50
-"""Of a job's nodes, in what is told of it again and again."""
+"""How many nodes of a job are named in states that are published again and again."""
 
 
 def bounded(progress: JobProgress) -> JobProgress:
-    """The same, of very many nodes the fastest, and some of those that are left out: it is told twice a second."""
+    """The same progress; of very many nodes only the fastest, and some of those left out. It is published twice a second."""
     if max(len(progress.nodes), len(progress.quarantined), len(progress.waiting)) <= NODES_TOLD:
         return progress
     fastest = sorted(progress.nodes, key=lambda node_id: (-progress.nodes[node_id], node_id))[:NODES_TOLD]
@@ -38,7 +38,7 @@ def bounded(progress: JobProgress) -> JobProgress:
 
 
 class Announcer:
-    """Tells of jobs. `urls`: where blobs of results are to be had from us."""
+    """Publishes news of jobs. `urls`: our addresses for blobs of results."""
 
     def __init__(
         self, topics: Topics, outbox: Outbox, jobs: JobStore, leases: Leases, urls: Callable[[], tuple[str, ...]]
@@ -53,12 +53,12 @@ class Announcer:
         self._doing: dict[str, str] = {}
 
     def described(self, job: Job, now: float) -> JobChanged:
-        """The job as it stands."""
+        """A job's present state."""
         nodes, running = self._leases.view(now).nodes, self._leases.running(job)
         at_work = {attempt.node_id for attempt, _, _ in running.values()}
         waiting = ""
         if not any(node.runtimes.issuperset(job.runtimes) for node in nodes):
-            waiting = f"waiting for a node that has {' and '.join(WORDS[runtime] for runtime in job.runtimes)}"
+            waiting = f"waiting for a node with {' and '.join(WORDS[runtime] for runtime in job.runtimes)}"
         elif giving_way := sorted(node.node_id for node in nodes if node.gives_way and node.node_id in at_work):
             waiting = f"gives way to inference on {', '.join(giving_way)}"
         else:
@@ -70,23 +70,23 @@ class Announcer:
         return replace(described, progress=bounded(progress))
 
     def ended(self, job: Job) -> JobEnded | None:
-        """The result of a job that has ended, its blobs to be had from here."""
+        """The result of a job that has ended, with us as a holder of its blobs."""
         if job.ended is None:
             return None
         return replace(locate(job.ended, lambda _: self._urls()), subject=job.subject)
 
     def doing(self, job_id: str, what: str) -> None:
-        """What a job does now that has no attempts; "" where there is nothing to say."""
+        """Set what a job does while it has no attempts; "" for nothing to say."""
         if self._doing.get(job_id, "") != what:
             self._doing[job_id] = what
             self.changed(job_id)
 
     def changed(self, job_id: str) -> None:
-        """There is something to tell of this job, when its time comes."""
+        """This job has news; it is published when its time comes."""
         self._changed[job_id] = None
 
     def tell_due(self, now: float) -> None:
-        """Tell of the jobs that changed, each at most every PROGRESS_SECONDS."""
+        """Publish the jobs that changed, each at most every PROGRESS_SECONDS."""
         for job_id in list(self._changed):
             job = self._jobs.jobs.get(job_id)
             if job is None or not job.active:
@@ -99,7 +99,7 @@ class Announcer:
                 self.tell(job, now)
 
     def tell(self, job: Job, now: float) -> None:
-        """Tell of this job, at once."""
+        """Publish this job now."""
         changed, topics = self.described(job, now), self._topics
         self._outbox.publish(topics.job(job.job_id, "events"), changed, qos=0)
         self._outbox.publish(topics.job(job.job_id, "status"), changed, retain=True, expiry_seconds=RETAIN_SECONDS)
@@ -107,11 +107,11 @@ class Announcer:
             self._outbox.publish(topics.job(job.job_id, "result"), ended, retain=True, expiry_seconds=RETAIN_SECONDS)
 
     def tell_all(self, now: float) -> None:
-        """Say again what is retained: after a reconnect, perhaps to a broker that forgot."""
+        """Publish all retained states again: after a reconnect, the broker may have lost them."""
         for job in self._jobs.recent():
             self.tell(job, now)
 
     def forget(self, job_id: str) -> None:
-        """Take back what is retained of a job that nobody remembers."""
+        """Remove the retained state of a job that is no longer remembered."""
         for leaf in ("status", "result"):
             self._outbox.clear(self._topics.job(job_id, leaf))

@@ -1,7 +1,7 @@
-"""Whether a result is what its lease asked for: a node may be broken, of another mind, or lie. Pure.
+"""Checks whether a result is what its lease asked for: a node may be broken, of another version, or lie. Pure.
 
-What no node that works can say is a violation, and names the node. That a loss is no number is none: models are like that. It
-is believed once two nodes say it, or the only one does.
+A result that no working node can give is a violation by its node. A loss that is not a number (NaN) is no violation: some models
+have that. It is believed when two nodes report it, or the only node does.
 """
 
 from __future__ import annotations
@@ -49,17 +49,17 @@ RESULT_OF: dict[type[Task], type[TaskResult]] = {
     ConvertTask: ConvertResult,
 }
 SECONDS_LIMIT = 1e8
-"""Three years."""
+"""Longest time that a result may report: three years."""
 RATE_LIMIT = 1e12
 NUMBER_LIMIT = 1e300
-"""Sums of several stay finite."""
+"""Largest value: sums of several values stay finite."""
 NAMES_LIMIT = 1000
 NAMES_SHOWN = 64
 TEXT_LIMIT = 200
 ERROR_LIMIT = 4000
 DIMENSIONS_LIMIT = 32
 UPDATE_SLACK_BYTES = 2**20
-"""What an update may be larger than the weights that it changes: names and shapes."""
+"""How much larger than its weights an update may be: for names and shapes."""
 
 
 class _Wrong(Exception):
@@ -67,7 +67,7 @@ class _Wrong(Exception):
 
 
 def violation(task: AnyTask, result: AnyTaskResult, node_items: int | None = None) -> str:
-    """What is wrong with a result of this task; "" where nothing is. `node_items`: of the data of its own that it is about."""
+    """What is wrong with a result of this task; "" if nothing is. `node_items`: size of the node's own data that the task is about."""
     try:
         _check(task, result, node_items)
     except _Wrong as error:
@@ -76,7 +76,7 @@ def violation(task: AnyTask, result: AnyTaskResult, node_items: int | None = Non
 
 
 def wrong_signature(signature: Signature) -> str:
-    """What is wrong with what a node says of a model's inputs and outputs; "" where nothing is."""
+    """What is wrong with a node's description of a model's inputs and outputs; "" if nothing is."""
     try:
         _signature(signature)
     except _Wrong as error:
@@ -85,7 +85,7 @@ def wrong_signature(signature: Signature) -> str:
 
 
 def is_no_number(result: AnyTaskResult) -> bool:
-    """Whether an evaluation says of a loss, or of what counts towards a metric, that it is no number."""
+    """Whether an evaluation reports a loss, or a value that counts towards a metric, that is not a number."""
     if not isinstance(result, EvaluateResult):
         return False
     numbers = (
@@ -98,33 +98,33 @@ def is_no_number(result: AnyTaskResult) -> bool:
 
 @dataclass
 class Doubts:
-    """What nodes say of one job's loss, that it is no number: by shard, who said it first."""
+    """Which nodes reported first, for each shard of one job, that the loss is not a number."""
 
     said: dict[str, str] = field(default_factory=dict)
     believed: bool = False
 
     def doubted(self, shard_id: str, node_id: str, *, alone: bool) -> bool:
-        """A node says so of a shard: whether another one is to look. `alone`: there is none."""
+        """A node reports this for a shard; returns whether another node must check it. `alone`: there is no other node."""
         if alone or any(other != node_id for other in self.said.values()):
             self.believed = True
         self.said.setdefault(shard_id, node_id)
         return not self.believed
 
     def disproved(self, shard_id: str, node_id: str) -> str:
-        """A node has numbers for a shard: who said that there are none; "" where nobody else did."""
+        """A node has numbers for a shard; returns the node that reported that there are none, "" for nobody else."""
         liar = self.said.pop(shard_id, "")
         return liar if liar != node_id else ""
 
 
 def bounded_error(error: ErrorInfo) -> ErrorInfo:
-    """The error in so many words that a job's result can carry it."""
+    """The error, short enough for a job's result."""
     if len(error.message) <= ERROR_LIMIT and len(error.code) <= TEXT_LIMIT:
         return error
     return replace(error, code=error.code[:TEXT_LIMIT], message=error.message[:ERROR_LIMIT])
 
 
 def bounded_renewal(task: AnyTask, message: LeaseRenewed) -> LeaseRenewed:
-    """What a node says of its progress, as far as it can be so and people can read it."""
+    """A node's progress report, limited to possible and readable values."""
     metrics = {name: value for name, value in list(message.metrics.items())[:NAMES_SHOWN] if len(name) <= TEXT_LIMIT}
     most = _most_samples(task, None) if isinstance(task, TrainTask) else _items(task)
     done = message.done if most is None else min(message.done, most)
@@ -133,7 +133,7 @@ def bounded_renewal(task: AnyTask, message: LeaseRenewed) -> LeaseRenewed:
 
 def _check(task: AnyTask, result: AnyTaskResult, node_items: int | None) -> None:
     if not isinstance(result, RESULT_OF[type(task)]):
-        raise _Wrong(f"the result of a task of kind {_kind(task)!r} is one of kind {_kind(result)!r}")
+        raise _Wrong(f"the result of a task of kind {_kind(task)!r} has kind {_kind(result)!r}")
     _number(result.seconds, "seconds", 0, SECONDS_LIMIT)
     _number(result.fetch_seconds, "fetch_seconds", 0, SECONDS_LIMIT)
     if result.image is not None and result.image.scale is not None:
@@ -206,11 +206,11 @@ def _training(task: TrainTask, result: TrainResult, node_items: int | None) -> N
         raise _Wrong(f"{result.samples} samples in {result.steps} steps")
     most = _most_samples(task, node_items)
     if most is not None and result.samples > most:
-        raise _Wrong(f"{result.samples} samples, where {task.samples} were asked for")
+        raise _Wrong(f"{result.samples} samples, but {task.samples} were asked for")
     items = node_items if task.node_data is not None else sum(shard.count for shard in task.data)
     if items is not None and result.items > items:
         raise _Wrong(f"trained on {result.items} items of {items}")
-    _number(result.norm, "norm", 0, math.inf)  # measured anew
+    _number(result.norm, "norm", 0, math.inf)  # the coordinator measures it itself
     _number(result.seconds_ahead, "seconds_ahead", 0, SECONDS_LIMIT)
     _number(result.momentum, "momentum", 0, 1)
     _names(result.metrics, "metrics")
@@ -220,13 +220,13 @@ def _training(task: TrainTask, result: TrainResult, node_items: int | None) -> N
 
 
 def _most_samples(task: TrainTask, node_items: int | None) -> int | None:
-    """Of a round: what was asked for, or what a node goes on with ahead, by a round before that was an epoch at most."""
+    """The most samples of a round's part: as many as asked for, or as a node trains ahead when its round before was at most an epoch."""
     items = sum(shard.count for shard in task.data) if task.node_data is None else node_items
     return None if items is None else 2 * (max(task.samples, items) + task.batch_size)
 
 
 def _items(task: AnyTask) -> int | None:
-    """Items of its slices; None where that says nothing."""
+    """How many items the task's slices have; None where they do not tell."""
     if isinstance(task, EvaluateTask | PredictTask) and (isinstance(task, PredictTask) or task.node_data is None):
         return sum(one.stop - one.start for one in task.slices)
     return None
@@ -235,7 +235,7 @@ def _items(task: AnyTask) -> int | None:
 def _output(tensor: Tensor, rows: int) -> None:
     label = f"output {tensor.name[:80]!r}"
     if not tensor.shape or tensor.shape[0] != rows:
-        raise _Wrong(f"{label} has the shape {list(tensor.shape)[:8]}, and there are {rows} items")
+        raise _Wrong(f"{label} has the shape {list(tensor.shape)[:8]}, but there are {rows} items")
     count, data = math.prod(tensor.shape), tensor.data
     if tensor.datatype == "BYTES":
         if not isinstance(data, list) or len(data) != count or not all(isinstance(one, str | bytes) for one in data):
@@ -262,13 +262,13 @@ def _signature(signature: Signature) -> None:
 
 
 def _number(value: float, what: str, least: float, most: float) -> None:
-    if not least <= value <= most:  # nor is NaN
+    if not least <= value <= most:  # false for NaN, too
         raise _Wrong(f"{what} is {value:g}")
 
 
 def _same(found: int, wanted: int | None, what: str) -> None:
     if found != wanted:
-        raise _Wrong(f"{what} is {found}, and {wanted} were asked for")
+        raise _Wrong(f"{what} is {found}, but {wanted} were asked for")
 
 
 def _names(found: Mapping[str, object] | Iterable[str], what: str) -> None:

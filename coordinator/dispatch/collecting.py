@@ -1,4 +1,4 @@
-"""What the coordinator does with the blobs of results: fetch, average, join, and throw away what is no longer needed."""
+"""What the coordinator does with blobs of results: fetches, averages and joins them, and deletes those no longer needed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from potluck.wire.messages import (
 from potluck.wire.refs import blob_refs
 
 _STEP_FILES = 3
-"""That an outer step writes, each as large as the weights at most."""
+"""How many files an outer step writes; each is at most as large as the weights."""
 
 
 class Collector:
@@ -52,18 +52,18 @@ class Collector:
         self._downloader = downloader
 
     def too_large(self, result: AnyTaskResult) -> int:
-        """The bytes of a result's blobs where there could never be room for them; 0: there could."""
+        """The size of a result's blobs if the store can never hold them; 0 if it can."""
         size = sum(ref.size for ref in blob_refs(result))
         return size if size > self._store.limit_bytes else 0
 
     def at_hand(self, result: AnyTaskResult) -> bool:
-        """Whether a result has no blobs that are to be fetched."""
+        """Whether a result has no blobs to fetch."""
         return isinstance(result, EvaluateResult | WarmUpResult)
 
     async def collect(self, result: AnyTaskResult) -> AnyTaskResult:
-        """The same result with all its blobs in our store. Raises Unavailable when nobody has one any more, CorruptBlob.
+        """The same result, with all its blobs in our store. Raises Unavailable when a blob has no holder any more, CorruptBlob.
 
-        Of training they are kept until this returns: record it before you wait for anything.
+        Blobs of training are pinned until this returns: record the result before you await anything.
         """
         match result:
             case TrainResult():
@@ -89,7 +89,7 @@ class Collector:
     async def close_round(self, decision: CloseRound, spec: Train, clock: Callable[[], float]) -> RoundClosed:
         """Take a round's outer step. Raises InvalidModel, Diverged.
 
-        What it makes is kept until this returns: record it before you wait for anything.
+        Its blobs are pinned until this returns: record the result before you await anything.
         """
         base = decision.results[0].base
         settings = outer.outer_for(
@@ -127,18 +127,18 @@ class Collector:
             )
 
     def drop_round(self, decision: CloseRound, before: Step | None, closed: RoundClosed, keep: set[str]) -> None:
-        """Throw away what a closed round has used up: its updates, and the weights and state that it began from."""
+        """Delete what a closed round no longer needs: its updates, and the weights and state that it began from."""
         found = (*(part.update for part in decision.results), closed.base, decision.velocity)
         self.drop([ref for ref in (*found, before.update if before else None) if ref is not None], keep)
 
     def drop(self, used: Iterable[BlobRef], keep: set[str]) -> None:
-        """Throw away what is no longer needed, but not what is in `keep`."""
+        """Delete blobs that are no longer needed, except those in `keep`."""
         for ref in used:
             if ref.sha256 not in keep:
                 self._store.delete(ref.sha256)
 
     async def result(self, job: Job) -> dict[str, Any]:
-        """What the result of a job with all its work done holds, as fields of `JobEnded` (and a `signature`)."""
+        """The result of a job whose work is all done, as fields of `JobEnded` (and a `signature`)."""
         spec, strategy, dataset = job.submitted.spec, job.strategy, job.dataset
         labels = dataset.format.classes if dataset else ()
         if isinstance(strategy, QuantizeStrategy) and strategy.converted is not None and isinstance(spec, Deploy):
@@ -158,7 +158,7 @@ class Collector:
         if isinstance(strategy, BatchStrategy) and isinstance(spec, Predict):
             parts = [part for part in strategy.in_order() if isinstance(part, PredictResult)]
             outputs = await asyncio.to_thread(results.predictions, parts, self._store)
-            # The scores are of the model's classes, of which the data may have none, or some.
+            # Scores are for the model's classes; the data may have no classes, or only some.
             labels = job.submitted.classes or labels
             return {"outputs": outputs, "classes": labels, "keys": dataset.keys if dataset else None}
         raise InvalidModel(f"job {job.job_id} has no result")
@@ -194,7 +194,7 @@ class Collector:
             put: list[BlobRef] = []
             for path in (step, after, moving):
                 sha256, _ = hash_file(path)
-                pin(sha256)  # first: another job may throw the same blob away at any time
+                pin(sha256)  # pin first: another job may delete the same blob at any time
                 put.append(self._store.adopt(path, sha256))
             return put[0], put[1], put[2], square
 
@@ -213,7 +213,7 @@ class Collector:
         return tensor
 
     async def _follow(self, step: Step, weights: BlobRef, pin: Callable[[str], None]) -> None:
-        """Have the file of `weights` by a step from those before, if it leads there."""
+        """Make the file of `weights` by a step from the weights before, if the step leads to it."""
         pin(step.base.sha256)
         with self._store.pinning() as used:
             update = await self._fetch(step.update, used)

@@ -1,4 +1,4 @@
-"""Deleting models and data sets: only what nothing uses goes, and its bytes go with it where nothing else refers to them."""
+"""Deletes models and data sets that nothing uses, with their blobs if nothing else refers to them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 class Deletion:
-    """Checks for use, forgets, and frees the store."""
+    """Checks for use, removes names, and frees the store."""
 
     def __init__(self, registry: Registry, serving: Serving, jobs: JobStore, store: BlobStore) -> None:
         self._registry = registry
@@ -28,9 +28,9 @@ class Deletion:
         self._store = store
 
     def delete_models(self, model: str, *, every: bool) -> tuple[str, ...]:
-        """Delete a version, or `every` one of a name; what was deleted. All or none.
+        """Delete a version, or `every` version of a name; returns the deleted versions. Deletes all or none.
 
-        Raises NotFound; InvalidRequest where it is not said which version; Conflict, naming the use, where one is in use.
+        Raises NotFound; InvalidRequest if the version is ambiguous; Conflict, naming the use, if one is in use.
         """
         if every:
             models = self._registry.versions(model)
@@ -39,7 +39,7 @@ class Deletion:
             versions = self._registry.versions(models[0].name)
             if ":" not in model and len(versions) > 1:
                 raise InvalidRequest(
-                    f"model {model!r} has {counted(len(versions), 'version')}: name one, as in {_named(versions[-1])}, or delete them all"
+                    f"model {model!r} has {counted(len(versions), 'version')}: name one, as in {_named(versions[-1])}, or delete all of them (--all)"
                 )
         for info in models:
             self._check_model(info)
@@ -50,7 +50,7 @@ class Deletion:
         return deleted
 
     def remove_dataset(self, name: str) -> None:
-        """Forget a data set. Raises NotFound; Conflict where a job under way uses it."""
+        """Remove a data set. Raises NotFound; Conflict if a running job uses it."""
         blobs = dataset_blobs(self._registry.manifest(name), self._registry.dataset(name))
         if (job := self.user_of(name)) is not None:
             raise Conflict(
@@ -61,11 +61,11 @@ class Deletion:
         log.info("data set removed %s", fields(dataset=name))
 
     def user_of(self, dataset: str) -> Job | None:
-        """A job under way that uses a data set."""
+        """A running job that uses a data set."""
         return next((job for job in self._active() if dataset in data_of(job.submitted.spec)), None)
 
     def free(self, blobs: Iterable[str]) -> list[str]:
-        """Throw blobs away that are not pinned, and that no job which is remembered could still be asked for; those that are left."""
+        """Delete blobs that are not pinned and that no remembered job may still need; returns the blobs that stay."""
         results = self._jobs.results()
         return [
             sha256
@@ -80,7 +80,7 @@ class Deletion:
         if info.aliases:
             alias = f"{info.name}:{info.aliases[0]}"
             raise Conflict(
-                f"model {named} is what {alias} means: give the alias to another version, or remove it, before you delete this one"
+                f"model {named} has the alias {alias}: give the alias to another version, or remove it, before you delete this one"
             )
         for job in self._active():
             asked = job.submitted.spec.model

@@ -1,7 +1,7 @@
-"""Performs what the plans of jobs decide: journals events, leases shards, collects results, tells clients.
+"""Performs the decisions of jobs' plans: journals events, leases shards, collects results, tells clients.
 
-Level-triggered: whenever something changed, and at every tick, each active job plans again from its state. What a plan
-asks for twice is done once, and what was lost on the way (a message, a node, this process) is asked for again.
+Level-triggered: whenever something changed, and at every tick, each active job plans again from its state. A decision that
+comes twice is performed once; what was lost on the way (a message, a node, this process) is asked for again.
 """
 
 from __future__ import annotations
@@ -82,27 +82,27 @@ from potluck.wire.messages import (
 log = logging.getLogger(__name__)
 
 ALSO_LIMIT = 8
-"""Attempts beside the one that a node speaks of: it holds fewer."""
+"""Most other attempts that a renewal may name: a node never holds more."""
 REST_FACTOR = 10.0
 REST_LIMIT_SECONDS = 0.02
-"""After planning it rests for so many times as long as the plans alone took, and no longer than this: they cost by nodes, and not by
-what happened."""
+"""After planning, it rests this many times as long as the plans took, up to the limit: a plan's cost depends on the number of nodes, not
+on how much happened."""
 ENDLESS_LIMIT = 10
-"""So often a plan of a job may go on choosing before the job fails."""
+"""How often a plan of a job may continue to choose before the job fails."""
 ROOM_SECONDS = 5.0
-"""How long an action waits that had no room on our disk, before it is tried again."""
+"""How long an action waits before it is tried again, after our disk had no room for it."""
 
 
 @dataclass(frozen=True)
 class _NoRoom:
-    """An action that had no room on our disk: when it is tried again, and what was said."""
+    """An action that had no room on our disk: when to try it again, and the reason."""
 
     until: float
     reason: str
 
 
 class Dispatcher:
-    """All jobs of the coordinator. `run` must be under way for anything to happen."""
+    """All jobs of the coordinator. `run` must be running for anything to happen."""
 
     def __init__(
         self,
@@ -128,23 +128,23 @@ class Dispatcher:
         self._clock = clock
         self._actions: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._no_room: dict[tuple[str, str], _NoRoom] = {}
-        """By job and action."""
+        """Actions that wait for room, by job and action."""
         self._dirty: dict[str, None] = {}
-        """Jobs of which something changed."""
+        """Jobs with changes since they were last planned."""
         self._offered = False
-        """Whether there may be a free slot, for whichever job."""
+        """Whether there may be a free slot for any job."""
         self._planning_seconds = self._rest_seconds = 0.0
         self._doubts: dict[str, Doubts] = {}
-        """By job. In memory only: after a restart a loss that is no number is doubted anew."""
+        """By job. Only in memory: after a restart, a loss that is not a number is doubted again."""
         self._endless: Counter[str] = Counter()
-        """How often a plan of each job went on choosing."""
+        """How often in a row each job's plan continued to choose."""
         self._wake = asyncio.Event()
         self._tasks: asyncio.TaskGroup | None = None
 
     # --- what clients ask ---------------------------------------------------------------------------------------------
 
     def submit(self, spec: AnyJobSpec, request_id: str) -> Job:
-        """A new job, or the one that this request made before. Raises NotFound, InvalidRequest."""
+        """A new job, or the job that this request made before. Raises NotFound, InvalidRequest."""
         known = self._store.by_request(request_id)
         if known is not None:
             return known
@@ -160,7 +160,7 @@ class Dispatcher:
         return job
 
     def cancel(self, job_id: str) -> Job:
-        """End a job that has not ended yet. Raises NotFound."""
+        """End a job, unless it has ended. Raises NotFound."""
         job = self.job(job_id)
         if job.active:
             self._finish(job, "cancelled", error=error_info(Cancelled(f"job {job.job_id} was cancelled")))
@@ -171,11 +171,11 @@ class Dispatcher:
         return job
 
     def stop(self, job_id: str) -> Job:
-        """End a training job after the epoch that is under way. Raises NotFound, and Conflict for a job of another kind."""
+        """End a training job after the current epoch. Raises NotFound, and Conflict for another kind of job."""
         job = self.job(job_id)
         if not isinstance(job.submitted.spec, Train):
             raise Conflict(
-                f"job {job.job_id} is of kind {job.kind!r}: only training can end early; `potluck cancel` ends others"
+                f"job {job.job_id} is of kind {job.kind!r}: only training can end early; `potluck cancel` ends other jobs"
             )
         if job.active:
             self._record(job, StopAsked(at=self._clock()))
@@ -183,14 +183,14 @@ class Dispatcher:
         return job
 
     def job(self, job_id: str) -> Job:
-        """By its id, or what only its id begins with. Raises NotFound, and InvalidRequest where several ids begin so."""
+        """A job by its id, or by a beginning that only its id has. Raises NotFound, and InvalidRequest where several ids begin so."""
         return self._store.jobs[meant(job_id, self._store.jobs)]
 
     def described(self, job: Job) -> JobChanged:
         return self._announcer.described(job, self._clock())
 
     def ended(self, job: Job) -> JobEnded | None:
-        """The result of a job that has ended, its blobs to be had from here."""
+        """The result of a job that has ended, with us as a holder of its blobs."""
         return self._announcer.ended(job)
 
     @property
@@ -199,7 +199,7 @@ class Dispatcher:
         return next((found.reason for found in self._no_room.values()), "")
 
     def all_described(self, after: str) -> Iterator[JobChanged]:
-        """The jobs that came after one of this id, oldest first; all where there is none."""
+        """Jobs that came after the job with this id, oldest first; all jobs if it is unknown."""
         jobs = self._store.jobs
         known = after in jobs
         for job_id, job in jobs.items():
@@ -208,13 +208,13 @@ class Dispatcher:
             known = known and job_id != after
 
     def republish(self) -> None:
-        """Say again what is retained: after a reconnect, perhaps to a broker that forgot."""
+        """Publish all retained states again: after a reconnect, the broker may have lost them."""
         self._announcer.tell_all(self._clock())
 
     # --- what nodes say -----------------------------------------------------------------------------------------------
 
     def on_node_message(self, node_id: str, message: Message) -> None:
-        """Any event of a node that concerns shards; others are not ours."""
+        """Handle a node's events about shards; ignore others."""
         match message:
             case LeaseTaken():
                 if (held := self._heard(node_id, message.attempt_id)) is not None:
@@ -229,11 +229,11 @@ class Dispatcher:
                     if (held := self._heard(node_id, attempt_id)) is not None:
                         held.taken = True
                     elif attempt_id not in self._leases:
-                        # We have given it up (or were started anew without it): the node must not work in vain.
+                        # We gave it up (or restarted without it): the node must not work for nothing.
                         self._leases.withdraw(node_id, attempt_id, "unknown")
             case LeaseRefused():
                 if self._heard(node_id, message.attempt_id) is not None:
-                    # Not the shard's fault: it is given to another, and does not count as a failure.
+                    # This is not the shard's fault: it goes to another node, and does not count as a failure.
                     self._leases.refused(node_id, self._clock())
                     self._end_attempt(message.attempt_id, f"refused: {message.error.message[:200]}", None)
             case ShardFailed():
@@ -255,7 +255,7 @@ class Dispatcher:
         self._offer()
 
     def node_lost(self, node_id: str, reason: str) -> None:
-        """What the node held under lease goes back, at once."""
+        """Take back at once what the node held under lease."""
         for attempt_id in self._leases.of_node(node_id):
             self._end_attempt(attempt_id, f"node {node_id} was lost: {reason}", None)
 
@@ -272,8 +272,8 @@ class Dispatcher:
                     async with asyncio.timeout(min(PROGRESS_SECONDS, self._settings.resend_seconds) / 2):
                         await self._wake.wait()
                 except TimeoutError:
-                    pass  # time to tick
-                await asyncio.sleep(self._rest_seconds)  # what happens meanwhile is planned for together
+                    pass  # time for a tick
+                await asyncio.sleep(self._rest_seconds)  # events that come meanwhile are planned together
                 self._wake.clear()
                 now = self._clock()
                 if now - ticked_at >= self._settings.resend_seconds / 2:
@@ -286,9 +286,9 @@ class Dispatcher:
                 self._store.flush()
 
     def _plan_due(self) -> None:
-        """Of the jobs of which something changed; and where there are free slots, of all in turn until they are taken.
+        """Plan the jobs that changed; if there are free slots, plan all jobs in turn until the slots are taken.
 
-        Whoever has got nothing for the longest time comes first: else the oldest jobs take every slot that is free.
+        The job that got nothing for the longest time comes first: otherwise the oldest jobs would take every free slot.
         """
         self._planning_seconds = 0.0
         due, offered = self._dirty, self._offered
@@ -301,7 +301,7 @@ class Dispatcher:
         self._rest_seconds = min(REST_LIMIT_SECONDS, REST_FACTOR * self._planning_seconds)
 
     def _resume(self) -> None:
-        """Take up what the journal says is under way; nodes that still work on it go on."""
+        """Continue the jobs that the journal has as running; nodes that still work on them go on."""
         now = self._clock()
         for job_id in self._store.active:
             job = self._store.jobs[job_id]
@@ -321,7 +321,7 @@ class Dispatcher:
         self._dirty.update(dict.fromkeys(self._store.active))
 
     def _plan(self, job: Job) -> None:
-        # A defect in one job's plan or state must not stop the others, nor the coordinator again at each start.
+        # A defect in one job's plan or state must not stop other jobs, nor the coordinator at its next start.
         try:
             self._plan_guarded(job)
         except PotluckError as error:
@@ -348,17 +348,15 @@ class Dispatcher:
             self._perform(job, decision)
 
     def _decisions(self, job: Job) -> list[Decision]:
-        """The job's plan; without the node that makes planning fail, where there is one."""
+        """The job's plan; if one node makes planning fail, the plan without that node."""
         view = self._leases.view(self._clock())
         try:
             return settled(job, view, lambda event: self._record(job, event))
-        except (
-            EndlessChoices
-        ) as error:  # no node's fault; what was chosen stands, so that the next plan may come to an end
+        except EndlessChoices as error:  # no node's fault; choices stay, so the next plan may finish
             self._endless[job.job_id] += 1
             if self._endless[job.job_id] >= ENDLESS_LIMIT:
                 raise
-            log.warning("planning goes on choosing, and is tried again %s", fields(job=job.job_id, reason=error))
+            log.warning("planning continues to choose, and is tried again %s", fields(job=job.job_id, reason=error))
             return []
         except PotluckError:
             raise
@@ -414,13 +412,13 @@ class Dispatcher:
                     ),
                 )
                 self._changed(job)
-            case Complete() if (job.job_id, "deploy") not in self._actions:  # else it is past that
+            case Complete() if (job.job_id, "deploy") not in self._actions:  # otherwise it is past that
                 self._act(job.job_id, "complete", self._complete(job))
 
     # --- actions: what takes time ---------------------------------------------------------------------------------------
 
     def _act(self, job_id: str, name: str, action: Coroutine[Any, Any, None]) -> None:
-        """Start an action of a job, unless the same one is under way."""
+        """Start an action of a job, unless the same action is running."""
         key = (job_id, name)
         if key in self._actions or self._tasks is None or self._waits_for_room(key):
             action.close()
@@ -439,7 +437,7 @@ class Dispatcher:
         except PotluckError as error:
             if not job.active:
                 return
-            if isinstance(error, DiskFull) and name != "deploy":  # which is about the nodes' disks
+            if isinstance(error, DiskFull) and name != "deploy":  # that is about the nodes' disks
                 self._wait_for_room(job, name, error)
             else:
                 self._finish(job, "failed", error=error_info(error))
@@ -452,7 +450,7 @@ class Dispatcher:
             self._finish(job, "failed", error=ErrorInfo(code="internal", message=f"internal error: {error!r}"))
 
     def _wait_for_room(self, job: Job, name: str, error: DiskFull) -> None:
-        """A full disk is no fault of a job's: what it has stays, and the next plan asks for the same again."""
+        """A full disk is no job's fault: the job keeps what it has, and its next plan asks for the same again."""
         if not any(job_id == job.job_id for job_id, _ in self._no_room):
             log.warning("job waits for room %s", fields(job=job.job_id, reason=error.message))
         self._no_room[job.job_id, name] = _NoRoom(self._clock() + ROOM_SECONDS, error.message)
@@ -470,7 +468,7 @@ class Dispatcher:
             self._announcer.doing(job_id, "")
 
     def _on_result(self, held: Held, message: ShardFinished) -> None:
-        """Take a result that is what was asked for: at once, where nothing is to be fetched for it."""
+        """Take a result that is what was asked for: at once, if it has no blobs to fetch."""
         job = self._store.jobs[held.job_id]
         try:
             if (refusal := self._refusal(held, message.result)) is not None:
@@ -497,7 +495,7 @@ class Dispatcher:
             self._end_attempt(attempt_id, f"its result could not be fetched: {error.message}", None)
             return
         except DiskFull:
-            held.collecting = False  # its node keeps it, and offers it again until we have taken it
+            held.collecting = False  # its node keeps the result, and offers it again until we have taken it
             raise
         except PotluckError as error:
             held.collecting = False
@@ -513,7 +511,7 @@ class Dispatcher:
         self._changed(job)
 
     def _refusal(self, held: Held, result: AnyTaskResult) -> ErrorInfo | None:
-        """Why the result of a lease is not taken: it is not what was asked for, or another node is to see whether it is so."""
+        """Why a result is not taken: it is not what was asked for, or another node must check it; None if it is taken."""
         lease, node_id = held.message, held.node_id
         if reason := violation(lease.task, result, self._leases.own_items(node_id, lease.task)):
             self._violated(held, node_id, reason)
@@ -522,19 +520,21 @@ class Dispatcher:
             full = DiskFull(
                 f"a result has {size} bytes, more than the coordinator may keep: raise its blob_limit_bytes"
             )
-            return replace(error_info(full), retryable=False)  # by itself nothing becomes of it
+            return replace(error_info(full), retryable=False)  # trying again cannot help
         doubts = self._doubts.setdefault(held.job_id, Doubts())
         if not is_no_number(result):
             if liar := doubts.disproved(lease.shard_id, node_id):
-                self._violated(held, liar, f"it said of {lease.shard_id} that the loss is no number, and it is one")
+                self._violated(
+                    held, liar, f"it reported that the loss of {lease.shard_id} is not a number, but it is one"
+                )
             return None
         if lease.shard_id == CHECK or getattr(lease.task, "node_data", None):
-            return None  # nothing follows from it; or nobody else has the data
+            return None  # nothing depends on it; or no other node has the data
         alone = not any(node.node_id != node_id for node in self._leases.view(self._clock()).nodes)
         if not doubts.doubted(lease.shard_id, node_id, alone=alone):
             return None
         return error_info(
-            Diverged(f"node {node_id} says that the loss is no number: another node is to see whether it is")
+            Diverged(f"node {node_id} reports that the loss is not a number: another node must check that")
         )
 
     def _violated(self, held: Held, node_id: str, reason: str) -> None:
@@ -551,13 +551,13 @@ class Dispatcher:
         assert isinstance(spec, Train)
         assert isinstance(strategy, RoundsStrategy)
         if spec.privacy is not None and spec.privacy.noise_multiplier:
-            await asyncio.to_thread(privacy.load)  # in the loop, nothing else would be answered meanwhile
+            await asyncio.to_thread(privacy.load)  # in the loop, it would keep all other answers waiting
         closed = await self._collector.close_round(decision, spec, self._clock)
-        if job.active:  # nothing may be awaited before it is recorded: what has come is pinned until here
+        if job.active:  # do not await anything before it is recorded: its blobs are pinned only until here
             before = strategy.step
             self._record(job, closed)
             self._store.pin_rounds()
-            await self._store.sync()  # else a power cut could undo that, and not what is thrown away
+            await self._store.sync()  # otherwise a power cut could undo the record, but not the deletions
             self._collector.drop_round(decision, before, closed, self._store.kept())
             outer = {"outer_learning_rate": closed.learning_rate, "outer_momentum": round(closed.momentum, 3)}
             rejected = ",".join(closed.rejected) or None
@@ -637,7 +637,7 @@ class Dispatcher:
         self._finish(job, "succeeded", **parts)
 
     def _register_quantized(self, job: Job, spec: Deploy, parts: dict[str, Any]) -> None:
-        """The converted model, as a version of a name of its own; its metrics say what the conversion has changed."""
+        """Register the converted model as a version of its own name; its metrics tell what the conversion has changed."""
         original = self._registry.model(spec.model)
         info = self._registry.add_model(
             f"{original.name}-{spec.quantize}",
@@ -656,7 +656,7 @@ class Dispatcher:
     # --- bookkeeping ----------------------------------------------------------------------------------------------------
 
     def _finish(self, job: Job, state: Any, **parts: Any) -> None:
-        """End a job: journal, take leases back, tell everybody."""
+        """End a job: journal it, withdraw its leases, tell everybody."""
         if not job.active:
             return
         now = self._clock()
@@ -716,7 +716,7 @@ class Dispatcher:
         self._offer()
 
     def _offer(self) -> None:
-        """There is a free slot, or a new node: it may serve any job."""
+        """There is a free slot or a new node, for any job."""
         self._offered = True
         self._wake.set()
 
@@ -728,7 +728,7 @@ class Dispatcher:
 
 
 def _tried(job: Job, view: ClusterView) -> tuple[list[Decision], list[OfTraining]]:
-    """A plan for this view and the choices that it rests on, without a change to the job."""
+    """(decisions, choices that they rest on) of a plan for this view, without changing the job."""
     trial, choices = copy.deepcopy(job), list[OfTraining]()
 
     def choose(event: OfTraining) -> None:
@@ -739,6 +739,6 @@ def _tried(job: Job, view: ClusterView) -> tuple[list[Decision], list[OfTraining
 
 
 def _metrics_of(job: Job, best_epoch: int) -> dict[str, float]:
-    """Those of the epoch that a training job's model is of: the best one where a metric was monitored, else the last."""
+    """The metrics of the epoch that a training job's model is from: the best one where a metric was monitored, else the last."""
     found = [epoch for epoch in job.history if epoch.epoch == best_epoch] or job.history[-1:]
     return dict(found[0].metrics) if found else {}

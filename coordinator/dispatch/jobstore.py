@@ -1,4 +1,4 @@
-"""All jobs, in memory as the journal gives them: submitting resolves names, ending compacts the stream."""
+"""All jobs, in memory as in the journal. A submit resolves names; the end of a job compacts its stream."""
 
 from __future__ import annotations
 
@@ -57,9 +57,9 @@ from potluck.wording import be, counted
 log = logging.getLogger(__name__)
 
 LOADED_KEPT = 16
-"""Data sets of jobs in memory: those that are alike share one."""
+"""Data sets of jobs in memory: equal ones are shared."""
 JOBS_KEPT = 1000
-"""Ended jobs that are remembered."""
+"""How many ended jobs are remembered."""
 JOBS_REPUBLISHED = 100
 SOON = (
     AttemptLeased
@@ -71,11 +71,11 @@ SOON = (
     | RoundBroken
     | StoodStill
 )
-"""Nothing is thrown away for these: they are written before a message tells of them, and no sooner."""
+"""Events after which nothing is deleted: they are only written before a message tells of them."""
 
 
 def meant(job_id: str, known: Collection[str]) -> str:
-    """The id that this is, or that alone begins with it. Raises NotFound, and InvalidRequest where several do."""
+    """The full id: this one, or the only one that begins with it. Raises NotFound, and InvalidRequest where several do."""
     if job_id in known:
         return job_id
     found = [one for one in known if job_id and one.startswith(job_id)]
@@ -83,7 +83,7 @@ def meant(job_id: str, known: Collection[str]) -> str:
         raise NotFound(f"there is no job {job_id!r}: `potluck jobs` lists them")
     if len(found) > 1:
         raise InvalidRequest(
-            f"{counted(len(found), 'job')} begin with {job_id!r}: {listed(found)}: write more of the one that is meant"
+            f"{counted(len(found), 'job')} begin with {job_id!r}: {listed(found)}: write more of the id"
         )
     return found[0]
 
@@ -99,7 +99,7 @@ class JobStore:
         urls: Callable[[], tuple[str, ...]],
         node_data: Callable[[str], Dataset],
     ) -> None:
-        """`node_data` gives the data set of a name that lives on the nodes; it raises NotFound, InvalidRequest."""
+        """`node_data` returns the data set of a name that lives on the nodes; it raises NotFound, InvalidRequest."""
         self._journal = journal
         self._registry = registry
         self._blobs = store
@@ -109,7 +109,7 @@ class JobStore:
         self._requests: dict[str, str] = {}
         self._final: dict[str, JobProgress] = {}
         self._rounds: set[str] = set()
-        """Blobs that are pinned since training under way rests on them."""
+        """Blobs that are pinned because running training needs them."""
         self.jobs: dict[str, Job] = {}
         self.active: dict[str, None] = {}
         for stream in journal.streams("job/"):
@@ -131,7 +131,7 @@ class JobStore:
         known = self._registry.model(spec.model).classes if isinstance(spec.model, str) else ()
         if isinstance(spec, Predict) and spec.dataset.startswith(NODE_DATA):
             raise InvalidRequest(
-                f"{spec.dataset} stays on its nodes, and so would predictions for it: evaluate it instead"
+                f"{spec.dataset} stays on its nodes, so predictions for it would have to stay there too: evaluate it instead"
             )
         dataset = self._dataset(spec.dataset)
         if isinstance(spec, Predict | Evaluate) and isinstance(spec.model, str):
@@ -142,7 +142,7 @@ class JobStore:
         if isinstance(spec, Train):
             if model_format not in ("keras", "h5"):
                 raise InvalidRequest(
-                    f"model {spec.model} is a graph ({model_format}), and cannot be trained: train a Keras model"
+                    f"model {spec.model} is a graph ({model_format}), which cannot be trained: train a Keras model"
                 )
             self._check_training(spec, dataset)
         if isinstance(spec, Train) and spec.validation is not None:
@@ -163,21 +163,21 @@ class JobStore:
         )
 
     def _quantized(self, submitted: JobSubmitted, spec: Deploy, info: ModelInfo) -> JobSubmitted:
-        """A deployment of what is to be made of a model. Raises NotFound, InvalidRequest."""
+        """A deployment of the model that is to be made from a model. Raises NotFound, InvalidRequest."""
         if info.format == "tflite":
             raise InvalidRequest(
-                f"{spec.model} is a LiteRT model already: deploy it as it is, or quantize what it was made of"
+                f"{spec.model} is a LiteRT model already: deploy it as it is, or quantize the model that it was made from"
             )
         if info.signature is not None and any(one.datatype == "BYTES" for one in info.signature.inputs):
             raise InvalidRequest(
-                f"{spec.model} takes text, and a LiteRT model cannot: deploy it as it is, or keep text layers out of it"
+                f"{spec.model} takes text, which a LiteRT model cannot: deploy it as it is, or make a model without text layers"
             )
         trained = self.jobs.get(info.job_id)
         learnt = trained.submitted.spec.dataset if trained and isinstance(trained.submitted.spec, Train) else None
         calibration = spec.calibration or learnt
         if calibration is None:
             raise InvalidRequest(
-                f"nothing is known of data for {spec.model}: name a data set that shows what is usual (calibration, --calibration)"
+                f"the training data of {spec.model} are unknown: name a data set like its usual inputs (calibration, --calibration)"
             )
         if calibration.startswith(NODE_DATA):
             raise InvalidRequest(
@@ -196,7 +196,7 @@ class JobStore:
         )
 
     def _learnt_from(self, trained: Job) -> Dataset:
-        """The data set of a training job, by its name, or as the job had it while its bytes are there. Raises NotFound."""
+        """The data set of a training job: by its name, or, while its blobs are there, as the job had it. Raises NotFound."""
         name = getattr(trained.submitted.spec, "dataset", "")
         try:
             return self._registry.dataset(name)
@@ -205,8 +205,8 @@ class JobStore:
             if found is not None and all(self._blobs.has(shard.blob.sha256) for shard in found.shards):
                 return found
         raise NotFound(
-            f"data set {name!r}, which the model was trained on, is gone (what is packed for a job goes with it): name data that "
-            "show what is usual (calibration, --calibration)"
+            f"data set {name!r}, which the model was trained on, is gone (data packed for a job are removed with it): name a data set "
+            "like the usual inputs (calibration, --calibration)"
         )
 
     def add(self, submitted: JobSubmitted) -> Job:
@@ -221,19 +221,19 @@ class JobStore:
         return self.jobs.get(self._requests.get(request_id, "")) if request_id else None
 
     def results(self) -> set[str]:
-        """The blobs of models and keys in results that are remembered: they may still be asked for."""
+        """Blobs of models and keys in remembered results: clients may still ask for them."""
         ended = [job.ended for job in self.jobs.values() if job.ended is not None]
         return {ref.sha256 for one in ended for ref in (one.model, one.keys) if ref is not None}
 
     def kept(self) -> set[str]:
-        """The blobs of training that some job rests on, or may be resumed from: jobs that began alike hold the same ones."""
+        """Blobs of training that a job needs, or may be resumed from. Jobs with the same beginning hold the same blobs."""
         strategies = [self.jobs[job_id].strategy for job_id in self.active]
         found = {sha256 for strategy in strategies if isinstance(strategy, RoundsStrategy) for sha256 in strategy.kept}
         ended = [job.ended.checkpoint for job in self.jobs.values() if job.ended is not None]
         return found | {ref.sha256 for ref in ended if ref is not None}
 
     def pin_rounds(self) -> None:
-        """Keep what the training under way rests on, whatever else wants room."""
+        """Keep the blobs that running training needs, even if the store needs room."""
         strategies = [self.jobs[job_id].strategy for job_id in self.active]
         wanted = {sha256 for strategy in strategies if isinstance(strategy, RoundsStrategy) for sha256 in strategy.kept}
         for sha256 in wanted - self._rounds:
@@ -243,24 +243,24 @@ class JobStore:
         self._rounds = wanted
 
     def record(self, job: Job, event: AnyEvent) -> None:
-        """Journal an event, and then let it happen.
+        """Journal an event, and then apply it.
 
-        What becomes of attempts, and what is chosen, is written with whatever else happens in this turn of the loop, before a message tells of it.
+        Outcomes of attempts, and choices, are written together with everything else of this turn of the loop, before a message tells of them.
         """
         append = self._journal.append_soon if isinstance(event, SOON) else self._journal.append
         append(f"job/{job.job_id}", event)
         job.apply(event)
 
     def flush(self) -> None:
-        """Write what is not written yet. Raises Unavailable."""
+        """Write the events that are not written yet. Raises Unavailable."""
         self._journal.flush()
 
     async def sync(self) -> None:
-        """Return when a power cut does not undo what was recorded. Raises Unavailable."""
+        """Return when a power cut can no longer undo the record. Raises Unavailable."""
         await self._journal.sync()
 
     def ended(self, job: Job, final: JobProgress) -> list[str]:
-        """Shorten the stream of a job that has ended; returns ids of old jobs that are forgotten for it."""
+        """Shorten the stream of a job that has ended; returns ids of old jobs that are no longer remembered."""
         assert job.ended is not None
         self.active.pop(job.job_id, None)
         self._final[job.job_id] = final
@@ -269,7 +269,7 @@ class JobStore:
         )
         for sha256 in self._pinned(job):
             self._blobs.unpin(sha256)
-        job.strategy = job.dataset = None  # what is asked of it from now on stands in its result
+        job.strategy = job.dataset = None  # everything that is still asked about it is in its result
         over = [one for one in self.jobs.values() if one.ended is not None]
         over.sort(key=lambda one: one.ended.ended_at if one.ended is not None else 0.0)
         old = [one.job_id for one in over[:-JOBS_KEPT]]
@@ -281,7 +281,7 @@ class JobStore:
         return old
 
     def recent(self) -> list[Job]:
-        """The jobs whose state is worth saying again."""
+        """The jobs whose state is worth publishing again."""
         ended = [job for job in self.jobs.values() if not job.active][-JOBS_REPUBLISHED:]
         return [*ended, *(self.jobs[job_id] for job_id in self.active)]
 
@@ -293,7 +293,7 @@ class JobStore:
         *,
         waiting: str,
     ) -> JobChanged:
-        """`nodes`: those that can compute now. `waiting`: for what, where it does not go on; "" where it does."""
+        """`nodes`: nodes that can compute now. `waiting`: what the job waits for; "" if it does not wait."""
         progress = self._final.get(job.job_id) or JobProgress()
         if job.active and job.strategy is not None:
             progress = replace(job.strategy.progress(running, nodes), image=job.image)
@@ -321,7 +321,7 @@ class JobStore:
         self._insert(job)
 
     def _make(self, submitted: JobSubmitted) -> Job:
-        # Ended jobs need no strategy; whether this one has ended is only known later, so its data sets may be gone.
+        # Ended jobs need no strategy. Whether this job has ended is known only later, so its data sets may be gone.
         dataset = self._load(submitted.dataset)
         strategy = None
         if dataset is not None or submitted.dataset is None:
@@ -337,7 +337,7 @@ class JobStore:
                 self._blobs.pin(sha256)
 
     def _pinned(self, job: Job) -> list[str]:
-        """Blobs that must stay while the job is under way, also when the names of its data sets go to others."""
+        """Blobs that must stay while the job runs, even if the names of its data sets are given to others."""
         submitted = job.submitted
         begun = submitted.spec.weights if isinstance(submitted.spec, Train) else None
         refs = [ref for ref in (submitted.model, submitted.dataset, submitted.validation, begun) if ref is not None]
@@ -347,13 +347,13 @@ class JobStore:
     def _check_training(self, spec: Train, dataset: Dataset) -> None:
         if spec.initial_epoch >= spec.epochs:
             raise InvalidRequest(
-                f"{counted(spec.initial_epoch, 'epoch')} {be(spec.initial_epoch)} trained already (initial_epoch), and epochs={spec.epochs} is the number in all: ask for more"
+                f"{counted(spec.initial_epoch, 'epoch')} {be(spec.initial_epoch)} trained already (initial_epoch), and epochs={spec.epochs} counts all epochs: ask for more"
             )
         if spec.patience is not None and not spec.monitor:
             raise InvalidRequest("patience needs a metric to monitor, such as val_loss")
         if spec.monitor and direction(spec) is None:
             raise InvalidRequest(
-                f"is {spec.monitor!r} better when it is small, or when it is large? Its name does not tell: "
+                f"a small or a large {spec.monitor!r} may be better, and its name does not tell: "
                 "say monitor_mode 'min' or 'max'"
             )
         if spec.monitor.startswith("val_") and spec.validation is None:
@@ -362,7 +362,7 @@ class JobStore:
         if spec.deterministic and (spec.strategy == "sync" or spec.dataset.startswith(NODE_DATA)):
             what = "strategy 'sync'" if spec.strategy == "sync" else spec.dataset
             raise InvalidRequest(
-                f"deterministic is for rounds over data that any node may take, and {what} is not: leave one of them out"
+                f"deterministic needs rounds over data that any node may use, but {what} is not that: leave one of them out"
             )
         classes = dataset.format.classes
         unknown = [label for label in spec.class_weight if classes and label not in classes]
@@ -390,7 +390,7 @@ class JobStore:
         return replace(model, holders=()), None, "keras"
 
     def _manifest(self, dataset: Dataset) -> BlobRef:
-        """What a job needs of a data set: not the names of what was left out of it."""
+        """The part of a data set that a job needs: without the names of skipped items."""
         return self._blobs.put_bytes(codec.pack(replace(dataset, skipped=(), remarks=())))
 
     def _load(self, manifest: BlobRef | None) -> Dataset | None:
@@ -398,31 +398,31 @@ class JobStore:
             return None
         if (found := self._loaded.pop(manifest.sha256, None)) is None:
             found = codec.unpack(self._blobs.read(manifest.sha256), Dataset)
-        self._loaded[manifest.sha256] = found  # the last that was asked for
+        self._loaded[manifest.sha256] = found  # the last one that was asked for
         while len(self._loaded) > LOADED_KEPT:
             del self._loaded[next(iter(self._loaded))]
         return found
 
 
 def _image(asked: ImageOptions | None, registered: ImageOptions | None) -> ImageOptions | None:
-    """How images become a model's input: what is asked for goes before what was registered with it, each for itself."""
+    """How images become a model's input. Each field that is asked for goes before the one registered with the model."""
     if asked is None or registered is None or asked.scale is not None:
         return asked or registered
     return replace(asked, scale=registered.scale)
 
 
 def _check_private(spec: Train, dataset: Dataset) -> None:
-    """What holds for data that live on nodes, and only for them. Raises InvalidRequest."""
+    """Checks options that are only for data that live on nodes, or not for them. Raises InvalidRequest."""
     stays, rules = spec.dataset.startswith(NODE_DATA), spec.privacy
     if stays and spec.strategy == "sync":
         raise InvalidRequest(
-            f"{spec.dataset} stays on its nodes, and strategy 'sync' gives every node all data: use 'local' or 'auto'"
+            f"{spec.dataset} stays on its nodes, but strategy 'sync' gives every node all data: use 'local' or 'auto'"
         )
     if rules is None:
         return
     if not stays:
         raise InvalidRequest(
-            f"l2_norm_clip and noise_multiplier hide data that live on nodes, and {spec.dataset!r} does not: "
+            f"l2_norm_clip and noise_multiplier are for data that live on nodes, but {spec.dataset!r} does not: "
             "name it under [data] in the nodes' settings and train on node:NAME, or leave them out"
         )
     if not rules.noise_multiplier:
@@ -430,47 +430,47 @@ def _check_private(spec: Train, dataset: Dataset) -> None:
     privacy.check()
     if (spec.validation or "").startswith(NODE_DATA):
         raise InvalidRequest(
-            f"validation on {spec.validation} would tell of data that noise is to hide: give a data set that may be known"
+            f"validation on {spec.validation} would reveal data that noise must hide: give a data set that is not secret"
         )
     if spec.monitor and not spec.monitor.startswith("val_"):
         raise InvalidRequest(
-            f"monitor {spec.monitor!r}: with noise, metrics of training are left out: monitor a val_ metric"
+            f"monitor {spec.monitor!r}: with noise there are no training metrics: monitor a val_ metric"
         )
     if rules.unit == "example" and rules.delta * dataset.count >= 1:
         raise InvalidRequest(
-            f"delta {rules.delta:g} says nothing for {counted(dataset.count, 'item')}: it must be well below {1 / dataset.count:.1g}"
+            f"delta {rules.delta:g} protects nothing for {counted(dataset.count, 'item')}: it must be well below {1 / dataset.count:.1g}"
         )
 
 
 def _check_rate(model: ModelInfo, dataset: Dataset) -> None:
-    """To a model, recordings at another rate are other sounds. Raises InvalidRequest."""
+    """Recordings at another rate are different sounds to a model. Raises InvalidRequest."""
     if model.rate and dataset.format.rate not in (0, model.rate):
         raise InvalidRequest(
-            f"model {model.name}:{model.version} was trained on {model.rate} samples a second, and data set "
+            f"model {model.name}:{model.version} was trained on {model.rate} samples a second, but data set "
             f"{dataset.name!r} has {dataset.format.rate}: resample the recordings"
         )
 
 
 def _check_alike(spec: Train, data: DataFormat, held_out: DataFormat) -> None:
-    """Before a whole epoch is trained. Raises InvalidRequest."""
+    """Checks that training and validation data fit together, before a whole epoch is trained. Raises InvalidRequest."""
     if held_out.kind != data.kind:
         raise InvalidRequest(
-            f"data set {spec.dataset!r} holds {data.kind}, and {spec.validation!r} {held_out.kind}: a model takes one of them"
+            f"data set {spec.dataset!r} holds {data.kind}, but {spec.validation!r} holds {held_out.kind}: a model takes only one of them"
         )
     if held_out.rate != data.rate:
         raise InvalidRequest(
-            f"data set {spec.dataset!r} has {data.rate} samples a second, and {spec.validation!r} {held_out.rate}: resample one"
+            f"data set {spec.dataset!r} has {data.rate} samples a second, but {spec.validation!r} has {held_out.rate}: resample one of them"
         )
-    alone = len(held_out.inputs) == len(data.inputs) == 1  # then its name says nothing: X or x
+    alone = len(held_out.inputs) == len(data.inputs) == 1  # the name of a single input does not matter: X or x
     if sorted(held_out.inputs) != sorted(data.inputs) and not alone:
         raise InvalidRequest(
-            f"data set {spec.dataset!r} has the inputs {', '.join(data.inputs)}, and {spec.validation!r} "
-            f"{', '.join(held_out.inputs)}: validation data needs the same"
+            f"data set {spec.dataset!r} has the inputs {', '.join(data.inputs)}, but {spec.validation!r} has "
+            f"{', '.join(held_out.inputs)}: validation data need the same"
         )
     if sorted(held_out.targets) != sorted(data.targets):
         raise InvalidRequest(
-            f"data set {spec.dataset!r} has the targets {', '.join(data.targets) or data.target or 'none'}, and "
-            f"{spec.validation!r} {', '.join(held_out.targets) or held_out.target or 'none'}: validation data needs the same"
+            f"data set {spec.dataset!r} has the targets {', '.join(data.targets) or data.target or 'none'}, but "
+            f"{spec.validation!r} has {', '.join(held_out.targets) or held_out.target or 'none'}: validation data need the same"
         )
     if data.target and not held_out.target:
-        raise InvalidRequest(f"data set {spec.validation!r} has no target to validate against: name its --target")
+        raise InvalidRequest(f"data set {spec.validation!r} has no target to compare with: name it with --target")

@@ -1,6 +1,6 @@
-"""The leases that are out: which node holds which attempt, when it was last heard of, and what must be said again.
+"""The current leases: which node holds which attempt, when it was last heard, and what must be sent again.
 
-In memory only: a coordinator that starts again holds the attempts of its journal anew, and learns from the nodes' renewals.
+Only in memory: a coordinator that restarts leases the attempts in its journal again, and learns from the nodes' renewals.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from potluck.wire.refs import locate
 from potluck.wire.topics import Topics
 
 MANY_SHARDS = 100
-"""With more in a lease, few holders are named of each: it has to go into a message."""
+"""For a lease with more blobs, few holders of each are named: it must fit into a message."""
 REFUSED_SECONDS = 0.5
 REFUSED_LIMIT_SECONDS = 60.0
 SLOTS = 2
-"""Attempts that a node holds at most: one running, one prefetched."""
+"""Most attempts on a node: one runs, one is prefetched."""
 
 
 def on_nodes(stages: Iterable[tuple[str, str]]) -> str:
@@ -43,7 +43,7 @@ def _shards(task: AnyTask) -> int:
 
 @dataclass
 class Held:
-    """An attempt under lease: when its node was last heard of it, and what it said."""
+    """An attempt under lease: when its node was last heard of it, and what the node said."""
 
     job_id: str
     node_id: str
@@ -52,14 +52,14 @@ class Held:
     sent_at: float = 0.0
     taken: bool = False
     collecting: bool = False
-    """Its result is being fetched: nothing else can end it now."""
+    """Its result is being fetched: nothing else can end the attempt now."""
     done: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
     stage: str = ""
 
 
 class Leases:
-    """All of them by attempt, and the commands that concern them."""
+    """All leases by attempt, and the commands for them."""
 
     def __init__(
         self,
@@ -79,17 +79,17 @@ class Leases:
         self._holders = holders
         self._held: dict[str, Held] = {}
         self._of_node: dict[str, set[str]] = {}
-        """Attempts by node; nodes without any are not there."""
+        """Attempts by node; a node without attempts is not in it."""
         self._views: dict[str, NodeView] = {}
-        """Of the nodes that can compute, by id and in that order: made anew when something about a node changes."""
+        """Views of the nodes that can compute, ordered by id; a node's view is renewed when something about the node changes."""
         self._changed = membership.watch()
         self._nodes: tuple[NodeView, ...] = ()
         self._free: set[str] = set()
-        """Those that may be given more."""
+        """Nodes that can take more attempts."""
         self._refusing: dict[str, tuple[int, float]] = {}
         """How often in a row a node has refused, and until when it is offered nothing."""
         self._resting: dict[str, float] = {}
-        """Of these, those whose time is not known to be over."""
+        """Nodes in `_refusals` whose time is not yet known to be over."""
 
     def __contains__(self, attempt_id: str) -> bool:
         return attempt_id in self._held
@@ -102,7 +102,7 @@ class Leases:
         return [key for key in self._of_node.get(node_id, ()) if not self._held[key].collecting]
 
     def hold(self, job: Job, attempt: Attempt, now: float) -> Held:
-        """A lease begins (or goes on, after a restart); it is sent with the next `send_due`."""
+        """Begin a lease (or continue it, after a restart); the next `send_due` sends it."""
         assert attempt.task is not None
         message = LeaseShard(
             epoch=self._epoch,
@@ -118,7 +118,7 @@ class Leases:
         return held
 
     def drop(self, attempt_id: str) -> None:
-        """A lease ends."""
+        """End a lease."""
         held = self._held.pop(attempt_id)
         own = self._of_node[held.node_id]
         own.discard(attempt_id)
@@ -127,7 +127,7 @@ class Leases:
         self._changed.add(held.node_id)
 
     def heard(self, node_id: str, attempt_id: str, now: float) -> Held | None:
-        """The lease that its node spoke of; None when it is not out to that node."""
+        """The lease that its node reported on; None if that node does not have it."""
         held = self._held.get(attempt_id)
         if held is None or held.node_id != node_id:
             return None
@@ -135,7 +135,7 @@ class Leases:
         return held
 
     def refused(self, node_id: str, now: float) -> None:
-        """The node does not want what it is offered: it is offered nothing for a while, for longer each time."""
+        """The node refuses leases: offer it nothing for a while, longer each time."""
         times = self._refusing.get(node_id, (0, 0.0))[0] + 1
         rest_seconds = min(REFUSED_SECONDS * 2.0 ** (times - 1), REFUSED_LIMIT_SECONDS)
         self._refusing[node_id] = times, now + rest_seconds
@@ -143,7 +143,7 @@ class Leases:
         self._changed.add(node_id)
 
     def accepted(self, node_id: str) -> None:
-        """It takes what it is offered."""
+        """The node accepts leases again."""
         if self._refusing.pop(node_id, None) is not None:
             self._resting.pop(node_id, None)
             self._changed.add(node_id)
@@ -154,7 +154,7 @@ class Leases:
         return [(key, held) for key, held in self._held.items() if not held.collecting and now - held.heard_at > limit]
 
     def send_due(self, now: float) -> None:
-        """Send, or send again, what its node has not said that it took."""
+        """Send leases, again if their nodes have not confirmed them."""
         for held in self._held.values():
             if not held.taken and now - held.sent_at >= self._settings.resend_seconds:
                 self.send(held, now)
@@ -175,14 +175,14 @@ class Leases:
             self.command(node_id, ForgetJob(job_id=job.job_id, epoch=self._epoch))
 
     def acknowledge(self, node_id: str, attempt_id: str) -> None:
-        """We have what became of an attempt: its node need not say it again."""
+        """We have the outcome of an attempt: its node need not send it again."""
         self.command(node_id, AcknowledgeResult(attempt_id=attempt_id, epoch=self._epoch))
 
     def command(self, node_id: str, message: Message) -> None:
         self._outbox.publish(self._topics.node(node_id, "inbox"), message)
 
     def running(self, job: Job) -> dict[str, tuple[Attempt, int, dict[str, float]]]:
-        """What the open attempts of a job have reported."""
+        """The reports of a job's open attempts."""
         return {
             attempt_id: (attempt, self._held[attempt_id].done, self._held[attempt_id].metrics)
             for attempt_id, attempt in job.attempts.items()
@@ -190,18 +190,18 @@ class Leases:
         }
 
     def stage(self, job: Job) -> str:
-        """What the nodes do before they compute, for people: `starting engine (TensorFlow) on n1, n2`. "" once one computes."""
+        """What the nodes do before they compute, for people: `starting engine (TensorFlow) on n1, n2`. "" once a node computes."""
         held = [self._held[attempt_id] for attempt_id in job.attempts if attempt_id in self._held]
         if any(one.done for one in held):
             return ""
         return on_nodes((one.stage, one.node_id) for one in held)
 
     def violated(self, node_id: str, reason: str) -> bool:
-        """A result was not what its lease asked for: whether the node gets no jobs for a while for that."""
+        """A result was not what its lease asked for; returns whether the node gets no jobs for a while."""
         return self._membership.violated(node_id, reason)
 
     def own_items(self, node_id: str, task: AnyTask) -> int | None:
-        """Of the data that live on the node and that the task is about, as it has announced them."""
+        """The number of items that the node has announced for its own data that the task is about."""
         name = getattr(task, "node_data", None)
         member = self._membership.get(node_id)
         found = [data.count for data in member.data if data.name == name] if name and member is not None else []
@@ -215,17 +215,17 @@ class Leases:
         return self._membership.quarantined()
 
     def view(self, now: float) -> ClusterView:
-        """The nodes that can compute, and how much more each may be given."""
+        """The nodes that can compute, and how many more attempts each can take."""
         self._look_again(now)
         return ClusterView(self._nodes, now)
 
     def free(self, now: float) -> bool:
-        """Whether any node may be given more."""
+        """Whether any node can take more."""
         self._look_again(now)
         return bool(self._free)
 
     def _look_again(self, now: float) -> None:
-        """At the nodes of which something changed, or may have by time alone."""
+        """Renew the views of nodes with changes, or with changes by time alone."""
         for node_id in [node_id for node_id, until in self._resting.items() if until <= now]:
             del self._resting[node_id]
             self._changed.add(node_id)
@@ -246,7 +246,7 @@ class Leases:
         self._nodes = tuple(self._views.values())
 
     def _view_of(self, node_id: str, now: float) -> NodeView | None:
-        """None where it is not there, or cannot compute."""
+        """A node's view; None if it is away or cannot compute."""
         member = self._membership.get(node_id)
         if member is None:
             self._refusing.pop(node_id, None)

@@ -1,9 +1,10 @@
 """The outer step: from the updates of a round's nodes to the weights of the next round, piece by piece.
 
-The mean of the updates by samples (FedAvg, McMahan et al., 2017; FedNova, Wang et al., 2020, for data that live on the nodes) is taken as a gradient of the outer optimizer, which is
-SGD with Nesterov momentum (DiLoCo, Douillard et al., 2023): v <- m v + d, w <- w + lr (d + m v). What is added to the weights is
-quantised first, and the same update goes to the nodes, so that all have the same bits. State that is not trained is averaged where a
-mean is of the same kind (moving statistics), else that of the largest part holds for all; what no node has changed stays. Memory is that of a few pieces, whatever the model's size and the number of nodes.
+The mean of the updates by samples (FedAvg, McMahan et al., 2017; FedNova, Wang et al., 2020, for data that live on the nodes) is
+used as the gradient of the outer optimizer: SGD with Nesterov momentum (DiLoCo, Douillard et al., 2023),
+v <- m v + d, w <- w + lr (d + m v). What is added to the weights is quantised first, and the nodes get the same update, so that all have
+the same bits. State that is not trained is averaged where a mean makes sense (moving statistics); else the values of the largest part
+are used. Weights that no node changed stay. Memory is for a few pieces, for any size of model and any number of nodes.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from potluck.wire.messages import Compression
 
 MOMENTUM_LIMIT = 0.9
 COOLING = 0.3
-"""The last part of a job, in which momentum falls to nothing."""
+"""The last part of a job, in which momentum falls to zero."""
 AGREEMENT_KEPT = 0.8
-"""Of the smoothed agreement, in each round ..."""
+"""How much of the smoothed agreement is kept in each round ..."""
 AGREEMENT_KEPT_ALONE = 0.95
-"""... and in one with a single update: mostly the others' were lost, which says nothing of how they agree."""
+"""... and in a round with a single update: usually the others were lost, so it says nothing about agreement."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,12 @@ def outer_for(
     momentum: float | None = None,
     inner_momentum: float = 0.0,
 ) -> Outer:
-    """The settings of `round` (from 0), after which the share `done` of the job is done; `agreement` is that of the rounds before.
+    """The settings of `round` (from 0), after which the share `done` of the job is done; `agreement` is of the rounds before.
 
-    What the user has set; else full steps, and momentum that rises as in Nesterov's accelerated gradient (1983; k / (k + 3), as
-    Beck and Teboulle write it, 2009), falls to nothing at the end, and is less the more the nodes agree: the mean of updates
-    that agree is a full step already, of others it is shorter than each. docs/training.md has the evidence. The `inner_momentum` of nodes
-    with data of their own has made their steps 1 / (1 - it) times as long already, each towards its own data; docs/federated.md has that of this.
+    Uses what the user has set. Else: full steps, with momentum that rises as in Nesterov's accelerated gradient (1983; k / (k + 3), as
+    Beck and Teboulle write it, 2009), and falls to zero at the end. It is smaller the more the nodes agree: the mean of updates that
+    agree is a full step already; else the mean is shorter than each update. docs/training.md has the evidence. On nodes with their own
+    data, `inner_momentum` already made steps 1 / (1 - inner_momentum) times as long, each towards that data (see docs/federated.md).
     """
     agreed = min(1.0, max(0.0, agreement))
     rising = min(round / (round + 3), MOMENTUM_LIMIT, 1 - agreed**2)
@@ -60,24 +61,24 @@ def outer_for(
 
 
 def nova_scales(items: Sequence[int], steps: Sequence[int]) -> list[float]:
-    """FedNova's (Wang et al., 2020): by what each node's update is multiplied before the mean by `items`, the data it stands for.
+    """FedNova's factors (Wang et al., 2020) for each node's update, before the mean by `items` (the size of its data).
 
-    A node that took more steps has gone further towards its own data's optimum, and would pull all others there; so each update
-    counts per step, and the mean is as long as the mean number of steps (equation 7 there, for SGD's steps of equal weight).
+    A node that took more steps has gone further towards the optimum of its own data, and would pull all others there. So each update
+    counts per step, and the mean is as long as the mean number of steps (equation 7 there, for SGD steps of equal weight).
     """
     mean = sum(count * taken for count, taken in zip(items, steps, strict=True)) / sum(items)
     return [mean / taken for taken in steps]
 
 
 def agreement_of(square: float, updates: Sequence[tuple[float, int]], before: float | None) -> float:
-    """How much a round's nodes agree, smoothed over the rounds: the mean cosine between two updates; 1 for a node alone.
+    """How much a round's nodes agree, smoothed over the rounds: the mean cosine between two updates; 1 for a single node.
 
-    `square` is that of the mean update's norm, `updates` are (norm, weight in the mean).
+    `square` is the squared norm of the mean update; `updates` are (norm, weight in the mean).
     """
     total = sum(weight for _, weight in updates)
     shares = [weight / total for _, weight in updates]
     parts = sum(share * norm**2 for share, (norm, _) in zip(shares, updates, strict=True))
-    alone = sum(share**2 for share in shares)  # what is left of the square where nobody agrees
+    alone = sum(share**2 for share in shares)  # the square, as a share of the mean square, if no two updates agree
     single = alone > 0.999
     now = 1.0 if parts <= 0 or single else (square / parts - alone) / (1 - alone)
     if before is None:
@@ -100,9 +101,10 @@ def combine(
 ) -> float:
     """Take the outer step of a round from `weights`, with `updates` as (file, weight in the mean) and the `velocity` of the round before.
 
-    The mean is by samples, or for data that live on the nodes by items; `scales` multiply updates of what is trained before it.
-    Writes `step` (what is added, as it goes to the nodes), `after` (the weights with it) and `velocity_after` (of what is trained);
-    returns the square of the norm of the mean update, of what is trained. Raises InvalidModel where files do not fit the weights, Diverged where values are not finite.
+    The mean is by samples, or for data that live on the nodes by items; `scales` multiply the updates of trained weights before that.
+    Writes `step` (what is added, as the nodes get it), `after` (the new weights) and `velocity_after` (of trained weights). Returns the
+    squared norm of the mean update of trained weights. Raises InvalidModel where files do not fit the weights, Diverged where values are
+    not finite.
     """
     if not updates or sum(weight for _, weight in updates) <= 0:
         raise InvalidModel("no samples were trained on in this round, so there is nothing to average")
@@ -116,7 +118,7 @@ def combine(
         roles = {name: role for name in base.specs if (role := _role(parts, name)) is not None}
 
         def pushed(spec: Spec, start: int, stop: int) -> tuple[Array, Array, float]:
-            """(What is to be added, the velocity, the mean's square): of a piece of what is trained."""
+            """(what to add, the velocity, the mean's square) for a piece of a trained weight."""
             mean = _mean(parts, spec, start, stop)
             found = square(mean)
             momentum, rate = mean.dtype.type(outer.momentum), mean.dtype.type(outer.learning_rate)
@@ -149,7 +151,7 @@ def combine(
                 for span in spans(spec):
                     target.write(base.read(spec.name, *span))
                 continue
-            # In step with the quantised pieces that come back: what is made for one is not made again for the other.
+            # Used in step with the quantised pieces that come back: what was made for one is not made again for the other.
             made: list[Array] = []
 
             def pieces(spec: Spec = spec, role: Role = role, made: list[Array] = made) -> Iterator[Array]:
@@ -176,7 +178,7 @@ def combine(
 
 @dataclass(frozen=True)
 class _Part:
-    """An update, its weight in the mean, and what it is multiplied by there, where it is of weights that are trained."""
+    """An update, its weight in the mean, and its factor there for trained weights."""
 
     update: UpdateReader
     weight: int
@@ -184,7 +186,7 @@ class _Part:
 
 
 def _role(parts: Sequence[_Part], name: str) -> Role | None:
-    """As the nodes say that have changed a weight; None where none has. Raises InvalidModel where they do not agree."""
+    """The role of a weight by the nodes that changed it; None if none did. Raises InvalidModel where they do not agree."""
     found = {part.update.role(name) for part in parts} - {None}
     if len(found) > 1:
         raise InvalidModel(f"the nodes do not agree whether weight {name} is trained")
@@ -192,9 +194,9 @@ def _role(parts: Sequence[_Part], name: str) -> Role | None:
 
 
 def _mean(parts: Sequence[_Part], spec: Spec, start: int, stop: int) -> Array:
-    """Of a piece of what is trained: the mean difference."""
+    """The mean difference of a piece of a trained weight."""
     total = sum(part.weight for part in parts)
-    # Of 64 bits there, and of 32 for all else: what was added up is good to a few parts in ten million.
+    # 64 bits for 64-bit weights, 32 bits for others: the sum is exact to a few parts in ten million.
     dtype = spec.dtype if spec.dtype.itemsize > 4 else np.dtype(np.float32)
     sums: Array | None = None
     for part in parts:
@@ -208,11 +210,11 @@ def _mean(parts: Sequence[_Part], spec: Spec, start: int, stop: int) -> Array:
 
 
 def _state(parts: Sequence[_Part], role: Role, spec: Spec, start: int, stop: int) -> Array:
-    """Of a piece of state: the mean of the new values, or those of the largest part that changed them."""
+    """A piece of state: the mean of the new values, or the values of the largest part that changed them."""
     if role == "value":
         changed = [part for part in parts if part.update.role(spec.name) is not None]
         return max(changed, key=lambda part: part.weight).update.read(spec.name, start, stop)
-    # Whole numbers of samples and 64 bits: where all nodes have one value, it is their mean to the bit.
+    # Whole numbers of samples and 64 bits: if all nodes have the same value, their mean is exactly that value.
     sums = np.zeros(stop - start, np.float64)
     for part in parts:
         sums += part.weight * part.update.read(spec.name, start, stop).astype(np.float64)

@@ -1,8 +1,8 @@
-"""Data sets that clients packed for their jobs: nobody named them, so they are forgotten with the last job that uses them.
+"""Data sets that clients packed for their jobs: no user named them, so they are removed with the last job that uses them.
 
-A client registers such a data set, and asks for its job next. Once no job under way uses it, and none is expected, its name goes
-(in the journal, as every change of the registry); its bytes stay for an hour more, so that who sends the same data again
-need not send them, and a model can be quantized with what it has just learnt from. A restart ends that hour.
+A client registers such a data set, and submits its job next. When no running job uses it, and none is expected, its name is removed
+(in the journal, like every change of the registry). Its blobs stay for one more hour: a user who sends the same data again need not
+send the bytes, and a model can be quantized with the data that it was trained on. A restart ends that hour.
 """
 
 from __future__ import annotations
@@ -21,38 +21,38 @@ from potluck.wire.messages import AnyJobSpec
 log = logging.getLogger(__name__)
 
 KEPT_SECONDS = 3600.0
-"""So long the bytes stay, and so long a job may take to be asked for after its data."""
+"""How long the blobs stay, and how long after its data a job may be submitted."""
 
 
 class Packed:
-    """Tell it of data sets that are added for a job, and of jobs that are asked for and end; `tick` now and then."""
+    """Gets data sets that are added for a job, and jobs that are submitted and end; call `tick` now and then."""
 
     def __init__(self, registry: Registry, deletion: Deletion, clock: Callable[[], float] = time.time) -> None:
         self._registry = registry
         self._deletion = deletion
         self._clock = clock
         self._expected: Counter[str] = Counter()
-        """How many jobs each was packed for that have not been asked for."""
+        """For each data set: how many of the jobs that it was packed for are not submitted yet."""
         self._idle: dict[str, float] = dict.fromkeys(registry.packed(), clock())
         """Since when a data set waits for a job that uses it."""
         self._bytes: deque[tuple[float, list[str]]] = deque()
-        """When the blobs of each that is forgotten go, soonest first."""
+        """When to delete the blobs of each removed data set, soonest first."""
         deletion.free(registry.left_behind())
 
     def added(self, name: str) -> None:
-        """A client packed it, and asks for its job next; or for one more job, where it is there already."""
+        """A client packed this data set and submits its job next; it may be there already, from another job."""
         if name in self._registry.packed():
             self._expected[name] += 1
             self._idle[name] = self._clock()
 
     def asked(self, spec: AnyJobSpec) -> None:
-        """A job is there."""
+        """A job was submitted."""
         for name in data_of(spec):
             self._expected[name] -= 1
         self._expected = +self._expected
 
     def refused(self, spec: AnyJobSpec) -> None:
-        """A job was asked for, and there is none."""
+        """A job was refused."""
         self.asked(spec)
         self.ended(spec)
 
@@ -63,7 +63,7 @@ class Packed:
                 self._forget(name)
 
     def tick(self) -> None:
-        """Forget what was packed for a job that nobody asked for, and throw bytes away whose time has come."""
+        """Remove data sets whose job was never submitted, and delete blobs whose time is over."""
         now = self._clock()
         for name, since in list(self._idle.items()):
             if now - since > KEPT_SECONDS:
@@ -73,11 +73,11 @@ class Packed:
         while self._bytes and self._bytes[0][0] <= now:
             if left := self._deletion.free(
                 self._bytes.popleft()[1]
-            ):  # a job under way uses them, or a name leads to them again
+            ):  # a running job uses them, or a name refers to them again
                 self._bytes.append((now + KEPT_SECONDS, left))
 
     def _forget(self, name: str) -> None:
-        """Forget a data set that was packed for jobs, unless one under way uses it."""
+        """Remove a data set that was packed for jobs, unless a running job uses it."""
         if name not in self._registry.packed():
             self._idle.pop(name, None)
         elif self._deletion.user_of(name) is None:

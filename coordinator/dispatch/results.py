@@ -1,4 +1,4 @@
-"""From the parts that nodes sent to what the user gets: merged metrics, predictions in order."""
+"""Makes the user's results from the parts that nodes sent: merged metrics, predictions in order."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from potluck.wire.tensors import DTYPES
 
 SUMMARY = ("precision", "recall", "f1")
 INLINE_OUTPUT_BYTES = 64 * 1024
-"""Predictions up to this size stand in the result itself."""
+"""Predictions up to this size are in the result itself."""
 
 
 def evaluation(merged: EvaluateResult, labels: Sequence[str]) -> Evaluation:
     """Metrics from sums and counts. Precision, recall and F1 are 0 where they are not defined (no such prediction or item),
-    as scikit-learn's `zero_division=0`. Where one output tells two classes apart they are those of class 1 (`average="binary"` there, and
-    Keras's own), else means over the classes that occur, unweighted (`macro`). A compiled metric of that name stands; then F1 is that of
-    the two beside it, and what is a mean over classes is named so.
+    like scikit-learn's `zero_division=0`. Where one output tells two classes apart, they are for class 1 (`average="binary"` there, and
+    in Keras); else unweighted means over the classes that occur (`macro`). A compiled metric of that name is kept; F1 then comes from
+    the compiled precision and recall, and the means over classes get the prefix `macro_`.
     """
     metrics = evaluation_metrics(merged)
     table = merged.confusion
     scores: list[ClassScore] = []
     occurring: list[ClassScore] = []
-    """Those that are there, or are said to be: a set may lack some of a model's."""
+    """Classes that occur in the data or in predictions: a data set may lack some of a model's classes."""
     for i, row in enumerate(table):
         hit, support, predicted = row[i], sum(row), sum(other[i] for other in table)
         precision = hit / predicted if predicted else 0.0
@@ -49,7 +49,7 @@ def evaluation(merged: EvaluateResult, labels: Sequence[str]) -> Evaluation:
 
 
 def _summarize(metrics: dict[str, float], scores: Sequence[ClassScore], binary: bool) -> None:
-    """Add precision, recall and F1 of the whole to the metrics."""
+    """Add precision, recall and F1 of all classes together to the metrics."""
     compiled = [name for name in SUMMARY if name in metrics]
     if binary:
         found = {name: getattr(scores[1], name) for name in SUMMARY}
@@ -67,24 +67,24 @@ def _remark(merged: EvaluateResult) -> str:
     if merged.threshold is None or merged.threshold == merged.middle:
         return ""
     return (
-        f"the compiled metrics tell the classes apart at an output of {merged.threshold:g}, and so does all of this report; the loss has "
-        f"the middle at {merged.middle:g}: compile them with threshold={merged.middle:g}, as "
+        f"the compiled metrics separate the classes at an output of {merged.threshold:g}, and so does this whole report; but the loss "
+        f"separates them at {merged.middle:g}: to use that, compile them with threshold={merged.middle:g}, as "
         f"keras.metrics.BinaryAccuracy(threshold={merged.middle:g})"
     )
 
 
 def predictions(parts: Sequence[PredictResult], store: BlobStore) -> tuple[Tensor, ...]:
-    """The outputs of all parts, joined along the first axis in the order given; large ones as blobs of the store.
+    """The outputs of all parts, joined along the first axis in the given order; large ones as blobs of the store.
 
-    Each part's data is a blob of the store already (raw little-endian bytes). Blocks on files: call it in a thread. Raises
-    InvalidModel where the parts are not of one form.
+    Each part's data are already a blob of the store (raw little-endian bytes). Blocks on files: call it in a thread. Raises
+    InvalidModel where the parts have different forms.
     """
     forms = [[(one.name, one.datatype, list(one.shape[1:])) for one in part.outputs] for part in parts]
     other = next((form for form in forms if form != forms[0]), None)
     if other is not None:
         raise InvalidModel(
-            f"predictions for some items have another form than for others, so that they make no array: {_form(forms[0])} and "
-            f"{_form(other)}: the model's outputs depend on its batch, or a node does not run this model"
+            f"predictions for some items have another form than for others, so they cannot be one array: {_form(forms[0])} and "
+            f"{_form(other)}: the model's outputs depend on its batch, or a node runs another model"
         )
     joined: list[Tensor] = []
     for number, first in enumerate(parts[0].outputs if parts else ()):

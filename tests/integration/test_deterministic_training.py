@@ -79,7 +79,7 @@ def test_the_same_nodes_give_the_same_bits_again_and_learn(client: Client) -> No
     assert checkpoint(begin(client, seed=1).wait(timeout=120)) != checkpoint(once)
     data = split()
     assert (once.model().predict(data["x_test"], verbose=0).argmax(axis=1) == data["y_test"]).mean() > 0.9
-    with pytest.raises(InvalidRequest, match="rounds over data that any node may take"):
+    with pytest.raises(InvalidRequest, match="rounds over data that any node may use"):
         begin(client, strategy="sync")
 
 

@@ -207,7 +207,7 @@ def batch_normalised() -> Any:
         ({"strategy": "sync"}, "use 'local' or 'auto'"),
         ({"noise_multiplier": 1.0}, "give l2_norm_clip too"),
         ({"l2_norm_clip": 1.0, "noise_multiplier": 1.0, "delta": 0.01}, "must be well below"),
-        ({"l2_norm_clip": 1.0, "noise_multiplier": 1.0, "validation": "node:digits"}, "may be known"),
+        ({"l2_norm_clip": 1.0, "noise_multiplier": 1.0, "validation": "node:digits"}, "is not secret"),
         ({"l2_norm_clip": 1.0, "noise_multiplier": 1.0, "monitor": "loss"}, "monitor a val_ metric"),
         ({"l2_norm_clip": -1.0}, "a number above 0"),
     ],

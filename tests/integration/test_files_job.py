@@ -127,10 +127,10 @@ def test_recordings_from_the_command_line(cluster: LocalCluster, client: Client,
     answer = json.loads(potluck(cluster, "infer", "tones", str(first), "--json"))
     np.testing.assert_allclose(answer["outputs"], scores[:1], atol=1e-6)
     other = write_tones(tmp_path / "other", 20, rate=16000)
-    with pytest.raises(InvalidRequest, match=r"has 8000 samples a second, and .* 16000: resample one"):
+    with pytest.raises(InvalidRequest, match=r"has 8000 samples a second, but .* 16000: resample one"):
         client.train("tones", train, validation=other)
     with pytest.raises(
-        InvalidRequest, match=r"tones:1 was trained on 8000 samples a second, and .* has 16000: resample"
+        InvalidRequest, match=r"tones:1 was trained on 8000 samples a second, but .* has 16000: resample"
     ):
         client.predict("tones", other)
     with pytest.raises(InvalidRequest, match=r"trained on 8000 .* resample"):

@@ -36,12 +36,12 @@ def test_a_quantized_deployment(tmp_path: Path) -> None:
         Client(f"{cluster.broker_host}:{cluster.broker_port}", cluster="small") as client,
     ):
         client.register(model, "digits")
-        with pytest.raises(InvalidRequest, match="nothing is known of data for digits:1"):
+        with pytest.raises(InvalidRequest, match="the training data of digits:1 are unknown"):
             client.deploy("digits", quantize="int8")
         with pytest.raises(InvalidRequest, match="calibration is only for a model that is quantized"):
             client.deploy("digits", calibration=data["x_train"])
         client.deploy(reader(), name="reader").wait(timeout=120)  # what it takes is known from its first replica on
-        with pytest.raises(InvalidRequest, match="reader:1 takes text, and a LiteRT model cannot"):
+        with pytest.raises(InvalidRequest, match="reader:1 takes text, which a LiteRT model cannot"):
             client.deploy("reader", quantize="int8", calibration=data["x_train"])
         job = client.deploy(
             "digits",

@@ -227,7 +227,7 @@ def test_options_that_make_no_sense_are_refused(client: Client, options: Any, wo
 def test_validation_data_of_another_kind_is_refused_before_anything_is_trained(client: Client, tmp_path: Path) -> None:
     data = split()
     xy = (data["x_train"], data["y_train"])
-    with pytest.raises(InvalidRequest, match="validation data needs the same"):
+    with pytest.raises(InvalidRequest, match="validation data need the same"):
         client.train(mlp(), xy, validation=({"a": data["x_test"], "b": data["x_test"]}, data["y_test"]))
 
 

@@ -26,8 +26,8 @@ def node(name: str, *, gives_way: bool = False, runtimes: frozenset[str] = froze
         ((node("a"), node("b"), node("c", gives_way=True)), ""),  # c does nothing for this job
         ((node("b", gives_way=True), node("a", gives_way=True), node("c")), "gives way to inference on a, b"),
         ((node("a", gives_way=True), node("b")), "gives way to inference on a"),
-        ((node("a", runtimes=frozenset()),), "waiting for a node that has TensorFlow"),
-        ((), "waiting for a node that has TensorFlow"),
+        ((node("a", runtimes=frozenset()),), "waiting for a node with TensorFlow"),
+        ((), "waiting for a node with TensorFlow"),
     ],
 )
 def test_a_job_says_what_it_waits_for(nodes: tuple[NodeView, ...], told: str) -> None:

@@ -136,7 +136,7 @@ def test_what_an_alias_means_stays(lab: Lab) -> None:
     lab.model("one")
     lab.registry.set_alias("m:1", "prod")
     for model in ("m", "m:1", "m:prod"):
-        with pytest.raises(Conflict, match="is what m:prod means"):
+        with pytest.raises(Conflict, match="has the alias m:prod"):
             lab.deletion.delete_models(model, every=False)
     lab.registry.remove_alias("m:prod")
     assert lab.deletion.delete_models("m:1", every=False) == ("m:1",)
