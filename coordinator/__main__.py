@@ -13,7 +13,7 @@ from potluck.settings import GATEWAY_PORT, CoordinatorSettings, load
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="potluck-coordinator",
-        description="Plans jobs, keeps the journal, and routes inference for one cluster. Starts a broker where none is given.",
+        description="Plans jobs, keeps the journal, and routes inference for one cluster. Starts a broker if none is given.",
     )
     lifecycle.add_daemon_arguments(parser, port_default=f"{GATEWAY_PORT}, or the next free one; 0: any free one")
     parser.add_argument(

@@ -1,10 +1,10 @@
 """The journal (SQLite, WAL): every change of state is an event in it before its effects happen.
 
-Events are structs in named streams (`job/<id>`, `registry`, `deployments`); a state is what replaying its stream gives. Each has a number,
-which is never used again: whoever has read up to one can `follow` from there. A snapshot begins a stream anew, and what came
-before it goes.
+Events are structs in named streams (`job/<id>`, `registry`, `deployments`); replaying a stream gives a state. Each event has a number
+that is never used again: a reader that has read up to one number can `follow` from there. A snapshot begins a stream again, and
+the stream's events before it are deleted.
 
-Each opening of the journal raises the epoch (the term of Raft, section 5.1), which fences commands of a coordinator that was here before.
+Each time the journal is opened, its epoch rises (the term of Raft, section 5.1), so that commands of earlier coordinators are refused.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 BALLAST_BYTES = 4 * 2**20
 RETAKE_SECONDS = 30.0
-"""How often we look whether there is room for the ballast again."""
+"""How often to look whether there is room for the ballast again."""
 
 FATAL = (Unavailable,)
-"""What nobody goes on after: what is not in the journal must not happen."""
+"""Errors that must end the coordinator: what is not in the journal must not happen."""
 
 GONE_KEPT = 10_000
-"""Streams that are gone, of which the journal still says so: whoever follows hears of it."""
+"""How many removed streams the journal still tells of, so that a follower hears of their end."""
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS events
@@ -57,12 +57,12 @@ INSERT INTO events (seq, stream, body) SELECT seq, stream, body FROM unnumbered;
 DROP TABLE unnumbered;
 COMMIT;
 """
-"""A journal of before events kept their numbers."""
+"""Converts a journal from before events had fixed numbers."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """An event as `follow` gives it; `begins`: its stream begins with it, whatever was there before. An empty body: the stream is gone."""
+    """An event as `follow` returns it. `begins`: its stream begins with it, events before it no longer count. Empty body: the stream is gone."""
 
     number: int
     stream: str
@@ -72,24 +72,24 @@ class Entry:
 
 @dataclass(frozen=True)
 class Position:
-    """How far somebody has followed: up to `number`, and what was forgotten up to `covers` they never had."""
+    """How far a reader has followed: up to `number`. What was deleted up to `covers`, it never had."""
 
     number: int
     covers: int
 
 
 class Journal:
-    """An open journal. One process at a time: opening it twice raises Conflict.
+    """An open journal. Only one process at a time: opening it twice raises Conflict.
 
-    The epoch is one more than the last. `cluster_id` and `founded` (Unix time in whole seconds; 0: nobody knows) are the journal's own: a
-    journal that was lost is another cluster's, whose epochs nobody compares with those of before.
+    The epoch is one more than the last. `cluster_id` and `founded` (Unix time in whole seconds; 0: unknown) belong to the journal: after
+    a lost journal, the new one is another cluster's, and its epochs are not compared with the old ones.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._db = sqlite3.connect(path, isolation_level=None, timeout=1.0)
         try:
-            # EXCLUSIVE keeps the file lock for as long as we live: two coordinators on one journal would undo each other.
+            # EXCLUSIVE holds the file lock as long as we live: two coordinators on one journal would undo each other's work.
             self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=NORMAL")
@@ -101,7 +101,7 @@ class Journal:
             self._db.execute("INSERT OR IGNORE INTO facts VALUES ('forgotten', 0)")
             self._db.execute("UPDATE facts SET value = value + 1 WHERE key = 'epoch'")
             self._db.execute("INSERT OR IGNORE INTO facts VALUES ('cluster', ?)", (secrets.randbits(63),))
-            # A journal older than this fact is older than all that have it.
+            # A journal from before this fact is older than all journals that have it.
             began = "SELECT 'founded', CASE WHEN EXISTS (SELECT 1 FROM events) THEN 0 ELSE ? END"
             self._db.execute(f"INSERT OR IGNORE INTO facts {began}", (int(time.time()),))
             self._db.execute("COMMIT")
@@ -110,50 +110,50 @@ class Journal:
             if error.sqlite_errorcode in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
                 raise Conflict(f"the journal {path} is in use ({error}): does another coordinator run?") from error
             raise Unavailable(f"the journal {path} cannot be opened: {error}") from error
-        if path.exists():  # no epoch and no number is given out again after a power cut
+        if path.exists():  # after a power cut, no epoch and no number may be used again
             _sync_file(path.with_name(f"{path.name}-wal"))
         # A journal in memory (`:memory:`, sqlite3_open(3)) has no disk that could be full.
         beside = path.with_name(f"{path.name}.ballast") if path.exists() else None
         self._ballast = _Ballast(beside)
         self._soon: list[tuple[str, bytes]] = []
-        """Rows that the next write takes along."""
+        """Rows for the next write."""
         facts: dict[str, int] = dict(self._db.execute("SELECT key, value FROM facts").fetchall())
         self.epoch = facts["epoch"]
         self.cluster_id = f"{facts['cluster']:016x}"
         self.founded = facts["founded"]
         self._forgotten = facts["forgotten"]
-        """The last number at which something was that nobody can be told of any more."""
+        """The highest number of a deleted event that followers can no longer be told of."""
         self._unsafe: Unavailable | None = None
-        """Why nothing that is written can be relied upon any more."""
+        """Why new events cannot be relied on any more."""
         self._syncing: asyncio.Task[None] | None = None
         self._syncing_next: asyncio.Task[None] | None = None
 
     @property
     def empty(self) -> bool:
-        """Whether there is no event in it."""
+        """Whether it has no event."""
         self.flush()
         return self._db.execute("SELECT 1 FROM events WHERE length(body) > 0 LIMIT 1").fetchone() is None
 
     def append(self, stream: str, *events: msgspec.Struct) -> None:
-        """Write `events` to `stream`, all or none, before returning. Raises Unavailable, when the disk is full for one."""
+        """Write `events` to `stream`, all or none, before returning. Raises Unavailable, for example when the disk is full."""
         self._insert([*self._soon, *_rows(stream, events)])
 
     def append_soon(self, stream: str, *events: msgspec.Struct) -> None:
-        """Write `events` to `stream` with the next `flush`: nothing that follows from them may leave this process before.
+        """Write `events` to `stream` with the next `flush`: before that, nothing that follows from them may leave this process.
 
-        One transaction for all that happens at once costs a tenth of one for each.
+        One transaction for all events of a moment costs a tenth of one for each.
         """
         self._soon += _rows(stream, events)
 
     def flush(self) -> None:
-        """Write what waits to be written. Raises Unavailable; then it still waits."""
+        """Write the waiting events. Raises Unavailable; then they still wait."""
         if self._unsafe is not None:
             raise self._unsafe
         if self._soon:
             self._insert(self._soon)
 
     def _insert(self, rows: list[tuple[str, bytes]]) -> None:
-        """These, among them all that wait."""
+        """Write these rows, which include all waiting ones."""
         self._write(lambda: self._db.executemany("INSERT INTO events (stream, body) VALUES (?, ?)", rows))
         self._soon = []
 
@@ -174,17 +174,19 @@ class Journal:
         return [stream for (stream,) in rows.fetchall()]
 
     async def follow(self, place: Position | None = None, limit: int = 1000) -> tuple[list[Entry], Position]:
-        """The next `limit` events behind a place (None: from the beginning), in order, and the place behind them; of streams that began
-        anew what they are now. Only what a power cut does not undo is told.
+        """The next `limit` events after a place (None: from the beginning), in order, and the place after them. Of a stream that began again,
+        it returns the present events. It returns only events that survive a power cut.
 
-        Raises NotFound where something between is forgotten: begin again, with nothing. Raises Unavailable as `sync`.
+        Raises NotFound where an event in between was deleted: begin again, without old events. Raises Unavailable like `sync`.
         """
         await self.sync()
         if place is None:
             (newest,) = self._db.execute("SELECT coalesce(max(seq), 0) FROM events").fetchone()
             place = Position(0, newest)
         if place.covers < self._forgotten:
-            raise NotFound(f"the journal is forgotten up to {self._forgotten}: follow it from the beginning again")
+            raise NotFound(
+                f"events up to {self._forgotten} were deleted from the journal: follow it from the beginning again"
+            )
         rows = self._db.execute(
             "SELECT seq, stream, begins, body FROM events WHERE seq > ? ORDER BY seq LIMIT ?", (place.number, limit)
         )
@@ -193,7 +195,7 @@ class Journal:
         return found, Position(number, max(place.covers, number))
 
     def snapshot(self, stream: str, events: Iterable[msgspec.Struct]) -> None:
-        """Begin a stream anew with fewer events that give the same state (none: the stream is gone); those before go."""
+        """Begin a stream again with fewer events for the same state (no events: the stream is gone); deletes the events before."""
         self.flush()
         rows = _rows(stream, events) or [(stream, b"")]
 
@@ -208,7 +210,7 @@ class Journal:
             self._forget_gone()
 
     def _forget_gone(self) -> None:
-        """Of streams that are gone, the oldest are not spoken of any more."""
+        """Forget the oldest of the removed streams."""
         gone = self._db.execute(
             "SELECT seq FROM events WHERE length(body) = 0 ORDER BY seq DESC LIMIT 1 OFFSET ?", (GONE_KEPT,)
         )
@@ -223,9 +225,9 @@ class Journal:
         (self._forgotten,) = last
 
     async def sync(self) -> None:
-        """Return when what was appended until now is on the disk for good: a power cut does not undo it either.
+        """Return when everything appended until now is on the disk: not even a power cut undoes it.
 
-        Callers at one time share a call of fsync(2), which is made beside the loop. Raises Unavailable.
+        Concurrent callers share one fsync(2), which runs outside the loop. Raises Unavailable.
         """
         self.flush()
         if self._syncing_next is None:
@@ -239,9 +241,9 @@ class Journal:
         try:
             await asyncio.to_thread(_sync_file, self._path.with_name(f"{self._path.name}-wal"))
         except OSError as error:
-            # The kernel says it once and forgets: what was written before may have a hole (fsync(2), "EIO").
+            # The kernel reports the error only once: events written before may have a hole (fsync(2), "EIO").
             self._unsafe = Unavailable(
-                f"the journal {self._path} may not be on the disk ({error.strerror}): look after the disk, and start the coordinator again"
+                f"the journal {self._path} may not be on the disk ({error.strerror}): check the disk, and start the coordinator again"
             )
             raise self._unsafe from error
 
@@ -252,14 +254,14 @@ class Journal:
             self._db.close()
 
     def _write(self, work: Callable[[], object]) -> None:
-        """All of `work` or none of it; once more without the ballast where the disk is full. Raises Unavailable."""
+        """Do all of `work` or none of it; where the disk is full, try once more without the ballast. Raises Unavailable."""
         try:
             try:
                 self._once(work)
             except sqlite3.OperationalError as error:
                 if error.sqlite_errorcode != sqlite3.SQLITE_FULL or not self._ballast.drop():
                     raise
-                log.warning("journal lives on what was kept for it: the disk is full %s", fields(path=self._path))
+                log.warning("journal uses its reserved room: the disk is full %s", fields(path=self._path))
                 self._once(work)
         except sqlite3.OperationalError as error:
             raise Unavailable(
@@ -275,7 +277,7 @@ class Journal:
 
 
 def _sync_file(path: Path) -> None:
-    """What is in a file, and that it is there, is kept over a power cut."""
+    """Make a file's data, and its name in the folder, survive a power cut."""
     for one in (path, path.parent):
         handle = os.open(one, os.O_RDONLY)
         try:
@@ -289,7 +291,7 @@ def _rows(stream: str, events: Iterable[msgspec.Struct]) -> list[tuple[str, byte
 
 
 class _Ballast:
-    """Room beside the journal that is given up when the disk is full, so that what happens then can be written."""
+    """A file beside the journal that is deleted when the disk is full, so that the journal can still be written."""
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
@@ -298,7 +300,7 @@ class _Ballast:
         self.take()
 
     def drop(self) -> bool:
-        """Whether there was any."""
+        """Delete it; returns whether it existed."""
         if self._path is None:
             return False
         dropped, self._here = self._here, False
@@ -307,7 +309,7 @@ class _Ballast:
         return dropped
 
     def take(self) -> None:
-        """Have it, or have it again, where there is room to spare."""
+        """Make it, or make it again, if there is room."""
         if self._path is None or self._here or time.monotonic() - self._tried_at < RETAKE_SECONDS:
             return
         self._tried_at = time.monotonic()

@@ -1,7 +1,7 @@
 """Who is in the cluster: pure transitions over births, wills and telemetry. Time is an argument.
 
-A member is `online` while it is heard of, `suspect` after half of the timeout in silence (it gets no new work),
-and `offline` after the whole, or at once by its will.
+A member is `online` while messages come from it, `suspect` after half of the timeout without any (it gets no new work),
+and `offline` after the whole timeout, or at once by its will.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ from potluck.wire.messages import (
 
 MemberState = Literal["online", "suspect", "offline"]
 ADDRESSES_KEPT = 32
-"""Of a node; a machine has a few."""
+"""How many addresses of a node are kept; a machine has a few."""
 WORD_LIMIT = 256
-"""Signs of a name that a node gives, of itself or what it has: all of that goes into listings."""
+"""How many characters of a name from a node are kept: all of them go into listings."""
 LISTED_LIMIT_BYTES = 150 * 1024
-"""Of a node in a listing, as msgpack: class names and all."""
+"""How large a node may be in a listing, as msgpack, with all class names."""
 NAMED_LIMIT = 64
-"""Things of a kind that a node has."""
+"""How many things of one kind a node may have."""
 MEMBERS_LIMIT = 10_000
-"""Ids can be made up: beyond so many, whoever has been gone the longest is forgotten, and where nobody is, nobody more comes in."""
+"""Ids can be made up. Above this number, the member offline the longest is forgotten; if all are online, no more nodes may join."""
 FORGOTTEN_SECONDS = 60.0
-"""So long after its loss a node is forgotten that never said more than its birth: its name may have been made up."""
+"""How long after its loss a node is forgotten that never sent more than its birth: its name may have been made up."""
 QUARANTINE_SECONDS = 600.0
-"""For so long a node gets no jobs, unless it is started again: somebody else may have spoken in its name."""
+"""How long a node gets no jobs, unless it is started again: somebody else may have sent messages in its name."""
 VIOLATIONS_LIMIT = 3
-"""Results that are not what was asked for, after which it is in quarantine."""
+"""After this many results that are not what was asked for, a node is in quarantine."""
 _UNKNOWN = Capacity(hostname="", system="", cores=1, memory_bytes=0)
 
 
 @dataclass
 class Member:
-    """Only `seen_at` changes in place: it does with each message. All else is a new one."""
+    """A member. Only `seen_at` changes in place, with each message; for any other change, the member is replaced."""
 
     node_id: str
     session: str
@@ -66,25 +66,25 @@ class Member:
     clock_ahead_seconds: float = 0.0
     version: int = PROTOCOL_VERSION
     unreadable: str = ""
-    """What is wrong with the capacity that was published for it, where there never was one that could be read."""
+    """Why its published capacity cannot be read, if no readable one ever came."""
     violations: int = 0
-    """Results of this session that were not what their lease asked for."""
+    """How many results of this session were not what their lease asked for."""
     quarantined: str = ""
     """Why this session gets no jobs for a while."""
     quarantined_at: float = 0.0
     spoke: bool = False
-    """Whether it ever said more than its birth."""
+    """Whether it ever sent more than its birth."""
 
     @property
     def available(self) -> bool:
-        """Whether it may be given work."""
+        """Whether it may get work."""
         return self.state == "online" and self.version == PROTOCOL_VERSION
 
     @property
     def left_out(self) -> str:
-        """Why it gets no jobs, in words."""
+        """The reason for people why it gets no jobs."""
         if self.version != PROTOCOL_VERSION:
-            return f"it speaks version {self.version} of the protocol, and the coordinator {PROTOCOL_VERSION}: install the same potluck on both"
+            return f"it speaks version {self.version} of the protocol, but the coordinator speaks {PROTOCOL_VERSION}: install the same potluck on both"
         return self.quarantined or self.unreadable
 
 
@@ -95,21 +95,21 @@ class NodeJoined:
 
 @dataclass(frozen=True)
 class NodeRefused:
-    """There is no room for it: MEMBERS_LIMIT nodes are there."""
+    """There is no room for the node: MEMBERS_LIMIT nodes are online."""
 
     node_id: str
 
 
 @dataclass(frozen=True)
 class NodeUnknown:
-    """It is heard of, and its birth is missing: it was refused, lost, or somebody else's was put in its place."""
+    """The node sends messages, but its birth is missing: it was refused or lost, or a forged message replaced it."""
 
     node_id: str
 
 
 @dataclass(frozen=True)
 class NodeLost:
-    """The node is gone, or is here again in a new session: what its old session held is lost."""
+    """The node is gone, or is back with a new session: what its old session held is lost."""
 
     node_id: str
     reason: str
@@ -120,7 +120,7 @@ Change = NodeJoined | NodeRefused | NodeUnknown | NodeLost
 
 @dataclass
 class Membership:
-    """The members by node id. Every method returns what changed, for others to act upon."""
+    """The members by node id. Every method returns the changes, for others to act on."""
 
     timeout_seconds: float
     members: dict[str, Member] = field(default_factory=dict)
@@ -129,24 +129,24 @@ class Membership:
     _watchers: list[set[str]] = field(default_factory=list)
 
     def watch(self) -> set[str]:
-        """The ids of members of which something changed that decides on their work; whoever asked takes them out."""
+        """A new set, which gets the ids of members with changes that affect their work; the caller removes ids from it."""
         watcher = set(self.members)
         self._watchers.append(watcher)
         return watcher
 
     def online(self) -> list[Member]:
-        """Members that may be given work, in the order of their ids."""
+        """Members that may get work, ordered by id."""
         return sorted((m for m in self.members.values() if m.available), key=lambda m: m.node_id)
 
     def get(self, node_id: str) -> Member | None:
         return self.members.get(node_id)
 
     def node_at(self, url: str) -> str:
-        """The member that was last heard of at this HTTP address; "": none."""
+        """The member that last sent this HTTP address; "" for none."""
         return self._at.get(url.rstrip("/"), "")
 
     def data(self) -> dict[str, dict[str, NodeData]]:
-        """The data sets that live on members which may be given work: by name and node."""
+        """Data sets that live on members that may get work: by name and node."""
         found: dict[str, dict[str, NodeData]] = {}
         for member in self.online():
             for data in member.data:
@@ -154,7 +154,7 @@ class Membership:
         return found
 
     def on_status(self, status: NodeStatus, now: float) -> list[Change]:
-        """A birth or a will. A stale will, of a session that is not the present one, changes nothing."""
+        """A birth or a will. A stale will (of another session than the present one) changes nothing."""
         http = tuple(filter(is_address, status.http[:ADDRESSES_KEPT]))
         software = _short(status.software)
         collective = status.collective if is_address(f"http://{status.collective}") else ""
@@ -185,7 +185,7 @@ class Membership:
             return []
         if known is not None and known.session != status.session and known.state != "offline":
             changes.append(NodeLost(status.node_id, "it was started again"))
-        known = known or Member(status.node_id, "", "offline", 0.0)  # of which capacity and data stay
+        known = known or Member(status.node_id, "", "offline", 0.0)  # keep its capacity and data
         self._put(
             replace(
                 known,
@@ -214,7 +214,7 @@ class Membership:
         return []
 
     def on_unreadable_capacity(self, node_id: str, reason: str) -> None:
-        """What the node has is not known, unless it was known before."""
+        """The node's capacity cannot be read; it keeps the one known before, if any."""
         if node_id not in self.members and not self._room():
             return
         known = self.members.get(node_id) or Member(node_id, "", "offline", 0.0)
@@ -230,7 +230,7 @@ class Membership:
             watcher.add(node_id)
 
     def _room(self) -> bool:
-        """Whether there is room for one more member, which may take that of one that is offline."""
+        """Whether there is room for one more member; an offline member may be forgotten for it."""
         if len(self.members) < MEMBERS_LIMIT:
             return True
         gone = min(
@@ -249,29 +249,29 @@ class Membership:
                 del self._at[url]
 
     def violated(self, node_id: str, reason: str) -> bool:
-        """A result of the node was not what its lease asked for: whether that was once too often."""
+        """A result of the node was not what its lease asked for; returns whether that puts it into quarantine."""
         known = self.members.get(node_id)
         if known is None or known.quarantined:
             return False
         count = known.violations + 1
         words = (
-            f"{count} of its results were not what was asked for (last: {reason}): start it again when that is mended"
+            f"{count} of its results were not what was asked for (last: {reason}): start it again when that is repaired"
         )
         quarantined = words if count >= VIOLATIONS_LIMIT else ""
         self._put(replace(known, violations=count, quarantined=quarantined, quarantined_at=known.seen_at))
         return count >= VIOLATIONS_LIMIT
 
     def quarantine(self, node_id: str, reason: str) -> None:
-        """Give it no jobs for a while, or until it is started again."""
+        """Give the node no jobs for a while, or until it is started again."""
         if (known := self.members.get(node_id)) is not None and not known.quarantined:
             self._put(replace(known, quarantined=reason, quarantined_at=known.seen_at))
 
     def quarantined(self) -> dict[str, str]:
-        """Members that get no jobs, and why."""
+        """Members in quarantine, and why."""
         return {one.node_id: one.quarantined for one in self.online() if one.quarantined}
 
     def on_telemetry(self, telemetry: NodeTelemetry, now: float) -> list[Change]:
-        """Any sign of life of the present session brings a silent member back."""
+        """A message of the present session brings a silent member back."""
         known = self.members.get(telemetry.node_id)
         if known is None or known.session != telemetry.session:
             return [NodeUnknown(telemetry.node_id)]
@@ -285,7 +285,7 @@ class Membership:
         return [NodeJoined(telemetry.node_id)] if known.state == "offline" else []
 
     def heard(self, node_id: str, now: float) -> list[Change]:
-        """Any message of a node is a sign of life, unless its will said otherwise."""
+        """Any message of a node shows that it lives, unless its will came since."""
         known = self.members.get(node_id)
         if known is not None and known.state == "online":
             known.seen_at = now
@@ -294,7 +294,7 @@ class Membership:
         return []
 
     def tick(self, now: float) -> list[Change]:
-        """Let time pass: silence makes suspects, and then losses."""
+        """Time has passed: silent members become suspects, and then are lost."""
         changes: list[Change] = []
         for member in list(self.members.values()):
             silent = now - member.seen_at
@@ -312,7 +312,7 @@ class Membership:
         return changes
 
     def infos(self, after: str = "") -> Iterator[NodeInfo]:
-        """The members as clients see them, by id, those behind `after`; each is made when it is asked for."""
+        """The members after `after` by id, as clients see them; each is made only when it is asked for."""
         for node_id in sorted(self.members):
             if node_id > after and self.members[node_id].session:
                 yield _fitting(_info(self.members[node_id]))
@@ -323,7 +323,7 @@ def _short(words: Mapping[str, str]) -> dict[str, str]:
 
 
 def _bounded(capacity: Capacity) -> Capacity:
-    """As it can be listed beside those of others."""
+    """The capacity, limited for a listing with others."""
     return changed(
         capacity,
         hostname=capacity.hostname[:WORD_LIMIT],
@@ -334,7 +334,7 @@ def _bounded(capacity: Capacity) -> Capacity:
 
 
 def _listable(message: NodeCapacity) -> tuple[tuple[NodeData, ...], dict[str, str]]:
-    """The data sets that live on a node, and those that cannot be had, with the reason."""
+    """The data sets that live on a node, and the unavailable ones with the reason."""
     missing = _short(message.data_missing)
     found = []
     size = 0
@@ -350,7 +350,7 @@ def _listable(message: NodeCapacity) -> tuple[tuple[NodeData, ...], dict[str, st
 
 
 def _fitting(info: NodeInfo) -> NodeInfo:
-    """Without what makes it larger than LISTED_LIMIT_BYTES, if something does: it stands beside those of others."""
+    """The info without its largest parts, if it is above LISTED_LIMIT_BYTES: a listing has room for others, too."""
     for name, less in (("data_missing", {}), ("software", {}), ("replicas", ()), ("data", ()), ("capacity", _UNKNOWN)):
         if len(codec.pack(info)) <= LISTED_LIMIT_BYTES:
             break
@@ -359,9 +359,7 @@ def _fitting(info: NodeInfo) -> NodeInfo:
 
 
 def _info(member: Member) -> NodeInfo:
-    now = (
-        member.telemetry if member.state != "offline" else None
-    )  # what it did when it was heard of last it does no more
+    now = member.telemetry if member.state != "offline" else None  # it no longer does what it last reported
     return NodeInfo(
         node_id=member.node_id,
         state=member.state,

@@ -1,7 +1,7 @@
-"""Other coordinators of this cluster's name on the network, each with a bus of its own: who is told, and who gives way.
+"""Other coordinators with this cluster's name on the network, each with its own bus: tells people, and decides who gives way.
 
-Nodes and clients that look for the cluster by its name may find either, so a person has to choose. Where one of the two has
-nothing to lose, it goes by itself. mDNS is a hint alone: what it shows counts once the bus there says the same.
+Nodes and clients that look for the cluster by name may find any of them, so a person has to choose. If one of two has nothing to
+lose, it ends by itself. mDNS is only a hint: what it shows counts when the bus there says the same.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ log = logging.getLogger(__name__)
 LOOK_SECONDS = 2.0
 BROWSE_AGAIN_SECONDS = 30.0
 ASK_SECONDS = 5.0
-"""So long a bus may take to let us in and say who serves it."""
+"""How long a bus may take to accept us and show who serves it."""
 ASK_AGAIN_SECONDS = 30.0
 FAILED_SECONDS = 5.0
-"""After the first ask that failed; twice as long after each that follows, up to ASK_AGAIN_SECONDS."""
+"""The pause after the first failed question; twice as long after each further one, up to ASK_AGAIN_SECONDS."""
 ASKED_AT_ONCE = 8
-"""Of the coordinators that are found, so many are asked each time: a network full of forged ones costs no more."""
+"""How many of the coordinators found are asked each time: a network full of forged ones costs no more."""
 OTHERS_NAMED = 8
 ID_SHOWN = 16
-"""Of a cluster's id that others sent, so many signs are logged."""
+"""How many characters of a cluster id from others are logged."""
 LOG_SECONDS = 60.0
 
 
 def gives_way(ours: CoordinatorStatus, theirs: CoordinatorStatus) -> bool:
-    """Whether our coordinator goes, because theirs has that cluster's journal, or is older where neither has anything in it."""
+    """Whether our coordinator ends: theirs has that cluster's journal, or is older while both journals are empty."""
     if not ours.empty:
         return False
     return not theirs.empty or (theirs.founded, theirs.cluster_id) < (ours.founded, ours.cluster_id)
 
 
 class Neighbours:
-    """Watches for them. `mine` is how we are advertised, `own` gives our status as it is now."""
+    """Watches for other coordinators. `mine` is our advertisement, `own` returns our present status."""
 
     def __init__(
         self,
@@ -64,22 +64,22 @@ class Neighbours:
         self._own = own
         self._timings = timings
         self._due: dict[tuple[str, int], tuple[float, float]] = {}
-        """When each is asked again, on the monotonic clock, and how long was waited for that after a failure."""
+        """When to ask each one again, on the monotonic clock, and the last pause after a failure."""
         self._found: set[tuple[str, int]] = set()
         self._seldom = Seldom(LOG_SECONDS)
 
     @property
     def others(self) -> tuple[str, ...]:
-        """`host:port` of the brokers of those that were found to be there, of the first few."""
+        """`host:port` of the brokers of coordinators that were found there; only the first few."""
         return tuple(f"{host}:{port}" for host, port in sorted(self._found)[:OTHERS_NAMED])
 
     async def run(self) -> None:
-        """Until cancelled. Raises GaveWay when this coordinator is the one that goes."""
+        """Work until cancelled. Raises GaveWay when this coordinator must end."""
         browse_at = time.monotonic() + BROWSE_AGAIN_SECONDS
         while True:
             with surviving("look for other coordinators", fatal=(GaveWay,)):
                 try:
-                    # The network as it is now: a cable is plugged in, a switch is on again, an address comes late.
+                    # Look at the network as it is now: a cable is plugged in, a switch is on again, an address comes late.
                     if not await self._discovery.refresh() and time.monotonic() >= browse_at:
                         browse_at = time.monotonic() + BROWSE_AGAIN_SECONDS
                         await self._discovery.look_again()
@@ -90,8 +90,8 @@ class Neighbours:
             await asyncio.sleep(LOOK_SECONDS)
 
     def _choose(self, now: float) -> list[tuple[str, int]]:
-        """Whom to ask now: those that were there the last time first, the others by lot, that names made up starve nobody."""
-        # Whoever is on our own bus is heard there; and an advertisement of ours may be left of an earlier session.
+        """Whom to ask now: those that were there last time first, the others at random, so that forged ones keep nobody out."""
+        # A coordinator on our own bus is heard there. An advertisement with our address may be left from an earlier session.
         around = {_broker(one) for one in self._discovery.services("coordinator")} - {_broker(self._mine)}
         self._found &= around
         for gone in self._due.keys() - around:
@@ -116,20 +116,20 @@ class Neighbours:
         where = f"{place[0]}:{place[1]}"
         if gives_way(ours, theirs):
             raise GaveWay(
-                f"cluster {self._topics.cluster!r} has a coordinator on this network already, with its broker at {where}, and this "
-                "one has kept nothing yet: it gives way. Join that one, or choose another --cluster"
+                f"cluster {self._topics.cluster!r} already has a coordinator on this network, with its broker at {where}. This "
+                "one has an empty journal, so it gives way. Join that one, or choose another --cluster"
             )
         if self._seldom.due(where) is not None:
             theirs_id = theirs.cluster_id[:ID_SHOWN]
             facts = fields(cluster=self._topics.cluster, broker=where, theirs=theirs_id, ours=ours.cluster_id)
             log.error(
-                "another coordinator serves a cluster of this name: nodes and clients may find either; stop one, or give it another "
+                "another coordinator serves a cluster with this name: nodes and clients may find either; stop one, or give it another "
                 "--cluster %s",
                 facts,
             )
 
     async def _ask(self, place: tuple[str, int]) -> CoordinatorStatus | None:
-        """The status of the coordinator that is online on that bus; None where there is none."""
+        """The status of the online coordinator on that bus; None if there is none."""
         said: asyncio.Future[CoordinatorStatus] = asyncio.get_running_loop().create_future()
 
         def on_status(envelope: Envelope) -> None:
@@ -137,7 +137,9 @@ class Neighbours:
             if isinstance(status, CoordinatorStatus) and status.state == "online" and not said.done():
                 said.set_result(status)
 
-        if await refusal(*place, ASK_SECONDS):  # a record that outlived its coordinator: the bus would warn of it
+        if await refusal(
+            *place, ASK_SECONDS
+        ):  # an advertisement that outlived its coordinator: the bus would log warnings
             return None
         bus = MqttBus(
             in_turn([place]),

@@ -17,14 +17,14 @@ from potluck.wording import counted
 
 _STREAM = "registry"
 DEFAULT_SCALE = 1.0 / 255.0
-"""Of pixels, for models that were trained here when nothing else was the default."""
+"""The factor for pixels that was the only default when older models were trained here."""
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")
 TAGS_LIMIT = 32
-"""Tags of a version: they travel with every list of models."""
+"""Most tags of a version: they travel with every list of models."""
 
 
 class RegistryEvent(Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="event", tag=True):
-    """Base of what is in the stream."""
+    """Base of the events in the stream."""
 
 
 class ModelAdded(RegistryEvent, frozen=True):
@@ -38,7 +38,7 @@ class SignatureLearnt(RegistryEvent, frozen=True):
 
 
 class AliasSet(RegistryEvent, frozen=True):
-    """The alias is taken from the version that had it."""
+    """The version that had the alias loses it."""
 
     name: str
     alias: str
@@ -51,7 +51,7 @@ class AliasRemoved(RegistryEvent, frozen=True):
 
 
 class TagsSet(RegistryEvent, frozen=True):
-    """`tags` are all that the version has from now on."""
+    """`tags` are all tags of the version from now on."""
 
     name: str
     version: int
@@ -67,7 +67,7 @@ class DatasetRecorded(RegistryEvent, frozen=True, tag="DatasetAdded"):
     manifest: BlobRef
     dataset: Dataset
     packed: bool = False
-    """Packed for a job, and named by nobody."""
+    """Packed for a job; no user named it."""
 
 
 class DatasetForgotten(RegistryEvent, frozen=True, tag="DatasetRemoved"):
@@ -80,7 +80,7 @@ AnyRegistryEvent = (
 
 
 class Registry:
-    """What the journal says of models and data sets."""
+    """Models and data sets as the journal has them."""
 
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
@@ -88,10 +88,10 @@ class Registry:
         """By name and version, the newest last; a name without versions is not in it."""
         self._aliases: dict[str, dict[str, int]] = {}
         self._newest: dict[str, int] = {}
-        """The highest version that each name ever had: numbers of versions that were deleted are not given again."""
+        """The highest version that each name ever had: numbers of deleted versions are not used again."""
         self._datasets: dict[str, DatasetRecorded] = {}
         self._left: dict[str, DatasetRecorded] = {}
-        """What was packed for a job and forgotten: its bytes may be there still."""
+        """Removed data sets that were packed for jobs: their blobs may still be in the store."""
         self._watchers: list[Callable[[], None]] = []
         for event in journal.replay(_STREAM, AnyRegistryEvent):  # type: ignore[arg-type, var-annotated]
             if isinstance(event, DatasetRecorded):
@@ -101,7 +101,7 @@ class Registry:
             self._apply(event)
 
     def on_change(self, changed: Callable[[], None]) -> None:
-        """Call `changed` after every change from now on."""
+        """From now on, call `changed` after every change."""
         self._watchers.append(changed)
 
     # --- models -------------------------------------------------------------------------------------------------------
@@ -122,12 +122,12 @@ class Registry:
         job_id: str = "",
         now: float,
     ) -> ModelInfo:
-        """The next version of `name`. The same bytes again, with nothing else said of image and classes, keep the version that they
-        have, and its tags get those that are given. Raises InvalidRequest for a bad name or too many tags.
+        """Add the next version of `name`. The same bytes, without a different image or classes, keep their version, and get the given
+        tags. Raises InvalidRequest for a bad name or too many tags.
         """
         if not _NAME.match(name):
             raise InvalidRequest(
-                f"model name {name!r}: use letters, digits, '.', '_' and '-' (the version is given by us)"
+                f"model name {name!r}: use letters, digits, '.', '_' and '-' (potluck chooses the version)"
             )
         for known in reversed(self._models.get(name, {}).values()):
             if known.model.sha256 == model.sha256 and _says_the_same(known, image, classes):
@@ -151,13 +151,13 @@ class Registry:
         return self._models[name][info.version]
 
     def describe(self, model: str, signature: Signature) -> None:
-        """Keep a signature that was learnt when the model was loaded, or what one says more than the one that is known."""
+        """Keep a signature that was learnt when the model was loaded, if none is known or it says more than the known one."""
         info = self.model(model)
         if info.signature is None or (signature.pixel_scale and not info.signature.pixel_scale):
             self._record(SignatureLearnt(name=info.name, version=info.version, signature=signature))
 
     def model(self, model: str) -> ModelInfo:
-        """`name` (its newest version), `name:version` or `name:alias`. Raises NotFound, naming what is near."""
+        """`name` (its newest version), `name:version` or `name:alias`. Raises NotFound, naming similar names."""
         name, colon, version = model.partition(":")
         versions = self._models.get(name)
         if versions is None:
@@ -172,13 +172,13 @@ class Registry:
         return found
 
     def version_of(self, model: str) -> str:
-        """`name:alias` as the `name:version` that it is now; what is no alias as it is."""
+        """`name:alias` as its present `name:version`; a text without an alias stays as it is."""
         name, _, alias = model.partition(":")
         version = self._aliases.get(name, {}).get(alias)
         return model if version is None else f"{name}:{version}"
 
     def models(self, after: str = "") -> tuple[ModelInfo, ...]:
-        """All versions, by name and version; or those that come `after` this `name:version`, which need not be there any more."""
+        """All versions, by name and version; or those `after` this `name:version`, which need not exist any more."""
         name, _, version = after.partition(":")
         found = (info for known in sorted(self._models) if known >= name for info in self._models[known].values())
         return tuple(info for info in found if (info.name, info.version) > (name, _number(version or "0")))
@@ -190,14 +190,14 @@ class Registry:
         return tuple(self._models[name].values())
 
     def set_alias(self, model: str, alias: str) -> ModelInfo:
-        """Let `name:alias` be the version that `model` is. Raises NotFound."""
+        """Let `name:alias` mean the version that `model` is. Raises NotFound."""
         info = self.model(model)
         if self._aliases.get(info.name, {}).get(alias) != info.version:
             self._record(AliasSet(name=info.name, alias=alias, version=info.version))
         return self._models[info.name][info.version]
 
     def remove_alias(self, model: str) -> ModelInfo:
-        """Forget `name:alias`; the version that it was. Raises NotFound, InvalidRequest for what is no alias."""
+        """Remove `name:alias`; returns the version that it named. Raises NotFound, InvalidRequest for a text that is no alias."""
         info = self.model(model)
         name, _, alias = model.partition(":")
         if alias not in self._aliases.get(name, {}):
@@ -206,7 +206,7 @@ class Registry:
         return self._models[name][info.version]
 
     def tag(self, model: str, tags: Mapping[str, str], remove: Iterable[str] = ()) -> ModelInfo:
-        """Set tags of a version, and take others away. Raises NotFound, InvalidRequest for too many."""
+        """Set tags of a version, and remove others. Raises NotFound, InvalidRequest for too many."""
         info = self.model(model)
         gone = set(remove)
         after = _limited(model, {**{key: tag for key, tag in info.tags.items() if key not in gone}, **tags})
@@ -215,15 +215,15 @@ class Registry:
         return self._models[info.name][info.version]
 
     def delete_models(self, models: Sequence[ModelInfo]) -> None:
-        """Forget these versions; that nothing uses them is the caller's to know."""
+        """Delete these versions. The caller has checked that nothing uses them."""
         self._record(*(ModelDeleted(name=info.name, version=info.version) for info in models))
 
     # --- data sets ----------------------------------------------------------------------------------------------------
 
     def add_dataset(self, name: str, manifest: BlobRef, dataset: Dataset, *, packed: bool = False) -> DatasetInfo:
-        """Register a data set; another one of that name is replaced. Jobs under way keep what they began with.
+        """Register a data set; it replaces another one with that name. Running jobs keep the one that they began with.
 
-        `packed`: for a job, and named by nobody. What somebody named stays named when it is packed for a job as well.
+        `packed`: packed for a job, without a name from a user. A data set that a user named is kept even if it is also packed for a job.
         """
         named = replace(dataset, name=name)
         known = self._datasets.get(name)
@@ -234,21 +234,21 @@ class Registry:
         return _info(self._datasets[name])
 
     def packed(self) -> set[str]:
-        """The data sets that were packed for jobs."""
+        """Names of data sets that were packed for jobs."""
         return {name for name, added in self._datasets.items() if added.packed}
 
     def left_behind(self) -> list[str]:
-        """The blobs of those that were forgotten before this process was started, once."""
+        """Blobs of packed data sets that were removed before this process started; returns them only once."""
         left, self._left = self._left, {}
         return [ref.sha256 for added in left.values() for ref in dataset_blobs(added.manifest, added.dataset)]
 
     def remove_dataset(self, name: str) -> None:
-        """Forget a data set; that no job uses it is the caller's to know. Raises NotFound."""
+        """Remove a data set. The caller has checked that no job uses it. Raises NotFound."""
         self._added(name)
         self._record(DatasetForgotten(name=name))
 
     def dataset(self, name: str) -> Dataset:
-        """Raises NotFound, naming what is near."""
+        """The manifest of a data set. Raises NotFound, naming similar names."""
         return self._added(name).dataset
 
     def manifest(self, name: str) -> BlobRef:
@@ -267,7 +267,7 @@ class Registry:
     # ------------------------------------------------------------------------------------------------------------------
 
     def check_invariants(self) -> None:
-        """Aliases lead to versions that are there, versions know theirs, and no number is above the highest."""
+        """Aliases lead to existing versions, versions know their aliases, and no number is above the highest."""
         for name, aliases in self._aliases.items():
             assert aliases
             for alias, version in aliases.items():
@@ -289,9 +289,11 @@ class Registry:
     def _apply(self, event: AnyRegistryEvent) -> None:
         match event:
             case ModelAdded(model=info):
-                if info.job_id and not info.source:  # of before there were sources
+                if info.job_id and not info.source:  # from before models had a source
                     info = replace(info, source=f"job {info.job_id}")
-                if info.job_id and info.image is not None and info.image.scale is None:  # of before models said it
+                if (
+                    info.job_id and info.image is not None and info.image.scale is None
+                ):  # from before models had a scale
                     info = replace(info, image=replace(info.image, scale=DEFAULT_SCALE))
                 self._models.setdefault(info.name, {})[info.version] = info
                 self._newest[info.name] = max(info.version, self._newest.get(info.name, 0))
@@ -318,7 +320,7 @@ class Registry:
                 del self._datasets[event.name]
 
     def _take_alias(self, name: str, alias: str) -> None:
-        """Take an alias from the version that has it, if one has."""
+        """Remove an alias from the version that has it, if any."""
         aliases = self._aliases.get(name, {})
         version = aliases.pop(alias, None)
         if version is not None:
@@ -332,9 +334,9 @@ class Registry:
 
 
 def pixel_scale(info: ModelInfo) -> float:
-    """What pixels in arrays of 8 bits are multiplied by, as they are in files of images; 1: nothing; 0: nobody has said it.
+    """The factor for pixels in 8-bit arrays, the same as for image files; 1: they stay as they are; 0: unknown.
 
-    A model that was trained here on something else than image files has seen arrays as they are.
+    A model that was trained here on other data than image files has seen arrays as they are.
     """
     if info.image is not None and info.image.scale is not None:
         return info.image.scale
@@ -342,19 +344,19 @@ def pixel_scale(info: ModelInfo) -> float:
 
 
 def _number(version: str) -> int:
-    """The number that a version is written as; 0, which none has, where it is written otherwise."""
+    """The number of a version text; 0, which no version has, for a text that is no number."""
     return int(version) if version.isascii() and version.isdigit() and len(version) < 10 and version[0] != "0" else 0
 
 
 def _says_the_same(known: ModelInfo, image: ImageOptions | None, classes: Sequence[str]) -> bool:
-    """Whether a version is what it would be if it were added with these; what is not given says nothing."""
+    """Whether adding it again with these would make the same version; what is not given does not differ."""
     return image in (None, known.image) and tuple(classes) in ((), known.classes)
 
 
 def _limited(model: str, tags: Mapping[str, str]) -> dict[str, str]:
     if len(tags) > TAGS_LIMIT:
         raise InvalidRequest(
-            f"model {model!r} would have {counted(len(tags), 'tag')}: {TAGS_LIMIT} is the limit, remove some"
+            f"model {model!r} would have {counted(len(tags), 'tag')}: the limit is {TAGS_LIMIT}: remove some"
         )
     return dict(tags)
 

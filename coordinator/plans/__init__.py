@@ -1,1 +1,1 @@
-"""What is to be done next, for each kind of job: pure, state and view in, decisions out."""
+"""What to do next, for each kind of job: pure functions from state and view to decisions."""

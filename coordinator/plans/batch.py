@@ -1,9 +1,9 @@
-"""Evaluate and predict: one queue of items, cut into chunks by the measured speed of whoever asks next.
+"""Evaluate and predict: one queue of items, cut into chunks by the measured speed of the node that asks next.
 
-Guided self-scheduling (Polychronopoulos and Kuck, 1987): a chunk is half of the remaining work, shared by speed, and a few
+Guided self-scheduling (Polychronopoulos and Kuck, 1987): a chunk is half of the remaining work, shared by speed, and takes a few
 seconds at most. When the queue is empty, an idle node gets a backup attempt at the oldest straggler (MapReduce,
-Dean and Ghemawat, 2004); the first result counts, so each item is in the output exactly once. At the end of an evaluation in
-several parts, a node makes values of what all of them have counted for metrics that are no means. Pure.
+Dean and Ghemawat, 2004); the first result counts, so each item is in the output exactly once. After an evaluation in
+several parts, one node computes the metrics that are not means from the counts of all parts. Pure.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from potluck.wire.messages import (
 )
 
 CHUNK_SECONDS = 3.0
-"""A chunk is at most this long at the node's measured speed: what a lost node can cost."""
+"""The longest chunk at the node's measured speed: a lost node can cost this much."""
 PROBE_ITEMS = 256
-"""A first chunk, while the speed is not known."""
+"""The length of a first chunk, while the speed is unknown."""
 BACKUP_FACTOR = 2.0
-"""A backup is started when an attempt has taken this many times what its node's speed promised."""
+"""A backup starts when an attempt has taken this many times as long as its node's speed promised."""
 
 Range = tuple[int, int]
 
 
 class ItemIndex:
-    """Item numbers of a whole data set -> slices of its shards."""
+    """Maps item numbers of a whole data set to slices of its shards."""
 
     def __init__(self, shards: tuple[DataShard, ...]) -> None:
         self._shards = shards
@@ -75,14 +75,14 @@ class _Chunk:
 
 @dataclass
 class BatchStrategy:
-    """Items 0 to `total` by chunks; `task_for(slices)` makes the task. Results by first item, each once."""
+    """Cuts items 0 to `total` into chunks; `task_for(slices)` makes a task. Results by first item, each item once."""
 
     index: ItemIndex
     batch_size: int
     task_for: Callable[[tuple[DataSlice, ...]], EvaluateTask | PredictTask]
     prefix: str = "items"
     runtime: str = "tensorflow"
-    """What a node needs beside what decodes the data."""
+    """What a node needs besides a decoder for the data."""
     next_item: int = 0
     done_items: int = 0
     chunks: dict[str, _Chunk] = field(default_factory=dict)
@@ -91,9 +91,9 @@ class BatchStrategy:
     results: dict[int, TaskResult] = field(default_factory=dict)
     measured: dict[str, float] = field(default_factory=dict)
     valued: EvaluateResult | None = None
-    """Values of the `states` of all results."""
+    """The metrics computed from the `states` of all results."""
     late: dict[str, None] = field(default_factory=dict)
-    """Attempts at chunks of which another was done first, in order."""
+    """Attempts at chunks where another attempt was first, in order."""
 
     @property
     def total(self) -> int:
@@ -104,7 +104,7 @@ class BatchStrategy:
         return self.done_items == self.total
 
     def first(self) -> EvaluateTask | PredictTask:
-        """The task of the first batch alone."""
+        """The task of the first batch only."""
         return self.task_for(self.index.slices(0, min(self.batch_size, self.total)))
 
     def plan(self, view: ClusterView, attempts: dict[str, Attempt]) -> list[Decision]:
@@ -120,7 +120,7 @@ class BatchStrategy:
         rates = speeds(view.nodes, self.measured)
         whole = sum(rates.values())
         next_item, returned = self.next_item, deque(self.returned)
-        # One chunk a node and turn, fastest first, so that the last chunks go to those who finish them soonest.
+        # One chunk per node and turn, fastest first, so that the last chunks go to nodes that finish them soonest.
         free.sort(key=lambda node: (-rates[node.node_id], node.node_id))
         for turn in range(max(node.free_slots for node in free)):
             for node in free:
@@ -195,7 +195,7 @@ class BatchStrategy:
         )
 
     def in_order(self) -> list[TaskResult]:
-        """The results in the order of the items; behind them, the values of what they have counted."""
+        """The results in item order; after them, the metrics computed from their counts."""
         found = [self.results[start] for start in sorted(self.results)]
         return [*found, self.valued] if self.valued is not None else found
 
@@ -207,7 +207,7 @@ class BatchStrategy:
         assert all(chunk.attempts or name in self.returned for name, chunk in self.chunks.items())
 
     def _plan_values(self, view: ClusterView, attempts: dict[str, Attempt]) -> list[Decision]:
-        """Who makes values of the parts' states; the end, where that is done or not needed."""
+        """Give the parts' states to a node that computes their metrics; complete the job when that is done or not needed."""
         parts = [result for result in self.results.values() if isinstance(result, EvaluateResult)]
         states = merge(parts).states if self.valued is None and len(parts) > 1 else {}
         if not states:
@@ -224,7 +224,7 @@ class BatchStrategy:
         return f"{self.prefix}-values"
 
     def _chunk_size(self, remaining: int, rate: float, whole: float) -> int:
-        """For a node that does `rate` items of the `whole` that all do in a second."""
+        """The items of a chunk for a node that does `rate` of the `whole` items per second of all nodes."""
         size = remaining * rate / whole / 2
         if self.measured:
             size = min(size, rate * CHUNK_SECONDS)
@@ -261,7 +261,7 @@ class BatchStrategy:
 
 
 def merge(results: list[EvaluateResult]) -> EvaluateResult:
-    """The sum of the parts: counts exactly, sums to the rounding of float64 (they are weighed anew)."""
+    """The sum of the parts: counts exactly, sums up to float64 rounding (they are weighted again)."""
     count = sum(result.count for result in results)
     sums: dict[str, float] = {}
     counts: dict[str, float] = {}
@@ -270,7 +270,7 @@ def merge(results: list[EvaluateResult]) -> EvaluateResult:
             weight = result.counts.get(name, float(result.count))
             sums[name] = sums.get(name, 0.0) + (value / result.count * weight if result.count else 0.0)
             counts[name] = counts.get(name, 0.0) + weight
-    # Each a sum of means by weight: as if over the items again, which is what `sums` are.
+    # Each is a sum of means by weight: turn it into a mean over items again, as `sums` has it.
     sums = {name: value / counts[name] * count if counts[name] else 0.0 for name, value in sums.items()}
     parts = [result for result in results if result.count]
     states: dict[str, tuple[float, ...]] = {
@@ -278,13 +278,13 @@ def merge(results: list[EvaluateResult]) -> EvaluateResult:
         for name, row in (parts[0].states.items() if parts else ())
         if all(len(part.states.get(name, ())) == len(row) for part in parts)
     }
-    # Those of a part alone, or those that were made of the states of all.
+    # Those of a single part, or those computed from the states of all parts.
     values = [result.values for result in results if not result.count or len(parts) == 1]
     tables = [result.confusion for result in results if result.confusion]
     confusion: tuple[tuple[int, ...], ...] = ()
     if len({len(table) for table in tables}) > 1:
         sizes = " and ".join(str(size) for size in sorted({len(table) for table in tables}))
-        raise ModelFailed(f"the nodes do not agree how many classes the model has: {sizes}")
+        raise ModelFailed(f"the nodes do not agree on how many classes the model has: {sizes}")
     if tables:
         confusion = tuple(tuple(sum(cells) for cells in zip(*rows, strict=True)) for rows in zip(*tables, strict=True))
     return EvaluateResult(

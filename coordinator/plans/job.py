@@ -1,7 +1,7 @@
-"""Jobs as pure transitions: events change the state, `plan` reads it and decides what to do next.
+"""Jobs as pure transitions: events change the state; `plan` reads the state and decides what to do next.
 
-Every event is journaled before its effects happen; replaying a job's events gives its state back, and planning again from
-there repeats the effects that a killed coordinator did not come to. So nothing else needs to be remembered.
+Every event is journaled before its effects happen. Replaying a job's events gives its state back, and planning again from
+there repeats the effects that a killed coordinator did not reach. So nothing else needs to be remembered.
 Pure: no clock, no randomness, no input or output.
 """
 
@@ -49,17 +49,17 @@ from potluck.wire.messages import (
 )
 
 OPINION_SECONDS = 30.0
-"""So long another node may take to show that the job can be done, or to agree that it cannot."""
+"""How long another node has to show that the job can be done, or to agree that it cannot."""
 REST_SECONDS = 1.0
+"""A node that reported an error rests for twice this long; after each further error in a row, twice as long again."""
 VALIDATION = "validation-"
-"""What the ids of shards of validation begin with."""
+"""Prefix of the ids of validation shards."""
 CHECK = "check-validation"
-"""The id of the shard that looks at validation data before they are due."""
-"""A node that reported an error rests for twice as long, and twice that after the next in a row."""
+"""The id of the shard that checks validation data before they are due."""
 ROUNDS_LIMIT_BYTES = 64 * 1024
-"""What a job's rounds take in its result, at most: the whole of it must fit into one message."""
+"""How large a job's rounds may be in its result: the whole result must fit into one message."""
 HISTORY_LIMIT_BYTES = 160 * 1024
-"""Rounds and epochs together: beside very many epochs fewer rounds are kept."""
+"""The limit for rounds and epochs together: with very many epochs, fewer rounds are kept."""
 
 # --- events: what is in the journal -----------------------------------------------------------------------------------
 
@@ -71,7 +71,7 @@ class Event(Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="ev
 
 
 class JobSubmitted(Event, frozen=True):
-    """The job with every name resolved: what it works on does not change when a name is given away again."""
+    """The job with every name resolved: later changes of names do not change its data."""
 
     job_id: str
     request_id: str
@@ -82,11 +82,11 @@ class JobSubmitted(Event, frozen=True):
     validation: BlobRef | None = None
     model_format: ModelFormat = "keras"
     classes: tuple[str, ...] = ()
-    """Of the model's scores, where it is registered with such."""
+    """Classes of the model's scores, if it is registered with them."""
 
 
 class JobStarted(Event, frozen=True):
-    """A job without shards is at work; others start with their first lease."""
+    """A job without shards works now; other jobs start with their first lease."""
 
 
 class AttemptLeased(Event, frozen=True):
@@ -97,7 +97,7 @@ class AttemptLeased(Event, frozen=True):
 
 
 class AttemptFinished(Event, frozen=True):
-    """Its result's blobs are in the coordinator's store."""
+    """The blobs of its result are in the coordinator's store."""
 
     attempt_id: str
     result: AnyTaskResult
@@ -114,8 +114,8 @@ class AttemptEnded(Event, frozen=True):
 class RoundClosed(Event, frozen=True, kw_only=True):
     """The outer step of a round is taken, and its weights are a checkpoint in the store.
 
-    `step` led there from `base`; `velocity` is the outer optimizer's state, `agreement` says how alike the nodes' updates have been
-    (1: all the same). `rejected`: nodes whose update was left out. Of synchronous training there is `optimizer`, its state, instead.
+    `step` led there from `base`; `velocity` is the outer optimizer's state; `agreement` says how much the nodes' updates agreed
+    (1: all the same). `rejected`: nodes whose update was left out. Synchronous training has its state in `optimizer` instead.
     """
 
     round: int
@@ -137,19 +137,19 @@ class EpochEnded(Event, frozen=True):
 
 
 class StopAsked(Event, frozen=True):
-    """Training is to end after the epoch that is under way."""
+    """Training must end after the current epoch."""
 
 
 class StrategyChosen(Event, frozen=True):
-    """What `auto` goes on with, and why, in words."""
+    """What `auto` continues with, and why, in words."""
 
     chosen: Literal["local", "sync"]
     why: str
 
 
 class RoundPlanned(Event, frozen=True):
-    """How the rounds from this one on share the data: shards by index, and speed as a share of all. `slow`: the nodes that are left
-    out since they would bring less than they cost, and why."""
+    """How rounds share the data from this round on: shards by index, and speed as a share of the whole. `slow`: nodes that are left
+    out because they would cost more than they bring, and why."""
 
     round: int
     assigned: dict[str, tuple[int, ...]] = {}
@@ -158,20 +158,20 @@ class RoundPlanned(Event, frozen=True):
 
 
 class MeasureAgain(Event, frozen=True):
-    """These nodes were too slow for long enough: they are to be measured anew."""
+    """These nodes have been too slow for long enough: measure them again."""
 
     nodes: tuple[str, ...]
 
 
 class RoundBroken(Event, frozen=True):
-    """A synchronous round that can have no result any more."""
+    """A synchronous round that can no longer have a result."""
 
     round: int
     reason: str
 
 
 class StoodStill(Event, frozen=True):
-    """A member of a synchronous group stands still for inference, and all others with it."""
+    """A member of a synchronous group stands still for inference, and so do all others."""
 
 
 class JobFinished(Event, frozen=True):
@@ -197,7 +197,7 @@ AnyEvent = (
 OfTraining = (
     RoundClosed | EpochEnded | StopAsked | StrategyChosen | RoundPlanned | MeasureAgain | RoundBroken | StoodStill
 )
-"""What happens in training alone."""
+"""Events that only training has."""
 
 
 # --- decisions: what a plan asks the dispatcher to do --------------------------------------------------------------------
@@ -214,7 +214,7 @@ class Lease:
 
 @dataclass(frozen=True)
 class Withdraw:
-    """Take an attempt back, whose result is no longer wanted."""
+    """Take an attempt back, because its result is no longer wanted."""
 
     attempt_id: str
     reason: str
@@ -224,8 +224,8 @@ class Withdraw:
 class CloseRound:
     """Take the outer step with these results; answered by `RoundClosed`.
 
-    `done`: the share of the job that is done with it. `agreement`: of the rounds before. `rejected`: nodes left out, and why.
-    `by_items`: each result stands for the data that live on its node, not for the samples that it has seen.
+    `done`: the share of the job that is done after it. `agreement`: of the rounds before. `rejected`: nodes left out, and why.
+    `by_items`: each result counts by the data that live on its node, not by the samples that it has seen.
     """
 
     round: int
@@ -257,19 +257,19 @@ class CloseEpoch:
 
 @dataclass(frozen=True)
 class Complete:
-    """All the work is done: put the result together and end the job as succeeded."""
+    """All the work is done: make the result, and end the job as succeeded."""
 
 
 @dataclass(frozen=True)
 class Choose:
-    """A choice that later plans rest on: it is journaled, and then planned again. A plan changes nothing by itself."""
+    """A choice that later plans need: it is journaled, and then the plan is made again. A plan itself changes nothing."""
 
     event: OfTraining
 
 
 Decision = Lease | Withdraw | CloseRound | CloseSync | CloseEpoch | Complete | Choose
 CHOICES_LIMIT = 8
-"""In a row, before anything else is decided."""
+"""How many choices in a row a plan may make before it decides anything else."""
 
 
 # --- state -----------------------------------------------------------------------------------------------------------
@@ -282,11 +282,11 @@ class Attempt:
     node_id: str
     leased_at: float
     task: AnyTask | None = field(default=None, repr=False, compare=False)
-    """What was leased."""
+    """The leased task."""
 
 
 class Strategy(Protocol):
-    """How one kind of job is cut into shards. The job tells it of attempts; it decides."""
+    """How one kind of job is cut into shards. It hears of attempts from the job, and decides."""
 
     def plan(self, view: ClusterView, attempts: dict[str, Attempt]) -> list[Decision]: ...
 
@@ -299,7 +299,7 @@ class Strategy(Protocol):
     def progress(
         self, running: dict[str, tuple[Attempt, int, dict[str, float]]], nodes: Sequence[NodeView] = ()
     ) -> JobProgress:
-        """`running`: for each open attempt what it has reported: items done, and metrics. `nodes`: those that can compute now."""
+        """`running`: the reports of each open attempt (items done, metrics). `nodes`: those that can compute now."""
         ...
 
 
@@ -308,13 +308,13 @@ class Training(Strategy, Protocol):
     """How training is cut into rounds."""
 
     def happened(self, event: OfTraining) -> Training:
-        """What only training knows: a round was closed, an epoch has ended, a choice was made. The strategy that goes on."""
+        """An event that only training knows: a round closed, an epoch ended, a choice. Returns the strategy that continues."""
         ...
 
 
 @dataclass
 class Job:
-    """One job: its strategy's state, and the attempts that are open."""
+    """One job: the state of its strategy, and its open attempts."""
 
     submitted: JobSubmitted
     strategy: Strategy | None
@@ -324,36 +324,36 @@ class Job:
     ended: JobEnded | None = None
     attempts: dict[str, Attempt] = field(default_factory=dict)
     failures: dict[str, int] = field(default_factory=dict)
-    """Attempts of each node that ended with an error, since any has succeeded."""
+    """How many attempts of each node have ended with an error since its last success."""
     last_error: ErrorInfo | None = None
     hopeless: dict[str, ErrorInfo] = field(default_factory=dict)
-    """What nodes said that trying again cannot mend. One may be wrong (it lacks a library, say) and gets no more of the job while
-    there are others; the word of two ends it."""
+    """Errors from nodes that trying again cannot mend. One node may be wrong (it may lack a library): it gets no more of the job while
+    there are others. When two nodes report one, the job ends."""
     hopeless_at: float = 0.0
-    """When the first said so."""
+    """When the first node reported one."""
     done_by: set[str] = field(default_factory=set)
-    """Nodes that have done something for it."""
+    """Nodes that have done something for the job."""
     leased_at: float = 0.0
-    """When it last got a part of a node's time."""
+    """When the job last got a part of a node's time."""
     touched_at: float = 0.0
-    """When an attempt last came to a result, or to an error of its own."""
+    """When an attempt last ended with a result or with its own error."""
     participants: set[str] = field(default_factory=set)
     resting: dict[str, float] = field(default_factory=dict)
     """Nodes that reported an error, and until when they get nothing of this job."""
     refused: dict[str, ErrorInfo] = field(default_factory=dict)
-    """Nodes that do not allow the model's code, or have not the memory, and what they said: they get nothing of this job."""
+    """Nodes that do not allow the model's code, or lack the memory, and their errors: they get nothing of this job."""
     short: set[str] = field(default_factory=set)
-    """Nodes whose last attempt ended because they had not enough memory: a second time, and they are left out."""
+    """Nodes whose last attempt ended for lack of memory; after a second time, they are left out."""
     history: list[EpochMetrics] = field(default_factory=list)
     rounds: list[RoundMetrics] = field(default_factory=list)
     rounds_stride: int = 1
-    """Of so many rounds one is kept: a power of two."""
+    """One round of this many is kept: a power of two."""
     rounds_bytes: int = 0
     history_bytes: int = 0
     deploying: str = ""
-    """The model that is being deployed for it."""
+    """The model that is deployed for the job."""
     image: ImageOptions | None = None
-    """How images become the model's input, as the first node that has done so says."""
+    """How images become the model's input, from the first node that has made them so."""
 
     @property
     def job_id(self) -> str:
@@ -365,7 +365,7 @@ class Job:
 
     @property
     def subject(self) -> JobSubject:
-        """What it is about, as people call it."""
+        """What the job is about, with people's names."""
         spec, done = self.submitted.spec, self.ended.registered if self.ended is not None else ""
         data = data_of(spec)
         if isinstance(spec, Deploy):
@@ -376,7 +376,7 @@ class Job:
 
     @property
     def runtimes(self) -> tuple[str, ...]:
-        """What a node must have to do all of it."""
+        """The runtimes that a node needs to do all of it."""
         if self.strategy is None:
             return ()
         lite = self.submitted.model_format == "tflite" or isinstance(self.submitted.spec, Deploy)
@@ -387,7 +387,7 @@ class Job:
         return self.state in ("queued", "running")
 
     def apply(self, event: AnyEvent) -> None:
-        """Change the state. Events of attempts that are not open any more are ignored: a result counts once."""
+        """Change the state. Events of attempts that are no longer open are ignored: a result counts once."""
         match event:
             case AttemptLeased():
                 attempt = Attempt(event.attempt_id, event.shard_id, event.node_id, event.at, event.task)
@@ -402,7 +402,7 @@ class Job:
                 if finished is not None:
                     self.done_by.add(finished.node_id)
                     self.touched_at = event.at
-                    if not isinstance(event.result, WarmUpResult):  # to be ready is not yet to succeed
+                    if not isinstance(event.result, WarmUpResult):  # getting ready is not a success yet
                         self.failures.clear()
                         self.short.discard(finished.node_id)
                     self.image = self.image or event.result.image
@@ -434,9 +434,9 @@ class Job:
                 raise ValueError("a job is submitted once")
 
     def plan(self, view: ClusterView) -> list[Decision]:
-        """What to do next. The same state and view give the same decisions, and the state stays as it is.
+        """What to do next. The same state and view give the same decisions; the state does not change.
 
-        Raises CodeNotAllowed or OutOfMemory when all nodes are left out, and the first of them for that.
+        Raises CodeNotAllowed or OutOfMemory, by the first node that was left out for it, when all nodes are left out.
         """
         if not self.active or self.strategy is None:
             return []
@@ -457,20 +457,20 @@ class Job:
         return self.strategy.plan(ClusterView(rested, view.now, resting), self.attempts)
 
     def error(self, attempts_limit: int, view: ClusterView) -> ErrorInfo | None:
-        """The error this job must end with: one that trying again cannot mend, or too many in a row of a node, with nobody else at work."""
+        """The error that ends this job: one that trying again cannot mend, or too many in a row on a node while no other node works."""
         if self.hopeless and not self._other_opinion(view):
             return next(iter(self.hopeless.values()))
         if max(self.failures.values(), default=0) < attempts_limit:
             return None
-        # Who is at work and has not failed so often may yet succeed: that all die once is no sign that nobody can do it.
+        # A working node that has not failed so often may still succeed: when all die once, the job may still be possible.
         hope = any(self.failures.get(attempt.node_id, 0) < attempts_limit for attempt in self.attempts.values())
         return None if hope else self.last_error
 
     def _other_opinion(self, view: ClusterView) -> bool:
-        """Whether what one node says cannot be mended may be that node's own trouble, and another is there to see.
+        """Whether a node's error that cannot be mended may be that node's own trouble, and another node can still show it.
 
-        One that has done something for the job is waited for, also while it is away; one that has not yet, for so long only:
-        somebody waits to hear of a mistake of theirs.
+        A node that has done something for the job is waited for, even while it is away. Others are waited for only a limited time: the
+        user waits to hear of a mistake.
         """
         if len(self.hopeless) > 1:
             return False
@@ -482,9 +482,9 @@ class Job:
         )
 
     def _stuck(self, others: Sequence[NodeView], now: float) -> bool:
-        """Whether those that never called the job hopeless have room for it, and do nothing: what is left may need one that did."""
+        """Whether the nodes that never called the job hopeless have room for it, but do nothing: the rest may need a node that did."""
         seconds = now - self.touched_at if self.hopeless and not self.attempts else 0.0
-        # Who has no room may be busy with other jobs, or refuse what it is offered: that is waited for, but not for ever.
+        # A node without room may be busy with other jobs, or refuse its leases: it is waited for, but not for ever.
         return seconds >= (OPINION_SECONDS if all(node.free_slots for node in others) else 10 * OPINION_SECONDS)
 
     def changed(self, progress: JobProgress) -> JobChanged:
@@ -504,7 +504,7 @@ class Job:
 
     @property
     def told_history(self) -> tuple[EpochMetrics, ...]:
-        """The epochs as the result tells them: every second, fourth, ... of very many, and always the last."""
+        """The epochs for the result: of very many every second, fourth, ..., and always the last."""
         stride = 1
         while True:
             kept = self.history[::-1][::stride][::-1]
@@ -513,7 +513,7 @@ class Job:
             stride *= 2
 
     def epochs_after(self, number: int) -> tuple[EpochMetrics, ...]:
-        """The epochs above `number`, as many as fit into a message; of a job that has ended, as its result tells them."""
+        """The epochs above `number`, as many as fit into a message; for a job that has ended, as in its result."""
         known = self.ended.history if self.ended is not None else self.history
         kept: list[EpochMetrics] = []
         size = 0
@@ -526,7 +526,7 @@ class Job:
         return tuple(kept)
 
     def _keep(self, closed: RoundClosed) -> None:
-        """Add a round to those that the result tells of. When they grow too many, every second goes."""
+        """Keep a round for the result. When they grow too many, every second one is dropped."""
         if closed.round % self.rounds_stride == 0:
             self.rounds.append(
                 RoundMetrics(
@@ -568,7 +568,7 @@ class Job:
             error = replace(error, message=f"node {node_id}: {error.message}")
         self.last_error = error
         self.failures[node_id] = times = self.failures.get(node_id, 0) + 1
-        # It rests, so that a node at which everything fails at once is not all that the job is tried on.
+        # The node rests, so that the job is not tried only on a node where everything fails at once.
         self.resting[node_id] = at + REST_SECONDS * 2**times
         if not error.retryable:
             self.hopeless_at = self.hopeless_at or at
@@ -576,13 +576,13 @@ class Job:
 
 
 class EndlessChoices(Exception):
-    """A plan makes one choice after the other: a defect of ours, and no node's."""
+    """A plan makes one choice after the other: a defect of potluck, and no node's fault."""
 
 
 def settled(job: Job, view: ClusterView, record: Callable[[OfTraining], None]) -> list[Decision]:
-    """The job's plan once all choices that it rests on are made: each is given to `record`, which applies it.
+    """The job's plan after all choices that it needs: each choice is given to `record`, which applies it.
 
-    Raises what `Job.plan` raises, and EndlessChoices for a plan that never comes to an end of choosing.
+    Raises the errors of `Job.plan`, and EndlessChoices for a plan that continues to choose.
     """
     for _ in range(CHOICES_LIMIT):
         decisions = job.plan(view)
@@ -591,11 +591,11 @@ def settled(job: Job, view: ClusterView, record: Callable[[OfTraining], None]) -
             return decisions
         for event in choices:
             record(event)
-    raise EndlessChoices(f"the plan of job {job.job_id} goes on choosing: {choices[-1]!r}")
+    raise EndlessChoices(f"the plan of job {job.job_id} continues to choose: {choices[-1]!r}")
 
 
 def data_of(spec: AnyJobSpec) -> tuple[str, ...]:
-    """The names of the data sets that a job works on, twice where it has two uses for one."""
+    """The names of a job's data sets; a name comes twice if the job uses it twice."""
     if isinstance(spec, Deploy):
         return tuple(name for name in (spec.calibration, spec.evaluation) if name)
     validation = spec.validation if isinstance(spec, Train) else None
@@ -603,7 +603,7 @@ def data_of(spec: AnyJobSpec) -> tuple[str, ...]:
 
 
 def _placed(error: ErrorInfo, attempt: Attempt) -> ErrorInfo:
-    """The error with the data set that it speaks of, where that is not the one to train on."""
+    """The error, naming the validation data if it is about those."""
     about_data = error.code in (InvalidData.code, InvalidModel.code, InvalidRequest.code, ModelFailed.code)
     if about_data and attempt.shard_id.startswith((VALIDATION, CHECK)):
         return replace(error, message=f"in validation: {error.message}")
@@ -611,5 +611,5 @@ def _placed(error: ErrorInfo, attempt: Attempt) -> ErrorInfo:
 
 
 def _size(part: RoundMetrics | EpochMetrics) -> int:
-    """Bytes in a JSON message; less in msgpack."""
+    """The size in a JSON message, in bytes; less in msgpack."""
     return len(json.encode(part)) + 1

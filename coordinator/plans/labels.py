@@ -1,4 +1,4 @@
-"""Data sets whose classes are counted as a model counts them: by their names. Pure."""
+"""Makes data sets number their classes as a model does: by the classes' names. Pure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from potluck.wording import printable
 def as_trained_on(held_out: Dataset, data: Dataset) -> Dataset:
     """Validation data for a model that learns `data`: they may lack classes, or have them in another order.
 
-    Raises InvalidRequest where they have others, or where only one of the two has any.
+    Raises InvalidRequest if they have other classes, or if only one of the two has classes.
     """
     ours, theirs = data.format.classes, held_out.format.classes
     if ours == theirs:
@@ -22,21 +22,21 @@ def as_trained_on(held_out: Dataset, data: Dataset) -> Dataset:
     unknown = [label for label in theirs if label not in ours]
     if not ours or not theirs:
         raise InvalidRequest(
-            f"data sets {data.name!r} and {held_out.name!r} have other classes: {listed(ours)} and {listed(theirs)}: "
+            f"data sets {data.name!r} and {held_out.name!r} have different classes: {listed(ours)} and {listed(theirs)}: "
             "write both with the same labels"
         )
     if unknown:
         raise InvalidRequest(
-            f"data set {held_out.name!r} has classes that {data.name!r} has not: {listed(unknown)} "
-            f"(beside {listed(ours)}): write both with the same labels"
+            f"data set {held_out.name!r} has classes that {data.name!r} does not have: {listed(unknown)} "
+            f"(it has {listed(ours)}): write both with the same labels"
         )
     return counted(held_out, ours)
 
 
 def as_known(data: Dataset, model: ModelInfo) -> Dataset:
-    """Data to evaluate a registered model on. Where no name of theirs is one of the model's, and they are as many, their order counts.
+    """Data to evaluate a registered model on. If no class name is one of the model's, but the number of classes is equal, their order counts.
 
-    Raises InvalidRequest where some are the model's, and some not, or where they are more or fewer: which is which?
+    Raises InvalidRequest if only some names are the model's, or if the numbers of classes differ: the classes cannot be matched.
     """
     ours, theirs = model.classes, data.format.classes
     if not ours or not theirs or ours == theirs:
@@ -53,7 +53,7 @@ def as_known(data: Dataset, model: ModelInfo) -> Dataset:
 
 
 def counted(data: Dataset, classes: tuple[str, ...]) -> Dataset:
-    """`data` as a set of these classes, among which are all of its own."""
+    """`data` with the numbers of `classes`, which contain all classes of `data`."""
     own = data.format
     number = {label: index for index, label in enumerate(classes)}
     there = own.places or range(len(own.classes))
@@ -67,5 +67,5 @@ def counted(data: Dataset, classes: tuple[str, ...]) -> Dataset:
 
 
 def listed(classes: Sequence[str]) -> str:
-    """For people: the first of them, or "none"."""
+    """The first classes, for people; or "none"."""
     return ", ".join(map(printable, classes[:12])) + (", ..." if len(classes) > 12 else "") if classes else "none"

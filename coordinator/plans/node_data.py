@@ -24,24 +24,24 @@ from potluck.wire.messages import (
 )
 
 TRIES = 3
-"""A node that reported so many errors is left out of an evaluation that others could do."""
+"""A node with this many errors is left out of an evaluation that others can do."""
 
 
 def joined(name: str, held: Mapping[str, NodeData]) -> Dataset:
-    """The data set that the parts of the nodes make together: no shards, all their items, every class that one of them has.
+    """The data set that the nodes' parts make together: no shards, all items, every class that any of them has.
 
-    Raises NotFound where no node holds such a data set, InvalidRequest where the parts differ in kind.
+    Raises NotFound where no node has such a data set, InvalidRequest where the parts differ in kind.
     """
     if not held:
         raise NotFound(
-            f"no node that is online holds data named {name!r}: name them under [data] in a node's settings "
+            f"no online node has data named {name!r}: name them under [data] in a node's settings "
             "(`potluck data list` shows what there is)"
         )
     first_id, first = next(iter(sorted(held.items())))
     for node_id, data in sorted(held.items()):
         if _kind(data.format) != _kind(first.format):
             raise InvalidRequest(
-                f"the nodes hold different data under the name {name!r}: {_words(first.format)} on {first_id}, "
+                f"the nodes have different data under the name {name!r}: {_words(first.format)} on {first_id}, "
                 f"{_words(data.format)} on {node_id}: give them the same form, or another name"
             )
     format = DataFormat(
@@ -57,12 +57,12 @@ def joined(name: str, held: Mapping[str, NodeData]) -> Dataset:
 
 
 def fits(held: NodeData | None, format: DataFormat) -> bool:
-    """Whether what a node holds may be used in a job on data of this format: it may lack classes, but not add any."""
+    """Whether a node's data may be used in a job on data of this format: they may lack classes, but not add any."""
     return held is not None and _kind(held.format) == _kind(format) and set(held.format.classes) <= set(format.classes)
 
 
 def described(held: Mapping[str, Mapping[str, NodeData]]) -> tuple[DatasetInfo, ...]:
-    """What there is, for clients; `held` by name and node."""
+    """The data sets for clients; `held` by name and node."""
     return tuple(
         DatasetInfo(
             name=NODE_DATA + name,
@@ -79,25 +79,24 @@ def described(held: Mapping[str, Mapping[str, NodeData]]) -> tuple[DatasetInfo, 
 
 @dataclass
 class NodesEvaluation:
-    """Evaluation of data that live on nodes: each evaluates all of its own, and only sums and counts leave it.
+    """Evaluation of data that live on nodes: each node evaluates all of its own, and only sums and counts leave it.
 
-    A node that is lost is left out, and one that reported an error several times; one that comes while others are at it is
-    taken in.
+    A lost node is left out, and so is one with several errors. A node that comes while others work takes part.
     """
 
     data: Dataset
     task: EvaluateTask
     prefix: str
     results: dict[str, EvaluateResult] = field(default_factory=dict)
-    """By node."""
+    """Results by node."""
     errors: dict[str, int] = field(default_factory=dict)
-    """How many each node has reported."""
+    """How many errors each node has reported."""
 
     def plan(self, view: ClusterView, attempts: dict[str, Attempt]) -> list[Decision]:
         mine = [attempt for attempt in attempts.values() if attempt.shard_id.startswith(f"{self.prefix}-")]
         busy = {attempt.node_id for attempt in mine}
         done = self.results.keys() | busy
-        if self.results:  # else the job ends with what the nodes report
+        if self.results:  # otherwise the job ends with the nodes' errors
             done |= {node_id for node_id, errors in self.errors.items() if errors >= TRIES}
         missing = [node for node in self._holders(view) if node.node_id not in done]
         awaited = view.resting & self.errors.keys() - done
@@ -106,7 +105,7 @@ class NodesEvaluation:
         return [Lease(f"{self.prefix}-{node.node_id}", node.node_id, self.task) for node in missing if node.free_slots]
 
     def leased(self, attempt: Attempt, task: AnyTask) -> None:
-        """Nothing to keep: the attempt is open until it ends."""
+        """Keeps nothing: the attempt stays open until it ends."""
 
     def finished(self, attempt: Attempt, result: AnyTaskResult, at: float) -> None:
         if isinstance(result, EvaluateResult):
@@ -123,7 +122,7 @@ class NodesEvaluation:
         return JobProgress(done=min(done, self.data.count), total=self.data.count)
 
     def in_order(self) -> list[TaskResult]:
-        """The results in the order of the nodes' ids."""
+        """The results ordered by node id."""
         return [self.results[node_id] for node_id in sorted(self.results)]
 
     def _holders(self, view: ClusterView) -> list[NodeView]:
@@ -131,12 +130,12 @@ class NodesEvaluation:
 
 
 def _classes(held: Mapping[str, NodeData]) -> tuple[str, ...]:
-    """Every class that one of the nodes has, in the order of the alphabet."""
+    """Every class that any node has, in alphabetical order."""
     return tuple(sorted({label for data in held.values() for label in data.format.classes}))
 
 
 def _kind(format: DataFormat) -> tuple[object, ...]:
-    """What the parts of one data set must have in common."""
+    """What all parts of a data set must have in common."""
     learnt = format.target, sorted(format.targets), format.weight
     return format.kind, format.rate, sorted(format.inputs), learnt, bool(format.classes)
 

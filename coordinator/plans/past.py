@@ -1,4 +1,4 @@
-"""Journals of versions before this one: what they do not say, and follows from what they do. Pure."""
+"""Journals of earlier versions: adds what they do not say, but what follows from what they say. Pure."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from potluck.wire.messages import SyncTask, Train, TrainTask
 
 
 def with_choices(events: Iterable[AnyEvent]) -> Iterator[AnyEvent]:
-    """The events of a job, with what `auto` chose: it was not journaled, and shows in the first task after its first round."""
+    """A job's events, with the choice of `auto` added: it was not journaled, but the first task after the first round shows it."""
     undecided, rounds = False, 0
     for event in events:
         match event:

@@ -1,8 +1,8 @@
 """Who does how much: pure functions from measured speed to shares of the work.
 
-A node's speed is what it was measured to do in this very job; before that, its float32 product rate stands in, scaled to
-those nodes that were measured. Data distribution is proportional to speed, so that all finish together: the
-makespan-optimal split of divisible work when the cost of communication is left out (divisible load theory, Bharadwaj et al., 1996).
+A node's speed is the one measured in this very job; before that, its float32 product rate is used, scaled to the nodes that were
+measured. Data are shared in proportion to speed, so that all nodes end together: the makespan-optimal split
+of divisible work without the cost of communication (divisible load theory, Bharadwaj et al., 1996).
 """
 
 from __future__ import annotations
@@ -18,49 +18,49 @@ RUNTIME_OF: dict[ModelFormat, str] = {
     "savedmodel": "tensorflow",
     "tflite": "litert",
 }
-"""What a node needs to serve a model of that format."""
+"""The runtime that a node needs for a model of each format."""
 WORDS = {"tensorflow": "TensorFlow", "litert": "LiteRT"}
-"""Runtimes as people write them."""
+"""Names of runtimes for people."""
 
 LEAST_SHARE = 0.06
-"""A node that would do less than this share of what the fastest does brings less than it costs: all wait for it a little ..."""
+"""A node that would do less than this share of the fastest node's work is left out: it brings less than waiting for it costs ..."""
 SLOW_FACTOR = 2.0
 SLOW_SECONDS = 0.25
-"""... and so does one that needs so many times, and so many seconds, longer for a single batch than the others for the round."""
+"""... and so is a node that needs this many times, and this many seconds, longer for one batch than the others for the round."""
 
 
 @dataclass(frozen=True)
 class NodeView:
-    """A node that may be given work now: `free_slots` more attempts fit into its queue, `idle` when it has none at all."""
+    """A node that may get work now: `free_slots` more attempts fit into its queue, `idle` when it has none at all."""
 
     node_id: str
     gflops: float
     free_slots: int
     idle: bool = True
     collective: str = ""
-    """`host:port` at which it may take part in synchronous training."""
+    """`host:port` where it takes part in synchronous training; empty if it must not."""
     data: tuple[NodeData, ...] = ()
     """Data sets that live on it."""
     runtimes: frozenset[str] = frozenset({"tensorflow"})
     gives_way: bool = False
-    """Whether jobs stand still on it while inference has an objective to keep."""
+    """Whether jobs stand still on it, so that inference meets its objective."""
 
     def holds(self, name: str) -> NodeData | None:
-        """What it says of its data set of that name; None where it has none."""
+        """Its data set with that name; None if it has none."""
         return next((one for one in self.data if one.name == name), None)
 
 
 @dataclass(frozen=True)
 class ClusterView:
-    """What a plan may depend on: the nodes that can compute, and the time."""
+    """Everything that a plan may depend on: the nodes that can compute, and the time."""
 
     nodes: tuple[NodeView, ...]
     now: float
     resting: frozenset[str] = frozenset()
-    """Nodes that reported an error and are not among `nodes` for some seconds."""
+    """Nodes that reported an error; for some seconds they are not among `nodes`."""
 
     def having(self, runtime: str) -> ClusterView:
-        """The same with only those nodes that have it."""
+        """The same view, with only those nodes that have the runtime."""
         if all(runtime in node.runtimes for node in self.nodes):
             return self
         return replace(self, nodes=tuple(node for node in self.nodes if runtime in node.runtimes))
@@ -71,7 +71,7 @@ class ClusterView:
 
 
 def speeds(nodes: Sequence[NodeView], measured: Mapping[str, float]) -> dict[str, float]:
-    """Items per second of each node; relative figures when none was measured. Always positive."""
+    """Items per second of each node; relative speeds when none was measured. Always positive."""
     rates = {node.node_id: max(node.gflops, 0.0) for node in nodes}
     known = [rate for rate in rates.values() if rate > 0]
     typical = sum(known) / len(known) if known else 1.0
@@ -82,7 +82,7 @@ def speeds(nodes: Sequence[NodeView], measured: Mapping[str, float]) -> dict[str
 
 
 def split(total: int, rates: Mapping[str, float]) -> dict[str, int]:
-    """`total` items by speed, in whole items that add up to `total` (largest remainder); nodes that get none are left out."""
+    """`total` items by speed, as whole numbers that add up to `total` (largest remainder); nodes that get none are not in it."""
     if not rates or total <= 0:
         return {}
     whole = sum(rates.values())
@@ -95,10 +95,10 @@ def split(total: int, rates: Mapping[str, float]) -> dict[str, int]:
 
 
 def split_in_time(total: int, rates: Mapping[str, float], delays: Mapping[str, float]) -> dict[str, int]:
-    """As `split`, so that all end together where node i takes `delays[i]` seconds beside its items.
+    """Like `split`, but all end together where node i needs `delays[i]` seconds besides its items.
 
     Divisible load with costs to start (affine cost model; Beaumont et al., 2005): n_i = v_i (T - o_i), with T such that they
-    add up to `total`; nodes that would not have started by then are left out. `rates` in items a second.
+    add up to `total`; nodes that would not have started by then are not in it. `rates` in items per second.
     """
     taking = set(rates)
     while taking:
@@ -114,9 +114,9 @@ def split_in_time(total: int, rates: Mapping[str, float], delays: Mapping[str, f
 def without_slow(
     total: int, rates: dict[str, float], delays: dict[str, float], batch: int
 ) -> tuple[dict[str, int], dict[str, str]]:
-    """`total` items split so that all nodes end together, without those that cost more than they bring; and why they are left out.
+    """(`total` items split so that all nodes end together, without nodes that cost more than they bring; the reason for each of these).
 
-    `rates` in items/s, `delays` in seconds beside computing, `batch` the fewest items that a node can do. At least one stays.
+    `rates` in items/s, `delays` in seconds besides computing, `batch`: the fewest items that a node can do. At least one node stays.
     """
     taking, slow = dict(rates), dict[str, str]()
     while True:
@@ -128,7 +128,7 @@ def without_slow(
         for node_id in sorted(taking.keys() - {fastest}, key=lambda name: (taking[name], name)):
             alone = delays.get(node_id, 0.0) + min(batch, total) / taking[node_id]
             if alone > SLOW_FACTOR * end + SLOW_SECONDS:
-                slow[node_id] = f"a batch takes {alone:.1f} s there, and the others do their parts in {end:.1f} s"
+                slow[node_id] = f"a batch takes {alone:.1f} s there, but the others do their parts in {end:.1f} s"
                 out = node_id
             elif parts.get(node_id, 0) < LEAST_SHARE * most:
                 slow[node_id] = f"it would do {parts.get(node_id, 0)} items while the fastest does {most}"
@@ -143,10 +143,10 @@ def without_slow(
 def assign(
     counts: Sequence[int], rates: Mapping[str, float], before: Mapping[str, Sequence[int]]
 ) -> dict[str, tuple[int, ...]]:
-    """Data shards (by index, with their item counts) to nodes, in proportion to speed, moving as few as need be.
+    """Data shards (by index, with their item counts) for each node, in proportion to speed, moving as few as possible.
 
-    A node keeps what it had (`before`) up to its share; what is over, and what lost nodes had, goes to whoever is
-    furthest below its share. With fewer shards than nodes, the nodes left over share the largest shards with others.
+    A node keeps what it had (`before`) up to its share. The rest, and the shards of lost nodes, go to the node that is
+    furthest below its share. If there are fewer shards than nodes, nodes without one share the largest shards with others.
     """
     if not rates or not counts:
         return {}

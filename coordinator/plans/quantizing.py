@@ -1,4 +1,4 @@
-"""A model made smaller before it is deployed: converted on one node, and both evaluated on the same data. Pure."""
+"""Makes a model smaller before it is deployed: one node converts it, and both models are evaluated on the same data. Pure."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from potluck.wire.messages import (
 )
 
 CALIBRATION_ITEMS = 100
-"""More hardly change the ranges that are found."""
+"""How many items are used to calibrate: more of them hardly change the ranges."""
 CONVERT = "convert"
 BATCH_SIZE = 32
 
 
 @dataclass
 class QuantizeStrategy:
-    """Convert `model` by `task`, evaluate it on `evaluation` meanwhile, and then what came out."""
+    """Convert `model` by `task`; meanwhile evaluate it on `evaluation`, and then evaluate the result."""
 
     model: BlobRef
     format: ModelFormat
@@ -76,9 +76,7 @@ class QuantizeStrategy:
             self.converting.discard(attempt.attempt_id)
             if isinstance(result, ConvertResult):
                 self.converted = result.model
-                self.image = (
-                    result.image or self.image
-                )  # what the original's layers say cannot be read from what is made of it
+                self.image = result.image or self.image  # the result does not show what the original's layers expect
                 self.after = self._evaluation("after", result.model, "tflite")
         elif (part := self._part(attempt)) is not None:
             part.finished(attempt, result, at)
@@ -92,7 +90,7 @@ class QuantizeStrategy:
     def progress(
         self, running: dict[str, tuple[Attempt, int, dict[str, float]]], nodes: Sequence[NodeView] = ()
     ) -> JobProgress:
-        """Items evaluated, of both models."""
+        """Items evaluated, of both models together."""
         parts = [part.progress(running) for part in (self.before, self.after) if part is not None]
         message = "converting" if self.converted is None else "evaluating"
         if self.after is not None and self.after.complete and self.before.complete:
@@ -106,7 +104,7 @@ class QuantizeStrategy:
         )
 
     def evaluated(self) -> tuple[list[TaskResult], list[TaskResult]]:
-        """Results of the original and of what was made of it."""
+        """Results of the original, and of the converted model."""
         return self.before.in_order(), self.after.in_order() if self.after is not None else []
 
     def _part(self, attempt: Attempt) -> BatchStrategy | None:
@@ -130,7 +128,7 @@ class QuantizeStrategy:
 
 
 def convert_task(model: BlobRef, model_format: ModelFormat, image: ImageOptions | None, data: Dataset) -> ConvertTask:
-    """Calibrated with the first items of `data`, whose shards were shuffled when they were packed."""
+    """The task; it calibrates with the first items of `data`, whose shards were shuffled when they were packed."""
     index = ItemIndex(data.shards)
     return ConvertTask(
         model=model,

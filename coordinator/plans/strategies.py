@@ -1,4 +1,4 @@
-"""From a submitted job to the strategy that cuts it into shards. Pure."""
+"""Makes the strategy that cuts a submitted job into shards. Pure."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ KINDS: dict[str, type[RoundsStrategy]] = {"local": RoundsStrategy, "sync": SyncS
 
 
 def strategy_for(job: JobSubmitted, dataset: Dataset | None, validation: Dataset | None) -> Strategy | None:
-    """The strategy of a job over its data sets; None for a deployment of a model as it is, which has no shards.
+    """The strategy of a job over its data sets; None for the deployment of an unchanged model, which has no shards.
 
-    Of one that is quantised first, the second data set is what it is calibrated with.
+    For a model that is quantized first, the second data set is for calibration.
     """
     spec, model, image = job.spec, job.model, job.image
     if isinstance(spec, Deploy):
@@ -78,7 +78,7 @@ def _evaluation(
     stays: bool,
     model_format: ModelFormat = "keras",
 ) -> Evaluation:
-    """`stays`: the data live on the nodes."""
+    """An evaluation. `stays`: the data live on the nodes."""
 
     def task_for(slices: tuple[DataSlice, ...]) -> EvaluateTask:
         return EvaluateTask(

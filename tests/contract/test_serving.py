@@ -406,7 +406,7 @@ async def test_requests_that_cannot_be_are_refused_at_the_door(lab: Lab, stack: 
             (listed("BYTES", (2,), ["a", 1]), InvalidRequest, "list of strings"),
             (listed("FP64", (1, 50_000), [0] * 50_000), TooLarge, "send fewer rows"),
             (listed("FP32", (1, 3), [1, 2, 3]), InvalidRequest, "the request has"),
-            (listed("FP32", (0, 2), []), InvalidRequest, "one at least"),
+            (listed("FP32", (0, 2), []), InvalidRequest, "at least one"),
         ):
             with pytest.raises(error, match=said):
                 await ask(bus, message)

@@ -220,7 +220,7 @@ def test_what_makes_no_sense_is_refused(client: Client, options: Any, words: str
 def test_data_that_stay_cannot_be_predicted_nor_guessed(client: Client) -> None:
     with pytest.raises(InvalidRequest, match="evaluate it instead"):
         client.predict(softmax(), "node:digits")
-    with pytest.raises(NotFound, match="no node that is online holds data named 'digit'"):
+    with pytest.raises(NotFound, match="no online node has data named 'digit'"):
         client.train(softmax(), "node:digit")
     x, y = plain_data()
     with pytest.raises(InvalidRequest, match="does not"):

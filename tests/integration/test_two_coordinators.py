@@ -54,7 +54,7 @@ async def test_the_one_that_has_kept_nothing_gives_way_and_its_node_goes_to_the_
             await eventually(lambda: not empty.coordinator.running, 40)
             assert empty.coordinator.wait(5) == GaveWay.exit_code
             said = empty.coordinator.log_tail()
-            assert f"has a coordinator on this network already, with its broker at {seed(other)}" in said
+            assert f"already has a coordinator on this network, with its broker at {seed(other)}" in said
             await eventually(lambda: f"broker={seed(other)}" in node.log_path.read_text(), 40)
             assert other.coordinator.running
 

@@ -165,7 +165,7 @@ def test_who_speaks_another_protocol_is_left_out_and_named() -> None:
     members = Membership(timeout_seconds=10)
     members.on_status(replace(birth("1"), version=2), 0)
     assert members.online() == []
-    assert "speaks version 2 of the protocol, and the coordinator 1" in next(members.infos()).left_out
+    assert "speaks version 2 of the protocol, but the coordinator speaks 1" in next(members.infos()).left_out
     members.on_status(birth("1"), 1)  # the same session, as nobody does it
     assert len(members.online()) == 1
     assert next(members.infos()).left_out == ""

@@ -57,7 +57,7 @@ def test_parts_of_another_form_are_refused_by_name() -> None:
         joined("d", {"n1": held(5, "a"), "n2": held(5, "a", inputs=("a",))})
     with pytest.raises(InvalidRequest, match="without classes"):
         joined("d", {"n1": held(5, "a"), "n2": held(5)})
-    with pytest.raises(NotFound, match="holds data named 'd'"):
+    with pytest.raises(NotFound, match="has data named 'd'"):
         joined("d", {})
 
 

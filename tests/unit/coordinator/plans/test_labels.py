@@ -46,7 +46,9 @@ def test_what_counts_alike_or_by_numbers_stays_as_it_is() -> None:
 def test_classes_that_are_unknown_are_named(classes: tuple[str, ...]) -> None:
     other = data("other", *classes)
     unknown = ", ".join(sorted(set(classes) - {"ant", "bee"}))
-    with pytest.raises(InvalidRequest, match=f"'other' has classes that 'all' has not: {unknown} .beside ant, bee"):
+    with pytest.raises(
+        InvalidRequest, match=f"'other' has classes that 'all' does not have: {unknown} .it has ant, bee"
+    ):
         labels.as_trained_on(other, data("all", "ant", "bee"))
     with pytest.raises(InvalidRequest, match=f"classes that model m:1 does not know: {unknown}; it knows ant, bee:"):
         labels.as_known(other, model("ant", "bee"))
@@ -54,5 +56,5 @@ def test_classes_that_are_unknown_are_named(classes: tuple[str, ...]) -> None:
 
 def test_names_and_numbers_do_not_go_together() -> None:
     for one, other in ((data("a", "ant"), data("b")), (data("a"), data("b", "ant"))):
-        with pytest.raises(InvalidRequest, match=r"other classes: .*none"):
+        with pytest.raises(InvalidRequest, match=r"different classes: .*none"):
             labels.as_trained_on(one, other)

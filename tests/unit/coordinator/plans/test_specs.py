@@ -38,7 +38,7 @@ def test_what_fits_comes_in_the_order_of_the_inputs(request_: list[Tensor], spec
         ([given("x", 2, 7)], [IMAGE], r"takes FP32 of shape \(any, 32, 32, 3\).*the request has \(2, 7\)"),
         ([given("x", 32, 32, 3)], [IMAGE], r"the request has \(32, 32, 3\)"),
         ([given("x")], [IMAGE], r"the request has \(\)"),
-        ([given("x", 0, 32, 32, 3)], [IMAGE], "one at least"),
+        ([given("x", 0, 32, 32, 3)], [IMAGE], "at least one"),
         ([given("word", 4)], [WORD], r"of shape \(any, 1\)"),
         ([given("image", 2, 32, 32, 3), given("tokens", 3, 9)], [IMAGE, FREE], "the same number of rows"),
         ([given("image", 2, 32, 32, 3)], [IMAGE, FREE], r"2 inputs \(image, tokens\), the request 1"),
