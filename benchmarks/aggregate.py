@@ -1,4 +1,4 @@
-"""Takes one outer step in FOLDER with the updates of NODES nodes, none for 0; prints the most memory that this process had, in bytes."""
+"""Takes one outer step in FOLDER with the updates of NODES nodes (0: none); prints this process's peak memory in bytes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def main() -> None:
             folder / "aggregated", updates, None, Outer(1.0, 0.5), "auto",
             step=folder / "step", after=folder / "after", velocity_after=folder / "velocity",
         )  # fmt: skip
-    # Not ru_maxrss, which a process has from the one that started it.
+    # Not ru_maxrss: a process inherits it from its parent.
     lines = Path("/proc/self/status").read_text().splitlines()
     peak = next(line for line in lines if line.startswith("VmHWM:"))
     print(int(peak.split()[1]) * 1024)

@@ -1,7 +1,7 @@
-"""A bare TensorFlow process, the measure of what serving costs: `bare.py MODEL CORE ROWS SECONDS`.
+"""A bare TensorFlow process, to show what serving costs: `bare.py MODEL CORE ROWS SECONDS`.
 
-On one core, it runs the model on batches that lie in its memory, one after the other, from a line on its input on; prints rows
-a second.
+On one core, it runs the model on batches in its memory, one after the other. It begins at a line on its input, and prints rows
+per second.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""The brokers that potluck can start by itself, side by side: speed, and memory under an hour of traffic.
+"""The brokers that potluck can start itself, side by side: speed, and memory under an hour of traffic.
 
-The rival is mosquitto; `--other NAME=SCRIPT` adds a Python script that is called with HOST and PORT and prints a line that ends
-with `running` once it listens (so other embedded brokers were compared, see docs/adr/0019-the-embedded-broker.md).
+The rival is mosquitto. `--other NAME=SCRIPT` adds a Python script, called with HOST and PORT, that prints a line ending
+with `running` when it listens (other embedded brokers were compared so, see docs/adr/0019-the-embedded-broker.md).
 
-Speed: echoes one at a time and forty under way, of 100 bytes, as `echo.py` answers them. Memory: for `--minutes`, nodes that publish what
-nodes publish, and clients that come, ask, get an answer of 20 KB, and go; resident memory is noted on the way.
+Speed: echoes of 100 bytes, one at a time and forty at a time, answered by `echo.py`. Memory: for `--minutes`, nodes publish what
+nodes publish, and clients come, ask, get an answer of 20 KB, and leave; resident memory is noted meanwhile.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def client(port: int) -> aiomqtt.Client:
 
 
 async def speed(port: int, seconds: float) -> tuple[float, float]:
-    """Milliseconds of an echo alone (the median), and echoes a second with forty under way; QoS 0."""
+    """(median milliseconds of one echo alone, echoes per second with forty at a time); QoS 0."""
     script = str(Path(__file__).with_name("echo.py"))
     echo = await asyncio.create_subprocess_exec(
         sys.executable, script, "127.0.0.1", str(port), "0", preexec_fn=die_with_parent()
@@ -116,7 +116,7 @@ async def speed(port: int, seconds: float) -> tuple[float, float]:
 
 
 async def node(port: int, name: str, stop: asyncio.Event) -> int:
-    """A retained state with a will, telemetry, and small messages both ways; returns how many."""
+    """Publish a retained state with a will, telemetry, and small messages both ways; returns how many."""
     count = 0
     async with client(port) as bus:
         await bus.subscribe(f"nodes/{name}/inbox", qos=1)
@@ -131,7 +131,7 @@ async def node(port: int, name: str, stop: asyncio.Event) -> int:
 
 
 async def coordinator(port: int, stop: asyncio.Event) -> None:
-    """Hears everything, and answers questions."""
+    """Hear everything, and answer questions."""
     async with client(port) as bus:
         await bus.subscribe([("nodes/+/status", 1), ("nodes/+/telemetry", 0), ("coordinator/outbox", 1), ("ask", 1)])
         await bus.publish("coordinator/status", b"online", qos=1, retain=True)
@@ -150,7 +150,7 @@ async def coordinator(port: int, stop: asyncio.Event) -> None:
 
 
 async def clients(port: int, stop: asyncio.Event) -> tuple[int, int]:
-    """One after the other, each with an inbox of its own; (how many got their answer, how many did not within ANSWER_SECONDS)."""
+    """Clients one after the other, each with its own inbox; returns (answered, not answered within ANSWER_SECONDS)."""
     answered = failed = 0
     while not stop.is_set():
         inbox = f"clients/{uuid.uuid4().hex}/inbox"
@@ -170,7 +170,7 @@ async def clients(port: int, stop: asyncio.Event) -> tuple[int, int]:
 
 
 async def memory(port: int, process: psutil.Process, minutes: float) -> dict[str, Any]:
-    """Traffic for so long; resident MiB on the way (the first is after a tenth of the time, when all buffers have been used)."""
+    """Make traffic for this long; returns resident MiB at times (first after a tenth, when all buffers have been used)."""
     stop = asyncio.Event()
     looks: list[float] = []
     async with asyncio.TaskGroup() as tasks:
@@ -179,7 +179,7 @@ async def memory(port: int, process: psutil.Process, minutes: float) -> dict[str
         asking = tasks.create_task(clients(port, stop), name="clients")
         busy = process.cpu_times()
         for _ in range(MEMORY_LOOKS):
-            await asyncio.sleep(minutes * 60 / MEMORY_LOOKS)  # the measure is time itself
+            await asyncio.sleep(minutes * 60 / MEMORY_LOOKS)  # time itself is measured
             looks.append(round(process.memory_info().rss / 2**20, 1))
         stop.set()
     used = process.cpu_times()
@@ -223,7 +223,7 @@ async def measure(arguments: argparse.Namespace, report: Report) -> None:
             async with started(name, scripts[name], Path(folder)) as (port, _):
                 alone, rate = await speed(port, 0.5 if arguments.quick else 5.0)
                 figures[name] = {"echo_ms": round(alone, 3), "echoes_per_second": round(rate)}
-    async with asyncio.TaskGroup() as tasks:  # the hour of all brokers is the same one
+    async with asyncio.TaskGroup() as tasks:  # the hour is the same for all brokers
         for name in only:
             tasks.create_task(one(name), name=name)
     for name, found in figures.items():
@@ -249,7 +249,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a short run, to see that it works")
     parser.add_argument("--minutes", type=float, default=60, help="how long the traffic lasts (default: 60)")
     parser.add_argument("--other", action="append", default=[], metavar="NAME=SCRIPT", help="one more broker")
-    parser.add_argument("--only", action="append", metavar="NAME", help="these alone")
+    parser.add_argument("--only", action="append", metavar="NAME", help="only these")
     arguments = parser.parse_args()
     report = Report("brokers")
     asyncio.run(measure(arguments, report))

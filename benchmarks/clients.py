@@ -1,11 +1,11 @@
-"""Closed-loop clients for benchmarks of serving, in a process of their own: each asks again as soon as it has its answer.
+"""Closed-loop clients for benchmarks of serving, in their own process: each asks again as soon as it has its answer.
 
-`clients.py http URL BODY_FILE CLIENTS SECONDS`: a connection for each client, kept open, with JSON from a file.
+`clients.py http URL BODY_FILE CLIENTS SECONDS`: one open connection per client, with JSON from a file.
 `clients.py mqtt BROKER CLUSTER MODEL CLIENTS SECONDS [CONNECTIONS]`: tasks of one process that call `AsyncClient.infer` with
-a row of 64 numbers, on one connection or on as many as are given.
+a row of 64 numbers, on one connection or on the given number.
 
-Prints one JSON object. All of them are one process with an event loop, and none checks more of an answer than its status
-(MQTT: `AsyncClient` makes an array of it).
+Prints one JSON object. All clients are one process with one event loop, and check only the status of an answer
+(MQTT: `AsyncClient` also makes an array of it).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ANSWER_SECONDS = 60.0
 
 @dataclass
 class Tally:
-    """Requests that were answered after the warm-up: when (on the clock of `time.perf_counter`), and how long each took."""
+    """Requests answered after the warm-up: when (on the clock of `time.perf_counter`), and how long each took."""
 
     begin: float
     end: float
@@ -54,7 +54,7 @@ def tally(seconds: float) -> Tally:
 
 
 async def ask_in_turn(ask: Callable[[], Awaitable[Any]], into: Tally) -> None:
-    """One client: a question after the other until the time is over."""
+    """One client: one question after the other until the time is over."""
     while (started := time.perf_counter()) < into.end:
         try:
             await ask()

@@ -1,6 +1,6 @@
-"""A raw MQTT echo, the measure of what the bus itself costs: answers each message on `bench/ask` at `bench/answer`.
+"""A raw MQTT echo, to show what the bus itself costs: answers each message on `bench/ask` on `bench/answer`.
 
-Run as a process of its own: `echo.py HOST PORT QOS`.
+Run it as its own process: `echo.py HOST PORT QOS`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Machines for benchmarks of training: network namespaces with links of a given rate, each held to a part of a core.
+"""Machines for benchmarks of training: network namespaces with links of a given rate, each limited to a part of a core.
 
 Needs root, Linux, iproute2, and cgroups for quotas (version 1 or 2).
 """
@@ -27,10 +27,10 @@ BROKER_PORT = 1883
 
 
 class Hosts:
-    """A coordinator's host and one for each node below `folder`; a context manager.
+    """A host for the coordinator and one for each node, below `folder`; a context manager.
 
-    `megabits`: rate of each host's link, both ways; None: as fast as the kernel. `shares`: the part of a core that each
-    node has; each is pinned to the core of which least is taken, the largest first.
+    `megabits`: rate of each host's link, both ways; None: as fast as the kernel. `shares`: each node's part of a core.
+    Each node is pinned to the core with the most left, the largest share first.
     """
 
     def __init__(self, folder: Path, cluster: str, shares: Sequence[float], megabits: float | None = None) -> None:
@@ -71,14 +71,14 @@ class Hosts:
 
     @property
     def address(self) -> str:
-        """Of the broker."""
+        """The broker's address."""
         return f"{self._network.address(self._network.hosts[0])}:{BROKER_PORT}"
 
     def host_address(self, number: int) -> str:
         return self._network.address(self._network.hosts[number])
 
     def rest(self) -> None:
-        """Stop the nodes: their cores and links are for somebody else now."""
+        """Stop the nodes: another program needs their cores and links now."""
         for node in self.nodes:
             node.terminate()
         for node in self.nodes:
@@ -98,11 +98,11 @@ class Hosts:
         return node
 
     def inside(self, number: int, *command: str) -> list[str]:
-        """A command for host `number`: 0 is the coordinator's."""
+        """A command on host `number`; 0 is the coordinator's host."""
         return self._network.command(self._network.hosts[number], *command)
 
     def bytes_on_wire(self) -> int:
-        """Sent by all hosts since they were made, as their interfaces count them."""
+        """Bytes sent by all hosts since they were made, by their interfaces' counters."""
         total = 0
         for host in self._network.hosts:
             shown = run(*self._network.command(host, "cat", "/sys/class/net/eth0/statistics/tx_bytes"))
@@ -110,7 +110,7 @@ class Hosts:
         return total
 
     def _shape(self, host: str, megabits: float) -> None:
-        # Both directions: at the host's own end what it sends, at the bridge's end what it receives.
+        # Both directions: what it sends at the host's own end, what it receives at the bridge's end.
         number = self._network.hosts.index(host) + 1
         burst = max(32, int(megabits * 1000 / 8 * 0.004))  # KiB of 4 ms
         for where, device in ((host, "eth0"), (self._network.bridge_host, f"p{number}")):
@@ -120,7 +120,7 @@ class Hosts:
             )
 
     def _quota(self, share: float) -> list[str]:
-        """The beginning of a command line that holds what follows to a part of a core."""
+        """The beginning of a command line that limits the rest to a part of a core."""
         name = f"potluck-bench-{uuid.uuid4().hex[:8]}"
         v1, v2 = Path("/sys/fs/cgroup/cpu"), Path("/sys/fs/cgroup")
         group = (v1 if v1.is_dir() else v2) / name
@@ -156,7 +156,7 @@ class Hosts:
 
 
 def cores_for(shares: Sequence[float], cores: Sequence[int]) -> list[int]:
-    """The core of each share: two that do not fit onto one core together are kept apart where there is room."""
+    """The core for each share; two shares that are too much for one core together get different cores if possible."""
     taken = dict.fromkeys(cores, 0.0)
     found: dict[int, int] = {}
     for number in sorted(range(len(shares)), key=lambda number: -shares[number]):
@@ -179,5 +179,5 @@ def _remove_group(group: Path) -> None:
 
 
 def shell(command: Sequence[str]) -> str:
-    """What a command prints."""
+    """The output of a command."""
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=600).stdout

@@ -1,8 +1,8 @@
 """One inference of a small model over MQTT, against a raw MQTT echo through the same broker in the same run.
 
-The echo: client, broker, echo process, broker, client, with aiomqtt at both ends, TCP_NODELAY, and a message of the size
-of the inference. The inference: client, broker, coordinator, broker, node, engine and all the way back. Both at QoS 0
-unless the row says otherwise, one at a time, in turns, so that a slow minute of the machine hits both.
+The echo: client, broker, echo process, broker, client, with aiomqtt at both ends, TCP_NODELAY, and a message as large as
+the inference. The inference: client, broker, coordinator, broker, node, engine, and all the way back. Both at QoS 0
+unless the row says otherwise, one at a time, in turns, so that a slow minute of the machine affects both.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ async def timed(ask: Callable[[], Awaitable[Any]], count: int, into: list[float]
 
 @contextmanager
 def plain() -> Iterator[None]:
-    """Clients that are made within use public names of the MQTT library alone."""
+    """Clients made in this block use only public names of the MQTT library."""
     os.environ[PLAIN] = "true"
     try:
         yield

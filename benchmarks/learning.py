@@ -1,7 +1,7 @@
-"""How well rounds learn: the engine's own training and the coordinator's own outer step, node after node in one process.
+"""How well rounds learn: with the engine's own training and the coordinator's own outer step, one node after the other, in one process.
 
-No network and no clock take part, so that runs differ by their seeds alone. `sync` is one process with batches as large as those
-of all nodes together: what exact synchronous data parallelism computes.
+There is no network and no clock, so runs differ only by their seeds. `sync` is one process with batches as large as those
+of all nodes together: the result of exact synchronous data parallelism.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from support.models import Files, whole
 BATCH = 32
 ARRAYS = DataFormat(kind="arrays", inputs=("x",), target="y")
 LENGTH = 32
-"""Characters in an item of the language model."""
+"""How many characters an item of the language model has."""
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Problem:
 
 
 def language(seed: int) -> Problem:
-    """Characters of Python's own documentation: predict each from those before, with a small GRU of about 116,000 weights."""
+    """Text of Python's documentation: predict each character from those before, with a small GRU of about 116,000 weights."""
     import keras
 
     text = "\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
@@ -58,7 +58,7 @@ def language(seed: int) -> Problem:
 
 
 def handwriting(seed: int) -> Problem:
-    """The digits, and the founding example's network at 16x16 with fewer filters."""
+    """The digits, and the demo's network at 16x16 with fewer filters."""
     import keras
 
     from support.digits import split
@@ -91,7 +91,7 @@ class Worker:
 
 
 class Trial:
-    """One problem as the engine sees it, in a folder of its own."""
+    """One problem as the engine sees it, in its own folder."""
 
     def __init__(self, folder: Path, problem: Problem, workers: int) -> None:
         self.folder = folder
@@ -113,7 +113,7 @@ class Trial:
     def local(
         self, workers: int, epochs: int, rounds: int, *, lost: float = 0.0, seed: int = 0, speeds: Sequence[int] = ()
     ) -> dict[str, float]:
-        """`rounds` rounds over the same samples, each update lost with the probability `lost` (never all of a round)."""
+        """`rounds` rounds over the same samples; each update is lost with probability `lost` (but never all of a round)."""
         speeds = speeds or (1,) * workers
         rng = np.random.default_rng(seed)
         nodes = [Worker(self.folder / f"worker-{number}") for number in range(workers)]
@@ -143,7 +143,7 @@ class Trial:
         self, worker: Worker, data: tuple[DataShard, ...], weights: Path | None, number: int, samples: int, batch: int,
         compression: Compression,
     ) -> tuple[Path, Path, TrainResult]:  # fmt: skip
-        """(Update, weights before, result)."""
+        """(update, weights before, result) of one node's part of a round."""
         ref = self._put(weights)
         task = TrainTask(
             model=self.model, weights=ref, data=data, format=ARRAYS, image=None, round=number, samples=samples,
@@ -169,7 +169,7 @@ class Trial:
         return found
 
     def _put(self, path: Path | None) -> BlobRef | None:
-        """The file as a blob that tasks may name, until the next one."""
+        """The file as a blob that tasks may name, until the next call."""
         if path is None:
             return None
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,10 +1,10 @@
-"""LiteRT with whole numbers of 8 bits against TensorFlow: the founding example's network, in the real engine on one core.
+"""LiteRT with 8-bit whole numbers against TensorFlow: the demo's network, in the real engine on one core.
 
-The same process for all: an engine with one thread on a core of its own, asked over its socket from another core, two batches under
-way. Each is asked with batches of 1, 8 and 32 in turns, so that a slow minute of the machine hits all, and its best counts. What that costs in
+The same process for both: an engine with one thread on its own core, asked over its socket from another core, two batches at a
+time. It gets batches of 1, 8 and 32 in turns, so that a slow minute of the machine affects all, and the best turn counts. The cost in
 accuracy is measured on scikit-learn's digits, with the same network at 32x32, trained for a few epochs and converted by the engine.
 
-How much LiteRT gains depends on the processor: it has instructions for products of 8 bits (VNNI on x86, dot products on ARM), or not.
+How much faster LiteRT is depends on the processor: some have instructions for 8-bit products (VNNI on x86, dot products on ARM).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ FEATURES = {"avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp",
 
 
 async def start_engine(folder: Path, core: int) -> Engine:
-    """With one thread, on `core`; this process keeps its own cores."""
+    """An engine with one thread on `core`; this process keeps its own cores."""
     ours = os.sched_getaffinity(0)
     engine = Engine(folder, threads=1, limits=Limits(120, 120))
     os.sched_setaffinity(0, {core})
@@ -50,7 +50,7 @@ async def start_engine(folder: Path, core: int) -> Engine:
 
 
 async def rate(engine: Engine, replica_id: str, rows: int, seconds: float) -> float:
-    """Items a second."""
+    """Items per second."""
     request = (from_numpy("x", np.random.default_rng(0).random((rows, SIZE, SIZE, 3), np.float32)),)
     until = time.perf_counter() + seconds
 
@@ -72,7 +72,7 @@ async def rate(engine: Engine, replica_id: str, rows: int, seconds: float) -> fl
 async def throughput(
     engine: Engine, files: Files, folder: Path, turns: int, seconds: float
 ) -> dict[str, dict[int, float]]:
-    """Median of each, by runtime and rows."""
+    """Median speed by runtime and rows."""
     model = convolutional(SIZE)
     saved = exported(folder / "saved", model)
     random = np.random.default_rng(0)
@@ -99,7 +99,7 @@ async def quantized(engine: Engine, files: Files, folder: Path, model: BlobRef, 
 
 
 async def accuracies(engine: Engine, files: Files, folder: Path, epochs: int) -> tuple[float, float]:
-    """On every fifth digit, of the network as it was trained on the others, and of what was made of it."""
+    """Accuracy on every fifth digit: of the network trained on the others, and of the converted network."""
     rows, labels = digits()
     images = np.repeat(np.repeat(rows.reshape(-1, 8, 8), SMALL // 8, axis=1), SMALL // 8, axis=2)
     x = np.repeat(images[..., None], 3, axis=-1)
@@ -124,7 +124,7 @@ async def accuracies(engine: Engine, files: Files, folder: Path, epochs: int) ->
 
 
 def processor() -> str:
-    """What of it matters here."""
+    """The processor's features that matter here."""
     text = Path("/proc/cpuinfo").read_text()
     flags = next(
         (line.split(":", 1)[1] for line in text.splitlines() if line.lower().startswith(("flags", "features"))), ""

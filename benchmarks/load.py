@@ -1,10 +1,10 @@
-"""A deployment under load: the tail at 70 % of capacity, three times as much as it can do, a replica that is killed, and training beside it.
+"""A deployment under load: the tail at 70 % of capacity, three times its capacity, a killed replica, and training on the same nodes.
 
 Requests come at random times (Poisson), however slow the answers are, and each is timed from when it was due. The model takes
-five to ten milliseconds for a row of three kilobytes (it enlarges its input before the convolutions), so that engines are what limits
-and not the Python that asks. Its capacity is what 64 closed-loop clients get in the same run, just before; on a machine that is not alone on
-its processor that changes from minute to minute, so the tail and the overload are taken in turns, each after its own capacity, and the median of the
-turns counts. Nodes have one core each.
+five to ten milliseconds for a row of three kilobytes (it enlarges its input before the convolutions), so that engines are the limit,
+not the Python that asks. Its capacity is what 64 closed-loop clients get just before, in the same run. On a machine that shares its
+processor, capacity changes from minute to minute. So the tail and the overload are taken in turns, each after its own capacity, and the
+median of the turns counts. Nodes have one core each.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from potluck.wire.topics import Topics
 SIZE = 16
 DEADLINE_SECONDS = 0.5
 ANSWER_SECONDS = 20.0
-"""Who has no answer by then is not answered at all."""
+"""A request without an answer by then counts as unanswered."""
 CLOSED_LOOP_CLIENTS = 64
 WINDOW_SECONDS = 0.5
 FULL_SECONDS = 6.0
@@ -61,7 +61,7 @@ def network(path: Path) -> Path:
 
 @dataclass
 class Answers:
-    """Of requests that were due from `started` on: when each was due, how long it took, and what it failed with."""
+    """Outcomes of requests that were due from `started` on: when each was due, how long it took, and its error."""
 
     started: float
     due: list[float] = field(default_factory=list)
@@ -81,13 +81,13 @@ class Answers:
         return dict(Counter(code for code in self.codes if code))
 
     def p99_between(self, begin: float, end: float) -> float:
-        """Of those that were due in this time; 0 when there were none."""
+        """The p99 of requests that were due in this time; 0 for none."""
         found = sorted(s for s, due in zip(self.seconds, self.due, strict=True) if begin <= due < end)
         return found[min(len(found) - 1, int(0.99 * len(found)))] if found else 0.0
 
 
 class Asker:
-    """Asks one deployed model by MQTT, at QoS 0."""
+    """Asks one deployed model over MQTT, at QoS 0."""
 
     def __init__(self, bus: MqttBus, topics: Topics, model: str, tensor: Tensor) -> None:
         self._bus = bus
@@ -106,7 +106,7 @@ class Asker:
         into.add(due, code)
 
     async def closed_loop(self, clients: int, seconds: float) -> float:
-        """Answers a second that so many clients get who ask one after the other, after a second to warm up."""
+        """Answers per second for this many clients that each ask again after each answer, after a second of warm-up."""
         begin = time.perf_counter() + 1.0
         answers = Answers(begin)
 
@@ -118,7 +118,7 @@ class Asker:
         return sum(due >= 0.0 for due in answers.due) / seconds
 
     async def open_loop(self, per_second: float, seconds: float, deadline_seconds: float = 0.0) -> Answers:
-        """Answers to requests that come at this rate, whatever becomes of them."""
+        """Outcomes of requests that come at this rate, however they end."""
         rng = random.Random(0)
         due = time.perf_counter()
         answers, end = Answers(due), due + seconds
@@ -132,7 +132,7 @@ class Asker:
 
 @dataclass
 class Turn:
-    """What a deployment did within half a minute: its capacity (answers a second), latencies at 70 % of that, and answers to three times as much."""
+    """Half a minute of a deployment: its capacity (answers per second), latencies at 70 % of it, and answers at three times of it."""
 
     capacity: float
     steady: dict[str, float]
@@ -145,7 +145,7 @@ class Turn:
 
     @property
     def goodput(self) -> float:
-        """Answers a second that came in time."""
+        """Answers per second that came in time."""
         return sum(seconds <= DEADLINE_SECONDS for seconds in self.flood.good) / self.seconds
 
     def told(self) -> dict[str, Any]:
@@ -175,14 +175,14 @@ async def asker(cluster: LocalCluster, model: str, array: np.ndarray[Any, Any]) 
 
 
 def resident_bytes(daemons: list[Daemon]) -> int:
-    """Of these daemons, and what they started."""
+    """Resident memory of these daemons and their children."""
     processes = [psutil.Process(daemon.pid) for daemon in daemons]
     processes += [child for process in processes for child in process.children(recursive=True)]
     return sum(process.memory_info().rss for process in processes)
 
 
 def row_of(label: str, per_second: float, found: dict[str, float]) -> tuple[str, ...]:
-    """Of the report."""
+    """A row of the report."""
     return label, f"{per_second:.0f}", f"{found['p50_ms']:.1f}", f"{found['p99_ms']:.1f}"
 
 
@@ -201,7 +201,7 @@ async def tail_and_overload(cluster: LocalCluster, model: Path, seconds: float, 
             steady = await load.open_loop(0.7 * capacity, seconds)
             flood = await load.open_loop(3 * capacity, seconds, DEADLINE_SECONDS)
             turns.append(Turn(capacity, percentiles(steady.good), flood, seconds))
-            before = before or resident_bytes(daemons)  # what a flood takes at first, it keeps
+            before = before or resident_bytes(daemons)  # memory that a flood takes at first is kept
         grown = resident_bytes(daemons) / before
     report.figures["turns"] = [turn.told() for turn in turns]
     for at, turn in enumerate(turns, start=1):
@@ -214,7 +214,7 @@ async def tail_and_overload(cluster: LocalCluster, model: Path, seconds: float, 
 
 
 async def kill(cluster: LocalCluster, model: Path, seconds: float, report: Report) -> None:
-    """Checks `kill_failures` and `kill_p99_seconds`: of two replicas one gets SIGKILL, with its node, under load."""
+    """Checks `kill_failures` and `kill_p99_seconds`: one of two replicas gets SIGKILL, with its node, under load."""
     row = np.random.default_rng(0).random((1, SIZE, SIZE, 3), np.float32)
     async with AsyncClient(f"{cluster.broker_host}:{cluster.broker_port}", cluster=cluster.cluster) as client:
         await client.register(model, "pair")
@@ -230,7 +230,7 @@ async def kill(cluster: LocalCluster, model: Path, seconds: float, report: Repor
     usual = answers.p99_between(0.5, at)
     windows = [at + number * WINDOW_SECONDS for number in range(int((3 * seconds - at) / WINDOW_SECONDS))]
     slow = [begin for begin in windows if answers.p99_between(begin, begin + WINDOW_SECONDS) > 2 * usual]
-    # Until the first window from which on two in a row are as before: later ones may be slow by chance.
+    # The first window from which on two in a row are as before: later windows may be slow by chance.
     back = next((begin for begin in windows if begin not in slow and begin + WINDOW_SECONDS not in slow), 3 * seconds)
     report.figures["kill"] = {
         "per_second": round(0.25 * capacity, 1), "asked": len(answers.due), "failures": answers.failures(),
@@ -242,7 +242,7 @@ async def kill(cluster: LocalCluster, model: Path, seconds: float, report: Repor
 
 
 async def trained(job: AsyncJob, samples: int) -> None:
-    """Return when the job has trained on more than so many. Raises TimeoutError."""
+    """Return when the job has trained on more samples than this. Raises TimeoutError."""
     async with asyncio.timeout(60):
         async for progress in job.progress():
             if progress.done > samples:
@@ -250,7 +250,7 @@ async def trained(job: AsyncJob, samples: int) -> None:
 
 
 async def beside_training(cluster: LocalCluster, model: Path, seconds: float, report: Report) -> None:
-    """Check `give_way_p99`: p99 beside training with an objective, over the same without, both while one job trains."""
+    """Checks `give_way_p99`: p99 with an objective over p99 without, both while a job trains on the same nodes."""
     rng = np.random.default_rng(0)
     row = rng.random((1, SIZE, SIZE, 3), np.float32)
     data = rng.random((256, SIZE, SIZE, 3), np.float32), rng.integers(0, 10, 256)
@@ -264,7 +264,7 @@ async def beside_training(cluster: LocalCluster, model: Path, seconds: float, re
             found["no training"] = percentiles((await load.open_loop(rate, seconds)).good)
             tight = (
                 2 * found["no training"]["p50_ms"] / 1000
-            )  # half of it is what an answer takes when nothing is in its way
+            )  # half of it is the time of an answer when nothing disturbs it
             job = await client.train(str(model), data, epochs=1_000, batch_size=64, strategy="local")
             await trained(job, 0)
             for kind, objective in (("training goes on", 0.0), ("training gives way", tight)):
@@ -272,7 +272,7 @@ async def beside_training(cluster: LocalCluster, model: Path, seconds: float, re
                 await load.open_loop(rate, 2.0)
                 found[kind] = percentiles((await load.open_loop(rate, 2 * seconds)).good)
             done = (await job.status()).progress.done
-            await trained(job, done)  # it goes on when it is quiet
+            await trained(job, done)  # training goes on when it is quiet
             await client.cancel(job.id)
     for kind, values in found.items():
         report.rows.append(row_of(f"beside training: {kind}", rate, values))
@@ -283,7 +283,7 @@ async def beside_training(cluster: LocalCluster, model: Path, seconds: float, re
 
 
 def one_replica(quick: bool, report: Report) -> None:
-    """What one replica does under load, and beside training."""
+    """One replica under load, and beside training."""
     with tempfile.TemporaryDirectory(prefix="potluck-bench-") as name:
         model = network(Path(name) / "net.keras")
         with LocalCluster(Path(name) / "one", cluster="load", nodes=1, discovery=False, cores=[1]) as cluster:
@@ -292,7 +292,7 @@ def one_replica(quick: bool, report: Report) -> None:
 
 
 def two_replicas(quick: bool, report: Report) -> None:
-    """What remains of two replicas when one is killed."""
+    """Two replicas, of which one is killed."""
     with tempfile.TemporaryDirectory(prefix="potluck-bench-") as name:
         model = network(Path(name) / "net.keras")
         with LocalCluster(Path(name) / "two", cluster="load", nodes=2, discovery=False, cores=[0, 1]) as cluster:
@@ -307,7 +307,7 @@ PARTS: dict[Callable[[bool, Report], None], tuple[str, ...]] = {
     one_replica: ("tail", "overload_goodput", "overload_unanswered", "overload_memory", "give_way_p99"),
     two_replicas: ("kill_failures", "kill_p99_seconds"),
 }
-"""And the checks that each makes."""
+"""The parts, and the checks that each makes."""
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What a model takes in an engine at most, beside an idle engine, against the size of its file.
+"""The most memory that a model takes in an engine, above an idle engine, against the size of its file.
 
 `--only NAME` runs one check. Needs Linux: the kernel keeps the peak of a process's resident memory.
 """
@@ -27,7 +27,7 @@ WIDTH = 1024
 
 
 def network(megabytes: int, folder: Path, *, layers: int) -> Path:
-    """A compiled model of so many MB, in so many equal layers or in one, and SGD, which keeps nothing."""
+    """A compiled model of this many MB, in this many equal layers, with SGD, which keeps no state."""
     import keras
 
     path = folder / f"model-{layers}.keras"
@@ -42,7 +42,7 @@ def network(megabytes: int, folder: Path, *, layers: int) -> Path:
 
 
 class Peak:
-    """The most resident memory of a process since this was made, in bytes (proc_pid_status(5), VmHWM)."""
+    """The peak of a process's resident memory since this was made, in bytes (proc_pid_status(5), VmHWM)."""
 
     def __init__(self, engine: Engine) -> None:
         assert engine.pid is not None
@@ -61,12 +61,12 @@ class Peak:
 
 
 async def serve(lab: Lab, path: Path) -> None:
-    """Loading it as a replica, and batches of all sizes, as that warms it up."""
+    """Load it as a replica, with batches of all sizes to warm up."""
     await lab.engine.load_model("replica", path)
 
 
 async def train(lab: Lab, path: Path) -> None:
-    """Getting ready and two rounds, as a node has them."""
+    """Get ready, and two rounds, as on a node."""
     model = lab.files.put(await asyncio.to_thread(path.read_bytes))
     x = np.random.default_rng(0).normal(size=(64, WIDTH)).astype(np.float32)
     data = lab.files.arrays(1, x=x, y=x[:, :1])

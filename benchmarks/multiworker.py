@@ -1,7 +1,7 @@
 """The rival of `training.py`: one worker of TensorFlow's MultiWorkerMirroredStrategy, in a custom loop (Keras 3 has no `fit` for it).
 
-`python multiworker.py INDEX ADDRESSES MODEL DATA STEPS BATCH` trains on the class folders in DATA, of which each worker takes
-every n-th image; prints one JSON object: seconds a step, and the accuracy on all images of DATA at the end with --accuracy.
+`python multiworker.py INDEX ADDRESSES MODEL DATA STEPS BATCH` trains on the class folders in DATA; each worker takes
+every n-th image. Prints one JSON object: seconds per step, and with --accuracy the accuracy on all those images at the end.
 """
 
 from __future__ import annotations

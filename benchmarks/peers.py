@@ -1,8 +1,8 @@
-"""Other servers of models, each in an environment of its own below `.cache/`, made when first needed (about 2 GB each).
+"""Other model servers, each in its own environment below `.cache/`, made when first needed (about 2 GB each).
 
 Each is set up as its documentation advises for throughput on one machine: MLServer in its own process with adaptive batching
-(its parallel workers do not start beside the current uvloop), Ray Serve with `serve.batch` and its throughput settings, LitServe
-with batching and its fast queue, BentoML with an adaptive batch; one process each computes, as one node of ours does.
+(its parallel workers do not start with the current uvloop), Ray Serve with `serve.batch` and its throughput settings, LitServe
+with batching and its fast queue, BentoML with an adaptive batch. One process of each computes, like one node of ours.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ PACKAGES = {
     "bentoml": ("bentoml==1.4.40", *TENSORFLOW),
     "dask": ("distributed==2026.8.0",),
 }
-"""Of each environment; together they cannot be installed."""
+"""Packages of each environment; they cannot be installed together."""
 FOLDER = Path(__file__).parents[1] / ".cache" / "peers"
 APPS = Path(__file__).with_name("peer_apps")
 READY_SECONDS = 120.0
 
 
 def install(*names: str) -> None:
-    """Make the environments of these, unless they are there. Raises CalledProcessError."""
+    """Make the environments for these, if they are missing. Raises CalledProcessError."""
     for name in names:
         packages = PACKAGES[name]
         folder, stamp = FOLDER / name, FOLDER / name / "installed"
@@ -54,7 +54,7 @@ def install(*names: str) -> None:
 
 
 class Peer(ABC):
-    """A server of the model at `path`, from `__enter__` to `__exit__`; it takes requests at `url`."""
+    """A server of the model at `path`, between `__enter__` and `__exit__`; it takes requests at `url`."""
 
     def __init__(self, name: str, folder: Path) -> None:
         self.name = name
@@ -74,13 +74,13 @@ class Peer(ABC):
 
     @abstractmethod
     def _start(self) -> None:
-        """Run it, and return once it answers."""
+        """Run it, and return when it answers."""
 
     def _stop(self) -> None:
         self._process.send_signal(signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(20)
-        with suppress(ProcessLookupError):  # what it started and did not end: LitServe leaves its workers
+        with suppress(ProcessLookupError):  # children that it did not end: LitServe leaves its workers
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
@@ -92,7 +92,7 @@ class Peer(ABC):
             )  # fmt: skip
 
     def _wait(self, body: bytes) -> None:
-        """Until it answers."""
+        """Wait until it answers."""
         deadline = time.monotonic() + READY_SECONDS
         while True:
             try:
@@ -157,7 +157,7 @@ class RayServe(Peer):
 
     def _stop(self) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.close()  # asks it to put down what it started
+        self._process.stdin.close()  # asks it to stop what it started
         try:
             self._process.wait(30)
         except subprocess.TimeoutExpired:
@@ -179,7 +179,7 @@ class LitServe(Peer):
 
 
 class BentoML(Peer):
-    """`body` is JSON as it takes it: `{"inputs": rows}`."""
+    """`body` is its form of JSON: `{"inputs": rows}`."""
 
     def __init__(self, name: str, folder: Path, model: Path, body: bytes) -> None:
         super().__init__(name, folder)
@@ -205,7 +205,7 @@ class BentoML(Peer):
 
 
 def ask(url: str, body: bytes) -> dict[str, object]:
-    """One request. Raises OSError."""
+    """Send one request. Raises OSError."""
     request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=10) as answer:
         found: dict[str, object] = json.load(answer)
@@ -213,7 +213,7 @@ def ask(url: str, body: bytes) -> dict[str, object]:
 
 
 def _environment() -> dict[str, str]:
-    """Ours, without what would send their Python to our packages."""
+    """Our environment, without variables that would lead their Python to our packages."""
     return {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "POTLUCK_", "VIRTUAL_"))} | {
         "TF_CPP_MIN_LOG_LEVEL": "3", "KERAS_BACKEND": "tensorflow",
     }  # fmt: skip

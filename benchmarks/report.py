@@ -16,7 +16,7 @@ from rich.table import Table
 
 @dataclass
 class Report:
-    """Figures, and checks of them against what must hold."""
+    """Measurements, and checks against their bounds."""
 
     benchmark: str
     figures: dict[str, Any] = field(default_factory=dict)
@@ -49,25 +49,25 @@ def percentiles(seconds: Sequence[float]) -> dict[str, float]:
 
 
 class OtherLoad:
-    """How busy other programs kept this machine since it was made: on a busy machine a check that fails says little."""
+    """How busy other programs have kept this machine since this was made: on a busy machine, a failed check says little."""
 
     def __init__(self) -> None:
         self._started = time.monotonic()
         self._busy, self._ours = _machine_seconds(), _own_seconds()
 
     def cores(self) -> float:
-        """Cores that they used on average."""
+        """The cores that other programs used on average."""
         theirs = (_machine_seconds() - self._busy) - (_own_seconds() - self._ours)
         return max(0.0, theirs / (time.monotonic() - self._started))
 
 
 def _machine_seconds() -> float:
-    """CPU time that all programs (and other guests of the host: steal) have used."""
+    """CPU time that all programs have used (and other guests of the host: steal)."""
     times = psutil.cpu_times()
-    return float(sum(times[:-2]) - times.idle - times.iowait)  # the last two, guest times, are in user and nice
+    return float(sum(times[:-2]) - times.idle - times.iowait)  # the last two, guest times, are part of user and nice
 
 
 def _own_seconds() -> float:
-    """CPU time of this process and what it started."""
+    """CPU time of this process and its children."""
     this = psutil.Process()
     return float(sum(sum(process.cpu_times()[:4]) for process in (this, *this.children(recursive=True))))

@@ -1,8 +1,8 @@
-"""One coordinator and very many nodes: shards a second of its CPU time, at rest, as all join at once, and beside Dask's scheduler.
+"""One coordinator and very many nodes: shards per second of its CPU time, at rest, when all join at once, and against Dask's scheduler.
 
-The nodes are simulated (`simulated.py`: real MQTT, no TensorFlow, results at once); the coordinator, its journal and mosquitto are
-real. The simulator wants CPU too, so that both the coordinator's CPU time and wall time are measured. A job evaluates made-up items, one
-batch a shard; shards count when the coordinator has acknowledged their results, which are in its journal then.
+The nodes are simulated (`simulated.py`: real MQTT, no TensorFlow, instant results); the coordinator, its journal and mosquitto are
+real. The simulator needs CPU too, so both the coordinator's CPU time and wall time are measured. A job evaluates made-up items, one
+batch per shard. A shard counts when the coordinator has acknowledged its result: then the result is in its journal.
 """
 
 from __future__ import annotations
@@ -64,14 +64,14 @@ from potluck.wire.topics import Topics
 BATCH = 32
 SHARDS = 10
 ITEMS = 100_000_000
-"""Of the data set: more than any job here comes to."""
+"""Items of the data set: more than any job here reaches."""
 FILES = 16_384
-"""That this process and what it starts may have open."""
+"""Files that this process and its children may open."""
 JOIN_SECONDS = 120.0
 
 
 class Cluster:
-    """A coordinator with a broker and `count` simulated nodes; `settings` are the coordinator's, as its environment has them."""
+    """A coordinator with a broker and `count` simulated nodes; `settings` go to the coordinator's environment."""
 
     def __init__(self, folder: Path, count: int, *, wait: bool = True) -> None:
         self.name = f"scale-{uuid.uuid4().hex[:6]}"
@@ -155,7 +155,7 @@ class Cluster:
         await self.ask(CancelJob(job_id=job_id))
 
     async def counts(self) -> dict[str, float]:
-        """What the simulated nodes have done."""
+        """Counts of what the simulated nodes have done."""
         assert self.simulator.stdin is not None
         assert self.simulator.stdout is not None
         self.simulator.stdin.write(b"\n")
@@ -163,12 +163,12 @@ class Cluster:
         return found
 
     def cpu(self) -> float:
-        """Seconds of CPU that the coordinator has used, without its broker."""
+        """CPU seconds that the coordinator has used, without its broker."""
         times = self.process.cpu_times()
         return float(times.user + times.system)
 
     async def measure(self, seconds: float) -> dict[str, float]:
-        """Shards, and the coordinator's CPU seconds, in so many seconds."""
+        """Shards done in this time, and the coordinator's CPU seconds."""
         before, cpu, at = await self.counts(), self.cpu(), time.monotonic()
         broker = _broker_cpu(self.process)
         await asyncio.sleep(seconds)
@@ -213,7 +213,7 @@ async def _stop(process: asyncio.subprocess.Process) -> None:
 
 
 async def shards(folder: Path, report: Report, nodes: int, jobs: int, seconds: float) -> dict[str, float]:
-    """`jobs` jobs on so many nodes."""
+    """`jobs` jobs on this many nodes."""
     async with Cluster(folder, nodes) as cluster:
         submitted = [await cluster.submit() for _ in range(jobs)]
         await asyncio.sleep(min(3.0, seconds))
@@ -233,7 +233,7 @@ async def shards(folder: Path, report: Report, nodes: int, jobs: int, seconds: f
 
 
 async def rest(folder: Path, report: Report, nodes: int, seconds: float) -> dict[str, float]:
-    """Nodes that have nothing to do; how long it took until all were listed."""
+    """Idle nodes; and how long it took until all were listed."""
     async with Cluster(folder, nodes) as cluster:
         joined = time.monotonic() - cluster.joining_at
         joining_cpu = cluster.cpu() - cluster.idle_cpu
@@ -260,7 +260,7 @@ async def rest(folder: Path, report: Report, nodes: int, seconds: float) -> dict
 
 
 def deciding_seconds(nodes: int, turns: int) -> float:
-    """Of one decision (a lease), where a tenth of the nodes has a free slot: the view of the nodes and the plan of one job, in memory."""
+    """Seconds of one decision (a lease) with free slots on a tenth of the nodes: their view, and one job's plan, in memory."""
     membership, topics = Membership(timeout_seconds=1e9), Topics("plan")
     outbox: Any = SimpleNamespace(publish=lambda *_, **__: None)
     leases = Leases(
@@ -308,7 +308,7 @@ def deciding_seconds(nodes: int, turns: int) -> float:
 
 
 async def dask(report: Report, workers: int, tasks: int, seconds: float) -> dict[str, float]:
-    """The CPU time of Dask's scheduler a task, with so many simulated workers, asked for `tasks` at a time."""
+    """CPU time of Dask's scheduler per task, with this many simulated workers and `tasks` tasks at a time."""
     peers.install("dask")
     python, script = str(peers.FOLDER / "dask" / "bin" / "python"), str(peers.APPS / "dask_app.py")
     async with AsyncExitStack() as stack:
@@ -397,8 +397,8 @@ async def run(folder: Path, report: Report, only: Callable[[str], bool], *, quic
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="few nodes, briefly: that it works, not what it says")
-    parser.add_argument("--only", choices=CHECKS, action="append", help="these checks alone")
+    parser.add_argument("--quick", action="store_true", help="few nodes, for a short time: to see that it works")
+    parser.add_argument("--only", choices=CHECKS, action="append", help="only these checks")
     given = parser.parse_args()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(FILES, hard)), hard))

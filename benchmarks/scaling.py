@@ -1,7 +1,7 @@
-"""`predict` over two nodes, each pinned to a core of its own, against one such node on the same work in the same run.
+"""`predict` on two nodes, each pinned to its own core, against one such node, on the same work in the same run.
 
-The work: the founding example's network over many images of 64x64, packed once. Each count of nodes has a cluster of its
-own on the same cores; both stand all the time, and work in turns, so that a slow minute of the machine hits both.
+The work: the demo's network over many images of 64x64, packed once. Each number of nodes has its own cluster on the
+same cores. Both clusters stay up, and work in turns, so that a slow minute of the machine affects both.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NODES = (1, 2)
 
 
 def cnn(path: Path) -> Path:
-    """The founding example's network at SIZE x SIZE, as a `.keras` file."""
+    """The demo's network at SIZE x SIZE, as a `.keras` file."""
     import keras
 
     model = keras.Sequential([keras.Input((SIZE, SIZE, 3))])
@@ -41,7 +41,7 @@ def cnn(path: Path) -> Path:
 
 
 class Rig:
-    """A cluster of `nodes` nodes, a core each, that has the images and the model; its engines are started, and warm."""
+    """A cluster of `nodes` nodes, one core each, with the images and the model; its engines are warm."""
 
     def __init__(self, stack: ExitStack, folder: Path, model: Path, images: np.ndarray, nodes: int) -> None:
         cores = sorted(os.sched_getaffinity(0))[:2]
@@ -63,7 +63,7 @@ class Rig:
         self.predict()
 
     def predict(self) -> tuple[float, np.ndarray]:
-        """Items per second, from asking to having the answer; and the answer."""
+        """(items per second from the question to the answer, the answer)."""
         started = time.perf_counter()
         found = self._client.predict("cnn", "images").wait(timeout=600)
         return self._items / (time.perf_counter() - started), found.predictions

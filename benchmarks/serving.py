@@ -1,10 +1,10 @@
-"""Models that are served: against MLServer, Ray Serve, LitServe and BentoML, against bare TensorFlow, and while a version is replaced.
+"""Served models: against MLServer, Ray Serve, LitServe and BentoML, against bare TensorFlow, and while a version is replaced.
 
-The small model (64-128-10) is asked by closed-loop clients, 1, 8 and 32 of them, in one process beside the server (see
-clients.py); servers and clients share all cores, and run in turn. Over HTTP everybody gets the same JSON. Over MQTT the clients
-are tasks of one `AsyncClient`; a row says what as many connections do. How soon one client has its answer is measured apart, a
-second at each server after the other, so that a slow minute of the machine hits all. `--only NAME` runs what one check needs.
-`--quick` runs nobody else's servers.
+1, 8 and 32 closed-loop clients ask the small model (64-128-10), in one process beside the server (see clients.py). Servers
+and clients share all cores, and run in turn. Over HTTP, all servers get the same JSON. Over MQTT, the clients are tasks of
+one `AsyncClient`; another row has as many connections. How soon a single client has its answer is measured separately, one
+second at each server in turn, so that a slow minute of the machine affects all. `--only NAME` runs what one check needs.
+`--quick` runs only our own server.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from potluck.local_cluster import LocalCluster
 CLIENTS = (1, 8, 32)
 BATCH = 32
 BATCH_SECONDS = 0.001
-"""How long the others' batches wait for more."""
+"""How long the other servers' batches wait for more requests."""
 TURN_SECONDS = 1.0
 SIZE = 128
 
@@ -51,22 +51,22 @@ class Lab:
         self.seconds = 1.5 if quick else 5.0
         self.turns = 1 if quick else turns
         self.rivals: tuple[str, ...] = ("mlserver", "ray", "litserve", "bentoml")
-        """Whom `throughput` measures beside us."""
+        """The servers that `throughput` measures beside ours."""
         self.row = np.random.default_rng(0).random((1, 64), np.float32)
         self.body = folder / "body.json"
         tensor = {"name": "x", "datatype": "FP32", "shape": [1, 64], "data": self.row.ravel().tolist()}
         self.body.write_text(json.dumps({"inputs": [tensor]}))
         self.rows = folder / "rows.json"
-        """The same for a server that takes arrays by the name of an argument."""
+        """The same body for a server that takes arrays by the name of an argument."""
         self.rows.write_text(json.dumps({"inputs": self.row.tolist()}))
 
     def mlp(self, version: int = 1) -> Path:
-        """Each time it is made it has other weights."""
+        """A small model; it gets other weights each time."""
         path = self.folder / f"mlp-{version}.keras"
         return path if path.exists() else small_model(path)
 
     def cnn(self) -> Path:
-        """The founding example's network: 12.9 million weights at 128 x 128."""
+        """The demo's network: 12.9 million weights at 128 x 128."""
         import keras
 
         keras.utils.set_random_seed(0)
@@ -81,7 +81,7 @@ class Lab:
         return path
 
     def clients(self, *arguments: object) -> dict[str, Any]:
-        """What clients in a process of their own measured."""
+        """The measurements of clients in their own process."""
         command = [sys.executable, str(Path(__file__).with_name("clients.py")), *map(str, arguments)]
         done = subprocess.run(
             command, check=True, stdout=subprocess.PIPE, text=True, timeout=300, preexec_fn=die_with_parent()
@@ -93,11 +93,11 @@ class Lab:
 
 
 Measured = dict[int, dict[str, Any]]
-"""By number of clients."""
+"""Measurements by number of clients."""
 
 
 def throughput(lab: Lab, report: Report) -> None:
-    """The small model behind everybody's server, in turns."""
+    """The small model on every server, in turns."""
     found: dict[str, list[Measured]] = {}
     for turn in range(lab.turns):
         for name, measured in _ours(lab, turn).items():
@@ -134,10 +134,10 @@ def throughput(lab: Lab, report: Report) -> None:
 
 
 def alone(lab: Lab, report: Report) -> None:
-    """One client of the small model, a second at each server after the other.
+    """One client of the small model, one second at each server in turn.
 
-    The check is against MLServer as it is set up for many clients, as in `throughput`; a figure beside it says what it is against one
-    that does not batch, which has its one client's answer sooner and many clients' later.
+    The check is against MLServer set up for many clients, as in `throughput`. A second ratio is against MLServer without batching,
+    which answers one client sooner and many clients later.
     """
     body, model, folder = lab.body.read_bytes(), lab.mlp(), lab.folder / "alone"
     with ExitStack() as stack:
@@ -220,9 +220,9 @@ def _others(lab: Lab, turn: int) -> dict[str, Measured]:
 
 
 def cnn(lab: Lab, report: Report) -> None:
-    """The founding example's network on two nodes, a core each, and in two bare processes on the same cores, in turns.
+    """The demo's network on two nodes, one core each, and in two bare processes on the same cores, in turns.
 
-    Clients are tasks of one `AsyncClient`, three for each node, and ask for 32 images at a time: an array as `infer` takes it.
+    Clients are tasks of one `AsyncClient`, three for each node, and ask for 32 images at a time: an array, as `infer` takes it.
     """
     model = lab.cnn()
     cores = sorted(os.sched_getaffinity(0))[:2]
@@ -254,7 +254,7 @@ def cnn(lab: Lab, report: Report) -> None:
 
 
 async def _batches(cluster: LocalCluster, lab: Lab) -> float:
-    """Images a second."""
+    """Images per second."""
     rng = np.random.default_rng(1)
     async with AsyncClient(f"{cluster.broker_host}:{cluster.broker_port}", cluster=cluster.cluster) as client:
         into = tally(lab.seconds)
@@ -263,7 +263,7 @@ async def _batches(cluster: LocalCluster, lab: Lab) -> float:
                 images = rng.random((BATCH, SIZE, SIZE, 3), np.float32)
 
                 def ask(images: Any = images) -> Any:
-                    images[0, 0, 0, 0] = rng.random()  # never the same twice: what a store knows it is not sent again
+                    images[0, 0, 0, 0] = rng.random()  # never the same twice: a store does not send again what it knows
                     return client.infer("cnn", images)
 
                 tasks.create_task(ask_in_turn(ask, into))
@@ -273,7 +273,7 @@ async def _batches(cluster: LocalCluster, lab: Lab) -> float:
 
 
 def _bare(model: Path, cores: list[int], seconds: float, **environment: str) -> float:
-    """Images a second of two processes together: TensorFlow as it comes, or as `environment` has it."""
+    """Images per second of two processes together: TensorFlow by default, or set up by `environment`."""
     script = str(Path(__file__).with_name("bare.py"))
     with ExitStack() as stack:
         processes = [
@@ -296,7 +296,7 @@ def _bare(model: Path, cores: list[int], seconds: float, **environment: str) -> 
 
 
 def swap(lab: Lab, report: Report) -> None:
-    """A new version takes the place of the old one while eight clients ask."""
+    """A new version replaces the old one while eight clients ask."""
     with LocalCluster(lab.folder / "swap", cluster="swap", nodes=2, discovery=False) as cluster:
         asyncio.run(_swap(cluster, lab, report))
 
@@ -342,7 +342,7 @@ async def _swap(cluster: LocalCluster, lab: Lab, report: Report) -> None:
 
 
 async def eventually_alone(client: AsyncClient) -> None:
-    """Until the old version, which stands by for half a minute, is gone."""
+    """Wait until the old version, which is kept for half a minute, is gone."""
     async with asyncio.timeout(60):
         while len(await client.deployments()) > 1:  # noqa: ASYNC110 - asked for over the bus
             await asyncio.sleep(1.0)
@@ -353,8 +353,8 @@ STEADY_WINDOWS = 4
 
 
 def recovery_seconds(into: Tally, before: float, after: float) -> tuple[float, int]:
-    """How long after `after` the 99th percentile, of windows of half a second, was back below twice the highest before `before`, for
-    two seconds at least; and in how many windows it was above again, later: a hiccup of the machine, or of what goes on then.
+    """How long after `after` the 99th percentile (of windows of half a second) was back below twice its highest value before `before`, for
+    at least two seconds; and how many later windows were above that again, because of the machine or of other work.
     """
     usual = max(_percentiles_99(into, into.begin, before).values())
     late = [p99 > 2 * usual for _, p99 in sorted(_percentiles_99(into, after, into.end).items())]
@@ -363,7 +363,7 @@ def recovery_seconds(into: Tally, before: float, after: float) -> tuple[float, i
 
 
 def _percentiles_99(into: Tally, start: float, stop: float) -> dict[float, float]:
-    """By the end of each window."""
+    """The 99th percentiles by the end of each window."""
     windows: dict[float, list[float]] = {}
     for finished, seconds in zip(into.finished, into.seconds, strict=True):
         if start <= finished < stop:
@@ -373,7 +373,7 @@ def _percentiles_99(into: Tally, start: float, stop: float) -> dict[float, float
 
 
 def under_load(part: Callable[[bool, Report], None]) -> Callable[[Lab, Report], None]:
-    """A part of load.py, which has a model and clusters of its own."""
+    """A part of load.py, which has its own model and clusters."""
     return lambda lab, report: part(lab.quick, report)
 
 
@@ -388,7 +388,7 @@ PARTS: dict[Callable[[Lab, Report], None], tuple[str, ...]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a short run of our own alone, to see that it works")
+    parser.add_argument("--quick", action="store_true", help="a short run of only our own server, to see that it works")
     names = [name for checks in PARTS.values() for name in checks]
     parser.add_argument("--only", choices=names, help="run only what this check needs")
     parser.add_argument("--turns", type=int, default=2, help="how often everybody is measured")

@@ -1,11 +1,11 @@
-"""Nodes that only seem to compute, many in one process: real MQTT connections and real messages, and no TensorFlow.
+"""Simulated nodes, many in one process: real MQTT connections and real messages, but no TensorFlow.
 
-Each does what a node does on the bus: it is born with a will, says its capacity, hears the coordinator, tells of itself every few
-seconds, takes leases and has their results at once. What a chunk took is made up, so that chunks stay of one batch.
+Each does what a node does on the bus: publishes a birth with a will, and its capacity, hears the coordinator, sends telemetry every
+few seconds, takes leases and returns results at once. Its computing time is made up, so that each chunk is one batch.
 
     python benchmarks/simulated.py 127.0.0.1:1883 scale 1000
 
-prints `joined` once all are there, and then a line of JSON with what was done for each line that it reads.
+prints `joined` when all have joined. For each line that it reads, it prints a line of JSON with what was done.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ from potluck.wire.messages import (
 from potluck.wire.topics import Topics
 
 CHUNK_SECONDS = 3.0
-"""What a batch seems to take: as long as the coordinator wants a chunk to be."""
+"""The made-up time of a batch: as long as the coordinator wants a chunk to be."""
 TELEMETRY_SECONDS = 5.0
-"""As a node's settings have it."""
+"""As in a node's settings."""
 KEEPALIVE_SECONDS = 60
 AT_ONCE = 100
 """Connections that are opened at the same time."""
 
 
 class Counts:
-    """What all nodes have done together."""
+    """Counts of what all nodes have done together."""
 
     def __init__(self) -> None:
         self.leased = self.acknowledged = self.refused = self.joined = 0
@@ -179,7 +179,7 @@ class Node(asyncio.Protocol):
 
 
 async def simulate(host: str, port: int, cluster: str, count: int) -> None:
-    """Until standard input ends."""
+    """Run until standard input ends."""
     loop = asyncio.get_running_loop()
     topics, counts = Topics(cluster), Counts()
     slots = asyncio.Semaphore(AT_ONCE)

@@ -1,4 +1,4 @@
-"""Training over real links: machines are network namespaces with shaped links, each node held to (a part of) a core.
+"""Training over real links: machines are network namespaces with shaped links, each node limited to (a part of) a core.
 
 `--only NAME` runs what one check needs (see CHECKS). Needs root and Linux; every check is a ratio of one run on one machine.
 """
@@ -54,7 +54,7 @@ class Lab:
         return folder
 
     def cnn(self, size: int = SIZE) -> Path:
-        """The founding example's network: 12.9 million weights at 128 x 128."""
+        """The demo's network: 12.9 million weights at 128 x 128."""
         path = self.folder / f"cnn-{size}.keras"
         if not path.exists():
             import keras
@@ -78,7 +78,7 @@ class Lab:
 
 
 def potluck(hosts: Hosts, *arguments: str) -> dict[str, Any]:
-    """The command line on the coordinator's host; what `--json` prints."""
+    """Run the command line on the coordinator's host; returns its `--json` output."""
     command = hosts.inside(
         0, sys.executable, "-m", "potluck.cli.main", "--seed", hosts.address, "--cluster", hosts.cluster,
         *arguments, "--json",
@@ -96,7 +96,7 @@ def train(hosts: Hosts, model: Path, data: Path, epochs: int, *options: str) -> 
 
 
 def steady(ended: dict[str, Any]) -> dict[str, float]:
-    """Figures of all epochs but the first, which also starts engines and measures speeds."""
+    """Measurements of all epochs except the first, which also starts engines and measures speeds."""
     first, rest = ended["history"][0], ended["history"][1:]
     seconds = sum(epoch["seconds"] for epoch in rest)
     return {
@@ -111,7 +111,8 @@ def steady(ended: dict[str, Any]) -> dict[str, float]:
 def two_nodes(lab: Lab, report: Report) -> None:
     """Two nodes with a core each against one of them, in turns, on links of 1 Gbit/s.
 
-    Beside them bare TensorFlow, in one process with a core and in two that know nothing of each other: what this machine's second core adds.
+    Beside them, bare TensorFlow in one process with a core, and in two that know nothing of each other: that shows what this machine's
+    second core adds.
     """
     data, model = lab.digits(600 if lab.quick else 6000), lab.cnn(64 if lab.quick else SIZE)
     turns, epochs = (1, 3) if lab.quick else (2, 5)
@@ -157,10 +158,10 @@ def two_nodes(lab: Lab, report: Report) -> None:
 
 
 def slow_link(lab: Lab, report: Report) -> None:
-    """Two nodes on links of 100 Mbit/s, against MultiWorkerMirroredStrategy on the same: the same epochs over the same images.
+    """Two nodes on links of 100 Mbit/s, against MultiWorkerMirroredStrategy on the same links: the same epochs over the same images.
 
-    The rival's steps all cost the same; so it takes some of them on the slow links, for seconds and bytes a step, and all
-    of them on free links, for the accuracy that it ends at.
+    The rival's steps all cost the same. So it takes some of them on the slow links, for seconds and bytes per step, and all
+    of them on free links, for its final accuracy.
     """
     images, epochs = (600, 2) if lab.quick else (6000, 8)
     data, held_out, model = lab.digits(images), lab.digits(350, held_out=True), lab.cnn(64 if lab.quick else SIZE)
@@ -208,9 +209,9 @@ RIVAL_PORT = 23450
 def multiworker(
     lab: Lab, hosts: Hosts, model: Path, data: Path, steps: int, batch: int, *options: str, together: bool = True
 ) -> list[dict[str, Any]]:
-    """MultiWorkerMirroredStrategy on the hosts' nodes, whose own engines rest; what each worker printed.
+    """MultiWorkerMirroredStrategy on the hosts' nodes, whose own engines rest; returns each worker's output.
 
-    Not `together`: each is alone in a group of its own, so it is plain TensorFlow.
+    Not `together`: each worker is alone in its own group, so it is plain TensorFlow.
     """
     numbers = range(1, len(hosts.shares) + 1)
     addresses = {number: f"{hosts.host_address(number)}:{RIVAL_PORT}" for number in numbers}
@@ -250,7 +251,7 @@ def _end(worker: subprocess.Popen[str]) -> None:
 def unequal(lab: Lab, report: Report) -> None:
     """Four nodes with 1/8, 1/4, 1/2 and all of a core (two cores in all), against what each does alone.
 
-    The ideal is the sum of their speeds from the moment at which the fastest, which has to start its engine as well, begins.
+    The ideal is the sum of their speeds, from the moment when the fastest begins, which also has to start its engine.
     """
     images, epochs = (600, 3) if lab.quick else (12_000, 8)
     data, model = lab.digits(images), lab.cnn(64)
@@ -284,7 +285,7 @@ def unequal(lab: Lab, report: Report) -> None:
 
 
 def slow_helper(lab: Lab, report: Report) -> None:
-    """A node with a core, and the same joined by one with a twentieth of a core: which may make nothing slower. Engines are cold.
+    """A node with a core, and the same joined by one with a twentieth of a core, which must not make it slower. Engines are cold.
 
     In turns, and by the median: one node alone did 348 and 394 images/s within ten minutes of one day.
     """
@@ -314,7 +315,7 @@ def slow_helper(lab: Lab, report: Report) -> None:
 
 
 def learning(lab: Lab, report: Report) -> None:
-    """Rounds against exact synchronous training at equal samples: a language model, and the digits; and lost updates."""
+    """Rounds against exact synchronous training with equal samples: a language model, the digits; and with lost updates."""
     from learning import Trial, handwriting, language
 
     seeds = range(1 if lab.quick else 5)
@@ -371,10 +372,10 @@ def synchronous(lab: Lab, report: Report) -> None:
 
 
 def predicted(lab: Lab, report: Report) -> None:
-    """What the cost model says of both strategies on two nodes, against what they took: a model of 2.4 million weights."""
+    """The cost model's predictions for both strategies on two nodes, against measurements: a model of 2.4 million weights."""
     from coordinator.plans.training.costs import Costs, predict
 
-    size, megabits = 64, 1000  # of a step together, a third is computing, a third the wire, a third packing
+    size, megabits = 64, 1000  # a step together is a third computing, a third network, a third packing
     data, model = lab.digits(600 if lab.quick else 3000), lab.cnn(size)
     with ExitStack() as stack:
         alone = steady(train(lab.hosts(stack, [1.0], megabits), model, data, 2 if lab.quick else 3))
@@ -385,7 +386,7 @@ def predicted(lab: Lab, report: Report) -> None:
         for strategy in ("local", "sync"):
             options = ("--strategy", strategy, "--name", strategy)
             run = steady(train(hosts, model, data, 3, *options))
-            samples = 1_000_000  # so many that starting does not count, as it does not in `steady`
+            samples = 1_000_000  # so many that starting does not matter, as in `steady`
             costs = Costs((rate, rate), weights_bytes(model), 0, samples, BATCH, megabits / 8 * 1e6)
             said = predict(costs)
             seconds = said.local_seconds if strategy == "local" else said.sync_seconds

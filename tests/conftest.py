@@ -1,4 +1,4 @@
-"""What every test gets: it fails when it leaves a thread or a child process behind."""
+"""For every test: it fails when it leaves a thread or a child process behind."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from hypothesis import settings
 
 from support.processes import still_running
 
-settings.register_profile("potluck", deadline=None)  # how long an example takes says how busy the machine is
+settings.register_profile("potluck", deadline=None)  # an example's time only shows how busy the machine is
 settings.load_profile("potluck")
 
 _SHARED_THREADS = ("asyncio_", "ThreadPoolExecutor", "pydevd", "tqdm", "tf_")
-"""Pools that live as long as their loop or process: they hold no work of a test."""
+"""Threads of pools that live as long as their loop or process: they hold no work of a test."""
 _GRACE_SECONDS = 3.0
 
 
 @pytest.fixture(autouse=True)
 def logs_as_before() -> Iterator[None]:
-    """The command line, where a test calls it in this process, lets only errors through."""
+    """Restore the log level: the command line, when a test calls it in this process, lets only errors through."""
     logger = logging.getLogger("potluck")
     level = logger.level
     yield
@@ -32,8 +32,8 @@ def logs_as_before() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def leaves_nothing_behind() -> Iterator[None]:
-    """Fails a test after which a thread or a child process is left that was not there before."""
-    # Direct children: a cluster that several tests share starts engines of its own when it needs them.
+    """Fails a test that leaves a new thread or child process behind."""
+    # Only direct children: a cluster that several tests share starts its own engines when it needs them.
     children_before = {child.pid for child in psutil.Process().children()}
     threads_before = set(threading.enumerate())
     yield

@@ -1,4 +1,4 @@
-"""The module `own_code` as nodes have it that allow it: on PYTHONPATH, by that name."""
+"""The module `own_code`, as on nodes that allow it: on PYTHONPATH, under that name."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Y = X.mean(axis=1)
 
 @contextmanager
 def own_code() -> Iterator[Any]:
-    """The module; until the end, processes that are started find it, too."""
+    """The module; until the block ends, started processes find it, too."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", f"{SUPPORT}:{SUPPORT.parents[1]}")
         patch.syspath_prepend(str(SUPPORT))
@@ -39,7 +39,7 @@ def compiled(model: Any, loss: Any = "mse", metrics: Any = ("mae",)) -> Any:
 
 
 def dense(*layers: Any, loss: Any = "mse", metrics: Any = ("mae",)) -> Any:
-    """`layers` and one unit, always with the same weights at first."""
+    """`layers` and one unit, with the same initial weights each time."""
     import keras
 
     keras.utils.set_random_seed(5)

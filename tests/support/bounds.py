@@ -1,8 +1,8 @@
-"""The packages that `pyproject.toml` asks for, at the lowest versions that it allows, one a line: for `make test-lowest`.
+"""The packages that `pyproject.toml` requires, at the lowest allowed versions, one per line: for `make test-lowest`.
 
     python tests/support/bounds.py >lowest.txt && pip install --constraint lowest.txt --editable '.[engine,broker]'
 
-Of what only tests and checks need, the newest is as good: nobody else installs it.
+Packages that only tests and checks need are not tried at their lowest: nobody else installs them.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 NOT_OURS = ("dev", "gpu")
-"""Extras of which no bound is tried: packages for tests, and those for machines with a GPU."""
+"""Extras whose bounds are not tried: packages for tests, and packages for machines with a GPU."""
 LEAST = re.compile(r"^(?P<name>[A-Za-z0-9._-]+)(?:\[[^\]]*\])?[^;]*?>=(?P<version>[0-9.]+)")
 
 
 def lowest(project: dict[str, object]) -> list[str]:
-    """`name==version` of each requirement. Raises ValueError for one without a lower bound."""
+    """`name==version` of each requirement. Raises ValueError for a requirement without a lower bound."""
     wanted = list(project["dependencies"])  # type: ignore[call-overload]
     for extra, packages in project["optional-dependencies"].items():  # type: ignore[attr-defined]
         if extra not in NOT_OURS:

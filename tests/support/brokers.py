@@ -1,4 +1,4 @@
-"""A private broker for tests, on a free port: mosquitto or amqtt, as real as it gets."""
+"""A private, real broker for tests, on a free port: mosquitto or amqtt."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ BrokerKind = Literal["mosquitto", "embedded"]
 
 
 def some_kind() -> BrokerKind:
-    """For tests to which any real broker will do."""
+    """A broker for tests that work with any real one."""
     return "mosquitto" if find_mosquitto() else "embedded"
 
 
 def mosquitto_or_skip() -> None:
-    """For tests that need mosquitto itself. `make test` installs it where it may, and says which tests are skipped where not."""
+    """For tests that need mosquitto itself. `make test` installs it where possible, and else says which tests are skipped."""
     if find_mosquitto() is None:
-        pytest.skip("mosquitto is not installed (apt install mosquitto): what needs it was not run")
+        pytest.skip("mosquitto is not installed (apt install mosquitto): tests that need it were not run")
 
 
 class TestBroker:
@@ -63,7 +63,7 @@ class TestBroker:
         self._signal(signal.SIGCONT)
 
     async def address(self) -> tuple[str, int]:
-        """For `MqttBus(broker.address, ...)`."""
+        """The address function for `MqttBus(broker.address, ...)`."""
         return "127.0.0.1", self.port
 
     def _signal(self, number: signal.Signals) -> None:

@@ -18,7 +18,7 @@ def digits() -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
 
 
 def split() -> dict[str, np.ndarray[Any, Any]]:
-    """x_train, y_train, x_test, y_test: every fifth row is for the test."""
+    """x_train, y_train, x_test, y_test: every fifth row is in the test set."""
     x, y = digits()
     held_out = np.arange(len(x)) % 5 == 4
     return {"x_train": x[~held_out], "y_train": y[~held_out], "x_test": x[held_out], "y_test": y[held_out]}

@@ -1,4 +1,4 @@
-"""What the protocol page tells its readers to type, for a cluster of a test."""
+"""Runs the commands that the protocol page shows, on a test's cluster."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "protocol.md"
 
 
 def shortest_way(cluster: LocalCluster, model: str) -> list[dict[str, Any]]:
-    """The answers to the commands of "The shortest way", asked of `model` (4 numbers a row) where the page says `iris`."""
+    """The answers to the commands of "The shortest way", with `model` (4 numbers per row) in place of the page's `iris`."""
     section = PAGE.read_text(encoding="utf-8").split("## The shortest way")[1].split("\n## ")[0]
     (script,) = re.findall(r"```sh\n(.*?)```", section, flags=re.DOTALL)
     for page, here in (

@@ -1,4 +1,4 @@
-"""An engine to try things on: the blobs it is given, what it told of its progress, and tasks with few words."""
+"""An engine for tests, with its blobs, the progress that it reported, and short ways to make tasks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Progress = list[tuple[int, dict[str, float]]]
 
 @dataclasses.dataclass
 class Lab:
-    """An engine, the blobs it is given, and what it told of its progress."""
+    """An engine, its blobs, and the progress that it reported."""
 
     engine: Engine
     files: Files
@@ -45,7 +45,7 @@ class Lab:
         )
 
     def norm(self, result: TrainResult) -> float:
-        """Of the update that a round has made, as the coordinator measures it."""
+        """The norm of a round's update, as the coordinator measures it."""
         base = self.files.paths.get(result.base.sha256, self.scratch / result.base.sha256)
         return norm(self.scratch / result.update.sha256, base)
 
@@ -65,7 +65,7 @@ class Lab:
 @asynccontextmanager
 async def engine_lab(folder: Path, allow_code: Sequence[str] = (), limits: Limits = LIMITS) -> AsyncIterator[Lab]:
     """A running engine, stopped at the end."""
-    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # users have not set it
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # as at users, who do not set it
     engine = Engine(folder / "scratch", threads=0, limits=limits, allow_code=allow_code)
     await engine.start()
     try:
@@ -100,7 +100,7 @@ def prediction(model: Any, slices: Any, **changes: Any) -> PredictTask:
 
 
 def pictures(count: int, size: int = 12) -> list[tuple[bytes, int | None]]:
-    """Noise in PNG files: dark (class 0) and light (class 1) by turns."""
+    """PNG files of noise, dark (class 0) and light (class 1) in turn."""
     random = np.random.default_rng(0)
     labels = [number % 2 for number in range(count)]
     return [

@@ -12,9 +12,9 @@ T = TypeVar("T")
 
 
 async def eventually(check: Callable[[], T | Awaitable[T]], timeout_seconds: float = 10, every: float = 0.02) -> T:
-    """The first truthy value of `check()`, which may be async, and may raise AssertionError while it is not yet so.
+    """The first truthy value of `check()`, which may be async, and may raise AssertionError while the condition does not hold yet.
 
-    After `timeout_seconds` the last AssertionError is raised again, or one that tells what was waited for.
+    After `timeout_seconds`, raises the last AssertionError again, or one that tells what it waited for.
     """
     deadline = time.monotonic() + timeout_seconds
     while True:
@@ -42,5 +42,5 @@ def _described(check: Callable[[], object]) -> str:
 
 
 def eventually_now(check: Callable[[], T], timeout_seconds: float = 10, every: float = 0.05) -> T:
-    """`eventually`, for tests without a loop of their own."""
+    """`eventually` for tests without their own loop."""
     return asyncio.run(eventually(check, timeout_seconds, every))

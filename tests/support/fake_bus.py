@@ -1,4 +1,4 @@
-"""A broker in memory, with retained messages, wills and message loss on order, and a Bus that speaks to it."""
+"""A broker in memory, with retained messages, wills and message loss on demand; and a Bus on it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from potluck.wire.topics import Topics
 
 
 class FakeBroker:
-    """Delivers in order, each message in a turn of the loop of its own. `up` False: nobody is or gets connected."""
+    """Delivers in order, each message in its own turn of the loop. `up` False: no client is or gets connected."""
 
     def __init__(self) -> None:
         self.retained: dict[str, tuple[bytes, int, Mirrored | None]] = {}
         self.published: list[tuple[str, bytes]] = []
         self.drop: Callable[[str, bytes], bool] = lambda topic, payload: False
-        """Messages for which this is true get lost after the broker took them."""
+        """Messages for which this returns true are lost after the broker has taken them."""
         self.up = True
         self._clients: dict[str, FakeBus] = {}
 
@@ -65,7 +65,7 @@ class FakeBroker:
                 bus._arrive(topic, payload, min(qos, max(granted)), False, mirrored)
 
     def messages(self, topic_filter: str) -> list[Message]:
-        """What was published so far to topics that match, decoded; what does not decode is left out."""
+        """Decoded messages that were published so far to matching topics; without those that do not decode."""
         return [
             codec.decode(payload)[0] for topic, payload in self.published if payload and matches(topic_filter, topic)
         ]
@@ -98,7 +98,7 @@ class FakeBus(Bus):
             tasks.create_task(self._stay_connected())
 
     def kill(self) -> None:
-        """Lose the connection as a crash does. While `run()` runs, it connects again."""
+        """Lose the connection like a crash. While `run()` runs, it connects again."""
         self.broker.detach(self, abruptly=True)
         self._lose()
 
@@ -126,7 +126,7 @@ class FakeBus(Bus):
                         await callback()
                     await self._lost.wait()
                 except PotluckError:
-                    pass  # as MqttBus does: a birth that cannot be sent is a connection that does not work
+                    pass  # as in MqttBus: if a birth cannot be sent, the connection does not work
                 finally:
                     self._ready.clear()
                     self._filters.clear()
@@ -179,5 +179,5 @@ class FakeBus(Bus):
         asyncio.get_running_loop().call_soon(self._dispatch, topic, payload, qos, retained, response_topic, correlation)
 
     async def publish_raw(self, topic: str, payload: bytes) -> None:
-        """Bytes that need not be a message, as a foreign program may send them."""
+        """Publish bytes that need not be a message, like a foreign program."""
         await self._send(topic, payload, 1, False)

@@ -1,4 +1,4 @@
-"""`potluck-node` with engines that only play: what a job's or an input's name says, they do. Takes the daemon's arguments."""
+"""`potluck-node` with fake engines, which do what the name of a job or input says. Takes the daemon's arguments."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SIGNATURE = Signature(inputs=(), outputs=())
 
 
 class FakeEngine:
-    """Has the methods of `node.engine.process.Engine`, and no process."""
+    """Has the methods of `node.engine.process.Engine`, but no process."""
 
     count = 0
 

@@ -1,4 +1,4 @@
-"""Nodes with engines that only play, in a local cluster."""
+"""Nodes with fake engines in a local cluster."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ HERE = Path(__file__).parent
 
 
 def fake_node(running: LocalCluster, node_id: str, program: str = "fake_engine_node") -> Daemon:
-    """Start one; it joins soon. `program`: the module beside this one that is run."""
+    """Start such a node; it joins soon. `program`: the module in this folder to run."""
     command = [
         sys.executable, str(HERE / f"{program}.py"), "--cluster", running.cluster, "--node-id", node_id,
         "--state-dir", str(running.folder / node_id), "--seed", f"{running.broker_host}:{running.broker_port}", "--no-discovery",

@@ -1,4 +1,4 @@
-"""Every message there is, with odd values in each of its fields: made from the types in `potluck.wire.messages`."""
+"""Every message, with odd values in each of its fields: made from the types in `potluck.wire.messages`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _REAL = (-1.0, 0.0, 1e-300, 1e308, math.inf, -math.inf, math.nan)
 
 
 def odd_messages(kind: type[Message], known: Mapping[str, Any]) -> Iterator[Plain]:
-    """A message of this kind as it may be, and others with each field as it should not. `known`: values of fields by name."""
+    """A correct message of this kind, and others with an odd value in each field. `known`: values of fields by name."""
     found = inspect.type_info(kind)
     assert isinstance(found, inspect.StructType)
     yield _sample(found, known)
@@ -58,7 +58,7 @@ def _sample(found: inspect.Type, known: Mapping[str, Any]) -> Any:
 
 
 def _odd(found: inspect.Type, known: Mapping[str, Any], depth: int) -> Iterator[Any]:
-    """Odd values of this type; most are of it, some are beyond its bounds."""
+    """Odd values of this type; most have the type, some are beyond its bounds."""
     if not depth:
         return
     match found:

@@ -1,4 +1,4 @@
-"""`potluck-node` whose engine plays, and claims to have evaluated more items than there are. Takes the daemon's arguments."""
+"""`potluck-node` with a fake engine that claims to have evaluated more items than there are. Takes the daemon's arguments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny Keras models and data shards, made on the fly: what an engine is given, without a cluster around it."""
+"""Tiny Keras models and data shards, made when needed: inputs for an engine without a cluster."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Array = np.ndarray[Any, Any]
 
 
 class Files:
-    """Blobs in a folder, by hash: what `Engine.run_task` takes as `files`."""
+    """Blobs in a folder, by hash: the `files` of `Engine.run_task`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -46,7 +46,7 @@ class Files:
         return self.put(path.read_bytes())
 
     def saved_model(self, folder: Path) -> BlobRef:
-        """A tar of the folder, whether it is one or not."""
+        """A tar of the folder, even if it is no SavedModel."""
         buffer = io.BytesIO()
         with tarfile.open(fileobj=buffer, mode="w") as tar:
             tar.add(folder, arcname=".")
@@ -90,7 +90,7 @@ def whole(shards: Sequence[DataShard]) -> tuple[DataSlice, ...]:
 
 
 def blobs(count: int = 300, features: int = 8, classes: int = 3, seed: int = 0) -> tuple[Array, Array]:
-    """Points around one centre a class: float32 rows, and int64 labels. A small network separates them within a few passes."""
+    """Points around one centre per class: float32 rows, and int64 labels. A small network separates them within a few passes."""
     random = np.random.default_rng(seed)
     centres = np.random.default_rng(1).normal(0, 2, (classes, features))
     labels = random.integers(0, classes, count)
@@ -130,7 +130,7 @@ def dense(
 
 
 def convolutional(size: int = 32, channels: int = 3, classes: int = 10) -> Any:
-    """The founding example's network, at a smaller size."""
+    """The demo's network at a smaller size."""
     import keras
 
     keras.utils.set_random_seed(3)
@@ -162,7 +162,7 @@ def saved(folder: Path, function: Callable[..., Any], *specs: Any) -> Path:
 
 
 def converted(folder: Path, x: Array | None = None, **settings: Any) -> bytes:
-    """A SavedModel as a LiteRT model; with all numbers of 8 bits where `x` shows what they are like."""
+    """A SavedModel as a LiteRT model; with 8-bit numbers if `x` shows the usual inputs."""
     import tensorflow as tf
 
     converter = tf.lite.TFLiteConverter.from_saved_model(str(folder))

@@ -15,7 +15,7 @@ def run(*command: str) -> str:
 
 
 class Network:
-    """`hosts` namespaces with the addresses 10.77.0.1, .2, ... on one bridge of their own; gone after the block."""
+    """`hosts` namespaces with the addresses 10.77.0.1, .2, ... on their own bridge; removed after the block."""
 
     def __init__(self, hosts: int) -> None:
         tag = uuid.uuid4().hex[:5]
@@ -24,7 +24,7 @@ class Network:
 
     def __enter__(self) -> Self:
         try:
-            # The bridge lives in a namespace too: the machine's own network is left alone.
+            # The bridge is in a namespace too: the machine's own network does not change.
             run("ip", "netns", "add", self.bridge_host)
             run("ip", "-n", self.bridge_host, "link", "add", "br0", "type", "bridge", "mcast_snooping", "0")
             run("ip", "-n", self.bridge_host, "link", "set", "br0", "up")
@@ -67,7 +67,7 @@ class Network:
         return f"10.77.0.{self.hosts.index(host) + 1}"
 
     def command(self, host: str, *command: str) -> list[str]:
-        """`command`, to be run on that host."""
+        """The command line that runs `command` on that host."""
         return ["ip", "netns", "exec", host, *command]
 
     def cut(self, host: str) -> None:
@@ -75,7 +75,7 @@ class Network:
         run("ip", "-n", host, "link", "set", "eth0", "down")
 
     def isolate(self, host: str) -> None:
-        """Between it and the others the switch is off; its own cable shows nothing of that."""
+        """Switch off the host's port at the switch; the host's own cable shows nothing of it."""
         run("ip", "-n", self.bridge_host, "link", "set", self._port(host), "nomaster")
 
     def reunite(self, host: str) -> None:
@@ -93,7 +93,7 @@ def available() -> str:
     """Why namespaces cannot be used here; empty when they can."""
     if os.geteuid() != 0:
         return "network namespaces need root"
-    tried = f"pl{uuid.uuid4().hex[:5]}try"  # a name of its own: test runs side by side do not disturb each other
+    tried = f"pl{uuid.uuid4().hex[:5]}try"  # a unique name: parallel test runs do not disturb each other
     try:
         run("ip", "netns", "add", tried)
     except OSError as error:

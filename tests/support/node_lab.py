@@ -1,4 +1,4 @@
-"""Real node processes on a real broker, and a test that plays their coordinator."""
+"""Real node processes on a real broker; the test plays their coordinator."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ REAL = ["-m", "node"]
 
 
 class NodeProcess:
-    """A node daemon. Its output is `log()`."""
+    """A node daemon. `log()` is its output."""
 
     def __init__(self, folder: Path, command: list[str]) -> None:
         self.command = command
@@ -87,7 +87,7 @@ class NodeProcess:
 
 
 class Lab:
-    """A broker, and the coordinator as which the test speaks. `said` is what the node published, in order."""
+    """A broker, and the coordinator that the test plays. `said` has what the node published, in order."""
 
     def __init__(self, folder: Path, broker: TestBroker, bus: MqttBus) -> None:
         self.folder = folder
@@ -135,7 +135,7 @@ class Lab:
     async def heard(
         self, kind: type[M], fits: Callable[[M], bool] = lambda message: True, *, after: int = 0, seconds: float = 10
     ) -> M:
-        """The first message of this kind that fits, leaving out the first `after` of the kind."""
+        """The first message of this kind that fits; skips the first `after` messages of the kind."""
 
         def look() -> M | None:
             return next((message for message in self.all(kind)[after:] if fits(message)), None)
@@ -164,7 +164,7 @@ class Lab:
     async def lease(
         self, attempt_id: str, job_id: str, *, epoch: int = 1, task: Any = None, **changes: Any
     ) -> LeaseShard:
-        """Lease a shard of `job_id`, which tells a fake engine what to do."""
+        """Lease a shard of `job_id`, a name that tells a fake engine what to do."""
         if task is None:
             task = ExportTask(model=self.blob(b"model"), weights=self.blob(b"weights"))
         lease = LeaseShard(
@@ -199,14 +199,14 @@ class Lab:
             self._reported.put_nowait(message.attempt_id)
 
     async def acknowledge(self) -> None:
-        """Results, as a coordinator does, while `acknowledging`; until cancelled."""
+        """Acknowledge results like a coordinator, while `acknowledging`; until cancelled."""
         while True:
             await self.command(AcknowledgeResult(attempt_id=await self._reported.get()))
 
 
 @asynccontextmanager
 async def node_lab(folder: Path, kind: BrokerKind | None = None) -> AsyncIterator[Lab]:
-    """A broker and a coordinator's place on it; nodes that are left at the end are stopped."""
+    """A broker, and a connection for the coordinator; stops remaining nodes at the end."""
     broker = TestBroker(kind or some_kind(), folder)
     await broker.start()
     timings = BusTimings(reconnect_min_seconds=0.05, reconnect_max_seconds=0.2)

@@ -1,4 +1,4 @@
-"""Code of a user's own, as nodes import it that allow it (`allow_code = ["own_code"]`, with this folder on PYTHONPATH)."""
+"""A user's own code, imported by nodes that allow it (`allow_code = ["own_code"]`, with this folder on PYTHONPATH)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def cubed_error(y: Any, predicted: Any) -> Any:
 
 @keras.saving.register_keras_serializable(package="own")
 class Largest(keras.metrics.Metric):  # type: ignore[misc]
-    """The largest error so far: no mean, so training alone reports it."""
+    """The largest error so far: not a mean, so only training reports it."""
 
     def __init__(self, name: str = "largest", **kwargs: Any) -> None:
         super().__init__(name=name, **kwargs)
@@ -42,7 +42,7 @@ class Largest(keras.metrics.Metric):  # type: ignore[misc]
 
 @keras.saving.register_keras_serializable(package="own")
 class Network(keras.Model):  # type: ignore[misc]
-    """A subclassed model: what it does stands in `call`."""
+    """A subclassed model: its work is in `call`."""
 
     def __init__(self, units: int = 4, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -59,7 +59,7 @@ class Network(keras.Model):  # type: ignore[misc]
 
 @keras.saving.register_keras_serializable(package="own")
 class Pair(keras.Model):  # type: ignore[misc]
-    """Of two inputs, in a list or a map, and two outputs."""
+    """A model with two inputs, in a list or a map, and two outputs."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -72,7 +72,7 @@ class Pair(keras.Model):  # type: ignore[misc]
 
 @keras.saving.register_keras_serializable(package="own")
 class Stepping(Network):
-    """With a step of its own: it learns the double of its targets."""
+    """A model with its own step: it learns the double of its targets."""
 
     def train_step(self, data: Any) -> Any:
         x, y = data[:2]
@@ -81,7 +81,7 @@ class Stepping(Network):
 
 @keras.saving.register_keras_serializable(package="own")
 class Sleeper(keras.layers.Layer):  # type: ignore[misc]
-    """Where OWN_CODE_SLEEPS is set it does not come back when it is called, be it to be traced alone."""
+    """If OWN_CODE_SLEEPS is set, a call never returns, not even when it is traced."""
 
     def call(self, x: Any) -> Any:
         if os.environ.get("OWN_CODE_SLEEPS"):
@@ -91,7 +91,7 @@ class Sleeper(keras.layers.Layer):  # type: ignore[misc]
 
 @keras.saving.register_keras_serializable(package="own")
 class Looper(keras.layers.Layer):  # type: ignore[misc]
-    """Does not come back from numbers above 100."""
+    """A call never returns for numbers above 100."""
 
     def call(self, x: Any) -> Any:
         return keras.ops.while_loop(lambda y: keras.ops.max(y) > 100, lambda y: (y + 1,), (x,))[0]

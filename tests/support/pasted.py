@@ -1,4 +1,4 @@
-"""Lines for a shell, run as a person pastes them; where there is no curl, by a stand-in that sends what curl does."""
+"""Runs shell lines as if a person pasted them; where there is no curl, a stand-in sends the same."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ sys.stdout.write(urllib.request.urlopen(url, data, timeout=60).read().decode())
 
 
 def pasted(line: str, folder: Path) -> str:
-    """What it prints. `folder` is where it is run."""
+    """The output of the line, run in `folder`."""
     path = os.environ.get("PATH", os.defpath)
     if shutil.which("curl") is None:
         stand_in = folder / "bin" / "curl"

@@ -1,4 +1,4 @@
-"""One photograph in very many kinds of files, each with the pixels that it stands for, as 8 bits say them without our decoder."""
+"""One photograph in many kinds of files, each with its true 8-bit pixels, found without our decoder."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Picture:
     rgba: Array
 
     def pixels(self, channels: int) -> Array:
-        """uint8 of (height, width, channels), by the rule of docs/data.md."""
+        """uint8 of shape (height, width, channels), by the rule in docs/data.md."""
         if channels > 1:
             return self.rgba[..., :channels]
         red, green, blue = (self.rgba[..., place].astype(np.int64) for place in range(3))
@@ -35,7 +35,7 @@ class Picture:
 
 
 def rgba(colour: Array, alpha: Array | int = 255) -> Array:
-    """Of colours (height, width, 3), or of grey (height, width)."""
+    """RGBA pixels from colours (height, width, 3), or from grey (height, width)."""
     colour = np.repeat(colour[..., None], 3, axis=2) if colour.ndim == 2 else colour
     alpha = np.broadcast_to(np.asarray(alpha, np.uint8), colour.shape[:2])
     return np.concatenate([colour, alpha[..., None]], axis=2).astype(np.uint8)
@@ -48,7 +48,7 @@ def saved(image: Image.Image, format: str, **options: Any) -> bytes:
 
 
 def png(values: Array, colour_type: int, bits: int, *chunks: bytes) -> bytes:
-    """A PNG as its specification has it, of samples (height, width, n) that are as wide as `bits`: 8 or 16."""
+    """A PNG by its specification, of samples (height, width, n) with `bits` bits: 8 or 16."""
     rows = values.reshape(len(values), -1).astype(">u2" if bits == 16 else np.uint8)
     body = b"".join(b"\0" + row.tobytes() for row in rows)
     head = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], bits, colour_type, 0, 0, 0)
@@ -62,14 +62,14 @@ def chunk(kind: bytes, body: bytes) -> bytes:
 
 
 def decoded(data: bytes) -> Array:
-    """Of a file that loses something: what it holds is what the library of its format says, in colours."""
+    """RGBA pixels of a lossy file, decoded by its format's library."""
     with Image.open(io.BytesIO(data)) as image:
         return np.asarray(image.convert("RGB"))
 
 
 @cache
 def pictures() -> dict[str, Picture]:
-    """By what they are."""
+    """The pictures, by name."""
     photo = Image.fromarray(load_sample_images().images[0]).resize((WIDTH, HEIGHT))
     rgb, grey = np.asarray(photo), np.asarray(photo.convert("L"))
     alpha = np.linspace(0, 255, HEIGHT * WIDTH).astype(np.uint8).reshape(HEIGHT, WIDTH)
@@ -154,7 +154,7 @@ def pictures() -> dict[str, Picture]:
 
 
 def interlaced(rgb: Array) -> bytes:
-    """A PNG in the seven passes of Adam7 (PNG specification, 8.2), which Pillow reads and does not write."""
+    """A PNG in the seven passes of Adam7 (PNG specification, 8.2), which Pillow reads but does not write."""
     passes = [(0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1)]
     body = b""
     for top, left, down, along in passes:
@@ -167,7 +167,7 @@ def interlaced(rgb: Array) -> bytes:
 
 
 def tiff16(rgb: Array) -> bytes:
-    """A TIFF of 16 bits a colour, tiled by one tile of 16x16 (TIFF 6.0, section 15), which Pillow reads and does not write."""
+    """A TIFF with 16 bits per colour, in one tile of 16x16 (TIFF 6.0, section 15), which Pillow reads but does not write."""
     tile = np.zeros((16, 16, 3), "<u2")
     tile[: rgb.shape[0], : rgb.shape[1]] = rgb
     data = tile.tobytes()

@@ -1,4 +1,4 @@
-"""What synchronous training must equal: the same batches, one after the other, in this process."""
+"""The result that synchronous training must equal: the same batches, one after the other, in this process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from potluck.data.order import passes, shuffled
 
 
 def plainly(model: Any, x: Any, y: Any, epochs: int, batch: int) -> Any:
-    """Train a compiled model on the batches that a group takes of data with class labels `y`, packed with seed 0."""
+    """Train a compiled model on the batches that a group would take, of data with class labels `y` packed with seed 0."""
     order = shuffled(y, len(y), 0)  # packing spreads the classes over the shards
     x, y, steps = x[order], y[order], 0
     for epoch in range(1, epochs + 1):

@@ -1,4 +1,4 @@
-"""Processes that tests look at while they may end."""
+"""Looks at processes that may end meanwhile."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ import psutil
 def engines(node_pid: int) -> dict[str, psutil.Process]:
     """A node's engines by the names of their slots, `work` and `serve`.
 
-    A node has other children, too, such as the measurement of its speed: any child may end while we look.
+    A node has other children too, such as the measurement of its speed. Any child may end while we look.
     """
     found = {}
     for child in psutil.Process(node_pid).children():
         try:
             command = child.cmdline()
-        except psutil.NoSuchProcess:  # and ZombieProcess, which is one: it ended, and its parent has not heard so yet
+        except (
+            psutil.NoSuchProcess
+        ):  # also ZombieProcess, a subclass: the process ended, but its parent does not know yet
             continue
         if "node.engine" in command:
             scratch = command[command.index("node.engine") + 3]
@@ -29,20 +31,20 @@ def engines(node_pid: int) -> dict[str, psutil.Process]:
 
 
 def still_running(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
-    """Those that neither ended nor wait as zombies for their parent."""
+    """Processes that have not ended; zombies count as ended."""
     return [one for one in processes if _runs(one)]
 
 
 def _runs(process: psutil.Process) -> bool:
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:  # between the two
+    except psutil.NoSuchProcess:  # it ended just now
         return False
 
 
 @contextlib.contextmanager
 def throttled(process: psutil.Process, share: float, period_seconds: float = 0.1) -> Iterator[None]:
-    """The process runs for this share of each period only, as beside others on a busy machine."""
+    """In each period, the process runs only for this share, as on a busy machine."""
     over = threading.Event()
 
     def work() -> None:

@@ -1,4 +1,4 @@
-"""Plans of jobs, held to what they promise: they change nothing, and a job that is replayed from its events plans the same."""
+"""Checks that plans of jobs change nothing, and that a job replayed from its events has the same plan."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def planned(
     new_job: Callable[[], Job],
     record: Callable[[AnyEvent], None],
 ) -> list[Decision]:
-    """The decisions once all choices are made, each of which goes to `record`, which applies it and puts it among the events."""
+    """The decisions after all choices; each choice goes to `record`, which applies it and appends it to the events."""
     for _ in range(CHOICES_LIMIT):
         before = repr(job)
         decisions = job.plan(view)
@@ -24,10 +24,10 @@ def planned(
         again = new_job()
         for event in events:
             again.apply(codec.unpack(codec.pack(event), AnyEvent))  # type: ignore[arg-type]
-        assert again.plan(view) == decisions, "a job that was replayed plans otherwise"
+        assert again.plan(view) == decisions, "a replayed job has another plan"
         choices = [decision.event for decision in decisions if isinstance(decision, Choose)]
         if not choices:
             return decisions
         for event in choices:
             record(event)
-    raise AssertionError("it goes on choosing")
+    raise AssertionError("it continues to choose")

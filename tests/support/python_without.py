@@ -1,4 +1,4 @@
-"""A Python without some packages, as on a machine where nobody installed them: an environment whose packages are links to ours."""
+"""A Python without some packages, like a machine where they are not installed: an environment with links to our other packages."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 
 
 def python_without(folder: Path, packages: Sequence[str]) -> Path:
-    """Make an environment in `folder` with what this process can import but for `packages` (and their metadata); its Python."""
+    """Make an environment in `folder` with all packages of this process except `packages` (and their metadata); returns its Python."""
     venv.create(folder, symlinks=True, with_pip=False)
     [site] = folder.glob("lib/python3*/site-packages")
     sources = [Path(entry) for entry in sys.path if entry.endswith("site-packages")]
     left_out = tuple(name.lower().replace("-", "_") for name in packages)
     for entry in (entry for source in sources for entry in source.iterdir()):
         name = entry.name.lower().replace("-", "_")
-        # What a .pth file leads to is in sys.path, and so among the sources, or it is us.
+        # The target of a .pth file is in sys.path, and so among the sources; or it is potluck itself.
         if entry.suffix == ".pth" or name.startswith(left_out) or (site / entry.name).exists():
             continue
         (site / entry.name).symlink_to(entry)

@@ -1,4 +1,4 @@
-"""MQTT 3.1.1 by hand on a socket: for what a well-made library does not do, or does not show."""
+"""MQTT 3.1.1 by hand on a socket: for things that a good library does not do, or does not show."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Packet(NamedTuple):
 
 
 class RawClient:
-    """One connection; an async context manager that closes the socket without a word."""
+    """One connection; an async context manager that closes the socket without a DISCONNECT."""
 
     def __init__(self, port: int) -> None:
         self.port = port
@@ -71,7 +71,7 @@ class RawClient:
         return answer
 
     async def subscribe(self, topic_filter: str, qos: int = 0) -> list[Packet]:
-        """Returns once it is granted; with the messages that came before that."""
+        """Subscribe; returns, when granted, the messages that came before that."""
         self.send(_packet(0x82, b"\0\1" + _text(topic_filter) + bytes((qos,))))
         before = []
         while (packet := await self.packet()) is not None and packet.kind != SUBACK:
@@ -83,7 +83,7 @@ class RawClient:
         self.send(_packet(0x31 if retain else 0x30, _text(topic) + payload))
 
     async def round_trip(self) -> list[Packet]:
-        """All messages that the broker had for this client by now: it asks for a ping, whose answer comes after them."""
+        """All messages that the broker has for this client by now: sends a ping, whose answer comes after them."""
         self.send(b"\xc0\0")
         got = []
         while (packet := await self.packet()) is not None and packet.kind != 13:

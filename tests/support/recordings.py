@@ -1,4 +1,4 @@
-"""WAV files in every coding, made on the fly; folders of tones and of short texts, and small models for them."""
+"""WAV files in every coding; folders of tones and of short texts, and small models for them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def wav(
     after: bytes = b"",
     announced: int | None = None,
 ) -> bytes:
-    """`values` from -1 to 1 of shape (frames,) or (frames, channels). `before` and `after` are chunks around the samples."""
+    """A WAV file. `values` are from -1 to 1, of shape (frames,) or (frames, channels). `before` and `after`: chunks around the samples."""
     values = values if values.ndim == 2 else values[:, None]
     channels = values.shape[1]
     if code == FLOAT:
@@ -61,7 +61,7 @@ def write_files(folder: Path, files: dict[str, bytes]) -> Path:
 
 
 def write_tones(folder: Path, count: int = 60, **options: Any) -> Path:
-    """Low and high tones by turns, of unequal lengths."""
+    """Low and high tones in turn, of different lengths."""
     random = np.random.default_rng(0)
     return write_files(
         folder,
@@ -75,7 +75,7 @@ def write_tones(folder: Path, count: int = 60, **options: Any) -> Path:
 
 
 def write_texts(folder: Path, count: int = 60) -> Path:
-    """Sentences of kind words and of harsh ones by turns."""
+    """Kind and harsh sentences in turn."""
     random = np.random.default_rng(0)
     words = (("awful", "boring", "sad", "worst"), ("bright", "good", "great", "lovely"))
     filler = ("the", "film", "was", "and", "so")
@@ -87,7 +87,7 @@ def write_texts(folder: Path, count: int = 60) -> Path:
 
 
 def text_model(folder: Path, shape: tuple[int, ...] = (), optimizer: Any = "adam") -> Any:
-    """Adapted to the texts of `folder`: its vocabulary stands in the model's file."""
+    """A model adapted to the texts of `folder`: its file has the vocabulary."""
     import keras
 
     keras.utils.set_random_seed(3)
@@ -102,7 +102,7 @@ def text_model(folder: Path, shape: tuple[int, ...] = (), optimizer: Any = "adam
 
 
 def audio_model(shape: tuple[int, ...] = (640,), optimizer: Any = "adam") -> Any:
-    """For two classes of recordings of `shape`."""
+    """A model for two classes of recordings of `shape`."""
     import keras
 
     keras.utils.set_random_seed(3)

@@ -1,4 +1,4 @@
-"""A coordinator that answers clients as it is told, with a real blob store over HTTP, on any bus."""
+"""A coordinator that answers clients by script, with a real blob store over HTTP, on any bus."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ Answer = Callable[[Any], Message | None]
 
 
 class ScriptedCoordinator:
-    """`answers[Kind]` makes the answer to a question of that kind: raise for an error, return None for silence.
+    """`answers[Kind]` makes the answer to a question of that kind: it raises for an error, and returns None for silence.
 
-    Jobs that are submitted get the ids job-1, job-2, ...; `state` and `end` tell of them on the bus.
+    Submitted jobs get the ids job-1, job-2, ...; `state` and `end` publish their news on the bus.
     """
 
     def __init__(self, bus: Bus, folder: Path) -> None:
@@ -107,7 +107,7 @@ class ScriptedCoordinator:
         await self.bus.publish(self.bus.topics.coordinator_status, status, retain=True)
 
     async def state(self, job_id: str, state: Any, **progress: Any) -> None:
-        """Tell that a job changed."""
+        """Publish that a job changed."""
         changed = JobChanged(
             job_id=job_id, kind="train", state=state, created_at=1.0, started_at=2.0, progress=JobProgress(**progress)
         )
@@ -115,7 +115,7 @@ class ScriptedCoordinator:
         await self.bus.publish(self.bus.topics.job(job_id, "status"), changed, retain=True)
 
     async def end(self, job_id: str, state: Any = "succeeded", *, say: bool = True, **parts: Any) -> None:
-        """End a job; `say` False: only who asks is told."""
+        """End a job. `say` False: do not publish it; clients must ask."""
         ended = JobEnded(
             job_id=job_id, kind="train", state=state, created_at=1.0, started_at=2.0, ended_at=time.time(), **parts
         )
@@ -124,7 +124,7 @@ class ScriptedCoordinator:
             await self.bus.publish(self.bus.topics.job(job_id, "result"), ended, retain=True)
 
     def _model(self, asked: GetModel) -> ModelRegistered:
-        """One that was registered, else one of which nothing is known but that it is there."""
+        """The registered model; else one with only a name."""
         name = asked.model.partition(":")[0]
         unknown = ModelInfo(name=name, version=1, model=BlobRef(sha256="0" * 64, size=1), created_at=1.0)
         return ModelRegistered(model=self.models.get(name, unknown))

@@ -1,4 +1,4 @@
-"""A Serving on a bus in memory, and scripted nodes that hold replicas."""
+"""A Serving on a bus in memory, and scripted nodes with replicas."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ BROKEN = ErrorInfo(code="invalid_model", message="it has a Lambda layer")
 
 
 class Node:
-    """Says yes to every model (or `broken`), and answers each request with twice its input (unless `mute`)."""
+    """Loads every model (or refuses it as `broken`), and answers each request with twice its input (unless `mute`)."""
 
     def __init__(self, broker: FakeBroker, node_id: str, *runtimes: str) -> None:
         self.node_id = node_id
@@ -69,19 +69,19 @@ class Node:
         self.slow_to_load = False
         self.forgetful = False
         self.signature = SIGNATURE
-        """Of the models that it loads from now on."""
+        """The signature of models that it loads from now on."""
         self.signatures: dict[str, Signature] = {}
         self.fetch: Callable[[BlobRef], bytes] | None = None
-        """How it comes by inputs that are blobs."""
+        """How it fetches inputs that are blobs."""
         self.keep: Callable[[bytes], BlobRef] | None = None
-        """With this it answers blobs."""
+        """If set, it answers with blobs."""
         self.inputs: list[tuple[Tensor, ...]] = []
-        """Of the requests, as they came."""
+        """The requests as they came."""
         self.failing: ErrorInfo | None = None
         self.fails = ""
-        """What the ids of those begin with that fail so: a version, or nothing (all)."""
+        """Replicas whose ids begin with this fail with `failing`: a version's, or all ("")."""
         self.resident_bytes = 0
-        """What a replica takes, as it says when it has loaded one."""
+        """The memory of a replica that it reports after loading."""
         self.unloaded: list[str] = []
         self.loaded: list[str] = []
         self.formats: list[str] = []
@@ -96,7 +96,7 @@ class Node:
         match envelope.message:
             case LoadModel(replica_id=replica_id):
                 if self.slow_to_load:
-                    return  # it will be asked again
+                    return  # it is asked again
                 if self.broken:
                     self.outbox.publish(topic, ModelLoadFailed(replica_id=replica_id, error=BROKEN))
                 else:
@@ -129,7 +129,7 @@ class Node:
                 self.outbox.publish(topic, finished, qos=0)
 
     def doubled(self, signature: Signature, request: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Twice the first input, as each output."""
+        """The doubled first input, as each output."""
         self.inputs.append(request)
         first = request[0]
         if isinstance(first.data, BlobRef):
@@ -142,7 +142,7 @@ class Node:
 
 
 class Lab:
-    """A Serving with its surroundings; `join` and `leave` are what births and wills do in the daemon."""
+    """A Serving with its surroundings; `join` and `leave` do what births and wills do in the daemon."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -150,7 +150,7 @@ class Lab:
         self.nodes: dict[str, Node] = {}
         self.settings = CoordinatorSettings(resend_seconds=1.0, queue_limit=50)
         self.clock_ahead_seconds = 0.0
-        """Of the coordinator that is opened next."""
+        """How far the clock of the next opened coordinator is ahead."""
 
     async def open(self, stack: AsyncExitStack, name: str = "coordinator") -> None:
         self.journal = Journal(self.folder / "journal")
@@ -212,7 +212,7 @@ class Lab:
         self.serving.node_lost(node_id)
 
     def report(self, node_id: str, replicas: tuple[str, ...], available_bytes: int = 0) -> None:
-        """What telemetry says of the replicas that a node holds, and of its memory."""
+        """Report a node's replicas and memory, as telemetry does."""
         if self.membership.get(node_id) is None:
             self._born(node_id, join=False)
         telemetry = NodeTelemetry(

@@ -1,4 +1,4 @@
-"""Data sets read back as another program would: from the shards and the manifest alone."""
+"""Reads data sets as another program would: only from the shards and the manifest."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def arrays_of(dataset: Dataset, store: BlobStore) -> dict[str, np.ndarray[Any, A
 
 
 def check_manifest(dataset: Dataset, store: BlobStore) -> None:
-    """It survives being a blob, and counts right."""
+    """Check that the manifest survives encoding, and that its counts are right."""
     assert codec.unpack(codec.pack(dataset), Dataset) == dataset
     assert dataset.count == sum(shard.count for shard in dataset.shards)
     assert len(keys_of(dataset, store)) == dataset.count

@@ -1,4 +1,4 @@
-"""Requests as they come, and replicas that take their time over them: a router in a time of its own."""
+"""Simulated requests and replicas around a router, in simulated time."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ TICK_SECONDS = 0.25
 
 @dataclass
 class Replica:
-    """Computes one batch after the other: `fixed_seconds`, and `row_seconds` for each row, give or take a fifth."""
+    """Computes one batch after the other: `fixed_seconds`, and `row_seconds` for each row, each up to a fifth more or less."""
 
     fixed_seconds: float
     row_seconds: float
     pauses: Sequence[tuple[float, float]] = ()
-    """From when to when it does nothing."""
+    """(from, to) of pauses in which it does nothing."""
     free_at: float = 0.0
     rows: int = 0
 
@@ -45,13 +45,13 @@ class Replica:
         return done
 
     def rows_per_second(self, rows: int) -> float:
-        """What it does with batches of so many."""
+        """Its speed with batches of this many rows."""
         return rows / (self.fixed_seconds + self.row_seconds * rows)
 
 
 @dataclass
 class Answers:
-    """What became of requests: `seconds` of each that got its outputs, in the order of their answers."""
+    """Outcomes of requests: `seconds` of each request with outputs, in the order of the answers."""
 
     asked: int = 0
     seconds: list[float] = field(default_factory=list)
@@ -68,7 +68,7 @@ class Answers:
 
 
 class Traffic:
-    """A router with these replicas. `run` may be called again: time goes on."""
+    """A router with these replicas. `run` can be called again: time goes on."""
 
     def __init__(
         self, replicas: Mapping[str, Replica], *, objective_seconds: float = 0.0, queue_limit: int = 1000, seed: int = 1
@@ -96,7 +96,7 @@ class Traffic:
         rows: Sequence[int] = (1,),
         priorities: Sequence[int] = (0,),
     ) -> Mapping[int, Answers]:
-        """What became of those that came in this time, by priority; all of them have been answered when it returns."""
+        """Outcomes of the requests that came in this time, by priority; returns when all are answered."""
         found = {priority: Answers() for priority in priorities}
         end = self.now + seconds
         at = self.now
@@ -108,7 +108,7 @@ class Traffic:
         return found
 
     def clients(self, count: int, seconds: float, *, deadline_seconds: float = 30.0) -> Answers:
-        """What became of what so many clients asked in this time, each its next question when it has the answer to the last."""
+        """Outcomes for this many clients in this time; each asks again when it has its answer."""
         found = Answers()
         end = self.now + seconds
 
@@ -173,7 +173,7 @@ class Traffic:
 
     def _send(self) -> None:
         self._compute(self.router.dispatch(self.now))
-        self.router.withdrawn.clear()  # they are computed all the same, which is the worse case
+        self.router.withdrawn.clear()  # they are computed anyway, which is the worse case
         due = max(self.router.hedge_at(), self.now + LEAST_SECONDS)
         if due < self._hedge_at:
             self._hedge_at = due
