@@ -129,7 +129,7 @@ class Membership:
     _watchers: list[set[str]] = field(default_factory=list)
 
     def watch(self) -> set[str]:
-        """A new set, which gets the ids of members with changes that affect their work; the caller removes ids from it."""
+        """A set that gets the ids of members whose work a change affects, at first all members; the caller removes ids from it."""
         watcher = set(self.members)
         self._watchers.append(watcher)
         return watcher

@@ -30,7 +30,7 @@ class HeldCopies:
         self._held: set[str] = set()
         self._fetching: dict[str, asyncio.Task[None]] = {}
         self._one_at_a_time = asyncio.Semaphore(1)
-        """Copies are fetched with low priority: shards and replicas wait for their blobs, nobody waits for these."""
+        """Copies are fetched one at a time: shards and replicas wait for their blobs, but nobody waits for these."""
         self._tasks: asyncio.TaskGroup | None = None
 
     async def run(self) -> None:

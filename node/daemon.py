@@ -65,7 +65,7 @@ PAUSE_CHECK_SECONDS = 0.25
 LOG_SECONDS = 60.0
 """How often to log again what is wrong with others' messages."""
 DATA_RETRIES_SLOW_DOWN = 20
-"""How often to try data again: a large data set that is wrong takes as long to read each time."""
+"""The pause before data are tried again grows to this many times its length: a large wrong data set takes as long to read each time."""
 
 
 class Node:

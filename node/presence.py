@@ -52,7 +52,7 @@ class Presence:
         self._data_missing: dict[str, str] = {}
         self._rivals: set[str] = set()
         self._living: set[str] = set()
-        """Those of `_before` that sent telemetry: two nodes with one id must not replace each other for ever."""
+        """Those of `_rivals` that sent telemetry: two nodes with one id must not replace each other for ever."""
         self._overwritten: set[str] = set()
         """Topics where a message of others is retained instead of ours."""
         self._put_right_at: dict[str, float] = {}

@@ -89,7 +89,7 @@ class Leases:
         self._refusing: dict[str, tuple[int, float]] = {}
         """How often in a row a node has refused, and until when it is offered nothing."""
         self._resting: dict[str, float] = {}
-        """Nodes in `_refusals` whose time is not yet known to be over."""
+        """Nodes in `_refusing` whose time is not yet known to be over."""
 
     def __contains__(self, attempt_id: str) -> bool:
         return attempt_id in self._held

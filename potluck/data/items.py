@@ -16,7 +16,7 @@ from potluck.wire.tensors import DTYPES, shape_text
 
 Array = np.ndarray[Any, Any]
 CHANNELS = (1, 3, 4)
-"""The dtypes of inputs for images."""
+"""How many channels an image may have."""
 
 
 def input_shape(info: ModelInfo) -> tuple[int | None, ...] | None:

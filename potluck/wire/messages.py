@@ -135,7 +135,7 @@ class Capacity(Part, frozen=True):
 
 
 Side = Annotated[int, Meta(ge=1, le=4096)]
-"""Most pixels of an image for a model: with four channels of float32, that is at most 256 MiB."""
+"""Height or width in pixels of an image for a model: with four channels of float32, an image has at most 256 MiB."""
 
 
 class ImageOptions(Part, frozen=True):

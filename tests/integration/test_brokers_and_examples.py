@@ -1,4 +1,4 @@
-"""The main job without mosquitto, and the founding example as it stands in `examples/`."""
+"""The whole way from training to asking without mosquitto, and the example in `examples/`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`potluck demo` does the main job, and leaves nothing behind: no process, no folder, no open port; also after Ctrl-C."""
+"""`potluck demo` trains, deploys and asks, and leaves nothing behind: no process, no folder, no open port; also after Ctrl-C."""
 
 from __future__ import annotations
 

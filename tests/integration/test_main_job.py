@@ -1,4 +1,4 @@
-"""The main job on a real cluster of processes: train, evaluate, predict, deploy, ask; and what goes wrong, told clearly."""
+"""A real cluster of processes: train, evaluate, predict, deploy, ask; and clear errors for what goes wrong."""
 
 from __future__ import annotations
 

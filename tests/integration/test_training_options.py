@@ -201,7 +201,7 @@ def test_class_weights_by_label_or_number(client: Client) -> None:
     job = client.train(mlp(), xy, epochs=2, class_weight=weights).wait(timeout=120)
     outputs = job.model().predict(data["x_test"], verbose=0)
     assert (outputs.argmax(axis=1) == 0).mean() > 0.99  # nothing else was worth learning
-    assert client.job(job.id[:-2]).id == job.id, "as much of it as no other has"
+    assert client.job(job.id[:-2]).id == job.id, "a beginning that only this job has"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The documents' own rules: prose is wrapped at 100 columns, as editors and reviews show it."""
+"""The documents' own rules: prose is wrapped at 100 columns, for editors and reviews."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 COLUMNS = 100
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 NO_PROSE = re.compile(r"\s*(\||<|\[[^\]]+\]:)|    ")
-"""A table, HTML, the target of a link, code by indentation."""
+"""A table, HTML, the target of a link, or indented code."""
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
@@ -23,6 +23,6 @@ def test_prose_is_wrapped(path: Path) -> None:
             fenced = not fenced
         elif not fenced and len(line) > COLUMNS and not NO_PROSE.match(line):
             words = re.findall(r"(?:`[^`]*`|\S)+", line)  # code is not broken
-            if len(words) > 2:  # a sign of a list, and one word that is longer than a line
+            if len(words) > 2:  # a list marker, and one word that is longer than a line
                 long.append(f"{number}: {line[:60]}")
     assert not long, f"wrap the paragraphs at {COLUMNS} columns"

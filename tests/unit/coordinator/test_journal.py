@@ -1,4 +1,4 @@
-"""The journal: what is appended is there after a crash, once, in order; and each opening is a new epoch."""
+"""The journal: appended events are there after a crash, once and in order; each opening is a new epoch."""
 
 import asyncio
 import os
@@ -51,7 +51,7 @@ def test_a_full_disk_is_said_and_loses_nothing(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "j")
     journal.append("job/1", JobStarted(at=1.0))
     pages = journal._db.execute("PRAGMA page_count").fetchone()[0]
-    journal._db.execute(f"PRAGMA max_page_count = {pages + 1}")  # SQLite says the same of that as of a full disk
+    journal._db.execute(f"PRAGMA max_page_count = {pages + 1}")  # for SQLite, this is the same as a full disk
     with pytest.raises(Unavailable, match=r"full.*make room"):
         journal.append("job/1", *(AttemptEnded(at=2.0, attempt_id="a", reason="r" * 4096) for _ in range(9)))
     assert len(list(journal.replay("job/1", AnyEvent))) == 1  # type: ignore[arg-type]
@@ -160,7 +160,7 @@ def test_a_journal_from_before_there_were_beginnings_is_the_oldest(tmp_path: Pat
 async def followed(
     journal: Journal, streams: dict[str, list[bytes]], place: Position | None, limit: int = 1000
 ) -> Position:
-    """`streams` as whoever follows has them after `limit` more, and the place that they came to."""
+    """`streams` after a follower has read `limit` more events, and its new place."""
     entries, after = await journal.follow(place, limit)
     last = place.number if place else 0
     for entry in entries:
@@ -234,7 +234,7 @@ async def test_whoever_is_too_far_behind_is_told_to_begin_again(
         journal.snapshot(f"job/{number}", [])
     with pytest.raises(NotFound, match="from the beginning again"):
         await journal.follow(place)
-    for limit in (1000, 2):  # in one page, and in many: who began after the forgetting goes on
+    for limit in (1000, 2):  # in one page, and in many: a follower that began after the deletion goes on
         streams.clear()
         await caught_up(journal, streams, None, limit)
         assert streams == replayed(journal)
@@ -301,7 +301,7 @@ async def test_what_is_synced_is_on_the_disk_and_callers_share_it(
     monkeypatch.undo()
     for _ in range(2):
         with pytest.raises(Unavailable, match="start the coordinator again"):
-            await journal.sync()  # the kernel says it once
+            await journal.sync()  # the kernel reports it only once
     with pytest.raises(Unavailable, match="start the coordinator again"):
         journal.flush()
     with pytest.raises(Unavailable):

@@ -97,7 +97,7 @@ def test_whoever_left_did_not_get_lost_and_what_it_did_is_not_told_any_more() ->
 
 
 def test_a_quarantine_ends() -> None:
-    """Who forged the results in a node's name cannot stop it for ever."""
+    """A sender of forged results in a node's name cannot stop the node for ever."""
     members = Membership(timeout_seconds=10)
     members.on_status(birth("1"), 0)
     for reason in "abc":
@@ -119,7 +119,7 @@ def test_who_was_never_more_than_a_birth_is_forgotten() -> None:
         members.on_status(
             NodeStatus(node_id=f"f{number}", session="s", state="online", http=("http://127.0.0.1:1",)), 1
         )
-    members.on_status(birth("1"), 2)  # connected anew, and lost before it says more
+    members.on_status(birth("1"), 2)  # connected again, and lost before it said more
     members.on_status(replace(birth("2")), 3)
     for now in (14, 30, 60, 90):
         members.tick(now)
@@ -166,7 +166,7 @@ def test_who_speaks_another_protocol_is_left_out_and_named() -> None:
     members.on_status(replace(birth("1"), version=2), 0)
     assert members.online() == []
     assert "speaks version 2 of the protocol, but the coordinator speaks 1" in next(members.infos()).left_out
-    members.on_status(birth("1"), 1)  # the same session, as nobody does it
+    members.on_status(birth("1"), 1)  # the same session, which no real node does
     assert len(members.online()) == 1
     assert next(members.infos()).left_out == ""
 
@@ -191,7 +191,7 @@ def test_a_capacity_that_cannot_be_read_is_named_where_none_is_known() -> None:
     members.on_status(birth("1"), 0)
     assert next(members.infos()).left_out == "its capacity cannot be read: gflops"
     members.on_capacity(NodeCapacity(node_id="n", capacity=Capacity(hostname="h", system="s", cores=4, memory_bytes=1)))
-    members.on_unreadable_capacity("n", "gflops")  # of somebody else
+    members.on_unreadable_capacity("n", "gflops")  # from another sender
     assert next(members.infos()).left_out == ""
 
 

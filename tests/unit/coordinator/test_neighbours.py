@@ -1,4 +1,4 @@
-"""Of two coordinators of one name, which goes: never one that has something to lose, and never both."""
+"""Which of two coordinators with one name gives way: never one that has something to lose, and never both."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def around(*hosts: str) -> list[Service]:
 
 
 class Seen:
-    """What mDNS shows."""
+    """The services that mDNS shows."""
 
     def __init__(self, *hosts: str) -> None:
         self.hosts = list(hosts)
@@ -58,7 +58,7 @@ class Seen:
 
 
 def watching(seen: Seen, answers: dict[str, CoordinatorStatus]) -> tuple[Neighbours, list[str]]:
-    """And the hosts in the order in which they are asked."""
+    """The hosts in the order in which they are asked."""
     asked: list[str] = []
 
     class Asking(Neighbours):
@@ -74,7 +74,7 @@ async def test_names_that_are_made_up_starve_nobody_and_fill_nothing() -> None:
     seen = Seen("me", "real", *(f"forged-{number}" for number in range(100)))
     neighbours, asked = watching(seen, {"real": NEW})
     now = time.monotonic()
-    for _ in range(60):  # of these many the real one is drawn, sooner or later: all have come after 13 times
+    for _ in range(60):  # the real one is drawn sooner or later: on average all come within 13 times
         chosen = neighbours._choose(now)
         assert len(chosen) <= ASKED_AT_ONCE
         for place in chosen:
@@ -101,7 +101,7 @@ async def test_who_does_not_answer_is_asked_again_soon_then_less_often() -> None
             times.append(second)
             await neighbours._look(place)
             due, waited = neighbours._due[place]
-            neighbours._due[place] = due + second, waited  # the test's clock in place of the machine's
+            neighbours._due[place] = due + second, waited  # by the test's clock instead of the machine's
     assert asked == ["gone"] * len(times)
     assert [later - sooner for sooner, later in itertools.pairwise(times)][:4] == [
         pytest.approx(gap, abs=1) for gap in (5, 10, 20, 30)

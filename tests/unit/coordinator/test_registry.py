@@ -1,4 +1,4 @@
-"""The registry: versions that never change, names that help, and all of it after a restart."""
+"""The registry: versions that never change, helpful names, and the same after a restart."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,7 +42,7 @@ def test_versions_count_up_and_the_same_bytes_keep_theirs(journal: Journal) -> N
     registry = Registry(journal)
     assert [registry.add_model("m", blob(n), now=1.0).version for n in (1, 2, 1)] == [1, 2, 1]
     assert registry.model("m").version == 2
-    assert registry.model("m:1").model == BlobRef(sha256=blob(1).sha256, size=1)  # holders are nobody's business here
+    assert registry.model("m:1").model == BlobRef(sha256=blob(1).sha256, size=1)  # the registry stores no holders
     assert [(info.name, info.version) for info in registry.models()] == [("m", 1), ("m", 2)]
 
 
@@ -53,7 +53,7 @@ def test_everything_is_there_again_after_a_restart(journal: Journal) -> None:
     )
     signature = Signature(inputs=(TensorSpec(name="x", datatype="FP32", shape=(-1, 4)),), outputs=())
     registry.describe("m:1", signature)
-    registry.describe("m:1", Signature(inputs=(), outputs=()))  # what was learnt first stays
+    registry.describe("m:1", Signature(inputs=(), outputs=()))  # the first signature stays
     registry.add_dataset("d", blob(9), dataset("other", 3))
     again = Registry(journal)
     assert again.models() == registry.models()
@@ -196,7 +196,7 @@ def test_whatever_happens_it_is_the_same_after_a_restart(steps: list[tuple[str, 
                 case "delete":
                     registry.delete_models([registry.model(model)])
         except NotFound:
-            pass  # nothing to change: as good as not asked
+            pass  # nothing to change: as if it was not asked
         registry.check_invariants()
     again = Registry(journal)
     again.check_invariants()
@@ -234,7 +234,7 @@ def test_a_signature_that_says_more_of_pixels_takes_the_place_of_one_that_does_n
 
 
 def test_what_pixels_in_arrays_are_multiplied_by(journal: Journal) -> None:
-    """As files are where that is known; nothing for a model that was trained here on arrays; else nobody knows."""
+    """The same as for files where that is known; none for a model that was trained here on arrays; else unknown."""
     registry = Registry(journal)
     sized = ImageOptions(height=8, width=8)
     assert pixel_scale(registry.add_model("imported", blob(1), now=1.0)) == 0.0

@@ -1,4 +1,4 @@
-"""Questions to the coordinator that are not answered with what was asked for: told apart here, without a cluster."""
+"""Questions to the coordinator that are answered in another way than asked for: tested here without a cluster."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ from support.eventually import eventually
 
 
 async def synced() -> None:
-    """What was written is on the disk."""
+    """Records that what was written is on the disk."""
 
 
 def asking(outbox: Any, clock: Callable[[], float] = time.time, **parts: Any) -> Requests:
@@ -201,7 +201,7 @@ def test_a_list_of_models_comes_in_messages_that_are_small_enough(tmp_path: Path
 
 
 class Listing:
-    """Nodes, deployments and data sets, as many as you like."""
+    """As many nodes, deployments and data sets as a test wants."""
 
     def __init__(self, tmp_path: Path, count: int) -> None:
         self.membership = Membership(timeout_seconds=10)
@@ -236,7 +236,7 @@ class Listing:
         )  # fmt: skip
 
     async def ask(self, question: Message, kind: Any) -> Any:
-        """As a client's connection has it."""
+        """Asks like a client's connection."""
         self.requests.on_request(Envelope("t", question, reply_to="a"))
         answer = self.answered[-1]
         assert isinstance(answer, kind)

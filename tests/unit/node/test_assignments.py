@@ -1,4 +1,4 @@
-"""The leases of a node: whatever comes in whatever order, one runs at a time, and each is answered for."""
+"""A node's leases: whatever comes in any order, one runs at a time, and each gets an answer."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def ran(effects: Iterable[Effect]) -> list[str]:
 
 
 class Machine(RuleBasedStateMachine):
-    """The assignments with an executor and a coordinator around them that do what they are told, in any order."""
+    """The assignments, with an obedient executor and coordinator around them, in any order."""
 
     attempts = Bundle("attempts")
 
@@ -108,7 +108,7 @@ class Machine(RuleBasedStateMachine):
     @rule(attempt_id=attempts)
     def the_same_lease_again(self, attempt_id: str) -> None:
         if attempt_id not in self.assignments.held and attempt_id != self.assignments.stopping:
-            return  # a coordinator does not resend what it knows to have ended, except as below
+            return  # a coordinator does not resend leases that it knows to have ended, except as below
         before = list(self.assignments.held)
         told = self.perform(self.assignments.on_lease(lease(attempt_id, self.epoch)))
         assert list(self.assignments.held) == before
@@ -139,7 +139,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(epoch=st.integers(1, 5))
     def another_bus(self, epoch: int) -> None:
-        """Whose coordinator has a journal of its own, and so another cluster's id: its epochs may be lower."""
+        """Another coordinator, with its own journal and so another cluster id: its epochs may be lower."""
         held = list(self.assignments.held)
         self.assignments.on_disconnected()
         if self.assignments.epoch:
@@ -177,7 +177,7 @@ class Machine(RuleBasedStateMachine):
     def the_engine_is_through(self, well: bool) -> None:
         attempt_id, self.executing = self.executing, None
         assert attempt_id is not None
-        # One that was stopped may have finished just before.
+        # A stopped attempt may have finished just before.
         outcome: Outcome = finished(attempt_id) if well else ShardFailed(attempt_id=attempt_id, error=CANCELLED)
         wanted = attempt_id in self.assignments.held
         if wanted:
@@ -217,7 +217,7 @@ class Machine(RuleBasedStateMachine):
         assert order == sorted(order), "not in the order they came"
 
     def teardown(self) -> None:
-        """Everything that was taken is run or was withdrawn, and when it is acknowledged nothing is left."""
+        """Every lease that was taken is run or was withdrawn; after the acknowledgements nothing is left."""
         while self.executing:
             self.the_engine_is_through(True)
         for attempt_id in self.taken:
@@ -317,7 +317,7 @@ def test_a_stage_is_told_at_once_and_until_there_is_progress() -> None:
 
 
 def test_an_epoch_that_nobody_repeats_keeps_no_coordinator_out() -> None:
-    """A message with an epoch that was made up did, until the node was started again."""
+    """One message with a forged epoch did that, until the node was started again."""
     assignments = Assignments()
     assert assignments.on_coordinator(7, now=0.0)
     assert not assignments.accepts(2**53), "a command says nothing of who is there"

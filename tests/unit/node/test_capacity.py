@@ -1,4 +1,4 @@
-"""What a node says it has: as much as this process may use, and nothing that it would have to import TensorFlow for."""
+"""What a node reports that it has: as much as this process may use, without importing TensorFlow."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ SLICE = "0::/system.slice/potluck-node.service"
         ("0::/", {"cpu.max": "max 100000"}, math.inf),
         ("0::/", {"cpu.max": "150000 100000"}, 1.5),
         (SLICE, {"system.slice/potluck-node.service/cpu.max": "50000 100000"}, 0.5),
-        # the lowest of all that are above us
+        # the lowest of all limits above us
         (SLICE, {"system.slice/cpu.max": "20000 10000", "system.slice/potluck-node.service/cpu.max": "max 100000"}, 2),
-        # a container whose /proc names a folder of the host's
+        # a container whose /proc names a folder of the host
         ("0::/docker/0123", {"cpu.max": "400000 100000"}, 4),
         # v1
         ("4:cpu,cpuacct:/\n0::/", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, math.inf),
@@ -73,7 +73,9 @@ def test_memory_limit(tmp_path: Path, membership: str, files: dict[str, str], li
 def test_cores_are_those_that_may_be_used(tmp_path: Path) -> None:
     allowed = len(os.sched_getaffinity(0))
     assert capacity.cores(tree(tmp_path, "0::/", {})) == allowed
-    assert capacity.cores(tree(tmp_path, "0::/", {"cpu.max": "10000 100000"})) == 1  # a tenth of one is still one
+    assert (
+        capacity.cores(tree(tmp_path, "0::/", {"cpu.max": "10000 100000"})) == 1
+    )  # a tenth of a core still counts as one
     assert capacity.cores(tree(tmp_path, "0::/", {"cpu.max": "99900000 100000"})) == allowed
     pinned = [sys.executable, "-c", "from node import capacity; print(capacity.cores())"]
     core = min(os.sched_getaffinity(0))
@@ -148,7 +150,7 @@ class NVMLError(Exception):
 
 @pytest.fixture
 def nvml(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
-    """NVIDIA's library with two GPUs, of which the second fails when `broken` is set."""
+    """NVIDIA's library with two GPUs; the second fails when `broken` is set."""
     library = SimpleNamespace(NVMLError=NVMLError, broken=False, nvmlInit=lambda: None, nvmlDeviceGetCount=lambda: 2)
 
     def handle(index: int) -> int:
@@ -193,7 +195,7 @@ def test_gpus_that_cannot_be_asked_are_told_of(
     if driver:
         (tmp_path / "gpus/0000:01:00.0").mkdir(parents=True)
     monkeypatch.setattr(capacity, "DRIVER", tmp_path)
-    monkeypatch.setitem(sys.modules, "pynvml", None)  # as where it is not installed
+    monkeypatch.setitem(sys.modules, "pynvml", None)  # as if it was not installed
     capacity._nvml.cache_clear()
     with caplog.at_level("WARNING"):
         assert capacity.read().gpus == ()
@@ -215,7 +217,7 @@ def test_telemetry_goes_on_when_files_run_short(caplog: pytest.LogCaptureFixture
         stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
         first = os.dup(0)
         stack.callback(os.close, first)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (first + 1, hard))  # the lowest number that is free is the last
+        resource.setrlimit(resource.RLIMIT_NOFILE, (first + 1, hard))  # the lowest free number is the last one
         reading = telemetry.read("n", "s", ("a",), ())
     assert reading.attempts == ("a",)
     assert reading.memory_available_bytes > 0
@@ -230,7 +232,7 @@ async def test_speed_is_measured_once_and_kept(tmp_path: Path) -> None:
     assert await capacity.measure(kept) == first
     assert time.monotonic() - started < 0.05
     before = kept.read_text()
-    await capacity.measure(kept, threads=1)  # another number of threads is another speed
+    await capacity.measure(kept, threads=1)  # another number of threads has another speed
     assert kept.read_text() != before
 
 

@@ -1,4 +1,4 @@
-"""Training gives way while an objective is at risk, and never for ever."""
+"""Training gives way while an objective is at risk, but never for ever."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def test_it_gives_way_to_what_is_at_risk_alone_and_goes_on_when_it_is_quiet() ->
     assert not giving.paused
     giving.served(OBJECTIVE, 0.06, 10.1)
     assert giving.paused
-    giving.served(OBJECTIVE, 0.01, 10.2)  # quick, for training stands still
+    giving.served(OBJECTIVE, 0.01, 10.2)  # quick, because training stands still
     giving.passed(10.1 + QUIET_SECONDS)
     assert giving.paused
     giving.passed(10.2 + QUIET_SECONDS)

@@ -1,4 +1,4 @@
-"""Data that live on a node: packed in a store of their own, announced without items, filled into tasks."""
+"""Data that live on a node: packed in their own store, announced without items, filled into tasks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Replicas on an engine that does what the test says: what may go wrong there ends no daemon."""
+"""Replicas on an engine that does what the test says: nothing that goes wrong there ends the daemon."""
 
 from __future__ import annotations
 
@@ -70,14 +70,14 @@ class Engine:
 
 
 class Slot:
-    """Has what Replicas need of an EngineSlot."""
+    """The parts of an EngineSlot that Replicas need."""
 
     def __init__(self, name: str = "serve") -> None:
         self.name = name
         self.engine: Engine | None = Engine()
         self.stopped = False
         self.started_anew = False
-        """Whether one that is dead is replaced."""
+        """Whether a dead engine is replaced."""
 
     async def use(self, work: Callable[[Any], Awaitable[Any]]) -> Any:
         if self.engine is None and not self.started_anew:
@@ -101,7 +101,7 @@ class Bench:
     alone: list[Slot]
 
     def die(self, slot: Slot, *suspects: str) -> None:
-        """The engine there, of these replicas."""
+        """The engine of these replicas."""
         engine, slot.engine = slot.engine, None
         assert engine is not None
         engine.alive, engine.suspects = False, set(suspects)
@@ -171,7 +171,7 @@ async def test_what_is_not_loaded_is_said_to_be_unloaded(bench: Bench) -> None:
 
 
 async def test_an_engine_that_dies_as_it_has_loaded_leaves_no_replica(bench: Bench) -> None:
-    """Its death is told before the answer is taken up."""
+    """Its death is reported before the answer is handled."""
     assert bench.slot.engine is not None
     bench.slot.engine.on_loaded = lambda: bench.die(bench.slot)
     bench.load("r1")
@@ -289,13 +289,13 @@ async def test_a_batch_that_comes_too_late_is_answered_so(bench: Bench) -> None:
     assert isinstance(finished, InferenceFinished)
     assert [outcome.error.code for outcome in finished.outcomes if outcome.error is not None] == ["timed_out"] * 2
     assert "by this node's clock" in finished.outcomes[0].error.message
-    bench.replicas.infer(replace(late, valid_seconds=5.0))  # what counts from its receipt needs no clock
+    bench.replicas.infer(replace(late, valid_seconds=5.0))  # time counted from receipt needs no clock
     finished = (await bench.heard(2))[-1]
     assert [outcome.error.code for outcome in finished.outcomes if outcome.error is not None] == ["not_found"] * 2
 
 
 async def test_a_defect_ends_the_batch_or_the_load_that_meets_it(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else the next node would be asked, and end as well."""
+    """Otherwise, the next node would be asked, and end as well."""
 
     async def fails(*args: object, **options: object) -> None:
         raise AssertionError("odd")

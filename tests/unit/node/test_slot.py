@@ -1,4 +1,4 @@
-"""A place for an engine: one that starts is let come up, whoever waits for it."""
+"""A place for an engine: a start that has begun is finished, whoever waits for it."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ async def test_one_on_which_nothing_has_run_is_as_good_as_a_new_one() -> None:
     assert not engine.stopped
 
     async def work(engine: Any) -> None:
-        await bench.slot.retire()  # in use: only then
+        await bench.slot.retire()  # it is in use: only afterwards
 
     await bench.slot.use(work)
     assert not engine.stopped

@@ -45,7 +45,7 @@ def test_a_busy_machine_is_waited_for_as_long_again() -> None:
 
 def test_idle_is_a_tenth_of_the_processors_at_most() -> None:
     assert idle(0.1, 4.0)
-    assert not idle(1.0, 4.0)  # one of four for all of the time
+    assert not idle(1.0, 4.0)  # one of four processors worked all of the time
     assert not idle(0.0, 0.0)
 
 
@@ -78,7 +78,7 @@ async def test_a_node_measures_again_while_it_is_idle_keeps_the_best_and_then_re
     bus: Any = SimpleNamespace()  # not joined yet: nothing is told
     async with asyncio.timeout(10):
         await node.measure(bus, kept, lambda: next(working))
-    assert gently == [True] * 3  # twice it was not: the machine was busy, and then the node itself
+    assert gently == [True] * 3  # twice it was not: the machine was busy, and then the node itself was
     assert node.capacity.gflops == 36.7
     assert await capacity.measure(kept, 2) == 36.7
 

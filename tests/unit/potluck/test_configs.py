@@ -1,4 +1,4 @@
-"""The example settings load, name every setting, say what each is for, and are the defaults; mosquitto takes its file."""
+"""The example settings load, name and explain every setting, and are the defaults; mosquitto accepts its file."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_the_examples_are_the_defaults_in_full(name: str, kind: type[NetworkSett
 def test_every_setting_is_explained(name: str, kind: type[NetworkSettings]) -> None:
     blocks = re.split(r"\n(?=#)", (CONFIGS / f"{name}.toml").read_text())
     named = [re.findall(r"^(\w+) =", block, re.MULTILINE) for block in blocks]
-    # A comment may speak of two settings that belong together, and then of no more.
+    # A comment may be for two settings that belong together, but not for more.
     assert [found for found in named if len(found) > 2] == []
 
 
@@ -64,7 +64,7 @@ async def test_mosquitto_takes_its_file(tmp_path: Path) -> None:
     assert "listener 1883 127.0.0.1" in written
     file = tmp_path / "mosquitto.conf"
     file.write_text(written.replace("listener 1883", f"listener {port}"))
-    # As root mosquitto becomes another user, who need not be there: it says so and goes on.
+    # As root, mosquitto becomes another user, who may not exist: it says so and goes on.
     process = await asyncio.create_subprocess_exec(
         program, "-c", str(file), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
     )

@@ -1,4 +1,4 @@
-"""Three times within an hour is too often; what was before counts no more."""
+"""Three times within an hour is too often; older crashes do not count."""
 
 from __future__ import annotations
 

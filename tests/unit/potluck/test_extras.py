@@ -1,4 +1,4 @@
-"""The command that adds an extra: what it says for each way in which potluck may have been installed."""
+"""The command that adds an extra, for each way in which potluck may have been installed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Installed = Callable[..., Path]
 
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Installed:
-    """An installation whose `direct_url.json` is this (None: it has none); nothing else is on the path."""
+    """An installation with this `direct_url.json` (None: it has none), and nothing else on the path."""
 
     def make(url: object, installer: str = "pip") -> Path:
         info = tmp_path / "site" / "potluck-0.1.0.dist-info"
@@ -109,7 +109,7 @@ def test_an_environment_without_pip_is_uvs(installed: Installed, monkeypatch: py
 
 
 def test_every_extra_that_a_hint_names_is_one_of_ours() -> None:
-    """By the real metadata: each brings packages, or the source that this was installed from is there."""
+    """With the real metadata: each extra brings packages, or the source of this installation exists."""
     for extra in ("engine", "litert", "broker", "tfrecord", "parquet", "demo", "plot", "tensorboard", "privacy"):
         (potluck, *_) = extras.distributions(name="potluck")
         assert extras._packages(potluck, (extra,)), extra

@@ -59,7 +59,7 @@ def test_an_expected_error_in_a_group_of_tasks_is_one_line_and_an_exit_code(
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(fail())
 
-    with pytest.raises(SystemExit) as ended:  # and not a group with it inside
+    with pytest.raises(SystemExit) as ended:  # and not a group that contains it
         lifecycle.run_daemon("test", CoordinatorSettings, serve)
     assert ended.value.code == code
     assert capsys.readouterr().err == f"test: {error}\n"
@@ -90,7 +90,7 @@ def test_an_error_from_the_wire_is_of_the_class_that_gave_its_code_the_name() ->
 
 
 def test_nothing_is_caught_in_groups_by_except_star() -> None:
-    """Before Python 3.11.4 what is raised in it, SystemExit too, comes out in a group: Debian 12 has 3.11.2."""
+    """Before Python 3.11.4, an error raised in it (SystemExit too) comes out in a group; Debian 12 has 3.11.2."""
     sources = [path for name in ("potluck", "node", "coordinator") for path in (ROOT / name).rglob("*.py")]
     assert sources
     starred = [
@@ -119,7 +119,7 @@ logs.say(logging.ERROR, "for people")
 def test_lines_have_priorities_where_standard_error_is_the_journals(tmp_path: Path, journal: bool) -> None:
     with (tmp_path / "err").open("w+") as file:
         found = os.fstat(file.fileno())
-        # What a unit starts inherits the variable, wherever its own standard error goes.
+        # A unit's children inherit the variable, wherever their own standard error goes.
         stream = f"{found.st_dev}:{found.st_ino if journal else found.st_ino + 1}"
         subprocess.run(
             [sys.executable, "-c", LOGGING],

@@ -1,4 +1,4 @@
-"""Scores of classes: one for each, also where a model says only that of the second."""
+"""Class scores: one for each class, also where a model has a score only for the second."""
 
 from __future__ import annotations
 

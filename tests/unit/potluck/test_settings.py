@@ -1,4 +1,4 @@
-"""Settings: defaults, file, environment, flags, in this order; and what is wrong is named."""
+"""Settings: defaults, file, environment, flags, in this order; errors name the wrong setting."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A state folder has one user; the lock says who, and is gone with its process."""
+"""A state folder has one user; its lock says who, and ends with the process."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_lock_says_whose_it_is_and_ends_with_its_process(tmp_path: Path) -> No
 
 def test_a_lock_without_a_name_is_still_one(tmp_path: Path) -> None:
     with sole_use(tmp_path, "node", "lab"):
-        lock_of(tmp_path, "node").write_text("")  # it has just been taken
+        lock_of(tmp_path, "node").write_text("")  # it has just been locked
         user = user_of(tmp_path, "node")
         assert user is not None
         assert user.pid == 0
@@ -72,7 +72,7 @@ def test_a_user_on_another_machine_is_said_to_be_there(tmp_path: Path) -> None:
 
 def test_what_is_told_of_the_broker_is_read_with_the_lock(tmp_path: Path) -> None:
     with sole_use(tmp_path, "node", "lab") as tell:
-        for broker in ("127.0.0.1:18830", "10.0.0.1:1883", ""):  # the shorter one leaves nothing of the longer
+        for broker in ("127.0.0.1:18830", "10.0.0.1:1883", ""):  # the shorter text leaves nothing of the longer one
             tell(broker)
             user = user_of(tmp_path, "node")
             assert user is not None
@@ -87,7 +87,7 @@ def test_users_are_seen_in_whatever_folder(tmp_path: Path) -> None:
     with subprocess.Popen((sys.executable, "-c", HOLD, str(folder)), stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
         other.stdout.readline()
-        os.kill(other.pid, signal.SIGSTOP)  # one that hangs has it all the same
+        os.kill(other.pid, signal.SIGSTOP)  # a hanging process still has the lock
         (user,) = [user for user in users_here() if user.folder == str(folder)]
         assert (user.what, user.cluster, user.pid) == ("node", "lab", other.pid)
         other.kill()

@@ -1,4 +1,4 @@
-"""What a defect leaves behind: a log line now and then, and everything else going on."""
+"""A defect leaves a log line now and then, and everything else goes on."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_each_subject_has_its_time_and_many_share_one() -> None:
     assert seldom.due("a") == 2
     assert seldom.due("") == 99
     now = 50.0
-    assert seldom.due("c") == 0  # those of before are forgotten
+    assert seldom.due("c") == 0  # the earlier subjects are forgotten
 
 
 def test_what_others_name_obeys_nobody_in_a_log() -> None:

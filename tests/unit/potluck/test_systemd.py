@@ -1,4 +1,4 @@
-"""The systemd units are valid, without a warning, and keep what the daemons need."""
+"""The systemd units are valid, without a warning, and allow what the daemons need."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from potluck.lifecycle import REPORT_SECONDS
 FOLDER = Path(__file__).parents[3] / "systemd"
 NAMES = ("potluck-coordinator", "potluck-node")
 BACKOFF_SINCE = 254
-"""The systemd that first knows RestartSteps."""
+"""The first systemd that knows RestartSteps."""
 
 needs_systemd = pytest.mark.skipif(
     shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed (apt install systemd)"
@@ -23,7 +23,7 @@ needs_systemd = pytest.mark.skipif(
 
 
 def verify(unit: Path) -> str:
-    """What `systemd-analyze verify` has to say of a unit; nothing, when all is well."""
+    """The output of `systemd-analyze verify` for a unit; empty if all is well."""
     command = ["systemd-analyze", "verify", "--man=no", str(unit)]
     verified = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     said = [line for line in verified.stderr.splitlines() if "potluck" in line or str(unit.parent) in line]
@@ -32,8 +32,8 @@ def verify(unit: Path) -> str:
 
 
 def copied(name: str, folder: Path) -> Path:
-    """The unit with a program that is there: potluck is not installed in /opt/potluck where tests run, and
-    `systemd-analyze verify` looks for it. Everything else is verified as it stands.
+    """The unit with a program that exists: potluck is not installed in /opt/potluck where tests run, but
+    `systemd-analyze verify` looks for it. Everything else is verified as it is.
     """
     text = (FOLDER / f"{name}.service").read_text()
     assert f"ExecStart=/opt/potluck/bin/{name} --config /etc/potluck/{name.removeprefix('potluck-')}.toml\n" in text

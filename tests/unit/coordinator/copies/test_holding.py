@@ -1,4 +1,4 @@
-"""Copies of models on nodes: one for each, elsewhere where that can be, and never given up before the next one is there."""
+"""Copies of models on nodes: one copy for each, on another machine if possible, and kept until the next holder has it."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_what_is_deleted_is_released() -> None:
 
 
 class Nodes(RuleBasedStateMachine):
-    """Nodes do what they are told, come and go, and fail; `disks` is what they really hold."""
+    """Nodes obey, come and go, and fail; `disks` has the blobs that they really hold."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -138,7 +138,7 @@ class Nodes(RuleBasedStateMachine):
             others = [name for name in self.disks if name != command.node_id and command.sha256 in self.disks[name]]
             assert others or command.sha256 not in self.models, "the last copy is never released"
             self.disks[command.node_id].discard(command.sha256)
-            # Commands come in order: what was asked for before, and is not done yet, is not done now.
+            # Commands come in order: an earlier request that is not done yet is not done now.
             self.asked = [
                 hold for hold in self.asked if (hold.node_id, hold.blob.sha256) != (command.node_id, command.sha256)
             ]
@@ -173,7 +173,7 @@ class Nodes(RuleBasedStateMachine):
         self.holding.check_invariants()
 
     def teardown(self) -> None:
-        """When all is quiet, each model is held by one node, elsewhere, and by no other."""
+        """When all is quiet, one node on another machine holds each model, and no other node does."""
         self.online = {place.node_id: place for place in (A, B, HERE)}
         for name in self.online:
             self.holding.joined(name)

@@ -1,4 +1,4 @@
-"""What is told of a job that waits: for what."""
+"""A waiting job says what it waits for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a result must look like, by its lease; and whom to believe that a loss is no number."""
+"""What a result must look like, by its lease; and which node is believed when a loss is not a number."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints of groups: by the step from the one before where that leads there, else as they are."""
+"""Checkpoints of groups: made by the step from the one before if it leads there, else fetched."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from potluck.wire.messages import BlobRef, Step, SyncResult, TrainResult
 
 @dataclass
 class Files:
-    """A node's blobs, as a downloader has them; `fetched` names what had to be."""
+    """A node's blobs, for a downloader; `fetched` names the blobs that had to be fetched."""
 
     folder: Path
     store: BlobStore
@@ -38,7 +38,7 @@ class Files:
 
 
 def round_of(files: Files, folder: Path) -> SyncResult:
-    """A checkpoint of a body that is frozen and a head that is not, and the step to it from the one before."""
+    """A checkpoint with a frozen body and a trained head, and the step to it from the one before."""
     body, head = np.ones(50_000, np.float32), np.zeros(10, np.float32)
     before, after, update, state = (folder / name for name in ("before", "after", "update", "state"))
     weights.save(before, [("s00000", body), ("w00001", head)])

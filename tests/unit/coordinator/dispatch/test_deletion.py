@@ -1,4 +1,4 @@
-"""Deleting: refused while something uses it, with the use named; else the bytes go too, unless something refers to them."""
+"""Deleting: refused, with the use named, while something uses it; otherwise its blobs go too, unless something refers to them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from potluck.wire.messages import (
 
 @dataclass
 class Deployed:
-    """What of a Serving matters here."""
+    """The part of a Serving that matters here."""
 
     names: list[str] = field(default_factory=list)
 
@@ -56,19 +56,19 @@ class Lab:
         self.packed = Packed(self.registry, self.deletion, lambda: self.now)
 
     def model(self, text: str, name: str = "m") -> str:
-        """Registers it; its blob's hash."""
+        """Register a model; returns its blob's hash."""
         ref = self.store.put_bytes(text.encode())
         self.registry.add_model(name, ref, now=1.0)
         return ref.sha256
 
     def pack(self, name: str, text: str) -> list[str]:
-        """The same for a job that is asked for next."""
+        """The same for a job that is submitted next."""
         blobs = self.data(name, text, packed=True)
         self.packed.added(name)
         return blobs
 
     def data(self, name: str, text: str, *, packed: bool = False) -> list[str]:
-        """Registers a data set of one shard; the hashes of its manifest and its shard."""
+        """Register a data set of one shard; returns the hashes of its manifest and its shard."""
         shard = self.store.put_bytes(text.encode())
         dataset = Dataset(
             name=name,
@@ -81,7 +81,7 @@ class Lab:
         return [manifest.sha256, shard.sha256]
 
     def fill_beside(self, *kept: str) -> None:
-        """Puts so much that nothing but these blobs has room beside it."""
+        """Fill the store until only these blobs have room beside the rest."""
         self.store.put_bytes(b"x" * (self.store.limit_bytes - sum(map(self.store.size, kept))))
 
     def job(self, spec: AnyJobSpec) -> Job:
@@ -172,7 +172,7 @@ def test_bytes_stay_while_something_else_refers_to_them(lab: Lab) -> None:
     lab.registry.add_model("trained", result, now=1.0)
     lab.end(job, model=result)
     lab.deletion.delete_models("trained", every=False)
-    assert lab.store.has(result.sha256)  # the job may still be asked for it
+    assert lab.store.has(result.sha256)  # clients may still ask for the job's result
     lab.fill_beside(blob, *data)  # but it goes when room is needed
     assert not lab.store.has(result.sha256)
     assert lab.store.has(blob)
@@ -218,7 +218,7 @@ def test_what_was_packed_for_a_job_that_was_refused_is_forgotten_at_once(lab: La
 
 
 def test_data_stay_for_a_job_that_is_still_to_be_asked_for(lab: Lab) -> None:
-    """Between a client's packing and its asking, another job that packed the same ends."""
+    """Another job with the same packed data ends between a client's packing and its submit."""
     lab.model("one")
     lab.pack("p", "items")
     first = lab.job(Train(model="m", dataset="p"))
@@ -227,7 +227,7 @@ def test_data_stay_for_a_job_that_is_still_to_be_asked_for(lab: Lab) -> None:
     second = lab.job(Train(model="m", dataset="p", validation="p"))
     lab.end(second)
     assert lab.registry.datasets() == ()
-    lab.pack("p", "items")  # and its client is gone
+    lab.pack("p", "items")  # and the client leaves
     lab.now += KEPT_SECONDS - 1
     lab.packed.tick()
     assert lab.registry.packed() == {"p"}

@@ -1,4 +1,4 @@
-"""The dispatcher on a real journal and a bus in memory: shards are done once, in turn, and written down before anybody hears of them."""
+"""The dispatcher on a real journal and a bus in memory: each shard is done once, in turn, and journaled before anybody hears of it."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ ITEMS = 4096
 
 
 class Lab:
-    """`mute` nodes take leases and never say more. What reaches a node is checked against the journal at that moment."""
+    """`mute` nodes take leases and never answer again. Messages to a node are checked against the journal at that moment."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -67,9 +67,9 @@ class Lab:
         self.membership = Membership(timeout_seconds=60)
         self.mute: set[str] = set()
         self.done: dict[str, list[str]] = {}
-        """Attempts that each node was acknowledged."""
+        """Acknowledged attempts of each node."""
         self.unwritten: list[str] = []
-        """What nodes heard of before it was written."""
+        """Messages that nodes got before their event was written."""
 
     def open(self) -> None:
         """A coordinator on the journal, as after a start."""
@@ -105,7 +105,7 @@ class Lab:
         self.dispatcher.on_node_message(TOPICS.segment(envelope.topic, 1), envelope.message)
 
     async def node(self, node_id: str, seconds: float = 0.0) -> FakeBus:
-        """One that has the result of a shard after so long."""
+        """A node that has the result of a shard after this long."""
         capacity = Capacity(hostname="h", system="s", cores=1, memory_bytes=1, runtimes={"tensorflow": "2"}, gflops=1.0)
         self.membership.on_capacity(NodeCapacity(node_id=node_id, capacity=capacity))
         self.membership.on_status(NodeStatus(node_id=node_id, session="1", state="online"), 0.0)
@@ -226,7 +226,7 @@ async def test_a_coordinator_that_starts_again_goes_on_where_it_was(lab: Lab) ->
     again = lab.dispatcher.submit(job.submitted.spec, "asked once")
     assert again.job_id == job.job_id
     assert set(again.attempts) == open_attempts
-    await lab.node("n1")  # what it held is leased to it again, and done
+    await lab.node("n1")  # its earlier attempts are leased to it again, and done
     await eventually(lambda: again.ended is not None)
     assert loss(again) == 2.0
     assert open_attempts <= set(lab.done["n1"])

@@ -1,4 +1,4 @@
-"""A job is meant by its id, or by what only its id begins with."""
+"""A job is found by its id, or by a beginning that only its id has."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ KNOWN = ("4be1c06f2a9d", "4be1", "4c00aa11bb22", "77ab03c51e20")
     [
         ("77ab03c51e20", "77ab03c51e20"),
         ("7", "77ab03c51e20"),
-        ("4be1", "4be1"),  # a whole id is that one, though another begins so
+        ("4be1", "4be1"),  # a whole id is found, even if another id begins with it
         ("4be1c", "4be1c06f2a9d"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The leases that are out: the view of the nodes is kept, and always what a fresh look at all of them would give."""
+"""The leases: the kept view of the nodes always equals a new look at all of them."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Bench:
         self.leases.hold(JOB, Attempt(attempt_id, "items-0-8", node_id, self.now, TASK), self.now)
 
     def looked_at_anew(self) -> tuple[NodeView, ...]:
-        """Every node, as nothing that is kept has it."""
+        """A new view of every node, from nothing that was kept."""
         found = []
         for member in self.membership.online():
             if "tensorflow" in member.capacity.runtimes and not member.quarantined:

@@ -1,4 +1,4 @@
-"""The outer step: numpy's mean where nothing is quantised, Nesterov momentum, and the same bits as the nodes will have."""
+"""The outer step: numpy's mean where nothing is quantised, Nesterov momentum, and the same bits as on the nodes."""
 
 import tracemalloc
 from pathlib import Path
@@ -70,10 +70,10 @@ def test_full_steps_without_momentum_are_the_mean_by_samples(tmp_path: Path) -> 
             arrays[place].astype(np.float64) * share for (arrays, _), share in zip(nodes, (0.1, 0.3, 0.6), strict=True)
         )
         np.testing.assert_allclose(lab.values[name], mean, atol=1e-6)
-    assert lab.values["s00002"] == 2  # of the node with most samples
+    assert lab.values["s00002"] == 2  # the value of the node with most samples
     change = float(
         np.sum((lab.values["w00000"] - start[0][1]) ** 2)
-    )  # what is not trained says nothing of how nodes agree
+    )  # state that is not trained says nothing about agreement
     assert lab.square == pytest.approx(change, rel=1e-5)
 
 
@@ -85,7 +85,7 @@ def test_one_node_alone_goes_where_it_went(tmp_path: Path) -> None:
 
 
 def test_nesterov_momentum_is_that_of_keras(tmp_path: Path) -> None:
-    """And state that is not trained has none."""
+    """And state that is not trained has no momentum."""
     lab = Lab(tmp_path, [("w00000", np.zeros(3)), ("s00001", np.zeros(3))])
     w, v = np.zeros(3), np.zeros(3)
     for number in range(1, 5):
@@ -100,7 +100,7 @@ def test_nesterov_momentum_is_that_of_keras(tmp_path: Path) -> None:
 
 
 def test_state_keeps_its_domain_whatever_was_quantised_and_pushed(tmp_path: Path) -> None:
-    """Variances stay above nothing, counters are whole, vectors of length 1 stay those, and frozen weights the same bits."""
+    """Variances stay above 0, counters stay whole, unit vectors stay unit vectors, and frozen weights keep their bits."""
     rng = np.random.default_rng(3)
     size = 8192
 
@@ -217,7 +217,7 @@ def test_quantised_steps_stay_near_the_mean(tmp_path: Path) -> None:
 
 
 def test_memory_does_not_grow_with_the_nodes(tmp_path: Path) -> None:
-    """Nor with the model: that of the pieces of one tensor."""
+    """Nor does it grow with the model: it is that of a few pieces of one tensor."""
     size = 4 * 2**20
     start = np.zeros(size, np.float32)
     weights.save(tmp_path / "weights", [("w00000", start)])

@@ -1,4 +1,4 @@
-"""Nodes whose results are not what was asked for: what becomes of the result, and of the node."""
+"""Nodes whose results are not what was asked for: what happens to the result, and to the node."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Bench:
         self.membership.on_status(NodeStatus(node_id=node_id, session=session, state="online"), 0.0)
 
     def refusal(self, node_id: str, result: Any, shard_id: str = "items-0-8", task: Any = TASK) -> str:
-        """The code of the error that the attempt ends with; "": its result is taken."""
+        """The code of the error with which the attempt ends; "": the result is taken."""
         lease = LeaseShard(epoch=1, job_id="j", shard_id=shard_id, attempt_id="a", lease_seconds=1, task=task)
         error = self.dispatcher._refusal(Held("j", node_id, lease, heard_at=0.0), result)
         return error.code if error is not None else ""
@@ -139,7 +139,7 @@ def test_who_refuses_what_it_is_offered_is_offered_less_and_less() -> None:
 
 
 def test_a_lease_on_a_large_data_set_goes_into_a_message() -> None:
-    """As many shards as a data set may have, names of classes as long as they may be, and each shard on many nodes."""
+    """As many shards as a data set may have, class names as long as they may be, and each shard on many nodes."""
     bench = Bench(*(f"node-{number}" for number in range(20)))
     for number in range(20):
         url = f"http://machine-{number}.laboratory.example:31{number:03}"
@@ -170,7 +170,7 @@ def test_a_lease_on_a_large_data_set_goes_into_a_message() -> None:
 
 
 async def test_whoever_waits_the_longest_for_a_nodes_time_is_planned_first() -> None:
-    """Jobs without an end would else keep all that come later from any."""
+    """Otherwise, endless jobs would keep all later jobs from any slot."""
     bench = Bench("n1")
     jobs = {
         name: SimpleNamespace(job_id=name, leased_at=at)

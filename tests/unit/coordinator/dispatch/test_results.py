@@ -16,7 +16,7 @@ def test_scores_equal_scikit_learns() -> None:
     rng = np.random.default_rng(1)
     truth = rng.integers(0, 4, 500)
     guess = np.where(rng.random(500) < 0.7, truth, rng.integers(0, 5, 500))  # class 4 never occurs, but is predicted
-    table = confusion_matrix(truth, guess, labels=range(6))  # class 5 does not even do that
+    table = confusion_matrix(truth, guess, labels=range(6))  # class 5 is not even predicted
     confusion = tuple(tuple(int(cell) for cell in row) for row in table)
     found = evaluation(
         EvaluateResult(count=500, sums={"loss": 250.0}, confusion=confusion), ["a", "b", "c", "d", "e", "f"]
@@ -27,13 +27,13 @@ def test_scores_equal_scikit_learns() -> None:
     for i, score in enumerate(found.classes):
         assert score.support == support[i]
         assert (score.precision, score.recall, score.f1) == pytest.approx((precision[i], recall[i], f1[i]), rel=1e-12)
-    macro = precision_recall_fscore_support(truth, guess, average="macro", zero_division=0)  # of those that occur
+    macro = precision_recall_fscore_support(truth, guess, average="macro", zero_division=0)  # over classes that occur
     assert [found.metrics[name] for name in ("precision", "recall", "f1")] == pytest.approx(macro[:3], rel=1e-12)
     assert [score.label for score in found.classes] == ["a", "b", "c", "d", "e", "f"]
 
 
 def test_items_of_no_class_are_right_or_wrong_only_where_the_model_counts_them() -> None:
-    table = ((3, 1), (0, 4))  # of ten items, two are of no class
+    table = ((3, 1), (0, 4))  # of ten items, two have no class
     assert evaluation(EvaluateResult(count=10, sums={"loss": 5.0}, confusion=table), []).metrics["accuracy"] == 7 / 8
     as_keras = EvaluateResult(count=10, sums={"accuracy": 10 * float(np.float32(0.7))}, confusion=table)
     assert evaluation(as_keras, []).metrics["accuracy"] == 7 / 10

@@ -1,4 +1,4 @@
-"""What finds no room on the coordinator's disk is tried again, and its job waits; other failures end it as ever."""
+"""An action without room on the coordinator's disk is tried again, and its job waits; other failures end the job as before."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from potluck.settings import CoordinatorSettings
 
 
 class Lab:
-    """A dispatcher with one job, of which only its actions are looked at."""
+    """A dispatcher with one job, of which only the actions matter."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
@@ -31,7 +31,7 @@ class Lab:
         monkeypatch.setattr(self.dispatcher, "_finish", lambda job, state, **parts: self.ended.append(state))
 
     async def act(self, name: str, raised: Exception | None) -> bool:
-        """Whether the action was begun."""
+        """Whether the action has begun."""
         begun = []
 
         async def action() -> None:

@@ -1,4 +1,4 @@
-"""What is made of a request's body: where that is done, and what is said of one that is no JSON or not the right one."""
+"""Reading a request's body: where that happens, and the error for a body that is no JSON or not the right one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files in forms: what browsers and curl send, and what is made to be hard to read."""
+"""Files in forms: as browsers and curl send them, and forms that are made to be hard to read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Arrays in JSON: what is an array comes back as it was, and anything else is refused in words."""
+"""Arrays in JSON: an array comes back as it was, and anything else is refused with a reason."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_every_array_comes_back(datatype: str, shape: list[int], seed: int) -> N
         array = random.integers(0, 2 if datatype == "BOOL" else 100, shape).astype(DTYPES[datatype])
     value = json.loads(json_arrays.written(array.tolist()))
     found = json_arrays.tensor(spec(datatype), value)
-    # Nothing within an empty list says how many axes there are behind it.
+    # An empty list does not tell how many axes follow.
     cut = shape.index(0) + 1 if 0 in shape else len(shape)
     assert found.shape == tuple(shape[:cut])
     assert json_arrays.nested(found) == value if cut == len(shape) else found.shape[-1] == 0

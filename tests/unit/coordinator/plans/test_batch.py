@@ -1,4 +1,4 @@
-"""Evaluate and predict over nodes that come, fail and go: every item exactly once."""
+"""Evaluate and predict on nodes that come, fail and leave: every item exactly once."""
 
 import math
 
@@ -110,7 +110,7 @@ def test_a_node_makes_values_of_what_all_parts_have_counted_for_metrics_that_are
         strategy.leased(attempt, evaluate_task(()))
         strategy.finished(attempt, result, 1.0)
     assert strategy.plan(view(1, a=0), {}) == []
-    for turn in range(2):  # the first is lost
+    for turn in range(2):  # the first attempt is lost
         (lease,) = strategy.plan(view(1, a=1, b=0), {})
         assert isinstance(lease, Lease)
         assert isinstance(lease.task, EvaluateTask)
@@ -151,7 +151,7 @@ def test_counts_that_are_not_finite_are_added_like_others() -> None:
 
 
 class Cluster(RuleBasedStateMachine):
-    """Nodes take chunks, finish, fail, and are late with results that no longer count."""
+    """Nodes take chunks, finish, fail, and send late results that no longer count."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -195,7 +195,7 @@ class Cluster(RuleBasedStateMachine):
             assert position == self.strategy.total
 
     def teardown(self) -> None:
-        """Whatever happened before, one honest node finishes the rest."""
+        """Whatever happened before, one working node finishes the rest."""
         for _ in range(1000):
             if self.strategy.complete:
                 break

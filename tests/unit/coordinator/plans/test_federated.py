@@ -1,4 +1,4 @@
-"""Data that live on nodes: what is known of them, rounds over their holders, FedNova's mean, evaluation, what noise spends."""
+"""Data that live on nodes: what is known of them, rounds over their holders, FedNova's mean, evaluation, and the cost of noise."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_clients_see_what_there_is_without_bytes() -> None:
 
 
 def test_updates_count_per_step_and_by_items() -> None:
-    """FedNova's mean of updates that are as long as their steps goes along each node's direction by its items alone."""
+    """If updates are as long as their steps, FedNova's mean goes along each node's direction only by its number of items."""
     items, steps = [300, 100], [40, 10]
     scales = nova_scales(items, steps)
     directions = np.eye(2)
@@ -88,7 +88,7 @@ def test_updates_count_per_step_and_by_items() -> None:
 
 
 class Play:
-    """One job on the data of nodes `counts`; the test plays dispatcher and nodes."""
+    """One job on the data of nodes `counts`; the test plays the dispatcher and the nodes."""
 
     def __init__(self, counts: dict[str, int], **options: Any) -> None:
         self.views = {name: node(name, held(count, "a", "b")) for name, count in counts.items()}
@@ -171,7 +171,7 @@ def test_holders_are_waited_for_at_the_beginning_also_where_the_first_engine_was
 
 
 def test_a_holder_that_hangs_for_a_moment_is_not_left_out() -> None:
-    """Short rounds would else go on without it, and the last of them without what only it has."""
+    """Otherwise, short rounds would go on without it, and the last round without the data that only it has."""
     play = Play({"n1": 100, "n2": 100}, round_seconds=0.02)
     play.plan()
     play.finish("n1", 50, 5, 100)
@@ -187,7 +187,7 @@ def test_updates_are_held_against_the_same_nodes_own_and_not_against_others() ->
     for size in (1.0, 1.2, 12.0):
         play.plan()
         play.finish("n1", 20, 2, 100, norm=size)
-        play.finish("n2", 20, 2, 100, norm=30.0)  # its data are of another scale
+        play.finish("n2", 20, 2, 100, norm=30.0)  # its data have another scale
         (closing,) = play.plan()
         assert isinstance(closing, CloseRound)
         assert (closing.rejected != {}) == (size == 12.0)
@@ -228,7 +228,7 @@ def test_epsilon_is_that_of_the_node_known_best() -> None:
     few, many = privacy.Spent(100, 50, 5), privacy.Spent(10_000, 50, 5)
     assert privacy.epsilon(rules, [few, many], 10) == privacy.epsilon(rules, [few], 10)
     assert privacy.epsilon(rules, [many], 10) < privacy.epsilon(rules, [few], 10)
-    # One Gaussian mechanism of noise 1 has, by Renyi's bound, min over orders of order / 2 + log(1e5) / (order - 1) at most.
+    # For one Gaussian mechanism with noise 1, Renyi's bound is at most min over orders of order / 2 + log(1e5) / (order - 1).
     once = privacy.epsilon(Privacy(l2_norm_clip=1.0, noise_multiplier=1.0, unit="node"), [privacy.Spent(9, 9, 1)], 10)
     orders = np.linspace(1.1, 60, 1000)
     assert 3.0 < once <= (orders / 2 + np.log(1e5) / (orders - 1)).min()

@@ -1,4 +1,4 @@
-"""Deterministic rounds: parts that stay the same whoever does them."""
+"""Deterministic rounds: parts stay the same, whichever node does them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def blob(number: int) -> BlobRef:
 
 
 class Play:
-    """One job; the test plays dispatcher and nodes."""
+    """One job; the test plays the dispatcher and the nodes."""
 
     def __init__(self, shards: tuple[int, ...] = (40,) * 6) -> None:
         data = Dataset(

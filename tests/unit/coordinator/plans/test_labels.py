@@ -1,4 +1,4 @@
-"""Classes of data sets are found again by their names, in whatever order and number they are there."""
+"""Classes of data sets are matched by name, in any order and number."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_what_counts_alike_or_by_numbers_stays_as_it_is() -> None:
     assert labels.as_trained_on(numbers, numbers) is numbers
     assert labels.as_known(numbers, model("ant", "bee")) is numbers
     assert labels.as_known(everything, model()) is everything
-    folders = data("folders", "n01", "n02")  # of a model whose classes were named for people
+    folders = data("folders", "n01", "n02")  # for a model whose classes have names for people
     assert labels.as_known(folders, model("ant", "bee")) is folders
 
 

@@ -1,6 +1,6 @@
-"""Journals that an earlier version wrote: at each event they give a state that plans, and at the end what they gave then.
+"""Journals of earlier versions: each event gives a state that can plan, and the last gives the same state as then.
 
-`journals/<name>.msgpack`: the events of a job as they stood in its stream, its data sets, and its state when the journal was kept.
+`journals/<name>.msgpack`: a job's events as in its stream, its data sets, and its state when the journal was saved.
 """
 
 from __future__ import annotations

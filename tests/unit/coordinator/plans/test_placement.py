@@ -16,7 +16,7 @@ def test_measured_speed_replaces_the_product_rate_and_scales_the_others() -> Non
     rates = speeds([node("a", 10), node("b", 20), node("c", 0)], {"a": 500.0})
     assert rates["a"] == 500
     assert rates["b"] == 1000  # twice a's product rate, so twice its measured speed
-    assert rates["c"] == 750  # unknown: as fast as the others are on average
+    assert rates["c"] == 750  # unknown speed: the average of the others
 
 
 def test_without_any_measurement_all_are_alike() -> None:
@@ -40,7 +40,7 @@ def test_parts_end_together_whatever_each_node_needs_beside(
     end = min((part - 1) / rates[node_id] + delays.get(node_id, 0.0) for node_id, part in parts.items())
     for node_id, part in parts.items():
         assert (part - 1) / rates[node_id] + delays.get(node_id, 0.0) <= end + 2 / min(rates.values()) + 1e-6 * total
-    for node_id in rates.keys() - parts.keys():  # it could not have done more than an item by then
+    for node_id in rates.keys() - parts.keys():  # it could not have done more than one item by then
         assert delays.get(node_id, 0.0) + 1 / rates[node_id] >= end - 1e-6 * total
 
 

@@ -1,4 +1,4 @@
-"""Conversion before a deployment: one converts, both models are evaluated whole, and only then it is done; whatever fails or is lost."""
+"""Conversion before a deployment: one node converts, both models are evaluated completely, and only then the job is done."""
 
 from hypothesis import settings
 from hypothesis import strategies as st

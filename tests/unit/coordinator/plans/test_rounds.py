@@ -78,7 +78,7 @@ class Simulation:
             model="m", dataset="d", validation="v" if validation else None, epochs=epochs, batch_size=10, **options
         )
         self.validation_losses: dict[int, float] = {}
-        """By epoch; 1 where none is set."""
+        """Values by epoch; 1 where none is set."""
         self.norms: dict[str, float] = {}
         self.submitted = JobSubmitted(at=0.0, job_id="j", request_id="", spec=spec, model=blob(1))
         self.validation = dataset("v", 100, 50) if validation else None
@@ -107,7 +107,7 @@ class Simulation:
         self.job.apply(event)
 
     def plan(self, *nodes: str) -> None:
-        """Plan as often as planning changes something."""
+        """Plan again as long as planning changes something."""
         for _ in range(20):
             busy = {attempt.node_id for attempt in self.job.attempts.values()}
             views = tuple(
@@ -156,7 +156,7 @@ class Simulation:
                 self.complete = True
 
     def error(self, *nodes: str) -> ErrorInfo | None:
-        """What the job has to end with, while these nodes are there."""
+        """The error with which the job must end while these nodes are there."""
         views = tuple(NodeView(name, 1.0, free_slots=1, idle=True) for name in nodes)
         return self.job.error(3, ClusterView(views, self.now))
 
@@ -178,7 +178,7 @@ class Simulation:
             case WarmUpTask():
                 rate = self.rates.get(self.job.attempts[attempt_id].node_id, 80.0)
                 result = WarmUpResult(rate=rate, beside_seconds=0.0, seconds=1.0)
-                self.now -= 0.1  # nobody waits for it
+                self.now -= 0.1  # nobody waits for this
             case EvaluateTask():
                 count = sum(part.stop - part.start for part in task.slices)
                 loss = self.validation_losses.get(self.strategy.epochs_ended + 1, 1.0)
@@ -233,7 +233,7 @@ def test_rounds_grow_when_exchanging_weights_takes_longer_than_computing() -> No
 
 def test_a_node_that_takes_long_beside_computing_gets_less_of_the_next_round() -> None:
     play = Simulation(epochs=8, validation=False)
-    for _ in range(2):  # 80 samples in a second each, and b needs half a second more
+    for _ in range(2):  # 80 samples in a second each; b needs half a second more
         play.plan("a", "b")
         for attempt_id in sorted(play.job.attempts, key=lambda attempt_id: play.job.attempts[attempt_id].node_id):
             late = play.job.attempts[attempt_id].node_id == "b"
@@ -245,7 +245,7 @@ def test_a_node_that_takes_long_beside_computing_gets_less_of_the_next_round() -
         for key, task in play.tasks.items()
         if key in play.job.attempts
     }
-    assert given == {"a": 100, "b": 60}  # 1.25 s each, with what b needs beside
+    assert given == {"a": 100, "b": 60}  # 1.25 s each, including b's extra time
 
 
 def test_nodes_train_on_disjoint_shards() -> None:
@@ -283,7 +283,7 @@ def test_every_epoch_is_trained_however_small_the_data(shards: list[int], nodes:
     ],
 )
 def test_an_epoch_leaves_to_the_next_what_is_less_than_a_batch_for_each(crew: str, left: int, full: bool) -> None:
-    """And no more than a twentieth of it. The last has none to leave it to."""
+    """And at most a twentieth of it. The last node has no other to leave it to."""
     play = Simulation(epochs=2, validation=False, shards=(105,) * 10)
     play.strategy.crew = frozenset(crew)
     play.strategy.samples = 1050 - left
@@ -301,7 +301,7 @@ def test_the_steps_of_an_epoch_in_step_are_all_taken() -> None:
 def test_who_did_a_part_lately_is_not_measured_again_for_being_left_out_once() -> None:
     play = Simulation(epochs=8, validation=False)
     play.plan("a", "b")
-    play.now += AGAIN_SECONDS  # since they have warmed up
+    play.now += AGAIN_SECONDS  # since they warmed up
     for attempt_id in list(play.job.attempts):
         play.finish(attempt_id)
     assert not any(play.strategy.readiness.stale(node, play.now) for node in "ab")
@@ -416,14 +416,14 @@ def test_no_more_nodes_get_ready_than_can_take_part_and_one_more() -> None:
     play = Simulation(epochs=2, validation=False, shards=(20,))
     play.by_hand = True
     play.plan(*"abcde")
-    assert len(play.job.attempts) == 3  # of two batches for two nodes
+    assert len(play.job.attempts) == 3  # the third of two batches for two nodes
     play.lose("a")
     play.plan(*"bcde")
     assert len(play.job.attempts) == 3
 
 
 def test_slow_nodes_that_were_ready_for_long_are_not_found_stale_in_the_plan_that_leaves_them_out() -> None:
-    """Each was, and another was chosen in its place: a plan that went on choosing."""
+    """It was, and another one was chosen instead: a plan that continued to choose."""
     play = Simulation(epochs=200, validation=False, shards=(10, 10))
     play.rates = {"a": 1000.0, **dict.fromkeys("bcdefgh", 1.0)}
 
@@ -435,7 +435,7 @@ def test_slow_nodes_that_were_ready_for_long_are_not_found_stale_in_the_plan_tha
             play.plan(*nodes)
 
     rounds("abcd", 2)
-    rounds("abefg", 2)  # c and d are away while they do nothing
+    rounds("abefg", 2)  # c and d are away, and do nothing
     play.now += AGAIN_SECONDS - 2
     rounds("abcdefg", 1)
     play.now += 2 * AGAIN_SECONDS
@@ -459,7 +459,7 @@ def test_nodes_that_are_alike_are_waited_for_a_moment() -> None:
 
 
 def test_a_far_slower_node_is_not_waited_for_a_moment() -> None:
-    """A second of each job, where a node with a twentieth of a core gets ready."""
+    """One second of each job, while a node with a twentieth of a core gets ready."""
     play = Simulation(epochs=8, validation=False)
     play.by_hand = True
     play.plan("a", "b")
@@ -507,7 +507,7 @@ DIED = ErrorInfo(code="engine_failed", message="died", retryable=True)
 
 
 def fails(play: Simulation, node_id: str, error: ErrorInfo = DIED) -> None:
-    """What the node has now ends with an error, and the node rests."""
+    """The node's present attempt ends with an error, and the node rests."""
     (attempt_id,) = (attempt.attempt_id for attempt in play.job.attempts.values() if attempt.node_id == node_id)
     play.record(AttemptEnded(at=play.now, attempt_id=attempt_id, reason="", error=error))
     play.now = max(play.now, play.job.resting[node_id])
@@ -605,7 +605,7 @@ def test_an_error_that_trying_again_cannot_mend_ends_the_job_of_a_node_alone_at_
 
 
 def test_an_error_that_only_one_node_has_is_its_own() -> None:
-    """It lacks a library, or lies: the others finish the job, and it gets no more of it."""
+    """It lacks a library, or lies: the others finish the job, and it gets no more of the job."""
     play = Simulation(epochs=1, validation=False)
     play.by_hand = True
     play.plan("a", "b")
@@ -625,7 +625,7 @@ def test_an_error_that_only_one_node_has_is_its_own() -> None:
 
 
 def test_a_node_that_called_it_hopeless_stays_out_whatever_else_it_finishes() -> None:
-    """It holds two leases: the other one, about other things, may end well. Else the word of two would never stand together."""
+    """It holds two leases, and the other one may end well. Otherwise, two nodes' errors could never be there at the same time."""
     play = Simulation(epochs=1)
     play.by_hand = True
     play.plan("a", "b")
@@ -726,7 +726,7 @@ def test_progress_counts_nodes_that_wait_for_the_others_and_for_the_next_round()
 
 
 def test_metrics_of_a_round_count_the_parts_that_are_done_before_the_others() -> None:
-    """Or they would go back to those of the slowest node alone."""
+    """Otherwise, the weights would go back to those of the slowest node alone."""
     play = Simulation(epochs=2, validation=False)
     play.plan("a", "b")
     first, last = play.job.attempts.values()
@@ -801,7 +801,7 @@ def test_the_model_of_the_best_epoch_is_kept_and_training_ends_when_nothing_gets
 
 
 def test_all_that_the_next_round_rests_on_is_kept() -> None:
-    """From other jobs, too, which may hold the same and be done with it."""
+    """Also from other jobs, which may hold the same blobs and end."""
     play = Simulation(validation=False)
     play.plan("a", "b")
     play.finish(next(iter(play.job.attempts)))
@@ -937,7 +937,7 @@ def test_updates_that_go_too_far_are_left_out_and_their_node_after_three() -> No
 
 
 def test_a_node_that_comes_when_little_is_left_to_learn_is_welcome() -> None:
-    """Its optimizer is new and takes steps of the usual size, where the others' have become tiny."""
+    """Its new optimizer takes steps of the usual size, while the others' steps have become tiny."""
     play = Simulation(epochs=30, validation=False)
     nodes = ["a", "b"]
     for number in range(6):
@@ -1035,6 +1035,6 @@ def test_replaying_the_events_gives_the_state_back(steps: list[tuple[str, str]])
         "quarantined",
     ):
         assert getattr(again.strategy, name) == getattr(play.strategy, name), name
-    play.job = again  # and it can be finished from there
+    play.job = again  # and the job can be finished from there
     play.run("b", "c")
     assert [epoch.epoch for epoch in play.job.history] == [1, 2]

@@ -1,4 +1,4 @@
-"""Requests against signatures: what fits, what is said of what does not."""
+"""Requests against signatures: what fits, and the error for what does not."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def blob(number: int) -> BlobRef:
 
 
 class Simulation:
-    """Plays the dispatcher and the nodes, which take what they are leased; keeps all events."""
+    """Plays the dispatcher and the nodes, which take every lease; keeps all events."""
 
     def __init__(self, items: int = 320, batch: int = 32, epochs: int = 2, **options: Any) -> None:
         spec = Train(
@@ -77,7 +77,7 @@ class Simulation:
         self.rates: dict[str, float] = {}
         """Items/s that nodes measure when they warm up; 10 where none is set."""
         self.took: dict[str, float] = {}
-        """Seconds that takes them; nothing where none is set."""
+        """Seconds that the warm-up takes; 0 where none is set."""
         self.tasks: dict[str, SyncTask] = {}
         self.complete = False
         self.reduced_bytes = 0
@@ -87,7 +87,7 @@ class Simulation:
 
     @property
     def strategy(self) -> Any:
-        """`SyncStrategy`; `AutoStrategy` while it has not chosen that."""
+        """`SyncStrategy`, or `AutoStrategy` while it has not chosen."""
         assert isinstance(self.job.strategy, SyncStrategy | AutoStrategy)
         return self.job.strategy
 
@@ -284,7 +284,7 @@ def test_a_node_that_joins_is_taken_in_at_the_next_round() -> None:
 
 
 def joined(simulation: Simulation, node_id: str) -> None:
-    """A job on node a alone, and the second round after another has come."""
+    """A job on node a alone, and the second round after another node has come."""
     simulation.plan("a")
     simulation.finish_all()
     simulation.plan("a", node_id)  # closes the round
@@ -402,7 +402,7 @@ def test_passes_see_every_item_once_each_and_can_be_entered_anywhere(count: int,
 
 
 def test_what_was_exchanged_is_what_members_added_up() -> None:
-    """And not the model: most of it may be frozen."""
+    """Nor does it grow with the model: most of it may be frozen."""
     for reduced, each in ((0, blob(1).size), (3, 3)):
         lab = Simulation(items=320, batch=32, epochs=1)
         lab.reduced_bytes = reduced

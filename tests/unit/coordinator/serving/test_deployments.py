@@ -1,4 +1,4 @@
-"""Deployments: replicas come to what is wanted, whatever nodes and engines do."""
+"""Deployments: the number of replicas becomes the wanted one, whatever nodes and engines do."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def test_one_of_which_three_engines_die_is_left_alone_for_an_hour_wherever_they_
         assert not deployment.failing
         deployment.lost(load.replica_id, CRASHED, now)
     assert deployment.failing
-    assert not deployment.failed  # it was ready once: it stays deployed
+    assert not deployment.failed  # it was ready once, so it stays deployed
     assert deployment.error is not None
     assert "3 times within an hour" in deployment.error.message
     assert "node c: took more than 60 s" in deployment.error.message
@@ -235,12 +235,12 @@ def test_what_a_node_holds_is_adopted_where_it_is_missed() -> None:
     deployment = Deployment("m:1", MODEL, 1)
     where = places(a=1, b=1)
     assert deployment.adopt("m:1/b/7", "b", where)
-    assert [load.replica_id for load in loads(deployment, where)] == ["m:1/b/7"]  # it is asked, and says yes at once
+    assert [load.replica_id for load in loads(deployment, where)] == ["m:1/b/7"]  # sent again, and confirmed at once
     assert deployment.adopt("m:1/b/7", "b", where)
     assert not deployment.adopt("m:1/b/7", "a", where)
     assert not deployment.adopt("m:1/a/1", "a", where)  # one is enough
     deployment.wanted = 2
-    assert not deployment.adopt("m:1/b/8", "b", where)  # and one a node
+    assert not deployment.adopt("m:1/b/8", "b", where)  # and one per node
 
 
 def test_what_a_node_holds_takes_the_place_of_what_is_still_to_be_loaded() -> None:
@@ -258,7 +258,7 @@ def test_what_a_node_holds_takes_the_place_of_what_is_still_to_be_loaded() -> No
 
 def test_a_node_that_was_asked_too_early_keeps_what_it_holds() -> None:
     deployment = Deployment("m:1", MODEL, 1)
-    [load] = loads(deployment, places(a=1))  # before it said what it holds
+    [load] = loads(deployment, places(a=1))  # before it reported its replicas
     assert deployment.adopt("m:1/a/7", "a", places(a=1))
     assert not deployment.adopt(load.replica_id, "a", places(a=1))
     assert list(deployment.replicas) == ["m:1/a/7"]

@@ -1,4 +1,4 @@
-"""Memory: what is left is what was told, with what was given and taken since; who makes room is who was not asked for longest."""
+"""Memory: what is left is what was reported, with what was given and taken since; the longest unused replica makes room."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_what_is_left_heeds_what_came_and_went_since_the_node_told() -> None:
     assert memory.free(1000, ["old", "gone"], ["old", "new"], needs) == 1000 - 30 + 7
     assert memory.free(10, [], ["new"], needs) == 0
     assert memory.free(0, [], [], {}) is None
-    assert memory.free(1000, [], ["new"], needs, 700) == 1000 - 700 - 30  # its engine is still to be started
+    assert memory.free(1000, [], ["new"], needs, 700) == 1000 - 700 - 30  # its engine must still start
     assert memory.free(1000, ["old"], ["old"], needs, 700) == 1000
 
 

@@ -1,4 +1,4 @@
-"""Who waits: order, priorities, and the share that low ones keep."""
+"""The queue of requests: order, priorities, and the share that low priorities keep."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_the_newest_of_the_lowest_makes_room_and_a_share_stays() -> None:
     assert queue.crowd_out(-5) is None
     first = queue.crowd_out(3)
     assert first is not None
-    assert (first.priority, first.asked_at) == (0, 23.0)  # the two below have no more than their share
+    assert (first.priority, first.asked_at) == (0, 23.0)  # the two lower ones only get their share
     assert queue_of(0, -5, 0, -5).crowd_out(0).asked_at == 3.0  # type: ignore[union-attr]
 
 
@@ -73,7 +73,7 @@ def test_the_next_for_a_replica_is_one_whose_inputs_are_near_it_or_in_the_reques
 
 
 class Queueing(RuleBasedStateMachine):
-    """Against plain lists by priority."""
+    """Compared with plain lists by priority."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The router: no request is lost, none is answered twice, the queue is bounded, lost batches are asked again."""
+"""The router: no request is lost or answered twice, the queue is bounded, and lost batches are asked again."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_request_goes_out_at_once_and_others_wait_and_leave_together() -> None
 
 @pytest.mark.parametrize("seconds", [(0.1, 0.3), (0.7, 0.3), (0.3, 0.07), (0.011, 0.3), (0.9, 0.0013)])
 def test_when_the_last_replica_is_lost_requests_wait_for_the_next(seconds: tuple[float, float]) -> None:
-    """What rounding leaves of the rates of those that are gone is no rate by which anybody would be too late."""
+    """Removed replicas leave a rounding error in the total rate. It must not count as a rate by which requests would be too late."""
     one = router()
     for replica_id, each in zip("ab", seconds, strict=True):
         one.add_replica(replica_id, replica_id)
@@ -102,7 +102,7 @@ def test_what_was_on_its_way_to_a_lost_replica_is_asked_elsewhere_in_order() -> 
 
 @pytest.mark.parametrize("told", [True, False])
 def test_of_a_batch_of_which_an_engine_died_each_request_is_tried_once_more_alone(told: bool) -> None:
-    """Whether the answer comes first, or that the replica is gone."""
+    """Whether the answer comes first, or the loss of the replica."""
     one = router()
     one.add_replica("a", "a")
     poison, good = ask(one), ask(one)
@@ -173,7 +173,7 @@ def test_a_late_failure_leaves_the_request_to_the_replica_that_has_it_now() -> N
 
 
 class Machine:
-    """Replicas that compute one batch after the other at a fixed pace, in a time of our own."""
+    """Replicas that compute one batch after the other at a fixed pace, in simulated time."""
 
     def __init__(self, seconds_each: float, replicas: int = 1) -> None:
         self.router = router(queue_limit=1000, batch_limit=64)
@@ -191,7 +191,7 @@ class Machine:
                 self.router.finished(batch.replica_id, batch.batch_id, (OK,) * len(batch.requests), now)
             self.busy = [(done_at, batch) for done_at, batch in self.busy if done_at > now]
             for _ in range(int((tick + 1) / 10 * requests_per_second) - int(tick / 10 * requests_per_second)):
-                with suppress(Overloaded):  # who is refused knows at once
+                with suppress(Overloaded):  # a refused client knows at once
                     self.router.submit(Request((), self._answer, now + deadline_seconds, 10), now)
             self.router.expire(now, batch_seconds=10.0)
             for batch in self.router.dispatch(now):
@@ -207,7 +207,7 @@ class Machine:
 @pytest.mark.parametrize("seconds_each", [0.1, 0.5, 2.0])
 @pytest.mark.parametrize("replicas", [1, 3])
 def test_more_than_a_slow_model_can_do_does_not_keep_it_from_what_it_can(seconds_each: float, replicas: int) -> None:
-    """Work under way is not taken for lost and done again, and what would be too late is not computed."""
+    """Work under way does not count as lost and is not done again; work that would be too late is not computed."""
     machine = Machine(seconds_each, replicas)
     machine.run(2 * replicas / seconds_each, seconds=200)
     assert machine.answered >= 0.85 * 200 * replicas / seconds_each
@@ -226,7 +226,7 @@ def test_one_slow_answer_does_not_turn_away_requests_that_a_quick_replica_can_do
     one.add_replica("a", "n1")
     first = ask(one)
     (batch,) = one.dispatch(0.0)
-    one.finished("a", batch.batch_id, (OK,), 8.0)  # traced anew, say
+    one.finished("a", batch.batch_id, (OK,), 8.0)  # it had to trace, for example
     answers = [ask(one, deadline=10.0)]
     (batch,) = one.dispatch(8.0)
     one.finished("a", batch.batch_id, (OK,), 8.001)
@@ -281,7 +281,7 @@ def test_an_idle_slow_replica_is_not_better_than_a_quick_one_at_work() -> None:
     for _ in range(3):
         ask(one)
         went += [batch.replica_id for batch in one.dispatch(0.0)]
-    assert went == ["quick", "quick"]  # and the third waits for it: that is sooner than the slow one would be
+    assert went == ["quick", "quick"]  # the third waits for it: that is sooner than the slow one would be
     assert len(one.queue) == 1
 
 
@@ -297,7 +297,7 @@ def test_a_slow_replica_gets_what_it_answers_sooner_than_the_quick_one_would() -
         for _ in range(20):
             ask(one)
         went += [(batch.replica_id, batch.rows) for batch in one.dispatch(0.0)]
-    # Of the second 20 the quick one would have answered the last after 0.4 s: the slow one is to be done with a margin, and so on.
+    # The quick one would answer the last of the second 20 after 0.4 s: the slow one must finish with a margin before that.
     assert went == [("quick", 20), ("slow", 3), ("quick", 17), ("slow", 1)]
 
 
@@ -315,7 +315,7 @@ def test_what_a_slow_replica_is_late_with_goes_to_the_quick_one_too() -> None:
     busy = [ask(one, now=0.1), *one.dispatch(0.1), ask(one, now=0.1), *one.dispatch(0.1), ask(one, now=0.1)]
     assert one.dispatch(0.1) == []
     assert one.hedge(0.15) == []
-    (copy,) = one.hedge(0.21)  # ahead of what waits for it, and beyond the two that it has
+    (copy,) = one.hedge(0.21)  # before the waiting requests, and beyond its two batches
     assert (copy.replica_id, copy.requests) == ("quick", slow.requests)
     one.finished("quick", copy.batch_id, (OK,), 0.22)
     assert answers == [OK]
@@ -361,7 +361,7 @@ def test_an_error_of_the_request_itself_is_its_answer() -> None:
 
 
 def with_a_slow_batch(rows: int = 1) -> tuple[Router, Batch, list[Answers]]:
-    """Two replicas that were quick a hundred times, and a batch of one of them that does not come back."""
+    """Two replicas that were quick a hundred times, and one batch that does not come back."""
     one = router()
     one.add_replica("a", "n1")
     one.add_replica("b", "n2")
@@ -401,7 +401,7 @@ def test_what_two_replicas_have_is_asked_again_when_both_are_lost() -> None:
     one, slow, (answers,) = with_a_slow_batch()
     (copy,) = one.hedge(10.02)
     one.remove_replica(copy.replica_id, 10.03)
-    assert len(one.queue) == 0  # the other has it still
+    assert len(one.queue) == 0  # the other replica still has it
     one.finished(slow.replica_id, slow.batch_id, (DIED,), 10.04)
     assert len(one.queue) == 1
     (again,) = one.dispatch(11.0)
@@ -426,7 +426,7 @@ def test_a_request_that_is_cancelled_is_computed_no_more() -> None:
     one.cancel(last)
     assert len(one.queue) == 0
     one.cancel(requests[0])
-    assert one.withdrawn == []  # the other one of its batch waits still
+    assert one.withdrawn == []  # the other request of its batch still waits
     one.cancel(requests[1])
     assert one.withdrawn == [batch]
     one.finished("a", batch.batch_id, (OK, OK), 0.1)

@@ -1,4 +1,4 @@
-"""Requests whose inputs a node has: they go there, others fetch them only instead of standing idle, and what is lost is said."""
+"""Requests whose inputs a node has: they go there; others fetch the inputs only if they would be idle; lost inputs are reported."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Answers = list[RequestOutcome | PotluckError]
 
 
 def router(*nodes: str) -> Router:
-    """A replica on each node, named like it, each of which has shown to take a second for 8 rows."""
+    """One replica on each node, with the node's name, and a known speed of 8 rows per second."""
     one = Router("m:1", queue_limit=100, batch_limit=8, rng=random.Random(0))
     for node in nodes:
         one.add_replica(node, node)
@@ -60,7 +60,7 @@ def test_an_idle_replica_fetches_them_where_that_is_quicker() -> None:
     ask(one, "a", moving_seconds=0.1)
     assert went(one.dispatch(START)) == ["b"]
     ask(one, "a", moving_seconds=0.1)
-    assert one.dispatch(START) == []  # b has something to do now
+    assert one.dispatch(START) == []  # b has work now
 
 
 def test_a_replica_with_work_waits_for_requests_of_its_own() -> None:
@@ -73,7 +73,7 @@ def test_a_replica_with_work_waits_for_requests_of_its_own() -> None:
     assert one.dispatch(START + 0.5) == []
     ask(one, "b")
     ask(one)
-    assert went(one.dispatch(START + 0.5)) == ["b"]  # it does not stand behind one that waits for another node
+    assert went(one.dispatch(START + 0.5)) == ["b"]  # it does not wait behind one that waits for another node
     one.finished("a", sent[0].batch_id, (OK,), START + 1.0)
     assert went(one.dispatch(START + 1.0)) == ["a"]
     assert [request.held_by for request in one.queue] == [""]
@@ -113,12 +113,12 @@ def test_a_node_without_a_replica_or_that_is_silent_is_no_reason_to_wait() -> No
     assert answers == [OK]
     ask(one, "a", now=START + 1.0)
     assert went(one.dispatch(START + 1.0)) == ["a"]
-    one.expire(100.0, batch_seconds=10.0)  # nothing is heard of it
+    one.expire(100.0, batch_seconds=10.0)  # there is no news of it
     assert went(one.dispatch(100.0)) == ["b"]
 
 
 def test_what_is_held_elsewhere_waits_for_nobody_when_a_slow_replica_is_drawn() -> None:
-    """It should take no time, and is late again and again: so it is drawn first, and had better not get anything."""
+    """It should take no time, but is late again and again. So it is drawn first, and should get nothing."""
     one = Router("m:1", queue_limit=100, batch_limit=8, rng=random.Random(0))
     for node in "ab":
         one.add_replica(node, node)
@@ -149,7 +149,7 @@ def test_inputs_that_are_lost_are_told_at_once() -> None:
     (batch,) = one.dispatch(START)
     one.finished("a", batch.batch_id, (LOST,), START + 0.1)
     assert answers == [LOST]
-    unheld = ask(one)  # in a store that others can reach too
+    unheld = ask(one)  # in a store that other nodes can reach too
     (batch,) = one.dispatch(START + 0.2)
     one.finished(batch.replica_id, batch.batch_id, (LOST,), START + 0.3)
     assert unheld == []
@@ -170,7 +170,7 @@ def test_a_node_that_is_gone_takes_the_inputs_with_it() -> None:
 
 
 class Held(RuleBasedStateMachine):
-    """Every request is answered once, whoever has its inputs, and nothing waits while all replicas are idle."""
+    """Every request is answered once, whoever has its inputs; nothing waits while all replicas are idle."""
 
     def __init__(self) -> None:
         super().__init__()

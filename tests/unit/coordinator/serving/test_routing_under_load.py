@@ -1,4 +1,4 @@
-"""The router under load, in a time of its own: objective, overload, replicas that differ, priorities."""
+"""The router under load, in simulated time: objective, overload, different replicas, priorities."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from coordinator.serving.hedging import BURST
 from support.traffic import Answers, Replica, Traffic
 
 MODELS = {"network": (0.002, 0.0005), "image": (0.0001, 0.01), "accelerator": (0.02, 0.0002)}
-"""What a batch takes at once, and for each row: a small network, an image model on a core, a model on an accelerator."""
+"""(time per batch, time per row) of a small network, of an image model on a core, and of a model on an accelerator."""
 
 
 def at_load(
     kind: str, load: float, *, objective: float = 0.0, deadline: float = 30.0
 ) -> tuple[Traffic, Answers, float]:
-    """Two seconds of traffic after one to warm up, at so many times what the replica can do; and what that is."""
+    """Two seconds of traffic after a warm-up of one, at this multiple of the replica's capacity; and that capacity."""
     capacity = Replica(*MODELS[kind]).rows_per_second(64)
     traffic = Traffic({"a": Replica(*MODELS[kind])}, objective_seconds=objective)
     traffic.run(capacity * load, 1.0, deadline_seconds=deadline)
@@ -83,7 +83,7 @@ def test_unequal_replicas_share_by_their_speed(times: int) -> None:
 
 
 def throttled(kind: str) -> Replica:
-    """With a tenth of a processor, as a quota gives it: as quick as the other one for 10 ms, and then it waits for 90."""
+    """A replica with a quota of a tenth of a processor: as quick as the other one for 10 ms, and then it waits for 90 ms."""
     return Replica(*MODELS[kind], [(at / 10 + 0.01, at / 10 + 0.1) for at in range(100)])
 
 
@@ -98,7 +98,7 @@ def test_a_replica_ten_times_slower_costs_nothing(kind: str, clients: int) -> No
         return traffic.clients(clients, 4.0)
 
     alone, both = asked(), asked(slow=Replica(10 * fixed_seconds, 10 * row_seconds))
-    assert len(both.seconds) >= 0.98 * len(alone.seconds)  # batches take what they take by chance
+    assert len(both.seconds) >= 0.98 * len(alone.seconds)  # the times of batches are random
     assert both.percentile(99) <= 1.1 * alone.percentile(99)
 
 

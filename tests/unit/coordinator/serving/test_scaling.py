@@ -1,4 +1,4 @@
-"""Scaling: within its bounds whatever happens, and at rest when the load is."""
+"""Scaling: always within its bounds, and steady when the load is."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TARGET_SECONDS = 0.2
 
 
 class Pond:
-    """Requests that flow in and out of a queue; each replica takes `capacity` a second, and a new one some seconds to load."""
+    """Requests that go through a queue; each replica takes `capacity` per second, and a new one needs some seconds to load."""
 
     def __init__(self, least: int, most: int, capacity: float, loading_seconds: float) -> None:
         self.scaler = Scaler()

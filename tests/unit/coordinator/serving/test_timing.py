@@ -1,4 +1,4 @@
-"""What a replica takes for a batch: learned from few of them, whatever disturbs some."""
+"""How long a replica needs for a batch: learned from few batches, even if some were disturbed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Traffic: a canary gets its share of any questions, and a version that does worse is told from bad luck."""
+"""Traffic: a canary gets its share of any requests, and a worse version is told apart from bad luck."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_each_version_is_beside_the_one_that_it_replaces_or_has_replaced() -> No
 def test_a_canary_gets_its_share_whatever_the_period_of_the_questions(weight: int, begin: int, step: int) -> None:
     traffic = Traffic("m", stable="m:1", canary="m:2", weight=weight)
     picked = [traffic.pick(everything) == "m:2" for _ in range(begin + 200 * step)]
-    mine = picked[begin::step]  # the questions of one client among others that take turns
+    mine = picked[begin::step]  # requests of one client among others that take turns
     if step == 1:
         assert abs(sum(mine) - 2 * weight) <= 4
     assert abs(sum(mine) / len(mine) - weight / 100) < 0.12
@@ -72,7 +72,7 @@ def test_worse_by_failures() -> None:
     assert not worse([summary([0.05] * 60, failures=4)], good, 2.0)
     assert not worse([summary([], failures=ANSWERS_LEAST - 1)], good, 2.0)
     assert not worse([summary([0.05] * 100, failures=400)], good, 0)
-    assert "failed" in worse([summary([], failures=50)], Summary(), 2.0)  # nothing to compare with is no excuse
+    assert "failed" in worse([summary([], failures=50)], Summary(), 2.0)  # having nothing to compare with is no excuse
 
 
 def test_worse_by_p99() -> None:
@@ -81,11 +81,11 @@ def test_worse_by_p99() -> None:
     assert "p99 is 3" in worse([bad, bad], good, 2.0)
     assert not worse([bad, bad], good, 10.0)
     assert not worse([summary([0.05] * 100 + [0.3] * 2)] * 2, good, 2.0)  # four of two hundred: by chance
-    assert not worse([bad, summary([0.05] * 60)], good, 2.0)  # a hiccup: all who waited were late, once
+    assert not worse([bad, summary([0.05] * 60)], good, 2.0)  # a hiccup: all waiting requests were late, once
     assert not worse([summary([0.09] * 60)] * 3, good, 2.0)
     assert not worse([summary([9.0] * 40)] * 2, good, 2.0)  # too few to know a p99
     assert not worse([summary([9.0] * 500)] * 2, Summary(), 2.0)
-    assert not worse([summary([0.03] * 500)] * 2, summary([0.002] * 500), 2.0)  # next to nothing
+    assert not worse([summary([0.03] * 500)] * 2, summary([0.002] * 500), 2.0)  # the difference is tiny
 
 
 def test_what_says_nothing_against_a_version_is_no_failure() -> None:
@@ -96,7 +96,7 @@ def test_what_says_nothing_against_a_version_is_no_failure() -> None:
     against = ("timed_out", "model_failed", "invalid_model", "engine_failed", "model_crashed", "out_of_memory")
     for code in (*against, "unavailable", "internal"):
         window.answered(0.0, IMPATIENT_SECONDS, code)
-    window.answered(0.0, IMPATIENT_SECONDS / 2, "timed_out")  # its client's impatience
+    window.answered(0.0, IMPATIENT_SECONDS / 2, "timed_out")  # the client was impatient
     found = window.summary(0.0)
     assert (found.count, found.failures) == (8, 8)
 
@@ -125,7 +125,7 @@ def test_a_window_forgets_what_is_older(times: list[float]) -> None:
 
 
 class Life(RuleBasedStateMachine):
-    """Whatever happens to deployments, the plain name means one that there is, and a journal that is rewritten says the same."""
+    """Whatever happens to deployments, the plain name means an existing one, and a rewritten journal says the same."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What a `.keras` file says of itself is believed where that costs nothing, and refused where it is too much."""
+"""What a `.keras` file claims about itself is believed if that costs little, and refused if it is too much."""
 
 from __future__ import annotations
 

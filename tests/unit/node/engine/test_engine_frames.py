@@ -1,4 +1,4 @@
-"""Frames between a node and its engine: whatever is written is read again, however the stream is cut."""
+"""Frames between a node and its engine: whatever is written can be read again, however the stream is cut."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_answers_come_back(frame: frames.Frame) -> None:
 
 
 def test_what_does_not_fit_a_frame_is_an_error_of_ours() -> None:
-    """It would end the daemon."""
+    """Otherwise, it would end the daemon."""
     for data in ([2**64], [2**64, "x"], [object()]):
         tensor = Tensor(name="x", datatype="INT64", shape=(1,), data=data)
         with pytest.raises(BadMessage, match="RunBatch cannot be given to the engine"):

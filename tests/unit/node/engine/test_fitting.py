@@ -1,4 +1,4 @@
-"""What a request holds becomes what the model takes, or is refused."""
+"""A request's data become the model's input, or are refused."""
 
 from __future__ import annotations
 

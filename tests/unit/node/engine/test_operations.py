@@ -1,4 +1,4 @@
-"""The list of operations that SavedModels may have, against all that the installed TensorFlow registers."""
+"""The list of operations that SavedModels may have, against all operations that the installed TensorFlow registers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WORDS = {
     "filenames", "filepath", "gated", "job", "memory", "output_stream", "path", "prefix", "protocol", "region", "task", "token", "url",
     "urls", "vocab", "worker",
 }  # fmt: skip
-"""In names of attributes and inputs: what else than numbers of the model an operation may work with."""
+"""Words in names of attributes and inputs: things other than the model's numbers that an operation may work with."""
 NAMES = re.compile(
     r"^_|File|Dataset|Iterator|Reader|Summary|Debug|Dump|Print|Event|Rpc|Remote|Send$|Recv|TPU|Tpu|Infeed|Outfeed|Collective|Nccl|DTensor|"
     r"Mesh|Relayout|Xla|PyFunc|Session|Queue|Barrier|Stage|Mutex|Abort|Sleep|Save|Restore|Checkpoint|Mlir|Host|System|Worker|Calibration"
@@ -53,7 +53,7 @@ def registered() -> dict[str, Any]:
 
 
 def touching(definition: Any) -> list[str]:
-    """What about an operation says that it works with more than the model."""
+    """The parts of an operation which show that it works with more than the model."""
     found = [definition.name] if NAMES.search(definition.name) else []
     given = [each.name for each in (*definition.attr, *definition.input_arg)]
     return found + [name for name in given if WORDS & {name, *name.split("_")}]
@@ -66,17 +66,17 @@ def test_nothing_on_the_list_says_that_it_touches_more_than_the_model(registered
 
 def test_what_is_known_to_be_dangerous_is_not_on_the_list(registered: dict[str, Any]) -> None:
     assert ALLOWED & (DANGEROUS | PYTHON | WRITES_CHECKPOINTS | FILLS_TABLE | {READS_CHECKPOINT}) == set()
-    assert len(DANGEROUS & registered.keys()) > 50  # they are names of operations
+    assert len(DANGEROUS & registered.keys()) > 50  # they are names of real operations
 
 
 def test_the_patterns_find_what_is_dangerous(registered: dict[str, Any]) -> None:
-    """They could miss everything, and the test above would be content."""
+    """They could miss everything, and the test above would still pass."""
     quiet = {name for name in DANGEROUS & registered.keys() if not touching(registered[name])}
-    assert quiet <= {"BatchFunction", "Empty", "NegTrain"}  # by what they do, which their names do not say
+    assert quiet <= {"BatchFunction", "Empty", "NegTrain"}  # dangerous by what they do, which their names do not say
 
 
 def test_stateful_operations_keep_state_of_the_model_alone(registered: dict[str, Any]) -> None:
-    """Each kind of state that there may be is named here."""
+    """Each possible kind of state is named here."""
     kinds = re.compile(
         r"Variable|VarHandle|^VarIs|HashTable|LookupTable|InitializeTable|^TensorArray|^Stack|^Resource|^Random|^Stateful|^Rng|Sampler$|"
         r"Assert|CheckNumerics|^(If|Case|While)$|CudnnRNN|TruncatedNormal|Multinomial|NonDeterministicInts|SampleDistorted|Algo?$|DeepCopy|"

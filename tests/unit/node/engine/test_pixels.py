@@ -1,4 +1,4 @@
-"""What models expect of pixels, as their own first layers say it."""
+"""Which pixels models expect, as their own first layers show it."""
 
 from __future__ import annotations
 

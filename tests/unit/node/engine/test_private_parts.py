@@ -1,4 +1,4 @@
-"""Private names of Keras and TensorFlow: a version that lacks one fails here, by that name, and not in somebody's job."""
+"""Private names of Keras and TensorFlow: if a version lacks one, this test fails by that name, instead of somebody's job."""
 
 from __future__ import annotations
 

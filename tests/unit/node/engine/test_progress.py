@@ -1,4 +1,4 @@
-"""What counts as progress of a process: slow is not stuck, and what stands still is."""
+"""What counts as a process's progress: a slow process is not stuck, one that stands still is."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from node.engine.progress import Progress, Reading, read
 
 
 def watched(progress: Progress, seconds: float, cpu_share: float = 0.0, bytes_per_second: float = 0.0) -> float:
-    """Seconds until it is stuck, looked at every second; `seconds` where it never is."""
+    """Seconds until it counts as stuck, checked every second; `seconds` if it never does."""
     for second in range(int(seconds) + 1):
         progress.look(second, Reading(cpu_share * second, int(bytes_per_second * second)))
         if progress.stuck:
@@ -40,7 +40,7 @@ def test_what_gets_further_now_and_then_is_not() -> None:
 
 
 def test_time_in_which_nobody_looked_counts_for_little() -> None:
-    """The whole machine slept: the process had no time either."""
+    """The whole machine slept: the process got no time either."""
     progress = Progress(20.0)
     progress.look(0.0, Reading())
     progress.look(3600.0, Reading())

@@ -1,4 +1,4 @@
-"""A model's file depends on the model alone, and not on the time of day."""
+"""A model's file depends only on the model, not on the time of day."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from node.engine.saving import save
 
 @dataclass
 class Dated:
-    """Saves itself as Keras does, at some time."""
+    """Saves itself like Keras, at a given time."""
 
     second: int
 

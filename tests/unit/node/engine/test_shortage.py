@@ -1,4 +1,4 @@
-"""Which errors mean that memory ran out, and whose."""
+"""Which errors mean that memory ran out, and whose memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from potluck.errors import OutOfMemory
 
 
 class ResourceExhaustedError(Exception):
-    """As TensorFlow's, which has this name."""
+    """An error with the name of TensorFlow's."""
 
 
 class InternalError(Exception):

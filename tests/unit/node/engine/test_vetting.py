@@ -1,4 +1,4 @@
-"""SavedModels that TensorFlow and Keras write pass; forged ones, in which something reads or writes files, do not."""
+"""SavedModels that TensorFlow and Keras write pass; forged ones, in which an operation reads or writes files, do not."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def read(folder: Path) -> Any:
 
 
 def vet(model: Any) -> Any:
-    """What is left of it."""
+    """The model's remaining parts."""
     from node.engine import vetting
 
     vetting.vet(model)
@@ -32,7 +32,7 @@ def vet(model: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A SavedModel with a variable, and a table from a file: of version 2."""
+    """A SavedModel of version 2, with a variable, and a table from a file."""
     import tensorflow as tf
 
     folder = tmp_path_factory.mktemp("words")
@@ -56,7 +56,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def old(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same of version 1: one graph, without functions and objects."""
+    """The same in version 1: one graph, without functions and objects."""
     import tensorflow as tf
 
     v1, folder = tf.compat.v1, tmp_path_factory.mktemp("old")
@@ -99,7 +99,7 @@ def test_savers_and_tables_may_be_where_they_belong(
     (folder / "saved_model.pb").write_bytes(model.SerializeToString())
     loaded = tf.saved_model.load(folder)
     assert loaded.signatures["serving_default"](x=tf.constant(["b", "c"]))["y"].numpy().tolist() in ([2, -2], [1, -1])
-    session = tf.compat.v1.Session(graph=tf.Graph())  # as the LiteRT converter loads it: with what the saver restores
+    session = tf.compat.v1.Session(graph=tf.Graph())  # as the LiteRT converter loads it, with what the saver restores
     tf.compat.v1.saved_model.loader.load(session, ["serve"], str(folder))
     session.close()
     assert operations(vet(read(folder))) == operations(model)  # what was cut is not missed
@@ -243,7 +243,7 @@ def reads_a_path_as_default(model: Any) -> None:
 
 
 def serves_what_fills_its_table(model: Any) -> None:
-    """Then nobody feeds the asset's path, and what stands in the graph is read."""
+    """Then nobody feeds the asset's path, and the value in the graph is read."""
     nodes = model.meta_graphs[0].graph_def.node
     next(each for each in nodes if each.name == "mul").input.append(
         "^" + node(nodes, "InitializeTableFromTextFileV2").name
@@ -274,7 +274,7 @@ def test_forged_graphs_of_version_1_are_refused(old: Path, forge: Forge) -> None
 
 
 def test_every_operation_that_is_not_listed_is_refused_by_name_wherever_it_stands(tmp_path: Path) -> None:
-    """All that TensorFlow registers, one by one: in the graph, in a function that is served, and in one that nothing calls."""
+    """All operations that TensorFlow registers, one by one: in the graph, in a served function, and in one that nothing calls."""
     import tensorflow as tf
     from tensorflow.core.framework.op_def_pb2 import OpList
     from tensorflow.python.client import pywrap_tf_session
@@ -319,7 +319,7 @@ def test_a_function_does_not_hide_an_operation_by_its_name(words: Path) -> None:
 
 @pytest.mark.parametrize("place", ["node", "function"])
 def test_two_of_one_name_are_refused(words: Path, place: str) -> None:
-    """Which of them TensorFlow takes is not ours to guess."""
+    """We need not guess which of them TensorFlow takes."""
     model = read(words)
     graph = model.meta_graphs[0].graph_def
     several = graph.node if place == "node" else graph.library.function

@@ -1,4 +1,4 @@
-"""Before a replica is ready it has run every batch size that it will be given, or those for which there was time."""
+"""Before a replica is ready, it has run every batch size that it will get, or as many as there was time for."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from potluck.wire.tensors import from_numpy, to_numpy
 
 
 class Model:
-    """Takes batches of sizes as `size` says, in a second a row of its clock; fails beyond `breaks_at` rows, and on
+    """Takes batches of sizes as `size` says, in one second of its clock per row; fails above `breaks_at` rows, and for
     values that it does not take.
     """
 
@@ -57,7 +57,7 @@ def test_every_size_is_run_once() -> None:
     model = Model(even)
     assert warm_up(model, 9, 1000.0, lambda: model.now) == 9
     assert model.sizes == [2, 4, 6, 8, 10]
-    whole = Model(lambda rows: 32)  # a model that takes batches of one size
+    whole = Model(lambda rows: 32)  # a model that takes only batches of one size
     assert warm_up(whole, 64, 1000.0, lambda: whole.now) == 64
     assert whole.sizes == [32]
 
@@ -67,7 +67,7 @@ def test_when_time_is_up_it_says_how_far_it_came() -> None:
     assert warm_up(model, 64, 10.0, lambda: model.now) == 6
     assert model.sizes == [2, 4, 6]
     slow = Model(even)
-    assert warm_up(slow, 64, 0.0, lambda: slow.now) == 2  # one at least: it must be known to run
+    assert warm_up(slow, 64, 0.0, lambda: slow.now) == 2  # at least one: it must be known to run
 
 
 def test_a_model_that_cannot_run_is_refused_unless_its_sizes_are_free() -> None:
@@ -93,7 +93,7 @@ def test_requests_that_do_not_fit_together_run_one_by_one() -> None:
 def test_what_is_invented_for_a_model_proves_nothing_against_it() -> None:
     assert warm_up(Model(even, takes=(1.0,)), 9, 1000.0) == 9  # no zeros, then
     assert warm_up(Model(even, takes=(7.0,)), 9, 1000.0) == 0
-    with pytest.raises(InvalidModel, match="not in the vocabulary"):  # an error that no other value would spare it
+    with pytest.raises(InvalidModel, match="not in the vocabulary"):  # an error that no other value would avoid
         warm_up(Model(even, takes=(7.0,), error=InvalidModel), 9, 1000.0)
 
 

@@ -1,4 +1,4 @@
-"""When an engine is killed, and who is to blame: told of what is asked and heard, on a clock that the test moves."""
+"""When an engine is killed, and which model is to blame: by what is asked and heard, on a clock that the test moves."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def inferred(number: int, seconds: float = 0.1) -> frames.BatchRun:
 
 @dataclass
 class Bench:
-    """An engine that uses `share` of a core, and says every second that it is there unless it is `mute`."""
+    """An engine that uses `share` of a core, and reports every second that it lives unless it is `mute`."""
 
     watch: Watch = field(default_factory=lambda: Watch(LIMITS))
     now: float = 0.0
@@ -59,7 +59,7 @@ class Bench:
         return self
 
     def passes(self, seconds: float, every: Callable[[], None] = lambda: None) -> Verdict | None:
-        """The verdict, if there is one within so many seconds."""
+        """The verdict, if there is one within this many seconds."""
         end = self.now + seconds
         while self.now < end:
             self.now += 0.5
@@ -177,7 +177,7 @@ def test_while_somebody_waits_a_batch_may_go_on_but_not_for_ever() -> None:
     assert bench.passes(298) is None
     assert bench.passes(5) is not None
     other = Bench(share=1.0).up()
-    other.watch.asked(infer(1, expires=1e12))  # of a clock that is wrong
+    other.watch.asked(infer(1, expires=1e12))  # by a wrong clock
     assert other.passes(590) is None
     assert other.passes(20) is not None
 

@@ -1,4 +1,4 @@
-"""Errors of others, told to a person."""
+"""Errors of other libraries, in words for people."""
 
 from node.engine.wording import one_line
 

@@ -1,4 +1,4 @@
-"""The store: whole blobs or none, the least used go first, pinned ones stay, leftovers are swept."""
+"""The store: whole blobs or none, the least used go first, pinned ones stay, remains are swept."""
 
 from __future__ import annotations
 
@@ -276,7 +276,7 @@ def test_chunks_in_any_order_make_the_whole(
 
 
 class StoreAgainstModel(RuleBasedStateMachine):
-    """Whatever is done to it: within its limit, pinned blobs here, its account true."""
+    """Whatever happens to it: it stays within its limit, keeps pinned blobs, and counts right."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -348,7 +348,7 @@ def test_a_blob_that_is_damaged_is_thrown_away_although_it_is_pinned(tmp_path: P
 
 
 class SmallDisk:
-    """Of 10,000 bytes, 200 of them a reserve: what is not in the store's folder is of others."""
+    """A disk of 10,000 bytes with a reserve of 200: bytes outside of the store's folder belong to others."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -431,6 +431,6 @@ def test_one_address_holds_no_more_than_its_share(disk: SmallDisk) -> None:
     disk.now = 1000
     assert send(b"c", 1000, "them").size == 1000
     with store.receiving("them") as coming:
-        coming(1500)  # one that is on its way counts, too
+        coming(1500)  # a blob on its way counts, too
         with pytest.raises(DiskFull):
             send(b"e", 3000, "them")

@@ -1,4 +1,4 @@
-"""A daemon's outbox: in the order of the calls, at once where nothing waits, and bounded."""
+"""A daemon's outbox: in the order of the calls, at once if nothing waits, and bounded."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ async def test_messages_keep_their_order_whatever_their_qos() -> None:
         running = [tasks.create_task(bus.run()), tasks.create_task(outbox.run())]
         await bus.connected(1)
         outbox.publish(TOPIC, numbered(0), qos=0)
-        assert broker.messages(TOPIC) == [numbered(0)]  # nothing waited, and nobody was waited for
+        assert broker.messages(TOPIC) == [numbered(0)]  # nothing waited, so it was sent at once
         for number in range(1, 6):
             outbox.publish(TOPIC, numbered(number), qos=number % 2)
         await outbox.drained()

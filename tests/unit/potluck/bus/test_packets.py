@@ -1,4 +1,4 @@
-"""MQTT's packets: what is written can be read, however it is cut, and what is no packet is refused."""
+"""MQTT's packets: what is written can be read, however it is cut, and other bytes are refused."""
 
 from __future__ import annotations
 

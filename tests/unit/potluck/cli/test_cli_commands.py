@@ -281,7 +281,7 @@ def test_a_deployment_that_cannot_be_is_refused_before_training(unused_tcp_port:
 
 
 def test_options_of_noise_go_to_the_client_when_they_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It refuses those that would hide nothing by themselves; what was not typed is not asked for."""
+    """It refuses options that alone hide nothing; options that were not typed are not sent."""
     client = mock.MagicMock()
     client.__enter__.return_value.train.side_effect = InvalidRequest("seen")
     monkeypatch.setattr("potluck.cli.session.Session.client", lambda self: client)
@@ -456,12 +456,12 @@ def test_completion_without_a_cluster_is_silent_and_offers_files(tmp_path: Path,
 def test_words_that_bash_breaks_at_colons_are_put_together(
     parts: str, at: int, words: str, place: int, stands: str
 ) -> None:
-    """The parts as bash 5.2 has them in COMP_WORDS; of `name:1` it replaces the 1 alone."""
+    """The parts as bash 5.2 has them in COMP_WORDS; of `name:1` it replaces only the 1."""
     assert completion.joined(parts.split(" "), at) == (words.split(" "), place, stands)
 
 
 def test_completion_imports_neither_arrays_nor_http() -> None:
-    """A second of processor time for each TAB would be felt."""
+    """People would notice a second of processor time for each TAB."""
     code = (
         "import sys; from potluck.cli import main; from potluck.client import listings, connection\n"
         "heavy = {'numpy', 'aiohttp', 'zeroconf', 'PIL', 'importlib.metadata'} & set(sys.modules)\n"

@@ -1,4 +1,4 @@
-"""What the command line writes: JSON with every field, tables, CSV, plain lines of progress."""
+"""The output of the command line: JSON with every field, tables, CSV, plain lines of progress."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_an_offline_node_shows_no_load_and_when_it_was_heard_of() -> None:
 
 @pytest.mark.parametrize("width", [60, 80])
 def test_of_nodes_the_ids_are_whole_on_narrow_terminals_and_what_counts_is_in_the_line(width: int) -> None:
-    node_id = "a-very-long-host-nam-abc123"  # as long as ids that are made get
+    node_id = "a-very-long-host-nam-abc123"  # as long as ids that potluck makes can be
     first, *_ = output.nodes_table([replace(NODE, node_id=node_id)]).lines(width)
     lines = [line.plain for line in output.nodes_table([replace(NODE, node_id=node_id)]).lines(width)]
     assert lines[1].startswith(f"{node_id}  online  ")
@@ -155,7 +155,7 @@ def test_what_was_exchanged_and_who_is_left_out_is_told() -> None:
 
 
 def test_what_a_validation_measured_is_not_said_of_the_epoch_under_way() -> None:
-    """While the model is written, and after the end, there is none under way: progress stays at the last."""
+    """While the model is written, and after the end, no epoch is under way: progress stays at the last."""
     metrics = {"loss": 0.5, "val_loss": 0.75}
     for done in (3, 4):
         progress = JobProgress(done=done, total=4, epoch=2, epochs=2, metrics=metrics)
@@ -215,7 +215,7 @@ def test_one_of_a_thing_is_singular() -> None:
 
 
 def test_a_job_that_succeeded_is_shown_as_done() -> None:
-    """Also where the coordinator was started anew, and remembers no counts."""
+    """Also after a restart of the coordinator, which then remembers no counts."""
     state = JobChanged(job_id="j", kind="train", state="succeeded", created_at=0.0)
     assert "100%" in text_of(following.picture(state))
     assert "100%" in text_of(output.jobs_table([state]))

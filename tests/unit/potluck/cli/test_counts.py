@@ -1,4 +1,4 @@
-"""Counts as people say them, and names as they may be printed."""
+"""Counts in words for people, and names that are safe to print."""
 
 from __future__ import annotations
 

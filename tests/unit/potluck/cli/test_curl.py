@@ -1,4 +1,4 @@
-"""The line that asks a deployed model: the body it sends, whatever the model takes."""
+"""The line that asks a deployed model: its body, for models with any inputs."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def spec(name: str, datatype: str, *shape: int) -> TensorSpec:
 
 
 def sent(line: str, folder: Path) -> tuple[list[str], Any]:
-    """What curl is given, and the JSON that it sends."""
+    """curl's arguments, and the JSON that it sends."""
     program = folder / "curl"
     program.write_text('#!/bin/sh\necho "$1"\n[ "$3" = @- ] && cat || printf %s "$3"\n')
     program.chmod(0o755)
@@ -130,7 +130,7 @@ def test_the_address_is_one_that_can_be_reached_from_here(unused_tcp_port_factor
 
 
 class FakeClient:
-    """Of a cluster with one deployment, which some replicas of are ready."""
+    """A cluster with one deployment, of which some replicas are ready."""
 
     def __init__(self, *states: Literal["loading", "ready"]) -> None:
         self.states = states

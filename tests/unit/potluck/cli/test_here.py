@@ -1,4 +1,4 @@
-"""What runs on this machine: system services as systemctl tells of them, nodes that mDNS tells of and that answer."""
+"""What runs on this machine: system services by systemctl, and nodes that mDNS shows and that answer."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_beside_the_system_service_nothing_is_started(tmp_path: Path) -> None:
     assert (unit.name, unit.pid, unit.since) == ("potluck-node.service", 77, 1795894119.0)
     with pytest.raises(Conflict, match=r"service potluck-node \(pid 77, since .*: node attic-1: in cluster default\)"):
         plan().check_free()
-    plan(tmp_path / "another").check_free()  # whoever names a folder means a second one
+    plan(tmp_path / "another").check_free()  # a user who names a folder wants a second one
 
 
 def test_where_there_is_no_systemd_nothing_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

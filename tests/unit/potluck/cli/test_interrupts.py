@@ -1,4 +1,4 @@
-"""Ctrl-C, and Ctrl-C again while the first is being dealt with."""
+"""Ctrl-C, and Ctrl-C again while the first one is handled."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_second_interrupt_does_not_break_into_the_first(orderly_seconds: float
 
 
 def test_a_command_that_waits_ends_quietly_when_interrupted_twice() -> None:
-    """A broker that takes the connection and says nothing: the client waits for it, in its own thread."""
+    """A broker that accepts the connection and says nothing: the client waits for it, in its own thread."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         place = f"127.0.0.1:{server.getsockname()[1]}"
         process = subprocess.Popen(
@@ -77,7 +77,7 @@ def test_what_is_left_half_read_is_let_go_without_a_wait() -> None:
     held = threading.Event()
 
     class Source:
-        """Of which each `states` takes its time to end."""
+        """A job of which each `states` takes a while to end."""
 
         id = "j1"
 
@@ -96,7 +96,7 @@ def test_what_is_left_half_read_is_let_go_without_a_wait() -> None:
     states = Job(portal, Source()).states()  # type: ignore[arg-type]
     assert next(states) == 0
     portal.close()
-    del states  # after the client is closed: nothing is raised that could only be printed
+    del states  # after the client is closed: no error is raised that could only be printed
 
 
 def test_an_interrupt_while_the_program_is_imported_is_quiet_too() -> None:

@@ -42,7 +42,7 @@ BLOB = BlobRef(sha256="0" * 64, size=1)
 
 
 def job_ended(epochs: int, metrics: tuple[str, ...] = ("loss", "accuracy"), **parts: Any) -> JobEnded:
-    """A training job of 10 s an epoch and two rounds in each; a value is its epoch, and with `val_` as much negative."""
+    """A training job with epochs of 10 s and two rounds; a value is its epoch, with `val_` the negative of it."""
     history = tuple(
         EpochMetrics(
             epoch=epoch,
@@ -69,7 +69,7 @@ def job_ended(epochs: int, metrics: tuple[str, ...] = ("loss", "accuracy"), **pa
 
 
 def training() -> Any:
-    """A strategy that whatever happens leaves as it is."""
+    """A strategy that no event changes."""
     strategy = Mock(spec=RoundsStrategy)
     strategy.happened.side_effect = lambda event: strategy
     return strategy
@@ -188,7 +188,7 @@ def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Scalars of a run as TensorBoard reads them: by tag, (step, value, Unix time)."""
-    # TensorBoard's own sign that TensorFlow is not to be used: the import would take seconds.
+    # This tells TensorBoard not to use TensorFlow: the import would take seconds.
     monkeypatch.setitem(sys.modules, "tensorboard.compat.notf", ModuleType("tensorboard.compat.notf"))
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

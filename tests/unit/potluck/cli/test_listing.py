@@ -1,4 +1,4 @@
-"""Listings on terminals of any width: what people copy from them is whole, and nothing is lost."""
+"""Listings on terminals of any width: text that people copy from them is whole, and nothing is lost."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def test_a_confusion_matrix_that_does_not_fit_is_told_by_what_was_confused() -> 
 
 @pytest.mark.parametrize("text", ["saved as /home/[me]/model.keras", f"{'x' * 100} {'y' * 100}"])
 def test_a_sentence_is_printed_as_it_is(text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Brackets are no markup, and the terminal itself wraps."""
+    """Brackets are not markup, and the terminal itself wraps."""
     output.show(text)
     assert capsys.readouterr().out == f"{text}\n"
 

@@ -1,4 +1,4 @@
-"""`potluck status`: what is wrong is named, in ten lines, and the exit code says how bad it is."""
+"""`potluck status`: problems are named, in ten lines, and the exit code says how bad it is."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_nodes_of_which_the_same_is_wrong_are_named_together() -> None:
 @pytest.mark.parametrize("width", [80, 10_000])
 @pytest.mark.parametrize("count", [0, 1, 2, 20])
 def test_ten_lines_hold_any_number_of_troubles(width: int, count: int) -> None:
-    """The first is whole, the others are counted; with long ids, many deployments, and much on this machine."""
+    """The first problem is whole, the others are counted: with long ids, many deployments, and much on this machine."""
     others = tuple(f"10.0.0.{number}:1883" for number in range(9))
     deployments = tuple(replace(FAILING, name=f"a-model-with-a-long-name-{number}:12") for number in range(count))
     nodes = tuple(

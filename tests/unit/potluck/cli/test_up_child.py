@@ -1,4 +1,4 @@
-"""A daemon that `potluck up` looks after: started again when it ends, given up when it never runs."""
+"""A daemon that `potluck up` keeps running: restarted when it ends, given up when it never runs long."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SAY = "import pathlib, sys; file = pathlib.Path(sys.argv[1]); file.write_text(fi
 
 @pytest.fixture
 def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A dot in it for each start."""
+    """A file with one dot for each start."""
     monkeypatch.setattr(joining, "BACKOFF_SECONDS", (0.01, 0.02))
     path = tmp_path / "told"
     path.write_text("")

@@ -1,4 +1,4 @@
-"""Data as a user gives it to the client: which array is what."""
+"""Data as a user gives them to the client: which array is what."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ SPARSE = "sparse_categorical_crossentropy"
 def test_how_many_classes_a_model_learns_is_read_from_its_file(
     tmp_path: Path, loss: Any, units: int, outputs: Any, room: int | None
 ) -> None:
-    """As Keras 3 writes files of one and of several outputs, and losses by name, object and function."""
+    """Files of one and of several outputs, as Keras 3 writes them, with losses by name, object and function."""
     inner = {"layers": [{"class_name": "Dense", "config": {"name": "last", "units": units}}]}
     if outputs is not None:
         inner["output_layers"] = outputs

@@ -1,4 +1,4 @@
-"""The options of `deploy` as the client takes them: numbers of replicas in all their forms, and what is refused."""
+"""The options of `deploy` in the client: numbers of replicas in all their forms, and what is refused."""
 
 from __future__ import annotations
 

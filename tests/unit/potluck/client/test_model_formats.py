@@ -1,4 +1,4 @@
-"""Models as files: told by their content, SavedModels as tars that are always the same, and back to what they were."""
+"""Models as files: recognised by their content, SavedModels as tars that are always the same, and written back as they were."""
 
 from __future__ import annotations
 

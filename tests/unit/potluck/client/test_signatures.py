@@ -1,4 +1,4 @@
-"""What the Python API tells of itself: `dir`, `help`, and the name that was meant for one that does not exist."""
+"""What the Python API tells about itself: `dir`, `help`, and a suggestion for a name that does not exist."""
 
 from __future__ import annotations
 

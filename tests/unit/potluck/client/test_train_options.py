@@ -1,4 +1,4 @@
-"""What `train` asks for where an option is not given."""
+"""What `train` sends for an option that is not given."""
 
 from __future__ import annotations
 

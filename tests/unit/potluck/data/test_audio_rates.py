@@ -1,4 +1,4 @@
-"""Recordings of one data set that lie on several nodes have one sample rate."""
+"""Recordings of one data set on several nodes have one sample rate."""
 
 from __future__ import annotations
 

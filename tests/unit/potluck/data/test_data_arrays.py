@@ -142,7 +142,7 @@ def test_npz_in_its_usual_forms(tmp_path: Path, store: BlobStore) -> None:
     upper = pack(file, "d", store)
     assert (upper.format.inputs, upper.format.target) == (("X",), "Y")
     np.savez(file, X=parts["x_train"], Y=parts["x_train"], y=parts["y_train"])
-    assert pack(file, "d", store).format.target == "y"  # as it is written before as it might be
+    assert pack(file, "d", store).format.target == "y"  # the usual name as it is written comes before other spellings
     np.savez(file, X_train=parts["x_train"], Y_train=parts["y_train"], X_test=parts["x_test"], Y_test=parts["y_test"])
     with pytest.raises(InvalidData, match=r"several sets .*'Y_train' or 'Y_test'"):
         pack(file, "d", store)

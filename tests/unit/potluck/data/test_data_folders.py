@@ -1,4 +1,4 @@
-"""Folders of texts and recordings: what is kept, what is refused and why, and which kind a folder is of."""
+"""Folders of texts and recordings: what is kept, what is refused and why, and which kind of files a folder has."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_a_folder_too_far_up_is_refused_with_what_is_meant(tmp_path: Path, store
     folder = data("train")
     with pytest.raises(InvalidData, match=rf"train is a part of a data set, not a class: give {folder}/train$"):
         pack(folder, "x", store)
-    assert pack(data("test", "train"), "x", store, labels=False).format.classes == ()  # to predict, all of it
+    assert pack(data("test", "train"), "x", store, labels=False).format.classes == ()  # for prediction, all of it
     with pytest.raises(InvalidData, match=r"seg_train' --validation '[^']*/seg_test' "):
         pack(data("seg_pred", "seg_test", "seg_train"), "x", store)
     write_files(tmp_path / "vehicles", {"car/a.txt": b"a car", "train/a.txt": b"a train"})
@@ -171,7 +171,7 @@ def test_links_to_folders_are_named_and_not_followed(tmp_path: Path, store: Blob
     (folder / "bad" / "all").symlink_to(folder)
     (folder / "bad" / "gone.txt").symlink_to(tmp_path / "nowhere")
     (folder / "lost").symlink_to(tmp_path / "nowhere")
-    (folder / "good" / "one.txt").symlink_to(elsewhere / "bad" / "0000.txt")  # a link to a file is that file
+    (folder / "good" / "one.txt").symlink_to(elsewhere / "bad" / "0000.txt")  # a link to a file counts as that file
     dataset = pack(folder, "films", store, labels=labels)
     assert dataset.count == 101
     assert dataset.remarks == (
@@ -219,7 +219,7 @@ def test_texts_without_classes_are_for_prediction(tmp_path: Path, store: BlobSto
 
 
 def test_to_predict_folders_are_no_classes(tmp_path: Path, store: BlobStore) -> None:
-    """As in an album, whose folders are years: what the classes are, the model says."""
+    """For example an album with a folder per year: the model knows the classes."""
     album = write_files(tmp_path / "album", {"2023/a.txt": b"one", "2024/b.txt": b"two", "videos/c.mp4": b"x"})
     (album / "2025").mkdir()
     dataset = pack(album, "album", store, labels=False, shuffle=False)
@@ -256,7 +256,7 @@ def test_recordings_keep_their_samples_class_and_rate(tmp_path: Path, store: Blo
     assert dataset.class_counts == (50, 50)
     for key, (suffix, data, label) in zip(keys_of(dataset, store), images_of(dataset, store), strict=True):
         assert suffix == "wav"
-        assert data == (folder / key).read_bytes()  # whose header is the plainest already
+        assert data == (folder / key).read_bytes()  # its header is the plainest already
         assert key.startswith(("high/", "low/")[label])
 
 

@@ -1,4 +1,4 @@
-"""Folders of real images as WebDataset tars: nothing lost, bad ones named, the same input the same shards."""
+"""Folders of real images as WebDataset tars: nothing is lost, bad files are named, and the same input gives the same shards."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def test_an_image_that_will_not_decode_is_named_counted_and_skipped(train: Path,
 
 
 def test_a_png_with_a_wrong_checksum_is_found(train: Path, store: BlobStore) -> None:
-    """Pillow decodes it, TensorFlow does not."""
+    """Pillow decodes it, but TensorFlow does not."""
     data = bytearray(encoded(photo(), "PNG"))
     data[-13] ^= 1  # the CRC of the last IDAT
     Image.open(io.BytesIO(data)).load()
@@ -194,7 +194,7 @@ def test_images_beside_the_class_folders_count_as_skipped(train: Path, store: Bl
 
 def test_unreadable_files_are_skipped_like_bad_ones(train: Path, store: BlobStore) -> None:
     (train / "six" / "dangling.png").symlink_to("nowhere")
-    assert pack(train, "digits", store).skipped == ()  # it is no file
+    assert pack(train, "digits", store).skipped == ()  # it is not a file
     target = train / "six" / "gone.png"
     target.write_bytes(b"x")
 

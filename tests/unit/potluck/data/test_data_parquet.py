@@ -102,7 +102,7 @@ def test_inputs_of_every_kind_of_number(tmp_path: Path, store: BlobStore) -> Non
             "flag": [True, False],
             "price": pa.array(["1.50", "-2.25"]).cast(pa.decimal128(8, 2)),
             "category": pa.array([7, 8]).dictionary_encode(),
-            "__index_level_0__": ["row one", "row two"],  # as pandas writes an index of its own
+            "__index_level_0__": ["row one", "row two"],  # as pandas writes its index
         },
     )
     dataset = pack(path, "t", store, shuffle=False)
@@ -120,9 +120,9 @@ def test_an_index_with_a_name_is_left_out_and_named(tmp_path: Path, store: BlobS
     assert dataset.shards == plain.shards
     assert dataset.remarks == ("column 'id' is left out: it is the index that pandas wrote",)
     assert pack(path, "t", store, target="id").format.classes == ("row one", "row two")
-    pd.DataFrame({"y": [0, 1]}, pd.Index([1.5, 2.5], name="a")).to_parquet(path)  # what else should it be?
+    pd.DataFrame({"y": [0, 1]}, pd.Index([1.5, 2.5], name="a")).to_parquet(path)  # no other column is left
     assert pack(path, "t", store) == plain
-    pd.DataFrame({"a": [1.5, 2.5], "y": [0, 1]}, pd.RangeIndex(2, name="id")).to_parquet(path)  # stores no column
+    pd.DataFrame({"a": [1.5, 2.5], "y": [0, 1]}, pd.RangeIndex(2, name="id")).to_parquet(path)  # it stores no column
     assert pack(path, "t", store) == plain
     for odd in (b"[1", b'{"index_columns": 7}'):
         table = pa.table({"a": [1.5, 2.5], "y": [0, 1]})

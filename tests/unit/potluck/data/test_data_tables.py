@@ -1,4 +1,4 @@
-"""CSV files: what becomes of columns, and errors that name line and column."""
+"""CSV files: what happens to columns, and errors that name line and column."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_an_index_without_a_name_is_left_out_and_named(tmp_path: Path, store: Bl
     )
     wanted = pack(write(tmp_path, f"{head},a\n0,1.5\n1,2.5\n"), "t", store, target=head.strip('"'))
     assert (wanted.shards, wanted.remarks) == (plain.shards, ())
-    alone = pack(write(tmp_path, f"{head},y\n1.5,0\n2.5,1\n"), "t", store)  # what else should it be?
+    alone = pack(write(tmp_path, f"{head},y\n1.5,0\n2.5,1\n"), "t", store)  # no other column is left
     assert (alone.shards, alone.remarks) == (plain.shards, ())
     with pytest.raises(InvalidData, match="two columns have the name ''"):
         pack(write(tmp_path, "a,,\n1,2,3\n"), "t", store)
@@ -229,6 +229,6 @@ def test_a_wide_table_takes_time_by_its_width(tmp_path: Path) -> None:
     path.write_text("\n".join(lines))
     began = time.process_time()
     assert read_csv(path, None).columns["x"].shape == (2, columns)
-    assert time.process_time() - began < 2  # it took 6 s when each column was looked for among all
+    assert time.process_time() - began < 2  # it took 6 s when each column was looked up among all
     with pytest.raises(InvalidData, match=r"has no column 'nosuch': .* g99, \.\.\. \(20001 in all\)"):
         read_csv(path, "nosuch")

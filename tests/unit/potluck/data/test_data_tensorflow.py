@@ -1,4 +1,4 @@
-"""What was packed against TensorFlow itself: every image decodes in an engine as it does elsewhere; TFRecords that it wrote are read."""
+"""Packed data against TensorFlow itself: every image decodes in an engine as it does elsewhere; TFRecords from TensorFlow can be read."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def tf() -> Any:
 
 
 def in_shard(data: bytes) -> bytes | None:
-    """As it stands in a shard; None when it is refused."""
+    """The file as it is in a shard; None when it is refused."""
     try:
         return images.write(data, images.check(data))[1]
     except Unusable:
@@ -38,7 +38,7 @@ def in_shard(data: bytes) -> bytes | None:
 @pytest.mark.parametrize("dtype", ["float32", "float16", "uint8", "int32"])
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_an_engine_decodes_every_kind_of_file_by_the_same_rule(tf: Any, channels: int, dtype: str) -> None:
-    """Also files that another program has put into shards as they are."""
+    """Also for files that another program has put into shards unchanged."""
     from node.engine.decoders import ImageDecoder
 
     scale = 1.0 if dtype in ("uint8", "int32") else 1 / 255

@@ -56,7 +56,7 @@ def png(row: np.ndarray[Any, Any]) -> bytes:
 
 
 def test_the_checksum_is_masked_crc32c() -> None:
-    crc = 0xE3069283  # of "123456789": RFC 3720, B.4 and the usual check value
+    crc = 0xE3069283  # CRC of "123456789": RFC 3720, B.4, and the usual check value
     assert _masked_crc(b"123456789") == (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
 
 

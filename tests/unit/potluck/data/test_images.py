@@ -1,4 +1,4 @@
-"""The one decoder: the right pixels of every kind of file, and the same ones once it stands in a shard."""
+"""The only decoder: the right pixels for every kind of file, and the same pixels from a shard."""
 
 from __future__ import annotations
 

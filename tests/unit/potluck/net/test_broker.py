@@ -1,4 +1,4 @@
-"""Brokers of our own: which one is chosen, and that it starts, stops, and dies with its parent."""
+"""Our own brokers: which one is chosen, and that it starts, stops, and dies with its parent."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ async def test_a_broker_listens_when_it_is_started_and_not_after_it_was_stopped(
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of another process are Linux's")
 async def test_it_may_have_as_many_connections_as_the_daemon_allows_itself_files(kind: Any, tmp_path: Path) -> None:
-    """mosquitto never raises its own limit, which is 1,024 on most systems: 5,000 nodes come to it all the same."""
+    """mosquitto never raises its own limit, which is 1,024 on most systems; 5,000 nodes can still connect."""
     allowed = lifecycle.raise_file_limit()
     started = await start_broker(BrokerSettings(mode=kind, port=0), Listen(), tmp_path)
     limits = (Path("/proc") / str(started.pid) / "limits").read_text()

@@ -1,4 +1,4 @@
-"""Ports: the gateway's own or the next free one, and errors that say who has one and which option chooses another."""
+"""Ports: the gateway's own or the next free one; errors say who uses a port and which option chooses another."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from potluck.settings import CoordinatorSettings, GatewayListen, Listen, load
 
 @pytest.fixture
 def taken() -> Iterator[int]:
-    """A port that somebody listens on; the next one is free."""
+    """A port on which somebody listens; the next one is free."""
     with ExitStack() as stack:
         while True:
             first = stack.enter_context(socket.create_server(("127.0.0.1", 0)))

@@ -1,4 +1,4 @@
-"""Quantised updates: bounds of the error, the same bits for everyone, and what is refused."""
+"""Quantised updates: bounds of the error, the same bits on every machine, and what is refused."""
 
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ def test_no_value_is_off_by_more_than_half_a_level_of_its_block(values: np.ndarr
 @settings(max_examples=200, deadline=None)
 @given(VALUES, st.sampled_from(["int8", "int4"]))
 def test_codes_are_as_the_module_says(values: np.ndarray, kind: Any) -> None:
-    """Value by value, in plain Python: others write and read such files too."""
+    """Value by value, in plain Python: other programs write and read such files too."""
     codes, scales = quantise(values, kind)
     levels = 127 if kind == "int8" else 7
     numbers = codes.tolist()
@@ -127,7 +127,7 @@ def test_the_norm_is_that_of_what_is_read(tmp_path: Path, compression: Any, coun
 
 
 def test_state_travels_exactly_whatever_its_size_and_what_is_as_before_does_not_travel(tmp_path: Path) -> None:
-    """Wide variances, quantised, would become negative; a frozen kernel would cost as much as one that is trained."""
+    """Wide variances, if quantised, could become negative; a frozen kernel would cost as much as a trained one."""
     kernel, frozen = RNG.normal(size=(SMALL, 2)).astype(np.float32), RNG.normal(size=(SMALL, 2)).astype(np.float32)
     variance = np.where(np.arange(SMALL) % 16, 1e-4, 9.0).astype(np.float32)
     never, steps = np.float32([np.nan, np.inf]), np.int64(3)
@@ -144,7 +144,7 @@ def test_state_travels_exactly_whatever_its_size_and_what_is_as_before_does_not_
 
 
 def test_roles_are_those_of_the_model_not_of_the_names_in_the_file(tmp_path: Path) -> None:
-    """A job may begin from another's checkpoint and train what was frozen there, or freeze what was trained."""
+    """A job may begin from another job's checkpoint and train weights that were frozen there, or freeze trained ones."""
     first, second = (RNG.normal(size=SMALL).astype(np.float32) for _ in range(2))
     weights.save(tmp_path / "before", [("w00000", first), ("s00001", second)])
     write_update(tmp_path / "update", tmp_path / "before", [first, second + 1], "int8", roles=["value", "trained"])
@@ -154,7 +154,7 @@ def test_roles_are_those_of_the_model_not_of_the_names_in_the_file(tmp_path: Pat
 
 
 def test_plain_whole_numbers_are_new_values(tmp_path: Path) -> None:
-    """As an update names them that has no other word for it."""
+    """The name of a role in an update that has no other word for it."""
     weights.save(tmp_path / "before", [("s00000", np.int64([3, 4]))])
     weights.save(tmp_path / "update", [("s00000", np.int64([5, 4]))])
     apply_update(tmp_path / "before", tmp_path / "update", tmp_path / "after")

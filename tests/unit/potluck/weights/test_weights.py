@@ -1,4 +1,4 @@
-"""Files of weights: what the library reads is what was written, and the same tensors are the same bytes."""
+"""Files of weights: the library reads what was written, and the same tensors give the same bytes."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""What is an address of a holder, and what would make this machine ask for something else."""
+"""Which texts are addresses of holders, and which could make this machine ask for something else."""
 
 from __future__ import annotations
 

@@ -120,7 +120,7 @@ def test_spaces_and_a_byte_order_mark_before_json() -> None:
         (b'{"type": "ListJobs", "id": "\\ud800"}', "surrogates"),
         (b'{"type": "AddDataset", "name": "a\\n", "manifest": {}}', r"\$.name"),
         (b'{"type": "AddDataset", "name": "a b", "manifest": {"sha256": "x", "size": 1}}', r"\$.name"),
-        (b"\x81\x90\x01", "not valid msgpack: unhashable"),  # a list for a key
+        (b"\x81\x90\x01", "not valid msgpack: unhashable"),  # a list as a key
         (b"\x81\xa1a\x81\x80\x01", "not valid msgpack: unhashable"),
         (msgpack.packb({"type": "ListJobs", "id": msgpack.ExtType(1, b"x")}), "ListJobs"),
     ],
@@ -198,7 +198,7 @@ def test_a_number_stands_for_a_float_but_a_float_for_no_int() -> None:
 
 
 def test_whole_numbers_that_msgpack_cannot_carry_are_floats() -> None:
-    """A client could end whoever had to send them on."""
+    """Otherwise, a client could end a daemon that had to send them on."""
     numbers = [2**64, -(2**63) - 1, 10**30, 2**64 - 1, -(2**63)]
     tensor = {"name": "x", "datatype": "FP32", "shape": [5], "data": numbers}
     message, _ = codec.decode(json.dumps({"type": "Infer", "id": "1", "inputs": [tensor]}).encode())

@@ -1,4 +1,4 @@
-"""Tensors <-> numpy, and what does not fit."""
+"""Tensors <-> numpy, and data that do not fit."""
 
 from __future__ import annotations
 
