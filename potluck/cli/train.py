@@ -40,7 +40,7 @@ def train(
     strategy: Annotated[
         str,
         typer.Option(
-            help="local: nodes exchange weights in rounds; sync: after every step; auto: chosen by measured speed and bandwidth.",
+            help="local: each node by itself, in rounds; sync: every step together; auto: chosen by measured speed and bandwidth.",
             autocompletion=completion.words("auto", "local", "sync"),
         ),
     ] = "auto",
