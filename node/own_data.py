@@ -69,7 +69,7 @@ class OwnData:
             reason = error.message
         except OSError as error:
             reason = f"{error.filename or given.path} cannot be read: {error.strerror or error}"
-        except Exception as error:  # noqa: BLE001 - of one of the libraries that read files
+        except Exception as error:  # noqa: BLE001 - any error of the libraries that read files
             reason = f"{given.path} cannot be read: {type(error).__name__}: {error}"
         else:
             self._missing = {other: why for other, why in self._missing.items() if other != name}

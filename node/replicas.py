@@ -220,7 +220,7 @@ class Replicas:
                 raise Unavailable(f"the model cannot be kept on this node: {error}") from error
 
             engine, signature, resident, warm_rows = await self._on_an_engine(command, path)
-        except Exception as error:  # noqa: BLE001 - whoever asked for it hears of a defect, too, and nobody else
+        except Exception as error:  # noqa: BLE001 - the coordinator hears of a defect, too
             failure = as_defect(error, "loading of a model")
             self._release(replica_id)
             log.info("model not loaded %s", fields(model=command.name, replica=replica_id, reason=failure.message))
@@ -293,7 +293,7 @@ class Replicas:
             outcomes, seconds = await self._computed(command)
             if _bytes_of(outcomes) > INLINE_OUTPUT_BYTES:
                 outcomes = await self._as_blobs(outcomes)
-        except Exception as error:  # noqa: BLE001 - where this node ended, the next one would be asked, and end as well
+        except Exception as error:  # noqa: BLE001 - a defect must not end this node: the next one would be asked, and end too
             self._answer(command, as_defect(error, "a batch"))
             return
         finally:

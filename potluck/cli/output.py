@@ -198,7 +198,7 @@ def jobs_table(jobs: Iterable[JobChanged]) -> Listing:
 
 
 def epochs_table(history: Sequence[EpochMetrics], shown: int | None = None) -> Facts:
-    """The metrics of each epoch, and below them its costs; `shown`: only the last so many epochs."""
+    """The metrics of each epoch, and below them its costs; `shown`: how many of the last epochs."""
     width = max(len("epoch"), *(len(str(epoch.epoch)) for epoch in history))
     rows: list[tuple[str, str | Text]] = [("epoch", Text("metrics", "bold"))]
     samples = 0
