@@ -11,7 +11,7 @@ import psutil
 import pytest
 from hypothesis import settings
 
-from support.processes import still_running
+from support.processes import commands
 
 settings.register_profile("potluck", deadline=None)  # an example's time only shows how busy the machine is
 settings.load_profile("potluck")
@@ -32,9 +32,10 @@ def logs_as_before() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def leaves_nothing_behind() -> Iterator[None]:
-    """Fails a test that leaves a new thread or child process behind."""
-    # Only direct children: a cluster that several tests share starts its own engines when it needs them.
-    children_before = {child.pid for child in psutil.Process().children()}
+    """Fails a test after which a thread or a child process is left that was not there before."""
+    # Direct children: a cluster that several tests share starts engines of its own when it needs them. Those with the
+    # command of one that was there before take its place: daemons of such a cluster that were killed and started again.
+    children_before = commands(psutil.Process().children())
     threads_before = set(threading.enumerate())
     yield
     deadline = time.monotonic() + _GRACE_SECONDS
@@ -44,9 +45,9 @@ def leaves_nothing_behind() -> Iterator[None]:
             for thread in threading.enumerate()
             if thread not in threads_before and not thread.name.startswith(_SHARED_THREADS)
         ]
-        children = [one for one in still_running(psutil.Process().children()) if one.pid not in children_before]
+        children = commands(psutil.Process().children()) - children_before
         if not threads and not children:
             return
         if time.monotonic() > deadline:
-            pytest.fail(f"left behind: threads {threads}, processes {children}")
+            pytest.fail(f"left behind: threads {threads}, processes {[' '.join(command) for command in children]}")
         time.sleep(0.02)

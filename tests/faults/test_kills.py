@@ -18,20 +18,31 @@ from potluck.errors import PotluckError
 from potluck.local_cluster import LocalCluster
 from potluck.wire.messages import JobProgress
 from support.digits import mlp, split
+from support.eventually import eventually_now
 from support.processes import engines, still_running
 
 pytestmark = [pytest.mark.tensorflow, pytest.mark.timeout(300)]
 
 
-@pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[LocalCluster]:
-    with LocalCluster(tmp_path, cluster="faults", nodes=2, discovery=False) as running:
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
+    with LocalCluster(tmp_path_factory.mktemp("cluster"), cluster="faults", nodes=2, discovery=False) as running:
         yield running
 
 
 @pytest.fixture
-def client(cluster: LocalCluster) -> Iterator[Client]:
-    with Client(f"{cluster.broker_host}:{cluster.broker_port}", cluster=cluster.cluster) as connected:
+def cluster(shared: LocalCluster, client: Client) -> Iterator[LocalCluster]:
+    """With two nodes online; what a test has killed is started again after it."""
+    yield shared
+    for node in shared.nodes:
+        if not node.running:
+            node.start()
+    eventually_now(lambda: [node.state for node in client.nodes()] == ["online", "online"], 60)
+
+
+@pytest.fixture(scope="module")
+def client(shared: LocalCluster) -> Iterator[Client]:
+    with Client(f"{shared.broker_host}:{shared.broker_port}", cluster=shared.cluster) as connected:
         yield connected
 
 
@@ -73,7 +84,8 @@ def test_a_killed_coordinator_resumes_training_with_no_hole_in_the_history(
 @pytest.mark.parametrize("victim", ["node", "engine", "coordinator"])
 def test_predictions_are_complete_whoever_dies(cluster: LocalCluster, client: Client, victim: str) -> None:
     data = split()
-    model = client.train(mlp(), (data["x_train"], data["y_train"]), epochs=1, name="mlp").wait(timeout=200).model()
+    model = mlp()
+    client.register(model, "mlp")
     rows = np.tile(data["x_test"], (1500, 1))
     job = client.predict("mlp", rows, batch_size=32)
     half_way(job)
@@ -94,10 +106,9 @@ def test_predictions_are_complete_whoever_dies(cluster: LocalCluster, client: Cl
 
 
 def test_a_replica_that_dies_is_replaced_and_no_request_fails(cluster: LocalCluster, client: Client) -> None:
-    data = split()
-    client.train(mlp(), (data["x_train"], data["y_train"]), epochs=1, name="mlp").wait(timeout=200)
+    client.register(mlp(), "mlp")
     client.deploy("mlp", replicas=2).wait(timeout=100)
-    row = data["x_test"][:1]
+    row = split()["x_test"][:1]
     first = client.infer("mlp", row)
     cluster.nodes[0].kill()
     for _ in range(200):
@@ -116,10 +127,9 @@ def test_nothing_is_left_behind(tmp_path: Path) -> None:
 
 
 def test_an_inference_that_the_coordinator_took_with_it_is_asked_again(cluster: LocalCluster, client: Client) -> None:
-    data = split()
-    client.train(mlp(), (data["x_train"], data["y_train"]), epochs=1, name="mlp").wait(timeout=200)
+    client.register(mlp(), "mlp")
     client.deploy("mlp", replicas=2).wait(timeout=100)
-    row = data["x_test"][:1]
+    row = split()["x_test"][:1]
     expected = client.infer("mlp", row)
     found: list[Any] = []
     stop = threading.Event()

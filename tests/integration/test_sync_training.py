@@ -6,7 +6,6 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,13 +25,14 @@ pytestmark = [pytest.mark.tensorflow, pytest.mark.timeout(400)]
 INSECURE = {"POTLUCK_LISTEN__INSECURE": "true"}  # TensorFlow's server listens beyond loopback
 
 
-@pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[LocalCluster]:
-    with LocalCluster(tmp_path, cluster="sync", nodes=2, discovery=False, environment=INSECURE) as running:
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
+    folder = tmp_path_factory.mktemp("cluster")
+    with LocalCluster(folder, cluster="sync", nodes=2, discovery=False, environment=INSECURE) as running:
         yield running
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def client(cluster: LocalCluster) -> Iterator[Client]:
     with Client(f"{cluster.broker_host}:{cluster.broker_port}", cluster=cluster.cluster) as connected:
         yield connected
@@ -147,36 +147,6 @@ def test_a_step_over_two_members_is_that_of_fit_where_gradients_are_sparse(clien
                 assert ours.numpy().tobytes() == theirs.numpy().tobytes(), theirs.path
 
 
-@pytest.mark.parametrize("how", ["kill", "freeze"])
-def test_the_rest_goes_on_when_a_member_is_lost(cluster: LocalCluster, client: Client, how: str) -> None:
-    import keras
-
-    data = split()
-    x, y = data["x_train"].reshape(-1, 64)[:640], data["y_train"][:640]
-    job = client.train(network(keras.optimizers.SGD(0.1)), (x, y), epochs=40, strategy="sync", round_seconds=0.2)
-    reach(job, 3)
-    if how == "kill":
-        cluster.nodes[1].kill()
-    else:
-        frozen = psutil.Process(cluster.nodes[1].pid)
-        for process in [frozen, *frozen.children(recursive=True)]:
-            os.kill(process.pid, signal.SIGSTOP)
-    rounds = job.status().progress.round
-    lost_at = time.monotonic()
-    try:
-        reach(job, rounds + 2)
-        assert time.monotonic() - lost_at < 45
-        job.wait(timeout=200)
-    finally:
-        if how == "freeze":
-            for process in [frozen, *frozen.children(recursive=True)]:
-                os.kill(process.pid, signal.SIGCONT)
-    ended = job.result()
-    assert [epoch.epoch for epoch in ended.history] == list(range(1, 41))
-    model = plainly(network(keras.optimizers.SGD(0.1)), x, y, epochs=40, batch=32)
-    assert relative(job.model(), model) < 1e-4
-
-
 def test_weights_that_are_no_numbers_end_the_job_though_the_loss_is_one(client: Client) -> None:
     import keras
 
@@ -219,3 +189,36 @@ def test_a_loss_that_is_no_mean_is_refused(client: Client) -> None:
     data = split()
     with pytest.raises(PotluckError, match="reduction='sum'"):
         client.train(model, (data["x_train"].reshape(-1, 64), data["y_train"]), strategy="sync").wait(timeout=100)
+
+
+@pytest.mark.parametrize("how", ["kill", "freeze"])
+def test_the_rest_goes_on_when_a_member_is_lost(cluster: LocalCluster, client: Client, how: str) -> None:
+    import keras
+
+    data = split()
+    x, y = data["x_train"].reshape(-1, 64)[:640], data["y_train"][:640]
+    eventually_now(lambda: [node.state for node in client.nodes()] == ["online", "online"], 60)
+    job = client.train(network(keras.optimizers.SGD(0.1)), (x, y), epochs=40, strategy="sync", round_seconds=0.2)
+    reach(job, 3)
+    if how == "kill":
+        cluster.nodes[1].kill()
+    else:
+        frozen = psutil.Process(cluster.nodes[1].pid)
+        for process in [frozen, *frozen.children(recursive=True)]:
+            os.kill(process.pid, signal.SIGSTOP)
+    rounds = job.status().progress.round
+    lost_at = time.monotonic()
+    try:
+        reach(job, rounds + 2)
+        assert time.monotonic() - lost_at < 45
+        job.wait(timeout=200)
+    finally:
+        if how == "freeze":
+            for process in [frozen, *frozen.children(recursive=True)]:
+                os.kill(process.pid, signal.SIGCONT)
+        else:
+            cluster.nodes[1].start()
+    ended = job.result()
+    assert [epoch.epoch for epoch in ended.history] == list(range(1, 41))
+    model = plainly(network(keras.optimizers.SGD(0.1)), x, y, epochs=40, batch=32)
+    assert relative(job.model(), model) < 1e-4

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -33,6 +34,17 @@ def engines(node_pid: int) -> dict[str, psutil.Process]:
 def still_running(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
     """Processes that have not ended; zombies count as ended."""
     return [one for one in processes if _runs(one)]
+
+
+def commands(processes: Iterable[psutil.Process]) -> Counter[tuple[str, ...]]:
+    """How many of these run each command; one that has ended meanwhile is not counted."""
+    found: Counter[tuple[str, ...]] = Counter()
+    for process in still_running(processes):
+        try:
+            found[tuple(process.cmdline())] += 1
+        except psutil.NoSuchProcess:
+            continue
+    return found
 
 
 def _runs(process: psutil.Process) -> bool:
