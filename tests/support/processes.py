@@ -37,11 +37,11 @@ def still_running(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
 
 
 def commands(processes: Iterable[psutil.Process]) -> Counter[tuple[str, ...]]:
-    """How many of these run each command; one that has ended meanwhile is not counted."""
+    """How many of these run each command, without its numbers: a port may be another after a restart. What ends meanwhile is left out."""
     found: Counter[tuple[str, ...]] = Counter()
     for process in still_running(processes):
         try:
-            found[tuple(process.cmdline())] += 1
+            found[tuple(word for word in process.cmdline() if not word.isdecimal())] += 1
         except psutil.NoSuchProcess:
             continue
     return found
