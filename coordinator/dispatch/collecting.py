@@ -14,7 +14,6 @@ from coordinator.plans.batch import BatchStrategy, merge
 from coordinator.plans.job import CloseRound, Job, RoundClosed
 from coordinator.plans.node_data import NodesEvaluation
 from coordinator.plans.quantizing import QuantizeStrategy
-from coordinator.plans.training.rounds import RoundsStrategy
 from coordinator.plans.training.scores import weighted
 from potluck.blobs.download import Downloader
 from potluck.blobs.store import BlobStore, hash_file, no_room
@@ -126,10 +125,10 @@ class Collector:
                 rejected=decision.rejected,
             )
 
-    def drop_round(self, decision: CloseRound, before: Step | None, closed: RoundClosed, keep: set[str]) -> None:
-        """Delete what a closed round no longer needs: its updates, and the weights and state that it began from."""
-        found = (*(part.update for part in decision.results), closed.base, decision.velocity)
-        self.drop([ref for ref in (*found, before.update if before else None) if ref is not None], keep)
+    def drop_round(self, decision: CloseRound, used: Sequence[BlobRef], closed: RoundClosed, keep: set[str]) -> None:
+        """Throw away what a closed round has used up: its updates, and the weights and state that it began from."""
+        base = [closed.base] if closed.base is not None else []
+        self.drop([*(part.update for part in decision.results), *base, *used], keep)
 
     def drop(self, used: Iterable[BlobRef], keep: set[str]) -> None:
         """Delete blobs that are no longer needed, except those in `keep`."""
@@ -148,9 +147,8 @@ class Collector:
             )
             on = spec.evaluation or spec.calibration or ""
             return {"model": strategy.converted, "before": before, "evaluation": after, "evaluated_on": on}
-        if isinstance(strategy, RoundsStrategy) and strategy.exported is not None:
-            exported = strategy.exported
-            best = strategy.best.epoch if strategy.best else 0
+        if (training := job.training) is not None and (exported := training.exported()) is not None:
+            best = training.best_epoch()
             return {"model": exported.model, "signature": exported.signature, "classes": labels, "best_epoch": best}
         if isinstance(strategy, BatchStrategy | NodesEvaluation) and isinstance(spec, Evaluate):
             merged = merge([part for part in strategy.in_order() if isinstance(part, EvaluateResult)])

@@ -12,7 +12,7 @@ import logging
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from dataclasses import replace as replace_view
@@ -53,8 +53,6 @@ from coordinator.plans.job import (
 )
 from coordinator.plans.placement import ClusterView
 from coordinator.plans.training import privacy, scores
-from coordinator.plans.training.rounds import RoundsStrategy
-from coordinator.plans.training.sync import SyncStrategy
 from coordinator.registry import Registry
 from coordinator.serving.serving import Serving
 from potluck.errors import Cancelled, Conflict, DiskFull, Diverged, EngineFailed, PotluckError, Unavailable
@@ -485,10 +483,10 @@ class Dispatcher:
         if attempt_id not in self._leases:
             return
         held.collecting = True
-        strategy, attempt = job.strategy, job.attempts.get(attempt_id)
+        training, attempt = job.training, job.attempts.get(attempt_id)
         result: AnyTaskResult = message.result
         try:
-            if attempt is None or not isinstance(strategy, RoundsStrategy) or strategy.wants(attempt):
+            if attempt is None or training is None or training.wants(attempt):
                 result = await self._collector.collect(result)
         except Unavailable as error:
             held.collecting = False
@@ -545,20 +543,20 @@ class Dispatcher:
             self._announcer.changed(held.job_id)
 
     async def _close_round(self, job: Job, decision: CloseRound) -> None:
-        spec, strategy = job.submitted.spec, job.strategy
+        spec, training = job.submitted.spec, job.training
         if job.ended is not None:
             return
         assert isinstance(spec, Train)
-        assert isinstance(strategy, RoundsStrategy)
+        assert training is not None
         if spec.privacy is not None and spec.privacy.noise_multiplier:
             await asyncio.to_thread(privacy.load)  # in the loop, it would keep all other answers waiting
         closed = await self._collector.close_round(decision, spec, self._clock)
-        if job.active:  # do not await anything before it is recorded: its blobs are pinned only until here
-            before = strategy.step
+        if job.active:  # nothing may be awaited before it is recorded: what has come is pinned until here
+            used = training.used_up()
             self._record(job, closed)
             self._store.pin_rounds()
-            await self._store.sync()  # otherwise a power cut could undo the record, but not the deletions
-            self._collector.drop_round(decision, before, closed, self._store.kept())
+            await self._store.sync()  # else a power cut could undo that, and not what is thrown away
+            self._collector.drop_round(decision, used, closed, self._store.kept())
             outer = {"outer_learning_rate": closed.learning_rate, "outer_momentum": round(closed.momentum, 3)}
             rejected = ",".join(closed.rejected) or None
             log.info(
@@ -574,14 +572,13 @@ class Dispatcher:
             )
             self._changed(job)
 
-    async def _drop_used(self, used: list[BlobRef]) -> None:
+    async def _drop_used(self, used: Sequence[BlobRef]) -> None:
         await self._store.sync()
         self._collector.drop(used, self._store.kept())
 
     def _close_sync(self, job: Job, decision: CloseSync) -> None:
-        strategy = job.strategy
-        assert isinstance(strategy, SyncStrategy)
-        used = [ref for ref in (strategy.weights, strategy.optimizer) if ref is not None]
+        assert job.training is not None
+        used = job.training.used_up()
         closed = RoundClosed(
             at=self._clock(),
             round=decision.round,
@@ -669,7 +666,7 @@ class Dispatcher:
             ended_at=now,
             history=job.told_history,
             rounds=tuple(job.rounds),
-            checkpoint=strategy.weights if isinstance(strategy := job.strategy, RoundsStrategy) else None,
+            checkpoint=job.training.checkpoint() if job.training is not None else None,
             image=job.image,
             **parts,
         )

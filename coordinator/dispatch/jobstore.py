@@ -29,7 +29,6 @@ from coordinator.plans.past import with_choices
 from coordinator.plans.placement import NodeView
 from coordinator.plans.strategies import strategy_for
 from coordinator.plans.training import privacy
-from coordinator.plans.training.rounds import RoundsStrategy
 from coordinator.plans.training.scores import direction
 from coordinator.registry import Registry
 from potluck.blobs.store import BlobStore
@@ -226,16 +225,14 @@ class JobStore:
         return {ref.sha256 for one in ended for ref in (one.model, one.keys) if ref is not None}
 
     def kept(self) -> set[str]:
-        """Blobs of training that a job needs, or may be resumed from. Jobs with the same beginning hold the same blobs."""
-        strategies = [self.jobs[job_id].strategy for job_id in self.active]
-        found = {sha256 for strategy in strategies if isinstance(strategy, RoundsStrategy) for sha256 in strategy.kept}
+        """The blobs of training that some job rests on, or may be resumed from: jobs that began alike hold the same ones."""
+        found = self._rested_on()
         ended = [job.ended.checkpoint for job in self.jobs.values() if job.ended is not None]
         return found | {ref.sha256 for ref in ended if ref is not None}
 
     def pin_rounds(self) -> None:
-        """Keep the blobs that running training needs, even if the store needs room."""
-        strategies = [self.jobs[job_id].strategy for job_id in self.active]
-        wanted = {sha256 for strategy in strategies if isinstance(strategy, RoundsStrategy) for sha256 in strategy.kept}
+        """Keep what the training under way rests on, whatever else wants room."""
+        wanted = self._rested_on()
         for sha256 in wanted - self._rounds:
             self._blobs.pin(sha256)
         for sha256 in self._rounds - wanted:
@@ -303,6 +300,11 @@ class JobStore:
         if job.active and waiting:
             progress = replace(progress, message=waiting)
         return job.changed(progress)
+
+    def _rested_on(self) -> set[str]:
+        """The blobs of training that is under way."""
+        found = [self.jobs[job_id].training for job_id in self.active]
+        return {sha256 for training in found if training is not None for sha256 in training.kept()}
 
     def _replay(self, stream: str) -> None:
         job: Job | None = None

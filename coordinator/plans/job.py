@@ -35,6 +35,7 @@ from potluck.wire.messages import (
     Deploy,
     EpochMetrics,
     ErrorInfo,
+    ExportResult,
     ImageOptions,
     JobChanged,
     JobEnded,
@@ -305,10 +306,34 @@ class Strategy(Protocol):
 
 @runtime_checkable
 class Training(Strategy, Protocol):
-    """How training is cut into rounds."""
+    """How training is cut into rounds. Methods alone: whether a strategy is one is looked at with every event."""
 
     def happened(self, event: OfTraining) -> Training:
         """An event that only training knows: a round closed, an epoch ended, a choice. Returns the strategy that continues."""
+        ...
+
+    def wants(self, attempt: Attempt) -> bool:
+        """Whether the blobs of this attempt's result are of use."""
+        ...
+
+    def kept(self) -> set[str]:
+        """Blobs that must stay when a round is thrown away, of this job or of one that holds the same."""
+        ...
+
+    def used_up(self) -> tuple[BlobRef, ...]:
+        """Blobs that the end of the open round replaces."""
+        ...
+
+    def checkpoint(self) -> BlobRef | None:
+        """The weights after the last round that was closed; before that, those that it began from; None for the model's own."""
+        ...
+
+    def exported(self) -> ExportResult | None:
+        """The model that was made, once it is."""
+        ...
+
+    def best_epoch(self) -> int:
+        """Whose weights the model has, where a metric is monitored; else 0."""
         ...
 
 
@@ -383,6 +408,11 @@ class Job:
         return ("tensorflow", "litert") if lite else ("tensorflow",)
 
     @property
+    def training(self) -> Training | None:
+        """Its strategy, where that is one of training."""
+        return self.strategy if isinstance(self.strategy, Training) else None
+
+    @property
     def active(self) -> bool:
         return self.state in ("queued", "running")
 
@@ -416,14 +446,14 @@ class Job:
                     if event.error is not None and event.error.code != PeerLost.code:
                         self._failed(_placed(event.error, ended), ended.node_id, event.at)
             case RoundClosed():
-                self.strategy = self._training.happened(event)
+                self.strategy = self._trained().happened(event)
                 self._keep(event)
             case EpochEnded():
                 self.history.append(event.epoch)
                 self.history_bytes += _size(event.epoch)
-                self.strategy = self._training.happened(event)
+                self.strategy = self._trained().happened(event)
             case StopAsked() | StrategyChosen() | RoundPlanned() | MeasureAgain() | RoundBroken() | StoodStill():
-                self.strategy = self._training.happened(event)
+                self.strategy = self._trained().happened(event)
             case JobFinished():
                 self.ended = event.result
                 self.state = event.result.state
@@ -546,11 +576,10 @@ class Job:
             self.rounds = [kept for kept in self.rounds if kept.round % self.rounds_stride == 0]
             self.rounds_bytes = sum(map(_size, self.rounds))
 
-    @property
-    def _training(self) -> Training:
-        if not isinstance(self.strategy, Training):
+    def _trained(self) -> Training:
+        if (training := self.training) is None:
             raise ValueError(f"job {self.job_id} is no training")
-        return self.strategy
+        return training
 
     @property
     def _strategy(self) -> Strategy:

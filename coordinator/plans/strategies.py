@@ -5,15 +5,21 @@ from __future__ import annotations
 from msgspec.structs import replace
 
 from coordinator.plans.batch import BatchStrategy, ItemIndex
-from coordinator.plans.job import VALIDATION, JobSubmitted, Strategy
+from coordinator.plans.job import VALIDATION, JobSubmitted, Strategy, Training
 from coordinator.plans.node_data import NodesEvaluation
 from coordinator.plans.placement import RUNTIME_OF
 from coordinator.plans.quantizing import QuantizeStrategy, convert_task
 from coordinator.plans.training.auto import AutoStrategy
-from coordinator.plans.training.federated import FederatedStrategy
-from coordinator.plans.training.fixed import FixedStrategy
-from coordinator.plans.training.rounds import Evaluation, RoundsStrategy
-from coordinator.plans.training.sync import SyncStrategy
+from coordinator.plans.training.contributions import Contributions
+from coordinator.plans.training.federated import Federated
+from coordinator.plans.training.fixed import Fixed
+from coordinator.plans.training.given import Given
+from coordinator.plans.training.local import Local
+from coordinator.plans.training.rounds import UpdateRounds
+from coordinator.plans.training.state import TrainingState
+from coordinator.plans.training.strategy import TrainingStrategy
+from coordinator.plans.training.sync import SyncRounds
+from coordinator.plans.training.validation import Evaluation
 from potluck.wire.messages import (
     NODE_DATA,
     BlobRef,
@@ -29,8 +35,6 @@ from potluck.wire.messages import (
     Step,
     Train,
 )
-
-KINDS: dict[str, type[RoundsStrategy]] = {"local": RoundsStrategy, "sync": SyncStrategy, "auto": AutoStrategy}
 
 
 def strategy_for(job: JobSubmitted, dataset: Dataset | None, validation: Dataset | None) -> Strategy | None:
@@ -55,16 +59,26 @@ def strategy_for(job: JobSubmitted, dataset: Dataset | None, validation: Dataset
                 prefix = f"{VALIDATION}{epoch}"
                 return _evaluation(model, weights, step, held_out, image, spec.batch_size, prefix, stays)
 
-        kind: type[RoundsStrategy] = KINDS[spec.strategy]
-        if spec.dataset.startswith(NODE_DATA):
-            kind = FederatedStrategy
-        elif spec.deterministic:
-            kind = FixedStrategy
-        return kind(spec=spec, model=model, image=image, dataset=dataset, validation=make)
+        return _training(TrainingState.of(Given(spec, model, image, dataset), make))
     if isinstance(spec, Evaluate):
         stays = spec.dataset.startswith(NODE_DATA)
         return _evaluation(model, None, None, dataset, image, spec.batch_size, "evaluate", stays, job.model_format)
     return _prediction(model, dataset, image, spec, job.model_format)
+
+
+def _training(state: TrainingState) -> Training:
+    """The kind of training that is asked for, from this state on."""
+    spec = state.given.spec
+    if spec.dataset.startswith(NODE_DATA):
+        why = "local, since the data stay on the nodes"
+        return TrainingStrategy(state, UpdateRounds(state, Federated(state)), why)
+    if spec.deterministic:
+        found = Contributions()
+        return TrainingStrategy(state, UpdateRounds(state, Fixed(state, found), found), "local, deterministic")
+    if spec.strategy == "sync":
+        return TrainingStrategy(state, SyncRounds(state), "sync")
+    local = TrainingStrategy(state, UpdateRounds(state, Local(state)))
+    return AutoStrategy(local) if spec.strategy == "auto" else local
 
 
 def _evaluation(

@@ -4,63 +4,83 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
-
-from msgspec.structs import replace
+from dataclasses import dataclass, field, replace
 
 from coordinator.plans.job import Attempt, Choose, Decision, OfTraining, StrategyChosen, Training
 from coordinator.plans.placement import ClusterView, NodeView
 from coordinator.plans.training.costs import Costs, Prediction, bandwidth_of, predict
-from coordinator.plans.training.rounds import RoundsStrategy
-from coordinator.plans.training.sync import SyncStrategy
-from potluck.wire.messages import AnyTaskResult, JobProgress
+from coordinator.plans.training.strategy import Running, TrainingStrategy
+from coordinator.plans.training.sync import SyncRounds
+from potluck.wire.messages import AnyTask, AnyTaskResult, BlobRef, ErrorInfo, ExportResult, JobProgress
 
 
 @dataclass
-class AutoStrategy(RoundsStrategy):
-    """`chosen` is empty while too little is measured. When it is `sync`, a `SyncStrategy` takes over what is known until then."""
+class AutoStrategy:
+    """`local` until enough is measured to choose; then what is chosen goes on with its state."""
 
-    chosen: str = ""
-    why: str = ""
+    local: TrainingStrategy
     bandwidths: dict[str, float] = field(default_factory=dict)
     """Bytes a second that nodes have fetched with."""
+
+    def plan(self, view: ClusterView, attempts: dict[str, Attempt]) -> list[Decision]:
+        if self.local.state.open.number and (found := self.prediction(view)) is not None:
+            return [Choose(StrategyChosen(at=view.now, chosen=found.choice, why=found.words(found.choice)))]
+        return self.local.plan(view, attempts)
+
+    def leased(self, attempt: Attempt, task: AnyTask) -> None:
+        self.local.leased(attempt, task)
 
     def finished(self, attempt: Attempt, result: AnyTaskResult, at: float) -> None:
         if bandwidth := bandwidth_of(result):
             self.bandwidths[attempt.node_id] = bandwidth
-        super().finished(attempt, result, at)
+        self.local.finished(attempt, result, at)
+
+    def ended(self, attempt: Attempt, error: ErrorInfo | None) -> None:
+        self.local.ended(attempt, error)
 
     def happened(self, event: OfTraining) -> Training:
         if not isinstance(event, StrategyChosen):
-            return super().happened(event)
-        self.chosen, self.why = event.chosen, event.why
-        if event.chosen == "local":
+            self.local.happened(event)
             return self
-        known = {one.name: getattr(self, one.name) for one in fields(RoundsStrategy)}
-        return SyncStrategy(**known, why=event.why)
+        if event.chosen == "local":
+            return replace(self.local, why=event.why)
+        return TrainingStrategy(self.local.state, SyncRounds(self.local.state), event.why)
 
-    def plan(self, view: ClusterView, attempts: dict[str, Attempt]) -> list[Decision]:
-        if not self.chosen and self.round and (found := self.prediction(view)) is not None:
-            return [Choose(StrategyChosen(at=view.now, chosen=found.choice, why=found.words(found.choice)))]
-        return super().plan(view, attempts)
+    def progress(self, running: Running, nodes: Sequence[NodeView] = ()) -> JobProgress:
+        return self.local.progress(running, nodes)
 
-    def progress(
-        self, running: dict[str, tuple[Attempt, int, dict[str, float]]], nodes: Sequence[NodeView] = ()
-    ) -> JobProgress:
-        return replace(super().progress(running, nodes), strategy=self.why)
+    def wants(self, attempt: Attempt) -> bool:
+        return self.local.wants(attempt)
+
+    def kept(self) -> set[str]:
+        return self.local.kept()
+
+    def used_up(self) -> tuple[BlobRef, ...]:
+        return self.local.used_up()
+
+    def checkpoint(self) -> BlobRef | None:
+        return self.local.checkpoint()
+
+    def exported(self) -> ExportResult | None:
+        return self.local.exported()
+
+    def best_epoch(self) -> int:
+        return self.local.best_epoch()
 
     def prediction(self, view: ClusterView) -> Prediction | None:
         """Of the cost model, from what the first round has measured of the nodes that are here; None where that is nothing."""
-        nodes = [node for node in view.nodes if node.node_id in self.measured and node.node_id not in self.slow]
-        if self.weights is None or not nodes:
+        state, measured = self.local.state, self.local.state.measured
+        nodes = [node for node in view.nodes if node.node_id in measured.rates]
+        nodes = [node for node in nodes if node.node_id not in state.sharing.slow]
+        if state.exchange.weights is None or not nodes:
             return None
         return predict(
             Costs(
-                rates=tuple(self.measured[node.node_id] for node in nodes),
-                weights_bytes=self.trained_bytes or self.weights.size,
-                data_bytes=sum(shard.blob.size for shard in self.dataset.shards),
-                samples=max(1, self.total - self.samples),
-                batch_size=min(self.spec.batch_size, self.dataset.count),
+                rates=tuple(measured.rates[node.node_id] for node in nodes),
+                weights_bytes=measured.trained_bytes or state.exchange.weights.size,
+                data_bytes=sum(shard.blob.size for shard in state.given.dataset.shards),
+                samples=max(1, state.epochs.total - state.epochs.samples),
+                batch_size=state.given.batch,
                 bandwidth=statistics.median(self.bandwidths.values()) if self.bandwidths else None,
                 together=all(node.collective for node in nodes),
             )

@@ -10,17 +10,20 @@ from __future__ import annotations
 import math
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 from msgspec.structs import replace as changed
 
-from coordinator.plans.job import Attempt, CloseRound, Decision, Lease, RoundClosed
+from coordinator.plans.job import Attempt, Decision, Lease
 from coordinator.plans.node_data import fits
 from coordinator.plans.placement import ClusterView, NodeView, speeds, split_in_time
-from coordinator.plans.training import privacy
-from coordinator.plans.training.rounds import EXPLODED, PROBE_SECONDS, RoundsStrategy
-from potluck.wire.messages import AnyTaskResult, JobProgress, TrainResult, TrainTask
+from coordinator.plans.training import privacy, sizes, warming
+from coordinator.plans.training.measurements import budget
+from coordinator.plans.training.state import TrainingState
+from coordinator.plans.training.trust import EXPLODED
+from potluck.wire.messages import JobProgress, TrainResult, TrainTask
 from potluck.wording import counted
 
 SIZES_KEPT = 5
@@ -34,103 +37,42 @@ the first node that is ready took, between so many seconds at least (its engine 
 
 
 @dataclass
-class FederatedStrategy(RoundsStrategy):
+class Federated:
     """`spent`: by node, how often its data were looked at for updates that came here."""
 
+    state: TrainingState = field(repr=False)
     spent: dict[str, privacy.Spent] = field(default_factory=dict)
     sizes: dict[str, list[float]] = field(default_factory=dict)
     """By node, of its last updates that were of use: the norm for each step."""
+    late_seconds: ClassVar[float] = LATE_SECONDS
+    by_items: ClassVar[bool] = True
 
-    def finished(self, attempt: Attempt, result: AnyTaskResult, at: float) -> None:
-        super().finished(attempt, result, at)
-        if isinstance(result, TrainResult):
-            before = self.spent.get(attempt.node_id, privacy.Spent(result.items))
-            self.spent[attempt.node_id] = replace(before, steps=before.steps + result.steps, rounds=before.rounds + 1)
-
-    def _closed_round(self, event: RoundClosed) -> None:
-        for node_id in self.contributions.keys() - event.rejected.keys():
-            kept = [*self.sizes.get(node_id, ()), _size(self.contributions[node_id])]
-            self.sizes[node_id] = kept[-SIZES_KEPT:]
-        super()._closed_round(event)
-
-    def progress(
-        self, running: dict[str, tuple[Attempt, int, dict[str, float]]], nodes: Sequence[NodeView] = ()
-    ) -> JobProgress:
-        found = super().progress(running, nodes)
-        idle = not running and not self.all_trained and not self.contributions
-        message = f"waiting for a node that holds {self.spec.dataset}" if idle else found.message
-        strategy = "; ".join(["local, since the data stay on the nodes", *self._worth_of_noise()])
-        return changed(found, strategy=strategy, message=message)
-
-    def _worth_of_noise(self) -> list[str]:
-        """What whoever asked for it should know of it, as soon as that is known."""
-        rules = self.spec.privacy
-        if rules is None:
-            return []
-        if not rules.noise_multiplier:
-            return ["without noise nothing is hidden"]
-        if self.weights is None or not self.spent:
-            return []
-        times = privacy.loudness(
-            rules, self.spent.values(), (self.trained_bytes or self.weights.size) // 4, self.spec.batch_size
-        )
-        nodes = counted(len(self.spent), "node")
-        what = "gradient" if rules.unit == "example" else "update"
-        return [f"the noise in the mean of {nodes} is {times:,.1f} times as long as the longest {what}"]
-
-    def _open_round(self, view: ClusterView) -> list[Decision]:
-        free = [node for node in self._holders(view) if node.free_slots]
-        free = [node for node in free if node.node_id not in self.quarantined] or free
-        if not free:
-            return []
-        rates = speeds(free, self.measured)
-        held = {node.node_id: node.holds(self.dataset.name) for node in free}
-        decisions: list[Decision] = []
-        for node_id, samples in self._parts(rates)[0].items():
-            data = held[node_id]
-            assert data is not None
-            batch = min(self.spec.batch_size, data.count)
-            # One pass over its own data at most: a node with few items would only learn them by heart.
-            batches = max(1, round(min(samples, data.count) / batch))
-            task = self._on_own(self._task(batches * batch, self._budget(batches * batch, rates[node_id])))
-            decisions.append(Lease(self._shard_id, node_id, task))
-        return decisions
-
-    def _holders(self, view: ClusterView) -> list[NodeView]:
-        return [node for node in view.nodes if fits(node.holds(self.dataset.name), self.dataset.format)]
+    def holders(self, view: ClusterView) -> list[NodeView]:
+        data = self.state.given.dataset
+        return [node for node in view.nodes if fits(node.holds(data.name), data.format)]
 
     @property
-    def _room(self) -> int:
+    def room(self) -> int:
         return sys.maxsize  # each has data of its own
 
-    @property
-    def _late_seconds(self) -> float:
-        return LATE_SECONDS
-
-    def _hopes(self, view: ClusterView, attempts: dict[str, Attempt]) -> bool:
-        return self.readiness.hopes(view.now, attempts, GRACE, GRACE_SECONDS, least=GRACE_LEAST)
-
-    def _rehearsals(self, nodes: list[NodeView], rates: dict[str, float]) -> dict[str, TrainTask]:
-        task = self._on_own(changed(self._task(self.spec.batch_size, PROBE_SECONDS), weights=None, step=None))
+    def rehearsals(self, nodes: list[NodeView], rates: dict[str, float]) -> dict[str, TrainTask]:
+        task = self._on_own(warming.rehearsal(self.state))
         return {node.node_id: task for node in nodes}
 
-    def _on_own(self, task: TrainTask) -> TrainTask:
-        """The task on the data that live on the node which it is given to."""
-        return changed(
-            task,
-            node_data=self.dataset.name,
-            privacy=self.spec.privacy,
-            overlap=self.spec.overlap and self.spec.privacy is None,
-        )
+    def parts(self, view: ClusterView, attempts: dict[str, Attempt], in_time: list[Attempt]) -> list[Decision]:
+        if in_time:
+            return []
+        state = self.state
+        state.epochs.check_monitor()
+        if not state.open.number and state.readiness.hopes(view.now, attempts, GRACE, GRACE_SECONDS, least=GRACE_LEAST):
+            return []
+        return self._open(state.readiness.able(view, attempts))
 
-    def _shared(
-        self, wanted: int, rates: dict[str, float], delays: dict[str, float]
-    ) -> tuple[dict[str, int], dict[str, str]]:
-        """Nobody else has a slow node's data, so that it does what it can, and the others wait for as long as that should take."""
-        found = split_in_time(wanted, rates, delays)
-        return {node_id: found.get(node_id, 0) for node_id in rates}, {}
+    def finished(self, attempt: Attempt, result: TrainResult) -> None:
+        before = self.spent.get(attempt.node_id, privacy.Spent(result.items))
+        self.spent[attempt.node_id] = replace(before, steps=before.steps + result.steps, rounds=before.rounds + 1)
 
-    def _exploded(self, results: dict[str, TrainResult]) -> dict[str, str]:
+    def too_far(self, results: Mapping[str, TrainResult]) -> dict[str, str]:
         """Each node's data are their own, and so is the size of its updates: one much larger than its last ones has exploded."""
         wrong: dict[str, str] = {}
         for node_id, result in results.items():
@@ -139,15 +81,71 @@ class FederatedStrategy(RoundsStrategy):
                 wrong[node_id] = f"its update was {_size(result) / usual:.0f} times as large as its last ones"
         return wrong if len(wrong) < len(results) else {}
 
-    def _close_round(self) -> CloseRound:
-        return replace(super()._close_round(), by_items=True)
+    def closed(self, results: Mapping[str, TrainResult], rejected: Mapping[str, str]) -> None:
+        for node_id in results.keys() - rejected.keys():
+            self.sizes[node_id] = [*self.sizes.get(node_id, ()), _size(results[node_id])][-SIZES_KEPT:]
 
-    def _epoch_metrics(self) -> dict[str, float]:
-        found = super()._epoch_metrics()
-        rules = self.spec.privacy
-        if rules is not None and rules.noise_multiplier:
-            found["epsilon"] = privacy.epsilon(rules, self.spent.values(), self.spec.batch_size)
+    def metrics(self) -> dict[str, float]:
+        found, spec = self.state.epochs.metrics(), self.state.given.spec
+        if spec.privacy is not None and spec.privacy.noise_multiplier:
+            found["epsilon"] = privacy.epsilon(spec.privacy, self.spent.values(), spec.batch_size)
         return found
+
+    def told(self, progress: JobProgress, *, idle: bool) -> JobProgress:
+        waits = idle and not self.state.epochs.all_trained
+        return changed(
+            progress,
+            strategy="; ".join([progress.strategy, *self._worth_of_noise()]),
+            message=f"waiting for a node that holds {self.state.given.spec.dataset}" if waits else progress.message,
+        )
+
+    def _worth_of_noise(self) -> list[str]:
+        """What whoever asked for it should know of it, as soon as that is known."""
+        spec, weights = self.state.given.spec, self.state.exchange.weights
+        rules = spec.privacy
+        if rules is None:
+            return []
+        if not rules.noise_multiplier:
+            return ["without noise nothing is hidden"]
+        if weights is None or not self.spent:
+            return []
+        count = (self.state.measured.trained_bytes or weights.size) // 4
+        times = privacy.loudness(rules, self.spent.values(), count, spec.batch_size)
+        nodes = counted(len(self.spent), "node")
+        what = "gradient" if rules.unit == "example" else "update"
+        return [f"the noise in the mean of {nodes} is {times:,.1f} times as long as the longest {what}"]
+
+    def _open(self, view: ClusterView) -> list[Decision]:
+        """Parts for holders that are ready."""
+        state, spec = self.state, self.state.given.spec
+        free = state.trust.trusted([node for node in self.holders(view) if node.free_slots])
+        if not free:
+            return []
+        rates = speeds(free, state.measured.rates)
+        wanted = sizes.round_size(state, rates)
+        # Nobody else has a slow node's data, so that it does what it can, and the others wait for as long as that should take.
+        found = split_in_time(wanted, rates, state.measured.usual_delays)
+        parts = sizes.at_least({node_id: found.get(node_id, 0) for node_id in rates}, wanted, spec.batch_size)
+        decisions: list[Decision] = []
+        for node in free:
+            data = node.holds(state.given.dataset.name)
+            assert data is not None
+            batch = min(spec.batch_size, data.count)
+            # One pass over its own data at most: a node with few items would only learn them by heart.
+            samples = batch * max(1, round(min(parts[node.node_id], data.count) / batch))
+            task = state.task(samples, spec.round_seconds or budget(samples, rates[node.node_id]))
+            decisions.append(Lease(state.open.shard_id, node.node_id, self._on_own(task)))
+        return decisions
+
+    def _on_own(self, task: TrainTask) -> TrainTask:
+        """The task on the data that live on the node which it is given to."""
+        spec = self.state.given.spec
+        return changed(
+            task,
+            node_data=self.state.given.dataset.name,
+            privacy=spec.privacy,
+            overlap=spec.overlap and spec.privacy is None,
+        )
 
 
 def _size(result: TrainResult) -> float:

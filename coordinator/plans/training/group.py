@@ -7,8 +7,10 @@ equal; what a slow member costs at the start, it must bring in the rest of the j
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from coordinator.plans.placement import split
+from potluck.wire.messages import SyncTask
 
 KEPT = 0.1
 """Shares stay as they are until one is off by this part of it: each new one must be compiled."""
@@ -16,6 +18,54 @@ SLOW = 4.0
 """Nodes that are at most so many times as slow as the fastest are always members: who asks for exact steps wants them shared."""
 WORTH_JOINING = 0.1
 """A node that joins must add this share to the speed, at least."""
+
+
+@dataclass
+class Group:
+    """Those that take steps together. `members`: in the order of their ranks."""
+
+    members: tuple[str, ...] = ()
+    formed: int = 0
+    """How often one was."""
+    formation: str = ""
+    batches: dict[str, int] = field(default_factory=dict)
+    """Items of a step by member."""
+    begins: bool = False
+    """Whether the open round formed it."""
+    broken: str = ""
+    """Why the open round can have no result."""
+    tries: int = 0
+    """How often in a row one was formed since the one before broke off."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether its next round needs no forming, as far as is known here."""
+        return bool(self.members) and not self.broken
+
+    def opened(self, task: SyncTask) -> None:
+        """Its first member has a part of a round."""
+        self.begins = task.begins
+        if task.begins:
+            self.formed += 1
+            self.tries += bool(self.broken)
+            self.broken, self.formation = "", task.formation
+            self.members = ("",) * len(task.members)
+        self.batches = {}
+
+    def leased(self, node_id: str, task: SyncTask) -> None:
+        """A member has its part."""
+        self.batches[node_id] = task.batches[task.rank]
+        if task.begins:
+            self.members = (*self.members[: task.rank], node_id, *self.members[task.rank + 1 :])
+
+    def breaks_off(self, reason: str) -> None:
+        """The first reason counts: others follow from it."""
+        self.broken = self.broken or reason
+
+    def round_closed(self) -> None:
+        if self.broken:
+            self.members = ()
+        self.broken, self.tries = "", 0
 
 
 def shares(batch: int, rates: Mapping[str, float], before: Mapping[str, int]) -> dict[str, int]:

@@ -18,6 +18,8 @@ WARM_UP = "warm-up"
 """The id of the shard by which a node gets ready."""
 AGAIN_SECONDS = 60.0
 """A node that was too slow to take part is measured again after so long, and after twice that each time."""
+SLOWEST = 8.0
+"""Of nodes that were not measured, those whose processors are so many times as slow are expected to be ready later than the others."""
 
 
 @dataclass
@@ -75,6 +77,11 @@ class Readiness:
         warming = (attempt.node_id for attempt in attempts.values() if attempt.shard_id == WARM_UP)
         coming = any(among is None or node_id in among for node_id in warming)
         return coming and now < self.first_at + min(seconds, max(least, share * min(self.took.values(), default=0.0)))
+
+    def alike(self, view: ClusterView) -> set[str]:
+        """The nodes that get ready about as soon as those that are: far slower ones are waited for in vain."""
+        best = max((node.gflops for node in view.nodes if node.node_id in self.ready), default=0.0)
+        return {node.node_id for node in view.nodes if node.gflops * SLOWEST >= best or not node.gflops}
 
     def stale(self, node_id: str, now: float) -> bool:
         """Whether a node that was too slow may have become faster, so that it is worth measuring again."""

@@ -7,9 +7,10 @@ on from the last checkpoint; nodes that get ready later join at the next round, 
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from msgspec.structs import replace
 
@@ -19,28 +20,28 @@ from coordinator.plans.job import (
     CloseSync,
     Decision,
     Lease,
-    OfTraining,
     RoundBroken,
     RoundClosed,
     RoundPlanned,
     StoodStill,
-    Training,
     Withdraw,
 )
 from coordinator.plans.placement import ClusterView, NodeView, speeds
-from coordinator.plans.training import group
+from coordinator.plans.training import group, warming
 from coordinator.plans.training.costs import computing_seconds
-from coordinator.plans.training.rounds import OVERHEADS_KEPT, PACES_KEPT, PROBE_SECONDS, RoundsStrategy
+from coordinator.plans.training.group import Group
 from coordinator.plans.training.scores import weighted
+from coordinator.plans.training.sizes import PROBE_SECONDS
+from coordinator.plans.training.state import TrainingState
 from potluck.errors import Unavailable
 from potluck.wire.messages import (
     AnyTask,
     AnyTaskResult,
-    BlobRef,
     ErrorInfo,
     JobProgress,
     SyncResult,
     SyncTask,
+    TrainTask,
 )
 from potluck.wording import counted
 
@@ -64,238 +65,213 @@ NOT_TOGETHER = (
     "it takes no part in synchronous steps: its daemon listens on this machine alone. On a network that you trust, start it "
     "with --insecure, or train with strategy 'local'"
 )
-
-
 GAVE_WAY_SECONDS = 5.0
 """How often it is noted that a member gives way."""
 
 
 @dataclass
-class SyncStrategy(RoundsStrategy):
-    """`why` says in words why it is this one, where `auto` chose it."""
+class SyncRounds:
+    """The rounds of `state`, in which a group takes steps together."""
 
-    why: str = "sync"
-    optimizer: BlobRef | None = None
-    members: tuple[str, ...] = ()
-    """Of the group, in the order of their ranks."""
-    formed: int = 0
-    formation: str = ""
-    steps_done: int = 0
-    batches: dict[str, int] = field(default_factory=dict)
-    """Items of a step by member."""
+    state: TrainingState = field(repr=False)
+    group: Group = field(default_factory=Group)
     parts: dict[str, SyncResult] = field(default_factory=dict)
     """Results of the open round by node."""
-    broken: str = ""
-    """Why the open round can have no result."""
-    tries: int = 0
-    begins: bool = False
-    """Whether the open round formed its group."""
+    steps_done: int = 0
+    step_seconds: float = 0.0
     planned_seconds: float = 0.0
     """Of the open round."""
     gave_way_at: float = 0.0
     """When a member was last seen to stand still for inference, and all with it."""
-    step_seconds: float = 0.0
+    may_leave: ClassVar[bool] = False  # its steps are those of one process
 
-    @property
-    def batch(self) -> int:
-        """Items of a step, over all members."""
-        return min(self.spec.batch_size, self.dataset.count)
-
-    @property
-    def kept(self) -> set[str]:
-        found = [self.optimizer, *(ref for part in self.parts.values() for ref in (part.weights, part.optimizer))]
-        return super().kept | {ref.sha256 for ref in found if ref is not None}
+    def plan(self, view: ClusterView, attempts: dict[str, Attempt]) -> list[Decision]:
+        mine = [attempt for attempt in attempts.values() if self.state.open.has(attempt)]
+        if not mine and (closing := self._close()):
+            return closing
+        if choice := warming.measured_anew(self.state, view):
+            return choice
+        getting_ready = warming.warm_ups(self.state, self, view, attempts)
+        return [*getting_ready, *(self._watch(view, mine) if mine else self._open(view, attempts))]
 
     def leased(self, attempt: Attempt, task: AnyTask) -> None:
         if not isinstance(task, SyncTask):
-            super().leased(attempt, task)
             return
-        if task.rank == 0 and attempt.shard_id == self._shard_id:
-            self.opened_at = attempt.leased_at
-            self.begins = task.begins
+        if task.rank == 0 and self.state.open.has(attempt):
+            self.state.open.opened_at = attempt.leased_at
             self.planned_seconds = task.steps * self.step_seconds
+            self.group.opened(task)
             if task.begins:
-                self.formed += 1
-                self.tries += bool(self.broken)
-                self.broken, self.formation, self.parts = "", task.formation, {}
-                self.members = ("",) * len(task.members)
-            self.batches = {}
-        self.batches[attempt.node_id] = task.batches[task.rank]
-        if task.begins:
-            self.members = (*self.members[: task.rank], attempt.node_id, *self.members[task.rank + 1 :])
-        self.epoch_started_at = self.epoch_started_at or attempt.leased_at
+                self.parts = {}
+        self.group.leased(attempt.node_id, task)
 
-    def finished(self, attempt: Attempt, result: AnyTaskResult, at: float) -> None:
-        if not isinstance(result, SyncResult):
-            super().finished(attempt, result, at)
-        elif attempt.shard_id == self._shard_id:
+    def finished(self, attempt: Attempt, result: AnyTaskResult) -> None:
+        if isinstance(result, SyncResult) and self.state.open.has(attempt):
             self.parts[attempt.node_id] = result
-            if result.rate > 0:
-                self.measured[attempt.node_id] = result.rate
+            self.state.measured.rated(attempt.node_id, result.rate)
 
-    def ended(self, attempt: Attempt, error: ErrorInfo | None) -> None:
-        if attempt.shard_id == self._shard_id:
-            self.broken = self.broken or (error.message if error is not None else f"node {attempt.node_id} was lost")
-            return  # how fast its members are is known, and engines start anew for the next group anyway
-        super().ended(attempt, error)
+    def breaks_off(self, attempt: Attempt, error: ErrorInfo | None) -> bool:
+        self.group.breaks_off(error.message if error is not None else f"node {attempt.node_id} was lost")
+        return True  # how fast its members are is known, and engines start anew for the next group anyway
 
-    def happened(self, event: OfTraining) -> Training:
+    def happened(self, event: RoundClosed | RoundBroken | StoodStill) -> None:
         match event:
-            case RoundBroken() if event.round == self.round:
-                self.broken = self.broken or event.reason
+            case RoundClosed():
+                self._closed(event)
+            case RoundBroken() if event.round == self.state.open.number:
+                self.group.breaks_off(event.reason)
             case StoodStill():
                 self.gave_way_at = event.at
             case _:
-                super().happened(event)
-        return self
+                pass
 
-    def _closed_round(self, event: RoundClosed) -> None:
-        computing = max((part.seconds for part in self.parts.values()), default=0.0)
-        overhead = max(0.0, event.at - self.opened_at - computing)
-        if not self.begins:  # forming a group is no part of what a round costs
-            self.overheads = [*self.overheads, overhead][-OVERHEADS_KEPT:]
-        steps = max((part.steps for part in self.parts.values()), default=0)
-        if steps:
-            self.step_seconds = computing / steps
-        pace = event.samples, max(0.0, event.at - (self.closed_at or self.opened_at))
-        self.paces = [*self.paces, pace][-PACES_KEPT:]
-        self.computing_seconds += computing * len(self.parts)
-        self.round_seconds += len(self.parts) * max(0.0, event.at - (self.closed_at or self.opened_at))
-        self.closed_at = event.at
-        reduced = max((part.reduced_bytes for part in self.parts.values()), default=0) or event.weights.size
-        self.exchanged_bytes += steps * 2 * (len(self.members) - 1) * reduced
-        self.weights, self.optimizer, self.step = event.weights, event.optimizer, None
-        self.samples += event.samples
-        self.steps_done += event.samples // self.batch
-        self.round += 1
-        self.round_metrics.append((event.samples, event.metrics))
-        if self.broken:
-            self.members = ()
-        self.crew, self.parts, self.broken, self.tries = frozenset(self.parts), {}, "", 0
+    def done(self) -> AbstractSet[str]:
+        return frozenset()
 
-    def plan(self, view: ClusterView, attempts: dict[str, Attempt]) -> list[Decision]:
-        if not self.epoch_full and not self.all_trained:
-            mine = [attempt for attempt in attempts.values() if attempt.shard_id == self._shard_id]
-            if mine:
-                if choice := self._measured_anew(view):
-                    return choice
-                return [*self._plan_warm_ups(view, attempts), *self._watch(view, mine)]
-            if closing := self._close_sync():
-                return closing
-        return super().plan(view, attempts)
+    def done_parts(self) -> list[tuple[int, dict[str, float]]]:
+        return [(part.samples, part.metrics) for part in self.parts.values()]
 
-    def progress(
-        self, running: dict[str, tuple[Attempt, int, dict[str, float]]], nodes: Sequence[NodeView] = ()
-    ) -> JobProgress:
-        found = super().progress(running, nodes)
-        able = self._holders(ClusterView(tuple(nodes), 0.0))
+    def kept(self) -> set[str]:
+        found = [ref for part in self.parts.values() for ref in (part.weights, part.optimizer)]
+        return {ref.sha256 for ref in found if ref is not None}
+
+    def metrics(self) -> dict[str, float]:
+        return self.state.epochs.metrics()
+
+    def told(self, progress: JobProgress, nodes: Sequence[NodeView], *, running: bool) -> JobProgress:
+        able = self.holders(ClusterView(tuple(nodes), 0.0))
         alone = {node.node_id: NOT_TOGETHER for node in nodes if node not in able}
-        return replace(found, strategy=self.why, waiting=alone | found.waiting)
+        return replace(progress, waiting=alone | progress.waiting)
 
-    def _done_parts(self) -> list[tuple[int, dict[str, float]]]:
-        return super()._done_parts() + [(part.samples, part.metrics) for part in self.parts.values()]
-
-    @property
-    def _may_leave(self) -> bool:
-        return False  # its steps are those of one process
-
-    @property
-    def _room(self) -> int:
-        return self.batch  # members have an item of each step at least
-
-    def _hopes(self, view: ClusterView, attempts: dict[str, Attempt]) -> bool:
-        return self.readiness.hopes(view.now, attempts, GRACE, GRACE_SECONDS, self._alike(view))
-
-    def _holders(self, view: ClusterView) -> list[NodeView]:
+    def holders(self, view: ClusterView) -> list[NodeView]:
         """Of nodes that can take part in no group, the one with the fastest processor, alone."""
-        nodes = super()._holders(view)
-        able = [node for node in nodes if node.collective]
-        if not able and nodes:
-            rates = speeds(nodes, self.measured)
-            able = [max(nodes, key=lambda node: (node.node_id in self.members, rates[node.node_id], node.node_id))]
-        return able
+        able = [node for node in view.nodes if node.collective]
+        if able or not view.nodes:
+            return able
+        rates, members = speeds(view.nodes, self.state.measured.rates), self.group.members
+        return [max(view.nodes, key=lambda node: (node.node_id in members, rates[node.node_id], node.node_id))]
 
-    def _open_round(self, view: ClusterView) -> list[Decision]:
-        if self.broken and self.tries + 1 >= TRIES_LIMIT:
-            raise Unavailable(
-                f"synchronous training broke off {counted(self.tries + 1, 'time')} in a row: {self.broken}"
-            )
-        nodes = self._holders(view)
-        rates = speeds(nodes, self.measured)
-        left = max(1, self.total - self.samples)
-        whole = bool(self.members) and not self.broken and all(name in rates for name in self.members)
+    @property
+    def room(self) -> int:
+        return self.state.given.batch  # members have an item of each step at least
+
+    def rehearsals(self, nodes: list[NodeView], rates: dict[str, float]) -> dict[str, TrainTask]:
+        return warming.with_data(self.state, nodes, rates)
+
+    def hopes(self, view: ClusterView, attempts: dict[str, Attempt]) -> bool:
+        """Whether the first round should wait a moment longer, for nodes that will be ready about now."""
+        ready = self.state.readiness
+        return ready.hopes(view.now, attempts, GRACE, GRACE_SECONDS, ready.alike(view))
+
+    def _open(self, view: ClusterView, attempts: dict[str, Attempt]) -> list[Decision]:
+        state, now = self.state, self.group
+        state.epochs.check_monitor()
+        if not state.open.number and self.hopes(view, attempts):
+            return []
+        if now.broken and now.tries + 1 >= TRIES_LIMIT:
+            raise Unavailable(f"synchronous training broke off {counted(now.tries + 1, 'time')} in a row: {now.broken}")
+        nodes = self.holders(state.readiness.able(view, attempts))
+        rates = speeds(nodes, state.measured.rates)
+        whole = now.whole and all(name in rates for name in now.members)
         rates = {
-            node.node_id: rates[node.node_id] for node in nodes if node.idle or (whole and node.node_id in self.members)
+            node.node_id: rates[node.node_id] for node in nodes if node.idle or (whole and node.node_id in now.members)
         }
         if not rates:
             return []
-        took = self.readiness.took
+        batch, left, took = state.given.batch, max(1, state.epochs.total - state.epochs.samples), state.readiness.took
         if whole:
-            members = {name: rates.pop(name) for name in self.members}
-            new = group.worth_joining(self.batch, left, members, rates, took)
-            chosen = [*self.members, *new]
+            members = {name: rates.pop(name) for name in now.members}
+            chosen = [*now.members, *group.worth_joining(batch, left, members, rates, took)]
             rates |= members
             slow = {name: "it would cost more than it brings" for name in rates if name not in chosen}
         else:
-            chosen, slow = group.first_members(self.batch, left, rates, took)
-        if slow != self.slow:
-            return [Choose(RoundPlanned(at=view.now, round=self.round, slow=slow))]
-        shares = group.shares(self.batch, {name: rates[name] for name in chosen}, self.batches if whole else {})
-        begins = not whole or shares.keys() != set(self.members)  # a new one, or one so slow that it gets nothing
-        ranked = list(shares) if begins else list(self.members)
-        addresses = {node.node_id: node.collective for node in view.nodes}
+            chosen, slow = group.first_members(batch, left, rates, took)
+        if slow != state.sharing.slow:
+            return [Choose(RoundPlanned(at=view.now, round=state.open.number, slow=slow))]
+        shares = group.shares(batch, {name: rates[name] for name in chosen}, now.batches if whole else {})
+        begins = not whole or shares.keys() != set(now.members)  # a new one, or one so slow that it gets nothing
+        ranked = list(shares) if begins else list(now.members)
+        return self._leases(ranked, shares, {node.node_id: node.collective for node in nodes}, begins=begins)
+
+    def _leases(
+        self, ranked: Sequence[str], shares: dict[str, int], addresses: dict[str, str], *, begins: bool
+    ) -> list[Decision]:
+        """The parts of a round; `begins`: it forms the group."""
+        given, exchange, number = self.state.given, self.state.exchange, self.state.open.number
         steps = self._steps()
         return [
             Lease(
-                self._shard_id,
+                self.state.open.shard_id,
                 node_id,
                 SyncTask(
-                    model=self.model,
-                    data=self.dataset.shards,
-                    format=self.dataset.format,
-                    image=self.image,
-                    formation=self.formation if not begins else f"{self.round}.{self.formed}",
-                    members=tuple(addresses.get(name, "") for name in ranked),
+                    model=given.model,
+                    data=given.dataset.shards,
+                    format=given.dataset.format,
+                    image=given.image,
+                    formation=f"{number}.{self.group.formed}" if begins else self.group.formation,
+                    members=tuple(addresses[name] for name in ranked),
                     batches=tuple(shares[name] for name in ranked),
                     rank=rank,
                     first_step=self.steps_done,
                     steps=steps,
                     begins=begins,
-                    weights=self.weights if begins else None,
-                    optimizer=self.optimizer if begins else None,
-                    seed=self.spec.seed,
-                    class_weight=self.spec.class_weight,
+                    weights=exchange.weights if begins else None,
+                    optimizer=exchange.optimizer if begins else None,
+                    seed=given.spec.seed,
+                    class_weight=given.spec.class_weight,
                 ),
             )
             for rank, node_id in enumerate(ranked)
         ]
 
     def _steps(self) -> int:
-        left = max(1, ((self.epochs_ended + 1) * self.dataset.count - self.samples) // self.batch)
+        state = self.state
+        left = max(1, state.epochs.left // state.given.batch)
         if not self.step_seconds:
             return min(left, FIRST_STEPS)
-        overhead = statistics.median(self.overheads) if self.overheads else 0.0
-        budget = self.spec.round_seconds or max(computing_seconds(overhead), PROBE_SECONDS)
+        budget = state.given.spec.round_seconds or max(computing_seconds(state.measured.overhead), PROBE_SECONDS)
         return min(left, max(1, round(budget / self.step_seconds)))
 
     def _watch(self, view: ClusterView, mine: list[Attempt]) -> list[Decision]:
-        slowest = max((self.readiness.took.get(name, 0.0) for name in self.members), default=0.0)
-        patience = max(FORMING_SECONDS, FORMING_FACTOR * slowest) if self.begins else STUCK_SECONDS
-        gives_way = any(node.gives_way and node.node_id in self.members for node in view.nodes)
+        """What becomes of the round that is open, where its members wait for each other."""
+        members, broken = self.group.members, self.group.broken
+        slowest = max((self.state.readiness.took.get(name, 0.0) for name in members), default=0.0)
+        patience = max(FORMING_SECONDS, FORMING_FACTOR * slowest) if self.group.begins else STUCK_SECONDS
+        gives_way = any(node.gives_way and node.node_id in members for node in view.nodes)
         if gives_way and view.now - self.gave_way_at >= GAVE_WAY_SECONDS:
             return [Choose(StoodStill(at=view.now))]
-        began = view.now if gives_way else max(self.opened_at, self.gave_way_at)
+        began = view.now if gives_way else max(self.state.open.opened_at, self.gave_way_at)
         late = view.now - began > max(patience, STUCK_FACTOR * self.planned_seconds)
-        if late and not self.broken:
+        if late and not broken:
             reason = "its members wait for each other: can all of them reach the others' addresses?"
-            return [Choose(RoundBroken(at=view.now, round=self.round, reason=reason))]
-        if not self.broken:
+            return [Choose(RoundBroken(at=view.now, round=self.state.open.number, reason=reason))]
+        if not broken:
             return []
-        return [Withdraw(attempt.attempt_id, f"the group is no more: {self.broken}") for attempt in mine]
+        return [Withdraw(attempt.attempt_id, f"the group is no more: {broken}") for attempt in mine]
 
-    def _close_sync(self) -> list[Decision]:
+    def _close(self) -> list[Decision]:
         checkpoint = next((part for part in self.parts.values() if part.weights is not None), None)
         if checkpoint is None or checkpoint.weights is None or checkpoint.optimizer is None:
             return []
-        metrics = weighted([(part.samples, part.metrics) for part in self.parts.values()])
-        return [CloseSync(self.round, checkpoint.weights, checkpoint.optimizer, checkpoint.steps * self.batch, metrics)]
+        samples = checkpoint.steps * self.state.given.batch
+        number, metrics = self.state.open.number, weighted(self.done_parts())
+        return [CloseSync(number, checkpoint.weights, checkpoint.optimizer, samples, metrics)]
+
+    def _closed(self, event: RoundClosed) -> None:
+        parts = self.parts.values()
+        seconds = max((part.seconds for part in parts), default=0.0)
+        steps = max((part.steps for part in parts), default=0)
+        if steps:
+            self.step_seconds = seconds / steps
+        self.steps_done += event.samples // self.state.given.batch
+        reduced = max((part.reduced_bytes for part in parts), default=0) or event.weights.size
+        self.state.round_closed(
+            event,
+            self.parts.keys(),
+            longest_seconds=seconds,
+            computing_seconds=seconds * len(parts),
+            sent_bytes=steps * 2 * (len(self.group.members) - 1) * reduced,
+            formed=self.group.begins,
+        )
+        self.group.round_closed()
+        self.parts = {}

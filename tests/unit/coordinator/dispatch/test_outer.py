@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coordinator.dispatch.outer import MOMENTUM_LIMIT, Outer, agreement_of, combine, outer_for
-from coordinator.plans.training.rounds import exploded
+from coordinator.plans.training.trust import exploded
 from potluck.errors import Diverged, InvalidModel
 from potluck.weights import files as weights
 from potluck.weights.updates import apply_update, write_update

@@ -15,8 +15,10 @@ from coordinator.plans.node_data import NodesEvaluation, described, fits, joined
 from coordinator.plans.placement import ClusterView, NodeView
 from coordinator.plans.strategies import strategy_for
 from coordinator.plans.training import privacy
-from coordinator.plans.training.federated import GRACE_LEAST, FederatedStrategy
+from coordinator.plans.training.federated import GRACE_LEAST, Federated
 from coordinator.plans.training.readiness import WARM_UP
+from coordinator.plans.training.rounds import UpdateRounds
+from coordinator.plans.training.strategy import TrainingStrategy
 from potluck.errors import InvalidRequest, NotFound
 from potluck.wire.messages import (
     BlobRef,
@@ -97,8 +99,10 @@ class Play:
         validation = data if spec.validation else None
         submitted = JobSubmitted(at=0.0, job_id="j", request_id="", spec=spec, model=blob(1))
         strategy = strategy_for(submitted, data, validation)
-        assert isinstance(strategy, FederatedStrategy)
-        self.strategy = strategy
+        assert isinstance(strategy, TrainingStrategy)
+        assert isinstance(strategy.rounds, UpdateRounds)
+        assert isinstance(strategy.rounds.manner, Federated)
+        self.strategy, self.spec = strategy, spec
         self.attempts: dict[str, Attempt] = {}
         self.now = 0.0
 
@@ -127,15 +131,15 @@ class Play:
         del self.attempts[attempt.attempt_id]
         self.now += 1
         result = TrainResult(
-            base=self.strategy.weights or blob(2), update=blob(3), samples=samples, steps=steps, items=items, norm=norm, seconds=1.0,
-            metrics={} if self.strategy.spec.privacy else {"loss": 1.0},
+            base=self.strategy.checkpoint() or blob(2), update=blob(3), samples=samples, steps=steps, items=items, norm=norm, seconds=1.0,
+            metrics={} if self.spec.privacy else {"loss": 1.0},
         )  # fmt: skip
         self.strategy.finished(attempt, result, self.now)
 
     def close(self, samples: int) -> None:
         self.strategy.happened(
             RoundClosed(
-                at=self.now, round=self.strategy.round, base=blob(2), step=blob(4), weights=blob(5), velocity=blob(6),
+                at=self.now, round=self.strategy.state.open.number, base=blob(2), step=blob(4), weights=blob(5), velocity=blob(6),
                 samples=samples, metrics={},
             )
         )  # fmt: skip
@@ -211,7 +215,7 @@ def test_the_job_waits_while_no_holder_is_there_and_goes_on_with_one() -> None:
 def test_noise_turns_overlap_off_and_epochs_tell_epsilon() -> None:
     play = Play({"n1": 100, "n2": 50}, privacy=Privacy(l2_norm_clip=1.0, noise_multiplier=1.0))
     for lease in play.plan():
-        assert lease.task.privacy == play.strategy.spec.privacy
+        assert lease.task.privacy == play.spec.privacy
         assert not lease.task.overlap
     play.finish("n1", 100, 10, 100)
     play.finish("n2", 50, 5, 50)
@@ -219,7 +223,7 @@ def test_noise_turns_overlap_off_and_epochs_tell_epsilon() -> None:
     (closing,) = play.plan()
     assert isinstance(closing, CloseEpoch)
     spent = [privacy.Spent(100, 10, 1), privacy.Spent(50, 5, 1)]
-    assert closing.epoch.metrics == {"epsilon": privacy.epsilon(play.strategy.spec.privacy, spent, 10)}
+    assert closing.epoch.metrics == {"epsilon": privacy.epsilon(play.spec.privacy, spent, 10)}
     assert closing.epoch.metrics["epsilon"] > 0
 
 
@@ -250,7 +254,7 @@ def test_what_noise_costs_is_told_after_the_first_round() -> None:
     for name in ("n1", "n2"):
         play.finish(name, 100, 10, 100)
     play.close(200)
-    play.strategy.weights = BlobRef(sha256="0" * 64, size=4 * 5000)
+    play.strategy.state.exchange.weights = BlobRef(sha256="0" * 64, size=4 * 5000)
     assert play.strategy.progress({}).strategy.endswith(
         "; the noise in the mean of 2 nodes is 50.0 times as long as the longest update"
     )

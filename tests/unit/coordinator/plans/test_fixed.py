@@ -7,8 +7,10 @@ from typing import Any
 from coordinator.plans.job import Attempt, CloseRound, JobSubmitted, Lease, RoundClosed
 from coordinator.plans.placement import ClusterView, NodeView
 from coordinator.plans.strategies import strategy_for
-from coordinator.plans.training.fixed import FixedStrategy
+from coordinator.plans.training.fixed import Fixed
 from coordinator.plans.training.readiness import WARM_UP
+from coordinator.plans.training.rounds import UpdateRounds
+from coordinator.plans.training.strategy import TrainingStrategy
 from potluck.wire.messages import (
     BlobRef,
     DataFormat,
@@ -38,8 +40,11 @@ class Play:
         )
         spec = Train(model="m", dataset="d", epochs=2, batch_size=10, deterministic=True)
         strategy = strategy_for(JobSubmitted(at=0.0, job_id="j", request_id="", spec=spec, model=blob(1)), data, None)
-        assert isinstance(strategy, FixedStrategy)
+        assert isinstance(strategy, TrainingStrategy)
+        assert isinstance(strategy.rounds, UpdateRounds)
+        assert isinstance(strategy.rounds.manner, Fixed)
         self.strategy = strategy
+        self.contributions = strategy.rounds.contributions
         self.attempts: dict[str, Attempt] = {}
         self.tasks: dict[str, TrainTask] = {}
         self.number = 0
@@ -164,7 +169,7 @@ def test_a_part_that_is_late_is_given_to_another_node_as_well() -> None:
     play.plan("n1", "n2")
     play.finish("n1")
     assert play.plan("n1", "n2") == []
-    play.now = play.strategy.due
+    play.now = play.contributions.due
     (lease,) = play.plan("n1", "n2")
     assert (lease.shard_id, lease.node_id) == ("round-0.1", "n1")
     play.finish("n1")

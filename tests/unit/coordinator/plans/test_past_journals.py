@@ -15,9 +15,9 @@ from coordinator.plans.job import AnyEvent, AttemptLeased, Choose, Job, JobSubmi
 from coordinator.plans.past import with_choices
 from coordinator.plans.placement import ClusterView, NodeView
 from coordinator.plans.strategies import strategy_for
-from coordinator.plans.training.auto import AutoStrategy
-from coordinator.plans.training.rounds import RoundsStrategy
-from coordinator.plans.training.sync import SyncStrategy
+from coordinator.plans.training.rounds import UpdateRounds
+from coordinator.plans.training.strategy import TrainingStrategy
+from coordinator.plans.training.sync import SyncRounds
 from potluck.wire import codec
 from potluck.wire.messages import Dataset
 
@@ -48,18 +48,19 @@ def test_an_earlier_journal_is_read_and_planned_from_at_every_event(path: Path) 
         assert not any(isinstance(decision, Choose) for decision in decisions)
     job, _ = replayed(kept, len(kept["events"]))
     strategy = job.strategy
-    assert isinstance(strategy, RoundsStrategy)
+    assert isinstance(strategy, TrainingStrategy)
+    weights = strategy.checkpoint()
     found = {
-        "round": strategy.round,
-        "samples": strategy.samples,
-        "epochs_ended": strategy.epochs_ended,
-        "weights": strategy.weights.sha256 if strategy.weights is not None else "",
+        "round": strategy.state.open.number,
+        "samples": strategy.state.epochs.samples,
+        "epochs_ended": strategy.state.epochs.ended,
+        "weights": weights.sha256 if weights is not None else "",
     }
     assert found == {name: kept["state"][name] for name in found}
 
 
-@pytest.mark.parametrize(("name", "kind"), [("auto-local", AutoStrategy), ("auto-sync", SyncStrategy)])
-def test_what_auto_chose_then_holds(name: str, kind: type[RoundsStrategy]) -> None:
+@pytest.mark.parametrize(("name", "kind"), [("auto-local", UpdateRounds), ("auto-sync", SyncRounds)])
+def test_what_auto_chose_then_holds(name: str, kind: type[UpdateRounds | SyncRounds]) -> None:
     (path,) = [path for path in JOURNALS if path.stem == name]
     kept = msgpack.unpackb(path.read_bytes())
     chosen = [
@@ -68,6 +69,6 @@ def test_what_auto_chose_then_holds(name: str, kind: type[RoundsStrategy]) -> No
         if isinstance(codec.unpack(kept["events"][count - 1], AnyEvent), AttemptLeased)  # type: ignore[arg-type]
     ]
     job, _ = replayed(kept, chosen[-1])
-    assert isinstance(job.strategy, kind)
-    if isinstance(job.strategy, AutoStrategy):
-        assert job.strategy.chosen == "local"
+    assert isinstance(job.strategy, TrainingStrategy), "it has chosen"
+    assert isinstance(job.strategy.rounds, kind)
+    assert job.strategy.why.startswith(name.removeprefix("auto-"))

@@ -31,9 +31,13 @@ from coordinator.plans.job import (
 )
 from coordinator.plans.placement import ClusterView, NodeView
 from coordinator.plans.strategies import strategy_for
+from coordinator.plans.training.contributions import Contributions
 from coordinator.plans.training.readiness import AGAIN_SECONDS, WARM_UP
-from coordinator.plans.training.rounds import LOST_SECONDS, RoundsStrategy
+from coordinator.plans.training.rounds import UpdateRounds
 from coordinator.plans.training.scores import Best, direction, is_better
+from coordinator.plans.training.state import TrainingState
+from coordinator.plans.training.strategy import TrainingStrategy
+from coordinator.plans.training.warming import LOST_SECONDS
 from potluck.errors import InvalidRequest, OutOfMemory
 from potluck.wire import codec
 from potluck.wire.messages import (
@@ -98,9 +102,18 @@ class Simulation:
         return Job(submitted=self.submitted, strategy=strategy_for(self.submitted, data, self.validation), dataset=data)
 
     @property
-    def strategy(self) -> RoundsStrategy:
-        assert isinstance(self.job.strategy, RoundsStrategy)
+    def strategy(self) -> TrainingStrategy:
+        assert isinstance(self.job.strategy, TrainingStrategy)
         return self.job.strategy
+
+    @property
+    def state(self) -> TrainingState:
+        return self.strategy.state
+
+    @property
+    def contributions(self) -> Contributions:
+        assert isinstance(self.strategy.rounds, UpdateRounds)
+        return self.strategy.rounds.contributions
 
     def record(self, event: AnyEvent) -> None:
         self.events.append(event)
@@ -181,7 +194,7 @@ class Simulation:
                 self.now -= 0.1  # nobody waits for this
             case EvaluateTask():
                 count = sum(part.stop - part.start for part in task.slices)
-                loss = self.validation_losses.get(self.strategy.epochs_ended + 1, 1.0)
+                loss = self.validation_losses.get(self.state.epochs.ended + 1, 1.0)
                 result = EvaluateResult(count=count, sums={"loss": loss * count}, seconds=0.1)
             case ExportTask():
                 result = ExportResult(model=blob(self.number), signature=Signature(inputs=(), outputs=()))
@@ -209,8 +222,8 @@ def test_a_job_runs_its_epochs_and_validates_each() -> None:
     assert [epoch.epoch for epoch in play.job.history] == [1, 2, 3]
     assert all(epoch.metrics["val_loss"] == 1.0 and epoch.metrics["loss"] == 0.5 for epoch in play.job.history)
     total = 3 * 320
-    assert total - 10 < play.strategy.samples < total + 40
-    assert play.strategy.exported is not None
+    assert total - 10 < play.state.epochs.samples < total + 40
+    assert play.strategy.exported() is not None
 
 
 def test_rounds_grow_when_exchanging_weights_takes_longer_than_computing() -> None:
@@ -220,7 +233,7 @@ def test_rounds_grow_when_exchanging_weights_takes_longer_than_computing() -> No
             play.plan("a", "b")
             for attempt_id in list(play.job.attempts):
                 play.finish(attempt_id)  # 80 samples in a second each
-            play.now = play.strategy.opened_at + 1.0 + exchange_seconds
+            play.now = play.state.open.opened_at + 1.0 + exchange_seconds
         play.plan("a", "b")
         play.plan("a", "b")
         return sum(task.samples for key, task in play.tasks.items() if key in play.job.attempts)  # type: ignore[union-attr]
@@ -237,7 +250,7 @@ def test_a_node_that_takes_long_beside_computing_gets_less_of_the_next_round() -
         play.plan("a", "b")
         for attempt_id in sorted(play.job.attempts, key=lambda attempt_id: play.job.attempts[attempt_id].node_id):
             late = play.job.attempts[attempt_id].node_id == "b"
-            play.now = play.strategy.opened_at + (1.4 if late else 0.9)
+            play.now = play.state.open.opened_at + (1.4 if late else 0.9)
             play.finish(attempt_id)
         play.plan("a", "b")
     given = {
@@ -265,7 +278,7 @@ def test_every_epoch_is_trained_however_small_the_data(shards: list[int], nodes:
     assert [set(epoch.metrics) for epoch in play.job.history] == [{"loss"}] * epochs
     assert all(epoch.rounds > 0 for epoch in play.job.history)
     at_once = min(nodes, max(1, count // 10)) * 10
-    assert play.strategy.samples <= count * epochs + max(at_once, 10)
+    assert play.state.epochs.samples <= count * epochs + max(at_once, 10)
     if count < 10:  # fewer than a batch: one node, one step an epoch, as Keras
         assert [epoch.samples for epoch in play.job.history] == [count * (epoch + 1) for epoch in range(epochs)]
         assert len({task.samples for task in play.tasks.values() if isinstance(task, TrainTask)}) == 1
@@ -285,16 +298,16 @@ def test_every_epoch_is_trained_however_small_the_data(shards: list[int], nodes:
 def test_an_epoch_leaves_to_the_next_what_is_less_than_a_batch_for_each(crew: str, left: int, full: bool) -> None:
     """And at most a twentieth of it. The last node has no other to leave it to."""
     play = Simulation(epochs=2, validation=False, shards=(105,) * 10)
-    play.strategy.crew = frozenset(crew)
-    play.strategy.samples = 1050 - left
+    play.state.open.crew = frozenset(crew)
+    play.state.epochs.samples = 1050 - left
     assert play.strategy.epoch_full == full
-    play.strategy.epochs_ended, play.strategy.samples = 1, 2 * 1050 - left
+    play.state.epochs.ended, play.state.epochs.samples = 1, 2 * 1050 - left
     assert play.strategy.epoch_full == (left < 10)
 
 
 def test_the_steps_of_an_epoch_in_step_are_all_taken() -> None:
     play = Simulation(epochs=2, validation=False, shards=(105,) * 10, strategy="sync")
-    play.strategy.crew, play.strategy.samples = frozenset("abc"), 1050 - 10
+    play.state.open.crew, play.state.epochs.samples = frozenset("abc"), 1050 - 10
     assert not play.strategy.epoch_full
 
 
@@ -304,8 +317,8 @@ def test_who_did_a_part_lately_is_not_measured_again_for_being_left_out_once() -
     play.now += AGAIN_SECONDS  # since they warmed up
     for attempt_id in list(play.job.attempts):
         play.finish(attempt_id)
-    assert not any(play.strategy.readiness.stale(node, play.now) for node in "ab")
-    assert play.strategy.readiness.stale("b", play.now + AGAIN_SECONDS)
+    assert not any(play.state.readiness.stale(node, play.now) for node in "ab")
+    assert play.state.readiness.stale("b", play.now + AGAIN_SECONDS)
 
 
 def test_a_lost_node_costs_its_own_round_only() -> None:
@@ -315,11 +328,11 @@ def test_a_lost_node_costs_its_own_round_only() -> None:
     (left,) = play.job.attempts
     play.finish(left)
     play.plan("a")
-    assert play.strategy.round == 1
-    assert 0 < play.strategy.samples < 160
+    assert play.state.open.number == 1
+    assert 0 < play.state.epochs.samples < 160
     play.run("a")
     assert play.complete
-    assert play.strategy.samples >= 310
+    assert play.state.epochs.samples >= 310
 
 
 def test_all_nodes_lost_and_the_round_is_opened_again() -> None:
@@ -339,18 +352,18 @@ def test_a_round_goes_on_without_a_node_that_is_late_and_that_may_go_on_as_well(
     first, late = play.job.attempts.values()
     play.finish(first.attempt_id)
     play.plan("a", "b")
-    assert play.strategy.round == 0
-    play.now = play.strategy.due
+    assert play.state.open.number == 0
+    play.now = play.contributions.due
     play.plan("a", "b")
-    assert play.strategy.round == 1
+    assert play.state.open.number == 1
     assert late.attempt_id in play.job.attempts, "it is not stopped"
     running = {key: (attempt, 0, {}) for key, attempt in play.job.attempts.items()}
     assert play.strategy.progress(running).waiting.keys() == {late.node_id}
     assert [attempt.node_id for attempt in play.job.attempts.values()].count(late.node_id) == 1, "and gets no more"
-    samples = play.strategy.samples
+    samples = play.state.epochs.samples
     play.finish(late.attempt_id)
-    assert play.strategy.samples == samples
-    assert not play.strategy.contributions, "its result is of no use, but tells how fast it is"
+    assert play.state.epochs.samples == samples
+    assert not play.contributions.results, "its result is of no use, but tells how fast it is"
     assert not play.strategy.wants(late)
     play.finish(next(iter(play.job.attempts)))
     play.plan("a", "b")
@@ -361,28 +374,28 @@ def test_a_round_goes_on_without_a_node_that_is_late_and_that_may_go_on_as_well(
 def test_where_all_are_late_another_does_the_round() -> None:
     play = Simulation(epochs=1, validation=False)
     play.plan("a")
-    play.now = play.strategy.due - 0.1
+    play.now = play.contributions.due - 0.1
     play.plan("a", "b")
     assert {attempt.node_id for attempt in play.job.attempts.values()} == {"a"}
-    play.now = play.strategy.due
+    play.now = play.contributions.due
     play.plan("a", "b")
     assert {attempt.node_id for attempt in play.job.attempts.values()} == {"a", "b"}
     play.finish(next(attempt.attempt_id for attempt in play.job.attempts.values() if attempt.node_id == "b"))
-    play.now = play.strategy.due
+    play.now = play.contributions.due
     play.plan("a", "b")
-    assert play.strategy.round == 1
+    assert play.state.open.number == 1
 
 
 def test_when_the_one_that_was_late_is_done_nobody_waits_for_whoever_does_it_again() -> None:
     play = Simulation(epochs=1, validation=False)
     play.plan("a")
-    play.now = play.strategy.due
+    play.now = play.contributions.due
     play.plan("a", "b", "c")
     assert {attempt.node_id for attempt in play.job.attempts.values()} == {"a", "b", "c"}
     play.finish(next(attempt.attempt_id for attempt in play.job.attempts.values() if attempt.node_id == "a"))
-    assert play.now < play.strategy.due
+    assert play.now < play.contributions.due
     play.plan("a", "b", "c")
-    assert play.strategy.round == 1
+    assert play.state.open.number == 1
 
 
 def test_nobody_waits_for_a_node_that_gets_ready_and_it_joins_when_it_is() -> None:
@@ -393,7 +406,7 @@ def test_nobody_waits_for_a_node_that_gets_ready_and_it_joins_when_it_is() -> No
     assert first.shard_id == slow.shard_id == WARM_UP
     play.finish(first.attempt_id)
     play.plan("a", "b")
-    assert play.strategy.round == 0
+    assert play.state.open.number == 0
     assert {attempt.node_id: attempt.shard_id for attempt in play.job.attempts.values()} == {
         "a": "round-0",
         "b": WARM_UP,
@@ -401,7 +414,7 @@ def test_nobody_waits_for_a_node_that_gets_ready_and_it_joins_when_it_is() -> No
     for number in range(3):
         play.finish(next(key for key, attempt in play.job.attempts.items() if attempt.node_id == "a"))
         play.plan("a", "b")
-        assert play.strategy.round == number + 1
+        assert play.state.open.number == number + 1
     running = {key: (attempt, 0, {}) for key, attempt in play.job.attempts.items()}
     assert play.strategy.progress(running).waiting == {"b": "it gets ready"}
     play.finish(slow.attempt_id)
@@ -440,7 +453,7 @@ def test_slow_nodes_that_were_ready_for_long_are_not_found_stale_in_the_plan_tha
     rounds("abcdefg", 1)
     play.now += 2 * AGAIN_SECONDS
     rounds("abcdefg", 3)
-    assert play.strategy.round >= 8
+    assert play.state.open.number >= 8
 
 
 def test_nodes_that_are_alike_are_waited_for_a_moment() -> None:
@@ -465,7 +478,7 @@ def test_a_far_slower_node_is_not_waited_for_a_moment() -> None:
     play.plan("a", "b")
     play.now = 10.0
     play.finish(next(iter(play.job.attempts)))
-    ready = next(iter(play.strategy.readiness.ready))
+    ready = next(iter(play.state.readiness.ready))
     views = tuple(NodeView(name, 40.0 if name == ready else 2.0, free_slots=1, idle=True) for name in "ab")
     decisions = planned(play.job, ClusterView(views, play.now), play.events, play.new_job, play.record)
     assert [decision.node_id for decision in decisions if isinstance(decision, Lease)] == [ready]
@@ -675,9 +688,9 @@ def test_where_the_others_can_do_nothing_it_is_tried_again_and_in_the_end_given_
 
 def test_what_is_asked_while_an_epoch_is_validated_does_not_open_it_again() -> None:
     play = Simulation(epochs=3, shards=(105,) * 10)
-    play.strategy.crew, play.strategy.samples = frozenset("abc"), 1050 - 25
+    play.state.open.crew, play.state.epochs.samples = frozenset("abc"), 1050 - 25
     assert play.strategy.epoch_full
-    play.strategy.validating = play.strategy.validation(None, None, 1)  # type: ignore[misc]
+    play.state.validation.under_way = play.state.validation.make(None, None, 1)  # type: ignore[misc]
     play.strategy.happened(StopAsked(at=0.0))
     assert play.strategy.epoch_full
 
@@ -716,8 +729,8 @@ def test_progress_counts_nodes_that_wait_for_the_others_and_for_the_next_round()
         play.plan("a", "b")
         for attempt_id in list(play.job.attempts):
             play.finish(attempt_id)
-            if play.strategy.round:
-                assert play.strategy.progress({}).nodes.keys() >= play.strategy.contributions.keys()
+            if play.state.open.number:
+                assert play.strategy.progress({}).nodes.keys() >= play.contributions.results.keys()
         assert play.strategy.progress({}).nodes.keys() == {"a", "b"}
     play.lose("b")
     play.plan("a")
@@ -733,7 +746,7 @@ def test_metrics_of_a_round_count_the_parts_that_are_done_before_the_others() ->
     live = {"loss": 1.5}
     before = play.strategy.progress({one.attempt_id: (one, 100, live) for one in (first, last)})
     play.finish(first.attempt_id)
-    (done,) = play.strategy.contributions.values()
+    (done,) = play.contributions.results.values()
     found = play.strategy.progress({last.attempt_id: (last, 100, live)})
     assert before.metrics == live
     assert found.metrics["loss"] == pytest.approx((done.samples * 0.5 + 100 * 1.5) / (done.samples + 100))
@@ -755,7 +768,7 @@ def test_a_node_without_the_memory_is_left_out_the_second_time_and_the_others_fi
     assert play.job.refused == {"b": short}
     play.run("a", "b")
     assert play.complete
-    assert play.strategy.quarantined == {}
+    assert play.state.trust.quarantined == {}
 
 
 def test_a_job_for_which_no_node_has_the_memory_says_so() -> None:
@@ -788,15 +801,15 @@ def test_the_model_of_the_best_epoch_is_kept_and_training_ends_when_nothing_gets
     weights: dict[int, BlobRef | None] = {}
 
     def note() -> None:
-        weights.setdefault(play.strategy.epochs_ended, play.strategy.weights)
+        weights.setdefault(play.state.epochs.ended, play.state.exchange.weights)
 
     play.run("a", "b", each=note)
     assert len(play.job.history) == 5  # the third is better by less than min_delta
-    assert play.strategy.best is not None
-    assert (play.strategy.best.epoch, play.strategy.best.value) == (2, 0.5)
+    assert play.state.epochs.best is not None
+    assert (play.state.epochs.best.epoch, play.state.epochs.best.value) == (2, 0.5)
     (export,) = (task for task in play.tasks.values() if isinstance(task, ExportTask))
-    assert export.weights == play.strategy.best.weights != play.strategy.weights
-    assert export.weights.sha256 in play.strategy.kept
+    assert export.weights == play.state.epochs.best.weights != play.state.exchange.weights
+    assert export.weights.sha256 in play.strategy.kept()
     assert export.step is None
 
 
@@ -805,16 +818,16 @@ def test_all_that_the_next_round_rests_on_is_kept() -> None:
     play = Simulation(validation=False)
     play.plan("a", "b")
     play.finish(next(iter(play.job.attempts)))
-    (part,) = play.strategy.contributions.values()
-    assert play.strategy.kept == {part.base.sha256, part.update.sha256}
+    (part,) = play.contributions.results.values()
+    assert play.strategy.kept() == {part.base.sha256, part.update.sha256}
     play.finish(next(iter(play.job.attempts)))
     play.plan("a", "b")
-    strategy = play.strategy
-    assert strategy.round == 1
-    assert strategy.step is not None
-    held = (strategy.weights, strategy.velocity, strategy.step.update)
-    assert strategy.kept == {ref.sha256 for ref in held if ref is not None}
-    assert len(strategy.kept) == 3
+    exchange = play.state.exchange
+    assert play.state.open.number == 1
+    assert exchange.step is not None
+    held = (exchange.weights, exchange.velocity, exchange.step.update)
+    assert play.strategy.kept() == {ref.sha256 for ref in held if ref is not None}
+    assert len(play.strategy.kept()) == 3
 
 
 def test_the_history_of_very_many_epochs_fits_into_a_message() -> None:
@@ -840,19 +853,19 @@ def test_training_that_is_to_stop_ends_after_the_epoch_under_way() -> None:
     play = Simulation(epochs=5)
 
     def stop_in_the_second() -> None:
-        if play.strategy.epochs_ended in (1, 2):
+        if play.state.epochs.ended in (1, 2):
             play.record(StopAsked(at=play.now))
 
     play.run("a", "b", each=stop_in_the_second)
     assert [epoch.epoch for epoch in play.job.history] == [1, 2]
-    assert play.strategy.exported is not None
+    assert play.strategy.exported() is not None
     assert play.strategy.progress({}).epochs == 2
     again = play.new_job()
     for event in play.events:
         again.apply(event)
-    assert isinstance(again.strategy, RoundsStrategy)
-    assert again.strategy.stop_after == 2
-    assert again.strategy.all_trained
+    assert isinstance(again.strategy, TrainingStrategy)
+    assert again.strategy.state.epochs.stop_after == 2
+    assert again.strategy.state.epochs.all_trained
 
 
 def test_a_metric_that_rises_is_better() -> None:
@@ -891,10 +904,10 @@ def test_a_resumed_job_goes_on_from_the_checkpoint_and_counts_on() -> None:
     *_, task = play.tasks.values()
     assert isinstance(task, TrainTask)
     assert (task.weights, task.step, task.seen) == (blob(77), None, 3 * 320)
-    assert blob(77).sha256 in play.strategy.kept
+    assert blob(77).sha256 in play.strategy.kept()
     play.run("a")
     assert [epoch.epoch for epoch in play.job.history] == [4, 5]
-    assert play.strategy.total == 2 * 320
+    assert play.state.epochs.total == 2 * 320
 
 
 def test_every_round_tells_how_to_get_to_its_weights_from_those_before() -> None:
@@ -917,12 +930,12 @@ def test_updates_that_go_too_far_are_left_out_and_their_node_after_three() -> No
         play.plan("a", "b", "c")
         for attempt_id in list(play.job.attempts):
             play.finish(attempt_id)
-        before = play.strategy.samples
+        before = play.state.epochs.samples
         play.plan("a", "b", "c")
-        assert play.strategy.samples - before < 320
-        assert play.strategy.rejections["c"] == expected
-    assert "times as large" in play.strategy.quarantined["c"]
-    assert play.strategy.progress({}).quarantined == play.strategy.quarantined
+        assert play.state.epochs.samples - before < 320
+        assert play.state.trust.rejections["c"] == expected
+    assert "times as large" in play.state.trust.quarantined["c"]
+    assert play.strategy.progress({}).quarantined == play.state.trust.quarantined
     held = {attempt.node_id for attempt in play.job.attempts.values()}
     for _ in range(4):
         for attempt_id in list(play.job.attempts):
@@ -948,13 +961,13 @@ def test_a_node_that_comes_when_little_is_left_to_learn_is_welcome() -> None:
         for attempt_id in list(play.job.attempts):
             play.finish(attempt_id)
         play.plan(*nodes)
-    assert "c" in play.strategy.crew | {attempt.node_id for attempt in play.job.attempts.values()}
-    assert not play.strategy.rejections
+    assert "c" in play.state.open.crew | {attempt.node_id for attempt in play.job.attempts.values()}
+    assert not play.state.trust.rejections
     play.norms["c"] = 1000.0
     for attempt_id in list(play.job.attempts):
         play.finish(attempt_id)
     play.plan(*nodes)
-    assert play.strategy.rejections == {"c": 1}, "what never was is no use now either"
+    assert play.state.trust.rejections == {"c": 1}, "what never was is no use now either"
 
 
 def test_while_all_get_ready_nobody_takes_no_part() -> None:
@@ -974,14 +987,14 @@ def test_a_good_round_forgives_and_weights_that_are_not_finite_count_as_no_use()
     play.plan("a", "b")
     attempt = next(key for key, one in play.job.attempts.items() if one.node_id == "b")
     play.record(AttemptEnded(at=play.now, attempt_id=attempt, reason="", error=diverged))
-    assert play.strategy.rejections == {"b": 1}
+    assert play.state.trust.rejections == {"b": 1}
     play.now += 100
     play.finish(next(iter(play.job.attempts)))
     play.plan("a", "b")
     for attempt_id in list(play.job.attempts):
         play.finish(attempt_id)
     play.plan("a", "b")
-    assert play.strategy.rejections == {}
+    assert play.state.trust.rejections == {}
 
 
 def test_a_node_that_began_from_other_weights_is_left_out() -> None:
@@ -996,8 +1009,8 @@ def test_a_node_that_began_from_other_weights_is_left_out() -> None:
         play.record(AttemptFinished(at=play.now, attempt_id=attempt_id, result=result))
         assert attempt.node_id == "ab"[number]
     play.plan("a", "b")
-    assert play.strategy.samples == 100
-    assert play.strategy.rejections == {"b": 1}
+    assert play.state.epochs.samples == 100
+    assert play.state.trust.rejections == {"b": 1}
 
 
 @settings(max_examples=60, deadline=None)
@@ -1019,22 +1032,11 @@ def test_replaying_the_events_gives_the_state_back(steps: list[tuple[str, str]])
     assert again.attempts == play.job.attempts
     assert again.history == play.job.history
     assert again.rounds == play.job.rounds
-    assert isinstance(again.strategy, RoundsStrategy)
-    for name in (
-        "round",
-        "samples",
-        "epochs_ended",
-        "weights",
-        "contributions",
-        "exported",
-        "overheads",
-        "step",
-        "velocity",
-        "agreement",
-        "rejections",
-        "quarantined",
-    ):
-        assert getattr(again.strategy, name) == getattr(play.strategy, name), name
-    play.job = again  # and the job can be finished from there
+    assert isinstance(again.strategy, TrainingStrategy)
+    assert isinstance(again.strategy.rounds, UpdateRounds)
+    assert again.strategy.rounds.contributions == play.contributions
+    for part in ("open", "exchange", "epochs", "measured", "readiness", "sharing", "trust", "exported"):
+        assert getattr(again.strategy.state, part) == getattr(play.state, part), part
+    play.job = again  # and it can be finished from there
     play.run("b", "c")
     assert [epoch.epoch for epoch in play.job.history] == [1, 2]

@@ -31,7 +31,8 @@ from coordinator.plans.training import costs, group
 from coordinator.plans.training.auto import AutoStrategy
 from coordinator.plans.training.costs import Costs, predict
 from coordinator.plans.training.readiness import WARM_UP
-from coordinator.plans.training.sync import FORMING_SECONDS, TRIES_LIMIT, SyncStrategy
+from coordinator.plans.training.strategy import TrainingStrategy
+from coordinator.plans.training.sync import FORMING_SECONDS, TRIES_LIMIT, SyncRounds
 from potluck.data.order import passes
 from potluck.errors import Unavailable
 from potluck.wire.messages import (
@@ -87,8 +88,8 @@ class Simulation:
 
     @property
     def strategy(self) -> Any:
-        """`SyncStrategy`, or `AutoStrategy` while it has not chosen."""
-        assert isinstance(self.job.strategy, SyncStrategy | AutoStrategy)
+        """`TrainingStrategy`; `AutoStrategy` while it has not chosen."""
+        assert isinstance(self.job.strategy, TrainingStrategy | AutoStrategy)
         return self.job.strategy
 
     def record(self, event: AnyEvent) -> None:
@@ -296,12 +297,12 @@ def joined(simulation: Simulation, node_id: str) -> None:
 
 def test_the_first_group_waits_for_nodes_that_are_alike_and_for_no_slow_one() -> None:
     strategy = Simulation().strategy
-    strategy.readiness.ready["a"] = strategy.readiness.first_at = 10.0
-    strategy.readiness.took["a"] = 10.0
+    strategy.state.readiness.ready["a"] = strategy.state.readiness.first_at = 10.0
+    strategy.state.readiness.took["a"] = 10.0
     attempts = {"1": Attempt("1", WARM_UP, "b", 0.0)}
 
     def hopes(gflops: float, now: float) -> bool:
-        return strategy._hopes(ClusterView((NodeView("a", 40.0, 2), NodeView("b", gflops, 2)), now), attempts)
+        return strategy.rounds.hopes(ClusterView((NodeView("a", 40.0, 2), NodeView("b", gflops, 2)), now), attempts)
 
     assert hopes(20.0, now=19.0)
     assert not hopes(20.0, now=21.0)
@@ -333,7 +334,7 @@ def test_a_node_that_was_too_slow_is_measured_again_while_a_round_is_open() -> N
     lab.rates = {"a": 20.0, "b": 1.0, "c": 9.0}
     lab.took = {"a": 10.0, "b": 200.0, "c": 15.0}
     lab.plan("a", "b", "c")
-    assert "b" in lab.strategy.slow
+    assert "b" in lab.strategy.state.sharing.slow
     lab.giving_way = {"a"}  # so that the round is not broken off
     for _ in range(6):
         lab.now += 60.0
@@ -384,12 +385,11 @@ def test_replaying_gives_the_same_state(stops: list[int]) -> None:
     replayed = simulation.new_job()
     for event in simulation.events:
         replayed.apply(event)
-    assert isinstance(replayed.strategy, SyncStrategy)
-    assert (replayed.strategy.members, replayed.strategy.steps_done, replayed.strategy.weights) == (
-        simulation.strategy.members,
-        simulation.strategy.steps_done,
-        simulation.strategy.weights,
-    )
+    assert isinstance(replayed.strategy, TrainingStrategy)
+    assert isinstance(replayed.strategy.rounds, SyncRounds)
+    assert replayed.strategy.rounds.group == simulation.strategy.rounds.group
+    assert replayed.strategy.rounds.steps_done == simulation.strategy.rounds.steps_done
+    assert replayed.strategy.state.exchange == simulation.strategy.state.exchange
 
 
 @given(count=st.integers(1, 50), seed=st.integers(0, 5), skip=st.integers(0, 200))
@@ -407,7 +407,7 @@ def test_what_was_exchanged_is_what_members_added_up() -> None:
         lab = Simulation(items=320, batch=32, epochs=1)
         lab.reduced_bytes = reduced
         lab.run("a", "b", "c")
-        assert lab.strategy.exchanged_bytes == 10 * 2 * 2 * each
+        assert lab.strategy.state.exchange.bytes == 10 * 2 * 2 * each
 
 
 def test_progress_counts_members_that_are_done_before_the_others() -> None:

@@ -18,8 +18,7 @@ from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
-from coordinator.plans.job import ROUNDS_LIMIT_BYTES, EpochEnded, Job, JobSubmitted, RoundClosed
-from coordinator.plans.training.rounds import RoundsStrategy
+from coordinator.plans.job import ROUNDS_LIMIT_BYTES, EpochEnded, Job, JobSubmitted, RoundClosed, Training
 from potluck.cli import following
 from potluck.cli.jobs import EPOCHS
 from potluck.cli.main import app
@@ -69,8 +68,8 @@ def job_ended(epochs: int, metrics: tuple[str, ...] = ("loss", "accuracy"), **pa
 
 
 def training() -> Any:
-    """A strategy that no event changes."""
-    strategy = Mock(spec=RoundsStrategy)
+    """A strategy that whatever happens leaves as it is."""
+    strategy = Mock(spec=Training)
     strategy.happened.side_effect = lambda event: strategy
     return strategy
 

@@ -1,0 +1,52 @@
+"""The weights that nodes train from, what led to them, and what was sent for that: pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from coordinator.plans.job import RoundClosed
+from potluck.wire.messages import BlobRef, Step
+
+
+@dataclass
+class Exchange:
+    """`first`: the weights that the job began from; None for the model's own."""
+
+    first: BlobRef | None
+    weights: BlobRef | None = None
+    step: Step | None = None
+    """What led to `weights`, for the nodes that have those before."""
+    velocity: BlobRef | None = None
+    """The outer optimizer's state, and how alike the nodes' updates have been until now."""
+    agreement: float | None = None
+    optimizer: BlobRef | None = None
+    """Of synchronous training its state, instead."""
+    bytes: int = 0
+    """Sent until now, and until the beginning of this epoch."""
+    bytes_before: int = 0
+
+    def __post_init__(self) -> None:
+        self.weights = self.weights or self.first
+
+    def closed(self, event: RoundClosed, sent_bytes: int) -> None:
+        self.weights, self.velocity, self.agreement = event.weights, event.velocity, event.agreement
+        self.optimizer = event.optimizer
+        base, update = event.base, event.step
+        self.step = Step(base=base, update=update) if base is not None and update is not None else None
+        self.bytes += sent_bytes
+
+    def epoch_ended(self) -> None:
+        self.bytes_before = self.bytes
+
+    @property
+    def bytes_in_epoch(self) -> int:
+        return self.bytes - self.bytes_before
+
+    def used_up(self) -> tuple[BlobRef, ...]:
+        """What the next round replaces."""
+        found = (self.weights, self.velocity, self.optimizer, self.step.update if self.step is not None else None)
+        return tuple(ref for ref in found if ref is not None)
+
+    def kept(self) -> set[str]:
+        """Blobs that a round and those after it begin from."""
+        return {ref.sha256 for ref in (*self.used_up(), *([self.first] if self.first is not None else []))}

@@ -1,0 +1,99 @@
+"""The strategy `local`: rounds in which the data go to the nodes by speed. Pure.
+
+All parts of a round end together; a node that would bring less than it costs is left out for a while.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from msgspec.structs import replace
+
+from coordinator.plans.job import Attempt, Choose, Decision, Lease, RoundPlanned
+from coordinator.plans.placement import ClusterView, NodeView, speeds, without_slow
+from coordinator.plans.training import sizes, warming
+from coordinator.plans.training.measurements import budget
+from coordinator.plans.training.state import TrainingState
+from potluck.wire.messages import JobProgress, TrainResult, TrainTask
+
+GRACE = 0.1
+GRACE_SECONDS = 2.0
+"""The first node that is ready waits for others for this share of the time that it took, and for so many seconds at most:
+nodes that are alike are ready at nearly the same time."""
+LATE_SECONDS = 5.0
+
+
+@dataclass
+class Local:
+    """It keeps nothing of its own."""
+
+    state: TrainingState = field(repr=False)
+    late_seconds: ClassVar[float] = LATE_SECONDS
+    by_items: ClassVar[bool] = False
+
+    def holders(self, view: ClusterView) -> list[NodeView]:
+        return list(view.nodes)
+
+    @property
+    def room(self) -> int:
+        return self.state.given.room
+
+    def rehearsals(self, nodes: list[NodeView], rates: dict[str, float]) -> dict[str, TrainTask]:
+        return warming.with_data(self.state, nodes, rates)
+
+    def parts(self, view: ClusterView, attempts: dict[str, Attempt], in_time: list[Attempt]) -> list[Decision]:
+        if in_time:
+            return []
+        self.state.epochs.check_monitor()
+        if not self.state.open.number and hopes(self.state, view, attempts):
+            return []
+        # Where all parts are late, whoever else is ready does the round.
+        return self._open(self.state.readiness.able(view, attempts))
+
+    def finished(self, attempt: Attempt, result: TrainResult) -> None:
+        """Nothing to keep."""
+
+    def too_far(self, results: Mapping[str, TrainResult]) -> dict[str, str]:
+        return self.state.trust.too_far(results)
+
+    def closed(self, results: Mapping[str, TrainResult], rejected: Mapping[str, str]) -> None:
+        """Nothing to keep."""
+
+    def metrics(self) -> dict[str, float]:
+        return self.state.epochs.metrics()
+
+    def told(self, progress: JobProgress, *, idle: bool) -> JobProgress:
+        return progress
+
+    def _open(self, view: ClusterView) -> list[Decision]:
+        """Parts for nodes that are ready."""
+        state, spec = self.state, self.state.given.spec
+        free = state.trust.trusted([node for node in view.nodes if node.free_slots])
+        if not free:
+            return []
+        rates = speeds(free, state.measured.rates)
+        # Those of the round before first: they have the data, and their optimizers know the way.
+        crew = state.open.crew
+        chosen = sorted(rates, key=lambda node_id: (node_id not in crew, -rates[node_id], node_id))[: self.room]
+        rates = {node_id: rates[node_id] for node_id in sorted(chosen)}
+        wanted = sizes.round_size(state, rates)
+        found, slow = without_slow(wanted, rates, state.measured.usual_delays, spec.batch_size)
+        parts = sizes.at_least(found, wanted, spec.batch_size)
+        data, shares = state.sharing.assignment(state.given.counts, {node_id: rates[node_id] for node_id in parts})
+        if (data, shares, slow) != (state.sharing.assigned, state.sharing.shares, state.sharing.slow):
+            planned = RoundPlanned(at=view.now, round=state.open.number, assigned=data, shares=shares, slow=slow)
+            return [Choose(planned)]
+        decisions: list[Decision] = []
+        for node_id, part in parts.items():
+            samples = sizes.whole_batches(part, spec.batch_size)
+            task = state.task(samples, spec.round_seconds or budget(samples, rates[node_id]))
+            decisions.append(Lease(state.open.shard_id, node_id, replace(task, data=state.given.shards(data[node_id]))))
+        return decisions
+
+
+def hopes(state: TrainingState, view: ClusterView, attempts: dict[str, Attempt]) -> bool:
+    """Whether the first round should wait a moment longer, for nodes that will be ready about now."""
+    ready = state.readiness
+    return ready.hopes(view.now, attempts, GRACE, GRACE_SECONDS, ready.alike(view))
