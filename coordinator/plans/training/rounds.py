@@ -9,7 +9,6 @@ manner: `local`, `federated` and `fixed`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
@@ -108,11 +107,8 @@ class UpdateRounds:
         )
         self.contributions.closed()
 
-    def done(self) -> AbstractSet[str]:
-        return self.contributions.results.keys()
-
-    def done_parts(self) -> list[tuple[int, dict[str, float]]]:
-        return [(result.samples, result.metrics) for result in self.contributions.results.values()]
+    def done(self) -> dict[str, tuple[int, dict[str, float]]]:
+        return {name: (result.samples, result.metrics) for name, result in self.contributions.results.items()}
 
     def kept(self) -> set[str]:
         return self.contributions.kept()

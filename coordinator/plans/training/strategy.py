@@ -7,7 +7,6 @@ is `rounds` (nodes send updates) or `sync` (a group takes steps together).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -78,12 +77,8 @@ class Rounds(Protocol):
         """`RoundClosed` is that of the open round."""
         ...
 
-    def done(self) -> AbstractSet[str]:
-        """Who has done a part of the open round."""
-        ...
-
-    def done_parts(self) -> list[tuple[int, dict[str, float]]]:
-        """(Samples, metrics) of the parts of the open round that are done before the others."""
+    def done(self) -> dict[str, tuple[int, dict[str, float]]]:
+        """(Samples, metrics) of the parts of the open round that are done before the others, by who has done them."""
         ...
 
     def kept(self) -> set[str]:
@@ -184,12 +179,12 @@ class TrainingStrategy:
         state, epochs = self.state, self.state.epochs
         mine = [one for one in running.values() if state.open.has(one[0])]
         # With those that are done before the others; between rounds, in validation and at the end, those of the last round.
-        at_work = {attempt.node_id for attempt, _, _ in mine} | self.rounds.done() or state.open.crew
+        done = self.rounds.done()
+        at_work = {attempt.node_id for attempt, _, _ in mine} | done.keys() or state.open.crew
         rates = {name: rate for name, rate in state.measured.rates.items() if name in at_work}
-        done = self.rounds.done_parts()
-        training = sum(items for _, items, _ in mine) + sum(samples for samples, _ in done)
+        training = sum(items for _, items, _ in mine) + sum(samples for samples, _ in done.values())
         metrics = dict(epochs.last.metrics) if epochs.last else {}
-        metrics.update(weighted([*epochs.rounds, *done, *((items, seen) for _, items, seen in mine if items)]))
+        metrics.update(weighted([*epochs.rounds, *done.values(), *((items, seen) for _, items, seen in mine if items)]))
         message = "writing the model" if epochs.all_trained else "validating" if self.epoch_full else "training"
         last = epochs.spec.initial_epoch + epochs.wanted
         progress = JobProgress(

@@ -8,7 +8,6 @@ on from the last checkpoint; nodes that get ready later join at the next round, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -125,11 +124,8 @@ class SyncRounds:
             case _:
                 pass
 
-    def done(self) -> AbstractSet[str]:
-        return frozenset()
-
-    def done_parts(self) -> list[tuple[int, dict[str, float]]]:
-        return [(part.samples, part.metrics) for part in self.parts.values()]
+    def done(self) -> dict[str, tuple[int, dict[str, float]]]:
+        return {node_id: (part.samples, part.metrics) for node_id, part in self.parts.items()}
 
     def kept(self) -> set[str]:
         found = [ref for part in self.parts.values() for ref in (part.weights, part.optimizer)]
@@ -254,7 +250,7 @@ class SyncRounds:
         if checkpoint is None or checkpoint.weights is None or checkpoint.optimizer is None:
             return []
         samples = checkpoint.steps * self.state.given.batch
-        number, metrics = self.state.open.number, weighted(self.done_parts())
+        number, metrics = self.state.open.number, weighted(list(self.done().values()))
         return [CloseSync(number, checkpoint.weights, checkpoint.optimizer, samples, metrics)]
 
     def _closed(self, event: RoundClosed) -> None:

@@ -419,6 +419,7 @@ def test_progress_counts_members_that_are_done_before_the_others() -> None:
     lab.finish(first.attempt_id)
     found = lab.strategy.progress({last.attempt_id: (last, 16, {"loss": 3.0})})
     assert found.done == samples + 16
+    assert found.nodes.keys() == {"a", "b"}, "both are members still"
     assert found.metrics["loss"] == pytest.approx((samples * 1.0 + 16 * 3.0) / (samples + 16))
 
 
