@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from coordinator.plans.training import group
 from coordinator.plans.training.group import Group
 from potluck.wire.messages import BlobRef, DataFormat, SyncTask
 
 BLOB = BlobRef(sha256="0" * 64, size=1)
 
 
-def leased(group: Group, *names: str, **parts: Any) -> None:
+def leased(of: Group, *names: str, **parts: Any) -> None:
     for rank, name in enumerate(names):
         task = SyncTask(
             model=BLOB, data=(), format=DataFormat(kind="arrays"), image=None, members=tuple(f"{one}:1" for one in names),
@@ -18,8 +19,8 @@ def leased(group: Group, *names: str, **parts: Any) -> None:
             **{"formation": "0.0", "begins": True, **parts},
         )  # fmt: skip
         if rank == 0:
-            group.opened(task)
-        group.leased(name, task)
+            of.opened(task)
+        of.leased(name, task)
 
 
 def test_a_group_is_formed_by_its_first_round_and_goes_on_with_the_next() -> None:
@@ -52,3 +53,11 @@ def test_a_round_that_came_to_its_end_forgets_what_broke_off_before() -> None:
     found.breaks_off("node a was lost")
     found.round_closed()  # its checkpoint was written before
     assert (found.members, found.broken) == ((), "")
+
+
+def test_shares_stay_until_one_is_off_by_a_tenth() -> None:
+    assert group.shares(60, {"a": 20.0, "b": 10.0}, {}) == {"a": 40, "b": 20}
+    assert group.shares(60, {"a": 21.0, "b": 10.0}, {"a": 40, "b": 20}) == {"a": 40, "b": 20}
+    assert group.shares(60, {"a": 30.0, "b": 10.0}, {"a": 40, "b": 20}) == {"a": 45, "b": 15}
+    assert group.shares(60, {"a": 20.0}, {"a": 40, "b": 20}) == {"a": 60}
+    assert group.shares(4, {"a": 2.0, "b": 1.9}, {"a": 3, "b": 1}) == {"a": 3, "b": 1}, "one item is no tenth of so few"

@@ -27,9 +27,7 @@ from coordinator.plans.job import (
 )
 from coordinator.plans.placement import ClusterView, NodeView
 from coordinator.plans.strategies import strategy_for
-from coordinator.plans.training import costs, group
 from coordinator.plans.training.auto import AutoStrategy
-from coordinator.plans.training.costs import Costs, predict
 from coordinator.plans.training.readiness import WARM_UP
 from coordinator.plans.training.strategy import TrainingStrategy
 from coordinator.plans.training.sync import FORMING_SECONDS, TRIES_LIMIT, SyncRounds
@@ -352,14 +350,6 @@ def test_nodes_that_can_be_in_no_group_are_told_of() -> None:
     assert "--insecure" in simulation.strategy.progress({}, views).waiting["b"]
 
 
-def test_shares_stay_until_one_is_off_by_a_tenth() -> None:
-    assert group.shares(60, {"a": 20.0, "b": 10.0}, {}) == {"a": 40, "b": 20}
-    assert group.shares(60, {"a": 21.0, "b": 10.0}, {"a": 40, "b": 20}) == {"a": 40, "b": 20}
-    assert group.shares(60, {"a": 30.0, "b": 10.0}, {"a": 40, "b": 20}) == {"a": 45, "b": 15}
-    assert group.shares(60, {"a": 20.0}, {"a": 40, "b": 20}) == {"a": 60}
-    assert group.shares(4, {"a": 2.0, "b": 1.9}, {"a": 3, "b": 1}) == {"a": 3, "b": 1}, "one item is no tenth of so few"
-
-
 def test_items_of_a_step_go_by_the_speed_that_was_measured() -> None:
     simulation = Simulation(items=6000, batch=60)
     simulation.plan("a", "b")
@@ -444,35 +434,3 @@ def test_auto_counts_the_weights_that_are_trained() -> None:
     (chosen,) = [event for event in lab.events if isinstance(event, StrategyChosen)]
     assert lab.strategy.progress({}).strategy == chosen.why
     assert "0.0 MB of weights" in chosen.why
-
-
-CNN = Costs((100.0, 100.0), 51_600_000, 100_000_000, 60_000, 64, 12.5e6)
-
-
-def test_slow_links_make_rounds_and_fast_ones_synchronous_steps() -> None:
-    assert predict(CNN).choice == "local"
-    small = Costs((100.0, 100.0), 400_000, 1_000_000, 60_000, 64, 125e6)
-    assert predict(small).choice == "sync"
-    assert predict(Costs((100.0,), 400_000, 1_000_000, 60_000, 64, 125e6)).choice == "local"
-    closed = Costs((100.0, 100.0), 400_000, 1_000_000, 60_000, 64, 125e6, together=False)
-    assert predict(closed).choice == "local"
-    large = Costs((100.0, 100.0), 400_000, 2 * costs.DATA_LIMIT_BYTES, 10**9, 64, 1e12)
-    assert predict(large).choice == "local"
-
-
-def test_the_choice_is_told_with_its_figures() -> None:
-    words = predict(CNN).words("local")
-    assert words.startswith("local: 100 + 100 samples/s, 51.6 MB of weights, 12 MB/s: local ")
-    assert ", sync " in words
-
-
-@given(
-    rates=st.lists(st.floats(1, 1000), min_size=2, max_size=6),
-    weights=st.integers(1000, 10**9),
-    fast=st.floats(1e6, 1e9),
-)
-def test_more_bandwidth_never_makes_anything_slower(rates: list[float], weights: int, fast: float) -> None:
-    slow = predict(Costs(tuple(rates), weights, 0, 10_000, 32, fast))
-    fast_one = predict(Costs(tuple(rates), weights, 0, 10_000, 32, 2 * fast))
-    assert fast_one.sync_seconds <= slow.sync_seconds
-    assert fast_one.local_seconds <= slow.local_seconds * 1.0001
