@@ -32,7 +32,9 @@ from report import OtherLoad, Report
 from coordinator.copies.locations import Holders
 from coordinator.dispatch.leases import Leases
 from coordinator.membership import Membership
-from coordinator.plans.job import AttemptFinished, AttemptLeased, Job, JobSubmitted, Lease
+from coordinator.plans.decisions import Lease
+from coordinator.plans.events import AttemptFinished, AttemptLeased, JobSubmitted
+from coordinator.plans.job import Job
 from coordinator.plans.strategies import strategy_for
 from potluck.bus.mqtt import MqttBus, in_turn
 from potluck.lifecycle import die_with_parent

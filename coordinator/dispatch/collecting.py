@@ -11,7 +11,9 @@ from msgspec.structs import replace
 
 from coordinator.dispatch import outer, results
 from coordinator.plans.batch import BatchStrategy, merge
-from coordinator.plans.job import CloseRound, Job, RoundClosed
+from coordinator.plans.decisions import CloseRound
+from coordinator.plans.events import RoundClosed
+from coordinator.plans.job import Job
 from coordinator.plans.node_data import NodesEvaluation
 from coordinator.plans.quantizing import QuantizeStrategy
 from coordinator.plans.training.scores import weighted

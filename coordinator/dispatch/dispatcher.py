@@ -27,30 +27,20 @@ from coordinator.dispatch.jobstore import JobStore, meant
 from coordinator.dispatch.leases import Held, Leases
 from coordinator.dispatch.packed import Packed
 from coordinator.journal import FATAL
-from coordinator.plans.job import (
-    CHECK,
+from coordinator.plans.decisions import Choose, CloseEpoch, CloseRound, CloseSync, Complete, Decision, Lease, Withdraw
+from coordinator.plans.events import (
     AnyEvent,
     AttemptEnded,
     AttemptFinished,
     AttemptLeased,
-    Choose,
-    CloseEpoch,
-    CloseRound,
-    CloseSync,
-    Complete,
-    Decision,
-    EndlessChoices,
     EpochEnded,
-    Job,
     JobFinished,
     JobStarted,
-    Lease,
     OfTraining,
     RoundClosed,
     StopAsked,
-    Withdraw,
-    settled,
 )
+from coordinator.plans.job import CHECK, EndlessChoices, Job, settled
 from coordinator.plans.placement import ClusterView
 from coordinator.plans.training import privacy, scores
 from coordinator.registry import Registry

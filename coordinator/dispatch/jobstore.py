@@ -9,13 +9,11 @@ from msgspec.structs import replace
 
 from coordinator.journal import Journal
 from coordinator.plans import labels
-from coordinator.plans.job import (
+from coordinator.plans.events import (
     AnyEvent,
-    Attempt,
     AttemptEnded,
     AttemptFinished,
     AttemptLeased,
-    Job,
     JobFinished,
     JobSubmitted,
     MeasureAgain,
@@ -24,6 +22,7 @@ from coordinator.plans.job import (
     StoodStill,
     StrategyChosen,
 )
+from coordinator.plans.job import Attempt, Job
 from coordinator.plans.labels import listed
 from coordinator.plans.past import with_choices
 from coordinator.plans.placement import NodeView

@@ -16,7 +16,8 @@ from itertools import accumulate
 
 from msgspec.structs import replace
 
-from coordinator.plans.job import Attempt, Complete, Decision, Lease, Withdraw
+from coordinator.plans.decisions import Complete, Decision, Lease, Withdraw
+from coordinator.plans.job import Attempt
 from coordinator.plans.placement import ClusterView, NodeView, speeds
 from potluck.errors import ModelFailed
 from potluck.wire.messages import (

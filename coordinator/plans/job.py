@@ -9,11 +9,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
-from msgspec import Struct, json
+from msgspec import json
 from msgspec.structs import replace
 
+from coordinator.plans.decisions import Choose, Decision
+from coordinator.plans.events import (
+    AnyEvent,
+    AttemptEnded,
+    AttemptFinished,
+    AttemptLeased,
+    EpochEnded,
+    JobFinished,
+    JobStarted,
+    JobSubmitted,
+    MeasureAgain,
+    OfTraining,
+    RoundBroken,
+    RoundClosed,
+    RoundPlanned,
+    StoodStill,
+    StopAsked,
+    StrategyChosen,
+)
 from coordinator.plans.placement import ClusterView, NodeView
 from potluck.errors import (
     CodeNotAllowed,
@@ -42,238 +61,25 @@ from potluck.wire.messages import (
     JobProgress,
     JobState,
     JobSubject,
-    ModelFormat,
     RoundMetrics,
     Train,
-    TrainResult,
     WarmUpResult,
 )
 
 OPINION_SECONDS = 30.0
 """How long another node has to show that the job can be done, or to agree that it cannot."""
 REST_SECONDS = 1.0
-"""A node that reported an error rests for twice this long; after each further error in a row, twice as long again."""
+"""A node that reported an error rests for twice as long, and twice that after the next in a row."""
 VALIDATION = "validation-"
 """Prefix of the ids of validation shards."""
 CHECK = "check-validation"
-"""The id of the shard that checks validation data before they are due."""
+"""The id of the shard that looks at validation data before they are due."""
 ROUNDS_LIMIT_BYTES = 64 * 1024
 """How large a job's rounds may be in its result: the whole result must fit into one message."""
 HISTORY_LIMIT_BYTES = 160 * 1024
-"""The limit for rounds and epochs together: with very many epochs, fewer rounds are kept."""
-
-# --- events: what is in the journal -----------------------------------------------------------------------------------
-
-
-class Event(Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="event", tag=True):
-    """`at` is Unix time in seconds."""
-
-    at: float
-
-
-class JobSubmitted(Event, frozen=True):
-    """The job with every name resolved: later changes of names do not change its data."""
-
-    job_id: str
-    request_id: str
-    spec: AnyJobSpec
-    model: BlobRef | None = None
-    image: ImageOptions | None = None
-    dataset: BlobRef | None = None
-    validation: BlobRef | None = None
-    model_format: ModelFormat = "keras"
-    classes: tuple[str, ...] = ()
-    """Classes of the model's scores, if it is registered with them."""
-
-
-class JobStarted(Event, frozen=True):
-    """A job without shards works now; other jobs start with their first lease."""
-
-
-class AttemptLeased(Event, frozen=True):
-    attempt_id: str
-    shard_id: str
-    node_id: str
-    task: AnyTask
-
-
-class AttemptFinished(Event, frozen=True):
-    """The blobs of its result are in the coordinator's store."""
-
-    attempt_id: str
-    result: AnyTaskResult
-
-
-class AttemptEnded(Event, frozen=True):
-    """Ended without a result. `error` is set when the node reported one, not when the node or the lease was lost."""
-
-    attempt_id: str
-    reason: str
-    error: ErrorInfo | None = None
-
-
-class RoundClosed(Event, frozen=True, kw_only=True):
-    """The outer step of a round is taken, and its weights are a checkpoint in the store.
-
-    `step` led there from `base`; `velocity` is the outer optimizer's state; `agreement` says how much the nodes' updates agreed
-    (1: all the same). `rejected`: nodes whose update was left out. Synchronous training has its state in `optimizer` instead.
-    """
-
-    round: int
-    base: BlobRef | None = None
-    step: BlobRef | None = None
-    weights: BlobRef
-    velocity: BlobRef | None = None
-    optimizer: BlobRef | None = None
-    samples: int
-    learning_rate: float = 1.0
-    momentum: float = 0.0
-    agreement: float = 1.0
-    metrics: dict[str, float] = {}
-    rejected: dict[str, str] = {}
-
-
-class EpochEnded(Event, frozen=True):
-    epoch: EpochMetrics
-
-
-class StopAsked(Event, frozen=True):
-    """Training must end after the current epoch."""
-
-
-class StrategyChosen(Event, frozen=True):
-    """What `auto` continues with, and why, in words."""
-
-    chosen: Literal["local", "sync"]
-    why: str
-
-
-class RoundPlanned(Event, frozen=True):
-    """How rounds share the data from this round on: shards by index, and speed as a share of the whole. `slow`: nodes that are left
-    out because they would cost more than they bring, and why."""
-
-    round: int
-    assigned: dict[str, tuple[int, ...]] = {}
-    shares: dict[str, float] = {}
-    slow: dict[str, str] = {}
-
-
-class MeasureAgain(Event, frozen=True):
-    """These nodes have been too slow for long enough: measure them again."""
-
-    nodes: tuple[str, ...]
-
-
-class RoundBroken(Event, frozen=True):
-    """A synchronous round that can no longer have a result."""
-
-    round: int
-    reason: str
-
-
-class StoodStill(Event, frozen=True):
-    """A member of a synchronous group stands still for inference, and so do all others."""
-
-
-class JobFinished(Event, frozen=True):
-    result: JobEnded
-
-
-AnyEvent = (
-    JobSubmitted
-    | JobStarted
-    | AttemptLeased
-    | AttemptFinished
-    | AttemptEnded
-    | RoundClosed
-    | EpochEnded
-    | StopAsked
-    | StrategyChosen
-    | RoundPlanned
-    | MeasureAgain
-    | RoundBroken
-    | StoodStill
-    | JobFinished
-)
-OfTraining = (
-    RoundClosed | EpochEnded | StopAsked | StrategyChosen | RoundPlanned | MeasureAgain | RoundBroken | StoodStill
-)
-"""Events that only training has."""
-
-
-# --- decisions: what a plan asks the dispatcher to do --------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Lease:
-    """Give this shard to this node."""
-
-    shard_id: str
-    node_id: str
-    task: AnyTask
-
-
-@dataclass(frozen=True)
-class Withdraw:
-    """Take an attempt back, because its result is no longer wanted."""
-
-    attempt_id: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class CloseRound:
-    """Take the outer step with these results; answered by `RoundClosed`.
-
-    `done`: the share of the job that is done after it. `agreement`: of the rounds before. `rejected`: nodes left out, and why.
-    `by_items`: each result counts by the data that live on its node, not by the samples that it has seen.
-    """
-
-    round: int
-    results: tuple[TrainResult, ...]
-    done: float
-    agreement: float | None
-    velocity: BlobRef | None
-    rejected: dict[str, str]
-    by_items: bool = False
-
-
-@dataclass(frozen=True)
-class CloseSync:
-    """A stretch of synchronous training is done, and this is its checkpoint; answered by `RoundClosed`."""
-
-    round: int
-    weights: BlobRef
-    optimizer: BlobRef
-    samples: int
-    metrics: dict[str, float]
-
-
-@dataclass(frozen=True)
-class CloseEpoch:
-    """Answered by `EpochEnded`."""
-
-    epoch: EpochMetrics
-
-
-@dataclass(frozen=True)
-class Complete:
-    """All the work is done: make the result, and end the job as succeeded."""
-
-
-@dataclass(frozen=True)
-class Choose:
-    """A choice that later plans need: it is journaled, and then the plan is made again. A plan itself changes nothing."""
-
-    event: OfTraining
-
-
-Decision = Lease | Withdraw | CloseRound | CloseSync | CloseEpoch | Complete | Choose
+"""Rounds and epochs together: beside very many epochs fewer rounds are kept."""
 CHOICES_LIMIT = 8
-"""How many choices in a row a plan may make before it decides anything else."""
-
-
-# --- state -----------------------------------------------------------------------------------------------------------
+"""So many choices in a row a plan may make, before it decides anything else."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from coordinator.plans.job import Attempt, Complete, Decision, Lease
+from coordinator.plans.decisions import Complete, Decision, Lease
+from coordinator.plans.job import Attempt
 from coordinator.plans.placement import ClusterView, NodeView
 from potluck.errors import InvalidRequest, NotFound
 from potluck.wire.messages import (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from coordinator.plans.job import AnyEvent, AttemptLeased, JobSubmitted, RoundClosed, StrategyChosen
+from coordinator.plans.events import AnyEvent, AttemptLeased, JobSubmitted, RoundClosed, StrategyChosen
 from potluck.wire.messages import SyncTask, Train, TrainTask
 
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from coordinator.plans.batch import BatchStrategy, ItemIndex
-from coordinator.plans.job import Attempt, Complete, Decision, Lease
+from coordinator.plans.decisions import Complete, Decision, Lease
+from coordinator.plans.job import Attempt
 from coordinator.plans.placement import RUNTIME_OF, ClusterView, NodeView
 from potluck.wire.messages import (
     AnyTask,

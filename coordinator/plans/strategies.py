@@ -5,7 +5,8 @@ from __future__ import annotations
 from msgspec.structs import replace
 
 from coordinator.plans.batch import BatchStrategy, ItemIndex
-from coordinator.plans.job import VALIDATION, JobSubmitted, Strategy, Training
+from coordinator.plans.events import JobSubmitted
+from coordinator.plans.job import VALIDATION, Strategy, Training
 from coordinator.plans.node_data import NodesEvaluation
 from coordinator.plans.placement import RUNTIME_OF
 from coordinator.plans.quantizing import QuantizeStrategy, convert_task

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from coordinator.plans.job import CHOICES_LIMIT, AnyEvent, Choose, Decision, Job
+from coordinator.plans.decisions import Choose, Decision
+from coordinator.plans.events import AnyEvent
+from coordinator.plans.job import CHOICES_LIMIT, Job
 from coordinator.plans.placement import ClusterView
 from potluck.wire import codec
 

@@ -6,7 +6,9 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from coordinator.plans.job import Attempt, Choose, Decision, OfTraining, StrategyChosen, Training
+from coordinator.plans.decisions import Choose, Decision
+from coordinator.plans.events import OfTraining, StrategyChosen
+from coordinator.plans.job import Attempt, Training
 from coordinator.plans.placement import ClusterView, NodeView
 from coordinator.plans.training.costs import Costs, Prediction, bandwidth_of, predict
 from coordinator.plans.training.strategy import Running, TrainingStrategy

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from coordinator.plans.job import EpochEnded, RoundClosed
+from coordinator.plans.events import EpochEnded, RoundClosed
 from coordinator.plans.training.scores import Best, is_better, weighted
 from potluck.errors import InvalidRequest
 from potluck.wire.messages import BlobRef, EpochMetrics, Train

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from coordinator.plans.job import RoundClosed
+from coordinator.plans.events import RoundClosed
 from potluck.wire.messages import BlobRef, Step
 
 

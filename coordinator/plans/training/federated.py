@@ -16,7 +16,8 @@ from typing import ClassVar
 
 from msgspec.structs import replace as changed
 
-from coordinator.plans.job import Attempt, Decision, Lease
+from coordinator.plans.decisions import Decision, Lease
+from coordinator.plans.job import Attempt
 from coordinator.plans.node_data import fits
 from coordinator.plans.placement import ClusterView, NodeView, speeds, split_in_time
 from coordinator.plans.training import privacy, sizes, warming

@@ -14,7 +14,8 @@ from typing import ClassVar
 
 from msgspec.structs import replace
 
-from coordinator.plans.job import Attempt, Decision, Lease
+from coordinator.plans.decisions import Decision, Lease
+from coordinator.plans.job import Attempt
 from coordinator.plans.placement import ClusterView, NodeView, assign, split
 from coordinator.plans.training.contributions import Contributions
 from coordinator.plans.training.local import LATE_SECONDS, hopes

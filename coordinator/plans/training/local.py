@@ -11,7 +11,9 @@ from typing import ClassVar
 
 from msgspec.structs import replace
 
-from coordinator.plans.job import Attempt, Choose, Decision, Lease, RoundPlanned
+from coordinator.plans.decisions import Choose, Decision, Lease
+from coordinator.plans.events import RoundPlanned
+from coordinator.plans.job import Attempt
 from coordinator.plans.placement import ClusterView, NodeView, speeds, without_slow
 from coordinator.plans.training import sizes, warming
 from coordinator.plans.training.measurements import budget

@@ -12,7 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
-from coordinator.plans.job import Attempt, CloseRound, Decision, RoundBroken, RoundClosed, StoodStill
+from coordinator.plans.decisions import CloseRound, Decision
+from coordinator.plans.events import RoundBroken, RoundClosed, StoodStill
+from coordinator.plans.job import Attempt
 from coordinator.plans.placement import ClusterView, NodeView
 from coordinator.plans.training import warming
 from coordinator.plans.training.contributions import Contributions

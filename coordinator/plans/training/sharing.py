@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from coordinator.plans.job import RoundPlanned
+from coordinator.plans.events import RoundPlanned
 from coordinator.plans.placement import assign
 
 

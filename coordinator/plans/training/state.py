@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-from coordinator.plans.job import Attempt, EpochEnded, RoundClosed
+from coordinator.plans.events import EpochEnded, RoundClosed
+from coordinator.plans.job import Attempt
 from coordinator.plans.training.epochs import Epochs
 from coordinator.plans.training.exchange import Exchange
 from coordinator.plans.training.given import Given

@@ -10,14 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from coordinator.plans.job import (
-    CHECK,
-    Attempt,
-    CloseEpoch,
-    Complete,
-    Decision,
+from coordinator.plans.decisions import CloseEpoch, Complete, Decision, Lease
+from coordinator.plans.events import (
     EpochEnded,
-    Lease,
     MeasureAgain,
     OfTraining,
     RoundBroken,
@@ -27,6 +22,7 @@ from coordinator.plans.job import (
     StopAsked,
     StrategyChosen,
 )
+from coordinator.plans.job import CHECK, Attempt
 from coordinator.plans.placement import ClusterView, NodeView, speeds
 from coordinator.plans.training.readiness import WARM_UP, of_rounds
 from coordinator.plans.training.scores import weighted

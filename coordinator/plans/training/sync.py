@@ -13,18 +13,9 @@ from typing import ClassVar
 
 from msgspec.structs import replace
 
-from coordinator.plans.job import (
-    Attempt,
-    Choose,
-    CloseSync,
-    Decision,
-    Lease,
-    RoundBroken,
-    RoundClosed,
-    RoundPlanned,
-    StoodStill,
-    Withdraw,
-)
+from coordinator.plans.decisions import Choose, CloseSync, Decision, Lease, Withdraw
+from coordinator.plans.events import RoundBroken, RoundClosed, RoundPlanned, StoodStill
+from coordinator.plans.job import Attempt
 from coordinator.plans.placement import ClusterView, NodeView, speeds
 from coordinator.plans.training import group, warming
 from coordinator.plans.training.costs import computing_seconds

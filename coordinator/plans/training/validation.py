@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from coordinator.plans.batch import BatchStrategy, merge
-from coordinator.plans.job import CHECK, VALIDATION, Attempt, Complete, Decision, Lease
+from coordinator.plans.decisions import Complete, Decision, Lease
+from coordinator.plans.job import CHECK, VALIDATION, Attempt
 from coordinator.plans.node_data import NodesEvaluation
 from coordinator.plans.placement import ClusterView
 from coordinator.plans.training.scores import evaluation_metrics

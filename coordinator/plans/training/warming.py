@@ -6,7 +6,9 @@ from typing import Protocol
 
 from msgspec.structs import replace
 
-from coordinator.plans.job import Attempt, Choose, Decision, Lease, MeasureAgain, Withdraw
+from coordinator.plans.decisions import Choose, Decision, Lease, Withdraw
+from coordinator.plans.events import MeasureAgain
+from coordinator.plans.job import Attempt
 from coordinator.plans.placement import ClusterView, NodeView, assign, speeds
 from coordinator.plans.training.readiness import SLOWEST, WARM_UP, of_rounds
 from coordinator.plans.training.sizes import PROBE_SECONDS

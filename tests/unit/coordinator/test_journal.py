@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from coordinator.journal import Journal, Position
-from coordinator.plans.job import AnyEvent, AttemptEnded, JobStarted
+from coordinator.plans.events import AnyEvent, AttemptEnded, JobStarted
 from potluck.errors import Conflict, NotFound, Unavailable
 from potluck.wire import codec
 

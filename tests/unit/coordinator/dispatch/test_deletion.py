@@ -14,7 +14,8 @@ from coordinator.dispatch.deletion import Deletion
 from coordinator.dispatch.jobstore import JobStore
 from coordinator.dispatch.packed import KEPT_SECONDS, Packed
 from coordinator.journal import Journal
-from coordinator.plans.job import Job, JobFinished
+from coordinator.plans.events import JobFinished
+from coordinator.plans.job import Job
 from coordinator.registry import Registry
 from potluck.blobs.store import BlobStore
 from potluck.errors import Conflict, InvalidRequest, NotFound

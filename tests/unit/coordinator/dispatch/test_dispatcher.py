@@ -18,15 +18,8 @@ from coordinator.dispatch.jobstore import JobStore
 from coordinator.dispatch.leases import Leases
 from coordinator.journal import Journal
 from coordinator.membership import Membership
-from coordinator.plans.job import (
-    AnyEvent,
-    AttemptEnded,
-    AttemptFinished,
-    AttemptLeased,
-    EndlessChoices,
-    Job,
-    settled,
-)
+from coordinator.plans.events import AnyEvent, AttemptEnded, AttemptFinished, AttemptLeased
+from coordinator.plans.job import EndlessChoices, Job, settled
 from coordinator.registry import Registry
 from potluck.blobs.store import BlobStore
 from potluck.bus.exchange import Envelope

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from coordinator.plans.batch import BatchStrategy, ItemIndex, merge
-from coordinator.plans.job import Attempt, Complete, Lease, Withdraw
+from coordinator.plans.decisions import Complete, Lease, Withdraw
+from coordinator.plans.job import Attempt
 from coordinator.plans.placement import ClusterView, NodeView
 from coordinator.plans.training.scores import evaluation_metrics
 from potluck.errors import ModelFailed

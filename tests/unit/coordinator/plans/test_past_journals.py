@@ -11,7 +11,9 @@ from typing import Any
 import msgpack
 import pytest
 
-from coordinator.plans.job import AnyEvent, AttemptLeased, Choose, Job, JobSubmitted, settled
+from coordinator.plans.decisions import Choose
+from coordinator.plans.events import AnyEvent, AttemptLeased, JobSubmitted
+from coordinator.plans.job import Job, settled
 from coordinator.plans.past import with_choices
 from coordinator.plans.placement import ClusterView, NodeView
 from coordinator.plans.strategies import strategy_for

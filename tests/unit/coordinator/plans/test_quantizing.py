@@ -4,7 +4,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from coordinator.plans.job import Attempt, Complete, Lease
+from coordinator.plans.decisions import Complete, Lease
+from coordinator.plans.job import Attempt
 from coordinator.plans.placement import ClusterView, NodeView
 from coordinator.plans.quantizing import CALIBRATION_ITEMS, CONVERT, QuantizeStrategy, convert_task
 from coordinator.plans.training.scores import changes

@@ -18,7 +18,8 @@ from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
-from coordinator.plans.job import ROUNDS_LIMIT_BYTES, EpochEnded, Job, JobSubmitted, RoundClosed, Training
+from coordinator.plans.events import EpochEnded, JobSubmitted, RoundClosed
+from coordinator.plans.job import ROUNDS_LIMIT_BYTES, Job, Training
 from potluck.cli import following
 from potluck.cli.jobs import EPOCHS
 from potluck.cli.main import app

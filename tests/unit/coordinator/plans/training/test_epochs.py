@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from coordinator.plans.job import EpochEnded, RoundClosed
+from coordinator.plans.events import EpochEnded, RoundClosed
 from coordinator.plans.training.epochs import Epochs
 from potluck.errors import InvalidRequest
 from potluck.wire.messages import BlobRef, EpochMetrics, Train

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from coordinator.plans.job import RoundClosed
+from coordinator.plans.events import RoundClosed
 from coordinator.plans.training.exchange import Exchange
 from potluck.wire.messages import BlobRef, Step
 

@@ -10,7 +10,9 @@ import pytest
 from msgspec.structs import replace
 
 from coordinator.dispatch.outer import nova_scales
-from coordinator.plans.job import Attempt, Choose, CloseEpoch, CloseRound, Complete, JobSubmitted, Lease, RoundClosed
+from coordinator.plans.decisions import Choose, CloseEpoch, CloseRound, Complete, Lease
+from coordinator.plans.events import JobSubmitted, RoundClosed
+from coordinator.plans.job import Attempt
 from coordinator.plans.node_data import NodesEvaluation, described, fits, joined
 from coordinator.plans.placement import ClusterView, NodeView
 from coordinator.plans.strategies import strategy_for

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from coordinator.plans.job import Attempt, CloseRound, JobSubmitted, Lease, RoundClosed
+from coordinator.plans.decisions import CloseRound, Lease
+from coordinator.plans.events import JobSubmitted, RoundClosed
+from coordinator.plans.job import Attempt
 from coordinator.plans.placement import ClusterView, NodeView
 from coordinator.plans.strategies import strategy_for
 from coordinator.plans.training.fixed import Fixed

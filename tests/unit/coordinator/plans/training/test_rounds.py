@@ -12,23 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from coordinator.plans.job import (
-    OPINION_SECONDS,
+from coordinator.plans.decisions import CloseEpoch, CloseRound, Complete, Lease, Withdraw
+from coordinator.plans.events import (
     AnyEvent,
     AttemptEnded,
     AttemptFinished,
     AttemptLeased,
-    CloseEpoch,
-    CloseRound,
-    Complete,
     EpochEnded,
-    Job,
     JobSubmitted,
-    Lease,
     RoundClosed,
     StopAsked,
-    Withdraw,
 )
+from coordinator.plans.job import OPINION_SECONDS, Job
 from coordinator.plans.placement import ClusterView, NodeView
 from coordinator.plans.strategies import strategy_for
 from coordinator.plans.training.contributions import Contributions

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.plans.job import RoundPlanned
+from coordinator.plans.events import RoundPlanned
 from coordinator.plans.training.sharing import Sharing
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from coordinator.plans.job import Attempt, Job, JobSubmitted, StrategyChosen, Training
+from coordinator.plans.events import JobSubmitted, StrategyChosen
+from coordinator.plans.job import Attempt, Job, Training
 from coordinator.plans.strategies import strategy_for
 from coordinator.plans.training.auto import AutoStrategy
 from coordinator.plans.training.federated import Federated

@@ -8,23 +8,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.plans.job import (
+from coordinator.plans.decisions import CloseEpoch, CloseSync, Complete, Lease, Withdraw
+from coordinator.plans.events import (
     AnyEvent,
-    Attempt,
     AttemptEnded,
     AttemptFinished,
     AttemptLeased,
-    CloseEpoch,
-    CloseSync,
-    Complete,
     EpochEnded,
-    Job,
     JobSubmitted,
-    Lease,
     RoundClosed,
     StrategyChosen,
-    Withdraw,
 )
+from coordinator.plans.job import Attempt, Job
 from coordinator.plans.placement import ClusterView, NodeView
 from coordinator.plans.strategies import strategy_for
 from coordinator.plans.training.auto import AutoStrategy

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from coordinator.plans.batch import BatchStrategy, ItemIndex
-from coordinator.plans.job import CHECK, VALIDATION, Attempt, Lease
+from coordinator.plans.decisions import Lease
+from coordinator.plans.job import CHECK, VALIDATION, Attempt
 from coordinator.plans.placement import ClusterView, NodeView
 from coordinator.plans.training.validation import Validation
 from potluck.wire.messages import (

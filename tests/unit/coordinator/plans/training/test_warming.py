@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from coordinator.plans.job import Attempt, Choose, Lease, MeasureAgain, Withdraw
+from coordinator.plans.decisions import Choose, Lease, Withdraw
+from coordinator.plans.events import MeasureAgain
+from coordinator.plans.job import Attempt
 from coordinator.plans.placement import ClusterView, NodeView
 from coordinator.plans.training import warming
 from coordinator.plans.training.given import Given

@@ -1,0 +1,158 @@
+"""What happens to a job, as it stands in the journal: pure.
+
+The journal is read by later versions: an event that is new is a new class, a new field gets a default.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from msgspec import Struct
+
+from potluck.wire.messages import (
+    AnyJobSpec,
+    AnyTask,
+    AnyTaskResult,
+    BlobRef,
+    EpochMetrics,
+    ErrorInfo,
+    ImageOptions,
+    JobEnded,
+    ModelFormat,
+)
+
+
+class Event(Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="event", tag=True):
+    """`at` is Unix time in seconds."""
+
+    at: float
+
+
+class JobSubmitted(Event, frozen=True):
+    """The job with every name resolved: what it works on does not change when a name is given away again."""
+
+    job_id: str
+    request_id: str
+    spec: AnyJobSpec
+    model: BlobRef | None = None
+    image: ImageOptions | None = None
+    dataset: BlobRef | None = None
+    validation: BlobRef | None = None
+    model_format: ModelFormat = "keras"
+    classes: tuple[str, ...] = ()
+    """Of the model's scores, where it is registered with such."""
+
+
+class JobStarted(Event, frozen=True):
+    """A job without shards is at work; others start with their first lease."""
+
+
+class AttemptLeased(Event, frozen=True):
+    attempt_id: str
+    shard_id: str
+    node_id: str
+    task: AnyTask
+
+
+class AttemptFinished(Event, frozen=True):
+    """Its result's blobs are in the coordinator's store."""
+
+    attempt_id: str
+    result: AnyTaskResult
+
+
+class AttemptEnded(Event, frozen=True):
+    """Ended without a result. `error` is set when the node reported one, not when the node or the lease was lost."""
+
+    attempt_id: str
+    reason: str
+    error: ErrorInfo | None = None
+
+
+class RoundClosed(Event, frozen=True, kw_only=True):
+    """The outer step of a round is taken, and its weights are a checkpoint in the store.
+
+    `step` led there from `base`; `velocity` is the outer optimizer's state, `agreement` says how alike the nodes' updates have been
+    (1: all the same). `rejected`: nodes whose update was left out. Of synchronous training there is `optimizer`, its state, instead.
+    """
+
+    round: int
+    base: BlobRef | None = None
+    step: BlobRef | None = None
+    weights: BlobRef
+    velocity: BlobRef | None = None
+    optimizer: BlobRef | None = None
+    samples: int
+    learning_rate: float = 1.0
+    momentum: float = 0.0
+    agreement: float = 1.0
+    metrics: dict[str, float] = {}
+    rejected: dict[str, str] = {}
+
+
+class EpochEnded(Event, frozen=True):
+    epoch: EpochMetrics
+
+
+class StopAsked(Event, frozen=True):
+    """Training is to end after the epoch that is under way."""
+
+
+class StrategyChosen(Event, frozen=True):
+    """What `auto` goes on with, and why, in words."""
+
+    chosen: Literal["local", "sync"]
+    why: str
+
+
+class RoundPlanned(Event, frozen=True):
+    """How the rounds from this one on share the data: shards by index, and speed as a share of all. `slow`: the nodes that are left
+    out since they would bring less than they cost, and why."""
+
+    round: int
+    assigned: dict[str, tuple[int, ...]] = {}
+    shares: dict[str, float] = {}
+    slow: dict[str, str] = {}
+
+
+class MeasureAgain(Event, frozen=True):
+    """These nodes were too slow for long enough: they are to be measured anew."""
+
+    nodes: tuple[str, ...]
+
+
+class RoundBroken(Event, frozen=True):
+    """A synchronous round that can have no result any more."""
+
+    round: int
+    reason: str
+
+
+class StoodStill(Event, frozen=True):
+    """A member of a synchronous group stands still for inference, and all others with it."""
+
+
+class JobFinished(Event, frozen=True):
+    result: JobEnded
+
+
+AnyEvent = (
+    JobSubmitted
+    | JobStarted
+    | AttemptLeased
+    | AttemptFinished
+    | AttemptEnded
+    | RoundClosed
+    | EpochEnded
+    | StopAsked
+    | StrategyChosen
+    | RoundPlanned
+    | MeasureAgain
+    | RoundBroken
+    | StoodStill
+    | JobFinished
+)
+OfTraining = (
+    RoundClosed | EpochEnded | StopAsked | StrategyChosen | RoundPlanned | MeasureAgain | RoundBroken | StoodStill
+)
+"""What happens in training alone."""
