@@ -654,8 +654,8 @@ class Dispatcher:
             created_at=job.submitted.at,
             started_at=job.started_at,
             ended_at=now,
-            history=job.told_history,
-            rounds=tuple(job.rounds),
+            history=job.history.told(),
+            rounds=tuple(job.history.rounds),
             checkpoint=job.training.checkpoint() if job.training is not None else None,
             image=job.image,
             **parts,
@@ -726,6 +726,6 @@ def _tried(job: Job, view: ClusterView) -> tuple[list[Decision], list[OfTraining
 
 
 def _metrics_of(job: Job, best_epoch: int) -> dict[str, float]:
-    """The metrics of the epoch that a training job's model is from: the best one where a metric was monitored, else the last."""
-    found = [epoch for epoch in job.history if epoch.epoch == best_epoch] or job.history[-1:]
+    """Those of the epoch that a training job's model is of: the best one where a metric was monitored, else the last."""
+    found = [epoch for epoch in job.history.epochs if epoch.epoch == best_epoch] or job.history.epochs[-1:]
     return dict(found[0].metrics) if found else {}

@@ -293,8 +293,8 @@ class JobStore:
         progress = self._final.get(job.job_id) or JobProgress()
         if job.active and job.strategy is not None:
             progress = replace(job.strategy.progress(running, nodes), image=job.image)
-            if job.refused:
-                reasons = {node_id: error.message for node_id, error in job.refused.items()}
+            if job.failings.refused:
+                reasons = {node_id: error.message for node_id, error in job.failings.refused.items()}
                 progress = replace(progress, quarantined=progress.quarantined | reasons)
         if job.active and waiting:
             progress = replace(progress, message=waiting)

@@ -19,7 +19,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from coordinator.plans.events import EpochEnded, JobSubmitted, RoundClosed
-from coordinator.plans.job import ROUNDS_LIMIT_BYTES, Job, Training
+from coordinator.plans.history import ROUNDS_LIMIT_BYTES
+from coordinator.plans.job import Job, Training
 from potluck.cli import following
 from potluck.cli.jobs import EPOCHS
 from potluck.cli.main import app
@@ -92,8 +93,8 @@ def closed(number: int, metrics: dict[str, float]) -> RoundClosed:
 
 def test_rounds_are_kept_as_they_were_closed() -> None:
     job = job_after(3, {"loss": 0.5})
-    assert [kept.round for kept in job.rounds] == [0, 1, 2]
-    assert job.rounds[1] == RoundMetrics(
+    assert [kept.round for kept in job.history.rounds] == [0, 1, 2]
+    assert job.history.rounds[1] == RoundMetrics(
         round=1, samples=11, metrics={"loss": 0.5}, outer_learning_rate=1.0, outer_momentum=0.9, closed_at=1.0,
         rejected={"b": "it was late"},
     )  # fmt: skip
@@ -103,12 +104,14 @@ def test_rounds_are_kept_as_they_were_closed() -> None:
 @given(st.integers(1, 2000), st.integers(1, 40))
 def test_however_many_rounds_they_fit_into_a_message_evenly(rounds: int, names: int) -> None:
     job = job_after(rounds, {f"metric_with_a_long_name_{number}": 1 / 3 for number in range(names)})
-    numbers = [kept.round for kept in job.rounds]
-    assert numbers == list(range(0, rounds, job.rounds_stride))
+    numbers = [kept.round for kept in job.history.rounds]
+    assert numbers == list(range(0, rounds, job.history.stride))
     for encoding in ("json", "msgpack"):
-        size = len(codec.encode(job_ended(1, rounds=tuple(job.rounds)), encoding, limit=10 * INLINE_LIMIT_BYTES))
+        size = len(
+            codec.encode(job_ended(1, rounds=tuple(job.history.rounds)), encoding, limit=10 * INLINE_LIMIT_BYTES)
+        )
         assert size < ROUNDS_LIMIT_BYTES + 1024 < INLINE_LIMIT_BYTES / 3
-    if job.rounds_stride > 1:
+    if job.history.stride > 1:
         assert size > ROUNDS_LIMIT_BYTES / 5, "no more are left out than must be"
 
 
@@ -120,10 +123,10 @@ def test_beside_very_many_epochs_fewer_rounds_are_kept() -> None:
         job.apply(closed(number, metrics))
         epoch = EpochMetrics(epoch=number + 1, metrics=metrics, samples=number, seconds=1.5, rounds=1, computing=0.5)
         job.apply(EpochEnded(at=float(number), epoch=epoch))
-        kept.append(len(job.rounds))
+        kept.append(len(job.history.rounds))
     assert max(kept) > 200
     assert kept[-1] < 20
-    ended = job_ended(1, history=tuple(job.history), rounds=tuple(job.rounds))
+    ended = job_ended(1, history=tuple(job.history.epochs), rounds=tuple(job.history.rounds))
     assert codec.encode(ended, "json")
 
 

@@ -23,7 +23,8 @@ from coordinator.plans.events import (
     RoundClosed,
     StopAsked,
 )
-from coordinator.plans.job import OPINION_SECONDS, Job
+from coordinator.plans.failings import OPINION_SECONDS
+from coordinator.plans.job import Job
 from coordinator.plans.placement import ClusterView, NodeView
 from coordinator.plans.strategies import strategy_for
 from coordinator.plans.training.contributions import Contributions
@@ -213,8 +214,8 @@ class Simulation:
 def test_a_job_runs_its_epochs_and_validates_each() -> None:
     play = Simulation(epochs=3)
     play.run("a", "b")
-    assert [epoch.epoch for epoch in play.job.history] == [1, 2, 3]
-    assert all(epoch.metrics["val_loss"] == 1.0 and epoch.metrics["loss"] == 0.5 for epoch in play.job.history)
+    assert [epoch.epoch for epoch in play.job.history.epochs] == [1, 2, 3]
+    assert all(epoch.metrics["val_loss"] == 1.0 and epoch.metrics["loss"] == 0.5 for epoch in play.job.history.epochs)
     total = 3 * 320
     assert total - 10 < play.state.epochs.samples < total + 40
     assert play.strategy.exported() is not None
@@ -269,12 +270,12 @@ def test_every_epoch_is_trained_however_small_the_data(shards: list[int], nodes:
     play = Simulation(epochs=epochs, validation=False, shards=shards)
     play.run(*"abcde"[:nodes])
     count = sum(shards)
-    assert [set(epoch.metrics) for epoch in play.job.history] == [{"loss"}] * epochs
-    assert all(epoch.rounds > 0 for epoch in play.job.history)
+    assert [set(epoch.metrics) for epoch in play.job.history.epochs] == [{"loss"}] * epochs
+    assert all(epoch.rounds > 0 for epoch in play.job.history.epochs)
     at_once = min(nodes, max(1, count // 10)) * 10
     assert play.state.epochs.samples <= count * epochs + max(at_once, 10)
     if count < 10:  # fewer than a batch: one node, one step an epoch, as Keras
-        assert [epoch.samples for epoch in play.job.history] == [count * (epoch + 1) for epoch in range(epochs)]
+        assert [epoch.samples for epoch in play.job.history.epochs] == [count * (epoch + 1) for epoch in range(epochs)]
         assert len({task.samples for task in play.tasks.values() if isinstance(task, TrainTask)}) == 1
 
 
@@ -517,7 +518,7 @@ def fails(play: Simulation, node_id: str, error: ErrorInfo = DIED) -> None:
     """The node's present attempt ends with an error, and the node rests."""
     (attempt_id,) = (attempt.attempt_id for attempt in play.job.attempts.values() if attempt.node_id == node_id)
     play.record(AttemptEnded(at=play.now, attempt_id=attempt_id, reason="", error=error))
-    play.now = max(play.now, play.job.resting[node_id])
+    play.now = max(play.now, play.job.failings.resting[node_id])
 
 
 def test_a_node_that_fails_again_and_again_ends_the_job_that_it_has_alone() -> None:
@@ -656,7 +657,7 @@ def test_where_the_others_can_do_nothing_it_is_tried_again_and_in_the_end_given_
     play.plan("a", "b")
     wrong = ErrorInfo(code="invalid_model", message="no")
     play.record(AttemptEnded(at=0.0, attempt_id=next(iter(play.job.attempts)), reason="", error=wrong))
-    out, (left,) = next(iter(play.job.hopeless)), [one.node_id for one in play.job.attempts.values()]
+    out, (left,) = next(iter(play.job.failings.hopeless)), [one.node_id for one in play.job.attempts.values()]
     for attempt_id in list(play.job.attempts):
         play.finish(attempt_id)
     assert play.error("a", "b") is None
@@ -759,7 +760,7 @@ def test_a_node_without_the_memory_is_left_out_the_second_time_and_the_others_fi
         play.record(AttemptEnded(at=play.now, attempt_id=small.attempt_id, reason="", error=short))
         play.finish(next(iter(play.job.attempts)))
         assert play.error("a", "b") is None
-    assert play.job.refused == {"b": short}
+    assert play.job.failings.refused == {"b": short}
     play.run("a", "b")
     assert play.complete
     assert play.state.trust.quarantined == {}
@@ -786,7 +787,7 @@ def test_a_node_that_had_the_memory_in_between_is_not_left_out() -> None:
         play.now += 10
         play.plan("a")
         play.finish(next(iter(play.job.attempts)))
-    assert play.job.refused == {}
+    assert play.job.failings.refused == {}
 
 
 def test_the_model_of_the_best_epoch_is_kept_and_training_ends_when_nothing_gets_better() -> None:
@@ -798,7 +799,7 @@ def test_the_model_of_the_best_epoch_is_kept_and_training_ends_when_nothing_gets
         weights.setdefault(play.state.epochs.ended, play.state.exchange.weights)
 
     play.run("a", "b", each=note)
-    assert len(play.job.history) == 5  # the third is better by less than min_delta
+    assert len(play.job.history.epochs) == 5  # the third is better by less than min_delta
     assert play.state.epochs.best is not None
     assert (play.state.epochs.best.epoch, play.state.epochs.best.value) == (2, 0.5)
     (export,) = (task for task in play.tasks.values() if isinstance(task, ExportTask))
@@ -830,12 +831,12 @@ def test_the_history_of_very_many_epochs_fits_into_a_message() -> None:
         play.record(
             EpochEnded(at=0.0, epoch=EpochMetrics(epoch=number, metrics={"loss": 0.123456789, "accuracy": 0.5}))
         )
-    told = play.job.told_history
+    told = play.job.history.told()
     assert 500 < len(told) < 5000
     assert len({after.epoch - before.epoch for before, after in itertools.pairwise(told)}) == 1
     assert told[-1].epoch == 5000
     assert len(codec.pack(told)) < 200_000
-    assert Simulation().job.told_history == ()
+    assert Simulation().job.history.told() == ()
     listed: list[int] = []
     while part := play.job.epochs_after(listed[-1] if listed else 0):
         assert len(codec.pack(part)) < 200_000
@@ -851,7 +852,7 @@ def test_training_that_is_to_stop_ends_after_the_epoch_under_way() -> None:
             play.record(StopAsked(at=play.now))
 
     play.run("a", "b", each=stop_in_the_second)
-    assert [epoch.epoch for epoch in play.job.history] == [1, 2]
+    assert [epoch.epoch for epoch in play.job.history.epochs] == [1, 2]
     assert play.strategy.exported() is not None
     assert play.strategy.progress({}).epochs == 2
     again = play.new_job()
@@ -876,7 +877,7 @@ def test_a_resumed_job_goes_on_from_the_checkpoint_and_counts_on() -> None:
     assert (task.weights, task.step, task.seen) == (blob(77), None, 3 * 320)
     assert blob(77).sha256 in play.strategy.kept()
     play.run("a")
-    assert [epoch.epoch for epoch in play.job.history] == [4, 5]
+    assert [epoch.epoch for epoch in play.job.history.epochs] == [4, 5]
     assert play.state.epochs.total == 2 * 320
 
 
@@ -1001,7 +1002,7 @@ def test_replaying_the_events_gives_the_state_back(steps: list[tuple[str, str]])
         again.apply(event)
     assert again.attempts == play.job.attempts
     assert again.history == play.job.history
-    assert again.rounds == play.job.rounds
+    assert again.failings == play.job.failings
     assert isinstance(again.strategy, TrainingStrategy)
     assert isinstance(again.strategy.rounds, UpdateRounds)
     assert again.strategy.rounds.contributions == play.contributions
@@ -1009,4 +1010,4 @@ def test_replaying_the_events_gives_the_state_back(steps: list[tuple[str, str]])
         assert getattr(again.strategy.state, part) == getattr(play.state, part), part
     play.job = again  # and it can be finished from there
     play.run("b", "c")
-    assert [epoch.epoch for epoch in play.job.history] == [1, 2]
+    assert [epoch.epoch for epoch in play.job.history.epochs] == [1, 2]

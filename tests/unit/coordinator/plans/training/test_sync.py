@@ -186,8 +186,8 @@ def test_every_step_is_taken_once_by_the_whole_group(nodes: int, items: int, bat
         if task.rank == 0:
             taken += range(task.first_step, task.first_step + task.steps)
     assert taken == list(range(len(taken)))
-    assert len(simulation.job.history) == epochs
-    assert abs(simulation.job.history[-1].samples - epochs * items) < whole
+    assert len(simulation.job.history.epochs) == epochs
+    assert abs(simulation.job.history.epochs[-1].samples - epochs * items) < whole
 
 
 def test_only_the_first_round_of_a_group_begins_from_a_file() -> None:
@@ -217,7 +217,7 @@ def test_the_rest_forms_a_group_anew_from_the_last_checkpoint() -> None:
     assert all(task.begins and task.first_step == 8 and task.weights and task.optimizer for task in anew)
     assert len({task.formation for task in (*anew, *before.values())}) == 2
     simulation.run("a", "c")
-    assert [epoch.samples for epoch in simulation.job.history] == [320, 640]
+    assert [epoch.samples for epoch in simulation.job.history.epochs] == [320, 640]
     leased = [event.shard_id for event in simulation.events if isinstance(event, AttemptLeased)]
     assert leased.count(WARM_UP) == 3, "those that are left are not measured again before they go on"
 
@@ -265,8 +265,8 @@ def test_lost_peers_are_nobodys_failure() -> None:
     simulation.plan("a", "b")
     for attempt_id in simulation.open_tasks():
         simulation.record(AttemptEnded(at=1.0, attempt_id=attempt_id, reason="lost", error=LOST))
-    assert simulation.job.failures == {}
-    assert not simulation.job.resting
+    assert simulation.job.failings.in_a_row == {}
+    assert not simulation.job.failings.resting
 
 
 def test_a_node_that_joins_is_taken_in_at_the_next_round() -> None:
