@@ -17,13 +17,15 @@ class Exchange:
     step: Step | None = None
     """What led to `weights`, for the nodes that have those before."""
     velocity: BlobRef | None = None
-    """The outer optimizer's state, and how alike the nodes' updates have been until now."""
+    """The outer optimizer's state."""
     agreement: float | None = None
+    """How alike the nodes' updates have been until now."""
     optimizer: BlobRef | None = None
-    """Of synchronous training its state, instead."""
+    """The optimizer's state in synchronous training, which has no outer one."""
     bytes: int = 0
-    """Sent until now, and until the beginning of this epoch."""
+    """What nodes and coordinator have sent until now."""
     bytes_before: int = 0
+    """Until the beginning of this epoch."""
 
     def __post_init__(self) -> None:
         self.weights = self.weights or self.first

@@ -47,7 +47,9 @@ class Manner(warming.Takers, Protocol):
         """The updates that are of no use, and why."""
         ...
 
-    def closed(self, results: Mapping[str, TrainResult], rejected: Mapping[str, str]) -> None: ...
+    def closed(self, results: Mapping[str, TrainResult], rejected: Mapping[str, str]) -> None:
+        """The open round was closed with these results, but for those that were rejected."""
+        ...
 
     def metrics(self) -> dict[str, float]:
         """Of training, in the present epoch."""
