@@ -128,7 +128,7 @@ class Collector:
             )
 
     def drop_round(self, decision: CloseRound, used: Sequence[BlobRef], closed: RoundClosed, keep: set[str]) -> None:
-        """Throw away what a closed round has used up: its updates, and the weights and state that it began from."""
+        """Delete what a closed round no longer needs: its updates, and the weights and state that it began from."""
         base = [closed.base] if closed.base is not None else []
         self.drop([*(part.update for part in decision.results), *base, *used], keep)
 

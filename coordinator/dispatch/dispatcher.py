@@ -541,11 +541,11 @@ class Dispatcher:
         if spec.privacy is not None and spec.privacy.noise_multiplier:
             await asyncio.to_thread(privacy.load)  # in the loop, it would keep all other answers waiting
         closed = await self._collector.close_round(decision, spec, self._clock)
-        if job.active:  # nothing may be awaited before it is recorded: what has come is pinned until here
+        if job.active:  # do not await anything before it is recorded: its blobs are pinned only until here
             used = training.used_up()
             self._record(job, closed)
             self._store.pin_rounds()
-            await self._store.sync()  # else a power cut could undo that, and not what is thrown away
+            await self._store.sync()  # otherwise a power cut could undo the record, but not the deletions
             self._collector.drop_round(decision, used, closed, self._store.kept())
             outer = {"outer_learning_rate": closed.learning_rate, "outer_momentum": round(closed.momentum, 3)}
             rejected = ",".join(closed.rejected) or None
@@ -726,6 +726,6 @@ def _tried(job: Job, view: ClusterView) -> tuple[list[Decision], list[OfTraining
 
 
 def _metrics_of(job: Job, best_epoch: int) -> dict[str, float]:
-    """Those of the epoch that a training job's model is of: the best one where a metric was monitored, else the last."""
+    """The metrics of the epoch that a training job's model is from: the best one where a metric was monitored, else the last."""
     found = [epoch for epoch in job.history.epochs if epoch.epoch == best_epoch] or job.history.epochs[-1:]
     return dict(found[0].metrics) if found else {}

@@ -224,13 +224,13 @@ class JobStore:
         return {ref.sha256 for one in ended for ref in (one.model, one.keys) if ref is not None}
 
     def kept(self) -> set[str]:
-        """The blobs of training that some job rests on, or may be resumed from: jobs that began alike hold the same ones."""
+        """Blobs of training that a job needs, or may be resumed from. Jobs with the same beginning hold the same blobs."""
         found = self._rested_on()
         ended = [job.ended.checkpoint for job in self.jobs.values() if job.ended is not None]
         return found | {ref.sha256 for ref in ended if ref is not None}
 
     def pin_rounds(self) -> None:
-        """Keep what the training under way rests on, whatever else wants room."""
+        """Keep the blobs that running training needs, even if the store needs room."""
         wanted = self._rested_on()
         for sha256 in wanted - self._rounds:
             self._blobs.pin(sha256)

@@ -19,7 +19,7 @@ class Lease:
 
 @dataclass(frozen=True)
 class Withdraw:
-    """Take an attempt back, whose result is no longer wanted."""
+    """Take an attempt back, because its result is no longer wanted."""
 
     attempt_id: str
     reason: str
@@ -29,8 +29,8 @@ class Withdraw:
 class CloseRound:
     """Take the outer step with these results; answered by `RoundClosed`.
 
-    `done`: the share of the job that is done with it. `agreement`: of the rounds before. `rejected`: nodes left out, and why.
-    `by_items`: each result stands for the data that live on its node, not for the samples that it has seen.
+    `done`: the share of the job that is done after it. `agreement`: of the rounds before. `rejected`: nodes left out, and why.
+    `by_items`: each result counts by the data that live on its node, not by the samples that it has seen.
     """
 
     round: int
@@ -62,12 +62,12 @@ class CloseEpoch:
 
 @dataclass(frozen=True)
 class Complete:
-    """All the work is done: put the result together and end the job as succeeded."""
+    """All the work is done: make the result, and end the job as succeeded."""
 
 
 @dataclass(frozen=True)
 class Choose:
-    """A choice that later plans rest on: it is journaled, and then planned again. A plan changes nothing by itself."""
+    """A choice that later plans need: it is journaled, and then the plan is made again. A plan itself changes nothing."""
 
     event: OfTraining
 

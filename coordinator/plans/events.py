@@ -29,7 +29,7 @@ class Event(Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="ev
 
 
 class JobSubmitted(Event, frozen=True):
-    """The job with every name resolved: what it works on does not change when a name is given away again."""
+    """The job with every name resolved: later changes of names do not change its data."""
 
     job_id: str
     request_id: str
@@ -40,11 +40,11 @@ class JobSubmitted(Event, frozen=True):
     validation: BlobRef | None = None
     model_format: ModelFormat = "keras"
     classes: tuple[str, ...] = ()
-    """Of the model's scores, where it is registered with such."""
+    """Classes of the model's scores, if it is registered with them."""
 
 
 class JobStarted(Event, frozen=True):
-    """A job without shards is at work; others start with their first lease."""
+    """A job without shards works now; other jobs start with their first lease."""
 
 
 class AttemptLeased(Event, frozen=True):
@@ -55,7 +55,7 @@ class AttemptLeased(Event, frozen=True):
 
 
 class AttemptFinished(Event, frozen=True):
-    """Its result's blobs are in the coordinator's store."""
+    """The blobs of its result are in the coordinator's store."""
 
     attempt_id: str
     result: AnyTaskResult
@@ -72,8 +72,8 @@ class AttemptEnded(Event, frozen=True):
 class RoundClosed(Event, frozen=True, kw_only=True):
     """The outer step of a round is taken, and its weights are a checkpoint in the store.
 
-    `step` led there from `base`; `velocity` is the outer optimizer's state, `agreement` says how alike the nodes' updates have been
-    (1: all the same). `rejected`: nodes whose update was left out. Of synchronous training there is `optimizer`, its state, instead.
+    `step` led there from `base`; `velocity` is the outer optimizer's state; `agreement` says how much the nodes' updates agreed
+    (1: all the same). `rejected`: nodes whose update was left out. Synchronous training has its state in `optimizer` instead.
     """
 
     round: int
@@ -95,19 +95,19 @@ class EpochEnded(Event, frozen=True):
 
 
 class StopAsked(Event, frozen=True):
-    """Training is to end after the epoch that is under way."""
+    """Training must end after the current epoch."""
 
 
 class StrategyChosen(Event, frozen=True):
-    """What `auto` goes on with, and why, in words."""
+    """What `auto` continues with, and why, in words."""
 
     chosen: Literal["local", "sync"]
     why: str
 
 
 class RoundPlanned(Event, frozen=True):
-    """How the rounds from this one on share the data: shards by index, and speed as a share of all. `slow`: the nodes that are left
-    out since they would bring less than they cost, and why."""
+    """How rounds share the data from this round on: shards by index, and speed as a share of the whole. `slow`: nodes that are left
+    out because they would cost more than they bring, and why."""
 
     round: int
     assigned: dict[str, tuple[int, ...]] = {}
@@ -116,20 +116,20 @@ class RoundPlanned(Event, frozen=True):
 
 
 class MeasureAgain(Event, frozen=True):
-    """These nodes were too slow for long enough: they are to be measured anew."""
+    """These nodes have been too slow for long enough: measure them again."""
 
     nodes: tuple[str, ...]
 
 
 class RoundBroken(Event, frozen=True):
-    """A synchronous round that can have no result any more."""
+    """A synchronous round that can no longer have a result."""
 
     round: int
     reason: str
 
 
 class StoodStill(Event, frozen=True):
-    """A member of a synchronous group stands still for inference, and all others with it."""
+    """A member of a synchronous group stands still for inference, and so do all others."""
 
 
 class JobFinished(Event, frozen=True):
@@ -155,4 +155,4 @@ AnyEvent = (
 OfTraining = (
     RoundClosed | EpochEnded | StopAsked | StrategyChosen | RoundPlanned | MeasureAgain | RoundBroken | StoodStill
 )
-"""What happens in training alone."""
+"""Events that only training has."""

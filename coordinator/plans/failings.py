@@ -14,7 +14,7 @@ from potluck.wire.failures import as_error
 from potluck.wire.messages import ErrorInfo
 
 OPINION_SECONDS = 30.0
-"""So long another node may take to show that the job can be done, or to agree that it cannot."""
+"""How long another node has to show that the job can be done, or to agree that it cannot."""
 REST_SECONDS = 1.0
 """A node that reported an error rests for twice as long, and twice that after the next in a row."""
 
@@ -26,20 +26,20 @@ class Failings:
     in_a_row: dict[str, int] = field(default_factory=dict)
     last_error: ErrorInfo | None = None
     hopeless: dict[str, ErrorInfo] = field(default_factory=dict)
-    """What nodes said that trying again cannot mend. One may be wrong (it lacks a library, say) and gets no more of the job while
-    there are others; the word of two ends it."""
+    """Errors from nodes that trying again cannot mend. One node may be wrong (it may lack a library): it gets no more of the job while
+    there are others. When two nodes report one, the job ends."""
     hopeless_at: float = 0.0
-    """When the first said so."""
+    """When the first node reported one."""
     done_by: set[str] = field(default_factory=set)
     """Nodes that have done something for the job."""
     touched_at: float = 0.0
-    """When an attempt last came to a result, or to an error of its own."""
+    """When an attempt last ended with a result or with its own error."""
     resting: dict[str, float] = field(default_factory=dict)
     """Nodes that reported an error, and until when they get nothing of this job."""
     refused: dict[str, ErrorInfo] = field(default_factory=dict)
-    """Nodes that do not allow the model's code, or have not the memory, and what they said: they get nothing of this job."""
+    """Nodes that do not allow the model's code, or lack the memory, and their errors: they get nothing of this job."""
     short: set[str] = field(default_factory=set)
-    """Nodes whose last attempt ended because they had not enough memory: a second time, and they are left out."""
+    """Nodes whose last attempt ended for lack of memory; after a second time, they are left out."""
 
     def done(self, node_id: str, at: float, *, succeeded: bool) -> None:
         """An attempt came to a result. To be ready is not yet to have `succeeded`."""
@@ -63,7 +63,7 @@ class Failings:
             error = replace(error, message=f"node {node_id}: {error.message}")
         self.last_error = error
         self.in_a_row[node_id] = times = self.in_a_row.get(node_id, 0) + 1
-        # It rests, so that a node at which everything fails at once is not all that the job is tried on.
+        # The node rests, so that the job is not tried only on a node where everything fails at once.
         self.resting[node_id] = at + REST_SECONDS * 2**times
         if not error.retryable:
             self.hopeless_at = self.hopeless_at or at
@@ -72,7 +72,7 @@ class Failings:
     def takers(self, view: ClusterView, participants: AbstractSet[str], *, at_work: bool) -> ClusterView:
         """The nodes that may get something of the job. `participants`: those that ever did; `at_work`: some do something for it.
 
-        Raises CodeNotAllowed or OutOfMemory when all nodes are left out, and the first of them for that.
+        Raises CodeNotAllowed or OutOfMemory, by the first node that was left out for it, when all nodes are left out.
         """
         nodes: Sequence[NodeView] = view.nodes
         if self.refused:
@@ -98,15 +98,15 @@ class Failings:
             return next(iter(self.hopeless.values()))
         if max(self.in_a_row.values(), default=0) < limit:
             return None
-        # Who is at work and has not failed so often may yet succeed: that all die once is no sign that nobody can do it.
+        # A working node that has not failed so often may still succeed: when all die once, the job may still be possible.
         hope = any(self.in_a_row.get(node_id, 0) < limit for node_id in at_work)
         return None if hope else self.last_error
 
     def _other_opinion(self, view: ClusterView, participants: AbstractSet[str]) -> bool:
-        """Whether what one node says cannot be mended may be that node's own trouble, and another is there to see.
+        """Whether a node's error that cannot be mended may be that node's own trouble, and another node can still show it.
 
-        One that has done something for the job is waited for, also while it is away; one that has not yet, for so long only:
-        somebody waits to hear of a mistake of theirs.
+        A node that has done something for the job is waited for, even while it is away. Others are waited for only a limited time: the
+        user waits to hear of a mistake.
         """
         if len(self.hopeless) > 1:
             return False
@@ -118,7 +118,7 @@ class Failings:
         )
 
     def _stuck(self, others: Sequence[NodeView], now: float, *, at_work: bool) -> bool:
-        """Whether those that never called the job hopeless have room for it, and do nothing: what is left may need one that did."""
+        """Whether the nodes that never called the job hopeless have room for it, but do nothing: the rest may need a node that did."""
         seconds = now - self.touched_at if self.hopeless and not at_work else 0.0
-        # Who has no room may be busy with other jobs, or refuse what it is offered: that is waited for, but not for ever.
+        # A node without room may be busy with other jobs, or refuse its leases: it is waited for, but not for ever.
         return seconds >= (OPINION_SECONDS if all(node.free_slots for node in others) else 10 * OPINION_SECONDS)

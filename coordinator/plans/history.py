@@ -13,7 +13,7 @@ from potluck.wire.messages import EpochMetrics, RoundMetrics
 ROUNDS_LIMIT_BYTES = 64 * 1024
 """What a job's rounds take, at most."""
 HISTORY_LIMIT_BYTES = 160 * 1024
-"""Rounds and epochs together: beside very many epochs fewer rounds are kept."""
+"""The limit for rounds and epochs together: with very many epochs, fewer rounds are kept."""
 
 
 @dataclass
@@ -23,7 +23,7 @@ class History:
     epochs: list[EpochMetrics] = field(default_factory=list)
     rounds: list[RoundMetrics] = field(default_factory=list)
     stride: int = 1
-    """Of so many rounds one is kept: a power of two."""
+    """One round of this many is kept: a power of two."""
     epochs_bytes: int = 0
     rounds_bytes: int = 0
 
@@ -53,7 +53,7 @@ class History:
             self.rounds_bytes = sum(map(_size, self.rounds))
 
     def told(self) -> tuple[EpochMetrics, ...]:
-        """The epochs as the result tells them: every second, fourth, ... of very many, and always the last."""
+        """The epochs for the result: of very many every second, fourth, ..., and always the last."""
         stride = 1
         while True:
             kept = self.epochs[::-1][::stride][::-1]
@@ -76,5 +76,5 @@ def epochs_that_fit(number: int, known: Iterable[EpochMetrics]) -> tuple[EpochMe
 
 
 def _size(part: RoundMetrics | EpochMetrics) -> int:
-    """Bytes in a JSON message; less in msgpack."""
+    """The size in a JSON message, in bytes; less in msgpack."""
     return len(json.encode(part)) + 1

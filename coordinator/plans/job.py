@@ -142,7 +142,7 @@ class Job:
     ended: JobEnded | None = None
     attempts: dict[str, Attempt] = field(default_factory=dict)
     leased_at: float = 0.0
-    """When it last got a part of a node's time."""
+    """When the job last got a part of a node's time."""
     participants: set[str] = field(default_factory=set)
     failings: Failings = field(default_factory=Failings)
     history: History = field(default_factory=History)
@@ -259,7 +259,7 @@ class Job:
         )
 
     def epochs_after(self, number: int) -> tuple[EpochMetrics, ...]:
-        """The epochs above `number`, as many as fit into a message; of a job that has ended, as its result tells them."""
+        """The epochs above `number`, as many as fit into a message; for a job that has ended, as in its result."""
         return epochs_that_fit(number, self.ended.history if self.ended is not None else self.history.epochs)
 
     def _trained(self) -> Training:

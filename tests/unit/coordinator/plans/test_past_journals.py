@@ -1,6 +1,6 @@
 """Journals that an earlier version wrote: at each event they give the decisions that they gave then, and at the end the state.
 
-`journals/<name>.msgpack`: the events of a job as they stood in its stream, its data sets, and its state when the journal was kept.
+`journals/<name>.msgpack`: a job's events as in its stream, its data sets, and its state when the journal was saved.
 `journals/<name>.decisions.txt`: for each event, on a line of its own, what is decided after it while nodes a, b and c are there.
 Who decides otherwise on purpose writes the lines anew, and sees in them what that changes.
 """

@@ -70,7 +70,7 @@ def job_ended(epochs: int, metrics: tuple[str, ...] = ("loss", "accuracy"), **pa
 
 
 def training() -> Any:
-    """A strategy that whatever happens leaves as it is."""
+    """A strategy that no event changes."""
     strategy = Mock(spec=Training)
     strategy.happened.side_effect = lambda event: strategy
     return strategy

@@ -1008,6 +1008,6 @@ def test_replaying_the_events_gives_the_state_back(steps: list[tuple[str, str]])
     assert again.strategy.rounds.contributions == play.contributions
     for part in ("open", "exchange", "epochs", "measured", "readiness", "sharing", "trust", "exported"):
         assert getattr(again.strategy.state, part) == getattr(play.state, part), part
-    play.job = again  # and it can be finished from there
+    play.job = again  # and the job can be finished from there
     play.run("b", "c")
     assert [epoch.epoch for epoch in play.job.history.epochs] == [1, 2]
