@@ -43,6 +43,7 @@ from potluck.wire.messages import (
     DatasetsListed,
     DeleteModel,
     Deploy,
+    DeploymentInfo,
     DeploymentsListed,
     FindReplicas,
     GetHistory,
@@ -204,9 +205,7 @@ class Control:
                 self._deletion.remove_dataset(message.name)
                 return DatasetRemoved(name=message.name)
             case ListDeployments():
-                found = (one for one in self._serving.deployments() if one.name > message.after)
-                deployments, more = _page(found)
-                return DeploymentsListed(deployments=deployments, more=more)
+                return self._list_deployments(message.model, message.after)
             case FindReplicas():
                 return self._find_replicas(message.model)
             case Promote():
@@ -235,6 +234,15 @@ class Control:
     def _list_models(self, after: str) -> Message:
         listed, more = _page(self._registry.models(after))
         return ModelsListed(models=listed, more=more)
+
+    def _list_deployments(self, model: str, after: str) -> DeploymentsListed:
+        name, colon, _ = model.partition(":")
+        found: Iterable[DeploymentInfo] = self._serving.deployments(name) if name else self._serving.deployments()
+        if colon:
+            meant = self._registry.version_of(model)
+            found = (one for one in found if one.name == meant)
+        deployments, more = _page(one for one in found if one.name > after)
+        return DeploymentsListed(deployments=deployments, more=more)
 
     def _list_datasets(self, after: str) -> Message:
         living = federated.described(self._membership.data())

@@ -263,7 +263,7 @@ class Coordinator:
                 shelf = Shelf(store, downloader, urls, settings.http_body_limit_bytes)
                 routes = [
                     *blob_server.routes(store, writable=True, max_bytes=UPLOAD_LIMIT_BYTES),
-                    *gateway.routes(self._serving, self._inference, registry, self._membership, settings, shelf, bus),
+                    *gateway.routes(control, self._serving, self._inference, self._membership, settings, shelf, bus),
                 ]
                 async with (
                     serve_http(sock, routes, (in_words,), settings.http),

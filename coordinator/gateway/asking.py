@@ -3,40 +3,40 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, nullcontext
 
 from aiohttp import web
 
 from coordinator.gateway.answers import Handler, compressed, guarded
 from coordinator.gateway.bodies import Bodies
+from coordinator.gateway.catalog import Catalog
 from coordinator.gateway.shelf import Shelf
-from coordinator.registry import Registry
 from coordinator.serving.inference import Inference
 from coordinator.serving.inputs import INPUT_LIMIT_BYTES, size_bytes
-from coordinator.serving.serving import Serving
 from potluck.errors import InvalidRequest
 from potluck.settings import CoordinatorSettings
-from potluck.wire.messages import BlobRef, Inferred, ModelInfo, Signature, Tensor
+from potluck.wire.messages import BlobRef, Inferred, Signature, Tensor
 
 TIMEOUT_HEADER = "Request-Timeout"
 """How many seconds the client waits: what it asks is given up then. (No protocol here has a header of its own for it.)"""
 
 
 class Asking:
-    """`shelf` carries what does not fit into a message."""
+    """`signatures` says what a deployed model takes, `shelf` carries what does not fit into a message."""
 
     def __init__(
         self,
-        serving: Serving,
+        catalog: Catalog,
         inference: Inference,
-        registry: Registry,
+        signatures: Callable[[str], Signature | None],
         settings: CoordinatorSettings,
         shelf: Shelf,
     ) -> None:
-        self.serving = serving
-        self.registry = registry
+        self.catalog = catalog
         self.bodies = Bodies(settings.http_body_limit_bytes)
         self._inference = inference
+        self._signatures = signatures
         self._settings = settings
         self._shelf = shelf
 
@@ -46,11 +46,7 @@ class Asking:
         Raises NotFound.
         """
         name = self._inference.router(model).name
-        return name, self.serving.signature(name)
-
-    def info(self, model: str) -> ModelInfo:
-        """What the registry says of a deployment. Raises NotFound."""
-        return self.registry.model(model)
+        return name, self._signatures(name)
 
     async def infer(
         self,

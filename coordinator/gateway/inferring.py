@@ -119,7 +119,7 @@ class _Wanted:
         for tensor in outputs:
             as_bytes, classes = self._each.get(tensor.name, (self._as_bytes, 0))
             if classes:
-                tensor = _classified(tensor, classes, asking.info(answer.model))
+                tensor = _classified(tensor, classes, asking.catalog.info(answer.model))
             one = ResponseTensor(tensor.name, tensor.datatype, tensor.shape)
             if as_bytes:
                 behind.append(packed(tensor))

@@ -11,6 +11,7 @@ from coordinator.gateway import binary
 from coordinator.gateway.answers import encoded, guarded
 from coordinator.gateway.asking import Asking
 from coordinator.gateway.bodies import decoded
+from coordinator.gateway.catalog import answers, stable, version_of
 from coordinator.gateway.inferring import Inferring
 from potluck import __version__
 from potluck.bus.mqtt import Bus
@@ -87,7 +88,7 @@ class OpenInference:
 
     def __init__(self, asking: Asking, bus: Bus | None) -> None:
         self._asking = asking
-        self._serving = asking.serving
+        self._catalog = asking.catalog
         self._bus = bus
 
     def routes(self) -> list[web.RouteDef]:
@@ -112,8 +113,9 @@ class OpenInference:
 
     async def server_ready(self, request: web.Request) -> web.Response:
         """All models that are deployed are ready (the protocol's "server ready"); with none, nothing could be answered."""
-        names = sorted({deployment.name.partition(":")[0] for deployment in self._serving.deployments()})
-        waiting = [name for name in names if not self._serving.ready(name)]
+        found = self._catalog.deployments()
+        names = {one.name.partition(":")[0] for one in found}
+        waiting = sorted(names - {one.name.partition(":")[0] for one in stable(found) if answers(one)})
         reason = await self._disconnected()
         if not reason and not names:
             reason = "no model is deployed"
@@ -122,12 +124,12 @@ class OpenInference:
         return encoded(ServerReady(False, reason), 503) if reason else encoded(ServerReady(True))
 
     async def model(self, request: web.Request) -> web.Response:
-        info = self._asking.info(model_of(request))
-        signature = info.signature
+        info = self._catalog.info(model_of(request))
+        signature, deployed = info.signature, self._catalog.deployments(info.name)
         return encoded(
             ModelMetadata(
                 name=info.name,
-                versions=self._serving.versions(info.name) or (str(info.version),),
+                versions=tuple(map(version_of, deployed)) or (str(info.version),),
                 platform=PLATFORMS[info.format],
                 inputs=_specs(signature.inputs) if signature else [],
                 outputs=_specs(signature.outputs) if signature else [],
@@ -136,7 +138,7 @@ class OpenInference:
 
     async def ready(self, request: web.Request) -> web.Response:
         model = model_of(request)
-        ready = self._serving.ready(model)
+        ready = self._catalog.ready(model)
         reason = await self._disconnected()
         if not reason and not ready:
             reason = f"no replica of {model} is ready"
@@ -147,18 +149,12 @@ class OpenInference:
         """Every registered version, and whether it can answer (Triton's model repository extension)."""
         body = await self._asking.bodies.read(request)
         asked = decoded(body, _decode_index, IndexRequest, "an index request") if body else IndexRequest()
-        deployed = {deployment.name for deployment in self._serving.deployments()}
+        deployed = {one.name: answers(one) for one in self._catalog.deployments()}
         entries = [
-            self._entry(info.name, str(info.version), f"{info.name}:{info.version}" in deployed)
-            for info in self._asking.registry.models()
+            _entry(info.name, str(info.version), deployed.get(f"{info.name}:{info.version}"))
+            for info in self._catalog.models()
         ]
         return encoded([entry for entry in entries if entry.state == "READY" or not asked.ready])
-
-    def _entry(self, name: str, version: str, deployed: bool) -> IndexEntry:
-        if not deployed:
-            return IndexEntry(name, version, "UNAVAILABLE", "not deployed")
-        ready = self._serving.ready(f"{name}:{version}")
-        return IndexEntry(name, version, "READY" if ready else "LOADING", "" if ready else "no replica is ready")
 
     async def _disconnected(self) -> str:
         """Why no node can be reached; empty when the bus is connected."""
@@ -168,6 +164,13 @@ class OpenInference:
         except Unavailable as error:
             return error.message
         return ""
+
+
+def _entry(name: str, version: str, ready: bool | None) -> IndexEntry:
+    """`ready`: whether it can answer; None: it is not deployed."""
+    if ready is None:
+        return IndexEntry(name, version, "UNAVAILABLE", "not deployed")
+    return IndexEntry(name, version, "READY" if ready else "LOADING", "" if ready else "no replica is ready")
 
 
 def model_of(request: web.Request) -> str:

@@ -127,7 +127,7 @@ def _plain() -> Json:
     infer = _post("Arrays in, arrays out", arrays, _ref("Outputs"), ("model",))
     infer["responses"]["200"]["content"][streaming.CONTENT_TYPE] = {"schema": {"type": "string"}}
     return {
-        "/models": {"get": _get("What is deployed", _listed("Deployed"))},
+        "/models": {"get": _get("What is deployed", _listed("DeployedModel"))},
         "/models/{model}/classify": {"post": classify},
         "/models/{model}/infer": {"post": infer},
     }

@@ -13,6 +13,7 @@ from coordinator.gateway import forms, json_arrays, streaming
 from coordinator.gateway.answers import encoded, guarded
 from coordinator.gateway.asking import Asking
 from coordinator.gateway.bodies import beside, plain
+from coordinator.gateway.catalog import answers
 from coordinator.serving.inputs import size_bytes
 from potluck.data import images, items
 from potluck.errors import InvalidData, InvalidRequest
@@ -74,12 +75,9 @@ class Plain:
 
     async def models(self, request: web.Request) -> web.Response:
         """What is deployed."""
-        serving = self._asking.serving
+        catalog = self._asking.catalog
         return encoded(
-            [
-                DeployedModel(one.name, serving.ready(one.name), self._asking.info(one.name).classes)
-                for one in serving.deployments()
-            ]
+            [DeployedModel(one.name, answers(one), catalog.info(one.name).classes) for one in catalog.deployments()]
         )
 
     async def classify(self, request: web.Request) -> web.Response:
@@ -87,7 +85,7 @@ class Plain:
         top = _top(request)
         model = request.match_info["model"]
         name, signature = self._asking.deployed(model)
-        info = _described(self._asking.info(name), signature)
+        info = _described(self._asking.catalog.info(name), signature)
         body = await self._asking.bodies.read(request)
         content_type, data = await beside(len(body), lambda: _file(request, body))
         async with self._decoding:
@@ -95,7 +93,7 @@ class Plain:
         if info.signature is None or len(info.signature.inputs) != 1:
             raise InvalidRequest(f"model {name} has several inputs: ask it at /models/{model}/infer")
         answer = await self._asking.infer(request, model, (from_numpy(info.signature.inputs[0].name, item),))
-        scores = _scores(answer, self._asking.info(answer.model))
+        scores = _scores(answer, self._asking.catalog.info(answer.model))
         best = sorted(scores, key=lambda one: -one.score)[:top]
         return encoded(Classified(answer.model, best[0].label, best[0].score, best))
 

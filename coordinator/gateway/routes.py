@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from aiohttp import web
 
+from coordinator.control import Control
 from coordinator.gateway import metrics, openapi
 from coordinator.gateway.asking import Asking
+from coordinator.gateway.catalog import Catalog
 from coordinator.gateway.open_inference import OpenInference
 from coordinator.gateway.plain import Plain
 from coordinator.gateway.shelf import Shelf
 from coordinator.gateway.tensorflow_serving import TensorFlowServing
 from coordinator.membership import Membership
-from coordinator.registry import Registry
 from coordinator.serving.inference import Inference
 from coordinator.serving.serving import Serving
 from potluck.bus.mqtt import Bus
@@ -19,15 +20,16 @@ from potluck.settings import CoordinatorSettings
 
 
 def routes(
+    control: Control,
     serving: Serving,
     inference: Inference,
-    registry: Registry,
     membership: Membership,
     settings: CoordinatorSettings,
     shelf: Shelf,
     bus: Bus | None = None,
 ) -> list[web.RouteDef]:
-    """Routes for the coordinator's HTTP application. While `bus` is not connected nothing is ready; without it that shows
+    """Routes for the coordinator's HTTP application. Questions of the faces go to `control`; inferences go to `inference` themselves,
+    and metrics are read where they are kept. While `bus` is not connected nothing is ready; without it that shows
     only once the nodes count as lost.
     """
 
@@ -35,7 +37,7 @@ def routes(
         text = metrics.exposition(serving, inference, membership)
         return web.Response(text=text, headers={"Content-Type": metrics.CONTENT_TYPE})
 
-    asking = Asking(serving, inference, registry, settings, shelf)
+    asking = Asking(Catalog(control), inference, serving.signature, settings, shelf)
     return [
         web.get("/metrics", prometheus),
         *OpenInference(asking, bus).routes(),

@@ -16,6 +16,7 @@ from coordinator.gateway import json_arrays, tensorflow_inputs
 from coordinator.gateway.answers import encoded, guarded
 from coordinator.gateway.asking import Asking
 from coordinator.gateway.bodies import beside, plain
+from coordinator.gateway.catalog import answers, version_of
 from coordinator.serving.inputs import size_bytes
 from potluck.errors import InvalidRequest, NotFound
 from potluck.scores import of_classes
@@ -154,7 +155,7 @@ class TensorFlowServing:
             raise InvalidRequest(
                 f"Expected Tensor shape: [?, classes] of numbers, and '{scores.name}' is {_of(scores)}"
             )
-        values, labels = of_classes(values, self._asking.info(name).classes)
+        values, labels = of_classes(values, self._asking.catalog.info(name).classes)
         labels = labels or ("",) * values.shape[1]
         results = [[[label, score] for label, score in zip(labels, row, strict=True)] for row in values.tolist()]
         return web.Response(body=json_arrays.written({"results": results}), content_type="application/json")
@@ -172,18 +173,15 @@ class TensorFlowServing:
 
     async def status(self, request: web.Request) -> web.Response:
         name, version = self._meant(request)
-        serving = self._asking.serving
-        versions = serving.versions(name)
-        if version:
-            versions = tuple(one for one in versions if one == version)
-        if not versions:
+        found = self._asking.catalog.deployments(f"{name}:{version}" if version else name)
+        if not found:
             which = f"version {version} of" if version else "any versions of"
             raise NotFound(f"Could not find {which} model {name}")
-        ready = {one: serving.ready(f"{name}:{one}") for one in versions}
         states = [
-            VersionStatus(one, "AVAILABLE" if ready[one] else "LOADING", VersionError("OK", "")) for one in versions
+            VersionStatus(version_of(one), "AVAILABLE" if answers(one) else "LOADING", VersionError("OK", ""))
+            for one in found
         ]
-        return encoded(ModelStatus(states, name, any(ready.values())))
+        return encoded(ModelStatus(states, name, any(answers(one) for one in found)))
 
     async def metadata(self, request: web.Request) -> web.Response:
         model, signature = self._deployed(request)
@@ -210,9 +208,9 @@ class TensorFlowServing:
             raise InvalidRequest(f"Malformed request: {request.method} {request.path}")
         if not label:
             return name, str(int(version)) if version else ""
-        self._asking.info(name)  # a name that is not registered has its own answer
+        self._asking.catalog.info(name)  # a name that is not registered has its own answer
         try:
-            found = self._asking.info(f"{name}:{label}")
+            found = self._asking.catalog.info(f"{name}:{label}")
         except NotFound as error:
             raise InvalidRequest(f"Unrecognized servable version label: {label}") from error
         if label == str(found.version):

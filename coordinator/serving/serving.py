@@ -252,10 +252,6 @@ class Serving:
         router = self._inference.router(model)
         return bool(router.lanes) or self._deployments[router.name].parked is not None
 
-    def versions(self, name: str) -> tuple[str, ...]:
-        """The deployed versions of `name`."""
-        return tuple(key.partition(":")[2] for key in self._deployments if model_of(key) == name)
-
     # --- keeping things as wanted -----------------------------------------------------------------------------------------
 
     async def run(self) -> None:

@@ -772,6 +772,8 @@ class DeploymentInfo(Part, frozen=True):
 class ListDeployments(Message, frozen=True):
     after: str = ""
     """Only deployments with names after this one; empty: from the first on."""
+    model: str = ""
+    """Only those of this model: `name` (every version), `name:version` or `name:alias`; empty: all."""
 
 
 class DeploymentsListed(Message, frozen=True):

@@ -13,6 +13,8 @@ import aiohttp
 import pytest
 from msgspec.structs import replace
 
+from coordinator.control import Control
+from coordinator.copies.locations import Holders
 from coordinator.gateway import routes as gateway
 from coordinator.gateway.answers import in_words
 from coordinator.gateway.shelf import Shelf
@@ -49,7 +51,23 @@ def store(tmp_path: Path) -> BlobStore:
 
 
 @pytest.fixture
-async def http(lab: Lab, store: BlobStore, stack: AsyncExitStack) -> tuple[str, aiohttp.ClientSession]:
+def control(lab: Lab, store: BlobStore) -> Control:
+    """What is asked of the gateway beside inferences; there are no jobs."""
+    nothing: Any = None
+
+    async def sync() -> None:
+        """What was written is on the disk."""
+
+    return Control(
+        dispatcher=nothing, registry=lab.registry, serving=lab.serving, membership=lab.membership, deletion=nothing, packed=nothing,
+        holders=Holders(lab.membership, tuple), store=store, urls=tuple, sync=sync,
+    )  # fmt: skip
+
+
+@pytest.fixture
+async def http(
+    lab: Lab, store: BlobStore, control: Control, stack: AsyncExitStack
+) -> tuple[str, aiohttp.ClientSession]:
     """The gateway's address and a client's session; the model `m` is deployed on node `a`."""
     await lab.join(stack, "a")
     lab.add_model()
@@ -60,7 +78,7 @@ async def http(lab: Lab, store: BlobStore, stack: AsyncExitStack) -> tuple[str, 
     shelf = Shelf(store, downloader, lambda: (base,), LIMIT_BYTES)
     routes = [
         *blob_server.routes(store, writable=True, max_bytes=LIMIT_BYTES),
-        *gateway.routes(lab.serving, lab.inference, lab.registry, lab.membership, lab.settings, shelf, lab.bus),
+        *gateway.routes(control, lab.serving, lab.inference, lab.membership, lab.settings, shelf, lab.bus),
     ]
     await stack.enter_async_context(serve_http(sock, routes, (in_words,)))
     session = await stack.enter_async_context(aiohttp.ClientSession())
