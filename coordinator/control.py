@@ -27,9 +27,11 @@ from potluck.errors import (
     InvalidData,
     InvalidRequest,
     NotFound,
+    TimedOut,
 )
 from potluck.wire import codec
 from potluck.wire.addresses import check_holders
+from potluck.wire.deadlines import deadline, too_late
 from potluck.wire.messages import (
     NODE_DATA,
     SHARDS_LIMIT,
@@ -137,8 +139,11 @@ class Control:
         """The answer to a question of `caller` ("": of nobody who could ask again): whoever asks the same again, with the same id, is
         told the same again. Lists come in pages: as much as goes into one message, and whether there is more.
 
-        Raises a PotluckError where that is the answer, InvalidRequest for what is no question.
+        Raises a PotluckError where that is the answer: InvalidRequest for what is no question, TimedOut for what came too late.
         """
+        now = self._clock()
+        if deadline(message, now) < now:
+            raise TimedOut(too_late(message, now, "the coordinator's"))
         asked = (caller, message.id)
         if not isinstance(message, ONCE) or not all(asked):
             return self._answer(message, " ".join(asked) if all(asked) else "")

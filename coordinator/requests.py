@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Callable
 
 from coordinator.control import TAKES_TIME, Control, Later
 from potluck.bus.mqtt import Envelope
 from potluck.bus.outbox import Outbox
-from potluck.errors import Overloaded, TimedOut
+from potluck.errors import Overloaded
 from potluck.surviving import as_defect
-from potluck.wire.deadlines import deadline, too_late
 
 LATER_LIMIT = 100
 """Questions whose answer takes time, that wait; and as many that are being answered."""
@@ -20,19 +17,14 @@ LATER_LIMIT = 100
 class Requests:
     """`run` must be under way for answers that take time."""
 
-    def __init__(self, outbox: Outbox, control: Control, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, outbox: Outbox, control: Control) -> None:
         self._outbox = outbox
         self._control = control
-        self._clock = clock
         self._later: asyncio.Queue[tuple[Envelope, Later]] = asyncio.Queue(LATER_LIMIT)
 
     def on_request(self, envelope: Envelope) -> None:
         """Handler for the bus."""
         message = envelope.message
-        now = self._clock()
-        if deadline(message, now) < now:
-            self._outbox.refuse(envelope, TimedOut(too_late(message, now, "the coordinator's")))
-            return
         try:
             if isinstance(message, TAKES_TIME) and self._later.full():  # before anything is done
                 raise Overloaded("too many questions wait for their answers: try again later", retry_after_seconds=1.0)

@@ -7,10 +7,11 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from coordinator.gateway import inferring, open_inference, plain, streaming, tensorflow_serving
+from coordinator.gateway import inferring, open_inference, plain, questions, streaming, tensorflow_serving
 from coordinator.gateway.answers import Problem
 from coordinator.gateway.asking import TIMEOUT_HEADER
 from potluck import __version__
+from potluck.wire.codec import CONTENT_TYPES
 
 _STRUCTS = (
     Problem,
@@ -39,13 +40,17 @@ _OCTETS = "application/octet-stream"
 _JSON = "application/json"
 _FAILURES = {
     "400": "The request cannot be answered as it is.",
-    "404": "There is no such model, or it is not deployed.",
+    "404": "There is no such thing, or it is not deployed.",
+    "409": "A name that is taken, or a state that forbids it.",
     "413": "The body, or an output, is too large.",
+    "415": "The Content-Type is another one.",
     "429": "Too much waits already: come back after Retry-After.",
     "500": "A fault of the coordinator or a node.",
     "503": "Nothing can answer now.",
     "504": "No answer in time.",
 }
+_OF_MODELS = ("400", "404", "413", "429", "500", "503", "504")
+"""What a question to a model may come to."""
 Json = dict[str, Any]
 
 
@@ -57,9 +62,9 @@ def description() -> Json:
         "info": {
             "title": "potluck",
             "version": __version__,
-            "summary": "Questions to deployed models: Open Inference Protocol, TensorFlow Serving's REST, and plain files.",
+            "summary": "Questions to deployed models (Open Inference Protocol, TensorFlow Serving's REST, plain files), and to the cluster.",
         },
-        "paths": _open_inference() | _tensorflow_serving() | _plain(),
+        "paths": _open_inference() | _tensorflow_serving() | _plain() | _cluster(),
         "components": {"schemas": components},
     }
 
@@ -133,6 +138,22 @@ def _plain() -> Json:
     }
 
 
+def _cluster() -> Json:
+    message = {
+        "type": "object",
+        "properties": {"type": {"type": "string"}, "id": {"type": "string"}},
+        "required": ["type"],
+        "description": "A message as on MQTT, by its `type`: docs/protocol.md",
+    }
+    ask = _post("A question to the coordinator, and its answer", message, message, failures=tuple(_FAILURES))
+    encodings = {kind: {"schema": message} for kind in CONTENT_TYPES.values()}
+    ask["requestBody"]["content"] = ask["responses"]["200"]["content"] = encodings
+    caller = {"type": "string", "maxLength": questions.CALLER_LIMIT}
+    about = "Who asks: with the message's `id` it names a question that may be asked again"
+    ask["parameters"].append({"name": questions.CALLER_HEADER, "in": "header", "description": about, "schema": caller})
+    return {questions.PATH: {"post": ask}}
+
+
 def _get(summary: str, answer: str | Json, names: tuple[str, ...] = (), unready: str = "") -> Json:
     found: Json = {
         "summary": summary,
@@ -154,13 +175,14 @@ def _post(
     *,
     octets: bool = False,
     body_needed: bool = True,
+    failures: tuple[str, ...] = _OF_MODELS,
 ) -> Json:
     timeout = {"type": "number", "exclusiveMinimum": 0}
     found: Json = {
         "summary": summary,
         "parameters": [_in_path(name) for name in names],
         "requestBody": {"required": body_needed, "content": {_JSON: {"schema": body}}},
-        "responses": {"200": _answer(summary, answer)} | {status: _problem(status) for status in _FAILURES},
+        "responses": {"200": _answer(summary, answer)} | {status: _problem(status) for status in failures},
     }
     if names:
         about = "How many seconds the client waits"

@@ -1,4 +1,4 @@
-"""The gateway's routes: a file for each protocol, and metrics for Prometheus."""
+"""The gateway's routes: a file for each protocol, the questions of `Control`, and metrics for Prometheus."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from coordinator.gateway.asking import Asking
 from coordinator.gateway.catalog import Catalog
 from coordinator.gateway.open_inference import OpenInference
 from coordinator.gateway.plain import Plain
+from coordinator.gateway.questions import Questions
 from coordinator.gateway.shelf import Shelf
 from coordinator.gateway.tensorflow_serving import TensorFlowServing
 from coordinator.membership import Membership
@@ -43,5 +44,6 @@ def routes(
         *OpenInference(asking, bus).routes(),
         *TensorFlowServing(asking).routes(),
         *Plain(asking).routes(),
+        *Questions(control, asking).routes(),
         openapi.route(openapi.description()),
     ]

@@ -226,7 +226,9 @@ class Bus(ABC):
         if message.id != to.message.id:
             message = msgspec.structs.replace(message, id=to.message.id)
         if to.encoding == "json" and isinstance(message, Inferred | JobEnded):
-            message = _readable(message)
+            from potluck.wire.tensors import readable  # numpy, which a daemon at rest does without
+
+            message = readable(message)
         try:
             payload = codec.encode(message, to.encoding)
         except TooLarge as error:
@@ -364,10 +366,3 @@ def _text(correlation: bytes) -> str:
         return correlation.decode()
     except UnicodeDecodeError:
         return correlation.hex()
-
-
-def _readable(message: Inferred | JobEnded) -> Message:
-    """The message with its tensors as lists, for JSON."""
-    from potluck.wire.tensors import as_lists  # numpy, which a daemon at rest does without
-
-    return msgspec.structs.replace(message, outputs=tuple(as_lists(tensor) for tensor in message.outputs))

@@ -10,7 +10,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from potluck.errors import InvalidRequest
-from potluck.wire.messages import Tensor
+from potluck.wire.messages import Inferred, JobEnded, Tensor
 from potluck.wording import counted
 
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -75,6 +75,11 @@ def as_lists(tensor: Tensor) -> Tensor:
             name=tensor.name, datatype=tensor.datatype, shape=tensor.shape, data=to_numpy(tensor).ravel().tolist()
         )
     return tensor
+
+
+def readable(message: Inferred | JobEnded) -> Inferred | JobEnded:
+    """The same message with its tensors as lists, for JSON."""
+    return replace(message, outputs=tuple(as_lists(tensor) for tensor in message.outputs))
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray[Any, Any]:

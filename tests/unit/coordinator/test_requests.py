@@ -57,7 +57,7 @@ async def synced() -> None:
 
 
 def asking(outbox: Any, clock: Callable[[], float] = time.time, **parts: Any) -> Requests:
-    return Requests(outbox, Control(clock=clock, **parts), clock)
+    return Requests(outbox, Control(clock=clock, **parts))
 
 
 class Replies:

@@ -1,0 +1,56 @@
+"""The coordinator's own questions over HTTP: a message as on the bus, and its answer.
+
+A browser lets a page of another origin send forms and plain text without asking, and other content types only where the server allows
+it (WHATWG Fetch, "CORS-safelisted request-header"). Here nothing else is taken, and no origin is allowed anything.
+"""
+
+from __future__ import annotations
+
+from aiohttp import web
+from msgspec.structs import replace
+
+from coordinator.control import Control, Later
+from coordinator.gateway.answers import problem
+from coordinator.gateway.asking import Asking
+from potluck.surviving import as_defect
+from potluck.wire import codec
+from potluck.wire.messages import JobEnded, Message
+from potluck.wire.tensors import readable
+
+PATH = "/v1/control"
+CALLER_HEADER = "Potluck-Caller"
+"""Who asks: with the message's `id` it names a question that may be asked again. (On the bus that is `reply_to`.)"""
+CALLER_LIMIT = 256
+
+
+class Questions:
+    """The route of questions that `Control` answers."""
+
+    def __init__(self, control: Control, asking: Asking) -> None:
+        self._control = control
+        self._asking = asking
+
+    def routes(self) -> list[web.RouteDef]:
+        return [web.post(PATH, self._asking.answering(self.ask))]
+
+    async def ask(self, request: web.Request) -> web.Response:
+        """The answer in the encoding of the question."""
+        if request.content_type not in codec.CONTENT_TYPES.values():
+            return problem(
+                415,
+                f"the Content-Type is {request.content_type[:80]}: send {' or '.join(codec.CONTENT_TYPES.values())}",
+            )
+        question, encoding = codec.decode(await self._asking.bodies.read(request))
+        name = request.headers.get(CALLER_HEADER, "")[:CALLER_LIMIT]
+        answer = await self._answer(question, f"http {name}" if name else "")
+        if isinstance(answer, JobEnded) and encoding == "json":
+            answer = readable(answer)
+        payload = codec.encode(replace(answer, id=question.id), encoding)
+        return web.Response(body=payload, content_type=codec.CONTENT_TYPES[encoding])
+
+    async def _answer(self, question: Message, caller: str) -> Message:
+        try:
+            answer = self._control.answer(question, caller)
+            return await answer.answer() if isinstance(answer, Later) else answer
+        except Exception as error:
+            raise as_defect(error, type(question).__name__) from error
