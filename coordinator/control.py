@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -15,6 +15,7 @@ from coordinator.copies.locations import Holders
 from coordinator.dispatch.deletion import Deletion
 from coordinator.dispatch.dispatcher import Dispatcher
 from coordinator.dispatch.packed import Packed
+from coordinator.events.stream import Events
 from coordinator.membership import Membership
 from coordinator.plans import node_data as federated
 from coordinator.registry import Registry, dataset_blobs
@@ -48,6 +49,7 @@ from potluck.wire.messages import (
     DeploymentInfo,
     DeploymentsListed,
     FindReplicas,
+    FollowEvents,
     GetHistory,
     GetJob,
     GetModel,
@@ -56,6 +58,7 @@ from potluck.wire.messages import (
     JobsListed,
     ListDatasets,
     ListDeployments,
+    ListEvents,
     ListJobs,
     ListModels,
     ListNodes,
@@ -84,8 +87,8 @@ from potluck.wording import be, counted
 
 P = TypeVar("P", bound=Struct)
 
-TAKES_TIME = SubmitJob | Undeploy
-"""Questions whose answer is `Later`."""
+TAKES_TIME = SubmitJob | Undeploy | ListEvents | FollowEvents
+"""Questions whose answer is `Later`, or a `Stream`."""
 ONCE = RemoveAlias | DeleteModel | RemoveDataset | Promote | RollBack
 MANIFEST_LIMIT_BYTES = 2 * 2**20
 LISTED_BYTES = 96 * 1024
@@ -101,6 +104,10 @@ class Later:
     """An answer that takes time: what it rests on has begun, or begins when `answer` is awaited."""
 
     answer: Callable[[], Awaitable[Message]]
+
+
+Stream = AsyncGenerator[Message, None]
+"""Many answers, one after another, as long as they are taken: whoever takes them closes it."""
 
 
 class Control:
@@ -119,6 +126,7 @@ class Control:
         store: BlobStore,
         urls: Callable[[], tuple[str, ...]],
         sync: Callable[[], Awaitable[None]],
+        events: Events,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """`sync` returns when what was journaled is on the disk for good; it raises Unavailable."""
@@ -132,10 +140,11 @@ class Control:
         self._store = store
         self._urls = urls
         self._sync = sync
+        self._events = events
         self._clock = clock
         self._answered: dict[tuple[str, str], Message] = {}
 
-    def answer(self, message: Message, caller: str = "") -> Message | Later:
+    def answer(self, message: Message, caller: str = "") -> Message | Later | Stream:
         """The answer to a question of `caller` ("": of nobody who could ask again): whoever asks the same again, with the same id, is
         told the same again. Lists come in pages: as much as goes into one message, and whether there is more.
 
@@ -145,6 +154,10 @@ class Control:
         if deadline(message, now) < now:
             raise TimedOut(too_late(message, now, "the coordinator's"))
         asked = (caller, message.id)
+        if isinstance(message, FollowEvents):
+            if not all(asked):
+                raise InvalidRequest("FollowEvents needs an id, and whoever asks a name: it is asked again")
+            return self._events.follow(message.after, message.seconds, asked)
         if not isinstance(message, ONCE) or not all(asked):
             return self._answer(message, " ".join(asked) if all(asked) else "")
         # What can be carried out once would find nothing to do.
@@ -215,6 +228,8 @@ class Control:
                 return self._find_replicas(message.model)
             case Promote():
                 return DeploymentsListed(deployments=self._serving.promote(message.model))
+            case ListEvents():
+                return Later(lambda: self._events.listed(message.after, message.last))
             case RollBack():
                 return DeploymentsListed(deployments=self._serving.roll_back(message.model))
             case _:

@@ -24,6 +24,7 @@ from coordinator.dispatch.dispatcher import Dispatcher
 from coordinator.dispatch.jobstore import JobStore
 from coordinator.dispatch.leases import Leases
 from coordinator.dispatch.packed import Packed
+from coordinator.events.stream import Events
 from coordinator.gateway import routes as gateway
 from coordinator.gateway.answers import in_words
 from coordinator.gateway.shelf import Shelf
@@ -37,7 +38,7 @@ from coordinator.serving.bus_requests import BusRequests
 from coordinator.serving.endpoints import OneNode
 from coordinator.serving.inference import Inference
 from coordinator.serving.serving import Serving
-from potluck import lifecycle
+from potluck import __version__, lifecycle
 from potluck.blobs import server as blob_server
 from potluck.blobs.download import Downloader
 from potluck.blobs.store import BlobStore
@@ -206,6 +207,8 @@ class Coordinator:
                 epoch=journal.epoch,
                 holders=holders,
             )
+            self._events = Events(journal, jobs.jobs.get)
+            self._events.tell("coordinator", settings.cluster, "started", f"potluck {__version__}")
             deletion = Deletion(registry, self._serving, jobs, store)
             packed = Packed(registry, deletion)
             self._dispatcher = Dispatcher(
@@ -229,8 +232,9 @@ class Coordinator:
                 store=store,
                 urls=urls,
                 sync=journal.sync,
+                events=self._events,
             )
-            requests = Requests(self._outbox, control)
+            requests = Requests(self._outbox, control, bus.reply)
             self._subscribe(bus, requests, bus_requests)
 
             async def announce() -> None:
@@ -291,6 +295,7 @@ class Coordinator:
                     await stop.wait()
                     lifecycle.notify("STOPPING=1")
                     log.info("coordinator stopping")
+                    self._events.close()
                     await advertisement.aclose()
                     try:
                         await bus.publish(status_topic, replace(offline, since=time.time()), retain=True)
@@ -446,6 +451,7 @@ class Coordinator:
             match change:
                 case NodeLost():
                     log.info("node lost %s", fields(node=change.node_id, reason=change.reason))
+                    self._events.tell("node", change.node_id, "lost", change.reason)
                     self._dispatcher.node_lost(change.node_id, change.reason)
                     self._serving.node_lost(change.node_id)
                 case NodeUnknown():
@@ -457,6 +463,7 @@ class Coordinator:
                         log.error("node refused, there are too many, or somebody makes up names %s", facts)
                 case NodeJoined():
                     log.info("node joined %s", fields(node=change.node_id))
+                    self._events.tell("node", change.node_id, "joined")
                     self._dispatcher.node_joined()
                     self._copies.node_joined(change.node_id)
                     self._serving.node_joined(change.node_id)

@@ -4,6 +4,9 @@ Events are structs in named streams (`job/<id>`, `registry`, `deployments`); rep
 that is never used again: a reader that has read up to one number can `follow` from there. A snapshot begins a stream again, and
 the stream's events before it are deleted.
 
+A second table, with its own numbers, has what the journal tells people about events: it is written with them and changes no state.
+Only the newest is kept.
+
 Each time the journal is opened, its epoch rises (the term of Raft, section 5.1), so that commands of earlier coordinators are refused.
 """
 
@@ -16,7 +19,7 @@ import secrets
 import shutil
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -37,6 +40,8 @@ RETAKE_SECONDS = 30.0
 FATAL = (Unavailable,)
 """Errors that must end the coordinator: what is not in the journal must not happen."""
 
+TOLD_KEPT = 10_000
+"""Of what is told, the newest."""
 GONE_KEPT = 10_000
 """How many removed streams the journal still tells of, so that a follower hears of their end."""
 
@@ -45,6 +50,7 @@ CREATE TABLE IF NOT EXISTS events
     (seq INTEGER PRIMARY KEY AUTOINCREMENT, stream TEXT NOT NULL, body BLOB NOT NULL, begins INTEGER NOT NULL DEFAULT 0);
 CREATE INDEX IF NOT EXISTS events_by_stream ON events (stream, seq);
 CREATE TABLE IF NOT EXISTS facts (key TEXT PRIMARY KEY, value INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS told (number INTEGER PRIMARY KEY AUTOINCREMENT, body BLOB NOT NULL);
 """
 _UNNUMBERED = "SELECT 1 FROM sqlite_master WHERE name = 'events' AND sql NOT LIKE '%AUTOINCREMENT%'"
 _NUMBER = """
@@ -76,6 +82,19 @@ class Position:
 
     number: int
     covers: int
+
+
+@dataclass(frozen=True)
+class Told:
+    """Some of what is told, each with its number, and the first and last numbers of all that is kept (0: nothing is)."""
+
+    rows: Sequence[tuple[int, bytes]]
+    oldest: int
+    newest: int
+
+
+Watcher = Callable[[str, Sequence[msgspec.Struct]], None]
+"""Called with a stream, and the events that are about to be appended to it."""
 
 
 class Journal:
@@ -117,6 +136,9 @@ class Journal:
         self._ballast = _Ballast(beside)
         self._soon: list[tuple[str, bytes]] = []
         """Rows for the next write."""
+        self._tell_soon: list[tuple[bytes]] = []
+        """The same, of what is told."""
+        self._watchers: list[Watcher] = []
         facts: dict[str, int] = dict(self._db.execute("SELECT key, value FROM facts").fetchall())
         self.epoch = facts["epoch"]
         self.cluster_id = f"{facts['cluster']:016x}"
@@ -134,28 +156,55 @@ class Journal:
         self.flush()
         return self._db.execute("SELECT 1 FROM events WHERE length(body) > 0 LIMIT 1").fetchone() is None
 
+    def watch(self, watcher: Watcher) -> None:
+        """Call it before each append from now on: what it tells is written with the events, or not at all."""
+        self._watchers.append(watcher)
+
     def append(self, stream: str, *events: msgspec.Struct) -> None:
         """Write `events` to `stream`, all or none, before returning. Raises Unavailable, for example when the disk is full."""
-        self._insert([*self._soon, *_rows(stream, events)])
+        waiting = len(self._tell_soon)
+        self._watched(stream, events)
+        try:
+            self._insert([*self._soon, *_rows(stream, events)])
+        except Unavailable:
+            del self._tell_soon[waiting:]  # of what has not happened
+            raise
 
     def append_soon(self, stream: str, *events: msgspec.Struct) -> None:
         """Write `events` to `stream` with the next `flush`: before that, nothing that follows from them may leave this process.
 
         One transaction for all events of a moment costs a tenth of one for each.
         """
+        self._watched(stream, events)
         self._soon += _rows(stream, events)
+
+    def tell_soon(self, event: msgspec.Struct) -> None:
+        """Write what is told with the next `flush`, or with the events that are about to be appended."""
+        self._tell_soon.append((codec.pack(event),))
 
     def flush(self) -> None:
         """Write the waiting events. Raises Unavailable; then they still wait."""
         if self._unsafe is not None:
             raise self._unsafe
-        if self._soon:
+        if self._soon or self._tell_soon:
             self._insert(self._soon)
 
+    def _watched(self, stream: str, events: Sequence[msgspec.Struct]) -> None:
+        for watcher in self._watchers:
+            watcher(stream, events)
+
     def _insert(self, rows: list[tuple[str, bytes]]) -> None:
-        """Write these rows, which include all waiting ones."""
-        self._write(lambda: self._db.executemany("INSERT INTO events (stream, body) VALUES (?, ?)", rows))
-        self._soon = []
+        """Write these rows, which include all waiting ones, and what is to be told."""
+        told = self._tell_soon
+
+        def work() -> None:
+            self._db.executemany("INSERT INTO events (stream, body) VALUES (?, ?)", rows)
+            if told:
+                self._db.executemany("INSERT INTO told (body) VALUES (?)", told)
+                self._db.execute("DELETE FROM told WHERE number <= (SELECT max(number) FROM told) - ?", (TOLD_KEPT,))
+
+        self._write(work)
+        self._soon, self._tell_soon = [], []
 
     def replay(self, stream: str, kind: type[T]) -> Iterator[T]:
         """The events of `stream` in order, as `kind` (a tagged union of structs)."""
@@ -193,6 +242,17 @@ class Journal:
         found = [Entry(number, stream, bool(begins), body) for number, stream, begins, body in rows.fetchall()]
         number = found[-1].number if found else place.number
         return found, Position(number, max(place.covers, number))
+
+    async def told(self, after: int, limit: int) -> Told:
+        """The next `limit` things told behind the number `after`. Only what a power cut does not undo. Raises Unavailable as `sync`."""
+        await self.sync()
+        (oldest, newest) = self._db.execute(
+            "SELECT coalesce(min(number), 0), coalesce(max(number), 0) FROM told"
+        ).fetchone()
+        rows = self._db.execute(
+            "SELECT number, body FROM told WHERE number > ? ORDER BY number LIMIT ?", (after, limit)
+        )
+        return Told(rows.fetchall(), oldest, newest)
 
     def snapshot(self, stream: str, events: Iterable[msgspec.Struct]) -> None:
         """Begin a stream again with fewer events for the same state (no events: the stream is gone); deletes the events before."""

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 
-from coordinator.control import TAKES_TIME, Control, Later
+from coordinator.control import TAKES_TIME, Control, Later, Stream
 from potluck.bus.mqtt import Envelope
 from potluck.bus.outbox import Outbox
 from potluck.errors import Overloaded
 from potluck.surviving import as_defect
+from potluck.wire.messages import Message
 
 LATER_LIMIT = 100
 """Questions whose answer takes time, that wait; and as many that are being answered."""
 
 
 class Requests:
-    """`run` must be under way for answers that take time."""
+    """`run` must be under way for answers that take time, and for those of which there are many."""
 
-    def __init__(self, outbox: Outbox, control: Control) -> None:
+    def __init__(self, outbox: Outbox, control: Control, send: Callable[[Envelope, Message], Awaitable[None]]) -> None:
+        """`send` answers a question, and returns when the broker has that: of many answers one waits for the one before."""
         self._outbox = outbox
         self._control = control
-        self._later: asyncio.Queue[tuple[Envelope, Later]] = asyncio.Queue(LATER_LIMIT)
+        self._send = send
+        self._later: asyncio.Queue[tuple[Envelope, Later | Stream]] = asyncio.Queue(LATER_LIMIT)
 
     def on_request(self, envelope: Envelope) -> None:
         """Handler for the bus."""
@@ -29,7 +34,7 @@ class Requests:
             if isinstance(message, TAKES_TIME) and self._later.full():  # before anything is done
                 raise Overloaded("too many questions wait for their answers: try again later", retry_after_seconds=1.0)
             answer = self._control.answer(message, envelope.reply_to)
-            if isinstance(answer, Later):
+            if isinstance(answer, Later | AsyncGenerator):
                 self._later.put_nowait((envelope, answer))
             else:
                 self._outbox.reply(envelope, answer)
@@ -42,9 +47,21 @@ class Requests:
         async with asyncio.TaskGroup() as tasks:
             while True:
                 await places.acquire()
-                envelope, later = await self._later.get()
-                answering = tasks.create_task(self._answer(envelope, later), name="question answered later")
-                answering.add_done_callback(lambda _: places.release())
+                envelope, answer = await self._later.get()
+                if isinstance(answer, Later):
+                    answering = tasks.create_task(self._answer(envelope, answer), name="question answered later")
+                    answering.add_done_callback(lambda _: places.release())
+                else:  # it takes no place for long: Control has a limit of its own for these
+                    tasks.create_task(self._answer_all(envelope, answer), name="question with many answers")
+                    places.release()
+
+    async def _answer_all(self, envelope: Envelope, answers: Stream) -> None:
+        try:
+            async with aclosing(answers):
+                async for answer in answers:
+                    await self._send(envelope, answer)
+        except Exception as error:  # noqa: BLE001 - the same
+            self._outbox.refuse(envelope, as_defect(error, type(envelope.message).__name__))
 
     async def _answer(self, envelope: Envelope, later: Later) -> None:
         try:

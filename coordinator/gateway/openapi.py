@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from coordinator.gateway import inferring, open_inference, plain, questions, streaming, tensorflow_serving
+from coordinator.gateway import events, inferring, open_inference, plain, questions, streaming, tensorflow_serving
 from coordinator.gateway.answers import Problem
 from coordinator.gateway.asking import TIMEOUT_HEADER
 from potluck import __version__
@@ -151,7 +151,20 @@ def _cluster() -> Json:
     caller = {"type": "string", "maxLength": questions.CALLER_LIMIT}
     about = "Who asks: with the message's `id` it names a question that may be asked again"
     ask["parameters"].append({"name": questions.CALLER_HEADER, "in": "header", "description": about, "schema": caller})
-    return {questions.PATH: {"post": ask}}
+    number: Json = {"type": "integer", "minimum": 0, "maximum": 10**events.NUMBER_SIGNS - 1}
+    follow = _get("What happens in the cluster: server-sent events, each a `ClusterEvent` with its number as `id`", {})
+    follow["responses"]["200"]["content"] = {streaming.CONTENT_TYPE: {"schema": {"type": "string"}}}
+    follow["responses"] |= {status: _problem(status) for status in ("400", "429", "503")}
+    follow["parameters"] = [
+        {
+            "name": name,
+            "in": where,
+            "description": "Begin after this event; without it, with the next one",
+            "schema": number,
+        }
+        for name, where in (("after", "query"), (events.LAST_HEADER, "header"))
+    ]
+    return {questions.PATH: {"post": ask}, events.PATH: {"get": follow}}
 
 
 def _get(summary: str, answer: str | Json, names: tuple[str, ...] = (), unready: str = "") -> Json:

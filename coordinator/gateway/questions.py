@@ -10,11 +10,13 @@ from aiohttp import web
 from msgspec.structs import replace
 
 from coordinator.control import Control, Later
+from coordinator.gateway import events
 from coordinator.gateway.answers import problem
 from coordinator.gateway.asking import Asking
+from potluck.errors import InvalidRequest
 from potluck.surviving import as_defect
 from potluck.wire import codec
-from potluck.wire.messages import JobEnded, Message
+from potluck.wire.messages import FollowEvents, JobEnded, Message
 from potluck.wire.tensors import readable
 
 PATH = "/v1/control"
@@ -50,7 +52,12 @@ class Questions:
 
     async def _answer(self, question: Message, caller: str) -> Message:
         try:
+            if isinstance(question, FollowEvents):
+                raise InvalidRequest(f"{type(question).__name__} has many answers: GET {events.PATH} gives them")
             answer = self._control.answer(question, caller)
-            return await answer.answer() if isinstance(answer, Later) else answer
+            if isinstance(answer, Later):
+                answer = await answer.answer()
+            assert isinstance(answer, Message)
+            return answer
         except Exception as error:
             raise as_defect(error, type(question).__name__) from error

@@ -1,4 +1,4 @@
-"""The gateway's routes: a file for each protocol, the questions of `Control`, and metrics for Prometheus."""
+"""The gateway's routes: a file for each protocol, the questions of `Control` and the events, and metrics for Prometheus."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from coordinator.control import Control
 from coordinator.gateway import metrics, openapi
 from coordinator.gateway.asking import Asking
 from coordinator.gateway.catalog import Catalog
+from coordinator.gateway.events import FollowedEvents
 from coordinator.gateway.open_inference import OpenInference
 from coordinator.gateway.plain import Plain
 from coordinator.gateway.questions import Questions
@@ -45,5 +46,6 @@ def routes(
         *TensorFlowServing(asking).routes(),
         *Plain(asking).routes(),
         *Questions(control, asking).routes(),
+        *FollowedEvents(control).routes(),
         openapi.route(openapi.description()),
     ]

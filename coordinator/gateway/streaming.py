@@ -46,11 +46,11 @@ async def stream(asking: Asking, request: web.Request, model: str, inputs: tuple
             try:
                 answer = await asking.infer(request, model, row, seconds)
             except PotluckError as error:
-                event = _event(number, msgspec.json.encode(Problem(error.message)), "error")
+                answered = event(number, msgspec.json.encode(Problem(error.message)), "error")
             else:
                 outputs = {tensor.name: json_arrays.nested(tensor) for tensor in answer.outputs}
-                event = _event(number, msgspec.json.encode({"model": answer.model, "outputs": outputs}))
-            await response.write(event)
+                answered = event(number, msgspec.json.encode({"model": answer.model, "outputs": outputs}))
+            await response.write(answered)
 
     numbers = iter(range(count))
     async with asyncio.TaskGroup() as rows:
@@ -60,6 +60,7 @@ async def stream(asking: Asking, request: web.Request, model: str, inputs: tuple
     return response
 
 
-def _event(number: int, data: bytes, name: str = "") -> bytes:
+def event(number: int, data: bytes, name: str = "") -> bytes:
+    """An event as it is sent; its `id` is the number."""
     head = f"event: {name}\n" if name else ""
     return f"{head}id: {number}\n".encode() + b"data: " + data + b"\n\n"

@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import difflib
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -16,7 +16,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from potluck.bus.mqtt import Bus
-from potluck.client import arguments, deploying, formats, listings, sources, training
+from potluck.client import arguments, deploying, events, formats, listings, sources, training
 from potluck.client.connection import Connection, client_settings
 from potluck.client.deploying import DeployOptions
 from potluck.client.inputs import KNOWN_SECONDS, LargeInputs
@@ -43,6 +43,8 @@ from potluck.wire.messages import (
     AnyJobSpec,
     BlobRef,
     CancelJob,
+    ClusterEvent,
+    Count,
     DatasetInfo,
     DatasetRemoved,
     DeleteModel,
@@ -150,6 +152,21 @@ class AsyncClient:
     async def nodes(self) -> tuple[NodeInfo, ...]:
         """Every node that the coordinator knows, offline nodes too."""
         return (await listings.nodes(await self._connected()))[0]
+
+    async def events(
+        self, after: int | None = None, *, last: int | None = None, follow: bool = False
+    ) -> AsyncGenerator[ClusterEvent, None]:
+        """What has happened in the cluster, and with `follow` what happens from now on: jobs, nodes, models, data sets and deployments.
+
+        Those behind the event of the number `after`, or of these the newest `last`; without either all that are kept, and with `follow`
+        none of before. To be iterated over with `async for`, which `follow` never ends: it goes on over lost connections and coordinators
+        that are started anew. Whoever comes back with the `number` of the last event has each once; an event `missed` says so where
+        some in between are not kept any more.
+        """
+        number = arguments.checked("after", after, Count | None, "the number of an event, or None")
+        newest = None if last is None else arguments.at_least_one("last", last)
+        follow = arguments.flag("follow", follow)
+        return events.events(await self._connected(), number, newest, follow)
 
     async def jobs(self) -> tuple[JobChanged, ...]:
         """Every job that the coordinator remembers, oldest first."""

@@ -22,6 +22,7 @@ from potluck.data.packing import Target
 from potluck.errors import InvalidRequest
 from potluck.wire.messages import (
     AnyJobSpec,
+    ClusterEvent,
     DatasetInfo,
     DeploymentInfo,
     EpochMetrics,
@@ -80,6 +81,16 @@ class Portal:
             with suppress(RuntimeError):  # closed
                 self._loop.call_soon_threadsafe(give_up)
             raise
+
+    def each(self, source: AsyncGenerator[T, None]) -> Iterator[T]:
+        """What an asynchronous generator yields there."""
+        try:
+            while (value := self.call(_next(source))) is not None:
+                yield value
+        finally:
+            # Python may be collecting this generator, and prints errors raised then. So do not wait for anything that could be interrupted.
+            if not self.closed:
+                self.start(source.aclose())
 
     def start(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
         """Run the coroutine, without waiting for it."""
@@ -148,15 +159,15 @@ class Job:
 
     def progress(self) -> Iterator[JobProgress]:
         """Each new progress until the job ends in any way; `wait` tells how it ended."""
-        return self._each(self._job.progress())
+        return self._portal.each(self._job.progress())
 
     def states(self) -> Iterator[JobChanged]:
         """Each new state, the final one last."""
-        return self._each(self._job.states())
+        return self._portal.each(self._job.states())
 
     def epochs(self) -> Iterator[EpochMetrics]:
         """Each epoch of a training job once, in order from the first, as it ends; until the job ends in any way."""
-        return self._each(self._job.epochs())
+        return self._portal.each(self._job.epochs())
 
     def epochs_so_far(self) -> tuple[EpochMetrics, ...]:
         """The epochs that have ended by now; empty for a job that does not train."""
@@ -240,15 +251,6 @@ class Job:
         """
         return self._portal.call(self._job.tensorboard(folder))
 
-    def _each(self, source: AsyncGenerator[T, None]) -> Iterator[T]:
-        try:
-            while (value := self._portal.call(_next(source))) is not None:
-                yield value
-        finally:
-            # Python may be collecting this generator, and prints errors raised then. So do not wait for anything that could be interrupted.
-            if not self._portal.closed:
-                self._portal.start(source.aclose())
-
 
 async def _next(source: AsyncGenerator[T, None]) -> T | None:
     return await anext(source, None)
@@ -309,6 +311,12 @@ class Client:
     def nodes(self) -> tuple[NodeInfo, ...]:
         """Every node that the coordinator knows, offline nodes too."""
         return self._portal.call(self._client.nodes())
+
+    @told_by(AsyncClient.events)
+    def events(
+        self, after: int | None = None, *, last: int | None = None, follow: bool = False
+    ) -> Iterator[ClusterEvent]:
+        return self._portal.each(self._portal.call(self._client.events(after, last=last, follow=follow)))
 
     def jobs(self) -> tuple[JobChanged, ...]:
         """Every job that the coordinator remembers, oldest first."""

@@ -847,6 +847,53 @@ class ReplicasFound(Message, frozen=True):
     replicas: tuple[ReplicaPlace, ...] = ()
 
 
+class ClusterEvent(Part, frozen=True):
+    """Something that happened in the cluster, for people and dashboards. `number` counts in the order of what happened; none is given twice.
+
+    `subject`: what it happened to (`job`, `node`, `model`, `dataset`, `deployment`, `coordinator`), `name`: which one, `what`: a word that
+    stays the same (docs/protocol.md lists them; there may be others later), `text`: more, for people. The subject `events` tells
+    of events themselves: `missed`, where some that were asked for are not kept any more.
+    """
+
+    at: UnixTime
+    subject: str
+    name: str
+    what: str
+    text: str = ""
+    number: Count = 0
+
+
+class ListEvents(Message, frozen=True):
+    """What has happened, as far as it is kept. Answered by `EventsListed`."""
+
+    after: Count = 0
+    """What happened after the event of this number; 0: from the oldest that is kept on."""
+    last: Count = 0
+    """Of those the newest so many; 0: all."""
+
+
+class FollowEvents(Message, frozen=True):
+    """What happens from now on. Answered by one `EventsListed` at once, and then by one whenever something has happened, for `seconds`.
+
+    Whoever wants more asks again in time, with the same `id` and `reply_to`: what was asked before ends then, and it goes on
+    `after` the event that is named. With `seconds` 0 it ends, and nothing is answered.
+    """
+
+    after: Count | None = None
+    """What happened after the event of this number, too; None: nothing of before."""
+    seconds: Annotated[float, Meta(ge=0, le=300)] = 30.0
+
+
+class EventsListed(Message, frozen=True):
+    """All `events` after the number `after` and up to `last`, in order. With `more` there are others already: ask (or wait) for those
+    after `last`."""
+
+    after: Count
+    last: Count
+    events: tuple[ClusterEvent, ...] = ()
+    more: bool = False
+
+
 class RequestFailed(Message, frozen=True):
     """The answer to any question that failed."""
 
@@ -1338,7 +1385,7 @@ AnyMessage = (
     | RegisterModel | ModelRegistered | GetModel | ListModels | ModelsListed
     | SetAlias | RemoveAlias | TagModel | ModelChanged | DeleteModel | ModelsDeleted
     | ListDeployments | DeploymentsListed | Undeploy | Undeployed | Promote | RollBack | Infer | CancelInfer | Inferred | RequestFailed
-    | FindReplicas | ReplicasFound
+    | FindReplicas | ReplicasFound | ListEvents | FollowEvents | EventsListed
     | CoordinatorStatus | NodeStatus | NodeCapacity | NodeTelemetry
     | LeaseShard | WithdrawLease | AcknowledgeResult | ForgetJob | LoadModel | UnloadModel | RunInference | CancelInference
     | HoldBlob | ReleaseBlob

@@ -3,7 +3,7 @@
 | topic                 | publisher   | QoS | retained | messages                                             |
 |-----------------------|-------------|-----|----------|------------------------------------------------------|
 | coordinator/status    | coordinator | 1   | yes      | CoordinatorStatus (also its will)                    |
-| coordinator/inbox     | clients     | 1   | no       | questions: List*, Get*, CancelJob, StopTraining, of data sets and models |
+| coordinator/inbox     | clients     | 1   | no       | questions: List*, Get*, CancelJob, StopTraining, FollowEvents, of data sets and models |
 | nodes/<id>/status     | node        | 1   | yes      | NodeStatus (also its will)                           |
 | nodes/<id>/capacity   | node        | 1   | yes      | NodeCapacity                                         |
 | nodes/<id>/telemetry  | node        | 0   | no       | NodeTelemetry, always JSON                           |

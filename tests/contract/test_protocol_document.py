@@ -64,6 +64,7 @@ def test_every_question_of_clients_is_there() -> None:
             "Undeploy",
             "Promote",
             "RollBack",
+            "FollowEvents",
             "Infer",
         }:
             assert f"`{name}`" in TEXT, name

@@ -15,6 +15,7 @@ from msgspec.structs import replace
 
 from coordinator.control import Control
 from coordinator.copies.locations import Holders
+from coordinator.events.stream import Events
 from coordinator.gateway import routes as gateway
 from coordinator.gateway.answers import in_words
 from coordinator.gateway.shelf import Shelf
@@ -51,7 +52,12 @@ def store(tmp_path: Path) -> BlobStore:
 
 
 @pytest.fixture
-def control(lab: Lab, store: BlobStore) -> Control:
+def events(lab: Lab) -> Events:
+    return Events(lab.journal, lambda job_id: None)
+
+
+@pytest.fixture
+def control(lab: Lab, store: BlobStore, events: Events) -> Control:
     """What is asked of the gateway beside inferences; there are no jobs."""
     nothing: Any = None
 
@@ -60,7 +66,7 @@ def control(lab: Lab, store: BlobStore) -> Control:
 
     return Control(
         dispatcher=nothing, registry=lab.registry, serving=lab.serving, membership=lab.membership, deletion=nothing, packed=nothing,
-        holders=Holders(lab.membership, tuple), store=store, urls=tuple, sync=sync,
+        holders=Holders(lab.membership, tuple), store=store, urls=tuple, sync=sync, events=events,
     )  # fmt: skip
 
 

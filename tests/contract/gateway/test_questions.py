@@ -22,6 +22,7 @@ from potluck.wire.messages import (
     GetModel,
     JobEnded,
     ListDeployments,
+    ListEvents,
     ListModels,
     ListNodes,
     Message,
@@ -62,6 +63,8 @@ async def test_an_answer_that_takes_time_is_waited_for(lab: Lab, http: Http) -> 
     status, answer = await ask(http, codec.encode(Undeploy(id="q", model="m"), "json"))
     assert (status, answer) == (200, {"type": "Undeployed", "id": "q", "deployments": ["m:1"]})
     assert lab.serving.deployments() == ()
+    _, events = await ask(http, codec.encode(ListEvents(last=1), "json"))
+    assert [(event["what"], event["name"]) for event in events["events"]] == [("undeployed", "m:1")]
 
 
 @pytest.mark.parametrize(
@@ -76,6 +79,7 @@ async def test_an_answer_that_takes_time_is_waited_for(lab: Lab, http: Http) -> 
         (codec.encode(NodeStatus(node_id="a", session="2", state="offline"), "json"), 400, "is not a question"),
         (codec.encode(ShardFailed(attempt_id="a", error=cast(Any, {"code": "", "message": ""})), "json"), 400, "is not a question"),
         (b'{"type": "Infer", "inputs": []}', 400, "is not a question"),
+        (b'{"type": "FollowEvents", "id": "q"}', 400, "has many answers: GET /v1/events gives them"),
         (b'{"type": "ListNodes", "id": "' + bytes([0x61]) * INLINE_LIMIT_BYTES + b'"}', 413, "send large data as a blob"),
         (b'{"type": "ListJobs"}', 500, "a defect of potluck"),  # of these tests: there is no dispatcher
     ],

@@ -13,6 +13,7 @@ import pytest
 
 from coordinator.control import MANIFEST_LIMIT_BYTES, Control, _is_same
 from coordinator.dispatch.dispatcher import Dispatcher
+from coordinator.events.stream import Events
 from coordinator.journal import Journal
 from coordinator.membership import Membership
 from coordinator.registry import Registry
@@ -35,6 +36,8 @@ from potluck.wire.messages import (
     Deploy,
     DeploymentInfo,
     Evaluate,
+    EventsListed,
+    FollowEvents,
     ListModels,
     Message,
     ModelChanged,
@@ -57,7 +60,10 @@ async def synced() -> None:
 
 
 def asking(outbox: Any, clock: Callable[[], float] = time.time, **parts: Any) -> Requests:
-    return Requests(outbox, Control(clock=clock, **parts))
+    async def send(question: Envelope, answer: Message) -> None:
+        outbox.reply(question, answer)
+
+    return Requests(outbox, Control(clock=clock, **{"events": None, **parts}), send)
 
 
 class Replies:
@@ -323,3 +329,33 @@ QUANTIZE = Deploy(model="m:3", quantize="int8", calibration="c", evaluation="c")
 )
 def test_a_job_is_the_same_when_it_was_asked_for_alike(kept: AnyJobSpec, asked: AnyJobSpec, same: bool) -> None:
     assert _is_same(kept, asked) is same
+
+
+async def test_many_answers_come_in_order_and_an_error_ends_them(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal")
+    events = Events(journal, lambda job_id: None)
+    said: list[Message] = []
+    errors: list[str] = []
+    replies: Any = SimpleNamespace(
+        reply=lambda question, answer: said.append(answer), refuse=lambda question, error: errors.append(error.code)
+    )
+    nothing: Any = None
+    requests = asking(
+        outbox=replies, dispatcher=nothing, registry=nothing, serving=nothing, membership=nothing, deletion=nothing, packed=nothing,
+        holders=nothing, store=BlobStore(tmp_path / "blobs", 1), urls=lambda: (), sync=synced, events=events,
+    )  # fmt: skip
+    running = asyncio.create_task(requests.run())
+    for number in range(150):
+        events.tell("node", f"n{number}", "joined")
+    requests.on_request(Envelope("t", FollowEvents(id="q-1", after=0), reply_to="a"))
+    await eventually(lambda: [(page.after, page.last) for page in said if isinstance(page, EventsListed)] == [(0, 100), (100, 150)])  # fmt: skip
+    for question in (FollowEvents(after=0), FollowEvents(id="q-2")):
+        requests.on_request(Envelope("t", question, reply_to="a" if not question.id else ""))
+    assert errors == ["invalid_request"] * 2
+    journal._unsafe = Unavailable("the journal may not be on the disk")
+    events.tell("node", "one more", "joined")
+    await eventually(lambda: errors[2:] == ["unavailable"])
+    journal._unsafe = None
+    running.cancel()
+    await asyncio.wait([running])
+    journal.close()

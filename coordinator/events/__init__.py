@@ -1,0 +1,1 @@
+"""What happens in the cluster, told to whoever wants to know."""

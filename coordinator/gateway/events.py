@@ -1,0 +1,77 @@
+"""What happens in the cluster, as server-sent events (WHATWG HTML, 9.2), for as long as the client stays."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from aiohttp import web
+
+from coordinator.control import Control, Stream
+from coordinator.gateway import streaming
+from coordinator.gateway.answers import guarded
+from potluck.errors import InvalidRequest, PotluckError
+from potluck.wire import codec
+from potluck.wire.messages import EventsListed, FollowEvents
+
+PATH = "/v1/events"
+LAST_HEADER = "Last-Event-ID"
+"""What a browser that lost the connection had last."""
+NUMBER_SIGNS = 15
+KEEP_ALIVE_SECONDS = 15.0
+"""After so long something is said, if only that nothing has happened: the WHATWG's own advice."""
+
+
+class FollowedEvents:
+    """The route of events."""
+
+    def __init__(self, control: Control) -> None:
+        self._control = control
+
+    def routes(self) -> list[web.RouteDef]:
+        return [web.get(PATH, guarded(self.follow), allow_head=False)]
+
+    async def follow(self, request: web.Request) -> web.StreamResponse:
+        """Events after the one of `Last-Event-ID`, else of `?after=`, else from now on. `id` of each is its number."""
+        after = _number(request)
+        caller, question_id = f"http {request.remote}", uuid.uuid4().hex
+
+        def ask() -> Stream:
+            question = FollowEvents(id=question_id, after=after, seconds=KEEP_ALIVE_SECONDS)
+            answer = self._control.answer(question, caller)
+            assert isinstance(answer, AsyncGenerator)
+            return answer
+
+        answers = ask()
+        response = web.StreamResponse(headers={"Content-Type": streaming.CONTENT_TYPE, "Cache-Control": "no-store"})
+        await response.prepare(request)
+        while True:
+            async with aclosing(answers):
+                async for page in answers:
+                    assert isinstance(page, EventsListed)
+                    await response.write(_written(page))
+                    after = page.last
+            try:
+                answers = ask()
+            except PotluckError:  # the coordinator stops, say: the client comes back with the number that it has
+                break
+        await response.write_eof()
+        return response
+
+
+def _number(request: web.Request) -> int | None:
+    """The event after which to begin; None: with what happens from now on. Raises InvalidRequest."""
+    text = request.headers.get(LAST_HEADER) or request.query.get("after", "")
+    if not text:
+        return None
+    if not (text.isascii() and text.isdigit() and len(text) <= NUMBER_SIGNS):
+        raise InvalidRequest(f"{text[:40]!r} is not the number of an event: {LAST_HEADER} and ?after= take one")
+    return int(text)
+
+
+def _written(page: EventsListed) -> bytes:
+    """Also where nothing has happened: then the client learns the number to come back with, and that we are here."""
+    if not page.events:
+        return b": nothing has happened\nid: %d\n\n" % page.last
+    return b"".join(streaming.event(one.number, codec.pack(one, "json")) for one in page.events)
