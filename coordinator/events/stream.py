@@ -18,6 +18,7 @@ from coordinator.events.telling import made, told
 from coordinator.journal import Journal
 from coordinator.plans.job import Job
 from potluck.errors import Overloaded, Unavailable
+from potluck.surviving import as_defect
 from potluck.wire import codec
 from potluck.wire.messages import ClusterEvent, EventsListed
 
@@ -132,7 +133,12 @@ class Events:
         """The journal is about to write these."""
         job = self._job(stream.removeprefix("job/")) if stream.startswith("job/") else None
         for event in events:
-            if (said := told(event, job, self._clock())) is not None:
+            try:
+                said = told(event, job, self._clock())
+            except Exception as error:  # noqa: BLE001 - what cannot be told still happens
+                as_defect(error, f"telling of {type(event).__name__}")
+                continue
+            if said is not None:
                 self._tell(said)
 
     def _tell(self, event: ClusterEvent) -> None:

@@ -12,6 +12,7 @@ import typer
 from potluck.cli import completion, interrupts
 from potluck.cli.data import data
 from potluck.cli.evaluate import evaluate
+from potluck.cli.events import events
 from potluck.cli.files import files
 from potluck.cli.infer import infer
 from potluck.cli.jobs import cancel, job, jobs, stop
@@ -36,7 +37,7 @@ app = typer.Typer(
     epilog="--seed, --cluster, --timeout, --verbose and --debug may stand before or after the command.",
 )
 for command in (
-    up, status, nodes, train, evaluate, predict, jobs, job, stop, cancel, deploy, promote, rollback, undeploy, deployments,
+    up, status, nodes, events, train, evaluate, predict, jobs, job, stop, cancel, deploy, promote, rollback, undeploy, deployments,
     infer, files,
 ):  # fmt: skip
     app.command(cls=Command)(command)

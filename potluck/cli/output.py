@@ -17,6 +17,7 @@ from rich.text import Text
 from potluck.cli.listing import NOTHING, PIPE_COLUMNS, Facts, Line, Listing
 from potluck.errors import PotluckError
 from potluck.wire.messages import (
+    ClusterEvent,
     DatasetInfo,
     DeploymentInfo,
     EpochMetrics,
@@ -32,7 +33,7 @@ from potluck.wording import counted, printable
 _COLORS = {
     "online": "green", "ready": "green", "succeeded": "green", "running": "cyan", "loading": "cyan", "queued": "yellow",
     "suspect": "yellow", "offline": "red", "left": "yellow", "failed": "red", "cancelled": "magenta",
-    "idle": "yellow", "evicted": "yellow", "withdrawn": "red", "retired": "yellow", "failing": "red",
+    "joined": "green", "lost": "red", "missed": "red", "idle": "yellow", "evicted": "yellow", "withdrawn": "red", "retired": "yellow", "failing": "red",
 }  # fmt: skip
 
 _LINES = "\n"
@@ -66,6 +67,12 @@ def note(text: str) -> None:
 def emit(value: Any) -> None:
     """Print JSON on standard output."""
     sys.stdout.write(json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def emit_line(value: Any) -> None:
+    """Print as JSON in one line, on standard output, at once: for a value after another."""
+    sys.stdout.write(json.dumps(plain(value), ensure_ascii=False, allow_nan=False) + "\n")
+    sys.stdout.flush()
 
 
 def error_line(error: PotluckError) -> str:
@@ -236,6 +243,24 @@ def ago_text(at: float) -> str:
     return f"{seconds_text(time.time() - at)} ago" if at else "-"
 
 
+def time_text(at: float) -> str:
+    """By the clock here: `2026-01-07 10:31:04`."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
+
+
+def events_table(events: Iterable[ClusterEvent]) -> Listing:
+    """An event a line, the oldest first."""
+    rows = [(str(one.number), time_text(one.at), one.subject, one.name, colored(one.what), one.text) for one in events]
+    return table(("number", "time", "subject", "name", "event", "text"), rows, right=("number",))
+
+
+def event_line(event: ClusterEvent) -> Line:
+    """The same as a line of its own."""
+    of = f"{event.subject} {event.name}".rstrip()
+    parts = [Text(time_text(event.at), style="dim"), Text(printable(of)), colored(printable(event.what))]
+    return Line(Text("  ").join([*parts, Text(printable(event.text))]))
+
+
 def models_table(models: Iterable[ModelInfo]) -> Listing:
     """One line per version. A column that no version fills is left out (inputs and outputs are unknown until a model is loaded once)."""
 
@@ -282,7 +307,7 @@ def model_report(model: ModelInfo) -> Facts:
             ("from", model.source),
             (
                 "made",
-                f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(model.created_at))} ({ago_text(model.created_at)})",
+                f"{time_text(model.created_at)} ({ago_text(model.created_at)})",
             ),
             ("size", f"{bytes_text(ref.size)} ({counted(ref.size, 'byte')})"),
             ("sha256", ref.sha256),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import socket
+import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import AsyncExitStack, aclosing
 from pathlib import Path
@@ -288,6 +290,28 @@ async def test_a_program_without_asyncio_follows_too(core: Core, broker: TestBro
     await eventually(lambda: len(core.events._followers) == 1)
     core.tell("c")
     assert await working == (["a", "b"], ["b", "c"])
+
+
+async def test_the_command_line_shows_and_follows(core: Core, broker: TestBroker) -> None:
+    core.tell("a", "b", "c")
+
+    async def run(*options: str) -> asyncio.subprocess.Process:
+        command = ("-m", "potluck.cli.main", "--seed", f"127.0.0.1:{broker.port}", "--cluster", "events", "events")
+        return await asyncio.create_subprocess_exec(sys.executable, *command, *options, stdout=asyncio.subprocess.PIPE)
+
+    said, _ = await (await run("--last", "2", "--json")).communicate()
+    assert [event["name"] for event in json.loads(said)] == ["b", "c"]
+    said, _ = await (await run("--after", "1")).communicate()
+    assert [line.split()[:1] for line in said.decode().splitlines()] == [["number"], ["2"], ["3"]]
+    following = await run("-f", "-n", "1", "--json")
+    assert following.stdout is not None
+    assert json.loads(await following.stdout.readline())["name"] == "c"
+    await eventually(lambda: len(core.events._followers) == 1)
+    core.tell("d")
+    assert json.loads(await following.stdout.readline())["name"] == "d"
+    following.send_signal(signal.SIGINT)
+    assert await asyncio.wait_for(following.wait(), 20) == 130
+    await eventually(lambda: not core.events._followers)
 
 
 async def test_only_so_many_follow(core: Core, client: AsyncClient, session: aiohttp.ClientSession) -> None:

@@ -83,6 +83,17 @@ async def test_of_what_could_not_be_written_nothing_is_told(house: House) -> Non
     assert await house.names() == ["a"]
 
 
+async def test_what_cannot_be_told_still_happens(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    def told(*_: object) -> None:
+        raise ValueError("a defect")
+
+    monkeypatch.setattr(stream, "told", told)
+    registry = Registry(house.journal)
+    registry.add_model("m", BlobRef(sha256="0" * 64, size=1), now=1.0)
+    assert registry.model("m").version == 1
+    assert await house.names() == []
+
+
 async def test_nothing_that_is_told_makes_a_journal_one_that_keeps_something(house: House) -> None:
     house.tell("a")
     assert house.journal.empty

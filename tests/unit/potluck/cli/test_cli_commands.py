@@ -220,6 +220,7 @@ def test_help_imports_nothing_heavy() -> None:
         "up",
         "status",
         "nodes",
+        "events",
         "train",
         "evaluate",
         "predict",

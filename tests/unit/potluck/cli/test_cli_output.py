@@ -18,6 +18,7 @@ from potluck.cli import following, output, predict
 from potluck.wire.messages import (
     Capacity,
     ClassScore,
+    ClusterEvent,
     EpochMetrics,
     Evaluation,
     Gpu,
@@ -94,6 +95,31 @@ def test_of_nodes_the_ids_are_whole_on_narrow_terminals_and_what_counts_is_in_th
     assert lines[1].startswith(f"{node_id}  online  ")
     assert all(len(line) <= width for line in lines)
     assert {"cores", "memory"} | ({"GFLOP/s", "load"} if width == 80 else set()) <= set(first.plain.split())
+
+
+def test_events_are_told_in_lines() -> None:
+    at = time.mktime((2026, 1, 7, 10, 31, 4, 0, 0, -1))
+    event = ClusterEvent(number=41, at=at, subject="job", name="4be1", what="failed", text="out of\n\x1b[31m memory")
+    lines = text_of(output.events_table([event])).splitlines()
+    assert lines[0].split() == ["number", "time", "subject", "name", "event", "text"]
+    assert lines[1].split() == [
+        "41",
+        "2026-01-07",
+        "10:31:04",
+        "job",
+        "4be1",
+        "failed",
+        "out",
+        "of\\n\\x1b[31m",
+        "memory",
+    ]
+    assert text_of(output.event_line(event)).rstrip() == (
+        "2026-01-07 10:31:04  job 4be1  failed  out of\\n\\x1b[31m memory"
+    )
+    missed = ClusterEvent(
+        number=40, at=at, subject="events", name="", what="missed", text="3 to 40 are not kept any more"
+    )
+    assert "events  missed  3 to 40" in text_of(output.event_line(missed))
 
 
 def test_an_evaluation_shows_scores_and_confusion() -> None:

@@ -1,0 +1,48 @@
+"""`potluck events`: what has happened in the cluster, and what happens."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from potluck.cli.session import Json, session
+
+SHOWN = 20
+"""Of what has happened, unless more is asked for: the newest."""
+
+
+def events(
+    context: typer.Context,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on with what happens, until Ctrl-C: a line an event.")
+    ] = False,
+    last: Annotated[
+        int | None,
+        typer.Option("--last", "-n", min=0, metavar="N", help=f"Of those before, the newest N (default: {SHOWN})."),
+    ] = None,
+    after: Annotated[
+        int | None, typer.Option(min=0, metavar="NUMBER", help="Those after the event of this number, all of them.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what has happened to jobs, nodes, models, data sets and deployments."""
+    from potluck.cli import output
+
+    if last is None and after is None:
+        last = SHOWN
+    with session(context).client() as client:
+        if follow:
+            for event in client.events(after, last=last or None, follow=True):
+                if as_json:
+                    output.emit_line(event)
+                else:
+                    output.show(output.event_line(event))
+            return
+        found = list(client.events(after, last=last)) if last != 0 else []
+    if as_json:
+        output.emit(found)
+    elif found:
+        output.show(output.events_table(found))
+    else:
+        output.note("nothing has happened")
