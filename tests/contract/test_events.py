@@ -8,7 +8,7 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import AsyncExitStack, aclosing
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,18 @@ from coordinator.gateway.events import FollowedEvents
 from coordinator.journal import Journal
 from coordinator.requests import Requests
 from potluck.blobs.store import BlobStore
-from potluck.bus.mqtt import MqttBus
+from potluck.bus.mqtt import Bus, MqttBus
 from potluck.bus.outbox import Outbox
 from potluck.client import AsyncClient, Client
 from potluck.errors import Overloaded
 from potluck.net.http import serve_http
 from potluck.settings import BusTimings
+from potluck.wire import codec
 from potluck.wire.messages import ClusterEvent, CoordinatorStatus, EventsListed, FollowEvents, Message
 from potluck.wire.topics import Topics
 from support.brokers import TestBroker, some_kind
 from support.eventually import eventually
+from support.fake_bus import FakeBroker, FakeBus
 
 TOPICS = Topics("events")
 QUICK = BusTimings(connect_timeout_seconds=5.0, reconnect_min_seconds=0.05, reconnect_max_seconds=0.2)
@@ -41,8 +43,8 @@ Follow = Callable[[int | None], AsyncGenerator[ClusterEvent, None]]
 class Core:
     """As much of a coordinator as events need; `start` and `stop` it as often as you like."""
 
-    def __init__(self, broker: TestBroker, folder: Path) -> None:
-        self._broker = broker
+    def __init__(self, make_bus: Callable[[], Bus], folder: Path) -> None:
+        self._make_bus = make_bus
         self._folder = folder
         self._sock = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._sock.getsockname()[1]}"
@@ -57,7 +59,7 @@ class Core:
             dispatcher=nothing, registry=nothing, serving=nothing, membership=nothing, deletion=nothing, packed=nothing, holders=nothing,
             store=BlobStore(self._folder / "blobs", 1), urls=tuple, sync=self.journal.sync, events=self.events,
         )  # fmt: skip
-        self.bus = MqttBus(self._broker.address, TOPICS, client_id="coordinator", timings=QUICK)
+        self.bus = self._make_bus()
         outbox = Outbox(self.bus, before=self.journal.flush)
         requests = Requests(outbox, control, self.bus.reply)
         self.bus.subscribe(TOPICS.coordinator_inbox, requests.on_request)
@@ -88,6 +90,16 @@ class Core:
             self.events.tell("node", name, "joined")
 
 
+@asynccontextmanager
+async def started(core: Core) -> AsyncIterator[Core]:
+    await core.start()
+    try:
+        yield core
+    finally:
+        await core.stop()
+        core._sock.close()
+
+
 @pytest.fixture
 async def broker(tmp_path: Path) -> AsyncIterator[TestBroker]:
     started = TestBroker(some_kind(), tmp_path)
@@ -98,11 +110,9 @@ async def broker(tmp_path: Path) -> AsyncIterator[TestBroker]:
 
 @pytest.fixture
 async def core(broker: TestBroker, tmp_path: Path) -> AsyncIterator[Core]:
-    made = Core(broker, tmp_path)
-    await made.start()
-    yield made
-    await made.stop()
-    made._sock.close()
+    made = Core(lambda: MqttBus(broker.address, TOPICS, client_id="coordinator", timings=QUICK), tmp_path)
+    async with started(made):
+        yield made
 
 
 @pytest.fixture(autouse=True)
@@ -242,6 +252,36 @@ async def test_a_connection_that_is_lost_costs_no_event(core: Core, client: Asyn
     core.tell("c")
     await eventually(lambda: heard.names == ["a", "b", "c"], 20)
     await heard.end()
+
+
+async def test_an_answer_that_is_lost_or_comes_twice_changes_nothing(tmp_path: Path) -> None:
+    broker = FakeBroker()
+    lost: list[bytes] = []
+
+    def loses(topic: str, payload: bytes) -> bool:
+        """Every second answer that has events; of the others it delivers the first twice."""
+        told = codec.decode(payload)[0]
+        if not isinstance(told, EventsListed) or not told.events:
+            return False
+        lost.append(payload)
+        if len(lost) == 1:
+            broker.drop = lambda topic, payload: False
+            broker.publish(topic, payload, 1, False, None)
+            broker.drop = loses
+        return len(lost) % 2 == 0
+
+    broker.drop = loses
+    async with started(Core(lambda: FakeBus(broker, TOPICS, client_id="coordinator"), tmp_path)) as core:
+        bus = FakeBus(broker, TOPICS, client_id="me")
+        async with AsyncClient(timeout=5, cluster="events", bus=bus) as client:
+            heard = Heard(await client.events(0, follow=True))
+            names = [f"n{number}" for number in range(1, 11)]
+            for count, name in enumerate(names, 1):
+                core.tell(name)
+                await eventually(lambda: len(heard.events) == count)  # noqa: B023
+            assert heard.names == names
+            assert len(lost) > len(names)
+            await heard.end()
 
 
 async def test_a_follower_that_is_gone_is_told_nothing_more(core: Core, broker: TestBroker) -> None:

@@ -14,6 +14,7 @@ from coordinator.journal import Journal
 from coordinator.plans.job import Job, JobStarted, JobSubmitted
 from coordinator.registry import Registry
 from potluck.errors import Overloaded, Unavailable
+from potluck.wire import codec
 from potluck.wire.messages import BlobRef, ClusterEvent, Deploy, EventsListed
 
 KEY = ("me", "q-1")
@@ -112,6 +113,13 @@ async def test_pages_of_what_has_happened(house: House) -> None:
     assert (newest.after, newest.last, newest.more) == (247, 250, False)
     assert [event.name for event in newest.events] == ["n248", "n249", "n250"]
     assert await house.names(250) == []
+
+
+async def test_a_page_of_the_longest_events_fits_into_a_message(house: House) -> None:
+    for _ in range(PAGE_EVENTS):
+        house.events.tell("deployment", "n" * 140, "undeployed", "\x00" * 1000)
+    for encoding in codec.CONTENT_TYPES:
+        assert len(codec.encode(await house.events.listed(0), encoding)) > 30_000
 
 
 async def test_who_follows_is_told_once_and_in_order_over_a_restart(house: House) -> None:
