@@ -7,17 +7,17 @@ from __future__ import annotations
 
 from msgspec import Struct
 
-from coordinator.plans.job import (
+from coordinator.plans.events import (
     AttemptEnded,
     AttemptFinished,
     AttemptLeased,
     EpochEnded,
-    Job,
     JobFinished,
     JobStarted,
     JobSubmitted,
     StopAsked,
 )
+from coordinator.plans.job import Job
 from coordinator.registry import (
     AliasRemoved,
     AliasSet,

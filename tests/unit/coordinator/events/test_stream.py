@@ -11,7 +11,8 @@ import pytest
 from coordinator.events import stream
 from coordinator.events.stream import FOLLOWERS_EACH, FOLLOWERS_LIMIT, PAGE_EVENTS, Events
 from coordinator.journal import Journal
-from coordinator.plans.job import Job, JobStarted, JobSubmitted
+from coordinator.plans.events import JobStarted, JobSubmitted
+from coordinator.plans.job import Job
 from coordinator.registry import Registry
 from potluck.errors import Overloaded, Unavailable
 from potluck.wire import codec

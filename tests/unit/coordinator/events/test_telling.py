@@ -8,17 +8,17 @@ from typing import Any
 import pytest
 
 from coordinator.events.telling import TEXT_LIMIT, told
-from coordinator.plans.job import (
+from coordinator.plans.events import (
     AttemptEnded,
     AttemptLeased,
     EpochEnded,
-    Job,
     JobFinished,
     JobStarted,
     JobSubmitted,
     MeasureAgain,
     StopAsked,
 )
+from coordinator.plans.job import Job
 from coordinator.registry import (
     AliasRemoved,
     AliasSet,
