@@ -28,6 +28,7 @@ from report import Report, percentiles
 
 from potluck.bus.mqtt import MqttBus
 from potluck.client import AsyncClient, AsyncJob
+from potluck.credentials import Credentials
 from potluck.errors import PotluckError
 from potluck.local_cluster import Daemon, LocalCluster
 from potluck.wire.messages import Infer, Inferred, Tensor
@@ -164,7 +165,7 @@ async def asker(cluster: LocalCluster, model: str, array: np.ndarray[Any, Any]) 
     async def address() -> tuple[str, int]:
         return cluster.broker_host, cluster.broker_port
 
-    bus = MqttBus(address, topics, client_id="load", highest_version=4)
+    bus = MqttBus(address, topics, Credentials(), client_id="load", highest_version=4)
     running = asyncio.create_task(bus.run(), name="load bus")
     try:
         await bus.connected(10)

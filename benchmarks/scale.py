@@ -37,6 +37,7 @@ from coordinator.plans.events import AttemptFinished, AttemptLeased, JobSubmitte
 from coordinator.plans.job import Job
 from coordinator.plans.strategies import strategy_for
 from potluck.bus.mqtt import MqttBus, in_turn
+from potluck.credentials import Credentials
 from potluck.lifecycle import die_with_parent
 from potluck.local_cluster import LocalCluster
 from potluck.settings import CoordinatorSettings
@@ -100,7 +101,9 @@ class Cluster:
         )
         self.cluster = cluster
         self.process = psutil.Process(cluster.coordinator.pid)
-        self.bus = MqttBus(in_turn([("127.0.0.1", cluster.broker_port)]), self.topics, client_id=f"bench-{self.name}")
+        self.bus = MqttBus(
+            in_turn([("127.0.0.1", cluster.broker_port)]), self.topics, Credentials(), client_id=f"bench-{self.name}"
+        )
         running = asyncio.create_task(self.bus.run())
         self._stack.push_async_callback(_end, running)
         await self.bus.connected(10.0)

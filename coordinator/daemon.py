@@ -45,6 +45,7 @@ from potluck.blobs.store import BlobStore
 from potluck.bus.filters import matches
 from potluck.bus.mqtt import Addresses, Envelope, MqttBus, Will, in_turn
 from potluck.bus.outbox import Outbox
+from potluck.credentials import Credentials
 from potluck.errors import Conflict, GaveWay, PotluckError, Unavailable
 from potluck.logs import Seldom, fields
 from potluck.net.addresses import base_urls, bind_gateway, reachable_addresses
@@ -98,6 +99,8 @@ class Coordinator:
         self.topics = Topics(settings.cluster)
         self.session = uuid.uuid4().hex
         self.folder = state_folder(settings.state_dir, "coordinator")
+        self._name = f"{short_hostname()}-{self.session[:6]}"
+        self.credentials = Credentials.of("coordinator", self._name)
         self._rival: CoordinatorStatus | None = None
         self._rival_at = 0.0
         self._rival_lives = False
@@ -121,12 +124,12 @@ class Coordinator:
             sock = bind_gateway(settings.listen)
             stack.callback(sock.close)
             port = sock.getsockname()[1]
-            self._urls = base_urls(settings.listen.host, port)
+            self._urls = base_urls(settings.listen.host, port, self.credentials.scheme)
 
             def urls() -> tuple[str, ...]:
                 return self._urls
 
-            downloader = await stack.enter_async_context(Downloader(store))
+            downloader = await stack.enter_async_context(Downloader(store, self.credentials))
 
             offline = CoordinatorStatus(
                 session=self.session, epoch=journal.epoch, state="offline", cluster_id=journal.cluster_id
@@ -153,6 +156,7 @@ class Coordinator:
             bus = MqttBus(
                 addresses,
                 self.topics,
+                self.credentials,
                 client_id=f"coordinator-{self.session[:12]}",
                 will=Will(status_topic, offline),
                 timings=settings.bus,
@@ -270,7 +274,7 @@ class Coordinator:
                     *gateway.routes(control, self._serving, self._inference, self._membership, settings, shelf, bus),
                 ]
                 async with (
-                    serve_http(sock, routes, (in_words,), settings.http),
+                    serve_http(sock, routes, self.credentials, (in_words,), settings.http),
                     AsyncExitStack() as advertisement,
                 ):
                     await self._join(bus)
@@ -283,7 +287,9 @@ class Coordinator:
                             self._service(port, broker), founded=journal.founded, empty=journal.empty
                         )
                         discovery = await self._advertise(advertisement, mine)
-                        self._neighbours = Neighbours(discovery, mine, self.topics, online, settings.bus)
+                        self._neighbours = Neighbours(
+                            discovery, mine, self.topics, online, self.credentials, settings.bus
+                        )
                         running.append(tasks.create_task(self._give_way(self._neighbours, stop), name="neighbours"))
                         running.append(tasks.create_task(_say_once_kept(discovery, mine, journal), name="kept"))
                     broker_at = f"{broker.host}:{broker.port}" if broker else "external"
@@ -488,7 +494,7 @@ class Coordinator:
         """
         while True:
             await asyncio.sleep(STATUS_SECONDS)
-            self._urls = base_urls(self.settings.listen.host, port)
+            self._urls = base_urls(self.settings.listen.host, port, self.credentials.scheme)
             if self._announced.is_set():
                 self._outbox.publish(self.topics.coordinator_status, online(), retain=True)
 
@@ -513,7 +519,7 @@ class Coordinator:
             if is_loopback(broker_host):
                 broker_host = ""
         return Service(
-            id=f"{short_hostname()}-{self.session[:6]}",
+            id=self._name,
             cluster=settings.cluster,
             role="coordinator",
             host=reachable_addresses(settings.listen.host)[0],

@@ -14,7 +14,7 @@ from typing import Literal
 from msgspec.structs import replace as changed
 
 from potluck.wire import codec
-from potluck.wire.addresses import is_address
+from potluck.wire.addresses import is_address, is_place
 from potluck.wire.messages import (
     CLASS_NAMES_LIMIT_BYTES,
     PROTOCOL_VERSION,
@@ -157,7 +157,7 @@ class Membership:
         """A birth or a will. A stale will (of another session than the present one) changes nothing."""
         http = tuple(filter(is_address, status.http[:ADDRESSES_KEPT]))
         software = _short(status.software)
-        collective = status.collective if is_address(f"http://{status.collective}") else ""
+        collective = status.collective if is_place(status.collective) else ""
         known = self.members.get(status.node_id)
         if status.state == "offline":
             if known is None or known.session != status.session or known.state == "offline":

@@ -13,10 +13,11 @@ import time
 import uuid
 from collections.abc import Callable
 
+from potluck.bus.connecting import refusal
 from potluck.bus.mqtt import Envelope, MqttBus, in_turn
+from potluck.credentials import Credentials
 from potluck.errors import GaveWay, Unavailable
 from potluck.logs import Seldom, fields
-from potluck.net.addresses import refusal
 from potluck.net.discovery import Discovery, Service
 from potluck.settings import BusTimings
 from potluck.surviving import surviving
@@ -56,12 +57,14 @@ class Neighbours:
         mine: Service,
         topics: Topics,
         own: Callable[[], CoordinatorStatus],
+        credentials: Credentials,
         timings: BusTimings,
     ) -> None:
         self._discovery = discovery
         self._mine = mine
         self._topics = topics
         self._own = own
+        self._credentials = credentials
         self._timings = timings
         self._due: dict[tuple[str, int], tuple[float, float]] = {}
         """When to ask each one again, on the monotonic clock, and the last pause after a failure."""
@@ -138,12 +141,13 @@ class Neighbours:
                 said.set_result(status)
 
         if await refusal(
-            *place, ASK_SECONDS
+            *place, self._credentials, ASK_SECONDS
         ):  # an advertisement that outlived its coordinator: the bus would log warnings
             return None
         bus = MqttBus(
             in_turn([place]),
             self._topics,
+            self._credentials,
             client_id=f"neighbour-{uuid.uuid4().hex[:12]}",
             timings=self._timings,
             visiting=True,

@@ -32,6 +32,7 @@ from potluck.blobs.download import Downloader
 from potluck.blobs.store import BlobStore
 from potluck.bus.mqtt import Addresses, Envelope, MqttBus, Will
 from potluck.bus.outbox import Outbox
+from potluck.credentials import Credentials
 from potluck.errors import Conflict, Unavailable
 from potluck.logs import Seldom, fields
 from potluck.net.addresses import bind, reachable_addresses
@@ -40,6 +41,7 @@ from potluck.net.http import serve_http
 from potluck.settings import NodeSettings, check_listen, state_folder
 from potluck.sole_use import sole_use
 from potluck.surviving import surviving
+from potluck.wire.addresses import place
 from potluck.wire.messages import (
     PROTOCOL_VERSION,
     AcknowledgeResult,
@@ -82,6 +84,7 @@ class Node:
         self.session = uuid.uuid4().hex
         self.folder = state_folder(settings.state_dir, "node")
         self.node_id = identity.node_id(settings.node_id, self.folder)
+        self.credentials = Credentials.of("node", self.node_id)
         self._outbox_topic = self.topics.node(self.node_id, "outbox")
         self._assignments = Assignments()
         self._giving_way = GivingWay(settings.give_way_share)
@@ -104,19 +107,20 @@ class Node:
             collective = ""
             if settings.listen.insecure:  # TensorFlow's own server has no protection, and listens on all addresses
                 meeting = replace(settings.listen, port=settings.sync_port)
-                place = stack.enter_context(bind(meeting, "sync_port", listening=False))
+                meeting_point = stack.enter_context(bind(meeting, "sync_port", listening=False))
                 host = reachable_addresses(settings.listen.host)[0]
-                collective = f"[{host}]:{place.getsockname()[1]}" if ":" in host else f"{host}:{place.getsockname()[1]}"
+                collective = place(host, meeting_point.getsockname()[1])
             self._presence = Presence(
-                settings, self.topics, self.node_id, self.session, sock.getsockname()[1], collective
-            )
+                settings, self.topics, self.node_id, self.session, sock.getsockname()[1], collective, self.credentials.scheme
+            )  # fmt: skip
             store = BlobStore(self.folder / "blobs", settings.blob_limit_bytes)
-            downloader = await stack.enter_async_context(Downloader(store))
-            inputs = await stack.enter_async_context(Inputs(self.folder / "inputs"))
+            downloader = await stack.enter_async_context(Downloader(store, self.credentials))
+            inputs = await stack.enter_async_context(Inputs(self.folder / "inputs", self.credentials))
             discovery = await self._discovery(stack)
             self._bus = MqttBus(
                 self._addresses(discovery),
                 self.topics,
+                self.credentials,
                 client_id=f"node-{self.node_id}-{self.session[:8]}",
                 will=Will(self._presence.status_topic, self._presence.status("offline")),
                 timings=settings.bus,
@@ -174,7 +178,8 @@ class Node:
                     parts["advertise"] = self._presence.advertise(discovery)
                 running = [tasks.create_task(part, name=name) for name, part in parts.items()]
                 routes = blob_server.routes(store, inputs.store, writable=False, max_bytes=0)
-                async with serve_http(sock, [*routes, *inputs.routes(self._replicas.no_inputs)], limits=settings.http):
+                routes += inputs.routes(self._replicas.no_inputs)
+                async with serve_http(sock, routes, self.credentials, limits=settings.http):
                     http = self._presence.urls[0]
                     log.info("node started %s", fields(node=self.node_id, cluster=settings.cluster, http=http))
                     lifecycle.notify("READY=1")

@@ -22,6 +22,7 @@ from potluck.blobs import server
 from potluck.blobs.download import Downloader
 from potluck.blobs.store import BlobStore, is_made_up
 from potluck.blobs.transfer import Timings
+from potluck.credentials import Credentials
 from potluck.errors import PotluckError
 from potluck.logs import fields
 from potluck.surviving import surviving
@@ -41,11 +42,16 @@ class Inputs:
     """The store of inputs; an async context manager. `run` must be running."""
 
     def __init__(
-        self, folder: Path, *, limit_bytes: int = STORE_LIMIT_BYTES, kept_seconds: float = KEPT_SECONDS
+        self,
+        folder: Path,
+        credentials: Credentials,
+        *,
+        limit_bytes: int = STORE_LIMIT_BYTES,
+        kept_seconds: float = KEPT_SECONDS,
     ) -> None:
         shutil.rmtree(folder, ignore_errors=True)  # left by a process that was killed
         self.store = BlobStore(folder, limit_bytes)
-        self._downloader = Downloader(self.store, TIMINGS)
+        self._downloader = Downloader(self.store, credentials, TIMINGS)
         self._kept_seconds = kept_seconds
         self._stack = AsyncExitStack()
 

@@ -22,6 +22,7 @@ from potluck.net.addresses import base_urls, reachable_addresses
 from potluck.net.discovery import Discovery, Service
 from potluck.settings import NodeSettings
 from potluck.surviving import surviving
+from potluck.wire.addresses import Scheme
 from potluck.wire.messages import Capacity, CoordinatorStatus, NodeCapacity, NodeData, NodeStatus, NodeTelemetry
 from potluck.wire.topics import Topics
 
@@ -40,13 +41,21 @@ class Presence:
     """One session of a node in its cluster. `joined`: the broker has our birth, on the present connection."""
 
     def __init__(
-        self, settings: NodeSettings, topics: Topics, node_id: str, session: str, port: int, collective: str
+        self,
+        settings: NodeSettings,
+        topics: Topics,
+        node_id: str,
+        session: str,
+        port: int,
+        collective: str,
+        scheme: Scheme,
     ) -> None:
         self._settings = settings
         self._topics = topics
         self._node_id = node_id
         self._session = session
         self._port = port
+        self._scheme: Scheme = scheme
         self._capacity = capacities.read()
         self._data: tuple[NodeData, ...] = ()
         self._data_missing: dict[str, str] = {}
@@ -60,7 +69,7 @@ class Presence:
         """Coordinator sessions that we have told of us, or that were there when we came."""
         self._before: dict[str, str] = {}
         """Sessions of this id that were there when we came, and their addresses. They are our own earlier ones, unless one is heard again."""
-        self.urls = base_urls(settings.listen.host, port)
+        self.urls = base_urls(settings.listen.host, port, scheme)
         """Present addresses of this node's blobs: a machine's addresses change."""
         self.status_topic = topics.node(node_id, "status")
         self._capacity_topic = topics.node(node_id, "capacity")
@@ -190,7 +199,7 @@ class Presence:
 
     async def birth(self, bus: Bus) -> None:
         """Publish our birth after each connect: the broker may have forgotten us, or published our will."""
-        self.urls = base_urls(self._settings.listen.host, self._port)
+        self.urls = base_urls(self._settings.listen.host, self._port, self._scheme)
         self._being_born = True
         try:
             await bus.publish(self.status_topic, self.status("online"), retain=True)

@@ -20,8 +20,10 @@ from aiohttp import hdrs
 
 from potluck.blobs.store import BlobStore, hash_file
 from potluck.blobs.transfer import TIMINGS, Timings, Transfer, explained
+from potluck.credentials import Credentials
 from potluck.errors import DiskFull, InvalidRequest, NotFound, TooLarge, Unavailable
 from potluck.logs import fields
+from potluck.net.http_client import session
 from potluck.wire.addresses import NO_ADDRESS, is_address
 from potluck.wire.messages import BlobRef
 
@@ -47,18 +49,18 @@ class _UnderWay:
 class Downloader:
     """Fetches into `store`; an async context manager. Two fetches of one blob are one."""
 
-    def __init__(self, store: BlobStore, timings: Timings = TIMINGS) -> None:
+    def __init__(self, store: BlobStore, credentials: Credentials, timings: Timings = TIMINGS) -> None:
         self._store = store
+        self._credentials = credentials
         self._timings = timings
         self._under_way: dict[str, _UnderWay] = {}
         self._distrusted_until: dict[str, float] = {}
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
-        timeout = aiohttp.ClientTimeout(
-            total=None, sock_connect=self._timings.connect_seconds, sock_read=self._timings.idle_seconds
+        self._session = session(
+            self._credentials, connect_seconds=self._timings.connect_seconds, idle_seconds=self._timings.idle_seconds
         )
-        self._session = aiohttp.ClientSession(timeout=timeout, auto_decompress=False, read_bufsize=1 << 18)
         return self
 
     async def __aexit__(

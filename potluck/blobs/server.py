@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -14,8 +15,11 @@ from aiohttp import ETag, hdrs, web
 from aiohttp.abc import AbstractStreamWriter
 
 from potluck.blobs.store import BlobStore, NewFile, is_sha256, made_up_name
-from potluck.errors import DiskFull, NotFound, PotluckError, TooLarge
-from potluck.net.http import TOO_SLOW, Patience
+from potluck.errors import DiskFull, InvalidRequest, NotFound, PotluckError, TooLarge
+from potluck.logs import fields
+from potluck.net.http import TOO_SLOW, Patience, caller_of
+
+log = logging.getLogger(__name__)
 
 IDLE_SECONDS = 30.0
 """An upload of which no byte arrives for so long is given up, and one that is slow (`potluck.net.http.Patience`)."""
@@ -39,7 +43,7 @@ def routes(
     """Routes for an aiohttp application. `GET` answers Range requests (RFC 9110, 14) and carries the hash as ETag; what is not
     in `store` is looked for in `others`.
 
-    `PUT` takes at most `max_bytes` and keeps nothing that has not the hash which names it. With `Expect: 100-continue` what
+    `PUT` takes at most `max_bytes` and keeps nothing that has not the hash which names it; who sent what is logged. With `Expect: 100-continue` what
     is not wanted is refused before it is sent.
     """
 
@@ -58,6 +62,10 @@ def routes(
         sha256 = request.match_info["sha256"]
         if not is_sha256(sha256):
             return _problem(400, "a blob is named by its SHA-256: 64 lower-case hexadecimal digits")
+        try:
+            caller_of(request)
+        except InvalidRequest as error:
+            return _problem(400, error.message)
         if _is_encoded(request):
             return _encoded()
         if store.has(sha256):
@@ -110,6 +118,10 @@ def inputs_routes(
     async def post(request: web.Request) -> web.StreamResponse:
         if request.content_type != _OCTETS:  # which no page in a browser can send unasked: fetch standard, 2.2.2
             return _problem(415, f"inputs are sent as {_OCTETS}")
+        try:
+            caller_of(request)
+        except InvalidRequest as error:
+            return _problem(400, error.message)
         if _is_encoded(request):
             return _encoded()
         if (reason := refusal()) is not None:
@@ -156,6 +168,7 @@ async def _received(
             store.adopt(file.path, name)
             if wanted is not None:
                 store.uploaded(name, peer)
+                log.info("blob taken %s", fields(blob=name[:12], size=size, caller=caller_of(request), peer=peer))
     except TooLarge:
         return _too_large(max_bytes)
     except DiskFull as error:

@@ -7,24 +7,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import socket
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import aiomqtt
-from paho.mqtt.client import MQTT_CLEAN_START_FIRST_ONLY
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
-from potluck.bus.exchange import Will
 from potluck.bus.properties import Mirrored
 from potluck.errors import Overloaded, PotluckError, Unavailable
 from potluck.logs import fields
-from potluck.settings import BROKER_PORT, GATEWAY_PORT, BusTimings
-from potluck.wire import codec
+from potluck.settings import BROKER_PORT, GATEWAY_PORT
 
 log = logging.getLogger(__name__)
 
@@ -159,13 +155,11 @@ class PlainLink(Link):
         address: tuple[str, int],
         version: aiomqtt.ProtocolVersion,
         arrived: Arrived,
-        *,
-        client_id: str,
-        will: Will | None,
-        timings: BusTimings,
+        options: Mapping[str, Any],
     ) -> None:
+        """`options`: of aiomqtt's client (`potluck.bus.connecting`)."""
         super().__init__(address, version, arrived)
-        self._mqtt = aiomqtt.Client(**options(address, version, client_id, will, timings))
+        self._mqtt = aiomqtt.Client(**options)
         self._mqtt.pending_calls_threshold = PLAIN_LIMIT + 10  # it warns of more
         self._lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._reading: asyncio.Task[None] | None = None
@@ -284,27 +278,6 @@ class PlainLink(Link):
 
     def _qos(self, qos: int) -> Any:
         return SubscribeOptions(qos=qos) if self._v5 else qos
-
-
-def options(
-    address: tuple[str, int], version: aiomqtt.ProtocolVersion, client_id: str, will: Will | None, timings: BusTimings
-) -> dict[str, Any]:
-    """What aiomqtt's client is made with."""
-    v5 = version is aiomqtt.ProtocolVersion.V5
-    return {
-        "hostname": address[0],
-        "port": address[1],
-        "identifier": client_id,
-        "protocol": version,
-        "clean_session": None if v5 else True,
-        "clean_start": True if v5 else MQTT_CLEAN_START_FIRST_ONLY,
-        # paho asks after one interval and gives up after the second: together they are the keepalive that was set
-        "keepalive": max(1, timings.keepalive_seconds // 2),
-        "timeout": timings.connect_timeout_seconds,
-        "will": None if will is None else aiomqtt.Will(will.topic, codec.encode(will.message), 1, True),
-        "socket_options": [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)],
-        "logger": log.getChild("paho"),
-    }
 
 
 def no_broker(said: bytes) -> str:

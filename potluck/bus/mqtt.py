@@ -17,10 +17,12 @@ from typing import Literal
 import aiomqtt
 
 from potluck.bus import packets, quick_link
+from potluck.bus.connecting import client_options, reach
 from potluck.bus.exchange import Bus, Envelope, Handler, Will, request_failed
 from potluck.bus.link import Link, PlainLink, no_broker
 from potluck.bus.properties import Mirrored
 from potluck.bus.quick_link import QuickLink
+from potluck.credentials import Credentials
 from potluck.errors import PotluckError, Unavailable
 from potluck.logs import fields
 from potluck.settings import BusTimings
@@ -66,6 +68,7 @@ class MqttBus(Bus):
         self,
         addresses: Addresses,
         topics: Topics,
+        credentials: Credentials,
         *,
         client_id: str,
         will: Will | None = None,
@@ -76,6 +79,7 @@ class MqttBus(Bus):
         """`visiting` a broker that may be anybody's: comings and goings are logged at DEBUG, and packets have a limit."""
         super().__init__(topics, client_id)
         self._addresses = addresses
+        self._credentials = credentials
         self._will = will
         self._timings = timings
         self._highest_version = highest_version
@@ -134,19 +138,17 @@ class MqttBus(Bus):
         return link
 
     def _make(self, address: tuple[str, int], version: aiomqtt.ProtocolVersion) -> Link:
+        options = client_options(
+            address, version, self._credentials, client_id=self.client_id, will=self._will, timings=self._timings
+        )
         if self._timings.plain or _unknown_parts():
             if self._visiting:
                 raise Unavailable(
                     "a broker that may be anybody's is not visited on a plain connection: it has no limit"
                 )
-            return PlainLink(
-                address, version, self._on_arrived, client_id=self.client_id, will=self._will, timings=self._timings
-            )
+            return PlainLink(address, version, self._on_arrived, options)
         limit_bytes = packets.PACKET_LIMIT_BYTES if self._visiting else 0
-        return QuickLink(
-            address, version, self._on_arrived, client_id=self.client_id, will=self._will, timings=self._timings,
-            limit_bytes=limit_bytes,
-        )  # fmt: skip
+        return QuickLink(address, version, self._on_arrived, options, limit_bytes=limit_bytes)
 
     def _on_arrived(
         self, topic: str, payload: bytes, qos: int, retained: bool, response_topic: str, correlation: bytes | None
@@ -336,7 +338,7 @@ class MqttBus(Bus):
         writer = None
         try:
             async with asyncio.timeout(self._timings.connect_timeout_seconds):
-                reader, writer = await asyncio.open_connection(*address)
+                reader, writer = await reach(address, self._credentials)
                 if self._highest_version < 5:
                     return aiomqtt.ProtocolVersion.V311
                 if known is not None:

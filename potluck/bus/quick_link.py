@@ -10,6 +10,7 @@ import asyncio
 import itertools
 import logging
 import time
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import aiomqtt
@@ -18,12 +19,10 @@ from paho.mqtt.client import MQTT_ERR_CONN_LOST, MQTT_ERR_SUCCESS, Client, error
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from potluck.bus import packets
-from potluck.bus.exchange import Will
-from potluck.bus.link import UNDER_WAY_LIMIT, Arrived, Link, Receipt, no_broker, options
+from potluck.bus.link import UNDER_WAY_LIMIT, Arrived, Link, Receipt, no_broker
 from potluck.bus.properties import Mirrored, pack
 from potluck.errors import BadMessage, PotluckError, Unavailable
 from potluck.logs import fields
-from potluck.settings import BusTimings
 
 log = logging.getLogger(__name__)
 
@@ -91,13 +90,11 @@ class QuickLink(Link, aiomqtt.Client):
         address: tuple[str, int],
         version: aiomqtt.ProtocolVersion,
         arrived: Arrived,
+        options: Mapping[str, Any],
         *,
-        client_id: str,
-        will: Will | None,
-        timings: BusTimings,
         limit_bytes: int,
     ) -> None:
-        """`limit_bytes`: of a packet that comes; 0: what MQTT can say."""
+        """`options`: of aiomqtt's client (`potluck.bus.connecting`). `limit_bytes`: of a packet that comes; 0: what MQTT can say."""
         Link.__init__(self, address, version, arrived)
         self._receipts: dict[int, Receipt] = {}
         """Of what the broker has not acknowledged yet, by packet id."""
@@ -111,8 +108,8 @@ class QuickLink(Link, aiomqtt.Client):
         self._splitter = packets.Splitter(limit_bytes)
         self._in_loop = False
         self._thread: Literal["", "runs", "over"] = ""
-        aiomqtt.Client.__init__(self, **options(address, version, client_id, will, timings))
-        self._client.connect_timeout = timings.connect_timeout_seconds
+        aiomqtt.Client.__init__(self, **options)
+        self._client.connect_timeout = options["timeout"]
 
     async def open(self) -> None:
         opening = asyncio.create_task(self.__aenter__(), name="bus-open")

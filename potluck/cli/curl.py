@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
 import math
 import shlex
-import socket
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
+from potluck.credentials import Credentials
+from potluck.settings import GATEWAY_PORT
+from potluck.wire.addresses import address
 from potluck.wire.messages import DeploymentInfo, JobChanged, ModelInfo, TensorSpec
 from potluck.wording import be
 
@@ -29,7 +31,7 @@ def lines(client: Client, name: str) -> list[str]:
     """What to print when the deployment `name` is ready."""
     found = [one for one in client.deployments() if one.name == name]
     info = client.get_model(name)
-    asked = [line for one in found for line in ask(client.gateway(), info, one)]
+    asked = [line for one in found for line in ask(client.gateway(), info, one, client.credentials)]
     return [f"\nask it, for instance{made_up(info)}:", *asked] if asked else []
 
 
@@ -54,16 +56,17 @@ class Early:
             self._said = True
             nodes = ", ".join(replica.node_id for replica in one.replicas if replica.state == "ready")
             info = self._client.get_model(one.name)
-            return [f"{one.name} on {nodes} answers already{made_up(info)}:", *ask(self._client.gateway(), info, one)]
+            how = ask(self._client.gateway(), info, one, self._client.credentials)
+            return [f"{one.name} on {nodes} answers already{made_up(info)}:", *how]
         return []
 
 
-def ask(addresses: Sequence[str], info: ModelInfo, deployment: DeploymentInfo) -> list[str]:
+def ask(addresses: Sequence[str], info: ModelInfo, deployment: DeploymentInfo, credentials: Credentials) -> list[str]:
     """The lines for a model: the first with a file of the user's, where it takes images or recordings; the last needs no file."""
-    address, signature = _reachable(addresses), info.signature
+    base, signature = _reachable(addresses, credentials), info.signature
     by_name = deployment.role in ("stable", "canary")
     inputs = signature.inputs if signature is not None else ()
-    classify = shlex.quote(f"{address}/models/{info.name if by_name else deployment.name}/classify")
+    classify = shlex.quote(f"{base}/models/{info.name if by_name else deployment.name}/classify")
     scores = signature is not None and [len(one.shape) for one in signature.outputs] == [2]
     if scores and _takes_images(info, inputs):
         return [
@@ -71,7 +74,7 @@ def ask(addresses: Sequence[str], info: ModelInfo, deployment: DeploymentInfo) -
             f"echo {_pixel()} | base64 -d | curl --data-binary @- {classify}",
         ]
     version = "" if by_name else f"/versions/{info.version}"
-    infer = shlex.quote(f"{address}/v2/models/{info.name}{version}/infer")
+    infer = shlex.quote(f"{base}/v2/models/{info.name}{version}/infer")
     lines = [f"curl --data-binary @sound.wav {classify}"] if info.rate and scores else []
     if not inputs:
         return lines
@@ -136,13 +139,14 @@ def _pixel() -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-def _reachable(addresses: Sequence[str]) -> str:
+def _reachable(addresses: Sequence[str], credentials: Credentials) -> str:
     """The first address that accepts a connection from here; else the first address."""
-    for address in addresses:
-        where = urlsplit(address)
-        try:
-            with socket.create_connection((where.hostname or "", where.port or 80), _CONNECT_SECONDS):
-                return address
-        except OSError:
-            continue
-    return addresses[0] if addresses else "http://COORDINATOR"
+    from potluck.net.http_client import is_there  # HTTP is slow to import
+
+    async def first() -> str:
+        for one in addresses:
+            if await is_there(one, credentials, _CONNECT_SECONDS):
+                return one
+        return addresses[0] if addresses else address("COORDINATOR", GATEWAY_PORT, credentials.scheme)
+
+    return asyncio.run(first())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -9,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -27,6 +27,7 @@ from potluck.cli import output
 from potluck.client import Client, Job
 from potluck.errors import NotFound, PotluckError, TimedOut
 from potluck.local_cluster import LocalCluster
+from potluck.net.http_client import post_json
 from potluck.wire.messages import JobProgress, NodeInfo
 from potluck.wording import counted
 
@@ -39,6 +40,7 @@ NODES = 3
 BESIDE_COLUMNS = 62
 """Columns of a progress line for the bar, the share and the time."""
 WANTED_ACCURACY = 0.97
+ANSWER_SECONDS = 60.0
 
 console = Console()
 
@@ -179,9 +181,8 @@ class Demo:
         _answers("MQTT, JSON", "publish models/digits/infer", [_best(json.loads(asked.stdout))], truth[:1])
 
         url = f"{self.cluster.http_url}/v2/models/digits/infer"
-        http = urllib.request.Request(url, json.dumps(request).encode(), {"Content-Type": "application/json"})  # noqa: S310
-        with urllib.request.urlopen(http, timeout=60) as response:  # noqa: S310 - our own gateway on loopback
-            _answers("HTTP", "POST /v2/models/digits/infer", [_best(json.load(response))], truth[:1])
+        answer = asyncio.run(post_json(url, request, self.client.credentials, ANSWER_SECONDS))
+        _answers("HTTP", "POST /v2/models/digits/infer", [_best(answer)], truth[:1])
 
 
 def build_model(size: int, classes: int) -> Any:

@@ -8,10 +8,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from potluck.net.addresses import lan_addresses, refusal
+from potluck.credentials import Credentials
+from potluck.net.addresses import lan_addresses
 from potluck.net.discovery import Service
 from potluck.settings import state_folder
 from potluck.sole_use import WHATS, User, clock_text, user_of, users_here
+from potluck.wire.addresses import address
 
 NODE_UNIT = "potluck-node.service"
 UNITS = (NODE_UNIT, "potluck-coordinator.service")
@@ -101,9 +103,13 @@ def is_here(service: Service) -> bool:
     return service.host in ("127.0.0.1", *lan_addresses())
 
 
-async def node_here(services: Iterable[Service]) -> Service | None:
+async def node_here(services: Iterable[Service], credentials: Credentials) -> Service | None:
     """The first of these nodes that is on this machine and answers. mDNS alone may be out of date."""
+    from potluck.net.http_client import is_there  # HTTP is slow to import, and mostly no node is here
+
     for service in services:
-        if service.role == "node" and is_here(service) and not await refusal(service.host, service.port, KNOCK_SECONDS):
-            return service
+        if service.role == "node" and is_here(service):
+            at = address(service.host, service.port, credentials.scheme)
+            if await is_there(at, credentials, KNOCK_SECONDS):
+                return service
     return None

@@ -18,12 +18,14 @@ from potluck import lifecycle
 from potluck.cli import here
 from potluck.cli.notices import Notices
 from potluck.cli.plan import Plan, already
+from potluck.credentials import Credentials
 from potluck.errors import GaveWay, Unavailable
 from potluck.logs import fields
 from potluck.net.addresses import lan_addresses, reachable_addresses
 from potluck.net.discovery import Discovery, Service
 from potluck.settings import is_loopback, parse_address, typed
 from potluck.sole_use import sole_use
+from potluck.wire.addresses import address
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +62,7 @@ class Joining:
     def __init__(self, plan: Plan, say: Callable[[str], None]) -> None:
         self._plan = plan
         self._say = say
+        self._credentials = Credentials.of_client()
         self._children: list[Child] = []
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -124,9 +127,8 @@ class Joining:
         self._plan.check_ports()
         tasks.create_task(self._child("coordinator").run(), name="coordinator")
         found = await self._coordinator_service()
-        self._say(
-            f"started the broker {found.host}:{found.broker_port} and the gateway http://{found.host}:{found.port}"
-        )
+        gateway = address(found.host, found.port, self._credentials.scheme)
+        self._say(f"started the broker {found.host}:{found.broker_port} and the gateway {gateway}")
 
     def _say_who_is_served(self) -> None:
         plan = self._plan
@@ -198,8 +200,9 @@ class Joining:
         if self._plan.state_dir is not None:
             return
         await discovery.wait_for(lambda one: one.role == "node", NODES_SEEN_SECONDS)
-        if (node := await here.node_here(discovery.services("node"))) is not None:
-            raise already(f"the node {node.id} (cluster {node.cluster!r}) at http://{node.host}:{node.port}")
+        if (node := await here.node_here(discovery.services("node"), self._credentials)) is not None:
+            at = address(node.host, node.port, self._credentials.scheme)
+            raise already(f"the node {node.id} (cluster {node.cluster!r}) at {at}")
 
     async def _check_alone_at_seeds(self) -> None:
         """The same check where mDNS was not used yet."""

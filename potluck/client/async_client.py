@@ -34,6 +34,7 @@ from potluck.client.models import (
 )
 from potluck.client.signatures import suggesting, with_options
 from potluck.client.training import TrainOptions
+from potluck.credentials import Credentials
 from potluck.data.packing import Target
 from potluck.errors import Conflict, InvalidData, InvalidRequest, NotFound
 from potluck.wire import tensors
@@ -116,6 +117,8 @@ class AsyncClient:
         bus: Bus | None = None,
     ) -> None:
         self._settings = client_settings(seed, cluster, timeout)
+        self.credentials = Credentials.of_client()
+        """Who this client is, and what it shows and checks when it connects."""
         self._bus = bus
         self._connection: Connection | None = None
         self._opening = asyncio.Lock()
@@ -146,7 +149,7 @@ class AsyncClient:
     # --- the cluster ----------------------------------------------------------------------------------------------------
 
     async def gateway(self) -> tuple[str, ...]:
-        """The addresses of the cluster's HTTP gateway, each `http://HOST:PORT`. Raises Unavailable."""
+        """The addresses of the cluster's HTTP gateway, with their ports. Raises Unavailable."""
         return (await (await self._connected()).coordinator()).http
 
     async def nodes(self) -> tuple[NodeInfo, ...]:
@@ -536,7 +539,7 @@ class AsyncClient:
         if self._connection is None:
             async with self._opening:
                 if self._connection is None:
-                    connection = Connection(self._settings, bus=self._bus)
+                    connection = Connection(self._settings, self.credentials, bus=self._bus)
                     await connection.__aenter__()
                     self._connection = connection
         return self._connection

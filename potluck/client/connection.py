@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, TypeVar
 from msgspec.structs import replace
 
 from potluck.blobs.store import BlobStore
+from potluck.bus.connecting import refusal
 from potluck.bus.mqtt import Addresses, Bus, Envelope, Handler, MqttBus
 from potluck.client.arguments import checked
+from potluck.credentials import Credentials
 from potluck.errors import InvalidRequest, PotluckError, TimedOut, Unavailable, expected
 from potluck.logs import fields
-from potluck.net.addresses import lan_addresses, refusal
+from potluck.net.addresses import lan_addresses
 from potluck.settings import ClientSettings, PositiveSeconds, load, parse_address, typed
 from potluck.sole_use import users_here
 from potluck.wire.messages import (
@@ -63,8 +65,16 @@ class _MayBeLost(Unavailable):
 class Connection:
     """Open between `__aenter__` and `__aexit__`. Raises Unavailable when no broker, or no coordinator that is needed, is found in time."""
 
-    def __init__(self, settings: ClientSettings, *, bus: Bus | None = None, needs_coordinator: bool = True) -> None:
+    def __init__(
+        self,
+        settings: ClientSettings,
+        credentials: Credentials,
+        *,
+        bus: Bus | None = None,
+        needs_coordinator: bool = True,
+    ) -> None:
         self.settings = settings
+        self.credentials = credentials
         self._needs_coordinator = needs_coordinator
         self.topics = Topics(settings.cluster)
         self._given_bus = bus
@@ -106,6 +116,7 @@ class Connection:
             self.bus = MqttBus(
                 addresses,
                 self.topics,
+                self.credentials,
                 client_id=f"client-{uuid.uuid4().hex[:12]}",
                 timings=self.settings.bus,
                 highest_version=4,  # as in the node: our messages are complete without MQTT 5, and this is faster
@@ -138,7 +149,8 @@ class Connection:
 
         settings = self.settings
         if settings.seeds or not settings.discovery.enabled:
-            answering = await _knock([parse_address(seed) for seed in settings.seeds], limit_seconds)
+            brokers = [parse_address(seed) for seed in settings.seeds]
+            answering = await _knock(brokers, self.credentials, limit_seconds)
             first = sorted(settings.seeds, key=lambda seed: parse_address(seed) != answering)
             return broker_addresses(replace(settings, seeds=tuple(first)), None)
         found = [
@@ -151,7 +163,7 @@ class Connection:
         ]
         local = [user for user in users_here() if user.cluster == settings.cluster]
         knocking = asyncio.create_task(
-            _first_found([_knock_at(user.broker, limit_seconds) for user in local if user.broker])
+            _first_found([_knock_at(user.broker, self.credentials, limit_seconds) for user in local if user.broker])
         )
         try:
             heard = await _first_found(seen)
@@ -342,7 +354,7 @@ class Connection:
             if self._downloader is None:
                 from potluck.blobs.download import Downloader
 
-                self._downloader = await self._stack.enter_async_context(Downloader(self.store))
+                self._downloader = await self._stack.enter_async_context(Downloader(self.store, self.credentials))
             return self._downloader
 
     # --- blobs ----------------------------------------------------------------------------------------------------------
@@ -390,12 +402,12 @@ class Connection:
         return await (await self._blobs()).fetch(ref)
 
 
-async def _knock(brokers: Sequence[tuple[str, int]], limit_seconds: float) -> tuple[str, int]:
+async def _knock(brokers: Sequence[tuple[str, int]], credentials: Credentials, limit_seconds: float) -> tuple[str, int]:
     """The first broker that accepts a connection. Raises Unavailable, with the reason of each, as soon as none is left."""
     reasons: dict[str, str] = {}
 
     async def knock(host: str, port: int) -> tuple[str, int] | None:
-        if why := await refusal(host, port, limit_seconds):
+        if why := await refusal(host, port, credentials, limit_seconds):
             reasons[f"{host}:{port}"] = why
             return None
         return host, port
@@ -410,10 +422,10 @@ async def _knock(brokers: Sequence[tuple[str, int]], limit_seconds: float) -> tu
     )
 
 
-async def _knock_at(place: str, limit_seconds: float) -> str | None:
+async def _knock_at(place: str, credentials: Credentials, limit_seconds: float) -> str | None:
     """`place` (`host:port`) when it accepts a connection, else None."""
     try:
-        await _knock([parse_address(place)], limit_seconds)
+        await _knock([parse_address(place)], credentials, limit_seconds)
     except Unavailable:
         return None
     return place

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import http.client
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
@@ -16,6 +13,7 @@ from msgspec.structs import replace
 from potluck.bus.exchange import Envelope
 from potluck.client import listings
 from potluck.client.connection import Connection
+from potluck.credentials import Credentials
 from potluck.errors import PotluckError, TimedOut, Unavailable
 from potluck.settings import ClientSettings, is_loopback, typed
 from potluck.sole_use import User, clock_text, users_here
@@ -77,7 +75,7 @@ class Health(Struct, frozen=True, kw_only=True):
 async def examine(settings: ClientSettings) -> Health:
     """Look at a cluster, and at its parts on this machine. Raises nothing for what is wrong with it."""
     local = [user for user in users_here() if user.cluster == settings.cluster]
-    connection = Connection(settings, needs_coordinator=False)
+    connection = Connection(settings, Credentials.of_client(), needs_coordinator=False)
     try:
         async with connection:
             broker = connection.bus.place
@@ -109,7 +107,7 @@ async def _with_coordinator(
         return Health(
             cluster=cluster, broker=broker, coordinator="silent", gateway=status.http, problems=(problem,)
         )  # fmt: skip
-    answers = await asyncio.to_thread(_gateway_answers, status.http)
+    reached = await _gateway_reached(status.http, connection.credentials)
     found = Health(
         cluster=cluster, broker=broker, coordinator="online", since=status.since, gateway=status.http, nodes=nodes,
         deployments=deployments, jobs=tuple(job for job in jobs if not job.ended_at), clock_ahead_seconds=ahead,
@@ -117,7 +115,7 @@ async def _with_coordinator(
     )  # fmt: skip
     unreached = (
         []
-        if answers
+        if reached
         else [f"the gateway does not answer from here at {', '.join(status.http)}: is there a firewall in between?"]
     )
     return _with(found, [*unreached, *troubles(found, local)], remarks(found))
@@ -269,12 +267,11 @@ def _with(found: Health, problems: Sequence[str], said: Sequence[str]) -> Health
     return replace(found, problems=tuple(problems), remarks=tuple(said))
 
 
-def _gateway_answers(urls: Sequence[str]) -> bool:
+async def _gateway_reached(urls: Sequence[str], credentials: Credentials) -> bool:
     """Whether one of the addresses answers from here."""
+    from potluck.net.http_client import answers  # HTTP is slow to import, and a cluster that is not there needs none
+
     for url in urls:
-        try:
-            with urllib.request.urlopen(f"{url}/v2/health/live", timeout=GATEWAY_SECONDS):  # noqa: S310 - http, of our coordinator
-                return True
-        except (OSError, http.client.HTTPException, urllib.error.URLError):
-            continue
+        if await answers(f"{url}/v2/health/live", credentials, GATEWAY_SECONDS):
+            return True
     return False

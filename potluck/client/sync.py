@@ -18,6 +18,7 @@ from potluck.client.jobs import AsyncJob, Predictions, evaluation_of, history_of
 from potluck.client.signatures import suggesting, told_by
 from potluck.client.sources import Progress
 from potluck.client.training import TrainOptions
+from potluck.credentials import Credentials
 from potluck.data.packing import Target
 from potluck.errors import InvalidRequest
 from potluck.wire.messages import (
@@ -304,8 +305,13 @@ class Client:
         """The cluster's name."""
         return self._client.cluster
 
+    @property
+    def credentials(self) -> Credentials:
+        """Who this client is, and what it shows and checks when it connects."""
+        return self._client.credentials
+
     def gateway(self) -> tuple[str, ...]:
-        """The addresses of the cluster's HTTP gateway, each `http://HOST:PORT`. Raises Unavailable."""
+        """The addresses of the cluster's HTTP gateway, with their ports. Raises Unavailable."""
         return self._portal.call(self._client.gateway())
 
     def nodes(self) -> tuple[NodeInfo, ...]:

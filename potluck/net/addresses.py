@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import logging
-import os
 import socket
 from ipaddress import ip_address
 
@@ -14,6 +12,7 @@ import psutil
 from potluck.errors import CannotListen
 from potluck.logs import fields
 from potluck.settings import GATEWAY_PORT, Listen, is_loopback
+from potluck.wire.addresses import Scheme, address
 
 log = logging.getLogger(__name__)
 
@@ -49,10 +48,9 @@ def reachable_addresses(listen_host: str) -> list[str]:
     return ["127.0.0.1"] if is_loopback(listen_host) and listen_host == "localhost" else [listen_host]
 
 
-def base_urls(listen_host: str, port: int) -> tuple[str, ...]:
-    """`http://<address>:<port>` for each of them."""
-    hosts = (f"[{address}]" if ":" in address else address for address in reachable_addresses(listen_host))
-    return tuple(f"http://{host}:{port}" for host in hosts)
+def base_urls(listen_host: str, port: int, scheme: Scheme) -> tuple[str, ...]:
+    """The addresses of an HTTP server that listens there."""
+    return tuple(address(host, port, scheme) for host in reachable_addresses(listen_host))
 
 
 def bind(listen: Listen, option: str = "--port (listen.port)", *, listening: bool = True) -> socket.socket:
@@ -118,20 +116,3 @@ def _bound(host: str, port: int, listening: bool) -> socket.socket:
         raise
     sock.setblocking(False)
     return sock
-
-
-async def refusal(host: str, port: int, limit_seconds: float) -> str:
-    """Why nothing takes a TCP connection there, in words; "": something does."""
-    try:
-        async with asyncio.timeout(limit_seconds):
-            _, writer = await asyncio.open_connection(host, port)
-    except TimeoutError:
-        return f"no answer within {limit_seconds:g} s"
-    except ValueError:  # and UnicodeError, which is one
-        return "not the name of a host"
-    except OSError as error:
-        # asyncio's own text repeats the address; that of several addresses of one host has no number.
-        known = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
-        return known or "no connection"
-    writer.close()
-    return ""

@@ -16,8 +16,11 @@ from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.log import server_logger
 from aiohttp.typedefs import Middleware
 
+from potluck.credentials import Credentials
+from potluck.errors import InvalidRequest
 from potluck.logs import SeldomFilter, fields
 from potluck.settings import HttpSettings
+from potluck.wire.identities import ANONYMOUS, CALLER_HEADER, is_identity
 
 SHUTDOWN_SECONDS = 2.0
 LEAST_RATE = 1024
@@ -58,6 +61,18 @@ for _logger in (server_logger, log):
 def words(error: Exception) -> str:
     """What aiohttp says of a request that cannot be read, in one line and without the status before it."""
     return " ".join(str(error).removeprefix("400, message:").split())[:200]
+
+
+def caller_of(request: web.BaseRequest) -> str:
+    """The identity of who sends this, as the sender says; ANONYMOUS where none is said. Raises InvalidRequest for what is no identity."""
+    said = request.headers.getall(CALLER_HEADER, ())
+    if not said:
+        return ANONYMOUS
+    if len(said) > 1 or not is_identity(said[0]):
+        raise InvalidRequest(
+            f"{CALLER_HEADER} is {', '.join(said)[:80]!r}, which is no identity: write role:name, as in client:ann"
+        )
+    return said[0]
 
 
 class Patience:
@@ -256,6 +271,7 @@ async def _at_work(
 async def serve_http(
     sock: socket.socket,
     routes: Sequence[web.RouteDef],
+    credentials: Credentials,
     middlewares: Sequence[Middleware] = (),
     limits: HttpSettings = HttpSettings(),  # noqa: B008 - frozen
 ) -> AsyncIterator[None]:
@@ -272,7 +288,9 @@ async def serve_http(
     door, loop = _Door(limits), asyncio.get_running_loop()
     sweeping = asyncio.create_task(door.sweep(), name="http connections")
     try:
-        server = await loop.create_server(lambda: _Connection(inner, door, loop), sock=sock, backlog=_BACKLOG)
+        server = await loop.create_server(
+            lambda: _Connection(inner, door, loop), sock=sock, backlog=_BACKLOG, ssl=credentials.server_tls
+        )
         try:
             yield
         finally:

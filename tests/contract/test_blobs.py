@@ -27,6 +27,7 @@ from potluck.blobs import server
 from potluck.blobs.download import Downloader
 from potluck.blobs.store import BlobStore
 from potluck.blobs.transfer import CHUNK_BYTES, Timings
+from potluck.credentials import Credentials
 from potluck.errors import CorruptBlob, DiskFull, InvalidRequest, TooLarge, Unavailable
 from potluck.net.http import serve_http
 from potluck.wire.messages import BlobRef
@@ -83,7 +84,9 @@ async def hold(tmp_path: Path) -> AsyncIterator[Hold]:
                 return answer or await proper(request)  # type: ignore[operator,misc,no-any-return]
 
             sock = socket.create_server(("127.0.0.1", 0))
-            await stack.enter_async_context(serve_http(sock, [web.get("/blobs/{sha256}", get), *routes[1:]]))
+            await stack.enter_async_context(
+                serve_http(sock, [web.get("/blobs/{sha256}", get), *routes[1:]], Credentials())
+            )
             holder.url = f"http://127.0.0.1:{sock.getsockname()[1]}"
             return holder
 
@@ -92,7 +95,7 @@ async def hold(tmp_path: Path) -> AsyncIterator[Hold]:
 
 @pytest.fixture
 async def downloader(tmp_path: Path) -> AsyncIterator[Downloader]:
-    async with Downloader(BlobStore(tmp_path / "here", 1 << 30), QUICK) as found:
+    async with Downloader(BlobStore(tmp_path / "here", 1 << 30), Credentials(), QUICK) as found:
         yield found
 
 
@@ -205,10 +208,40 @@ async def test_put_checks_the_hash_and_is_idempotent(hold: Hold) -> None:
     assert leftovers(holder.store) == []
 
 
+async def test_put_says_who_sends(hold: Hold, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """We say it in each request, curl does not; who says what is no identity is refused before the bytes are sent."""
+    caplog.set_level("INFO", "potluck.blobs.server")
+    holder = await hold()
+
+    def log() -> list[str]:
+        found = [record.getMessage() for record in caplog.records if record.name == "potluck.blobs.server"]
+        caplog.clear()
+        return found
+
+    async with Downloader(BlobStore(tmp_path / "client", 1 << 30), Credentials.of("client", "ann"), QUICK) as ours:
+        await ours.push(b"ours", (holder.url,))
+    (line,) = log()
+    assert f"blob={sha(b'ours')[:12]} size=4 caller=client:ann peer=127.0.0.1" in line
+    async with aiohttp.ClientSession() as http:
+        async with http.put(f"{holder.url}/blobs/{sha(b'curl')}", data=b"curl") as response:
+            assert response.status == 201
+        (line,) = log()
+        assert "caller=anonymous" in line
+        for headers in ([("Potluck-Caller", "ann")], [("Potluck-Caller", "client:a"), ("Potluck-Caller", "client:b")]):
+            for expect100 in (False, True):
+                async with http.put(
+                    f"{holder.url}/blobs/{sha(b'bad')}", data=b"bad", headers=headers, expect100=expect100
+                ) as response:
+                    assert response.status == 400
+                    assert "is no identity" in (await response.json())["error"]
+    assert log() == []
+    assert not holder.store.has(sha(b"bad"))
+
+
 async def test_put_is_not_for_everyone(tmp_path: Path) -> None:
     sock = socket.create_server(("127.0.0.1", 0))
     routes = server.routes(BlobStore(tmp_path, 100), writable=False, max_bytes=0)
-    async with serve_http(sock, routes), aiohttp.ClientSession() as http:
+    async with serve_http(sock, routes, Credentials()), aiohttp.ClientSession() as http:
         url = f"http://127.0.0.1:{sock.getsockname()[1]}/blobs/{sha(b'')}"
         async with http.put(url, data=b"") as response:
             assert response.status == 405
@@ -419,7 +452,7 @@ async def test_a_holder_that_trickles_alone_is_given_up(hold: Hold, tmp_path: Pa
 
     holder = await hold(data, spoil=trickle)
     timings = Timings(connect_seconds=0.2, idle_seconds=0.2, slowest_bytes_per_second=1e6, rest_seconds=0.01)
-    async with Downloader(BlobStore(tmp_path / "slow", 1 << 30), timings) as downloader:
+    async with Downloader(BlobStore(tmp_path / "slow", 1 << 30), Credentials(), timings) as downloader:
         began = time.monotonic()
         with pytest.raises(Unavailable, match="slower than 1e\\+06 bytes a second"):
             await downloader.fetch(ref_of(data, holder.url))
@@ -442,7 +475,7 @@ async def test_a_slow_holder_is_overtaken_at_the_end(hold: Hold, tmp_path: Path)
     data = noise(2 * CHUNK_BYTES)
     slow, good = await hold(data, spoil=freeze), await hold(data)
     timings = Timings(idle_seconds=30, hedge_seconds=0.2)  # it is not given up: only overtaken
-    async with Downloader(BlobStore(tmp_path / "here", 1 << 30), timings) as downloader:
+    async with Downloader(BlobStore(tmp_path / "here", 1 << 30), Credentials(), timings) as downloader:
         began = time.monotonic()
         await downloader.fetch(ref_of(data, slow.url, good.url))
         assert time.monotonic() - began < 10
@@ -489,7 +522,7 @@ async def test_nothing_has_one_hash(hold: Hold, downloader: Downloader) -> None:
 async def test_what_does_not_fit_is_not_fetched(hold: Hold, tmp_path: Path) -> None:
     data = noise(2000)
     holder = await hold(data)
-    async with Downloader(BlobStore(tmp_path / "small", 1000), QUICK) as downloader:
+    async with Downloader(BlobStore(tmp_path / "small", 1000), Credentials(), QUICK) as downloader:
         with pytest.raises(DiskFull):
             await downloader.fetch(ref_of(data, holder.url))
     assert holder.asked == []
@@ -628,9 +661,10 @@ async def test_a_download_is_resumed_after_the_downloader_was_killed(hold: Hold,
 import asyncio, pathlib
 from potluck.blobs.download import Downloader
 from potluck.blobs.store import BlobStore
+from potluck.credentials import Credentials
 from potluck.wire.messages import BlobRef
 async def main():
-    async with Downloader(BlobStore(pathlib.Path({str(tmp_path / "here")!r}), 1 << 30)) as downloader:
+    async with Downloader(BlobStore(pathlib.Path({str(tmp_path / "here")!r}), 1 << 30), Credentials()) as downloader:
         await downloader.fetch(BlobRef(sha256={sha(data)!r}, size={len(data)}, holders=({url!r},)))
 asyncio.run(main())
 """
@@ -643,7 +677,7 @@ asyncio.run(main())
     await holder.wait()
     here = notes.stat().st_size // 4
     good = await hold(data)
-    async with Downloader(BlobStore(tmp_path / "here", 1 << 30), QUICK) as downloader:
+    async with Downloader(BlobStore(tmp_path / "here", 1 << 30), Credentials(), QUICK) as downloader:
         assert (await downloader.fetch(ref_of(data, good.url))).read_bytes() == data
     assert 0 < len(good.asked) == 12 - here
 
@@ -723,7 +757,7 @@ async def test_push_forgives_a_short_failure(downloader: Downloader) -> None:
         return web.Response(status=next(statuses), text=json.dumps({"error": "not now"}))
 
     sock = socket.create_server(("127.0.0.1", 0))
-    async with serve_http(sock, [web.put("/blobs/{sha256}", put)]):
+    async with serve_http(sock, [web.put("/blobs/{sha256}", put)], Credentials()):
         await downloader.push(b"soup", (f"http://127.0.0.1:{sock.getsockname()[1]}",))
     assert got == [b"soup"] * 3
 
@@ -732,7 +766,7 @@ async def test_what_was_pushed_can_be_fetched(hold: Hold, downloader: Downloader
     data = noise(40 << 20)
     holder = await hold()
     await downloader.push(_written(tmp_path / "model", data), (holder.url,))
-    async with Downloader(BlobStore(tmp_path / "other", 1 << 30), QUICK) as other:
+    async with Downloader(BlobStore(tmp_path / "other", 1 << 30), Credentials(), QUICK) as other:
         path = await other.fetch(ref_of(data, holder.url))
     assert sha(path.read_bytes()) == sha(data)
 

@@ -23,6 +23,7 @@ from potluck.bus import mqtt, quick_link
 from potluck.bus.link import PlainLink
 from potluck.bus.mqtt import Bus, Envelope, MqttBus, Will, _UnderWay, request_failed
 from potluck.bus.quick_link import QuickLink
+from potluck.credentials import Credentials
 from potluck.errors import InvalidRequest, NotFound, TimedOut, TooLarge, Unavailable
 from potluck.settings import BusTimings
 from potluck.wire.messages import (
@@ -70,6 +71,7 @@ class Bench:
             bus = MqttBus(
                 self.broker.address,
                 TOPICS,
+                Credentials(),
                 client_id=client_id,
                 will=will,
                 timings=self.timings,
@@ -598,7 +600,7 @@ async def test_an_outage_is_told_with_the_address_and_the_reason() -> None:
     async def nowhere() -> tuple[str, int]:
         return "127.0.0.1", 1
 
-    bus = MqttBus(nowhere, TOPICS, client_id="alone", timings=TIMINGS)
+    bus = MqttBus(nowhere, TOPICS, Credentials(), client_id="alone", timings=TIMINGS)
     task = asyncio.create_task(bus.run())
     with pytest.raises(Unavailable, match=r"127\.0\.0\.1:1: .*refused"):
         await bus.connected(0.5)
@@ -615,7 +617,7 @@ async def test_a_failing_address_source_is_asked_again() -> None:
         asked += 1
         raise Unavailable("no coordinator found yet")
 
-    bus = MqttBus(none_yet, TOPICS, client_id="alone", timings=TIMINGS)
+    bus = MqttBus(none_yet, TOPICS, Credentials(), client_id="alone", timings=TIMINGS)
     task = asyncio.create_task(bus.run())
     await eventually(lambda: asked >= 2)
     with pytest.raises(Unavailable, match="no coordinator found yet"):
@@ -648,7 +650,7 @@ async def test_something_that_is_not_a_broker_is_named_as_such(said: bytes, told
         return "127.0.0.1", port
 
     async with server:
-        bus = MqttBus(there, TOPICS, client_id="alone", timings=TIMINGS, highest_version=version)
+        bus = MqttBus(there, TOPICS, Credentials(), client_id="alone", timings=TIMINGS, highest_version=version)
         task = asyncio.create_task(bus.run())
         with pytest.raises(Unavailable, match=told):
             await bus.connected(0.5)

@@ -16,6 +16,7 @@ import pytest
 from potluck.bus.mqtt import MqttBus
 from potluck.client import AsyncClient, Client
 from potluck.client import connection as connection_module
+from potluck.credentials import Credentials
 from potluck.errors import (
     Cancelled,
     Conflict,
@@ -821,7 +822,7 @@ async def test_models_come_back_as_they_were_given(
 async def test_the_synchronous_client_on_a_real_broker(tmp_path: Path) -> None:
     mosquitto = TestBroker(some_kind(), tmp_path)
     await mosquitto.start()
-    bus = MqttBus(mosquitto.address, Topics("home"), client_id="coordinator")
+    bus = MqttBus(mosquitto.address, Topics("home"), Credentials(), client_id="coordinator")
 
     def use() -> None:
         with Client(f"127.0.0.1:{mosquitto.port}", cluster="home", timeout=5) as client:
@@ -868,7 +869,7 @@ async def test_of_several_brokers_the_one_that_answers_is_taken(tmp_path: Path, 
     mosquitto = TestBroker(some_kind(), tmp_path)
     await mosquitto.start()
     try:
-        bus = MqttBus(mosquitto.address, Topics("default"), client_id="coordinator")
+        bus = MqttBus(mosquitto.address, Topics("default"), Credentials(), client_id="coordinator")
         async with ScriptedCoordinator(bus, tmp_path / "store") as coordinator:
             coordinator.answers[ListNodes] = lambda asked: NodesListed(nodes=())
             seeds = [f"127.0.0.1:{unused_tcp_port}", f"127.0.0.1:{mosquitto.port}"]

@@ -17,6 +17,7 @@ from potluck.blobs import server
 from potluck.client import AsyncClient
 from potluck.client import inputs as inputs_module
 from potluck.client.inputs import Choice
+from potluck.credentials import Credentials
 from potluck.errors import BadMessage, InputsLost, PotluckError, TimedOut, Unavailable
 from potluck.net.http import serve_http
 from potluck.wire.messages import BlobRef, FindReplicas, Infer, Inferred, Message, ReplicaPlace, ReplicasFound
@@ -46,10 +47,10 @@ class Cluster:
 
     async def node(self, node_id: str) -> ReplicaPlace:
         stack = self._stacks[node_id] = await self._stack.enter_async_context(AsyncExitStack())
-        inputs = self.inputs[node_id] = await stack.enter_async_context(Inputs(self._folder / node_id))
+        inputs = self.inputs[node_id] = await stack.enter_async_context(Inputs(self._folder / node_id, Credentials()))
         sock = socket.create_server(("127.0.0.1", 0))
         routes = [*server.routes(inputs.store, writable=False, max_bytes=0), *inputs.routes(lambda: None)]
-        await stack.enter_async_context(serve_http(sock, routes))
+        await stack.enter_async_context(serve_http(sock, routes, Credentials()))
         place = ReplicaPlace(node_id=node_id, http=(f"http://127.0.0.1:{sock.getsockname()[1]}",))
         self.places.append(place)
         return place

@@ -16,6 +16,7 @@ from aiohttp import web
 
 from potluck.blobs import server
 from potluck.blobs.store import BlobStore
+from potluck.credentials import Credentials
 from potluck.net.http import LEAST_RATE, Patience, serve_http
 from potluck.settings import HttpSettings
 from support.eventually import eventually
@@ -74,7 +75,7 @@ def serve(stack: AsyncExitStack, tmp_path: Path) -> Serve:
 
         blobs = server.routes(BlobStore(tmp_path / "blobs", 2**30), writable=True, max_bytes=2**20, idle_seconds=0.3)
         routes = [web.get("/quick", quick), web.get("/slow", slow), web.get("/much", much), *blobs]
-        await stack.enter_async_context(serve_http(sock, routes, limits=limits))
+        await stack.enter_async_context(serve_http(sock, routes, Credentials(), limits=limits))
         stack.push_async_callback(guests.go)
         return guests
 

@@ -21,6 +21,7 @@ from node.inputs import Inputs
 from potluck.blobs import server
 from potluck.blobs.download import Downloader
 from potluck.blobs.store import BlobStore, NewFile, is_made_up
+from potluck.credentials import Credentials
 from potluck.errors import PotluckError, Unavailable
 from potluck.net.http import serve_http
 from potluck.wire.messages import BlobRef
@@ -45,17 +46,19 @@ class Taker:
 async def taker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Taker]:
     monkeypatch.setattr(inputs_module, "INPUT_BLOB_LIMIT_BYTES", LIMIT_BYTES)
     async with AsyncExitStack() as stack:
-        found = Taker(await stack.enter_async_context(Inputs(tmp_path / "inputs", kept_seconds=0.4)))
+        found = Taker(await stack.enter_async_context(Inputs(tmp_path / "inputs", Credentials(), kept_seconds=0.4)))
         sock = socket.create_server(("127.0.0.1", 0))
         found.url = f"http://127.0.0.1:{sock.getsockname()[1]}"
         routes = server.routes(BlobStore(tmp_path / "blobs", 1 << 30), found.inputs.store, writable=False, max_bytes=0)
-        await stack.enter_async_context(serve_http(sock, [*routes, *found.inputs.routes(lambda: found.refusal)]))
+        await stack.enter_async_context(
+            serve_http(sock, [*routes, *found.inputs.routes(lambda: found.refusal)], Credentials())
+        )
         yield found
 
 
 @pytest.fixture
 async def client(tmp_path: Path) -> AsyncIterator[Downloader]:
-    async with Downloader(BlobStore(tmp_path / "client", 1 << 30)) as found:
+    async with Downloader(BlobStore(tmp_path / "client", 1 << 30), Credentials()) as found:
         yield found
 
 
@@ -96,7 +99,7 @@ async def test_a_disk_that_is_slow_gets_them_from_a_thread(
 async def test_another_node_fetches_them_by_their_hash(taker: Taker, client: Downloader, tmp_path: Path) -> None:
     data = os.urandom(LIMIT_BYTES)
     ref = await client.send_inputs(data, taker.url, 1.0)
-    async with Inputs(tmp_path / "others") as others:
+    async with Inputs(tmp_path / "others", Credentials()) as others:
         path = await others.fetch(ref)
         assert path.read_bytes() == data
         assert path.name == hashlib.sha256(data).hexdigest()
@@ -118,7 +121,7 @@ async def test_a_batch_that_was_not_answered_leaves_them_to_others(taker: Taker,
 
 async def test_blobs_of_others_are_fetched_once_for_all_that_need_them(taker: Taker, tmp_path: Path) -> None:
     ref = replace(taker.inputs.store.put_bytes(b"soup"), holders=(taker.url,))
-    async with Inputs(tmp_path / "others") as others:
+    async with Inputs(tmp_path / "others", Credentials()) as others:
         one, other = await asyncio.gather(others.fetch(ref), others.fetch(ref))
         others.done([one], answered=True)
         assert other.read_bytes() == b"soup"
@@ -140,8 +143,8 @@ async def test_what_no_batch_comes_for_is_swept(taker: Taker, client: Downloader
 
 
 async def test_nothing_is_left_of_a_process_that_was_killed(tmp_path: Path) -> None:
-    Inputs(tmp_path / "inputs").store.put_bytes(b"soup")
-    assert Inputs(tmp_path / "inputs").store.size_bytes == 0
+    Inputs(tmp_path / "inputs", Credentials()).store.put_bytes(b"soup")
+    assert Inputs(tmp_path / "inputs", Credentials()).store.size_bytes == 0
     assert list((tmp_path / "inputs").iterdir()) == []
 
 
@@ -157,6 +160,10 @@ async def test_what_is_refused_is_not_kept(taker: Taker, client: Downloader) -> 
         octets = {"Content-Type": "application/octet-stream"}
         async with session.post(f"{taker.url}/inputs", data=chunked(), headers=octets) as response:
             assert response.status == 413  # its size was not said before
+        async with session.post(
+            f"{taker.url}/inputs", data=b"soup", headers=octets | {"Potluck-Caller": "ann"}
+        ) as response:
+            assert response.status == 400  # which is no identity
         for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data"):  # a page in a browser
             async with session.post(f"{taker.url}/inputs", data=b"soup", headers={"Content-Type": kind}) as response:
                 assert response.status == 415
@@ -209,7 +216,7 @@ async def test_who_takes_no_inputs_is_told_apart(client: Downloader, tmp_path: P
     sock = socket.create_server(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{sock.getsockname()[1]}"
     routes = server.routes(BlobStore(tmp_path / "blobs", 1 << 30), writable=False, max_bytes=0)
-    async with serve_http(sock, routes):
+    async with serve_http(sock, routes, Credentials()):
         with pytest.raises(Unavailable, match="404 Not Found"):
             await client.send_inputs(bytes(5_000_000), url, 1.0)
     with pytest.raises(Unavailable, match="nothing listens there"):

@@ -13,6 +13,7 @@ import pytest
 
 from potluck.bus.mqtt import MqttBus
 from potluck.client import health
+from potluck.credentials import Credentials
 from potluck.settings import ClientSettings
 from potluck.sole_use import clock_text, sole_use
 from potluck.wire.messages import CoordinatorStatus, NodeStatus, NodeTelemetry
@@ -26,7 +27,7 @@ TOPICS = Topics("lab")
 async def broker_and_bus(folder: Path) -> AsyncIterator[tuple[ClientSettings, MqttBus]]:
     broker = TestBroker(some_kind(), folder)
     await broker.start()
-    bus = MqttBus(broker.address, TOPICS, client_id="node")
+    bus = MqttBus(broker.address, TOPICS, Credentials(), client_id="node")
     running = asyncio.create_task(bus.run())
     try:
         await bus.connected(10)

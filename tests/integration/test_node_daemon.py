@@ -18,6 +18,7 @@ import pytest
 from msgspec.structs import replace
 
 from potluck.bus.mqtt import MqttBus
+from potluck.credentials import Credentials
 from potluck.net.discovery import Discovery, Service
 from potluck.wire.messages import (
     BlobRef,
@@ -122,7 +123,7 @@ def _mapped(process: psutil.Process) -> str:
 async def test_births_and_capacity_are_retained(lab: Lab) -> None:
     await lab.node()
     await lab.heard(NodeCapacity)
-    late = MqttBus(lab.broker.address, TOPICS, client_id="late")
+    late = MqttBus(lab.broker.address, TOPICS, Credentials(), client_id="late")
     seen: dict[str, bool] = {}
     for leaf in ("status", "capacity"):
         late.subscribe(TOPICS.node("+", leaf), lambda envelope: seen.update({envelope.topic: envelope.retained}))
@@ -261,7 +262,7 @@ async def test_started_before_everything_it_waits_and_follows_the_broker(lab: La
         elsewhere = TestBroker(some_kind(), tmp_path / "elsewhere")
         (tmp_path / "elsewhere").mkdir()
         await elsewhere.start()
-        again = MqttBus(elsewhere.address, TOPICS, client_id="elsewhere")
+        again = MqttBus(elsewhere.address, TOPICS, Credentials(), client_id="elsewhere")
         births: list[object] = []
         again.subscribe(TOPICS.node("n1", "status"), lambda envelope: births.append(envelope.message))
         running = asyncio.create_task(again.run(), name="elsewhere")

@@ -14,6 +14,7 @@ import psutil
 import pytest
 from aiohttp import web
 
+from potluck.credentials import Credentials
 from potluck.net.http import serve_http
 from potluck.wire.messages import (
     BlobRef,
@@ -68,7 +69,7 @@ async def hanging() -> AsyncIterator[Hanging]:
     holder = Hanging()
     sock = socket.create_server(("127.0.0.1", 0))
     holder.url = f"http://127.0.0.1:{sock.getsockname()[1]}"
-    async with serve_http(sock, [web.get("/blobs/{sha256}", holder.get)]):
+    async with serve_http(sock, [web.get("/blobs/{sha256}", holder.get)], Credentials()):
         yield holder
 
 

@@ -15,6 +15,7 @@ import pytest
 from potluck import Client
 from potluck.bus.mqtt import MqttBus
 from potluck.client.health import examine
+from potluck.credentials import Credentials
 from potluck.errors import GaveWay
 from potluck.lifecycle import die_with_parent
 from potluck.local_cluster import LocalCluster
@@ -78,7 +79,7 @@ async def bus(tmp_path: Path, name: str) -> AsyncIterator[MqttBus]:
     """On a broker that is nobody's, as one that a site has already."""
     broker = TestBroker(some_kind(), tmp_path)
     await broker.start()
-    found = MqttBus(broker.address, Topics(name), client_id="test")
+    found = MqttBus(broker.address, Topics(name), Credentials(), client_id="test")
     running = asyncio.create_task(found.run())
     await found.connected(10)
     try:

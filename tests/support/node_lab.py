@@ -19,6 +19,7 @@ from potluck.blobs import server
 from potluck.blobs.download import Downloader
 from potluck.blobs.store import BlobStore
 from potluck.bus.mqtt import Envelope, MqttBus
+from potluck.credentials import Credentials
 from potluck.lifecycle import die_with_parent
 from potluck.net.addresses import bind
 from potluck.net.http import serve_http
@@ -210,7 +211,7 @@ async def node_lab(folder: Path, kind: BrokerKind | None = None) -> AsyncIterato
     broker = TestBroker(kind or some_kind(), folder)
     await broker.start()
     timings = BusTimings(reconnect_min_seconds=0.05, reconnect_max_seconds=0.2)
-    bus = MqttBus(broker.address, TOPICS, client_id=f"lab-{uuid.uuid4().hex[:6]}", timings=timings)
+    bus = MqttBus(broker.address, TOPICS, Credentials(), client_id=f"lab-{uuid.uuid4().hex[:6]}", timings=timings)
     lab = Lab(folder, broker, bus)
     for leaf in ("status", "capacity", "telemetry", "outbox"):
         bus.subscribe(TOPICS.node("+", leaf), lab.on_message)
@@ -219,8 +220,8 @@ async def node_lab(folder: Path, kind: BrokerKind | None = None) -> AsyncIterato
     tasks: list[asyncio.Task[None]] = []
     try:
         async with (
-            Downloader(BlobStore(folder / "fetched", 1 << 30)) as lab.downloader,
-            serve_http(sock, server.routes(lab.store, writable=False, max_bytes=0)),
+            Downloader(BlobStore(folder / "fetched", 1 << 30), Credentials()) as lab.downloader,
+            serve_http(sock, server.routes(lab.store, writable=False, max_bytes=0), Credentials()),
         ):
             tasks.append(asyncio.create_task(bus.run(), name="lab bus"))
             await bus.connected(5)

@@ -22,6 +22,7 @@ from coordinator.gateway.shelf import Shelf
 from potluck.blobs import server as blob_server
 from potluck.blobs.download import Downloader
 from potluck.blobs.store import BlobStore
+from potluck.credentials import Credentials
 from potluck.net.http import serve_http
 from potluck.wire.messages import BlobRef, Signature
 from support.serving_lab import Lab
@@ -80,13 +81,13 @@ async def http(
     await lab.deploy("m", 1)
     sock = socket.create_server(("127.0.0.1", 0))
     base = f"http://127.0.0.1:{sock.getsockname()[1]}"
-    downloader = await stack.enter_async_context(Downloader(store))
+    downloader = await stack.enter_async_context(Downloader(store, Credentials()))
     shelf = Shelf(store, downloader, lambda: (base,), LIMIT_BYTES)
     routes = [
         *blob_server.routes(store, writable=True, max_bytes=LIMIT_BYTES),
         *gateway.routes(control, lab.serving, lab.inference, lab.membership, lab.settings, shelf, lab.bus),
     ]
-    await stack.enter_async_context(serve_http(sock, routes, (in_words,)))
+    await stack.enter_async_context(serve_http(sock, routes, Credentials(), (in_words,)))
     session = await stack.enter_async_context(aiohttp.ClientSession())
     return base, session
 

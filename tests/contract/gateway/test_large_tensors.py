@@ -20,6 +20,7 @@ from msgspec.structs import replace
 from coordinator.serving.inputs import INPUT_LIMIT_BYTES
 from potluck.blobs import server as blob_server
 from potluck.blobs.store import BlobStore
+from potluck.credentials import Credentials
 from potluck.net.http import serve_http
 from potluck.wire.messages import BlobRef, Signature, TensorSpec
 from support.eventually import eventually
@@ -53,7 +54,9 @@ async def keep(stack: AsyncExitStack, tmp_path: Path) -> Callable[[bytes], BlobR
     store = BlobStore(tmp_path / "theirs", 2**30)
     sock = socket.create_server(("127.0.0.1", 0))
     address = f"http://127.0.0.1:{sock.getsockname()[1]}"
-    await stack.enter_async_context(serve_http(sock, blob_server.routes(store, writable=False, max_bytes=0)))
+    await stack.enter_async_context(
+        serve_http(sock, blob_server.routes(store, writable=False, max_bytes=0), Credentials())
+    )
     return lambda data: replace(store.put_bytes(data), holders=(address,))
 
 

@@ -10,7 +10,8 @@ import pytest
 from msgspec.structs import replace
 
 from coordinator.neighbours import ASKED_AT_ONCE, OTHERS_NAMED, Neighbours, gives_way
-from potluck.net.addresses import refusal
+from potluck.bus.connecting import refusal
+from potluck.credentials import Credentials
 from potluck.net.discovery import Discovery, Service, precedence
 from potluck.settings import BusTimings
 from potluck.wire.messages import CoordinatorStatus
@@ -67,7 +68,7 @@ def watching(seen: Seen, answers: dict[str, CoordinatorStatus]) -> tuple[Neighbo
             return answers.get(place[0])
 
     mine = Service("me", "c", "coordinator", "me", 1, 1883)
-    return Asking(cast(Discovery, seen), mine, Topics("c"), lambda: OLD, BusTimings()), asked
+    return Asking(cast(Discovery, seen), mine, Topics("c"), lambda: OLD, Credentials(), BusTimings()), asked
 
 
 async def test_names_that_are_made_up_starve_nobody_and_fill_nothing() -> None:
@@ -118,4 +119,4 @@ def test_everybody_tries_the_same_coordinator_first() -> None:
 
 async def test_a_forged_host_name_ends_nobody() -> None:
     for host in ("a\0b", "x" * 300):
-        assert await refusal(host, 1883, 5.0) == "not the name of a host"
+        assert await refusal(host, 1883, Credentials(), 5.0) == "not the name of a host"

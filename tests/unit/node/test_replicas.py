@@ -21,6 +21,7 @@ from potluck.blobs.download import Downloader
 from potluck.blobs.store import BlobStore
 from potluck.bus.mqtt import Bus
 from potluck.bus.outbox import Outbox
+from potluck.credentials import Credentials
 from potluck.errors import EngineFailed, ModelCrashed, Overloaded, PotluckError
 from potluck.wire.messages import (
     BlobRef,
@@ -133,7 +134,7 @@ async def made(folder: Path) -> AsyncIterator[Bench]:
         return alone[-1]
 
     bus: Bus = FakeBus(broker, client_id="node")
-    async with Downloader(store) as downloader, Inputs(folder / "inputs") as inputs:
+    async with Downloader(store, Credentials()) as downloader, Inputs(folder / "inputs", Credentials()) as inputs:
         outbox, fast = Outbox(bus), Outbox(bus)
         held = Replicas(
             store=store, downloader=downloader, inputs=inputs, slot=slot, alone=own, outbox=outbox, fast=fast,  # type: ignore[arg-type]

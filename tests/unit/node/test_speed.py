@@ -73,7 +73,7 @@ async def test_a_node_measures_again_while_it_is_idle_keeps_the_best_and_then_re
     monkeypatch.setattr(capacity, "benchmark", benchmark)
     monkeypatch.setattr(presence, "LOOK_SECONDS", 0.0)
     monkeypatch.setattr("node.speed.WAITS_SECONDS", (0.0,) * 5)
-    node = Presence(NodeSettings(threads=2), Topics("c"), "n", "s", 1, "")
+    node = Presence(NodeSettings(threads=2), Topics("c"), "n", "s", 1, "", "http")
     working = iter([False, True, False, False, False])
     bus: Any = SimpleNamespace()  # not joined yet: nothing is told
     async with asyncio.timeout(10):

@@ -14,6 +14,7 @@ import pytest
 from msgspec.structs import replace
 
 from potluck.cli import curl
+from potluck.credentials import Credentials
 from potluck.wire.messages import (
     BlobRef,
     DeploymentInfo,
@@ -66,7 +67,7 @@ def sent(line: str, folder: Path) -> tuple[list[str], Any]:
 def test_names_shapes_and_values_are_those_of_the_signature(
     inputs: tuple[TensorSpec, ...], shapes: list[list[int]], values: list[Any], tmp_path: Path
 ) -> None:
-    [line] = curl.ask(NOWHERE, model(*inputs), STABLE)
+    [line] = curl.ask(NOWHERE, model(*inputs), STABLE, Credentials())
     assert len(line) < 2000, "a person looks at it"
     [url], body = sent(line, tmp_path)
     assert url == "http://127.0.0.1:1/v2/models/m/infer"
@@ -80,13 +81,15 @@ def test_names_shapes_and_values_are_those_of_the_signature(
 
 def test_what_takes_files_is_asked_with_one_and_as_it_is(tmp_path: Path) -> None:
     image = spec("pixels", "FP32", -1, -1, 3)
-    with_a_file, as_it_is = curl.ask(NOWHERE, model(image, image=ImageOptions(height=8, width=8)), STABLE)
+    with_a_file, as_it_is = curl.ask(
+        NOWHERE, model(image, image=ImageOptions(height=8, width=8)), STABLE, Credentials()
+    )
     assert with_a_file == "curl --data-binary @picture.jpg http://127.0.0.1:1/models/m/classify"
     assert as_it_is.startswith("echo iVBOR")
-    with_a_file, as_it_is = curl.ask(NOWHERE, model(spec("samples", "FP32", 16), rate=8000), STABLE)
+    with_a_file, as_it_is = curl.ask(NOWHERE, model(spec("samples", "FP32", 16), rate=8000), STABLE, Credentials())
     assert with_a_file == "curl --data-binary @sound.wav http://127.0.0.1:1/models/m/classify"
     assert as_it_is.startswith("curl http://127.0.0.1:1/v2/models/m/infer")
-    [line] = curl.ask(NOWHERE, model(image), STABLE)
+    [line] = curl.ask(NOWHERE, model(image), STABLE, Credentials())
     assert "/v2/" in line, "of images of any size it is not known how large they may be"
 
 
@@ -116,7 +119,7 @@ def test_what_a_model_may_not_know_is_said_to_be_made_up(inputs: tuple[TensorSpe
 
 
 def test_what_does_not_answer_to_the_plain_name_is_asked_by_version() -> None:
-    [line] = curl.ask(NOWHERE, model(spec("x", "FP32", 4)), replace(STABLE, role="shadow"))
+    [line] = curl.ask(NOWHERE, model(spec("x", "FP32", 4)), replace(STABLE, role="shadow"), Credentials())
     assert shlex.split(line)[1] == "http://127.0.0.1:1/v2/models/m/versions/2/infer"
 
 
@@ -125,7 +128,7 @@ def test_the_address_is_one_that_can_be_reached_from_here(unused_tcp_port_factor
 
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"http://127.0.0.1:{server.getsockname()[1]}"
-        [line] = curl.ask((*NOWHERE, address), model(spec("x", "FP32", 4)), STABLE)
+        [line] = curl.ask((*NOWHERE, address), model(spec("x", "FP32", 4)), STABLE, Credentials())
     assert f"{address}/" in line
 
 
@@ -143,6 +146,8 @@ class FakeClient:
         )
         ready = self.states and all(state == "ready" for state in self.states)
         return (replace(STABLE, replicas=replicas, state="ready" if ready else "loading"),)
+
+    credentials = Credentials()
 
     def gateway(self) -> tuple[str, ...]:
         return NOWHERE

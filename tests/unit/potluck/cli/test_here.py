@@ -10,6 +10,7 @@ import pytest
 
 from potluck.cli import here
 from potluck.cli.plan import Plan
+from potluck.credentials import Credentials
 from potluck.errors import Conflict, InvalidSettings
 from potluck.net.discovery import Service
 from potluck.settings import Listen, NetworkSettings
@@ -70,8 +71,8 @@ async def test_a_node_is_here_when_it_answers_at_an_address_of_ours() -> None:
     live = Service("n1", "lab", "node", "127.0.0.1", port)
     others = [Service("n2", "lab", "node", "198.51.100.7", port), Service("c", "lab", "coordinator", "127.0.0.1", port)]
     async with server:
-        assert await here.node_here([*others, live]) == live
-    assert await here.node_here([*others, live]) is None
+        assert await here.node_here([*others, live], Credentials()) == live
+    assert await here.node_here([*others, live], Credentials()) is None
 
 
 def test_a_port_that_is_taken_names_the_option_of_up(unused_tcp_port: int) -> None:

@@ -16,6 +16,7 @@ from potluck.client.connection import Connection
 from potluck.client.matching import listed
 from potluck.client.models import keras_file
 from potluck.client.sources import as_arrays, given
+from potluck.credentials import Credentials
 from potluck.errors import DiskFull, InvalidData
 from potluck.settings import ClientSettings
 from potluck.wire.messages import BlobRef
@@ -127,4 +128,4 @@ async def test_uploads_that_fail_at_once_raise_one_error(
             raise next(errors)
 
     with pytest.raises(expected):
-        await Broken(ClientSettings()).push_blobs(store, refs, lambda ref: None)
+        await Broken(ClientSettings(), Credentials()).push_blobs(store, refs, lambda ref: None)

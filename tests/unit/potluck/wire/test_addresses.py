@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from potluck.errors import InvalidRequest
-from potluck.wire.addresses import check_holders, is_address
+from potluck.wire.addresses import address, check_holders, is_address, is_place, place
 
 
 @pytest.mark.parametrize(
@@ -37,3 +37,13 @@ def test_what_is_none(text: str) -> None:
     assert not is_address(text)
     with pytest.raises(InvalidRequest, match=r"input 'x' names the holder .* is not an http://host:port address"):
         check_holders(("http://x:80", text), "input 'x'")
+
+
+def test_what_is_written_is_an_address() -> None:
+    assert address("node-1.lan", 7814, "http") == "http://node-1.lan:7814"
+    assert address("fe80::1", 80, "https") == "https://[fe80::1]:80"
+    for host in ("node-1.lan", "fe80::1", "10.0.0.1"):
+        assert is_place(place(host, 1))
+        assert is_address(address(host, 1, "http"))
+    for text in ("http://x:80", "x:80/", "x", "fe80::1", "x:65536"):
+        assert not is_place(text)

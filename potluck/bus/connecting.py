@@ -1,0 +1,71 @@
+"""Where connections to a broker are made: those of the bus, and those that only ask whether somebody is there."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+from typing import Any
+
+import aiomqtt
+from paho.mqtt.client import MQTT_CLEAN_START_FIRST_ONLY
+
+from potluck.bus.exchange import Will
+from potluck.credentials import Credentials
+from potluck.settings import BusTimings
+from potluck.wire import codec
+
+log = logging.getLogger(__name__)
+
+
+async def reach(
+    address: tuple[str, int], credentials: Credentials
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A connection on which nothing is said yet. Raises OSError, and ValueError for what cannot be a host's name."""
+    return await asyncio.open_connection(*address, ssl=credentials.client_tls)
+
+
+async def refusal(host: str, port: int, credentials: Credentials, limit_seconds: float) -> str:
+    """Why nothing takes our connection there, in words; "": something does."""
+    try:
+        async with asyncio.timeout(limit_seconds):
+            _, writer = await reach((host, port), credentials)
+    except TimeoutError:
+        return f"no answer within {limit_seconds:g} s"
+    except ValueError:  # and UnicodeError, which is one
+        return "not the name of a host"
+    except OSError as error:
+        # asyncio's own text repeats the address; that of several addresses of one host has no number.
+        known = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
+        return known or "no connection"
+    writer.close()
+    return ""
+
+
+def client_options(
+    address: tuple[str, int],
+    version: aiomqtt.ProtocolVersion,
+    credentials: Credentials,
+    *,
+    client_id: str,
+    will: Will | None,
+    timings: BusTimings,
+) -> dict[str, Any]:
+    """What aiomqtt's client is made with, which connects by itself."""
+    v5 = version is aiomqtt.ProtocolVersion.V5
+    return {
+        "hostname": address[0],
+        "port": address[1],
+        "identifier": client_id,
+        "protocol": version,
+        "clean_session": None if v5 else True,
+        "clean_start": True if v5 else MQTT_CLEAN_START_FIRST_ONLY,
+        # paho asks after one interval and gives up after the second: together they are the keepalive that was set
+        "keepalive": max(1, timings.keepalive_seconds // 2),
+        "timeout": timings.connect_timeout_seconds,
+        "will": None if will is None else aiomqtt.Will(will.topic, codec.encode(will.message), 1, True),
+        "tls_context": credentials.client_tls,
+        "socket_options": [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)],
+        "logger": log.getChild("paho"),
+    }

@@ -1,0 +1,61 @@
+"""Where HTTP requests of ours are sent from: one way to make a session, and what only asks whether somebody is there."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import aiohttp
+from aiohttp import hdrs
+
+from potluck.credentials import Credentials
+from potluck.errors import Unavailable
+
+_READ_BYTES = 1 << 18
+_AS_IT_IS = {hdrs.ACCEPT_ENCODING: "identity"}
+
+
+def session(credentials: Credentials, *, connect_seconds: float, idle_seconds: float) -> aiohttp.ClientSession:
+    """An async context manager. Its requests say who we are; they may take as long as bytes come, and bodies are given as they came."""
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(ssl=credentials.client_tls or True),
+        headers=credentials.headers,
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=connect_seconds, sock_read=idle_seconds),
+        auto_decompress=False,
+        read_bufsize=_READ_BYTES,
+    )
+
+
+async def is_there(address: str, credentials: Credentials, limit_seconds: float) -> bool:
+    """Whether a connection of ours is taken at this address, whatever is answered on it."""
+    try:
+        async with session(credentials, connect_seconds=limit_seconds, idle_seconds=limit_seconds) as http:
+            async with http.head(address, allow_redirects=False):
+                return True
+    except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError, aiohttp.InvalidURL):
+        return False
+    except (aiohttp.ClientError, TimeoutError):
+        return True  # it was taken, and then broken off or left without an answer
+
+
+async def answers(url: str, credentials: Credentials, limit_seconds: float) -> bool:
+    """Whether a GET of this is answered with 200."""
+    try:
+        async with session(credentials, connect_seconds=limit_seconds, idle_seconds=limit_seconds) as http:
+            async with http.get(url, headers=_AS_IT_IS, allow_redirects=False) as response:
+                return response.status == 200
+    except (aiohttp.ClientError, TimeoutError, ValueError):
+        return False
+
+
+async def post_json(url: str, value: Any, credentials: Credentials, limit_seconds: float) -> Any:
+    """What a question in JSON is answered with. Raises Unavailable."""
+    try:
+        async with session(credentials, connect_seconds=limit_seconds, idle_seconds=limit_seconds) as http:
+            async with http.post(url, json=value, headers=_AS_IT_IS, allow_redirects=False) as response:
+                said = await response.read()
+    except (aiohttp.ClientError, TimeoutError) as error:
+        raise Unavailable(f"{url} does not answer: {error or type(error).__name__}") from error
+    if response.status != 200:
+        raise Unavailable(f"{url} answers {response.status}: {said[:300].decode(errors='replace')}")
+    return json.loads(said)
