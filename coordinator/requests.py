@@ -35,7 +35,7 @@ class Requests:
                 raise Overloaded("too many questions wait for their answers: try again later", retry_after_seconds=1.0)
             answer = self._control.answer(message, envelope.reply_to)
             if isinstance(answer, Later | AsyncGenerator):
-                self._later.put_nowait((envelope, answer))
+                self._later.put_nowait((envelope.without_payload(), answer))
             else:
                 self._outbox.reply(envelope, answer)
         except Exception as error:  # noqa: BLE001 - whoever asked hears of it, and nobody else

@@ -57,7 +57,7 @@ class BusRequests:
             self._outbox.refuse(envelope, error)
             return
         model = self._topics.segment(envelope.topic, 1)
-        answer = partial(self._answer, envelope)
+        answer = partial(self._answer, envelope.without_payload())  # it is kept until there is an answer
         asked = self._inference.ask(model, message.inputs, answer, now, until, priority=message.priority)
         if message.id and asked.waits:
             self._asked[envelope.reply_to, message.id] = asked
