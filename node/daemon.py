@@ -58,6 +58,7 @@ from potluck.wire.messages import (
     UnloadModel,
     WithdrawLease,
 )
+from potluck.wire.refs import hinted
 from potluck.wire.topics import Topics
 
 log = logging.getLogger(__name__)
@@ -270,7 +271,7 @@ class Node:
             case CancelInference() as command:
                 self._replicas.cancel(command)
             case LeaseShard() as lease:
-                self._perform_all(self._assignments.on_lease(lease))
+                self._perform_all(self._assignments.on_lease(hinted(lease)))
             case WithdrawLease() as withdrawal:
                 self._perform_all(self._assignments.on_withdrawn(withdrawal))
             case AcknowledgeResult() as acknowledged:

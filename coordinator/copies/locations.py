@@ -11,8 +11,6 @@ PEERS_NAMED = 8
 """How many nodes are named as holders of a blob, besides ourselves."""
 MANY = 64
 """Where more nodes have a blob, the named ones change."""
-OWN_NAMED = 3
-"""How many of our own addresses are named where space is short."""
 HOLDERS_LIMIT = 100_000
 """How many blobs' holders are remembered, the newest; others are still available from us."""
 
@@ -48,10 +46,14 @@ class Holders:
 
     def of(self, sha256: str) -> tuple[str, ...]:
         """Base URLs of a blob's holders: the nodes first, so that the coordinator's link is the last resort."""
-        return self.nodes(sha256) + self._urls()
+        return self.nodes(sha256) + self.ours()
+
+    def ours(self) -> tuple[str, ...]:
+        """Our own addresses: we have every blob that our messages name."""
+        return self._urls()
 
     def few(self, sha256: str) -> tuple[str, ...]:
-        """The same for messages that name many blobs: one node for each blob, not always the same, and ourselves."""
+        """`nodes` for messages that name many blobs: one node for each blob, not always the same."""
         nodes = self.nodes(sha256)
         chosen = int(sha256[-8:], 16) % len(nodes) if nodes else 0
-        return nodes[chosen : chosen + 1] + self._urls()[:OWN_NAMED]
+        return nodes[chosen : chosen + 1]

@@ -210,7 +210,7 @@ class Dispatcher:
                     self._leases.accepted(node_id)
             case LeaseRenewed():
                 if (held := self._heard(node_id, message.attempt_id)) is not None:
-                    said = bounded_renewal(held.message.task, message)
+                    said = bounded_renewal(held.body.task, message)
                     held.done, held.metrics, held.stage = said.done, said.metrics, said.stage
                     self._announcer.changed(held.job_id)
                 for attempt_id in (message.attempt_id, *message.also[:ALSO_LIMIT]):
@@ -500,7 +500,7 @@ class Dispatcher:
 
     def _refusal(self, held: Held, result: AnyTaskResult) -> ErrorInfo | None:
         """Why a result is not taken: it is not what was asked for, or another node must check it; None if it is taken."""
-        lease, node_id = held.message, held.node_id
+        lease, node_id = held.body, held.node_id
         if reason := violation(lease.task, result, self._leases.own_items(node_id, lease.task)):
             self._violated(held, node_id, reason)
             return error_info(EngineFailed(f"its result is not what was asked for: {reason}"))
@@ -526,7 +526,7 @@ class Dispatcher:
         )
 
     def _violated(self, held: Held, node_id: str, reason: str) -> None:
-        where = fields(job=held.job_id, shard=held.message.shard_id, node=node_id, reason=reason)
+        where = fields(job=held.job_id, shard=held.body.shard_id, node=node_id, reason=reason)
         log.warning("result of a node is not what was asked for %s", where)
         if self._leases.violated(node_id, reason):
             log.error("node gets no jobs for a while %s", fields(node=node_id, reason=reason))

@@ -8,18 +8,30 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from msgspec.structs import replace
+
 from coordinator.copies.locations import Holders
 from coordinator.membership import Membership
 from coordinator.plans.job import Attempt, Job
 from coordinator.plans.placement import ClusterView, NodeView
 from potluck.bus.outbox import Outbox
 from potluck.settings import CoordinatorSettings
-from potluck.wire.messages import AcknowledgeResult, AnyTask, ForgetJob, LeaseShard, Message, WarmUpTask, WithdrawLease
-from potluck.wire.refs import locate
+from potluck.wire.messages import (
+    AcknowledgeResult,
+    AnyTask,
+    ForgetJob,
+    LeaseShard,
+    Message,
+    WarmUpTask,
+    WithdrawLease,
+)
+from potluck.wire.refs import hints_for, locate
 from potluck.wire.topics import Topics
 
 MANY_SHARDS = 100
 """For a lease with more blobs, few holders of each are named: it must fit into a message."""
+OWN_NAMED = 3
+"""How many of our own addresses the body of a lease names for each blob; one if there are many blobs."""
 REFUSED_SECONDS = 0.5
 REFUSED_LIMIT_SECONDS = 60.0
 SLOTS = 2
@@ -47,7 +59,8 @@ class Held:
 
     job_id: str
     node_id: str
-    message: LeaseShard
+    body: LeaseShard
+    """What is leased. It never changes; each send adds its own hints."""
     heard_at: float
     sent_at: float = 0.0
     taken: bool = False
@@ -104,15 +117,16 @@ class Leases:
     def hold(self, job: Job, attempt: Attempt, now: float) -> Held:
         """Begin a lease (or continue it, after a restart); the next `send_due` sends it."""
         assert attempt.task is not None
-        message = LeaseShard(
+        own = self._holders.ours()[: 1 if _shards(attempt.task) > MANY_SHARDS else OWN_NAMED]
+        body = LeaseShard(
             epoch=self._epoch,
             job_id=job.job_id,
             shard_id=attempt.shard_id,
             attempt_id=attempt.attempt_id,
             lease_seconds=self._settings.lease_seconds,
-            task=attempt.task,
+            task=locate(attempt.task, lambda _: own),
         )
-        held = self._held[attempt.attempt_id] = Held(job.job_id, attempt.node_id, message, heard_at=now)
+        held = self._held[attempt.attempt_id] = Held(job.job_id, attempt.node_id, body, heard_at=now)
         self._of_node.setdefault(attempt.node_id, set()).add(attempt.attempt_id)
         self._changed.add(attempt.node_id)
         return held
@@ -163,8 +177,10 @@ class Leases:
         held.sent_at = now
         member = self._membership.get(held.node_id)
         if member is not None and member.state != "offline":
-            many = _shards(held.message.task) > MANY_SHARDS
-            self.command(held.node_id, locate(held.message, self._holders.few if many else self._holders.of))
+            task = held.body.task
+            nodes_with = self._holders.few if _shards(task) > MANY_SHARDS else self._holders.nodes
+            hints = hints_for(task, nodes_with, self._holders.ours())
+            self.command(held.node_id, replace(held.body, hints=hints))
 
     def withdraw(self, node_id: str, attempt_id: str, reason: str) -> None:
         self.command(node_id, WithdrawLease(epoch=self._epoch, attempt_id=attempt_id, reason=reason))

@@ -1205,8 +1205,22 @@ AnyTaskResult = TrainResult | EvaluateResult | PredictResult | ExportResult | Sy
 # --- coordinator -> node, on nodes/<id>/inbox -------------------------------------------------------------------------
 
 
+class LeaseHints(Part, frozen=True):
+    """Who has the blobs of a lease, as far as is known at the time of sending. It may be wrong: each blob is checked by its hash.
+
+    `http`: addresses of the coordinator, which has all blobs. `holders`: addresses of nodes, by the last 16 digits of a blob's hash.
+    """
+
+    http: tuple[str, ...] = ()
+    holders: dict[str, tuple[str, ...]] = {}
+
+
 class LeaseShard(Message, frozen=True):
-    """Do this shard; renew within `lease_seconds`, or another node gets it. Resent until `LeaseTaken` or its result comes."""
+    """Do this shard; renew within `lease_seconds`, or another node gets it. Resent until `LeaseTaken` or its result comes.
+
+    All fields but `hints` are its body, which is made once and has the same bytes each time it is sent. The body names the coordinator's
+    addresses as holders, for nodes that do not know hints.
+    """
 
     epoch: Epoch
     job_id: str
@@ -1214,6 +1228,7 @@ class LeaseShard(Message, frozen=True):
     attempt_id: str
     lease_seconds: Seconds
     task: AnyTask
+    hints: LeaseHints = LeaseHints()
 
 
 class WithdrawLease(Message, frozen=True):

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from functools import cache
+from typing import Any, TypeVar, get_args
 
 from msgspec import Struct
-from msgspec.structs import replace
+from msgspec.structs import fields, replace
 
-from potluck.wire.messages import BlobRef
+from potluck.wire.messages import AnyTask, BlobRef, LeaseHints, LeaseShard
 
 S = TypeVar("S")
+
+_DIGITS = 16
+"""Of a hash, its last, in hints: a lease on a large data set has to go into a message, and whoever has not what they say is asked in vain."""
 
 
 def blob_refs(value: Any) -> Iterator[BlobRef]:
@@ -18,7 +22,7 @@ def blob_refs(value: Any) -> Iterator[BlobRef]:
     if isinstance(value, BlobRef):
         yield value
     elif isinstance(value, Struct):
-        for name in value.__struct_fields__:
+        for name in _ways(type(value)):
             yield from blob_refs(getattr(value, name))
     elif isinstance(value, tuple):
         for item in value:
@@ -32,13 +36,38 @@ def locate(value: S, holders_of: Callable[[str], tuple[str, ...]]) -> S:
         return replace(value, holders=tuple(found))
     if isinstance(value, Struct):
         changed = {}
-        for name in value.__struct_fields__:
+        for name in _ways(type(value)):
             before = getattr(value, name)
-            if isinstance(before, Struct | tuple):
-                after = locate(before, holders_of)
-                if after is not before:
-                    changed[name] = after
+            after = locate(before, holders_of)
+            if after is not before:
+                changed[name] = after
         return replace(value, **changed) if changed else value
-    if isinstance(value, tuple) and any(isinstance(item, Struct | tuple) for item in value):
+    if isinstance(value, tuple) and value:
         return tuple(locate(item, holders_of) for item in value)  # type: ignore[return-value]
     return value
+
+
+def hints_for(task: AnyTask, nodes_with: Callable[[str], tuple[str, ...]], http: tuple[str, ...]) -> LeaseHints:
+    """Which nodes have the blobs of a task, as they go beside the body of its lease; `http`: where all of them are to be had."""
+    found = {ref.sha256[-_DIGITS:]: nodes for ref in blob_refs(task) if (nodes := nodes_with(ref.sha256))}
+    return LeaseHints(http=http, holders=found)
+
+
+def hinted(lease: LeaseShard) -> LeaseShard:
+    """The same with the holders that its hints name in the blobs of its task."""
+    hints = lease.hints
+    return replace(
+        lease, task=locate(lease.task, lambda sha256: (*hints.holders.get(sha256[-_DIGITS:], ()), *hints.http))
+    )
+
+
+@cache
+def _ways(kind: type[Struct]) -> tuple[str, ...]:
+    """The fields of a struct that may lead to a blob: names of ten thousand classes do not, and need not be looked at."""
+    return tuple(field.name for field in fields(kind) if _leads(field.type))
+
+
+def _leads(kind: Any) -> bool:
+    if isinstance(kind, type) and issubclass(kind, Struct):
+        return issubclass(kind, BlobRef) or bool(_ways(kind))
+    return any(_leads(part) for part in get_args(kind))

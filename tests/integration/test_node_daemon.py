@@ -27,6 +27,7 @@ from potluck.wire.messages import (
     EvaluateResult,
     ExportTask,
     ForgetJob,
+    LeaseHints,
     LeaseRefused,
     LeaseRenewed,
     LeaseTaken,
@@ -384,6 +385,21 @@ async def test_a_shard_is_done_once_and_its_result_told_until_it_is_acknowledged
     await lab.heard(NodeTelemetry)  # resends would have come by now
     assert len(lab.all(ShardFinished)) <= said + 1
     assert len(lab.all(BlobsStored)) == 2  # what was fetched, and what was made: each told once
+
+
+async def test_the_blobs_of_a_lease_are_had_where_its_hints_say(lab: Lab) -> None:
+    """Of nodes by the hash, and of the coordinator, which has all; the body names nobody."""
+    await lab.node()
+    model, weights = (replace(lab.blob(data), holders=()) for data in (b"model", b"weights"))
+    task = ExportTask(model=model, weights=weights)
+    await lab.lease("a1", "join", task=task, hints=LeaseHints(http=lab.urls))
+    finished = await lab.heard(ShardFinished)
+    assert isinstance(finished.result, TrainResult)
+    assert sorted(await lab.fetch(finished.result.update)) == sorted(b"modelweights")
+    other = replace(lab.blob(b"others"), holders=())
+    hints = LeaseHints(holders={other.sha256[-16:]: ("http://127.0.0.1:1", *lab.urls)})
+    await lab.lease("a2", "join", task=replace(task, weights=other), hints=hints)
+    await lab.heard(ShardFinished, lambda one: one.attempt_id == "a2")
 
 
 async def test_it_holds_three_leases_works_in_turn_and_obeys_withdrawals(lab: Lab) -> None:

@@ -7,24 +7,28 @@ from types import SimpleNamespace
 from typing import Any, cast
 from unittest.mock import Mock
 
+import msgspec
 import pytest
 
 from coordinator.copies.locations import PEERS_NAMED, Holders
-from coordinator.dispatch.leases import SLOTS, Leases
+from coordinator.dispatch.leases import OWN_NAMED, SLOTS, Leases
 from coordinator.membership import Membership
 from coordinator.plans.job import Attempt
 from coordinator.plans.placement import NodeView
 from potluck.settings import CoordinatorSettings
+from potluck.wire import codec
 from potluck.wire.messages import (
     BlobRef,
     Capacity,
     DataFormat,
     DataSlice,
     EvaluateTask,
+    LeaseShard,
     NodeCapacity,
     NodeStatus,
     NodeTelemetry,
 )
+from potluck.wire.refs import hinted
 from potluck.wire.topics import Topics
 
 BLOB = BlobRef(sha256="a" * 64, size=1)
@@ -159,3 +163,44 @@ def test_of_very_many_holders_not_always_the_same_are_named() -> None:
     for number in (5, 3):
         few.stored(f"n{number:03}", ["b" * 64])
     assert few.nodes("b" * 64) == ("http://n003:1", "http://n005:1")
+
+
+def test_the_body_of_a_lease_has_the_same_bytes_however_often_it_is_sent() -> None:
+    """Holders come and go, and our own address changes: that stands beside it, and a signature over it would hold."""
+    bench, payloads = Bench(), list[bytes]()
+    ours = ["http://coordinator:1"]
+    bench.leases._holders._urls = lambda: tuple(ours)
+    outbox = cast(Mock, bench.leases._outbox)
+    outbox.publish.side_effect = lambda topic, message: payloads.append(codec.encode(message))
+    for node_id in NODES:
+        bench.born(node_id)
+    bench.hold("a1", "n1")
+    bench.leases.send_due(1.0)
+    bench.leases._holders.stored("n2", [BLOB.sha256])
+    bench.leases.send_due(3.0)
+    bench.leases._holders.stored("n3", [BLOB.sha256])
+    ours[:] = ["http://elsewhere:2"]
+    bench.leases.send_due(5.0)
+
+    parts = [msgspec.msgpack.decode(payload, type=dict[str, msgspec.Raw]) for payload in payloads]
+    hints = [bytes(part.pop("hints", b"")) for part in parts]
+    assert len(set(hints)) == len(hints) == 3
+    bodies = {b"".join(key.encode() + bytes(value) for key, value in part.items()) for part in parts}
+    assert len(bodies) == 1
+
+    sent = [hinted(cast(LeaseShard, codec.decode(payload)[0])) for payload in payloads]
+    found = [(one.task.model.holders, one.task.slices[0].blob.holders) for one in sent]  # type: ignore[union-attr]
+    first = ("http://coordinator:1",)
+    assert [set(model) for model, _ in found] == [
+        {*first}, {*first, "http://n2:1"}, {*first, "http://n2:1", "http://n3:1", "http://elsewhere:2"},
+    ]  # fmt: skip
+    assert all(model == data for model, data in found)
+
+
+def test_a_node_that_reads_no_hints_finds_the_blobs_at_the_coordinator() -> None:
+    bench = Bench()
+    bench.leases._holders._urls = lambda: tuple(f"http://coordinator:{number}" for number in range(5))
+    bench.hold("a1", "n1")
+    held = bench.leases.get("a1")
+    assert held is not None
+    assert len(held.body.task.model.holders) == OWN_NAMED  # type: ignore[union-attr]

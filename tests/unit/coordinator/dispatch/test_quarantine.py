@@ -15,6 +15,7 @@ from coordinator.copies.locations import Holders
 from coordinator.dispatch.dispatcher import Dispatcher
 from coordinator.dispatch.leases import Held, Leases
 from coordinator.membership import Membership
+from coordinator.plans.job import Attempt
 from potluck.settings import CoordinatorSettings
 from potluck.wire import codec
 from potluck.wire.messages import (
@@ -35,6 +36,7 @@ from potluck.wire.messages import (
     TrainTask,
     WarmUpTask,
 )
+from potluck.wire.refs import hinted
 from potluck.wire.topics import Topics
 from support.eventually import eventually
 
@@ -156,17 +158,21 @@ def test_a_lease_on_a_large_data_set_goes_into_a_message() -> None:
         seconds=1.0, batch_size=32, seed=1, compression="int8",
     )  # fmt: skip
     sent: list[Any] = []
+    job: Any = SimpleNamespace(job_id="j" * 16)
     bench.leases.command = lambda node_id, message: sent.append(message)  # type: ignore[method-assign]
     evaluate = replace(
         TASK, slices=tuple(DataSlice(blob=shard.blob, start=0, stop=10**6) for shard in shards), format=task.format
     )
     for one in (task, WarmUpTask(task=task), evaluate):
-        lease = LeaseShard(epoch=1, job_id="j" * 16, shard_id="round-0", attempt_id="a" * 16, lease_seconds=1, task=one)
-        bench.leases.send(Held("j", "node-1", lease, heard_at=0.0), 0.0)
+        attempt = Attempt("a" * 16, "round-0", "node-1", 0.0, one)
+        bench.leases.send(bench.leases.hold(job, attempt, 0.0), 0.0)
         assert len(codec.encode(sent[-1])) < INLINE_LIMIT_BYTES
-    peers = [shard.blob.holders[0] for shard in sent[0].task.data]
+    peers = [sent[0].hints.holders[shard.blob.sha256[-16:]] for shard in sent[0].task.data]
+    assert {len(one) for one in peers} == {1}
     assert len(set(peers)) > 5, "one of those that have it, and not always the same"
-    assert all(len(shard.blob.holders) == 4 for shard in sent[0].task.data)
+    found = [shard.blob.holders for shard in hinted(sent[0]).task.data]
+    assert all(len(holders) == 21 and peer[0] in holders for holders, peer in zip(found, peers, strict=True))
+    assert all(len(shard.blob.holders) == 1 for shard in sent[0].task.data), "for a node that reads no hints"
 
 
 async def test_whoever_waits_the_longest_for_a_nodes_time_is_planned_first() -> None:
