@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import socket
+import ssl
 from typing import Any
 
 import aiomqtt
@@ -33,6 +34,8 @@ async def refusal(host: str, port: int, credentials: Credentials, limit_seconds:
             _, writer = await reach((host, port), credentials)
     except TimeoutError:
         return f"no answer within {limit_seconds:g} s"
+    except ssl.SSLError as error:  # an OSError with numbers of its own, and some are ValueErrors
+        return str(error)
     except ValueError:  # and UnicodeError, which is one
         return "not the name of a host"
     except OSError as error:

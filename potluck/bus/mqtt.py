@@ -7,6 +7,7 @@ import itertools
 import logging
 import os
 import random
+import ssl
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
@@ -205,7 +206,7 @@ class MqttBus(Bus):
 
     def _note(self, address: tuple[str, int] | None, error: Exception) -> None:
         place = f"{address[0]}:{address[1]}" if address else "discovery"
-        if isinstance(error, OSError) and error.errno and error.errno > 0:
+        if isinstance(error, OSError) and not isinstance(error, ssl.SSLError) and error.errno and error.errno > 0:
             reason = os.strerror(error.errno)
         else:
             reason = str(error) or type(error).__name__
