@@ -140,9 +140,8 @@ class Neighbours:
             if isinstance(status, CoordinatorStatus) and status.state == "online" and not said.done():
                 said.set_result(status)
 
-        if await refusal(
-            *place, self._credentials, ASK_SECONDS
-        ):  # an advertisement that outlived its coordinator: the bus would log warnings
+        # An advertisement may outlive its coordinator, and the bus would log warnings.
+        if await refusal(*place, self._credentials, ASK_SECONDS):
             return None
         bus = MqttBus(
             in_turn([place]),

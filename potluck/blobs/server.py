@@ -43,8 +43,8 @@ def routes(
     """Routes for an aiohttp application. `GET` answers Range requests (RFC 9110, 14) and carries the hash as ETag; what is not
     in `store` is looked for in `others`.
 
-    `PUT` takes at most `max_bytes` and keeps nothing that has not the hash which names it; who sent what is logged. With `Expect: 100-continue` what
-    is not wanted is refused before it is sent.
+    `PUT` takes at most `max_bytes` and keeps nothing that has not the hash which names it; who sent what is logged. With
+    `Expect: 100-continue` what is not wanted is refused before it is sent.
     """
 
     async def get(request: web.Request) -> web.StreamResponse:
@@ -62,10 +62,8 @@ def routes(
         sha256 = request.match_info["sha256"]
         if not is_sha256(sha256):
             return _problem(400, "a blob is named by its SHA-256: 64 lower-case hexadecimal digits")
-        try:
-            caller_of(request)
-        except InvalidRequest as error:
-            return _problem(400, error.message)
+        if (problem := _wrong_caller(request)) is not None:
+            return problem
         if _is_encoded(request):
             return _encoded()
         if store.has(sha256):
@@ -118,10 +116,8 @@ def inputs_routes(
     async def post(request: web.Request) -> web.StreamResponse:
         if request.content_type != _OCTETS:  # which no page in a browser can send unasked: fetch standard, 2.2.2
             return _problem(415, f"inputs are sent as {_OCTETS}")
-        try:
-            caller_of(request)
-        except InvalidRequest as error:
-            return _problem(400, error.message)
+        if (problem := _wrong_caller(request)) is not None:
+            return problem
         if _is_encoded(request):
             return _encoded()
         if (reason := refusal()) is not None:
@@ -260,6 +256,15 @@ class _BlobResponse(web.FileResponse):
     @etag.setter
     def etag(self, value: ETag | str | None) -> None:
         self.headers[hdrs.ETAG] = f'"{self._sha256}"'
+
+
+def _wrong_caller(request: web.Request) -> web.Response | None:
+    """The answer to a sender whose identity is none."""
+    try:
+        caller_of(request)
+    except InvalidRequest as error:
+        return _problem(400, error.message)
+    return None
 
 
 def _is_encoded(request: web.Request) -> bool:

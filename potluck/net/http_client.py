@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
@@ -27,12 +28,14 @@ def session(credentials: Credentials, *, connect_seconds: float, idle_seconds: f
 
 
 async def is_there(address: str, credentials: Credentials, limit_seconds: float) -> bool:
-    """Whether a connection of ours is taken at this address, whatever is answered on it."""
+    """Whether a connection of ours is taken at this address in time, whatever is answered on it."""
+    connecting = aiohttp.ClientTimeout(total=None, connect=limit_seconds)
     try:
-        async with session(credentials, connect_seconds=limit_seconds, idle_seconds=limit_seconds) as http:
-            async with http.head(address, allow_redirects=False):
-                return True
-    except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError, aiohttp.InvalidURL):
+        async with asyncio.timeout(2 * limit_seconds):
+            async with _brief(credentials, limit_seconds) as http:
+                async with http.head(address, timeout=connecting, allow_redirects=False):
+                    return True
+    except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError, ValueError):  # the last: no address
         return False
     except (aiohttp.ClientError, TimeoutError):
         return True  # it was taken, and then broken off or left without an answer
@@ -41,7 +44,7 @@ async def is_there(address: str, credentials: Credentials, limit_seconds: float)
 async def answers(url: str, credentials: Credentials, limit_seconds: float) -> bool:
     """Whether a GET of this is answered with 200."""
     try:
-        async with session(credentials, connect_seconds=limit_seconds, idle_seconds=limit_seconds) as http:
+        async with asyncio.timeout(limit_seconds), _brief(credentials, limit_seconds) as http:
             async with http.get(url, headers=_AS_IT_IS, allow_redirects=False) as response:
                 return response.status == 200
     except (aiohttp.ClientError, TimeoutError, ValueError):
@@ -51,7 +54,7 @@ async def answers(url: str, credentials: Credentials, limit_seconds: float) -> b
 async def post_json(url: str, value: Any, credentials: Credentials, limit_seconds: float) -> Any:
     """What a question in JSON is answered with. Raises Unavailable."""
     try:
-        async with session(credentials, connect_seconds=limit_seconds, idle_seconds=limit_seconds) as http:
+        async with asyncio.timeout(limit_seconds), _brief(credentials, limit_seconds) as http:
             async with http.post(url, json=value, headers=_AS_IT_IS, allow_redirects=False) as response:
                 said = await response.read()
     except (aiohttp.ClientError, TimeoutError) as error:
@@ -59,3 +62,7 @@ async def post_json(url: str, value: Any, credentials: Credentials, limit_second
     if response.status != 200:
         raise Unavailable(f"{url} answers {response.status}: {said[:300].decode(errors='replace')}")
     return json.loads(said)
+
+
+def _brief(credentials: Credentials, limit_seconds: float) -> aiohttp.ClientSession:
+    return session(credentials, connect_seconds=limit_seconds, idle_seconds=limit_seconds)
