@@ -12,6 +12,7 @@ from coordinator.gateway.answers import Problem
 from coordinator.gateway.asking import TIMEOUT_HEADER
 from potluck import __version__
 from potluck.wire.codec import CONTENT_TYPES
+from potluck.wire.identities import CALLER_HEADER, IDENTITY_PATTERN
 
 _STRUCTS = (
     Problem,
@@ -148,9 +149,9 @@ def _cluster() -> Json:
     ask = _post("A question to the coordinator, and its answer", message, message, failures=tuple(_FAILURES))
     encodings = {kind: {"schema": message} for kind in CONTENT_TYPES.values()}
     ask["requestBody"]["content"] = ask["responses"]["200"]["content"] = encodings
-    caller = {"type": "string", "maxLength": questions.CALLER_LIMIT}
+    caller = {"type": "string", "pattern": IDENTITY_PATTERN}
     about = "Who asks: with the message's `id` it names a question that may be asked again"
-    ask["parameters"].append({"name": questions.CALLER_HEADER, "in": "header", "description": about, "schema": caller})
+    ask["parameters"].append({"name": CALLER_HEADER, "in": "header", "description": about, "schema": caller})
     number: Json = {"type": "integer", "minimum": 0, "maximum": 10**events.NUMBER_SIGNS - 1}
     follow = _get("What happens in the cluster: server-sent events, each a `ClusterEvent` with its number as `id`", {})
     follow["responses"]["200"]["content"] = {streaming.CONTENT_TYPE: {"schema": {"type": "string"}}}

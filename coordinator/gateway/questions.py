@@ -14,15 +14,14 @@ from coordinator.gateway import events
 from coordinator.gateway.answers import problem
 from coordinator.gateway.asking import Asking
 from potluck.errors import InvalidRequest
+from potluck.net.http import caller_of
 from potluck.surviving import as_defect
 from potluck.wire import codec
+from potluck.wire.identities import ANONYMOUS
 from potluck.wire.messages import FollowEvents, JobEnded, Message
 from potluck.wire.tensors import readable
 
 PATH = "/v1/control"
-CALLER_HEADER = "Potluck-Caller"
-"""Who asks: with the message's `id` it names a question that may be asked again. (On the bus that is `reply_to`.)"""
-CALLER_LIMIT = 256
 
 
 class Questions:
@@ -36,15 +35,15 @@ class Questions:
         return [web.post(PATH, self._asking.answering(self.ask))]
 
     async def ask(self, request: web.Request) -> web.Response:
-        """The answer in the encoding of the question."""
+        """The answer in the encoding of the question. With the message's `id`, whoever says who they are may ask the same again."""
         if request.content_type not in codec.CONTENT_TYPES.values():
             return problem(
                 415,
                 f"the Content-Type is {request.content_type[:80]}: send {' or '.join(codec.CONTENT_TYPES.values())}",
             )
         question, encoding = codec.decode(await self._asking.bodies.read(request))
-        name = request.headers.get(CALLER_HEADER, "")[:CALLER_LIMIT]
-        answer = await self._answer(question, f"http {name}" if name else "")
+        caller = caller_of(request)
+        answer = await self._answer(question, "" if caller == ANONYMOUS else f"http {caller}")
         if isinstance(answer, JobEnded) and encoding == "json":
             answer = readable(answer)
         payload = codec.encode(replace(answer, id=question.id), encoding)

@@ -17,7 +17,8 @@ ANONYMOUS = "anonymous"
 CALLER_HEADER = "Potluck-Caller"
 """Of an HTTP request: the identity of who sends it."""
 
-_IDENTITY = re.compile(rf"[a-z]{{1,16}}:{NODE_ID.pattern}")
+IDENTITY_PATTERN = rf"^[a-z]{{1,16}}:{NODE_ID.pattern}$"
+_IDENTITY = re.compile(IDENTITY_PATTERN)
 
 
 def identity(role: Role, name: str) -> str:

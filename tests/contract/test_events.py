@@ -25,6 +25,7 @@ from potluck.blobs.store import BlobStore
 from potluck.bus.mqtt import Bus, MqttBus
 from potluck.bus.outbox import Outbox
 from potluck.client import AsyncClient, Client
+from potluck.credentials import Credentials
 from potluck.errors import Overloaded
 from potluck.net.http import serve_http
 from potluck.settings import BusTimings
@@ -78,7 +79,9 @@ class Core:
 
         self._stack.push_async_callback(end)
         sock = self._sock.dup()
-        await self._stack.enter_async_context(serve_http(sock, FollowedEvents(control).routes(), (in_words,)))
+        await self._stack.enter_async_context(
+            serve_http(sock, FollowedEvents(control).routes(), Credentials(), (in_words,))
+        )
         await self.bus.connected(10)
 
     async def stop(self) -> None:
@@ -110,7 +113,9 @@ async def broker(tmp_path: Path) -> AsyncIterator[TestBroker]:
 
 @pytest.fixture
 async def core(broker: TestBroker, tmp_path: Path) -> AsyncIterator[Core]:
-    made = Core(lambda: MqttBus(broker.address, TOPICS, client_id="coordinator", timings=QUICK), tmp_path)
+    made = Core(
+        lambda: MqttBus(broker.address, TOPICS, Credentials(), client_id="coordinator", timings=QUICK), tmp_path
+    )
     async with started(made):
         yield made
 
@@ -124,7 +129,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 async def client(core: Core, broker: TestBroker) -> AsyncIterator[AsyncClient]:
-    bus = MqttBus(broker.address, TOPICS, client_id="me", timings=QUICK)
+    bus = MqttBus(broker.address, TOPICS, Credentials(), client_id="me", timings=QUICK)
     async with AsyncClient(timeout=5, cluster="events", bus=bus) as connected:
         yield connected
 
@@ -285,7 +290,7 @@ async def test_an_answer_that_is_lost_or_comes_twice_changes_nothing(tmp_path: P
 
 
 async def test_a_follower_that_is_gone_is_told_nothing_more(core: Core, broker: TestBroker) -> None:
-    bus = MqttBus(broker.address, TOPICS, client_id="foreign", timings=QUICK)
+    bus = MqttBus(broker.address, TOPICS, Credentials(), client_id="foreign", timings=QUICK)
     running = asyncio.create_task(bus.run(), name="foreign")
     await bus.connected(5)
     answers: list[Message] = []

@@ -109,8 +109,8 @@ async def test_who_says_who_asks_may_ask_again(lab: Lab, http: Http) -> None:
     lab.registry.set_alias("m:1", "prod")
     question = codec.encode(RemoveAlias(id="q-1", model="m:prod"), "json")
     for _ in range(2):
-        assert (await ask(http, question, Potluck_Caller="shell-1"))[0] == 200
-    assert (await ask(http, question, Potluck_Caller="shell-2"))[0] == 404
+        assert (await ask(http, question, Potluck_Caller="client:shell-1"))[0] == 200
+    assert (await ask(http, question, Potluck_Caller="client:shell-2"))[0] == 404
     assert (await ask(http, question))[0] == 404
 
 
