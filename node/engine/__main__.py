@@ -265,10 +265,10 @@ def main() -> None:
     if formats.has_tensorflow():
         # Imported only where it is, and that takes seconds.
         with left_out("matplotlib", "pandas", "sklearn"):
-            from node.engine import code, runtime
+            from node.engine import code, keras_models
             from node.engine.tasks import Tasks
 
-        versions, gpus = runtime.prepare(threads)
+        versions, gpus = keras_models.prepare(threads)
         runtimes |= versions
         code.allow(allowed)
         tasks = Tasks(scratch, threads)

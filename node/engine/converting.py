@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from node.engine import runtime, savedmodel
+from node.engine import keras_models, savedmodel
 from node.engine.wording import one_line
 from potluck.errors import EngineFailed, InvalidModel
 from potluck.lifecycle import die_with_parent
@@ -50,7 +50,7 @@ def convert(
         if model_format == "savedmodel":
             savedmodel.unpack(path, saved)
         else:
-            _save(runtime.load_model(path, scratch, compiled=False), saved)
+            _save(keras_models.load_model(path, scratch, compiled=False), saved)
         items = Path(folder) / "items.npz"
         np.savez(items, *columns)
         arguments = [str(saved), savedmodel.serving(saved), str(items), str(target), *names]
@@ -81,12 +81,14 @@ def convert(
 
 def _save(model: Any, folder: Path) -> None:
     """A SavedModel with the names of the model's signature."""
-    signature = runtime.signature(model)
+    signature = keras_models.signature(model)
     outputs = [spec.name for spec in signature.outputs]
 
     def call(**inputs: Any) -> dict[str, Any]:
         batch = [inputs[spec.name] for spec in signature.inputs]
-        return dict(zip(outputs, runtime.flat(model(runtime.packed(model, batch), training=False)), strict=True))
+        return dict(
+            zip(outputs, keras_models.flat(model(keras_models.packed(model, batch), training=False)), strict=True)
+        )
 
     module = tf.Module()
     module.kept = [variable.value for variable in model.variables]  # what is not found from the module is not saved

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import tensorflow as tf
 
-from node.engine import pixels, runtime
+from node.engine import keras_models, pixels
 from node.engine.wording import one_line
 from potluck.data import images
 from potluck.data.folders import Unusable
@@ -175,7 +175,7 @@ def _audio_shape(model: Any) -> tuple[int, ...]:
 
 def _only_input(model: Any, *, text: bool = False) -> tuple[Any, ...] | None:
     """The shape of an item; None where the model has several inputs, or one of another kind than asked for."""
-    if len(model.inputs) > 1 or (runtime.signature(model).inputs[0].datatype == "BYTES") != text:
+    if len(model.inputs) > 1 or (keras_models.signature(model).inputs[0].datatype == "BYTES") != text:
         return None
     return tuple(model.inputs[0].shape)[1:]
 
@@ -183,6 +183,6 @@ def _only_input(model: Any, *, text: bool = False) -> tuple[Any, ...] | None:
 def _unfit(model: Any, items: str, expected: str) -> InvalidModel:
     names = ", ".join(
         f"{spec.name} {shown(spec.shape[1:])}{' of text' if spec.datatype == 'BYTES' else ''}"
-        for spec in runtime.signature(model).inputs
+        for spec in keras_models.signature(model).inputs
     )
     return InvalidModel(f"the data is {items}, but the model takes {names}: expected one {expected}")

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from node.engine import runtime
+from node.engine import keras_models
 from node.engine.inputs import Source
 from node.engine.loaded import Loaded, Scored
 from node.engine.shards import ShardPart
@@ -86,7 +86,7 @@ def evaluate(loaded: Loaded, source: Source, parts: Sequence[ShardPart], batch_s
 
 def _is_sum(model: Any) -> bool:
     """Whether the loss of a model with one output is a sum over items."""
-    losses = [loss for loss in runtime.output_losses(model) if loss is not None]
+    losses = [loss for loss in keras_models.output_losses(model) if loss is not None]
     return bool(losses) and getattr(losses[0], "reduction", None) == "sum"
 
 

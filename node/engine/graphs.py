@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from node.engine import fitting, pixels, runtime, tensorflow_parts
+from node.engine import fitting, keras_models, pixels, tensorflow_parts
 from node.engine.fitting import Array
 from node.engine.memory import shortage
 from node.engine.wording import one_line
@@ -136,10 +136,10 @@ class Graph:
 
 def load_keras(path: Path, scratch: Path) -> Graph:
     """A `.keras` or `.h5` file. Raises InvalidModel, CodeNotAllowed."""
-    model = runtime.load_model(path, scratch, compiled=False)
+    model = keras_models.load_model(path, scratch, compiled=False)
 
     def call(*batch: Any) -> list[Any]:
-        return runtime.flat(model(runtime.packed(model, batch), training=False))
+        return keras_models.flat(model(keras_models.packed(model, batch), training=False))
 
     specs = [tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in model.inputs]
     return Graph(call, specs, pixels.described(model), holds=model)

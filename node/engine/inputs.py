@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from node.engine import pixels, runtime, shards
+from node.engine import keras_models, pixels, shards
 from node.engine.decoders import Decoder, ImageDecoder, decoder_for, item_bytes, undecodable
 from node.engine.shards import Array, ShardPart
 from potluck.data.folders import Unusable
@@ -84,7 +84,7 @@ class Source:
         `known`: decoded items of parts that need not be decoded again; in their place come those of these parts.
         """
         if self.decoder is None:
-            return [runtime.held(array) for array in self._arrays(parts)]
+            return [keras_models.held(array) for array in self._arrays(parts)]
         shape = (sum(part.count for part in parts), *self.decoder.shape)
         dtype = self.decoder.dtype.as_numpy_dtype
         items = np.empty(shape, dtype) if self.decoder.dtype == tf.string else shards.aligned(shape, dtype)
@@ -100,7 +100,7 @@ class Source:
         if known is not None:
             known.clear()
             known.update(found)
-        return [runtime.held(items)]
+        return [keras_models.held(items)]
 
     def _arrays(self, parts: Sequence[ShardPart]) -> list[Array]:
         return fit(self.model, shards.load_arrays(parts, self.data.inputs), self.pixel_scale)
@@ -148,7 +148,7 @@ def _batches_of_images(decoder: ImageDecoder, encoded: list[bytes], batch_size: 
             rows = coming.result()
             if start + batch_size < len(encoded):
                 coming = ahead.submit(batch, start + batch_size)
-            yield runtime.held(rows)
+            yield keras_models.held(rows)
 
 
 def _images(decoder: ImageDecoder, rows: Array, files: Sequence[bytes], before: int = 0) -> None:
@@ -187,7 +187,7 @@ def fit(model: Any, inputs: dict[str, Array], pixel_scale: float = 1.0) -> list[
 
     What are pixels is multiplied by `pixel_scale`, as it is in a request, and refused where that is 0.
     """
-    specs = runtime.signature(model).inputs
+    specs = keras_models.signature(model).inputs
     wanted = [spec.name for spec in specs]
     if len(inputs) != len(wanted):
         raise InvalidRequest(

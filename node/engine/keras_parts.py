@@ -70,7 +70,7 @@ def functional(model: Any) -> Any | None:
 
 
 def saving() -> Any:
-    """The module that reads and writes `.keras` files: how it reads weights cannot be chosen (`runtime._weights_from_disk`)."""
+    """The module that reads and writes `.keras` files: how it reads weights cannot be chosen (`keras_models._weights_from_disk`)."""
     from keras.src.saving import saving_lib
 
     return saving_lib

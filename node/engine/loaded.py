@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from node.engine import keras_parts, runtime
+from node.engine import keras_models, keras_parts
 from node.engine.truth import Truth
 from node.engine.wording import one_line
 from potluck.errors import InvalidModel
@@ -150,11 +150,11 @@ class Loaded:
         return [metric for metric in self.model.metrics if id(metric) not in losses]
 
     def _predict_step(self, *batch: Any) -> list[Any]:
-        return runtime.flat(self.model(runtime.packed(self.model, batch), training=False))
+        return keras_models.flat(self.model(keras_models.packed(self.model, batch), training=False))
 
     def _evaluate_step(self, batch: Sequence[Any], target: Any, weights: Any = None) -> tuple[Any, Any, Any, Any]:
         model = self.model
-        x = runtime.packed(model, batch)
+        x = keras_models.packed(model, batch)
         outputs = model(x, training=False)
         loss = model.compute_loss(x=x, y=target, y_pred=outputs, sample_weight=weights, training=False)
         penalty = tf.add_n([tf.cast(part, tf.float32) for part in model.losses]) if model.losses else 0.0
@@ -163,7 +163,7 @@ class Loaded:
             parts.append(tf.identity(metric.result()))  # of this batch alone
             metric.reset_state()
         model.compute_metrics(x, target, outputs, sample_weight=weights)
-        return tf.reduce_mean(loss), penalty, parts, runtime.flat(outputs)
+        return tf.reduce_mean(loss), penalty, parts, keras_models.flat(outputs)
 
 
 def _counts(metric: Any) -> bool:

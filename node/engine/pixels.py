@@ -10,7 +10,7 @@ import keras
 import numpy as np
 from msgspec.structs import replace
 
-from node.engine import keras_parts, runtime
+from node.engine import keras_models, keras_parts
 from potluck.data.images import DEFAULT_SCALE
 from potluck.data.items import scale_of
 from potluck.wire.messages import Signature
@@ -103,7 +103,7 @@ def expected(model: Any) -> float:
 
 def described(model: Any) -> Signature:
     """A Keras model's signature, with what it expects of pixels."""
-    return replace(runtime.signature(model), pixel_scale=expected(model))
+    return replace(keras_models.signature(model), pixel_scale=expected(model))
 
 
 def scale_for(model: Any) -> float:

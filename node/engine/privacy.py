@@ -15,7 +15,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from node.engine import keras_parts, runtime
+from node.engine import keras_models, keras_parts
 from node.engine.truth import Truth
 from potluck.errors import InvalidModel
 from potluck.weights import files
@@ -125,7 +125,7 @@ class NoisyStep:
         arrays, columns = ([array[None] for array in held] for held in items)
         model = self._model
         with tf.GradientTape() as tape:
-            x = runtime.packed(model, arrays)
+            x = keras_models.packed(model, arrays)
             y, *weights = self._truth.packed(columns)
             outputs = model(x, training=True)
             loss = model.compute_loss(

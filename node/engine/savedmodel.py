@@ -14,7 +14,7 @@ import tensorflow as tf
 from google.protobuf.message import DecodeError
 from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
 
-from node.engine import runtime
+from node.engine import keras_models
 from node.engine.graphs import Graph
 from node.engine.memory import shortage
 from node.engine.vetting import vet
@@ -108,7 +108,7 @@ def _graph(loaded: Any) -> Graph:
 
     def call(*batch: Any) -> list[Any]:
         found = function(**dict(zip(inputs, batch, strict=True)))
-        return runtime.flat([found[name] for name in outputs])
+        return keras_models.flat([found[name] for name in outputs])
 
     signature = Signature(
         inputs=tuple(_spec(name, tensor) for name, tensor in inputs.items()),

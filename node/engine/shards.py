@@ -126,7 +126,7 @@ def load_arrays(parts: Sequence[ShardPart], names: Sequence[str]) -> dict[str, A
 
 
 def aligned(shape: tuple[int, ...], dtype: Any) -> Array:
-    """An array, not filled, that `runtime.held` takes without a copy."""
+    """An array, not filled, that `keras_models.held` takes without a copy."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     memory = np.empty(size + ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % ALIGNMENT

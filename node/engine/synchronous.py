@@ -22,7 +22,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from node.engine import fusing, inputs, keras_parts, runtime, shards, training
+from node.engine import fusing, inputs, keras_models, keras_parts, shards, training
 from node.engine.decoders import Decoder
 from node.engine.gate import Gate
 from node.engine.memory import shortage
@@ -53,14 +53,14 @@ class GroupMember:
     def __init__(self, task: SyncTask, paths: dict[str, Path], scratch: Path) -> None:
         self._strategy = _form(task)
         keras.utils.set_random_seed(task.seed)
-        self.model = runtime.load_model(paths[task.model.sha256], scratch, compiled=True)
-        runtime.need_trainable(self.model)
+        self.model = keras_models.load_model(paths[task.model.sha256], scratch, compiled=True)
+        keras_models.need_trainable(self.model)
         _need_mean(self.model)
         _need_keras_step(self.model)
         if not self.model.optimizer.built:
             self.model.optimizer.build(self.model.trainable_variables)
         if task.weights is not None:
-            runtime.set_weights(self.model, paths[task.weights.sha256])
+            keras_models.set_weights(self.model, paths[task.weights.sha256])
         if task.optimizer is not None:
             _set_optimizer(self.model.optimizer, paths[task.optimizer.sha256])
         self._load(task, [ShardPart(paths[shard.blob.sha256], 0, shard.count) for shard in task.data])
@@ -132,7 +132,7 @@ class GroupMember:
                     f"training diverged: weight '{weight.path}' is not finite any more; lower the learning rate, "
                     "or look for values in the data that are not finite"
                 )
-        runtime.save_weights(self.model, weights_path)
+        keras_models.save_weights(self.model, weights_path)
         variables = self.model.optimizer.variables
         weights.save(optimizer_path, ((f"o{i:05}", np.asarray(value)) for i, value in enumerate(variables)))
 
@@ -169,7 +169,7 @@ class GroupMember:
                 if self._decoder is not None:
                     columns = [tf.map_fn(self._decoder.decode, columns[0], fn_output_signature=self._decoder.dtype)]
                 rest = [tf.gather(column, index) for column in self._rest]
-                return (runtime.packed(self.model, columns), *self._truth.packed(rest))
+                return (keras_models.packed(self.model, columns), *self._truth.packed(rest))
 
         def coming() -> Any:
             return pick(tf.constant(np.fromiter(order, np.int64, whole)[before : before + mine]))
@@ -319,7 +319,7 @@ def _together(step: Any, batch: Any) -> float:
 
 
 def _need_mean(model: Any) -> None:
-    for loss in runtime.output_losses(model):
+    for loss in keras_models.output_losses(model):
         reduction = getattr(loss, "reduction", "sum_over_batch_size")
         if reduction not in MEANS:
             raise InvalidModel(

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from msgspec.structs import replace
 
-from node.engine import formats, pixels, privacy, runtime, saving, state
+from node.engine import formats, keras_models, pixels, privacy, saving, state
 from node.engine.converting import convert
 from node.engine.evaluating import evaluate
 from node.engine.gate import Gate
@@ -185,11 +185,11 @@ class Tasks:
 
         def beside() -> None:
             """What a round does beside its steps."""
-            after = runtime.weights_of(session.model)
+            after = keras_models.weights_of(session.model)
             with suppress(Diverged):  # training will meet it as well, and tell more of it
                 updates.write_update(self._scratch / "update.new", base, after, task.compression)
             after.clear()  # else they were in memory twice
-            runtime.set_weights(session.model, base)
+            keras_models.set_weights(session.model, base)
 
         try:
             rate, beside_seconds = session.rehearse(cancelled, beside)
@@ -203,8 +203,8 @@ class Tasks:
         """That of the job, made where there is none."""
         session = self._sessions.get(job_id)
         if session is None:
-            model = runtime.load_model(paths[task.model.sha256], self._scratch, compiled=True)
-            runtime.need_trainable(model)
+            model = keras_models.load_model(paths[task.model.sha256], self._scratch, compiled=True)
+            keras_models.need_trainable(model)
             session = self._sessions[job_id] = TrainingSession(model, seed=task.seed)
             while len(self._sessions) > SESSIONS_KEPT:
                 self._close(next(iter(self._sessions)))
@@ -214,7 +214,7 @@ class Tasks:
     def _weights_now(self, session: TrainingSession, paths: Paths) -> BlobRef:
         """A file of the weights that the model has; its path is added to `paths`."""
         target = self._scratch / "weights.new"
-        runtime.save_weights(session.model, target)
+        keras_models.save_weights(session.model, target)
         found = self._blob(target)
         paths[found.sha256] = self._scratch / found.sha256
         return found
@@ -282,7 +282,7 @@ class Tasks:
         base, path = self._checkpoint
         if state.trained_bytes(member.model) >= base.size / 2:
             return None
-        target, values = self._scratch / "update.new", runtime.weights_of(member.model)
+        target, values = self._scratch / "update.new", keras_models.weights_of(member.model)
         updates.write_update(target, path, values, "none", ["value"] * len(values))
         return Step(base=base, update=self._blob(target))
 
@@ -296,14 +296,14 @@ class Tasks:
         if task.by_outputs or _is_graph(task.model_format):
             return self._grade(task, paths, reporter)
         loaded = self._loaded(paths[task.model.sha256], compiled=True)
-        if not runtime.has_loss(loaded.model):
+        if not keras_models.has_loss(loaded.model):
             return self._grade(task, paths, reporter)
         wanted = task.weights.sha256 if task.weights is not None else ""
         if loaded.weights and not wanted:  # others were put into it, and its own are only in its file
             del self._models[task.model.sha256, True]
             loaded = self._loaded(paths[task.model.sha256], compiled=True)
         if loaded.weights != wanted:
-            runtime.set_weights(loaded.model, paths[wanted])
+            keras_models.set_weights(loaded.model, paths[wanted])
             loaded.weights = wanted
         source = source_for(loaded.model, task.format, task.image)
         started = time.perf_counter()
@@ -333,7 +333,7 @@ class Tasks:
             loaded = self._loaded(path, compiled=False)
             model = loaded.model
         source = source_for(model, task.format, task.image)
-        specs = runtime.signature(model).outputs
+        specs = keras_models.signature(model).outputs
         started, count = time.perf_counter(), 0
         found: list[list[Any]] = [[] for _ in specs]
         for batch in source.batches(_parts(task.slices, paths), task.batch_size):
@@ -349,8 +349,8 @@ class Tasks:
 
     def _export(self, task: ExportTask, paths: Paths) -> ExportResult:
         started = time.perf_counter()
-        model = runtime.load_model(paths[task.model.sha256], self._scratch, compiled=True)
-        runtime.set_weights(model, paths[task.weights.sha256])
+        model = keras_models.load_model(paths[task.model.sha256], self._scratch, compiled=True)
+        keras_models.set_weights(model, paths[task.weights.sha256])
         if model.optimizer is not None:
             # Loading gave it state of zeros, twice the size of the model for Adam: the file needs only its settings.
             model.optimizer = type(model.optimizer).from_config(model.optimizer.get_config())
@@ -386,7 +386,7 @@ class Tasks:
         key = (path.name, compiled)
         found = self._models.get(key)
         if found is None:
-            found = self._models[key] = Loaded(runtime.load_model(path, self._scratch, compiled=compiled))
+            found = self._models[key] = Loaded(keras_models.load_model(path, self._scratch, compiled=compiled))
             while len(self._models) > MODELS_KEPT:
                 self._models.popitem(last=False)
         self._models.move_to_end(key)

@@ -16,7 +16,7 @@ import numpy as np
 import psutil
 import tensorflow as tf
 
-from node.engine import decoders, fusing, inputs, keras_parts, privacy, runtime, shards, state
+from node.engine import decoders, fusing, inputs, keras_models, keras_parts, privacy, shards, state
 from node.engine.decoders import Decoder
 from node.engine.gate import Gate
 from node.engine.loaded import FAILURES
@@ -173,9 +173,9 @@ class TrainingSession:
         def moved(place: int, value: Any) -> Any:
             if ahead is None or not ahead.steps or self.roles[place] != "trained":
                 return value
-            return value + (runtime.value_of(self.model.weights[place]) - ahead.weights[place])
+            return value + (keras_models.value_of(self.model.weights[place]) - ahead.weights[place])
 
-        runtime.set_weights(self.model, path, moved)
+        keras_models.set_weights(self.model, path, moved)
 
     def train_ahead(self, until: Callable[[], bool]) -> None:
         """Go on after a round that was asked to, until `until()` or for the share of it that may be ahead."""
@@ -252,7 +252,7 @@ class TrainingSession:
                 break
         metrics = self._metrics(steps)
         elapsed = time.perf_counter() - started
-        weights = runtime.weights_of(model)
+        weights = keras_models.weights_of(model)
         if overlap:
             self._ahead = _Ahead(weights, int(steps * AHEAD_SHARE))
         return Outcome(
@@ -362,7 +362,7 @@ class TrainingSession:
         rest = [tf.constant(column) for column in truth.columns]
 
         def pick(index: Any) -> tuple[Any, ...]:
-            inputs = runtime.packed(self.model, [tf.gather(array, index) for array in held])
+            inputs = keras_models.packed(self.model, [tf.gather(array, index) for array in held])
             return (inputs, *truth.packed([tf.gather(column, index) for column in rest]))
 
         def batches(batch: int) -> Any:

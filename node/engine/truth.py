@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from node.engine import runtime
+from node.engine import keras_models
 from node.engine.inputs import Source
 from node.engine.shards import Array, ShardPart
 from node.engine.targets import Labels, encode, item_weights, labels_for
@@ -39,7 +39,7 @@ class Truth:
     def packed(self, columns: Sequence[Any]) -> tuple[Any, ...]:
         """`columns` of some items as Keras takes them after the inputs: (targets,) or (targets, weights)."""
         count = len(self.targets)
-        return (runtime.packed_targets(self.model, columns[:count]), *columns[count:])
+        return (keras_models.packed_targets(self.model, columns[:count]), *columns[count:])
 
 
 def truth_of(
@@ -55,7 +55,7 @@ def truth_of(
         raise InvalidData(f"the data set has no targets {purpose}: add it with class folders, or name its --target")
     targets = by_output(model, stored)
     shapes = [tuple(output.shape) for output in model.outputs]
-    losses = runtime.output_losses(model)
+    losses = keras_models.output_losses(model)
     labels = tuple(
         labels_for(loss, shape, target.ndim, classes)
         for loss, shape, target in zip(losses, shapes, targets, strict=True)
@@ -83,7 +83,7 @@ def truth_of(
 
 def by_output(model: Any, stored: dict[str, Array]) -> list[Array]:
     """The targets in the order of the model's outputs. Raises InvalidRequest where they do not fit."""
-    names = runtime.output_names(model)
+    names = keras_models.output_names(model)
     if len(names) == 1:
         if len(stored) == 1:
             return list(stored.values())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from node.engine.runtime import held
+from node.engine.keras_models import held
 from node.engine.shards import ALIGNMENT, aligned
 
 pytestmark = pytest.mark.tensorflow

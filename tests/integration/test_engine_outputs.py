@@ -108,9 +108,9 @@ async def assert_trains_as_keras(
 
 
 def _outputs(model: Any) -> Sequence[Any]:
-    from node.engine import runtime
+    from node.engine import keras_models
 
-    return runtime.signature(model).outputs
+    return keras_models.signature(model).outputs
 
 
 @pytest.mark.parametrize("weighted", [False, True])

@@ -229,8 +229,8 @@ async def test_pixels_in_arrays_are_scaled_as_they_are_in_requests(
     import keras
 
     from node.engine import fitting, inputs
+    from node.engine.keras_models import signature
     from node.engine.pixels import expected
-    from node.engine.runtime import signature
     from node.engine.shards import ShardPart
 
     pixels = np.random.default_rng(0).integers(0, 256, (3, 5, 7, 3), np.uint8)
