@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from coordinator.dispatch import outer
+from node.engine.array_runtimes import TensorFlow
 from node.engine.tasks import Tasks
 from potluck.weights.updates import apply_update
 from potluck.wire.messages import BlobRef, Compression, DataFormat, DataShard, EvaluateTask, TrainResult, TrainTask
@@ -83,7 +84,7 @@ class Worker:
     def __init__(self, scratch: Path) -> None:
         scratch.mkdir()
         self.scratch = scratch
-        self._tasks = Tasks(scratch)
+        self._tasks = Tasks(scratch, TensorFlow(scratch, threads=1).model)
 
     def run(self, task: Any, files: Files) -> Any:
         paths = {sha256: str(path) for sha256, path in files.paths.items()}

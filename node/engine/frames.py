@@ -118,6 +118,8 @@ class ReplicaLoaded(Frame, frozen=True):
     signature: Signature
     resident_bytes: int
     warm_rows: int = 0
+    runtime: str = ""
+    """The name of the one that holds it: each computes its batches beside those of the others."""
 
 
 class Done(Frame, frozen=True):

@@ -1,4 +1,4 @@
-"""TensorFlow as the engine sets it up, and Keras models as it loads them."""
+"""Keras models as the engine loads them, and what it reads and sets in them."""
 
 from __future__ import annotations
 
@@ -27,17 +27,6 @@ from potluck.wire.tensors import datatype_of
 
 HDF5 = b"\x89HDF\r\n\x1a\n"
 """What such a file begins with."""
-
-
-def prepare(threads: int) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Limit threads, let GPU memory grow; versions of the runtimes, and the GPUs' names."""
-    tf.config.threading.set_intra_op_parallelism_threads(threads)
-    tf.config.threading.set_inter_op_parallelism_threads(max(2, threads))
-    gpus = tf.config.list_physical_devices("GPU")
-    for gpu in gpus:
-        tf.config.experimental.set_memory_growth(gpu, True)
-    names = tuple(tf.config.experimental.get_device_details(gpu).get("device_name", gpu.name) for gpu in gpus)
-    return {"tensorflow": tf.__version__, "keras": keras.__version__}, names
 
 
 def load_model(path: Path, scratch: Path, *, compiled: bool) -> Any:

@@ -22,6 +22,8 @@ SIGNS = (
 
 limit_bytes = 0
 """What this process may take (resident); 0: any. One engine, one limit."""
+OWN_THREADS = 4
+"""That begin later, beside those of TensorFlow: readers, and the tasks' one."""
 THREAD_BYTES = 8 * 2**20
 """Of a thread's stack, which is hardly ever used."""
 
@@ -36,7 +38,7 @@ def hold_to_limit(threads: int) -> None:
     what is left from here on. Call it when those are loaded.
     """
     now = psutil.Process().memory_info()
-    room = max(0, limit_bytes - now.rss) + 4 * threads * THREAD_BYTES
+    room = max(0, limit_bytes - now.rss) + (4 * threads + OWN_THREADS) * THREAD_BYTES
     resource.setrlimit(resource.RLIMIT_DATA, (now.data + room, resource.getrlimit(resource.RLIMIT_DATA)[1]))
 
 

@@ -15,8 +15,9 @@ from msgspec.structs import replace
 
 from node.engine import fitting
 from node.engine.fitting import Array, padded
+from node.engine.runtimes import not_loaded
 from node.engine.wording import one_line
-from potluck.errors import InvalidModel, InvalidRequest, ModelFailed, NotFound, OutOfMemory, PotluckError
+from potluck.errors import InvalidModel, InvalidRequest, ModelFailed, OutOfMemory, PotluckError
 from potluck.wire import tensors
 from potluck.wire.failures import error_info
 from potluck.wire.messages import ModelFormat, RequestOutcome, Signature, Tensor
@@ -93,7 +94,7 @@ class LoadedReplicas:
         """One outcome a request; those that fit together run together, and a bad one fails alone. Raises NotFound."""
         replica = self._replicas.get(replica_id)
         if replica is None:
-            raise NotFound(f"replica {replica_id} is not loaded here")
+            raise not_loaded(replica_id)
         pixel_scale = self._pixel_scales.get(replica_id, 1.0)
         outcomes: list[RequestOutcome | None] = [None] * len(requests)
         groups: dict[tuple[Any, ...], list[tuple[int, list[Array]]]] = {}

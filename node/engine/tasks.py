@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from msgspec.structs import replace
 
-from node.engine import formats, keras_models, pixels, privacy, saving, state
+from node.engine import keras_models, pixels, privacy, saving, state
 from node.engine.converting import convert
 from node.engine.evaluating import evaluate
 from node.engine.gate import Gate
@@ -25,6 +25,7 @@ from node.engine.graded import Graded, grade
 from node.engine.inputs import source_for
 from node.engine.loaded import Loaded
 from node.engine.memory import shortage
+from node.engine.replicas import Load
 from node.engine.shards import ShardPart
 from node.engine.synchronous import GroupMember
 from node.engine.training import TrainingSession
@@ -66,10 +67,11 @@ SESSIONS_KEPT = 3
 class Tasks:
     """Runs one task at a time. Models and training sessions of the last ones are kept, so that the next begins at once."""
 
-    def __init__(self, scratch: Path, threads: int = 1) -> None:
+    def __init__(self, scratch: Path, load: Load) -> None:
+        """`load`: a model that is graded, of any runtime."""
         self._scratch = scratch
         self.gate = Gate()
-        self._threads = threads
+        self._load = load
         self._sessions: OrderedDict[str, TrainingSession] = OrderedDict()
         self._models: OrderedDict[tuple[str, bool], Loaded] = OrderedDict()
         self._graded_models: OrderedDict[str, Graded] = OrderedDict()
@@ -375,7 +377,7 @@ class Tasks:
     def _graded(self, path: Path, model_format: ModelFormat) -> Graded:
         found = self._graded_models.get(path.name)
         if found is None:
-            found = Graded(formats.load(model_format, path, self._scratch, self._threads))
+            found = Graded(self._load(model_format, path))
             self._graded_models[path.name] = found
             while len(self._graded_models) > MODELS_KEPT:
                 self._graded_models.popitem(last=False)

@@ -83,8 +83,10 @@ class Watch:
     paused: bool = False
     """Whether tasks stand still because they were told to."""
     _batches: dict[int, _Work] = field(default_factory=dict)
-    """Of inference, which the engine does one by one in the order in which it is asked; and all else, likewise, beside it."""
+    """Of inference, which each runtime does one by one in the order in which it is asked; and all else, likewise, beside it."""
     _others: dict[int, _Work] = field(default_factory=dict)
+    _runtimes: dict[str, str] = field(default_factory=dict)
+    """That hold the replicas."""
     _load_took: dict[str, float] = field(default_factory=dict)
     _slowest: dict[str, float] = field(default_factory=dict)
     _heard: bool = False
@@ -129,6 +131,7 @@ class Watch:
         other = self._others.pop(frame.number, None)
         if other is not None and isinstance(frame, frames.ReplicaLoaded):
             self._load_took[other.replica_id] = other.seconds
+            self._runtimes[other.replica_id] = frame.runtime
         batch = self._batches.pop(frame.number, None)
         if batch is not None and isinstance(frame, frames.BatchRun):
             self._slowest[batch.replica_id] = max(frame.seconds, self._slowest.get(batch.replica_id, 0.0))
@@ -154,8 +157,11 @@ class Watch:
         return frozenset(work.replica_id for work in self._heads() if work.replica_id)
 
     def _heads(self) -> list[_Work]:
-        """What is done now: the first of each kind."""
-        return [next(iter(works.values())) for works in (self._batches, self._others) if works]
+        """What is done now: the first batch of each runtime, and the first of all else."""
+        batches: dict[str, _Work] = {}
+        for work in self._batches.values():
+            batches.setdefault(self._runtimes.get(work.replica_id, ""), work)
+        return [*batches.values(), *list(self._others.values())[:1]]
 
     def _too_much(self, resident_bytes: int) -> Verdict | None:
         limit = self.limits.memory_bytes

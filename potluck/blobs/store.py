@@ -406,6 +406,13 @@ def no_room() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFull("the disk is full: free some room, or choose another --state-dir") from error
+        if full := disk_full(error):
+            raise full from error
         raise
+
+
+def disk_full(error: OSError) -> DiskFull | None:
+    """What to say in place of an error that means it."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DiskFull("the disk is full: free some room, or choose another --state-dir")
+    return None

@@ -32,8 +32,10 @@ def infer(number: int, replica_id: str = "m:1/1", expires: float = 0.0) -> frame
     return frames.RunBatch(number=number, replica_id=replica_id, requests=(), expires=expires)
 
 
-def loaded(number: int) -> frames.ReplicaLoaded:
-    return frames.ReplicaLoaded(number=number, signature=Signature(inputs=(), outputs=()), resident_bytes=0)
+def loaded(number: int, runtime: str = "") -> frames.ReplicaLoaded:
+    return frames.ReplicaLoaded(
+        number=number, signature=Signature(inputs=(), outputs=()), resident_bytes=0, runtime=runtime
+    )
 
 
 def inferred(number: int, seconds: float = 0.1) -> frames.BatchRun:
@@ -148,6 +150,24 @@ def test_a_batch_that_does_not_return_is_ended_and_blamed_alone() -> None:
     assert verdict is not None
     assert isinstance(verdict.error, EngineFailed)
     assert verdict.suspects == {"m:1/1"}
+
+
+def test_each_runtime_has_a_batch_under_way() -> None:
+    bench = Bench(share=1.0).up()
+    for number, (replica_id, runtime) in enumerate((("t", "tensorflow"), ("u", "tensorflow"), ("l", "litert")), 1):
+        bench.watch.asked(load(number, replica_id))
+        bench.watch.heard(loaded(number, runtime))
+    for number, replica_id in enumerate(("t", "u", "l", "l"), 10):
+        bench.watch.asked(infer(number, replica_id))
+    assert bench.watch.suspects() == {"t", "l"}
+    bench.watch.heard(inferred(12))
+    assert bench.passes(59) is None
+    bench.watch.heard(inferred(13))
+    assert bench.watch.suspects() == {"t"}
+    verdict = bench.passes(5)
+    assert "a batch of replica t took more than 60 s" in reason(verdict)
+    assert verdict is not None
+    assert verdict.suspects == {"t"}
 
 
 def test_a_batch_counts_from_its_turn_and_by_what_others_took() -> None:
