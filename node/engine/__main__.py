@@ -30,11 +30,11 @@ def main() -> None:
     known: tuple[Runtime, ...] = (tensorflow, litert)
     versions: dict[str, str] = {"potluck": __version__}
     gpus: tuple[str, ...] = ()
-    for runtime in known:
-        if runtime.installed():
-            started = runtime.start()
-            versions |= started.versions
-            gpus += started.gpus
+    installed = [runtime for runtime in known if runtime.installed()]
+    for runtime in installed:
+        started = runtime.start()
+        versions |= started.versions
+        gpus += started.gpus
     tasks = None
     if tensorflow.installed():
         from node.engine.tasks import Tasks
@@ -48,7 +48,7 @@ def main() -> None:
         memory.hold_to_limit(threads)
     server = Server(channel.send, known, tasks)
     # Each of them may compute one batch, while another thread reads.
-    readers = Readers(channel.receive, server.take, count=len(known) + 1)
+    readers = Readers(channel.receive, server.take, count=len(installed) + 1)
     # A full collection over all that TensorFlow made takes longer than a hundred inferences: leave that out from now on.
     gc.collect()
     gc.freeze()
