@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 def counted(count: float, one: str, many: str = "") -> str:
@@ -29,3 +29,11 @@ def first(names: Sequence[str], most: int) -> str:
     """The first names, and how many more there are: `a, b and 3 more`."""
     more = len(names) - most
     return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
+
+
+def on_nodes(stages: Iterable[tuple[str, str]]) -> str:
+    """What each node does, from (stage, node): `loading the model on n3; starting engine (TensorFlow) on n1, n2`."""
+    nodes: dict[str, set[str]] = {}
+    for stage, node_id in stages:
+        nodes.setdefault(stage, set()).add(node_id)
+    return "; ".join(f"{stage} on {', '.join(sorted(nodes[stage]))}" for stage in sorted(nodes) if stage)

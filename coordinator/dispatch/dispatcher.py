@@ -21,12 +21,12 @@ from typing import Any
 from msgspec.structs import replace
 
 from coordinator.dispatch.announcer import PROGRESS_SECONDS, Announcer
-from coordinator.dispatch.checking import Doubts, bounded_error, bounded_renewal, is_no_number, violation
 from coordinator.dispatch.collecting import Collector
 from coordinator.dispatch.jobstore import JobStore, meant
 from coordinator.dispatch.leases import Held, Leases
 from coordinator.dispatch.packed import Packed
 from coordinator.journal import FATAL
+from coordinator.plans.checking import Doubts, bounded_error, bounded_renewal, is_no_number, violation
 from coordinator.plans.decisions import Choose, CloseEpoch, CloseRound, CloseSync, Complete, Decision, Lease, Withdraw
 from coordinator.plans.events import (
     AnyEvent,

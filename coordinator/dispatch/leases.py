@@ -5,7 +5,6 @@ Only in memory: a coordinator that restarts leases the attempts in its journal a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from msgspec.structs import replace
@@ -27,6 +26,7 @@ from potluck.wire.messages import (
 )
 from potluck.wire.refs import hints_for, locate
 from potluck.wire.topics import Topics
+from potluck.wording import on_nodes
 
 MANY_SHARDS = 100
 """For a lease with more blobs, few holders of each are named: it must fit into a message."""
@@ -36,14 +36,6 @@ REFUSED_SECONDS = 0.5
 REFUSED_LIMIT_SECONDS = 60.0
 SLOTS = 2
 """Most attempts on a node: one runs, one is prefetched."""
-
-
-def on_nodes(stages: Iterable[tuple[str, str]]) -> str:
-    """What each node does, for people: `loading the model on n3; starting engine (TensorFlow) on n1, n2`."""
-    nodes: dict[str, set[str]] = {}
-    for stage, node_id in stages:
-        nodes.setdefault(stage, set()).add(node_id)
-    return "; ".join(f"{stage} on {', '.join(sorted(nodes[stage]))}" for stage in sorted(nodes) if stage)
 
 
 def _shards(task: AnyTask) -> int:

@@ -6,9 +6,8 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterable
 
-from coordinator.dispatch.checking import wrong_signature
-from coordinator.dispatch.leases import on_nodes
 from coordinator.membership import Member, Membership
+from coordinator.plans.checking import wrong_signature
 from coordinator.plans.placement import RUNTIME_OF, WORDS
 from coordinator.registry import Registry, pixel_scale
 from coordinator.serving import memory
@@ -34,6 +33,7 @@ from potluck.wire.messages import (
     UnloadModel,
 )
 from potluck.wire.topics import Topics
+from potluck.wording import on_nodes
 
 log = logging.getLogger(__name__)
 

@@ -8,12 +8,12 @@ from typing import Any, cast
 import pytest
 
 from coordinator.dispatch.announcer import NODES_TOLD, Announcer, bounded
-from coordinator.dispatch.leases import on_nodes
 from coordinator.plans.placement import ClusterView, NodeView
 from potluck.bus.outbox import Outbox
 from potluck.wire import codec
 from potluck.wire.messages import JobChanged, JobProgress
 from potluck.wire.topics import Topics
+from potluck.wording import on_nodes
 
 
 def node(name: str, *, gives_way: bool = False, runtimes: frozenset[str] = frozenset({"tensorflow"})) -> NodeView:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from coordinator.dispatch.checking import (
+from coordinator.plans.checking import (
     Doubts,
     bounded_error,
     bounded_renewal,
