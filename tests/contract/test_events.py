@@ -342,7 +342,10 @@ async def test_the_command_line_shows_and_follows(core: Core, broker: TestBroker
 
     async def run(*options: str) -> asyncio.subprocess.Process:
         command = ("-m", "potluck.cli.main", "--seed", f"127.0.0.1:{broker.port}", "--cluster", "events", "events")
-        return await asyncio.create_subprocess_exec(sys.executable, *command, *options, stdout=asyncio.subprocess.PIPE)
+        return await asyncio.create_subprocess_exec(
+            sys.executable, *command, *options, stdout=asyncio.subprocess.PIPE,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a shell's background ignores it
+        )  # fmt: skip
 
     said, _ = await (await run("--last", "2", "--json")).communicate()
     assert [event["name"] for event in json.loads(said)] == ["b", "c"]

@@ -49,11 +49,11 @@ def test_a_class_that_is_not_registered_is_refused_before_anything_is_sent(tmp_p
     class Unknown(keras.layers.ReLU):  # type: ignore[misc]
         pass
 
-    with pytest.raises(InvalidModel, match=r"'Unknown', that is not registered.*register_keras_serializable\(\)"):
+    with pytest.raises(InvalidModel, match=r"'Unknown', which is not registered.*register_keras_serializable\(\)"):
         keras_file(dense(Known(), Unknown()), tmp_path, compiled=True)
     assert keras_file(dense(Known()), tmp_path, compiled=True).path.exists()
     Unknown.__module__ = "__main__"  # of which Keras writes no module
-    with pytest.raises(InvalidModel, match="'Unknown', that is not registered"):
+    with pytest.raises(InvalidModel, match="'Unknown', which is not registered"):
         model_file(dense(Unknown()), tmp_path)
     Known.__module__ = "__main__"
     assert keras_file(dense(Known()), tmp_path, compiled=True).path.exists()

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from node.engine.array_runtimes import TensorFlow
 from node.engine.fusing import WORTHWHILE_NUMBERS, fuse, unfuse
 from node.engine.tasks import Tasks
 from potluck.wire.messages import SyncTask
@@ -159,7 +160,7 @@ def test_engines_train_so_and_without_where_xla_cannot(tmp_path: Path, kind: str
     x, y = rng.normal(size=(16, UNITS)).astype(np.float32), rng.integers(0, 3, 16)
     blob, data = files.model(model), files.arrays(1, x=x, y=y)
     (tmp_path / "scratch").mkdir()
-    tasks = Tasks(tmp_path / "scratch")
+    tasks = Tasks(tmp_path / "scratch", TensorFlow(tmp_path / "scratch", threads=1).model)
     task: Any = training(blob, data, samples=3 * 16, batch_size=16)
     if kind == "sync":
         task = SyncTask(

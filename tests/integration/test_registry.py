@@ -59,7 +59,7 @@ def test_a_model_from_the_command_line_and_back(cluster: LocalCluster, client: C
         np.testing.assert_allclose(client.infer(named, rows), model.predict(rows, verbose=0), rtol=1e-5, atol=1e-6)
     assert client.undeploy("net:prod") == ("net:1",)
     refused = potluck(cluster, "models", "delete", "net:1")
-    assert refused.startswith("1 potluck: model net:1 is what net:prod means")
+    assert refused.startswith("1 potluck: model net:1 has the alias net:prod")
     assert client.remove_alias("net:prod").aliases == ()
     assert client.delete_model("net:1") == ("net:1",)
     assert client.register(folder, "net").version == 3, "the number of a version that was deleted is not given again"
