@@ -1,4 +1,4 @@
-"""Autoscaling: deployments get as many replicas as their load asks for, none when nobody asks, and some again on demand."""
+"""Autoscaling: a deployment gets as many replicas as its load needs. It gets none while it has no requests."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from potluck.wire.messages import Deploy
 
 log = logging.getLogger(__name__)
 LEAST_TARGET_SECONDS = 0.01
-"""A target of 0 would ask for more at every request that waits for a moment."""
+"""With a target of 0, each request that waits for a moment would add a replica."""
 REFUSED = 4.0
-"""Where requests are refused because there are too many, the queue counts as so many times the target: an objective keeps it short."""
+"""While too many requests are refused, the queue counts as this many times the target: an objective keeps it short."""
 
 
 class Autoscaling:
-    """Of all deployments. `record` journals an event and applies it."""
+    """Scales all deployments. `record` journals an event and applies it."""
 
     def __init__(self, records: Records, inference: Inference, *, record: Callable[[AnyDeploymentEvent], None]) -> None:
         self._records = records
@@ -54,7 +54,7 @@ class Autoscaling:
         refused = self._inference.metrics.answers[deployment.name, "overloaded"]
         too_many = refused > self._refused.get(deployment.name, 0)
         if not ready or len(deployment.replicas) != ready or deployment.wanted != ready:
-            return  # what was decided is not done yet
+            return  # the last decision is not carried out yet
         self._refused[deployment.name] = refused
         router = self._inference.router_of(deployment.name)
         target_seconds = max(asked.queue_seconds, LEAST_TARGET_SECONDS)

@@ -1,7 +1,7 @@
 """A request for inference, and the batch in which it is sent to a replica. Pure.
 
-A request belongs to the client: its inputs, its deadline, and the function that gets its answer. A batch belongs to a replica: the
-requests that it computes together. Neither says on which nodes the replica is: its endpoint knows (`endpoints`).
+A request belongs to a client. It has the inputs, the deadline, and the function that gets the answer. A batch belongs to a
+replica. It has the requests that the replica computes together. Only the endpoint knows the nodes of a replica (`endpoints`).
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from potluck.errors import PotluckError
 from potluck.wire.messages import RequestOutcome, Tensor
 
 Answer = Callable[[RequestOutcome | PotluckError], None]
-"""Gets the answer of a request: the one that ends it. Today a request has no other."""
+"""Gets the answer that ends a request. Today a request has only this one answer."""
 
 
 @dataclass(eq=False, slots=True)
 class Request:
-    """What one client asks. Until it is answered it may be tried several times, on several replicas."""
+    """What one client asks. It may be tried several times, on several replicas, until it is answered."""
 
     inputs: tuple[Tensor, ...]
     answer: Answer
@@ -29,21 +29,21 @@ class Request:
     asked_at: float = 0.0
     attempts: int = 0
     failure: str = ""
-    """What the last attempt failed with."""
+    """The error message of the last attempt that failed."""
     crashes: int = 0
-    """Engines that died while they computed it: then it is computed alone, so that nobody suffers with it."""
+    """How many engines died while they computed it. After one, it is computed alone, so that no other request is lost."""
     answered: bool = False
     batch: Batch | None = None
-    """With which it was sent last."""
+    """The batch that it was last sent in."""
     held_by: str = ""
-    """The node that has its inputs; "": they are in the request, or in a store. A replica may be near (`Lane.near`)."""
+    """The node that has its inputs; "": the request or a store has them. A replica may be near that node (`Lane.near`)."""
     moving_seconds: float = 0.0
-    """How long a replica elsewhere takes to fetch them."""
+    """How long a replica on another node takes to fetch the inputs."""
     inputs_lost: bool = False
-    """That node is gone."""
+    """Whether the node that had its inputs is gone."""
 
     def settle(self, outcome: RequestOutcome | PotluckError) -> None:
-        """Answer it, unless that was done. This ends it."""
+        """Answer the request, unless it is answered already. This ends it."""
         if not self.answered:
             self.answered = True
             self.answer(outcome)
@@ -51,7 +51,7 @@ class Request:
 
 @dataclass(eq=False, slots=True)
 class Batch:
-    """What is sent to a replica at once. Its requests may also be in a second batch, for another replica."""
+    """Requests that are sent to a replica together. They may also be in a second batch, for another replica."""
 
     batch_id: str
     replica_id: str
@@ -59,13 +59,13 @@ class Batch:
     rows: int
     sent_at: float
     objective_seconds: float = 0.0
-    """How long an answer of this deployment may take; 0: nobody said."""
+    """How long an answer of this deployment may take; 0: no objective."""
     out: bool = True
-    """Whether it is on its way, and waited for."""
+    """Whether the batch was sent and its answer is awaited."""
     twin: Batch | None = None
-    """The same requests, or some of them, at another replica."""
+    """The batch with the same requests, or some of them, at another replica."""
     probe: bool = False
-    """Sent to learn how long it takes: nobody needs its answer, and it is not withdrawn."""
+    """Whether it was sent only to learn how long it takes. No request needs its answer, and it is not withdrawn."""
 
     @property
     def deadline(self) -> float:
@@ -74,5 +74,5 @@ class Batch:
 
     @property
     def wanted(self) -> bool:
-        """Whether anybody waits for its answer."""
+        """Whether a request still waits for its answer."""
         return not all(request.answered for request in self.requests)

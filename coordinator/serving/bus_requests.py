@@ -17,7 +17,7 @@ from potluck.wire.topics import Topics
 
 
 class BusRequests:
-    """Gives them to `inference`, and publishes the answers by `outbox`."""
+    """Gives the requests to `inference`, and publishes the answers through `outbox`."""
 
     def __init__(
         self,
@@ -34,7 +34,7 @@ class BusRequests:
         self._limit_seconds = settings.inference_seconds
         self._clock = clock
         self._asked: dict[tuple[str, str], Asked] = {}
-        """Requests without an answer yet, by the topic that it goes to and the request's id."""
+        """Requests without an answer yet, by the topic of the answer and the id of the request."""
 
     def on_infer(self, envelope: Envelope) -> None:
         """Handler for `models/<name>/infer`."""
@@ -57,7 +57,7 @@ class BusRequests:
             self._outbox.refuse(envelope, error)
             return
         model = self._topics.segment(envelope.topic, 1)
-        answer = partial(self._answer, envelope.without_payload())  # it is kept until there is an answer
+        answer = partial(self._answer, envelope.without_payload())  # the envelope is kept until there is an answer
         asked = self._inference.ask(model, message.inputs, answer, now, until, priority=message.priority)
         if message.id and asked.waits:
             self._asked[envelope.reply_to, message.id] = asked

@@ -1,9 +1,12 @@
 """Deployments: which replicas there should be, and where. Pure; time is an argument.
 
-A deployment wants a number of replicas, each on a node of its own. A replica that is lost or fails is replaced on the
-fastest node that has fewest, of those with memory for it. A new deployment that cannot be loaded three times in a row anywhere fails, with the error,
-and one of which two nodes (or the only one) say what trying again cannot mend; one that has been ready once is never given up. One that ends the engines of three nodes, or of one three times, within an hour is not loaded
-again in that hour. What was lost by another model's doing is loaded again at once.
+A deployment wants a number of replicas, each on a different node. A replica that is lost or fails is replaced. The new node
+has memory for it, has the fewest replicas of all such nodes, and is the fastest of these.
+
+A new deployment fails, with the error, when loading fails three times in a row, or when two nodes (or the only one) report an
+error that a retry cannot mend. A deployment that was ready once is never given up. If it ends the engines of three nodes, or
+of one node three times, within an hour, it is not loaded again in that hour. If another model ended the engine, the replica
+is loaded again at once.
 """
 
 from __future__ import annotations
@@ -21,11 +24,11 @@ from potluck.wire.messages import BlobRef, Deploy, ErrorInfo, ModelFormat, Repli
 
 FAILURES_LIMIT = 3
 RETRY_SECONDS = 5.0
-"""A node whose replica failed is left alone for so long, doubled with each failure up to FAILURES_LIMIT."""
+"""How long a node rests after its replica failed. It doubles with each failure, up to FAILURES_LIMIT."""
 
 
 def name_of(replica_id: str) -> str:
-    """The deployment of a replica, as its id says (`Deployment.plan`)."""
+    """The deployment of a replica, taken from the replica's id (`Deployment.plan` makes it)."""
     return replica_id.split("/", 1)[0]
 
 
@@ -41,7 +44,7 @@ class Place:
     node_id: str
     gflops: float
     free_bytes: int | None = None
-    """Memory that is left; None where that is not known."""
+    """Free memory; None: not known."""
     runtimes: frozenset[str] = frozenset({"tensorflow"})
 
     def fits(self, need_bytes: int) -> bool:
@@ -57,7 +60,7 @@ class Replica:
     asked_at: float | None = None
     warm_rows: int = 0
     held: bool = False
-    """Whether its node had it before it was asked."""
+    """Whether the node held the replica before it was asked to load it."""
 
     def info(self) -> ReplicaInfo:
         return ReplicaInfo(
@@ -100,30 +103,30 @@ class Deployment:
     error: ErrorInfo | None = None
     made: int = 0
     settled: bool = False
-    """Whether a replica was ready once: from then on loading is tried again for ever."""
+    """Whether a replica was ready once. From then on, loading is retried without end."""
     resting: dict[str, float] = field(default_factory=dict)
-    """Nodes that failed, and until when they are left alone."""
+    """Nodes that failed, and the time until which they rest."""
     refused: dict[str, ErrorInfo] = field(default_factory=dict)
-    """Nodes that cannot have it, and why: they do not allow the model's code, have not the memory, or cannot load it."""
+    """Nodes that cannot hold a replica, and why: code not allowed, too little memory, or an error while loading."""
     short: set[str] = field(default_factory=set)
-    """Nodes whose memory ran out once: maybe because of others."""
+    """Nodes that ran out of memory once. Other models may be the cause."""
     hopeless: set[str] = field(default_factory=set)
-    """Nodes that said of the model what trying again cannot mend."""
+    """Nodes that reported an error of the model that a retry cannot mend."""
     crashes: Crashes = field(default_factory=Crashes)
-    """Engines that died of it, on all nodes."""
+    """Engines that this model ended, on all nodes."""
     crashing: bool = False
-    """Whether there were too many."""
+    """Whether it ended too many engines."""
     need_bytes: int = 0
-    """Memory that a replica takes."""
+    """Memory that one replica needs."""
     cramped: dict[str, int] = field(default_factory=dict)
-    """Nodes that could hold one that is missing but for their memory, and what they have left."""
+    """Nodes that lack only the memory for a missing replica, and how much memory they have free."""
     asked: Deploy | None = None
-    """How its user wants it."""
+    """What the user asked for."""
     parked: Parking | None = None
-    """Why it holds no replicas until somebody asks for it; `reason` says more."""
+    """Why it holds no replicas until it gets a request; `reason` says more."""
     reason: str = ""
     retired: bool = False
-    """Whether another version took its place: it goes when the requests that it has are answered."""
+    """Whether another version took its place. It is removed when its last requests are answered."""
 
     @property
     def ready(self) -> list[Replica]:
@@ -131,7 +134,7 @@ class Deployment:
 
     @property
     def failing(self) -> bool:
-        """Whether loading fails again and again, or engines die of it, with `error`."""
+        """Whether loading fails repeatedly, or the model ends engines; `error` says how."""
         return self.failures >= FAILURES_LIMIT or self.crashing
 
     @property
@@ -141,22 +144,22 @@ class Deployment:
 
     @property
     def pinned(self) -> bool:
-        """Whether a least number of replicas was asked for: then it is never without any."""
+        """Whether the user asked for a least number of replicas. Then it always keeps some."""
         return self.asked is not None and self.asked.min_replicas > 0
 
     @property
     def least(self) -> int:
-        """Replicas that it has while it is asked at all."""
+        """The least number of replicas while it gets requests."""
         if self.asked is not None and self.asked.max_replicas:
             return max(1, self.asked.min_replicas)
         return self.wanted or 1
 
     def suited(self, places: Sequence[Place]) -> list[Place]:
-        """Those with what a model of its format runs on."""
+        """The places with a runtime for the model's format."""
         return [place for place in places if RUNTIME_OF[self.format] in place.runtimes]
 
     def room(self, places: Sequence[Place]) -> list[Place]:
-        """Where one more could go now."""
+        """The places where one more replica could be loaded now."""
         here = {replica.node_id for replica in self.replicas.values()}
         return [
             place
@@ -166,11 +169,11 @@ class Deployment:
 
     @property
     def put_away(self) -> bool:
-        """Whether it is on its way out, or holds nothing until somebody asks."""
+        """Whether it is retired, or parked until it gets a request."""
         return bool(self.parked) or self.retired
 
     def state(self, places: Sequence[Place]) -> State:
-        """In a word."""
+        """Its state, as one word."""
         if self.retired:
             return "retired"
         if self.parked:
@@ -180,7 +183,7 @@ class Deployment:
         return "ready" if self.complete(places) else "loading"
 
     def target(self, places: Sequence[Place]) -> int:
-        """A node that is silent for a moment is no place, but what it holds counts until it is lost."""
+        """How many replicas to have. A node that is silent is no place, but its replica counts until the node is lost."""
         if self.parked:
             return 0
         if self.wanted:
@@ -196,9 +199,9 @@ class Deployment:
     def plan(
         self, places: Sequence[Place], load: dict[str, int], now: float, resend_seconds: float, *, busy: bool = False
     ) -> list[Load | Unload]:
-        """Commands that bring the replicas nearer to what is wanted. `load`: replicas of all deployments by node.
+        """Commands that bring the replicas nearer to the wanted number. `load`: replicas of all deployments, by node.
 
-        While it is `busy` with requests, a parked one keeps the replicas that it has.
+        While a parked deployment is `busy` with requests, it keeps its replicas.
         """
         commands: list[Load | Unload] = []
         if self.crashing and not self.crashes.too_many(now):
@@ -207,7 +210,7 @@ class Deployment:
         here = {replica.node_id for replica in self.replicas.values()}
         allowed = [place for place in places if place.node_id not in self.refused]
         if self.settled and places and not allowed and not self.replicas and self.hopeless:
-            # Of what was ready once none is given up: all who could not load it are tried again.
+            # A deployment that was ready once is never given up: all nodes that could not load it are tried again.
             self.refused = {node_id: why for node_id, why in self.refused.items() if node_id not in self.hopeless}
             self.hopeless.clear()
             allowed = [place for place in places if place.node_id not in self.refused]
@@ -243,7 +246,7 @@ class Deployment:
         return commands
 
     def loaded(self, replica_id: str, signature: Signature, warm_rows: int = 0) -> bool:
-        """Whether it is one of ours that became ready just now."""
+        """Note that a replica is loaded. Returns whether it is one of ours and became ready just now."""
         replica = self.replicas.get(replica_id)
         self.signature = self.signature or signature
         if replica is None or replica.state == "ready":
@@ -256,13 +259,15 @@ class Deployment:
         return True
 
     def adopt(self, replica_id: str, node_id: str, places: Sequence[Place]) -> bool:
-        """Whether a replica that a node holds is one of ours, or may be one: then it is asked to be, and is at once.
+        """Whether a replica that a node holds is one of ours, or can become one. If it can, it becomes one at once.
 
-        It takes the place of one that is still to be loaded, there or elsewhere.
+        It then replaces a replica that is not loaded yet, on this node or another.
         """
         if replica_id in self.replicas:
             return self.replicas[replica_id].node_id == node_id
-        if not replica_id.startswith(f"{self.name}/{node_id}/"):  # as `plan` makes them: it is another node's
+        if not replica_id.startswith(
+            f"{self.name}/{node_id}/"
+        ):  # `plan` makes ids like this: this one is another node's
             return False
         settled = [replica.node_id for replica in self.replicas.values() if replica.state == "ready" or replica.held]
         if node_id in settled or len(settled) >= self.target(places) or self.failed or self.crashing:
@@ -273,9 +278,9 @@ class Deployment:
         return True
 
     def lost(self, replica_id: str, error: ErrorInfo | None, now: float) -> bool:
-        """A replica is gone. With an `error` its node rests for a while, and it counts as a failure while it was loading.
+        """A replica is gone. With an `error`, its node rests for a while; if it was loading, that counts as a failure.
 
-        Unless the engine was ended by another model (EngineFailed) when it was ready: then its node is as good as before.
+        The node does not rest if the replica was ready and another model ended the engine (EngineFailed).
         """
         replica = self.replicas.pop(replica_id, None)
         if replica is None:
@@ -288,7 +293,7 @@ class Deployment:
             self.error = error
             return True
         if loading and not error.retryable and (self.ready or not self.settled):
-            # A model that is itself at fault is so elsewhere too: another node is to say the same, or has shown that it is not.
+            # A fault of the model shows on other nodes too: a second node must report it, or has shown that there is none.
             self.refused[node_id] = error
             self.hopeless.add(node_id)
             self.resting[node_id] = now + RETRY_SECONDS * 2**FAILURES_LIMIT
@@ -309,7 +314,7 @@ class Deployment:
         return True
 
     def node_lost(self, node_id: str) -> list[str]:
-        """The replicas that were on it."""
+        """Forget a lost node. Returns the replicas that were on it."""
         gone = [replica.replica_id for replica in self.replicas.values() if replica.node_id == node_id]
         for replica_id in gone:
             del self.replicas[replica_id]
@@ -320,14 +325,14 @@ class Deployment:
         return gone
 
     def check_invariants(self) -> None:
-        """One replica a node, and never more than wanted plus those about to be taken away."""
+        """Each node has at most one replica, and there are no more than wanted plus those about to be removed."""
         nodes = [replica.node_id for replica in self.replicas.values()]
         assert len(nodes) == len(set(nodes))
         assert all(replica.replica_id == key for key, replica in self.replicas.items())
 
 
 def replicas_at_first(asked: Deploy) -> int:
-    """How many a deployment has before anything is known of its load. Raises InvalidRequest for what contradicts itself."""
+    """Replicas of a deployment before its load is known. Raises InvalidRequest if the wishes contradict each other."""
     if 0 < asked.rollback_factor <= 1:
         raise InvalidRequest(f"rollback_factor must be above 1, or 0 (never), not {asked.rollback_factor}")
     if not asked.max_replicas:

@@ -1,7 +1,8 @@
 """How batches reach a replica, and which node answers for it.
 
-Whoever routes requests knows a replica by its id, and asks its endpoint about nodes. Today each replica is on one node. A replica that is
-a chain of stages on several nodes needs another kind of endpoint: batches go to the first stage, and the last stage answers.
+The code that routes requests knows a replica by its id, and asks the replica's endpoint about nodes. Today each replica is on
+one node. A replica that is a chain of stages on several nodes would need another kind of endpoint: batches would go to the
+first stage, and the last stage would answer.
 """
 
 from __future__ import annotations
@@ -14,23 +15,23 @@ from potluck.wire.messages import CancelInference, RunInference
 from potluck.wire.topics import Topics
 
 VALID_LEAST_SECONDS = 0.005
-"""A batch is never said to have less time left: 0 would mean that nothing is said."""
+"""The least time left that a batch is sent with: 0 would mean that no time is given."""
 
 
 class Endpoint(Protocol):
-    """The way to one replica, while it is ready. A batch may be lost on the way: the sender waits for its answers, and asks again."""
+    """The way to one ready replica. A batch may be lost on the way: the sender waits for the answers, and asks again."""
 
     @property
     def replica_id(self) -> str: ...
 
     @property
     def nodes(self) -> frozenset[str]:
-        """All nodes that the replica is on. If one of them is lost, the replica is. If one connects again, its batches are asked again."""
+        """All nodes of the replica. If one is lost, the replica is lost. If one reconnects, its batches are sent again."""
         ...
 
     @property
     def takes_at(self) -> str:
-        """The node that batches go to: inputs that are already there need not be moved."""
+        """The node that batches go to. Inputs that are already on that node are not moved."""
         ...
 
     @property
@@ -39,16 +40,16 @@ class Endpoint(Protocol):
         ...
 
     def send(self, batch: Batch) -> None:
-        """Compute it. Answered by `InferenceFinished`, with the batch's id, from `answers_from`."""
+        """Send the batch. The node `answers_from` answers with `InferenceFinished`, which has the batch's id."""
         ...
 
     def withdraw(self, batch: Batch) -> None:
-        """Nobody waits for this batch any more: do not begin with it."""
+        """Tell the replica that no request waits for this batch any more: it should not begin with it."""
         ...
 
 
 class OneNode:
-    """The endpoint of a replica on one node. QoS 0: we ask again for a late batch sooner than the broker would send it again."""
+    """The endpoint of a replica on one node. QoS 0: a late batch is asked again sooner than the broker would resend it."""
 
     def __init__(self, replica_id: str, node_id: str, *, topics: Topics, outbox: Outbox) -> None:
         self.replica_id = replica_id

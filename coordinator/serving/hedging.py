@@ -1,7 +1,8 @@
-"""When a batch is asked a second time elsewhere because its answer is slow, and how many requests may be. Pure.
+"""When a slow batch is asked again at another replica, and how many requests may be asked twice. Pure.
 
-After the 95th percentile of what the deployment's batches took lately, for a twentieth of the requests at most (Dean and Barroso, The
-Tail at Scale, 2013): so a replica that stalls costs those who wait for it little, and all replicas that are slow get no more to do.
+A batch is asked again after the 95th percentile of the times that recent batches took. At most a twentieth of the requests are
+asked twice (Dean and Barroso, The Tail at Scale, 2013). So a replica that stalls delays few requests, and when all replicas are
+slow they get hardly more work.
 """
 
 from __future__ import annotations
@@ -11,18 +12,18 @@ from math import inf
 
 PERCENTILE = 0.95
 RECENT = 200
-"""Batches that the percentile is of; it is counted anew after each EVERY."""
+"""How many batches the percentile is taken over. It is computed again after every EVERY batches."""
 EVERY = 32
 BUDGET = 0.05
-"""Requests that may be asked again, for each that is asked."""
+"""How many requests may be asked again, for each request that comes."""
 BURST = 32.0
-"""As many at once when none was for a while: what a replica that stalls has before it, more or less."""
+"""How many may be asked again at once after a quiet time: about as many as wait at a replica that stalls."""
 LEAST_SECONDS = 0.005
-"""Nothing is asked again sooner: it would gain nobody anything."""
+"""No batch is asked again sooner: it would gain nothing."""
 
 
 class Hedging:
-    """Of one deployment. `after_seconds`: how long a batch is away until it is asked again; never until enough is known."""
+    """For one deployment. `after_seconds`: how long a batch is away before it is asked again; infinity until enough is known."""
 
     __slots__ = ("_allowance", "_count", "_recent", "after_seconds")
 
@@ -33,11 +34,11 @@ class Hedging:
         self._allowance = BURST
 
     def asked(self) -> None:
-        """A request came."""
+        """Note that a request came."""
         self._allowance = min(BURST, self._allowance + BUDGET)
 
     def came_back(self, seconds: float) -> None:
-        """A batch was away for so long."""
+        """Note how long a batch was away."""
         self._recent.append(seconds)
         self._count += 1
         if self._count % EVERY == 0:
@@ -45,7 +46,7 @@ class Hedging:
             self.after_seconds = max(LEAST_SECONDS, ordered[int(PERCENTILE * len(ordered))])
 
     def spend(self, requests: int) -> int:
-        """How many of so many requests may be asked again now."""
+        """How many of these `requests` may be asked again now."""
         allowed = min(requests, int(self._allowance))
         self._allowance -= allowed
         return allowed

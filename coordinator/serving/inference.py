@@ -1,4 +1,4 @@
-"""Requests for inference and their answers, from the bus as from the gateway: which router, which endpoint, and what is counted."""
+"""Requests for inference and their answers, from the bus and the gateway. It finds the router and the endpoint, and counts."""
 
 from __future__ import annotations
 
@@ -27,44 +27,44 @@ from potluck.wire.specs import matched
 log = logging.getLogger(__name__)
 
 BATCH_SECONDS = 10.0
-"""A batch that is away for longer is asked again elsewhere: it may be lost on its way, and a node may be frozen.
+"""A batch that is away for longer is asked again at another replica: it may be lost on its way, or a node may be frozen.
 
-Where requests may take longer than usual (`inference_seconds`), a third of that: there are two tries more.
+If requests may take longer than usual (`inference_seconds`), it is a third of that: this leaves time for two more tries.
 """
 MOVED_BYTES_PER_SECOND = 100e6
-"""How fast a node fetches inputs that another one has: what a gigabit network carries, about."""
+"""How fast a node fetches inputs from another node: about the speed of a gigabit network."""
 SHADOW_QUEUE_LIMIT = 8
-"""A shadow that is further behind gets no copies: it must cost nobody anything."""
+"""A shadow with more waiting requests gets no copies: it must not slow down others."""
 
 
 @dataclass(eq=False, slots=True)
 class Asked:
-    """A request, for the one who asked: `Inference.cancel` cancels it."""
+    """A request as its caller holds it: `Inference.cancel` cancels it."""
 
     answer: Callable[[Inferred | PotluckError], None]
     metrics: ServingMetrics
     clock: Callable[[], float]
     at: float
     router: Router | None = None
-    """None: what was asked for is not deployed."""
+    """None: the model is not deployed."""
     request: Request | None = None
-    """None: it was refused, or is answered."""
+    """None: the request was refused, or is answered."""
 
     @property
     def waits(self) -> bool:
-        """Whether its answer is still to come."""
+        """Whether it still waits for its answer."""
         return self.request is not None and not self.request.answered
 
     def settle(self, outcome: RequestOutcome | PotluckError) -> None:
         """Count the outcome, and answer."""
-        self.request = None  # which holds this in turn: neither is to wait for the garbage collector
-        # All names that are not deployed are counted as one: anybody can make up such names.
+        self.request = None  # the request refers to this object too: without the cycle, both are freed at once
+        # All names that are not deployed are counted as one: any client can make up such names.
         name = self.router.name if self.router is not None else ""
         found: Inferred | PotluckError
         if isinstance(outcome, PotluckError):
             found = outcome
         elif outcome.error is not None:
-            found = as_error(outcome.error)  # one of ours, whatever its node said
+            found = as_error(outcome.error)  # one of our own errors, whatever the node said
         else:
             found = Inferred(model=name, outputs=outcome.outputs)
         now = self.clock()
@@ -90,22 +90,22 @@ class Inference:
         self._clock = clock
         self._routers: dict[str, Router] = {}
         self._endpoints: dict[str, tuple[Endpoint, Router]] = {}
-        """By replica id, with the router whose batches go there."""
+        """The endpoint of each replica, by replica id, with the router that sends it batches."""
         self._timers: dict[str, asyncio.TimerHandle] = {}
-        """When a router is to look for batches that are late."""
+        """The timer of each router: when it looks for late batches."""
         self._traffic: Mapping[str, Traffic] = {}
         self.retired: set[str] = set()
-        """Deployments that take no more requests; those that they have are answered."""
+        """Deployments that take no more requests; they still answer those that they have."""
         self.on_demand: Callable[[Router], None] = lambda router: None
-        """Called with a router that is asked while it has no replica; what it raises is the answer."""
+        """Called with a router that gets a request while it has no replica. An error that it raises is the answer."""
         self.on_missing: Callable[[str, str, ErrorInfo], None] = lambda node_id, replica_id, error: None
-        """Called with a replica that its node does not have, and what that said."""
+        """Called with a replica that its node does not have, and the error that the node sent."""
         self.asked_at: dict[str, float] = {}
-        """When each deployment was last asked, or got a replica to be asked."""
+        """When each deployment last got a request, or a replica."""
         self.metrics = ServingMetrics()
 
     def stop(self) -> None:
-        """Look for late batches no more."""
+        """Stop looking for late batches."""
         for timer in self._timers.values():
             timer.cancel()
         self._timers.clear()
@@ -120,7 +120,7 @@ class Inference:
         self._routers[name] = Router(name, queue_limit=settings.queue_limit, batch_limit=settings.batch_limit)
 
     def close(self, name: str, error: PotluckError) -> None:
-        """Answer what waits for this deployment with the error, and take no more."""
+        """Answer all waiting requests of this deployment with the error, and take no more."""
         self.retired.discard(name)
         self.asked_at.pop(name, None)
         self.metrics.windows.pop(name, None)
@@ -133,7 +133,7 @@ class Inference:
             timer.cancel()
 
     def set_objective(self, name: str, seconds: float) -> None:
-        """How long an answer of this deployment may take; 0: nobody said."""
+        """Set how long an answer of this deployment may take; 0: no objective."""
         self._routers[name].set_objective(seconds)
 
     def busy(self, name: str) -> bool:
@@ -142,7 +142,7 @@ class Inference:
         return bool(router.queue or router.in_flight)
 
     def prefer(self, traffic: Mapping[str, Traffic]) -> None:
-        """Which deployments a plain name means, by name; the map may change."""
+        """Set which deployments answer for each plain name; the map may change later."""
         self._traffic = traffic
 
     def add_replica(self, name: str, endpoint: Endpoint) -> None:
@@ -154,21 +154,21 @@ class Inference:
         self._pump(router)
 
     def remove_replica(self, replica_id: str, *, crashed: bool = False) -> None:
-        """A replica is gone: what is on its way to it is asked again elsewhere. `crashed`: its engine died of what it computed."""
+        """A replica is gone: its batches are asked again elsewhere. `crashed`: the batch that it computed ended its engine."""
         if replica_id in self._endpoints:
             _, router = self._endpoints.pop(replica_id)
             router.remove_replica(replica_id, self._clock(), crashed=crashed)
             self._pump(router)
 
     def ask_again(self, node_id: str) -> None:
-        """This node connected anew, or we did: batches may be lost, and none is kept for whoever is not there."""
+        """Ask the batches of this node again: it reconnected, or we did. The broker keeps no batches, so some may be lost."""
         for endpoint, router in self._on(node_id):
             router.ask_again(endpoint.replica_id, self._clock())
             self._pump(router)
 
     def node_lost(self, node_id: str) -> None:
-        """A node is gone, and with it the replicas on it and the inputs that it had. Requests with those are answered InputsLost, and not
-        tried elsewhere.
+        """A node is gone, with its replicas and the inputs that it had. Requests with such inputs are answered InputsLost,
+        and are not tried elsewhere.
         """
         for router in self._routers.values():
             router.inputs_lost(node_id)
@@ -179,10 +179,10 @@ class Inference:
         return [found for found in self._endpoints.values() if node_id in found[0].nodes]
 
     def nodes_of(self, model: str) -> list[str]:
-        """The nodes that inputs of a deployed model may be sent to: where replicas take batches that are ready, answer, and are not far
-        slower than others. Raises NotFound.
+        """The nodes that inputs of a deployed model may be sent to. Their replicas are ready, answer, and are not far slower
+        than others. Raises NotFound.
 
-        None while it has a shadow, which may ask for the inputs when the other's node has done with them.
+        There are none while the model has a shadow: it may need the inputs after the first node has dropped them.
         """
         traffic = self._traffic.get(model)
         if traffic is not None and traffic.shadow:
@@ -192,29 +192,29 @@ class Inference:
         return list(dict.fromkeys([self._endpoints[replica_id][0].takes_at for replica_id in good]))
 
     def expire(self) -> None:
-        """Time passes: late batches are asked again elsewhere, and requests past their deadline answered."""
+        """Let time pass: late batches are asked again elsewhere, and requests past their deadline are answered."""
         for router in list(self._routers.values()):
             router.expire(self._clock(), max(BATCH_SECONDS, self._settings.inference_seconds / 3))
             self._pump(router)
 
     def router_of(self, name: str) -> Router:
-        """That of this deployment, whatever became of it."""
+        """The router of this deployment, in whatever state the deployment is."""
         return self._routers[name]
 
     def router(self, model: str) -> Router:
-        """That of a deployed model: `name` (the stable version's), `name:version` or `name:alias`. Raises NotFound."""
+        """The router of a deployed model: `name` (its stable version), `name:version` or `name:alias`. Raises NotFound."""
         traffic = self._traffic.get(model)
         return self._router(traffic.stable if traffic is not None else model)
 
     def _route(self, model: str) -> Router:
-        """Whose turn it is to answer to this model. Raises NotFound."""
+        """The router of the version whose turn it is to answer for this model. Raises NotFound."""
         traffic = self._traffic.get(model)
         return self._router(traffic.pick(self._ready) if traffic is not None else model)
 
     def _router(self, model: str) -> Router:
         router = self._routers.get(model)
         if router is None:
-            info = self._registry.model(model)  # a name that is not even registered has its own answer
+            info = self._registry.model(model)  # raises another error for a name that is not registered
             router = self._routers.get(f"{info.name}:{info.version}")
         if router is None or router.name in self.retired:
             raise NotFound(f"{model} is not deployed: deploy it with `potluck deploy {model}`")
@@ -235,8 +235,8 @@ class Inference:
         until: float,
         priority: int = 0,
     ) -> Asked:
-        """Ask a deployed model: `name`, `name:version` or `name:alias`. `answer` gets its outputs or the error, `until` at the latest. It
-        may be called before this returns.
+        """Ask a deployed model: `name`, `name:version` or `name:alias`. `answer` is called with its outputs or the error, at
+        the latest at `until`. It may be called before this returns.
         """
         asked = Asked(answer, self.metrics, self._clock, now)
         try:
@@ -257,7 +257,7 @@ class Inference:
         answered: asyncio.Future[Inferred] = asyncio.get_running_loop().create_future()
 
         def answer(found: Inferred | PotluckError) -> None:
-            if answered.done():  # whoever asked has given up
+            if answered.done():  # the caller gave up
                 return
             if isinstance(found, PotluckError):
                 answered.set_exception(found)
@@ -273,7 +273,7 @@ class Inference:
             raise
 
     def cancel(self, asked: Asked) -> None:
-        """Nobody waits for the answer any more: unless there was one, it is Cancelled."""
+        """The caller does not wait any more: the request is answered Cancelled, unless it was answered already."""
         if asked.router is not None and asked.request is not None:
             asked.router.cancel(asked.request)
             self._pump(asked.router)
@@ -282,7 +282,7 @@ class Inference:
         """A batch came back from a node."""
         endpoint, router = self._endpoints.get(message.replica_id, (None, None))
         if endpoint is None or router is None:
-            return  # gone meanwhile
+            return  # the replica is gone meanwhile
         if endpoint.answers_from != node_id:
             log.debug("answers of a replica of another ignored %s", fields(node=node_id, replica=message.replica_id))
             return
@@ -305,7 +305,7 @@ class Inference:
     ) -> Request:
         signature = self._registry.model(router.name).signature
         inputs, size = as_sent(batched(inputs, signature))
-        if signature is not None and signature.inputs:  # else nothing is known of what it takes
+        if signature is not None and signature.inputs:  # if not, the inputs of the model are not known
             self._check(router.name, model, inputs, signature)
         self.asked_at[router.name] = now
         if not router.lanes:
@@ -320,9 +320,9 @@ class Inference:
         return request
 
     def _check(self, name: str, model: str, inputs: tuple[Tensor, ...], signature: Signature) -> None:
-        """Whether the deployment that `model` means now takes such a request. Raises InvalidRequest, naming both shapes.
+        """Check that the deployment `name`, which answers for `model` now, takes these inputs. Raises InvalidRequest.
 
-        Where the version beside it does, that one's clients are not to blame: it is ModelFailed, which counts against this one.
+        If the version beside it takes them, the client is not at fault: this raises ModelFailed, which counts against `name`.
         """
         try:
             matched(inputs, signature.inputs)
@@ -336,7 +336,7 @@ class Inference:
             raise
 
     def _copy(self, model: str, inputs: tuple[Tensor, ...], now: float, until: float) -> None:
-        """Ask the model's shadow the same, if it has one that keeps up; its answer is measured, and goes nowhere."""
+        """Send a copy to the model's shadow, if it has one that keeps up. The answer is measured and dropped."""
         traffic = self._traffic.get(model)
         router = self._routers.get(traffic.shadow) if traffic is not None and traffic.shadow else None
         limit = min(SHADOW_QUEUE_LIMIT, self._settings.queue_limit)
@@ -345,11 +345,11 @@ class Inference:
         asked = Asked(_to_nobody, self.metrics, self._clock, now, router)
         try:
             self._submit(router, model, inputs, asked.settle, now, until)
-        except PotluckError as error:  # it is behind, by its objective: the copy goes nowhere, and is counted so
+        except PotluckError as error:  # the shadow misses its objective: the copy is dropped and counted
             asked.settle(error)
 
     def _pump(self, router: Router) -> None:
-        """Send what can be sent, withdraw what nobody wants, and look again when something is late."""
+        """Send batches, withdraw those that no request waits for, and set the timer for late ones."""
         now = self._clock()
         for batch in router.dispatch(now):
             self._endpoints[batch.replica_id][0].send(batch)
@@ -361,7 +361,7 @@ class Inference:
             loop = asyncio.get_running_loop()
             at = loop.time() + max(LEAST_SECONDS, due - now)
             timer = self._timers.get(router.name)
-            if timer is None or timer.when() > at + LEAST_SECONDS:  # what was sent last may be late first
+            if timer is None or timer.when() > at + LEAST_SECONDS:  # the newest batch may be late first
                 if timer is not None:
                     timer.cancel()
                 self._timers[router.name] = loop.call_at(at, self._hedge, router)
@@ -374,4 +374,4 @@ class Inference:
 
 
 def _to_nobody(answer: Inferred | PotluckError) -> None:
-    """Nobody waits for it."""
+    """Drop an answer that nobody waits for."""

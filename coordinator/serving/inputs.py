@@ -1,4 +1,4 @@
-"""Inputs of a request: whether a model takes them, and what they weigh. Pure."""
+"""Inputs of a request: whether a model takes them, and how large they are. Pure."""
 
 from __future__ import annotations
 
@@ -11,35 +11,35 @@ from potluck.wire.specs import matched
 from potluck.wire.tensors import plain
 
 INPUT_LIMIT_BYTES = INLINE_LIMIT_BYTES - 16 * 1024
-"""Inputs of one request: with what goes around them they fit into a message."""
+"""Limit of the inputs of one request, so that they fit into a message with the rest of it."""
 ROWS_COUNTED = 1024
-"""A request counts for at most so many rows: what it claims of a blob is seen to be true only by whoever has fetched it."""
+"""A request counts as at most this many rows. The shape that it gives for a blob is checked only once the blob is fetched."""
 
 
 def batched(inputs: tuple[Tensor, ...], signature: Signature | None) -> tuple[Tensor, ...]:
-    """A single item gets the batch axis that it lacks, in all of its tensors."""
+    """Add the missing batch axis to all tensors of a single item."""
     if signature is None or len(signature.inputs) != len(inputs):
         return inputs
-    alone = signature.inputs[0] if len(inputs) == 1 else None  # its name need not be said
-    if alone is not None and len(inputs[0].shape) == len(alone.shape):  # as most are
+    alone = signature.inputs[0] if len(inputs) == 1 else None  # the name of a single input may be left out
+    if alone is not None and len(inputs[0].shape) == len(alone.shape):  # the usual case
         return inputs
     specs = {spec.name: spec for spec in signature.inputs}
     for tensor in inputs:
         spec = alone or specs.get(tensor.name)
-        # Of such items a list of texts is a batch, and a text is an item.
+        # If an item is one text, a list of texts is a batch.
         if spec is None or len(tensor.shape) != len(spec.shape) - 1 - _is_one_text(spec):
             return inputs
     return tuple([replace(tensor, shape=(1, *tensor.shape)) for tensor in inputs])
 
 
 def as_sent(inputs: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], int]:
-    """The same as they go to a replica, and what they take in a message at most. Raises InvalidRequest, TooLarge for what cannot go."""
+    """The inputs as they are sent to a replica, and their largest size in a message. Raises InvalidRequest, TooLarge."""
     if not inputs:
         raise InvalidRequest("a request needs at least one input tensor")
     for tensor in inputs:
         if isinstance(tensor.data, BlobRef):
             check_holders(tensor.data.holders, f"input {tensor.name[:80]!r}")
-    # Lists as bytes: they are checked here, where only their own request can fail, and do not grow on their way.
+    # Lists become bytes here. An error then fails only its own request, and the size does not grow later.
     inputs = tuple([plain(tensor) if isinstance(tensor.data, list) else tensor for tensor in inputs])
     size = sum([size_bytes(tensor) for tensor in inputs])
     if size > INPUT_LIMIT_BYTES:
@@ -50,7 +50,7 @@ def as_sent(inputs: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], int]:
 
 
 def taken(inputs: tuple[Tensor, ...], signature: Signature | None) -> bool:
-    """Whether a model is known to take them."""
+    """Whether the model is known to take these inputs."""
     if signature is None:
         return False
     try:
@@ -61,7 +61,7 @@ def taken(inputs: tuple[Tensor, ...], signature: Signature | None) -> bool:
 
 
 def size_bytes(tensor: Tensor) -> int:
-    """What it takes in a message, at most: a batch that is too large would be lost with all who are in it."""
+    """The largest size of a tensor in a message. If a batch were too large, all its requests would be lost."""
     data = tensor.data
     rest = 64 + len(tensor.name.encode()) + len(tensor.datatype.encode()) + 9 * len(tensor.shape)
     if isinstance(data, bytes):
@@ -72,7 +72,7 @@ def size_bytes(tensor: Tensor) -> int:
 
 
 def rows_of(tensor: Tensor) -> int:
-    """How many it counts for, whatever its shape claims: others wait by that."""
+    """How many rows a tensor counts as, whatever its shape says: the waits of other requests depend on this."""
     data = tensor.data
     most = len(data) if isinstance(data, bytes | list) else data.size
     return min(tensor.shape[0], most, ROWS_COUNTED) or 1 if tensor.shape else 1

@@ -1,4 +1,4 @@
-"""The ready replicas of a deployment as its router sees them: what is on its way to each, how long that takes, and which is next. Pure."""
+"""The ready replicas of a deployment, as its router sees them. A **lane** is one of them, with its batches and times. Pure."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from coordinator.serving.batches import Batch, Request
 from coordinator.serving.timing import TimeModel
 
 BATCHES_IN_FLIGHT = 2
-"""A replica has one batch to compute and one to begin with at once."""
+"""A replica computes one batch, and has one more that it can begin at once."""
 HEADROOM = 0.8
-"""Expected within so much of its time, a request is taken: what is expected errs, and the way back takes a moment too."""
+"""A request is taken if its answer is expected within this share of its time: estimates err, and the way back takes time."""
 BATCHES_AHEAD = 3
-"""Batches that a request may wait for, its own among them: one computed, one that waits at the replica, one that gathers here."""
+"""Batches that a request waits for, with its own: one is computed, one waits at the replica, one gathers here."""
 BATCH_TARGET_SECONDS = 1.0
-"""A slow model gets smaller batches: nobody waits long behind one, and what runs is not taken for lost."""
+"""A slow model gets batches that take this long. So requests wait less, and a running batch is not taken for lost."""
 SLOW = 1.5
-"""A replica that takes so many times longer for a row than the quickest gets only what it answers sooner than that one would."""
+"""A replica is slow if a row takes this many times longer than on the quickest. It gets only what it would answer sooner."""
 QUICK_LANES = 8
-"""So many of the quickest are compared with: a message costs the same however many replicas there are."""
+"""How many of the quickest are compared with, so that a message costs the same with any number of replicas."""
 FIRST_ROWS = 8
-"""So many a replica of which nothing is known gets at first, where there are others: it may be slow."""
+"""How many rows an unknown replica gets at first, if there are others: it may be slow."""
 LATE_SECONDS = 10.0
 LATE_LEAST = 3
 LATE = 2.0
-"""A replica that takes so many times longer than expected, so often in so many seconds, has a habit of it (a quota of its processor, say):
-once is chance. From then on it is expected to be as late as it was each time."""
+"""A batch is late if it takes this many times longer than expected. Once is chance. LATE_LEAST times within LATE_SECONDS have a
+cause (a quota of the processor, for example): from then on, the replica is expected to be as late again."""
 PROBE_SECONDS = 10.0
-"""A slow replica that got nothing for so long is tried with what a quick one answers anyway: it may be quicker by now."""
+"""A slow replica that got nothing for this long is tried with a copy of a quick one's request: it may be quicker by now."""
 ROUNDING = 1e-6
-"""A sum of rates that is less is what rounding left of one that is none."""
+"""A sum of rates below this is an error of rounding, and counts as 0."""
 PATIENCE = 4
-"""A batch is lost when it takes so many times what its replica needs for all it has; at most so many times the usual limit."""
+"""A batch is lost after this many times what its replica needs for all it has, and at most this many times the usual limit."""
 
 
 @dataclass(eq=False, slots=True)
@@ -45,28 +45,28 @@ class Lane:
 
     replica_id: str
     near: str = ""
-    """It need not fetch inputs that are held there (`Request.held_by`); "": it must fetch all."""
+    """The node whose inputs it need not fetch (`Request.held_by`); "": it must fetch all."""
     time: TimeModel = field(default_factory=TimeModel)
     limit: int = 0
-    """Rows of a batch here."""
+    """The most rows of a batch for this replica."""
     rows_per_second: float = 0.0
-    """What it does when it has always such a batch; 0 while nothing is known, or nothing comes back."""
+    """Its speed with full batches; 0: not known yet, or no batch comes back."""
     batches: dict[str, Batch] = field(default_factory=dict)
     overdue: dict[str, Batch] = field(default_factory=dict)
-    """Batches that are asked again elsewhere, but may still come back."""
+    """Batches that were asked again elsewhere, but may still come back."""
     rows: int = 0
-    """On their way, overdue ones apart."""
+    """Rows on their way, without those of overdue batches."""
     finished_at: float = 0.0
     sent_at: float = 0.0
-    """When it got its last batch."""
+    """When the last batch was sent to it."""
     slip_seconds: float = 0.0
-    """How late it is again and again, beside what a batch takes."""
+    """How late it is repeatedly, on top of the time of a batch."""
     late: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=LATE_LEAST))
-    """When it was late the last times, and by how much."""
+    """The last times when it was late, and by how much."""
     open_at: int = -1
-    """Where it is in the router's list of lanes with room; -1: it has none."""
+    """Its place in the list of lanes with room (`Lanes.open`); -1: it has no room."""
     silent: bool = False
-    """A batch was lost here, and nothing was heard since."""
+    """Whether a batch was lost here, and no answer came since."""
     rests_until: float = 0.0
 
     @property
@@ -74,7 +74,7 @@ class Lane:
         return len(self.batches) >= BATCHES_IN_FLIGHT
 
     def busy_seconds(self, now: float) -> float:
-        """Expected until all that is on its way is done. Where that is late, as much more as it is late already."""
+        """Expected time until all its batches are done. If they are late already, the same delay is added once more."""
         if not self.batches:
             return 0.0
         first = next(iter(self.batches.values()))
@@ -84,7 +84,7 @@ class Lane:
         return left + rest * self.time.fixed_seconds + (self.rows - first.rows) * self.time.row_seconds
 
     def wait(self, now: float) -> tuple[bool, float]:
-        """Expected until one more row is answered; those from which nothing is heard come last."""
+        """Expected time until one more row is answered; silent lanes come last."""
         return self.silent, self.busy_seconds(now) + self.time.seconds(1)
 
     def patience_seconds(self, usual: float) -> float:
@@ -106,7 +106,7 @@ class Lane:
         return batch
 
     def learn(self, batch: Batch, now: float, engine_seconds: float) -> None:
-        """What a batch that came back took. It began when the one before it was done, and took the engine's time at least."""
+        """Learn from a batch that came back. It began when the one before was done, and took at least the engine's time."""
         alone = batch.sent_at >= self.finished_at
         seconds = max(engine_seconds, now - max(batch.sent_at, self.finished_at))
         expected = self.time.seconds(batch.rows)
@@ -116,40 +116,40 @@ class Lane:
         self.time.learn(batch.rows, seconds, alone=alone)
 
     def note_lateness(self, now: float) -> None:
-        """Time passes, or it was late just now."""
+        """Compute `slip_seconds` again: time passed, or the lane was late just now."""
         again = len(self.late) == LATE_LEAST and now - self.late[0][0] <= LATE_SECONDS
         self.slip_seconds = min([seconds for _, seconds in self.late]) if again else 0.0
 
     @property
     def row_expected(self) -> float:
-        """Seconds for one row, as late as it is used to be."""
+        """Expected seconds for one row, with its usual delay."""
         return self.time.seconds(1) + self.slip_seconds
 
 
 class Lanes(dict[str, Lane]):
-    """By replica id. What they can do together is kept up to date as each changes: nothing here looks at all but `tick`.
+    """Lanes by replica id. Sums over all lanes are updated when a lane changes: only `tick` goes through all lanes.
 
-    `limit` of a lane is `batch_limit` at most, and what it computes in time for the objective (0: nobody said).
+    `limit` of a lane is at most `batch_limit`, and at most what it computes in time for the objective (0: no objective).
     """
 
     def __init__(self, batch_limit: int, objective_seconds: float, rng: random.Random) -> None:
         super().__init__()
         self.set_objective(objective_seconds)
         self.rows_out = 0
-        """On their way to any."""
+        """Rows on their way to any lane."""
         self.rows_per_second = 0.0
-        """Of all together, as is `rows_at_once`: of the next batch of each."""
+        """The speed of all together. `rows_at_once`: the rows of one full batch for each lane, together."""
         self.rows_at_once = 0
         self.quick: list[Lane] = []
-        """The quickest, of those that are known."""
+        """The quickest of the lanes whose speed is known."""
         self.open: list[Lane] = []
-        """Those with room for a batch, in no order: a message costs the same with three replicas as with a thousand."""
+        """Lanes with room for a batch, in no order. So a message costs the same with three replicas as with a thousand."""
         self._near: dict[str, list[Lane]] = {}
-        """By their `near`."""
+        """Lanes by their `near`."""
         self._quickest_seconds = 0.0
-        """What a row takes on the quickest; 0: nothing is known of any."""
+        """Seconds for a row on the quickest lane; 0: no lane is known yet."""
         self._slow: list[Lane] = []
-        """Those that may be tried, since they got nothing for long."""
+        """Slow lanes that may be tried because they got nothing for long."""
         self._batch_limit = batch_limit
         self._rng = rng
 
@@ -161,7 +161,7 @@ class Lanes(dict[str, Lane]):
         self.note_room(lane)
 
     def remove(self, replica_id: str) -> Lane | None:
-        """It, unless it is not here."""
+        """Remove and return the lane; None: it is not here."""
         lane = self.pop(replica_id, None)
         if lane is not None:
             if lane.near:
@@ -194,7 +194,7 @@ class Lanes(dict[str, Lane]):
         return batch
 
     def measure(self, lane: Lane) -> None:
-        """How much it gets at once, and does in a second."""
+        """Set a lane's `limit` and `rows_per_second` from its times."""
         limit = lane.time.rows_within(self._batch_seconds, self._batch_limit)
         self._count(lane, limit, lane.time.rows_per_second(limit))
         if not self.quick and lane.rows_per_second > 0.0:
@@ -208,20 +208,20 @@ class Lanes(dict[str, Lane]):
             self.measure(lane)
 
     def limit_within(self, lane: Lane, seconds: float) -> int:
-        """Rows of a batch for one whose answer may take so long: its own time counts like an objective."""
+        """The most rows of a batch with a request that has so many seconds: they count like an objective."""
         return min(lane.limit, lane.time.rows_within(HEADROOM * seconds / BATCHES_AHEAD, self._batch_limit))
 
     def silence(self, lane: Lane) -> None:
-        """A batch was lost there: others come first now, and it counts for nothing."""
+        """A batch was lost there: other lanes come first now, and its speed counts as 0."""
         lane.silent = True
         self._count(lane, lane.limit, 0.0)
 
     def seconds_for(self, rows: int) -> float:
-        """How long all together take for so many rows; 0 while nothing is known."""
+        """How long all lanes together take for so many rows; 0: no speed is known."""
         return rows / self.rows_per_second if self.rows_per_second > 0.0 else 0.0
 
     def pick(self, now: float) -> Lane | None:
-        """Of two with room, picked at random, the one with less expected wait; None when none has room."""
+        """Picks two lanes with room at random, and returns the one with less expected wait; None: no lane has room."""
         lanes = self.open
         count = len(lanes)
         if count == 1:
@@ -238,8 +238,8 @@ class Lanes(dict[str, Lane]):
         return one if one.wait(now) <= other.wait(now) else other
 
     def pick_for(self, request: Request, holders: Set[str], now: float) -> Lane | None:
-        """Where this request goes: to a replica near its inputs. Another one fetches them only while it has nothing to do (nor do
-        requests wait for it: `holders` is `held_by` of all that wait), and where that is quicker. None: it waits.
+        """The lane for this request: one near its inputs. Another lane fetches the inputs only if it is idle, no request waits
+        for it (`holders` is `held_by` of all waiting requests), and this is quicker. None: the request waits.
         """
         other = self.pick(now)
         own = self.holder(request, now)
@@ -251,7 +251,7 @@ class Lanes(dict[str, Lane]):
         return None if own.full else own
 
     def holder(self, request: Request, now: float) -> Lane | None:
-        """The lane near its inputs, if it is worth waiting for. Of several lanes, one with room, or else the one with the shortest wait."""
+        """The lane near the inputs, unless it is silent or rests. Of several lanes: one with room, then the shortest wait."""
         own: Lane | None = None
         for lane in self._near.get(request.held_by, ()):
             if lane.silent or lane.rests_until > now:
@@ -261,20 +261,20 @@ class Lanes(dict[str, Lane]):
         return own
 
     def least_wait(self, lanes: list[Lane], now: float) -> Lane | None:
-        """Of those that do not rest."""
+        """The lane with the least expected wait of those that do not rest."""
         awake = (lane for lane in lanes if lane.rests_until <= now)
         return min(awake, key=lambda lane: lane.wait(now), default=None)
 
     def slow(self, lane: Lane) -> bool:
-        """Whether it is far slower than another one, or nothing is known of it while others are known."""
+        """Whether it is far slower than the quickest lane, or its speed is not known while others are known."""
         if not lane.time.known:
             return bool(self.quick)
         return lane.row_expected > SLOW * self._quickest_seconds > 0.0
 
     def most_rows(self, lane: Lane, first_rows: int, rows_waiting: int, now: float) -> int:
-        """How many rows, beginning with a request of `first_rows`, this replica may get now; 0: they had better wait for another.
+        """How many rows this lane may get now, beginning with a request of `first_rows`; 0: they should wait for another lane.
 
-        A slow one gets no more than it is expected to answer sooner than a quick one would, behind all that this has to do.
+        A slow lane gets only what it is expected to answer sooner than a quick lane would after its own work.
         """
         if not self.slow(lane):
             unknown = not lane.time.known and len(self) > 1
@@ -290,7 +290,7 @@ class Lanes(dict[str, Lane]):
         return min(lane.limit, int(left / lane.time.row_seconds)) if lane.time.row_seconds > 0.0 else lane.limit
 
     def seconds_elsewhere(self, lane: Lane, rows_waiting: int, now: float) -> float:
-        """Until a quick one is expected to have answered the next of those that wait; infinity where there is none."""
+        """Expected time until a quick lane has answered the next of the waiting rows; infinity: there is no quick lane."""
         return min(
             [
                 other.busy_seconds(now) + other.time.seconds(min(other.limit, rows_waiting))
@@ -301,7 +301,7 @@ class Lanes(dict[str, Lane]):
         )
 
     def quick_with_room(self, now: float, *, beyond: int = 0) -> list[Lane]:
-        """Those of the quickest that have room for a batch, or would with so many places more."""
+        """The quickest lanes with room for a batch, counting `beyond` more places for each."""
         return [
             lane
             for lane in self.quick
@@ -309,7 +309,7 @@ class Lanes(dict[str, Lane]):
         ]
 
     def to_probe(self, now: float) -> Lane | None:
-        """A slow one that got nothing for long; each is named once between two ticks."""
+        """A slow lane that got nothing for long. Each is returned at most once between two ticks."""
         while self._slow:
             lane = self._slow.pop()
             if self.get(lane.replica_id) is lane and not lane.batches and now - lane.sent_at > PROBE_SECONDS:
@@ -317,7 +317,7 @@ class Lanes(dict[str, Lane]):
         return None
 
     def tick(self, now: float) -> None:
-        """Compare them, now and then."""
+        """Compare all lanes. Called from time to time."""
         for lane in self.values():
             if lane.slip_seconds:
                 lane.note_lateness(now)
@@ -331,7 +331,7 @@ class Lanes(dict[str, Lane]):
         self.quick = [lane for lane in self.quick if not self.slow(lane)]
 
     def note_room(self, lane: Lane) -> None:
-        """Keep the list of those with room after something was sent to this one or came back."""
+        """Update the list of lanes with room, after a batch was sent to this lane or came back."""
         if lane.full:
             self._shut(lane)
         elif lane.open_at < 0:
@@ -340,7 +340,7 @@ class Lanes(dict[str, Lane]):
 
     def check_invariants(self) -> None:
         for lane in self.values():
-            assert len(lane.batches) <= BATCHES_IN_FLIGHT + 1  # one more where it takes over from a slow replica
+            assert len(lane.batches) <= BATCHES_IN_FLIGHT + 1  # one more if it takes over from a slow replica
             assert lane.rows == sum(batch.rows for batch in lane.batches.values())
             assert (lane.open_at >= 0) == (not lane.full)
             assert lane.open_at < 0 or self.open[lane.open_at] is lane

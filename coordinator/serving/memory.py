@@ -1,7 +1,7 @@
-"""Memory: what a replica needs, what nodes have left for it, and who makes room when that is too little. Pure.
+"""Memory: what a replica needs, what nodes have free, and which deployments make room if that is too little. Pure.
 
-A replica needs what the last one of its model took when it was loaded (measured, resident); before there was one, a multiple of
-the file's size. A node has what its last telemetry said, less what was given to it since, plus what was taken away.
+A replica needs what the last replica of its model took when it was loaded (measured, resident). Before there was one, it is a
+multiple of the file's size. A node has free what its last telemetry said, less what was loaded since, plus what was unloaded.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 FILE_FACTOR = 3
-"""Weights, once more while they are read, and what goes around them."""
+"""The weights, a second copy while they are read, and the memory around them."""
 ENGINE_BYTES = 700 * 2**20
-"""What an engine with TensorFlow takes before it has a model; a node that holds no replica has to start one."""
+"""Memory of an engine with TensorFlow before it has a model. A node without a replica has to start an engine."""
 RECENT_SECONDS = 60.0
-"""A deployment that was asked since is not idle."""
+"""A deployment that got a request within this time is not idle."""
 
 
 @dataclass(frozen=True)
 class Tenant:
-    """A deployment as memory sees it. `nodes` hold a replica each; `held` ones may not be evicted (a set minimum, requests)."""
+    """A deployment and its memory. `nodes` hold a replica each. If `held`, it may not be evicted (a set minimum, requests)."""
 
     name: str
     need_bytes: int
@@ -40,8 +40,8 @@ def free(
     needs: Mapping[str, int],
     engine_bytes: int = 0,
 ) -> int | None:
-    """What a node has left. `available_bytes` and the replicas `reported` are of its last telemetry, `assigned` are those it is to
-    hold now, and `needs` are theirs; its engine takes `engine_bytes` when it is started. None where the node did not say.
+    """The free memory of a node; None: the node did not say. `available_bytes` and the replicas `reported` are from its last
+    telemetry. `assigned` are the replicas that it should hold now, and `needs` what they need. A new engine takes `engine_bytes`.
     """
     if not available_bytes:
         return None
@@ -52,9 +52,9 @@ def free(
 
 
 def make_room(need_bytes: int, free_bytes: Mapping[str, int], tenants: Sequence[Tenant], now: float) -> tuple[str, ...]:
-    """The fewest deployments, those first that were not asked for longest, that leave room on a node; () where that cannot be.
+    """The fewest deployments to evict so that a node has room, the longest idle first; () if that cannot be.
 
-    `free_bytes`: of the nodes that could hold it but for their memory.
+    `free_bytes`: free memory of the nodes that lack nothing but memory.
     """
     idle = sorted(
         (one for one in tenants if not one.held and one.nodes and now - one.asked_at >= RECENT_SECONDS),
@@ -75,11 +75,11 @@ def make_room(need_bytes: int, free_bytes: Mapping[str, int], tenants: Sequence[
 
 
 def bytes_text(count: int) -> str:
-    """As people read it."""
+    """A size as people read it."""
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
 def nowhere(need_bytes: int, free_bytes: Mapping[str, int]) -> str:
-    """Why it fits on no node."""
+    """Why the replica fits on no node."""
     left = ", ".join(f"{node_id} {bytes_text(size)}" for node_id, size in sorted(free_bytes.items())[:12])
     return f"a replica needs {bytes_text(need_bytes)}, and no node has as much free: {left}"

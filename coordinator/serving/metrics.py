@@ -23,7 +23,7 @@ class _Histogram:
 
 @dataclass
 class ServingMetrics:
-    """By deployment: answers by error code ("" when there was none), the latency of each, and how it did lately."""
+    """For each deployment: answers by error code ("": no error), their latencies, and how well it did lately."""
 
     answers: Counter[tuple[str, str]] = field(default_factory=Counter)
     latency: dict[str, _Histogram] = field(default_factory=dict)

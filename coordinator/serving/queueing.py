@@ -1,7 +1,7 @@
 """The requests of one deployment that wait for a replica: higher priorities first, first come first served within one. Pure.
 
-Strict order would let low priorities starve: one in SHARE goes to whoever has waited longest, and a class keeps that share of the
-queue when higher ones crowd the others out.
+In strict order, low priorities would never have a turn. So one turn in SHARE goes to the request that has waited longest, and a
+class keeps that share of the queue when higher classes push other requests out.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from coordinator.serving.batches import Request
 
 SHARE = 8
 LOOK_AHEAD = 16
-"""So many are looked at for one that may go to a certain replica."""
+"""How many requests are looked at to find one for a certain replica."""
 
 
 @dataclass(eq=False, slots=True)
 class _Class:
-    """Those of one priority."""
+    """The requests of one priority."""
 
     priority: int
     requests: deque[Request] = field(default_factory=deque)
@@ -28,7 +28,7 @@ class _Class:
 
 
 class RequestQueue:
-    """`rows` are those of all requests together; `len` counts requests."""
+    """`rows` counts the rows of all requests; `len` counts requests."""
 
     __slots__ = ("_classes", "_size", "_turn", "held", "rows")
 
@@ -50,7 +50,7 @@ class RequestQueue:
             yield from one.requests
 
     def push(self, request: Request) -> None:
-        """To the end of its class."""
+        """Add a request at the end of its class."""
         own = self._class(request.priority)
         own.requests.append(request)
         own.rows += request.rows
@@ -59,7 +59,7 @@ class RequestQueue:
         self._size += 1
 
     def push_front(self, request: Request) -> None:
-        """To the head of its class: it has had its turn, and was not answered."""
+        """Add a request at the head of its class: it had its turn, but was not answered."""
         own = self._class(request.priority)
         own.requests.appendleft(request)
         own.rows += request.rows
@@ -68,7 +68,7 @@ class RequestQueue:
         self._size += 1
 
     def head(self) -> Request:
-        """Whose turn it is. The queue may not be empty."""
+        """The request whose turn it is. The queue must not be empty."""
         own = self._classes[0] if len(self._classes) == 1 else self._next()
         return own.requests[0]
 
@@ -80,7 +80,7 @@ class RequestQueue:
             yield from [request for request in islice(self, LOOK_AHEAD) if request is not head]
 
     def next_for(self, near: str) -> Request | None:
-        """The first whose inputs are held there (`Lane.near`), or nowhere; None: there is none among those that are looked at."""
+        """The first request whose inputs are held at `near` (`Lane.near`), or by no node; None: none of those looked at."""
         if not self._size:
             return None
         if not self.held:
@@ -94,7 +94,7 @@ class RequestQueue:
         return head
 
     def take(self, request: Request) -> None:
-        """Take out one that is here: it had its turn."""
+        """Take out a request that is in the queue: it had its turn."""
         own = self._classes[0] if len(self._classes) == 1 else self._class(request.priority)
         if own.requests[0] is request:
             own.requests.popleft()
@@ -104,7 +104,7 @@ class RequestQueue:
         self._taken(own, request)
 
     def remove(self, request: Request) -> bool:
-        """Whether it was here, and is out now."""
+        """Take out a request if it is in the queue. Returns whether it was."""
         for own in self._classes:
             if own.priority == request.priority and request in own.requests:
                 own.requests.remove(request)
@@ -120,7 +120,7 @@ class RequestQueue:
         return found
 
     def crowd_out(self, priority: int) -> Request | None:
-        """The newest request of the lowest class below this priority, taken out; None where those have no more than their share."""
+        """Take out the newest request of the lowest class below `priority`. None: such classes have no more than their share."""
         for own in reversed(self._classes):
             if own.priority >= priority:
                 break
@@ -131,7 +131,7 @@ class RequestQueue:
         return None
 
     def rows_before(self, priority: int) -> int:
-        """Rows that come before a new request of this priority, as long as no more come."""
+        """How many rows come before a new request of this priority, if no more requests come."""
         if len(self._classes) == 1:
             return self.rows if self._classes[0].priority >= priority else 0
         return sum([own.rows for own in self._classes if own.priority >= priority])

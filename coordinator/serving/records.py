@@ -1,4 +1,4 @@
-"""What the journal says of deployments (stream `deployments`): events, and the state that they give. Pure."""
+"""What the journal holds about deployments (stream `deployments`): events, and the state that they lead to. Pure."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ STREAM = "deployments"
 
 
 class DeploymentEvent(Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="event", tag=True):
-    """Base of what is in the stream. `name` is a deployment's, `model:version`, where nothing else is said."""
+    """Base of the events in the stream. `name` is a deployment's name, `model:version`, unless an event says otherwise."""
 
     name: str
 
 
 class Deployed(DeploymentEvent, frozen=True):
-    """`asked` says how; events of before there was any choice have none."""
+    """`asked` is what the user asked for; events from before there was a choice have none."""
 
     model: BlobRef
     wanted: int
@@ -34,7 +34,7 @@ class Settled(DeploymentEvent, frozen=True):
 
 
 class Routed(DeploymentEvent, frozen=True):
-    """From now on these versions answer to the plain name, which `name` is here."""
+    """From now on, these versions answer for the plain name of the model. `name` is that plain name."""
 
     stable: str
     canary: str = ""
@@ -44,30 +44,30 @@ class Routed(DeploymentEvent, frozen=True):
 
 
 class Scaled(DeploymentEvent, frozen=True):
-    """Its load asks for so many replicas."""
+    """Its load needs this many replicas."""
 
     wanted: int
 
 
 class Measured(DeploymentEvent, frozen=True):
-    """So much memory a replica took when it was loaded."""
+    """How much memory a replica took when it was loaded."""
 
     resident_bytes: int
 
 
 class Parked(DeploymentEvent, frozen=True):
-    """It holds no replicas until somebody asks for it."""
+    """It holds no replicas until it gets a request."""
 
     why: Parking
     reason: str
 
 
 class Woken(DeploymentEvent, frozen=True):
-    """Somebody asked for it."""
+    """It got a request."""
 
 
 class Retired(DeploymentEvent, frozen=True):
-    """It takes no more requests, and goes when those that it has are answered."""
+    """It takes no more requests, and is removed when those that it has are answered."""
 
 
 class TakenDown(DeploymentEvent, frozen=True, tag="Undeployed"):
@@ -79,7 +79,7 @@ AnyDeploymentEvent = Deployed | Settled | Routed | Scaled | Measured | Parked | 
 
 @dataclass
 class Records:
-    """Deployments by their names, traffic by models' names, and what replicas of each version take, also after it is undeployed."""
+    """Deployments by name, traffic by model name, and the memory of each version's replicas, kept after it is undeployed."""
 
     deployments: dict[str, Deployment] = field(default_factory=dict)
     traffic: dict[str, Traffic] = field(default_factory=dict)
@@ -115,12 +115,12 @@ class Records:
         self._choose(model_of(event.name))
 
     def part_of(self, name: str) -> Role:
-        """What a deployment is to the stable version of its model; "" for that one itself, and for those that have no part."""
+        """The role of a deployment beside the stable version of its model; "": it is the stable version, or has no role."""
         role = self.traffic[model_of(name)].role(name)
         return "" if role == "stable" else role
 
     def events(self) -> list[AnyDeploymentEvent]:
-        """The fewest that give this state."""
+        """The fewest events that lead to this state."""
         found: list[AnyDeploymentEvent] = []
         for name, one in self.deployments.items():
             found.append(Deployed(name=name, model=one.model, wanted=one.wanted, asked=one.asked, format=one.format))
@@ -156,7 +156,7 @@ class Records:
         known.asked = event.asked or known.asked
 
     def _choose(self, model: str) -> None:
-        """Until a version was made the stable one, the newest that was ready once is: while the next one loads, the one before answers."""
+        """Until a user chooses, the newest version that was ready once is stable: it answers while a newer one loads."""
         versions = [one for name, one in self.deployments.items() if model_of(name) == model]
         if not versions:
             self.traffic.pop(model, None)

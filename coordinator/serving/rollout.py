@@ -1,4 +1,4 @@
-"""Rollouts: a version that is ready takes over, its predecessor goes when it has answered, and one that does worse is withdrawn."""
+"""Rollouts: a ready version takes over, the version before it is removed once it has answered, and a worse one is withdrawn."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 class Rollout:
-    """Of all models. `record` journals an event and applies it, `remove` undeploys."""
+    """For all models. `record` journals an event and applies it, `remove` undeploys."""
 
     def __init__(
         self,
@@ -33,7 +33,7 @@ class Rollout:
         self._remove = remove
         self._watched_until: dict[str, float] = {}
         self._baselines: dict[str, Summary] = {}
-        """How a model's previous version did when it was replaced."""
+        """How well a model's previous version did when it was replaced."""
 
     def check(self, name: str, asked: Deploy) -> None:
         """Raises InvalidRequest for traffic that this deployment cannot have."""
@@ -49,7 +49,7 @@ class Rollout:
             )
 
     def hold(self, model: str) -> None:
-        """Before another version is loaded: what answers now goes on to do so until that one is ready."""
+        """Called before a new version is loaded: the version that answers now goes on until the new one is ready."""
         traffic = self._records.traffic.get(model)
         if traffic is not None and not traffic.chosen and self._records.deployments[traffic.stable].settled:
             self._route(traffic, stable=traffic.stable)
@@ -59,7 +59,7 @@ class Rollout:
         traffic = self._records.traffic[model_of(name)]
         alone = traffic.stable == name  # the stable version may be gone by now
         if not traffic.role(name):
-            # It starts afresh: answers may have come after it was withdrawn.
+            # Count it from the beginning: answers may have come after it was withdrawn.
             self._inference.metrics.windows.pop(name, None)
         if asked.canary and not alone:
             self._route(
@@ -102,7 +102,7 @@ class Rollout:
         self._withdraw(traffic, "rolled back by hand")
 
     def tick(self, now: float) -> None:
-        """Let time pass: bad versions are withdrawn, predecessors go."""
+        """Let time pass: bad versions are withdrawn, replaced versions are removed."""
         for traffic in list(self._records.traffic.values()):
             if traffic.canary:
                 windows = self._inference.metrics.window
@@ -116,7 +116,7 @@ class Rollout:
                 self._remove(name)
 
     def _watch(self, traffic: Traffic, now: float) -> None:
-        """The version before is kept for a while, to go back to."""
+        """Withdraw a version that does worse. The version before is kept for a while, to go back to."""
         asked = self._asked(traffic.stable)
         watched = asked.watch_seconds if asked.rollback_factor else 0.0
         baseline = self._baselines.get(traffic.model, Summary())
@@ -166,7 +166,7 @@ class Rollout:
         previous: str | None = None,
         kept: str = "",
     ) -> None:
-        """Change what is given. Versions that have no part any more go, but for the one that is `kept`."""
+        """Change the given parts of the traffic. Versions without a role are removed, except the one that is `kept`."""
         now = Routed(
             name=traffic.model,
             stable=traffic.stable if stable is None else stable,

@@ -1,4 +1,4 @@
-"""Room: `memory` seen with the cluster as it is: what each node has left, and who is evicted when that is too little."""
+"""Room: `memory` applied to the present cluster: what each node has free, and what is evicted if that is too little."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from coordinator.serving.records import Records
 
 
 class Room:
-    """Of all nodes."""
+    """The memory of all nodes."""
 
     def __init__(self, records: Records, inference: Inference) -> None:
         self._records = records
         self._inference = inference
 
     def needed(self, deployment: Deployment) -> int:
-        """Bytes that a replica of it takes, as measured or else as its file's size suggests."""
+        """Bytes that a replica needs: as measured, or else estimated from the file's size."""
         return memory.needed(self._records.resident.get(deployment.name, 0), deployment.model.size)
 
     def left(self, members: list[Member]) -> dict[str, int | None]:
-        """Bytes that each node has left; None where it did not say."""
+        """Free bytes of each node; None: the node did not say."""
         assigned: dict[str, list[str]] = {}
         for deployment in self._records.deployments.values():
             for replica in deployment.replicas.values():
@@ -44,7 +44,7 @@ class Room:
         return found
 
     def victims(self, deployment: Deployment, now: float) -> tuple[str, ...]:
-        """Deployments to evict, so that this one, which fits nowhere, has a replica at least; none where that does not help."""
+        """Deployments to evict so that this one, which fits nowhere, gets one replica; none if that does not help."""
         if len(deployment.replicas) >= max(1, deployment.least):
             return ()
         return memory.make_room(

@@ -1,22 +1,23 @@
 """The router of one deployment: a bounded queue, batches, and the replica with the least expected wait. Pure.
 
-A request goes out at once when a replica has room; while all are busy, requests wait and leave together (natural
-batching), no more of them than the replica computes in time: with an objective in a third of it, for while a batch is computed
-one waits at the replica and one gathers here. Of two replicas picked at random the one with less expected wait gets the batch
-(the power of two choices, Mitzenmacher, 2001). What cannot be answered by its deadline, or within the objective, is refused
-when it comes, with the time after which the queue will be short. A batch that is lost is put back at the head of the queue, and
-whichever answer comes first counts: a request is answered once, by its deadline. A replica that answers with failures
-rests for a moment: failing is quick, and would draw everything to it.
+A request is sent at once if a replica has room. While all replicas are busy, requests wait and leave together (natural
+batching). A batch has no more requests than the replica computes in time. With an objective, that time is a third of it: while
+one batch is computed, a second waits at the replica and a third gathers here. The router picks two replicas at random, and the
+one with less expected wait gets the batch (the power of two choices, Mitzenmacher, 2001).
 
-A request whose inputs are held somewhere goes to a replica near them. Another one fetches them only while it has nothing to do, and where
-that is quicker: one that has work loses nothing by waiting for requests of its own.
+A request that cannot be answered by its deadline, or within the objective, is refused at once. The refusal says when the queue
+will be short. A lost batch is put back at the head of the queue, and the first answer that comes counts: a request is answered
+once, by its deadline. A replica that answers with failures rests for a moment. Failing is quick, so it would get all requests.
 
-A replica that is far slower than another gets no more than it is expected to answer sooner than the quick one would, queue and all: it
-makes nobody wait. Where it gets nothing for long, it is tried with a request that a quick one answers meanwhile.
+A request whose inputs are held by a node goes to a replica near them. Another replica fetches the inputs only if it is idle and
+that is quicker: a busy replica loses nothing by waiting for its own requests.
 
-A batch that is slow to come back is asked again elsewhere (`hedging`), and one that nobody waits for any more is withdrawn.
+A replica that is far slower than another gets only what it is expected to answer sooner than the quick one, with its queue,
+would. So it delays no request. If it gets nothing for long, it is tried with a request that a quick replica answers too.
 
-The router knows a replica by its id. Which nodes it is on, its endpoint knows; `inference` asks that, and tells the router.
+A batch that is slow to come back is asked again elsewhere (`hedging`). A batch that no request waits for is withdrawn.
+
+The router knows a replica by its id. Only the endpoint knows its nodes; `inference` asks the endpoint, and tells the router.
 """
 
 from __future__ import annotations
@@ -35,18 +36,18 @@ from potluck.wire.messages import RequestOutcome
 from potluck.wording import counted
 
 BATCH_BYTES = 160 * 1024
-"""Inline tensors of a batch: it must fit into a message."""
+"""Limit of the inline tensors of a batch, so that it fits into a message."""
 UNHURRIED_SECONDS = BATCH_TARGET_SECONDS * BATCHES_AHEAD / HEADROOM
-"""A request with so much time does not ask for smaller batches."""
+"""A request with at least this much time needs no smaller batches."""
 ATTEMPTS_LIMIT = 4
 CRASHES_LIMIT = 2
-"""A request of which an engine died is tried once more, alone."""
+"""A request that ended an engine is tried once more, alone."""
 REST_SECONDS = 0.5
 LEAST_RETRY_SECONDS = 0.1
 
 
 class Router:
-    """`objective_seconds`: how long an answer may take; 0 where nobody said. `rng` chooses among lanes."""
+    """`objective_seconds`: how long an answer may take; 0: no objective. `rng` chooses among lanes."""
 
     def __init__(
         self,
@@ -62,25 +63,25 @@ class Router:
         self.lanes = Lanes(batch_limit, objective_seconds, rng or random.Random())
         self._hedging = Hedging()
         self._away: dict[str, Batch] = {}
-        """What may be asked again elsewhere."""
+        """Batches that may be asked again elsewhere, by id."""
         self._late: list[tuple[float, int, Batch]] = []
-        """When it is late, as a heap; what is not away any more is left in it until its turn."""
+        """A heap of batches by the time when they are late. A batch that came back stays in it until its turn."""
         self.withdrawn: list[Batch] = []
-        """Batches that nobody waits for any more. `inference` takes them out, and tells their replicas."""
+        """Batches that no request waits for any more. `inference` takes them out, and tells their replicas."""
         self.served = 0
         self.trouble = ""
-        """Why no replica is ready, for those who wait in vain."""
+        """Why no replica is ready, as told to requests that time out."""
         self._queue_limit = queue_limit
         self._number = 0
 
     @property
     def in_flight(self) -> int:
-        """Requests on their way."""
+        """How many requests are on their way."""
         return sum(len(batch.requests) for lane in self.lanes.values() for batch in lane.batches.values())
 
     @property
     def queue_seconds(self) -> float:
-        """Expected until the queue is empty."""
+        """Expected time until the queue is empty."""
         return self.lanes.seconds_for(self.queue.rows)
 
     @property
@@ -96,12 +97,12 @@ class Router:
         self.lanes.set_objective(seconds)
 
     def add_replica(self, replica_id: str, near: str = "") -> None:
-        """It takes batches from now on. `near` as in `Lane`."""
+        """A replica takes batches from now on. `near` as in `Lane`."""
         if replica_id not in self.lanes:
             self.lanes.add(Lane(replica_id, near))
 
     def remove_replica(self, replica_id: str, now: float, *, crashed: bool = False) -> None:
-        """It is gone: what was on its way to it is asked again elsewhere. `crashed`: its engine died of what it computed."""
+        """A replica is gone: its batches are asked again elsewhere. `crashed`: the batch that it computed ended its engine."""
         lane = self.lanes.remove(replica_id)
         if lane is not None:
             for batch in islice(lane.batches.values(), int(crashed)):
@@ -114,7 +115,7 @@ class Router:
                 self._put_back(batch, batch.requests, now)
 
     def submit(self, request: Request, now: float) -> None:
-        """Queue a request. Raises Overloaded when there is no room, or no time, for it; a lower priority makes room for a higher."""
+        """Queue a request. Raises Overloaded if there is no room or no time for it. Lower priorities make room for higher ones."""
         request.asked_at = now
         if self.queue.rows:
             self._admit(request, now)
@@ -122,7 +123,7 @@ class Router:
         self._hedging.asked()
 
     def cancel(self, request: Request) -> None:
-        """Whoever asked does not want the answer any more: it is Cancelled, if there was none yet."""
+        """The client does not want the answer any more: the request is Cancelled, unless it was answered already."""
         if request.answered:
             return
         self.queue.remove(request)
@@ -143,14 +144,14 @@ class Router:
             if not first.held_by or first.held_by != lane.near:
                 limit = lanes.most_rows(lane, first.rows, self.queue.rows, now)
             if not limit:
-                # The slow one had better not. Another fetches what the holder has only while it has nothing to do, as above.
+                # The slow lane should not take it. Another lane fetches held inputs only if it is idle, as in `pick_for`.
                 own = lanes.holder(first, now)
                 lane = own or lanes.least_wait(lanes.quick_with_room(now), now)
                 if lane is None or lane.full:
                     break
                 limit = lane.limit
             requests, rows = self._take(now, lane, first, limit)
-            if not requests:  # they were too late
+            if not requests:  # all were too late
                 continue
             batch = self._batch(lane, requests, rows, now)
             for request in requests:
@@ -165,7 +166,7 @@ class Router:
         return batches
 
     def hedge(self, now: float) -> list[Batch]:
-        """Batches to send now for others that are slow to come back."""
+        """Copies of slow batches, to send now to other replicas."""
         batches: list[Batch] = []
         late = self._late
         again: list[Batch] = []
@@ -176,8 +177,8 @@ class Router:
             slow = self.lanes.slow(self.lanes[batch.replica_id])
             others = self.lanes.quick_with_room(now, beyond=1) if slow else self.lanes.open
             lane = self.lanes.least_wait([one for one in others if one.replica_id != batch.replica_id], now)
-            # Whoever waits comes first, but for those whom a slow replica was to serve sooner. What is late by so much is expected to
-            # take as much longer.
+            # Waiting requests come first, unless a slow replica holds the batch. A batch is expected to stay away for as long
+            # again as it has been away.
             if (self.queue.rows and not slow) or lane is None or lane.silent or lane.wait(now)[1] > now - batch.sent_at:
                 again.append(batch)
                 continue
@@ -195,14 +196,14 @@ class Router:
         return batches
 
     def hedge_at(self) -> float:
-        """When `hedge` may next have something to send; in infinity while there is nothing to do or nowhere to go."""
+        """When `hedge` may next have something to send; infinity: no batch is late, or there is no other replica."""
         late = self._late
         while late and self._away.get(late[0][2].batch_id) is not late[0][2]:
             heappop(late)
         return late[0][0] if late and len(self.lanes) > 1 else inf
 
     def _watch(self, batch: Batch, now: float) -> None:
-        """It may be asked again elsewhere: when most would be back, or a slow replica later than it was expected to be."""
+        """Note when to ask a batch again elsewhere: when most would be back, or when a slow replica is later than expected."""
         self._away[batch.batch_id] = batch
         lane = self.lanes[batch.replica_id]
         after_seconds = self._hedging.after_seconds
@@ -223,7 +224,7 @@ class Router:
         now: float,
         engine_seconds: float = 0.0,
     ) -> None:
-        """Answer a batch. One that is asked again elsewhere by now is as good, if it did not fail; others are ignored."""
+        """Answer the requests of a batch. A batch that was asked again elsewhere counts if it did not fail; others do not."""
         lane = self.lanes.get(replica_id)
         if lane is None:
             return
@@ -245,7 +246,7 @@ class Router:
             error = outcome.error
             if error is not None:
                 failed = True
-                lost = error.code == InputsLost.code and request.held_by  # a node had them, and no other will find them
+                lost = error.code == InputsLost.code and request.held_by  # only that node had them: no other finds them
                 if not lost and (error.retryable or error.code == "not_found"):
                     request.failure = error.message
                     request.crashes += error.code == ModelCrashed.code
@@ -257,7 +258,7 @@ class Router:
             if any(request.deadline > now for request in retried if not request.answered):
                 lane.rests_until = now + REST_SECONDS
             self._put_back(batch, retried, now)
-        if not failed:  # to fail is quick
+        if not failed:  # a failure is quick, and says nothing of the time
             self._learn(lane, batch, now, engine_seconds)
             if not self.lanes.slow(lane):
                 self._hedging.came_back(now - batch.sent_at)
@@ -280,14 +281,14 @@ class Router:
                 self.queue.remove(request)
 
     def ask_again(self, replica_id: str, now: float) -> None:
-        """What is on its way to this replica, or back, may be lost: it is asked again, and whichever answer comes first counts."""
+        """Batches to or from this replica may be lost: they are asked again, and the first answer that comes counts."""
         lane = self.lanes.get(replica_id)
         if lane is not None:
             for batch in reversed(list(lane.batches.values())):
                 self._overdue(lane, batch, now)
 
     def expire(self, now: float, batch_seconds: float) -> None:
-        """Answer requests whose time is up, and ask those elsewhere whose batch has not come back."""
+        """Answer requests past their deadline, and ask batches that have not come back again elsewhere."""
         for request in self.queue.remove_if(lambda request: request.deadline <= now):
             self._time_out(request)
         for lane in self.lanes.values():
@@ -306,7 +307,7 @@ class Router:
         self.lanes.tick(now)
 
     def inputs_lost(self, holder: str) -> None:
-        """The holder of some inputs (`Request.held_by`) is gone, and they with it: their clients can send them again."""
+        """The node that held some inputs (`Request.held_by`) is gone. Clients can send these inputs again."""
         for lane in self.lanes.values():
             for batch in lane.batches.values():
                 for request in batch.requests:
@@ -329,7 +330,7 @@ class Router:
     # --- who may wait ---------------------------------------------------------------------------------------------------
 
     def _admit(self, request: Request, now: float) -> None:
-        """Raises Overloaded for one that must not join those who wait."""
+        """Raises Overloaded for a request that must not join the queue."""
         rows = self.lanes.rows_out + self.queue.rows_before(request.priority) + request.rows
         if rows > self.lanes.rows_per_second * HEADROOM * (request.deadline - now) and self.lanes.rows_per_second > 0.0:
             raise self._overloaded("cannot be answered by its deadline")
@@ -341,7 +342,7 @@ class Router:
         crowded_out.settle(self._overloaded("had to make room for higher priorities"))
 
     def _has_room(self, request: Request) -> bool:
-        """Of an objective that cannot be held at all as many may wait as leave together next."""
+        """Whether the queue takes this request. If the objective cannot be met at all, only the next batches may wait."""
         queue = self.queue
         if len(queue) >= self._queue_limit:
             return False
@@ -364,7 +365,7 @@ class Router:
     # --- which replica, and what it gets --------------------------------------------------------------------------------
 
     def _turn(self, now: float) -> tuple[Lane | None, Request]:
-        """Whose turn it is, and where: the head's, unless it waits for a replica near its inputs."""
+        """The next request and its lane: the head of the queue, unless it waits for a replica near its inputs."""
         if not self.queue.held:
             return self.lanes.pick(now), self.queue.head()
         waiting = list(self.queue.first())
@@ -375,19 +376,19 @@ class Router:
         return None, waiting[0]
 
     def _take(self, now: float, lane: Lane, first: Request, limit: int) -> tuple[list[Request], int]:
-        """The next batch, of so many rows at most where it has several requests, and its rows."""
+        """The requests of the next batch, and their rows: at most `limit`, unless the first request alone has more."""
         queue = self.queue
         taken: list[Request] = []
         rows = size = 0
         if first.deadline - first.asked_at < UNHURRIED_SECONDS:
             limit = min(limit, self.lanes.limit_within(lane, first.deadline - first.asked_at))
-        # Those of a batch are answered together, when all of it is computed.
+        # All requests of a batch are answered together, when the whole batch is computed.
         done_at = now
         if lane.time.known and (lane.batches or len(queue) > 1):
             done_at += lane.busy_seconds(now) + lane.time.seconds(min(limit, queue.rows))
         following: Request | None = first
         while (request := following) is not None:
-            # Computing what comes too late is a waste; an idle replica gets one to try, lest the estimate never mends.
+            # A late answer is a waste. But an idle replica gets one request to try, or a bad estimate would never improve.
             if request.deadline <= now or (request.deadline < done_at and (taken or lane.batches)):
                 queue.take(request)
                 if request.deadline <= now:
@@ -409,26 +410,26 @@ class Router:
         return taken, rows
 
     def _batch(self, lane: Lane, requests: list[Request], rows: int, now: float) -> Batch:
-        """On its way to this replica from now on."""
+        """Make a batch, which counts as sent to this replica from now on."""
         self._number += 1
         batch = Batch(f"{self.name}/{self._number}", lane.replica_id, requests, rows, now, self.objective_seconds)
         self.lanes.sent(lane, batch)
         return batch
 
     def _withdraw(self, batch: Batch | None) -> None:
-        """Unless it is back, or somebody waits for it. What its replica has begun it may finish."""
+        """Withdraw a batch, unless it is back or a request waits for it. The replica may finish it if it has begun."""
         if batch is not None and batch.out and not batch.probe and not batch.wanted:
             self.withdrawn.append(batch)
 
     def _overdue(self, lane: Lane, batch: Batch, now: float) -> None:
-        """Its requests wait again; should it come back after all, it is as good."""
+        """Queue the requests of a batch again. If it comes back after all, its answers count."""
         self.lanes.came_back(lane, batch.batch_id)
         lane.overdue[batch.batch_id] = batch
         self._away.pop(batch.batch_id, None)
         self._put_back(batch, batch.requests, now)
 
     def _put_back(self, batch: Batch, requests: list[Request], now: float) -> None:
-        """These requests of a batch were not answered: to the head of the queue, unless another replica has them too."""
+        """Put unanswered requests of a batch at the head of the queue, unless another replica has them too."""
         elsewhere = batch.twin.requests if batch.twin is not None and batch.twin.out else ()
         for request in reversed(requests):
             if request.answered or request in elsewhere:

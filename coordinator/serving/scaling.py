@@ -1,7 +1,8 @@
-"""Scaling: how many replicas a deployment should have, by how long requests wait. Pure; time is an argument.
+"""Scaling: how many replicas a deployment should have, from how long requests wait. Pure; time is an argument.
 
-More come when the queue takes longer than the target for some seconds on end; one goes when one less would do, for much longer. One less must do with ease: what asks for more is a queue that grows, and what is let go must not make it grow. So a
-constant load ends at a constant number.
+Replicas are added when the queue takes longer than the target for some seconds on end. One is removed when one less would be
+enough for much longer than that. The rest must be enough with ease, or the queue would grow and a replica would be added again.
+So a constant load ends at a constant number.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ from dataclasses import dataclass
 UP_SECONDS = 2.0
 DOWN_SECONDS = 60.0
 EASE = 0.6
-"""One less will do when those that remain would be busy for so much of the time."""
+"""One less is enough if the remaining replicas would be busy for at most this share of the time."""
 QUEUE_SMOOTHING_SECONDS = 1.0
 BUSY_SMOOTHING_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
 class Seen:
-    """A deployment's load now. `queue_seconds`: until a request that comes leaves the queue; `busy`: share of its replicas at work."""
+    """A deployment's load now. `queue_seconds`: how long a new request would queue; `busy`: share of its replicas at work."""
 
     replicas: int
     queue_seconds: float
@@ -28,7 +29,7 @@ class Seen:
 
 @dataclass
 class Scaler:
-    """Of one deployment; what it remembers is lost with the coordinator, and costs some seconds then."""
+    """For one deployment. Its memory is lost when the coordinator ends; it then takes some seconds to learn again."""
 
     queue_seconds: float = 0.0
     busy: float = 1.0
@@ -37,7 +38,7 @@ class Scaler:
     below_since: float | None = None
 
     def wanted(self, seen: Seen, least: int, most: int, target_seconds: float, now: float) -> int:
-        """How many replicas, when `seen.replicas` (one at least) are ready and none is being loaded."""
+        """How many replicas to have, while `seen.replicas` (at least one) are ready and none is being loaded."""
         self._smooth(seen, now)
         bounded = min(max(seen.replicas, least), most)
         if bounded != seen.replicas:
@@ -54,7 +55,7 @@ class Scaler:
         self.below_since = (now if self.below_since is None else self.below_since) if below else None
         if self.above_since is not None and now - self.above_since >= UP_SECONDS:
             self.above_since = None
-            # Where the queue is many times too long it is for many, but for no more than are there already.
+            # If the queue is far too long, many are added, but at most as many as there are already.
             more = seen.replicas if self.queue_seconds > 2 * target_seconds else 1
             return min(most, seen.replicas + more)
         if self.below_since is not None and now - self.below_since >= DOWN_SECONDS:

@@ -1,4 +1,4 @@
-"""Serving: deployments kept as wanted on the nodes; `inference` routes requests to their replicas."""
+"""Serving: keeps deployments on the nodes as users want them; `inference` routes requests to their replicas."""
 
 from __future__ import annotations
 
@@ -57,11 +57,11 @@ DEPLOY_SECONDS = 300.0
 JOIN_SECONDS = 5.0
 """How long a deployment waits for nodes that may be about to join."""
 LOADING_SECONDS = 5.0
-"""After so long it is worth to ask a deployment again that is being loaded."""
+"""A client should ask a deployment that is being loaded again after this time."""
 
 
 class Serving:
-    """All deployments of the coordinator. `run` must be under way. `endpoint(replica_id, node_id)` makes the endpoint of a replica."""
+    """All deployments of the coordinator. `run` must be running. `endpoint(replica_id, node_id)` makes a replica's endpoint."""
 
     def __init__(
         self,
@@ -120,11 +120,11 @@ class Serving:
     # --- deployments --------------------------------------------------------------------------------------------------
 
     async def deploy(self, asked: Deploy, tell: Callable[[str], None] = lambda stage: None) -> str:
-        """Deploy, or change how; returns the deployment's name once all replicas are ready and it has its traffic. `tell` hears
-        what it waits for.
+        """Deploy a model, or change its deployment. Returns the deployment's name once all replicas are ready and it has its
+        traffic. `tell` is called with what it waits for.
 
-        Raises NotFound, InvalidRequest (more replicas than nodes, a canary beside nothing), Unavailable (nodes were lost
-        meanwhile), Cancelled, and what made loading fail; a deployment that was ready before goes on with what it has.
+        Raises NotFound, InvalidRequest (more replicas than nodes, a canary without a stable version), Unavailable (nodes were
+        lost meanwhile), Cancelled, and the error that made loading fail. A deployment that was ready before keeps its replicas.
         """
         info = self._registry.model(asked.model)
         name = f"{info.name}:{info.version}"
@@ -201,7 +201,7 @@ class Serving:
         return self.deployments(model_of(model))
 
     async def _wait_for_nodes(self, count: int, runtime: str) -> None:
-        """Return once so many nodes can hold a replica; nodes may be about to join, after a restart of ours above all."""
+        """Wait until `count` nodes can hold a replica. Nodes may be about to join, above all after we restarted."""
         deadline = self._clock() + JOIN_SECONDS
         while (there := sum(runtime in place.runtimes for place in self._upkeep.places())) < count:
             if self._clock() > deadline:
@@ -217,7 +217,7 @@ class Serving:
             async with asyncio.timeout(TICK_SECONDS):
                 await self._upkeep.changed.wait()
         except TimeoutError:
-            return  # time passes, too
+            return  # callers look again as time passes
 
     async def undeploy(self, model: str) -> tuple[str, ...]:
         """Take down `name:version`, or every version of `name`. Raises NotFound."""
@@ -229,13 +229,13 @@ class Serving:
         return names
 
     def give_up(self, name: str) -> None:
-        """Take a deployment down of which nothing is ready: whoever asked for it does not want it any more."""
+        """Take down a deployment that has no ready replica: the client that asked for it gave up."""
         deployment = self._deployments.get(name)
         if deployment is not None and not deployment.ready:
             self._remove(name)
 
     def deployments(self, model: str = "") -> tuple[DeploymentInfo, ...]:
-        """All, or those of one model by its plain name."""
+        """All deployments, or those of one model by its plain name."""
         places = self._upkeep.places()
         return tuple(
             self._info(deployment, places)
@@ -244,11 +244,11 @@ class Serving:
         )
 
     def signature(self, model: str) -> Signature | None:
-        """Of a deployed model (`name` or `name:version`). Raises NotFound."""
+        """The signature of a deployed model (`name` or `name:version`). Raises NotFound."""
         return self._deployments[self._inference.router(model).name].signature
 
     def ready(self, model: str) -> bool:
-        """Whether it can be asked now: a replica is ready, or is loaded on demand. Raises NotFound."""
+        """Whether the model takes requests now: a replica is ready, or is loaded on demand. Raises NotFound."""
         router = self._inference.router(model)
         return bool(router.lanes) or self._deployments[router.name].parked is not None
 
@@ -292,7 +292,7 @@ class Serving:
             self._inference.close(event.name, Unavailable(f"{event.name} was undeployed"))
 
     def _on_demand(self, router: Router) -> None:
-        """A deployment is asked that has no replica now: it is loaded. Raises Unavailable when too many wait for that."""
+        """Load a deployment that got a request but has no replica. Raises Unavailable if too many requests wait for that."""
         deployment = self._deployments[router.name]
         if deployment.parked:
             self._upkeep.wake(deployment)
@@ -306,7 +306,7 @@ class Serving:
             )
 
     def _reason(self, deployment: Deployment) -> str:
-        """What there is to say of its state; "" when all is well."""
+        """Why the deployment is in its state; "" when all is well."""
         if deployment.cramped and not deployment.put_away:
             return memory.nowhere(deployment.need_bytes, deployment.cramped)
         if deployment.reason or deployment.error:

@@ -1,21 +1,22 @@
-"""What a batch takes on one replica, time(rows) = a + c * rows: learned from the batches that come back. Pure.
+"""How long a batch takes on one replica, time(rows) = a + c * rows, learned from the batches that come back. Pure.
 
-Least squares with exponential weights. Where all batches have about as many rows, nothing tells a from c: then their shares of the
-time stay what they were, and only the sum follows. Before the first spread all of it counts as proportional, which makes small batches.
+The fit is least squares with exponential weights. If all batches have about the same number of rows, a and c cannot be told
+apart: then each keeps its share of the time, and only the sum follows. Until batches of different sizes were seen, all time
+counts as proportional to the rows, which makes small batches.
 """
 
 from __future__ import annotations
 
 FORGETTING = 0.1
-"""Each batch takes so much of the weight of all before it: about the last ten count."""
+"""Each new batch takes this share of the weight of all earlier ones: about the last ten count."""
 CAUTION = 0.02
-"""So much spread (variance by squared mean of the rows) is needed until it says as much as what was known before."""
+"""At this spread (variance of the rows by their squared mean), new batches say as much as what was known before."""
 OUTLIER = 4.0
-"""A batch that takes so many times longer than any fit allows (a pause, a first call) counts as no more than that."""
+"""A batch counts as at most this many times longer than any fit allows. It may have been a pause, or a first call."""
 ROWS_SEEN = 8.0
-"""Up to so many rows the fit is taken to hold, whatever was seen."""
+"""The fit is trusted up to this many rows, whatever sizes were seen."""
 GUESS_SECONDS = 1e-3
-"""A row on a replica of which nothing is known: it counts as quick, so that it is tried."""
+"""The time of a row on a replica that is not known yet: it counts as quick, so that it is tried."""
 
 
 class TimeModel:
@@ -28,7 +29,7 @@ class TimeModel:
         self.row_seconds = row_seconds
         self._quick = False
         self.gain = 0.0
-        """What the next batch counts for, beside all before it; 0: nothing was learned yet."""
+        """The weight of the next batch, beside all earlier ones; 0: nothing was learned yet."""
         self._mean_rows = self._mean_seconds = 0.0
         self._spread = self._product = 0.0
         """Variance of the rows, and covariance of rows and seconds."""
@@ -38,7 +39,7 @@ class TimeModel:
         return self.gain > 0.0
 
     def rows_per_second(self, limit: int) -> float:
-        """What it does with batches of so many rows, or of as many as were seen, more or less: beyond that the fit is a guess. 0: unknown."""
+        """Its speed with batches of `limit` rows, or of about as many as were seen: beyond that the fit is a guess. 0: unknown."""
         if self.gain == 0.0:
             return 0.0
         rows = 2.0 * self._mean_rows
@@ -50,14 +51,14 @@ class TimeModel:
         return rows / seconds if seconds > 0.0 else 0.0
 
     def seconds(self, rows: float) -> float:
-        """What a batch of so many rows takes."""
+        """How long a batch of `rows` takes."""
         return self.fixed_seconds + self.row_seconds * rows
 
     def rows_within(self, seconds: float, at_most: int) -> int:
-        """Rows that a batch may have to take no longer than that; one at least.
+        """How many rows a batch may have if it is to take at most `seconds`; at least one.
 
-        Never so few that more than half of the time is the fixed part: that would answer hardly sooner, and give away most of what
-        the replica can do.
+        It is never so few rows that the fixed part is more than half of the time: answers would come hardly sooner, and the
+        replica would lose most of its speed.
         """
         fixed = self.fixed_seconds
         if self.gain == 0.0 or fixed + self.row_seconds * at_most <= seconds:
@@ -65,14 +66,15 @@ class TimeModel:
         each = max(self.row_seconds, 1e-9)
         rows = int(min(at_most, max(seconds - fixed, fixed) / each))
         if rows < 2 and self._mean_rows < 1.05:
-            return min(2, at_most)  # nothing but single rows was seen: what two take is not known
+            return min(2, at_most)  # only single rows were seen: the time of two is not known
         return max(1, rows)
 
     def learn(self, rows: int, seconds: float, *, alone: bool) -> None:
-        """A batch of so many rows took so long; `alone`: nothing else was on its way to the replica.
+        """Learn that a batch of `rows` took `seconds`; `alone`: no other batch was on its way to the replica.
 
-        Time grows with the rows, and at most in proportion: what is far beyond that is chance. To be slow may be chance, to be quick
-        is not: then what was known is forgotten. (The second of two answers that arrive together seems quick, so it takes two of those.)
+        Time grows with the rows, at most in proportion. A time far beyond that is chance. A slow batch may be chance, but a quick
+        batch is not: then what was known is forgotten. (When two answers arrive together, the second one seems quick. So two
+        quick batches are needed.)
         """
         if self.gain == 0.0:
             self._begin(rows, seconds)
@@ -102,7 +104,7 @@ class TimeModel:
         self.fixed_seconds = max(0.0, mean_seconds - slope * mean_rows)
 
     def _begin(self, rows: int, seconds: float) -> None:
-        """With the first batch, or what counts as such: a and c have the shares that they had."""
+        """Start from the first batch, or from one that counts as the first: a and c keep their shares."""
         told = self.seconds(rows)
         scale = seconds / told if told > 0.0 else 0.0
         self.fixed_seconds *= scale

@@ -1,8 +1,9 @@
-"""Traffic: which version answers to a model's plain name, and whether a new one does worse. Pure.
+"""Traffic: which version answers for a model's plain name, and whether a new version does worse. Pure.
 
-The **stable** version answers. A **canary** gets a share of the questions, a **shadow** a copy of each whose answer nobody sees, and
-the **previous** version, which the stable one replaced, is kept for a while to go back to. The canary's questions are picked by a
-sequence of low discrepancy (multiples of the golden ratio): of any hundred it gets its share, and no period of the clients' meets it.
+The **stable** version answers. A **canary** answers a share of the requests. A **shadow** gets a copy of each request, and nobody
+sees its answers. The **previous** version, which the stable one replaced, is kept for a while so that one can go back to it. The
+requests of the canary are picked by a sequence of low discrepancy (multiples of the golden ratio): it gets its share of any
+hundred requests, whatever pattern the clients follow.
 """
 
 from __future__ import annotations
@@ -16,37 +17,37 @@ from coordinator.serving.windows import Summary, total
 
 GOLDEN = 0.6180339887498949
 ANSWERS_LEAST = 20
-"""Fewer of a version say nothing about it."""
+"""Fewer answers of a version say nothing about it."""
 FAILURES_LEAST = 5
 P99_ANSWERS_LEAST = 100
 SLOW_SLOTS_LEAST = 2
-"""In so many slots answers must be late: a machine's hiccup delays all who wait, but once."""
+"""Answers must be late in this many slots: a short pause of a machine delays all that wait, but only once."""
 SIGMAS = 3.0
-"""As the stable version is later than its p99 once in a hundred times, so often may another be by chance: the mean and so many deviations."""
+"""One answer in a hundred may be later than the p99 by chance. A version is slow beyond the mean and this many deviations."""
 FAILURE_RATE_FLOOR = 0.005
 P99_FLOOR_SECONDS = 0.02
-"""Below these nothing is called worse: twice next to nothing is still next to nothing."""
+"""Below these values no version is called worse: twice a very small value is still very small."""
 
 Role = Literal["", "stable", "canary", "shadow", "previous"]
 
 
 @dataclass
 class Traffic:
-    """Of one model; versions as deployments' names, "" where there is none."""
+    """Of one model. Versions are given as names of deployments; "": there is none."""
 
     model: str
     stable: str = ""
     canary: str = ""
     weight: int = 0
-    """Percent of the questions that the canary gets."""
+    """Percent of the requests that the canary gets."""
     shadow: str = ""
     previous: str = ""
     chosen: bool = False
-    """Whether `stable` was made so; else it is the newest version there is."""
+    """Whether a user chose `stable`; if not, it is the newest version."""
     _point: float = field(default=0.0, repr=False)
 
     def pick(self, ready: Callable[[str], bool]) -> str:
-        """Whose turn it is. Versions with nothing that is `ready` get no share, and the previous one stands in for the stable."""
+        """The version for the next request. One that is not `ready` gets no share; the previous one may replace the stable."""
         if self.canary:
             self._point = (self._point + GOLDEN) % 1.0
             if self._point < self.weight / 100 and ready(self.canary):
@@ -56,12 +57,12 @@ class Traffic:
         return self.stable
 
     def role(self, name: str) -> Role:
-        """Of a deployment, by its name."""
+        """The role of a deployment, by its name."""
         roles: dict[str, Role] = {self.previous: "previous", self.shadow: "shadow", self.canary: "canary"}
         return "stable" if name == self.stable else roles.get(name, "")
 
     def share(self, name: str) -> int:
-        """Percent of the questions that it answers."""
+        """Percent of the requests that it answers."""
         if name == self.canary:
             return self.weight
         return 100 - (self.weight if self.canary else 0) if name == self.stable else 0
@@ -71,7 +72,7 @@ class Traffic:
         return self.previous if name == self.stable else self.stable
 
     def without(self, name: str) -> None:
-        """It is gone. Where that was the stable version and there is none before it, nothing of what was chosen holds."""
+        """Forget a version that is gone. If it was the stable one and there is no previous one, all choices are forgotten."""
         if self.stable == name:
             self.stable, self.previous = self.previous, ""
             if not self.stable:
@@ -92,9 +93,9 @@ class Traffic:
 
 
 def worse(candidate: Sequence[Summary], baseline: Summary, factor: float) -> str:
-    """Why the candidate, whose answers are given by slot, is worse than the baseline by more than `factor`.
+    """Why the candidate is worse than the baseline by more than `factor`. The candidate's answers are given by slot.
 
-    "" when it is not, or that cannot be told yet.
+    "" when it is not worse, or when that is not known yet.
     """
     seen = total(candidate)
     if not factor or seen.count < ANSWERS_LEAST:

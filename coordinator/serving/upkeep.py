@@ -1,4 +1,4 @@
-"""Upkeep: what deployments want is brought about on the nodes, again whenever replicas, nodes or memory come and go."""
+"""Upkeep: makes the nodes hold what deployments want, again whenever replicas, nodes or memory come and go."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 
 class Upkeep:
-    """Of all deployments. `record` journals an event and applies it; `changed` is set when something may be ready.
+    """For all deployments. `record` journals an event and applies it; `changed` is set when something may be ready.
     `endpoint(replica_id, node_id)` makes the endpoint of a replica.
     """
 
@@ -78,7 +78,7 @@ class Upkeep:
     # --- what nodes say -----------------------------------------------------------------------------------------------
 
     def on_node_event(self, node_id: str, message: Message) -> None:
-        """Any event of a node that concerns replicas of its own; others are not ours."""
+        """Handle an event of a node about its own replicas; other events are ignored."""
         if not isinstance(message, ModelLoaded | ModelLoadFailed | ModelUnloaded):
             return
         deployment = self._records.deployments.get(name_of(message.replica_id))
@@ -91,7 +91,7 @@ class Upkeep:
             self.replica_gone(node_id, message.replica_id, message.error)
 
     def replica_gone(self, node_id: str, replica_id: str, error: ErrorInfo | None) -> None:
-        """A node has a replica no more."""
+        """A node does not hold a replica any more."""
         deployment = self._records.deployments.get(name_of(replica_id))
         if deployment is not None and deployment.lost(replica_id, error, self._clock()):
             crashed = error is not None and error.code == ModelCrashed.code
@@ -114,9 +114,9 @@ class Upkeep:
             self.reconcile(deployment)
 
     def _take_stock(self, members: Iterable[Member]) -> None:
-        """Adopt what nodes say they hold and a deployment misses; what nobody wants is to go.
+        """Adopt replicas that nodes say they hold and a deployment needs. Unload replicas that no deployment wants.
 
-        That is left over from before a restart of ours, or from a time when the node could not be reached.
+        Such replicas are left from before we restarted, or from a time when the node could not be reached.
         """
         places: list[Place] | None = None
         for member in members:
@@ -134,7 +134,7 @@ class Upkeep:
         name = name_of(message.replica_id)
         deployment = self._records.deployments.get(name)
         if deployment is None or message.replica_id not in deployment.replicas:
-            # Of before a restart, or not wanted any more: the node need not hold it.
+            # It is left from before a restart, or not wanted any more: the node need not hold it.
             self.unload(node_id, message.replica_id)
             return
         if reason := wrong_signature(message.signature):
@@ -148,7 +148,7 @@ class Upkeep:
             log.info("replica ready %s", fields(model=name, node=node_id))
             member = self._membership.get(node_id)
             most = member.capacity.memory_bytes if member is not None else 0
-            # Where more is shared, less is measured; and nothing takes more memory than its machine has.
+            # The more memory is shared, the less is measured; and no replica takes more memory than its machine has.
             if self._records.resident.get(name, 0) < message.resident_bytes <= most:
                 self._record(Measured(name=name, resident_bytes=message.resident_bytes))
             self._registry.describe(name, message.signature)
@@ -158,7 +158,7 @@ class Upkeep:
     # --- keeping things as wanted ----------------------------------------------------------------------------------------
 
     def tick(self) -> None:
-        """Let time pass: what nodes say is looked at, and what is missing is asked for again."""
+        """Let time pass: look at what nodes report, and ask again for what is missing."""
         self._take_stock(self._membership.online())
         for deployment in list(self._records.deployments.values()):
             if deployment.parked and self._inference.router_of(deployment.name).queue:
@@ -166,7 +166,7 @@ class Upkeep:
             self.reconcile(deployment)
 
     def reconcile(self, deployment: Deployment) -> None:
-        """Do what brings a deployment nearer to what it wants; others make room where they must."""
+        """Bring a deployment nearer to what it wants; other deployments make room if they must."""
         load: dict[str, int] = {}
         for other in self._records.deployments.values():
             for replica in other.replicas.values():
@@ -207,7 +207,7 @@ class Upkeep:
         self.reconcile(self._records.deployments[name])
 
     def stage(self, deployment: Deployment) -> str:
-        """Which replicas are ready, and so answer, and what the nodes of the others do, for people."""
+        """A text for people: which replicas are ready and answer, and what the nodes of the others do."""
         doing = on_nodes(
             (self._loading(replica.node_id, deployment), replica.node_id)
             for replica in deployment.replicas.values()
@@ -228,7 +228,7 @@ class Upkeep:
         return f"starting engine ({WORDS[RUNTIME_OF[deployment.format]]})"
 
     def places(self) -> list[Place]:
-        """The nodes that are there, and what each has."""
+        """The nodes that are online, and what each has."""
         members = self._membership.online()
         left = self._room.left(members)
         return [
@@ -237,7 +237,7 @@ class Upkeep:
         ]
 
     def wake(self, deployment: Deployment) -> None:
-        """Somebody asks it."""
+        """The deployment got a request: it is not parked any more."""
         log.info("deployment woken %s", fields(model=deployment.name, was=deployment.parked))
         self._record(Woken(name=deployment.name))
         self.reconcile(deployment)

@@ -1,4 +1,4 @@
-"""How a deployment did lately: answers, failures and latencies of the last minutes, in slots of some seconds. Pure."""
+"""How well a deployment did lately: answers, failures and latencies of the last minutes, in slots of some seconds. Pure."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from potluck.errors import (
 WINDOW_SECONDS = 120.0
 SLOT_SECONDS = 5.0
 BOUNDS_SECONDS = tuple(1e-4 * 1.2**step for step in range(74))
-"""Latencies are known to a fifth: from 0.1 ms to a minute."""
+"""Latencies from 0.1 ms to a minute are known with an error of at most a fifth."""
 IMPATIENT_SECONDS = 1.0
-"""Whoever gives an answer less time than that may get none, and says nothing of the version that was asked."""
+"""A request with less time than this may get no answer. That says nothing about the version."""
 FAILURES = frozenset(
     error.code
     for error in (
@@ -39,12 +39,12 @@ FAILURES = frozenset(
         Unavailable,
     )
 )
-"""Codes that speak against the deployment that was asked. Others are their clients' doing, or nobody's: those answers count for nothing."""
+"""Error codes that count against the deployment. Other errors are the client's fault or nobody's, and are not counted."""
 
 
 @dataclass
 class Summary:
-    """Answers of some time. `latencies` are those of the good ones, by the first of BOUNDS_SECONDS that is not less."""
+    """Answers of a span of time. `latencies` counts good answers by the first of BOUNDS_SECONDS that is not less."""
 
     count: int = 0
     failures: int = 0
@@ -59,7 +59,7 @@ class Summary:
         return sum(self.latencies)
 
     def quantile(self, share: float) -> float:
-        """Seconds within which that share of the good answers came; 0 when there were none."""
+        """Within how many seconds this share of the good answers came; 0 when there were none."""
         good = self.good
         seen = 0
         for index, count in enumerate(self.latencies):
@@ -69,7 +69,7 @@ class Summary:
         return 0.0
 
     def slower_than(self, seconds: float) -> int:
-        """Good answers that surely took longer."""
+        """How many good answers certainly took longer than `seconds`."""
         return sum(self.latencies[bisect_left(BOUNDS_SECONDS, seconds) + 1 :])
 
 
@@ -106,7 +106,7 @@ class Window:
         return total(self.slots(now))
 
     def slots(self, now: float) -> list[Summary]:
-        """The same, for each SLOT_SECONDS in which there were answers."""
+        """A summary for each slot of SLOT_SECONDS that had answers."""
         self._forget(now)
         return [slot.answers for slot in self._slots]
 
