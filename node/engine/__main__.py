@@ -26,7 +26,7 @@ def main() -> None:
     memory.limit_bytes = int(sys.argv[4])
     channel = Channel(socket.socket(fileno=descriptor))
     threading.Thread(target=_beat, args=(channel,), name="heartbeat", daemon=True).start()
-    gc.disable()  # the imports of TensorFlow set it off 680 times, a fifth of their time, and there is nothing to collect
+    gc.disable()  # TensorFlow's imports start it 680 times, for a fifth of their time, and there is nothing to collect
     tensorflow, litert = TensorFlow(scratch, threads, allowed), LiteRT(threads)
     known: tuple[Runtime, ...] = (tensorflow, litert)
     versions: dict[str, str] = {"potluck": __version__}
@@ -43,14 +43,14 @@ def main() -> None:
         tasks = Tasks(
             scratch, lambda model_format, path: serving((tensorflow, litert), model_format).model(model_format, path)
         )
-    # AutoGraph imports the code that it writes into our scratch folder: once each, so none of it is worth keeping compiled.
+    # AutoGraph imports the code that it writes into our scratch folder only once, so compiled files would be of no use.
     sys.dont_write_bytecode = True
-    if memory.limit_bytes and not gpus:  # for those, drivers reserve much address space that is no memory
+    if memory.limit_bytes and not gpus:  # drivers of GPUs reserve much address space that is not memory
         memory.hold_to_limit(threads)
     server = Server(channel.send, known, tasks)
-    # Each of them may compute one batch, while another thread reads.
+    # Each runtime may compute one batch, while one more thread reads.
     readers = Readers(channel.receive, server.take, count=len(installed) + 1)
-    # A full collection over all that TensorFlow made takes longer than a hundred inferences, and finds nothing: leave that out for ever.
+    # A full collection over TensorFlow's objects takes longer than a hundred inferences, and finds nothing: leave them out.
     gc.freeze()
     gc.enable()
     try:
@@ -59,7 +59,7 @@ def main() -> None:
     except ConnectionError:
         pass  # the parent is gone
     sys.stderr.flush()
-    os._exit(0)  # without waiting for threads of TensorFlow or for a task that nobody wants any more
+    os._exit(0)  # does not wait for threads of TensorFlow, or for a task whose result is not wanted
 
 
 def _beat(channel: Channel) -> None:
@@ -68,7 +68,7 @@ def _beat(channel: Channel) -> None:
         try:
             channel.send(frames.Heartbeat())
         except OSError:
-            return  # the parent is gone, and who reads sees that too
+            return  # the parent is gone, and the reading thread sees that too
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The engine's boundary: whatever the user's model or data raises goes to the user, and the engine goes on."""
+"""The engine's boundary: an error that the user's model or data raises goes to the user, and the engine goes on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from potluck.wire.failures import error_info
 
 
 def answer(send: Send, number: int, make: Callable[[], frames.Frame | None]) -> None:
-    """Send the answer to the question of this number, or why there is none."""
+    """Send the answer to the frame of this number, or the error."""
     failure: PotluckError
     try:
         found = make()
@@ -23,7 +23,7 @@ def answer(send: Send, number: int, make: Callable[[], frames.Frame | None]) -> 
             send(found)
         return
     except ConnectionError:
-        return  # the parent is gone, and who reads sees that too
+        return  # the parent is gone, and the reading thread sees that too
     except PotluckError as error:
         failure = error
     except OSError as error:

@@ -1,6 +1,6 @@
-"""`.keras` files looked at before Keras loads them: what they unpack to, and how many weights their layers imply.
+"""Checks `.keras` files before Keras loads them: their unpacked size, and how many weights their layers imply.
 
-A file of a few KB can ask for any amount of memory. What is not seen here meets the engine's limit.
+A file of a few KB can ask for any amount of memory. If this check misses it, the engine's memory limit stops it.
 """
 
 from __future__ import annotations
@@ -15,19 +15,20 @@ from typing import Any
 from potluck.errors import InvalidModel, OutOfMemory
 
 CONFIG_LIMIT_BYTES = 64 * 2**20
-"""Of a `config.json`; those of the largest models of Keras have 1 MB."""
+"""Limit of a `config.json`. The largest models of Keras have 1 MB."""
 INFLATION = 50
 INFLATION_FROM_BYTES = 256 * 2**20
-"""Keras compresses nothing, and others gain little on weights: what is so much larger unpacked is made to fill memory."""
+"""Keras does not compress, and weights compress little. A file that unpacks to far more than its size, and to at least
+this, was made to fill memory."""
 LEAST_WEIGHT_BYTES = 0.5
-"""A weight of 4 bits, the smallest that Keras knows."""
+"""Size of a weight of 4 bits, the smallest that Keras knows."""
 SLACK_BYTES = 2**20
 
 
 def check(path: Path, memory_bytes: int) -> None:
-    """Raises InvalidModel for a file that is not what it says, OutOfMemory for one that cannot fit (0: any memory).
+    """Raises InvalidModel for a malformed file, OutOfMemory for one that cannot fit (0: any memory).
 
-    The sizes that members of a zip announce are true: nothing more is unpacked of them.
+    The sizes that members of a zip announce can be trusted: no more than that is unpacked.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -56,7 +57,7 @@ def check(path: Path, memory_bytes: int) -> None:
 
 
 def parameters(config: Any) -> int:
-    """At least so many weights the layers have that a model's configuration describes: of the kinds that tell it plainly."""
+    """The least number of weights in a model's configuration. Counts only layers whose configuration states their size."""
     return sum(_weights_of(layer) for layer in _layers(config))
 
 
@@ -90,5 +91,5 @@ def _weights_of(layer: dict[str, Any]) -> int:
 
 
 def _product(*factors: Any) -> int:
-    """Of whole numbers; 0 where one is none."""
+    """The product of whole numbers; 0 if a factor is not a whole number."""
     return math.prod(factors) if all(type(factor) is int and factor > 0 for factor in factors) else 0

@@ -23,11 +23,11 @@ from potluck.errors import TimedOut
 from potluck.wire.messages import BlobRef, ModelFormat, Signature, Tensor
 
 BATCHES_LIMIT = 256
-"""Batches that may wait for a runtime. A node lets as many wait on all of its engines, so more is a fault of somebody."""
+"""Batches that may wait for a runtime. A node lets this many wait on all its engines together, so more is a fault."""
 
 
 class ArrayRuntime(ABC):
-    """A `Runtime` that computes one batch after the other, in the order in which they came: models need not be safe for threads."""
+    """A `Runtime` that computes one batch after the other, in order of arrival: models need not be thread-safe."""
 
     name: str
     title: str
@@ -76,7 +76,7 @@ class ArrayRuntime(ABC):
 
 
 class TensorFlow(ArrayRuntime):
-    """Keras models and SavedModels. `allowed`: modules of users, whose code their models may run."""
+    """Keras models and SavedModels. `allowed`: modules of users whose code models may run."""
 
     name = "tensorflow"
     title = "TensorFlow"
@@ -93,7 +93,7 @@ class TensorFlow(ArrayRuntime):
         return find_spec("tensorflow") is not None and find_spec("keras") is not None
 
     def start(self) -> Started:
-        """Takes seconds. Limits threads, and lets the memory that it takes of GPUs grow."""
+        """Takes seconds. Limits threads, and lets TensorFlow's memory on GPUs grow as needed."""
         with left_out("matplotlib", "pandas", "sklearn"):
             import keras
             import tensorflow as tf
@@ -132,7 +132,7 @@ class LiteRT(ArrayRuntime):
         return find_spec("ai_edge_litert") is not None
 
     def start(self) -> Started:
-        """Does not import it: only who has such models needs it."""
+        """Does not import LiteRT: only nodes with such models need it."""
         return Started({"litert": importlib.metadata.version("ai-edge-litert")})
 
     def model(self, model_format: ModelFormat, path: Path) -> Model:
@@ -143,10 +143,10 @@ class LiteRT(ArrayRuntime):
 
 @contextmanager
 def left_out(*packages: str) -> Iterator[None]:
-    """Let imports of these packages fail meanwhile.
+    """Let imports of these packages fail within the block.
 
-    Keras imports them at its own start for what an engine never does, and where they are installed they take longer than a third
-    of it (1.6 of 4.2 s).
+    Keras imports them at its start, for features that an engine never uses. If they are installed, they take more than a third
+    of the time (1.6 of 4.2 s).
     """
     hidden = [package for package in packages if package not in sys.modules]
     sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None is how Python is told so
@@ -158,7 +158,7 @@ def left_out(*packages: str) -> Iterator[None]:
 
 
 def _mapped(tensor: Tensor, files: Mapping[str, str]) -> Tensor:
-    """The tensor with its blob's file as memory: it is not copied on its way to the model."""
+    """The tensor, with its blob's file mapped as memory: it is not copied on its way to the model."""
     ref = tensor.data
     if not isinstance(ref, BlobRef) or ref.sha256 not in files:
         return tensor

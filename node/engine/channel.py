@@ -13,7 +13,7 @@ RECEIVE_BYTES = 1 << 16
 
 
 class Channel:
-    """Any thread may send; one at a time receives."""
+    """Any thread may send. One thread at a time receives."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
@@ -27,7 +27,7 @@ class Channel:
             self._sock.sendall(data)
 
     def receive(self) -> list[frames.ToEngine]:
-        """The frames that come next, all that are there; none when the parent has closed its end."""
+        """The next frames, all that have arrived; none: the parent has closed its end."""
         found: list[frames.ToEngine] = []
         while not found:
             data = self._sock.recv(max(RECEIVE_BYTES, self._splitter.missing))
@@ -36,6 +36,6 @@ class Channel:
             for body in self._splitter.feed(data):
                 try:
                     found.append(frames.to_engine(body))
-                except BadMessage as error:  # the question fails, and not the engine with all it holds
+                except BadMessage as error:  # only the frame fails, not the engine with all that it holds
                     self.send(failed(frames.number_of(body), error))
         return found

@@ -1,4 +1,4 @@
-"""Code of users: what this node's configuration (`allow_code`) lets its engine run, and how the rest is refused."""
+"""Code of users: what the node's configuration (`allow_code`) lets its engine run, and how other code is refused."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _allowed: tuple[str, ...] = ()
 
 
 def allow(names: Sequence[str]) -> None:
-    """Import modules, so that what they register is known to Keras; `lambda` is no module, but allows Lambda layers.
+    """Import modules, so that Keras knows what they register. `lambda` is not a module: it allows Lambda layers.
 
-    Ends the process, with words for the log, where one cannot be imported.
+    Ends the process with a text for the log if a module cannot be imported.
     """
     global _allowed  # one engine, one configuration
     for name in names:
@@ -40,7 +40,7 @@ def allow(names: Sequence[str]) -> None:
 
 
 def safe_mode() -> bool:
-    """Whether Keras must refuse code that stands in a model's file."""
+    """Whether Keras must refuse code inside a model's file."""
     return LAMBDA not in _allowed
 
 
@@ -50,7 +50,7 @@ def runs_users() -> bool:
 
 
 def refusal(text: str) -> PotluckError | None:
-    """The refusal of a model for whose loading Keras raised an error of these words; None where code is not the reason."""
+    """The refusal of a model, from the text of the error that Keras raised when loading it; None: code is not the reason."""
     if safe_mode() and "Lambda" in text and ("lambda" in text or "unsafe" in text.lower()):
         return CodeNotAllowed(
             "the model holds a Lambda layer, which is code, and this node does not allow that: use keras.ops or other layers, or "
@@ -94,9 +94,9 @@ def describe(model: Any) -> None:
 
 
 def _tensors(shapes: Any, name: str = "input") -> Any:
-    """Symbolic inputs in the structure in which the shapes are; None for what are no shapes.
+    """Symbolic inputs in the same structure as the shapes; None: these are not shapes.
 
-    Those of a map have its keys as names, those of a list `input_0`, `input_1`, ...
+    Inputs of a map are named by its keys, those of a list `input_0`, `input_1`, ...
     """
     if isinstance(shapes, dict):
         found = {key: _tensors(shape, str(key)) for key, shape in shapes.items()}

@@ -1,11 +1,11 @@
-"""Keras models and SavedModels as LiteRT models with whole numbers of 8 bits: a quarter of the size, and faster where the machine has
+"""Converts Keras models and SavedModels to LiteRT models with 8-bit integers: a quarter of the size, and faster if the machine has
 instructions for them.
 
-Full integer quantisation (Jacob et al., 2018): what is usual in each place is found by running some items; operations that have no
-version for whole numbers stay floats, and so do inputs and outputs.
+It is full integer quantisation (Jacob et al., 2018). Some items are run to find the usual range of the values at each place.
+Operations without an integer version stay floats, and so do inputs and outputs.
 
-TensorFlow's converter runs in a process of its own (`python -m node.engine.converting SAVEDMODEL SIGNATURE ITEMS TARGET`): it holds the interpreter's
-lock for seconds, in which the engine would be silent, and it can be ended.
+TensorFlow's converter runs in a separate process (`python -m node.engine.converting SAVEDMODEL SIGNATURE ITEMS TARGET`). It holds
+the interpreter's lock for seconds, in which the engine would be silent. And a process can be ended.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from potluck.wire.messages import ModelFormat
 
 POLL_SECONDS = 0.2
 REFUSED = 3
-"""Exit status of a conversion that says why it is not possible."""
+"""Exit status of a conversion that is not possible and says why."""
 
 
 def convert(
@@ -40,9 +40,10 @@ def convert(
     target: Path,
     going_on: Callable[[], None],
 ) -> None:
-    """Write a `.tflite` file. `batches` are those of the items, each with the inputs in the order of `names`.
+    """Write a `.tflite` file. `batches` holds batches of items, each with the inputs in the order of `names`.
 
-    Raises InvalidModel, CodeNotAllowed, EngineFailed, and what `batches` and `going_on` raise, which is asked all the while.
+    `going_on` is called again and again meanwhile. Raises InvalidModel, CodeNotAllowed, EngineFailed, and what `batches` and
+    `going_on` raise.
     """
     columns = [np.concatenate(parts) for parts in zip(*([t.numpy() for t in batch] for batch in batches), strict=True)]
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
@@ -80,7 +81,7 @@ def convert(
 
 
 def _save(model: Any, folder: Path) -> None:
-    """A SavedModel with the names of the model's signature."""
+    """Write a SavedModel with the names of the model's signature."""
     signature = keras_models.signature(model)
     outputs = [spec.name for spec in signature.outputs]
 
@@ -91,7 +92,7 @@ def _save(model: Any, folder: Path) -> None:
         )
 
     module = tf.Module()
-    module.kept = [variable.value for variable in model.variables]  # what is not found from the module is not saved
+    module.kept = [variable.value for variable in model.variables]  # only variables that the module refers to are saved
     specs = {
         spec.name: tf.TensorSpec(tensor.shape, tensor.dtype, name=spec.name)
         for spec, tensor in zip(signature.inputs, model.inputs, strict=True)
@@ -111,7 +112,7 @@ def _reason(error: Exception) -> str:
 
 
 def main() -> None:
-    """The converter's own process."""
+    """Run as the converter's process."""
     saved, signature, items, target, *names = sys.argv[1:]
     with np.load(items) as stored:
         columns = [stored[f"arr_{place}"] for place in range(len(names))]

@@ -19,7 +19,7 @@ from potluck.wire.messages import DataFormat, ImageOptions
 from potluck.wire.specs import shown
 
 _NO_IMAGE, _END = "the image is refused: ", " (end)"
-"""What stands around the reason in the error that TensorFlow makes of it, among other lines."""
+"""The texts before and after the reason: TensorFlow puts the reason among other lines of its error."""
 
 
 class Decoder(Protocol):
@@ -36,7 +36,7 @@ class Decoder(Protocol):
 
 @dataclass(frozen=True)
 class ImageDecoder:
-    """(height, width, channels) of the model's dtype: pixels times `scale`, made by `images.tensor` as everywhere."""
+    """Makes (height, width, channels) of the model's dtype: pixels times `scale`, by `images.tensor` as everywhere."""
 
     options: ImageOptions
     dtype: Any = tf.float32
@@ -46,17 +46,17 @@ class ImageDecoder:
         return (self.options.height, self.options.width, self.options.channels)
 
     def decode(self, data: Any) -> Any:
-        # Without state, or tf.data would call it one by one where operations are to be deterministic.
+        # Not stateful: if operations must be deterministic, tf.data would call a stateful one item by item.
         found = tf.numpy_function(self._tensor, [data], tf.float32, stateful=False)
         return tf.cast(tf.ensure_shape(found, self.shape), self.dtype)
 
     def fill(self, rows: Any, files: Sequence[bytes]) -> None:
-        """`rows` become what `decode` makes of the files, without a graph. Raises Unusable."""
+        """Decode the files into `rows`, as `decode` does, but without a graph. Raises Unusable."""
         for row, data in zip(rows, files, strict=True):
             row[...] = images.tensor(data, self.options, whole=self.dtype.is_integer)
 
     def _tensor(self, data: bytes) -> Any:
-        """For TensorFlow, which keeps of an error its text alone."""
+        """Called by TensorFlow, which keeps only the text of an error."""
         try:
             return images.tensor(data, self.options, whole=self.dtype.is_integer)
         except Unusable as error:
@@ -65,7 +65,7 @@ class ImageDecoder:
 
 @dataclass(frozen=True)
 class TextDecoder:
-    """The text itself, of shape () or (1,)."""
+    """Makes the text itself, of shape () or (1,)."""
 
     shape: tuple[int, ...]
     dtype: Any = tf.string
@@ -76,9 +76,9 @@ class TextDecoder:
 
 @dataclass(frozen=True)
 class AudioDecoder:
-    """float32 (samples,) or (samples, channels) from -1 to 1: the beginning of a longer recording, zeros after a shorter one.
+    """Makes float32 (samples,) or (samples, channels) from -1 to 1. A longer recording is cut, a shorter one padded with zeros.
 
-    One channel is the mean of those of the recording; for more, the last one there is repeated, and those beyond are left out.
+    One channel is the mean of the recording's channels. For more channels, the last one is repeated, or surplus ones are dropped.
     """
 
     shape: tuple[int, ...]
@@ -93,7 +93,7 @@ class AudioDecoder:
 
 
 def decoder_for(model: Any, data: DataFormat, image: ImageOptions | None) -> Decoder | None:
-    """None for arrays, which need none. Raises InvalidModel and InvalidRequest where data and model do not fit."""
+    """The decoder for this data; None: arrays need none. Raises InvalidModel and InvalidRequest if data and model do not fit."""
     match data.kind:
         case "images":
             return ImageDecoder(options_for(model, image), tf.as_dtype(model.inputs[0].dtype))
@@ -106,14 +106,14 @@ def decoder_for(model: Any, data: DataFormat, image: ImageOptions | None) -> Dec
 
 
 def item_bytes(decoder: Decoder) -> int:
-    """Memory of one decoded item; 0 where it is that of its file."""
+    """Memory of one decoded item; 0: the same as its file."""
     return 0 if decoder.dtype == tf.string else math.prod(decoder.shape) * int(decoder.dtype.size)
 
 
 def options_for(model: Any, image: ImageOptions | None) -> ImageOptions:
-    """As asked, else the size of the model's own input and what its layers expect; `scale` is said in any case.
+    """The options that were asked for, else the size of the model's input and the scale that its layers expect. `scale` is set.
 
-    Raises InvalidModel where the input takes no images of that size.
+    Raises InvalidModel if the input takes no images of that size.
     """
     shape = _only_input(model)
     if shape is None or len(shape) != 3:
@@ -174,7 +174,7 @@ def _audio_shape(model: Any) -> tuple[int, ...]:
 
 
 def _only_input(model: Any, *, text: bool = False) -> tuple[Any, ...] | None:
-    """The shape of an item; None where the model has several inputs, or one of another kind than asked for."""
+    """The shape of an item; None: the model has several inputs, or one of the wrong kind (text or not)."""
     if len(model.inputs) > 1 or (keras_models.signature(model).inputs[0].datatype == "BYTES") != text:
         return None
     return tuple(model.inputs[0].shape)[1:]

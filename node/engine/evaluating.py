@@ -1,7 +1,7 @@
-"""Evaluation of slices as sums and counts, so that the parts of several nodes merge into what one process would have got.
+"""Evaluation of slices as sums and counts, so that the parts of several nodes merge into the result that one process would get.
 
-The loss is the mean over items of what was compiled: where a loss reduces by sum, the sum of a batch counts for its
-items, and does not grow with the batch. Regularization is in it, as Keras has it. Metrics have the names that Keras prints.
+The loss is the mean of the compiled loss over items. If a loss reduces by sum, the sum of a batch counts for its items, so it
+does not grow with the batch. Regularization is included, as in Keras. Metrics have the names that Keras prints.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from potluck.wire.messages import EvaluateResult
 CONFUSION_CLASSES = 200
 """With more classes, the confusion matrix would be larger than a message may be."""
 STATES_NUMBERS = 8192
-"""So many numbers of `EvaluateResult.states` travel with it; AUC has 800 with 200 thresholds, and that for each label of several."""
+"""The most numbers in `EvaluateResult.states`. AUC has 800 with 200 thresholds; with several labels, 800 for each label."""
 
 Step = Callable[[int], None]
 
 
 def evaluate(loaded: Loaded, source: Source, parts: Sequence[ShardPart], batch_size: int, step: Step) -> EvaluateResult:
-    """`step` is told the items so far. The confusion matrix is empty unless the model has one output, and each item one class."""
+    """`step` is called with the items so far. The confusion matrix is empty unless there is one output, with one class an item."""
     model = loaded.model
     truth = truth_of(source, parts, "to evaluate against")
     alone = len(truth.targets) == 1
@@ -40,7 +40,7 @@ def evaluate(loaded: Loaded, source: Source, parts: Sequence[ShardPart], batch_s
     sums = {"loss": 0.0}
     model.reset_metrics()
     done, learnt, threshold = 0, 0.0, labels.threshold
-    """`learnt`: what the loss is a mean over. Items, without what in them is of no class."""
+    """`learnt`: the items that the loss is a mean over, without the parts of items that have no class."""
     for batch in source.batches(parts, batch_size):
         size = len(batch[0])
         columns = [column[done : done + size] for column in truth.columns]
@@ -91,7 +91,7 @@ def _is_sum(model: Any) -> bool:
 
 
 def _add_losses(sums: dict[str, float], loaded: Loaded, scored: Scored, size: int, learnt: float) -> None:
-    """The losses of a batch, each by its items; that of a single output by what of them has a class."""
+    """Add the losses of a batch, each weighted by its items; the loss of a single output by the part with a class."""
     if not scored.parts:
         if _is_sum(loaded.model):
             sums["loss"] += scored.loss - scored.penalty + scored.penalty * size
@@ -101,7 +101,7 @@ def _add_losses(sums: dict[str, float], loaded: Loaded, scored: Scored, size: in
     sums["loss"] += scored.penalty * size
     values: dict[str, float] = {}
     for (name, weight, summed), part in zip(loaded.parts, scored.parts, strict=True):
-        # Outputs of one layer share its name: of those, the last is told, as Keras does it.
+        # Outputs of one layer share its name: the last one is reported, as in Keras.
         values[name] = part * (1 if summed else size)
         sums["loss"] += weight * values[name]
     for name, value in values.items():
@@ -109,7 +109,7 @@ def _add_losses(sums: dict[str, float], loaded: Loaded, scored: Scored, size: in
 
 
 def _decided(truth: Any, output: Any, labels: Labels, threshold: float) -> tuple[Any, Any]:
-    """Class of each item: what it is, and what the model says."""
+    """The class of each item: the true one, and the one that the model says."""
     if labels.kind == "binary":
         return (truth[:, 0] > 0.5).astype(np.int64), (output[:, 0] > threshold).astype(np.int64)
     actual = truth.reshape(len(truth)) if labels.kind == "sparse" else truth.argmax(axis=-1)

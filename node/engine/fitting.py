@@ -1,4 +1,4 @@
-"""What a request holds, as the arrays that a model takes."""
+"""Turns the tensors of a request into the arrays that a model takes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def fit(
 ) -> list[Array]:
     """A request's arrays in the order of the model's inputs. Raises InvalidRequest, naming expected and given.
 
-    What are pixels (`potluck.data.items.are_pixels`) is multiplied by `pixel_scale`, as files of images are, and refused where that is 0.
+    Pixels (`potluck.data.items.are_pixels`) are multiplied by `pixel_scale`, like image files, and refused if that is 0.
     """
     arrays = []
     for spec, dtype, tensor in zip(specs, dtypes, matched(request, specs), strict=True):
@@ -38,9 +38,9 @@ def fit(
 def invented(
     specs: Sequence[TensorSpec], dtypes: Sequence[np.dtype[Any]], rows: int, value: Literal[0, 1] = 0
 ) -> list[Array]:
-    """An input of that many rows, with `value` everywhere (empty texts, or "1"); free dimensions are 1.
+    """A made-up input of `rows` rows, with `value` everywhere (empty texts, or "1"); free dimensions are 1.
 
-    A model need not take it: what it is for, only its users know.
+    A model may refuse it: only its users know what inputs it is for.
     """
     shapes = [(rows, *(1 if d < 0 else d for d in spec.shape[1:])) for spec in specs]
     return [
@@ -50,7 +50,7 @@ def invented(
 
 
 def padded(array: Array, rows: int) -> Array:
-    """The array with so many rows: those that it has, and its last one again. Zeros might be no input that the model takes."""
+    """The array padded to `rows` rows with copies of its last row. The model might not take zeros."""
     if len(array) == rows:
         return array
     found = np.empty((rows, *array.shape[1:]), array.dtype)
@@ -70,7 +70,7 @@ def _scaled(array: Array, pixel_scale: float, spec: TensorSpec) -> Array:
 
 
 def _cast(array: Array, dtype: np.dtype[Any], spec: TensorSpec, datatype: str) -> Array:
-    """Floats and whole numbers to floats, and whole numbers to those that hold them. Raises InvalidRequest."""
+    """Cast numbers to floats, and whole numbers to types that can hold them. Raises InvalidRequest."""
     if array.dtype.kind in "fiub" and dtype.kind == "f":
         return array.astype(dtype)
     if array.dtype.kind in "iub" and dtype.kind in "iu":

@@ -29,7 +29,7 @@ LENGTH = struct.Struct(">I")
 
 
 class Frame(Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="frame", tag=True):
-    """`number` ties an answer to its question; 0 for what nobody asked."""
+    """`number` ties an answer to its question; 0: no question was asked."""
 
     number: int = 0
 
@@ -51,7 +51,7 @@ class DropJob(Frame, frozen=True):
 
 
 class ApplyStep(Frame, frozen=True):
-    """Make the file of the weights that the update at `update` makes of those at `weights`; answered by `StepApplied`."""
+    """Apply the update at `update` to the weights at `weights`, and write the new weights; answered by `StepApplied`."""
 
     weights: str
     update: str
@@ -89,7 +89,7 @@ class CancelBatch(Frame, frozen=True):
 
 
 class Pause(Frame, frozen=True):
-    """Let tasks stand still from their next step or batch on, until `Resume`."""
+    """Tasks stand still from their next step or batch on, until `Resume`."""
 
 
 class Resume(Frame, frozen=True):
@@ -119,7 +119,7 @@ class ReplicaLoaded(Frame, frozen=True):
     resident_bytes: int
     warm_rows: int = 0
     runtime: str = ""
-    """The name of the one that holds it: each computes its batches beside those of the others."""
+    """The name of the runtime that holds the replica. Runtimes compute their batches side by side."""
 
 
 class Done(Frame, frozen=True):
@@ -173,7 +173,7 @@ def to_engine(body: bytes) -> ToEngine:
 
 
 def number_of(body: bytes) -> int:
-    """Of a frame that cannot be read otherwise, so that who waits for its answer is told; 0 where that cannot be read either."""
+    """The number of a frame that is otherwise unreadable, so that its sender gets an error; 0: the number is unreadable too."""
     try:
         return _NUMBERED.decode(body).number
     except (msgspec.DecodeError, RecursionError):

@@ -1,7 +1,7 @@
 """An optimizer's step as one program of XLA, on CPUs.
 
-Keras writes it as some ten operations for each weight, each of which goes through memory: a fifth of the founding example's step.
-XLA makes one pass of them (Adam on 12.9 million weights and one core: 29 ms in place of 99).
+Keras writes the step as about ten operations for each weight, and each of them goes through memory. XLA makes one pass of them
+(Adam on 12.9 million weights and one core: 29 ms in place of 99).
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ import tensorflow as tf
 from node.engine import keras_parts
 
 WORTHWHILE_NUMBERS = 1_000_000
-"""State of an optimizer below which compiling, and calling what was compiled, takes longer than it saves."""
+"""With fewer numbers in the optimizer's state, compiling the step and calling it takes longer than it saves."""
 
 
 def fuse(optimizer: Any) -> bool:
-    """Let `optimizer.apply` be such a program from now on, where that is worth it; whether it is. The optimizer is built.
+    """Make `optimizer.apply` such a program from now on, if that is worth it. Returns whether it was. The optimizer is built.
 
-    It compiles when it is first called. Whoever calls it calls `unfuse` where that fails, and calls again.
+    It compiles when it is first called. If that fails, the caller calls `unfuse` and tries again.
     """
     state = sum(math.prod(variable.shape) for variable in optimizer.variables)
-    scales = hasattr(optimizer, "inner_optimizer")  # a loss of float16, and looks first whether all is finite
+    scales = hasattr(optimizer, "inner_optimizer")  # it scales a float16 loss, and first checks that all is finite
     if state < WORTHWHILE_NUMBERS or scales or tf.config.list_logical_devices("GPU"):
         return False
     plain = optimizer.apply
@@ -45,5 +45,5 @@ def fuse(optimizer: Any) -> bool:
 
 
 def unfuse(optimizer: Any) -> None:
-    """Take `fuse` back."""
+    """Undo `fuse`."""
     del optimizer.apply

@@ -1,4 +1,4 @@
-"""Where jobs stand still, between two steps or batches, while inference on this node has an objective to keep."""
+"""A gate where tasks stand still, between two steps or batches, while inference on this node must keep its objective."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Gate:
         (self._open.set if through else self._open.clear)()
 
     def wait(self, until: Callable[[], bool]) -> None:
-        """Return when it is open, or soon after `until()` is true."""
+        """Return when the gate is open, or soon after `until()` is true."""
         while not self._open.wait(CHECK_SECONDS):
             if until():
                 return

@@ -1,4 +1,4 @@
-"""Models that are scored by their outputs alone: a LiteRT model or a SavedModel has no loss, nor has a Keras model that was not compiled."""
+"""Models that are scored by their outputs alone, without a loss: LiteRT models, SavedModels, and Keras models not compiled."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Step = Callable[[int], None]
 
 
 class Graded:
-    """A model of any runtime, with `inputs`, `outputs` and `output_names` as a Keras model has them: data are fitted to those."""
+    """A model of any runtime, with `inputs`, `outputs` and `output_names` as in a Keras model. Data are fitted to these."""
 
     loss = None
 
@@ -46,14 +46,14 @@ class Graded:
 
 
 THRESHOLD = 0.5
-"""An output above it counts as class 1, where one output tells two classes apart: nobody says otherwise without a loss."""
+"""An output above it counts as class 1, if one output tells two classes apart. Without a loss, no other value is given."""
 
 
 def grade(model: Graded, source: Source, parts: Sequence[ShardPart], batch_size: int, step: Step) -> EvaluateResult:
-    """How often it is right, where the targets are classes; else its mean absolute and squared error. Of several outputs each is
-    scored, and its name stands before what is said of it: `size_mae`. The confusion matrix is that of a single output.
+    """The model's accuracy if the targets are classes, else its mean absolute and squared error. Each of several outputs is scored
+    separately, and its metrics begin with its name: `size_mae`. Only a model with a single output has a confusion matrix.
 
-    Raises InvalidData, InvalidRequest, InvalidModel. `step` is told the items so far.
+    Raises InvalidData, InvalidRequest, InvalidModel. `step` is called with the items so far.
     """
     stored = source.targets(parts)
     if not stored:
@@ -79,7 +79,7 @@ def grade(model: Graded, source: Source, parts: Sequence[ShardPart], batch_size:
 
 
 class _Score:
-    """Of one output; its sums are named with the prefix."""
+    """The score of one output. The names of its sums begin with the prefix."""
 
     def __init__(self, prefix: str) -> None:
         self.sums: dict[str, float] = {}
@@ -113,7 +113,7 @@ class _Score:
 
 
 def _classes(truth: Array, output: Array) -> tuple[Array, Array] | None:
-    """Class of each item: what it is, and what the model says; None where the targets are no classes."""
+    """The class of each item: the true one, and the one that the model says; None: the targets are not classes."""
     if output.ndim != 2:
         return None
     units = output.shape[1]
@@ -139,7 +139,7 @@ def _classes(truth: Array, output: Array) -> tuple[Array, Array] | None:
 
 
 def _errors(truth: Array, output: Array) -> dict[str, float]:
-    """Sums over the items. Raises InvalidModel."""
+    """Sums of the errors over the items. Raises InvalidModel."""
     if truth.size != output.size:
         raise InvalidModel(
             f"the targets have shape {shown(truth.shape[1:])} per item, but the model's output is {shown(output.shape[1:])}"

@@ -22,31 +22,32 @@ from potluck.wire.messages import Signature
 log = logging.getLogger(__name__)
 
 Call = Callable[..., list[Array]]
-"""Of arrays, by place."""
+"""A function of arrays, by position."""
 
 BY_VALUES = (tf.errors.InvalidArgumentError, tf.errors.OutOfRangeError, tf.errors.UnknownError)
-"""What is raised where other values might do (UnknownError: by Python within the model); the rest is the model's own fault."""
+"""Errors that other input values might not cause (UnknownError: from Python in the model). Other errors are the model's fault."""
 
 ROWS_LIMIT = 256
 """Requests of more rows run in pieces, so that memory stays bounded."""
 
 SMALL_WEIGHTS = 4_000_000
-"""A model with fewer is called in a session: one of 13 million is 3 % to 10 % faster so, takes 200 MB more, and 4 s to load instead of 0.4."""
+"""A model with fewer weights is called in a session. With 13 million weights, a session is only 3 % to 10 % faster, takes 200 MB
+more, and loads in 4 s instead of 0.4."""
 
 
 def bucket(rows: int) -> int:
     """The batch size that `rows` are padded to: the next of 1 to 8, 10, 12, 14, 16, 20, ..., so at most a quarter is waste.
 
-    (Powers of two would waste up to half, and with a graph for any batch size nothing is traced anew either way.)
+    (Powers of two would waste up to half. The graph takes any batch size, so no size is traced again.)
     """
     step = 1 << max(0, (rows - 1).bit_length() - 3)
     return math.ceil(rows / step) * step
 
 
 class Graph:
-    """`call` of tensors, as `specs` has them, as one concrete function.
+    """`call`, a function of tensors as `specs` describes them, as one concrete function.
 
-    `exactly`: the only number of rows that it takes. `holds`: what has the variables, which live as long as it does.
+    `exactly`: the only number of rows that it takes. `holds`: the object that owns the variables and must be kept alive.
     """
 
     def __init__(
@@ -77,11 +78,11 @@ class Graph:
             raise shortage(error) or InvalidModel(f"the model cannot run: {one_line(error)}") from error
 
     def _shortest_call(self) -> Call:
-        """The function without the checks of its arguments, which `fitting` has made.
+        """The function without the checks of its arguments, which `fitting` has made already.
 
-        A model of 64-128-10 on one row: 300 us as it is usually called, 130 us directly, 8 us in a session (when all of it is in
-        the cache; 200 and 50 us where it is not). These ways are TensorFlow's own, but not in its interface: where they are gone, or do
-        not take this model, the next one serves.
+        A model of 64-128-10 on one row takes 300 us if called as usual, 130 us directly, 8 us in a session (200 and 50 us if it is
+        not in the processor's cache). The two short ways are not in TensorFlow's public interface. If a way is missing, or does
+        not take this model, the next one is used.
         """
         small = sum(variable.shape.num_elements() for variable in self._function.graph.variables) < SMALL_WEIGHTS
         some = fitting.invented(self.signature.inputs, self.dtypes, self.rows_at_once(1))
@@ -90,13 +91,11 @@ class Graph:
                 call = make()
                 try:
                     count = len(call(*some))
-                except BY_VALUES:  # zeros do not suit it; the way is there
+                except BY_VALUES:  # the model does not take zeros, but the call works
                     count = len(self._function.outputs)
                 assert count == len(self.signature.outputs)
             except (ImportError, AttributeError, TypeError, ValueError, AssertionError, tf.errors.OpError) as error:
-                if found := shortage(
-                    error
-                ):  # it has none in other ways either, and TensorFlow waits 10 s for some each time
+                if found := shortage(error):  # no other way has memory either, and TensorFlow waits 10 s each time
                     raise found from error
                 log.info("no short call %s", fields(way=make.__name__.strip("_"), reason=one_line(error)))
             else:
@@ -104,11 +103,11 @@ class Graph:
         return self._ordinary_call()
 
     def _session_call(self) -> Call:
-        """A session of the function with its variables as constants, in which the operations run one after the other.
+        """A session of the function with its variables as constants. Its operations run one after the other.
 
-        In a small model, handing them to threads takes longer than they do, and so does everything between Python and them; weights
-        that are constants can be laid out for the processor once (MobileNetV2: 1.3 to 1.6 times as fast). A few copies of the weights are
-        what this costs. Raises ValueError for a function that reads or keeps more than variables.
+        In a small model, handing operations to threads takes longer than computing them, and so does each layer between Python and
+        them. Constant weights can be laid out for the processor once (MobileNetV2: 1.3 to 1.6 times as fast). The cost is a few
+        copies of the weights. Raises ValueError for a function that reads or keeps more than variables.
         """
         if tf.config.list_logical_devices("GPU"):
             raise ValueError("it is for models that run on CPUs")

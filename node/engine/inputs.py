@@ -22,7 +22,7 @@ from potluck.wording import counted
 
 ROWS_AT_ONCE = 256
 GROUP_BYTES = 32 * 2**20
-"""Files that are in memory at once, beside those that are decoded."""
+"""Size of the files that are in memory at once, besides the decoded ones."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class Source:
     model: Any
     data: DataFormat
     decoder: Decoder | None
-    """What makes files into tensors; arrays need none."""
+    """Makes files into tensors; None: arrays need no decoder."""
     pixel_scale: float = 1.0
-    """What pixels in arrays are multiplied by; 0: nobody has said it."""
+    """The factor for pixels in arrays; 0: not given."""
 
     @property
     def image(self) -> ImageOptions | None:
@@ -42,14 +42,14 @@ class Source:
         return self.decoder.options if isinstance(self.decoder, ImageDecoder) else None
 
     def decoded_bytes(self, parts: Sequence[ShardPart]) -> int:
-        """Memory that all items take that have to be decoded."""
+        """Memory of all items that have to be decoded."""
         if self.decoder is None:
             return 0
         each = item_bytes(self.decoder)
         return sum(each * part.count if each else shards.files_bytes(part) for part in parts)
 
     def targets(self, parts: Sequence[ShardPart]) -> dict[str, Array]:
-        """The targets by name, class numbers as `data` counts classes; none where there are none, or not for each item.
+        """The targets by name, with class numbers as `data` counts classes; empty unless each item has a target.
 
         Raises InvalidData.
         """
@@ -65,7 +65,7 @@ class Source:
         return {} if len(classes) and classes.min() < 0 else {"class": classes}
 
     def weights(self, parts: Sequence[ShardPart]) -> Array | None:
-        """Weights of the items in the loss, where the data has such. Raises InvalidData."""
+        """Weights of the items in the loss; None: the data has none. Raises InvalidData."""
         return shards.load_arrays(parts, [self.data.weight])[self.data.weight] if self.data.weight else None
 
     def batches(self, parts: Sequence[ShardPart], batch_size: int) -> Iterator[list[Any]]:
@@ -81,7 +81,7 @@ class Source:
     def load(self, parts: Sequence[ShardPart], known: dict[ShardPart, Array] | None = None) -> list[Any]:
         """All items as tensors in the host's memory, in the order of the model's inputs. Raises InvalidData, InvalidRequest.
 
-        `known`: decoded items of parts that need not be decoded again; in their place come those of these parts.
+        `known`: decoded items of earlier parts, which need not be decoded again. They are replaced by those of `parts`.
         """
         if self.decoder is None:
             return [keras_models.held(array) for array in self._arrays(parts)]
@@ -133,7 +133,7 @@ class Source:
 
 
 def _batches_of_images(decoder: ImageDecoder, encoded: list[bytes], batch_size: int) -> Iterator[Any]:
-    """Each is decoded while the one before it is in use."""
+    """Each batch is decoded while the one before it is in use."""
 
     def batch(start: int) -> Array:
         files = encoded[start : start + batch_size]
@@ -152,7 +152,7 @@ def _batches_of_images(decoder: ImageDecoder, encoded: list[bytes], batch_size: 
 
 
 def _images(decoder: ImageDecoder, rows: Array, files: Sequence[bytes], before: int = 0) -> None:
-    """Decode files into rows, on as many processors as the engine has: a graph would take twice as long on one, for the way there.
+    """Decode files into rows, on all processors of the engine. A graph would take twice as long on one processor.
 
     `before`: how many files of the same group were decoded before. Raises InvalidData.
     """
@@ -175,7 +175,7 @@ def _images(decoder: ImageDecoder, rows: Array, files: Sequence[bytes], before: 
 
 
 def source_for(model: Any, data: DataFormat, image: ImageOptions | None) -> Source:
-    """Raises InvalidModel and InvalidRequest where data and model do not fit."""
+    """Raises InvalidModel and InvalidRequest if data and model do not fit."""
     decoder = decoder_for(model, data, image)
     if decoder is not None or image is None:
         return Source(model, data, decoder)
@@ -185,7 +185,7 @@ def source_for(model: Any, data: DataFormat, image: ImageOptions | None) -> Sour
 def fit(model: Any, inputs: dict[str, Array], pixel_scale: float = 1.0) -> list[Array]:
     """The arrays in the order of the model's inputs, in their dtypes. Raises InvalidRequest naming both shapes.
 
-    What are pixels is multiplied by `pixel_scale`, as it is in a request, and refused where that is 0.
+    Pixels are multiplied by `pixel_scale`, as in a request, and refused if that is 0.
     """
     specs = keras_models.signature(model).inputs
     wanted = [spec.name for spec in specs]

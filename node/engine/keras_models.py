@@ -26,11 +26,11 @@ from potluck.wire.specs import shown
 from potluck.wire.tensors import datatype_of
 
 HDF5 = b"\x89HDF\r\n\x1a\n"
-"""What such a file begins with."""
+"""The first bytes of an HDF5 file."""
 
 
 def load_model(path: Path, scratch: Path, *, compiled: bool) -> Any:
-    """A model from a `.keras` or `.h5` file, without code of users but what the node allows; the optimizer of a `.h5` begins anew.
+    """A model from a `.keras` or `.h5` file, with only the users' code that the node allows. The optimizer of a `.h5` starts anew.
 
     Raises InvalidModel, CodeNotAllowed, OutOfMemory.
     """
@@ -41,16 +41,16 @@ def load_model(path: Path, scratch: Path, *, compiled: bool) -> Any:
     if not _is_hdf5(path):
         archives.check(path, memory.limit_bytes)
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
-        # Keras goes by the suffix, and a blob has none.
+        # Keras needs the suffix, and a blob has none.
         link = Path(folder) / ("model.h5" if _is_hdf5(path) else "model.keras")
         link.symlink_to(path.absolute())
         try:
             with warnings.catch_warnings(), _weights_from_disk():
-                warnings.simplefilter("ignore")  # an optimizer that was not saved with its state is no news
+                warnings.simplefilter("ignore")  # no need to warn of an optimizer without state
                 model = keras.saving.load_model(link, compile=compiled, safe_mode=code.safe_mode())
             code.describe(model)
         except Exception as error:
-            # What went wrong stands at the end of it, after the model's whole configuration.
+            # The reason is at the end of the text, after the model's whole configuration.
             found = code.refusal(one_line(error, 10_000)) or shortage(error)
             raise found or InvalidModel(_reason(error)) from error
     if not getattr(model, "inputs", None):
@@ -61,13 +61,13 @@ def load_model(path: Path, scratch: Path, *, compiled: bool) -> Any:
             f"the model takes exactly {fixed[0]} items at once: give its inputs a shape without a batch size (keras.Input(shape))"
         )
     if compiled and _is_hdf5(path) and getattr(model, "optimizer", None) is not None:
-        # Keras reads its state into variables of another model, and then it refuses this one's.
+        # Keras reads the optimizer's state for variables of another model, and the optimizer then refuses this model's.
         model.optimizer = type(model.optimizer).from_config(model.optimizer.get_config())
     return model
 
 
 LARGE_BYTES = 2**24
-"""Of one variable; smaller ones may be in memory a few times while they are loaded."""
+"""Size of a large variable. Smaller ones may be in memory several times while they are loaded."""
 RANDOM = (
     *(keras.initializers.VarianceScaling, keras.initializers.RandomNormal, keras.initializers.RandomUniform),
     *(keras.initializers.TruncatedNormal, keras.initializers.Orthogonal),
@@ -76,12 +76,12 @@ RANDOM = (
 
 @contextmanager
 def _weights_from_disk() -> Iterator[None]:
-    """Let Keras take a model's weights from a file, one by one, and make no others before.
+    """Let Keras read a model's weights from a file, one by one, and not draw random ones before.
 
-    Where there is memory for it, Keras reads all of them into memory first, twice for a moment; and before that it draws random ones,
-    of which a layer takes three times its size. Neither is an option of its interface. Every variable of Keras's own layers is in the
-    file, or loading fails; layers of users may keep some out of it, so that theirs are drawn. Large ones are read into memory that
-    TensorFlow then takes as it is.
+    If there is memory for it, Keras first reads all weights into memory, twice for a moment. Before that, it draws random weights,
+    which takes three times the size of a layer. Its interface has no option for either. Every variable of Keras's own layers is in
+    the file, or loading fails. Layers of users may leave some out, so theirs are still drawn. Large variables are read into memory
+    that TensorFlow takes over without a copy.
     """
     saving_lib = keras_parts.saving()
 
@@ -105,7 +105,7 @@ def _weights_from_disk() -> Iterator[None]:
     ]
     with ExitStack() as stack:
         for owner, name, new in changes:
-            if hasattr(owner, name):  # another Keras may do it in another way, and then as it likes
+            if hasattr(owner, name):  # another version of Keras may do this differently: then leave it alone
                 stack.enter_context(mock.patch.object(owner, name, new))
         yield
 
@@ -126,7 +126,7 @@ def has_loss(model: Any) -> bool:
 
 
 def need_trainable(model: Any) -> None:
-    """Raises InvalidModel for a model without a loss, or with an optimizer whose result is not the weights that it trains."""
+    """Raises InvalidModel if the model has no loss, or if its optimizer's result is not the weights that it trains."""
     if not has_loss(model):
         raise InvalidModel(
             "the model is not compiled: call model.compile(optimizer=..., loss=..., metrics=[...]) before saving"
@@ -149,7 +149,7 @@ def signature(model: Any) -> Signature:
 
 
 def input_names(model: Any) -> list[str]:
-    """In the order of `model.inputs`: the keys of a model that takes a map, as Keras goes by them, else the names of the layers."""
+    """Input names in the order of `model.inputs`: the keys if the model takes a map, else the names of the layers."""
     struct = keras_parts.inputs_of(model)
     if isinstance(struct, dict) and len(struct) == len(model.inputs):
         keys = {id(tensor): str(key) for key, tensor in struct.items()}
@@ -158,7 +158,7 @@ def input_names(model: Any) -> list[str]:
 
 
 def output_names(model: Any) -> list[str]:
-    """In the order of `model.outputs`: the keys of a model that answers a map, else the names of the layers."""
+    """Output names in the order of `model.outputs`: the keys if the model returns a map, else the names of the layers."""
     count = len(model.outputs)
     struct = keras_parts.outputs_of(model)
     if isinstance(struct, dict) and len(struct) == count:
@@ -181,7 +181,7 @@ def output_losses(model: Any) -> list[Any]:
 
 
 def packed(model: Any, tensors: Sequence[Any]) -> Any:
-    """Tensors in the order of `model.inputs` as the model is called with: alone, or in its own list or map."""
+    """Tensors in the order of `model.inputs`, packed as the model takes them: alone, or in its list or map."""
     struct = keras_parts.inputs_of(model)
     if struct is None:
         return tensors[0] if len(tensors) == 1 else tuple(tensors)
@@ -191,7 +191,7 @@ def packed(model: Any, tensors: Sequence[Any]) -> Any:
 
 
 def packed_targets(model: Any, tensors: Sequence[Any]) -> Any:
-    """Targets in the order of `model.outputs` as the compiled loss takes them: alone, or in the model's own list or map."""
+    """Targets in the order of `model.outputs`, packed as the compiled loss takes them: alone, or in the model's list or map."""
     if len(tensors) == 1:
         return tensors[0]
     struct = keras_parts.outputs_of(model)
@@ -201,8 +201,8 @@ def packed_targets(model: Any, tensors: Sequence[Any]) -> Any:
 
 
 def held(array: Any) -> Any:
-    """A tensor in the host's memory, of NumPy's own memory where TensorFlow can take that: then the array must not change any more."""
-    flags = array.flags  # DLPack has no word for what is only to be read
+    """A tensor in the host's memory. If possible it shares the array's memory: so the array must not change any more."""
+    flags = array.flags  # DLPack does not know read-only arrays
     fits = flags.c_contiguous and flags.writeable and array.ctypes.data % ALIGNMENT == 0
     if fits and array.size and array.dtype.kind in "fiu":
         return tf.experimental.dlpack.from_dlpack(array.__dlpack__())
@@ -211,14 +211,14 @@ def held(array: Any) -> Any:
 
 
 def flat(outputs: Any) -> list[Any]:
-    """What a model answers, in the order of `model.outputs`; bfloat16, which the wire has not, as float32."""
+    """The outputs of a model, in the order of `model.outputs`; bfloat16 becomes float32, as messages have no bfloat16."""
     return [
         tf.cast(output, tf.float32) if output.dtype == tf.bfloat16 else output for output in keras.tree.flatten(outputs)
     ]
 
 
 def _input_name(tensor: Any) -> str:
-    """That of its input layer: unlike the tensor's, it stands in the file."""
+    """The name of its input layer: unlike the name of the tensor, it is in the file."""
     history = keras_parts.history(tensor)
     return str(history.operation.name if history is not None else tensor.name)
 
@@ -230,10 +230,10 @@ def _spec(name: str, tensor: Any) -> TensorSpec:
 
 
 def set_weights(model: Any, path: Path, change: Callable[[int, Any], Any] = lambda place, value: value) -> None:
-    """Weights from a safetensors file in the order of `model.weights`, with constraints held. Raises InvalidModel when they do not fit.
+    """Set weights from a safetensors file in the order of `model.weights`, and apply constraints. Raises InvalidModel if they do
+    not fit; the model is then unchanged.
 
-    Then the model is as it was. One after the other is read, so that no second copy of all is in memory; `change` makes
-    what is set of each one's place and value.
+    They are read one by one, so that memory holds no second copy of all. `change` makes the value to set from place and value.
     """
     with weights.Reader(path) as stored:
         names = sorted(stored.specs, key=lambda name: name[1:])
@@ -253,7 +253,7 @@ def set_weights(model: Any, path: Path, change: Callable[[int, Any], Any] = lamb
 
 
 def save_weights(model: Any, path: Path) -> None:
-    """`model.weights` (seeds of random layers are not among them) in order: w00000 is trained, s00001 is state that is not."""
+    """Save `model.weights` in order, without seeds of random layers. Names: w00000 is a trained weight, s00001 untrained state."""
     names = ["w" if role == "trained" else "s" for role in state.roles(model)]
     weights.save(
         path, ((f"{kind}{i:05}", value) for i, (kind, value) in enumerate(zip(names, weights_of(model), strict=True)))
@@ -261,14 +261,14 @@ def save_weights(model: Any, path: Path) -> None:
 
 
 def weights_of(model: Any) -> list[Any]:
-    """Its weights in order, only to be read; those of 16 bits as float32, which holds them exactly.
+    """The weights in order, read-only; weights of 16 bits become float32, which holds them exactly.
 
-    On a CPU they are not copied: TensorFlow gives a variable that is written to another memory while somebody looks at this.
+    On a CPU they are not copied: if a variable is written while its memory is in use here, TensorFlow gives it new memory.
     """
     return [value_of(weight) for weight in model.weights]
 
 
 def value_of(weight: Any) -> Any:
-    """One of those."""
+    """The value of one weight, as in `weights_of`."""
     value = np.asarray(tf.convert_to_tensor(weight.value))
     return value.astype(np.float32) if value.dtype.itemsize == 2 and value.dtype.kind not in "iu" else value
