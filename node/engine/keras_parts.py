@@ -1,6 +1,6 @@
-"""What Keras keeps for itself and the engine needs: each private name here, and nowhere else, with what for.
+"""The private names of Keras that the engine needs, all in this module, each with its purpose.
 
-Tested with Keras 3.15.1. A test names each that a later version does not have any more.
+Tested with Keras 3.15.1. A test names each one that a later version has not any more.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The socket to an engine, on its node's side: cuts the stream into frames and hands them to who waits."""
+"""The socket to an engine, on its node's side: cuts the stream into frames and gives each to the code that waits for it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ OnProgress = Callable[[int, dict[str, float]], None]
 
 
 class EngineLink(asyncio.Protocol):
-    """`on_heard` is told of each piece, of those within a frame with None."""
+    """`on_heard` is called with each frame, and with None for a piece of a frame."""
 
     def __init__(self, on_heard: Callable[[frames.FromEngine | None], None]) -> None:
         self.started: asyncio.Future[frames.Started] = asyncio.get_running_loop().create_future()

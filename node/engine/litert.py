@@ -1,7 +1,7 @@
 """LiteRT models (`.tflite`): graphs for small machines, run without TensorFlow.
 
-One interpreter, resized to the rows of each batch: to sizes that it has had that costs nothing that can be measured, and to others
-no more than padding would; an interpreter for each size would pack the weights anew in each.
+There is one interpreter, resized to the rows of each batch. A size that it had before costs nothing measurable, and a new size
+costs no more than padding would. An interpreter for each size would pack the weights again for each.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from potluck.wire.messages import Signature, TensorSpec
 from potluck.wire.tensors import datatype_of
 
 ROWS_LIMIT = 32
-"""More in one batch take memory, and are no faster."""
+"""More rows in one batch take memory, and are not faster."""
 SERVING = "serving_default"
 MAGIC = b"TFL3"
-"""From byte 4 on (the flatbuffer's file identifier)."""
+"""The bytes from byte 4 on (the flatbuffer's file identifier)."""
 FAILURES = (RuntimeError, ValueError)
 _MISSING = re.compile(r"unresolved custom op: (\S+?)\.?\s")
 _TENSORFLOW = re.compile(r"Select TensorFlow op\(s\)")
@@ -33,7 +33,7 @@ _TENSORFLOW = re.compile(r"Select TensorFlow op\(s\)")
 
 @dataclass(frozen=True)
 class Port:
-    """A tensor of the model: where it is, and how whole numbers in it stand for floats (`scale` 0: they do not)."""
+    """A tensor of the model: its place, and how its whole numbers stand for floats (`scale` 0: not quantised)."""
 
     name: str
     index: int
@@ -48,7 +48,7 @@ class Port:
         return np.dtype(np.float32) if self.scale else self.dtype
 
     def quantised(self, array: Array) -> Array:
-        """Raises nothing: what is beyond its range becomes the end of it."""
+        """Floats as whole numbers. Raises nothing: a value beyond the range becomes the end of the range."""
         if not self.scale:
             return array
         limits = np.iinfo(self.dtype)
@@ -107,7 +107,7 @@ class LiteModel:
 
 
 def _ports(interpreter: Any) -> tuple[list[Port], list[Port]]:
-    """By its signature `serving_default` (or the only one), else by the tensors' own names. Raises InvalidModel."""
+    """Inputs and outputs, from the signature `serving_default` (or the only one), else from the tensors. Raises InvalidModel."""
     inputs, outputs = interpreter.get_input_details(), interpreter.get_output_details()
     signatures = list(interpreter.get_signature_list())
     chosen = SERVING if SERVING in signatures else signatures[0] if len(signatures) == 1 else None
@@ -147,7 +147,7 @@ def _port(name: str, details: dict[str, Any]) -> Port:
 
 
 def _specs(ports: Sequence[Port]) -> tuple[TensorSpec, ...]:
-    """With -1 for the batch, also where it has one size: it is padded and cut to that."""
+    """Specs with -1 for the batch, even if the model takes only one size: batches are padded and cut to it."""
     return tuple(
         TensorSpec(name=port.name, datatype=datatype_of(port.seen), shape=(-1, *port.shape[1:])) for port in ports
     )

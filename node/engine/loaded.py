@@ -1,4 +1,4 @@
-"""A model with its functions for whole batches: evaluate and predict, traced once for any number of items."""
+"""A model with its functions for batches, evaluate and predict, each traced once for any number of items."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FAILURES = (ValueError, TypeError, tf.errors.InvalidArgumentError)
 
 @dataclass(frozen=True)
 class Scored:
-    """A batch: its loss as Keras reduces it, the part of it that comes from regularization, and the model's outputs.
+    """The scores of a batch: its loss as Keras reduces it, the part from regularization, and the model's outputs.
 
     `parts`: the losses of several outputs, in the order of `Loaded.parts`.
     """
@@ -34,7 +34,7 @@ class Scored:
 
 
 class Loaded:
-    """`weights` is the hash of those that were put into the model; empty for its own."""
+    """`weights` is the hash of the weights that were set in the model; "": its own."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -51,7 +51,7 @@ class Loaded:
         return [output.numpy() for output in outputs]
 
     def evaluate(self, batch: list[Any], truth: Truth, columns: Sequence[Any]) -> Scored:
-        """Score a batch against `columns` of its truth. The compiled metrics take it in, too. Raises InvalidModel."""
+        """Score a batch against `columns` of its truth, and update the compiled metrics. Raises InvalidModel."""
         key = tuple((column.shape[1:], column.dtype.str) for column in columns)
         step = self._evaluate.get(key)
         if step is None:
@@ -67,7 +67,7 @@ class Loaded:
 
     @property
     def parts(self) -> list[tuple[str, float, bool]]:
-        """Of the losses of several outputs, after a first batch: name, weight in the loss, and whether they are sums."""
+        """For the loss of each of several outputs, after a first batch: name, weight in the loss, and whether it is a sum."""
         compiled = keras_parts.compiled_losses(self.model)
         if compiled is None or not compiled.metrics:
             return []
@@ -81,7 +81,7 @@ class Loaded:
         ]
 
     def mean_metrics(self) -> dict[str, tuple[float, float]]:
-        """The compiled metrics that are means, since the last reset, by Keras's names: (mean, sum of what it weighs by)."""
+        """The compiled metrics that are means, since the last reset, by Keras's names: (mean, sum of its weights)."""
         found: dict[str, tuple[float, float]] = {}
         for name, metric in self._named_metrics():
             if type(metric).result is keras.metrics.Mean.result:
@@ -91,7 +91,7 @@ class Loaded:
         return found
 
     def counted(self) -> dict[str, tuple[float, tuple[float, ...]]]:
-        """Keras's own metrics that are no means, since the last reset: (value, all that they have counted, as one row).
+        """Keras's own metrics that are not means, since the last reset: (value, all that they have counted, as one row).
 
         Their variables are sums over items (AUC's are positives above each threshold), so rows of several nodes are added.
         """
@@ -106,9 +106,9 @@ class Loaded:
         return found
 
     def values_of(self, states: Mapping[str, Sequence[float]]) -> dict[str, float]:
-        """What these metrics make of such rows; nothing of rows of another length, which another version of Keras may count.
+        """The values of these metrics for such rows. Rows of a wrong length are left out: another version of Keras may send them.
 
-        They must have seen a batch: before it, some have no variables.
+        The metrics must have seen a batch: before that, some have no variables.
         """
         found: dict[str, float] = {}
         for name, metric in self._named_metrics():
@@ -124,13 +124,13 @@ class Loaded:
         return found
 
     def threshold(self, otherwise: float) -> float:
-        """At which the compiled metrics tell two classes apart, after a first batch: a report is to have one; `otherwise` where none says."""
+        """The threshold at which the compiled metrics tell two classes apart, after a first batch; `otherwise` if none has one."""
         cuts: list[float] = []
         for _, metric in self._named_metrics():
             config = metric.get_config() if _is_kerass_own(metric) else {}
             found = config.get("threshold", config.get("thresholds"))
             if found is None and isinstance(metric, keras.metrics.Precision | keras.metrics.Recall):
-                found = metric.thresholds  # their default, which their settings do not tell
+                found = metric.thresholds  # the default, which is not in the settings
             found = found[0] if isinstance(found, list | tuple) and len(found) == 1 else found
             if isinstance(found, int | float):
                 cuts.append(float(found))
@@ -140,12 +140,12 @@ class Loaded:
         """The compiled metrics by Keras's names, without the loss."""
         for group in self._own_metrics():
             metrics = getattr(group, "metrics", None)
-            # Their group names those of several outputs, in their order.
+            # With several outputs, the group names the metrics, in the same order.
             named = zip(group.result(), metrics, strict=True) if metrics else [(group.name, group)]
             yield from ((name, metric) for name, metric in named if name != "loss")
 
     def _own_metrics(self) -> list[Any]:
-        """Without those that follow the losses of outputs: in a graph for batches of any size they forget how large each was."""
+        """The metrics except those of the outputs' losses: in a graph for any batch size, these lose the size of each batch."""
         losses = {id(metric) for metric in getattr(keras_parts.compiled_losses(self.model), "metrics", ())}
         return [metric for metric in self.model.metrics if id(metric) not in losses]
 
@@ -167,7 +167,7 @@ class Loaded:
 
 
 def _counts(metric: Any) -> bool:
-    """Whether it is one of Keras's own whose variables are sums over items, and that is no mean."""
+    """Whether it is a metric of Keras that is not a mean and whose variables are sums over items."""
     return type(metric).result is not keras.metrics.Mean.result and _is_kerass_own(metric)
 
 

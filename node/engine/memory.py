@@ -1,4 +1,4 @@
-"""Memory that ran out, the machine's or a GPU's, as TensorFlow tells of it."""
+"""Shortage of memory, of the machine or a GPU, as TensorFlow reports it."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ SIGNS = (
     "ut of memory",
     "bad_alloc",
 )
-"""In errors that are of another kind: what TensorFlow says where a GPU has no room for a tensor, CUDA's libraries, and XLA."""
+"""Texts in other errors that mean a shortage: from TensorFlow for a tensor on a GPU, from CUDA's libraries, and from XLA."""
 
 limit_bytes = 0
-"""What this process may take (resident); 0: any. One engine, one limit."""
+"""Resident memory that this process may take; 0: any."""
 OWN_THREADS = 4
-"""That begin later, beside those of TensorFlow: readers, and the tasks' one."""
+"""Threads of ours that start later, besides those of TensorFlow: the readers, and the tasks' thread."""
 THREAD_BYTES = 8 * 2**20
-"""Of a thread's stack, which is hardly ever used."""
+"""Size of a thread's stack, which is hardly ever used."""
 
 _TENSOR = re.compile(r"OOM when allocating tensor with shape\[([\d,]+)\] and type (\w+)")
 _BYTES = {"double": 8, "int64": 8, "half": 2, "bfloat16": 2, "int8": 1, "uint8": 1, "bool": 1}
 
 
 def hold_to_limit(threads: int) -> None:
-    """Let the kernel refuse what this process wants more than its limit: then TensorFlow says which tensor had no room.
+    """Let the kernel refuse memory beyond this process's limit: then TensorFlow says which tensor had no room.
 
-    RLIMIT_DATA (getrlimit(2)) counts what is private and writable, used or not, and not the libraries that are resident; so the limit is
-    what is left from here on. Call it when those are loaded.
+    RLIMIT_DATA (getrlimit(2)) counts private writable memory, used or not. It does not count resident libraries, so the limit is
+    what is left now. Call this when the libraries are loaded.
     """
     now = psutil.Process().memory_info()
     room = max(0, limit_bytes - now.rss) + (4 * threads + OWN_THREADS) * THREAD_BYTES
@@ -43,7 +43,7 @@ def hold_to_limit(threads: int) -> None:
 
 
 def _wanted(text: str) -> str:
-    """The tensor for which there was no room; empty where TensorFlow does not tell."""
+    """The tensor that had no room; "": TensorFlow does not say."""
     found = _TENSOR.search(text)
     if found is None:
         return ""
@@ -53,7 +53,7 @@ def _wanted(text: str) -> str:
 
 
 def shortage(error: BaseException) -> OutOfMemory | None:
-    """The error to raise in place of one that means that there is not enough memory; None where it means something else."""
+    """The error to raise if `error` means that there is too little memory; None: it means something else."""
     if isinstance(error, OutOfMemory):
         return error
     text = str(error)

@@ -1,4 +1,4 @@
-"""What a model's own first layers expect of pixels: 0 to 255, or 0 to 1."""
+"""Which pixels a model's first layers expect: 0 to 255, or 0 to 1."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ _KEEP = frozenset(
 )
 """Layers, and functions of keras.ops, of which values come out as they went in: moved, cut, mixed or left out."""
 _STEPS_LIMIT = 1000
-"""Operations that are looked at: a graph with many branches has very many ways through it."""
+"""How many operations are looked at: a graph with many branches has very many paths."""
 _BRIGHT, _WIDE = 1.5, 16.0
 """A value that becomes 0, or a width that becomes 1, beyond which values can be none of 0 to 1."""
 
@@ -79,7 +79,7 @@ class _Line:
 
     @property
     def expects(self) -> float:
-        """The scale for which the result is of the size that layers with weights take; 0 where nothing has been done to pixels."""
+        """The scale with which the result has the size that layers with weights take; 0: pixels were not changed."""
         if np.all(np.asarray(self.factor) == 1.0) and np.all(np.asarray(self.offset) == 0.0):
             return 0.0
         with np.errstate(all="ignore"):
@@ -89,10 +89,10 @@ class _Line:
 
 
 def expected(model: Any) -> float:
-    """What pixels of 0 to 255 are to be multiplied by, as the layers say through which they go first; 0 where these say nothing.
+    """The factor for pixels of 0 to 255 that the model's first layers imply; 0: they imply none.
 
-    Those are Rescaling, Normalization, arithmetic with constants (as keras.applications' `preprocess_input` makes it), and layers
-    with a `value_range`; augmentation and cropping may stand before them, and models may stand in models.
+    These layers are Rescaling, Normalization, arithmetic with constants (as in keras.applications' `preprocess_input`), and layers
+    with a `value_range`. Augmentation and cropping may come before them, and models may be nested.
     """
     graph = _graph(model)
     if graph is None or len(graph.inputs) != 1:
@@ -102,24 +102,24 @@ def expected(model: Any) -> float:
 
 
 def described(model: Any) -> Signature:
-    """A Keras model's signature, with what it expects of pixels."""
+    """A Keras model's signature, with the pixels that it expects."""
     return replace(keras_models.signature(model), pixel_scale=expected(model))
 
 
 def scale_for(model: Any) -> float:
-    """What pixels are multiplied by for a model, where nobody says it."""
+    """The factor for pixels if the user gives none."""
     return scale_of(expected(model), input_dtype(model))
 
 
 def input_dtype(model: Any) -> np.dtype[Any]:
-    """That of the first input; float32 for one that numpy does not have."""
+    """The dtype of the first input; float32 if numpy does not have it."""
     name = keras.backend.standardize_dtype(model.inputs[0].dtype)
     return np.dtype("float32" if name in ("bfloat16", "string") else name)
 
 
 @dataclass
 class _Found:
-    """`said`: what layers expect. `left`: what is made of a pixel where it leaves the model."""
+    """`said`: what layers expect. `left`: what a pixel has become when it leaves the model."""
 
     said: set[float]
     left: list[_Line]
@@ -149,7 +149,7 @@ class _Walk:
         return found
 
     def _after(self, node: Any, line: _Line, found: _Found) -> list[_Line]:
-        """What an operation makes of pixels, where they go on; what it expects is added to what was `found`."""
+        """What an operation makes of pixels that go on. What it expects of them is added to `found`."""
         operation = node.operation
         inner = _graph(operation)
         if inner is not None and len(inner.inputs) == 1:
@@ -166,14 +166,14 @@ class _Walk:
 
 
 def _graph(model: Any) -> Any:
-    """A model as a Functional one; None for what is none."""
+    """A model as a Functional one; None: it cannot be one."""
     if isinstance(model, keras.Sequential):
         model = keras_parts.functional(model)
     return model if isinstance(model, keras.Model) and hasattr(model, "_nodes_by_depth") else None
 
 
 def _made(node: Any, line: _Line) -> _Line | None:
-    """What an operation makes of pixels; None where that is no line any more."""
+    """What an operation makes of pixels; None: not a line any more."""
     operation = node.operation
     if isinstance(operation, keras.layers.Rescaling):
         return line.times(np.asarray(operation.scale)).plus(np.asarray(operation.offset))
@@ -197,7 +197,7 @@ def _normalized(layer: Any, line: _Line) -> _Line | None:
 
 
 def _computed(name: str, arguments: Any, line: _Line) -> _Line | None:
-    """Of arithmetic with a constant."""
+    """The line after arithmetic with a constant."""
     if len(arguments) != 2 or sum(isinstance(each, keras.KerasTensor) for each in arguments) != 1:
         return None
     first = isinstance(arguments[0], keras.KerasTensor)

@@ -1,6 +1,6 @@
 """Training that hides single items, or this node as a whole, behind noise (differential privacy): see `messages.Privacy`.
 
-Samples and noise come from the operating system's entropy, never from a job's seed: whoever knows them can take them away.
+Samples and noise come from the operating system's entropy, never from a job's seed: with the seed, one could remove the noise.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from potluck.wire.messages import Privacy
 
 AT_ONCE = 16
 GRADIENTS_BYTES = 64 * 2**20
-"""Gradients of so many items are in memory together, or of as many as fit into so much."""
+"""Limit of the memory for the gradients of items that are computed together."""
 
 
 def check(model: Any) -> None:
@@ -43,7 +43,7 @@ class NoisyStep:
     """A step of DP-SGD (Abadi et al., 2016, algorithm 1) with the model's own loss and optimizer, on items held in memory.
 
     Each item is taken with the probability `batch` / items, independently of all others (Poisson sampling, which the accountant
-    assumes), so a step has a number of items of its own; the sum of their gradients is divided by `batch`.
+    assumes). So the number of items differs from step to step. The sum of their gradients is divided by `batch`.
     """
 
     def __init__(self, model: Any, rules: Privacy, batch: int, items: Sequence[Any], truth: Truth) -> None:
@@ -54,7 +54,7 @@ class NoisyStep:
         self._batch = batch
         self._count = len(items[0])
         self._truth = truth
-        # Copied to the device that the step runs on, if it is another.
+        # Copied to the device of the step, if the items are elsewhere.
         self._held = [tf.identity(item) for item in items], [tf.constant(column) for column in truth.columns]
         size = sum(4 * math.prod(variable.shape) for variable in model.trainable_variables)
         self._at_once = max(1, min(AT_ONCE, GRADIENTS_BYTES // max(1, size)))
@@ -65,7 +65,7 @@ class NoisyStep:
         self._loss, self._taken = 0.0, 0
 
     def __call__(self) -> float:
-        """Take a step; the sum of the items' losses."""
+        """Take a step. Returns the sum of the items' losses."""
         taken = int(self._choice.binomial(self._count, min(1.0, self._batch / self._count)))
         chosen = self._choice.choice(self._count, taken, replace=False, shuffle=False)
         try:
@@ -83,7 +83,7 @@ class NoisyStep:
         self._loss, self._taken = 0.0, 0
 
     def metrics(self) -> dict[str, float]:
-        """The mean loss since the last reset; nothing where there is noise, which this would undo."""
+        """The mean loss since the last reset. Empty if there is noise: the exact loss would tell of the data."""
         return {} if self._rules.noise_multiplier else {"loss": self._loss / max(1, self._taken)}
 
     def _traced(self) -> Any:
@@ -95,7 +95,7 @@ class NoisyStep:
         return float(self._step(tf.constant(index), tf.constant(len(chosen), tf.int64)))
 
     def _apply(self, index: Any, taken: Any) -> Any:
-        """`index`: the items, and more than these, so that their number is one that `_at_once` divides."""
+        """`index`: the items, filled up so that `_at_once` divides their number."""
         variables = self._model.trainable_variables
         sums = [tf.zeros(variable.shape, variable.dtype) for variable in variables]
         total = tf.constant(0.0)
@@ -120,7 +120,7 @@ class NoisyStep:
         return total
 
     def _cut(self, given: Any) -> Any:
-        """(The gradient of one item, cut to the norm, and its loss): both nothing for an item that only fills up."""
+        """(The gradient of one item, cut to the norm, and its loss): both are 0 for an item that only fills up."""
         items, counts = given
         arrays, columns = ([array[None] for array in held] for held in items)
         model = self._model
@@ -135,17 +135,20 @@ class NoisyStep:
         gradients = [tf.convert_to_tensor(part) for part in found]
         norm = tf.linalg.global_norm(gradients)
         factor = tf.minimum(1.0, self._rules.l2_norm_clip / tf.maximum(norm, 1e-12))
-        factor = tf.where(tf.math.is_finite(norm), factor * counts, 0.0)  # an item that breaks the model tells nothing
+        factor = tf.where(
+            tf.math.is_finite(norm), factor * counts, 0.0
+        )  # an item whose gradient is not finite counts as 0
         return [tf.math.multiply_no_nan(part, tf.cast(factor, part.dtype)) for part in gradients], tf.cast(
             loss, tf.float32
         ) * counts
 
 
 def protected(before: Path, after: Sequence[Any], rules: Privacy | None, roles: Sequence[Role]) -> list[Any]:
-    """The weights `after` a round, as they may leave this node; in the order of `model.weights`, as their roles and the file `before`.
+    """The weights `after` a round, as they may leave this node. `after`, the roles and the file `before` have the order of
+    `model.weights`.
 
-    For the unit `node` what was learnt is cut and noise added (McMahan et al., 2018, with noise at each node). State that is
-    not trained stays as it was: it would tell of the data without noise.
+    For the unit `node`, the update is cut and noise is added (McMahan et al., 2018, with noise at each node). Untrained state
+    stays as it was: it would tell of the data without noise.
     """
     if rules is None:
         return list(after)

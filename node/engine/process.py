@@ -34,10 +34,10 @@ STDERR_LINES = 12
 _CHATTER = re.compile(
     r"^[IW]\d{4} |All log messages before absl|To enable the following instructions|oneDNN custom operations"
 )
-"""What TensorFlow says at its start, always."""
+"""Lines that TensorFlow always prints at its start."""
 SOCKET_BUFFER_BYTES = 1 << 20
 FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-"""What ends a process whatever it does: a person, or Linux when the machine's memory runs out. No model is to blame."""
+"""Signals from outside: from a person, or from Linux when the machine's memory runs out. No model is to blame."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,10 @@ class EngineInfo:
 
 
 class Engine:
-    """One child process. Made anew after each death: an object is started once.
+    """One child process. An object is started once: after the process ends, a new object is made.
 
-    `quick_kernels`: with TensorFlow's oneDNN kernels. On CPUs without AVX-512 it leaves them out unless asked: convolutions take
-    half the time with them, and round otherwise than those that jobs promise to repeat to the bit.
+    `quick_kernels`: use TensorFlow's oneDNN kernels. On CPUs without AVX-512, TensorFlow uses them only if asked. Convolutions take
+    half the time with them, but round differently from the kernels with which jobs promise to repeat results to the bit.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Engine:
         self._link: EngineLink | None = None
         self._numbers = itertools.count(1)
         self._batches: dict[str, int] = {}
-        """Numbers of the inferences under way, by the ids of their batches."""
+        """Frame numbers of the batches under way, by batch id."""
         self._stderr: deque[str] = deque(maxlen=STDERR_LINES)
         self._dead: asyncio.Future[PotluckError] | None = None
         self._suspects: frozenset[str] = frozenset()
@@ -87,7 +87,7 @@ class Engine:
         return self._process.pid if self._process else None
 
     async def start(self) -> EngineInfo:
-        """Raises EngineFailed, with the child's last words, when it ends before it is up, or gets no further."""
+        """Raises EngineFailed, with the child's last output, if it ends before it is up, or makes no progress."""
         try:
             return await self._start()
         except OSError as error:
@@ -111,13 +111,13 @@ class Engine:
             "KERAS_BACKEND": "tensorflow",
             "OMP_NUM_THREADS": str(threads),
             "PYTHONUNBUFFERED": "1",
-            # AutoGraph writes files there, and an engine that is killed does not remove them: the scratch folder goes with us.
+            # AutoGraph writes files there, and a killed engine does not remove them. We remove the scratch folder.
             "TMPDIR": str(self._scratch),
         }
         if self._quick_kernels:
             environment.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
         try:
-            # -P: a folder named `keras` where the daemon was started is not Keras.
+            # -P: do not import a folder named `keras` from where the daemon was started.
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable, "-P", "-m", "node.engine", str(theirs.fileno()), str(threads), str(self._scratch),
                 str(self._limits.memory_bytes), *self._allow_code,
@@ -148,7 +148,7 @@ class Engine:
         return await asyncio.shield(self._dead)
 
     def blame(self, replica_id: str) -> PotluckError:
-        """What to tell of a replica that was here when the engine died: whether that was its own doing."""
+        """The error for a replica that was loaded when the engine died. It says whether the replica caused that."""
         assert self._dead is not None
         failure = self._dead.result()
         if replica_id not in self._suspects:
@@ -156,7 +156,8 @@ class Engine:
         return failure if isinstance(failure, OutOfMemory) else ModelCrashed(failure.message)
 
     async def stuck(self, limit_seconds: float, bound_seconds: float) -> None:
-        """Return when it has got no further for so long; or after the bound, or what it took to start twice, if that is more."""
+        """Return when the engine made no progress for `limit_seconds`, or after `bound_seconds` or twice its starting time,
+        whichever is more."""
         if self.pid is None:
             return
         loop = asyncio.get_running_loop()
@@ -175,13 +176,13 @@ class Engine:
         try:
             answer = await self._ask(frame, on_progress)
         except asyncio.CancelledError:
-            await self.cancel_task()  # nobody waits for it any more
+            await self.cancel_task()  # the caller does not wait any more
             raise
         assert isinstance(answer, frames.TaskDone)
         return answer.result
 
     async def apply_step(self, weights: Path, update: Path) -> BlobRef:
-        """The file (`scratch/<sha256>`) of the weights that an update makes of others. Raises InvalidModel, EngineFailed."""
+        """Apply an update to weights. Returns the file of the result (`scratch/<sha256>`). Raises InvalidModel, EngineFailed."""
         frame = frames.ApplyStep(number=next(self._numbers), weights=str(weights), update=str(update))
         answer = await self._ask(frame)
         assert isinstance(answer, frames.StepApplied)
@@ -213,7 +214,7 @@ class Engine:
         warm_seconds: float = 20.0,
         pixel_scale: float = 1.0,
     ) -> tuple[Signature, int, int]:
-        """Its signature, the memory that it took, and up to how many rows it was warmed up.
+        """Load a replica. Returns its signature, the memory that it took, and up to how many rows it was warmed up.
 
         Raises InvalidModel, EngineFailed, ModelCrashed, OutOfMemory.
         """
@@ -242,9 +243,9 @@ class Engine:
         batch_id: str = "",
         expires: float = 0.0,
     ) -> tuple[list[RequestOutcome], float]:
-        """One outcome for each request, and the engine's seconds. `files`: of the blobs among the tensors, by SHA-256.
+        """One outcome for each request, and the engine's seconds. `files`: paths of the blobs among the tensors, by SHA-256.
 
-        Raises TimedOut when it would begin after `expires`, Cancelled, and ModelCrashed when the engine dies of it.
+        Raises TimedOut if it would begin after `expires`, Cancelled, and ModelCrashed if the batch ends the engine.
         """
         number = self._batches[batch_id] = next(self._numbers)
         frame = frames.RunBatch(
@@ -262,7 +263,7 @@ class Engine:
         return list(answer.outcomes), answer.seconds
 
     def cancel_inference(self, batch_id: str) -> None:
-        """Leave this batch out, if it has not begun: `infer` raises Cancelled then."""
+        """Skip this batch if it has not begun; `infer` then raises Cancelled."""
         number = self._batches.get(batch_id)
         if number is not None and self.alive:
             self._send(frames.CancelBatch(number=number))
@@ -272,7 +273,7 @@ class Engine:
             self._send(frames.DropJob(job_id=job_id))
 
     async def stop(self, grace_seconds: float = 2.0) -> None:
-        """End the child: closing its socket asks it to go, SIGKILL makes it. Whoever waits for an answer gets EngineFailed."""
+        """End the child: first close its socket, then send SIGKILL. Callers that wait for an answer get EngineFailed."""
         if self._link is not None:
             self._link.close()
         if self._process is not None:
@@ -303,7 +304,7 @@ class Engine:
         return answer
 
     async def _ask_of(self, replica_id: str, frame: frames.Frame) -> frames.Frame:
-        """`_ask` about a replica, which learns whether it is to blame where the engine dies meanwhile."""
+        """`_ask` about a replica. If the engine dies meanwhile, the error says whether the replica caused it."""
         try:
             return await self._ask(frame)
         except PotluckError as error:
@@ -326,7 +327,7 @@ class Engine:
                     log.debug("engine: %s", line)
 
     async def _keep_watch(self) -> None:
-        """Wait for its end, and bring that about when it is stuck, or takes too much."""
+        """Wait for the process to end. Kill it if it is stuck or takes too much memory."""
         assert self._process is not None
         process, loop = self._process, asyncio.get_running_loop()
         ended = asyncio.create_task(process.wait(), name="engine end")
@@ -342,7 +343,7 @@ class Engine:
                         await ended
         finally:
             ended.cancel()
-        await asyncio.wait({self._tasks[0]}, timeout=1.0)  # its last words
+        await asyncio.wait({self._tasks[0]}, timeout=1.0)  # its last output
         if verdict is not None:
             words = "" if isinstance(verdict.error, OutOfMemory) else self._last_words()
             self._end(type(verdict.error)(verdict.error.message + words), verdict.suspects)
@@ -354,7 +355,7 @@ class Engine:
             self._end(EngineFailed(f"the engine {_how(process.returncode)}{self._last_words()}"), suspects)
 
     def _end(self, failure: PotluckError, suspects: frozenset[str] = frozenset()) -> None:
-        """From now on it is dead, for this reason unless there was one before."""
+        """Count the engine as dead from now on. The first reason is kept."""
         if self._dead is not None and not self._dead.done():
             self._suspects = suspects
             self._dead.set_result(failure)

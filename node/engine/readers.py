@@ -1,4 +1,4 @@
-"""The threads that read what the parent says: one at a time, so that frames are seen in order, and always one, so that they are seen at once."""
+"""The threads that read frames from the parent. One reads at a time, so frames are seen in order; one always reads, so at once."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from node.engine import frames
 from node.engine.runtimes import Work
 
 Receive = Callable[[], Sequence[frames.ToEngine]]
-"""The frames that come next; none at the end, and from then on."""
+"""Returns the next frames; none at the end, and ever after."""
 Take = Callable[[frames.ToEngine], Work | None]
-"""Do about a frame what can be done at once; what is to be computed is returned."""
+"""Does what can be done about a frame at once. Returns the rest: what is to be computed."""
 
 
 class Readers:
-    """Leaders and followers (Schmidt et al., 2000): who has read something to compute computes it, and the next one reads on.
+    """Leaders and followers (Schmidt et al., 2000): a thread that reads work computes it, and the next thread reads on.
 
-    So nothing is handed from thread to thread on its way to an answer. `count`: one more than may compute at the same time.
+    So no work is passed from thread to thread. `count`: one more than may compute at the same time.
     """
 
     def __init__(self, receive: Receive, take: Take, count: int) -> None:
@@ -31,7 +31,7 @@ class Readers:
         self._ended: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
 
     def run(self) -> None:
-        """Until the end, whatever is computed then. Raises what reading, taking or computing raised."""
+        """Run until the end, even if work is still computed. Raises what reading, taking or computing raised."""
         for number in range(self._count):
             threading.Thread(target=self._run, name=f"reader {number}", daemon=True).start()
         failure = self._ended.get()
@@ -48,7 +48,7 @@ class Readers:
             self._ended.put(None)
 
     def _read(self) -> Work | None:
-        """Take frames until there is something to compute, with all that came together: the last may cancel the first. None at the end."""
+        """Take frames until there is work. Frames that came together are all taken: the last may cancel the first. None: the end."""
         with self._reading:
             while not self._works:
                 found = self._receive()

@@ -1,4 +1,4 @@
-"""Models kept loaded for inference, of whatever runtime: requests that fit run together, in the batch sizes that it likes."""
+"""Models kept loaded for inference, of any runtime. Requests that fit run together, in the batch sizes that the model prefers."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ class Model(Protocol):
 
     @property
     def signature(self) -> Signature:
-        """With -1 for the rows, whatever sizes the model itself takes."""
+        """The signature, with -1 for the rows, whatever sizes the model takes."""
         ...
 
     @property
     def dtypes(self) -> tuple[np.dtype[Any], ...]:
-        """Of the inputs."""
+        """The dtypes of the inputs."""
         ...
 
     def rows_at_once(self, rows: int) -> int:
-        """Of `rows` that are to be run, how many the next batch should have: to more than there are, the last is added again."""
+        """How many of `rows` the next batch should have. If more than there are, the last row is repeated."""
         ...
 
     def run(self, arrays: Sequence[Array]) -> list[Array]:
-        """Outputs for one such batch. Raises ModelFailed when the model fails on it, InvalidModel when it would on any."""
+        """Outputs for one batch of such a size. Raises ModelFailed if the model fails on it, InvalidModel if it would on any."""
         ...
 
 
@@ -60,7 +60,7 @@ class LoadedReplicas:
         self._warm_rows: dict[str, int] = {}
         self._pixel_scales: dict[str, float] = {}
         self._untried: set[str] = set()
-        """Those that have not run yet: of an error of theirs nobody knows whose fault it is."""
+        """Replicas that have not run yet: if one fails, the cause may be the model or the request."""
 
     def load(
         self,
@@ -71,7 +71,7 @@ class LoadedReplicas:
         warm_seconds: float,
         pixel_scale: float = 1.0,
     ) -> tuple[Signature, int, int]:
-        """Load and warm up; the signature, what memory it took, and up to how many rows it is warm. Raises what `Load` raises."""
+        """Load and warm up. Returns the signature, the memory that it took, and up to how many rows it is warm. Raises as `Load`."""
         if replica_id in self._replicas:
             return self._replicas[replica_id].signature, 0, self._warm_rows[replica_id]
         before = psutil.Process().memory_info().rss
@@ -91,7 +91,7 @@ class LoadedReplicas:
             gc.collect()  # models are full of cycles, and nothing else here would collect them soon
 
     def infer(self, replica_id: str, requests: Sequence[Sequence[Tensor]]) -> tuple[RequestOutcome, ...]:
-        """One outcome a request; those that fit together run together, and a bad one fails alone. Raises NotFound."""
+        """One outcome for each request. Requests that fit run together, and a bad one fails alone. Raises NotFound."""
         replica = self._replicas.get(replica_id)
         if replica is None:
             raise not_loaded(replica_id)
@@ -115,7 +115,7 @@ class LoadedReplicas:
 
 
 def run(model: Model, arrays: Sequence[Array]) -> list[Array]:
-    """Outputs for any number of rows. Raises ModelFailed when the model fails on them, InvalidModel, OutOfMemory."""
+    """Outputs for any number of rows. Raises ModelFailed if the model fails on them, InvalidModel, OutOfMemory."""
     rows, done = len(arrays[0]), 0
     pieces: list[list[Array]] = []
     while done < rows:
@@ -135,15 +135,15 @@ def run(model: Model, arrays: Sequence[Array]) -> list[Array]:
 
 
 def warm_up(model: Model, rows_limit: int, seconds: float, clock: Callable[[], float] = time.perf_counter) -> int:
-    """Run every batch size that up to `rows_limit` rows lead to once, smallest first, until `seconds` are over.
+    """Run each batch size for up to `rows_limit` rows once, smallest first, until `seconds` are over.
 
-    Returns up to how many rows that was done: 0 where it takes nothing that can be invented for it, which says nothing of what
-    it is for. Raises InvalidModel for a model that cannot run, OutOfMemory.
+    Returns up to how many rows that was done; 0: the model takes no made-up input, which does not mean that it is bad. Raises
+    InvalidModel for a model that cannot run, OutOfMemory.
     """
     started = clock()
     inputs = model.signature.inputs
     fixed = all(d > 0 for spec in inputs for d in spec.shape[1:])
-    """Which sizes free dimensions take, only the model's users know."""
+    """Whether all dimensions are fixed. Only the model's users know good sizes for free dimensions."""
     values: list[Literal[0, 1]] = [0, 1]
     done: set[int] = set()
     warm = 0
@@ -172,7 +172,7 @@ def warm_up(model: Model, rows_limit: int, seconds: float, clock: Callable[[], f
 
 
 def _accepted(model: Model, rows: int, values: Sequence[Literal[0, 1]]) -> Literal[0, 1]:
-    """The first of the values that the model takes everywhere. Raises ModelFailed where it takes none, and what `run` does."""
+    """The first of the values that the model takes in all inputs. Raises ModelFailed if it takes none, and what `run` raises."""
     *others, last = values
     for value in others:
         with suppress(ModelFailed):
@@ -186,10 +186,10 @@ Member = tuple[int, list[Array]]
 
 
 def _outcomes(replica: Model, members: list[Member]) -> list[tuple[int, RequestOutcome]]:
-    """Of requests with equal shapes, run together; when that fails, one by one, so that only the bad one fails."""
+    """Run requests of equal shapes together; if that fails, one by one, so that only the bad one fails."""
     try:
         return [(number, RequestOutcome(outputs=outputs)) for number, outputs in _run_together(replica, members)]
-    except (InvalidRequest, InvalidModel, OutOfMemory) as error:  # one alone may find room
+    except (InvalidRequest, InvalidModel, OutOfMemory) as error:  # a single request may have enough memory
         if len(members) > 1:
             return [found for member in members for found in _outcomes(replica, [member])]
         return [(members[0][0], _failed(error))]
@@ -215,7 +215,7 @@ def _run_together(replica: Model, members: list[Member]) -> list[tuple[int, tupl
 
 
 def _doubtful(outcome: RequestOutcome) -> RequestOutcome:
-    """Of a replica that has answered nothing yet."""
+    """The outcome of a replica that has not answered anything yet."""
     error = outcome.error
     if error is None or error.code != ModelFailed.code:
         return outcome

@@ -12,23 +12,23 @@ from potluck.errors import NotFound, Unavailable
 from potluck.wire.messages import ModelFormat, Signature
 
 Work = Callable[[], None]
-"""What is to be computed. It raises nothing that the engine could outlive."""
+"""What is to be computed. If it raises an error, the engine ends."""
 Send = Callable[[frames.Frame], None]
 """Send a frame to the parent, from any thread."""
 
 
 @dataclass(frozen=True)
 class Started:
-    """What a runtime found when it was imported. `versions`: as nodes tell of them (`capacity.runtimes`)."""
+    """What a runtime found when it was imported. `versions`: as nodes report them (`capacity.runtimes`)."""
 
     versions: dict[str, str]
     gpus: tuple[str, ...] = ()
 
 
 class Runtime(Protocol):
-    """Runs models of its formats, and schedules by itself what it is asked. Before `start`, nothing of it is imported.
+    """Runs models of its formats, and schedules its own work. Before `start`, nothing of it is imported.
 
-    name: as nodes tell of it. title: as people write it. extra: of ours, which installs it.
+    name: as nodes report it. title: as people write it. extra: the extra of this package that installs it.
     """
 
     name: str
@@ -41,11 +41,11 @@ class Runtime(Protocol):
         ...
 
     def start(self) -> Started:
-        """Import it and set it up: once, before all else, where it is installed."""
+        """Import it and set it up. Called once, before all else, if it is installed."""
         ...
 
     def load(self, asked: frames.LoadReplica) -> tuple[Signature, int, int]:
-        """Make a replica ready: its signature, what memory it took, and up to how many rows it is warm.
+        """Make a replica ready. Returns its signature, the memory that it took, and up to how many rows it is warm.
 
         May run beside all else. Raises InvalidModel, CodeNotAllowed, OutOfMemory.
         """
@@ -56,15 +56,15 @@ class Runtime(Protocol):
         ...
 
     def take(self, batch: frames.RunBatch, send: Send) -> Work | None:
-        """Take a batch on. Its answer, `BatchRun` or `Failed` with its number, is sent when it is there: in any order, from any thread.
+        """Accept a batch. The answer, `BatchRun` or `Failed` with its number, is sent later: in any order, from any thread.
 
-        The thread that calls reads frames, so this returns at once: with what that thread is to compute, while another one reads
-        on; or with None, where there is nothing, or the runtime has threads of its own. Raises Overloaded.
+        The calling thread reads frames, so this returns at once. It returns the work that the calling thread computes, while
+        another thread reads on. None: there is no work, or the runtime has its own threads. Raises Overloaded.
         """
         ...
 
     def cancel(self, number: int) -> bool:
-        """Leave out the batch of this number, if that is possible; where it was, nothing more is sent of it. Returns at once."""
+        """Skip the batch of this number, if possible. Returns at once whether it was; if so, no answer is sent for it."""
         ...
 
 
@@ -72,7 +72,7 @@ AnyRuntime = TypeVar("AnyRuntime", bound=Runtime)
 
 
 def serving(runtimes: Sequence[AnyRuntime], model_format: ModelFormat) -> AnyRuntime:
-    """The one of them that runs models of a format. Raises Unavailable where it is not installed."""
+    """The runtime that runs models of a format. Raises Unavailable if it is not installed."""
     for runtime in runtimes:
         if model_format in runtime.formats:
             if not runtime.installed():
@@ -82,10 +82,10 @@ def serving(runtimes: Sequence[AnyRuntime], model_format: ModelFormat) -> AnyRun
 
 
 def missing(title: str, extra: str) -> Unavailable:
-    """What is said where something needs a runtime that is not here."""
+    """The error for work that needs a runtime that is not installed here."""
     return Unavailable(f"this node has no {title}: {extras.install(extra)} there, or leave it to other nodes")
 
 
 def not_loaded(replica_id: str) -> NotFound:
-    """What is said of a replica that no runtime here holds."""
+    """The error for a replica that no runtime here holds."""
     return NotFound(f"replica {replica_id} is not loaded here")

@@ -26,7 +26,7 @@ from potluck.wire.tensors import datatype_of
 
 SERVING = "serving_default"
 OTHER_GRAPH = "saved_model.cpb"
-"""A part of TensorFlow reads it in place of `saved_model.pb`, where there is one: it is for graphs of more than 2 GB."""
+"""If this file exists, a part of TensorFlow reads it in place of `saved_model.pb`. It is for graphs of more than 2 GB."""
 
 
 def load(path: Path, scratch: Path) -> Graph:
@@ -119,7 +119,7 @@ def _graph(loaded: Any) -> Graph:
 
 
 def _spec(name: str, tensor: Any) -> TensorSpec:
-    """With -1 for the batch, also where it has one size: it is padded and cut to that."""
+    """The spec with -1 for the batch, even if the model takes only one size: batches are padded and cut to it."""
     if tensor.dtype == tf.string:
         datatype = "BYTES"
     elif tensor.dtype == tf.bfloat16:

@@ -1,4 +1,4 @@
-"""`.keras` files that depend on the model alone: Keras writes the time of day into them, so no two were alike."""
+"""`.keras` files that depend only on the model. Keras writes the time of day into its files, so no two are alike."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 
 METADATA = "metadata.json"
 DAY = (1980, 1, 1, 0, 0, 0)
-"""The first that a zip file can name."""
+"""The first date that a zip file can hold."""
 SAVED = "1980-01-01@00:00:00"
 
 
 def save(model: Any, path: Path) -> None:
-    """Write a model's file: of the same model the same bytes, whenever that is."""
+    """Write a model's file. The same model always gives the same bytes."""
     written = path.with_name(f"dated-{path.name}")
     model.save(written)
     with zipfile.ZipFile(written) as source, zipfile.ZipFile(path, "w") as target:

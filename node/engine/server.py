@@ -1,11 +1,11 @@
 """What an engine does about each frame, and on which thread.
 
-- Readers read frames (`readers`), whatever is computed: a cancellation, a pause or a batch is seen when it comes.
-- Batches are the runtimes' affair (`runtimes`). TensorFlow and LiteRT each compute one after the other, on the thread that read
-  the first of them; both may compute at the same time.
-- What takes long (tasks, loads, steps applied, jobs forgotten) is done one by one on the tasks' thread, in the order in which it was asked.
-- Tasks are TensorFlow's alone, and share it with inference. They give way at the gate: `Pause` shuts it, and a task stands still at its
-  next step or batch, until `Resume`.
+- Readers read frames (`readers`) at all times: a cancellation, a pause or a batch is seen when it comes.
+- The runtimes schedule batches (`runtimes`). TensorFlow and LiteRT each compute one batch after the other, on the thread that
+  read the first of them. Both may compute at the same time.
+- Long work (tasks, loads, applying steps, forgetting jobs) is done one by one on the tasks' thread, in the order of the frames.
+- Only TensorFlow runs tasks, and tasks share it with inference. Tasks give way at the gate: `Pause` shuts it, and a task stands
+  still at its next step or batch, until `Resume`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TASKS_LIMIT = 64
 
 
 class Server:
-    """Takes frames, and sends answers. `tasks` is None where there is no TensorFlow: then there are replicas alone."""
+    """Takes frames, and sends answers. `tasks` is None without TensorFlow: then there are only replicas."""
 
     def __init__(self, send: Send, known: Sequence[Runtime], tasks: Tasks | None) -> None:
         self._send = send
@@ -42,11 +42,11 @@ class Server:
         threading.Thread(target=self._work, name="tasks", daemon=True).start()
 
     def close(self) -> None:
-        """Let the tasks' thread end, once it has done what it was asked. (An engine's process ends without.)"""
+        """Let the tasks' thread end after its last work. (An engine's process ends without this.)"""
         self._queue.put(None)
 
     def take(self, frame: frames.ToEngine) -> Work | None:
-        """Returns at once, with what the calling thread is to compute: the rest is done, or will be on another."""
+        """Returns at once, with the work for the calling thread. Other work is done already, or another thread does it."""
         match frame:
             case frames.RunBatch():
                 return self._batch(frame)

@@ -1,4 +1,4 @@
-"""Data shards as files: tars of images, texts or recordings, and safetensors of arrays, read no further than the items that are wanted."""
+"""Data shards as files: tars of images, texts or recordings, and safetensors of arrays. Only the wanted items are read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Array = np.ndarray[Any, Any]
 NO_CLASS = -1
 INDEXES_KEPT = 64
 ALIGNMENT = 64
-"""TensorFlow takes the memory of others as it is where it begins at a multiple of so many bytes (EIGEN_MAX_ALIGN_BYTES)."""
+"""TensorFlow takes over foreign memory without a copy if it begins at a multiple of this (EIGEN_MAX_ALIGN_BYTES)."""
 
 
 @dataclass(frozen=True)

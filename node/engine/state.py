@@ -1,4 +1,4 @@
-"""What of a model is trained, and what is state: how each weight travels, and which state a step changes."""
+"""Which weights of a model are trained, and which are state: how each one travels, and which state a step changes."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ READS = frozenset({"ReadVariableOp", "ResourceGather", "ResourceGatherNd", "Vari
 
 
 def roles(model: Any) -> list[Role]:
-    """Of `model.weights`, in order.
+    """The roles of `model.weights`, in order.
 
-    A mean of several nodes' state is of the same kind where it is a statistic: that of BatchNormalization, and what a layer says is
-    one (`add_weight(..., aggregation="mean")`). Of all else (counters, vectors of length 1, codes) only one node's is sure to be.
+    The state of several nodes can be averaged only if it is a statistic: that of BatchNormalization, and state that a layer declares
+    as one (`add_weight(..., aggregation="mean")`). Of other state (counters, vectors of length 1, codes), one node's is taken.
     """
     statistics = {
         id(variable)
@@ -39,21 +39,21 @@ def roles(model: Any) -> list[Role]:
 
 
 def momentum(model: Any) -> float:
-    """Of the model's optimizer, where it adds up past steps; Adam and its like divide by their size, so theirs makes none longer."""
+    """The momentum of an optimizer that adds up past steps. Adam and similar ones divide by the size, so theirs adds no length."""
     optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
     lengthens = isinstance(optimizer, keras.optimizers.SGD | keras.optimizers.RMSprop)
     return float(optimizer.momentum or 0.0) if lengthens else 0.0
 
 
 def constrain(model: Any) -> None:
-    """Let each trained weight's constraint hold, as Keras does after a step: an outer step, or rounding, may have led out of it."""
+    """Apply each trained weight's constraint, as Keras does after a step: an outer step or rounding may have broken it."""
     for variable in model.trainable_variables:
         if (constraint := getattr(variable, "constraint", None)) is not None:
             variable.assign(constraint(variable))
 
 
 def changing(graph: Any, variables: Iterable[Any]) -> list[Any]:
-    """Those of the variables that a traced function (its `graph`) writes, or may write."""
+    """The variables that a traced function (its `graph`) writes, or may write."""
     inside = {id(outer): inner for outer, inner in graph.captures}
     return [
         variable
@@ -74,7 +74,7 @@ def _writes(operation: Any, handle: Any) -> bool:
 
 
 def trained_bytes(model: Any) -> int:
-    """Of the weights that are trained, as float32."""
+    """The size of the trained weights as float32."""
     return sum(
         4 * math.prod(weight.shape)
         for weight, role in zip(model.weights, roles(model), strict=True)

@@ -1,8 +1,8 @@
 """Synchronous data parallelism in an engine: every step is one step of the whole group's batch.
 
-The group is TensorFlow's own (`tf.distribute.MultiWorkerMirroredStrategy`), and so is the all-reduce of the gradients. Each member
-applies their sum to a model of its own, so all hold the same weights after each step. A group is formed once in a process:
-TensorFlow takes its members at its start only, so an engine that is to be a member of another group is started anew.
+TensorFlow makes the group (`tf.distribute.MultiWorkerMirroredStrategy`) and the all-reduce of the gradients. Each member applies
+the sum of the gradients to its own model, so all members hold the same weights after each step. TensorFlow takes the members only
+at its start. So a process forms one group, and an engine is started anew to join another group.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ MEANS = ("sum_over_batch_size",)
 STEPS_KEPT = 4
 """Compiled steps that a member keeps, for shares that come back."""
 MEASURE_SECONDS = 20.0
-"""A member looks so often how fast it is by itself."""
+"""How often a member measures how fast it is without the others."""
 BATCHES_AHEAD = 2
-"""Made ready while a step runs."""
+"""Batches made ready while a step runs."""
 
 
 class GroupMember:
@@ -65,12 +65,12 @@ class GroupMember:
             _set_optimizer(self.model.optimizer, paths[task.optimizer.sha256])
         self._load(task, [ShardPart(paths[shard.blob.sha256], 0, shard.count) for shard in task.data])
         self._steps: dict[tuple[int, int], Any] = {}
-        """Compiled, by (items of this member, items of all)."""
+        """Compiled steps, by (items of this member, items of all)."""
         self._alone: Any = None
         self._measured_at = -math.inf
         self.rate = 0.0
         self.reduced_bytes = 0
-        """That all members add up in a step."""
+        """The bytes that all members add up in a step."""
 
     def train(
         self,
@@ -79,9 +79,9 @@ class GroupMember:
         progress: Callable[[int, dict[str, float]], None],
         gate: Gate | None = None,
     ) -> tuple[float, dict[str, float]]:
-        """All steps of the task; (seconds, metrics of this member's items). While the gate is shut, it and all others stand still.
+        """Run all steps of the task. Returns (seconds, metrics of this member's items). While the gate is shut, all members wait.
 
-        Raises PeerLost when another member is gone, OutOfMemory, InvalidModel where the loss is no number any more, Cancelled.
+        Raises PeerLost if another member is gone, OutOfMemory, InvalidModel if the loss is not a number any more, Cancelled.
         """
         with closing(self._fetched(task)) as batches:
             return self._train(task, batches, cancelled, progress, gate)
@@ -125,7 +125,7 @@ class GroupMember:
         return time.perf_counter() - started, self._metrics()
 
     def save(self, weights_path: Path, optimizer_path: Path) -> None:
-        """The checkpoint of the group. Raises InvalidModel where a weight is no number: the loss need not tell, where ReLU makes 0 of NaN."""
+        """Save the group's checkpoint. Raises InvalidModel if a weight is not a number. The loss may hide that: ReLU turns NaN to 0."""
         for weight in self.model.trainable_weights:
             if not np.isfinite(np.asarray(weight.value)).all():
                 raise InvalidModel(
@@ -137,7 +137,7 @@ class GroupMember:
         weights.save(optimizer_path, ((f"o{i:05}", np.asarray(value)) for i, value in enumerate(variables)))
 
     def _load(self, task: SyncTask, parts: Sequence[ShardPart]) -> None:
-        """All of the data: any member may come to any item."""
+        """Load all data: any member may need any item."""
         source = inputs.source_for(self.model, task.format, task.image)
         self.image = source.image
         self._truth = truth_of(source, parts, "to train on", task.class_weight)
@@ -154,7 +154,7 @@ class GroupMember:
     def _fetched(self, task: SyncTask) -> Generator[Any, None, None]:
         """This member's items of each step, from `first_step` on, made ready in a thread while the steps before them run.
 
-        A thread of our own, not a `tf.data` pipeline: with one, the group stood idle for seconds where a round's was freed, on an
+        It is our own thread, not a `tf.data` pipeline: the group stood idle for seconds while a round's pipeline was freed, on an
         AMD EPYC (52 images/s of two nodes, 101 without).
         """
         whole, mine = sum(task.batches), task.batches[task.rank]
@@ -164,7 +164,7 @@ class GroupMember:
 
         @tf.function(input_signature=[tf.TensorSpec((mine,), tf.int64)])  # type: ignore[untyped-decorator]
         def pick(index: Any) -> tuple[Any, ...]:
-            with tf.device("CPU"):  # where the items are: a GPU would be sent all of them for each batch
+            with tf.device("CPU"):  # the items are there: for a GPU, all of them would be copied for each batch
                 columns = [tf.gather(column, index) for column in self._columns]
                 if self._decoder is not None:
                     columns = [tf.map_fn(self._decoder.decode, columns[0], fn_output_signature=self._decoder.dtype)]
@@ -184,7 +184,7 @@ class GroupMember:
             pool.shutdown(cancel_futures=True)
 
     def _measure(self, batch: Any, mine: int) -> None:
-        """How fast this member is when it waits for nobody; nothing else changes."""
+        """Measure how fast this member is without the others. Nothing else changes."""
         variables = self.model.variables
         kept = [variable.numpy() for variable in variables]
         started = time.perf_counter()
@@ -204,7 +204,7 @@ class GroupMember:
         ignored = labels[0].ignored if len(labels) == 1 else None
 
         def part_of(y: Any) -> Any:
-            """What this member's loss, a mean over what has a class, is of the whole batch's: all members' need not add up to 1."""
+            """The share of this member's loss, a mean over what has a class, in the batch's. All shares need not add up to 1."""
             return share if ignored is None else share * tf.reduce_mean(tf.cast(y != ignored, tf.float32))
 
         def gradients(x: Any, y: Any, weight: Any = None) -> tuple[list[Any], Any]:
@@ -215,7 +215,7 @@ class GroupMember:
             keras_parts.loss_mean(model).update_state(loss, sample_weight=mine)
             model.compute_metrics(x, y, predicted, weight)
             found = tape.gradient(scaled, [variable.value for variable in model.trainable_variables])
-            # Of embeddings it has the rows that were looked up, each as often as it was: Keras's optimizers square them apart.
+            # For embeddings, a gradient has each row as often as it was looked up: Keras's optimizers would square them separately.
             return found, loss
 
         self._alone = tf.function(gradients)
@@ -225,11 +225,11 @@ class GroupMember:
         moving = changing(self._alone.get_concrete_function(*batch).graph, floats)
 
         def summed(parts: list[Any]) -> Any:
-            here = [_each(tf.identity, part) for part in parts]  # on this member's device, which the reduction asks for
+            here = [_each(tf.identity, part) for part in parts]  # on this member's device, as the reduction requires
             return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, here)
 
         def step(batch: Any) -> Any:
-            # In the strategy's own context Keras would divide losses by the number of members, which share unequally here.
+            # In the strategy's context, Keras would divide losses by the number of members. But their shares are unequal here.
             found, loss = gradients(*batch)
             # Moving statistics by items: members have seen different ones. Whole numbers and 64 bits leave what is alike to the bit.
             means = [tf.cast(variable.value, tf.float64) * mine for variable in moving]
@@ -257,7 +257,7 @@ class GroupMember:
         if not self._steps and fusing.fuse(model.optimizer):
             try:
                 model.optimizer.apply(found, model.trainable_variables)
-            except (ValueError, TypeError, tf.errors.OpError):  # what it is written in is not for XLA
+            except (ValueError, TypeError, tf.errors.OpError):  # XLA cannot compile this model
                 fusing.unfuse(model.optimizer)
         for variable, value in zip(variables, kept, strict=True):
             variable.assign(value)
@@ -272,7 +272,7 @@ class GroupMember:
 
 
 def _form(task: SyncTask) -> Any:
-    """TensorFlow's group of these members; None for a member alone, which needs none. Waits until all are there."""
+    """TensorFlow's group of these members; None: a single member needs none. Waits until all members are there."""
     if len(task.members) == 1:
         return None
     resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(
@@ -285,7 +285,7 @@ def _form(task: SyncTask) -> Any:
 
 
 def _each(change: Callable[[Any], Any], gradient: Any) -> Any:
-    """What a change of each value makes of a gradient, also of one of a few rows, and of none."""
+    """The gradient with each value changed. It may be a gradient of some rows, or None."""
     if gradient is None:
         return None
     if not isinstance(gradient, tf.IndexedSlices):
@@ -294,7 +294,7 @@ def _each(change: Callable[[Any], Any], gradient: Any) -> Any:
 
 
 def _bytes(gradient: Any, members: float) -> int:
-    """Of a gradient that all members add up; rows come from as many members as this counts for."""
+    """The bytes of a gradient that all members add up. Rows come from each of the members."""
     if gradient is None:
         return 0
     if not isinstance(gradient, tf.IndexedSlices):
@@ -305,7 +305,7 @@ def _bytes(gradient: Any, members: float) -> int:
 
 
 def _together(step: Any, batch: Any) -> float:
-    """One step; its loss."""
+    """Run one step. Returns its loss."""
     try:
         return float(step(batch))
     except (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.DeadlineExceededError) as error:

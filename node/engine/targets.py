@@ -1,4 +1,4 @@
-"""The target of one output as its compiled loss wants it, found from the loss and the output's shape."""
+"""The target of one output in the form that its compiled loss takes, found from the loss and the output's shape."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class Labels:
 
 
 def labels_for(loss: Any, output: Sequence[int | None], rank: int, classes: Sequence[str]) -> Labels:
-    """From the compiled loss of an output, its shape, and the rank of the target (items first).
+    """The labels for an output, from its compiled loss, its shape, and the rank of the target (items first).
 
-    Raises InvalidModel when the data's classes do not fit the output.
+    Raises InvalidModel if the data's classes do not fit the output.
     """
     output = tuple(output)
     units = int(output[-1] or 0) if len(output) > 1 else 1
@@ -68,7 +68,7 @@ def labels_for(loss: Any, output: Sequence[int | None], rank: int, classes: Sequ
 
 
 def loss_name(loss: Any) -> str:
-    """Of a name, function or Loss object; empty for none."""
+    """The name of a loss, given as a name, function or Loss object; "": no loss."""
     if isinstance(loss, str):
         return loss.lower()
     if loss is None:
@@ -78,7 +78,7 @@ def loss_name(loss: Any) -> str:
 
 
 def _compares(loss: Any, name: str) -> bool:
-    """Whether a loss of Keras's own takes a value for each unit of the output; of other losses nothing is known."""
+    """Whether it is a loss of Keras that takes a value for each unit of the output. Other losses are not known."""
     known = isinstance(loss, str) or type(loss).__module__.startswith("keras")
     if known and hasattr(loss, "fn"):
         known = loss.fn.__module__.startswith("keras")
@@ -132,7 +132,7 @@ def item_weights(
     if labels.kind == "plain" or (labels.kind != "one_hot" and encoded.size != len(encoded)):
         raise InvalidRequest("class_weight needs one class for each item, and the targets are no classes")
     numbers = encoded.argmax(axis=-1) if labels.kind == "one_hot" else encoded.reshape(len(encoded)).astype(np.int64)
-    numbers[labels.void(numbers)] = 0  # whatever they weigh, the loss leaves them out
+    numbers[labels.void(numbers)] = 0  # the loss leaves them out, whatever their weight
     names = [classes[i] if i < len(classes) else str(i) for i in range(max(2, labels.units))]
     unknown = sorted(set(class_weight) - set(names))
     if unknown:

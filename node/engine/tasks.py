@@ -61,14 +61,14 @@ PROGRESS_SECONDS = 1.0
 MODELS_KEPT = 2
 CONVERT_BATCH = 32
 SESSIONS_KEPT = 3
-"""Training jobs whose optimizer and data stay in memory; the one that was longest away begins anew."""
+"""Training jobs whose optimizer and data stay in memory. The job that has been unused for longest is dropped."""
 
 
 class Tasks:
-    """Runs one task at a time. Models and training sessions of the last ones are kept, so that the next begins at once."""
+    """Runs one task at a time. Models and training sessions of the last tasks are kept, so that the next task starts at once."""
 
     def __init__(self, scratch: Path, load: Load) -> None:
-        """`load`: a model that is graded, of any runtime."""
+        """`load` loads a model of any runtime, for grading."""
         self._scratch = scratch
         self.gate = Gate()
         self._load = load
@@ -79,7 +79,7 @@ class Tasks:
         self._member: GroupMember | None = None
         self._formation = ""
         self._checkpoint: tuple[BlobRef, Path] | None = None
-        """The group's last one, and its file."""
+        """The group's last checkpoint, and its file."""
 
     def run(
         self, job_id: str, task: AnyTask, files: Mapping[str, str], cancelled: threading.Event, progress: Progress
@@ -117,7 +117,7 @@ class Tasks:
                 return self._warm_up(job_id, task.task, paths, cancelled)
 
     def train_ahead(self, until: Callable[[], bool]) -> None:
-        """After a round whose result is on its way: go on with the next, until there is something to do."""
+        """After a round, while its result is on its way, go on with the next round until there is other work."""
         session, self._ahead = self._ahead, None
         if session is not None:
             session.train_ahead(lambda: until() or self.gate.shut)
@@ -132,7 +132,7 @@ class Tasks:
         gc.collect()  # Keras models are full of cycles
 
     def _make_room(self) -> None:
-        """Drop what is kept of any job, so that what did not fit may fit at the next try."""
+        """Drop what is kept of all jobs, so that a task that did not fit may fit at the next try."""
         for job_id in list(self._sessions):
             self._close(job_id)
         self._ahead = self._member = None
@@ -148,7 +148,7 @@ class Tasks:
     def _train(
         self, job_id: str, task: TrainTask, paths: Paths, cancelled: threading.Event, progress: Progress
     ) -> TrainResult:
-        # Without weights, training begins at those of the model's file: what an earlier attempt made of them is not wanted.
+        # Without weights, training begins at those of the model's file, not at those of an earlier attempt.
         if task.weights is None and job_id in self._sessions and self._sessions[job_id].begun:
             self._close(job_id)
         session = self._session(job_id, task, paths)
@@ -186,11 +186,11 @@ class Tasks:
         self._use_data(session, task, paths)
 
         def beside() -> None:
-            """What a round does beside its steps."""
+            """Do what a round does besides its steps."""
             after = keras_models.weights_of(session.model)
-            with suppress(Diverged):  # training will meet it as well, and tell more of it
+            with suppress(Diverged):  # training will fail in the same way, and report more
                 updates.write_update(self._scratch / "update.new", base, after, task.compression)
-            after.clear()  # else they were in memory twice
+            after.clear()  # or they would be in memory twice
             keras_models.set_weights(session.model, base)
 
         try:
@@ -202,7 +202,7 @@ class Tasks:
         return WarmUpResult(rate=rate, beside_seconds=beside_seconds, seconds=seconds, image=session.image)
 
     def _session(self, job_id: str, task: TrainTask, paths: Paths) -> TrainingSession:
-        """That of the job, made where there is none."""
+        """The session of the job. It is made if there is none."""
         session = self._sessions.get(job_id)
         if session is None:
             model = keras_models.load_model(paths[task.model.sha256], self._scratch, compiled=True)
@@ -214,7 +214,7 @@ class Tasks:
         return session
 
     def _weights_now(self, session: TrainingSession, paths: Paths) -> BlobRef:
-        """A file of the weights that the model has; its path is added to `paths`."""
+        """Write the model's present weights to a file, and add its path to `paths`."""
         target = self._scratch / "weights.new"
         keras_models.save_weights(session.model, target)
         found = self._blob(target)
@@ -227,7 +227,7 @@ class Tasks:
         if task.parts:
             session.begin_anew(task.seed, task.round, task.part)
         elif task.node_data is not None:
-            # What moments remember is where this node's own data pull; beside the outer momentum that would count twice.
+            # Moments remember the direction of this node's data. With the outer momentum, it would count twice.
             session.forget_moments()
         return parts
 
@@ -236,7 +236,7 @@ class Tasks:
     ) -> SyncResult:
         formation = f"{job_id} {task.formation}"
         if task.begins:
-            self._close(job_id)  # what got ready is not what trains: it would be in memory twice
+            self._close(job_id)  # another session will train: both would be in memory
             self._member = GroupMember(task, paths, self._scratch)
             self._formation = formation
             self._checkpoint = None
@@ -268,17 +268,17 @@ class Tasks:
         )
 
     def _keep_checkpoint(self, ref: BlobRef, path: Path) -> None:
-        """Under a name of our own: the parent takes the file away."""
+        """Keep the file under another name: the parent takes the file away."""
         kept = self._scratch / "weights.kept"
         kept.unlink(missing_ok=True)
         try:
             kept.hardlink_to(path)
-        except OSError:  # on another disk, or one that has none
+        except OSError:  # another disk, or one without hard links
             shutil.copyfile(path, kept)
         self._checkpoint = ref, kept
 
     def _step(self, member: GroupMember) -> Step | None:
-        """What leads from the last checkpoint to the member's weights, where that is less than half of them."""
+        """The update from the last checkpoint to the member's weights, if it is less than half of their size."""
         if self._checkpoint is None:
             return None
         base, path = self._checkpoint
@@ -289,7 +289,7 @@ class Tasks:
         return Step(base=base, update=self._blob(target))
 
     def apply_step(self, before: Path, update: Path) -> BlobRef:
-        """The file of the weights that an update makes of others. Raises InvalidModel."""
+        """Apply an update to weights. Returns the file of the result. Raises InvalidModel."""
         target = self._scratch / "weights.new"
         updates.apply_update(before, update, target)
         return self._blob(target)
@@ -301,7 +301,7 @@ class Tasks:
         if not keras_models.has_loss(loaded.model):
             return self._grade(task, paths, reporter)
         wanted = task.weights.sha256 if task.weights is not None else ""
-        if loaded.weights and not wanted:  # others were put into it, and its own are only in its file
+        if loaded.weights and not wanted:  # its own weights were replaced, and are only in its file
             del self._models[task.model.sha256, True]
             loaded = self._loaded(paths[task.model.sha256], compiled=True)
         if loaded.weights != wanted:
@@ -313,12 +313,12 @@ class Tasks:
         if task.states:
             result = EvaluateResult(count=0, values=loaded.values_of(task.states))
         elif task.node_data is not None:
-            # Only means leave a node: counts by threshold would tell what the model says of single items.
+            # Only means leave a node: counts by threshold would tell about single items.
             result = replace(result, states={}, values={})
         return replace(result, seconds=time.perf_counter() - started, image=source.image)
 
     def _grade(self, task: EvaluateTask, paths: Paths, reporter: _Reporter) -> EvaluateResult:
-        """By the model's outputs alone."""
+        """Score a model by its outputs alone."""
         model = self._graded(paths[task.model.sha256], task.model_format)
         source = source_for(model, task.format, task.image)
         started = time.perf_counter()
@@ -354,7 +354,7 @@ class Tasks:
         model = keras_models.load_model(paths[task.model.sha256], self._scratch, compiled=True)
         keras_models.set_weights(model, paths[task.weights.sha256])
         if model.optimizer is not None:
-            # Loading gave it state of zeros, twice the size of the model for Adam: the file needs only its settings.
+            # Loading gave the optimizer a state of zeros, twice the model's size for Adam. The file needs only its settings.
             model.optimizer = type(model.optimizer).from_config(model.optimizer.get_config())
         target = self._scratch / "export.keras"
         saving.save(model, target)
@@ -395,7 +395,7 @@ class Tasks:
         return found
 
     def _blob(self, path: Path) -> BlobRef:
-        """Name a file of the scratch folder by its hash: the parent takes it from there."""
+        """Rename a file in the scratch folder to its hash: the parent takes it from there."""
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         size = path.stat().st_size
@@ -404,7 +404,7 @@ class Tasks:
 
 
 class _Reporter:
-    """Tells of progress at the first step and then about once a second; stands still at the gate, and ends a task that was cancelled."""
+    """Reports progress at the first step and then about once a second. Waits at the gate, and ends a cancelled task."""
 
     def __init__(self, cancelled: threading.Event, progress: Progress, gate: Gate) -> None:
         self._cancelled = cancelled

@@ -1,7 +1,7 @@
-"""What TensorFlow keeps for itself and the engine needs: each private name here, and nowhere else, with what for.
+"""The private names of TensorFlow that the engine needs, all in this module, each with its purpose.
 
-Tested with TensorFlow 2.21. Where the two short calls do not work, `graphs` takes the ordinary one, with one line in the log; a test names
-what a later version does not have any more.
+Tested with TensorFlow 2.21. If the two short calls do not work, `graphs` uses the ordinary call, with one line in the log. A test
+names what a later version does not have any more.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def with_constants(function: Any) -> Any:
 
 
 def session_call(session: Any, inputs: list[str], outputs: list[str]) -> Callable[..., list[Any]]:
-    """A session's tensors by name as a function of arrays: `Session.run` looks its arguments up anew each time."""
+    """A function of arrays, from tensors of a session by name. `Session.run` would look up its arguments each time."""
     from tensorflow.core.protobuf import config_pb2
 
     options = config_pb2.CallableOptions()
@@ -35,7 +35,7 @@ def session_call(session: Any, inputs: list[str], outputs: list[str]) -> Callabl
 
 
 def direct_call(function: Any) -> Callable[..., list[Any]]:
-    """What a concrete function comes to in the end, of arrays. They are not copied: nobody writes to them, and nothing keeps them."""
+    """The innermost call of a concrete function, for arrays. They are not copied: no code writes to them or keeps them."""
     from tensorflow.python import pywrap_tfe
     from tensorflow.python.eager import context
     from tensorflow.python.framework.ops import EagerTensor
