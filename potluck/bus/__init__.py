@@ -1,1 +1,1 @@
-"""One connection to a broker, and what is said and asked over it."""
+"""One connection to a broker, and the messages and questions that go over it."""

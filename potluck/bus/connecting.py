@@ -1,4 +1,4 @@
-"""Where connections to a broker are made: those of the bus, and those that only ask whether somebody is there."""
+"""Makes connections to a broker: those of the bus, and those that only test whether a broker answers."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ log = logging.getLogger(__name__)
 async def reach(
     address: tuple[str, int], credentials: Credentials
 ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """A connection on which nothing is said yet. Raises OSError, and ValueError for what cannot be a host's name."""
+    """A new connection, on which nothing was sent yet. Raises OSError, and ValueError for a bad host name."""
     return await asyncio.open_connection(*address, ssl=credentials.client_tls)
 
 
 async def refusal(host: str, port: int, credentials: Credentials, limit_seconds: float) -> str:
-    """Why nothing takes our connection there, in words; "": something does."""
+    """Why our connection is refused there, in words; "": it is accepted."""
     try:
         async with asyncio.timeout(limit_seconds):
             _, writer = await reach((host, port), credentials)
@@ -39,7 +39,7 @@ async def refusal(host: str, port: int, credentials: Credentials, limit_seconds:
     except ValueError:  # and UnicodeError, which is one
         return "not the name of a host"
     except OSError as error:
-        # asyncio's own text repeats the address; that of several addresses of one host has no number.
+        # asyncio's text repeats the address. The error for several addresses of one host has no number.
         known = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
         return known or "no connection"
     writer.close()
@@ -55,7 +55,7 @@ def client_options(
     will: Will | None,
     timings: BusTimings,
 ) -> dict[str, Any]:
-    """What aiomqtt's client is made with, which connects by itself."""
+    """The options of aiomqtt's client, which makes its own connection."""
     v5 = version is aiomqtt.ProtocolVersion.V5
     return {
         "hostname": address[0],

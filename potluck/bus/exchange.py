@@ -1,4 +1,4 @@
-"""What is said on the bus, over whatever transport: envelopes, questions and answers, and what was not understood."""
+"""Messages on the bus, over any transport: envelopes, questions and answers, and messages that could not be read."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 _SALVAGE_LIMIT_BYTES = 2 * 2**20
 _LOG_SECONDS = 5.0
-"""So long nothing more is said of a topic on which there was something malformed, or that a handler failed at."""
+"""After a malformed message or a failed handler, nothing more is logged about the topic for this long."""
 _PENDING_LIMIT = 10_000
 
 
@@ -46,32 +46,32 @@ class Envelope(msgspec.Struct, frozen=True):
     correlation: bytes | None = None
     qos: int = 1
     payload: bytes = b""
-    """What `message` was read from, byte for byte."""
+    """The bytes that `message` was read from."""
 
     def without_payload(self) -> Envelope:
-        """The same for whoever keeps it, to answer later: a queue of them is not to hold every message twice."""
+        """A copy to keep until it is answered: a queue of envelopes should not hold every message twice."""
         return msgspec.structs.replace(self, payload=b"")
 
 
 @dataclass(frozen=True)
 class Will:
-    """What the broker publishes (retained, QoS 1) when this client goes without a goodbye."""
+    """What the broker publishes (retained, QoS 1) if this client leaves without a goodbye."""
 
     topic: str
     message: Message
 
 
 Handler = Callable[[Envelope], None]
-"""Synchronous and quick, called in the order of arrival. What it raises is logged. May see a message twice."""
+"""A synchronous, quick function, called in the order of arrival. Its errors are logged. It may see a message twice."""
 
 
 def request_failed(error: PotluckError, request_id: str = "") -> RequestFailed:
-    """The answer that says `error`."""
+    """The answer that carries `error`."""
     return RequestFailed(id=request_id, error=error_info(error))
 
 
 class Bus(ABC):
-    """What every part of a daemon or client gets to speak with the others; transports fill in the abstract methods."""
+    """What each part of a daemon or client gets to send and receive messages. Transports implement the abstract methods."""
 
     def __init__(self, topics: Topics, client_id: str) -> None:
         self.topics = topics
@@ -92,7 +92,7 @@ class Bus(ABC):
         self._pending: dict[str, asyncio.Future[Message]] = {}
         self._failures: asyncio.Queue[tuple[Envelope, PotluckError]] = asyncio.Queue(100)
         self.on_refused: Callable[[str, PotluckError], None] = lambda topic, error: None
-        """Told of what could not be read: its topic, and why."""
+        """Called with the topic of a message that could not be read, and the reason."""
         self._refused_logs = Seldom(_LOG_SECONDS)
         self._withheld_logs = Seldom(_LOG_SECONDS)
         self._fault_logs = Seldom(_LOG_SECONDS)
@@ -103,24 +103,24 @@ class Bus(ABC):
 
     @abstractmethod
     async def connected(self, timeout_seconds: float) -> None:
-        """Return once connected and subscribed. Raises Unavailable, naming what was tried and why it failed."""
+        """Return once connected and subscribed. Raises Unavailable, which names what was tried and why it failed."""
 
     @abstractmethod
     def on_connect(self, callback: Callable[[], Awaitable[None]]) -> None:
-        """Call `callback` after each (re)connect, subscriptions already made: births go here."""
+        """Call `callback` after each (re)connect, once subscriptions are made. Use it to publish births."""
 
     @property
     def address(self) -> tuple[str, int] | None:
-        """The broker that this is connected to; None while there is none."""
+        """The address of the broker that this is connected to; None: not connected."""
         return None
 
     @property
     def place(self) -> str:
-        """`host:port` of that broker; "" while there is none."""
+        """`host:port` of that broker; "": not connected."""
         return "{}:{}".format(*self.address) if self.address else ""
 
     def trouble(self) -> str:
-        """Why nothing comes or goes now; "" where nothing is known to be wrong."""
+        """Why no messages come or go now; "": no trouble is known."""
         return ""
 
     @abstractmethod
@@ -130,14 +130,14 @@ class Bus(ABC):
 
     @abstractmethod
     def _send_now(self, topic: str, payload: bytes, qos: int, retain: bool, mirrored: Mirrored | None) -> bool:
-        """Send if the connection takes it now; False when nothing was sent.
+        """Send if the connection takes it now; False: nothing was sent.
 
-        What goes at QoS 1 and is not acknowledged when the connection is lost goes again with the next one.
+        A message at QoS 1 that is not acknowledged when the connection is lost is sent again on the next one.
         """
 
     @abstractmethod
     async def room(self) -> None:
-        """Return when the connection may take more. Raises Unavailable when that does not come about in a bounded time."""
+        """Return when the connection may take more. Raises Unavailable if it does not within a bounded time."""
 
     @abstractmethod
     def _subscribe_now(self, topic_filter: str, qos: int) -> None: ...
@@ -146,7 +146,7 @@ class Bus(ABC):
     def _unsubscribe_now(self, topic_filter: str) -> None: ...
 
     def subscribe(self, topic_filter: str, handler: Handler, *, qos: int = 1) -> None:
-        """At any time; kept over reconnects. Several handlers may share a filter. Raises ValueError for a bad filter."""
+        """Call it at any time; the subscription survives reconnects. Handlers may share a filter. Raises ValueError."""
         _, handlers = self._subscriptions.get(topic_filter) or (0, ())
         self._subscriptions[topic_filter] = (qos, (*handlers, handler))
         self._subscribe_now(topic_filter, qos)
@@ -168,8 +168,8 @@ class Bus(ABC):
     ) -> None:
         """Send `message`. Waits for the connection, and at QoS 1 for the broker's receipt, for a bounded time.
 
-        `expiry_seconds` also fills in `expires` in the body. Raises Unavailable, TooLarge, and Overloaded when too much waits
-        to be sent.
+        `expiry_seconds` also sets `expires` in the body. Raises Unavailable, TooLarge, and Overloaded if too many messages
+        wait to be sent.
         """
         payload, mirrored = self._packed(message, encoding, expiry_seconds)
         await self._send(topic, payload, qos, retain, mirrored)
@@ -184,9 +184,9 @@ class Bus(ABC):
         encoding: Encoding = "msgpack",
         expiry_seconds: float | None = None,
     ) -> bool:
-        """`publish`, where that can be done without waiting: while the connection takes it. False: it cannot.
+        """`publish` without waiting, if the connection takes the message now. False: it does not.
 
-        At QoS 1 the broker's receipt comes later; where it refuses the message, the log says so.
+        At QoS 1 the broker's receipt comes later. If the broker refuses the message, this is logged.
         """
         payload, mirrored = self._packed(message, encoding, expiry_seconds)
         return self._send_now(topic, payload, qos, retain, mirrored)
@@ -202,13 +202,13 @@ class Bus(ABC):
         await self._send(topic, b"", 1, True)
 
     def clear_now(self, topic: str) -> bool:
-        """`clear`, where that can be done without waiting, as `publish_now`. False: it cannot."""
+        """`clear` without waiting, if possible, as in `publish_now`. False: it is not."""
         return self._send_now(topic, b"", 1, True, None)
 
     async def reply(self, to: Envelope, message: Message, *, qos: int | None = None) -> None:
-        """Answer in the encoding of the question, with its id and QoS. Nothing happens when no answer was asked for.
+        """Answer in the encoding of the question, with its id and QoS. Does nothing if no answer was asked for.
 
-        An answer that is too large becomes RequestFailed; a `reply_to` that may not be used is logged and counted.
+        An answer that is too large becomes RequestFailed. A forbidden `reply_to` is logged and counted.
         """
         answer = self._answer(to, message)
         if answer is not None:
@@ -216,12 +216,12 @@ class Bus(ABC):
             await self._send(to.reply_to, payload, to.qos if qos is None else qos, False, mirrored)
 
     def reply_now(self, to: Envelope, message: Message) -> bool:
-        """`reply`, where that can be done without waiting, as `publish_now`. False: it cannot."""
+        """`reply` without waiting, if possible, as in `publish_now`. False: it is not."""
         answer = self._answer(to, message)
         return answer is None or self._send_now(to.reply_to, answer[0], to.qos, False, answer[1])
 
     def _answer(self, to: Envelope, message: Message) -> tuple[bytes, Mirrored] | None:
-        """What to send; None where no answer was asked for, or may be sent."""
+        """The bytes to send; None: no answer was asked for, or it may not be sent."""
         if not to.reply_to:
             return None
         try:
@@ -234,7 +234,7 @@ class Bus(ABC):
         if message.id != to.message.id:
             message = msgspec.structs.replace(message, id=to.message.id)
         if to.encoding == "json" and isinstance(message, Inferred | JobEnded):
-            from potluck.wire.tensors import readable  # numpy, which a daemon at rest does without
+            from potluck.wire.tensors import readable  # imports numpy, which a daemon at rest does not need
 
             message = readable(message)
         try:
@@ -248,9 +248,9 @@ class Bus(ABC):
     async def request(
         self, topic: str, message: Message, *, timeout_seconds: float, qos: int = 1, encoding: Encoding = "msgpack"
     ) -> Message:
-        """The answer to `message`, which comes to this client's inbox; an empty `id` gets a fresh one.
+        """Ask `message` and return the answer, which comes to this client's inbox. An empty `id` gets a fresh one.
 
-        Raises the error that the answer carries, TimedOut, Unavailable, TooLarge, or Conflict when `id` is being asked.
+        Raises the error that the answer carries, TimedOut, Unavailable, TooLarge, or Conflict if a request with this `id` waits.
         """
         inbox = self.topics.client_inbox(self.client_id)
         if self._subscriptions.get(inbox) is None:
@@ -280,7 +280,7 @@ class Bus(ABC):
         return answer
 
     def give_up(self, request_id: str, error: PotluckError) -> None:
-        """Let a request that waits for its answer end with this error; nothing happens when it waits no more."""
+        """End a waiting request with this error. Does nothing if it does not wait any more."""
         pending = self._pending.get(request_id)
         if pending is not None and not pending.done():
             pending.set_exception(error)
@@ -343,7 +343,7 @@ class Bus(ABC):
             request_id, reply_to, encoding = codec.salvage(payload)
         if envelope.correlation is not None and not request_id:
             request_id = _text(envelope.correlation)
-        if encoding is None:  # JSON can be read by people, and by whoever meant to send JSON
+        if encoding is None:  # JSON can be read by people, and by senders that meant to send JSON
             encoding = "json" if not 0x80 <= payload[0] <= 0xDF else "msgpack"
         answer_to = Envelope(
             envelope.topic,
@@ -356,7 +356,7 @@ class Bus(ABC):
         self._answer_later(answer_to, error)
 
     def _answer_later(self, envelope: Envelope, error: PotluckError) -> None:
-        """Refuse a question that no handler answers; one too many at a time goes unanswered, and what is no question always."""
+        """Refuse a question that no handler answers. If too many wait, or it is not a question, it gets no answer."""
         if envelope.reply_to and self.topics.is_question(envelope.topic) and not self._failures.full():
             self._failures.put_nowait((envelope.without_payload(), error))
 

@@ -1,6 +1,6 @@
-"""One connection to a broker: what both kinds have in common, and the one that rests on public names alone.
+"""One connection to a broker: the base of both kinds, and the kind that uses only public names.
 
-At QoS 1 several messages are under way at once: their order is the broker's to keep (MQTT 5, section 4.6).
+At QoS 1 several messages are under way at once: the broker keeps their order (MQTT 5, section 4.6).
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from potluck.settings import BROKER_PORT, GATEWAY_PORT
 log = logging.getLogger(__name__)
 
 Receipt = Callable[[Exception | None], None]
-"""Called when the broker has a message, or with the reason why it has not."""
+"""Called with None when the broker has a message, or with the error if it has not."""
 Arrived = Callable[[str, bytes, int, bool, str, bytes | None], None]
-"""Called with each message: topic ("": none that can be read), payload, QoS, whether it was retained, response topic, correlation data."""
+"""Called with each message: topic ("": unreadable), payload, QoS, whether it was retained, response topic, correlation data."""
 
 UNDER_WAY_LIMIT = 100
-"""Messages at QoS 1 that the broker has not acknowledged yet, on one connection; fewer where it says so (MQTT 5, Receive Maximum)."""
+"""Messages at QoS 1 on one connection without a receipt yet; fewer if the broker asks for that (MQTT 5, Receive Maximum)."""
 PLAIN_LIMIT = 20
-"""The same on a plain one: the receive maximum of a mosquitto that nobody has configured."""
+"""The same on a plain connection: the receive maximum of mosquitto by default."""
 WAITING_LIMIT = 2000
 """Callers that wait to send, on one connection."""
 
@@ -45,9 +45,9 @@ class Link(ABC):
         self._v5 = version is aiomqtt.ProtocolVersion.V5
         self._arrived = arrived
         self._room: deque[asyncio.Future[None]] = deque()
-        """Callers that wait until there is some."""
+        """Callers that wait for room."""
         self.on_room: Callable[[], None] = lambda: None
-        """Called when there may be some, before anybody else hears of it."""
+        """Called when there may be room, before the waiting callers are woken."""
 
     @property
     def version_name(self) -> str:
@@ -55,12 +55,12 @@ class Link(ABC):
 
     @abstractmethod
     async def open(self) -> None:
-        """Raises MqttError or OSError; nothing is left behind then, nor when cancelled."""
+        """Raises MqttError or OSError. After an error or a cancellation, nothing is left open."""
 
     @property
     @abstractmethod
     def lost(self) -> asyncio.Future[None]:
-        """Done when the connection has ended, with the reason as its exception. Not to be awaited: that would cancel it."""
+        """Done when the connection has ended, with the reason as its exception. Do not await it: a cancellation would cancel it."""
 
     def give_up(self, reason: Exception) -> None:
         """Treat the connection as lost."""
@@ -69,11 +69,11 @@ class Link(ABC):
 
     @abstractmethod
     async def close(self) -> None:
-        """Say goodbye, unless the connection is gone already."""
+        """Say goodbye, unless the connection is lost already."""
 
     @abstractmethod
     async def subscribe_all(self, filters: list[tuple[str, int]]) -> None:
-        """Returns when the broker has granted them all. Raises Unavailable when it refuses one."""
+        """Return when the broker has granted all filters. Raises Unavailable if it refuses one."""
 
     @abstractmethod
     def subscribe_soon(self, filters: list[tuple[str, int]]) -> None: ...
@@ -84,16 +84,16 @@ class Link(ABC):
     @property
     @abstractmethod
     def places(self) -> int:
-        """Messages that `post` takes now."""
+        """How many messages `post` takes now."""
 
     @abstractmethod
     def post(
         self, topic: str, payload: bytes, retain: bool, mirrored: Mirrored | None, receipt: Receipt | None = None
     ) -> bool:
-        """Write a message, at QoS 1 where somebody wants its receipt. False when there is no room: nothing was sent."""
+        """Write a message, at QoS 1 if a receipt is wanted. False: there is no room, and nothing was sent."""
 
     async def send(self, topic: str, payload: bytes, qos: int, retain: bool, mirrored: Mirrored | None) -> None:
-        """Write, and at QoS 1 wait until the broker has it. Raises OSError, Overloaded, Unavailable when the broker refuses it."""
+        """Write, and at QoS 1 wait for the receipt. Raises OSError, Overloaded, Unavailable if the broker refuses the message."""
         received = asyncio.get_running_loop().create_future()
 
         def receipt(error: Exception | None) -> None:
@@ -114,7 +114,7 @@ class Link(ABC):
             await received
 
     async def room(self) -> None:
-        """Return when there may be room: whoever came first goes first. Raises OSError, Overloaded."""
+        """Return when there may be room. The first caller to wait is the first to return. Raises OSError, Overloaded."""
         if self.lost.done():
             raise ConnectionError("the connection is lost")
         if len(self._room) >= WAITING_LIMIT:
@@ -127,7 +127,7 @@ class Link(ABC):
             if waiter.cancelled():
                 if waiter in self._room:
                     self._room.remove(waiter)
-                self._tell_room()  # somebody else may take its place
+                self._tell_room()  # another caller may take its place
 
     def _tell_room(self) -> None:
         """There may be room again."""
@@ -145,9 +145,9 @@ class Link(ABC):
 
 
 class PlainLink(Link):
-    """On public names of aiomqtt and paho alone: for versions whose private ones are not those that `QuickLink` knows.
+    """Uses only public names of aiomqtt and paho: for versions that lack the private names that `QuickLink` uses.
 
-    It is slower, and cannot tell that a broker refused a message: aiomqtt does not say.
+    It is slower, and does not know that a broker refused a message: aiomqtt does not say.
     """
 
     def __init__(
@@ -157,7 +157,7 @@ class PlainLink(Link):
         arrived: Arrived,
         options: Mapping[str, Any],
     ) -> None:
-        """`options`: of aiomqtt's client (`potluck.bus.connecting`)."""
+        """`options` of aiomqtt's client (`potluck.bus.connecting`)."""
         super().__init__(address, version, arrived)
         self._mqtt = aiomqtt.Client(**options)
         self._mqtt.pending_calls_threshold = PLAIN_LIMIT + 10  # it warns of more
@@ -174,7 +174,7 @@ class PlainLink(Link):
         except BaseException:
             await asyncio.wait([opening])  # it connects in a thread, which cannot be cancelled; its time is bounded
             opening.exception()  # retrieved
-            self._open = True  # or half of it is
+            self._open = True  # or half open
             await self.close()
             raise
         self._open = True
@@ -264,7 +264,7 @@ class PlainLink(Link):
             self.give_up(error)
 
     def _ask(self, question: Callable[[], Awaitable[object]]) -> None:
-        """What nobody waits for."""
+        """Run a question in the background: no caller waits for it."""
 
         async def asked() -> None:
             try:
@@ -281,7 +281,7 @@ class PlainLink(Link):
 
 
 def no_broker(said: bytes) -> str:
-    """What to say of an address whose answer to a CONNECT begins with these bytes; none: it hung up."""
+    """The error text for an address that answers a CONNECT with these bytes; no bytes: it hung up."""
     ports = f"a broker's usual port is {BROKER_PORT}, a gateway's {GATEWAY_PORT}"
     if not said:
         return f"what is there hung up without a word, is it an MQTT broker? {ports}"
@@ -290,7 +290,7 @@ def no_broker(said: bytes) -> str:
 
 
 def _properties(mirrored: Mirrored | None) -> Properties | None:
-    """MQTT 5, section 3.3.2.3. A value too long for its property is left to the body alone."""
+    """The properties (MQTT 5, section 3.3.2.3). A value that is too long for its property is only in the body."""
     if mirrored is None:
         return None
     properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]

@@ -34,7 +34,7 @@ __all__ = ["Addresses", "Bus", "Envelope", "Handler", "MqttBus", "Will", "in_tur
 log = logging.getLogger(__name__)
 
 Addresses = Callable[[], Awaitable[tuple[str, int]]]
-"""Where to connect next: asked before each attempt. Raises Unavailable while there is nowhere to go."""
+"""Gives the next address to connect to, before each attempt. Raises Unavailable while no address is known."""
 
 _PROBE = bytes((0x10, 13, 0, 4)) + b"MQTT" + bytes((5, 2, 0, 5, 0, 0, 0))
 """CONNECT: MQTT 5, clean start, keep alive 5 s, no properties, empty client id."""
@@ -42,7 +42,7 @@ _PROBE = bytes((0x10, 13, 0, 4)) + b"MQTT" + bytes((5, 2, 0, 5, 0, 0, 0))
 
 @dataclass(eq=False, slots=True)
 class _UnderWay:
-    """A message that was handed over and goes again with the next connection unless the broker has it."""
+    """A message that was sent. It is sent again on the next connection, unless the broker has acknowledged it."""
 
     topic: str
     payload: bytes
@@ -53,7 +53,7 @@ class _UnderWay:
 
 
 def in_turn(addresses: Sequence[tuple[str, int]]) -> Addresses:
-    """These, one after the other, and again from the first."""
+    """These addresses, one after the other, and then again from the first."""
     endless = itertools.cycle(addresses)
 
     async def following() -> tuple[str, int]:
@@ -77,7 +77,7 @@ class MqttBus(Bus):
         highest_version: Literal[4, 5] = 5,
         visiting: bool = False,
     ) -> None:
-        """`visiting` a broker that may be anybody's: comings and goings are logged at DEBUG, and packets have a limit."""
+        """`visiting`: the broker may be a stranger's. Connects and losses are logged at DEBUG, and packets have a limit."""
         super().__init__(topics, client_id)
         self._addresses = addresses
         self._credentials = credentials
@@ -88,15 +88,15 @@ class MqttBus(Bus):
         self._versions: dict[tuple[str, int], aiomqtt.ProtocolVersion] = {}
         self._tried: dict[str, str] = {}
         self._trying = ""
-        """Where the attempt under way goes."""
+        """The address of the present attempt."""
         self._callbacks: list[Callable[[], Awaitable[None]]] = []
         self._link: Link | None = None
         self._ready = asyncio.Event()
         self._under_way: dict[_UnderWay, None] = {}
         self._again: deque[_UnderWay] = deque()
-        """Of these, what a connection that is lost has left, and the present one has not had yet."""
+        """Those messages that a lost connection left, and that were not sent on the present one yet."""
         self._newest: dict[str, _UnderWay] = {}
-        """What was said last to be retained, by topic, since something has been under way."""
+        """The last retained message for each topic, since some message has been under way."""
 
     def on_connect(self, callback: Callable[[], Awaitable[None]]) -> None:
         self._callbacks.append(callback)
@@ -126,7 +126,7 @@ class MqttBus(Bus):
             except (PotluckError, OSError, ValueError, aiomqtt.MqttError) as error:  # ValueError: a host name
                 self._note(address, error)
             if time.monotonic() - started > self._timings.reconnect_max_seconds:
-                delay = self._timings.reconnect_min_seconds  # it held for a while: this is a new trouble
+                delay = self._timings.reconnect_min_seconds  # the connection held for a while: this is a new problem
             await asyncio.sleep(random.uniform(delay / 2, delay))
             delay = min(2 * delay, self._timings.reconnect_max_seconds)
 
@@ -172,7 +172,7 @@ class MqttBus(Bus):
             finally:
                 subscribing.cancel()
                 await asyncio.wait({subscribing})
-            link.subscribe_soon([pair for pair in self._wanted() if pair not in wanted])  # asked for in the meantime
+            link.subscribe_soon([pair for pair in self._wanted() if pair not in wanted])  # subscribed in the meantime
             self._link = link
             self._again = deque(self._under_way)
             link.on_room = self._send_again
@@ -243,7 +243,7 @@ class MqttBus(Bus):
             assert link is not None
             try:
                 async with asyncio.timeout_at(asyncio.get_running_loop().time() + deadline - time.monotonic()):
-                    while self._again and link is self._link:  # which was said before
+                    while self._again and link is self._link:  # these messages came first
                         await link.room()
                     await link.send(topic, payload, qos, retain, mirrored)
             except TimeoutError:
@@ -251,7 +251,7 @@ class MqttBus(Bus):
             except (OSError, aiomqtt.MqttError) as error:
                 log.info("sending again %s", fields(topic=topic, reason=str(error)))
                 link.give_up(error)
-                if link is self._link:  # noticed here first
+                if link is self._link:  # the loss was noticed here first
                     self._ready.clear()
                     self._link = None
                 continue
@@ -299,7 +299,7 @@ class MqttBus(Bus):
 
     def _on_receipt(self, message: _UnderWay, error: Exception | None) -> None:
         if isinstance(error, OSError):
-            return  # it goes again with the next connection
+            return  # it is sent again on the next connection
         self._under_way.pop(message, None)
         if not self._under_way:
             self._newest.clear()
@@ -308,11 +308,11 @@ class MqttBus(Bus):
         self._send_again()
 
     def _send_again(self) -> None:
-        """What the last connection has left, as far as this one takes it; not what is too old by now."""
+        """Send what the last connection left, as far as this one takes it. Messages that are too old are dropped."""
         while self._again and self._link is not None:
             message = self._again[0]
             if message.retain and self._newest.get(message.topic) is not message:
-                del self._under_way[message]  # a broker may have had what was said later: it is not to be undone
+                del self._under_way[message]  # the broker may have a later message, which this one must not undo
             elif message.given_up_at < time.monotonic():
                 del self._under_way[message]
                 log.info("message dropped %s", fields(topic=message.topic, reason="the broker has not taken it"))
@@ -331,7 +331,7 @@ class MqttBus(Bus):
     async def _find_version(
         self, address: tuple[str, int], known: aiomqtt.ProtocolVersion | None
     ) -> aiomqtt.ProtocolVersion:
-        """Reach the broker, and where its version is not known ask with a bare MQTT 5 CONNECT.
+        """Reach the broker. If its version is not known, ask with a bare MQTT 5 CONNECT.
 
         This waits in asyncio, where it can be cancelled; aiomqtt connects in a thread, which cannot. A 3.1.1 broker answers
         with a CONNACK of two bytes or hangs up (amqtt may do neither when the CONNECT has a will).
@@ -361,7 +361,7 @@ class MqttBus(Bus):
 
 @cache
 def _unknown_parts() -> bool:
-    """Whether the libraries are not those that the quick connection knows: then each is plain. Said once."""
+    """Whether the libraries lack names that `QuickLink` uses: then each connection is plain. Logged once."""
     unknown = quick_link.missing(aiomqtt.Client("localhost"))
     if unknown:
         names = fields(missing=", ".join(unknown), tested="aiomqtt 2.5.1, paho-mqtt 2.1.0 to 2.2.0")

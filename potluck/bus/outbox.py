@@ -1,9 +1,9 @@
-"""What a daemon says on the bus: one bounded queue, so that nobody who decides has to wait.
+"""The messages of a daemon to the bus: one bounded queue, so that code that decides never waits.
 
-What the connection takes is sent at once, unless something waits that was said before it, or is to be on disk first.
+A message is sent at once if the connection takes it, no earlier message waits, and nothing has to be on disk first.
 
-Nothing here is relied upon for delivery: commands are resent until acknowledged, retained states are published again after
-every reconnect, and a question whose answer is lost is asked again by its client.
+No code relies on this for delivery: commands are resent until acknowledged, retained states are published again after every
+reconnect, and a client asks again if an answer is lost.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ log = logging.getLogger(__name__)
 
 
 class Outbox:
-    """Publishes in the order of the calls. When more than `limit` messages wait, new ones are dropped and counted.
+    """Publishes in the order of the calls. If more than `limit` messages wait, new ones are dropped and counted.
 
-    `before` is called before anything is sent, for all that was said in one turn of the loop together: what a message rests on is
-    written down by then. What it raises ends `run`.
+    `before` is called once before the messages of one turn of the loop are sent: it writes down what they depend on. An error that
+    it raises ends `run`.
     """
 
     def __init__(self, bus: Bus, limit: int = 10_000, *, before: Callable[[], None] | None = None) -> None:
@@ -35,11 +35,11 @@ class Outbox:
         self._queue: asyncio.Queue[Callable[[], bool]] = asyncio.Queue(limit)
         self._before = before
         self._waiting = 0
-        """In the queue, or with the sender."""
+        """Messages in the queue or with the sender."""
         self.dropped = 0
 
     def publish(self, topic: str, message: Message, **options: Any) -> None:
-        """`options` as `Bus.publish` has them."""
+        """`options` as in `Bus.publish`."""
         self._send(lambda: self._bus.publish_now(topic, message, **options))
 
     def clear(self, topic: str) -> None:
@@ -81,7 +81,7 @@ class Outbox:
             self.dropped += 1
 
     def _over(self, send: Callable[[], bool]) -> bool:
-        """Whether it was dealt with: sent, or dropped as nobody can send it."""
+        """Whether the message is done with: sent, or dropped because it can never be sent."""
         try:
             return send()
         except Exception as error:  # noqa: BLE001 - an odd message is lost, and those behind it are not

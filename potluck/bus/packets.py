@@ -1,6 +1,6 @@
-"""MQTT's packets as bytes: PUBLISH, which is nearly all that travels, written and read; the stream cut into packets.
+"""MQTT's packets as bytes: writes and reads PUBLISH, which is nearly all traffic, and cuts the stream into packets.
 
-MQTT 3.1.1 and 5, sections 2 and 3.3. All other packets are left to the library that `bus.py` rests on.
+MQTT 3.1.1 and 5, sections 2 and 3.3. All other packets are left to paho.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from potluck.errors import BadMessage
 PUBLISH = 0x30
 PUBACK = 0x40
 PACKET_LIMIT_BYTES = 2 * 2**20
-"""Above the limit of a message, so that whoever exceeds that gets an answer and keeps the connection."""
+"""Above the limit of a message: a sender of a message that is too large gets an answer, and keeps the connection."""
 _QOS_1 = 0x02
 _LENGTH_BYTES = 4
-"""Of a remaining length, at most."""
+"""The most bytes of a remaining length."""
 
 
 class Publish(NamedTuple):
-    """`topic` is empty where it is not UTF-8; `properties` are MQTT 5's, with their length; `packet_id` is there at QoS 1."""
+    """`topic` is "" if it is not UTF-8. `properties` are those of MQTT 5, with their length. `packet_id` is set at QoS 1."""
 
     topic: str
     payload: bytes
@@ -31,7 +31,7 @@ class Publish(NamedTuple):
 
 
 def publish(topic: str, payload: bytes, retain: bool, properties: bytes, packet_id: bytes = b"") -> bytes:
-    """A PUBLISH, at QoS 1 where it has a packet id. `properties` with their length, as MQTT 5 has them; empty in 3.1.1.
+    """A PUBLISH, at QoS 1 if it has a packet id. `properties` with their length, as in MQTT 5; empty in 3.1.1.
 
     Raises ValueError for a bad topic.
     """
@@ -55,14 +55,14 @@ def puback(packet_id: bytes) -> bytes:
 
 
 def read_puback(body: bytes) -> tuple[int, int]:
-    """Of which packet it is the receipt, and the reason code: from 0x80 on the broker has refused it (MQTT 5, section 3.4.2)."""
+    """The packet id of a receipt, and the reason code: from 0x80 on, the broker refused the packet (MQTT 5, section 3.4.2)."""
     if len(body) < 2:
         raise BadMessage("a PUBACK names no packet")
     return int.from_bytes(body[:2], "big"), body[2] if len(body) > 2 else 0
 
 
 def read_publish(first: int, body: bytes, *, v5: bool) -> Publish:
-    """What a PUBLISH says, from its first byte and what follows its length. Raises BadMessage."""
+    """Read a PUBLISH from its first byte and the bytes after its length. Raises BadMessage."""
     qos = first >> 1 & 3
     if qos > 1:  # we subscribe at QoS 0 and 1
         raise BadMessage(f"a PUBLISH came at QoS {qos}")
@@ -125,16 +125,16 @@ def length(size: int) -> bytes:
 
 
 class Splitter:
-    """Cuts a stream into packets, however it arrives in pieces. `limit_bytes`: what follows the length of one; 0: what MQTT can say."""
+    """Cuts a stream into packets, in whatever pieces it arrives. `limit_bytes`: limit of a packet's body; 0: that of MQTT."""
 
     def __init__(self, limit_bytes: int = 0) -> None:
         self._limit_bytes = limit_bytes
         self._pieces: list[bytes] = []
-        """What came of a packet whose end has not: joined once, when it is whole."""
+        """Pieces of an incomplete packet. They are joined once, when it is whole."""
         self._missing = 0
 
     def feed(self, data: bytes) -> list[tuple[int, bytes]]:
-        """First byte and body of each packet that is whole now. Raises BadMessage for what is no packet, or too large."""
+        """First byte and body of each packet that is whole now. Raises BadMessage for a bad or too large packet."""
         if self._pieces:
             self._pieces.append(data)
             self._missing -= len(data)
@@ -166,7 +166,7 @@ class Splitter:
 
 
 def _text(data: bytes) -> str:
-    """Empty where it is not UTF-8."""
+    """The text; "": it is not UTF-8."""
     try:
         return data.decode()
     except UnicodeDecodeError:
@@ -190,7 +190,7 @@ _RESPONSE_TOPIC, _CORRELATION_DATA, _SUBSCRIPTION_IDENTIFIER = 0x08, 0x09, 0x0B
 _NUMBERS = {0x01: 1, 0x02: 4, 0x23: 2}
 """Bytes of payload format indicator, message expiry interval, topic alias."""
 _SIZED = {0x03: 1, _RESPONSE_TOPIC: 1, _CORRELATION_DATA: 1, 0x26: 2}
-"""Texts or bytes with their length before them, and how many of them: content type, ..., a user property's name and value."""
+"""Properties of texts or bytes with a length before each, and how many: content type, ..., a user property's name and value."""
 
 _SMALL = [bytes((size,)) for size in range(0x80)]
 

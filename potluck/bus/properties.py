@@ -1,4 +1,4 @@
-"""What MQTT 5 properties repeat from the body of a message, and those properties as bytes."""
+"""The MQTT 5 properties that repeat fields of a message's body, and these properties as bytes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from potluck.wire.messages import Message
 
 @dataclass(frozen=True, slots=True)
 class Mirrored:
-    """What MQTT 5 properties repeat from the body."""
+    """The fields of the body that MQTT 5 properties repeat."""
 
     content_type: str
     response_topic: str = ""
@@ -27,7 +27,7 @@ _PLAIN: dict[Encoding, Mirrored] = {encoding: Mirrored(kind) for encoding, kind 
 def mirror(
     message: Message, encoding: Encoding, expiry_seconds: float | None = None, correlation: bytes | None = None
 ) -> Mirrored:
-    """`correlation` is mirrored when given, and the id of a question (it has `reply_to`) is."""
+    """`correlation` is mirrored if given, and so is the id of a question (a message with `reply_to`)."""
     if expiry_seconds is None and message.expires:
         expiry_seconds = message.expires - time.time()
     if correlation is None and message.reply_to:
@@ -40,7 +40,7 @@ def mirror(
 
 @dataclass(frozen=True, slots=True)
 class PackedProperties:
-    """Properties of a PUBLISH as bytes: what paho asks of its `Properties` when it sends, at a fifteenth of the time."""
+    """Properties of a PUBLISH as bytes. It has what paho needs of its `Properties` to send, in a fifteenth of the time."""
 
     payload: bytes
 
@@ -50,7 +50,7 @@ class PackedProperties:
 
 @lru_cache(maxsize=64)  # most messages repeat no more than their content type
 def pack(mirrored: Mirrored) -> PackedProperties:
-    """MQTT 5, sections 2.2.2 and 3.3.2.3. A value too long for its property is left to the body alone."""
+    """The properties as bytes (MQTT 5, sections 2.2.2 and 3.3.2.3). A value too long for its property is only in the body."""
     parts = [b"\x03", _sized(mirrored.content_type.encode())]
     if mirrored.expiry_seconds is not None:
         parts += [b"\x02", mirrored.expiry_seconds.to_bytes(4, "big")]

@@ -1,7 +1,7 @@
 """A connection that is three times as quick as aiomqtt's, and the only module that reaches into aiomqtt and paho.
 
-Tested with aiomqtt 2.5.1 and paho 2.1.0 and 2.2.0. Each private name that is used stands in `PARTS`, with what for; where one is missing,
-`missing` names it, and the bus takes a `PlainLink` instead.
+Tested with aiomqtt 2.5.1 and paho 2.1.0 and 2.2.0. `PARTS` lists each private name that is used, and its purpose. If a name is
+missing, `missing` returns it, and the bus uses a `PlainLink` instead.
 """
 
 from __future__ import annotations
@@ -53,18 +53,18 @@ PARTS: dict[str, dict[str, str]] = {
         "_loop_rc_handle": "tells it that the connection is lost",
     },
 }
-"""Private names by library, and what for."""
+"""Private names by library, and their purposes."""
 _HEARD_AT = ("_last_bytes_received", "_last_msg_in")
-"""When something came, for paho's pings: its name in 2.2, and before."""
+"""The attribute with the time of the last arrival, for paho's pings: its name in 2.2, and before."""
 _THREAD_SECONDS = 0.02
-"""How often it is looked whether the thread that connects is over, for whoever does not want that any more."""
+"""How often a caller that gave up checks whether the connecting thread has ended."""
 _RECEIVE_BYTES = 1 << 17
 _GATHERED_LIMIT_BYTES = 1 << 18
 _OWN_IDS = range(0x8000, 0x10000)
-"""Packet ids of what is published here; paho counts its own, of subscriptions, from 1."""
+"""Packet ids of our own messages. paho counts its ids, for subscriptions, from 1."""
 _CONNACK = b"\x20"
 _REFUSED = 0x80
-"""Reason codes from here on say so (MQTT 5, section 2.4)."""
+"""Reason codes from here on mean a refusal (MQTT 5, section 2.4)."""
 
 
 def missing(client: aiomqtt.Client) -> list[str]:
@@ -78,11 +78,11 @@ def missing(client: aiomqtt.Client) -> list[str]:
 
 
 class QuickLink(Link, aiomqtt.Client):
-    """Hands messages on as they are read, and writes as soon as it can.
+    """Passes messages on as they are read, and writes as soon as it can.
 
-    aiomqtt queues each message, makes a task for each, and wakes the loop through a pipe for each write; paho calls the kernel
-    three times for a packet that it reads, and makes a dozen objects for one that it writes. The overrides below spare that:
-    messages are read and written here, and paho has the rest (connecting, subscriptions, pings).
+    aiomqtt queues each message, makes a task for each, and wakes the loop through a pipe for each write. paho calls the kernel
+    three times for each packet that it reads, and makes a dozen objects for each that it writes. The overrides below avoid that:
+    messages are read and written here, and paho does the rest (connecting, subscriptions, pings).
     """
 
     def __init__(
@@ -94,10 +94,10 @@ class QuickLink(Link, aiomqtt.Client):
         *,
         limit_bytes: int,
     ) -> None:
-        """`options`: of aiomqtt's client (`potluck.bus.connecting`). `limit_bytes`: of a packet that comes; 0: what MQTT can say."""
+        """`options` of aiomqtt's client (`potluck.bus.connecting`). `limit_bytes`: limit of a received packet; 0: that of MQTT."""
         Link.__init__(self, address, version, arrived)
         self._receipts: dict[int, Receipt] = {}
-        """Of what the broker has not acknowledged yet, by packet id."""
+        """Receipts of messages that the broker has not acknowledged yet, by packet id."""
         self._ids = itertools.cycle(_OWN_IDS)
         self._limit = UNDER_WAY_LIMIT
         self._grants: dict[int, asyncio.Future[None] | None] = {}
@@ -120,14 +120,14 @@ class QuickLink(Link, aiomqtt.Client):
             opening.cancel()  # what is left is the broker's answer, which may never come
             await asyncio.wait([opening])
             if not opening.cancelled() and opening.exception() is None:
-                await self.close()  # cancelled, but connected by now: a goodbye keeps the will from being sent
+                await self.close()  # cancelled, but connected by now: after a goodbye the will is not sent
             else:
                 self._drop()
             raise
         self._in_loop = True
 
     def _client_connect(self) -> None:
-        """In a thread."""
+        """Runs in a thread."""
         self._thread = "runs"
         try:
             super()._client_connect()
@@ -135,9 +135,9 @@ class QuickLink(Link, aiomqtt.Client):
             self._thread = "over"
 
     async def _thread_over(self) -> None:
-        """Return when the thread that connects is not at work any more, and what it has asked the loop for is done.
+        """Return when the connecting thread has ended, and the loop has done what the thread asked for.
 
-        It cannot be cancelled once it has begun; the probe before it made sure that it will not take long.
+        The thread cannot be cancelled. It does not take long, because the broker was probed before.
         """
         await asyncio.sleep(_THREAD_SECONDS)
         while self._thread == "runs":  # noqa: ASYNC110 - a thread sets it
@@ -152,7 +152,7 @@ class QuickLink(Link, aiomqtt.Client):
         try:
             await self.__aexit__(None, None, None)
         except (aiomqtt.MqttError, OSError, PotluckError) as error:
-            # aiomqtt raises again what ended the connection; from here it would take the place of a CancelledError.
+            # aiomqtt raises the error that ended the connection once more. It would replace a CancelledError.
             log.info("no clean goodbye %s", fields(reason=str(error)))
         finally:
             self._drop()
@@ -202,7 +202,7 @@ class QuickLink(Link, aiomqtt.Client):
         return True
 
     def _write(self, packet: bytes) -> None:
-        """The first packet in a turn of the loop goes out at once; those that follow go together when the turn is over."""
+        """The first packet in a turn of the loop is sent at once; later ones are sent together when the turn is over."""
         if self._flush_handle is not None:
             self._gathered.append(packet)
             self._gathered_bytes += len(packet)
@@ -213,7 +213,7 @@ class QuickLink(Link, aiomqtt.Client):
         self._push(packet)
 
     def _push(self, data: bytes) -> None:
-        """Hand bytes to the socket; what it does not take waits behind what paho's queue holds already."""
+        """Give bytes to the socket. The rest that it does not take waits at the end of paho's queue."""
         taken = 0
         try:
             if not self._client.want_write():  # else a packet may be half written
@@ -353,7 +353,7 @@ class QuickLink(Link, aiomqtt.Client):
             self._write(packets.puback(message.packet_id))
 
     def _hand_on(self, first: int, body: bytes) -> None:
-        """Have paho read a packet. Raises ConnectionError when that was the end of the connection."""
+        """Let paho read a packet. Raises ConnectionError if this ended the connection."""
         packet: Any = self._client._in_packet
         packet |= {"command": first, "remaining_length": len(body), "packet": bytearray(body), "pos": 0}
         result = self._client._packet_handle()
@@ -362,8 +362,10 @@ class QuickLink(Link, aiomqtt.Client):
             raise ConnectionError(error_string(result))
 
     def _broken(self, error: Exception) -> None:
-        """The connection is no more, for this reason."""
+        """The connection is lost, for this reason."""
         if not self._connected.done():
-            self._connected.set_exception(aiomqtt.MqttError(str(error)))  # whoever waits for it hears of it at once
+            self._connected.set_exception(
+                aiomqtt.MqttError(str(error))
+            )  # the caller that waits for it gets the error at once
         self.give_up(error)
         self._client._loop_rc_handle(MQTT_ERR_CONN_LOST)
