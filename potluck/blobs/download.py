@@ -1,4 +1,4 @@
-"""Pull a blob from every holder at once, chunk by chunk; push one to whoever may be written to; send inputs to a node."""
+"""Pull a blob from all holders at once, chunk by chunk; push a blob to a server that takes it; send inputs to a node."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ log = logging.getLogger(__name__)
 
 _SEND_BYTES = 1 << 18
 _EXPECT_BYTES = 1 << 20
-"""From this size on, whether the blob is wanted is settled before it is sent."""
+"""From this size on, we ask whether the blob is wanted before it is sent."""
 _ANSWER_SECONDS = 60.0
-"""The receiver hashes and stores before it answers."""
+"""How long to wait for an answer: the receiver hashes and stores before it answers."""
 _INPUTS_SECONDS = 5.0
-"""A node that takes nothing of a request's inputs, or does not answer, for so long is given up: there are others."""
+"""A node that takes no byte of a request's inputs, or does not answer, for this long is given up: there are others."""
 
 
 @dataclass(eq=False)
@@ -74,9 +74,9 @@ class Downloader:
             await self._session.close()
 
     async def fetch(self, ref: BlobRef) -> Path:
-        """The blob's file in the store, its hash checked. A fetch that nobody waits for any more ends, and can be resumed.
+        """The blob's file in the store, its hash checked. A fetch ends when no caller waits for it, and can be resumed.
 
-        Raises Unavailable or CorruptBlob, naming holders and reasons; DiskFull.
+        Raises Unavailable or CorruptBlob, which name holders and reasons; DiskFull.
         """
         while True:
             if self._store.has(ref.sha256):
@@ -102,9 +102,9 @@ class Downloader:
                 found.task.cancel()
 
     async def push(self, source: bytes | memoryview | Path, base_urls: tuple[str, ...]) -> BlobRef:
-        """Put bytes or a file where it can be written to; nothing is sent when it is there already.
+        """Put bytes or a file on the first server that takes it. Nothing is sent if the blob is there already.
 
-        Raises Unavailable, naming addresses and reasons; TooLarge, DiskFull or InvalidRequest when it was refused.
+        Raises Unavailable, which names addresses and reasons; TooLarge, DiskFull or InvalidRequest if it was refused.
         """
         ref = await asyncio.to_thread(self._describe, source)
         if not base_urls:
@@ -122,7 +122,7 @@ class Downloader:
         raise Unavailable(f"a blob of {ref.size} bytes could not be sent: {shown}")
 
     async def send_inputs(self, data: bytes | memoryview, base: str, connect_seconds: float) -> BlobRef:
-        """Send the inputs of a request to a node, which says what they are called there. Raises Unavailable."""
+        """Send the inputs of a request to a node. Returns the name that the node gave them. Raises Unavailable."""
         if not is_address(base):
             raise Unavailable(f"{base[:80]!r} took no inputs: it {NO_ADDRESS}")
         try:
@@ -149,7 +149,7 @@ class Downloader:
         return BlobRef(sha256=found.sha256, size=found.size, holders=(base,))
 
     async def named(self, ref: BlobRef) -> BlobRef:
-        """Inputs with a name that their holder made up, as a blob of its. Raises Unavailable."""
+        """Ask the holder of inputs with a made-up name to make them a blob. Returns its reference. Raises Unavailable."""
         reasons: list[str] = []
         for base in ref.holders:
             if not is_address(base):
@@ -208,7 +208,7 @@ class Downloader:
         return BlobRef(sha256=sha256, size=size)
 
     async def _put(self, ref: BlobRef, source: bytes | memoryview | Path, base: str) -> str | None:
-        """None when it is there now, else why not. Raises when trying again cannot help."""
+        """None: the blob is there now; else why not. Raises if a retry cannot help."""
         if not is_address(base):
             return NO_ADDRESS
         url = f"{base.rstrip('/')}/blobs/{ref.sha256}"
@@ -242,10 +242,10 @@ class Downloader:
 async def _pieces(
     source: bytes | memoryview | Path, limit: asyncio.Timeout, seconds: float
 ) -> AsyncIterator[bytes | memoryview]:
-    """What is to be sent; with each piece the limit is so many seconds away again."""
+    """The pieces to send. The time limit starts again with each piece."""
 
     def go_on() -> None:
-        with suppress(RuntimeError):  # it was refused before all was sent, and nobody waits any more
+        with suppress(RuntimeError):  # refused before all was sent: the limit is not in use any more
             limit.reschedule(asyncio.get_running_loop().time() + seconds)
 
     if not isinstance(source, Path):

@@ -1,4 +1,4 @@
-"""A blob of which some chunks are here: a file of its full size, and beside it the numbers of those chunks."""
+"""A blob that is only partly here: a file of its full size, and beside it the numbers of the chunks that are here."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _NUMBER = struct.Struct("<I")
 
 
 class Partial:
-    """Chunks are written before they are noted, so a process that is killed leaves a file that can be gone on with.
+    """Chunks are written before they are noted. So a killed process leaves a file that a later download can continue.
 
-    A wrong note (after a power cut) does no harm: the whole is hashed before it counts. Its methods block on the disk.
+    A wrong note (after a power cut) does no harm: the whole blob is hashed before it counts. The methods block on the disk.
     """
 
     def __init__(self, path: Path, size: int, chunk_bytes: int) -> None:
@@ -23,7 +23,7 @@ class Partial:
         self.chunk_bytes = chunk_bytes
         self.missing: set[int] = set()
         self.resumed = False
-        """Some chunks are of an earlier time: nobody knows who sent them."""
+        """Whether some chunks are from an earlier download: their senders are not known."""
         self._log = path.with_name(path.name + CHUNKS_SUFFIX)
 
     @property
@@ -31,7 +31,7 @@ class Partial:
         return -(-self.size // self.chunk_bytes)
 
     def open(self) -> None:
-        """Make the file, or take up what is there."""
+        """Make the file, or continue the one that is there."""
         known: set[int] = set()
         if self.path.exists() and self.path.stat().st_size == self.size and self._log.exists():
             noted = self._log.read_bytes()
@@ -66,6 +66,6 @@ class Partial:
         self.missing.discard(number)
 
     def discard(self) -> None:
-        """Remove the file, which may be a blob by now, and the notes."""
+        """Remove the notes, and the file if it is still here (it may be a blob by now)."""
         self.path.unlink(missing_ok=True)
         self._log.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What room there is for blobs: on the disk, of which a reserve is kept, and for what others send and nothing uses."""
+"""The room for blobs: on the disk, less a reserve, and for uploads from others that nothing uses."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Protocol
 
 RESERVE_BYTES = 512 * 2**20
 RESERVE_SHARE = 0.02
-"""Of a disk, where that is less: for the journal, the logs, and what else must go on."""
+"""Share of a small disk that is left free: for the journal, the logs, and other programs."""
 UNUSED_SECONDS = 900.0
-"""An upload that nothing has used for so long goes first."""
+"""An upload that nothing has used for this long is removed first."""
 UPLOADS_SHARE = 0.5
-"""Of the room, for uploads from one address that nothing uses."""
+"""Share of the room that unused uploads from one address may take."""
 
 
 class Usage(Protocol):
-    """As `shutil.disk_usage` has it."""
+    """As returned by `shutil.disk_usage`."""
 
     @property
     def total(self) -> int: ...
@@ -36,12 +36,12 @@ class Disk:
         self._usage = usage
 
     def spare(self) -> int:
-        """Bytes that may still be written; less than 0 where the reserve is touched."""
+        """Bytes that may still be written; below 0 if part of the reserve is used."""
         found = self._usage(self._folder)
         return found.free - reserve(found.total)
 
     def full(self) -> str:
-        """What to say where there is no room."""
+        """The error text if there is no room."""
         found = self._usage(self._folder)
         return (
             f"the disk is full: {found.free / 1e6:.0f} MB are free at {self._folder}, {reserve(found.total) / 1e6:.0f} MB stay so, and "
@@ -50,25 +50,25 @@ class Disk:
 
 
 def reserve(total: int) -> int:
-    """Bytes of a disk of this size that are left free."""
+    """Bytes that are left free on a disk of this size."""
     return int(min(RESERVE_BYTES, RESERVE_SHARE * total))
 
 
 class Uploads:
-    """Blobs that others sent and that nothing has used since: from whom, how large, and when they were last asked for."""
+    """Blobs that others sent and that nothing has used yet: their sender, their size, and when they were last asked for."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._found: OrderedDict[str, tuple[str, int, float]] = OrderedDict()
-        """The least recent first."""
+        """By hash: sender, size, and time. The least recent comes first."""
         self._held: Counter[str] = Counter()
 
     def held(self, peer: str) -> int:
-        """Bytes, with those that are on their way."""
+        """Bytes from this peer, with those on their way."""
         return self._held[peer]
 
     def coming(self, peer: str, size: int) -> None:
-        """So many bytes are on their way from a peer; less than 0: no longer."""
+        """Count `size` bytes as on their way from a peer; a negative size takes them off again."""
         self._held[peer] += size
         if not self._held[peer]:
             del self._held[peer]
@@ -79,17 +79,17 @@ class Uploads:
         self.coming(peer, size)
 
     def asked(self, sha256: str) -> None:
-        """Somebody looked for it: it may be about to be used."""
+        """A client looked for this blob: it may be used soon."""
         if (known := self._found.get(sha256)) is not None:
             self._found[sha256] = (*known[:2], self._clock())
             self._found.move_to_end(sha256)
 
     def forget(self, sha256: str) -> None:
-        """It is used now, or gone."""
+        """The blob is used now, or gone."""
         if (known := self._found.pop(sha256, None)) is not None:
             self.coming(known[0], -known[1])
 
     def unused(self, peer: str = "") -> list[str]:
-        """Those that nobody has asked for in a while, of one peer or of all."""
+        """Uploads that no client has asked for in a while, from one peer or from all."""
         oldest = self._clock() - UNUSED_SECONDS
         return [sha256 for sha256, (whose, _, at) in self._found.items() if at <= oldest and peer in ("", whose)]

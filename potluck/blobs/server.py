@@ -1,4 +1,4 @@
-"""The blob server: `GET`, `HEAD` and, where clients may push, `PUT /blobs/<sha256>`; where inputs are taken, `/inputs`."""
+"""The blob server: `GET` and `HEAD /blobs/<sha256>`; `PUT` if clients may push; `/inputs` if inputs are taken."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ from potluck.net.http import TOO_SLOW, Patience, caller_of
 log = logging.getLogger(__name__)
 
 IDLE_SECONDS = 30.0
-"""An upload of which no byte arrives for so long is given up, and one that is slow (`potluck.net.http.Patience`)."""
+"""An upload without a new byte for this long is given up, and so is a slow one (`potluck.net.http.Patience`)."""
 
 _OCTETS = "application/octet-stream"
 _LEFT_SECONDS = 1.0
-"""How soon an answer ends whose client has gone."""
+"""How soon an answer ends after its client has left."""
 _UPLOADS_LIMIT = 32
-"""Of inputs, at a time: what is not whole yet counts for no other limit."""
+"""Uploads of inputs at a time. An incomplete upload does not count towards any other limit."""
 _UPLOADS_EACH = 16
-"""Of one address."""
+"""Uploads of inputs from one address at a time."""
 _ADD_BYTES = 1 << 20
-"""So much is hashed and written at a time: a thread for each piece that arrives would take longer than both."""
+"""How much is hashed and written at a time: a thread for each small piece would take longer than the work."""
 _QUICK_SECONDS = 0.1
-"""A piece that is not hashed is written as it comes, which is a copy in memory, until a write takes so long: then by threads, too."""
+"""A piece that is not hashed is written at once, which is a copy in memory. After a write took this long, threads write."""
 
 
 def routes(
     store: BlobStore, *others: BlobStore, writable: bool, max_bytes: int, idle_seconds: float = IDLE_SECONDS
 ) -> list[web.RouteDef]:
-    """Routes for an aiohttp application. `GET` answers Range requests (RFC 9110, 14) and carries the hash as ETag; what is not
-    in `store` is looked for in `others`.
+    """Routes for an aiohttp application. `GET` answers Range requests (RFC 9110, 14) and sends the hash as ETag. A blob that is
+    not in `store` is looked for in `others`.
 
-    `PUT` takes at most `max_bytes` and keeps nothing that has not the hash which names it; who sent what is logged. With
-    `Expect: 100-continue` what is not wanted is refused before it is sent.
+    `PUT` takes at most `max_bytes`, and keeps only bytes with the hash in their name. The sender is logged. With
+    `Expect: 100-continue`, an unwanted blob is refused before it is sent.
     """
 
     async def get(request: web.Request) -> web.StreamResponse:
@@ -58,7 +58,7 @@ def routes(
         return _BlobResponse(path, sha256)
 
     def settled(request: web.Request) -> web.Response | None:
-        """The answer, where it does not depend on the bytes."""
+        """The answer, if it does not depend on the bytes."""
         sha256 = request.match_info["sha256"]
         if not is_sha256(sha256):
             return _problem(400, "a blob is named by its SHA-256: 64 lower-case hexadecimal digits")
@@ -67,7 +67,7 @@ def routes(
         if _is_encoded(request):
             return _encoded()
         if store.has(sha256):
-            store.path(sha256)  # it counts as used now: whoever sends it is about to name it
+            store.path(sha256)  # it counts as used now: its sender will soon name it
             return web.Response(status=200)
         if (request.content_length or 0) > max_bytes:
             return _too_large(max_bytes)
@@ -83,7 +83,7 @@ def routes(
             answer.force_close()  # the body that was announced will not come
         else:
             await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-            request.writer.output_size = 0  # as aiohttp's own handler has it: the answer has not begun
+            request.writer.output_size = 0  # as in aiohttp's own handler: the answer has not begun
         return answer
 
     async def put(request: web.Request) -> web.StreamResponse:
@@ -106,15 +106,15 @@ def inputs_routes(
     refusal: Callable[[], PotluckError | None],
     idle_seconds: float = IDLE_SECONDS,
 ) -> list[web.RouteDef]:
-    """`POST /inputs` takes bytes that nobody hashes; the answer has a name that was made up for them. While there is a `refusal`,
-    nothing is taken. `GET /inputs/<name>` makes a blob of them, for those who would fetch them, and says its hash.
+    """`POST /inputs` takes bytes and does not hash them; the answer has a made-up name for them. While there is a `refusal`,
+    nothing is taken. `GET /inputs/<name>` makes them a blob that others can fetch, and answers its hash.
     """
 
     uploads: Counter[str] = Counter()
-    """Under way, by address."""
+    """Uploads under way, by address."""
 
     async def post(request: web.Request) -> web.StreamResponse:
-        if request.content_type != _OCTETS:  # which no page in a browser can send unasked: fetch standard, 2.2.2
+        if request.content_type != _OCTETS:  # a page in a browser cannot send this type unasked: fetch standard, 2.2.2
             return _problem(415, f"inputs are sent as {_OCTETS}")
         if (problem := _wrong_caller(request)) is not None:
             return problem
@@ -152,7 +152,7 @@ def inputs_routes(
 async def _received(
     request: web.Request, store: BlobStore, max_bytes: int, idle_seconds: float, *, wanted: str | None = None
 ) -> web.Response:
-    """The body in the store, and 201; or why not. It must have the hash `wanted`; None: it is not hashed, and the answer names it."""
+    """Store the body and answer 201, or answer an error. The body must have the hash `wanted`; None: it gets a made-up name."""
     digest = None if wanted is None else hashlib.sha256()
     try:
         peer = request.remote or ""
@@ -184,7 +184,7 @@ async def _receive(
     idle_seconds: float,
     coming: Callable[[int], None],
 ) -> int:
-    """The size of the body, which is in the file then, and hashed where there is a `digest`. Raises TooLarge, DiskFull, TimeoutError."""
+    """Write the body to the file, and hash it if there is a `digest`. Returns its size. Raises TooLarge, DiskFull, TimeoutError."""
     gathered: list[bytes] = []
     size = waiting = 0
     quick = digest is None
@@ -200,7 +200,9 @@ async def _receive(
     data = b"-"
     loop = asyncio.get_running_loop()
     patience = Patience(idle_seconds)
-    async with asyncio.timeout(None) as limit:  # one for all pieces: to make one costs as much as to read a piece
+    async with asyncio.timeout(
+        None
+    ) as limit:  # one timeout for all pieces: making one costs as much as reading a piece
         while data:
             began_at = loop.time()
             limit.reschedule(began_at + patience.left())
@@ -227,7 +229,7 @@ async def _receive(
 
 
 def _nothing(size: int) -> None:
-    """Inputs have a store of their own, and nothing of them is kept for long."""
+    """Inputs have their own store, and are not kept for long: they need no check."""
 
 
 class _BlobResponse(web.FileResponse):
@@ -239,14 +241,14 @@ class _BlobResponse(web.FileResponse):
         super().__init__(path, headers=headers)
 
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
-        """Send it. A client that leaves is no reason to leave the file open, as aiohttp would while it opens it."""
+        """Send it. If the client leaves while aiohttp opens the file, aiohttp would leave the file open: this closes it."""
         sending = asyncio.ensure_future(super().prepare(request))
         try:
             return await asyncio.shield(sending)
         except asyncio.CancelledError:
             await asyncio.wait([sending], timeout=_LEFT_SECONDS)
             if not sending.cancel():
-                sending.exception()  # that the connection is gone is known
+                sending.exception()  # we know that the connection is gone
             raise
 
     @property
@@ -259,7 +261,7 @@ class _BlobResponse(web.FileResponse):
 
 
 def _wrong_caller(request: web.Request) -> web.Response | None:
-    """The answer to a sender whose identity is none."""
+    """The answer to a sender with a malformed identity."""
     try:
         caller_of(request)
     except InvalidRequest as error:

@@ -1,4 +1,4 @@
-"""The store: bytes named by their SHA-256, as files, written whole or not at all, the least used thrown away first."""
+"""The store: bytes named by their SHA-256, as files. A file is written whole or not at all; the least used go first."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MADE_UP = "0" * 16
-"""What no hash begins with, and the names that we make up for bytes that were not hashed."""
+"""How made-up names of bytes without a hash begin. No hash begins so."""
 _NEW_PREFIX = "new-"
 _READ_BYTES = 1 << 20
 _PARTIAL_SECONDS = 24 * 3600.0
@@ -54,13 +54,13 @@ class NewFile:
 
 
 class BlobStore:
-    """Blobs below `folder`, `limit_bytes` in all, or as many as the disk has room for; one process to a folder.
+    """Blobs below `folder`, `limit_bytes` in all, or as many as the disk has room for. Only one process may use a folder.
 
-    Where there is no room, uploads go first that nothing has used for a while, and then what is used least. Nothing goes in vain:
-    where there would not be enough, DiskFull is raised and all stays.
+    To make room, uploads that nothing has used for a while are removed first, then the least used blobs. If this would not make
+    enough room, DiskFull is raised and nothing is removed.
 
-    Its methods may be called in any thread. They block on files: large ones belong into a thread. What was put survives the
-    death of the process.
+    Methods may be called in any thread. They block on files: for large files, call them in a thread. Stored blobs survive the end
+    of the process.
     """
 
     def __init__(
@@ -71,12 +71,12 @@ class BlobStore:
         usage: Callable[[Path], Usage] = shutil.disk_usage,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Take over what lies in `folder`, and sweep what a process that was killed left unfinished."""
+        """Take over the blobs in `folder`, and remove unfinished files of a killed process."""
         self.folder = folder
         self.limit_bytes = limit_bytes
         self._lock = threading.RLock()
         self._sizes: OrderedDict[str, int] = OrderedDict()
-        """The least used first."""
+        """Sizes by hash, the least used first."""
         self._total = 0
         self._pins: Counter[str] = Counter()
         self._partials_open: set[str] = set()
@@ -101,7 +101,7 @@ class BlobStore:
         return self._total
 
     def has(self, sha256: str) -> bool:
-        """Whether the blob is here; a file that somebody else removed is not."""
+        """Whether the blob is here. It is not if another program removed its file."""
         with self._lock:
             if sha256 not in self._sizes:
                 return False
@@ -118,7 +118,7 @@ class BlobStore:
                 self._sizes.move_to_end(sha256)
                 self._uploads.asked(sha256)
                 try:
-                    os.utime(path, (time.time(), path.stat().st_mtime))  # so that the order outlives this process
+                    os.utime(path, (time.time(), path.stat().st_mtime))  # so that the order survives this process
                 except FileNotFoundError:
                     self._forget(sha256)
                 else:
@@ -133,7 +133,7 @@ class BlobStore:
         return self.path(sha256).read_bytes()
 
     def put_bytes(self, data: bytes) -> BlobRef:
-        """Raises DiskFull, as all that puts."""
+        """Store bytes. Raises DiskFull, as do all methods that store."""
         sha256 = hashlib.sha256(data).hexdigest()
         if not self.has(sha256):
             with self.new_file() as file:
@@ -143,13 +143,13 @@ class BlobStore:
         return BlobRef(sha256=sha256, size=len(data))
 
     def put_file(self, path: Path, *, move: bool = False) -> BlobRef:
-        """The bytes of `path`, copied or moved."""
+        """Store the bytes of `path`, copied or moved."""
         if move:
             sha256, size = hash_file(path)
             return self._move(path, sha256, size)
         digest, size = hashlib.sha256(), 0
         with self.new_file() as file:
-            # Hashed while copied: what is put is what was hashed, though somebody writes to the file meanwhile.
+            # Hashed while copied: the stored bytes are those that were hashed, even if the file is written to meanwhile.
             with path.open("rb") as source:
                 while chunk := source.read(_READ_BYTES):
                     digest.update(chunk)
@@ -159,20 +159,20 @@ class BlobStore:
             return self._move(file.path, digest.hexdigest(), size)
 
     def adopt(self, path: Path, sha256: str) -> BlobRef:
-        """A file that a trusted child of ours wrote and hashed: moved, not read again. Raises InvalidRequest."""
+        """Move a file that our own child process wrote and hashed; it is not read again. Raises InvalidRequest."""
         if not is_sha256(sha256):
             raise InvalidRequest(f"{sha256!r} is not a SHA-256 in hexadecimal")
         return self._move(path, sha256, path.stat().st_size)
 
     def verify(self, file: Path, ref: BlobRef) -> BlobRef:
-        """Take a downloaded file as `ref`. Raises CorruptBlob when its bytes are others."""
+        """Take a downloaded file as the blob `ref`. Raises CorruptBlob if its bytes differ."""
         sha256, size = hash_file(file)
         if sha256 != ref.sha256:
             raise CorruptBlob(f"blob {ref.sha256[:12]} arrived as {sha256[:12]}: {size} bytes of {ref.size}")
         return self._move(file, sha256, size)
 
     def check(self, sha256: str) -> bool:
-        """Whether the blob is here and whole; one that is damaged is thrown away, pinned or not. Reads all of it: blocks."""
+        """Whether the blob is here and whole. A damaged one is removed, pinned or not. Blocks: it reads the whole blob."""
         path = self.folder / sha256
         try:
             if self.has(sha256) and hash_file(path)[0] == sha256:
@@ -186,7 +186,7 @@ class BlobStore:
         return False
 
     def delete(self, sha256: str) -> bool:
-        """Whether it was there and not pinned."""
+        """Delete the blob, unless it is pinned. Returns whether it was deleted."""
         with self._lock:
             if sha256 not in self._sizes or self._pins[sha256] > 0:
                 return False
@@ -195,7 +195,7 @@ class BlobStore:
             return True
 
     def pin(self, sha256: str) -> None:
-        """Keep the blob, which need not be here yet, until it is unpinned as often."""
+        """Keep the blob until it is unpinned as often as it was pinned. It need not be here yet."""
         with self._lock:
             self._pins[sha256] += 1
             self._uploads.forget(sha256)
@@ -208,7 +208,7 @@ class BlobStore:
 
     @contextmanager
     def pinning(self) -> Iterator[Callable[[str], None]]:
-        """Gives what pins a blob until the end of the block."""
+        """Gives a function that pins a blob until the end of the block."""
         pinned: list[str] = []
 
         def pin(sha256: str) -> None:
@@ -223,7 +223,7 @@ class BlobStore:
 
     @contextmanager
     def new_file(self) -> Iterator[NewFile]:
-        """A temporary file beside the blobs; gone after the block, unless it was put."""
+        """A temporary file beside the blobs. It is removed after the block, unless it became a blob."""
         with no_room():
             descriptor, name = tempfile.mkstemp(prefix=_NEW_PREFIX, dir=self.folder)
         path = Path(name)
@@ -235,9 +235,9 @@ class BlobStore:
 
     @contextmanager
     def partial(self, ref: BlobRef, chunk_bytes: int) -> Iterator[Partial]:
-        """The chunks of a blob that are here already; what is still missing after the block can be had next time.
+        """The chunks of a blob that are here already. Chunks that are missing after the block can be fetched next time.
 
-        Raises DiskFull where the blob could not be put anyway.
+        Raises DiskFull if there is no room for the blob.
         """
         self.check_room(ref.size)
         partial = Partial(self.folder / f"{PARTIAL_PREFIX}{ref.sha256}", ref.size, chunk_bytes)
@@ -259,7 +259,7 @@ class BlobStore:
                     self._sweep_partials(kept=_PARTIALS_KEPT)
 
     def check_room(self, size: int) -> None:
-        """Raises DiskFull when `size` bytes do not fit beside what is pinned, though all else went."""
+        """Raises DiskFull if `size` bytes do not fit beside the pinned blobs, even with all others removed."""
         with self._lock:
             pinned = sum(self._sizes.get(sha256, 0) for sha256 in self._pins)
             left = self._disk.spare() + self._total - pinned
@@ -272,12 +272,12 @@ class BlobStore:
             raise DiskFull(self._disk.full())
 
     def clear(self, size: int) -> None:
-        """Have so much free on the disk beside the reserve, for what is about to be written. Raises DiskFull."""
+        """Make `size` bytes free on the disk, besides the reserve, for a file to be written. Raises DiskFull."""
         with self._lock:
             self._evict(size - self._disk.spare())
 
     def shortage(self) -> str:
-        """Why nothing more can be taken; "" where something can."""
+        """Why no more blobs can be taken; "": they can."""
         try:
             self.check_room(1)
         except DiskFull as error:
@@ -286,8 +286,8 @@ class BlobStore:
 
     @contextmanager
     def receiving(self, peer: str) -> Iterator[Callable[[int], None]]:
-        """For an upload from this address: tell of each piece before it is written. Raises DiskFull where too much from there is
-        here that nothing uses; call `uploaded` for what has come."""
+        """For an upload from this address: call the function with each piece's size before it is written. It raises DiskFull if
+        unused uploads from there take too much. Call `uploaded` when the upload is complete."""
         coming = 0
 
         def more(size: int) -> None:
@@ -298,7 +298,7 @@ class BlobStore:
                     for sha256 in self._uploads.unused(peer):
                         self.delete(sha256)
                 if self._uploads.held(peer) + size > most:
-                    if self._uploads.held(peer) == coming:  # it is the only one, and may be as large as there is room
+                    if self._uploads.held(peer) == coming:  # it is the only upload, and may take all the room
                         self.check_room(coming + size)
                     else:
                         raise DiskFull(
@@ -315,7 +315,7 @@ class BlobStore:
                 self._uploads.coming(peer, -coming)
 
     def uploaded(self, sha256: str, peer: str) -> None:
-        """This blob was sent from there; it counts as unused until it is pinned."""
+        """Note that `peer` sent this blob. It counts as unused until it is pinned."""
         with self._lock:
             if sha256 in self._sizes and not self._pins[sha256]:
                 self._uploads.add(sha256, peer, self._sizes[sha256])
@@ -334,7 +334,7 @@ class BlobStore:
         return BlobRef(sha256=sha256, size=size)
 
     def _take(self, path: Path, sha256: str, size: int) -> None:
-        """Name a whole file of this file system as a blob."""
+        """Make a complete file on this file system a blob."""
         with self._lock:
             self._make_room(size)
             path.replace(self.folder / sha256)
@@ -343,14 +343,14 @@ class BlobStore:
             self._sizes.move_to_end(sha256)
 
     def _make_room(self, size: int) -> None:
-        """For a blob whose bytes are on the disk already."""
+        """Make room for a blob whose bytes are on the disk already."""
         over = self._total + size - self.limit_bytes
         if over > 0:
             self.check_room(size)
         self._evict(max(over, -self._disk.spare()))
 
     def _evict(self, size: int) -> None:
-        """Throw away so many bytes that are not pinned, or nothing. Raises DiskFull."""
+        """Remove `size` bytes of blobs that are not pinned, or none. Raises DiskFull."""
         if size <= 0:
             return
         free = self._total - sum(self._sizes.get(sha256, 0) for sha256 in self._pins)
@@ -368,7 +368,7 @@ class BlobStore:
         self._uploads.forget(sha256)
 
     def _sweep_partials(self, kept: int) -> None:
-        """Throw away unfinished downloads: those of long ago, and all but the newest `kept`."""
+        """Remove unfinished downloads: old ones, and all but the newest `kept`."""
         files = [path for path in self.folder.glob(f"{PARTIAL_PREFIX}*") if not path.name.endswith(CHUNKS_SUFFIX)]
         idle = [path for path in files if path.name.removeprefix(PARTIAL_PREFIX) not in self._partials_open]
         idle.sort(key=lambda path: path.stat().st_mtime, reverse=True)
@@ -385,7 +385,7 @@ def is_sha256(text: str) -> bool:
 
 
 def made_up_name() -> str:
-    """For bytes that were not hashed; nobody can guess it."""
+    """A name for bytes that were not hashed. It cannot be guessed."""
     return _MADE_UP + secrets.token_hex(24)
 
 
@@ -402,7 +402,7 @@ def hash_file(path: Path) -> tuple[str, int]:
 
 @contextmanager
 def no_room() -> Iterator[None]:
-    """Raises DiskFull for an OSError that means it."""
+    """Raises DiskFull for an OSError that means a full disk."""
     try:
         yield
     except OSError as error:
@@ -412,7 +412,7 @@ def no_room() -> Iterator[None]:
 
 
 def disk_full(error: OSError) -> DiskFull | None:
-    """What to say in place of an error that means it."""
+    """The DiskFull to raise for an error that means a full disk; None: it means something else."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return DiskFull("the disk is full: free some room, or choose another --state-dir")
     return None

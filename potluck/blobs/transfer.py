@@ -1,4 +1,4 @@
-"""One blob on its way here: chunks from all holders at once; the dead, the slow and the lying are given up."""
+"""One download: chunks come from all holders at once. Holders that are dead, slow, or send wrong bytes are given up."""
 
 from __future__ import annotations
 
@@ -33,26 +33,26 @@ _TICK_SECONDS = 0.25
 
 @dataclass(frozen=True)
 class Timings:
-    """How long whom is waited for. A chunk may take `idle_seconds`, and what its size takes at `slowest_bytes_per_second`."""
+    """How long to wait. A chunk may take `idle_seconds`, plus the time for its size at `slowest_bytes_per_second`."""
 
     connect_seconds: float = 3.0
     idle_seconds: float = 10.0
     slowest_bytes_per_second: float = 16 * 1024.0
     hedge_seconds: float = 2.0
-    """A chunk under way for so long is asked of a second holder as well, once no others are left to ask for."""
+    """A chunk under way for this long is asked of a second holder too, once no other chunks are left to ask for."""
     rest_seconds: float = 0.2
-    """A holder that failed is left alone for so long, doubled each time."""
+    """How long a holder rests after it failed. It doubles each time."""
     failures_limit: int = 3
-    """A holder that failed so often in a row is asked no more."""
+    """After this many failures in a row, a holder is not asked any more."""
     distrust_seconds: float = 600.0
-    """Whoever sent wrong bytes is asked only when nobody else is left, for so long."""
+    """How long a holder that sent wrong bytes is asked only if no other is left."""
 
 
 TIMINGS = Timings()
 
 
 class HolderFailed(Unavailable):
-    """Why a request to one holder came to nothing; `final` when asking again cannot help. Never leaves this module."""
+    """Why a request to one holder failed; `final`: asking again cannot help. Never leaves this module."""
 
     def __init__(self, reason: str, *, final: bool = False) -> None:
         super().__init__(reason)
@@ -67,9 +67,9 @@ class Holder:
     failures: int = 0
     rests_until: float = 0.0
     bytes_per_second: float = float("inf")
-    """Unknown is taken for fast, so that everyone is tried."""
+    """An unknown holder counts as fast, so that each one is tried."""
     gone: str = ""
-    """Why it is asked no more."""
+    """Why it is not asked any more."""
     lied: bool = False
 
 
@@ -102,31 +102,31 @@ class Transfer:
         self._holders: dict[str, Holder] = {}
         self._running: dict[asyncio.Task[bytearray], _Request] = {}
         self._senders: set[Holder] = set()
-        """Whose chunks are in the file."""
+        """Holders whose chunks are in the file."""
         self._one_by_one = False
-        """Somebody lies, and nobody knows who: all the chunks from one holder, and then from the next."""
+        """Whether a holder sent wrong bytes and it is not known which: then all chunks come from one holder at a time."""
         self._sole: Holder | None = None
         self._chunk_seconds = 0.0
         """About how long a chunk takes."""
         self.offer(ref.holders)
 
     def offer(self, urls: Iterable[str]) -> None:
-        """Those not known yet may be asked too."""
+        """Add holders that are not known yet."""
         new = [url for url in dict.fromkeys(url.rstrip("/") for url in urls) if url not in self._holders]
-        random.shuffle(new)  # not everyone begins with the same one
+        random.shuffle(new)  # so that not all nodes begin with the same holder
         for url in new:
             gone = "" if is_address(url) else NO_ADDRESS
             self._holders[url] = Holder(url, trusted=not self._distrusted(url), gone=gone)
 
     async def run(self) -> Path:
-        """The blob's file in the store. Raises Unavailable or CorruptBlob, naming holders and reasons; DiskFull."""
+        """The blob's file in the store. Raises Unavailable or CorruptBlob, which name holders and reasons; DiskFull."""
         with self._store.partial(self._ref, CHUNK_BYTES) as partial:
             while True:
                 await self._gather(partial)
                 try:
                     await unbroken(self._store.verify, partial.path, self._ref)
                 except CorruptBlob as error:
-                    if not self._ref.size:  # nobody sent anything: whoever named it was wrong
+                    if not self._ref.size:  # no holder sent bytes: the reference was wrong
                         partial.discard()
                         raise CorruptBlob(f"no blob of 0 bytes has the hash {self._ref.sha256}") from error
                     self._blame(partial)
@@ -138,7 +138,7 @@ class Transfer:
                 return self._store.path(self._ref.sha256)
 
     def _blame(self, partial: Partial) -> None:
-        """The whole has another hash: find out whose fault that is."""
+        """The whole file has a wrong hash: find the holder that caused it."""
         if not partial.resumed:
             if len(self._senders) == 1:
                 (liar,) = self._senders
@@ -153,7 +153,7 @@ class Transfer:
         self._senders.clear()
 
     async def _gather(self, partial: Partial) -> None:
-        """Until no chunk is missing. Raises Unavailable or CorruptBlob when nobody is left to ask."""
+        """Fetch until no chunk is missing. Raises Unavailable or CorruptBlob if no holder is left to ask."""
         try:
             while partial.missing:
                 usable = self._usable(partial)
@@ -161,7 +161,7 @@ class Transfer:
                     raise self._failure()
                 while (request := self._next(partial, usable)) is not None:
                     self._start(request, partial)
-                if not self._running:  # all rest after a failure
+                if not self._running:  # all holders rest after a failure
                     await asyncio.sleep(_TICK_SECONDS / 5)
                     continue
                 done, _ = await asyncio.wait(self._running, timeout=_TICK_SECONDS, return_when=asyncio.FIRST_COMPLETED)
@@ -182,7 +182,7 @@ class Transfer:
         return [self._sole]
 
     def _next(self, partial: Partial, usable: list[Holder]) -> _Request | None:
-        """What to ask of whom now: a chunk that nobody was asked for; at the end, one that takes long, of somebody else."""
+        """The next request: a chunk that was not asked for yet; at the end, a slow chunk, from another holder."""
         if len(self._running) >= REQUESTS_LIMIT:
             return None
         now = time.monotonic()
@@ -267,11 +267,11 @@ class Transfer:
         except TimeoutError as error:
             raise HolderFailed(explained(error, timings)) from error
         except (aiohttp.ClientError, OSError, ValueError, AssertionError) as error:
-            # The last two: an address, or an answer, that aiohttp and the resolver do not expect to be so odd.
+            # The last two come from odd addresses or answers, which aiohttp and the resolver do not expect.
             raise HolderFailed(explained(error, timings)) from error
 
     async def _read(self, response: aiohttp.ClientResponse, start: int, stop: int) -> bytearray:
-        """Never more than was asked for, whatever is sent."""
+        """Read the body, but never more than was asked for, whatever is sent."""
         if response.status not in (200, 206):
             busy = response.status >= 500 or response.status in (408, 425, 429)
             raise HolderFailed(f"answered {response.status} {response.reason}", final=not busy)
@@ -314,7 +314,7 @@ def explained(error: Exception, timings: Timings) -> str:
 
 
 async def unbroken(call: Callable[..., T], *args: Any) -> T:
-    """`call` in a thread, waited for to its end even when cancelled: nothing goes on writing behind our back."""
+    """Run `call` in a thread, and wait for its end even if cancelled, so that no thread goes on writing unnoticed."""
     task = asyncio.ensure_future(asyncio.to_thread(call, *args))
     try:
         return await asyncio.shield(task)
@@ -326,7 +326,7 @@ async def unbroken(call: Callable[..., T], *args: Any) -> T:
 
 
 def _total_size(response: aiohttp.ClientResponse) -> int | None:
-    """Size of the whole, when the answer tells it (RFC 9110, 14.4)."""
+    """Size of the whole blob, if the answer tells it (RFC 9110, 14.4)."""
     if response.status == 200:
         return response.content_length
     text = response.headers.get(hdrs.CONTENT_RANGE, "").rpartition("/")[2]
