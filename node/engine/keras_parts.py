@@ -1,6 +1,6 @@
 """The private names of Keras that the engine needs, all in this module, each with its purpose.
 
-Tested with Keras 3.15.1. A test names each one that a later version has not any more.
+Tested with Keras 3.15.1. A test names each one that a later version does not have any more.
 """
 
 from __future__ import annotations
