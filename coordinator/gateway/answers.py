@@ -1,4 +1,4 @@
-"""Answers of the gateway: JSON, compressed where the client asks for it, and errors with a status that says whose fault it is."""
+"""Answers of the gateway: JSON, compressed if the client asks for it, and errors with a status that shows whose fault it is."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from aiohttp import web
 from potluck.errors import Conflict, InvalidSettings, NotFound, Overloaded, PotluckError, TimedOut, TooLarge
 
 STATUS: dict[type[PotluckError], int] = {NotFound: 404, Conflict: 409, TooLarge: 413, Overloaded: 429, TimedOut: 504}
-"""Of errors with a status of their own; see `status_of`."""
+"""Statuses of errors that have their own; see `status_of`."""
 COMPRESSED_BYTES = 1024
 """Smaller answers are sent as they are: compressing them takes longer than sending them."""
 _IN_THREAD_BYTES = 256 * 1024
@@ -24,7 +24,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class Problem(msgspec.Struct):
-    """What every error is, in all protocols here."""
+    """The body of every error, in all protocols here."""
 
     error: str
 
@@ -60,7 +60,7 @@ def _deflate(body: bytes) -> bytes:
 
 
 def _coding(accepted: str) -> str:
-    """The first of those we know that is not refused; empty for none."""
+    """The first coding that we know and the client accepts; "": none."""
     for part in accepted.split(","):
         name, _, rest = part.strip().partition(";")
         refused = rest.replace(" ", "") in ("q=0", "q=0.0", "q=0.00", "q=0.000")
@@ -70,7 +70,7 @@ def _coding(accepted: str) -> str:
 
 
 def guarded(handler: Handler) -> Handler:
-    """`handler`, with what it raises as an answer."""
+    """`handler`, with its errors turned into answers."""
 
     async def answered(request: web.Request) -> web.StreamResponse:
         try:
@@ -83,7 +83,7 @@ def guarded(handler: Handler) -> Handler:
 
 @web.middleware
 async def in_words(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Middleware: paths that are not there, and methods that a path does not take, are answered as all errors are."""
+    """Middleware: unknown paths, and methods that a path does not take, are answered like all errors."""
     try:
         return await handler(request)
     except web.HTTPNotFound:
@@ -97,7 +97,7 @@ async def in_words(request: web.Request, handler: Handler) -> web.StreamResponse
 
 
 def status_of(error: PotluckError) -> int:
-    """503 for what may go better another time, 500 for our own fault (also codes that are not known here), else 400."""
+    """503 if a retry may help, 500 for our own fault (and for unknown codes), else 400."""
     for kind, status in STATUS.items():
         if isinstance(error, kind):
             return status

@@ -1,4 +1,4 @@
-"""What all faces of the gateway share: which model is meant, how long its answer may take, and the question itself."""
+"""What all protocols of the gateway share: which model is meant, how long its answer may take, and the request itself."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from potluck.settings import CoordinatorSettings
 from potluck.wire.messages import BlobRef, Inferred, Signature, Tensor
 
 TIMEOUT_HEADER = "Request-Timeout"
-"""How many seconds the client waits: what it asks is given up then. (No protocol here has a header of its own for it.)"""
+"""How many seconds the client waits; then the request is given up. (No protocol here has its own header for this.)"""
 
 
 class Asking:
-    """`signatures` says what a deployed model takes, `shelf` carries what does not fit into a message."""
+    """`signatures` gives the inputs of a deployed model, `shelf` carries tensors that do not fit into a message."""
 
     def __init__(
         self,
@@ -56,9 +56,9 @@ class Asking:
         timeout_seconds: float | None = None,
         priority: int = 0,
     ) -> Inferred:
-        """The answer of `model`, all its tensors here. `timeout_seconds` beside that of the request's header, if any.
+        """The answer of `model`, with the data of all its tensors. `timeout_seconds` holds besides that of the header, if any.
 
-        Raises what `Inference.infer` does, and what `Shelf` does for tensors that are large.
+        Raises as `Inference.infer`, and as `Shelf` for large tensors.
         """
         lent: AbstractAsyncContextManager[tuple[Tensor, ...]] = nullcontext(inputs)
         if sum([size_bytes(tensor) for tensor in inputs]) > INPUT_LIMIT_BYTES:
@@ -72,7 +72,7 @@ class Asking:
         return answer
 
     def seconds(self, request: web.Request, asked: float | None = None) -> float:
-        """How long the answer may take: the least of what is asked for and allowed. Raises InvalidRequest."""
+        """How long the answer may take: the least of the times asked for and allowed. Raises InvalidRequest."""
         limits = [self._settings.inference_seconds]
         if asked is not None:
             limits.append(asked)
@@ -88,7 +88,7 @@ class Asking:
         return min(limits)
 
     def answering(self, handler: Handler) -> Handler:
-        """`handler` of questions to models: its errors in words, its answer compressed, its body let go."""
+        """`handler` of requests to models, with its errors as answers, its answer compressed, and its body released."""
         inner = guarded(handler)
 
         async def answered(request: web.Request) -> web.StreamResponse:

@@ -1,7 +1,7 @@
 """The binary tensor extension of the Open Inference Protocol: tensors as bytes behind the JSON of a request or an answer.
 
-As KServe and Triton have it: `Inference-Header-Content-Length` is the length of the JSON; the tensors follow in its order, each
-as long as its parameter `binary_data_size` says, little-endian in C order. An item of BYTES has its length as 4 bytes before it.
+As in KServe and Triton: `Inference-Header-Content-Length` is the length of the JSON. The tensors follow in its order. The
+parameter `binary_data_size` is the length of a tensor, little-endian in C order. An item of BYTES has its length as 4 bytes before it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SIZE = "binary_data_size"
 
 
 def split(body: bytes, header_length: str | None) -> tuple[bytes, bytes]:
-    """(the JSON, the tensors behind it); all is JSON where the header is not there. Raises InvalidRequest."""
+    """(the JSON, the tensors after it); without the header, all is JSON. Raises InvalidRequest."""
     if header_length is None:
         return body, b""
     digits = header_length.isascii() and header_length.isdigit() and len(header_length) <= 12
@@ -31,14 +31,14 @@ def split(body: bytes, header_length: str | None) -> tuple[bytes, bytes]:
 
 
 class TensorReader:
-    """Hands out the tensors behind the JSON, in order. Raises InvalidRequest where a size is not one of theirs."""
+    """Returns the tensors after the JSON, in order. Raises InvalidRequest if a size is wrong."""
 
     def __init__(self, tail: bytes) -> None:
         self._tail = tail
         self._at = 0
 
     def take(self, name: str, datatype: str, size: Any) -> bytes | list[Any]:
-        """The data of an input tensor as `Tensor` has it."""
+        """The data of an input tensor, as in `Tensor`."""
         left = len(self._tail) - self._at
         if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= left:
             raise InvalidRequest(f"tensor '{name}': {SIZE} is {size!r:.40}, and {left} bytes are left behind the JSON")
@@ -47,6 +47,6 @@ class TensorReader:
         return unpacked(name, datatype, data)
 
     def close(self) -> None:
-        """Raises InvalidRequest when something is left."""
+        """Raises InvalidRequest if bytes are left."""
         if self._at != len(self._tail):
             raise InvalidRequest(f"{counted(len(self._tail) - self._at, 'byte')} behind the JSON, of no input ({SIZE})")

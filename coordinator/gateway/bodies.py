@@ -1,4 +1,4 @@
-"""Bodies of requests: read whole, each within a limit, and all that are held at once within another."""
+"""Bodies of requests: read whole. Each body has a limit, and all bodies held at once have another."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from potluck.errors import InvalidRequest, Overloaded, TimedOut, TooLarge
 from potluck.net.http import TOO_SLOW, Patience, words
 
 IDLE_SECONDS = 30.0
-"""A body of which no byte arrives for so long is given up, and one that is slow (`potluck.net.http.Patience`)."""
+"""A body without a new byte for this long is given up, and so is a slow one (`potluck.net.http.Patience`)."""
 HELD_AT_ONCE = 4
-"""So many bodies of the largest size are held at once; what is over is refused, and may come back."""
+"""How many bodies of the largest size are held at once. More are refused, and clients may try again."""
 HELD_EACH = 3
-"""And so many of one address: nobody keeps all others out."""
+"""How many of these may come from one address, so that it does not keep out all others."""
 IN_THREAD_BYTES = 256 * 1024
-"""What is read or written by the event loop's own thread, of JSON; with more, others would wait for it."""
+"""Up to this size, JSON is read and written in the event loop's thread. With more, other requests would wait."""
 _INFLATES = 16
-"""Times: for how large a piece is taken before it is inflated."""
+"""A compressed piece counts as this many times its size."""
 T = TypeVar("T")
 
 
@@ -38,14 +38,14 @@ class Bodies:
         self.limit_bytes = limit_bytes
         self.held_bytes = 0
         self._held: dict[int, tuple[str, int]] = {}
-        """By the request's identity, while it is answered: whose it is, and its size."""
+        """The address and size of each held body, by the identity of its request."""
         self._of: Counter[str] = Counter()
-        """By address."""
+        """Held bytes by address."""
 
     async def read(self, request: web.Request) -> bytes:
-        """The body, decompressed where it says how (`Content-Encoding`), and never more of it than the limit.
+        """The body, decompressed as `Content-Encoding` says, and never more of it than the limit.
 
-        Raises TooLarge, Overloaded, TimedOut, and InvalidRequest where it is cut off or cannot be decompressed.
+        Raises TooLarge, Overloaded, TimedOut, and InvalidRequest if it is cut off or cannot be decompressed.
         """
         if (request.content_length or 0) > self.limit_bytes:
             raise self._too_large()
@@ -57,7 +57,7 @@ class Bodies:
         try:
             while not content.at_eof():
                 if content.is_eof() or content.total_bytes > received:
-                    part = content.read_nowait()  # it is here: no need to wait, and to watch the clock
+                    part = content.read_nowait()  # it has arrived: no need to wait or to watch the clock
                 else:
                     began_at = loop.time()
                     async with asyncio.timeout(patience.left()):
@@ -81,7 +81,7 @@ class Bodies:
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def release(self, request: web.Request) -> None:
-        """Its body is not needed any more."""
+        """The body of this request is not needed any more."""
         peer, size = self._held.pop(id(request), ("", 0))
         self.held_bytes -= size
         self._of[peer] -= size
@@ -105,7 +105,7 @@ class Bodies:
 
 
 class _Inflate:
-    """What was compressed as gzip (RFC 1952, one member) or deflate (RFC 1950, or 1951 as some send it), piece by piece."""
+    """Decompresses gzip (RFC 1952, one member) or deflate (RFC 1950, or 1951 from some clients), piece by piece."""
 
     def __init__(self, coding: str) -> None:
         self.coding = coding
@@ -116,7 +116,7 @@ class _Inflate:
         return self._inner is not None and bool(self._inner.eof)
 
     def __call__(self, part: bytes, most: int) -> bytes:
-        """The bytes in `part`, `most` of them: where there are more, no further piece may be read. Raises InvalidRequest."""
+        """The bytes in `part`, at most `most`. If there are more, no further piece may be read. Raises InvalidRequest."""
         if not part:
             return b""
         if self._inner is None:
@@ -134,7 +134,7 @@ class _Inflate:
 
 
 def _inflater(coding: str) -> _Inflate | None:
-    """For a Content-Encoding; None for bytes as they are. Raises InvalidRequest."""
+    """The decompressor for a Content-Encoding; None: not compressed. Raises InvalidRequest."""
     coding = coding.strip().lower().removeprefix("x-")
     if coding in ("", "identity"):
         return None
@@ -146,15 +146,15 @@ def _inflater(coding: str) -> _Inflate | None:
 
 
 async def beside(size: int, work: Callable[[], T]) -> T:
-    """`work()`, which reads or writes so many bytes: in a thread where that takes long."""
+    """The result of `work()`, which reads or writes `size` bytes. It runs in a thread if that takes long."""
     return await asyncio.to_thread(work) if size >= IN_THREAD_BYTES else work()
 
 
 def decoded(body: bytes, decode: Callable[[bytes], T], kind: type[T], what: str) -> T:
-    """The JSON in `body` as `kind`, whose decoder `decode` is. Raises InvalidRequest, naming the field."""
+    """The JSON in `body` as `kind`, decoded by `decode`. Raises InvalidRequest, which names the field."""
     try:
         return decode(body)
-    except msgspec.ValidationError as error:  # it is JSON: to read it again would say nothing else
+    except msgspec.ValidationError as error:  # it is valid JSON: reading it again gives no better error
         raise InvalidRequest(f"the body is not {what}: {error}") from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         pass
@@ -165,14 +165,14 @@ def decoded(body: bytes, decode: Callable[[bytes], T], kind: type[T], what: str)
 
 
 def plain(body: bytes) -> Any:
-    """What the JSON in `body` says. Raises ValueError or RecursionError."""
+    """The JSON in `body` as plain values. Raises ValueError or RecursionError."""
     with suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return msgspec.json.decode(body)
     return _read_again(body)
 
 
 def _read_again(body: bytes) -> Any:
-    """By Python's own reader, which is slower, takes NaN, Infinity and a byte order mark, and says where an error is."""
+    """Read with Python's `json`: it is slower, takes NaN, Infinity and a byte order mark, and says where an error is."""
     value = json.loads(body.decode("utf-8-sig"))
     if b"\\ud" in body or b"\\uD" in body:
         json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair cannot be sent on

@@ -1,4 +1,4 @@
-"""What is registered and deployed, asked of `Control`, for faces that say it in words of their own."""
+"""Registered and deployed models, as `Control` answers, for protocols that report them in their own words."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class Catalog:
         self._control = control
 
     def info(self, model: str) -> ModelInfo:
-        """What the registry says of `name` (the newest version), `name:version` or `name:alias`. Raises NotFound."""
+        """The registry's entry of `name` (the newest version), `name:version` or `name:alias`. Raises NotFound."""
         return self._ask(GetModel(model=model), ModelRegistered).model
 
     def models(self) -> Iterator[ModelInfo]:
-        """Every version that is registered."""
+        """All registered versions."""
         after, more = "", True
         while more:
             page = self._ask(ListModels(after=after), ModelsListed)
@@ -42,7 +42,7 @@ class Catalog:
             after = f"{page.models[-1].name}:{page.models[-1].version}" if page.models else ""
 
     def deployments(self, model: str = "") -> list[DeploymentInfo]:
-        """All that take requests, or those of `name` (every version), `name:version` or `name:alias`."""
+        """All deployments that take requests, or those of `name` (all versions), `name:version` or `name:alias`."""
         found: list[DeploymentInfo] = []
         after, more = "", True
         while more:
@@ -53,12 +53,12 @@ class Catalog:
         return found
 
     def ready(self, model: str) -> bool:
-        """Whether the deployment that answers to `model` can be asked now. Raises NotFound where there is none."""
+        """Whether the deployment that answers for `model` takes requests now. Raises NotFound if there is none."""
         found = self.deployments(model)
         if ":" not in model:
             found = stable(found)
         if not found:
-            self.info(model)  # a name that is not even registered has its own answer
+            self.info(model)  # raises another error for a name that is not registered
             raise NotFound(f"{model} is not deployed: deploy it with `potluck deploy {model}`")
         return answers(found[0])
 
@@ -69,12 +69,12 @@ class Catalog:
 
 
 def stable(deployments: list[DeploymentInfo]) -> list[DeploymentInfo]:
-    """Those that answer to the plain names of their models."""
+    """The deployments that answer for the plain names of their models."""
     return [one for one in deployments if one.role == "stable"]
 
 
 def answers(deployment: DeploymentInfo) -> bool:
-    """Whether it can be asked now: a replica is ready, or is loaded on demand."""
+    """Whether it takes requests now: a replica is ready, or is loaded on demand."""
     parked = deployment.state in ("idle", "evicted", "withdrawn")
     return parked or any(replica.state == "ready" for replica in deployment.replicas)
 

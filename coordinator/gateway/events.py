@@ -1,4 +1,4 @@
-"""What happens in the cluster, as server-sent events (WHATWG HTML, 9.2), for as long as the client stays."""
+"""Events of the cluster, as server-sent events (WHATWG HTML, 9.2), as long as the client stays."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from potluck.wire.messages import EventsListed, FollowEvents
 
 PATH = "/v1/events"
 LAST_HEADER = "Last-Event-ID"
-"""What a browser that lost the connection had last."""
+"""The last event that a browser had before it lost the connection."""
 NUMBER_SIGNS = 15
 KEEP_ALIVE_SECONDS = 15.0
-"""After so long something is said, if only that nothing has happened: the WHATWG's own advice."""
+"""After this long without an event, a sign of life is sent, as the WHATWG advises."""
 
 
 class FollowedEvents:
@@ -33,7 +33,7 @@ class FollowedEvents:
         return [web.get(PATH, guarded(self.follow), allow_head=False)]
 
     async def follow(self, request: web.Request) -> web.StreamResponse:
-        """Events after the one of `Last-Event-ID`, else of `?after=`, else from now on. `id` of each is its number."""
+        """Events after the number in `Last-Event-ID`, else in `?after=`, else from now on. The `id` of an event is its number."""
         after = _number(request)
         caller, question_id = f"http {request.remote}", uuid.uuid4().hex
 
@@ -54,14 +54,14 @@ class FollowedEvents:
                     after = page.last
             try:
                 answers = ask()
-            except PotluckError:  # the coordinator stops, say: the client comes back with the number that it has
+            except PotluckError:  # for example, the coordinator stops: the client comes back with its last number
                 break
         await response.write_eof()
         return response
 
 
 def _number(request: web.Request) -> int | None:
-    """The event after which to begin; None: with what happens from now on. Raises InvalidRequest."""
+    """The number of the event to begin after; None: begin with new events. Raises InvalidRequest."""
     text = request.headers.get(LAST_HEADER) or request.query.get("after", "")
     if not text:
         return None
@@ -71,7 +71,7 @@ def _number(request: web.Request) -> int | None:
 
 
 def _written(page: EventsListed) -> bytes:
-    """Also where nothing has happened: then the client learns the number to come back with, and that we are here."""
+    """The bytes of a page. A page without events still tells the client the number to come back with, and that we are here."""
     if not page.events:
         return b": nothing has happened\nid: %d\n\n" % page.last
     return b"".join(streaming.event(one.number, codec.pack(one, "json")) for one in page.events)

@@ -1,6 +1,6 @@
 """The first file in a form, as browsers and curl send it (multipart/form-data: RFC 7578; RFC 2046, section 5.1).
 
-By searching for what stands between parts: a general parser of mail takes minutes for a body that is made to be hard to read.
+It searches for the boundaries between parts. A general parser of mail takes minutes for a body that is made to be hard to read.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from email.policy import HTTP
 from potluck.errors import InvalidRequest
 
 PARTS_LIMIT = 100
-"""Of a form; a file after so many others is not looked for."""
+"""How many parts of a form are searched for a file."""
 HEAD_LIMIT_BYTES = 8 * 1024
 HEADS_LIMIT_BYTES = 16 * 1024
 _BOUNDARY_LIMIT = 70
-"""Signs, as the standard has it."""
+"""Characters, as in the standard."""
 _PLAIN = ("", "7bit", "8bit", "binary")
 
 
@@ -55,7 +55,12 @@ def _boundary(content_type: str) -> bytes:
     try:
         head["Content-Type"] = content_type
         boundary = head.get_boundary("")
-    except (ValueError, LookupError, IndexError, AttributeError):  # of the standard library, for what it cannot read
+    except (
+        ValueError,
+        LookupError,
+        IndexError,
+        AttributeError,
+    ):  # the standard library raises these for headers that it cannot read
         boundary = ""
     if not 0 < len(boundary) <= _BOUNDARY_LIMIT or not boundary.isascii():
         raise InvalidRequest("the form cannot be read: its Content-Type has no boundary")

@@ -97,7 +97,7 @@ class Inferring:
 
 
 class _Wanted:
-    """How a request wants its outputs. Raises InvalidRequest for flags that are none."""
+    """How a request wants its outputs. Raises InvalidRequest for bad flags."""
 
     def __init__(self, asked: InferRequest) -> None:
         self._as_bytes = _flag(asked.parameters, "binary_data_output", False)
@@ -107,7 +107,7 @@ class _Wanted:
             self._each[output.name] = as_bytes, _classes(output.parameters)
 
     def answer(self, answer: Inferred, id_: str, asking: Asking) -> web.Response:
-        """`answer` as it goes to the client. Raises InvalidRequest for outputs that the model has not."""
+        """`answer` as it goes to the client. Raises InvalidRequest for outputs that the model does not have."""
         outputs: Sequence[Tensor] = answer.outputs
         if self._each:
             outputs = [tensor for tensor in outputs if tensor.name in self._each]
@@ -138,7 +138,7 @@ class _Wanted:
 
 
 def check(name: str, signature: Signature, inputs: Sequence[Tensor]) -> None:
-    """Names and datatypes are those of the model. Raises InvalidRequest (whether shapes fit, `Inference` says)."""
+    """Check names and datatypes against the model's. Raises InvalidRequest. (`Inference` checks the shapes.)"""
     specs = {spec.name: spec for spec in signature.inputs}
     given = [tensor.name for tensor in inputs]
     if len(given) != len(specs) or specs.keys() != set(given):
@@ -154,7 +154,7 @@ def check(name: str, signature: Signature, inputs: Sequence[Tensor]) -> None:
 
 
 def _inputs(asked: InferRequest, tail: bytes) -> tuple[Tensor, ...]:
-    """The input tensors, their data from the JSON or from what is behind it, as bytes or texts. Raises InvalidRequest."""
+    """The input tensors, with data from the JSON or from the bytes after it, as bytes or texts. Raises InvalidRequest."""
     reader = binary.TensorReader(tail)
     inputs = []
     for one in asked.inputs:
@@ -163,14 +163,14 @@ def _inputs(asked: InferRequest, tail: bytes) -> tuple[Tensor, ...]:
             raise InvalidRequest(f"tensor '{one.name}' needs either data or the parameter {binary.SIZE}")
         data = one.data if size is None else reader.take(one.name, one.datatype, size)
         assert data is not None
-        # Checked here, where only their own request can fail.
+        # Checked here, so that an error fails only its own request.
         inputs.append(plain(Tensor(name=one.name, datatype=one.datatype, shape=one.shape, data=data)))
     reader.close()
     return tuple(inputs)
 
 
 def _timeout_seconds(parameters: dict[str, Any] | None) -> float | None:
-    """Triton's parameter `timeout`, in microseconds; 0 is none. Raises InvalidRequest."""
+    """Triton's parameter `timeout`, given in microseconds; 0: no timeout. Raises InvalidRequest."""
     value = None if parameters is None else parameters.get("timeout")
     if value is None or (value == 0 and value is not False):
         return None
@@ -180,7 +180,7 @@ def _timeout_seconds(parameters: dict[str, Any] | None) -> float | None:
 
 
 def _priority(parameters: dict[str, Any] | None) -> int:
-    """Triton's parameter `priority`, 1 being the highest, and 0 as good as none: ours, where 10 is the highest. Raises InvalidRequest."""
+    """Triton's `priority` (1 is the highest, 0 is none) as ours (10 is the highest). Raises InvalidRequest."""
     value = 0 if parameters is None else parameters.get("priority", 0)
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise InvalidRequest(f"the parameter priority is {value!r:.40}: expected a whole number, 1 for the highest")
@@ -195,7 +195,7 @@ def _flag(parameters: dict[str, Any] | None, key: str, default: bool) -> bool:
 
 
 def _classes(parameters: dict[str, Any] | None) -> int:
-    """How many classes an output is to be answered as; 0: the tensor itself. Raises InvalidRequest."""
+    """How many classes to answer for an output; 0: the tensor itself. Raises InvalidRequest."""
     value = 0 if parameters is None else parameters.get("classification", 0)
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise InvalidRequest(f"the parameter classification is {value!r:.40}: expected how many classes")
@@ -203,7 +203,7 @@ def _classes(parameters: dict[str, Any] | None) -> int:
 
 
 def _classified(tensor: Tensor, count: int, info: ModelInfo) -> Tensor:
-    """The best `count` of each row as `score:index[:label]`, the best first (Triton's classification extension)."""
+    """The best `count` classes of each row as `score:index[:label]`, best first (Triton's classification extension)."""
     scores = to_numpy(tensor)
     if scores.ndim < 1 or scores.dtype.kind not in "fiu":
         raise InvalidRequest(f"output '{tensor.name}' is {tensor.datatype}: classification takes scores")

@@ -1,6 +1,6 @@
-"""Arrays in JSON, in their natural nesting <-> tensors: what TensorFlow Serving's REST and the plain routes speak.
+"""Converts nested arrays in JSON to tensors and back, for TensorFlow Serving's REST and the plain routes.
 
-What does not fit is said in TensorFlow Serving's words (`json_tensor.cc`), so that who knows them finds the place.
+Errors have TensorFlow Serving's words (`json_tensor.cc`), so that its users recognise them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from potluck.wire.tensors import DTYPES, to_numpy
 
 Array = np.ndarray[Any, Any]
 BYTES_SUFFIX = "_bytes"
-"""Outputs of texts with such names are answered in base64: they may be no UTF-8."""
+"""Text outputs whose name ends so are answered in base64: they may not be UTF-8."""
 _B64 = "b64"
 _TYPES: dict[str, str] = {
     "BOOL": "bool", "UINT8": "uint8", "UINT16": "uint16", "UINT32": "uint32", "UINT64": "uint64", "INT8": "int8",
@@ -28,16 +28,16 @@ _TYPES: dict[str, str] = {
 """TensorFlow's names of datatypes."""
 _SHOWN = 60
 _DEPTH_LIMIT = 32
-"""Of nested lists: numpy has no more axes than that, or few more."""
+"""Depth of nested lists: numpy has no more axes than this, or few more."""
 
 
 def is_binary(value: object) -> bool:
-    """Whether it is a text in base64, `{"b64": "..."}`."""
+    """Whether the value is a text in base64, `{"b64": "..."}`."""
     return isinstance(value, dict) and len(value) == 1 and isinstance(value.get(_B64), str)
 
 
 def tensor(spec: TensorSpec, value: Any) -> Tensor:
-    """`value`, a scalar or nested lists, as the input `spec`. Raises InvalidRequest, naming what does not fit."""
+    """`value`, a scalar or nested lists, as the input `spec`. Raises InvalidRequest, which names what does not fit."""
     if spec.datatype == "BYTES":
         shape = shape_of(value)
         flat: list[str | bytes] = []
@@ -49,7 +49,7 @@ def tensor(spec: TensorSpec, value: Any) -> Tensor:
         fits = found.dtype.kind in {"b": "b", "f": "iuf"}.get(dtype.kind, "iu")
         if not found.size and isinstance(value, list):
             fits = not _differs(value, found.shape, spec.datatype)  # an empty list has the dtype of floats
-        with np.errstate(over="ignore"):  # what is too large is infinite then
+        with np.errstate(over="ignore"):  # values that are too large become infinite
             cast = found.astype(dtype) if fits else found
         if dtype.kind in "iu" and fits:
             fits = bool(np.array_equal(cast, found))
@@ -68,8 +68,8 @@ def tensor(spec: TensorSpec, value: Any) -> Tensor:
 
 
 def _numbers(value: Any) -> Array:
-    """The array that nested lists of numbers are. Raises ValueError for other values, before numpy sees them: among texts it would give
-    each number the room of the longest.
+    """The array of nested lists of numbers. Raises ValueError for other values before numpy sees them: with a text among them,
+    numpy would give each number as much room as the longest text.
     """
     shape: list[int] = []
     level = [value]
@@ -85,7 +85,7 @@ def _numbers(value: Any) -> Array:
 
 
 def kind_of(value: object) -> str:
-    """What a value is in JSON, as TensorFlow Serving says it."""
+    """The kind of a JSON value, in TensorFlow Serving's words."""
     kinds = {bool: "Boolean", int: "Number", float: "Number", str: "String", dict: "Object", type(None): "Null"}
     return kinds.get(type(value), "Array")
 
@@ -104,9 +104,9 @@ def nested(found: Tensor) -> Any:
 
 
 def written(value: Any) -> bytes:
-    """`value` as JSON; with NaN, Infinity and -Infinity where there are such, as TensorFlow Serving writes them."""
+    """`value` as JSON, with NaN, Infinity and -Infinity as TensorFlow Serving writes them."""
     fast = msgspec.json.encode(value)
-    if b"null" not in fast:  # which it writes for numbers that are not finite
+    if b"null" not in fast:  # msgspec writes null for numbers that are not finite
         return fast
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
 
@@ -121,7 +121,7 @@ def _texts(values: Any, binary: bool) -> Any:
 
 
 def shape_of(value: Any) -> tuple[int, ...]:
-    """As the first of each list has it."""
+    """The shape, from the first item of each list."""
     sizes: list[int] = []
     while isinstance(value, list):
         sizes.append(len(value))
@@ -155,7 +155,7 @@ def _gather(value: Any, shape: tuple[int, ...], level: int, flat: list[str | byt
 
 
 def _differs(value: Any, shape: tuple[int, ...], datatype: str, level: int = 0) -> str:
-    """What does not fit in a value that should have this shape and datatype; empty for nothing."""
+    """What does not fit in a value that should have this shape and datatype; "": all fits."""
     if isinstance(value, list):
         if level >= len(shape) or len(value) != shape[level]:
             return _unexpected(value, shape, level)

@@ -29,7 +29,7 @@ def exposition(serving: Serving, inference: Inference, membership: Membership) -
     for state in ("online", "suspect", "offline"):
         lines.append(f'potluck_nodes{{state="{state}"}} {states[state]}')
 
-    # As Prometheus's own exporters do it: the value is always 1, and the labels are what is said.
+    # As in Prometheus's own exporters: the value is always 1, and the labels hold the information.
     family("potluck_build_info", "gauge", "Versions of the coordinator.")
     lines.append(f"potluck_build_info{{{_labels(software())}}} 1")
     family("potluck_node_info", "gauge", "Versions of the nodes that are not offline, and of their engines' runtimes.")
@@ -73,7 +73,7 @@ def exposition(serving: Serving, inference: Inference, membership: Membership) -
 
 
 def _labels(values: Mapping[str, str]) -> str:
-    """Names that cannot be a label's are left out: they came from another machine."""
+    """The labels as text. Names that cannot be labels are left out: they came from another machine."""
     return ",".join(f'{name}="{_escaped(value)}"' for name, value in values.items() if _LABEL.fullmatch(name))
 
 

@@ -1,4 +1,4 @@
-"""The Open Inference Protocol (V2, REST): health, metadata, and the index of the repository. `inferring` has its inference."""
+"""The Open Inference Protocol (V2, REST): health, metadata, and the index of the repository. `inferring` does inference."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ PLATFORMS: dict[ModelFormat, str] = {
     "savedmodel": "tensorflow_savedmodel",
     "tflite": "litert_tflite",
 }
-"""`<project>_<format>`, as the protocol has it."""
+"""`<project>_<format>`, as in the protocol."""
 EXTENSIONS = (binary.EXTENSION, "classification", "schedule_policy", "model_repository(index)")
 _CONNECTED_SECONDS = 0.05
-"""What a probe waits for the bus: a reconnect that is about to succeed is none of its business."""
+"""How long a probe waits for the bus: it should not report a reconnect that is about to succeed."""
 
 
 class ServerMetadata(msgspec.Struct):
@@ -66,7 +66,7 @@ class ModelMetadata(msgspec.Struct):
 
 
 class IndexRequest(msgspec.Struct):
-    """`ready`: only those that can answer."""
+    """`ready`: list only models that can answer."""
 
     ready: bool = False
 
@@ -82,8 +82,8 @@ _decode_index = msgspec.json.Decoder(IndexRequest).decode
 
 
 class OpenInference:
-    """The routes below `/v2`. While `bus` is not connected nothing is ready; without it that shows only once the nodes count
-    as lost.
+    """The routes below `/v2`. While `bus` is not connected, nothing is ready. Without `bus`, that shows only once the nodes
+    count as lost.
     """
 
     def __init__(self, asking: Asking, bus: Bus | None) -> None:
@@ -100,7 +100,7 @@ class OpenInference:
             web.post("/v2/repository/index", self._asking.answering(self.index)),
         ]
         for base in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
-            found.append(web.post(f"{base}/infer", infer))  # the first that is looked for
+            found.append(web.post(f"{base}/infer", infer))  # first, as routes are searched in order
             found.append(web.get(base, guarded(self.model)))
             found.append(web.get(f"{base}/ready", guarded(self.ready)))
         return found
@@ -112,7 +112,7 @@ class OpenInference:
         return encoded(ServerLive(True))
 
     async def server_ready(self, request: web.Request) -> web.Response:
-        """All models that are deployed are ready (the protocol's "server ready"); with none, nothing could be answered."""
+        """Whether all deployed models are ready (the protocol's "server ready"), and there is at least one."""
         found = self._catalog.deployments()
         names = {one.name.partition(":")[0] for one in found}
         waiting = sorted(names - {one.name.partition(":")[0] for one in stable(found) if answers(one)})
@@ -146,7 +146,7 @@ class OpenInference:
         return encoded(ModelReady(name, False, reason), 503) if reason else encoded(ModelReady(name, True))
 
     async def index(self, request: web.Request) -> web.Response:
-        """Every registered version, and whether it can answer (Triton's model repository extension)."""
+        """All registered versions, and whether each can answer (Triton's model repository extension)."""
         body = await self._asking.bodies.read(request)
         asked = decoded(body, _decode_index, IndexRequest, "an index request") if body else IndexRequest()
         deployed = {one.name: answers(one) for one in self._catalog.deployments()}
@@ -174,7 +174,7 @@ def _entry(name: str, version: str, ready: bool | None) -> IndexEntry:
 
 
 def model_of(request: web.Request) -> str:
-    """`name` or `name:version` that a path means."""
+    """The `name` or `name:version` in a path."""
     path: Any = request.match_info
     model, version = path["model"], path.get("version", "")
     return f"{model}:{version}" if version else str(model)

@@ -51,7 +51,7 @@ _FAILURES = {
     "504": "No answer in time.",
 }
 _OF_MODELS = ("400", "404", "413", "429", "500", "503", "504")
-"""What a question to a model may come to."""
+"""Statuses of errors of a request to a model."""
 Json = dict[str, Any]
 
 

@@ -1,4 +1,4 @@
-"""The plain face, for who has a file and wants to know: post an image, a text or a recording, and read JSON."""
+"""The plain routes, for users with a file: post an image, a text or a recording, and get JSON."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from potluck.wire.messages import Inferred, ModelInfo, Signature, Tensor
 from potluck.wire.tensors import from_numpy, to_numpy
 
 SHOWN_CLASSES = 5
-"""In an answer, unless `?top=` says how many."""
+"""Classes in an answer, unless `?top=` says how many."""
 DECODED_AT_ONCE = 2
-"""Images take memory while they are decoded."""
+"""How many images are decoded at once: decoding takes memory."""
 _UNSAID = ("", "application/octet-stream", "application/x-www-form-urlencoded")
-"""Types of programs that were not told one: curl's --data-binary says the last. What it is, the bytes say."""
+"""Content types that programs send by default (curl's --data-binary sends the last). Then the bytes tell the type."""
 _IMAGES = (b"\x89PNG", b"\xff\xd8", b"GIF8", b"BM", b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")
 _PORTABLE = tuple([b"P%d\n" % number for number in range(1, 7)])
-"""How PBM, PGM and PPM begin where programs write them."""
+"""How PBM, PGM and PPM files begin, as programs write them."""
 
 
 class Score(msgspec.Struct):
@@ -38,7 +38,7 @@ class Score(msgspec.Struct):
 
 
 class Classified(msgspec.Struct):
-    """The best class, and the best few with their scores. Without names of classes, their numbers stand for them."""
+    """The best class, and the best few with their scores. Classes without names are given by number."""
 
     model: str
     label: str
@@ -74,14 +74,14 @@ class Plain:
         ]
 
     async def models(self, request: web.Request) -> web.Response:
-        """What is deployed."""
+        """The deployed models."""
         catalog = self._asking.catalog
         return encoded(
             [DeployedModel(one.name, answers(one), catalog.info(one.name).classes) for one in catalog.deployments()]
         )
 
     async def classify(self, request: web.Request) -> web.Response:
-        """The classes of one file. `?top=`: of so many."""
+        """The classes of one file. `?top=`: how many."""
         top = _top(request)
         model = request.match_info["model"]
         name, signature = self._asking.deployed(model)
@@ -98,7 +98,7 @@ class Plain:
         return encoded(Classified(answer.model, best[0].label, best[0].score, best))
 
     async def infer(self, request: web.Request) -> web.StreamResponse:
-        """Arrays in, arrays out: one for a model with one input, else a map of them by name. As events where these are asked for."""
+        """Arrays in, arrays out: one array for a model with one input, else a map by name. As events if the client asks for them."""
         model = request.match_info["model"]
         name, signature = self._asking.deployed(model)
         try:
@@ -130,7 +130,7 @@ def _top(request: web.Request) -> int:
 
 
 def _described(info: ModelInfo, signature: Signature | None) -> ModelInfo:
-    """With the signature that was learnt when it was loaded."""
+    """The model with the signature that was learnt when it was loaded."""
     return info if info.signature is not None else msgspec.structs.replace(info, signature=signature)
 
 
@@ -162,7 +162,7 @@ def _item(content_type: str, data: bytes, info: ModelInfo) -> np.ndarray[Any, An
 
 
 def _kind(data: bytes) -> str:
-    """What bytes without a type are."""
+    """The content type of bytes that came without one."""
     if data[:4] == b"RIFF":
         return "audio" if data[8:12] == b"WAVE" else "image"
     known = data.startswith((*_IMAGES, *_PORTABLE)) or images.unread_format(data) is not None
@@ -170,7 +170,7 @@ def _kind(data: bytes) -> str:
 
 
 def _scores(answer: Inferred, info: ModelInfo) -> list[Score]:
-    """Of the only row of the only output. Raises InvalidRequest where that is no classifier's."""
+    """The scores in the only row of the only output. Raises InvalidRequest if the model is not a classifier."""
     values = to_numpy(answer.outputs[0])
     if len(answer.outputs) != 1 or values.ndim != 2 or len(values) != 1 or values.dtype.kind not in "fiu":
         shown = ", ".join(f"{one.name} {one.datatype} {list(one.shape)}" for one in answer.outputs)
@@ -193,9 +193,9 @@ def _arrays(name: str, signature: Signature, asked: Any) -> tuple[Tensor, ...]:
     found = []
     for key, spec in specs.items():
         value = asked[key]
-        # Of such items a list of texts is a batch, and a text is an item.
+        # If an item is one text, a list of texts is a batch.
         of_one_text = spec.datatype == "BYTES" and tuple(spec.shape[1:]) == (1,)
         if len(json_arrays.shape_of(value)) == len(spec.shape) - 1 - of_one_text:
-            value = [value]  # a single item gets the batch axis that it lacks
+            value = [value]  # add the missing batch axis of a single item
         found.append(json_arrays.tensor(spec, value))
     return tuple(found)

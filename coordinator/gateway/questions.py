@@ -1,7 +1,7 @@
-"""The coordinator's own questions over HTTP: a message as on the bus, and its answer.
+"""Questions to the coordinator over HTTP: a message as on the bus, and its answer.
 
 A browser lets a page of another origin send forms and plain text without asking, and other content types only where the server allows
-it (WHATWG Fetch, "CORS-safelisted request-header"). Here nothing else is taken, and no origin is allowed anything.
+it (WHATWG Fetch, "CORS-safelisted request-header"). These routes take only such other types, and allow no other origin.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Questions:
         return [web.post(PATH, self._asking.answering(self.ask))]
 
     async def ask(self, request: web.Request) -> web.Response:
-        """The answer in the encoding of the question. With the message's `id`, whoever says who they are may ask the same again."""
+        """Answer in the encoding of the question. A client that names itself may ask again with the same message `id`."""
         if request.content_type not in codec.CONTENT_TYPES.values():
             return problem(
                 415,

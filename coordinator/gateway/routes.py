@@ -30,9 +30,9 @@ def routes(
     shelf: Shelf,
     bus: Bus | None = None,
 ) -> list[web.RouteDef]:
-    """Routes for the coordinator's HTTP application. Questions of the faces go to `control`; inferences go to `inference` themselves,
-    and metrics are read where they are kept. While `bus` is not connected nothing is ready; without it that shows
-    only once the nodes count as lost.
+    """Routes for the coordinator's HTTP application. Questions go to `control`, and requests for inference go to `inference`.
+    Metrics are read where they are kept. While `bus` is not connected, nothing is ready. Without `bus`, that shows only once
+    the nodes count as lost.
     """
 
     async def prometheus(request: web.Request) -> web.Response:

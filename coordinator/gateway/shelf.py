@@ -1,4 +1,4 @@
-"""Tensors that do not fit into a message: lent to nodes as blobs of the coordinator's store, and fetched from theirs."""
+"""Tensors that do not fit into a message: lent to nodes as blobs of the coordinator's store, or fetched from nodes' stores."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from potluck.wire.tensors import packed, unpacked
 
 
 class Shelf:
-    """`urls` are where nodes find the store; tensors of more than `limit_bytes` are not fetched."""
+    """`urls` are the addresses of the store for nodes. Tensors of more than `limit_bytes` are not fetched."""
 
     def __init__(
         self, store: BlobStore, downloader: Downloader, urls: Callable[[], tuple[str, ...]], limit_bytes: int
@@ -30,13 +30,13 @@ class Shelf:
         self._limit_bytes = limit_bytes
         self._lent: Counter[str] = Counter()
         self._others: set[str] = set()
-        """Those of them that were in the store before, for some other reason."""
+        """Lent blobs that were in the store before, for another reason."""
 
     @asynccontextmanager
     async def lent(self, tensors: tuple[Tensor, ...]) -> AsyncIterator[tuple[Tensor, ...]]:
-        """The tensors, the largest as blobs until the rest fits into a message; the blobs are gone after the block.
+        """The tensors, with the largest as blobs so that the rest fits into a message. The blobs are removed after the block.
 
-        Raises Unavailable when they cannot be kept, DiskFull.
+        Raises Unavailable if they cannot be stored, DiskFull.
         """
         sizes = {tensor.name: size_bytes(tensor) for tensor in tensors}
         left = sum(sizes.values())
@@ -55,7 +55,7 @@ class Shelf:
                 self._give_back(sha256)
 
     async def fetched(self, tensor: Tensor) -> Tensor:
-        """The tensor with its data here, and no copy kept. Raises TooLarge, Unavailable, CorruptBlob, DiskFull."""
+        """The tensor with its data; no copy is kept in the store. Raises TooLarge, Unavailable, CorruptBlob, DiskFull."""
         ref = tensor.data
         if not isinstance(ref, BlobRef):
             return tensor

@@ -1,4 +1,4 @@
-"""Many rows in one question, each answered as soon as it is done: server-sent events (WHATWG HTML, 9.2)."""
+"""Many rows in one request, each answered as soon as it is done: server-sent events (WHATWG HTML, 9.2)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from potluck.wire.tensors import from_numpy, to_numpy
 
 CONTENT_TYPE = "text/event-stream"
 ROWS_AT_ONCE = 32
-"""Rows of one question that are under way at once: a long question leaves room for others."""
+"""Rows of one request that are under way at once, so that a long request leaves room for others."""
 
 
 def wanted(request: web.Request) -> bool:
@@ -26,10 +26,10 @@ def wanted(request: web.Request) -> bool:
 
 
 async def stream(asking: Asking, request: web.Request, model: str, inputs: tuple[Tensor, ...]) -> web.StreamResponse:
-    """Answer `inputs` row by row, in the order in which rows are done; `id` of an event is the row's number.
+    """Answer `inputs` row by row, in the order in which rows are done. The `id` of an event is the row's number.
 
-    Its data is what one row's answer would be, and of `event: error` why there is none. A client that leaves takes back what is
-    not done. Raises InvalidRequest where the inputs have no rows in common.
+    Its data is the answer for one row, or the error in an `event: error`. If the client leaves, unfinished rows are cancelled.
+    Raises InvalidRequest if the inputs differ in their number of rows.
     """
     arrays = [(tensor.name, to_numpy(tensor)) for tensor in inputs]
     counts = {len(array) if array.ndim else 0 for _, array in arrays}

@@ -1,4 +1,4 @@
-"""Requests of TensorFlow Serving's REST as tensors: rows, columns, and examples; and outputs as rows."""
+"""Converts requests of TensorFlow Serving's REST (rows, columns, examples) to tensors, and outputs to rows."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def from_columns(signature: Signature, inputs: Any) -> tuple[Tensor, ...]:
 
 
 def from_examples(signature: Signature, asked: dict[str, Any], verb: str) -> tuple[Tensor, ...]:
-    """Inputs from examples: each feature is the input of its name, a flat list where that has more axes. Raises InvalidRequest."""
+    """Inputs from examples: each feature is the input of that name, flat if the input has more axes. Raises InvalidRequest."""
     if "examples" not in asked:
         raise InvalidRequest(f"JSON Value: When method is {verb}, key 'examples' is expected and was not found")
     examples, context = asked["examples"], asked.get("context", {})
@@ -67,7 +67,7 @@ def from_examples(signature: Signature, asked: dict[str, Any], verb: str) -> tup
             raise InvalidRequest(f"Example must be JSON object but got JSON {json_arrays.kind_of(example)}")
     found = []
     for spec in signature.inputs:
-        size = math.prod(spec.shape[1:]) if min(spec.shape[1:], default=1) > 0 else 0  # 0: what they like
+        size = math.prod(spec.shape[1:]) if min(spec.shape[1:], default=1) > 0 else 0  # 0: any size
         values = []
         for number, example in enumerate(examples):
             if spec.name not in example and spec.name not in context:
@@ -91,7 +91,7 @@ def from_examples(signature: Signature, asked: dict[str, Any], verb: str) -> tup
 
 
 def as_rows(columns: dict[str, Any]) -> list[Any]:
-    """Outputs in the row format: plain where there is one, else a map for each row. Raises InvalidRequest."""
+    """Outputs in the row format: plain values for one output, else a map for each row. Raises InvalidRequest."""
     if len(columns) == 1:
         (values,) = columns.values()
         return values if isinstance(values, list) else [values]
@@ -104,7 +104,7 @@ def as_rows(columns: dict[str, Any]) -> list[Any]:
 
 
 def _stacked(spec: TensorSpec, items: list[Any]) -> Tensor:
-    """Items of rows as one tensor; what does not fit is said of its item."""
+    """Items of rows as one tensor. An error names the item that does not fit."""
     try:
         return json_arrays.tensor(spec, items)
     except InvalidRequest as error:

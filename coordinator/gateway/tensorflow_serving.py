@@ -1,7 +1,7 @@
 """TensorFlow Serving's REST API (1.8 and later): predict, classify, regress, a model's status and metadata, versions and labels.
 
-Statuses and words of errors are TensorFlow Serving's; a label is an alias of the registry. Keras models have one signature,
-`serving_default`. KServe's V1 protocol asks in the same words, and what it reads beside them is there too.
+Statuses and words of errors are TensorFlow Serving's. A label is an alias of the registry. Keras models have one signature,
+`serving_default`. KServe's V1 protocol uses the same requests; the additional fields that it reads are here too.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Alive(msgspec.Struct):
 
 
 class PredictRequest(msgspec.Struct, omit_defaults=True):
-    """In rows (`instances`) or in columns (`inputs`), one of them."""
+    """Inputs in rows (`instances`) or in columns (`inputs`), not both."""
 
     signature_name: str = ""
     instances: list[Any] | msgspec.UnsetType = msgspec.UNSET
@@ -55,7 +55,7 @@ class PredictResponse(msgspec.Struct, omit_defaults=True):
 
 
 class ExamplesRequest(msgspec.Struct, omit_defaults=True):
-    """Of `:classify` and `:regress`: a map of features for each example, and those that all share."""
+    """The body of `:classify` and `:regress`: a map of features for each example, and features that all share."""
 
     examples: list[dict[str, Any]]
     context: dict[str, Any] = {}
@@ -82,7 +82,7 @@ class VersionStatus(msgspec.Struct):
 
 
 class ModelStatus(msgspec.Struct):
-    """`name` and `ready` are KServe's."""
+    """`name` and `ready` are fields of KServe."""
 
     model_version_status: list[VersionStatus]
     name: str
@@ -117,7 +117,7 @@ class TensorFlowServing:
         return found
 
     async def alive(self, request: web.Request) -> web.Response:
-        """KServe's V1 protocol asks here."""
+        """The health check of KServe's V1 protocol."""
         return encoded(Alive("alive"))
 
     # --- questions --------------------------------------------------------------------------------------------------------
@@ -201,14 +201,14 @@ class TensorFlowServing:
     # --- what a request means -------------------------------------------------------------------------------------------------
 
     def _meant(self, request: web.Request) -> tuple[str, str]:
-        """(name, version) of a path; the version is empty where it says none. Raises InvalidRequest, NotFound."""
+        """(name, version) in a path; version "": none is given. Raises InvalidRequest, NotFound."""
         path = request.match_info
         name, version, label = path["model"], path.get("version", ""), path.get("label", "")
         if "version" in path and not _NUMBER.fullmatch(version):
             raise InvalidRequest(f"Malformed request: {request.method} {request.path}")
         if not label:
             return name, str(int(version)) if version else ""
-        self._asking.catalog.info(name)  # a name that is not registered has its own answer
+        self._asking.catalog.info(name)  # raises another error for a name that is not registered
         try:
             found = self._asking.catalog.info(f"{name}:{label}")
         except NotFound as error:
@@ -218,7 +218,7 @@ class TensorFlowServing:
         return name, str(found.version)
 
     def _deployed(self, request: web.Request) -> tuple[str, Signature]:
-        """What is to be asked, `name` or `name:version`, and its signature. Raises NotFound in TensorFlow Serving's words."""
+        """The model to ask, `name` or `name:version`, and its signature. Raises NotFound in TensorFlow Serving's words."""
         try:
             name, version = self._meant(request)
             model = f"{name}:{version}" if version else name
@@ -262,7 +262,7 @@ class TensorFlowServing:
 
 
 def _alone(columns: dict[str, Any]) -> Any:
-    """Outputs in the column format: without its name where there is one."""
+    """Outputs in the column format; a single output has no name."""
     if len(columns) == 1:
         (values,) = columns.values()
         return values
@@ -274,6 +274,6 @@ def _of(tensor: Tensor) -> str:
 
 
 def _info(spec: TensorSpec, name: str) -> dict[str, Any]:
-    """A TensorInfo, as protobuf's JSON has it."""
+    """A TensorInfo, as in protobuf's JSON."""
     dims = [{"size": str(length), "name": ""} for length in spec.shape]
     return {"dtype": _DTYPES[spec.datatype], "tensor_shape": {"dim": dims, "unknown_rank": False}, "name": name}
