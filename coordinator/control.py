@@ -1,4 +1,4 @@
-"""What clients may ask of the coordinator: one core behind every transport, which knows none of them."""
+"""Answers what clients ask the coordinator. It serves all transports, and knows none of them."""
 
 from __future__ import annotations
 
@@ -92,26 +92,26 @@ TAKES_TIME = SubmitJob | Undeploy | ListEvents | FollowEvents
 ONCE = RemoveAlias | DeleteModel | RemoveDataset | Promote | RollBack
 MANIFEST_LIMIT_BYTES = 2 * 2**20
 LISTED_BYTES = 96 * 1024
-"""Models or jobs in one answer, as msgpack: in JSON they may be twice as long."""
+"""Size of the models or jobs in one answer, as msgpack: in JSON they may be twice as long."""
 PLACES_TOLD = 16
-"""Nodes with replicas that a client is told: it sends inputs to each in turn, and asks again soon."""
+"""How many nodes with replicas a client is told. It sends inputs to each in turn, and soon asks again."""
 ANSWERS_KEPT = 256
-"""Answers to questions that can be carried out once: asked again, they would find nothing to do."""
+"""How many answers are kept to questions that can be carried out only once."""
 
 
 @dataclass(frozen=True)
 class Later:
-    """An answer that takes time: what it rests on has begun, or begins when `answer` is awaited."""
+    """An answer that takes time. Its work has begun, or begins when `answer` is awaited."""
 
     answer: Callable[[], Awaitable[Message]]
 
 
 Stream = AsyncGenerator[Message, None]
-"""Many answers, one after another, as long as they are taken: whoever takes them closes it."""
+"""Many answers, one after another. The code that reads them closes the stream."""
 
 
 class Control:
-    """What clients may ask of the coordinator, whatever brought the question: each message type to the part that answers it."""
+    """Gives each question, from any transport, to the part that answers its message type."""
 
     def __init__(
         self,
@@ -129,7 +129,7 @@ class Control:
         events: Events,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """`sync` returns when what was journaled is on the disk for good; it raises Unavailable."""
+        """`sync` returns when all journaled events are safe on the disk; it raises Unavailable."""
         self._dispatcher = dispatcher
         self._registry = registry
         self._serving = serving
@@ -145,10 +145,10 @@ class Control:
         self._answered: dict[tuple[str, str], Message] = {}
 
     def answer(self, message: Message, caller: str = "") -> Message | Later | Stream:
-        """The answer to a question of `caller` ("": of nobody who could ask again): whoever asks the same again, with the same id, is
-        told the same again. Lists come in pages: as much as goes into one message, and whether there is more.
+        """The answer to a question of `caller` ("": not known). A caller that asks again with the same id gets the same answer.
+        Lists come in pages: as much as fits into one message, and whether there is more.
 
-        Raises a PotluckError where that is the answer: InvalidRequest for what is no question, TimedOut for what came too late.
+        Raises a PotluckError if that is the answer: InvalidRequest if it is not a question, TimedOut if it came too late.
         """
         now = self._clock()
         if deadline(message, now) < now:
@@ -160,7 +160,7 @@ class Control:
             return self._events.follow(message.after, message.seconds, asked)
         if not isinstance(message, ONCE) or not all(asked):
             return self._answer(message, " ".join(asked) if all(asked) else "")
-        # What can be carried out once would find nothing to do.
+        # These can be carried out only once: a second try would find nothing to do.
         if asked not in self._answered:
             self._answered[asked] = self._answer_once(message)
             if len(self._answered) > ANSWERS_KEPT:
@@ -238,7 +238,7 @@ class Control:
                 )
 
     async def _accepted(self, job_id: str) -> Message:
-        """Whoever asks for a job hears that we have it once a power cut does not undo it."""
+        """The answer to a submitted job, given once a power cut cannot undo it."""
         await self._sync()
         return JobAccepted(job_id=job_id)
 
@@ -327,7 +327,7 @@ class Control:
         return DatasetAdded(dataset=added)
 
     def _need(self, ref: BlobRef, what: str) -> None:
-        """Raises NotFound when the blob is not here, InvalidRequest when it has another size than its reference says."""
+        """Raises NotFound if the blob is not here, InvalidRequest if its size differs from the size in its reference."""
         if not self._store.has(ref.sha256):
             raise NotFound(
                 f"the {what} blob {ref.sha256[:12]} is not in the coordinator's store: "
@@ -342,7 +342,7 @@ class Control:
 
 
 def _page(found: Iterable[P]) -> tuple[tuple[P, ...], bool]:
-    """As many of the first as go into an answer, and whether there are more."""
+    """The first items, as many as fit into an answer, and whether there are more."""
     listed: list[P] = []
     size = 0
     for one in found:
@@ -354,8 +354,8 @@ def _page(found: Iterable[P]) -> tuple[tuple[P, ...], bool]:
 
 
 def _is_same(kept: AnyJobSpec, asked: AnyJobSpec) -> bool:
-    """Whether a job that is kept is the one asked for: a deployment is kept with the version that its name or alias stood for, and
-    with the data that it is quantized by."""
+    """Whether a kept job is the one asked for. A kept job has the version in place of a name or alias, and the data for
+    quantization."""
     if isinstance(kept, Deploy) and isinstance(asked, Deploy):
         name, _, version = asked.model.partition(":")
         named = kept.model if version.isdigit() else kept.model.partition(":")[0]

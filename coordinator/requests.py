@@ -1,4 +1,4 @@
-"""Questions of clients on the bus: what comes on `coordinator/inbox` and `jobs/submit` goes to `Control`, and its answer back."""
+"""Questions of clients on the bus: gives messages on `coordinator/inbox` and `jobs/submit` to `Control`, and sends the answers."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from potluck.surviving import as_defect
 from potluck.wire.messages import Message
 
 LATER_LIMIT = 100
-"""Questions whose answer takes time, that wait; and as many that are being answered."""
+"""How many questions whose answer takes time may wait; as many may be in work."""
 
 
 class Requests:
-    """`run` must be under way for answers that take time, and for those of which there are many."""
+    """`run` must be running for answers that take time and for streams of answers."""
 
     def __init__(self, outbox: Outbox, control: Control, send: Callable[[Envelope, Message], Awaitable[None]]) -> None:
-        """`send` answers a question, and returns when the broker has that: of many answers one waits for the one before."""
+        """`send` answers a question, and returns when the broker has the answer: in a stream, each waits for the one before."""
         self._outbox = outbox
         self._control = control
         self._send = send
@@ -31,7 +31,7 @@ class Requests:
         """Handler for the bus."""
         message = envelope.message
         try:
-            if isinstance(message, TAKES_TIME) and self._later.full():  # before anything is done
+            if isinstance(message, TAKES_TIME) and self._later.full():  # checked before any work is done
                 raise Overloaded("too many questions wait for their answers: try again later", retry_after_seconds=1.0)
             answer = self._control.answer(message, envelope.reply_to)
             if isinstance(answer, Later | AsyncGenerator):
@@ -51,7 +51,7 @@ class Requests:
                 if isinstance(answer, Later):
                     answering = tasks.create_task(self._answer(envelope, answer), name="question answered later")
                     answering.add_done_callback(lambda _: places.release())
-                else:  # it takes no place for long: Control has a limit of its own for these
+                else:  # a stream holds no place here: Control has another limit for streams
                     tasks.create_task(self._answer_all(envelope, answer), name="question with many answers")
                     places.release()
 

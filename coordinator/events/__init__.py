@@ -1,1 +1,1 @@
-"""What happens in the cluster, told to whoever wants to know."""
+"""The events of the cluster, for clients that follow them."""

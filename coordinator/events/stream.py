@@ -1,7 +1,7 @@
-"""The events of the cluster as they are kept and followed: the journal keeps them, and each follower reads them from there at its own pace.
+"""The events of the cluster, kept and followed: the journal keeps them, and each follower reads them there at its own pace.
 
-So nobody holds a queue for a follower: one that is slow is behind, and one that is behind by more than is kept is told that it missed
-something. What a follower costs is one read for each message that it takes.
+So a follower needs no queue. A slow follower falls behind. If it falls behind by more than is kept, it is told that it missed
+events. A follower costs one read for each message that it takes.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from potluck.wire import codec
 from potluck.wire.messages import ClusterEvent, EventsListed
 
 PAGE_EVENTS = 100
-"""In one message: with texts of any language they fit."""
+"""Events in one message: this many fit, with texts in any language."""
 FOLLOWERS_LIMIT = 64
 FOLLOWERS_EACH = 8
-"""Of one caller."""
+"""Followers of one caller."""
 RETRY_SECONDS = 5.0
 
 Key = tuple[str, str]
-"""Who follows, and the id of the question."""
+"""The caller that follows, and the id of its question."""
 
 
 @dataclass
 class _Follower:
-    """`until`: by the loop's clock."""
+    """`until` is a time of the loop's clock."""
 
     until: float
     over: bool = False
@@ -47,12 +47,12 @@ class _Follower:
 
 
 class Events:
-    """What has happened, from the journal's events and from `tell`."""
+    """The events of the cluster, from the journal's events and from `tell`."""
 
     def __init__(
         self, journal: Journal, job: Callable[[str], Job | None], clock: Callable[[], float] = time.time
     ) -> None:
-        """`job` gives one by its id."""
+        """`job` returns a job by its id."""
         self._journal = journal
         self._job = job
         self._clock = clock
@@ -61,20 +61,20 @@ class Events:
         journal.watch(self._appended)
 
     def tell(self, subject: str, name: str, what: str, text: str = "") -> None:
-        """Something has happened that changes nothing in the journal."""
+        """Add an event that is not in the journal otherwise."""
         self._tell(made(self._clock(), subject, name, what, text))
 
     async def listed(self, after: int, last: int = 0) -> EventsListed:
-        """A page of the events behind the number `after`: the oldest of them, or where `last` is given of the newest so many.
+        """A page of the events after the number `after`: the oldest of them, or with `last`, the oldest of that many newest ones.
 
-        Those that are not kept any more are told of by an event of their own. Raises Unavailable as the journal does.
+        If events are not kept any more, a special event says so. Raises Unavailable as the journal does.
         """
         found = await self._journal.told(after, PAGE_EVENTS)
         if last and found.newest - after > last:
             after = max(found.newest - last, found.oldest - 1)
             found = await self._journal.told(after, PAGE_EVENTS)
         events = [replace(codec.unpack(body, ClusterEvent), number=number) for number, body in found.rows]
-        if after > found.newest:  # told by a journal that is lost
+        if after > found.newest:  # the number is from a lost journal
             text = f"{after} is not reached: the journal is another one, or lost its end"
             events = [replace(made(self._clock(), "events", "", "missed", text), number=found.newest)]
         elif events and events[0].number > after + 1 and after:
@@ -85,7 +85,7 @@ class Events:
         return EventsListed(after=after, last=reached, events=tuple(events), more=reached < found.newest)
 
     def follow(self, after: int | None, seconds: float, key: Key) -> AsyncGenerator[EventsListed, None]:
-        """Pages of the events behind the number `after` (None: from now on) as they happen, the first at once, empty or not.
+        """Pages of the events after the number `after` (None: from now on) as they happen; the first at once, even if empty.
 
         It ends after `seconds`, when the same `key` asks again, and when the coordinator stops. Raises Overloaded, Unavailable.
         """
@@ -106,7 +106,7 @@ class Events:
         return self._pages(after, key, follower)
 
     def close(self) -> None:
-        """Nobody follows any more."""
+        """End all followers."""
         self._closed = True
         for follower in self._followers.values():
             follower.end()

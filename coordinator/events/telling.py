@@ -1,6 +1,6 @@
-"""What is told of the journal's events: a word that stays the same, and a line for people. No state, no clock.
+"""What clients are told about the journal's events: a word that stays the same, and a line for people. No state, no clock.
 
-Most of what is in the journal is for the coordinator alone: of leases, attempts and rounds nothing is told.
+Most events in the journal are only for the coordinator: clients are told nothing about leases, attempts and rounds.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from potluck.wire.messages import ClusterEvent, JobEnded
 from potluck.wording import counted
 
 TEXT_LIMIT = 300
-"""Signs of a text: a hundred events go into a message."""
+"""Characters of a text, so that a hundred events fit into a message."""
 
 
 def told(event: Struct, job: Job | None, at: float) -> ClusterEvent | None:
-    """What is told of an event that is about to be appended to the journal, `at` Unix time; None: nothing.
+    """What clients are told about an event that is about to be appended to the journal, `at` Unix time; None: nothing.
 
-    `job`: the one that it is of, as it is before, where it has been there.
+    `job`: the job of the event, as it is before the event; None: there is none yet.
     """
     match event:
         case AttemptFinished() | AttemptEnded():  # most events are
@@ -60,7 +60,7 @@ def told(event: Struct, job: Job | None, at: float) -> ClusterEvent | None:
 
 
 def made(at: float, subject: str, name: str, what: str, text: str = "") -> ClusterEvent:
-    """An event, its text cut where it is very long."""
+    """An event, with its text cut if it is very long."""
     if len(text) > TEXT_LIMIT:
         text = f"{text[: TEXT_LIMIT - 3]}..."
     return ClusterEvent(at=at, subject=subject, name=name, what=what, text=text)

@@ -9,7 +9,7 @@ import typer
 from potluck.cli.session import Json, session
 
 SHOWN = 20
-"""Of what has happened, unless more is asked for: the newest."""
+"""How many past events are shown, the newest ones, unless more are asked for."""
 
 
 def events(

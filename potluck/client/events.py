@@ -1,4 +1,4 @@
-"""What happens in a cluster, event by event: each once, in order, over lost connections and coordinators that are started anew."""
+"""The events of a cluster: each once and in order, even if connections are lost or the coordinator restarts."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from potluck.wire.messages import ClusterEvent, EventsListed, FollowEvents, List
 log = logging.getLogger(__name__)
 
 ASK_SECONDS = 5.0
-"""How often it is said that somebody still follows: so soon one goes on after a connection was lost, or a coordinator."""
+"""How often a follower asks again. So soon it continues after it lost a connection or the coordinator."""
 FOLLOW_SECONDS = 15.0
-"""The coordinator tells nothing more to whoever has not asked for so long."""
+"""The coordinator drops a follower that has not asked for this long."""
 _LEAVE_SECONDS = 1.0
 WAITING_LIMIT = 16
-"""Messages that are here and not taken yet; what comes beyond is asked for again."""
+"""Messages that wait to be taken. Later ones are dropped, and asked for again."""
 
 
 async def events(
@@ -51,8 +51,8 @@ async def events(
 
 
 async def _following(connection: Connection, after: int | None) -> AsyncGenerator[ClusterEvent, None]:
-    """The events behind the number `after` (None: from now on) as they happen. Raises TimedOut and what the coordinator refuses with at
-    the beginning; later it goes on as soon as it can.
+    """The events after the number `after` (None: from now on) as they happen. At the beginning it raises TimedOut and the
+    coordinator's refusal; later it continues as soon as it can.
     """
     bus = connection.bus
     inbox = connection.topics.client_inbox(f"{bus.client_id}-{uuid.uuid4().hex[:8]}")
@@ -79,14 +79,14 @@ async def _following(connection: Connection, after: int | None) -> AsyncGenerato
                 if isinstance(message, RequestFailed):
                     if not answered:
                         raise as_error(message.error)
-                    continue  # there are too many now, or it stops: it is asked again
+                    continue  # there are too many followers, or the coordinator stops: ask again
                 if not isinstance(message, EventsListed):
                     raise InvalidRequest(f"the coordinator answered FollowEvents with {type(message).__name__}")
                 answered = True
                 if after is not None and message.after > after:
-                    break  # one before it was lost
+                    break  # an earlier message was lost
                 events = message.events
-                if after is not None and message.after < after:  # of a question before
+                if after is not None and message.after < after:  # the answer to an earlier question
                     events = tuple(event for event in events if event.number > after)
                     after = max(after, message.last)
                 else:
@@ -107,7 +107,7 @@ async def _following(connection: Connection, after: int | None) -> AsyncGenerato
 
 
 async def _next(arrived: asyncio.Queue[Message], until: float) -> Message | None:
-    """The next message that arrives by then, by the monotonic clock; None: none did."""
+    """The next message that arrives before `until` (monotonic clock); None: none arrived."""
     try:
         async with asyncio.timeout(max(0.0, until - time.monotonic())):
             return await arrived.get()
