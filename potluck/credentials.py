@@ -1,6 +1,6 @@
-"""Who this process is, and what it shows and checks when it connects: one value, from which each plane takes what it needs.
+"""Who this process is, and what it shows and checks when it connects. It is one value, and each plane takes its part of it.
 
-Each composition root makes it once and hands it on. It holds nothing but a name yet, and connections are plain.
+Each composition root makes it once and passes it on. It holds only a name yet, and connections are plain.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Credentials:
-    """What the places that connect are given: `potluck/bus/connecting.py`, `potluck/net/http_client.py` and `potluck/net/http.py`."""
+    """Given to the modules that connect: `potluck/bus/connecting.py`, `potluck/net/http_client.py` and `potluck/net/http.py`."""
 
     identity: str = ""
-    """As `potluck.wire.identities` has it; "": of nobody in particular."""
+    """An identity as in `potluck.wire.identities`; "": none."""
     client_tls: ssl.SSLContext | None = None
-    """For the connections that we make, to a broker or over HTTP; None: they are plain."""
+    """For connections that we make, to a broker or over HTTP; None: plain connections."""
     server_tls: ssl.SSLContext | None = None
-    """For those that others make to our HTTP server; None: they are plain."""
+    """For connections that others make to our HTTP server; None: plain connections."""
 
     @classmethod
     def of(cls, role: Role, name: str) -> Self:
-        """Raises ValueError for a name that an identity cannot have."""
+        """The credentials of a daemon. Raises ValueError for a name that an identity cannot have."""
         return cls(identity(role, name))
 
     @classmethod
     def of_client(cls) -> Self:
-        """Of a client, which has no name of its own: one is made up."""
+        """The credentials of a client. It has no name, so one is made up."""
         return cls.of("client", uuid.uuid4().hex[:12])
 
     @property
     def scheme(self) -> Scheme:
-        """Of the addresses of our HTTP server."""
+        """The scheme of our HTTP server's addresses."""
         return "http" if self.server_tls is None else "https"
 
     @property
     def headers(self) -> dict[str, str]:
-        """They say who we are in each HTTP request. They go to whomever a message names as a holder: nothing secret may be in them."""
+        """The headers that name us in each HTTP request. Any holder named in a message gets them: they must hold no secret."""
         return {CALLER_HEADER: self.identity} if self.identity else {}

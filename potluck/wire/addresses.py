@@ -23,12 +23,12 @@ NO_ADDRESS = "is not an http://host:port address"
 
 
 def address(host: str, port: int, scheme: Scheme) -> str:
-    """The address of a server there."""
+    """The address of a server at this host and port."""
     return f"{scheme}://{place(host, port)}"
 
 
 def place(host: str, port: int) -> str:
-    """`host:port`, `[host]:port` for an address of IPv6."""
+    """`host:port`; `[host]:port` for an IPv6 address."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
@@ -39,7 +39,7 @@ def is_address(text: str) -> bool:
 
 
 def is_place(text: str) -> bool:
-    """Whether that is `host:port`, as in an address."""
+    """Whether the text is `host:port`, as in an address."""
     if len(text) > _LIMIT or not _PLACE.fullmatch(text):
         return False
     host, _, port = text.rpartition(":")
@@ -52,7 +52,7 @@ def is_place(text: str) -> bool:
 
 
 def check_holders(holders: Iterable[str], what: str) -> None:
-    """Raises InvalidRequest where a holder of `what` is not an address."""
+    """Raises InvalidRequest if a holder of `what` is not an address."""
     for holder in holders:
         if not is_address(holder):
             raise InvalidRequest(f"{what} names the holder {holder[:80]!r}, which {NO_ADDRESS}")

@@ -1,6 +1,6 @@
-"""Who somebody is: `node:kitchen-5f2a`, `coordinator:attic-1f00ba`, `client:9c3e61b02d47`. Pure.
+"""Identities of processes: `node:kitchen-5f2a`, `coordinator:attic-1f00ba`, `client:9c3e61b02d47`. Pure.
 
-Everybody says it of themselves, and nobody checks it yet: it is for the log, and decides nothing.
+Each process states its own identity, and it is not checked yet. It is only for the log, and decides nothing.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from potluck.wire.topics import NODE_ID
 Role = Literal["node", "coordinator", "client"]
 
 ANONYMOUS = "anonymous"
-"""In the log, in the place of an identity: of a caller that does not say who it is."""
+"""Stands in the log for a caller that gives no identity."""
 CALLER_HEADER = "Potluck-Caller"
-"""Of an HTTP request: the identity of who sends it."""
+"""The header of an HTTP request with the identity of its sender."""
 
 IDENTITY_PATTERN = rf"^[a-z]{{1,16}}:{NODE_ID.pattern}$"
 _IDENTITY = re.compile(IDENTITY_PATTERN)
 
 
 def identity(role: Role, name: str) -> str:
-    """Raises ValueError for a name that an identity cannot have."""
+    """The identity of this role and name. Raises ValueError for a bad name."""
     found = f"{role}:{name}"
     if not is_identity(found):
         raise ValueError(f"{found[:80]!r} is no identity")
@@ -30,5 +30,5 @@ def identity(role: Role, name: str) -> str:
 
 
 def is_identity(text: str) -> bool:
-    """Whether that is one, of whatever role: there may be more of them in a later version."""
+    """Whether the text is an identity, of any role: later versions may have more roles."""
     return _IDENTITY.fullmatch(text) is not None

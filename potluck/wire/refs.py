@@ -14,11 +14,12 @@ from potluck.wire.messages import AnyTask, BlobRef, LeaseHints, LeaseShard
 S = TypeVar("S")
 
 _DIGITS = 16
-"""Of a hash, its last, in hints: a lease on a large data set has to go into a message, and whoever has not what they say is asked in vain."""
+"""Hints give only this many last digits of a hash, so that a lease on a large data set fits into a message. A wrong match only
+costs a request in vain."""
 
 
 def blob_refs(value: Any) -> Iterator[BlobRef]:
-    """Every blob that a message, or a part of one, names."""
+    """All blobs that a message, or a part of one, refers to."""
     if isinstance(value, BlobRef):
         yield value
     elif isinstance(value, Struct):
@@ -30,7 +31,7 @@ def blob_refs(value: Any) -> Iterator[BlobRef]:
 
 
 def locate(value: S, holders_of: Callable[[str], tuple[str, ...]]) -> S:
-    """The same message, with holders in every blob reference; those that it already named come first."""
+    """The same message, with holders in each blob reference; holders that it already names come first."""
     if isinstance(value, BlobRef):
         found = dict.fromkeys((*value.holders, *holders_of(value.sha256)))
         return replace(value, holders=tuple(found))
@@ -48,13 +49,13 @@ def locate(value: S, holders_of: Callable[[str], tuple[str, ...]]) -> S:
 
 
 def hints_for(task: AnyTask, nodes_with: Callable[[str], tuple[str, ...]], http: tuple[str, ...]) -> LeaseHints:
-    """Which nodes have the blobs of a task, as they go beside the body of its lease; `http`: where all of them are to be had."""
+    """The hints of a lease: which nodes have the blobs of its task. `http`: addresses that have all of them."""
     found = {ref.sha256[-_DIGITS:]: nodes for ref in blob_refs(task) if (nodes := nodes_with(ref.sha256))}
     return LeaseHints(http=http, holders=found)
 
 
 def hinted(lease: LeaseShard) -> LeaseShard:
-    """The same with the holders that its hints name in the blobs of its task."""
+    """The same lease, with the holders of its hints in the blob references of its task."""
     hints = lease.hints
     return replace(
         lease, task=locate(lease.task, lambda sha256: (*hints.holders.get(sha256[-_DIGITS:], ()), *hints.http))
@@ -63,7 +64,7 @@ def hinted(lease: LeaseShard) -> LeaseShard:
 
 @cache
 def _ways(kind: type[Struct]) -> tuple[str, ...]:
-    """The fields of a struct that may lead to a blob: names of ten thousand classes do not, and need not be looked at."""
+    """The fields of a struct that may lead to a blob. Others, such as the names of ten thousand classes, are skipped."""
     return tuple(field.name for field in fields(kind) if _leads(field.type))
 
 
