@@ -34,10 +34,10 @@ SHUFFLE_ITEMS = 4096
 """Window of the shuffle over items that are not kept decoded."""
 GPU_CHECK_STEPS = 20
 """A look at the loss waits for the GPU, so not each step has one; on a CPU it costs nothing."""
-"""While training stands still it looks so often whether its time is up, or nobody wants its result."""
+"""How often paused training checks whether its time is up, or its result is not wanted any more."""
 REHEARSED_STEPS = 5
 REHEARSED_SECONDS = 0.5
-"""To measure a node's speed, so many steps are taken, and no other after so many seconds."""
+"""To measure a node's speed, this many steps are taken, and no new one after this many seconds."""
 AHEAD_SHARE = 0.2
 """A node trains ahead for at most this share of a round: those steps begin from weights that are not the newest."""
 
@@ -83,12 +83,12 @@ class TrainingSession:
         self._batch = 0
         self._noisy: privacy.NoisyStep | None = None
         self._hidden = False
-        """Whether nothing but the update may be known of the data."""
+        """Whether only the update may tell about the data."""
         self._traced = False
         self.begun = False
-        """Whether its weights are others than those of the model's file, or may be."""
+        """Whether its weights differ, or may differ, from those of the model's file."""
         self._fused: bool | None = None
-        """Whether the optimizer's step is; None while that was not tried."""
+        """Whether the optimizer's step is fused; None: not tried yet."""
         self._ahead: _Ahead | None = None
         self._check_every = GPU_CHECK_STEPS if tf.config.list_logical_devices("GPU") else 1
 
@@ -137,9 +137,9 @@ class TrainingSession:
         self._batch = batch
 
     def begin_anew(self, seed: int, round: int, part: int) -> None:
-        """Forget all that earlier rounds have left but weights and data: what follows depends on these numbers and on the task.
+        """Forget all that earlier rounds left, except weights and data. What follows depends only on these numbers and the task.
 
-        To be called when the data are in use.
+        Call it when the data are in use.
         """
         tf.config.experimental.enable_op_determinism()
         # What XLA makes of a step rounds by what the process did before: two jobs alike in one engine differ in the last bits.
@@ -155,7 +155,7 @@ class TrainingSession:
         self._iterator = iter(self._batches())
 
     def forget_moments(self) -> None:
-        """Let the optimizer begin as it stands in the model's file. To be called when the data are in use."""
+        """Reset the optimizer to its state in the model's file. Call it when the data are in use."""
         if not self._traced:
             self._trace()
         variables = self.model.optimizer.variables
@@ -164,7 +164,7 @@ class TrainingSession:
             variable.assign(value)
 
     def begin(self, path: Path) -> None:
-        """Begin a round from the weights in a file; what was trained ahead is added to them.
+        """Begin a round from the weights in a file, and add the steps that were trained ahead.
 
         So updates travel while nodes compute (CoCoD-SGD, Shen et al., 2019). Raises InvalidModel.
         """
@@ -178,7 +178,7 @@ class TrainingSession:
         keras_models.set_weights(self.model, path, moved)
 
     def train_ahead(self, until: Callable[[], bool]) -> None:
-        """Go on after a round that was asked to, until `until()` or for the share of it that may be ahead."""
+        """Go on after a round that allows it, until `until()` is true or AHEAD_SHARE of the round is done."""
         ahead = self._ahead
         if ahead is None:
             return
@@ -189,16 +189,18 @@ class TrainingSession:
                 self._step()
                 ahead.steps += 1
         except PotluckError:
-            self._ahead = None  # the next round will meet the same, and tell
+            self._ahead = None  # the next round will fail in the same way, and report it
         ahead.seconds = time.perf_counter() - started
 
     def follow(self, seen: int) -> None:
-        """Set a schedule of the learning rate to where the whole cluster is, which has trained on `seen` samples."""
+        """Set the schedule of the learning rate to the position of the whole cluster, which has trained on `seen` samples."""
         optimizer = self.model.optimizer
-        optimizer = getattr(optimizer, "inner_optimizer", optimizer)  # that which scales the loss goes around it
+        optimizer = getattr(
+            optimizer, "inner_optimizer", optimizer
+        )  # an optimizer that scales the loss wraps another one
         if keras_parts.schedule(optimizer) is not None:
             steps, every = keras_parts.steps(optimizer), optimizer.gradient_accumulation_steps or 1
-            # Gradients that are being accumulated go on where they are.
+            # Accumulated gradients keep their position.
             steps.assign(seen // self._batch // every * every + int(steps.numpy()) % every)
 
     def train(
@@ -225,7 +227,7 @@ class TrainingSession:
         if ahead is None or not ahead.steps:
             ahead = _Ahead([], 0)
             model.reset_metrics()
-            if self._noisy is not None:  # which trains nothing ahead
+            if self._noisy is not None:  # noisy training does not train ahead
                 self._noisy.reset_metrics()
         steps, told_at = ahead.steps, -math.inf
         started = time.perf_counter()
@@ -265,13 +267,13 @@ class TrainingSession:
         )
 
     def rehearse(self, cancelled: threading.Event, beside: Callable[[], None]) -> tuple[float, float]:
-        """Steps that change nothing: (items a second, seconds that `beside()` takes after them). Raises what `train` does.
+        """Take steps that change nothing. Returns (items a second, seconds of `beside()` after them). Raises as `train`.
 
         `beside()` sets the weights back.
         """
         if not self._traced:
             self._trace()
-        begun, self.begun = self.begun, True  # where it ends half-way, nobody has set the weights back
+        begun, self.begun = self.begun, True  # if this ends half-way, the weights are not set back
         with self._unchanged(weights=False):
             started, steps = time.perf_counter(), 0
             while steps < REHEARSED_STEPS and (not steps or time.perf_counter() - started < REHEARSED_SECONDS):
@@ -289,7 +291,7 @@ class TrainingSession:
         return steps * self._batch / max(seconds, 1e-9), beside_seconds
 
     def close(self) -> None:
-        """Give its memory back; it cannot be used any more.
+        """Free its memory. It cannot be used any more.
 
         TensorFlow keeps the variables that an optimizer has assigned in a graph (tensorflow#62854), so they are emptied.
         """
@@ -298,7 +300,7 @@ class TrainingSession:
             tf.raw_ops.AssignVariableOp(resource=variable.value.handle, value=empty)
 
     def _trace(self) -> None:
-        """Compile the step, and take it once without keeping what it did: the first step of a round costs no more than others."""
+        """Compile the step, and take it once without effect, so that the first step of a round costs no more than others."""
         model = self.model
         if not model.optimizer.built:
             model.optimizer.build(model.trainable_variables)
@@ -312,7 +314,7 @@ class TrainingSession:
 
     @contextmanager
     def _unchanged(self, *, weights: bool = True) -> Iterator[None]:
-        """What steps do to model and optimizer is undone at the end; not that to weights, unless asked."""
+        """Undo at the end what steps do to model and optimizer; weights are set back only if asked."""
         variables = [*self.model.variables, *self.model.optimizer.variables]
         if not weights:
             others = {id(variable) for variable in self.model.weights}
@@ -348,7 +350,7 @@ class TrainingSession:
             raise InvalidModel(f"the model cannot be trained on this data: {one_line(error, 400)}") from error
 
     def _metrics(self, steps: int) -> dict[str, float]:
-        """By name; those that report several values (per class) are left out, and all where they would tell too much."""
+        """Metrics by name, without those of several values (per class). Empty if they would tell too much about the data."""
         if self._noisy is not None:
             return self._noisy.metrics()
         results = {name: np.asarray(value) for name, value in self.model.get_metrics_result().items()}
@@ -398,9 +400,9 @@ class TrainingSession:
 
 def _options() -> Any:
     found = tf.data.Options()
-    # Rewriting the graph would copy all that is held each time an iterator begins.
+    # Rewriting the graph would copy all held data each time an iterator begins.
     found.experimental_optimization.apply_default_optimizations = False
-    # Whoever lets go of an iterator waits for the thread that tunes it, which sleeps: for seconds, the longer it has lived.
+    # Freeing an iterator waits for its tuning thread, which sleeps: for seconds, and longer the older the iterator is.
     found.autotune.enabled = False
     return found
 

@@ -1,4 +1,4 @@
-"""What a model is to learn of data shards: a target for each of its outputs, and the weight of each item in the loss."""
+"""What a model should learn from data shards: a target for each output, and the weight of each item in the loss."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Truth:
 
     @property
     def columns(self) -> list[Array]:
-        """The targets, and then the weights where there are some."""
+        """The targets, and then the weights if there are any."""
         return [*self.targets, *([] if self.weights is None else [self.weights])]
 
     def packed(self, columns: Sequence[Any]) -> tuple[Any, ...]:
@@ -45,7 +45,7 @@ class Truth:
 def truth_of(
     source: Source, parts: Sequence[ShardPart], purpose: str, class_weight: Mapping[str, float] | None = None
 ) -> Truth:
-    """All items of the parts. `purpose` says what they are wanted for, as in "to train on".
+    """The truth of all items of the parts. `purpose` says what they are for, as in "to train on".
 
     Raises InvalidData, InvalidRequest, InvalidModel.
     """
@@ -82,7 +82,7 @@ def truth_of(
 
 
 def by_output(model: Any, stored: dict[str, Array]) -> list[Array]:
-    """The targets in the order of the model's outputs. Raises InvalidRequest where they do not fit."""
+    """The targets in the order of the model's outputs. Raises InvalidRequest if they do not fit."""
     names = keras_models.output_names(model)
     if len(names) == 1:
         if len(stored) == 1:

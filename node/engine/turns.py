@@ -1,4 +1,4 @@
-"""Work that is done in turn: one piece after the other, in the order in which it came."""
+"""Work that is done in turn: one piece after the other, in order of arrival."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from potluck.errors import Overloaded
 
 
 class Turns:
-    """Has no thread of its own: whoever brings work when there is none does all of it, until none is left."""
+    """Has no thread. A thread that brings work while no other thread works does all work, until none is left."""
 
     def __init__(self, limit: int) -> None:
-        """`limit`: pieces that may wait."""
+        """`limit`: how many pieces may wait."""
         self._limit = limit
         self._lock = threading.Lock()
         self._waiting: dict[int, Work] = {}
         self._under_way = False
 
     def add(self, number: int, work: Work) -> Work | None:
-        """What the caller is to do; None where another thread is at it. Raises Overloaded."""
+        """The work that the caller must do; None: another thread does it. Raises Overloaded."""
         with self._lock:
             if len(self._waiting) >= self._limit:
                 raise Overloaded(f"{self._limit} batches wait for this engine", retry_after_seconds=1.0)
@@ -30,7 +30,7 @@ class Turns:
         return self._do_all
 
     def withdraw(self, number: int) -> bool:
-        """Leave a piece out, unless its turn has come; whether it was left out."""
+        """Skip a piece, unless its turn has come. Returns whether it was skipped."""
         with self._lock:
             return self._waiting.pop(number, None) is not None
 

@@ -1,7 +1,7 @@
-"""When an engine is to be killed: it gets no further, takes too long over one batch or load, or too much memory. Pure.
+"""When to kill an engine: it makes no progress, one batch or load takes too long, or it takes too much memory. Pure.
 
-A slow machine is no reason: what counts is progress, and what the same machine needed before. Whoever was at work is told apart from
-those who only had to be on the same engine.
+A slow machine is no reason: what counts is progress, and how long the same machine took before. Replicas that were at work are told
+apart from those that were only loaded in the same engine.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from potluck.errors import EngineFailed, OutOfMemory, PotluckError
 from potluck.wire.messages import SyncTask
 
 PATIENCE_SECONDS = 1800.0
-"""So long may an engine start, or say nothing, that does get further."""
+"""How long an engine that makes progress may take to start, or may be silent."""
 LOADS = 2
-"""A batch takes at most so many times what loading took, in which batches of all sizes were run."""
+"""A batch may take at most this many times the time of loading, which ran batches of all sizes."""
 BATCHES = 10
-"""And so many times what the slowest one took that came back."""
+"""A batch may also take at most this many times the time of the slowest batch that came back."""
 STARTS = 20
-"""To load a model takes at most so many times what the engine took to start."""
+"""Loading a model may take at most this many times the engine's starting time."""
 EXPIRY = 10
-"""Who asks may wait longer than the limit for a batch: at most so many times."""
+"""If a client waits longer than the limit for a batch, the batch may take longer: at most this many times the limit."""
 QUIET = 4
-"""What was not heard for this part of the time in which silence is allowed is looked at."""
+"""An engine that was silent for this fraction (1 / QUIET) of the allowed time is looked at."""
 READS = 40
-"""Its use of the processor is read so many times within what may pass without any."""
+"""Its use of the processor is read this many times within the time that may pass without progress."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ Kind = Literal["task", "group", "load", "batch", "other"]
 
 @dataclass
 class _Work:
-    """What was asked; `seconds` since its turn came, `until` when nobody waits for it any more."""
+    """Work that was asked for; `seconds` since its turn came, `until` the time when its caller gives up."""
 
     kind: Kind
     replica_id: str = ""
@@ -66,7 +66,7 @@ class _Work:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Why to kill it, and the replicas whose doing that is."""
+    """Why to kill the engine, and the replicas that caused it."""
 
     error: PotluckError
     suspects: frozenset[str]
@@ -74,19 +74,19 @@ class Verdict:
 
 @dataclass
 class Watch:
-    """Tell it of what is asked and heard, and `look` often."""
+    """Tell it what the engine is asked and what it answers, and call `look` often."""
 
     limits: Limits
     starting: bool = True
     start_seconds: float = 0.0
-    """What it took to start."""
+    """How long the engine took to start."""
     paused: bool = False
-    """Whether tasks stand still because they were told to."""
+    """Whether tasks were told to stand still."""
     _batches: dict[int, _Work] = field(default_factory=dict)
     """Of inference, which each runtime does one by one in the order in which it is asked; and all else, likewise, beside it."""
     _others: dict[int, _Work] = field(default_factory=dict)
     _runtimes: dict[str, str] = field(default_factory=dict)
-    """That hold the replicas."""
+    """The runtime of each replica."""
     _load_took: dict[str, float] = field(default_factory=dict)
     _slowest: dict[str, float] = field(default_factory=dict)
     _heard: bool = False
@@ -114,7 +114,7 @@ class Watch:
                 self._others[frame.number] = _Work("other")
 
     def heard(self, frame: frames.FromEngine | None) -> None:
-        """Something was heard; a whole frame of it, or a piece of one (None)."""
+        """The engine sent a whole frame, or a piece of one (None)."""
         self._heard = True
         match frame:
             case None | frames.Heartbeat():
@@ -139,7 +139,7 @@ class Watch:
     # --- what that means
 
     def look(self, now: float, wall: float, read: Callable[[], Reading], resident_bytes: int) -> Verdict | None:
-        """Whether to kill it. `now` is a clock that never jumps, `wall` the one by which others say how long they wait."""
+        """Whether to kill it. `now` is a clock that never jumps, `wall` is the clock of the times until which callers wait."""
         step = 0.0 if self._looked_at is None else min(now - self._looked_at, LONGEST_STEP_SECONDS)
         self._looked_at = now
         heads = self._heads()
@@ -157,7 +157,7 @@ class Watch:
         return frozenset(work.replica_id for work in self._heads() if work.replica_id)
 
     def _heads(self) -> list[_Work]:
-        """What is done now: the first batch of each runtime, and the first of all else."""
+        """The work that is done now: the first batch of each runtime, and the first of all other work."""
         batches: dict[str, _Work] = {}
         for work in self._batches.values():
             batches.setdefault(self._runtimes.get(work.replica_id, ""), work)
