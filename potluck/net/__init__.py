@@ -1,1 +1,1 @@
-"""Who is where, and servers of our own: mDNS, this machine's addresses, HTTP, brokers."""
+"""Finds others on the network and runs our servers: mDNS, this machine's addresses, HTTP, brokers."""

@@ -1,4 +1,4 @@
-"""A broker of our own for where there is none: a private mosquitto, else the embedded amqtt; each dies with its parent."""
+"""Our own broker, if there is no other: a private mosquitto, else the embedded amqtt. Each dies with its parent."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Kind = Literal["mosquitto", "embedded"]
 QUEUED_LIMIT_BYTES = 64 * 2**20
 """What may wait for one client that does not read."""
 CONNECT_SECONDS = 10.0
-"""Whoever connects to the embedded broker says so within this time."""
+"""A client must send its CONNECT to the embedded broker within this time."""
 
 _START_SECONDS = 10.0
 _STOP_SECONDS = 2.0
@@ -74,7 +74,7 @@ class Broker:
         await self._process.wait()
 
     async def stop(self) -> None:
-        """End it: politely, then not. Safe to call twice."""
+        """End it: first with SIGTERM, then with SIGKILL. Safe to call twice."""
         if self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.terminate()

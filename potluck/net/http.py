@@ -29,12 +29,12 @@ TOO_SLOW = f"the body comes too slowly: no byte for {{:g}} s, or less than {LEAS
 _READ_BYTES = 1 << 18
 """How much of a body may wait to be read before its sender has to."""
 _RESERVED_FILES = 256
-"""For all but connections: journal, bus, engines, downloads."""
+"""Open files for all but connections: journal, bus, engines, downloads."""
 _FILES_EACH = 2
-"""A connection, and the file that is sent or received by it."""
+"""Open files of each connection: its socket, and the file that it sends or receives."""
 _BACKLOG = 128
 _SWEEPS = 4
-"""In the time that a head may take."""
+"""How many sweeps there are in the time that a head may take."""
 _FULL = b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nRetry-After: 1\r\nContent-Length: 0\r\n\r\n"
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def words(error: Exception) -> str:
 
 
 def caller_of(request: web.BaseRequest) -> str:
-    """The identity of who sends this, as the sender says; ANONYMOUS where none is said. Raises InvalidRequest for what is no identity."""
+    """The identity that the sender gives; ANONYMOUS: it gives none. Raises InvalidRequest for a malformed identity."""
     said = request.headers.getall(CALLER_HEADER, ())
     if not said:
         return ANONYMOUS
@@ -87,11 +87,11 @@ class Patience:
         self._left = idle_seconds
 
     def left(self) -> float:
-        """Seconds that the next piece may take."""
+        """How many seconds the next piece may take."""
         return self._left
 
     def came(self, size: int, seconds: float) -> None:
-        """A piece of so many bytes, that was waited for so long."""
+        """Count a piece of `size` bytes that took `seconds` to come."""
         self._left = min(self.idle_seconds, self._left - seconds + size / LEAST_RATE)
 
 
@@ -104,7 +104,7 @@ class _Peer:
 
 
 class _Door:
-    """Who may come in. Where it is full, a connection that waits for its next request leaves; where none does, the new one."""
+    """Limits connections. If it is full, a connection that waits for its next request is closed, or else the new one."""
 
     def __init__(self, limits: HttpSettings) -> None:
         self.limits = limits
@@ -120,7 +120,7 @@ class _Door:
         if peer.open >= self.limits.connections_per_address and not self._free(peer, connection.peer):
             return False
         if self.open >= self._connections:
-            # Of the address that has most of them: nobody loses connections by what another holds.
+            # One of the address that has most of them: a client must not lose connections because another holds many.
             host, most = max(self._peers.items(), key=lambda item: len(item[1].waiting))
             if not self._free(most, host):
                 self._left(connection.peer)
@@ -252,7 +252,7 @@ class _Connection(web.RequestHandler):
 
 
 def _bound_silence(transport: asyncio.Transport, seconds: float) -> None:
-    """A client that takes nothing of what is sent to it for so long is gone (tcp(7), TCP_USER_TIMEOUT; RFC 5482)."""
+    """Drop a client that takes nothing of what we send for this long (tcp(7), TCP_USER_TIMEOUT; RFC 5482)."""
     sock = transport.get_extra_info("socket")
     if sock is not None and hasattr(socket, "TCP_USER_TIMEOUT") and sock.family in (socket.AF_INET, socket.AF_INET6):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(seconds * 1000))

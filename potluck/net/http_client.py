@@ -1,4 +1,4 @@
-"""Where HTTP requests of ours are sent from: one way to make a session, and what only asks whether somebody is there."""
+"""Sends our HTTP requests: one way to make a session, and tests of whether a server is there."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def session(credentials: Credentials, *, connect_seconds: float, idle_seconds: f
 
 
 async def is_there(address: str, credentials: Credentials, limit_seconds: float) -> bool:
-    """Whether a connection of ours is taken at this address in time, whatever is answered on it."""
+    """Whether a server at this address takes our connection in time, whatever it answers."""
     connecting = aiohttp.ClientTimeout(total=None, connect=limit_seconds)
     try:
         async with asyncio.timeout(2 * limit_seconds):
@@ -42,7 +42,7 @@ async def is_there(address: str, credentials: Credentials, limit_seconds: float)
 
 
 async def answers(url: str, credentials: Credentials, limit_seconds: float) -> bool:
-    """Whether a GET of this is answered with 200."""
+    """Whether a GET of `url` is answered with 200."""
     try:
         async with asyncio.timeout(limit_seconds), _brief(credentials, limit_seconds) as http:
             async with http.get(url, headers=_AS_IT_IS, allow_redirects=False) as response:
@@ -52,7 +52,7 @@ async def answers(url: str, credentials: Credentials, limit_seconds: float) -> b
 
 
 async def post_json(url: str, value: Any, credentials: Credentials, limit_seconds: float) -> Any:
-    """What a question in JSON is answered with. Raises Unavailable."""
+    """Post a value as JSON, and return the JSON of the answer. Raises Unavailable."""
     try:
         async with asyncio.timeout(limit_seconds), _brief(credentials, limit_seconds) as http:
             async with http.post(url, json=value, headers=_AS_IT_IS, allow_redirects=False) as response:
