@@ -1,4 +1,4 @@
-"""The strategy `auto`: a first round as `local` has it, and then what the measured speeds and links say is faster. Pure."""
+"""The strategy `auto`: a first round as in `local`, then the strategy that is faster by the measured speeds and links. Pure."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from potluck.wire.messages import AnyTask, AnyTaskResult, BlobRef, ErrorInfo, Ex
 
 @dataclass
 class AutoStrategy:
-    """`local` until enough is measured to choose; then what is chosen goes on with its state."""
+    """`local` until enough is measured to choose. The chosen strategy then goes on with the same state."""
 
     local: TrainingStrategy
     bandwidths: dict[str, float] = field(default_factory=dict)

@@ -1,7 +1,7 @@
 """What the nodes send for a round, and what they have promised: pure.
 
-A round ends when all that was promised is here, or should be: it goes on without a node that is late, which may go on as well,
-and is in no round until it is done. Where the parts are numbered, all of them are waited for.
+A round ends when all promised results are here, or should be. It goes on without a late node. That node may finish its part, and
+is in no round until then. If the parts are numbered, the round waits for all of them.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ class Contributions:
     promised: frozenset[str] = frozenset()
     """The nodes for which the round was opened."""
     promised_until: float = 0.0
-    """Whoever gets a part later does it in the place of others, which are all late by then."""
+    """A node that gets a part later than this replaces other nodes, which are all late by then."""
     due: float = 0.0
     """When all parts should be here."""
     parts: int = 0
-    """How many there are, where they are numbered."""
+    """How many parts there are, if they are numbered."""
 
     def promise(self, node_id: str, at: float, seconds: float, parts: int) -> None:
-        """A node has got a part, which should be here after so many seconds."""
+        """A node got a part, whose result should be here after `seconds`."""
         if not self.promised:
             self.promised_until = at + seconds
         if at < self.promised_until:
@@ -48,7 +48,7 @@ class Contributions:
         self.results, self.promised, self.due = {}, frozenset(), 0.0
 
     def first_base(self, rates: Mapping[str, float]) -> BlobRef:
-        """The weights that most nodes began with, which are the model's own; of as many, those of the faster node."""
+        """The weights that most nodes began with: these are the model's own. If equal, those of the faster node."""
         found = self.results
         begun = Counter(result.base.sha256 for result in found.values())
         return found[max(found, key=lambda name: (begun[found[name].base.sha256], rates.get(name, 0.0), name))].base

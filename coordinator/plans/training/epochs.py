@@ -1,4 +1,4 @@
-"""The epochs of a training job: how many samples are seen, what they brought, and when there are enough. Pure."""
+"""The epochs of a training job: how many samples were seen, with what metrics, and when there are enough. Pure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from potluck.errors import InvalidRequest
 from potluck.wire.messages import BlobRef, EpochMetrics, Train
 
 LEFT_SHARE = 0.05
-"""Of an epoch's samples, at most so many are left to the next one."""
+"""The largest share of an epoch's samples that may be left to the next epoch."""
 
 
 @dataclass
@@ -21,12 +21,12 @@ class Epochs:
     spec: Train = field(repr=False)
     count: int
     samples: int = 0
-    """Seen by all nodes together, in all epochs."""
+    """Samples seen by all nodes together, in all epochs."""
     ended: int = 0
     best: Best | None = None
-    """Where a metric is monitored."""
+    """The best epoch, if a metric is monitored."""
     stop_after: int | None = None
-    """Of the epochs that are to be trained, where somebody asked for an earlier end."""
+    """The number of epochs to train, if a user asked for an earlier end."""
     last: EpochMetrics | None = None
     rounds: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     """(Samples, metrics) of the rounds of this epoch."""
@@ -37,7 +37,7 @@ class Epochs:
 
     @property
     def wanted(self) -> int:
-        """How many are to be trained at most."""
+        """How many epochs to train at most."""
         wanted = self.spec.epochs - self.spec.initial_epoch
         return wanted if self.stop_after is None else min(wanted, self.stop_after)
 
@@ -58,7 +58,7 @@ class Epochs:
 
     @property
     def number(self) -> int:
-        """Of the present epoch, as people count."""
+        """The number of the present epoch, counted from 1."""
         return self.spec.initial_epoch + self.ended + 1
 
     @property
@@ -71,8 +71,8 @@ class Epochs:
     def full(self, crew: int, *, may_leave: bool) -> bool:
         """Whether the samples of the present epoch are seen, up to less than one batch.
 
-        `may_leave`: what is less than that for each of the crew, and little, is left to the next epoch: a round would cost all of
-        them more than it brings.
+        `may_leave`: less than a batch for each of the crew may be left to the next epoch, if it is little. A round for it would
+        cost more than it brings.
         """
         if self.left < min(self.spec.batch_size, self.count):
             return True
@@ -84,7 +84,7 @@ class Epochs:
         return min(1.0, (self.samples + samples) / self.total)
 
     def metrics(self) -> dict[str, float]:
-        """Of training, in the present epoch."""
+        """The metrics of training in the present epoch."""
         return weighted(self.rounds)
 
     def began(self, at: float) -> None:
@@ -102,7 +102,7 @@ class Epochs:
         self.round_seconds += round_seconds
 
     def epoch_ended(self, event: EpochEnded, weights: BlobRef | None) -> None:
-        """`weights`: those after it."""
+        """`weights`: the weights after the epoch."""
         self.ended += 1
         self.last = event.epoch
         value = event.epoch.metrics.get(self.spec.monitor, math.nan)

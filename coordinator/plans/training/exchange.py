@@ -1,4 +1,4 @@
-"""The weights that nodes train from, what led to them, and what was sent for that: pure."""
+"""The weights that nodes train from, the step that led to them, and how many bytes were sent: pure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Exchange:
     first: BlobRef | None
     weights: BlobRef | None = None
     step: Step | None = None
-    """What led to `weights`, for the nodes that have those before."""
+    """The step that led to `weights`, for nodes that have the weights before it."""
     velocity: BlobRef | None = None
     """The outer optimizer's state."""
     agreement: float | None = None
@@ -23,9 +23,9 @@ class Exchange:
     optimizer: BlobRef | None = None
     """The optimizer's state in synchronous training, which has no outer one."""
     bytes: int = 0
-    """What nodes and coordinator have sent until now."""
+    """Bytes that nodes and coordinator have sent until now."""
     bytes_before: int = 0
-    """Until the beginning of this epoch."""
+    """Bytes that were sent before this epoch."""
 
     def __post_init__(self) -> None:
         self.weights = self.weights or self.first
@@ -45,7 +45,7 @@ class Exchange:
         return self.bytes - self.bytes_before
 
     def used_up(self) -> tuple[BlobRef, ...]:
-        """What the next round replaces."""
+        """Blobs that the next round replaces."""
         found = (self.weights, self.velocity, self.optimizer, self.step.update if self.step is not None else None)
         return tuple(ref for ref in found if ref is not None)
 

@@ -1,9 +1,9 @@
 """Training by rounds that gives the same bits again (`deterministic=True`): pure.
 
-A round has as many parts as there were nodes at the job's beginning, each with data shards and a number of steps that are its own for
-the whole job. What comes of a part depends on its task alone, so it does not matter which node does it, nor how often one was
-killed on the way; the outer step takes the parts in their order. A slow node does a part only where nobody else would have done it
-sooner, and a part that is late is given to another node as well.
+A round has as many parts as there were nodes at the job's beginning. Each part keeps its data shards and its number of steps for
+the whole job. The result of a part depends only on its task. So it does not matter which node does it, or how often a node was
+killed meanwhile. The outer step takes the parts in their order. A slow node does a part only if no other node would do it sooner,
+and a late part is given to another node too.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ALIKE = 1.25
 
 @dataclass
 class Fixed:
-    """`contributions`: of the rounds that it is the manner of."""
+    """`contributions`: those of its rounds."""
 
     state: TrainingState = field(repr=False)
     contributions: Contributions = field(repr=False)
@@ -50,7 +50,7 @@ class Fixed:
         return {node.node_id: tasks[place % len(tasks)] for place, node in enumerate(nodes)}
 
     def parts(self, view: ClusterView, attempts: dict[str, Attempt], in_time: list[Attempt]) -> list[Decision]:
-        """The parts that nobody does, to the nodes that can begin one, one each."""
+        """Gives parts that no node does to nodes that can begin one, one part for each node."""
         state, found = self.state, self.contributions.results
         begun = state.open.number or found or any(state.open.has(attempt) for attempt in attempts.values())
         if not begun and hopes(state, view, attempts):

@@ -1,7 +1,7 @@
-"""Who takes the steps of synchronous training together, and how many items of each: pure.
+"""Which nodes take the steps of synchronous training together, and how many items of a step each one takes: pure.
 
-All wait for the slowest in every step, and for the last to start its engine when a group is formed. Shares by speed make the steps
-equal; what a slow member costs at the start, it must bring in the rest of the job.
+In each step, all members wait for the slowest one. When a group is formed, all wait for the last engine to start. With shares by
+speed, members take equally long for a step. A slow member must bring more in the rest of the job than it costs at the start.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ WORTH_JOINING = 0.1
 
 @dataclass
 class Group:
-    """Those that take steps together. `members`: in the order of their ranks."""
+    """The nodes that take steps together. `members`: in the order of their ranks."""
 
     members: tuple[str, ...] = ()
     formed: int = 0
-    """How often one was."""
+    """How often a group was formed."""
     formation: str = ""
     batches: dict[str, int] = field(default_factory=dict)
     """Items of a step by member."""
@@ -35,7 +35,7 @@ class Group:
     broken: str = ""
     """Why the open round can have no result."""
     tries: int = 0
-    """How often in a row one was formed since the one before broke off."""
+    """How often in a row a group was formed after the one before broke off."""
 
     @property
     def whole(self) -> bool:
@@ -81,7 +81,7 @@ def shares(batch: int, rates: Mapping[str, float], before: Mapping[str, int]) ->
 
 
 def seconds(batch: int, samples: int, rates: Mapping[str, float]) -> float:
-    """That these nodes need for `samples` items, without what it costs to exchange gradients."""
+    """Seconds that these nodes need for `samples` items, without the exchange of gradients."""
     steps = -(-samples // batch)
     return steps * max(share / rates[name] for name, share in split(batch, rates).items())
 

@@ -1,4 +1,4 @@
-"""What was measured of a training job's nodes and rounds: pure."""
+"""Measurements of a training job's nodes and rounds: pure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BUDGET_FACTOR = 1.25
 BUDGET_SECONDS = 0.5
 """A node that got slower stops so much after the others: this factor of the planned time, and so many seconds."""
 LATE_FACTOR = 2.0
-"""A part is late when it takes so many times as long beside computing as it should."""
+"""A part is late when its time besides computing is this many times what it should be."""
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Measurements:
     paces: list[tuple[int, float]] = field(default_factory=list)
     """Samples of the last rounds, and the seconds that each has taken from the one before."""
     trained_bytes: int = 0
-    """Of the weights that are trained; 0 while nobody has said."""
+    """Size of the trained weights; 0: not known yet."""
 
     def rated(self, node_id: str, rate: float) -> None:
         """`rate`: items/s, 0 where it is not known."""
@@ -56,7 +56,7 @@ class Measurements:
 
     @property
     def overhead(self) -> float:
-        """Of a round, in seconds; 0 before there are any."""
+        """Seconds that a round costs besides computing; 0 before there are rounds."""
         return statistics.median(self.overheads) if self.overheads else 0.0
 
     @property

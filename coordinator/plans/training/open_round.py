@@ -18,7 +18,7 @@ class OpenRound:
     closed_at: float = 0.0
     """When the round before was closed, in this epoch."""
     crew: frozenset[str] = frozenset()
-    """Who took part in the last round that was closed."""
+    """The nodes that took part in the last closed round."""
 
     @property
     def shard_id(self) -> str:
@@ -33,12 +33,12 @@ class OpenRound:
         return attempt.shard_id == self.shard_id or attempt.shard_id.startswith(f"{self.shard_id}.")
 
     def contributor(self, attempt: Attempt) -> str:
-        """By what the parts are told apart: by their numbers, else by their nodes."""
+        """What tells the parts apart: their numbers if they have them, else their nodes."""
         number = attempt.shard_id.removeprefix(self.shard_id).removeprefix(".")
         return part_name(int(number)) if number else attempt.node_id
 
     def seconds(self, at: float) -> float:
-        """From the round before to this time."""
+        """Seconds from the round before to this time."""
         return max(0.0, at - (self.closed_at or self.opened_at))
 
     def closed(self, at: float, crew: Iterable[str]) -> None:

@@ -1,7 +1,7 @@
 """Which nodes are ready for a job's rounds: pure.
 
 A node warms up before any round knows of it: its engine starts, it builds the model, loads data, compiles a step and takes a few.
-That may take a second or minutes, and nobody waits for it. What it measures says what a round will cost there.
+That may take a second or minutes, and no round waits for it. Its measurements tell what a round will cost on that node.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from coordinator.plans.training.costs import ASSUMED_BANDWIDTH, bandwidth_of
 from potluck.wire.messages import BlobRef, WarmUpResult
 
 WARM_UP = "warm-up"
-"""The id of the shard by which a node gets ready."""
+"""The id of the shard that makes a node ready."""
 AGAIN_SECONDS = 60.0
 """A node that was too slow to take part is measured again after so long, and after twice that each time."""
 SLOWEST = 8.0
@@ -24,7 +24,7 @@ SLOWEST = 8.0
 
 @dataclass
 class Readiness:
-    """Of the nodes, for one job. `ready`: when each was measured last (Unix time in seconds)."""
+    """Which nodes are ready for one job. `ready`: when each was last measured (Unix time in seconds)."""
 
     ready: dict[str, float] = field(default_factory=dict)
     measurements: dict[str, int] = field(default_factory=dict)
@@ -42,16 +42,16 @@ class Readiness:
         self.first_at = self.first_at or at
 
     def measured(self, node_id: str, at: float) -> None:
-        """It did a part, which says what it can do now as well as another warming up would."""
+        """A node did a part, which measures it as well as another warm-up would."""
         if node_id in self.ready:
             self.ready[node_id] = at
 
     def lost(self, node_id: str) -> None:
-        """Its engine is gone, or nobody knows."""
+        """A node's engine is gone, or may be."""
         self.ready.pop(node_id, None)
 
     def needing(self, nodes: Iterable[NodeView], attempts: dict[str, Attempt]) -> list[NodeView]:
-        """Of these nodes those that are not ready and do nothing for this job: they are to warm up."""
+        """The nodes that should warm up: they are not ready, and do nothing for this job."""
         busy = {attempt.node_id for attempt in attempts.values()}
         return [
             node for node in nodes if node.free_slots and node.node_id not in self.ready and node.node_id not in busy

@@ -23,11 +23,11 @@ from potluck.wire.messages import AnyTask, AnyTaskResult, ErrorInfo, JobProgress
 
 
 class Manner(warming.Takers, Protocol):
-    """Who does what in a round, when it is late, and what is held against an update."""
+    """Decides which node does what in a round, when a part is late, and why an update is rejected."""
 
     @property
     def late_seconds(self) -> float:
-        """So much longer at least a part may take than it should."""
+        """How many seconds, at least, a part may take longer than it should."""
         ...
 
     @property
@@ -52,7 +52,7 @@ class Manner(warming.Takers, Protocol):
         ...
 
     def metrics(self) -> dict[str, float]:
-        """Of training, in the present epoch."""
+        """The metrics of training in the present epoch."""
         ...
 
     def told(self, progress: JobProgress, *, idle: bool) -> JobProgress:
@@ -131,7 +131,7 @@ class UpdateRounds:
         return self.manner.parts(view, attempts, in_time)
 
     def _close(self) -> CloseRound:
-        """With all that can be used of what the nodes have sent."""
+        """Close the round with all usable results of the nodes."""
         state, found = self.state, self.contributions.results
         base = state.exchange.weights or self.contributions.first_base(state.measured.rates)
         wrong = self.contributions.began_elsewhere(base)

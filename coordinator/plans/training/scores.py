@@ -1,4 +1,4 @@
-"""What is made of metrics: the mean of parts, which value is the best until now. Pure."""
+"""Computes with metrics: the mean of parts, and which value is the best until now. Pure."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ROUNDING = 1e-5
 
 @dataclass(frozen=True)
 class Best:
-    """The epoch with the best value of what is monitored, and the weights after it."""
+    """The epoch with the best value of the monitored metric, and the weights after it."""
 
     value: float
     epochs_ended: int
@@ -35,7 +35,7 @@ class Best:
 
 
 def is_better(spec: Train, value: float, best: Best | None) -> bool:
-    """Whether a value of what is monitored is the best until now."""
+    """Whether a value of the monitored metric is the best until now."""
     if not spec.monitor or math.isnan(value):
         return False
     if best is None:

@@ -11,12 +11,12 @@ from coordinator.plans.placement import assign
 
 @dataclass
 class Sharing:
-    """`assigned`: data shards by node, by index; `shares`: the speeds that they rest on, as shares of all."""
+    """`assigned`: indexes of data shards by node; `shares`: the speeds that it is based on, as shares of the sum."""
 
     assigned: dict[str, tuple[int, ...]] = field(default_factory=dict)
     shares: dict[str, float] = field(default_factory=dict)
     slow: dict[str, str] = field(default_factory=dict)
-    """Nodes that the last round was opened without, since they bring less than they cost, and why."""
+    """Nodes left out of the last round because they bring less than they cost, and why."""
     slow_at: float = 0.0
     """When that was found."""
 

@@ -1,4 +1,4 @@
-"""How many samples a round has, and what each node does of it at least: pure."""
+"""How many samples a round has, and how many of them each node does at least: pure."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The state of a training job between events, made of parts that each hold one idea: pure.
 
-It is what every kind of training has, and what `auto` hands on from one to the other.
+All kinds of training have it, and `auto` passes it on from one kind to the other.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from potluck.wire.messages import ExportResult, TrainResult, TrainTask, WarmUpRe
 
 @dataclass
 class TrainingState:
-    """The parts know nothing of each other: what concerns several of them happens here."""
+    """The parts do not know each other: changes to several of them happen here."""
 
     given: Given
     epochs: Epochs
