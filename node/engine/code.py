@@ -73,9 +73,9 @@ def refusal(text: str) -> PotluckError | None:
 
 
 def describe(model: Any) -> None:
-    """Give a subclassed model that was loaded the `inputs` and `outputs` of a Functional one, from how it was built.
+    """Give a loaded subclassed model the `inputs` and `outputs` of a Functional one, from the shapes that it was built with.
 
-    Does nothing where that is not known.
+    Does nothing if these are not known.
     """
     if getattr(model, "inputs", None) or not isinstance(model, keras.Model):
         return
@@ -84,7 +84,7 @@ def describe(model: Any) -> None:
     if struct is None:
         return
     outputs = model(struct)
-    # Not by setattr: Keras would track them as parts of the model, in lists and maps of its own.
+    # Not by setattr: Keras would track them as parts of the model.
     vars(model).update(
         inputs=keras.tree.flatten(struct),
         outputs=keras.tree.flatten(outputs),
