@@ -105,14 +105,14 @@ def span(request: web.Request, data: bytes) -> tuple[int, int]:
 
 
 async def lie(request: web.Request, data: bytes) -> web.StreamResponse:
-    """As many bytes as asked for, and others."""
+    """Answer with the right number of bytes, but wrong ones."""
     start, stop = span(request, data)
     headers = {"Content-Range": f"bytes {start}-{stop - 1}/{len(data)}"}
     return web.Response(status=206, body=bytes(stop - start), headers=headers)
 
 
 async def freeze(request: web.Request, data: bytes) -> web.StreamResponse:
-    """Half of it, then nothing more."""
+    """Send half of the data, then nothing more."""
     start, stop = span(request, data)
     response = web.StreamResponse(status=206, headers={"Content-Length": str(stop - start)})
     await response.prepare(request)
@@ -209,7 +209,7 @@ async def test_put_checks_the_hash_and_is_idempotent(hold: Hold) -> None:
 
 
 async def test_put_says_who_sends(hold: Hold, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """We say it in each request, curl does not; who says what is no identity is refused before the bytes are sent."""
+    """We name ourselves in each request, curl does not. A malformed identity is refused before the bytes are sent."""
     caplog.set_level("INFO", "potluck.blobs.server")
     holder = await hold()
 
@@ -474,7 +474,7 @@ async def test_a_bad_holder_does_not_hold_up_a_good_one(
 async def test_a_slow_holder_is_overtaken_at_the_end(hold: Hold, tmp_path: Path) -> None:
     data = noise(2 * CHUNK_BYTES)
     slow, good = await hold(data, spoil=freeze), await hold(data)
-    timings = Timings(idle_seconds=30, hedge_seconds=0.2)  # it is not given up: only overtaken
+    timings = Timings(idle_seconds=30, hedge_seconds=0.2)  # the slow holder is not given up, only overtaken
     async with Downloader(BlobStore(tmp_path / "here", 1 << 30), Credentials(), timings) as downloader:
         began = time.monotonic()
         await downloader.fetch(ref_of(data, slow.url, good.url))
@@ -548,7 +548,7 @@ async def test_a_known_liar_is_asked_last(hold: Hold, downloader: Downloader) ->
     one, two = noise(1000, 1), noise(1000, 2)
     liar = await hold(one, spoil=lie)
     good = await hold(one, two)
-    while not liar.asked:  # who is asked first is drawn by lot
+    while not liar.asked:  # the first holder is chosen at random
         store_of(downloader).delete(sha(one))
         await downloader.fetch(ref_of(one, liar.url, good.url))
     liar.asked.clear()

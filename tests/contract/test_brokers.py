@@ -1,4 +1,4 @@
-"""What a client of any make may expect of each broker that potluck starts (MQTT 3.1.1; sections in brackets)."""
+"""What any MQTT client may expect of each broker that potluck starts (MQTT 3.1.1; sections in brackets)."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ async def retained(port: int, count: int) -> None:
 
 
 async def test_nobody_gets_what_others_subscribe_to(broker: TestBroker) -> None:
-    """[3.8.4] Retained messages are for whoever subscribes, not for whoever comes while somebody else has subscribed."""
+    """[3.8.4] A client gets retained messages for its own subscriptions, not for those of other clients."""
     await retained(broker.port, 20)
     async with RawClient(broker.port) as watcher, RawClient(broker.port) as asking:
         await watcher.connect("watcher")
@@ -79,7 +79,7 @@ async def test_no_will_after_a_goodbye(broker: TestBroker) -> None:
 
 
 async def test_whoever_is_silent_is_taken_for_lost(broker: TestBroker) -> None:
-    """[3.1.2.10] One and a half times the keep-alive: the end, and the will. A pulled cable sends nothing else."""
+    """[3.1.2.10] After one and a half keep-alive times of silence, the connection ends and the will is sent."""
     async with RawClient(broker.port) as watcher, RawClient(broker.port) as silent:
         await watcher.connect("watcher")
         await watcher.subscribe("wills")
@@ -131,7 +131,7 @@ async def test_what_is_not_mqtt_is_hung_up_on(broker: TestBroker, begin: bytes) 
 
 
 async def test_a_client_that_does_not_read_is_waited_for_by_nobody(broker: TestBroker) -> None:
-    """What is kept for it has a limit; the broker's memory with it, and others get everything."""
+    """Messages kept for it have a limit, so the broker's memory has one too. Others get everything."""
     message = bytes(256 * 1024)
     count = 2 * QUEUED_LIMIT_BYTES // len(message)
     async with RawClient(broker.port) as frozen, RawClient(broker.port) as reading, RawClient(broker.port) as sender:
@@ -163,7 +163,7 @@ async def test_the_embedded_broker_does_not_wait_for_those_who_say_nothing(
 
 
 async def test_clients_that_come_and_go_leave_nothing(broker: TestBroker) -> None:
-    """Each question from the command line is a new client with an inbox of its own: none of that may add up."""
+    """Each command on the command line is a new client with its own inbox: nothing of these may add up."""
     assert broker._broker is not None
     process = psutil.Process(broker._broker.pid)
     numbers = itertools.count()

@@ -205,7 +205,7 @@ async def test_a_message_reaches_its_subscriber_with_every_field(bench: Bench) -
     ids=["json", "msgpack"],
 )
 async def test_the_bytes_of_a_message_come_with_it(bench: Bench, payload: bytes) -> None:
-    """As they were sent, what this version does not know with them: a signature is over bytes."""
+    """The bytes come as they were sent, with fields that this version does not know: a signature covers bytes."""
     (bob,) = await bench.connected("bob")
     got, handler = inbox()
     bob.subscribe(TOPICS.jobs_submit, handler)
@@ -807,7 +807,7 @@ async def test_paho_internals_that_the_bus_rests_on(mosquitto: Bench, caplog: py
 
 
 def test_private_parts_of_the_libraries_are_there_and_one_that_goes_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A version that lacks one is named by this test; who installs it all the same gets the plain connection."""
+    """This test names a private name that a version lacks. With such a version, the bus uses the plain connection."""
 
     async def missing() -> list[str]:
         return quick_link.missing(aiomqtt.Client("localhost"))
@@ -843,7 +843,7 @@ async def test_with_versions_that_are_not_known_the_bus_is_plain_and_says_so_onc
 
 
 async def test_receipts_do_not_tear_a_packet_that_is_half_written(mosquitto: Bench) -> None:
-    """Whoever hears its own large messages at QoS 1 acknowledges them while the socket is full of the next ones."""
+    """A client that gets its own large messages at QoS 1 acknowledges them while the socket is full of the next ones."""
     alice, bob = await mosquitto.connected("alice", "bob")
     got, handler = inbox()
     alice.subscribe(TOPICS.jobs_submit, handler)
@@ -918,7 +918,7 @@ async def test_a_message_that_nobody_took_in_time_is_not_sent_late(mosquitto: Be
 
 
 async def test_a_question_says_when_the_broker_went(bench: Bench) -> None:
-    """Whoever waits for an answer should not look for the fault where the question went."""
+    """A caller that waits for an answer learns that the broker went: the fault is not at the receiver."""
     (alice,) = await bench.connected("alice")
     asked = asyncio.create_task(alice.request(TOPICS.jobs_submit, ListNodes(), timeout_seconds=2))
     await eventually(lambda: bool(alice._pending))

@@ -93,7 +93,7 @@ async def client(broker: FakeBroker, coordinator: ScriptedCoordinator) -> AsyncI
 
 
 def keras_file(path: Path, *, compiled: bool = True) -> Path:
-    """What Keras writes, as far as a client looks into it."""
+    """A file like Keras's, as far as a client reads it."""
     layers = [{"class_name": "InputLayer", "config": {"batch_shape": [None, 32, 32, 1]}}]
     config = {"class_name": "Functional", "config": {"name": "net", "layers": layers}}
     if compiled:
@@ -468,7 +468,7 @@ async def test_arrays_become_a_data_set_named_by_its_content(
 
 
 async def test_the_same_data_may_be_sent_twice_at_once(client: AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a search over learning rates: what one has sent and needs no more, the other may still want to send."""
+    """As in a search over learning rates: one call has sent its data and removes it, while the other still sends it."""
     x, y = np.arange(20, dtype=np.float32).reshape(10, 2), np.arange(10) % 2
     packed, other_sent = asyncio.Event(), asyncio.Event()
     push_blobs = connection_module.Connection.push_blobs
@@ -760,7 +760,7 @@ async def test_an_inference_that_may_be_lost_is_asked_again(
     bus.kill()
     await eventually(lambda: len(coordinator.asked) == 2)  # the connection was made anew
     await coordinator.online()
-    await eventually(lambda: len(coordinator.asked) == 3)  # only now is it sure that somebody was there
+    await eventually(lambda: len(coordinator.asked) == 3)  # only now it is sure that the coordinator was there
     await coordinator.online("offline")
     await eventually(lambda: not client._connection._online.is_set())
     coordinator.answers[Infer] = lambda asked: Inferred(model="m:1", outputs=asked.inputs)

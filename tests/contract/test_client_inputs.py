@@ -1,4 +1,4 @@
-"""Large inputs of a client: to which node they go, and what becomes of them when it is gone. The coordinator answers as it is told."""
+"""Large inputs of a client: which node they go to, and what happens if that node is lost. The tests tell the coordinator's answers."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class Cluster:
         self.places: list[ReplicaPlace] = []
         self.inputs: dict[str, Inputs] = {}
         self.holders: list[str] = []
-        """Who has the inputs of each question, as it says."""
+        """The holder of the inputs, as each question names it."""
         self.lost: list[PotluckError] = []
-        """Instead of the next answers."""
+        """Errors to send in place of the next answers."""
         self._folder = folder
         self._stack = stack
         self._stacks: dict[str, AsyncExitStack] = {}

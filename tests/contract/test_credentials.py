@@ -1,4 +1,4 @@
-"""Whoever fills in `Credentials` changes nothing else: each plane speaks TLS with what it is given of them, its probes too."""
+"""With `Credentials` filled in, nothing else has to change: each plane and its probes use TLS with its part of them."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from support.eventually import eventually
 
 @pytest.fixture
 def cluster() -> str:
-    """A name of its own: whatever else runs on this machine is not seen."""
+    """A unique name, so that other clusters on this machine are not seen."""
     return f"test-{uuid.uuid4().hex[:8]}"
 
 
@@ -152,7 +152,7 @@ async def test_waiting_in_vain_ends(cluster: str, stack: AsyncExitStack) -> None
 async def test_a_network_that_changed_is_used(
     cluster: str, stack: AsyncExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Started before there was a network: what is advertised and found moves to it."""
+    """Discovery is started before there is a network. Later it advertises and finds services there."""
     monkeypatch.setattr(module, "lan_addresses", lambda: ["127.0.0.2"])
     early = await stack.enter_async_context(Discovery(cluster, listen_host="0.0.0.0"))
     await early.advertise(service(cluster, "early"))

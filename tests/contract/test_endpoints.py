@@ -1,4 +1,4 @@
-"""Endpoints: whatever a replica rests on, requests find it, and are answered, or asked again elsewhere, as with any other."""
+"""Endpoints: on whatever nodes a replica is, requests reach it, and are answered or asked again elsewhere."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ from support.fake_bus import FakeBroker, FakeBus
 TOPICS = Topics("endpoints")
 NODES = ("a", "b", "c", "z")
 KINDS = (("a",), ("a", "b"), ("a", "b", "c"))
-"""On which nodes a replica rests: batches go to the first, and the last answers."""
+"""The nodes of a replica: batches go to the first, and the last one answers."""
 RESTING_ON = [(nodes, node) for nodes in KINDS for node in nodes]
 
 
 class Chain:
-    """A replica of several stages, each on a node of its own, that hand on to each other what they compute."""
+    """A replica of several stages, each on a different node. Each stage passes its results to the next."""
 
     def __init__(self, replica_id: str, nodes: tuple[str, ...], outbox: Outbox) -> None:
         self.replica_id = replica_id
@@ -61,7 +61,7 @@ class Chain:
 
 
 class Stand:
-    """An Inference on a bus in memory, and nodes of which a test says what they do."""
+    """An Inference on a bus in memory, and nodes that the test controls."""
 
     def __init__(self, folder: Path) -> None:
         self.broker = FakeBroker()
@@ -98,14 +98,14 @@ class Stand:
         return self.inference.ask("m", inputs, self.answers.append, now, now + 30)
 
     async def asked(self, node_id: str, count: int = 1) -> RunInference:
-        """The latest batch of so many that this node got, and nobody else got one."""
+        """The latest of the `count` batches that this node got; no other node got one."""
         found = await eventually(lambda: (got := self._batches(node_id))[count - 1 :] and got)
         assert len(found) == count
         assert not any(self._batches(other) for other in NODES if other != node_id)
         return found[-1]
 
     async def answer(self, node_id: str, batch: RunInference) -> None:
-        """What this node says the batch came to; it was heard when this returns."""
+        """Answer a batch from this node. The answer was received when this returns."""
         outcomes = tuple(RequestOutcome(outputs=inputs) for inputs in batch.requests)
         message = InferenceFinished(id=batch.id, replica_id=batch.replica_id, outcomes=outcomes)
         before = self.bus.counters["received"]

@@ -1,4 +1,4 @@
-"""Events as they are followed over MQTT, by a real broker, and over HTTP: each once and in order, whatever is started anew."""
+"""Events followed over MQTT, with a real broker, and over HTTP: each once and in order, whatever restarts."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ async def session() -> AsyncIterator[aiohttp.ClientSession]:
 
 
 def as_browsers_do(core: Core, session: aiohttp.ClientSession, comments: list[str] | None = None) -> Follow:
-    """An EventSource (WHATWG HTML, 9.2): it connects anew with the last id that it had, whenever it is cut off."""
+    """An EventSource (WHATWG HTML, 9.2): when it is cut off, it reconnects with the last id that it had."""
 
     async def follow(after: int | None) -> AsyncGenerator[ClusterEvent, None]:
         last = "" if after is None else str(after)
@@ -179,7 +179,7 @@ def follow(request: pytest.FixtureRequest, core: Core, client: AsyncClient, sess
 
 
 class Heard:
-    """What a follower has heard, in a task of its own."""
+    """What a follower has received, in its own task."""
 
     def __init__(self, source: AsyncGenerator[ClusterEvent, None]) -> None:
         self.events: list[ClusterEvent] = []

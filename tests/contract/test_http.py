@@ -26,7 +26,7 @@ HOST = "127.0.0.1"
 
 
 class Guests:
-    """A server and who comes to it. `let` lets its slow answers go."""
+    """A server and its clients. `let` releases its slow answers."""
 
     def __init__(self, port: int) -> None:
         self.port = port
@@ -120,7 +120,7 @@ async def test_one_address_leaves_room_for_others(serve: Serve) -> None:
     await eventually(lambda: guests.at_work == 5)
     other, writer = await guests.come(b"GET /quick HTTP/1.1\r\nHost: x\r\n\r\n", "127.0.0.2")
     await asyncio.wait_for(other.readuntil(b"here"), 5)
-    # The connection of the other address, which waits now, stays: those that make the crowd only lose their own.
+    # The waiting connection of the other address stays: the crowd's address loses only its own connections.
     crowd += [await guests.come(host="127.0.0.3") for _ in range(20)]
     assert await asked(guests, "127.0.0.4") == "200 here"
     writer.write(b"GET /quick HTTP/1.1\r\nHost: x\r\n\r\n")

@@ -43,7 +43,7 @@ async def test_what_answers(unused_tcp_port: int) -> None:
 @pytest.mark.parametrize("said", [b"", b"MQTT", b"HTTP/1.1 200 OK\r\n"])
 @pytest.mark.parametrize("stays", [False, True])
 async def test_who_takes_a_connection_is_there(said: bytes, stays: bool) -> None:
-    """As a daemon does that hangs, or another program."""
+    """A daemon that hangs, or another program, does so."""
     over = asyncio.Event()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
