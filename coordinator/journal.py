@@ -42,6 +42,8 @@ FATAL = (Unavailable,)
 
 TOLD_KEPT = 10_000
 """Of what is told, the newest."""
+TOLD_WAITING = 1_000
+"""Of what there is no room for, the newest."""
 GONE_KEPT = 10_000
 """How many removed streams the journal still tells of, so that a follower hears of their end."""
 
@@ -138,6 +140,8 @@ class Journal:
         """Rows for the next write."""
         self._tell_soon: list[tuple[bytes]] = []
         """The same, of what is told."""
+        self._untold = False
+        """Whether there was no room for it."""
         self._watchers: list[Watcher] = []
         facts: dict[str, int] = dict(self._db.execute("SELECT key, value FROM facts").fetchall())
         self.epoch = facts["epoch"]
@@ -162,11 +166,12 @@ class Journal:
 
     def append(self, stream: str, *events: msgspec.Struct) -> None:
         """Write `events` to `stream`, all or none, before returning. Raises Unavailable, for example when the disk is full."""
+        rows = _rows(stream, events)
         waiting = len(self._tell_soon)
         self._watched(stream, events)
         try:
-            self._insert([*self._soon, *_rows(stream, events)])
-        except Unavailable:
+            self._insert([*self._soon, *rows])
+        except BaseException:
             del self._tell_soon[waiting:]  # of what has not happened
             raise
 
@@ -175,8 +180,9 @@ class Journal:
 
         One transaction for all events of a moment costs a tenth of one for each.
         """
+        rows = _rows(stream, events)
         self._watched(stream, events)
-        self._soon += _rows(stream, events)
+        self._soon += rows
 
     def tell_soon(self, event: msgspec.Struct) -> None:
         """Write what is told with the next `flush`, or with the events that are about to be appended."""
@@ -186,25 +192,47 @@ class Journal:
         """Write the waiting events. Raises Unavailable; then they still wait."""
         if self._unsafe is not None:
             raise self._unsafe
-        if self._soon or self._tell_soon:
+        if self._soon:
             self._insert(self._soon)
+        elif self._tell_soon:
+            self._write_told()
 
     def _watched(self, stream: str, events: Sequence[msgspec.Struct]) -> None:
         for watcher in self._watchers:
             watcher(stream, events)
 
     def _insert(self, rows: list[tuple[str, bytes]]) -> None:
-        """Write these rows, which include all waiting ones, and what is to be told."""
-        told = self._tell_soon
+        """Write these rows, which include all waiting ones, and what is to be told, if there is room for that as well."""
 
         def work() -> None:
             self._db.executemany("INSERT INTO events (stream, body) VALUES (?, ?)", rows)
-            if told:
-                self._db.executemany("INSERT INTO told (body) VALUES (?)", told)
-                self._db.execute("DELETE FROM told WHERE number <= (SELECT max(number) FROM told) - ?", (TOLD_KEPT,))
 
-        self._write(work)
-        self._soon, self._tell_soon = [], []
+        if not self._tell_soon or not self._write_told(work):
+            self._write(work)
+        self._soon = []
+
+    def _write_told(self, work: Callable[[], object] = lambda: None) -> bool:
+        """Write what is to be told, in one transaction with `work`; whether that was possible.
+
+        What is told changes nothing: where there is no room, the newest of it waits, nobody fails, and the reserve is not for it.
+        """
+
+        def both() -> None:
+            work()
+            self._db.executemany("INSERT INTO told (body) VALUES (?)", self._tell_soon)
+            self._db.execute("DELETE FROM told WHERE number <= (SELECT max(number) FROM told) - ?", (TOLD_KEPT,))
+
+        try:
+            self._once(both)
+        except sqlite3.OperationalError as error:
+            if not self._untold:
+                log.warning("events are not told of %s", fields(path=self._path, reason=str(error)))
+            self._untold = True
+            del self._tell_soon[:-TOLD_WAITING]
+            return False
+        self._tell_soon, self._untold = [], False
+        self._ballast.take()
+        return True
 
     def replay(self, stream: str, kind: type[T]) -> Iterator[T]:
         """The events of `stream` in order, as `kind` (a tagged union of structs)."""
@@ -246,8 +274,9 @@ class Journal:
     async def told(self, after: int, limit: int) -> Told:
         """The next `limit` things told behind the number `after`. Only what a power cut does not undo. Raises Unavailable as `sync`."""
         await self.sync()
-        (oldest, newest) = self._db.execute(
-            "SELECT coalesce(min(number), 0), coalesce(max(number), 0) FROM told"
+        # Two looks at the ends: asked for both at once, SQLite reads the whole table.
+        oldest, newest = self._db.execute(
+            "SELECT (SELECT coalesce(min(number), 0) FROM told), (SELECT coalesce(max(number), 0) FROM told)"
         ).fetchone()
         rows = self._db.execute(
             "SELECT number, body FROM told WHERE number > ? ORDER BY number LIMIT ?", (after, limit)

@@ -38,11 +38,15 @@ class _Follower:
     """`until` is a time of the loop's clock."""
 
     until: float
-    over: bool = False
+    _over: bool = False
     news: asyncio.Event = field(default_factory=asyncio.Event)
 
+    def over(self) -> bool:
+        """Whether it was ended."""
+        return self._over
+
     def end(self) -> None:
-        self.over = True
+        self._over = True
         self.news.set()
 
 
@@ -117,13 +121,15 @@ class Events:
             if after is None:
                 after = (await self._journal.told(0, 0)).newest
             first = True
-            while not follower.over and loop.time() < follower.until:
+            while not follower.over() and loop.time() < follower.until:
                 follower.news.clear()
                 page = await self.listed(after)
+                if follower.over():  # whoever asked again gets it there
+                    return
                 if page.events or first:
                     yield page
                 after, first = page.last, False
-                if not page.more and not follower.over:
+                if not page.more and not follower.over():
                     await _within(follower.news, follower.until)
         finally:
             if self._followers.get(key) is follower:
@@ -134,12 +140,10 @@ class Events:
         job = self._job(stream.removeprefix("job/")) if stream.startswith("job/") else None
         for event in events:
             try:
-                said = told(event, job, self._clock())
+                if (said := told(event, job, self._clock())) is not None:
+                    self._tell(said)
             except Exception as error:  # noqa: BLE001 - what cannot be told still happens
                 as_defect(error, f"telling of {type(event).__name__}")
-                continue
-            if said is not None:
-                self._tell(said)
 
     def _tell(self, event: ClusterEvent) -> None:
         self._journal.tell_soon(event)

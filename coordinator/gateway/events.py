@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -12,8 +13,11 @@ from coordinator.control import Control, Stream
 from coordinator.gateway import streaming
 from coordinator.gateway.answers import guarded
 from potluck.errors import InvalidRequest, PotluckError
+from potluck.logs import fields
 from potluck.wire import codec
 from potluck.wire.messages import EventsListed, FollowEvents
+
+log = logging.getLogger(__name__)
 
 PATH = "/v1/events"
 LAST_HEADER = "Last-Event-ID"
@@ -45,17 +49,20 @@ class FollowedEvents:
 
         answers = ask()
         response = web.StreamResponse(headers={"Content-Type": streaming.CONTENT_TYPE, "Cache-Control": "no-store"})
-        await response.prepare(request)
-        while True:
-            async with aclosing(answers):
-                async for page in answers:
-                    assert isinstance(page, EventsListed)
-                    await response.write(_written(page))
-                    after = page.last
-            try:
+        try:
+            while True:
+                async with aclosing(answers):
+                    async for page in answers:
+                        assert isinstance(page, EventsListed)
+                        if not response.prepared:  # what fails before has a status of its own
+                            await response.prepare(request)
+                        await response.write(_written(page))
+                        after = page.last
                 answers = ask()
-            except PotluckError:  # for example, the coordinator stops: the client comes back with its last number
-                break
+        except PotluckError as error:  # for example, the coordinator stops: the client comes back with its last number
+            if not response.prepared:
+                raise
+            log.info("events are followed no more %s", fields(peer=request.remote, reason=error.message))
         await response.write_eof()
         return response
 

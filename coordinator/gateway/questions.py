@@ -1,12 +1,14 @@
 """Questions to the coordinator over HTTP: a message as on the bus, and its answer.
 
 A browser lets a page of another origin send forms and plain text without asking, and other content types only where the server allows
-it (WHATWG Fetch, "CORS-safelisted request-header"). These routes take only such other types, and allow no other origin.
+it (WHATWG Fetch, "CORS-safelisted request-header"). These routes take only such other types, and allow no other origin. For a browser,
+a page whose host name was made to mean this machine (DNS rebinding) is of our origin. But the browser says with each POST where the page
+is from (the same, "Origin"): such questions are refused.
 """
 
 from __future__ import annotations
 
-from aiohttp import web
+from aiohttp import hdrs, web
 from msgspec.structs import replace
 
 from coordinator.control import Control, Later
@@ -41,6 +43,8 @@ class Questions:
                 415,
                 f"the Content-Type is {request.content_type[:80]}: send {' or '.join(codec.CONTENT_TYPES.values())}",
             )
+        if hdrs.ORIGIN in request.headers:
+            return problem(403, "questions from pages of browsers are not taken: ask with a program of your own")
         question, encoding = codec.decode(await self._asking.bodies.read(request))
         caller = caller_of(request)
         answer = await self._answer(question, "" if caller == ANONYMOUS else f"http {caller}")

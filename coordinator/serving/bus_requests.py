@@ -58,7 +58,7 @@ class BusRequests:
             return
         model = self._topics.segment(envelope.topic, 1)
         answer = partial(self._answer, envelope.without_payload())  # the envelope is kept until there is an answer
-        asked = self._inference.ask(model, message.inputs, answer, now, until, priority=message.priority)
+        asked = self._inference.ask(model, message.inputs, answer, now, until, message.priority, items=True)
         if message.id and asked.waits:
             self._asked[envelope.reply_to, message.id] = asked
 

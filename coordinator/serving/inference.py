@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -117,7 +118,9 @@ class Inference:
         settings = self._settings
         self.retired.discard(name)
         self.asked_at[name] = self._clock()
-        self._routers[name] = Router(name, queue_limit=settings.queue_limit, batch_limit=settings.batch_limit)
+        self._routers[name] = Router(
+            name, queue_limit=settings.queue_limit, batch_limit=settings.batch_limit, series=f"{secrets.token_hex(4)}-"
+        )
 
     def close(self, name: str, error: PotluckError) -> None:
         """Answer all waiting requests of this deployment with the error, and take no more."""
@@ -234,15 +237,17 @@ class Inference:
         now: float,
         until: float,
         priority: int = 0,
+        *,
+        items: bool = False,
     ) -> Asked:
         """Ask a deployed model: `name`, `name:version` or `name:alias`. `answer` is called with its outputs or the error, at
-        the latest at `until`. It may be called before this returns.
+        the latest at `until`. It may be called before this returns. `items`: a single item may come without a batch axis.
         """
         asked = Asked(answer, self.metrics, self._clock, now)
         try:
             router = asked.router = self._route(model)
-            asked.request = self._submit(router, model, inputs, asked.settle, now, until, priority)
-            self._copy(model, inputs, now, until)
+            asked.request = self._submit(router, model, inputs, asked.settle, now, until, priority, items=items)
+            self._copy(model, inputs, now, until, items=items)
         except PotluckError as error:
             asked.settle(error)
         return asked
@@ -302,9 +307,11 @@ class Inference:
         now: float,
         until: float,
         priority: int = 0,
+        *,
+        items: bool,
     ) -> Request:
         signature = self._registry.model(router.name).signature
-        inputs, size = as_sent(batched(inputs, signature))
+        inputs, size = as_sent(batched(inputs, signature) if items else inputs)
         if signature is not None and signature.inputs:  # if not, the inputs of the model are not known
             self._check(router.name, model, inputs, signature)
         self.asked_at[router.name] = now
@@ -335,7 +342,7 @@ class Inference:
                 ) from error
             raise
 
-    def _copy(self, model: str, inputs: tuple[Tensor, ...], now: float, until: float) -> None:
+    def _copy(self, model: str, inputs: tuple[Tensor, ...], now: float, until: float, *, items: bool) -> None:
         """Send a copy to the model's shadow, if it has one that keeps up. The answer is measured and dropped."""
         traffic = self._traffic.get(model)
         router = self._routers.get(traffic.shadow) if traffic is not None and traffic.shadow else None
@@ -344,7 +351,7 @@ class Inference:
             return
         asked = Asked(_to_nobody, self.metrics, self._clock, now, router)
         try:
-            self._submit(router, model, inputs, asked.settle, now, until)
+            self._submit(router, model, inputs, asked.settle, now, until, items=items)
         except PotluckError as error:  # the shadow misses its objective: the copy is dropped and counted
             asked.settle(error)
 

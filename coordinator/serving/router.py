@@ -57,8 +57,11 @@ class Router:
         batch_limit: int,
         objective_seconds: float = 0.0,
         rng: random.Random | None = None,
+        series: str = "",
     ) -> None:
+        """`series` begins the ids of its batches: an answer to a batch of an earlier router of this name must find none here."""
         self.name = name
+        self._series = series
         self.queue = RequestQueue()
         self.lanes = Lanes(batch_limit, objective_seconds, rng or random.Random())
         self._hedging = Hedging()
@@ -412,7 +415,9 @@ class Router:
     def _batch(self, lane: Lane, requests: list[Request], rows: int, now: float) -> Batch:
         """Make a batch, which counts as sent to this replica from now on."""
         self._number += 1
-        batch = Batch(f"{self.name}/{self._number}", lane.replica_id, requests, rows, now, self.objective_seconds)
+        batch = Batch(
+            f"{self.name}/{self._series}{self._number}", lane.replica_id, requests, rows, now, self.objective_seconds
+        )
         self.lanes.sent(lane, batch)
         return batch
 

@@ -24,6 +24,7 @@ HEARTBEAT_SECONDS = 1.0
 def main() -> None:
     descriptor, threads, scratch, allowed = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[5:]
     memory.limit_bytes = int(sys.argv[4])
+    threading.excepthook = _end_with
     channel = Channel(socket.socket(fileno=descriptor))
     threading.Thread(target=_beat, args=(channel,), name="heartbeat", daemon=True).start()
     gc.disable()  # TensorFlow's imports start it 680 times, for a fifth of their time, and there is nothing to collect
@@ -60,6 +61,13 @@ def main() -> None:
         pass  # the parent is gone
     sys.stderr.flush()
     os._exit(0)  # does not wait for threads of TensorFlow, or for a task whose result is not wanted
+
+
+def _end_with(failed: threading.ExceptHookArgs) -> None:
+    """A thread ended by an error. Without it the engine would hear some questions and never answer: better that it is started anew."""
+    threading.__excepthook__(failed)
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def _beat(channel: Channel) -> None:

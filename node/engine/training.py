@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from node.engine import decoders, fusing, inputs, keras_models, keras_parts, pri
 from node.engine.decoders import Decoder
 from node.engine.gate import Gate
 from node.engine.loaded import FAILURES
+from node.engine.memory import shortage
 from node.engine.shards import ShardPart
 from node.engine.truth import Truth, truth_of
 from node.engine.wording import one_line
@@ -188,8 +190,10 @@ class TrainingSession:
             while ahead.steps < ahead.steps_limit and not until():
                 self._step()
                 ahead.steps += 1
-        except PotluckError:
-            self._ahead = None  # the next round will fail in the same way, and report it
+        except Exception as error:  # noqa: BLE001 - nobody asked for these steps: the next round will fail alike, and report it
+            self._ahead = None
+            if not isinstance(error, PotluckError) and shortage(error) is None:
+                traceback.print_exc()
         ahead.seconds = time.perf_counter() - started
 
     def follow(self, seen: int) -> None:

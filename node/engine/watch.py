@@ -191,7 +191,7 @@ class Watch:
         return max(self.limits.batch_seconds, *known)
 
     def _stuck(self, now: float, heads: list[_Work], read: Callable[[], Reading]) -> Verdict | None:
-        watched = self.starting or (not self.paused and any(work.kind in ("task", "load") for work in heads))
+        watched = self.starting or (not self.paused and any(work.kind in ("task", "load", "other") for work in heads))
         self._further = self._further or not watched
         quiet = self._silent_seconds > self.limits.silence_seconds / QUIET
         every = (self.limits.silence_seconds if quiet else self.limits.start_seconds) / READS

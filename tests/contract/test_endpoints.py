@@ -18,7 +18,7 @@ from coordinator.serving.endpoints import Endpoint, OneNode, run_inference
 from coordinator.serving.inference import Asked, Inference
 from potluck.bus.exchange import Envelope
 from potluck.bus.outbox import Outbox
-from potluck.errors import Cancelled, InputsLost, PotluckError
+from potluck.errors import Cancelled, InputsLost, InvalidRequest, PotluckError, Unavailable
 from potluck.settings import CoordinatorSettings
 from potluck.wire import tensors
 from potluck.wire.messages import (
@@ -29,7 +29,9 @@ from potluck.wire.messages import (
     Message,
     RequestOutcome,
     RunInference,
+    Signature,
     Tensor,
+    TensorSpec,
 )
 from potluck.wire.topics import Topics
 from support.eventually import eventually
@@ -68,10 +70,10 @@ class Stand:
         self.bus = FakeBus(self.broker, TOPICS, client_id="coordinator")
         self.outbox = Outbox(self.bus)
         self.journal = Journal(folder / "journal")
-        registry = Registry(self.journal)
-        registry.add_model("m", BlobRef(sha256="1" * 64, size=1), now=1.0)
+        self.registry = Registry(self.journal)
+        self.registry.add_model("m", BlobRef(sha256="1" * 64, size=1), now=1.0)
         self.inference = Inference(
-            registry=registry,
+            registry=self.registry,
             settings=CoordinatorSettings(),
             node_at=lambda url: url.removeprefix("http://").removesuffix(":1"),
         )
@@ -156,6 +158,35 @@ async def test_its_first_node_takes_and_its_last_answers(stand: Stand, nodes: tu
     assert (answer.model, tensors.to_numpy(answer.outputs[0]).tolist()) == ("m:1", [[1, 2]])
     await stand.answer(nodes[-1], batch)  # a message may come twice
     assert len(stand.answers) == 1
+
+
+async def test_a_late_answer_of_before_it_was_deployed_anew_answers_nobody(stand: Stand) -> None:
+    stand.ready("r", ("a",))
+    stand.ask()
+    late = await stand.asked("a")
+    stand.inference.close("m:1", Unavailable("undeployed"))
+    stand.inference.open("m:1")
+    stand.ready("r", ("a",))
+    stand.ask()
+    await stand.asked("a", 2)
+    await stand.answer("a", late)
+    assert [type(answer) for answer in stand.answers] == [Unavailable]
+    assert stand.inference.busy("m:1")
+
+
+async def test_only_where_it_may_a_single_item_comes_without_a_batch_axis(stand: Stand) -> None:
+    """Rows of HTTP are a list of items: three numbers are three bad rows there, and not one good one."""
+    spec = TensorSpec(name="x", datatype="FP32", shape=(-1, 2))
+    stand.registry.describe("m:1", Signature(inputs=(spec,), outputs=()))
+    stand.ready("r", ("a",))
+    item = tensors.from_numpy("x", np.float32([1, 2]))
+    stand.ask(item)
+    (refused,) = stand.answers
+    assert isinstance(refused, InvalidRequest)
+    now = time.time()
+    stand.inference.ask("m", (item,), stand.answers.append, now, now + 30, items=True)
+    batch = await stand.asked("a")
+    assert batch.requests[0][0].shape == (1, 2)
 
 
 @pytest.mark.parametrize("nodes", KINDS)

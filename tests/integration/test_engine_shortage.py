@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import threading
 import zipfile
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -14,13 +15,17 @@ import numpy as np
 import psutil
 import pytest
 import pytest_asyncio
+import tensorflow as tf
 
+from node.engine.array_runtimes import TensorFlow
 from node.engine.process import Engine
+from node.engine.tasks import Tasks
 from node.engine.watch import Limits
 from potluck.errors import EngineFailed, InvalidModel, OutOfMemory
 from potluck.wire.tensors import from_numpy
+from support.digits import mlp, split
 from support.engine_lab import Lab, engine_lab, prediction, training
-from support.models import dense, whole
+from support.models import Files, dense, whole
 
 pytestmark = [pytest.mark.tensorflow, pytest.mark.asyncio(loop_scope="module")]
 
@@ -135,3 +140,32 @@ async def test_an_engine_that_takes_more_than_it_may_is_ended(tmp_path: Path) ->
     ):
         await engine.start()
     assert isinstance(await engine.wait_dead(), OutOfMemory)
+
+
+async def test_memory_that_ends_while_a_round_is_begun_ahead_costs_nothing_else(tmp_path: Path) -> None:
+    """Nobody has asked for those steps: the thread goes on with what it is asked, and the next round does without them."""
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    files, tasks = Files(tmp_path / "blobs"), Tasks(scratch, TensorFlow(scratch, threads=1).model)
+    data = split()
+    task = training(
+        files.model(mlp()), files.arrays(1, x=data["x_train"], y=data["y_train"]), samples=640, overlap=True
+    )
+    paths = {sha256: str(path) for sha256, path in files.paths.items()}
+
+    def run() -> Any:
+        return tasks.run("job", task, paths, threading.Event(), lambda done, metrics: None)
+
+    run()
+    model = tasks._sessions["job"].model
+    step, steps = model.train_function, []
+
+    def short(iterator: Any) -> Any:
+        steps.append(1)
+        raise tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor with shape[4096,4096]")
+
+    model.train_function = short
+    tasks.train_ahead(lambda: False)
+    model.train_function = step
+    assert steps == [1]
+    assert run().seconds_ahead == 0

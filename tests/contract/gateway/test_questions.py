@@ -98,6 +98,8 @@ async def test_a_page_of_another_origin_cannot_ask(lab: Lab, http: Http) -> None
     for content_type in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"):
         status, answer = await ask(http, body, content_type, Origin="http://elsewhere.example")
         assert (status, "application/msgpack" in answer["error"]) == (415, True)
+    # Nor one whose host's name was made to mean this machine, so that the browser takes it for ours.
+    assert (await ask(http, body, Origin=base.replace("127.0.0.1", "elsewhere.example")))[0] == 403
     assert lab.serving.ready("m")
     headers = {"Origin": "http://elsewhere.example", "Access-Control-Request-Method": "POST"}
     async with session.options(f"{base}/v1/control", headers=headers) as response:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from coordinator import journal as journal_module
 from coordinator.events import stream
 from coordinator.events.stream import FOLLOWERS_EACH, FOLLOWERS_LIMIT, PAGE_EVENTS, Events
 from coordinator.journal import Journal
@@ -83,6 +84,34 @@ async def test_of_what_could_not_be_written_nothing_is_told(house: House) -> Non
     house.journal._db.execute(f"PRAGMA max_page_count = {pages + 99}")
     house.tell("a")
     assert await house.names() == ["a"]
+
+
+async def test_a_full_disk_fails_nothing_that_is_only_told(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does what is told take the room of the journal's own events; the newest of it waits."""
+    monkeypatch.setattr(journal_module, "TOLD_WAITING", 20)
+    full = house.journal._db.execute("PRAGMA page_count").fetchone()[0] + 1
+    house.journal._db.execute(f"PRAGMA max_page_count = {full}")
+    for number in range(100):
+        house.events.tell("node", f"n{number}", "joined", "x" * 200)
+        house.journal.flush()
+    assert house.journal.empty
+    house.journal.append("job/j", JobStarted(at=2.0))
+    assert not house.journal.empty
+    house.journal._db.execute(f"PRAGMA max_page_count = {full + 99}")
+    house.journal.flush()
+    assert (await house.names())[-2:] == ["n98", "n99"]
+
+
+async def test_one_that_was_asked_again_while_it_read_says_nothing(house: House) -> None:
+    house.tell("a")
+    before = house.events.follow(0, 30, KEY)
+    reading = asyncio.create_task(taken(before), name="reading")
+    await asyncio.sleep(0)  # it is on its way to the journal
+    again = house.events.follow(0, 30, KEY)
+    with pytest.raises(StopAsyncIteration):
+        await reading
+    assert [event.name for event in (await taken(again)).events] == ["a"]
+    await again.aclose()
 
 
 async def test_what_cannot_be_told_still_happens(house: House, monkeypatch: pytest.MonkeyPatch) -> None:

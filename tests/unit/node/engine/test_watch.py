@@ -111,8 +111,9 @@ def test_one_at_rest_may_rest() -> None:
     assert Bench().up().passes(100_000) is None
 
 
-def test_a_task_or_load_that_hangs_is_ended_and_a_slow_one_is_not() -> None:
-    for asked, guilty in ((TASK, frozenset()), (load(1), frozenset({"m:1/1"}))):
+def test_what_hangs_is_ended_and_what_is_slow_is_not() -> None:
+    step = frames.ApplyStep(number=1, weights="", update="")
+    for asked, guilty in ((TASK, frozenset()), (step, frozenset()), (load(1), frozenset({"m:1/1"}))):
         bench = Bench(share=0.05).up()
         bench.watch.asked(asked)
         assert bench.passes(150) is None
