@@ -44,6 +44,7 @@ class Requests:
     async def run(self) -> None:
         """Answer the questions that take time, until cancelled."""
         places = asyncio.Semaphore(LATER_LIMIT)
+        streams: set[asyncio.Task[None]] = set()
         async with asyncio.TaskGroup() as tasks:
             while True:
                 await places.acquire()
@@ -51,9 +52,16 @@ class Requests:
                 if isinstance(answer, Later):
                     answering = tasks.create_task(self._answer(envelope, answer), name="question answered later")
                     answering.add_done_callback(lambda _: places.release())
-                else:  # a stream holds no place here: Control has another limit for streams
-                    tasks.create_task(self._answer_all(envelope, answer), name="question with many answers")
+                else:
                     places.release()
+                    if (
+                        len(streams) >= LATER_LIMIT
+                    ):  # one that was asked again, or is over, may still wait for the broker
+                        self._outbox.refuse(envelope, Overloaded("too many streams are open", retry_after_seconds=1.0))
+                        continue
+                    streaming = tasks.create_task(self._answer_all(envelope, answer), name="question with many answers")
+                    streams.add(streaming)
+                    streaming.add_done_callback(streams.discard)
 
     async def _answer_all(self, envelope: Envelope, answers: Stream) -> None:
         try:
