@@ -265,9 +265,8 @@ class Deployment:
         """
         if replica_id in self.replicas:
             return self.replicas[replica_id].node_id == node_id
-        if not replica_id.startswith(
-            f"{self.name}/{node_id}/"
-        ):  # `plan` makes ids like this: this one is another node's
+        # `plan` makes ids like this: any other id is of another node.
+        if not replica_id.startswith(f"{self.name}/{node_id}/"):
             return False
         settled = [replica.node_id for replica in self.replicas.values() if replica.state == "ready" or replica.held]
         if node_id in settled or len(settled) >= self.target(places) or self.failed or self.crashing:
