@@ -20,7 +20,8 @@ from coordinator.dispatch import outer
 from node.engine.array_runtimes import TensorFlow
 from node.engine.tasks import Tasks
 from potluck.weights.updates import apply_update
-from potluck.wire.messages import BlobRef, Compression, DataFormat, DataShard, EvaluateTask, TrainResult, TrainTask
+from potluck.wire.tasks import EvaluateTask, TrainResult, TrainTask
+from potluck.wire.values import BlobRef, Compression, DataFormat, DataShard
 from support.models import Files, whole
 
 BATCH = 32

@@ -25,8 +25,9 @@ from report import OtherLoad, Report
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from node.engine.process import Engine
 from node.engine.watch import Limits
-from potluck.wire.messages import BlobRef, ConvertTask, DataFormat, EvaluateTask, ModelFormat
+from potluck.wire.tasks import ConvertTask, EvaluateTask
 from potluck.wire.tensors import from_numpy
+from potluck.wire.values import BlobRef, DataFormat, ModelFormat
 from support.digits import digits
 from support.models import Files, converted, convolutional, exported, whole
 

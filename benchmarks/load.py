@@ -31,9 +31,10 @@ from potluck.client import AsyncClient, AsyncJob
 from potluck.credentials import Credentials
 from potluck.errors import PotluckError
 from potluck.local_cluster import Daemon, LocalCluster
-from potluck.wire.messages import Infer, Inferred, Tensor
+from potluck.wire.questions import Infer, Inferred
 from potluck.wire.tensors import from_numpy
 from potluck.wire.topics import Topics
+from potluck.wire.values import Tensor
 
 SIZE = 16
 DEADLINE_SECONDS = 0.5

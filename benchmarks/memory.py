@@ -20,7 +20,7 @@ from report import Report
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from node.engine.process import Engine
-from potluck.wire.messages import WarmUpTask
+from potluck.wire.tasks import WarmUpTask
 from support.engine_lab import Lab, engine_lab, training
 
 WIDTH = 1024

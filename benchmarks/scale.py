@@ -42,27 +42,12 @@ from potluck.lifecycle import die_with_parent
 from potluck.local_cluster import LocalCluster
 from potluck.settings import CoordinatorSettings
 from potluck.wire import codec
-from potluck.wire.messages import (
-    AddDataset,
-    BlobRef,
-    CancelJob,
-    Capacity,
-    DataFormat,
-    Dataset,
-    DataShard,
-    Evaluate,
-    EvaluateResult,
-    EvaluateTask,
-    JobAccepted,
-    ListNodes,
-    Message,
-    NodeCapacity,
-    NodesListed,
-    NodeStatus,
-    RegisterModel,
-    SubmitJob,
-)
+from potluck.wire.births import NodeCapacity, NodeStatus
+from potluck.wire.jobs import Evaluate
+from potluck.wire.questions import AddDataset, CancelJob, JobAccepted, ListNodes, NodesListed, RegisterModel, SubmitJob
+from potluck.wire.tasks import EvaluateResult, EvaluateTask
 from potluck.wire.topics import Topics
+from potluck.wire.values import BlobRef, Capacity, DataFormat, Dataset, DataShard, Message
 
 BATCH = 32
 SHARDS = 10

@@ -21,24 +21,12 @@ import uuid
 
 from potluck.bus import packets
 from potluck.wire import codec
-from potluck.wire.messages import (
-    AcknowledgeResult,
-    BlobsStored,
-    Capacity,
-    EvaluateResult,
-    EvaluateTask,
-    LeaseRefused,
-    LeaseShard,
-    LeaseTaken,
-    Message,
-    NodeCapacity,
-    NodeStatus,
-    NodeTelemetry,
-    Rebirth,
-    ShardFailed,
-    ShardFinished,
-)
+from potluck.wire.births import NodeCapacity, NodeStatus, NodeTelemetry
+from potluck.wire.commands import AcknowledgeResult, LeaseShard, Rebirth
+from potluck.wire.reports import BlobsStored, LeaseRefused, LeaseTaken, ShardFailed, ShardFinished
+from potluck.wire.tasks import EvaluateResult, EvaluateTask
 from potluck.wire.topics import Topics
+from potluck.wire.values import Capacity, Message
 
 CHUNK_SECONDS = 3.0
 """The made-up time of a batch: as long as the coordinator wants a chunk to be."""

@@ -33,19 +33,14 @@ from potluck.errors import (
 from potluck.wire import codec
 from potluck.wire.addresses import check_holders
 from potluck.wire.deadlines import deadline, too_late
-from potluck.wire.messages import (
-    NODE_DATA,
-    SHARDS_LIMIT,
+from potluck.wire.jobs import NODE_DATA, AnyJobSpec, Deploy
+from potluck.wire.questions import (
     AddDataset,
-    AnyJobSpec,
-    BlobRef,
     CancelJob,
-    Dataset,
     DatasetAdded,
     DatasetRemoved,
     DatasetsListed,
     DeleteModel,
-    Deploy,
     DeploymentInfo,
     DeploymentsListed,
     FindReplicas,
@@ -62,7 +57,6 @@ from potluck.wire.messages import (
     ListJobs,
     ListModels,
     ListNodes,
-    Message,
     ModelChanged,
     ModelRegistered,
     ModelsDeleted,
@@ -83,6 +77,7 @@ from potluck.wire.messages import (
     Undeployed,
 )
 from potluck.wire.refs import locate
+from potluck.wire.values import SHARDS_LIMIT, BlobRef, Dataset, Message
 from potluck.wording import be, counted
 
 P = TypeVar("P", bound=Struct)

@@ -55,20 +55,9 @@ from potluck.net.http import serve_http
 from potluck.settings import CoordinatorSettings, check_listen, is_loopback, parse_address, short_hostname, state_folder
 from potluck.sole_use import sole_use
 from potluck.surviving import surviving
-from potluck.wire.messages import (
-    PROTOCOL_VERSION,
-    BlobsStored,
-    CoordinatorStatus,
-    HoldFailed,
-    InferenceFinished,
-    ModelLoaded,
-    ModelLoadFailed,
-    ModelUnloaded,
-    NodeCapacity,
-    NodeStatus,
-    NodeTelemetry,
-    Rebirth,
-)
+from potluck.wire.births import PROTOCOL_VERSION, CoordinatorStatus, NodeCapacity, NodeStatus, NodeTelemetry
+from potluck.wire.commands import Rebirth
+from potluck.wire.reports import BlobsStored, HoldFailed, InferenceFinished, ModelLoaded, ModelLoadFailed, ModelUnloaded
 from potluck.wire.topics import NODE_ID, Topics
 
 log = logging.getLogger(__name__)

@@ -15,16 +15,9 @@ from msgspec.structs import replace as changed
 
 from potluck.wire import codec
 from potluck.wire.addresses import is_address, is_place
-from potluck.wire.messages import (
-    CLASS_NAMES_LIMIT_BYTES,
-    PROTOCOL_VERSION,
-    Capacity,
-    NodeCapacity,
-    NodeData,
-    NodeInfo,
-    NodeStatus,
-    NodeTelemetry,
-)
+from potluck.wire.births import PROTOCOL_VERSION, NodeCapacity, NodeStatus, NodeTelemetry
+from potluck.wire.questions import NodeInfo
+from potluck.wire.values import CLASS_NAMES_LIMIT_BYTES, Capacity, NodeData
 
 MemberState = Literal["online", "suspect", "offline"]
 ADDRESSES_KEPT = 32

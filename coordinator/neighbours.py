@@ -21,7 +21,7 @@ from potluck.logs import Seldom, fields
 from potluck.net.discovery import Discovery, Service
 from potluck.settings import BusTimings
 from potluck.surviving import surviving
-from potluck.wire.messages import CoordinatorStatus
+from potluck.wire.births import CoordinatorStatus
 from potluck.wire.topics import Topics
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,8 @@ from msgspec.structs import replace
 
 from coordinator.journal import Journal
 from potluck.errors import InvalidRequest, NotFound
-from potluck.wire.messages import BlobRef, Dataset, DatasetInfo, ImageOptions, ModelFormat, ModelInfo, Signature
+from potluck.wire.questions import DatasetInfo, ModelInfo
+from potluck.wire.values import BlobRef, Dataset, ImageOptions, ModelFormat, Signature
 from potluck.wording import counted
 
 _STREAM = "registry"

@@ -11,7 +11,7 @@ from potluck.bus.mqtt import Envelope
 from potluck.bus.outbox import Outbox
 from potluck.errors import Overloaded
 from potluck.surviving import as_defect
-from potluck.wire.messages import Message
+from potluck.wire.values import Message
 
 LATER_LIMIT = 100
 """How many questions whose answer takes time may wait; as many may be in work."""

@@ -9,17 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from potluck.wire.messages import (
-    AcknowledgeResult,
-    ErrorInfo,
-    LeaseRefused,
-    LeaseRenewed,
-    LeaseShard,
-    LeaseTaken,
-    ShardFailed,
-    ShardFinished,
-    WithdrawLease,
-)
+from potluck.wire.commands import AcknowledgeResult, LeaseShard, WithdrawLease
+from potluck.wire.reports import LeaseRefused, LeaseRenewed, LeaseTaken, ShardFailed, ShardFinished
+from potluck.wire.values import ErrorInfo
 
 FENCE_SECONDS = 15.0
 """For this long after its coordinator was last heard, an epoch keeps older ones out. Coordinators send their status every 5 s."""

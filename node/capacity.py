@@ -20,7 +20,8 @@ import psutil
 from node.cgroup import Cgroup, read_text
 from potluck.lifecycle import die_with_parent
 from potluck.logs import fields
-from potluck.wire.messages import Capacity, Gpu, NodeTelemetry
+from potluck.wire.births import NodeTelemetry
+from potluck.wire.values import Capacity, Gpu
 
 log = logging.getLogger(__name__)
 

@@ -11,8 +11,10 @@ from potluck.blobs.store import BlobStore
 from potluck.errors import Overloaded, Unavailable
 from potluck.logs import fields
 from potluck.surviving import as_defect
+from potluck.wire.commands import HoldBlob, ReleaseBlob
 from potluck.wire.failures import error_info
-from potluck.wire.messages import BlobRef, BlobsStored, HoldBlob, HoldFailed, Message, ReleaseBlob
+from potluck.wire.reports import BlobsStored, HoldFailed
+from potluck.wire.values import BlobRef, Message
 
 log = logging.getLogger(__name__)
 

@@ -42,12 +42,10 @@ from potluck.settings import NodeSettings, check_listen, state_folder
 from potluck.sole_use import sole_use
 from potluck.surviving import surviving
 from potluck.wire.addresses import place
-from potluck.wire.messages import (
-    PROTOCOL_VERSION,
+from potluck.wire.births import PROTOCOL_VERSION, CoordinatorStatus
+from potluck.wire.commands import (
     AcknowledgeResult,
-    BlobsStored,
     CancelInference,
-    CoordinatorStatus,
     ForgetJob,
     HoldBlob,
     LeaseShard,
@@ -59,6 +57,7 @@ from potluck.wire.messages import (
     WithdrawLease,
 )
 from potluck.wire.refs import hinted
+from potluck.wire.reports import BlobsStored
 from potluck.wire.topics import Topics
 
 log = logging.getLogger(__name__)

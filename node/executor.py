@@ -21,29 +21,25 @@ from potluck.errors import Cancelled, InvalidModel, PotluckError, TooLarge, Unav
 from potluck.logs import fields
 from potluck.surviving import as_defect, outlived
 from potluck.wire import codec
+from potluck.wire.commands import LeaseShard
 from potluck.wire.failures import error_info
-from potluck.wire.messages import (
-    INLINE_LIMIT_BYTES,
+from potluck.wire.refs import blob_refs
+from potluck.wire.reports import ShardFailed, ShardFinished
+from potluck.wire.tasks import (
     AnyTask,
     AnyTaskResult,
-    BlobRef,
     ConvertResult,
     ConvertTask,
     EvaluateResult,
     ExportResult,
-    LeaseShard,
     PredictResult,
     PredictTask,
-    ShardFailed,
-    ShardFinished,
-    Step,
     SyncResult,
     SyncTask,
-    Tensor,
     TrainResult,
     WarmUpTask,
 )
-from potluck.wire.refs import blob_refs
+from potluck.wire.values import INLINE_LIMIT_BYTES, BlobRef, Step, Tensor
 
 log = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from potluck.credentials import Credentials
 from potluck.errors import PotluckError
 from potluck.logs import fields
 from potluck.surviving import surviving
-from potluck.wire.messages import INPUT_BLOB_LIMIT_BYTES, BlobRef
+from potluck.wire.values import INPUT_BLOB_LIMIT_BYTES, BlobRef
 
 log = logging.getLogger(__name__)
 

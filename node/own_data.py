@@ -14,7 +14,8 @@ from potluck.blobs.store import BlobStore
 from potluck.errors import InvalidRequest, PotluckError, Unavailable
 from potluck.logs import fields
 from potluck.settings import NodeDataSettings
-from potluck.wire.messages import AnyTask, Dataset, DataSlice, EvaluateTask, NodeData, TrainTask, WarmUpTask
+from potluck.wire.tasks import AnyTask, EvaluateTask, TrainTask, WarmUpTask
+from potluck.wire.values import Dataset, DataSlice, NodeData
 
 log = logging.getLogger(__name__)
 

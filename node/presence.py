@@ -23,8 +23,9 @@ from potluck.net.discovery import Discovery, Service
 from potluck.settings import NodeSettings
 from potluck.surviving import surviving
 from potluck.wire.addresses import Scheme
-from potluck.wire.messages import Capacity, CoordinatorStatus, NodeCapacity, NodeData, NodeStatus, NodeTelemetry
+from potluck.wire.births import CoordinatorStatus, NodeCapacity, NodeStatus, NodeTelemetry
 from potluck.wire.topics import Topics
+from potluck.wire.values import Capacity, NodeData
 
 log = logging.getLogger(__name__)
 

@@ -39,23 +39,11 @@ from potluck.errors import (
 )
 from potluck.logs import fields
 from potluck.surviving import as_defect, outlived
+from potluck.wire.commands import CancelInference, LoadModel, RunInference, UnloadModel
 from potluck.wire.deadlines import deadline, too_late
 from potluck.wire.failures import error_info
-from potluck.wire.messages import (
-    INPUT_BLOB_LIMIT_BYTES,
-    BlobRef,
-    CancelInference,
-    InferenceFinished,
-    LoadModel,
-    ModelLoaded,
-    ModelLoadFailed,
-    ModelUnloaded,
-    RequestOutcome,
-    RunInference,
-    Signature,
-    Tensor,
-    UnloadModel,
-)
+from potluck.wire.reports import InferenceFinished, ModelLoaded, ModelLoadFailed, ModelUnloaded, RequestOutcome
+from potluck.wire.values import INPUT_BLOB_LIMIT_BYTES, BlobRef, Signature, Tensor
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from typing import Any as _Any
 if _TYPE_CHECKING:
     from potluck import errors
     from potluck.client import AsyncClient, AsyncJob, Client, Job
-    from potluck.wire.messages import ImageOptions
+    from potluck.wire.values import ImageOptions
 
     __version__: str
 
@@ -29,7 +29,7 @@ def __getattr__(name: str) -> _Any:
     if name in {"AsyncClient", "AsyncJob", "Client", "Job"}:
         return getattr(_import_module("potluck.client"), name)
     if name == "ImageOptions":
-        return _import_module("potluck.wire.messages").ImageOptions
+        return _import_module("potluck.wire.values").ImageOptions
     if name == "errors":
         return _import_module("potluck.errors")
     raise AttributeError(f"module 'potluck' has no attribute {name!r}")

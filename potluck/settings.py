@@ -18,7 +18,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from potluck.errors import InvalidSettings
-from potluck.wire.messages import Name
+from potluck.wire.values import Name
 
 Port = Annotated[int, Meta(ge=0, le=65535)]
 PositiveSeconds = Annotated[float, Meta(gt=0)]

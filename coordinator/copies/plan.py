@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from potluck.wire.messages import BlobRef
+from potluck.wire.values import BlobRef
 
 GONE_SECONDS = 60.0
 """A holder that is away for this long is replaced. That is long: models are large, and most nodes come back."""

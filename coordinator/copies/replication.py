@@ -22,8 +22,10 @@ from potluck.bus.outbox import Outbox
 from potluck.errors import DiskFull, PotluckError
 from potluck.logs import Seldom, fields
 from potluck.surviving import surviving
-from potluck.wire.messages import BlobRef, BlobsStored, HoldBlob, HoldFailed, Message, ReleaseBlob
+from potluck.wire.commands import HoldBlob, ReleaseBlob
+from potluck.wire.reports import BlobsStored, HoldFailed
 from potluck.wire.topics import Topics
+from potluck.wire.values import BlobRef, Message
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,8 @@ from coordinator.dispatch.leases import Leases
 from coordinator.plans.job import Job
 from coordinator.plans.placement import WORDS
 from potluck.bus.outbox import Outbox
-from potluck.wire.messages import JobChanged, JobEnded, JobProgress
+from potluck.wire.jobs import JobProgress
+from potluck.wire.questions import JobChanged, JobEnded
 from potluck.wire.refs import locate
 from potluck.wire.topics import Topics
 

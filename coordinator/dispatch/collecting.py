@@ -21,25 +21,19 @@ from potluck.blobs.download import Downloader
 from potluck.blobs.store import BlobStore, hash_file, no_room
 from potluck.errors import EngineFailed, InvalidModel
 from potluck.weights import updates
-from potluck.wire.messages import (
+from potluck.wire.jobs import Deploy, Evaluate, Predict, Train
+from potluck.wire.refs import blob_refs
+from potluck.wire.tasks import (
     AnyTaskResult,
-    BlobRef,
-    Compression,
     ConvertResult,
-    Deploy,
-    Evaluate,
     EvaluateResult,
     ExportResult,
-    Predict,
     PredictResult,
-    Step,
     SyncResult,
-    Tensor,
-    Train,
     TrainResult,
     WarmUpResult,
 )
-from potluck.wire.refs import blob_refs
+from potluck.wire.values import BlobRef, Compression, Step, Tensor
 
 _STEP_FILES = 3
 """How many files an outer step writes; each is at most as large as the weights."""

@@ -12,7 +12,7 @@ from coordinator.serving.serving import Serving
 from potluck.blobs.store import BlobStore
 from potluck.errors import Conflict, InvalidRequest
 from potluck.logs import fields
-from potluck.wire.messages import ModelInfo
+from potluck.wire.questions import ModelInfo
 from potluck.wording import counted
 
 log = logging.getLogger(__name__)

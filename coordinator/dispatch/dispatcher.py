@@ -50,22 +50,11 @@ from potluck.logs import fields
 from potluck.settings import CoordinatorSettings
 from potluck.surviving import surviving
 from potluck.wire.failures import error_info
-from potluck.wire.messages import (
-    AnyJobSpec,
-    AnyTaskResult,
-    BlobRef,
-    Deploy,
-    ErrorInfo,
-    JobChanged,
-    JobEnded,
-    LeaseRefused,
-    LeaseRenewed,
-    LeaseTaken,
-    Message,
-    ShardFailed,
-    ShardFinished,
-    Train,
-)
+from potluck.wire.jobs import AnyJobSpec, Deploy, Train
+from potluck.wire.questions import JobChanged, JobEnded
+from potluck.wire.reports import LeaseRefused, LeaseRenewed, LeaseTaken, ShardFailed, ShardFinished
+from potluck.wire.tasks import AnyTaskResult
+from potluck.wire.values import BlobRef, ErrorInfo, Message
 
 log = logging.getLogger(__name__)
 

@@ -34,22 +34,9 @@ from potluck.blobs.store import BlobStore
 from potluck.errors import InvalidRequest, NotFound, PotluckError
 from potluck.logs import fields
 from potluck.wire import codec
-from potluck.wire.messages import (
-    NODE_DATA,
-    AnyJobSpec,
-    BlobRef,
-    DataFormat,
-    Dataset,
-    Deploy,
-    Evaluate,
-    ImageOptions,
-    JobChanged,
-    JobProgress,
-    ModelFormat,
-    ModelInfo,
-    Predict,
-    Train,
-)
+from potluck.wire.jobs import NODE_DATA, AnyJobSpec, Deploy, Evaluate, JobProgress, Predict, Train
+from potluck.wire.questions import JobChanged, ModelInfo
+from potluck.wire.values import BlobRef, DataFormat, Dataset, ImageOptions, ModelFormat
 from potluck.wording import be, counted
 
 log = logging.getLogger(__name__)

@@ -15,17 +15,11 @@ from coordinator.plans.job import Attempt, Job
 from coordinator.plans.placement import ClusterView, NodeView
 from potluck.bus.outbox import Outbox
 from potluck.settings import CoordinatorSettings
-from potluck.wire.messages import (
-    AcknowledgeResult,
-    AnyTask,
-    ForgetJob,
-    LeaseShard,
-    Message,
-    WarmUpTask,
-    WithdrawLease,
-)
+from potluck.wire.commands import AcknowledgeResult, ForgetJob, LeaseShard, WithdrawLease
 from potluck.wire.refs import hints_for, locate
+from potluck.wire.tasks import AnyTask, WarmUpTask
 from potluck.wire.topics import Topics
+from potluck.wire.values import Message
 from potluck.wording import on_nodes
 
 MANY_SHARDS = 100

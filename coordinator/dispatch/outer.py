@@ -20,7 +20,7 @@ import numpy as np
 from potluck.errors import Diverged, InvalidModel
 from potluck.weights.files import Array, Reader, Spec, Writer
 from potluck.weights.updates import Role, Travel, UpdateReader, UpdateWriter, choose, spans, square
-from potluck.wire.messages import Compression
+from potluck.wire.values import Compression
 
 MOMENTUM_LIMIT = 0.9
 COOLING = 0.3

@@ -16,7 +16,7 @@ from coordinator.dispatch.deletion import Deletion
 from coordinator.plans.job import data_of
 from coordinator.registry import Registry, dataset_blobs
 from potluck.logs import fields
-from potluck.wire.messages import AnyJobSpec
+from potluck.wire.jobs import AnyJobSpec
 
 log = logging.getLogger(__name__)
 

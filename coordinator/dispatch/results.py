@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from coordinator.plans.training.scores import evaluation_metrics
 from potluck.blobs.store import BlobStore
 from potluck.errors import InvalidModel
-from potluck.wire.messages import ClassScore, EvaluateResult, Evaluation, PredictResult, Tensor
+from potluck.wire.jobs import ClassScore, Evaluation
+from potluck.wire.tasks import EvaluateResult, PredictResult
 from potluck.wire.tensors import DTYPES
+from potluck.wire.values import Tensor
 
 SUMMARY = ("precision", "recall", "f1")
 INLINE_OUTPUT_BYTES = 64 * 1024

@@ -20,7 +20,7 @@ from coordinator.plans.job import Job
 from potluck.errors import Overloaded, Unavailable
 from potluck.surviving import as_defect
 from potluck.wire import codec
-from potluck.wire.messages import ClusterEvent, EventsListed
+from potluck.wire.questions import ClusterEvent, EventsListed
 
 PAGE_EVENTS = 100
 """Events in one message: this many fit, with texts in any language."""

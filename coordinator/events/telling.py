@@ -28,7 +28,7 @@ from coordinator.registry import (
     TagsSet,
 )
 from coordinator.serving.records import Deployed, Parked, Retired, Routed, Scaled, Settled, TakenDown, Woken
-from potluck.wire.messages import ClusterEvent, JobEnded
+from potluck.wire.questions import ClusterEvent, JobEnded
 from potluck.wording import counted
 
 TEXT_LIMIT = 300

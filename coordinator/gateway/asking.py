@@ -16,7 +16,8 @@ from coordinator.serving.inference import Inference
 from coordinator.serving.inputs import INPUT_LIMIT_BYTES, size_bytes
 from potluck.errors import InvalidRequest
 from potluck.settings import CoordinatorSettings
-from potluck.wire.messages import BlobRef, Inferred, Signature, Tensor
+from potluck.wire.questions import Inferred
+from potluck.wire.values import BlobRef, Signature, Tensor
 
 TIMEOUT_HEADER = "Request-Timeout"
 """How many seconds the client waits; then the request is given up. (No protocol here has its own header for this.)"""

@@ -7,17 +7,17 @@ from typing import TypeVar
 
 from coordinator.control import Control
 from potluck.errors import NotFound
-from potluck.wire.messages import (
+from potluck.wire.questions import (
     DeploymentInfo,
     DeploymentsListed,
     GetModel,
     ListDeployments,
     ListModels,
-    Message,
     ModelInfo,
     ModelRegistered,
     ModelsListed,
 )
+from potluck.wire.values import Message
 
 M = TypeVar("M", bound=Message)
 

@@ -15,7 +15,7 @@ from coordinator.gateway.answers import guarded
 from potluck.errors import InvalidRequest, PotluckError
 from potluck.logs import fields
 from potluck.wire import codec
-from potluck.wire.messages import EventsListed, FollowEvents
+from potluck.wire.questions import EventsListed, FollowEvents
 
 log = logging.getLogger(__name__)
 

@@ -17,8 +17,9 @@ from coordinator.gateway.bodies import beside, decoded
 from coordinator.serving.inputs import size_bytes
 from potluck.errors import InvalidRequest
 from potluck.scores import of_classes
-from potluck.wire.messages import Count, Inferred, ModelInfo, Signature, Tensor
+from potluck.wire.questions import Inferred, ModelInfo
 from potluck.wire.tensors import from_numpy, packed, plain, to_numpy
+from potluck.wire.values import Count, Signature, Tensor
 
 _MICROSECONDS = 1e-6
 _OCTETS = "application/octet-stream"

@@ -14,8 +14,8 @@ import msgspec
 import numpy as np
 
 from potluck.errors import InvalidRequest
-from potluck.wire.messages import Tensor, TensorSpec
 from potluck.wire.tensors import DTYPES, to_numpy
+from potluck.wire.values import Tensor, TensorSpec
 
 Array = np.ndarray[Any, Any]
 BYTES_SUFFIX = "_bytes"

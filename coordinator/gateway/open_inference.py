@@ -16,7 +16,7 @@ from coordinator.gateway.inferring import Inferring
 from potluck import __version__
 from potluck.bus.mqtt import Bus
 from potluck.errors import Unavailable
-from potluck.wire.messages import ModelFormat, TensorSpec
+from potluck.wire.values import ModelFormat, TensorSpec
 
 PLATFORMS: dict[ModelFormat, str] = {
     "keras": "tensorflow_keras",

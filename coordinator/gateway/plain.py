@@ -18,8 +18,9 @@ from coordinator.serving.inputs import size_bytes
 from potluck.data import images, items
 from potluck.errors import InvalidData, InvalidRequest
 from potluck.scores import of_classes
-from potluck.wire.messages import Inferred, ModelInfo, Signature, Tensor
+from potluck.wire.questions import Inferred, ModelInfo
 from potluck.wire.tensors import from_numpy, to_numpy
+from potluck.wire.values import Signature, Tensor
 
 SHOWN_CLASSES = 5
 """Classes in an answer, unless `?top=` says how many."""

@@ -20,8 +20,9 @@ from potluck.net.http import caller_of
 from potluck.surviving import as_defect
 from potluck.wire import codec
 from potluck.wire.identities import ANONYMOUS
-from potluck.wire.messages import FollowEvents, JobEnded, Message
+from potluck.wire.questions import FollowEvents, JobEnded
 from potluck.wire.tensors import readable
+from potluck.wire.values import Message
 
 PATH = "/v1/control"
 

@@ -14,8 +14,8 @@ from coordinator.serving.inputs import INPUT_LIMIT_BYTES, size_bytes
 from potluck.blobs.download import Downloader
 from potluck.blobs.store import BlobStore
 from potluck.errors import TooLarge, Unavailable
-from potluck.wire.messages import BlobRef, Tensor
 from potluck.wire.tensors import packed, unpacked
+from potluck.wire.values import BlobRef, Tensor
 
 
 class Shelf:

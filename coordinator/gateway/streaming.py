@@ -12,8 +12,8 @@ from coordinator.gateway import json_arrays
 from coordinator.gateway.answers import Problem
 from coordinator.gateway.asking import Asking
 from potluck.errors import InvalidRequest, PotluckError
-from potluck.wire.messages import Tensor
 from potluck.wire.tensors import from_numpy, to_numpy
+from potluck.wire.values import Tensor
 
 CONTENT_TYPE = "text/event-stream"
 ROWS_AT_ONCE = 32

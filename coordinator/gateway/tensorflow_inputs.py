@@ -7,7 +7,7 @@ from typing import Any
 
 from coordinator.gateway import json_arrays
 from potluck.errors import InvalidRequest
-from potluck.wire.messages import Signature, Tensor, TensorSpec
+from potluck.wire.values import Signature, Tensor, TensorSpec
 
 
 def from_rows(signature: Signature, instances: Any) -> tuple[Tensor, ...]:

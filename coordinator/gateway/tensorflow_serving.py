@@ -20,8 +20,8 @@ from coordinator.gateway.catalog import answers, version_of
 from coordinator.serving.inputs import size_bytes
 from potluck.errors import InvalidRequest, NotFound
 from potluck.scores import of_classes
-from potluck.wire.messages import Signature, Tensor, TensorSpec
 from potluck.wire.tensors import to_numpy
+from potluck.wire.values import Signature, Tensor, TensorSpec
 
 SIGNATURE = "serving_default"
 _METHODS = {

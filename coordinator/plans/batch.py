@@ -20,18 +20,9 @@ from coordinator.plans.decisions import Complete, Decision, Lease, Withdraw
 from coordinator.plans.job import Attempt
 from coordinator.plans.placement import ClusterView, NodeView, speeds
 from potluck.errors import ModelFailed
-from potluck.wire.messages import (
-    AnyTask,
-    AnyTaskResult,
-    DataShard,
-    DataSlice,
-    ErrorInfo,
-    EvaluateResult,
-    EvaluateTask,
-    JobProgress,
-    PredictTask,
-    TaskResult,
-)
+from potluck.wire.jobs import JobProgress
+from potluck.wire.tasks import AnyTask, AnyTaskResult, EvaluateResult, EvaluateTask, PredictTask, TaskResult
+from potluck.wire.values import DataShard, DataSlice, ErrorInfo
 
 CHUNK_SECONDS = 3.0
 """The longest chunk at the node's measured speed: a lost node can cost this much."""

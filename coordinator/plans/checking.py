@@ -12,32 +12,29 @@ from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
-from potluck.wire.messages import (
+from potluck.wire.reports import LeaseRenewed
+from potluck.wire.tasks import (
     AnyTask,
     AnyTaskResult,
-    BlobRef,
     ConvertResult,
     ConvertTask,
-    ErrorInfo,
     EvaluateResult,
     EvaluateTask,
     ExportResult,
     ExportTask,
-    LeaseRenewed,
     PredictResult,
     PredictTask,
-    Signature,
     SyncResult,
     SyncTask,
     Task,
     TaskResult,
-    Tensor,
     TrainResult,
     TrainTask,
     WarmUpResult,
     WarmUpTask,
 )
 from potluck.wire.tensors import DTYPES
+from potluck.wire.values import BlobRef, ErrorInfo, Signature, Tensor
 
 RESULT_OF: dict[type[Task], type[TaskResult]] = {
     TrainTask: TrainResult,

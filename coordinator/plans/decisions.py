@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from coordinator.plans.events import OfTraining
-from potluck.wire.messages import AnyTask, BlobRef, EpochMetrics, TrainResult
+from potluck.wire.jobs import EpochMetrics
+from potluck.wire.tasks import AnyTask, TrainResult
+from potluck.wire.values import BlobRef
 
 
 @dataclass(frozen=True)

@@ -9,17 +9,10 @@ from typing import Literal
 
 from msgspec import Struct
 
-from potluck.wire.messages import (
-    AnyJobSpec,
-    AnyTask,
-    AnyTaskResult,
-    BlobRef,
-    EpochMetrics,
-    ErrorInfo,
-    ImageOptions,
-    JobEnded,
-    ModelFormat,
-)
+from potluck.wire.jobs import AnyJobSpec, EpochMetrics
+from potluck.wire.questions import JobEnded
+from potluck.wire.tasks import AnyTask, AnyTaskResult
+from potluck.wire.values import BlobRef, ErrorInfo, ImageOptions, ModelFormat
 
 
 class Event(Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="event", tag=True):

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from coordinator.plans.placement import ClusterView, NodeView
 from potluck.errors import CodeNotAllowed, EngineFailed, OutOfMemory, PeerLost
 from potluck.wire.failures import as_error
-from potluck.wire.messages import ErrorInfo
+from potluck.wire.values import ErrorInfo
 
 OPINION_SECONDS = 30.0
 """How long another node has to show that the job can be done, or to agree that it cannot."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from msgspec import json
 
 from coordinator.plans.events import RoundClosed
-from potluck.wire.messages import EpochMetrics, RoundMetrics
+from potluck.wire.jobs import EpochMetrics, RoundMetrics
 
 ROUNDS_LIMIT_BYTES = 64 * 1024
 """What a job's rounds take, at most."""

@@ -41,25 +41,10 @@ from potluck.errors import (
     InvalidRequest,
     ModelFailed,
 )
-from potluck.wire.messages import (
-    AnyJobSpec,
-    AnyTask,
-    AnyTaskResult,
-    BlobRef,
-    Dataset,
-    Deploy,
-    EpochMetrics,
-    ErrorInfo,
-    ExportResult,
-    ImageOptions,
-    JobChanged,
-    JobEnded,
-    JobProgress,
-    JobState,
-    JobSubject,
-    Train,
-    WarmUpResult,
-)
+from potluck.wire.jobs import AnyJobSpec, Deploy, EpochMetrics, JobProgress, JobState, Train
+from potluck.wire.questions import JobChanged, JobEnded, JobSubject
+from potluck.wire.tasks import AnyTask, AnyTaskResult, ExportResult, WarmUpResult
+from potluck.wire.values import BlobRef, Dataset, ErrorInfo, ImageOptions
 
 VALIDATION = "validation-"
 """Prefix of the ids of validation shards."""

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from msgspec.structs import replace
 
 from potluck.errors import InvalidRequest
-from potluck.wire.messages import Dataset, ModelInfo
+from potluck.wire.questions import ModelInfo
+from potluck.wire.values import Dataset
 from potluck.wording import printable
 
 

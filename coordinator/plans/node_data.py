@@ -9,20 +9,10 @@ from coordinator.plans.decisions import Complete, Decision, Lease
 from coordinator.plans.job import Attempt
 from coordinator.plans.placement import ClusterView, NodeView
 from potluck.errors import InvalidRequest, NotFound
-from potluck.wire.messages import (
-    NODE_DATA,
-    AnyTask,
-    AnyTaskResult,
-    DataFormat,
-    Dataset,
-    DatasetInfo,
-    ErrorInfo,
-    EvaluateResult,
-    EvaluateTask,
-    JobProgress,
-    NodeData,
-    TaskResult,
-)
+from potluck.wire.jobs import NODE_DATA, JobProgress
+from potluck.wire.questions import DatasetInfo
+from potluck.wire.tasks import AnyTask, AnyTaskResult, EvaluateResult, EvaluateTask, TaskResult
+from potluck.wire.values import DataFormat, Dataset, ErrorInfo, NodeData
 
 TRIES = 3
 """A node with this many errors is left out of an evaluation that others can do."""

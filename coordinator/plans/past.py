@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from coordinator.plans.events import AnyEvent, AttemptLeased, JobSubmitted, RoundClosed, StrategyChosen
-from potluck.wire.messages import SyncTask, Train, TrainTask
+from potluck.wire.jobs import Train
+from potluck.wire.tasks import SyncTask, TrainTask
 
 
 def with_choices(events: Iterable[AnyEvent]) -> Iterator[AnyEvent]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from potluck.wire.messages import ModelFormat, NodeData
+from potluck.wire.values import ModelFormat, NodeData
 
 RUNTIME_OF: dict[ModelFormat, str] = {
     "keras": "tensorflow",

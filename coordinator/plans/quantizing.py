@@ -9,21 +9,9 @@ from coordinator.plans.batch import BatchStrategy, ItemIndex
 from coordinator.plans.decisions import Complete, Decision, Lease
 from coordinator.plans.job import Attempt
 from coordinator.plans.placement import RUNTIME_OF, ClusterView, NodeView
-from potluck.wire.messages import (
-    AnyTask,
-    AnyTaskResult,
-    BlobRef,
-    ConvertResult,
-    ConvertTask,
-    Dataset,
-    DataSlice,
-    ErrorInfo,
-    EvaluateTask,
-    ImageOptions,
-    JobProgress,
-    ModelFormat,
-    TaskResult,
-)
+from potluck.wire.jobs import JobProgress
+from potluck.wire.tasks import AnyTask, AnyTaskResult, ConvertResult, ConvertTask, EvaluateTask, TaskResult
+from potluck.wire.values import BlobRef, Dataset, DataSlice, ErrorInfo, ImageOptions, ModelFormat
 
 CALIBRATION_ITEMS = 100
 """How many items are used to calibrate: more of them hardly change the ranges."""

@@ -21,21 +21,9 @@ from coordinator.plans.training.state import TrainingState
 from coordinator.plans.training.strategy import TrainingStrategy
 from coordinator.plans.training.sync import SyncRounds
 from coordinator.plans.training.validation import Evaluation
-from potluck.wire.messages import (
-    NODE_DATA,
-    BlobRef,
-    Dataset,
-    DataSlice,
-    Deploy,
-    Evaluate,
-    EvaluateTask,
-    ImageOptions,
-    ModelFormat,
-    Predict,
-    PredictTask,
-    Step,
-    Train,
-)
+from potluck.wire.jobs import NODE_DATA, Deploy, Evaluate, Predict, Train
+from potluck.wire.tasks import EvaluateTask, PredictTask
+from potluck.wire.values import BlobRef, Dataset, DataSlice, ImageOptions, ModelFormat, Step
 
 
 def strategy_for(job: JobSubmitted, dataset: Dataset | None, validation: Dataset | None) -> Strategy | None:

@@ -10,7 +10,7 @@ from coordinator.serving.inference import Inference
 from coordinator.serving.records import AnyDeploymentEvent, Parked, Records, Scaled
 from coordinator.serving.scaling import Scaler, Seen
 from potluck.logs import fields
-from potluck.wire.messages import Deploy
+from potluck.wire.jobs import Deploy
 
 log = logging.getLogger(__name__)
 LEAST_TARGET_SECONDS = 0.01

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from potluck.errors import PotluckError
-from potluck.wire.messages import RequestOutcome, Tensor
+from potluck.wire.reports import RequestOutcome
+from potluck.wire.values import Tensor
 
 Answer = Callable[[RequestOutcome | PotluckError], None]
 """Gets the answer that ends a request. Today a request has only this one answer."""

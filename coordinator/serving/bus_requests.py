@@ -12,7 +12,7 @@ from potluck.bus.outbox import Outbox
 from potluck.errors import InvalidRequest, PotluckError, TimedOut
 from potluck.settings import CoordinatorSettings
 from potluck.wire.deadlines import deadline, too_late
-from potluck.wire.messages import CancelInfer, Infer, Inferred
+from potluck.wire.questions import CancelInfer, Infer, Inferred
 from potluck.wire.topics import Topics
 
 

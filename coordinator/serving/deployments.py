@@ -20,7 +20,9 @@ from msgspec.structs import replace
 from coordinator.plans.placement import RUNTIME_OF
 from potluck.crashes import Crashes
 from potluck.errors import CodeNotAllowed, EngineFailed, InvalidRequest, ModelCrashed, OutOfMemory
-from potluck.wire.messages import BlobRef, Deploy, ErrorInfo, ModelFormat, ReplicaInfo, Signature
+from potluck.wire.jobs import Deploy
+from potluck.wire.questions import ReplicaInfo
+from potluck.wire.values import BlobRef, ErrorInfo, ModelFormat, Signature
 
 FAILURES_LIMIT = 3
 RETRY_SECONDS = 5.0

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from coordinator.serving.batches import Batch
 from potluck.bus.outbox import Outbox
-from potluck.wire.messages import CancelInference, RunInference
+from potluck.wire.commands import CancelInference, RunInference
 from potluck.wire.topics import Topics
 
 VALID_LEAST_SECONDS = 0.005

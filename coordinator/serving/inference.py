@@ -22,8 +22,10 @@ from potluck.errors import InvalidRequest, ModelFailed, NotFound, PotluckError
 from potluck.logs import fields
 from potluck.settings import CoordinatorSettings
 from potluck.wire.failures import as_error
-from potluck.wire.messages import BlobRef, ErrorInfo, InferenceFinished, Inferred, RequestOutcome, Signature, Tensor
+from potluck.wire.questions import Inferred
+from potluck.wire.reports import InferenceFinished, RequestOutcome
 from potluck.wire.specs import matched
+from potluck.wire.values import BlobRef, ErrorInfo, Signature, Tensor
 
 log = logging.getLogger(__name__)
 

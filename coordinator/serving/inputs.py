@@ -6,9 +6,9 @@ from msgspec.structs import replace
 
 from potluck.errors import InvalidRequest, TooLarge
 from potluck.wire.addresses import check_holders
-from potluck.wire.messages import INLINE_LIMIT_BYTES, BlobRef, Signature, Tensor, TensorSpec
 from potluck.wire.specs import matched
 from potluck.wire.tensors import plain
+from potluck.wire.values import INLINE_LIMIT_BYTES, BlobRef, Signature, Tensor, TensorSpec
 
 INPUT_LIMIT_BYTES = INLINE_LIMIT_BYTES - 16 * 1024
 """Limit of the inputs of one request, so that they fit into a message with the rest of it."""

@@ -9,7 +9,8 @@ from msgspec import Struct
 from coordinator.serving.deployments import Deployment, Parking
 from coordinator.serving.traffic import Role, Traffic
 from potluck.crashes import Crashes
-from potluck.wire.messages import BlobRef, Deploy, ModelFormat
+from potluck.wire.jobs import Deploy
+from potluck.wire.values import BlobRef, ModelFormat
 
 STREAM = "deployments"
 

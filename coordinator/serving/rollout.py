@@ -11,7 +11,7 @@ from coordinator.serving.traffic import Traffic, worse
 from coordinator.serving.windows import Summary
 from potluck.errors import Conflict, InvalidRequest, NotFound
 from potluck.logs import fields
-from potluck.wire.messages import Deploy
+from potluck.wire.jobs import Deploy
 
 log = logging.getLogger(__name__)
 

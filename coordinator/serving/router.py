@@ -32,7 +32,7 @@ from coordinator.serving.hedging import LEAST_SECONDS, Hedging
 from coordinator.serving.lanes import BATCH_TARGET_SECONDS, BATCHES_AHEAD, HEADROOM, LATE, Lane, Lanes
 from coordinator.serving.queueing import RequestQueue
 from potluck.errors import Cancelled, InputsLost, ModelCrashed, Overloaded, PotluckError, TimedOut, Unavailable
-from potluck.wire.messages import RequestOutcome
+from potluck.wire.reports import RequestOutcome
 from potluck.wording import counted
 
 BATCH_BYTES = 160 * 1024

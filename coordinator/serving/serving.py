@@ -41,12 +41,10 @@ from potluck.logs import fields
 from potluck.settings import CoordinatorSettings
 from potluck.surviving import surviving
 from potluck.wire.failures import as_error
-from potluck.wire.messages import (
-    Deploy,
-    DeploymentInfo,
-    Signature,
-)
+from potluck.wire.jobs import Deploy
+from potluck.wire.questions import DeploymentInfo
 from potluck.wire.topics import Topics
+from potluck.wire.values import Signature
 from potluck.wording import be, counted
 
 log = logging.getLogger(__name__)

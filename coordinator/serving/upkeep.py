@@ -20,19 +20,12 @@ from potluck.bus.outbox import Outbox
 from potluck.errors import EngineFailed, ModelCrashed
 from potluck.logs import fields
 from potluck.settings import CoordinatorSettings
+from potluck.wire.births import NodeTelemetry
+from potluck.wire.commands import LoadModel, UnloadModel
 from potluck.wire.failures import error_info
-from potluck.wire.messages import (
-    BlobRef,
-    ErrorInfo,
-    LoadModel,
-    Message,
-    ModelLoaded,
-    ModelLoadFailed,
-    ModelUnloaded,
-    NodeTelemetry,
-    UnloadModel,
-)
+from potluck.wire.reports import ModelLoaded, ModelLoadFailed, ModelUnloaded
 from potluck.wire.topics import Topics
+from potluck.wire.values import BlobRef, ErrorInfo, Message
 from potluck.wording import on_nodes
 
 log = logging.getLogger(__name__)

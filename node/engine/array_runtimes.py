@@ -20,7 +20,7 @@ from node.engine.replicas import LoadedReplicas, Model
 from node.engine.runtimes import Send, Started, Work
 from node.engine.turns import Turns
 from potluck.errors import TimedOut
-from potluck.wire.messages import BlobRef, ModelFormat, Signature, Tensor
+from potluck.wire.values import BlobRef, ModelFormat, Signature, Tensor
 
 BATCHES_LIMIT = 256
 """Batches that may wait for a runtime. A node lets this many wait on all its engines together, so more is a fault."""

@@ -24,7 +24,7 @@ from node.engine import keras_models, savedmodel
 from node.engine.wording import one_line
 from potluck.errors import EngineFailed, InvalidModel
 from potluck.lifecycle import die_with_parent
-from potluck.wire.messages import ModelFormat
+from potluck.wire.values import ModelFormat
 
 POLL_SECONDS = 0.2
 REFUSED = 3

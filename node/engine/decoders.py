@@ -15,8 +15,8 @@ from potluck.data import images
 from potluck.data.folders import Unusable
 from potluck.data.items import CHANNELS, check_scale
 from potluck.errors import InvalidData, InvalidModel, InvalidRequest
-from potluck.wire.messages import DataFormat, ImageOptions
 from potluck.wire.specs import shown
+from potluck.wire.values import DataFormat, ImageOptions
 
 _NO_IMAGE, _END = "the image is refused: ", " (end)"
 """The texts before and after the reason: TensorFlow puts the reason among other lines of its error."""

@@ -18,7 +18,7 @@ from node.engine.loaded import Loaded, Scored
 from node.engine.shards import ShardPart
 from node.engine.targets import Labels
 from node.engine.truth import truth_of
-from potluck.wire.messages import EvaluateResult
+from potluck.wire.tasks import EvaluateResult
 
 CONFUSION_CLASSES = 200
 """With more classes, the confusion matrix would be larger than a message may be."""

@@ -10,8 +10,8 @@ import numpy as np
 from potluck.data.items import are_pixels
 from potluck.errors import InvalidRequest
 from potluck.wire import tensors
-from potluck.wire.messages import Tensor, TensorSpec
 from potluck.wire.specs import matched, shape_for
+from potluck.wire.values import Tensor, TensorSpec
 
 Array = np.ndarray[Any, Any]
 

@@ -13,16 +13,9 @@ import msgspec
 from msgspec import Struct
 
 from potluck.errors import BadMessage, TooLarge
-from potluck.wire.messages import (
-    AnyTask,
-    AnyTaskResult,
-    BlobRef,
-    ErrorInfo,
-    ModelFormat,
-    RequestOutcome,
-    Signature,
-    Tensor,
-)
+from potluck.wire.reports import RequestOutcome
+from potluck.wire.tasks import AnyTask, AnyTaskResult
+from potluck.wire.values import BlobRef, ErrorInfo, ModelFormat, Signature, Tensor
 
 FRAME_LIMIT_BYTES = 256 * 2**20
 LENGTH = struct.Struct(">I")

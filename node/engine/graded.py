@@ -16,8 +16,9 @@ from node.engine.replicas import Model
 from node.engine.shards import ShardPart
 from node.engine.truth import by_output
 from potluck.errors import InvalidData, InvalidModel, InvalidRequest
-from potluck.wire.messages import EvaluateResult, Signature, TensorSpec
 from potluck.wire.specs import shown
+from potluck.wire.tasks import EvaluateResult
+from potluck.wire.values import Signature, TensorSpec
 
 Step = Callable[[int], None]
 

@@ -17,7 +17,7 @@ from node.engine.memory import shortage
 from node.engine.wording import one_line
 from potluck.errors import InvalidModel, ModelFailed
 from potluck.logs import fields
-from potluck.wire.messages import Signature
+from potluck.wire.values import Signature
 
 log = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from node.engine.shards import Array, ShardPart
 from potluck.data.folders import Unusable
 from potluck.data.items import are_pixels
 from potluck.errors import InvalidRequest
-from potluck.wire.messages import DataFormat, ImageOptions
 from potluck.wire.specs import shown
+from potluck.wire.values import DataFormat, ImageOptions
 from potluck.wording import counted
 
 ROWS_AT_ONCE = 256

@@ -21,9 +21,9 @@ from node.engine.shards import ALIGNMENT, aligned
 from node.engine.wording import one_line
 from potluck.errors import InvalidModel
 from potluck.weights import files as weights
-from potluck.wire.messages import Signature, TensorSpec
 from potluck.wire.specs import shown
 from potluck.wire.tensors import datatype_of
+from potluck.wire.values import Signature, TensorSpec
 
 HDF5 = b"\x89HDF\r\n\x1a\n"
 """The first bytes of an HDF5 file."""

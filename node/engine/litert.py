@@ -18,8 +18,8 @@ from ai_edge_litert.interpreter import Interpreter
 from node.engine.fitting import Array
 from node.engine.wording import one_line
 from potluck.errors import InvalidModel, ModelFailed
-from potluck.wire.messages import Signature, TensorSpec
 from potluck.wire.tensors import datatype_of
+from potluck.wire.values import Signature, TensorSpec
 
 ROWS_LIMIT = 32
 """More rows in one batch take memory, and are not faster."""

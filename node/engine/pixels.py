@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from node.engine import keras_models, keras_parts
 from potluck.data.images import DEFAULT_SCALE
 from potluck.data.items import scale_of
-from potluck.wire.messages import Signature
+from potluck.wire.values import Signature
 
 _KEEP = frozenset(
     [

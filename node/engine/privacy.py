@@ -1,4 +1,4 @@
-"""Training that hides single items, or this node as a whole, behind noise (differential privacy): see `messages.Privacy`.
+"""Training that hides single items, or this node as a whole, behind noise (differential privacy): see `potluck.wire.values.Privacy`.
 
 Samples and noise come from the operating system's entropy, never from a job's seed: with the seed, one could remove the noise.
 """
@@ -20,7 +20,7 @@ from node.engine.truth import Truth
 from potluck.errors import InvalidModel
 from potluck.weights import files
 from potluck.weights.updates import Role
-from potluck.wire.messages import Privacy
+from potluck.wire.values import Privacy
 
 AT_ONCE = 16
 GRADIENTS_BYTES = 64 * 2**20

@@ -26,7 +26,9 @@ from node.engine.watch import Limits, Verdict, Watch, out_of_memory
 from potluck.errors import EngineFailed, ModelCrashed, OutOfMemory, PotluckError
 from potluck.lifecycle import die_with_parent
 from potluck.wire.failures import as_error
-from potluck.wire.messages import AnyTask, AnyTaskResult, BlobRef, ModelFormat, RequestOutcome, Signature, Tensor
+from potluck.wire.reports import RequestOutcome
+from potluck.wire.tasks import AnyTask, AnyTaskResult
+from potluck.wire.values import BlobRef, ModelFormat, Signature, Tensor
 
 log = logging.getLogger(__name__)
 

@@ -20,8 +20,9 @@ from node.engine.wording import one_line
 from potluck.errors import InvalidModel, InvalidRequest, ModelFailed, OutOfMemory, PotluckError
 from potluck.wire import tensors
 from potluck.wire.failures import error_info
-from potluck.wire.messages import ModelFormat, RequestOutcome, Signature, Tensor
+from potluck.wire.reports import RequestOutcome
 from potluck.wire.specs import shown
+from potluck.wire.values import ModelFormat, Signature, Tensor
 from potluck.wording import counted
 
 

@@ -9,7 +9,7 @@ from typing import Protocol, TypeVar
 from node.engine import frames
 from potluck import extras
 from potluck.errors import NotFound, Unavailable
-from potluck.wire.messages import ModelFormat, Signature
+from potluck.wire.values import ModelFormat, Signature
 
 Work = Callable[[], None]
 """What is to be computed. If it raises an error, the engine ends."""

@@ -21,8 +21,8 @@ from node.engine.vetting import vet
 from node.engine.wording import one_line
 from potluck import savedmodels
 from potluck.errors import EngineFailed, InvalidModel, InvalidRequest
-from potluck.wire.messages import Signature, TensorSpec
 from potluck.wire.tensors import datatype_of
+from potluck.wire.values import Signature, TensorSpec
 
 SERVING = "serving_default"
 OTHER_GRAPH = "saved_model.cpb"

@@ -34,7 +34,7 @@ from node.engine.wording import one_line
 from potluck.data.order import passes
 from potluck.errors import Cancelled, InvalidModel, PeerLost
 from potluck.weights import files as weights
-from potluck.wire.messages import SyncTask
+from potluck.wire.tasks import SyncTask
 from potluck.wording import counted
 
 MEANS = ("sum_over_batch_size",)

@@ -31,21 +31,17 @@ from node.engine.synchronous import GroupMember
 from node.engine.training import TrainingSession
 from potluck.errors import Cancelled, Diverged, PeerLost
 from potluck.weights import updates
-from potluck.wire.messages import (
+from potluck.wire.tasks import (
     AnyTask,
     AnyTaskResult,
-    BlobRef,
     ConvertResult,
     ConvertTask,
-    DataSlice,
     EvaluateResult,
     EvaluateTask,
     ExportResult,
     ExportTask,
-    ModelFormat,
     PredictResult,
     PredictTask,
-    Step,
     SyncResult,
     SyncTask,
     TrainResult,
@@ -54,6 +50,7 @@ from potluck.wire.messages import (
     WarmUpTask,
 )
 from potluck.wire.tensors import from_numpy
+from potluck.wire.values import BlobRef, DataSlice, ModelFormat, Step
 
 Progress = Callable[[int, dict[str, float]], None]
 Paths = dict[str, Path]

@@ -26,7 +26,8 @@ from node.engine.shards import ShardPart
 from node.engine.truth import Truth, truth_of
 from node.engine.wording import one_line
 from potluck.errors import Cancelled, InvalidModel, PotluckError
-from potluck.wire.messages import ImageOptions, TrainTask
+from potluck.wire.tasks import TrainTask
+from potluck.wire.values import ImageOptions
 
 PROGRESS_SECONDS = 1.0
 MEMORY_LIMIT_BYTES = 2 * 2**30

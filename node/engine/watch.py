@@ -13,7 +13,7 @@ from typing import Literal
 from node.engine import frames
 from node.engine.progress import LONGEST_STEP_SECONDS, Progress, Reading
 from potluck.errors import EngineFailed, OutOfMemory, PotluckError
-from potluck.wire.messages import SyncTask
+from potluck.wire.tasks import SyncTask
 
 PATIENCE_SECONDS = 1800.0
 """How long an engine that makes progress may take to start, or may be silent."""

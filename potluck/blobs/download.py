@@ -25,7 +25,7 @@ from potluck.errors import DiskFull, InvalidRequest, NotFound, TooLarge, Unavail
 from potluck.logs import fields
 from potluck.net.http_client import session
 from potluck.wire.addresses import NO_ADDRESS, is_address
-from potluck.wire.messages import BlobRef
+from potluck.wire.values import BlobRef
 
 log = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from potluck.blobs.partial import CHUNKS_SUFFIX, PARTIAL_PREFIX, Partial
 from potluck.blobs.room import UNUSED_SECONDS, UPLOADS_SHARE, Disk, Uploads, Usage
 from potluck.errors import CorruptBlob, DiskFull, InvalidRequest, NotFound
 from potluck.logs import fields
-from potluck.wire.messages import BlobRef
+from potluck.wire.values import BlobRef
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from potluck.blobs.store import BlobStore, no_room
 from potluck.errors import CorruptBlob, Unavailable
 from potluck.logs import fields
 from potluck.wire.addresses import NO_ADDRESS, is_address
-from potluck.wire.messages import BlobRef
+from potluck.wire.values import BlobRef
 
 log = logging.getLogger(__name__)
 

@@ -20,8 +20,9 @@ from potluck.surviving import as_defect, surviving
 from potluck.wire import codec
 from potluck.wire.codec import Encoding
 from potluck.wire.failures import as_error, error_info
-from potluck.wire.messages import Inferred, JobEnded, Message, RequestFailed
+from potluck.wire.questions import Inferred, JobEnded, RequestFailed
 from potluck.wire.topics import Topics
+from potluck.wire.values import Message
 from potluck.wording import counted
 
 log = logging.getLogger(__name__)

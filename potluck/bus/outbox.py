@@ -18,7 +18,8 @@ from potluck.errors import PotluckError
 from potluck.logs import fields
 from potluck.surviving import as_defect
 from potluck.wire.failures import error_info
-from potluck.wire.messages import Message, RequestFailed
+from potluck.wire.questions import RequestFailed
+from potluck.wire.values import Message
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from potluck.wire.codec import CONTENT_TYPES, Encoding
-from potluck.wire.messages import Message
+from potluck.wire.values import Message
 
 
 @dataclass(frozen=True, slots=True)

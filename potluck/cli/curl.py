@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from potluck.credentials import Credentials
 from potluck.settings import GATEWAY_PORT
 from potluck.wire.addresses import address
-from potluck.wire.messages import DeploymentInfo, JobChanged, ModelInfo, TensorSpec
+from potluck.wire.questions import DeploymentInfo, JobChanged, ModelInfo
+from potluck.wire.values import TensorSpec
 from potluck.wording import be
 
 if TYPE_CHECKING:

@@ -28,7 +28,8 @@ from potluck.client import Client, Job
 from potluck.errors import NotFound, PotluckError, TimedOut
 from potluck.local_cluster import LocalCluster
 from potluck.net.http_client import post_json
-from potluck.wire.messages import JobProgress, NodeInfo
+from potluck.wire.jobs import JobProgress
+from potluck.wire.questions import NodeInfo
 from potluck.wording import counted
 
 if TYPE_CHECKING:

@@ -25,7 +25,8 @@ from potluck.wording import counted
 
 if TYPE_CHECKING:
     from potluck.client import Job
-    from potluck.wire.messages import EpochMetrics, JobChanged, JobEnded, JobProgress
+    from potluck.wire.jobs import EpochMetrics, JobProgress
+    from potluck.wire.questions import JobChanged, JobEnded
 
     Beside = Callable[[JobChanged], Iterable[str]]
     """Gives extra lines to print with a job's progress."""
@@ -75,7 +76,7 @@ def ended(job: Job, as_json: bool, *, verbose: bool = False, beside: Beside = la
 def name_data(job: Job, data: str, validation: str | None = None) -> None:
     """Tell under which names a user's files were packed as data sets for a job, and that these are removed with the job."""
     from potluck.client.sources import as_name
-    from potluck.wire.messages import Train
+    from potluck.wire.jobs import Train
 
     given = {data: job.status().subject.data}
     if validation is not None and isinstance(job.asked, Train):

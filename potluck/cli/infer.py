@@ -17,7 +17,8 @@ from potluck.wording import printable
 if TYPE_CHECKING:
     import numpy as np
 
-    from potluck.wire.messages import ImageOptions, ModelInfo
+    from potluck.wire.questions import ModelInfo
+    from potluck.wire.values import ImageOptions
 
 _SHOWN_CLASSES = 5
 _GIVE = "give an image, .txt, .wav, .npy, .json, or JSON itself"

@@ -12,7 +12,7 @@ from potluck.cli.session import Json, check_output, session
 
 if TYPE_CHECKING:
     from potluck.client import Job
-    from potluck.wire.messages import JobEnded
+    from potluck.wire.questions import JobEnded
 
 EPOCHS = 10
 """How many epochs of a job are shown without --verbose: the newest."""

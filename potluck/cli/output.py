@@ -16,18 +16,9 @@ from rich.text import Text
 
 from potluck.cli.listing import NOTHING, PIPE_COLUMNS, Facts, Line, Listing
 from potluck.errors import PotluckError
-from potluck.wire.messages import (
-    ClusterEvent,
-    DatasetInfo,
-    DeploymentInfo,
-    EpochMetrics,
-    Evaluation,
-    JobChanged,
-    ModelInfo,
-    NodeInfo,
-    RoundMetrics,
-    TensorSpec,
-)
+from potluck.wire.jobs import EpochMetrics, Evaluation, RoundMetrics
+from potluck.wire.questions import ClusterEvent, DatasetInfo, DeploymentInfo, JobChanged, ModelInfo, NodeInfo
+from potluck.wire.values import TensorSpec
 from potluck.wording import counted, printable
 
 _COLORS = {

@@ -14,7 +14,7 @@ import typer
 
 if TYPE_CHECKING:
     from potluck.client import Client
-    from potluck.wire.messages import ImageOptions
+    from potluck.wire.values import ImageOptions
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON to standard output, and nothing else.")]
 ImageSize = Annotated[

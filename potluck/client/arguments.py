@@ -10,7 +10,8 @@ from typing import Any
 import msgspec
 
 from potluck.errors import InvalidRequest
-from potluck.wire.messages import Name, Positive, Seconds, TagKey, TagValue
+from potluck.wire.questions import TagKey, TagValue
+from potluck.wire.values import Name, Positive, Seconds
 
 _SHORT = reprlib.Repr()
 _SHORT.maxother = _SHORT.maxstring = 80

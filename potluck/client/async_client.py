@@ -38,36 +38,27 @@ from potluck.credentials import Credentials
 from potluck.data.packing import Target
 from potluck.errors import Conflict, InvalidData, InvalidRequest, NotFound
 from potluck.wire import tensors
-from potluck.wire.messages import (
-    INLINE_LIMIT_BYTES,
+from potluck.wire.jobs import AnyJobSpec, Deploy, Epochs, Evaluate, Predict, Train
+from potluck.wire.questions import (
     Alias,
-    AnyJobSpec,
-    BlobRef,
     CancelJob,
     ClusterEvent,
-    Count,
     DatasetInfo,
     DatasetRemoved,
     DeleteModel,
-    Deploy,
     DeploymentInfo,
     DeploymentsListed,
-    Epochs,
-    Evaluate,
     GetJob,
     GetModel,
-    ImageOptions,
     Infer,
     JobAccepted,
     JobChanged,
     JobEnded,
-    Message,
     ModelChanged,
     ModelInfo,
     ModelRegistered,
     ModelsDeleted,
     NodeInfo,
-    Predict,
     Priority,
     Promote,
     RegisterModel,
@@ -75,13 +66,12 @@ from potluck.wire.messages import (
     RemoveDataset,
     RollBack,
     SetAlias,
-    Source,
     SubmitJob,
     TagModel,
-    Train,
     Undeploy,
     Undeployed,
 )
+from potluck.wire.values import INLINE_LIMIT_BYTES, BlobRef, Count, ImageOptions, Message, Source
 
 Model = object
 """A keras.Model, the path of a model's file, or the name of a registered one: `name`, `name:version` or `name:alias`."""

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from potluck.errors import InvalidRequest
-from potluck.wire.messages import EpochMetrics
+from potluck.wire.jobs import EpochMetrics
 
 CALLED = ("set_params", "set_model", "on_train_begin", "on_epoch_begin", "on_epoch_end", "on_train_end")
 

@@ -26,17 +26,10 @@ from potluck.logs import fields
 from potluck.net.addresses import lan_addresses
 from potluck.settings import ClientSettings, PositiveSeconds, load, parse_address, typed
 from potluck.sole_use import users_here
-from potluck.wire.messages import (
-    PROTOCOL_VERSION,
-    BlobRef,
-    CancelInfer,
-    CoordinatorStatus,
-    Infer,
-    Inferred,
-    Message,
-    Undeploy,
-)
+from potluck.wire.births import PROTOCOL_VERSION, CoordinatorStatus
+from potluck.wire.questions import CancelInfer, Infer, Inferred, Undeploy
 from potluck.wire.topics import Topics
+from potluck.wire.values import BlobRef, Message
 
 if TYPE_CHECKING:
     from potluck.blobs.download import Downloader

@@ -10,7 +10,8 @@ from msgspec import Meta, structs
 
 from potluck.client import arguments
 from potluck.errors import InvalidRequest
-from potluck.wire.messages import Deploy, Factor, Objective, Quantization, Seconds
+from potluck.wire.jobs import Deploy, Factor
+from potluck.wire.values import Objective, Quantization, Seconds
 
 IDLE_SECONDS = 300.0
 """Default for `0..MAX`: all replicas are unloaded after this long without a request."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from potluck import extras
 from potluck.errors import InvalidRequest
-from potluck.wire.messages import JobEnded
+from potluck.wire.questions import JobEnded
 
 RUNS = ("train", "validation")
 

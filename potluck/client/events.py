@@ -16,7 +16,8 @@ from potluck.client.connection import Connection
 from potluck.errors import InvalidRequest, PotluckError, TimedOut
 from potluck.logs import fields
 from potluck.wire.failures import as_error
-from potluck.wire.messages import ClusterEvent, EventsListed, FollowEvents, ListEvents, Message, RequestFailed
+from potluck.wire.questions import ClusterEvent, EventsListed, FollowEvents, ListEvents, RequestFailed
+from potluck.wire.values import Message
 
 log = logging.getLogger(__name__)
 

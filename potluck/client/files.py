@@ -13,8 +13,9 @@ from potluck.client.sources import existing
 from potluck.data import audio, folders, images, items, texts
 from potluck.data.packing import some
 from potluck.errors import InvalidData, InvalidRequest
-from potluck.wire.messages import ImageOptions, ModelInfo
+from potluck.wire.questions import ModelInfo
 from potluck.wire.tensors import shape_text
+from potluck.wire.values import ImageOptions
 from potluck.wording import printable
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,8 @@ from pathlib import Path
 from potluck import savedmodels
 from potluck.client import arguments
 from potluck.errors import InvalidModel, InvalidRequest
-from potluck.wire.messages import ModelFormat, ModelInfo
+from potluck.wire.questions import ModelInfo
+from potluck.wire.values import ModelFormat
 
 SUFFIXES: dict[ModelFormat, str] = {"keras": ".keras", "h5": ".h5", "tflite": ".tflite"}
 """The suffix of each format. A SavedModel is a folder."""

@@ -17,14 +17,8 @@ from potluck.credentials import Credentials
 from potluck.errors import PotluckError, TimedOut, Unavailable
 from potluck.settings import ClientSettings, is_loopback, typed
 from potluck.sole_use import User, clock_text, users_here
-from potluck.wire.messages import (
-    CoordinatorStatus,
-    DeploymentInfo,
-    JobChanged,
-    NodeInfo,
-    NodeStatus,
-    NodeTelemetry,
-)
+from potluck.wire.births import CoordinatorStatus, NodeStatus, NodeTelemetry
+from potluck.wire.questions import DeploymentInfo, JobChanged, NodeInfo
 from potluck.wording import first
 
 ASK_SECONDS = 5.0

@@ -15,16 +15,8 @@ from msgspec.structs import replace
 from potluck.client.connection import Connection
 from potluck.errors import InputsLost, PotluckError, TimedOut, TooLarge, Unavailable
 from potluck.logs import fields
-from potluck.wire.messages import (
-    INPUT_BLOB_LIMIT_BYTES,
-    BlobRef,
-    FindReplicas,
-    Infer,
-    Inferred,
-    ReplicaPlace,
-    ReplicasFound,
-    Tensor,
-)
+from potluck.wire.questions import FindReplicas, Infer, Inferred, ReplicaPlace, ReplicasFound
+from potluck.wire.values import INPUT_BLOB_LIMIT_BYTES, BlobRef, Tensor
 
 log = logging.getLogger(__name__)
 

@@ -25,23 +25,9 @@ from potluck.client.signatures import suggesting
 from potluck.errors import Conflict, NotFound, PotluckError, TimedOut
 from potluck.wire import tensors
 from potluck.wire.failures import as_error
-from potluck.wire.messages import (
-    AnyJobSpec,
-    BlobRef,
-    CancelJob,
-    EpochMetrics,
-    Evaluation,
-    GetHistory,
-    GetJob,
-    HistoryListed,
-    JobChanged,
-    JobEnded,
-    JobProgress,
-    Message,
-    RoundMetrics,
-    StopTraining,
-    Tensor,
-)
+from potluck.wire.jobs import AnyJobSpec, EpochMetrics, Evaluation, JobProgress, RoundMetrics
+from potluck.wire.questions import CancelJob, GetHistory, GetJob, HistoryListed, JobChanged, JobEnded, StopTraining
+from potluck.wire.values import BlobRef, Message, Tensor
 
 ENDED = ("succeeded", "failed", "cancelled")
 _POLL_SECONDS = 2.0

@@ -8,7 +8,7 @@ from typing import TypeVar
 from msgspec.structs import replace
 
 from potluck.client.connection import Connection
-from potluck.wire.messages import (
+from potluck.wire.questions import (
     DatasetInfo,
     DatasetsListed,
     DeploymentInfo,

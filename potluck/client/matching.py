@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from potluck.data.packing import Roles
 from potluck.errors import InvalidData, InvalidModel, InvalidRequest
-from potluck.wire.messages import Dataset
 from potluck.wire.tensors import shape_text
+from potluck.wire.values import Dataset
 
 _RANKS = {"images": (4,), "audio": (2, 3)}
 """How many axes the input of a model for such files has, with the batch axis."""

@@ -19,7 +19,7 @@ from potluck import extras, savedmodels
 from potluck.client.arguments import checked, shown
 from potluck.client.formats import SUFFIXES, WORDS, format_of
 from potluck.errors import InvalidModel, InvalidRequest
-from potluck.wire.messages import ImageOptions, ModelFormat, Positive
+from potluck.wire.values import ImageOptions, ModelFormat, Positive
 
 SUFFIX = SUFFIXES["keras"]
 MODEL_FIRST = "the model comes first and then the data, train(model, data) (potluck train MODEL DATA)"

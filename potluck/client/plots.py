@@ -9,7 +9,8 @@ from typing import Any
 from potluck import extras
 from potluck.client import arguments
 from potluck.errors import InvalidRequest
-from potluck.wire.messages import EpochMetrics, JobEnded
+from potluck.wire.jobs import EpochMetrics
+from potluck.wire.questions import JobEnded
 
 SUFFIXES = (".png", ".svg", ".pdf")
 PANEL_INCHES = (5.6, 3.6)

@@ -24,7 +24,9 @@ from potluck.client.models import MODEL_FIRST, is_model
 from potluck.data.packing import WEIGHT_NAME, Target, remarks
 from potluck.errors import Cancelled, InvalidData, InvalidRequest
 from potluck.wire import codec
-from potluck.wire.messages import NODE_DATA, AddDataset, BlobRef, Dataset, DatasetAdded, DatasetInfo
+from potluck.wire.jobs import NODE_DATA
+from potluck.wire.questions import AddDataset, DatasetAdded, DatasetInfo
+from potluck.wire.values import BlobRef, Dataset
 from potluck.wording import printable
 
 Arrays = Mapping[str, np.ndarray[Any, Any]]

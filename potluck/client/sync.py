@@ -21,20 +21,8 @@ from potluck.client.training import TrainOptions
 from potluck.credentials import Credentials
 from potluck.data.packing import Target
 from potluck.errors import InvalidRequest
-from potluck.wire.messages import (
-    AnyJobSpec,
-    ClusterEvent,
-    DatasetInfo,
-    DeploymentInfo,
-    EpochMetrics,
-    Evaluation,
-    JobChanged,
-    JobEnded,
-    JobProgress,
-    ModelInfo,
-    NodeInfo,
-    RoundMetrics,
-)
+from potluck.wire.jobs import AnyJobSpec, EpochMetrics, Evaluation, JobProgress, RoundMetrics
+from potluck.wire.questions import ClusterEvent, DatasetInfo, DeploymentInfo, JobChanged, JobEnded, ModelInfo, NodeInfo
 
 T = TypeVar("T")
 

@@ -10,7 +10,8 @@ from msgspec import Meta
 
 from potluck.client import arguments
 from potluck.errors import InvalidRequest
-from potluck.wire.messages import Compression, Epochs, Privacy, Seed, Strategy, Train
+from potluck.wire.jobs import Epochs, Seed, Strategy, Train
+from potluck.wire.values import Compression, Privacy
 
 _SECONDS = "a number of seconds above 0, at most 86,400 (0: chosen from measured speed and bandwidth)"
 AUTO, AUTO_METRIC = "auto", "val_loss"

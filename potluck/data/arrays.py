@@ -15,7 +15,7 @@ from safetensors.numpy import save
 
 from potluck.data.packing import CLASSES_LIMIT, WEIGHT_NAME, Array, Packing, Target, class_indexes, target_names
 from potluck.errors import InvalidData
-from potluck.wire.messages import DataFormat, Dataset, DataShard
+from potluck.wire.values import DataFormat, Dataset, DataShard
 
 TARGET_NAMES = ("y", "y_train", "y_test", "y_val", "target", "targets", "label", "labels")
 """Usual names of targets, upper or lower case: used when the user names no target. `X` and `Y` are common."""

@@ -22,7 +22,7 @@ import numpy as np
 
 from potluck.data.packing import Array, Packing, check_class_names, reading, some
 from potluck.errors import InvalidData
-from potluck.wire.messages import DataFormat, Dataset, DataShard
+from potluck.wire.values import DataFormat, Dataset, DataShard
 from potluck.wording import counted
 
 BAD_SHARE_LIMIT = 0.01

@@ -18,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 
 from potluck.data.folders import Checked, Kind, Unusable
 from potluck.data.packing import Array
-from potluck.wire.messages import ImageOptions
+from potluck.wire.values import ImageOptions
 
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 """The formats that are decoded (MPO is JPEG). Pillow knows more, some through other programs."""

@@ -11,8 +11,9 @@ from potluck.data import images
 from potluck.data.audio import fitted
 from potluck.data.folders import Unusable
 from potluck.errors import InvalidData, InvalidRequest
-from potluck.wire.messages import ImageOptions, ModelInfo
+from potluck.wire.questions import ModelInfo
 from potluck.wire.tensors import DTYPES, shape_text
+from potluck.wire.values import ImageOptions
 
 Array = np.ndarray[Any, Any]
 CHANNELS = (1, 3, 4)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from potluck.wire.messages import SHARDS_LIMIT
+from potluck.wire.values import SHARDS_LIMIT
 
 SHARDS_WANTED = 32
 """Small sets are cut into this many shards, so that several nodes can share them by speed."""

@@ -2,7 +2,7 @@
 
 Accepts a folder of class folders with images, texts or recordings, `.npz`, `.npy`, `.csv`, Parquet and TFRecord files, and arrays
 in memory.
-The formats of shards are those of `potluck.wire.messages.DataFormat`; docs/data.md describes them for other programs.
+The formats of shards are those of `potluck.wire.values.DataFormat`; docs/data.md describes them for other programs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from potluck.blobs.store import BlobStore
 from potluck.data import arrays, audio, folders, images, parquet, tables, texts, tfrecords
 from potluck.data.packing import Packing, Roles, Target, reading, some, target_names
 from potluck.errors import InvalidData
-from potluck.wire.messages import BlobRef, Dataset
+from potluck.wire.values import BlobRef, Dataset
 
 SHARD_BYTES = 8 * 2**20
 FILES = (images.KIND, texts.KIND, audio.KIND)

@@ -13,7 +13,7 @@ import numpy as np
 from potluck.data.order import cuts, shuffled
 from potluck.errors import InvalidData
 from potluck.wire import codec
-from potluck.wire.messages import CLASS_NAMES_LIMIT_BYTES, BlobRef, DataFormat, Dataset, DataShard
+from potluck.wire.values import CLASS_NAMES_LIMIT_BYTES, BlobRef, DataFormat, Dataset, DataShard
 from potluck.wording import be, counted
 
 Array = np.ndarray[Any, Any]

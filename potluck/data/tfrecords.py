@@ -18,7 +18,7 @@ from potluck import extras
 from potluck.data import arrays, folders, images
 from potluck.data.packing import CLASSES_LIMIT, Packing, class_indexes, reading, some
 from potluck.errors import InvalidData
-from potluck.wire.messages import Dataset
+from potluck.wire.values import Dataset
 
 SUFFIXES = frozenset({".tfrecord", ".tfrecords"})
 RECORD_LIMIT_BYTES = 256 * 2**20

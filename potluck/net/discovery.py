@@ -23,7 +23,7 @@ from potluck.errors import Unavailable
 from potluck.logs import fields
 from potluck.net.addresses import lan_addresses, reachable_addresses
 from potluck.settings import NetworkSettings, is_loopback, parse_address
-from potluck.wire.messages import PROTOCOL_VERSION
+from potluck.wire.births import PROTOCOL_VERSION
 
 log = logging.getLogger(__name__)
 

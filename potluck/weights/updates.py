@@ -25,7 +25,7 @@ import numpy as np
 
 from potluck.errors import Diverged, InvalidModel
 from potluck.weights.files import Array, Reader, Spec, Writer
-from potluck.wire.messages import Compression
+from potluck.wire.values import Compression
 
 Kind = Literal["none", "int8", "int4"]
 Role = Literal["trained", "mean", "value"]

@@ -17,7 +17,8 @@ import msgpack
 import msgspec
 
 from potluck.errors import BadMessage, TooLarge
-from potluck.wire.messages import INLINE_LIMIT_BYTES, AnyMessage, Message
+from potluck.wire.messages import AnyMessage
+from potluck.wire.values import INLINE_LIMIT_BYTES, Message
 
 Encoding = Literal["msgpack", "json"]
 CONTENT_TYPES: dict[Encoding, str] = {"msgpack": "application/msgpack", "json": "application/json"}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from math import inf
 
-from potluck.wire.messages import Infer, Message, RunInference
+from potluck.wire.commands import RunInference
+from potluck.wire.questions import Infer
+from potluck.wire.values import Message
 
 
 def deadline(message: Message, now: float) -> float:

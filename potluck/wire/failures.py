@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from potluck.errors import PotluckError, from_code
-from potluck.wire.messages import ErrorInfo
+from potluck.wire.values import ErrorInfo
 
 
 def error_info(error: PotluckError) -> ErrorInfo:

@@ -9,7 +9,9 @@ from typing import Any, TypeVar, get_args
 from msgspec import Struct
 from msgspec.structs import fields, replace
 
-from potluck.wire.messages import AnyTask, BlobRef, LeaseHints, LeaseShard
+from potluck.wire.commands import LeaseHints, LeaseShard
+from potluck.wire.tasks import AnyTask
+from potluck.wire.values import BlobRef
 
 S = TypeVar("S")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from potluck.errors import InvalidRequest
-from potluck.wire.messages import Tensor, TensorSpec
+from potluck.wire.values import Tensor, TensorSpec
 from potluck.wording import counted
 
 

@@ -10,7 +10,8 @@ import numpy as np
 from msgspec.structs import replace
 
 from potluck.errors import InvalidRequest
-from potluck.wire.messages import Inferred, JobEnded, Tensor
+from potluck.wire.questions import Inferred, JobEnded
+from potluck.wire.values import Tensor
 from potluck.wording import counted
 
 DTYPES: dict[str, np.dtype[Any]] = {

@@ -30,7 +30,7 @@ from potluck.blobs.transfer import CHUNK_BYTES, Timings
 from potluck.credentials import Credentials
 from potluck.errors import CorruptBlob, DiskFull, InvalidRequest, TooLarge, Unavailable
 from potluck.net.http import serve_http
-from potluck.wire.messages import BlobRef
+from potluck.wire.values import BlobRef
 from support.eventually import eventually
 
 QUICK = Timings(connect_seconds=1.0, idle_seconds=1.0, hedge_seconds=0.3, rest_seconds=0.01)
@@ -662,7 +662,7 @@ import asyncio, pathlib
 from potluck.blobs.download import Downloader
 from potluck.blobs.store import BlobStore
 from potluck.credentials import Credentials
-from potluck.wire.messages import BlobRef
+from potluck.wire.values import BlobRef
 async def main():
     async with Downloader(BlobStore(pathlib.Path({str(tmp_path / "here")!r}), 1 << 30), Credentials()) as downloader:
         await downloader.fetch(BlobRef(sha256={sha(data)!r}, size={len(data)}, holders=({url!r},)))

@@ -27,23 +27,20 @@ from potluck.credentials import Credentials
 from potluck.errors import InvalidRequest, NotFound, TimedOut, TooLarge, Unavailable
 from potluck.settings import BusTimings
 from potluck.wire import codec
-from potluck.wire.messages import (
-    INLINE_LIMIT_BYTES,
-    AcknowledgeResult,
+from potluck.wire.births import CoordinatorStatus, NodeStatus
+from potluck.wire.commands import AcknowledgeResult
+from potluck.wire.questions import (
     CancelJob,
-    CoordinatorStatus,
     GetJob,
     Inferred,
     JobAccepted,
     ListJobs,
     ListNodes,
-    Message,
     NodesListed,
-    NodeStatus,
     RequestFailed,
-    Tensor,
 )
 from potluck.wire.topics import Topics
+from potluck.wire.values import INLINE_LIMIT_BYTES, Message, Tensor
 from support.brokers import TestBroker
 from support.eventually import eventually
 from support.fake_bus import FakeBroker, FakeBus

@@ -30,20 +30,16 @@ from potluck.errors import (
     TooLarge,
     Unavailable,
 )
-from potluck.wire.messages import (
+from potluck.wire.jobs import EpochMetrics, Evaluation, RoundMetrics, Train
+from potluck.wire.questions import (
     AddDataset,
-    BlobRef,
     CancelInfer,
     DatasetInfo,
     DatasetsListed,
-    EpochMetrics,
-    ErrorInfo,
-    Evaluation,
     GetHistory,
     GetJob,
     GetModel,
     HistoryListed,
-    ImageOptions,
     Infer,
     Inferred,
     JobChanged,
@@ -51,15 +47,12 @@ from potluck.wire.messages import (
     ListDatasets,
     ListJobs,
     ListNodes,
-    Message,
     NodesListed,
-    RoundMetrics,
     StopTraining,
     SubmitJob,
-    Tensor,
-    Train,
 )
 from potluck.wire.topics import Topics
+from potluck.wire.values import BlobRef, ErrorInfo, ImageOptions, Message, Tensor
 from support.brokers import TestBroker, some_kind
 from support.eventually import eventually
 from support.fake_bus import FakeBroker, FakeBus

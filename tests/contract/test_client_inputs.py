@@ -20,8 +20,9 @@ from potluck.client.inputs import Choice
 from potluck.credentials import Credentials
 from potluck.errors import BadMessage, InputsLost, PotluckError, TimedOut, Unavailable
 from potluck.net.http import serve_http
-from potluck.wire.messages import BlobRef, FindReplicas, Infer, Inferred, Message, ReplicaPlace, ReplicasFound
+from potluck.wire.questions import FindReplicas, Infer, Inferred, ReplicaPlace, ReplicasFound
 from potluck.wire.tensors import from_numpy
+from potluck.wire.values import BlobRef, Message
 from support.fake_bus import FakeBroker, FakeBus
 from support.scripted_coordinator import ScriptedCoordinator
 

@@ -24,7 +24,7 @@ from potluck.net.addresses import base_urls
 from potluck.net.http import serve_http
 from potluck.net.http_client import is_there
 from potluck.settings import BusTimings
-from potluck.wire.messages import ListNodes
+from potluck.wire.questions import ListNodes
 from potluck.wire.topics import Topics
 from support.brokers import TestBroker, some_kind
 from support.certificates import client_context, server_context

@@ -21,19 +21,11 @@ from potluck.bus.outbox import Outbox
 from potluck.errors import Cancelled, InputsLost, InvalidRequest, PotluckError, Unavailable
 from potluck.settings import CoordinatorSettings
 from potluck.wire import tensors
-from potluck.wire.messages import (
-    BlobRef,
-    CancelInference,
-    InferenceFinished,
-    Inferred,
-    Message,
-    RequestOutcome,
-    RunInference,
-    Signature,
-    Tensor,
-    TensorSpec,
-)
+from potluck.wire.commands import CancelInference, RunInference
+from potluck.wire.questions import Inferred
+from potluck.wire.reports import InferenceFinished, RequestOutcome
 from potluck.wire.topics import Topics
+from potluck.wire.values import BlobRef, Message, Signature, Tensor, TensorSpec
 from support.eventually import eventually
 from support.fake_bus import FakeBroker, FakeBus
 

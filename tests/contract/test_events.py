@@ -30,8 +30,10 @@ from potluck.errors import Overloaded
 from potluck.net.http import serve_http
 from potluck.settings import BusTimings
 from potluck.wire import codec
-from potluck.wire.messages import ClusterEvent, CoordinatorStatus, EventsListed, FollowEvents, Message
+from potluck.wire.births import CoordinatorStatus
+from potluck.wire.questions import ClusterEvent, EventsListed, FollowEvents
 from potluck.wire.topics import Topics
+from potluck.wire.values import Message
 from support.brokers import TestBroker, some_kind
 from support.eventually import eventually
 from support.fake_bus import FakeBroker, FakeBus

@@ -24,7 +24,7 @@ from potluck.blobs.store import BlobStore, NewFile, is_made_up
 from potluck.credentials import Credentials
 from potluck.errors import PotluckError, Unavailable
 from potluck.net.http import serve_http
-from potluck.wire.messages import BlobRef
+from potluck.wire.values import BlobRef
 from support.eventually import eventually
 
 LIMIT_BYTES = 3_000_000

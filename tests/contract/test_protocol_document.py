@@ -10,8 +10,10 @@ import pytest
 
 from potluck import errors
 from potluck.cli.output import plain
-from potluck.wire import codec, messages, topics
-from potluck.wire.messages import INLINE_LIMIT_BYTES, AnyMessage
+from potluck.wire import codec, topics
+from potluck.wire.jobs import Deploy, Train
+from potluck.wire.messages import AnyMessage
+from potluck.wire.values import INLINE_LIMIT_BYTES
 
 TEXT = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"```json\n(.*?)```", TEXT, flags=re.DOTALL)
@@ -68,7 +70,7 @@ def test_every_question_of_clients_is_there() -> None:
             "Infer",
         }:
             assert f"`{name}`" in TEXT, name
-    for field in (*messages.Train.__struct_fields__, *messages.Deploy.__struct_fields__):
+    for field in (*Train.__struct_fields__, *Deploy.__struct_fields__):
         assert f"`{field}`" in TEXT, field
     assert f"{INLINE_LIMIT_BYTES:,}" in TEXT
 

@@ -11,8 +11,9 @@ import pytest
 from potluck.bus.exchange import Envelope
 from potluck.errors import PotluckError
 from potluck.wire import codec
-from potluck.wire.messages import GetJob, ListNodes, Message, NodesListed, RequestFailed
+from potluck.wire.questions import GetJob, ListNodes, NodesListed, RequestFailed
 from potluck.wire.topics import Topics
+from potluck.wire.values import Message
 from support.eventually import eventually
 from support.fake_bus import FakeBroker, FakeBus
 

@@ -15,7 +15,8 @@ import pytest
 from msgspec.structs import replace
 
 from potluck.errors import Conflict, InvalidRequest, NotFound, PotluckError
-from potluck.wire.messages import DeploymentInfo, ErrorInfo
+from potluck.wire.questions import DeploymentInfo
+from potluck.wire.values import ErrorInfo
 from support.eventually import eventually
 from support.fake_bus import FakeBus
 from support.serving_lab import Lab, Node, ask, client, question

@@ -11,7 +11,8 @@ import pytest
 
 from coordinator.serving import memory, scaling
 from potluck.errors import InvalidRequest, TimedOut, Unavailable
-from potluck.wire.messages import BlobRef, DeploymentInfo
+from potluck.wire.questions import DeploymentInfo
+from potluck.wire.values import BlobRef
 from support.eventually import eventually
 from support.serving_lab import Lab, Node, ask, client, question
 

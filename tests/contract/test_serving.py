@@ -18,21 +18,10 @@ from coordinator.serving.inputs import size_bytes
 from potluck.bus.exchange import Envelope
 from potluck.errors import Cancelled, InvalidModel, InvalidRequest, NotFound, TimedOut, TooLarge, Unavailable
 from potluck.wire import codec, tensors
-from potluck.wire.messages import (
-    BlobRef,
-    Deploy,
-    ErrorInfo,
-    Infer,
-    InferenceFinished,
-    ListNodes,
-    ModelLoaded,
-    ModelLoadFailed,
-    ModelUnloaded,
-    RequestOutcome,
-    Signature,
-    Tensor,
-    TensorSpec,
-)
+from potluck.wire.jobs import Deploy
+from potluck.wire.questions import Infer, ListNodes
+from potluck.wire.reports import InferenceFinished, ModelLoaded, ModelLoadFailed, ModelUnloaded, RequestOutcome
+from potluck.wire.values import BlobRef, ErrorInfo, Signature, Tensor, TensorSpec
 from support.eventually import eventually
 from support.serving_lab import SIGNATURE, TOPICS, Lab, ask, client, question
 

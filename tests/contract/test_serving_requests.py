@@ -15,7 +15,8 @@ from msgspec.structs import replace
 
 from potluck.errors import Cancelled, InvalidRequest, TimedOut
 from potluck.wire import tensors
-from potluck.wire.messages import CancelInfer, Infer, Signature, TensorSpec
+from potluck.wire.questions import CancelInfer, Infer
+from potluck.wire.values import Signature, TensorSpec
 from support.eventually import eventually
 from support.serving_lab import TOPICS, Lab, ask, client, question
 

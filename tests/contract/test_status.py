@@ -16,7 +16,7 @@ from potluck.client import health
 from potluck.credentials import Credentials
 from potluck.settings import ClientSettings
 from potluck.sole_use import clock_text, sole_use
-from potluck.wire.messages import CoordinatorStatus, NodeStatus, NodeTelemetry
+from potluck.wire.births import CoordinatorStatus, NodeStatus, NodeTelemetry
 from potluck.wire.topics import Topics
 from support.brokers import TestBroker, some_kind
 

@@ -8,8 +8,10 @@ rewritten unless it is deleted first: a changed wire format must be seen in revi
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import pkgutil
 import typing
 from pathlib import Path
 from typing import Any, Literal
@@ -18,9 +20,11 @@ import msgpack
 import msgspec
 import pytest
 
-from potluck.wire import codec, messages
+from potluck import messages, wire
+from potluck.wire import codec
 from potluck.wire.codec import Encoding
-from potluck.wire.messages import AnyMessage, Message
+from potluck.wire.messages import AnyMessage
+from potluck.wire.values import Message
 
 GOLDEN = Path(__file__).parent / "golden"
 KINDS: list[type[Message]] = list(AnyMessage.__args__)
@@ -137,13 +141,20 @@ def test_every_stored_file_still_decodes(path: Path) -> None:
     assert path.suffix == f".{encoding}"
 
 
-def test_no_message_type_of_the_module_is_missing_from_the_union() -> None:
+def test_no_message_type_is_missing_from_the_union() -> None:
     defined = {
         value
-        for value in vars(messages).values()
+        for file in pkgutil.iter_modules(wire.__path__, "potluck.wire.")
+        for value in vars(importlib.import_module(file.name)).values()
         if isinstance(value, type) and issubclass(value, Message) and value is not Message
     }
     assert defined == set(KINDS)
+
+
+@pytest.mark.parametrize("file", ["values", "jobs", "questions", "births", "tasks", "commands", "reports", "messages"])
+def test_users_import_everything_from_one_module(file: str) -> None:
+    public = {name: value for name, value in vars(getattr(wire, file)).items() if not name.startswith("_")}
+    assert [name for name, value in public.items() if vars(messages).get(name) is not value] == []
 
 
 def includes(now: Any, before: Any) -> bool:

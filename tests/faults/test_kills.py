@@ -16,7 +16,7 @@ from paho.mqtt import publish
 from potluck.client import Client
 from potluck.errors import PotluckError
 from potluck.local_cluster import LocalCluster
-from potluck.wire.messages import JobProgress
+from potluck.wire.jobs import JobProgress
 from support.digits import mlp, split
 from support.eventually import eventually_now
 from support.processes import engines, still_running

@@ -13,7 +13,7 @@ import pytest
 
 from potluck.client import Client
 from potluck.local_cluster import LocalCluster
-from potluck.wire.messages import JobProgress
+from potluck.wire.jobs import JobProgress
 from support.digits import mlp, split
 from support.processes import engines, throttled
 

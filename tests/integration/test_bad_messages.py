@@ -18,36 +18,33 @@ import pytest
 from potluck.client import AsyncClient
 from potluck.errors import PotluckError
 from potluck.local_cluster import LocalCluster
-from potluck.wire.messages import (
+from potluck.wire.births import CoordinatorStatus, NodeCapacity, NodeStatus, NodeTelemetry
+from potluck.wire.commands import (
     AcknowledgeResult,
-    AnyMessage,
-    BlobsStored,
-    CancelInfer,
     CancelInference,
-    CoordinatorStatus,
     ForgetJob,
     HoldBlob,
+    LeaseShard,
+    LoadModel,
+    ReleaseBlob,
+    RunInference,
+    UnloadModel,
+    WithdrawLease,
+)
+from potluck.wire.messages import AnyMessage
+from potluck.wire.questions import CancelInfer, Infer, SubmitJob
+from potluck.wire.reports import (
+    BlobsStored,
     HoldFailed,
-    Infer,
     InferenceFinished,
     LeaseRefused,
     LeaseRenewed,
-    LeaseShard,
     LeaseTaken,
-    LoadModel,
     ModelLoaded,
     ModelLoadFailed,
     ModelUnloaded,
-    NodeCapacity,
-    NodeStatus,
-    NodeTelemetry,
-    ReleaseBlob,
-    RunInference,
     ShardFailed,
     ShardFinished,
-    SubmitJob,
-    UnloadModel,
-    WithdrawLease,
 )
 from support.eventually import eventually
 from support.fake_nodes import fake_node

@@ -15,16 +15,9 @@ from msgspec.structs import replace
 from safetensors.numpy import save
 
 from potluck.errors import Cancelled, InvalidModel, InvalidRequest
-from potluck.wire.messages import (
-    DataFormat,
-    EvaluateResult,
-    ExportResult,
-    ExportTask,
-    ImageOptions,
-    PredictResult,
-    TrainResult,
-)
+from potluck.wire.tasks import EvaluateResult, ExportResult, ExportTask, PredictResult, TrainResult
 from potluck.wire.tensors import to_numpy
+from potluck.wire.values import DataFormat, ImageOptions
 from support.engine_lab import IMAGES, Lab, engine_lab, evaluation, pictures, prediction, training
 from support.models import Files, blobs, dense, whole
 

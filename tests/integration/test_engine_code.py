@@ -15,8 +15,9 @@ from coordinator.plans.training.scores import evaluation_metrics
 from node.engine.process import Engine
 from node.engine.watch import Limits
 from potluck.errors import CodeNotAllowed, EngineFailed, InvalidModel
-from potluck.wire.messages import DataFormat, ExportTask, SyncTask
+from potluck.wire.tasks import ExportTask, SyncTask
 from potluck.wire.tensors import to_numpy
+from potluck.wire.values import DataFormat
 from support.allowing import ROWS, X, Y, compiled, dense, own_code
 from support.engine_lab import Lab, engine_lab, evaluation, prediction, training
 from support.models import whole

@@ -14,8 +14,9 @@ import pytest_asyncio
 from potluck.data.audio import fitted
 from potluck.data.pack import pack
 from potluck.errors import InvalidData, InvalidModel, InvalidRequest
-from potluck.wire.messages import DataFormat, Dataset, ExportTask, SyncTask
+from potluck.wire.tasks import ExportTask, SyncTask
 from potluck.wire.tensors import to_numpy
+from potluck.wire.values import DataFormat, Dataset
 from support.engine_lab import Lab, engine_lab, evaluation, prediction, training
 from support.models import Files, blobs, dense, whole
 from support.recordings import FLOAT, audio_model, text_model, tone, wav, write_files, write_texts, write_tones

@@ -11,8 +11,10 @@ import pytest
 import pytest_asyncio
 
 from potluck.errors import CodeNotAllowed, InvalidModel
-from potluck.wire.messages import BlobRef, ModelFormat, RequestOutcome, Signature, Tensor, TrainResult
+from potluck.wire.reports import RequestOutcome
+from potluck.wire.tasks import TrainResult
 from potluck.wire.tensors import from_numpy, to_numpy
+from potluck.wire.values import BlobRef, ModelFormat, Signature, Tensor
 from support.engine_lab import Lab, engine_lab, training
 from support.models import blobs, converted, dense, exported, saved
 

@@ -13,7 +13,7 @@ import pytest
 from node.engine.array_runtimes import TensorFlow
 from node.engine.fusing import WORTHWHILE_NUMBERS, fuse, unfuse
 from node.engine.tasks import Tasks
-from potluck.wire.messages import SyncTask
+from potluck.wire.tasks import SyncTask
 from support.engine_lab import training
 from support.models import Files
 

@@ -13,7 +13,7 @@ from coordinator.dispatch.results import evaluation as report_of
 from coordinator.plans.batch import merge
 from coordinator.plans.training.scores import evaluation_metrics
 from potluck.errors import InvalidRequest
-from potluck.wire.messages import EvaluateTask
+from potluck.wire.tasks import EvaluateTask
 from support.engine_lab import Lab, engine_lab, evaluation, training
 from support.models import whole
 

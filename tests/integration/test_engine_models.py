@@ -11,7 +11,7 @@ import pytest_asyncio
 from msgspec.structs import replace
 
 from potluck.weights import files as weights
-from potluck.wire.messages import ExportTask
+from potluck.wire.tasks import ExportTask
 from support.engine_lab import Lab, engine_lab, evaluation, prediction, training
 from support.models import whole
 

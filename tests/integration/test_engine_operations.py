@@ -14,8 +14,8 @@ import pytest
 import pytest_asyncio
 
 from potluck.errors import CodeNotAllowed
-from potluck.wire.messages import Tensor
 from potluck.wire.tensors import from_numpy, to_numpy
+from potluck.wire.values import Tensor
 from support.engine_lab import Lab, engine_lab
 from support.models import exported, saved
 

@@ -15,8 +15,9 @@ from coordinator.plans.batch import merge
 from coordinator.plans.training.scores import evaluation_metrics
 from potluck.errors import InvalidRequest
 from potluck.weights.files import load
-from potluck.wire.messages import DataFormat, SyncTask
+from potluck.wire.tasks import SyncTask
 from potluck.wire.tensors import to_numpy
+from potluck.wire.values import DataFormat
 from support.engine_lab import Lab, engine_lab, evaluation, prediction, training
 from support.models import whole
 

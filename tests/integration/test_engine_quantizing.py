@@ -12,8 +12,9 @@ import pytest_asyncio
 from msgspec.structs import replace
 
 from potluck.errors import InvalidModel, InvalidRequest
-from potluck.wire.messages import BlobRef, ConvertTask, DataFormat, ImageOptions, ModelFormat
+from potluck.wire.tasks import ConvertTask
 from potluck.wire.tensors import from_numpy, to_numpy
+from potluck.wire.values import BlobRef, DataFormat, ImageOptions, ModelFormat
 from support import models
 from support.engine_lab import IMAGES, Lab, engine_lab, evaluation, pictures, prediction
 from support.models import blobs, converted, dense, exported, saved, whole

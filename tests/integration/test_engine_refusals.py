@@ -11,10 +11,7 @@ import pytest_asyncio
 from msgspec.structs import replace
 
 from potluck.errors import CodeNotAllowed, InvalidData, InvalidModel, InvalidRequest
-from potluck.wire.messages import (
-    DataFormat,
-    ImageOptions,
-)
+from potluck.wire.values import DataFormat, ImageOptions
 from support import models
 from support.engine_lab import IMAGES, Lab, engine_lab, pictures, prediction, training
 from support.models import blobs, dense, whole

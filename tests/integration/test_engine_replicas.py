@@ -14,8 +14,9 @@ import pytest
 import pytest_asyncio
 
 from potluck.errors import Cancelled, InvalidModel, NotFound, TimedOut
-from potluck.wire.messages import RequestOutcome, Tensor
+from potluck.wire.reports import RequestOutcome
 from potluck.wire.tensors import from_numpy, to_numpy
+from potluck.wire.values import Tensor
 from support.engine_lab import Lab, engine_lab, training
 from support.models import blobs, dense
 

@@ -14,8 +14,9 @@ import pytest_asyncio
 
 from node.engine.array_runtimes import BATCHES_LIMIT
 from potluck.errors import Cancelled, EngineFailed, Overloaded
-from potluck.wire.messages import BlobRef, RequestOutcome, Tensor
+from potluck.wire.reports import RequestOutcome
 from potluck.wire.tensors import from_numpy, to_numpy
+from potluck.wire.values import BlobRef, Tensor
 from support import models
 from support.engine_lab import Lab, engine_lab, prediction
 from support.models import blobs, dense, whole

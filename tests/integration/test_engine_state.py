@@ -18,8 +18,8 @@ from safetensors.numpy import save
 
 from node.engine import frames
 from potluck.errors import BadMessage, Cancelled, InvalidData, InvalidModel, InvalidRequest
-from potluck.wire.messages import DataFormat, ImageOptions, Tensor
 from potluck.wire.tensors import from_numpy, to_numpy
+from potluck.wire.values import DataFormat, ImageOptions, Tensor
 from support.engine_lab import IMAGES, Lab, engine_lab, evaluation, pictures, prediction, training
 from support.models import Files, blobs, dense, whole
 

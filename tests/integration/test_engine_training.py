@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from potluck.errors import InvalidRequest
 from potluck.weights.files import Reader
-from potluck.wire.messages import ExportTask
+from potluck.wire.tasks import ExportTask
 from support.engine_lab import Lab, engine_lab, training
 from support.models import ARRAYS, blobs
 

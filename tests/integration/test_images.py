@@ -16,7 +16,7 @@ import pytest
 from potluck.client import Client
 from potluck.errors import InvalidData, InvalidRequest
 from potluck.local_cluster import LocalCluster
-from potluck.wire.messages import ImageOptions
+from potluck.wire.values import ImageOptions
 from support.pictures import HEIGHT, WIDTH, pictures
 
 pytestmark = [pytest.mark.tensorflow, pytest.mark.timeout(300)]

@@ -20,7 +20,8 @@ from potluck.client.connection import Connection
 from potluck.errors import InputsLost, Unavailable
 from potluck.local_cluster import Daemon, LocalCluster
 from potluck.wire import tensors
-from potluck.wire.messages import BlobRef, FindReplicas, Infer, Inferred, ModelRegistered, RegisterModel, ReplicasFound
+from potluck.wire.questions import FindReplicas, Infer, Inferred, ModelRegistered, RegisterModel, ReplicasFound
+from potluck.wire.values import BlobRef
 from support.eventually import eventually
 from support.fake_nodes import fake_node
 

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from potluck.wire.messages import BlobRef, BlobsStored, HoldBlob, HoldFailed, NodeStatus, ReleaseBlob
+from potluck.wire.births import NodeStatus
+from potluck.wire.commands import HoldBlob, ReleaseBlob
+from potluck.wire.reports import BlobsStored, HoldFailed
+from potluck.wire.values import BlobRef
 from support.node_lab import Lab, node_lab
 
 

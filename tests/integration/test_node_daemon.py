@@ -20,30 +20,12 @@ from msgspec.structs import replace
 from potluck.bus.mqtt import MqttBus
 from potluck.credentials import Credentials
 from potluck.net.discovery import Discovery, Service
-from potluck.wire.messages import (
-    BlobRef,
-    BlobsStored,
-    CoordinatorStatus,
-    EvaluateResult,
-    ExportTask,
-    ForgetJob,
-    LeaseHints,
-    LeaseRefused,
-    LeaseRenewed,
-    LeaseTaken,
-    ListNodes,
-    Message,
-    NodeCapacity,
-    NodeStatus,
-    NodeTelemetry,
-    PredictResult,
-    Rebirth,
-    RequestFailed,
-    ShardFailed,
-    ShardFinished,
-    TrainResult,
-    WithdrawLease,
-)
+from potluck.wire.births import CoordinatorStatus, NodeCapacity, NodeStatus, NodeTelemetry
+from potluck.wire.commands import ForgetJob, LeaseHints, Rebirth, WithdrawLease
+from potluck.wire.questions import ListNodes, RequestFailed
+from potluck.wire.reports import BlobsStored, LeaseRefused, LeaseRenewed, LeaseTaken, ShardFailed, ShardFinished
+from potluck.wire.tasks import EvaluateResult, ExportTask, PredictResult, TrainResult
+from potluck.wire.values import BlobRef, Message
 from support.brokers import TestBroker, some_kind
 from support.eventually import eventually
 from support.node_lab import TOPICS, Lab, NodeProcess, node_lab

@@ -11,16 +11,11 @@ import psutil
 import pytest
 
 from potluck import extras
-from potluck.wire.messages import (
-    DataSlice,
-    InferenceFinished,
-    ModelLoaded,
-    ModelLoadFailed,
-    NodeCapacity,
-    PredictTask,
-    ShardFailed,
-)
+from potluck.wire.births import NodeCapacity
+from potluck.wire.reports import InferenceFinished, ModelLoaded, ModelLoadFailed, ShardFailed
+from potluck.wire.tasks import PredictTask
 from potluck.wire.tensors import from_numpy, to_numpy
+from potluck.wire.values import DataSlice
 from support import models
 from support.node_lab import node_lab
 from support.processes import engines

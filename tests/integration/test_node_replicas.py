@@ -12,26 +12,20 @@ import numpy as np
 import psutil
 import pytest
 
-from potluck.wire.messages import (
-    BlobRef,
-    DataSlice,
-    ErrorInfo,
+from potluck.wire.births import NodeTelemetry
+from potluck.wire.commands import RunInference, UnloadModel
+from potluck.wire.reports import (
     InferenceFinished,
     LeaseRenewed,
     ModelLoaded,
     ModelLoadFailed,
     ModelUnloaded,
-    NodeTelemetry,
-    PredictResult,
-    PredictTask,
-    RunInference,
     ShardFailed,
     ShardFinished,
-    Tensor,
-    TrainTask,
-    UnloadModel,
 )
+from potluck.wire.tasks import PredictResult, PredictTask, TrainTask
 from potluck.wire.tensors import from_numpy, to_numpy
+from potluck.wire.values import BlobRef, DataSlice, ErrorInfo, Tensor
 from support import allowing, models
 from support.eventually import eventually
 from support.node_lab import Lab, NodeProcess, node_lab

@@ -16,26 +16,21 @@ from aiohttp import web
 
 from potluck.credentials import Credentials
 from potluck.net.http import serve_http
-from potluck.wire.messages import (
-    BlobRef,
-    ExportTask,
-    ForgetJob,
-    HoldBlob,
+from potluck.wire.births import NodeTelemetry
+from potluck.wire.commands import ForgetJob, HoldBlob, LoadModel, UnloadModel, WithdrawLease
+from potluck.wire.reports import (
     HoldFailed,
     InferenceFinished,
     LeaseRefused,
     LeaseTaken,
-    LoadModel,
     ModelLoaded,
     ModelLoadFailed,
     ModelUnloaded,
-    NodeTelemetry,
     ShardFailed,
     ShardFinished,
-    Tensor,
-    UnloadModel,
-    WithdrawLease,
 )
+from potluck.wire.tasks import ExportTask
+from potluck.wire.values import BlobRef, Tensor
 from support.eventually import eventually
 from support.node_lab import TOPICS, Lab, node_lab
 

@@ -14,7 +14,7 @@ import pytest
 from potluck.client import Client
 from potluck.errors import Conflict
 from potluck.local_cluster import LocalCluster
-from potluck.wire.messages import ModelInfo
+from potluck.wire.questions import ModelInfo
 from support.digits import mlp, split
 from support.eventually import eventually_now
 

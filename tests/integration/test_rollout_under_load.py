@@ -16,7 +16,7 @@ import pytest
 from potluck.client import Client
 from potluck.errors import PotluckError
 from potluck.local_cluster import LocalCluster
-from potluck.wire.messages import DeploymentInfo
+from potluck.wire.questions import DeploymentInfo
 from support.digits import mlp, split
 
 pytestmark = [pytest.mark.tensorflow, pytest.mark.timeout(300)]

@@ -20,7 +20,7 @@ from potluck.errors import GaveWay
 from potluck.lifecycle import die_with_parent
 from potluck.local_cluster import LocalCluster
 from potluck.settings import ClientSettings
-from potluck.wire.messages import CoordinatorStatus
+from potluck.wire.births import CoordinatorStatus
 from potluck.wire.topics import Topics
 from support.brokers import TestBroker, some_kind
 from support.eventually import eventually

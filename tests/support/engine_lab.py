@@ -17,7 +17,8 @@ from node.engine.process import Engine
 from node.engine.watch import Limits
 from potluck.weights.files import load
 from potluck.weights.updates import apply_update, norm
-from potluck.wire.messages import BlobRef, DataFormat, EvaluateTask, PredictTask, TrainResult, TrainTask
+from potluck.wire.tasks import EvaluateTask, PredictTask, TrainResult, TrainTask
+from potluck.wire.values import BlobRef, DataFormat
 from support import models
 from support.models import Files
 

@@ -11,8 +11,8 @@ from potluck.bus.properties import Mirrored
 from potluck.errors import PotluckError, Unavailable
 from potluck.settings import BusTimings
 from potluck.wire import codec
-from potluck.wire.messages import Message
 from potluck.wire.topics import Topics
+from potluck.wire.values import Message
 
 
 class FakeBroker:

@@ -15,17 +15,9 @@ from node.__main__ import main
 from node.engine.process import EngineInfo
 from node.engine.watch import Limits
 from potluck.errors import Cancelled, EngineFailed, InvalidModel, ModelCrashed, NotFound
-from potluck.wire.messages import (
-    AnyTask,
-    AnyTaskResult,
-    BlobRef,
-    EvaluateResult,
-    PredictResult,
-    RequestOutcome,
-    Signature,
-    Tensor,
-    TrainResult,
-)
+from potluck.wire.reports import RequestOutcome
+from potluck.wire.tasks import AnyTask, AnyTaskResult, EvaluateResult, PredictResult, TrainResult
+from potluck.wire.values import BlobRef, Signature, Tensor
 
 BIG = 300_000
 SIGNATURE = Signature(inputs=(), outputs=())

@@ -8,7 +8,7 @@ from typing import Any
 
 from msgspec import inspect
 
-from potluck.wire.messages import Message
+from potluck.wire.values import Message
 
 Plain = dict[str, Any]
 _DEPTH = 4

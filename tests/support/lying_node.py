@@ -8,7 +8,7 @@ from fake_engine_node import FakeEngine
 
 import node.daemon
 from node.__main__ import main
-from potluck.wire.messages import AnyTaskResult, EvaluateResult
+from potluck.wire.tasks import AnyTaskResult, EvaluateResult
 
 
 class LyingEngine(FakeEngine):

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 from safetensors.numpy import save
 
-from potluck.wire.messages import BlobRef, DataFormat, DataShard, DataSlice
+from potluck.wire.values import BlobRef, DataFormat, DataShard, DataSlice
 
 Array = np.ndarray[Any, Any]
 

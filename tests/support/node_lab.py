@@ -24,21 +24,12 @@ from potluck.lifecycle import die_with_parent
 from potluck.net.addresses import bind
 from potluck.net.http import serve_http
 from potluck.settings import BusTimings, Listen
-from potluck.wire.messages import (
-    AcknowledgeResult,
-    BlobRef,
-    CoordinatorStatus,
-    ExportTask,
-    LeaseShard,
-    LoadModel,
-    Message,
-    NodeStatus,
-    RunInference,
-    ShardFailed,
-    ShardFinished,
-    Tensor,
-)
+from potluck.wire.births import CoordinatorStatus, NodeStatus
+from potluck.wire.commands import AcknowledgeResult, LeaseShard, LoadModel, RunInference
+from potluck.wire.reports import ShardFailed, ShardFinished
+from potluck.wire.tasks import ExportTask
 from potluck.wire.topics import Topics
+from potluck.wire.values import BlobRef, Message, Tensor
 from support.brokers import BrokerKind, TestBroker, some_kind
 from support.eventually import eventually
 

@@ -17,10 +17,10 @@ from potluck.blobs.store import BlobStore
 from potluck.bus.exchange import request_failed
 from potluck.bus.mqtt import Bus, Envelope
 from potluck.errors import NotFound, PotluckError
-from potluck.wire.messages import (
+from potluck.wire.births import CoordinatorStatus
+from potluck.wire.jobs import JobProgress
+from potluck.wire.questions import (
     AddDataset,
-    BlobRef,
-    CoordinatorStatus,
     DatasetAdded,
     DatasetInfo,
     DatasetsListed,
@@ -32,15 +32,14 @@ from potluck.wire.messages import (
     JobAccepted,
     JobChanged,
     JobEnded,
-    JobProgress,
     ListDatasets,
-    Message,
     ModelInfo,
     ModelRegistered,
     RegisterModel,
     ReplicasFound,
     SubmitJob,
 )
+from potluck.wire.values import BlobRef, Message
 
 Answer = Callable[[Any], Message | None]
 

@@ -24,29 +24,13 @@ from potluck.bus.exchange import Envelope
 from potluck.bus.outbox import Outbox
 from potluck.settings import CoordinatorSettings
 from potluck.wire import tensors
-from potluck.wire.messages import (
-    BlobRef,
-    CancelInference,
-    Capacity,
-    Deploy,
-    ErrorInfo,
-    Infer,
-    InferenceFinished,
-    Inferred,
-    LoadModel,
-    ModelLoaded,
-    ModelLoadFailed,
-    NodeCapacity,
-    NodeStatus,
-    NodeTelemetry,
-    RequestOutcome,
-    RunInference,
-    Signature,
-    Tensor,
-    TensorSpec,
-    UnloadModel,
-)
+from potluck.wire.births import NodeCapacity, NodeStatus, NodeTelemetry
+from potluck.wire.commands import CancelInference, LoadModel, RunInference, UnloadModel
+from potluck.wire.jobs import Deploy
+from potluck.wire.questions import Infer, Inferred
+from potluck.wire.reports import InferenceFinished, ModelLoaded, ModelLoadFailed, RequestOutcome
 from potluck.wire.topics import Topics
+from potluck.wire.values import BlobRef, Capacity, ErrorInfo, Signature, Tensor, TensorSpec
 from support.fake_bus import FakeBroker, FakeBus
 
 TOPICS = Topics("serve")

@@ -14,7 +14,7 @@ from safetensors.numpy import load
 
 from potluck.blobs.store import BlobStore
 from potluck.wire import codec
-from potluck.wire.messages import Dataset
+from potluck.wire.values import Dataset
 
 
 def new_store(tmp_path: Path) -> BlobStore:

@@ -14,7 +14,7 @@ from coordinator.serving.batches import Batch, Request
 from coordinator.serving.hedging import LEAST_SECONDS
 from coordinator.serving.router import Router
 from potluck.errors import Overloaded, PotluckError
-from potluck.wire.messages import RequestOutcome
+from potluck.wire.reports import RequestOutcome
 
 OK = RequestOutcome()
 TICK_SECONDS = 0.25

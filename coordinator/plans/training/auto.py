@@ -13,7 +13,9 @@ from coordinator.plans.placement import ClusterView, NodeView
 from coordinator.plans.training.costs import Costs, Prediction, bandwidth_of, predict
 from coordinator.plans.training.strategy import Running, TrainingStrategy
 from coordinator.plans.training.sync import SyncRounds
-from potluck.wire.messages import AnyTask, AnyTaskResult, BlobRef, ErrorInfo, ExportResult, JobProgress
+from potluck.wire.jobs import JobProgress
+from potluck.wire.tasks import AnyTask, AnyTaskResult, ExportResult
+from potluck.wire.values import BlobRef, ErrorInfo
 
 
 @dataclass

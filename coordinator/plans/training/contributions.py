@@ -10,7 +10,8 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from potluck.wire.messages import BlobRef, TrainResult
+from potluck.wire.tasks import TrainResult
+from potluck.wire.values import BlobRef
 
 
 @dataclass

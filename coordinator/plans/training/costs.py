@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from potluck.wire.messages import TaskResult
+from potluck.wire.tasks import TaskResult
 
 MEASURABLE_BYTES = 1_000_000
 """A transfer of so many bytes says something of a link's bandwidth."""

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from coordinator.plans.events import EpochEnded, RoundClosed
 from coordinator.plans.training.scores import Best, is_better, weighted
 from potluck.errors import InvalidRequest
-from potluck.wire.messages import BlobRef, EpochMetrics, Train
+from potluck.wire.jobs import EpochMetrics, Train
+from potluck.wire.values import BlobRef
 
 LEFT_SHARE = 0.05
 """The largest share of an epoch's samples that may be left to the next epoch."""

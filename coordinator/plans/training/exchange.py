@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from coordinator.plans.events import RoundClosed
-from potluck.wire.messages import BlobRef, Step
+from potluck.wire.values import BlobRef, Step
 
 
 @dataclass

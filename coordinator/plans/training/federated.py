@@ -24,7 +24,8 @@ from coordinator.plans.training import privacy, sizes, warming
 from coordinator.plans.training.measurements import budget
 from coordinator.plans.training.state import TrainingState
 from coordinator.plans.training.trust import EXPLODED
-from potluck.wire.messages import JobProgress, TrainResult, TrainTask
+from potluck.wire.jobs import JobProgress
+from potluck.wire.tasks import TrainResult, TrainTask
 from potluck.wording import counted
 
 SIZES_KEPT = 5

@@ -22,7 +22,8 @@ from coordinator.plans.training.local import LATE_SECONDS, hopes
 from coordinator.plans.training.open_round import part_name
 from coordinator.plans.training.sizes import ROUNDS_PER_EPOCH
 from coordinator.plans.training.state import TrainingState
-from potluck.wire.messages import JobProgress, TrainResult, TrainTask
+from potluck.wire.jobs import JobProgress
+from potluck.wire.tasks import TrainResult, TrainTask
 
 ALIKE = 1.25
 """Speeds that differ by less than this factor are taken for equal."""

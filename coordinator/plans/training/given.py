@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from potluck.wire.messages import BlobRef, Dataset, DataShard, ImageOptions, Train, TrainTask
+from potluck.wire.jobs import Train
+from potluck.wire.tasks import TrainTask
+from potluck.wire.values import BlobRef, Dataset, DataShard, ImageOptions
 
 
 @dataclass(frozen=True)

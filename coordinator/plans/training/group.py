@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from coordinator.plans.placement import split
-from potluck.wire.messages import SyncTask
+from potluck.wire.tasks import SyncTask
 
 KEPT = 0.1
 """Shares stay as they are until one is off by this part of it: each new one must be compiled."""

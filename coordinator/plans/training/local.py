@@ -18,7 +18,8 @@ from coordinator.plans.placement import ClusterView, NodeView, speeds, without_s
 from coordinator.plans.training import sizes, warming
 from coordinator.plans.training.measurements import budget
 from coordinator.plans.training.state import TrainingState
-from potluck.wire.messages import JobProgress, TrainResult, TrainTask
+from potluck.wire.jobs import JobProgress
+from potluck.wire.tasks import TrainResult, TrainTask
 
 GRACE = 0.1
 GRACE_SECONDS = 2.0

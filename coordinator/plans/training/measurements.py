@@ -6,7 +6,7 @@ import statistics
 from dataclasses import dataclass, field
 
 from coordinator.plans.job import Attempt
-from potluck.wire.messages import TrainResult, TrainTask
+from potluck.wire.tasks import TrainResult, TrainTask
 
 OVERHEADS_KEPT = 5
 DELAYS_KEPT = 5

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from potluck import extras
 from potluck.errors import InvalidRequest
-from potluck.wire.messages import Privacy
+from potluck.wire.values import Privacy
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from coordinator.plans.job import Attempt
 from coordinator.plans.placement import ClusterView, NodeView
 from coordinator.plans.training.costs import ASSUMED_BANDWIDTH, bandwidth_of
-from potluck.wire.messages import BlobRef, WarmUpResult
+from potluck.wire.tasks import WarmUpResult
+from potluck.wire.values import BlobRef
 
 WARM_UP = "warm-up"
 """The id of the shard that makes a node ready."""

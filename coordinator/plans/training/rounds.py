@@ -19,7 +19,9 @@ from coordinator.plans.placement import ClusterView, NodeView
 from coordinator.plans.training import warming
 from coordinator.plans.training.contributions import Contributions
 from coordinator.plans.training.state import TrainingState
-from potluck.wire.messages import AnyTask, AnyTaskResult, ErrorInfo, JobProgress, TrainResult, TrainTask
+from potluck.wire.jobs import JobProgress
+from potluck.wire.tasks import AnyTask, AnyTaskResult, TrainResult, TrainTask
+from potluck.wire.values import ErrorInfo
 
 
 class Manner(warming.Takers, Protocol):

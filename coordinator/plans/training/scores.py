@@ -7,7 +7,9 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from potluck.wire.messages import BlobRef, EvaluateResult, Train
+from potluck.wire.jobs import Train
+from potluck.wire.tasks import EvaluateResult
+from potluck.wire.values import BlobRef
 
 FALLS = (
     *("loss", "error", "mae", "mse", "mape", "msle", "rmse", "crossentropy", "divergence", "kld", "poisson"),

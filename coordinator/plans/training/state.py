@@ -19,7 +19,7 @@ from coordinator.plans.training.readiness import Readiness, beside
 from coordinator.plans.training.sharing import Sharing
 from coordinator.plans.training.trust import Trust
 from coordinator.plans.training.validation import Evaluate, Evaluation, Validation
-from potluck.wire.messages import ExportResult, TrainResult, TrainTask, WarmUpResult
+from potluck.wire.tasks import ExportResult, TrainResult, TrainTask, WarmUpResult
 
 
 @dataclass

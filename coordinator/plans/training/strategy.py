@@ -28,14 +28,12 @@ from coordinator.plans.training.readiness import WARM_UP, of_rounds
 from coordinator.plans.training.scores import weighted
 from coordinator.plans.training.state import TrainingState
 from potluck.errors import Diverged
-from potluck.wire.messages import (
+from potluck.wire.jobs import JobProgress
+from potluck.wire.tasks import (
     AnyTask,
     AnyTaskResult,
-    BlobRef,
-    ErrorInfo,
     ExportResult,
     ExportTask,
-    JobProgress,
     SyncResult,
     SyncTask,
     TrainResult,
@@ -43,6 +41,7 @@ from potluck.wire.messages import (
     WarmUpResult,
     WarmUpTask,
 )
+from potluck.wire.values import BlobRef, ErrorInfo
 
 EXPORT = "export"
 """The id of the shard that writes the model."""

@@ -24,15 +24,9 @@ from coordinator.plans.training.scores import weighted
 from coordinator.plans.training.sizes import PROBE_SECONDS
 from coordinator.plans.training.state import TrainingState
 from potluck.errors import Unavailable
-from potluck.wire.messages import (
-    AnyTask,
-    AnyTaskResult,
-    ErrorInfo,
-    JobProgress,
-    SyncResult,
-    SyncTask,
-    TrainTask,
-)
+from potluck.wire.jobs import JobProgress
+from potluck.wire.tasks import AnyTask, AnyTaskResult, SyncResult, SyncTask, TrainTask
+from potluck.wire.values import ErrorInfo
 from potluck.wording import counted
 
 GRACE = 1.0

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from coordinator.plans.placement import NodeView
-from potluck.wire.messages import TrainResult
+from potluck.wire.tasks import TrainResult
 
 EXPLODED = 10.0
 """An update is left out when it is so many times as large as is usual among the others, for its samples."""

@@ -11,7 +11,8 @@ from coordinator.plans.job import CHECK, VALIDATION, Attempt
 from coordinator.plans.node_data import NodesEvaluation
 from coordinator.plans.placement import ClusterView
 from coordinator.plans.training.scores import evaluation_metrics
-from potluck.wire.messages import BlobRef, EvaluateResult, Step
+from potluck.wire.tasks import EvaluateResult
+from potluck.wire.values import BlobRef, Step
 
 Evaluation = BatchStrategy | NodesEvaluation
 Evaluate = Callable[[BlobRef | None, Step | None, int], Evaluation]

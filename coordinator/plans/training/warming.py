@@ -13,7 +13,7 @@ from coordinator.plans.placement import ClusterView, NodeView, assign, speeds
 from coordinator.plans.training.readiness import SLOWEST, WARM_UP, of_rounds
 from coordinator.plans.training.sizes import PROBE_SECONDS
 from coordinator.plans.training.state import TrainingState
-from potluck.wire.messages import TrainTask, WarmUpTask
+from potluck.wire.tasks import TrainTask, WarmUpTask
 
 LOST_SECONDS = 900.0
 """A part that is late for so long is taken back: its engine lives, but nobody can tell what it does."""

@@ -24,7 +24,7 @@ from potluck.blobs.download import Downloader
 from potluck.blobs.store import BlobStore
 from potluck.credentials import Credentials
 from potluck.net.http import serve_http
-from potluck.wire.messages import BlobRef, Signature
+from potluck.wire.values import BlobRef, Signature
 from support.serving_lab import Lab
 
 Deploy = Callable[..., Awaitable[None]]

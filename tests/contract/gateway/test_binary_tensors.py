@@ -10,7 +10,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from potluck.wire.messages import Signature, TensorSpec
+from potluck.wire.values import Signature, TensorSpec
 
 Deploy = Callable[..., Awaitable[None]]
 Http = tuple[str, aiohttp.ClientSession]

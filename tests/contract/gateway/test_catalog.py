@@ -11,7 +11,7 @@ import pytest
 from coordinator.control import Control
 from coordinator.gateway.catalog import Catalog
 from potluck.errors import NotFound
-from potluck.wire.messages import DeploymentsListed, ListDeployments
+from potluck.wire.questions import DeploymentsListed, ListDeployments
 from support.eventually import eventually
 from support.serving_lab import Lab
 

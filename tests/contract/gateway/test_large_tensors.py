@@ -22,7 +22,7 @@ from potluck.blobs import server as blob_server
 from potluck.blobs.store import BlobStore
 from potluck.credentials import Credentials
 from potluck.net.http import serve_http
-from potluck.wire.messages import BlobRef, Signature, TensorSpec
+from potluck.wire.values import BlobRef, Signature, TensorSpec
 from support.eventually import eventually
 from support.serving_lab import Lab
 

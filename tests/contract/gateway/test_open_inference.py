@@ -18,7 +18,8 @@ import pytest
 
 from potluck import __version__
 from potluck.errors import Unavailable
-from potluck.wire.messages import BlobRef, ErrorInfo, ModelFormat, NodeStatus, Signature, TensorSpec
+from potluck.wire.births import NodeStatus
+from potluck.wire.values import BlobRef, ErrorInfo, ModelFormat, Signature, TensorSpec
 from support.eventually import eventually
 from support.serving_lab import Lab, question
 

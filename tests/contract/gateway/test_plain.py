@@ -16,8 +16,8 @@ import pytest
 from PIL import Image
 
 from potluck.data import audio
-from potluck.wire.messages import ErrorInfo, ImageOptions, Signature, TensorSpec
 from potluck.wire.tensors import to_numpy
+from potluck.wire.values import ErrorInfo, ImageOptions, Signature, TensorSpec
 from support.eventually import eventually
 from support.serving_lab import Lab
 

@@ -16,8 +16,8 @@ from msgspec.structs import replace
 from coordinator.control import Control
 from coordinator.dispatch.dispatcher import Dispatcher
 from potluck.wire import codec, tensors
-from potluck.wire.messages import (
-    INLINE_LIMIT_BYTES,
+from potluck.wire.births import NodeStatus
+from potluck.wire.questions import (
     GetJob,
     GetModel,
     JobEnded,
@@ -25,12 +25,11 @@ from potluck.wire.messages import (
     ListEvents,
     ListModels,
     ListNodes,
-    Message,
-    NodeStatus,
     RemoveAlias,
-    ShardFailed,
     Undeploy,
 )
+from potluck.wire.reports import ShardFailed
+from potluck.wire.values import INLINE_LIMIT_BYTES, Message
 from support.serving_lab import Lab
 
 Http = tuple[str, aiohttp.ClientSession]

@@ -11,7 +11,7 @@ import aiohttp
 import pytest
 
 from potluck.errors import Unavailable
-from potluck.wire.messages import Signature, TensorSpec
+from potluck.wire.values import Signature, TensorSpec
 from support.eventually import eventually
 from support.serving_lab import Lab, question
 

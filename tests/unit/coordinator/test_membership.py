@@ -14,7 +14,8 @@ from coordinator.membership import (
     NodeUnknown,
 )
 from potluck.wire import codec
-from potluck.wire.messages import Capacity, DataFormat, Gpu, NodeCapacity, NodeData, NodeStatus, NodeTelemetry
+from potluck.wire.births import NodeCapacity, NodeStatus, NodeTelemetry
+from potluck.wire.values import Capacity, DataFormat, Gpu, NodeData
 
 
 def birth(session: str, state: str = "online") -> NodeStatus:

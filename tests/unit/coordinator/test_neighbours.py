@@ -14,7 +14,7 @@ from potluck.bus.connecting import refusal
 from potluck.credentials import Credentials
 from potluck.net.discovery import Discovery, Service, precedence
 from potluck.settings import BusTimings
-from potluck.wire.messages import CoordinatorStatus
+from potluck.wire.births import CoordinatorStatus
 from potluck.wire.topics import Topics
 
 OLD = CoordinatorStatus(session="a", epoch=1, state="online", cluster_id="0b", founded=100.0)

@@ -10,16 +10,8 @@ from hypothesis import strategies as st
 from coordinator.journal import Journal
 from coordinator.registry import TAGS_LIMIT, ModelAdded, Registry, pixel_scale
 from potluck.errors import InvalidRequest, NotFound
-from potluck.wire.messages import (
-    BlobRef,
-    DataFormat,
-    Dataset,
-    DataShard,
-    ImageOptions,
-    ModelInfo,
-    Signature,
-    TensorSpec,
-)
+from potluck.wire.questions import ModelInfo
+from potluck.wire.values import BlobRef, DataFormat, Dataset, DataShard, ImageOptions, Signature, TensorSpec
 
 
 def blob(number: int) -> BlobRef:

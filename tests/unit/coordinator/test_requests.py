@@ -23,34 +23,32 @@ from potluck.bus.exchange import Envelope
 from potluck.client import listings
 from potluck.errors import Unavailable
 from potluck.wire import codec
-from potluck.wire.messages import (
+from potluck.wire.births import NodeCapacity, NodeStatus
+from potluck.wire.jobs import AnyJobSpec, Deploy, Evaluate, Train
+from potluck.wire.questions import (
+    AddDataset,
+    DeploymentInfo,
+    EventsListed,
+    FollowEvents,
+    ListModels,
+    ModelChanged,
+    ModelInfo,
+    ModelsListed,
+    RemoveAlias,
+    ReplicaInfo,
+    SubmitJob,
+    Undeploy,
+)
+from potluck.wire.values import (
     INLINE_LIMIT_BYTES,
     SHARDS_LIMIT,
-    AddDataset,
-    AnyJobSpec,
     BlobRef,
     Capacity,
     DataFormat,
     Dataset,
     DataShard,
-    Deploy,
-    DeploymentInfo,
-    Evaluate,
-    EventsListed,
-    FollowEvents,
-    ListModels,
     Message,
-    ModelChanged,
-    ModelInfo,
-    ModelsListed,
-    NodeCapacity,
     NodeData,
-    NodeStatus,
-    RemoveAlias,
-    ReplicaInfo,
-    SubmitJob,
-    Train,
-    Undeploy,
 )
 from support.eventually import eventually
 

@@ -9,20 +9,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
 
 from node.assignments import FENCE_SECONDS, QUEUE_LIMIT, Assignments, Effect, GiveUp, Outcome, Prefetch, Run, Send, Stop
-from potluck.wire.messages import (
-    AcknowledgeResult,
-    BlobRef,
-    ErrorInfo,
-    EvaluateResult,
-    ExportTask,
-    LeaseRefused,
-    LeaseRenewed,
-    LeaseShard,
-    LeaseTaken,
-    ShardFailed,
-    ShardFinished,
-    WithdrawLease,
-)
+from potluck.wire.commands import AcknowledgeResult, LeaseShard, WithdrawLease
+from potluck.wire.reports import LeaseRefused, LeaseRenewed, LeaseTaken, ShardFailed, ShardFinished
+from potluck.wire.tasks import EvaluateResult, ExportTask
+from potluck.wire.values import BlobRef, ErrorInfo
 
 TASK = ExportTask(model=BlobRef(sha256="a" * 64, size=1), weights=BlobRef(sha256="b" * 64, size=1))
 CANCELLED = ErrorInfo(code="cancelled", message="withdrawn")

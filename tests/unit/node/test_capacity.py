@@ -18,7 +18,7 @@ import pytest
 
 from node import capacity
 from node.cgroup import Cgroup
-from potluck.wire.messages import Gpu
+from potluck.wire.values import Gpu
 
 
 def tree(root: Path, membership: str, files: dict[str, str]) -> Cgroup:

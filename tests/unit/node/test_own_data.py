@@ -12,7 +12,8 @@ from msgspec.structs import replace
 from node.own_data import OwnData
 from potluck.errors import InvalidRequest, Unavailable
 from potluck.settings import NodeDataSettings
-from potluck.wire.messages import BlobRef, DataFormat, EvaluateTask, ExportTask, Privacy, TrainTask
+from potluck.wire.tasks import EvaluateTask, ExportTask, TrainTask
+from potluck.wire.values import BlobRef, DataFormat, Privacy
 
 MODEL = BlobRef(sha256="a" * 64, size=1)
 

@@ -23,19 +23,9 @@ from potluck.bus.mqtt import Bus
 from potluck.bus.outbox import Outbox
 from potluck.credentials import Credentials
 from potluck.errors import EngineFailed, ModelCrashed, Overloaded, PotluckError
-from potluck.wire.messages import (
-    BlobRef,
-    InferenceFinished,
-    LoadModel,
-    Message,
-    ModelLoaded,
-    ModelLoadFailed,
-    ModelUnloaded,
-    RequestOutcome,
-    RunInference,
-    Signature,
-    UnloadModel,
-)
+from potluck.wire.commands import LoadModel, RunInference, UnloadModel
+from potluck.wire.reports import InferenceFinished, ModelLoaded, ModelLoadFailed, ModelUnloaded, RequestOutcome
+from potluck.wire.values import BlobRef, Message, Signature
 from support.eventually import eventually
 from support.fake_bus import FakeBroker, FakeBus
 

@@ -18,7 +18,7 @@ from coordinator.copies.plan import (
     Holding,
     Release,
 )
-from potluck.wire.messages import BlobRef
+from potluck.wire.values import BlobRef
 
 
 def blob(number: int, size: int = 10) -> BlobRef:

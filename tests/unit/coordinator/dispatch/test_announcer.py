@@ -11,7 +11,8 @@ from coordinator.dispatch.announcer import NODES_TOLD, Announcer, bounded
 from coordinator.plans.placement import ClusterView, NodeView
 from potluck.bus.outbox import Outbox
 from potluck.wire import codec
-from potluck.wire.messages import JobChanged, JobProgress
+from potluck.wire.jobs import JobProgress
+from potluck.wire.questions import JobChanged
 from potluck.wire.topics import Topics
 from potluck.wording import on_nodes
 

@@ -14,7 +14,8 @@ from potluck.blobs.store import BlobStore, hash_file
 from potluck.errors import EngineFailed
 from potluck.weights import files as weights
 from potluck.weights.updates import write_update
-from potluck.wire.messages import BlobRef, Step, SyncResult, TrainResult
+from potluck.wire.tasks import SyncResult, TrainResult
+from potluck.wire.values import BlobRef, Step
 
 
 @dataclass

@@ -20,18 +20,9 @@ from coordinator.registry import Registry
 from potluck.blobs.store import BlobStore
 from potluck.errors import Conflict, InvalidRequest, NotFound
 from potluck.wire import codec
-from potluck.wire.messages import (
-    AnyJobSpec,
-    DataFormat,
-    Dataset,
-    DataShard,
-    Deploy,
-    DeploymentInfo,
-    Evaluate,
-    JobEnded,
-    JobProgress,
-    Train,
-)
+from potluck.wire.jobs import AnyJobSpec, Deploy, Evaluate, JobProgress, Train
+from potluck.wire.questions import DeploymentInfo, JobEnded
+from potluck.wire.values import DataFormat, Dataset, DataShard
 
 
 @dataclass

@@ -26,23 +26,13 @@ from potluck.bus.exchange import Envelope
 from potluck.bus.outbox import Outbox
 from potluck.settings import CoordinatorSettings
 from potluck.wire import codec
-from potluck.wire.messages import (
-    AcknowledgeResult,
-    BlobRef,
-    Capacity,
-    DataFormat,
-    Dataset,
-    DataShard,
-    Evaluate,
-    EvaluateResult,
-    EvaluateTask,
-    LeaseShard,
-    LeaseTaken,
-    NodeCapacity,
-    NodeStatus,
-    ShardFinished,
-)
+from potluck.wire.births import NodeCapacity, NodeStatus
+from potluck.wire.commands import AcknowledgeResult, LeaseShard
+from potluck.wire.jobs import Evaluate
+from potluck.wire.reports import LeaseTaken, ShardFinished
+from potluck.wire.tasks import EvaluateResult, EvaluateTask
 from potluck.wire.topics import Topics
+from potluck.wire.values import BlobRef, Capacity, DataFormat, Dataset, DataShard
 from support.eventually import eventually
 from support.fake_bus import FakeBroker, FakeBus
 

@@ -17,19 +17,12 @@ from coordinator.plans.job import Attempt
 from coordinator.plans.placement import NodeView
 from potluck.settings import CoordinatorSettings
 from potluck.wire import codec
-from potluck.wire.messages import (
-    BlobRef,
-    Capacity,
-    DataFormat,
-    DataSlice,
-    EvaluateTask,
-    LeaseShard,
-    NodeCapacity,
-    NodeStatus,
-    NodeTelemetry,
-)
+from potluck.wire.births import NodeCapacity, NodeStatus, NodeTelemetry
+from potluck.wire.commands import LeaseShard
 from potluck.wire.refs import hinted
+from potluck.wire.tasks import EvaluateTask
 from potluck.wire.topics import Topics
+from potluck.wire.values import BlobRef, Capacity, DataFormat, DataSlice
 
 BLOB = BlobRef(sha256="a" * 64, size=1)
 TASK = EvaluateTask(

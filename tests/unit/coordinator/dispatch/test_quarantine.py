@@ -18,7 +18,12 @@ from coordinator.membership import Membership
 from coordinator.plans.job import Attempt
 from potluck.settings import CoordinatorSettings
 from potluck.wire import codec
-from potluck.wire.messages import (
+from potluck.wire.births import NodeCapacity, NodeStatus
+from potluck.wire.commands import LeaseShard
+from potluck.wire.refs import hinted
+from potluck.wire.tasks import EvaluateResult, EvaluateTask, PredictResult, TrainTask, WarmUpTask
+from potluck.wire.topics import Topics
+from potluck.wire.values import (
     CLASS_NAMES_LIMIT_BYTES,
     INLINE_LIMIT_BYTES,
     SHARDS_LIMIT,
@@ -27,17 +32,7 @@ from potluck.wire.messages import (
     DataFormat,
     DataShard,
     DataSlice,
-    EvaluateResult,
-    EvaluateTask,
-    LeaseShard,
-    NodeCapacity,
-    NodeStatus,
-    PredictResult,
-    TrainTask,
-    WarmUpTask,
 )
-from potluck.wire.refs import hinted
-from potluck.wire.topics import Topics
 from support.eventually import eventually
 
 BLOB = BlobRef(sha256="a" * 64, size=1)

@@ -9,7 +9,8 @@ from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_f
 from coordinator.dispatch.results import evaluation, predictions
 from potluck.blobs.store import BlobStore
 from potluck.errors import InvalidModel
-from potluck.wire.messages import EvaluateResult, PredictResult, Tensor
+from potluck.wire.tasks import EvaluateResult, PredictResult
+from potluck.wire.values import Tensor
 
 
 def test_scores_equal_scikit_learns() -> None:

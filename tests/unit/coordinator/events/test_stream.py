@@ -17,7 +17,9 @@ from coordinator.plans.job import Job
 from coordinator.registry import Registry
 from potluck.errors import Overloaded, Unavailable
 from potluck.wire import codec
-from potluck.wire.messages import BlobRef, ClusterEvent, Deploy, EventsListed
+from potluck.wire.jobs import Deploy
+from potluck.wire.questions import ClusterEvent, EventsListed
+from potluck.wire.values import BlobRef
 
 KEY = ("me", "q-1")
 SOON = 5.0

@@ -40,19 +40,10 @@ from coordinator.serving.records import (
     TakenDown,
     Woken,
 )
-from potluck.wire.messages import (
-    BlobRef,
-    DataFormat,
-    Dataset,
-    DataShard,
-    EpochMetrics,
-    ErrorInfo,
-    EvaluateTask,
-    JobEnded,
-    ModelInfo,
-    Signature,
-    Train,
-)
+from potluck.wire.jobs import EpochMetrics, Train
+from potluck.wire.questions import JobEnded, ModelInfo
+from potluck.wire.tasks import EvaluateTask
+from potluck.wire.values import BlobRef, DataFormat, Dataset, DataShard, ErrorInfo, Signature
 
 DOCUMENTED = (Path(__file__).parents[4] / "docs" / "protocol.md").read_text("utf-8").split("\n## Events\n")[1].split("\n## ")[0]  # fmt: skip
 BLOB = BlobRef(sha256="0" * 64, size=1)

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from coordinator.gateway import json_arrays, tensorflow_inputs
 from potluck.errors import InvalidRequest
-from potluck.wire.messages import Signature, TensorSpec
 from potluck.wire.tensors import DTYPES, to_numpy
+from potluck.wire.values import Signature, TensorSpec
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),

@@ -13,16 +13,8 @@ from coordinator.plans.job import Attempt
 from coordinator.plans.placement import ClusterView, NodeView
 from coordinator.plans.training.scores import evaluation_metrics
 from potluck.errors import ModelFailed
-from potluck.wire.messages import (
-    BlobRef,
-    DataFormat,
-    DataShard,
-    DataSlice,
-    EvaluateResult,
-    EvaluateTask,
-    PredictResult,
-    PredictTask,
-)
+from potluck.wire.tasks import EvaluateResult, EvaluateTask, PredictResult, PredictTask
+from potluck.wire.values import BlobRef, DataFormat, DataShard, DataSlice
 
 BLOB = BlobRef(sha256="0" * 64, size=1)
 

@@ -16,33 +16,35 @@ from coordinator.plans.checking import (
     violation,
     wrong_signature,
 )
-from potluck.wire.messages import (
+from potluck.wire.reports import LeaseRenewed
+from potluck.wire.tasks import (
     AnyTask,
     AnyTaskResult,
-    BlobRef,
     ConvertResult,
     ConvertTask,
-    DataFormat,
-    DataShard,
-    DataSlice,
-    ErrorInfo,
     EvaluateResult,
     EvaluateTask,
     ExportResult,
     ExportTask,
-    ImageOptions,
-    LeaseRenewed,
     PredictResult,
     PredictTask,
-    Signature,
     SyncResult,
     SyncTask,
-    Tensor,
-    TensorSpec,
     TrainResult,
     TrainTask,
     WarmUpResult,
     WarmUpTask,
+)
+from potluck.wire.values import (
+    BlobRef,
+    DataFormat,
+    DataShard,
+    DataSlice,
+    ErrorInfo,
+    ImageOptions,
+    Signature,
+    Tensor,
+    TensorSpec,
 )
 
 BLOB = BlobRef(sha256="a" * 64, size=1000)

@@ -7,7 +7,7 @@ import pytest
 from coordinator.plans.failings import OPINION_SECONDS, REST_SECONDS, Failings
 from coordinator.plans.placement import ClusterView, NodeView
 from potluck.errors import CodeNotAllowed
-from potluck.wire.messages import ErrorInfo
+from potluck.wire.values import ErrorInfo
 
 DIED = ErrorInfo(code="engine_failed", message="died", retryable=True)
 WRONG = ErrorInfo(code="invalid_model", message="no")

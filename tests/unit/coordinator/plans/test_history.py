@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from coordinator.plans.events import RoundClosed
 from coordinator.plans.history import HISTORY_LIMIT_BYTES, ROUNDS_LIMIT_BYTES, History, epochs_that_fit
 from potluck.wire import codec
-from potluck.wire.messages import BlobRef, EpochMetrics
+from potluck.wire.jobs import EpochMetrics
+from potluck.wire.values import BlobRef
 
 BLOB = BlobRef(sha256="0" * 64, size=1)
 

@@ -6,7 +6,8 @@ import pytest
 
 from coordinator.plans import labels
 from potluck.errors import InvalidRequest
-from potluck.wire.messages import BlobRef, DataFormat, Dataset, ModelInfo
+from potluck.wire.questions import ModelInfo
+from potluck.wire.values import BlobRef, DataFormat, Dataset
 
 
 def data(name: str, *classes: str) -> Dataset:

@@ -23,7 +23,8 @@ from coordinator.plans.training.rounds import UpdateRounds
 from coordinator.plans.training.strategy import TrainingStrategy
 from coordinator.plans.training.sync import SyncRounds
 from potluck.wire import codec
-from potluck.wire.messages import Dataset, WarmUpTask
+from potluck.wire.tasks import WarmUpTask
+from potluck.wire.values import Dataset
 
 JOURNALS = sorted((Path(__file__).parent / "journals").glob("*.msgpack"))
 VIEWS = tuple(NodeView(name, 1.0, free_slots=1, idle=False, collective=f"{name}:1") for name in "abc")

@@ -9,17 +9,8 @@ from coordinator.plans.job import Attempt
 from coordinator.plans.placement import ClusterView, NodeView
 from coordinator.plans.quantizing import CALIBRATION_ITEMS, CONVERT, QuantizeStrategy, convert_task
 from coordinator.plans.training.scores import changes
-from potluck.wire.messages import (
-    BlobRef,
-    ConvertResult,
-    ConvertTask,
-    DataFormat,
-    Dataset,
-    DataShard,
-    EvaluateResult,
-    EvaluateTask,
-    ImageOptions,
-)
+from potluck.wire.tasks import ConvertResult, ConvertTask, EvaluateResult, EvaluateTask
+from potluck.wire.values import BlobRef, DataFormat, Dataset, DataShard, ImageOptions
 
 MODEL, LITE = BlobRef(sha256="1" * 64, size=1), BlobRef(sha256="2" * 64, size=1)
 BOTH = frozenset({"tensorflow", "litert"})

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from potluck.errors import InvalidRequest
-from potluck.wire.messages import Tensor, TensorSpec
 from potluck.wire.specs import matched
+from potluck.wire.values import Tensor, TensorSpec
 
 IMAGE = TensorSpec(name="image", datatype="FP32", shape=(-1, 32, 32, 3))
 FREE = TensorSpec(name="tokens", datatype="INT32", shape=(-1, -1))

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from coordinator.serving.deployments import FAILURES_LIMIT, Deployment, Load, Place, Unload
-from potluck.wire.messages import BlobRef, ErrorInfo, Signature
+from potluck.wire.values import BlobRef, ErrorInfo, Signature
 
 MODEL = BlobRef(sha256="0" * 64, size=1)
 SIGNATURE = Signature(inputs=(), outputs=())

@@ -16,8 +16,9 @@ from coordinator.serving.inputs import (
 )
 from potluck.errors import InvalidRequest, TooLarge
 from potluck.wire import codec
-from potluck.wire.messages import BlobRef, Infer, Signature, Tensor, TensorSpec
+from potluck.wire.questions import Infer
 from potluck.wire.tensors import from_numpy
+from potluck.wire.values import BlobRef, Signature, Tensor, TensorSpec
 
 PAIRS = Signature(inputs=(TensorSpec(name="x", datatype="FP32", shape=(-1, 2)),), outputs=())
 PAIR = from_numpy("x", np.float32([1, 2]))

@@ -13,7 +13,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from coordinator.serving.batches import Batch, Request
 from coordinator.serving.router import ATTEMPTS_LIMIT, Router
 from potluck.errors import Overloaded, PotluckError, TimedOut, Unavailable
-from potluck.wire.messages import ErrorInfo, RequestOutcome
+from potluck.wire.reports import RequestOutcome
+from potluck.wire.values import ErrorInfo
 
 OK = RequestOutcome()
 DIED = RequestOutcome(error=ErrorInfo(code="engine_failed", message="died", retryable=True))

@@ -12,7 +12,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from coordinator.serving.batches import Batch, Request
 from coordinator.serving.router import Router
 from potluck.errors import InputsLost, PotluckError
-from potluck.wire.messages import ErrorInfo, RequestOutcome
+from potluck.wire.reports import RequestOutcome
+from potluck.wire.values import ErrorInfo
 
 OK = RequestOutcome()
 LOST = RequestOutcome(error=ErrorInfo(code="inputs_lost", message="nobody has it", retryable=True))

@@ -20,7 +20,8 @@ from coordinator.serving.records import (
 from coordinator.serving.traffic import ANSWERS_LEAST, Traffic, worse
 from coordinator.serving.windows import IMPATIENT_SECONDS, SLOT_SECONDS, WINDOW_SECONDS, Summary, Window
 from potluck.wire import codec
-from potluck.wire.messages import BlobRef, Deploy
+from potluck.wire.jobs import Deploy
+from potluck.wire.values import BlobRef
 
 MODEL = BlobRef(sha256="0" * 64, size=1)
 

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from node.engine import frames
 from potluck.errors import BadMessage, TooLarge
 from potluck.wire import codec
-from potluck.wire.messages import BlobRef, ErrorInfo, ExportTask, RequestOutcome, Tensor
+from potluck.wire.reports import RequestOutcome
+from potluck.wire.tasks import ExportTask
+from potluck.wire.values import BlobRef, ErrorInfo, Tensor
 
 BLOB = BlobRef(sha256="a" * 64, size=3)
 TENSOR = Tensor(name="x", datatype="FP32", shape=(1, 2), data=b"\0" * 8)

@@ -7,7 +7,7 @@ import pytest
 
 from node.engine.fitting import fit
 from potluck.errors import InvalidRequest
-from potluck.wire.messages import Tensor, TensorSpec
+from potluck.wire.values import Tensor, TensorSpec
 
 OBJECT = np.dtype(object)
 

@@ -17,7 +17,8 @@ from node.engine.runtimes import Send, Started, Work
 from node.engine.server import TASKS_LIMIT, Server
 from node.engine.turns import Turns
 from potluck.errors import InvalidModel
-from potluck.wire.messages import BlobRef, DataFormat, EvaluateResult, EvaluateTask, ModelFormat, Signature
+from potluck.wire.tasks import EvaluateResult, EvaluateTask
+from potluck.wire.values import BlobRef, DataFormat, ModelFormat, Signature
 
 WAIT_SECONDS = 20
 MODEL = BlobRef(sha256="0" * 64, size=1)

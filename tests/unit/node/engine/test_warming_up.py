@@ -11,8 +11,8 @@ import pytest
 from node.engine.fitting import Array
 from node.engine.replicas import LoadedReplicas, warm_up
 from potluck.errors import InvalidModel, ModelFailed, OutOfMemory, PotluckError
-from potluck.wire.messages import Signature, TensorSpec
 from potluck.wire.tensors import from_numpy, to_numpy
+from potluck.wire.values import Signature, TensorSpec
 
 
 class Model:

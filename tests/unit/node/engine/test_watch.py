@@ -12,7 +12,8 @@ from node.engine import frames
 from node.engine.progress import Reading
 from node.engine.watch import Limits, Verdict, Watch
 from potluck.errors import EngineFailed, OutOfMemory
-from potluck.wire.messages import BlobRef, DataFormat, EvaluateTask, Signature, SyncTask
+from potluck.wire.tasks import EvaluateTask, SyncTask
+from potluck.wire.values import BlobRef, DataFormat, Signature
 
 LIMITS = Limits(start_seconds=120, silence_seconds=20, batch_seconds=60, load_seconds=300)
 MODEL = BlobRef(sha256="0" * 64, size=1)

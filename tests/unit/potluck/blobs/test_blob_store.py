@@ -19,7 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from potluck.blobs.store import BlobStore
 from potluck.errors import CorruptBlob, DiskFull, InvalidRequest, NotFound, from_code
-from potluck.wire.messages import BlobRef
+from potluck.wire.values import BlobRef
 
 
 def sha(data: bytes) -> str:

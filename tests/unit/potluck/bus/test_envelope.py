@@ -6,7 +6,7 @@ import asyncio
 
 from potluck.bus.exchange import Envelope
 from potluck.wire import codec
-from potluck.wire.messages import ListNodes
+from potluck.wire.questions import ListNodes
 from support.eventually import eventually
 from support.fake_bus import FakeBroker, FakeBus
 

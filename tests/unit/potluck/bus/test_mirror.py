@@ -10,7 +10,7 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
 from potluck.bus.properties import Mirrored, mirror, pack
-from potluck.wire.messages import JobAccepted, ListJobs
+from potluck.wire.questions import JobAccepted, ListJobs
 
 text = st.text(st.characters(codec="utf-8", exclude_characters="\0\ufeff"), max_size=300)
 

@@ -10,8 +10,10 @@ import pytest
 from potluck.bus.exchange import Envelope
 from potluck.bus.outbox import Outbox
 from potluck.errors import Unavailable
-from potluck.wire.messages import INLINE_LIMIT_BYTES, AcknowledgeResult, ListNodes
+from potluck.wire.commands import AcknowledgeResult
+from potluck.wire.questions import ListNodes
 from potluck.wire.topics import Topics
+from potluck.wire.values import INLINE_LIMIT_BYTES
 from support.eventually import eventually
 from support.fake_bus import FakeBroker, FakeBus
 

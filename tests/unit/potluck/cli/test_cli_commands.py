@@ -25,18 +25,9 @@ from potluck.client import files
 from potluck.client.training import TrainOptions
 from potluck.data import items
 from potluck.errors import InvalidData, InvalidRequest
-from potluck.wire.messages import (
-    BlobRef,
-    Compression,
-    DatasetInfo,
-    ImageOptions,
-    JobChanged,
-    ModelInfo,
-    Signature,
-    Strategy,
-    TensorSpec,
-    Train,
-)
+from potluck.wire.jobs import Strategy, Train
+from potluck.wire.questions import DatasetInfo, JobChanged, ModelInfo
+from potluck.wire.values import BlobRef, Compression, ImageOptions, Signature, TensorSpec
 from support.recordings import wav
 
 

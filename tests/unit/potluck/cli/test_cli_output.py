@@ -15,17 +15,9 @@ from msgspec.structs import replace
 from rich.console import Console
 
 from potluck.cli import following, output, predict
-from potluck.wire.messages import (
-    Capacity,
-    ClassScore,
-    ClusterEvent,
-    EpochMetrics,
-    Evaluation,
-    Gpu,
-    JobChanged,
-    JobProgress,
-    NodeInfo,
-)
+from potluck.wire.jobs import ClassScore, EpochMetrics, Evaluation, JobProgress
+from potluck.wire.questions import ClusterEvent, JobChanged, NodeInfo
+from potluck.wire.values import Capacity, Gpu
 from potluck.wording import counted
 
 NODE = NodeInfo(

@@ -15,18 +15,9 @@ from msgspec.structs import replace
 
 from potluck.cli import curl
 from potluck.credentials import Credentials
-from potluck.wire.messages import (
-    BlobRef,
-    DeploymentInfo,
-    ImageOptions,
-    JobChanged,
-    JobProgress,
-    JobSubject,
-    ModelInfo,
-    ReplicaInfo,
-    Signature,
-    TensorSpec,
-)
+from potluck.wire.jobs import JobProgress
+from potluck.wire.questions import DeploymentInfo, JobChanged, JobSubject, ModelInfo, ReplicaInfo
+from potluck.wire.values import BlobRef, ImageOptions, Signature, TensorSpec
 
 SCORES = TensorSpec(name="scores", datatype="FP32", shape=(-1, 3))
 STABLE = DeploymentInfo(name="m:2", wanted=1, replicas=(), role="stable")

@@ -28,16 +28,9 @@ from potluck.cli.session import Session
 from potluck.client import event_files, plots
 from potluck.errors import Conflict, InvalidRequest
 from potluck.wire import codec
-from potluck.wire.messages import (
-    INLINE_LIMIT_BYTES,
-    BlobRef,
-    EpochMetrics,
-    JobChanged,
-    JobEnded,
-    JobProgress,
-    RoundMetrics,
-    Train,
-)
+from potluck.wire.jobs import EpochMetrics, JobProgress, RoundMetrics, Train
+from potluck.wire.questions import JobChanged, JobEnded
+from potluck.wire.values import INLINE_LIMIT_BYTES, BlobRef
 
 BLOB = BlobRef(sha256="0" * 64, size=1)
 

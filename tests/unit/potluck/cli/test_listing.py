@@ -13,21 +13,9 @@ from rich.text import Text
 
 from potluck.cli import output
 from potluck.cli.listing import PIPE_COLUMNS, Facts, Line, Listing
-from potluck.wire.messages import (
-    BlobRef,
-    ClassScore,
-    DatasetInfo,
-    DeploymentInfo,
-    EpochMetrics,
-    ErrorInfo,
-    Evaluation,
-    JobChanged,
-    JobProgress,
-    ModelInfo,
-    ReplicaInfo,
-    Signature,
-    TensorSpec,
-)
+from potluck.wire.jobs import ClassScore, EpochMetrics, Evaluation, JobProgress
+from potluck.wire.questions import DatasetInfo, DeploymentInfo, JobChanged, ModelInfo, ReplicaInfo
+from potluck.wire.values import BlobRef, ErrorInfo, Signature, TensorSpec
 
 WORDS = st.text("abcdefghij0123456789:.-_", min_size=1, max_size=70)
 CELLS = st.lists(WORDS, min_size=1, max_size=3).map(" ".join)

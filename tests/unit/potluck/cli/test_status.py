@@ -12,7 +12,8 @@ from potluck.cli.status import LINES, fitting
 from potluck.client import health
 from potluck.client.health import Health, clocks, remarks, troubles
 from potluck.sole_use import User
-from potluck.wire.messages import Capacity, DeploymentInfo, ErrorInfo, NodeInfo, ReplicaInfo
+from potluck.wire.questions import DeploymentInfo, NodeInfo, ReplicaInfo
+from potluck.wire.values import Capacity, ErrorInfo
 
 CAPACITY = Capacity(
     hostname="attic", system="Linux", cores=4, memory_bytes=8 << 30, runtimes={"tensorflow": "2.21.0"}, gflops=40

@@ -19,7 +19,7 @@ from potluck.client.sources import as_arrays, given
 from potluck.credentials import Credentials
 from potluck.errors import DiskFull, InvalidData
 from potluck.settings import ClientSettings
-from potluck.wire.messages import BlobRef
+from potluck.wire.values import BlobRef
 
 X, A, B = np.zeros((4, 2)), np.arange(4), np.ones((4, 3))
 W = np.linspace(0, 1, 4)

@@ -11,7 +11,8 @@ from potluck.cli import output
 from potluck.cli.models import _seconds
 from potluck.client import deploying
 from potluck.errors import InvalidRequest
-from potluck.wire.messages import Deploy, DeploymentInfo, ReplicaInfo
+from potluck.wire.jobs import Deploy
+from potluck.wire.questions import DeploymentInfo, ReplicaInfo
 
 
 @pytest.mark.parametrize(

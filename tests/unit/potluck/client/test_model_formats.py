@@ -16,7 +16,8 @@ from potluck import savedmodels
 from potluck.client.formats import export_path, format_of, write
 from potluck.client.models import is_model_path, keras_file, model_file
 from potluck.errors import InvalidModel, InvalidRequest
-from potluck.wire.messages import BlobRef, ModelFormat, ModelInfo
+from potluck.wire.questions import ModelInfo
+from potluck.wire.values import BlobRef, ModelFormat
 
 TFLITE = b"\x1c\x00\x00\x00TFL3" + bytes(40)
 

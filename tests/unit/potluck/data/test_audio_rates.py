@@ -6,7 +6,7 @@ import pytest
 
 from coordinator.plans.node_data import fits, joined
 from potluck.errors import InvalidRequest
-from potluck.wire.messages import DataFormat, NodeData
+from potluck.wire.values import DataFormat, NodeData
 
 
 def held(rate: int) -> NodeData:

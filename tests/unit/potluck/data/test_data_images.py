@@ -17,7 +17,7 @@ from sklearn.datasets import load_sample_images
 from potluck.blobs.store import BlobStore
 from potluck.data.pack import pack
 from potluck.errors import DiskFull, InvalidData
-from potluck.wire.messages import Dataset
+from potluck.wire.values import Dataset
 from support.digits import digits, write_png_folder
 from support.shards import check_manifest, images_of, keys_of, new_store
 

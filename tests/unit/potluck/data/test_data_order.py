@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from potluck.data.order import cuts, shuffled
-from potluck.wire.messages import SHARDS_LIMIT
+from potluck.wire.values import SHARDS_LIMIT
 
 
 @given(st.lists(st.integers(-1, 5), min_size=1, max_size=300), st.integers(0, 2**31))

@@ -12,7 +12,7 @@ import pytest
 from potluck.data import images, items
 from potluck.data.folders import Unusable
 from potluck.data.pack import pack
-from potluck.wire.messages import ImageOptions
+from potluck.wire.values import ImageOptions
 from support.digits import digits
 from support.pictures import pictures
 from support.shards import arrays_of, images_of, new_store

@@ -16,7 +16,8 @@ from potluck.data import images, items
 from potluck.data.folders import Unusable
 from potluck.data.pack import pack
 from potluck.errors import InvalidData, InvalidRequest
-from potluck.wire.messages import BlobRef, ImageOptions, ModelInfo, Signature, TensorSpec
+from potluck.wire.questions import ModelInfo
+from potluck.wire.values import BlobRef, ImageOptions, Signature, TensorSpec
 from support.pictures import HEIGHT, WIDTH, chunk, pictures, png, saved
 from support.shards import keys_of, new_store
 

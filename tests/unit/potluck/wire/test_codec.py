@@ -13,19 +13,10 @@ from hypothesis import strategies as st
 
 from potluck.errors import BadMessage, TooLarge
 from potluck.wire import codec
-from potluck.wire.messages import (
-    INLINE_LIMIT_BYTES,
-    BlobRef,
-    CancelJob,
-    Infer,
-    Inferred,
-    JobSpec,
-    ListJobs,
-    RunInference,
-    SubmitJob,
-    Tensor,
-    Train,
-)
+from potluck.wire.commands import RunInference
+from potluck.wire.jobs import JobSpec, Train
+from potluck.wire.questions import CancelJob, Infer, Inferred, ListJobs, SubmitJob
+from potluck.wire.values import INLINE_LIMIT_BYTES, BlobRef, Tensor
 
 text = st.text(st.characters(codec="utf-8"), max_size=50)
 tensors = st.builds(

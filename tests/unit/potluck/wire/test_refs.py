@@ -9,17 +9,11 @@ import pytest
 from msgspec import Struct
 from msgspec.structs import fields, replace
 
-from potluck.wire.messages import (
-    AnyMessage,
-    BlobRef,
-    ConvertTask,
-    DataFormat,
-    DataSlice,
-    ExportTask,
-    LeaseHints,
-    LeaseShard,
-)
+from potluck.wire.commands import LeaseHints, LeaseShard
+from potluck.wire.messages import AnyMessage
 from potluck.wire.refs import _ways, blob_refs, hinted, hints_for, locate
+from potluck.wire.tasks import ConvertTask, ExportTask
+from potluck.wire.values import BlobRef, DataFormat, DataSlice
 
 
 def ref(number: int, *holders: str) -> BlobRef:

@@ -12,8 +12,9 @@ from hypothesis.extra import numpy as arrays
 
 from potluck.errors import InvalidRequest
 from potluck.wire import codec
-from potluck.wire.messages import BlobRef, Inferred, Tensor
+from potluck.wire.questions import Inferred
 from potluck.wire.tensors import DTYPES, as_lists, datatype_of, from_numpy, packed, to_numpy, unpacked
+from potluck.wire.values import BlobRef, Tensor
 
 any_array = st.sampled_from(list(DTYPES.values())).flatmap(
     lambda dtype: arrays.arrays(dtype, arrays.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4))

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coordinator.plans.training.contributions import Contributions
-from potluck.wire.messages import BlobRef, TrainResult
+from potluck.wire.tasks import TrainResult
+from potluck.wire.values import BlobRef
 
 
 def blob(number: int) -> BlobRef:

@@ -9,7 +9,8 @@ import pytest
 from coordinator.plans.events import EpochEnded, RoundClosed
 from coordinator.plans.training.epochs import Epochs
 from potluck.errors import InvalidRequest
-from potluck.wire.messages import BlobRef, EpochMetrics, Train
+from potluck.wire.jobs import EpochMetrics, Train
+from potluck.wire.values import BlobRef
 
 
 def blob(number: int) -> BlobRef:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from coordinator.plans.events import RoundClosed
 from coordinator.plans.training.exchange import Exchange
-from potluck.wire.messages import BlobRef, Step
+from potluck.wire.values import BlobRef, Step
 
 
 def blob(number: int) -> BlobRef:

@@ -22,20 +22,9 @@ from coordinator.plans.training.readiness import WARM_UP
 from coordinator.plans.training.rounds import UpdateRounds
 from coordinator.plans.training.strategy import TrainingStrategy
 from potluck.errors import InvalidRequest, NotFound
-from potluck.wire.messages import (
-    BlobRef,
-    DataFormat,
-    ErrorInfo,
-    EvaluateResult,
-    EvaluateTask,
-    NodeData,
-    Privacy,
-    Train,
-    TrainResult,
-    TrainTask,
-    WarmUpResult,
-    WarmUpTask,
-)
+from potluck.wire.jobs import Train
+from potluck.wire.tasks import EvaluateResult, EvaluateTask, TrainResult, TrainTask, WarmUpResult, WarmUpTask
+from potluck.wire.values import BlobRef, DataFormat, ErrorInfo, NodeData, Privacy
 
 
 def held(count: int, *classes: str, **format: Any) -> NodeData:

@@ -13,17 +13,9 @@ from coordinator.plans.training.fixed import Fixed
 from coordinator.plans.training.readiness import WARM_UP
 from coordinator.plans.training.rounds import UpdateRounds
 from coordinator.plans.training.strategy import TrainingStrategy
-from potluck.wire.messages import (
-    BlobRef,
-    DataFormat,
-    Dataset,
-    DataShard,
-    Train,
-    TrainResult,
-    TrainTask,
-    WarmUpResult,
-    WarmUpTask,
-)
+from potluck.wire.jobs import Train
+from potluck.wire.tasks import TrainResult, TrainTask, WarmUpResult, WarmUpTask
+from potluck.wire.values import BlobRef, DataFormat, Dataset, DataShard
 
 
 def blob(number: int) -> BlobRef:

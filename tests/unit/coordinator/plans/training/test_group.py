@@ -6,7 +6,8 @@ from typing import Any
 
 from coordinator.plans.training import group
 from coordinator.plans.training.group import Group
-from potluck.wire.messages import BlobRef, DataFormat, SyncTask
+from potluck.wire.tasks import SyncTask
+from potluck.wire.values import BlobRef, DataFormat
 
 BLOB = BlobRef(sha256="0" * 64, size=1)
 

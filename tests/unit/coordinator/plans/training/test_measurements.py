@@ -6,7 +6,8 @@ import pytest
 
 from coordinator.plans.job import Attempt
 from coordinator.plans.training.measurements import DELAYS_KEPT, Measurements, budget
-from potluck.wire.messages import BlobRef, DataFormat, TrainResult, TrainTask
+from potluck.wire.tasks import TrainResult, TrainTask
+from potluck.wire.values import BlobRef, DataFormat
 
 BLOB = BlobRef(sha256="0" * 64, size=1)
 

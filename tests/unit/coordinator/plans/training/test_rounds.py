@@ -35,24 +35,18 @@ from coordinator.plans.training.strategy import TrainingStrategy
 from coordinator.plans.training.warming import LOST_SECONDS
 from potluck.errors import InvalidRequest, OutOfMemory
 from potluck.wire import codec
-from potluck.wire.messages import (
-    BlobRef,
-    DataFormat,
-    Dataset,
-    DataShard,
-    EpochMetrics,
-    ErrorInfo,
+from potluck.wire.jobs import EpochMetrics, Train
+from potluck.wire.tasks import (
     EvaluateResult,
     EvaluateTask,
     ExportResult,
     ExportTask,
-    Signature,
-    Train,
     TrainResult,
     TrainTask,
     WarmUpResult,
     WarmUpTask,
 )
+from potluck.wire.values import BlobRef, DataFormat, Dataset, DataShard, ErrorInfo, Signature
 from support.purely import planned
 
 

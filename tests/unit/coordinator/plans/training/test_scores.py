@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from coordinator.plans.training.scores import Best, direction, is_better
-from potluck.wire.messages import BlobRef, Train
+from potluck.wire.jobs import Train
+from potluck.wire.values import BlobRef
 
 
 def blob(number: int) -> BlobRef:

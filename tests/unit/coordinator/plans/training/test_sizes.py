@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from coordinator.plans.training import sizes
 from coordinator.plans.training.given import Given
 from coordinator.plans.training.state import TrainingState
-from potluck.wire.messages import BlobRef, DataFormat, Dataset, Train
+from potluck.wire.jobs import Train
+from potluck.wire.values import BlobRef, DataFormat, Dataset
 
 BLOB = BlobRef(sha256="0" * 64, size=1)
 

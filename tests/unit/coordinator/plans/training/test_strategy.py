@@ -18,7 +18,8 @@ from coordinator.plans.training.local import Local
 from coordinator.plans.training.rounds import UpdateRounds
 from coordinator.plans.training.strategy import TrainingStrategy
 from coordinator.plans.training.sync import SyncRounds
-from potluck.wire.messages import BlobRef, DataFormat, Dataset, DataShard, Evaluate, Train
+from potluck.wire.jobs import Evaluate, Train
+from potluck.wire.values import BlobRef, DataFormat, Dataset, DataShard
 
 BLOB = BlobRef(sha256="0" * 64, size=1)
 DATA = Dataset(name="d", format=DataFormat(kind="arrays"), count=100, shards=(DataShard(blob=BLOB, count=100),))

@@ -28,21 +28,9 @@ from coordinator.plans.training.strategy import TrainingStrategy
 from coordinator.plans.training.sync import FORMING_SECONDS, TRIES_LIMIT, SyncRounds
 from potluck.data.order import passes
 from potluck.errors import Unavailable
-from potluck.wire.messages import (
-    BlobRef,
-    DataFormat,
-    Dataset,
-    DataShard,
-    ErrorInfo,
-    ExportResult,
-    Signature,
-    SyncResult,
-    SyncTask,
-    Train,
-    TrainResult,
-    WarmUpResult,
-    WarmUpTask,
-)
+from potluck.wire.jobs import Train
+from potluck.wire.tasks import ExportResult, SyncResult, SyncTask, TrainResult, WarmUpResult, WarmUpTask
+from potluck.wire.values import BlobRef, DataFormat, Dataset, DataShard, ErrorInfo, Signature
 from support.purely import planned
 
 LOST = ErrorInfo(code="peer_lost", message="another member of the group is gone", retryable=True)

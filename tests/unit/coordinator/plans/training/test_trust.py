@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from coordinator.plans.placement import NodeView
 from coordinator.plans.training.trust import REJECTIONS_LIMIT, Trust, exploded
-from potluck.wire.messages import BlobRef, TrainResult
+from potluck.wire.tasks import TrainResult
+from potluck.wire.values import BlobRef
 
 BLOB = BlobRef(sha256="0" * 64, size=1)
 

@@ -7,15 +7,8 @@ from coordinator.plans.decisions import Lease
 from coordinator.plans.job import CHECK, VALIDATION, Attempt
 from coordinator.plans.placement import ClusterView, NodeView
 from coordinator.plans.training.validation import Validation
-from potluck.wire.messages import (
-    BlobRef,
-    DataFormat,
-    DataShard,
-    DataSlice,
-    EvaluateResult,
-    EvaluateTask,
-    Step,
-)
+from potluck.wire.tasks import EvaluateResult, EvaluateTask
+from potluck.wire.values import BlobRef, DataFormat, DataShard, DataSlice, Step
 
 BLOB = BlobRef(sha256="0" * 64, size=1)
 VIEW = ClusterView((NodeView("a", 1.0, free_slots=1),), 0.0)

@@ -11,7 +11,9 @@ from coordinator.plans.training.given import Given
 from coordinator.plans.training.local import Local
 from coordinator.plans.training.readiness import AGAIN_SECONDS, WARM_UP
 from coordinator.plans.training.state import TrainingState
-from potluck.wire.messages import BlobRef, DataFormat, Dataset, DataShard, Train, WarmUpTask
+from potluck.wire.jobs import Train
+from potluck.wire.tasks import WarmUpTask
+from potluck.wire.values import BlobRef, DataFormat, Dataset, DataShard
 
 
 def blob(number: int) -> BlobRef:

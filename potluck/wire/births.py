@@ -1,0 +1,89 @@
+"""What nodes and the coordinator say of themselves: retained births, their wills, and telemetry."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from msgspec import Meta
+
+from potluck.wire.values import Capacity, Count, Epoch, Message, NodeData, UnixTime
+
+PROTOCOL_VERSION = 1
+
+
+class CoordinatorStatus(Message, frozen=True):
+    """Retained on `coordinator/status`; the will carries the same `session` and state `offline`."""
+
+    session: str
+    epoch: Epoch
+    state: Literal["online", "offline"]
+    http: tuple[str, ...] = ()
+    version: int = PROTOCOL_VERSION
+    software: dict[str, str] = {}
+    """Versions of `potluck` and `python`, by name."""
+    since: UnixTime = 0.0
+    """When it came into this state; 0 in a will, which cannot know that."""
+    shortage: str = ""
+    """Why it can store no more blobs, so that jobs wait: its disk is full; "": it can."""
+    cluster_id: str = ""
+    """The id of the journal, drawn at random, because two clusters may have the same name. Empty in a will."""
+    founded: UnixTime = 0.0
+    """When that journal began."""
+    empty: bool = False
+    """Whether that journal is still empty: no job, no model."""
+    others: tuple[str, ...] = ()
+    """Brokers (`host:port`) of other coordinators that serve a cluster of the same name on another bus."""
+
+
+class NodeStatus(Message, frozen=True):
+    """Retained on `nodes/<id>/status`. A stale will never kills a live node: its `session` differs."""
+
+    node_id: str
+    session: str
+    state: Literal["online", "offline"]
+    http: tuple[str, ...] = ()
+    version: int = PROTOCOL_VERSION
+    collective: str = ""
+    """`host:port` of its engine for synchronous training; empty where it must not take part."""
+    software: dict[str, str] = {}
+    """Versions by name: `potluck` and `python` of the daemon, and the runtimes of its engines (`Capacity.runtimes`)."""
+    left: bool = False
+    """Whether it is offline because it was ended in order; never in a will."""
+
+
+class NodeCapacity(Message, frozen=True):
+    """Retained on `nodes/<id>/capacity`."""
+
+    node_id: str
+    capacity: Capacity
+    data: tuple[NodeData, ...] = ()
+    """Data sets that live on it, and stay there."""
+    data_missing: dict[str, str] = {}
+    """Unavailable data sets that its settings name: the reason, by name."""
+
+
+class NodeTelemetry(Message, frozen=True):
+    """JSON, QoS 0, on `nodes/<id>/telemetry`, every few seconds."""
+
+    node_id: str
+    session: str
+    cpu_percent: Annotated[float, Meta(ge=0, le=1e6)]
+    memory_used_bytes: Count
+    memory_available_bytes: Count
+    attempts: tuple[str, ...] = ()
+    replicas: tuple[str, ...] = ()
+    gpu_percent: tuple[float, ...] = ()
+    serving: bool = False
+    """Whether the engine for replicas runs: its memory is not available any more."""
+    gives_way: bool = False
+    """Whether the node's jobs stand still, so that inference meets its objective."""
+    sent_at: UnixTime = 0.0
+    """The time by the node's clock; 0: unknown."""
+    coordinator_lost_at: UnixTime = 0.0
+    """Since when the node knows no online coordinator; 0: it knows one."""
+    shortage: str = ""
+    """Why it can store no more blobs: its disk is full; "": it can."""
+
+
+AnyBirth = CoordinatorStatus | NodeStatus | NodeCapacity | NodeTelemetry
+"""Everything that nodes and the coordinator say of themselves."""
