@@ -21,8 +21,8 @@ from coordinator.plans.job import Attempt
 from coordinator.plans.node_data import fits
 from coordinator.plans.placement import ClusterView, NodeView, speeds, split_in_time
 from coordinator.plans.training import privacy, sizes, warming
+from coordinator.plans.training.manner import Manner
 from coordinator.plans.training.measurements import budget
-from coordinator.plans.training.state import TrainingState
 from coordinator.plans.training.trust import EXPLODED
 from potluck.wire.jobs import JobProgress
 from potluck.wire.tasks import TrainResult, TrainTask
@@ -39,10 +39,9 @@ the first node that is ready took, between so many seconds at least (its engine 
 
 
 @dataclass
-class Federated:
+class Federated(Manner):
     """`spent`: by node, how often its data were looked at for updates that came here."""
 
-    state: TrainingState = field(repr=False)
     spent: dict[str, privacy.Spent] = field(default_factory=dict)
     sizes: dict[str, list[float]] = field(default_factory=dict)
     """By node, of its last updates that were of use: the norm for each step."""
@@ -88,7 +87,7 @@ class Federated:
             self.sizes[node_id] = [*self.sizes.get(node_id, ()), _size(results[node_id])][-SIZES_KEPT:]
 
     def metrics(self) -> dict[str, float]:
-        found, spec = self.state.epochs.metrics(), self.state.given.spec
+        found, spec = super().metrics(), self.state.given.spec
         if spec.privacy is not None and spec.privacy.noise_multiplier:
             found["epsilon"] = privacy.epsilon(spec.privacy, self.spent.values(), spec.batch_size)
         return found

@@ -8,9 +8,7 @@ and a late part is given to another node too.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 from msgspec.structs import replace
 
@@ -18,32 +16,21 @@ from coordinator.plans.decisions import Decision, Lease
 from coordinator.plans.job import Attempt
 from coordinator.plans.placement import ClusterView, NodeView, assign, split
 from coordinator.plans.training.contributions import Contributions
-from coordinator.plans.training.local import LATE_SECONDS, hopes
+from coordinator.plans.training.local import hopes
+from coordinator.plans.training.manner import Manner
 from coordinator.plans.training.open_round import part_name
 from coordinator.plans.training.sizes import ROUNDS_PER_EPOCH
-from coordinator.plans.training.state import TrainingState
-from potluck.wire.jobs import JobProgress
-from potluck.wire.tasks import TrainResult, TrainTask
+from potluck.wire.tasks import TrainTask
 
 ALIKE = 1.25
 """Speeds that differ by less than this factor are taken for equal."""
 
 
 @dataclass
-class Fixed:
+class Fixed(Manner):
     """`contributions`: those of its rounds."""
 
-    state: TrainingState = field(repr=False)
     contributions: Contributions = field(repr=False)
-    late_seconds: ClassVar[float] = LATE_SECONDS
-    by_items: ClassVar[bool] = False
-
-    def holders(self, view: ClusterView) -> list[NodeView]:
-        return list(view.nodes)
-
-    @property
-    def room(self) -> int:
-        return self.state.given.room
 
     def rehearsals(self, nodes: list[NodeView], rates: dict[str, float]) -> dict[str, TrainTask]:
         names, samples, data = self._round_parts(len(nodes))
@@ -73,21 +60,6 @@ class Fixed:
             Lease(state.open.numbered(number), node.node_id, self._part(number, names, samples, data))
             for number, node in zip(missing, worth, strict=False)
         ]
-
-    def finished(self, attempt: Attempt, result: TrainResult) -> None:
-        """Nothing to keep."""
-
-    def too_far(self, results: Mapping[str, TrainResult]) -> dict[str, str]:
-        return self.state.trust.too_far(results)
-
-    def closed(self, results: Mapping[str, TrainResult], rejected: Mapping[str, str]) -> None:
-        """Nothing to keep."""
-
-    def metrics(self) -> dict[str, float]:
-        return self.state.epochs.metrics()
-
-    def told(self, progress: JobProgress, *, idle: bool) -> JobProgress:
-        return progress
 
     def _round_parts(self, nodes: int) -> tuple[list[str], dict[str, int], dict[str, tuple[int, ...]]]:
         """Names of the parts of the open round, and the samples and data shards of each; before the first, for so many nodes."""

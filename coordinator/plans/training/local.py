@@ -5,9 +5,7 @@ All parts of a round end together; a node that would bring less than it costs is
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass
 
 from msgspec.structs import replace
 
@@ -16,32 +14,20 @@ from coordinator.plans.events import RoundPlanned
 from coordinator.plans.job import Attempt
 from coordinator.plans.placement import ClusterView, NodeView, speeds, without_slow
 from coordinator.plans.training import sizes, warming
+from coordinator.plans.training.manner import Manner
 from coordinator.plans.training.measurements import budget
 from coordinator.plans.training.state import TrainingState
-from potluck.wire.jobs import JobProgress
-from potluck.wire.tasks import TrainResult, TrainTask
+from potluck.wire.tasks import TrainTask
 
 GRACE = 0.1
 GRACE_SECONDS = 2.0
 """The first node that is ready waits for others for this share of the time that it took, and for so many seconds at most:
 nodes that are alike are ready at nearly the same time."""
-LATE_SECONDS = 5.0
 
 
 @dataclass
-class Local:
+class Local(Manner):
     """It keeps nothing of its own."""
-
-    state: TrainingState = field(repr=False)
-    late_seconds: ClassVar[float] = LATE_SECONDS
-    by_items: ClassVar[bool] = False
-
-    def holders(self, view: ClusterView) -> list[NodeView]:
-        return list(view.nodes)
-
-    @property
-    def room(self) -> int:
-        return self.state.given.room
 
     def rehearsals(self, nodes: list[NodeView], rates: dict[str, float]) -> dict[str, TrainTask]:
         return warming.with_data(self.state, nodes, rates)
@@ -54,21 +40,6 @@ class Local:
             return []
         # Where all parts are late, whoever else is ready does the round.
         return self._open(self.state.readiness.able(view, attempts))
-
-    def finished(self, attempt: Attempt, result: TrainResult) -> None:
-        """Nothing to keep."""
-
-    def too_far(self, results: Mapping[str, TrainResult]) -> dict[str, str]:
-        return self.state.trust.too_far(results)
-
-    def closed(self, results: Mapping[str, TrainResult], rejected: Mapping[str, str]) -> None:
-        """Nothing to keep."""
-
-    def metrics(self) -> dict[str, float]:
-        return self.state.epochs.metrics()
-
-    def told(self, progress: JobProgress, *, idle: bool) -> JobProgress:
-        return progress
 
     def _open(self, view: ClusterView) -> list[Decision]:
         """Parts for nodes that are ready."""

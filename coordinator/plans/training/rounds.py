@@ -3,14 +3,14 @@
 In a round each node trains on its own, from the same weights, for a time budget; the outer step (`dispatch/outer`) makes the next
 round's weights of their updates. Epochs count samples over the whole cluster. A node that is lost costs its own round; nodes that
 join take part once they are ready (`readiness`), from the next round on. What differs between the kinds of such training is its
-manner: `local`, `federated` and `fixed`.
+manner (`manner`): that of `local`, `federated` or `fixed`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 from coordinator.plans.decisions import CloseRound, Decision
 from coordinator.plans.events import RoundBroken, RoundClosed, StoodStill
@@ -18,48 +18,11 @@ from coordinator.plans.job import Attempt
 from coordinator.plans.placement import ClusterView, NodeView
 from coordinator.plans.training import warming
 from coordinator.plans.training.contributions import Contributions
+from coordinator.plans.training.manner import Manner
 from coordinator.plans.training.state import TrainingState
 from potluck.wire.jobs import JobProgress
 from potluck.wire.tasks import AnyTask, AnyTaskResult, TrainResult, TrainTask
 from potluck.wire.values import ErrorInfo
-
-
-class Manner(warming.Takers, Protocol):
-    """Decides which node does what in a round, when a part is late, and why an update is rejected."""
-
-    @property
-    def late_seconds(self) -> float:
-        """How many seconds, at least, a part may take longer than it should."""
-        ...
-
-    @property
-    def by_items(self) -> bool:
-        """Whether a result stands for the data that live on its node, and not for the samples that it has seen."""
-        ...
-
-    def parts(self, view: ClusterView, attempts: dict[str, Attempt], in_time: list[Attempt]) -> list[Decision]:
-        """The leases of a round that is not over. `in_time`: parts that are under way and not late."""
-        ...
-
-    def finished(self, attempt: Attempt, result: TrainResult) -> None:
-        """A part is done, of this round or of one that went on without it."""
-        ...
-
-    def too_far(self, results: Mapping[str, TrainResult]) -> dict[str, str]:
-        """The updates that are of no use, and why."""
-        ...
-
-    def closed(self, results: Mapping[str, TrainResult], rejected: Mapping[str, str]) -> None:
-        """The open round was closed with these results, but for those that were rejected."""
-        ...
-
-    def metrics(self) -> dict[str, float]:
-        """The metrics of training in the present epoch."""
-        ...
-
-    def told(self, progress: JobProgress, *, idle: bool) -> JobProgress:
-        """The progress, with what only this manner knows. `idle`: nothing runs, and no part is here."""
-        ...
 
 
 @dataclass
