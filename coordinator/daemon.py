@@ -66,12 +66,12 @@ TICK_SECONDS = 0.5
 STATUS_SECONDS = 5.0
 """How often the retained status is said again."""
 RIVAL_SECONDS = 2 * STATUS_SECONDS + 1
-"""Within so long another coordinator says again that it is there."""
+"""Another coordinator that runs says within so long that it is there."""
 RETAINED_SECONDS = 0.3
-"""A retained message follows its subscription at once; so long we wait for one of another coordinator."""
+"""How long we wait for what another coordinator has retained. It comes at once after we subscribe, if there is any."""
 BROKER_CHECK_SECONDS = 1.0
 LOG_SECONDS = 60.0
-"""What is wrong with what others send is told again after so long."""
+"""After so long, the same fault in what others send is logged again."""
 UPLOAD_LIMIT_BYTES = 16 * 2**30
 
 
@@ -79,7 +79,7 @@ class Coordinator:
     """One coordinator. `run` returns after `stop` is set and everything is put down in order.
 
     Raises InvalidSettings for a listen address that is not allowed or taken, Conflict when another coordinator uses the
-    same state folder, Unavailable when there is no broker to be had or it died.
+    same state folder, Unavailable when no broker can be reached or started, or when it died.
     """
 
     def __init__(self, settings: CoordinatorSettings) -> None:
@@ -93,7 +93,7 @@ class Coordinator:
         self._rival: CoordinatorStatus | None = None
         self._rival_at = 0.0
         self._rival_lives = False
-        """Whether it was heard itself, and not only what the broker keeps of it."""
+        """Whether it has sent something now. What the broker retains may be from a coordinator that is gone."""
         self._rival_seen = asyncio.Event()
         self._seldom = Seldom(LOG_SECONDS)
         self._announced = asyncio.Event()
@@ -133,7 +133,7 @@ class Coordinator:
                     http=self._urls,
                     software=lifecycle.software(),
                     since=since,
-                    # A large blob may find no room where there is some for a small one.
+                    # There may be room for a small blob, but none for a large one.
                     shortage=store.shortage() or self._dispatcher.shortage,
                     cluster_id=journal.cluster_id,
                     founded=journal.founded,
@@ -165,7 +165,8 @@ class Coordinator:
                 topics=self.topics,
                 outbox=self._outbox,
             )
-            answers = Outbox(bus)  # of its own: nothing of control goes before an answer, or a batch
+            # Answers and batches have an outbox of their own, so that they wait for nothing else.
+            answers = Outbox(bus)
             self._inference = Inference(
                 registry=registry,
                 settings=settings,
@@ -302,7 +303,7 @@ class Coordinator:
             raise self._gave_way
 
     async def _give_way(self, neighbours: Neighbours, stop: asyncio.Event) -> None:
-        """Stop in order when another serves the cluster: a broker that is not ours would keep our "online" for ever."""
+        """Stop in order when another coordinator serves the cluster. Otherwise a broker that is not ours would retain our "online"."""
         try:
             await neighbours.run()
         except GaveWay as error:
@@ -315,7 +316,7 @@ class Coordinator:
         return self.settings.bus.connect_timeout_seconds * 4
 
     async def _join(self, bus: MqttBus) -> None:
-        """Return once we are announced. Raises Unavailable without a bus, Conflict when it has a coordinator that stays."""
+        """Return once we are announced. Raises Unavailable if there is no bus, Conflict if another coordinator stays on it."""
         limit_seconds = self._patience_seconds + RIVAL_SECONDS
         await bus.connected(limit_seconds)
         try:
@@ -368,11 +369,11 @@ class Coordinator:
                 log.error("another coordinator is on this bus: stop one %s", where)
 
     async def _stand_alone(self) -> None:
-        """Raises Conflict, before we say a word, when another coordinator of this cluster is on the bus."""
+        """Raises Conflict if another coordinator of this cluster is on the bus. Nothing is published before this."""
         if not self._announced.is_set() and self.settings.seeds:
             await self._hear_rival(RETAINED_SECONDS)
             if self._rival is not None and not self._rival_lives:
-                # A broker that keeps what is retained over a power cut has it of one that is gone. One that lives says so again.
+                # The broker may have kept this over a power cut, and the coordinator may be gone. One that runs says again that it is there.
                 log.warning(
                     "another coordinator was on this bus, is it there? %s", fields(http=",".join(self._rival.http))
                 )
@@ -381,12 +382,13 @@ class Coordinator:
                     self._rival = None
         self._rival_seen.clear()
         if self._announced.is_set() and time.monotonic() - self._rival_at > 3 * STATUS_SECONDS:
-            self._rival = None  # it would have said by now that it is still there
+            # If it were still there, it would have said so by now.
+            self._rival = None
         if self._rival is not None:
             raise self._conflict(self._rival)
 
     async def _hear_rival(self, seconds: float) -> bool:
-        """Whether one is heard of within that time."""
+        """Whether another coordinator is heard of within this time."""
         try:
             async with asyncio.timeout(seconds):
                 await self._rival_seen.wait()
@@ -437,7 +439,7 @@ class Coordinator:
                 pass
 
     def _on_refused(self, topic: str, error: PotluckError) -> None:
-        """What could not be read: whose capacity is not known is to be told so."""
+        """A message could not be read. If it was a capacity, note why that of its node is unknown: `potluck nodes` says it."""
         if matches(self.topics.node("+", "capacity"), topic) and NODE_ID.fullmatch(self.topics.segment(topic, 1)):
             self._membership.on_unreadable_capacity(self.topics.segment(topic, 1), error.message)
 
@@ -464,7 +466,7 @@ class Coordinator:
                     self._serving.node_joined(change.node_id)
 
     def _standing(self, bus: MqttBus) -> tuple[str, str]:
-        """How this coordinator is placed, for systemd; and for whom."""
+        """Whether this coordinator serves its cluster, and a remark: for `lifecycle.report`."""
         cluster = f"cluster {self.settings.cluster}"
         if trouble := bus.trouble():
             return f"{cluster} is not served", f": {trouble}"
@@ -477,9 +479,10 @@ class Coordinator:
         return f"{cluster} is served", f": {count} node{'' if count == 1 else 's'}{rival}"
 
     async def _say_again(self, online: Callable[[], CoordinatorStatus], port: int) -> None:
-        """Whatever was put on our topic meanwhile, by a tool that clears what is retained or a will that came late; what is short.
+        """Publish our status again and again.
 
-        And where we are: a machine's addresses come and go.
+        A tool may have cleared what is retained, and a late will may have replaced it. Besides, the machine's addresses change, and
+        the disk may become full.
         """
         while True:
             await asyncio.sleep(STATUS_SECONDS)
@@ -519,7 +522,7 @@ class Coordinator:
 
 
 async def _say_once_kept(discovery: Discovery, mine: Service, journal: Journal) -> None:
-    """Advertise anew once there is something in the journal: whoever finds two coordinators tries this one first."""
+    """Advertise anew once the journal has something: who finds two coordinators tries such a one first."""
     while mine.empty:
         await asyncio.sleep(STATUS_SECONDS)
         if journal.empty:
@@ -538,7 +541,7 @@ async def _watch(broker: Broker) -> None:
 
 
 async def _need_answers(bus: MqttBus, limit_seconds: float) -> None:
-    """Raises Unavailable when our broker lives but does not let us in for so long: it was stopped, or it hangs."""
+    """Raises Unavailable if our broker runs, but lets nobody in for so long: it was stopped, or it hangs."""
     while True:
         try:
             await bus.connected(limit_seconds)

@@ -1,8 +1,9 @@
-"""Training on data that live on the nodes (`node:name`), in rounds as `local` has them: pure.
+"""Training on data that live on the nodes (`node:name`), in rounds: pure.
 
-Each node trains on its own data, for as long as the others do; so a fast one takes more steps, and the outer step heeds that as
-FedNova does (`outer.nova_scales`): what counts is how much data a node holds. With noise, nothing that depends on single items
-leaves a node but the noisy updates: metrics of training are left out, and the epsilon that was spent takes their place.
+All nodes train for the same time, each on its own data. A fast node takes more steps, but its update must not count more for that.
+So the outer step weighs updates by how much data a node holds, and evens out the steps (`outer.nova_scales`, as in FedNova).
+With noise, nothing that depends on single items leaves a node, except the noisy updates. So there are no metrics of training; in
+their place stands the epsilon that was spent.
 """
 
 from __future__ import annotations
@@ -30,21 +31,22 @@ from potluck.wording import counted
 
 SIZES_KEPT = 5
 LATE_SECONDS = 20.0
-"""A holder is waited for longer than where others could do its part: a round without it forgets what only that one has."""
+"""A late node is waited for longer than in `local`: nobody else has its data, so a round without it learns nothing from them."""
 GRACE = 1.0
 GRACE_LEAST = 20.0
 GRACE_SECONDS = 60.0
-"""Nobody else has what a node holds, so the first round waits longer for others than where data can go anywhere: as long again as
-the first node that is ready took, between so many seconds at least (its engine may have been warm, another's is cold) and at most."""
+"""The first round waits longer for nodes than in `local`, because nobody else has their data. Once a first node is ready, it waits for
+GRACE times what that node took to get ready; but for GRACE_LEAST at least (that node's engine may have run already, while another's
+must start), and for GRACE_SECONDS at most."""
 
 
 @dataclass
 class Federated(Manner):
-    """`spent`: by node, how often its data were looked at for updates that came here."""
+    """`spent`: how much each node has trained on its data for the updates that came here."""
 
     spent: dict[str, privacy.Spent] = field(default_factory=dict)
     sizes: dict[str, list[float]] = field(default_factory=dict)
-    """By node, of its last updates that were of use: the norm for each step."""
+    """Of each node's last updates that were used: the norm divided by the steps."""
     late_seconds: ClassVar[float] = LATE_SECONDS
     by_items: ClassVar[bool] = True
 
@@ -54,7 +56,8 @@ class Federated(Manner):
 
     @property
     def room(self) -> int:
-        return sys.maxsize  # each has data of its own
+        # Each has data of its own.
+        return sys.maxsize
 
     def rehearsals(self, nodes: list[NodeView], rates: dict[str, float]) -> dict[str, TrainTask]:
         task = self._on_own(warming.rehearsal(self.state))
@@ -74,7 +77,7 @@ class Federated(Manner):
         self.spent[attempt.node_id] = replace(before, steps=before.steps + result.steps, rounds=before.rounds + 1)
 
     def too_far(self, results: Mapping[str, TrainResult]) -> dict[str, str]:
-        """Each node's data are their own, and so is the size of its updates: one much larger than its last ones has exploded."""
+        """Compares each update with the last ones of the same node: nodes hold different data, so the sizes of their updates differ."""
         wrong: dict[str, str] = {}
         for node_id, result in results.items():
             usual = statistics.median(self.sizes.get(node_id, [math.inf]))
@@ -101,7 +104,7 @@ class Federated(Manner):
         )
 
     def _worth_of_noise(self) -> list[str]:
-        """What whoever asked for it should know of it, as soon as that is known."""
+        """What the noise does to the updates, for the user who asked for it; empty while that is not known."""
         spec, weights = self.state.given.spec, self.state.exchange.weights
         rules = spec.privacy
         if rules is None:
@@ -117,14 +120,14 @@ class Federated(Manner):
         return [f"the noise in the mean of {nodes} is {times:,.1f} times as long as the longest {what}"]
 
     def _open(self, view: ClusterView) -> list[Decision]:
-        """Parts for holders that are ready."""
+        """Parts for nodes that hold data and are ready."""
         state, spec = self.state, self.state.given.spec
         free = state.trust.trusted([node for node in self.holders(view) if node.free_slots])
         if not free:
             return []
         rates = speeds(free, state.measured.rates)
         wanted = sizes.round_size(state, rates)
-        # Nobody else has a slow node's data, so that it does what it can, and the others wait for as long as that should take.
+        # Nobody else has a slow node's data. So it does what it can, and the others wait for as long as that should take.
         found = split_in_time(wanted, rates, state.measured.usual_delays)
         parts = sizes.at_least({node_id: found.get(node_id, 0) for node_id in rates}, wanted, spec.batch_size)
         decisions: list[Decision] = []
@@ -132,14 +135,14 @@ class Federated(Manner):
             data = node.holds(state.given.dataset.name)
             assert data is not None
             batch = min(spec.batch_size, data.count)
-            # One pass over its own data at most: a node with few items would only learn them by heart.
+            # At most one pass over its own data: in more, a node with few items would only learn them by heart.
             samples = batch * max(1, round(min(parts[node.node_id], data.count) / batch))
             task = state.task(samples, spec.round_seconds or budget(samples, rates[node.node_id]))
             decisions.append(Lease(state.open.shard_id, node.node_id, self._on_own(task)))
         return decisions
 
     def _on_own(self, task: TrainTask) -> TrainTask:
-        """The task on the data that live on the node which it is given to."""
+        """The task, on the data that live on the node that gets it."""
         spec = self.state.given.spec
         return changed(
             task,
@@ -150,5 +153,5 @@ class Federated(Manner):
 
 
 def _size(result: TrainResult) -> float:
-    """Of an update, for each step that led to it."""
+    """The norm of an update, divided by its steps."""
     return result.norm / max(1, result.steps)

@@ -12,7 +12,7 @@ from potluck.wire.values import BlobRef, Dataset, DataShard, ImageOptions
 
 @dataclass(frozen=True)
 class Given:
-    """What was asked for, and what it is to be done with: never changed."""
+    """What the user asked for, and the model and data that it is done with. It never changes."""
 
     spec: Train
     model: BlobRef
@@ -21,12 +21,12 @@ class Given:
 
     @property
     def batch(self) -> int:
-        """Items of a step: all there are, where that is fewer than a batch."""
+        """Items of a step: a batch, or all there are if these are fewer."""
         return min(self.spec.batch_size, self.dataset.count)
 
     @property
     def room(self) -> int:
-        """As many nodes as can have a whole batch each: on fewer items than that, more would repeat some and blur the step."""
+        """How many nodes can have a whole batch each. With more, some items would be repeated, and the step would be less exact."""
         return max(1, self.dataset.count // self.spec.batch_size)
 
     @property
@@ -38,6 +38,6 @@ class Given:
         return tuple(self.dataset.shards[index] for index in indexes)
 
     def indexes(self, task: TrainTask) -> tuple[int, ...]:
-        """Of a task's data among the shards of the data set."""
+        """The places of a task's data among the shards of the data set."""
         indexes = {shard.blob.sha256: index for index, shard in enumerate(self.dataset.shards)}
         return tuple(indexes[shard.blob.sha256] for shard in task.data)

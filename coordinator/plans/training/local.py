@@ -1,6 +1,6 @@
-"""The strategy `local`: rounds in which the data go to the nodes by speed. Pure.
+"""The strategy `local`: rounds in which the nodes share the data by their speed. Pure.
 
-All parts of a round end together; a node that would bring less than it costs is left out for a while.
+All parts of a round should end at the same time. A node that costs more than it brings is left out for a while.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from potluck.wire.tasks import TrainTask
 
 GRACE = 0.1
 GRACE_SECONDS = 2.0
-"""The first node that is ready waits for others for this share of the time that it took, and for so many seconds at most:
-nodes that are alike are ready at nearly the same time."""
+"""Nodes that are alike get ready at nearly the same time. So once a first node is ready, the first round waits for others: for GRACE
+times what that node took to get ready, but for GRACE_SECONDS at most."""
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Local(Manner):
         self.state.epochs.check_monitor()
         if not self.state.open.number and hopes(self.state, view, attempts):
             return []
-        # Where all parts are late, whoever else is ready does the round.
+        # If all parts are late, other nodes that are ready do the round.
         return self._open(self.state.readiness.able(view, attempts))
 
     def _open(self, view: ClusterView) -> list[Decision]:
@@ -48,7 +48,7 @@ class Local(Manner):
         if not free:
             return []
         rates = speeds(free, state.measured.rates)
-        # Those of the round before first: they have the data, and their optimizers know the way.
+        # Nodes of the last round come first: they have the data, and their optimizers have a state.
         crew = state.open.crew
         chosen = sorted(rates, key=lambda node_id: (node_id not in crew, -rates[node_id], node_id))[: self.room]
         rates = {node_id: rates[node_id] for node_id in sorted(chosen)}
@@ -68,6 +68,6 @@ class Local(Manner):
 
 
 def hopes(state: TrainingState, view: ClusterView, attempts: dict[str, Attempt]) -> bool:
-    """Whether the first round should wait a moment longer, for nodes that will be ready about now."""
+    """Whether the first round should wait a moment longer, for nodes that will soon be ready."""
     ready = state.readiness
     return ready.hopes(view.now, attempts, GRACE, GRACE_SECONDS, ready.alike(view))

@@ -1,4 +1,4 @@
-"""How much training tells of the data: epsilon of (epsilon, delta)-differential privacy, by an accountant (dp-accounting)."""
+"""How much training tells of the data: the epsilon of (epsilon, delta)-differential privacy, computed by dp-accounting."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from potluck.wire.values import Privacy
 
 @dataclass(frozen=True)
 class Spent:
-    """What was done with one node's data: `items` that it holds, training `steps` on them, and `rounds` whose update it sent."""
+    """How one node's data were used: it holds `items`, has taken `steps` on them, and has sent its update in `rounds`."""
 
     items: int
     steps: int = 0
@@ -22,7 +22,7 @@ class Spent:
 
 
 def check() -> None:
-    """Raises InvalidRequest where there is no accountant here."""
+    """Raises InvalidRequest if dp-accounting is not installed here."""
     if importlib.util.find_spec("dp_accounting") is None:
         raise InvalidRequest(
             "noise needs an accountant that says what it is worth, and the coordinator has none: "
@@ -31,29 +31,31 @@ def check() -> None:
 
 
 def load() -> None:
-    """Import the accountant, once: it takes seconds (SciPy), so do it in a thread before `epsilon` is asked for."""
+    """Import dp-accounting. The first import takes seconds (SciPy): do it in a thread, before `epsilon` is needed."""
     import dp_accounting.rdp  # noqa: F401
 
 
 def loudness(rules: Privacy, spent: Iterable[Spent], weights: int, batch_size: int) -> float:
-    """How long the noise in the nodes' mean is, to be expected, as a multiple of the longest that a mean can be without it.
+    """The expected length of the noise in the nodes' mean, as a multiple of the greatest length that the mean has without noise.
 
-    Of one round for `node`, of one step for `example`. Both lengths are Euclidean: in each of the `weights` directions the noise has the
-    standard deviation noise_multiplier * l2_norm_clip, while what is cut has l2_norm_clip in all of them together.
+    For the unit `node` this is the noise of one round, for `example` that of one step. Lengths are Euclidean. In each of the `weights`
+    directions, the noise has the standard deviation noise_multiplier * l2_norm_clip. What is clipped has at most the length
+    l2_norm_clip in all directions together.
     """
     items = [node.items for node in spent]
-    shares = sum((count / sum(items)) ** 2 for count in items)  # 1 / nodes, where each holds as many
+    # This is 1 / nodes if all of them hold equally many items.
+    shares = sum((count / sum(items)) ** 2 for count in items)
     # The gradients of so many examples are added up before the noise.
     cut = batch_size if rules.unit == "example" else 1
     return rules.noise_multiplier * math.sqrt(weights * shares) / cut
 
 
 def epsilon(rules: Privacy, spent: Iterable[Spent], batch_size: int) -> float:
-    """Of the node whose data are known best: each item lives on one node, so what others did tells nothing of it.
+    """The largest epsilon of all nodes. Each item lives on one node, so what other nodes did tells nothing of it.
 
-    By Renyi differential privacy (Mironov, 2017; of the Poisson-sampled Gaussian mechanism, Mironov et al., 2019). For `example`
-    each step takes every item with the probability batch_size / items; for `node` each round takes all of them.
-    Neighbouring data sets differ by one item, or by all the items of one node, that are there or not.
+    It is computed by Renyi differential privacy (Mironov, 2017; for the Poisson-sampled Gaussian mechanism: Mironov et al., 2019).
+    For the unit `example`, each step takes every item with the probability batch_size / items. For `node`, each round takes every
+    node. Neighbouring data sets differ in this: one item, or all the items of one node, are there or not.
     """
     import dp_accounting
     from dp_accounting import rdp

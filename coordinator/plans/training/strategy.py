@@ -1,7 +1,7 @@
-"""Training, whatever its kind: pure.
+"""What all kinds of training do alike: pure.
 
-Rounds until the samples of an epoch are seen, validation (when asked), the next epoch; after the last, export. How a round is cut
-is `rounds` (nodes send updates) or `sync` (a group takes steps together).
+An epoch has rounds, until its samples are seen. Then comes validation, if it was asked for, and then the next epoch. After the last
+epoch, a node writes the model. What happens in a round is in `rounds` (nodes send updates) or `sync` (a group takes steps together).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ Running = dict[str, tuple[Attempt, int, dict[str, float]]]
 
 
 class Rounds(Protocol):
-    """How the rounds of a training job are cut. Each changes the parts of the job's state that rounds are about."""
+    """The rounds of a training job. They change those parts of the job's state that rounds are about."""
 
     @property
     def may_leave(self) -> bool:
@@ -65,7 +65,7 @@ class Rounds(Protocol):
     def finished(self, attempt: Attempt, result: AnyTaskResult) -> None: ...
 
     def breaks_off(self, attempt: Attempt, error: ErrorInfo | None) -> bool:
-        """Whether a part of the open round that ended without a result ends the round, so that nothing is held against its node."""
+        """A part of the open round ended without a result. Whether this ends the round: then nothing is held against the node."""
         ...
 
     def happened(self, event: RoundClosed | RoundBroken | StoodStill) -> None:
@@ -73,7 +73,7 @@ class Rounds(Protocol):
         ...
 
     def done(self) -> dict[str, tuple[int, dict[str, float]]]:
-        """(Samples, metrics) of the parts of the open round that are done before the others, by who has done them."""
+        """(Samples, metrics) of the parts of the open round that are done already, by who has done them."""
         ...
 
     def kept(self) -> set[str]:
@@ -81,17 +81,17 @@ class Rounds(Protocol):
         ...
 
     def metrics(self) -> dict[str, float]:
-        """Of training, in the present epoch."""
+        """The metrics of training in the present epoch."""
         ...
 
     def told(self, progress: JobProgress, nodes: Sequence[NodeView], *, running: bool) -> JobProgress:
-        """The progress, with what only these rounds know. `nodes`: those that can compute now; `running`: something runs."""
+        """The progress, with what only these rounds know. `nodes`: those that can compute now. `running`: whether something runs."""
         ...
 
 
 @dataclass
 class TrainingStrategy:
-    """One training job. `why`: what kind it is, in words, and why, where `auto` chose it."""
+    """One training job. `why`: its kind in words, and if `auto` chose that, the reason."""
 
     state: TrainingState
     rounds: Rounds
@@ -99,7 +99,7 @@ class TrainingStrategy:
 
     @property
     def epoch_full(self) -> bool:
-        """Whether the samples of the present epoch are seen, as far as they are to be; while it is validated, whatever is asked."""
+        """Whether enough samples of the present epoch are seen. While it is validated they are, even if users ask for something new."""
         epochs, crew = self.state.epochs, len(self.state.open.crew)
         return self.state.validation.under_way is not None or epochs.full(crew, may_leave=self.rounds.may_leave)
 
@@ -145,7 +145,8 @@ class TrainingStrategy:
         elif error is not None and error.code == Diverged.code:
             state.trust.reject(attempt.node_id, error.message)
         elif attempt.shard_id == CHECK and error is not None and not error.retryable:
-            state.validation.checked = False  # another node is to look, where there is one
+            # Another node is to look at the data, if there is one.
+            state.validation.checked = False
         elif error is None or error.retryable:
             state.readiness.lost(attempt.node_id)
 
@@ -167,13 +168,14 @@ class TrainingStrategy:
                 for node_id in event.nodes:
                     state.readiness.lost(node_id)
             case StrategyChosen():
-                pass  # it is chosen once
+                # `auto` heeds it (`AutoStrategy.happened`), once.
+                pass
         return self
 
     def progress(self, running: Running, nodes: Sequence[NodeView] = ()) -> JobProgress:
         state, epochs = self.state, self.state.epochs
         mine = [one for one in running.values() if state.open.has(one[0])]
-        # With those that are done before the others; between rounds, in validation and at the end, those of the last round.
+        # Nodes whose parts run or are done already. Between rounds, in validation and at the end: the nodes of the last round.
         done = self.rounds.done()
         at_work = {attempt.node_id for attempt, _, _ in mine} | done.keys() or state.open.crew
         rates = {name: rate for name, rate in state.measured.rates.items() if name in at_work}
@@ -200,7 +202,7 @@ class TrainingStrategy:
         return self.rounds.told(progress, nodes, running=bool(running))
 
     def wants(self, attempt: Attempt) -> bool:
-        """Not what belongs to a round that was closed without it."""
+        """Whether the result would be of use: not if the round was closed without it."""
         return not of_rounds(attempt) or self.state.open.has(attempt)
 
     def kept(self) -> set[str]:

@@ -1,8 +1,8 @@
 """Synchronous training, the strategy `sync`: pure.
 
-The members of a group take every step together, so the result is that of one machine with the same batches. A round is here the
-stretch of steps between two checkpoints, which member 0 writes. When a member is lost, what is left forms a new group and goes
-on from the last checkpoint; nodes that get ready later join at the next round, where that pays (`group`).
+The members of a group take every step together, so the result is that of one machine with the same batches. Here a round is the
+steps between two checkpoints. Member 0 writes these. When a member is lost, the others form a new group and go on from the last
+checkpoint. Nodes that get ready later join at the next round, if that makes the rest faster (`group`).
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ from potluck.wording import counted
 
 GRACE = 1.0
 GRACE_SECONDS = 60.0
-"""A group is not easily formed anew, so its first round waits longer than others for nodes that are not much slower: as long again as
-the first node that is ready took, and so many seconds at most."""
+"""To form a group again is costly. So the first round waits for nodes that are not much slower: once a first node is ready, for GRACE
+times what that node took to get ready, but for GRACE_SECONDS at most."""
 FIRST_STEPS = 8
-"""Of the first round, before anything is measured."""
+"""Steps of the first round, before anything is measured."""
 TRIES_LIMIT = 5
-"""So often in a row a round may break off."""
+"""If rounds break off so often in a row, the job fails."""
 STUCK_FACTOR = 4.0
 STUCK_SECONDS = 60.0
-"""A round that takes longer than this factor of what was expected, and so many seconds, is broken off: its members wait for each other.
-While one of them gives way to inference, and for so long after it, that is what they wait for."""
+"""A round is broken off if it takes longer than STUCK_FACTOR times what was expected, and longer than STUCK_SECONDS: then its members wait
+for each other in vain. While a member gives way to inference, all wait for that; then the time is counted from the end of it."""
 FORMING_SECONDS = 180.0
 FORMING_FACTOR = 3.0
-"""The same for a round that begins with engines to start, data to load and a group to form: so many seconds, or so many times what
-the slowest member took to get ready."""
+"""In place of STUCK_SECONDS, for a round in which engines start, data are loaded and a group is formed: FORMING_SECONDS, or
+FORMING_FACTOR times what the slowest member took to get ready, whichever is longer."""
 NOT_TOGETHER = (
     "it takes no part in synchronous steps: its daemon listens on this machine alone. On a network that you trust, start it "
     "with --insecure, or train with strategy 'local'"
 )
 GAVE_WAY_SECONDS = 5.0
-"""How often it is noted that a member gives way."""
+"""How often it is journaled that a member gives way."""
 
 
 @dataclass
@@ -66,8 +66,9 @@ class SyncRounds:
     planned_seconds: float = 0.0
     """Of the open round."""
     gave_way_at: float = 0.0
-    """When a member was last seen to stand still for inference, and all with it."""
-    may_leave: ClassVar[bool] = False  # its steps are those of one process
+    """When a member was last seen to give way to inference; then all of them stand still."""
+    # Its steps are those of one process.
+    may_leave: ClassVar[bool] = False
 
     def plan(self, view: ClusterView, attempts: dict[str, Attempt]) -> list[Decision]:
         mine = [attempt for attempt in attempts.values() if self.state.open.has(attempt)]
@@ -96,7 +97,8 @@ class SyncRounds:
 
     def breaks_off(self, attempt: Attempt, error: ErrorInfo | None) -> bool:
         self.group.breaks_off(error.message if error is not None else f"node {attempt.node_id} was lost")
-        return True  # how fast its members are is known, and engines start anew for the next group anyway
+        # The speeds of the members stay known, and for the next group all engines start again anyway.
+        return True
 
     def happened(self, event: RoundClosed | RoundBroken | StoodStill) -> None:
         match event:
@@ -125,7 +127,7 @@ class SyncRounds:
         return replace(progress, waiting=alone | progress.waiting)
 
     def holders(self, view: ClusterView) -> list[NodeView]:
-        """Of nodes that can take part in no group, the one with the fastest processor, alone."""
+        """The nodes that can take part in a group. If there are none: the fastest node, which then trains alone."""
         able = [node for node in view.nodes if node.collective]
         if able or not view.nodes:
             return able
@@ -134,13 +136,14 @@ class SyncRounds:
 
     @property
     def room(self) -> int:
-        return self.state.given.batch  # members have an item of each step at least
+        # Each member has an item of each step, at least.
+        return self.state.given.batch
 
     def rehearsals(self, nodes: list[NodeView], rates: dict[str, float]) -> dict[str, TrainTask]:
         return warming.with_data(self.state, nodes, rates)
 
     def hopes(self, view: ClusterView, attempts: dict[str, Attempt]) -> bool:
-        """Whether the first round should wait a moment longer, for nodes that will be ready about now."""
+        """Whether the first round should wait a moment longer, for nodes that will soon be ready."""
         ready = self.state.readiness
         return ready.hopes(view.now, attempts, GRACE, GRACE_SECONDS, ready.alike(view))
 
@@ -170,7 +173,8 @@ class SyncRounds:
         if slow != state.sharing.slow:
             return [Choose(RoundPlanned(at=view.now, round=state.open.number, slow=slow))]
         shares = group.shares(batch, {name: rates[name] for name in chosen}, now.batches if whole else {})
-        begins = not whole or shares.keys() != set(now.members)  # a new one, or one so slow that it gets nothing
+        # The members change if a node joins, or if one is so slow that it gets no items.
+        begins = not whole or shares.keys() != set(now.members)
         ranked = list(shares) if begins else list(now.members)
         return self._leases(ranked, shares, {node.node_id: node.collective for node in nodes}, begins=begins)
 
@@ -214,7 +218,7 @@ class SyncRounds:
         return min(left, max(1, round(budget / self.step_seconds)))
 
     def _watch(self, view: ClusterView, mine: list[Attempt]) -> list[Decision]:
-        """What becomes of the round that is open, where its members wait for each other."""
+        """Breaks off the open round if its members wait for each other in vain. Withdraws the parts of a round that is broken off."""
         members, broken = self.group.members, self.group.broken
         slowest = max((self.state.readiness.took.get(name, 0.0) for name in members), default=0.0)
         patience = max(FORMING_SECONDS, FORMING_FACTOR * slowest) if self.group.begins else STUCK_SECONDS

@@ -1,6 +1,6 @@
 """Whose updates are of use: pure.
 
-An update that went too far is left out, and a node whose updates are no use three times in a row is left out for good.
+An update that is far too large is left out. A node whose updates are of no use three times in a row is left out for good.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from coordinator.plans.placement import NodeView
 from potluck.wire.tasks import TrainResult
 
 EXPLODED = 10.0
-"""An update is left out when it is so many times as large as is usual among the others, for its samples."""
+"""An update is left out if it is so many times as large as the usual one of other nodes, for as many samples."""
 REJECTIONS_LIMIT = 3
 
 
@@ -25,7 +25,7 @@ class Trust:
     quarantined: dict[str, str] = field(default_factory=dict)
     """Nodes that are left out, and why."""
     usual: float = 0.0
-    """The size of an update for each sample, the median of a round, as large as it ever was."""
+    """The norm of updates divided by their samples: the median of a round, and of all rounds the largest."""
 
     def reject(self, node_id: str, reason: str) -> None:
         self.rejections[node_id] = self.rejections.get(node_id, 0) + 1
@@ -39,26 +39,27 @@ class Trust:
         for node_id, reason in rejected.items():
             self.reject(node_id, reason)
         used = [one for node_id, one in results.items() if node_id not in rejected]
-        if len(used) > 1:  # one alone is held against nobody
+        # One update alone does not tell what is usual.
+        if len(used) > 1:
             self.usual = max(self.usual, statistics.median_low(one.norm / max(1, one.samples) for one in used))
 
     def too_far(self, results: Mapping[str, TrainResult]) -> dict[str, str]:
-        """Of a round's results those that went too far, and why: farther, too, than updates of this job ever did. Where little is left to
-        learn, those of a node that has just come are many times as large as the others', and good.
+        """The results whose updates are too large, and why. They are also larger than is usual in this job: when little is left to learn,
+        a node that has just come sends updates many times as large as the others', and these are good.
         """
         found = exploded({key: (result.norm, result.samples) for key, result in results.items()})
         return {key: reason for key, reason in found.items() if results[key].norm > self.usual * results[key].samples}
 
     def trusted(self, nodes: Sequence[NodeView]) -> Sequence[NodeView]:
-        """Without those in quarantine; better all of them than none."""
+        """The nodes that are not in quarantine; if all of them are, all."""
         return [node for node in nodes if node.node_id not in self.quarantined] or nodes
 
 
 def exploded(norms: dict[str, tuple[float, int]]) -> dict[str, str]:
-    """Of updates by node, as (norm, samples): those that went too far, and why. Never all of them.
+    """The nodes whose updates are far too large, and why; never all of them. `norms`: (norm, samples) by node.
 
-    An update grows with its samples, at most in proportion; so each is compared with what the median of the others would be
-    for as many samples.
+    An update grows with its samples, at most in proportion. So each is compared with the others' norms for as many samples: with
+    the median of these.
     """
     found: dict[str, str] = {}
     for node_id, (norm, samples) in norms.items():

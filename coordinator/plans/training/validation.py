@@ -16,7 +16,7 @@ from potluck.wire.values import BlobRef, Step
 
 Evaluation = BatchStrategy | NodesEvaluation
 Evaluate = Callable[[BlobRef | None, Step | None, int], Evaluation]
-"""Makes the evaluation of (weights, another way to them, epoch)."""
+"""Makes an evaluation from (weights, another way to get these, number of the epoch)."""
 
 
 @dataclass
@@ -25,17 +25,17 @@ class Validation:
 
     make: Evaluate | None = field(repr=False, default=None)
     under_way: Evaluation | None = None
-    """Whatever is asked meanwhile: its numbers are those of these weights."""
+    """The evaluation that has begun. It is finished even if users ask for something new meanwhile."""
     checked: bool = False
     """Whether some node has or had a first batch of the data."""
 
     def check(self, node_id: str) -> list[Decision]:
-        """A first batch for this node, before all else: what is wrong with the data need not show after an epoch."""
+        """A first batch for this node, before anything else: a mistake in the data should show now, and not only after an epoch."""
         evaluation = self.make(None, None, 0) if self.make is not None and not self.checked else None
         return [Lease(CHECK, node_id, evaluation.first())] if isinstance(evaluation, BatchStrategy) else []
 
     def of(self, attempt: Attempt, weights: BlobRef | None, step: Step | None, epoch: int) -> Evaluation | None:
-        """The evaluation that an attempt is a part of, which the first one begins."""
+        """The evaluation that an attempt is a part of. The first attempt begins it."""
         if self.under_way is None and self.make is not None and attempt.shard_id.startswith(VALIDATION):
             self.under_way = self.make(weights, step, epoch)
         mine = self.under_way is not None and attempt.shard_id.startswith(self.under_way.prefix + "-")

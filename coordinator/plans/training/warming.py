@@ -32,12 +32,12 @@ class Takers(Protocol):
         ...
 
     def rehearsals(self, nodes: list[NodeView], rates: dict[str, float]) -> dict[str, TrainTask]:
-        """Tasks for these nodes as they may be given in a round; `rates` of all that may take part, in items/s."""
+        """For each of these nodes a task like those that it may get in a round. `rates`: items/s of all nodes that may take part."""
         ...
 
 
 def measured_anew(state: TrainingState, view: ClusterView) -> list[Decision]:
-    """Nodes that were left out for being slow, and may have become faster: not those of this very plan."""
+    """Lets nodes be measured again that were left out as slow, and may be faster now; not those that were left out just now."""
     if view.now <= state.sharing.slow_at:
         return []
     stale = tuple(sorted(node_id for node_id in state.sharing.slow if state.readiness.stale(node_id, view.now)))
@@ -45,7 +45,7 @@ def measured_anew(state: TrainingState, view: ClusterView) -> list[Decision]:
 
 
 def warm_ups(state: TrainingState, takers: Takers, view: ClusterView, attempts: dict[str, Attempt]) -> list[Decision]:
-    """Nodes that are to get ready, and those of which nothing is to be expected any more."""
+    """Warm-ups for nodes that should get ready. Withdraws parts from which nothing can be expected any more."""
     late: list[Decision] = [
         Withdraw(attempt.attempt_id, "nothing has come of it for too long")
         for attempt in attempts.values()
@@ -70,14 +70,14 @@ def warm_ups(state: TrainingState, takers: Takers, view: ClusterView, attempts: 
 
 
 def rehearsal(state: TrainingState) -> TrainTask:
-    """A task from which nobody needs weights yet, without its data."""
+    """A task for warming up, without its data; nobody needs the weights yet."""
     return replace(state.task(state.given.spec.batch_size, PROBE_SECONDS), weights=None, step=None)
 
 
 def with_data(state: TrainingState, nodes: list[NodeView], rates: dict[str, float]) -> dict[str, TrainTask]:
     """Rehearsals for these nodes, with the data that each will probably have in a round."""
     task, counts, assigned = rehearsal(state), state.given.counts, state.sharing.assigned
-    # Those that are much slower will be ready later, or are left out: the fast ones have the data among themselves.
+    # Much slower nodes get ready later, or are left out. Until then, the fast ones share the data among themselves.
     fast = {name: rate for name, rate in rates.items() if rate * SLOWEST >= max(rates.values())}
     data = assign(counts, rates, assigned) | assign(counts, fast, assigned)
     return {node.node_id: replace(task, data=state.given.shards(data[node.node_id])) for node in nodes}
