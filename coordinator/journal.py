@@ -151,6 +151,8 @@ class Journal:
         """The highest number of a deleted event that followers can no longer be told of."""
         self._unsafe: Unavailable | None = None
         """Why new events cannot be relied on any more."""
+        self._unsynced = False
+        """Whether something was written after the last sync began."""
         self._syncing: asyncio.Task[None] | None = None
         self._syncing_next: asyncio.Task[None] | None = None
 
@@ -316,17 +318,20 @@ class Journal:
     async def sync(self) -> None:
         """Return when everything appended until now is on the disk: not even a power cut undoes it.
 
-        Concurrent callers share one fsync(2), which runs outside the loop. Raises Unavailable.
+        Concurrent callers share one fsync(2), which runs outside the loop; where nothing is new, there is none. Raises Unavailable.
         """
         self.flush()
-        if self._syncing_next is None:
+        if self._syncing_next is None and self._unsynced:
             self._syncing_next = asyncio.create_task(self._sync(self._syncing), name="journal-sync")
-        await asyncio.shield(self._syncing_next)
+        # If nothing is new, what came before may still be on its way to the disk.
+        if (syncing := self._syncing_next or self._syncing) is not None:
+            await asyncio.shield(syncing)
 
     async def _sync(self, before: asyncio.Task[None] | None) -> None:
         if before is not None:
             await asyncio.wait([before])
         self._syncing, self._syncing_next = self._syncing_next, None
+        self._unsynced = False
         try:
             await asyncio.to_thread(_sync_file, self._path.with_name(f"{self._path.name}-wal"))
         except OSError as error:
@@ -363,6 +368,7 @@ class Journal:
         self._db.execute("BEGIN IMMEDIATE")
         with self._db:
             work()
+        self._unsynced = True
 
 
 def _sync_file(path: Path) -> None:

@@ -267,6 +267,42 @@ async def test_a_journal_of_before_there_were_numbers_for_good_is_read(tmp_path:
         journal.close()
 
 
+async def test_nothing_is_synced_where_nothing_was_written_since(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal, synced = Journal(tmp_path / "j"), list[int]()
+    fsync, begun, release = os.fsync, threading.Event(), threading.Event()
+
+    def counted(handle: int) -> None:
+        begun.set()
+        release.wait(10)
+        fsync(handle)
+        synced.append(os.fstat(handle).st_ino)
+
+    monkeypatch.setattr("os.fsync", counted)
+    wal = (tmp_path / "j-wal").stat().st_ino
+    await journal.sync()
+    assert synced == [], "opening it has synced what that wrote"
+    journal.append("job/1", JobStarted(at=1.0))
+    first = asyncio.create_task(journal.sync())
+    await asyncio.to_thread(begun.wait, 10)
+    second = asyncio.create_task(journal.sync())
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert not second.done(), "nothing is new, but the event is not on the disk yet"
+    release.set()
+    await asyncio.gather(first, second)
+    await journal.follow()
+    assert synced.count(wal) == 1
+    journal.tell_soon(JobStarted(at=2.0))
+    await journal.sync()
+    assert synced.count(wal) == 2
+    journal.snapshot("job/1", [])
+    await journal.sync()
+    assert synced.count(wal) == 3
+    journal.close()
+
+
 async def test_what_is_synced_is_on_the_disk_and_callers_share_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -296,6 +332,7 @@ async def test_what_is_synced_is_on_the_disk_and_callers_share_it(
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr("os.fsync", fails)
+    journal.append("job/1", JobStarted(at=2.0))
     with pytest.raises(Unavailable, match="Input/output error"):
         await journal.sync()
     monkeypatch.undo()
