@@ -264,9 +264,8 @@ async def beside_training(cluster: LocalCluster, model: Path, seconds: float, re
             capacity = await load.closed_loop(CLOSED_LOOP_CLIENTS, seconds / 2)
             rate = 0.3 * capacity
             found["no training"] = percentiles((await load.open_loop(rate, seconds)).good)
-            tight = (
-                2 * found["no training"]["p50_ms"] / 1000
-            )  # half of it is the time of an answer when nothing disturbs it
+            # Half of it is the time of an answer when nothing disturbs it.
+            tight = 2 * found["no training"]["p50_ms"] / 1000
             job = await client.train(str(model), data, epochs=1_000, batch_size=64, strategy="local")
             await trained(job, 0)
             for kind, objective in (("training goes on", 0.0), ("training gives way", tight)):

@@ -292,9 +292,8 @@ class Registry:
             case ModelAdded(model=info):
                 if info.job_id and not info.source:  # from before models had a source
                     info = replace(info, source=f"job {info.job_id}")
-                if (
-                    info.job_id and info.image is not None and info.image.scale is None
-                ):  # from before models had a scale
+                # An entry without a scale is from before models had one.
+                if info.job_id and info.image is not None and info.image.scale is None:
                     info = replace(info, image=replace(info.image, scale=DEFAULT_SCALE))
                 self._models.setdefault(info.name, {})[info.version] = info
                 self._newest[info.name] = max(info.version, self._newest.get(info.name, 0))

@@ -54,9 +54,8 @@ class Requests:
                     answering.add_done_callback(lambda _: places.release())
                 else:
                     places.release()
-                    if (
-                        len(streams) >= LATER_LIMIT
-                    ):  # one that was asked again, or is over, may still wait for the broker
+                    # A stream that was asked for again, or is over, may still wait for the broker.
+                    if len(streams) >= LATER_LIMIT:
                         self._outbox.refuse(envelope, Overloaded("too many streams are open", retry_after_seconds=1.0))
                         continue
                     streaming = tasks.create_task(self._answer_all(envelope, answer), name="question with many answers")

@@ -433,9 +433,8 @@ class Node:
     async def _every(self, seconds: float, due: Callable[[], Iterable[Effect]]) -> None:
         while True:
             await asyncio.sleep(seconds)
-            if (
-                self._presence.joined
-            ):  # otherwise it waits in the outbox, and goes out before more urgent messages after a reconnect
+            # Before that it would wait in the outbox, and after a reconnect go out before more urgent messages.
+            if self._presence.joined:
                 with surviving("what is due"):
                     self._perform_all(due())
 

@@ -346,9 +346,8 @@ class Replicas:
             if tensor.datatype != "BYTES":
                 return tensor
             data = await asyncio.to_thread(path.read_bytes)
-            from potluck.wire.tensors import (
-                unpacked,
-            )  # imported here: it needs numpy, which a daemon at rest does without
+            # Imported here: it needs numpy, which a daemon at rest does without.
+            from potluck.wire.tensors import unpacked
 
             return replace(tensor, data=unpacked(tensor.name, tensor.datatype, data))
         except OSError as error:

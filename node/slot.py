@@ -55,9 +55,8 @@ class EngineSlot:
         """A running engine. Raises EngineFailed when it does not start."""
         if self._starting is None or (self._starting.done() and self.engine is None):
             self._starting = asyncio.create_task(self._start(), name=f"{self._name} engine start")
-            self._starting.add_done_callback(
-                lambda start: start.cancelled() or start.exception()
-            )  # its error was logged
+            # The start has logged its error: asked for here, it is not logged again.
+            self._starting.add_done_callback(lambda start: start.cancelled() or start.exception())
         starting = self._starting
         await asyncio.wait([starting])  # cancelling us does not cancel the start
         if starting.cancelled():

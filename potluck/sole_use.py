@@ -92,9 +92,8 @@ def sole_use(folder: Path, what: str, cluster: str) -> Iterator[Callable[[str], 
 
         def tell(broker: str) -> None:
             text = msgspec.json.encode(replace(user, broker=broker))
-            os.pwrite(
-                descriptor, text.ljust(os.fstat(descriptor).st_size), 0
-            )  # in one write: others may read it at any time
+            # In one write: others may read it at any time.
+            os.pwrite(descriptor, text.ljust(os.fstat(descriptor).st_size), 0)
 
         os.ftruncate(descriptor, 0)
         tell("")

@@ -71,9 +71,8 @@ class Packed:
                 self._expected.pop(name, None)
                 self._forget(name)
         while self._bytes and self._bytes[0][0] <= now:
-            if left := self._deletion.free(
-                self._bytes.popleft()[1]
-            ):  # a running job uses them, or a name refers to them again
+            # Blobs are left where a running job uses them, or a name refers to them again.
+            if left := self._deletion.free(self._bytes.popleft()[1]):
                 self._bytes.append((now + KEPT_SECONDS, left))
 
     def _forget(self, name: str) -> None:

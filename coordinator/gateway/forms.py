@@ -55,12 +55,8 @@ def _boundary(content_type: str) -> bytes:
     try:
         head["Content-Type"] = content_type
         boundary = head.get_boundary("")
-    except (
-        ValueError,
-        LookupError,
-        IndexError,
-        AttributeError,
-    ):  # the standard library raises these for headers that it cannot read
+    except (ValueError, LookupError, IndexError, AttributeError):
+        # The standard library raises these for headers that it cannot read.
         boundary = ""
     if not 0 < len(boundary) <= _BOUNDARY_LIMIT or not boundary.isascii():
         raise InvalidRequest("the form cannot be read: its Content-Type has no boundary")

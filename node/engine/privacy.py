@@ -135,9 +135,8 @@ class NoisyStep:
         gradients = [tf.convert_to_tensor(part) for part in found]
         norm = tf.linalg.global_norm(gradients)
         factor = tf.minimum(1.0, self._rules.l2_norm_clip / tf.maximum(norm, 1e-12))
-        factor = tf.where(
-            tf.math.is_finite(norm), factor * counts, 0.0
-        )  # an item whose gradient is not finite counts as 0
+        # An item whose gradient is not finite counts as 0.
+        factor = tf.where(tf.math.is_finite(norm), factor * counts, 0.0)
         return [tf.math.multiply_no_nan(part, tf.cast(factor, part.dtype)) for part in gradients], tf.cast(
             loss, tf.float32
         ) * counts

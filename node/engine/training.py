@@ -200,9 +200,8 @@ class TrainingSession:
     def follow(self, seen: int) -> None:
         """Set the schedule of the learning rate to the position of the whole cluster, which has trained on `seen` samples."""
         optimizer = self.model.optimizer
-        optimizer = getattr(
-            optimizer, "inner_optimizer", optimizer
-        )  # an optimizer that scales the loss wraps another one
+        # An optimizer that scales the loss wraps another one.
+        optimizer = getattr(optimizer, "inner_optimizer", optimizer)
         if keras_parts.schedule(optimizer) is not None:
             steps, every = keras_parts.steps(optimizer), optimizer.gradient_accumulation_steps or 1
             # Accumulated gradients keep their position.

@@ -200,9 +200,8 @@ async def _receive(
     data = b"-"
     loop = asyncio.get_running_loop()
     patience = Patience(idle_seconds)
-    async with asyncio.timeout(
-        None
-    ) as limit:  # one timeout for all pieces: making one costs as much as reading a piece
+    # One timeout for all pieces: making one costs as much as reading a piece.
+    async with asyncio.timeout(None) as limit:
         while data:
             began_at = loop.time()
             limit.reschedule(began_at + patience.left())

@@ -364,8 +364,7 @@ class QuickLink(Link, aiomqtt.Client):
     def _broken(self, error: Exception) -> None:
         """The connection is lost, for this reason."""
         if not self._connected.done():
-            self._connected.set_exception(
-                aiomqtt.MqttError(str(error))
-            )  # the caller that waits for it gets the error at once
+            # The caller that waits for it gets the error at once.
+            self._connected.set_exception(aiomqtt.MqttError(str(error)))
         self.give_up(error)
         self._client._loop_rc_handle(MQTT_ERR_CONN_LOST)

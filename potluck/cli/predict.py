@@ -104,9 +104,8 @@ def write(path: Path, outputs: dict[str, np.ndarray[Any, Any]], keys: list[str],
     from potluck.cli.output import plain
     from potluck.errors import InvalidRequest
 
-    if (
-        path.suffix == ".npy" and len(outputs) > 1
-    ):  # the number of outputs is known only now, and the work is done: do not refuse it
+    # The number of outputs is known only now, and the work is done: do not refuse it.
+    if path.suffix == ".npy" and len(outputs) > 1:
         path = path.with_suffix(".npz")
     try:
         if path.suffix == ".npy":

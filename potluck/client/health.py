@@ -98,9 +98,7 @@ async def _with_coordinator(
             f"the coordinator at {', '.join(status.http)} does not answer: the broker has it as online, but it said nothing "
             f"within {ASK_SECONDS:g} s. It hangs, or is very busy: {_end_it(local) or 'look at its log there, or restart it'}"
         )
-        return Health(
-            cluster=cluster, broker=broker, coordinator="silent", gateway=status.http, problems=(problem,)
-        )  # fmt: skip
+        return Health(cluster=cluster, broker=broker, coordinator="silent", gateway=status.http, problems=(problem,))
     reached = await _gateway_reached(status.http, connection.credentials)
     found = Health(
         cluster=cluster, broker=broker, coordinator="online", since=status.since, gateway=status.http, nodes=nodes,

@@ -108,10 +108,8 @@ class LargeInputs:
                 try:
                     async with asyncio.timeout(limit_seconds):
                         places = (await connection.ask(FindReplicas(model=model), ReplicasFound)).replicas
-                except (
-                    PotluckError,
-                    TimeoutError,
-                ) as error:  # if something is wrong with the model, its inference tells
+                except (PotluckError, TimeoutError) as error:
+                    # If something is wrong with the model, its inference tells.
                     log.info("no replicas to send inputs to %s", fields(model=model, reason=str(error)))
                     places = ()
                 known = self._found[model] = _Found(places, self._clock() + KNOWN_SECONDS)

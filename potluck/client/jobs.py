@@ -103,9 +103,8 @@ class AsyncJob:
         seen: JobChanged | None = None
         async with self._feed() as feed:
             heard_at = time.monotonic()
-            await self._poll(
-                feed, heard_at
-            )  # the bus may have lost the job's state, and the coordinator knows at once that a job is unknown
+            # The bus may have lost the job's state, and the coordinator knows at once that a job is unknown.
+            await self._poll(feed, heard_at)
             while True:
                 if not await _news(feed, _POLL_SECONDS):
                     await self._poll(feed, heard_at)

@@ -83,9 +83,8 @@ ANYTHING = Wanted()
 
 def check_fit(argument: str, given: tuple[int, ...] | None, shape: tuple[int | None, ...] | None) -> None:
     """Check that items of an array fit a model's input; None: unknown. Raises InvalidRequest, naming both shapes."""
-    if (
-        given is None or shape is None or (not given and shape[1:] == (1,))
-    ):  # a column of numbers can be an input of one number
+    # A column of numbers can be an input of one number.
+    if given is None or shape is None or (not given and shape[1:] == (1,)):
         return
     if len(given) != len(shape) - 1 or any(
         want is not None and want != have for want, have in zip(shape[1:], given, strict=True)

@@ -177,11 +177,9 @@ async def add(
     class folders. Data that do not fit `wanted` are refused before anything is sent; errors call the data `argument`.
     Raises InvalidData, InvalidRequest, InvalidModel.
     """
+    # Imported here: these read images and tables, which most clients do not need.
     from potluck.data.arrays import item_shape
-    from potluck.data.pack import (
-        pack,
-        roles,
-    )  # imported here: it reads images and tables, which most clients do not need
+    from potluck.data.pack import pack, roles
 
     tell = progress or (lambda what, done, total: None)
     cancelled = threading.Event()

@@ -148,10 +148,8 @@ def _opened(data: bytes, limit: int = PIXELS_LIMIT) -> Iterator[Image.Image]:
     except UnidentifiedImageError as error:
         format = unread_format(data)
         raise Unusable(f"{format} {CONVERT}" if format else "not an image") from error
-    except (
-        Image.DecompressionBombError,
-        Image.DecompressionBombWarning,
-    ) as error:  # raised before we can ask for the size
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        # It is raised before we can ask for the size.
         found = re.search(r"\d+", str(error))
         raise _too_many(found[0] if found else "too many", limit) from error
     except _UNDECODABLE as error:

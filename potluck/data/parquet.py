@@ -49,9 +49,8 @@ def read(files: Sequence[Path], target: Target, sample_weight: str | None = None
     """
     wanted = (*target_names(target), *([sample_weight] if sample_weight else []))
     names, index, rows = _described(files[0], wanted)
-    if len(index) == 1 and {*wanted, *target_columns(names, target)}.issuperset(
-        names
-    ):  # no other column is left to be the input
+    # No other column is left to be the input.
+    if len(index) == 1 and {*wanted, *target_columns(names, target)}.issuperset(names):
         wanted = (*wanted, *index)
         names, index, rows = _described(files[0], wanted)
     check_width(files[0], len(names))

@@ -159,9 +159,8 @@ class _CsvColumns:
 
     def floats(self, names: Sequence[str]) -> Array:
         found = np.empty((len(self.rows), len(names)), np.float32)
-        indexes = {
-            name: index for index, name in reversed(list(enumerate(self.names)))
-        }  # of several columns with one name, the first
+        # Of several columns with one name, the first counts.
+        indexes = {name: index for index, name in reversed(list(enumerate(self.names)))}
         for place, name in enumerate(names):
             index = indexes[name]
             values = _numbers([row[index] for row in self.rows])

@@ -870,9 +870,8 @@ async def test_many_are_under_way_at_once_and_none_is_lost_with_the_connection(b
             bench.cut(alice)
     await eventually(lambda: len({envelope.message.attempt_id for envelope in got}) == 500)  # type: ignore[attr-defined]
     firsts = list(dict.fromkeys(envelope.message.attempt_id for envelope in got))  # type: ignore[attr-defined]
-    if (
-        bench.broker is None or bench.broker.kind == "mosquitto"
-    ):  # amqtt may lose one of them at the cut, and keep the next
+    # amqtt may lose one of them at the cut, and keep the next.
+    if bench.broker is None or bench.broker.kind == "mosquitto":
         assert firsts == sorted(firsts), "in the order of the calls, but for what came twice"
     if isinstance(alice, MqttBus):
         assert 1 < most <= 100

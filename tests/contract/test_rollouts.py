@@ -178,10 +178,8 @@ async def test_a_canary_that_fails_is_withdrawn_and_says_why(lab: Lab, node: Nod
         assert found(lab)["m:2"].p50_seconds > 0
     await lab.deploy("m:2", canary=20)
     assert found(lab)["m:2"].role == "canary"
-    assert (found(lab)["m:2"].p50_seconds, found(lab)["m:2"].failure_rate) == (
-        0.0,
-        0.0,
-    )  # what was before does not count
+    # What was before does not count.
+    assert (found(lab)["m:2"].p50_seconds, found(lab)["m:2"].failure_rate) == (0.0, 0.0)
 
 
 async def test_a_version_that_does_worse_than_the_one_before_gives_way_to_it(lab: Lab, node: Node) -> None:

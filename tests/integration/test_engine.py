@@ -250,9 +250,8 @@ async def test_an_export_is_the_model_with_other_weights(lab: Lab) -> None:
     assert [spec.shape for spec in result.signature.inputs] == [(-1, 8)]
     target = lab.files.folder / "exported.keras"
     target.write_bytes((lab.scratch / result.model.sha256).read_bytes())
-    with pytest.warns(
-        UserWarning, match="Skipping variable loading for optimizer"
-    ):  # its settings are there, no state is
+    # Its settings are there, but no state is.
+    with pytest.warns(UserWarning, match="Skipping variable loading for optimizer"):
         exported = keras.saving.load_model(target)
     assert exported.compiled
     assert type(exported.optimizer) is type(model.optimizer)

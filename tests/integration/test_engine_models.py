@@ -121,9 +121,8 @@ async def test_a_map_of_inputs_goes_by_its_keys_as_in_keras(lab: Lab, names: tup
     keras.utils.set_random_seed(0)
     one, two = keras.Input((2,), name=names[0]), keras.Input((2,), name=names[1])
     both = keras.layers.Concatenate()([one, two])
-    with pytest.warns(
-        UserWarning, match="all keys in the dict must match"
-    ):  # a warning is all that Keras has against it
+    # A warning is all that Keras has against it.
+    with pytest.warns(UserWarning, match="all keys in the dict must match"):
         model = keras.Model({"before": one, "after": two}, keras.layers.Dense(1)(both))
     model.compile(keras.optimizers.SGD(0.1), "mse")
     arrays = {"before": numbers(2), "after": numbers(2)[::-1] * 2}

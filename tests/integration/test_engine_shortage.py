@@ -126,9 +126,8 @@ async def test_a_file_of_a_few_kb_gets_no_gigabytes(small: Lab) -> None:
     with pytest.raises(OutOfMemory, match="this node has not enough memory"):
         await small.engine.load_model("r2", small.files.paths[blob.sha256])
     assert process.memory_info().rss < at_rest + 400 * 2**20
-    signature, _, _ = await small.engine.load_model(
-        "r3", small.files.paths[small.files.model(dense()).sha256]
-    )  # the same engine, still
+    # It is the same engine, still.
+    signature, _, _ = await small.engine.load_model("r3", small.files.paths[small.files.model(dense()).sha256])
     assert signature.inputs[0].shape == (-1, 8)
 
 

@@ -21,9 +21,8 @@ def engines(node_pid: int) -> dict[str, psutil.Process]:
     for child in psutil.Process(node_pid).children():
         try:
             command = child.cmdline()
-        except (
-            psutil.NoSuchProcess
-        ):  # also ZombieProcess, a subclass: the process ended, but its parent does not know yet
+        except psutil.NoSuchProcess:
+            # ZombieProcess too, a subclass: the process ended, but its parent does not know yet.
             continue
         if "node.engine" in command:
             scratch = command[command.index("node.engine") + 3]

@@ -83,9 +83,8 @@ def evaluation_metrics(result: EvaluateResult) -> dict[str, float]:
     metrics = {name: value / result.count for name, value in result.sums.items()} if result.count else {}
     if result.confusion and result.count and "accuracy" not in result.counts:
         right = sum(row[i] for i, row in enumerate(result.confusion))
-        known = sum(
-            map(sum, result.confusion)
-        )  # fewer than all where some have no class, as Keras counts those: as wrong
+        # Fewer than all where some items have no class. Keras counts those as wrong, too.
+        known = sum(map(sum, result.confusion))
         if "accuracy" not in metrics:
             metrics["accuracy"] = right / known if known else 0.0
         elif abs(metrics["accuracy"] - right / result.count) < ROUNDING:

@@ -142,9 +142,7 @@ async def test_an_image_that_would_fill_the_memory_is_refused(http: Http, deploy
 
 async def test_arrays(lab: Lab, http: Http) -> None:
     for asked in ([1, 2], [[1, 2]], {"x": [[1, 2]]}):
-        assert await post(http, "m/infer", json.dumps(asked)) == (
-            200, {"model": "m:1", "outputs": {"y": [[2.0, 4.0]]}},
-        )  # fmt: skip
+        assert await post(http, "m/infer", json.dumps(asked)) == (200, {"model": "m:1", "outputs": {"y": [[2.0, 4.0]]}})
     base, session = http
     async with session.get(f"{base}/models") as response:
         assert await response.json() == [{"model": "m:1", "ready": True, "classes": []}]

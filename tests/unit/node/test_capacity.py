@@ -73,9 +73,8 @@ def test_memory_limit(tmp_path: Path, membership: str, files: dict[str, str], li
 def test_cores_are_those_that_may_be_used(tmp_path: Path) -> None:
     allowed = len(os.sched_getaffinity(0))
     assert capacity.cores(tree(tmp_path, "0::/", {})) == allowed
-    assert (
-        capacity.cores(tree(tmp_path, "0::/", {"cpu.max": "10000 100000"})) == 1
-    )  # a tenth of a core still counts as one
+    # A tenth of a core still counts as one.
+    assert capacity.cores(tree(tmp_path, "0::/", {"cpu.max": "10000 100000"})) == 1
     assert capacity.cores(tree(tmp_path, "0::/", {"cpu.max": "99900000 100000"})) == allowed
     pinned = [sys.executable, "-c", "from node import capacity; print(capacity.cores())"]
     core = min(os.sched_getaffinity(0))

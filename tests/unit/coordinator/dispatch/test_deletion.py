@@ -146,9 +146,8 @@ def test_what_a_job_under_way_uses_stays(lab: Lab, spec: AnyJobSpec) -> None:
     lab.registry.remove_alias("m:prod")
     with pytest.raises(Conflict, match=rf"job {job.job_id} \({job.kind}\) uses model m:1.*potluck cancel"):
         lab.deletion.delete_models("m:1", every=False)
-    assert lab.deletion.delete_models("other", every=False) == (
-        "other:1",
-    )  # the same bytes, but not what the job named
+    # It has the same bytes, but is not what the job named.
+    assert lab.deletion.delete_models("other", every=False) == ("other:1",)
     lab.end(job)
     lab.deletion.delete_models("m:1", every=False)
 

@@ -70,9 +70,8 @@ def test_full_steps_without_momentum_are_the_mean_by_samples(tmp_path: Path) -> 
         )
         np.testing.assert_allclose(lab.values[name], mean, atol=1e-6)
     assert lab.values["s00002"] == 2  # the value of the node with most samples
-    change = float(
-        np.sum((lab.values["w00000"] - start[0][1]) ** 2)
-    )  # state that is not trained says nothing about agreement
+    # State that is not trained says nothing about agreement.
+    change = float(np.sum((lab.values["w00000"] - start[0][1]) ** 2))
     assert lab.square == pytest.approx(change, rel=1e-5)
 
 

@@ -22,9 +22,7 @@ from potluck.wire.values import BlobRef, DataFormat, ModelFormat, Signature
 
 WAIT_SECONDS = 20
 MODEL = BlobRef(sha256="0" * 64, size=1)
-TASK = EvaluateTask(
-    model=MODEL, weights=None, slices=(), format=DataFormat(kind="arrays"), image=None, batch_size=1
-)  # fmt: skip
+TASK = EvaluateTask(model=MODEL, weights=None, slices=(), format=DataFormat(kind="arrays"), image=None, batch_size=1)
 
 
 class Blocking:

@@ -191,9 +191,7 @@ def test_epochs_show_what_they_took() -> None:
     shown = [line.split("  ") for line in text_of(output.epochs_table(history)).splitlines()]
     lines = [[part.strip() for part in line if part.strip()] for line in shown]
     assert lines[3] == ["4", "loss 0.5000", "val_loss 0.7500"]
-    assert lines[4] == [
-        "1,437 samples in 1 min 05 s", "3 rounds", "87% computing", "5.0 MiB exchanged",
-    ]  # fmt: skip
+    assert lines[4] == ["1,437 samples in 1 min 05 s", "3 rounds", "87% computing", "5.0 MiB exchanged"]
 
 
 @pytest.mark.parametrize("width", [40, 60, 200])

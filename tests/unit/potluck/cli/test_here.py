@@ -105,9 +105,7 @@ def test_of_what_runs_here_nothing_is_said_twice(tmp_path: Path, monkeypatch: py
     service = user("node", 77, "var")
     monkeypatch.setattr(here, "users_here", lambda: [*tended, by_hand, another, service, up])
     assert here.running() == [by_hand, another, up, *here.units()]
-    shared = [
-        user("node", 9, "state"),
-        user("up", 8, "state"),
-    ]  # systemd's StateDirectory of a unit that runs `potluck up`
+    # The second is systemd's StateDirectory of a unit that runs `potluck up`.
+    shared = [user("node", 9, "state"), user("up", 8, "state")]
     monkeypatch.setattr(here, "users_here", lambda: shared)
     assert here.running() == [shared[1], *here.units()]
