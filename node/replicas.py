@@ -300,32 +300,45 @@ class Replicas:
         done = False
         try:
             requests = command.requests
+            failed: dict[int, RequestOutcome] = {}
             if any(isinstance(tensor.data, BlobRef) for request in requests for tensor in request):
-                requests = await self._all_at_hand(command, files)
+                requests, failed = await self._all_at_hand(command, files)
+                if not requests:
+                    return list(failed.values()), 0.0
             engine = self._engines.get(command.replica_id)
             if engine is None or not engine.alive:  # it died just now
                 raise EngineFailed("the engine that held the replica is gone")
-            found = await engine.infer(
+            found, seconds = await engine.infer(
                 command.replica_id, requests, files, batch_id=command.id, expires=command.expires
             )
-            done = True
-            return found
+            done = not failed  # a request that failed here may need the rest of its inputs elsewhere
+            for place in sorted(failed):
+                found.insert(place, failed[place])
+            return found, seconds
         except PotluckError as error:
             done = not error.retryable
             raise
         finally:
             self._inputs.done(files.values(), answered=done)
 
-    async def _all_at_hand(self, command: RunInference, files: dict[str, Path]) -> tuple[tuple[Tensor, ...], ...]:
-        """The requests, with the files of their blobs in `files`. Raises Cancelled when nobody wants them any more."""
+    async def _all_at_hand(
+        self, command: RunInference, files: dict[str, Path]
+    ) -> tuple[tuple[tuple[Tensor, ...], ...], dict[int, RequestOutcome]]:
+        """The requests whose inputs are here, with the files of their blobs in `files`; and the outcomes of the others, by
+        their place in the batch. Raises Cancelled when nobody wants them any more.
+        """
+        requests: list[tuple[Tensor, ...]] = []
+        failed: dict[int, RequestOutcome] = {}
         self._fetching.add(command.id)
         try:
-            requests = tuple(
-                [tuple([await self._at_hand(one, files) for one in request]) for request in command.requests]
-            )
+            for place, request in enumerate(command.requests):
+                try:
+                    requests.append(tuple([await self._at_hand(one, files) for one in request]))
+                except PotluckError as error:
+                    failed[place] = RequestOutcome(error=error_info(error))
             if command.id in self._cancelled:
                 raise Cancelled("nobody waits for this batch any more")
-            return requests
+            return tuple(requests), failed
         finally:
             self._fetching.discard(command.id)
             self._cancelled.discard(command.id)

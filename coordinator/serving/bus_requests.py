@@ -49,6 +49,8 @@ class BusRequests:
                 envelope, InvalidRequest(f"{type(message).__name__} is not Infer: see docs/protocol.md")
             )
             return
+        if message.id and (envelope.reply_to, message.id) in self._asked:
+            return  # it waits already: its client asks again what may be lost, and one answer is enough
         now = self._clock()
         until = min(deadline(message, now), now + self._limit_seconds)
         if until <= now:

@@ -249,7 +249,10 @@ class Router:
             error = outcome.error
             if error is not None:
                 failed = True
-                lost = error.code == InputsLost.code and request.held_by  # only that node had them: no other finds them
+                # Only that node had them, so no other finds them. But a batch that has them may be under way there.
+                lost = error.code == InputsLost.code and request.held_by
+                if lost and batch.twin is not None and batch.twin.out and request in batch.twin.requests:
+                    continue
                 if not lost and (error.retryable or error.code == "not_found"):
                     request.failure = error.message
                     request.crashes += error.code == ModelCrashed.code

@@ -75,6 +75,7 @@ class Connection:
         self._online = asyncio.Event()
         self._inferring: set[str] = set()
         """Ids of inferences that wait for their answers."""
+        self._was_connected = False
         self._cut = False
         """Whether the connection was lost and the coordinator has not been heard since: it may have lost its own connection too."""
         self._foreign = 0
@@ -219,9 +220,14 @@ class Connection:
             self._online.clear()
 
     async def _connected(self) -> None:
-        """Called after each connect. Inferences travel at QoS 0: the broker keeps none for a coordinator that is away."""
-        self._cut = self._status is not None
-        self._ask_again()
+        """Called after each connect. Inferences travel at QoS 0: the broker keeps none for a coordinator that is away.
+
+        Before the first connect nothing was sent, so nothing was lost.
+        """
+        if self._was_connected:
+            self._cut = self._status is not None
+            self._ask_again()
+        self._was_connected = True
 
     def _ask_again(self) -> None:
         for question_id in tuple(self._inferring):

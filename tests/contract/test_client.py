@@ -741,6 +741,20 @@ async def test_inference_is_asked_once_and_its_errors_are_raised(
         await client.infer("m", np.zeros((2_300_000, 8), np.float32))
 
 
+async def test_the_first_connect_asks_nothing_again(client: AsyncClient, coordinator: ScriptedCoordinator) -> None:
+    """The coordinator says every few seconds that it is online. Nothing was lost before there was a connection."""
+    coordinator.answers[Infer] = lambda asked: None
+    asking = asyncio.create_task(client.infer("m", [1.0], timeout=60))
+    await eventually(lambda: len(coordinator.asked) == 1)
+    await coordinator.online()
+    await coordinator.online()
+    coordinator.answers[Infer] = lambda asked: Inferred(model="m:1", outputs=asked.inputs)
+    assert await client.infer("m", [2.0]) == [2.0]
+    assert len(coordinator.asked) == 2
+    asking.cancel()
+    await asyncio.wait([asking])
+
+
 async def test_an_inference_that_may_be_lost_is_asked_again(
     client: AsyncClient, coordinator: ScriptedCoordinator
 ) -> None:

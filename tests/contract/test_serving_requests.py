@@ -54,6 +54,22 @@ async def test_who_gives_up_is_not_answered_with_outputs_and_the_node_is_told(la
         assert lab.bus_requests._asked == {}
 
 
+async def test_a_question_asked_twice_while_it_waits_is_computed_once(lab: Lab, stack: AsyncExitStack) -> None:
+    """A client asks again what may be lost. If it was not lost, one answer is enough."""
+    node = await lab.join(stack, "a")
+    lab.add_model()
+    await lab.deploy("m")
+    node.mute = True
+    async with client(lab) as bus:
+        asked = replace(question(1, 2), id="q-1", reply_to=TOPICS.client_inbox("client"))
+        for _ in range(3):
+            await bus.publish(TOPICS.infer("m"), asked, qos=0)
+        await bus.publish(TOPICS.infer("m"), replace(asked, reply_to="clients/somebody-else"), qos=0)
+        await eventually(lambda: len(lab.bus_requests._asked) == 2)
+    router = lab.inference.router("m:1")
+    assert router.in_flight + len(router.queue) == 2
+
+
 async def test_a_question_of_the_gateway_that_is_given_up(lab: Lab, stack: AsyncExitStack) -> None:
     node = await lab.join(stack, "a")
     lab.add_model()

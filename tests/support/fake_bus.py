@@ -122,6 +122,7 @@ class FakeBus(Bus):
                         self._subscribe_on_broker(key, qos)
                     self.counters["connects"] += 1
                     self._ready.set()
+                    await asyncio.sleep(0)  # what the broker retains comes first, as from a real one
                     for callback in self._callbacks:
                         await callback()
                     await self._lost.wait()

@@ -25,7 +25,7 @@ from potluck.credentials import Credentials
 from potluck.errors import EngineFailed, ModelCrashed, Overloaded, PotluckError
 from potluck.wire.commands import LoadModel, RunInference, UnloadModel
 from potluck.wire.reports import InferenceFinished, ModelLoaded, ModelLoadFailed, ModelUnloaded, RequestOutcome
-from potluck.wire.values import BlobRef, Message, Signature
+from potluck.wire.values import BlobRef, Message, Signature, Tensor
 from support.eventually import eventually
 from support.fake_bus import FakeBroker, FakeBus
 
@@ -54,7 +54,7 @@ class Engine:
     async def infer(
         self, replica_id: str, requests: Any, files: Any, *, batch_id: str, expires: float
     ) -> tuple[list[RequestOutcome], float]:
-        return [RequestOutcome()], 0.0
+        return [RequestOutcome() for _ in requests], 0.0
 
     async def unload_model(self, replica_id: str) -> None:
         raise Overloaded("64 tasks wait for this engine")
@@ -283,6 +283,24 @@ async def test_a_batch_that_comes_too_late_is_answered_so(bench: Bench) -> None:
     bench.replicas.infer(replace(late, valid_seconds=5.0))  # time counted from receipt needs no clock
     finished = (await bench.heard(2))[-1]
     assert [outcome.error.code for outcome in finished.outcomes if outcome.error is not None] == ["not_found"] * 2
+
+
+async def test_a_request_whose_inputs_nobody_has_fails_alone(bench: Bench) -> None:
+    bench.load("m:1/1")
+    await bench.heard(1)
+    good = (Tensor(name="x", datatype="UINT8", shape=(1,), data=b"1"),)
+    ref = BlobRef(sha256="0" * 64, size=9, holders=())
+    lost = (Tensor(name="x", datatype="UINT8", shape=(9,), data=ref),)
+    huge = (Tensor(name="x", datatype="UINT8", shape=(9,), data=replace(ref, size=2**40)),)
+    for requests, codes in (
+        ((lost, good, huge, good), ["inputs_lost", "", "too_large", ""]),
+        ((lost, huge), ["inputs_lost", "too_large"]),
+    ):
+        batch_id = f"batch of {len(requests)}"
+        bench.replicas.infer(RunInference(id=batch_id, replica_id="m:1/1", requests=requests))
+        answer = (await bench.heard(2 + (len(requests) == 2)))[-1]
+        assert isinstance(answer, InferenceFinished)
+        assert [outcome.error.code if outcome.error else "" for outcome in answer.outcomes] == codes
 
 
 async def test_a_defect_ends_the_batch_or_the_load_that_meets_it(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

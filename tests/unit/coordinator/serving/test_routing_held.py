@@ -157,6 +157,23 @@ def test_inputs_that_are_lost_are_told_at_once() -> None:
     assert len(one.dispatch(10.0)) == 1
 
 
+def test_a_copy_whose_inputs_are_gone_leaves_the_answer_to_the_other_batch() -> None:
+    """A node deletes the inputs of a batch that is done, and the copy at another node then finds none."""
+    one = router("a", "b")
+    for _ in range(100):
+        ask(one, "a", now=START)
+        (batch,) = one.dispatch(START)
+        one.finished("a", batch.batch_id, (OK,), START + 0.1)
+    answers = ask(one, "a", now=START + 1.0)
+    (first,) = one.dispatch(START + 1.0)
+    (copy,) = one.hedge(START + 100.0)
+    assert (first.replica_id, copy.replica_id) == ("a", "b")
+    one.finished("b", copy.batch_id, (LOST,), START + 100.1)
+    assert answers == []
+    one.finished("a", first.batch_id, (OK,), START + 100.2)
+    assert answers == [OK]
+
+
 def test_a_node_that_is_gone_takes_the_inputs_with_it() -> None:
     one = router("a", "b")
     other = ask(one, "b")
