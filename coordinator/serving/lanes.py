@@ -21,7 +21,9 @@ BATCHES_AHEAD = 3
 BATCH_TARGET_SECONDS = 1.0
 """A slow model gets batches that take this long. So requests wait less, and a running batch is not taken for lost."""
 SLOW = 1.5
-"""A replica is slow if a row takes this many times longer than on the quickest. It gets only what it would answer sooner."""
+"""A replica is slow if batches take this many times longer than on the quickest. It gets only what it would answer sooner."""
+USUAL = 0.05
+"""The share of the newest batch in the usual number of rows."""
 QUICK_LANES = 8
 """How many of the quickest are compared with, so that a message costs the same with any number of replicas."""
 FIRST_ROWS = 8
@@ -83,9 +85,9 @@ class Lane:
         rest = len(self.batches) - 1
         return left + rest * self.time.fixed_seconds + (self.rows - first.rows) * self.time.row_seconds
 
-    def wait(self, now: float) -> tuple[bool, float]:
-        """Expected time until one more row is answered; silent lanes come last."""
-        return self.silent, self.busy_seconds(now) + self.time.seconds(1)
+    def wait(self, now: float, rows: int) -> tuple[bool, float]:
+        """Expected time until so many more rows are answered; silent lanes come last."""
+        return self.silent, self.busy_seconds(now) + self.time.seconds(rows)
 
     def patience_seconds(self, usual: float) -> float:
         """How long a batch may be away."""
@@ -120,10 +122,9 @@ class Lane:
         again = len(self.late) == LATE_LEAST and now - self.late[0][0] <= LATE_SECONDS
         self.slip_seconds = min([seconds for _, seconds in self.late]) if again else 0.0
 
-    @property
-    def row_expected(self) -> float:
-        """Expected seconds for one row, with its usual delay."""
-        return self.time.seconds(1) + self.slip_seconds
+    def expected_seconds(self, rows: float) -> float:
+        """For a batch of so many rows, with the lane's usual delay."""
+        return self.time.seconds(rows) + self.slip_seconds
 
 
 class Lanes(dict[str, Lane]):
@@ -146,8 +147,10 @@ class Lanes(dict[str, Lane]):
         """Lanes with room for a batch, in no order. So a message costs the same with three replicas as with a thousand."""
         self._near: dict[str, list[Lane]] = {}
         """Lanes by their `near`."""
-        self._quickest_seconds = 0.0
-        """Seconds for a row on the quickest lane; 0: no lane is known yet."""
+        self._quickest: tuple[float, float, float] | None = None
+        """Of the quickest lane: the rows of its batches, and the fixed seconds and those of a row. None: no lane is known yet."""
+        self._usual_rows = 1.0
+        """About how many rows recent batches had, on any lane."""
         self._slow: list[Lane] = []
         """Slow lanes that may be tried because they got nothing for long."""
         self._batch_limit = batch_limit
@@ -183,6 +186,7 @@ class Lanes(dict[str, Lane]):
     def sent(self, lane: Lane, batch: Batch) -> None:
         lane.sent(batch)
         self.rows_out += batch.rows
+        self._usual_rows += USUAL * (batch.rows - self._usual_rows)
         self.note_room(lane)
 
     def came_back(self, lane: Lane, batch_id: str) -> Batch | None:
@@ -220,8 +224,10 @@ class Lanes(dict[str, Lane]):
         """How long all lanes together take for so many rows; 0: no speed is known."""
         return rows / self.rows_per_second if self.rows_per_second > 0.0 else 0.0
 
-    def pick(self, now: float) -> Lane | None:
-        """Picks two lanes with room at random, and returns the one with less expected wait; None: no lane has room."""
+    def pick(self, now: float, rows: int) -> Lane | None:
+        """Picks two lanes with room at random, and returns the one with less expected wait for so many rows; None: no lane
+        has room.
+        """
         lanes = self.open
         count = len(lanes)
         if count == 1:
@@ -234,19 +240,20 @@ class Lanes(dict[str, Lane]):
             second += second >= first
         one, other = lanes[first], lanes[second]
         if one.rests_until > now or other.rests_until > now:
-            return self.least_wait(lanes, now)
-        return one if one.wait(now) <= other.wait(now) else other
+            return self.least_wait(lanes, now, rows)
+        return one if one.wait(now, rows) <= other.wait(now, rows) else other
 
     def pick_for(self, request: Request, holders: Set[str], now: float) -> Lane | None:
         """The lane for this request: one near its inputs. Another lane fetches the inputs only if it is idle, no request waits
         for it (`holders` is `held_by` of all waiting requests), and this is quicker. None: the request waits.
         """
-        other = self.pick(now)
+        rows = request.rows
+        other = self.pick(now, rows)
         own = self.holder(request, now)
         if own is None or own is other:
             return other
         idle = other is not None and not other.batches and not other.silent and other.near not in holders
-        if other is not None and idle and request.moving_seconds + other.wait(now)[1] < own.wait(now)[1]:
+        if other is not None and idle and request.moving_seconds + other.wait(now, rows)[1] < own.wait(now, rows)[1]:
             return other
         return None if own.full else own
 
@@ -256,20 +263,31 @@ class Lanes(dict[str, Lane]):
         for lane in self._near.get(request.held_by, ()):
             if lane.silent or lane.rests_until > now:
                 continue
-            if own is None or (lane.full, lane.wait(now)) < (own.full, own.wait(now)):
+            if own is None or (lane.full, lane.wait(now, request.rows)) < (own.full, own.wait(now, request.rows)):
                 own = lane
         return own
 
-    def least_wait(self, lanes: list[Lane], now: float) -> Lane | None:
-        """The lane with the least expected wait of those that do not rest."""
+    def least_wait(self, lanes: list[Lane], now: float, rows: int) -> Lane | None:
+        """The lane with the least expected wait for so many rows, of those that do not rest."""
         awake = (lane for lane in lanes if lane.rests_until <= now)
-        return min(awake, key=lambda lane: lane.wait(now), default=None)
+        return min(awake, key=lambda lane: lane.wait(now, rows), default=None)
 
     def slow(self, lane: Lane) -> bool:
-        """Whether it is far slower than the quickest lane, or its speed is not known while others are known."""
+        """Whether it is far slower than the quickest lane, or its speed is not known while others are known.
+
+        A fit says little about batches of a size that it has not seen. So the lane must be slower at the usual size of its own
+        batches, and at that of the quickest lane's.
+        """
         if not lane.time.known:
             return bool(self.quick)
-        return lane.row_expected > SLOW * self._quickest_seconds > 0.0
+        if self._quickest is None:
+            return False
+        rows, fixed, each = self._quickest
+        own = lane.time.mean_rows
+        return (
+            lane.expected_seconds(own) > SLOW * (fixed + each * own)
+            and lane.expected_seconds(rows) > SLOW * (fixed + each * rows)
+        )  # fmt: skip
 
     def most_rows(self, lane: Lane, first_rows: int, rows_waiting: int, now: float) -> int:
         """How many rows this lane may get now, beginning with a request of `first_rows`; 0: they should wait for another lane.
@@ -326,8 +344,11 @@ class Lanes(dict[str, Lane]):
 
     def _compare(self) -> None:
         known = [lane for lane in self.values() if lane.rows_per_second > 0.0]
-        self.quick = nsmallest(QUICK_LANES, known, key=lambda lane: lane.row_expected)
-        self._quickest_seconds = self.quick[0].row_expected if self.quick else 0.0
+        self.quick = nsmallest(QUICK_LANES, known, key=lambda lane: lane.expected_seconds(self._usual_rows))
+        self._quickest = None
+        if self.quick:
+            first = self.quick[0]
+            self._quickest = first.time.mean_rows, first.time.fixed_seconds + first.slip_seconds, first.time.row_seconds
         self.quick = [lane for lane in self.quick if not self.slow(lane)]
 
     def note_room(self, lane: Lane) -> None:

@@ -149,7 +149,7 @@ class Router:
             if not limit:
                 # The slow lane should not take it. Another lane fetches held inputs only if it is idle, as in `pick_for`.
                 own = lanes.holder(first, now)
-                lane = own or lanes.least_wait(lanes.quick_with_room(now), now)
+                lane = own or lanes.least_wait(lanes.quick_with_room(now), now, first.rows)
                 if lane is None or lane.full:
                     break
                 limit = lane.limit
@@ -179,10 +179,12 @@ class Router:
                 continue
             slow = self.lanes.slow(self.lanes[batch.replica_id])
             others = self.lanes.quick_with_room(now, beyond=1) if slow else self.lanes.open
-            lane = self.lanes.least_wait([one for one in others if one.replica_id != batch.replica_id], now)
+            others = [one for one in others if one.replica_id != batch.replica_id]
+            lane = self.lanes.least_wait(others, now, batch.rows)
             # Waiting requests come first, unless a slow replica holds the batch. A batch is expected to stay away for as long
             # again as it has been away.
-            if (self.queue.rows and not slow) or lane is None or lane.silent or lane.wait(now)[1] > now - batch.sent_at:
+            first = self.queue.rows and not slow
+            if first or lane is None or lane.silent or lane.wait(now, batch.rows)[1] > now - batch.sent_at:
                 again.append(batch)
                 continue
             waiting = [request for request in batch.requests if not request.answered]
@@ -373,7 +375,8 @@ class Router:
     def _turn(self, now: float) -> tuple[Lane | None, Request]:
         """The next request and its lane: the head of the queue, unless it waits for a replica near its inputs."""
         if not self.queue.held:
-            return self.lanes.pick(now), self.queue.head()
+            head = self.queue.head()
+            return self.lanes.pick(now, head.rows), head
         waiting = list(self.queue.first())
         holders = {request.held_by for request in waiting}
         for request in waiting:

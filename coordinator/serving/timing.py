@@ -38,6 +38,11 @@ class TimeModel:
     def known(self) -> bool:
         return self.gain > 0.0
 
+    @property
+    def mean_rows(self) -> float:
+        """About how many rows recent batches had: here the fit is surest. 0.0: no batch came back yet."""
+        return self._mean_rows
+
     def rows_per_second(self, limit: int) -> float:
         """Its speed with batches of `limit` rows, or of about as many as were seen: beyond that the fit is a guess. 0: unknown."""
         if self.gain == 0.0:

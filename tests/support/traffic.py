@@ -107,17 +107,19 @@ class Traffic:
         self._go(lambda: self.now > end and all(one.answered == one.asked for one in found.values()))
         return found
 
-    def clients(self, count: int, seconds: float, *, deadline_seconds: float = 30.0) -> Answers:
+    def clients(
+        self, count: int, seconds: float, *, deadline_seconds: float = 30.0, rows: Sequence[int] = (1,)
+    ) -> Answers:
         """Outcomes for this many clients in this time; each asks again when it has its answer."""
         found = Answers()
         end = self.now + seconds
 
         def again() -> None:
             if self.now < end:
-                self._at(self.now, self._ask({0: found}, (1,), (0,), deadline_seconds, again))
+                self._at(self.now, self._ask({0: found}, rows, (0,), deadline_seconds, again))
 
         for _ in range(count):
-            self._at(self.now, self._ask({0: found}, (1,), (0,), deadline_seconds, again))
+            self._at(self.now, self._ask({0: found}, rows, (0,), deadline_seconds, again))
         for tick in range(int((seconds + deadline_seconds) / TICK_SECONDS) + 2):
             self._at(self.now + tick * TICK_SECONDS, self._tick)
         self._go(lambda: self.now > end and found.answered == found.asked)
