@@ -17,7 +17,7 @@ from potluck.wire.addresses import Scheme, address
 log = logging.getLogger(__name__)
 
 GATEWAY_TRIES = 20
-"""Ports from GATEWAY_PORT on that are tried, before any free one is taken."""
+"""How many ports are tried, from GATEWAY_PORT up, before any free port is taken."""
 
 # Bridges and tunnels of containers and VPNs: reachable from this machine only, or not meant for us.
 _PRIVATE_PREFIXES = ("lo", "docker", "br-", "virbr", "tun", "tap", "cni", "flannel", "podman")
@@ -27,7 +27,7 @@ _LAST_RESORT_PREFIXES = ("veth",)
 def lan_addresses() -> list[str]:
     """IPv4 addresses of the interfaces that are up, without loopback, container bridges and tunnels.
 
-    veth interfaces count only where nothing else is there: inside a container or a network namespace they are the network.
+    veth interfaces count only if there are no others: inside a container or a network namespace they are the network.
     """
     stats = psutil.net_if_stats()
     found: dict[str, list[str]] = {}
@@ -43,7 +43,7 @@ def lan_addresses() -> list[str]:
 
 def reachable_addresses(listen_host: str) -> list[str]:
     """The addresses at which a server that listens on `listen_host` can be reached."""
-    if listen_host in ("0.0.0.0", "::", ""):  # noqa: S104 - recognised, not bound
+    if listen_host in ("0.0.0.0", "::", ""):  # noqa: S104 - compared, not bound
         return lan_addresses() or ["127.0.0.1"]
     return ["127.0.0.1"] if is_loopback(listen_host) and listen_host == "localhost" else [listen_host]
 
@@ -54,9 +54,9 @@ def base_urls(listen_host: str, port: int, scheme: Scheme) -> tuple[str, ...]:
 
 
 def bind(listen: Listen, option: str = "--port (listen.port)", *, listening: bool = True) -> socket.socket:
-    """A bound TCP socket, so that its port is known before the server starts; where not `listening`, another may take it over.
+    """A bound TCP socket, so that its port is known before the server starts. Unless `listening`, another program may still take the port.
 
-    Raises CannotListen when it cannot be had, saying who has it, and which `option` chooses another.
+    Raises CannotListen when the port cannot be had: the text says which program has it, and which `option` chooses another port.
     """
     try:
         return _bound(listen.host, listen.port, listening)
@@ -69,7 +69,7 @@ def bind(listen: Listen, option: str = "--port (listen.port)", *, listening: boo
 
 
 def bind_gateway(listen: Listen) -> socket.socket:
-    """`bind`, with the next free port in place of GATEWAY_PORT while another program has that: it says so."""
+    """Like `bind`. If another program has GATEWAY_PORT, this takes the next free port, and logs it."""
     if listen.port == GATEWAY_PORT:
         for port in (*range(GATEWAY_PORT, GATEWAY_PORT + GATEWAY_TRIES), 0):
             try:
@@ -94,13 +94,13 @@ def taken_text(host: str, port: int, option: str) -> str:
 
 
 def port_user(port: int) -> str:
-    """Who listens at a TCP port of this machine, as `nginx (pid 17)`; "" where that may not be known."""
+    """Which program listens on a TCP port of this machine, as `nginx (pid 17)`; "" if we cannot find out."""
     try:
         for one in psutil.net_connections("tcp"):
             if one.status == psutil.CONN_LISTEN and one.laddr.port == port and one.pid:
                 return f"{psutil.Process(one.pid).name()} (pid {one.pid})"
     except (psutil.Error, OSError) as error:
-        log.debug("who has a port is not known %s", fields(port=port, reason=str(error)))
+        log.debug("the program on a port is not known %s", fields(port=port, reason=str(error)))
     return ""
 
 
@@ -109,7 +109,7 @@ def _bound(host: str, port: int, listening: bool) -> socket.socket:
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((host, port))
-        if listening:  # with SO_REUSEADDR two may be bound to a port until one listens
+        if listening:  # with SO_REUSEADDR, two sockets may be bound to a port until one listens
             sock.listen()
     except BaseException:
         sock.close()

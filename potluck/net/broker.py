@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 Kind = Literal["mosquitto", "embedded"]
 
 QUEUED_LIMIT_BYTES = 64 * 2**20
-"""What may wait for one client that does not read."""
+"""How many bytes may wait for a client that does not read."""
 CONNECT_SECONDS = 10.0
 """A client must send its CONNECT to the embedded broker within this time."""
 
@@ -86,7 +86,7 @@ class Broker:
         await self._reader
 
     async def started(self) -> None:
-        """Return once it listens. Raises Unavailable, with the broker's own words, when it dies or takes too long."""
+        """Return once it listens. Raises Unavailable, with its last log lines, when it dies or takes too long."""
         died = asyncio.create_task(self._process.wait(), name="broker-died")
         running = asyncio.create_task(self._running.wait(), name="broker-running")
         try:
@@ -112,12 +112,12 @@ class Broker:
 async def start_broker(settings: BrokerSettings, listen: Listen, state_dir: Path) -> Broker:
     """Start a broker on `listen.host` and `settings.port` (0: a free one), and return once it listens.
 
-    In mode `auto` a port that is taken is replaced by a free one. Raises Unavailable when there is no broker to start, naming
-    the package to install, CannotListen for a port that is taken, and InvalidSettings for a mode that starts none.
+    In mode `auto`, a free port replaces one that is taken. Raises Unavailable when there is no broker to start (the text names
+    the package to install), CannotListen for a port that is taken, and InvalidSettings for a mode that starts no broker.
     """
     kind = _choose(settings.mode)
     port = settings.port
-    _free_port(listen.host)  # is the address ours at all?
+    _free_port(listen.host)  # raises CannotListen if the address is not ours
     if port and _taken(listen.host, port):
         if settings.mode != "auto":
             text = taken_text(listen.host, port, "--broker-port (broker.port)")
@@ -134,7 +134,7 @@ async def start_broker(settings: BrokerSettings, listen: Listen, state_dir: Path
         except Unavailable as error:
             failure = error
             if port or not _taken(listen.host, chosen):
-                break  # not that another program was quicker to take the port
+                break  # no other program took the port: trying again would not help
         except BaseException:
             await broker.stop()
             raise
@@ -163,7 +163,7 @@ def _choose(mode: str) -> Kind:
 
 
 def find_mosquitto() -> str | None:
-    """Where the mosquitto binary is; Debian puts it where a user's PATH does not look."""
+    """The path of the mosquitto binary. Debian puts it in a folder that is not in a user's PATH."""
     path = os.pathsep.join((os.environ.get("PATH", os.defpath), *_SYSTEM_FOLDERS))
     return shutil.which("mosquitto", path=path)
 
@@ -178,11 +178,11 @@ async def _spawn(kind: Kind, host: str, port: int, state_dir: Path) -> asyncio.s
         conf = state_dir / "mosquitto.conf"
         conf.write_text(text, encoding="utf-8")
         return await _execute(binary, "-c", str(conf))
-    # A file in memory: nothing to clean up, and it can be read by the user that mosquitto runs as.
+    # A file in memory: nothing to clean up, and the user that mosquitto runs as can read it.
     handle = os.memfd_create("mosquitto.conf")
     try:
         os.write(handle, text.encode())
-        # Not left to mosquitto, which would change its user after its start: that makes Linux forget the death signal.
+        # We change the user, before mosquitto would: Linux forgets the death signal of a process that changes its user.
         user: dict[str, Any] = {"user": _unprivileged(), "extra_groups": ()} if os.geteuid() == 0 else {}
         return await _execute(binary, "-c", f"/proc/self/fd/{handle}", pass_fds=(handle,), **user)
     finally:
@@ -205,7 +205,7 @@ async def _execute(*command: str, **options: Any) -> asyncio.subprocess.Process:
 
 
 async def _line(stream: asyncio.StreamReader) -> str:
-    """The next line that is not empty; empty at the end."""
+    """The next line that is not empty; "" at the end."""
     while raw := await stream.readline():
         if text := raw.decode(errors="replace").strip():
             return text

@@ -1,8 +1,7 @@
 """The embedded broker's process: `python -m potluck.net.broker_embedded HOST PORT`. The only import of amqtt.
 
-amqtt 0.12 departs from MQTT 3.1.1 in ways that clients would feel (`docs/adr/0019-the-embedded-broker.md`). What stands between it
-and the network here mends that: each connection goes through a reader and a writer of ours, and a retained message goes to
-nobody but who has just subscribed to it.
+amqtt 0.12 breaks MQTT 3.1.1 in ways that clients notice (`docs/adr/0019-the-embedded-broker.md`). This module mends that: each
+connection goes through our own reader and writer, and a retained message goes only to a client that has just subscribed to it.
 """
 
 from __future__ import annotations
@@ -29,13 +28,13 @@ _LEVEL = 4
 _CONNACK_UNACCEPTABLE_LEVEL = bytes((0x20, 2, 0, 1))
 _READ_BYTES = 1 << 16
 _GRACE = 1.5
-"""So many keep-alive intervals without a packet end a connection [MQTT-3.1.2-24]."""
+"""A connection ends after this many keep-alive intervals without a packet [MQTT-3.1.2-24]."""
 
 log = logging.getLogger(__name__)
 
 
 class _Reader(ReaderAdapter):  # type: ignore[misc] # amqtt has no types
-    """What a client sends: no packet over the limit, no silence over its keep-alive, and DISCONNECT before the end of the stream."""
+    """Reads what a client sends. It ends the stream at a packet over the limit, and after a silence longer than the keep-alive allows."""
 
     def __init__(self, stream: asyncio.StreamReader, begin: bytes, keepalive_seconds: int) -> None:
         self._stream = stream
@@ -48,10 +47,10 @@ class _Reader(ReaderAdapter):  # type: ignore[misc] # amqtt has no types
         if n > PACKET_LIMIT_BYTES:
             self._ended = True
         while not self._ended and len(self._buffer) < n:
-            # Others have their turn here. And when the stream ends, amqtt drops what it has not worked off: so a DISCONNECT that
-            # came just before the end is done with now, and the will is not sent.
+            # Let other tasks run. When the stream ends, amqtt drops the packets that it has not handled yet. So it handles a
+            # DISCONNECT that came just before the end now, and does not send the will.
             await asyncio.sleep(0)
-            # amqtt cancels this after each keep-alive interval and calls again, so the deadline outlasts the call.
+            # amqtt cancels this call after each keep-alive interval and calls again, so the deadline must outlast the call.
             left = None if self._silence_seconds is None else self._heard_at + self._silence_seconds - time.monotonic()
             try:
                 async with asyncio.timeout(left):
@@ -72,7 +71,7 @@ class _Reader(ReaderAdapter):  # type: ignore[misc] # amqtt has no types
 
 
 class _Writer(WriterAdapter):  # type: ignore[misc]
-    """What a client gets. Nobody waits for one that does not read: it is cut off at the limit, and comes back for what is retained."""
+    """Writes to a client. Nobody waits for a client that does not read: at the limit, its connection is cut."""
 
     def __init__(self, stream: asyncio.StreamWriter) -> None:
         self._stream = stream
@@ -85,7 +84,7 @@ class _Writer(WriterAdapter):  # type: ignore[misc]
             self._stream.write(data)
 
     async def drain(self) -> None:
-        """amqtt has a task for each message on its way, and no limit to them: here none waits."""
+        """Do not wait: amqtt would keep a task waiting here for each message, without a limit."""
 
     def get_peer_info(self) -> tuple[str, int] | None:
         peer = self._stream.get_extra_info("peername")
@@ -99,7 +98,7 @@ class _Writer(WriterAdapter):  # type: ignore[misc]
 
 
 class _Broker(Broker):  # type: ignore[misc]
-    """amqtt's broker, with retained messages for new subscriptions alone. Rests on private names of 0.12, which tests hold in place."""
+    """amqtt's broker, but it sends retained messages only to new subscriptions. It uses private names of 0.12, which tests check."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__(config)
@@ -113,7 +112,7 @@ class _Broker(Broker):  # type: ignore[misc]
             self._subscribing.discard(client_session.client_id)
 
     async def _publish_retained_messages_for_subscription(self, subscription: tuple[str, int], session: Any) -> None:
-        # Without this, whoever connects gets what is retained for the subscriptions of all others.
+        # Without this, a client that connects gets the retained messages for the subscriptions of all other clients.
         if session.client_id in self._subscribing:
             await super()._publish_retained_messages_for_subscription(subscription, session)
 
@@ -125,7 +124,7 @@ async def _connected(broker: Broker, reader: asyncio.StreamReader, writer: async
         async with asyncio.timeout(CONNECT_SECONDS):
             begin, level, keepalive_seconds = await _begin_of_connect(reader)
         if level != _LEVEL:
-            # amqtt reads a CONNECT of MQTT 5 as one of 3.1.1, and then waits for bytes that never come.
+            # amqtt would read a CONNECT of MQTT 5 as one of 3.1.1, and then wait for bytes that never come.
             writer.write(_CONNACK_UNACCEPTABLE_LEVEL)
             return
         await broker.external_connected(_Reader(reader, begin, keepalive_seconds), _Writer(writer), LISTENER)
@@ -136,11 +135,11 @@ async def _connected(broker: Broker, reader: asyncio.StreamReader, writer: async
 
 
 class _NotMqtt(Exception):
-    """What a connection begins with that is no CONNECT of any version."""
+    """A connection does not begin with a CONNECT of any version."""
 
 
 async def _begin_of_connect(reader: asyncio.StreamReader) -> tuple[bytes, int, int]:
-    """The bytes of a CONNECT as far as its keep-alive, its protocol level, and that keep-alive in seconds (MQTT 3.1.1, 3.1).
+    """(The bytes of a CONNECT up to its keep-alive, its protocol level, its keep-alive in seconds) (MQTT 3.1.1, section 3.1).
 
     Raises _NotMqtt, IncompleteReadError.
     """

@@ -1,6 +1,6 @@
 """Who is on the network: mDNS service discovery (RFC 6762, RFC 6763). The only import of zeroconf.
 
-It is a hint, never identity: what answers is checked by the bus it leads to, and static seeds work without it.
+It gives hints, never identities: the bus that it leads to checks who answers. Static seeds work without it.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ SERVICE_TYPE = "_potluck._tcp.local."
 RESOLVE_MILLISECONDS = 3000
 FIND_SECONDS = 5.0
 ASKS_SECONDS = 4.0
-"""For so long after its begin a browser asks again and again by itself."""
+"""A new browser asks again and again by itself for this long."""
 NAMES = 5
-"""Names that are tried before an advertisement is given up."""
+"""How many names are tried before an advertisement is given up."""
 
 Role = Literal["node", "coordinator", "candidate"]
 
 
 @dataclass(frozen=True)
 class Service:
-    """What a daemon says of itself. `port` is that of its HTTP server, `broker_port` that of the bus (0: it has none).
+    """What a daemon says of itself. `port` is the port of its HTTP server, `broker_port` the port of its broker (0: it has none).
 
     `broker_host` is empty when the broker runs where the daemon does.
     """
@@ -57,16 +57,16 @@ class Service:
     gpus: int = 0
     version: int = PROTOCOL_VERSION
     founded: int = 0
-    """Of a coordinator: when its journal was begun, as Unix time in seconds."""
+    """Of a coordinator: when its journal began, as Unix time in seconds."""
     empty: bool = False
-    """Of a coordinator: whether nothing was kept in its journal yet."""
+    """Of a coordinator: whether its journal keeps nothing yet."""
 
 
 class Discovery:
     """Browses for the services of one cluster, and advertises one of our own; an async context manager.
 
-    Works on loopback alone when `listen_host` is a loopback address, else on the interfaces of the network, which `refresh`
-    looks at anew.
+    Works only on loopback when `listen_host` is a loopback address, else on the interfaces of the network. `refresh` looks at
+    the interfaces again.
     """
 
     def __init__(self, cluster: str, *, listen_host: str = "127.0.0.1") -> None:
@@ -95,13 +95,13 @@ class Discovery:
             await self._close()
 
     async def advertise(self, service: Service) -> None:
-        """Let others find us, under another name when ours is taken. Raises Unavailable."""
+        """Let others find us, under another name if ours is taken. Raises Unavailable."""
         async with self._lock:
             self._service = service
             await self._register(service)
 
     async def update(self, service: Service) -> None:
-        """Say something else of ourselves: withdraw, and advertise anew (a role may have changed)."""
+        """Change what we advertise: withdraw, and advertise again (the role may have changed)."""
         async with self._lock:
             await self._unregister()
             self._service = service
@@ -114,9 +114,9 @@ class Discovery:
             await self._unregister()
 
     async def refresh(self) -> bool:
-        """Use the network as it is now, and whether it had changed: a cable was plugged in, an address came late.
+        """Use the network as it is now. Returns whether it has changed: a cable was plugged in, an address came late.
 
-        What was found before must be found anew. Raises Unavailable.
+        After a change, all services must be found again. Raises Unavailable.
         """
         interfaces = self._usable()
         if interfaces == self._interfaces:
@@ -136,9 +136,9 @@ class Discovery:
         return True
 
     async def look_again(self) -> None:
-        """Ask the network once more who is there: a browser asks when it begins, and then hears whoever speaks up.
+        """Ask the network once more who is there. A browser asks only when it begins; after that, it hears new announcements.
 
-        What came while a cable or a switch between us and them was out is found by this alone. Raises Unavailable.
+        If a cable or a switch was out when a daemon announced itself, only this finds the daemon. Raises Unavailable.
         """
         async with self._lock:
             if self._zeroconf is None or time.monotonic() - self._browsing_since < ASKS_SECONDS:
@@ -153,7 +153,7 @@ class Discovery:
                 await before.async_cancel()
 
     def services(self, role: Role | None = None) -> list[Service]:
-        """What is known now, by id."""
+        """The services known now, sorted by id."""
         found = (service for service in self._found.values() if role is None or service.role == role)
         return sorted(found, key=lambda service: service.id)
 
@@ -174,7 +174,7 @@ class Discovery:
         return ["127.0.0.1"] if is_loopback(self._listen_host) else lan_addresses() or ["127.0.0.1"]
 
     def _open(self, interfaces: list[str]) -> None:
-        # IPv4 alone: beside another responder, IPv6 sockets end in EADDRINUSE, and every link here has IPv4.
+        # IPv4 only: beside another mDNS responder, IPv6 sockets fail with EADDRINUSE, and every link here has IPv4.
         try:
             self._zeroconf = AsyncZeroconf(interfaces=list(interfaces), ip_version=IPVersion.V4Only)
         except OSError as error:
@@ -206,7 +206,7 @@ class Discovery:
         for attempt in range(NAMES):
             info = _info(service, _label(service, attempt), self._listen_host)
             try:
-                # A random id needs no probes (750 ms); that of a node may have been given to two machines by hand.
+                # A random id needs no probes (750 ms). A node's id may be set by hand, and so be the same on two machines.
                 await self._zeroconf.async_register_service(info, cooperating_responders=service.role != "node")
             except NonUniqueNameException:
                 log.info("mDNS name taken %s", fields(name=info.name))
@@ -239,7 +239,7 @@ class Discovery:
         try:
             if not await info.async_request(zeroconf, RESOLVE_MILLISECONDS):
                 return
-        except ZeroconfError as error:  # it ended meanwhile, or never began
+        except ZeroconfError as error:  # zeroconf has ended meanwhile, or never started
             log.debug("not resolved %s", fields(name=name[:100], reason=repr(error)))
             return
         service = _service(info)
@@ -249,14 +249,14 @@ class Discovery:
 
 
 def precedence(coordinator: Service) -> tuple[bool, int, str]:
-    """Orders coordinators of one cluster's name, so that everybody tries the same first: one that keeps something, the oldest."""
+    """A sort key for coordinators of one cluster name, so that all try the same one first: one that keeps something, then the oldest."""
     return coordinator.empty, coordinator.founded, coordinator.id
 
 
 def broker_addresses(network: NetworkSettings, discovery: Discovery | None) -> Callable[[], Awaitable[tuple[str, int]]]:
-    """Where the bus may be, asked before each attempt to connect: the seeds in turn, then the coordinators that are found.
+    """Where the broker may be. The bus asks this before each attempt to connect: first the seeds in turn, then the coordinators found.
 
-    Raises Unavailable when there is nothing to try within a few seconds, saying what was looked for.
+    Raises Unavailable when there is nothing to try within a few seconds; the text says what was looked for.
     """
     seeds = [parse_address(seed) for seed in network.seeds]
     tried_at: dict[tuple[str, int], int] = {}
@@ -279,7 +279,7 @@ def broker_addresses(network: NetworkSettings, discovery: Discovery | None) -> C
             choices = found()
         if not choices:
             raise Unavailable(f"no coordinator of cluster {network.cluster!r} is found by mDNS yet")
-        # What was tried longest ago, or never: a coordinator that moved comes before its own stale record.
+        # The address tried longest ago, or never: the new address of a coordinator that moved comes before its old one.
         address = min(choices, key=lambda choice: tried_at.get(choice, 0))
         attempts += 1
         tried_at[address] = attempts
@@ -291,7 +291,7 @@ def broker_addresses(network: NetworkSettings, discovery: Discovery | None) -> C
 
 
 def _label(service: Service, attempt: int) -> str:
-    """The instance's name (RFC 6763, section 4.1.1: at most 63 bytes): nodes of two clusters may have the same id."""
+    """The instance's name (RFC 6763, section 4.1.1: at most 63 bytes). It has a hash, as nodes of two clusters may have the same id."""
     told_apart = hashlib.sha256(f"{service.cluster} {service.role} {service.id}".encode()).hexdigest()[:6]
     readable = "".join(sign if sign.isalnum() else "-" for sign in service.id[:40])
     return f"{readable}-{told_apart}" + (f"-{attempt + 1}" if attempt else "")
@@ -318,7 +318,7 @@ def _info(service: Service, label: str, listen_host: str) -> AsyncServiceInfo:
         addresses=[socket.inet_aton(address) for address in _ipv4(listen_host)],
         port=service.port,
         properties=facts,
-        # The host's own name belongs to its own responder (avahi): it would be renamed "-2".
+        # Not the host's own name: it belongs to the host's own responder (avahi), which would rename the host to "-2".
         server=f"{label}.local.",
     )
 
@@ -331,7 +331,7 @@ _NUMBERS = ("port", "broker", "cores", "memory", "gpus", "v", "founded", "empty"
 
 
 def _service(info: AsyncServiceInfo) -> Service | None:
-    """None for what is not ours, or cannot be read."""
+    """The service in a record; None if it is not ours, or cannot be read."""
     facts = info.decoded_properties
     addresses = info.parsed_addresses(IPVersion.V4Only)
     id, role = facts.get("id"), facts.get("role")
@@ -362,6 +362,6 @@ def _service(info: AsyncServiceInfo) -> Service | None:
 
 
 def _nearest(addresses: list[str]) -> str:
-    """The address in a network that we are in too, by its first three octets; else the first."""
+    """The first address whose first three octets are those of an address of ours; if there is none, the first."""
     ours = {address.rpartition(".")[0] for address in lan_addresses()}
     return next((address for address in addresses if address.rpartition(".")[0] in ours), addresses[0])

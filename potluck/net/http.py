@@ -24,10 +24,10 @@ from potluck.wire.identities import ANONYMOUS, CALLER_HEADER, is_identity
 
 SHUTDOWN_SECONDS = 2.0
 LEAST_RATE = 1024
-"""Bytes a second of a body, beyond what `Patience` grants."""
+"""The lowest rate of a body, in bytes a second, after the time that `Patience` grants."""
 TOO_SLOW = f"the body comes too slowly: no byte for {{:g}} s, or less than {LEAST_RATE} bytes a second"
 _READ_BYTES = 1 << 18
-"""How much of a body may wait to be read before its sender has to."""
+"""How much of a body is buffered before its sender has to wait."""
 _RESERVED_FILES = 256
 """Open files for all but connections: journal, bus, engines, downloads."""
 _FILES_EACH = 2
@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 
 class _Malformed(logging.Filter):
-    """What a client sends that is no HTTP is answered with 400, and is one line in the log: it is no fault of ours."""
+    """Makes one line in the log of a request that is not HTTP: it is answered with 400, and is not our fault."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
@@ -76,10 +76,10 @@ def caller_of(request: web.BaseRequest) -> str:
 
 
 class Patience:
-    """How long a body may be waited for: `idle_seconds`, of which each LEAST_RATE bytes that come bring a second back, but never
-    more than there was: who sent much at once may not be slow for hours.
+    """How long we wait for a body: `idle_seconds` in all. Each LEAST_RATE bytes that come give a second back, but never more than
+    `idle_seconds` are left: a sender that sent much at once may not be slow for hours.
 
-    What counts is the time in which we wait for its sender, not that in which we write or hash what came.
+    Only the time in which we wait for the sender counts, not the time in which we write or hash what came.
     """
 
     def __init__(self, idle_seconds: float) -> None:
@@ -115,7 +115,7 @@ class _Door:
         self._connections = min(limits.connections, by_files)
 
     def enter(self, connection: _Connection) -> bool:
-        """Whether there is room; counts it then."""
+        """Whether there is room for it; if so, it is counted."""
         peer = self._peers[connection.peer]
         if peer.open >= self.limits.connections_per_address and not self._free(peer, connection.peer):
             return False
@@ -146,7 +146,7 @@ class _Door:
         self._peers[connection.peer].waiting.pop(connection, None)
 
     async def sweep(self) -> NoReturn:
-        """Close those whose head takes too long, or that never said a word, until cancelled."""
+        """Close connections whose head takes too long, or that never sent a byte. Runs until cancelled."""
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(self.limits.header_seconds / _SWEEPS)
@@ -156,11 +156,11 @@ class _Door:
                 if connection.began_at < oldest:
                     log.info("request is not whole in time %s", fields(peer=connection.peer))
                     connection.force_close()
-                elif not connection.heard and connection.came_at < dumb:  # aiohttp waits for ever, before 3.14.4
+                elif not connection.heard and connection.came_at < dumb:  # aiohttp before 3.14.4 waits for ever
                     connection.force_close()
 
     def _free(self, peer: _Peer, host: str) -> bool:
-        """Whether one that waits could be closed."""
+        """Close the connection that has waited longest, if one waits; returns whether one did."""
         connection = next((one for one in peer.waiting if one.quiet), None)
         if connection is None:
             log.warning("connection refused: all are at work %s", fields(peer=host, open=peer.open, all=self.open))
@@ -187,7 +187,7 @@ class _Connection(web.RequestHandler):
             access_log=None,  # type: ignore[arg-type] # as AppRunner takes it
             keepalive_timeout=door.limits.idle_seconds,
             read_bufsize=_READ_BYTES,
-            auto_decompress=False,  # which has no limit but our memory's: bodies that are taken so are inflated where they are read
+            auto_decompress=False,  # aiohttp would inflate without a limit: those who read bodies inflate them, within a limit
         )
         self._door = door
         self._inside = False
@@ -223,11 +223,11 @@ class _Connection(web.RequestHandler):
 
     @property
     def quiet(self) -> bool:
-        """Whether all that was answered is sent."""
+        """Whether all answers are sent."""
         return self.transport is None or self.transport.get_write_buffer_size() == 0
 
     def works(self) -> None:
-        """A request is whole but for its body."""
+        """Tell the door that the head of a request is whole."""
         if self._inside:
             self._door.works(self)
 
@@ -241,7 +241,7 @@ class _Connection(web.RequestHandler):
         return found
 
     def give_up(self) -> None:
-        """Close it at once; it counts no longer."""
+        """Close it at once, and count it no longer."""
         self._out()
         self.force_close()
 
@@ -275,7 +275,7 @@ async def serve_http(
     middlewares: Sequence[Middleware] = (),
     limits: HttpSettings = HttpSettings(),  # noqa: B008 - frozen
 ) -> AsyncIterator[None]:
-    """Serve `routes` within the block; requests under way get SHUTDOWN_SECONDS at its end.
+    """Serve `routes` within the block. At its end, requests under way have SHUTDOWN_SECONDS to finish.
 
     A handler whose client has gone is cancelled.
     """

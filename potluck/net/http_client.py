@@ -17,7 +17,7 @@ _AS_IT_IS = {hdrs.ACCEPT_ENCODING: "identity"}
 
 
 def session(credentials: Credentials, *, connect_seconds: float, idle_seconds: float) -> aiohttp.ClientSession:
-    """An async context manager. Its requests say who we are; they may take as long as bytes come, and bodies are given as they came."""
+    """A session, as an async context manager. Its requests say who we are, and may last as long as bytes come. It decompresses nothing."""
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(ssl=credentials.client_tls or True),
         headers=credentials.headers,
@@ -35,10 +35,10 @@ async def is_there(address: str, credentials: Credentials, limit_seconds: float)
             async with _brief(credentials, limit_seconds) as http:
                 async with http.head(address, timeout=connecting, allow_redirects=False):
                     return True
-    except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError, ValueError):  # the last: no address
+    except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError, ValueError):  # ValueError: not an address
         return False
     except (aiohttp.ClientError, TimeoutError):
-        return True  # it was taken, and then broken off or left without an answer
+        return True  # the server took the connection, but then broke it off or did not answer
 
 
 async def answers(url: str, credentials: Credentials, limit_seconds: float) -> bool:
