@@ -149,12 +149,12 @@ class AsyncClient:
     async def events(
         self, after: int | None = None, *, last: int | None = None, follow: bool = False
     ) -> AsyncGenerator[ClusterEvent, None]:
-        """What has happened in the cluster, and with `follow` what happens from now on: jobs, nodes, models, data sets and deployments.
+        """What has happened to jobs, nodes, models, data sets and deployments; with `follow`, also what happens from now on.
 
-        Those behind the event of the number `after`, or of these the newest `last`; without either all that are kept, and with `follow`
-        none of before. To be iterated over with `async for`, which `follow` never ends: it goes on over lost connections and coordinators
-        that are started anew. Whoever comes back with the `number` of the last event has each once; an event `missed` says so where
-        some in between are not kept any more.
+        `after`: only events after the one of this number. `last`: of these, at most this many, the newest. Without both: all events that are
+        kept, or with `follow`, only new ones. Iterate over the result with `async for`. With `follow` this never ends: it goes on when
+        connections are lost and when the coordinator restarts. If you come back with the `number` of your last event, you get each
+        event once. An event `missed` tells you that some events in between are not kept any more.
         """
         number = arguments.checked("after", after, Count | None, "the number of an event, or None")
         newest = None if last is None else arguments.at_least_one("last", last)
@@ -166,7 +166,7 @@ class AsyncClient:
         return await listings.jobs(await self._connected())
 
     async def job(self, job_id: str) -> AsyncJob:
-        """A job by its id, or by a beginning that only its id has. Raises NotFound, and InvalidRequest where several ids begin so."""
+        """A job by its id, or by the beginning of its id. Raises NotFound, and InvalidRequest if several ids begin so."""
         job_id = arguments.text("job_id", job_id, "a job's id")
         found = await self._ask(GetJob(job_id=job_id), Message)
         return AsyncJob(await self._connected(), found.job_id if isinstance(found, JobChanged | JobEnded) else job_id)

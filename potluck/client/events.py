@@ -22,7 +22,7 @@ from potluck.wire.values import Message
 log = logging.getLogger(__name__)
 
 ASK_SECONDS = 5.0
-"""How often a follower asks again. So soon it continues after it lost a connection or the coordinator."""
+"""How often a follower asks again. It continues this soon after it lost a connection or the coordinator."""
 FOLLOW_SECONDS = 15.0
 """The coordinator drops a follower that has not asked for this long."""
 _LEAVE_SECONDS = 1.0
@@ -33,9 +33,9 @@ WAITING_LIMIT = 16
 async def events(
     connection: Connection, after: int | None, last: int | None, follow: bool
 ) -> AsyncGenerator[ClusterEvent, None]:
-    """Those behind the number `after`, and of them the newest `last`; with `follow` also those that happen from now on, without an end.
+    """The events after the number `after`, or of these only the newest `last`. With `follow`, also those from now on, without an end.
 
-    Where neither number is given: all that are kept, or with `follow` none of before.
+    Without both numbers: all events that are kept, or with `follow`, only new ones.
     """
     if not follow or after is not None or last is not None:
         question, more = ListEvents(after=after or 0, last=last or 0), True
@@ -104,7 +104,7 @@ async def _following(connection: Connection, after: int | None) -> AsyncGenerato
             async with asyncio.timeout(_LEAVE_SECONDS):
                 await bus.publish(connection.topics.coordinator_inbox, replace(question, seconds=0.0), qos=0)
         except (TimeoutError, PotluckError) as error:
-            log.info("events are followed until the time is over %s", fields(reason=str(error)))
+            log.info("the coordinator was not told that the client has left %s", fields(reason=str(error)))
 
 
 async def _next(arrived: asyncio.Queue[Message], until: float) -> Message | None:

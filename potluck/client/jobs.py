@@ -200,7 +200,7 @@ class AsyncJob:
 
     @property
     def rounds(self) -> tuple[RoundMetrics, ...]:
-        """The rounds of a training job; of a very long list, an even selection. Raises Conflict before `wait`."""
+        """The rounds of a training job, or of very many rounds, an even selection. Raises Conflict before `wait`."""
         return self._known().rounds
 
     @property

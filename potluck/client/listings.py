@@ -96,7 +96,7 @@ async def _all(ask: Callable[[T | None], Awaitable[tuple[Sequence[T], bool]]]) -
 
 
 def completed(state: JobChanged) -> JobChanged:
-    """The same state; where the job succeeded, with all work done: the last count is from before the end."""
+    """The same state. If the job succeeded, its progress shows all work as done, as the last count is from before the end."""
     if state.state != "succeeded":
         return state
     return replace(state, progress=replace(state.progress, done=state.progress.total, message=""))

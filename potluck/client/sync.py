@@ -200,7 +200,7 @@ class Job:
 
     @property
     def rounds(self) -> tuple[RoundMetrics, ...]:
-        """The rounds of a training job; of a very long list, an even selection. Waits for the job."""
+        """The rounds of a training job, or of very many rounds, an even selection. Waits for the job."""
         return self.result().rounds
 
     @property
@@ -317,7 +317,7 @@ class Client:
         return self._portal.call(self._client.jobs())
 
     def job(self, job_id: str) -> Job:
-        """A job by its id, or by a beginning that only its id has. Raises NotFound, InvalidRequest."""
+        """A job by its id, or by the beginning of its id. Raises NotFound, InvalidRequest."""
         return self._job(self._client.job(job_id))
 
     def cancel(self, job_id: str) -> JobChanged:
