@@ -57,7 +57,7 @@ class Asking:
         timeout_seconds: float | None = None,
         priority: int = 0,
     ) -> Inferred:
-        """The answer of `model`, with the data of all its tensors. `timeout_seconds` holds besides that of the header, if any.
+        """The answer of `model`, with the data of all its tensors. Of `timeout_seconds` and the header's time, the shorter holds.
 
         Raises as `Inference.infer`, and as `Shelf` for large tensors.
         """
@@ -84,7 +84,7 @@ class Asking:
             except ValueError:
                 header = math.nan
             if not (math.isfinite(header) and header > 0):
-                raise InvalidRequest(f"{TIMEOUT_HEADER} is {text[:40]!r}: expected seconds, as 0.5")
+                raise InvalidRequest(f"{TIMEOUT_HEADER} is {text[:40]!r}: expected a number of seconds, such as 0.5")
             limits.append(header)
         return min(limits)
 

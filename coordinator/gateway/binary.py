@@ -1,4 +1,4 @@
-"""The binary tensor extension of the Open Inference Protocol: tensors as bytes behind the JSON of a request or an answer.
+"""The binary tensor extension of the Open Inference Protocol: tensors as bytes after the JSON of a request or an answer.
 
 As in KServe and Triton: `Inference-Header-Content-Length` is the length of the JSON. The tensors follow in its order. The
 parameter `binary_data_size` is the length of a tensor, little-endian in C order. An item of BYTES has its length as 4 bytes before it.
@@ -41,7 +41,7 @@ class TensorReader:
         """The data of an input tensor, as in `Tensor`."""
         left = len(self._tail) - self._at
         if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= left:
-            raise InvalidRequest(f"tensor '{name}': {SIZE} is {size!r:.40}, and {left} bytes are left behind the JSON")
+            raise InvalidRequest(f"tensor '{name}': {SIZE} is {size!r:.40}, and {left} bytes are left after the JSON")
         data = self._tail[self._at : self._at + size]
         self._at += size
         return unpacked(name, datatype, data)
@@ -49,4 +49,6 @@ class TensorReader:
     def close(self) -> None:
         """Raises InvalidRequest if bytes are left."""
         if self._at != len(self._tail):
-            raise InvalidRequest(f"{counted(len(self._tail) - self._at, 'byte')} behind the JSON, of no input ({SIZE})")
+            raise InvalidRequest(
+                f"{counted(len(self._tail) - self._at, 'byte')} after the JSON belong to no input ({SIZE})"
+            )

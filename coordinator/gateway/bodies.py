@@ -94,7 +94,7 @@ class Bodies:
         if mine or self.held_bytes + size > HELD_AT_ONCE * self.limit_bytes:
             count, whose = (self._of[peer], "your requests") if mine else (self.held_bytes, "requests")
             raise Overloaded(
-                f"{count} bytes of {whose} are being answered already: try again in 1 s", retry_after_seconds=1.0
+                f"{count} bytes of {whose} are already being answered: try again in 1 s", retry_after_seconds=1.0
             )
         self.held_bytes += size
         self._of[peer] += size

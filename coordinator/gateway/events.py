@@ -62,7 +62,7 @@ class FollowedEvents:
         except PotluckError as error:  # for example, the coordinator stops: the client comes back with its last number
             if not response.prepared:
                 raise
-            log.info("events are followed no more %s", fields(peer=request.remote, reason=error.message))
+            log.info("an HTTP client follows events no more %s", fields(peer=request.remote, reason=error.message))
         await response.write_eof()
         return response
 

@@ -69,4 +69,4 @@ def _head(head: bytes) -> Message:
         found.get_filename(), found.get_content_type()
         return found
     except (ValueError, LookupError, AttributeError, RecursionError) as error:
-        raise InvalidRequest("the form cannot be read: the head of a part is none") from error
+        raise InvalidRequest("the form cannot be read: the head of a part is malformed") from error

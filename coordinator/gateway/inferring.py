@@ -199,7 +199,7 @@ def _classes(parameters: dict[str, Any] | None) -> int:
     """How many classes to answer for an output; 0: the tensor itself. Raises InvalidRequest."""
     value = 0 if parameters is None else parameters.get("classification", 0)
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise InvalidRequest(f"the parameter classification is {value!r:.40}: expected how many classes")
+        raise InvalidRequest(f"the parameter classification is {value!r:.40}: expected a number of classes")
     return value
 
 

@@ -44,7 +44,7 @@ _FAILURES = {
     "404": "There is no such thing, or it is not deployed.",
     "409": "A name that is taken, or a state that forbids it.",
     "413": "The body, or an output, is too large.",
-    "415": "The Content-Type is another one.",
+    "415": "This Content-Type is not taken.",
     "429": "Too much waits already: come back after Retry-After.",
     "500": "A fault of the coordinator or a node.",
     "503": "Nothing can answer now.",

@@ -126,7 +126,7 @@ class Plain:
 def _top(request: web.Request) -> int:
     text = request.query.get("top", str(SHOWN_CLASSES))
     if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text)):
-        raise InvalidRequest(f"top is {text[:40]!r}: expected how many classes, one at least")
+        raise InvalidRequest(f"top is {text[:40]!r}: expected a number of classes, at least 1")
     return int(text)
 
 
@@ -175,7 +175,7 @@ def _scores(answer: Inferred, info: ModelInfo) -> list[Score]:
     values = to_numpy(answer.outputs[0])
     if len(answer.outputs) != 1 or values.ndim != 2 or len(values) != 1 or values.dtype.kind not in "fiu":
         shown = ", ".join(f"{one.name} {one.datatype} {list(one.shape)}" for one in answer.outputs)
-        raise InvalidRequest(f"model {answer.model} answers {shown}, and no scores of classes: ask it at /infer")
+        raise InvalidRequest(f"model {answer.model} answers {shown}, not scores of classes: ask it at /infer")
     scores, labels = of_classes(values, info.classes)
     row = [float(score) for score in scores[0].tolist()]
     return [Score(label, score) for label, score in zip(labels or map(str, range(len(row))), row, strict=True)]

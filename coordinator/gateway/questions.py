@@ -1,9 +1,9 @@
 """Questions to the coordinator over HTTP: a message as on the bus, and its answer.
 
-A browser lets a page of another origin send forms and plain text without asking, and other content types only where the server allows
-it (WHATWG Fetch, "CORS-safelisted request-header"). These routes take only such other types, and allow no other origin. For a browser,
-a page whose host name was made to mean this machine (DNS rebinding) is of our origin. But the browser says with each POST where the page
-is from (the same, "Origin"): such questions are refused.
+A browser lets a page of another origin send forms and plain text without asking. It sends other content types only if the server allows
+them (WHATWG Fetch, "CORS-safelisted request-header"). These routes take only such other types, and allow no other origin. With DNS
+rebinding, the host name of a hostile page means this machine, so a browser takes the page for one of ours. But with each POST from a
+page, a browser sends the header `Origin` (WHATWG Fetch, "Origin"): questions with that header are refused.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Questions:
                 f"the Content-Type is {request.content_type[:80]}: send {' or '.join(codec.CONTENT_TYPES.values())}",
             )
         if hdrs.ORIGIN in request.headers:
-            return problem(403, "questions from pages of browsers are not taken: ask with a program of your own")
+            return problem(403, "questions from web pages are refused: ask with a program of your own")
         question, encoding = codec.decode(await self._asking.bodies.read(request))
         caller = caller_of(request)
         answer = await self._answer(question, "" if caller == ANONYMOUS else f"http {caller}")

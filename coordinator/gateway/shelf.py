@@ -61,7 +61,7 @@ class Shelf:
             return tensor
         if ref.size > self._limit_bytes:
             raise TooLarge(
-                f"output '{tensor.name}' has {ref.size} bytes, and an answer {self._limit_bytes} at most: send fewer rows at once"
+                f"output '{tensor.name}' has {ref.size} bytes, but an answer may have at most {self._limit_bytes}: send fewer rows at once"
             )
         self._take(ref.sha256)
         try:

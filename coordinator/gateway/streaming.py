@@ -34,7 +34,7 @@ async def stream(asking: Asking, request: web.Request, model: str, inputs: tuple
     arrays = [(tensor.name, to_numpy(tensor)) for tensor in inputs]
     counts = {len(array) if array.ndim else 0 for _, array in arrays}
     if len(counts) != 1 or 0 in counts:
-        raise InvalidRequest("the inputs of a request need the same number of rows, one at least")
+        raise InvalidRequest("the inputs of a request need the same number of rows, at least 1")
     (count,) = counts
     seconds = asking.seconds(request)
     response = web.StreamResponse(headers={"Content-Type": CONTENT_TYPE, "Cache-Control": "no-store"})

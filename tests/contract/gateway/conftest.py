@@ -29,7 +29,7 @@ from support.serving_lab import Lab
 
 Deploy = Callable[..., Awaitable[None]]
 LIMIT_BYTES = 4 * 2**20
-"""Of bodies in these tests."""
+"""The limit of bodies in these tests."""
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ async def lab(tmp_path: Path, stack: AsyncExitStack) -> Lab:
 
 @pytest.fixture
 def store(tmp_path: Path) -> BlobStore:
-    """The coordinator's."""
+    """The coordinator's store."""
     return BlobStore(tmp_path / "blobs", 2**30)
 
 
@@ -59,11 +59,11 @@ def events(lab: Lab) -> Events:
 
 @pytest.fixture
 def control(lab: Lab, store: BlobStore, events: Events) -> Control:
-    """What is asked of the gateway beside inferences; there are no jobs."""
+    """Answers the gateway's questions that are no inferences; there are no jobs."""
     nothing: Any = None
 
     async def sync() -> None:
-        """What was written is on the disk."""
+        """Nothing waits to be written to the disk."""
 
     return Control(
         dispatcher=nothing, registry=lab.registry, serving=lab.serving, membership=lab.membership, deletion=nothing, packed=nothing,
@@ -94,7 +94,7 @@ async def http(
 
 @pytest.fixture
 def deploy(lab: Lab) -> Deploy:
-    """Deploys another model on node `a`, with a signature of its own."""
+    """Deploys another model on node `a`, with its own signature."""
 
     async def deployed(name: str, signature: Signature, **options: Any) -> None:
         lab.nodes["a"].signature = signature

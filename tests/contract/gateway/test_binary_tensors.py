@@ -85,7 +85,7 @@ async def test_texts_as_bytes_have_their_lengths_before_them(http: Http, deploy:
 
 WRONG: list[Any] = [
     ({"inputs": [binary_input(8)]}, b"1234567", "7 bytes are left"),
-    ({"inputs": [binary_input(8)]}, b"123456789", "1 byte behind the JSON"),
+    ({"inputs": [binary_input(8)]}, b"123456789", "1 byte after the JSON"),
     ({"inputs": [binary_input(4)]}, b"1234", "8 bytes, but data has 4"),
     ({"inputs": [binary_input(-1)]}, b"", "binary_data_size is -1"),
     ({"inputs": [binary_input("8")]}, b"12345678", "binary_data_size is '8'"),

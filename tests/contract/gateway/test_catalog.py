@@ -1,4 +1,4 @@
-"""What the faces of the gateway ask of `Control`: all pages of it, and what they make of the answers."""
+"""What the protocols of the gateway ask `Control`, with all pages, and what they make of the answers."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ async def test_the_plain_name_is_as_ready_as_the_version_that_answers_to_it(
     await asyncio.wait([loading])
 
 
-async def test_what_goes_and_only_answers_what_it_has_is_not_there_any_more(lab: Lab, http: Http) -> None:
+async def test_a_deployment_that_only_finishes_its_requests_is_not_listed(lab: Lab, http: Http) -> None:
     base, session = http
     lab.serving._deployments["m:1"].retired = True
     lab.inference.retired.add("m:1")

@@ -28,7 +28,7 @@ from support.serving_lab import Lab
 
 Http = tuple[str, aiohttp.ClientSession]
 ROWS = INPUT_LIMIT_BYTES // 4
-"""Of two FP32 each: twice what fits into a message."""
+"""Rows of two FP32: twice as many as fit into a message."""
 
 
 def asked(rows: int, *, as_json: bool = False) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def asked(rows: int, *, as_json: bool = False) -> dict[str, Any]:
 
 
 async def post(http: Http, rows: int, *, value: float = 0.5, as_json: bool = False) -> tuple[int, bytes]:
-    """(status, what is behind the JSON, or all of it)"""
+    """(status, the bytes after the JSON, or the whole body if there are none)"""
     base, session = http
     head = json.dumps(asked(rows, as_json=as_json)).encode()
     tail = b"" if as_json else np.full(2 * rows, value, np.float32).tobytes()
@@ -79,7 +79,7 @@ async def test_large_inputs_are_lent_as_blobs(
     assert isinstance(node.inputs[-1][0].data, bytes)  # this one fits
 
 
-async def test_requests_may_share_a_blob_and_others_keep_theirs(lab: Lab, store: BlobStore, http: Http) -> None:
+async def test_requests_may_share_a_blob_and_blobs_of_others_stay(lab: Lab, store: BlobStore, http: Http) -> None:
     node = lab.nodes["a"]
     node.mute = True
     node.fetch = lambda ref: store.read(ref.sha256)

@@ -120,7 +120,7 @@ WRONG: list[Any] = [
 ]
 
 
-async def test_what_is_wrong_has_its_status_and_is_named(http: Http) -> None:
+async def test_each_error_has_its_status_and_names_the_fault(http: Http) -> None:
     base, session = http
     for path, body, status, said in WRONG:
         async with session.post(base + path, data=io.BytesIO(body.encode())) as response:
@@ -167,7 +167,7 @@ async def test_data_may_be_nested_as_their_shape_is(http: Http, deploy: Deploy) 
         assert status == 400, data
 
 
-async def test_json_that_is_no_utf8_is_refused(http: Http) -> None:
+async def test_json_that_is_not_utf8_is_refused(http: Http) -> None:
     base, session = http
     for path in ("/v2/models/m/infer", "/v1/models/m:predict", "/models/m/infer"):
         async with session.post(base + path, data=b'{"inputs": [{"name": "\xff"}], "instances": ["\xff"]}') as response:
@@ -175,7 +175,7 @@ async def test_json_that_is_no_utf8_is_refused(http: Http) -> None:
             assert response.status == 400
 
 
-async def test_what_is_no_http_is_one_line_in_the_log(http: Http, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_request_that_is_not_http_is_one_line_in_the_log(http: Http, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "aiohttp.server")
     reader, writer = await asyncio.open_connection(*http[0].removeprefix("http://").split(":"))
     writer.write(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n")
@@ -222,7 +222,7 @@ async def test_metrics_are_prometheus_text(lab: Lab, http: Http) -> None:
             float(line.rsplit(" ", 1)[1])
 
 
-async def test_what_goes_wrong_at_a_replica_has_its_status(lab: Lab, http: Http) -> None:
+async def test_an_error_of_a_replica_has_its_status(lab: Lab, http: Http) -> None:
     base, session = http
     for code, retryable, status in (
         ("invalid_request", False, 400), ("invalid_model", False, 400), ("conflict", False, 409), ("engine_failed", True, 503),
@@ -250,7 +250,7 @@ async def test_a_model_that_is_not_ready_or_not_deployed(lab: Lab, http: Http) -
         assert response.status == 405
 
 
-async def test_who_goes_away_leaves_nothing(lab: Lab, http: Http) -> None:
+async def test_a_client_that_goes_away_leaves_nothing(lab: Lab, http: Http) -> None:
     base, session = http
     lab.nodes["a"].mute = True
     with pytest.raises(TimeoutError):
@@ -268,7 +268,7 @@ async def readiness(http: Http, path: str = "/v2/health/ready") -> tuple[int, st
         return response.status, said.get("error", "")
 
 
-async def test_the_server_is_ready_when_all_that_is_deployed_is(lab: Lab, stack: AsyncExitStack, http: Http) -> None:
+async def test_the_server_is_ready_when_all_deployments_are(lab: Lab, stack: AsyncExitStack, http: Http) -> None:
     assert await readiness(http) == (200, "")
     node = await lab.join(stack, "b")
     node.slow_to_load = True
@@ -285,7 +285,7 @@ async def test_the_server_is_ready_when_all_that_is_deployed_is(lab: Lab, stack:
     assert await readiness(http) == (503, "no model is deployed")
 
 
-async def test_a_new_version_that_still_loads_takes_nothing_away(lab: Lab, stack: AsyncExitStack, http: Http) -> None:
+async def test_the_server_stays_ready_while_a_new_version_loads(lab: Lab, stack: AsyncExitStack, http: Http) -> None:
     node = await lab.join(stack, "b")
     node.slow_to_load = True
     lab.add_model(2)
@@ -311,7 +311,7 @@ async def test_nothing_is_ready_without_the_bus(lab: Lab, http: Http) -> None:
     assert await readiness(http) == (200, "")
 
 
-async def test_paths_and_methods_that_are_not_there_are_answered_in_json(http: Http) -> None:
+async def test_unknown_paths_and_methods_are_answered_in_json(http: Http) -> None:
     base, session = http
     async with session.get(f"{base}/v2/modules/m") as response:
         assert response.status == 404
@@ -357,7 +357,7 @@ async def test_classification_gives_the_best_with_their_labels(http: Http, deplo
     }  # fmt: skip
 
 
-async def test_one_score_where_there_are_two_classes_is_that_of_the_second(http: Http, deploy: Deploy) -> None:
+async def test_one_score_for_two_classes_is_that_of_the_second(http: Http, deploy: Deploy) -> None:
     base, session = http
     signature = Signature(
         inputs=(TensorSpec(name="x", datatype="FP32", shape=(-1, 1)),),
@@ -416,7 +416,7 @@ async def test_compressed_bodies_are_bounded_and_checked(http: Http) -> None:
             assert said in (await response.json())["error"]
 
 
-async def test_codings_that_are_not_known_are_named(http: Http) -> None:
+async def test_an_unknown_coding_is_named(http: Http) -> None:
     base, session = http
     headers = {"Content-Encoding": "br"}
     async with session.post(f"{base}/v2/models/m/infer", data=b"x", headers=headers) as response:
@@ -424,7 +424,7 @@ async def test_codings_that_are_not_known_are_named(http: Http) -> None:
         assert "'br' is not known" in (await response.json())["error"]
 
 
-async def test_what_many_bodies_take_together_is_bounded(lab: Lab, http: Http) -> None:
+async def test_bodies_held_at_once_have_a_limit(lab: Lab, http: Http) -> None:
     base, session = http
     lab.nodes["a"].mute = True
     body = json.dumps(GOOD).encode() + b" " * 3 * 2**20
@@ -441,7 +441,7 @@ async def test_what_many_bodies_take_together_is_bounded(lab: Lab, http: Http) -
                 assert response.headers["Retry-After"] == "1"
                 error = (await response.json())["error"]
                 assert whose in error
-                assert "are being answered already" in error
+                assert "are already being answered" in error
         await lab.serving.undeploy("m")
         for answer in held:
             assert (await answer).status == 503
@@ -466,7 +466,7 @@ async def test_the_client_says_how_long_it_waits(
     assert time.monotonic() - started < 5  # of the 30 that are allowed
 
 
-async def test_a_timeout_that_is_none_is_refused(http: Http) -> None:
+async def test_an_invalid_timeout_is_refused(http: Http) -> None:
     base, session = http
     for seconds in ["", "soon", "0", "-1", "nan", "inf"]:
         headers = {"Request-Timeout": seconds}
@@ -491,7 +491,7 @@ async def test_priorities_are_as_triton_counts_them(lab: Lab, http: Http) -> Non
     await asyncio.wait(asked)
 
 
-async def test_what_a_client_that_left_has_asked_is_not_computed(lab: Lab, http: Http) -> None:
+async def test_requests_of_a_client_that_left_are_not_computed(lab: Lab, http: Http) -> None:
     base, session = http
     node = lab.nodes["a"]
     node.mute = True

@@ -1,4 +1,4 @@
-"""The gateway does what its OpenAPI description says: schemathesis asks it what it likes."""
+"""The gateway does what its OpenAPI description says: schemathesis makes the requests."""
 
 from __future__ import annotations
 
@@ -59,9 +59,9 @@ async def test_answers_are_as_they_are_described(http: Http) -> None:
 
 
 async def test_schemathesis_finds_nothing(lab: Lab, http: Http, tmp_path: Path) -> None:
-    """All its checks but one: what a schema allows is refused where it does not fit the model, which no schema knows.
+    """All its checks except one: the gateway may refuse what a schema allows, as no schema knows what the model takes.
 
-    Paths with a version or a label have the same handlers as those without; and events have no end that could be waited for.
+    Paths with a version or a label are left out, as they have the same handlers; and so are events, which never end.
     """
     base, _ = http
     (tmp_path / "schemathesis.toml").write_text(CONFIGURATION, encoding="utf-8")

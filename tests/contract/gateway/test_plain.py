@@ -26,7 +26,7 @@ Http = tuple[str, aiohttp.ClientSession]
 
 
 def signature(shape: tuple[int, ...], datatype: str = "FP32") -> Signature:
-    """Of a model whose output is as its input: the scripted node doubles it."""
+    """The signature of a model whose output is like its input: the scripted node doubles it."""
     return Signature(
         inputs=(TensorSpec(name="x", datatype=datatype, shape=shape),),
         outputs=(TensorSpec(name="y", datatype=datatype, shape=shape),),
@@ -51,7 +51,7 @@ async def post(http: Http, path: str, data: Any, content_type: str | None = None
 
 
 def sent(lab: Lab) -> np.ndarray[Any, Any]:
-    """What the model was asked last."""
+    """The last input that the model got."""
     return to_numpy(lab.nodes["a"].inputs[-1][0])
 
 
@@ -62,7 +62,7 @@ async def test_an_image_becomes_the_models_input(lab: Lab, http: Http, deploy: D
     assert sent(lab).shape == (1, 2, 3, 1)
     np.testing.assert_allclose(sent(lab), 0.2, rtol=1e-6)
     assert (status, said["error"]) == (
-        400, "model images:1 answers y FP32 [1, 2, 3, 1], and no scores of classes: ask it at /infer",
+        400, "model images:1 answers y FP32 [1, 2, 3, 1], not scores of classes: ask it at /infer",
     )  # fmt: skip
 
 
@@ -96,7 +96,7 @@ async def test_texts(lab: Lab, http: Http, deploy: Deploy) -> None:
         status, said = await post(http, "texts/classify", "größer".encode(), content_type)
         assert sent(lab).tolist() == ["größer"]
         assert status == 400
-        assert "no scores of classes" in said["error"]
+        assert "not scores of classes" in said["error"]
 
 
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"

@@ -1,4 +1,4 @@
-"""Questions to the coordinator over HTTP: answered as on the bus, and refused where a browser's page could have sent them."""
+"""Questions to the coordinator over HTTP: answered as on the bus, and refused if a web page could have sent them."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ async def test_an_answer_that_takes_time_is_waited_for(lab: Lab, http: Http) -> 
         (b'{"type": "ListJobs"}', 500, "a defect of potluck"),  # of these tests: there is no dispatcher
     ],
 )  # fmt: skip
-async def test_what_cannot_be_answered_is_told_as_everywhere_in_the_gateway(
+async def test_errors_are_answered_as_everywhere_in_the_gateway(
     http: Http, body: bytes, status: int, said: str
 ) -> None:
     found, answer = await ask(http, body)
@@ -97,7 +97,7 @@ async def test_a_page_of_another_origin_cannot_ask(lab: Lab, http: Http) -> None
     for content_type in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"):
         status, answer = await ask(http, body, content_type, Origin="http://elsewhere.example")
         assert (status, "application/msgpack" in answer["error"]) == (415, True)
-    # Nor one whose host's name was made to mean this machine, so that the browser takes it for ours.
+    # Nor can a page whose host name means this machine (DNS rebinding), so that the browser takes it for ours.
     assert (await ask(http, body, Origin=base.replace("127.0.0.1", "elsewhere.example")))[0] == 403
     assert lab.serving.ready("m")
     headers = {"Origin": "http://elsewhere.example", "Access-Control-Request-Method": "POST"}
@@ -106,7 +106,7 @@ async def test_a_page_of_another_origin_cannot_ask(lab: Lab, http: Http) -> None
         assert "Access-Control-Allow-Origin" not in response.headers
 
 
-async def test_who_says_who_asks_may_ask_again(lab: Lab, http: Http) -> None:
+async def test_a_client_that_names_itself_may_ask_again(lab: Lab, http: Http) -> None:
     lab.registry.set_alias("m:1", "prod")
     question = codec.encode(RemoveAlias(id="q-1", model="m:prod"), "json")
     for _ in range(2):
@@ -115,7 +115,7 @@ async def test_who_says_who_asks_may_ask_again(lab: Lab, http: Http) -> None:
     assert (await ask(http, question))[0] == 404
 
 
-async def test_whoever_asks_is_told_by_the_clock_of_the_coordinator(http: Http) -> None:
+async def test_a_deadline_is_measured_by_the_clock_of_the_coordinator(http: Http) -> None:
     status, answer = await ask(http, codec.encode(ListNodes(expires=time.time() + 60), "json"))
     assert (status, [node["node_id"] for node in answer["nodes"]]) == (200, ["a"])
 

@@ -71,7 +71,7 @@ async def test_several_inputs_and_outputs(http: Http, deploy: Deploy) -> None:
     assert await ask(http, "two:predict", {"inputs": columns}) == (200, said)
 
 
-async def test_numbers_that_json_has_not(http: Http) -> None:
+async def test_numbers_that_json_does_not_have(http: Http) -> None:
     status, said = await ask(http, "m:predict", '{"instances": [[NaN, -Infinity]]}')
     assert status == 200
     assert str(said) == "{'predictions': [[nan, -inf]]}"
@@ -206,7 +206,7 @@ WRONG: list[Any] = [
 ]  # fmt: skip
 
 
-async def test_what_is_wrong_is_said_in_its_words(http: Http, deploy: Deploy) -> None:
+async def test_errors_have_the_words_of_tensorflow_serving(http: Http, deploy: Deploy) -> None:
     await deploy("two", TWO)
     await deploy("texts", TEXTS)
     for path, body, status, said in WRONG:
