@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def _end_with(failed: threading.ExceptHookArgs) -> None:
-    """A thread ended by an error. Without it the engine would hear some questions and never answer: better that it is started anew."""
+    """End the engine, as a thread has failed. Without the thread, it might never answer a question. The node starts a new engine."""
     threading.__excepthook__(failed)
     sys.stderr.flush()
     os._exit(1)

@@ -66,7 +66,7 @@ class ArrayRuntime(ABC):
 
     def _run(self, batch: frames.RunBatch) -> frames.BatchRun:
         if batch.expires and time.time() > batch.expires:
-            raise TimedOut("the batch came to its turn when its time was up")
+            raise TimedOut("the batch's time was up before its turn came")
         started = time.perf_counter()
         requests = batch.requests
         if batch.files:
@@ -149,7 +149,7 @@ def left_out(*packages: str) -> Iterator[None]:
     of the time (1.6 of 4.2 s).
     """
     hidden = [package for package in packages if package not in sys.modules]
-    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None is how Python is told so
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None makes imports fail
     try:
         yield
     finally:

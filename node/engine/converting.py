@@ -77,7 +77,9 @@ def convert(
                 words.seek(0)
                 raise InvalidModel(f"the model cannot be converted to LiteRT: {words.read()}")
             if process.returncode:
-                raise EngineFailed(f"the conversion ended with status {process.returncode}, perhaps for want of memory")
+                raise EngineFailed(
+                    f"the conversion ended with status {process.returncode}, perhaps because memory ran out"
+                )
 
 
 def _save(model: Any, folder: Path) -> None:

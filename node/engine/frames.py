@@ -78,7 +78,7 @@ class RunBatch(Frame, frozen=True):
 
 
 class CancelBatch(Frame, frozen=True):
-    """The `RunBatch` of this number need not be computed; it is answered all the same."""
+    """The `RunBatch` of this number need not be computed. It still gets an answer."""
 
 
 class Pause(Frame, frozen=True):

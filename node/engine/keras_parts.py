@@ -19,27 +19,27 @@ def compiled_losses(model: Any) -> Any | None:
 
 
 def flat_losses(compiled: Any) -> list[Any]:
-    """One for each output, with its weight in the sum: `compile(loss_weights=...)` cannot be asked for them."""
+    """The loss of each output, with its weight in the sum. Keras has no public way to read `loss_weights`."""
     return list(compiled._flat_losses)
 
 
 def loss_mean(model: Any) -> Any:
-    """The metric that Keras shows as `loss`: a training step of our own has to feed it, as `train_step` does."""
+    """The metric that Keras shows as `loss`. Our own training step must update it, as `train_step` does."""
     return model._loss_tracker
 
 
 def all_layers(model: Any) -> list[Any]:
-    """The layers at every depth; `Model.layers` has the uppermost alone."""
+    """The layers at every depth. `Model.layers` has only the uppermost."""
     return list(model._flatten_layers())
 
 
 def steps(optimizer: Any) -> Any:
-    """The counter of steps, by which a schedule goes; `optimizer.iterations` counts accumulated gradients otherwise."""
+    """The counter of steps that a schedule uses. With accumulated gradients, `optimizer.iterations` is another number."""
     return optimizer._iterations
 
 
 def schedule(optimizer: Any) -> Any | None:
-    """The schedule of the learning rate; None where it has none. `optimizer.learning_rate` gives today's number."""
+    """The schedule of the learning rate; None if it has none. `optimizer.learning_rate` gives only the present number."""
     found = getattr(optimizer, "_learning_rate", None)
     return found if isinstance(found, keras.optimizers.schedules.LearningRateSchedule) else None
 
@@ -50,17 +50,17 @@ def trained_by(optimizer: Any) -> list[Any]:
 
 
 def inputs_of(model: Any) -> Any | None:
-    """The inputs of a functional model as it was given them: a map keeps its keys, which `Model.inputs` does not tell."""
+    """The inputs of a functional model in their structure: a map keeps its keys, which `Model.inputs` does not have."""
     return getattr(model, "_inputs_struct", None)
 
 
 def outputs_of(model: Any) -> Any | None:
-    """The same of its outputs."""
+    """The outputs of a functional model, in the same way."""
     return getattr(model, "_outputs_struct", None)
 
 
 def history(tensor: Any) -> Any | None:
-    """Which operation made a symbolic tensor: what stands behind an input is looked at for how it scales pixels."""
+    """The operation that made a symbolic tensor. `pixels` follows operations to see how a model scales its input."""
     return getattr(tensor, "_keras_history", None)
 
 
@@ -70,7 +70,7 @@ def functional(model: Any) -> Any | None:
 
 
 def saving() -> Any:
-    """The module that reads and writes `.keras` files: how it reads weights cannot be chosen (`keras_models._weights_from_disk`)."""
+    """The module that reads and writes `.keras` files. Keras has no option for how it reads weights (`keras_models._weights_from_disk`)."""
     from keras.src.saving import saving_lib
 
     return saving_lib

@@ -102,7 +102,7 @@ class LiteModel:
             interpreter.invoke()
             return [port.floats(interpreter.get_tensor(port.index)) for port in self._outputs]
         except FAILURES as error:
-            self._shapes = []  # whatever it has now
+            self._shapes = []  # the interpreter's shapes are unknown now
             raise ModelFailed(f"the model failed on this input: {one_line(error)}") from error
 
 
@@ -136,7 +136,7 @@ def _port(name: str, details: dict[str, Any]) -> Port:
     scales = details["quantization_parameters"]["scales"]
     if len(scales) > 1:
         raise InvalidModel(
-            f"the model's '{name}' is quantised by channels, which inputs and outputs are not elsewhere: convert it again"
+            f"the model's '{name}' is quantised by channels, but inputs and outputs must have one scale: convert it again"
         )
     scale, zero_point = details["quantization"]
     shape = tuple(int(d) for d in details["shape_signature"])

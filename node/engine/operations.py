@@ -1,15 +1,15 @@
-"""Every operation of TensorFlow that a SavedModel may have: those that compute, and touch nothing but the model's own memory.
+"""Every operation of TensorFlow that a SavedModel may have: operations that compute, and touch only the model's own memory.
 
-By their full names, so that what a later TensorFlow brings is refused until someone has looked at it. Each takes what it works on from
-its inputs, and gives it as outputs; the model's own variables, tables and generators are all that it may change. So these are not here:
+They are listed by their full names. So an operation of a later TensorFlow is refused until someone has looked at it. Each operation
+works on its inputs, and returns outputs. It may change only the model's own variables, tables and generators. So these are not here:
 
-- files: readers, writers, summaries, datasets, checkpoints, and what takes the name of a file as an attribute or input;
-- code: Python, and programs of XLA, whose calls may go anywhere in the process;
-- other machines, devices and processes: collectives, remote calls, sends and receives, TPUs, and what ends the process;
-- other models of the process: sessions, queues, stages, locks and batches, which are found by their names;
-- memory that nobody has written to (Empty), and what TensorFlow's own passes put into graphs (`_FusedConv2D`, `_MklConv2D`, ...).
+- files: readers, writers, summaries, datasets, checkpoints, and operations that take the name of a file as an attribute or input;
+- code: Python, and programs of XLA, which may call anything in the process;
+- other machines, devices and processes: collectives, remote calls, sends and receives, TPUs, and operations that end the process;
+- other models in the process: sessions, queues, stages, locks and batches, which are found by their names;
+- memory that nobody has written to (Empty), and operations that TensorFlow itself puts into graphs (`_FusedConv2D`, `_MklConv2D`, ...).
 
-`tests/unit/node/engine/test_operations.py` holds this list against all that the installed TensorFlow registers.
+`tests/unit/node/engine/test_operations.py` compares this list with all operations that the installed TensorFlow has.
 """
 
 CONTROL = """
@@ -20,7 +20,7 @@ CONTROL = """
     PreventGradient RefEnter RefExit RefIdentity RefMerge RefNextIteration RefSelect RefSwitch
     StatefulPartitionedCall StatelessCase StatelessIf StatelessWhile StopGradient Switch ToBool While
 """
-"""Constants, inputs, functions, branches and loops. What a function calls is looked through."""
+"""Constants, inputs, functions, branches and loops. The functions that they call are checked too."""
 
 VARIABLES = """
     Assign AssignAdd AssignAddVariableOp AssignSub AssignSubVariableOp AssignVariableOp CountUpTo DestroyResourceOp
@@ -31,7 +31,7 @@ VARIABLES = """
     ScatterMul ScatterNdAdd ScatterNdMax ScatterNdMin ScatterNdSub ScatterNdUpdate ScatterSub ScatterUpdate
     StridedSliceAssign TemporaryVariable VarHandleOp VarIsInitializedOp Variable VariableShape VariableV2
 """
-"""Variables of the model itself, which live in memory."""
+"""The model's own variables, in memory."""
 
 TABLES = """
     AnonymousHashTable AnonymousMutableDenseHashTable AnonymousMutableHashTable AnonymousMutableHashTableOfTensors
@@ -40,7 +40,7 @@ TABLES = """
     LookupTableRemoveV2 LookupTableSize LookupTableSizeV2 MutableDenseHashTable MutableDenseHashTableV2
     MutableHashTable MutableHashTableOfTensors MutableHashTableOfTensorsV2 MutableHashTableV2
 """
-"""Tables in memory. Those that are filled from a file are another matter: see FILLS_TABLE."""
+"""Tables in memory. For tables that are filled from a file, see FILLS_TABLE."""
 
 LISTS = """
     EmptyTensorList EmptyTensorMap Stack StackClose StackCloseV2 StackPop StackPopV2 StackPush StackPushV2 StackV2
@@ -219,7 +219,7 @@ TRAINING = """
     SparseApplyAdagradDA SparseApplyAdagradV2 SparseApplyCenteredRMSProp SparseApplyFtrl SparseApplyFtrlV2
     SparseApplyMomentum SparseApplyProximalAdagrad SparseApplyProximalGradientDescent SparseApplyRMSProp
 """
-"""Steps of optimizers, in functions that models keep beside those that they serve."""
+"""Steps of optimizers. Models may keep functions for training beside those that they serve."""
 
 ALLOWED = frozenset(
     " ".join(
@@ -245,8 +245,8 @@ ALLOWED = frozenset(
 
 PYTHON = frozenset({"PyFunc", "PyFuncStateless", "EagerPyFunc"})
 WRITES_CHECKPOINTS = frozenset({"SaveV2", "MergeV2Checkpoints"})
-"""Every SavedModel has them, to be saved anew from. Nobody does that here: they are cut out."""
+"""Every SavedModel has them, so that a program can save it again. Engines do not, so these are cut out."""
 READS_CHECKPOINT = "RestoreV2"
-"""Every SavedModel has it, to load its own variables. It may read what TensorFlow's loader names, and nothing else."""
+"""Every SavedModel has it, to load its own variables. It may read only the file that TensorFlow's loader names."""
 FILLS_TABLE = frozenset({"InitializeTableFromTextFile", "InitializeTableFromTextFileV2"})
-"""From a file of lines, which must be one of the SavedModel's own assets."""
+"""They fill a table from a text file, which must be one of the SavedModel's own assets."""

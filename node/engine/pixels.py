@@ -57,16 +57,16 @@ _KEEP = frozenset(
         "Transpose",
     ]
 )
-"""Layers, and functions of keras.ops, of which values come out as they went in: moved, cut, mixed or left out."""
+"""Layers and functions of keras.ops that do not change the scale of values: they move, cut, mix or leave out values."""
 _STEPS_LIMIT = 1000
 """How many operations are looked at: a graph with many branches has very many paths."""
 _BRIGHT, _WIDE = 1.5, 16.0
-"""A value that becomes 0, or a width that becomes 1, beyond which values can be none of 0 to 1."""
+"""Inputs are pixels of 0 to 255, and not 0 to 1, if layers make 0 of a value above _BRIGHT, or 1 of a width above _WIDE."""
 
 
 @dataclass(frozen=True)
 class _Line:
-    """`factor` * pixel + `offset`, for each channel or all of them: what the layers so far make of a pixel."""
+    """`factor` * pixel + `offset`, for each channel or for all: the value that the layers so far make of a pixel."""
 
     factor: Any = 1.0
     offset: Any = 0.0
@@ -79,7 +79,7 @@ class _Line:
 
     @property
     def expects(self) -> float:
-        """The scale with which the result has the size that layers with weights take; 0: pixels were not changed."""
+        """The factor for pixels of 0 to 255 for which these layers were made; 0: they do not change pixels."""
         if np.all(np.asarray(self.factor) == 1.0) and np.all(np.asarray(self.offset) == 0.0):
             return 0.0
         with np.errstate(all="ignore"):

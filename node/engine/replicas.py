@@ -156,7 +156,7 @@ def warm_up(model: Model, rows_limit: int, seconds: float, clock: Callable[[], f
             try:
                 values = [_accepted(model, size, values)]
             except ModelFailed as error:
-                if done and fixed:  # the same row was fine among fewer
+                if done and fixed:  # the same row worked in a smaller batch
                     raise InvalidModel(f"the model cannot run: {one_line(error.__cause__ or error)}") from error
                 break
             except InvalidModel:
@@ -166,7 +166,7 @@ def warm_up(model: Model, rows_limit: int, seconds: float, clock: Callable[[], f
             except OutOfMemory:
                 if not done:
                     raise
-                break  # smaller ones have room
+                break  # smaller batches have room
             done.add(size)
         warm = rows
     return warm

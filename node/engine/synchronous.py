@@ -164,7 +164,7 @@ class GroupMember:
 
         @tf.function(input_signature=[tf.TensorSpec((mine,), tf.int64)])  # type: ignore[untyped-decorator]
         def pick(index: Any) -> tuple[Any, ...]:
-            with tf.device("CPU"):  # the items are there: for a GPU, all of them would be copied for each batch
+            with tf.device("CPU"):  # where the items are: a GPU would copy all of them for each batch
                 columns = [tf.gather(column, index) for column in self._columns]
                 if self._decoder is not None:
                     columns = [tf.map_fn(self._decoder.decode, columns[0], fn_output_signature=self._decoder.dtype)]
@@ -204,7 +204,7 @@ class GroupMember:
         ignored = labels[0].ignored if len(labels) == 1 else None
 
         def part_of(y: Any) -> Any:
-            """The share of this member's loss, a mean over what has a class, in the batch's. All shares need not add up to 1."""
+            """The weight of this member's loss (a mean over values with a class) in the batch's loss. The weights need not add up to 1."""
             return share if ignored is None else share * tf.reduce_mean(tf.cast(y != ignored, tf.float32))
 
         def gradients(x: Any, y: Any, weight: Any = None) -> tuple[list[Any], Any]:
@@ -215,7 +215,7 @@ class GroupMember:
             keras_parts.loss_mean(model).update_state(loss, sample_weight=mine)
             model.compute_metrics(x, y, predicted, weight)
             found = tape.gradient(scaled, [variable.value for variable in model.trainable_variables])
-            # For embeddings, a gradient has each row as often as it was looked up: Keras's optimizers would square them separately.
+            # The gradient of an embedding has a row for each look-up. Such rows stay apart, as Keras's optimizers square each by itself.
             return found, loss
 
         self._alone = tf.function(gradients)
@@ -231,7 +231,7 @@ class GroupMember:
         def step(batch: Any) -> Any:
             # In the strategy's context, Keras would divide losses by the number of members. But their shares are unequal here.
             found, loss = gradients(*batch)
-            # Moving statistics by items: members have seen different ones. Whole numbers and 64 bits leave what is alike to the bit.
+            # Members have seen different items, so moving statistics are averaged by items. With 64 bits, equal values stay equal.
             means = [tf.cast(variable.value, tf.float64) * mine for variable in moving]
             part = tf.cast(part_of(batch[1]), tf.float32)
             known = [place for place, gradient in enumerate(found) if gradient is not None]
@@ -300,7 +300,7 @@ def _bytes(gradient: Any, members: float) -> int:
     if not isinstance(gradient, tf.IndexedSlices):
         return int(gradient.dtype.size) * math.prod(map(int, gradient.shape))
     rows = gradient.values
-    # To have all rows everywhere takes half of what adding them up would.
+    # Giving all rows to all members takes half as many bytes as adding them up would.
     return round(members / 2 * int(rows.dtype.size) * math.prod(map(int, rows.shape)))
 
 

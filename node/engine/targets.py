@@ -21,7 +21,7 @@ class Labels:
     """`one_hot`: float rows of `units`; `sparse`: class numbers; `binary`: 0.0 or 1.0; `plain`: as they are stored.
 
     `threshold` is the output from which a binary item counts as class 1. `shaped`: the loss compares value by value, so
-    target and output have the same shape. `ignored`: the number of what is of no class (void), which the loss leaves out.
+    target and output have the same shape. `ignored`: the number for values of no class (void), which the loss leaves out.
     """
 
     kind: Kind

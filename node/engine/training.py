@@ -32,12 +32,11 @@ from potluck.wire.values import ImageOptions
 PROGRESS_SECONDS = 1.0
 MEMORY_LIMIT_BYTES = 2 * 2**30
 MEMORY_SHARE = 1 / 4
-"""Decoded items are kept in memory up to this size, or this share of what is free; beyond, they are decoded in each epoch."""
+"""Decoded items are kept in memory up to this size, or this share of the free memory. With more, items are decoded in each epoch."""
 SHUFFLE_ITEMS = 4096
 """Window of the shuffle over items that are not kept decoded."""
 GPU_CHECK_STEPS = 20
-"""A look at the loss waits for the GPU, so not each step has one; on a CPU it costs nothing."""
-"""How often paused training checks whether its time is up, or its result is not wanted any more."""
+"""On a GPU, the loss is looked at once in this many steps, as that waits for the GPU. On a CPU it costs nothing."""
 REHEARSED_STEPS = 5
 REHEARSED_SECONDS = 0.5
 """To measure a node's speed, this many steps are taken, and no new one after this many seconds."""
@@ -57,7 +56,7 @@ class Outcome:
 
 @dataclass
 class _Ahead:
-    """Steps after the end of a round, which count for the next: from `weights`, which were those of the result."""
+    """Steps after the end of a round, which count for the next round. They began at `weights`, the weights of the result."""
 
     weights: list[Any]
     steps_limit: int
@@ -74,13 +73,13 @@ class TrainingSession:
         self.model = model
         self.roles = state.roles(model)
         self.image: ImageOptions | None = None
-        """How images become its input, of the data in use."""
+        """How images of the data in use become its input."""
         self._seed = seed
         self._beginning: list[Any] = []
         self._data_key: tuple[Any, ...] = ()
         self._decoded_as: tuple[Any, Any] = (None, None)
         self._decoded: dict[ShardPart, Any] = {}
-        """Items of the parts in use: with other shares, nodes get other parts, and most of them are the same."""
+        """Decoded items of the parts in use. When shares change, the node gets other parts, but most of them are the same."""
         self._batches: Callable[[], Any] = list
         self._iterator: Any = None
         self._batch = 0
@@ -96,7 +95,7 @@ class TrainingSession:
         self._check_every = GPU_CHECK_STEPS if tf.config.list_logical_devices("GPU") else 1
 
     def use_data(self, task: TrainTask, parts: Sequence[ShardPart]) -> None:
-        """Train on these shards from now on; nothing happens when they are the same as before.
+        """Train on these shards from now on. Does nothing if they are the same as before.
 
         Raises InvalidData, InvalidRequest, InvalidModel.
         """
@@ -112,7 +111,7 @@ class TrainingSession:
             return
         source = inputs.source_for(self.model, task.format, task.image)
         whole = source.decoder is None or source.decoded_bytes(parts) <= memory_limit()
-        # How images are decoded is told from the second round on; until then it is found out here, and is the same.
+        # From the second round on, the task says how images are decoded. In the first round we find it out, with the same result.
         if (source.image, task.format) != self._decoded_as or not whole:
             self._decoded.clear()
         self._data_key, self._iterator, self._decoded_as = (), None, (source.image, task.format)
@@ -132,7 +131,7 @@ class TrainingSession:
         else:
             assert source.decoder is not None
             dataset = self._streamed(source.decoder, parts, truth)
-        # A batch is always whole: batches run on from one pass over the data into the next.
+        # Each batch is whole: it may go on from the end of one pass over the data into the next pass.
         self._batches = lambda: dataset(batch).prefetch(2)
         self._iterator = iter(self._batches())
         self._data_key = key
@@ -145,7 +144,7 @@ class TrainingSession:
         Call it when the data are in use.
         """
         tf.config.experimental.enable_op_determinism()
-        # What XLA makes of a step rounds by what the process did before: two jobs alike in one engine differ in the last bits.
+        # XLA's rounding depends on what the process did before: two equal jobs in one engine would differ in the last bits.
         self.model.jit_compile = False
         self.forget_moments()
         model = self.model
@@ -217,10 +216,11 @@ class TrainingSession:
         overlap: bool = False,
         gate: Gate | None = None,
     ) -> Outcome:
-        """Steps until `samples` are seen or `seconds` are over, one at least. Tracing the first step is not counted.
+        """Take steps until `samples` are seen or `seconds` are over, but at least one. The time to trace a step does not count.
 
-        While the gate is shut it stands still, and that counts: so a round ends in time, and the node gets as much to do
-        as it can do beside what it gives way to. Raises InvalidModel where the loss is no number any more, and Cancelled at the step after `cancelled` was set.
+        While the gate is shut, training stands still, and that time counts. So a round ends in time, and the node gets only as
+        much to do as it can do beside inference. Raises InvalidModel if the loss is not finite any more, and Cancelled at the
+        step after `cancelled` was set.
         """
         model, batch = self.model, self._batch
         self.begun = True

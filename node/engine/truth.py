@@ -76,7 +76,7 @@ def truth_of(
     if weights is not None:
         weights = weights.astype(np.float32, copy=False)
         rank = max(map(len, shapes)) - 1
-        if weights.ndim == 1 < rank:  # of sequences: that of an item is that of each of its steps
+        if weights.ndim == 1 < rank:  # each step of a sequence has the weight of its item
             weights = weights.reshape(-1, *[1] * (rank - 1))
     return Truth(model, labels, encoded, weights)
 

@@ -1,15 +1,14 @@
-"""What a SavedModel's graphs may do, looked at before TensorFlow has seen them.
+"""Checks what a SavedModel's graphs may do, before TensorFlow sees them.
 
-TensorFlow runs more of it than the signature that is served: what makes tables, what fills them, what loads its variables. So every
-operation of every graph and function must be on the list in `operations`, and three kinds that are not, as every SavedModel has them, may
-be where they belong and nowhere else:
+TensorFlow runs more than the served signature: it also makes and fills tables, and loads variables. So every operation of every graph
+and function must be on the list in `operations`. Three more kinds of operations are allowed, but only where a SavedModel needs them:
 
-- what writes its checkpoint is cut out, with all that needs it; where something needs it that is served, the model is refused;
-- what reads its checkpoint must take the file's name from TensorFlow's loader, and be needed for nothing else;
-- what fills a table from a file must take the file's name from an asset, which lies in the SavedModel's own folder.
+- Operations that write its checkpoint are cut out, with all nodes that need them. If a served node needs one, the model is refused.
+- Operations that read its checkpoint must take the file's name from TensorFlow's loader. No served node may need them.
+- Operations that fill a table from a file must take the file's name from an asset, a file in the SavedModel's own folder.
 
-One pass over the nodes, and for names of files a walk back to where they come from: time and memory grow with `saved_model.pb`, of which
-TensorFlow makes a copy of its own afterwards. Weights, which are in other files, are not looked at.
+It looks once at each node, and walks back from the names of files to where they come from. So time and memory grow with the size of
+`saved_model.pb`, which TensorFlow then copies anyway. It does not read weights, which are in other files.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from node.engine.operations import ALLOWED, FILLS_TABLE, PYTHON, READS_CHECKPOIN
 from potluck.errors import CodeNotAllowed, InvalidModel
 
 INIT = ("saved_model_main_op", "legacy_init_op", "table_initializer")
-"""Collections of what TensorFlow runs when it loads a model of version 1."""
+"""The collections whose operations TensorFlow runs when it loads a model of version 1."""
 ASSETS = "saved_model_assets"
 INIT_SIGNATURE = "__saved_model_init_op"
 CALLS = ("PartitionedCall", "StatefulPartitionedCall")
@@ -36,9 +35,9 @@ ADVICE = 'or let nodes run any code that models bring ("lambda" in allow_code of
 
 
 def vet(saved: Any) -> bool:
-    """Look at a SavedModel (the protobuf), and cut out what writes checkpoints; whether there was any.
+    """Check a SavedModel (the protobuf), and cut out operations that write checkpoints. Returns whether it had any.
 
-    Raises CodeNotAllowed, and InvalidModel for what would run nowhere.
+    Raises CodeNotAllowed, and InvalidModel for a model that could run on no node.
     """
     bodies = [body for meta in saved.meta_graphs for body in _bodies(meta.graph_def)]
     found = sorted({node.op for body in bodies for node in body.nodes.values()} & PYTHON)
@@ -54,7 +53,7 @@ def vet(saved: Any) -> bool:
 
 
 class _Body:
-    """The nodes of a function, or of the graph around them (`name` is empty), by name."""
+    """The nodes of a function, by name; or those of the graph around the functions (then its `name` is empty)."""
 
     def __init__(self, name: str, nodes: Iterable[Any], arguments: Iterable[Any] = ()) -> None:
         listed, taken = list(nodes), list(arguments)
@@ -63,14 +62,16 @@ class _Body:
         self.arguments = {argument.name: place for place, argument in enumerate(taken)}
         lists = any(argument.number_attr or argument.type_list_attr for argument in taken)
         if lists or len(self.nodes.keys() | self.arguments.keys()) < len(listed) + len(taken):
-            raise InvalidModel(f"the SavedModel is damaged: names are there twice {self.place}: save it again")
+            raise InvalidModel(
+                f"the SavedModel is damaged: {self.place}, names are not unique, or an argument is a list: save it again"
+            )
 
     @property
     def place(self) -> str:
         return f"in its function '{self.name[:100]}'" if self.name else "in its graph"
 
     def source(self, tensor: str) -> Any:
-        """Where a tensor comes from: the place of an argument, or a node; None where nothing has this name."""
+        """Where a tensor comes from: an argument (its position), or a node; None: nothing has this name."""
         for _ in range(len(self.nodes) + 1):
             name = tensor.partition(":")[0]
             if name in self.arguments:
@@ -79,10 +80,10 @@ class _Body:
             if node is None or node.op != "Identity" or not node.input:
                 return node
             tensor = node.input[0]
-        return None  # it goes round in circles
+        return None  # the nodes form a circle
 
     def after(self, starts: Iterable[str]) -> set[str]:
-        """The names of nodes, and of all that need them."""
+        """The names of these nodes, and of all nodes that need them."""
         users = defaultdict(list)
         for node in self.nodes.values():
             for tensor in node.input:
@@ -91,14 +92,14 @@ class _Body:
 
 
 class _Vetting:
-    """Of one meta graph."""
+    """The check of one meta graph."""
 
     def __init__(self, meta: Any) -> None:
         self._meta = meta
         self._graph, *functions = _bodies(meta.graph_def)
         self._functions = {body.name: body for body in functions}
         if len(self._functions) < len(functions):
-            raise InvalidModel("the SavedModel is damaged: functions of one name are there twice: save it again")
+            raise InvalidModel("the SavedModel is damaged: two functions have the same name: save it again")
         self._callers: dict[str, list[tuple[_Body, Any]]] = defaultdict(list)
         for body in (self._graph, *functions):
             for node in body.nodes.values():
@@ -113,7 +114,7 @@ class _Vetting:
         self._assets = {_node_name(asset.tensor_info.name) for asset in _assets(meta)}
 
     def run(self) -> bool:
-        """As `vet`."""
+        """Check it, as `vet` does. Returns whether it had operations that write checkpoints."""
         for asset in _assets(self._meta):
             path = PurePosixPath(asset.filename)
             if not path.parts or path.is_absolute() or ".." in path.parts or "\0" in asset.filename:
@@ -125,7 +126,7 @@ class _Vetting:
         return cut
 
     def _called(self, node: Any, body: _Body) -> Iterator[str]:
-        """The functions that a node names. Raises InvalidModel for one that is not there."""
+        """The functions that a node names. Raises InvalidModel if the model lacks one."""
         for name in _function_names(node.attr.values()):
             if name not in self._functions:
                 raise InvalidModel(
@@ -136,7 +137,7 @@ class _Vetting:
             yield node.op
 
     def _is_call(self, node: Any) -> bool:
-        """Whether its operation is a function; those of TensorFlow come first."""
+        """Whether its operation is a function of the model. If TensorFlow has an operation of that name, it is not."""
         return node.op in self._functions and not tensorflow_parts.is_operation(node.op)
 
     def _check_operations(self) -> None:
@@ -150,16 +151,16 @@ class _Vetting:
         if unknown:
             raise InvalidModel(
                 f"the SavedModel has operations that TensorFlow does not have ({_shown(refused, unknown)}), and a SavedModel does not "
-                "hold them: save it with operations of TensorFlow alone"
+                "hold them: save it with only operations of TensorFlow"
             )
         if refused:
             raise CodeNotAllowed(
-                "the SavedModel has operations that may reach more than the model, as files of the machine it runs on "
+                "the SavedModel has operations that may reach beyond the model, such as to files of the machine it runs on "
                 f"({_shown(refused, refused)}), and nodes do not allow that: save it without them, {ADVICE}"
             )
 
     def _holding(self, operations: Iterable[str]) -> tuple[set[str], set[str]]:
-        """The functions with one of these operations, or that call such a function; and the nodes of the graph, in the same way."""
+        """(Functions, nodes of the graph) that have one of these operations, or call a function that has one."""
         wanted, users = set(operations), defaultdict(list)
         for name, callers in self._callers.items():
             users[name] = [body.name for body, _ in callers if body.name]
@@ -196,9 +197,9 @@ class _Vetting:
         return True
 
     def _check_files(self, operations: Iterable[str], kept_from: set[str], *, objects: bool) -> None:
-        """That operations which read a file take its name from where they may, and that nothing in `kept_from` needs them.
+        """Check that operations which read files take the names from where they may, and that no node in `kept_from` needs them.
 
-        `objects`: whether functions that the model gives away may have them, with an asset that was given to them.
+        `objects`: whether the model's public functions may have such operations, if the name is an asset bound to the function.
         """
         wanted = set(operations)
         functions, nodes = self._holding(wanted)
@@ -231,7 +232,7 @@ class _Vetting:
                 names.append((caller, inputs[source] if plain and source < len(inputs) else ""))
 
     def _bound_to_asset(self, body: _Body, place: int) -> bool:
-        """Whether a function that the model gives away was given an asset for this argument; what it was given comes last."""
+        """Whether an asset is bound to this argument of a public function. Bound inputs are the last arguments."""
         graph = self._meta.object_graph_def
         bound = graph.concrete_functions[body.name].bound_inputs
         place -= len(body.arguments) - len(bound)
@@ -241,7 +242,7 @@ class _Vetting:
         return bool(node.WhichOneof("kind") == "asset" and not node.registered_name)
 
     def _is_prefix(self, node: Any) -> bool:
-        """Whether it is where TensorFlow's loader puts the name of the variables' files."""
+        """Whether TensorFlow's loader puts the name of the variables' files into this node."""
         if node is None or node.name != _node_name(self._meta.saver_def.filename_tensor_name):
             return False
         for _ in range(len(self._graph.nodes)):
@@ -253,7 +254,7 @@ class _Vetting:
         return node.op == "Const" and not any(b"/" in text for text in node.attr["value"].tensor.string_val)
 
     def _is_asset(self, node: Any) -> bool:
-        """Whether it is where TensorFlow's loader puts the path of an asset, or a variable that is given nothing else."""
+        """Whether TensorFlow's loader puts the path of an asset into this node, or it reads a variable that only gets such paths."""
         if node is None:
             return False
         if node.op != "ReadVariableOp":
@@ -281,7 +282,7 @@ class _Vetting:
     def _refuse(self, operations: Iterable[str], functions: Iterable[str]) -> None:
         wanted, named = set(operations), set(functions)
         bodies = [self._functions[name] for name in named & set(self._meta.object_graph_def.concrete_functions)]
-        if not any(_has(body, wanted) for body in bodies):  # then not those that the model gives away, but all
+        if not any(_has(body, wanted) for body in bodies):  # no public function has them: name those of all
             bodies = [self._graph, *(self._functions[name] for name in named)]
         found = {node.op: body.place for body in bodies for node in body.nodes.values() if node.op in wanted}
         allowed = "assets of its own" if wanted & FILLS_TABLE else "its own variables, when it is loaded"
@@ -292,7 +293,7 @@ class _Vetting:
 
 
 def _bodies(graph: Any) -> list[_Body]:
-    """The graph itself first."""
+    """The graph itself, and then its functions."""
     functions = [_Body(each.signature.name, each.node_def, each.signature.input_arg) for each in graph.library.function]
     if not all(body.name for body in functions):
         raise InvalidModel("the SavedModel is damaged: it has a function without a name: save it again")
@@ -300,14 +301,14 @@ def _bodies(graph: Any) -> list[_Body]:
 
 
 def _assets(meta: Any) -> list[Any]:
-    """Which files are fed where; in version 1 they stand in a collection, and count where they stand nowhere else."""
+    """The assets, each with its file and its node. Models of version 1 may have them only in a collection."""
     if meta.asset_file_def or ASSETS not in meta.collection_def:
         return list(meta.asset_file_def)
     found = []
     for each in meta.collection_def[ASSETS].any_list.value:
         asset = AssetFileDef()
         if not each.Unpack(asset):
-            raise InvalidModel("the SavedModel is damaged: its assets are no assets: save it again")
+            raise InvalidModel("the SavedModel is damaged: its list of assets has something else in it: save it again")
         found.append(asset)
     return found
 
@@ -320,7 +321,7 @@ def _function_names(attributes: Iterable[Any]) -> Iterator[str]:
 
 
 def _tensors(signature: Any) -> Iterator[str]:
-    """The names of the nodes that its inputs and outputs are of."""
+    """The names of the nodes that are the inputs and outputs of a signature."""
     infos = [*signature.inputs.values(), *signature.outputs.values()]
     while infos:
         info = infos.pop()
@@ -348,7 +349,7 @@ def _closure(starts: Iterable[str], users: dict[str, list[str]]) -> set[str]:
 
 
 def _drop(messages: Any, gone: Any) -> None:
-    """In place: copies of them would hold large constants twice."""
+    """Delete messages in place: a copy of the rest would hold large constants twice."""
     for place in reversed(range(len(messages))):
         if gone(messages[place]):
             del messages[place]

@@ -35,8 +35,8 @@ READS = 40
 class Limits:
     """What an engine may take. All but `memory_bytes` (resident; 0: any) are times.
 
-    start: without progress, at its start and over a task or load. silence: without a word, and without progress. batch, load: in
-    all, for one, where nothing says that this machine or model takes longer.
+    start: the time without progress, at its start and during a task or load. silence: the time without a frame and without
+    progress. batch, load: the whole time of one, unless this machine or model is known to take longer.
     """
 
     start_seconds: float
@@ -83,8 +83,9 @@ class Watch:
     paused: bool = False
     """Whether tasks were told to stand still."""
     _batches: dict[int, _Work] = field(default_factory=dict)
-    """Of inference, which each runtime does one by one in the order in which it is asked; and all else, likewise, beside it."""
+    """Batches of inference, by frame number. Each runtime runs its own one by one, in the order of the frames."""
     _others: dict[int, _Work] = field(default_factory=dict)
+    """All other work, by frame number. It is done one by one too, beside the batches."""
     _runtimes: dict[str, str] = field(default_factory=dict)
     """The runtime of each replica."""
     _load_took: dict[str, float] = field(default_factory=dict)
