@@ -369,7 +369,7 @@ async def test_a_fetch_goes_on_when_one_of_those_who_wait_is_cancelled(hold: Hol
     assert len(holder.asked) == 1
 
 
-async def test_a_fetch_that_nobody_waits_for_ends_and_can_be_taken_up(hold: Hold, downloader: Downloader) -> None:
+async def test_a_fetch_that_nobody_waits_for_ends_and_can_be_resumed(hold: Hold, downloader: Downloader) -> None:
     data = noise(1000)
     gate = asyncio.Event()
 
@@ -416,7 +416,7 @@ async def test_connection_errors_are_explained(hold: Hold, downloader: Downloade
         f"http://{'a' * 70}", "http://\udc80", "http://1.2.3.4.5:1", "http://us\u00e9r:\u20ac@127.0.0.1:1",
     ],
 )  # fmt: skip
-async def test_addresses_that_are_none_are_named(hold: Hold, downloader: Downloader, url: str) -> None:
+async def test_malformed_addresses_are_named(hold: Hold, downloader: Downloader, url: str) -> None:
     data = noise(1000)
     with pytest.raises(Unavailable, match="is not an http://host:port address"):
         await downloader.fetch(ref_of(data, url))
@@ -510,7 +510,7 @@ async def test_a_wrong_size_is_said(hold: Hold, downloader: Downloader) -> None:
         await downloader.fetch(ref)
 
 
-async def test_nothing_has_one_hash(hold: Hold, downloader: Downloader) -> None:
+async def test_an_empty_blob_has_only_one_hash(hold: Hold, downloader: Downloader) -> None:
     assert (await downloader.fetch(ref_of(b""))).read_bytes() == b""
     holder = await hold(b"soup")
     async with asyncio.timeout(5):

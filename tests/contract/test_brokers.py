@@ -78,7 +78,7 @@ async def test_no_will_after_a_goodbye(broker: TestBroker) -> None:
         assert will.payload == b"the only one"
 
 
-async def test_whoever_is_silent_is_taken_for_lost(broker: TestBroker) -> None:
+async def test_a_silent_client_counts_as_lost(broker: TestBroker) -> None:
     """[3.1.2.10] After one and a half keep-alive times of silence, the connection ends and the will is sent."""
     async with RawClient(broker.port) as watcher, RawClient(broker.port) as silent:
         await watcher.connect("watcher")
@@ -92,7 +92,7 @@ async def test_whoever_is_silent_is_taken_for_lost(broker: TestBroker) -> None:
 
 @pytest.mark.parametrize("will", [None, ("wills", b"lost")])
 async def test_mqtt_5_is_answered_at_once(broker: TestBroker, will: Any) -> None:
-    """[3.2.2.3] By the embedded broker with `unacceptable protocol version`, as a server of 3.1.1 says it."""
+    """[3.2.2.3] The embedded broker answers `unacceptable protocol version`, as a server of 3.1.1 must."""
     async with RawClient(broker.port) as client:
         client.send(connect("modern", will=will, version=5))
         answer = await client.packet(2)
@@ -105,7 +105,7 @@ async def test_mqtt_5_is_answered_at_once(broker: TestBroker, will: Any) -> None
             assert answer.body[1] == 0
 
 
-async def test_a_packet_over_the_limit_costs_its_sender_alone(broker: TestBroker) -> None:
+async def test_a_packet_over_the_limit_ends_only_the_connection_of_its_sender(broker: TestBroker) -> None:
     async with RawClient(broker.port) as other, RawClient(broker.port) as sender:
         await other.connect("other")
         await sender.connect("sender")
@@ -121,7 +121,7 @@ async def test_a_packet_over_the_limit_costs_its_sender_alone(broker: TestBroker
 @pytest.mark.parametrize(
     "begin", [b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"\x10\xff\xff\xff\xff\x01", bytes(4000), b"\x10"]
 )
-async def test_what_is_not_mqtt_is_hung_up_on(broker: TestBroker, begin: bytes) -> None:
+async def test_a_connection_that_does_not_speak_mqtt_is_closed(broker: TestBroker, begin: bytes) -> None:
     async with RawClient(broker.port) as stranger, RawClient(broker.port) as client:
         stranger.send(begin)
         if len(begin) > 1:
@@ -130,7 +130,7 @@ async def test_what_is_not_mqtt_is_hung_up_on(broker: TestBroker, begin: bytes) 
         await client.round_trip()
 
 
-async def test_a_client_that_does_not_read_is_waited_for_by_nobody(broker: TestBroker) -> None:
+async def test_nobody_waits_for_a_client_that_does_not_read(broker: TestBroker) -> None:
     """Messages kept for it have a limit, so the broker's memory has one too. Others get everything."""
     message = bytes(256 * 1024)
     count = 2 * QUEUED_LIMIT_BYTES // len(message)
@@ -151,7 +151,7 @@ async def test_a_client_that_does_not_read_is_waited_for_by_nobody(broker: TestB
         assert process.memory_info().rss - before < 2 * QUEUED_LIMIT_BYTES
 
 
-async def test_the_embedded_broker_does_not_wait_for_those_who_say_nothing(
+async def test_the_embedded_broker_does_not_wait_for_silent_connections(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(broker_embedded, "CONNECT_SECONDS", 0.05)

@@ -557,7 +557,7 @@ async def test_stopping_while_connecting_leaves_nothing(bench: Bench) -> None:
         await bench.leave(bus)
 
 
-async def test_two_with_one_name_do_not_both_stay(bench: Bench) -> None:
+async def test_two_connections_with_one_name_do_not_both_stay(bench: Bench) -> None:
     first, second = bench.bus("same"), bench.bus("same")
     await eventually(lambda: first.counters["connects"] + second.counters["connects"] >= 2)
     await bench.leave(first)
@@ -783,7 +783,7 @@ async def test_a_retained_message_expires(mosquitto: Bench) -> None:
     await eventually(gone, timeout_seconds=5, every=0.2)
 
 
-async def test_paho_internals_that_the_bus_rests_on(mosquitto: Bench, caplog: pytest.LogCaptureFixture) -> None:
+async def test_internals_of_paho_that_the_bus_uses(mosquitto: Bench, caplog: pytest.LogCaptureFixture) -> None:
     """A large burst of both QoS through one connection: everything arrives, no writer or receipt is left behind."""
     alice, bob = await mosquitto.connected("alice", "bob")
     got, handler = inbox()
@@ -803,7 +803,7 @@ async def test_paho_internals_that_the_bus_rests_on(mosquitto: Bench, caplog: py
     assert not caplog.records
 
 
-def test_private_parts_of_the_libraries_are_there_and_one_that_goes_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_private_names_of_the_libraries_are_there_and_a_missing_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """This test names a private name that a version lacks. With such a version, the bus uses the plain connection."""
 
     async def missing() -> list[str]:
@@ -878,7 +878,7 @@ async def test_many_are_under_way_at_once_and_none_is_lost_with_the_connection(b
         await eventually(lambda: not alice._under_way)  # type: ignore[attr-defined]
 
 
-async def test_what_was_retained_last_stays_though_what_went_before_goes_again(mosquitto: Bench) -> None:
+async def test_the_last_retained_message_stays_when_earlier_ones_are_sent_again(mosquitto: Bench) -> None:
     alice, bob = await mosquitto.connected("alice", "bob")
     assert isinstance(alice, MqttBus)
     topic = TOPICS.node("n", "status")

@@ -1,4 +1,4 @@
-"""The client against a coordinator that answers as it is told: on the fake bus, and once on a real mosquitto."""
+"""The client against a coordinator that answers by script: on the fake bus, and once on a real mosquitto."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ async def test_bad_models_and_options_are_refused_before_anything_is_sent(
     assert coordinator.asked == []
 
 
-async def test_what_cannot_fit_is_said_before_data_are_packed(
+async def test_data_that_cannot_fit_are_refused_before_they_are_packed(
     client: AsyncClient, coordinator: ScriptedCoordinator, tmp_path: Path
 ) -> None:
     def missing(asked: GetModel) -> Message:
@@ -223,7 +223,7 @@ def table_model(path: Path, loss: str = "sparse_categorical_crossentropy") -> Pa
     return path
 
 
-async def test_what_data_lack_is_said_with_their_names_before_they_are_sent(
+async def test_a_missing_target_is_told_with_the_names_of_columns_before_data_are_sent(
     client: AsyncClient, coordinator: ScriptedCoordinator, tmp_path: Path
 ) -> None:
     model, table = table_model(tmp_path / "net.keras"), tmp_path / "iris.csv"
@@ -303,7 +303,7 @@ async def test_model_and_data_in_each_others_place_are_told_apart(
     assert jobs_of(coordinator) == []
 
 
-async def test_a_folder_named_as_a_data_set_is_taken_and_that_is_said(
+async def test_a_folder_named_like_a_data_set_is_used_with_a_warning(
     client: AsyncClient, coordinator: ScriptedCoordinator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
@@ -480,7 +480,7 @@ async def test_the_same_data_may_be_sent_twice_at_once(client: AsyncClient, monk
     assert (await waiting).name == "one"
 
 
-async def test_a_folder_too_far_up_is_refused_and_what_is_left_out_is_told(
+async def test_a_folder_too_far_up_is_refused_and_left_out_files_are_named(
     client: AsyncClient, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     films = tmp_path / "films"
@@ -601,7 +601,7 @@ async def test_a_job_is_drawn_when_it_has_ended(
         await empty.plot(str(tmp_path / "empty.png"))
 
 
-async def test_the_last_progress_of_a_job_that_succeeded_is_all_of_it(
+async def test_the_last_progress_of_a_job_that_succeeded_shows_all_work_done(
     client: AsyncClient, coordinator: ScriptedCoordinator
 ) -> None:
     job = await client.train("net", "images")
@@ -613,7 +613,7 @@ async def test_the_last_progress_of_a_job_that_succeeded_is_all_of_it(
         assert (progress.done, progress.total, progress.message) == (100, 100, "")
 
 
-async def test_a_job_is_followed_by_its_whole_id_however_little_of_it_was_given(
+async def test_a_job_is_followed_by_its_whole_id_if_only_the_beginning_was_given(
     client: AsyncClient, coordinator: ScriptedCoordinator
 ) -> None:
     job = await client.train("net", "images")
@@ -621,7 +621,7 @@ async def test_a_job_is_followed_by_its_whole_id_however_little_of_it_was_given(
     assert (await client.job(job.id[:2])).id == job.id
 
 
-async def test_an_answer_that_is_older_than_the_bus_takes_nothing_back(
+async def test_an_answer_that_is_older_than_news_from_the_bus_changes_nothing(
     client: AsyncClient, coordinator: ScriptedCoordinator
 ) -> None:
     job = await client.train("net", "images")
@@ -777,7 +777,7 @@ async def test_an_inference_that_may_be_lost_is_asked_again(
     assert len({asked.id for asked in coordinator.asked}) == 1
 
 
-async def test_an_inference_says_by_when_how_urgent_and_when_it_is_given_up(
+async def test_an_inference_carries_its_deadline_and_priority_and_can_be_cancelled(
     client: AsyncClient, coordinator: ScriptedCoordinator
 ) -> None:
     coordinator.answers[Infer] = coordinator.answers[CancelInfer] = lambda asked: None
@@ -861,7 +861,7 @@ async def test_the_synchronous_client_on_a_real_broker(tmp_path: Path) -> None:
         await mosquitto.stop()
 
 
-async def test_brokers_that_refuse_are_said_at_once(unused_tcp_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_brokers_that_refuse_are_named_at_once(unused_tcp_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection_module, "_FIND_SECONDS", 30.0)
     started = time.monotonic()
     with pytest.raises(Unavailable) as caught:
@@ -900,7 +900,7 @@ async def test_where_no_cluster_is_found_the_error_says_where_it_looked() -> Non
         assert part in caught.value.message, part
 
 
-async def test_discovery_turned_off_without_a_seed_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_without_discovery_and_seed_the_error_comes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("POTLUCK_DISCOVERY__ENABLED", "false")
     with pytest.raises(Unavailable, match="no broker is known"):
         await AsyncClient().nodes()

@@ -142,7 +142,7 @@ async def test_without_a_node_that_can_be_reached_the_coordinator_takes_them(clu
 
 
 @pytest.mark.parametrize("says", [BadMessage("unknown type FindReplicas"), None])
-async def test_a_coordinator_that_is_too_old_to_say_takes_them(
+async def test_a_coordinator_too_old_to_list_replicas_takes_them(
     cluster: Cluster, ask: Ask, monkeypatch: pytest.MonkeyPatch, says: PotluckError | None
 ) -> None:
     monkeypatch.setattr(inputs_module, "FIND_SECONDS", 0.2)
@@ -197,7 +197,7 @@ async def test_the_time_to_send_counts(cluster: Cluster, client: AsyncClient) ->
     assert asked.expires > 0
 
 
-def test_the_choice_is_by_what_is_under_way_and_leaves_failures_alone() -> None:
+def test_the_choice_goes_by_requests_under_way_and_avoids_nodes_that_failed() -> None:
     places = [ReplicaPlace(node_id=node_id, http=(f"http://{node_id}",)) for node_id in "abcd"]
     choice = Choice(rng=random.Random(0))
     choice.under_way.update({"a": 2, "b": 1, "d": 3})

@@ -1,4 +1,4 @@
-"""With `Credentials` filled in, nothing else has to change: each plane and its probes use TLS with its part of them."""
+"""With `Credentials` filled in, each plane and its probes use TLS. Nothing else has to change."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ async def test_a_withdrawal_is_seen_at_once(cluster: str, stack: AsyncExitStack)
         await leaving.withdraw()  # twice does no harm
         await leaving.advertise(service(cluster, "leaves"))
         assert await here.wait_for(lambda one: one.id == "leaves", 5)
-    await eventually(lambda: not here.services())  # to leave the block is to withdraw
+    await eventually(lambda: not here.services())  # leaving the block withdraws
 
 
 async def test_an_update_is_seen_once_and_whole(cluster: str, stack: AsyncExitStack) -> None:
@@ -113,8 +113,8 @@ async def test_the_longest_names_fit(cluster: str, stack: AsyncExitStack) -> Non
     assert len(there._info.text or b"") < 400
 
 
-async def test_what_is_not_ours_to_read_is_left_alone(cluster: str, stack: AsyncExitStack) -> None:
-    """Another program's service of our type, or one of a later version: no trouble, and the good one is still seen."""
+async def test_services_that_we_cannot_read_are_ignored(cluster: str, stack: AsyncExitStack) -> None:
+    """A service of another program or of a later version, with our type, does no harm, and the good one is still seen."""
     here = await stack.enter_async_context(Discovery(cluster))
     strange = AsyncZeroconf(interfaces=["127.0.0.1"], ip_version=IPVersion.V4Only)
     stack.push_async_callback(strange.async_close)
@@ -166,7 +166,7 @@ async def test_a_network_that_changed_is_used(
     assert not await early.refresh()
 
 
-async def test_who_was_not_heard_is_found_by_asking_again(cluster: str, stack: AsyncExitStack) -> None:
+async def test_a_service_that_was_not_heard_is_found_by_asking_again(cluster: str, stack: AsyncExitStack) -> None:
     here = await stack.enter_async_context(Discovery(cluster))
     await here.advertise(service(cluster, "here"))
     deaf = await stack.enter_async_context(Discovery(cluster))
@@ -204,7 +204,7 @@ async def test_a_coordinator_that_appears_is_followed(cluster: str, stack: Async
     assert await asyncio.wait_for(waiting, 5) == ("127.0.0.1", 5001)
 
 
-async def test_no_coordinator_is_said_after_a_while(
+async def test_a_missing_coordinator_is_told_after_a_while(
     cluster: str, stack: AsyncExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "FIND_SECONDS", 0.2)

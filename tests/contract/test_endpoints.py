@@ -152,7 +152,7 @@ async def test_its_first_node_takes_and_its_last_answers(stand: Stand, nodes: tu
     assert len(stand.answers) == 1
 
 
-async def test_a_late_answer_of_before_it_was_deployed_anew_answers_nobody(stand: Stand) -> None:
+async def test_a_late_answer_from_before_a_new_deployment_is_ignored(stand: Stand) -> None:
     stand.ready("r", ("a",))
     stand.ask()
     late = await stand.asked("a")
@@ -166,7 +166,7 @@ async def test_a_late_answer_of_before_it_was_deployed_anew_answers_nobody(stand
     assert stand.inference.busy("m:1")
 
 
-async def test_only_where_it_may_a_single_item_comes_without_a_batch_axis(stand: Stand) -> None:
+async def test_a_single_item_may_lack_the_batch_axis_only_where_that_is_allowed(stand: Stand) -> None:
     """Rows of HTTP are a list of items: three numbers are three bad rows there, and not one good one."""
     spec = TensorSpec(name="x", datatype="FP32", shape=(-1, 2))
     stand.registry.describe("m:1", Signature(inputs=(spec,), outputs=()))
@@ -182,7 +182,7 @@ async def test_only_where_it_may_a_single_item_comes_without_a_batch_axis(stand:
 
 
 @pytest.mark.parametrize("nodes", KINDS)
-async def test_what_others_answer_for_it_is_ignored(stand: Stand, nodes: tuple[str, ...]) -> None:
+async def test_answers_of_other_nodes_are_ignored(stand: Stand, nodes: tuple[str, ...]) -> None:
     stand.ready("r", nodes)
     stand.ask()
     batch = await stand.asked(nodes[0])
@@ -211,7 +211,7 @@ async def test_it_is_asked_again_when_any_of_its_nodes_connects_anew(
 
 
 @pytest.mark.parametrize(("nodes", "lost"), RESTING_ON)
-async def test_it_is_gone_with_any_of_its_nodes_and_others_are_asked(
+async def test_it_is_lost_with_any_of_its_nodes_and_another_replica_is_asked(
     stand: Stand, nodes: tuple[str, ...], lost: str
 ) -> None:
     stand.ready("r", nodes)
@@ -230,7 +230,7 @@ async def test_it_is_gone_with_any_of_its_nodes_and_others_are_asked(
 
 
 @pytest.mark.parametrize("nodes", KINDS)
-async def test_what_nobody_waits_for_is_withdrawn_there(stand: Stand, nodes: tuple[str, ...]) -> None:
+async def test_a_batch_that_nobody_waits_for_is_withdrawn(stand: Stand, nodes: tuple[str, ...]) -> None:
     stand.ready("r", nodes)
     asked = stand.ask()
     batch = await stand.asked(nodes[0])
@@ -242,7 +242,7 @@ async def test_what_nobody_waits_for_is_withdrawn_there(stand: Stand, nodes: tup
 
 
 @pytest.mark.parametrize("nodes", KINDS)
-async def test_inputs_are_near_it_where_it_takes_batches(stand: Stand, nodes: tuple[str, ...]) -> None:
+async def test_inputs_are_near_a_replica_if_its_first_node_has_them(stand: Stand, nodes: tuple[str, ...]) -> None:
     stand.ready("r", nodes)
     assert stand.inference.nodes_of("m") == [nodes[0]]
     stand.ready("other", ("z",))
@@ -259,7 +259,7 @@ async def test_inputs_are_near_it_where_it_takes_batches(stand: Stand, nodes: tu
     assert [type(answer) for answer in stand.answers] == [InputsLost] * 2
 
 
-async def test_of_a_deployment_that_is_closed_nothing_is_known_any_more(stand: Stand) -> None:
+async def test_a_closed_deployment_is_forgotten(stand: Stand) -> None:
     stand.ready("r", ("a", "b"))
     stand.ask()
     batch = await stand.asked("a")

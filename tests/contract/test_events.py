@@ -214,7 +214,7 @@ async def test_what_happens_is_told_as_it_happens(core: Core, follow: Follow) ->
     await eventually(lambda: not core.events._followers)
 
 
-async def test_who_comes_back_goes_on_where_it_was(core: Core, follow: Follow) -> None:
+async def test_a_follower_that_comes_back_continues_where_it_was(core: Core, follow: Follow) -> None:
     core.tell(*(f"n{number}" for number in range(1, 251)))
     heard = Heard(follow(7))
     await eventually(lambda: heard.names == [f"n{number}" for number in range(8, 251)])
@@ -266,7 +266,7 @@ async def test_an_answer_that_is_lost_or_comes_twice_changes_nothing(tmp_path: P
     lost: list[bytes] = []
 
     def loses(topic: str, payload: bytes) -> bool:
-        """Every second answer that has events; of the others it delivers the first twice."""
+        """Whether an answer is lost: every second one that has events. The first one is delivered twice."""
         told = codec.decode(payload)[0]
         if not isinstance(told, EventsListed) or not told.events:
             return False
@@ -364,7 +364,9 @@ async def test_the_command_line_shows_and_follows(core: Core, broker: TestBroker
     await eventually(lambda: not core.events._followers)
 
 
-async def test_only_so_many_follow(core: Core, client: AsyncClient, session: aiohttp.ClientSession) -> None:
+async def test_the_number_of_followers_is_limited(
+    core: Core, client: AsyncClient, session: aiohttp.ClientSession
+) -> None:
     for number in range(FOLLOWERS_EACH):
         core.events.follow(None, 30, ("http 127.0.0.1", str(number)))
     async with session.get(f"{core.url}/v1/events") as response:
@@ -376,9 +378,7 @@ async def test_only_so_many_follow(core: Core, client: AsyncClient, session: aio
         await anext(await client.events(follow=True))
 
 
-async def test_over_http_somebody_is_there_also_when_nothing_happens(
-    core: Core, session: aiohttp.ClientSession
-) -> None:
+async def test_over_http_signs_of_life_come_when_nothing_happens(core: Core, session: aiohttp.ClientSession) -> None:
     comments: list[str] = []
     heard = Heard(as_browsers_do(core, session, comments)(None))
     await eventually(lambda: len(comments) >= 3)
@@ -389,13 +389,13 @@ async def test_over_http_somebody_is_there_also_when_nothing_happens(
 
 
 @pytest.mark.parametrize("query", ["?after=-1", "?after=x", "?after=1e3", f"?after={10**15}"])
-async def test_what_is_no_number_is_refused(core: Core, session: aiohttp.ClientSession, query: str) -> None:
+async def test_an_invalid_event_number_is_refused(core: Core, session: aiohttp.ClientSession, query: str) -> None:
     async with session.get(f"{core.url}/v1/events{query}") as response:
         assert response.status == 400
         assert "is not the number of an event" in (await response.json())["error"]
 
 
-async def test_the_query_says_where_to_begin_until_something_came(core: Core, session: aiohttp.ClientSession) -> None:
+async def test_the_query_says_where_to_begin_until_an_event_came(core: Core, session: aiohttp.ClientSession) -> None:
     core.tell("a", "b", "c")
     for headers, first in (({}, b"id: 2\n"), ({"Last-Event-ID": "2"}, b"id: 3\n")):
         async with session.get(f"{core.url}/v1/events?after=1", headers=headers) as response:
@@ -404,9 +404,7 @@ async def test_the_query_says_where_to_begin_until_something_came(core: Core, se
         assert response.status == 405
 
 
-async def test_a_coordinator_that_stops_ends_what_is_followed_in_order(
-    core: Core, session: aiohttp.ClientSession
-) -> None:
+async def test_a_coordinator_that_stops_ends_its_streams_properly(core: Core, session: aiohttp.ClientSession) -> None:
     async with session.get(f"{core.url}/v1/events") as response:
         assert await response.content.readline() == b": nothing has happened\n"
         await core.stop()

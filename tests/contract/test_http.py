@@ -101,7 +101,7 @@ async def test_idle_connections_make_room(serve: Serve, caplog: pytest.LogCaptur
     assert len([line for line in caplog.messages if "connection" in line]) <= 12
 
 
-async def test_what_is_under_way_stays_and_the_rest_is_told(serve: Serve) -> None:
+async def test_requests_under_way_stay_and_new_connections_get_503(serve: Serve) -> None:
     guests = await serve(LONG)
     busy = [await guests.come(b"GET /slow HTTP/1.1\r\nHost: x\r\n\r\n") for _ in range(8)]
     await eventually(lambda: guests.at_work == 8)
@@ -153,7 +153,7 @@ async def test_half_a_body_ends(serve: Serve) -> None:
     answer = asyncio.create_task(reader.readuntil(b"}"))
     sent = 0
     while not answer.done() and sent < 99:
-        writer.write(b"x")  # never silent for as long as may be, and too slow all the same
+        writer.write(b"x")  # never silent for too long, but too slow
         sent += 1
         await asyncio.wait([answer], timeout=0.05)
     assert b" 408 " in await asyncio.wait_for(answer, 5)
@@ -194,7 +194,7 @@ async def test_the_limit_of_files_bounds_connections(serve: Serve) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_patience_is_for_what_comes() -> None:
+def test_patience_is_only_for_bodies_that_come() -> None:
     patience = Patience(30.0)
     for _ in range(100):
         assert patience.left() == 30.0
@@ -208,4 +208,4 @@ def test_patience_is_for_what_comes() -> None:
     sly = Patience(30.0)
     sly.came(60 * 2**20, 0.1)
     sly.came(1, 29.0)
-    assert sly.left() < 2.0, "much at once buys no time for later"
+    assert sly.left() < 2.0, "many bytes at once give no time for later"

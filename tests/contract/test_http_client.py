@@ -1,4 +1,4 @@
-"""Whether somebody is there, over HTTP: who takes a connection is, also when nothing sensible comes back."""
+"""Probes over HTTP: a server that takes a connection is there, even if it answers nonsense."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ async def test_what_answers(unused_tcp_port: int) -> None:
 
 @pytest.mark.parametrize("said", [b"", b"MQTT", b"HTTP/1.1 200 OK\r\n"])
 @pytest.mark.parametrize("stays", [False, True])
-async def test_who_takes_a_connection_is_there(said: bytes, stays: bool) -> None:
+async def test_a_server_that_takes_a_connection_is_there(said: bytes, stays: bool) -> None:
     """A daemon that hangs, or another program, does so."""
     over = asyncio.Event()
 

@@ -1,4 +1,4 @@
-"""`POST /inputs` of a node: what is taken and what is refused, and that nothing of it stays."""
+"""`POST /inputs` of a node: what it takes, what it refuses, and that nothing stays."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ async def client(tmp_path: Path) -> AsyncIterator[Downloader]:
 
 
 @pytest.mark.parametrize("size", [0, 10, LIMIT_BYTES])
-async def test_inputs_are_named_by_who_takes_them_and_gone_with_their_batch(
+async def test_the_node_names_inputs_and_drops_them_after_their_batch(
     taker: Taker, client: Downloader, size: int
 ) -> None:
     data = os.urandom(size)
@@ -129,7 +129,7 @@ async def test_blobs_of_others_are_fetched_once_for_all_that_need_them(taker: Ta
         assert list(others.store.folder.iterdir()) == []
 
 
-async def test_what_no_batch_comes_for_is_swept(taker: Taker, client: Downloader) -> None:
+async def test_inputs_without_a_batch_are_swept_after_a_while(taker: Taker, client: Downloader) -> None:
     used, unused = [await client.send_inputs(data, taker.url, 1.0) for data in (b"soup", b"bread")]
     (taker.inputs.store.folder / "new-broken-off").write_bytes(b"half")
     path = await taker.inputs.fetch(used)
@@ -211,8 +211,8 @@ async def test_an_upload_that_breaks_off_leaves_nothing(taker: Taker) -> None:
     assert await reader.read() == b""
 
 
-async def test_who_takes_no_inputs_is_told_apart(client: Downloader, tmp_path: Path) -> None:
-    """A node of before, and an address where nothing listens."""
+async def test_an_older_node_and_an_unreachable_one_are_told_apart(client: Downloader, tmp_path: Path) -> None:
+    """An older node, and an address where nothing listens."""
     sock = socket.create_server(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{sock.getsockname()[1]}"
     routes = server.routes(BlobStore(tmp_path / "blobs", 1 << 30), writable=False, max_bytes=0)

@@ -1,4 +1,4 @@
-"""docs/protocol.md says what is so: its messages decode, its tables name what there is."""
+"""docs/protocol.md agrees with the code: its messages decode, and its tables are complete."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EXAMPLES += [
 
 
 def check_fields(example: object, decoded: object) -> None:
-    """Every key of the example is one that the message has: a misspelt one would be ignored when it is decoded."""
+    """Check that the message has every key of the example: decoding would ignore a misspelt key."""
     if isinstance(example, dict) and isinstance(decoded, dict):
         unknown = set(example) - set(decoded) - {"type", "kind"}
         assert not unknown, unknown

@@ -55,7 +55,7 @@ async def test_who_asked_hears_of_a_fault(two: Two, caplog: pytest.LogCaptureFix
 
 
 @pytest.mark.parametrize("payload", [b'{"id": "q", "reply_to": "answers", "type": "GetJob", }', b"\x81\x90\x01"])
-async def test_what_cannot_be_read_ends_nothing(two: Two, payload: bytes) -> None:
+async def test_a_message_that_cannot_be_read_ends_nothing(two: Two, payload: bytes) -> None:
     heard: list[Message] = []
     two.client.subscribe("answers", lambda envelope: heard.append(envelope.message))
     two.server.subscribe(TOPICS.coordinator_inbox, lambda envelope: None)
@@ -67,7 +67,7 @@ async def test_what_cannot_be_read_ends_nothing(two: Two, payload: bytes) -> Non
         assert (heard[0].id, heard[0].error.code) == ("q", "bad_message")
 
 
-async def test_nobody_answers_where_no_questions_are_asked(two: Two) -> None:
+async def test_nobody_answers_on_topics_without_questions(two: Two) -> None:
     """Each node and client listens to statuses: a thousand would answer."""
     heard: list[Message] = []
     two.client.subscribe("answers", lambda envelope: heard.append(envelope.message))
@@ -93,7 +93,7 @@ async def test_nobody_answers_where_no_questions_are_asked(two: Two) -> None:
     assert two.server.counters["handler_errors"] == len(topics)
 
 
-async def test_what_one_topic_is_flooded_with_hides_no_other(two: Two, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_flood_on_one_topic_does_not_hide_errors_on_another(two: Two, caplog: pytest.LogCaptureFixture) -> None:
     for topic in (TOPICS.node("loud", "status"), TOPICS.node("shy", "status")):
         two.server.subscribe(topic, lambda envelope: None)
         for _ in range(20):

@@ -64,7 +64,7 @@ def only(lab: Lab, name: str) -> bool:
 
 
 async def answers(bus: FakeBus, count: int, model: str = "m") -> Counter[str]:
-    """Who answered so many questions, or with what error."""
+    """Ask `count` questions. Counts the answers by version, or by error."""
 
     async def one() -> str:
         try:
@@ -98,7 +98,7 @@ async def test_a_new_version_replaces_the_old_one_without_a_failed_request(lab: 
         async with load(lab, bus) as seen:
             await eventually(lambda: seen["m:1"] > 20)
             node.slow_to_load = True
-            # Who waits while this machine is busy is no reason to go back: other tests are about that.
+            # A request that is slow because this machine is busy must not cause a rollback here: other tests are about that.
             deploying = asyncio.create_task(lab.deploy("m:2", watch_seconds=0.2, rollback_factor=1000))
             await eventually(lambda: len(lab.serving.deployments()) == 2)
             node.slow_to_load = False
@@ -113,7 +113,7 @@ async def test_a_new_version_replaces_the_old_one_without_a_failed_request(lab: 
             await ask(bus, question(1, 2), "m:1")
 
 
-async def test_what_the_old_version_has_is_answered_before_it_goes(lab: Lab, node: Node) -> None:
+async def test_the_old_version_answers_its_requests_before_it_goes(lab: Lab, node: Node) -> None:
     async with client(lab) as bus:
         node.mute = True
         asked = asyncio.create_task(ask(bus, question(1, 2)))
@@ -178,7 +178,7 @@ async def test_a_canary_that_fails_is_withdrawn_and_says_why(lab: Lab, node: Nod
         assert found(lab)["m:2"].p50_seconds > 0
     await lab.deploy("m:2", canary=20)
     assert found(lab)["m:2"].role == "canary"
-    # What was before does not count.
+    # Requests from before do not count.
     assert (found(lab)["m:2"].p50_seconds, found(lab)["m:2"].failure_rate) == (0.0, 0.0)
 
 
@@ -196,7 +196,7 @@ async def test_a_version_that_does_worse_than_the_one_before_gives_way_to_it(lab
         await eventually(lambda: roles(lab) == {"m:2": "withdrawn", "m:3": "stable"})
 
 
-async def test_what_contradicts_the_signature_is_refused_at_the_door_and_counts_against_nobody(
+async def test_requests_that_contradict_the_signature_are_refused_and_count_against_no_version(
     lab: Lab, node: Node
 ) -> None:
     async with client(lab) as bus:
@@ -209,7 +209,7 @@ async def test_what_contradicts_the_signature_is_refused_at_the_door_and_counts_
         with pytest.raises(InvalidRequest, match="the request has"):
             await lab.inference.infer("m", question(1, 2, 3).inputs, 5)
         assert len(node.batches) == batches
-        node.failing, node.fails = replace(FAILS, code="invalid_request"), "m:2"  # the replica finds a value of theirs
+        node.failing, node.fails = replace(FAILS, code="invalid_request"), "m:2"  # the replica refuses a value in them
         assert await answers(bus, 30) == {"invalid_request": 30}
         node.failing = None
         lab.serving._rollout.tick(time.time())
@@ -217,7 +217,7 @@ async def test_what_contradicts_the_signature_is_refused_at_the_door_and_counts_
         assert (found(lab)["m:2"].failure_rate, found(lab)["m:2"].p50_seconds) == (0.0, 0.0)
 
 
-async def test_a_version_that_does_not_take_what_the_one_before_took_gives_way_to_it(lab: Lab, node: Node) -> None:
+async def test_a_version_that_refuses_requests_which_the_one_before_took_gives_way_to_it(lab: Lab, node: Node) -> None:
     (spec,) = node.signature.inputs
     node.signature = replace(node.signature, inputs=(replace(spec, shape=(-1, 3)),))
     async with client(lab) as bus:
@@ -230,7 +230,7 @@ async def test_a_version_that_does_not_take_what_the_one_before_took_gives_way_t
         assert await answers(bus, 10) == {"m:1": 10}
 
 
-async def test_a_shadow_gets_a_copy_of_each_question_and_costs_nobody_anything(lab: Lab, node: Node) -> None:
+async def test_a_shadow_gets_a_copy_of_each_question_and_its_failures_harm_nobody(lab: Lab, node: Node) -> None:
     await lab.deploy("m:2", shadow=True)
     async with client(lab) as bus:
         assert await answers(bus, 20) == {"m:1": 20}
@@ -244,7 +244,7 @@ async def test_a_shadow_gets_a_copy_of_each_question_and_costs_nobody_anything(l
     assert roles(lab) == {"m:1": "stable", "m:2": "withdrawn"}
 
 
-async def test_traffic_that_cannot_be_is_refused(lab: Lab) -> None:
+async def test_impossible_traffic_is_refused(lab: Lab) -> None:
     lab.registry.add_model("alone", lab.registry.model("m").model, now=1.0)
     for model, options, said in (
         ("m:1", {"canary": 10}, "no other version of m is deployed"),

@@ -27,7 +27,7 @@ async def stack() -> AsyncIterator[AsyncExitStack]:
 
 @pytest.fixture
 async def lab(tmp_path: Path, stack: AsyncExitStack, monkeypatch: pytest.MonkeyPatch) -> Lab:
-    """With models x, y and z, whose files have 10 MiB, engines that take nothing, and whatever is not asked for a moment being idle."""
+    """A lab with models x, y and z of 10 MiB. Engines take no memory, and a deployment is idle after a moment without requests."""
     monkeypatch.setattr(memory, "ENGINE_BYTES", 0)
     monkeypatch.setattr(memory, "RECENT_SECONDS", 0.5)
     monkeypatch.setattr("coordinator.serving.serving.JOIN_SECONDS", 0.5)
@@ -39,7 +39,7 @@ async def lab(tmp_path: Path, stack: AsyncExitStack, monkeypatch: pytest.MonkeyP
 
 
 async def joined(lab: Lab, stack: AsyncExitStack, node_id: str, available_mib: int, resident_mib: int) -> Node:
-    """A node with so much memory, on which a replica takes `resident_mib`."""
+    """A node with `available_mib` of free memory, on which a replica takes `resident_mib`."""
     node = await lab.join(stack, node_id)
     node.resident_bytes = resident_mib * MIB
     tell(lab, node, available_mib)
@@ -88,7 +88,7 @@ async def test_the_measured_size_is_kept_over_a_restart(lab: Lab, stack: AsyncEx
     assert found(lab) == {}
 
 
-async def test_who_was_not_asked_for_longest_makes_room_and_comes_back_on_demand(
+async def test_the_deployment_unused_for_longest_makes_room_and_comes_back_on_demand(
     lab: Lab, stack: AsyncExitStack
 ) -> None:
     node = await joined(lab, stack, "a", 250, resident_mib=100)
@@ -111,7 +111,7 @@ async def test_who_was_not_asked_for_longest_makes_room_and_comes_back_on_demand
         }
 
 
-async def test_who_has_a_least_number_or_is_asked_is_never_evicted(lab: Lab, stack: AsyncExitStack) -> None:
+async def test_a_deployment_in_use_or_with_a_least_number_is_never_evicted(lab: Lab, stack: AsyncExitStack) -> None:
     node = await joined(lab, stack, "a", 120, resident_mib=100)
     await lab.deploy("x", min_replicas=1, max_replicas=1)
     tell(lab, node, 20)
@@ -121,11 +121,11 @@ async def test_who_has_a_least_number_or_is_asked_is_never_evicted(lab: Lab, sta
     assert places(lab) == {"x:1": ["a"]}
 
 
-async def test_who_waits_in_vain_is_told_why(lab: Lab, stack: AsyncExitStack) -> None:
+async def test_a_request_that_waits_in_vain_is_told_why(lab: Lab, stack: AsyncExitStack) -> None:
     node = await joined(lab, stack, "a", 500, resident_mib=100)
     await lab.deploy("x", 1, idle_seconds=0.3)
     await eventually(lambda: found(lab)["x:1"].state == "idle")
-    await eventually(lambda: not node.loaded)  # else it may answer with what it has
+    await eventually(lambda: not node.loaded)  # otherwise it may answer with the replica that it has
     tell(lab, node, 40)
     with pytest.raises(TimedOut, match=r"no replica is ready \(a replica needs 100\.0 MiB, .* a 40\.0 MiB\)"):
         await lab.inference.infer("x", question(1, 2).inputs, 1.0)
@@ -147,7 +147,7 @@ async def test_to_zero_when_nobody_asks_and_back_on_demand(lab: Lab, stack: Asyn
         assert (await ask(bus, question(1, 2), "x")).model == "x:1"
 
 
-async def test_too_many_who_wait_for_what_is_being_loaded_are_told_when_to_come_back(
+async def test_too_many_requests_for_a_loading_model_are_told_when_to_come_back(
     lab: Lab, stack: AsyncExitStack
 ) -> None:
     node = await joined(lab, stack, "a", 500, resident_mib=10)
@@ -188,7 +188,7 @@ async def test_more_replicas_while_requests_wait_and_fewer_when_they_do_not(
     await eventually(lambda: len(lab.inference.router_of("x:1").lanes) == 1)
 
 
-async def test_wishes_that_contradict_themselves_are_refused(lab: Lab, stack: AsyncExitStack) -> None:
+async def test_contradicting_options_are_refused(lab: Lab, stack: AsyncExitStack) -> None:
     await joined(lab, stack, "a", 500, resident_mib=10)
     for options, said in (
         ({"min_replicas": 2}, "needs max_replicas"),

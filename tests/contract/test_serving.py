@@ -68,7 +68,7 @@ async def test_many_questions_share_batches(lab: Lab, stack: AsyncExitStack) -> 
     assert len(node.batches) < 40
 
 
-async def test_what_another_model_ended_is_back_at_once_and_what_ends_engines_is_given_up(
+async def test_a_model_ended_by_another_is_back_at_once_and_one_that_ends_engines_is_given_up(
     lab: Lab, stack: AsyncExitStack
 ) -> None:
     node = await lab.join(stack, "a")
@@ -126,7 +126,7 @@ async def test_a_model_that_cannot_be_loaded_says_why(lab: Lab, stack: AsyncExit
 
 @pytest.mark.parametrize("first", ["a", "b"])
 async def test_more_replicas_than_nodes_that_can_load_it(lab: Lab, stack: AsyncExitStack, first: str) -> None:
-    """Whoever comes first, the one that can or the one that cannot."""
+    """Either node may come first: the one that can load it, or the one that cannot."""
     nodes = {name: await lab.join(stack, name) for name in "ab"}
     nodes["a"].broken = True
     nodes[first].slow_to_load = True
@@ -180,7 +180,7 @@ async def test_a_node_says_nothing_of_the_replicas_of_another(lab: Lab, stack: A
     assert lab.serving.deployments()[0].resident_bytes == 0, "no machine has so much"
 
 
-async def test_a_signature_that_none_can_have_is_its_nodes_failure(lab: Lab, stack: AsyncExitStack) -> None:
+async def test_an_impossible_signature_is_a_failure_of_its_node(lab: Lab, stack: AsyncExitStack) -> None:
     odd = await lab.join(stack, "a")
     odd.signature = Signature(inputs=(TensorSpec(name="x", datatype="FP31", shape=(-1, 2)),), outputs=())
     lab.add_model()
@@ -197,8 +197,8 @@ async def test_a_signature_that_none_can_have_is_its_nodes_failure(lab: Lab, sta
     assert lab.registry.model("m").signature is None
 
 
-async def test_one_that_nothing_could_be_made_up_for_is_deployed_and_says_so(lab: Lab, stack: AsyncExitStack) -> None:
-    await lab.join(stack, "a")  # which has warmed up nothing
+async def test_a_model_that_could_not_be_warmed_up_is_deployed_and_says_so(lab: Lab, stack: AsyncExitStack) -> None:
+    await lab.join(stack, "a")  # this node warms up nothing
     lab.add_model()
     await lab.deploy("m", 1)
     assert "its first request shows whether it runs" in lab.serving.deployments()[0].reason
@@ -351,7 +351,7 @@ async def test_a_replica_that_its_node_does_not_know_is_replaced(lab: Lab, stack
     assert [replica.node_id for replica in lab.serving.deployments()[0].replicas] == ["b"]
 
 
-async def test_what_a_replica_fails_with_is_told(lab: Lab, stack: AsyncExitStack) -> None:
+async def test_the_error_of_a_replica_is_told(lab: Lab, stack: AsyncExitStack) -> None:
     node = await lab.join(stack, "a")
     lab.add_model()
     await lab.deploy("m", 1)
@@ -360,7 +360,9 @@ async def test_what_a_replica_fails_with_is_told(lab: Lab, stack: AsyncExitStack
         await lab.inference.infer("m", question(1, 2).inputs, 30)
 
 
-async def test_what_a_node_holds_after_a_restart_is_adopted_and_the_rest_goes(lab: Lab, stack: AsyncExitStack) -> None:
+async def test_replicas_on_a_node_are_adopted_after_a_restart_and_the_rest_goes(
+    lab: Lab, stack: AsyncExitStack
+) -> None:
     node = await lab.join(stack, "a")
     lab.add_model()
     await lab.deploy("m", 1)
@@ -371,13 +373,13 @@ async def test_what_a_node_holds_after_a_restart_is_adopted_and_the_rest_goes(la
     lab.nodes["a"] = node
     lab.report("a", ("m:1/a/7", "gone:3/a/1"))
     await eventually(lambda: lab.serving.deployments() and lab.serving.ready("m"))
-    await eventually(lambda: node.loaded == ["m:1/a/7", "m:1/a/7"])  # asked whether it holds it, it said so
+    await eventually(lambda: node.loaded == ["m:1/a/7", "m:1/a/7"])  # it was asked to load it, and said that it has it
     lab.report("a", ("m:1/a/7", "m:1/a/3"))  # and one that is too many
     await eventually(lambda: "m:1/a/3" in node.unloaded)
     assert "m:1/a/7" not in node.unloaded
 
 
-async def test_requests_that_cannot_be_are_refused_at_the_door(lab: Lab, stack: AsyncExitStack) -> None:
+async def test_impossible_requests_are_refused_at_once(lab: Lab, stack: AsyncExitStack) -> None:
     node = await lab.join(stack, "a")
     lab.add_model()
     await lab.deploy("m", 1)
@@ -400,7 +402,7 @@ async def test_requests_that_cannot_be_are_refused_at_the_door(lab: Lab, stack: 
             with pytest.raises(error, match=said):
                 await ask(bus, message)
         assert node.batches == []
-        # What is short as text and long as msgpack numbers: both fit as bytes.
+        # Short as JSON text, and long as numbers in msgpack: as bytes, both fit.
         asked = [ask(bus, listed("FP32", (15_000, 2), [[0.5, 0.5]] * 15_000), encoding="json") for _ in range(6)]
         answers = await asyncio.gather(*asked)
         assert {answer.outputs[0].shape for answer in answers} == {(15_000, 2)}
@@ -427,7 +429,7 @@ def test_no_tensor_takes_more_than_it_is_counted_for(
     assert len(codec.pack(tensor)) <= size_bytes(tensor)
 
 
-async def test_time_is_up_for_who_is_on_the_way_too(lab: Lab, stack: AsyncExitStack) -> None:
+async def test_the_deadline_also_ends_requests_that_a_node_has(lab: Lab, stack: AsyncExitStack) -> None:
     node = await lab.join(stack, "a")
     lab.add_model()
     await lab.deploy("m", 1)

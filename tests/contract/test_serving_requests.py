@@ -34,7 +34,7 @@ async def lab(tmp_path: Path, stack: AsyncExitStack) -> Lab:
     return made
 
 
-async def test_who_gives_up_is_not_answered_with_outputs_and_the_node_is_told(lab: Lab, stack: AsyncExitStack) -> None:
+async def test_a_client_that_gives_up_gets_no_outputs_and_the_node_is_told(lab: Lab, stack: AsyncExitStack) -> None:
     node = await lab.join(stack, "a")
     lab.add_model()
     await lab.deploy("m")
@@ -136,7 +136,7 @@ async def test_an_objective_reaches_the_router_and_the_nodes_and_outlives_a_rest
 async def test_a_single_item_gets_the_batch_axis_that_it_lacks(
     lab: Lab, stack: AsyncExitStack, specs: Any, given: dict[str, Any], sent: list[tuple[int, ...]] | None
 ) -> None:
-    """In all of its tensors, or it is refused as it is."""
+    """All of its tensors get one, or the request is refused as it came."""
     node = await lab.join(stack, "a")
     inputs = [TensorSpec(name=name, datatype=datatype, shape=shape) for name, (datatype, shape) in specs.items()]
     node.signature = Signature(inputs=tuple(inputs), outputs=())
@@ -157,7 +157,7 @@ async def test_a_single_item_gets_the_batch_axis_that_it_lacks(
 
 
 @pytest.mark.parametrize("ahead_seconds", [3600.0, -3600.0])
-async def test_a_coordinator_whose_clock_is_wrong_answers_whoever_says_how_long_he_waits(
+async def test_a_wrong_clock_does_not_harm_clients_that_say_how_long_they_wait(
     tmp_path: Path, stack: AsyncExitStack, ahead_seconds: float
 ) -> None:
     lab = Lab(tmp_path)
@@ -175,5 +175,5 @@ async def test_a_coordinator_whose_clock_is_wrong_answers_whoever_says_how_long_
         node.mute = True
         with pytest.raises(TimedOut, match="no answer in time"):
             await ask(bus, replace(asked, valid_seconds=0.3))
-        # The node hears it by no clock, too.
+        # The node, too, gets a duration and not a time of day.
         assert 0.0 < node.asked[0].valid_seconds <= 0.3

@@ -81,7 +81,7 @@ async def test_a_coordinator_that_does_not_answer_is_silent(tmp_path: Path, monk
 async def test_a_coordinator_that_hangs_here_is_found_by_its_lock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nobody answers by mDNS then; the broker does, at first with the status of a coordinator that is there, then with its will."""
+    """It does not answer by mDNS. The broker still has its status: first `online`, and later its will."""
     monkeypatch.setattr(health, "ASK_SECONDS", 0.3)
     monkeypatch.setattr(health, "TELEMETRY_SECONDS", 0.3)
     async with broker_and_bus(tmp_path) as (settings, bus):
@@ -98,7 +98,7 @@ async def test_a_coordinator_that_hangs_here_is_found_by_its_lock(
                 assert f"`kill -9 {os.getpid()}`" in found.problems[0]
 
 
-async def test_where_no_broker_answers_that_is_said(unused_tcp_port: int) -> None:
+async def test_a_broker_that_does_not_answer_is_named(unused_tcp_port: int) -> None:
     found = await health.examine(ClientSettings(cluster="lab", seeds=(f"127.0.0.1:{unused_tcp_port}",)))
     assert (found.broker, found.coordinator) == ("", "")
     assert "no broker answers at" in found.problems[0]

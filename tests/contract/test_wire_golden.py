@@ -1,4 +1,4 @@
-"""Golden files: what one version wrote, every later one reads alike.
+"""Golden files: every later version reads what one version wrote, with the same result.
 
 Each message type has `golden/<Type>.msgpack` and `golden/<Type>.json` with every field set. A file that exists is never
 rewritten unless it is deleted first: a changed wire format must be seen in review.
@@ -158,7 +158,7 @@ def test_users_import_everything_from_one_module(file: str) -> None:
 
 
 def includes(now: Any, before: Any) -> bool:
-    """Whether everything in `before` stands in `now`: new fields may come, old ones may not go."""
+    """Whether `now` has everything in `before`: new fields may come, old ones may not go."""
     if isinstance(before, dict):
         return isinstance(now, dict) and all(key in now and includes(now[key], value) for key, value in before.items())
     if isinstance(before, list):
