@@ -1,7 +1,7 @@
 """kserve's REST client against a gateway: `kserve_client.py PACKAGES URL MODEL INPUT`. Prints one JSON object.
 
-kserve's package imports its whole server (Kubernetes, Ray, metrics) before its client, and asks for an older psutil than ours: the
-client's own modules are imported beside that, as they are.
+kserve's package imports its whole server (Kubernetes, Ray, metrics) before its client, and needs an older psutil than ours. So this
+imports only the modules of the client, unchanged.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Malformed, huge and hostile messages against a running cluster: an error reply where one can be sent, and nothing breaks."""
+"""Malformed, huge and hostile messages to a running cluster: each gets an error reply if possible, and nothing breaks."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def topic(leaf: str) -> str:
         ("coordinator/inbox", {"type": "ListNodes", "pad": "x" * 300_000}, "too_large", "limit"),
     ],
 )
-async def test_the_answer_names_what_is_wrong(
+async def test_the_answer_names_the_fault(
     bus: aiomqtt.Client, leaf: str, message: dict[str, Any], code: str, said: str
 ) -> None:
     await bus.publish(topic(leaf), json.dumps({"id": "q", "reply_to": INBOX, **message}), qos=1)
@@ -203,7 +203,7 @@ TO = {"id": "q", "reply_to": INBOX}
         (msgpack.packb({b"type": b"ListNodes", b"id": b"q", b"reply_to": INBOX.encode()}), "unknown message type"),
     ],
 )
-async def test_what_cannot_be_read_is_answered_where_it_says_whom_to_answer(
+async def test_an_unreadable_question_is_answered_if_its_reply_topic_is_readable(
     bus: aiomqtt.Client, payload: str | bytes, said: str
 ) -> None:
     await bus.publish(topic("coordinator/inbox"), payload, qos=1)
@@ -241,7 +241,7 @@ async def test_the_same_submission_twice_is_one_job(cluster: LocalCluster, bus: 
     assert first["job_id"] == second["job_id"]
 
 
-async def test_another_job_under_the_id_of_one_is_refused(cluster: LocalCluster, bus: aiomqtt.Client) -> None:
+async def test_another_job_with_the_id_of_an_earlier_one_is_refused(cluster: LocalCluster, bus: aiomqtt.Client) -> None:
     model = await register(cluster, bus, "plain")
     data = json.dumps(
         {"count": 1, "format": {"kind": "arrays"}, "name": "one"} | {"shards": [{"blob": model, "count": 1}]}
@@ -265,7 +265,7 @@ async def test_another_job_under_the_id_of_one_is_refused(cluster: LocalCluster,
             assert made["job_id"] in found["error"]["message"]
 
 
-async def test_blobs_that_are_not_as_their_reference_says(cluster: LocalCluster, bus: aiomqtt.Client) -> None:
+async def test_blobs_that_differ_from_their_reference(cluster: LocalCluster, bus: aiomqtt.Client) -> None:
     model = await put(cluster, b"a model of 21 bytes..")
     wrong, nowhere = model | {"size": 22}, {"sha256": "0" * 64, "size": 5, "holders": ["http://127.0.0.1:9"]}
 
@@ -295,7 +295,9 @@ def at_least_two(paths: Iterable[Path]) -> list[Path]:
     return found if len(found) >= 2 else []
 
 
-async def test_a_deployment_names_the_blob_that_could_not_be_had(cluster: LocalCluster, bus: aiomqtt.Client) -> None:
+async def test_a_deployment_names_the_blob_that_could_not_be_fetched(
+    cluster: LocalCluster, bus: aiomqtt.Client
+) -> None:
     model = await register(cluster, bus, "lost")
     copies = await eventually(lambda: at_least_two(cluster.folder.glob(f"*/blobs/{model['sha256']}")))
     for copy in copies:
@@ -336,7 +338,9 @@ def leaves_of(kind: Any, name: str, client_id: str) -> list[str]:
     return own.get(kind, ["coordinator/inbox", f"clients/{client_id}/inbox"])
 
 
-async def test_the_whole_grammar_with_odd_values_ends_nobody(cluster: LocalCluster, bus: aiomqtt.Client) -> None:
+async def test_odd_values_in_every_field_of_every_message_end_no_process(
+    cluster: LocalCluster, bus: aiomqtt.Client
+) -> None:
     await register(cluster, bus, "sound")
     pids = [cluster.coordinator.pid, cluster.nodes[0].pid]
     broker = f"{cluster.broker_host}:{cluster.broker_port}"
@@ -353,10 +357,10 @@ async def test_the_whole_grammar_with_odd_values_ends_nobody(cluster: LocalClust
         sent = 0
         for kind in AnyMessage.__args__:
             if kind is UnloadModel:
-                continue  # of the replica: a good command, which is to be obeyed
+                continue  # a correct command for the replica: the node must obey it
             for message in odd_messages(kind, known):
                 if message.get("epoch", 0) > known["epoch"]:
-                    continue  # the last one is such
+                    continue  # the last value is of this kind
                 for leaf in leaves_of(kind, "sound", connection.bus.client_id):
                     await bus.publish(topic(leaf), msgpack.packb(message), retain=leaf.endswith(("status", "capacity")))
                     sent += 1

@@ -48,9 +48,9 @@ def test_everything_works_over_the_embedded_broker(tmp_path: Path) -> None:
 
 
 def ask_as_foreigners(cluster: LocalCluster, row: Any, expected: Any) -> None:
-    """The plain client and mosquitto's own, while another client is subscribed to all that is retained and to telemetry.
+    """The plain client and mosquitto's own, while another client is subscribed to all retained messages and telemetry.
 
-    amqtt by itself sends what is for that one to everybody who connects.
+    Without our changes, amqtt sends that client's messages to every client that connects.
     """
     broker = ("-h", cluster.broker_host, "-p", str(cluster.broker_port))
     watch = ("mosquitto_sub", *broker, "-t", f"potluck/v1/{cluster.cluster}/#", "-F", "%t")
@@ -96,7 +96,7 @@ def test_the_founding_example_runs_against_a_cluster_that_it_finds_itself(tmp_pa
     assert "accuracy" in ended.stdout
     [saved] = (tmp_path / "scratch").glob("potluck-*/model.keras")
     assert f"the trained model is in {saved}\n" in ended.stdout
-    assert not list(tmp_path.glob("*.keras")), "where somebody works nothing is left"
+    assert not list(tmp_path.glob("*.keras")), "nothing is left in the user's folder"
 
 
 def test_a_node_holds_only_the_shards_that_it_trains_on(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_a_node_holds_only_the_shards_that_it_trains_on(tmp_path: Path) -> None:
         packed = {path.name for path in (tmp_path / "coordinator" / "blobs").iterdir()}
         client.train(mlp(), "digits", epochs=3).wait(timeout=200)
         held = [{path.name for path in (tmp_path / node.name / "blobs").iterdir()} & packed for node in cluster.nodes]
-    # `packed` is the shards, the manifest and the keys, of which no node needs the last two. Shards move when the first
-    # measured speeds differ from what was assumed, but nobody ever needs all of them.
+    # `packed` is the shards, the manifest and the keys. No node needs the last two. Shards move when the first measured
+    # speeds differ from the assumed ones, but no node ever needs all shards.
     assert len(held[0] | held[1]) == info.shards
     assert all(0 < len(shards) < info.shards for shards in held)

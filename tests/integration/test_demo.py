@@ -1,4 +1,4 @@
-"""`potluck demo` trains, deploys and asks, and leaves nothing behind: no process, no folder, no open port; also after Ctrl-C."""
+"""`potluck demo` trains, deploys and asks. Also after Ctrl-C it leaves nothing behind: no process, no folder, no open port."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 
 def interruptible() -> None:
-    """What runs in the background of a shell inherits an ignored SIGINT, and Python respects that; a terminal has it not so."""
+    """Do not ignore SIGINT: a background process of a shell does, and Python keeps that; in a terminal it is not ignored."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
@@ -67,7 +67,7 @@ def test_an_interrupted_demo_leaves_nothing(folder: Path, number: signal.Signals
     deadline = time.monotonic() + seconds
     seen: dict[int, psutil.Process] = {}
     process = psutil.Process(demo.pid)
-    while time.monotonic() < deadline:  # somewhere on its way; whatever it has started by then is noted
+    while time.monotonic() < deadline:  # interrupt it at some point, and note what it has started by then
         seen |= {child.pid: child for child in process.children(recursive=True)}
         time.sleep(0.1)
     assert demo.poll() is None

@@ -30,10 +30,10 @@ def client(cluster: LocalCluster) -> Iterator[Client]:
 
 
 def network() -> Any:
-    """With all that may differ from run to run: random layers, an optimizer with state, moving statistics."""
+    """A model with all that may differ from run to run: random layers, an optimizer with state, moving statistics."""
     import keras
 
-    keras.utils.clear_session()  # names of layers are numbered on, and stand in the file
+    keras.utils.clear_session()  # otherwise layers get higher numbers in their names, which are in the file
     keras.utils.set_random_seed(1)
     model = keras.Sequential(
         [
@@ -57,7 +57,7 @@ def begin(client: Client, **options: Any) -> Job:
 
 
 def checkpoint(job: Job) -> str:
-    """The hash of the last weights: of all their bits."""
+    """The hash of the last weights, of all their bits."""
     found = job.result().checkpoint
     assert found is not None
     return found.sha256

@@ -70,7 +70,7 @@ async def test_the_same_seed_gives_the_same_weights_as_keras_would(lab: Lab) -> 
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
-async def test_weights_that_are_given_are_the_ones_trained(lab: Lab) -> None:
+async def test_training_begins_at_the_given_weights(lab: Lab) -> None:
     x, y = blobs(64)
     model = dense(optimizer="sgd")
     zeros = {f"w{i:05}": np.zeros(weight.shape, np.float32) for i, weight in enumerate(model.weights)}
@@ -119,7 +119,7 @@ async def test_a_task_is_cancelled_at_its_next_step(lab: Lab) -> None:
     assert isinstance(await lab.run(replace(task, samples=32), "cancel"), TrainResult)  # and goes on with the next
 
 
-async def test_a_loss_that_is_no_number_ends_the_round(lab: Lab) -> None:
+async def test_a_loss_that_is_not_finite_ends_the_round(lab: Lab) -> None:
     x, y = blobs()
     model = dense(units=1, activation="linear", loss="mse", optimizer=_sgd(1e30))
     with pytest.raises(InvalidModel, match=r"the loss became (nan|inf) at step \d+.*lower the learning rate"):
@@ -190,7 +190,7 @@ async def test_slices_merge_into_what_keras_evaluates(
     assert np.trace(table) / 250 == pytest.approx(expected["accuracy"], abs=1e-6)
 
 
-async def test_a_loss_that_sums_is_counted_an_item(lab: Lab) -> None:
+async def test_a_loss_that_is_a_sum_is_counted_per_item(lab: Lab) -> None:
     import keras
 
     x, y = blobs(100)
@@ -202,7 +202,7 @@ async def test_a_loss_that_sums_is_counted_an_item(lab: Lab) -> None:
         assert result.sums["loss"] / 100 == pytest.approx(expected, abs=1e-5)
 
 
-async def test_sequences_have_no_confusion_but_their_metrics(lab: Lab) -> None:
+async def test_sequences_have_metrics_but_no_confusion_matrix(lab: Lab) -> None:
     import keras
 
     tokens = np.random.default_rng(0).integers(0, 5, (40, 6))
@@ -216,7 +216,7 @@ async def test_sequences_have_no_confusion_but_their_metrics(lab: Lab) -> None:
     assert {name: value / 40 for name, value in result.sums.items()} == pytest.approx(expected, abs=1e-6)
 
 
-async def test_other_weights_and_then_its_own_again(lab: Lab) -> None:
+async def test_a_model_is_evaluated_with_other_weights_and_then_with_its_own_again(lab: Lab) -> None:
     x, y = blobs(50)
     model = dense()
     zeros = {f"w{i:05}": np.zeros(weight.shape, np.float32) for i, weight in enumerate(model.weights)}

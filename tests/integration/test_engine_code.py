@@ -130,7 +130,7 @@ async def test_lambda_layers_run_only_where_they_are_allowed(allowing: Lab, stri
             np.testing.assert_allclose(to_numpy((await lab.run(task)).outputs[0]), X * 2)
 
 
-async def test_a_step_of_its_own_is_no_part_of_a_synchronous_one(own: Any, allowing: Lab) -> None:
+async def test_a_model_with_its_own_step_cannot_train_synchronously(own: Any, allowing: Lab) -> None:
     task = SyncTask(
         model=allowing.files.model(compiled(own.Stepping(5))), data=allowing.files.arrays(1, x=X, y=Y), image=None,
         format=training(None, ()).format, formation="f", members=("127.0.0.1:1",), batches=(16,), rank=0, first_step=0,
@@ -142,7 +142,7 @@ async def test_a_step_of_its_own_is_no_part_of_a_synchronous_one(own: Any, allow
     assert (await allowing.run(plain, "sync")).steps == 1
 
 
-async def test_a_module_that_is_not_there_is_named(tmp_path: Path) -> None:
+async def test_a_missing_module_is_named(tmp_path: Path) -> None:
     engine = Engine(tmp_path / "scratch", threads=1, limits=Limits(60, 20), allow_code=["no_such_module"])
     with pytest.raises(EngineFailed, match="allow_code names the module 'no_such_module', which cannot be imported"):
         await engine.start()

@@ -1,4 +1,4 @@
-"""Texts and recordings in an engine: the same numbers as Keras alone gets from the same folder."""
+"""Texts and recordings in an engine: the same numbers as Keras gets from the same folder."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ async def test_texts_give_the_numbers_of_keras(lab: Lab, tmp_path: Path, shape: 
 async def test_recordings_give_the_numbers_of_keras(
     lab: Lab, tmp_path: Path, shape: tuple[int, ...], channels: int
 ) -> None:
-    """Of 500 to 900 samples each: shorter ones are padded with zeros, longer ones cut."""
+    """Recordings have 500 to 900 samples: shorter ones are padded with zeros, longer ones are cut."""
     folder = write_tones(tmp_path / "tones")
     if channels == 2:
         left, right = tone(300, 700), tone(900, 700)
@@ -210,7 +210,7 @@ async def test_models_and_data_that_do_not_fit_are_named(lab: Lab, tmp_path: Pat
     assert (await lab.run(prediction(for_text, whole([text]), format=TEXTS))).count == 2, "an empty text is a text"
 
 
-async def test_what_no_decoder_reads_is_named(lab: Lab) -> None:
+async def test_a_file_that_no_decoder_reads_is_named(lab: Lab) -> None:
     for bad in (b"RIFF no wave", wav(tone(300), bits=32, code=FLOAT)):
         shard = lab.files.images([(wav(tone(300)), 0), (bad, 1)], "wav")
         blob = lab.files.model(audio_model())

@@ -1,4 +1,4 @@
-"""Replicas of every format: the same model gives the same outputs, and what cannot be served says why."""
+"""Replicas of every format: the same model gives the same outputs, and a model that cannot be served says why."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ async def test_models_that_take_batches_of_one_size_are_asked_in_that(lab: Lab, 
                 np.testing.assert_array_equal(found, 2 * asked)
 
 
-async def test_savedmodels_that_are_more_than_a_graph_are_refused(lab: Lab, tmp_path: Path) -> None:
+async def test_savedmodels_that_cannot_be_served_are_refused(lab: Lab, tmp_path: Path) -> None:
     import tensorflow as tf
 
     spec = tf.TensorSpec((None, 2), tf.float32, name="x")
@@ -177,7 +177,7 @@ async def test_savedmodels_that_are_more_than_a_graph_are_refused(lab: Lab, tmp_
             await load(lab, f"bad {number}", ref, "savedmodel")
 
 
-async def test_lite_models_with_operations_that_litert_has_not_are_refused(lab: Lab, tmp_path: Path) -> None:
+async def test_lite_models_with_operations_that_litert_lacks_are_refused(lab: Lab, tmp_path: Path) -> None:
     import tensorflow as tf
 
     folder = saved(tmp_path / "m", lambda x: {"y": tf.math.tan(x)}, tf.TensorSpec((None, 2), tf.float32, name="x"))
@@ -192,7 +192,7 @@ async def test_lite_models_with_operations_that_litert_has_not_are_refused(lab: 
             await load(lab, "wrong", lab.files.put(wrong), "tflite")
 
 
-async def test_what_is_no_savedmodel_leaves_nothing_behind(lab: Lab, tmp_path: Path) -> None:
+async def test_a_blob_that_is_no_savedmodel_leaves_nothing_behind(lab: Lab, tmp_path: Path) -> None:
     (tmp_path / "saved_model.pb").write_bytes(b"x" * 9)
     damaged = lab.files.saved_model(tmp_path)
     (tmp_path / "saved_model.pb").rename(tmp_path / "other.pb")

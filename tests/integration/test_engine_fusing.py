@@ -1,4 +1,4 @@
-"""Optimizers of many weights step as one program of XLA: the same numbers as Keras's own operations, and those where that cannot be."""
+"""Optimizers of many weights step as one program of XLA, with the same numbers as Keras. If XLA cannot do it, Keras does."""
 
 from __future__ import annotations
 
@@ -76,9 +76,9 @@ def test_the_numbers_are_those_of_keras(name: str) -> None:
 
 
 def flips_taken_back(ours: Any, theirs: Any) -> Any:
-    """Without the very few numbers where the sign of a momentum near zero came out otherwise, as the last bits decide.
+    """All numbers except the few where a momentum near zero has another sign, which the last bits decide.
 
-    Lion steps by that sign alone, so such a weight is off by a step or two; an optimizer that is wrong is off everywhere.
+    Lion uses only that sign for its step, so such a weight is off by a step or two. A wrong optimizer would be off everywhere.
     """
     flipped = np.abs(ours - theirs) > 2e-6 + 1e-4 * np.abs(theirs)
     assert flipped.sum() <= max(1, ours.size // 100_000)
@@ -104,7 +104,7 @@ def test_small_models_and_scaled_losses_are_left_alone() -> None:
     assert not fuse(wide("sgd").optimizer)  # without momentum there is nothing to save
 
 
-def test_embeddings_of_which_a_step_has_few_rows_train_as_before() -> None:
+def test_embeddings_train_as_before() -> None:
     import keras
 
     def made() -> Any:
@@ -126,7 +126,7 @@ def test_embeddings_of_which_a_step_has_few_rows_train_as_before() -> None:
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_taken_back_it_is_kerass_own_again() -> None:
+def test_after_unfuse_the_optimizer_is_kerass_own_again() -> None:
     model = wide("adam")
     own = model.optimizer.apply
     assert fuse(model.optimizer)
@@ -151,7 +151,9 @@ def unusual() -> Any:
 
 @pytest.mark.parametrize("usual", [True, False])
 @pytest.mark.parametrize("kind", ["round", "sync"])
-def test_engines_train_so_and_without_where_xla_cannot(tmp_path: Path, kind: str, usual: bool) -> None:
+def test_engines_fuse_the_step_and_train_without_where_xla_cannot_compile_it(
+    tmp_path: Path, kind: str, usual: bool
+) -> None:
     import keras
 
     files = Files(tmp_path / "blobs")

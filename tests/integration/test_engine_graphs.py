@@ -48,7 +48,7 @@ def test_every_way_gives_the_same_answer(made: Any, tmp_path: Path) -> None:
     usual = graph._ordinary_call()(*inputs)
     assert len(usual) == len(model.outputs)
     if made is texts:
-        with pytest.raises(ValueError, match="more than variables"):  # its words stand in a table
+        with pytest.raises(ValueError, match="more than variables"):  # its words are in a table
             graph._session_call()
     else:
         assert "Session" in type(graph._call).__qualname__ or "Session" in type(graph._call).__module__
@@ -68,7 +68,7 @@ def test_a_large_model_is_not_held_several_times(tmp_path: Path, monkeypatch: py
     assert graphs.load_keras(tmp_path / "m.keras", tmp_path).run(inputs)[0].shape == (5, 3)
 
 
-def test_what_a_graph_refuses_is_said_whichever_way_it_is_called(
+def test_a_refused_input_gives_the_same_error_in_every_way_of_calling(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from node.engine import graphs

@@ -1,4 +1,4 @@
-"""Compiled metrics that are no means, as AUC and precision: what parts have counted adds up to what Keras says of the whole."""
+"""Compiled metrics that are not means, such as AUC and precision: the counts of parts add up to Keras's values for the whole."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ CASES: dict[str, tuple[int, str | None, str, Callable[[Any], list[Any]], set[str
 
 
 @pytest.mark.parametrize("kind", CASES)
-async def test_parts_add_up_to_what_keras_says_of_the_whole(lab: Lab, kind: str) -> None:
+async def test_parts_add_up_to_the_values_of_keras(lab: Lab, kind: str) -> None:
     units, activation, loss, metrics, names = CASES[kind]
     model = network(units, activation, loss, metrics)
     x, y = np.random.default_rng(3).normal(size=(ROWS, 6)).astype(np.float32), targets(kind)
@@ -102,9 +102,7 @@ async def test_parts_add_up_to_what_keras_says_of_the_whole(lab: Lab, kind: str)
     ("chosen", "threshold"),
     [(lambda m: ["accuracy"], 0.5), (lambda m: [m.BinaryAccuracy(threshold=0.1)], 0.1), (lambda m: [m.Recall()], 0.5), (lambda m: [], 0.0)],
 )  # fmt: skip
-async def test_all_of_a_report_has_one_threshold(
-    lab: Lab, chosen: Callable[[Any], list[Any]], threshold: float
-) -> None:
+async def test_a_whole_report_has_one_threshold(lab: Lab, chosen: Callable[[Any], list[Any]], threshold: float) -> None:
     import keras
 
     model = network(1, None, keras.losses.BinaryCrossentropy(from_logits=True), chosen)
@@ -124,7 +122,7 @@ async def test_all_of_a_report_has_one_threshold(
 
 
 @pytest.mark.parametrize(("void", "pixels"), [(255, True), (-1, True), (-1, False)])
-async def test_what_has_no_class_is_left_out_as_keras_leaves_it_out(lab: Lab, void: int, pixels: bool) -> None:
+async def test_values_without_a_class_are_left_out_as_in_keras(lab: Lab, void: int, pixels: bool) -> None:
     import keras
 
     keras.utils.set_random_seed(1)
@@ -137,7 +135,7 @@ async def test_what_has_no_class_is_left_out_as_keras_leaves_it_out(lab: Lab, vo
     rng = np.random.default_rng(3)
     x = rng.normal(size=(ROWS, *model.input_shape[1:])).astype(np.float32)
     y = rng.integers(0, 3, (ROWS, 4, 4) if pixels else (ROWS,))
-    y[rng.random(y.shape) < rng.random((ROWS, 1, 1) if pixels else ROWS)] = void  # of each item another share
+    y[rng.random(y.shape) < rng.random((ROWS, 1, 1) if pixels else ROWS)] = void  # another share of each item
     y[:40] = void  # and whole batches
     y = y.astype(np.uint8 if void == 255 else np.int64)
     blob, shards = lab.files.model(model), lab.files.arrays(3, x=x, y=y)

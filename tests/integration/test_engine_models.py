@@ -1,4 +1,4 @@
-"""Any Keras model: kinds of layers, precisions and optimizers, each trained for rounds, whose updates lead where it went."""
+"""Many Keras models: each kind of layer, precision and optimizer trains for rounds, and its updates lead to its weights."""
 
 from __future__ import annotations
 
@@ -115,13 +115,13 @@ MODELS: dict[str, Callable[[], Made]] = {
 
 @pytest.mark.parametrize("names", [("after", "before"), (None, None)])
 async def test_a_map_of_inputs_goes_by_its_keys_as_in_keras(lab: Lab, names: tuple[str | None, str | None]) -> None:
-    """Not by the names of the input layers, which may be others, or the same the other way round."""
+    """Names of input layers do not count: they may differ from the keys, or be the same keys in another order."""
     import keras
 
     keras.utils.set_random_seed(0)
     one, two = keras.Input((2,), name=names[0]), keras.Input((2,), name=names[1])
     both = keras.layers.Concatenate()([one, two])
-    # A warning is all that Keras has against it.
+    # Keras only warns of it.
     with pytest.warns(UserWarning, match="all keys in the dict must match"):
         model = keras.Model({"before": one, "after": two}, keras.layers.Dense(1)(both))
     model.compile(keras.optimizers.SGD(0.1), "mse")

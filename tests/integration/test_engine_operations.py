@@ -1,4 +1,4 @@
-"""Models that reach for files of the machine, refused by an engine before anything of them runs; and such as have files of their own."""
+"""Models that reach for files of the machine are refused before any of it runs. Models with files of their own are not."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def text(length: Any) -> Any:
 
 
 def first(dataset: Any) -> Any:
-    """Of a data set's items."""
+    """The length of the text in a data set with one item."""
     import tensorflow as tf
 
     return text(tf.raw_ops.DatasetToSingleElement(dataset=dataset, output_types=[tf.string], output_shapes=[()])[0])
@@ -169,7 +169,7 @@ async def test_keras_models_that_name_files_are_refused(lab: Lab, tmp_path: Path
         return (tmp_path / "weights").read_bytes()
 
     def linked(path: Path) -> None:
-        """The kernel as what stands in another file."""
+        """Let the kernel be bytes of another file."""
         with h5py.File(path, "r+") as file:
             names: list[str] = []
             file.visititems(lambda name, item: names.append(name) if getattr(item, "shape", ()) == (2, 3) else None)
@@ -230,7 +230,7 @@ async def test_savedmodels_of_many_kinds_answer_as_before(lab: Lab, tmp_path: Pa
         return {"y": tf.ensure_shape(tf.map_fn(one, x, fn_output_signature=tf.float32), (None, 3))}
 
     def tensorflows(folder: Path, x: Any) -> Any:
-        """What TensorFlow makes of it by itself, where that is not what Keras does."""
+        """TensorFlow's own result, where Keras's differs."""
         [found] = tf.saved_model.load(folder).signatures["serving_default"](tf.constant(x)).values()
         return found.numpy()
 

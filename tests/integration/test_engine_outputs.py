@@ -1,4 +1,4 @@
-"""Several outputs, weights of items, and the losses and shapes of targets that Keras knows: the same numbers as Keras's own."""
+"""Several outputs, weights of items, and Keras's losses and shapes of targets give the same numbers as Keras."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ COMPILED: dict[str, dict[str, Any]] = {
 async def assert_trains_as_keras(
     lab: Lab, model: Any, arrays: dict[str, Array], y: Any, form: DataFormat, tolerance: float = 2e-5
 ) -> None:
-    """Steps over the whole data at once, and then what it is worth: in slices, in batches of other sizes."""
+    """Train in steps over all data at once, and then evaluate in slices, with batches of other sizes."""
     blob, data = lab.files.model(model), lab.files.arrays(2, **arrays)
     weight = arrays.get("sample_weight")
     if weight is not None and weight.ndim == 1 and len(model.outputs[0].shape) == 3:
@@ -165,7 +165,7 @@ async def test_tasks_stand_still_while_they_give_way(lab: Lab, kind: str) -> Non
         ),
     }  # fmt: skip
     job_id = f"gives way: {kind}"
-    await lab.run(tasks[kind], job_id)  # now all is loaded, and it takes some milliseconds
+    await lab.run(tasks[kind], job_id)  # now all is loaded, and a run takes only milliseconds
     lab.engine.pause()
     running = asyncio.create_task(lab.run(tasks[kind], job_id))
     ended, _ = await asyncio.wait([running], timeout=1.5)
@@ -177,7 +177,7 @@ async def test_tasks_stand_still_while_they_give_way(lab: Lab, kind: str) -> Non
 
 @pytest.mark.parametrize("weighted", [False, True])
 async def test_synchronous_steps_of_two_outputs(lab: Lab, weighted: bool) -> None:
-    """A member alone, whose batches this test takes in the same order."""
+    """A group of one member. The test takes the same batches in the same order."""
     import keras
 
     from potluck.data.order import passes

@@ -26,14 +26,14 @@ from support.processes import still_running
 
 
 def fake_python(folder: Path, script: str) -> str:
-    """A program that stands in for Python: what an engine may do that does not even get as far as TensorFlow."""
+    """A program in place of Python, for engines that do not even reach TensorFlow."""
     path = folder / "python"
     path.write_text(f"#!/bin/sh\n{script}\n")
     path.chmod(0o755)
     return str(path)
 
 
-async def test_one_that_does_not_start_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_engine_that_does_not_start_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", fake_python(tmp_path, "echo no such library >&2; exit 3"))
     engine = Engine(tmp_path / "scratch", threads=1, limits=Limits(20, 5))
     with pytest.raises(EngineFailed, match=r"did not start: it ended.*no such library"):
@@ -54,7 +54,7 @@ async def test_quick_kernels_are_asked_of_tensorflow(
         await engine.start()
 
 
-async def test_one_that_hangs_at_its_start_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_engine_that_hangs_at_its_start_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", fake_python(tmp_path, "exec sleep 100"))
     engine = Engine(tmp_path / "scratch", threads=1, limits=Limits(0.3, 5))
     with pytest.raises(EngineFailed, match=r"it got no further for 0\.3 s"):
@@ -64,10 +64,10 @@ async def test_one_that_hangs_at_its_start_is_ended(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("module", ["sitecustomize", "keras"])
-async def test_one_that_hangs_in_an_import_is_ended(
+async def test_an_engine_that_hangs_in_an_import_is_ended(
     module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before it says anything, and while it says every second that it is there."""
+    """Before its first sign of life, and also while it sends one every second."""
     (tmp_path / f"{module}.py").write_text("import time\ntime.sleep(1e6)\n")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path.cwd()}")
     engine = Engine(tmp_path / "scratch", threads=1, limits=Limits(2, 5))
@@ -75,8 +75,10 @@ async def test_one_that_hangs_in_an_import_is_ended(
         await asyncio.wait_for(engine.start(), 20)
 
 
-async def test_one_that_is_slow_in_an_import_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a tenth of a core, and three times as long as one may take that gets no further."""
+async def test_an_engine_that_is_slow_in_an_import_is_not_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It uses a tenth of a core, for three times as long as an engine without progress may take."""
     script = (
         "import time\nend = time.time() + 6\nwhile time.time() < end:\n    begun = time.process_time()\n"
         "    while time.process_time() < begun + 0.02: pass\n    time.sleep(0.2)\nraise SystemExit('came to its end')\n"
@@ -88,7 +90,7 @@ async def test_one_that_is_slow_in_an_import_is_not(tmp_path: Path, monkeypatch:
         await engine.start()
 
 
-async def test_one_that_is_to_stop_has_more_time_while_it_works(
+async def test_an_engine_that_is_to_stop_has_more_time_while_it_works(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seconds = {}
@@ -115,7 +117,7 @@ async def test_a_program_that_is_not_there(tmp_path: Path, monkeypatch: pytest.M
     await engine.stop()
 
 
-async def test_one_that_talks_nonsense(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_engine_that_sends_nonsense(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         sys, "executable", fake_python(tmp_path, r'eval "printf \"\377\377\377\377\" >&$4"; exec sleep 100')
     )
@@ -131,7 +133,7 @@ async def test_killed_in_a_task(tmp_path: Path) -> None:
     os.kill(engine.pid, signal.SIGKILL)
     with pytest.raises(EngineFailed, match="was ended by SIGKILL, as Linux does when memory runs out") as died:
         await asyncio.wait_for(running, 10)
-    assert "last words" not in died.value.message  # of what TensorFlow says at each start, nothing
+    assert "last words" not in died.value.message  # the lines that TensorFlow always prints are left out
     assert (await engine.wait_dead()).retryable
     assert not engine.alive
     with pytest.raises(EngineFailed):
@@ -141,7 +143,7 @@ async def test_killed_in_a_task(tmp_path: Path) -> None:
 
 @pytest.mark.tensorflow
 async def test_frozen_in_a_task(tmp_path: Path) -> None:
-    """For a while it may be: it goes on then. Not for ever."""
+    """A short freeze does no harm. A long one ends it."""
     told: list[int] = []
     engine, running = await _in_a_task(tmp_path, silence_seconds=4, told=told)
     assert engine.pid is not None
@@ -203,7 +205,7 @@ async def test_it_dies_with_its_parent(tmp_path: Path) -> None:
 async def _in_a_task(
     folder: Path, *, silence_seconds: float, told: list[int] | None = None
 ) -> tuple[Engine, asyncio.Task[object]]:
-    """An engine that trains and would not end by itself; `told` gets what it has done."""
+    """An engine with a training task that does not end by itself; `told` gets its progress."""
     files = Files(folder / "blobs")
     x, y = blobs(64)
     task = training(files.model(dense()), files.arrays(1, x=x, y=y), samples=10**9, seconds=1000)

@@ -1,4 +1,4 @@
-"""An engine makes LiteRT models of others, and scores models that have no loss by their outputs."""
+"""An engine converts models to LiteRT, and scores models without a loss by their outputs."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ async def test_every_format_is_scored_alike_and_quantized(lab: Lab, tmp_path: Pa
         await lab.run(evaluation(large, slices, model_format="tflite"))
 
 
-async def test_images_and_what_is_no_class(lab: Lab, tmp_path: Path) -> None:
+async def test_images_and_targets_that_are_no_classes(lab: Lab, tmp_path: Path) -> None:
     import keras
 
     model = keras.Sequential(
@@ -125,7 +125,7 @@ async def test_several_inputs_are_calibrated_by_name(lab: Lab) -> None:
     np.testing.assert_allclose(to_numpy(outcome.outputs[0]), expected, atol=np.abs(expected).max() / 20)
 
 
-async def test_what_litert_cannot_do_is_said_at_once(lab: Lab, tmp_path: Path) -> None:
+async def test_an_operation_that_litert_lacks_is_named_at_once(lab: Lab, tmp_path: Path) -> None:
     import tensorflow as tf
 
     spec = tf.TensorSpec((None, 8), tf.float32, name="x")

@@ -1,4 +1,4 @@
-"""What the engine says to models and data that do not fit: which of them is wrong, why, and what to do."""
+"""The engine's errors for models and data that do not fit: which of them is wrong, why, and what to do."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ async def test_a_class_of_the_users_own_is_refused(lab: Lab) -> None:
         await lab.run(prediction(lab.files.model(model), whole(lab.files.arrays(1, x=blobs(9)[0], y=blobs(9)[1]))))
 
 
-async def test_what_is_no_keras_file(lab: Lab) -> None:
+async def test_a_blob_that_is_no_keras_file(lab: Lab) -> None:
     slices = whole(lab.files.arrays(1, x=blobs(9)[0], y=blobs(9)[1]))
     with pytest.raises(InvalidModel, match=r"not a \.keras file"):
         await lab.run(prediction(lab.files.put(b"\x89HDF\r\n"), slices))

@@ -1,4 +1,4 @@
-"""Replicas in an engine: requests that run together and are answered apart, and what is said to those that do not fit."""
+"""Replicas in an engine: requests run together and are answered separately, and requests that do not fit get an error."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ async def test_a_bad_request_fails_alone(lab: Lab) -> None:
     assert "at least one" in messages[4]
 
 
-async def test_what_the_model_itself_refuses_fails_alone(lab: Lab) -> None:
+async def test_a_request_that_the_model_refuses_fails_alone(lab: Lab) -> None:
     import keras
 
     model = keras.Sequential([keras.Input((3,), dtype="int32"), keras.layers.Embedding(5, 2), keras.layers.Flatten()])
@@ -97,7 +97,7 @@ async def test_what_the_model_itself_refuses_fails_alone(lab: Lab) -> None:
 
 
 async def test_lookups_without_a_place_for_unknown_values_run(lab: Lab) -> None:
-    """Neither zeros nor empty texts are in their vocabularies: a batch is filled up with a row that it has."""
+    """Their vocabularies have neither zeros nor empty texts: a batch is filled up with one of its own rows."""
     import keras
 
     texts, numbers = keras.Input((1,), dtype="string", name="texts"), keras.Input((1,), dtype="int64", name="numbers")
@@ -117,7 +117,7 @@ async def test_lookups_without_a_place_for_unknown_values_run(lab: Lab) -> None:
         said.append(outcome.error.message if outcome.error is not None else "")
     assert ["the model itself may be at fault" in message for message in said] == [True, False, False]
     assert "found OOV values" in said[2]
-    for rows in (8, 9):  # 9 are 10 at once
+    for rows in (8, 9):  # 9 rows run as 10
         [outcome], _ = await lab.engine.infer("lookups", [asked(rows)])
         assert answer(outcome).tolist() == [[1, 1]] * rows
 
@@ -183,7 +183,7 @@ async def test_what_is_not_there(lab: Lab) -> None:
     with pytest.raises(InvalidModel, match=r"not a \.keras file"):
         await lab.engine.load_model("bad", lab.files.paths[lab.files.put(b"nothing").sha256])
     await load(lab, "gone", dense())
-    await load(lab, "gone", dense())  # asked again: it is there
+    await load(lab, "gone", dense())  # asked again, as it is loaded already
     await lab.engine.unload_model("gone")
     await lab.engine.unload_model("gone")
     with pytest.raises(NotFound):

@@ -1,4 +1,4 @@
-"""An engine sees what it is told while it computes: cancellations, pauses, and batches for another runtime."""
+"""An engine reads frames while it computes: cancellations, pauses, and batches for another runtime."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from support.models import blobs, dense, whole
 pytestmark = [pytest.mark.tensorflow, pytest.mark.asyncio(loop_scope="module")]
 
 LONG_SECONDS = 2.0
-"""What a long batch takes at least."""
+"""The least time of a long batch."""
 WAIT_SECONDS = 60
 
 
@@ -115,7 +115,7 @@ async def test_tasks_pause_and_go_on_while_a_batch_is_computed(lab: Lab, slow: S
     async def predicted(running: asyncio.Task[Any]) -> None:
         assert (await asyncio.wait_for(running, WAIT_SECONDS)).count == 10
 
-    await predicted(predicting())  # from now on it takes no time
+    await predicted(predicting())  # later runs are quick
     long = slow.long()
     await asyncio.sleep(0)
     lab.engine.pause()

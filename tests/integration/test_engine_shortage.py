@@ -62,7 +62,7 @@ async def test_training_says_so_and_the_next_job_trains(lab: Lab) -> None:
     assert found.samples == 64
 
 
-async def test_so_does_a_prediction(lab: Lab) -> None:
+async def test_a_prediction_without_enough_memory_says_so(lab: Lab) -> None:
     data = lab.files.arrays(1, x=np.zeros((8, 64), np.float32), y=np.zeros(8, np.int64))
     with pytest.raises(OutOfMemory):
         await lab.run(prediction(lab.files.model(greedy()), whole(data)))
@@ -91,14 +91,14 @@ async def test_a_request_for_which_there_is_no_room_fails_alone(lab: Lab) -> Non
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def small(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Lab]:
-    """An engine that may take some 300 MiB more than one takes at rest."""
+    """An engine that may take about 300 MiB more than an idle one."""
     limits = Limits(start_seconds=120, silence_seconds=20, memory_bytes=900 * 2**20)
     async with engine_lab(tmp_path_factory.mktemp("small"), limits=limits) as lab:
         yield lab
 
 
 def with_units(file: bytes, units: int) -> bytes:
-    """The model's file with so many units in its first layer of weights, and no weights for them."""
+    """The model's file with `units` units in its first layer with weights, but without weights for them."""
     found = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(file)) as old, zipfile.ZipFile(found, "w") as new:
         for name in old.namelist():
@@ -109,8 +109,8 @@ def with_units(file: bytes, units: int) -> bytes:
     return found.getvalue()
 
 
-async def test_a_file_of_a_few_kb_gets_no_gigabytes(small: Lab) -> None:
-    """Neither one that says what it wants, nor one in which that cannot be seen."""
+async def test_a_small_file_does_not_get_gigabytes(small: Lab) -> None:
+    """Neither a file that states its size, nor a file whose size cannot be seen."""
     assert small.engine.pid is not None
     process = psutil.Process(small.engine.pid)
     at_rest = process.memory_info().rss
@@ -141,8 +141,8 @@ async def test_an_engine_that_takes_more_than_it_may_is_ended(tmp_path: Path) ->
     assert isinstance(await engine.wait_dead(), OutOfMemory)
 
 
-async def test_memory_that_ends_while_a_round_is_begun_ahead_costs_nothing_else(tmp_path: Path) -> None:
-    """Nobody has asked for those steps: the thread goes on with what it is asked, and the next round does without them."""
+async def test_memory_that_runs_out_in_steps_ahead_harms_nothing_else(tmp_path: Path) -> None:
+    """Nobody asked for those steps. The thread goes on with its other work, and the next round does without them."""
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     files, tasks = Files(tmp_path / "blobs"), Tasks(scratch, TensorFlow(scratch, threads=1).model)

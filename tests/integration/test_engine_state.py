@@ -1,4 +1,4 @@
-"""What an engine keeps, and what it does not: optimizer, statistics and seeds over rounds, memory after jobs and replicas."""
+"""An engine keeps optimizer, statistics and seeds over rounds, and frees the memory of jobs and replicas."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ async def test_tracing_leaves_no_trace(tmp_path: Path) -> None:
         assert int(model.optimizer.iterations.numpy()) == 3
 
 
-async def test_a_rehearsal_that_is_broken_off_is_no_beginning(tmp_path: Path) -> None:
-    """Else the first round would begin from weights that are nobody's."""
+async def test_a_rehearsal_that_is_cut_off_leaves_the_session_begun(tmp_path: Path) -> None:
+    """Otherwise the first round would begin from the rehearsal's weights."""
     from node.engine.shards import ShardPart
     from node.engine.training import TrainingSession
 
@@ -93,7 +93,7 @@ async def test_two_rounds_are_as_good_as_one(lab: Lab) -> None:
     """With everything that has a state: Adam's moments, batch statistics, dropout's seeds, the position in the data."""
     x, y = blobs(200)
     blob, data = lab.files.model(dense()), lab.files.arrays(2, x=x, y=y)
-    # The first training of a process comes out otherwise in the third decimal: all that are compared come after it.
+    # The first training of a process differs in the third decimal. So the compared ones come after it.
     await lab.run(training(blob, data, samples=32), "first of the process")
     at_once = await lab.run(training(blob, data, samples=32 * 20), "at once")
     first = await lab.run(training(blob, data, samples=32 * 8), "in parts")
@@ -103,7 +103,7 @@ async def test_two_rounds_are_as_good_as_one(lab: Lab) -> None:
 
 
 async def test_the_first_round_asked_again_begins_where_it_began(lab: Lab) -> None:
-    """An attempt that was withdrawn, or another share of the same round: not from weights that have moved on."""
+    """After a withdrawn attempt, or for another share of the same round. It does not begin from weights that have moved on."""
     x, y = blobs(64)
     task = training(lab.files.model(dense()), lab.files.arrays(1, x=x, y=y), samples=64)
     first = await lab.run(task, "again")
@@ -157,7 +157,7 @@ async def test_regression_learns_with_other_targets_than_classes(lab: Lab) -> No
 
 
 async def test_words_as_numbers(lab: Lab) -> None:
-    """Token ids in int64 for an Embedding, a label a text."""
+    """Token ids in int64 for an Embedding, with one label for each text."""
     import keras
 
     random = np.random.default_rng(0)
@@ -174,8 +174,8 @@ async def test_words_as_numbers(lab: Lab) -> None:
     assert np.trace(np.array(scored.confusion)) >= 195
 
 
-async def test_parts_alike_give_the_same_bits_where_xla_was_asked_for(lab: Lab) -> None:
-    """As Keras has it on a GPU when nothing was asked for."""
+async def test_equal_parts_give_the_same_bits_where_xla_was_asked_for(lab: Lab) -> None:
+    """Keras asks for XLA by default on a GPU."""
     x, y = blobs(320, features=32)
     data = lab.files.arrays(1, x=x, y=y)
     model = dense(features=32)
@@ -199,7 +199,7 @@ def encoded(image: Image.Image, form: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-async def test_whatever_kind_of_image_becomes_what_the_model_takes(lab: Lab) -> None:
+async def test_every_kind_of_image_becomes_the_models_input(lab: Lab) -> None:
     import keras
 
     pixels = np.full((10, 14, 3), (200, 100, 50), np.uint8)
@@ -225,7 +225,7 @@ async def test_whatever_kind_of_image_becomes_what_the_model_takes(lab: Lab) -> 
 async def test_pixels_in_arrays_are_scaled_as_they_are_in_requests(
     tmp_path: Path, scale: float | None, rescaled: bool
 ) -> None:
-    """Where image options are registered with the model: the same array says the same, whichever way it comes in."""
+    """If image options are registered with the model, the same array gives the same result by every way in."""
     import keras
 
     from node.engine import fitting, inputs
@@ -291,7 +291,7 @@ async def test_texts_as_inputs(lab: Lab) -> None:
     )
 
 
-async def test_shapes_that_no_array_has_fail_alone(lab: Lab) -> None:
+async def test_requests_with_impossible_shapes_fail_alone(lab: Lab) -> None:
     await lab.engine.load_model("shapes", lab.files.paths[lab.files.model(dense()).sha256])
     good = (from_numpy("x", np.zeros((1, 8), np.float32)),)
     bad = [
@@ -314,9 +314,9 @@ def nested(depth: int) -> list[Any]:
     return found
 
 
-async def test_a_question_that_cannot_be_read_fails_and_not_the_engine(lab: Lab) -> None:
+async def test_a_question_that_cannot_be_read_fails_but_not_the_engine(lab: Lab) -> None:
     await lab.engine.load_model("there", lab.files.paths[lab.files.model(dense()).sha256])
-    odd = Tensor(name="x", datatype="FP32", shape=(-1, -8), data=[0.0] * 8)  # made here, so nobody has checked it
+    odd = Tensor(name="x", datatype="FP32", shape=(-1, -8), data=[0.0] * 8)  # made by hand, so it was not checked
     with pytest.raises(BadMessage, match="cannot be read"):
         await lab.engine.infer("there", [(odd,)])
     outcomes, _ = await lab.engine.infer("there", [(from_numpy("x", np.zeros((1, 8), np.float32)),)])
@@ -325,7 +325,7 @@ async def test_a_question_that_cannot_be_read_fails_and_not_the_engine(lab: Lab)
 
 
 async def test_memory_of_replicas_comes_back(lab: Lab) -> None:
-    """Of models of 40 MB that are loaded and unloaded one after the other."""
+    """Models of 40 MB are loaded and unloaded one after the other."""
     import keras
 
     assert lab.engine.pid is not None
@@ -341,7 +341,7 @@ async def test_memory_of_replicas_comes_back(lab: Lab) -> None:
 
 
 async def test_memory_of_training_comes_back(lab: Lab) -> None:
-    """Of jobs with models of 40 MB, whose Adam has 80 MB more."""
+    """Jobs with models of 40 MB, whose Adam takes 80 MB more."""
     import keras
 
     assert lab.engine.pid is not None
@@ -353,7 +353,7 @@ async def test_memory_of_training_comes_back(lab: Lab) -> None:
     for number in range(6):
         await lab.run(training(ref, data, samples=64), job_id=f"job {number}")
         await lab.engine.forget_job(f"job {number}")
-        await lab.run(evaluation(ref, whole(data)))  # after what is forgotten
+        await lab.run(evaluation(ref, whole(data)))  # waits until the job is forgotten
         used.append(process.memory_info().rss // 2**20)
     assert used[-1] - used[1] < 100, used
 
@@ -365,7 +365,7 @@ def _adam(rate: float) -> Any:
 
 
 def watched(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The parts that are decoded from now on."""
+    """Lists the parts that are decoded from now on."""
     from node.engine import inputs
 
     decoded: list[Any] = []
@@ -379,10 +379,10 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return decoded
 
 
-async def test_what_is_told_later_of_the_images_is_no_reason_to_decode_them_again(
+async def test_images_are_not_decoded_again_when_their_options_become_known(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first round is on its way before anybody knows the size and scale that a model takes."""
+    """The first round begins before anybody knows the size and scale of the model's images."""
     import keras
 
     from node.engine.shards import ShardPart
@@ -405,7 +405,7 @@ async def test_what_is_told_later_of_the_images_is_no_reason_to_decode_them_agai
 
 
 async def test_parts_that_stay_are_not_decoded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With other shares nodes get other shards, and most are those that they had."""
+    """When shares change, nodes get other shards, but most of them are the same as before."""
     import keras
 
     from node.engine import inputs

@@ -36,7 +36,7 @@ def softmax(optimizer: Any, loss: str = "sparse_categorical_crossentropy") -> An
 
 
 async def test_steps_ahead_count_for_the_next_round_and_nothing_is_lost(lab: Lab) -> None:
-    """One node alone, whose weights come back as they went: then being ahead changes nothing."""
+    """With one node, its own weights come back, so steps ahead change nothing."""
     x, y = blobs(256)
     blob, data = lab.files.model(softmax("adam")), lab.files.arrays(2, x=x, y=y)
     task = training(blob, data, samples=32 * 50)
@@ -54,7 +54,7 @@ async def test_steps_ahead_count_for_the_next_round_and_nothing_is_lost(lab: Lab
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
-async def test_what_was_trained_ahead_is_added_to_the_next_weights(lab: Lab) -> None:
+async def test_steps_ahead_are_added_to_the_next_weights(lab: Lab) -> None:
     x, y = blobs(256)
     blob, data = lab.files.model(softmax("sgd")), lab.files.arrays(1, x=x, y=y)
     task = training(blob, data, samples=32 * 50, overlap=True)
@@ -71,7 +71,7 @@ async def test_what_was_trained_ahead_is_added_to_the_next_weights(lab: Lab) -> 
         assert 0 < np.abs(ours - sent).max() < 1  # the steps ahead, from weights without the hundred
 
 
-async def test_other_work_comes_before_what_is_ahead(lab: Lab) -> None:
+async def test_other_work_comes_before_steps_ahead(lab: Lab) -> None:
     x, y = blobs(256)
     blob, data = lab.files.model(softmax("adam")), lab.files.arrays(1, x=x, y=y)
     await lab.run(training(blob, data, samples=32 * 20_000, seconds=0.5, overlap=True), "long")
@@ -96,7 +96,7 @@ async def test_class_weights_are_those_of_keras(lab: Lab, loss: str) -> None:
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
-async def test_class_weights_that_fit_nothing_are_refused(lab: Lab) -> None:
+async def test_class_weights_that_do_not_fit_are_refused(lab: Lab) -> None:
     import keras
 
     x, y = blobs(64)
@@ -111,7 +111,7 @@ async def test_class_weights_that_fit_nothing_are_refused(lab: Lab) -> None:
 
 
 async def test_a_schedule_follows_the_samples_of_the_whole_cluster(lab: Lab) -> None:
-    """With a rate that falls to nothing after the third step, a node that begins there learns nothing."""
+    """If the rate falls to 0 after the third step, a node that begins there learns nothing."""
     import keras
 
     x, y = blobs(64)
@@ -144,7 +144,7 @@ def transfer() -> Any:
     return model
 
 
-async def test_what_is_frozen_neither_travels_nor_changes(lab: Lab) -> None:
+async def test_frozen_weights_neither_travel_nor_change(lab: Lab) -> None:
     x, y = blobs(256)
     model = transfer()
     task = training(lab.files.model(model), lab.files.arrays(1, x=x, y=y), samples=320, compression="auto")
@@ -158,7 +158,7 @@ async def test_what_is_frozen_neither_travels_nor_changes(lab: Lab) -> None:
     before, after = model.get_weights(), lab.weights(second)
     assert all(ours.tobytes() == theirs.tobytes() for ours, theirs in zip(after[:9], before[:9], strict=True))
     assert np.abs(after[9] - before[9]).max() > 1e-3
-    # Its checkpoint may be where another job begins that trains all of it.
+    # Another job may begin at its checkpoint, and train all layers.
     for layer in model.layers[0].layers:
         layer.trainable = True
     model.layers[0].trainable = True
@@ -168,7 +168,7 @@ async def test_what_is_frozen_neither_travels_nor_changes(lab: Lab) -> None:
     assert [bool(np.abs(a - b).max()) for a, b in zip(tuned, after, strict=True)] == [False] * 3 + [True] * 8
 
 
-async def test_statistics_are_averaged_and_other_state_is_that_of_one(lab: Lab) -> None:
+async def test_statistics_are_averaged_and_other_state_comes_from_one_node(lab: Lab) -> None:
     import keras
 
     keras.utils.set_random_seed(5)
@@ -190,8 +190,8 @@ async def test_statistics_are_averaged_and_other_state_is_that_of_one(lab: Lab) 
     }  # fmt: skip
 
 
-async def test_constraints_hold_in_all_that_is_made_of_weights(lab: Lab) -> None:
-    """An outer step leads out of them, by its momentum or by rounding."""
+async def test_constraints_hold_again_after_an_outer_step(lab: Lab) -> None:
+    """An outer step may break them, by its momentum or by rounding."""
     import keras
     from safetensors.numpy import save
 
@@ -214,7 +214,7 @@ async def test_constraints_hold_in_all_that_is_made_of_weights(lab: Lab) -> None
         assert kernels[0].min() >= 0
         np.testing.assert_allclose(np.linalg.norm(kernels[1], axis=0), 1, rtol=1e-5)
         assert np.linalg.norm(kernels[2], axis=0).max() <= 0.5 + 1e-6
-        assert kernels[0].max() == outside[0].max()  # and nothing else is changed
+        assert kernels[0].max() == outside[0].max()  # nothing else changes
 
     trained = await lab.run(training(blob, data, weights=stepped, samples=32), "constrained")
     holds(lab.weights(trained)[::2])

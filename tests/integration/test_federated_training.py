@@ -1,4 +1,4 @@
-"""Data that live on the nodes (`node:name`): real nodes train on their own files, and nothing but updates leaves them."""
+"""Data that live on the nodes (`node:name`): real nodes train on their own files, and only updates leave them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from support.eventually import eventually_now
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 IN_ORDER = sorted(WORDS)
-"""As the cluster counts classes."""
+"""The order in which the cluster counts classes."""
 
 pytestmark = [pytest.mark.tensorflow, pytest.mark.timeout(300)]
 
 
 def write_skewed(folder: Path) -> list[Path]:
-    """The digits in two CSV files: the first has 0 to 5 only, the second 4 to 9, as words, so that each numbers classes alike."""
+    """The digits in two CSV files: the first has only 0 to 5, the second 4 to 9. They are words, so that both count classes alike."""
     data = split()
     x, y = data["x_train"], data["y_train"]
     halves = (y < 4) | ((y < 6) & (np.arange(len(y)) % 2 == 0))
@@ -78,7 +78,7 @@ def softmax(learning_rate: float = 0.1) -> Any:
     return model
 
 
-def test_what_lives_on_nodes_is_listed_with_all_classes_and_no_bytes(client: Client) -> None:
+def test_data_that_live_on_nodes_are_listed_with_all_classes_and_no_bytes(client: Client) -> None:
     (info,) = client.datasets()
     assert (info.name, info.nodes, info.count) == ("node:digits", ("node-1", "node-2"), len(split()["x_train"]))
     assert info.classes == tuple(IN_ORDER)
@@ -87,7 +87,7 @@ def test_what_lives_on_nodes_is_listed_with_all_classes_and_no_bytes(client: Cli
 
 @pytest.mark.parametrize("momentum", [False, True])
 def test_skewed_data_on_two_nodes_teach_what_they_hold_together(client: Client, momentum: bool) -> None:
-    """Also with an optimizer that would remember where its own data pull, and rounds so short that it would heed nothing else."""
+    """Also with an optimizer whose momentum remembers the node's own data, and with rounds so short that this would dominate."""
     import keras
 
     model = mlp()
@@ -104,7 +104,7 @@ def test_skewed_data_on_two_nodes_teach_what_they_hold_together(client: Client, 
 
 @pytest.mark.parametrize("clip", [{}, {"l2_norm_clip": 1e6}, {"l2_norm_clip": 1e6, "private_unit": "node"}], ids=str)
 def test_whole_batches_on_each_node_are_gradient_descent_on_all_data(client: Client, clip: Any) -> None:
-    """Also where gradients are taken one by one, and cut to a norm that none of them has."""
+    """Also if gradients are computed for each item, and cut to a norm that none of them reaches."""
     x, y = plain_data()
     options: Any = {"compression": "none", "outer_momentum": 0.0, "overlap": False, **clip}
     job = client.train(softmax(), "node:digits", epochs=4, batch_size=2000, **options).wait(timeout=120)
@@ -152,7 +152,7 @@ def test_noise_leaves_epsilon_and_no_metrics_of_training(client: Client, unit: A
     assert not any(round.metrics for round in job.result().rounds)
     epsilons = job.history["epsilon"]
     assert epsilons[1] > epsilons[0] > 0
-    # The exact accountant (privacy loss distributions) for about as many steps; Renyi's is an upper bound, not far above.
+    # Compare with the exact accountant (privacy loss distributions) for about as many steps: Renyi's is a close upper bound.
     items = min(info.count for node in client.nodes() for info in node.data)
     noise = dp_accounting.GaussianDpEvent(1.0)
     accountant = pld.PLDAccountant()
@@ -168,7 +168,7 @@ def test_noise_leaves_epsilon_and_no_metrics_of_training(client: Client, unit: A
 
 
 def recurrent() -> Any:
-    """Rows of pixels as a sequence: TensorFlow cannot compute the gradients of several items of it side by side."""
+    """A model that reads rows of pixels as a sequence. TensorFlow cannot compute its gradients for several items side by side."""
     import keras
 
     model = keras.Sequential(
@@ -212,12 +212,12 @@ def batch_normalised() -> Any:
         ({"l2_norm_clip": -1.0}, "a number above 0"),
     ],
 )
-def test_what_makes_no_sense_is_refused(client: Client, options: Any, words: str) -> None:
+def test_options_that_do_not_fit_are_refused(client: Client, options: Any, words: str) -> None:
     with pytest.raises(InvalidRequest, match=words):
         client.train(softmax(), "node:digits", **options)
 
 
-def test_data_that_stay_cannot_be_predicted_nor_guessed(client: Client) -> None:
+def test_data_that_stay_on_nodes_cannot_be_predicted_and_their_name_must_be_exact(client: Client) -> None:
     with pytest.raises(InvalidRequest, match="evaluate it instead"):
         client.predict(softmax(), "node:digits")
     with pytest.raises(NotFound, match="no online node has data named 'digit'"):

@@ -1,6 +1,6 @@
-"""Data that live on nodes, and the wire: everything that passes between machines is recorded, and searched for them.
+"""Data that live on nodes do not cross the wire: all packets between machines are recorded, and searched for the data.
 
-The search is shown to find: the same data, trained on as a registered data set, are in what is recorded.
+A second test shows that the search works: the same data, as a registered data set, are found in the recording.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ROWS = 120
 
 
 class Clinics:
-    """Two machines with a data set each, and a desk."""
+    """Two machines with a data set each, and a third one for the user."""
 
     def __init__(self, network: netns.Network, folder: Path) -> None:
         self.network = network
@@ -73,7 +73,7 @@ class Clinics:
 
     @contextmanager
     def recorded(self, name: str) -> Iterator[Path]:
-        """All that crosses the bridge, while the block runs, in a file of tcpdump's."""
+        """Record all that crosses the bridge during the block, into tcpdump's file."""
         path = self.folder / f"{name}.pcap"
         command = ["tcpdump", "-i", "br0", "-s", "0", "-B", "65536", "-U", "-w", str(path), "tcp"]
         with (self.folder / f"{name}.log").open("wb") as log:
@@ -116,7 +116,7 @@ def clinics(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clinics]:
 
 
 def found_of(rows: np.ndarray, recording: bytes) -> int:
-    """How many of the rows are there: four values of one, side by side, are enough."""
+    """How many of the rows are in the recording: four neighbouring values of a row are enough."""
     return sum(any(row[start : start + 4].tobytes() in recording for start in (0, 20, 40, 60)) for row in rows)
 
 
@@ -139,5 +139,5 @@ def test_data_that_may_leave_are_found_on_the_wire(clinics: Clinics) -> None:
     mlp(width=16).save(model)
     with clinics.recorded("shared") as path:
         clinics.ask("train", str(model), f"{clinics.folder / clinics.machines[0]}.npz")
-    # Packets end anywhere, so a few rows are cut in all four places: most are enough.
+    # Packets may end anywhere, so a few rows are cut in all four places. Most rows are enough.
     assert found_of(clinics.rows[0], path.read_bytes()) > ROWS * 0.9

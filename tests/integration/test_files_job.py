@@ -53,7 +53,7 @@ def test_validation_and_evaluation_find_classes_by_their_names(client: Client) -
     import keras
 
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(3, use_bias=False, activation="softmax")])
-    model.set_weights([9 * np.eye(3, dtype=np.float32)])  # right from the beginning, and it learns nothing
+    model.set_weights([9 * np.eye(3, dtype=np.float32)])  # it is right from the beginning, and learns nothing
     model.compile(keras.optimizers.SGD(0.0), "sparse_categorical_crossentropy", metrics=["accuracy"])
     numbers = np.arange(60) % 3
     x, names = np.eye(3, dtype=np.float32)[numbers], np.array(["ant", "bee", "cat"])[numbers]
@@ -62,7 +62,7 @@ def test_validation_and_evaluation_find_classes_by_their_names(client: Client) -
     assert job.history["val_accuracy"] == [1.0]
     found = client.evaluate("insects", (x[some], names[some])).wait(timeout=100).evaluation
     assert [(score.label, score.support) for score in found.classes] == [("ant", 0), ("bee", 20), ("cat", 20)]
-    assert (found.metrics["accuracy"], found.metrics["f1"]) == (1.0, 1.0)  # what is not there is in no mean
+    assert (found.metrics["accuracy"], found.metrics["f1"]) == (1.0, 1.0)  # classes that do not occur are in no mean
     with pytest.raises(InvalidRequest, match="classes that model insects:1 does not know: Bee; it knows ant, bee, cat"):
         client.evaluate("insects", (x[some], np.where(names[some] == "bee", "Bee", "cat")))
 

@@ -34,7 +34,7 @@ pytestmark = [pytest.mark.tensorflow, pytest.mark.timeout(300)]
 
 
 def pictures() -> Any:
-    """Means of an image's channels as scores of three classes: large inputs, little to compute."""
+    """A model that scores three classes by the means of an image's channels: large inputs, little to compute."""
     import keras
 
     return keras.Sequential(
@@ -43,7 +43,7 @@ def pictures() -> Any:
 
 
 def wide() -> Any:
-    """Large outputs of small inputs, and two of each."""
+    """A model with two small inputs and two outputs, one of them large."""
     import keras
 
     left, right = keras.Input((1,), name="left"), keras.Input((1,), name="right")
@@ -53,7 +53,7 @@ def wide() -> Any:
 
 
 class Served:
-    """A cluster with the models deployed, and what they are."""
+    """A cluster, and the models that are deployed on it."""
 
     def __init__(self, cluster: LocalCluster, client: Client, folder: Path) -> None:
         self.cluster = cluster
@@ -189,7 +189,7 @@ def test_kserve_client(served: Served, tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_requests_in_every_dialect(served: Served) -> None:
+def test_the_requests_library_in_every_protocol(served: Served) -> None:
     expected = served.expected("points", ROWS)
     tensor = {"name": served.input("points"), "datatype": "FP32", "shape": [2, 4], "data": ROWS.ravel().tolist()}
     answer = requests.post(f"{served.url}/v2/models/points/infer", json={"inputs": [tensor]}, timeout=30)
@@ -225,7 +225,7 @@ def points(served: Served, **more: str) -> str:
 
 
 @needs_mosquitto_clients
-def test_the_shortest_way_of_the_protocol_page_is_one(served: Served) -> None:
+def test_the_shortest_way_of_the_protocol_page_works(served: Served) -> None:
     nodes, answer = shortest_way(served.cluster, "points")
     assert [node["node_id"] for node in nodes["nodes"]] == ["node-1"]
     expected = served.expected("points", np.float32([[5.1, 3.5, 1.4, 0.2]]))

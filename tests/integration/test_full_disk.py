@@ -52,7 +52,7 @@ def coordinators_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(path: Path) -> None:
-    """Take all room but a little; others write there meanwhile, so how much there is shows only in trying."""
+    """Take almost all room. Others write there too, so it writes until the disk is full, and then gives a little back."""
 
     def write() -> None:
         with path.open("wb", buffering=0) as file:

@@ -1,4 +1,4 @@
-"""Files of images by every way in: the same pixels, and those that the model's own layers expect."""
+"""Image files give the same pixels by every way in, and the pixels that the model's own layers expect."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def seen(channels: int, dtype: str = "float32", *before: Any) -> Any:
-    """A model that answers what it gets, one number for each pixel."""
+    """A model that answers its own input, one number for each pixel."""
     import keras
 
     image = made = keras.Input((HEIGHT, WIDTH, channels), dtype=dtype)
@@ -72,7 +72,7 @@ def judge(channels: int, *before: Any, dtype: str = "float32") -> Any:
 def classified(
     cluster: LocalCluster, model: str, data: bytes, count: int, classes: tuple[str, ...] = ()
 ) -> list[float]:
-    """What `/classify` says, as a row."""
+    """The answer of `/classify`, as a row."""
     names = classes or tuple(map(str, range(count)))
     request = urllib.request.Request(f"{cluster.http_url}/models/{model}/classify?top={count}", data)
     with urllib.request.urlopen(request, timeout=60) as response:
@@ -129,7 +129,7 @@ def test_every_kind_of_file_by_every_way(cluster: LocalCluster, client: Client, 
 def test_a_model_gets_the_pixels_that_its_layers_expect(
     cluster: LocalCluster, client: Client, folder: Path, dtype: str, scaled: bool, scale: float
 ) -> None:
-    """In training, evaluation, prediction and each way of asking; and the job, the registry and the listing say which."""
+    """In training, evaluation, prediction and each way of asking. The job, the registry and the listing name them."""
     import keras
 
     rescaling = [keras.layers.Rescaling(1 / 255 if scaled else 1.0)]
@@ -158,8 +158,10 @@ def test_a_model_gets_the_pixels_that_its_layers_expect(
         assert np.ravel(answer) == pytest.approx(np.ravel(expected), abs=2e-3 if dtype == "float16" else 1e-4), way
 
 
-def test_what_may_be_asked(cluster: LocalCluster, client: Client, folder: Path, tmp_path: Path) -> None:
-    """A path, a Path, one item without a batch axis; pixels of 8 bits where nothing says what becomes of them are refused."""
+def test_inputs_that_infer_takes_and_refuses(
+    cluster: LocalCluster, client: Client, folder: Path, tmp_path: Path
+) -> None:
+    """It takes a path, a Path, and one item without a batch axis. It refuses 8-bit pixels if the model's scale is unknown."""
     import keras
 
     client.deploy(seen(3), name="asked").wait(timeout=120)

@@ -1,6 +1,6 @@
-"""Large inputs on real processes: straight to a node with a replica, from there to another, and nothing of them is left.
+"""Large inputs with real processes: they go straight to a node with a replica, from there to another node, and nothing is left.
 
-The nodes' engines only play: they answer what they were asked.
+The nodes have fake engines, which answer with their inputs.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ async def online(client: AsyncClient) -> bool:
 
 
 def when_sent(connection: Connection, monkeypatch: pytest.MonkeyPatch, act: Callable[[Infer], object]) -> list[str]:
-    """Have `act` called between sending inputs and asking; who had the inputs of each question."""
+    """Let `act` be called after inputs are sent and before the question. Lists the holder of each question's inputs."""
     holders: list[str] = []
     ask = connection.infer
 
@@ -99,9 +99,9 @@ def when_sent(connection: Connection, monkeypatch: pytest.MonkeyPatch, act: Call
 async def test_they_do_not_pass_the_coordinator_and_none_are_left(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    places = set((await cluster.places("both")).values())  # before one of them was measured to be slower
+    places = set((await cluster.places("both")).values())  # before one of them is known to be slower
     holders = when_sent(cluster.connection, monkeypatch, lambda question: None)
-    for number in range(6):  # one for each node: none has so much to do that the other would fetch its inputs
+    for number in range(6):  # two at a time, one for each node: a busy node's inputs would be fetched by the other
         await asyncio.gather(*(cluster.infer(images=IMAGES + number + share) for share in (0, 0.5)))
     assert len(places) == 2
     assert set(holders) <= places
@@ -144,7 +144,7 @@ async def test_a_node_that_dies_before_it_is_asked(cluster: Cluster, monkeypatch
     assert set(holders[1:]) == {holders[1]}
 
 
-async def test_a_client_that_reaches_no_node_and_one_that_knows_none_send_them_to_the_coordinator(
+async def test_clients_that_reach_or_know_no_node_send_them_to_the_coordinator(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def unreachable(data: bytes, base: str) -> BlobRef:
@@ -159,7 +159,7 @@ async def test_a_client_that_reaches_no_node_and_one_that_knows_none_send_them_t
     await eventually(lambda: cluster.inputs() == [])
 
 
-async def test_inputs_that_nobody_has_are_said_to_be_lost(cluster: Cluster) -> None:
+async def test_inputs_that_nobody_has_are_reported_as_lost(cluster: Cluster) -> None:
     (holder, *_) = (await cluster.places("both")).values()
     ref = BlobRef(sha256="0" * 64, size=IMAGES.nbytes, holders=(holder,))
     with pytest.raises(InputsLost):

@@ -1,4 +1,4 @@
-"""A node whose results are not what was asked for, beside one that works: real daemons, and TensorFlow in the one that works."""
+"""A node with wrong results beside an honest one: real daemons, and TensorFlow in the honest one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from support.fake_nodes import fake_node
 pytestmark = [pytest.mark.tensorflow, pytest.mark.timeout(200)]
 
 
-def test_it_changes_no_result_gets_no_more_jobs_and_is_named(tmp_path: Path) -> None:
+def test_a_lying_node_changes_no_result_gets_no_more_jobs_and_is_named(tmp_path: Path) -> None:
     data = split()
     x, y = data["x_train"], data["y_train"]
     with (

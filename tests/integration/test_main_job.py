@@ -1,4 +1,4 @@
-"""A real cluster of processes: train, evaluate, predict, deploy, ask; and clear errors for what goes wrong."""
+"""A real cluster of processes: train, evaluate, predict, deploy, ask; and clear errors."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ def test_training_on_two_nodes_learns(trained: Any) -> None:
     assert history["loss"][-1] < history["loss"][0] / 3
 
 
-def test_what_is_waited_for_is_told(trained: Any) -> None:
-    """The engines' start takes seconds, in which nothing else would be heard."""
+def test_the_start_of_engines_is_told(trained: Any) -> None:
+    """Engines take seconds to start. Without this message, users would see nothing meanwhile."""
     assert [text for text in trained.messages if text.startswith("starting engine (TensorFlow) on node-")]
 
 
@@ -100,7 +100,7 @@ def test_jobs_and_what_they_made_from_the_command_line(trained: Any, cluster: Lo
         cluster, _POTLUCK_COMPLETE="complete_bash", COMP_WORDS="potluck models show ml", COMP_CWORD="3"
     )
     assert offered.split() == ["mlp", "mlp:1"]
-    parts = "potluck\nmodels\nshow\nmlp\n:"  # as bash has them behind a colon
+    parts = "potluck\nmodels\nshow\nmlp\n:"  # as bash splits words at a colon
     assert potluck_at(cluster, _POTLUCK_COMPLETE="complete_bash", COMP_WORDS=parts, COMP_CWORD="4").split() == ["1"]
 
 
@@ -206,7 +206,7 @@ def test_images_from_folders(client: Client, cluster: LocalCluster, tmp_path: Pa
     assert found.count == 300
 
 
-def test_what_is_wrong_is_named(client: Client, tmp_path: Path) -> None:
+def test_errors_name_the_fault(client: Client, tmp_path: Path) -> None:
     data = split()
     with pytest.raises(InvalidModel, match="compile"):
         client.train(mlp(compiled=False), (data["x_train"], data["y_train"]))

@@ -1,6 +1,6 @@
-"""Several hosts on a bridge: `potluck up` on each, nobody is told an address, and the machines work together.
+"""Several hosts on a bridge: `potluck up` runs on each, nobody gives an address, and the machines work together.
 
-What is typed is what the README says, as somebody would who has just installed potluck on three machines.
+The commands are those of the README, for a user who has just installed potluck on three machines.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ pytestmark = [
 
 POTLUCK = [sys.executable, "-m", "potluck.cli.main"]
 ANSWER_SECONDS = 180
-"""From the first command to the first answer, where the machine has nothing else to do: here three hosts share its cores."""
+"""From the first command to the first answer, on a machine without other work. Three hosts share its cores."""
 PATIENCE_SECONDS = 600
 FIRST_QUESTIONS_SECONDS = 12
-"""For so long after its start a browser asks by itself (RFC 6762, section 5.2: after one second, two, four, ...)."""
+"""A new browser asks by itself for this long (RFC 6762, section 5.2: after one second, two, four, ...)."""
 
 
 class Hosts:
-    """Hosts where `potluck up` runs, and a last one for people."""
+    """Hosts where `potluck up` runs, and a last one for the user, the desk."""
 
     def __init__(self, network: netns.Network, folder: Path) -> None:
         self.network = network
@@ -49,7 +49,7 @@ class Hosts:
         self.begun = time.monotonic()
 
     def environment(self, host: str) -> dict[str, str]:
-        """A home of its own."""
+        """The environment of a host, with its own home."""
         given = {key: value for key, value in os.environ.items() if not key.startswith("POTLUCK_")}
         return given | {"XDG_STATE_HOME": str(self.folder / host), "COLUMNS": "80"}
 
@@ -112,8 +112,8 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
 
 @pytest.mark.tensorflow
 @pytest.mark.timeout(PATIENCE_SECONDS)
-def test_five_commands_and_three_minutes_to_the_first_answer(hosts: Hosts, tmp_path: Path) -> None:
-    """Three of them were `potluck up --insecure`. Nobody waits in between: who types is quicker than the cluster."""
+def test_five_commands_and_three_minutes_lead_to_the_first_answer(hosts: Hosts, tmp_path: Path) -> None:
+    """Three of the commands are `potluck up --insecure`. The user does not wait for the cluster in between."""
     import keras
 
     for part in ("train", "test"):
@@ -139,7 +139,7 @@ def test_five_commands_and_three_minutes_to_the_first_answer(hosts: Hosts, tmp_p
     assert took < ANSWER_SECONDS * max(1.0, busy)
 
 
-def test_it_says_how_it_is(hosts: Hosts) -> None:
+def test_status_shows_the_cluster(hosts: Hosts) -> None:
     wait_until(lambda: hosts.online() == 3, hosts, "three nodes online")
     said = hosts.ask("status")
     assert said.returncode == 0, said.stdout
@@ -200,8 +200,8 @@ def test_they_train_and_evaluate_together_and_survive_a_pulled_cable(hosts: Host
     wait_until(lambda: "node reconnected" in hosts.log(unplugged).read_text(), hosts, "its saying so")
 
 
-def test_two_that_began_while_the_switch_was_off_become_one_cluster(tmp_path: Path) -> None:
-    """Each started a coordinator of its own; what mDNS said meanwhile reached nobody, and no cable of theirs was touched."""
+def test_two_coordinators_that_began_while_the_switch_was_off_become_one_cluster(tmp_path: Path) -> None:
+    """Each started its own coordinator. Their mDNS messages reached nobody meanwhile, and no cable was unplugged."""
     with netns.Network(3) as network:
         hosts = Hosts(network, tmp_path)
         network.isolate(hosts.machines[0])
@@ -212,7 +212,7 @@ def test_two_that_began_while_the_switch_was_off_become_one_cluster(tmp_path: Pa
                 wait_until(lambda host=host: "is in cluster" in hosts.log(host).read_text(), hosts, "a cluster")  # type: ignore[misc]
             time.sleep(FIRST_QUESTIONS_SECONDS)
             network.reunite(hosts.machines[0])
-            # Nobody asks meanwhile: a client's question by mDNS, and the answers to that, are heard by all.
+            # No client asks meanwhile: all hosts would hear its question by mDNS, and the answers.
             wait_until(lambda: "gives way" in hosts.logs(), hosts, "an end of one of the two", 90)
             wait_until(lambda: hosts.online() == 2, hosts, "one cluster")
             assert sum("gives way" in hosts.log(host).read_text() for host in hosts.machines) == 1, hosts.logs()

@@ -21,7 +21,7 @@ async def lab(tmp_path: Path) -> AsyncIterator[Lab]:
 
 
 async def stored(lab: Lab, blob: BlobRef) -> None:
-    """Asks the node to hold it, and waits until it says so."""
+    """Ask the node to hold the blob, and wait until it says that it does."""
     said = len(lab.all(BlobsStored))
     await lab.command(HoldBlob(epoch=1, blob=blob))
     await lab.heard(BlobsStored, lambda one: one.blobs == (blob.sha256,), after=said)
@@ -35,7 +35,7 @@ async def test_a_copy_is_held_until_it_is_released(lab: Lab) -> None:
     failed = await lab.heard(HoldFailed)
     assert (failed.sha256, failed.error.code) == (second.sha256, "disk_full")
     await stored(lab, small)
-    await stored(lab, first)  # said as often as asked
+    await stored(lab, first)  # it answers each time that it is asked
     (birth,) = lab.all(NodeStatus)
     assert await lab.fetch(BlobRef(sha256=first.sha256, size=600, holders=birth.http)) == b"1" * 600
     await lab.command(ReleaseBlob(epoch=1, sha256=first.sha256))

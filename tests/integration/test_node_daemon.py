@@ -1,4 +1,4 @@
-"""The node daemon as a real process on a real broker: how it comes, works, goes, and what it survives."""
+"""The node daemon as a real process on a real broker: how it starts, works and ends, and what it survives."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ class nvmlDeviceGetUtilizationRates:
     def __init__(self, handle):
         self.gpu = 0
 """
-"""A driver that has a GPU, which TensorFlow cannot use."""
+"""A fake driver with a GPU that TensorFlow cannot use."""
 
-# --- coming and going ------------------------------------------------------------------------------------------------------
+# --- start and end ---------------------------------------------------------------------------------------------------------
 
 
-async def test_it_is_born_quickly_small_and_idle_and_leaves_a_clean_table(lab: Lab) -> None:
+async def test_a_node_starts_quickly_and_small_idles_and_leaves_nothing_retained(lab: Lab) -> None:
     arrivals: list[float] = []
     lab.bus.subscribe(TOPICS.node("n1", "status"), lambda envelope: arrivals.append(time.time()))
     seconds = []
@@ -126,7 +126,7 @@ async def test_its_will_is_told_when_it_is_killed_and_a_late_one_does_not_hide_i
     await lab.node()
     second = await lab.heard(NodeStatus, lambda one: one.state == "online", after=told)
     assert second.session != first.session
-    # The broker noticed the death of the first only now.
+    # The broker notices the death of the first only now.
     await lab.bus.publish(TOPICS.node("n1", "status"), will, retain=True)
     await lab.heard(NodeStatus, lambda one: one == second, after=told + 2)
 
@@ -138,7 +138,7 @@ async def test_of_two_nodes_with_one_id_the_second_ends_and_says_why(lab: Lab, t
     assert await other.ended() == 1
     assert f"the node at {born.http[0]} has the id 'n1' too, and was here first" in other.log()
     assert first.log().count("another node uses this id") == 1
-    await eventually(lambda: lab.all(NodeStatus)[-1] == born)  # the last word is the first's
+    await eventually(lambda: lab.all(NodeStatus)[-1] == born)  # the last status is that of the first
 
 
 async def test_an_earlier_session_that_died_unnoticed_is_no_rival(lab: Lab) -> None:
@@ -151,14 +151,14 @@ async def test_an_earlier_session_that_died_unnoticed_is_no_rival(lab: Lab) -> N
 
 
 def put_right(lab: Lab, leaf: str, forged: Message) -> bool:
-    """Whether that was said, and the node has had the last word."""
+    """Whether this was published, and the node's own status came after it."""
     of_topic = [
         one for one in lab.said if isinstance(one, NodeStatus if leaf == "status" else NodeCapacity) or one == forged
     ]
     return forged in of_topic and of_topic[-1] != forged
 
 
-async def test_what_others_say_of_it_is_put_right(lab: Lab) -> None:
+async def test_a_node_corrects_what_others_say_of_it(lab: Lab) -> None:
     node = await lab.node()
     born = await lab.heard(NodeStatus)
     told = await lab.heard(NodeCapacity)
@@ -188,7 +188,7 @@ async def test_a_coordinator_that_comes_later_is_told_again(lab: Lab) -> None:
     await lab.heard(NodeCapacity, after=capacities)
 
 
-async def test_who_is_not_known_is_asked_for_its_birth(lab: Lab) -> None:
+async def test_an_unknown_node_is_asked_for_its_birth(lab: Lab) -> None:
     await lab.node()
     born = await lab.heard(NodeStatus)
     await lab.heard(NodeCapacity)  # behind its birth
@@ -231,7 +231,7 @@ async def test_it_answers_systemd(lab: Lab, tmp_path: Path) -> None:
 
 
 async def test_started_before_everything_it_waits_and_follows_the_broker(lab: Lab, tmp_path: Path) -> None:
-    """No address is passed: the coordinator is found when it appears, and again when it appears elsewhere."""
+    """It gets no address: it finds the coordinator when that appears, and again when that appears elsewhere."""
     node = await lab.node("--log-level", "INFO", join=False, POTLUCK_BUS__RECONNECT_MAX_SECONDS="0.5")
     await eventually(lambda: "node started" in node.log())
     await eventually(lambda: "no coordinator of cluster 'lab' is found by mDNS yet" in node.log(), 15)
@@ -325,7 +325,7 @@ async def test_a_state_folder_has_one_node_and_keeps_its_id(lab: Lab, tmp_path: 
     assert f"node={kept} " in third.log()
 
 
-async def test_data_that_are_not_there_are_said_to_be_missing_and_tried_again(lab: Lab, tmp_path: Path) -> None:
+async def test_missing_data_are_reported_and_tried_again(lab: Lab, tmp_path: Path) -> None:
     late = tmp_path / "late.csv"
     node = await lab.node("--data", f"late={late}", "--data", f"long=/{'a' * 300}", POTLUCK_DATA_RETRY_SECONDS="0.1")
     missing = await lab.heard(NodeCapacity, lambda one: len(one.data_missing) == 2)
@@ -354,7 +354,7 @@ async def test_a_shard_is_done_once_and_its_result_told_until_it_is_acknowledged
     stored = await lab.heard(BlobsStored)
     assert set(stored.blobs) == {lease.task.model.sha256, lease.task.weights.sha256}
     finished = await lab.heard(ShardFinished)
-    await lab.command(lease)  # once more, as a coordinator that did not hear
+    await lab.command(lease)  # again, like a coordinator that did not hear the answer
     await lab.heard(ShardFinished, after=3)
     assert all(one == finished for one in lab.all(ShardFinished))
     lab.acknowledging = True
@@ -366,11 +366,11 @@ async def test_a_shard_is_done_once_and_its_result_told_until_it_is_acknowledged
     said = len(lab.all(ShardFinished))
     await lab.heard(NodeTelemetry)  # resends would have come by now
     assert len(lab.all(ShardFinished)) <= said + 1
-    assert len(lab.all(BlobsStored)) == 2  # what was fetched, and what was made: each told once
+    assert len(lab.all(BlobsStored)) == 2  # the fetched blob, and the one that was made: each once
 
 
-async def test_the_blobs_of_a_lease_are_had_where_its_hints_say(lab: Lab) -> None:
-    """Of nodes by the hash, and of the coordinator, which has all; the body names nobody."""
+async def test_the_blobs_of_a_lease_come_from_the_holders_in_its_hints(lab: Lab) -> None:
+    """From nodes by the hash, and from the coordinator, which has all blobs. The body of the lease names no holder."""
     await lab.node()
     model, weights = (replace(lab.blob(data), holders=()) for data in (b"model", b"weights"))
     task = ExportTask(model=model, weights=weights)
@@ -434,7 +434,7 @@ async def test_a_new_bus_may_have_a_coordinator_that_counts_from_one(lab: Lab) -
     await lab.heard(ShardFinished, lambda one: one.attempt_id == "a2")
 
 
-async def test_a_coordinator_that_was_replaced_is_obeyed_on_no_bus(lab: Lab) -> None:
+async def test_a_replaced_coordinator_is_obeyed_on_no_bus(lab: Lab) -> None:
     await lab.node()
     await lab.online(epoch=9)
     await lab.lease("a1", "join", epoch=9)
@@ -450,7 +450,7 @@ async def test_a_coordinator_that_was_replaced_is_obeyed_on_no_bus(lab: Lab) -> 
     assert not [one for one in lab.all(LeaseTaken) if one.attempt_id == "a2"]
 
 
-async def test_errors_are_told_as_they_are(lab: Lab) -> None:
+async def test_errors_are_passed_on_unchanged(lab: Lab) -> None:
     await lab.node()
     await lab.lease("a1", "bad")
     failed = await lab.heard(ShardFailed)
@@ -462,7 +462,7 @@ async def test_errors_are_told_as_they_are(lab: Lab) -> None:
     assert failed.error.retryable
 
 
-async def test_a_shard_that_kills_its_engine_takes_nothing_with_it(lab: Lab) -> None:
+async def test_a_shard_that_kills_its_engine_harms_nothing_else(lab: Lab) -> None:
     node = await lab.node()
     await lab.lease("a1", "crash")
     await lab.lease("a2", "join")
@@ -573,12 +573,12 @@ async def test_blobs_are_read_only(lab: Lab) -> None:
 
 @pytest.mark.tensorflow
 @pytest.mark.parametrize("hidden", [False, True])
-async def test_a_gpu_that_tensorflow_does_not_use_is_told_of_once(lab: Lab, tmp_path: Path, hidden: bool) -> None:
+async def test_a_gpu_that_tensorflow_does_not_use_is_logged_once(lab: Lab, tmp_path: Path, hidden: bool) -> None:
     (tmp_path / "gpu").mkdir()
     (tmp_path / "gpu/pynvml.py").write_text(PYNVML)
     environment = {"PYTHONPATH": str(tmp_path / "gpu")} | ({"CUDA_VISIBLE_DEVICES": ""} if hidden else {})
     node = await lab.node(fake=False, **environment)
-    for number in range(2):  # an engine that is busy or broken says nothing new
+    for number in range(2):  # an engine that is busy or broken logs nothing new
         await lab.lease(f"a{number}", "job")
         await lab.heard(ShardFailed, lambda one, name=f"a{number}": one.attempt_id == name, seconds=60)
     assert node.log().count("GPUs are not used") == (0 if hidden else 1)

@@ -1,4 +1,4 @@
-"""A node on a machine without TensorFlow, as a Raspberry Pi is one: it says so, serves LiteRT models, and nothing else."""
+"""A node on a machine without TensorFlow, such as a Raspberry Pi: it says so, and serves only LiteRT models."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ async def test_without_tensorflow(tmp_path: Path) -> None:
         await lab.load("keras/n1/1", files.paths[keras_file.sha256].read_bytes())
         refused = await lab.heard(ModelLoadFailed)
         assert refused.error.code == "unavailable"
-        install = extras.install("engine").removeprefix(sys.executable)  # the node has a Python of its own
+        install = extras.install("engine").removeprefix(sys.executable)  # the node has its own Python
         assert refused.error.message.startswith("this node has no TensorFlow: ")
         assert f"{install} there" in refused.error.message
 

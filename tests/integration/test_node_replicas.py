@@ -33,7 +33,7 @@ from support.processes import engines
 
 REPLICA = "m:1/1"
 BACK_SECONDS = 30.0
-"""In which a replica answers again that was ended by another model: an engine starts, and loads it. 6 s on an idle machine."""
+"""A replica that another model ended answers again within this time: an engine starts, and loads it. 6 s on an idle machine."""
 X = Tensor(name="x", datatype="UINT8", shape=(1, 3), data=b"\1\2\3")
 
 
@@ -52,7 +52,7 @@ def code(finished: InferenceFinished) -> str:
     return outcome.error.code if outcome.error is not None else ""
 
 
-async def test_a_model_is_loaded_once_and_said_as_often_as_asked(lab: Lab) -> None:
+async def test_a_model_is_loaded_once_and_reported_as_often_as_asked(lab: Lab) -> None:
     node = await lab.node()
     for _ in range(3):
         await lab.load(REPLICA)
@@ -62,7 +62,7 @@ async def test_a_model_is_loaded_once_and_said_as_often_as_asked(lab: Lab) -> No
     await lab.heard(ModelLoaded, after=1)
     assert node.log().count("model loaded") == 1
     await lab.heard(NodeTelemetry, lambda one: one.replicas == (REPLICA,))
-    for _ in range(2):  # to unload what is not there is to be done
+    for _ in range(2):  # unloading a replica that is not there succeeds
         told = len(lab.all(ModelUnloaded))
         await lab.command(UnloadModel(epoch=1, replica_id=REPLICA))
         unloaded = await lab.heard(ModelUnloaded, after=told)
@@ -71,7 +71,7 @@ async def test_a_model_is_loaded_once_and_said_as_often_as_asked(lab: Lab) -> No
     assert code(await answer(lab, "b1")) == "not_found"
 
 
-async def test_what_cannot_be_loaded_is_told(lab: Lab) -> None:
+async def test_a_model_that_cannot_be_loaded_is_reported(lab: Lab) -> None:
     await lab.node()
     await lab.load(REPLICA, b"bad")
     failed = await lab.heard(ModelLoadFailed)
@@ -95,7 +95,7 @@ async def test_batches_are_answered_apart_and_do_not_wait_for_each_other(lab: La
     await answer(lab, "slow")
 
 
-async def test_what_is_too_late_is_not_computed(lab: Lab) -> None:
+async def test_a_late_batch_is_not_computed(lab: Lab) -> None:
     await lab.node()
     await lab.load(REPLICA)
     await lab.heard(ModelLoaded)
@@ -119,7 +119,7 @@ async def test_large_tensors_come_and_go_as_blobs(lab: Lab) -> None:
     back, small = outcome.outputs
     assert isinstance(back.data, BlobRef)
     assert await lab.fetch(back.data) == data
-    assert small == X  # what is small stays in the message
+    assert small == X  # small tensors stay in the message
     other = os.urandom(400_000)
     ref = lab.blob(other)
     await lab.infer("gone", REPLICA, Tensor(name="grow", datatype="UINT8", shape=(1, len(other)), data=ref))
@@ -147,7 +147,7 @@ async def test_a_blob_that_nobody_has_fails_its_batch_alone(lab: Lab) -> None:
     assert code(await answer(lab, "lost", seconds=60)) == "inputs_lost"
 
 
-async def test_an_engine_that_dies_takes_its_replicas_and_says_so(lab: Lab) -> None:
+async def test_replicas_of_an_engine_that_dies_are_reported_as_unloaded(lab: Lab) -> None:
     node = await lab.node()
     await lab.lease("a1", "slow")
     for replica_id in (REPLICA, "other:1/1"):
@@ -169,7 +169,7 @@ async def test_an_engine_that_dies_takes_its_replicas_and_says_so(lab: Lab) -> N
     assert code(await answer(lab, "again")) == ""
     await lab.heard(LeaseRenewed)
     done = max(one.done for one in lab.all(LeaseRenewed))
-    await lab.heard(LeaseRenewed, lambda one: one.done > done)  # the shard had an engine of its own
+    await lab.heard(LeaseRenewed, lambda one: one.done > done)  # the shard has its own engine
     assert node.log().count("engine started engine=serve") == 1
     assert node.log().count("engine started engine=alone-1") == 1
     assert node.log().count("engine started engine=work") == 1
@@ -201,7 +201,7 @@ async def test_an_older_coordinator_unloads_nothing(lab: Lab) -> None:
 
 @pytest.mark.tensorflow
 async def test_with_tensorflow_in_its_engines(lab: Lab) -> None:
-    """A deployment answers while shards run, survives the death of their engine, and its own death is told."""
+    """A deployment answers while shards run and survives the death of their engine. The death of its own engine is reported."""
     files = models.Files(lab.folder / "files")
     model = models.dense()
     x, y = models.blobs()
@@ -265,8 +265,8 @@ async def test_with_tensorflow_in_its_engines(lab: Lab) -> None:
 
 
 @pytest.mark.tensorflow
-async def test_a_model_that_does_not_return_or_aborts_costs_the_others_seconds(lab: Lab) -> None:
-    """The first time; from then on it is alone, and after three times it is refused."""
+async def test_a_model_that_hangs_or_aborts_stops_the_others_only_for_seconds(lab: Lab) -> None:
+    """Only the first time. After that it has its own engine, and after three times it is refused."""
     with allowing.own_code() as own:
         files = models.Files(lab.folder / "files")
         good, bad = (
@@ -308,7 +308,7 @@ async def test_a_model_that_does_not_return_or_aborts_costs_the_others_seconds(l
     assert code(await answer(lab, "g2")) == ""
     assert time.monotonic() - died_at < BACK_SECONDS
     await load("bad:1/2", bad)
-    for number in (2, 3):  # now it aborts, and takes nobody with it
+    for number in (2, 3):  # now it aborts, and harms no other model
         await lab.infer(f"p{number}", f"bad:1/{number}", poison)
         alone = engines(node.pid)[f"alone-{number - 1}"]
         await eventually(lambda alone=alone: alone.cpu_percent(0.2) > 30, 20)  # type: ignore[misc]
@@ -327,7 +327,7 @@ async def test_a_model_that_does_not_return_or_aborts_costs_the_others_seconds(l
 
 
 async def training_gives_way(lab: Lab, node: NodeProcess, attempt_id: str, asked: Tensor) -> None:
-    """While an objective is at risk (none can be held that is so short) and requests come, and it goes on after them."""
+    """Training stands still while requests come and their objective (too short to be met) is at risk. Then it goes on."""
 
     def done() -> list[int]:
         return [one.done for one in lab.all(LeaseRenewed) if one.attempt_id == attempt_id]

@@ -1,4 +1,4 @@
-"""A node process among others that are slow, odd or hostile, and on a disk that fails: it answers, and goes on."""
+"""A node among slow, odd and hostile programs, and with a disk that fails: it answers, and goes on."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ async def works(lab: Lab, attempt_id: str) -> None:
     await lab.heard(ShardFinished, lambda one: one.attempt_id == attempt_id)
 
 
-async def test_what_was_withdrawn_while_it_waited_is_fetched_no_more(lab: Lab) -> None:
+async def test_blobs_of_a_lease_withdrawn_while_it_waited_are_not_fetched(lab: Lab) -> None:
     await lab.node()
     async with hanging() as holder:
         await lab.lease("a1", "slow")
@@ -88,7 +88,7 @@ async def test_what_was_withdrawn_while_it_waited_is_fetched_no_more(lab: Lab) -
         await eventually(lambda: holder.waiting == 4)
         await lab.command(WithdrawLease(epoch=1, attempt_id="a2", reason="test"))
         await eventually(lambda: holder.waiting == 2)
-        # What runs does not wait until there is a place among what is fetched ahead.
+        # The shard that runs need not wait for a place among the fetches ahead.
         await lab.lease("a4", "join", task=export(waits[0], waits[1]))
         await eventually(lambda: holder.waiting == 4)
         await lab.command(WithdrawLease(epoch=1, attempt_id="a1", reason="test"))  # a3 is next
@@ -100,7 +100,7 @@ async def test_what_was_withdrawn_while_it_waited_is_fetched_no_more(lab: Lab) -
     assert not lab.all(ShardFailed)
 
 
-async def test_what_is_fetched_ahead_does_not_hold_up_what_runs(lab: Lab) -> None:
+async def test_fetches_ahead_do_not_hold_up_the_running_shard(lab: Lab) -> None:
     await lab.node()
     async with hanging() as holder:
         refs = [BlobRef(sha256=sign * 64, size=5, holders=(holder.url,)) for sign in "0123"]
@@ -113,7 +113,7 @@ async def test_what_is_fetched_ahead_does_not_hold_up_what_runs(lab: Lab) -> Non
         await lab.command(WithdrawLease(epoch=1, attempt_id="a3", reason="test"))
 
 
-async def test_a_holder_that_hangs_costs_a_bounded_time_and_a_stop_none(lab: Lab) -> None:
+async def test_a_holder_that_hangs_costs_limited_time_and_does_not_delay_a_stop(lab: Lab) -> None:
     node = await lab.node()
     async with hanging() as holder:
         ref = BlobRef(sha256="0" * 64, size=5, holders=(holder.url,))
@@ -126,8 +126,8 @@ async def test_a_holder_that_hangs_costs_a_bounded_time_and_a_stop_none(lab: Lab
     assert "Traceback" not in node.log()
 
 
-async def test_addresses_that_are_none_end_no_node(lab: Lab) -> None:
-    """A host name with a label too long for the DNS did."""
+async def test_malformed_addresses_end_no_node(lab: Lab) -> None:
+    """A host name with a label too long for the DNS once ended one."""
     node = await lab.node()
     await lab.lease("a1", "join", task=export(ODD, ODD))
     failed = await lab.heard(ShardFailed)
@@ -155,7 +155,7 @@ async def test_addresses_that_are_none_end_no_node(lab: Lab) -> None:
         (BlobRef(sha256="b" * 64, size=5), "unavailable"),
     ],
 )
-async def test_blobs_that_cannot_be_are_told(lab: Lab, ref: BlobRef, code: str) -> None:
+async def test_impossible_blobs_are_reported(lab: Lab, ref: BlobRef, code: str) -> None:
     await lab.node()
     await lab.lease("a1", "join", task=export(ref, ref))
     assert (await lab.heard(ShardFailed)).error.code == code

@@ -1,4 +1,4 @@
-"""A client in JavaScript, written from docs/protocol.md alone, against a running cluster: the protocol is open in fact."""
+"""A client in JavaScript, written only from docs/protocol.md, with a running cluster: the protocol really is open."""
 
 from __future__ import annotations
 

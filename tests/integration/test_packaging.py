@@ -1,4 +1,4 @@
-"""What is packed, and what an installation of it finds: built and installed as pip does it, in an empty environment."""
+"""The packages, and what an installation finds: built and installed as pip does it, in an empty environment."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from potluck import __version__
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("potluck", "node", "coordinator")
 STALE = "build/lib/potluck/stale.py"
-"""What a build with setuptools would have left behind, and the next one packed."""
+"""A file that a build with setuptools would leave behind, and that the next build would pack."""
 
 
 def run(*command: str | Path, cwd: Path, code: int = 0, **environment: str) -> str:
@@ -58,7 +58,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
 
 @pytest.fixture(scope="module")
 def installed(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of an environment with that wheel, and with our dependencies (which no index need be asked for)."""
+    """The folder of an environment with that wheel, and with our dependencies (without asking an index)."""
     folder = tmp_path_factory.mktemp("environment")
     run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder)
     python = folder / "bin/python"
@@ -87,7 +87,7 @@ def test_the_sdist_has_what_the_repository_has(built: Built) -> None:
     assert {name for name in packed if name.startswith(("build", "."))} <= tracked
 
 
-def test_the_wheel_has_the_packages_the_units_and_the_settings_and_nothing_that_was_left(built: Built) -> None:
+def test_the_wheel_has_packages_units_and_settings_and_nothing_else(built: Built) -> None:
     with zipfile.ZipFile(built.wheel) as wheel:
         names = set(wheel.namelist())
     assert {name for name in names if name.endswith(".py")} == sources(ROOT)
@@ -110,7 +110,7 @@ def test_an_installation_runs_and_finds_its_units_and_settings(installed: Path, 
 
 
 @pytest.mark.parametrize("name", ["node", "coordinator"])
-def test_a_module_of_a_daemons_name_is_no_daemon(installed: Path, tmp_path: Path, name: str) -> None:
+def test_another_module_with_the_name_of_a_daemon_is_not_run(installed: Path, tmp_path: Path, name: str) -> None:
     program = installed / "bin" / f"potluck-{name}"
     other = tmp_path / f"{name}.py"
     other.write_text("raise SystemExit('imported')\n")
@@ -120,8 +120,8 @@ def test_a_module_of_a_daemons_name_is_no_daemon(installed: Path, tmp_path: Path
     assert str(site(installed) / name / "__init__.py") in said
 
 
-def test_a_module_that_another_distribution_wrote_over_is_found_out(installed: Path, tmp_path: Path) -> None:
-    """Also where it has no `__init__.py`, and so merges into ours; not where it only has others beside them, or lies below."""
+def test_a_module_that_another_distribution_overwrote_is_noticed(installed: Path, tmp_path: Path) -> None:
+    """Also if the other package has no `__init__.py`, and so merges with ours; not if it only adds modules, or lies deeper."""
     ours, record = site(installed) / "node" / "executor.py", site(installed) / "trees-1.0.dist-info" / "RECORD"
     kept = ours.read_text()
     record.parent.mkdir()
@@ -136,7 +136,7 @@ def test_a_module_that_another_distribution_wrote_over_is_found_out(installed: P
         shutil.rmtree(record.parent)
 
 
-def test_a_package_that_another_distribution_wrote_over_is_found_out(installed: Path, tmp_path: Path) -> None:
+def test_a_package_that_another_distribution_overwrote_is_noticed(installed: Path, tmp_path: Path) -> None:
     ours = site(installed) / "node" / "__init__.py"
     kept = ours.read_text()
     try:
@@ -144,7 +144,7 @@ def test_a_package_that_another_distribution_wrote_over_is_found_out(installed: 
         said = run(installed / "bin/potluck-node", "--help", cwd=tmp_path, code=2)
         assert f"{ours} is not potluck's any more" in said
         assert str(site(installed) / "potluck") in said
-        ours.unlink()  # as when that one is uninstalled again
+        ours.unlink()  # as when the other distribution is uninstalled
         assert "install potluck again" in run(installed / "bin/potluck-node", "--help", cwd=tmp_path, code=2)
     finally:
         ours.write_text(kept)

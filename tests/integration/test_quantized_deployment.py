@@ -1,4 +1,4 @@
-"""`deploy --quantize int8` on a cluster of processes: converted, measured before and after, registered, deployed, asked; also over a kill."""
+"""`deploy --quantize int8` on a real cluster: convert, measure before and after, register, deploy, ask; also after a kill."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_quantized_deployment(tmp_path: Path) -> None:
             client.deploy("digits", quantize="int8")
         with pytest.raises(InvalidRequest, match="calibration is only for a model that is quantized"):
             client.deploy("digits", calibration=data["x_train"])
-        client.deploy(reader(), name="reader").wait(timeout=120)  # what it takes is known from its first replica on
+        client.deploy(reader(), name="reader").wait(timeout=120)  # its inputs are known from its first replica on
         with pytest.raises(InvalidRequest, match="reader:1 takes text, which a LiteRT model cannot"):
             client.deploy("reader", quantize="int8", calibration=data["x_train"])
         job = client.deploy(

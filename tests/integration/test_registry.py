@@ -70,7 +70,7 @@ def held(client: Client, model: str) -> ModelInfo:
     return eventually_now(lambda: info if len((info := client.get_model(model)).model.holders) > 1 else None, 30)
 
 
-def test_what_the_coordinator_has_lost_comes_back_from_a_node(
+def test_a_blob_that_the_coordinator_has_lost_comes_back_from_a_node(
     cluster: LocalCluster, client: Client, tmp_path: Path
 ) -> None:
     (tmp_path / "lite.tflite").write_bytes(b"\x1c\x00\x00\x00TFL3" + bytes(2**20))

@@ -1,6 +1,6 @@
-"""Daemons as systemd starts them: what they say of themselves, and how they end when something is wrong with them or their broker.
+"""Daemons as systemd starts them: the status that they report, and how they end when they or their broker fail.
 
-All are started in a folder whose files have the names of our packages: none of those may be imported.
+All start in a folder whose files have the names of our packages: none of these files may be imported.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ QUICK = {"POTLUCK_BUS__RECONNECT_MIN_SECONDS": "0.05", "POTLUCK_BUS__RECONNECT_M
 
 
 class Unit(NodeProcess):
-    """A daemon with a socket for what it tells systemd. `said` is all of it, `status` the last STATUS."""
+    """A daemon with a socket for its messages to systemd. `said` has all of them, `status` is the last STATUS."""
 
     def __init__(self, folder: Path, daemon: str, *arguments: str) -> None:
         elsewhere = folder / "elsewhere"
@@ -82,7 +82,7 @@ async def units() -> AsyncIterator[list[Unit]]:
         unit.close()
 
 
-async def test_what_systemd_is_told_is_true(tmp_path: Path, units: list[Unit]) -> None:
+async def test_the_status_for_systemd_is_true(tmp_path: Path, units: list[Unit]) -> None:
     broker = TestBroker("mosquitto", tmp_path)
     await broker.start()
     seed = ("--seed", f"127.0.0.1:{broker.port}")
@@ -105,7 +105,7 @@ async def test_what_systemd_is_told_is_true(tmp_path: Path, units: list[Unit]) -
     await broker.kill()
     since = await node.says(" has no connection to the broker of cluster service, trying again (since 20")
     await coordinator.says("cluster service is not served (since 20")
-    assert node.status == since, "it is known since when"
+    assert node.status == since, "the time since when stays the same"
     await broker.start()
     await node.says(" is in cluster service (since 20")
     assert await coordinator.stop() == 0
@@ -128,7 +128,7 @@ async def test_a_broker_that_hangs_is_ended_with_its_coordinator(
     await coordinator.start(POTLUCK_BUS__KEEPALIVE_SECONDS="2", POTLUCK_BUS__CONNECT_TIMEOUT_SECONDS="0.5")
     await coordinator.says("is served")
     (broker,) = psutil.Process(coordinator.pid).children()
-    assert not {"NOTIFY_SOCKET", "WATCHDOG_USEC"} & set(broker.environ()), "who speaks to systemd is the daemon alone"
+    assert not {"NOTIFY_SOCKET", "WATCHDOG_USEC"} & set(broker.environ()), "only the daemon speaks to systemd"
     broker.send_signal(signal.SIGSTOP)
     await coordinator.says("is not served")
     assert await coordinator.ended(20) == 4
@@ -144,7 +144,7 @@ async def test_a_broker_that_hangs_is_ended_with_its_coordinator(
         ("coordinator", ("--listen", "192.0.2.1", "--insecure"), 5, "192.0.2.1"),
     ],
 )
-async def test_what_is_wrong_for_good_and_what_may_pass_have_exit_codes_of_their_own(
+async def test_lasting_and_passing_errors_have_different_exit_codes(
     tmp_path: Path, units: list[Unit], daemon: str, arguments: tuple[str, ...], code: int, words: str
 ) -> None:
     unit = Unit(tmp_path, daemon, *arguments)

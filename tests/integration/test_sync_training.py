@@ -68,14 +68,14 @@ def test_two_nodes_give_the_weights_of_one_process(client: Client, kind: str) ->
 
     data = split()
     x, y = data["x_train"].reshape(-1, 64)[:640], data["y_train"][:640]
-    if kind == "void":  # each member's part of a batch has another number of them
+    if kind == "void":  # the number of these differs in each member's part of a batch
         y = np.where(np.random.default_rng(0).random(640) < 0.3, -1, y)
     job = client.train(made(), (x, y), validation=(x, y), epochs=3, strategy="sync").wait(timeout=200)
     ended = job.result()
     assert [epoch.samples for epoch in ended.history] == [640, 1280, 1920]
     model = plainly(made(), x, y, epochs=3, batch=32)
     assert relative(job.model(), model) < 1e-6
-    loss = model.evaluate(x, y, batch_size=len(x), return_dict=True, verbose=0)["loss"]  # of all that has a class
+    loss = model.evaluate(x, y, batch_size=len(x), return_dict=True, verbose=0)["loss"]  # over all values with a class
     assert job.history["val_loss"][-1] == pytest.approx(loss, rel=1e-4)
 
 
@@ -106,7 +106,7 @@ def test_two_outputs_and_weights_of_items_give_the_weights_of_one_process(client
 
 
 def test_a_step_over_two_members_is_that_of_fit_where_gradients_are_sparse(client: Client) -> None:
-    """Optimizers square repeated tokens apart, and only once where they were added up before; what is frozen keeps its bits."""
+    """Optimizers square each gradient of a repeated token by itself, not their sum. Frozen weights keep their bits."""
     import keras
 
     def made(optimizer: Any) -> Any:
@@ -147,7 +147,7 @@ def test_a_step_over_two_members_is_that_of_fit_where_gradients_are_sparse(clien
                 assert ours.numpy().tobytes() == theirs.numpy().tobytes(), theirs.path
 
 
-def test_when_the_job_has_ended_nothing_listens_beyond_loopback_any_more(cluster: LocalCluster, client: Client) -> None:
+def test_after_the_job_nothing_listens_beyond_loopback(cluster: LocalCluster, client: Client) -> None:
     data = split()
     x, y = data["x_train"].reshape(-1, 64)[:640], data["y_train"][:640]
     job = client.train(network("sgd"), (x, y), epochs=30, strategy="sync", round_seconds=0.2)
@@ -158,7 +158,7 @@ def test_when_the_job_has_ended_nothing_listens_beyond_loopback_any_more(cluster
 
 
 def open_ports(cluster: LocalCluster) -> list[str]:
-    """Where the nodes' engines listen, other than on loopback."""
+    """The addresses where the nodes' engines listen, without loopback."""
     found = [engine for node in cluster.nodes for engine in engines(node.pid).values()]
     sockets = [socket for engine in found for socket in engine.net_connections() if socket.status == "LISTEN"]
     return [f"{socket.laddr.ip}:{socket.laddr.port}" for socket in sockets if socket.laddr.ip != "127.0.0.1"]
@@ -197,14 +197,14 @@ def test_the_rest_goes_on_when_a_member_is_lost(cluster: LocalCluster, client: C
     assert relative(job.model(), model) < 1e-4
 
 
-def test_weights_that_are_no_numbers_end_the_job_though_the_loss_is_one(client: Client) -> None:
+def test_weights_that_are_not_finite_end_the_job_even_if_the_loss_is(client: Client) -> None:
     import keras
 
     data = split()
     x, y = data["x_train"].reshape(-1, 64)[:640].copy(), data["y_train"][:640]
     x[::50, 3] = np.nan
     inputs = keras.Input((64,))
-    # Some processors' ReLU makes 0 of NaN and hides it from the loss, others' does not: here it is the model that hides it.
+    # On some processors, ReLU turns NaN into 0 and so hides it from the loss. Here the model hides it on all processors.
     hidden = keras.layers.ReLU()(keras.ops.nan_to_num(keras.layers.Dense(32)(inputs)))
     hiding = keras.Model(inputs, keras.layers.Dense(10, activation="softmax")(hidden))
     hiding.compile("sgd", "sparse_categorical_crossentropy")
@@ -214,7 +214,7 @@ def test_weights_that_are_no_numbers_end_the_job_though_the_loss_is_one(client: 
         client.train(hiding, (x, y), epochs=2, strategy="sync").wait(timeout=200)
 
 
-def test_a_loss_that_is_no_mean_is_refused(client: Client) -> None:
+def test_a_loss_that_is_not_a_mean_is_refused(client: Client) -> None:
     import keras
 
     model = network("sgd")

@@ -1,4 +1,4 @@
-"""Training on a real cluster: small data as Keras would, the options of `train`, resuming, and equality of one node with Keras."""
+"""Training on a real cluster: small data as in Keras, the options of `train`, resuming, and one node against Keras."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_two_outputs_with_weights_are_trained_and_validated_as_keras_does(client
         np.testing.assert_allclose(predicted[name], theirs, atol=1e-5)
 
 
-def test_metrics_that_are_no_means_are_those_of_all_items_and_can_be_monitored(client: Client) -> None:
+def test_metrics_that_are_not_means_cover_all_items_and_can_be_monitored(client: Client) -> None:
     import keras
 
     rng = np.random.default_rng(5)
@@ -160,7 +160,7 @@ def test_every_epoch_of_a_small_data_set_is_trained_and_measured(client: Client,
 
 def test_early_stopping_gives_the_model_of_the_best_epoch(client: Client) -> None:
     def hasty() -> Any:
-        """It soon knows the few items by heart."""
+        """A model that soon knows the few items by heart."""
         model = mlp()
         model.optimizer.learning_rate = 0.01
         return model
@@ -257,20 +257,22 @@ def test_keras_callbacks_follow_a_job_and_end_it(client: Client, tmp_path: Path)
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(64, 4)).astype(np.float32), rng.normal(size=64).astype(np.float32)
     log = tmp_path / "log.csv"
-    stopper = keras.callbacks.EarlyStopping("loss", patience=2, min_delta=10.0)  # nothing ever gets so much better
+    stopper = keras.callbacks.EarlyStopping("loss", patience=2, min_delta=10.0)  # nothing ever improves by so much
     job = client.train(regression(), (x, y), epochs=500)
     history = job.follow([keras.callbacks.CSVLogger(str(log)), stopper])
     epochs = len(history["loss"])
-    assert 3 <= epochs < 500, "the epoch under way when the third had ended was the last"
+    assert 3 <= epochs < 500, "the epoch under way at the end of the third is the last"
     assert job.model().count_params() == regression().count_params()
     rows = log.read_text().splitlines()
     assert rows[0].startswith("epoch,loss")
     assert [float(row.split(",")[1]) for row in rows[1:]] == history["loss"]
-    assert [epoch.epoch for epoch in job.epochs()] == list(range(1, epochs + 1)), "to be had again, from the first"
+    assert [epoch.epoch for epoch in job.epochs()] == list(range(1, epochs + 1)), (
+        "epochs can be read again, from the first"
+    )
 
 
-def test_rounds_that_change_nothing_are_rounds(client: Client) -> None:
-    """Their weights have the hash that they had before."""
+def test_rounds_that_change_nothing_count(client: Client) -> None:
+    """Their weights have the same hash as before."""
     import keras
 
     model = regression()
@@ -284,7 +286,7 @@ def test_rounds_that_change_nothing_are_rounds(client: Client) -> None:
 
 
 def test_weights_that_begin_at_zero_are_trained(client: Client) -> None:
-    """The first step is then the same file as the weights that it leads to."""
+    """The file of the first step is then equal to the file of the new weights."""
     import keras
 
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1, kernel_initializer="zeros")])
@@ -297,7 +299,7 @@ def test_weights_that_begin_at_zero_are_trained(client: Client) -> None:
 
 
 def test_jobs_that_hold_the_same_weights_do_not_take_them_from_each_other(client: Client) -> None:
-    """As in a search over learning rates: all begin with the same weights, and two are the same in every round."""
+    """As in a search over learning rates: all jobs begin with the same weights, and two have the same weights in every round."""
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(512, 4)).astype(np.float32), rng.normal(size=512).astype(np.float32)
     jobs = [client.train(regression(), (x, y), epochs=epochs, deterministic=True) for epochs in (6, 6, 5)]

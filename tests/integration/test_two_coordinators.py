@@ -36,7 +36,7 @@ def seed(cluster: LocalCluster) -> str:
 
 
 def keeping_something(folder: Path, name: str) -> LocalCluster:
-    """One that was alone when it ran, and is to be started again where others are."""
+    """A cluster that ran alone first, and is then started again beside others."""
     cluster = LocalCluster(folder, cluster=name, nodes=0, discovery=False)
     with cluster, Client(seed(cluster), cluster=name) as client:
         client.add_data((np.zeros((4, 2), np.float32), np.zeros(4, np.int64)), "something")
@@ -45,7 +45,7 @@ def keeping_something(folder: Path, name: str) -> LocalCluster:
     return cluster
 
 
-async def test_the_one_that_has_kept_nothing_gives_way_and_its_node_goes_to_the_other(
+async def test_the_coordinator_that_keeps_nothing_gives_way_and_its_node_goes_to_the_other(
     tmp_path: Path, name: str
 ) -> None:
     other = await asyncio.to_thread(keeping_something, tmp_path / "other", name)
@@ -60,7 +60,7 @@ async def test_the_one_that_has_kept_nothing_gives_way_and_its_node_goes_to_the_
             assert other.coordinator.running
 
 
-async def test_two_that_keep_something_both_warn_and_both_stay(tmp_path: Path, name: str) -> None:
+async def test_two_coordinators_that_keep_something_both_warn_and_both_stay(tmp_path: Path, name: str) -> None:
     one, other = [await asyncio.to_thread(keeping_something, tmp_path / folder, name) for folder in ("one", "other")]
     with one, other:
         for here, there in ((one, other), (other, one)):
@@ -76,7 +76,7 @@ async def test_two_that_keep_something_both_warn_and_both_stay(tmp_path: Path, n
 
 @pytest.fixture
 async def bus(tmp_path: Path, name: str) -> AsyncIterator[MqttBus]:
-    """On a broker that is nobody's, as one that a site has already."""
+    """A bus on a broker that no coordinator started, such as a site's own broker."""
     broker = TestBroker(some_kind(), tmp_path)
     await broker.start()
     found = MqttBus(broker.address, Topics(name), Credentials(), client_id="test")
@@ -102,10 +102,10 @@ def coordinator(folder: Path, name: str, bus: MqttBus) -> subprocess.Popen[str]:
 GONE = CoordinatorStatus(session="gone", epoch=1, state="online", http=("http://192.0.2.1:7814",))
 
 
-async def test_what_a_broker_keeps_of_a_coordinator_that_is_gone_keeps_none_from_starting(
+async def test_retained_status_of_a_dead_coordinator_does_not_keep_another_from_starting(
     tmp_path: Path, name: str, bus: MqttBus
 ) -> None:
-    """The machine with both lost its power, and the broker had written down what is retained."""
+    """The machine with both lost power, and the broker had stored retained messages."""
     topic = Topics(name).coordinator_status
     await bus.publish(topic, GONE, retain=True)
     online: list[str] = []
@@ -120,7 +120,7 @@ async def test_what_a_broker_keeps_of_a_coordinator_that_is_gone_keeps_none_from
     assert process.returncode == 0
 
 
-async def test_one_that_is_there_keeps_another_from_starting(tmp_path: Path, name: str, bus: MqttBus) -> None:
+async def test_a_running_coordinator_keeps_another_from_starting(tmp_path: Path, name: str, bus: MqttBus) -> None:
     topic = Topics(name).coordinator_status
     await bus.publish(topic, GONE, retain=True)
     process = coordinator(tmp_path / "state", name, bus)

@@ -48,7 +48,7 @@ Up = Callable[[str], Awaitable[asyncio.subprocess.Process]]
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Where stand-ins of the daemons tell of their start and end, and what lies beside them by chance would, too."""
+    """The folder where stand-ins of the daemons note their start and end. Other files of these names would note theirs, too."""
     for daemon in ("coordinator", "node"):
         (tmp_path / f"{daemon}.py").write_text(STAND_IN % ("by-chance", "by-chance", "by-chance"))
         (tmp_path / "installed").mkdir(exist_ok=True)
@@ -92,7 +92,7 @@ async def test_of_several_machines_one_starts_the_coordinator(folder: Path, seco
     said = (folder / "log").read_text()
     assert said.count("only this machine is served. To share") == 3
     assert f"on the other machines:\n    potluck up --insecure --cluster {cluster}\n" in said
-    assert sorted(lines(folder / "stopped")) == ["coordinator", "node", "node", "node"], "each ended in order"
+    assert sorted(lines(folder / "stopped")) == ["coordinator", "node", "node", "node"], "each ended properly"
 
 
 async def test_a_daemon_that_dies_is_started_again_and_all_die_with_their_parent(folder: Path) -> None:
