@@ -1,10 +1,10 @@
 """The brokers that potluck can start itself, side by side: speed, and memory under an hour of traffic.
 
 The rival is mosquitto. `--other NAME=SCRIPT` adds a Python script, called with HOST and PORT, that prints a line ending
-with `running` when it listens (other embedded brokers were compared so, see docs/adr/0019-the-embedded-broker.md).
+with `running` when it listens (docs/adr/0019-the-embedded-broker.md compares other embedded brokers in this way).
 
-Speed: echoes of 100 bytes, one at a time and forty at a time, answered by `echo.py`. Memory: for `--minutes`, nodes publish what
-nodes publish, and clients come, ask, get an answer of 20 KB, and leave; resident memory is noted meanwhile.
+Speed: echoes of 100 bytes, one at a time and forty at a time, answered by `echo.py`. Memory: for `--minutes`, simulated nodes publish
+as real ones do, and clients come, ask, get an answer of 20 KB, and leave. Resident memory is noted meanwhile.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ async def memory(port: int, process: psutil.Process, minutes: float) -> dict[str
         asking = tasks.create_task(clients(port, stop), name="clients")
         busy = process.cpu_times()
         for _ in range(MEMORY_LOOKS):
-            await asyncio.sleep(minutes * 60 / MEMORY_LOOKS)  # time itself is measured
+            await asyncio.sleep(minutes * 60 / MEMORY_LOOKS)  # waiting is the purpose here
             looks.append(round(process.memory_info().rss / 2**20, 1))
         stop.set()
     used = process.cpu_times()
@@ -223,7 +223,7 @@ async def measure(arguments: argparse.Namespace, report: Report) -> None:
             async with started(name, scripts[name], Path(folder)) as (port, _):
                 alone, rate = await speed(port, 0.5 if arguments.quick else 5.0)
                 figures[name] = {"echo_ms": round(alone, 3), "echoes_per_second": round(rate)}
-    async with asyncio.TaskGroup() as tasks:  # the hour is the same for all brokers
+    async with asyncio.TaskGroup() as tasks:  # all brokers share the same hour
         for name in only:
             tasks.create_task(one(name), name=name)
     for name, found in figures.items():

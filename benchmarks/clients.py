@@ -58,7 +58,7 @@ async def ask_in_turn(ask: Callable[[], Awaitable[Any]], into: Tally) -> None:
     while (started := time.perf_counter()) < into.end:
         try:
             await ask()
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is a request that failed
+        except Exception as error:  # noqa: BLE001 - any error is a failed request
             into.failures.append(f"{type(error).__name__}: {error}")
             await asyncio.sleep(0.01)
             continue

@@ -1,4 +1,4 @@
-"""How well rounds learn: with the engine's own training and the coordinator's own outer step, one node after the other, in one process.
+"""How well rounds learn: the engine's training and the coordinator's outer step, one node after the other, in one process.
 
 There is no network and no clock, so runs differ only by their seeds. `sync` is one process with batches as large as those
 of all nodes together: the result of exact synchronous data parallelism.

@@ -232,7 +232,7 @@ async def kill(cluster: LocalCluster, model: Path, seconds: float, report: Repor
     usual = answers.p99_between(0.5, at)
     windows = [at + number * WINDOW_SECONDS for number in range(int((3 * seconds - at) / WINDOW_SECONDS))]
     slow = [begin for begin in windows if answers.p99_between(begin, begin + WINDOW_SECONDS) > 2 * usual]
-    # The first window from which on two in a row are as before: later windows may be slow by chance.
+    # The first of two windows in a row that are as fast as before: later windows may be slow by chance.
     back = next((begin for begin in windows if begin not in slow and begin + WINDOW_SECONDS not in slow), 3 * seconds)
     report.figures["kill"] = {
         "per_second": round(0.25 * capacity, 1), "asked": len(answers.due), "failures": answers.failures(),
@@ -264,7 +264,7 @@ async def beside_training(cluster: LocalCluster, model: Path, seconds: float, re
             capacity = await load.closed_loop(CLOSED_LOOP_CLIENTS, seconds / 2)
             rate = 0.3 * capacity
             found["no training"] = percentiles((await load.open_loop(rate, seconds)).good)
-            # Half of it is the time of an answer when nothing disturbs it.
+            # An undisturbed answer takes half of this.
             tight = 2 * found["no training"]["p50_ms"] / 1000
             job = await client.train(str(model), data, epochs=1_000, batch_size=64, strategy="local")
             await trained(job, 0)

@@ -353,8 +353,10 @@ STEADY_WINDOWS = 4
 
 
 def recovery_seconds(into: Tally, before: float, after: float) -> tuple[float, int]:
-    """How long after `after` the 99th percentile (of windows of half a second) was back below twice its highest value before `before`, for
-    at least two seconds; and how many later windows were above that again, because of the machine or of other work.
+    """(How long after `after` the p99 was back for at least two seconds, how many later windows were slow again).
+
+    It is back when it is below twice the highest p99 before `before`. A window has half a second. Later windows may be slow because
+    of the machine or of other work.
     """
     usual = max(_percentiles_99(into, into.begin, before).values())
     late = [p99 > 2 * usual for _, p99 in sorted(_percentiles_99(into, after, into.end).items())]

@@ -111,8 +111,8 @@ def steady(ended: dict[str, Any]) -> dict[str, float]:
 def two_nodes(lab: Lab, report: Report) -> None:
     """Two nodes with a core each against one of them, in turns, on links of 1 Gbit/s.
 
-    Beside them, bare TensorFlow in one process with a core, and in two that know nothing of each other: that shows what this machine's
-    second core adds.
+    It also runs bare TensorFlow in one process with a core, and in two independent processes: that shows what this machine's second
+    core adds.
     """
     data, model = lab.digits(600 if lab.quick else 6000), lab.cnn(64 if lab.quick else SIZE)
     turns, epochs = (1, 3) if lab.quick else (2, 5)
@@ -386,7 +386,7 @@ def predicted(lab: Lab, report: Report) -> None:
         for strategy in ("local", "sync"):
             options = ("--strategy", strategy, "--name", strategy)
             run = steady(train(hosts, model, data, 3, *options))
-            samples = 1_000_000  # so many that starting does not matter, as in `steady`
+            samples = 1_000_000  # with so many samples, the start does not matter, as in `steady`
             costs = Costs((rate, rate), weights_bytes(model), 0, samples, BATCH, megabits / 8 * 1e6)
             said = predict(costs)
             seconds = said.local_seconds if strategy == "local" else said.sync_seconds

@@ -1,8 +1,8 @@
 """Dask's scheduler as it comes, with workers that only seem to compute: each says at once that a task is done.
 
     python dask_app.py scheduler PORT                   the scheduler alone, so that its CPU time can be read
-    python dask_app.py workers ADDRESS COUNT            so many workers' streams in one process (distributed's own protocol)
-    python dask_app.py client ADDRESS TASKS SECONDS     asks for batches of so many tasks for that long; prints how many were done
+    python dask_app.py workers ADDRESS COUNT            the streams of COUNT workers in one process (distributed's own protocol)
+    python dask_app.py client ADDRESS TASKS SECONDS     asks for batches of TASKS tasks for SECONDS; prints how many were done
 
 A task holds a pickled function of no arguments, and its result stays with its worker.
 """
