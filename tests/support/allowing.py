@@ -19,7 +19,7 @@ Y = X.mean(axis=1)
 
 @contextmanager
 def own_code() -> Iterator[Any]:
-    """The module; until the block ends, started processes find it, too."""
+    """The module. Processes that start before the block ends find it, too."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", f"{SUPPORT}:{SUPPORT.parents[1]}")
         patch.syspath_prepend(str(SUPPORT))

@@ -1,4 +1,4 @@
-"""A certificate for 127.0.0.1 and localhost that signs itself, for tests alone: everybody has its key. Made with
+"""A self-signed certificate for 127.0.0.1 and localhost, only for tests: everybody has its key. Made with
 
     openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 36500 -subj "/CN=potluck tests" \\
         -addext "subjectAltName=IP:127.0.0.1,DNS:localhost"

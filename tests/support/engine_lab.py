@@ -66,7 +66,7 @@ class Lab:
 @asynccontextmanager
 async def engine_lab(folder: Path, allow_code: Sequence[str] = (), limits: Limits = LIMITS) -> AsyncIterator[Lab]:
     """A running engine, stopped at the end."""
-    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # as at users, who do not set it
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # users do not set it
     engine = Engine(folder / "scratch", threads=0, limits=limits, allow_code=allow_code)
     await engine.start()
     try:

@@ -75,7 +75,7 @@ class Network:
         run("ip", "-n", host, "link", "set", "eth0", "down")
 
     def isolate(self, host: str) -> None:
-        """Switch off the host's port at the switch; the host's own cable shows nothing of it."""
+        """Switch off the host's port at the switch. The host's own link stays up."""
         run("ip", "-n", self.bridge_host, "link", "set", self._port(host), "nomaster")
 
     def reunite(self, host: str) -> None:

@@ -36,7 +36,7 @@ def still_running(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
 
 
 def commands(processes: Iterable[psutil.Process]) -> Counter[tuple[str, ...]]:
-    """How many of these run each command, without its numbers: a port may be another after a restart. What ends meanwhile is left out."""
+    """How many of these run each command, without numbers in it: a port may change after a restart. Ended processes are left out."""
     found: Counter[tuple[str, ...]] = Counter()
     for process in still_running(processes):
         try:

@@ -63,7 +63,7 @@ class Node:
         """The requests as they came."""
         self.failing: ErrorInfo | None = None
         self.fails = ""
-        """Replicas whose ids begin with this fail with `failing`: a version's, or all ("")."""
+        """Replicas whose ids begin with this fail with `failing`: those of a version, or all ("")."""
         self.resident_bytes = 0
         """The memory of a replica that it reports after loading."""
         self.unloaded: list[str] = []

@@ -22,7 +22,7 @@ TICK_SECONDS = 0.25
 
 @dataclass
 class Replica:
-    """Computes one batch after the other: `fixed_seconds`, and `row_seconds` for each row, each up to a fifth more or less."""
+    """Computes one batch after the other. A batch takes `fixed_seconds`, plus `row_seconds` for each row, give or take a fifth."""
 
     fixed_seconds: float
     row_seconds: float
