@@ -14,12 +14,12 @@ def evaluate(
     context: typer.Context,
     model: Annotated[
         str,
-        typer.Argument(help="A compiled .keras file, or a registered model.", autocompletion=completion.model_files),
+        typer.Argument(help="A .keras file, or a registered model.", autocompletion=completion.model_files),
     ],
     data: Annotated[
         str,
         typer.Argument(
-            help="A folder of images, .txt or .wav files, an .npz, .csv, .parquet or TFRecord file, or a registered data set.",
+            help="A folder of images, .txt or .wav files, an .npz, .csv, .parquet or TFRecord file, a registered data set, or node:NAME.",
             autocompletion=completion.data,
         ),
     ],

@@ -15,14 +15,17 @@ SHOWN = 20
 def events(
     context: typer.Context,
     follow: Annotated[
-        bool, typer.Option("--follow", "-f", help="Go on with what happens, until Ctrl-C: a line an event.")
+        bool,
+        typer.Option("--follow", "-f", help="Also show new events as they happen, one on each line, until Ctrl-C."),
     ] = False,
     last: Annotated[
         int | None,
-        typer.Option("--last", "-n", min=0, metavar="N", help=f"Of those before, the newest N (default: {SHOWN})."),
+        typer.Option(
+            "--last", "-n", min=0, metavar="N", help=f"Show the newest N of the past events (default: {SHOWN})."
+        ),
     ] = None,
     after: Annotated[
-        int | None, typer.Option(min=0, metavar="NUMBER", help="Those after the event of this number, all of them.")
+        int | None, typer.Option(min=0, metavar="NUMBER", help="Show all events after the one with this number.")
     ] = None,
     as_json: Json = False,
 ) -> None:
