@@ -4,7 +4,8 @@ TensorFlow runs more than the served signature: it also makes and fills tables, 
 and function must be on the list in `operations`. Three more kinds of operations are allowed, but only where a SavedModel needs them:
 
 - Operations that write its checkpoint are cut out, with all nodes that need them. If a served node needs one, the model is refused.
-- Operations that read its checkpoint must take the file's name from TensorFlow's loader. No served node may need them.
+- Operations that read its checkpoint must take the file's name from TensorFlow's loader. No node that is served, or that initializes the
+  model, may need them.
 - Operations that fill a table from a file must take the file's name from an asset, a file in the SavedModel's own folder.
 
 It looks once at each node, and walks back from the names of files to where they come from. So time and memory grow with the size of
