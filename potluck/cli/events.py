@@ -36,7 +36,8 @@ def events(
         last = SHOWN
     with session(context).client() as client:
         if follow:
-            for event in client.events(after, last=last or None, follow=True):
+            # As in `tail -n 0 -f`: none of those before.
+            for event in client.events(None if last == 0 else after, last=last or None, follow=True):
                 if as_json:
                     output.emit_line(event)
                 else:
@@ -47,5 +48,5 @@ def events(
         output.emit(found)
     elif found:
         output.show(output.events_table(found))
-    else:
+    elif last != 0:
         output.note("nothing has happened")

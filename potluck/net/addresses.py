@@ -11,7 +11,7 @@ import psutil
 
 from potluck.errors import CannotListen
 from potluck.logs import fields
-from potluck.settings import GATEWAY_PORT, Listen, is_loopback
+from potluck.settings import GATEWAY_PORT, Listen
 from potluck.wire.addresses import Scheme, address
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ def reachable_addresses(listen_host: str) -> list[str]:
     """The addresses at which a server that listens on `listen_host` can be reached."""
     if listen_host in ("0.0.0.0", "::", ""):  # noqa: S104 - compared, not bound
         return lan_addresses() or ["127.0.0.1"]
-    return ["127.0.0.1"] if is_loopback(listen_host) and listen_host == "localhost" else [listen_host]
+    return ["127.0.0.1"] if listen_host == "localhost" else [listen_host]
 
 
 def base_urls(listen_host: str, port: int, scheme: Scheme) -> tuple[str, ...]:

@@ -61,7 +61,10 @@ async def post_json(url: str, value: Any, credentials: Credentials, limit_second
         raise Unavailable(f"{url} does not answer: {error or type(error).__name__}") from error
     if response.status != 200:
         raise Unavailable(f"{url} answers {response.status}: {said[:300].decode(errors='replace')}")
-    return json.loads(said)
+    try:
+        return json.loads(said)
+    except ValueError as error:
+        raise Unavailable(f"{url} answers with something else than JSON: {error}") from error
 
 
 def _brief(credentials: Credentials, limit_seconds: float) -> aiohttp.ClientSession:

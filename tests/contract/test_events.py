@@ -353,14 +353,16 @@ async def test_the_command_line_shows_and_follows(core: Core, broker: TestBroker
     assert [event["name"] for event in json.loads(said)] == ["b", "c"]
     said, _ = await (await run("--after", "1")).communicate()
     assert [line.split()[:1] for line in said.decode().splitlines()] == [["number"], ["2"], ["3"]]
-    following = await run("-f", "-n", "1", "--json")
+    following, only_new = await run("-f", "-n", "1", "--json"), await run("-f", "-n", "0", "--after", "1", "--json")
     assert following.stdout is not None
     assert json.loads(await following.stdout.readline())["name"] == "c"
-    await eventually(lambda: len(core.events._followers) == 1)
+    await eventually(lambda: len(core.events._followers) == 2)
     core.tell("d")
-    assert json.loads(await following.stdout.readline())["name"] == "d"
-    following.send_signal(signal.SIGINT)
-    assert await asyncio.wait_for(following.wait(), 20) == 130
+    for process in (following, only_new):
+        assert process.stdout is not None
+        assert json.loads(await process.stdout.readline())["name"] == "d"
+        process.send_signal(signal.SIGINT)
+        assert await asyncio.wait_for(process.wait(), 20) == 130
     await eventually(lambda: not core.events._followers)
 
 

@@ -25,7 +25,9 @@ async def test_what_answers(unused_tcp_port: int) -> None:
 
     sock = socket.create_server(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{sock.getsockname()[1]}"
-    async with serve_http(sock, [web.get("/live", live), web.post("/ask", echo)], Credentials()):
+    async with serve_http(
+        sock, [web.get("/live", live), web.post("/live", live), web.post("/ask", echo)], Credentials()
+    ):
         assert await is_there(url, ANN, 5.0)
         assert await answers(f"{url}/live", ANN, 5.0)
         assert not await answers(f"{url}/dead", ANN, 5.0)
@@ -33,6 +35,8 @@ async def test_what_answers(unused_tcp_port: int) -> None:
         assert await post_json(f"{url}/ask", 2, Credentials(), 5.0) == {"caller": "anonymous", "asked": 2}
         with pytest.raises(Unavailable, match="/dead answers 404"):
             await post_json(f"{url}/dead", 1, ANN, 5.0)
+        with pytest.raises(Unavailable, match="/live answers with something else than JSON"):
+            await post_json(f"{url}/live", 1, ANN, 5.0)
     for nobody in (f"http://127.0.0.1:{unused_tcp_port}", f"http://{'x' * 300}:1", "http://"):
         assert not await is_there(nobody, ANN, 1.0)
         assert not await answers(nobody, ANN, 1.0)
