@@ -17,7 +17,7 @@ from msgspec.structs import replace
 from node.engine import frames
 from node.engine.answering import answer
 from node.engine.replicas import LoadedReplicas, Model
-from node.engine.runtimes import Send, Started, Work
+from node.engine.runtimes import RuntimeInfo, Send, Work
 from node.engine.turns import Turns
 from potluck.errors import TimedOut
 from potluck.wire.values import BlobRef, ModelFormat, Signature, Tensor
@@ -43,7 +43,7 @@ class ArrayRuntime(ABC):
         """See `Runtime`."""
 
     @abstractmethod
-    def start(self) -> Started:
+    def start(self) -> RuntimeInfo:
         """See `Runtime`."""
 
     @abstractmethod
@@ -92,7 +92,7 @@ class TensorFlow(ArrayRuntime):
     def installed(self) -> bool:
         return find_spec("tensorflow") is not None and find_spec("keras") is not None
 
-    def start(self) -> Started:
+    def start(self) -> RuntimeInfo:
         """Takes seconds. Limits threads, and lets TensorFlow's memory on GPUs grow as needed."""
         with left_out("matplotlib", "pandas", "sklearn"):
             import keras
@@ -107,7 +107,7 @@ class TensorFlow(ArrayRuntime):
             tf.config.experimental.set_memory_growth(gpu, True)
         names = tuple(tf.config.experimental.get_device_details(gpu).get("device_name", gpu.name) for gpu in gpus)
         code.allow(self._allowed)
-        return Started({"tensorflow": tf.__version__, "keras": keras.__version__}, names)
+        return RuntimeInfo({"tensorflow": tf.__version__, "keras": keras.__version__}, names)
 
     def model(self, model_format: ModelFormat, path: Path) -> Model:
         from node.engine import graphs, savedmodel
@@ -131,9 +131,9 @@ class LiteRT(ArrayRuntime):
     def installed(self) -> bool:
         return find_spec("ai_edge_litert") is not None
 
-    def start(self) -> Started:
+    def start(self) -> RuntimeInfo:
         """Does not import LiteRT: only nodes with such models need it."""
-        return Started({"litert": importlib.metadata.version("ai-edge-litert")})
+        return RuntimeInfo({"litert": importlib.metadata.version("ai-edge-litert")})
 
     def model(self, model_format: ModelFormat, path: Path) -> Model:
         from node.engine.litert import LiteModel

@@ -18,7 +18,7 @@ Send = Callable[[frames.Frame], None]
 
 
 @dataclass(frozen=True)
-class Started:
+class RuntimeInfo:
     """What a runtime found when it was imported. `versions`: as nodes report them (`capacity.runtimes`)."""
 
     versions: dict[str, str]
@@ -40,7 +40,7 @@ class Runtime(Protocol):
         """Whether it can be started here, without importing it."""
         ...
 
-    def start(self) -> Started:
+    def start(self) -> RuntimeInfo:
         """Import it and set it up. Called once, before all else, if it is installed."""
         ...
 

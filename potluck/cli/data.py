@@ -10,9 +10,11 @@ import typer
 
 from potluck.cli import completion
 from potluck.cli.session import Json, session
-from potluck.cli.suggesting import Command, Group
+from potluck.cli.suggesting import Command, CommandGroup
 
-data = typer.Typer(cls=Group, no_args_is_help=True, help="Add data sets to the cluster, list them and remove them.")
+data = typer.Typer(
+    cls=CommandGroup, no_args_is_help=True, help="Add data sets to the cluster, list them and remove them."
+)
 
 
 @data.command("add", cls=Command)

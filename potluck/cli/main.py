@@ -22,14 +22,14 @@ from potluck.cli.predict import predict
 from potluck.cli.registry import models
 from potluck.cli.session import Session, begin, global_options_first
 from potluck.cli.status import status
-from potluck.cli.suggesting import Command, Group
+from potluck.cli.suggesting import Command, CommandGroup
 from potluck.cli.train import train
 from potluck.cli.up import up
 from potluck.errors import PotluckError
 
 app = typer.Typer(
     name="potluck",
-    cls=Group,
+    cls=CommandGroup,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

@@ -9,10 +9,10 @@ import typer
 
 from potluck.cli import completion
 from potluck.cli.session import ImageSize, Json, image_size, session
-from potluck.cli.suggesting import Command, Group
+from potluck.cli.suggesting import Command, CommandGroup
 
 models = typer.Typer(
-    cls=Group,
+    cls=CommandGroup,
     invoke_without_command=True,
     help="List the registered models; show, add, export, name, tag or delete one.",
 )

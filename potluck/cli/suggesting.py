@@ -27,5 +27,5 @@ class Command(_Suggesting, TyperCommand):
     """A command."""
 
 
-class Group(_Suggesting, TyperGroup):
+class CommandGroup(_Suggesting, TyperGroup):
     """A group of commands."""

@@ -295,7 +295,7 @@ class AsyncClient:
             info = await self.register(model, name)
             registered = f"{info.name}:{info.version}"
         given = {name: _Roles.of(None, None, data).given(name, data) for name, data in deploying.data(options).items()}
-        if any(isinstance(data, sources.Given) for data in given.values()):
+        if any(isinstance(data, sources.GivenData) for data in given.values()):
             await self.get_model(registered)
         for option, data in given.items():
             fields[option] = await self._data(option, data, None)
@@ -515,7 +515,7 @@ class AsyncClient:
         if isinstance(data, str):
             data = Path(data)  # data to be added are never the name of a data set
         given = sources.given(data, roles.target, roles.sample_weight)
-        assert isinstance(given, sources.Given)
+        assert isinstance(given, sources.GivenData)
         return await sources.add(await self._connected(), given, name=name, progress=progress)
 
     async def remove_data(self, name: str) -> None:
@@ -597,7 +597,7 @@ class AsyncClient:
         return {"weights": replace(answer.checkpoint, holders=()), "initial_epoch": done}
 
     async def _data(
-        self, argument: str, given: sources.Given | str, asked: _Asked | None, *, for_prediction: bool = False
+        self, argument: str, given: sources.GivenData | str, asked: _Asked | None, *, for_prediction: bool = False
     ) -> str:
         """The name of a data set; data that are not registered are registered now. For prediction they keep their order and need no labels.
 
@@ -670,7 +670,7 @@ class _Roles:
                     )
         return found
 
-    def given(self, argument: str, data: object) -> sources.Given | str:
+    def given(self, argument: str, data: object) -> sources.GivenData | str:
         """The part of `data` to be packed, or its name. Raises InvalidData."""
         return sources.given(data, self.target, self.sample_weight, argument)
 

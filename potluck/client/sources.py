@@ -71,7 +71,7 @@ def takes_target(data: object) -> bool:
 
 
 @dataclass(frozen=True)
-class Given:
+class GivenData:
     """Data to pack, as the user gave them, and the roles of their parts. `stem`: the start of the name where the user gives none."""
 
     source: Path | Arrays
@@ -91,7 +91,7 @@ class Given:
         return inputs[0].shape[1:] if len(inputs) == 1 and inputs[0].ndim else None
 
 
-def given(data: object, target: Target, sample_weight: str | None = None, argument: str = "data") -> Given | str:
+def given(data: object, target: Target, sample_weight: str | None = None, argument: str = "data") -> GivenData | str:
     """The name of a data set that is registered (or lives on nodes), or the data to pack. Reads no data.
 
     Raises InvalidData for anything else, such as a model; errors call the data `argument`.
@@ -101,7 +101,7 @@ def given(data: object, target: Target, sample_weight: str | None = None, argume
     name = as_name(data)
     if name is None:
         if isinstance(data, str | Path):
-            return Given(existing(data), target, sample_weight, path_name(data), _plain(data))
+            return GivenData(existing(data), target, sample_weight, path_name(data), _plain(data))
         return as_arrays(data, target, sample_weight, argument)
     try:
         checked_name(argument, name.removeprefix(NODE_DATA))
@@ -112,14 +112,14 @@ def given(data: object, target: Target, sample_weight: str | None = None, argume
     return name
 
 
-def as_arrays(data: object, target: Target, sample_weight: str | None = None, argument: str = "data") -> Given:
+def as_arrays(data: object, target: Target, sample_weight: str | None = None, argument: str = "data") -> GivenData:
     """Named arrays, from `(x, y)`, `(x, y, sample_weight)`, `x`, or a map. Raises InvalidData.
 
     `y` may be several targets: a map by the names of the model's outputs, or a list of arrays in their order.
     """
     try:
         if isinstance(data, Mapping):
-            return Given(_named(data), target, sample_weight)
+            return GivenData(_named(data), target, sample_weight)
         if isinstance(data, tuple) and len(data) in (2, 3):
             inputs, labels = data[:2]
             named = _named(inputs) if isinstance(inputs, Mapping) else {"x": np.asarray(inputs)}
@@ -134,9 +134,9 @@ def as_arrays(data: object, target: Target, sample_weight: str | None = None, ar
                     raise InvalidData(
                         f"the third part of {argument} must be sample_weight, one array with the weight of each item, not {shown(data[2])}"
                     )
-            return Given(found, tuple(targets), weight)
+            return GivenData(found, tuple(targets), weight)
         if isinstance(data, np.ndarray) or hasattr(data, "__array__"):
-            return Given({"x": np.asarray(data)}, None, None)
+            return GivenData({"x": np.asarray(data)}, None, None)
     except (ValueError, TypeError) as error:
         raise InvalidData(f"{argument} cannot be made into arrays: {error}") from error
     raise InvalidData(
@@ -161,7 +161,7 @@ def _targets(y: object, inputs: Mapping[str, Any]) -> dict[str, np.ndarray[Any, 
 
 async def add(
     connection: Connection,
-    given: Given,
+    given: GivenData,
     *,
     name: str | None,
     for_job: bool = False,

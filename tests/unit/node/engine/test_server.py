@@ -13,7 +13,7 @@ from node.engine import frames
 from node.engine.answering import answer
 from node.engine.gate import Gate
 from node.engine.readers import Readers
-from node.engine.runtimes import Send, Started, Work
+from node.engine.runtimes import RuntimeInfo, Send, Work
 from node.engine.server import TASKS_LIMIT, Server
 from node.engine.turns import Turns
 from potluck.errors import InvalidModel
@@ -41,8 +41,8 @@ class Blocking:
     def installed(self) -> bool:
         return True
 
-    def start(self) -> Started:
-        return Started({self.name: "1"})
+    def start(self) -> RuntimeInfo:
+        return RuntimeInfo({self.name: "1"})
 
     def load(self, asked: frames.LoadReplica) -> tuple[Signature, int, int]:
         return Signature(inputs=(), outputs=()), 0, 0
