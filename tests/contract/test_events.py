@@ -342,27 +342,39 @@ async def test_a_program_without_asyncio_follows_too(core: Core, broker: TestBro
 async def test_the_command_line_shows_and_follows(core: Core, broker: TestBroker) -> None:
     core.tell("a", "b", "c")
 
-    async def run(*options: str) -> asyncio.subprocess.Process:
+    @asynccontextmanager
+    async def run(*options: str) -> AsyncIterator[asyncio.subprocess.Process]:
         command = ("-m", "potluck.cli.main", "--seed", f"127.0.0.1:{broker.port}", "--cluster", "events", "events")
-        return await asyncio.create_subprocess_exec(
+        process = await asyncio.create_subprocess_exec(
             sys.executable, *command, *options, stdout=asyncio.subprocess.PIPE,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a shell's background ignores it
         )  # fmt: skip
+        try:
+            yield process
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
 
-    said, _ = await (await run("--last", "2", "--json")).communicate()
+    async with run("--last", "2", "--json") as once:
+        said, _ = await once.communicate()
     assert [event["name"] for event in json.loads(said)] == ["b", "c"]
-    said, _ = await (await run("--after", "1")).communicate()
+    async with run("--after", "1") as once:
+        said, _ = await once.communicate()
     assert [line.split()[:1] for line in said.decode().splitlines()] == [["number"], ["2"], ["3"]]
-    following, only_new = await run("-f", "-n", "1", "--json"), await run("-f", "-n", "0", "--after", "1", "--json")
-    assert following.stdout is not None
-    assert json.loads(await following.stdout.readline())["name"] == "c"
-    await eventually(lambda: len(core.events._followers) == 2)
-    core.tell("d")
-    for process in (following, only_new):
-        assert process.stdout is not None
-        assert json.loads(await process.stdout.readline())["name"] == "d"
-        process.send_signal(signal.SIGINT)
-        assert await asyncio.wait_for(process.wait(), 20) == 130
+    async with (
+        run("-f", "-n", "1", "--json") as following,
+        run("-f", "-n", "0", "--after", "1", "--json") as only_new,
+    ):
+        assert following.stdout is not None
+        assert json.loads(await following.stdout.readline())["name"] == "c"
+        await eventually(lambda: len(core.events._followers) == 2)
+        core.tell("d")
+        for process in (following, only_new):
+            assert process.stdout is not None
+            assert json.loads(await process.stdout.readline())["name"] == "d"
+            process.send_signal(signal.SIGINT)
+            assert await asyncio.wait_for(process.wait(), 20) == 130
     await eventually(lambda: not core.events._followers)
 
 
