@@ -8,7 +8,7 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Iterable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from functools import partial
 
 from msgspec.structs import replace
@@ -34,6 +34,7 @@ from coordinator.neighbours import Neighbours
 from coordinator.plans import node_data as federated
 from coordinator.registry import Registry
 from coordinator.requests import Requests
+from coordinator.rival import RIVAL_SECONDS, STATUS_SECONDS, Rival
 from coordinator.serving.bus_requests import BusRequests
 from coordinator.serving.endpoints import OneNode
 from coordinator.serving.inference import Inference
@@ -46,7 +47,7 @@ from potluck.bus.filters import matches
 from potluck.bus.mqtt import Addresses, Envelope, MqttBus, Will, in_turn
 from potluck.bus.outbox import Outbox
 from potluck.credentials import Credentials
-from potluck.errors import Conflict, GaveWay, PotluckError, Unavailable
+from potluck.errors import GaveWay, PotluckError, Unavailable
 from potluck.logs import Seldom, fields
 from potluck.net.addresses import base_urls, bind_gateway, reachable_addresses
 from potluck.net.broker import Broker, start_broker
@@ -63,12 +64,6 @@ from potluck.wire.topics import NODE_ID, Topics
 log = logging.getLogger(__name__)
 
 TICK_SECONDS = 0.5
-STATUS_SECONDS = 5.0
-"""How often the retained status is said again."""
-RIVAL_SECONDS = 2 * STATUS_SECONDS + 1
-"""Another coordinator that runs says within so long that it is there."""
-RETAINED_SECONDS = 0.3
-"""How long we wait for what another coordinator has retained. It comes at once after we subscribe, if there is any."""
 BROKER_CHECK_SECONDS = 1.0
 LOG_SECONDS = 60.0
 """After so long, the same fault in what others send is logged again."""
@@ -90,13 +85,9 @@ class Coordinator:
         self.folder = state_folder(settings.state_dir, "coordinator")
         self._name = f"{short_hostname()}-{self.session[:6]}"
         self.credentials = Credentials.of("coordinator", self._name)
-        self._rival: CoordinatorStatus | None = None
-        self._rival_at = 0.0
-        self._rival_lives = False
-        """Whether it has sent something now. What the broker retains may be from a coordinator that is gone."""
-        self._rival_seen = asyncio.Event()
         self._seldom = Seldom(LOG_SECONDS)
         self._announced = asyncio.Event()
+        self._rival = Rival(settings.cluster, self.session, self._announced)
         self._urls: tuple[str, ...] = ()
         self._neighbours: Neighbours | None = None
         self._gave_way: GaveWay | None = None
@@ -232,7 +223,7 @@ class Coordinator:
             self._subscribe(bus, requests, bus_requests)
 
             async def announce() -> None:
-                await self._stand_alone()
+                await self._rival.check_none(shared=bool(settings.seeds))
                 tell_lock(bus.place)
                 await bus.publish(status_topic, online(), retain=True)
                 self._announced.set()
@@ -319,13 +310,12 @@ class Coordinator:
         """Return once we are announced. Raises Unavailable if there is no bus, Conflict if another coordinator stays on it."""
         limit_seconds = self._patience_seconds + RIVAL_SECONDS
         await bus.connected(limit_seconds)
-        try:
+        with suppress(TimeoutError):
             async with asyncio.timeout(limit_seconds):
                 await self._announced.wait()
-        except TimeoutError:
-            if self._rival is not None:
-                raise self._conflict(self._rival) from None
-            raise Unavailable(f"the bus did not take our birth within {limit_seconds:g} s") from None
+                return
+        self._rival.refuse()
+        raise Unavailable(f"the bus did not take our birth within {limit_seconds:g} s")
 
     async def _broker(self, stack: AsyncExitStack) -> tuple[Broker | None, Addresses]:
         """The configured broker, or one of our own."""
@@ -345,63 +335,12 @@ class Coordinator:
         bus.subscribe(topics.coordinator_inbox, requests.on_request)
         bus.subscribe(topics.jobs_submit, requests.on_request)
         bus.subscribe(topics.infer("+"), bus_requests.on_infer)
-        bus.subscribe(topics.coordinator_status, self._on_coordinator)
+        bus.subscribe(topics.coordinator_status, self._rival.on_status)
         bus.subscribe(topics.node("+", "outbox"), self._on_outbox)
         bus.subscribe(topics.node("+", "status"), self._on_presence)
         bus.subscribe(topics.node("+", "capacity"), self._on_presence)
         bus.subscribe(topics.node("+", "telemetry"), self._on_presence, qos=0)
         bus.on_refused = self._on_refused
-
-    def _on_coordinator(self, envelope: Envelope) -> None:
-        """Notice whether another coordinator is on this bus."""
-        message = envelope.message
-        if not isinstance(message, CoordinatorStatus) or message.session == self.session:
-            return
-        if message.state == "offline":
-            if self._rival is not None and self._rival.session == message.session:
-                self._rival = None
-        else:
-            self._rival, self._rival_at = message, time.monotonic()
-            self._rival_lives = self._rival_lives or not envelope.retained
-            self._rival_seen.set()
-            if self._announced.is_set() and self._seldom.due("rival") is not None:
-                where = fields(cluster=self.settings.cluster, http=",".join(message.http))
-                log.error("another coordinator is on this bus: stop one %s", where)
-
-    async def _stand_alone(self) -> None:
-        """Raises Conflict if another coordinator of this cluster is on the bus. Nothing is published before this."""
-        if not self._announced.is_set() and self.settings.seeds:
-            await self._hear_rival(RETAINED_SECONDS)
-            if self._rival is not None and not self._rival_lives:
-                # The broker may have kept this over a power cut, and the coordinator may be gone. One that runs says again that it is there.
-                log.warning(
-                    "another coordinator was on this bus, is it there? %s", fields(http=",".join(self._rival.http))
-                )
-                self._rival_seen.clear()
-                if not await self._hear_rival(RIVAL_SECONDS):
-                    self._rival = None
-        self._rival_seen.clear()
-        if self._announced.is_set() and time.monotonic() - self._rival_at > 3 * STATUS_SECONDS:
-            # If it were still there, it would have said so by now.
-            self._rival = None
-        if self._rival is not None:
-            raise self._conflict(self._rival)
-
-    async def _hear_rival(self, seconds: float) -> bool:
-        """Whether another coordinator is heard of within this time."""
-        try:
-            async with asyncio.timeout(seconds):
-                await self._rival_seen.wait()
-        except TimeoutError:
-            return False
-        return True
-
-    def _conflict(self, rival: CoordinatorStatus) -> Conflict:
-        where = ", ".join(rival.http)
-        return Conflict(
-            f"cluster {self.settings.cluster!r} has a coordinator on this bus already ({where}): "
-            "stop it, or choose another --cluster"
-        )
 
     def _on_outbox(self, envelope: Envelope) -> None:
         node_id = self.topics.segment(envelope.topic, 1)
@@ -473,7 +412,7 @@ class Coordinator:
         if not self._announced.is_set():
             return f"{cluster} is not served yet", ""
         count = len(self._membership.online())
-        rival = "" if self._rival is None else "; another coordinator is on this bus: stop one"
+        rival = "; another coordinator is on this bus: stop one" if self._rival.here else ""
         if self._neighbours is not None and self._neighbours.others:
             rival += f"; other coordinators serve a cluster of this name, at {', '.join(self._neighbours.others)}: stop all but one"
         return f"{cluster} is served", f": {count} node{'' if count == 1 else 's'}{rival}"
