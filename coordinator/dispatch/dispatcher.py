@@ -23,10 +23,11 @@ from msgspec.structs import replace
 from coordinator.dispatch.announcer import PROGRESS_SECONDS, Announcer
 from coordinator.dispatch.collecting import Collector
 from coordinator.dispatch.jobstore import JobStore, meant
+from coordinator.dispatch.judging import Judge
 from coordinator.dispatch.leases import Held, Leases
 from coordinator.dispatch.packed import Packed
 from coordinator.journal import FATAL
-from coordinator.plans.checking import Doubts, bounded_error, bounded_renewal, is_no_number, violation
+from coordinator.plans.checking import bounded_error, bounded_renewal
 from coordinator.plans.decisions import Choose, CloseEpoch, CloseRound, CloseSync, Complete, Decision, Lease, Withdraw
 from coordinator.plans.events import (
     AnyEvent,
@@ -40,12 +41,12 @@ from coordinator.plans.events import (
     RoundClosed,
     StopAsked,
 )
-from coordinator.plans.job import CHECK, EndlessChoices, Job, settled
+from coordinator.plans.job import EndlessChoices, Job, settled
 from coordinator.plans.placement import ClusterView
 from coordinator.plans.training import privacy, scores
 from coordinator.registry import Registry
 from coordinator.serving.serving import Serving
-from potluck.errors import Cancelled, Conflict, DiskFull, Diverged, EngineFailed, PotluckError, Unavailable
+from potluck.errors import Cancelled, Conflict, DiskFull, PotluckError, Unavailable
 from potluck.logs import fields
 from potluck.settings import CoordinatorSettings
 from potluck.surviving import surviving
@@ -103,6 +104,7 @@ class Dispatcher:
         self._packed = packed
         self._settings = settings
         self._clock = clock
+        self._judge = Judge(leases, collector, announcer, clock)
         self._actions: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._no_room: dict[tuple[str, str], _NoRoom] = {}
         """Actions that wait for room, by job and action."""
@@ -111,8 +113,6 @@ class Dispatcher:
         self._offered = False
         """Whether there may be a free slot for any job."""
         self._planning_seconds = self._rest_seconds = 0.0
-        self._doubts: dict[str, Doubts] = {}
-        """By job. Only in memory: after a restart, a loss that is not a number is doubted again."""
         self._endless: Counter[str] = Counter()
         """How often in a row each job's plan continued to choose."""
         self._wake = asyncio.Event()
@@ -448,7 +448,7 @@ class Dispatcher:
         """Take a result that is what was asked for: at once, if it has no blobs to fetch."""
         job = self._store.jobs[held.job_id]
         try:
-            if (refusal := self._refusal(held, message.result)) is not None:
+            if (refusal := self._judge.refusal(held, message.result)) is not None:
                 self._end_attempt(message.attempt_id, "its result is not used", refusal)
             elif self._collector.at_hand(message.result):
                 self._take(job, held, message.attempt_id, message.result)
@@ -486,40 +486,6 @@ class Dispatcher:
             self._drop(attempt_id)
         self._leases.acknowledge(held.node_id, attempt_id)
         self._changed(job)
-
-    def _refusal(self, held: Held, result: AnyTaskResult) -> ErrorInfo | None:
-        """Why a result is not taken: it is not what was asked for, or another node must check it; None if it is taken."""
-        lease, node_id = held.body, held.node_id
-        if reason := violation(lease.task, result, self._leases.own_items(node_id, lease.task)):
-            self._violated(held, node_id, reason)
-            return error_info(EngineFailed(f"its result is not what was asked for: {reason}"))
-        if size := self._collector.too_large(result):
-            full = DiskFull(
-                f"a result has {size} bytes, more than the coordinator may keep: raise its blob_limit_bytes"
-            )
-            return replace(error_info(full), retryable=False)  # trying again cannot help
-        doubts = self._doubts.setdefault(held.job_id, Doubts())
-        if not is_no_number(result):
-            if liar := doubts.disproved(lease.shard_id, node_id):
-                self._violated(
-                    held, liar, f"it reported that the loss of {lease.shard_id} is not a number, but it is one"
-                )
-            return None
-        if lease.shard_id == CHECK or getattr(lease.task, "node_data", None):
-            return None  # nothing depends on it; or no other node has the data
-        alone = not any(node.node_id != node_id for node in self._leases.view(self._clock()).nodes)
-        if not doubts.doubted(lease.shard_id, node_id, alone=alone):
-            return None
-        return error_info(
-            Diverged(f"node {node_id} reports that the loss is not a number: another node must check that")
-        )
-
-    def _violated(self, held: Held, node_id: str, reason: str) -> None:
-        where = fields(job=held.job_id, shard=held.body.shard_id, node=node_id, reason=reason)
-        log.warning("result of a node is not what was asked for %s", where)
-        if self._leases.violated(node_id, reason):
-            log.error("node gets no jobs for a while %s", fields(node=node_id, reason=reason))
-            self._announcer.changed(held.job_id)
 
     async def _close_round(self, job: Job, decision: CloseRound) -> None:
         spec, training = job.submitted.spec, job.training
@@ -658,7 +624,7 @@ class Dispatcher:
         self._record(job, JobFinished(at=now, result=result))
         self._leases.forget(job)
         self._no_room = {key: found for key, found in self._no_room.items() if key[0] != job.job_id}
-        self._doubts.pop(job.job_id, None)
+        self._judge.forget(job.job_id)
         self._endless.pop(job.job_id, None)
         for forgotten in self._store.ended(job, final):
             self._announcer.forget(forgotten)

@@ -13,6 +13,7 @@ from msgspec.structs import replace
 
 from coordinator.copies.locations import Holders
 from coordinator.dispatch.dispatcher import Dispatcher
+from coordinator.dispatch.judging import Judge
 from coordinator.dispatch.leases import Held, Leases
 from coordinator.membership import Membership
 from coordinator.plans.job import Attempt
@@ -58,6 +59,7 @@ class Bench:
         others: Any = {name: Mock() for name in ("announcer", "registry", "serving", "jobs", "collector", "packed")}
         self.collector = others["collector"]
         self.collector.too_large.return_value = 0
+        self.judge = Judge(self.leases, self.collector, others["announcer"], lambda: 0.0)
         self.dispatcher = Dispatcher(leases=self.leases, settings=CoordinatorSettings(), clock=lambda: 0.0, **others)
 
     def born(self, node_id: str, session: str) -> None:
@@ -66,7 +68,7 @@ class Bench:
     def refusal(self, node_id: str, result: Any, shard_id: str = "items-0-8", task: Any = TASK) -> str:
         """The code of the error with which the attempt ends; "": the result is taken."""
         lease = LeaseShard(epoch=1, job_id="j", shard_id=shard_id, attempt_id="a", lease_seconds=1, task=task)
-        error = self.dispatcher._refusal(Held("j", node_id, lease, heard_at=0.0), result)
+        error = self.judge.refusal(Held("j", node_id, lease, heard_at=0.0), result)
         return error.code if error is not None else ""
 
     def nodes(self) -> list[str]:
