@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
-import difflib
-import tempfile
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar, Unpack
@@ -20,17 +16,13 @@ from potluck.client import arguments, deploying, events, formats, listings, sour
 from potluck.client.connection import Connection, client_settings
 from potluck.client.deploying import DeployOptions
 from potluck.client.inputs import KNOWN_SECONDS, LargeInputs
+from potluck.client.job_parts import JobParts, Roles
 from potluck.client.jobs import AsyncJob, Predictions, as_arrays, fetch_tensor
-from potluck.client.matching import ANYTHING, Wanted, check_fit
 from potluck.client.models import (
-    MODEL_FIRST,
-    ModelFile,
     image_argument,
     image_options,
     is_model,
     is_model_path,
-    keras_file,
-    model_file,
 )
 from potluck.client.signatures import suggesting, with_options
 from potluck.client.training import TrainOptions
@@ -71,7 +63,7 @@ from potluck.wire.questions import (
     Undeploy,
     Undeployed,
 )
-from potluck.wire.values import INLINE_LIMIT_BYTES, BlobRef, Count, ImageOptions, Message, Source
+from potluck.wire.values import INLINE_LIMIT_BYTES, Count, ImageOptions, Message, Source
 
 Model = object
 """A keras.Model, the path of a model's file, or the name of a registered one: `name`, `name:version` or `name:alias`."""
@@ -112,6 +104,7 @@ class AsyncClient:
         self._bus = bus
         self._connection: Connection | None = None
         self._opening = asyncio.Lock()
+        self._parts = JobParts(self._connected)
         self._large_inputs = LargeInputs()
         self._answered: dict[str, tuple[float, ModelInfo]] = {}
         """For each name: until when, and which model, answers to it without asking again."""
@@ -205,17 +198,17 @@ class AsyncClient:
         epochs = arguments.checked("epochs", epochs, Epochs, "a whole number from 1 to 1,000,000")
         batch_size = arguments.at_least_one("batch_size", batch_size)
         register = arguments.name("name", name)
-        roles = _Roles.of(target, sample_weight, data, validation)
+        roles = Roles.of(target, sample_weight, data, validation)
         fields = training.fields(options, validated=validation is not None)
         given = roles.given("data", data)
         given_too = None if validation is None else roles.given("validation", validation)
         if options.get("resume") is not None:
             fields |= await self._resumed(options["resume"])
-        asked = await self._model(model, image, compiled=True)
+        asked = await self._parts.model(model, image, compiled=True)
         if isinstance(given, str) != isinstance(given_too, str) and given_too is not None:
-            await self._known_data(given if isinstance(given, str) else str(given_too))
-        dataset = await self._data("data", given, asked)
-        held_out = None if given_too is None else await self._data("validation", given_too, asked)
+            await self._parts.check_known(given if isinstance(given, str) else str(given_too))
+        dataset = await self._parts.data("data", given, asked)
+        held_out = None if given_too is None else await self._parts.data("validation", given_too, asked)
         return await self._submit(
             Train(
                 **asked.fields,
@@ -239,10 +232,10 @@ class AsyncClient:
         sample_weight: str | None = None,
     ) -> AsyncJob:
         """Measure a model on labelled data: `job.evaluation` after `job.wait()`. Raises the errors of `train`."""
-        batch_size, roles = arguments.at_least_one("batch_size", batch_size), _Roles.of(target, sample_weight, data)
+        batch_size, roles = arguments.at_least_one("batch_size", batch_size), Roles.of(target, sample_weight, data)
         given = roles.given("data", data)
-        asked = await self._model(model, image, compiled=False)
-        dataset = await self._data("data", given, asked)
+        asked = await self._parts.model(model, image, compiled=False)
+        dataset = await self._parts.data("data", given, asked)
         return await self._submit(Evaluate(**asked.fields, dataset=dataset, batch_size=batch_size))
 
     async def predict(
@@ -258,10 +251,10 @@ class AsyncClient:
 
         Raises the errors of `train`.
         """
-        batch_size, roles = arguments.at_least_one("batch_size", batch_size), _Roles.of(target, None, data)
+        batch_size, roles = arguments.at_least_one("batch_size", batch_size), Roles.of(target, None, data)
         given = roles.given("data", data)
-        asked = await self._model(model, image, compiled=False)
-        dataset = await self._data("data", given, asked, for_prediction=True)
+        asked = await self._parts.model(model, image, compiled=False)
+        dataset = await self._parts.data("data", given, asked, for_prediction=True)
         return await self._submit(Predict(**asked.fields, dataset=dataset, batch_size=batch_size))
 
     # --- models and deployments -----------------------------------------------------------------------------------------
@@ -294,11 +287,11 @@ class AsyncClient:
         else:
             info = await self.register(model, name)
             registered = f"{info.name}:{info.version}"
-        given = {name: _Roles.of(None, None, data).given(name, data) for name, data in deploying.data(options).items()}
+        given = {name: Roles.of(None, None, data).given(name, data) for name, data in deploying.data(options).items()}
         if any(isinstance(data, sources.GivenData) for data in given.values()):
             await self.get_model(registered)
         for option, data in given.items():
-            fields[option] = await self._data(option, data, None)
+            fields[option] = await self._parts.data(option, data, None)
         job = await self._submit(Deploy(model=registered, **fields))
         return await job.wait() if wait else job
 
@@ -346,7 +339,7 @@ class AsyncClient:
         labels = arguments.checked("classes", classes, tuple[str, ...], "a list of the classes' names")
         said = arguments.checked("source", source, Source | None, "a text of at most 256 characters")
         tags = arguments.tags(tags)
-        file, ref = await self._push_model(model)
+        file, ref = await self._parts.push(model)
         question = RegisterModel(
             name=given or sources.plain_name(file.name),
             model=ref,
@@ -507,7 +500,7 @@ class AsyncClient:
         """
         if name is None and isinstance(data, str | Path):
             name = sources.path_name(data)
-        name, roles = arguments.name("name", name), _Roles.of(target, sample_weight, data)
+        name, roles = arguments.name("name", name), Roles.of(target, sample_weight, data)
         if is_model(data):
             raise InvalidData(
                 f"{arguments.shown(data)} is a model: `potluck models add` (client.register) registers it"
@@ -542,49 +535,6 @@ class AsyncClient:
         accepted = await connection.ask(SubmitJob(job=spec), JobAccepted, topic=connection.topics.jobs_submit)
         return AsyncJob(connection, accepted.job_id, spec)
 
-    async def _model(self, model: object, image: Image | None, *, compiled: bool) -> _Asked:
-        """The model for a job. Raises NotFound, InvalidModel, InvalidRequest: before the job's data are packed."""
-        image = image_argument(image)
-        if isinstance(model, str) and not is_model_path(model):
-            info = await self._registered(model)
-            signature = info.signature
-            one = signature.inputs[0] if signature is not None and len(signature.inputs) == 1 else None
-            shape = tuple(None if size < 0 else size for size in one.shape) if one is not None else None
-            options = image_options(image, shape)
-            return _Asked(
-                model, "", options, Wanted(shape, None, options is not None, (options or info.image) is not None)
-            )
-        file, ref = await self._push_model(model, for_jobs=True, compiled=compiled)
-        called = Path(model).name if isinstance(model, str | Path) else file.name
-        options = image_options(image, file.input_shape)
-        known = options is not None
-        return _Asked(ref, called[:256], options, Wanted(file.input_shape, file.room, known, known))
-
-    async def _registered(self, model: str) -> ModelInfo:
-        """A registered model. Raises NotFound, with a hint where `model` may be meant as a file, a folder or data."""
-        try:
-            return await self.get_model(model)
-        except NotFound as error:
-            if sources.is_data_file(model) or any(info.name == model for info in await self.datasets()):
-                raise NotFound(f"{error.message} ({model} is data: {MODEL_FIRST})") from error
-            if not sources.is_here(model):
-                raise
-            raise NotFound(
-                f"{error.message} (there is a file or folder of that name here: if that is the model, write ./{model})"
-            ) from error
-
-    async def _push_model(
-        self, model: object, *, for_jobs: bool = False, compiled: bool = False
-    ) -> tuple[ModelFile, BlobRef]:
-        """Check a model; only then connect, and push it."""
-        with tempfile.TemporaryDirectory(prefix="potluck-") as folder:
-            if for_jobs:
-                file = await asyncio.to_thread(keras_file, model, Path(folder), compiled=compiled)
-            else:
-                file = await asyncio.to_thread(model_file, model, Path(folder))
-            ref = await (await self._connected()).push(file.path)
-        return file, BlobRef(sha256=ref.sha256, size=ref.size)
-
     async def _resumed(self, job: object) -> dict[str, Any]:
         """Where an ended training job stopped, as fields of `Train`. Raises NotFound, Conflict."""
         found = await self.job(getattr(job, "id", None) or arguments.text("resume", job, "a job or its id"))
@@ -595,84 +545,6 @@ class AsyncClient:
             raise Conflict(f"job {found.id} ({answer.kind}) has no checkpoint to continue from")
         done = answer.history[-1].epoch if answer.history else 0
         return {"weights": replace(answer.checkpoint, holders=()), "initial_epoch": done}
-
-    async def _data(
-        self, argument: str, given: sources.GivenData | str, asked: _Asked | None, *, for_prediction: bool = False
-    ) -> str:
-        """The name of a data set; data that are not registered are registered now. For prediction they keep their order and need no labels.
-
-        Raises InvalidData, InvalidRequest and InvalidModel where the data cannot fit the model: before anything is sent, and where
-        possible before anything is packed. Errors call the data `argument`.
-        """
-        wanted = ANYTHING if asked is None else dataclasses.replace(asked.wanted, target=not for_prediction)
-        if isinstance(given, str):
-            if wanted.shape is not None or wanted.only_images:
-                for info in await self.datasets():
-                    if info.name == given:
-                        wanted.check(argument, info.kind, info.classes)
-            return given
-        check_fit(argument, given.item_shape, wanted.shape)
-        if given.name and any(info.name == given.name and not info.packed for info in await self.datasets()):
-            sources.remark_hidden(argument, given.name)
-        added = await sources.add(
-            await self._connected(),
-            given,
-            name=None,
-            for_job=True,
-            shuffle=not for_prediction,
-            labels=not for_prediction,
-            wanted=wanted,
-            argument=argument,
-        )
-        return added.name
-
-    async def _known_data(self, name: str) -> None:
-        """Raises NotFound where no data set has this name: before other data are packed for nothing."""
-        known = [info.name for info in await self.datasets()]
-        if name not in known:
-            near = difflib.get_close_matches(name, known)
-            meant = f"did you mean {' or '.join(map(repr, near))}?" if near else "`potluck data list` lists them"
-            raise NotFound(f"there is no data set {name!r}: {meant}")
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """The model of a job: its name or blob, its name for people, image options, and what it requires of data."""
-
-    model: str | BlobRef
-    called: str
-    image: ImageOptions | None
-    wanted: Wanted
-
-    @property
-    def fields(self) -> dict[str, Any]:
-        """The model as fields of a job."""
-        return {"model": self.model, "model_name": self.called, "image": self.image}
-
-
-@dataclass(frozen=True)
-class _Roles:
-    """The names that `target` and `sample_weight` give to columns or arrays of files and maps."""
-
-    target: Target
-    sample_weight: str | None
-
-    @classmethod
-    def of(cls, target: object, sample_weight: object, *given: object) -> _Roles:
-        """The arguments, checked. Raises InvalidRequest where none of the data are packed with one of them: it would have no effect."""
-        found = cls(arguments.target(target), arguments.sample_weight(sample_weight))
-        if not any(map(sources.takes_target, given)):
-            for name, value in (("target", found.target), ("sample_weight", found.sample_weight)):
-                if value is not None:
-                    raise InvalidRequest(
-                        f"{name} {value!r} names a column or array of a file or a map, but the data is neither: "
-                        f"leave out {name} (--{name.replace('_', '-')})"
-                    )
-        return found
-
-    def given(self, argument: str, data: object) -> sources.GivenData | str:
-        """The part of `data` to be packed, or its name. Raises InvalidData."""
-        return sources.given(data, self.target, self.sample_weight, argument)
 
 
 def _topic_name(model: str) -> str:
