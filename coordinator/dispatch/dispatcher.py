@@ -205,7 +205,7 @@ class Dispatcher:
                 for attempt_id in (message.attempt_id, *message.also[:ALSO_LIMIT]):
                     if (held := self._heard(node_id, attempt_id)) is not None:
                         held.taken = True
-                    elif attempt_id not in self._leases:
+                    elif attempt_id not in self._leases and not self._leases.behind:
                         # We gave it up (or restarted without it): the node must not work for nothing.
                         self._leases.withdraw(node_id, attempt_id, "unknown")
             case LeaseRefused():
@@ -215,14 +215,16 @@ class Dispatcher:
                     self._end_attempt(message.attempt_id, f"refused: {message.error.message[:200]}", None)
             case ShardFailed():
                 held = self._heard(node_id, message.attempt_id)
-                self._leases.acknowledge(node_id, message.attempt_id)
+                if held is not None or not self._leases.behind:
+                    self._leases.acknowledge(node_id, message.attempt_id)
                 if held is not None and not held.collecting:
                     error = bounded_error(message.error)
                     self._end_attempt(message.attempt_id, "the node reported an error", error)
             case ShardFinished():
                 held = self._heard(node_id, message.attempt_id)
                 if held is None:
-                    self._leases.acknowledge(node_id, message.attempt_id)
+                    if not self._leases.behind:
+                        self._leases.acknowledge(node_id, message.attempt_id)
                 elif not held.collecting:
                     self._on_result(held, message)
             case _:

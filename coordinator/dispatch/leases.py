@@ -26,6 +26,10 @@ MANY_SHARDS = 100
 """For a lease with more blobs, few holders of each are named: it must fit into a message."""
 OWN_NAMED = 3
 """How many of our own addresses the body of a lease names for each blob; one if there are many blobs."""
+PAUSES_LIMIT = 4
+"""A lease is sent again after 1, 2, 4, 4, ... times `resend_seconds`: a node or broker that is slow should not get more to read."""
+BEHIND = 100
+"""With more messages that wait to be sent, no command is sent again: its first copy may be among them."""
 REFUSED_SECONDS = 0.5
 REFUSED_LIMIT_SECONDS = 60.0
 SLOTS = 2
@@ -49,6 +53,7 @@ class Held:
     """What is leased. It never changes; each send adds its own hints."""
     heard_at: float
     sent_at: float = 0.0
+    sends: int = 0
     taken: bool = False
     collecting: bool = False
     """Its result is being fetched: nothing else can end the attempt now."""
@@ -153,16 +158,26 @@ class Leases:
         limit = self._settings.lease_seconds
         return [(key, held) for key, held in self._held.items() if not held.collecting and now - held.heard_at > limit]
 
+    @property
+    def behind(self) -> bool:
+        """Whether many messages wait to be sent. Copies of commands would only fill the outbox."""
+        return self._outbox.waiting > BEHIND
+
     def send_due(self, now: float) -> None:
         """Send leases, again if their nodes have not confirmed them."""
+        behind = self.behind
         for held in self._held.values():
-            if not held.taken and now - held.sent_at >= self._settings.resend_seconds:
+            if not held.taken and (not held.sends or not behind) and now - held.sent_at >= self._pause_seconds(held):
                 self.send(held, now)
+
+    def _pause_seconds(self, held: Held) -> float:
+        return self._settings.resend_seconds * min(1 << max(0, held.sends - 1), PAUSES_LIMIT)
 
     def send(self, held: Held, now: float) -> None:
         held.sent_at = now
         member = self._membership.get(held.node_id)
         if member is not None and member.state != "offline":
+            held.sends += 1
             task = held.body.task
             nodes_with = self._holders.few if _shards(task) > MANY_SHARDS else self._holders.nodes
             hints = hints_for(task, nodes_with, self._holders.ours())

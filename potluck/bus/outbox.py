@@ -39,6 +39,11 @@ class Outbox:
         """Messages in the queue or with the sender."""
         self.dropped = 0
 
+    @property
+    def waiting(self) -> int:
+        """How many messages wait to be sent."""
+        return self._waiting
+
     def publish(self, topic: str, message: Message, **options: Any) -> None:
         """`options` as in `Bus.publish`."""
         self._send(lambda: self._bus.publish_now(topic, message, **options))

@@ -15,7 +15,7 @@ from coordinator.dispatch.announcer import Announcer
 from coordinator.dispatch.collecting import Collector
 from coordinator.dispatch.dispatcher import Dispatcher
 from coordinator.dispatch.jobstore import JobStore
-from coordinator.dispatch.leases import Leases
+from coordinator.dispatch.leases import BEHIND, Leases
 from coordinator.journal import Journal
 from coordinator.membership import Membership
 from coordinator.plans.events import AnyEvent, AttemptEnded, AttemptFinished, AttemptLeased
@@ -29,10 +29,10 @@ from potluck.wire import codec
 from potluck.wire.births import NodeCapacity, NodeStatus
 from potluck.wire.commands import AcknowledgeResult, LeaseShard
 from potluck.wire.jobs import Evaluate
-from potluck.wire.reports import LeaseTaken, ShardFinished
+from potluck.wire.reports import LeaseRenewed, LeaseTaken, ShardFailed, ShardFinished
 from potluck.wire.tasks import EvaluateResult, EvaluateTask
 from potluck.wire.topics import Topics
-from potluck.wire.values import BlobRef, Capacity, DataFormat, Dataset, DataShard
+from potluck.wire.values import BlobRef, Capacity, DataFormat, Dataset, DataShard, ErrorInfo
 from support.eventually import eventually
 from support.fake_bus import FakeBroker, FakeBus
 
@@ -214,3 +214,23 @@ async def test_a_coordinator_that_starts_again_goes_on_where_it_was(lab: Lab) ->
     assert loss(again) == 2.0
     assert open_attempts <= set(lab.done["n1"])
     assert isinstance(again.submitted.model, BlobRef)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        ShardFinished(attempt_id="unknown", result=EvaluateResult(count=1)),
+        ShardFailed(attempt_id="unknown", error=ErrorInfo(code="internal", message="x")),
+        LeaseRenewed(attempt_id="unknown"),
+    ],
+    ids=lambda said: type(said).__name__,
+)
+async def test_what_nodes_repeat_is_not_answered_while_many_answers_wait(lab: Lab, said: Any) -> None:
+    """A thousand nodes that repeated their results, because we were slow, made us slower: each copy got an answer of its own."""
+    await lab.node("n1")
+    for _ in range(3 * BEHIND):
+        lab.dispatcher.on_node_message("n1", said)
+    assert lab.outbox.waiting == BEHIND + 1
+    await lab.outbox.drained()
+    lab.dispatcher.on_node_message("n1", said)
+    assert lab.outbox.waiting == 1, "the answers before may be lost"

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from coordinator.copies.locations import PEERS_NAMED, Holders
-from coordinator.dispatch.leases import OWN_NAMED, SLOTS, Leases
+from coordinator.dispatch.leases import BEHIND, OWN_NAMED, SLOTS, Leases
 from coordinator.membership import Membership
 from coordinator.plans.job import Attempt
 from coordinator.plans.placement import NodeView
@@ -37,7 +37,7 @@ class Bench:
     def __init__(self) -> None:
         self.membership = Membership(timeout_seconds=10)
         self.leases = Leases(
-            topics=Topics("test"), outbox=Mock(), membership=self.membership, settings=CoordinatorSettings(), epoch=1,
+            topics=Topics("test"), outbox=Mock(waiting=0), membership=self.membership, settings=CoordinatorSettings(), epoch=1,
             holders=Holders(self.membership, lambda: ()),
         )  # fmt: skip
         self.refusing: dict[str, tuple[int, float]] = self.leases._refusing
@@ -197,3 +197,18 @@ def test_a_node_that_reads_no_hints_finds_the_blobs_at_the_coordinator() -> None
     held = bench.leases.get("a1")
     assert held is not None
     assert len(held.body.task.model.holders) == OWN_NAMED  # type: ignore[union-attr]
+
+
+def test_a_lease_is_sent_again_after_growing_pauses_and_not_while_many_messages_wait() -> None:
+    """A broker or node that is slow got each lease once a second more, and our own outbox was full of copies."""
+    bench, sent_at = Bench(), list[float]()
+    outbox = cast(Mock, bench.leases._outbox)
+    outbox.publish.side_effect = lambda topic, message: sent_at.append(bench.now)
+    bench.born("n1")
+    outbox.waiting = BEHIND + 1
+    bench.hold("a1", "n1")
+    for tenth in range(10, 200):
+        bench.now = tenth / 10
+        outbox.waiting = BEHIND + 1 if bench.now < 4 else BEHIND
+        bench.leases.send_due(bench.now)
+    assert sent_at == [1.0, 4.0, 6.0, 10.0, 14.0, 18.0]
