@@ -19,6 +19,10 @@ CLUSTERS_KNOWN = 16
 QUEUE_LIMIT = 3
 """Most leases held and not reported yet: one runs, meanwhile the blobs of the others are fetched."""
 
+RESEND_TURNS = 4
+"""An outcome is reported again after 1, 2 and 4 turns, and then after every fourth: a coordinator that is behind should not get more to read.
+The pauses stay well below the time after which a lease without news is given to another node."""
+
 LeaseState = Literal["queued", "running", "reporting"]
 Outcome = ShardFinished | ShardFailed
 
@@ -69,6 +73,8 @@ class _Held:
     metrics: dict[str, float] = field(default_factory=dict)
     stage: str = ""
     outcome: Outcome | None = None
+    turns: int = 0
+    """How often it was due to report the outcome again."""
 
 
 @dataclass
@@ -217,8 +223,21 @@ class Assignments:
         return [Send(_renewed(said, self.held[said], also))]
 
     def on_resend_due(self) -> list[Effect]:
-        """Report unacknowledged outcomes again."""
-        return [Send(held.outcome) for held in self.held.values() if held.outcome is not None]
+        """A turn to report unacknowledged outcomes again; most of those that wait for long are left out (RESEND_TURNS)."""
+        effects: list[Effect] = []
+        for held in self.held.values():
+            if held.outcome is not None:
+                held.turns += 1
+                if held.turns in (1, 2) or held.turns % RESEND_TURNS == 0:
+                    effects.append(Send(held.outcome))
+        return effects
+
+    def on_connected(self) -> list[Effect]:
+        """We are on the bus again: renew all leases and report all outcomes, for a coordinator may wait for them."""
+        return [
+            *self.on_renewal_due(),
+            *(Send(held.outcome) for held in self.held.values() if held.outcome is not None),
+        ]
 
     def on_drain(self) -> list[Effect]:
         """This node stops: give back every unfinished lease, and take no new one."""

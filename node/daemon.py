@@ -224,8 +224,7 @@ class Node:
     async def _birth(self) -> None:
         self._tell_lock(self._bus.place)
         await self._presence.birth(self._bus)
-        # A coordinator may wait for these.
-        self._perform_all([*self._assignments.on_renewal_due(), *self._assignments.on_resend_due()])
+        self._perform_all(self._assignments.on_connected())
 
     def _standing(self, own_data: OwnData) -> tuple[str, str]:
         """This node's state, for systemd; and what is wrong with its data."""
