@@ -29,7 +29,7 @@ from coordinator.gateway import routes as gateway
 from coordinator.gateway.answers import in_words
 from coordinator.gateway.shelf import Shelf
 from coordinator.journal import FATAL, Journal
-from coordinator.membership import MEMBERS_LIMIT, Change, Membership, NodeJoined, NodeLost, NodeRefused, NodeUnknown
+from coordinator.membership import Change, Membership, NodeJoined, NodeLost, NodeRefused, NodeUnknown
 from coordinator.neighbours import Neighbours
 from coordinator.plans import node_data as federated
 from coordinator.registry import Registry
@@ -394,9 +394,9 @@ class Coordinator:
                     if self._seldom.due(f"rebirth of {change.node_id}") is not None:
                         self._outbox.publish(self.topics.node(change.node_id, "inbox"), Rebirth())
                 case NodeRefused():
-                    if (more := self._seldom.due("no room")) is not None:
-                        facts = fields(node=change.node_id, limit=MEMBERS_LIMIT, more=more or None)
-                        log.error("node refused, there are too many, or somebody makes up names %s", facts)
+                    if (more := self._seldom.due("node refused")) is not None:
+                        facts = fields(node=change.node_id, reason=change.reason, more=more or None)
+                        log.error("node refused %s", facts)
                 case NodeJoined():
                     log.info("node joined %s", fields(node=change.node_id))
                     self._events.tell("node", change.node_id, "joined")

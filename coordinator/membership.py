@@ -88,9 +88,10 @@ class NodeJoined:
 
 @dataclass(frozen=True)
 class NodeRefused:
-    """There is no room for the node: MEMBERS_LIMIT nodes are online."""
+    """The node's birth is not taken."""
 
     node_id: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -157,8 +158,11 @@ class Membership:
                 return []
             self._put(replace(known, state="offline", left=status.left))
             return [NodeLost(status.node_id, "it left" if status.left else "it went offline")]
-        if len(status.session) > WORD_LIMIT or (known is None and not self._room()):
-            return [NodeRefused(status.node_id)]
+        if not 0 < len(status.session) <= WORD_LIMIT:
+            return [NodeRefused(status.node_id, f"its session must have 1 to {WORD_LIMIT} characters")]
+        if known is None and not self._room():
+            reason = f"{MEMBERS_LIMIT} nodes are online: there are too many, or somebody makes up names"
+            return [NodeRefused(status.node_id, reason)]
         changes: list[Change] = []
         for url in known.http if known is not None else ():
             if self._at.get(url) == status.node_id:

@@ -154,7 +154,9 @@ def test_what_a_node_says_of_itself_goes_into_a_listing() -> None:
     assert len(codec.pack(info)) < 100_000
     assert [one.name for one in info.data] == ["small"]
     assert "class names" in info.data_missing["large"]
-    assert members.on_status(replace(birth("2"), session=long), 1) == [NodeRefused("n")]
+    refused = [NodeRefused("n", "its session must have 1 to 256 characters")]
+    assert members.on_status(replace(birth("2"), session=long), 1) == refused
+    assert members.on_status(birth(""), 1) == refused, "it would get work, and be in no listing"
     loud = replace(telemetry("1"), shortage=long, replicas=tuple(f"{number:0300}" for number in range(500)))
     members.on_telemetry(loud, 2)
     members.on_status(replace(birth("1"), software={str(number): "\U0001f600" * 250 for number in range(64)}), 2)
@@ -206,7 +208,8 @@ def test_made_up_ids_fill_no_memory_and_push_out_nobody_who_is_there(monkeypatch
         members.on_capacity(NodeCapacity(node_id=f"g{number}", capacity=Capacity("h", "s", 1, 1)))
         members.on_unreadable_capacity(f"u{number}", "rubbish")
         answer = members.on_status(forged, 1)
-    assert answer == [NodeRefused(forged.node_id)]
+    reason = "100 nodes are online: there are too many, or somebody makes up names"
+    assert answer == [NodeRefused(forged.node_id, reason)]
     assert len(members.members) == limit
     assert len(members._at) <= limit
     assert members.members["n"].state == "online"
