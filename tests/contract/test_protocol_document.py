@@ -1,22 +1,28 @@
-"""docs/protocol.md agrees with the code: its messages decode, and its tables are complete."""
+"""docs/protocol.md and docs/nodes.md agree with the code: their messages decode, and their tables are complete."""
 
 from __future__ import annotations
 
 import json
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from potluck import errors
 from potluck.cli.output import plain
 from potluck.wire import codec, topics
+from potluck.wire.births import NodeStatus, NodeTelemetry
+from potluck.wire.commands import AnyCommand
 from potluck.wire.jobs import Deploy, Train
 from potluck.wire.messages import AnyMessage
+from potluck.wire.reports import AnyReport
 from potluck.wire.values import INLINE_LIMIT_BYTES
 
-TEXT = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text(encoding="utf-8")
-EXAMPLES = re.findall(r"```json\n(.*?)```", TEXT, flags=re.DOTALL)
+DOCS = Path(__file__).parents[2] / "docs"
+TEXT = (DOCS / "protocol.md").read_text(encoding="utf-8")
+NODES = (DOCS / "nodes.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"```json\n(.*?)```", TEXT + NODES, flags=re.DOTALL)
 EXAMPLES += [
     example.replace("""'"$me"'""", "answers/me")
     for example in re.findall(r"-m '(\{.*?\})'(?:\n|$)", TEXT, flags=re.DOTALL)
@@ -78,3 +84,12 @@ def test_every_question_of_clients_is_there() -> None:
 def test_the_topics_are_those_of_the_code() -> None:
     for topic in re.findall(r"^\| ([a-z]+/\S+)", topics.__doc__ or "", flags=re.MULTILINE):
         assert topic in TEXT, topic
+
+
+def test_what_a_node_hears_and_says_is_there() -> None:
+    for kinds in (AnyCommand, AnyReport):
+        for kind in get_args(kinds):
+            assert f"`{kind.__name__}`" in NODES, kind
+    for kind in (NodeStatus, NodeTelemetry):
+        for field in set(kind.__struct_fields__) - {"id", "reply_to", "expires"}:
+            assert f"`{field}`" in NODES or f'"{field}"' in NODES, field
