@@ -219,7 +219,9 @@ class Coordinator:
                 sync=journal.sync,
                 events=self._events,
             )
-            requests = Requests(self._outbox, control, bus.reply)
+            # Of its own: whoever asks, while thousands of commands wait to be sent, is answered before them.
+            replies = Outbox(bus, before=journal.flush)
+            requests = Requests(replies, control, bus.reply)
             self._subscribe(bus, requests, bus_requests)
 
             async def announce() -> None:
@@ -240,6 +242,7 @@ class Coordinator:
                         ("dispatcher", self._dispatcher.run()),
                         ("serving", self._serving.run()),
                         ("answers", answers.run()),
+                        ("replies", replies.run()),
                         ("requests", requests.run()),
                         ("copies", self._copies.run()),
                         ("ticks", self._tick()),

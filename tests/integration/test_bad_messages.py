@@ -15,6 +15,7 @@ import msgpack
 import numpy as np
 import pytest
 
+from potluck.bus import packets
 from potluck.client import AsyncClient
 from potluck.errors import PotluckError
 from potluck.local_cluster import LocalCluster
@@ -49,6 +50,7 @@ from potluck.wire.reports import (
 from support.eventually import eventually
 from support.fake_nodes import fake_node
 from support.grammar import odd_messages
+from support.raw_mqtt import PUBLISH, RawClient
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -383,3 +385,30 @@ async def test_odd_values_in_every_field_of_every_message_end_no_process(
     assert [cluster.coordinator.pid, cluster.nodes[0].pid] == pids
     assert cluster.coordinator.running
     assert cluster.nodes[0].running
+
+
+async def test_whoever_asks_does_not_wait_until_thousands_of_commands_are_sent(cluster: LocalCluster) -> None:
+    """All answers stood in line behind the commands to nodes: a busy coordinator seemed to be gone."""
+    count = 5000
+    birth = {"type": "NodeStatus", "node_id": "odd", "session": "1", "state": "online"}
+    said = {
+        "type": "NodeTelemetry", "node_id": "odd", "session": "1", "cpu_percent": 0, "memory_used_bytes": 0, "memory_available_bytes": 0,
+        "replicas": [f"r{number}" for number in range(count)],
+    }  # fmt: skip
+    question = {"type": "ListModels", "id": "now", "reply_to": INBOX}
+
+    def packet_of(leaf: str, message: dict[str, Any]) -> bytes:
+        return packets.publish(topic(leaf), json.dumps(message).encode(), False, b"")
+
+    async with RawClient(cluster.broker_port) as client:
+        await client.connect("in-line")
+        await client.subscribe(topic("nodes/odd/inbox"))
+        await client.subscribe(INBOX)
+        client.send(packet_of("nodes/odd/status", birth) + packet_of("nodes/odd/telemetry", said))
+        told = 0
+        while (packet := await client.packet(20)) is not None and packet.topic != INBOX:
+            assert packet.kind == PUBLISH
+            told += 1
+            if told == 1:
+                client.send(packet_of("coordinator/inbox", question))
+        assert told < count, "the node is told to unload each of its replicas, which nobody knows"
