@@ -31,6 +31,9 @@ PROBE_ITEMS = 256
 BACKUP_FACTOR = 2.0
 """A backup starts when an attempt has taken this many times as long as its node's speed promised."""
 
+NAMES_SHOWN = 300
+"""At most so many characters of the names of metrics in an error."""
+
 Range = tuple[int, int]
 
 
@@ -253,8 +256,16 @@ class BatchStrategy:
 
 
 def merge(results: list[EvaluateResult]) -> EvaluateResult:
-    """The sum of the parts: counts exactly, sums up to float64 rounding (they are weighted again)."""
+    """The sum of the parts: counts exactly, sums up to float64 rounding (they are weighted again).
+
+    Raises ModelFailed for parts with different metrics or numbers of classes: a mean of some parts would look like that of all.
+    """
     count = sum(result.count for result in results)
+    parts = [result for result in results if result.count]
+    names = {tuple(sorted(part.sums)) for part in parts}
+    if len(names) > 1:
+        shown = " and ".join(", ".join(each) or "none" for each in sorted(names))
+        raise ModelFailed(f"the nodes do not agree on the model's metrics: {shown[:NAMES_SHOWN]}")
     sums: dict[str, float] = {}
     counts: dict[str, float] = {}
     for result in results:
@@ -264,7 +275,6 @@ def merge(results: list[EvaluateResult]) -> EvaluateResult:
             counts[name] = counts.get(name, 0.0) + weight
     # Each is a sum of means by weight: turn it into a mean over items again, as `sums` has it.
     sums = {name: value / counts[name] * count if counts[name] else 0.0 for name, value in sums.items()}
-    parts = [result for result in results if result.count]
     states: dict[str, tuple[float, ...]] = {
         name: tuple(map(sum, zip(*(part.states[name] for part in parts), strict=True)))
         for name, row in (parts[0].states.items() if parts else ())
@@ -272,7 +282,8 @@ def merge(results: list[EvaluateResult]) -> EvaluateResult:
     }
     # Those of a single part, or those computed from the states of all parts.
     values = [result.values for result in results if not result.count or len(parts) == 1]
-    tables = [result.confusion for result in results if result.confusion]
+    # A part leaves its matrix out where it is too large to send. One of the others alone would miss items.
+    tables = [part.confusion for part in parts] if all(part.confusion for part in parts) else []
     confusion: tuple[tuple[int, ...], ...] = ()
     if len({len(table) for table in tables}) > 1:
         sizes = " and ".join(str(size) for size in sorted({len(table) for table in tables}))

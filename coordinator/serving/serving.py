@@ -257,7 +257,8 @@ class Serving:
         while True:
             await asyncio.sleep(TICK_SECONDS)
             with surviving("upkeep of deployments", fatal=FATAL):
-                self._autoscaling.tick(self._upkeep.places(), self._clock())
+                # Without deployments, nobody looks at the places, and with a thousand nodes they take time.
+                self._autoscaling.tick(self._upkeep.places() if self._deployments else [], self._clock())
                 self._upkeep.tick()
                 for deployment in self._deployments.values():
                     self._inference.router_of(deployment.name).trouble = self._reason(deployment)
