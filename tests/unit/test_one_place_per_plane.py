@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,28 +27,34 @@ PLACES: dict[str, set[str]] = {
 """Who may call what, by the name of the function."""
 
 
-def trees() -> Iterator[tuple[str, ast.Module]]:
-    for path in MODULES:
-        yield str(path.relative_to(ROOT)), ast.parse(path.read_text(encoding="utf-8"))
+@pytest.fixture(scope="module")
+def syntax() -> dict[str, list[ast.AST]]:
+    """All that each module says. To read it takes longer than all tests here."""
+    return {str(path.relative_to(ROOT)): [*ast.walk(ast.parse(path.read_text(encoding="utf-8")))] for path in MODULES}
+
+
+@pytest.fixture(scope="module")
+def callers(syntax: dict[str, list[ast.AST]]) -> dict[str, set[str]]:
+    """The modules that call each function, by its name."""
+    found: dict[str, set[str]] = {}
+    for module, nodes in syntax.items():
+        for node in nodes:
+            if isinstance(node, ast.Call):
+                name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+                found.setdefault(name, set()).add(module)
+    return found
 
 
 @pytest.mark.parametrize("name", PLACES)
-def test_who_connects(name: str) -> None:
-    found = set()
-    for module, tree in trees():
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Call) and name == (
-                node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-            ):
-                found.add(module)
-    assert found == PLACES[name]
+def test_who_connects(name: str, callers: dict[str, set[str]]) -> None:
+    assert callers.get(name, set()) == PLACES[name]
 
 
-def test_the_scheme_of_an_address_is_written_in_one_place() -> None:
+def test_the_scheme_of_an_address_is_written_in_one_place(syntax: dict[str, list[ast.AST]]) -> None:
     found = set()
-    for module, tree in trees():
-        prose = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
-        for node in ast.walk(tree):
+    for module, nodes in syntax.items():
+        prose = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+        for node in nodes:
             text = node.value if isinstance(node, ast.Constant) and id(node) not in prose else None
             if isinstance(text, str) and ("http:" in text or "https:" in text):
                 found.add(module)
