@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import os
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,12 +16,22 @@ from hypothesis import settings
 
 from support.processes import commands
 
+# As at users, who do not set it: with it, pytest rewrites each test file in each worker at each run, and each daemon and command
+# compiles all of potluck at its start.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
 settings.register_profile("potluck", deadline=None)  # an example's time only shows how busy the machine is
 settings.load_profile("potluck")
 
 _SHARED_THREADS = ("asyncio_", "ThreadPoolExecutor", "pydevd", "tqdm", "tf_")
 """Threads of pools that live as long as their loop or process: they hold no work of a test."""
 _GRACE_SECONDS = 3.0
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported out of full collections of garbage: there are many in a run, and each would look at all of it."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -66,7 +65,6 @@ class Lab:
 @asynccontextmanager
 async def engine_lab(folder: Path, allow_code: Sequence[str] = (), limits: Limits = LIMITS) -> AsyncIterator[Lab]:
     """A running engine, stopped at the end."""
-    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # users do not set it
     engine = Engine(folder / "scratch", threads=0, limits=limits, allow_code=allow_code)
     await engine.start()
     try:
