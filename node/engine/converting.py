@@ -4,8 +4,8 @@ instructions for them.
 It is full integer quantisation (Jacob et al., 2018). Some items are run to find the usual range of the values at each place.
 Operations without an integer version stay floats, and so do inputs and outputs.
 
-TensorFlow's converter runs in a separate process (`python -m node.engine.converting SAVEDMODEL SIGNATURE ITEMS TARGET`). It holds
-the interpreter's lock for seconds, in which the engine would be silent. And a process can be ended.
+TensorFlow's converter runs in a separate process (`converter.py`). It holds the interpreter's lock for seconds, in which the engine
+would be silent. And a process can be ended.
 """
 
 from __future__ import annotations
@@ -21,14 +21,13 @@ import numpy as np
 import tensorflow as tf
 
 from node.engine import keras_models, savedmodel
+from node.engine.converter import REFUSED
 from node.engine.wording import one_line
 from potluck.errors import EngineFailed, InvalidModel
 from potluck.lifecycle import die_with_parent
 from potluck.wire.values import ModelFormat
 
 POLL_SECONDS = 0.2
-REFUSED = 3
-"""Exit status of a conversion that is not possible and says why."""
 
 
 def convert(
@@ -57,7 +56,7 @@ def convert(
         arguments = [str(saved), savedmodel.serving(saved), str(items), str(target), *names]
         with (Path(folder) / "words").open("w+") as words:
             process = subprocess.Popen(
-                [sys.executable, "-P", "-B", "-m", "node.engine.converting", *arguments],
+                [sys.executable, "-P", "-B", "-m", "node.engine.converter", *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=words,
                 stderr=subprocess.DEVNULL,
@@ -104,35 +103,3 @@ def _save(model: Any, folder: Path) -> None:
         tf.saved_model.save(module, str(folder), signatures={savedmodel.SERVING: function})
     except Exception as error:
         raise InvalidModel(f"the model cannot be saved as a graph: {one_line(error, 400)}") from error
-
-
-def _reason(error: Exception) -> str:
-    text = str(error)
-    if "neither a custom op nor a flex op" in text or "custom op" in text:
-        return f"it has operations that LiteRT does not have: {one_line(text, 300)}"
-    return one_line(text, 400)
-
-
-def main() -> None:
-    """Run as the converter's process."""
-    saved, signature, items, target, *names = sys.argv[1:]
-    with np.load(items) as stored:
-        columns = [stored[f"arr_{place}"] for place in range(len(names))]
-    converter = tf.lite.TFLiteConverter.from_saved_model(saved, signature_keys=[signature])
-    converter.optimizations = [tf.lite.Optimize.DEFAULT]
-    converter.representative_dataset = lambda: (
-        {name: column[row : row + 1] for name, column in zip(names, columns, strict=True)}
-        for row in range(len(columns[0]))
-    )
-    converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8, tf.lite.OpsSet.TFLITE_BUILTINS]
-    try:
-        made = converter.convert()
-    except Exception as error:  # noqa: BLE001 - whatever it is, it is why
-        sys.stdout.write(_reason(error))
-        sys.stdout.flush()
-        sys.exit(REFUSED)
-    Path(target).write_bytes(made)
-
-
-if __name__ == "__main__":
-    main()
