@@ -18,7 +18,7 @@ from potluck.wire.tasks import ExportTask, SyncTask
 from potluck.wire.tensors import to_numpy
 from potluck.wire.values import DataFormat, Dataset
 from support.engine_lab import Lab, engine_lab, evaluation, prediction, training
-from support.models import Files, blobs, dense, whole
+from support.models import Files, blobs, dense, stepwise, whole
 from support.recordings import FLOAT, audio_model, text_model, tone, wav, write_files, write_texts, write_tones
 from support.shards import new_store
 
@@ -55,6 +55,7 @@ def by_keras(folder: Path, kind: str, **options: Any) -> tuple[Any, Any]:
 async def _same_as_keras(lab: Lab, model: Any, dataset: Dataset, x: Any, y: Any, job: str) -> None:
     """Predictions, metrics, and the weights after five steps of SGD on batches of all the data."""
     blob, form, count = lab.files.model(model), dataset.format, dataset.count
+    stepwise(model)
     predicted = await lab.run(prediction(blob, whole(dataset.shards), format=form, batch_size=7), job)
     np.testing.assert_allclose(to_numpy(predicted.outputs[0]), model.predict(x, verbose=0), atol=1e-6)
     scored = await lab.run(evaluation(blob, whole(dataset.shards), format=form, batch_size=7), job)
@@ -177,7 +178,7 @@ async def test_a_group_of_one_takes_the_steps_of_keras(
     )
     member = synchronous.GroupMember(task, files.paths, tmp_path)
     member.train(task, threading.Event(), lambda done, metrics: None)
-    model.fit(reshaped(x, model), y, batch_size=64, epochs=5, shuffle=False, verbose=0)
+    stepwise(model).fit(reshaped(x, model), y, batch_size=64, epochs=5, shuffle=False, verbose=0)
     for ours, theirs in zip(member.model.get_weights(), model.get_weights(), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
 

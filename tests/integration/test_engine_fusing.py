@@ -15,7 +15,7 @@ from node.engine.fusing import WORTHWHILE_NUMBERS, fuse, unfuse
 from node.engine.tasks import Tasks
 from potluck.wire.tasks import SyncTask
 from support.engine_lab import training
-from support.models import Files
+from support.models import Files, stepwise
 
 pytestmark = pytest.mark.tensorflow
 
@@ -62,7 +62,7 @@ def test_the_numbers_are_those_of_keras(name: str) -> None:
 
     plain, fused = wide(optimizers()[name](keras)), wide(optimizers()[name](keras))
     assert fuse(fused.optimizer)
-    train(plain)
+    train(stepwise(plain))
     train(fused)
     pairs = [*zip(fused.get_weights(), plain.get_weights(), strict=True)]
     pairs += [
@@ -171,6 +171,7 @@ def test_engines_fuse_the_step_and_train_without_where_xla_cannot_compile_it(
         )  # fmt: skip
     paths = {sha256: str(path) for sha256, path in files.paths.items()}
     result: Any = tasks.run("job", task, paths, threading.Event(), lambda done, metrics: None)
+    stepwise(model)
     for _ in range(3):
         model.train_on_batch(x, y)
     trained = tasks._member.model if kind == "sync" else tasks._sessions["job"].model  # type: ignore[union-attr]

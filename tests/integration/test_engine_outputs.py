@@ -19,7 +19,7 @@ from potluck.wire.tasks import SyncTask
 from potluck.wire.tensors import to_numpy
 from potluck.wire.values import DataFormat
 from support.engine_lab import Lab, engine_lab, evaluation, prediction, training
-from support.models import whole
+from support.models import stepwise, whole
 
 pytestmark = [pytest.mark.tensorflow, pytest.mark.asyncio(loop_scope="module")]
 
@@ -86,6 +86,7 @@ async def assert_trains_as_keras(
     task = training(blob, data, samples=ROWS * STEPS, batch_size=ROWS, format=form)
     result = await lab.run(task, str(id(model)))
     x = arrays["x"]
+    stepwise(model)
     logs = [model.train_on_batch(x, y, sample_weight=weight, return_dict=True) for _ in range(STEPS)]
     for ours, theirs in zip(lab.weights(result), model.get_weights(), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=tolerance)
@@ -133,11 +134,12 @@ async def test_targets_in_order_and_their_losses_by_sum(lab: Lab) -> None:
 
     losses = [keras.losses.SparseCategoricalCrossentropy(reduction="sum"), "mse"]
     model = two_outputs(loss=losses, loss_weights=[0.25, 1.0])
-    expected = model.evaluate(X, [KIND, SIZE], batch_size=1, return_dict=True, verbose=0)
+    blob = lab.files.model(model)
+    expected = stepwise(model).evaluate(X, [KIND, SIZE], batch_size=1, return_dict=True, verbose=0)
     data = lab.files.arrays(1, x=X, y_0=KIND, y_1=SIZE)
     form = replace(TWO, targets=("y_0", "y_1"))
     for size in (ROWS, 7):
-        result = await lab.run(evaluation(lab.files.model(model), whole(data), batch_size=size, format=form))
+        result = await lab.run(evaluation(blob, whole(data), batch_size=size, format=form))
         assert evaluation_metrics(result) == pytest.approx(expected, abs=1e-5)
 
 
@@ -193,6 +195,7 @@ async def test_synchronous_steps_of_two_outputs(lab: Lab, weighted: bool) -> Non
         f"sync {weighted}",
     )  # fmt: skip
     order = np.fromiter(passes(ROWS, 0), np.int64, 6 * 16).reshape(6, 16)
+    stepwise(model)
     for index in order:
         weight = WEIGHTS[index] if weighted else None
         log = model.train_on_batch(X[index], [KIND[index], SIZE[index]], sample_weight=weight, return_dict=True)

@@ -19,6 +19,12 @@ from potluck.wire.values import BlobRef, DataFormat, DataShard, DataSlice
 Array = np.ndarray[Any, Any]
 
 
+def stepwise(model: Any) -> Any:
+    """The model, which from now on computes operation by operation, without a graph: a test's few steps cost a fraction so."""
+    model.run_eagerly = True
+    return model
+
+
 class Files:
     """Blobs in a folder, by hash: the `files` of `Engine.run_task`."""
 
