@@ -20,7 +20,7 @@ from potluck.wire.tensors import to_numpy
 from potluck.wire.values import DataFormat
 from support.allowing import ROWS, X, Y, compiled, dense, own_code
 from support.engine_lab import Lab, engine_lab, evaluation, prediction, training
-from support.models import whole
+from support.models import stepwise, whole
 
 pytestmark = [pytest.mark.tensorflow, pytest.mark.asyncio(loop_scope="module")]
 
@@ -58,6 +58,7 @@ async def test_code_that_is_allowed_gives_the_numbers_of_keras(own: Any, allowin
     blob, data = allowing.files.model(model), allowing.files.arrays(2, x=X, y=Y)
     task = training(blob, data, samples=ROWS * 3, batch_size=ROWS)
     result = await allowing.run(task, kind)
+    stepwise(model)
     for _ in range(3):
         model.train_on_batch(X, Y[:, None])
     for ours, theirs in zip(allowing.weights(result), model.get_weights(), strict=True):
@@ -89,6 +90,7 @@ async def test_a_subclassed_model_of_two_inputs_and_outputs(own: Any, allowing: 
     blob = allowing.files.model(model)
     result = await allowing.run(training(blob, data, samples=ROWS * 2, batch_size=ROWS, format=form), "pair")
     y = {"sum": Y[:, None], "difference": -Y[:, None]}
+    stepwise(model)
     for _ in range(2):
         model.train_on_batch(shown, y)
     for ours, theirs in zip(allowing.weights(result), model.get_weights(), strict=True):

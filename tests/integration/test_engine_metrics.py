@@ -15,7 +15,7 @@ from coordinator.plans.training.scores import evaluation_metrics
 from potluck.errors import InvalidRequest
 from potluck.wire.tasks import EvaluateTask
 from support.engine_lab import Lab, engine_lab, evaluation, training
-from support.models import whole
+from support.models import stepwise, whole
 
 pytestmark = [pytest.mark.tensorflow, pytest.mark.asyncio(loop_scope="module")]
 
@@ -82,8 +82,8 @@ async def test_parts_add_up_to_the_values_of_keras(lab: Lab, kind: str) -> None:
     units, activation, loss, metrics, names = CASES[kind]
     model = network(units, activation, loss, metrics)
     x, y = np.random.default_rng(3).normal(size=(ROWS, 6)).astype(np.float32), targets(kind)
-    expected = model.evaluate(x, y, batch_size=50, return_dict=True, verbose=0)
     blob, shards = lab.files.model(model), lab.files.arrays(3, x=x, y=y)
+    expected = stepwise(model).evaluate(x, y, batch_size=50, return_dict=True, verbose=0)
     parts = [await lab.run(evaluation(blob, whole([shard]))) for shard in shards]
     together = merge(parts)
     assert set(together.states) == names
@@ -107,8 +107,8 @@ async def test_a_whole_report_has_one_threshold(lab: Lab, chosen: Callable[[Any]
 
     model = network(1, None, keras.losses.BinaryCrossentropy(from_logits=True), chosen)
     x, y = np.random.default_rng(3).normal(size=(ROWS, 6)).astype(np.float32), targets("binary")
-    expected = model.evaluate(x, y, batch_size=50, return_dict=True, verbose=0)
     blob, shards = lab.files.model(model), lab.files.arrays(1, x=x, y=y)
+    expected = stepwise(model).evaluate(x, y, batch_size=50, return_dict=True, verbose=0)
     report = report_of(await lab.run(evaluation(blob, whole(shards))), ["no", "yes"])
     assert report.threshold == threshold
     assert bool(report.remark) == (threshold != 0)
@@ -139,7 +139,7 @@ async def test_values_without_a_class_are_left_out_as_in_keras(lab: Lab, void: i
     y[:40] = void  # and whole batches
     y = y.astype(np.uint8 if void == 255 else np.int64)
     blob, shards = lab.files.model(model), lab.files.arrays(3, x=x, y=y)
-    expected = model.evaluate(x, y, batch_size=ROWS, return_dict=True, verbose=0)
+    expected = stepwise(model).evaluate(x, y, batch_size=ROWS, return_dict=True, verbose=0)
     parts = [await lab.run(evaluation(blob, whole([shard]))) for shard in shards]
     together = merge(parts)
     answer = await lab.run(evaluation(blob, whole(shards[:1]), states=together.states))
