@@ -249,7 +249,7 @@ def cnn(lab: Lab, report: Report) -> None:
     }
     report.figures["cnn_busy_elsewhere_cores"] = round(busy_elsewhere, 2)
     ratio = statistics.median(ours / bare for ours, bare in zip(rates["served"], rates["bare"], strict=True))
-    report.check("cnn_over_bare", ratio, at_least=0.9)
+    report.check("cnn_over_bare", ratio, at_least=0.95)
     report.figures["cnn_over_bare_with_onednn"] = round(rates["served"][-1] / with_onednn, 3)
 
 
