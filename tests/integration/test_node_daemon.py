@@ -134,7 +134,9 @@ async def test_its_will_is_told_when_it_is_killed_and_a_late_one_does_not_hide_i
 async def test_of_two_nodes_with_one_id_the_second_ends_and_says_why(lab: Lab, tmp_path: Path) -> None:
     first = await lab.node()
     born = await lab.heard(NodeStatus)
-    other = await lab.node("--state-dir", str(tmp_path / "other"))
+    # It may end before it says that it is online.
+    options = ("--seed", f"127.0.0.1:{lab.broker.port}", "--no-discovery", "--state-dir", str(tmp_path / "other"))
+    other = await lab.node(*options, join=False)
     assert await other.ended() == 1
     assert f"the node at {born.http[0]} has the id 'n1' too, and was here first" in other.log()
     assert first.log().count("another node uses this id") == 1
