@@ -56,16 +56,30 @@ CREATE TABLE IF NOT EXISTS told (number INTEGER PRIMARY KEY AUTOINCREMENT, body 
 """
 _UNNUMBERED = "SELECT 1 FROM sqlite_master WHERE name = 'events' AND sql NOT LIKE '%AUTOINCREMENT%'"
 _NUMBER = """
-BEGIN IMMEDIATE;
 ALTER TABLE events RENAME TO unnumbered;
 DROP INDEX IF EXISTS events_by_stream;
 CREATE TABLE events
     (seq INTEGER PRIMARY KEY AUTOINCREMENT, stream TEXT NOT NULL, body BLOB NOT NULL, begins INTEGER NOT NULL DEFAULT 0);
 INSERT INTO events (seq, stream, body) SELECT seq, stream, body FROM unnumbered;
 DROP TABLE unnumbered;
-COMMIT;
 """
 """Converts a journal from before events had fixed numbers."""
+
+
+def _number(db: sqlite3.Connection) -> None:
+    """0 to 1. Journals of version 0 have either tables."""
+    if db.execute(_UNNUMBERED).fetchone() is not None:
+        _run(db, _NUMBER)
+
+
+_MIGRATIONS: Sequence[Callable[[sqlite3.Connection], None]] = (_number,)
+"""What makes version n + 1 of version n, at place n; called in a transaction."""
+
+
+def _run(db: sqlite3.Connection, script: str) -> None:
+    """Its statements, in the transaction that is open: `executescript` would commit that first."""
+    for statement in filter(None, map(str.strip, script.split(";"))):
+        db.execute(statement)
 
 
 @dataclass(frozen=True)
@@ -102,6 +116,8 @@ Watcher = Callable[[str, Sequence[msgspec.Struct]], None]
 class Journal:
     """An open journal. Only one process at a time: opening it twice raises Conflict.
 
+    A journal of an older potluck is migrated, after a copy of it to `<name>.v<its version>`; one of a newer potluck raises Unavailable.
+
     The epoch is one more than the last. `cluster_id` and `founded` (Unix time in whole seconds; 0: unknown) belong to the journal: after
     a lost journal, the new one is another cluster's, and its epochs are not compared with the old ones.
     """
@@ -114,10 +130,9 @@ class Journal:
             self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=NORMAL")
-            if self._db.execute(_UNNUMBERED).fetchone() is not None:
-                self._db.executescript(_NUMBER)
-            self._db.executescript(_SCHEMA)
+            self._migrate()
             self._db.execute("BEGIN IMMEDIATE")
+            _run(self._db, _SCHEMA)
             self._db.execute("INSERT OR IGNORE INTO facts VALUES ('epoch', 0)")
             self._db.execute("INSERT OR IGNORE INTO facts VALUES ('forgotten', 0)")
             self._db.execute("UPDATE facts SET value = value + 1 WHERE key = 'epoch'")
@@ -131,6 +146,9 @@ class Journal:
             if error.sqlite_errorcode in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
                 raise Conflict(f"the journal {path} is in use ({error}): does another coordinator run?") from error
             raise Unavailable(f"the journal {path} cannot be opened: {error}") from error
+        except OSError as error:
+            self._db.close()
+            raise Unavailable(f"the journal {path} cannot be copied before its upgrade: {error.strerror}") from error
         if path.exists():  # after a power cut, no epoch and no number may be used again
             _sync_file(path.with_name(f"{path.name}-wal"))
         # A journal in memory (`:memory:`, sqlite3_open(3)) has no disk that could be full.
@@ -155,6 +173,41 @@ class Journal:
         """Whether something was written after the last sync began."""
         self._syncing: asyncio.Task[None] | None = None
         self._syncing_next: asyncio.Task[None] | None = None
+
+    def _migrate(self) -> None:
+        """Bring the tables to our version, all or nothing, after a copy of the file. Raises Unavailable for a newer version than ours."""
+        ours = len(_MIGRATIONS)
+        (found,) = self._db.execute("PRAGMA user_version").fetchone()
+        if found > ours:
+            self._db.close()
+            raise Unavailable(
+                f"the journal {self._path} is of version {found}, but this potluck knows versions up to {ours}: install the newer potluck "
+                f"again, or put {self._path.name}.v{ours}, the copy from before the upgrade, in its place, and delete {self._path.name}-wal "
+                "(what happened since the upgrade is then lost)"
+            )
+        if found == ours:
+            return
+        if self._db.execute("SELECT 1 FROM sqlite_master").fetchone() is not None:
+            self._back_up(self._path.with_name(f"{self._path.name}.v{found}"))
+        self._db.execute("BEGIN IMMEDIATE")
+        with self._db:
+            for step in _MIGRATIONS[found:]:
+                step(self._db)
+            self._db.execute(f"PRAGMA user_version = {ours}")
+
+    def _back_up(self, path: Path) -> None:
+        """A copy of this journal at `path`, which survives a power cut."""
+        partial = path.with_name(f"{path.name}.partial")
+        partial.unlink(missing_ok=True)
+        copy = sqlite3.connect(partial)
+        try:
+            self._db.backup(copy)
+        finally:
+            copy.close()
+        partial.chmod(0o600)
+        partial.rename(path)
+        _sync_file(path)
+        log.info("journal copied before its tables change %s", fields(path=path))
 
     @property
     def empty(self) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from coordinator import journal as module
 from coordinator.journal import Journal, Position
 from coordinator.plans.events import AnyEvent, AttemptEnded, JobStarted
 from potluck.errors import Conflict, NotFound, Unavailable
@@ -265,6 +266,65 @@ async def test_a_journal_of_before_there_were_numbers_for_good_is_read(tmp_path:
         assert (journal.epoch, journal.founded, journal.cluster_id) == (1795982386 + opened, 5, f"{7:016x}")
         assert [entry.number for entry in (await journal.follow())[0]] == [1, 3, 4, 5]
         journal.close()
+    copy = sqlite3.connect(tmp_path / "j.v0")
+    assert copy.execute("SELECT seq FROM events").fetchall() == [(1,), (3,), (4,), (5,)]
+    copy.close()
+
+
+def version_of(path: Path) -> int:
+    db = sqlite3.connect(path)
+    (found,) = db.execute("PRAGMA user_version").fetchone()
+    db.close()
+    return int(found)
+
+
+def test_an_older_journal_is_copied_before_it_is_migrated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = Journal(tmp_path / "j")
+    journal.append("job/1", JobStarted(at=1.0))
+    journal.close()
+    ours = version_of(tmp_path / "j")
+    assert ours == len(module._MIGRATIONS) == 1
+    assert [path.name for path in tmp_path.glob("j.v*")] == [], "a new journal has nothing to copy"
+
+    monkeypatch.setattr(
+        module, "_MIGRATIONS", (*module._MIGRATIONS, lambda db: db.execute("CREATE TABLE more (number INTEGER)"))
+    )
+    newer = Journal(tmp_path / "j")
+    assert newer._db.execute("SELECT count(*) FROM more").fetchone() == (0,)
+    assert list(newer.replay("job/1", AnyEvent)) == [JobStarted(at=1.0)]  # type: ignore[arg-type]
+    newer.append("job/1", JobStarted(at=2.0))
+    newer.close()
+    assert version_of(tmp_path / "j") == ours + 1
+    assert version_of(tmp_path / f"j.v{ours}") == ours
+    assert not list(tmp_path.glob("*.partial*"))
+
+    monkeypatch.undo()
+    with pytest.raises(Unavailable, match=rf"version {ours + 1}, but this potluck knows .* put j\.v{ours}"):
+        Journal(tmp_path / "j")
+    # what the sentence says to do works
+    shutil.copy(tmp_path / f"j.v{ours}", tmp_path / "j")
+    (tmp_path / "j-wal").unlink(missing_ok=True)
+    back = Journal(tmp_path / "j")
+    assert list(back.replay("job/1", AnyEvent)) == [JobStarted(at=1.0)]  # type: ignore[arg-type]
+    back.close()
+
+
+def test_a_migration_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = Journal(tmp_path / "j")
+    journal.append("job/1", JobStarted(at=1.0))
+    journal.close()
+
+    def half(db: sqlite3.Connection) -> None:
+        db.execute("DELETE FROM events")
+        db.execute("this is not SQL")
+
+    monkeypatch.setattr(module, "_MIGRATIONS", (*module._MIGRATIONS, half))
+    with pytest.raises(Unavailable, match="cannot be opened"):
+        Journal(tmp_path / "j")
+    monkeypatch.undo()
+    again = Journal(tmp_path / "j")
+    assert list(again.replay("job/1", AnyEvent)) == [JobStarted(at=1.0)]  # type: ignore[arg-type]
+    again.close()
 
 
 async def test_nothing_is_synced_where_nothing_was_written_since(
