@@ -7,7 +7,9 @@ import asyncio
 
 from coordinator.daemon import Coordinator
 from potluck import __version__, daemons, lifecycle
-from potluck.settings import GATEWAY_PORT, CoordinatorSettings, load
+from potluck.reloading import Reloading
+from potluck.settings import GATEWAY_PORT, CoordinatorSettings
+from potluck.settings_sources import load
 
 
 def parser() -> argparse.ArgumentParser:
@@ -39,14 +41,21 @@ def settings_from(arguments: argparse.Namespace) -> CoordinatorSettings:
     return load(CoordinatorSettings, arguments.config, flags)
 
 
+def read() -> CoordinatorSettings:
+    return settings_from(parser().parse_args())
+
+
 async def serve(settings: CoordinatorSettings) -> None:
-    stop = lifecycle.stop_event(asyncio.get_running_loop())
-    await Coordinator(settings).run(stop)
+    loop = asyncio.get_running_loop()
+    stop = lifecycle.stop_event(loop)
+    coordinator = Coordinator(settings)
+    Reloading(settings, read, coordinator.take).on_hangup(loop)
+    await coordinator.run(stop)
 
 
 def main() -> None:
     """Run until SIGTERM or SIGINT. Exit codes are those of `potluck.errors`."""
-    lifecycle.run_daemon("potluck-coordinator", lambda: settings_from(parser().parse_args()), serve)
+    lifecycle.run_daemon("potluck-coordinator", read, serve)
 
 
 if __name__ == "__main__":

@@ -56,7 +56,15 @@ from potluck.net.http import serve_http
 from potluck.settings import CoordinatorSettings, check_listen, is_loopback, parse_address, short_hostname, state_folder
 from potluck.sole_use import sole_use
 from potluck.surviving import surviving
-from potluck.wire.births import PROTOCOL_VERSION, CoordinatorStatus, NodeCapacity, NodeStatus, NodeTelemetry
+from potluck.wire.births import (
+    OURS,
+    CoordinatorStatus,
+    NodeCapacity,
+    NodeStatus,
+    NodeTelemetry,
+    in_our_versions,
+    versions_of,
+)
 from potluck.wire.commands import Rebirth
 from potluck.wire.reports import BlobsStored, HoldFailed, InferenceFinished, ModelLoaded, ModelLoadFailed, ModelUnloaded
 from potluck.wire.topics import NODE_ID, Topics
@@ -91,6 +99,13 @@ class Coordinator:
         self._urls: tuple[str, ...] = ()
         self._neighbours: Neighbours | None = None
         self._gave_way: GaveWay | None = None
+        self._store: BlobStore | None = None
+
+    def take(self, settings: CoordinatorSettings) -> None:
+        """Take over what `potluck.reloading.ALL` names."""
+        self.settings = settings
+        if self._store is not None:
+            self._store.limit_bytes = settings.blob_limit_bytes
 
     async def run(self, stop: asyncio.Event) -> None:
         """Start, say ready, serve until `stop`, and stop in reverse order."""
@@ -99,7 +114,7 @@ class Coordinator:
             tell_lock = stack.enter_context(sole_use(self.folder, "coordinator", settings.cluster))
             journal = Journal(self.folder / "journal.sqlite")
             stack.callback(journal.close)
-            store = BlobStore(self.folder / "blobs", settings.blob_limit_bytes)
+            store = self._store = BlobStore(self.folder / "blobs", self.settings.blob_limit_bytes)
             broker, addresses = await self._broker(stack)
             sock = bind_gateway(settings.listen)
             stack.callback(sock.close)
@@ -111,22 +126,22 @@ class Coordinator:
 
             downloader = await stack.enter_async_context(Downloader(store, self.credentials))
 
-            offline = CoordinatorStatus(
-                session=self.session, epoch=journal.epoch, state="offline", cluster_id=journal.cluster_id
+            offline = in_our_versions(
+                CoordinatorStatus(
+                    session=self.session, epoch=journal.epoch, state="offline", cluster_id=journal.cluster_id
+                )
             )
             since = time.time()
 
             def online() -> CoordinatorStatus:
-                return CoordinatorStatus(
-                    session=self.session,
-                    epoch=journal.epoch,
+                return replace(
+                    offline,
                     state="online",
                     http=self._urls,
                     software=lifecycle.software(),
                     since=since,
                     # There may be room for a small blob, but none for a large one.
                     shortage=store.shortage() or self._dispatcher.shortage,
-                    cluster_id=journal.cluster_id,
                     founded=journal.founded,
                     empty=journal.empty,
                     others=self._neighbours.others if self._neighbours is not None else (),
@@ -368,8 +383,9 @@ class Coordinator:
         match message:
             case NodeStatus():
                 self._notice(self._membership.on_status(message, now))
-                if message.version != PROTOCOL_VERSION and self._seldom.due(f"version of {node_id}") is not None:
-                    versions = fields(node=node_id, version=message.version, ours=PROTOCOL_VERSION)
+                theirs = versions_of(message)
+                if not OURS.shared(theirs) and self._seldom.due(f"version of {node_id}") is not None:
+                    versions = fields(node=node_id, version=theirs, ours=OURS)
                     log.error("node of another protocol left out: install the same potluck on both %s", versions)
                 if message.state == "online":
                     self._inference.ask_again(node_id)

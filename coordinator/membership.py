@@ -15,7 +15,7 @@ from msgspec.structs import replace as changed
 
 from potluck.wire import codec
 from potluck.wire.addresses import is_address, is_place
-from potluck.wire.births import PROTOCOL_VERSION, NodeCapacity, NodeStatus, NodeTelemetry
+from potluck.wire.births import OURS, NodeCapacity, NodeStatus, NodeTelemetry, Versions, versions_of
 from potluck.wire.questions import NodeInfo
 from potluck.wire.values import CLASS_NAMES_LIMIT_BYTES, Capacity, NodeData
 
@@ -57,7 +57,10 @@ class Member:
     left: bool = False
     """Whether it is offline because it said goodbye."""
     clock_ahead_seconds: float = 0.0
-    version: int = PROTOCOL_VERSION
+    versions: Versions = OURS
+    """The versions of the protocol that it speaks."""
+    understood: bool = True
+    """Whether we speak one of them."""
     unreadable: str = ""
     """Why its published capacity cannot be read, if no readable one ever came."""
     violations: int = 0
@@ -71,13 +74,13 @@ class Member:
     @property
     def available(self) -> bool:
         """Whether it may get work."""
-        return self.state == "online" and self.version == PROTOCOL_VERSION
+        return self.state == "online" and self.understood
 
     @property
     def left_out(self) -> str:
         """The reason for people why it gets no jobs."""
-        if self.version != PROTOCOL_VERSION:
-            return f"it speaks version {self.version} of the protocol, but the coordinator speaks {PROTOCOL_VERSION}: install the same potluck on both"
+        if not self.understood:
+            return f"it speaks version {self.versions} of the protocol, but the coordinator speaks {OURS}: install the same potluck on both"
         return self.quarantined or self.unreadable
 
 
@@ -151,6 +154,8 @@ class Membership:
         """A birth or a will. A stale will (of another session than the present one) changes nothing."""
         http = tuple(filter(is_address, status.http[:ADDRESSES_KEPT]))
         software = _short(status.software)
+        versions = versions_of(status)
+        understood = OURS.shared(versions) > 0
         collective = status.collective if is_place(status.collective) else ""
         known = self.members.get(status.node_id)
         if status.state == "offline":
@@ -175,7 +180,8 @@ class Membership:
                     http=http,
                     collective=collective,
                     software=software,
-                    version=status.version,
+                    versions=versions,
+                    understood=understood,
                     seen_at=now,
                 )
             )
@@ -194,7 +200,8 @@ class Membership:
                 software=software,
                 telemetry=None,
                 left=False,
-                version=status.version,
+                versions=versions,
+                understood=understood,
                 violations=known.violations if known.session == status.session else 0,
                 quarantined=known.quarantined if known.session == status.session else "",
             )

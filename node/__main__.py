@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-from importlib.util import find_spec
 
-from node.daemon import Node
+from node.daemon import CHANGEABLE, Node
 from potluck import __version__, daemons, lifecycle
-from potluck.errors import InvalidSettings
-from potluck.settings import LAMBDA, NodeSettings, load
+from potluck.reloading import Reloading
+from potluck.settings import NodeSettings
+from potluck.settings_sources import load
 
 
 def parser() -> argparse.ArgumentParser:
@@ -50,24 +50,24 @@ def settings_from(arguments: argparse.Namespace) -> NodeSettings:
         "threads": arguments.threads,
         "data": dict(arguments.data) if arguments.data else None,
     }
-    settings = load(NodeSettings, arguments.config, flags)
-    for name in settings.allow_code:
-        if name != LAMBDA and find_spec(name.partition(".")[0]) is None:
-            raise InvalidSettings(
-                f"allow_code names the module {name!r}, which Python does not find: install it in potluck's environment, put "
-                "its folder on PYTHONPATH, or remove it from allow_code"
-            )
-    return settings
+    return load(NodeSettings, arguments.config, flags)
+
+
+def read() -> NodeSettings:
+    return settings_from(parser().parse_args())
 
 
 async def serve(settings: NodeSettings) -> None:
-    stop = lifecycle.stop_event(asyncio.get_running_loop())
-    await Node(settings).run(stop)
+    loop = asyncio.get_running_loop()
+    stop = lifecycle.stop_event(loop)
+    node = Node(settings)
+    Reloading(settings, read, node.take, CHANGEABLE).on_hangup(loop)
+    await node.run(stop)
 
 
 def main() -> None:
     """Run until SIGTERM or SIGINT. Exit codes are those of `potluck.errors`."""
-    lifecycle.run_daemon("potluck-node", lambda: settings_from(parser().parse_args()), serve)
+    lifecycle.run_daemon("potluck-node", read, serve)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from node.own_data import OwnData
 from node.presence import Presence
 from node.replicas import Replicas
 from node.slot import EngineSlot
-from potluck import lifecycle
+from potluck import lifecycle, reloading
 from potluck.blobs import server as blob_server
 from potluck.blobs.download import Downloader
 from potluck.blobs.store import BlobStore
@@ -42,7 +42,7 @@ from potluck.settings import NodeSettings, check_listen, state_folder
 from potluck.sole_use import sole_use
 from potluck.surviving import surviving
 from potluck.wire.addresses import place
-from potluck.wire.births import PROTOCOL_VERSION, CoordinatorStatus
+from potluck.wire.births import OURS, CoordinatorStatus, Versions, versions_of
 from potluck.wire.commands import (
     AcknowledgeResult,
     CancelInference,
@@ -70,6 +70,13 @@ DATA_RETRIES_SLOW_DOWN = 20
 """The pause before data are tried again grows to this many times its length: a large wrong data set takes as long to read each time."""
 
 
+CHANGEABLE = reloading.ALL | {
+    "allow_code", "engine_start_seconds", "engine_silence_seconds", "engine_batch_seconds", "engine_memory_bytes", "data",
+    "data_retry_seconds",
+}  # fmt: skip
+"""The settings that a node takes over while it runs; those of engines count for engines that start afterwards."""
+
+
 class Node:
     """One node. `run` returns after `stop` is set, when everything is given back and closed in order.
 
@@ -93,9 +100,15 @@ class Node:
         self._conflict: Conflict | None = None
         self._coordinated = False
         """Whether a coordinator is there, as far as the present broker tells."""
-        self._foreign = 0
-        """The coordinator's version of the protocol, where it differs from ours; else 0."""
+        self._foreign: Versions | None = None
+        """The coordinator's versions of the protocol, where we speak none of them."""
         self._seldom = Seldom(LOG_SECONDS)
+        self._taken = asyncio.Event()
+
+    def take(self, settings: NodeSettings) -> None:
+        """Take over what CHANGEABLE names."""
+        self.settings = settings
+        self._taken.set()
 
     async def run(self, stop: asyncio.Event) -> None:
         """Join the cluster as soon as it exists, and work for it until `stop`."""
@@ -171,7 +184,7 @@ class Node:
                     "measure": self._presence.measure(
                         self._bus, self.folder / "speed", lambda: bool(self._assignments.attempt_ids)
                     ),
-                    "data": self._pack(own_data),
+                    "data": self._keep_data(own_data, store),
                     "report": lifecycle.report(lambda: self._standing(own_data)),
                 }
                 if discovery is not None:
@@ -230,7 +243,7 @@ class Node:
         """This node's state, for systemd; and what is wrong with its data."""
         node, cluster = f"node {self.node_id}", f"cluster {self.settings.cluster}"
         if self._presence.joined:
-            missing = f", whose coordinator speaks version {self._foreign} of the protocol, but this node speaks {PROTOCOL_VERSION}"
+            missing = f", whose coordinator speaks version {self._foreign} of the protocol, but this node speaks {OURS}"
             missing = missing if self._foreign else ", which has no coordinator"
             where = f"{node} is in {cluster}" + ("" if self._coordinated and not self._foreign else missing)
         elif self._presence.births:
@@ -245,10 +258,11 @@ class Node:
         status = envelope.message
         if not isinstance(status, CoordinatorStatus):
             return
-        self._foreign = status.version if status.version != PROTOCOL_VERSION else 0
+        theirs = versions_of(status)
+        self._foreign = None if OURS.shared(theirs) else theirs
         if self._foreign:
             if self._seldom.due("version") is not None:
-                versions = fields(version=status.version, ours=PROTOCOL_VERSION)
+                versions = fields(version=theirs, ours=OURS)
                 log.error("coordinator of another protocol ignored: install the same potluck on both %s", versions)
             return
         self._coordinated = status.state == "online"
@@ -318,7 +332,6 @@ class Node:
     def _make_engines(
         self, store: BlobStore, downloader: Downloader, inputs: Inputs, fast: Outbox, own_data: OwnData
     ) -> None:
-        settings = self.settings
         scratch = self.folder / "scratch"
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -327,6 +340,7 @@ class Node:
 
         def make(name: str, *, quick_kernels: bool = False) -> Engine:
             shutil.rmtree(scratch / name, ignore_errors=True)  # files that a dead engine was writing
+            settings = self.settings  # as they are now: they may have been reloaded
             return Engine(
                 scratch / name,
                 threads=settings.threads or capacities.cores(),
@@ -340,7 +354,7 @@ class Node:
                 quick_kernels=quick_kernels,
             )
 
-        idle = settings.engine_idle_seconds
+        idle = self.settings.engine_idle_seconds
         self._work_slot = EngineSlot("work", lambda: make("work"), idle_seconds=idle, on_start=self._on_engine_start)
 
         def serving(name: str) -> EngineSlot:
@@ -396,22 +410,37 @@ class Node:
             log.info("jobs %s", "give way to inference" if self._gave_way else "go on")
             self._executor.give_way(self._gave_way)
 
-    async def _pack(self, own_data: OwnData) -> None:
+    async def _keep_data(self, own_data: OwnData, store: BlobStore) -> None:
         """Prepare the data that live on this node for training; announces each data set as soon as it is ready.
 
-        Unavailable data are tried again: a disk is mounted late, permissions are given, a file is repaired.
+        Unavailable data are tried again: a disk is mounted late, permissions are given, a file is repaired. Takes over changed settings.
         """
-        pause = first = self.settings.data_retry_seconds
+        pause = self.settings.data_retry_seconds
         waiting = own_data.names
-        while waiting:
+        while True:
             for name in waiting:
                 before = own_data.missing
                 with surviving(f"packing of data {name}"):
                     if await asyncio.to_thread(own_data.pack, name) or own_data.missing != before:
-                        await self._presence.announce(self._bus, own_data.announced, own_data.missing)
+                        await self._announce_data(own_data)
             waiting = tuple(own_data.missing)
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, DATA_RETRIES_SLOW_DOWN * first)
+            try:
+                async with asyncio.timeout(pause if waiting else None):
+                    await self._taken.wait()
+            except TimeoutError:
+                pause = min(2 * pause, DATA_RETRIES_SLOW_DOWN * self.settings.data_retry_seconds)
+                continue
+            self._taken.clear()
+            pause = self.settings.data_retry_seconds
+            store.limit_bytes = self.settings.blob_limit_bytes
+            known = own_data.announced, own_data.missing
+            waiting = own_data.change(self.settings.data)
+            if known != (own_data.announced, own_data.missing):
+                with surviving("announcing of data"):
+                    await self._announce_data(own_data)
+
+    async def _announce_data(self, own_data: OwnData) -> None:
+        await self._presence.announce(self._bus, own_data.announced, own_data.missing)
 
     def _on_engine_start(self, info: EngineInfo) -> None:
         self._presence.engine_runs(self._outbox, info.runtimes)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from potluck.errors import InvalidSettings
 from potluck.settings import short_hostname
-from potluck.wire.topics import NODE_ID
+from potluck.wire.topics import NODE_ID, check_node_id
 
 
 def node_id(configured: str, folder: Path) -> str:
@@ -17,10 +17,7 @@ def node_id(configured: str, folder: Path) -> str:
     Raises InvalidSettings for an id that a topic cannot contain.
     """
     if configured:
-        if not NODE_ID.fullmatch(configured):
-            raise InvalidSettings(
-                f"node id {configured!r}: use letters, digits, '.', '_' and '-', beginning with a letter or digit, at most 64"
-            )
+        check_node_id(configured)
         return configured
     file = folder / "node-id"
     try:

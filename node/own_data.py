@@ -35,9 +35,7 @@ class OwnData:
         shutil.rmtree(folder, ignore_errors=True)  # the files may have changed since
         folder.mkdir(mode=0o700)
         self._store = BlobStore(folder, NO_LIMIT)
-        self._settings = {
-            name: NodeDataSettings(path=given) if isinstance(given, str) else given for name, given in settings.items()
-        }
+        self._settings = _as_tables(settings)
         self._packed: dict[str, Dataset] = {}
         self._missing: dict[str, str] = {}
 
@@ -56,6 +54,17 @@ class OwnData:
     def missing(self) -> Mapping[str, str]:
         """Why data that were tried are unavailable, by name."""
         return self._missing
+
+    def change(self, settings: Mapping[str, str | NodeDataSettings]) -> tuple[str, ...]:
+        """Take new settings; returns the names that must be packed. Not while `pack` runs.
+
+        Data sets that are gone or changed are no longer announced; their packed files stay until the next start, for tasks under way.
+        """
+        before, self._settings = self._settings, _as_tables(settings)
+        same = {name for name, given in self._settings.items() if before.get(name) == given}
+        self._packed = {name: data for name, data in self._packed.items() if name in same}
+        self._missing = {name: why for name, why in self._missing.items() if name in same}
+        return tuple(name for name in self._settings if name not in self._packed)
 
     def pack(self, name: str) -> bool:
         """Prepare a data set. False if that fails; logs a new reason once. Blocks: call it in a thread.
@@ -136,6 +145,10 @@ class OwnData:
                 f"a node with data {name!r} trains on them only with noise_multiplier={least:g} or more, but {asked} "
                 "(least_noise_multiplier in its settings)"
             )
+
+
+def _as_tables(settings: Mapping[str, str | NodeDataSettings]) -> dict[str, NodeDataSettings]:
+    return {name: NodeDataSettings(path=given) if isinstance(given, str) else given for name, given in settings.items()}
 
 
 def _hidden(path: str) -> str:

@@ -23,7 +23,7 @@ from potluck.net.discovery import Discovery, Service
 from potluck.settings import NodeSettings
 from potluck.surviving import surviving
 from potluck.wire.addresses import Scheme
-from potluck.wire.births import CoordinatorStatus, NodeCapacity, NodeStatus, NodeTelemetry
+from potluck.wire.births import CoordinatorStatus, NodeCapacity, NodeStatus, NodeTelemetry, in_our_versions
 from potluck.wire.topics import Topics
 from potluck.wire.values import Capacity, NodeData
 
@@ -90,14 +90,16 @@ class Presence:
     def status(self, state: Literal["online", "offline"], *, left: bool = False) -> NodeStatus:
         """A birth or a will; a goodbye when we have `left`."""
         if state == "offline":
-            return NodeStatus(node_id=self._node_id, session=self._session, state=state, left=left)
-        return NodeStatus(
-            node_id=self._node_id,
-            session=self._session,
-            state=state,
-            http=self.urls,
-            collective=self.collective,
-            software=lifecycle.software() | self._capacity.runtimes,
+            return in_our_versions(NodeStatus(node_id=self._node_id, session=self._session, state=state, left=left))
+        return in_our_versions(
+            NodeStatus(
+                node_id=self._node_id,
+                session=self._session,
+                state=state,
+                http=self.urls,
+                collective=self.collective,
+                software=lifecycle.software() | self._capacity.runtimes,
+            )
         )
 
     def watch(self, bus: Bus, outbox: Outbox, give_up: Callable[[Conflict], None]) -> None:

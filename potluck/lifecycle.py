@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any, NoReturn, TypeVar
 
-from potluck import __version__, logs
+from potluck import __version__, logs, reloading
 from potluck.errors import expected
 from potluck.logs import fields
 from potluck.settings import CoordinatorSettings, NodeSettings
@@ -167,6 +167,7 @@ def run_daemon(name: str, read_settings: Callable[[], S], serve: Callable[[S], C
 
     Any other error is a defect: it is logged with its traceback, and the exit code is 1.
     """
+    reloading.wait_for_start()
     logs.configure("INFO")  # for errors in the settings
     _keep_from_children()
     faulthandler.enable()  # systemd ends a hanging daemon by SIGABRT: this prints where it hangs

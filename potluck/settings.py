@@ -1,20 +1,16 @@
-"""Settings, read once: defaults, then a TOML file, then `POTLUCK_*` environment variables, then flags.
+"""Every setting, its type and its default. `settings_sources.py` reads them.
 
 Unknown keys are errors. Timings are settings, so that tests can shorten them. Nothing reads the environment later.
 """
 
 from __future__ import annotations
 
-import difflib
 import os
 import socket
-import tomllib
-from collections.abc import Mapping
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal
 
-import msgspec
 from msgspec import Meta, Struct
 
 from potluck.errors import InvalidSettings
@@ -22,12 +18,23 @@ from potluck.wire.values import Name
 
 Port = Annotated[int, Meta(ge=0, le=65535)]
 PositiveSeconds = Annotated[float, Meta(gt=0)]
-LogLevel = Annotated[str, Meta(pattern=r"(?i)^(debug|info|warning|error)\Z")]
+LogLevel = Annotated[
+    str,
+    Meta(
+        pattern=r"(?i)^(debug|info|warning|error)\Z", extra_json_schema={"description": "DEBUG, INFO, WARNING or ERROR"}
+    ),
+]
 
 
 LAMBDA = "lambda"
 """In `allow_code`: allows code inside models. No module can have this name."""
-ModuleName = Annotated[str, Meta(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*\Z")]
+ModuleName = Annotated[
+    str,
+    Meta(
+        pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*\Z",
+        extra_json_schema={"description": f"the name of a Python module, or {LAMBDA}"},
+    ),
+]
 
 
 class Section(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -172,37 +179,6 @@ class ClientSettings(NetworkSettings, frozen=True):
     timeout_seconds: PositiveSeconds = 30.0
 
 
-UNKNOWN = "Object contains unknown field "
-"""The beginning of msgspec's error for an unknown field."""
-LISTS = (["seeds"], ["allow_code"])
-"""Settings that are lists with commas in the environment."""
-S = TypeVar("S", bound=NetworkSettings)
-
-
-def load(kind: type[S], path: str | Path | None = None, flags: Mapping[str, Any] | None = None) -> S:
-    """Settings of `kind` from the file at `path`, the environment, and `flags` (dotted keys; None: not given).
-
-    `POTLUCK_LISTEN__PORT=9000` sets `listen.port`; lists are written with commas. Raises InvalidSettings.
-    """
-    table: dict[str, Any] = {}
-    if path is not None:
-        table = _read(Path(path))
-    for key, text in os.environ.items():
-        if key.startswith("POTLUCK_") and len(key) > len("POTLUCK_"):
-            keys = key[len("POTLUCK_") :].lower().split("__")
-            if keys[0] in kind.__struct_fields__:
-                value = [item for item in text.split(",") if item] if keys in LISTS else text
-                _put(table, keys, value)
-    for dotted, value in (flags or {}).items():
-        if value is not None:
-            _put(table, dotted.split("."), value)
-    try:
-        return msgspec.convert(table, kind, strict=False)
-    except msgspec.ValidationError as error:
-        where = f" in {path}" if path else ""
-        raise InvalidSettings(f"settings{where}: {_reason(error, kind)}") from error
-
-
 def check_listen(listen: Listen) -> None:
     """Raises InvalidSettings for an address beyond loopback without `--insecure`."""
     if not listen.insecure and not is_loopback(listen.host):
@@ -261,36 +237,3 @@ def short_hostname() -> str:
     """This machine's name for a topic or an mDNS name: lower-case letters, digits and '-', at most 20."""
     name = socket.gethostname().split(".")[0].lower()
     return "".join(sign if sign.isalnum() and sign.isascii() else "-" for sign in name).strip("-")[:20] or "node"
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InvalidSettings(f"the settings file {path} cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InvalidSettings(f"the settings file {path} is not valid TOML: {error}") from error
-
-
-def _reason(error: msgspec.ValidationError, kind: type[Struct]) -> str:
-    """What is wrong, with the setting's name as the file has it."""
-    what, _, place = str(error).replace("`", "").partition(" - at $")
-    place = place.replace("[...]", ".*").lstrip(".")
-    if not what.startswith(UNKNOWN):
-        return f"{place}: {what[:1].lower()}{what[1:]}" if place else what
-    for key in place.split(".") if place else ():
-        found = {field.name: field.type for field in msgspec.structs.fields(kind)}.get(key)
-        kind = found if isinstance(found, type) and issubclass(found, Struct) else Struct
-    field, known = what.removeprefix(UNKNOWN), kind.__struct_fields__
-    close = difflib.get_close_matches(field, known, 1)
-    hint = f": did you mean {close[0]}?" if close else f": there are {', '.join(known)}" if known else ""
-    return f"there is no setting {f'{place}.{field}' if place else field}{hint}"
-
-
-def _put(table: dict[str, Any], keys: list[str], value: Any) -> None:
-    for key in keys[:-1]:
-        inner = table.setdefault(key, {})
-        if not isinstance(inner, dict):
-            raise InvalidSettings(f"settings: {key} is {inner!r}, not a table: {'.'.join(keys)} cannot be in it")
-        table = inner
-    table[keys[-1]] = value

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from potluck.cli import completion, interrupts
+from potluck.cli.config import config
 from potluck.cli.data import data
 from potluck.cli.evaluate import evaluate
 from potluck.cli.events import events
@@ -43,6 +44,7 @@ for command in (
     app.command(cls=Command)(command)
 app.add_typer(models, name="models")
 app.add_typer(data, name="data")
+app.add_typer(config, name="config")
 
 
 def _version(asked: bool) -> None:

@@ -61,13 +61,12 @@ def up(
     from potluck.cli.joining import Joining
     from potluck.cli.output import note
     from potluck.cli.plan import Plan
-    from potluck.settings import Listen, NetworkSettings, check_listen, load
-    from potluck.wire.topics import Topics
+    from potluck.settings import Listen, NetworkSettings, check_listen
+    from potluck.settings_sources import load
 
     given: Session = session(context)
     seeds = [text] if (text := seed or given.seed) else None
     settings = load(NetworkSettings, None, {"cluster": cluster or given.cluster, "seeds": seeds})
-    Topics(settings.cluster)
     where = Listen(host=listen or ("0.0.0.0" if insecure else "127.0.0.1"), insecure=insecure)  # noqa: S104 - asked for
     check_listen(where)
     log_level = log_level or ("DEBUG" if given.debug else "WARNING")

@@ -24,9 +24,10 @@ from potluck.credentials import Credentials
 from potluck.errors import InvalidRequest, PotluckError, TimedOut, Unavailable, expected
 from potluck.logs import fields
 from potluck.net.addresses import lan_addresses
-from potluck.settings import ClientSettings, PositiveSeconds, load, parse_address, typed
+from potluck.settings import ClientSettings, PositiveSeconds, parse_address, typed
+from potluck.settings_sources import load
 from potluck.sole_use import users_here
-from potluck.wire.births import PROTOCOL_VERSION, CoordinatorStatus
+from potluck.wire.births import OURS, CoordinatorStatus, Versions, versions_of
 from potluck.wire.questions import CancelInfer, Infer, Inferred, Undeploy
 from potluck.wire.topics import Topics
 from potluck.wire.values import BlobRef, Message
@@ -78,8 +79,8 @@ class Connection:
         self._was_connected = False
         self._cut = False
         """Whether the connection was lost and the coordinator has not been heard since: it may have lost its own connection too."""
-        self._foreign = 0
-        """The version of the protocol that the coordinator speaks, where it differs from ours; else 0."""
+        self._foreign: Versions | None = None
+        """The versions of the protocol that the coordinator speaks, where we speak none of them."""
         self._followers: dict[str, list[Handler]] = {}
         self._stack = AsyncExitStack()
         self._downloader: Downloader | None = None
@@ -204,7 +205,8 @@ class Connection:
         message = envelope.message
         if not isinstance(message, CoordinatorStatus):
             return
-        self._foreign = message.version if message.version != PROTOCOL_VERSION else 0
+        theirs = versions_of(message)
+        self._foreign = None if OURS.shared(theirs) else theirs
         if self._foreign:
             return
         if message.state == "online":
@@ -245,7 +247,7 @@ class Connection:
                 if self._foreign:
                     raise Unavailable(
                         f"the coordinator of cluster {cluster!r} speaks version {self._foreign} of the protocol, but this program speaks version "
-                        f"{PROTOCOL_VERSION}: install the same potluck on both"
+                        f"{OURS}: install the same potluck on both"
                     ) from None
                 advice = (
                     f"one runs on this machine and hangs, unless it has just started: `{typed('potluck status', cluster)}` says more"
@@ -456,22 +458,24 @@ def expect(message: Message, kind: type[M]) -> M:
     return message
 
 
+def client_file() -> Path:
+    """Where a user's client settings are, if there are any (XDG base directory specification)."""
+    base = os.environ.get("XDG_CONFIG_HOME") or str(Path("~/.config").expanduser())
+    return Path(base) / "potluck" / "client.toml"
+
+
 def client_settings(seed: str | Sequence[str] | None, cluster: str | None, timeout: float | None) -> ClientSettings:
-    """Settings from `client.toml` in the user's configuration folder, if it exists (XDG base directory specification),
-    from `POTLUCK_*`, and from these arguments. Raises InvalidSettings, and InvalidRequest for arguments of wrong types.
+    """Settings from `client_file()`, if it exists, from `POTLUCK_*`, and from these arguments.
+
+    Raises InvalidSettings, and InvalidRequest for arguments of wrong types.
     """
     given = (seed,) if isinstance(seed, str) else seed or ()
     seeds = checked("seed", given, tuple[str, ...], "a broker address (`host` or `host:port`), or several")
     checked("cluster", cluster, str | None, "the name of a cluster")
     checked("timeout", timeout, PositiveSeconds | None, "a number of seconds above 0")
-    base = os.environ.get("XDG_CONFIG_HOME") or str(Path("~/.config").expanduser())
-    path = Path(base) / "potluck" / "client.toml"
-    settings = load(
+    path = client_file()
+    return load(
         ClientSettings,
         path if path.is_file() else None,
         {"seeds": [one for one in seeds if one] or None, "cluster": cluster, "timeout_seconds": timeout},
     )
-    Topics(settings.cluster)
-    for address in settings.seeds:
-        parse_address(address)
-    return settings

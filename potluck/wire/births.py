@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple, TypeVar
 
 from msgspec import Meta
+from msgspec.structs import replace
 
 from potluck.wire.values import Capacity, Count, Epoch, Message, NodeData, UnixTime
 
 PROTOCOL_VERSION = 1
+"""The newest version of the protocol that this program speaks."""
+OLDEST_VERSION = 1
+"""The oldest one. Programs one version apart must understand each other, so it stays one behind for a while."""
+
+
+class Versions(NamedTuple):
+    """The versions of the protocol that a program speaks, from the oldest to the newest."""
+
+    oldest: int
+    newest: int
+
+    def shared(self, other: Versions) -> int:
+        """The newest version that both speak; 0: none."""
+        found = min(self.newest, other.newest)
+        return found if found >= max(self.oldest, other.oldest) else 0
+
+    def __str__(self) -> str:
+        return f"{self.oldest}" if self.oldest == self.newest else f"{self.oldest} to {self.newest}"
+
+
+OURS = Versions(OLDEST_VERSION, PROTOCOL_VERSION)
 
 
 class CoordinatorStatus(Message, frozen=True):
@@ -18,7 +40,8 @@ class CoordinatorStatus(Message, frozen=True):
     epoch: Epoch
     state: Literal["online", "offline"]
     http: tuple[str, ...] = ()
-    version: int = PROTOCOL_VERSION
+    version: int = 1
+    """The oldest version of the protocol that it speaks. The default is not ours: what is not on the wire is version 1, for ever."""
     software: dict[str, str] = {}
     """Versions of `potluck` and `python`, by name."""
     since: UnixTime = 0.0
@@ -33,6 +56,8 @@ class CoordinatorStatus(Message, frozen=True):
     """Whether that journal is still empty: no job, no model."""
     others: tuple[str, ...] = ()
     """Brokers (`host:port`) of other coordinators that serve a cluster of the same name on another bus."""
+    newest_version: int = 0
+    """The newest version of the protocol that it speaks; 0: it speaks only `version`."""
 
 
 class NodeStatus(Message, frozen=True):
@@ -42,13 +67,29 @@ class NodeStatus(Message, frozen=True):
     session: str
     state: Literal["online", "offline"]
     http: tuple[str, ...] = ()
-    version: int = PROTOCOL_VERSION
+    version: int = 1
+    """The oldest version of the protocol that it speaks. The default is not ours: what is not on the wire is version 1, for ever."""
     collective: str = ""
     """`host:port` of its engine for synchronous training; empty where it must not take part."""
     software: dict[str, str] = {}
     """Versions by name: `potluck` and `python` of the daemon, and the runtimes of its engines (`Capacity.runtimes`)."""
     left: bool = False
     """Whether it is offline because it was ended in order; never in a will."""
+    newest_version: int = 0
+    """As in CoordinatorStatus."""
+
+
+_S = TypeVar("_S", CoordinatorStatus, NodeStatus)
+
+
+def versions_of(status: CoordinatorStatus | NodeStatus) -> Versions:
+    """The versions of the protocol that its sender speaks."""
+    return Versions(status.version, max(status.version, status.newest_version))
+
+
+def in_our_versions(status: _S) -> _S:
+    """The status, which says what we speak."""
+    return replace(status, version=OURS.oldest, newest_version=OURS.newest if OURS.newest > OURS.oldest else 0)
 
 
 class NodeCapacity(Message, frozen=True):

@@ -29,6 +29,14 @@ NODE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _SEGMENT = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,160}\Z")
 
 
+def check_node_id(node_id: str) -> None:
+    """Raises InvalidSettings for an id that a topic cannot contain."""
+    if not NODE_ID.fullmatch(node_id):
+        raise InvalidSettings(
+            f"node id {node_id!r}: use letters, digits, '.', '_' and '-', beginning with a letter or digit, at most 64"
+        )
+
+
 @dataclass(frozen=True)
 class Topics:
     """The topics of one cluster. Raises InvalidSettings for a cluster name that a topic cannot contain."""

@@ -15,7 +15,15 @@ SHARDS_LIMIT = 500
 CLASS_NAMES_LIMIT_BYTES = 112 * 1024
 """Total size of a data set's class names: every lease and listing has them."""
 
-Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")]
+Name = Annotated[
+    str,
+    Meta(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z",
+        extra_json_schema={
+            "description": "letters, digits, '.', '_' and '-', beginning with a letter or digit, at most 128"
+        },
+    ),
+]
 """A name that a user gives to a model or data set."""
 Source = Annotated[str, Meta(max_length=256)]
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]

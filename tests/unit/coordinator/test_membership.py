@@ -169,6 +169,12 @@ def test_who_speaks_another_protocol_is_left_out_and_named() -> None:
     members.on_status(replace(birth("1"), version=2), 0)
     assert members.online() == []
     assert "speaks version 2 of the protocol, but the coordinator speaks 1" in next(members.infos()).left_out
+    members.on_status(replace(birth("1"), version=2, newest_version=3), 0)
+    assert "speaks version 2 to 3 of the protocol, but the coordinator speaks 1" in next(members.infos()).left_out
+    members.on_status(replace(birth("1"), version=1, newest_version=2), 0)
+    assert len(members.online()) == 1, "a newer node that still speaks our version"
+    members.on_status(replace(birth("1"), version=0, newest_version=0), 0)
+    assert members.online() == []
     members.on_status(birth("1"), 1)  # the same session, which no real node does
     assert len(members.online()) == 1
     assert next(members.infos()).left_out == ""

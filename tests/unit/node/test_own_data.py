@@ -53,6 +53,25 @@ def test_what_is_ready_is_announced_and_what_fails_is_logged(own: OwnData, caplo
     ]
 
 
+def test_changed_settings_are_taken_over(own: OwnData, tmp_path: Path) -> None:
+    for name in own.names:
+        own.pack(name)
+    pets = own._settings["pets"]
+    stricter = replace(pets, least_noise_multiplier=1.0)
+    again = own.change({"pets": stricter, "plain": str(tmp_path / "plain.npz"), "new": str(tmp_path / "plain.npz")})
+    assert again == ("pets", "new")
+    assert [data.name for data in own.announced] == ["plain"]
+    assert own.missing == {}
+    assert all(own.pack(name) for name in again)
+    assert [data.name for data in own.announced] == ["new", "pets", "plain"]
+    with pytest.raises(InvalidRequest, match="least_noise_multiplier"):
+        own.filled_in(training("pets", "cat", "dog"))
+    assert own.change({}) == ()
+    assert own.announced == ()
+    with pytest.raises(Unavailable):
+        own.filled_in(training("plain"))
+
+
 def test_whatever_is_wrong_with_files_the_node_goes_on(
     own: OwnData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

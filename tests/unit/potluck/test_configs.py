@@ -13,7 +13,8 @@ import msgspec
 import pytest
 
 from potluck.net.broker import find_mosquitto
-from potluck.settings import CoordinatorSettings, NetworkSettings, NodeSettings, load
+from potluck.settings import CoordinatorSettings, NetworkSettings, NodeSettings
+from potluck.settings_sources import load
 from support.eventually import eventually
 
 CONFIGS = Path(__file__).parents[3] / "configs"

@@ -8,6 +8,7 @@ import faulthandler
 import gc
 import logging
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -26,7 +27,9 @@ ROOT = Path(__file__).parents[3]
 def as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(logs, "configure", lambda level: None)
     monkeypatch.setattr(faulthandler, "enable", lambda: None)  # pytest has its own
+    hangup = signal.getsignal(signal.SIGHUP)
     yield
+    signal.signal(signal.SIGHUP, hangup)
     gc.unfreeze()
 
 

@@ -12,11 +12,11 @@ from potluck.settings import (
     Listen,
     NodeSettings,
     check_listen,
-    load,
     parse_address,
     short_hostname,
     state_folder,
 )
+from potluck.settings_sources import WrongSettings, find, load, toml
 
 
 @pytest.fixture(autouse=True)
@@ -40,22 +40,104 @@ def test_flags_win_over_the_environment_and_that_over_the_file(tmp_path: Path, m
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "line", "said"),
     [
-        ("clustre = 1", "there is no setting clustre: did you mean cluster?"),
-        ("[listen]\nwhere = 1", "there is no setting listen.where: there are host, port, insecure"),
-        ("cluster = 1", "cluster: expected str, got int"),
-        ("[listen]\nport = 70000", "listen.port: expected int <= 65535"),
-        ("lease_seconds = 0.0", "lease_seconds"),
-        ("cluster = ", "TOML"),
-        ("[broker]\nmode = 'cloud'", "mode"),
+        ("clustre = 1", 1, "there is no setting clustre: did you mean cluster?"),
+        ("[listen]\nwhere = 1", 2, "there is no setting listen.where: there are host, port, insecure"),
+        ("\ncluster = 1", 2, "cluster is 1, expected a text"),
+        ('cluster = "a b"', 1, "use letters, digits"),
+        ("[listen]\n\n port = 70000", 3, "listen.port is 70000, expected a whole number from 0 to 65535"),
+        ("listen = { host = '::1',  port = -1 }", 1, "listen.port is -1, expected a whole number from 0 to 65535"),
+        ("seeds = [\n]\nlease_seconds = 0.0", 3, "lease_seconds is 0.0, expected a number above 0"),
+        ("queue_limit = 1.5", 1, "queue_limit is 1.5, expected a whole number of at least 1"),
+        ("seeds = ['a:x']", 1, "write it as host or host:port"),
+        ("seeds = ['a', 7]", 1, "item 2 of seeds is 7, expected a text"),
+        ("seeds = 'a'", 1, 'seeds is "a", expected a list, each a text'),
+        ("log_level = 'LOUD'", 1, 'log_level is "LOUD", expected DEBUG, INFO, WARNING or ERROR'),
+        ("[broker]\nmode = 'cloud'", 2, 'broker.mode is "cloud", expected "auto" or '),
+        ("listen = 'x'", 1, 'listen is "x", expected a table with host, port, insecure'),
+        ("[listen]\nhost = '0.0.0.0'", 2, "--insecure"),
+        ("\ncluster = ", 2, "this is not valid TOML: Invalid value"),
+        ("cluster = 'a'\ncluster = 'b'", 2, "this is not valid TOML: Cannot overwrite a value"),
+        ("threads = [\n1,", 2, "this is not valid TOML"),
     ],
 )
-def test_what_is_wrong_in_a_file_is_named(tmp_path: Path, text: str, said: str) -> None:
+def test_what_is_wrong_in_a_file_is_named_with_its_line(tmp_path: Path, text: str, line: int, said: str) -> None:
     file = tmp_path / "coordinator.toml"
     file.write_text(text)
-    with pytest.raises(InvalidSettings, match=re.escape(said)):
+    with pytest.raises(InvalidSettings, match=re.escape(said)) as caught:
         load(CoordinatorSettings, file)
+    assert str(caught.value).startswith(f"{file}:{line}: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "said"),
+    [
+        ("[data]\nx = 'y'\n'a b' = 'z'", 3, """data."a b": a name here is letters, digits"""),
+        ("[data]\na = 'x'\nb = 1", 3, "data.b is 1, expected a text or a table with path, target"),
+        ("[data.a]\ntarget = 'x'", 1, "data.a has no path, expected a text"),
+        ("[data.a]\npath = 'x'\npth = 1", 3, "there is no setting data.a.pth: did you mean path?"),
+        ("[data.a]\npath = ''\nleast_noise_multiplier = -1", 3, "is -1, expected a number of at least 0"),
+        ("allow_code = ['../x']", 1, "expected the name of a Python module, or lambda"),
+        ("allow_code = ['no_such_module']", 1, "which Python does not find"),
+        ("node_id = '/'", 1, "beginning with a letter or digit"),
+    ],
+)
+def test_what_is_wrong_in_a_nodes_file_is_named_with_its_line(tmp_path: Path, text: str, line: int, said: str) -> None:
+    file = tmp_path / "node.toml"
+    file.write_text(text)
+    with pytest.raises(InvalidSettings, match=re.escape(said)) as caught:
+        load(NodeSettings, file)
+    assert str(caught.value).startswith(f"{file}:{line}: ")
+
+
+def test_all_that_is_wrong_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "node.toml"
+    file.write_text("cluster = 1\n[listen]\nport = 'x'\n")
+    monkeypatch.setenv("POTLUCK_THREADS", "-1")
+    with pytest.raises(WrongSettings) as caught:
+        load(NodeSettings, file, {"log_level": "LOUD"})
+    assert [(one.setting, str(one.origin)) for one in caught.value.problems] == [
+        ("cluster", f"{file}:1"),
+        ("listen.port", f"{file}:3"),
+        ("threads", "environment POTLUCK_THREADS"),
+        ("log_level", "command line"),
+    ]
+
+
+def test_a_file_that_is_no_text(tmp_path: Path) -> None:
+    file = tmp_path / "node.toml"
+    file.write_bytes(b"threads = 1\n# \xff\n")
+    with pytest.raises(InvalidSettings, match=f"^{re.escape(str(file))}:2: .*not text in UTF-8"):
+        load(NodeSettings, file)
+
+
+def test_each_setting_says_where_it_came_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "node.toml"
+    file.write_text("threads = 1\n[data]\n# two\na = '/a'\nb = { path = '/b' }\n[listen]\nport = 1\n")
+    monkeypatch.setenv("POTLUCK_LISTEN__PORT", "2")
+    monkeypatch.setenv("POTLUCK_SEEDS", "a,b")
+    found = {one.name: (toml(one.value), str(one.origin)) for one in find(NodeSettings, file, {"cluster": "c"}).each()}
+    assert found["threads"] == ("1", f"{file}:1")
+    assert found["data.a"] == ('"/a"', f"{file}:4")
+    assert found["data.b.path"] == ('"/b"', f"{file}:5")
+    assert found["data.b.least_noise_multiplier"] == ("0.0", "default")
+    assert found["listen.port"] == ("2", "environment POTLUCK_LISTEN__PORT")
+    assert found["listen.host"] == ('"127.0.0.1"', "default")
+    assert found["seeds"] == ('["a", "b"]', "environment POTLUCK_SEEDS")
+    assert found["cluster"] == ('"c"', "command line")
+    # flags replace a table as a whole
+    data = {one.name: str(one.origin) for one in find(NodeSettings, file, {"data": {"c": "/c"}}).each()}
+    assert {name: origin for name, origin in data.items() if name.startswith("data.")} == {"data.c": "command line"}
+
+
+def test_what_is_shown_is_a_file_with_the_same_settings(tmp_path: Path) -> None:
+    file = tmp_path / "node.toml"
+    file.write_text('seeds = ["a", "b"]\n[data]\n"a.b" = "\\"#\\t"\nc = { path = "/c", target = ["x", "y"] }\n')
+    found = find(NodeSettings, file)
+    shown = tmp_path / "shown.toml"
+    shown.write_text("".join(f"{one.name} = {toml(one.value)}  # {one.origin}\n" for one in found.each()))
+    assert load(NodeSettings, shown) == found.settings
 
 
 @pytest.mark.parametrize(
@@ -66,7 +148,7 @@ def test_what_is_wrong_in_a_file_is_named(tmp_path: Path, text: str, said: str) 
         ("POTLUCK_LISTEN", "0.0.0.0", "listen"),
         ("POTLUCK_LISTEN__INSECURE", "perhaps", "listen.insecure"),
         ("POTLUCK_LISTEN__PROT", "1", "prot"),
-        ("POTLUCK_THREADS__PORT", "1", "threads is 1, not a table"),
+        ("POTLUCK_THREADS__PORT", "1", "node.toml:1), not a table: threads.port cannot be in it"),
     ],
 )
 def test_what_is_wrong_in_the_environment_is_named(

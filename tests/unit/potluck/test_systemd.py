@@ -70,6 +70,11 @@ def test_the_backoff_goes_with_both(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_a_reload_is_a_hangup(name: str) -> None:
+    assert "\nExecReload=kill -HUP $MAINPID\n" in (FOLDER / f"{name}.service").read_text()
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_units_keep_what_the_daemons_need(name: str) -> None:
     lines = (FOLDER / f"{name}.service").read_text().splitlines()
     for line in (

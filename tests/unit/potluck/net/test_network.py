@@ -13,7 +13,8 @@ from potluck import settings
 from potluck.errors import CannotListen
 from potluck.net import addresses as network
 from potluck.net.addresses import bind, bind_gateway
-from potluck.settings import CoordinatorSettings, GatewayListen, Listen, load
+from potluck.settings import CoordinatorSettings, GatewayListen, Listen
+from potluck.settings_sources import load
 
 
 @pytest.fixture

@@ -1,0 +1,305 @@
+"""Reads settings: defaults, then a TOML file, then `POTLUCK_*` environment variables, then flags; and says where each came from."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from types import UnionType
+from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin
+
+import msgspec
+from msgspec import Struct, inspect
+
+from potluck.errors import InvalidSettings, PotluckError
+from potluck.settings import LAMBDA, CoordinatorSettings, NetworkSettings, NodeSettings, check_listen, parse_address
+from potluck.toml_lines import Keys, lines_of_keys
+from potluck.wire.topics import Topics, check_node_id
+
+LISTS = (["seeds"], ["allow_code"])
+"""Settings that are lists with commas in the environment."""
+S = TypeVar("S", bound=NetworkSettings)
+S_co = TypeVar("S_co", bound=NetworkSettings, covariant=True)
+_LINE = re.compile(r" \(at line (\d+), column (\d+)\)")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a setting came from. `name` is the variable's or the file's; `line` counts from 1 (0: unknown)."""
+
+    kind: Literal["default", "file", "environment", "command line"] = "default"
+    name: str = ""
+    line: int = 0
+
+    def __str__(self) -> str:
+        if self.kind == "file":
+            return f"{self.name}:{self.line}" if self.line else self.name
+        return f"environment {self.name}" if self.kind == "environment" else self.kind
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong with a setting ("": with the whole file), and what was expected."""
+
+    setting: str
+    origin: Origin
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.origin}: {self.message}"
+
+
+class WrongSettings(InvalidSettings):
+    """Settings with these problems; the message names all of them."""
+
+    def __init__(self, *problems: Problem) -> None:
+        super().__init__("; ".join(map(str, problems)))
+        self.problems = problems
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One value of the settings; `name` is dotted, as in TOML."""
+
+    name: str
+    value: Any
+    origin: Origin
+
+
+@dataclass(frozen=True)
+class Found(Generic[S_co]):
+    """Settings, and the origins of those that are no defaults."""
+
+    settings: S_co
+    origins: Mapping[Keys, Origin]
+
+    def each(self) -> Iterator[Setting]:
+        """Every setting, in the order of the settings' classes. What is not set and has no default is left out."""
+        for keys, value in _leaves(msgspec.to_builtins(self.settings)):
+            if value is not None:
+                yield Setting(_dotted(keys), value, self.origins.get(keys, Origin()))
+
+
+def load(kind: type[S], path: str | Path | None = None, flags: Mapping[str, Any] | None = None) -> S:
+    """Settings of `kind` from the file at `path`, the environment, and `flags` (dotted keys; None: not given).
+
+    `POTLUCK_LISTEN__PORT=9000` sets `listen.port`; lists are written with commas. Raises InvalidSettings.
+    """
+    return find(kind, path, flags).settings
+
+
+def find(kind: type[S], path: str | Path | None = None, flags: Mapping[str, Any] | None = None) -> Found[S]:
+    """The same with origins. Raises WrongSettings, with everything that is wrong."""
+    table: dict[str, Any] = {}
+    origins: dict[Keys, Origin] = {}
+    if path is not None:
+        table, origins = _read(Path(path))
+    for variable, text in os.environ.items():
+        if variable.startswith("POTLUCK_") and len(variable) > len("POTLUCK_"):
+            keys = variable[len("POTLUCK_") :].lower().split("__")
+            if keys[0] in kind.__struct_fields__:
+                value = [item for item in text.split(",") if item] if keys in LISTS else text
+                _put(table, origins, tuple(keys), value, Origin("environment", variable))
+    for dotted, value in (flags or {}).items():
+        if value is not None:
+            _put(table, origins, tuple(dotted.split(".")), value, Origin("command line"))
+    wrong = [Problem(_dotted(keys), _origin(origins, keys), why) for keys, why in _wrong(table, kind)]
+    if wrong:
+        raise WrongSettings(*wrong)
+    settings = msgspec.convert(table, kind, strict=False)
+    wrong = [Problem(_dotted(keys), _origin(origins, keys), why) for keys, why in _unusable(settings)]
+    if wrong:
+        raise WrongSettings(*wrong)
+    return Found(settings, origins)
+
+
+def toml(value: Any) -> str:
+    """A value as TOML has it, in one line."""
+    match value:
+        case bool():
+            return str(value).lower()
+        case str():
+            return msgspec.json.encode(value).decode().replace("\x7f", "\\u007f")
+        case list() | tuple():
+            return f"[{', '.join(map(toml, value))}]"
+        case Mapping():
+            return (
+                f"{{ {', '.join(f'{_dotted((key,))} = {toml(one)}' for key, one in value.items())} }}"
+                if value
+                else "{}"
+            )
+        case _:
+            return str(value)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[Keys, Origin]]:
+    whole = Origin("file", str(path))
+    try:
+        text = path.read_bytes().decode()
+        table = tomllib.loads(text)
+    except OSError as error:
+        raise WrongSettings(Problem("", whole, f"the file cannot be read: {error.strerror}")) from error
+    except UnicodeDecodeError as error:
+        at = Origin("file", str(path), error.object.count(b"\n", 0, error.start) + 1)
+        raise WrongSettings(Problem("", at, "this is not valid TOML: it is not text in UTF-8")) from error
+    except tomllib.TOMLDecodeError as error:
+        found = _LINE.search(str(error))
+        line = int(found[1]) if found else text.count("\n") + (not text.endswith("\n"))
+        what = _LINE.sub(r" at column \2", str(error)).removesuffix(" (at end of document)")
+        raise WrongSettings(Problem("", Origin("file", str(path), line), f"this is not valid TOML: {what}")) from error
+    lines = lines_of_keys(text)
+
+    def line_of(keys: Keys) -> int:
+        return next((lines[keys[:count]] for count in range(len(keys), 0, -1) if keys[:count] in lines), 0)
+
+    # tables have an origin too, for what is wrong with a table itself
+    every = [*lines, *(keys for keys, _ in _leaves(table))]
+    return table, {keys: Origin("file", str(path), line_of(keys)) for keys in every}
+
+
+def _put(table: dict[str, Any], origins: dict[Keys, Origin], keys: Keys, value: Any, origin: Origin) -> None:
+    for count, key in enumerate(keys[:-1], 1):
+        inner = table.setdefault(key, {})
+        if not isinstance(inner, dict):
+            before = f"{key} is {toml(inner)} ({_origin(origins, keys[:count])}), not a table"
+            raise WrongSettings(Problem(_dotted(keys), origin, f"{before}: {_dotted(keys)} cannot be in it"))
+        table = inner
+    table[keys[-1]] = value
+    for known in [known for known in origins if known[: len(keys)] == keys]:
+        del origins[known]
+    origins[keys] = origin
+    for inner_keys, _ in _leaves(value) if isinstance(value, dict) else ():
+        origins[keys + inner_keys] = origin
+
+
+def _origin(origins: Mapping[Keys, Origin], keys: Keys) -> Origin:
+    """Of a setting, else of the table that it is in, else of something in it."""
+    for count in range(len(keys), 0, -1):
+        if found := origins.get(keys[:count]):
+            return found
+    return next((origin for known, origin in origins.items() if known[: len(keys)] == keys), Origin())
+
+
+def _leaves(table: Mapping[str, Any], above: Keys = ()) -> Iterator[tuple[Keys, Any]]:
+    for key, value in table.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, (*above, key))
+        else:
+            yield (*above, key), value
+
+
+def _dotted(keys: Keys) -> str:
+    return ".".join(key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else toml(key) for key in keys)
+
+
+def _wrong(value: Any, kind: Any, keys: Keys = ()) -> Iterator[tuple[Keys, str]]:
+    """(setting, what is wrong with it and what was expected) for each value that has not the type `kind`."""
+    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    struct = next((one for one in kinds if isinstance(one, type) and issubclass(one, Struct)), None)
+    if struct is not None and isinstance(value, dict):
+        yield from _wrong_table(value, struct, keys)
+    elif get_origin(kind) is dict and isinstance(value, dict):
+        name_kind, inner = get_args(kind)
+        for key, one in value.items():
+            if not _fits(key, name_kind):
+                yield (*keys, key), f"{_dotted((*keys, key))}: a name here is {_expected(name_kind)}"
+            yield from _wrong(one, inner, (*keys, key))
+    elif get_origin(kind) is tuple and isinstance(value, list | tuple):
+        inner = get_args(kind)[0]
+        for number, one in enumerate(value, 1):
+            if not _fits(one, inner):
+                yield keys, f"item {number} of {_dotted(keys)} is {toml(one)}, expected {_expected(inner)}"
+    elif not _fits(value, kind):
+        yield keys, f"{_dotted(keys)} is {toml(value)}, expected {_expected(kind)}"
+
+
+def _wrong_table(table: dict[str, Any], kind: type[Struct], keys: Keys) -> Iterator[tuple[Keys, str]]:
+    known = {field.name: field for field in msgspec.structs.fields(kind)}
+    for key, value in table.items():
+        if key in known:
+            yield from _wrong(value, known[key].type, (*keys, key))
+        else:
+            close = difflib.get_close_matches(key, known, 1)
+            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
+            yield (*keys, key), f"there is no setting {_dotted((*keys, key))}: {hint}"
+    for name, field in known.items():
+        if field.required and name not in table:
+            yield keys, f"{_dotted(keys)} has no {name}, expected {_expected(field.type)}"
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    try:
+        msgspec.convert(value, kind, strict=False)
+    except msgspec.ValidationError:
+        return False
+    return True
+
+
+def _expected(kind: Any) -> str:
+    """What a value of this type is, for people."""
+    return _words(inspect.type_info(kind))
+
+
+def _words(kind: inspect.Type) -> str:
+    match kind:
+        case inspect.Metadata(extra_json_schema={"description": str(said)}):
+            return said
+        case inspect.Metadata(type=inner):
+            return _words(inner)
+        case inspect.IntType():
+            return f"a whole number{_bounds(kind)}"
+        case inspect.FloatType():
+            return f"a number{_bounds(kind)}"
+        case inspect.BoolType():
+            return "true or false"
+        case inspect.StrType(pattern=pattern):
+            return f"a text that matches {pattern}" if pattern else "a text"
+        case inspect.LiteralType(values=values):
+            return " or ".join(toml(value) for value in values)
+        case inspect.VarTupleType(item_type=inner):
+            return f"a list, each {_words(inner)}"
+        case inspect.UnionType(types=kinds):
+            return " or ".join(_words(one) for one in kinds if not isinstance(one, inspect.NoneType))
+        case inspect.StructType(cls=cls):
+            return f"a table with {', '.join(cls.__struct_fields__)}"
+        case _:
+            return "a table"
+
+
+def _bounds(kind: inspect.IntType | inspect.FloatType) -> str:
+    if kind.le is not None and kind.ge is not None:
+        return f" from {kind.ge:g} to {kind.le:g}"
+    words = (("of at least", kind.ge), ("above", kind.gt), ("of at most", kind.le))
+    said = " and ".join(f"{word} {number:g}" for word, number in words if number is not None)
+    return f" {said}" if said else ""
+
+
+def _unusable(settings: NetworkSettings) -> Iterator[tuple[Keys, str]]:
+    """(setting, what is wrong with it) where a value has the right type and can still not be used."""
+
+    def tried(keys: Keys, check: Callable[[], object]) -> Iterator[tuple[Keys, str]]:
+        try:
+            check()
+        except PotluckError as error:
+            yield keys, f"{_dotted(keys)}: {error.message}"
+
+    yield from tried(("cluster",), lambda: Topics(settings.cluster))
+    for seed in settings.seeds:
+        yield from tried(("seeds",), lambda seed=seed: parse_address(seed))  # type: ignore[misc]
+    if isinstance(settings, NodeSettings | CoordinatorSettings):
+        yield from tried(("listen", "host"), lambda: check_listen(settings.listen))
+    if isinstance(settings, NodeSettings):
+        if settings.node_id:
+            yield from tried(("node_id",), lambda: check_node_id(settings.node_id))
+        for name in settings.allow_code:
+            if name != LAMBDA and find_spec(name.partition(".")[0]) is None:
+                why = (
+                    f"allow_code names the module {name!r}, which Python does not find: install it in potluck's environment, put "
+                    "its folder on PYTHONPATH, or remove it from allow_code"
+                )
+                yield ("allow_code",), why
