@@ -1,0 +1,102 @@
+"""Credentials on disk. A key and its certificate are one file, so that a renewal that is cut off never leaves one without the other.
+
+| file           | mode | what                                                        |
+|----------------|------|-------------------------------------------------------------|
+| `<name>.pem`   | 0600 | private key and certificate of `node`, `coordinator`, ...   |
+| `ca.key`       | 0600 | the CA's private key, only on the coordinator's machine     |
+| `ca.crt`       | 0644 | the CA's certificate                                        |
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+from potluck.errors import InvalidSettings
+
+CA_CERTIFICATE = "ca.crt"
+CA_KEY = "ca.key"
+SECRET = 0o600
+PUBLIC = 0o644
+_FOLDER = 0o700
+
+
+def pair(folder: Path, name: str) -> Path:
+    """The file with the key and the certificate of `name`."""
+    return folder / f"{name}.pem"
+
+
+def write(path: Path, data: bytes, mode: int = SECRET, owner: int = -1) -> None:
+    """Replace a file at once: a reader sees the old or the new bytes, also after a power cut. Makes its folder, 0700.
+
+    `owner`: the user id of its new owner; -1: us. Raises InvalidSettings.
+    """
+    temporary = ""
+    try:
+        path.parent.mkdir(mode=_FOLDER, parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        with os.fdopen(handle, "wb") as file:
+            os.fchmod(file.fileno(), mode)
+            os.fchown(file.fileno(), owner, -1)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).replace(path)
+        temporary = ""
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise InvalidSettings(f"{path} cannot be written: {error.strerror}") from error
+    finally:
+        if temporary:
+            with contextlib.suppress(OSError):
+                Path(temporary).unlink()
+
+
+def write_pair(folder: Path, name: str, key: bytes, certificate: bytes) -> None:
+    """Store a key and its certificate (both PEM), and replace those before."""
+    write(pair(folder, name), key + certificate)
+
+
+def secret(path: Path) -> bytes:
+    """The bytes of a file that only we may read. Raises InvalidSettings when it is missing, or when others can read it."""
+    try:
+        with path.open("rb") as file:
+            found = os.fstat(file.fileno())
+            data = file.read()
+    except OSError as error:
+        raise InvalidSettings(f"the key {path} cannot be read: {error.strerror}") from error
+    if found.st_uid not in (0, os.geteuid()):
+        raise InvalidSettings(f"the key {path} belongs to another user: whoever can read it can pose as this machine")
+    if stat.S_IMODE(found.st_mode) & 0o077:
+        raise InvalidSettings(
+            f"the key {path} can be read by other users: type chmod 600 {path}; "
+            "if they may have read it, remove this member from the cluster and join again"
+        )
+    return data
+
+
+def public(path: Path) -> bytes:
+    """The bytes of a file that anyone may read. Raises InvalidSettings."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InvalidSettings(f"the certificate {path} cannot be read: {error.strerror}") from error
+
+
+def certificate_of(both: bytes) -> bytes:
+    """The certificate in a pair. Raises InvalidSettings when there is none."""
+    begin = both.find(b"-----BEGIN CERTIFICATE-----")
+    if begin < 0:
+        raise InvalidSettings("a file of credentials holds no certificate: join the cluster again")
+    return both[begin:]
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
