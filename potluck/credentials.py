@@ -1,14 +1,17 @@
 """Who this process is, and what it shows and checks when it connects. It is one value, and each plane takes its part of it.
 
-Each composition root makes it once and passes it on. It holds only a name yet, and connections are plain.
+Each composition root makes it once and passes it on. In an open cluster it holds only a name, and connections are plain.
 """
 
 from __future__ import annotations
 
+import time
 import uuid
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
+from potluck.errors import InvalidSettings
 from potluck.wire.addresses import Scheme
 from potluck.wire.identities import CALLER_HEADER, Role, identity
 
@@ -23,9 +26,46 @@ class Credentials:
     identity: str = ""
     """An identity as in `potluck.wire.identities`; "": none."""
     client_tls: ssl.SSLContext | None = None
-    """For connections that we make, to a broker or over HTTP; None: plain connections."""
+    """For connections that we make over HTTP; None: plain connections."""
+    broker_tls: ssl.SSLContext | None = None
+    """For connections that we make to a broker, if and only if `client_tls` is there."""
     server_tls: ssl.SSLContext | None = None
     """For connections that others make to our HTTP server; None: plain connections."""
+
+    def __post_init__(self) -> None:
+        if (self.client_tls is None) != (self.broker_tls is None):
+            raise ValueError("one plane would connect with TLS and the other without")
+
+    @classmethod
+    def load(cls, where: Path, role: Role) -> Self:
+        """The credentials in a folder (`potluck.security.folder`) of a member of a closed cluster: both planes use TLS.
+
+        A node's server asks for certificates; a coordinator's also takes clients without one. Raises InvalidSettings for files that
+        are missing, that others can read, or that do not fit, and InvalidRequest for a certificate that is not valid now.
+        """
+        # Imported only here: `cryptography` costs an open cluster nothing.
+        from potluck.security import certificates, contexts, folder
+
+        both = folder.secret(folder.pair(where, role))
+        ca = folder.public(where / folder.CA_CERTIFICATE)
+        found = certificates.check(folder.certificate_of(both), ca, time.time())
+        if not found.identity.startswith(f"{role}:"):
+            raise InvalidSettings(f"the certificate in {where} is that of {found.identity}, not of a {role}")
+        serves = role != "client"
+        return cls(
+            found.identity,
+            client_tls=contexts.client_context(where, role, certificates.PEER),
+            broker_tls=contexts.client_context(where, role, certificates.BROKER),
+            server_tls=contexts.server_context(where, role, needs_certificate=role == "node") if serves else None,
+        )
+
+    def renew(self, where: Path, role: Role) -> None:
+        """Use the certificate that is in the folder now, for all connections from now on. Raises InvalidSettings."""
+        from potluck.security import contexts
+
+        for context in (self.client_tls, self.broker_tls, self.server_tls):
+            if context is not None:
+                contexts.renew(context, where, role)
 
     @classmethod
     def of(cls, role: Role, name: str) -> Self:

@@ -24,7 +24,7 @@ async def reach(
     address: tuple[str, int], credentials: Credentials
 ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     """A new connection, on which nothing was sent yet. Raises OSError, and ValueError for a bad host name."""
-    return await asyncio.open_connection(*address, ssl=credentials.client_tls)
+    return await asyncio.open_connection(*address, ssl=credentials.broker_tls)
 
 
 async def refusal(host: str, port: int, credentials: Credentials, limit_seconds: float) -> str:
@@ -44,6 +44,27 @@ async def refusal(host: str, port: int, credentials: Credentials, limit_seconds:
         return known or "no connection"
     writer.close()
     return ""
+
+
+async def take_over(address: tuple[str, int], credentials: Credentials, client_id: str, limit_seconds: float) -> None:
+    """Connect with this client id and leave again, so that the broker ends the connection that has it. Raises OSError, TimeoutError."""
+    name = client_id.encode()
+    # MQTT 3.1.1, 3.1: a clean session, without a will
+    body = b"\x00\x04MQTT\x04\x02" + (10).to_bytes(2) + len(name).to_bytes(2) + name
+    assert len(body) < 128, "the length of the packet is one byte"
+    async with asyncio.timeout(limit_seconds):
+        reader, writer = await reach(address, credentials)
+        try:
+            writer.write(bytes((0x10, len(body))) + body)
+            answer = await reader.readexactly(4)
+            if answer[3] != 0:
+                raise ConnectionRefusedError(f"the broker answers {answer[3]}")
+            writer.write(b"\xe0\x00")
+            await writer.drain()
+        except asyncio.IncompleteReadError as error:
+            raise ConnectionResetError("the broker closed the connection") from error
+        finally:
+            writer.close()
 
 
 def client_options(
@@ -68,7 +89,7 @@ def client_options(
         "keepalive": max(1, timings.keepalive_seconds // 2),
         "timeout": timings.connect_timeout_seconds,
         "will": None if will is None else aiomqtt.Will(will.topic, codec.encode(will.message), 1, True),
-        "tls_context": credentials.client_tls,
+        "tls_context": credentials.broker_tls,
         "socket_options": [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)],
         "logger": log.getChild("paho"),
     }

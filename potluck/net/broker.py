@@ -8,10 +8,13 @@ import importlib.util
 import logging
 import os
 import pwd
+import re
 import shutil
+import signal
 import socket
 import sys
 from collections import deque
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,8 +23,12 @@ from potluck.bus.packets import PACKET_LIMIT_BYTES
 from potluck.errors import CannotListen, InvalidSettings, PotluckError, Unavailable
 from potluck.lifecycle import die_with_parent
 from potluck.logs import fields
+from potluck.net import broker_rules
 from potluck.net.addresses import port_user, taken_text
+from potluck.net.broker_rules import Member
+from potluck.security.folder import write
 from potluck.settings import BrokerSettings, Listen
+from potluck.wire.topics import Topics
 
 log = logging.getLogger(__name__)
 
@@ -35,11 +42,16 @@ CONNECT_SECONDS = 10.0
 _START_SECONDS = 10.0
 _STOP_SECONDS = 2.0
 _PORT_TRIES = 5
+_RELOAD_SECONDS = 0.2
+"""Between two reloads of the rules: thousands of members may join at once."""
+_CONNECTED_LIMIT = 10_000
 _SYSTEM_FOLDERS = ("/usr/sbin", "/usr/local/sbin", "/opt/homebrew/sbin")
 
-_MOSQUITTO_CONF = f"""\
-listener {{port}} {{host}}
+_MOSQUITTO_CONF = """\
+listener {port} {host}
 allow_anonymous true
+"""
+_LIMITS = f"""\
 set_tcp_nodelay true
 persistence false
 max_packet_size {PACKET_LIMIT_BYTES}
@@ -47,7 +59,6 @@ max_inflight_messages 100
 max_queued_messages 100000
 max_queued_bytes {QUEUED_LIMIT_BYTES}
 sys_interval 0
-connection_messages false
 log_dest stderr
 log_type error
 log_type warning
@@ -107,6 +118,156 @@ class Broker:
             log.debug("%s", line)
             if line.endswith("running"):
                 self._running.set()
+            self._heard(line)
+
+    def _heard(self, line: str) -> None:
+        """Act on a line of its log."""
+
+
+_BROKEN = re.compile(r"(\d+: )?Error(:| opening).*(acl[ _]file|config)", re.IGNORECASE)
+"""What mosquitto logs when it cannot read its rules. Names of clients stand in the log too, but never at its lines' beginning."""
+_RELOADING = re.compile(r"(?:\d+: )?Reloading config\.")
+_CAME = re.compile(r"(?:\d+: )?New client connected from \S+ as (.*) \(p\d+, c\d+, k\d+, u'([^']*)'\)\.?")
+_WENT = re.compile(r"(?:\d+: )?Client (.*) (?:disconnected|closed its connection|has exceeded timeout).*")
+_WHOLE_BYTES = 990
+"""mosquitto cuts its lines at 999 bytes. A client with a long id would choose how such a line ends."""
+
+
+class ClosedBroker(Broker):
+    """mosquitto with TLS, client certificates and rules. `port` is for nodes and coordinators, `client_port` for clients.
+
+    It ends when mosquitto cannot read its rules: from then on mosquitto would let every member do everything.
+    """
+
+    def __init__(
+        self, host: str, port: int, client_port: int, process: asyncio.subprocess.Process, folder: Path, topics: Topics
+    ) -> None:
+        self.client_port = client_port
+        self.fault = ""
+        """Why it ended itself; "": it did not."""
+        self.client_ids: dict[str, str] = {}
+        """Who is connected: the identity, by client id. At most _CONNECTED_LIMIT, and nobody with an id of more than about 900 bytes."""
+        self._folder = folder
+        self._topics = topics
+        self._reloaded = asyncio.Event()
+        self._reloading = asyncio.Lock()
+        self._reload_at = 0.0
+        super().__init__("mosquitto", host, port, process)
+
+    async def allow(self, members: Iterable[Member]) -> None:
+        """Give rights to these members, and to nobody else. Returns when it is so; connections stay, but who is left out can do nothing.
+
+        Raises InvalidSettings when the rules cannot be written, and Unavailable when the broker does not take them.
+        """
+        _write_rules(self._folder, self._topics, tuple(members))
+        await self.reload()
+
+    async def reload(self) -> None:
+        """Let it read its rules and its certificate again. Returns when it begins to: whatever it gets later, it judges by them.
+
+        With a certificate that it cannot read, it keeps the one before. Raises Unavailable.
+        """
+        # who waits here shares the next reload, with all that was written until it begins
+        asked_at = asyncio.get_running_loop().time()
+        async with self._reloading:
+            if self._reload_at <= asked_at:
+                await self._reload()
+            if self._process.returncode is not None or not self._reloaded.is_set():
+                raise Unavailable(f"the broker did not take its new rules: {self.fault or 'it does not answer'}")
+
+    async def _reload(self) -> None:
+        await asyncio.sleep(self._reload_at + _RELOAD_SECONDS - asyncio.get_running_loop().time())
+        _give_away(self._folder)
+        self._reloaded.clear()
+        self._reload_at = asyncio.get_running_loop().time()
+        with contextlib.suppress(ProcessLookupError):
+            self._process.send_signal(signal.SIGHUP)
+        ended = asyncio.create_task(self._process.wait(), name="broker-ended")
+        heard = asyncio.create_task(self._reloaded.wait(), name="broker-reloaded")
+        try:
+            await asyncio.wait({ended, heard}, timeout=_START_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            ended.cancel()
+            heard.cancel()
+
+    def _heard(self, line: str) -> None:
+        if _BROKEN.match(line):
+            self.fault = self.fault or line
+            log.critical("broker ended: without its rules it would let everybody in %s", fields(said=line))
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+        elif _RELOADING.fullmatch(line):
+            self._reloaded.set()
+        elif len(line.encode()) > _WHOLE_BYTES:
+            return
+        elif (came := _CAME.fullmatch(line)) is not None:
+            if len(self.client_ids) < _CONNECTED_LIMIT:
+                self.client_ids[came[1]] = came[2]
+        elif (went := _WENT.fullmatch(line)) is not None:
+            self.client_ids.pop(went[1], None)
+
+
+async def start_closed_broker(
+    settings: BrokerSettings,
+    host: str,
+    ports: tuple[int, int],
+    folder: Path,
+    topics: Topics,
+    members: Iterable[Member],
+) -> ClosedBroker:
+    """Start mosquitto for a closed cluster on `ports` of `host` (for daemons, and for clients; 0: a free one). Returns once it listens.
+
+    `folder` holds its certificate and that of the CA (`broker_rules`), and nothing else: it is given to the user that mosquitto runs
+    as. Raises Unavailable when there is no mosquitto, CannotListen for a port that is taken, and InvalidSettings for another broker.
+    """
+    if settings.mode in ("external", "embedded"):
+        raise InvalidSettings(
+            f"broker.mode is {settings.mode}: a closed cluster needs a mosquitto of its own, whose rules it writes: set it to auto"
+        )
+    binary = find_mosquitto()
+    if binary is None:
+        raise Unavailable(
+            "a closed cluster needs mosquitto, because the embedded broker knows no identities: install it with "
+            "'apt install mosquitto' (or your system's package)"
+        )
+    port, client_port = (port or _free_port(host) for port in ports)
+    for one in (port, client_port):
+        if _taken(host, one):
+            raise CannotListen(taken_text(host, one, "the broker's port (broker.port)"))
+    _write_rules(folder, topics, tuple(members))
+    text = broker_rules.configuration(host, port, client_port, _LIMITS + "connection_messages true\n")
+    write(folder / broker_rules.CONFIGURATION, text.encode())
+    _give_away(folder)
+    # Files are named relative to this folder: the user that mosquitto runs as may be kept out of those above it.
+    process = await _execute(binary, "-c", broker_rules.CONFIGURATION, cwd=folder, **_as_unprivileged())
+    broker = ClosedBroker(host, port, client_port, process, folder, topics)
+    try:
+        await broker.started()
+    except BaseException:
+        await broker.stop()
+        raise
+    log.info("closed broker started %s", fields(host=host, port=port, client_port=client_port, pid=broker.pid))
+    return broker
+
+
+def _write_rules(folder: Path, topics: Topics, members: tuple[Member, ...]) -> None:
+    # From the first moment they belong to the user that reads them: a reload may be under way.
+    for name, text in (
+        (broker_rules.NODE_RULES, broker_rules.node_rules(topics, members)),
+        (broker_rules.CLIENT_RULES, broker_rules.client_rules(topics, members)),
+    ):
+        write(folder / name, text.encode(), owner=_reader())
+
+
+def _give_away(folder: Path) -> None:
+    """Let the user that mosquitto runs as read its files."""
+    for path in (folder, *folder.iterdir()):
+        os.chown(path, _reader(), -1, follow_symlinks=False)
+
+
+def _reader() -> int:
+    """The user id that mosquitto runs as; -1: ours."""
+    return pwd.getpwnam(_unprivileged()).pw_uid if os.geteuid() == 0 else -1
 
 
 async def start_broker(settings: BrokerSettings, listen: Listen, state_dir: Path) -> Broker:
@@ -173,7 +334,7 @@ async def _spawn(kind: Kind, host: str, port: int, state_dir: Path) -> asyncio.s
         return await _execute(sys.executable, "-P", "-m", "potluck.net.broker_embedded", host, str(port))
     binary = find_mosquitto()
     assert binary is not None
-    text = _MOSQUITTO_CONF.format(host=host, port=port)
+    text = _MOSQUITTO_CONF.format(host=host, port=port) + _LIMITS + "connection_messages false\n"
     if not hasattr(os, "memfd_create"):
         conf = state_dir / "mosquitto.conf"
         conf.write_text(text, encoding="utf-8")
@@ -183,8 +344,7 @@ async def _spawn(kind: Kind, host: str, port: int, state_dir: Path) -> asyncio.s
     try:
         os.write(handle, text.encode())
         # We change the user, before mosquitto would: Linux forgets the death signal of a process that changes its user.
-        user: dict[str, Any] = {"user": _unprivileged(), "extra_groups": ()} if os.geteuid() == 0 else {}
-        return await _execute(binary, "-c", f"/proc/self/fd/{handle}", pass_fds=(handle,), **user)
+        return await _execute(binary, "-c", f"/proc/self/fd/{handle}", pass_fds=(handle,), **_as_unprivileged())
     finally:
         os.close(handle)
 
@@ -207,9 +367,14 @@ async def _execute(*command: str, **options: Any) -> asyncio.subprocess.Process:
 async def _line(stream: asyncio.StreamReader) -> str:
     """The next line that is not empty; "" at the end."""
     while raw := await stream.readline():
-        if text := raw.decode(errors="replace").strip():
+        text = raw.decode(errors="replace").rstrip("\r\n")
+        if text.strip():
             return text
     return ""
+
+
+def _as_unprivileged() -> dict[str, Any]:
+    return {"user": _unprivileged(), "extra_groups": ()} if os.geteuid() == 0 else {}
 
 
 def _unprivileged() -> str:

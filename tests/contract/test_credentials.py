@@ -31,8 +31,9 @@ from support.certificates import client_context, server_context
 from support.eventually import eventually
 
 QUICK = Timings(connect_seconds=5.0, failures_limit=1, rest_seconds=0.01)
-TRUSTING = Credentials("client:t", client_tls=client_context())
-DOUBTING = Credentials("client:t", client_tls=ssl.create_default_context())
+TRUSTING = Credentials("client:t", client_tls=client_context(), broker_tls=client_context())
+DEFAULT = ssl.create_default_context()
+DOUBTING = Credentials("client:t", client_tls=DEFAULT, broker_tls=DEFAULT)
 TOPICS = Topics("test")
 
 

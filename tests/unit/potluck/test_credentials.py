@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ssl
 
+import pytest
+
 from potluck.credentials import Credentials
 
 
@@ -22,5 +24,8 @@ def test_who_has_a_name_says_it_in_every_request() -> None:
 def test_a_server_with_tls_is_found_at_https() -> None:
     served = Credentials(server_tls=ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
     assert served.scheme == "https"
-    asking = Credentials(client_tls=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
-    assert asking.scheme == "http"
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    assert Credentials(client_tls=context, broker_tls=context).scheme == "http"
+    for one in ({"client_tls": context}, {"broker_tls": context}):
+        with pytest.raises(ValueError, match="the other without"):
+            Credentials(**one)

@@ -1,0 +1,167 @@
+"""Credentials from folders: bus and HTTP between a coordinator and a node of a closed cluster, and those who pose as one of them."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from potluck.blobs import server
+from potluck.blobs.download import Downloader
+from potluck.blobs.store import BlobStore
+from potluck.blobs.transfer import Timings
+from potluck.bus.connecting import refusal
+from potluck.bus.mqtt import Envelope, MqttBus, in_turn
+from potluck.credentials import Credentials
+from potluck.errors import InvalidRequest, InvalidSettings, Unavailable
+from potluck.net.addresses import base_urls
+from potluck.net.broker import start_closed_broker
+from potluck.net.broker_rules import Member
+from potluck.net.http import serve_http
+from potluck.net.http_client import is_there
+from potluck.security import certificates
+from potluck.settings import BrokerSettings, BusTimings
+from potluck.wire.births import NodeStatus
+from potluck.wire.topics import Topics
+from support.brokers import mosquitto_or_skip
+from support.closed import Authority
+from support.eventually import eventually
+
+TOPICS = Topics("test")
+OURS, OTHERS = Authority(), Authority()
+QUICK = Timings(connect_seconds=5.0, failures_limit=1, rest_seconds=0.01)
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Path:
+    return OURS.member(tmp_path / "node", "node", certificates.node_profile("n1"))
+
+
+@pytest.fixture
+def coordinator(tmp_path: Path) -> Path:
+    return OURS.member(tmp_path / "coordinator", "coordinator", certificates.coordinator_profile("attic"))
+
+
+async def test_the_bus(tmp_path: Path, node: Path, coordinator: Path) -> None:
+    mosquitto_or_skip()
+    folder = OURS.member(tmp_path / "broker", "broker", certificates.broker_profile("attic"))
+    members = [Member("coordinator:attic"), Member("node:n1")]
+    broker = await start_closed_broker(BrokerSettings(), "127.0.0.1", (0, 0), folder, TOPICS, members)
+    timings = BusTimings(connect_timeout_seconds=5.0)
+    address = ("127.0.0.1", broker.port)
+    try:
+        buses = {
+            role: MqttBus(in_turn([address]), TOPICS, Credentials.load(where, role), client_id=role, timings=timings)
+            for role, where in (("node", node), ("coordinator", coordinator))
+        }
+        got: list[Envelope] = []
+        buses["coordinator"].subscribe(TOPICS.node("+", "status"), got.append)
+        async with asyncio.TaskGroup() as group:
+            running = [group.create_task(bus.run()) for bus in buses.values()]
+            for bus in buses.values():
+                await bus.connected(10)
+            status = NodeStatus(node_id="n1", session="s", state="online")
+            await buses["node"].publish(TOPICS.node("n1", "status"), status)
+            await eventually(lambda: bool(got))
+            assert got[0].message == status
+            for task in running:
+                task.cancel()
+        assert await refusal(*address, Credentials.load(node, "node"), 5.0) == ""
+        stranger = OTHERS.member(tmp_path / "stranger", "node", certificates.node_profile("n1"))
+        assert "certificate verify failed" in await refusal(*address, Credentials.load(stranger, "node"), 5.0)
+    finally:
+        await broker.stop()
+
+
+async def test_a_node_that_poses_as_the_broker(node: Path, tmp_path: Path) -> None:
+    """It is a member, and its certificate is good: only the name that is asked for tells it apart."""
+    other = OURS.member(tmp_path / "other", "node", certificates.node_profile("n2"))
+    sock = socket.create_server(("127.0.0.1", 0))
+    async with serve_http(sock, [], Credentials.load(other, "node")):
+        port = sock.getsockname()[1]
+        said = await refusal("127.0.0.1", port, Credentials.load(node, "node"), 5.0)
+        assert "certificate is not valid for 'broker.potluck'" in said
+        assert await is_there(base_urls("127.0.0.1", port, "https")[0], Credentials.load(node, "node"), 5.0)
+
+
+async def test_bulk(node: Path, coordinator: Path, tmp_path: Path) -> None:
+    store = BlobStore(tmp_path / "held", 1 << 30)
+    serving, asking = Credentials.load(coordinator, "coordinator"), Credentials.load(node, "node")
+    assert (serving.identity, asking.identity) == ("coordinator:attic", "node:n1")
+    sock = socket.create_server(("127.0.0.1", 0))
+    (url,) = base_urls("127.0.0.1", sock.getsockname()[1], serving.scheme)
+    assert url.startswith("https://")
+    async with serve_http(sock, server.routes(store, writable=True, max_bytes=2**20), serving):
+        async with Downloader(BlobStore(tmp_path / "here", 1 << 30), asking, QUICK) as downloader:
+            ref = await downloader.push(b"soup", (url,))
+            assert (await downloader.fetch(ref)).read_bytes() == b"soup"
+        stranger = OTHERS.member(tmp_path / "stranger", "node", certificates.node_profile("n1"))
+        for other in (Credentials.load(stranger, "node"), Credentials()):
+            async with Downloader(BlobStore(tmp_path / "there", 1 << 30), other, QUICK) as downloader:
+                with pytest.raises(Unavailable):
+                    await downloader.fetch(ref)
+
+
+async def test_a_nodes_server_lets_in_only_members(node: Path, tmp_path: Path) -> None:
+    served = Credentials.load(node, "node")
+    client = OURS.member(tmp_path / "client", "client", certificates.client_profile("ann", "user"))
+    asking = Credentials.load(client, "client")
+    assert asking.server_tls is None
+    sock = socket.create_server(("127.0.0.1", 0))
+    (url,) = base_urls("127.0.0.1", sock.getsockname()[1], served.scheme)
+    store = BlobStore(tmp_path / "held", 1 << 30)
+    async with serve_http(sock, server.routes(store, writable=True, max_bytes=2**20), served):
+        async with Downloader(BlobStore(tmp_path / "here", 1 << 30), asking, QUICK) as downloader:
+            await downloader.push(b"bread", (url,))
+        # A client in whose place a stranger speaks: the same trust, and no certificate.
+        plain = Credentials.load(client, "client")
+        assert plain.client_tls is not None
+        nobody = type(plain.client_tls)(plain.client_tls.protocol)
+        nobody.server_name = certificates.PEER  # type: ignore[attr-defined]
+        nobody.load_verify_locations(cadata=OURS.ca.decode())
+        async with Downloader(
+            BlobStore(tmp_path / "x", 1 << 30), Credentials("client:x", nobody, broker_tls=nobody), QUICK
+        ) as downloader:
+            with pytest.raises(Unavailable):
+                await downloader.push(b"soup", (url,))
+
+
+async def test_renewed_in_place(node: Path, coordinator: Path) -> None:
+    serving, asking = Credentials.load(coordinator, "coordinator"), Credentials.load(node, "node")
+    contexts = (asking.client_tls, asking.broker_tls, asking.server_tls)
+    OURS.member(node, "node", certificates.node_profile("n1"))
+    asking.renew(node, "node")
+    assert (asking.client_tls, asking.broker_tls, asking.server_tls) == contexts
+    sock = socket.create_server(("127.0.0.1", 0))
+    async with serve_http(sock, [], serving):
+        assert await is_there(base_urls("127.0.0.1", sock.getsockname()[1], "https")[0], asking, 5.0)
+
+
+def test_folders_that_are_not_ours(node: Path, tmp_path: Path) -> None:
+    with pytest.raises(InvalidSettings, match=r"client\.pem cannot be read"):
+        Credentials.load(node, "client")
+    (node / "coordinator.pem").write_bytes((node / "node.pem").read_bytes())
+    (node / "coordinator.pem").chmod(0o600)
+    with pytest.raises(InvalidSettings, match="that of node:n1, not of a coordinator"):
+        Credentials.load(node, "coordinator")
+    (node / "node.pem").chmod(0o640)
+    with pytest.raises(InvalidSettings, match="chmod 600"):
+        Credentials.load(node, "node")
+    late = OURS.member(tmp_path / "late", "node", certificates.node_profile("n1"), days=7, ago_days=8)
+    with pytest.raises(InvalidRequest, match="join the cluster again"):
+        Credentials.load(late, "node")
+
+
+@pytest.mark.parametrize("module", ["node.daemon", "coordinator.daemon", "potluck.client", "potluck.cli.start"])
+def test_an_open_cluster_imports_no_cryptography(module: str) -> None:
+    """It costs about 15 MB of memory."""
+    code = (
+        f"import sys, {module}; from potluck.credentials import Credentials; Credentials.of('node', 'n');"
+        "print('cryptography' in sys.modules)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert found.stdout.strip() == "False"
