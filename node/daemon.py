@@ -25,6 +25,7 @@ from node.inputs import Inputs
 from node.own_data import OwnData
 from node.presence import Presence
 from node.replicas import Replicas
+from node.sandbox.policy import Confinement
 from node.slot import EngineSlot
 from potluck import lifecycle, reloading
 from potluck.blobs import server as blob_server
@@ -97,6 +98,7 @@ class Node:
         self._giving_way = GivingWay(settings.give_way_share)
         self._gave_way = False
         self._said_gpus_idle = False
+        self._said_unconfined = False
         self._conflict: Conflict | None = None
         self._coordinated = False
         """Whether a coordinator is there, as far as the present broker tells."""
@@ -338,7 +340,9 @@ class Node:
         def urls() -> tuple[str, ...]:
             return self._presence.urls
 
-        def make(name: str, *, quick_kernels: bool = False) -> Engine:
+        reads = tuple(str(folder) for folder in (store.folder, inputs.store.folder, self.folder / "data"))
+
+        def make(name: str, connected: bool, *, quick_kernels: bool = False) -> Engine:
             shutil.rmtree(scratch / name, ignore_errors=True)  # files that a dead engine was writing
             settings = self.settings  # as they are now: they may have been reloaded
             return Engine(
@@ -352,15 +356,18 @@ class Node:
                 ),
                 allow_code=settings.allow_code,
                 quick_kernels=quick_kernels,
+                confinement=Confinement(mode=settings.sandbox, reads=reads, network=connected),
             )
 
         idle = self.settings.engine_idle_seconds
-        self._work_slot = EngineSlot("work", lambda: make("work"), idle_seconds=idle, on_start=self._on_engine_start)
+        self._work_slot = EngineSlot(
+            "work", lambda connected: make("work", connected), idle_seconds=idle, on_start=self._on_engine_start
+        )
 
         def serving(name: str) -> EngineSlot:
             return EngineSlot(
                 name,
-                lambda: make(name, quick_kernels=True),
+                lambda connected: make(name, connected, quick_kernels=True),
                 idle_seconds=idle,
                 on_start=self._on_engine_start,
                 on_death=lambda engine: self._replicas.on_engine_death(engine),
@@ -378,6 +385,7 @@ class Node:
             on_stage=lambda attempt_id, stage: self._perform_all(self._assignments.on_stage(attempt_id, stage)),
             on_outcome=lambda outcome: self._perform_all(self._assignments.on_outcome(outcome)),
             on_stored=lambda blobs: self._outbox.publish(self._outbox_topic, BlobsStored(blobs=blobs)),
+            sandboxed=self.settings.sandbox != "off",
         )
         self._replicas = Replicas(
             store=store,
@@ -444,6 +452,9 @@ class Node:
 
     def _on_engine_start(self, info: EngineInfo) -> None:
         self._presence.engine_runs(self._outbox, info.runtimes)
+        if info.unconfined and not self._said_unconfined:
+            self._said_unconfined = True
+            log.warning("engines are not kept from all of this machine %s", fields(missing="; ".join(info.unconfined)))
         # Users with a GPU want to use it, but TensorFlow does not tell when it cannot.
         gpus = [gpu.name for gpu in self._presence.capacity.gpus]
         hidden = "CUDA_VISIBLE_DEVICES" in os.environ  # the user chose which GPUs TensorFlow sees

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from node.engine.process import Engine
 from node.own_data import OwnData
 from node.slot import EngineSlot
 from potluck.blobs.download import Downloader
-from potluck.blobs.store import BlobStore, no_room
+from potluck.blobs.store import BlobStore, is_sha256, no_room
 from potluck.errors import Cancelled, InvalidModel, PotluckError, TooLarge, Unavailable
 from potluck.logs import fields
 from potluck.surviving import as_defect, outlived
@@ -85,8 +86,11 @@ class Executor:
         on_stage: OnStage,
         on_outcome: OnOutcome,
         on_stored: OnStored,
+        sandboxed: bool = False,
     ) -> None:
+        """`sandboxed`: engines are kept from the machine, so what they say of files is not believed."""
         self._store = store
+        self._sandboxed = sandboxed
         self._downloader = downloader
         self._own_data = own_data
         self._slot = slot
@@ -205,7 +209,9 @@ class Executor:
             files = await _unless(attempt.withdrawn, self._fetch(refs, self._fetching))
             fetch_seconds, fetched = time.perf_counter() - started, True
             if starting is None:
-                await self._slot.renew()  # TensorFlow accepts a group's members only at its start
+                # TensorFlow accepts a group's members only at its start. They meet over the network, which no other
+                # engine may use in a sandbox.
+                await self._slot.renew(connected=self._sandboxed and len(group) > 1)
                 stage()
                 self._grouped = lease.job_id if len(group) > 1 else ""
             else:
@@ -337,12 +343,19 @@ class Executor:
         return message
 
     async def _adopt(self, ref: BlobRef) -> BlobRef:
-        """A blob that the engine wrote, or that was here before, with us as its holder."""
+        """A blob that the engine wrote, or that was here before, with us as its holder. Raises CorruptBlob."""
+        with no_room():
+            kept = await asyncio.to_thread(self._from_engine, ref)
+        return replace(kept, holders=self._urls())
+
+    def _from_engine(self, ref: BlobRef) -> BlobRef:
         path = self._scratch / ref.sha256
-        if path.exists():
-            with no_room():
-                ref = await asyncio.to_thread(self._store.adopt, path, ref.sha256)
-        return replace(ref, holders=self._urls())
+        if not self._sandboxed:
+            return self._store.adopt(path, ref.sha256) if path.exists() else ref
+        # A model may have taken over the engine, so its word for a hash does not count: the file is hashed as it is taken.
+        if is_sha256(ref.sha256) and os.path.lexists(path):
+            return self._store.take(path, ref.sha256)
+        return ref
 
     async def _as_blob(self, tensor: Tensor) -> Tensor:
         if not isinstance(tensor.data, bytes):

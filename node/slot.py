@@ -17,7 +17,9 @@ T = TypeVar("T")
 
 
 class EngineSlot:
-    """`on_start` is called with the info of a started engine, `on_death` with an engine that died by itself.
+    """`make` gets whether the engine may use the network: only one that was renewed for a group may.
+
+    `on_start` is called with the info of a started engine, `on_death` with an engine that died by itself.
 
     A start that has begun is finished, even if nobody waits for the engine any more: the next caller will need it.
     """
@@ -25,7 +27,7 @@ class EngineSlot:
     def __init__(
         self,
         name: str,
-        make: Callable[[], Engine],
+        make: Callable[[bool], Engine],
         *,
         idle_seconds: float,
         on_start: Callable[[EngineInfo], None] = lambda info: None,
@@ -40,6 +42,9 @@ class EngineSlot:
         self._starting: asyncio.Task[Engine] | None = None
         self._fresh = False
         """Whether nothing has run on the engine."""
+        self._connected = False
+        """Whether the engine that runs, or starts, may use the network."""
+        self._connect_next = False
         self._lock = asyncio.Lock()
         self._in_use = 0
         self._stale = False
@@ -67,14 +72,16 @@ class EngineSlot:
     async def _start(self) -> Engine:
         async with self._lock:
             await self._discard()
-            engine = self._make()
+            self._connected, self._connect_next = self._connect_next, False
+            engine = self._make(self._connected)
             try:
                 info = await engine.start()
             except PotluckError as error:  # perhaps nobody waits for this error any more
                 log.warning("engine did not start %s", fields(engine=self._name, reason=error.message))
                 raise
             gpus = {"gpus": ", ".join(info.gpus)} if info.gpus else {}
-            log.info("engine started %s", fields(engine=self._name, pid=engine.pid, **info.runtimes, **gpus))
+            sandbox = {"sandbox": ", ".join(info.sandbox)} if info.sandbox else {}
+            log.info("engine started %s", fields(engine=self._name, pid=engine.pid, **info.runtimes, **gpus, **sandbox))
             self._on_start(info)
             self._engine, self._fresh = engine, True
             self.touch()
@@ -109,19 +116,23 @@ class EngineSlot:
                 await self._discard()
 
     async def retire(self) -> None:
-        """Stop the engine unless nothing has run on it. If it is in use, the next caller gets a fresh one."""
+        """Stop the engine, unless nothing has run on it and it has no network. If it is in use, the next caller gets a fresh one."""
         async with self._lock:
             if self._in_use:
                 self._stale = True
-            elif not self._fresh:
+            elif not self._fresh or self._connected:
                 await self._discard()
 
-    async def renew(self) -> None:
-        """Make sure that the next caller gets an engine on which nothing has run."""
-        if not self._fresh and (self._starting is None or self._starting.done()):
+    async def renew(self, *, connected: bool = False) -> None:
+        """Make sure that the next caller gets an engine on which nothing has run. Only if it is `connected`, it may use the network."""
+        starting = self._starting is not None and not self._starting.done()
+        fresh = self._fresh and self.engine is not None
+        if connected != self._connected or not (fresh or starting):
             await self.stop()
+            self._connect_next = connected
 
     async def stop(self) -> None:
+        self._connect_next = False
         if self._starting is not None:
             self._starting.cancel()
             await asyncio.wait([self._starting])

@@ -92,6 +92,10 @@ class Resume(Frame, frozen=True):
 class Started(Frame, frozen=True):
     runtimes: dict[str, str]
     gpus: tuple[str, ...] = ()
+    sandbox: tuple[str, ...] = ()
+    """What the engine is kept from: of `files`, `network` and `calls`."""
+    unconfined: tuple[str, ...] = ()
+    """What it is not kept from although that was asked for, with the reasons."""
 
 
 class Heartbeat(Frame, frozen=True):

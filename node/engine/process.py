@@ -17,12 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import psutil
 
 from node.engine import frames
 from node.engine.link import EngineLink, OnProgress
 from node.engine.progress import Progress, read
 from node.engine.watch import Limits, Verdict, Watch, out_of_memory
+from node.sandbox.policy import Confinement
 from potluck.errors import EngineFailed, ModelCrashed, OutOfMemory, PotluckError
 from potluck.lifecycle import die_with_parent
 from potluck.wire.failures import as_error
@@ -46,6 +48,10 @@ FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 class EngineInfo:
     runtimes: dict[str, str]
     gpus: tuple[str, ...]
+    sandbox: tuple[str, ...] = ()
+    """What it is kept from: of `files`, `network` and `calls`."""
+    unconfined: tuple[str, ...] = ()
+    """What it is not kept from although that was asked for, with the reasons."""
 
 
 class Engine:
@@ -53,6 +59,7 @@ class Engine:
 
     `quick_kernels`: use TensorFlow's oneDNN kernels. On CPUs without AVX-512, TensorFlow uses them only if asked. Convolutions take
     half the time with them, but round differently from the kernels with which jobs promise to repeat results to the bit.
+    `confinement`: what it may reach besides its own code and `scratch`.
     """
 
     def __init__(
@@ -63,8 +70,10 @@ class Engine:
         limits: Limits,
         allow_code: Sequence[str] = (),
         quick_kernels: bool = False,
+        confinement: Confinement = Confinement(),  # noqa: B008 - frozen
     ) -> None:
         self._scratch = scratch
+        self._confinement = confinement
         self._quick_kernels = quick_kernels
         self._allow_code = allow_code
         self._threads = threads
@@ -122,7 +131,7 @@ class Engine:
             # -P: do not import a folder named `keras` from where the daemon was started.
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable, "-P", "-m", "node.engine", str(theirs.fileno()), str(threads), str(self._scratch),
-                str(self._limits.memory_bytes), *self._allow_code,
+                str(self._limits.memory_bytes), msgspec.json.encode(self._confinement).decode(), *self._allow_code,
                 pass_fds=(theirs.fileno(),), stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL,
                 stderr=asyncio.subprocess.PIPE, env=environment, start_new_session=True, preexec_fn=die_with_parent(),
             )  # fmt: skip
@@ -140,7 +149,8 @@ class Engine:
         either: list[asyncio.Future[Any]] = [started, self._dead]
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if started.done():
-            return EngineInfo(started.result().runtimes, started.result().gpus)
+            told = started.result()
+            return EngineInfo(told.runtimes, told.gpus, told.sandbox, told.unconfined)
         reason = self._dead.result().message.removeprefix("the engine ")
         raise EngineFailed(f"the engine did not start: it {reason}")
 

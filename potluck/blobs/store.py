@@ -9,6 +9,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import tempfile
 import threading
 import time
@@ -86,9 +87,9 @@ class BlobStore:
         found: list[tuple[float, str, int]] = []
         empty = hashlib.sha256().hexdigest()
         for path in folder.iterdir():
-            stat = path.stat()
-            if is_sha256(path.name) and (stat.st_size or path.name == empty):
-                found.append((max(stat.st_atime, stat.st_mtime), path.name, stat.st_size))
+            seen = path.stat()
+            if is_sha256(path.name) and (seen.st_size or path.name == empty):
+                found.append((max(seen.st_atime, seen.st_mtime), path.name, seen.st_size))
             elif is_sha256(path.name) or path.name.startswith(_NEW_PREFIX):
                 path.unlink(missing_ok=True)  # an empty file is what a power cut leaves of a blob
         for _, name, size in sorted(found):
@@ -159,10 +160,39 @@ class BlobStore:
             return self._move(file.path, digest.hexdigest(), size)
 
     def adopt(self, path: Path, sha256: str) -> BlobRef:
-        """Move a file that our own child process wrote and hashed; it is not read again. Raises InvalidRequest."""
+        """Move a file that this process wrote and hashed; it is not read again. Raises InvalidRequest."""
         if not is_sha256(sha256):
             raise InvalidRequest(f"{sha256!r} is not a SHA-256 in hexadecimal")
         return self._move(path, sha256, path.stat().st_size)
+
+    def take(self, path: Path, sha256: str) -> BlobRef:
+        """Move a file of a process that is not trusted. Raises CorruptBlob if it is no plain file, or its bytes are others.
+
+        It is copied and hashed at once: that process may have it open, or by another name, and change it at any time.
+        """
+        digest, size = hashlib.sha256(), 0
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.ENXIO):  # a link, or a socket
+                raise CorruptBlob(f"{path.name[:12]} is no plain file") from error
+            raise
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise CorruptBlob(f"{path.name[:12]} is no plain file")
+        with os.fdopen(descriptor, "rb", buffering=0) as source:
+            with self.new_file() as file:
+                while chunk := source.read(_READ_BYTES):
+                    digest.update(chunk)
+                    size += len(chunk)
+                    file.write(chunk)
+                file.flush()
+                if digest.hexdigest() != sha256:
+                    raise CorruptBlob(f"{path.name[:12]} has the bytes of {digest.hexdigest()[:12]}")
+                if not self.has(sha256):
+                    self._take(file.path, sha256, size)
+        path.unlink(missing_ok=True)
+        return BlobRef(sha256=sha256, size=size)
 
     def verify(self, file: Path, ref: BlobRef) -> BlobRef:
         """Take a downloaded file as the blob `ref`. Raises CorruptBlob if its bytes differ."""

@@ -14,6 +14,8 @@ from msgspec.structs import replace
 
 from node.engine.process import Engine
 from node.engine.watch import Limits
+from node.sandbox.policy import Confinement
+from potluck.settings import Sandbox
 from potluck.weights.files import load
 from potluck.weights.updates import apply_update, norm
 from potluck.wire.tasks import EvaluateTask, PredictTask, TrainResult, TrainTask
@@ -63,12 +65,16 @@ class Lab:
 
 
 @asynccontextmanager
-async def engine_lab(folder: Path, allow_code: Sequence[str] = (), limits: Limits = LIMITS) -> AsyncIterator[Lab]:
+async def engine_lab(
+    folder: Path, allow_code: Sequence[str] = (), limits: Limits = LIMITS, sandbox: Sandbox = "off"
+) -> AsyncIterator[Lab]:
     """A running engine, stopped at the end."""
-    engine = Engine(folder / "scratch", threads=0, limits=limits, allow_code=allow_code)
+    files = Files(folder / "blobs")  # an engine in a sandbox can read only folders that were there at its start
+    confinement = Confinement(mode=sandbox, reads=(str(files.folder),))
+    engine = Engine(folder / "scratch", threads=0, limits=limits, allow_code=allow_code, confinement=confinement)
     await engine.start()
     try:
-        yield Lab(engine, Files(folder / "blobs"), folder / "scratch")
+        yield Lab(engine, files, folder / "scratch")
     finally:
         await engine.stop()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -128,8 +129,8 @@ class Slot:
     async def use(self, work: Callable[[Any], Awaitable[Any]]) -> Any:
         return await work(await self.get())
 
-    async def renew(self) -> None:
-        self.did.append("renew")
+    async def renew(self, *, connected: bool = False) -> None:
+        self.did.append("renew with the network" if connected else "renew")
 
     async def retire(self) -> None:
         self.did.append("retire")
@@ -165,7 +166,7 @@ class Holders:
 
 
 class Bench:
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, sandboxed: bool = False) -> None:
         self.store = BlobStore(folder / "blobs", 1 << 24)
         self.holders = Holders(self.store)
         self.engine = Engine()
@@ -187,6 +188,7 @@ class Bench:
             on_stage=lambda attempt_id, stage: self.stages.append(stage),
             on_outcome=self.outcomes.append,
             on_stored=self.stored.extend,
+            sandboxed=sandboxed,
         )
 
     def keep(self, *blobs: bytes) -> None:
@@ -213,15 +215,26 @@ class Bench:
         return outcome.error.code, outcome.error.message
 
 
-@pytest.fixture
-async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
-    made = Bench(tmp_path)
+@asynccontextmanager
+async def at_work(made: Bench) -> AsyncIterator[Bench]:
     running = asyncio.create_task(made.executor.run())
     await asyncio.sleep(0)
     yield made
     assert not running.done()
     running.cancel()
     await asyncio.wait([running])
+
+
+@pytest.fixture
+async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
+    async with at_work(Bench(tmp_path)) as made:
+        yield made
+
+
+@pytest.fixture
+async def sandboxed(tmp_path: Path) -> AsyncIterator[Bench]:
+    async with at_work(Bench(tmp_path, sandboxed=True)) as made:
+        yield made
 
 
 def lease(task: AnyTask, attempt_id: str = "a1", job_id: str = "job") -> LeaseShard:
@@ -293,6 +306,37 @@ async def test_blobs_of_a_result_are_kept_with_this_node_as_their_holder(bench: 
     assert found.model.holders == URLS
     assert bench.store.read(found.model.sha256) == b"made"
     assert list(bench.engine.scratch.iterdir()) == []
+
+
+async def test_the_word_of_an_engine_in_a_sandbox_for_its_files_does_not_count(
+    sandboxed: Bench, tmp_path: Path
+) -> None:
+    sandboxed.keep(b"model", b"weights")
+    secret = tmp_path / "secret"
+    secret.write_bytes(b"secret")
+    (sandboxed.engine.scratch / ref(b"secret").sha256).symlink_to(secret)
+    (sandboxed.engine.scratch / ref(b"wanted").sha256).write_bytes(b"others")
+    for count, named in enumerate((b"secret", b"wanted"), 1):
+        sandboxed.engine.answer = ExportResult(model=ref(named), signature=Signature(inputs=(), outputs=()))
+        sandboxed.executor.start(lease(EXPORT, f"a{count}"))
+        assert (await sandboxed.error(count))[0] == "corrupt_blob"
+        assert not sandboxed.store.has(ref(named).sha256)
+    sandboxed.engine.answer = ExportResult(
+        model=sandboxed.engine.write(b"made"), signature=Signature(inputs=(), outputs=())
+    )
+    sandboxed.executor.start(lease(EXPORT, "a3"))
+    found = await sandboxed.result(3)
+    assert sandboxed.store.read(found.model.sha256) == b"made"
+
+
+async def test_in_a_sandbox_only_a_member_of_a_group_gets_the_network(sandboxed: Bench) -> None:
+    sandboxed.keep(b"model")
+    sandboxed.engine.answer = SyncResult(samples=1, steps=1)
+    sandboxed.executor.start(lease(group("a:1", "b:1")))
+    await sandboxed.end()
+    sandboxed.executor.start(lease(group("a:1"), "a2"))
+    await sandboxed.end(2)
+    assert sandboxed.slot.did == ["renew with the network", "renew"]
 
 
 @pytest.mark.parametrize(

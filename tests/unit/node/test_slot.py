@@ -20,6 +20,7 @@ class Engine:
         self.pid = 1
         self.dead: asyncio.Future[PotluckError] = asyncio.get_running_loop().create_future()
         self.broken = False
+        self.connected = False
 
     async def start(self) -> EngineInfo:
         try:
@@ -44,8 +45,9 @@ class Bench:
         self.made: list[Engine] = []
         self.slot = EngineSlot("test", self._make, idle_seconds=100)
 
-    def _make(self) -> Any:
+    def _make(self, connected: bool) -> Any:
         self.made.append(Engine())
+        self.made[-1].connected = connected
         return self.made[-1]
 
     async def begun(self, count: int = 1) -> Engine:
@@ -115,3 +117,24 @@ async def test_one_on_which_nothing_has_run_is_as_good_as_a_new_one() -> None:
     assert not engine.stopped
     await bench.slot.renew()
     assert engine.stopped
+
+
+async def test_only_one_that_was_renewed_for_a_group_has_the_network() -> None:
+    bench = Bench()
+    waiting = asyncio.create_task(bench.slot.get())
+    engine = await bench.begun()
+    engine.up.set()
+    await waiting
+    await bench.slot.renew(connected=True)
+    assert engine.stopped, "nothing has run on it, but it has no network"
+    waiting = asyncio.create_task(bench.slot.get())
+    member = await bench.begun(2)
+    member.up.set()
+    await waiting
+    await bench.slot.retire()
+    assert member.stopped, "nothing has run on it, but nobody else may have the network"
+    waiting = asyncio.create_task(bench.slot.get())
+    (await bench.begun(3)).up.set()
+    await waiting
+    assert [one.connected for one in bench.made] == [False, True, False]
+    await bench.slot.stop()

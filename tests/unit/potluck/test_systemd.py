@@ -90,3 +90,26 @@ def test_units_keep_what_the_daemons_need(name: str) -> None:
     # TensorFlow writes machine code while it runs; mDNS asks the kernel for the interfaces.
     assert not any(line.startswith("MemoryDenyWriteExecute") for line in lines)
     assert "RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX AF_NETLINK" in lines
+
+
+def test_engines_of_a_service_can_confine_themselves() -> None:
+    lines = (FOLDER / "potluck-node.service").read_text().splitlines()
+    assert "RestrictNamespaces=user net" in lines
+    calls = {call for line in lines if line.startswith("SystemCallFilter=") for call in line.partition("=")[2].split()}
+    # @system-service of systemd 252 does not have them.
+    assert calls >= {
+        "landlock_create_ruleset",
+        "landlock_add_rule",
+        "landlock_restrict_self",
+        "seccomp",
+        "@system-service",
+    }
+
+
+@needs_systemd
+@pytest.mark.parametrize("name", NAMES)
+def test_units_are_exposed_little(tmp_path: Path, name: str) -> None:
+    unit = copied(name, tmp_path)
+    command = ["systemd-analyze", "security", "--offline=true", "--no-pager", "--threshold=20", str(unit)]
+    said = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert said.returncode == 0, said.stdout[-400:]

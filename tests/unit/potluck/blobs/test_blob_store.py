@@ -84,6 +84,33 @@ def test_an_adopted_file_is_taken_at_its_word(store: BlobStore, tmp_path: Path) 
         store.adopt(file, "../../etc/passwd")
 
 
+def test_a_file_of_a_process_that_is_not_trusted_is_copied_and_hashed(store: BlobStore, tmp_path: Path) -> None:
+    file = tmp_path / "weights"
+    file.write_bytes(b"weights")
+    with file.open("r+b") as kept:  # as that process may keep it
+        assert store.take(file, sha(b"weights")).size == 7
+        kept.write(b"changed")
+    assert store.read(sha(b"weights")) == b"weights"
+    assert not file.exists()
+    file.write_bytes(b"others")
+    with pytest.raises(CorruptBlob, match="has the bytes of"):
+        store.take(file, sha(b"wanted"))
+    assert not store.has(sha(b"wanted"))
+    assert [path.name for path in store.folder.iterdir()] == [sha(b"weights")]
+
+
+def test_links_pipes_and_folders_are_not_taken(store: BlobStore, tmp_path: Path) -> None:
+    secret, link, pipe = tmp_path / "secret", tmp_path / "link", tmp_path / "pipe"
+    secret.write_bytes(b"secret")
+    link.symlink_to(secret)
+    os.mkfifo(pipe)
+    for path in (link, pipe, tmp_path):
+        with pytest.raises(CorruptBlob, match="no plain file"):
+            store.take(path, sha(b"secret"))
+    assert not store.has(sha(b"secret"))
+    assert secret.exists()
+
+
 def test_wrong_bytes_are_not_taken(store: BlobStore, tmp_path: Path) -> None:
     file = tmp_path / "weights"
     file.write_bytes(b"weights")
