@@ -264,7 +264,11 @@ class Coordinator:
                         ("status", self._say_again(online, port)),
                     )
                 ]
-                running.append(tasks.create_task(lifecycle.report(lambda: self._standing(bus)), name="report"))
+                running.append(
+                    tasks.create_task(
+                        lifecycle.report(lambda: self._standing(bus), lambda: _unwell(bus)), name="report"
+                    )
+                )
                 if broker is not None:
                     running.append(tasks.create_task(_watch(broker), name="broker watch"))
                 shelf = Shelf(store, downloader, urls, settings.http_body_limit_bytes)
@@ -296,7 +300,7 @@ class Coordinator:
                         "coordinator ready %s",
                         fields(cluster=settings.cluster, http=self._urls[0], broker=broker_at, epoch=journal.epoch),
                     )
-                    lifecycle.notify("READY=1")
+                    lifecycle.ready()
                     await stop.wait()
                     lifecycle.notify("STOPPING=1")
                     log.info("coordinator stopping")
@@ -491,6 +495,11 @@ async def _say_once_kept(discovery: Discovery, mine: Service, journal: Journal) 
             mine = kept
         except Unavailable as error:  # the network went away; it may come back
             log.debug("not advertised anew %s", fields(reason=error.message))
+
+
+def _unwell(bus: MqttBus) -> str:
+    """What hangs, so that a restart would help; for `lifecycle.report`."""
+    return "the bus has stopped trying to connect" if bus.stalled_seconds() > lifecycle.STALLED_SECONDS else ""
 
 
 async def _watch(broker: Broker) -> None:

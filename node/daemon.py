@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable
 from contextlib import AsyncExitStack
+from weakref import WeakSet
 
 from msgspec.structs import replace
 
@@ -65,6 +66,8 @@ log = logging.getLogger(__name__)
 
 IDLE_CHECK_SECONDS = 5.0
 PAUSE_CHECK_SECONDS = 0.25
+WATCH_SECONDS = 5.0
+"""The watch of an engine looks at least twice a second. After so long without a look, it hangs."""
 LOG_SECONDS = 60.0
 """How often to log again what is wrong with others' messages."""
 DATA_RETRIES_SLOW_DOWN = 20
@@ -106,6 +109,7 @@ class Node:
         """The coordinator's versions of the protocol, where we speak none of them."""
         self._seldom = Seldom(LOG_SECONDS)
         self._taken = asyncio.Event()
+        self._engines: WeakSet[Engine] = WeakSet()
 
     def take(self, settings: NodeSettings) -> None:
         """Take over what CHANGEABLE names."""
@@ -187,7 +191,7 @@ class Node:
                         self._bus, self.folder / "speed", lambda: bool(self._assignments.attempt_ids)
                     ),
                     "data": self._keep_data(own_data, store),
-                    "report": lifecycle.report(lambda: self._standing(own_data)),
+                    "report": lifecycle.report(lambda: self._standing(own_data), self._unwell),
                 }
                 if discovery is not None:
                     parts["advertise"] = self._presence.advertise(discovery)
@@ -197,7 +201,6 @@ class Node:
                 async with serve_http(sock, routes, self.credentials, limits=settings.http):
                     http = self._presence.urls[0]
                     log.info("node started %s", fields(node=self.node_id, cluster=settings.cluster, http=http))
-                    lifecycle.notify("READY=1")
                     await stop.wait()
                     lifecycle.notify("STOPPING=1")
                     log.info("node stopping %s", fields(node=self.node_id))
@@ -239,6 +242,7 @@ class Node:
     async def _birth(self) -> None:
         self._tell_lock(self._bus.place)
         await self._presence.birth(self._bus)
+        lifecycle.ready()
         self._perform_all(self._assignments.on_connected())
 
     def _standing(self, own_data: OwnData) -> tuple[str, str]:
@@ -253,6 +257,14 @@ class Node:
         else:
             where = f"{node} looks for {cluster}"
         return where, "".join(f"; data {name} not available: {why}" for name, why in own_data.missing.items())
+
+    def _unwell(self) -> str:
+        """What of this node hangs, so that a restart would help. A lost broker is no reason: the bus goes on trying."""
+        if self._bus.stalled_seconds() > lifecycle.STALLED_SECONDS:
+            return "the bus has stopped trying to connect"
+        if any(engine.unwatched_seconds > WATCH_SECONDS for engine in self._engines):
+            return "nobody watches an engine any more"
+        return ""
 
     # --- commands ---------------------------------------------------------------------------------------------------------
 
@@ -345,7 +357,7 @@ class Node:
         def make(name: str, connected: bool, *, quick_kernels: bool = False) -> Engine:
             shutil.rmtree(scratch / name, ignore_errors=True)  # files that a dead engine was writing
             settings = self.settings  # as they are now: they may have been reloaded
-            return Engine(
+            engine = Engine(
                 scratch / name,
                 threads=settings.threads or capacities.cores(),
                 limits=Limits(
@@ -358,6 +370,8 @@ class Node:
                 quick_kernels=quick_kernels,
                 confinement=Confinement(mode=settings.sandbox, reads=reads, network=connected),
             )
+            self._engines.add(engine)
+            return engine
 
         idle = self.settings.engine_idle_seconds
         self._work_slot = EngineSlot(

@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import potluck
-from potluck import logs
+from potluck import backoff, lifecycle, logs
 from potluck.errors import InvalidSettings
 
 MARK = 'PART_OF = "potluck"'
@@ -81,12 +81,16 @@ def _digest(path: Path) -> str:
 
 def start(name: str) -> None:
     """Run the daemon of this name with the arguments of the command line."""
+    crashes = backoff.crashes()
+    if pause_seconds := backoff.pause_seconds(crashes):
+        lifecycle.pause_after_crashes(pause_seconds, crashes)
     try:
         check(name)
     except InvalidSettings as error:
         logs.say(logging.ERROR, f"potluck-{name}: {error.message}")
         sys.exit(error.exit_code)
     importlib.import_module(f"{name}.__main__").main()
+    backoff.ended_in_order()
 
 
 def node() -> None:

@@ -30,12 +30,21 @@ S = TypeVar("S", NodeSettings, CoordinatorSettings)
 _PR_SET_PDEATHSIG = 1
 REPORT_SECONDS = 1.0
 """How often `report` reports; a WatchdogSec must be several times as long."""
+LATE_SECONDS = 5.0
+"""A loop that turns so much later than it should does not feed the watchdog."""
+STALLED_SECONDS = 120.0
+"""So long may one attempt to reach the broker take. A broker that does not answer is no reason to end: only a bus that has stopped trying."""
+START_SECONDS = 90
+"""How long a daemon may take until it reports at all (TimeoutStartSec in the units)."""
+SILENT_SECONDS = 8
+"""How long a daemon that reports may be silent before systemd ends it (WatchdogSec in the units), also before it is ready."""
 
 FILES = 65_536
 """The most open files that a daemon needs: a higher limit would only let others make it use more memory."""
 
 _notify_address = ""
 _watched = False
+_ready = False
 
 
 def notify(state: str) -> None:
@@ -58,22 +67,55 @@ def is_service() -> bool:
     return "/" in _notify_address
 
 
-async def report(standing: Callable[[], tuple[str, str]]) -> NoReturn:
-    """Report to systemd until cancelled: the daemon's status, and with WATCHDOG=1 that its loop still turns.
+def ready() -> None:
+    """Tell systemd, once, that this daemon is on the bus."""
+    global _ready
+    if not _ready:
+        _ready = True
+        notify("READY=1")
+
+
+async def report(standing: Callable[[], tuple[str, str]], unwell: Callable[[], str]) -> NoReturn:
+    """Report to systemd until cancelled: the daemon's status, and that it is well.
 
     `standing` gives the state, which is shown with the time since it last changed, and a remark, which may change all the time.
+    `unwell` says what hangs; "": nothing. A daemon that is well and on time feeds the watchdog (WATCHDOG=1). Before `ready`, it asks
+    for more time to start. systemd ends a daemon that does neither for long.
     """
-    state, since, said = "", "", ""
+    state, since, said, told = "", "", "", ""
+    loop = asyncio.get_running_loop()
+    late_seconds = 0.0
     while True:
         now, remark = standing()
         if now != state:
             state, since = now, time.strftime("%Y-%m-%d %H:%M:%S")
         text = f"{state} (since {since}){remark}"
-        parts = ([f"STATUS={text}"] if text != said else []) + (["WATCHDOG=1"] if _watched else [])
+        parts = [f"STATUS={text}"] if text != said else []
+        wrong = f"the event loop was {late_seconds:.1f} s late" if late_seconds >= LATE_SECONDS else unwell()
+        if not wrong:
+            parts += ["WATCHDOG=1"] if _watched else []
+            parts += [] if _ready else [_more_time(SILENT_SECONDS)]
+        elif wrong != told:
+            log.error("not well %s", fields(reason=wrong))
         if parts:
             notify("\n".join(parts))
-        said = text
+        said, told = text, wrong
+        slept_at = loop.time()
         await asyncio.sleep(REPORT_SECONDS)
+        late_seconds = loop.time() - slept_at - REPORT_SECONDS
+
+
+def _more_time(seconds: float) -> str:
+    """For systemd: a start that takes long has not failed before so many seconds are over."""
+    return f"EXTEND_TIMEOUT_USEC={round(seconds * 1e6)}"
+
+
+def pause_after_crashes(seconds: float, crashes: int) -> None:
+    """Wait before the start, and tell systemd why. SIGTERM ends the wait and the process."""
+    text = f"waits {seconds:.0f} s before it starts: it has ended {crashes} times in a row soon after its start"
+    notify(f"STATUS={text}\n{_more_time(seconds + START_SECONDS)}")
+    logs.say(logging.WARNING, f"potluck {text}")
+    time.sleep(seconds)
 
 
 def _keep_from_children() -> None:

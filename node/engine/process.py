@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import math
 import os
 import re
 import signal
@@ -87,11 +88,18 @@ class Engine:
         self._stderr: deque[str] = deque(maxlen=STDERR_LINES)
         self._dead: asyncio.Future[PotluckError] | None = None
         self._suspects: frozenset[str] = frozenset()
+        self._looked_at = math.inf
+        """When the watch last looked, on the loop's clock; infinite when there is nothing left to look at."""
         self._tasks: list[asyncio.Task[None]] = []
 
     @property
     def alive(self) -> bool:
         return self._link is not None and self._dead is not None and not self._dead.done()
+
+    @property
+    def unwatched_seconds(self) -> float:
+        """How long nobody has looked whether this engine makes progress; 0 for one that has ended or is being ended."""
+        return max(0.0, asyncio.get_running_loop().time() - self._looked_at)
 
     @property
     def pid(self) -> int | None:
@@ -295,6 +303,7 @@ class Engine:
             except TimeoutError:
                 self._kill()
                 await self._process.wait()
+        self._looked_at = math.inf
         for task in self._tasks:
             if task is not asyncio.current_task():
                 task.cancel()
@@ -346,13 +355,16 @@ class Engine:
         verdict: Verdict | None = None
         try:
             while not ended.done():
+                self._looked_at = loop.time()
                 await asyncio.wait({ended}, timeout=self._limits.look_seconds)
                 if not ended.done():
                     resident = _resident_bytes(process.pid)
                     verdict = self._watch.look(loop.time(), time.time(), lambda: read(process.pid), resident)
                     if verdict is not None:
+                        self._looked_at = math.inf
                         self._kill()
                         await ended
+            self._looked_at = math.inf
         finally:
             ended.cancel()
         await asyncio.wait({self._tasks[0]}, timeout=1.0)  # its last output

@@ -124,6 +124,10 @@ class Bus(ABC):
         """Why no messages come or go now; "": no trouble is known."""
         return ""
 
+    def stalled_seconds(self) -> float:
+        """How long this has neither been connected nor begun to connect. More than an attempt can take: it has stopped trying."""
+        return 0.0
+
     @abstractmethod
     async def _send(
         self, topic: str, payload: bytes, qos: int, retain: bool, mirrored: Mirrored | None = None

@@ -91,6 +91,8 @@ class MqttBus(Bus):
         """The address of the present attempt."""
         self._callbacks: list[Callable[[], Awaitable[None]]] = []
         self._link: Link | None = None
+        self._moved_at = time.monotonic()
+        """When the last attempt to connect began, or the last connection was lost."""
         self._ready = asyncio.Event()
         self._under_way: dict[_UnderWay, None] = {}
         self._again: deque[_UnderWay] = deque()
@@ -117,7 +119,7 @@ class MqttBus(Bus):
         delay = self._timings.reconnect_min_seconds
         while True:
             address: tuple[str, int] | None = None
-            started = time.monotonic()
+            started = self._moved_at = time.monotonic()
             try:
                 address = await self._addresses()
                 self._trying = f"{address[0]}:{address[1]}"
@@ -193,6 +195,7 @@ class MqttBus(Bus):
                 births.cancel()
                 await asyncio.wait({births})
         finally:
+            self._moved_at = time.monotonic()
             self._link = None
             self._ready.clear()
             await link.close()
@@ -229,6 +232,9 @@ class MqttBus(Bus):
     def address(self) -> tuple[str, int] | None:
         return None if self._link is None else self._link.address
 
+    def stalled_seconds(self) -> float:
+        return 0.0 if self._link is not None else time.monotonic() - self._moved_at
+
     def trouble(self) -> str:
         if self._link is not None:
             return ""
@@ -252,6 +258,7 @@ class MqttBus(Bus):
                 log.info("sending again %s", fields(topic=topic, reason=str(error)))
                 link.give_up(error)
                 if link is self._link:  # the loss was noticed here first
+                    self._moved_at = time.monotonic()
                     self._ready.clear()
                     self._link = None
                 continue

@@ -14,6 +14,7 @@ import numpy as np
 import psutil
 import pytest
 
+from node.engine import process
 from node.engine.process import Engine
 from node.engine.watch import Limits
 from potluck.errors import EngineFailed
@@ -52,6 +53,23 @@ async def test_quick_kernels_are_asked_of_tensorflow(
     engine = Engine(tmp_path / "scratch", threads=1, limits=Limits(20, 5), quick_kernels=quick)
     with pytest.raises(EngineFailed, match=f"oneDNN {told}"):
         await engine.start()
+
+
+async def test_an_engine_that_nobody_watches_can_be_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[int] = []
+    monkeypatch.setattr(sys, "executable", fake_python(tmp_path, "exec sleep 100"))
+    monkeypatch.setattr(process, "_resident_bytes", lambda pid: looks.append(pid) or 0)
+    engine = Engine(tmp_path / "scratch", threads=1, limits=Limits(20, 5))
+    assert engine.unwatched_seconds == 0.0
+    starting = asyncio.create_task(engine.start())
+    await eventually(lambda: len(looks) > 2)
+    assert engine.unwatched_seconds < 1.5
+    monkeypatch.setattr(process, "_resident_bytes", lambda pid: 1 // 0)
+    await eventually(lambda: engine.unwatched_seconds > 1.5)
+    await engine.stop(grace_seconds=0)
+    assert engine.unwatched_seconds == 0.0
+    with pytest.raises(EngineFailed):
+        await starting
 
 
 async def test_an_engine_that_hangs_at_its_start_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

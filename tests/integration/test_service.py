@@ -91,13 +91,16 @@ async def test_the_status_for_systemd_is_true(tmp_path: Path, units: list[Unit])
     await broker.kill()
     await node.start()
     await node.says(" looks for cluster service (since 20")
-    await eventually(lambda: "READY=1" in node.said)  # a node works alone: it need not wait
+    await eventually(lambda: node.said.count("EXTEND_TIMEOUT_USEC=8000000") > 1)
+    assert "READY=1" not in node.said, "what comes after this unit may want to use the cluster"
     await broker.start()
+    await eventually(lambda: "READY=1" in node.said)
     await node.says(" is in cluster service, which has no coordinator (since 20")
     await coordinator.start()
     assert (await node.says(" is in cluster service (since 20")).endswith(")")
     assert (await coordinator.says("cluster service is served (since 20")).endswith(": 1 node")
     assert "READY=1" in coordinator.said
+    extended = node.said.count("EXTEND_TIMEOUT_USEC=8000000")
     for unit in units:
         beats = unit.said.count("WATCHDOG=1")
         await eventually(lambda unit=unit, beats=beats: unit.said.count("WATCHDOG=1") > beats + 1)  # type: ignore[misc]
@@ -105,6 +108,9 @@ async def test_the_status_for_systemd_is_true(tmp_path: Path, units: list[Unit])
     await broker.kill()
     since = await node.says(" has no connection to the broker of cluster service, trying again (since 20")
     await coordinator.says("cluster service is not served (since 20")
+    for unit in units:
+        beats = unit.said.count("WATCHDOG=1")
+        await eventually(lambda unit=unit, beats=beats: unit.said.count("WATCHDOG=1") > beats + 1)  # type: ignore[misc]
     assert node.status == since, "the time since when stays the same"
     await broker.start()
     await node.says(" is in cluster service (since 20")
@@ -114,6 +120,8 @@ async def test_the_status_for_systemd_is_true(tmp_path: Path, units: list[Unit])
     assert "speed not measured" not in node.log()
     assert await node.stop() == 0
     assert [unit.said.count("STOPPING=1") for unit in units] == [1, 1]
+    assert [unit.said.count("READY=1") for unit in units] == [1, 1]
+    assert node.said.count("EXTEND_TIMEOUT_USEC=8000000") == extended
     await broker.stop()
 
 

@@ -27,6 +27,7 @@ class FakeEngine:
     """Has the methods of `node.engine.process.Engine`, but no process."""
 
     count = 0
+    unwatched_seconds = 0.0
 
     def __init__(
         self,

@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import pytest
 from potluck import lifecycle, logs
 from potluck.errors import CannotListen, Conflict, InvalidSettings, Unavailable, expected, from_code
 from potluck.settings import CoordinatorSettings
+from support.eventually import eventually
 
 ROOT = Path(__file__).parents[3]
 
@@ -100,6 +102,62 @@ def test_nothing_is_caught_in_groups_by_except_star() -> None:
         path for path in sources for found in ast.walk(ast.parse(path.read_text())) if type(found) is ast.TryStar
     ]
     assert starred == []
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What a daemon with a watchdog, which is ready and reports often, tells systemd."""
+    lines: list[str] = []
+    monkeypatch.setattr(lifecycle, "notify", lambda state: lines.extend(state.splitlines()))
+    monkeypatch.setattr(lifecycle, "REPORT_SECONDS", 0.01)
+    monkeypatch.setattr(lifecycle, "LATE_SECONDS", 0.2)
+    monkeypatch.setattr(lifecycle, "_watched", True)
+    monkeypatch.setattr(lifecycle, "_ready", True)
+    return lines
+
+
+async def test_only_a_daemon_that_is_well_feeds_the_watchdog(told: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    wrong = ""
+    asked: list[str] = []
+
+    def unwell() -> str:
+        asked.append(wrong)
+        return wrong
+
+    report = asyncio.create_task(lifecycle.report(lambda: ("state", ""), unwell))
+    await eventually(lambda: told.count("WATCHDOG=1") > 1)
+    wrong, fed = "the bus hangs", told.count("WATCHDOG=1")
+    await eventually(lambda: asked.count(wrong) > 3)
+    assert told.count("WATCHDOG=1") == fed
+    assert caplog.text.count("the bus hangs") == 1
+    wrong = ""
+    await eventually(lambda: told.count("WATCHDOG=1") > fed)
+    report.cancel()
+
+
+async def test_a_loop_that_is_late_does_not_feed_the_watchdog(told: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lifecycle.log, "error", lambda form, facts: told.append(facts))
+    report = asyncio.create_task(lifecycle.report(lambda: ("state", ""), lambda: ""))
+    await eventually(lambda: "WATCHDOG=1" in told)
+    before = len(told)
+    time.sleep(0.3)  # noqa: ASYNC251 - the loop hangs
+    await eventually(lambda: len(told) > before + 1)
+    assert told[before].startswith("reason='the event loop was 0.")
+    assert told[before + 1] == "WATCHDOG=1", "once late is not dead"
+    report.cancel()
+
+
+async def test_until_it_is_ready_a_daemon_asks_for_more_time(told: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lifecycle, "_ready", False)
+    report = asyncio.create_task(lifecycle.report(lambda: ("state", ""), lambda: ""))
+    await eventually(lambda: told.count("EXTEND_TIMEOUT_USEC=8000000") > 1)
+    lifecycle.ready()
+    lifecycle.ready()
+    asked, fed = told.count("EXTEND_TIMEOUT_USEC=8000000"), told.count("WATCHDOG=1")
+    await eventually(lambda: told.count("WATCHDOG=1") > fed + 1)
+    assert told.count("EXTEND_TIMEOUT_USEC=8000000") == asked
+    assert told.count("READY=1") == 1
+    report.cancel()
 
 
 LOGGING = """

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 from potluck.errors import CannotListen, GaveWay, InvalidSettings
-from potluck.lifecycle import REPORT_SECONDS
+from potluck.lifecycle import FILES, LATE_SECONDS, REPORT_SECONDS, SILENT_SECONDS, START_SECONDS
 
 FOLDER = Path(__file__).parents[3] / "systemd"
 NAMES = ("potluck-coordinator", "potluck-node")
-BACKOFF_SINCE = 254
-"""The first systemd that knows RestartSteps."""
+EXPOSURE_LIMIT = 2.0
+BACK_SECONDS = 10
+"""A daemon that is stopped is back within this."""
 
 needs_systemd = pytest.mark.skipif(
     shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed (apt install systemd)"
@@ -58,15 +59,12 @@ def test_a_mistake_in_a_unit_would_be_found(tmp_path: Path, name: str) -> None:
 
 @needs_systemd
 @pytest.mark.parametrize("name", NAMES)
-def test_the_backoff_goes_with_both(tmp_path: Path, name: str) -> None:
-    unit = copied(name, tmp_path)
-    text = unit.read_text() + (FOLDER / "restart-backoff.conf").read_text()
-    unit.write_text(text)
-    said = verify(unit).splitlines()
-    version = subprocess.run(["systemd-analyze", "--version"], capture_output=True, text=True, check=True).stdout
-    if int(version.split()[1].split(".")[0]) < BACKOFF_SINCE:
-        said = [line for line in said if not re.search(r"Unknown key '(RestartSteps|RestartMaxDelaySec)'", line)]
-    assert said == []
+def test_a_unit_may_do_little_else_on_its_machine(tmp_path: Path, name: str) -> None:
+    command = ["systemd-analyze", "security", "--offline=true", "--no-pager", str(copied(name, tmp_path))]
+    told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    score = re.search(r"Overall exposure level for \S+: ([\d.]+)", told)
+    assert score is not None, told
+    assert float(score[1]) <= EXPOSURE_LIMIT
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -85,8 +83,19 @@ def test_units_keep_what_the_daemons_need(name: str) -> None:
     ):  # fmt: skip
         assert line in lines
     assert CannotListen.exit_code != InvalidSettings.exit_code, "a network that comes up late is no reason to give up"
-    (watchdog,) = (int(line.partition("=")[2]) for line in lines if line.startswith("WatchdogSec="))
-    assert watchdog >= 10 * REPORT_SECONDS
+    facts = dict(line.split("=", 1) for line in lines if re.match(r"[A-Za-z]+=", line))
+    watchdog, pause = int(facts["WatchdogSec"]), int(facts["RestartSec"])
+    assert watchdog + pause < BACK_SECONDS, "the process needs time to end and to start"
+    assert watchdog > LATE_SECONDS + 2 * REPORT_SECONDS, "a loop that was late once must not end a daemon"
+    assert watchdog == SILENT_SECONDS
+    assert int(facts["TimeoutStartSec"]) == START_SECONDS
+    if name == "potluck-node":
+        assert int(facts["JobRunningTimeoutSec"]) >= int(facts["TimeoutStopSec"]) + 10, (
+            "it also ends the job of stopping"
+        )
+    assert facts["RuntimeDirectory"] == name, "there, a daemon counts its crashes"
+    assert facts["RuntimeDirectoryPreserve"] == "restart", "a stop ends the counting"
+    assert int(facts["LimitNOFILE"]) == FILES
     # TensorFlow writes machine code while it runs; mDNS asks the kernel for the interfaces.
     assert not any(line.startswith("MemoryDenyWriteExecute") for line in lines)
     assert "RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX AF_NETLINK" in lines
