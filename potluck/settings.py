@@ -108,6 +108,14 @@ class NetworkSettings(Section, frozen=True):
     bus: BusTimings = BusTimings()
 
 
+class ServiceSettings(Section, frozen=True):
+    """What the daemon, its engines and its broker may take as a system service; 0: any. `potluck service install` tells systemd."""
+
+    memory_bytes: Annotated[int, Meta(ge=0)] = 0
+    cpu_percent: Annotated[int, Meta(ge=0)] = 0
+    """100 is one core."""
+
+
 class NodeDataSettings(Section, frozen=True):
     """A data set that lives on this node: a folder or file; for tables, also the columns or arrays with targets and items' weights.
 
@@ -127,6 +135,7 @@ class NodeSettings(NetworkSettings, frozen=True):
     state_dir: str = ""
     listen: Listen = Listen()
     http: HttpSettings = HttpSettings()
+    service: ServiceSettings = ServiceSettings()
     log_level: LogLevel = "INFO"
     telemetry_seconds: PositiveSeconds = 5.0
     resend_seconds: PositiveSeconds = 1.0
@@ -161,6 +170,7 @@ class CoordinatorSettings(NetworkSettings, frozen=True):
     state_dir: str = ""
     listen: GatewayListen = GatewayListen()
     http: HttpSettings = HttpSettings()
+    service: ServiceSettings = ServiceSettings()
     broker: BrokerSettings = BrokerSettings()
     log_level: LogLevel = "INFO"
     lease_seconds: PositiveSeconds = 10.0

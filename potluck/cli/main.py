@@ -21,6 +21,7 @@ from potluck.cli.models import deploy, deployments, promote, rollback, undeploy
 from potluck.cli.nodes import nodes
 from potluck.cli.predict import predict
 from potluck.cli.registry import models
+from potluck.cli.service import service
 from potluck.cli.session import Session, begin, global_options_first
 from potluck.cli.status import status
 from potluck.cli.suggesting import Command, CommandGroup
@@ -45,6 +46,7 @@ for command in (
 app.add_typer(models, name="models")
 app.add_typer(data, name="data")
 app.add_typer(config, name="config")
+app.add_typer(service, name="service")
 
 
 def _version(asked: bool) -> None:

@@ -276,7 +276,7 @@ async def start_broker(settings: BrokerSettings, listen: Listen, state_dir: Path
     In mode `auto`, a free port replaces one that is taken. Raises Unavailable when there is no broker to start (the text names
     the package to install), CannotListen for a port that is taken, and InvalidSettings for a mode that starts no broker.
     """
-    kind = _choose(settings.mode)
+    kind = choose(settings.mode)
     port = settings.port
     _free_port(listen.host)  # raises CannotListen if the address is not ours
     if port and _taken(listen.host, port):
@@ -306,7 +306,8 @@ async def start_broker(settings: BrokerSettings, listen: Listen, state_dir: Path
     raise failure
 
 
-def _choose(mode: str) -> Kind:
+def choose(mode: str) -> Kind:
+    """Which broker would be started. Raises Unavailable where there is none, and InvalidSettings for a mode that starts none."""
     if mode == "external":
         raise InvalidSettings("broker.mode is external: this starts no broker; name one with --seed host")
     if mode in ("auto", "mosquitto") and find_mosquitto():

@@ -137,10 +137,10 @@ async def test_auto_prefers_mosquitto_then_the_embedded_one_then_names_the_packa
     mosquitto_or_skip()
     monkeypatch.setenv("PATH", "/nowhere")
     assert find_mosquitto() in ("/usr/sbin/mosquitto", "/usr/local/sbin/mosquitto")
-    assert broker._choose("auto") == "mosquitto"
+    assert broker.choose("auto") == "mosquitto"
     monkeypatch.setattr(broker, "_SYSTEM_FOLDERS", ())
     caplog.set_level("INFO")
-    assert broker._choose("auto") == "embedded"
+    assert broker.choose("auto") == "embedded"
     assert "embedded broker" in caplog.text
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for mode in ("auto", "embedded", "mosquitto"):

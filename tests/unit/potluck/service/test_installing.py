@@ -1,0 +1,122 @@
+"""Installing and removing services in folders of a test, with a systemctl that only notes what it is asked."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from potluck.errors import InvalidSettings, Unavailable
+from potluck.service import dropin, installing, systemd
+from potluck.settings_sources import load
+
+
+@pytest.fixture
+def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    (tmp_path / "units").mkdir()
+    for name in ("UNITS", "SETTINGS", "STATE", "CACHE"):
+        monkeypatch.setattr(installing, name, tmp_path / name.lower())
+    monkeypatch.setattr(dropin, "check_readable", lambda places: None)
+    monkeypatch.setattr(dropin, "program", lambda name: Path("/opt/potluck/bin") / name)
+    monkeypatch.setattr(installing, "choose", lambda mode: "mosquitto")
+    lines: list[str] = []
+    monkeypatch.setattr(systemd, "systemctl", lambda *arguments: lines.append(" ".join(arguments)))
+    monkeypatch.setattr(systemd, "forget", lambda unit: lines.append(f"forget {unit}"))
+    return lines
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir() or path.is_symlink()}
+
+
+BOTH = {
+    "units/potluck-node.service", "units/potluck-node.service.d/10-installed.conf", "settings/node.toml",
+    "units/potluck-coordinator.service", "units/potluck-coordinator.service.d/10-installed.conf",
+    "settings/coordinator.toml",
+}  # fmt: skip
+
+
+def test_both_are_installed_and_started_without_waiting(asked: list[str], tmp_path: Path) -> None:
+    os.umask(0o077)
+    done = installing.install(("coordinator", "node"), {"cluster": "attic", "listen.host": "::1"})
+    os.umask(0o022)
+    assert files(tmp_path) == BOTH
+    assert all((tmp_path / name).stat().st_mode & 0o777 == 0o644 for name in BOTH), "a service must read them"
+    assert (tmp_path / "settings").stat().st_mode & 0o777 == 0o755
+    assert asked == [
+        "daemon-reload",
+        "--quiet enable potluck-coordinator.service", "--no-block restart potluck-coordinator.service",
+        "--quiet enable potluck-node.service", "--no-block restart potluck-node.service",
+    ]  # fmt: skip
+    assert [(one.daemon, one.settings.cluster, one.settings.listen.host) for one in done] == [
+        ("coordinator", "attic", "::1"), ("node", "attic", "::1"),
+    ]  # fmt: skip
+    text = (tmp_path / "units/potluck-node.service.d/10-installed.conf").read_text()
+    assert f"ExecStart=/opt/potluck/bin/potluck-node --config {tmp_path}/settings/node.toml" in text
+
+
+def test_installed_again_it_keeps_the_settings_and_takes_their_limits(asked: list[str], tmp_path: Path) -> None:
+    installing.install(("node",), {})
+    file = tmp_path / "settings/node.toml"
+    file.write_text("threads = 3\n[service]\nmemory_bytes = 12345678\n")
+    old = tmp_path / "units/potluck-node.service.d/restart-backoff.conf"
+    old.write_text("[Service]\nRestartSteps=6\n")
+    (one,) = installing.install(("node",), {"seeds": ["h"]})
+    assert one.settings == load(installing.NodeSettings, file)
+    assert file.read_text() == 'seeds = ["h"]\nthreads = 3\n[service]\nmemory_bytes = 12345678\n'
+    assert "MemoryMax=12345678" in (tmp_path / "units/potluck-node.service.d/10-installed.conf").read_text()
+    assert not old.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("thread = 3\n", "settings/node.toml:2: there is no setting thread: did you mean threads?"),
+        ('seeds = [\n"a",\n]\n', "settings/node.toml"),
+        ('[listen]\nhost = "192.0.2.1"\n', "--insecure"),
+    ],
+)
+def test_where_something_is_wrong_nothing_is_changed(asked: list[str], tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "settings").mkdir()
+    (tmp_path / "settings/node.toml").write_text(text)
+    with pytest.raises(InvalidSettings) as refused:
+        installing.install(("coordinator", "node"), {"seeds": ["h"]})
+    assert words in refused.value.message
+    assert files(tmp_path) == {"settings/node.toml"}
+    assert (tmp_path / "settings/node.toml").read_text() == text
+    assert asked == []
+
+
+def test_a_coordinator_without_a_broker_is_not_installed(
+    asked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(mode: str) -> str:
+        raise Unavailable("apt install mosquitto")
+
+    monkeypatch.setattr(installing, "choose", none)
+    with pytest.raises(Unavailable):
+        installing.install(("coordinator",), {})
+    assert files(tmp_path) == set()
+    installing.install(("coordinator",), {"seeds": ["h"]})  # it needs none of its own
+
+
+def test_removed_it_leaves_data_settings_and_what_others_wrote(asked: list[str], tmp_path: Path) -> None:
+    installing.install(("coordinator", "node"), {})
+    (tmp_path / "units/potluck-node.service.d/override.conf").write_text("[Service]\n")
+    for kind in ("state", "cache"):
+        folder = tmp_path / kind / "private/potluck-node"
+        folder.mkdir(parents=True)
+        (folder / "file").touch()
+        (tmp_path / kind / "potluck-node").symlink_to(folder)
+    asked.clear()
+    assert installing.uninstall(purge=False) == ("coordinator", "node")
+    assert asked == [
+        "--quiet disable --now potluck-node.service", "--quiet disable --now potluck-coordinator.service",
+        "daemon-reload", "forget potluck-coordinator.service", "forget potluck-node.service",
+    ]  # fmt: skip
+    left = {"settings/node.toml", "settings/coordinator.toml", "units/potluck-node.service.d/override.conf"}
+    assert files(tmp_path) == left | {"state/private/potluck-node/file", "state/potluck-node"}
+    assert installing.uninstall(purge=True) == ()
+    assert files(tmp_path) == set()
+    assert not (tmp_path / "settings").exists()
