@@ -14,6 +14,7 @@ import node.executor
 from node.__main__ import main
 from node.engine.process import EngineInfo
 from node.engine.watch import Limits
+from node.sandbox.policy import Confinement
 from potluck.errors import Cancelled, EngineFailed, InvalidModel, ModelCrashed, NotFound
 from potluck.wire.reports import RequestOutcome
 from potluck.wire.tasks import AnyTask, AnyTaskResult, EvaluateResult, PredictResult, TrainResult
@@ -37,6 +38,7 @@ class FakeEngine:
         limits: Limits,
         allow_code: Sequence[str],
         quick_kernels: bool,
+        confinement: Confinement,
     ) -> None:
         FakeEngine.count += 1
         self.pid = FakeEngine.count
