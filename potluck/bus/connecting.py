@@ -14,6 +14,7 @@ from paho.mqtt.client import MQTT_CLEAN_START_FIRST_ONLY
 
 from potluck.bus.exchange import Will
 from potluck.credentials import Credentials
+from potluck.errors import Unavailable
 from potluck.settings import BusTimings
 from potluck.wire import codec
 
@@ -46,27 +47,6 @@ async def refusal(host: str, port: int, credentials: Credentials, limit_seconds:
     return ""
 
 
-async def take_over(address: tuple[str, int], credentials: Credentials, client_id: str, limit_seconds: float) -> None:
-    """Connect with this client id and leave again, so that the broker ends the connection that has it. Raises OSError, TimeoutError."""
-    name = client_id.encode()
-    # MQTT 3.1.1, 3.1: a clean session, without a will
-    body = b"\x00\x04MQTT\x04\x02" + (10).to_bytes(2) + len(name).to_bytes(2) + name
-    assert len(body) < 128, "the length of the packet is one byte"
-    async with asyncio.timeout(limit_seconds):
-        reader, writer = await reach(address, credentials)
-        try:
-            writer.write(bytes((0x10, len(body))) + body)
-            answer = await reader.readexactly(4)
-            if answer[3] != 0:
-                raise ConnectionRefusedError(f"the broker answers {answer[3]}")
-            writer.write(b"\xe0\x00")
-            await writer.drain()
-        except asyncio.IncompleteReadError as error:
-            raise ConnectionResetError("the broker closed the connection") from error
-        finally:
-            writer.close()
-
-
 def client_options(
     address: tuple[str, int],
     version: aiomqtt.ProtocolVersion,
@@ -93,3 +73,16 @@ def client_options(
         "socket_options": [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)],
         "logger": log.getChild("paho"),
     }
+
+
+async def take_over(address: tuple[str, int], credentials: Credentials, client_id: str, limit_seconds: float) -> None:
+    """Connect with this client id and leave again, so that the broker ends the connection that has it. Raises Unavailable."""
+    timings = BusTimings(connect_timeout_seconds=limit_seconds)
+    options = client_options(
+        address, aiomqtt.ProtocolVersion.V311, credentials, client_id=client_id, will=None, timings=timings
+    )
+    try:
+        async with aiomqtt.Client(**options):
+            pass
+    except (aiomqtt.MqttError, OSError) as error:
+        raise Unavailable(f"the connection of {client_id} could not be taken over: {error}") from error

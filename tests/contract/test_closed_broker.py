@@ -283,12 +283,14 @@ async def test_who_is_revoked_is_cut_off(cluster: Cluster) -> None:
     assert coordinator.got == [(TOPICS.node("n2", "status"), b"x")], "no will came"
 
 
-async def test_a_session_of_a_client_is_ended_by_its_id(cluster: Cluster) -> None:
+async def test_a_session_of_a_client_is_ended_by_its_id(cluster: Cluster, unused_tcp_port: int) -> None:
     one, two = await cluster.member("client:ann", "ann-1"), await cluster.member("client:ann", "ann-2")
     ours = cluster.context("client:ann")
     await take_over(("127.0.0.1", cluster.broker.client_port), Credentials("client:ann", ours, ours), "ann-2", 5)
     await eventually(lambda: two.ended)
     assert not one.ended
+    with pytest.raises(Unavailable, match="ann-2 could not be taken over"):
+        await take_over(("127.0.0.1", unused_tcp_port), Credentials("client:ann", ours, ours), "ann-2", 5)
 
 
 async def test_many_changes_are_few_reloads(cluster: Cluster) -> None:

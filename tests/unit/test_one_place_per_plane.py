@@ -12,7 +12,7 @@ MODULES = sorted(path for folder in ("potluck", "node", "coordinator") for path 
 PLACES: dict[str, set[str]] = {
     # the bus
     "open_connection": {"potluck/bus/connecting.py"},
-    "client_options": {"potluck/bus/mqtt.py"},
+    "client_options": {"potluck/bus/connecting.py", "potluck/bus/mqtt.py"},
     "start_server": {"potluck/net/broker_embedded.py"},
     # bulk
     "ClientSession": {"potluck/net/http_client.py"},
