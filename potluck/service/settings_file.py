@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
+
+from potluck.settings_sources import toml
 
 Value = str | int | bool | list[str]
 
@@ -12,13 +13,12 @@ Value = str | int | bool | list[str]
 def changed(text: str, changes: Mapping[str, Value]) -> str:
     """The TOML text with these settings (dotted keys: `listen.host`) in place of what it says about them.
 
-    A value that is written over several lines is not understood: the caller must read the result (`settings.load`).
+    A value that is written over several lines is not understood: the caller must read the result (`settings_sources.load`).
     """
     lines = text.splitlines()
     for dotted, value in changes.items():
         table, _, key = dotted.rpartition(".")
-        # JSON's strings, numbers, booleans and lists of strings are TOML's too.
-        _put(lines, table, key, f"{key} = {json.dumps(value, ensure_ascii=False)}")
+        _put(lines, table, key, f"{key} = {toml(value)}")
     return "\n".join(lines) + "\n"
 
 
