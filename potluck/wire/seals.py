@@ -22,7 +22,9 @@ KIND = "ed25519"
 VALID_SECONDS = 30.0
 """How long a command is valid after it was sent."""
 CLOCK_SECONDS = 300.0
-"""A reader whose clock is ahead of the sender's by more than this does not trust its own clock."""
+"""How much a reader's clock may be ahead of the sender's. It may be behind by any time."""
+DRIFT = 1e-3
+"""A reader's clock may gain as much on the sender's: it then learns the sender's time again with each command."""
 WINDOW = 1024
 """How many numbers behind the highest may still come (RFC 4303, section 3.4.3)."""
 SEAL_LIMIT_BYTES = 4096
@@ -126,7 +128,8 @@ class Opener:
         self._verify = verify
 
     def open(self, sealed: Sealed, topic: str, now: float, elapsed: float) -> bytes:
-        """The command's bytes. `now`: our clock, seconds since the epoch; `elapsed`: a clock that only goes forward.
+        """The command's bytes. `now`: our clock, seconds since the epoch; `elapsed`: a clock that only goes forward, also while the
+        machine sleeps (CLOCK_BOOTTIME).
 
         Raises SealRefused; then nothing has changed.
         """
@@ -148,26 +151,23 @@ class Opener:
             raise SealRefused(f"a command is of term {seal.term}, and a coordinator of term {self.term} has spoken")
         if seal.term == self.term and self._sender and seal.sender != self._sender:
             raise SealRefused(f"two coordinators speak in term {seal.term}")
-        floor = self._floor(seal, now, elapsed)
+        new = seal.sender != self._sender
+        known = 0.0 if new else self._known(elapsed)
+        floor = max(known, now - CLOCK_SECONDS)
         if seal.valid_until < floor:
             raise SealRefused(f"a command is {floor - seal.valid_until:.0f} s too late")
-        window = self._window if seal.sender == self._sender else Window()
+        window = Window() if new else self._window
         if not window.is_new(seal.number):
             raise SealRefused(f"the command {seal.number} came before")
         window.take(seal.number)
         self.term, self._sender, self._window = seal.term, seal.sender, window
-        if (reached := max(seal.sent_at, self._known(elapsed))) > self._known(elapsed):
-            self._sent_at, self._heard_at = reached, elapsed
+        if seal.sent_at > known:
+            self._sent_at, self._heard_at = seal.sent_at, elapsed
         return sealed.body
 
     def _known(self, elapsed: float) -> float:
-        """What the coordinator's clock shows at least, by what was opened in this session."""
-        return self._sent_at + elapsed - self._heard_at if self._sent_at else 0.0
-
-    def _floor(self, seal: Seal, now: float, elapsed: float) -> float:
-        """The time before which a command has expired. A machine without a clock of its own may be years off, and still works."""
-        known = self._known(elapsed)
-        return max(known, now) if 0 <= now - seal.sent_at <= CLOCK_SECONDS else known
+        """What the coordinator's clock shows at least, by what was opened from its present session."""
+        return self._sent_at + (elapsed - self._heard_at) * (1 - DRIFT)
 
 
 _ENCODER = msgspec.msgpack.Encoder()
