@@ -16,10 +16,20 @@ _READ_BYTES = 1 << 18
 _AS_IT_IS = {hdrs.ACCEPT_ENCODING: "identity"}
 
 
+class _OnlyTls(aiohttp.TCPConnector):
+    """Addresses come in messages: none may talk a member of a closed cluster into plain connections."""
+
+    allowed_protocol_schema_set = frozenset({"https"})
+
+
 def session(credentials: Credentials, *, connect_seconds: float, idle_seconds: float) -> aiohttp.ClientSession:
-    """A session, as an async context manager. Its requests say who we are, and may last as long as bytes come. It decompresses nothing."""
+    """A session, as an async context manager. Its requests say who we are, and may last as long as bytes come. It decompresses nothing.
+
+    With credentials of a closed cluster, an `http://` address raises aiohttp.ClientError.
+    """
+    tls = credentials.client_tls
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(ssl=credentials.client_tls or True),
+        connector=aiohttp.TCPConnector() if tls is None else _OnlyTls(ssl=tls),
         headers=credentials.headers,
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=connect_seconds, sock_read=idle_seconds),
         auto_decompress=False,
@@ -35,7 +45,8 @@ async def is_there(address: str, credentials: Credentials, limit_seconds: float)
             async with _brief(credentials, limit_seconds) as http:
                 async with http.head(address, timeout=connecting, allow_redirects=False):
                     return True
-    except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError, ValueError):  # ValueError: not an address
+    except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError, aiohttp.NonHttpUrlClientError, ValueError):
+        # ValueError: not an address
         return False
     except (aiohttp.ClientError, TimeoutError):
         return True  # the server took the connection, but then broke it off or did not answer

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from potluck.blobs import server
 from potluck.blobs.download import Downloader
@@ -104,6 +105,25 @@ async def test_bulk(node: Path, coordinator: Path, tmp_path: Path) -> None:
             async with Downloader(BlobStore(tmp_path / "there", 1 << 30), other, QUICK) as downloader:
                 with pytest.raises(Unavailable):
                     await downloader.fetch(ref)
+
+
+async def test_an_address_in_a_message_makes_no_member_speak_in_plain(node: Path, tmp_path: Path) -> None:
+    store = BlobStore(tmp_path / "held", 1 << 30)
+    ref = store.put_bytes(b"soup")
+    sock = socket.create_server(("127.0.0.1", 0))
+    (url,) = base_urls("127.0.0.1", sock.getsockname()[1], "http")
+    async with serve_http(sock, server.routes(store, writable=True, max_bytes=2**20), Credentials()):
+        for asking, gets in ((Credentials(), True), (Credentials.load(node, "node"), False)):
+            async with Downloader(BlobStore(tmp_path / str(gets), 1 << 30), asking, QUICK) as downloader:
+                found = downloader.fetch(replace(ref, holders=(url,)))
+                if gets:
+                    assert (await found).read_bytes() == b"soup"
+                else:
+                    with pytest.raises(Unavailable):
+                        await found
+                    with pytest.raises(Unavailable):
+                        await downloader.send_inputs(b"bread", url, 1.0)
+            assert await is_there(url, asking, 5.0) == gets
 
 
 async def test_a_nodes_server_lets_in_only_members(node: Path, tmp_path: Path) -> None:
