@@ -124,11 +124,18 @@ class Broker:
         """Act on a line of its log."""
 
 
-_BROKEN = re.compile(r"(\d+: )?Error(:| opening).*(acl[ _]file|config)", re.IGNORECASE)
+_BROKEN = re.compile(r"(\d+: )?Error(:| opening| found at).*(acl[ _]file|conf)", re.IGNORECASE)
 """What mosquitto logs when it cannot read its rules. Names of clients stand in the log too, but never at its lines' beginning."""
 _RELOADING = re.compile(r"(?:\d+: )?Reloading config\.")
 _CAME = re.compile(r"(?:\d+: )?New client connected from \S+ as (.*) \(p\d+, c\d+, k\d+, u'([^']*)'\)\.?")
-_WENT = re.compile(r"(?:\d+: )?Client (.*) (?:disconnected|closed its connection|has exceeded timeout).*")
+_WENT = re.compile(
+    r"(?:\d+: )?(?:"
+    r"Client (.*) (?:(?:been )?disconnected(?:: .*|, not authorised| due to .*| by .*)?|closed its connection|"
+    r"has exceeded timeout, disconnecting)\."
+    r"|Bad socket read/write on client (.*): .*)"
+)
+_REPLACED = " already connected, closing old connection."
+"""How a line ends that tells of an id which is connected anew: it is followed by the line that tells who has it."""
 _WHOLE_BYTES = 990
 """mosquitto cuts its lines at 999 bytes. A client with a long id would choose how such a line ends."""
 
@@ -198,13 +205,13 @@ class ClosedBroker(Broker):
                 self._process.kill()
         elif _RELOADING.fullmatch(line):
             self._reloaded.set()
-        elif len(line.encode()) > _WHOLE_BYTES:
+        elif len(line.encode()) > _WHOLE_BYTES or line.endswith(_REPLACED):
             return
         elif (came := _CAME.fullmatch(line)) is not None:
             if len(self.client_ids) < _CONNECTED_LIMIT:
                 self.client_ids[came[1]] = came[2]
         elif (went := _WENT.fullmatch(line)) is not None:
-            self.client_ids.pop(went[1], None)
+            self.client_ids.pop(went[1] or went[2], None)
 
 
 async def start_closed_broker(
