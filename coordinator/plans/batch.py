@@ -31,9 +31,6 @@ PROBE_ITEMS = 256
 BACKUP_FACTOR = 2.0
 """A backup starts when an attempt has taken this many times as long as its node's speed promised."""
 
-NAMES_SHOWN = 300
-"""At most so many characters of the names of metrics in an error."""
-
 Range = tuple[int, int]
 
 
@@ -258,20 +255,18 @@ class BatchStrategy:
 def merge(results: list[EvaluateResult]) -> EvaluateResult:
     """The sum of the parts: counts exactly, sums up to float64 rounding (they are weighted again).
 
-    Raises ModelFailed for parts with different metrics or numbers of classes: a mean of some parts would look like that of all.
+    A metric that one part lacks is left out: the mean of the others would look like that of all items. Raises ModelFailed for
+    parts with different numbers of classes.
     """
     count = sum(result.count for result in results)
     parts = [result for result in results if result.count]
-    names = {tuple(sorted(part.sums)) for part in parts}
-    if len(names) > 1:
-        shown = " and ".join(", ".join(each) or "none" for each in sorted(names))
-        raise ModelFailed(f"the nodes do not agree on the model's metrics: {shown[:NAMES_SHOWN]}")
+    names = [name for name in parts[0].sums if all(name in part.sums for part in parts)] if parts else []
     sums: dict[str, float] = {}
     counts: dict[str, float] = {}
-    for result in results:
-        for name, value in result.sums.items():
-            weight = result.counts.get(name, float(result.count))
-            sums[name] = sums.get(name, 0.0) + (value / result.count * weight if result.count else 0.0)
+    for part in parts:
+        for name in names:
+            weight = part.counts.get(name, float(part.count))
+            sums[name] = sums.get(name, 0.0) + part.sums[name] / part.count * weight
             counts[name] = counts.get(name, 0.0) + weight
     # Each is a sum of means by weight: turn it into a mean over items again, as `sums` has it.
     sums = {name: value / counts[name] * count if counts[name] else 0.0 for name, value in sums.items()}

@@ -87,14 +87,12 @@ def test_nodes_that_disagree_on_the_classes_are_told_apart() -> None:
         merge(parts)
 
 
-def test_nodes_that_report_other_metrics_are_told_apart() -> None:
-    """A mean over the parts that have a metric would be shown as the metric of all items."""
+def test_a_metric_that_one_part_lacks_is_not_shown_for_the_others() -> None:
+    """A mean over the parts that have it would be shown as the metric of all items."""
     parts = [EvaluateResult(count=3, sums={"loss": 1.5, "accuracy": 2.0}), EvaluateResult(count=2, sums={"loss": 0.5})]
-    with pytest.raises(ModelFailed, match=r"the model's metrics: accuracy, loss and loss$"):
-        merge(parts)
-    with pytest.raises(ModelFailed, match=r"the model's metrics: none and loss$"):
-        merge([parts[1], EvaluateResult(count=2)])
-    assert merge([parts[1], EvaluateResult(count=0)]).sums == {"loss": 0.5}
+    assert merge(parts).sums == {"loss": 2.0}
+    assert merge([parts[1], EvaluateResult(count=2)]).sums == {}
+    assert merge([parts[0], EvaluateResult(count=0)]).sums == {"loss": 1.5, "accuracy": 2.0}
 
 
 def test_a_confusion_matrix_that_one_part_left_out_is_not_shown_for_the_others() -> None:
