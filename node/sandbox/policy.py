@@ -61,8 +61,9 @@ def file_rules(asked: Confinement, python: Python, scratch: Path, devices: Seque
 
 def call_rules(asked: Confinement, pid: int, abi: int, *, gpus: bool) -> Rules:
     """The rules for the filter of calls, which also does what a Landlock of version `abi` cannot."""
-    # NVIDIA's library makes sockets of this machine, which it does not connect.
-    families = ((AF_INET, AF_INET6) if asked.network else ()) + ((AF_UNIX,) if gpus else ())
+    # NVIDIA's library makes sockets of this machine, which it does not connect. An engine that may connect may have none of them:
+    # services of this machine (D-Bus, Docker) would do for it what it may not do itself.
+    families = (AF_INET, AF_INET6) if asked.network else (AF_UNIX,) if gpus else ()
     return Rules(
         families=families,
         connect=asked.network,

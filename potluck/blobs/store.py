@@ -168,23 +168,27 @@ class BlobStore:
     def take(self, path: Path, sha256: str) -> BlobRef:
         """Move a file of a process that is not trusted. Raises CorruptBlob if it is no plain file, or its bytes are others.
 
-        It is copied and hashed at once: that process may have it open, or by another name, and change it at any time.
+        It is copied and hashed at once: that process may have it open, or by another name, and change it at any time. No more is
+        read than the file has now, and only if there is room for that.
         """
-        digest, size = hashlib.sha256(), 0
+        digest = hashlib.sha256()
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
             if error.errno in (errno.ELOOP, errno.ENXIO):  # a link, or a socket
                 raise CorruptBlob(f"{path.name[:12]} is no plain file") from error
             raise
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
             os.close(descriptor)
             raise CorruptBlob(f"{path.name[:12]} is no plain file")
+        left = size = found.st_size
         with os.fdopen(descriptor, "rb", buffering=0) as source:
+            self.check_room(size)
             with self.new_file() as file:
-                while chunk := source.read(_READ_BYTES):
+                while left and (chunk := source.read(min(left, _READ_BYTES))):
                     digest.update(chunk)
-                    size += len(chunk)
+                    left -= len(chunk)
                     file.write(chunk)
                 file.flush()
                 if digest.hexdigest() != sha256:

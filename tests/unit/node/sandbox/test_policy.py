@@ -6,6 +6,7 @@ from pathlib import Path
 
 from node.sandbox import landlock
 from node.sandbox.policy import Confinement, Python, call_rules, file_rules
+from node.sandbox.seccomp import AF_UNIX
 
 PYTHON = Python(
     ("/venv", "/usr"), ("/venv/lib/site-packages", "", "/", "/home/u/checkout"), ("/cache/keras",), ("", "/cuda/lib")
@@ -67,3 +68,6 @@ def test_the_filter_follows_the_kernel_and_the_settings() -> None:
     assert call_rules(Confinement(), 5, 5, gpus=False).own_pid == 5
     assert call_rules(Confinement(), 5, 0, gpus=False).truncate is False
     assert call_rules(Confinement(network=True), 5, 7, gpus=False).connect
+    # Who may connect has no sockets of this machine, with a GPU neither.
+    assert AF_UNIX in call_rules(Confinement(), 5, 7, gpus=True).families
+    assert AF_UNIX not in call_rules(Confinement(network=True), 5, 7, gpus=True).families

@@ -99,6 +99,15 @@ def test_a_file_of_a_process_that_is_not_trusted_is_copied_and_hashed(store: Blo
     assert [path.name for path in store.folder.iterdir()] == [sha(b"weights")]
 
 
+def test_a_file_without_end_costs_no_other_blob(store: BlobStore, tmp_path: Path) -> None:
+    kept, file = store.put_bytes(b"kept"), tmp_path / "sparse"
+    file.touch()
+    os.truncate(file, 1 << 42)
+    with pytest.raises(DiskFull):
+        store.take(file, sha(b"sparse"))
+    assert store.has(kept.sha256)
+
+
 def test_links_pipes_and_folders_are_not_taken(store: BlobStore, tmp_path: Path) -> None:
     secret, link, pipe = tmp_path / "secret", tmp_path / "link", tmp_path / "pipe"
     secret.write_bytes(b"secret")
