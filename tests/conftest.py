@@ -48,7 +48,8 @@ def leaves_nothing_behind() -> Iterator[None]:
     """Fails a test after which a thread or a child process is left that was not there before."""
     # Direct children: a cluster that several tests share starts engines of its own when it needs them. Those with the
     # command of one that was there before take its place: daemons of such a cluster that were killed and started again.
-    children_before = commands(psutil.Process().children())
+    there_before = psutil.Process().children()
+    children_before = commands(there_before)
     threads_before = set(threading.enumerate())
     yield
     deadline = time.monotonic() + _GRACE_SECONDS
@@ -58,7 +59,9 @@ def leaves_nothing_behind() -> Iterator[None]:
             for thread in threading.enumerate()
             if thread not in threads_before and not thread.name.startswith(_SHARED_THREADS)
         ]
-        children = commands(psutil.Process().children()) - children_before
+        # By who they are, and not by their commands alone: `ip netns exec` becomes the command that it was given.
+        new = (child for child in psutil.Process().children() if child not in there_before)
+        children = commands(new) - (children_before - commands(there_before))
         if not threads and not children:
             return
         if time.monotonic() > deadline:
