@@ -87,6 +87,18 @@ class CannotListen(InvalidSettings):
     exit_code = 5
 
 
+class NotAuthenticated(PotluckError):
+    """Nobody knows who asks: a closed cluster answers its members only."""
+
+    code = "not_authenticated"
+
+
+class NotAllowed(PotluckError):
+    """Whoever asks may not do this."""
+
+    code = "not_allowed"
+
+
 class NotFound(PotluckError):
     """A job, model, data set, deployment, node or blob that does not exist."""
 

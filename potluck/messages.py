@@ -3,6 +3,7 @@
 from potluck.wire.births import *  # noqa: F403
 from potluck.wire.commands import *  # noqa: F403
 from potluck.wire.jobs import *  # noqa: F403
+from potluck.wire.members import *  # noqa: F403
 from potluck.wire.messages import *  # noqa: F403
 from potluck.wire.questions import *  # noqa: F403
 from potluck.wire.reports import *  # noqa: F403

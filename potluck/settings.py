@@ -90,6 +90,11 @@ class BrokerSettings(Section, frozen=True):
 
     mode: Literal["auto", "external", "mosquitto", "embedded"] = "auto"
     port: Port = BROKER_PORT
+    """The port in an open cluster; 0: any free one. This also holds for those below."""
+    closed_port: Port = 8883
+    """The port for nodes and coordinators in a closed cluster, with TLS."""
+    client_port: Port = 8884
+    """The port for clients in a closed cluster, with TLS."""
 
 
 class DiscoverySettings(Section, frozen=True):
@@ -169,6 +174,12 @@ class CoordinatorSettings(NetworkSettings, frozen=True):
 
     state_dir: str = ""
     listen: GatewayListen = GatewayListen()
+    closed: bool = False
+    """A closed cluster also on loopback. Beyond loopback it always is one, unless `listen.insecure`."""
+    certificate_days: Annotated[int, Meta(ge=1, le=30)] = 7
+    """How long the certificates of a closed cluster's members last. They are renewed at two thirds."""
+    client_quota_bytes: Annotated[int, Meta(ge=0)] = 0
+    """How much of the blob store one client may fill with blobs that are not registered; 0: half of its room."""
     http: HttpSettings = HttpSettings()
     service: ServiceSettings = ServiceSettings()
     broker: BrokerSettings = BrokerSettings()
@@ -191,6 +202,12 @@ class ClientSettings(NetworkSettings, frozen=True):
     """Settings of a client or the command line. `timeout_seconds` limits each question."""
 
     timeout_seconds: PositiveSeconds = 30.0
+
+
+def is_closed(settings: CoordinatorSettings) -> bool:
+    """Whether the cluster of a coordinator with these settings is closed: only members with certificates take part in it."""
+    listen = settings.listen
+    return settings.closed or not (listen.insecure or is_loopback(listen.host))
 
 
 def check_listen(listen: Listen) -> None:

@@ -88,11 +88,6 @@ def client_rules(topics: Topics, members: Iterable[Member]) -> str:
     )
 
 
-def asked_by(topics: Topics, client: str, topic: str) -> str:
-    """Where a client publishes what is meant for `topic`. The topic proves its name, because the broker tells nobody who published."""
-    return f"{topics.root}/clients/{client}/to/{topic.removeprefix(topics.root + '/')}"
-
-
 def _of_daemon(topics: Topics, member: Member) -> Iterator[tuple[str, str]]:
     if member.kind == "coordinator":
         yield "readwrite", f"{topics.root}/#"
@@ -100,19 +95,19 @@ def _of_daemon(topics: Topics, member: Member) -> Iterator[tuple[str, str]]:
         yield from (("write", topics.node(member.name, leaf)) for leaf in _LEAVES_WRITTEN)
         yield from (("read", topics.node(member.name, leaf)) for leaf in _LEAVES_READ)
         yield "read", topics.coordinator_status
-        yield "read", f"{topics.root}/coordinator/proof"
+        yield "read", topics.coordinator_proof
 
 
 def _of_client(topics: Topics, member: Member) -> Iterator[tuple[str, str]]:
-    own = f"{topics.root}/clients/{member.name}"
-    yield "read", f"{own}/+/inbox"
-    yield "write", asked_by(topics, member.name, topics.coordinator_inbox)
+    own = Topics(topics.cluster, member.name)
+    yield "read", own.client_inbox("+")
+    yield "write", own.coordinator_inbox
     yield "read", topics.coordinator_status
     yield from (("read", topics.node("+", leaf)) for leaf in ("status", "capacity", "telemetry"))
     yield from (("read", topics.job("+", leaf)) for leaf in ("status", "events", "result"))
     if member.role in ("user", "operator"):
-        yield "write", asked_by(topics, member.name, topics.jobs_submit)
-        yield "write", asked_by(topics, member.name, topics.infer("+"))
+        yield "write", own.jobs_submit
+        yield "write", own.infer("+")
 
 
 def _block(member: Member, rights: Iterable[tuple[str, str]]) -> str:

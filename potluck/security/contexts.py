@@ -41,6 +41,31 @@ def client_context(where: Path, name: str, server: ServerName) -> ssl.SSLContext
     return context
 
 
+def trusting(ca: bytes, server: ServerName) -> ssl.SSLContext:
+    """For connections to servers of this kind by somebody who has no certificate yet. `ca`: the CA's certificate (PEM).
+
+    Raises InvalidSettings.
+    """
+    context = Pinned(ssl.PROTOCOL_TLS_CLIENT)
+    context.server_name = server
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    try:
+        context.load_verify_locations(cadata=ca.decode("ascii"))
+    except (ssl.SSLError, ValueError) as error:
+        raise InvalidSettings("this is no certificate of a CA") from error
+    return context
+
+
+def blind(server: ServerName) -> ssl.SSLContext:
+    """For the one question that may be asked of anybody: the CA's certificate, which is then compared with a join token."""
+    context = Pinned(ssl.PROTOCOL_TLS_CLIENT)
+    context.server_name = server
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context
+
+
 def server_context(where: Path, name: str, *, needs_certificate: bool = True) -> ssl.SSLContext:
     """For connections that others make. Unless `needs_certificate`, one may come without a certificate, but not with a wrong one.
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, NamedTuple, TypeVar
 from msgspec import Meta
 from msgspec.structs import replace
 
-from potluck.wire.values import Capacity, Count, Epoch, Message, NodeData, UnixTime
+from potluck.wire.values import Capacity, Count, Epoch, Message, NodeData, Part, UnixTime
 
 PROTOCOL_VERSION = 1
 """The newest version of the protocol that this program speaks."""
@@ -58,6 +58,37 @@ class CoordinatorStatus(Message, frozen=True):
     """Brokers (`host:port`) of other coordinators that serve a cluster of the same name on another bus."""
     newest_version: int = 0
     """The newest version of the protocol that it speaks; 0: it speaks only `version`."""
+    closed: bool = False
+    """Whether only members with certificates may take part. It is a remark for people: nobody is less careful because of it."""
+
+
+class Revoked(Part, frozen=True):
+    identity: str
+    until: UnixTime
+    """When its last certificate ends: nobody need remember it longer."""
+
+
+class Standing(Message, frozen=True):
+    """What a CoordinatorProof proves: the body that its seal covers. Never sent by itself."""
+
+    session: str
+    epoch: Epoch
+    cluster_id: str
+    revoked: tuple[Revoked, ...] = ()
+    """Members whose certificates are valid still, and who are none any more."""
+
+
+class CoordinatorProof(Message, frozen=True):
+    """Retained on `coordinator/proof` in closed clusters, and sent again when it changes: whose commands nodes carry out.
+
+    `certificate`: that of the key that signs commands, by the cluster's CA (DER). `seal`, `body` and `signature` as in `Sealed`; the
+    body is a `Standing`, and the seal is for the purpose of proofs, and for every audience.
+    """
+
+    certificate: bytes
+    seal: bytes
+    body: bytes
+    signature: bytes
 
 
 class NodeStatus(Message, frozen=True):
@@ -126,5 +157,5 @@ class NodeTelemetry(Message, frozen=True):
     """Why it can store no more blobs: its disk is full; "": it can."""
 
 
-AnyBirth = CoordinatorStatus | NodeStatus | NodeCapacity | NodeTelemetry
+AnyBirth = CoordinatorStatus | Standing | CoordinatorProof | NodeStatus | NodeCapacity | NodeTelemetry
 """Everything that nodes and the coordinator say of themselves."""

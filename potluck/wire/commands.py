@@ -111,8 +111,19 @@ class CancelInference(Message, frozen=True):
     replica_id: str
 
 
+class Sealed(Message, frozen=True):
+    """A command of a closed cluster: a packed `Seal`, the command's own bytes (msgpack), and the signature over both.
+
+    `potluck.wire.seals` says what is signed and how it is opened. A node of a closed cluster carries out nothing that comes without it.
+    """
+
+    seal: bytes
+    body: bytes
+    signature: bytes
+
+
 AnyCommand = (
-    Rebirth | LeaseShard | WithdrawLease | AcknowledgeResult | ForgetJob | LoadModel | UnloadModel | RunInference
+    Sealed | Rebirth | LeaseShard | WithdrawLease | AcknowledgeResult | ForgetJob | LoadModel | UnloadModel | RunInference
     | CancelInference | HoldBlob | ReleaseBlob
 )  # fmt: skip
 """Everything that the coordinator tells a node."""

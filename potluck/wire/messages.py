@@ -12,7 +12,7 @@ Where they stand, each file after those that it imports:
 - `values.py`: what several messages are made of: limits, names and numbers, `BlobRef`, `Tensor`, `DataFormat`.
 - `jobs.py`: jobs, as users ask for them (`AnyJobSpec`), and what is told of how they go.
 - `tasks.py`: what one node does for a shard (`AnyTask`), and the results (`AnyTaskResult`).
-- `questions.py`: what clients ask, and what the coordinator answers.
+- `questions.py`: what clients ask, and what the coordinator answers; `members.py`: the same about who belongs to a closed cluster.
 - `births.py`: what nodes and the coordinator say of themselves.
 - `commands.py`: what the coordinator tells a node.
 - `reports.py`: what a node reports to the coordinator.
@@ -22,7 +22,8 @@ from __future__ import annotations
 
 from potluck.wire.births import AnyBirth
 from potluck.wire.commands import AnyCommand
+from potluck.wire.members import AnyMemberQuestion
 from potluck.wire.questions import AnyQuestion
 from potluck.wire.reports import AnyReport
 
-AnyMessage = AnyQuestion | AnyBirth | AnyCommand | AnyReport
+AnyMessage = AnyQuestion | AnyMemberQuestion | AnyBirth | AnyCommand | AnyReport

@@ -18,6 +18,8 @@ from potluck.wire.values import Epoch, Part, UnixTime
 
 PURPOSE = "potluck command 1"
 """No signature for another purpose can be taken for a command's."""
+PROOF_PURPOSE = "potluck proof 1"
+"""The purpose of the seal in a CoordinatorProof. Its `audience` and `session` are "": it is for all, and kept."""
 KIND = "ed25519"
 VALID_SECONDS = 30.0
 """How long a command is valid after it was sent."""
@@ -78,6 +80,32 @@ def close(seal: Seal, body: bytes, sign: Callable[[bytes], bytes]) -> Sealed:
     return Sealed(packed, body, sign(signed_bytes(packed, body)))
 
 
+def open_proof(proof: Sealed, topic: str, cluster_id: str, verify: Callable[[bytes, bytes], bool]) -> Seal:
+    """The seal of a proof, whose body may then be read. It may be an old one: the reader keeps the one with the highest (term, number).
+
+    Raises SealRefused.
+    """
+    seal = _read(proof, verify)
+    if (seal.purpose, seal.kind) != (PROOF_PURPOSE, KIND):
+        raise SealRefused(f"a seal is for {seal.purpose[:40]!r}, not for proofs")
+    if seal.topic != topic:
+        raise SealRefused(f"a proof was sealed for the topic {seal.topic[:80]!r}, and came on another")
+    if seal.cluster_id != cluster_id:
+        raise SealRefused("a proof is of another cluster")
+    return seal
+
+
+def _read(sealed: Sealed, verify: Callable[[bytes, bytes], bool]) -> Seal:
+    if len(sealed.seal) > SEAL_LIMIT_BYTES:
+        raise SealRefused("the seal of a command is too large")
+    if not verify(sealed.signature, signed_bytes(sealed.seal, sealed.body)):
+        raise SealRefused("a command is not signed by this cluster's coordinator")
+    try:
+        return _DECODER.decode(sealed.seal)
+    except msgspec.MsgspecError as error:
+        raise SealRefused(f"the seal of a command cannot be read: {error}") from error
+
+
 class Window:
     """Which numbers came already, in constant memory. Not older than WINDOW, and none twice."""
 
@@ -133,14 +161,7 @@ class Opener:
 
         Raises SealRefused; then nothing has changed.
         """
-        if len(sealed.seal) > SEAL_LIMIT_BYTES:
-            raise SealRefused("the seal of a command is too large")
-        if not self._verify(sealed.signature, signed_bytes(sealed.seal, sealed.body)):
-            raise SealRefused("a command is not signed by this cluster's coordinator")
-        try:
-            seal = _DECODER.decode(sealed.seal)
-        except msgspec.MsgspecError as error:
-            raise SealRefused(f"the seal of a command cannot be read: {error}") from error
+        seal = _read(sealed, self._verify)
         if (seal.purpose, seal.kind) != (PURPOSE, KIND):
             raise SealRefused(f"a seal is for {seal.purpose[:40]!r}, not for commands")
         if seal.topic != topic:

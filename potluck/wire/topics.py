@@ -15,6 +15,15 @@
 | jobs/<id>/result      | coordinator | 1   | expires  | JobEnded                                             |
 | models/<name>/infer   | clients     | any | no       | Infer, CancelInfer                                   |
 | clients/<id>/inbox    | coordinator | any | no       | answers                                              |
+
+In a closed cluster the topic of each message proves who sent it, because the broker lets nobody write another's topics:
+
+| topic                           | publisher   | QoS | retained | messages                                   |
+|---------------------------------|-------------|-----|----------|--------------------------------------------|
+| clients/<name>/to/<topic>       | client      | any | no       | what goes to <topic> in an open cluster    |
+| clients/<name>/<session>/inbox  | coordinator | any | no       | answers                                    |
+| coordinator/proof               | coordinator | 1   | yes      | CoordinatorProof                           |
+| nodes/<id>/inbox                | coordinator | 1/0 | no       | Sealed commands                            |
 """
 
 from __future__ import annotations
@@ -39,9 +48,13 @@ def check_node_id(node_id: str) -> None:
 
 @dataclass(frozen=True)
 class Topics:
-    """The topics of one cluster. Raises InvalidSettings for a cluster name that a topic cannot contain."""
+    """The topics of one cluster. Raises InvalidSettings for a cluster name that a topic cannot contain.
+
+    `client`: the name of the member of a closed cluster whose questions these topics are for; "": an open cluster, or no client.
+    """
 
     cluster: str
+    client: str = ""
 
     def __post_init__(self) -> None:
         if not _SEGMENT.match(self.cluster):
@@ -56,12 +69,16 @@ class Topics:
         return f"{self.root}/coordinator/status"
 
     @property
+    def coordinator_proof(self) -> str:
+        return f"{self.root}/coordinator/proof"
+
+    @property
     def coordinator_inbox(self) -> str:
-        return f"{self.root}/coordinator/inbox"
+        return self._asked("coordinator/inbox")
 
     @property
     def jobs_submit(self) -> str:
-        return f"{self.root}/jobs/submit"
+        return self._asked("jobs/submit")
 
     def node(self, node_id: str, leaf: str) -> str:
         """`leaf` is status, capacity, telemetry, inbox or outbox; `node_id` may be `+` in a filter."""
@@ -72,10 +89,28 @@ class Topics:
         return f"{self.root}/jobs/{job_id}/{leaf}"
 
     def infer(self, name: str) -> str:
-        return f"{self.root}/models/{name}/infer"
+        return self._asked(f"models/{name}/infer")
 
     def client_inbox(self, client_id: str) -> str:
-        return f"{self.root}/clients/{client_id}/inbox"
+        """Where the answers to a client's process come, which `client_id` names. Raises ValueError for `to`, which is no process."""
+        if client_id == "to":
+            raise ValueError("no client's process may be called 'to'")
+        return f"{self.root}/clients/{self.client + '/' if self.client else ''}{client_id}/inbox"
+
+    @property
+    def asked(self) -> str:
+        """The filter of all that clients of a closed cluster ask."""
+        return f"{self.root}/clients/+/to/#"
+
+    def asked_by(self, topic: str) -> tuple[str, str]:
+        """(the client's name, the topic as in an open cluster) of a question in a closed cluster; ("", `topic`) of all else."""
+        parts = topic.removeprefix(f"{self.root}/").split("/", 3) if topic.startswith(f"{self.root}/clients/") else []
+        if len(parts) == 4 and parts[2] == "to":
+            return parts[1], f"{self.root}/{parts[3]}"
+        return "", topic
+
+    def _asked(self, leaf: str) -> str:
+        return f"{self.root}/{f'clients/{self.client}/to/' if self.client else ''}{leaf}"
 
     def segment(self, topic: str, index: int) -> str:
         """The `index`-th segment below the cluster's root: `segment('.../nodes/n1/inbox', 1)` is `n1`."""

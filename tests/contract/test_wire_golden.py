@@ -64,13 +64,17 @@ def example(kind: Any, name: str = "", encoding: Encoding = "msgpack") -> Any:
         float: 0.25,
         bool: True,
         type(None): None,
+        bytes: bytes(range(8)),
     }
     return scalars[kind]
 
 
 def _constrained(kind: Any, meta: msgspec.Meta, name: str) -> Any:
     if kind is str:
-        return "0123456789abcdef" * 4 if "0-9a-f" in (meta.pattern or "") else f"{name}-1"
+        if "0-9a-f" not in (meta.pattern or ""):
+            return f"{name}-1"
+        digits = "0123456789abcdef" * 4
+        return digits[:10] if "{10}" in str(meta.pattern) else digits
     found = example(kind, name)
     return found if meta.le is None else min(found, meta.le)
 
@@ -151,7 +155,9 @@ def test_no_message_type_is_missing_from_the_union() -> None:
     assert defined == set(KINDS)
 
 
-@pytest.mark.parametrize("file", ["values", "jobs", "questions", "births", "tasks", "commands", "reports", "messages"])
+@pytest.mark.parametrize(
+    "file", ["values", "jobs", "questions", "members", "births", "tasks", "commands", "reports", "messages"]
+)
 def test_users_import_everything_from_one_module(file: str) -> None:
     public = {name: value for name, value in vars(getattr(wire, file)).items() if not name.startswith("_")}
     assert [name for name, value in public.items() if vars(messages).get(name) is not value] == []
