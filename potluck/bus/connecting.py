@@ -17,8 +17,12 @@ from potluck.credentials import Credentials
 from potluck.errors import Unavailable
 from potluck.settings import BusTimings
 from potluck.wire import codec
+from potluck.wire.identities import CLIENT_ID_PREFIX
 
 log = logging.getLogger(__name__)
+
+_VERDICT_SECONDS = 0.3
+"""A broker that does not refuse our certificate says nothing, so this long is waited for its refusal."""
 
 
 async def reach(
@@ -32,7 +36,7 @@ async def refusal(host: str, port: int, credentials: Credentials, limit_seconds:
     """Why our connection is refused there, in words; "": it is accepted."""
     try:
         async with asyncio.timeout(limit_seconds):
-            _, writer = await reach((host, port), credentials)
+            reader, writer = await reach((host, port), credentials)
     except TimeoutError:
         return f"no answer within {limit_seconds:g} s"
     except ssl.SSLError as error:  # an OSError with numbers of its own, and some are ValueErrors
@@ -43,8 +47,21 @@ async def refusal(host: str, port: int, credentials: Credentials, limit_seconds:
         # asyncio's text repeats the address. The error for several addresses of one host has no number.
         known = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
         return known or "no connection"
-    writer.close()
-    return ""
+    try:
+        return "" if credentials.broker_tls is None else await _late_refusal(reader)
+    finally:
+        writer.close()
+
+
+async def _late_refusal(reader: asyncio.StreamReader) -> str:
+    """Why our certificate is refused; "": it is not. In TLS 1.3 a server says so after our side of the handshake is done (RFC 8446, 4.4)."""
+    try:
+        async with asyncio.timeout(_VERDICT_SECONDS):
+            return "" if await reader.read(1) else "the connection was closed"
+    except TimeoutError:
+        return ""
+    except OSError as error:
+        return str(error)
 
 
 def client_options(
@@ -61,7 +78,7 @@ def client_options(
     return {
         "hostname": address[0],
         "port": address[1],
-        "identifier": client_id,
+        "identifier": client_id if credentials.broker_tls is None else _prefixed(client_id),
         "protocol": version,
         "clean_session": None if v5 else True,
         "clean_start": True if v5 else MQTT_CLEAN_START_FIRST_ONLY,
@@ -75,8 +92,16 @@ def client_options(
     }
 
 
+def _prefixed(client_id: str) -> str:
+    """The id as a closed cluster's broker takes it. Of a daemon, the broker then replaces it by the name in its certificate."""
+    return CLIENT_ID_PREFIX + client_id.removeprefix(CLIENT_ID_PREFIX)
+
+
 async def take_over(address: tuple[str, int], credentials: Credentials, client_id: str, limit_seconds: float) -> None:
-    """Connect with this client id and leave again, so that the broker ends the connection that has it. Raises Unavailable."""
+    """Connect with this client id and leave again, so that the broker ends the connection that has it. Raises Unavailable.
+
+    In a closed cluster, a daemon's id is the identity in the certificate of `credentials`, whatever `client_id` says.
+    """
     timings = BusTimings(connect_timeout_seconds=limit_seconds)
     options = client_options(
         address, aiomqtt.ProtocolVersion.V311, credentials, client_id=client_id, will=None, timings=timings

@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Coroutine, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -157,7 +157,9 @@ class ClosedBroker(Broker):
         self._folder = folder
         self._topics = topics
         self._reloaded = asyncio.Event()
+        self._writing = asyncio.Lock()
         self._reloading = asyncio.Lock()
+        self._changes: set[asyncio.Task[None]] = set()
         self._reload_at = 0.0
         super().__init__("mosquitto", host, port, process)
 
@@ -166,14 +168,30 @@ class ClosedBroker(Broker):
 
         Raises InvalidSettings when the rules cannot be written, and Unavailable when the broker does not take them.
         """
-        _write_rules(self._folder, self._topics, tuple(members))
-        await self.reload()
+        rules = tuple(members)
+        await self._whole(self._allow(rules))
+
+    async def _allow(self, members: tuple[Member, ...]) -> None:
+        # One after the other, in the order of the calls: who was left out must not come back with an older list.
+        async with self._writing:
+            await asyncio.to_thread(_write_rules, self._folder, self._topics, members)
+        await self._shared_reload()
 
     async def reload(self) -> None:
         """Let it read its rules and its certificate again. Returns when it begins to: whatever it gets later, it judges by them.
 
         With a certificate that it cannot read, it keeps the one before. Raises Unavailable.
         """
+        await self._whole(self._shared_reload())
+
+    async def _whole(self, change: Coroutine[None, None, None]) -> None:
+        """Carry a change out also if whoever asked for it is cancelled: others may share it."""
+        changing = asyncio.create_task(change, name="broker-rules")
+        self._changes.add(changing)
+        changing.add_done_callback(self._changes.discard)
+        await asyncio.shield(changing)
+
+    async def _shared_reload(self) -> None:
         # who waits here shares the next reload, with all that was written until it begins
         asked_at = asyncio.get_running_loop().time()
         async with self._reloading:
@@ -184,7 +202,7 @@ class ClosedBroker(Broker):
 
     async def _reload(self) -> None:
         await asyncio.sleep(self._reload_at + _RELOAD_SECONDS - asyncio.get_running_loop().time())
-        _give_away(self._folder)
+        await asyncio.to_thread(_give_away, self._folder)
         self._reloaded.clear()
         self._reload_at = asyncio.get_running_loop().time()
         with contextlib.suppress(ProcessLookupError):
@@ -267,9 +285,13 @@ def _write_rules(folder: Path, topics: Topics, members: tuple[Member, ...]) -> N
 
 
 def _give_away(folder: Path) -> None:
-    """Let the user that mosquitto runs as read its files."""
-    for path in (folder, *folder.iterdir()):
-        os.chown(path, _reader(), -1, follow_symlinks=False)
+    """Let the user that mosquitto runs as read its files. Raises InvalidSettings."""
+    try:
+        for path in (folder, *folder.iterdir()):
+            with contextlib.suppress(FileNotFoundError):  # a file that is being replaced
+                os.chown(path, _reader(), -1, follow_symlinks=False)
+    except OSError as error:
+        raise InvalidSettings(f"the broker's folder {folder} cannot be given to its user: {error.strerror}") from error
 
 
 def _reader() -> int:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from potluck.errors import InvalidSettings
-from potluck.wire.identities import is_identity
+from potluck.wire.identities import CLIENT_ID_PREFIX, is_identity
 from potluck.wire.topics import Topics
 
 CONFIGURATION = "mosquitto.conf"
@@ -62,10 +62,11 @@ def configuration(host: str, port: int, client_port: int, common: str) -> str:
     """mosquitto.conf: a listener for nodes and coordinators, one for clients, and then `common`. Files are named without a folder.
 
     On the first, a client id is the name in the certificate: whoever has it ends the connection of who had it before. On the second
-    it is free, because one identity may run several commands at once.
+    it is free but for its beginning, because one identity may run several commands at once. What begins so is never an identity: there
+    is one table of ids for both, and no client may end the connection of a daemon by taking its id.
     """
     return (
-        "per_listener_settings true\n"
+        f"per_listener_settings true\nclientid_prefixes {CLIENT_ID_PREFIX}\n"
         + _LISTENER.format(port=port, host=host)
         + f"use_username_as_clientid true\nacl_file {NODE_RULES}\nmax_connections -1\n"
         + _LISTENER.format(port=client_port, host=host)

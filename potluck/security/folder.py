@@ -61,7 +61,10 @@ def write_pair(folder: Path, name: str, key: bytes, certificate: bytes) -> None:
 
 
 def secret(path: Path) -> bytes:
-    """The bytes of a file that only we may read. Raises InvalidSettings when it is missing, or when others can read it."""
+    """The bytes of a file that only we may read. Raises InvalidSettings when it is missing, or when others can read it.
+
+    systemd gives the files of LoadCredential to the service's group too (systemd.exec(5)), in a folder that nobody else can enter.
+    """
     try:
         with path.open("rb") as file:
             found = os.fstat(file.fileno())
@@ -70,7 +73,8 @@ def secret(path: Path) -> bytes:
         raise InvalidSettings(f"the key {path} cannot be read: {error.strerror}") from error
     if found.st_uid not in (0, os.geteuid()):
         raise InvalidSettings(f"the key {path} belongs to another user: whoever can read it can pose as this machine")
-    if stat.S_IMODE(found.st_mode) & 0o077:
+    by_systemd = str(path.parent) == os.environ.get("CREDENTIALS_DIRECTORY")
+    if stat.S_IMODE(found.st_mode) & (0o037 if by_systemd else 0o077):
         raise InvalidSettings(
             f"the key {path} can be read by other users: type chmod 600 {path}; "
             "if they may have read it, remove this member from the cluster and join again"
@@ -79,11 +83,23 @@ def secret(path: Path) -> bytes:
 
 
 def public(path: Path) -> bytes:
-    """The bytes of a file that anyone may read. Raises InvalidSettings."""
+    """The bytes of a file that anyone may read, and only we may write: who changes the CA's certificate decides whom we trust.
+
+    Raises InvalidSettings.
+    """
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            found, folder = os.fstat(file.fileno()), path.parent.stat()
+            data = file.read()
     except OSError as error:
         raise InvalidSettings(f"the certificate {path} cannot be read: {error.strerror}") from error
+    for where, state in ((path, found), (path.parent, folder)):
+        if state.st_uid not in (0, os.geteuid()) or stat.S_IMODE(state.st_mode) & 0o022:
+            raise InvalidSettings(
+                f"{where} can be written by other users, who could let this machine trust another cluster: "
+                f"type chmod go-w {where}, and see that it belongs to you or root"
+            )
+    return data
 
 
 def certificate_of(both: bytes) -> bytes:

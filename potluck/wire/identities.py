@@ -14,6 +14,8 @@ Role = Literal["node", "coordinator", "client"]
 
 ANONYMOUS = "anonymous"
 """Stands in the log for a caller that gives no identity."""
+CLIENT_ID_PREFIX = "potluck-"
+"""How the MQTT client ids begin that are sent in a closed cluster. No identity begins so, because its role has no '-'."""
 CALLER_HEADER = "Potluck-Caller"
 """The header of an HTTP request with the identity of its sender."""
 

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import ssl
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import paho.mqtt.client as mqtt
 import pytest
 
-from potluck.bus.connecting import take_over
+from potluck.bus.connecting import refusal, take_over
 from potluck.credentials import Credentials
 from potluck.errors import InvalidSettings, Unavailable
 from potluck.net import broker as brokers
@@ -140,7 +141,7 @@ class Cluster:
         self._peers.append(peer)
         return peer
 
-    async def member(self, identity: str, client_id: str = "free", **options: Any) -> Peer:
+    async def member(self, identity: str, client_id: str = "potluck-free", **options: Any) -> Peer:
         clients = identity.startswith("client:")
         return await self.peer(self.context(identity), client_id, clients=clients, **options).connected()
 
@@ -179,7 +180,7 @@ async def test_who_is_not_let_in(cluster: Cluster) -> None:
     contexts_of["TLS 1.2"] = early
     for why, context in contexts_of.items():
         for clients in (False, True):
-            peer = cluster.peer(context, "x", clients=clients)
+            peer = cluster.peer(context, "potluck-x", clients=clients)
             await eventually(lambda peer=peer: peer.ended)  # type: ignore[misc]
             assert not peer.answer, why
     await cluster.member("node:n1")
@@ -226,7 +227,7 @@ async def test_a_will_on_anothers_topic_is_not_sent(cluster: Cluster) -> None:
 
 
 async def test_what_clients_may(cluster: Cluster) -> None:
-    ann, eve = await cluster.member("client:ann"), await cluster.member("client:eve", "eve-1")
+    ann, eve = await cluster.member("client:ann"), await cluster.member("client:eve", "potluck-eve-1")
     for client, name, answer in ((ann, "ann", DONE), (eve, "eve", DENIED)):
         for topic in (TOPICS.jobs_submit, TOPICS.infer("soup")):
             assert await client.publish(asked_by(name, topic)) == answer
@@ -240,19 +241,31 @@ async def test_what_clients_may(cluster: Cluster) -> None:
 
 
 async def test_one_client_may_connect_twice_and_no_node(cluster: Cluster) -> None:
-    one, two = await cluster.member("client:ann", "ann-1"), await cluster.member("client:ann", "ann-2")
+    one, two = await cluster.member("client:ann", "potluck-ann-1"), await cluster.member("client:ann", "potluck-ann-2")
     assert await one.publish(asked_by("ann", TOPICS.jobs_submit)) == DONE
     assert not two.ended
-    await eventually(lambda: cluster.broker.client_ids.get("ann-2") == "client:ann")
-    first = await cluster.member("node:n1", "one")
-    await cluster.member("node:n1", "two")
+    await eventually(lambda: cluster.broker.client_ids.get("potluck-ann-2") == "client:ann")
+    first = await cluster.member("node:n1", "potluck-one")
+    await cluster.member("node:n1", "potluck-two")
     await eventually(lambda: first.ended)
 
 
+@pytest.mark.parametrize("taken", ["node:n1", "coordinator:attic", ""])
+async def test_no_client_takes_the_id_of_a_daemon(cluster: Cluster, taken: str) -> None:
+    """Its connection would end, and its will be sent."""
+    n1, coordinator = await cluster.member("node:n1"), await cluster.member("coordinator:attic")
+    for identity in ("client:eve", "node:n2"):
+        thief = cluster.peer(cluster.context(identity), taken, clients=True)
+        await eventually(lambda thief=thief: thief.ended)
+        assert thief.answer != DONE
+    assert not n1.ended
+    assert not coordinator.ended
+
+
 async def test_on_the_others_port_nobody_has_rights(cluster: Cluster) -> None:
-    node = await cluster.peer(cluster.context("node:n1"), "free", clients=True).connected()
+    node = await cluster.peer(cluster.context("node:n1"), "potluck-free", clients=True).connected()
     assert await node.publish(TOPICS.node("n1", "outbox")) == DENIED
-    ann = await cluster.peer(cluster.context("client:ann"), "free").connected()
+    ann = await cluster.peer(cluster.context("client:ann"), "potluck-free").connected()
     assert await ann.publish(asked_by("ann", TOPICS.jobs_submit)) == DENIED
 
 
@@ -291,13 +304,15 @@ async def test_who_is_revoked_is_cut_off(cluster: Cluster) -> None:
 
 
 async def test_a_session_of_a_client_is_ended_by_its_id(cluster: Cluster, unused_tcp_port: int) -> None:
-    one, two = await cluster.member("client:ann", "ann-1"), await cluster.member("client:ann", "ann-2")
+    one, two = await cluster.member("client:ann", "potluck-ann-1"), await cluster.member("client:ann", "potluck-ann-2")
     ours = cluster.context("client:ann")
-    await take_over(("127.0.0.1", cluster.broker.client_port), Credentials("client:ann", ours, ours), "ann-2", 5)
+    await take_over(
+        ("127.0.0.1", cluster.broker.client_port), Credentials("client:ann", ours, ours), "potluck-ann-2", 5
+    )
     await eventually(lambda: two.ended)
     assert not one.ended
-    with pytest.raises(Unavailable, match="ann-2 could not be taken over"):
-        await take_over(("127.0.0.1", unused_tcp_port), Credentials("client:ann", ours, ours), "ann-2", 5)
+    with pytest.raises(Unavailable, match="potluck-ann-2 could not be taken over"):
+        await take_over(("127.0.0.1", unused_tcp_port), Credentials("client:ann", ours, ours), "potluck-ann-2", 5)
 
 
 async def test_many_changes_are_few_reloads(cluster: Cluster) -> None:
@@ -307,6 +322,35 @@ async def test_many_changes_are_few_reloads(cluster: Cluster) -> None:
     assert loop.time() - began < 5, "forty reloads, one after the other, would take eight seconds"
     last = await cluster.member("node:m39")
     assert await last.publish(TOPICS.node("m39", "outbox")) == DONE
+
+
+async def test_who_is_left_out_does_not_come_back_with_an_older_list(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first change is slow, and whoever asked for it gave up."""
+    n1, write = await cluster.member("node:n1"), brokers._write_rules
+
+    def slow(*arguments: Any) -> None:
+        if len(arguments[-1]) == len(MEMBERS):
+            time.sleep(0.3)
+        write(*arguments)
+
+    monkeypatch.setattr(brokers, "_write_rules", slow)
+    older = asyncio.create_task(cluster.broker.allow(MEMBERS))
+    await asyncio.sleep(0)
+    newer = asyncio.create_task(cluster.broker.allow(MEMBERS[:1]))
+    older.cancel()
+    await newer
+    assert await n1.publish(TOPICS.node("n1", "outbox")) == DENIED
+    assert older.cancelled()
+
+
+async def test_a_certificate_that_the_broker_refuses_is_no_accepted_connection(cluster: Cluster) -> None:
+    good, other = cluster.context("node:n1"), cluster.context("node:n1", OTHERS)
+    for context, said in ((good, ""), (other, "alert unknown ca")):
+        answer = await refusal("127.0.0.1", cluster.broker.port, Credentials("node:n1", context, context), 5)
+        assert said in answer.lower().replace("_", " ")
+        assert bool(answer) == bool(said)
 
 
 async def test_mqtt_3_1_1_is_told_nothing_but_may_nothing(cluster: Cluster) -> None:
@@ -335,10 +379,10 @@ async def test_it_ends_when_its_rules_are_broken(cluster: Cluster, file: str, da
 
 async def test_a_name_in_the_log_ends_nothing(cluster: Cluster) -> None:
     """A client chooses its id, and the broker's log has it."""
-    evil = "Error: Unable to open acl_file config"
+    evil = "potluck-Error: Unable to open acl_file config"
     await cluster.member("client:ann", evil)
     await eventually(lambda: cluster.broker.client_ids.get(evil) == "client:ann")
-    forged = "x (p5, c1, k20, u'client:eve')"
+    forged = "potluck-x (p5, c1, k20, u'client:eve')"
     peer = await cluster.member("client:ann", forged)
     await eventually(lambda: cluster.broker.client_ids.get(forged) == "client:ann")
     assert await peer.publish(asked_by("ann", TOPICS.jobs_submit)) == DONE
@@ -350,22 +394,24 @@ async def test_a_name_in_the_log_ends_nothing(cluster: Cluster) -> None:
 async def test_a_line_of_the_log_cannot_be_made_up(cluster: Cluster) -> None:
     """mosquitto cuts its lines at 999 bytes, and so a client with a long id chooses how they end."""
     ids = cluster.broker.client_ids
-    await cluster.member("client:ann", "ann-1")
-    await eventually(lambda: ids.get("ann-1") == "client:ann")
-    gone = await cluster.member("client:eve", "ann-1 disconnected" + "x" * 1000)
+    await cluster.member("client:ann", "potluck-ann-1")
+    await eventually(lambda: ids.get("potluck-ann-1") == "client:ann")
+    gone = await cluster.member("client:eve", "potluck-ann-1 disconnected" + "x" * 1000)
     gone.close()
-    two_lines = cluster.peer(cluster.context("client:eve"), "x\n1: Error: Unable to open acl_file", clients=True)
+    two_lines = cluster.peer(
+        cluster.context("client:eve"), "potluck-x\n1: Error: Unable to open acl_file", clients=True
+    )
     await eventually(lambda: two_lines.ended)
-    for name in ("ann-1 disconnected", "ann-1 disconnected: x"):
+    for name in ("potluck-ann-1 disconnected", "potluck-ann-1 disconnected: x"):
         # The second with this id: mosquitto logs that it is connected already.
         for _ in range(2):
             last = await cluster.member("client:eve", name)
             await eventually(lambda name=name: ids.get(name) == "client:eve")
         last.close()
         await eventually(lambda name=name: name not in ids)
-    await cluster.member("client:eve", "eve-1")
-    await eventually(lambda: ids.get("eve-1") == "client:eve")
-    assert ids == {"ann-1": "client:ann", "eve-1": "client:eve"}
+    await cluster.member("client:eve", "potluck-eve-1")
+    await eventually(lambda: ids.get("potluck-eve-1") == "client:eve")
+    assert ids == {"potluck-ann-1": "client:ann", "potluck-eve-1": "client:eve"}
     assert not cluster.broker.fault
 
 
@@ -406,7 +452,7 @@ async def test_a_node_that_poses_as_the_broker_is_refused(tmp_path: Path) -> Non
         members = tmp_path / f"members-{number}"
         members.mkdir()
         cluster = Cluster(false, members)
-        peer = cluster.peer(cluster.context("node:n1"), "x")
+        peer = cluster.peer(cluster.context("node:n1"), "potluck-x")
         assert "CERTIFICATE_VERIFY_FAILED" in peer.error
         await false.stop()
 

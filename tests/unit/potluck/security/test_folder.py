@@ -34,6 +34,26 @@ def test_a_key_that_others_can_use_is_refused(tmp_path: Path, bits: int) -> None
         folder.secret(path)
 
 
+def test_systemd_gives_a_credential_to_the_services_group_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "join-token"
+    folder.write(path, b"token", 0o440)
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    assert folder.secret(path) == b"token"
+    path.chmod(0o444)
+    with pytest.raises(InvalidSettings, match="can be read by other users"):
+        folder.secret(path)
+
+
+@pytest.mark.parametrize("which", ["file", "folder"])
+def test_a_ca_that_others_can_change_is_refused(tmp_path: Path, which: str) -> None:
+    path = tmp_path / "identity" / folder.CA_CERTIFICATE
+    folder.write(path, b"ca", folder.PUBLIC)
+    loose = path if which == "file" else path.parent
+    loose.chmod(loose.stat().st_mode | 0o020)
+    with pytest.raises(InvalidSettings, match=rf"chmod go-w {loose},"):
+        folder.public(path)
+
+
 def test_a_key_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "node.pem"
     folder.write(path, b"key")
