@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterable
@@ -27,6 +26,7 @@ from node.own_data import OwnData
 from node.presence import Presence
 from node.replicas import Replicas
 from node.sandbox.policy import Confinement
+from node.scratch import clear
 from node.slot import EngineSlot
 from potluck import lifecycle, reloading
 from potluck.blobs import server as blob_server
@@ -347,7 +347,7 @@ class Node:
         self, store: BlobStore, downloader: Downloader, inputs: Inputs, fast: Outbox, own_data: OwnData
     ) -> None:
         scratch = self.folder / "scratch"
-        shutil.rmtree(scratch, ignore_errors=True)
+        clear(scratch)
 
         def urls() -> tuple[str, ...]:
             return self._presence.urls
@@ -355,7 +355,7 @@ class Node:
         reads = tuple(str(folder) for folder in (store.folder, inputs.store.folder, self.folder / "data"))
 
         def make(name: str, connected: bool, *, quick_kernels: bool = False) -> Engine:
-            shutil.rmtree(scratch / name, ignore_errors=True)  # files that a dead engine was writing
+            clear(scratch / name)  # files that a dead engine was writing
             settings = self.settings  # as they are now: they may have been reloaded
             engine = Engine(
                 scratch / name,

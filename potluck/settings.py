@@ -29,7 +29,7 @@ LogLevel = Annotated[
 LAMBDA = "lambda"
 """In `allow_code`: allows code inside models. No module can have this name."""
 Sandbox = Literal["off", "auto", "required"]
-"""How engines are kept from the machine: not at all; as far as its kernel can; wholly, or no engine starts."""
+"""How engines are kept from the machine: not at all; as far as its kernel can, if it has no GPU; wholly, or no engine starts."""
 ModuleName = Annotated[
     str,
     Meta(
@@ -157,8 +157,8 @@ class NodeSettings(NetworkSettings, frozen=True):
     """How many threads TensorFlow may use; 0: one per core that the process may run on."""
     allow_code: tuple[ModuleName, ...] = ()
     """Python modules with users' layers, losses and metrics, which engines import; `lambda` allows code inside models."""
-    sandbox: Sandbox = "off"
-    """Whether engines are kept from files, network and system calls that they do not need. Experimental."""
+    sandbox: Sandbox = "auto"
+    """Whether engines are kept from files, network and system calls that they do not need."""
     sync_port: Port = 0
     """Where the engine meets others in synchronous training; 0: any free port. Only with `listen.insecure`."""
     give_way_share: Annotated[float, Meta(gt=0, le=1)] = 0.9

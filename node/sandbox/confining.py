@@ -35,7 +35,7 @@ class Confined:
 def confine(asked: Confinement, scratch: Path, modules: Sequence[str] = ()) -> Confined:
     """Confine this process as far as the kernel can. `modules`: those of users that it will import.
 
-    Ends the process, with a sentence for the node's log, if the mode is `required` and something is missing.
+    With mode `auto`, nothing is confined beside a GPU: with GPUs it was never tried, and their drivers need much of the machine. Ends the process, with a sentence for the node's log, if the mode is `required` and something is missing.
     """
     if asked.mode == "off":
         return Confined()
@@ -43,6 +43,10 @@ def confine(asked: Confinement, scratch: Path, modules: Sequence[str] = ()) -> C
     missing: list[str] = []
     devices = _devices(policy.DEVICES)
     gpus = _gpus()
+    if gpus and asked.mode == "auto":
+        return Confined(
+            missing=(f'{FILES}, {NETWORK} and {CALLS} (with GPUs it was not tried: sandbox = "required" does)',)
+        )
     python = _python(modules)
     ctypes.CDLL(None).prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

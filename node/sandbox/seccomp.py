@@ -29,6 +29,9 @@ NUMBERS: dict[str, dict[str, int]] = {
         "request_key": 249, "swapon": 167, "swapoff": 168, "reboot": 169, "acct": 163, "quotactl": 179,
         "open_by_handle_at": 304, "iopl": 172, "ioperm": 173, "settimeofday": 164, "clock_settime": 227, "sethostname": 170,
         "setdomainname": 171, "syslog": 103, "vhangup": 153, "shmget": 29, "semget": 64, "msgget": 68, "mq_open": 240,
+        "shmat": 30, "shmctl": 31, "semop": 65, "semctl": 66, "semtimedop": 220, "msgsnd": 69, "msgrcv": 70, "msgctl": 71,
+        "migrate_pages": 256, "move_pages": 279, "sched_setparam": 142, "sched_setscheduler": 144, "sched_setaffinity": 203,
+        "sched_setattr": 314, "setpriority": 141, "ioprio_set": 251, "fcntl": 72, "ioctl": 16,
         "truncate": 76, "chmod": 90, "fchmod": 91, "chown": 92, "fchown": 93, "lchown": 94, "utime": 132, "setxattr": 188,
         "lsetxattr": 189, "fsetxattr": 190, "removexattr": 197, "lremovexattr": 198, "fremovexattr": 199, "utimes": 235,
         "fchownat": 260, "futimesat": 261, "fchmodat": 268, "utimensat": 280,
@@ -42,6 +45,9 @@ NUMBERS: dict[str, dict[str, int]] = {
         "keyctl": 219, "add_key": 217, "request_key": 218, "swapon": 224, "swapoff": 225, "reboot": 142, "acct": 89,
         "quotactl": 60, "open_by_handle_at": 265, "settimeofday": 170, "clock_settime": 112, "sethostname": 161,
         "setdomainname": 162, "syslog": 116, "vhangup": 58, "shmget": 194, "semget": 190, "msgget": 186, "mq_open": 180,
+        "shmat": 196, "shmctl": 195, "semop": 193, "semctl": 191, "semtimedop": 192, "msgsnd": 189, "msgrcv": 188, "msgctl": 187,
+        "migrate_pages": 238, "move_pages": 239, "sched_setparam": 118, "sched_setscheduler": 119, "sched_setaffinity": 122,
+        "sched_setattr": 274, "setpriority": 140, "ioprio_set": 30, "fcntl": 25, "ioctl": 29,
         "truncate": 45, "setxattr": 5, "lsetxattr": 6, "fsetxattr": 7, "removexattr": 14, "lremovexattr": 15,
         "fremovexattr": 16, "fchmod": 52, "fchmodat": 53, "fchownat": 54, "fchown": 55, "utimensat": 88,
     },
@@ -54,7 +60,8 @@ X32 = 0x40000000
 REFUSED = (
     # other processes
     "ptrace", "process_vm_readv", "process_vm_writev", "pidfd_getfd", "process_madvise", "kcmp", "perf_event_open",
-    "shmget", "semget", "msgget", "mq_open",
+    "shmget", "shmat", "shmctl", "semget", "semop", "semctl", "semtimedop", "msgget", "msgsnd", "msgrcv", "msgctl", "mq_open",
+    "migrate_pages",
     # other namespaces and file systems
     "unshare", "setns", "mount", "umount2", "pivot_root", "chroot", "open_tree", "move_mount", "fsopen", "fsconfig",
     "fsmount", "fspick", "mount_setattr", "open_by_handle_at", "quotactl",
@@ -69,6 +76,10 @@ WITHOUT_EFFECT = (
     "fsetxattr", "removexattr", "lremovexattr", "fremovexattr", "utime", "utimes", "futimesat", "utimensat",
 )  # fmt: skip
 """Calls that seem to succeed and do nothing: Landlock does not refuse them, and libraries that copy or unpack files expect them."""
+_OWN_ONLY = ("sched_setparam", "sched_setscheduler", "sched_setattr", "move_pages", "prlimit64")
+"""Calls whose first argument is a process: 0 is this one."""
+_F_SETOWN, _F_SETOWN_EX, _FIOSETOWN, _SIOCSPGRP = 8, 15, 0x8901, 0x8902
+"""Commands that let a file send signals to another process."""
 _TO_OTHERS = ("kill", "tgkill", "rt_sigqueueinfo", "rt_tgsigqueueinfo")
 
 _LOAD, _EQUAL, _GREATER_EQUAL, _ANY_BIT, _AND, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x54, 0x06
@@ -116,8 +127,13 @@ def program(machine: str, rules: Rules) -> bytes:
     # Its flags are in memory, where a filter cannot look. Libraries then take clone.
     when("clone3", _give(_ERROR | errno.ENOSYS))
     when("clone", _load(_argument(0)), _if(_ANY_BIT, NEW_NAMESPACES, 0, 1), not_permitted, _give(ALLOW))
-    # 0 is this process, and the limits of another one could end it.
-    when("prlimit64", _load(_argument(0)), _if(_EQUAL, 0, 0, 1), _give(ALLOW), not_permitted)
+    for name in _OWN_ONLY:
+        when(name, _load(_argument(0)), _if(_EQUAL, 0, 0, 1), _give(ALLOW), not_permitted)
+    # Libraries choose processors for their threads by number. A filter cannot tell such a number from another process's.
+    when("sched_setaffinity", _load(_argument(0)), _if(_EQUAL, 0, 0, 1), _give(ALLOW), _give(_ERROR))
+    for name, this in (("setpriority", 0), ("ioprio_set", 1)):
+        kind = [_load(_argument(0)), _if(_EQUAL, this, 1, 0), not_permitted]
+        when(name, *kind, _load(_argument(1)), _if(_EQUAL, 0, 0, 1), _give(ALLOW), not_permitted)
     if rules.own_pid:
         for name in _TO_OTHERS:
             when(name, _load(_argument(0)), _if(_EQUAL, rules.own_pid, 0, 1), _give(ALLOW), not_permitted)
@@ -139,6 +155,9 @@ def program(machine: str, rules: Rules) -> bytes:
         when(
             SENDTO, _load(low), _if(_EQUAL, 0, 0, 2), _load(high), _if(_EQUAL, 0, 1, 0), no_access, _give(ALLOW)
         )  # fmt: skip
+    for name, commands in (("fcntl", (_F_SETOWN, _F_SETOWN_EX)), ("ioctl", (_FIOSETOWN, _SIOCSPGRP))):
+        one, other = commands
+        when(name, _load(_argument(1)), _if(_EQUAL, one, 1, 0), _if(_EQUAL, other, 0, 1), not_permitted, _give(ALLOW))
     lines.append(_give(ALLOW))
     return b"".join(lines)
 

@@ -39,6 +39,11 @@ attempt("change the mode of a blob", lambda: os.chmod(blobs / "blob", 0o777))
 attempt("signal the parent", lambda: os.kill(parent, 0))
 attempt("trace the parent", lambda: libc.ptrace(16, parent, 0, 0))
 attempt("limit the parent", lambda: resource.prlimit(parent, resource.RLIMIT_NOFILE, (0, 0)))
+attempt("slow the parent", lambda: os.setpriority(os.PRIO_PROCESS, parent, 19))
+attempt("stop the parent's turns", lambda: os.sched_setscheduler(parent, os.SCHED_IDLE, os.sched_param(0)))
+attempt("memory of others", lambda: libc.shmget(7, 4096, 0o1666))
+attempt("signals by a file", lambda: __import__("fcntl").fcntl(1, 8, parent))
+attempt("slow itself", lambda: os.nice(1))
 attempt("a new namespace", lambda: libc.unshare(0x10000000))
 for name in ("AF_INET", "AF_INET6", "AF_UNIX", "AF_NETLINK"):
     attempt(name, lambda: socket.socket(getattr(socket, name), socket.SOCK_STREAM if name != "AF_NETLINK" else socket.SOCK_RAW))
@@ -63,7 +68,9 @@ print(json.dumps([confined.held, confined.missing, done, os.environ["HOME"]]))
 DENIED = {
     "read /etc/passwd": "EACCES", "list a home": "EACCES", "read the parent's environment": "EACCES",
     "write beside scratch": "EACCES", "change a blob": "EACCES", "cut a blob": "EACCES", "remove a blob": "EACCES",
-    "signal the parent": "EPERM", "trace the parent": "EPERM", "limit the parent": "EPERM", "a new namespace": "EPERM",
+    "signal the parent": "EPERM", "trace the parent": "EPERM", "limit the parent": "EPERM",
+    "slow the parent": "EPERM", "stop the parent's turns": "EPERM", "memory of others": "EPERM", "signals by a file": "EPERM",
+    "a new namespace": "EPERM",
     "AF_INET": "EACCES", "AF_INET6": "EACCES", "AF_UNIX": "EACCES", "AF_NETLINK": "EACCES", "start what it wrote": "EACCES",
 }  # fmt: skip
 

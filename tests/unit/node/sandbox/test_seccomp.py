@@ -117,9 +117,28 @@ def test_the_filter_does_what_an_older_landlock_cannot() -> None:
     assert answer(OLD, "truncate") == errno.EPERM
 
 
-def test_limits_of_others_stay() -> None:
-    assert answer(ALONE, "prlimit64", 0, 7) == ALLOW
-    assert answer(ALONE, "prlimit64", 1, 7) == errno.EPERM
+@pytest.mark.parametrize("machine", NUMBERS)
+@pytest.mark.parametrize("name", ["prlimit64", "sched_setscheduler", "sched_setparam", "sched_setattr", "move_pages"])
+def test_limits_and_priorities_of_others_stay(name: str, machine: str) -> None:
+    assert answer(ALONE, name, 0, 7, machine=machine) == ALLOW
+    assert answer(ALONE, name, 1, 7, machine=machine) == errno.EPERM
+
+
+def test_a_process_slows_only_itself() -> None:
+    assert answer(ALONE, "sched_setaffinity", 0, 8) == ALLOW
+    assert answer(ALONE, "sched_setaffinity", 1234, 8) == 0, "it seems to succeed: libraries do so for their threads"
+    for name, this in (("setpriority", 0), ("ioprio_set", 1)):
+        assert answer(ALONE, name, this, 0, 5) == ALLOW
+        for kind, who in ((this, 1234), (this + 1, 0), (2, 0)):
+            assert answer(ALONE, name, kind, who, 5) == errno.EPERM
+
+
+def test_no_file_sends_signals_to_others() -> None:
+    for name, refused in (("fcntl", (8, 15)), ("ioctl", (0x8901, 0x8902))):
+        for command in refused:
+            assert answer(ALONE, name, 3, command, 1) == errno.EPERM
+    assert answer(ALONE, "fcntl", 3, 2, 1) == ALLOW
+    assert answer(ALONE, "ioctl", 3, 0x5401) == ALLOW
 
 
 @pytest.mark.parametrize("machine", NUMBERS)
