@@ -125,7 +125,7 @@ class Bus(ABC):
         return ""
 
     def stalled_seconds(self) -> float:
-        """How long this has neither been connected nor begun to connect. More than an attempt can take: it has stopped trying."""
+        """By how much the next step towards a connection is late; 0: connected, or on time. Much more: this has stopped trying."""
         return 0.0
 
     @abstractmethod

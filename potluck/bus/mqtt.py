@@ -91,8 +91,8 @@ class MqttBus(Bus):
         """The address of the present attempt."""
         self._callbacks: list[Callable[[], Awaitable[None]]] = []
         self._link: Link | None = None
-        self._moved_at = time.monotonic()
-        """When the last attempt to connect began, or the last connection was lost."""
+        self._moves_by = time.monotonic()
+        """By when this connects, or takes the next step towards it: an attempt has steps, and a pause after it."""
         self._ready = asyncio.Event()
         self._under_way: dict[_UnderWay, None] = {}
         self._again: deque[_UnderWay] = deque()
@@ -119,7 +119,7 @@ class MqttBus(Bus):
         delay = self._timings.reconnect_min_seconds
         while True:
             address: tuple[str, int] | None = None
-            started = self._moved_at = time.monotonic()
+            started = self._moves_by = time.monotonic()
             try:
                 address = await self._addresses()
                 self._trying = f"{address[0]}:{address[1]}"
@@ -129,13 +129,17 @@ class MqttBus(Bus):
                 self._note(address, error)
             if time.monotonic() - started > self._timings.reconnect_max_seconds:
                 delay = self._timings.reconnect_min_seconds  # the connection held for a while: this is a new problem
-            await asyncio.sleep(random.uniform(delay / 2, delay))
+            pause_seconds = random.uniform(delay / 2, delay)
+            self._moves_by = time.monotonic() + pause_seconds
+            await asyncio.sleep(pause_seconds)
             delay = min(2 * delay, self._timings.reconnect_max_seconds)
 
     async def _open(self, address: tuple[str, int]) -> Link:
         known = self._versions.pop(address, None)  # kept only when it worked
+        self._may_take_a_step()
         version = await self._find_version(address, known)
         link = self._make(address, version)
+        self._may_take_a_step()
         await link.open()
         self._versions[address] = version
         return link
@@ -163,6 +167,7 @@ class MqttBus(Bus):
 
     async def _serve(self, link: Link, address: tuple[str, int]) -> None:
         """Use `link` until it is lost, which raises, or until cancelled."""
+        self._may_take_a_step(self._timings.keepalive_seconds)  # before that, a silent broker is not noticed
         try:
             wanted = self._wanted()
             subscribing = asyncio.create_task(link.subscribe_all(wanted), name="bus-subscribe")
@@ -195,10 +200,13 @@ class MqttBus(Bus):
                 births.cancel()
                 await asyncio.wait({births})
         finally:
-            self._moved_at = time.monotonic()
+            self._may_take_a_step()
             self._link = None
             self._ready.clear()
             await link.close()
+
+    def _may_take_a_step(self, more_seconds: float = 0.0) -> None:
+        self._moves_by = time.monotonic() + self._timings.connect_timeout_seconds + more_seconds
 
     def _wanted(self) -> list[tuple[str, int]]:
         return [(key, value[0]) for key in self._subscriptions if (value := self._subscriptions.get(key))]
@@ -233,7 +241,7 @@ class MqttBus(Bus):
         return None if self._link is None else self._link.address
 
     def stalled_seconds(self) -> float:
-        return 0.0 if self._link is not None else time.monotonic() - self._moved_at
+        return 0.0 if self._link is not None else max(0.0, time.monotonic() - self._moves_by)
 
     def trouble(self) -> str:
         if self._link is not None:
@@ -258,7 +266,7 @@ class MqttBus(Bus):
                 log.info("sending again %s", fields(topic=topic, reason=str(error)))
                 link.give_up(error)
                 if link is self._link:  # the loss was noticed here first
-                    self._moved_at = time.monotonic()
+                    self._may_take_a_step()
                     self._ready.clear()
                     self._link = None
                 continue
