@@ -10,14 +10,18 @@ import csv
 import hashlib
 import importlib
 import logging
+import os
+import signal
 import sys
 from base64 import urlsafe_b64encode
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 import potluck
-from potluck import backoff, lifecycle, logs
+from potluck import backoff, lifecycle, logs, reloading
 from potluck.errors import InvalidSettings
 
 MARK = 'PART_OF = "potluck"'
@@ -81,6 +85,8 @@ def _digest(path: Path) -> str:
 
 def start(name: str) -> None:
     """Run the daemon of this name with the arguments of the command line."""
+    reloading.wait_for_start()
+    signal.signal(signal.SIGTERM, _end_in_order)
     crashes = backoff.crashes()
     if pause_seconds := backoff.pause_seconds(crashes):
         lifecycle.pause_after_crashes(pause_seconds, crashes)
@@ -91,6 +97,15 @@ def start(name: str) -> None:
         sys.exit(error.exit_code)
     importlib.import_module(f"{name}.__main__").main()
     backoff.ended_in_order()
+
+
+def _end_in_order(number: int, frame: FrameType | None) -> NoReturn:
+    """SIGTERM before the daemon runs: nothing has to be put down yet, and a stop is no crash.
+
+    Without the interpreter's end: an exception may come to nothing in the midst of an import.
+    """
+    backoff.ended_in_order()
+    os._exit(0)
 
 
 def node() -> None:

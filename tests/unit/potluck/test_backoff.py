@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,11 +17,14 @@ from potluck import backoff, daemons, lifecycle
 
 
 @pytest.fixture
-def clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+def clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     now = [1000.0]
     monkeypatch.setenv("RUNTIME_DIRECTORY", str(tmp_path))
     monkeypatch.setattr(backoff, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    return now
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGTERM)}
+    yield now
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def lives(clock: list[float], *seconds: float) -> list[float]:
@@ -66,3 +75,42 @@ def test_a_daemon_waits_before_anything_else_and_says_why(clock: list[float], mo
         daemons.start("node")
     status = "STATUS=waits 2 s before it starts: it has ended 2 times in a row soon after its start"
     assert done == [f"{status}\nEXTEND_TIMEOUT_USEC=92000000", 2.0, "checked"]
+
+
+IMPORTS_FOR_LONG = """
+import importlib, sys, time
+from potluck import daemons
+
+def import_module(name):
+    print("imports", file=sys.stderr, flush=True)
+    time.sleep(60)
+
+daemons.check = lambda name: None
+importlib.import_module = import_module
+daemons.start("node")
+"""
+
+
+@pytest.mark.parametrize(("lives", "words"), [(0, "imports"), (7, "waits 60 s before it starts")])
+def test_a_stop_before_the_daemon_runs_is_in_order_and_a_reload_is_nothing(
+    tmp_path: Path, lives: int, words: str
+) -> None:
+    file = tmp_path / backoff.FILE
+    file.write_text(f"{lives} {time.monotonic()}")
+    process = subprocess.Popen(
+        [sys.executable, "-c", IMPORTS_FOR_LONG],
+        env=os.environ | {"RUNTIME_DIRECTORY": str(tmp_path)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        try:
+            assert process.stderr is not None
+            assert words in process.stderr.readline()
+            assert file.read_text().startswith(f"{lives + 1} ")
+            process.send_signal(signal.SIGHUP)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(20) == 0, "SIGHUP comes first, and would have ended it"
+        finally:
+            process.kill()
+    assert not file.exists()
