@@ -166,6 +166,8 @@ class Node:
             self._presence.watch(self._bus, self._outbox, give_up)
             self._bus.on_connect(self._birth)
 
+            if lifecycle.in_older_unit():
+                lifecycle.ready()
             async with asyncio.TaskGroup() as tasks:
                 parts = {
                     "bus": self._bus.run(),

@@ -31,9 +31,9 @@ _PR_SET_PDEATHSIG = 1
 REPORT_SECONDS = 1.0
 """How often `report` reports; a WatchdogSec must be several times as long."""
 LATE_SECONDS = 5.0
-"""A loop that turns so much later than it should does not feed the watchdog."""
+"""A loop that turns so much later than it should twice in a row does not feed the watchdog."""
 STALLED_SECONDS = 120.0
-"""So long may one attempt to reach the broker take. A broker that does not answer is no reason to end: only a bus that has stopped trying."""
+"""So late may a step towards the broker be. A broker that does not answer is no reason to end: only a bus that has stopped trying."""
 START_SECONDS = 90
 """How long a daemon may take until it reports at all (TimeoutStartSec in the units)."""
 SILENT_SECONDS = 8
@@ -67,6 +67,14 @@ def is_service() -> bool:
     return "/" in _notify_address
 
 
+def in_older_unit() -> bool:
+    """Whether systemd started this daemon by a unit of before its last upgrade: such a unit has no RuntimeDirectory.
+
+    The start of the machine waits for such a unit, and has no other limit than the time that we ask for.
+    """
+    return is_service() and not os.environ.get("RUNTIME_DIRECTORY")
+
+
 def ready() -> None:
     """Tell systemd, once, that this daemon is on the bus."""
     global _ready
@@ -80,18 +88,24 @@ async def report(standing: Callable[[], tuple[str, str]], unwell: Callable[[], s
 
     `standing` gives the state, which is shown with the time since it last changed, and a remark, which may change all the time.
     `unwell` says what hangs; "": nothing. A daemon that is well and on time feeds the watchdog (WATCHDOG=1). Before `ready`, it asks
-    for more time to start. systemd ends a daemon that does neither for long.
+    for more time to start. systemd ends a daemon that does neither for long. Being late once is forgiven: a slow disk may do that.
     """
     state, since, said, told = "", "", "", ""
     loop = asyncio.get_running_loop()
-    late_seconds = 0.0
+    late_seconds, late_before = 0.0, False
     while True:
         now, remark = standing()
         if now != state:
             state, since = now, time.strftime("%Y-%m-%d %H:%M:%S")
         text = f"{state} (since {since}){remark}"
         parts = [f"STATUS={text}"] if text != said else []
-        wrong = f"the event loop was {late_seconds:.1f} s late" if late_seconds >= LATE_SECONDS else unwell()
+        late = late_seconds >= LATE_SECONDS
+        if late and not late_before:
+            # Whatever looks at the time has been standing still with us: it cannot tell yet whether it is well.
+            log.warning("not on time %s", fields(late_seconds=round(late_seconds, 1)))
+            wrong = ""
+        else:
+            wrong = f"the event loop was {late_seconds:.1f} s late, again" if late else unwell()
         if not wrong:
             parts += ["WATCHDOG=1"] if _watched else []
             parts += [] if _ready else [_more_time(SILENT_SECONDS)]
@@ -99,7 +113,7 @@ async def report(standing: Callable[[], tuple[str, str]], unwell: Callable[[], s
             log.error("not well %s", fields(reason=wrong))
         if parts:
             notify("\n".join(parts))
-        said, told = text, wrong
+        said, told, late_before = text, wrong, late
         slept_at = loop.time()
         await asyncio.sleep(REPORT_SECONDS)
         late_seconds = loop.time() - slept_at - REPORT_SECONDS

@@ -27,7 +27,8 @@ QUICK = {"POTLUCK_BUS__RECONNECT_MIN_SECONDS": "0.05", "POTLUCK_BUS__RECONNECT_M
 class Unit(NodeProcess):
     """A daemon with a socket for its messages to systemd. `said` has all of them, `status` is the last STATUS."""
 
-    def __init__(self, folder: Path, daemon: str, *arguments: str) -> None:
+    def __init__(self, folder: Path, daemon: str, *arguments: str, systemds: bool = False) -> None:
+        """`systemds`: the socket is a file, as systemd's is."""
         elsewhere = folder / "elsewhere"
         elsewhere.mkdir(exist_ok=True)
         for name in ("node", "coordinator", "potluck"):
@@ -40,14 +41,14 @@ class Unit(NodeProcess):
                 "--cluster", CLUSTER, "--no-discovery", "--state-dir", str(state), *arguments,
             ],
         )  # fmt: skip
-        self._address = f"potluck-test-{uuid.uuid4().hex}"
+        self._address = str(folder / "notify") if systemds else f"@potluck-test-{uuid.uuid4().hex}"
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._socket.bind(f"\0{self._address}")
+        self._socket.bind(self._address.replace("@", "\0"))
         self._socket.setblocking(False)
         self._said: list[str] = []
 
     async def start(self, **environment: str) -> None:
-        unit = {"NOTIFY_SOCKET": f"@{self._address}", "WATCHDOG_USEC": "5000000"}
+        unit = {"NOTIFY_SOCKET": self._address, "WATCHDOG_USEC": "5000000"}
         await super().start(**unit, **QUICK, **environment)
 
     @property
@@ -123,6 +124,20 @@ async def test_the_status_for_systemd_is_true(tmp_path: Path, units: list[Unit])
     assert [unit.said.count("READY=1") for unit in units] == [1, 1]
     assert node.said.count("EXTEND_TIMEOUT_USEC=8000000") == extended
     await broker.stop()
+
+
+@pytest.mark.parametrize("older", [True, False])
+async def test_in_a_unit_of_before_a_node_is_ready_without_a_bus(
+    tmp_path: Path, units: list[Unit], older: bool
+) -> None:
+    """Such a unit has no RuntimeDirectory, and the machine's start waits for it."""
+    node = Unit(tmp_path, "node", "--seed", "127.0.0.1:1", systemds=True)
+    units.append(node)
+    await node.start(**({} if older else {"RUNTIME_DIRECTORY": str(tmp_path)}))
+    await node.says(" looks for cluster service (since 20")
+    assert ("READY=1" in node.said) == older
+    assert await node.stop() == 0
+    assert not (tmp_path / "starts").exists(), "a stop is no crash"
 
 
 @pytest.mark.parametrize("kind", ["mosquitto", "embedded"])
