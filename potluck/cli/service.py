@@ -60,6 +60,7 @@ def install(
     from potluck.cli import output
     from potluck.errors import InvalidRequest
     from potluck.service import installing, systemd
+    from potluck.service.checking import Daemon
 
     given = session(context)
     systemd.needed()
@@ -73,7 +74,7 @@ def install(
         changes["seeds"] = [broker]
     if address := listen or ("0.0.0.0" if insecure else ""):  # noqa: S104 - asked for
         changes |= {"listen.host": address, "listen.insecure": insecure}
-    daemons: tuple[installing.Daemon, ...] = ("node",) if role == "node" else ("coordinator", "node")
+    daemons: tuple[Daemon, ...] = ("node",) if role == "node" else ("coordinator", "node")
     done = installing.install(("coordinator",) if no_node else daemons, changes)
     next_command = _next(done)
     if as_json:

@@ -9,12 +9,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import stat
-import tempfile
 from pathlib import Path
 
+from potluck import whole_files
 from potluck.errors import InvalidSettings
 
 CA_CERTIFICATE = "ca.crt"
@@ -34,25 +33,11 @@ def write(path: Path, data: bytes, mode: int = SECRET, owner: int = -1) -> None:
 
     `owner`: the user id of its new owner; -1: us. Raises InvalidSettings.
     """
-    temporary = ""
     try:
         path.parent.mkdir(mode=_FOLDER, parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
-            os.fchmod(file.fileno(), mode)
-            os.fchown(file.fileno(), owner, -1)
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
-        temporary = ""
-        _sync_folder(path.parent)
+        whole_files.write(path, data, mode, owner=owner)
     except OSError as error:
         raise InvalidSettings(f"{path} cannot be written: {error.strerror}") from error
-    finally:
-        if temporary:
-            with contextlib.suppress(OSError):
-                Path(temporary).unlink()
 
 
 def write_pair(folder: Path, name: str, key: bytes, certificate: bytes) -> None:
@@ -108,11 +93,3 @@ def certificate_of(both: bytes) -> bytes:
     if begin < 0:
         raise InvalidSettings("a file of credentials holds no certificate: join the cluster again")
     return both[begin:]
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -36,7 +36,8 @@ def roots() -> list[Path]:
     hop = Path(sys.executable)
     while hop.is_symlink():
         hop = hop.parent / hop.readlink()
-        places.append(Path(os.path.normpath(hop)).parents[1])
+        # Only the folder that the link is in: above ~/.local/bin is all of ~/.local.
+        places.append(Path(os.path.normpath(hop)).parent)
     return _outermost([*places, *(place.resolve() for place in places)])
 
 

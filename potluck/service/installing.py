@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
+from typing import Any
 
+import msgspec
+
+from potluck import whole_files
 from potluck.errors import InvalidSettings
 from potluck.net.broker import choose
-from potluck.service import dropin, settings_file, shipped, systemd
-from potluck.settings import CoordinatorSettings, NodeSettings, check_listen
-from potluck.settings_sources import load
+from potluck.service import checking, dropin, settings_file, shipped, systemd
+from potluck.service.checking import KINDS, Daemon
+from potluck.settings import CoordinatorSettings, NodeSettings
+from potluck.settings_sources import toml
 
-Daemon = Literal["node", "coordinator"]
 DAEMONS: tuple[Daemon, ...] = ("coordinator", "node")
 """In the order in which they start."""
-KINDS: Mapping[Daemon, type[CoordinatorSettings] | type[NodeSettings]] = {
-    "coordinator": CoordinatorSettings,
-    "node": NodeSettings,
-}
 UNITS = Path("/etc/systemd/system")
 SETTINGS = Path("/etc/potluck")
 STATE = Path("/var/lib")
@@ -63,14 +63,14 @@ def install(daemons: tuple[Daemon, ...], changes: Mapping[str, settings_file.Val
         }
         given = file if file.exists() else source / "configs" / file.name
         text = settings_file.changed(given.read_text(encoding="utf-8"), known) if known else given.read_text("utf-8")
-        settings = _checked(KINDS[daemon], text, known, file)
+        settings = _checked(daemon, text, known, file)
         if isinstance(settings, CoordinatorSettings) and not settings.seeds:
             choose(settings.broker.mode)
         command = [str(programs[daemon]), "--config", str(file)]
         done.append(Installed(daemon, file, settings))
-        written[file] = text
-        written[UNITS / unit(daemon)] = (source / shipped.UNITS / unit(daemon)).read_text("utf-8")
-        written[_dropins(daemon) / DROPIN] = dropin.text(f"potluck-{daemon}", command, places, settings.service)
+        written[_place(file)] = text
+        written[_place(UNITS / unit(daemon))] = (source / shipped.UNITS / unit(daemon)).read_text("utf-8")
+        written[_place(_dropins(daemon) / DROPIN)] = dropin.text(f"potluck-{daemon}", command, places, settings.service)
     for path, text in written.items():
         if not path.parent.exists():
             path.parent.mkdir()
@@ -87,32 +87,57 @@ def install(daemons: tuple[Daemon, ...], changes: Mapping[str, settings_file.Val
 
 
 def _checked(
-    kind: type[CoordinatorSettings] | type[NodeSettings],
-    text: str,
-    changes: Mapping[str, settings_file.Value],
-    file: Path,
+    daemon: Daemon, text: str, changes: Mapping[str, settings_file.Value], file: Path
 ) -> CoordinatorSettings | NodeSettings:
-    """The settings in this text, which will be in `file`. Raises InvalidSettings, also where a change did not get into it."""
+    """The settings in this text, which will be in `file`, as the unit will read them.
+
+    Raises InvalidSettings, also where a change did not get into it.
+    """
     with TemporaryDirectory() as folder:
         trial = Path(folder) / file.name
         trial.write_text(text, encoding="utf-8")
         try:
-            settings = load(kind, trial)
-            unchanged = [key for key, value in changes.items() if load(kind, trial, {key: value}) != settings]
+            settings = checking.settings(daemon, trial, systemd.environment(unit(daemon)))
         except InvalidSettings as error:
             raise InvalidSettings(error.message.replace(str(trial), str(file))) from error
-    if unchanged:
+    values = msgspec.to_builtins(settings)
+    if unchanged := [key for key, value in changes.items() if toml(_at(values, key)) != toml(value)]:
         raise InvalidSettings(f"{', '.join(unchanged)} could not be changed in {file}: write it there by hand")
-    check_listen(settings.listen)
     return settings
 
 
+def _at(values: Mapping[str, Any], dotted: str) -> Any:
+    found: Any = values
+    for key in dotted.split("."):
+        found = found[key]
+    return found
+
+
+def _place(path: Path) -> Path:
+    """Where a file is to be written: settings that are a link stay one, and what it leads to is written.
+
+    Raises InvalidSettings for a unit or drop-in that is a link: it is masked, or another program or person keeps it.
+    """
+    if not path.is_symlink():
+        return path
+    target = path.resolve()
+    if path.parent != SETTINGS:
+        if target == Path(os.devnull):
+            raise InvalidSettings(f"{path.name} is masked: type systemctl unmask {path.name}, and then this again")
+        raise InvalidSettings(
+            f"{path} is a link to {target}, which is kept by others: remove it (rm {path}), and try again"
+        )
+    if not target.is_file():
+        raise InvalidSettings(f"{path} is a link to {target}, which is no file: remove it (rm {path}), and try again")
+    return target
+
+
 def _replace(path: Path, text: str) -> None:
-    """Write a file that all may read, at once: nobody finds half of it, also after a power cut."""
-    new = path.with_name(f".{path.name}.new")
-    new.write_text(text, encoding="utf-8")
-    new.chmod(0o644)
-    new.replace(path)
+    """Write a file that all may read, at once. It stays its owner's. Raises InvalidSettings."""
+    try:
+        whole_files.write(path, text.encode(), 0o644, owner=path.stat().st_uid if path.exists() else -1)
+    except OSError as error:
+        raise InvalidSettings(f"{path} cannot be written: {error.strerror}") from error
 
 
 def _dropins(daemon: Daemon) -> Path:

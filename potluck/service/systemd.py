@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import subprocess
 from collections.abc import Iterable
@@ -65,6 +66,14 @@ def _state(facts: dict[str, str]) -> UnitState:
         said=facts["StatusText"],
         starts_with_machine=facts["UnitFileState"] == "enabled",
     )
+
+
+def environment(unit: str) -> dict[str, str]:
+    """The environment that systemd would give to the programs of this unit, as far as it is known before they start."""
+    manager = systemctl("show-environment").splitlines()
+    own = shlex.split(systemctl("show", "--property=Environment", "--value", unit))
+    words = [word for line in manager for word in shlex.split(line)] + own
+    return dict(word.split("=", 1) for word in words if "=" in word)
 
 
 def forget(unit: str) -> None:

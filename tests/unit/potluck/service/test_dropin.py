@@ -52,13 +52,15 @@ def test_the_roots_hold_this_environment_and_do_not_lie_in_each_other() -> None:
 
 
 def test_an_interpreter_behind_links_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for folder in ("venv/bin", "python-3.12/bin", "python-3.12.9/bin"):
+    for folder in ("venv/bin", ".local/bin", ".local/share/secret", "python-3.12.9/bin"):
         (tmp_path / folder).mkdir(parents=True)
-    (tmp_path / "venv/bin/python").symlink_to("../../python-3.12/bin/python3")
-    (tmp_path / "python-3.12/bin/python3").symlink_to(tmp_path / "python-3.12.9/bin/python3.12")
+    (tmp_path / "venv/bin/python").symlink_to("../../.local/bin/python3")
+    (tmp_path / ".local/bin/python3").symlink_to(tmp_path / "python-3.12.9/bin/python3.12")
     monkeypatch.setattr(sys, "executable", str(tmp_path / "venv/bin/python"))
+    monkeypatch.setattr(sys, "base_prefix", str(tmp_path / "python-3.12.9"))
     found = dropin.roots()
-    assert {tmp_path / "python-3.12", tmp_path / "python-3.12.9"} <= set(found)
+    assert {tmp_path / ".local/bin", tmp_path / "python-3.12.9"} <= set(found)
+    assert not any((tmp_path / ".local/share").is_relative_to(root) for root in found), "it is nobody's business"
 
 
 def test_what_a_service_could_not_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,13 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(dropin, "program", lambda name: Path("/opt/potluck/bin") / name)
     monkeypatch.setattr(installing, "choose", lambda mode: "mosquitto")
     lines: list[str] = []
-    monkeypatch.setattr(systemd, "systemctl", lambda *arguments: lines.append(" ".join(arguments)))
+
+    def systemctl(*arguments: str) -> str:
+        if "show" not in arguments[0]:
+            lines.append(" ".join(arguments))
+        return "" if arguments[0] == "show" else "LANG=C.UTF-8\nPATH=/usr/bin\n"
+
+    monkeypatch.setattr(systemd, "systemctl", systemctl)
     monkeypatch.setattr(systemd, "forget", lambda unit: lines.append(f"forget {unit}"))
     return lines
 
@@ -67,6 +73,74 @@ def test_installed_again_it_keeps_the_settings_and_takes_their_limits(asked: lis
     assert file.read_text() == 'seeds = ["h"]\nthreads = 3\n[service]\nmemory_bytes = 12345678\n'
     assert "MemoryMax=12345678" in (tmp_path / "units/potluck-node.service.d/10-installed.conf").read_text()
     assert not old.exists()
+
+
+def test_settings_are_checked_in_the_units_environment(
+    asked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not in that of whoever installs: what is on their PYTHONPATH, the service would not find."""
+    (tmp_path / "settings").mkdir()
+    file = tmp_path / "settings/node.toml"
+    file.write_text('cluster = "attic"\nallow_code = ["our_layers"]\n')
+    code = tmp_path / "code of ours"
+    code.mkdir()
+    (code / "our_layers.py").touch()
+    monkeypatch.setenv("PYTHONPATH", str(code))
+    monkeypatch.setenv("POTLUCK_CLUSTER", "somebodys")
+    with pytest.raises(InvalidSettings, match=rf"{file}:2: allow_code names the module 'our_layers', which Python"):
+        installing.install(("node",), {})
+    assert asked == []
+    # `systemctl edit potluck-node`: Environment=
+    monkeypatch.delenv("PYTHONPATH")
+    before = systemd.systemctl
+    shown = f'XDG_CACHE_HOME=/var/cache/x "PYTHONPATH={code}"\n'
+    monkeypatch.setattr(systemd, "systemctl", lambda *said: shown if said[0] == "show" else before(*said))
+    (one,) = installing.install(("node",), {"threads": 2})
+    assert (one.settings.cluster, one.settings.allow_code) == ("attic", ("our_layers",))
+
+
+def test_settings_that_are_a_link_stay_one(asked: list[str], tmp_path: Path) -> None:
+    kept = tmp_path / "kept/potluck.toml"
+    kept.parent.mkdir()
+    kept.write_text("threads = 2\n")
+    os.chown(kept, 1234, -1) if os.geteuid() == 0 else None
+    owner = kept.stat().st_uid
+    (tmp_path / "settings").mkdir()
+    (tmp_path / "settings/node.toml").symlink_to(kept)
+    installing.install(("node",), {"cluster": "attic"})
+    assert (tmp_path / "settings/node.toml").is_symlink()
+    assert kept.read_text() == 'cluster = "attic"\nthreads = 2\n'
+    assert kept.stat().st_uid == owner
+    assert [path.name for path in kept.parent.iterdir()] == ["potluck.toml"]
+
+
+@pytest.mark.parametrize(
+    ("link", "target", "words"),
+    [
+        ("units/potluck-node.service", "/dev/null", "systemctl unmask potluck-node.service"),
+        ("units/potluck-node.service", "/srv/checkout/potluck-node.service", "rm .*/units/potluck-node.service"),
+        ("units/potluck-node.service.d/10-installed.conf", "/srv/x.conf", "kept by others"),
+        ("settings/node.toml", "/nowhere/node.toml", "no file: remove it"),
+        ("settings/node.toml", "/dev/null", "no file: remove it"),
+    ],
+)
+def test_what_others_keep_is_not_replaced(asked: list[str], tmp_path: Path, link: str, target: str, words: str) -> None:
+    (tmp_path / link).parent.mkdir(exist_ok=True)
+    (tmp_path / link).symlink_to(target)
+    with pytest.raises(InvalidSettings, match=words):
+        installing.install(("node",), {})
+    assert files(tmp_path) == {link}
+    assert asked == []
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(
+    asked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: set[int] = set()
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.add(os.fstat(handle).st_ino))
+    installing.install(("node",), {})
+    written = [tmp_path / name for name in BOTH if "node" in name]
+    assert {path.stat().st_ino for path in written} | {path.parent.stat().st_ino for path in written} <= synced
 
 
 @pytest.mark.parametrize(
