@@ -27,10 +27,10 @@ class Cgroup:
         return lowest
 
     def memory_bytes(self) -> float:
-        """The lowest memory limit of all groups; infinite without a limit."""
+        """The lowest memory limit of all groups; infinite without a limit. Above `memory.high`, everything stands still for long."""
         lowest = math.inf
         for folder in self._folders("memory"):
-            for name in ("memory.max", "memory.limit_in_bytes"):
+            for name in ("memory.max", "memory.high", "memory.limit_in_bytes"):
                 text = read_text(folder / name)
                 if text.isdigit():
                     lowest = min(lowest, int(text))
@@ -42,6 +42,7 @@ class Cgroup:
         for folder in self._folders("memory"):
             for limit, usage, dropped in (
                 ("memory.max", "memory.current", "inactive_file"),
+                ("memory.high", "memory.current", "inactive_file"),
                 ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
             ):
                 allowed, used = read_text(folder / limit), read_text(folder / usage)

@@ -117,6 +117,8 @@ class ServiceSettings(Section, frozen=True):
     """What the daemon, its engines and its broker may take as a system service; 0: any. `potluck service install` tells systemd."""
 
     memory_bytes: Annotated[int, Meta(ge=0)] = 0
+    memory_high_bytes: Annotated[int, Meta(ge=0)] = 0
+    """Above this, the kernel slows it down and takes memory back; before it ends anything at `memory_bytes`."""
     cpu_percent: Annotated[int, Meta(ge=0)] = 0
     """100 is one core."""
 

@@ -293,6 +293,10 @@ def _unusable(settings: NetworkSettings) -> Iterator[tuple[Keys, str]]:
         yield from tried(("seeds",), lambda seed=seed: parse_address(seed))  # type: ignore[misc]
     if isinstance(settings, NodeSettings | CoordinatorSettings):
         yield from tried(("listen", "host"), lambda: check_listen(settings.listen))
+        high, most = settings.service.memory_high_bytes, settings.service.memory_bytes
+        if most and high > most:
+            why = f"service.memory_high_bytes is {high}, more than service.memory_bytes ({most}): it would do nothing"
+            yield ("service", "memory_high_bytes"), why
     if isinstance(settings, NodeSettings):
         if settings.node_id:
             yield from tried(("node_id",), lambda: check_node_id(settings.node_id))

@@ -77,6 +77,8 @@ def text(unit: str, command: list[str], places: Iterable[Path], limits: ServiceS
         lines += ["ProtectHome=tmpfs", f"BindReadOnlyPaths={' '.join(map(_quoted, shown))}"]
     if limits.memory_bytes:
         lines.append(f"MemoryMax={limits.memory_bytes}")
+    if limits.memory_high_bytes:
+        lines.append(f"MemoryHigh={limits.memory_high_bytes}")
     if limits.cpu_percent:
         lines.append(f"CPUQuota={limits.cpu_percent}%")
     return _HEAD.format(unit=unit) + "\n".join(lines) + "\n"

@@ -15,7 +15,7 @@ import msgspec
 from potluck import whole_files
 from potluck.errors import InvalidSettings
 from potluck.net.broker import choose
-from potluck.service import checking, dropin, settings_file, shipped, systemd
+from potluck.service import checking, dropin, gpus, settings_file, shipped, systemd
 from potluck.service.checking import KINDS, Daemon
 from potluck.settings import CoordinatorSettings, NodeSettings
 from potluck.settings_sources import toml
@@ -55,6 +55,7 @@ def install(daemons: tuple[Daemon, ...], changes: Mapping[str, settings_file.Val
     programs = {daemon: dropin.program(f"potluck-{daemon}") for daemon in daemons}
     source = shipped.folder()
     written: dict[Path, str] = {}
+    removed = [_dropins(daemon) / _BEFORE for daemon in daemons]
     done: list[Installed] = []
     for daemon in daemons:
         file = SETTINGS / f"{daemon}.toml"
@@ -71,13 +72,20 @@ def install(daemons: tuple[Daemon, ...], changes: Mapping[str, settings_file.Val
         written[_place(file)] = text
         written[_place(UNITS / unit(daemon))] = (source / shipped.UNITS / unit(daemon)).read_text("utf-8")
         written[_place(_dropins(daemon) / DROPIN)] = dropin.text(f"potluck-{daemon}", command, places, settings.service)
+        if daemon == "node":
+            for name, text_of_gpu in gpus.dropins().items():
+                place = _place(_dropins(daemon) / name)
+                if text_of_gpu is None:
+                    removed.append(place)
+                else:
+                    written[place] = text_of_gpu
     for path, text in written.items():
         if not path.parent.exists():
             path.parent.mkdir()
             path.parent.chmod(0o755)
         _replace(path, text)
-    for daemon in daemons:
-        (_dropins(daemon) / _BEFORE).unlink(missing_ok=True)
+    for path in removed:
+        path.unlink(missing_ok=True)
     systemd.systemctl("daemon-reload")
     for daemon in daemons:
         systemd.systemctl("--quiet", "enable", unit(daemon))
@@ -160,7 +168,8 @@ def uninstall(*, purge: bool) -> tuple[Daemon, ...]:
             _remove_folder(kept / f"potluck-{daemon}")
             _remove_folder(kept / "private" / f"potluck-{daemon}")
         (UNITS / unit(daemon)).unlink(missing_ok=True)
-        (_dropins(daemon) / DROPIN).unlink(missing_ok=True)
+        for name in (DROPIN, *gpus.NAMES.values()):
+            (_dropins(daemon) / name).unlink(missing_ok=True)
         if purge:
             (SETTINGS / f"{daemon}.toml").unlink(missing_ok=True)
             _remove_folder(_dropins(daemon))

@@ -63,6 +63,7 @@ def test_cpu_quota(tmp_path: Path, membership: str, files: dict[str, str], cpus:
         ("0::/", {}, math.inf),
         ("0::/", {"memory.max": "max"}, math.inf),
         (SLICE, {"system.slice/potluck-node.service/memory.max": "1048576", "memory.max": "4194304"}, 2**20),
+        (SLICE, {"system.slice/potluck-node.service/memory.high": "1048576", "memory.max": "4194304"}, 2**20),
         ("9:memory:/job/1", {"memory/job/memory.limit_in_bytes": "2097152"}, 2**21),
     ],
 )
@@ -89,6 +90,7 @@ def test_cores_are_those_that_may_be_used(tmp_path: Path) -> None:
     [
         ("0::/", {}, math.inf),
         ("0::/", {"memory.max": "max", "memory.current": "5"}, math.inf),
+        ("0::/", {"memory.max": "9000", "memory.high": "700", "memory.current": "600"}, 100),
         (
             SLICE,
             {

@@ -133,6 +133,11 @@ def test_units_keep_what_the_daemons_need(name: str) -> None:
     assert "RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX AF_NETLINK" in lines
 
 
+def test_a_token_to_join_with_need_not_be_there() -> None:
+    lines = (FOLDER / "potluck-node.service").read_text().splitlines()
+    assert {"LoadCredential=join-token:/etc/potluck/join-token", "SetCredential=join-token:none"} <= set(lines)
+
+
 def test_engines_of_a_service_can_confine_themselves() -> None:
     lines = (FOLDER / "potluck-node.service").read_text().splitlines()
     assert "RestrictNamespaces=user net" in lines
@@ -145,6 +150,20 @@ def test_engines_of_a_service_can_confine_themselves() -> None:
         "seccomp",
         "@system-service",
     }
+
+
+@needs_systemd
+@pytest.mark.parametrize("maker", ["nvidia", "amd"])
+def test_a_node_that_sees_gpus_sees_little_else(tmp_path: Path, maker: str) -> None:
+    unit = copied("potluck-node", tmp_path)
+    dropins = tmp_path / f"{unit.name}.d"
+    dropins.mkdir()
+    shutil.copy(FOLDER / f"{maker}.conf", dropins)
+    assert verify(unit) == ""
+    command = ["systemd-analyze", "security", "--offline=true", "--no-pager", "--threshold=20", str(unit)]
+    said = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert "DeviceAllow=" in said.stdout, "the drop-in counts"
+    assert said.returncode == 0, said.stdout[-400:]
 
 
 @needs_systemd

@@ -40,8 +40,9 @@ def test_what_systemd_would_expand_is_escaped() -> None:
 
 
 def test_limits_are_settings() -> None:
-    limits = ServiceSettings(memory_bytes=4 * 2**30, cpu_percent=250)
-    assert lines("potluck-node", ["/x"], [], limits)[3:] == ["MemoryMax=4294967296", "CPUQuota=250%"]
+    limits = ServiceSettings(memory_bytes=4 * 2**30, memory_high_bytes=3 * 2**30, cpu_percent=250)
+    told = lines("potluck-node", ["/x"], [], limits)[3:]
+    assert told == ["MemoryMax=4294967296", "MemoryHigh=3221225472", "CPUQuota=250%"]
 
 
 def test_the_roots_hold_this_environment_and_do_not_lie_in_each_other() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from potluck.errors import InvalidSettings, Unavailable
-from potluck.service import dropin, installing, systemd
+from potluck.service import dropin, gpus, installing, systemd
 from potluck.settings_sources import load
 
 
@@ -20,6 +20,7 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(dropin, "check_readable", lambda places: None)
     monkeypatch.setattr(dropin, "program", lambda name: Path("/opt/potluck/bin") / name)
     monkeypatch.setattr(installing, "choose", lambda mode: "mosquitto")
+    monkeypatch.setattr(gpus, "PRESENT", {"nvidia": tmp_path / "nvidia", "amd": tmp_path / "kfd"})
     lines: list[str] = []
 
     def systemctl(*arguments: str) -> str:
@@ -73,6 +74,24 @@ def test_installed_again_it_keeps_the_settings_and_takes_their_limits(asked: lis
     assert file.read_text() == 'seeds = ["h"]\nthreads = 3\n[service]\nmemory_bytes = 12345678\n'
     assert "MemoryMax=12345678" in (tmp_path / "units/potluck-node.service.d/10-installed.conf").read_text()
     assert not old.exists()
+
+
+def test_a_node_sees_the_gpus_that_are_there(asked: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "units/potluck-node.service.d"
+    for maker in gpus.PRESENT.values():
+        maker.touch()
+    if os.geteuid() == 0:
+        os.chown(gpus.PRESENT["amd"], -1, 54321)  # no group has this number
+    installing.install(("coordinator", "node"), {})
+    assert "DeviceAllow=char-nvidia* rw\n" in (folder / "20-nvidia.conf").read_text()
+    group = 54321 if os.geteuid() == 0 else gpus.PRESENT["amd"].group()
+    assert f"DeviceAllow=char-drm rw\nSupplementaryGroups={group}" in (folder / "20-amd.conf").read_text()
+    assert not list((tmp_path / "units/potluck-coordinator.service.d").glob("20*"))
+    gpus.PRESENT["nvidia"].unlink()
+    installing.install(("node",), {})
+    assert {path.name for path in folder.iterdir()} == {"10-installed.conf", "20-amd.conf"}
+    installing.uninstall(purge=False)
+    assert not folder.exists()
 
 
 def test_settings_are_checked_in_the_units_environment(
@@ -149,6 +168,7 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(
         ("thread = 3\n", "settings/node.toml:2: there is no setting thread: did you mean threads?"),
         ('seeds = [\n"a",\n]\n', "settings/node.toml"),
         ('[listen]\nhost = "192.0.2.1"\n', "--insecure"),
+        ("[service]\nmemory_bytes = 5\nmemory_high_bytes = 6\n", "node.toml:4: service.memory_high_bytes is 6, more"),
     ],
 )
 def test_where_something_is_wrong_nothing_is_changed(asked: list[str], tmp_path: Path, text: str, words: str) -> None:
