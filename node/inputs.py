@@ -23,17 +23,20 @@ from potluck.blobs.download import Downloader
 from potluck.blobs.store import BlobStore, is_made_up
 from potluck.blobs.transfer import Timings
 from potluck.credentials import Credentials
-from potluck.errors import PotluckError
+from potluck.errors import CorruptBlob, InputsLost, PotluckError, Unavailable
 from potluck.logs import fields
-from potluck.surviving import surviving
+from potluck.surviving import as_defect, surviving
 from potluck.wire.values import INPUT_BLOB_LIMIT_BYTES, BlobRef
 
 log = logging.getLogger(__name__)
 
 KEPT_SECONDS = 60.0
 """Inputs that no batch used for this long are deleted: the request was answered elsewhere, or never came."""
-TIMINGS = Timings(connect_seconds=1.0, failures_limit=2)
-"""A request waits for its inputs, so a slow holder is given up sooner than for a model."""
+TIMINGS = Timings(connect_seconds=1.0, idle_seconds=2.0, failures_limit=2)
+"""A request waits for its inputs, so a slow holder is given up sooner than for a model. A holder that hangs costs its batch 5 s, or 9 s if it
+hung between two answers: the coordinator takes a replica for silent after 10 s."""
+FETCHES_AT_ONCE = 8
+"""Of one batch: so a batch that waits for its inputs holds up no other."""
 STORE_LIMIT_BYTES = 2**30
 """Limit of all inputs together. Beyond it, the least used inputs that no batch needs are deleted."""
 
@@ -85,6 +88,33 @@ class Inputs:
         except BaseException:
             self.store.unpin(ref.sha256)
             raise
+
+    async def fetch_all(self, refs: Iterable[BlobRef]) -> dict[str, Path | PotluckError]:
+        """Fetch the inputs of a batch: by name, the file of each, or why it is not here. If cancelled, the batch needs none of them."""
+        places = asyncio.Semaphore(FETCHES_AT_ONCE)
+
+        async def one(ref: BlobRef) -> Path | PotluckError:
+            async with places:
+                try:
+                    return await self.fetch(ref)
+                except (Unavailable, CorruptBlob) as error:
+                    return InputsLost(error.message)
+                except OSError as error:
+                    return Unavailable(f"inputs of {ref.size} bytes cannot be kept on this node: {error}")
+                except Exception as error:  # noqa: BLE001 - a defect that one input meets is told to its request
+                    return as_defect(error, "fetching of inputs")
+
+        fetches = {ref.sha256: asyncio.create_task(one(ref), name=f"input {ref.sha256[:12]}") for ref in refs}
+        try:
+            if fetches:
+                await asyncio.wait(fetches.values())
+        except asyncio.CancelledError:
+            for fetch in fetches.values():
+                fetch.cancel()
+            found = await asyncio.gather(*fetches.values(), return_exceptions=True)
+            self.done([path for path in found if isinstance(path, Path)], answered=True)
+            raise
+        return {name: fetch.result() for name, fetch in fetches.items()}
 
     def done(self, files: Iterable[Path], *, answered: bool) -> None:
         """A batch has used these inputs. If it was answered, they are deleted; if not, another node may need them."""

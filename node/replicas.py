@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,7 @@ from potluck.bus.outbox import Outbox
 from potluck.crashes import Crashes
 from potluck.errors import (
     Cancelled,
-    CorruptBlob,
     EngineFailed,
-    InputsLost,
     ModelCrashed,
     NotFound,
     OutOfMemory,
@@ -99,9 +97,8 @@ class Replicas:
         self._models: dict[str, str] = {}
         self._loading: dict[str, asyncio.Task[None]] = {}
         self._batches = 0
-        self._cancelled: set[str] = set()
-        """Batches that were cancelled while they wait for their inputs."""
-        self._fetching: set[str] = set()
+        self._fetching: dict[str, _Fetching] = {}
+        """The batches that wait for their inputs."""
         self._tasks: asyncio.TaskGroup | None = None
 
     @property
@@ -173,8 +170,8 @@ class Replicas:
 
     def cancel(self, command: CancelInference) -> None:
         """Nobody waits for this batch any more: it is only computed if that has begun."""
-        if command.id in self._fetching:
-            self._cancelled.add(command.id)
+        if (fetching := self._fetching.get(command.id)) is not None:
+            fetching.cancel()
         elif (engine := self._engines.get(command.replica_id)) is not None:
             engine.cancel_inference(command.id)
 
@@ -297,80 +294,59 @@ class Replicas:
     async def _computed(self, command: RunInference) -> tuple[list[RequestOutcome], float]:
         """An outcome for each request, and the engine's seconds."""
         files: dict[str, Path] = {}
-        done = False
+        needed: set[str] = set()
+        """Inputs of requests that failed here: another node may answer them."""
         try:
             requests = command.requests
             failed: dict[int, RequestOutcome] = {}
             if any(isinstance(tensor.data, BlobRef) for request in requests for tensor in request):
                 requests, failed = await self._all_at_hand(command, files)
-                if not requests:
-                    return list(failed.values()), 0.0
-            engine = self._engines.get(command.replica_id)
-            if engine is None or not engine.alive:  # it died just now
-                raise EngineFailed("the engine that held the replica is gone")
-            found, seconds = await engine.infer(
-                command.replica_id, requests, files, batch_id=command.id, expires=command.expires
-            )
-            done = not failed  # a request that failed here may need the rest of its inputs elsewhere
+            needed = set(files)
+            found, seconds = await self._run(command, requests, files) if requests else ([], 0.0)
             for place in sorted(failed):
                 found.insert(place, failed[place])
+            if files:
+                needed = _needed_elsewhere(command, found)
             return found, seconds
         except PotluckError as error:
-            done = not error.retryable
+            if not error.retryable:
+                needed = set()
             raise
         finally:
-            self._inputs.done(files.values(), answered=done)
+            self._inputs.done([path for name, path in files.items() if name in needed], answered=False)
+            self._inputs.done([path for name, path in files.items() if name not in needed], answered=True)
+
+    async def _run(
+        self, command: RunInference, requests: tuple[tuple[Tensor, ...], ...], files: dict[str, Path]
+    ) -> tuple[list[RequestOutcome], float]:
+        engine = self._engines.get(command.replica_id)
+        if engine is None or not engine.alive:  # it died just now
+            raise EngineFailed("the engine that held the replica is gone")
+        return await engine.infer(command.replica_id, requests, files, batch_id=command.id, expires=command.expires)
 
     async def _all_at_hand(
         self, command: RunInference, files: dict[str, Path]
     ) -> tuple[tuple[tuple[Tensor, ...], ...], dict[int, RequestOutcome]]:
-        """The requests whose inputs are here, with the files of their blobs in `files`; and the outcomes of the others, by
-        their place in the batch. Raises Cancelled when nobody wants them any more.
+        """The requests whose inputs are here, with the files of all blobs that are here in `files`; and the outcomes of the others,
+        by their place in the batch. Raises Cancelled when nobody wants them any more, TimedOut.
         """
-        requests: list[tuple[Tensor, ...]] = []
-        failed: dict[int, RequestOutcome] = {}
-        self._fetching.add(command.id)
+        refs = {one.sha256: one for one in _blobs(command) if one.size <= INPUT_BLOB_LIMIT_BYTES}
+        fetching = self._fetching[command.id] = _Fetching(self._inputs.fetch_all(refs.values()))
         try:
+            found = await fetching.result(command.expires)
+            files.update({name: path for name, path in found.items() if isinstance(path, Path)})
+            requests: list[tuple[Tensor, ...]] = []
+            failed: dict[int, RequestOutcome] = {}
             for place, request in enumerate(command.requests):
                 try:
-                    requests.append(tuple([await self._at_hand(one, files) for one in request]))
+                    requests.append(tuple([await _at_hand(one, found) for one in request]))
                 except PotluckError as error:
                     failed[place] = RequestOutcome(error=error_info(error))
-            if command.id in self._cancelled:
-                raise Cancelled("nobody waits for this batch any more")
+            fetching.check()
             return tuple(requests), failed
         finally:
-            self._fetching.discard(command.id)
-            self._cancelled.discard(command.id)
-
-    async def _at_hand(self, tensor: Tensor, files: dict[str, Path]) -> Tensor:
-        """The tensor; for a blob, its file is in `files`, but text is read at once."""
-        ref = tensor.data
-        if not isinstance(ref, BlobRef):
-            return tensor
-        if ref.size > INPUT_BLOB_LIMIT_BYTES:
-            raise TooLarge(
-                f"input '{tensor.name}' is a blob of {ref.size} bytes; the limit is {INPUT_BLOB_LIMIT_BYTES}"
-            )
-        try:
-            path = files.get(ref.sha256)
-            if path is None:
-                path = files[ref.sha256] = await self._fetched(ref)
-            if tensor.datatype != "BYTES":
-                return tensor
-            data = await asyncio.to_thread(path.read_bytes)
-            # Imported here: it needs numpy, which a daemon at rest does without.
-            from potluck.wire.tensors import unpacked
-
-            return replace(tensor, data=unpacked(tensor.name, tensor.datatype, data))
-        except OSError as error:
-            raise Unavailable(f"input '{tensor.name}' cannot be read on this node: {error}") from error
-
-    async def _fetched(self, ref: BlobRef) -> Path:
-        try:
-            return await self._inputs.fetch(ref)
-        except (Unavailable, CorruptBlob) as error:
-            raise InputsLost(error.message) from error
+            if self._fetching.get(command.id) is fetching:  # a batch may come twice
+                del self._fetching[command.id]
 
     async def _as_blobs(self, outcomes: list[RequestOutcome]) -> list[RequestOutcome]:
         """The outcomes; tensors too large for a message are blobs in our store."""
@@ -408,6 +384,76 @@ class Replicas:
         if slot is not None:
             assert self._tasks is not None
             self._tasks.create_task(outlived(slot.stop(), "stop of an engine"), name=f"stop the engine of {replica_id}")
+
+
+class _Fetching:
+    """The inputs of a batch, on their way."""
+
+    def __init__(self, work: Coroutine[Any, Any, dict[str, Path | PotluckError]]) -> None:
+        self._task = asyncio.create_task(work, name="inputs of a batch")
+        self._cancelled = False
+
+    def cancel(self) -> None:
+        self._cancelled = True
+        self._task.cancel()
+
+    def check(self) -> None:
+        if self._cancelled:
+            raise Cancelled("nobody waits for this batch any more")
+
+    async def result(self, expires: float) -> dict[str, Path | PotluckError]:
+        """By name: a file, or why there is none. `expires`: a Unix time; 0: no limit. Raises Cancelled, TimedOut."""
+        try:
+            await asyncio.wait({self._task}, timeout=max(0.0, expires - time.time()) if expires else None)
+            if not self._task.done():
+                raise TimedOut("the inputs of the request did not come in time")
+            if self._task.cancelled():
+                self.check()
+            return self._task.result()
+        finally:
+            if not self._task.done():
+                self._task.cancel()
+                await asyncio.wait({self._task})
+
+
+def _blobs(command: RunInference) -> Iterator[BlobRef]:
+    for request in command.requests:
+        for tensor in request:
+            if isinstance(tensor.data, BlobRef):
+                yield tensor.data
+
+
+async def _at_hand(tensor: Tensor, found: Mapping[str, Path | PotluckError]) -> Tensor:
+    """The tensor, if its blob was found; text is read at once."""
+    ref = tensor.data
+    if not isinstance(ref, BlobRef):
+        return tensor
+    if ref.size > INPUT_BLOB_LIMIT_BYTES:
+        raise TooLarge(f"input '{tensor.name}' is a blob of {ref.size} bytes; the limit is {INPUT_BLOB_LIMIT_BYTES}")
+    path = found[ref.sha256]
+    if isinstance(path, PotluckError):
+        raise path
+    if tensor.datatype != "BYTES":
+        return tensor
+    try:
+        data = await asyncio.to_thread(path.read_bytes)
+    except OSError as error:
+        raise Unavailable(f"input '{tensor.name}' cannot be read on this node: {error}") from error
+    # Imported here: it needs numpy, which a daemon at rest does without.
+    from potluck.wire.tensors import unpacked
+
+    return replace(tensor, data=unpacked(tensor.name, tensor.datatype, data))
+
+
+def _needed_elsewhere(command: RunInference, outcomes: Iterable[RequestOutcome]) -> set[str]:
+    """The names of the inputs of those requests that another node may answer."""
+    return {
+        tensor.data.sha256
+        for request, outcome in zip(command.requests, outcomes, strict=False)
+        if outcome.error is not None and outcome.error.retryable
+        for tensor in request
+        if isinstance(tensor.data, BlobRef)
+    }
 
 
 def _others_doing(error: PotluckError) -> bool:

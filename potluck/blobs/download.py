@@ -156,9 +156,11 @@ class Downloader:
                 reasons.append(f"{base[:80]}: {NO_ADDRESS}")
                 continue
             try:
-                async with asyncio.timeout(_ANSWER_SECONDS):
+                async with asyncio.timeout(_INPUTS_SECONDS):
                     async with self._http.get(
-                        f"{base.rstrip('/')}/inputs/{ref.sha256}", allow_redirects=False
+                        f"{base.rstrip('/')}/inputs/{ref.sha256}",
+                        timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._timings.connect_seconds),
+                        allow_redirects=False,
                     ) as response:
                         said = await response.content.read(4096)
                 if response.status == 200:
@@ -168,7 +170,11 @@ class Downloader:
                     reasons.append(f"{base}: has {found.size} bytes instead of {ref.size}")
                 else:
                     reasons.append(f"{base}: {_told(said) or f'{response.status} {response.reason}'}")
-            except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+            except TimeoutError as error:  # aiohttp has such errors of its own
+                hung = not isinstance(error, aiohttp.ServerTimeoutError)
+                silent = f"it was silent for {_INPUTS_SECONDS:g} s"
+                reasons.append(f"{base}: {silent if hung else explained(error, self._timings)}")
+            except (aiohttp.ClientError, OSError, ValueError) as error:
                 reasons.append(f"{base}: {explained(error, self._timings)}")
         raise Unavailable(f"inputs of {ref.size} bytes could not be had from anyone: {'; '.join(reasons)}")
 

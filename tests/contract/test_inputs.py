@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import hashlib
 import os
 import socket
@@ -17,12 +18,12 @@ import pytest
 from msgspec.structs import replace
 
 from node import inputs as inputs_module
-from node.inputs import Inputs
-from potluck.blobs import server
+from node.inputs import TIMINGS, Inputs
+from potluck.blobs import download, server
 from potluck.blobs.download import Downloader
-from potluck.blobs.store import BlobStore, NewFile, is_made_up
+from potluck.blobs.store import BlobStore, NewFile, is_made_up, made_up_name
 from potluck.credentials import Credentials
-from potluck.errors import PotluckError, Unavailable
+from potluck.errors import InputsLost, PotluckError, Unavailable
 from potluck.net.http import serve_http
 from potluck.wire.values import BlobRef
 from support.eventually import eventually
@@ -111,6 +112,22 @@ async def test_another_node_fetches_them_by_their_hash(taker: Taker, client: Dow
         with pytest.raises(Unavailable, match="these inputs are not here"):
             await others.fetch(ref)
         assert list(others.store.folder.iterdir()) == []
+
+
+async def test_a_holder_that_does_not_answer_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sooner than the coordinator takes the replica for silent, which is after 10 s."""
+    monkeypatch.setattr(download, "_INPUTS_SECONDS", 0.3)
+    monkeypatch.setattr(inputs_module, "TIMINGS", dataclasses.replace(inputs_module.TIMINGS, idle_seconds=0.2))
+    with socket.create_server(("127.0.0.1", 0)) as hung:  # the kernel takes connections; nobody reads
+        url = f"http://127.0.0.1:{hung.getsockname()[1]}"
+        made_up, hashed = [BlobRef(sha256=name, size=9, holders=(url,)) for name in (made_up_name(), "1" * 64)]
+        async with Inputs(tmp_path / "others", Credentials()) as others:
+            async with asyncio.timeout(5):
+                found = await others.fetch_all([made_up, hashed])
+    assert {type(one) for one in found.values()} == {InputsLost}
+    assert "it was silent for 0.3 s" in str(found[made_up.sha256])
+    assert "no byte came for 0.2 s" in str(found[hashed.sha256])
+    assert (TIMINGS.idle_seconds + TIMINGS.connect_seconds) * TIMINGS.failures_limit < 10
 
 
 async def test_a_batch_that_was_not_answered_leaves_them_to_others(taker: Taker, client: Downloader) -> None:

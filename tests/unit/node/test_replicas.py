@@ -15,7 +15,7 @@ import pytest
 from msgspec.structs import replace
 
 from node import replicas
-from node.inputs import Inputs
+from node.inputs import FETCHES_AT_ONCE, Inputs
 from node.replicas import Replicas
 from potluck.blobs.download import Downloader
 from potluck.blobs.store import BlobStore
@@ -23,7 +23,8 @@ from potluck.bus.mqtt import Bus
 from potluck.bus.outbox import Outbox
 from potluck.credentials import Credentials
 from potluck.errors import EngineFailed, ModelCrashed, Overloaded, PotluckError
-from potluck.wire.commands import LoadModel, RunInference, UnloadModel
+from potluck.wire.commands import CancelInference, LoadModel, RunInference, UnloadModel
+from potluck.wire.failures import error_info
 from potluck.wire.reports import InferenceFinished, ModelLoaded, ModelLoadFailed, ModelUnloaded, RequestOutcome
 from potluck.wire.values import BlobRef, Message, Signature, Tensor
 from support.eventually import eventually
@@ -90,6 +91,7 @@ class Bench:
     slot: Slot
     broker: FakeBroker
     alone: list[Slot]
+    inputs: Inputs
 
     def die(self, slot: Slot, *suspects: str) -> None:
         """The engine of these replicas."""
@@ -133,7 +135,7 @@ async def made(folder: Path) -> AsyncIterator[Bench]:
         async with asyncio.TaskGroup() as tasks:
             parts = [tasks.create_task(part) for part in (bus.run(), outbox.run(), fast.run(), held.run())]
             await bus.connected(5)
-            yield Bench(held, store, slot, broker, alone)
+            yield Bench(held, store, slot, broker, alone, inputs)
             for part in parts:
                 assert not part.done()
                 part.cancel()
@@ -301,6 +303,110 @@ async def test_a_request_whose_inputs_nobody_has_fails_alone(bench: Bench) -> No
         answer = (await bench.heard(2 + (len(requests) == 2)))[-1]
         assert isinstance(answer, InferenceFinished)
         assert [outcome.error.code if outcome.error else "" for outcome in answer.outcomes] == codes
+
+
+class Holder:
+    """A holder of blobs in a node's own memory. Blobs named in `hung` never arrive until they are let go."""
+
+    def __init__(self, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.inputs = bench.inputs
+        self.hung: set[str] = set()
+        self.asked: list[str] = []
+        self.stopped: list[str] = []
+        fetch = self.inputs.fetch
+
+        async def slowly(ref: BlobRef) -> Path:
+            self.asked.append(ref.sha256)
+            try:
+                await eventually(lambda: ref.sha256 not in self.hung)
+            except asyncio.CancelledError:
+                self.stopped.append(ref.sha256)
+                raise
+            return await fetch(ref)
+
+        monkeypatch.setattr(self.inputs, "fetch", slowly)
+
+    def put(self, text: bytes) -> BlobRef:
+        return self.inputs.store.put_bytes(text)
+
+    def hanging(self, text: bytes) -> BlobRef:
+        ref = BlobRef(sha256=hashlib.sha256(text).hexdigest(), size=len(text), holders=())
+        self.hung.add(ref.sha256)
+        return ref
+
+
+def request(*refs: BlobRef) -> tuple[Tensor, ...]:
+    return tuple(
+        Tensor(name=f"x{place}", datatype="UINT8", shape=(ref.size,), data=ref) for place, ref in enumerate(refs)
+    )
+
+
+async def test_inputs_of_a_batch_come_side_by_side(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One after another, holders that hang would add up, and the replica would be taken for silent."""
+    holder = Holder(bench, monkeypatch)
+    bench.load("m:1/1")
+    await bench.heard(1)
+    refs = [holder.hanging(str(number).encode()) for number in range(2 * FETCHES_AT_ONCE)]
+    bench.replicas.infer(RunInference(id="b", replica_id="m:1/1", requests=tuple(request(ref, ref) for ref in refs)))
+    await eventually(lambda: len(holder.asked) >= FETCHES_AT_ONCE)
+    assert len(holder.asked) == FETCHES_AT_ONCE
+    holder.hung.clear()
+    answer = (await bench.heard(2))[-1]
+    assert isinstance(answer, InferenceFinished)
+    assert [outcome.error.code for outcome in answer.outcomes if outcome.error] == ["inputs_lost"] * len(refs)
+    assert sorted(holder.asked) == sorted(ref.sha256 for ref in refs)  # each once
+
+
+async def test_a_batch_that_nobody_waits_for_stops_fetching_its_inputs(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    holder = Holder(bench, monkeypatch)
+    bench.load("m:1/1")
+    await bench.heard(1)
+    here, hung = holder.put(b"soup"), holder.hanging(b"bread")
+    batch = RunInference(id="b", replica_id="m:1/1", requests=(request(here), request(hung)))
+    bench.replicas.infer(batch)
+    await eventually(lambda: len(holder.asked) == 2)
+    bench.replicas.cancel(CancelInference(id="b", replica_id="m:1/1"))
+    answer = (await bench.heard(2))[-1]
+    assert isinstance(answer, InferenceFinished)
+    assert [outcome.error and outcome.error.code for outcome in answer.outcomes] == ["cancelled"] * 2
+    assert holder.stopped == [hung.sha256]
+    assert not holder.inputs.store.has(here.sha256)
+    bench.replicas.infer(replace(batch, id="c", valid_seconds=0.1))
+    answer = (await bench.heard(3))[-1]
+    assert isinstance(answer, InferenceFinished)
+    assert [outcome.error and outcome.error.code for outcome in answer.outcomes] == ["timed_out"] * 2
+
+
+async def test_inputs_of_requests_that_were_answered_go_and_those_of_others_stay(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    holder = Holder(bench, monkeypatch)
+    bench.load("m:1/1")
+    await bench.heard(1)
+    done, shared, kept, gone = [holder.put(text) for text in (b"soup", b"bread", b"salt", b"tea")]
+    lost = BlobRef(sha256="0" * 64, size=9, holders=())
+    failures = iter([RequestOutcome(), RequestOutcome(error=error_info(Overloaded("full")))])
+
+    async def infer(replica_id: str, requests: Any, *rest: Any, **options: Any) -> tuple[list[RequestOutcome], float]:
+        assert len(requests) == 2
+        return list(failures), 0.0
+
+    assert bench.slot.engine is not None
+    monkeypatch.setattr(bench.slot.engine, "infer", infer)
+    huge = replace(lost, size=2**40)
+    requests = (request(lost, shared), request(done, shared), request(kept), request(huge, gone))
+    bench.replicas.infer(RunInference(id="b", replica_id="m:1/1", requests=requests))
+    answer = (await bench.heard(2))[-1]
+    assert isinstance(answer, InferenceFinished)
+    codes = [outcome.error.code if outcome.error else "" for outcome in answer.outcomes]
+    assert codes == ["inputs_lost", "", "overloaded", "too_large"]
+    assert {ref.sha256 for ref in (done, shared, kept, gone) if holder.inputs.store.has(ref.sha256)} == {
+        shared.sha256,
+        kept.sha256,
+    }
+    assert all(holder.inputs.store.delete(ref.sha256) for ref in (shared, kept))  # no longer pinned
 
 
 async def test_a_defect_ends_the_batch_or_the_load_that_meets_it(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
