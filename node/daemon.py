@@ -108,13 +108,23 @@ class Node:
         self._foreign: Versions | None = None
         """The coordinator's versions of the protocol, where we speak none of them."""
         self._seldom = Seldom(LOG_SECONDS)
-        self._taken = asyncio.Event()
+        self._data_changed = asyncio.Event()
+        self._to_pack = asyncio.Event()
+        self._store: BlobStore | None = None
+        self._own_data: OwnData | None = None
         self._engines: WeakSet[Engine] = WeakSet()
 
     def take(self, settings: NodeSettings) -> None:
-        """Take over what CHANGEABLE names."""
+        """Take over what CHANGEABLE names. What forbids something counts at once, not after what is being packed."""
         self.settings = settings
-        self._taken.set()
+        if self._store is not None:
+            self._store.limit_bytes = settings.blob_limit_bytes
+        if self._own_data is not None:
+            known = self._own_data.announced, self._own_data.missing
+            self._own_data.change(settings.data)
+            if known != (self._own_data.announced, self._own_data.missing):
+                self._data_changed.set()
+            self._to_pack.set()
 
     async def run(self, stop: asyncio.Event) -> None:
         """Join the cluster as soon as it exists, and work for it until `stop`."""
@@ -132,7 +142,7 @@ class Node:
             self._presence = Presence(
                 settings, self.topics, self.node_id, self.session, sock.getsockname()[1], collective, self.credentials.scheme
             )  # fmt: skip
-            store = BlobStore(self.folder / "blobs", settings.blob_limit_bytes)
+            store = self._store = BlobStore(self.folder / "blobs", self.settings.blob_limit_bytes)
             downloader = await stack.enter_async_context(Downloader(store, self.credentials))
             inputs = await stack.enter_async_context(Inputs(self.folder / "inputs", self.credentials))
             discovery = await self._discovery(stack)
@@ -148,7 +158,7 @@ class Node:
             )
             self._outbox = Outbox(self._bus)
             fast = Outbox(self._bus)
-            own_data = OwnData(self.folder / "data", settings.data)
+            own_data = self._own_data = OwnData(self.folder / "data", self.settings.data)
             self._make_engines(store, downloader, inputs, fast, own_data)
             self._copies = HeldCopies(
                 store, downloader, lambda message: self._outbox.publish(self._outbox_topic, message)
@@ -192,7 +202,8 @@ class Node:
                     "measure": self._presence.measure(
                         self._bus, self.folder / "speed", lambda: bool(self._assignments.attempt_ids)
                     ),
-                    "data": self._keep_data(own_data, store),
+                    "data": self._keep_data(own_data),
+                    "changed data": self._tell_changed_data(own_data),
                     "report": lifecycle.report(lambda: self._standing(own_data), self._unwell),
                 }
                 if discovery is not None:
@@ -434,34 +445,36 @@ class Node:
             log.info("jobs %s", "give way to inference" if self._gave_way else "go on")
             self._executor.give_way(self._gave_way)
 
-    async def _keep_data(self, own_data: OwnData, store: BlobStore) -> None:
+    async def _keep_data(self, own_data: OwnData) -> None:
         """Prepare the data that live on this node for training; announces each data set as soon as it is ready.
 
-        Unavailable data are tried again: a disk is mounted late, permissions are given, a file is repaired. Takes over changed settings.
+        Unavailable data are tried again: a disk is mounted late, permissions are given, a file is repaired. Data that were changed
+        are packed at once, or after what is being packed.
         """
         pause = self.settings.data_retry_seconds
-        waiting = own_data.names
         while True:
-            for name in waiting:
+            for name in own_data.unpacked:
                 before = own_data.missing
                 with surviving(f"packing of data {name}"):
                     if await asyncio.to_thread(own_data.pack, name) or own_data.missing != before:
                         await self._announce_data(own_data)
-            waiting = tuple(own_data.missing)
             try:
-                async with asyncio.timeout(pause if waiting else None):
-                    await self._taken.wait()
+                async with asyncio.timeout(pause if own_data.missing else None):
+                    await self._to_pack.wait()
             except TimeoutError:
                 pause = min(2 * pause, DATA_RETRIES_SLOW_DOWN * self.settings.data_retry_seconds)
                 continue
-            self._taken.clear()
+            self._to_pack.clear()
             pause = self.settings.data_retry_seconds
-            store.limit_bytes = self.settings.blob_limit_bytes
-            known = own_data.announced, own_data.missing
-            waiting = own_data.change(self.settings.data)
-            if known != (own_data.announced, own_data.missing):
-                with surviving("announcing of data"):
-                    await self._announce_data(own_data)
+
+    async def _tell_changed_data(self, own_data: OwnData) -> None:
+        """When the settings have fewer or other data than before: announce what is left, and delete the files of the rest."""
+        while True:
+            await self._data_changed.wait()
+            self._data_changed.clear()
+            with surviving("announcing of data"):
+                await self._announce_data(own_data)
+            await asyncio.to_thread(own_data.sweep)
 
     async def _announce_data(self, own_data: OwnData) -> None:
         await self._presence.announce(self._bus, own_data.announced, own_data.missing)

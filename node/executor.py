@@ -171,7 +171,10 @@ class Executor:
         attempt_id = lease.attempt_id
         outcome: ShardFinished | ShardFailed
         try:
-            outcome = await self._report(attempt_id, await self._compute(attempt))
+            with self._own_data.using(lease.task) as (task, own_files):
+                result = await self._compute(attempt, task, own_files)
+            self._own_data.check(lease.task)  # its settings may have changed meanwhile
+            outcome = await self._report(attempt_id, result)
         except Exception as error:  # noqa: BLE001 - a defect that one job meets must not end the node with all it holds
             failure = as_defect(error, "a shard")
             where = fields(job=lease.job_id, attempt=attempt_id, code=failure.code, reason=failure.message)
@@ -179,10 +182,9 @@ class Executor:
             outcome = ShardFailed(attempt_id=attempt_id, error=error_info(failure))
         self._on_outcome(outcome)
 
-    async def _compute(self, attempt: _Attempt) -> AnyTaskResult:
+    async def _compute(self, attempt: _Attempt, task: AnyTask, own_files: dict[str, Path]) -> AnyTaskResult:
         lease = attempt.lease
         refs = self._needed(lease.task)
-        task, own_files = self._own_data.filled_in(lease.task)
         for ref in refs:
             self._store.pin(ref.sha256)
         missing = sum(ref.size for ref in {ref.sha256: ref for ref in refs}.values() if not self._store.has(ref.sha256))

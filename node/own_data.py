@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from msgspec.structs import replace
 
 from potluck import lifecycle
-from potluck.blobs.store import BlobStore
+from potluck.blobs.store import BlobStore, is_sha256
 from potluck.errors import InvalidRequest, PotluckError, Unavailable
 from potluck.logs import fields
 from potluck.settings import NodeDataSettings
+from potluck.surviving import surviving
 from potluck.wire.tasks import AnyTask, EvaluateTask, TrainTask, WarmUpTask
 from potluck.wire.values import Dataset, DataSlice, NodeData
 
@@ -29,19 +32,29 @@ _HIDDEN = {
 
 
 class OwnData:
-    """The data sets in the settings under `[data]`. `folder` is made again at each start, readable only by this user."""
+    """The data sets in the settings under `[data]`. `folder` is made again at each start, readable only by this user.
+
+    `change` may come at any time, also while `pack` runs in a thread. It counts at once.
+    """
 
     def __init__(self, folder: Path, settings: Mapping[str, str | NodeDataSettings]) -> None:
         shutil.rmtree(folder, ignore_errors=True)  # the files may have changed since
         folder.mkdir(mode=0o700)
         self._store = BlobStore(folder, NO_LIMIT)
+        self._lock = threading.RLock()
         self._settings = _as_tables(settings)
         self._packed: dict[str, Dataset] = {}
         self._missing: dict[str, str] = {}
+        self._files = threading.Lock()
+        """Held while files come or go: what is packed may have the same bytes as files that nobody needed any more."""
+        self._left = False
+        """Whether files that no data set needs any more stayed, because a task used them."""
 
     @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(self._settings)
+    def unpacked(self) -> tuple[str, ...]:
+        """The data sets that are to be packed."""
+        with self._lock:
+            return tuple(name for name in self._settings if name not in self._packed)
 
     @property
     def announced(self) -> tuple[NodeData, ...]:
@@ -55,40 +68,49 @@ class OwnData:
         """Why data that were tried are unavailable, by name."""
         return self._missing
 
-    def change(self, settings: Mapping[str, str | NodeDataSettings]) -> tuple[str, ...]:
-        """Take new settings; returns the names that must be packed. Not while `pack` runs.
-
-        Data sets that are gone or changed are no longer announced; their packed files stay until the next start, for tasks under way.
-        """
-        before, self._settings = self._settings, _as_tables(settings)
-        same = {name for name, given in self._settings.items() if before.get(name) == given}
-        self._packed = {name: data for name, data in self._packed.items() if name in same}
-        self._missing = {name: why for name, why in self._missing.items() if name in same}
-        return tuple(name for name in self._settings if name not in self._packed)
+    def change(self, settings: Mapping[str, str | NodeDataSettings]) -> None:
+        """Take new settings. Data sets that are gone, or have other files or columns, are no longer announced, and no task gets them."""
+        with self._lock:
+            before, self._settings = self._settings, _as_tables(settings)
+            same = {name for name, given in self._settings.items() if _same_data(before.get(name), given)}
+            self._packed = {name: data for name, data in self._packed.items() if name in same}
+            self._missing = {name: why for name, why in self._missing.items() if name in same}
 
     def pack(self, name: str) -> bool:
-        """Prepare a data set. False if that fails; logs a new reason once. Blocks: call it in a thread.
+        """Prepare a data set. False if that fails, or its settings have changed meanwhile; logs a new reason once. Blocks: call it in a
+        thread, one at a time.
 
         The node goes on without the data, whatever is wrong with the user's files.
         """
-        given = self._settings[name]
+        given = self._settings.get(name)
+        if given is None:
+            return False
+        with self._files:
+            reason = self._why_not(name, given)
+        self.sweep()
+        with self._lock:
+            if not _same_data(self._settings.get(name), given):
+                return False
+            known = self._missing.get(name)
+            self._missing = {other: why for other, why in self._missing.items() if other != name}
+            if reason:
+                self._missing[name] = reason
+        if reason and known != reason:
+            log.error("data not available, trying again %s", fields(data=name, path=given.path, reason=reason))
+        return not reason
+
+    def _why_not(self, name: str, given: NodeDataSettings) -> str:
+        """Pack it; the reason if that fails, else ""."""
         try:
-            path = Path(given.path).expanduser()
-            self._add(name, path, given)
+            self._add(name, Path(given.path).expanduser(), given)
+            return ""
         except PotluckError as error:
             reason = error.message
         except OSError as error:
             reason = f"{error.filename or given.path} cannot be read: {error.strerror or error}"
         except Exception as error:  # noqa: BLE001 - any error of the libraries that read files
             reason = f"{given.path} cannot be read: {type(error).__name__}: {error}"
-        else:
-            self._missing = {other: why for other, why in self._missing.items() if other != name}
-            return True
-        reason = f"{reason[:REASON_LIMIT]}{_hidden(given.path)}"
-        if self._missing.get(name) != reason:
-            log.error("data not available, trying again %s", fields(data=name, path=given.path, reason=reason))
-        self._missing = {**self._missing, name: reason}
-        return False
+        return f"{reason[:REASON_LIMIT]}{_hidden(given.path)}"
 
     def _add(self, name: str, path: Path, given: NodeDataSettings) -> None:
         # Imported here: it reads images and tables, which most nodes do not need.
@@ -96,12 +118,51 @@ class OwnData:
         from potluck.data.packing import check_class_names, remarks
 
         data = pack(path, name, self._store, target=given.target, sample_weight=given.sample_weight)
-        packed = {**self._packed, name: data}
-        check_class_names([one for data in packed.values() for one in data.format.classes], "with it")
-        self._packed = packed
+        with self._lock:
+            if not _same_data(self._settings.get(name), given):
+                return  # changed, or taken away, since we began
+            packed = {**self._packed, name: data}
+            check_class_names([one for data in packed.values() for one in data.format.classes], "with it")
+            self._packed = packed
         for remark in remarks(data):
             log.warning("data ready, but %s", fields(data=name, path=path, remark=remark))
         log.info("data ready %s", fields(data=name, items=data.count, skipped=len(data.skipped)))
+
+    def sweep(self) -> None:
+        """Delete the files that no data set needs any more, but not those that a task uses. Blocks on the disk."""
+        if not self._files.acquire(blocking=False):
+            return  # `pack` sweeps at its end
+        try:
+            with surviving("removal of data that were packed"):
+                with self._lock:
+                    needed = {shard.blob.sha256 for data in self._packed.values() for shard in data.shards}
+                found = [path.name for path in self._store.folder.iterdir() if is_sha256(path.name)]
+                gone = [self._store.delete(name) for name in found if name not in needed]
+                self._left = not all(gone)
+        finally:
+            self._files.release()
+
+    @contextmanager
+    def using(self, task: AnyTask) -> Iterator[tuple[AnyTask, dict[str, Path]]]:
+        """Gives what `filled_in` returns; the files stay until the end of the block. Raises what it raises."""
+        with self._store.pinning() as pin:
+            with self._lock:
+                filled, files = self.filled_in(task)
+                for sha256 in files:
+                    pin(sha256)
+            yield filled, files
+        if self._left:
+            self.sweep()
+
+    def check(self, task: AnyTask) -> None:
+        """What a task about data of this node has found may leave only if the settings, as they are now, allow the task. Raises what
+        `filled_in` raises."""
+        if isinstance(task, WarmUpTask):
+            task = task.task
+        if isinstance(task, TrainTask | EvaluateTask) and task.node_data is not None:
+            if task.node_data not in self._settings:
+                raise Unavailable(f"this node has no data named {task.node_data!r} any more")
+            self._need_noise(task)
 
     def filled_in(self, task: AnyTask) -> tuple[AnyTask, dict[str, Path]]:
         """A task about data of this node, with its shards and their files; any other task as it is.
@@ -145,6 +206,11 @@ class OwnData:
                 f"a node with data {name!r} trains on them only with noise_multiplier={least:g} or more, but {asked} "
                 "(least_noise_multiplier in its settings)"
             )
+
+
+def _same_data(one: NodeDataSettings | None, other: NodeDataSettings) -> bool:
+    """Whether the same is packed with both: how it may be used does not matter for that."""
+    return one is not None and replace(one, least_noise_multiplier=other.least_noise_multiplier) == other
 
 
 def _as_tables(settings: Mapping[str, str | NodeDataSettings]) -> dict[str, NodeDataSettings]:

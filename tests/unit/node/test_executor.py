@@ -11,12 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from node import executor as module
 from node.executor import Executor
 from node.own_data import OwnData
 from potluck.blobs.store import BlobStore
 from potluck.errors import EngineFailed, InvalidModel, PotluckError, Unavailable
+from potluck.settings import NodeDataSettings
 from potluck.wire.commands import LeaseShard
 from potluck.wire.reports import ShardFailed, ShardFinished
 from potluck.wire.tasks import (
@@ -176,11 +178,12 @@ class Bench:
         self.outcomes: list[ShardFinished | ShardFailed] = []
         self.stages: list[str] = []
         self.progress: list[tuple[str, int, dict[str, float]]] = []
+        self.own_data = OwnData(folder / "data", {})
         self.stored: list[str] = []
         self.executor = Executor(
             store=self.store,
             downloader=self.holders,  # type: ignore[arg-type]
-            own_data=OwnData(folder / "data", {}),
+            own_data=self.own_data,
             slot=self.slot,  # type: ignore[arg-type]
             scratch=self.engine.scratch,
             urls=lambda: URLS,
@@ -277,6 +280,24 @@ async def test_what_is_missing_is_fetched_and_told_and_what_a_task_needs_stays_w
     assert bench.progress == [("a1", 1, {"loss": 0.5})]
     assert not bench.executor.computing
     assert not bench.pinned(MODEL)
+
+
+async def test_what_was_found_in_own_data_stays_here_if_that_is_no_longer_allowed(bench: Bench, tmp_path: Path) -> None:
+    """The owner reloads the settings while the engine computes."""
+    bench.keep(b"model", b"weights")
+    np.savez(tmp_path / "a.npz", x=np.zeros((4, 2), np.float32), y=np.arange(4))
+    given = NodeDataSettings(path=str(tmp_path / "a.npz"))
+    bench.own_data.change({"mine": given})
+    assert bench.own_data.pack("mine")
+    bench.engine.gate.clear()
+    bench.executor.start(lease(replace(evaluation(), node_data="mine")))
+    await eventually(lambda: bench.engine.ran)
+    (own,) = set(bench.engine.ran[0][2]) - {MODEL.sha256, WEIGHTS.sha256}
+    bench.own_data.change({"mine": replace(given, least_noise_multiplier=1.0)})
+    bench.engine.gate.set()
+    code, message = await bench.error()
+    assert (code, "least_noise_multiplier" in message) == ("invalid_request", True)
+    assert (tmp_path / "data" / own).exists()
 
 
 async def test_the_first_attempt_of_a_job_says_what_it_waits_for(bench: Bench) -> None:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import stat
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from msgspec.structs import replace
 
 from node.own_data import OwnData
+from potluck.data.pack import pack
 from potluck.errors import InvalidRequest, Unavailable
 from potluck.settings import NodeDataSettings
-from potluck.wire.tasks import EvaluateTask, ExportTask, TrainTask
-from potluck.wire.values import BlobRef, DataFormat, Privacy
+from potluck.wire.tasks import EvaluateTask, ExportTask, TrainTask, WarmUpTask
+from potluck.wire.values import BlobRef, DataFormat, Dataset, Privacy
 
 MODEL = BlobRef(sha256="a" * 64, size=1)
 
@@ -41,7 +43,7 @@ def training(name: str, *classes: str) -> TrainTask:
 
 
 def test_what_is_ready_is_announced_and_what_fails_is_logged(own: OwnData, caplog: pytest.LogCaptureFixture) -> None:
-    assert own.names == ("pets", "plain", "gone")
+    assert own.unpacked == ("pets", "plain", "gone")
     assert own.announced == ()
     assert own.pack("pets")
     assert own.pack("plain")
@@ -54,22 +56,84 @@ def test_what_is_ready_is_announced_and_what_fails_is_logged(own: OwnData, caplo
 
 
 def test_changed_settings_are_taken_over(own: OwnData, tmp_path: Path) -> None:
-    for name in own.names:
+    for name in own.unpacked:
         own.pack(name)
-    pets = own._settings["pets"]
-    stricter = replace(pets, least_noise_multiplier=1.0)
-    again = own.change({"pets": stricter, "plain": str(tmp_path / "plain.npz"), "new": str(tmp_path / "plain.npz")})
-    assert again == ("pets", "new")
+    pets = replace(own._settings["pets"], sample_weight="a")
+    own.change({"pets": pets, "plain": str(tmp_path / "plain.npz"), "new": str(tmp_path / "plain.npz")})
+    assert own.unpacked == ("pets", "new")
     assert [data.name for data in own.announced] == ["plain"]
     assert own.missing == {}
-    assert all(own.pack(name) for name in again)
+    assert all(own.pack(name) for name in own.unpacked)
     assert [data.name for data in own.announced] == ["new", "pets", "plain"]
-    with pytest.raises(InvalidRequest, match="least_noise_multiplier"):
-        own.filled_in(training("pets", "cat", "dog"))
-    assert own.change({}) == ()
+    own.change({})
+    assert own.unpacked == ()
     assert own.announced == ()
     with pytest.raises(Unavailable):
         own.filled_in(training("plain"))
+
+
+def test_a_bound_for_noise_holds_at_once_and_nothing_is_packed_again(own: OwnData) -> None:
+    own.pack("pets")
+    task = training("pets", "cat", "dog")
+    with own.using(task):
+        own.change({"pets": replace(own._settings["pets"], least_noise_multiplier=1.0)})
+    assert own.unpacked == ()
+    assert [data.name for data in own.announced] == ["pets"]
+    with pytest.raises(InvalidRequest, match="least_noise_multiplier"):
+        own.filled_in(task)
+    # What a task has found that began before may not leave either.
+    for begun in (task, WarmUpTask(task=task)):
+        with pytest.raises(InvalidRequest, match="least_noise_multiplier"):
+            own.check(begun)
+    own.check(replace(task, privacy=Privacy(l2_norm_clip=1.0, noise_multiplier=1.0)))
+    own.change({})
+    with pytest.raises(Unavailable, match="no data named 'pets' any more"):
+        own.check(task)
+
+
+def test_settings_may_change_while_data_are_packed(own: OwnData, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packing takes minutes: until its end, removed data must not stay."""
+    given = dict(own._settings)
+    own.pack("pets")
+
+    def meanwhile(*arguments: Any, **options: Any) -> Dataset:
+        own.change(changed)
+        with pytest.raises(Unavailable):
+            own.filled_in(training("pets", "cat", "dog"))
+        return pack(*arguments, **options)
+
+    monkeypatch.setattr("potluck.data.pack.pack", meanwhile)
+    changed: dict[str, NodeDataSettings] = {"plain": replace(given["plain"], least_noise_multiplier=1.0)}
+    assert own.pack("plain")
+    assert [data.name for data in own.announced] == ["plain"]
+    own.change(given)
+    changed = {"plain": given["plain"]}
+    assert not own.pack("pets")
+    assert not own.pack("gone")
+    assert (own.unpacked, own.missing) == ((), {})
+
+
+def test_files_of_data_go_once_no_task_uses_them(own: OwnData, tmp_path: Path) -> None:
+    def files() -> set[str]:
+        return {path.name for path in (tmp_path / "data").iterdir()}
+
+    own.pack("plain")
+    plain = files()
+    own.pack("pets")
+    with own.using(training("pets", "cat", "dog")) as (_, used):
+        own.change({"plain": str(tmp_path / "plain.npz")})
+        own.sweep()
+        assert files() == plain | set(used)
+        assert used
+    assert files() == plain
+    # The same files by another name: they are packed again, and do not go with the old name.
+    own.change({"as plain": str(tmp_path / "plain.npz")})
+    assert own.pack("as plain")
+    own.sweep()
+    assert files() == plain
+    own.change({})
+    own.sweep()
+    assert files() == set()
 
 
 def test_whatever_is_wrong_with_files_the_node_goes_on(
