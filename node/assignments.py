@@ -23,6 +23,12 @@ RESEND_TURNS = 4
 """An outcome is reported again after 1, 2 and 4 turns, and then after every fourth: a coordinator that is behind should not get more to read.
 The pauses stay well below the time after which a lease without news is given to another node."""
 
+REPORTS_RENEWED = 30
+"""How often the lease of an outcome is renewed until the outcome is acknowledged: longer than the pauses between reports. Not for ever, because
+a coordinator that cannot read the outcome must give the lease to another node."""
+REPORTS_RENEWED_AT_ONCE = 5
+"""With those that are not reported yet, as many as a coordinator reads of one message."""
+
 LeaseState = Literal["queued", "running", "reporting"]
 Outcome = ShardFinished | ShardFailed
 
@@ -75,6 +81,8 @@ class _Held:
     outcome: Outcome | None = None
     turns: int = 0
     """How often it was due to report the outcome again."""
+    renewals: int = 0
+    """How often the lease was renewed since there is an outcome."""
 
 
 @dataclass
@@ -215,7 +223,16 @@ class Assignments:
 
     def on_renewal_due(self) -> list[Effect]:
         """Renew all leases in one message, named for the lease that has news."""
-        held = [attempt_id for attempt_id, one in self.held.items() if one.state != "reporting"]
+        reported = [one for one in self.held.values() if one.state == "reporting" and one.renewals < REPORTS_RENEWED]
+        reported = sorted(reported, key=lambda one: one.renewals)[:REPORTS_RENEWED_AT_ONCE]
+        for one in reported:
+            one.renewals += 1
+        return self._renewal([*self._unreported(), *(one.lease.attempt_id for one in reported)])
+
+    def _unreported(self) -> list[str]:
+        return [attempt_id for attempt_id, one in self.held.items() if one.state != "reporting"]
+
+    def _renewal(self, held: list[str]) -> list[Effect]:
         if not held:
             return []
         said = next((attempt_id for attempt_id in held if self.held[attempt_id].state == "running"), held[0])
@@ -234,8 +251,10 @@ class Assignments:
 
     def on_connected(self) -> list[Effect]:
         """We are on the bus again: renew all leases and report all outcomes, for a coordinator may wait for them."""
+        for held in self.held.values():
+            held.renewals = 0
         return [
-            *self.on_renewal_due(),
+            *self._renewal(self._unreported()),
             *(Send(held.outcome) for held in self.held.values() if held.outcome is not None),
         ]
 

@@ -475,6 +475,7 @@ class Dispatcher:
             return
         except DiskFull:
             held.collecting = False  # its node keeps the result, and offers it again until we have taken it
+            held.no_room = True
             raise
         except PotluckError as error:
             held.collecting = False

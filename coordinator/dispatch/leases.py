@@ -30,6 +30,8 @@ PAUSES_LIMIT = 4
 """A lease is sent again after 1, 2, 4, 4, ... times `resend_seconds`: a node or broker that is slow should not get more to read."""
 BEHIND = 100
 """With more messages that wait to be sent, no command is sent again: its first copy may be among them."""
+ROOM_LEASE_SECONDS = 60.0
+"""The least time without news after which a lease ends whose result we had no room for: its node only reports again, with long pauses."""
 REFUSED_SECONDS = 0.5
 REFUSED_LIMIT_SECONDS = 60.0
 SLOTS = 2
@@ -57,9 +59,16 @@ class Held:
     taken: bool = False
     collecting: bool = False
     """Its result is being fetched: nothing else can end the attempt now."""
+    no_room: bool = False
+    """Whether we had no room for its result: it is there, and its node offers it again."""
     done: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
     stage: str = ""
+
+    def expired(self, now: float) -> bool:
+        """Whether it was not renewed in time."""
+        limit = max(self.body.lease_seconds, ROOM_LEASE_SECONDS) if self.no_room else self.body.lease_seconds
+        return not self.collecting and now - self.heard_at > limit
 
 
 class Leases:
@@ -155,8 +164,7 @@ class Leases:
 
     def expired(self, now: float) -> list[tuple[str, Held]]:
         """Leases that were not renewed in time."""
-        limit = self._settings.lease_seconds
-        return [(key, held) for key, held in self._held.items() if not held.collecting and now - held.heard_at > limit]
+        return [(key, held) for key, held in self._held.items() if held.expired(now)]
 
     @property
     def behind(self) -> bool:

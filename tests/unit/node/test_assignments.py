@@ -8,7 +8,19 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
 
-from node.assignments import FENCE_SECONDS, QUEUE_LIMIT, Assignments, Effect, GiveUp, Outcome, Prefetch, Run, Send, Stop
+from node.assignments import (
+    FENCE_SECONDS,
+    QUEUE_LIMIT,
+    REPORTS_RENEWED,
+    Assignments,
+    Effect,
+    GiveUp,
+    Outcome,
+    Prefetch,
+    Run,
+    Send,
+    Stop,
+)
 from potluck.wire.commands import AcknowledgeResult, LeaseShard, WithdrawLease
 from potluck.wire.reports import LeaseRefused, LeaseRenewed, LeaseTaken, ShardFailed, ShardFinished
 from potluck.wire.tasks import EvaluateResult, ExportTask
@@ -188,11 +200,13 @@ class Machine(RuleBasedStateMachine):
         assert len(renewals) <= 1, "one message, however many leases"
         renewed = [name for message in renewals for name in (message.attempt_id, *message.also)]  # type: ignore[attr-defined]
         resent = [message.attempt_id for message in self.perform(self.assignments.on_resend_due())]  # type: ignore[attr-defined]
-        reporting = [name for name in self.assignments.attempt_ids if name not in renewed]
+        held = self.assignments.held
+        reporting = [name for name in held if held[name].state == "reporting"]
         assert set(resent) <= set(reporting)
+        assert set(renewed) >= {name for name in held if name not in reporting}
         said = self.perform(self.assignments.on_connected())
         told = [name for message in said for name in (message.attempt_id, *getattr(message, "also", ()))]  # type: ignore[attr-defined]
-        assert sorted(told) == sorted(renewed + reporting) == sorted(self.assignments.attempt_ids)
+        assert sorted(told) == sorted(held)
 
     @precondition(lambda self: not self.assignments.draining)
     @rule()
@@ -274,6 +288,23 @@ def test_a_result_is_reported_until_it_is_acknowledged() -> None:
     assert sent(assignments.on_connected()) == [finished("a")], "at once: it may wait for it"
     assignments.on_acknowledged(AcknowledgeResult(attempt_id="a"))
     assert assignments.on_resend_due() == []
+
+
+def test_the_lease_of_an_outcome_is_renewed_between_its_reports_but_not_for_ever() -> None:
+    """With long pauses between reports, the lease ran out, and another node did the same again."""
+    assignments = Assignments()
+    assignments.on_lease(lease("a"))
+    assignments.on_outcome(finished("a"))
+    assert sent(assignments.on_renewal_due()) == [LeaseRenewed(attempt_id="a")]
+    assignments.on_lease(lease("b"))
+    assert sent(assignments.on_renewal_due()) == [LeaseRenewed(attempt_id="b", also=("a",))]
+    renewals = [sent(assignments.on_renewal_due()) for _ in range(2 * REPORTS_RENEWED)]
+    assert renewals.count([LeaseRenewed(attempt_id="b", also=("a",))]) == REPORTS_RENEWED - 2
+    assert renewals[-1] == [LeaseRenewed(attempt_id="b")]
+    assignments.on_connected()
+    assert sent(assignments.on_renewal_due()) == [LeaseRenewed(attempt_id="b", also=("a",))], "perhaps another one"
+    assignments.on_acknowledged(AcknowledgeResult(attempt_id="a"))
+    assert sent(assignments.on_renewal_due()) == [LeaseRenewed(attempt_id="b")]
 
 
 def test_a_stopping_node_gives_back_what_is_not_done_and_keeps_what_is() -> None:

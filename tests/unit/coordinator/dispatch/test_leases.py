@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from coordinator.copies.locations import PEERS_NAMED, Holders
-from coordinator.dispatch.leases import BEHIND, OWN_NAMED, SLOTS, Leases
+from coordinator.dispatch.leases import BEHIND, OWN_NAMED, ROOM_LEASE_SECONDS, SLOTS, Leases
 from coordinator.membership import Membership
 from coordinator.plans.job import Attempt
 from coordinator.plans.placement import NodeView
@@ -212,3 +212,20 @@ def test_a_lease_is_sent_again_after_growing_pauses_and_not_while_many_messages_
         outbox.waiting = BEHIND + 1 if bench.now < 4 else BEHIND
         bench.leases.send_due(bench.now)
     assert sent_at == [1.0, 4.0, 6.0, 10.0, 14.0, 18.0]
+
+
+def test_a_lease_whose_result_finds_no_room_ends_later() -> None:
+    """Its node has it, and reports it again; it does so with pauses that may be longer than a lease."""
+    bench = Bench()
+    bench.born("n1")
+    for attempt_id in ("a", "b", "c"):
+        bench.hold(attempt_id, "n1")
+    held = {attempt_id: bench.leases.get(attempt_id) for attempt_id in "abc"}
+    assert held["a"] is not None
+    assert held["b"] is not None
+    held["a"].no_room = True
+    held["b"].collecting = True
+    lease_seconds = CoordinatorSettings().lease_seconds
+    assert bench.leases.expired(lease_seconds) == []
+    assert bench.leases.expired(lease_seconds + 1) == [("c", held["c"])]
+    assert bench.leases.expired(ROOM_LEASE_SECONDS + 1) == [("a", held["a"]), ("c", held["c"])]

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from coordinator.dispatch.dispatcher import ROOM_SECONDS, Dispatcher
+from coordinator.dispatch.leases import Held
 from potluck.errors import DiskFull, InvalidModel
 from potluck.settings import CoordinatorSettings
+from potluck.wire.commands import LeaseShard
+from potluck.wire.reports import ShardFinished
+from potluck.wire.tasks import EvaluateResult, ExportTask
+from potluck.wire.values import BlobRef
 
 
 class Lab:
@@ -78,3 +83,21 @@ async def test_a_job_that_was_cancelled_waits_for_nothing(lab: Lab) -> None:
     lab.job.active = False
     assert await lab.act("complete", DiskFull("the disk is full"))
     assert (lab.told, lab.ended) == ([], [])
+
+
+async def test_a_result_without_room_stays_with_its_node_whose_lease_goes_on(lab: Lab) -> None:
+    async def full(result: object) -> None:
+        raise DiskFull("the disk is full")
+
+    lab.job.training, lab.job.attempts = None, {}
+    lab.dispatcher._leases = cast(Any, {"a"})
+    lab.dispatcher._collector = cast(Any, SimpleNamespace(collect=full))
+    body = LeaseShard(
+        epoch=1, job_id="j", shard_id="s", attempt_id="a", lease_seconds=10.0,
+        task=ExportTask(model=BlobRef(sha256="a" * 64, size=1), weights=BlobRef(sha256="b" * 64, size=1)),
+    )  # fmt: skip
+    held = Held("j", "n1", body, heard_at=0.0)
+    with pytest.raises(DiskFull):
+        await lab.dispatcher._collect(lab.job, held, ShardFinished(attempt_id="a", result=EvaluateResult(count=1)))
+    assert not held.expired(30.0)
+    assert not held.collecting
