@@ -20,13 +20,14 @@ import shutil
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
-from potluck.errors import Conflict, NotFound, Unavailable
+from potluck.errors import BadMessage, Conflict, NotFound, PotluckError, Unavailable
 from potluck.logs import fields
 from potluck.wire import codec
 
@@ -124,36 +125,21 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._db = sqlite3.connect(path, isolation_level=None, timeout=1.0)
         try:
-            # EXCLUSIVE holds the file lock as long as we live: two coordinators on one journal would undo each other's work.
-            self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=NORMAL")
-            self._migrate()
-            self._db.execute("BEGIN IMMEDIATE")
-            _run(self._db, _SCHEMA)
-            self._db.execute("INSERT OR IGNORE INTO facts VALUES ('epoch', 0)")
-            self._db.execute("INSERT OR IGNORE INTO facts VALUES ('forgotten', 0)")
-            self._db.execute("UPDATE facts SET value = value + 1 WHERE key = 'epoch'")
-            self._db.execute("INSERT OR IGNORE INTO facts VALUES ('cluster', ?)", (secrets.randbits(63),))
-            # A journal from before this fact is older than all journals that have it.
-            began = "SELECT 'founded', CASE WHEN EXISTS (SELECT 1 FROM events) THEN 0 ELSE ? END"
-            self._db.execute(f"INSERT OR IGNORE INTO facts {began}", (int(time.time()),))
-            self._db.execute("COMMIT")
-        except sqlite3.OperationalError as error:
-            self._db.close()
-            if error.sqlite_errorcode in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-                raise Conflict(f"the journal {path} is in use ({error}): does another coordinator run?") from error
-            raise Unavailable(f"the journal {path} cannot be opened: {error}") from error
-        except OSError as error:
-            self._db.close()
-            raise Unavailable(f"the journal {path} cannot be copied before its upgrade: {error.strerror}") from error
+            try:
+                self._open()
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode != sqlite3.SQLITE_FULL or not _ballast_of(path).exists():
+                    raise
+                log.warning("journal uses its reserved room: the disk is full %s", fields(path=path))
+                _ballast_of(path).unlink()
+                self._open()
+        except (sqlite3.Error, OSError) as error:
+            raise _cannot_read(path, error) from error
         if path.exists():  # after a power cut, no epoch and no number may be used again
             _sync_file(path.with_name(f"{path.name}-wal"))
         # A journal in memory (`:memory:`, sqlite3_open(3)) has no disk that could be full.
-        beside = path.with_name(f"{path.name}.ballast") if path.exists() else None
-        self._ballast = _Ballast(beside)
+        self._ballast = _Ballast(_ballast_of(path) if path.exists() else None)
         self._soon: list[tuple[str, bytes]] = []
         """Rows for the next write."""
         self._tell_soon: list[tuple[bytes]] = []
@@ -174,46 +160,88 @@ class Journal:
         self._syncing: asyncio.Task[None] | None = None
         self._syncing_next: asyncio.Task[None] | None = None
 
+    def _open(self) -> None:
+        self._db = sqlite3.connect(self._path, isolation_level=None, timeout=1.0)
+        try:
+            # EXCLUSIVE holds the file lock as long as we live: two coordinators on one journal would undo each other's work.
+            self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA synchronous=NORMAL")
+            self._migrate()
+            self._db.execute("BEGIN IMMEDIATE")
+            _run(self._db, _SCHEMA)
+            self._db.execute("INSERT OR IGNORE INTO facts VALUES ('epoch', 0)")
+            self._db.execute("INSERT OR IGNORE INTO facts VALUES ('forgotten', 0)")
+            self._db.execute("UPDATE facts SET value = value + 1 WHERE key = 'epoch'")
+            self._db.execute("INSERT OR IGNORE INTO facts VALUES ('cluster', ?)", (secrets.randbits(63),))
+            # A journal from before this fact is older than all journals that have it.
+            began = "SELECT 'founded', CASE WHEN EXISTS (SELECT 1 FROM events) THEN 0 ELSE ? END"
+            self._db.execute(f"INSERT OR IGNORE INTO facts {began}", (int(time.time()),))
+            self._db.execute("COMMIT")
+        except BaseException:
+            self._db.close()
+            raise
+
     def _migrate(self) -> None:
-        """Bring the tables to our version, all or nothing, after a copy of the file. Raises Unavailable for a newer version than ours."""
+        """Bring the tables to our version, all or nothing, after a copy of the file. Raises Unavailable for a newer version than ours,
+        and without room for the copy."""
         ours = len(_MIGRATIONS)
         (found,) = self._db.execute("PRAGMA user_version").fetchone()
-        if found > ours:
-            self._db.close()
+        if found > ours or found < 0:
             raise Unavailable(
                 f"the journal {self._path} is of version {found}, but this potluck knows versions up to {ours}: install the newer potluck "
-                f"again, or put {self._path.name}.v{ours}, the copy from before the upgrade, in its place, and delete {self._path.name}-wal "
-                "(what happened since the upgrade is then lost)"
+                f"again{self._copy_to_use(ours)}"
             )
         if found == ours:
             return
         if self._db.execute("SELECT 1 FROM sqlite_master").fetchone() is not None:
-            self._back_up(self._path.with_name(f"{self._path.name}.v{found}"))
+            self._back_up(_copy_of(self._path, found))
         self._db.execute("BEGIN IMMEDIATE")
         with self._db:
             for step in _MIGRATIONS[found:]:
                 step(self._db)
             self._db.execute(f"PRAGMA user_version = {ours}")
 
+    def _copy_to_use(self, ours: int) -> str:
+        """What else to do about a newer journal: use the newest copy that we can read, if there is one."""
+        for version in range(ours, -1, -1):
+            if (copy := _copy_of(self._path, version)).is_file():
+                return (
+                    f", or put {copy.name}, the copy from before the upgrade, in its place, and delete {self._path.name}-wal "
+                    "(what happened since the upgrade is then lost)"
+                )
+        return f" (there is no copy from before the upgrade in {self._path.parent})"
+
     def _back_up(self, path: Path) -> None:
-        """A copy of this journal at `path`, which survives a power cut."""
+        """A copy of this journal at `path`, which survives a power cut. Raises Unavailable, and then leaves nothing."""
         partial = path.with_name(f"{path.name}.partial")
-        partial.unlink(missing_ok=True)
-        copy = sqlite3.connect(partial)
         try:
-            self._db.backup(copy)
-        finally:
-            copy.close()
-        partial.chmod(0o600)
-        partial.rename(path)
-        _sync_file(path)
+            partial.unlink(missing_ok=True)
+            partial.touch(mode=0o600)
+            copy = sqlite3.connect(partial)
+            try:
+                self._db.backup(copy)
+            finally:
+                copy.close()
+            partial.rename(path)
+            _sync_file(path)
+        except (sqlite3.Error, OSError) as error:
+            for left in (partial, partial.with_name(f"{partial.name}-journal")):
+                with suppress(OSError):  # the first error is the one to tell
+                    left.unlink(missing_ok=True)
+            size = self._path.stat().st_size
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise Unavailable(
+                f"the journal {self._path} is of an older potluck, and before it is changed, it is copied to {path.name}, which failed "
+                f"({reason}): nothing was changed; make room there for {size} bytes, or give write access, and start the coordinator again"
+            ) from error
         log.info("journal copied before its tables change %s", fields(path=path))
 
     @property
     def empty(self) -> bool:
         """Whether it has no event."""
         self.flush()
-        return self._db.execute("SELECT 1 FROM events WHERE length(body) > 0 LIMIT 1").fetchone() is None
+        return not self._read("SELECT 1 FROM events WHERE length(body) > 0 LIMIT 1")
 
     def watch(self, watcher: Watcher) -> None:
         """Call it before each append from now on: what it tells is written with the events, or not at all."""
@@ -290,20 +318,27 @@ class Journal:
         return True
 
     def replay(self, stream: str, kind: type[T]) -> Iterator[T]:
-        """The events of `stream` in order, as `kind` (a tagged union of structs)."""
+        """The events of `stream` in order, as `kind` (a tagged union of structs). Raises BadMessage, and Unavailable if the file is damaged."""
         self.flush()
-        rows = self._db.execute("SELECT body FROM events WHERE stream = ? AND length(body) > 0 ORDER BY seq", (stream,))
-        for (body,) in rows.fetchall():
-            yield codec.unpack(body, kind)
+        for (body,) in self._read(
+            "SELECT body FROM events WHERE stream = ? AND length(body) > 0 ORDER BY seq", (stream,)
+        ):
+            try:
+                yield codec.unpack(body, kind)
+            except BadMessage as error:
+                raise BadMessage(
+                    f"the journal {self._path} has an event of {stream} that this potluck cannot read ({error.message}): install the potluck "
+                    "that wrote it again, or put a backup of the journal in its place"
+                ) from error
 
     def streams(self, prefix: str) -> list[str]:
         """The names of streams that begin with `prefix`, oldest first."""
         self.flush()
-        rows = self._db.execute(
+        rows = self._read(
             "SELECT stream FROM events WHERE substr(stream, 1, ?) = ? AND length(body) > 0 GROUP BY stream ORDER BY min(seq)",
             (len(prefix), prefix),
         )
-        return [stream for (stream,) in rows.fetchall()]
+        return [stream for (stream,) in rows]
 
     async def follow(self, place: Position | None = None, limit: int = 1000) -> tuple[list[Entry], Position]:
         """The next `limit` events after a place (None: from the beginning), in order, and the place after them. Of a stream that began again,
@@ -313,16 +348,16 @@ class Journal:
         """
         await self.sync()
         if place is None:
-            (newest,) = self._db.execute("SELECT coalesce(max(seq), 0) FROM events").fetchone()
+            ((newest,),) = self._read("SELECT coalesce(max(seq), 0) FROM events")
             place = Position(0, newest)
         if place.covers < self._forgotten:
             raise NotFound(
                 f"events up to {self._forgotten} were deleted from the journal: follow it from the beginning again"
             )
-        rows = self._db.execute(
+        rows = self._read(
             "SELECT seq, stream, begins, body FROM events WHERE seq > ? ORDER BY seq LIMIT ?", (place.number, limit)
         )
-        found = [Entry(number, stream, bool(begins), body) for number, stream, begins, body in rows.fetchall()]
+        found = [Entry(number, stream, bool(begins), body) for number, stream, begins, body in rows]
         number = found[-1].number if found else place.number
         return found, Position(number, max(place.covers, number))
 
@@ -330,13 +365,11 @@ class Journal:
         """The next `limit` things told behind the number `after`. Only what a power cut does not undo. Raises Unavailable as `sync`."""
         await self.sync()
         # Two looks at the ends: asked for both at once, SQLite reads the whole table.
-        oldest, newest = self._db.execute(
+        ((oldest, newest),) = self._read(
             "SELECT (SELECT coalesce(min(number), 0) FROM told), (SELECT coalesce(max(number), 0) FROM told)"
-        ).fetchone()
-        rows = self._db.execute(
-            "SELECT number, body FROM told WHERE number > ? ORDER BY number LIMIT ?", (after, limit)
         )
-        return Told(rows.fetchall(), oldest, newest)
+        rows = self._read("SELECT number, body FROM told WHERE number > ? ORDER BY number LIMIT ?", (after, limit))
+        return Told(rows, oldest, newest)
 
     def snapshot(self, stream: str, events: Iterable[msgspec.Struct]) -> None:
         """Begin a stream again with fewer events for the same state (no events: the stream is gone); deletes the events before."""
@@ -400,6 +433,13 @@ class Journal:
         finally:
             self._db.close()
 
+    def _read(self, sql: str, parameters: Sequence[object] = ()) -> list[Any]:
+        """The rows. Raises Unavailable if the file is damaged."""
+        try:
+            return self._db.execute(sql, parameters).fetchall()
+        except sqlite3.DatabaseError as error:
+            raise _cannot_read(self._path, error) from error
+
     def _write(self, work: Callable[[], object]) -> None:
         """Do all of `work` or none of it; where the disk is full, try once more without the ballast. Raises Unavailable."""
         try:
@@ -418,10 +458,55 @@ class Journal:
         self._ballast.take()
 
     def _once(self, work: Callable[[], object]) -> None:
-        self._db.execute("BEGIN IMMEDIATE")
-        with self._db:
-            work()
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            with self._db:
+                work()
+        except sqlite3.DatabaseError as error:
+            if _is_damage(error):
+                raise _damaged(self._path, error) from error
+            raise
         self._unsynced = True
+
+
+def _ballast_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.ballast")
+
+
+def _copy_of(path: Path, version: int) -> Path:
+    """Where the copy of a journal of this version is kept."""
+    return path.with_name(f"{path.name}.v{version}")
+
+
+def _cannot_read(path: Path, error: sqlite3.Error | OSError) -> PotluckError:
+    """The error to raise instead."""
+    if isinstance(error, OSError):
+        return Unavailable(f"the journal {path} cannot be read: {error.strerror}")
+    code = _code(error)
+    if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+        return Conflict(f"the journal {path} is in use ({error}): does another coordinator run?")
+    if code == sqlite3.SQLITE_FULL:
+        return Unavailable(
+            f"the journal {path} cannot be read ({error}): make room on its disk and start the coordinator again"
+        )
+    if _is_damage(error):
+        return _damaged(path, error)
+    return Unavailable(f"the journal {path} cannot be read: {error}")
+
+
+def _code(error: sqlite3.Error) -> int:
+    return int(getattr(error, "sqlite_errorcode", 0)) & 0xFF  # above that, SQLite says more of the same
+
+
+def _is_damage(error: sqlite3.Error) -> bool:
+    return _code(error) in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT)
+
+
+def _damaged(path: Path, error: sqlite3.Error) -> Unavailable:
+    return Unavailable(
+        f"the journal {path} is damaged, or is no journal ({error}): put a backup of it in its place, or move it and {path.name}-wal away; "
+        "then the cluster begins with nothing"
+    )
 
 
 def _sync_file(path: Path) -> None:

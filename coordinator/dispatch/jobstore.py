@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 
 from msgspec.structs import replace
 
-from coordinator.journal import Journal
+from coordinator.journal import FATAL, Journal
 from coordinator.plans import labels
 from coordinator.plans.events import (
     AnyEvent,
@@ -100,6 +100,8 @@ class JobStore:
         for stream in journal.streams("job/"):
             try:
                 self._replay(stream)
+            except FATAL:
+                raise  # the journal is damaged: it would lose one job after the other
             except (PotluckError, ValueError) as error:
                 log.error("job cannot be resumed %s", fields(stream=stream, reason=error))
 

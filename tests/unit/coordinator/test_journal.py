@@ -5,16 +5,19 @@ import os
 import random
 import shutil
 import sqlite3
+import stat
 import subprocess
 import threading
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 
 from coordinator import journal as module
 from coordinator.journal import Journal, Position
 from coordinator.plans.events import AnyEvent, AttemptEnded, JobStarted
-from potluck.errors import Conflict, NotFound, Unavailable
+from potluck.errors import BadMessage, Conflict, NotFound, Unavailable
 from potluck.wire import codec
 
 
@@ -309,6 +312,114 @@ def test_an_older_journal_is_copied_before_it_is_migrated(tmp_path: Path, monkey
     back.close()
 
 
+def test_without_room_for_its_copy_a_journal_is_not_migrated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = Journal(tmp_path / "j")
+    journal.append("job/1", JobStarted(at=1.0))
+    journal.close()
+    monkeypatch.setattr(module, "_MIGRATIONS", (*module._MIGRATIONS, lambda db: db.execute("DELETE FROM events")))
+    connect = sqlite3.connect
+
+    def small(path: Path, **options: Any) -> sqlite3.Connection:
+        made = connect(path, **options)
+        if path.name.endswith(".partial"):
+            made.execute("PRAGMA max_page_count = 1")
+        return made
+
+    monkeypatch.setattr("sqlite3.connect", small)
+    before = {path.name for path in tmp_path.iterdir()}
+    with pytest.raises(Unavailable, match=r"copied to j\.v1, which failed .*full.*nothing was changed; make room"):
+        Journal(tmp_path / "j")
+    assert {path.name for path in tmp_path.iterdir()} == before
+    monkeypatch.setattr("sqlite3.connect", connect)
+    (tmp_path / "j.v1").mkdir()  # whatever that is, it is not ours
+    with pytest.raises(Unavailable, match=r"copied to j\.v1, which failed \(Is a directory\)"):
+        Journal(tmp_path / "j")
+    monkeypatch.undo()
+    again = Journal(tmp_path / "j")
+    assert list(again.replay("job/1", AnyEvent)) == [JobStarted(at=1.0)]  # type: ignore[arg-type]
+    again.close()
+
+
+def test_the_copy_of_a_journal_is_for_its_user_alone(tmp_path: Path) -> None:
+    Journal(tmp_path / "j").close()
+    db = sqlite3.connect(tmp_path / "j")
+    db.execute("PRAGMA user_version = 0")
+    db.close()
+    Journal(tmp_path / "j").close()
+    assert stat.S_IMODE((tmp_path / "j.v0").stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize(
+    ("copies", "said"),
+    [
+        ([], r"there is no copy from before the upgrade in"),
+        (["j.v0"], r"or put j\.v0, the copy"),
+        (["j.v0", "j.v1", "j.v2"], r"or put j\.v1, the copy"),
+    ],
+)
+def test_only_a_copy_that_is_there_is_named(tmp_path: Path, copies: list[str], said: str) -> None:
+    Journal(tmp_path / "j").close()
+    db = sqlite3.connect(tmp_path / "j")
+    db.execute("PRAGMA user_version = 3")
+    db.close()
+    for name in copies:
+        (tmp_path / name).touch()
+    with pytest.raises(Unavailable, match=said):
+        Journal(tmp_path / "j")
+
+
+def test_a_journal_is_opened_with_the_room_that_was_kept_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Journal(tmp_path / "j").close()
+    ballast = tmp_path / "j.ballast"
+    run = module._run
+
+    def full(db: sqlite3.Connection, script: str) -> None:
+        if ballast.exists() or never:
+            error = sqlite3.OperationalError("database or disk is full")
+            error.sqlite_errorcode = sqlite3.SQLITE_FULL
+            raise error
+        run(db, script)
+
+    never = False
+    monkeypatch.setattr(module, "_run", full)
+    monkeypatch.setattr(module._Ballast, "take", lambda self: None)
+    assert ballast.exists()
+    journal = Journal(tmp_path / "j")
+    assert journal.epoch == 2
+    journal.close()
+    never = True
+    with pytest.raises(Unavailable, match=r"full\): make room on its disk and start the coordinator again"):
+        Journal(tmp_path / "j")
+
+
+def test_a_damaged_journal_is_said_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("something else\n" * 1000)
+    journal = Journal(tmp_path / "j")
+    journal.append("job/1", *(JobStarted(at=float(at)) for at in range(2000)))
+    journal.close()
+    data = bytearray((tmp_path / "j").read_bytes())
+    data[8192:] = os.urandom(len(data) - 8192)
+    (tmp_path / "j").write_bytes(data)
+    with pytest.raises(Unavailable, match=r"damaged, or is no journal.*put a backup of it in its place"):
+        Journal(tmp_path / "text")
+    assert (tmp_path / "text").read_text().startswith("something else")
+    with pytest.raises(Unavailable, match="damaged"):
+        list(Journal(tmp_path / "j").replay("job/1", AnyEvent))  # type: ignore[arg-type]
+
+
+def test_an_event_of_a_newer_potluck_is_named(tmp_path: Path) -> None:
+    class Shiny(msgspec.Struct, tag=True):
+        at: float
+
+    journal = Journal(tmp_path / "j")
+    journal.append("registry", Shiny(at=1.0))
+    with pytest.raises(BadMessage, match=r"an event of registry that this potluck cannot read.*Shiny.*install"):
+        list(journal.replay("registry", AnyEvent))  # type: ignore[arg-type]
+    journal.close()
+
+
 def test_a_migration_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     journal = Journal(tmp_path / "j")
     journal.append("job/1", JobStarted(at=1.0))
@@ -319,7 +430,7 @@ def test_a_migration_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pyt
         db.execute("this is not SQL")
 
     monkeypatch.setattr(module, "_MIGRATIONS", (*module._MIGRATIONS, half))
-    with pytest.raises(Unavailable, match="cannot be opened"):
+    with pytest.raises(Unavailable, match="cannot be read"):
         Journal(tmp_path / "j")
     monkeypatch.undo()
     again = Journal(tmp_path / "j")
