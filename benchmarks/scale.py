@@ -262,7 +262,7 @@ def deciding_seconds(nodes: int, turns: int) -> float:
         capacity = Capacity(
             hostname="h", system="s", cores=1, memory_bytes=1, runtimes={"tensorflow": "2"}, gflops=10.0
         )
-        membership.on_capacity(NodeCapacity(node_id=node_id, capacity=capacity))
+        membership.on_capacity(NodeCapacity(node_id=node_id, capacity=capacity), 0.0)
         membership.on_status(NodeStatus(node_id=node_id, session="1", state="online"), 0.0)
     blob = BlobRef(sha256="0" * 64, size=1)
     shards = tuple(DataShard(blob=blob, count=ITEMS // SHARDS) for _ in range(SHARDS))

@@ -29,7 +29,7 @@ from coordinator.gateway import routes as gateway
 from coordinator.gateway.answers import in_words
 from coordinator.gateway.shelf import Shelf
 from coordinator.journal import FATAL, Journal
-from coordinator.membership import Change, Membership, NodeJoined, NodeLost, NodeRefused, NodeUnknown
+from coordinator.membership import Change, Membership, NodeJoined, NodeLost, NodeRefused, NodeUnknown, Rebirths
 from coordinator.neighbours import Neighbours
 from coordinator.plans import node_data as federated
 from coordinator.registry import Registry
@@ -94,6 +94,7 @@ class Coordinator:
         self._name = f"{short_hostname()}-{self.session[:6]}"
         self.credentials = Credentials.of("coordinator", self._name)
         self._seldom = Seldom(LOG_SECONDS)
+        self._rebirths = Rebirths()
         self._announced = asyncio.Event()
         self._rival = Rival(settings.cluster, self.session, self._announced)
         self._urls: tuple[str, ...] = ()
@@ -394,7 +395,7 @@ class Coordinator:
                 if message.state == "online":
                     self._inference.ask_again(node_id)
             case NodeCapacity():
-                self._notice(self._membership.on_capacity(message))
+                self._notice(self._membership.on_capacity(message, now))
             case NodeTelemetry():
                 self._notice(self._membership.on_telemetry(message, now))
             case _:
@@ -403,7 +404,7 @@ class Coordinator:
     def _on_refused(self, topic: str, error: PotluckError) -> None:
         """A message could not be read. If it was a capacity, note why that of its node is unknown: `potluck nodes` says it."""
         if matches(self.topics.node("+", "capacity"), topic) and NODE_ID.fullmatch(self.topics.segment(topic, 1)):
-            self._membership.on_unreadable_capacity(self.topics.segment(topic, 1), error.message)
+            self._membership.on_unreadable_capacity(self.topics.segment(topic, 1), error.message, time.time())
 
     def _notice(self, changes: Iterable[Change]) -> None:
         for change in changes:
@@ -414,10 +415,10 @@ class Coordinator:
                     self._dispatcher.node_lost(change.node_id, change.reason)
                     self._serving.node_lost(change.node_id)
                 case NodeUnknown():
-                    if self._seldom.due(f"rebirth of {change.node_id}") is not None:
+                    if self._rebirths.due(change.node_id, time.time()):
                         self._outbox.publish(self.topics.node(change.node_id, "inbox"), Rebirth())
                 case NodeRefused():
-                    if (more := self._seldom.due("node refused")) is not None:
+                    if (more := self._seldom.due(f"node refused: {change.reason}")) is not None:
                         facts = fields(node=change.node_id, reason=change.reason, more=more or None)
                         log.error("node refused %s", facts)
                 case NodeJoined():

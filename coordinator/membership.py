@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from math import inf
 from typing import Literal
 
 from msgspec.structs import replace as changed
@@ -29,13 +30,17 @@ LISTED_LIMIT_BYTES = 150 * 1024
 NAMED_LIMIT = 64
 """How many things of one kind a node may have."""
 MEMBERS_LIMIT = 10_000
-"""Ids can be made up. Above this number, the member offline the longest is forgotten; if all are online, no more nodes may join."""
+"""Ids can be made up. Above this number, the member offline the longest is forgotten, first one that never said more than its birth; if all are online, no more nodes may join."""
 FORGOTTEN_SECONDS = 60.0
-"""How long after its loss a node is forgotten that never sent more than its birth: its name may have been made up."""
+"""How long after its loss a node is forgotten that never sent more than its birth or its capacity: its name may have been made up."""
 QUARANTINE_SECONDS = 600.0
 """How long a node gets no jobs, unless it is started again: somebody else may have sent messages in its name."""
 VIOLATIONS_LIMIT = 3
 """After this many results that are not what was asked for, a node is in quarantine."""
+REBIRTH_SECONDS = 5.0
+"""How often a node that sends messages without a birth is asked for it: it sends telemetry as often."""
+REBIRTHS_LIMIT = 500
+"""How many of them are asked in that time: a thousand nodes are back after 10 s, and made-up names cost little."""
 _UNKNOWN = Capacity(hostname="", system="", cores=1, memory_bytes=0)
 
 
@@ -59,8 +64,6 @@ class Member:
     clock_ahead_seconds: float = 0.0
     versions: Versions = OURS
     """The versions of the protocol that it speaks."""
-    understood: bool = True
-    """Whether we speak one of them."""
     unreadable: str = ""
     """Why its published capacity cannot be read, if no readable one ever came."""
     violations: int = 0
@@ -70,6 +73,11 @@ class Member:
     quarantined_at: float = 0.0
     spoke: bool = False
     """Whether it ever sent more than its birth."""
+
+    @property
+    def understood(self) -> bool:
+        """Whether we speak one of its versions."""
+        return OURS.shared(self.versions) > 0
 
     @property
     def available(self) -> bool:
@@ -110,6 +118,22 @@ class NodeLost:
 
     node_id: str
     reason: str
+
+
+class Rebirths:
+    """Which nodes to ask for their births now: each one seldom, and not too many at once, since names can be made up."""
+
+    def __init__(self) -> None:
+        self._asked: set[str] = set()
+        self._began = -inf
+
+    def due(self, node_id: str, now: float) -> bool:
+        if not 0 <= now - self._began < REBIRTH_SECONDS:  # the clock may have been set back
+            self._asked, self._began = set(), now
+        if node_id in self._asked or len(self._asked) >= REBIRTHS_LIMIT:
+            return False
+        self._asked.add(node_id)
+        return True
 
 
 Change = NodeJoined | NodeRefused | NodeUnknown | NodeLost
@@ -155,7 +179,6 @@ class Membership:
         http = tuple(filter(is_address, status.http[:ADDRESSES_KEPT]))
         software = _short(status.software)
         versions = versions_of(status)
-        understood = OURS.shared(versions) > 0
         collective = status.collective if is_place(status.collective) else ""
         known = self.members.get(status.node_id)
         if status.state == "offline":
@@ -181,7 +204,6 @@ class Membership:
                     collective=collective,
                     software=software,
                     versions=versions,
-                    understood=understood,
                     seen_at=now,
                 )
             )
@@ -201,27 +223,26 @@ class Membership:
                 telemetry=None,
                 left=False,
                 versions=versions,
-                understood=understood,
                 violations=known.violations if known.session == status.session else 0,
                 quarantined=known.quarantined if known.session == status.session else "",
             )
         )
         return [*changes, NodeJoined(status.node_id)]
 
-    def on_capacity(self, message: NodeCapacity) -> list[Change]:
+    def on_capacity(self, message: NodeCapacity, now: float) -> list[Change]:
         if message.node_id not in self.members and not self._room():
             return []
         # Retained capacity may arrive before the birth.
-        known = self.members.get(message.node_id) or Member(message.node_id, "", "offline", 0.0)
+        known = self.members.get(message.node_id) or Member(message.node_id, "", "offline", now)
         data, missing = _listable(message)
         self._put(replace(known, capacity=_bounded(message.capacity), data=data, data_missing=missing, unreadable=""))
         return []
 
-    def on_unreadable_capacity(self, node_id: str, reason: str) -> None:
+    def on_unreadable_capacity(self, node_id: str, reason: str, now: float) -> None:
         """The node's capacity cannot be read; it keeps the one known before, if any."""
         if node_id not in self.members and not self._room():
             return
-        known = self.members.get(node_id) or Member(node_id, "", "offline", 0.0)
+        known = self.members.get(node_id) or Member(node_id, "", "offline", now)
         if known.capacity is _UNKNOWN:
             self._put(replace(known, unreadable=f"its capacity cannot be read: {reason[:200]}"))
 
@@ -238,7 +259,9 @@ class Membership:
         if len(self.members) < MEMBERS_LIMIT:
             return True
         gone = min(
-            (one for one in self.members.values() if one.state == "offline"), key=lambda one: one.seen_at, default=None
+            (one for one in self.members.values() if one.state == "offline"),
+            key=lambda one: (one.spoke, bool(one.session), one.seen_at),  # those that may have been made up come first
+            default=None,
         )
         if gone is None:
             return False
@@ -305,7 +328,7 @@ class Membership:
             if member.quarantined and now - member.quarantined_at > QUARANTINE_SECONDS:
                 member = replace(member, violations=0, quarantined="")
                 self._put(member)
-            never = member.session and not member.spoke and member.state == "offline"
+            never = not member.spoke and member.state == "offline"
             if never and silent > self.timeout_seconds + FORGOTTEN_SECONDS:
                 self._forget(member)
             elif member.state != "offline" and silent > self.timeout_seconds:

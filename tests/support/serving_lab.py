@@ -216,7 +216,7 @@ class Lab:
     def _born(self, node_id: str, join: bool = True) -> None:
         runtimes = self.nodes[node_id].runtimes if node_id in self.nodes else {"tensorflow": "2"}
         capacity = Capacity(hostname=node_id, system="", cores=1, memory_bytes=2**36, runtimes=runtimes, gflops=1.0)
-        self.membership.on_capacity(NodeCapacity(node_id=node_id, capacity=capacity))
+        self.membership.on_capacity(NodeCapacity(node_id=node_id, capacity=capacity), 0.0)
         self.membership.on_status(NodeStatus(node_id=node_id, session="1", state="online"), 0.0)
         if join:
             self.serving.node_joined(node_id)

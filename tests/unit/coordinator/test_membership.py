@@ -7,11 +7,13 @@ from coordinator import membership
 from coordinator.membership import (
     LISTED_LIMIT_BYTES,
     QUARANTINE_SECONDS,
+    REBIRTH_SECONDS,
     Membership,
     NodeJoined,
     NodeLost,
     NodeRefused,
     NodeUnknown,
+    Rebirths,
 )
 from potluck.wire import codec
 from potluck.wire.births import NodeCapacity, NodeStatus, NodeTelemetry
@@ -58,7 +60,9 @@ def test_silence_makes_a_suspect_and_then_a_loss_and_telemetry_brings_it_back() 
 
 def test_capacity_may_arrive_before_the_birth() -> None:
     members = Membership(timeout_seconds=10)
-    members.on_capacity(NodeCapacity(node_id="n", capacity=Capacity(hostname="h", system="s", cores=4, memory_bytes=1)))
+    members.on_capacity(
+        NodeCapacity(node_id="n", capacity=Capacity(hostname="h", system="s", cores=4, memory_bytes=1)), 0.0
+    )
     assert list(members.infos()) == []
     members.on_status(birth("1"), 0)
     (info,) = members.infos()
@@ -72,7 +76,7 @@ def test_what_a_node_runs_and_which_data_it_lacks_are_listed() -> None:
         capacity=Capacity(hostname="h", system="s", cores=2, memory_bytes=1),
         data_missing={"photos": "gone"},
     )
-    members.on_capacity(capacity)  # retained: it may come first
+    members.on_capacity(capacity, 0.0)  # retained: it may come first
     members.on_status(NodeStatus(node_id="n", session="1", state="online", software={"potluck": "1"}), 0)
     (info,) = members.infos()
     assert (info.software, info.data_missing, info.capacity.cores) == ({"potluck": "1"}, {"photos": "gone"}, 2)
@@ -129,6 +133,47 @@ def test_who_was_never_more_than_a_birth_is_forgotten() -> None:
     assert list(members.infos("n")) == []
 
 
+def test_a_capacity_without_a_birth_is_forgotten() -> None:
+    """It may come before the birth, but not a minute before."""
+    members = Membership(timeout_seconds=10)
+    members.on_capacity(
+        NodeCapacity(node_id="n", capacity=Capacity(hostname="h", system="s", cores=4, memory_bytes=1)), 100.0
+    )
+    members.on_unreadable_capacity("u", "rubbish", 100.0)
+    members.tick(169.0)
+    assert sorted(members.members) == ["n", "u"]
+    members.on_status(birth("1"), 169.5)
+    members.tick(171.0)
+    assert sorted(members.members) == ["n"]
+    assert next(members.infos()).capacity.cores == 4
+
+
+def test_a_thousand_nodes_are_asked_for_their_births_and_each_seldom() -> None:
+    rebirths = Rebirths()
+    asked: list[str] = []
+    for second in range(int(3 * REBIRTH_SECONDS)):
+        for number in range(1000):
+            name = f"n{number}"
+            if name not in asked and rebirths.due(name, 100.0 + second):
+                asked.append(name)
+                assert not rebirths.due(name, 100.0 + second)
+    assert len(asked) == 1000
+    assert rebirths.due("n999", 50.0), "the clock was set back"
+
+
+def test_made_up_capacities_push_out_no_node_that_was_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(membership, "MEMBERS_LIMIT", 10)
+    members = Membership(timeout_seconds=10)
+    members.on_status(birth("1"), 0)
+    members.on_telemetry(telemetry("1"), 1)
+    members.on_status(birth("1", "offline"), 2)
+    for number in range(100):
+        members.on_capacity(NodeCapacity(node_id=f"g{number}", capacity=Capacity("h", "s", 1, 1)), 3.0)
+        members.on_status(NodeStatus(node_id=f"f{number}", session="s", state="online"), 4.0)
+        members.on_status(NodeStatus(node_id=f"f{number}", session="s", state="offline"), 5.0)
+    assert "n" in members.members
+
+
 def test_of_whom_nothing_but_telemetry_is_heard_a_birth_is_asked_for() -> None:
     members = Membership(timeout_seconds=10)
     assert members.on_telemetry(telemetry("1"), 0) == [NodeUnknown("n")]
@@ -149,7 +194,7 @@ def test_what_a_node_says_of_itself_goes_into_a_listing() -> None:
         NodeData(name="small", format=DataFormat(kind="images", classes=("a",)), count=1),
         NodeData(name="large", format=format, count=1),
     )
-    members.on_capacity(NodeCapacity(node_id="n", capacity=capacity, data=data, data_missing={"gone": long}))
+    members.on_capacity(NodeCapacity(node_id="n", capacity=capacity, data=data, data_missing={"gone": long}), 0.0)
     (info,) = members.infos()
     assert len(codec.pack(info)) < 100_000
     assert [one.name for one in info.data] == ["small"]
@@ -196,11 +241,13 @@ def test_the_third_violation_ends_in_quarantine_until_the_node_is_started_again(
 
 def test_a_capacity_that_cannot_be_read_is_named_where_none_is_known() -> None:
     members = Membership(timeout_seconds=10)
-    members.on_unreadable_capacity("n", "gflops")
+    members.on_unreadable_capacity("n", "gflops", 0.0)
     members.on_status(birth("1"), 0)
     assert next(members.infos()).left_out == "its capacity cannot be read: gflops"
-    members.on_capacity(NodeCapacity(node_id="n", capacity=Capacity(hostname="h", system="s", cores=4, memory_bytes=1)))
-    members.on_unreadable_capacity("n", "gflops")  # from another sender
+    members.on_capacity(
+        NodeCapacity(node_id="n", capacity=Capacity(hostname="h", system="s", cores=4, memory_bytes=1)), 0.0
+    )
+    members.on_unreadable_capacity("n", "gflops", 0.0)  # from another sender
     assert next(members.infos()).left_out == ""
 
 
@@ -211,8 +258,8 @@ def test_made_up_ids_fill_no_memory_and_push_out_nobody_who_is_there(monkeypatch
     members.on_status(birth("1"), 0)
     for number in range(2 * limit):
         forged = NodeStatus(node_id=f"f{number}", session="s", state="online", http=(f"http://127.0.0.1:{number + 1}",))
-        members.on_capacity(NodeCapacity(node_id=f"g{number}", capacity=Capacity("h", "s", 1, 1)))
-        members.on_unreadable_capacity(f"u{number}", "rubbish")
+        members.on_capacity(NodeCapacity(node_id=f"g{number}", capacity=Capacity("h", "s", 1, 1)), 0.0)
+        members.on_unreadable_capacity(f"u{number}", "rubbish", 0.0)
         answer = members.on_status(forged, 1)
     reason = "100 nodes are online: there are too many, or somebody makes up names"
     assert answer == [NodeRefused(forged.node_id, reason)]

@@ -218,7 +218,7 @@ class Listing:
                 hostname="ä" * 200, system="Linux", cores=4, memory_bytes=2**33, runtimes={"tensorflow": "2"}
             )
             data = NodeData(name=f"own-{number:04}", format=DataFormat(kind="images", classes=("a", "b")), count=5)
-            self.membership.on_capacity(NodeCapacity(node_id=node_id, capacity=capacity, data=(data,)))
+            self.membership.on_capacity(NodeCapacity(node_id=node_id, capacity=capacity, data=(data,)), 0.0)
         self.journal = Journal(tmp_path / "journal")
         self.registry = Registry(self.journal)
         for number in range(count):

@@ -90,7 +90,7 @@ class Lab:
     async def node(self, node_id: str, seconds: float = 0.0) -> FakeBus:
         """A node that has the result of a shard after this long."""
         capacity = Capacity(hostname="h", system="s", cores=1, memory_bytes=1, runtimes={"tensorflow": "2"}, gflops=1.0)
-        self.membership.on_capacity(NodeCapacity(node_id=node_id, capacity=capacity))
+        self.membership.on_capacity(NodeCapacity(node_id=node_id, capacity=capacity), 0.0)
         self.membership.on_status(NodeStatus(node_id=node_id, session="1", state="online"), 0.0)
         bus = FakeBus(self.broker, TOPICS, client_id=node_id)
         outbox = TOPICS.node(node_id, "outbox")

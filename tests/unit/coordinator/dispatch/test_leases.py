@@ -47,7 +47,7 @@ class Bench:
         capacity = Capacity(
             hostname="h", system="s", cores=1, memory_bytes=1, runtimes=dict.fromkeys(runtimes, "2"), gflops=3.0
         )
-        self.membership.on_capacity(NodeCapacity(node_id=node_id, capacity=capacity))
+        self.membership.on_capacity(NodeCapacity(node_id=node_id, capacity=capacity), 0.0)
         self.membership.on_status(
             NodeStatus(node_id=node_id, session=session, state="online", http=(f"http://{node_id}:1",)), self.now
         )

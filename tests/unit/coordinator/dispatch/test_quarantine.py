@@ -50,7 +50,7 @@ class Bench:
         self.membership = Membership(timeout_seconds=10)
         for node_id in nodes:
             capacity = Capacity(hostname="h", system="s", cores=1, memory_bytes=1, runtimes={"tensorflow": "2"})
-            self.membership.on_capacity(NodeCapacity(node_id=node_id, capacity=capacity))
+            self.membership.on_capacity(NodeCapacity(node_id=node_id, capacity=capacity), 0.0)
             self.born(node_id, "1")
         self.leases = Leases(
             topics=Topics("test"), outbox=Mock(), membership=self.membership, settings=CoordinatorSettings(), epoch=1,
