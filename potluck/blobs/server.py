@@ -9,11 +9,10 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import nullcontext
-from pathlib import Path
 
-from aiohttp import ETag, hdrs, web
-from aiohttp.abc import AbstractStreamWriter
+from aiohttp import hdrs, web
 
+from potluck.blobs.sending import FileAnswer
 from potluck.blobs.store import BlobStore, NewFile, is_sha256, made_up_name
 from potluck.errors import DiskFull, InvalidRequest, NotFound, PotluckError, TooLarge
 from potluck.logs import fields
@@ -25,8 +24,7 @@ IDLE_SECONDS = 30.0
 """An upload without a new byte for this long is given up, and so is a slow one (`potluck.net.http.Patience`)."""
 
 _OCTETS = "application/octet-stream"
-_LEFT_SECONDS = 1.0
-"""How soon an answer ends after its client has left."""
+_IMMUTABLE = {hdrs.CONTENT_TYPE: _OCTETS, hdrs.CACHE_CONTROL: "max-age=31536000, immutable"}
 _UPLOADS_LIMIT = 32
 """Uploads of inputs at a time. An incomplete upload does not count towards any other limit."""
 _UPLOADS_EACH = 16
@@ -55,7 +53,10 @@ def routes(
             return _problem(404, error.message)
         if any(tag.value in (sha256, "*") for tag in request.if_none_match or ()):
             return web.Response(status=304, headers={hdrs.ETAG: f'"{sha256}"'})
-        return _BlobResponse(path, sha256)
+        try:
+            return await FileAnswer(headers=_IMMUTABLE | {hdrs.ETAG: f'"{sha256}"'}).send(request, path)
+        except FileNotFoundError:  # deleted just now
+            return _problem(404, f"there is no blob {sha256[:12]} here")
 
     def settled(request: web.Request) -> web.Response | None:
         """The answer, if it does not depend on the bytes."""
@@ -229,34 +230,6 @@ async def _receive(
 
 def _nothing(size: int) -> None:
     """Inputs have their own store, and are not kept for long: they need no check."""
-
-
-class _BlobResponse(web.FileResponse):
-    """A file whose ETag is its hash; aiohttp would make one of its time."""
-
-    def __init__(self, path: Path, sha256: str) -> None:
-        self._sha256 = sha256
-        headers = {hdrs.CONTENT_TYPE: _OCTETS, hdrs.CACHE_CONTROL: "max-age=31536000, immutable"}
-        super().__init__(path, headers=headers)
-
-    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
-        """Send it. If the client leaves while aiohttp opens the file, aiohttp would leave the file open: this closes it."""
-        sending = asyncio.ensure_future(super().prepare(request))
-        try:
-            return await asyncio.shield(sending)
-        except asyncio.CancelledError:
-            await asyncio.wait([sending], timeout=_LEFT_SECONDS)
-            if not sending.cancel():
-                sending.exception()  # we know that the connection is gone
-            raise
-
-    @property
-    def etag(self) -> ETag | None:
-        return ETag(self._sha256)
-
-    @etag.setter
-    def etag(self, value: ETag | str | None) -> None:
-        self.headers[hdrs.ETAG] = f'"{self._sha256}"'
 
 
 def _wrong_caller(request: web.Request) -> web.Response | None:

@@ -9,21 +9,19 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
 
 import aiohttp
 from aiohttp import hdrs
 
 from potluck.blobs.partial import Partial
 from potluck.blobs.store import BlobStore, no_room
+from potluck.blobs.threads import unbroken
 from potluck.errors import CorruptBlob, Unavailable
 from potluck.logs import fields
 from potluck.wire.addresses import NO_ADDRESS, is_address
 from potluck.wire.values import BlobRef
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 CHUNK_BYTES = 4 * 2**20
 REQUESTS_PER_HOLDER = 2
@@ -311,18 +309,6 @@ def explained(error: Exception, timings: Timings) -> str:
     if isinstance(error, aiohttp.ServerDisconnectedError | aiohttp.ClientPayloadError | ConnectionResetError):
         return "broke off the connection"
     return str(error) or type(error).__name__
-
-
-async def unbroken(call: Callable[..., T], *args: Any) -> T:
-    """Run `call` in a thread, and wait for its end even if cancelled, so that no thread goes on writing unnoticed."""
-    task = asyncio.ensure_future(asyncio.to_thread(call, *args))
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait([task])
-        if not task.cancelled():
-            task.exception()
-        raise
 
 
 def _total_size(response: aiohttp.ClientResponse) -> int | None:
