@@ -20,8 +20,8 @@ from aiohttp import web
 
 from potluck.blobs import server
 from potluck.blobs.download import Downloader
+from potluck.blobs.parts import Timings
 from potluck.blobs.store import BlobStore, is_made_up
-from potluck.blobs.transfer import Timings
 from potluck.credentials import Credentials
 from potluck.errors import CorruptBlob, InputsLost, PotluckError, Unavailable
 from potluck.logs import fields

@@ -18,11 +18,13 @@ import aiohttp
 import msgspec
 from aiohttp import hdrs
 
+from potluck.blobs.parts import TIMINGS, Parts, PlainParts, Timings, TlsParts, explained
 from potluck.blobs.store import BlobStore, hash_file
-from potluck.blobs.transfer import TIMINGS, Timings, Transfer, explained
+from potluck.blobs.transfer import Transfer
 from potluck.credentials import Credentials
 from potluck.errors import DiskFull, InvalidRequest, NotFound, TooLarge, Unavailable
 from potluck.logs import fields
+from potluck.net.bulk_client import BulkClient
 from potluck.net.http_client import session
 from potluck.wire.addresses import NO_ADDRESS, is_address
 from potluck.wire.values import BlobRef
@@ -56,11 +58,18 @@ class Downloader:
         self._under_way: dict[str, _UnderWay] = {}
         self._distrusted_until: dict[str, float] = {}
         self._session: aiohttp.ClientSession | None = None
+        self._bulk: BulkClient | None = None
 
     async def __aenter__(self) -> Self:
         self._session = session(
             self._credentials, connect_seconds=self._timings.connect_seconds, idle_seconds=self._timings.idle_seconds
         )
+        if self._credentials.client_tls is not None:
+            self._bulk = BulkClient(
+                self._credentials,
+                connect_seconds=self._timings.connect_seconds,
+                idle_seconds=self._timings.idle_seconds,
+            )
         return self
 
     async def __aexit__(
@@ -70,6 +79,8 @@ class Downloader:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        if self._bulk is not None:
+            await self._bulk.close()
         if self._session is not None:
             await self._session.close()
 
@@ -185,8 +196,11 @@ class Downloader:
 
     def _begin(self, ref: BlobRef) -> _UnderWay:
         log.debug("fetch begun %s", fields(blob=ref.sha256[:12], size=ref.size, holders=len(ref.holders)))
+        parts: Parts = (
+            PlainParts(self._http, self._timings) if self._bulk is None else TlsParts(self._bulk, self._timings)
+        )
         transfer = Transfer(
-            ref, self._store, self._http, self._timings, distrusted=self._is_distrusted, on_liar=self._on_liar
+            ref, self._store, parts, self._timings, distrusted=self._is_distrusted, on_liar=self._on_liar
         )
         task = asyncio.create_task(transfer.run(), name=f"fetch {ref.sha256[:12]}")
         found = self._under_way[ref.sha256] = _UnderWay(transfer, task)

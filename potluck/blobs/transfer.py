@@ -10,10 +10,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import aiohttp
-from aiohttp import hdrs
-
 from potluck.blobs.partial import Partial
+from potluck.blobs.parts import HolderFailed, Parts, Timings
 from potluck.blobs.store import BlobStore, no_room
 from potluck.blobs.threads import unbroken
 from potluck.errors import CorruptBlob, Unavailable
@@ -27,34 +25,6 @@ CHUNK_BYTES = 4 * 2**20
 REQUESTS_PER_HOLDER = 2
 REQUESTS_LIMIT = 6
 _TICK_SECONDS = 0.25
-
-
-@dataclass(frozen=True)
-class Timings:
-    """How long to wait. A chunk may take `idle_seconds`, plus the time for its size at `slowest_bytes_per_second`."""
-
-    connect_seconds: float = 3.0
-    idle_seconds: float = 10.0
-    slowest_bytes_per_second: float = 16 * 1024.0
-    hedge_seconds: float = 2.0
-    """A chunk under way for this long is asked of a second holder too, once no other chunks are left to ask for."""
-    rest_seconds: float = 0.2
-    """How long a holder rests after it failed. It doubles each time."""
-    failures_limit: int = 3
-    """After this many failures in a row, a holder is not asked any more."""
-    distrust_seconds: float = 600.0
-    """How long a holder that sent wrong bytes is asked only if no other is left."""
-
-
-TIMINGS = Timings()
-
-
-class HolderFailed(Unavailable):
-    """Why a request to one holder failed; `final`: asking again cannot help. Never leaves this module."""
-
-    def __init__(self, reason: str, *, final: bool = False) -> None:
-        super().__init__(reason)
-        self.final = final
 
 
 @dataclass(eq=False)
@@ -85,7 +55,7 @@ class Transfer:
         self,
         ref: BlobRef,
         store: BlobStore,
-        http: aiohttp.ClientSession,
+        parts: Parts,
         timings: Timings,
         *,
         distrusted: Callable[[str], bool],
@@ -93,7 +63,7 @@ class Transfer:
     ) -> None:
         self._ref = ref
         self._store = store
-        self._http = http
+        self._parts = parts
         self._timings = timings
         self._distrusted = distrusted
         self._on_liar = on_liar
@@ -204,7 +174,8 @@ class Transfer:
         holder = request.holder
         holder.active += 1
         task = asyncio.create_task(
-            self._request(holder.url, *partial.span(request.chunk)), name=f"chunk {request.chunk} of {holder.url}"
+            self._parts.get(holder.url, self._ref, *partial.span(request.chunk)),
+            name=f"chunk {request.chunk} of {holder.url}",
         )
         self._running[task] = request
 
@@ -249,71 +220,3 @@ class Transfer:
         if any(holder.lied for holder in self._holders.values()):
             return CorruptBlob(f"{name} could not be had, since the bytes that came were others: {reasons}")
         return Unavailable(f"{name} could not be had from anyone: {reasons}")
-
-    async def _request(self, base_url: str, start: int, stop: int) -> bytearray:
-        """The bytes from `start` to `stop`. Raises HolderFailed."""
-        timings = self._timings
-        limit_seconds = (
-            timings.connect_seconds + timings.idle_seconds + (stop - start) / timings.slowest_bytes_per_second
-        )
-        headers = {hdrs.RANGE: f"bytes={start}-{stop - 1}", hdrs.ACCEPT_ENCODING: "identity"}
-        url = f"{base_url}/blobs/{self._ref.sha256}"
-        try:
-            async with asyncio.timeout(limit_seconds):
-                async with self._http.get(url, headers=headers, allow_redirects=False) as response:
-                    return await self._read(response, start, stop)
-        except TimeoutError as error:
-            raise HolderFailed(explained(error, timings)) from error
-        except (aiohttp.ClientError, OSError, ValueError, AssertionError) as error:
-            # The last two come from odd addresses or answers, which aiohttp and the resolver do not expect.
-            raise HolderFailed(explained(error, timings)) from error
-
-    async def _read(self, response: aiohttp.ClientResponse, start: int, stop: int) -> bytearray:
-        """Read the body, but never more than was asked for, whatever is sent."""
-        if response.status not in (200, 206):
-            busy = response.status >= 500 or response.status in (408, 425, 429)
-            raise HolderFailed(f"answered {response.status} {response.reason}", final=not busy)
-        total = _total_size(response)
-        if total is not None and total != self._ref.size:
-            raise HolderFailed(f"has it with {total} bytes instead of {self._ref.size}", final=True)
-        skip = start if response.status == 200 else 0  # a server without Range sends all
-        found = bytearray()
-        async for data in response.content.iter_any():
-            if skip >= len(data):
-                skip -= len(data)
-                continue
-            found += data[skip:]
-            skip = 0
-            if len(found) >= stop - start:
-                break
-        if len(found) < stop - start:
-            raise HolderFailed(f"sent {len(found)} bytes where {stop - start} were asked for")
-        del found[stop - start :]
-        return found
-
-
-def explained(error: Exception, timings: Timings) -> str:
-    """Why a connection failed, in words."""
-    if isinstance(error, aiohttp.ConnectionTimeoutError):
-        return f"no connection within {timings.connect_seconds:g} s"
-    if isinstance(error, aiohttp.ServerTimeoutError):
-        return f"no byte came for {timings.idle_seconds:g} s"
-    if isinstance(error, TimeoutError):
-        return f"slower than {timings.slowest_bytes_per_second:g} bytes a second"
-    if isinstance(error, aiohttp.ClientConnectorDNSError):
-        return "its name is not known here"
-    if isinstance(error, ConnectionRefusedError) or isinstance(
-        getattr(error, "os_error", None), ConnectionRefusedError
-    ):
-        return "nothing listens there (connection refused)"
-    if isinstance(error, aiohttp.ServerDisconnectedError | aiohttp.ClientPayloadError | ConnectionResetError):
-        return "broke off the connection"
-    return str(error) or type(error).__name__
-
-
-def _total_size(response: aiohttp.ClientResponse) -> int | None:
-    """Size of the whole blob, if the answer tells it (RFC 9110, 14.4)."""
-    if response.status == 200:
-        return response.content_length
-    text = response.headers.get(hdrs.CONTENT_RANGE, "").rpartition("/")[2]
-    return int(text) if text.isascii() and text.isdigit() else None

@@ -25,12 +25,16 @@ from aiohttp import web
 
 from potluck.blobs import server
 from potluck.blobs.download import Downloader
+from potluck.blobs.parts import Timings
 from potluck.blobs.store import BlobStore
-from potluck.blobs.transfer import CHUNK_BYTES, Timings
+from potluck.blobs.transfer import CHUNK_BYTES
 from potluck.credentials import Credentials
 from potluck.errors import CorruptBlob, DiskFull, InvalidRequest, TooLarge, Unavailable
 from potluck.net.http import serve_http
+from potluck.security import certificates
+from potluck.wire.addresses import address
 from potluck.wire.values import BlobRef
+from support.closed import Authority
 from support.eventually import eventually
 
 QUICK = Timings(connect_seconds=1.0, idle_seconds=1.0, hedge_seconds=0.3, rest_seconds=0.01)
@@ -62,9 +66,23 @@ class Holder:
 
 Hold = Callable[..., Awaitable[Holder]]
 
+BOTH = pytest.mark.parametrize("credentials", ["plain", "mTLS"], indirect=True)
+"""The same test on plain connections and over mTLS, where blobs are fetched by other code."""
+
+
+@pytest.fixture(scope="module")
+def member(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The credentials of a node, used for both sides here."""
+    return Authority().member(tmp_path_factory.mktemp("member"), "node", certificates.node_profile("n1"))
+
 
 @pytest.fixture
-async def hold(tmp_path: Path) -> AsyncIterator[Hold]:
+def credentials(request: pytest.FixtureRequest, member: Path) -> Credentials:
+    return Credentials() if getattr(request, "param", "plain") == "plain" else Credentials.load(member, "node")
+
+
+@pytest.fixture
+async def hold(tmp_path: Path, credentials: Credentials) -> AsyncIterator[Hold]:
     """Starts holders. With `spoil(request, data)` whole answers can be replaced; None: the proper one."""
     async with AsyncExitStack() as stack:
         count = 0
@@ -85,17 +103,17 @@ async def hold(tmp_path: Path) -> AsyncIterator[Hold]:
 
             sock = socket.create_server(("127.0.0.1", 0))
             await stack.enter_async_context(
-                serve_http(sock, [web.get("/blobs/{sha256}", get), *routes[1:]], Credentials())
+                serve_http(sock, [web.get("/blobs/{sha256}", get), *routes[1:]], credentials)
             )
-            holder.url = f"http://127.0.0.1:{sock.getsockname()[1]}"
+            holder.url = address("127.0.0.1", sock.getsockname()[1], credentials.scheme)
             return holder
 
         yield start
 
 
 @pytest.fixture
-async def downloader(tmp_path: Path) -> AsyncIterator[Downloader]:
-    async with Downloader(BlobStore(tmp_path / "here", 1 << 30), Credentials(), QUICK) as found:
+async def downloader(tmp_path: Path, credentials: Credentials) -> AsyncIterator[Downloader]:
+    async with Downloader(BlobStore(tmp_path / "here", 1 << 30), credentials, QUICK) as found:
         yield found
 
 
@@ -315,6 +333,7 @@ async def test_an_upload_that_breaks_off_or_stalls_leaves_nothing(hold: Hold) ->
 # --- fetch ------------------------------------------------------------------------------------------------------------
 
 
+@BOTH
 @pytest.mark.parametrize("size", [0, 1, CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + 1, 3 * CHUNK_BYTES + 17])
 async def test_a_blob_is_fetched_whole(hold: Hold, downloader: Downloader, size: int) -> None:
     data = noise(size)
@@ -369,6 +388,7 @@ async def test_a_fetch_goes_on_when_one_of_those_who_wait_is_cancelled(hold: Hol
     assert len(holder.asked) == 1
 
 
+@BOTH
 async def test_a_fetch_that_nobody_waits_for_ends_and_can_be_resumed(hold: Hold, downloader: Downloader) -> None:
     data = noise(1000)
     gate = asyncio.Event()
@@ -392,11 +412,12 @@ async def test_nobody_to_ask(downloader: Downloader) -> None:
         await downloader.fetch(ref_of(b"x"))
 
 
-async def test_connection_errors_are_explained(hold: Hold, downloader: Downloader) -> None:
+@BOTH
+async def test_connection_errors_are_explained(hold: Hold, credentials: Credentials, downloader: Downloader) -> None:
     data = noise(1000)
     without, broken, frozen = await hold(), await hold(data, spoil=break_off), await hold(data, spoil=freeze)
     with socket.create_server(("127.0.0.1", 0)) as sock:
-        closed = f"http://127.0.0.1:{sock.getsockname()[1]}"
+        closed = address("127.0.0.1", sock.getsockname()[1], credentials.scheme)
     with pytest.raises(Unavailable) as caught:
         await downloader.fetch(ref_of(data, without.url, broken.url, frozen.url, closed, "nonsense"))
     message = caught.value.message
@@ -425,6 +446,7 @@ async def test_malformed_addresses_are_named(hold: Hold, downloader: Downloader,
     assert (await downloader.fetch(ref_of(data, url, (await hold(data)).url))).read_bytes() == data
 
 
+@BOTH
 @pytest.mark.parametrize("total", ["9" * 5000, "", "*", "-1", "\u0663", "x"])
 async def test_a_holder_that_talks_nonsense_harms_nobody(hold: Hold, downloader: Downloader, total: str) -> None:
     data = noise(1000)
@@ -439,7 +461,8 @@ async def test_a_holder_that_talks_nonsense_harms_nobody(hold: Hold, downloader:
         await downloader.fetch(ref_of(noise(1000, 1), odd.url))
 
 
-async def test_a_holder_that_trickles_alone_is_given_up(hold: Hold, tmp_path: Path) -> None:
+@BOTH
+async def test_a_holder_that_trickles_alone_is_given_up(hold: Hold, credentials: Credentials, tmp_path: Path) -> None:
     data = noise(100_000)
 
     async def trickle(request: web.Request, data: bytes) -> web.StreamResponse:
@@ -452,13 +475,14 @@ async def test_a_holder_that_trickles_alone_is_given_up(hold: Hold, tmp_path: Pa
 
     holder = await hold(data, spoil=trickle)
     timings = Timings(connect_seconds=0.2, idle_seconds=0.2, slowest_bytes_per_second=1e6, rest_seconds=0.01)
-    async with Downloader(BlobStore(tmp_path / "slow", 1 << 30), Credentials(), timings) as downloader:
+    async with Downloader(BlobStore(tmp_path / "slow", 1 << 30), credentials, timings) as downloader:
         began = time.monotonic()
         with pytest.raises(Unavailable, match="slower than 1e\\+06 bytes a second"):
             await downloader.fetch(ref_of(data, holder.url))
         assert time.monotonic() - began < 10
 
 
+@BOTH
 @pytest.mark.parametrize("fault", [freeze, break_off])
 async def test_a_bad_holder_does_not_hold_up_a_good_one(
     hold: Hold, downloader: Downloader, fault: Misbehaviour
@@ -471,17 +495,19 @@ async def test_a_bad_holder_does_not_hold_up_a_good_one(
     assert time.monotonic() - began < 5
 
 
-async def test_a_slow_holder_is_overtaken_at_the_end(hold: Hold, tmp_path: Path) -> None:
+@BOTH
+async def test_a_slow_holder_is_overtaken_at_the_end(hold: Hold, credentials: Credentials, tmp_path: Path) -> None:
     data = noise(2 * CHUNK_BYTES)
     slow, good = await hold(data, spoil=freeze), await hold(data)
     timings = Timings(idle_seconds=30, hedge_seconds=0.2)  # the slow holder is not given up, only overtaken
-    async with Downloader(BlobStore(tmp_path / "here", 1 << 30), Credentials(), timings) as downloader:
+    async with Downloader(BlobStore(tmp_path / "here", 1 << 30), credentials, timings) as downloader:
         began = time.monotonic()
         await downloader.fetch(ref_of(data, slow.url, good.url))
         assert time.monotonic() - began < 10
     assert slow.asked
 
 
+@BOTH
 async def test_a_short_failure_is_forgiven(hold: Hold, downloader: Downloader) -> None:
     data = noise(1000)
     failures = iter([web.Response(status=503), web.Response(status=500)])
@@ -493,6 +519,7 @@ async def test_a_short_failure_is_forgiven(hold: Hold, downloader: Downloader) -
     assert (await downloader.fetch(ref_of(data, holder.url))).read_bytes() == data
 
 
+@BOTH
 async def test_a_server_without_range_will_do(hold: Hold, downloader: Downloader) -> None:
     data = noise(2 * CHUNK_BYTES + 5)
 
@@ -503,6 +530,7 @@ async def test_a_server_without_range_will_do(hold: Hold, downloader: Downloader
     assert (await downloader.fetch(ref_of(data, holder.url))).read_bytes() == data
 
 
+@BOTH
 async def test_a_wrong_size_is_said(hold: Hold, downloader: Downloader) -> None:
     holder = await hold(b"soup")
     ref = BlobRef(sha256=sha(b"soup"), size=3, holders=(holder.url,))

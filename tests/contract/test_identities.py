@@ -13,8 +13,8 @@ from msgspec.structs import replace
 
 from potluck.blobs import server
 from potluck.blobs.download import Downloader
+from potluck.blobs.parts import Timings
 from potluck.blobs.store import BlobStore
-from potluck.blobs.transfer import Timings
 from potluck.bus.connecting import refusal
 from potluck.bus.mqtt import Envelope, MqttBus, in_turn
 from potluck.credentials import Credentials

@@ -18,6 +18,7 @@ PLACES: dict[str, set[str]] = {
     "ClientSession": {"potluck/net/http_client.py"},
     "urlopen": set(),
     "HTTPConnection": set(),
+    "HTTPSConnection": {"potluck/net/bulk_client.py"},
     "create_server": {"potluck/net/http.py"},
     "AppRunner": {"potluck/net/http.py"},
     "TCPSite": set(),
