@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import re
 import socket
 import time
 from collections.abc import Awaitable, Callable
@@ -22,16 +23,20 @@ from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo, AsyncZerocon
 from potluck.errors import Unavailable
 from potluck.logs import fields
 from potluck.net.addresses import lan_addresses, reachable_addresses
-from potluck.settings import NetworkSettings, is_loopback, parse_address
+from potluck.settings import BROKER_PORT, BrokerSettings, NetworkSettings, is_loopback, parse_address, typed
 from potluck.wire.births import PROTOCOL_VERSION
 
 log = logging.getLogger(__name__)
 
 SERVICE_TYPE = "_potluck._tcp.local."
+CLOSED_PORT, CLOSED_CLIENT_PORT = BrokerSettings().closed_port, BrokerSettings().client_port
+"""The ports of a closed cluster's broker, where an address names none: for nodes, and for clients."""
 RESOLVE_MILLISECONDS = 3000
 FIND_SECONDS = 5.0
 ASKS_SECONDS = 4.0
 """A new browser asks again and again by itself for this long."""
+CA_DIGITS = 16
+_CA = re.compile(f"[0-9a-f]{{{CA_DIGITS}}}")
 NAMES = 5
 """How many names are tried before an advertisement is given up."""
 
@@ -60,6 +65,10 @@ class Service:
     """Of a coordinator: when its journal began, as Unix time in seconds."""
     empty: bool = False
     """Of a coordinator: whether its journal keeps nothing yet."""
+    ca: str = ""
+    """Of a closed cluster: the first CA_DIGITS hexadecimal digits of the SHA-256 of its CA's public key; "": it is open."""
+    client_port: int = 0
+    """Of a coordinator of a closed cluster: the broker's port for clients."""
 
 
 class Discovery:
@@ -253,18 +262,51 @@ def precedence(coordinator: Service) -> tuple[bool, int, str]:
     return coordinator.empty, coordinator.founded, coordinator.id
 
 
-def broker_addresses(network: NetworkSettings, discovery: Discovery | None) -> Callable[[], Awaitable[tuple[str, int]]]:
+def ca_hint(fingerprint: bytes) -> str:
+    """What mDNS says of a closed cluster: the beginning of the SHA-256 of its CA's public key, in hexadecimal digits."""
+    return fingerprint.hex()[:CA_DIGITS]
+
+
+@dataclass(frozen=True)
+class Side:
+    """Whose broker is looked for: one of an open cluster, or the one of a closed cluster, by its members or by its clients."""
+
+    ca: str = ""
+    """As in `Service.ca`."""
+    client: bool = False
+
+    def broker(self, service: Service) -> tuple[str, int] | None:
+        """The broker that a service leads us to; None: none. What is not of our kind is not even tried."""
+        port = service.client_port if self.ca and self.client else service.broker_port
+        if service.role != "coordinator" or service.ca != self.ca or not port:
+            return None
+        return service.broker_host or service.host, port
+
+
+OPEN = Side()
+
+
+def broker_addresses(
+    network: NetworkSettings, discovery: Discovery | None, side: Side = OPEN
+) -> Callable[[], Awaitable[tuple[str, int]]]:
     """Where the broker may be. The bus asks this before each attempt to connect: first the seeds in turn, then the coordinators found.
 
     Raises Unavailable when there is nothing to try within a few seconds; the text says what was looked for.
     """
-    seeds = [parse_address(seed) for seed in network.seeds]
+    port = BROKER_PORT if not side.ca else CLOSED_CLIENT_PORT if side.client else CLOSED_PORT
+    seeds = [parse_address(seed, port) for seed in network.seeds]
     tried_at: dict[tuple[str, int], int] = {}
     attempts = 0
 
     def found() -> list[tuple[str, int]]:
         services = sorted(discovery.services("coordinator"), key=precedence) if discovery is not None else []
-        return [(one.broker_host or one.host, one.broker_port) for one in services if one.broker_port]
+        return [broker for one in services if (broker := side.broker(one)) is not None]
+
+    def missing() -> str:
+        kept_out = any(one.ca for one in discovery.services("coordinator")) if discovery is not None else False
+        if kept_out and not side.ca:
+            return closed_text(network.cluster)
+        return f"no coordinator of {'the closed ' if side.ca else ''}cluster {network.cluster!r} is found by mDNS yet"
 
     async def following() -> tuple[str, int]:
         nonlocal attempts
@@ -275,10 +317,10 @@ def broker_addresses(network: NetworkSettings, discovery: Discovery | None) -> C
         choices = [*seeds, *found()]
         if not choices and discovery is not None:
             await discovery.look_again()
-            await discovery.wait_for(lambda one: one.role == "coordinator" and one.broker_port > 0, FIND_SECONDS)
+            await discovery.wait_for(lambda one: side.broker(one) is not None, FIND_SECONDS)
             choices = found()
         if not choices:
-            raise Unavailable(f"no coordinator of cluster {network.cluster!r} is found by mDNS yet")
+            raise Unavailable(missing())
         # The address tried longest ago, or never: the new address of a coordinator that moved comes before its old one.
         address = min(choices, key=lambda choice: tried_at.get(choice, 0))
         attempts += 1
@@ -288,6 +330,12 @@ def broker_addresses(network: NetworkSettings, discovery: Discovery | None) -> C
         return address
 
     return following
+
+
+def closed_text(cluster: str) -> str:
+    """What to tell somebody without credentials who finds a closed cluster."""
+    create, join = typed("potluck token create", cluster), "potluck join TOKEN"
+    return f"cluster {cluster!r} is closed: get a token on a machine of its operator with `{create}`, then type `{join}` here"
 
 
 def _label(service: Service, attempt: int) -> str:
@@ -312,6 +360,8 @@ def _info(service: Service, label: str, listen_host: str) -> AsyncServiceInfo:
         "founded": str(service.founded),
         "empty": str(int(service.empty)),
     }
+    if service.ca:
+        facts |= {"ca": service.ca, "clients": str(service.client_port)}
     return AsyncServiceInfo(
         SERVICE_TYPE,
         f"{label}.{SERVICE_TYPE}",
@@ -327,7 +377,8 @@ def _ipv4(listen_host: str) -> list[str]:
     return [address for address in reachable_addresses(listen_host) if ":" not in address] or ["127.0.0.1"]
 
 
-_NUMBERS = ("port", "broker", "cores", "memory", "gpus", "v", "founded", "empty")
+_NUMBERS = ("port", "broker", "cores", "memory", "gpus", "v", "founded", "empty", "clients")
+_PORTS = ("port", "broker", "clients")
 
 
 def _service(info: AsyncServiceInfo) -> Service | None:
@@ -341,9 +392,11 @@ def _service(info: AsyncServiceInfo) -> Service | None:
         numbers = {key: int(facts.get(key) or 0) for key in _NUMBERS}
     except ValueError:
         return None
-    broker_host = facts.get("broker_host") or ""
-    if not broker_host.isprintable() or min(numbers.values()) < 0 or max(numbers["port"], numbers["broker"]) > 65535:
+    broker_host, ca = facts.get("broker_host") or "", facts.get("ca") or ""
+    if not broker_host.isprintable() or min(numbers.values()) < 0 or max(numbers[port] for port in _PORTS) > 65535:
         return None
+    if ca and not _CA.fullmatch(ca):
+        return None  # neither an open cluster's nor a closed one's
     return Service(
         id=id,
         cluster=facts.get("cluster") or "",
@@ -358,6 +411,8 @@ def _service(info: AsyncServiceInfo) -> Service | None:
         version=numbers["v"],
         founded=numbers["founded"],
         empty=bool(numbers["empty"]),
+        ca=ca,
+        client_port=numbers["clients"],
     )
 
 

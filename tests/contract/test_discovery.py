@@ -14,7 +14,7 @@ from zeroconf.asyncio import AsyncServiceInfo, AsyncZeroconf
 
 from potluck.errors import Unavailable
 from potluck.net import discovery as module
-from potluck.net.discovery import SERVICE_TYPE, Discovery, Role, Service, broker_addresses
+from potluck.net.discovery import SERVICE_TYPE, Discovery, Role, Service, Side, broker_addresses, ca_hint
 from potluck.settings import NetworkSettings
 from support.eventually import eventually
 
@@ -126,6 +126,10 @@ async def test_services_that_we_cannot_read_are_ignored(cluster: str, stack: Asy
         {"cores": "many"},
         {"memory": "-1"},
         {"id": None},
+        {"ca": "no digits"},
+        {"ca": "0123456789ABCDEF"},
+        {"ca": "0123456789abcdef0"},
+        {"ca": "0123456789abcdef", "clients": "65536"},
     )
     facts: dict[str, str | None] = {"id": "odd", "cluster": cluster, "role": "node", "port": "1"}
     for number, change in enumerate(strange_facts):
@@ -232,3 +236,36 @@ async def test_a_broker_elsewhere_is_named(cluster: str, stack: AsyncExitStack) 
     there = await stack.enter_async_context(Discovery(cluster))
     await there.advertise(service(cluster, "c", "coordinator", broker_port=1883, broker_host="10.1.2.3"))
     assert await broker_addresses(NetworkSettings(cluster=cluster), here)() == ("10.1.2.3", 1883)
+
+
+async def test_members_try_only_their_own_cluster_and_open_daemons_no_closed_one(
+    cluster: str, stack: AsyncExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """mDNS that names another broker, also a plain one, changes nothing for a member; and nobody joins a closed cluster without a token."""
+    monkeypatch.setattr(module, "FIND_SECONDS", 0.2)
+    ours, theirs = ca_hint(bytes(32)), ca_hint(bytes([1] * 32))
+    here = await stack.enter_async_context(Discovery(cluster))
+    for name, facts in (
+        ("closed", {"broker_port": 8001, "client_port": 8002, "ca": ours}),
+        ("other", {"broker_port": 8003, "client_port": 8004, "ca": theirs}),
+    ):
+        there = await stack.enter_async_context(Discovery(cluster))
+        said = service(cluster, name, "coordinator", **facts)
+        await there.advertise(said)
+        assert await here.wait_for(lambda one, said=said: one == said, 5)  # type: ignore[misc]
+    network = NetworkSettings(cluster=cluster)
+    with pytest.raises(Unavailable, match=f"closed: get a token .*potluck token create --cluster {cluster}"):
+        await broker_addresses(network, here)()
+    plain = await stack.enter_async_context(Discovery(cluster))
+    await plain.advertise(service(cluster, "plain", "coordinator", broker_port=1883))
+    assert await here.wait_for(lambda one: one.broker_port == 1883, 5)
+    for side, port in ((Side(), 1883), (Side(ours), 8001), (Side(ours, client=True), 8002), (Side(theirs), 8003)):
+        addresses = broker_addresses(network, here, side)
+        assert [await addresses() for _ in range(2)] == [("127.0.0.1", port)] * 2
+
+
+async def test_the_ports_of_a_closed_cluster_need_not_be_typed() -> None:
+    network = NetworkSettings(seeds=("a", "b:7"))
+    for side, port in ((Side("00" * 8), 8883), (Side("00" * 8, client=True), 8884)):
+        addresses = broker_addresses(network, None, side)
+        assert [await addresses() for _ in range(2)] == [("a", port), ("b", 7)]
