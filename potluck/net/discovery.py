@@ -35,6 +35,8 @@ RESOLVE_MILLISECONDS = 3000
 FIND_SECONDS = 5.0
 ASKS_SECONDS = 4.0
 """A new browser asks again and again by itself for this long."""
+ANY_CLUSTER = ""
+"""As the cluster of a Discovery: whoever has a join token does not know the name of its cluster."""
 CA_DIGITS = 16
 _CA = re.compile(f"[0-9a-f]{{{CA_DIGITS}}}")
 NAMES = 5
@@ -72,7 +74,7 @@ class Service:
 
 
 class Discovery:
-    """Browses for the services of one cluster, and advertises one of our own; an async context manager.
+    """Browses for the services of one cluster (or ANY_CLUSTER), and advertises one of our own; an async context manager.
 
     Works only on loopback when `listen_host` is a loopback address, else on the interfaces of the network. `refresh` looks at
     the interfaces again.
@@ -252,7 +254,7 @@ class Discovery:
             log.debug("not resolved %s", fields(name=name[:100], reason=repr(error)))
             return
         service = _service(info)
-        if service is not None and service.cluster == self._cluster:
+        if service is not None and self._cluster in (ANY_CLUSTER, service.cluster):
             self._found[name] = service
             self._changed.set()
 

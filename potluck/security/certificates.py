@@ -106,10 +106,15 @@ def new_key() -> bytes:
     return _private_pem(ec.generate_private_key(ec.SECP256R1()))
 
 
+def ca_name(cluster: str) -> str:
+    """What the certificate of a cluster's CA is called."""
+    return f"potluck {cluster}"[:_NAME_LIMIT]
+
+
 def make_ca(key: bytes, cluster: str, cluster_id: str, now: float, serial: bytes) -> bytes:
     """The certificate of a new cluster's CA, as PEM. `serial`: 16 random bytes."""
     private = _private(key)
-    name = _name(f"potluck {cluster}"[:_NAME_LIMIT], cluster_id, "")
+    name = _name(ca_name(cluster), cluster_id, "")
     builder = (
         _builder(name, name, private.public_key(), now, CA_SECONDS, serial)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
@@ -188,6 +193,15 @@ def read(certificate: bytes) -> Certificate:
     """What a certificate (PEM, or DER) says. It is not checked: see `check`. Raises InvalidRequest when it is none."""
     with _as_refusal("this is no certificate"):
         return _described(_loaded(certificate))
+
+
+def alone(certificate: bytes) -> bytes:
+    """The first certificate in what somebody sent (PEM, or DER), and nothing else of it, as PEM. Raises InvalidRequest when there is none.
+
+    TLS contexts trust all that is in a text: whoever was to show one CA could add another.
+    """
+    with _as_refusal("this is no certificate"):
+        return _pem(_loaded(certificate))
 
 
 def check(certificate: bytes, ca: bytes, now: float) -> Certificate:

@@ -159,3 +159,12 @@ def test_keys_of_the_wrong_kind() -> None:
             signing.Verifier(wrong)
         with pytest.raises(InvalidRequest):
             certificates.public_key_of(wrong)
+
+
+def test_of_several_certificates_only_the_first_is_taken() -> None:
+    other_key = certificates.new_key()
+    other = certificates.make_ca(other_key, "home", "c-1", NOW, SERIAL)
+    assert certificates.alone(CA + b"\n" + other) == CA
+    assert certificates.alone(CA.replace(b"\n", b"\r\n") + b"-----BEGIN TRUSTED CERTIFICATE-----") == CA
+    with pytest.raises(InvalidRequest, match="no certificate"):
+        certificates.alone(CA_KEY)
