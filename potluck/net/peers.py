@@ -1,0 +1,37 @@
+"""Who the other end of a connection is, by the certificate that it showed in the handshake."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from aiohttp import web
+
+from potluck.wire.identities import is_identity
+
+_NAME = "commonName"
+
+
+def is_secured(transport: asyncio.BaseTransport | None) -> bool:
+    """Whether the connection has TLS."""
+    return transport is not None and transport.get_extra_info("ssl_object") is not None
+
+
+def peer_identity(transport: asyncio.BaseTransport | None) -> str:
+    """The identity in the peer's certificate; "": it showed none, its name is no identity, there is no TLS, or it has left.
+
+    OpenSSL has checked the certificate against the cluster's CA. Whether its owner is a member still is for others to say.
+    """
+    shown: dict[str, Any] | None = None if transport is None else transport.get_extra_info("peercert")
+    return identity_of(shown) if shown else ""
+
+
+def asker(request: web.BaseRequest) -> str:
+    """`peer_identity` of the sender of an HTTP request."""
+    return peer_identity(request.transport)
+
+
+def identity_of(certificate: dict[str, Any]) -> str:
+    """The identity in a certificate, which is as `ssl.SSLSocket.getpeercert` gives it; "": there is not exactly one name in it."""
+    names = [value for parts in certificate.get("subject", ()) for key, value in parts if key == _NAME]
+    return names[0] if len(names) == 1 and is_identity(names[0]) else ""
