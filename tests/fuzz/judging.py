@@ -75,7 +75,9 @@ def hold(condition: object, words: str) -> None:
 def _check_words(error: Exception) -> None:
     words = str(error)
     if len(words) > WORDS_LIMIT:
-        raise Broken(f"words of {type(error).__name__} at {_where(error)}", f"{len(words)} characters: {words[:100]}...")
+        raise Broken(
+            f"words of {type(error).__name__} at {_where(error)}", f"{len(words)} characters: {words[:100]}..."
+        )
     try:
         words.encode()
     except UnicodeEncodeError as failed:

@@ -25,7 +25,20 @@ NUMBERS: tuple[Any, ...] = (
 )
 TEXTS = (
     *("", "a", "\0", "\n", "\ud800", "\x1b[31m", "..", "/", "../../etc/passwd", "{}", "%s", "\U0001f4a9", "NaN", "-1"),
-    *("9" * 400, "a" * 3000, "#", "+", "$SYS", "é", "\u202e", " ", "user x\ntopic readwrite #", "FP32", "BYTES", "BOOL"),
+    *(
+        "9" * 400,
+        "a" * 3000,
+        "#",
+        "+",
+        "$SYS",
+        "é",
+        "\u202e",
+        " ",
+        "user x\ntopic readwrite #",
+        "FP32",
+        "BYTES",
+        "BOOL",
+    ),
 )
 
 
@@ -81,9 +94,7 @@ def of_message(data: bytes, most: int, seed: int) -> bytes:
     return of_msgpack(data, most, seed)
 
 
-def _of_tree(
-    data: bytes, most: int, seed: int, read: Callable[[bytes], Any], write: Callable[[Any], bytes]
-) -> bytes:
+def _of_tree(data: bytes, most: int, seed: int, read: Callable[[bytes], Any], write: Callable[[Any], bytes]) -> bytes:
     rng = random.Random(seed)
     if rng.random() < 0.4:
         return plain(data, most, seed)
@@ -245,7 +256,9 @@ def of_png(data: bytes, most: int, seed: int) -> bytes:
         case 0:
             chunks[at : at + 1] = [chunks[at]] * rng.choice((0, 2, 30))
         case 1:
-            kind = rng.choice((b"tRNS", b"PLTE", b"iCCP", b"zTXt", b"iTXt", b"acTL", b"fcTL", b"fdAT", b"eXIf", b"gAMA"))
+            kind = rng.choice(
+                (b"tRNS", b"PLTE", b"iCCP", b"zTXt", b"iTXt", b"acTL", b"fcTL", b"fdAT", b"eXIf", b"gAMA")
+            )
             chunks.insert(at, (kind, mutated(body, 200)))
         case _:
             if kind == b"IDAT" and rng.random() < 0.8:

@@ -165,7 +165,12 @@ def parquets() -> Iterator[bytes]:
         }
     )
     for table in (whole, others, whole.slice(0, 0)):
-        for options in ({}, {"compression": "none"}, {"compression": "gzip", "data_page_version": "2.0"}, {"row_group_size": 1}):
+        for options in (
+            {},
+            {"compression": "none"},
+            {"compression": "gzip", "data_page_version": "2.0"},
+            {"row_group_size": 1},
+        ):
             buffer = io.BytesIO()
             pq.write_table(table, buffer, **options)
             yield buffer.getvalue()
@@ -302,7 +307,12 @@ def update(data: bytes) -> None:
 def update_files() -> Iterator[bytes]:
     path = scratch() / "update"
     rng = np.random.default_rng(1)
-    after = [rng.normal(size=(64, 80)).astype(np.float32), np.zeros(5, np.float32), np.zeros(3, np.float32), np.zeros(2, np.int64)]
+    after = [
+        rng.normal(size=(64, 80)).astype(np.float32),
+        np.zeros(5, np.float32),
+        np.zeros(3, np.float32),
+        np.zeros(2, np.int64),
+    ]
     for compression in ("none", "int8", "int4"):
         updates.write_update(path, _base(), after, compression)  # type: ignore[arg-type]
         yield path.read_bytes()

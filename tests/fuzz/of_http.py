@@ -130,7 +130,9 @@ def form(data: bytes) -> None:
 
 
 def forms_made() -> Iterator[bytes]:
-    part = b'--b\r\nContent-Disposition: form-data; name="file"; filename="%s"\r\nContent-Type: image/png\r\n\r\nabc\r\n'
+    part = (
+        b'--b\r\nContent-Disposition: form-data; name="file"; filename="%s"\r\nContent-Type: image/png\r\n\r\nabc\r\n'
+    )
     yield b"multipart/form-data; boundary=b\n" + part % b"a.png" + b"--b--\r\n"
     field = b'--b\r\nContent-Disposition: form-data; name="top"\r\n\r\n5\r\n'
     yield b'multipart/form-data; boundary="b"\nbefore\r\n' + field * 2 + part % b"\xc3\xa9.png" + b"--b--"
@@ -192,7 +194,9 @@ def files() -> Iterator[bytes]:
 OURS = (InvalidRequest, InvalidData)
 
 TARGETS = (
-    Target("open_inference", open_inference, OURS, open_inferences, mutators.in_parts(mutators.plain, mutators.of_json)),
+    Target(
+        "open_inference", open_inference, OURS, open_inferences, mutators.in_parts(mutators.plain, mutators.of_json)
+    ),
     Target("index", index, OURS, lambda: [b'{"ready":true}', b"{}"], mutators.of_json),
     Target("tensorflow", tensorflow, OURS, tensorflows, mutators.in_parts(mutators.plain, mutators.of_json)),
     Target("plain_arrays", plain_arrays, OURS, plains, mutators.in_parts(mutators.plain, mutators.of_json)),

@@ -128,7 +128,9 @@ def packet(data: bytes) -> None:
 
 
 def packets_made() -> Iterator[bytes]:
-    properties = b"\x03\x00\x10application/json\x08\x00\x03a/b\x09\x00\x02id\x26\x00\x01k\x00\x01v\x0b\x81\x01\x02\0\0\0\x09"
+    properties = (
+        b"\x03\x00\x10application/json\x08\x00\x03a/b\x09\x00\x02id\x26\x00\x01k\x00\x01v\x0b\x81\x01\x02\0\0\0\x09"
+    )
     for at in (b"", b"\0\x07"):
         for tail in (b"", bytes([len(properties)]) + properties):
             yield b"\x03" + packets.publish("potluck/v1/home/jobs/submit", b'{"type":"x"}' * 20, False, tail, at)
@@ -218,7 +220,14 @@ def topic(data: bytes) -> None:
 
 
 def topics_made() -> Iterator[bytes]:
-    yield from (b"potluck/v1/home/clients/c1/inbox", b"answers/me", b"http://10.0.0.1:80", b"[::1]:9", b"a.b:1", b"$SYS/x")
+    yield from (
+        b"potluck/v1/home/clients/c1/inbox",
+        b"answers/me",
+        b"http://10.0.0.1:80",
+        b"[::1]:9",
+        b"a.b:1",
+        b"$SYS/x",
+    )
     yield from (b"potluck/v1/home/models/m/infer", b"https://[fe80::1]:443/", b"potluck/v1/home/jobs/submit", b"node:k")
 
 
@@ -237,7 +246,14 @@ def rules(data: bytes) -> None:
 
 
 def members() -> Iterator[bytes]:
-    yield from (b"node:kitchen", b"client:ann\nuser", b"client:bob\nviewer", b"coordinator:attic-1f", b"x:y", b"client:a.b-c_d")
+    yield from (
+        b"node:kitchen",
+        b"client:ann\nuser",
+        b"client:bob\nviewer",
+        b"coordinator:attic-1f",
+        b"x:y",
+        b"client:a.b-c_d",
+    )
 
 
 def advertised(data: bytes) -> None:
@@ -256,7 +272,10 @@ def advertised(data: bytes) -> None:
     discovery.precedence(found)
     hold(0 <= found.port < 65536 and 0 <= found.broker_port < 65536, "ports are ports")
     hold(found.id.isprintable() and found.broker_host.isprintable(), "names are one line")
-    hold(0 <= found.memory_bytes < 2**63 and 0 <= found.cores < 2**63 and 0 <= found.founded < 2**63, "numbers can be sent")
+    hold(
+        0 <= found.memory_bytes < 2**63 and 0 <= found.cores < 2**63 and 0 <= found.founded < 2**63,
+        "numbers can be sent",
+    )
 
 
 def records() -> Iterator[bytes]:

@@ -55,7 +55,9 @@ def main() -> int:
     each = max(LEAST_SECONDS, arguments.seconds / len(chosen))
     failed = [name for name in chosen if not _fuzzed(name, each, arguments.memory)]
     if failed:
-        print(f"found something in {', '.join(failed)}: see {FOUND.relative_to(ROOT)}, mend it, and keep the file as a test")
+        print(
+            f"found something in {', '.join(failed)}: see {FOUND.relative_to(ROOT)}, mend it, and keep the file as a test"
+        )
     return 1 if failed else 0
 
 
@@ -63,7 +65,9 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=60, help="for all targets together")
     parser.add_argument("--only", nargs="*", default=[], metavar="TARGET")
-    parser.add_argument("--memory", type=int, default=MEMORY_BYTES, help="bytes of address space that decoding may take")
+    parser.add_argument(
+        "--memory", type=int, default=MEMORY_BYTES, help="bytes of address space that decoding may take"
+    )
     parser.add_argument("--if-there", action="store_true", help="without atheris, say so and succeed")
     return parser.parse_args()
 
@@ -137,7 +141,12 @@ def _fuzz(name: str, seconds: float, memory: int) -> None:
                 (FOUND / name / hashlib.sha256(broken.kind.encode()).hexdigest()[:12]).write_bytes(data)
 
     options = [
-        *(f"-max_total_time={max(1, int(seconds))}", f"-max_len={LENGTH}", f"-timeout={HANGS_SECONDS}", "-rss_limit_mb=0"),
+        *(
+            f"-max_total_time={max(1, int(seconds))}",
+            f"-max_len={LENGTH}",
+            f"-timeout={HANGS_SECONDS}",
+            "-rss_limit_mb=0",
+        ),
         *("-verbosity=0", "-print_final_stats=0", "-len_control=20", f"-artifact_prefix={KEPT / name}/"),
     ]
     words = os.open(KEPT / name / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

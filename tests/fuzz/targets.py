@@ -6,7 +6,5 @@ from fuzz import of_files, of_http, of_texts, of_wire
 from fuzz.judging import Target
 
 TARGETS: dict[str, Target] = {
-    target.name: target
-    for part in (of_wire, of_http, of_files, of_texts)
-    for target in part.TARGETS
+    target.name: target for part in (of_wire, of_http, of_files, of_texts) for target in part.TARGETS
 }
