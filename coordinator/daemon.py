@@ -71,6 +71,8 @@ from potluck.wire.topics import NODE_ID, Topics
 
 log = logging.getLogger(__name__)
 
+DRAIN_SECONDS = 5.0
+"""How long a stop may wait until the requests that were taken are answered."""
 TICK_SECONDS = 0.5
 BROKER_CHECK_SECONDS = 1.0
 LOG_SECONDS = 60.0
@@ -100,6 +102,8 @@ class Coordinator:
         self._urls: tuple[str, ...] = ()
         self._neighbours: Neighbours | None = None
         self._gave_way: GaveWay | None = None
+        self._stopping_since = 0.0
+        """Since when it is known that we stop, as Unix time; 0: we do not."""
         self._store: BlobStore | None = None
 
     def take(self, settings: CoordinatorSettings) -> None:
@@ -134,7 +138,9 @@ class Coordinator:
             )
             since = time.time()
 
-            def online() -> CoordinatorStatus:
+            def status() -> CoordinatorStatus:
+                if self._stopping_since:
+                    return replace(offline, since=self._stopping_since)
                 return replace(
                     offline,
                     state="online",
@@ -243,7 +249,7 @@ class Coordinator:
             async def announce() -> None:
                 await self._rival.check_none(shared=bool(settings.seeds))
                 tell_lock(bus.place)
-                await bus.publish(status_topic, online(), retain=True)
+                await bus.publish(status_topic, status(), retain=True)
                 self._announced.set()
                 self._dispatcher.republish()
 
@@ -262,7 +268,7 @@ class Coordinator:
                         ("requests", requests.run()),
                         ("copies", self._copies.run()),
                         ("ticks", self._tick()),
-                        ("status", self._say_again(online, port)),
+                        ("status", self._say_again(status, port)),
                     )
                 ]
                 running.append(
@@ -292,7 +298,7 @@ class Coordinator:
                         )
                         discovery = await self._advertise(advertisement, mine)
                         self._neighbours = Neighbours(
-                            discovery, mine, self.topics, online, self.credentials, settings.bus
+                            discovery, mine, self.topics, status, self.credentials, settings.bus
                         )
                         running.append(tasks.create_task(self._give_way(self._neighbours, stop), name="neighbours"))
                         running.append(tasks.create_task(_say_once_kept(discovery, mine, journal), name="kept"))
@@ -307,14 +313,29 @@ class Coordinator:
                     log.info("coordinator stopping")
                     self._events.close()
                     await advertisement.aclose()
+                    # Clients hear it first: they ask the next coordinator then, while this one answers what it has taken.
+                    self._stopping_since = time.time()
                     try:
-                        await bus.publish(status_topic, replace(offline, since=time.time()), retain=True)
+                        await bus.publish(status_topic, status(), retain=True)
+                        await self._drain(requests, (answers, replies, self._outbox))
                     except Unavailable as error:
                         log.info("offline status not published %s", fields(reason=error.message))
                 for task in running:
                     task.cancel()
         if self._gave_way is not None:
             raise self._gave_way
+
+    async def _drain(self, requests: Requests, outboxes: Iterable[Outbox]) -> None:
+        """Answer the requests and questions that were taken; takes at most DRAIN_SECONDS."""
+        try:
+            async with asyncio.timeout(DRAIN_SECONDS):
+                await self._inference.drained()
+                await requests.drained()
+                for outbox in outboxes:
+                    await outbox.drained()
+        except TimeoutError:
+            log.warning("some requests are not answered %s", fields(seconds=DRAIN_SECONDS))
+            self._inference.give_up()
 
     async def _give_way(self, neighbours: Neighbours, stop: asyncio.Event) -> None:
         """Stop in order when another coordinator serves the cluster. Otherwise a broker that is not ours would retain our "online"."""
@@ -441,7 +462,7 @@ class Coordinator:
             rival += f"; other coordinators serve a cluster of this name, at {', '.join(self._neighbours.others)}: stop all but one"
         return f"{cluster} is served", f": {count} node{'' if count == 1 else 's'}{rival}"
 
-    async def _say_again(self, online: Callable[[], CoordinatorStatus], port: int) -> None:
+    async def _say_again(self, status: Callable[[], CoordinatorStatus], port: int) -> None:
         """Publish our status again and again.
 
         A tool may have cleared what is retained, and a late will may have replaced it. Besides, the machine's addresses change, and
@@ -451,7 +472,7 @@ class Coordinator:
             await asyncio.sleep(STATUS_SECONDS)
             self._urls = base_urls(self.settings.listen.host, port, self.credentials.scheme)
             if self._announced.is_set():
-                self._outbox.publish(self.topics.coordinator_status, online(), retain=True)
+                self._outbox.publish(self.topics.coordinator_status, status(), retain=True)
 
     async def _tick(self) -> None:
         while True:

@@ -41,6 +41,10 @@ class Requests:
         except Exception as error:  # noqa: BLE001 - whoever asked hears of it, and nobody else
             self._outbox.refuse(envelope, as_defect(error, type(message).__name__))
 
+    async def drained(self) -> None:
+        """Return when the questions that take time, and came before, are answered; streams are not waited for."""
+        await self._later.join()
+
     async def run(self) -> None:
         """Answer the questions that take time, until cancelled."""
         places = asyncio.Semaphore(LATER_LIMIT)
@@ -52,8 +56,10 @@ class Requests:
                 if isinstance(answer, Later):
                     answering = tasks.create_task(self._answer(envelope, answer), name="question answered later")
                     answering.add_done_callback(lambda _: places.release())
+                    answering.add_done_callback(lambda _: self._later.task_done())
                 else:
                     places.release()
+                    self._later.task_done()
                     # A stream that was asked for again, or is over, may still wait for the broker.
                     if len(streams) >= LATER_LIMIT:
                         self._outbox.refuse(envelope, Overloaded("too many streams are open", retry_after_seconds=1.0))

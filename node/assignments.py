@@ -258,14 +258,16 @@ class Assignments:
             *(Send(held.outcome) for held in self.held.values() if held.outcome is not None),
         ]
 
-    def on_drain(self) -> list[Effect]:
-        """This node stops: give back every unfinished lease, and take no new one."""
+    def on_drain(self, *, finishing: bool = False) -> list[Effect]:
+        """This node stops: give back every unfinished lease, and take no new one. `finishing`: the one that runs may end first."""
         self.draining = True
         error = self._refusal()
         assert error is not None
         effects: list[Effect] = []
         for attempt_id, held in list(self.held.items()):
             if held.state == "running":
+                if finishing:
+                    continue
                 self.stopping = attempt_id
                 effects.append(Stop(attempt_id))
             if held.state != "reporting":
@@ -281,7 +283,7 @@ class Assignments:
         assert self.stopping not in self.held
         waiting = [held for held in self.held.values() if held.state != "reporting"]
         assert len(waiting) <= QUEUE_LIMIT
-        assert not (self.draining and waiting)
+        assert not (self.draining and any(held.state == "queued" for held in waiting))
         assert running or self.stopping or not waiting  # a lease waits only for another one
 
     def _refusal(self) -> ErrorInfo | None:

@@ -64,6 +64,8 @@ from potluck.wire.topics import Topics
 
 log = logging.getLogger(__name__)
 
+DRAIN_SECONDS = 5.0
+"""How long a stop may wait for work that is nearly done, and for answers to requests."""
 IDLE_CHECK_SECONDS = 5.0
 PAUSE_CHECK_SECONDS = 0.25
 WATCH_SECONDS = 5.0
@@ -112,6 +114,8 @@ class Node:
         self._to_pack = asyncio.Event()
         self._store: BlobStore | None = None
         self._own_data: OwnData | None = None
+        self._free = asyncio.Event()
+        """Set when this node holds no lease any more."""
         self._engines: WeakSet[Engine] = WeakSet()
 
     def take(self, settings: NodeSettings) -> None:
@@ -219,13 +223,30 @@ class Node:
                     log.info("node stopping %s", fields(node=self.node_id))
                     if discovery is not None:
                         await discovery.withdraw()
-                    # Give the leases back: others need not wait until they run out.
-                    self._perform_all(self._assignments.on_drain())
+                    await self._drain(fast)
                     await self._presence.goodbye(self._bus, self._outbox)
                 for task in running:
                     task.cancel()
         if self._conflict is not None:
             raise self._conflict
+
+    async def _drain(self, answers: Outbox) -> None:
+        """Finish the shard that is nearly done, answer the requests under way, and give back the other leases.
+
+        Nobody waits for these until they run out. Takes at most DRAIN_SECONDS, and no time when there is nobody to tell.
+        """
+        heard = self._presence.joined and self._coordinated and self._conflict is None
+        finishing = heard and self._executor.seconds_left <= DRAIN_SECONDS
+        self._perform_all(self._assignments.on_drain(finishing=finishing))
+        if heard:
+            try:
+                async with asyncio.timeout(DRAIN_SECONDS):
+                    await self._free.wait()
+                    await self._replicas.drained()
+                    await answers.drained()
+            except TimeoutError:
+                log.info("not all work is finished %s", fields(leases=len(self._assignments.held)))
+        self._perform_all(self._assignments.on_drain())
 
     # --- joining and leaving --------------------------------------------------------------------------------------------
 
@@ -339,6 +360,10 @@ class Node:
     def _perform_all(self, effects: Iterable[Effect]) -> None:
         for effect in effects:
             self._perform(effect)
+        if self._assignments.held:
+            self._free.clear()
+        else:
+            self._free.set()
 
     def _perform(self, effect: Effect) -> None:
         match effect:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from msgspec.structs import replace
 
 from node.engine.process import Engine
+from node.finishing import seconds_left
 from node.own_data import OwnData
 from node.slot import EngineSlot
 from potluck.blobs.download import Downloader
@@ -68,6 +69,10 @@ class _Attempt:
     withdrawn: asyncio.Event = field(default_factory=asyncio.Event)
     engine: Engine | None = None
     task: asyncio.Task[None] | None = None
+    since: float = 0.0
+    """Since when it computes, on the monotonic clock."""
+    done: int = 0
+    """What its progress said last."""
 
 
 class Executor:
@@ -151,6 +156,15 @@ class Executor:
         attempt = self._running
         return attempt is not None and attempt.engine is not None
 
+    @property
+    def seconds_left(self) -> float:
+        """How long the present attempt will still take; 0: there is none. Infinite if that is not known."""
+        attempt = self._running
+        if attempt is None or attempt.task is None or attempt.task.done():
+            return 0.0
+        seconds = time.monotonic() - attempt.since if attempt.engine is not None else 0.0
+        return seconds_left(attempt.lease.task, attempt.done, seconds)
+
     def give_way(self, wanted: bool) -> None:
         """Pause tasks at their next step or batch, or let them go on."""
         self._paused = wanted
@@ -220,12 +234,13 @@ class Executor:
                 await _unless(attempt.withdrawn, starting)
 
             def progress(done: int, metrics: dict[str, float]) -> None:
+                attempt.done = done
                 self._on_progress(lease.attempt_id, done, metrics)
 
             async def run(engine: Engine) -> AnyTaskResult:
                 if attempt.withdrawn.is_set():
                     raise Cancelled("the attempt was withdrawn")
-                attempt.engine = engine
+                attempt.engine, attempt.since = engine, time.monotonic()
                 stage()
                 if self._paused:  # it may have started since the pause began
                     engine.pause()

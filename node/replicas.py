@@ -99,6 +99,9 @@ class Replicas:
         self._batches = 0
         self._fetching: dict[str, _Fetching] = {}
         """The batches that wait for their inputs."""
+        self._draining = False
+        self._idle = asyncio.Event()
+        """Set once the last batch is answered, while draining."""
         self._tasks: asyncio.TaskGroup | None = None
 
     @property
@@ -115,8 +118,20 @@ class Replicas:
         for slot in self._own_slots.values():
             await slot.stop()
 
+    async def drained(self) -> None:
+        """Return when the batches under way are answered, and begin no other.
+
+        Those that come now get no answer: the coordinator asks them elsewhere as soon as it hears that this node is gone. A refusal
+        would count as a failure, and with one replica the coordinator would ask here again and again.
+        """
+        self._draining = True
+        if self._batches:
+            await self._idle.wait()
+
     def no_inputs(self) -> PotluckError | None:
         """Why nobody should send inputs here now; None while a replica is ready."""
+        if self._draining:
+            return Unavailable("this node is stopping")
         return None if self._loaded else Unavailable("this node has no replica")
 
     async def run(self) -> None:
@@ -152,6 +167,8 @@ class Replicas:
 
     def infer(self, command: RunInference) -> None:
         """Run a batch unless it is too late; answers with `InferenceFinished`."""
+        if self._draining:
+            return
         now = time.time()
         until = deadline(command, now)
         if until < now:
@@ -283,6 +300,8 @@ class Replicas:
             return
         finally:
             self._batches -= 1
+            if self._draining and not self._batches:
+                self._idle.set()
         self._fast.publish(
             self._topic,
             InferenceFinished(id=command.id, replica_id=command.replica_id, outcomes=tuple(outcomes), seconds=seconds),

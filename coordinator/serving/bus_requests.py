@@ -9,7 +9,7 @@ from functools import partial
 from coordinator.serving.inference import Asked, Inference
 from potluck.bus.exchange import Envelope
 from potluck.bus.outbox import Outbox
-from potluck.errors import InvalidRequest, PotluckError, TimedOut
+from potluck.errors import InvalidRequest, PotluckError, TimedOut, Unavailable
 from potluck.settings import CoordinatorSettings
 from potluck.wire.deadlines import deadline, too_late
 from potluck.wire.questions import CancelInfer, Infer, Inferred
@@ -49,6 +49,8 @@ class BusRequests:
                 envelope, InvalidRequest(f"{type(message).__name__} is not Infer: see docs/protocol.md")
             )
             return
+        if self._inference.stopping:
+            return  # our clients ask the next coordinator again, and an error would end that
         if message.id and (envelope.reply_to, message.id) in self._asked:
             return  # it waits already: its client asks again what may be lost, and one answer is enough
         now = self._clock()
@@ -66,6 +68,8 @@ class BusRequests:
 
     def _answer(self, envelope: Envelope, answer: Inferred | PotluckError) -> None:
         self._asked.pop((envelope.reply_to, envelope.message.id), None)
+        if self._inference.stopping and isinstance(answer, Unavailable):
+            return  # as in on_infer
         if isinstance(answer, PotluckError):
             self._outbox.refuse(envelope, answer)
         else:

@@ -18,7 +18,7 @@ from coordinator.serving.inputs import as_sent, batched, rows_of, taken
 from coordinator.serving.metrics import ServingMetrics
 from coordinator.serving.router import Router
 from coordinator.serving.traffic import Traffic
-from potluck.errors import InvalidRequest, ModelFailed, NotFound, PotluckError
+from potluck.errors import InvalidRequest, ModelFailed, NotFound, PotluckError, Unavailable
 from potluck.logs import fields
 from potluck.settings import CoordinatorSettings
 from potluck.wire.failures import as_error
@@ -103,6 +103,8 @@ class Inference:
         """Called with a router that gets a request while it has no replica. An error that it raises is the answer."""
         self.on_missing: Callable[[str, str, ErrorInfo], None] = lambda node_id, replica_id, error: None
         """Called with a replica that its node does not have, and the error that the node sent."""
+        self._drained: asyncio.Event | None = None
+        """While this coordinator stops: set once no request waits for its answer."""
         self.asked_at: dict[str, float] = {}
         """When each deployment last got a request, or a replica."""
         self.metrics = ServingMetrics()
@@ -112,6 +114,26 @@ class Inference:
         for timer in self._timers.values():
             timer.cancel()
         self._timers.clear()
+
+    @property
+    def stopping(self) -> bool:
+        """Whether no more requests are taken."""
+        return self._drained is not None
+
+    async def drained(self) -> None:
+        """Take no more requests, and return when all that were taken are answered."""
+        self._drained = asyncio.Event()
+        self._note_drained()
+        await self._drained.wait()
+
+    def give_up(self) -> None:
+        """Answer those that still wait with Unavailable: this coordinator ends now."""
+        for router in self._routers.values():
+            router.close(Unavailable(f"the coordinator stopped before {router.name} answered: try again"))
+
+    def _note_drained(self) -> None:
+        if self._drained is not None and not any(map(self.busy, self._routers)):
+            self._drained.set()
 
     # --- deployments come and go ----------------------------------------------------------------------------------------
 
@@ -247,6 +269,8 @@ class Inference:
         """
         asked = Asked(answer, self.metrics, self._clock, now)
         try:
+            if self.stopping:
+                raise Unavailable("the coordinator is stopping: try again when it runs again")
             router = asked.router = self._route(model)
             asked.request = self._submit(router, model, inputs, asked.settle, now, until, priority, items=items)
             self._copy(model, inputs, now, until, items=items)
@@ -366,6 +390,8 @@ class Inference:
             batch = router.withdrawn.pop()
             if batch.replica_id in self._endpoints:
                 self._endpoints[batch.replica_id][0].withdraw(batch)
+        if self._drained is not None:
+            self._note_drained()
         if len(router.lanes) > 1 and (due := router.hedge_at()) < inf:
             loop = asyncio.get_running_loop()
             at = loop.time() + max(LEAST_SECONDS, due - now)

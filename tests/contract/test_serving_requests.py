@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from potluck.errors import Cancelled, InvalidRequest, TimedOut
+from potluck.bus.exchange import Envelope
+from potluck.errors import Cancelled, InvalidRequest, TimedOut, Unavailable
 from potluck.wire import tensors
 from potluck.wire.questions import CancelInfer, Infer
 from potluck.wire.values import Signature, TensorSpec
@@ -177,3 +178,47 @@ async def test_a_wrong_clock_does_not_harm_clients_that_say_how_long_they_wait(
             await ask(bus, replace(asked, valid_seconds=0.3))
         # The node, too, gets a duration and not a time of day.
         assert 0.0 < node.asked[0].valid_seconds <= 0.3
+
+
+async def test_a_stop_answers_what_was_taken_and_takes_no_more(lab: Lab, stack: AsyncExitStack) -> None:
+    node = await lab.join(stack, "a")
+    lab.add_model()
+    await lab.deploy("m")
+    node.mute = True
+    async with client(lab) as bus:
+        asked = [asyncio.create_task(ask(bus, question(n, n))) for n in range(3)]
+        await eventually(lambda: len(node.asked) == 2 and len(lab.inference.router("m:1").queue) == 1)
+        stopping = asyncio.create_task(lab.inference.drained())
+        await eventually(lambda: lab.inference.stopping)
+        with pytest.raises(Unavailable, match="stopping"):
+            await lab.inference.infer("m", question(1, 2).inputs, 30)
+        # Our clients ask the next coordinator again: an error would end that.
+        with pytest.raises(TimedOut):
+            await bus.request(TOPICS.infer("m"), question(1, 2), timeout_seconds=0.1)
+        assert not stopping.done()
+        node.mute = False
+        for batch in node.asked:
+            node.on_command(Envelope(topic=TOPICS.node("a", "inbox"), message=batch))
+        assert len(await asyncio.gather(*asked)) == 3
+        await asyncio.wait_for(stopping, 5)
+
+
+async def test_what_is_not_answered_by_the_end_of_a_stop_is_refused(lab: Lab, stack: AsyncExitStack) -> None:
+    node = await lab.join(stack, "a")
+    lab.add_model()
+    await lab.deploy("m")
+    node.mute = True
+    over_http = [asyncio.create_task(lab.inference.infer("m", question(n, n).inputs, 30)) for n in range(3)]
+    async with client(lab) as bus:
+        over_the_bus = asyncio.create_task(ask(bus, question(1, 2)))
+        await eventually(lambda: len(lab.bus_requests._asked) == 1)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(lab.inference.drained(), 0.05)
+        lab.inference.give_up()
+        for one in over_http:
+            with pytest.raises(Unavailable, match="stopped before m:1 answered"):
+                await one
+        await lab.answers.drained()
+        assert not over_the_bus.done(), "its client asks the next coordinator"
+        over_the_bus.cancel()
+        await asyncio.wait([over_the_bus])

@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
 
@@ -23,23 +24,43 @@ from potluck.net.discovery import Discovery, Service
 from potluck.wire.births import CoordinatorStatus, NodeCapacity, NodeStatus, NodeTelemetry
 from potluck.wire.commands import ForgetJob, LeaseHints, Rebirth, WithdrawLease
 from potluck.wire.questions import ListNodes, RequestFailed
-from potluck.wire.reports import BlobsStored, LeaseRefused, LeaseRenewed, LeaseTaken, ShardFailed, ShardFinished
-from potluck.wire.tasks import EvaluateResult, ExportTask, PredictResult, TrainResult
-from potluck.wire.values import BlobRef, Message
+from potluck.wire.reports import (
+    BlobsStored,
+    InferenceFinished,
+    LeaseRefused,
+    LeaseRenewed,
+    LeaseTaken,
+    ModelLoaded,
+    ModelUnloaded,
+    ShardFailed,
+    ShardFinished,
+)
+from potluck.wire.tasks import EvaluateResult, EvaluateTask, ExportTask, PredictResult, TrainResult
+from potluck.wire.values import BlobRef, DataFormat, DataSlice, Message, Tensor
 from support.brokers import TestBroker, some_kind
 from support.eventually import eventually
 from support.node_lab import TOPICS, Lab, NodeProcess, node_lab
+from support.relay import relay
 
 BIRTH_SECONDS = 1.5
 REST_SECONDS = 20.0
 MEMORY_LIMIT_BYTES = 60e6
 CORE_LIMIT = 0.01
+STATUS_SECONDS = 5.0
+SENT_LIMIT = 200
+"""Bytes a second, with the headers of TCP and IP."""
 
 
 @pytest.fixture
 async def lab(tmp_path: Path) -> AsyncIterator[Lab]:
     async with node_lab(tmp_path) as lab:
         yield lab
+
+
+@pytest.fixture
+async def stack() -> AsyncIterator[AsyncExitStack]:
+    async with AsyncExitStack() as opened:
+        yield opened
 
 
 PYNVML = """
@@ -60,13 +81,17 @@ class nvmlDeviceGetUtilizationRates:
 # --- start and end ---------------------------------------------------------------------------------------------------------
 
 
-async def test_a_node_starts_quickly_and_small_idles_and_leaves_nothing_retained(lab: Lab) -> None:
+async def test_a_node_starts_quickly_and_small_idles_and_leaves_nothing_retained(
+    lab: Lab, stack: AsyncExitStack
+) -> None:
     arrivals: list[float] = []
     lab.bus.subscribe(TOPICS.node("n1", "status"), lambda envelope: arrivals.append(time.time()))
     seconds = []
+    between = await stack.enter_async_context(relay(lab.broker.port))
     for _ in range(4):  # the machine may be busy with other tests: the best counts
         before = len(arrivals)
-        node = await lab.node(fake=False)
+        node = await lab.node("--seed", f"127.0.0.1:{between.port}", "--no-discovery", fake=False, join=False)
+        await eventually(lambda before=before: len(arrivals) > before)  # type: ignore[misc]
         seconds.append(arrivals[before] - node.started_at)
         if min(seconds) < BIRTH_SECONDS:
             break
@@ -78,9 +103,15 @@ async def test_a_node_starts_quickly_and_small_idles_and_leaves_nothing_retained
     assert set(measured.capacity.runtimes) >= {"tensorflow", "keras"}
     process = psutil.Process(node.pid)
     await eventually(lambda: not process.children(), 10)
-    before_rest = process.cpu_times()
-    await asyncio.sleep(REST_SECONDS)
+    before_rest, sent = process.cpu_times(), between.sent_bytes
+    written, files = process.io_counters().write_bytes, changes(lab.folder)
+    for _ in range(round(REST_SECONDS / STATUS_SECONDS)):
+        await asyncio.sleep(STATUS_SECONDS)
+        await lab.online()  # as a coordinator does
     after_rest = process.cpu_times()
+    assert process.io_counters().write_bytes == written
+    assert changes(lab.folder) == files, "where a file system counts no bytes, its files tell"
+    assert (between.sent_bytes - sent) / REST_SECONDS < SENT_LIMIT
     busy = after_rest.user + after_rest.system - before_rest.user - before_rest.system
     assert busy / REST_SECONDS < CORE_LIMIT
     assert process.memory_info().rss <= MEMORY_LIMIT_BYTES
@@ -97,6 +128,13 @@ async def test_a_node_starts_quickly_and_small_idles_and_leaves_nothing_retained
     assert goodbye.http == ()
     with socket.socket() as sock:
         assert sock.connect_ex(("127.0.0.1", port)) != 0
+
+
+def changes(folder: Path) -> dict[str, int]:
+    """When each file of a node and its log last changed."""
+    found = [path for part in ("state", "log-*") for path in folder.glob(part)]
+    found += [path for place in found for path in place.rglob("*")]
+    return {str(path): path.stat().st_mtime_ns for path in found}
 
 
 def _mapped(process: psutil.Process) -> str:
@@ -585,3 +623,32 @@ async def test_a_gpu_that_tensorflow_does_not_use_is_logged_once(lab: Lab, tmp_p
         await lab.lease(f"a{number}", "job")
         await lab.heard(ShardFailed, lambda one, name=f"a{number}": one.attempt_id == name, seconds=60)
     assert node.log().count("GPUs are not used") == (0 if hidden else 1)
+
+
+async def test_a_stopping_node_finishes_what_is_nearly_done_and_answers_first(lab: Lab) -> None:
+    """One lease that ends within the time, one that waits, a batch under way, and one that comes too late."""
+    node = await lab.node()
+    await lab.load("m:1#1")
+    await lab.heard(ModelLoaded)
+    part = DataSlice(blob=lab.blob(b"data"), start=0, stop=200)
+    task = EvaluateTask(
+        model=lab.blob(b"model"), weights=None, slices=(part,), format=DataFormat(kind="arrays"), image=None, batch_size=1
+    )  # fmt: skip
+    await lab.lease("a1", "soon", task=task)
+    await lab.lease("a2", "slow")
+    await lab.heard(LeaseRenewed, lambda one: one.attempt_id == "a1" and one.done > 20)
+    slow = Tensor(name="slow", datatype="UINT8", shape=(1, 1), data=b"\0")
+    await lab.infer("b1", "m:1#1", slow)
+    await lab.infer("b2", "m:1#1", replace(slow, name="quick"))
+    await lab.heard(InferenceFinished, lambda one: one.id == "b2")
+    assert await node.stop() == 0
+    await lab.bus.publish(
+        TOPICS.node("n1", "outbox"), ModelUnloaded(replica_id="the last")
+    )  # the broker keeps the order
+    await lab.heard(ModelUnloaded, lambda one: one.replica_id == "the last")
+    (finished,) = lab.all(ShardFinished)
+    assert (finished.attempt_id, finished.result) == ("a1", replace(finished.result, count=200))
+    assert [one.attempt_id for one in lab.all(LeaseRefused)] == ["a2"]
+    assert [one.id for one in lab.all(InferenceFinished)] == ["b2", "b1"]
+    assert [one.left for one in lab.all(NodeStatus) if one.state == "offline"] == [True], "a goodbye, and no will"
+    assert isinstance(lab.said[-2], NodeStatus), "after all else"

@@ -17,11 +17,14 @@ from node.engine.watch import Limits
 from node.sandbox.policy import Confinement
 from potluck.errors import Cancelled, EngineFailed, InvalidModel, ModelCrashed, NotFound
 from potluck.wire.reports import RequestOutcome
-from potluck.wire.tasks import AnyTask, AnyTaskResult, EvaluateResult, PredictResult, TrainResult
-from potluck.wire.values import BlobRef, Signature, Tensor
+from potluck.wire.tasks import AnyTask, AnyTaskResult, EvaluateResult, EvaluateTask, PredictResult, TrainResult
+from potluck.wire.values import BlobRef, Signature, Tensor, TensorSpec
 
 BIG = 300_000
 SIGNATURE = Signature(inputs=(), outputs=())
+_SLOW = (TensorSpec(name="slow", datatype="UINT8", shape=(-1, 1)),)
+SIGNATURE_SLOW = Signature(inputs=_SLOW, outputs=_SLOW)
+"""Of a model that the gateway lets ask for what takes time."""
 
 
 class FakeEngine:
@@ -99,6 +102,12 @@ class FakeEngine:
                         break
                     await asyncio.sleep(0.01)
                 raise EngineFailed("the engine was stopped")
+            case "soon":  # as many steps as the first slice has items
+                assert isinstance(task, EvaluateTask)
+                for done in range(task.slices[0].stop):
+                    on_progress(done + 1, {})
+                    await asyncio.sleep(0.01)
+                return EvaluateResult(count=task.slices[0].stop)
             case "deaf":
                 raise await self.wait_dead()
             case other:
@@ -110,10 +119,11 @@ class FakeEngine:
     async def load_model(
         self, replica_id: str, path: Path, model_format: str, warm_rows: int, warm_seconds: float, pixel_scale: float
     ) -> tuple[Signature, int, int]:
-        if await asyncio.to_thread(path.read_bytes) == b"bad":
+        model = await asyncio.to_thread(path.read_bytes)
+        if model == b"bad":
             raise InvalidModel("this is not a .keras file")
         self._replicas.add(replica_id)
-        return SIGNATURE, 123, warm_rows
+        return SIGNATURE_SLOW if model == b"slow" else SIGNATURE, 123, warm_rows
 
     async def unload_model(self, replica_id: str) -> None:
         self._replicas.discard(replica_id)

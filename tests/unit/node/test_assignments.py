@@ -208,11 +208,11 @@ class Machine(RuleBasedStateMachine):
         told = [name for message in said for name in (message.attempt_id, *getattr(message, "also", ()))]  # type: ignore[attr-defined]
         assert sorted(told) == sorted(held)
 
-    @precondition(lambda self: not self.assignments.draining)
-    @rule()
-    def the_node_stops(self) -> None:
-        waiting = [key for key, held in self.assignments.held.items() if held.state != "reporting"]
-        told = self.perform(self.assignments.on_drain())
+    @rule(finishing=st.booleans())
+    def the_node_stops(self, finishing: bool) -> None:
+        states = {"queued"} if finishing else {"queued", "running"}
+        waiting = [key for key, held in self.assignments.held.items() if held.state in states]
+        told = self.perform(self.assignments.on_drain(finishing=finishing))
         assert [message.attempt_id for message in told] == waiting  # type: ignore[attr-defined]
         assert all(isinstance(message, LeaseRefused) and message.error.code == "unavailable" for message in told)
         self.withdrawn.update(waiting)
@@ -312,9 +312,12 @@ def test_a_stopping_node_gives_back_what_is_not_done_and_keeps_what_is() -> None
     for attempt_id in "abc":
         assignments.on_lease(lease(attempt_id))
     assignments.on_outcome(finished("a"))
+    effects = assignments.on_drain(finishing=True)
+    assert [message.attempt_id for message in sent(effects)] == ["c"]  # type: ignore[attr-defined]
+    assert sent(assignments.on_renewal_due()) == [LeaseRenewed(attempt_id="b")]
     effects = assignments.on_drain()
     assert Stop("b") in effects
-    assert [message.attempt_id for message in sent(effects)] == ["b", "c"]  # type: ignore[attr-defined]
+    assert [message.attempt_id for message in sent(effects)] == ["b"]  # type: ignore[attr-defined]
     assert sent(assignments.on_resend_due()) == [finished("a")]
     (refused,) = sent(assignments.on_lease(lease("d")))
     assert isinstance(refused, LeaseRefused)
