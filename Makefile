@@ -10,7 +10,7 @@ OLD := -W ignore::DeprecationWarning -W ignore::UserWarning
 EXTRAS := engine,litert,broker,tfrecord,parquet,demo
 INSTALL := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check $(NEWEST) $(LIMITS:%=--constraint=%)
 
-.PHONY: help demo test test-lowest test-newest check bench packages clean
+.PHONY: help demo test test-systemd test-lowest test-newest check bench packages packages-systemd clean
 
 help:  ## Say what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -20,6 +20,9 @@ demo: $(VENV)/.demo  ## Start a broker, a coordinator and three nodes here, and 
 
 test: packages $(VENV)/.dev  ## Run all tests; PYTEST="tests/unit -k rounds" runs a part
 	@$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder $(PYTEST)
+
+test-systemd: packages-systemd $(VENV)/.dev  ## What systemd does with the services, in a container that it boots (as root); PYTEST="-k stop" runs a part
+	@$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile tests/systemd $(PYTEST)
 
 test-lowest:  ## Unit and contract tests on the lowest versions that pyproject.toml allows
 	@$(MAKE) --no-print-directory VENV=.venv-lowest LIMITS=.venv-lowest/lowest.txt PYTEST="tests/unit tests/contract $(OLD)" test
@@ -67,3 +70,6 @@ $(VENV)/.dev: $(VENV)/.demo
 # What the tests use of the system. With root on Debian or Ubuntu we say what is installed, then install it; elsewhere what cannot run.
 packages:
 	@sh tests/support/packages.sh
+
+packages-systemd:
+	@sh tests/support/packages.sh systemd

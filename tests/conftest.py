@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 import pytest
@@ -27,6 +28,13 @@ settings.load_profile("potluck")
 _SHARED_THREADS = ("asyncio_", "ThreadPoolExecutor", "pydevd", "tqdm", "tf_")
 """Threads of pools that live as long as their loop or process: they hold no work of a test."""
 _GRACE_SECONDS = 3.0
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out tests/systemd unless it is named, as `make test-systemd` does: it boots machines, and measures how long that takes."""
+    if collection_path == Path(__file__).with_name("systemd"):
+        return None if any("systemd" in Path(argument).parts for argument in config.args) else True
+    return None
 
 
 def pytest_collection_finish() -> None:

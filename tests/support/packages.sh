@@ -1,5 +1,7 @@
 #!/bin/sh
 # Installs what the tests use of the system, when that may be done, and says so first; else says which tests cannot run, and why.
+# `packages.sh systemd` is for tests/systemd.
+for_systemd=${1:-}
 PATH=$PATH:/usr/sbin:/sbin
 missing=""
 packages=""
@@ -19,6 +21,11 @@ look() {
 	need node nodejs "the tests of the JavaScript client"
 	need npm npm "the tests of the JavaScript client"
 	need systemd-analyze systemd "the checks of the systemd units"
+	[ "$for_systemd" = systemd ] || return 0
+	need systemd-nspawn systemd-container "the tests in a booted machine"
+	need nsenter util-linux "the tests in a booted machine"
+	need ss iproute2 "the look at open ports"
+	need dpkg-deb dpkg "the test of the Debian package"
 }
 look
 [ -z "$packages" ] && exit 0
