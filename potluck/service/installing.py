@@ -26,6 +26,7 @@ UNITS = Path("/etc/systemd/system")
 SETTINGS = Path("/etc/potluck")
 STATE = Path("/var/lib")
 CACHE = Path("/var/cache")
+RUN = Path("/run")
 DROPIN = "10-installed.conf"
 _BEFORE = "restart-backoff.conf"
 """A drop-in of earlier versions: the daemons themselves wait after crashes now."""
@@ -164,7 +165,8 @@ def uninstall(*, purge: bool) -> tuple[Daemon, ...]:
     for daemon in reversed(found):
         systemd.systemctl("--quiet", "disable", "--now", unit(daemon))
     for daemon in DAEMONS:
-        for kept in (CACHE, *((STATE,) if purge else ())):
+        # systemd 252 removes the folder in /run, but not the link to it.
+        for kept in (RUN, CACHE, *((STATE,) if purge else ())):
             _remove_folder(kept / f"potluck-{daemon}")
             _remove_folder(kept / "private" / f"potluck-{daemon}")
         (UNITS / unit(daemon)).unlink(missing_ok=True)

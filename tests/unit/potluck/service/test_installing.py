@@ -15,7 +15,7 @@ from potluck.settings_sources import load
 @pytest.fixture
 def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     (tmp_path / "units").mkdir()
-    for name in ("UNITS", "SETTINGS", "STATE", "CACHE"):
+    for name in ("UNITS", "SETTINGS", "STATE", "CACHE", "RUN"):
         monkeypatch.setattr(installing, name, tmp_path / name.lower())
     monkeypatch.setattr(dropin, "check_readable", lambda places: None)
     monkeypatch.setattr(dropin, "program", lambda name: Path("/opt/potluck/bin") / name)
@@ -198,6 +198,8 @@ def test_a_coordinator_without_a_broker_is_not_installed(
 def test_removed_it_leaves_data_settings_and_what_others_wrote(asked: list[str], tmp_path: Path) -> None:
     installing.install(("coordinator", "node"), {})
     (tmp_path / "units/potluck-node.service.d/override.conf").write_text("[Service]\n")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/potluck-node").symlink_to("private/potluck-node")
     for kind in ("state", "cache"):
         folder = tmp_path / kind / "private/potluck-node"
         folder.mkdir(parents=True)
