@@ -6,6 +6,7 @@ no network but its own loopback. It shares the kernel: limits of memory and proc
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -131,8 +132,11 @@ class Machine:
     def _find_leader(self) -> int:
         assert self._process is not None
         assert self._process.poll() is None, self._output.read_text(errors="replace")[-2000:]
-        children = psutil.Process(self._process.pid).children()
-        return next((child.pid for child in children if Path(child.exe()).name == "systemd"), 0)
+        for child in psutil.Process(self._process.pid).children():
+            with contextlib.suppress(psutil.NoSuchProcess):  # one that nspawn starts in between
+                if Path(child.exe()).name == "systemd":
+                    return child.pid
+        return 0
 
     def settled(self, seconds: float = 60) -> str:
         """How the boot ended: `running`, or `degraded` and the like."""
@@ -146,12 +150,11 @@ class Machine:
             process.send_signal(signal.SIGTERM)  # nspawn asks systemd to power off
             try:
                 process.wait(60)
-            except subprocess.TimeoutExpired:
+            except subprocess.TimeoutExpired as error:
                 process.kill()
                 process.wait(10)
-                raise AssertionError(
-                    f"it does not power off:\n{self._output.read_text(errors='replace')[-2000:]}"
-                ) from None
+                said = self._output.read_text(errors="replace")
+                raise AssertionError(f"it does not power off:\n{said[-2000:]}") from error
 
     # --- inside
 
