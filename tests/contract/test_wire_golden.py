@@ -25,6 +25,7 @@ from potluck.wire import codec
 from potluck.wire.codec import Encoding
 from potluck.wire.messages import AnyMessage
 from potluck.wire.values import Message
+from support import release
 
 GOLDEN = Path(__file__).parent / "golden"
 KINDS: list[type[Message]] = list(AnyMessage.__args__)
@@ -126,6 +127,17 @@ def test_old_bytes_decode_to_the_same_message(
         "a field of the old bytes was not understood"
     )
     assert includes(plain(codec.encode(expected, encoding), encoding), stored), "old fields kept their names and types"
+
+
+def test_what_the_last_release_wrote_is_understood(tmp_path: Path) -> None:
+    """Also where its golden files were deleted or written again since."""
+    release.unpacked(tmp_path)
+    paths = sorted((tmp_path / GOLDEN.relative_to(release.ROOT)).iterdir())
+    assert len(paths) > 100
+    for path in paths:
+        message, encoding = codec.decode(path.read_bytes())
+        stored = plain(path.read_bytes(), encoding)
+        assert includes(plain(codec.encode(message, encoding), encoding), stored), f"{path.name} is not understood"
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
