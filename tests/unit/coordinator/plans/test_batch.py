@@ -216,3 +216,15 @@ class Cluster(RuleBasedStateMachine):
 
 TestCluster = Cluster.TestCase
 TestCluster.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+def test_a_loss_that_is_no_number_on_a_part_is_none_on_the_whole() -> None:
+    """As Keras has it on all of the data. The mean of the other parts would look like that of all items."""
+    merged = merge(
+        [
+            EvaluateResult(count=4, sums={"loss": 2.0, "mae": 1.0}),
+            EvaluateResult(count=4, sums={"loss": math.nan, "mae": 3.0}),
+        ]
+    )
+    assert math.isnan(merged.sums["loss"])
+    assert merged.sums["mae"] == 4.0
