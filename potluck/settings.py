@@ -17,7 +17,8 @@ from potluck.errors import InvalidSettings
 from potluck.wire.values import Name
 
 Port = Annotated[int, Meta(ge=0, le=65535)]
-PositiveSeconds = Annotated[float, Meta(gt=0)]
+PositiveSeconds = Annotated[float, Meta(gt=0, le=1e9)]
+"""At most 30 years: infinity could not be sent, and no clock counts so far."""
 LogLevel = Annotated[
     str,
     Meta(
@@ -46,7 +47,7 @@ class Section(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 class BusTimings(Section, frozen=True):
     """How the bus connects and notices that it is cut off."""
 
-    keepalive_seconds: Annotated[int, Meta(ge=1)] = 10
+    keepalive_seconds: Annotated[int, Meta(ge=1, le=65535)] = 10
     connect_timeout_seconds: PositiveSeconds = 5.0
     reconnect_min_seconds: PositiveSeconds = 0.2
     reconnect_max_seconds: PositiveSeconds = 5.0

@@ -5,10 +5,12 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import stat
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from types import UnionType
 from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin
@@ -21,6 +23,13 @@ from potluck.settings import LAMBDA, CoordinatorSettings, NetworkSettings, NodeS
 from potluck.toml_lines import Keys, lines_of_keys
 from potluck.wire.topics import Topics, check_node_id
 
+FILE_LIMIT_BYTES = 2**20
+PROBLEMS_LIMIT = 20
+"""How many problems are told: whoever wrote more of them will look at the file anyway."""
+TEXT_LIMIT = 500
+"""How long the text of a problem may be: it goes into logs and to systemd."""
+DEPTH_LIMIT = 8
+"""How deep tables may be in each other. Settings are at most three deep."""
 LISTS = (["seeds"], ["allow_code"])
 """Settings that are lists with commas in the environment."""
 S = TypeVar("S", bound=NetworkSettings)
@@ -51,15 +60,17 @@ class Problem:
     message: str
 
     def __str__(self) -> str:
-        return f"{self.origin}: {self.message}"
+        shown = self.message if len(self.message) <= TEXT_LIMIT else f"{self.message[:TEXT_LIMIT]}..."
+        return f"{self.origin}: {shown}"
 
 
 class WrongSettings(InvalidSettings):
     """Settings with these problems; the message names all of them."""
 
     def __init__(self, *problems: Problem) -> None:
-        super().__init__("; ".join(map(str, problems)))
-        self.problems = problems
+        told = [*map(str, problems[:PROBLEMS_LIMIT]), *(["and more"] if len(problems) > PROBLEMS_LIMIT else [])]
+        super().__init__("; ".join(told))
+        self.problems = problems[:PROBLEMS_LIMIT]
 
 
 @dataclass(frozen=True)
@@ -94,7 +105,7 @@ def load(kind: type[S], path: str | Path | None = None, flags: Mapping[str, Any]
 
 
 def find(kind: type[S], path: str | Path | None = None, flags: Mapping[str, Any] | None = None) -> Found[S]:
-    """The same with origins. Raises WrongSettings, with everything that is wrong."""
+    """The same with origins. Raises WrongSettings, with everything that is wrong, or the first PROBLEMS_LIMIT of it."""
     table: dict[str, Any] = {}
     origins: dict[Keys, Origin] = {}
     if path is not None:
@@ -108,11 +119,13 @@ def find(kind: type[S], path: str | Path | None = None, flags: Mapping[str, Any]
     for dotted, value in (flags or {}).items():
         if value is not None:
             _put(table, origins, tuple(dotted.split(".")), value, Origin("command line"))
-    wrong = [Problem(_dotted(keys), _origin(origins, keys), why) for keys, why in _wrong(table, kind)]
+    first = islice(_wrong(table, kind), PROBLEMS_LIMIT + 1)
+    wrong = [Problem(_dotted(keys), _origin(origins, keys), why) for keys, why in first]
     if wrong:
         raise WrongSettings(*wrong)
     settings = msgspec.convert(table, kind, strict=False)
-    wrong = [Problem(_dotted(keys), _origin(origins, keys), why) for keys, why in _unusable(settings)]
+    first = islice(_unusable(settings), PROBLEMS_LIMIT + 1)
+    wrong = [Problem(_dotted(keys), _origin(origins, keys), why) for keys, why in first]
     if wrong:
         raise WrongSettings(*wrong)
     return Found(settings, origins)
@@ -124,7 +137,8 @@ def toml(value: Any) -> str:
         case bool():
             return str(value).lower()
         case str():
-            return msgspec.json.encode(value).decode().replace("\x7f", "\\u007f")
+            known = value.encode(errors="replace").decode()  # the environment may have anything
+            return msgspec.json.encode(known).decode().replace("\x7f", "\\u007f")
         case list() | tuple():
             return f"[{', '.join(map(toml, value))}]"
         case Mapping():
@@ -140,7 +154,7 @@ def toml(value: Any) -> str:
 def _read(path: Path) -> tuple[dict[str, Any], dict[Keys, Origin]]:
     whole = Origin("file", str(path))
     try:
-        text = path.read_bytes().decode()
+        text = _bytes_of(path, whole).decode("utf-8-sig")  # some editors begin a file with a mark
         table = tomllib.loads(text)
     except OSError as error:
         raise WrongSettings(Problem("", whole, f"the file cannot be read: {error.strerror}")) from error
@@ -152,6 +166,12 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[Keys, Origin]]:
         line = int(found[1]) if found else text.count("\n") + (not text.endswith("\n"))
         what = _LINE.sub(r" at column \2", str(error)).removesuffix(" (at end of document)")
         raise WrongSettings(Problem("", Origin("file", str(path), line), f"this is not valid TOML: {what}")) from error
+    except RecursionError as error:
+        raise WrongSettings(Problem("", whole, _TOO_DEEP)) from error
+    except ValueError as error:  # a number with thousands of digits, for example
+        raise WrongSettings(Problem("", whole, f"this cannot be read as TOML: {error}")) from error
+    if _depth(table) > DEPTH_LIMIT:
+        raise WrongSettings(Problem("", whole, _TOO_DEEP))
     lines = lines_of_keys(text)
 
     def line_of(keys: Keys) -> int:
@@ -160,6 +180,42 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[Keys, Origin]]:
     # tables have an origin too, for what is wrong with a table itself
     every = [*lines, *(keys for keys, _ in _leaves(table))]
     return table, {keys: Origin("file", str(path), line_of(keys)) for keys in every}
+
+
+_TOO_DEEP = f"lists or tables are in each other more than {DEPTH_LIMIT} deep, and no setting is"
+
+
+def _bytes_of(path: Path, whole: Origin) -> bytes:
+    """The file. Raises OSError, and WrongSettings where it is none, or too large for settings."""
+    if stat.S_ISFIFO(path.stat().st_mode) or path.is_socket():
+        raise WrongSettings(
+            Problem(
+                "",
+                whole,
+                "this is a pipe, which can be read only once, but SIGHUP reads the settings again: write a file",
+            )
+        )
+    with path.open("rb") as file:
+        found = file.read(FILE_LIMIT_BYTES + 1)
+    if len(found) > FILE_LIMIT_BYTES:
+        raise WrongSettings(
+            Problem("", whole, f"this is no file of settings: it has more than {FILE_LIMIT_BYTES} bytes")
+        )
+    return found
+
+
+def _depth(table: Mapping[str, Any]) -> int:
+    """How deep values are in each other, as far as DEPTH_LIMIT and one more."""
+    level: list[Any] = [table]
+    for depth in range(DEPTH_LIMIT + 1):
+        level = [
+            inner
+            for one in level
+            for inner in (one.values() if isinstance(one, dict) else one if isinstance(one, list) else ())
+        ]
+        if not level:
+            return depth
+    return DEPTH_LIMIT + 1
 
 
 def _put(table: dict[str, Any], origins: dict[Keys, Origin], keys: Keys, value: Any, origin: Origin) -> None:
@@ -206,14 +262,16 @@ def _wrong(value: Any, kind: Any, keys: Keys = ()) -> Iterator[tuple[Keys, str]]
     elif get_origin(kind) is dict and isinstance(value, dict):
         name_kind, inner = get_args(kind)
         for key, one in value.items():
-            if not _fits(key, name_kind):
+            if not _is_text(key) or not _fits(key, name_kind):
                 yield (*keys, key), f"{_dotted((*keys, key))}: a name here is {_expected(name_kind)}"
             yield from _wrong(one, inner, (*keys, key))
     elif get_origin(kind) is tuple and isinstance(value, list | tuple):
         inner = get_args(kind)[0]
         for number, one in enumerate(value, 1):
-            if not _fits(one, inner):
+            if (isinstance(one, str) and not _is_text(one)) or not _fits(one, inner):
                 yield keys, f"item {number} of {_dotted(keys)} is {toml(one)}, expected {_expected(inner)}"
+    elif isinstance(value, str) and not _is_text(value):
+        yield keys, f"{_dotted(keys)} is {toml(value)}, which is not text in UTF-8, or has the character of number 0"
     elif not _fits(value, kind):
         yield keys, f"{_dotted(keys)} is {toml(value)}, expected {_expected(kind)}"
 
@@ -230,6 +288,11 @@ def _wrong_table(table: dict[str, Any], kind: type[Struct], keys: Keys) -> Itera
     for name, field in known.items():
         if field.required and name not in table:
             yield keys, f"{_dotted(keys)} has no {name}, expected {_expected(field.type)}"
+
+
+def _is_text(value: str) -> bool:
+    """Whether it can be the name of a file, and be sent: Python keeps other bytes of the environment in a way of its own."""
+    return "\0" not in value and not any("\ud800" <= sign <= "\udfff" for sign in value)
 
 
 def _fits(value: Any, kind: Any) -> bool:

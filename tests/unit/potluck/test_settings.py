@@ -1,5 +1,6 @@
 """Settings: defaults, file, environment, flags, in this order; errors name the wrong setting."""
 
+import os
 import re
 from pathlib import Path
 
@@ -110,6 +111,51 @@ def test_a_file_that_is_no_text(tmp_path: Path) -> None:
     file.write_bytes(b"threads = 1\n# \xff\n")
     with pytest.raises(InvalidSettings, match=f"^{re.escape(str(file))}:2: .*not text in UTF-8"):
         load(NodeSettings, file)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (f"allow_code = {'[' * 5000}{']' * 5000}", "more than 8 deep"),
+        (f"a{'.a' * 3000} = 1", "more than 8 deep"),
+        (f"data = {'{a = ' * 2000}1{'}' * 2000}", "more than 8 deep"),
+        (f"threads = {'9' * 5000}", "cannot be read as TOML"),
+        ("telemetry_seconds = inf", "of at most 1e+09"),
+        ('state_dir = "\\u0000"', "has the character of number 0"),
+        ('seeds = ["a\\u0000"]', "item 1 of seeds"),
+        (f"node_id = '{'x' * 100_000}'", "..."),
+        ("".join(f"k{number} = 1\n" for number in range(5000)), "and more"),
+        ("#" * 2**20 + "\n", "no file of settings: it has more than 1048576 bytes"),
+    ],
+)
+def test_odd_files_are_refused_in_a_few_words(tmp_path: Path, text: str, said: str) -> None:
+    file = tmp_path / "node.toml"
+    file.write_text(text)
+    with pytest.raises(InvalidSettings, match=re.escape(said)) as caught:
+        load(NodeSettings, file)
+    assert len(str(caught.value)) < 20_000
+
+
+def test_a_pipe_is_no_file_of_settings(tmp_path: Path) -> None:
+    """A daemon that reads it again would wait for a writer, for ever, or find nothing and take over the defaults."""
+    os.mkfifo(tmp_path / "node.toml")
+    with pytest.raises(InvalidSettings, match="this is a pipe, which can be read only once"):
+        load(NodeSettings, tmp_path / "node.toml")
+
+
+def test_a_file_may_begin_with_a_mark(tmp_path: Path) -> None:
+    file = tmp_path / "node.toml"
+    file.write_bytes(b"\xef\xbb\xbfthreads = 2\n[data]\na = '/a'\n")
+    found = find(NodeSettings, file)
+    assert (found.settings.threads, str(found.origins["data", "a"])) == (2, f"{file}:3")
+
+
+def test_an_environment_that_is_no_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("CLUSTER", "a\udcff"), ("SEEDS", "a,\udcff"), ("DATA__\udcff", "/a"), ("LISTEN__\udcff", "1")):
+        monkeypatch.setenv(f"POTLUCK_{name}", value)
+    with pytest.raises(WrongSettings) as caught:
+        load(NodeSettings)
+    assert {one.setting for one in caught.value.problems} == {"cluster", "seeds", 'data."?"', 'listen."?"'}
 
 
 def test_each_setting_says_where_it_came_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
