@@ -6,6 +6,7 @@ import asyncio
 import logging
 import resource
 import socket
+import ssl
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -33,6 +34,11 @@ _RESERVED_FILES = 256
 _FILES_EACH = 2
 """Open files of each connection: its socket, and the file that it sends or receives."""
 _BACKLOG = 128
+HANDSHAKE_SECONDS = 10.0
+"""How long a TLS handshake may take, and the farewell of TLS at the end."""
+HALF_OPEN_LIMIT = 128
+"""Most connections whose TLS handshake is not done. Each takes a quarter of a megabyte."""
+_ACCEPT_AGAIN_SECONDS = 1.0
 _SWEEPS = 4
 """How many sweeps there are in the time that a head may take."""
 _FULL = b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nRetry-After: 1\r\nContent-Length: 0\r\n\r\n"
@@ -109,6 +115,7 @@ class _Door:
     def __init__(self, limits: HttpSettings) -> None:
         self.limits = limits
         self.open = 0
+        self.inside: set[_Connection] = set()
         self._peers: defaultdict[str, _Peer] = defaultdict(_Peer)
         soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         by_files = limits.connections if soft < 0 else max(2, (soft - _RESERVED_FILES) // _FILES_EACH)
@@ -128,11 +135,13 @@ class _Door:
         peer = self._peers[connection.peer]
         peer.open += 1
         self.open += 1
+        self.inside.add(connection)
         return True
 
     def leave(self, connection: _Connection) -> None:
         peer = self._peers[connection.peer]
         peer.waiting.pop(connection, None)
+        self.inside.discard(connection)
         peer.open -= 1
         self.open -= 1
         self._left(connection.peer)
@@ -197,9 +206,14 @@ class _Connection(web.RequestHandler):
         """Whether a byte ever came."""
         self.began_at = _NEVER
         """When the first byte of a request came whose head is not whole yet, by the loop's clock."""
+        self._line: asyncio.Transport | None = None
+        """As long as it stands; aiohttp's own `transport` is gone sooner."""
+        self.raw: asyncio.Transport | None = None
+        """What is below TLS; None: the connection is plain."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
+        self._line = transport
         self.peer = str((transport.get_extra_info("peername") or ("",))[0])
         if not self._door.enter(self):
             transport.write(_FULL)
@@ -218,12 +232,15 @@ class _Connection(web.RequestHandler):
         super().data_received(data)
 
     def connection_lost(self, exc: BaseException | None) -> None:
+        self._line = None
         self._out()
         super().connection_lost(exc)
 
     @property
     def quiet(self) -> bool:
         """Whether all answers are sent."""
+        if self.raw is not None and self.raw.get_write_buffer_size():  # TLS does not count it
+            return False
         return self.transport is None or self.transport.get_write_buffer_size() == 0
 
     def works(self) -> None:
@@ -244,6 +261,13 @@ class _Connection(web.RequestHandler):
         """Close it at once, and count it no longer."""
         self._out()
         self.force_close()
+        if self.raw is not None:  # TLS would wait until its farewell is answered
+            self.cut()
+
+    def cut(self) -> None:
+        """Let go of the connection, whatever is not sent yet."""
+        if self._line is not None:
+            self._line.abort()
 
     def _out(self) -> None:
         if self._inside:
@@ -256,6 +280,107 @@ def _bound_silence(transport: asyncio.Transport, seconds: float) -> None:
     sock = transport.get_extra_info("socket")
     if sock is not None and hasattr(socket, "TCP_USER_TIMEOUT") and sock.family in (socket.AF_INET, socket.AF_INET6):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(seconds * 1000))
+
+
+class _Hall:
+    """Where connections wait until their TLS handshake is done. If it is full, the address with most of them loses its oldest.
+
+    asyncio's own server would count none of them.
+    """
+
+    def __init__(self, tls: ssl.SSLContext, make: Callable[[], _Connection]) -> None:
+        self._tls = tls
+        self._make = make
+        self._waiting: defaultdict[str, dict[asyncio.Task[None], None]] = defaultdict(dict)
+        """By address, the oldest first."""
+        self.count = 0
+
+    async def accept(self, sock: socket.socket) -> NoReturn:
+        """Let connections in until cancelled; then those that wait are closed."""
+        loop = asyncio.get_running_loop()
+        try:
+            while True:
+                try:
+                    accepted, address = await loop.sock_accept(sock)
+                except OSError as error:  # as with too many open files; or the client has left
+                    log.warning("connection not taken %s", fields(reason=error))
+                    await asyncio.sleep(_ACCEPT_AGAIN_SECONDS)
+                    continue
+                self._take(accepted, str(address[0]))
+        finally:
+            waiting = [task for tasks in self._waiting.values() for task in tasks]
+            for task in waiting:
+                task.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
+
+    def _take(self, sock: socket.socket, host: str) -> None:
+        if self.count >= HALF_OPEN_LIMIT:
+            most = max(self._waiting, key=lambda one: len(self._waiting[one]))
+            log.warning("unfinished TLS connection closed for a new one %s", fields(peer=most, all=self.count))
+            oldest = next(iter(self._waiting[most]))
+            oldest.cancel()
+            self._left(oldest, most)
+        task = asyncio.create_task(self._shake_hands(sock, host), name=f"TLS with {host}")
+        self._waiting[host][task] = None
+        self.count += 1
+
+        def done(task: asyncio.Task[None]) -> None:
+            self._left(task, host)
+            if task.cancelled():
+                sock.close()
+
+        task.add_done_callback(done)
+
+    def _left(self, task: asyncio.Task[None], host: str) -> None:
+        if self._waiting[host].pop(task, task) is None:
+            self.count -= 1
+        if not self._waiting[host]:
+            del self._waiting[host]
+
+    async def _shake_hands(self, sock: socket.socket, host: str) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            raw, porter = await loop.connect_accepted_socket(_Porter, sock)
+            transport = await loop.start_tls(
+                raw,
+                porter,
+                self._tls,
+                server_side=True,
+                ssl_handshake_timeout=HANDSHAKE_SECONDS,
+                ssl_shutdown_timeout=HANDSHAKE_SECONDS,
+            )
+        except OSError as error:  # of TLS, too
+            log.info("TLS connection not made %s", fields(peer=host, reason=error or type(error).__name__))
+            sock.close()
+            return
+        assert transport is not None
+        if not porter.lost:
+            porter.hand_over(transport, self._make(), raw)
+
+
+class _Porter(asyncio.Protocol):
+    """Holds a connection during the handshake, and what the client sends right after it."""
+
+    def __init__(self) -> None:
+        self.lost = False
+        self._early: list[bytes] = []
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        transport.pause_reading()  # the handshake reads
+
+    def data_received(self, data: bytes) -> None:
+        self._early.append(data)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self.lost = True
+
+    def hand_over(self, transport: asyncio.Transport, connection: _Connection, raw: asyncio.Transport) -> None:
+        connection.raw = raw
+        transport.set_protocol(connection)
+        connection.connection_made(transport)
+        for data in self._early:
+            connection.data_received(data)
 
 
 @web.middleware
@@ -288,13 +413,33 @@ async def serve_http(
     door, loop = _Door(limits), asyncio.get_running_loop()
     sweeping = asyncio.create_task(door.sweep(), name="http connections")
     try:
-        server = await loop.create_server(
-            lambda: _Connection(inner, door, loop), sock=sock, backlog=_BACKLOG, ssl=credentials.server_tls
-        )
+        async with _listening(sock, lambda: _Connection(inner, door, loop), credentials.server_tls):
+            yield
+    finally:
+        sweeping.cancel()
+        await runner.cleanup()
+        for connection in tuple(door.inside):
+            connection.cut()
+
+
+@asynccontextmanager
+async def _listening(
+    sock: socket.socket, make: Callable[[], _Connection], tls: ssl.SSLContext | None
+) -> AsyncIterator[None]:
+    """Take connections within the block."""
+    if tls is None:
+        server = await asyncio.get_running_loop().create_server(make, sock=sock, backlog=_BACKLOG)
         try:
             yield
         finally:
             server.close()
+        return
+    sock.setblocking(False)
+    sock.listen(_BACKLOG)
+    accepting = asyncio.create_task(_Hall(tls, make).accept(sock), name="https connections")
+    try:
+        yield
     finally:
-        sweeping.cancel()
-        await runner.cleanup()
+        accepting.cancel()
+        await asyncio.wait({accepting})
+        sock.close()

@@ -6,8 +6,9 @@ import asyncio
 import logging
 import resource
 import socket
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
 import aiohttp
@@ -17,8 +18,12 @@ from aiohttp import web
 from potluck.blobs import server
 from potluck.blobs.store import BlobStore
 from potluck.credentials import Credentials
+from potluck.net import http
 from potluck.net.http import LEAST_RATE, Patience, serve_http
+from potluck.security import certificates
 from potluck.settings import HttpSettings
+from potluck.wire.addresses import address
+from support.closed import Authority
 from support.eventually import eventually
 
 LONG = HttpSettings(connections=8, connections_per_address=8, idle_seconds=60.0, header_seconds=60.0)
@@ -28,14 +33,15 @@ HOST = "127.0.0.1"
 class Guests:
     """A server and its clients. `let` releases its slow answers."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, tls: ssl.SSLContext | None) -> None:
         self.port = port
+        self.tls = tls
         self.let = asyncio.Event()
         self.at_work = 0
         self._writers: list[asyncio.StreamWriter] = []
 
     async def come(self, sent: bytes = b"", host: str = HOST) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        reader, writer = await asyncio.open_connection(HOST, self.port, local_addr=(host, 0))
+        reader, writer = await asyncio.open_connection(HOST, self.port, local_addr=(host, 0), ssl=self.tls)
         self._writers.append(writer)
         writer.write(sent)
         return reader, writer
@@ -48,6 +54,19 @@ class Guests:
 
 Serve = Callable[[HttpSettings], Awaitable[Guests]]
 
+BOTH = pytest.mark.parametrize("credentials", ["plain", "mTLS"], indirect=True)
+
+
+@pytest.fixture(scope="module")
+def member(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The credentials of a node, used for both sides here."""
+    return Authority().member(tmp_path_factory.mktemp("member"), "node", certificates.node_profile("n1"))
+
+
+@pytest.fixture
+def credentials(request: pytest.FixtureRequest, member: Path) -> Credentials:
+    return Credentials() if getattr(request, "param", "plain") == "plain" else Credentials.load(member, "node")
+
 
 @pytest.fixture
 async def stack() -> AsyncIterator[AsyncExitStack]:
@@ -56,10 +75,10 @@ async def stack() -> AsyncIterator[AsyncExitStack]:
 
 
 @pytest.fixture
-def serve(stack: AsyncExitStack, tmp_path: Path) -> Serve:
+def serve(stack: AsyncExitStack, tmp_path: Path, credentials: Credentials) -> Serve:
     async def started(limits: HttpSettings) -> Guests:
         sock = socket.create_server((HOST, 0))
-        guests = Guests(sock.getsockname()[1])
+        guests = Guests(sock.getsockname()[1], credentials.client_tls)
 
         async def quick(request: web.Request) -> web.Response:
             return web.Response(text="here")
@@ -75,7 +94,7 @@ def serve(stack: AsyncExitStack, tmp_path: Path) -> Serve:
 
         blobs = server.routes(BlobStore(tmp_path / "blobs", 2**30), writable=True, max_bytes=2**20, idle_seconds=0.3)
         routes = [web.get("/quick", quick), web.get("/slow", slow), web.get("/much", much), *blobs]
-        await stack.enter_async_context(serve_http(sock, routes, Credentials(), limits=limits))
+        await stack.enter_async_context(serve_http(sock, routes, credentials, limits=limits))
         stack.push_async_callback(guests.go)
         return guests
 
@@ -83,14 +102,13 @@ def serve(stack: AsyncExitStack, tmp_path: Path) -> Serve:
 
 
 async def asked(guests: Guests, host: str = HOST) -> str:
-    connector = aiohttp.TCPConnector(local_addr=(host, 0))
-    async with (
-        aiohttp.ClientSession(connector=connector) as session,
-        session.get(f"http://{HOST}:{guests.port}/quick") as response,
-    ):
+    connector = aiohttp.TCPConnector(local_addr=(host, 0), ssl=guests.tls or True)
+    url = address(HOST, guests.port, "http" if guests.tls is None else "https")
+    async with aiohttp.ClientSession(connector=connector) as session, session.get(f"{url}/quick") as response:
         return f"{response.status} {await response.text()}"
 
 
+@BOTH
 async def test_idle_connections_make_room(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
     guests = await serve(LONG)
     crowd = [await guests.come() for _ in range(50)]
@@ -101,6 +119,7 @@ async def test_idle_connections_make_room(serve: Serve, caplog: pytest.LogCaptur
     assert len([line for line in caplog.messages if "connection" in line]) <= 12
 
 
+@BOTH
 async def test_requests_under_way_stay_and_new_connections_get_503(serve: Serve) -> None:
     guests = await serve(LONG)
     busy = [await guests.come(b"GET /slow HTTP/1.1\r\nHost: x\r\n\r\n") for _ in range(8)]
@@ -127,6 +146,7 @@ async def test_one_address_leaves_room_for_others(serve: Serve) -> None:
     await asyncio.wait_for(other.readuntil(b"here"), 5)
 
 
+@BOTH
 @pytest.mark.parametrize(
     "sent", [b"", b"GET /quick HTTP/1.1\r\nHost: x\r\nX-A", b"GET /quick HTTP/1.1\r\nHost: x\r\n\r\n"]
 )
@@ -145,6 +165,7 @@ async def test_silence_and_half_a_head_end_connections(serve: Serve, sent: bytes
     assert (end.done() and end.exception() is None) or isinstance(end.exception(), ConnectionError)
 
 
+@BOTH
 async def test_half_a_body_ends(serve: Serve) -> None:
     guests = await serve(LONG)
     reader, writer = await guests.come(
@@ -160,14 +181,18 @@ async def test_half_a_body_ends(serve: Serve) -> None:
     assert sent < 99
 
 
-async def test_who_takes_no_answer_is_cut_off(serve: Serve) -> None:
+@BOTH
+async def test_who_takes_no_answer_is_cut_off(serve: Serve, credentials: Credentials) -> None:
     if not hasattr(socket, "TCP_USER_TIMEOUT"):
         pytest.skip("this system has no TCP_USER_TIMEOUT: such connections stay, and count for the limits")
-    limits = HttpSettings(connections=2, connections_per_address=2, idle_seconds=1.0)
+    seconds = 1.0 if credentials.server_tls is None else 3.0  # to encrypt the answer takes time
+    limits = HttpSettings(connections=2, connections_per_address=2, idle_seconds=seconds)
     guests = await serve(limits)
     socks = []
     for _ in range(2):
         sock = socket.create_connection((HOST, guests.port))
+        if guests.tls is not None:
+            sock = await asyncio.to_thread(guests.tls.wrap_socket, sock)
         sock.sendall(b"GET /much HTTP/1.1\r\nHost: x\r\n\r\n")
         socks.append(sock)
 
@@ -192,6 +217,74 @@ async def test_the_limit_of_files_bounds_connections(serve: Serve) -> None:
         assert await asyncio.wait_for(crowd[0][0].read(), 5) == b""
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+TLS = pytest.mark.parametrize("credentials", ["mTLS"], indirect=True)
+
+
+@TLS
+async def test_unfinished_handshakes_are_few_and_keep_nobody_out(
+    serve: Serve, stack: AsyncExitStack, caplog: pytest.LogCaptureFixture
+) -> None:
+    guests = await serve(LONG)
+    await guests.come(b"GET /slow HTTP/1.1\r\nHost: x\r\n\r\n")
+    hello = client_hello(guests)
+    crowd = []
+    for number in range(1024):
+        sock = stack.enter_context(socket.socket())
+        sock.bind(("127.0.0.2", 0))
+        sock.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(sock, (HOST, guests.port))
+        if number % 2:
+            await asyncio.get_running_loop().sock_sendall(sock, hello[: 1 + number % (len(hello) - 1)])
+        crowd.append(sock)
+        if number % 100 == 99:
+            assert await asked(guests) == "200 here"
+
+    def half_open() -> list[asyncio.Task[None]]:
+        return [task for task in asyncio.all_tasks() if task.get_name() == "TLS with 127.0.0.2"]
+
+    gone = crowd[1024 - http.HALF_OPEN_LIMIT - 1]  # the oldest went first
+    with suppress(ConnectionError):
+        assert await asyncio.wait_for(asyncio.get_running_loop().sock_recv(gone, 1), 5) == b""
+    assert len(half_open()) == http.HALF_OPEN_LIMIT
+    assert guests.at_work == 1, "a request under way stays"
+
+
+@TLS
+@pytest.mark.parametrize("sent", [0, 5, 100])
+async def test_a_handshake_that_stops_ends(serve: Serve, monkeypatch: pytest.MonkeyPatch, sent: int) -> None:
+    monkeypatch.setattr(http, "HANDSHAKE_SECONDS", 0.3)
+    guests = await serve(LONG)
+    reader, writer = await asyncio.open_connection(HOST, guests.port)
+    writer.write(client_hello(guests)[:sent])
+    assert await asyncio.wait_for(reader.read(), 5) == b""
+    writer.close()
+    assert await asked(guests) == "200 here"
+
+
+@TLS
+async def test_a_member_without_a_certificate_or_in_plain_text_asks_nothing(serve: Serve) -> None:
+    guests = await serve(LONG)
+    assert guests.tls is not None
+    bare = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    bare.check_hostname, bare.verify_mode = False, ssl.CERT_NONE
+    for tls in (bare, None):
+        reader, writer = await asyncio.open_connection(HOST, guests.port, ssl=tls)
+        writer.write(b"GET /quick HTTP/1.1\r\nHost: x\r\n\r\n")
+        with suppress(OSError):
+            assert b"here" not in await asyncio.wait_for(reader.read(), 5)
+        writer.close()
+    assert await asked(guests) == "200 here"
+
+
+def client_hello(guests: Guests) -> bytes:
+    """The first bytes of a client's TLS handshake."""
+    assert guests.tls is not None
+    coming, going = ssl.MemoryBIO(), ssl.MemoryBIO()
+    with suppress(ssl.SSLWantReadError):
+        guests.tls.wrap_bio(coming, going).do_handshake()
+    return going.read()
 
 
 def test_patience_is_only_for_bodies_that_come() -> None:

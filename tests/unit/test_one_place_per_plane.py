@@ -20,6 +20,7 @@ PLACES: dict[str, set[str]] = {
     "HTTPConnection": set(),
     "HTTPSConnection": {"potluck/net/bulk_client.py"},
     "create_server": {"potluck/net/http.py"},
+    "connect_accepted_socket": {"potluck/net/http.py"},
     "AppRunner": {"potluck/net/http.py"},
     "TCPSite": set(),
     # compute: a socket pair between a node and its own engine
