@@ -314,7 +314,7 @@ def test_a_stopping_node_gives_back_what_is_not_done_and_keeps_what_is() -> None
     assignments.on_outcome(finished("a"))
     effects = assignments.on_drain(finishing=True)
     assert [message.attempt_id for message in sent(effects)] == ["c"]  # type: ignore[attr-defined]
-    assert sent(assignments.on_renewal_due()) == [LeaseRenewed(attempt_id="b")]
+    assert sent(assignments.on_renewal_due()) == [LeaseRenewed(attempt_id="b", also=("a",))]
     effects = assignments.on_drain()
     assert Stop("b") in effects
     assert [message.attempt_id for message in sent(effects)] == ["b"]  # type: ignore[attr-defined]
