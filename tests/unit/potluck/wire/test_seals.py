@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from potluck.wire import seals
-from potluck.wire.seals import WINDOW, Opener, Seal, Sealed, SealRefused, Window
+from potluck.wire.seals import WINDOW, Opener, Seal, Sealed, Sealer, SealRefused, Window
 
 NOW = 1_800_000_000.0
 TOPIC = "potluck/v1/home/nodes/n1/inbox"
@@ -221,3 +221,60 @@ def test_a_slow_message_does_not_set_the_time_back() -> None:
     opened(by, sealed(number=2, sent_at=NOW + 31, valid_until=NOW + 61), now=0.0)
     with pytest.raises(SealRefused, match="too late"):
         opened(by, sealed(number=3, valid_until=NOW + 59), now=0.0)
+
+
+# --- the sealer ---------------------------------------------------------------------------------------------------------------
+
+
+def sealer() -> Sealer:
+    return Sealer("c1", 3, "home-1", sign)
+
+
+def test_what_the_sealer_seals_opens_each_time_anew_and_no_copy_of_it_does() -> None:
+    by, there = sealer(), opener()
+    several = [by.seal(TOPIC, "node:n1", "s1", BODY, NOW + second) for second in range(3)]
+    assert [opened(there, one, now=NOW) for one in several] == [BODY] * 3
+    for one in several:
+        with pytest.raises(SealRefused, match="came before"):
+            opened(there, one)
+
+
+def test_each_audience_has_its_own_numbers_which_go_on_through_its_sessions() -> None:
+    by = sealer()
+    found = [
+        msgspec.msgpack.decode(by.seal(TOPIC, audience, session, BODY, NOW).seal, type=Seal)
+        for audience, session in (("node:n1", "s1"), ("node:n2", "s1"), ("node:n1", "s2"), ("node:n1", "s1"))
+    ]
+    assert [one.number for one in found] == [1, 1, 2, 3]
+    assert [one.session for one in found] == ["s1", "s1", "s2", "s1"]
+    assert {one.sender for one in found} == {"c1"}
+    assert all(one.valid_until == one.sent_at + seals.VALID_SECONDS for one in found)
+
+
+def test_a_clock_that_goes_back_makes_no_command_older() -> None:
+    by, there = sealer(), opener()
+    for now in (NOW, NOW - 1000, NOW - 2000):
+        assert opened(there, by.seal(TOPIC, "node:n1", "s1", BODY, now), now=NOW) == BODY
+        assert msgspec.msgpack.decode(by.seal(TOPIC, "node:n1", "s1", BODY, now).seal, type=Seal).sent_at == NOW
+
+
+def test_a_proof_is_no_command_and_a_command_no_proof() -> None:
+    by = sealer()
+    proof, command = by.prove(TOPIC, BODY, NOW), by.seal(TOPIC, "node:n1", "s1", BODY, NOW)
+    found = seals.open_proof(proof, TOPIC, "home-1", verify)
+    assert (found.term, found.number, found.audience, found.sender) == (3, 1, "", "c1")
+    assert msgspec.msgpack.decode(by.prove(TOPIC, BODY, NOW).seal, type=Seal).number == 2
+    with pytest.raises(SealRefused, match="not for commands"):
+        opened(opener(), proof)
+    with pytest.raises(SealRefused, match="not for proofs"):
+        seals.open_proof(command, TOPIC, "home-1", verify)
+
+
+def test_a_renewed_key_seals_and_opens() -> None:
+    by, there = sealer(), opener()
+    by.change_key(lambda data: sign(data, b"new"))
+    one = by.seal(TOPIC, "node:n1", "s1", BODY, NOW)
+    with pytest.raises(SealRefused, match="not signed"):
+        opened(there, one)
+    there.change_key(lambda signature, data: signature == sign(data, b"new"))
+    assert opened(there, one) == BODY
