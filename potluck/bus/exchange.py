@@ -7,7 +7,7 @@ import logging
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
 import msgspec
@@ -19,10 +19,12 @@ from potluck.logs import Seldom, fields
 from potluck.surviving import as_defect, surviving
 from potluck.wire import codec
 from potluck.wire.codec import Encoding
+from potluck.wire.commands import Sealed
 from potluck.wire.failures import as_error, error_info
 from potluck.wire.questions import Inferred, JobEnded, RequestFailed
+from potluck.wire.seals import SealRefused
 from potluck.wire.topics import Topics
-from potluck.wire.values import Message
+from potluck.wire.values import INLINE_LIMIT_BYTES, Message
 from potluck.wording import counted
 
 log = logging.getLogger(__name__)
@@ -31,6 +33,8 @@ _SALVAGE_LIMIT_BYTES = 2 * 2**20
 _LOG_SECONDS = 5.0
 """After a malformed message or a failed handler, nothing more is logged about the topic for this long."""
 _PENDING_LIMIT = 10_000
+_SEALED_LIMIT_BYTES = INLINE_LIMIT_BYTES + 8 * 1024
+"""A sealed message may be larger than others, by its seal: what fits into a message in an open cluster also fits in a closed one."""
 
 
 class Envelope(msgspec.Struct, frozen=True):
@@ -48,6 +52,8 @@ class Envelope(msgspec.Struct, frozen=True):
     qos: int = 1
     payload: bytes = b""
     """The bytes that `message` was read from."""
+    caller: str = ""
+    """The identity of the client of a closed cluster that asks, which the topic has proved; `topic` is then as in an open cluster."""
 
     def without_payload(self) -> Envelope:
         """A copy to keep until it is answered: a queue of envelopes should not hold every message twice."""
@@ -64,6 +70,12 @@ class Will:
 
 Handler = Callable[[Envelope], None]
 """A synchronous, quick function, called in the order of arrival. Its errors are logged. It may see a message twice."""
+
+Seal = Callable[[str, bytes], Sealed | None]
+"""Seals the bytes of a message (msgpack) to a topic, anew for each sending; None: it must not be sent."""
+
+Open = Callable[[str, Sealed], bytes]
+"""The bytes of a message (msgpack) that came to a topic under a seal. Raises SealRefused if it is not to be taken."""
 
 
 def request_failed(error: PotluckError, request_id: str = "") -> RequestFailed:
@@ -85,11 +97,16 @@ class Bus(ABC):
                 "handler_errors",
                 "unexpected_answers",
                 "refused_replies",
+                "refused_seals",
                 "connects",
             ),
             0,
         )
         self._subscriptions: FilterTable[tuple[int, tuple[Handler, ...]]] = FilterTable()
+        self._asked: FilterTable[tuple[int, tuple[Handler, ...]]] = FilterTable()
+        """Handlers of questions of a closed cluster's clients, by their topic in an open one."""
+        self._seals: FilterTable[Seal] = FilterTable()
+        self._opens: FilterTable[Open] = FilterTable()
         self._pending: dict[str, asyncio.Future[Message]] = {}
         self._failures: asyncio.Queue[tuple[Envelope, PotluckError]] = asyncio.Queue(100)
         self.on_refused: Callable[[str, PotluckError], None] = lambda topic, error: None
@@ -97,6 +114,7 @@ class Bus(ABC):
         self._refused_logs = Seldom(_LOG_SECONDS)
         self._withheld_logs = Seldom(_LOG_SECONDS)
         self._fault_logs = Seldom(_LOG_SECONDS)
+        self._seal_logs = Seldom(_LOG_SECONDS)
 
     @abstractmethod
     async def run(self) -> None:
@@ -161,6 +179,24 @@ class Bus(ABC):
         if self._subscriptions.pop(topic_filter) is not None:
             self._unsubscribe_now(topic_filter)
 
+    def subscribe_asked(self, handlers: Mapping[str, Handler], *, qos: int = 1) -> None:
+        """Take the questions of a closed cluster's clients. `handlers`: by filters of topics as in an open cluster.
+
+        An envelope names its `caller`. A question whose answer may not go to `reply_to` is logged and counted, and not handled.
+        """
+        for topic_filter, handler in handlers.items():
+            self._asked[topic_filter] = (qos, (handler,))
+        self._subscriptions[self.topics.asked] = (qos, ())
+        self._subscribe_now(self.topics.asked, qos)
+
+    def seal_on(self, topic_filter: str, seal: Seal) -> None:
+        """Send nothing to these topics but under a seal, from now on."""
+        self._seals[topic_filter] = seal
+
+    def open_on(self, topic_filter: str, opens: Open) -> None:
+        """Take nothing from these topics but what `opens` opens, from now on. What it refuses is dropped, counted and logged."""
+        self._opens[topic_filter] = opens
+
     async def publish(
         self,
         topic: str,
@@ -176,8 +212,9 @@ class Bus(ABC):
         `expiry_seconds` also sets `expires` in the body. Raises Unavailable, TooLarge, and Overloaded if too many messages
         wait to be sent.
         """
-        payload, mirrored = self._packed(message, encoding, expiry_seconds)
-        await self._send(topic, payload, qos, retain, mirrored)
+        packed = self._packed(topic, message, encoding, expiry_seconds)
+        if packed is not None:
+            await self._send(topic, packed[0], qos, retain, packed[1])
 
     def publish_now(
         self,
@@ -193,13 +230,20 @@ class Bus(ABC):
 
         At QoS 1 the broker's receipt comes later. If the broker refuses the message, this is logged.
         """
-        payload, mirrored = self._packed(message, encoding, expiry_seconds)
-        return self._send_now(topic, payload, qos, retain, mirrored)
+        packed = self._packed(topic, message, encoding, expiry_seconds)
+        return packed is None or self._send_now(topic, packed[0], qos, retain, packed[1])
 
-    @staticmethod
-    def _packed(message: Message, encoding: Encoding, expiry_seconds: float | None) -> tuple[bytes, Mirrored]:
+    def _packed(
+        self, topic: str, message: Message, encoding: Encoding, expiry_seconds: float | None
+    ) -> tuple[bytes, Mirrored] | None:
+        """The bytes to send; None: nothing may be sent there."""
         if expiry_seconds is not None and not message.expires:
             message = msgspec.structs.replace(message, expires=time.time() + expiry_seconds)
+        if self._seals and (seals := self._seals.find(topic)):
+            sealed = seals[0](topic, codec.encode(message))
+            if sealed is None:
+                return None
+            return codec.encode(sealed, limit=_SEALED_LIMIT_BYTES), mirror(message, "msgpack", expiry_seconds)
         return codec.encode(message, encoding), mirror(message, encoding, expiry_seconds)
 
     async def clear(self, topic: str) -> None:
@@ -227,14 +271,7 @@ class Bus(ABC):
 
     def _answer(self, to: Envelope, message: Message) -> tuple[bytes, Mirrored] | None:
         """The bytes to send; None: no answer was asked for, or it may not be sent."""
-        if not to.reply_to:
-            return None
-        try:
-            self.topics.check_reply_to(to.reply_to)
-        except InvalidRequest as error:
-            self.counters["refused_replies"] += 1
-            if (more := self._withheld_logs.due(to.topic)) is not None:
-                log.warning("answer withheld %s", fields(topic=to.topic, reason=error.message, more=more or None))
+        if not to.reply_to or not self._may_answer(to):
             return None
         if message.id != to.message.id:
             message = msgspec.structs.replace(message, id=to.message.id)
@@ -249,6 +286,18 @@ class Bus(ABC):
             payload = codec.encode(message, to.encoding)
         correlation = message.id.encode() if to.correlation is None else to.correlation
         return payload, mirror(message, to.encoding, correlation=correlation)
+
+    def _may_answer(self, to: Envelope) -> bool:
+        """Whether an answer may go where the question wants it; if not, this is counted and logged."""
+        try:
+            self.topics.check_reply_to(to.reply_to, to.caller)
+        except InvalidRequest as error:
+            self.counters["refused_replies"] += 1
+            if (more := self._withheld_logs.due(f"{to.topic} {to.caller}")) is not None:
+                shown = fields(topic=to.topic, caller=to.caller or None, reason=error.message, more=more or None)
+                log.warning("answer withheld %s", shown)
+            return False
+        return True
 
     async def request(
         self, topic: str, message: Message, *, timeout_seconds: float, qos: int = 1, encoding: Encoding = "msgpack"
@@ -311,17 +360,34 @@ class Bus(ABC):
         if not payload or not subscribed:  # a retained message was cleared, or we just unsubscribed
             return
         self.counters["received"] += 1
+        opens, caller = self._opens.find(topic) if self._opens else (), ""
+        if self._asked:
+            name, inner = self.topics.asked_by(topic)
+            if inner != topic:
+                topic, caller, subscribed = inner, f"client:{name}", self._asked.find(inner)
+                if not name or not subscribed:  # nothing of this kind is asked
+                    return
         try:
-            message, encoding = codec.decode(payload)
+            if opens:
+                message, encoding, payload = _opened(opens[0], topic, payload)
+                response_topic, correlation = "", None  # the seal does not cover them
+            else:
+                message, encoding = codec.decode(payload)
+        except SealRefused as error:
+            self._refuse_seal(topic, error)
+            return
         except (BadMessage, TooLarge) as error:
-            self._on_malformed(
-                Envelope(topic, Message(), "msgpack", retained, response_topic, correlation, qos, payload), error
+            unread = Envelope(
+                topic, Message(), "msgpack", retained, response_topic, correlation, qos, payload, caller=caller
             )
+            self._on_malformed(unread, error)
             return
         if correlation is not None and not message.id:
             message = msgspec.structs.replace(message, id=_text(correlation))
         reply_to = message.reply_to or response_topic
-        envelope = Envelope(topic, message, encoding, retained, reply_to, correlation, qos, payload)
+        envelope = Envelope(topic, message, encoding, retained, reply_to, correlation, qos, payload, caller)
+        if caller and reply_to and not self._may_answer(envelope):
+            return
         for _, handlers in subscribed:
             for handler in handlers:
                 try:
@@ -333,6 +399,11 @@ class Bus(ABC):
                         log.exception("handler failed %s", fields(topic=topic, type=kind, more=more or None))
                     fault = PotluckError(f"{type(message).__name__} met a fault of {self.client_id}: its log says more")
                     self._answer_later(envelope, fault)
+
+    def _refuse_seal(self, topic: str, error: SealRefused) -> None:
+        self.counters["refused_seals"] += 1
+        if (more := self._seal_logs.due(topic)) is not None:
+            log.warning("message not taken %s", fields(topic=topic, reason=error.message[:300], more=more or None))
 
     def _on_malformed(self, envelope: Envelope, error: PotluckError) -> None:
         payload = envelope.payload
@@ -357,6 +428,7 @@ class Bus(ABC):
             reply_to=reply_to or envelope.reply_to,
             correlation=envelope.correlation,
             qos=envelope.qos,
+            caller=envelope.caller,
         )
         self._answer_later(answer_to, error)
 
@@ -381,3 +453,15 @@ def _text(correlation: bytes) -> str:
         return correlation.decode()
     except UnicodeDecodeError:
         return correlation.hex()
+
+
+def _opened(opens: Open, topic: str, payload: bytes) -> tuple[Message, Encoding, bytes]:
+    """(the message under the seal, its encoding, its bytes).
+
+    Raises SealRefused, and BadMessage or TooLarge for bytes that cannot be read.
+    """
+    sealed, _ = codec.decode(payload, limit=_SEALED_LIMIT_BYTES)
+    if not isinstance(sealed, Sealed):
+        raise SealRefused(f"{type(sealed).__name__} is not sealed")
+    body = opens(topic, sealed)
+    return *codec.decode(body), body

@@ -123,13 +123,21 @@ class Topics:
             len(parts) == 3 and parts[0] == "models" and parts[2] == "infer"
         )
 
-    def check_reply_to(self, topic: str) -> str:
-        """`topic`, if an answer may go there. Raises InvalidRequest: nobody may make the coordinator write to a node."""
+    def check_reply_to(self, topic: str, caller: str = "") -> str:
+        """`topic`, if an answer may go there. Raises InvalidRequest: nobody may make the coordinator write to a node.
+
+        `caller`: the identity of the client of a closed cluster that asks; its answers go to its own processes only.
+        """
         # a broker disconnects a client that publishes to a topic with control characters or hundreds of levels
         usable = topic.isprintable() and topic.count("/") < 100 and not any(sign in topic for sign in "+#")
         if not topic or not usable or len(topic.encode()) > 1024 or topic.startswith("$"):
             raise InvalidRequest(f"reply_to {topic[:80]!r} is not a topic that can be published to")
-        if topic.startswith(f"{ROOT}/") and not topic.startswith(f"{self.root}/clients/"):
+        if caller:
+            own = f"{self.root}/clients/{caller.partition(':')[2]}/"
+            session = topic.removeprefix(own).removesuffix("/inbox")
+            if topic != f"{own}{session}/inbox" or not _SEGMENT.match(session) or session == "to":
+                raise InvalidRequest(f"reply_to {topic[:80]!r}: {caller} may use only {own}<process>/inbox")
+        elif topic.startswith(f"{ROOT}/") and not topic.startswith(f"{self.root}/clients/"):
             raise InvalidRequest(
                 f"reply_to {topic[:80]!r}: below {ROOT}/ only {self.root}/clients/<id>/... may be used"
             )
