@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -27,13 +28,15 @@ from potluck.errors import (
     Conflict,
     InvalidData,
     InvalidRequest,
+    NotAllowed,
     NotFound,
     TimedOut,
 )
-from potluck.wire import codec
+from potluck.wire import codec, roles
 from potluck.wire.addresses import check_holders
 from potluck.wire.deadlines import deadline, too_late
 from potluck.wire.jobs import NODE_DATA, AnyJobSpec, Deploy
+from potluck.wire.members import CreateBearer, CreateToken, ListMembers, ListTokens, RemoveMember, RemoveToken
 from potluck.wire.questions import (
     AddDataset,
     CancelJob,
@@ -77,12 +80,15 @@ from potluck.wire.questions import (
     Undeployed,
 )
 from potluck.wire.refs import locate
+from potluck.wire.roles import ANYBODY, Caller
 from potluck.wire.values import SHARDS_LIMIT, BlobRef, Dataset, Message
 from potluck.wording import be, counted
 
 P = TypeVar("P", bound=Struct)
 
-TAKES_TIME = SubmitJob | Undeploy | ListEvents | FollowEvents
+OF_MEMBERS = CreateToken | ListTokens | RemoveToken | ListMembers | RemoveMember | CreateBearer
+"""Questions that only a closed cluster answers."""
+TAKES_TIME = SubmitJob | Undeploy | ListEvents | FollowEvents | OF_MEMBERS
 """Questions whose answer is `Later`, or a `Stream`."""
 ONCE = RemoveAlias | DeleteModel | RemoveDataset | Promote | RollBack
 MANIFEST_LIMIT_BYTES = 2 * 2**20
@@ -105,6 +111,14 @@ Stream = AsyncGenerator[Message, None]
 """Many answers, one after another. The code that reads them closes the stream."""
 
 
+class OfMembers(Protocol):
+    """Answers the questions about who belongs to a closed cluster."""
+
+    async def answer(self, message: Message, caller: Caller) -> Message:
+        """The answer to one of OF_MEMBERS, from a caller that may ask it. Raises a PotluckError if that is the answer."""
+        ...
+
+
 class Control:
     """Gives each question, from any transport, to the part that answers its message type."""
 
@@ -122,9 +136,10 @@ class Control:
         urls: Callable[[], tuple[str, ...]],
         sync: Callable[[], Awaitable[None]],
         events: Events,
+        members: OfMembers | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """`sync` returns when all journaled events are safe on the disk; it raises Unavailable."""
+        """`sync` returns when all journaled events are safe on the disk; it raises Unavailable. `members`: of a closed cluster."""
         self._dispatcher = dispatcher
         self._registry = registry
         self._serving = serving
@@ -136,42 +151,71 @@ class Control:
         self._urls = urls
         self._sync = sync
         self._events = events
+        self._members = members
         self._clock = clock
         self._answered: dict[tuple[str, str], Message] = {}
+        self._begun: dict[tuple[str, str], asyncio.Future[Message]] = {}
+        """Answers of `members`: a second try would make another token, or find its name taken."""
 
-    def answer(self, message: Message, caller: str = "") -> Message | Later | Stream:
-        """The answer to a question of `caller` ("": not known). A caller that asks again with the same id gets the same answer.
+    def answer(self, message: Message, caller: Caller = ANYBODY) -> Message | Later | Stream:
+        """The answer to a question of `caller`. If it has a key or an identity and asks again with the same id, it gets the same answer.
         Lists come in pages: as much as fits into one message, and whether there is more.
 
-        Raises a PotluckError if that is the answer: InvalidRequest if it is not a question, TimedOut if it came too late.
+        Raises a PotluckError if that is the answer: NotAllowed if the caller may not ask this, InvalidRequest if it is not a question,
+        TimedOut if it came too late.
         """
+        roles.check(caller, type(message))
         now = self._clock()
         if deadline(message, now) < now:
             raise TimedOut(too_late(message, now, "the coordinator's"))
-        asked = (caller, message.id)
         if isinstance(message, FollowEvents):
-            if not all(asked):
+            if not caller.key or not message.id:
                 raise InvalidRequest("FollowEvents needs an id, and whoever asks a name: it is asked again")
-            return self._events.follow(message.after, message.seconds, asked)
+            # A member may follow from several processes, and all of them count as one follower's.
+            follower = (caller.identity, f"{caller.key} {message.id}") if caller.known else (caller.key, message.id)
+            return self._events.follow(message.after, message.seconds, follower)
+        asked = (caller.asks_as, message.id)
+        if isinstance(message, OF_MEMBERS):
+            return self._of_members(message, caller, asked)
         if not isinstance(message, ONCE) or not all(asked):
-            return self._answer(message, " ".join(asked) if all(asked) else "")
+            return self._answer(message, caller, " ".join(asked) if all(asked) else "")
         # These can be carried out only once: a second try would find nothing to do.
         if asked not in self._answered:
-            self._answered[asked] = self._answer_once(message)
+            self._answered[asked] = self._answer_once(message, caller)
             if len(self._answered) > ANSWERS_KEPT:
                 del self._answered[next(iter(self._answered))]
         return self._answered[asked]
 
-    def _answer_once(self, message: Message) -> Message:
-        answer = self._answer(message, "")
+    def _of_members(self, message: Message, caller: Caller, asked: tuple[str, str]) -> Later:
+        if self._members is None:
+            raise InvalidRequest(f"{type(message).__name__}: this cluster is open, and has no members and no tokens")
+        begun = self._begun.get(asked) if all(asked) else None
+        if begun is None:
+            begun = asyncio.ensure_future(self._members.answer(message, caller))
+            begun.add_done_callback(lambda done: self._settled(asked, done))
+            if all(asked):
+                self._begun[asked] = begun
+                if len(self._begun) > ANSWERS_KEPT:
+                    del self._begun[next(iter(self._begun))]
+        kept = begun
+        return Later(lambda: asyncio.shield(kept))
+
+    def _settled(self, asked: tuple[str, str], answer: asyncio.Future[Message]) -> None:
+        """An answer is there. One that is an error is not kept: trying again may help."""
+        failed = answer.cancelled() or answer.exception() is not None
+        if failed and self._begun.get(asked) is answer:
+            del self._begun[asked]
+
+    def _answer_once(self, message: Message, caller: Caller) -> Message:
+        answer = self._answer(message, caller, "")
         assert isinstance(answer, Message)
         return answer
 
-    def _answer(self, message: Message, request_id: str) -> Message | Later:
+    def _answer(self, message: Message, caller: Caller, request_id: str) -> Message | Later:
         match message:
             case SubmitJob():
                 # The same question asked twice (QoS 1, or a client that tries again) is one job.
-                job = self._dispatcher.submit(message.job, request_id)
+                job = self._dispatcher.submit(message.job, request_id, caller.identity)
                 if not _is_same(job.submitted.spec, message.job):
                     raise Conflict(
                         f"the id {message.id[:80]!r} was used for job {job.job_id}, which is another one: "
@@ -181,9 +225,9 @@ class Control:
             case Undeploy():
                 return Later(lambda: self._undeploy(message.model))
             case CancelJob():
-                return self._dispatcher.described(self._dispatcher.cancel(message.job_id))
+                return self._dispatcher.described(self._dispatcher.cancel(self._own(message.job_id, caller)))
             case StopTraining():
-                return self._dispatcher.described(self._dispatcher.stop(message.job_id))
+                return self._dispatcher.described(self._dispatcher.stop(self._own(message.job_id, caller)))
             case GetHistory():
                 job = self._dispatcher.job(message.job_id)
                 return HistoryListed(job_id=job.job_id, epochs=job.epochs_after(message.after))
@@ -231,6 +275,16 @@ class Control:
                 raise InvalidRequest(
                     f"{type(message).__name__} is not a question to the coordinator: see docs/protocol.md"
                 )
+
+    def _own(self, job_id: str, caller: Caller) -> str:
+        """The whole id of a job that the caller may end. Raises NotFound, InvalidRequest, and NotAllowed if it is another's."""
+        job = self._dispatcher.job(job_id)
+        if not caller.owns(job.submitted.owner):
+            raise NotAllowed(
+                f"job {job.job_id} is that of {job.submitted.owner or 'nobody who is known'}: it and operators may end it, "
+                f"and {caller.identity} is a {caller.role}"
+            )
+        return job.job_id
 
     async def _accepted(self, job_id: str) -> Message:
         """The answer to a submitted job, given once a power cut cannot undo it."""

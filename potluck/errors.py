@@ -91,12 +91,14 @@ class NotAuthenticated(PotluckError):
     """Nobody knows who asks: a closed cluster answers its members only."""
 
     code = "not_authenticated"
+    exit_code = 7
 
 
 class NotAllowed(PotluckError):
     """Whoever asks may not do this."""
 
     code = "not_allowed"
+    exit_code = 7
 
 
 class NotFound(PotluckError):

@@ -120,8 +120,8 @@ class Dispatcher:
 
     # --- what clients ask ---------------------------------------------------------------------------------------------
 
-    def submit(self, spec: AnyJobSpec, request_id: str) -> Job:
-        """A new job, or the job that this request made before. Raises NotFound, InvalidRequest."""
+    def submit(self, spec: AnyJobSpec, request_id: str, owner: str = "") -> Job:
+        """A new job, or the job that this request made before. `owner` as in JobSubmitted. Raises NotFound, InvalidRequest."""
         known = self._store.by_request(request_id)
         if known is not None:
             return known
@@ -130,7 +130,7 @@ class Dispatcher:
         except PotluckError:
             self._packed.refused(spec)
             raise
-        job = self._store.add(submitted)
+        job = self._store.add(replace(submitted, owner=owner) if owner else submitted)
         self._packed.asked(spec)
         log.info("job submitted %s", fields(job=job.job_id, kind=job.kind))
         self._changed(job)

@@ -9,11 +9,29 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import msgspec
-from aiohttp import web
+from aiohttp import hdrs, web
 
-from potluck.errors import Conflict, InvalidSettings, NotFound, Overloaded, PotluckError, TimedOut, TooLarge
+from potluck.errors import (
+    Conflict,
+    InvalidSettings,
+    NotAllowed,
+    NotAuthenticated,
+    NotFound,
+    Overloaded,
+    PotluckError,
+    TimedOut,
+    TooLarge,
+)
 
-STATUS: dict[type[PotluckError], int] = {NotFound: 404, Conflict: 409, TooLarge: 413, Overloaded: 429, TimedOut: 504}
+STATUS: dict[type[PotluckError], int] = {
+    NotAuthenticated: 401,
+    NotAllowed: 403,
+    NotFound: 404,
+    Conflict: 409,
+    TooLarge: 413,
+    Overloaded: 429,
+    TimedOut: 504,
+}
 """Statuses of errors that have their own; see `status_of`."""
 COMPRESSED_BYTES = 1024
 """Smaller answers are sent as they are: compressing them takes longer than sending them."""
@@ -76,9 +94,17 @@ def guarded(handler: Handler) -> Handler:
         try:
             return await handler(request)
         except PotluckError as error:
-            return problem(status_of(error), error.message, error.retry_after_seconds)
+            return refused(error)
 
     return answered
+
+
+def refused(error: PotluckError) -> web.Response:
+    """The answer that an error is."""
+    found = problem(status_of(error), error.message, error.retry_after_seconds)
+    if isinstance(error, NotAuthenticated):
+        found.headers[hdrs.WWW_AUTHENTICATE] = "Bearer"  # RFC 6750, 3
+    return found
 
 
 @web.middleware

@@ -12,10 +12,12 @@ from aiohttp import web
 from coordinator.control import Control, Stream
 from coordinator.gateway import streaming
 from coordinator.gateway.answers import guarded
+from coordinator.gateway.gate import caller_of_member
 from potluck.errors import InvalidRequest, PotluckError
 from potluck.logs import fields
 from potluck.wire import codec
 from potluck.wire.questions import EventsListed, FollowEvents
+from potluck.wire.roles import Caller
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +41,7 @@ class FollowedEvents:
     async def follow(self, request: web.Request) -> web.StreamResponse:
         """Events after the number in `Last-Event-ID`, else in `?after=`, else from now on. The `id` of an event is its number."""
         after = _number(request)
-        caller, question_id = f"http {request.remote}", uuid.uuid4().hex
+        caller, question_id = caller_of_member(request) or Caller(key=f"http {request.remote}"), uuid.uuid4().hex
 
         def ask() -> Stream:
             question = FollowEvents(id=question_id, after=after, seconds=KEEP_ALIVE_SECONDS)

@@ -15,12 +15,14 @@ from coordinator.control import Control, Later
 from coordinator.gateway import events
 from coordinator.gateway.answers import problem
 from coordinator.gateway.asking import Asking
+from coordinator.gateway.gate import caller_of_member
 from potluck.errors import InvalidRequest
 from potluck.net.http import caller_of
 from potluck.surviving import as_defect
 from potluck.wire import codec
 from potluck.wire.identities import ANONYMOUS
 from potluck.wire.questions import FollowEvents, JobEnded
+from potluck.wire.roles import Caller
 from potluck.wire.tensors import readable
 from potluck.wire.values import Message
 
@@ -38,7 +40,10 @@ class Questions:
         return [web.post(PATH, self._asking.answering(self.ask))]
 
     async def ask(self, request: web.Request) -> web.Response:
-        """Answer in the encoding of the question. A client that names itself may ask again with the same message `id`."""
+        """Answer in the encoding of the question. A client that names itself may ask again with the same message `id`.
+
+        In a closed cluster every client has a name, and what it says of itself is not read.
+        """
         if request.content_type not in codec.CONTENT_TYPES.values():
             return problem(
                 415,
@@ -47,14 +52,13 @@ class Questions:
         if hdrs.ORIGIN in request.headers:
             return problem(403, "questions from web pages are refused: ask with a program of your own")
         question, encoding = codec.decode(await self._asking.bodies.read(request))
-        caller = caller_of(request)
-        answer = await self._answer(question, "" if caller == ANONYMOUS else f"http {caller}")
+        answer = await self._answer(question, caller_of_member(request) or _as_it_says(request))
         if isinstance(answer, JobEnded) and encoding == "json":
             answer = readable(answer)
         payload = codec.encode(replace(answer, id=question.id), encoding)
         return web.Response(body=payload, content_type=codec.CONTENT_TYPES[encoding])
 
-    async def _answer(self, question: Message, caller: str) -> Message:
+    async def _answer(self, question: Message, caller: Caller) -> Message:
         try:
             if isinstance(question, FollowEvents):
                 raise InvalidRequest(f"{type(question).__name__} has many answers: GET {events.PATH} gives them")
@@ -65,3 +69,9 @@ class Questions:
             return answer
         except Exception as error:
             raise as_defect(error, type(question).__name__) from error
+
+
+def _as_it_says(request: web.Request) -> Caller:
+    """Who asks in an open cluster. Raises InvalidRequest for a malformed identity."""
+    said = caller_of(request)
+    return Caller(key="" if said == ANONYMOUS else f"http {said}")

@@ -34,6 +34,8 @@ class JobSubmitted(Event, frozen=True):
     model_format: ModelFormat = "keras"
     classes: tuple[str, ...] = ()
     """Classes of the model's scores, if it is registered with them."""
+    owner: str = ""
+    """The identity of who asked for it; "": it was asked for in an open cluster."""
 
 
 class JobStarted(Event, frozen=True):

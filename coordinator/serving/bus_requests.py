@@ -6,10 +6,11 @@ import time
 from collections.abc import Callable
 from functools import partial
 
+from coordinator.callers import Callers
 from coordinator.serving.inference import Asked, Inference
 from potluck.bus.exchange import Envelope
 from potluck.bus.outbox import Outbox
-from potluck.errors import InvalidRequest, PotluckError, TimedOut, Unavailable
+from potluck.errors import InvalidRequest, NotAllowed, NotAuthenticated, PotluckError, TimedOut, Unavailable
 from potluck.settings import CoordinatorSettings
 from potluck.wire.deadlines import deadline, too_late
 from potluck.wire.questions import CancelInfer, Infer, Inferred
@@ -26,12 +27,15 @@ class BusRequests:
         topics: Topics,
         outbox: Outbox,
         settings: CoordinatorSettings,
+        callers: Callers | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
+        """`callers`: the members of a closed cluster; None: the cluster is open, and everybody may ask."""
         self._inference = inference
         self._topics = topics
         self._outbox = outbox
         self._limit_seconds = settings.inference_seconds
+        self._callers = callers
         self._clock = clock
         self._asked: dict[tuple[str, str], Asked] = {}
         """Requests without an answer yet, by the topic of the answer and the id of the request."""
@@ -39,6 +43,12 @@ class BusRequests:
     def on_infer(self, envelope: Envelope) -> None:
         """Handler for `models/<name>/infer`."""
         message = envelope.message
+        if self._callers is not None:
+            try:
+                self._callers.check(envelope.caller, type(message))
+            except (NotAuthenticated, NotAllowed) as denied:
+                self._outbox.refuse(envelope, denied)
+                return
         if isinstance(message, CancelInfer):
             asked = self._asked.get((envelope.reply_to, message.id))
             if asked is not None:

@@ -9,6 +9,8 @@ from aiohttp import web
 
 from potluck.wire.identities import is_identity
 
+ASKER = "potluck asker"
+"""Where a request keeps the identity of its sender, if that was found in another way than by a certificate."""
 _NAME = "commonName"
 
 
@@ -27,8 +29,9 @@ def peer_identity(transport: asyncio.BaseTransport | None) -> str:
 
 
 def asker(request: web.BaseRequest) -> str:
-    """`peer_identity` of the sender of an HTTP request."""
-    return peer_identity(request.transport)
+    """The identity of the sender of an HTTP request, by its bearer token if it has one, else as `peer_identity`; "": not known."""
+    known: str = request.get(ASKER, "")
+    return known or peer_identity(request.transport)
 
 
 def identity_of(certificate: dict[str, Any]) -> str:

@@ -5,8 +5,9 @@ A `viewer` looks, a `user` also computes, and an `operator` may do everything. I
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final
+
+from msgspec import Struct
 
 from potluck.errors import NotAllowed
 from potluck.wire import members, questions
@@ -15,8 +16,7 @@ from potluck.wire.values import Message
 RANKS: Final = {"viewer": 1, "user": 2, "operator": 3}
 
 
-@dataclass(frozen=True)
-class Caller:
+class Caller(Struct, frozen=True):
     """Who asks. `identity` is "" in an open cluster, where nobody knows."""
 
     identity: str = ""
@@ -29,6 +29,15 @@ class Caller:
     @property
     def known(self) -> bool:
         return bool(self.identity)
+
+    @property
+    def asks_as(self) -> str:
+        """Whose questions with the same id are the same question; "": nobody knows."""
+        return f"{self.identity} {self.key}" if self.identity else self.key
+
+    def owns(self, owner: str) -> bool:
+        """Whether what this identity made may be changed: by itself, by operators, and by everybody in an open cluster."""
+        return self.may("operator") or (self.known and self.identity == owner)
 
     def may(self, role: str) -> bool:
         """Whether what needs this role may be done. Raises KeyError for a role that there is not."""

@@ -103,7 +103,7 @@ async def test_a_job_is_acknowledged_when_it_is_on_the_disk(tmp_path: Path) -> N
     job: Any = SimpleNamespace(job_id="j", submitted=SimpleNamespace(spec=spec))
     nothing: Any = None
     requests = asking(
-        outbox=replies, dispatcher=cast(Any, SimpleNamespace(submit=lambda spec, request_id: job)), registry=nothing, serving=nothing,
+        outbox=replies, dispatcher=cast(Any, SimpleNamespace(submit=lambda spec, request_id, owner: job)), registry=nothing, serving=nothing,
         membership=nothing, deletion=nothing, packed=nothing, holders=nothing, store=BlobStore(tmp_path, 1), urls=lambda: (), sync=sync,
     )  # fmt: skip
     running = asyncio.create_task(requests.run())
@@ -127,7 +127,7 @@ async def test_a_job_that_is_refused_for_too_many_was_not_submitted(tmp_path: Pa
     spec = Evaluate(model="m", dataset="d")
     job: Any = SimpleNamespace(job_id="j", submitted=SimpleNamespace(spec=spec))
 
-    def submit(asked: AnyJobSpec, request_id: str) -> Any:
+    def submit(asked: AnyJobSpec, request_id: str, owner: str) -> Any:
         submitted.append(request_id)
         return job
 
