@@ -1,4 +1,4 @@
-"""The seals of what a closed cluster's coordinator says: commands to nodes, and the proof of whose commands they are to carry out."""
+"""The seals of what a closed cluster's coordinator tells its nodes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import time
 from collections.abc import Callable
 
 from potluck.logs import Seldom, fields
-from potluck.wire import codec
-from potluck.wire.births import CoordinatorProof, Standing
 from potluck.wire.commands import Sealed
 from potluck.wire.seals import Sealer
 from potluck.wire.topics import Topics
@@ -72,8 +70,3 @@ class Sealing:
             return None
         found = self._sealer.seal(topic, f"node:{node_id}", session, body, self._clock())
         return Sealed(seal=found.seal, body=found.body, signature=found.signature)
-
-    def proof(self, standing: Standing, certificate: bytes) -> CoordinatorProof:
-        """What is retained on `coordinator/proof`. `certificate`: that of the key that signs commands (DER)."""
-        found = self._sealer.prove(self._topics.coordinator_proof, codec.encode(standing), self._clock())
-        return CoordinatorProof(certificate=certificate, seal=found.seal, body=found.body, signature=found.signature)

@@ -5,7 +5,6 @@ The sender of a request is whom the certificate of its connection names. Program
 
 from __future__ import annotations
 
-import asyncio
 import re
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
@@ -64,15 +63,13 @@ class Gate:
 
     def __init__(self, callers: Callers) -> None:
         self._callers = callers
-        self._inside: dict[str, set[asyncio.Transport]] = {}
-        """Connections with a request under way, by who sent it."""
 
     @property
     def middleware(self) -> Callable[[web.Request, Handler], Awaitable[web.StreamResponse]]:
         @web.middleware
         async def passed(request: web.Request, handler: Handler) -> web.StreamResponse:
             refusal = self._admit(request)
-            return refusal if refusal is not None else await self._handle(request, handler)
+            return refusal if refusal is not None else await handler(request)
 
         return passed
 
@@ -82,11 +79,6 @@ class Gate:
         aiohttp asks these handlers before any middleware.
         """
         return [self._expecting(route) for route in routes]
-
-    def end(self, identity: str) -> None:
-        """End the connections on which requests of this identity are under way: it was removed. A later request is refused."""
-        for transport in self._inside.pop(identity, ()):
-            transport.abort()
 
     def _admit(self, request: web.Request) -> web.Response | None:
         """Note who asks; or the answer to somebody who may not."""
@@ -113,19 +105,6 @@ class Gate:
         if token is None:
             raise NotAuthenticated("the header Authorization is not understood: write one, as `Bearer <token>`")
         return self._callers.bearer(token[1], _KEY)
-
-    async def _handle(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        caller, transport = caller_of_member(request), request.transport
-        if caller is None or transport is None:
-            return await handler(request)
-        inside = self._inside.setdefault(caller.identity, set())
-        inside.add(transport)
-        try:
-            return await handler(request)
-        finally:
-            inside.discard(transport)
-            if not inside and self._inside.get(caller.identity) is inside:
-                del self._inside[caller.identity]
 
     def _expecting(self, route: web.RouteDef) -> web.RouteDef:
         inner = route.kwargs.get("expect_handler")

@@ -10,6 +10,7 @@ from aiohttp import web
 from coordinator.gateway import events, inferring, open_inference, plain, questions, streaming, tensorflow_serving
 from coordinator.gateway.answers import Problem
 from coordinator.gateway.asking import TIMEOUT_HEADER
+from coordinator.gateway.gate import ANYBODY, NEEDS
 from potluck import __version__
 from potluck.wire.codec import CONTENT_TYPES
 from potluck.wire.identities import CALLER_HEADER, IDENTITY_PATTERN
@@ -41,6 +42,8 @@ _OCTETS = "application/octet-stream"
 _JSON = "application/json"
 _FAILURES = {
     "400": "The request cannot be answered as it is.",
+    "401": "Nobody knows who asks.",
+    "403": "Whoever asks may not do this.",
     "404": "There is no such thing, or it is not deployed.",
     "409": "A name that is taken, or a state that forbids it.",
     "413": "The body, or an output, is too large.",
@@ -52,11 +55,31 @@ _FAILURES = {
 }
 _OF_MODELS = ("400", "404", "413", "429", "500", "503", "504")
 """Statuses of errors of a request to a model."""
+_SCHEMES = {
+    "certificate": {"type": "mutualTLS", "description": "The certificate of a member of the cluster"},
+    "bearer": {"type": "http", "scheme": "bearer", "description": "An operator of the cluster makes one"},
+}
 Json = dict[str, Any]
 
 
-def description() -> Json:
-    """The document for `/openapi.json`."""
+def description(*, closed: bool = False) -> Json:
+    """The document for `/openapi.json`. `closed`: only members of the cluster may ask."""
+    found = _described()
+    if closed:
+        found["components"]["securitySchemes"] = _SCHEMES
+        found["security"] = [{name: []} for name in _SCHEMES]
+        for path, operations in found["paths"].items():
+            for method, operation in operations.items():
+                needed = NEEDS[f"{method.upper()} {path}"]
+                if needed == ANYBODY:
+                    operation["security"] = []
+                else:
+                    operation["description"] = f"Needs the role `{needed}`."
+                    operation["responses"] |= {status: _problem(status) for status in ("401", "403")}
+    return found
+
+
+def _described() -> Json:
     _, components = msgspec.json.schema_components(_STRUCTS, ref_template="#/components/schemas/{name}")
     return {
         "openapi": "3.1.0",
@@ -146,7 +169,8 @@ def _cluster() -> Json:
         "required": ["type"],
         "description": "A message as on MQTT, by its `type`: docs/protocol.md",
     }
-    ask = _post("A question to the coordinator, and its answer", message, message, failures=tuple(_FAILURES))
+    failures = tuple(status for status in _FAILURES if status not in ("401", "403"))
+    ask = _post("A question to the coordinator, and its answer", message, message, failures=failures)
     encodings = {kind: {"schema": message} for kind in CONTENT_TYPES.values()}
     ask["requestBody"]["content"] = ask["responses"]["200"]["content"] = encodings
     caller = {"type": "string", "pattern": IDENTITY_PATTERN}

@@ -29,10 +29,12 @@ def routes(
     settings: CoordinatorSettings,
     shelf: Shelf,
     bus: Bus | None = None,
+    *,
+    closed: bool = False,
 ) -> list[web.RouteDef]:
     """Routes for the coordinator's HTTP application. Questions go to `control`, and requests for inference go to `inference`.
     Metrics are read where they are kept. While `bus` is not connected, nothing is ready. Without `bus`, that shows only once
-    the nodes count as lost.
+    the nodes count as lost. `closed`: how a `Gate` that stands before them is described; they themselves refuse nobody.
     """
 
     async def prometheus(request: web.Request) -> web.Response:
@@ -47,5 +49,5 @@ def routes(
         *Plain(asking).routes(),
         *Questions(control, asking).routes(),
         *FollowedEvents(control).routes(),
-        openapi.route(openapi.description()),
+        openapi.route(openapi.description(closed=closed)),
     ]

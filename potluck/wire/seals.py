@@ -96,7 +96,10 @@ def open_proof(proof: Sealed, topic: str, cluster_id: str, verify: Callable[[byt
 
 
 class Sealer:
-    """Seals what one session of a coordinator sends, which is called `sender`. Each number is used once."""
+    """Seals what one session of a coordinator sends, which is called `sender`. Each number is used once for each audience.
+
+    `sign` may sign with another key from some time on, when ours was renewed.
+    """
 
     def __init__(self, sender: str, term: int, cluster_id: str, sign: Callable[[bytes], bytes]) -> None:
         self._sender = sender
@@ -107,19 +110,8 @@ class Sealer:
         """The last number for each audience, whatever session of it the command was for."""
         self._sent_at = 0.0
 
-    def change_key(self, sign: Callable[[bytes], bytes]) -> None:
-        """Sign with another key from now on: ours was renewed."""
-        self._sign = sign
-
     def seal(self, topic: str, audience: str, session: str, body: bytes, now: float) -> Sealed:
         """A command (its bytes) for one session of an audience. `now`: our clock, seconds since the epoch; if it goes back, we do not."""
-        return self._close(topic, audience, session, body, now, PURPOSE)
-
-    def prove(self, topic: str, body: bytes, now: float) -> Sealed:
-        """A proof for everybody, as `open_proof` reads it."""
-        return self._close(topic, "", "", body, now, PROOF_PURPOSE)
-
-    def _close(self, topic: str, audience: str, session: str, body: bytes, now: float, purpose: str) -> Sealed:
         number = self._numbers[audience] = self._numbers.get(audience, 0) + 1
         sent_at = self._sent_at = max(now, self._sent_at)
         seal = Seal(
@@ -132,7 +124,6 @@ class Sealer:
             number=number,
             sent_at=sent_at,
             valid_until=sent_at + VALID_SECONDS,
-            purpose=purpose,
         )
         return close(seal, body, self._sign)
 

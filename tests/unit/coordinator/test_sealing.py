@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import msgspec
-
 from coordinator.sealing import ForwardClock, Sealing
 from potluck.security.signing import Signer, Verifier, new_key
 from potluck.wire import codec, seals
-from potluck.wire.births import Revoked, Standing
 from potluck.wire.commands import Rebirth
-from potluck.wire.seals import Opener, Seal, Sealer
+from potluck.wire.seals import Opener, Sealer
 from potluck.wire.topics import Topics
 
 TOPICS = Topics("home")
@@ -41,22 +38,6 @@ def test_a_node_that_is_not_known_gets_nothing() -> None:
     assert [by.seal(INBOX, b"") for _ in range(3)] == [None] * 3
     assert by.withheld == 3
     assert by.seal(TOPICS.node("n2", "inbox"), b"") is not None
-
-
-def test_the_proof_says_whose_commands_to_carry_out() -> None:
-    by = sealing({})
-    standing = Standing(
-        session="c1", epoch=3, cluster_id="home-1", revoked=(Revoked(identity="node:n9", until=NOW + 60),)
-    )
-    numbers = []
-    for _ in range(2):
-        proof = by.proof(standing, b"certificate")
-        assert proof.certificate == b"certificate"
-        sealed = seals.Sealed(proof.seal, proof.body, proof.signature)
-        numbers.append(seals.open_proof(sealed, TOPICS.coordinator_proof, "home-1", VERIFY).number)
-        assert codec.decode(proof.body)[0] == standing
-    assert numbers == [1, 2]
-    assert msgspec.msgpack.decode(proof.seal, type=Seal).term == 3
 
 
 def test_the_clock_follows_forward_and_never_goes_back() -> None:
