@@ -16,6 +16,10 @@ class Keeping:
         self._follow()
         registry.on_change(self._follow)
 
+    def names(self, sha256: str) -> bool:
+        """Whether the registry names this blob: as a model, or as a part of a data set."""
+        return sha256 in self._pinned
+
     def _follow(self) -> None:
         wanted = {info.model.sha256 for info in self._registry.models()}
         for listed in self._registry.datasets():

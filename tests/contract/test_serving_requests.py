@@ -13,12 +13,16 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
+from coordinator.callers import Callers
+from coordinator.serving.bus_requests import BusRequests
 from potluck.bus.exchange import Envelope
-from potluck.errors import Cancelled, InvalidRequest, TimedOut, Unavailable
+from potluck.errors import Cancelled, InvalidRequest, NotAllowed, NotAuthenticated, TimedOut, Unavailable
 from potluck.wire import tensors
-from potluck.wire.questions import CancelInfer, Infer
+from potluck.wire.questions import CancelInfer, Infer, Inferred
+from potluck.wire.topics import Topics
 from potluck.wire.values import Signature, TensorSpec
 from support.eventually import eventually
+from support.fake_bus import FakeBus
 from support.serving_lab import TOPICS, Lab, ask, client, question
 
 
@@ -222,3 +226,49 @@ async def test_what_is_not_answered_by_the_end_of_a_stop_is_refused(lab: Lab, st
         assert not over_the_bus.done(), "its client asks the next coordinator"
         over_the_bus.cancel()
         await asyncio.wait([over_the_bus])
+
+
+async def test_in_a_closed_cluster_a_member_that_may_gets_its_own_answers(lab: Lab, stack: AsyncExitStack) -> None:
+    node = await lab.join(stack, "a")
+    lab.add_model()
+    await lab.deploy("m")
+    members = {"client:ann": "user", "client:vic": "viewer"}
+    asked = BusRequests(
+        lab.inference,
+        topics=TOPICS,
+        outbox=lab.answers,
+        settings=lab.settings,
+        callers=Callers(members.get),
+    )
+    lab.bus.subscribe_asked({TOPICS.infer("+"): asked.on_infer})
+    buses = {}
+    for name in ("ann", "vic", "eve"):
+        topics = Topics(TOPICS.cluster, name)
+        bus = buses[name] = FakeBus(lab.broker, topics, client_id=f"{name}-1")
+        running = asyncio.create_task(bus.run())
+        stack.callback(running.cancel)
+        await bus.connected(5)
+
+    async def infer(name: str) -> list[list[float]]:
+        bus = buses[name]
+        answer = await bus.request(bus.topics.infer("m"), replace(question(1, 2), id="q-1"), timeout_seconds=10)
+        assert isinstance(answer, Inferred)
+        found: list[list[float]] = tensors.to_numpy(answer.outputs[0]).tolist()
+        return found
+
+    assert await infer("ann") == [[2, 4]]
+    with pytest.raises(NotAllowed, match="needs the role 'user'"):
+        await infer("vic")
+    with pytest.raises(NotAuthenticated, match="client:eve is no member"):
+        await infer("eve")
+    node.mute = True
+    waiting = asyncio.create_task(infer("ann"))
+    await eventually(lambda: len(asked._asked) == 1)
+    members["client:eve"] = "operator"
+    cancel = CancelInfer(id="q-1", reply_to=buses["ann"].topics.client_inbox("ann-1"))
+    await buses["eve"].publish(buses["eve"].topics.infer("m"), cancel)
+    await eventually(lambda: lab.bus.counters["refused_replies"] == 1)
+    assert not waiting.done(), "nobody gives up what another asked"
+    await buses["ann"].publish(buses["ann"].topics.infer("m"), cancel)
+    with pytest.raises(Cancelled):
+        await waiting
