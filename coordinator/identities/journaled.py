@@ -1,0 +1,44 @@
+"""The members of a cluster, kept in the journal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from coordinator.identities.members import STREAM, AnyIdentityEvent, Members
+from coordinator.journal import Journal
+
+_MANY = 2_000
+"""A stream with fewer events is not worth a snapshot."""
+
+
+class JournaledMembers:
+    """`members` is only read by others; `record` changes it."""
+
+    def __init__(self, journal: Journal, clock: Callable[[], float] = time.time) -> None:
+        self._journal = journal
+        self.clock = clock
+        self.members = Members()
+        self.changes = 0
+        """Grows with each change."""
+        count = 0
+        for event in journal.replay(STREAM, AnyIdentityEvent):  # type: ignore[arg-type, var-annotated]
+            self.members.apply(event)
+            count += 1
+        self.members.forget(clock())
+        kept = self.members.snapshot()
+        if count > max(_MANY, 2 * len(kept)):  # each renewal of each member is an event
+            journal.snapshot(STREAM, kept)
+
+    def record(self, events: Sequence[AnyIdentityEvent]) -> None:
+        """Write events and apply them. Raises Unavailable; then nothing has changed."""
+        if not events:
+            return
+        self._journal.append(STREAM, *events)
+        for event in events:
+            self.members.apply(event)
+        self.changes += 1
+
+    async def safe(self) -> None:
+        """Return when not even a power cut undoes what was recorded. Raises Unavailable."""
+        await self._journal.sync()
