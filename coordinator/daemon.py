@@ -10,9 +10,11 @@ import uuid
 from collections.abc import Callable, Iterable
 from contextlib import AsyncExitStack, suppress
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
 
+from coordinator.callers import Callers
 from coordinator.control import Control
 from coordinator.copies.locations import Holders
 from coordinator.copies.pins import Keeping
@@ -27,6 +29,7 @@ from coordinator.dispatch.packed import Packed
 from coordinator.events.stream import Events
 from coordinator.gateway import routes as gateway
 from coordinator.gateway.answers import in_words
+from coordinator.gateway.gate import Gate
 from coordinator.gateway.shelf import Shelf
 from coordinator.journal import FATAL, Journal
 from coordinator.membership import Change, Membership, NodeJoined, NodeLost, NodeRefused, NodeUnknown, Rebirths
@@ -51,9 +54,17 @@ from potluck.errors import GaveWay, PotluckError, Unavailable
 from potluck.logs import Seldom, fields
 from potluck.net.addresses import base_urls, bind_gateway, reachable_addresses
 from potluck.net.broker import Broker, start_broker
-from potluck.net.discovery import Discovery, Service
+from potluck.net.discovery import Discovery, Service, ca_hint
 from potluck.net.http import serve_http
-from potluck.settings import CoordinatorSettings, check_listen, is_loopback, parse_address, short_hostname, state_folder
+from potluck.settings import (
+    CoordinatorSettings,
+    check_coordinator,
+    is_closed,
+    is_loopback,
+    parse_address,
+    short_hostname,
+    state_folder,
+)
 from potluck.sole_use import sole_use
 from potluck.surviving import surviving
 from potluck.wire.births import (
@@ -68,6 +79,9 @@ from potluck.wire.births import (
 from potluck.wire.commands import Rebirth
 from potluck.wire.reports import BlobsStored, HoldFailed, InferenceFinished, ModelLoaded, ModelLoadFailed, ModelUnloaded
 from potluck.wire.topics import NODE_ID, Topics
+
+if TYPE_CHECKING:
+    from coordinator.identities.closed import Closed
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +102,7 @@ class Coordinator:
     """
 
     def __init__(self, settings: CoordinatorSettings) -> None:
-        check_listen(settings.listen)
+        check_coordinator(settings)
         self.settings = settings
         self.topics = Topics(settings.cluster)
         self.session = uuid.uuid4().hex
@@ -105,6 +119,7 @@ class Coordinator:
         self._stopping_since = 0.0
         """Since when it is known that we stop, as Unix time; 0: we do not."""
         self._store: BlobStore | None = None
+        self._closed: Closed | None = None
 
     def take(self, settings: CoordinatorSettings) -> None:
         """Take over what `potluck.reloading.ALL` names."""
@@ -120,10 +135,15 @@ class Coordinator:
             journal = Journal(self.folder / "journal.sqlite")
             stack.callback(journal.close)
             store = self._store = BlobStore(self.folder / "blobs", self.settings.blob_limit_bytes)
+            self._membership = Membership(settings.node_timeout_seconds)
+            closed = self._closed = self._found(journal)
+            callers = None if closed is None else Callers(closed.role_of, closed.bearer)
             broker, addresses = await self._broker(stack)
             sock = bind_gateway(settings.listen)
             stack.callback(sock.close)
             port = sock.getsockname()[1]
+            if closed is not None:
+                closed.serve(port)
             self._urls = base_urls(settings.listen.host, port, self.credentials.scheme)
 
             def urls() -> tuple[str, ...]:
@@ -144,6 +164,7 @@ class Coordinator:
                 return replace(
                     offline,
                     state="online",
+                    closed=closed is not None,
                     http=self._urls,
                     software=lifecycle.software(),
                     since=since,
@@ -159,12 +180,11 @@ class Coordinator:
                 addresses,
                 self.topics,
                 self.credentials,
-                client_id=f"coordinator-{self.session[:12]}",
+                client_id=f"coordinator-{self.session[:12]}" if closed is None else closed.credentials.identity,
                 will=Will(status_topic, offline),
                 timings=settings.bus,
             )
             self._outbox = Outbox(bus, before=journal.flush)
-            self._membership = Membership(settings.node_timeout_seconds)
             holders = Holders(self._membership, urls)
             registry = Registry(journal)
             Keeping(registry, store)
@@ -186,7 +206,9 @@ class Coordinator:
                 node_at=self._membership.node_at,
             )
             stack.callback(self._inference.stop)
-            bus_requests = BusRequests(self._inference, topics=self.topics, outbox=answers, settings=settings)
+            bus_requests = BusRequests(
+                self._inference, topics=self.topics, outbox=answers, settings=settings, callers=callers
+            )
             self._serving = Serving(
                 topics=self.topics,
                 outbox=self._outbox,
@@ -240,20 +262,26 @@ class Coordinator:
                 urls=urls,
                 sync=journal.sync,
                 events=self._events,
+                members=None if closed is None else closed.questions,
             )
             # Of its own: whoever asks, while thousands of commands wait to be sent, is answered before them.
             replies = Outbox(bus, before=journal.flush)
-            requests = Requests(replies, control, bus.reply)
+            requests = Requests(replies, control, bus.reply, callers)
             self._subscribe(bus, requests, bus_requests)
 
             async def announce() -> None:
                 await self._rival.check_none(shared=bool(settings.seeds))
                 tell_lock(bus.place)
+                if closed is not None:
+                    await bus.publish(self.topics.coordinator_proof, closed.proof(), retain=True)
                 await bus.publish(status_topic, status(), retain=True)
                 self._announced.set()
                 self._dispatcher.republish()
 
             bus.on_connect(announce)
+            if closed is not None:
+                bus.seal_on(closed.sealing.topic_filter, closed.sealing.seal)
+                self._follow_members(closed)
 
             async with asyncio.TaskGroup() as tasks:
                 running = [
@@ -278,13 +306,21 @@ class Coordinator:
                 )
                 if broker is not None:
                     running.append(tasks.create_task(_watch(broker), name="broker watch"))
+                if closed is not None:
+                    running.append(tasks.create_task(closed.rules.run(), name="rules"))
+                    running.append(tasks.create_task(closed.keep_certificates(), name="certificates"))
                 shelf = Shelf(store, downloader, urls, settings.http_body_limit_bytes)
                 routes = [
                     *blob_server.routes(store, writable=True, max_bytes=UPLOAD_LIMIT_BYTES),
                     *gateway.routes(control, self._serving, self._inference, self._membership, settings, shelf, bus),
                 ]
+                middlewares: tuple[Any, ...] = (in_words,)
+                if closed is not None and callers is not None:
+                    gate = Gate(callers)
+                    routes = gate.routes([*routes, *closed.routes()])
+                    middlewares = (gate.middleware, closed.visitors.middleware(), in_words)
                 async with (
-                    serve_http(sock, routes, self.credentials, (in_words,), settings.http),
+                    serve_http(sock, routes, self.credentials, middlewares, settings.http),
                     AsyncExitStack() as advertisement,
                 ):
                     await self._join(bus)
@@ -305,7 +341,13 @@ class Coordinator:
                     broker_at = f"{broker.host}:{broker.port}" if broker else "external"
                     log.info(
                         "coordinator ready %s",
-                        fields(cluster=settings.cluster, http=self._urls[0], broker=broker_at, epoch=journal.epoch),
+                        fields(
+                            cluster=settings.cluster,
+                            http=self._urls[0],
+                            broker=broker_at,
+                            clients=None if closed is None else f"{closed.broker.host}:{closed.broker.client_port}",
+                            epoch=journal.epoch,
+                        ),
                     )
                     lifecycle.ready()
                     await stop.wait()
@@ -364,6 +406,10 @@ class Coordinator:
     async def _broker(self, stack: AsyncExitStack) -> tuple[Broker | None, Addresses]:
         """The configured broker, or one of our own."""
         settings = self.settings
+        if self._closed is not None:
+            closed = await self._closed.start_broker()
+            stack.push_async_callback(closed.stop)
+            return closed, in_turn([(closed.host, closed.port)])
         if settings.seeds or settings.broker.mode == "external":
             seeds = [parse_address(seed) for seed in settings.seeds] or [("127.0.0.1", settings.broker.port)]
             given = ",".join(settings.seeds) or f"127.0.0.1:{settings.broker.port}"
@@ -374,11 +420,52 @@ class Coordinator:
         host = "127.0.0.1" if broker.host in ("0.0.0.0", "::", "") else broker.host  # noqa: S104 - recognised, not bound
         return broker, in_turn([(host, broker.port)])
 
+    def _found(self, journal: Journal) -> Closed | None:
+        """The closed cluster that this coordinator serves, founded at the first start; None: it is an open one."""
+        if not is_closed(self.settings):
+            return None
+        from coordinator.identities.closed import Closed  # imports cryptography, which an open cluster does not need
+
+        def session_of(node_id: str) -> str:
+            known = self._membership.get(node_id)
+            return "" if known is None else known.session
+
+        closed = Closed(self.settings, self.folder, journal, self.session, session_of)
+        self.credentials = closed.credentials
+        return closed
+
+    def _follow_members(self, closed: Closed) -> None:
+        """Whoever was removed is none of ours any more: tell the nodes, and give its work to others."""
+
+        def prove() -> None:
+            if self._announced.is_set():
+                self._outbox.publish(self.topics.coordinator_proof, closed.proof(), retain=True)
+
+        async def removed(identity: str) -> None:
+            role, _, name = identity.partition(":")
+            known = self._membership.get(name) if role == "node" else None
+            if role == "node":
+                for leaf in ("status", "capacity"):
+                    self._outbox.clear(self.topics.node(name, leaf))
+            if known is not None:  # the broker publishes no will of a member without rights
+                gone = NodeStatus(node_id=name, session=known.session, state="offline", left=True)
+                self._notice(self._membership.on_status(gone, time.time()))
+
+        closed.publish_proof = prove
+        closed.on_removed = removed
+
     def _subscribe(self, bus: MqttBus, requests: Requests, bus_requests: BusRequests) -> None:
         topics = self.topics
-        bus.subscribe(topics.coordinator_inbox, requests.on_request)
-        bus.subscribe(topics.jobs_submit, requests.on_request)
-        bus.subscribe(topics.infer("+"), bus_requests.on_infer)
+        asked = {
+            topics.coordinator_inbox: requests.on_request,
+            topics.jobs_submit: requests.on_request,
+            topics.infer("+"): bus_requests.on_infer,
+        }
+        if self._closed is not None:
+            bus.subscribe_asked(asked)
+        else:
+            for topic_filter, handler in asked.items():
+                bus.subscribe(topic_filter, handler)
         bus.subscribe(topics.coordinator_status, self._rival.on_status)
         bus.subscribe(topics.node("+", "outbox"), self._on_outbox)
         bus.subscribe(topics.node("+", "status"), self._on_presence)
@@ -502,6 +589,8 @@ class Coordinator:
             port=port,
             broker_port=broker_port,
             broker_host=broker_host,
+            ca="" if self._closed is None else ca_hint(self._closed.fingerprint),
+            client_port=0 if self._closed is None else self._closed.broker.client_port,
         )
 
 

@@ -11,7 +11,7 @@ import logging
 import random
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from potluck.bus.connecting import refusal
 from potluck.bus.mqtt import Envelope, MqttBus, in_turn
@@ -95,7 +95,9 @@ class Neighbours:
     def _choose(self, now: float) -> list[tuple[str, int]]:
         """Whom to ask now: those that were there last time first, the others at random, so that forged ones keep nobody out."""
         # A coordinator on our own bus is heard there. An advertisement with our address may be left from an earlier session.
-        around = {_broker(one) for one in self._discovery.services("coordinator")} - {_broker(self._mine)}
+        services = self._discovery.services("coordinator")
+        around = {_broker(one) for one in services if one.ca == self._mine.ca} - {_broker(self._mine)}
+        self._name_others(services)
         self._found &= around
         for gone in self._due.keys() - around:
             del self._due[gone]
@@ -103,6 +105,16 @@ class Neighbours:
         random.shuffle(due)
         due.sort(key=lambda place: place not in self._found)
         return due[:ASKED_AT_ONCE]
+
+    def _name_others(self, services: Iterable[Service]) -> None:
+        """Say that there is a cluster of our name which is not ours: whoever has no certificate of its CA is not even asked."""
+        for one in services:
+            if one.ca != self._mine.ca and (more := self._seldom.due(f"other CA at {one.host}")) is not None:
+                theirs, ours = one.ca or "none: it is open", self._mine.ca or "none: it is open"
+                facts = fields(cluster=self._topics.cluster, host=one.host, theirs=theirs, ours=ours, more=more or None)
+                log.warning(
+                    "a cluster of the same name with another CA is on this network: choose another --cluster %s", facts
+                )
 
     async def _look(self, place: tuple[str, int]) -> None:
         theirs = await self._ask(place)

@@ -222,6 +222,21 @@ def check_listen(listen: Listen) -> None:
         )
 
 
+def check_coordinator(settings: CoordinatorSettings) -> None:
+    """Raises InvalidSettings for a closed cluster's coordinator that is to use a broker which is not its own mosquitto."""
+    if not is_closed(settings):
+        return
+    rest = (
+        "a closed cluster has a mosquitto of its own, whose rules the coordinator writes. It is closed because "
+        + ("closed is true" if settings.closed else f"listen.host is {settings.listen.host}")
+        + "; add --insecure (listen.insecure) for an open cluster on a network that is trusted, or listen on 127.0.0.1"
+    )
+    if settings.seeds:
+        raise InvalidSettings(f"the broker at {settings.seeds[0]} cannot be used (--seed, seeds): {rest}")
+    if settings.broker.mode in ("external", "embedded"):
+        raise InvalidSettings(f"broker.mode cannot be {settings.broker.mode}: {rest}")
+
+
 def is_loopback(host: str) -> bool:
     """Whether `host` means only this machine."""
     try:

@@ -19,7 +19,15 @@ import msgspec
 from msgspec import Struct, inspect
 
 from potluck.errors import InvalidSettings, PotluckError
-from potluck.settings import LAMBDA, CoordinatorSettings, NetworkSettings, NodeSettings, check_listen, parse_address
+from potluck.settings import (
+    LAMBDA,
+    CoordinatorSettings,
+    NetworkSettings,
+    NodeSettings,
+    check_coordinator,
+    check_listen,
+    parse_address,
+)
 from potluck.toml_lines import Keys, lines_of_keys
 from potluck.wire.topics import Topics, check_node_id
 
@@ -354,13 +362,16 @@ def _unusable(settings: NetworkSettings) -> Iterator[tuple[Keys, str]]:
     yield from tried(("cluster",), lambda: Topics(settings.cluster))
     for seed in settings.seeds:
         yield from tried(("seeds",), lambda seed=seed: parse_address(seed))  # type: ignore[misc]
+    if isinstance(settings, CoordinatorSettings):
+        keys = ("seeds",) if settings.seeds else ("broker", "mode")
+        yield from tried(keys, lambda: check_coordinator(settings))
     if isinstance(settings, NodeSettings | CoordinatorSettings):
-        yield from tried(("listen", "host"), lambda: check_listen(settings.listen))
         high, most = settings.service.memory_high_bytes, settings.service.memory_bytes
         if most and high > most:
             why = f"service.memory_high_bytes is {high}, more than service.memory_bytes ({most}): it would do nothing"
             yield ("service", "memory_high_bytes"), why
     if isinstance(settings, NodeSettings):
+        yield from tried(("listen", "host"), lambda: check_listen(settings.listen))
         if settings.node_id:
             yield from tried(("node_id",), lambda: check_node_id(settings.node_id))
         for name in settings.allow_code:
