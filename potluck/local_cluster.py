@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from potluck import lifecycle
 from potluck.errors import TimedOut, Unavailable
 
+if TYPE_CHECKING:
+    from potluck.wire.members import MemberRole
+    from potluck.wire.values import Message
+
 STOP_SECONDS = 10.0
 READY_SECONDS = 30.0
+ANSWER_SECONDS = 15.0
 
 
 @dataclass
@@ -91,8 +98,9 @@ class LocalCluster:
     """A coordinator (with its broker) and `nodes` nodes below `folder`, on loopback with free ports; a context manager.
 
     The nodes find the coordinator by mDNS, as on a network; or, with `discovery=False`, by its address. `cores` pins
-    node i to the CPU `cores[i]`. `broker="external"` uses the broker that runs at `broker_port`. Raises TimedOut or Unavailable, with
-    the ends of the logs, when the cluster does not start.
+    node i to the CPU `cores[i]`. `broker="external"` uses the broker that runs at `broker_port`. With `closed=True` it is a closed
+    cluster: the nodes join with tokens, as other machines do, and `credentials` is the folder of an operator. Raises TimedOut or
+    Unavailable, with the ends of the logs, when the cluster does not start.
     """
 
     def __init__(
@@ -106,8 +114,12 @@ class LocalCluster:
         broker: str = "auto",
         broker_port: int = 0,
         environment: Mapping[str, str] | None = None,
+        closed: bool = False,
     ) -> None:
         self.folder = folder
+        self.closed = closed
+        self.client_port = 0
+        """The broker's port for clients of a closed cluster."""
         self.cluster = cluster
         self.broker_host = "127.0.0.1"
         self.broker_port = broker_port
@@ -124,16 +136,71 @@ class LocalCluster:
             "coordinator", "coordinator", "--port", "0", "--broker-port", str(broker_port), "--broker", broker,
             *([] if discovery else ["--no-discovery"]),
         )  # fmt: skip
+        if closed:
+            self.coordinator.environment = self._environment | {
+                "POTLUCK_CLOSED": "true", "POTLUCK_BROKER__CLOSED_PORT": str(broker_port), "POTLUCK_BROKER__CLIENT_PORT": "0",
+            }  # fmt: skip
+
+    @property
+    def credentials(self) -> Path:
+        """The credentials of the coordinator's machine's operator, in a closed cluster."""
+        return self.folder / "coordinator" / "operator"
+
+    def ask(self, question: Message) -> Message:
+        """What the coordinator of a closed cluster answers to its machine's operator. Raises the error that is the answer, Unavailable."""
+        from http.client import HTTPException, HTTPSConnection
+
+        from potluck.security import certificates, contexts
+        from potluck.wire import codec
+        from potluck.wire.failures import as_error
+        from potluck.wire.questions import RequestFailed
+
+        host, _, port = self.http_url.removeprefix("https://").rpartition(":")
+        context = contexts.client_context(self.credentials, "client", certificates.COORDINATOR)
+        connection = HTTPSConnection(host, int(port), timeout=ANSWER_SECONDS, context=context)
+        try:
+            connection.request(
+                "POST", "/v1/control", codec.encode(question), {"Content-Type": codec.CONTENT_TYPES["msgpack"]}
+            )
+            answer = connection.getresponse()
+            said = answer.read()
+        except (OSError, HTTPException) as error:
+            raise Unavailable(f"the coordinator does not answer: {error}") from error
+        finally:
+            connection.close()
+        if answer.status != 200:
+            raise Unavailable(f"the coordinator answers {answer.status}: {said[:500].decode(errors='replace')}")
+        message, _ = codec.decode(said)
+        if isinstance(message, RequestFailed):
+            raise as_error(message.error)
+        return message
+
+    def token(self, role: MemberRole = "node", uses: int = 1) -> str:
+        """A new join token of a closed cluster."""
+        from potluck.wire.members import CreateToken, TokenCreated
+
+        made = self.ask(CreateToken(role=role, uses=uses))
+        assert isinstance(made, TokenCreated)
+        return made.token
+
+    def join(self, name: str, where: Path, role: MemberRole = "node") -> None:
+        """Make somebody a member of a closed cluster, with its credentials in the folder `where`."""
+        from potluck.enrolment import enrol
+        from potluck.wire import tokens
+
+        token = tokens.parse(self.token(role))
+        with ThreadPoolExecutor(1) as another:  # there may be a loop in this thread
+            another.submit(lambda: asyncio.run(enrol(token, name)).save(where)).result()
 
     def __enter__(self) -> Self:
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             self.coordinator.start()
-            if self._discovery:
+            if self._discovery and not self.closed:
                 for _ in range(self._count):
                     self.add_node()
             self._wait_ready()
-            if not self._discovery:
+            if not self._discovery or self.closed:
                 for _ in range(self._count):
                     self.add_node()
             for node in self.nodes:
@@ -151,8 +218,13 @@ class LocalCluster:
     def add_node(self, *arguments: str) -> Daemon:
         """Start one more node."""
         number = len(self.nodes)
-        seeds = [] if self._discovery else ["--seed", f"{self.broker_host}:{self.broker_port}", "--no-discovery"]
-        node = self._daemon(f"node-{number + 1}", "node", "--node-id", f"node-{number + 1}", *seeds, *arguments)
+        name = f"node-{number + 1}"
+        seeds = [] if self._discovery else ["--no-discovery"]
+        if not self._discovery and not self.closed:
+            seeds += ["--seed", f"{self.broker_host}:{self.broker_port}"]
+        node = self._daemon(name, "node", "--node-id", name, *seeds, *arguments)
+        if self.closed:  # it then knows where the broker is
+            self.join(name, self.folder / name / "identity")
         if self._cores is not None:
             node.cores = frozenset({self._cores[number]})
         node.start()
@@ -160,9 +232,14 @@ class LocalCluster:
         return node
 
     def restart_coordinator(self) -> None:
-        """Start the coordinator again in the same place: same state, same broker port."""
+        """Start the coordinator again in the same place: same state, same broker port, in a closed cluster the same ports."""
         at = self.coordinator.command.index("--broker-port") + 1
         self.coordinator.command[at] = str(self.broker_port)
+        if self.closed:
+            # members know the coordinator by its ports
+            ports = {"CLOSED_PORT": self.broker_port, "CLIENT_PORT": self.client_port}
+            self.coordinator.environment |= {f"POTLUCK_BROKER__{name}": str(port) for name, port in ports.items()}
+            self.coordinator.command[self.coordinator.command.index("--port") + 1] = self.http_url.rpartition(":")[2]
         self.coordinator.log_path.rename(self.coordinator.log_path.with_suffix(f".{time.monotonic_ns()}.log"))
         self.coordinator.start()
         self._wait_ready()
@@ -206,6 +283,8 @@ class LocalCluster:
         self.http_url = said["http"]
         if self._broker != "external":
             self.broker_port = int(said["broker"].rsplit(":", 1)[1])
+        if self.closed:
+            self.client_port = int(said["clients"].rsplit(":", 1)[1])
 
     def _wait_joined(self, node: Daemon) -> None:
         self._wait_said(node, "node joined ")

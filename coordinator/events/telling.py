@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from msgspec import Struct
 
+from coordinator.identities.members import MemberAdded, MemberTaken, TokenMade, TokenTaken
 from coordinator.plans.events import (
     AttemptEnded,
     AttemptFinished,
@@ -56,7 +57,7 @@ def told(event: Struct, job: Job | None, at: float) -> ClusterEvent | None:
         case JobFinished(result=ended):
             return made(at, "job", ended.job_id, ended.state, _outcome(ended))
         case _:
-            return _of_the_registry(event, at) or _of_deployments(event, at)
+            return _of_the_registry(event, at) or _of_deployments(event, at) or _of_members(event, at)
 
 
 def made(at: float, subject: str, name: str, what: str, text: str = "") -> ClusterEvent:
@@ -126,5 +127,30 @@ def _of_deployments(event: Struct, at: float) -> ClusterEvent | None:
             return made(at, "deployment", event.name, "retired", "it answers what it has, and goes")
         case TakenDown():
             return made(at, "deployment", event.name, "undeployed")
+        case _:
+            return None
+
+
+def _of_members(event: Struct, at: float) -> ClusterEvent | None:
+    """Never a word of a token's secret: clients with little rights are told, too."""
+    match event:
+        case MemberAdded(member=member):
+            how = (
+                "with a join token"
+                if event.token_id
+                else "with a bearer token"
+                if member.bearer_id
+                else "by the coordinator itself"
+            )
+            return made(at, "member", member.identity, "joined", f"{member.role}, {how}")
+        case MemberTaken():
+            return made(at, "member", event.identity, "removed")
+        case TokenMade(token=token):
+            parts = [token.role, counted(token.uses_left, "use")]
+            parts += [f"for {token.name}"] if token.name else []
+            parts += [f"by {token.made_by}"] if token.made_by else []
+            return made(at, "token", token.token_id, "created", ", ".join(parts))
+        case TokenTaken():
+            return made(at, "token", event.token_id, "removed")
         case _:
             return None

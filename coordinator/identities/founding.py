@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from coordinator.identities.authority import Authority, KeyOnDisk, new_pair
-from potluck.errors import InvalidSettings, PotluckError
+from potluck.errors import InvalidRequest, InvalidSettings, PotluckError
 from potluck.security import certificates, cluster_file, folder, signing
 from potluck.security.certificates import EARLY_SECONDS, Certificate, Profile
 from potluck.security.cluster_file import ClusterFile
@@ -89,7 +89,7 @@ class Founded:
         for one in due:
             if one == self._commands:  # The key stays: commands that are under way need no second one.
                 key = _key_of(folder.secret(folder.pair(one.where, one.name)))
-                certificate = self.authority.sign(signing.Signer(key).public_key, one.profile, self.seconds)
+                certificate = self.authority.sign(self._signer().public_key, one.profile, self.seconds)
             else:
                 key, certificate = new_pair(self.authority, one.profile, self.seconds)
             folder.write_pair(one.where, one.name, key, certificate)
@@ -109,7 +109,14 @@ class Founded:
 
     def signer(self) -> Callable[[bytes], bytes]:
         """Signs with the key for commands."""
-        return signing.Signer(_key_of(folder.secret(folder.pair(self.identity, COMMANDS)))).sign
+        return self._signer().sign
+
+    def _signer(self) -> signing.Signer:
+        path = folder.pair(self.identity, COMMANDS)
+        try:
+            return signing.Signer(_key_of(folder.secret(path)))
+        except InvalidRequest as error:
+            raise InvalidSettings(f"{path} cannot be read: {error.message}: put it back from a backup") from error
 
     def command_certificate(self) -> bytes:
         """The certificate of that key, as DER."""
@@ -166,7 +173,7 @@ def found(
         )
     authority = KeyOnDisk(folder.secret(where / folder.CA_KEY), ca := folder.public(where / folder.CA_CERTIFICATE))
     issuer = certificates.read(ca)
-    if issuer.organization != cluster_id or issuer.identity != _ca_name(cluster):
+    if issuer.organization != cluster_id or issuer.identity != certificates.ca_name(cluster):
         raise InvalidSettings(
             f"{where} holds the CA of another cluster ({issuer.identity}, {issuer.organization}), and the journal is that of "
             f"{cluster}, {cluster_id}: journal and CA belong together, and so does the cluster's name: put back what was there before"
@@ -201,10 +208,6 @@ def _make(state: Path, cluster: str, cluster_id: str, name: str, seconds: float)
 
 def _files() -> tuple[str, ...]:
     return folder.CA_KEY, folder.CA_CERTIFICATE, f"{COORDINATOR}.pem", f"{COMMANDS}.pem"
-
-
-def _ca_name(cluster: str) -> str:
-    return f"potluck {cluster}"[:64]
 
 
 def _read(where: Path, name: str) -> Certificate:

@@ -26,6 +26,7 @@ from potluck.errors import (
     PotluckError,
     TimedOut,
     TooLarge,
+    Unavailable,
 )
 from potluck.logs import Seldom, fields
 from potluck.net.peers import asker
@@ -153,7 +154,7 @@ class Joining:
             async with asyncio.timeout(RULES_SECONDS):
                 await self._apply()
         except TimeoutError as error:
-            raise TimedOut("the broker takes long to read its rules: ask again", retry_after_seconds=1.0) from error
+            raise Unavailable("the broker takes long to read its rules: ask again", retry_after_seconds=1.0) from error
 
     def _joined(self, identity: str, certificate: bytes) -> Joined:
         brokers, http = self._places(identity.partition(":")[0])

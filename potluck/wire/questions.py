@@ -456,8 +456,8 @@ class ReplicasFound(Message, frozen=True):
 class ClusterEvent(Part, frozen=True):
     """Something that happened in the cluster, for people and dashboards. `number` counts in the order of what happened; none is given twice.
 
-    `subject`: what it happened to (`job`, `node`, `model`, `dataset`, `deployment`, `coordinator`), `name`: which one, `what`: a word that
-    stays the same (docs/protocol.md lists them; there may be others later), `text`: more, for people. The subject `events` tells
+    `subject`: what it happened to (`job`, `node`, `model`, `dataset`, `deployment`, `coordinator`,
+    and in closed clusters `member`, `token`), `name`: which one, `what`: a word that stays the same (docs/protocol.md lists them; there may be others later), `text`: more, for people. The subject `events` tells
     of events themselves: `missed`, where some that were asked for are not kept any more.
     """
 

@@ -6,8 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from coordinator.events.telling import TEXT_LIMIT, told
+from coordinator.identities.members import (
+    CertificateRenewed,
+    Member,
+    MemberAdded,
+    MemberTaken,
+    Token,
+    TokenMade,
+    TokenTaken,
+)
 from coordinator.plans.events import (
     AttemptEnded,
     AttemptLeased,
@@ -53,6 +63,8 @@ LEASED = AttemptLeased(
     at=2.0, attempt_id="a", shard_id="s", node_id="n",
     task=EvaluateTask(model=BLOB, weights=None, slices=(), format=DataFormat(kind="arrays"), image=None, batch_size=1),
 )  # fmt: skip
+NODE = Member(identity="node:n", role="node", joined_at=1.0)
+TOKEN = Token(token_id="0a", hash=b"", role="node", expires_at=2.0, uses_left=2, name="n", made_by="client:ann")
 DATA = Dataset(name="d", format=DataFormat(kind="images"), count=5, shards=(DataShard(blob=BLOB, count=5),))
 
 
@@ -95,6 +107,7 @@ def test_a_job_is_submitted_starts_once_and_ends() -> None:
         MeasureAgain(at=2.0, nodes=("n",)),
         SignatureLearnt(name="m", version=1, signature=Signature(inputs=(), outputs=())),
         Measured(name="m:1", resident_bytes=5),
+        CertificateRenewed(identity="node:n", certificate_until=5.0),
     ],
 )
 def test_of_the_coordinators_own_affairs_nothing_is_told(event: Any) -> None:
@@ -121,9 +134,15 @@ def test_of_the_coordinators_own_affairs_nothing_is_told(event: Any) -> None:
         (Woken(name="m:3"), ("deployment", "m:3", "woken", "somebody asked for it")),
         (Retired(name="m:3"), ("deployment", "m:3", "retired", "it answers what it has, and goes")),
         (TakenDown(name="m:3"), ("deployment", "m:3", "undeployed", "")),
+        (MemberAdded(member=NODE, token_id="t", key="k"), ("member", "node:n", "joined", "node, with a join token")),
+        (MemberAdded(member=replace(NODE, role="user", bearer_id="b")), ("member", "node:n", "joined", "user, with a bearer token")),
+        (MemberAdded(member=NODE), ("member", "node:n", "joined", "node, by the coordinator itself")),
+        (MemberTaken(identity="node:n", at=1.0), ("member", "node:n", "removed", "")),
+        (TokenMade(token=TOKEN), ("token", "0a", "created", "node, 2 uses, for n, by client:ann")),
+        (TokenTaken(token_id="0a"), ("token", "0a", "removed", "")),
     ],
 )  # fmt: skip
-def test_what_is_told_of_models_data_and_deployments(event: Any, said: tuple[str, ...]) -> None:
+def test_what_is_told_of_models_data_deployments_and_members(event: Any, said: tuple[str, ...]) -> None:
     found = told(event, None, 5.0)
     assert found is not None
     assert (found.subject, found.name, found.what, found.text) == said
