@@ -333,9 +333,8 @@ class Coordinator:
                             self._service(port, broker), founded=journal.founded, empty=journal.empty
                         )
                         discovery = await self._advertise(advertisement, mine)
-                        self._neighbours = Neighbours(
-                            discovery, mine, self.topics, status, self.credentials, settings.bus
-                        )
+                        visiting = self.credentials if closed is None else closed.operator
+                        self._neighbours = Neighbours(discovery, mine, self.topics, status, visiting, settings.bus)
                         running.append(tasks.create_task(self._give_way(self._neighbours, stop), name="neighbours"))
                         running.append(tasks.create_task(_say_once_kept(discovery, mine, journal), name="kept"))
                     broker_at = f"{broker.host}:{broker.port}" if broker else "external"

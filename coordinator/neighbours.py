@@ -49,7 +49,10 @@ def gives_way(ours: CoordinatorStatus, theirs: CoordinatorStatus) -> bool:
 
 
 class Neighbours:
-    """Watches for other coordinators. `mine` is our advertisement, `own` returns our present status."""
+    """Watches for other coordinators. `mine` is our advertisement, `own` returns our present status.
+
+    `credentials`: in a closed cluster those of a client. Nobody visits the bus of a cluster with another CA.
+    """
 
     def __init__(
         self,
@@ -179,4 +182,5 @@ class Neighbours:
 
 
 def _broker(service: Service) -> tuple[str, int]:
-    return service.broker_host or service.host, service.broker_port
+    # The port for clients of a closed cluster: on the other, we would take the connection of a coordinator with our name over.
+    return service.broker_host or service.host, service.client_port if service.ca else service.broker_port

@@ -75,6 +75,8 @@ class Closed:
         self._record_own()
         self.known.members.own = frozenset(self._founded.ends())
         self.credentials = Credentials.load(self._founded.identity, "coordinator")
+        self.operator = Credentials.load(state / founding.OPERATOR, "client")
+        """Those of this machine's operator: a client, also of another coordinator with our CA."""
         self.authority = self._founded.authority
         self.fingerprint = certificates.read(self.authority.ca).fingerprint
         """SHA-256 of the CA's public key."""
@@ -169,6 +171,8 @@ class Closed:
         names = ",".join(sorted(self._to_show))
         if founding.COORDINATOR in self._to_show:
             self.credentials.renew(self._founded.identity, "coordinator")
+        if founding.CLIENT in self._to_show:
+            self.operator.renew(self._founded.state / founding.OPERATOR, "client")
         self._record_own()
         if founding.BROKER in self._to_show:
             await self.broker.reload()

@@ -29,7 +29,7 @@ from potluck.errors import (
     Unavailable,
 )
 from potluck.logs import Seldom, fields
-from potluck.net.peers import asker
+from potluck.net.peers import peer_identity
 from potluck.security import certificates
 from potluck.surviving import as_defect
 from potluck.wire import joining
@@ -117,7 +117,7 @@ class Joining:
         return self._joined(identity, certificate)
 
     async def _renew(self, request: web.Request) -> Joined:
-        identity = asker(request)
+        identity = peer_identity(request.transport)  # a bearer token gets nobody a certificate
         if not identity:
             raise NotAuthenticated("a certificate is renewed over a connection that shows the present one")
         member = self._members.members.standing(identity, self._members.clock())

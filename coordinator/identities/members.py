@@ -7,6 +7,7 @@ whoever journals an event before it is applied loses nothing. (`coordinator.iden
 from __future__ import annotations
 
 import hmac
+import math
 from collections.abc import Iterable, Iterator, Sequence
 
 from msgspec import Struct
@@ -142,6 +143,11 @@ class Members:
             for one in self.known.values()
             if not one.removed_at and one.certificate_until > now
         )
+
+    def next_end(self, now: float) -> float:
+        """When the next certificate of somebody with rights ends."""
+        ends = (one.certificate_until for one in self.known.values() if not one.removed_at)
+        return min((until for until in ends if until > now), default=math.inf)
 
     def removed(self, now: float) -> set[str]:
         """Members that were removed, and can still show a certificate that is valid."""

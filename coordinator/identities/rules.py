@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import tempfile
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -15,7 +15,6 @@ from potluck.bus.connecting import take_over
 from potluck.credentials import Credentials
 from potluck.errors import PotluckError
 from potluck.logs import Seldom, fields
-from potluck.net import broker_rules
 from potluck.net.broker import ClosedBroker
 from potluck.security import certificates, contexts, folder
 from potluck.surviving import surviving
@@ -46,7 +45,8 @@ class Rules:
         self._state = state
         self._lock = asyncio.Lock()
         self._applied = -1
-        self._written: Sequence[broker_rules.Member] = ()
+        self._holds = (0.0, 0.0)
+        """From when until when the rules hold if nobody changes: then somebody's certificate ends, or our clock was set back."""
         self._to_end: set[str] = set()
         self._seldom = Seldom(LOG_SECONDS)
         self.on_removed: Callable[[str], Awaitable[None]] = _nothing
@@ -84,8 +84,8 @@ class Rules:
                         log.warning("the broker has old rules %s", fields(reason=error.message))
 
     async def _tick(self) -> None:
-        members = self._members.members
-        if self._applied < self._members.changes or members.allowed(self._members.clock()) != self._written:
+        since, until = self._holds
+        if self._applied < self._members.changes or not since <= self._members.clock() < until:
             async with self._lock:
                 await self._apply()
         for identity in sorted(self._to_end):
@@ -94,9 +94,10 @@ class Rules:
             log.warning("removed members are connected without any right %s", fields(count=count, more=more or None))
 
     async def _apply(self) -> None:
-        changes, allowed = self._members.changes, self._members.members.allowed(self._members.clock())
-        await self._broker.allow(allowed)
-        self._applied, self._written = changes, allowed
+        changes, now, table = self._members.changes, self._members.clock(), self._members.members
+        holds = now, table.next_end(now)
+        await self._broker.allow(table.allowed(now))
+        self._applied, self._holds = changes, holds
 
     async def _end(self, identity: str) -> None:
         """End the connections of a removed member: whoever connects with a client's id takes its connection over."""

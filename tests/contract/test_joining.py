@@ -22,7 +22,7 @@ from potluck.settings import BusTimings
 from potluck.wire import joining, tokens
 from potluck.wire.births import NodeTelemetry
 from potluck.wire.joining import BODY_LIMIT_BYTES, CA_PATH, JOIN_PATH, RENEW_PATH, Joined
-from potluck.wire.members import ListMembers, MembersListed, RemoveMember, RemoveToken
+from potluck.wire.members import BearerCreated, CreateBearer, ListMembers, MembersListed, RemoveMember, RemoveToken
 from potluck.wire.topics import Topics
 from support.brokers import mosquitto_or_skip
 from support.eventually import eventually
@@ -156,6 +156,10 @@ async def test_a_certificate_is_renewed_by_the_one_before(home: Cluster) -> None
 
     body = joining.encode(joining.RenewRequest(certificates.signing_request(key).decode()))
     assert (await home.post(RENEW_PATH, body, home.trusting()))[0] == 401
+    made = await home.closed.questions.answer(CreateBearer(name="bot", role="operator"), ADMIN)
+    assert isinstance(made, BearerCreated)
+    headers = {"Authorization": f"Bearer {made.bearer}"}
+    assert (await home.post(RENEW_PATH, body, home.trusting(), headers))[0] == 401, "it has no certificate to renew"
     # the coordinator's own certificate is nobody's
     assert (await home.renew(home.folder / founding.IDENTITY, "coordinator", key))[0] == 403
     for _ in range(20):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,11 +60,13 @@ class Cluster:
     def trusting(self) -> ssl.SSLContext:
         return contexts.trusting(self.closed.authority.ca, COORDINATOR)
 
-    async def post(self, path: str, body: bytes, context: ssl.SSLContext) -> tuple[int, bytes, dict[str, str]]:
+    async def post(
+        self, path: str, body: bytes, context: ssl.SSLContext, headers: Mapping[str, str] | None = None
+    ) -> tuple[int, bytes, dict[str, str]]:
         connector = aiohttp.TCPConnector(ssl=context)
         async with (
             aiohttp.ClientSession(connector=connector) as session,
-            session.post(self.url + path, data=body) as answer,
+            session.post(self.url + path, data=body, headers=headers) as answer,
         ):
             data = await answer.read()
             if answer.status != 200:

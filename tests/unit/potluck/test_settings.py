@@ -5,14 +5,19 @@ import re
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from node.__main__ import parser, settings_from
 from potluck.errors import InvalidSettings
 from potluck.settings import (
+    BrokerSettings,
     CoordinatorSettings,
+    GatewayListen,
     Listen,
     NodeSettings,
+    check_coordinator,
     check_listen,
+    is_closed,
     parse_address,
     short_hostname,
     state_folder,
@@ -243,6 +248,22 @@ def test_the_network_must_be_asked_for() -> None:
     for host in ("0.0.0.0", "192.168.1.5", "::", "example.org"):
         with pytest.raises(InvalidSettings, match="--insecure"):
             check_listen(Listen(host=host))
+
+
+def test_a_coordinator_beyond_loopback_is_one_of_a_closed_cluster() -> None:
+    beyond = GatewayListen(host="0.0.0.0")
+    for closed in (CoordinatorSettings(listen=beyond), CoordinatorSettings(closed=True)):
+        assert is_closed(closed)
+        check_coordinator(closed)
+        with pytest.raises(InvalidSettings, match=r"broker at b:1 cannot be used .* mosquitto of its own"):
+            check_coordinator(replace(closed, seeds=("b:1",)))
+        for mode in ("external", "embedded"):
+            with pytest.raises(InvalidSettings, match=f"broker.mode cannot be {mode}"):
+                check_coordinator(replace(closed, broker=BrokerSettings(mode=mode)))
+    for listen in (GatewayListen(), GatewayListen(host="0.0.0.0", insecure=True)):
+        opened = CoordinatorSettings(listen=listen, seeds=("b:1",), broker=BrokerSettings(mode="external"))
+        assert not is_closed(opened)
+        check_coordinator(opened)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -321,11 +323,10 @@ class History(RuleBasedStateMachine):
 
     @rule(name=NAMES, kind=st.sampled_from(["node", "client"]))
     def remove(self, name: str, kind: str) -> None:
-        identity = f"{kind}:{name}"
-        known = self.table.members.known.get(identity)
-        self.tried(lambda: self.table.members.remove(identity, self.now))
-        if known is not None and not known.removed_at:
-            self.removed[identity] = known.certificate_until
+        self.tried(lambda: self.table.members.remove(f"{kind}:{name}", self.now))
+        for one in self.table.members.known.values():  # and those whose bearer tokens it made
+            if one.removed_at:
+                self.removed.setdefault(one.identity, one.certificate_until)
 
     @rule(name=NAMES)
     def bear(self, name: str) -> None:
@@ -349,6 +350,13 @@ class History(RuleBasedStateMachine):
         for event in again.snapshot():
             short.apply(event)
         assert (short.known, short.tokens) == (again.known, again.tokens)
+
+    @invariant()
+    def rights_end_when_they_are_said_to(self) -> None:
+        until = self.table.members.next_end(self.now)
+        before, after = rights(self.table.members, self.now), rights(self.table.members, until - 1e-6)
+        assert (before == after) or until == math.inf
+        assert len(rights(self.table.members, until)) < len(before) or until == math.inf
 
     @invariant()
     def who_was_removed_stays_away(self) -> None:
