@@ -188,6 +188,19 @@ class Opener:
         """Check signatures with another key from now on: a coordinator's key was renewed."""
         self._verify = verify
 
+    def prove(self, term: int, sender: str) -> None:
+        """The coordinator of this session has proved itself in this term: from now on, lower terms and others of this term are refused.
+
+        Raises SealRefused; then nothing has changed.
+        """
+        if term < self.term or (term == self.term and self._sender not in ("", sender)):
+            raise SealRefused(
+                f"a coordinator proves itself in term {term}, and another one of term {self.term} has spoken"
+            )
+        if (term, sender) != (self.term, self._sender):
+            self.term, self._sender, self._window = term, sender, Window()
+            self._sent_at = self._heard_at = 0.0
+
     def open(self, sealed: Sealed, topic: str, now: float, elapsed: float) -> bytes:
         """The command's bytes. `now`: our clock, seconds since the epoch; `elapsed`: a clock that only goes forward, also while the
         machine sleeps (CLOCK_BOOTTIME).

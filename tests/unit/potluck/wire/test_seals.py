@@ -69,6 +69,24 @@ def test_no_flipped_bit_is_accepted(data: st.DataObject) -> None:
         opened(opener(), Sealed(**{**parts, name: bytes(altered)}))
 
 
+def test_a_coordinator_that_proved_itself_is_the_only_one_of_its_term() -> None:
+    by = opener()
+    assert opened(by, sealed()) == BODY
+    by.prove(3, "c1")  # the same: nothing changes
+    with pytest.raises(SealRefused, match="came before"):
+        opened(by, sealed())
+    for term, sender in ((3, "c2"), (2, "c1")):
+        with pytest.raises(SealRefused, match="has spoken"):
+            by.prove(term, sender)
+    by.prove(4, "c2")
+    for term, sender in ((3, "c1"), (4, "c1")):
+        with pytest.raises(SealRefused, match="term"):
+            opened(by, sealed(term=term, sender=sender, number=9))
+    assert opened(by, sealed(term=4, sender="c2")) == BODY  # its numbers begin anew
+    with pytest.raises(SealRefused, match="came before"):
+        opened(by, sealed(term=4, sender="c2"))
+
+
 @given(st.integers(-50, 50))
 def test_no_byte_moves_between_seal_and_body(by: int) -> None:
     good = sealed()
