@@ -91,6 +91,9 @@ class Assignments:
 
     epoch: int = 0
     """The highest epoch seen from the coordinators of `cluster`."""
+    only: str = ""
+    """The id of the closed cluster that this node belongs to; "": it is in an open one. Coordinators of a closed cluster prove their epochs,
+    so nobody can forge one: a lower one is refused for ever, and another cluster always."""
     announced: bool = False
     """Whether a coordinator has announced itself: from then on only that one commands."""
     cluster: str = ""
@@ -125,9 +128,11 @@ class Assignments:
     def on_coordinator(self, epoch: int, now: float, cluster: str = "") -> bool:
         """A coordinator of this epoch and cluster (by its id) announces itself; returns whether it may command us.
 
-        An older epoch may do so once the newer one is silent: otherwise one forged message could keep the real coordinator out for ever. The
-        same holds for another cluster; after a disconnect, another cluster may do so at once.
+        In an open cluster, an older epoch may do so once the newer one is silent: otherwise one forged message could keep the real
+        coordinator out for ever. The same holds for another cluster; after a disconnect, another cluster may do so at once.
         """
+        if self.only and (cluster != self.only or epoch < self.epoch):
+            return False
         fenced = self.heard_at is not None and now - self.heard_at <= FENCE_SECONDS
         if self.announced and cluster != self.cluster:
             if fenced or epoch < self.seen.get(cluster, 0):

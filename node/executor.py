@@ -19,7 +19,7 @@ from node.own_data import OwnData
 from node.slot import EngineSlot
 from potluck.blobs.download import Downloader
 from potluck.blobs.store import BlobStore, is_sha256, no_room
-from potluck.errors import Cancelled, InvalidModel, PotluckError, TooLarge, Unavailable
+from potluck.errors import Cancelled, InvalidModel, NotAllowed, PotluckError, TooLarge, Unavailable
 from potluck.logs import fields
 from potluck.surviving import as_defect, outlived
 from potluck.wire import codec
@@ -92,10 +92,14 @@ class Executor:
         on_outcome: OnOutcome,
         on_stored: OnStored,
         sandboxed: bool = False,
+        closed: bool = False,
     ) -> None:
-        """`sandboxed`: engines are kept from the machine, so what they say of files is not believed."""
+        """`sandboxed`: engines are kept from the machine, so what they say of files is not believed. `closed`: as part of a closed
+        cluster, this node does nothing that is not protected.
+        """
         self._store = store
         self._sandboxed = sandboxed
+        self._closed = closed
         self._downloader = downloader
         self._own_data = own_data
         self._slot = slot
@@ -198,6 +202,11 @@ class Executor:
 
     async def _compute(self, attempt: _Attempt, task: AnyTask, own_files: dict[str, Path]) -> AnyTaskResult:
         lease = attempt.lease
+        if self._closed and isinstance(lease.task, SyncTask) and len(lease.task.members) > 1:
+            raise NotAllowed(
+                "nodes of a closed cluster do not train synchronously together, because TensorFlow would send the weights between them "
+                "unprotected: train with the strategy 'local' or 'auto'"
+            )
         refs = self._needed(lease.task)
         for ref in refs:
             self._store.pin(ref.sha256)

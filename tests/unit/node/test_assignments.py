@@ -403,3 +403,20 @@ def test_an_older_coordinator_is_fenced_off_while_the_newer_one_is_heard_of() ->
         assert not assignments.on_coordinator(7, now + 1.0)
     assert not assignments.on_coordinator(7, 295.0 + FENCE_SECONDS)
     assert assignments.on_coordinator(7, 296.0 + FENCE_SECONDS)
+
+
+def test_in_a_closed_cluster_a_lower_epoch_is_refused_for_ever() -> None:
+    assignments = Assignments(only="ours", epoch=3)
+    assert not assignments.on_coordinator(2, 0.0, "ours")
+    assert assignments.on_coordinator(4, 0.0, "ours")
+    for disconnected in (False, True):
+        if disconnected:
+            assignments.on_disconnected()
+            assignments.on_offline(4, "ours")
+        for now in (1.0, 10 * FENCE_SECONDS, 1e9):
+            assert not assignments.on_coordinator(3, now, "ours")
+            assert not assignments.on_coordinator(9, now, "theirs")
+            assert not assignments.on_coordinator(9, now)
+    assert assignments.epoch == 4
+    assert not assignments.accepts(3)
+    assert assignments.on_coordinator(5, 2e9, "ours")

@@ -1,0 +1,47 @@
+"""What each kind of member gets from a node's HTTP server."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from node.guests import refusal
+
+GONE = "node:gone"
+
+
+def shown(identity: str, *roles: str) -> dict[str, Any]:
+    return {"subject": ((("commonName", identity),), *((("organizationalUnitName", role),) for role in roles))}
+
+
+def asked(certificate: dict[str, Any], method: str, path: str) -> str:
+    return refusal(certificate, method, path, {GONE, "client:gone"}.__contains__)
+
+
+@pytest.mark.parametrize(
+    ("certificate", "blobs", "inputs"),
+    [
+        (shown("node:n2"), True, False),
+        (shown("coordinator:attic"), True, False),
+        (shown("client:ann", "viewer"), False, False),
+        (shown("client:ann", "user"), False, True),
+        (shown("client:ann", "operator"), False, True),
+        (shown("client:ann"), False, False),
+        (shown("client:ann", "viewer", "operator"), False, False),
+        (shown("node:n2", "operator"), True, False),
+        (shown("broker:attic"), False, False),
+        (shown(GONE), False, False),
+        (shown("client:gone", "operator"), False, False),
+        (shown("no identity", "operator"), False, False),
+        ({}, False, False),
+    ],
+)
+def test_who_may(certificate: dict[str, Any], blobs: bool, inputs: bool) -> None:
+    for method, path, may in (
+        ("GET", "/blobs/00", blobs),
+        ("HEAD", "/blobs/00", blobs),
+        ("GET", "/inputs/x", blobs),
+        ("POST", "/inputs", inputs),
+    ):
+        assert (asked(certificate, method, path) == "") is may, (method, path)
