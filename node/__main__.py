@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 
+from node import member
 from node.daemon import CHANGEABLE, Node
 from potluck import __version__, daemons, lifecycle
 from potluck.reloading import Reloading
@@ -60,6 +61,10 @@ def read() -> NodeSettings:
 async def serve(settings: NodeSettings) -> None:
     loop = asyncio.get_running_loop()
     stop = lifecycle.stop_event(loop)
+    if token := member.given_token():
+        await member.join(settings, token, stop)
+        if stop.is_set():
+            return
     node = Node(settings)
     Reloading(settings, read, node.take, CHANGEABLE).on_hangup(loop)
     await node.run(stop)

@@ -9,19 +9,23 @@ import time
 import uuid
 from collections.abc import Callable, Iterable
 from contextlib import AsyncExitStack
+from functools import partial
+from typing import TYPE_CHECKING, NoReturn
 from weakref import WeakSet
 
 from msgspec.structs import replace
 
 from node import capacity as capacities
-from node import identity
+from node import identity, member
 from node.assignments import FENCE_SECONDS, Assignments, Effect, GiveUp, Prefetch, Run, Send, Stop
 from node.copies import HeldCopies
 from node.engine.process import Engine, EngineInfo
 from node.engine.watch import Limits
 from node.executor import Executor
 from node.giving_way import GivingWay
+from node.guests import Guests
 from node.inputs import Inputs
+from node.member import Member
 from node.own_data import OwnData
 from node.presence import Presence
 from node.replicas import Replicas
@@ -35,16 +39,16 @@ from potluck.blobs.store import BlobStore
 from potluck.bus.mqtt import Addresses, Envelope, MqttBus, Will
 from potluck.bus.outbox import Outbox
 from potluck.credentials import Credentials
-from potluck.errors import Conflict, Unavailable
+from potluck.errors import Conflict, PotluckError, Unavailable
 from potluck.logs import Seldom, fields
 from potluck.net.addresses import bind, reachable_addresses
-from potluck.net.discovery import Discovery, broker_addresses
+from potluck.net.discovery import Discovery, Side, broker_addresses, ca_hint
 from potluck.net.http import serve_http
 from potluck.settings import NodeSettings, check_listen, state_folder
 from potluck.sole_use import sole_use
 from potluck.surviving import surviving
-from potluck.wire.addresses import place
-from potluck.wire.births import OURS, CoordinatorStatus, Versions, versions_of
+from potluck.wire.addresses import place, placed
+from potluck.wire.births import OURS, CoordinatorProof, CoordinatorStatus, Versions, versions_of
 from potluck.wire.commands import (
     AcknowledgeResult,
     CancelInference,
@@ -61,6 +65,9 @@ from potluck.wire.commands import (
 from potluck.wire.refs import hinted
 from potluck.wire.reports import BlobsStored
 from potluck.wire.topics import Topics
+
+if TYPE_CHECKING:
+    from node.trust import Trust
 
 log = logging.getLogger(__name__)
 
@@ -86,20 +93,28 @@ CHANGEABLE = reloading.ALL | {
 class Node:
     """One node. `run` returns after `stop` is set, when everything is given back and closed in order.
 
-    Raises InvalidSettings for a listen address that is not allowed or not free, or an unusable node id; Conflict
-    when another node uses the same state folder or id.
+    With the credentials of a closed cluster in its state folder, it belongs to that one, and never speaks without TLS.
+    Raises InvalidSettings for a listen address that is not allowed or not free, an unusable node id, or credentials that cannot be used;
+    Conflict when another node uses the same state folder or id.
     """
 
     def __init__(self, settings: NodeSettings) -> None:
-        check_listen(settings.listen)
+        self.folder = state_folder(settings.state_dir, "node")
+        self.member = member.of(self.folder)
+        if self.member is None:
+            check_listen(settings.listen)
+        else:
+            settings = self.member.settings(settings)
         self.settings = settings
         self.topics = Topics(settings.cluster)
         self.session = uuid.uuid4().hex
-        self.folder = state_folder(settings.state_dir, "node")
         self.node_id = identity.node_id(settings.node_id, self.folder)
-        self.credentials = Credentials.of("node", self.node_id)
+        self.credentials = self.member.credentials if self.member else Credentials.of("node", self.node_id)
+        self._trust = self._trusted()
         self._outbox_topic = self.topics.node(self.node_id, "outbox")
         self._assignments = Assignments()
+        if self._trust is not None:
+            self._assignments = Assignments(only=self._trust.cluster_id, epoch=self._trust.epoch)
         self._giving_way = GivingWay(settings.give_way_share)
         self._gave_way = False
         self._said_gpus_idle = False
@@ -109,6 +124,10 @@ class Node:
         """Whether a coordinator is there, as far as the present broker tells."""
         self._foreign: Versions | None = None
         """The coordinator's versions of the protocol, where we speak none of them."""
+        self._unproved: Envelope | None = None
+        """The status of a coordinator that has not proved its epoch yet."""
+        self._coordinator_http: tuple[str, ...] = ()
+        """`host:port` of its server, as it last said."""
         self._seldom = Seldom(LOG_SECONDS)
         self._data_changed = asyncio.Event()
         self._to_pack = asyncio.Event()
@@ -118,9 +137,16 @@ class Node:
         """Set when this node holds no lease any more."""
         self._engines: WeakSet[Engine] = WeakSet()
 
+    def _trusted(self) -> Trust | None:
+        if self.member is None:
+            return None
+        from node.trust import Trust  # imports cryptography, which costs an open cluster nothing
+
+        return Trust(self.member.where, self.member.known, self.session, self.topics.coordinator_proof)
+
     def take(self, settings: NodeSettings) -> None:
         """Take over what CHANGEABLE names. What forbids something counts at once, not after what is being packed."""
-        self.settings = settings
+        self.settings = settings if self.member is None else self.member.settings(settings)
         if self._store is not None:
             self._store.limit_bytes = settings.blob_limit_bytes
         if self._own_data is not None:
@@ -138,7 +164,9 @@ class Node:
             sock = bind(settings.listen)
             stack.callback(sock.close)
             collective = ""
-            if settings.listen.insecure:  # TensorFlow's own server has no protection, and listens on all addresses
+            if (
+                settings.listen.insecure
+            ):  # TensorFlow's own server has no protection, and listens on all addresses; never if closed
                 meeting = replace(settings.listen, port=settings.sync_port)
                 meeting_point = stack.enter_context(bind(meeting, "sync_port", listening=False))
                 host = reachable_addresses(settings.listen.host)[0]
@@ -154,7 +182,7 @@ class Node:
                 self._addresses(discovery),
                 self.topics,
                 self.credentials,
-                client_id=f"node-{self.node_id}-{self.session[:8]}",
+                client_id=self.credentials.identity if self.member else f"node-{self.node_id}-{self.session[:8]}",
                 will=Will(self._presence.status_topic, self._presence.status("offline")),
                 timings=settings.bus,
                 # Our messages are complete without MQTT 5, and reading its properties costs a fifth of an inference.
@@ -170,7 +198,13 @@ class Node:
             stack.push_async_callback(self._work_slot.stop)
             stack.push_async_callback(self._serve_slot.stop)
             stack.push_async_callback(self._replicas.stop)
-            self._bus.subscribe(self.topics.node(self.node_id, "inbox"), self._on_command)
+            inbox = self.topics.node(self.node_id, "inbox")
+            guests = None
+            if self._trust is not None:
+                self._bus.open_on(inbox, self._trust.opened)
+                guests = Guests(self._trust.is_revoked)
+                self._bus.subscribe(self.topics.coordinator_proof, partial(self._on_proof, self._trust, guests))
+            self._bus.subscribe(inbox, self._on_command)
             self._bus.subscribe(self.topics.coordinator_status, self._on_coordinator)
 
             def give_up(conflict: Conflict) -> None:
@@ -211,11 +245,14 @@ class Node:
                     "report": lifecycle.report(lambda: self._standing(own_data), self._unwell),
                 }
                 if discovery is not None:
-                    parts["advertise"] = self._presence.advertise(discovery)
+                    parts["advertise"] = self._presence.advertise(discovery, self._side.ca)
+                if self.member is not None:
+                    parts["certificate"] = self._keep_renewed(self.member)
                 running = [tasks.create_task(part, name=name) for name, part in parts.items()]
                 routes = blob_server.routes(store, inputs.store, writable=False, max_bytes=0)
                 routes += inputs.routes(self._replicas.no_inputs)
-                async with serve_http(sock, routes, self.credentials, limits=settings.http):
+                doors = (guests.middleware,) if guests is not None else ()
+                async with serve_http(sock, routes, self.credentials, doors, settings.http):
                     http = self._presence.urls[0]
                     log.info("node started %s", fields(node=self.node_id, cluster=settings.cluster, http=http))
                     await stop.wait()
@@ -262,8 +299,22 @@ class Node:
             log.warning("no discovery, only seeds %s", fields(reason=error.message))
             return None
 
+    @property
+    def _side(self) -> Side:
+        if self.member is None:
+            return Side()
+        from potluck.security import certificates, folder
+
+        ca = folder.public(self.member.where / folder.CA_CERTIFICATE)
+        return Side(ca_hint(certificates.read(ca).fingerprint))
+
+    async def _keep_renewed(self, member: Member) -> NoReturn:
+        from potluck import enrolment
+
+        await enrolment.keep_renewed(member.where, "node", self.credentials, lambda: self._coordinator_http)
+
     def _addresses(self, discovery: Discovery | None) -> Addresses:
-        following = broker_addresses(self.settings, discovery)
+        following = broker_addresses(self.settings, discovery, self._side)
 
         async def addresses() -> tuple[str, int]:
             self._coordinated = False
@@ -313,6 +364,14 @@ class Node:
                 versions = fields(version=theirs, ours=OURS)
                 log.error("coordinator of another protocol ignored: install the same potluck on both %s", versions)
             return
+        if self._trust is not None and status.state == "online":
+            self._coordinator_http = tuple(
+                found[1] for one in status.http if (found := placed(one)) and found[0] == "https"
+            )
+            if (status.epoch, status.cluster_id) != (self._trust.epoch, self._trust.cluster_id):
+                self._unproved = envelope  # its proof may come later
+                return
+            self._unproved = None
         self._coordinated = status.state == "online"
         known = self._assignments
         online = self._coordinated and known.on_coordinator(status.epoch, time.monotonic(), status.cluster_id)
@@ -323,6 +382,20 @@ class Node:
         elif self._coordinated and self._seldom.due("epoch") is not None:
             seen = fields(epoch=status.epoch, seen=self._assignments.epoch, seconds=FENCE_SECONDS)
             log.warning("coordinator of an older epoch ignored until the newer one is silent for some seconds %s", seen)
+
+    def _on_proof(self, trust: Trust, guests: Guests, envelope: Envelope) -> None:
+        if not isinstance(envelope.message, CoordinatorProof):
+            return
+        try:
+            new = trust.take(envelope.message)
+        except PotluckError as error:
+            if (more := self._seldom.due("proof")) is not None:
+                log.warning("proof of a coordinator refused %s", fields(reason=error.message[:300], more=more or None))
+            return
+        if new:
+            guests.end()
+        if self._unproved is not None:
+            self._on_coordinator(self._unproved)
 
     def _on_command(self, envelope: Envelope) -> None:
         match envelope.message:
@@ -438,6 +511,7 @@ class Node:
             on_outcome=lambda outcome: self._perform_all(self._assignments.on_outcome(outcome)),
             on_stored=lambda blobs: self._outbox.publish(self._outbox_topic, BlobsStored(blobs=blobs)),
             sandboxed=self.settings.sandbox != "off",
+            closed=self.member is not None,
         )
         self._replicas = Replicas(
             store=store,

@@ -299,8 +299,11 @@ class Presence:
                 )  # fmt: skip
                 outbox.publish(topic, reading, qos=0, encoding="json")
 
-    async def advertise(self, discovery: Discovery) -> None:
-        """Advertise facts that do not change by mDNS. It is for people and tools, and may fail: the bus is what counts."""
+    async def advertise(self, discovery: Discovery, ca: str = "") -> None:
+        """Advertise facts that do not change by mDNS. It is for people and tools, and may fail: the bus is what counts.
+
+        `ca` names the closed cluster, as in `Service`.
+        """
         service = Service(
             id=self._node_id,
             cluster=self._settings.cluster,
@@ -310,6 +313,7 @@ class Presence:
             cores=self._capacity.cores,
             memory_bytes=self._capacity.memory_bytes,
             gpus=len(self._capacity.gpus),
+            ca=ca,
         )
         try:
             await discovery.advertise(service)

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     import ssl
 
 
+FOLDER = "identity"
+"""The folder with a daemon's credentials, in its state folder."""
+
+
 @dataclass(frozen=True)
 class Credentials:
     """Given to the modules that connect: `potluck/bus/connecting.py`, `potluck/net/http_client.py` and `potluck/net/http.py`."""

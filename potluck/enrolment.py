@@ -81,6 +81,15 @@ class Enrolled:
     def role(self) -> Role:
         return "node" if self.known.identity.startswith("node:") else "client"
 
+    def save_as(self, role: Role, where: Path) -> None:
+        """`save`, if it is a member of this kind. Raises InvalidRequest."""
+        if self.role != role:
+            wanted = "node" if role == "node" else "user"
+            raise InvalidRequest(
+                f"this token is for a {self.role}, and here a {role} joins: make one with `potluck token create --role {wanted}`"
+            )
+        self.save(where)
+
     def save(self, where: Path) -> None:
         """Write the credentials into a folder. The key comes last: without it, nobody takes the folder for a member's.
 

@@ -38,6 +38,14 @@ def is_address(text: str) -> bool:
     return scheme is not None and len(text) <= _LIMIT and is_place(text[scheme.end() :].removesuffix("/"))
 
 
+def placed(text: str) -> tuple[str, str] | None:
+    """(scheme, `host:port`) of an address; None: it is none."""
+    if not is_address(text):
+        return None
+    scheme, _, rest = text.partition("://")
+    return scheme, rest.removesuffix("/")
+
+
 def is_place(text: str) -> bool:
     """Whether the text is `host:port`, as in an address."""
     if len(text) > _LIMIT or not _PLACE.fullmatch(text):
