@@ -312,7 +312,17 @@ class Coordinator:
                 shelf = Shelf(store, downloader, urls, settings.http_body_limit_bytes)
                 routes = [
                     *blob_server.routes(store, writable=True, max_bytes=UPLOAD_LIMIT_BYTES),
-                    *gateway.routes(control, self._serving, self._inference, self._membership, settings, shelf, bus),
+                    *gateway.routes(
+                        control,
+                        self._serving,
+                        self._inference,
+                        self._membership,
+                        settings,
+                        shelf,
+                        bus,
+                        closed=closed is not None,
+                        more_metrics=(lambda: "") if closed is None else closed.metrics,
+                    ),
                 ]
                 middlewares: tuple[Any, ...] = (in_words,)
                 if closed is not None and callers is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from aiohttp import web
 
 from coordinator.control import Control
@@ -31,14 +33,16 @@ def routes(
     bus: Bus | None = None,
     *,
     closed: bool = False,
+    more_metrics: Callable[[], str] = lambda: "",
 ) -> list[web.RouteDef]:
     """Routes for the coordinator's HTTP application. Questions go to `control`, and requests for inference go to `inference`.
     Metrics are read where they are kept. While `bus` is not connected, nothing is ready. Without `bus`, that shows only once
     the nodes count as lost. `closed`: how a `Gate` that stands before them is described; they themselves refuse nobody.
+    `more_metrics`: families of others for the page of metrics.
     """
 
     async def prometheus(request: web.Request) -> web.Response:
-        text = metrics.exposition(serving, inference, membership)
+        text = metrics.exposition(serving, inference, membership) + more_metrics()
         return web.Response(text=text, headers={"Content-Type": metrics.CONTENT_TYPE})
 
     asking = Asking(Catalog(control), inference, serving.signature, settings, shelf)
