@@ -226,10 +226,13 @@ def check_coordinator(settings: CoordinatorSettings) -> None:
     """Raises InvalidSettings for a closed cluster's coordinator that is to use a broker which is not its own mosquitto."""
     if not is_closed(settings):
         return
+    why, instead = "closed is true", "do not set closed"
+    if not settings.closed:
+        why = f"listen.host is {settings.listen.host}"
+        instead = "on a network that is trusted, --insecure (listen.insecure) makes an open one"
     rest = (
-        "a closed cluster has a mosquitto of its own, whose rules the coordinator writes. It is closed because "
-        + ("closed is true" if settings.closed else f"listen.host is {settings.listen.host}")
-        + "; add --insecure (listen.insecure) for an open cluster on a network that is trusted, or listen on 127.0.0.1"
+        f"a closed cluster has a mosquitto of its own, whose rules the coordinator writes. This one is closed because {why}: "
+        f"leave out the broker, or {instead}"
     )
     if settings.seeds:
         raise InvalidSettings(f"the broker at {settings.seeds[0]} cannot be used (--seed, seeds): {rest}")
