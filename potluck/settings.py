@@ -257,7 +257,7 @@ def parse_address(text: str, default_port: int = BROKER_PORT) -> tuple[str, int]
         port = tail.removeprefix(":")
     elif rest.count(":") == 1:
         host, _, port = rest.partition(":")
-    if not host or (port and not port.isdecimal()):
+    if not host or set(host) & set(", /\t\n") or (port and not port.isdecimal()):
         raise InvalidSettings(f"address {text!r}: write it as host or host:port")
     if port and not 0 < int(port) < 65536:
         raise InvalidSettings(f"address {text!r}: a port is a number from 1 to 65535")

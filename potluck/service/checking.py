@@ -8,13 +8,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 
 from potluck.errors import InvalidSettings, PotluckError
-from potluck.settings import CoordinatorSettings, NodeSettings
+from potluck.settings import LAMBDA, CoordinatorSettings, NodeSettings
 from potluck.settings_sources import load
 
 Daemon = Literal["node", "coordinator"]
@@ -26,8 +27,20 @@ SECONDS = 60.0
 """How long it may take: it is far below a second, unless the machine is out of memory."""
 
 
-def settings(daemon: Daemon, file: Path, environment: Mapping[str, str]) -> CoordinatorSettings | NodeSettings:
-    """The settings in this file for a daemon that gets this environment. Raises InvalidSettings."""
+class Read(msgspec.Struct, frozen=True):
+    """What a daemon reads from its file: its settings, as JSON, and where the modules of `allow_code` are."""
+
+    settings: msgspec.Raw
+    code: tuple[str, ...]
+
+
+def settings(
+    daemon: Daemon, file: Path, environment: Mapping[str, str]
+) -> tuple[CoordinatorSettings | NodeSettings, list[Path]]:
+    """The settings in this file for a daemon that gets this environment, and the files and folders of the code that they allow.
+
+    Raises InvalidSettings.
+    """
     # `-P` and `/`: the folder of whoever installs is no place for modules.
     command = [sys.executable, "-P", "-m", __name__, daemon, str(file)]
     try:
@@ -41,7 +54,8 @@ def settings(daemon: Daemon, file: Path, environment: Mapping[str, str]) -> Coor
         raise InvalidSettings(said)
     if done.returncode:
         raise PotluckError(f"the settings in {file} could not be read: {said or done.returncode}")
-    return msgspec.json.decode(done.stdout, type=KINDS[daemon])
+    read = msgspec.json.decode(done.stdout, type=Read)
+    return msgspec.json.decode(read.settings, type=KINDS[daemon]), [Path(place) for place in read.code]
 
 
 def _main(daemon: Daemon, file: str) -> None:
@@ -50,7 +64,17 @@ def _main(daemon: Daemon, file: str) -> None:
     except InvalidSettings as error:
         sys.stderr.write(error.message)
         sys.exit(error.exit_code)
-    sys.stdout.buffer.write(msgspec.json.encode(found))
+    allowed = found.allow_code if isinstance(found, NodeSettings) else ()
+    code = tuple(place for name in allowed if name != LAMBDA for place in _places(name))
+    sys.stdout.buffer.write(msgspec.json.encode(Read(msgspec.Raw(msgspec.json.encode(found)), code)))
+
+
+def _places(name: str) -> list[str]:
+    """Where Python finds the package that a module is in, or the module itself."""
+    spec = find_spec(name.partition(".")[0])
+    if spec is None:
+        return []
+    return list(spec.submodule_search_locations or ([spec.origin] if spec.has_location and spec.origin else []))
 
 
 if __name__ == "__main__":

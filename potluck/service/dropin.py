@@ -38,13 +38,14 @@ def roots() -> list[Path]:
         hop = hop.parent / hop.readlink()
         # Only the folder that the link is in: above ~/.local/bin is all of ~/.local.
         places.append(Path(os.path.normpath(hop)).parent)
-    return _outermost([*places, *(place.resolve() for place in places)])
+    return outermost([*places, *(place.resolve() for place in places)])
 
 
-def _outermost(places: Iterable[Path]) -> list[Path]:
+def outermost(places: Iterable[Path]) -> list[Path]:
+    """Those of these files and folders that exist and do not lie in another of them."""
     found: list[Path] = []
     for place in sorted(set(places), key=lambda place: len(place.parts)):
-        if place.is_dir() and not any(place.is_relative_to(outer) for outer in found):
+        if place.exists() and not any(place.is_relative_to(outer) for outer in found):
             found.append(place)
     return found
 
@@ -62,12 +63,20 @@ def check_readable(places: Iterable[Path]) -> None:
             raise InvalidSettings(
                 f"the service could not enter {closed[0]}, above {place}: chmod o+x {closed[0]}, or install potluck elsewhere"
             )
-        if place.stat().st_mode & 0o005 != 0o005:
+        needed = 0o005 if place.is_dir() else 0o004
+        if place.stat().st_mode & needed != needed:
             raise InvalidSettings(f"the service could not read {place}: chmod -R go+rX {place}")
 
 
 def _hidden(place: Path) -> bool:
     return any(place.is_relative_to(hidden) for hidden in HIDDEN)
+
+
+def check_seen(place: Path) -> None:
+    """Raises InvalidSettings for what is in a folder that the service does not see, or of which it has its own."""
+    for folder in (*HIDDEN, *OWN):
+        if place.is_relative_to(folder):
+            raise InvalidSettings(f"the service does not see {place}: move it out of {folder}")
 
 
 def text(unit: str, command: list[str], places: Iterable[Path], limits: ServiceSettings) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+import tomllib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -63,16 +64,20 @@ def install(daemons: tuple[Daemon, ...], changes: Mapping[str, settings_file.Val
         known = {
             key: value for key, value in changes.items() if key.partition(".")[0] in KINDS[daemon].__struct_fields__
         }
-        given = file if file.exists() else source / "configs" / file.name
-        text = settings_file.changed(given.read_text(encoding="utf-8"), known) if known else given.read_text("utf-8")
-        settings = _checked(daemon, text, known, file)
+        before = _read(file) if file.exists() else (source / "configs" / file.name).read_text("utf-8")
+        text = _changed(before, known, file)
+        settings, code = _checked(daemon, text, known, file)
+        code = [place for place in code if place in dropin.outermost([*places, *code])]
+        dropin.check_readable(code)
         if isinstance(settings, CoordinatorSettings) and not settings.seeds:
             choose(settings.broker.mode)
         command = [str(programs[daemon]), "--config", str(file)]
         done.append(Installed(daemon, file, settings))
         written[_place(file)] = text
         written[_place(UNITS / unit(daemon))] = (source / shipped.UNITS / unit(daemon)).read_text("utf-8")
-        written[_place(_dropins(daemon) / DROPIN)] = dropin.text(f"potluck-{daemon}", command, places, settings.service)
+        written[_place(_dropins(daemon) / DROPIN)] = dropin.text(
+            f"potluck-{daemon}", command, [*places, *code], settings.service
+        )
         if daemon == "node":
             for name, text_of_gpu in gpus.dropins().items():
                 place = _place(_dropins(daemon) / name)
@@ -95,10 +100,39 @@ def install(daemons: tuple[Daemon, ...], changes: Mapping[str, settings_file.Val
     return done
 
 
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InvalidSettings(f"{file} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InvalidSettings(f"{file} is not text in UTF-8: write it again") from error
+
+
+def _changed(text: str, changes: Mapping[str, settings_file.Value], file: Path) -> str:
+    """The text of `file` with these changes. Raises InvalidSettings where it is written in a way that is not understood."""
+    changed = settings_file.changed(text, changes) if changes else text
+    if _is_toml(text) and not _is_toml(changed):
+        raise _by_hand(changes, file)
+    return changed
+
+
+def _is_toml(text: str) -> bool:
+    try:
+        tomllib.loads(text)
+    except tomllib.TOMLDecodeError:
+        return False
+    return True
+
+
+def _by_hand(settings: Iterable[str], file: Path) -> InvalidSettings:
+    return InvalidSettings(f"{', '.join(settings)} could not be changed in {file}: write it there by hand")
+
+
 def _checked(
     daemon: Daemon, text: str, changes: Mapping[str, settings_file.Value], file: Path
-) -> CoordinatorSettings | NodeSettings:
-    """The settings in this text, which will be in `file`, as the unit will read them.
+) -> tuple[CoordinatorSettings | NodeSettings, list[Path]]:
+    """The settings in this text, which will be in `file`, as the unit will read them; and where the code is that they allow.
 
     Raises InvalidSettings, also where a change did not get into it.
     """
@@ -106,13 +140,13 @@ def _checked(
         trial = Path(folder) / file.name
         trial.write_text(text, encoding="utf-8")
         try:
-            settings = checking.settings(daemon, trial, systemd.environment(unit(daemon)))
+            settings, code = checking.settings(daemon, trial, systemd.environment(unit(daemon)))
         except InvalidSettings as error:
             raise InvalidSettings(error.message.replace(str(trial), str(file))) from error
     values = msgspec.to_builtins(settings)
     if unchanged := [key for key, value in changes.items() if toml(_at(values, key)) != toml(value)]:
-        raise InvalidSettings(f"{', '.join(unchanged)} could not be changed in {file}: write it there by hand")
-    return settings
+        raise _by_hand(unchanged, file)
+    return settings, code
 
 
 def _at(values: Mapping[str, Any], dotted: str) -> Any:
@@ -138,6 +172,7 @@ def _place(path: Path) -> Path:
         )
     if not target.is_file():
         raise InvalidSettings(f"{path} is a link to {target}, which is no file: remove it (rm {path}), and try again")
+    dropin.check_seen(target)
     return target
 
 
@@ -173,7 +208,8 @@ def uninstall(*, purge: bool) -> tuple[Daemon, ...]:
         for name in (DROPIN, *gpus.NAMES.values()):
             (_dropins(daemon) / name).unlink(missing_ok=True)
         if purge:
-            (SETTINGS / f"{daemon}.toml").unlink(missing_ok=True)
+            for name in (f"{daemon}.toml", "join-token"):
+                (SETTINGS / name).unlink(missing_ok=True)
             _remove_folder(_dropins(daemon))
         _remove_if_empty(_dropins(daemon))
     _remove_if_empty(SETTINGS)

@@ -71,9 +71,17 @@ def _state(facts: dict[str, str]) -> UnitState:
 def environment(unit: str) -> dict[str, str]:
     """The environment that systemd would give to the programs of this unit, as far as it is known before they start."""
     manager = systemctl("show-environment").splitlines()
-    own = shlex.split(systemctl("show", "--property=Environment", "--value", unit))
-    words = [word for line in manager for word in shlex.split(line)] + own
+    own = systemctl("show", "--property=Environment", "--value", unit)
+    words = [word for line in (*manager, own) for word in _words(line)]
     return dict(word.split("=", 1) for word in words if "=" in word)
+
+
+def _words(line: str) -> list[str]:
+    """The words of a line, which systemd quotes like a shell, with few exceptions."""
+    try:
+        return shlex.split(line)
+    except ValueError:
+        return line.split()
 
 
 def forget(unit: str) -> None:

@@ -18,6 +18,7 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for name in ("UNITS", "SETTINGS", "STATE", "CACHE", "RUN"):
         monkeypatch.setattr(installing, name, tmp_path / name.lower())
     monkeypatch.setattr(dropin, "check_readable", lambda places: None)
+    monkeypatch.setattr(dropin, "OWN", ())
     monkeypatch.setattr(dropin, "program", lambda name: Path("/opt/potluck/bin") / name)
     monkeypatch.setattr(installing, "choose", lambda mode: "mosquitto")
     monkeypatch.setattr(gpus, "PRESENT", {"nvidia": tmp_path / "nvidia", "amd": tmp_path / "kfd"})
@@ -116,6 +117,11 @@ def test_settings_are_checked_in_the_units_environment(
     monkeypatch.setattr(systemd, "systemctl", lambda *said: shown if said[0] == "show" else before(*said))
     (one,) = installing.install(("node",), {"threads": 2})
     assert (one.settings.cluster, one.settings.allow_code) == ("attic", ("our_layers",))
+    written = tmp_path / "units/potluck-node.service.d/10-installed.conf"
+    assert "our_layers" not in written.read_text()
+    monkeypatch.setattr(dropin, "HIDDEN", (code,))  # a home
+    installing.install(("node",), {})
+    assert f'BindReadOnlyPaths="{code}/our_layers.py"\n' in written.read_text(), "and nothing beside it"
 
 
 def test_settings_that_are_a_link_stay_one(asked: list[str], tmp_path: Path) -> None:
@@ -131,6 +137,39 @@ def test_settings_that_are_a_link_stay_one(asked: list[str], tmp_path: Path) -> 
     assert kept.read_text() == 'cluster = "attic"\nthreads = 2\n'
     assert kept.stat().st_uid == owner
     assert [path.name for path in kept.parent.iterdir()] == ["potluck.toml"]
+
+
+def test_settings_that_no_service_sees_are_refused(
+    asked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/node.toml").touch()
+    (tmp_path / "settings").mkdir()
+    (tmp_path / "settings/node.toml").symlink_to(tmp_path / "home/node.toml")
+    monkeypatch.setattr(dropin, "HIDDEN", (tmp_path / "home",))
+    with pytest.raises(InvalidSettings, match=f"move it out of {tmp_path}/home"):
+        installing.install(("node",), {})
+
+
+def test_settings_that_are_no_text_are_refused(asked: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "settings/node.toml"
+    file.parent.mkdir()
+    file.write_bytes(b'cluster = "caf\xe9"\n')
+    with pytest.raises(InvalidSettings, match="UTF-8"):
+        installing.install(("node",), {})
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(InvalidSettings, match="directory"):
+        installing.install(("node",), {})
+    assert asked == []
+
+
+@pytest.mark.parametrize("shown", ['A="b c" "D=e f"', "A='b c' D=e\\ f", "A=b D=don't"])
+def test_the_environment_of_a_unit_is_read_as_systemd_tells_it(shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(systemd, "systemctl", lambda *said: shown if said[0] == "show" else "PATH=/usr/bin\n")
+    found = systemd.environment("u.service")
+    assert found.pop("PATH") == "/usr/bin"
+    assert found == ({"A": "b", "D": "don't"} if "don't" in shown else {"A": "b c", "D": "e f"})
 
 
 @pytest.mark.parametrize(
@@ -166,7 +205,9 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(
     ("text", "words"),
     [
         ("thread = 3\n", "settings/node.toml:2: there is no setting thread: did you mean threads?"),
-        ('seeds = [\n"a",\n]\n', "settings/node.toml"),
+        ('seeds = [\n"a",\n]\n', "seeds could not be changed in"),
+        ('"seeds" = ["a"]\n', "seeds could not be changed in"),
+        ("threads = [\n", "this is not valid TOML"),
         ('[listen]\nhost = "192.0.2.1"\n', "--insecure"),
         ("[service]\nmemory_bytes = 5\nmemory_high_bytes = 6\n", "node.toml:4: service.memory_high_bytes is 6, more"),
     ],
@@ -200,6 +241,7 @@ def test_removed_it_leaves_data_settings_and_what_others_wrote(asked: list[str],
     (tmp_path / "units/potluck-node.service.d/override.conf").write_text("[Service]\n")
     (tmp_path / "run").mkdir()
     (tmp_path / "run/potluck-node").symlink_to("private/potluck-node")
+    (tmp_path / "settings/join-token").touch()
     for kind in ("state", "cache"):
         folder = tmp_path / kind / "private/potluck-node"
         folder.mkdir(parents=True)
@@ -211,7 +253,12 @@ def test_removed_it_leaves_data_settings_and_what_others_wrote(asked: list[str],
         "--quiet disable --now potluck-node.service", "--quiet disable --now potluck-coordinator.service",
         "daemon-reload", "forget potluck-coordinator.service", "forget potluck-node.service",
     ]  # fmt: skip
-    left = {"settings/node.toml", "settings/coordinator.toml", "units/potluck-node.service.d/override.conf"}
+    left = {
+        "settings/node.toml",
+        "settings/coordinator.toml",
+        "settings/join-token",
+        "units/potluck-node.service.d/override.conf",
+    }
     assert files(tmp_path) == left | {"state/private/potluck-node/file", "state/potluck-node"}
     assert installing.uninstall(purge=True) == ()
     assert files(tmp_path) == set()
