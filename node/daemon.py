@@ -42,8 +42,9 @@ from potluck.credentials import Credentials
 from potluck.errors import Conflict, PotluckError, Unavailable
 from potluck.logs import Seldom, fields
 from potluck.net.addresses import bind, reachable_addresses
-from potluck.net.discovery import Discovery, Side, broker_addresses, ca_hint
+from potluck.net.discovery import Discovery, broker_addresses
 from potluck.net.http import serve_http
+from potluck.net.side import Side, ca_hint
 from potluck.settings import NodeSettings, check_listen, state_folder
 from potluck.sole_use import sole_use
 from potluck.surviving import surviving

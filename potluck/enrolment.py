@@ -29,6 +29,7 @@ from potluck.credentials import Credentials
 from potluck.errors import Conflict, InvalidRequest, NotAllowed, Overloaded, PotluckError, Unavailable
 from potluck.logs import fields
 from potluck.net.http_client import session
+from potluck.net.side import ca_hint
 from potluck.security import certificates, cluster_file, contexts, folder
 from potluck.security.cluster_file import ClusterFile
 from potluck.surviving import surviving
@@ -167,7 +168,7 @@ def _nobody(reasons: dict[str, str]) -> str:
 
 async def hinted_by_mdns(token: JoinToken) -> Sequence[str]:
     """The HTTPS servers of coordinators that say, by mDNS, that they have the token's CA. Empty where there is no multicast."""
-    from potluck.net.discovery import ANY_CLUSTER, Discovery, ca_hint  # mDNS is slow to import
+    from potluck.net.discovery import ANY_CLUSTER, Discovery  # mDNS is slow to import
 
     wanted = ca_hint(token.fingerprint)
 
@@ -403,6 +404,20 @@ async def keep_renewed(
                 continue
         failures += 1
         await asyncio.sleep(RETRY_SECONDS[0] if failures <= RETRIES else RETRY_SECONDS[1])
+
+
+async def follow_renewed(where: Path, role: Role, credentials: Credentials) -> NoReturn:
+    """Use what somebody else renews in a folder, until cancelled."""
+    until = 0.0
+    while True:
+        try:
+            found = await asyncio.to_thread(own_certificate, where, role)
+            if until and found.not_after != until:
+                credentials.renew(where, role)
+            until = found.not_after
+        except PotluckError as error:
+            log.warning("certificate not read again %s", fields(reason=error.message))
+        await asyncio.sleep(LOOK_SECONDS)
 
 
 async def _until(moment: float) -> None:

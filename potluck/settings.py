@@ -204,6 +204,8 @@ class CoordinatorSettings(NetworkSettings, frozen=True):
 class ClientSettings(NetworkSettings, frozen=True):
     """Settings of a client or the command line. `timeout_seconds` limits each question."""
 
+    credentials: str = ""
+    """The folder with the credentials of a closed cluster; empty: looked for; `none`: the cluster is open, without looking."""
     timeout_seconds: PositiveSeconds = 30.0
 
 

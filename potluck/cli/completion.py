@@ -155,14 +155,14 @@ def _offered(context: typer.Context, incomplete: str, ask: Callable[[Connection]
     import asyncio
 
     from potluck.client.connection import Connection, client_settings
-    from potluck.credentials import Credentials
+    from potluck.client.membership import membership
 
     logging.disable()  # a log line would land in the middle of the text that somebody types
     given = context.find_root().params
 
     async def asked() -> Found:
-        settings = client_settings(given.get("seed"), given.get("cluster"), SECONDS)
-        async with asyncio.timeout(SECONDS), Connection(settings, Credentials.of_client()) as connection:
+        settings = client_settings(given.get("seed"), given.get("cluster"), SECONDS, given.get("credentials"))
+        async with asyncio.timeout(SECONDS), Connection.of(membership(settings)) as connection:
             return await ask(connection)
 
     try:

@@ -18,6 +18,7 @@ from potluck.client.deploying import DeployOptions
 from potluck.client.inputs import KNOWN_SECONDS, LargeInputs
 from potluck.client.job_parts import JobParts, Roles
 from potluck.client.jobs import AsyncJob, Predictions, as_arrays, fetch_tensor
+from potluck.client.membership import Membership, membership
 from potluck.client.models import (
     image_argument,
     image_options,
@@ -86,6 +87,8 @@ class AsyncClient:
 
     `seed` is a broker's address (`host` or `host:port`), or several. Without `seed`, the address comes from `POTLUCK_SEEDS`, the settings
     file or mDNS. `timeout` limits each question, in seconds; jobs have no limit.
+    `credentials` is the folder with the credentials of a closed cluster; without it, they are looked for where `potluck join` puts them,
+    and on the coordinator's machine beside its state. `"none"`: the cluster is open. Raises InvalidSettings for those that cannot be used.
     Use the client as an async context manager, or call `aclose`. It connects when entered or first used. All methods raise
     subclasses of `potluck.errors.PotluckError`, also Unavailable and TimedOut.
     """
@@ -97,9 +100,13 @@ class AsyncClient:
         cluster: str | None = None,
         timeout: float | None = None,
         bus: Bus | None = None,
+        credentials: str | Path | None = None,
     ) -> None:
-        self._settings = client_settings(seed, cluster, timeout)
-        self.credentials = Credentials.of_client()
+        settings = client_settings(seed, cluster, timeout, credentials)
+        # a bus that is given needs no credentials
+        self._member = membership(settings) if bus is None else Membership(settings, Credentials.of_client())
+        self._settings = self._member.settings
+        self.credentials = self._member.credentials
         """Who this client is, and what it shows and checks when it connects."""
         self._bus = bus
         self._connection: Connection | None = None
@@ -522,7 +529,7 @@ class AsyncClient:
         if self._connection is None:
             async with self._opening:
                 if self._connection is None:
-                    connection = Connection(self._settings, self.credentials, bus=self._bus)
+                    connection = Connection(self._settings, self.credentials, bus=self._bus, member=self._member)
                     await connection.__aenter__()
                     self._connection = connection
         return self._connection

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import tempfile
 import time
 import uuid
@@ -20,6 +19,7 @@ from potluck.blobs.store import BlobStore
 from potluck.bus.connecting import refusal
 from potluck.bus.mqtt import Addresses, Bus, Envelope, Handler, MqttBus
 from potluck.client.arguments import checked
+from potluck.client.membership import Membership, config_folder
 from potluck.credentials import Credentials
 from potluck.errors import InvalidRequest, PotluckError, TimedOut, Unavailable, expected
 from potluck.logs import fields
@@ -27,6 +27,7 @@ from potluck.net.addresses import lan_addresses
 from potluck.settings import ClientSettings, PositiveSeconds, parse_address, typed
 from potluck.settings_sources import load
 from potluck.sole_use import users_here
+from potluck.wire.addresses import placed
 from potluck.wire.births import OURS, CoordinatorStatus, Versions, versions_of
 from potluck.wire.questions import CancelInfer, Infer, Inferred, Undeploy
 from potluck.wire.topics import Topics
@@ -48,6 +49,7 @@ _FIND_SECONDS = 4.0
 _ASK_AGAIN_SECONDS = 5.0
 """After this time without an answer, a question is sent again with the same id: a restarted coordinator gets it too."""
 _CANCEL_SECONDS = 1.0
+_RENEW_SECONDS = 5.0
 _NODE_CONNECT_SECONDS = 1.0
 """A node that does not answer within this time may be unreachable from here."""
 
@@ -66,11 +68,14 @@ class Connection:
         *,
         bus: Bus | None = None,
         needs_coordinator: bool = True,
+        member: Membership | None = None,
     ) -> None:
+        """`member`: who we are in a closed cluster; `settings` and `credentials` are then its own."""
         self.settings = settings
         self.credentials = credentials
         self._needs_coordinator = needs_coordinator
-        self.topics = Topics(settings.cluster)
+        self._member = member if member is not None and member.known is not None else None
+        self.topics = Topics(settings.cluster, client=self._member.name if self._member else "")
         self._given_bus = bus
         self._status: CoordinatorStatus | None = None
         self._online = asyncio.Event()
@@ -86,6 +91,13 @@ class Connection:
         self._downloader: Downloader | None = None
         self._making = asyncio.Lock()
         self._running: asyncio.Task[None] | None = None
+        self._keeping: asyncio.Task[None] | None = None
+        """Keeps the certificate valid."""
+
+    @classmethod
+    def of(cls, member: Membership, *, bus: Bus | None = None, needs_coordinator: bool = True) -> Connection:
+        """The connection of a client, to an open or a closed cluster."""
+        return cls(member.settings, member.credentials, bus=bus, needs_coordinator=needs_coordinator, member=member)
 
     async def __aenter__(self) -> Connection:
         try:
@@ -102,17 +114,28 @@ class Connection:
 
     async def _open(self) -> None:
         limit_seconds = min(self.settings.timeout_seconds, _FIND_SECONDS)
+        renewing = asyncio.create_task(self._renew(), name="renewal") if self._member is not None else None
+        try:
+            await self._connect(limit_seconds)
+        finally:
+            if renewing is not None:
+                await renewing
+
+    async def _connect(self, limit_seconds: float) -> None:
         self.folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="potluck-")))
         self.store = BlobStore(self.folder / "blobs", _STORE_LIMIT_BYTES)
         if self._given_bus is not None:
             self.bus = self._given_bus
         else:
-            addresses = await self._addresses(limit_seconds)
+            if self._member is None:
+                addresses = await self._addresses(limit_seconds)
+            else:
+                addresses = self._closed_addresses(self._member)
             self.bus = MqttBus(
                 addresses,
                 self.topics,
                 self.credentials,
-                client_id=f"client-{uuid.uuid4().hex[:12]}",
+                client_id=f"{self._member.name if self._member else 'client'}-{uuid.uuid4().hex[:12]}",
                 timings=self.settings.bus,
                 highest_version=4,  # as in the node: our messages are complete without MQTT 5, and this is faster
             )
@@ -120,17 +143,22 @@ class Connection:
         self.bus.on_connect(self._connected)
         self._running = asyncio.create_task(self.bus.run(), name="client bus")
         # Long enough for one attempt and a moment more: the bus then knows why it failed.
-        await self.bus.connected(min(self.settings.timeout_seconds, self.settings.bus.connect_timeout_seconds + 1.0))
+        attempt_seconds = self.settings.bus.connect_timeout_seconds + 1.0
+        if self._member is not None:  # after the places that we know, mDNS is asked
+            attempt_seconds += _FIND_SECONDS + attempt_seconds
+        await self.bus.connected(min(self.settings.timeout_seconds, attempt_seconds))
         if self._needs_coordinator:
             await self.coordinator(limit_seconds)
 
     async def _close(self) -> None:
         running, self._running = self._running, None
-        if running is not None:
-            running.cancel()
-            await asyncio.wait([running])
-            if not running.cancelled():
-                running.exception()  # it ended before us: callers were told that there is no connection
+        keeping, self._keeping = self._keeping, None
+        for task in (running, keeping):
+            if task is not None:
+                task.cancel()
+                await asyncio.wait([task])
+                if not task.cancelled():
+                    task.exception()  # it ended before us: callers were told that there is no connection
         await self._stack.aclose()
 
     async def _addresses(self, limit_seconds: float) -> Addresses:
@@ -201,6 +229,73 @@ class Connection:
 
         return following
 
+    def _closed_addresses(self, member: Membership) -> Addresses:
+        """Where the broker of our closed cluster is: the seeds that were named, else where it was when we last heard, and then mDNS.
+
+        Whoever answers must have a certificate by the cluster's CA, so all may be tried.
+        """
+        assert member.known is not None
+        settings, left = self.settings, [parse_address(one) for one in reversed(member.known.brokers)]
+        asked: Addresses | None = None
+
+        async def following() -> tuple[str, int]:
+            nonlocal asked
+            if settings.seeds or not settings.discovery.enabled:
+                left.clear()
+                seeds = settings.seeds or member.known.brokers  # type: ignore[union-attr]
+                asked = asked or broker_addresses(replace(settings, seeds=seeds), None, member.side)
+            if left:
+                return left.pop()
+            if asked is None:
+                asked = await self._discovered(member)
+            return await asked()
+
+        from potluck.net.discovery import broker_addresses
+
+        return following
+
+    async def _discovered(self, member: Membership) -> Addresses:
+        """The addresses that mDNS finds, on loopback or on the network, and those that we know."""
+        from potluck.net.discovery import Discovery, broker_addresses
+
+        assert member.known is not None
+        found = [
+            await self._stack.enter_async_context(Discovery(self.settings.cluster, listen_host=host))
+            for host in ("127.0.0.1", "0.0.0.0")  # noqa: S104 - where to look, nothing is served
+        ]
+        await _first_found(
+            [one.wait_for(lambda one: member.side.broker(one) is not None, _FIND_SECONDS) for one in found]
+        )
+        heard = next((one for one in found if any(member.side.broker(service) for service in one.services())), found[1])
+        return broker_addresses(replace(self.settings, seeds=member.known.brokers), heard, member.side)
+
+    async def _renew(self) -> None:
+        """Renew our certificate if its time has come. If that fails, it is good for a while still."""
+        from potluck import enrolment
+
+        member = self._member
+        if member is None or member.where is None:
+            return
+        if not member.ours:
+            self._keeping = asyncio.create_task(
+                enrolment.follow_renewed(member.where, "client", self.credentials), name="certificate"
+            )
+            return
+        try:
+            if enrolment.renewal_at(enrolment.own_certificate(member.where, "client")) <= time.time():
+                async with asyncio.timeout(_RENEW_SECONDS):
+                    await enrolment.renew(member.where, "client", self.credentials)
+        except (PotluckError, TimeoutError) as error:
+            log.warning("certificate not renewed %s", fields(reason=str(error) or "no answer in time"))
+        self._keeping = asyncio.create_task(
+            enrolment.keep_renewed(member.where, "client", self.credentials, self._servers), name="certificate"
+        )
+
+    def _servers(self) -> tuple[str, ...]:
+        """`host:port` of the coordinator's servers, as it last said."""
+        placed_at = [placed(one) for one in (self._status.http if self._status is not None else ())]
+        return tuple(one[1] for one in placed_at if one is not None)
+
     def _on_status(self, envelope: Envelope) -> None:
         message = envelope.message
         if not isinstance(message, CoordinatorStatus):
@@ -248,6 +343,11 @@ class Connection:
                     raise Unavailable(
                         f"the coordinator of cluster {cluster!r} speaks version {self._foreign} of the protocol, but this program speaks version "
                         f"{OURS}: install the same potluck on both"
+                    ) from None
+                if self._member is not None:
+                    raise Unavailable(
+                        f"the broker answers, but no coordinator of the closed cluster {cluster!r} is online, or {self.credentials.identity} "
+                        "was removed from it: its operator knows more"
                     ) from None
                 advice = (
                     f"one runs on this machine and hangs, unless it has just started: `{typed('potluck status', cluster)}` says more"
@@ -459,12 +559,16 @@ def expect(message: Message, kind: type[M]) -> M:
 
 
 def client_file() -> Path:
-    """Where a user's client settings are, if there are any (XDG base directory specification)."""
-    base = os.environ.get("XDG_CONFIG_HOME") or str(Path("~/.config").expanduser())
-    return Path(base) / "potluck" / "client.toml"
+    """Where a user's client settings are, if there are any."""
+    return config_folder() / "client.toml"
 
 
-def client_settings(seed: str | Sequence[str] | None, cluster: str | None, timeout: float | None) -> ClientSettings:
+def client_settings(
+    seed: str | Sequence[str] | None,
+    cluster: str | None,
+    timeout: float | None,
+    credentials: str | Path | None = None,
+) -> ClientSettings:
     """Settings from `client_file()`, if it exists, from `POTLUCK_*`, and from these arguments.
 
     Raises InvalidSettings, and InvalidRequest for arguments of wrong types.
@@ -473,9 +577,16 @@ def client_settings(seed: str | Sequence[str] | None, cluster: str | None, timeo
     seeds = checked("seed", given, tuple[str, ...], "a broker address (`host` or `host:port`), or several")
     checked("cluster", cluster, str | None, "the name of a cluster")
     checked("timeout", timeout, PositiveSeconds | None, "a number of seconds above 0")
+    folder = str(credentials) if isinstance(credentials, Path) else credentials
+    checked("credentials", folder, str | None, "the path of a folder with credentials")
     path = client_file()
     return load(
         ClientSettings,
         path if path.is_file() else None,
-        {"seeds": [one for one in seeds if one] or None, "cluster": cluster, "timeout_seconds": timeout},
+        {
+            "seeds": [one for one in seeds if one] or None,
+            "cluster": cluster,
+            "timeout_seconds": timeout,
+            "credentials": folder or None,
+        },
     )

@@ -13,6 +13,7 @@ from msgspec.structs import replace
 from potluck.bus.exchange import Envelope
 from potluck.client import listings
 from potluck.client.connection import Connection
+from potluck.client.membership import membership
 from potluck.credentials import Credentials
 from potluck.errors import PotluckError, TimedOut, Unavailable
 from potluck.settings import ClientSettings, is_loopback, typed
@@ -69,8 +70,8 @@ class Health(Struct, frozen=True, kw_only=True):
 async def examine(settings: ClientSettings) -> Health:
     """Look at a cluster, and at its parts on this machine. Raises nothing for what is wrong with it."""
     local = [user for user in users_here() if user.cluster == settings.cluster]
-    connection = Connection(settings, Credentials.of_client(), needs_coordinator=False)
     try:
+        connection = Connection.of(membership(settings), needs_coordinator=False)
         async with connection:
             broker = connection.bus.place
             try:

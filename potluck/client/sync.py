@@ -261,9 +261,11 @@ class Client:
         *,
         cluster: str | None = None,
         timeout: float | None = None,
+        credentials: str | Path | None = None,
         make: Callable[..., AsyncClient] = AsyncClient,
     ) -> None:
-        self._client = make(seed, cluster=cluster, timeout=timeout)
+        shown = {} if credentials is None else {"credentials": credentials}
+        self._client = make(seed, cluster=cluster, timeout=timeout, **shown)
         self._portal = Portal()
 
     def __enter__(self) -> Client:

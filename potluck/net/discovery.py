@@ -23,6 +23,7 @@ from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo, AsyncZerocon
 from potluck.errors import Unavailable
 from potluck.logs import fields
 from potluck.net.addresses import lan_addresses, reachable_addresses
+from potluck.net.side import CA_DIGITS, OPEN, Side
 from potluck.settings import BROKER_PORT, BrokerSettings, NetworkSettings, is_loopback, parse_address, typed
 from potluck.wire.births import PROTOCOL_VERSION
 
@@ -37,7 +38,6 @@ ASKS_SECONDS = 4.0
 """A new browser asks again and again by itself for this long."""
 ANY_CLUSTER = ""
 """As the cluster of a Discovery: whoever has a join token does not know the name of its cluster."""
-CA_DIGITS = 16
 _CA = re.compile(f"[0-9a-f]{{{CA_DIGITS}}}")
 NAMES = 5
 """How many names are tried before an advertisement is given up."""
@@ -262,30 +262,6 @@ class Discovery:
 def precedence(coordinator: Service) -> tuple[bool, int, str]:
     """A sort key for coordinators of one cluster name, so that all try the same one first: one that keeps something, then the oldest."""
     return coordinator.empty, coordinator.founded, coordinator.id
-
-
-def ca_hint(fingerprint: bytes) -> str:
-    """What mDNS says of a closed cluster: the beginning of the SHA-256 of its CA's public key, in hexadecimal digits."""
-    return fingerprint.hex()[:CA_DIGITS]
-
-
-@dataclass(frozen=True)
-class Side:
-    """Whose broker is looked for: one of an open cluster, or the one of a closed cluster, by its members or by its clients."""
-
-    ca: str = ""
-    """As in `Service.ca`."""
-    client: bool = False
-
-    def broker(self, service: Service) -> tuple[str, int] | None:
-        """The broker that a service leads us to; None: none. What is not of our kind is not even tried."""
-        port = service.client_port if self.ca and self.client else service.broker_port
-        if service.role != "coordinator" or service.ca != self.ca or not port:
-            return None
-        return service.broker_host or service.host, port
-
-
-OPEN = Side()
 
 
 def broker_addresses(

@@ -14,7 +14,8 @@ from zeroconf.asyncio import AsyncServiceInfo, AsyncZeroconf
 
 from potluck.errors import Unavailable
 from potluck.net import discovery as module
-from potluck.net.discovery import SERVICE_TYPE, Discovery, Role, Service, Side, broker_addresses, ca_hint
+from potluck.net.discovery import SERVICE_TYPE, Discovery, Role, Service, broker_addresses
+from potluck.net.side import Side, ca_hint
 from potluck.settings import NetworkSettings
 from support.eventually import eventually
 

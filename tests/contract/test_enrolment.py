@@ -18,7 +18,8 @@ from potluck import enrolment
 from potluck.credentials import Credentials
 from potluck.enrolment import WrongCluster, enrol
 from potluck.errors import Conflict, InvalidRequest, NotAllowed, Overloaded, PotluckError, Unavailable
-from potluck.net.discovery import Discovery, Service, ca_hint
+from potluck.net.discovery import Discovery, Service
+from potluck.net.side import ca_hint
 from potluck.security import certificates, cluster_file, folder
 from potluck.wire.tokens import FINGERPRINT_BYTES, JoinToken, parse
 from support.closed import Authority
