@@ -556,7 +556,7 @@ class Node:
             for name in own_data.unpacked:
                 before = own_data.missing
                 with surviving(f"packing of data {name}"):
-                    if await asyncio.to_thread(own_data.pack, name) or own_data.missing != before:
+                    if await own_data.packed(name) or own_data.missing != before:
                         await self._announce_data(own_data)
             try:
                 async with asyncio.timeout(pause if own_data.missing else None):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import shutil
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from msgspec.structs import replace
@@ -75,6 +76,30 @@ class OwnData:
             same = {name for name, given in self._settings.items() if _same_data(before.get(name), given)}
             self._packed = {name: data for name, data in self._packed.items() if name in same}
             self._missing = {name: why for name, why in self._missing.items() if name in same}
+
+    async def packed(self, name: str) -> bool:
+        """`pack` in a thread of its own. A disk may hang, and large data take minutes: the end of this process does not wait for that."""
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[bool] = loop.create_future()
+
+        def work() -> None:
+            try:
+                found, error = self.pack(name), None
+            except BaseException as raised:  # noqa: BLE001 - told to whoever waits
+                found, error = False, raised
+            with suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(finish, found, error)
+
+        def finish(found: bool, error: BaseException | None) -> None:
+            if done.cancelled():
+                return
+            if error is not None:
+                done.set_exception(error)
+            else:
+                done.set_result(found)
+
+        threading.Thread(target=work, name=f"packing of {name}", daemon=True).start()
+        return await done
 
     def pack(self, name: str) -> bool:
         """Prepare a data set. False if that fails, or its settings have changed meanwhile; logs a new reason once. Blocks: call it in a

@@ -88,6 +88,8 @@ def _pack_path(source: Path, target: Target, sample_weight: str | None, labels: 
             f"{source} does not exist: give a folder of images, texts or recordings, or an .npz, .csv, .parquet or "
             ".tfrecord file"
         )
+    if not source.is_dir() and not source.is_file():  # reading a pipe or a device might never end
+        raise InvalidData(f"{source} is neither a folder nor a plain file")
     suffix = source.suffix.lower()
     if source.is_dir():
         with reading(source):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +116,34 @@ def test_settings_may_change_while_data_are_packed(own: OwnData, monkeypatch: py
     assert (own.unpacked, own.missing) == ((), {})
 
 
+def test_a_disk_that_hangs_keeps_no_node_from_its_end(tmp_path: Path) -> None:
+    """Also data that take minutes to pack: systemd would kill the node, and count that as a crash."""
+    path = tmp_path / "plain.npz"
+    np.savez(path, x=np.zeros((4, 2), np.float32), y=np.arange(4))
+    program = (
+        "import asyncio, sys, threading\n"
+        "from pathlib import Path\n"
+        "import potluck.data.pack\n"
+        "from node.own_data import OwnData\n"
+        "begun = threading.Event()\n"
+        "potluck.data.pack.pack = lambda *given, **more: (begun.set(), threading.Event().wait())\n"
+        "async def main():\n"
+        "    packing = asyncio.create_task(OwnData(Path(sys.argv[1]), {'a': sys.argv[2]}).packed('a'))\n"
+        "    await asyncio.to_thread(begun.wait)\n"
+        "    packing.cancel()\n"
+        "asyncio.run(main())\n"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "data"), str(path)], check=True, timeout=30)
+
+
+async def test_what_packing_finds_is_told(own: OwnData, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert await own.packed("plain")
+    assert not await own.packed("gone")
+    monkeypatch.setattr(own, "pack", lambda name: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        await own.packed("plain")
+
+
 def test_files_of_data_go_once_no_task_uses_them(own: OwnData, tmp_path: Path) -> None:
     def files() -> set[str]:
         return {path.name for path in (tmp_path / "data").iterdir()}
@@ -172,6 +203,17 @@ def test_a_folder_too_far_up_is_logged(tmp_path: Path, caplog: pytest.LogCapture
     own = OwnData(tmp_path / "data", {"films": str(tmp_path / "films")})
     assert not own.pack("films")
     assert "test and train are parts of a data set, not classes: give one of them" in caplog.text
+
+
+def test_a_pipe_is_no_data(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "t.csv")
+    own = OwnData(tmp_path / "data", {"t": str(tmp_path / "t.csv"), "zeros": "/dev/zero"})
+    assert not own.pack("t")
+    assert not own.pack("zeros")
+    assert own.missing == {
+        "t": f"{tmp_path / 't.csv'} is neither a folder nor a plain file",
+        "zeros": "/dev/zero is neither a folder nor a plain file",
+    }
 
 
 def test_what_is_left_out_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
