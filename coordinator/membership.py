@@ -18,7 +18,7 @@ from potluck.wire import codec
 from potluck.wire.addresses import is_address, is_place
 from potluck.wire.births import OURS, NodeCapacity, NodeStatus, NodeTelemetry, Versions, versions_of
 from potluck.wire.questions import NodeInfo
-from potluck.wire.values import CLASS_NAMES_LIMIT_BYTES, Capacity, NodeData
+from potluck.wire.values import CLASS_NAMES_LIMIT_BYTES, NODE_DATA_LIMIT, Capacity, NodeData
 
 MemberState = Literal["online", "suspect", "offline"]
 ADDRESSES_KEPT = 32
@@ -365,7 +365,7 @@ def _listable(message: NodeCapacity) -> tuple[tuple[NodeData, ...], dict[str, st
     missing = _short(message.data_missing)
     found = []
     size = 0
-    for data in message.data[:NAMED_LIMIT]:
+    for data in message.data[:NODE_DATA_LIMIT]:
         size += sum(len(name.encode()) for name in data.format.classes)
         if size <= CLASS_NAMES_LIMIT_BYTES:
             found.append(data)

@@ -30,6 +30,7 @@ from potluck.settings import (
 )
 from potluck.toml_lines import Keys, lines_of_keys
 from potluck.wire.topics import Topics, check_node_id
+from potluck.wire.values import NODE_DATA_LIMIT
 
 FILE_LIMIT_BYTES = 2**20
 PROBLEMS_LIMIT = 20
@@ -372,6 +373,11 @@ def _unusable(settings: NetworkSettings) -> Iterator[tuple[Keys, str]]:
             yield ("service", "memory_high_bytes"), why
     if isinstance(settings, NodeSettings):
         yield from tried(("listen", "host"), lambda: check_listen(settings.listen))
+        if len(settings.data) > NODE_DATA_LIMIT:
+            yield (
+                ("data",),
+                f"data has {len(settings.data)} data sets, and a node may have {NODE_DATA_LIMIT}: put some together",
+            )
         if settings.node_id:
             yield from tried(("node_id",), lambda: check_node_id(settings.node_id))
         for name in settings.allow_code:

@@ -12,6 +12,8 @@ INPUT_BLOB_LIMIT_BYTES = 64 * 2**20
 """Largest blob that can be an input of an inference."""
 SHARDS_LIMIT = 500
 """Most shards of a data set: a lease that names them all, with their holders, must fit into a message."""
+NODE_DATA_LIMIT = 64
+"""How many data sets a node may have: the coordinator lists no more, and all must fit into a message with the reasons of those missing."""
 CLASS_NAMES_LIMIT_BYTES = 112 * 1024
 """Total size of a data set's class names: every lease and listing has them."""
 
