@@ -215,8 +215,10 @@ class Journal:
     def _back_up(self, path: Path) -> None:
         """A copy of this journal at `path`, which survives a power cut. Raises Unavailable, and then leaves nothing."""
         partial = path.with_name(f"{path.name}.partial")
+        pieces = partial, partial.with_name(f"{partial.name}-journal")
         try:
-            partial.unlink(missing_ok=True)
+            for left in pieces:  # by a power cut
+                left.unlink(missing_ok=True)
             partial.touch(mode=0o600)
             copy = sqlite3.connect(partial)
             try:
@@ -226,7 +228,7 @@ class Journal:
             partial.rename(path)
             _sync_file(path)
         except (sqlite3.Error, OSError) as error:
-            for left in (partial, partial.with_name(f"{partial.name}-journal")):
+            for left in pieces:
                 with suppress(OSError):  # the first error is the one to tell
                     left.unlink(missing_ok=True)
             size = self._path.stat().st_size
