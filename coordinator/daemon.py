@@ -54,8 +54,9 @@ from potluck.errors import GaveWay, PotluckError, Unavailable
 from potluck.logs import Seldom, fields
 from potluck.net.addresses import base_urls, bind_gateway, reachable_addresses
 from potluck.net.broker import Broker, start_broker
-from potluck.net.discovery import Discovery, Service, ca_hint
+from potluck.net.discovery import Discovery, Service
 from potluck.net.http import serve_http
+from potluck.net.side import ca_hint
 from potluck.settings import (
     CoordinatorSettings,
     check_coordinator,

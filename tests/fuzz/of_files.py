@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
-
 from fuzz import mutators
 from fuzz.judging import Target, hold
 from fuzz.records import example, written
+from PIL import Image
+
 from node.engine import archives, shards
 from node.engine.shards import ShardPart
 from potluck import savedmodels
@@ -26,7 +26,7 @@ from potluck.data import arrays, audio, parquet, tables, tfrecords
 from potluck.data import images as decoder
 from potluck.data.folders import Unusable
 from potluck.data.packing import Packing
-from potluck.errors import Diverged, InvalidData, InvalidModel, InvalidRequest, OutOfMemory
+from potluck.errors import Diverged, InvalidData, InvalidModel, OutOfMemory
 from potluck.weights import files as weights
 from potluck.weights import updates
 from potluck.wire.values import BlobRef, ImageOptions

@@ -9,9 +9,9 @@ from pathlib import Path
 from fuzz import mutators
 from fuzz.judging import Target, hold
 from fuzz.of_files import file_of
+
 from potluck import settings_sources
-from potluck.errors import InvalidSettings, PotluckError
-from potluck.security import certificates
+from potluck.errors import InvalidSettings
 from potluck.settings import CoordinatorSettings, NodeSettings
 from potluck.toml_lines import lines_of_keys
 

@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from fuzz import mutators
+from fuzz.judging import Target, hold
+from fuzz.samples import sample
 from zeroconf import ServiceInfo
 
 from coordinator.plans.events import AnyEvent
 from coordinator.registry import AnyRegistryEvent
 from coordinator.serving.inputs import as_sent, batched, rows_of
 from coordinator.serving.records import AnyDeploymentEvent
-from fuzz import mutators
-from fuzz.judging import Target, hold
-from fuzz.samples import sample
 from node.engine import frames
 from potluck.bus import packets
 from potluck.bus.properties import mirror
@@ -201,8 +201,17 @@ def sealed(data: bytes) -> None:
 
 def seals_made() -> Iterator[bytes]:
     base: dict[str, Any] = {
-        **{"topic": "t", "audience": "node:n1", "session": "s1", "sender": "c1", "term": 3, "cluster_id": "home-1"},
-        **{"number": 1, "sent_at": NOW, "valid_until": NOW + 30, "purpose": seals.PURPOSE, "kind": seals.KIND},
+        "topic": "t",
+        "audience": "node:n1",
+        "session": "s1",
+        "sender": "c1",
+        "term": 3,
+        "cluster_id": "home-1",
+        "number": 1,
+        "sent_at": NOW,
+        "valid_until": NOW + 30,
+        "purpose": seals.PURPOSE,
+        "kind": seals.KIND,
     }
     for change in ({}, {"number": 2**53}, {"topic": "other"}, {"term": 0}, {"valid_until": 0.0}, {"kind": "none"}):
         yield msgspec.msgpack.encode({**base, **change})

@@ -10,10 +10,7 @@ import google_crc32c
 
 def written(records: Iterable[bytes]) -> bytes:
     """A file of these records."""
-    return b"".join(
-        (head := struct.pack("<Q", len(one))) + _crc(head) + one + _crc(one)  # noqa: F841 - used beside
-        for one in records
-    )
+    return b"".join((head := struct.pack("<Q", len(one))) + _crc(head) + one + _crc(one) for one in records)
 
 
 def split(data: bytes) -> list[bytes]:
