@@ -3,6 +3,9 @@
 The echo: client, broker, echo process, broker, client, with aiomqtt at both ends, TCP_NODELAY, and a message as large as
 the inference. The inference: client, broker, coordinator, broker, node, engine, and all the way back. Both at QoS 0
 unless the row says otherwise, one at a time, in turns, so that a slow minute of the machine affects both.
+
+The same again in a closed cluster: TLS 1.3 with certificates on both sides, rules, and commands that are signed. Its echo goes through
+a broker of its own with the same protection. `tls_over_tls_echo` says how much more the protection costs an inference than an echo.
 """
 
 from __future__ import annotations
@@ -10,23 +13,27 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import shutil
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
-import aiomqtt
 import numpy as np
-from echo import NODELAY
+from echo import client as echo_client
 from report import Report, percentiles
 
 from potluck.client import AsyncClient
 from potluck.lifecycle import die_with_parent
 from potluck.local_cluster import LocalCluster
+from potluck.net import broker_rules
+from potluck.net.broker import start_closed_broker
+from potluck.settings import BrokerSettings
+from potluck.wire.topics import Topics
 
 PLAIN = "POTLUCK_BUS__PLAIN"
 WARM_UP = 50
@@ -52,18 +59,24 @@ def small_model(path: Path) -> Path:
 class Echo:
     """An echo process, and the client that asks it."""
 
-    def __init__(self, host: str, port: int, qos: int, payload: bytes) -> None:
+    def __init__(
+        self, host: str, port: int, qos: int, payload: bytes, members: tuple[Path, Path] | None = None
+    ) -> None:
+        """`members`: the folders with the credentials of both ends, for a broker with TLS."""
         self._address = (host, port)
+        self._asker: Path | None = None if members is None else members[0]
+        self._echo: Path | None = None if members is None else members[1]
         self._qos = qos
         self._payload = payload
 
     async def __aenter__(self) -> Echo:
         host, port = self._address
         script = str(Path(__file__).with_name("echo.py"))
+        more = [] if self._echo is None else [str(self._echo)]
         self._process = await asyncio.create_subprocess_exec(
-            sys.executable, script, host, str(port), str(self._qos), preexec_fn=die_with_parent()
+            sys.executable, script, host, str(port), str(self._qos), *more, preexec_fn=die_with_parent()
         )
-        self._client = aiomqtt.Client(host, port, socket_options=NODELAY)
+        self._client = echo_client(host, port, self._asker)
         await self._client.__aenter__()
         await self._client.subscribe("bench/ready", qos=1)
         self._messages = aiter(self._client.messages)
@@ -87,6 +100,28 @@ class Echo:
                 pass
 
 
+@asynccontextmanager
+async def closed_echo(cluster: LocalCluster, payload: bytes) -> AsyncIterator[Echo]:
+    """An echo through a broker that is protected as that of a closed cluster, by the same CA, with rules for the echo."""
+    folder = cluster.folder / "echo"
+    members = folder / "asker", folder / "answerer"
+    for member in members:
+        await asyncio.to_thread(cluster.join, member.name, member, "user")
+    ours = folder / "broker"
+    ours.mkdir()
+    for name in (broker_rules.CERTIFICATE, broker_rules.CA):
+        shutil.copyfile(cluster.folder / "coordinator" / "broker" / name, ours / name)
+    broker = await start_closed_broker(BrokerSettings(), "127.0.0.1", (0, 0), ours, Topics("bench"), ())
+    try:
+        rules = "".join(f"user client:{member.name}\ntopic readwrite bench/#\n" for member in members)
+        (ours / broker_rules.CLIENT_RULES).write_text(rules)
+        await broker.reload()
+        async with Echo(broker.host, broker.client_port, 0, payload, members) as echo:
+            yield echo
+    finally:
+        await broker.stop()
+
+
 async def timed(ask: Callable[[], Awaitable[Any]], count: int, into: list[float]) -> None:
     for _ in range(count):
         started = time.perf_counter()
@@ -104,7 +139,9 @@ def plain() -> Iterator[None]:
         del os.environ[PLAIN]
 
 
-async def measure(cluster: LocalCluster, plain_one: LocalCluster, model: Path, turns: int, report: Report) -> None:
+async def measure(
+    cluster: LocalCluster, plain_one: LocalCluster, closed: LocalCluster, model: Path, turns: int, report: Report
+) -> None:
     row = np.random.default_rng(0).random((1, 64), np.float32)
     async with AsyncClient(f"{cluster.broker_host}:{cluster.broker_port}", cluster=cluster.cluster) as client:
         await client.register(model, "mlp")
@@ -119,10 +156,18 @@ async def measure(cluster: LocalCluster, plain_one: LocalCluster, model: Path, t
                 slow = await stack.enter_async_context(there)
             await slow.register(model, "mlp")
             await (await slow.deploy("mlp", replicas=1)).wait(timeout=120)
+            member = await stack.enter_async_context(
+                AsyncClient(cluster=closed.cluster, credentials=closed.credentials)
+            )
+            await member.register(model, "mlp")
+            await (await member.deploy("mlp", replicas=1)).wait(timeout=120)
+            tls_echo = await stack.enter_async_context(closed_echo(closed, row.tobytes() + b"x" * 150))
             asks: dict[str, Callable[[], Awaitable[Any]]] = {
                 "echo": echo.ask,
                 "infer": lambda: client.infer("mlp", row),
                 "plain": lambda: slow.infer("mlp", row),
+                "tls_echo": tls_echo.ask,
+                "tls_infer": lambda: member.infer("mlp", row),
             }
             seconds: dict[str, list[float]] = {name: [] for name in asks}
             for ask in asks.values():
@@ -139,6 +184,8 @@ async def measure(cluster: LocalCluster, plain_one: LocalCluster, model: Path, t
         "echo": "raw echo (2 hops there and back)",
         "infer": "inference of a 64-128-10 MLP",
         "plain": "the same on plain connections (bus.plain)",
+        "tls_echo": "raw echo with TLS and certificates",
+        "tls_infer": "inference in a closed cluster",
     }
     for name, label in labels.items():
         found = percentiles(seconds[name])
@@ -148,6 +195,8 @@ async def measure(cluster: LocalCluster, plain_one: LocalCluster, model: Path, t
     report.rows.append((f"inferences a second, 16 at a time: {rate:.0f}", "", "", ""))
     ratio = statistics.median(seconds["infer"]) / statistics.median(seconds["echo"])
     report.check("infer_over_echo", ratio, at_most=4.0)
+    tls_ratio = statistics.median(seconds["tls_infer"]) / statistics.median(seconds["tls_echo"])
+    report.check("tls_over_tls_echo", tls_ratio / ratio, at_most=1.15)
     report.figures["plain_over_quick"] = round(
         statistics.median(seconds["plain"]) / statistics.median(seconds["infer"]), 3
     )
@@ -165,8 +214,9 @@ def main() -> None:
             LocalCluster(
                 Path(folder) / "plain", cluster="plain", nodes=1, discovery=False, environment={PLAIN: "true"}
             ) as plain_one,
+            LocalCluster(Path(folder) / "closed", cluster="closed", nodes=1, discovery=False, closed=True) as closed,
         ):
-            asyncio.run(measure(cluster, plain_one, model, 4 if arguments.quick else 40, report))
+            asyncio.run(measure(cluster, plain_one, closed, model, 4 if arguments.quick else 40, report))
     report.show()
 
 
