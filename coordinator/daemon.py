@@ -372,6 +372,7 @@ class Coordinator:
                         await self._drain(requests, (answers, replies, self._outbox))
                     except Unavailable as error:
                         log.info("offline status not published %s", fields(reason=error.message))
+                        self._inference.give_up()
                 for task in running:
                     task.cancel()
         if self._gave_way is not None:

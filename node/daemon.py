@@ -271,15 +271,17 @@ class Node:
     async def _drain(self, answers: Outbox) -> None:
         """Finish the shard that is nearly done, answer the requests under way, and give back the other leases.
 
-        Nobody waits for these until they run out. Takes at most DRAIN_SECONDS, and no time when there is nobody to tell.
+        Nobody waits for these until they run out. Takes at most DRAIN_SECONDS, and no time when there is nobody to tell. A coordinator
+        that is offline may be stopping too: then it still takes answers, but no results.
         """
-        heard = self._presence.joined and self._coordinated and self._conflict is None
-        finishing = heard and self._executor.seconds_left <= DRAIN_SECONDS
+        heard = self._presence.joined and self._conflict is None
+        finishing = heard and self._coordinated and self._executor.seconds_left <= DRAIN_SECONDS
         self._perform_all(self._assignments.on_drain(finishing=finishing))
         if heard:
             try:
                 async with asyncio.timeout(DRAIN_SECONDS):
-                    await self._free.wait()
+                    if self._coordinated:
+                        await self._free.wait()
                     await self._replicas.drained()
                     await answers.drained()
             except TimeoutError:

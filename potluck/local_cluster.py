@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from potluck.wire.members import MemberRole
     from potluck.wire.values import Message
 
-STOP_SECONDS = 10.0
+STOP_SECONDS = 15.0
 READY_SECONDS = 30.0
 ANSWER_SECONDS = 15.0
 

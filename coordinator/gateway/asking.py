@@ -41,6 +41,11 @@ class Asking:
         self._settings = settings
         self._shelf = shelf
 
+    @property
+    def stopping(self) -> bool:
+        """Whether no more requests are taken."""
+        return self._inference.stopping
+
     def deployed(self, model: str) -> tuple[str, Signature | None]:
         """The deployment that `name`, `name:version` or `name:alias` means, and its signature once it is known.
 

@@ -116,7 +116,7 @@ class OpenInference:
         found = self._catalog.deployments()
         names = {one.name.partition(":")[0] for one in found}
         waiting = sorted(names - {one.name.partition(":")[0] for one in stable(found) if answers(one)})
-        reason = await self._disconnected()
+        reason = await self._closed()
         if not reason and not names:
             reason = "no model is deployed"
         if not reason and waiting:
@@ -139,7 +139,7 @@ class OpenInference:
     async def ready(self, request: web.Request) -> web.Response:
         model = model_of(request)
         ready = self._catalog.ready(model)
-        reason = await self._disconnected()
+        reason = await self._closed()
         if not reason and not ready:
             reason = f"no replica of {model} is ready"
         name = request.match_info["model"]
@@ -156,8 +156,10 @@ class OpenInference:
         ]
         return encoded([entry for entry in entries if entry.state == "READY" or not asked.ready])
 
-    async def _disconnected(self) -> str:
-        """Why no node can be reached; empty when the bus is connected."""
+    async def _closed(self) -> str:
+        """Why no model answers now; empty when the bus is connected, and requests are taken."""
+        if self._asking.stopping:
+            return "the coordinator is stopping"
         try:
             if self._bus is not None:
                 await self._bus.connected(_CONNECTED_SECONDS)

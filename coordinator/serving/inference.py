@@ -127,7 +127,8 @@ class Inference:
         await self._drained.wait()
 
     def give_up(self) -> None:
-        """Answer those that still wait with Unavailable: this coordinator ends now."""
+        """Answer those that still wait with Unavailable, and take no more: this coordinator ends now."""
+        self._drained = self._drained or asyncio.Event()
         for router in self._routers.values():
             router.close(Unavailable(f"the coordinator stopped before {router.name} answered: try again"))
 

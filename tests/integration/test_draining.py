@@ -89,6 +89,8 @@ async def test_a_stop_answers_what_was_asked_and_says_goodbye(tmp_path: Path, br
                 running.coordinator.terminate()
                 await eventually(lambda: offline(watcher))
                 assert await over_http() == 503, "it takes no more"
+                async with http.get(f"{running.http_url}/v2/health/ready") as answer:
+                    assert (answer.status, "stopping" in await answer.text()) == (503, True)
                 assert [await one for one in asked] == [200, 200]
                 assert (await over_bus).outputs == (SLOW,)
                 assert await asyncio.to_thread(running.coordinator.wait, 10) == 0
