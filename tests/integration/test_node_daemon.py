@@ -652,3 +652,18 @@ async def test_a_stopping_node_finishes_what_is_nearly_done_and_answers_first(la
     assert [one.id for one in lab.all(InferenceFinished)] == ["b2", "b1"]
     assert [one.left for one in lab.all(NodeStatus) if one.state == "offline"] == [True], "a goodbye, and no will"
     assert isinstance(lab.said[-2], NodeStatus), "after all else"
+
+
+async def test_a_node_that_stops_with_its_coordinator_answers_what_it_was_asked(lab: Lab) -> None:
+    """A coordinator that stops says so first, and then waits for its answers."""
+    node = await lab.node()
+    await lab.load("m:1#1")
+    await lab.heard(ModelLoaded)
+    for name in ("slow", "quick"):
+        await lab.infer(name, "m:1#1", Tensor(name=name, datatype="UINT8", shape=(1, 1), data=b"\0"))
+    await lab.heard(InferenceFinished, lambda one: one.id == "quick")
+    await lab.bus.publish(
+        TOPICS.coordinator_status, CoordinatorStatus(session="s1", epoch=1, state="offline", since=time.time()), retain=True
+    )  # fmt: skip
+    assert await node.stop() == 0
+    await lab.heard(InferenceFinished, lambda one: one.id == "slow")
