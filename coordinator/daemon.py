@@ -228,6 +228,7 @@ class Coordinator:
                 store,
                 urls,
                 lambda name: federated.joined(name, self._membership.data().get(name, {})),
+                synchronous=closed is None,
             )
             leases = Leases(
                 topics=self.topics,

@@ -83,14 +83,20 @@ class JobStore:
         store: BlobStore,
         urls: Callable[[], tuple[str, ...]],
         node_data: Callable[[str], Dataset],
+        *,
+        synchronous: bool = True,
     ) -> None:
-        """`node_data` returns the data set of a name that lives on the nodes; it raises NotFound, InvalidRequest."""
+        """`node_data` returns the data set of a name that lives on the nodes; it raises NotFound, InvalidRequest.
+
+        `synchronous`: whether jobs may ask for synchronous training.
+        """
         self._journal = journal
         self._registry = registry
         self._blobs = store
         self._loaded: dict[str, Dataset] = {}
         self._urls = urls
         self._node_data = node_data
+        self._synchronous = synchronous
         self._requests: dict[str, str] = {}
         self._final: dict[str, JobProgress] = {}
         self._rounds: set[str] = set()
@@ -107,6 +113,11 @@ class JobStore:
 
     def resolve(self, spec: AnyJobSpec, request_id: str, job_id: str, now: float) -> JobSubmitted:
         """The job with its names looked up. Raises NotFound, InvalidRequest."""
+        if isinstance(spec, Train) and spec.strategy == "sync" and not self._synchronous:
+            raise InvalidRequest(
+                "strategy 'sync' is refused in a closed cluster, because TensorFlow's own connections between the nodes are not protected: "
+                "train with 'auto' or 'local'"
+            )
         if isinstance(spec, Deploy):
             info = self._registry.model(spec.model)
             named = replace(spec, model=f"{info.name}:{info.version}")
