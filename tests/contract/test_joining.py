@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import ssl
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
@@ -102,6 +103,47 @@ async def test_what_lets_nobody_in(home: Cluster) -> None:
     assert (await home.post(JOIN_PATH, b" " * (BODY_LIMIT_BYTES + 1), home.trusting()))[0] == 413
     # and none of this used the token
     await home.join(named, "cellar")
+
+
+async def test_bodies_have_limits(home: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    host, _, port = home.url.removeprefix("https://").partition(":")
+
+    async def answered(head: str, body: bytes = b"") -> str:
+        reader, writer = await asyncio.open_connection(host, int(port), ssl=home.trusting())
+        writer.write(f"POST {JOIN_PATH} HTTP/1.1\r\nHost: x\r\n{head}\r\n\r\n".encode() + body)
+        async with asyncio.timeout(3):
+            line = await reader.readline()
+        writer.close()
+        return line.decode().split()[1]
+
+    large = BODY_LIMIT_BYTES + 1
+    assert await answered(f"Content-Length: {large}") == "413", "before any of it came"
+    assert await answered("Transfer-Encoding: chunked", f"{large:x}\r\n".encode() + b" " * large + b"\r\n") == "413"
+    monkeypatch.setattr("coordinator.identities.joining.BODY_SECONDS", 0.2)
+    assert await answered("Content-Length: 100", b"{") == "408"
+
+
+async def test_an_answer_comes_when_it_is_on_the_disk_and_in_the_rules(
+    home: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+
+    def noting(name: str, inner: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
+        async def noted(*given: Any) -> None:
+            await inner(*given)
+            done.append(name)
+
+        return noted
+
+    token = await home.token()
+    monkeypatch.setattr(home.journal, "sync", noting("disk", home.journal.sync))
+    monkeypatch.setattr(home.closed.broker, "allow", noting("rules", home.closed.broker.allow))
+    _, where = await home.join(token, "kitchen")
+    assert done == ["disk", "rules"]
+    assert (await home.renew(where, "node", KEY))[0] == 200
+    assert done == ["disk", "rules"] * 2
+    await home.closed.questions.answer(RemoveMember(identity="node:kitchen"), ADMIN)
+    assert done == ["disk", "rules"] * 3
 
 
 async def test_a_lost_answer_is_given_again_and_counts_once(home: Cluster) -> None:
