@@ -1,6 +1,7 @@
 """Identities of processes: `node:kitchen-5f2a`, `coordinator:attic-1f00ba`, `client:9c3e61b02d47`. Pure.
 
-Each process states its own identity, and it is not checked yet. It is only for the log, and decides nothing.
+In a closed cluster a certificate proves it, or a bearer token. In an open one each process states its own: it is only for the log
+there, and decides nothing.
 """
 
 from __future__ import annotations
