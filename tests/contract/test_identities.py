@@ -6,11 +6,14 @@ import asyncio
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from msgspec.structs import replace
 
+from coordinator.sealing import ForwardClock, Sealing
 from potluck.blobs import server
 from potluck.blobs.download import Downloader
 from potluck.blobs.parts import Timings
@@ -25,8 +28,14 @@ from potluck.net.broker_rules import Member
 from potluck.net.http import serve_http
 from potluck.net.http_client import is_there
 from potluck.security import certificates
+from potluck.security.signing import Signer, Verifier, new_key
 from potluck.settings import BrokerSettings, BusTimings
+from potluck.wire import seals
 from potluck.wire.births import NodeStatus
+from potluck.wire.commands import ForgetJob, Sealed
+from potluck.wire.identities import Role
+from potluck.wire.questions import ListNodes, NodesListed
+from potluck.wire.seals import Opener, Sealer
 from potluck.wire.topics import Topics
 from support.brokers import mosquitto_or_skip
 from support.closed import Authority
@@ -74,6 +83,75 @@ async def test_the_bus(tmp_path: Path, node: Path, coordinator: Path) -> None:
         assert await refusal(*address, Credentials.load(node, "node"), 5.0) == ""
         stranger = OTHERS.member(tmp_path / "stranger", "node", certificates.node_profile("n1"))
         assert "certificate verify failed" in await refusal(*address, Credentials.load(stranger, "node"), 5.0)
+    finally:
+        await broker.stop()
+
+
+async def test_questions_and_commands(tmp_path: Path, node: Path, coordinator: Path) -> None:
+    """On a real broker: the topic of a question names who asks, and a node takes only what the coordinator has sealed for it."""
+    mosquitto_or_skip()
+    folder = OURS.member(tmp_path / "broker", "broker", certificates.broker_profile("attic"))
+    for name in ("ann", "bob"):
+        OURS.member(tmp_path / name, "client", certificates.client_profile(name, "user"))
+    members = [
+        Member("coordinator:attic"),
+        Member("node:n1"),
+        Member("client:ann", "user"),
+        Member("client:bob", "user"),
+    ]
+    broker = await start_closed_broker(BrokerSettings(), "127.0.0.1", (0, 0), folder, TOPICS, members)
+    timings = BusTimings(connect_timeout_seconds=5.0)
+    signer = Signer(new_key())
+    opener = Opener("node:n1", "s1", "home-1", Verifier(signer.public_key).verify)
+
+    def opens(topic: str, message: Sealed) -> bytes:
+        return opener.open(seals.Sealed(message.seal, message.body, message.signature), topic, time.time(), 0.0)
+
+    def bus_of(where: Path, role: Role, port: int, topics: Topics, **options: Any) -> MqttBus:
+        addresses, credentials = in_turn([("127.0.0.1", port)]), Credentials.load(where, role)
+        return MqttBus(addresses, topics, credentials, client_id=f"{where.name}-1", timings=timings, **options)
+
+    try:
+        daemon = bus_of(coordinator, "coordinator", broker.port, TOPICS)
+        barn = bus_of(node, "node", broker.port, TOPICS)
+        ann, bob = (
+            bus_of(tmp_path / name, "client", broker.client_port, Topics(TOPICS.cluster, name), highest_version=version)
+            for name, version in (("ann", 5), ("bob", 4))
+        )
+        asked: list[Envelope] = []
+        told: list[Envelope] = []
+        overheard: list[Envelope] = []
+
+        def answer(envelope: Envelope) -> None:
+            asked.append(envelope)
+            daemon.reply_now(envelope, NodesListed(nodes=()))
+
+        daemon.subscribe_asked({TOPICS.coordinator_inbox: answer})
+        sealing = Sealing(Sealer("c1", 1, "home-1", signer.sign), TOPICS, {"n1": "s1"}.__getitem__, ForwardClock())
+        daemon.seal_on(sealing.topic_filter, sealing.seal)
+        barn.subscribe(TOPICS.node("n1", "inbox"), told.append)
+        barn.open_on(TOPICS.node("n1", "inbox"), opens)
+        async with asyncio.TaskGroup() as group:
+            running = [group.create_task(bus.run()) for bus in (daemon, barn, ann, bob)]
+            for bus in (daemon, barn, ann, bob):
+                await bus.connected(10)
+            for bus in (ann, bob):
+                found = await bus.request(bus.topics.coordinator_inbox, ListNodes(), timeout_seconds=10)
+                assert isinstance(found, NodesListed)
+            assert [one.caller for one in asked] == ["client:ann", "client:bob"]
+            bob.subscribe(bob.topics.client_inbox("bob-1"), overheard.append)
+            elsewhere = ListNodes(id="q", reply_to=bob.topics.client_inbox("bob-1"))  # also as the response topic
+            await ann.publish(ann.topics.coordinator_inbox, elsewhere)
+            await eventually(lambda: daemon.counters["refused_replies"] == 1)
+            for number in range(3):
+                assert daemon.publish_now(TOPICS.node("n1", "inbox"), ForgetJob(job_id=str(number)), qos=number % 2)
+            await eventually(lambda: len(told) == 3)
+            assert [one.message for one in told] == [ForgetJob(job_id=str(number)) for number in range(3)]
+            await bob.request(bob.topics.coordinator_inbox, ListNodes(id="last"), timeout_seconds=10)
+            assert [one.message.id for one in overheard] == ["last"]
+            assert barn.counters["refused_seals"] == 0
+            for task in running:
+                task.cancel()
     finally:
         await broker.stop()
 
