@@ -17,8 +17,8 @@ class BlobRights:
     """Nodes and coordinators may get every blob. Users and operators may get what the registry names, what jobs made, and what they
     have put there themselves. They alone may put blobs.
 
-    `named`: whether the registry names a blob; `results`: those of all jobs that are remembered; `sender`: who sent a blob that nothing
-    has used yet; `held`: how many bytes of such blobs somebody has sent; `quota_bytes`: how many one may send, 0: as the store has it.
+    `named`: whether the registry names a blob; `results`: those of all jobs that are remembered; `sent`: whether this member (the second)
+    has sent a blob that has no name yet. How much one may send is for the store to say.
     """
 
     def __init__(
@@ -27,16 +27,12 @@ class BlobRights:
         *,
         named: Callable[[str], bool],
         results: Callable[[], Iterable[JobEnded]],
-        sender: Callable[[str], str],
-        held: Callable[[str], int],
-        quota_bytes: int = 0,
+        sent: Callable[[str, str], bool],
     ) -> None:
         self._role_of = role_of
         self._named = named
         self._results = results
-        self._sender = sender
-        self._held = held
-        self._quota_bytes = quota_bytes
+        self._sent = sent
         self._made: dict[str, frozenset[str]] = {}
         """The blobs of each job's result: to find them takes long, and a result never changes."""
 
@@ -47,13 +43,11 @@ class BlobRights:
             return True
         if not _computes(identity, role):
             return False
-        return self._named(sha256) or self._sender(sha256) == identity or self._is_result(sha256)
+        return self._named(sha256) or self._sent(sha256, identity) or self._is_result(sha256)
 
     def may_put(self, identity: str, size: int) -> bool:
-        """Whether this member may put a blob of this size, which nothing uses yet; 0: any size."""
-        if not _computes(identity, self._role_of(identity)):
-            return False
-        return not self._quota_bytes or self._held(identity) + size <= self._quota_bytes
+        """Whether this member may put blobs, of whatever size."""
+        return _computes(identity, self._role_of(identity))
 
     def _is_result(self, sha256: str) -> bool:
         known, self._made = self._made, {}

@@ -67,11 +67,6 @@ class Uploads:
         """Bytes from this peer, with those on their way."""
         return self._held[peer]
 
-    def sender(self, sha256: str) -> str:
-        """Who sent this blob; "": nobody, or it is used."""
-        known = self._found.get(sha256)
-        return known[0] if known is not None else ""
-
     def coming(self, peer: str, size: int) -> None:
         """Count `size` bytes as on their way from a peer; a negative size takes them off again."""
         self._held[peer] += size

@@ -354,16 +354,6 @@ class BlobStore:
             if sha256 in self._sizes and not self._pins[sha256]:
                 self._uploads.add(sha256, peer, self._sizes[sha256])
 
-    def sender(self, sha256: str) -> str:
-        """Who sent this blob, if nothing has used it yet; "": nobody is known."""
-        with self._lock:
-            return self._uploads.sender(sha256)
-
-    def held(self, peer: str) -> int:
-        """Bytes that `peer` has sent or sends now, and that nothing has used yet."""
-        with self._lock:
-            return self._uploads.held(peer)
-
     def _move(self, path: Path, sha256: str, size: int) -> BlobRef:
         if self.has(sha256):
             path.unlink(missing_ok=True)

@@ -24,6 +24,7 @@ from coordinator.gateway import routes as gateway
 from coordinator.gateway.answers import in_words
 from coordinator.gateway.gate import ANYBODY, NEEDS, Gate
 from coordinator.gateway.shelf import Shelf
+from coordinator.identities.joining import Joining
 from potluck.blobs import server as blob_server
 from potluck.blobs.download import Downloader
 from potluck.blobs.store import BlobStore
@@ -43,7 +44,7 @@ LIMIT_BYTES = 2**20
 ROLES = ("viewer", "user", "operator")
 MEMBERS = {**{f"client:{role}": role for role in ROLES}, "node:n1": "node", "coordinator:attic": "coordinator"}
 JOINING = {f"GET {CA_PATH}", f"POST {JOIN_PATH}", f"POST {RENEW_PATH}"}
-"""Served by others, and tested there."""
+"""What they answer is tested with joining."""
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +133,9 @@ def asked(needs: dict[str, str]) -> Iterator[tuple[str, str, str]]:
 
 def test_every_route_is_in_the_table_and_no_other(served: list[web.RouteDef]) -> None:
     assert names_of(served) == set(NEEDS) - JOINING
+    nothing: Any = None
+    joining = Joining(nothing, nothing, nothing, nothing, "home", "home-1", 1.0)
+    assert names_of(joining.routes()) == JOINING
     assert set(NEEDS.values()) <= {ANYBODY, ANY_MEMBER, *RANKS}
 
 

@@ -128,7 +128,7 @@ class Lab:
         ):
             self.unwritten.append(f"{kind.__name__} {attempt_id}")
 
-    def submit(self, request_id: str = "") -> Job:
+    def submit(self, request_id: str = "", owner: str = "") -> Job:
         blob = self.store.put_bytes(b"no model")
         self.registry.add_model("m", blob, now=1.0)
         shards = tuple(
@@ -136,7 +136,7 @@ class Lab:
         )
         data = Dataset(name="d", format=DataFormat(kind="arrays", inputs=("x",)), count=ITEMS, shards=shards)
         self.registry.add_dataset("d", self.store.put_bytes(codec.pack(data)), data)
-        return self.dispatcher.submit(Evaluate(model="m:1", dataset="d", batch_size=16), request_id)
+        return self.dispatcher.submit(Evaluate(model="m:1", dataset="d", batch_size=16), request_id, owner)
 
 
 @pytest.fixture
@@ -199,7 +199,7 @@ async def test_a_job_whose_plan_goes_on_choosing_ends_and_no_node_is_blamed(
 async def test_a_coordinator_that_starts_again_goes_on_where_it_was(lab: Lab) -> None:
     lab.mute = {"n1"}
     await lab.node("n1")
-    job = lab.submit("asked once")
+    job = lab.submit("asked once", "client:ann")
     await eventually(lambda: bool(job.attempts))
     open_attempts = set(job.attempts)
     await lab.close()
@@ -208,6 +208,7 @@ async def test_a_coordinator_that_starts_again_goes_on_where_it_was(lab: Lab) ->
     lab.open()
     again = lab.dispatcher.submit(job.submitted.spec, "asked once")
     assert again.job_id == job.job_id
+    assert again.submitted.owner == "client:ann"
     assert set(again.attempts) == open_attempts
     await lab.node("n1")  # its earlier attempts are leased to it again, and done
     await eventually(lambda: again.ended is not None)
