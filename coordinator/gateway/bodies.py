@@ -15,6 +15,7 @@ import msgspec
 from aiohttp import ClientPayloadError, web
 from aiohttp.http_exceptions import HttpProcessingError
 
+from coordinator.gateway.gate import caller_of_member
 from potluck.errors import InvalidRequest, Overloaded, TimedOut, TooLarge
 from potluck.net.http import TOO_SLOW, Patience, words
 
@@ -23,7 +24,7 @@ IDLE_SECONDS = 30.0
 HELD_AT_ONCE = 4
 """How many bodies of the largest size are held at once. More are refused, and clients may try again."""
 HELD_EACH = 3
-"""How many of these may come from one address, so that it does not keep out all others."""
+"""How many of these may come from one address, or in a closed cluster from one member, so that it does not keep out all others."""
 IN_THREAD_BYTES = 256 * 1024
 """Up to this size, JSON is read and written in the event loop's thread. With more, other requests would wait."""
 _INFLATES = 16
@@ -38,9 +39,9 @@ class Bodies:
         self.limit_bytes = limit_bytes
         self.held_bytes = 0
         self._held: dict[int, tuple[str, int]] = {}
-        """The address and size of each held body, by the identity of its request."""
+        """The sender and size of each held body, by its request."""
         self._of: Counter[str] = Counter()
-        """Held bytes by address."""
+        """Held bytes by sender."""
 
     async def read(self, request: web.Request) -> bytes:
         """The body, decompressed as `Content-Encoding` says, and never more of it than the limit.
@@ -89,7 +90,7 @@ class Bodies:
             del self._of[peer]
 
     def _hold(self, request: web.Request, size: int) -> None:
-        peer, held = self._held.get(id(request), (request.remote or "", 0))
+        peer, held = self._held.get(id(request)) or (_sender(request), 0)
         mine = self._of[peer] + size > HELD_EACH * self.limit_bytes
         if mine or self.held_bytes + size > HELD_AT_ONCE * self.limit_bytes:
             count, whose = (self._of[peer], "your requests") if mine else (self.held_bytes, "requests")
@@ -102,6 +103,12 @@ class Bodies:
 
     def _too_large(self) -> TooLarge:
         return TooLarge(f"the body is over {self.limit_bytes} bytes: send fewer rows at once")
+
+
+def _sender(request: web.Request) -> str:
+    """The member that sent it, or in an open cluster its address."""
+    member = caller_of_member(request)
+    return member.identity if member is not None else request.remote or ""
 
 
 class _Inflate:

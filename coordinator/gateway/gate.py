@@ -5,6 +5,7 @@ The sender of a request is whom the certificate of its connection names. Program
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
@@ -14,9 +15,12 @@ from aiohttp import hdrs, web
 from coordinator.callers import ANY_MEMBER, Callers, require
 from coordinator.gateway.answers import Handler, refused
 from potluck.errors import NotAllowed, NotAuthenticated
+from potluck.logs import Seldom, fields
 from potluck.net.peers import ASKER, peer_identity
 from potluck.wire.joining import CA_PATH, JOIN_PATH, RENEW_PATH
 from potluck.wire.roles import Caller
+
+log = logging.getLogger(__name__)
 
 ANYBODY: Final = ""
 """What somebody without an identity may do: see that the server lives, and join."""
@@ -53,9 +57,11 @@ NEEDS: Final[dict[str, str]] = {
 }
 """The least role for each route. A route that is not here needs an operator: a new one cannot be open by mistake."""
 
-_CALLER = "potluck caller"
+CALLER = "potluck caller"
+"""Where a request keeps who sent it."""
 _BEARER = re.compile(r"(?i:bearer) +([A-Za-z0-9._~+/-]+=*)")
 _KEY = "http"
+_LOG_SECONDS = 60.0
 
 
 class Gate:
@@ -63,6 +69,7 @@ class Gate:
 
     def __init__(self, callers: Callers) -> None:
         self._callers = callers
+        self._seldom = Seldom(_LOG_SECONDS)
 
     @property
     def middleware(self) -> Callable[[web.Request, Handler], Awaitable[web.StreamResponse]]:
@@ -82,7 +89,7 @@ class Gate:
 
     def _admit(self, request: web.Request) -> web.Response | None:
         """Note who asks; or the answer to somebody who may not."""
-        if _CALLER in request:
+        if CALLER in request:
             return None
         needed = needed_for(request)
         if needed == ANYBODY:
@@ -91,8 +98,10 @@ class Gate:
             caller = self._caller(request)
             require(caller, needed, f"{request.method} {request.path[:100]}")
         except (NotAuthenticated, NotAllowed) as error:
+            if (more := self._seldom.due(f"{error.code} {request.remote}")) is not None:
+                log.info("request refused %s", fields(peer=request.remote, reason=error.message, more=more or None))
             return refused(error)
-        request[_CALLER], request[ASKER] = caller, caller.identity
+        request[CALLER], request[ASKER] = caller, caller.identity
         return None
 
     def _caller(self, request: web.Request) -> Caller:
@@ -124,7 +133,7 @@ class Gate:
 
 def caller_of_member(request: web.Request) -> Caller | None:
     """Who asks in a closed cluster; None: the cluster is open, or the route is for anybody."""
-    found: Caller | None = request.get(_CALLER)
+    found: Caller | None = request.get(CALLER)
     return found
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import msgspec
 import pytest
 
 from coordinator.gateway import bodies
-from potluck.errors import InvalidRequest
+from coordinator.gateway.bodies import HELD_EACH, Bodies
+from coordinator.gateway.gate import CALLER
+from potluck.errors import InvalidRequest, Overloaded
+from potluck.wire.roles import Caller
 
 
 class Asked(msgspec.Struct):
@@ -43,3 +47,42 @@ def test_json_of_another_form_is_read_once(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(bodies, "_read_again", again)
     with pytest.raises(InvalidRequest, match=r"missing required field `rows`"):
         read(b"{}")
+
+
+class Request(dict[str, Any]):
+    """What is looked at to tell whose a body is."""
+
+    def __init__(self, remote: str, identity: str = "") -> None:
+        super().__init__({CALLER: Caller(identity, "user")} if identity else {})
+        self.remote = remote
+
+
+@pytest.mark.parametrize(
+    ("mine", "other"),
+    [
+        (("10.0.0.1", ""), ("10.0.0.2", "")),
+        (("10.0.0.1", "client:ann"), ("10.0.0.1", "client:bob")),
+    ],
+)
+def test_nobody_holds_all_the_room(mine: tuple[str, str], other: tuple[str, str]) -> None:
+    held = Bodies(100)
+    requests: list[Any] = [Request(*mine) for _ in range(HELD_EACH)]
+    for request in requests:
+        held._hold(request, 100)
+    again: Any = Request(*mine)
+    with pytest.raises(Overloaded, match="of your requests"):
+        held._hold(again, 1)
+    another: Any = Request(*other)
+    held._hold(another, 100)
+    for request in (*requests, another):
+        held.release(request)
+    assert not held._of
+
+
+def test_a_member_is_one_wherever_it_is() -> None:
+    held = Bodies(100)
+    requests: list[Any] = [Request(f"10.0.0.{number}", "client:ann") for number in range(HELD_EACH + 1)]
+    for request in requests[:-1]:
+        held._hold(request, 100)
+    with pytest.raises(Overloaded):
+        held._hold(requests[-1], 1)
